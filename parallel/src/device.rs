@@ -1,0 +1,177 @@
+//! What a rank computes on. Nothing else in the project names a device.
+
+use tch::{Device, Kind, Tensor};
+use torch_ext::Error;
+
+/// Bytes in use on a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// Now.
+    pub current: u64,
+    /// The most so far.
+    pub peak: u64,
+}
+
+/// One device of one rank.
+pub trait Accelerator: Send + Sync + std::fmt::Debug {
+    /// `cpu`, `cuda:0`, ...
+    fn name(&self) -> String;
+
+    /// A tensor of zeros.
+    fn zeros(&self, shape: &[i64], kind: Kind) -> Tensor;
+
+    /// A tensor whose values are not set.
+    fn empty(&self, shape: &[i64], kind: Kind) -> Tensor;
+
+    /// A copy on this device of a tensor in host memory (the tensor itself where the device is the host).
+    fn upload(&self, host: &Tensor) -> Tensor;
+
+    /// Waits until all queued work is done.
+    ///
+    /// # Errors
+    /// An asynchronous failure of earlier work.
+    fn synchronize(&self) -> Result<(), Error>;
+
+    /// State of the default random generator, `[bytes]` uint8 in host memory.
+    ///
+    /// # Errors
+    /// libtorch's message.
+    fn generator_state(&self) -> Result<Tensor, Error>;
+
+    /// Puts back what [`Accelerator::generator_state`] gave.
+    ///
+    /// # Errors
+    /// When the state belongs to another kind of device.
+    fn set_generator_state(&self, state: &Tensor) -> Result<(), Error>;
+
+    /// Memory in use: of the process on a CPU, of this device's allocator elsewhere.
+    ///
+    /// # Errors
+    /// When the figures cannot be read.
+    fn memory(&self) -> Result<MemoryUse, Error>;
+}
+
+/// The device a rank uses: `cpu`, `cuda` (the rank's local one) or `auto` (a GPU where there is one).
+///
+/// # Errors
+/// When a GPU was asked for and cannot be used: why, and what to do.
+pub fn accelerator(kind: &str, local_rank: usize) -> Result<Box<dyn Accelerator>, Error> {
+    match kind {
+        "cpu" => Ok(Box::new(Cpu)),
+        "cuda" => Ok(Box::new(Cuda::new(local_rank)?)),
+        "auto" if std::path::Path::new("/dev/nvidiactl").exists() => Ok(Box::new(Cuda::new(local_rank)?)),
+        "auto" => Ok(Box::new(Cpu)),
+        other => Err(Error::new(format!("unknown device {other:?}: use cpu, cuda or auto"))),
+    }
+}
+
+/// The host's processors.
+#[derive(Debug, Clone, Copy)]
+pub struct Cpu;
+
+impl Accelerator for Cpu {
+    fn name(&self) -> String {
+        "cpu".into()
+    }
+    fn zeros(&self, shape: &[i64], kind: Kind) -> Tensor {
+        Tensor::zeros(shape, (kind, Device::Cpu))
+    }
+    fn empty(&self, shape: &[i64], kind: Kind) -> Tensor {
+        Tensor::empty(shape, (kind, Device::Cpu))
+    }
+    fn upload(&self, host: &Tensor) -> Tensor {
+        host.shallow_clone()
+    }
+    fn synchronize(&self) -> Result<(), Error> {
+        Ok(())
+    }
+    fn generator_state(&self) -> Result<Tensor, Error> {
+        torch_ext::generator_state(Device::Cpu)
+    }
+    fn set_generator_state(&self, state: &Tensor) -> Result<(), Error> {
+        torch_ext::set_generator_state(Device::Cpu, state)
+    }
+    fn memory(&self) -> Result<MemoryUse, Error> {
+        let status = std::fs::read_to_string("/proc/self/status").map_err(|e| Error::new(e.to_string()))?;
+        let field = |name: &str| {
+            let line = status.lines().find(|line| line.starts_with(name))?;
+            line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
+        };
+        match (field("VmRSS:"), field("VmHWM:")) {
+            (Some(current), Some(peak)) => Ok(MemoryUse { current, peak }),
+            _ => Err(Error::new("/proc/self/status has no VmRSS and VmHWM")),
+        }
+    }
+}
+
+/// One NVIDIA GPU, through libtorch's CUDA library, loaded at run time. Not yet run on hardware.
+#[derive(Debug, Clone, Copy)]
+pub struct Cuda {
+    index: usize,
+}
+
+impl Cuda {
+    /// Loads the CUDA library and takes GPU `index`.
+    ///
+    /// # Errors
+    /// When the library cannot be loaded, or there is no such GPU.
+    pub fn new(index: usize) -> Result<Cuda, Error> {
+        torch_ext::load_cuda()?;
+        let count = tch::Cuda::device_count();
+        if (index as i64) < count {
+            Ok(Cuda { index })
+        } else {
+            Err(Error::new(format!(
+                "GPU {index} was asked for and the driver shows {count}: start at most {count} ranks on this machine, \
+                 or use device: cpu"
+            )))
+        }
+    }
+    fn device(&self) -> Device {
+        Device::Cuda(self.index)
+    }
+}
+
+impl Accelerator for Cuda {
+    fn name(&self) -> String {
+        format!("cuda:{}", self.index)
+    }
+    fn zeros(&self, shape: &[i64], kind: Kind) -> Tensor {
+        Tensor::zeros(shape, (kind, self.device()))
+    }
+    fn empty(&self, shape: &[i64], kind: Kind) -> Tensor {
+        Tensor::empty(shape, (kind, self.device()))
+    }
+    fn upload(&self, host: &Tensor) -> Tensor {
+        host.to_device(self.device())
+    }
+    fn synchronize(&self) -> Result<(), Error> {
+        torch_ext::synchronize(self.device())
+    }
+    fn generator_state(&self) -> Result<Tensor, Error> {
+        torch_ext::generator_state(self.device())
+    }
+    fn set_generator_state(&self, state: &Tensor) -> Result<(), Error> {
+        torch_ext::set_generator_state(self.device(), state)
+    }
+    fn memory(&self) -> Result<MemoryUse, Error> {
+        let (current, peak) = torch_ext::allocator_bytes(self.device())?;
+        Ok(MemoryUse { current: current.max(0) as u64, peak: peak.max(0) as u64 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cpu_reports_its_memory() {
+        let memory = Cpu.memory().unwrap();
+        assert!(memory.current > 1 << 20 && memory.peak >= memory.current);
+    }
+
+    #[test]
+    fn an_unknown_device_is_refused() {
+        assert!(accelerator("tpu", 0).unwrap_err().to_string().contains("use cpu, cuda or auto"));
+    }
+}

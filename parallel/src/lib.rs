@@ -1,0 +1,21 @@
+//! Where work runs: devices, communicators, the mesh of ranks, and gradients summed over replicas.
+//!
+//! Invariants:
+//! - [`Mesh`] alone turns a rank into coordinates and groups; nobody else does arithmetic on ranks.
+//! - [`Accelerator`] and [`Communicator`] alone know what they run on; no other crate names a device.
+//! - Communicators are made in one place, [`World::group`], so every one has the same timeout.
+//! - Collectives inside a model are the differentiable functions of [`collectives`].
+#![deny(missing_docs)]
+
+pub mod collectives;
+mod comm;
+mod device;
+mod gradients;
+mod mesh;
+mod world;
+
+pub use comm::{CommError, Communicator, Gloo, Local, ReduceOp, Work};
+pub use device::{Accelerator, Cpu, Cuda, MemoryUse, accelerator};
+pub use gradients::{BucketPlan, GradientBuckets, plan_buckets};
+pub use mesh::{Coordinates, Group, Mesh, MeshError, MeshShape};
+pub use world::{RankEnv, World};

@@ -1,0 +1,326 @@
+//! Who sits where: the only place that turns a rank into coordinates and groups.
+//!
+//! Ranks are numbered with the tensor axis fastest, then context, data and pipeline, so that ranks which talk most
+//! are neighbours. The expert axis is folded over the dense ones: inside one pipeline stage the `data x context x
+//! tensor` ranks, in order, form rows of `expert` consecutive ranks. The ranks of a row hold different experts; the
+//! ranks of a column hold the same ones.
+
+/// Sizes of the axes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MeshShape {
+    /// Replicas of the dense layers, each with its own share of the batch.
+    pub data: usize,
+    /// Ranks that split every matrix.
+    pub tensor: usize,
+    /// Stages that layers are spread over.
+    pub pipeline: usize,
+    /// Ranks that split every sequence.
+    pub context: usize,
+    /// Ranks that split the experts of a layer; divides `data * context * tensor`.
+    pub expert: usize,
+}
+
+/// The axes do not fit together or do not fill the ranks.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum MeshError {
+    /// An axis of size zero.
+    #[error("the {axis} axis has size 0; the smallest is 1")]
+    EmptyAxis {
+        /// Its name.
+        axis: &'static str,
+    },
+    /// The product of the axes is not the number of ranks.
+    #[error(
+        "data {data} x context {context} x tensor {tensor} x pipeline {pipeline} = {product} ranks, but {ranks} were started"
+    )]
+    WrongProduct {
+        /// Size of the data axis.
+        data: usize,
+        /// Size of the context axis.
+        context: usize,
+        /// Size of the tensor axis.
+        tensor: usize,
+        /// Size of the pipeline axis.
+        pipeline: usize,
+        /// Their product.
+        product: usize,
+        /// Ranks there are.
+        ranks: usize,
+    },
+    /// The expert axis does not divide a stage.
+    #[error(
+        "expert {expert} does not divide the {stage} ranks of a pipeline stage (data {data} x context {context} x tensor {tensor})"
+    )]
+    ExpertDoesNotDivide {
+        /// Size of the expert axis.
+        expert: usize,
+        /// Size of the data axis.
+        data: usize,
+        /// Size of the context axis.
+        context: usize,
+        /// Size of the tensor axis.
+        tensor: usize,
+        /// Their product.
+        stage: usize,
+    },
+}
+
+/// Where a rank sits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Coordinates {
+    /// On the data axis.
+    pub data: usize,
+    /// On the tensor axis.
+    pub tensor: usize,
+    /// On the pipeline axis.
+    pub pipeline: usize,
+    /// On the context axis.
+    pub context: usize,
+    /// On the expert axis: which slice of the experts it holds.
+    pub expert: usize,
+    /// Which replica of that slice it is.
+    pub expert_replica: usize,
+}
+
+/// A kind of group that the ranks fall into.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Group {
+    /// All ranks.
+    World,
+    /// Same stage, context and tensor coordinate: different data.
+    Data,
+    /// The ranks that split a matrix.
+    Tensor,
+    /// The stages of one pipeline.
+    Pipeline,
+    /// The ranks that split a sequence.
+    Context,
+    /// The ranks that hold the same dense parameters: data x context.
+    DenseReplicas,
+    /// The ranks that share out one layer's experts.
+    Expert,
+    /// The ranks that hold the same experts.
+    ExpertReplicas,
+}
+
+impl Group {
+    /// Every kind of group.
+    pub const ALL: [Group; 8] = [
+        Group::World,
+        Group::Data,
+        Group::Tensor,
+        Group::Pipeline,
+        Group::Context,
+        Group::DenseReplicas,
+        Group::Expert,
+        Group::ExpertReplicas,
+    ];
+}
+
+/// One rank's view of all ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mesh {
+    shape: MeshShape,
+    rank: usize,
+}
+
+impl Mesh {
+    /// The mesh of `ranks` ranks as `rank` sees it.
+    ///
+    /// # Errors
+    /// When the axes do not multiply to the number of ranks, or the expert axis does not fold into a stage.
+    pub fn new(shape: MeshShape, rank: usize, ranks: usize) -> Result<Mesh, MeshError> {
+        let MeshShape { data, tensor, pipeline, context, expert } = shape;
+        let named = [("data", data), ("tensor", tensor), ("pipeline", pipeline), ("context", context), ("expert", expert)];
+        if let Some((axis, _)) = named.into_iter().find(|&(_, size)| size == 0) {
+            return Err(MeshError::EmptyAxis { axis });
+        }
+        let stage = data * context * tensor;
+        if stage * pipeline != ranks {
+            let product = stage * pipeline;
+            return Err(MeshError::WrongProduct { data, context, tensor, pipeline, product, ranks });
+        }
+        if !stage.is_multiple_of(expert) {
+            return Err(MeshError::ExpertDoesNotDivide { expert, data, context, tensor, stage });
+        }
+        assert!(rank < ranks, "rank {rank} of {ranks}");
+        Ok(Mesh { shape, rank })
+    }
+
+    /// Sizes of the axes.
+    pub fn shape(&self) -> MeshShape {
+        self.shape
+    }
+
+    /// This rank.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// How many ranks there are.
+    pub fn size(&self) -> usize {
+        self.stage() * self.shape.pipeline
+    }
+
+    /// How many ranks hold the same experts.
+    pub fn expert_replicas(&self) -> usize {
+        self.stage() / self.shape.expert
+    }
+
+    /// Where this rank sits.
+    pub fn coordinates(&self) -> Coordinates {
+        self.coordinates_of(self.rank)
+    }
+
+    /// Where `rank` sits.
+    pub fn coordinates_of(&self, rank: usize) -> Coordinates {
+        let MeshShape { tensor, context, expert, .. } = self.shape;
+        let (pipeline, in_stage) = (rank / self.stage(), rank % self.stage());
+        Coordinates {
+            tensor: in_stage % tensor,
+            context: in_stage / tensor % context,
+            data: in_stage / tensor / context,
+            pipeline,
+            expert: in_stage % expert,
+            expert_replica: in_stage / expert,
+        }
+    }
+
+    /// The ranks, in order, of this rank's group of the given kind.
+    pub fn group(&self, group: Group) -> Vec<usize> {
+        let own = self.key(self.rank, group);
+        (0..self.size()).filter(|&rank| self.key(rank, group) == own).collect()
+    }
+
+    /// What the ranks of one group have in common.
+    fn key(&self, rank: usize, group: Group) -> [usize; 3] {
+        let at = self.coordinates_of(rank);
+        match group {
+            Group::World => [0, 0, 0],
+            Group::Data => [at.pipeline, at.context, at.tensor],
+            Group::Tensor => [at.pipeline, at.data, at.context],
+            Group::Pipeline => [at.data, at.context, at.tensor],
+            Group::Context => [at.pipeline, at.data, at.tensor],
+            Group::DenseReplicas => [at.pipeline, at.tensor, 0],
+            Group::Expert => [at.pipeline, at.expert_replica, 0],
+            Group::ExpertReplicas => [at.pipeline, at.expert, 0],
+        }
+    }
+
+    fn stage(&self) -> usize {
+        self.shape.data * self.shape.context * self.shape.tensor
+    }
+}
+
+impl std::fmt::Display for Mesh {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let MeshShape { data, tensor, pipeline, context, expert } = self.shape;
+        write!(f, "{} rank{}: data {data}", self.size(), if self.size() == 1 { "" } else { "s" })?;
+        for (name, size) in [("context", context), ("tensor", tensor), ("pipeline", pipeline)] {
+            if size > 1 {
+                write!(f, " x {name} {size}")?;
+            }
+        }
+        if expert > 1 {
+            write!(f, "; experts over {expert} ranks x {} replicas", self.expert_replicas())?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn shapes() -> impl Strategy<Value = MeshShape> {
+        (1usize..5, 1usize..4, 1usize..4, 1usize..4, any::<prop::sample::Index>()).prop_map(
+            |(data, tensor, pipeline, context, pick)| {
+                let stage = data * tensor * context;
+                let divisors: Vec<_> = (1..=stage).filter(|d| stage.is_multiple_of(*d)).collect();
+                MeshShape { data, tensor, pipeline, context, expert: divisors[pick.index(divisors.len())] }
+            },
+        )
+    }
+
+    fn ranks(shape: MeshShape) -> usize {
+        shape.data * shape.tensor * shape.pipeline * shape.context
+    }
+
+    fn expected_size(shape: MeshShape, group: Group) -> usize {
+        let stage = shape.data * shape.tensor * shape.context;
+        match group {
+            Group::World => ranks(shape),
+            Group::Data => shape.data,
+            Group::Tensor => shape.tensor,
+            Group::Pipeline => shape.pipeline,
+            Group::Context => shape.context,
+            Group::DenseReplicas => shape.data * shape.context,
+            Group::Expert => shape.expert,
+            Group::ExpertReplicas => stage / shape.expert,
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(1000))]
+
+        #[test]
+        fn every_kind_of_group_divides_the_ranks_evenly(shape in shapes()) {
+            let ranks = ranks(shape);
+            for group in Group::ALL {
+                for rank in 0..ranks {
+                    let members = Mesh::new(shape, rank, ranks).unwrap().group(group);
+                    prop_assert!(members.contains(&rank));
+                    prop_assert_eq!(members.len(), expected_size(shape, group));
+                    // All members see the same group, in the same order.
+                    for &member in &members {
+                        prop_assert_eq!(&Mesh::new(shape, member, ranks).unwrap().group(group), &members);
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn coordinates_name_a_rank(shape in shapes()) {
+            let mesh = Mesh::new(shape, 0, ranks(shape)).unwrap();
+            let mut seen = std::collections::HashSet::new();
+            for rank in 0..mesh.size() {
+                let at = mesh.coordinates_of(rank);
+                prop_assert!(seen.insert((at.data, at.context, at.tensor, at.pipeline)));
+                prop_assert!(at.expert < shape.expert && at.expert_replica < mesh.expert_replicas());
+            }
+        }
+
+        #[test]
+        fn an_expert_group_and_a_replica_group_share_one_rank(shape in shapes()) {
+            let ranks = ranks(shape);
+            for rank in 0..ranks {
+                let mesh = Mesh::new(shape, rank, ranks).unwrap();
+                let replicas = mesh.group(Group::ExpertReplicas);
+                let common: Vec<_> = mesh.group(Group::Expert).into_iter().filter(|r| replicas.contains(r)).collect();
+                prop_assert_eq!(common, vec![rank]);
+            }
+        }
+    }
+
+    #[test]
+    fn four_ranks_with_two_expert_slices() {
+        let shape = MeshShape { data: 4, tensor: 1, pipeline: 1, context: 1, expert: 2 };
+        let mesh = Mesh::new(shape, 2, 4).unwrap();
+        assert_eq!(mesh.group(Group::Expert), [2, 3]);
+        assert_eq!(mesh.group(Group::ExpertReplicas), [0, 2]);
+        assert_eq!(mesh.group(Group::DenseReplicas), [0, 1, 2, 3]);
+        assert_eq!(mesh.to_string(), "4 ranks: data 4; experts over 2 ranks x 2 replicas");
+    }
+
+    #[test]
+    fn shapes_that_do_not_fit_show_the_arithmetic() {
+        let shape = MeshShape { data: 2, tensor: 1, pipeline: 1, context: 1, expert: 1 };
+        let error = Mesh::new(shape, 0, 3).unwrap_err().to_string();
+        assert_eq!(error, "data 2 x context 1 x tensor 1 x pipeline 1 = 2 ranks, but 3 were started");
+        let error = Mesh::new(MeshShape { expert: 3, ..shape }, 0, 2).unwrap_err().to_string();
+        assert!(error.contains("expert 3 does not divide the 2 ranks"), "{error}");
+        let error = Mesh::new(MeshShape { data: 0, ..shape }, 0, 2).unwrap_err().to_string();
+        assert!(error.contains("data axis has size 0"), "{error}");
+    }
+}

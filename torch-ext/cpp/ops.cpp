@@ -1,0 +1,71 @@
+// Operations of libtorch that tch does not expose: fused AdamW, random-generator state, allocator figures.
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <ATen/core/Generator.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/_fused_adamw.h>
+#include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include "edge.h"
+
+namespace {
+c10::Device device_of(int type, int index) {
+  return c10::Device(static_cast<c10::DeviceType>(type), static_cast<c10::DeviceIndex>(index));
+}
+std::vector<at::Tensor> list(at::Tensor* const* tensors, size_t count) {
+  std::vector<at::Tensor> out;
+  out.reserve(count);
+  for (size_t i = 0; i < count; i++) out.push_back(*tensors[i]);
+  return out;
+}
+} // namespace
+
+extern "C" {
+
+int mtx_fused_adamw(at::Tensor* const* params, at::Tensor* const* grads, at::Tensor* const* exp_avgs,
+                    at::Tensor* const* exp_avg_sqs, at::Tensor* const* steps, size_t count, double lr, double beta1,
+                    double beta2, double weight_decay, double eps, at::Tensor* grad_scale) {
+  return mtx::guarded([&] {
+    at::NoGradGuard no_grad;
+    std::optional<at::Tensor> scale;
+    if (grad_scale) scale = *grad_scale;
+    at::_fused_adamw_(list(params, count), list(grads, count), list(exp_avgs, count), list(exp_avg_sqs, count), {},
+                      list(steps, count), lr, beta1, beta2, weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false, scale);
+  });
+}
+
+int mtx_generator_state(int type, int index, at::Tensor** out) {
+  return mtx::guarded([&] {
+    auto generator = at::globalContext().defaultGenerator(device_of(type, index));
+    std::lock_guard<std::mutex> lock(generator.mutex());
+    *out = new at::Tensor(generator.get_state());
+  });
+}
+
+int mtx_set_generator_state(int type, int index, at::Tensor* state) {
+  return mtx::guarded([&] {
+    auto generator = at::globalContext().defaultGenerator(device_of(type, index));
+    std::lock_guard<std::mutex> lock(generator.mutex());
+    generator.set_state(*state);
+  });
+}
+
+int mtx_synchronize(int type, int index) {
+  return mtx::guarded([&] {
+    auto device = device_of(type, index);
+    c10::impl::VirtualGuardImpl(device.type()).synchronizeDevice(device.index());
+  });
+}
+
+// Bytes that tensors hold now and held at most, by the device's caching allocator.
+int mtx_allocator_bytes(int type, int index, int64_t* current, int64_t* peak) {
+  return mtx::guarded([&] {
+    auto device = device_of(type, index);
+    auto stats = at::getDeviceAllocator(device.type())->getDeviceStats(device.index());
+    auto total = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
+    *current = stats.allocated_bytes[total].current;
+    *peak = stats.allocated_bytes[total].peak;
+  });
+}
+}

@@ -1,0 +1,65 @@
+//! Loading libtorch's CUDA library into a program that was linked against the CPU libraries only.
+
+use crate::Error;
+use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+/// Registers libtorch's CUDA kernels in this process, once; later calls return the first answer.
+///
+/// `libtorch_cuda.so` of the same torch version is looked for in the folder `MOERUN_TORCH_LIB`, beside the
+/// libtorch this program runs on, and on the loader's path, in that order.
+///
+/// # Errors
+/// Every place that was tried, with the loader's reason.
+pub fn load_cuda() -> Result<(), Error> {
+    static LOADED: OnceLock<Result<(), Error>> = OnceLock::new();
+    LOADED.get_or_init(load).clone()
+}
+
+fn load() -> Result<(), Error> {
+    let file = "libtorch_cuda.so";
+    let mut candidates: Vec<PathBuf> = Vec::new();
+    candidates.extend(std::env::var_os("MOERUN_TORCH_LIB").map(|folder| PathBuf::from(folder).join(file)));
+    candidates.extend(folder_of_libtorch().map(|folder| folder.join(file)));
+    candidates.push(file.into());
+    let mut tried = Vec::new();
+    for candidate in candidates {
+        // SAFETY: loading runs the library's initialisers, which register kernels with the dispatcher; the handle
+        // is leaked on purpose, since registered kernels must stay.
+        match unsafe { Library::open(Some(&candidate), RTLD_NOW | RTLD_GLOBAL) } {
+            Ok(library) => {
+                std::mem::forget(library);
+                return Ok(());
+            }
+            Err(error) => tried.push(format!("{}: {error}", candidate.display())),
+        }
+    }
+    Err(Error::new(format!(
+        "libtorch's CUDA library could not be loaded ({}). Point MOERUN_TORCH_LIB at the torch/lib folder of a torch \
+         2.11.0 installed with CUDA, or run ./scripts/setup --cuda",
+        tried.join("; ")
+    )))
+}
+
+/// The real folder of the libtorch_cpu this process runs on, links resolved.
+fn folder_of_libtorch() -> Option<PathBuf> {
+    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
+    let line = maps.lines().find(|line| line.ends_with("/libtorch_cpu.so"))?;
+    let path = PathBuf::from(&line[line.find('/')?..]);
+    Some(path.canonicalize().ok()?.parent()?.to_path_buf())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_library_names_the_places_and_the_remedy() {
+        if let Err(error) = load_cuda() {
+            let text = error.to_string();
+            assert!(text.contains("libtorch_cuda.so") && text.contains("setup --cuda"), "{text}");
+        }
+        assert!(folder_of_libtorch().is_some_and(|folder| folder.join("libtorch_cpu.so").exists()));
+    }
+}

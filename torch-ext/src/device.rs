@@ -1,0 +1,84 @@
+//! Per-device state that libtorch keeps: random generators, allocators, queued work.
+
+use crate::{Error, ffi};
+use std::ffi::c_int;
+use tch::{Device, Tensor};
+use torch_sys::C_tensor;
+
+/// c10's number of the device type, and the index (-1 where there is only one).
+fn code(device: Device) -> (c_int, c_int) {
+    match device {
+        Device::Cpu => (0, -1),
+        Device::Cuda(index) => (1, index as c_int),
+        Device::Mps => (13, 0),
+        Device::Vulkan => (10, 0),
+    }
+}
+
+/// The state of the device's default random generator: a `[bytes]` uint8 tensor on the CPU.
+///
+/// # Errors
+/// libtorch's message, when the device is not there.
+pub fn generator_state(device: Device) -> Result<Tensor, Error> {
+    let (kind, index) = code(device);
+    let mut out: *mut C_tensor = std::ptr::null_mut();
+    // SAFETY: `out` receives a new tensor that we own.
+    unsafe {
+        ffi::check(ffi::mtx_generator_state(kind, index, &mut out))?;
+        Ok(Tensor::from_ptr(out))
+    }
+}
+
+/// Puts back what [`generator_state`] gave.
+///
+/// # Errors
+/// libtorch's message, when the state does not belong to such a device.
+pub fn set_generator_state(device: Device, state: &Tensor) -> Result<(), Error> {
+    let (kind, index) = code(device);
+    // SAFETY: `state` is a live tensor.
+    ffi::check(unsafe { ffi::mtx_set_generator_state(kind, index, state.as_ptr() as *mut C_tensor) })
+}
+
+/// Waits until all work queued on the device is done.
+///
+/// # Errors
+/// libtorch's message, an earlier asynchronous failure included.
+pub fn synchronize(device: Device) -> Result<(), Error> {
+    let (kind, index) = code(device);
+    // SAFETY: plain numbers.
+    ffi::check(unsafe { ffi::mtx_synchronize(kind, index) })
+}
+
+/// Bytes that tensors hold on the device now, and held at most, by its caching allocator.
+///
+/// # Errors
+/// On the CPU, which has no such allocator, and where the device is not there.
+pub fn allocator_bytes(device: Device) -> Result<(i64, i64), Error> {
+    let (kind, index) = code(device);
+    let (mut current, mut peak) = (0, 0);
+    // SAFETY: two out-parameters that live through the call.
+    ffi::check(unsafe { ffi::mtx_allocator_bytes(kind, index, &mut current, &mut peak) })?;
+    Ok((current, peak))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::Kind;
+
+    #[test]
+    fn a_restored_generator_draws_the_same_numbers() {
+        let state = generator_state(Device::Cpu).unwrap();
+        let draw = || Vec::<f32>::try_from(Tensor::rand([8], (Kind::Float, Device::Cpu))).unwrap();
+        let first = draw();
+        assert_ne!(first, draw());
+        set_generator_state(Device::Cpu, &state).unwrap();
+        assert_eq!(first, draw());
+    }
+
+    #[test]
+    fn a_device_that_is_not_there_is_an_error() {
+        assert!(allocator_bytes(Device::Cpu).is_err());
+        assert!(set_generator_state(Device::Cpu, &Tensor::from_slice(&[1u8, 2])).is_err());
+    }
+}

@@ -1,0 +1,28 @@
+//! The one C++ edge: what libtorch 2.11 has and `tch` does not expose.
+//!
+//! - [`Store`] and [`Gloo`]: c10d's rendezvous store and CPU process group, with asynchronous [`Work`];
+//! - [`attach_backward`]: a custom autograd node whose backward is a Rust closure;
+//! - [`on_grad_accumulated`], [`set_grad`]: when a leaf's gradient is ready, and where it is kept;
+//! - [`fused_adamw`]: the optimizer step in one pass over memory;
+//! - [`generator_state`], [`allocator_bytes`], [`synchronize`]: per-device state;
+//! - [`load_cuda`]: registers libtorch's CUDA kernels in the running program.
+//!
+//! Invariant: C++ exceptions become [`Error`] with their message, Rust panics inside callbacks become C++
+//! exceptions, and nothing unwinds across the edge. `unsafe` for libtorch lives here and in the backends of
+//! `parallel` alone.
+#![deny(missing_docs)]
+
+mod autograd;
+mod c10d;
+mod cuda;
+mod device;
+mod error;
+mod ffi;
+mod optim;
+
+pub use autograd::{attach_backward, on_grad_accumulated, set_grad};
+pub use c10d::{Gloo, GlooAddress, ReduceOp, Store, Work};
+pub use cuda::load_cuda;
+pub use device::{allocator_bytes, generator_state, set_generator_state, synchronize};
+pub use error::Error;
+pub use optim::{AdamW, fused_adamw};

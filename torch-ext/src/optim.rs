@@ -1,0 +1,83 @@
+//! Fused AdamW: weights, gradients and both moments in one pass over memory.
+
+use crate::{Error, ffi};
+use tch::Tensor;
+use torch_sys::C_tensor;
+
+/// The scalars of one AdamW step (Loshchilov and Hutter, arXiv 1711.05101).
+#[derive(Debug, Clone, Copy)]
+pub struct AdamW {
+    /// Learning rate of this step.
+    pub lr: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Decoupled weight decay, multiplied by `lr`.
+    pub weight_decay: f64,
+    /// Added to the denominator.
+    pub eps: f64,
+}
+
+/// One step on lists of tensors of equal length and dtype, in place. `steps` are fp32 scalars, already counting
+/// this step (1 at the first). Gradients are divided by `grad_scale`, an fp32 scalar, when there is one.
+///
+/// # Errors
+/// libtorch's message, when shapes, dtypes or devices differ.
+///
+/// # Panics
+/// When the lists differ in length.
+pub fn fused_adamw(
+    params: &[Tensor],
+    grads: &[Tensor],
+    exp_avgs: &[Tensor],
+    exp_avg_sqs: &[Tensor],
+    steps: &[Tensor],
+    config: AdamW,
+    grad_scale: Option<&Tensor>,
+) -> Result<(), Error> {
+    let lists = [params, grads, exp_avgs, exp_avg_sqs, steps];
+    assert!(lists.iter().all(|list| list.len() == params.len()), "AdamW's lists differ in length");
+    if params.is_empty() {
+        return Ok(());
+    }
+    let pointers = lists.map(|list| list.iter().map(|t| t.as_ptr() as *mut C_tensor).collect::<Vec<_>>());
+    let scale = grad_scale.map_or(std::ptr::null_mut(), |t| t.as_ptr() as *mut C_tensor);
+    // SAFETY: five arrays of live tensors of the same length, and a live tensor or null.
+    ffi::check(unsafe {
+        ffi::mtx_fused_adamw(
+            pointers[0].as_ptr(),
+            pointers[1].as_ptr(),
+            pointers[2].as_ptr(),
+            pointers[3].as_ptr(),
+            pointers[4].as_ptr(),
+            params.len(),
+            config.lr,
+            config.beta1,
+            config.beta2,
+            config.weight_decay,
+            config.eps,
+            scale,
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::{Device, Kind};
+
+    #[test]
+    fn one_step_is_adamw_by_hand() {
+        let new = |v: f32| Tensor::from_slice(&[v]);
+        let (param, grad, m, v, step) = (new(1.0), new(1.0), new(0.0), new(0.0), new(1.0));
+        let config = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.95, weight_decay: 0.5, eps: 0.0 };
+        let scale = Tensor::full([1], 2.0, (Kind::Float, Device::Cpu));
+        let one = |t: &Tensor| vec![t.shallow_clone()];
+        fused_adamw(&one(&param), &one(&grad), &one(&m), &one(&v), &one(&step), config, Some(&scale)).unwrap();
+        // The gradient is 0.5 after scaling; at the first step the update is lr * sign(grad) after decay.
+        assert!((param.double_value(&[0]) - (1.0 - 0.1 * 0.5 - 0.1)).abs() < 1e-6);
+        assert!((m.double_value(&[0]) - 0.05).abs() < 1e-7);
+        assert!((v.double_value(&[0]) - 0.0125).abs() < 1e-7);
+    }
+}
