@@ -1,1 +1,23 @@
-//! x
+//! Which expert works on which token, and where.
+//!
+//! - [`Router`] chooses experts for every token;
+//! - [`balance`] keeps them evenly used;
+//! - [`plan`] says, as plain numbers, which row goes where; [`dispatch`] carries it out;
+//! - [`experts`] computes; [`MoeLayer`] puts the parts together.
+//!
+//! Invariants:
+//! - Routing is dropless and exact: every (token, choice) pair reaches its expert, wherever that sits.
+//! - Plans are pure functions of plain data; they know no tensors.
+//! - A rank, an expert or a whole group without tokens still takes part in every collective and in backward.
+#![deny(missing_docs)]
+
+pub mod balance;
+pub mod dispatch;
+pub mod experts;
+mod layer;
+pub mod plan;
+mod router;
+mod rows;
+
+pub use layer::{MoeLayer, MoeOutput, MoeWeights};
+pub use router::{Router, Routing, Score};

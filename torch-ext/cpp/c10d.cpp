@@ -5,6 +5,7 @@
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
 #include <cstring>
+#include <mutex>
 
 #include "edge.h"
 
@@ -18,6 +19,15 @@ StorePtr& store_of(void* handle) { return *static_cast<StorePtr*>(handle); }
 GroupPtr& group_of(void* handle) { return *static_cast<GroupPtr*>(handle); }
 WorkPtr& work_of(void* handle) { return *static_cast<WorkPtr*>(handle); }
 void* boxed(WorkPtr work) { return new WorkPtr(std::move(work)); }
+
+// c10d's flight recorder, one for the whole process, adds groups to a map without a lock: operations are started
+// one at a time (they still run side by side).
+template <typename F>
+int started(F&& body) {
+  static std::mutex starting;
+  std::lock_guard<std::mutex> lock(starting);
+  return mtx::guarded(body);
+}
 } // namespace
 
 extern "C" {
@@ -76,7 +86,7 @@ int mtx_gloo_new(void* store, int rank, int size, int64_t timeout_ms, const char
 void mtx_gloo_free(void* group) { delete static_cast<GroupPtr*>(group); }
 
 int mtx_gloo_all_reduce(void* group, at::Tensor* tensor, uint8_t op, void** work) {
-  return mtx::guarded([&] {
+  return started([&] {
     std::vector<at::Tensor> tensors{*tensor};
     c10d::AllreduceOptions options;
     options.reduceOp = static_cast<c10d::ReduceOp::RedOpType>(op);
@@ -84,7 +94,7 @@ int mtx_gloo_all_reduce(void* group, at::Tensor* tensor, uint8_t op, void** work
   });
 }
 int mtx_gloo_broadcast(void* group, at::Tensor* tensor, int64_t root, void** work) {
-  return mtx::guarded([&] {
+  return started([&] {
     std::vector<at::Tensor> tensors{*tensor};
     c10d::BroadcastOptions options;
     options.rootRank = root;
@@ -92,10 +102,10 @@ int mtx_gloo_broadcast(void* group, at::Tensor* tensor, int64_t root, void** wor
   });
 }
 int mtx_gloo_all_gather(void* group, at::Tensor* output, at::Tensor* input, void** work) {
-  return mtx::guarded([&] { *work = boxed(group_of(group)->_allgather_base(*output, *input)); });
+  return started([&] { *work = boxed(group_of(group)->_allgather_base(*output, *input)); });
 }
 int mtx_gloo_reduce_scatter(void* group, at::Tensor* output, at::Tensor* input, uint8_t op, void** work) {
-  return mtx::guarded([&] {
+  return started([&] {
     c10d::ReduceScatterOptions options;
     options.reduceOp = static_cast<c10d::ReduceOp::RedOpType>(op);
     *work = boxed(group_of(group)->_reduce_scatter_base(*output, *input, options));
@@ -103,25 +113,25 @@ int mtx_gloo_reduce_scatter(void* group, at::Tensor* output, at::Tensor* input, 
 }
 int mtx_gloo_all_to_all(void* group, at::Tensor* output, at::Tensor* input, const int64_t* output_splits,
                         const int64_t* input_splits, size_t count, void** work) {
-  return mtx::guarded([&] {
+  return started([&] {
     std::vector<int64_t> out(output_splits, output_splits + count), in(input_splits, input_splits + count);
     *work = boxed(group_of(group)->alltoall_base(*output, *input, out, in));
   });
 }
 int mtx_gloo_send(void* group, at::Tensor* tensor, int to, int tag, void** work) {
-  return mtx::guarded([&] {
+  return started([&] {
     std::vector<at::Tensor> tensors{*tensor};
     *work = boxed(group_of(group)->send(tensors, to, tag));
   });
 }
 int mtx_gloo_recv(void* group, at::Tensor* tensor, int from, int tag, void** work) {
-  return mtx::guarded([&] {
+  return started([&] {
     std::vector<at::Tensor> tensors{*tensor};
     *work = boxed(group_of(group)->recv(tensors, from, tag));
   });
 }
 int mtx_gloo_barrier(void* group, void** work) {
-  return mtx::guarded([&] { *work = boxed(group_of(group)->barrier()); });
+  return started([&] { *work = boxed(group_of(group)->barrier()); });
 }
 
 int mtx_work_is_completed(void* work, bool* out) {

@@ -128,7 +128,7 @@ impl Communicator for Gloo {
     }
     fn all_gather(&self, output: &Tensor, input: &Tensor) -> Result<Work, CommError> {
         let rows = vec![input.size().first().copied().unwrap_or(0); self.size()];
-        let copies = Tensor::cat(&vec![input.shallow_clone(); self.size()], 0);
+        let copies = Tensor::cat(&vec![input; self.size()], 0);
         check_splits(output, &copies, &rows, &rows, self.size()).map_err(|e| self.shared.error("all_gather", e))?;
         self.run("all_gather", &[output, &copies], |group, host| group.all_to_all(&host[0], &host[1], &rows, &rows))
     }

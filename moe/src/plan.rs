@@ -1,0 +1,163 @@
+//! Dispatch plans: which row goes where, as pure functions of plain numbers.
+//!
+//! A *slot* is one (token, choice) pair. Slots are ordered by expert, so those for one rank are neighbours, and
+//! within an expert by token. A rank owns `experts / ranks` consecutive experts.
+
+/// How a rank's own tokens are laid out for sending.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SendPlan {
+    /// The token of each slot, `[T * K]`.
+    pub token_of_slot: Vec<i64>,
+    /// The slot of each (token, choice), token-major, `[T * K]`.
+    pub slot_of_choice: Vec<i64>,
+    /// Slots for each expert, `[E]`.
+    pub counts: Vec<i64>,
+}
+
+/// Sorts the choices `experts` `[T * K]`, token-major, by expert.
+pub fn plan_send(experts: &[i64], top_k: usize, num_experts: usize) -> SendPlan {
+    let mut counts = vec![0i64; num_experts];
+    for &expert in experts {
+        counts[expert as usize] += 1;
+    }
+    let mut next = exclusive_sum(&counts);
+    let mut token_of_slot = vec![0i64; experts.len()];
+    let mut slot_of_choice = vec![0i64; experts.len()];
+    for (choice, &expert) in experts.iter().enumerate() {
+        let slot = next[expert as usize];
+        next[expert as usize] += 1;
+        token_of_slot[slot as usize] = (choice / top_k) as i64;
+        slot_of_choice[choice] = slot;
+    }
+    SendPlan { token_of_slot, slot_of_choice, counts }
+}
+
+/// How received rows, which come rank by rank, are laid out expert by expert.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReceivePlan {
+    /// Rows from each rank.
+    pub rows_from: Vec<i64>,
+    /// For each place in expert order, the received row that belongs there.
+    pub order: Vec<i64>,
+    /// For each received row, its place in expert order.
+    pub place: Vec<i64>,
+    /// Rows for each local expert.
+    pub counts: Vec<i64>,
+}
+
+/// From `counts`, rank-major `[ranks * local experts]`: how many rows each rank sends for each local expert.
+pub fn plan_receive(counts: &[i64], num_ranks: usize) -> ReceivePlan {
+    let local = counts.len() / num_ranks;
+    let rows_from: Vec<i64> = counts.chunks(local).map(|rank| rank.iter().sum()).collect();
+    let starts = exclusive_sum(counts);
+    let total: i64 = counts.iter().sum();
+    let mut order = Vec::with_capacity(total as usize);
+    let mut place = vec![0i64; total as usize];
+    for expert in 0..local {
+        for rank in 0..num_ranks {
+            let cell = rank * local + expert;
+            for row in starts[cell]..starts[cell] + counts[cell] {
+                place[row as usize] = order.len() as i64;
+                order.push(row);
+            }
+        }
+    }
+    let counts = (0..local).map(|expert| counts.iter().skip(expert).step_by(local).sum()).collect();
+    ReceivePlan { rows_from, order, place, counts }
+}
+
+/// Choices of each expert in each group of `tokens_per_group` tokens, group-major `[G * E]`.
+pub fn count_choices(experts: &[i64], top_k: usize, tokens_per_group: usize, num_experts: usize) -> Vec<f32> {
+    let per_group = tokens_per_group * top_k;
+    let groups = experts.len() / per_group.max(1);
+    let mut counts = vec![0f32; groups * num_experts];
+    for (choice, &expert) in experts.iter().enumerate() {
+        counts[choice / per_group * num_experts + expert as usize] += 1.0;
+    }
+    counts
+}
+
+fn exclusive_sum(counts: &[i64]) -> Vec<i64> {
+    counts
+        .iter()
+        .scan(0, |sum, &count| {
+            let start = *sum;
+            *sum += count;
+            Some(start)
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Choices of `top_k` distinct experts for each token.
+    fn choices() -> impl Strategy<Value = (Vec<i64>, usize, usize)> {
+        (1usize..12, 0usize..40).prop_flat_map(|(num_experts, tokens)| {
+            (1..=num_experts).prop_flat_map(move |top_k| {
+                let row = Just((0..num_experts as i64).collect::<Vec<_>>()).prop_shuffle();
+                prop::collection::vec(row, tokens).prop_map(move |rows| {
+                    (rows.into_iter().flat_map(|row| row.into_iter().take(top_k)).collect(), top_k, num_experts)
+                })
+            })
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        #[test]
+        fn sending_sorts_every_choice_by_expert_and_token((experts, top_k, num_experts) in choices()) {
+            let plan = plan_send(&experts, top_k, num_experts);
+            prop_assert_eq!(plan.counts.iter().sum::<i64>() as usize, experts.len());
+            let starts = exclusive_sum(&plan.counts);
+            let mut seen = vec![false; experts.len()];
+            for (choice, &expert) in experts.iter().enumerate() {
+                let slot = plan.slot_of_choice[choice] as usize;
+                prop_assert!(!std::mem::replace(&mut seen[slot], true));
+                prop_assert_eq!(plan.token_of_slot[slot] as usize, choice / top_k);
+                let start = starts[expert as usize];
+                prop_assert!((start..start + plan.counts[expert as usize]).contains(&(slot as i64)));
+            }
+            for expert in 0..num_experts {
+                let range = starts[expert] as usize..(starts[expert] + plan.counts[expert]) as usize;
+                prop_assert!(plan.token_of_slot[range].is_sorted());
+            }
+        }
+
+        #[test]
+        fn receiving_sorts_by_expert_and_then_rank(
+            (num_ranks, counts) in (1usize..5, 1usize..5).prop_flat_map(|(ranks, local)| {
+                (Just(ranks), prop::collection::vec(0i64..6, ranks * local))
+            }),
+        ) {
+            let plan = plan_receive(&counts, num_ranks);
+            let local = counts.len() / num_ranks;
+            // What each received row is, in the order it comes.
+            let rows: Vec<_> = (0..num_ranks)
+                .flat_map(|rank| (0..local).flat_map(move |expert| (0..6).map(move |i| (expert, rank, i))))
+                .filter(|&(expert, rank, i)| i < counts[rank * local + expert])
+                .collect();
+            let sorted: Vec<_> = plan.order.iter().map(|&row| rows[row as usize]).collect();
+            prop_assert!(sorted.is_sorted());
+            for (row, &place) in plan.place.iter().enumerate() {
+                prop_assert_eq!(plan.order[place as usize], row as i64);
+            }
+            prop_assert_eq!(plan.rows_from.iter().sum::<i64>(), counts.iter().sum::<i64>());
+            prop_assert_eq!(plan.counts.iter().sum::<i64>(), counts.iter().sum::<i64>());
+        }
+
+        #[test]
+        fn choices_are_counted_by_group((experts, top_k, num_experts) in choices()) {
+            let tokens = experts.len() / top_k;
+            let whole = count_choices(&experts, top_k, tokens.max(1), num_experts);
+            let single = count_choices(&experts, top_k, 1, num_experts);
+            for expert in 0..num_experts {
+                let summed: f32 = single.iter().skip(expert).step_by(num_experts).sum();
+                prop_assert_eq!(whole.get(expert).copied().unwrap_or(0.0), summed);
+            }
+        }
+    }
+}

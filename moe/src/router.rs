@@ -1,0 +1,143 @@
+//! Routers: which experts a token goes to, and with what weight.
+// Shapes: T tokens, E experts, K chosen experts.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+/// How logits become scores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Score {
+    /// Softmax over all experts (Mixtral, OLMoE).
+    Softmax,
+    /// Sigmoid of each logit (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+    Sigmoid,
+}
+
+/// Top-k routing.
+#[derive(Debug, Clone)]
+pub struct Router {
+    /// E.
+    pub num_experts: usize,
+    /// K.
+    pub top_k: usize,
+    /// Logits to scores.
+    pub score: Score,
+    /// Whether the weights of a token's chosen experts are made to sum to one.
+    pub normalize: bool,
+    /// Factor on all weights, after normalisation.
+    pub scale: f64,
+    /// Experts are divided into this many groups of neighbours ...
+    pub groups: usize,
+    /// ... of which only the best this many may be chosen from. Equal to `groups`: no limit.
+    pub top_groups: usize,
+}
+
+/// What a router decided for each token.
+pub struct Routing {
+    /// `[T, K]` int64, in descending order of score.
+    pub experts_tk: Tensor,
+    /// `[T, K]` fp32, differentiable.
+    pub weights_tk: Tensor,
+    /// `[T, E]` fp32, differentiable: scores that sum to one over the experts, for the load-balancing loss.
+    pub probs_te: Tensor,
+}
+
+impl Router {
+    /// Chooses experts from `logits_te` `[T, E]`. `bias_e` `[E]` is added to the scores for choosing only, not to
+    /// the weights (loss-free balancing, arXiv 2408.15664).
+    pub fn route(&self, logits_te: &Tensor, bias_e: Option<&Tensor>) -> Routing {
+        let logits_te = logits_te.to_kind(Kind::Float);
+        let scores_te = match self.score {
+            Score::Softmax => logits_te.softmax(-1, Kind::Float),
+            Score::Sigmoid => logits_te.sigmoid(),
+        };
+        let experts_tk = tch::no_grad(|| self.choose(&scores_te.detach(), bias_e));
+        let mut weights_tk = scores_te.gather(1, &experts_tk, false);
+        if self.normalize {
+            weights_tk = &weights_tk / (weights_tk.sum_dim_intlist([-1i64].as_slice(), true, Kind::Float) + 1e-20);
+        }
+        if self.scale != 1.0 {
+            weights_tk = weights_tk * self.scale;
+        }
+        let probs_te = match self.score {
+            Score::Softmax => scores_te,
+            Score::Sigmoid => {
+                &scores_te / (scores_te.sum_dim_intlist([-1i64].as_slice(), true, Kind::Float) + 1e-20)
+            }
+        };
+        Routing { experts_tk, weights_tk, probs_te }
+    }
+
+    fn choose(&self, scores_te: &Tensor, bias_e: Option<&Tensor>) -> Tensor {
+        let mut scores_te = match bias_e {
+            Some(bias_e) => scores_te + bias_e,
+            None => scores_te.shallow_clone(),
+        };
+        if self.top_groups < self.groups {
+            let (groups, per_group) = (self.groups as i64, (self.num_experts / self.groups) as i64);
+            let grouped = scores_te.view([-1, groups, per_group]);
+            // A group counts as much as its best expert (DeepSeek-V2) or, with sigmoid scores, its best two (V3).
+            let counted = if self.score == Score::Sigmoid { 2.min(per_group) } else { 1 };
+            let (best, _) = grouped.topk(counted, -1, true, false);
+            let group_scores = best.sum_dim_intlist([-1i64].as_slice(), false, Kind::Float);
+            let (_, chosen) = group_scores.topk(self.top_groups as i64, -1, true, false);
+            let open = group_scores.zeros_like().scatter_value(1, &chosen, 1.0).unsqueeze(-1);
+            scores_te = grouped.masked_fill(&open.eq(0.0), f64::NEG_INFINITY).view_as(&scores_te);
+        }
+        scores_te.topk(self.top_k as i64, -1, true, true).1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn router(score: Score) -> Router {
+        Router { num_experts: 4, top_k: 2, score, normalize: true, scale: 1.0, groups: 1, top_groups: 1 }
+    }
+
+    fn logits(values: &[f32]) -> Tensor {
+        Tensor::from_slice(values).view([-1, 4])
+    }
+
+    fn list<T: tch::kind::Element + Copy>(tensor: &Tensor) -> Vec<T> {
+        Vec::try_from(tensor.flatten(0, -1)).unwrap()
+    }
+
+    #[test]
+    fn softmax_top_two_by_hand() {
+        // e^0 : e^ln3 : e^ln2 : e^0 = 1 : 3 : 2 : 1
+        let logits = logits(&[0.0, 3f32.ln(), 2f32.ln(), 0.0]);
+        let routing = router(Score::Softmax).route(&logits, None);
+        assert_eq!(list::<i64>(&routing.experts_tk), [1, 2]);
+        let weights = list::<f32>(&routing.weights_tk);
+        assert!((weights[0] - 0.6).abs() < 1e-6 && (weights[1] - 0.4).abs() < 1e-6);
+        let raw = Router { normalize: false, scale: 2.0, ..router(Score::Softmax) }.route(&logits, None);
+        assert!((list::<f32>(&raw.weights_tk)[0] - 6.0 / 7.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn the_bias_chooses_and_does_not_weigh() {
+        let bias = Tensor::from_slice(&[10f32, 0., 0., 0.]);
+        let routing = router(Score::Sigmoid).route(&logits(&[-3., 2., 1., 0.]), Some(&bias));
+        assert_eq!(list::<i64>(&routing.experts_tk), [0, 1]);
+        let (a, b) = (1.0 / (1.0 + 3f32.exp()), 1.0 / (1.0 + (-2f32).exp()));
+        assert!((list::<f32>(&routing.weights_tk)[0] - a / (a + b)).abs() < 1e-6);
+        let total: f32 = list::<f32>(&routing.probs_te).iter().sum();
+        assert!((total - 1.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn only_the_best_groups_are_chosen_from() {
+        let limited = Router { groups: 2, top_groups: 1, ..router(Score::Softmax) };
+        // The best expert is 0, so group {0, 1} wins and expert 3, though better than 1, is not chosen.
+        let routing = limited.route(&logits(&[5., 1., 2., 4.]), None);
+        assert_eq!(list::<i64>(&routing.experts_tk), [0, 1]);
+        // With sigmoid scores the best two of a group count: here {2, 3} wins though 0 is the best.
+        let limited = Router { score: Score::Sigmoid, ..limited };
+        let routing = limited.route(&logits(&[5., -5., 2., 2.]), None);
+        assert_eq!(list::<i64>(&routing.experts_tk).iter().sum::<i64>(), 5);
+    }
+}
