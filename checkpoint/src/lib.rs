@@ -1,1 +1,23 @@
-//! x
+//! What survives: durable checkpoints.
+//!
+//! A checkpoint is a folder `step-NNNNNNNN` of safetensors shards and a `manifest.json`, which names every tensor by
+//! its global name and every file with its length and checksum. Which rank wrote a tensor matters to nobody who
+//! reads it, so any layout loads what any other saved.
+//!
+//! Invariants:
+//! - A checkpoint is written under a temporary name, made durable, and renamed: it is whole or not there.
+//! - Every tensor is in it exactly once; a missing or doubled one is an error when saving.
+//! - Nothing is believed without its checksum; a damaged checkpoint is refused by name, and an older one is used.
+#![deny(missing_docs)]
+
+mod error;
+mod manifest;
+mod plan;
+mod read;
+mod write;
+
+pub use error::Error;
+pub use manifest::{FileEntry, Manifest};
+pub use plan::assign_owners;
+pub use read::{Checkpoint, list};
+pub use write::{Shard, Staging, retain};

@@ -1,1 +1,31 @@
-//! x
+//! What is computed: configuration, model, data, optimizer, schedules, and the loop that joins them.
+//!
+//! Invariants:
+//! - Layout changes nothing: a parameter's first value depends on its global name, its index and the seed; a sample
+//!   on its number; every loss is a sum of contributions over ranks and microbatches.
+//! - The position in the data is a number, the step; nothing has to be replayed to resume.
+//! - What a person wrote is checked before a rank starts, and a message names the key and shows the arithmetic.
+#![deny(missing_docs)]
+
+pub mod config;
+pub mod data;
+mod error;
+mod generate;
+mod init;
+mod metrics;
+mod model;
+mod optimizer;
+mod parameters;
+mod reference;
+mod saving;
+pub mod schedule;
+mod training;
+
+pub use error::Error;
+pub use generate::{Generation, generate};
+pub use metrics::{Metrics, Progress, Record};
+pub use model::{ForwardOutput, Model};
+pub use optimizer::Optimizer;
+pub use parameters::{Parameter, Parameters};
+pub use reference::{ReferenceStep, StepTimes};
+pub use training::{Outcome, Trainer};

@@ -1,0 +1,208 @@
+//! Writing: every rank its shard, then one rank the manifest and the name.
+
+use crate::manifest::{FORMAT, FileEntry, Manifest};
+use crate::read::{list, parse_header};
+use crate::{Checkpoint, Error};
+use safetensors::tensor::{Dtype, View};
+use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use tch::{Device, Kind, Tensor};
+
+/// A checkpoint that is being written: `step-NNNNNNNN.writing` in the folder of all checkpoints.
+#[derive(Debug, Clone)]
+pub struct Staging {
+    folder: PathBuf,
+    target: PathBuf,
+    step: u64,
+}
+
+/// What one rank wrote.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Shard {
+    file: FileEntry,
+    tensors: Vec<String>,
+}
+
+/// A tensor as safetensors wants to see it.
+struct Bytes {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    tensor: Tensor,
+}
+
+impl View for Bytes {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+    fn data(&self) -> Cow<'_, [u8]> {
+        // One tensor at a time is copied out of libtorch's memory, while it is written.
+        let tensor = self.tensor.to_device(Device::Cpu).contiguous();
+        let mut bytes = vec![0u8; self.data_len()];
+        tensor.copy_data_u8(&mut bytes, tensor.numel());
+        Cow::Owned(bytes)
+    }
+    fn data_len(&self) -> usize {
+        self.tensor.numel() * self.tensor.kind().elt_size_in_bytes()
+    }
+}
+
+fn dtype_of(kind: Kind) -> Option<Dtype> {
+    Some(match kind {
+        Kind::Float => Dtype::F32,
+        Kind::BFloat16 => Dtype::BF16,
+        Kind::Int64 => Dtype::I64,
+        Kind::Uint8 => Dtype::U8,
+        _ => return None,
+    })
+}
+
+impl Staging {
+    /// The place for step `step` under `root`. Makes nothing.
+    pub fn new(root: &Path, step: u64) -> Staging {
+        let target = root.join(format!("step-{step:08}"));
+        Staging { folder: target.with_extension("writing"), target, step }
+    }
+
+    /// Makes the folder, empty. One rank does it before any writes.
+    ///
+    /// # Errors
+    /// When the file system refuses.
+    pub fn begin(&self) -> Result<(), Error> {
+        self.discard();
+        std::fs::create_dir_all(&self.folder).map_err(Error::io("cannot make", &self.folder))
+    }
+
+    /// Removes what was written; a failed save leaves nothing behind.
+    pub fn discard(&self) {
+        // What is not there need not be removed; what cannot be removed is never read.
+        let _ = std::fs::remove_dir_all(&self.folder);
+    }
+
+    /// Writes this rank's shard, makes it durable and reads it back.
+    ///
+    /// # Errors
+    /// When the disk is full or gives back other bytes.
+    pub fn write_shard(&self, rank: usize, tensors: Vec<(String, Tensor)>) -> Result<Shard, Error> {
+        let name = format!("shard-{rank:05}.safetensors");
+        let path = self.folder.join(&name);
+        let names: Vec<String> = tensors.iter().map(|(name, _)| name.clone()).collect();
+        let mut views = Vec::with_capacity(tensors.len());
+        for (name, tensor) in tensors {
+            let dtype = dtype_of(tensor.kind())
+                .ok_or_else(|| Error::mismatch(&path, format!("{name} has a dtype that is not saved: {:?}", tensor.kind())))?;
+            let shape = tensor.size().iter().map(|&n| n as usize).collect();
+            views.push((name, Bytes { dtype, shape, tensor }));
+        }
+        safetensors::serialize_to_file(views, None, &path).map_err(|error| match error {
+            safetensors::SafeTensorError::IoError(source) => Error::io("cannot write", &path)(source),
+            other => Error::mismatch(&path, other.to_string()),
+        })?;
+        let file = File::open(&path).map_err(Error::io("cannot open", &path))?;
+        file.sync_all().map_err(Error::io("cannot write", &path))?;
+        let (bytes, crc32c) = checksum(&path)?;
+        // A header that reads back proves that the lengths in it fit the file.
+        parse_header(&path)?;
+        Ok(Shard { file: FileEntry { name, bytes, crc32c }, tensors: names })
+    }
+
+    /// Writes the manifest, makes everything durable and gives the checkpoint its name. One rank does it, after all
+    /// have written; `expected` are the names that must be there, each once.
+    ///
+    /// # Errors
+    /// When a tensor is missing or doubled, or the file system refuses.
+    pub fn commit(&self, shards: Vec<Shard>, expected: &[String], state: serde_json::Value) -> Result<PathBuf, Error> {
+        let mut tensors = BTreeMap::new();
+        let mut files = Vec::new();
+        for (number, shard) in shards.into_iter().enumerate() {
+            for name in shard.tensors {
+                if let Some(other) = tensors.insert(name.clone(), number) {
+                    let reason = format!("{name} is in two shards, {other} and {number}");
+                    return Err(Error::mismatch(&self.folder, reason));
+                }
+            }
+            files.push(shard.file);
+        }
+        if let Some(missing) = expected.iter().find(|name| !tensors.contains_key(*name)) {
+            return Err(Error::mismatch(&self.folder, format!("{missing} was written by no rank")));
+        }
+        if tensors.len() != expected.len() {
+            let reason = format!("{} tensors were written, {} are expected", tensors.len(), expected.len());
+            return Err(Error::mismatch(&self.folder, reason));
+        }
+        let manifest = Manifest { format: FORMAT, step: self.step, state, files, tensors };
+        let path = self.folder.join("manifest.json");
+        let text = serde_json::to_vec_pretty(&manifest).expect("plain data");
+        std::fs::write(&path, text).map_err(Error::io("cannot write", &path))?;
+        sync(&path)?;
+        sync(&self.folder)?;
+        if self.target.exists() {
+            // The same step again, after a resume from an older one: the new one takes its place.
+            std::fs::remove_dir_all(&self.target).map_err(Error::io("cannot replace", &self.target))?;
+        }
+        std::fs::rename(&self.folder, &self.target).map_err(Error::io("cannot name", &self.target))?;
+        if let Some(parent) = self.target.parent() {
+            sync(parent)?;
+        }
+        Ok(self.target.clone())
+    }
+}
+
+/// Removes all but the newest `keep` checkpoints under `root`.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub fn retain(root: &Path, keep: usize) -> Result<(), Error> {
+    for path in list(root)?.into_iter().skip(keep.max(1)) {
+        // The manifest goes first: what is left of the rest is no checkpoint.
+        let _ = std::fs::remove_file(path.join("manifest.json"));
+        std::fs::remove_dir_all(&path).map_err(Error::io("cannot remove", &path))?;
+    }
+    Ok(())
+}
+
+impl Checkpoint {
+    /// Checks length and checksum of file number `number`.
+    ///
+    /// # Errors
+    /// When either differs: which file, and how.
+    pub fn verify_file(&self, number: usize) -> Result<(), Error> {
+        let entry = &self.manifest().files[number];
+        let path = self.path().join(&entry.name);
+        let found = std::fs::metadata(&path).map_err(Error::io("cannot open", &path))?.len();
+        if found != entry.bytes {
+            return Err(Error::damaged(&path, format!("{found} bytes where the manifest says {}", entry.bytes)));
+        }
+        let (_, crc32c) = checksum(&path)?;
+        if crc32c != entry.crc32c {
+            let reason = format!("checksum {crc32c:08x} where the manifest says {:08x}", entry.crc32c);
+            return Err(Error::damaged(&path, reason));
+        }
+        Ok(())
+    }
+}
+
+fn sync(path: &Path) -> Result<(), Error> {
+    File::open(path).and_then(|file| file.sync_all()).map_err(Error::io("cannot write", path))
+}
+
+/// Length and CRC-32C of a file.
+fn checksum(path: &Path) -> Result<(u64, u32), Error> {
+    let mut file = File::open(path).map_err(Error::io("cannot open", path))?;
+    let mut buffer = vec![0u8; 1 << 20];
+    let (mut bytes, mut crc) = (0u64, 0u32);
+    loop {
+        let read = file.read(&mut buffer).map_err(Error::io("cannot read", path))?;
+        if read == 0 {
+            return Ok((bytes, crc));
+        }
+        bytes += read as u64;
+        crc = crc32c::crc32c_append(crc, &buffer[..read]);
+    }
+}

@@ -1,0 +1,202 @@
+//! What types cannot say: numbers that must divide others, and values that must be there.
+
+use super::{AxisSize, Config, Dtype, MoeConfig, ScheduleConfig};
+use parallel::{Mesh, MeshShape};
+
+impl Config {
+    /// The mesh of `ranks` ranks as `rank` sees it.
+    ///
+    /// # Errors
+    /// When the axes do not fit the ranks or the experts: which keys, and the arithmetic.
+    pub fn mesh(&self, rank: usize, ranks: usize) -> Result<Mesh, String> {
+        let data = match self.parallel.data {
+            AxisSize::Size(size) => size,
+            AxisSize::Auto(_) => ranks,
+        };
+        let shape = MeshShape { data, tensor: 1, pipeline: 1, context: 1, expert: self.parallel.expert };
+        Mesh::new(shape, rank, ranks).map_err(|error| {
+            format!("parallel: {error}; change parallel.data, parallel.expert or the number of ranks (--nproc-per-node)")
+        })
+    }
+
+    /// Every reason why this cannot run on `ranks` ranks, one sentence each.
+    pub fn problems(&self, ranks: usize) -> Vec<String> {
+        let mut problems = Problems::default();
+        self.check_model(&mut problems);
+        self.check_data(&mut problems);
+        self.check_training(&mut problems);
+        match self.mesh(0, ranks) {
+            Ok(mesh) => {
+                let data = mesh.shape().data;
+                let train = &self.train;
+                if train.micro_batch > 0 && !train.global_batch.is_multiple_of(train.micro_batch * data) {
+                    problems.add(format!(
+                        "train.global_batch {} is not a multiple of train.micro_batch {} x data {data} = {}",
+                        train.global_batch,
+                        train.micro_batch,
+                        train.micro_batch * data
+                    ));
+                }
+                if let Some(moe) = &self.model.moe {
+                    problems.divides(
+                        ("model.moe.experts", moe.experts),
+                        ("parallel.expert", mesh.shape().expert),
+                        "every rank holds the same number of experts",
+                    );
+                } else if mesh.shape().expert > 1 {
+                    problems.add(format!("parallel.expert is {} but the model has no moe section", mesh.shape().expert));
+                }
+            }
+            Err(error) => problems.add(error),
+        }
+        problems.0
+    }
+
+    fn check_model(&self, problems: &mut Problems) {
+        let model = &self.model;
+        problems.positive("model.vocab_size", model.vocab_size);
+        problems.positive("model.hidden", model.hidden);
+        problems.positive("model.layers", model.layers);
+        problems.positive("model.moe_every", model.moe_every);
+        problems.positive("model.heads", model.heads);
+        problems.positive("model.kv_heads", model.kv_heads());
+        if model.head_dim.is_none() {
+            problems.divides(("model.hidden", model.hidden), ("model.heads", model.heads), "or give model.head_dim");
+        }
+        problems.divides(
+            ("model.heads", model.heads),
+            ("model.kv_heads", model.kv_heads()),
+            "each key head serves as many query heads as the others",
+        );
+        if model.heads > 0 && !model.head_dim().is_multiple_of(2) {
+            problems.add(format!("the head width {} is odd; rotary embedding turns pairs", model.head_dim()));
+        }
+        if model.has_dense_layers() && model.ffn.is_none_or(|ffn| ffn == 0) {
+            problems.add("the model has dense layers, so model.ffn (their inner width) is needed".into());
+        }
+        if model.dense_layers > model.layers {
+            problems.add(format!("model.dense_layers {} is more than model.layers {}", model.dense_layers, model.layers));
+        }
+        if let Some(moe) = &model.moe {
+            check_moe(moe, problems);
+        }
+        if let Some(mup) = &model.mup
+            && mup.width <= 0.0
+        {
+            problems.add(format!("model.mup.width is {}; it must be above 0", mup.width));
+        }
+    }
+
+    fn check_data(&self, problems: &mut Problems) {
+        let data = &self.data;
+        problems.positive("data.sequence_length", data.sequence_length);
+        if data.train.is_empty() {
+            problems.add("data.train lists no source: prepare one with 'moerun data prepare' and name it".into());
+        }
+        for (key, sources) in [("train", &data.train), ("validation", &data.validation)] {
+            for (index, source) in sources.iter().enumerate() {
+                if source.weight.is_nan() || source.weight <= 0.0 {
+                    problems.add(format!("data.{key}[{index}].weight is {}; it must be above 0", source.weight));
+                }
+            }
+        }
+        if let Some(validation) = &self.validation {
+            problems.positive("validation.sequences", validation.sequences);
+            problems.positive("validation.every", validation.every as usize);
+            if data.validation.is_empty() {
+                problems.add("there is a validation section, but data.validation lists no source".into());
+            }
+        }
+    }
+
+    fn check_training(&self, problems: &mut Problems) {
+        problems.positive("train.steps", self.train.steps as usize);
+        problems.positive("train.global_batch", self.train.global_batch);
+        problems.positive("train.micro_batch", self.train.micro_batch);
+        problems.positive("checkpoint.keep", self.checkpoint.keep);
+        problems.positive("parallel.bucket_mib", self.parallel.bucket_mib);
+        problems.positive("run.timeout_s", self.run.timeout_s as usize);
+        problems.positive("run.log_every", self.run.log_every as usize);
+        if !["auto", "cpu", "cuda"].contains(&self.run.device.as_str()) {
+            problems.add(format!("run.device is {:?}; use auto, cpu or cuda", self.run.device));
+        }
+        if self.train.grad_clip.is_nan() || self.train.grad_clip < 0.0 {
+            problems.add(format!("train.grad_clip is {}; use 0 for no limit", self.train.grad_clip));
+        }
+        let steps = self.train.steps;
+        let (lr, warmup, decay) = match &self.schedule {
+            ScheduleConfig::Power(power) => {
+                if power.b.is_nan() || power.b >= 0.0 {
+                    problems.add(format!("schedule.power.b is {}; the exponent must be below 0", power.b));
+                }
+                (power.a.min(power.max_lr), power.warmup_steps, power.decay_steps)
+            }
+            ScheduleConfig::Wsd(wsd) => (wsd.lr, wsd.warmup_steps, wsd.decay_steps),
+            ScheduleConfig::Cosine(ramp) | ScheduleConfig::Linear(ramp) => (ramp.lr, ramp.warmup_steps, 0),
+            ScheduleConfig::Constant(constant) => (constant.lr, constant.warmup_steps, 0),
+        };
+        if lr.is_nan() || lr <= 0.0 {
+            problems.add(format!("the schedule's learning rate is {lr}; it must be above 0"));
+        }
+        if warmup + decay > steps {
+            problems.add(format!(
+                "the schedule's warmup_steps {warmup} + decay_steps {decay} = {} is more than train.steps {steps}",
+                warmup + decay
+            ));
+        }
+        if self.train.dtype == Dtype::Bf16 && self.optimizer.eps < 1e-12 {
+            problems.add(format!("optimizer.eps is {}; with bf16 gradients use at least 1e-12", self.optimizer.eps));
+        }
+    }
+}
+
+fn check_moe(moe: &MoeConfig, problems: &mut Problems) {
+    problems.positive("model.moe.experts", moe.experts);
+    problems.positive("model.moe.top_k", moe.top_k);
+    problems.positive("model.moe.ffn", moe.ffn);
+    let router = &moe.router;
+    problems.positive("model.moe.router.groups", router.groups);
+    problems.positive("model.moe.router.top_groups", router.top_groups);
+    problems.divides(
+        ("model.moe.experts", moe.experts),
+        ("model.moe.router.groups", router.groups),
+        "groups have the same size",
+    );
+    if router.top_groups > router.groups {
+        problems.add(format!(
+            "model.moe.router.top_groups {} is more than model.moe.router.groups {}",
+            router.top_groups, router.groups
+        ));
+    } else if router.groups > 0 && moe.top_k > moe.experts / router.groups * router.top_groups {
+        problems.add(format!(
+            "model.moe.top_k {} is more than the {} experts a token may choose from (experts {} / groups {} x top_groups {})",
+            moe.top_k,
+            moe.experts / router.groups * router.top_groups,
+            moe.experts,
+            router.groups,
+            router.top_groups
+        ));
+    }
+}
+
+#[derive(Default)]
+struct Problems(Vec<String>);
+
+impl Problems {
+    fn add(&mut self, problem: String) {
+        self.0.push(problem);
+    }
+
+    fn positive(&mut self, key: &str, value: usize) {
+        if value == 0 {
+            self.add(format!("{key} is 0; it must be at least 1"));
+        }
+    }
+
+    fn divides(&mut self, whole: (&str, usize), part: (&str, usize), why: &str) {
+        if part.1 > 0 && !whole.1.is_multiple_of(part.1) {
+            let rest = whole.1 % part.1;
+            self.add(format!("{} {} is not a multiple of {} {} (remainder {rest}): {why}", whole.0, whole.1, part.0, part.1));
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! The model's shape.
+
+use moe::Score;
+use moe::balance::Statistics;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// A decoder-only transformer with mixture-of-experts layers.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    /// Different tokens.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Transformer layers.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; by default as many as query heads.
+    #[serde(default)]
+    pub kv_heads: Option<usize>,
+    /// Width of a head; by default hidden / heads.
+    #[serde(default)]
+    pub head_dim: Option<usize>,
+    /// Inner width of dense feed-forward layers; needed where there are any.
+    #[serde(default)]
+    pub ffn: Option<usize>,
+    /// The first this many layers are dense.
+    #[serde(default)]
+    pub dense_layers: usize,
+    /// After those, every n-th layer is a mixture of experts and the others are dense.
+    #[serde(default = "one")]
+    pub moe_every: usize,
+    /// The mixture of experts; without it all layers are dense.
+    #[serde(default)]
+    pub moe: Option<MoeConfig>,
+    /// Base of the rotary embedding's wavelengths.
+    #[serde(default = "ten_thousand")]
+    pub rope_theta: f64,
+    /// Added to the mean square in RMSNorm.
+    #[serde(default = "norm_eps")]
+    pub norm_eps: f64,
+    /// RMSNorm on queries and keys.
+    #[serde(default)]
+    pub qk_norm: QkNorm,
+    /// Whether the output layer is the embedding's transpose.
+    #[serde(default)]
+    pub tie_embeddings: bool,
+    /// Standard deviation of initial weights.
+    #[serde(default = "init_std")]
+    pub init_std: f64,
+    /// Multipliers that carry learning rates from one width to another.
+    #[serde(default)]
+    pub mup: Option<MupConfig>,
+}
+
+impl ModelConfig {
+    /// Key and value heads.
+    pub fn kv_heads(&self) -> usize {
+        self.kv_heads.unwrap_or(self.heads)
+    }
+
+    /// Width of a head.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim.unwrap_or(self.hidden / self.heads.max(1))
+    }
+
+    /// The mixture of layer `layer`, or None where it is dense.
+    pub fn moe_of(&self, layer: usize) -> Option<&MoeConfig> {
+        let after = layer.checked_sub(self.dense_layers)?;
+        self.moe.as_ref().filter(|_| after.is_multiple_of(self.moe_every.max(1)))
+    }
+
+    /// Whether any layer is dense.
+    pub fn has_dense_layers(&self) -> bool {
+        (0..self.layers).any(|layer| self.moe_of(layer).is_none())
+    }
+
+    /// How many layers are mixtures.
+    pub fn num_moe_layers(&self) -> usize {
+        (0..self.layers).filter(|&layer| self.moe_of(layer).is_some()).count()
+    }
+}
+
+/// Where RMSNorm is applied to queries and keys.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum QkNorm {
+    /// Nowhere.
+    #[default]
+    None,
+    /// Over all heads together (OLMoE).
+    Full,
+    /// Over each head (Qwen3).
+    Head,
+}
+
+/// The mixture of experts.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MoeConfig {
+    /// Experts of a layer.
+    pub experts: usize,
+    /// Experts a token goes to.
+    pub top_k: usize,
+    /// Inner width of an expert.
+    pub ffn: usize,
+    /// Experts that every token goes to, beside the chosen ones.
+    #[serde(default)]
+    pub shared_experts: usize,
+    /// How experts are chosen.
+    #[serde(default)]
+    pub router: RouterConfig,
+    /// Weight of the load-balancing loss. (For balanced use the loss itself is 1 per layer; HF transformers' is
+    /// top_k times that.)
+    #[serde(default = "hundredth")]
+    pub load_balance: f64,
+    /// The tokens that balance is measured over.
+    #[serde(default = "sequence")]
+    pub load_balance_over: Statistics,
+    /// Take the loss once, from statistics averaged over layers, as HF transformers does.
+    #[serde(default)]
+    pub load_balance_pool_layers: bool,
+    /// Weight of the router z-loss.
+    #[serde(default)]
+    pub z_loss: f64,
+    /// Step of the loss-free balancing bias; 0: none.
+    #[serde(default)]
+    pub bias_update_rate: f64,
+}
+
+/// How experts are chosen.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RouterConfig {
+    /// Logits to scores.
+    pub score: Score,
+    /// Whether a token's weights are made to sum to one.
+    pub normalize: bool,
+    /// Factor on the weights.
+    pub scale: f64,
+    /// Groups that experts are divided into.
+    pub groups: usize,
+    /// Groups that a token may choose from.
+    pub top_groups: usize,
+}
+
+impl Default for RouterConfig {
+    fn default() -> RouterConfig {
+        RouterConfig { score: Score::Softmax, normalize: true, scale: 1.0, groups: 1, top_groups: 1 }
+    }
+}
+
+/// Maximal update parameterisation as PowerMoE and Granite use it (arXiv 2408.13359, table 1): the initial standard
+/// deviation of hidden matrices is divided by the square root of the width ratio, their learning rate by the ratio,
+/// attention logits are scaled by 1 / head_dim, and output logits are divided by the ratio.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MupConfig {
+    /// Width ratio: hidden over the width that rates were tuned for.
+    pub width: f64,
+    /// Factor on the embedding's output.
+    #[serde(default = "unit")]
+    pub embedding: f64,
+    /// Factor on each branch before it joins the residual stream.
+    #[serde(default = "unit")]
+    pub residual: f64,
+}
+
+fn one() -> usize {
+    1
+}
+fn unit() -> f64 {
+    1.0
+}
+fn ten_thousand() -> f64 {
+    10_000.0
+}
+fn norm_eps() -> f64 {
+    1e-5
+}
+fn init_std() -> f64 {
+    0.02
+}
+fn hundredth() -> f64 {
+    0.01
+}
+fn sequence() -> Statistics {
+    Statistics::Sequence
+}

@@ -1,0 +1,125 @@
+//! Documents out of files and folders: plain text (one a file), JSONL (one a line) and Parquet (one a row).
+
+use crate::Error;
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+
+/// The files under `inputs`, folders searched through, in a fixed order.
+pub(super) fn files(inputs: &[PathBuf], extensions: &[String]) -> Result<Vec<PathBuf>, Error> {
+    let mut found = Vec::new();
+    for input in inputs {
+        let kind = std::fs::metadata(input).map_err(Error::io("cannot open", input))?;
+        if kind.is_dir() { walk(input, extensions, &mut found)? } else { found.push(input.clone()) }
+    }
+    Ok(found)
+}
+
+fn walk(folder: &Path, extensions: &[String], found: &mut Vec<PathBuf>) -> Result<(), Error> {
+    let entries = std::fs::read_dir(folder).map_err(Error::io("cannot open", folder))?;
+    let mut paths = entries.map(|entry| entry.map(|e| e.path())).collect::<Result<Vec<_>, _>>().map_err(Error::io("cannot read", folder))?;
+    paths.sort();
+    for path in paths {
+        if path.is_dir() {
+            walk(&path, extensions, found)?;
+        } else if extension(&path).is_some_and(|e| extensions.contains(&e)) {
+            found.push(path);
+        }
+    }
+    Ok(())
+}
+
+fn extension(path: &Path) -> Option<String> {
+    Some(path.extension()?.to_str()?.to_lowercase())
+}
+
+/// Hands each document of `path` to `take`. `text_key` names the field of JSONL objects and the column of Parquet
+/// tables.
+pub(super) fn read(path: &Path, text_key: &str, take: &mut dyn FnMut(String) -> Result<(), Error>) -> Result<(), Error> {
+    match extension(path).as_deref() {
+        Some("jsonl") => read_jsonl(path, text_key, take),
+        #[cfg(feature = "parquet")]
+        Some("parquet") => parquet_rows::read(path, text_key, take),
+        #[cfg(not(feature = "parquet"))]
+        Some("parquet") => {
+            Err(Error::Data(format!("{}: this moerun was built without the feature parquet", path.display())))
+        }
+        _ => {
+            let bytes = std::fs::read(path).map_err(Error::io("cannot read", path))?;
+            // Text that is not UTF-8 is still text to most of its length.
+            take(String::from_utf8_lossy(&bytes).into_owned())
+        }
+    }
+}
+
+fn read_jsonl(path: &Path, text_key: &str, take: &mut dyn FnMut(String) -> Result<(), Error>) -> Result<(), Error> {
+    let file = File::open(path).map_err(Error::io("cannot open", path))?;
+    for (number, line) in BufReader::new(file).lines().enumerate() {
+        let line = line.map_err(Error::io("cannot read", path))?;
+        if line.trim().is_empty() {
+            continue;
+        }
+        let at = |what: String| Error::Data(format!("{}:{}: {what}", path.display(), number + 1));
+        let value: serde_json::Value = serde_json::from_str(&line).map_err(|e| at(format!("not JSON: {e}")))?;
+        let text = value.get(text_key).and_then(|text| text.as_str());
+        take(text.ok_or_else(|| at(format!("no text under the key {text_key:?} (choose another with --text-key)")))?.into())?;
+    }
+    Ok(())
+}
+
+#[cfg(feature = "parquet")]
+mod parquet_rows {
+    use super::{Error, File, Path};
+    use parquet::file::reader::{FileReader, SerializedFileReader};
+    use parquet::record::RowAccessor;
+
+    pub(super) fn read(
+        path: &Path,
+        column: &str,
+        take: &mut dyn FnMut(String) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let bad = |what: String| Error::Data(format!("{}: {what}", path.display()));
+        let file = File::open(path).map_err(Error::io("cannot open", path))?;
+        let reader = SerializedFileReader::new(file).map_err(|e| bad(format!("not a Parquet file: {e}")))?;
+        let schema = reader.metadata().file_metadata().schema_descr();
+        let names: Vec<_> = schema.root_schema().get_fields().iter().map(|field| field.name().to_string()).collect();
+        let position = names.iter().position(|name| name == column).ok_or_else(|| {
+            bad(format!("no column {column:?}; there are {} (choose one with --text-key)", names.join(", ")))
+        })?;
+        for (number, row) in reader.get_row_iter(None).map_err(|e| bad(e.to_string()))?.enumerate() {
+            let row = row.map_err(|e| bad(format!("row {number}: {e}")))?;
+            let text = row.get_string(position).map_err(|e| bad(format!("row {number}: {e}")))?;
+            take(text.clone())?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_jsonl_and_folders() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join("b")).unwrap();
+        std::fs::write(folder.path().join("b/two.txt"), "second").unwrap();
+        std::fs::write(folder.path().join("a.txt"), "first").unwrap();
+        std::fs::write(folder.path().join("skipped.png"), "no").unwrap();
+        let lines = folder.path().join("lines.jsonl");
+        std::fs::write(&lines, "{\"text\": \"third\"}\n\n{\"text\": \"fourth\"}\n").unwrap();
+        let found = files(&[folder.path().into(), lines.clone()], &["txt".into()]).unwrap();
+        let mut texts = Vec::new();
+        for path in &found {
+            read(path, "text", &mut |text| {
+                texts.push(text);
+                Ok(())
+            })
+            .unwrap();
+        }
+        assert_eq!(texts, ["first", "second", "third", "fourth"]);
+        std::fs::write(&lines, "{\"text\": \"good\"}\n{\"body\": 1}\n").unwrap();
+        let error = read(&lines, "text", &mut |_| Ok(())).unwrap_err().to_string();
+        assert!(error.contains("lines.jsonl:2: no text under the key \"text\""), "{error}");
+    }
+}

@@ -1,0 +1,105 @@
+//! Tokens on disk, which of them make sample number `n`, and how they get there.
+
+mod documents;
+mod prepare;
+mod sampler;
+mod tokens;
+
+pub use prepare::{Prepare, Prepared, prepare};
+pub use sampler::{Draw, Sampler};
+pub use tokens::{TokenFile, TokenWriter};
+
+use crate::Error;
+use crate::config::SourceConfig;
+use tch::Tensor;
+
+/// The token id that ends a document, in data that `moerun data prepare` made.
+pub const END_OF_DOCUMENT: &str = "<|endoftext|>";
+
+/// Several token files read as one stream of samples of `sequence_length + 1` tokens.
+pub struct Dataset {
+    files: Vec<TokenFile>,
+    sampler: Sampler,
+    sequence_length: usize,
+    vocab_size: usize,
+}
+
+impl Dataset {
+    /// Opens `sources`.
+    ///
+    /// # Errors
+    /// When a file is missing, damaged, or shorter than one sample: which one, and why.
+    pub fn open(
+        sources: &[SourceConfig],
+        sequence_length: usize,
+        vocab_size: usize,
+        seed: u64,
+    ) -> Result<Dataset, Error> {
+        let files = sources.iter().map(|source| TokenFile::open(&source.path)).collect::<Result<Vec<_>, _>>()?;
+        let mut windows = Vec::new();
+        for file in &files {
+            let count = file.len().saturating_sub(1) / sequence_length as u64;
+            if count == 0 {
+                return Err(Error::Data(format!(
+                    "{} holds {} tokens, fewer than one sample of data.sequence_length {sequence_length} + 1",
+                    file.path().display(),
+                    file.len()
+                )));
+            }
+            windows.push(count);
+        }
+        let weights: Vec<f64> = sources.iter().map(|source| source.weight).collect();
+        let sampler = Sampler::new(&windows, &weights, seed).map_err(Error::Data)?;
+        Ok(Dataset { files, sampler, sequence_length, vocab_size })
+    }
+
+    /// Samples there are before the smallest period is over: all windows of all sources, unweighted.
+    pub fn num_windows(&self) -> u64 {
+        self.sampler.num_windows()
+    }
+
+    /// Tokens in all files.
+    pub fn num_tokens(&self) -> u64 {
+        self.files.iter().map(TokenFile::len).sum()
+    }
+
+    /// Samples number `numbers` in the shuffled order: inputs and labels, `[numbers, S]` int64 each.
+    ///
+    /// # Errors
+    /// When a file cannot be read, or holds a token outside of the vocabulary.
+    pub fn batch(&self, numbers: impl Iterator<Item = u64>) -> Result<(Tensor, Tensor), Error> {
+        self.read(numbers.map(|number| self.sampler.draw(number)))
+    }
+
+    /// Windows number `numbers` in the order of the files, for validation.
+    ///
+    /// # Errors
+    /// As [`Dataset::batch`].
+    pub fn windows(&self, numbers: impl Iterator<Item = u64>) -> Result<(Tensor, Tensor), Error> {
+        self.read(numbers.map(|number| self.sampler.nth_window(number)))
+    }
+
+    fn read(&self, draws: impl Iterator<Item = Draw>) -> Result<(Tensor, Tensor), Error> {
+        let length = self.sequence_length;
+        let (mut inputs, mut labels) = (Vec::new(), Vec::new());
+        for draw in draws {
+            let file = &self.files[draw.source];
+            let start = draw.window * length as u64;
+            let tokens = file.read(start, length + 1)?;
+            if let Some(at) = tokens.iter().position(|&token| token < 0 || token >= self.vocab_size as i64) {
+                return Err(Error::Data(format!(
+                    "{}: token {} at position {} is outside of model.vocab_size {}; the data was made with another \
+                     tokenizer, or is damaged",
+                    file.path().display(),
+                    tokens[at],
+                    start + at as u64,
+                    self.vocab_size
+                )));
+            }
+            inputs.extend_from_slice(&tokens[..length]);
+            labels.extend_from_slice(&tokens[1..]);
+        }
+        let shape = [-1, length as i64];
+        Ok((Tensor::from_slice(&inputs).view(shape), Tensor::from_slice(&labels).view(shape)))
+    }
+}

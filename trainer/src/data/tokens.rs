@@ -1,0 +1,297 @@
+//! Token files in the form that Megatron-LM reads and writes (its `IndexedDataset`): `PREFIX.bin` holds the tokens
+//! of all documents one after another; `PREFIX.idx` says where each begins.
+//!
+//! The index, little-endian: magic `MMIDIDX\0\0`, u64 version 1, u8 dtype code, u64 number of sequences, u64 number
+//! of document boundaries, i32 length of each sequence, i64 byte offset of each, i64 document boundaries.
+//!
+//! Tokens are read with positioned reads out of the page cache rather than through a memory map: as fast for
+//! windows of this size, and a file that shrinks under a run is an error instead of a signal.
+
+use crate::Error;
+use std::fs::File;
+use std::io::{BufWriter, Read, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+const MAGIC: &[u8; 9] = b"MMIDIDX\x00\x00";
+const HEADER: u64 = 9 + 8 + 1 + 8 + 8;
+
+/// How a token is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Width {
+    U8,
+    I8,
+    I16,
+    I32,
+    I64,
+    U16,
+}
+
+impl Width {
+    /// Megatron's `DType` codes.
+    fn from_code(code: u8) -> Option<Width> {
+        Some(match code {
+            1 => Width::U8,
+            2 => Width::I8,
+            3 => Width::I16,
+            4 => Width::I32,
+            5 => Width::I64,
+            8 => Width::U16,
+            _ => return None,
+        })
+    }
+
+    fn code(self) -> u8 {
+        match self {
+            Width::U8 => 1,
+            Width::I8 => 2,
+            Width::I16 => 3,
+            Width::I32 => 4,
+            Width::I64 => 5,
+            Width::U16 => 8,
+        }
+    }
+
+    fn bytes(self) -> usize {
+        match self {
+            Width::U8 | Width::I8 => 1,
+            Width::I16 | Width::U16 => 2,
+            Width::I32 => 4,
+            Width::I64 => 8,
+        }
+    }
+
+    fn decode(self, bytes: &[u8]) -> Vec<i64> {
+        fn each<const N: usize>(bytes: &[u8], value: impl Fn([u8; N]) -> i64) -> Vec<i64> {
+            bytes.as_chunks::<N>().0.iter().map(|chunk| value(*chunk)).collect()
+        }
+        match self {
+            Width::U8 => each(bytes, |b: [u8; 1]| i64::from(b[0])),
+            Width::I8 => each(bytes, |b| i64::from(i8::from_le_bytes(b))),
+            Width::I16 => each(bytes, |b| i64::from(i16::from_le_bytes(b))),
+            Width::U16 => each(bytes, |b| i64::from(u16::from_le_bytes(b))),
+            Width::I32 => each(bytes, |b| i64::from(i32::from_le_bytes(b))),
+            Width::I64 => each(bytes, i64::from_le_bytes),
+        }
+    }
+}
+
+fn with_extension(prefix: &Path, extension: &str) -> PathBuf {
+    let mut path = prefix.as_os_str().to_owned();
+    path.push(".");
+    path.push(extension);
+    path.into()
+}
+
+/// An open pair of token files.
+pub struct TokenFile {
+    path: PathBuf,
+    file: File,
+    width: Width,
+    len: u64,
+}
+
+impl TokenFile {
+    /// Opens `prefix.bin` and `prefix.idx` and checks that they belong together.
+    ///
+    /// # Errors
+    /// When one is missing or damaged: which, and what is wrong with it.
+    pub fn open(prefix: &Path) -> Result<TokenFile, Error> {
+        let (index_path, path) = (with_extension(prefix, "idx"), with_extension(prefix, "bin"));
+        let damaged = |what: String| Error::Data(format!("{} is damaged: {what}", index_path.display()));
+        let mut index = File::open(&index_path).map_err(Error::io("cannot open", &index_path))?;
+        let index_len = index.metadata().map_err(Error::io("cannot read", &index_path))?.len();
+        let mut header = [0u8; HEADER as usize];
+        if index_len < HEADER {
+            return Err(damaged(format!("{index_len} bytes are less than its header of {HEADER}")));
+        }
+        index.read_exact(&mut header).map_err(Error::io("cannot read", &index_path))?;
+        if &header[..9] != MAGIC {
+            return Err(damaged("it does not begin with MMIDIDX; it is no Megatron index".into()));
+        }
+        let number = |at: usize| u64::from_le_bytes(header[at..at + 8].try_into().expect("eight bytes"));
+        let (version, sequences, documents) = (number(9), number(18), number(26));
+        if version != 1 {
+            return Err(damaged(format!("its version is {version}; only 1 is known")));
+        }
+        let width = Width::from_code(header[17])
+            .ok_or_else(|| damaged(format!("dtype code {} is not an integer type", header[17])))?;
+        let expected = sequences.checked_mul(12).and_then(|n| n.checked_add(documents.checked_mul(8)?)?.checked_add(HEADER));
+        if expected.is_none_or(|expected| index_len < expected) {
+            return Err(damaged(format!(
+                "{index_len} bytes do not hold the {sequences} sequences and {documents} document boundaries it announces"
+            )));
+        }
+        let mut lengths = vec![0u8; sequences as usize * 4];
+        index.read_exact(&mut lengths).map_err(Error::io("cannot read", &index_path))?;
+        let lengths = Width::I32.decode(&lengths);
+        if lengths.iter().any(|&length| length < 0) {
+            return Err(damaged("a sequence has a negative length".into()));
+        }
+        let len = lengths.iter().sum::<i64>() as u64;
+        let file = File::open(&path).map_err(Error::io("cannot open", &path))?;
+        let bytes = file.metadata().map_err(Error::io("cannot read", &path))?.len();
+        if bytes != len * width.bytes() as u64 {
+            return Err(Error::Data(format!(
+                "{} has {bytes} bytes where its index announces {len} tokens of {} bytes = {}: it is truncated or \
+                 belongs to another index",
+                path.display(),
+                width.bytes(),
+                len * width.bytes() as u64
+            )));
+        }
+        Ok(TokenFile { path, file, width, len })
+    }
+
+    /// Tokens in the file.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The `.bin` file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Tokens `start..start + count`.
+    ///
+    /// # Errors
+    /// When the file cannot be read there.
+    pub fn read(&self, start: u64, count: usize) -> Result<Vec<i64>, Error> {
+        let mut bytes = vec![0u8; count * self.width.bytes()];
+        let offset = start * self.width.bytes() as u64;
+        self.file.read_exact_at(&mut bytes, offset).map_err(Error::io("cannot read", &self.path))?;
+        Ok(self.width.decode(&bytes))
+    }
+}
+
+/// Writes a pair of token files, document by document.
+pub struct TokenWriter {
+    prefix: PathBuf,
+    bin: BufWriter<File>,
+    width: Width,
+    lengths: Vec<i32>,
+}
+
+impl TokenWriter {
+    /// Begins `prefix.bin`; tokens take two bytes where `vocab_size` allows, else four.
+    ///
+    /// # Errors
+    /// When the file cannot be made.
+    pub fn create(prefix: &Path, vocab_size: usize) -> Result<TokenWriter, Error> {
+        let path = with_extension(prefix, "bin");
+        let bin = BufWriter::new(File::create(&path).map_err(Error::io("cannot write", &path))?);
+        let width = if vocab_size <= 1 << 16 { Width::U16 } else { Width::I32 };
+        Ok(TokenWriter { prefix: prefix.to_path_buf(), bin, width, lengths: Vec::new() })
+    }
+
+    /// Appends one document.
+    ///
+    /// # Errors
+    /// When the disk is full or the document has more than 2^31 tokens.
+    pub fn push(&mut self, tokens: &[u32]) -> Result<(), Error> {
+        let path = with_extension(&self.prefix, "bin");
+        let length = i32::try_from(tokens.len())
+            .map_err(|_| Error::Data(format!("a document of {} tokens is too long for {}", tokens.len(), path.display())))?;
+        let bytes: Vec<u8> = match self.width {
+            Width::U16 => tokens.iter().flat_map(|&token| (token as u16).to_le_bytes()).collect(),
+            _ => tokens.iter().flat_map(|&token| token.to_le_bytes()).collect(),
+        };
+        self.bin.write_all(&bytes).map_err(Error::io("cannot write", &path))?;
+        self.lengths.push(length);
+        Ok(())
+    }
+
+    /// Writes the index and makes both files durable.
+    ///
+    /// # Errors
+    /// When the disk is full.
+    pub fn finish(self) -> Result<(), Error> {
+        let path = with_extension(&self.prefix, "bin");
+        let bin = self.bin.into_inner().map_err(|e| Error::io("cannot write", &path)(e.into_error()))?;
+        bin.sync_all().map_err(Error::io("cannot write", &path))?;
+        let path = with_extension(&self.prefix, "idx");
+        let mut index = Vec::with_capacity(HEADER as usize + self.lengths.len() * 20);
+        index.extend_from_slice(MAGIC);
+        index.extend_from_slice(&1u64.to_le_bytes());
+        index.push(self.width.code());
+        index.extend_from_slice(&(self.lengths.len() as u64).to_le_bytes());
+        index.extend_from_slice(&(self.lengths.len() as u64 + 1).to_le_bytes());
+        for length in &self.lengths {
+            index.extend_from_slice(&length.to_le_bytes());
+        }
+        let mut offset = 0i64;
+        for &length in &self.lengths {
+            index.extend_from_slice(&offset.to_le_bytes());
+            offset += i64::from(length) * self.width.bytes() as i64;
+        }
+        for document in 0..=self.lengths.len() as i64 {
+            index.extend_from_slice(&document.to_le_bytes());
+        }
+        let mut file = File::create(&path).map_err(Error::io("cannot write", &path))?;
+        file.write_all(&index).and_then(|()| file.sync_all()).map_err(Error::io("cannot write", &path))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn written(vocab: usize) -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let prefix = folder.path().join("text.v1");
+        let mut writer = TokenWriter::create(&prefix, vocab).unwrap();
+        writer.push(&[1, 2, 3]).unwrap();
+        writer.push(&[]).unwrap();
+        writer.push(&[(vocab - 1) as u32, 5]).unwrap();
+        writer.finish().unwrap();
+        (folder, prefix)
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        for vocab in [1 << 16, 100_000] {
+            let (_folder, prefix) = written(vocab);
+            let file = TokenFile::open(&prefix).unwrap();
+            assert_eq!(file.len(), 5);
+            assert_eq!(file.read(0, 5).unwrap(), [1, 2, 3, vocab as i64 - 1, 5]);
+            assert_eq!(file.read(2, 2).unwrap(), [3, vocab as i64 - 1]);
+            assert!(file.read(4, 2).is_err());
+        }
+    }
+
+    #[test]
+    fn the_index_is_megatrons_byte_for_byte() {
+        let (_folder, prefix) = written(1000);
+        let index = std::fs::read(with_extension(&prefix, "idx")).unwrap();
+        let mut expected = b"MMIDIDX\x00\x00".to_vec();
+        expected.extend([1, 0, 0, 0, 0, 0, 0, 0, 8]);
+        expected.extend([3, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0]);
+        expected.extend([3, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0]);
+        for value in [0i64, 6, 6, 0, 1, 2, 3] {
+            expected.extend(value.to_le_bytes());
+        }
+        assert_eq!(index, expected);
+    }
+
+    #[test]
+    fn damage_is_named() {
+        let (_folder, prefix) = written(1000);
+        let (bin, idx) = (with_extension(&prefix, "bin"), with_extension(&prefix, "idx"));
+        let message = |prefix: &Path| TokenFile::open(prefix).err().unwrap().to_string();
+        let good = (std::fs::read(&bin).unwrap(), std::fs::read(&idx).unwrap());
+        std::fs::write(&bin, &good.0[..9]).unwrap();
+        assert!(message(&prefix).contains("text.v1.bin has 9 bytes where its index announces 5 tokens"));
+        std::fs::write(&idx, &good.1[..40]).unwrap();
+        assert!(message(&prefix).contains("text.v1.idx is damaged: 40 bytes do not hold the 3 sequences"));
+        std::fs::write(&idx, b"nonsense that is long enough to be a header").unwrap();
+        assert!(message(&prefix).contains("it is no Megatron index"));
+        std::fs::remove_file(&idx).unwrap();
+        assert!(message(&prefix).contains("cannot open") && message(&prefix).contains("text.v1.idx"));
+    }
+}
