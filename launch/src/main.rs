@@ -1,1 +1,45 @@
-fn main() {}
+//! `moerun`: starts, supervises and inspects runs.
+//!
+//! Invariant: a person sees one clear message and a non-zero exit status for every failure; no rank outlives the
+//! launcher.
+
+mod bench;
+mod cli;
+mod config_file;
+mod environment;
+mod generate;
+mod launcher;
+mod prepare;
+mod progress;
+mod rank;
+
+use clap::Parser;
+use cli::{Cli, Command, ConfigCommand, DataCommand};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Command::Train(args) => train(args),
+        Command::Generate(args) => generate::run(args),
+        Command::Data(DataCommand::Prepare(args)) => prepare::run(args),
+        Command::Config(ConfigCommand::Check(args)) => config_file::check(&args),
+        Command::Config(ConfigCommand::Schema) => config_file::print_schema(),
+        Command::Bench(args) => bench::run(args),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Under torchrun's environment this process is one rank; otherwise it starts the ranks.
+fn train(args: cli::TrainArgs) -> anyhow::Result<ExitCode> {
+    match environment::rank()? {
+        Some(env) => rank::run(&args, &env),
+        None => launcher::run(&args),
+    }
+}

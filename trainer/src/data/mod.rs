@@ -5,6 +5,7 @@ mod prepare;
 mod sampler;
 mod tokens;
 
+pub(crate) use prepare::load_tokenizer;
 pub use prepare::{Prepare, Prepared, prepare};
 pub use sampler::{Draw, Sampler};
 pub use tokens::{TokenFile, TokenWriter};

@@ -122,7 +122,7 @@ fn train_tokenizer(texts: &[String], vocab_size: usize) -> Result<Tokenizer, Err
     let mut trainer = BpeTrainerBuilder::new()
         .show_progress(false)
         .vocab_size(vocab_size)
-        .initial_alphabet(ByteLevel::alphabet())
+        .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
         .special_tokens(vec![AddedToken::from(END_OF_DOCUMENT, true)])
         .build();
     let mut tokenizer = TokenizerBuilder::new()

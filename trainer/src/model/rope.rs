@@ -2,7 +2,7 @@
 //! `i` of a head turns with element `i + head_dim / 2`.
 
 use parallel::Accelerator;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 use torch_ext::{Error, attach_backward};
 
 /// Cosines and sines of every position.
@@ -52,6 +52,7 @@ fn turn(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
 mod tests {
     use super::*;
     use parallel::Cpu;
+    use tch::Kind;
 
     #[test]
     fn turning_keeps_lengths_and_turns_back_in_the_gradient() {

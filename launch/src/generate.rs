@@ -1,0 +1,26 @@
+//! `moerun generate`.
+
+use crate::cli::GenerateArgs;
+use anyhow::Result;
+use std::io::Write;
+use std::process::ExitCode;
+use trainer::Generation;
+
+pub(crate) fn run(args: GenerateArgs) -> Result<ExitCode> {
+    let job = Generation {
+        checkpoint: args.checkpoint,
+        prompt: args.prompt,
+        max_tokens: args.max_tokens,
+        temperature: args.temperature,
+        top_k: args.top_k,
+        seed: args.seed,
+        tokenizer: args.tokenizer,
+    };
+    let mut out = std::io::stdout().lock();
+    trainer::generate(&job, &mut |text| {
+        // A reader that closes the pipe has seen enough.
+        let _ = write!(out, "{text}").and_then(|()| out.flush());
+    })?;
+    let _ = writeln!(out);
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,131 @@
+//! Text out of a checkpoint.
+
+use crate::Error;
+use crate::config::Config;
+use crate::data::END_OF_DOCUMENT;
+use crate::model::Model;
+use crate::saving::{restore_weights, state_of};
+use checkpoint::Checkpoint;
+use parallel::{Accelerator, Communicator, Cpu, Local};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tch::{Kind, Tensor};
+
+/// What to generate.
+#[derive(Debug, Clone)]
+pub struct Generation {
+    /// A run's folder, its folder of checkpoints, or one checkpoint.
+    pub checkpoint: PathBuf,
+    /// How the text begins.
+    pub prompt: String,
+    /// Tokens to add at most.
+    pub max_tokens: usize,
+    /// 0: always the likeliest token; 1: as the model says.
+    pub temperature: f64,
+    /// Choose among this many likeliest tokens; 0: among all.
+    pub top_k: usize,
+    /// Decides the choices.
+    pub seed: i64,
+    /// Another tokenizer.json than the run's.
+    pub tokenizer: Option<PathBuf>,
+}
+
+/// Generates on one CPU, handing text to `write` as it comes.
+///
+/// # Errors
+/// When there is no usable checkpoint or tokenizer.
+pub fn generate(job: &Generation, write: &mut dyn FnMut(&str)) -> Result<(), Error> {
+    let mut checkpoint = open(&job.checkpoint)?;
+    let state = state_of(&checkpoint)?;
+    let config: Config = serde_json::from_value(state.config)
+        .map_err(|e| Error::Data(format!("{}: its configuration cannot be read: {e}", checkpoint.path().display())))?;
+    let tokenizer = crate::data::load_tokenizer(&find_tokenizer(job, &config, checkpoint.path())?)?;
+    let alone: Arc<dyn Communicator> = Arc::new(Local::new(0, "experts"));
+    let length = config.data.sequence_length;
+    let model = Model::new(&config.model, length, config.train.dtype, 0, &Cpu, &alone);
+    restore_weights(&mut checkpoint, &model)?;
+    tch::manual_seed(job.seed);
+
+    let failed = |e: tokenizers::Error| Error::Data(format!("the tokenizer failed: {e}"));
+    let end = tokenizer.token_to_id(END_OF_DOCUMENT);
+    let mut tokens: Vec<u32> = tokenizer.encode(job.prompt.as_str(), false).map_err(failed)?.get_ids().to_vec();
+    if tokens.is_empty() {
+        // An empty prompt is the start of a document.
+        tokens.push(end.unwrap_or(0));
+    }
+    let start = tokens.len();
+    write(&job.prompt);
+    let mut written = String::new();
+    for _ in 0..job.max_tokens {
+        let next = tch::no_grad(|| next_token(&model, &tokens[tokens.len().saturating_sub(length)..], job))?;
+        if Some(next) == end {
+            break;
+        }
+        tokens.push(next);
+        // A character may need several tokens: write what is whole.
+        let text = tokenizer.decode(&tokens[start..], false).map_err(failed)?;
+        if !text.ends_with('\u{FFFD}') && text.starts_with(&written) {
+            write(&text[written.len()..]);
+            written = text;
+        }
+    }
+    Ok(())
+}
+
+fn next_token(model: &Model, tokens: &[u32], job: &Generation) -> Result<u32, Error> {
+    let ids: Vec<i64> = tokens.iter().map(|&token| i64::from(token)).collect();
+    let input = Cpu.upload(&Tensor::from_slice(&ids).view([1, -1]));
+    let hidden = model.forward(&input)?.hidden_td;
+    let logits = model.logits(&hidden.narrow(0, ids.len() as i64 - 1, 1)).view([-1]);
+    if job.temperature <= 0.0 {
+        return Ok(logits.argmax(-1, false).int64_value(&[]) as u32);
+    }
+    let mut logits = logits / job.temperature;
+    let vocab = logits.size()[0];
+    if job.top_k > 0 && (job.top_k as i64) < vocab {
+        let least = logits.topk(job.top_k as i64, -1, true, true).0.min();
+        logits = logits.masked_fill(&logits.lt_tensor(&least), f64::NEG_INFINITY);
+    }
+    Ok(logits.softmax(-1, Kind::Float).multinomial(1, false).int64_value(&[0]) as u32)
+}
+
+/// The newest usable checkpoint of a run, or the one that is named.
+fn open(path: &Path) -> Result<Checkpoint, Error> {
+    if path.join("manifest.json").exists() {
+        return checked(path);
+    }
+    let inner = path.join("checkpoints");
+    let root = if inner.is_dir() { &inner } else { path };
+    let mut reasons = Vec::new();
+    for candidate in checkpoint::list(root)? {
+        match checked(&candidate) {
+            Ok(checkpoint) => return Ok(checkpoint),
+            Err(error) => reasons.push(error.to_string()),
+        }
+    }
+    Err(Error::Data(match reasons.is_empty() {
+        true => format!("there is no checkpoint in {}: name a run's folder or a step-NNNNNNNN folder", path.display()),
+        false => format!("no checkpoint in {} can be used: {}", path.display(), reasons.join("; ")),
+    }))
+}
+
+fn checked(path: &Path) -> Result<Checkpoint, Error> {
+    let checkpoint = Checkpoint::open(path)?;
+    for file in 0..checkpoint.manifest().files.len() {
+        checkpoint.verify_file(file)?;
+    }
+    Ok(checkpoint)
+}
+
+fn find_tokenizer(job: &Generation, config: &Config, checkpoint: &Path) -> Result<PathBuf, Error> {
+    let beside_data = config.data.train.first().and_then(|source| source.path.parent()).map(|f| f.join("tokenizer.json"));
+    let with_run = checkpoint.ancestors().nth(2).map(|folder| folder.join("tokenizer.json"));
+    let places: Vec<PathBuf> = match &job.tokenizer {
+        Some(path) => vec![path.clone()],
+        None => [with_run, config.data.tokenizer.clone(), beside_data].into_iter().flatten().collect(),
+    };
+    places.iter().find(|path| path.exists()).cloned().ok_or_else(|| {
+        let places: Vec<_> = places.iter().map(|path| path.display().to_string()).collect();
+        Error::Data(format!("no tokenizer at {}: name one with --tokenizer", places.join(", ")))
+    })
+}

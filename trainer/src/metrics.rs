@@ -1,0 +1,121 @@
+//! What a step measured, and the file that keeps it.
+
+use crate::Error;
+use serde::{Deserialize, Serialize};
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+
+/// One step, over all ranks.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Record {
+    /// Steps done, this one included.
+    pub step: u64,
+    /// Cross-entropy a token, in nats.
+    pub loss: f64,
+    /// Load-balancing loss, not weighted (1 a layer is balanced).
+    pub load_balance_loss: f64,
+    /// Router z-loss, not weighted.
+    pub z_loss: f64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Global gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Tokens learned from so far.
+    pub tokens: u64,
+    /// Speed of this step.
+    pub tokens_per_s: f64,
+    /// Time of this step.
+    pub step_ms: f64,
+    /// For each mixture layer: the busiest expert's tokens over the mean.
+    pub expert_imbalance: Vec<f64>,
+    /// For each mixture layer: rows that each rank's experts worked on.
+    pub rank_rows: Vec<Vec<u64>>,
+    /// Bytes in use at most so far, on rank 0's device.
+    pub peak_memory_bytes: u64,
+}
+
+impl Record {
+    /// The worst layer's expert imbalance; 1 where there is no mixture.
+    pub fn worst_imbalance(&self) -> f64 {
+        self.expert_imbalance.iter().copied().fold(1.0, f64::max)
+    }
+}
+
+/// Is told what happens, on rank 0.
+pub trait Progress {
+    /// A step is done.
+    fn step(&mut self, record: &Record, steps: u64);
+    /// A validation is done: loss in nats a token.
+    fn validation(&mut self, step: u64, loss: f64);
+    /// Something a person should know.
+    fn note(&mut self, message: &str);
+    /// Something a person should look at.
+    fn warn(&mut self, message: &str);
+}
+
+/// `metrics.jsonl`: one JSON object a line.
+pub struct Metrics {
+    path: PathBuf,
+    file: File,
+}
+
+#[derive(Deserialize)]
+struct Line {
+    step: u64,
+}
+
+impl Metrics {
+    /// Opens the file and drops lines of steps after `step`, which a resumed run does again, and a line that a crash
+    /// cut off.
+    ///
+    /// # Errors
+    /// When the file cannot be read or written.
+    pub fn resume(path: &Path, step: u64) -> Result<Metrics, Error> {
+        if path.exists() {
+            let reader = BufReader::new(File::open(path).map_err(Error::io("cannot open", path))?);
+            let mut kept = String::new();
+            for line in reader.lines() {
+                let line = line.map_err(Error::io("cannot read", path))?;
+                if serde_json::from_str::<Line>(&line).is_ok_and(|line| line.step <= step) {
+                    kept.push_str(&line);
+                    kept.push('\n');
+                }
+            }
+            let fresh = path.with_extension("jsonl.new");
+            std::fs::write(&fresh, kept).map_err(Error::io("cannot write", &fresh))?;
+            std::fs::rename(&fresh, path).map_err(Error::io("cannot write", path))?;
+        }
+        let file = OpenOptions::new().create(true).append(true).open(path).map_err(Error::io("cannot write", path))?;
+        Ok(Metrics { path: path.to_path_buf(), file })
+    }
+
+    /// Appends one line.
+    ///
+    /// # Errors
+    /// When the disk is full.
+    pub fn write(&mut self, line: &impl Serialize) -> Result<(), Error> {
+        let mut text = serde_json::to_string(line).expect("plain data");
+        text.push('\n');
+        self.file.write_all(text.as_bytes()).map_err(Error::io("cannot write", &self.path))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_resumed_file_holds_each_step_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let mut metrics = Metrics::resume(&path, 0).unwrap();
+        for step in 1..=4 {
+            metrics.write(&serde_json::json!({"step": step})).unwrap();
+        }
+        std::fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"step\": 5, \"lo").unwrap();
+        let mut metrics = Metrics::resume(&path, 2).unwrap();
+        metrics.write(&serde_json::json!({"step": 3})).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n");
+    }
+}

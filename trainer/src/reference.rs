@@ -1,0 +1,126 @@
+//! The reference training step: the shape of `MixtralForCausalLM` that peers measure, on random tokens.
+
+use crate::Error;
+use crate::config::{Dtype, ModelConfig, MoeConfig, OptimizerConfig, QkNorm, RouterConfig};
+use crate::model::Model;
+use crate::optimizer::Optimizer;
+use moe::balance::{BatchTotals, Statistics};
+use parallel::{Accelerator, Communicator, Cpu, GradientBuckets, Local};
+use std::sync::Arc;
+use std::time::Instant;
+use tch::{Kind, Tensor};
+
+/// What was measured.
+#[derive(Debug, Clone)]
+pub struct StepTimes {
+    /// Seconds of each step.
+    pub seconds: Vec<f64>,
+    /// Cross-entropy before each step.
+    pub losses: Vec<f64>,
+    /// Parameters of the model.
+    pub parameters: i64,
+    /// Tokens of a step.
+    pub tokens: i64,
+}
+
+/// A model, its optimizer and a batch, on one CPU.
+pub struct ReferenceStep {
+    model: Model,
+    gradients: GradientBuckets,
+    optimizer: Optimizer,
+    inputs: Tensor,
+    labels: Tensor,
+    step: u64,
+}
+
+const BATCH: i64 = 8;
+const SEQUENCE: i64 = 256;
+const VOCAB: i64 = 8192;
+
+impl ReferenceStep {
+    /// Hidden 256, 4 layers, 8 heads over 4 key heads, 8 experts top-2 of width 512, vocabulary 8192, 8 x 256 tokens.
+    ///
+    /// # Errors
+    /// libtorch's message.
+    pub fn new(dtype: Dtype) -> Result<ReferenceStep, Error> {
+        let moe = MoeConfig {
+            experts: 8,
+            top_k: 2,
+            ffn: 512,
+            shared_experts: 0,
+            router: RouterConfig::default(),
+            load_balance: 0.02,
+            load_balance_over: Statistics::Microbatch,
+            load_balance_pool_layers: true,
+            z_loss: 0.0,
+            bias_update_rate: 0.0,
+        };
+        let config = ModelConfig {
+            vocab_size: VOCAB as usize,
+            hidden: 256,
+            layers: 4,
+            heads: 8,
+            kv_heads: Some(4),
+            head_dim: None,
+            ffn: None,
+            dense_layers: 0,
+            moe_every: 1,
+            moe: Some(moe),
+            rope_theta: 1e6,
+            norm_eps: 1e-5,
+            qk_norm: QkNorm::None,
+            tie_embeddings: false,
+            init_std: 0.02,
+            mup: None,
+        };
+        let alone: Arc<dyn Communicator> = Arc::new(Local::new(0, "bench"));
+        let model = Model::new(&config, SEQUENCE as usize, dtype, 0, &Cpu, &alone);
+        let leaves: Vec<_> = model.parameters.iter().map(|p| (p.weight.shallow_clone(), 0)).collect();
+        let gradients = GradientBuckets::new(&leaves, std::slice::from_ref(&alone), 25 << 20, &Cpu)?;
+        let settings = OptimizerConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+        let optimizer = Optimizer::new(&settings, 1.0, &model.parameters, &Cpu, alone);
+        tch::manual_seed(1);
+        let inputs = Cpu.zeros(&[BATCH, SEQUENCE], Kind::Int64).random_to_(VOCAB);
+        // The next token, as a causal model is trained; the last position has none.
+        let labels = inputs.roll([-1], [1]);
+        let _ = labels.narrow(1, SEQUENCE - 1, 1).fill_(crate::model::IGNORED);
+        Ok(ReferenceStep { model, gradients, optimizer, inputs, labels, step: 0 })
+    }
+
+    /// Forward, backward, clipping and update; seconds and the cross-entropy.
+    ///
+    /// # Errors
+    /// libtorch's message.
+    pub fn run(&mut self) -> Result<(f64, f64), Error> {
+        let started = Instant::now();
+        let tokens = (BATCH * (SEQUENCE - 1)) as f64;
+        self.gradients.zero();
+        let output = self.model.forward(&self.inputs)?;
+        let totals = BatchTotals { groups: 1.0, tokens, counts_le: None };
+        let losses = self.model.losses(&output, &self.labels, &totals)?;
+        self.gradients.begin_backward(true);
+        losses.total.f_backward()?;
+        self.gradients.finish()?;
+        let norm = self.optimizer.grad_norm(&self.model.parameters, &self.gradients)?;
+        self.step += 1;
+        self.optimizer.step(&self.model.parameters, &self.gradients, self.step, 3e-4, norm)?;
+        Ok((started.elapsed().as_secs_f64(), losses.cross_entropy))
+    }
+
+    /// `warmup` steps that are not counted, then `steps` that are.
+    ///
+    /// # Errors
+    /// libtorch's message.
+    pub fn measure(&mut self, warmup: usize, steps: usize) -> Result<StepTimes, Error> {
+        let (mut seconds, mut losses) = (Vec::new(), Vec::new());
+        for index in 0..warmup + steps {
+            let (time, loss) = self.run()?;
+            losses.push(loss);
+            if index >= warmup {
+                seconds.push(time);
+            }
+        }
+        let parameters = self.model.parameters.iter().map(|p| p.master.numel() as i64).sum();
+        Ok(StepTimes { seconds, losses, parameters, tokens: BATCH * SEQUENCE })
+    }
+}

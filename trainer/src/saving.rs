@@ -1,0 +1,270 @@
+//! Saving and resuming a run: the trainer's state as named tensors, agreed upon by all ranks.
+//!
+//! # Collective
+//! Every function here is called by all ranks.
+
+use crate::Error;
+use crate::model::Model;
+use crate::optimizer::Optimizer;
+use checkpoint::{Checkpoint, Shard, Staging, assign_owners};
+use parallel::{Accelerator, CommError, Communicator, Cpu, ReduceOp};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tch::{Kind, Tensor};
+
+/// What is saved besides tensors.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct RunState {
+    /// Optimizer steps done.
+    pub(crate) step: u64,
+    /// Samples drawn: the position in the data.
+    pub(crate) samples: u64,
+    /// Tokens learned from.
+    pub(crate) tokens: u64,
+    /// How many ranks saved.
+    pub(crate) ranks: usize,
+    /// The whole configuration.
+    pub(crate) config: serde_json::Value,
+}
+
+/// The parts of a run that have values.
+pub(crate) struct Stateful<'a> {
+    pub(crate) model: &'a Model,
+    pub(crate) optimizer: &'a Optimizer,
+    pub(crate) device: &'a dyn Accelerator,
+    pub(crate) rank: usize,
+}
+
+fn master(name: &str) -> String {
+    format!("model/{name}")
+}
+fn first_moment(name: &str) -> String {
+    format!("exp_avg/{name}")
+}
+fn second_moment(name: &str) -> String {
+    format!("exp_avg_sq/{name}")
+}
+fn bias(name: &str) -> String {
+    format!("bias/{name}")
+}
+fn generator(rank: usize) -> String {
+    format!("generator/{rank}")
+}
+
+impl Stateful<'_> {
+    /// Everything this rank holds, by global name.
+    fn tensors(&self) -> Result<Vec<(String, Tensor)>, Error> {
+        let mut tensors = Vec::new();
+        for (index, parameter) in self.model.parameters.iter().enumerate() {
+            let (exp_avg, exp_avg_sq) = self.optimizer.moments(index);
+            let kinds: [(fn(&str) -> String, &Tensor); 3] =
+                [(master, &parameter.master), (first_moment, exp_avg), (second_moment, exp_avg_sq)];
+            for (key, tensor) in kinds {
+                tensors.extend(parameter.parts(tensor).map(|(name, part)| (key(name), part)));
+            }
+        }
+        tensors.extend(self.model.biases().map(|(name, tensor)| (bias(&name), tensor)));
+        tensors.push((generator(self.rank), self.device.generator_state()?));
+        Ok(tensors)
+    }
+}
+
+/// Saves step `state.step` under `root`.
+///
+/// # Errors
+/// When any rank fails to write; the earlier checkpoints are untouched then, and nothing half-written is left.
+pub(crate) fn save(
+    root: &Path,
+    state: &RunState,
+    run: &Stateful,
+    world: &Arc<dyn Communicator>,
+) -> Result<PathBuf, Error> {
+    let tensors = run.tensors()?;
+    let held: Vec<(String, u64)> = tensors
+        .iter()
+        .map(|(name, tensor)| (name.clone(), (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64))
+        .collect();
+    // Who holds what, then who writes what: the same plan on every rank.
+    let mut holders: BTreeMap<String, (u64, Vec<usize>)> = BTreeMap::new();
+    for (rank, bytes) in gather(world, &serde_json::to_vec(&held).expect("plain data"))?.iter().enumerate() {
+        let held: Vec<(String, u64)> = from_peer(bytes)?;
+        for (name, bytes) in held {
+            holders.entry(name).or_insert((bytes, Vec::new())).1.push(rank);
+        }
+    }
+    let names: Vec<String> = holders.keys().cloned().collect();
+    let owners = assign_owners(&holders.into_values().collect::<Vec<_>>(), world.size());
+    let owner: BTreeMap<&str, usize> = names.iter().map(String::as_str).zip(owners).collect();
+    let mine = tensors.into_iter().filter(|(name, _)| owner[name.as_str()] == world.rank()).collect();
+
+    let staging = Staging::new(root, state.step);
+    let begun = if world.rank() == 0 { staging.begin() } else { Ok(()) };
+    agree(world, begun.map_err(Error::from))?;
+    let written = staging.write_shard(world.rank(), mine);
+    let reports = gather(world, &serde_json::to_vec(&written.map_err(|e| e.to_string())).expect("plain data"))?;
+    let shards = reports.iter().enumerate().map(|(rank, report)| {
+        let report: Result<Shard, String> = from_peer(report)?;
+        report.map_err(|error| Error::Data(format!("rank {rank}: {error}")))
+    });
+    let shards: Result<Vec<Shard>, Error> = shards.collect();
+    let committed = match (shards, world.rank()) {
+        (Ok(shards), 0) => {
+            let state = serde_json::to_value(state).expect("plain data");
+            staging.commit(shards, &names, state).map(|_| ()).map_err(Error::from)
+        }
+        (Ok(_), _) => Ok(()),
+        (Err(error), _) => Err(error),
+    };
+    let agreed = agree(world, committed);
+    if agreed.is_err() && world.rank() == 0 {
+        staging.discard();
+    }
+    agreed?;
+    Ok(root.join(format!("step-{:08}", state.step)))
+}
+
+/// Finds the newest checkpoint under `root` that every rank can read, checks it, and restores the run from it. None
+/// when there is no checkpoint at all. Refused ones are named to `warn`.
+///
+/// # Errors
+/// When there are checkpoints and none can be used.
+pub(crate) fn resume(
+    root: &Path,
+    run: &Stateful,
+    world: &Arc<dyn Communicator>,
+    warn: &mut dyn FnMut(&str),
+) -> Result<Option<RunState>, Error> {
+    let listed = if world.rank() == 0 { checkpoint::list(root) } else { Ok(Vec::new()) };
+    let failure = listed.as_ref().err().map(ToString::to_string);
+    let listed = serde_json::to_vec(&listed.unwrap_or_default()).expect("paths are UTF-8");
+    agree(world, failure.map_or(Ok(()), |reason| Err(Error::Data(reason))))?;
+    let candidates: Vec<PathBuf> = from_peer(&share(world, listed)?)?;
+    let mut refusals = Vec::new();
+    for path in &candidates {
+        match agree(world, check(path, world)) {
+            Ok(()) => {
+                let restored = restore(path, run);
+                let failure = restored.as_ref().err().map(|e| Error::Data(e.to_string()));
+                agree(world, failure.map_or(Ok(()), Err))?;
+                return restored.map(Some);
+            }
+            Err(error) => {
+                warn(&format!("checkpoint {} is refused: {error}", path.display()));
+                refusals.push(error.to_string());
+            }
+        }
+    }
+    if refusals.is_empty() {
+        return Ok(None);
+    }
+    Err(Error::Data(format!(
+        "none of the {} checkpoints in {} can be used ({}); move the folder away to start from the beginning",
+        refusals.len(),
+        root.display(),
+        refusals.join("; ")
+    )))
+}
+
+/// Verifies this rank's share of a checkpoint's files.
+fn check(path: &Path, world: &Arc<dyn Communicator>) -> Result<(), Error> {
+    let checkpoint = Checkpoint::open(path)?;
+    for file in (world.rank()..checkpoint.manifest().files.len()).step_by(world.size()) {
+        checkpoint.verify_file(file)?;
+    }
+    Ok(())
+}
+
+/// Copies a verified checkpoint into the run.
+pub(crate) fn restore(path: &Path, run: &Stateful) -> Result<RunState, Error> {
+    let mut checkpoint = Checkpoint::open(path)?;
+    let state = restore_weights(&mut checkpoint, run.model)?;
+    for (index, parameter) in run.model.parameters.iter().enumerate() {
+        let (exp_avg, exp_avg_sq) = run.optimizer.moments(index);
+        let kinds: [(fn(&str) -> String, &Tensor); 2] = [(first_moment, exp_avg), (second_moment, exp_avg_sq)];
+        for (key, tensor) in kinds {
+            for (name, part) in parameter.parts(tensor) {
+                copy(&mut checkpoint, &key(name), &part)?;
+            }
+        }
+    }
+    // Random states belong to a number of ranks; another number starts its own.
+    let name = generator(run.rank);
+    if checkpoint.manifest().tensors.contains_key(&name) {
+        run.device.set_generator_state(&checkpoint.tensor(&name)?)?;
+    }
+    Ok(state)
+}
+
+/// Copies only what the model computes with.
+pub(crate) fn restore_weights(checkpoint: &mut Checkpoint, model: &Model) -> Result<RunState, Error> {
+    for parameter in model.parameters.iter() {
+        for (name, part) in parameter.parts(&parameter.master) {
+            copy(checkpoint, &master(name), &part)?;
+        }
+        if parameter.weight.kind() != Kind::Float {
+            tch::no_grad(|| parameter.weight.shallow_clone().copy_(&parameter.master));
+        }
+    }
+    for (name, tensor) in model.biases() {
+        copy(checkpoint, &bias(&name), &tensor)?;
+    }
+    state_of(checkpoint)
+}
+
+/// What a checkpoint says about its run.
+pub(crate) fn state_of(checkpoint: &Checkpoint) -> Result<RunState, Error> {
+    serde_json::from_value(checkpoint.manifest().state.clone())
+        .map_err(|e| Error::Data(format!("{}: the manifest's state cannot be read: {e}", checkpoint.path().display())))
+}
+
+fn copy(checkpoint: &mut Checkpoint, name: &str, into: &Tensor) -> Result<(), Error> {
+    let saved = checkpoint.tensor_of_shape(name, &into.size())?;
+    tch::no_grad(|| into.shallow_clone().f_copy_(&saved))?;
+    Ok(())
+}
+
+/// An error of any rank becomes everyone's: the lowest rank's, by name.
+fn agree(world: &Arc<dyn Communicator>, own: Result<(), Error>) -> Result<(), Error> {
+    let text = own.as_ref().err().map(ToString::to_string).unwrap_or_default();
+    let texts = gather(world, text.as_bytes())?;
+    own?;
+    match texts.iter().position(|text| !text.is_empty()) {
+        None => Ok(()),
+        Some(rank) => Err(Error::Data(format!("rank {rank}: {}", String::from_utf8_lossy(&texts[rank])))),
+    }
+}
+
+/// The bytes of every rank, in rank order.
+fn gather(world: &Arc<dyn Communicator>, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
+    let lengths = Cpu.zeros(&[world.size() as i64], Kind::Int64);
+    world.all_gather(&lengths, &Tensor::from_slice(&[bytes.len() as i64]))?.wait()?;
+    let lengths: Vec<i64> = lengths.iter::<i64>().expect("a list of numbers").collect();
+    let longest = lengths.iter().copied().max().unwrap_or(0);
+    let mut padded = bytes.to_vec();
+    padded.resize(longest as usize, 0);
+    let all = Cpu.zeros(&[longest * world.size() as i64], Kind::Uint8);
+    world.all_gather(&all, &Tensor::from_slice(&padded))?.wait()?;
+    let all: Vec<u8> = Vec::try_from(all).expect("a list of bytes");
+    let parts = all.chunks(longest.max(1) as usize).zip(&lengths).map(|(part, &length)| part[..length as usize].to_vec());
+    let mut parts: Vec<Vec<u8>> = parts.collect();
+    parts.resize(world.size(), Vec::new());
+    Ok(parts)
+}
+
+/// Rank 0's bytes.
+fn share(world: &Arc<dyn Communicator>, bytes: Vec<u8>) -> Result<Vec<u8>, CommError> {
+    Ok(gather(world, if world.rank() == 0 { &bytes } else { &[] })?.swap_remove(0))
+}
+
+fn from_peer<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
+    serde_json::from_slice(bytes).map_err(|e| Error::Data(format!("a rank sent something else than expected: {e}")))
+}
+
+/// Sums `values` over all ranks.
+pub(crate) fn sum_over_ranks(world: &Arc<dyn Communicator>, values: &[f64]) -> Result<Vec<f64>, Error> {
+    let tensor = Tensor::from_slice(values);
+    world.all_reduce(&tensor, ReduceOp::Sum)?.wait()?;
+    Ok(Vec::try_from(tensor)?)
+}

@@ -1,0 +1,450 @@
+//! The loop: microbatches, gradients, the update, and what surrounds them.
+
+use crate::config::{Config, Dtype};
+use crate::data::Dataset;
+use crate::metrics::{Metrics, Progress, Record};
+use crate::model::{ForwardOutput, IGNORED, Model};
+use crate::optimizer::Optimizer;
+use crate::saving::{self, RunState, Stateful, sum_over_ranks};
+use crate::schedule::learning_rate;
+use crate::{Error, config::MoeConfig};
+use moe::balance::{BatchTotals, Statistics, update_bias};
+use parallel::{Accelerator, Communicator, GradientBuckets, Group, Mesh, World};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+use tch::{Kind, Tensor};
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outcome {
+    /// Steps done in all.
+    pub step: u64,
+    /// Whether it was asked to stop before the last step.
+    pub stopped: bool,
+    /// The last validation loss, in nats a token.
+    pub validation_loss: Option<f64>,
+}
+
+/// A run on one rank.
+pub struct Trainer {
+    config: Config,
+    mesh: Mesh,
+    world: Arc<dyn Communicator>,
+    device: Box<dyn Accelerator>,
+    model: Model,
+    gradients: GradientBuckets,
+    optimizer: Optimizer,
+    train: Dataset,
+    validation: Option<Dataset>,
+    /// Optimizer steps done.
+    step: u64,
+    /// Samples drawn.
+    samples: u64,
+    /// Tokens learned from.
+    tokens: u64,
+}
+
+/// What one forward and backward over a rank's share of a step gave.
+struct Accumulated {
+    cross_entropy: f64,
+    load_balance: f64,
+    z: f64,
+    /// Choices of each expert, `[layers][E]`.
+    choices: Vec<Vec<f64>>,
+    /// Rows worked on, `[layers]`.
+    rows: Vec<f64>,
+}
+
+impl Trainer {
+    /// Sets up a run from its beginning.
+    ///
+    /// # Collective
+    /// All ranks of `world`.
+    ///
+    /// # Errors
+    /// When data is missing, the device cannot be used, or the ranks cannot be joined.
+    pub fn new(config: Config, world: &World, device: Box<dyn Accelerator>) -> Result<Trainer, Error> {
+        let mesh = config.mesh(world.rank(), world.size()).map_err(Error::Config)?;
+        let data = &config.data;
+        let open = |sources, seed| Dataset::open(sources, data.sequence_length, config.model.vocab_size, seed);
+        let train = open(&data.train, config.run.seed)?;
+        let validation = match &config.validation {
+            Some(_) => Some(open(&data.validation, config.run.seed)?),
+            None => None,
+        };
+        let all = world.all("world")?;
+        let expert_group = world.group("experts", &mesh.group(Group::Expert))?;
+        let replica_groups = [
+            world.group("dense gradients", &mesh.group(Group::DenseReplicas))?,
+            world.group("expert gradients", &mesh.group(Group::ExpertReplicas))?,
+        ];
+        let model = Model::new(
+            &config.model,
+            data.sequence_length,
+            config.train.dtype,
+            config.run.seed,
+            device.as_ref(),
+            &expert_group,
+        );
+        let leaves: Vec<(Tensor, usize)> =
+            model.parameters.iter().map(|p| (p.weight.shallow_clone(), usize::from(p.expert))).collect();
+        let bucket_bytes = config.parallel.bucket_mib << 20;
+        let gradients = GradientBuckets::new(&leaves, &replica_groups, bucket_bytes, device.as_ref())?;
+        let optimizer = Optimizer::new(
+            &config.optimizer,
+            config.train.grad_clip,
+            &model.parameters,
+            device.as_ref(),
+            expert_group,
+        );
+        Ok(Trainer {
+            config,
+            mesh,
+            world: all,
+            device,
+            model,
+            gradients,
+            optimizer,
+            train,
+            validation,
+            step: 0,
+            samples: 0,
+            tokens: 0,
+        })
+    }
+
+    /// Steps done.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The gradients of the last [`Trainer::forward_backward`].
+    pub fn gradients(&self) -> &GradientBuckets {
+        &self.gradients
+    }
+
+    /// Where this rank sits.
+    pub fn mesh(&self) -> &Mesh {
+        &self.mesh
+    }
+
+    fn checkpoints(&self) -> PathBuf {
+        self.config.run.dir.join("checkpoints")
+    }
+
+    fn stateful(&self) -> Stateful<'_> {
+        Stateful {
+            model: &self.model,
+            optimizer: &self.optimizer,
+            device: self.device.as_ref(),
+            rank: self.world.rank(),
+        }
+    }
+
+    /// Goes on from the newest usable checkpoint of the run's folder, if there is one; refused ones are told to `warn`.
+    ///
+    /// # Collective
+    /// All ranks.
+    ///
+    /// # Errors
+    /// When there are checkpoints and none can be used.
+    pub fn resume(&mut self, warn: &mut dyn FnMut(&str)) -> Result<bool, Error> {
+        let Some(state) = saving::resume(&self.checkpoints(), &self.stateful(), &self.world, warn)? else {
+            return Ok(false);
+        };
+        (self.step, self.samples, self.tokens) = (state.step, state.samples, state.tokens);
+        for key in ["/run/seed", "/data", "/train/global_batch"] {
+            let now = serde_json::to_value(&self.config).expect("plain data");
+            if now.pointer(key) != state.config.pointer(key) {
+                let key = key[1..].replace('/', ".");
+                warn(&format!("{key} is not what the checkpoint was made with: the data goes on in another order"));
+            }
+        }
+        Ok(true)
+    }
+
+    /// Writes a checkpoint of the steps done so far.
+    ///
+    /// # Collective
+    /// All ranks.
+    ///
+    /// # Errors
+    /// When it cannot be written; older ones are untouched.
+    pub fn save(&self) -> Result<PathBuf, Error> {
+        let state = RunState {
+            step: self.step,
+            samples: self.samples,
+            tokens: self.tokens,
+            ranks: self.world.size(),
+            config: serde_json::to_value(&self.config).expect("plain data"),
+        };
+        let path = saving::save(&self.checkpoints(), &state, &self.stateful(), &self.world)?;
+        if self.world.rank() == 0 {
+            checkpoint::retain(&self.checkpoints(), self.config.checkpoint.keep)?;
+        }
+        Ok(path)
+    }
+
+    fn tokens_per_step(&self) -> u64 {
+        (self.config.train.global_batch * self.config.data.sequence_length) as u64
+    }
+
+    fn accumulation(&self) -> usize {
+        self.config.train.global_batch / (self.config.train.micro_batch * self.mesh.shape().data)
+    }
+
+    /// Inputs and labels of this rank's microbatch number `index`. Consecutive microbatches of the global batch go to
+    /// one rank, so the same microbatches exist in every layout.
+    fn microbatch(&self, index: usize) -> Result<(Tensor, Tensor), Error> {
+        let size = self.config.train.micro_batch as u64;
+        let number = (self.mesh.coordinates().data * self.accumulation() + index) as u64;
+        let first = self.samples + number * size;
+        let (inputs, labels) = self.train.batch(first..first + size)?;
+        Ok((self.device.upload(&inputs), self.device.upload(&labels)))
+    }
+
+    fn groups_per_step(&self) -> f64 {
+        let train = &self.config.train;
+        match self.config.model.moe.as_ref().map(|moe| moe.load_balance_over) {
+            Some(Statistics::Sequence) => train.global_batch as f64,
+            Some(Statistics::Microbatch) => (train.global_batch / train.micro_batch) as f64,
+            Some(Statistics::Batch) | None => 1.0,
+        }
+    }
+
+    /// Choices of each expert in the whole step, `[layers, E]`, from the counts of one or more forwards of this rank.
+    fn whole_batch_counts(&self, outputs: &[ForwardOutput]) -> Result<Tensor, Error> {
+        let per_forward = outputs.iter().map(|output| {
+            Tensor::stack(&output.stats.iter().map(|s| s.counts_ge.squeeze_dim(0)).collect::<Vec<_>>(), 0)
+        });
+        let counts = Tensor::stack(&per_forward.collect::<Vec<_>>(), 0).sum_dim_intlist([0i64].as_slice(), false, Kind::Float);
+        self.world.all_reduce(&counts, parallel::ReduceOp::Sum)?.wait()?;
+        Ok(counts)
+    }
+
+    /// Losses and gradients of the next step, without the update.
+    fn accumulate(&self) -> Result<Accumulated, Error> {
+        let layers = self.model.config().num_moe_layers();
+        let experts = self.model.config().moe.as_ref().map_or(0, |moe| moe.experts);
+        let mut sums = Accumulated {
+            cross_entropy: 0.0,
+            load_balance: 0.0,
+            z: 0.0,
+            choices: vec![vec![0.0; experts]; layers],
+            rows: vec![0.0; layers],
+        };
+        self.gradients.zero();
+        let accumulation = self.accumulation();
+        let mut counts = None;
+        if self.model.counts_whole_batch() && accumulation > 1 {
+            // The first backward already needs the choices of the last forward: count first.
+            let outputs = tch::no_grad(|| {
+                (0..accumulation).map(|index| self.model.forward(&self.microbatch(index)?.0)).collect::<Result<Vec<_>, _>>()
+            })?;
+            counts = Some(self.whole_batch_counts(&outputs)?);
+        }
+        for index in 0..accumulation {
+            let (inputs, labels) = self.microbatch(index)?;
+            let output = self.model.forward(&inputs)?;
+            if self.model.counts_whole_batch() && accumulation == 1 {
+                counts = Some(self.whole_batch_counts(std::slice::from_ref(&output))?);
+            }
+            let totals = BatchTotals {
+                groups: self.groups_per_step(),
+                tokens: self.tokens_per_step() as f64,
+                counts_le: counts.as_ref(),
+            };
+            let losses = self.model.losses(&output, &labels, &totals)?;
+            self.gradients.begin_backward(index + 1 == accumulation);
+            losses.total.f_backward()?;
+            sums.cross_entropy += losses.cross_entropy;
+            sums.load_balance += losses.load_balance;
+            sums.z += losses.z;
+            for (sum, choices) in sums.choices.iter_mut().zip(&output.choices) {
+                sum.iter_mut().zip(choices).for_each(|(sum, &choices)| *sum += choices as f64);
+            }
+            sums.rows.iter_mut().zip(&output.rows).for_each(|(sum, &rows)| *sum += rows as f64);
+        }
+        self.gradients.finish()?;
+        Ok(sums)
+    }
+
+    /// Computes losses and gradients of the next step and leaves the weights as they are: the gradient norm. For
+    /// tests and tools.
+    ///
+    /// # Collective
+    /// All ranks.
+    ///
+    /// # Errors
+    /// When data cannot be read or a collective fails.
+    pub fn forward_backward(&self) -> Result<f64, Error> {
+        self.accumulate()?;
+        self.optimizer.grad_norm(&self.model.parameters, &self.gradients)
+    }
+
+    /// One optimizer step. Also says whether any rank's `stop` was true.
+    ///
+    /// # Collective
+    /// All ranks.
+    ///
+    /// # Errors
+    /// When data cannot be read, a collective fails, or the loss is not finite.
+    pub fn train_step(&mut self, stop: bool) -> Result<(Record, bool), Error> {
+        let started = Instant::now();
+        let sums = self.accumulate()?;
+        let grad_norm = self.optimizer.grad_norm(&self.model.parameters, &self.gradients)?;
+        let (layers, ranks) = (sums.rows.len(), self.world.size());
+        // One collective for all figures of the step.
+        let mut figures = vec![sums.cross_entropy, sums.load_balance, sums.z, f64::from(u8::from(stop))];
+        figures.extend(sums.choices.iter().flatten());
+        let rows_at = figures.len();
+        figures.resize(rows_at + layers * ranks, 0.0);
+        for (layer, rows) in sums.rows.iter().enumerate() {
+            figures[rows_at + layer * ranks + self.world.rank()] = *rows;
+        }
+        let figures = sum_over_ranks(&self.world, &figures)?;
+        let loss = figures[0];
+        if !loss.is_finite() || !grad_norm.is_finite() {
+            return Err(Error::Diverged { step: self.step + 1, loss });
+        }
+        let lr = learning_rate(&self.config.schedule, self.step, self.config.train.steps, self.tokens_per_step());
+        self.optimizer.step(&self.model.parameters, &self.gradients, self.step + 1, lr, grad_norm)?;
+        let experts = sums.choices.first().map_or(1, Vec::len).max(1);
+        let choices: Vec<&[f64]> = figures[4..rows_at].chunks(experts).collect();
+        if let Some(MoeConfig { bias_update_rate, .. }) = &self.config.model.moe {
+            for ((_, mut bias), choices) in self.model.biases().zip(&choices) {
+                update_bias(&mut bias, &self.device.upload(&Tensor::from_slice(choices)), *bias_update_rate);
+            }
+        }
+        self.device.synchronize()?;
+        self.step += 1;
+        self.samples += self.config.train.global_batch as u64;
+        self.tokens += self.tokens_per_step();
+        let seconds = started.elapsed().as_secs_f64();
+        let record = Record {
+            step: self.step,
+            loss,
+            load_balance_loss: figures[1],
+            z_loss: figures[2],
+            lr,
+            grad_norm,
+            tokens: self.tokens,
+            tokens_per_s: self.tokens_per_step() as f64 / seconds,
+            step_ms: seconds * 1e3,
+            expert_imbalance: choices.iter().map(|choices| imbalance(choices)).collect(),
+            rank_rows: figures[rows_at..].chunks(ranks).map(|rows| rows.iter().map(|&r| r as u64).collect()).collect(),
+            peak_memory_bytes: self.device.memory()?.peak,
+        };
+        Ok((record, figures[3] > 0.0))
+    }
+
+    /// The mean loss over the validation sequences, in nats a token; None where there is no validation.
+    ///
+    /// # Collective
+    /// All ranks.
+    ///
+    /// # Errors
+    /// When data cannot be read or a collective fails.
+    pub fn validate(&self) -> Result<Option<f64>, Error> {
+        let (Some(config), Some(data)) = (&self.config.validation, &self.validation) else { return Ok(None) };
+        let total = (config.sequences as u64).min(data.num_windows());
+        let tokens = total * self.config.data.sequence_length as u64;
+        let (size, ranks) = (self.config.train.micro_batch as u64, self.mesh.shape().data as u64);
+        let totals = BatchTotals { groups: 1.0, tokens: tokens as f64, counts_le: None };
+        let mut loss = 0.0;
+        // Every rank makes the same number of forwards; places past the end are read again and do not count.
+        for round in 0..total.div_ceil(size * ranks) {
+            let first = (round * ranks + self.mesh.coordinates().data as u64) * size;
+            let (inputs, labels) = data.windows((first..first + size).map(|number| number.min(total - 1)))?;
+            let beyond = (first + size).saturating_sub(total).min(size) as i64;
+            let _ = labels.narrow(0, size as i64 - beyond, beyond).fill_(IGNORED);
+            let (inputs, labels) = (self.device.upload(&inputs), self.device.upload(&labels));
+            loss += tch::no_grad(|| {
+                let output = self.model.forward(&inputs)?;
+                Ok::<_, Error>(self.model.losses(&output, &labels, &totals)?.cross_entropy)
+            })?;
+        }
+        Ok(Some(sum_over_ranks(&self.world, &[loss])?[0]))
+    }
+
+    /// Trains to the end of the configuration, or until `stop` is true on any rank.
+    ///
+    /// # Collective
+    /// All ranks.
+    ///
+    /// # Errors
+    /// When a step fails, or the last checkpoint cannot be written. A checkpoint that fails on the way is told to
+    /// `progress`, and training goes on.
+    pub fn run(&mut self, stop: &dyn Fn() -> bool, progress: &mut dyn Progress) -> Result<Outcome, Error> {
+        let rank0 = self.world.rank() == 0;
+        let mut metrics = match rank0 {
+            true => Some(Metrics::resume(&self.config.run.dir.join("metrics.jsonl"), self.step)?),
+            false => None,
+        };
+        let steps = self.config.train.steps;
+        let mut outcome = Outcome { step: self.step, stopped: false, validation_loss: None };
+        while self.step < steps && !outcome.stopped {
+            let (record, stopped) = self.train_step(stop())?;
+            outcome.stopped = stopped && self.step < steps;
+            if let Some(metrics) = &mut metrics {
+                metrics.write(&record)?;
+                progress.step(&record, steps);
+            }
+            let last = self.step == steps || outcome.stopped;
+            let due = |every: u64| every > 0 && self.step.is_multiple_of(every);
+            if self.config.validation.as_ref().is_some_and(|v| (due(v.every) || last) && !outcome.stopped) {
+                outcome.validation_loss = self.validate()?;
+                if let (Some(metrics), Some(loss)) = (&mut metrics, outcome.validation_loss) {
+                    metrics.write(&serde_json::json!({"step": self.step, "validation_loss": loss}))?;
+                    progress.validation(self.step, loss);
+                }
+            }
+            if due(self.config.checkpoint.every) || last {
+                match self.save() {
+                    Ok(path) if rank0 && last => progress.note(&format!("checkpoint {}", path.display())),
+                    Ok(_) => {}
+                    Err(Error::Comm(error)) => return Err(error.into()),
+                    Err(error) if last => return Err(error),
+                    Err(error) if rank0 => {
+                        progress.warn(&format!("no checkpoint at step {}: {error}; training goes on", self.step));
+                    }
+                    Err(_) => {}
+                }
+            }
+        }
+        outcome.step = self.step;
+        Ok(outcome)
+    }
+
+    /// Text for the start of a run: what is trained, on how many ranks, on how much data.
+    pub fn summary(&self) -> String {
+        let own: i64 = self.model.parameters.iter().map(|p| p.master.numel() as i64).sum();
+        let expert: i64 = self.model.parameters.iter().filter(|p| p.expert).map(|p| p.master.numel() as i64).sum();
+        let total = own - expert + expert * self.mesh.shape().expert as i64;
+        let active = self.config.model.moe.as_ref().map_or(total, |moe| {
+            let experts = expert * self.mesh.shape().expert as i64;
+            total - experts + experts * moe.top_k as i64 / moe.experts as i64
+        });
+        format!(
+            "{} on {}; {:.1}M parameters ({:.1}M active), {}; {} tokens of text, {} a step",
+            self.mesh,
+            self.device.name(),
+            total as f64 / 1e6,
+            active as f64 / 1e6,
+            if self.config.train.dtype == Dtype::Bf16 { "bf16" } else { "fp32" },
+            self.train.num_tokens(),
+            self.tokens_per_step()
+        )
+    }
+}
+
+fn imbalance(choices: &[f64]) -> f64 {
+    let mean = choices.iter().sum::<f64>() / choices.len() as f64;
+    if mean == 0.0 { 1.0 } else { choices.iter().copied().fold(0.0, f64::max) / mean }
+}
