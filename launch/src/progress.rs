@@ -1,0 +1,131 @@
+//! What a person watches: a bar on a terminal, plain lines elsewhere.
+
+use indicatif::{ProgressBar, ProgressStyle};
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+use trainer::{Progress, Record};
+
+/// Rank 0's view of a run.
+pub(crate) struct TrainingView {
+    bar: Option<ProgressBar>,
+    log_every: u64,
+    started: Instant,
+    first_step: Option<u64>,
+}
+
+impl TrainingView {
+    pub(crate) fn new(steps: u64, done: u64, log_every: u64) -> TrainingView {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(steps).with_position(done);
+            let template = "{bar:24.cyan/blue} {pos}/{len} {msg}";
+            bar.set_style(ProgressStyle::with_template(template).expect("a fixed template"));
+            bar.enable_steady_tick(Duration::from_millis(200));
+            bar
+        });
+        TrainingView { bar, log_every, started: Instant::now(), first_step: None }
+    }
+
+    fn line(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(text),
+            None => eprintln!("{text}"),
+        }
+        tracing::info!("{text}");
+    }
+
+    /// Removes the bar.
+    pub(crate) fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+impl Progress for TrainingView {
+    fn step(&mut self, record: &Record, steps: u64) {
+        let first = *self.first_step.get_or_insert(record.step);
+        // The first step warms caches; the pace is that of the others.
+        if record.step == first {
+            self.started = Instant::now();
+        }
+        let paced = record.step - first;
+        let left = match paced {
+            0 => "-".to_string(),
+            _ => duration(self.started.elapsed().mul_f64((steps - record.step) as f64 / paced as f64)),
+        };
+        let text = format!(
+            "loss {:.4}  lr {:.2e}  grad norm {:.3}  {:.0} tokens/s  imbalance {:.2}  left {left}",
+            record.loss,
+            record.lr,
+            record.grad_norm,
+            record.tokens_per_s,
+            record.worst_imbalance()
+        );
+        tracing::info!("step {}/{steps}  {text}", record.step);
+        match &self.bar {
+            Some(bar) => {
+                bar.set_position(record.step);
+                bar.set_message(text);
+            }
+            None if record.step == first || record.step.is_multiple_of(self.log_every) || record.step == steps => {
+                eprintln!("step {}/{steps}  {text}", record.step);
+            }
+            None => {}
+        }
+    }
+
+    fn validation(&mut self, step: u64, loss: f64) {
+        self.line(&format!("step {step}  validation loss {loss:.4}  perplexity {:.1}", loss.exp()));
+    }
+
+    fn note(&mut self, message: &str) {
+        self.line(message);
+    }
+
+    fn warn(&mut self, message: &str) {
+        self.line(&format!("warning: {message}"));
+    }
+}
+
+fn duration(time: Duration) -> String {
+    let seconds = time.as_secs();
+    match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
+        (0, 0, seconds) => format!("{seconds}s"),
+        (0, minutes, seconds) => format!("{minutes}m{seconds:02}s"),
+        (hours, minutes, _) => format!("{hours}h{minutes:02}m"),
+    }
+}
+
+/// The stages of data preparation.
+pub(crate) struct Preparation {
+    bar: Option<ProgressBar>,
+}
+
+impl Preparation {
+    pub(crate) fn new() -> Preparation {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(0);
+            bar.set_style(ProgressStyle::with_template("{bar:24.cyan/blue} {msg}").expect("a fixed template"));
+            bar
+        });
+        Preparation { bar }
+    }
+
+    pub(crate) fn show(&self, what: &str, done: u64, of: u64) {
+        match &self.bar {
+            Some(bar) => {
+                bar.set_length(of);
+                bar.set_position(done);
+                bar.set_message(format!("{what} {done}/{of}"));
+            }
+            None if done == of => eprintln!("{what}: {done} of {of}"),
+            None => {}
+        }
+    }
+
+    pub(crate) fn clear(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! One rank of a run: joins the others, trains, and says what went wrong where the launcher finds it.
+
+use crate::cli::TrainArgs;
+use crate::progress::TrainingView;
+use crate::{config_file, environment};
+use anyhow::{Context, Result, anyhow};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
+use parallel::{RankEnv, World};
+use serde::{Deserialize, Serialize};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use std::fs::File;
+use std::panic::AssertUnwindSafe;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use trainer::config::Config;
+use trainer::data::Prepared;
+use trainer::{Progress, Trainer};
+
+/// What a failing rank leaves for the launcher.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Failure {
+    /// Nanoseconds since the epoch: the first to fail is the one to show.
+    pub(crate) at: u64,
+    /// The error.
+    pub(crate) message: String,
+}
+
+/// The log of `rank`.
+pub(crate) fn log_path(run: &Path, rank: usize) -> PathBuf {
+    run.join("logs").join(format!("rank-{rank}.log"))
+}
+
+/// Where `rank` leaves its failure.
+pub(crate) fn failure_path(run: &Path, rank: usize) -> PathBuf {
+    run.join("logs").join(format!("rank-{rank}.failure"))
+}
+
+pub(crate) fn run(args: &TrainArgs, env: &RankEnv) -> Result<ExitCode> {
+    end_with_launcher()?;
+    let config = config_file::load(&args.config)?;
+    config_file::refuse_problems(&args.config, &config, env.world_size)?;
+    let dir = config.run.dir.clone();
+    log_to_file(&dir, env.rank)?;
+    let failure = failure_path(&dir, env.rank);
+    let _ = std::fs::remove_file(&failure);
+    // A panic is a bug of ours; it still ends as a message, not as a stack of frames on the terminal.
+    std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}\n{}", std::backtrace::Backtrace::force_capture())));
+    let result = std::panic::catch_unwind(AssertUnwindSafe(|| train(config, env))).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string()));
+        Err(anyhow!("internal error: {}", text.unwrap_or_default()))
+    });
+    let code = match result {
+        Ok(()) => 0,
+        Err(error) => {
+            let message = format!("{error:#}");
+            tracing::error!("{message}");
+            let at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64);
+            let report = serde_json::to_vec(&Failure { at, message: message.clone() }).expect("plain data");
+            if std::fs::write(&failure, report).is_err() || std::env::var(environment::LAUNCHER_PID).is_err() {
+                eprintln!("error: rank {}: {message}", env.rank);
+            }
+            1
+        }
+    };
+    // Without destructors: a communicator whose peers are gone would wait for them.
+    signal_hook::low_level::exit(code)
+}
+
+/// A rank that `moerun` started is killed when the launcher ends, however that happens.
+fn end_with_launcher() -> Result<()> {
+    let Ok(launcher) = std::env::var(environment::LAUNCHER_PID) else { return Ok(()) };
+    set_pdeathsig(Signal::SIGKILL).context("cannot ask to end with the launcher")?;
+    // It may have ended before the request.
+    if nix::unistd::getppid().to_string() != launcher {
+        return Err(anyhow!("the launcher ended before this rank started"));
+    }
+    Ok(())
+}
+
+fn log_to_file(dir: &Path, rank: usize) -> Result<()> {
+    let path = log_path(dir, rank);
+    let folder = path.parent().expect("a log has a folder");
+    std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    let file = File::options().create(true).append(true).open(&path);
+    let file = file.with_context(|| format!("cannot write {}", path.display()))?;
+    tracing_subscriber::fmt().with_writer(Arc::new(file)).with_ansi(false).with_target(false).init();
+    Ok(())
+}
+
+fn train(config: Config, env: &RankEnv) -> Result<()> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, stop.clone()).context("cannot handle signals")?;
+    }
+    let dir = config.run.dir.clone();
+    let (steps, log_every, validates) = (config.train.steps, config.run.log_every, config.validation.is_some());
+    let unigram = unigram_entropy(&config);
+    tch::set_num_threads(threads(env) as i32);
+    let device = parallel::accelerator(&config.run.device, env.local_rank)?;
+    let world = World::join(env, Duration::from_secs(config.run.timeout_s))?;
+    if env.rank == 0 {
+        keep_tokenizer(&config);
+    }
+    let mut trainer = Trainer::new(config, &world, device)?;
+    let rank0 = env.rank == 0;
+    let say = |text: String| {
+        tracing::info!("{text}");
+        if rank0 {
+            eprintln!("{text}");
+        }
+    };
+    say(trainer.summary());
+    let resumed = trainer.resume(&mut |warning| say(format!("warning: {warning}")))?;
+    if resumed {
+        say(format!("going on from the checkpoint of step {} in {}", trainer.step(), dir.display()));
+    }
+    if trainer.step() >= steps {
+        say(format!(
+            "all {steps} steps are done: raise train.steps, or choose another run.dir to start from the beginning"
+        ));
+        return Ok(());
+    }
+    if let Some(entropy) = unigram {
+        say(format!("unigram entropy of the training tokens: {entropy:.4} nats a token"));
+    }
+    let mut view = TrainingView::new(steps, trainer.step(), log_every);
+    let outcome = trainer.run(&|| stop.load(Ordering::Relaxed), &mut view);
+    view.finish();
+    let outcome = outcome?;
+    if outcome.stopped {
+        say(format!("stopped at step {} of {steps}; the same command goes on from there", outcome.step));
+    } else if rank0 {
+        match (outcome.validation_loss.filter(|_| validates), unigram) {
+            (Some(loss), Some(entropy)) => view.note(&format!(
+                "done: validation loss {loss:.4}, unigram entropy {entropy:.4} nats a token; text: moerun generate --checkpoint {}",
+                dir.display()
+            )),
+            _ => view.note(&format!("done; text: moerun generate --checkpoint {}", dir.display())),
+        }
+    }
+    Ok(())
+}
+
+/// Threads of this rank: `OMP_NUM_THREADS`, else its share of the processors.
+fn threads(env: &RankEnv) -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let asked = std::env::var("OMP_NUM_THREADS").ok().and_then(|n| n.parse().ok());
+    asked.unwrap_or((cores / env.local_world_size.max(1)).max(1))
+}
+
+/// The unigram entropy that `moerun data prepare` wrote beside the first source, where it did.
+fn unigram_entropy(config: &Config) -> Option<f64> {
+    let path = config.data.train.first()?.path.parent()?.join("dataset.json");
+    let prepared: Prepared = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
+    Some(prepared.unigram_entropy)
+}
+
+/// Puts the data's tokenizer beside the checkpoints, so that the run's folder is enough to generate with.
+fn keep_tokenizer(config: &Config) {
+    let beside = config.data.train.first().and_then(|source| source.path.parent()).map(|f| f.join("tokenizer.json"));
+    if let Some(path) = config.data.tokenizer.clone().or(beside).filter(|path| path.exists())
+        && let Err(error) = std::fs::copy(&path, config.run.dir.join("tokenizer.json"))
+    {
+        tracing::warn!("cannot copy {}: {error}", path.display());
+    }
+}
