@@ -18,4 +18,4 @@ pub use comm::{CommError, Communicator, Gloo, Local, ReduceOp, Work};
 pub use device::{Accelerator, Cpu, Cuda, MemoryUse, accelerator};
 pub use gradients::{BucketPlan, GradientBuckets, plan_buckets};
 pub use mesh::{Coordinates, Group, Mesh, MeshError, MeshShape};
-pub use world::{RankEnv, World};
+pub use world::{RankEnv, World, on_threads};

@@ -113,3 +113,38 @@ impl World {
         self.group(name, &(0..self.size).collect::<Vec<_>>())
     }
 }
+
+/// Runs `body` on `size` ranks that are threads of this process, joined over loopback, and returns their results in
+/// rank order. For tests: a rank of a real run is a process.
+///
+/// # Panics
+/// When the ranks cannot be joined, or one of them panics.
+pub fn on_threads<T, F>(size: usize, timeout: Duration, body: F) -> Vec<T>
+where
+    T: Send + 'static,
+    F: Fn(&World) -> T + Send + Sync + 'static,
+{
+    let server = Store::tcp("127.0.0.1", 0, true, timeout).expect("a store on loopback");
+    let master_port = server.port().expect("a TCP store has a port");
+    let body = Arc::new(body);
+    let ranks: Vec<_> = (0..size)
+        .map(|rank| {
+            let body = body.clone();
+            std::thread::spawn(move || {
+                let env = RankEnv {
+                    rank,
+                    world_size: size,
+                    local_rank: rank,
+                    local_world_size: size,
+                    master_addr: "127.0.0.1".into(),
+                    master_port,
+                    launcher_serves: true,
+                    attempt: 0,
+                    interface: None,
+                };
+                body(&World::join(&env, timeout).expect("ranks on loopback meet"))
+            })
+        })
+        .collect();
+    ranks.into_iter().map(|rank| rank.join().expect("a rank panicked")).collect()
+}

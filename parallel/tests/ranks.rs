@@ -1,36 +1,13 @@
 //! Collectives among real ranks: threads of this process, joined over loopback, with answers one can do by hand.
 
-use parallel::{Communicator, RankEnv, ReduceOp, World, collectives};
+use parallel::{Communicator, ReduceOp, World, collectives, on_threads};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
-use torch_ext::Store;
 
-/// Runs `body` on `size` ranks and returns their results in rank order.
+/// Ranks that are threads of this process, with the communicator of all of them.
 fn on_ranks<T: Send + 'static>(size: usize, timeout: Duration, body: fn(&World, Arc<dyn Communicator>) -> T) -> Vec<T> {
-    let server = Store::tcp("127.0.0.1", 0, true, Duration::from_secs(30)).unwrap();
-    let port = server.port().unwrap();
-    let ranks: Vec<_> = (0..size)
-        .map(|rank| {
-            std::thread::spawn(move || {
-                let env = RankEnv {
-                    rank,
-                    world_size: size,
-                    local_rank: rank,
-                    local_world_size: size,
-                    master_addr: "127.0.0.1".into(),
-                    master_port: port,
-                    launcher_serves: true,
-                    attempt: 0,
-                    interface: None,
-                };
-                let world = World::join(&env, timeout).unwrap();
-                let all = world.all("all").unwrap();
-                body(&world, all)
-            })
-        })
-        .collect();
-    ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    on_threads(size, timeout, move |world| body(world, world.all("all").unwrap()))
 }
 
 const SOON: Duration = Duration::from_secs(30);

@@ -1,0 +1,264 @@
+//! Layout changes nothing: losses, gradient norms, every gradient and the trained weights of one rank come out of every
+//! layout, and a layout run twice gives the same bits.
+
+use parallel::{Cpu, World, on_threads};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+use trainer::config::Config;
+use trainer::data::TokenWriter;
+use trainer::{Trainer, config};
+
+const STEPS: u64 = 20;
+const VOCAB: usize = 64;
+/// Every run in this file has few rows: they must not wait for one another longer than this.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// (ranks, experts shared out over)
+const LAYOUTS: [(usize, usize); 4] = [(2, 1), (2, 2), (4, 2), (4, 4)];
+
+/// Tokens with some order in them: each depends on the one before, with noise from a small generator.
+fn write_data(folder: &Path) {
+    let mut writer = TokenWriter::create(&folder.join("tokens"), VOCAB).unwrap();
+    let (mut state, mut token) = (1u64, 0u64);
+    let tokens: Vec<u32> = (0..6000)
+        .map(|_| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            token = (token * 5 + 1 + (state >> 62)) % VOCAB as u64;
+            token as u32
+        })
+        .collect();
+    writer.push(&tokens).unwrap();
+    writer.finish().unwrap();
+}
+
+/// Softmax routing with every auxiliary loss.
+fn softmax(over: &str) -> Value {
+    json!({"experts": 8, "top_k": 2, "ffn": 16, "shared_experts": 1, "load_balance": 0.05, "load_balance_over": over,
+           "z_loss": 0.01})
+}
+
+/// Sigmoid routing limited to groups, with the loss-free bias.
+fn sigmoid(over: &str) -> Value {
+    json!({"experts": 8, "top_k": 2, "ffn": 16, "load_balance": 0.05, "load_balance_over": over,
+           "router": {"score": "sigmoid", "groups": 4, "top_groups": 2, "scale": 1.5}, "bias_update_rate": 0.01})
+}
+
+fn config(folder: &Path, expert: usize, micro_batch: usize, moe: &Value) -> Config {
+    let config = json!({
+        "run": {"dir": folder.join("run"), "device": "cpu", "seed": 5},
+        "parallel": {"expert": expert, "bucket_mib": 1},
+        "model": {"vocab_size": VOCAB, "hidden": 32, "layers": 3, "heads": 4, "kv_heads": 2, "ffn": 48, "dense_layers": 1,
+                  "moe": moe, "init_std": 0.1},
+        "data": {"train": [{"path": folder.join("tokens")}], "sequence_length": 16},
+        "train": {"steps": STEPS, "global_batch": 8, "micro_batch": micro_batch, "grad_clip": 0.5},
+        // A denominator that rounding cannot move: AdamW's first steps otherwise turn the sign of noise into a step.
+        "optimizer": {"eps": 1e-4},
+        "schedule": {"constant": {"lr": 3e-3}},
+        "checkpoint": {"every": 0},
+    });
+    serde_json::from_value(config).unwrap()
+}
+
+/// What a run leaves, by global name.
+#[derive(Debug, Clone, PartialEq)]
+struct Trace {
+    /// Loss, load-balancing loss, z-loss, gradient norm of each step.
+    steps: Vec<[f64; 4]>,
+    first_gradients: BTreeMap<String, Vec<f32>>,
+    weights: BTreeMap<String, Vec<f32>>,
+}
+
+fn trainer_on(world: &World, config: Config) -> Trainer {
+    Trainer::new(config, world, Box::new(Cpu)).unwrap()
+}
+
+fn values(tensor: &tch::Tensor) -> Vec<f32> {
+    Vec::try_from(tensor.flatten(0, -1).contiguous()).unwrap()
+}
+
+fn trace(folder: &Path, ranks: usize, expert: usize, micro_batch: usize, moe: &Value) -> Trace {
+    tch::set_num_threads(1);
+    let config = config(folder, expert, micro_batch, moe);
+    let parts = on_threads(ranks, TIMEOUT, move |world| {
+        let mut trainer = trainer_on(world, config.clone());
+        let first_norm = trainer.forward_backward().unwrap();
+        let mut first_gradients = BTreeMap::new();
+        for (index, parameter) in trainer.model().parameters.iter().enumerate() {
+            for (name, part) in parameter.parts(trainer.gradients().gradient(index)) {
+                first_gradients.insert(name.to_string(), values(&part));
+            }
+        }
+        let steps: Vec<[f64; 4]> = (0..STEPS)
+            .map(|_| {
+                let (record, _) = trainer.train_step(false).unwrap();
+                [record.loss, record.load_balance_loss, record.z_loss, record.grad_norm]
+            })
+            .collect();
+        assert_eq!(first_norm, steps[0][3]);
+        let mut weights = BTreeMap::new();
+        for parameter in trainer.model().parameters.iter() {
+            for (name, part) in parameter.parts(&parameter.master) {
+                weights.insert(name.to_string(), values(&part));
+            }
+        }
+        for (name, bias) in trainer.model().biases() {
+            weights.insert(name, values(&bias));
+        }
+        Trace { steps, first_gradients, weights }
+    });
+    // The ranks together hold every parameter; those that several hold are equal to the bit.
+    let mut whole = parts[0].clone();
+    for part in &parts[1..] {
+        assert_eq!(part.steps, whole.steps, "every rank reports the same figures");
+        for (of_whole, of_part) in
+            [(&mut whole.first_gradients, &part.first_gradients), (&mut whole.weights, &part.weights)]
+        {
+            for (name, values) in of_part {
+                let known = of_whole.entry(name.clone()).or_insert_with(|| values.clone());
+                assert_eq!(known, values, "{name} differs between replicas");
+            }
+        }
+    }
+    whole
+}
+
+/// The norm of the difference over the norm.
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+    let difference = norm(&mut a.iter().zip(b).map(|(a, b)| f64::from(a - b)));
+    difference / norm(&mut b.iter().map(|&b| f64::from(b))).max(1e-12)
+}
+
+fn assert_same(what: &str, trace: &Trace, single: &Trace) {
+    for (step, (ours, reference)) in trace.steps.iter().zip(&single.steps).enumerate() {
+        for (figure, (a, b)) in ["loss", "load balance", "z", "grad norm"].iter().zip(ours.iter().zip(reference)) {
+            assert!((a - b).abs() <= 1e-5 * b.abs(), "{what}: {figure} at step {}: {a} and {b}", step + 1);
+        }
+    }
+    for (kind, ours, reference) in [
+        ("gradient", &trace.first_gradients, &single.first_gradients),
+        ("weight", &trace.weights, &single.weights),
+    ] {
+        assert!(ours.keys().eq(reference.keys()), "{what}: the {kind}s have other names");
+        for (name, values) in ours {
+            let far = distance(values, &reference[name]);
+            assert!(far <= 1e-5, "{what}: {kind} of {name} is {far} away");
+        }
+    }
+}
+
+fn layouts_agree(moe: &Value) {
+    let folder = tempfile::tempdir().unwrap();
+    write_data(folder.path());
+    let single = trace(folder.path(), 1, 1, 2, moe);
+    assert!(single.steps[STEPS as usize - 1][0] < single.steps[0][0] - 0.1, "it learns: {:?}", single.steps);
+    for (ranks, expert) in LAYOUTS {
+        let ours = trace(folder.path(), ranks, expert, 2, moe);
+        assert_same(&format!("{ranks} ranks, experts over {expert}"), &ours, &single);
+    }
+}
+
+#[test]
+fn softmax_routing_balanced_by_sequence() {
+    layouts_agree(&softmax("sequence"));
+}
+
+#[test]
+fn softmax_routing_balanced_by_microbatch() {
+    layouts_agree(&softmax("microbatch"));
+}
+
+#[test]
+fn sigmoid_routing_with_bias_balanced_over_the_batch() {
+    layouts_agree(&sigmoid("batch"));
+}
+
+#[test]
+fn accumulation_in_place_of_data() {
+    let folder = tempfile::tempdir().unwrap();
+    write_data(folder.path());
+    for moe in [softmax("sequence"), softmax("batch")] {
+        let whole = trace(folder.path(), 1, 1, 8, &moe);
+        for micro_batch in [1, 4] {
+            let ours = trace(folder.path(), 1, 1, micro_batch, &moe);
+            assert_same(&format!("microbatches of {micro_batch}"), &ours, &whole);
+        }
+        assert_same("2 ranks with microbatches of 4", &trace(folder.path(), 2, 2, 4, &moe), &whole);
+    }
+}
+
+#[test]
+fn the_same_layout_twice_is_the_same_to_the_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    write_data(folder.path());
+    let run = || trace(folder.path(), 4, 2, 1, &softmax("sequence"));
+    assert_eq!(run(), run());
+}
+
+#[test]
+fn a_checkpoint_of_four_ranks_goes_on_in_any_layout() {
+    tch::set_num_threads(1);
+    let folder = tempfile::tempdir().unwrap();
+    write_data(folder.path());
+    let moe = sigmoid("sequence");
+    let of = |expert| config(folder.path(), expert, 2, &moe);
+    let four = of(2);
+    let unbroken = on_threads(4, TIMEOUT, move |world| {
+        let mut trainer = trainer_on(world, four.clone());
+        (0..5).for_each(|_| drop(trainer.train_step(false).unwrap()));
+        trainer.save().unwrap();
+        (0..5).map(|_| trainer.train_step(false).unwrap().0.loss).collect::<Vec<_>>()
+    });
+    for (ranks, expert) in [(4, 2), (4, 4), (2, 2), (2, 1), (1, 1)] {
+        let other = of(expert);
+        let resumed = on_threads(ranks, TIMEOUT, move |world| {
+            let mut trainer = trainer_on(world, other.clone());
+            let mut warnings = Vec::new();
+            assert!(trainer.resume(&mut |warning| warnings.push(warning.to_string())).unwrap());
+            assert_eq!((trainer.step(), warnings), (5, vec![]));
+            (0..5).map(|_| trainer.train_step(false).unwrap().0.loss).collect::<Vec<_>>()
+        });
+        for (a, b) in resumed[0].iter().zip(&unbroken[0]) {
+            assert!((a - b).abs() <= 1e-5 * b, "{ranks} ranks: {a} and {b}");
+            if (ranks, expert) == (4, 2) {
+                assert_eq!(a, b, "the same layout goes on to the bit");
+            }
+        }
+    }
+}
+
+#[test]
+fn ranks_and_experts_without_tokens_train_on() {
+    // Far more experts than a microbatch of 16 tokens can use. (Not normalised: the one weight would always be 1.)
+    let folder = tempfile::tempdir().unwrap();
+    write_data(folder.path());
+    let moe = json!({"experts": 64, "top_k": 1, "ffn": 8, "load_balance": 0.0, "router": {"normalize": false}});
+    let single = trace(folder.path(), 1, 1, 1, &moe);
+    let unused = single.first_gradients.iter().filter(|(name, g)| name.contains("experts") && g.iter().all(|&g| g == 0.0));
+    assert!(unused.count() > 2, "some experts are without tokens over the whole batch");
+    assert_same("experts over 4", &trace(folder.path(), 4, 4, 1, &moe), &single);
+}
+
+#[test]
+fn bf16_keeps_fp32_masters_and_learns() {
+    tch::set_num_threads(1);
+    let folder = tempfile::tempdir().unwrap();
+    write_data(folder.path());
+    let mut bf16 = config(folder.path(), 2, 2, &softmax("sequence"));
+    bf16.train.dtype = config::Dtype::Bf16;
+    let losses = on_threads(2, TIMEOUT, move |world| {
+        let mut trainer = trainer_on(world, bf16.clone());
+        let losses: Vec<f64> = (0..STEPS).map(|_| trainer.train_step(false).unwrap().0.loss).collect();
+        for parameter in trainer.model().parameters.iter() {
+            assert_eq!(parameter.master.kind(), tch::Kind::Float);
+            assert_eq!(parameter.weight, parameter.master.to_kind(tch::Kind::BFloat16));
+        }
+        losses
+    });
+    let fp32 = trace(folder.path(), 1, 1, 2, &softmax("sequence"));
+    for (bf16, fp32) in losses[0].iter().zip(&fp32.steps) {
+        assert!((bf16 - fp32[0]).abs() < 0.02 * fp32[0], "{bf16} and {}", fp32[0]);
+    }
+}

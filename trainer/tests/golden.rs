@@ -1,0 +1,169 @@
+//! Models against HF transformers: logits, losses, every gradient, and weights after clipped AdamW steps. The golden
+//! files are made by scripts/golden/models.py.
+
+use moe::Score;
+use moe::balance::{BatchTotals, Statistics};
+use parallel::{Communicator, Cpu, GradientBuckets, Local};
+use std::path::Path;
+use std::sync::Arc;
+use tch::Tensor;
+use trainer::config::{Dtype, ModelConfig, MoeConfig, MupConfig, OptimizerConfig, QkNorm, RouterConfig};
+use trainer::{Model, Optimizer};
+
+struct Golden {
+    bytes: Vec<u8>,
+}
+
+impl Golden {
+    fn open(name: &str) -> Golden {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(format!("{name}.safetensors"));
+        Golden { bytes: std::fs::read(path).unwrap() }
+    }
+
+    fn tensor(&self, name: &str) -> Tensor {
+        let file = safetensors::SafeTensors::deserialize(&self.bytes).unwrap();
+        let view = file.tensor(name).unwrap_or_else(|_| panic!("the golden file has no {name}"));
+        let shape: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
+        let kind = match view.dtype() {
+            safetensors::Dtype::F32 => tch::Kind::Float,
+            safetensors::Dtype::I64 => tch::Kind::Int64,
+            other => panic!("{name} is {other:?}"),
+        };
+        Tensor::from_data_size(view.data(), &shape, kind)
+    }
+
+    fn names(&self, kind: &str) -> Vec<String> {
+        let file = safetensors::SafeTensors::deserialize(&self.bytes).unwrap();
+        file.names().iter().filter_map(|name| Some(name.strip_prefix(kind)?.to_string())).collect()
+    }
+}
+
+fn config(moe: MoeConfig, kv_heads: usize) -> ModelConfig {
+    ModelConfig {
+        vocab_size: 96,
+        hidden: 32,
+        layers: 2,
+        heads: 4,
+        kv_heads: Some(kv_heads),
+        head_dim: None,
+        ffn: None,
+        dense_layers: 0,
+        moe_every: 1,
+        moe: Some(moe),
+        rope_theta: 1e6,
+        norm_eps: 1e-5,
+        qk_norm: QkNorm::None,
+        tie_embeddings: false,
+        init_std: 0.02,
+        mup: None,
+    }
+}
+
+fn experts(experts: usize, top_k: usize, ffn: usize, normalize: bool) -> MoeConfig {
+    MoeConfig {
+        experts,
+        top_k,
+        ffn,
+        shared_experts: 0,
+        router: RouterConfig { score: Score::Softmax, normalize, ..RouterConfig::default() },
+        // HF's loss is top_k times ours, taken once over all layers.
+        load_balance: 0.01 * top_k as f64,
+        load_balance_over: Statistics::Microbatch,
+        load_balance_pool_layers: true,
+        z_loss: 0.0,
+        bias_update_rate: 0.0,
+    }
+}
+
+/// The largest difference over the largest value.
+fn difference(ours: &Tensor, golden: &Tensor) -> f64 {
+    assert_eq!(ours.size(), golden.size());
+    (ours - golden).abs().max().double_value(&[]) / golden.abs().max().double_value(&[]).max(1e-12)
+}
+
+fn check(name: &str, config: ModelConfig) {
+    let golden = Golden::open(name);
+    let alone: Arc<dyn Communicator> = Arc::new(Local::new(0, "alone"));
+    let model = Model::new(&config, 64, Dtype::Fp32, 0, &Cpu, &alone);
+    let mut loaded = 0;
+    for parameter in model.parameters.iter() {
+        for (name, part) in parameter.parts(&parameter.master) {
+            tch::no_grad(|| part.shallow_clone().copy_(&golden.tensor(&format!("weight/{name}"))));
+            loaded += 1;
+        }
+    }
+    assert_eq!(loaded, golden.names("weight/").len(), "every golden weight has a place");
+
+    let leaves: Vec<_> = model.parameters.iter().map(|p| (p.weight.shallow_clone(), 0)).collect();
+    let gradients = GradientBuckets::new(&leaves, std::slice::from_ref(&alone), 1 << 20, &Cpu).unwrap();
+    let settings = OptimizerConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+    let mut optimizer = Optimizer::new(&settings, 1.0, &model.parameters, &Cpu, alone);
+    let ids = golden.tensor("input_ids");
+    let (batch, length) = ids.size2().unwrap();
+    let labels = ids.roll([-1], [1]);
+    let _ = labels.narrow(1, length - 1, 1).fill_(-100);
+    let totals = BatchTotals { groups: 1.0, tokens: (batch * (length - 1)) as f64, counts_le: None };
+
+    for step in 1..=3 {
+        gradients.zero();
+        let output = model.forward(&ids).unwrap();
+        let losses = model.losses(&output, &labels, &totals).unwrap();
+        gradients.begin_backward(true);
+        losses.total.backward();
+        gradients.finish().unwrap();
+        let norm = optimizer.grad_norm(&model.parameters, &gradients).unwrap();
+        if step == 1 {
+            let logits = model.logits(&output.hidden_td).view([batch, length, -1]);
+            assert!(difference(&logits, &golden.tensor("logits")) < 1e-5);
+            let top_k = config.moe.as_ref().unwrap().top_k as f64;
+            for (figure, ours) in [
+                ("loss", losses.cross_entropy),
+                ("aux_loss", losses.load_balance * top_k),
+                ("total_loss", losses.total.double_value(&[])),
+                ("grad_norm", norm),
+            ] {
+                let theirs = golden.tensor(figure).double_value(&[0]);
+                assert!((ours - theirs).abs() < 1e-5 * theirs, "{figure}: {ours} and {theirs}");
+            }
+            for (index, parameter) in model.parameters.iter().enumerate() {
+                for (name, grad) in parameter.parts(gradients.gradient(index)) {
+                    let worst = difference(&grad, &golden.tensor(&format!("grad/{name}")));
+                    assert!(worst < 1e-4, "the gradient of {name} differs by {worst}");
+                }
+            }
+        }
+        optimizer.step(&model.parameters, &gradients, step, 1e-2, norm).unwrap();
+    }
+    if config.mup.is_some() {
+        return; // Learning rates differ by parameter there; transformers has no such optimizer.
+    }
+    for parameter in model.parameters.iter() {
+        for (name, part) in parameter.parts(&parameter.master) {
+            let worst = difference(&part, &golden.tensor(&format!("after/{name}")));
+            assert!(worst < 1e-3, "{name} after 3 steps differs by {worst}");
+        }
+    }
+}
+
+#[test]
+fn mixtral() {
+    check("mixtral", config(experts(4, 2, 48, true), 2));
+}
+
+#[test]
+fn olmoe() {
+    let config = ModelConfig { qk_norm: QkNorm::Full, rope_theta: 10_000.0, ..config(experts(8, 3, 24, false), 4) };
+    check("olmoe", config);
+}
+
+#[test]
+fn granite_with_mup_multipliers() {
+    let mup = MupConfig { width: 2.0, embedding: 12.0, residual: 0.22 };
+    let config = ModelConfig {
+        rope_theta: 10_000.0,
+        tie_embeddings: true,
+        mup: Some(mup),
+        ..config(experts(6, 2, 24, true), 2)
+    };
+    check("granite", config);
+}
