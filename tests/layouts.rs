@@ -137,10 +137,9 @@ fn assert_same(what: &str, trace: &Trace, single: &Trace) {
             assert!((a - b).abs() <= 1e-5 * b.abs(), "{what}: {figure} at step {}: {a} and {b}", step + 1);
         }
     }
-    for (kind, ours, reference) in [
-        ("gradient", &trace.first_gradients, &single.first_gradients),
-        ("weight", &trace.weights, &single.weights),
-    ] {
+    for (kind, ours, reference) in
+        [("gradient", &trace.first_gradients, &single.first_gradients), ("weight", &trace.weights, &single.weights)]
+    {
         assert!(ours.keys().eq(reference.keys()), "{what}: the {kind}s have other names");
         for (name, values) in ours {
             let far = distance(values, &reference[name]);
@@ -236,7 +235,8 @@ fn ranks_and_experts_without_tokens_train_on() {
     write_data(folder.path());
     let moe = json!({"experts": 64, "top_k": 1, "ffn": 8, "load_balance": 0.0, "router": {"normalize": false}});
     let single = trace(folder.path(), 1, 1, 1, &moe);
-    let unused = single.first_gradients.iter().filter(|(name, g)| name.contains("experts") && g.iter().all(|&g| g == 0.0));
+    let unused =
+        single.first_gradients.iter().filter(|(name, g)| name.contains("experts") && g.iter().all(|&g| g == 0.0));
     assert!(unused.count() > 2, "some experts are without tokens over the whole batch");
     assert_same("experts over 4", &trace(folder.path(), 4, 4, 1, &moe), &single);
 }

@@ -1,1 +1,260 @@
-//! x
+//! Runs of real processes, and real faults: kill -9, signals, damaged and unwritable files, torchrun's environment.
+
+mod fixture;
+
+use fixture::{Experiment, finish, finish_child, text};
+use serde_json::Value;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant, SystemTime};
+
+/// The lines of metrics.jsonl without the figures that depend on the clock.
+fn curve(experiment: &Experiment, run: &str) -> Vec<Value> {
+    let path = experiment.path(run).join("metrics.jsonl");
+    let lines = std::fs::read_to_string(path).unwrap_or_default();
+    let parsed = lines.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    parsed
+        .map(|mut line| {
+            for timed in ["tokens_per_s", "step_ms", "peak_memory_bytes"] {
+                line.as_object_mut().unwrap().remove(timed);
+            }
+            line
+        })
+        .collect()
+}
+
+fn steps_done(experiment: &Experiment, run: &str) -> u64 {
+    curve(experiment, run).last().map_or(0, |line| line["step"].as_u64().unwrap())
+}
+
+fn wait_for_step(experiment: &Experiment, run: &str, step: u64) {
+    let started = Instant::now();
+    while steps_done(experiment, run) < step {
+        assert!(started.elapsed() < fixture::PATIENCE, "step {step} did not come");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn start(command: &mut Command) -> Child {
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+fn signal(pid: &str, name: &str) {
+    assert!(Command::new("kill").args([&format!("-{name}"), pid]).status().unwrap().success());
+}
+
+/// The process ids of the ranks, by their log's name on standard output.
+fn rank_process(experiment: &Experiment, rank: usize) -> String {
+    let log = experiment.path("run/logs").join(format!("rank-{rank}.log"));
+    let writes = |pid: &String| std::fs::read_link(format!("/proc/{pid}/fd/1")).is_ok_and(|target| target == log);
+    experiment.processes().into_iter().find(writes).expect("the rank runs")
+}
+
+#[test]
+fn killed_at_any_moment_it_goes_on_to_the_bit() {
+    let experiment = Experiment::new();
+    let steps = "train.steps=60";
+    let unbroken = finish(&mut experiment.train(4, &[steps, "run.dir=unbroken"]));
+    assert!(unbroken.status.success(), "{}", text(&unbroken));
+    let mut moment = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().subsec_nanos() as u64;
+    let mut killed_at = Vec::new();
+    for part in 0..2u64 {
+        moment = moment.wrapping_mul(6364136223846793005).wrapping_add(1);
+        let step = 1 + part * 25 + (moment >> 33) % 25;
+        killed_at.push(step);
+        let mut launcher = start(&mut experiment.train(4, &[steps, "run.dir=broken"]));
+        wait_for_step(&experiment, "broken", step);
+        launcher.kill().unwrap();
+        launcher.wait().unwrap();
+        experiment.assert_no_orphans();
+    }
+    let resumed = finish(&mut experiment.train(4, &[steps, "run.dir=broken"]));
+    assert!(resumed.status.success(), "{}", text(&resumed));
+    assert!(text(&resumed).contains("going on from the checkpoint of step"), "{}", text(&resumed));
+    let (broken, unbroken) = (curve(&experiment, "broken"), curve(&experiment, "unbroken"));
+    assert_eq!(unbroken.len(), 60 + 6, "60 steps and 6 validations");
+    assert_eq!(broken, unbroken, "killed at steps {killed_at:?}");
+}
+
+#[test]
+fn a_killed_rank_ends_the_run_by_name_and_leaves_no_orphan() {
+    let experiment = Experiment::new();
+    let launcher = start(&mut experiment.train(4, &["train.steps=100000", "checkpoint.every=0"]));
+    wait_for_step(&experiment, "run", 3);
+    signal(&rank_process(&experiment, 2), "KILL");
+    let output = finish_child(launcher);
+    assert!(!output.status.success());
+    let said = text(&output);
+    assert!(
+        said.trim_end().lines().rev().nth(1).unwrap().starts_with("error: rank 2 failed: it was ended by SIGKILL"),
+        "{said}"
+    );
+    assert!(said.trim_end().ends_with("rank-2.log"), "{said}");
+    experiment.assert_no_orphans();
+}
+
+#[test]
+fn a_stopped_rank_is_a_timeout_that_names_the_operation() {
+    let experiment = Experiment::new();
+    let launcher = start(&mut experiment.train(2, &["train.steps=100000", "run.timeout_s=3", "checkpoint.every=0"]));
+    wait_for_step(&experiment, "run", 3);
+    signal(&rank_process(&experiment, 1), "STOP");
+    let output = finish_child(launcher);
+    let said = text(&output);
+    assert!(
+        !output.status.success() && said.contains("rank 0 failed: ") && said.contains("of ranks [0, 1] failed"),
+        "{said}"
+    );
+    experiment.assert_no_orphans();
+}
+
+#[test]
+fn sigterm_and_sigint_write_a_checkpoint() {
+    for (name, number) in [("TERM", 15), ("INT", 2)] {
+        let experiment = Experiment::new();
+        let changes = ["train.steps=1000", "checkpoint.every=0"];
+        let launcher = start(&mut experiment.train(2, &changes));
+        wait_for_step(&experiment, "run", 4);
+        signal(&launcher.id().to_string(), name);
+        let output = finish_child(launcher);
+        assert_eq!(output.status.code(), Some(128 + number), "{}", text(&output));
+        assert!(text(&output).contains("the same command goes on from there"), "{}", text(&output));
+        let done = steps_done(&experiment, "run");
+        assert!(experiment.path(&format!("run/checkpoints/step-{done:08}/manifest.json")).exists());
+        experiment.assert_no_orphans();
+        let more = format!("train.steps={}", done + 2);
+        let resumed = finish(&mut experiment.train(2, &[&more]));
+        assert!(text(&resumed).contains(&format!("checkpoint of step {done}")), "{}", text(&resumed));
+        assert_eq!(steps_done(&experiment, "run"), done + 2);
+    }
+}
+
+#[test]
+fn a_truncated_checkpoint_is_refused_by_name_and_the_one_before_is_used() {
+    let experiment = Experiment::new();
+    assert!(finish(&mut experiment.train(4, &["train.steps=10"])).status.success());
+    let shard = experiment.path("run/checkpoints/step-00000010/shard-00001.safetensors");
+    let bytes = std::fs::read(&shard).unwrap();
+    std::fs::write(&shard, &bytes[..bytes.len() / 2]).unwrap();
+    // Saved on 4 ranks, loaded on 2.
+    let resumed = finish(&mut experiment.train(2, &["train.steps=12"]));
+    let said = text(&resumed);
+    assert!(resumed.status.success(), "{said}");
+    assert!(said.contains("step-00000010 is refused") && said.contains("shard-00001.safetensors is damaged"), "{said}");
+    assert!(said.contains("going on from the checkpoint of step 5"), "{said}");
+    let steps: Vec<_> = curve(&experiment, "run").iter().map(|line| line["step"].as_u64().unwrap()).collect();
+    assert_eq!(steps.iter().filter(|&&step| step == 7).count(), 1, "steps done again are there once: {steps:?}");
+
+    // With all of them damaged nothing is overwritten.
+    for entry in std::fs::read_dir(experiment.path("run/checkpoints")).unwrap() {
+        std::fs::write(entry.unwrap().path().join("manifest.json"), "{").unwrap();
+    }
+    let refused = finish(&mut experiment.train(1, &["train.steps=12", "parallel.expert=1"]));
+    assert!(!refused.status.success());
+    assert!(text(&refused).contains("move the folder away to start from the beginning"), "{}", text(&refused));
+}
+
+#[test]
+fn a_checkpoint_that_cannot_be_written_does_not_end_the_run() {
+    let experiment = Experiment::new();
+    // A file where a checkpoint's folder is to be made: the write fails.
+    std::fs::create_dir_all(experiment.path("run/checkpoints")).unwrap();
+    std::fs::write(experiment.path("run/checkpoints/step-00000005.writing"), "in the way").unwrap();
+    std::fs::write(experiment.path("run/checkpoints/step-00000012.writing"), "in the way").unwrap();
+    let output = finish(&mut experiment.train(2, &["train.steps=12"]));
+    let said = text(&output);
+    assert!(said.contains("warning: no checkpoint at step 5") && said.contains("training goes on"), "{said}");
+    assert_eq!(steps_done(&experiment, "run"), 12);
+    // The last one is what the run was for.
+    assert!(!output.status.success() && said.contains("error: rank"), "{said}");
+    assert!(experiment.path("run/checkpoints/step-00000010/manifest.json").exists());
+}
+
+#[test]
+fn a_full_disk_loses_nothing_that_was_saved() {
+    let experiment = Experiment::new();
+    let disk = experiment.path("run");
+    std::fs::create_dir(&disk).unwrap();
+    // Enough for two checkpoints of about 0.5 MB, not for a third one beside them.
+    let mount = Command::new("mount").args(["-t", "tmpfs", "-o", "size=1400k", "tmpfs"]).arg(&disk).output();
+    if !mount.is_ok_and(|output| output.status.success()) {
+        eprintln!("this machine does not let a test mount a small disk; the unwritable folder above stands for it");
+        return;
+    }
+    let output = finish(&mut experiment.train(2, &["train.steps=30", "checkpoint.keep=9"]));
+    let said = text(&output);
+    let kept = checkpoint::list(&disk.join("checkpoints")).unwrap();
+    let whole = kept.iter().all(|path| {
+        let checkpoint = checkpoint::Checkpoint::open(path).unwrap();
+        (0..checkpoint.manifest().files.len()).all(|file| checkpoint.verify_file(file).is_ok())
+    });
+    let unmounted = Command::new("umount").arg(&disk).status().unwrap().success();
+    assert!(unmounted && said.contains("No space left on device") && said.contains("training goes on"), "{said}");
+    assert!(!kept.is_empty() && whole, "{kept:?}");
+    assert!(said.contains("step 30/30"), "{said}");
+}
+
+#[test]
+fn torchruns_environment_is_enough() {
+    let experiment = Experiment::new();
+    assert!(finish(&mut experiment.train(2, &["train.steps=6", "run.dir=ours"])).status.success());
+    // What torchrun sets when rank 0 serves the store.
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
+    let ranks: Vec<Child> = (0..2)
+        .map(|rank: usize| {
+            let mut command = experiment.train(1, &["train.steps=6", "run.dir=theirs"]);
+            for (name, value) in [("RANK", rank.to_string()), ("LOCAL_RANK", rank.to_string())] {
+                command.env(name, value);
+            }
+            start(command.env("WORLD_SIZE", "2").env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", &port))
+        })
+        .collect();
+    for rank in ranks {
+        let output = finish_child(rank);
+        assert!(output.status.success(), "{}", text(&output));
+    }
+    assert_eq!(curve(&experiment, "ours"), curve(&experiment, "theirs"));
+
+    let has_torch = Command::new("python3").args(["-c", "import torch"]).output().is_ok_and(|o| o.status.success());
+    if has_torch {
+        let mut torchrun = experiment.moerun(&[]);
+        let moerun = torchrun.get_program().to_owned();
+        torchrun = Command::new("python3");
+        torchrun.current_dir(experiment.path("")).args(["-m", "torch.distributed.run", "--no-python", "--standalone"]);
+        torchrun.args(["--nproc-per-node", "2"]).arg(moerun).args(["train", "small.yaml"]);
+        let output =
+            finish(torchrun.args(["--set", "train.steps=6", "--set", "run.dir=torchrun"]).env("OMP_NUM_THREADS", "1"));
+        assert!(output.status.success(), "{}", text(&output));
+        assert_eq!(curve(&experiment, "ours"), curve(&experiment, "torchrun"));
+    }
+}
+
+#[test]
+fn a_trained_model_writes_text() {
+    let experiment = Experiment::new();
+    assert!(finish(&mut experiment.train(4, &["train.steps=8"])).status.success());
+    let write = |extra: &[&str]| {
+        let base = ["generate", "--checkpoint", "run", "--prompt", "fn main() {", "--max-tokens", "20"];
+        let output = finish(experiment.moerun(&base).args(extra));
+        assert!(output.status.success(), "{}", text(&output));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let first = write(&[]);
+    assert!(first.starts_with("fn main() {") && first.len() > 20, "{first:?}");
+    assert_eq!(first, write(&[]), "the same seed gives the same text");
+    assert_ne!(first, write(&["--seed", "1"]));
+    // The run's folder is enough: the data may be gone.
+    std::fs::remove_dir_all(experiment.path("data")).unwrap();
+    assert_eq!(first, write(&[]));
+}
+
+#[test]
+fn a_finished_run_says_so_and_changes_nothing() {
+    let experiment = Experiment::new();
+    assert!(finish(&mut experiment.train(1, &["train.steps=5", "parallel.expert=1"])).status.success());
+    let before = curve(&experiment, "run");
+    let again = finish(&mut experiment.train(1, &["train.steps=5", "parallel.expert=1"]));
+    assert!(again.status.success() && text(&again).contains("all 5 steps are done"), "{}", text(&again));
+    assert_eq!(before, curve(&experiment, "run"));
+    assert_eq!(again.status.signal(), None);
+}

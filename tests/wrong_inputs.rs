@@ -1,1 +1,182 @@
-//! x
+//! What people get wrong: each mistake is one clear message, a non-zero status within seconds, and no process left.
+
+mod fixture;
+
+use fixture::{Experiment, finish, text};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// Runs `command` and expects it to fail soon, saying all of `words`.
+fn refused(experiment: &Experiment, command: &mut Command, words: &[&str]) {
+    let started = Instant::now();
+    let output = finish(command);
+    let said = text(&output);
+    assert!(!output.status.success(), "it was accepted: {said}");
+    assert!(started.elapsed() < Duration::from_secs(20), "it took {:?}", started.elapsed());
+    for word in words {
+        assert!(said.contains(word), "{word:?} is not in:\n{said}");
+    }
+    assert!(!said.contains("panicked"), "{said}");
+    assert_eq!(said.matches("error: ").count(), 1, "one error, once:\n{said}");
+    experiment.assert_no_orphans();
+}
+
+/// The configuration with one piece of text changed.
+fn changed(experiment: &Experiment, from: &str, to: &str) {
+    let config = std::fs::read_to_string(experiment.path("small.yaml")).unwrap();
+    assert!(config.contains(from));
+    std::fs::write(experiment.path("small.yaml"), config.replace(from, to)).unwrap();
+}
+
+#[test]
+fn configurations() {
+    let experiment = Experiment::new();
+    let original = std::fs::read(experiment.path("small.yaml")).unwrap();
+    for (from, to, words) in [
+        ("steps: 20", "stebs: 20", vec!["small.yaml", "line 14", "unknown field `stebs`", "did you mean steps?"]),
+        ("hidden: 32", "hidden: wide", vec!["small.yaml", "line 5", "hidden: wide"]),
+        ("constant:", "constnat:", vec!["line 15", "did you mean constant?"]),
+        ("heads: 4", "heads: 4\n  heads: 8", vec!["line 8", "duplicate"]),
+        ("vocab_size: 512", "# vocab_size: 512", vec!["missing field `vocab_size`"]),
+        ("run:", "run: [", vec!["small.yaml", "line"]),
+    ] {
+        changed(&experiment, from, to);
+        refused(&experiment, &mut experiment.train(2, &[]), &words);
+        std::fs::write(experiment.path("small.yaml"), &original).unwrap();
+    }
+    let mut missing = experiment.moerun(&["train", "nowhere.yaml"]);
+    refused(&experiment, &mut missing, &["cannot open the configuration nowhere.yaml"]);
+}
+
+#[test]
+fn numbers_that_do_not_divide() {
+    let experiment = Experiment::new();
+    for (ranks, change, words) in [
+        (4, "train.global_batch=12", vec!["train.global_batch 12 is not a multiple of", "2 x data 4 = 8"]),
+        (2, "model.moe.experts=5", vec!["model.moe.experts 5 is not a multiple of parallel.expert 2"]),
+        (2, "model.hidden=30", vec!["model.hidden 30 is not a multiple of model.heads 4"]),
+        (2, "model.kv_heads=3", vec!["model.heads 4 is not a multiple of model.kv_heads 3"]),
+        (2, "model.moe.top_k=9", vec!["model.moe.top_k 9 is more than the 4 experts"]),
+        (3, "train.steps=1", vec!["expert 2 does not divide the 3 ranks", "--nproc-per-node"]),
+        (2, "parallel.data=4", vec!["= 4 ranks, but 2 were started"]),
+        (2, "train.micro_batch=0", vec!["train.micro_batch is 0"]),
+        (2, "model.dense_layers=1", vec!["model.ffn (their inner width) is needed"]),
+        (
+            2,
+            "schedule={wsd: {lr: 1e-3, warmup_steps: 15, decay_steps: 10}}",
+            vec!["15 + decay_steps 10 = 25 is more than"],
+        ),
+    ] {
+        refused(&experiment, &mut experiment.train(ranks, &[change]), &words);
+    }
+    refused(&experiment, &mut experiment.train(0, &[]), &["at least one rank"]);
+    refused(&experiment, &mut experiment.train(2, &["train.stebs=1"]), &["no key stebs", "did you mean steps?"]);
+    refused(&experiment, &mut experiment.train(2, &["train.steps=lots"]), &["--set train.steps: invalid type"]);
+    refused(
+        &experiment,
+        &mut experiment.train(2, &["run.device=gpu"]),
+        &["run.device is \"gpu\"; use auto, cpu or cuda"],
+    );
+}
+
+#[test]
+fn data_files() {
+    let experiment = Experiment::new();
+    let train = || experiment.train(2, &[]);
+    let (bin, idx) = (experiment.path("data/train.bin"), experiment.path("data/train.idx"));
+    let (tokens, index) = (std::fs::read(&bin).unwrap(), std::fs::read(&idx).unwrap());
+
+    std::fs::write(&bin, &tokens[..tokens.len() - 7]).unwrap();
+    refused(&experiment, &mut train(), &["data/train.bin has", "it is truncated or belongs to another index"]);
+    std::fs::write(&bin, &tokens).unwrap();
+    std::fs::write(&idx, &index[..20]).unwrap();
+    refused(&experiment, &mut train(), &["data/train.idx is damaged: 20 bytes"]);
+    std::fs::write(&idx, vec![b'x'; 200]).unwrap();
+    refused(&experiment, &mut train(), &["data/train.idx is damaged", "no Megatron index"]);
+    std::fs::remove_file(&idx).unwrap();
+    refused(&experiment, &mut train(), &["cannot open data/train.idx"]);
+    std::fs::write(&idx, &index).unwrap();
+
+    let mut damaged = tokens.clone();
+    damaged.fill(0xFF);
+    std::fs::write(&bin, &damaged).unwrap();
+    refused(&experiment, &mut train(), &["token 65535 at position", "outside of model.vocab_size 512"]);
+    std::fs::write(&bin, &tokens).unwrap();
+    let long = format!("data.sequence_length={}", tokens.len());
+    refused(&experiment, &mut experiment.train(2, &[&long]), &["fewer than one sample of data.sequence_length"]);
+    refused(&experiment, &mut experiment.train(2, &["data.train=[]"]), &["data.train lists no source"]);
+}
+
+#[test]
+fn places_and_ports() {
+    let experiment = Experiment::new();
+    let taken = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let mut busy = experiment.train(2, &[]);
+    refused(&experiment, busy.args(["--master-port", &port]), &["cannot serve on port", &port, "choose another"]);
+
+    std::fs::write(experiment.path("occupied"), "a file").unwrap();
+    refused(
+        &experiment,
+        &mut experiment.train(2, &["run.dir=occupied"]),
+        &["cannot make the run's folder", "occupied"],
+    );
+
+    let mut alone = experiment.train(1, &[]);
+    refused(&experiment, alone.env("RANK", "0"), &["RANK is set but", "unset RANK, or set what torchrun sets"]);
+    let mut beyond = experiment.train(1, &[]);
+    for (name, value) in [("RANK", "2"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")] {
+        beyond.env(name, value);
+    }
+    refused(&experiment, &mut beyond, &["RANK=2 is not below WORLD_SIZE=2"]);
+
+    if !std::path::Path::new("/dev/nvidiactl").exists() {
+        refused(
+            &experiment,
+            &mut experiment.train(1, &["run.device=cuda", "parallel.expert=1"]),
+            &["rank 0 failed", "cuda"],
+        );
+    }
+}
+
+#[test]
+fn runs_that_do_not_fit_their_checkpoints_or_diverge() {
+    let experiment = Experiment::new();
+    assert!(finish(&mut experiment.train(2, &["train.steps=5"])).status.success());
+    let mut wider = experiment.train(2, &["train.steps=6", "model.hidden=64"]);
+    refused(&experiment, &mut wider, &["embedding has shape [512, 32], the model's is [512, 64]"]);
+    let mut deeper = experiment.train(2, &["train.steps=6", "model.layers=3"]);
+    refused(&experiment, &mut deeper, &["there is no tensor model/layers.2.attention_norm in it"]);
+    let mut wild = experiment.train(2, &["schedule={constant: {lr: 1e30}}", "train.grad_clip=0", "run.dir=wild"]);
+    refused(&experiment, &mut wild, &["the loss is", "at step", "lower the learning rate"]);
+    refused(
+        &experiment,
+        &mut experiment.moerun(&["generate", "--checkpoint", "data"]),
+        &["there is no checkpoint in data"],
+    );
+    let mut foreign = experiment.moerun(&["generate", "--checkpoint", "run", "--tokenizer", "small.yaml"]);
+    refused(&experiment, &mut foreign, &["cannot read the tokenizer small.yaml"]);
+}
+
+#[test]
+fn corpora() {
+    let experiment = Experiment::new();
+    std::fs::create_dir(experiment.path("empty")).unwrap();
+    let prepare = |input: &str| {
+        let mut command = experiment.moerun(&["data", "prepare", "-o", "out"]);
+        command.arg(input);
+        command
+    };
+    refused(&experiment, &mut prepare("empty"), &["empty hold no text (0 files with the extensions txt, md"]);
+    refused(&experiment, &mut prepare("nowhere"), &["cannot open nowhere"]);
+    refused(&experiment, prepare("small.yaml").args(["--tokenizer", "small.yaml"]), &["cannot read the tokenizer"]);
+    refused(
+        &experiment,
+        prepare("small.yaml").args(["--vocab-size", "9"]),
+        &["--vocab-size 9 is less than the 256 bytes"],
+    );
+    std::fs::write(experiment.path("bad.jsonl"), "{\"text\": \"fine\"}\nnot json\n").unwrap();
+    refused(&experiment, &mut prepare("bad.jsonl"), &["bad.jsonl:2: not JSON"]);
+    std::fs::write(experiment.path("bad.parquet"), "PAR0").unwrap();
+    refused(&experiment, &mut prepare("bad.parquet"), &["bad.parquet: not a Parquet file"]);
+}

@@ -1,7 +1,7 @@
 //! Reading: the manifest, and tensors by their global names.
 
-use crate::manifest::{FORMAT, Manifest};
 use crate::Error;
+use crate::manifest::{FORMAT, Manifest};
 use safetensors::tensor::{Dtype, Metadata};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -95,7 +95,10 @@ impl Checkpoint {
         };
         let (start, end) = info.data_offsets;
         let mut bytes = vec![0u8; end - start];
-        shard.file.read_exact_at(&mut bytes, shard.data_start + start as u64).map_err(Error::io("cannot read", &path))?;
+        shard
+            .file
+            .read_exact_at(&mut bytes, shard.data_start + start as u64)
+            .map_err(Error::io("cannot read", &path))?;
         let shape: Vec<i64> = info.shape.iter().map(|&n| n as i64).collect();
         Tensor::f_from_data_size(&bytes, &shape, kind).map_err(|e| Error::damaged(&path, format!("{name}: {e}")))
     }
@@ -133,7 +136,8 @@ pub(crate) fn parse_header(path: &Path) -> Result<(Metadata, u64), Error> {
     file.read_exact(&mut header).map_err(Error::io("cannot read", path))?;
     let metadata: Metadata = serde_json::from_slice(&header).map_err(|e| Error::damaged(path, e.to_string()))?;
     if metadata.data_len() as u64 + 8 + header_len != file_len {
-        let reason = format!("{file_len} bytes where its header announces {}", metadata.data_len() as u64 + 8 + header_len);
+        let reason =
+            format!("{file_len} bytes where its header announces {}", metadata.data_len() as u64 + 8 + header_len);
         return Err(Error::damaged(path, reason));
     }
     Ok((metadata, header_len + 8))
@@ -171,7 +175,10 @@ mod tests {
         let mut checkpoint = Checkpoint::open(&path).unwrap();
         (0..2).for_each(|file| checkpoint.verify_file(file).unwrap());
         assert_eq!(checkpoint.manifest().state["note"], 5);
-        assert_eq!(Vec::<f32>::try_from(checkpoint.tensor_of_shape("a", &[2, 2]).unwrap().flatten(0, -1)).unwrap(), [1., 2., 3., 4.]);
+        assert_eq!(
+            Vec::<f32>::try_from(checkpoint.tensor_of_shape("a", &[2, 2]).unwrap().flatten(0, -1)).unwrap(),
+            [1., 2., 3., 4.]
+        );
         assert_eq!(checkpoint.tensor("b").unwrap().int64_value(&[0]), 7);
         assert_eq!(checkpoint.tensor("c").unwrap().kind(), Kind::BFloat16);
         assert!(checkpoint.tensor("d").unwrap_err().to_string().contains("there is no tensor d"));
@@ -236,7 +243,8 @@ mod tests {
     fn a_newer_format_is_refused() {
         let root = tempfile::tempdir().unwrap();
         let path = save(root.path(), 1);
-        let text = std::fs::read_to_string(path.join("manifest.json")).unwrap().replace("\"format\": 1", "\"format\": 9");
+        let text =
+            std::fs::read_to_string(path.join("manifest.json")).unwrap().replace("\"format\": 1", "\"format\": 9");
         std::fs::write(path.join("manifest.json"), text).unwrap();
         assert!(Checkpoint::open(&path).err().unwrap().to_string().contains("format 9 is newer"));
     }

@@ -95,8 +95,9 @@ impl Staging {
         let names: Vec<String> = tensors.iter().map(|(name, _)| name.clone()).collect();
         let mut views = Vec::with_capacity(tensors.len());
         for (name, tensor) in tensors {
-            let dtype = dtype_of(tensor.kind())
-                .ok_or_else(|| Error::mismatch(&path, format!("{name} has a dtype that is not saved: {:?}", tensor.kind())))?;
+            let dtype = dtype_of(tensor.kind()).ok_or_else(|| {
+                Error::mismatch(&path, format!("{name} has a dtype that is not saved: {:?}", tensor.kind()))
+            })?;
             let shape = tensor.size().iter().map(|&n| n as usize).collect();
             views.push((name, Bytes { dtype, shape, tensor }));
         }

@@ -9,7 +9,8 @@ use trainer::config::Config;
 /// Reads a configuration and applies `--set`.
 pub(crate) fn load(args: &ConfigArgs) -> Result<Config> {
     let path = args.config.display();
-    let text = std::fs::read_to_string(&args.config).with_context(|| format!("cannot open the configuration {path}"))?;
+    let text =
+        std::fs::read_to_string(&args.config).with_context(|| format!("cannot open the configuration {path}"))?;
     let config: Config = serde_saphyr::from_str(&text).map_err(|error| {
         let message = error.to_string().replace("<input>", &path.to_string());
         anyhow!("{path}: {}", with_hint(message.strip_prefix("error: ").unwrap_or(&message)))
@@ -58,9 +59,8 @@ pub(crate) fn print_schema() -> Result<ExitCode> {
 
 /// Sets one dotted key, which must exist or be optional in the configuration's type.
 fn apply(root: &mut Value, change: &str) -> Result<()> {
-    let (path, text) = change
-        .split_once('=')
-        .ok_or_else(|| anyhow!("--set {change}: write KEY=VALUE, such as train.steps=100"))?;
+    let (path, text) =
+        change.split_once('=').ok_or_else(|| anyhow!("--set {change}: write KEY=VALUE, such as train.steps=100"))?;
     let new: Value = serde_saphyr::from_str(text).map_err(|e| anyhow!("--set {change}: the value is not YAML: {e}"))?;
     let mut place = root;
     let mut walked = String::new();
@@ -70,7 +70,8 @@ fn apply(root: &mut Value, change: &str) -> Result<()> {
             Value::Object(map) => {
                 if !map.contains_key(key) {
                     let known: Vec<&str> = map.keys().map(String::as_str).collect();
-                    let hint = nearest(key, known.iter().copied()).map_or(String::new(), |near| format!("; did you mean {near}?"));
+                    let hint = nearest(key, known.iter().copied())
+                        .map_or(String::new(), |near| format!("; did you mean {near}?"));
                     bail!("--set {path}: {here} has no key {key}, only {}{hint}", known.join(", "));
                 }
                 map.get_mut(key).expect("just looked up")
@@ -155,7 +156,8 @@ train: {steps: 10, global_batch: 4, micro_batch: 2}
 
     #[test]
     fn values_can_be_set() {
-        let config = with(SMALL, &["train.steps=7", "data.train.0.weight=2.5", "schedule={constant: {lr: 1e-3}}"]).unwrap();
+        let config =
+            with(SMALL, &["train.steps=7", "data.train.0.weight=2.5", "schedule={constant: {lr: 1e-3}}"]).unwrap();
         assert_eq!((config.train.steps, config.data.train[0].weight), (7, 2.5));
         let config = with(SMALL, &["model.moe={experts: 4, top_k: 2, ffn: 8}", "parallel.data=auto"]).unwrap();
         assert_eq!(config.model.moe.unwrap().experts, 4);

@@ -17,7 +17,8 @@ pub(crate) fn rank() -> Result<Option<RankEnv>> {
         world_size: number("WORLD_SIZE")?,
         local_rank: number_or("LOCAL_RANK", "RANK")?,
         local_world_size: number_or("LOCAL_WORLD_SIZE", "WORLD_SIZE")?,
-        master_addr: var("MASTER_ADDR").context("RANK is set but MASTER_ADDR is not: unset RANK, or set what torchrun sets")?,
+        master_addr: var("MASTER_ADDR")
+            .context("RANK is set but MASTER_ADDR is not: unset RANK, or set what torchrun sets")?,
         master_port: number("MASTER_PORT")?,
         launcher_serves: var("TORCHELASTIC_USE_AGENT_STORE").is_ok_and(|value| value == "True"),
         attempt: if var("TORCHELASTIC_RESTART_COUNT").is_ok() { number("TORCHELASTIC_RESTART_COUNT")? } else { 0 },
@@ -44,7 +45,8 @@ pub(crate) fn variables(env: &RankEnv) -> Vec<(&'static str, String)> {
 }
 
 fn number<T: std::str::FromStr>(name: &str) -> Result<T> {
-    let text = var(name).map_err(|_| anyhow!("RANK is set but {name} is not: unset RANK, or set what torchrun sets"))?;
+    let text =
+        var(name).map_err(|_| anyhow!("RANK is set but {name} is not: unset RANK, or set what torchrun sets"))?;
     text.parse().map_err(|_| anyhow!("{name}={text} is not a number that fits"))
 }
 

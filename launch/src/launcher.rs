@@ -29,8 +29,9 @@ pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode> {
     let dir = config.run.dir.clone();
     let logs = dir.join("logs");
     std::fs::create_dir_all(&logs).with_context(|| format!("cannot make the run's folder {}", logs.display()))?;
-    let store = Store::tcp("127.0.0.1", args.master_port, true, Duration::from_secs(10))
-        .map_err(|e| anyhow!("cannot serve on port {}: {e}; choose another with --master-port, or leave it out", args.master_port))?;
+    let store = Store::tcp("127.0.0.1", args.master_port, true, Duration::from_secs(10)).map_err(|e| {
+        anyhow!("cannot serve on port {}: {e}; choose another with --master-port, or leave it out", args.master_port)
+    })?;
     let signals = Signals::register()?;
     let mut ranks = Ranks::start(args, &dir, ranks, store.port()?)?;
     let ended = ranks.watch(&signals, Duration::from_secs(config.run.timeout_s));
@@ -38,7 +39,9 @@ pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode> {
     match ended {
         End::Done if signals.count() > 0 => Ok(ExitCode::from(128 + signals.last() as u8)),
         End::Done => Ok(ExitCode::SUCCESS),
-        End::Killed => Err(anyhow!("stopped without a checkpoint of this moment; the same command goes on from the last one")),
+        End::Killed => {
+            Err(anyhow!("stopped without a checkpoint of this moment; the same command goes on from the last one"))
+        }
         End::Failed(failed) => Err(explain(&dir, &failed)),
     }
 }
@@ -192,7 +195,8 @@ impl Ranks {
 fn explain(dir: &Path, failed: &[(usize, ExitStatus)]) -> anyhow::Error {
     let report = |rank: usize| serde_json::from_slice::<Failure>(&std::fs::read(failure_path(dir, rank)).ok()?).ok();
     let killed = failed.iter().find(|(rank, status)| status.signal().is_some() && report(*rank).is_none());
-    let first = failed.iter().filter_map(|(rank, _)| Some((*rank, report(*rank)?))).min_by_key(|(_, failure)| failure.at);
+    let first =
+        failed.iter().filter_map(|(rank, _)| Some((*rank, report(*rank)?))).min_by_key(|(_, failure)| failure.at);
     let (rank, reason) = match (killed, first, failed.first()) {
         (Some((rank, status)), _, _) => (*rank, ended(*status)),
         (None, Some((rank, failure)), _) => (rank, failure.message),
@@ -206,7 +210,8 @@ fn explain(dir: &Path, failed: &[(usize, ExitStatus)]) -> anyhow::Error {
 fn ended(status: ExitStatus) -> String {
     match (status.signal(), status.code()) {
         (Some(number), _) => {
-            let name = Signal::try_from(number).map_or_else(|_| format!("signal {number}"), |signal| signal.to_string());
+            let name =
+                Signal::try_from(number).map_or_else(|_| format!("signal {number}"), |signal| signal.to_string());
             let hint = if number == Signal::SIGKILL as i32 { " (by hand, or because memory ran out)" } else { "" };
             format!("it was ended by {name}{hint}")
         }

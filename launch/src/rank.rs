@@ -50,7 +50,8 @@ pub(crate) fn run(args: &TrainArgs, env: &RankEnv) -> Result<ExitCode> {
     // A panic is a bug of ours; it still ends as a message, not as a stack of frames on the terminal.
     std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}\n{}", std::backtrace::Backtrace::force_capture())));
     let result = std::panic::catch_unwind(AssertUnwindSafe(|| train(config, env))).unwrap_or_else(|panic| {
-        let text = panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string()));
+        let text =
+            panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string()));
         Err(anyhow!("internal error: {}", text.unwrap_or_default()))
     });
     let code = match result {

@@ -119,8 +119,7 @@ mod tests {
         let (a, b) = (stats(&[3., 1.], &[2.5, 1.5], 1), stats(&[1., 3.], &[2., 2.], 1));
         let whole = Tensor::from_slice(&[4f32, 4.]).view([1, 2]);
         let totals = BatchTotals { groups: 2.0, tokens: 8.0, counts_le: Some(&whole) };
-        let parts: f64 =
-            [a, b].map(|s| load_balance_loss(&[s], 1, false, &totals).double_value(&[])).iter().sum();
+        let parts: f64 = [a, b].map(|s| load_balance_loss(&[s], 1, false, &totals).double_value(&[])).iter().sum();
         let once = stats(&[4., 4.], &[4.5, 3.5], 1);
         let expected = load_balance_loss(&[once], 1, false, &BatchTotals { groups: 1.0, tokens: 8.0, counts_le: None });
         assert!((parts - expected.double_value(&[])).abs() < 1e-6);

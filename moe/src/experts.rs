@@ -14,12 +14,7 @@ use torch_ext::{Error, attach_backward};
 ///
 /// # Errors
 /// When the counts do not add up to R.
-pub fn grouped_swiglu(
-    x_rd: &Tensor,
-    gate_up_efd: &Tensor,
-    down_edf: &Tensor,
-    counts: &[i64],
-) -> Result<Tensor, Error> {
+pub fn grouped_swiglu(x_rd: &Tensor, gate_up_efd: &Tensor, down_edf: &Tensor, counts: &[i64]) -> Result<Tensor, Error> {
     let rows = x_rd.size()[0];
     if counts.iter().sum::<i64>() != rows || counts.len() as i64 != gate_up_efd.size()[0] {
         return Err(Error::new(format!(

@@ -63,9 +63,7 @@ impl Router {
         }
         let probs_te = match self.score {
             Score::Softmax => scores_te,
-            Score::Sigmoid => {
-                &scores_te / (scores_te.sum_dim_intlist([-1i64].as_slice(), true, Kind::Float) + 1e-20)
-            }
+            Score::Sigmoid => &scores_te / (scores_te.sum_dim_intlist([-1i64].as_slice(), true, Kind::Float) + 1e-20),
         };
         Routing { experts_tk, weights_tk, probs_te }
     }

@@ -45,7 +45,8 @@ pub(crate) fn combine_slots(
         let products = by_token(&y, &slot_of_choice) * grad_td.unsqueeze(1);
         let grad_weights = products.sum_dim_intlist([-1i64].as_slice(), false, Kind::Float).to_kind(weights_kind);
         // The weight of each slot, from that of each choice: the permutation turned round.
-        let weight_of_slot = weights.flatten(0, -1).empty_like().index_copy(0, &slot_of_choice, &weights.flatten(0, -1));
+        let weight_of_slot =
+            weights.flatten(0, -1).empty_like().index_copy(0, &slot_of_choice, &weights.flatten(0, -1));
         let grad_y = grad_td.index_select(0, &token_of_slot) * weight_of_slot.unsqueeze(-1);
         Ok(vec![Some(grad_y), Some(grad_weights)])
     })?;

@@ -131,7 +131,8 @@ impl Mesh {
     /// When the axes do not multiply to the number of ranks, or the expert axis does not fold into a stage.
     pub fn new(shape: MeshShape, rank: usize, ranks: usize) -> Result<Mesh, MeshError> {
         let MeshShape { data, tensor, pipeline, context, expert } = shape;
-        let named = [("data", data), ("tensor", tensor), ("pipeline", pipeline), ("context", context), ("expert", expert)];
+        let named =
+            [("data", data), ("tensor", tensor), ("pipeline", pipeline), ("context", context), ("expert", expert)];
         if let Some((axis, _)) = named.into_iter().find(|&(_, size)| size == 0) {
             return Err(MeshError::EmptyAxis { axis });
         }

@@ -109,7 +109,8 @@ unsafe extern "C" fn run_backward(
         }
         for (slot, result) in out.iter_mut().zip(results) {
             // The pointer's owner is the caller from here on.
-            *slot = result.map_or(std::ptr::null_mut(), |tensor| std::mem::ManuallyDrop::new(tensor).as_ptr() as *mut C_tensor);
+            *slot = result
+                .map_or(std::ptr::null_mut(), |tensor| std::mem::ManuallyDrop::new(tensor).as_ptr() as *mut C_tensor);
         }
         Ok(())
     })

@@ -118,7 +118,8 @@ fn checked(path: &Path) -> Result<Checkpoint, Error> {
 }
 
 fn find_tokenizer(job: &Generation, config: &Config, checkpoint: &Path) -> Result<PathBuf, Error> {
-    let beside_data = config.data.train.first().and_then(|source| source.path.parent()).map(|f| f.join("tokenizer.json"));
+    let beside_data =
+        config.data.train.first().and_then(|source| source.path.parent()).map(|f| f.join("tokenizer.json"));
     let with_run = checkpoint.ancestors().nth(2).map(|folder| folder.join("tokenizer.json"));
     let places: Vec<PathBuf> = match &job.tokenizer {
         Some(path) => vec![path.clone()],

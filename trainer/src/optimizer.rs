@@ -88,7 +88,8 @@ impl Optimizer {
         let Some(device) = device else { return Ok(()) };
         // Clipping as torch.nn.utils.clip_grad_norm_ does it; the kernel divides by the scale in its own pass.
         let clipped = self.grad_clip > 0.0 && grad_norm > self.grad_clip;
-        let scale = clipped.then(|| Tensor::from((grad_norm + 1e-6) / self.grad_clip).to_kind(Kind::Float).to_device(device));
+        let scale =
+            clipped.then(|| Tensor::from((grad_norm + 1e-6) / self.grad_clip).to_kind(Kind::Float).to_device(device));
         let count = Tensor::from(step as f64).to_kind(Kind::Float).to_device(device);
         for group in &self.groups {
             let pick = |tensor: &dyn Fn(usize) -> Tensor| group.members.iter().map(|&i| tensor(i)).collect::<Vec<_>>();

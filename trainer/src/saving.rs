@@ -247,7 +247,8 @@ fn gather(world: &Arc<dyn Communicator>, bytes: &[u8]) -> Result<Vec<Vec<u8>>, C
     let all = Cpu.zeros(&[longest * world.size() as i64], Kind::Uint8);
     world.all_gather(&all, &Tensor::from_slice(&padded))?.wait()?;
     let all: Vec<u8> = Vec::try_from(all).expect("a list of bytes");
-    let parts = all.chunks(longest.max(1) as usize).zip(&lengths).map(|(part, &length)| part[..length as usize].to_vec());
+    let parts =
+        all.chunks(longest.max(1) as usize).zip(&lengths).map(|(part, &length)| part[..length as usize].to_vec());
     let mut parts: Vec<Vec<u8>> = parts.collect();
     parts.resize(world.size(), Vec::new());
     Ok(parts)

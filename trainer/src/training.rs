@@ -91,13 +91,8 @@ impl Trainer {
             model.parameters.iter().map(|p| (p.weight.shallow_clone(), usize::from(p.expert))).collect();
         let bucket_bytes = config.parallel.bucket_mib << 20;
         let gradients = GradientBuckets::new(&leaves, &replica_groups, bucket_bytes, device.as_ref())?;
-        let optimizer = Optimizer::new(
-            &config.optimizer,
-            config.train.grad_clip,
-            &model.parameters,
-            device.as_ref(),
-            expert_group,
-        );
+        let optimizer =
+            Optimizer::new(&config.optimizer, config.train.grad_clip, &model.parameters, device.as_ref(), expert_group);
         Ok(Trainer {
             config,
             mesh,
@@ -223,7 +218,8 @@ impl Trainer {
         let per_forward = outputs.iter().map(|output| {
             Tensor::stack(&output.stats.iter().map(|s| s.counts_ge.squeeze_dim(0)).collect::<Vec<_>>(), 0)
         });
-        let counts = Tensor::stack(&per_forward.collect::<Vec<_>>(), 0).sum_dim_intlist([0i64].as_slice(), false, Kind::Float);
+        let counts =
+            Tensor::stack(&per_forward.collect::<Vec<_>>(), 0).sum_dim_intlist([0i64].as_slice(), false, Kind::Float);
         self.world.all_reduce(&counts, parallel::ReduceOp::Sum)?.wait()?;
         Ok(counts)
     }
@@ -245,7 +241,9 @@ impl Trainer {
         if self.model.counts_whole_batch() && accumulation > 1 {
             // The first backward already needs the choices of the last forward: count first.
             let outputs = tch::no_grad(|| {
-                (0..accumulation).map(|index| self.model.forward(&self.microbatch(index)?.0)).collect::<Result<Vec<_>, _>>()
+                (0..accumulation)
+                    .map(|index| self.model.forward(&self.microbatch(index)?.0))
+                    .collect::<Result<Vec<_>, _>>()
             })?;
             counts = Some(self.whole_batch_counts(&outputs)?);
         }
@@ -392,16 +390,16 @@ impl Trainer {
         while self.step < steps && !outcome.stopped {
             let (record, stopped) = self.train_step(stop())?;
             outcome.stopped = stopped && self.step < steps;
-            if let Some(metrics) = &mut metrics {
-                metrics.write(&record)?;
+            if rank0 {
+                keep(&mut metrics, &record, progress);
                 progress.step(&record, steps);
             }
             let last = self.step == steps || outcome.stopped;
             let due = |every: u64| every > 0 && self.step.is_multiple_of(every);
             if self.config.validation.as_ref().is_some_and(|v| (due(v.every) || last) && !outcome.stopped) {
                 outcome.validation_loss = self.validate()?;
-                if let (Some(metrics), Some(loss)) = (&mut metrics, outcome.validation_loss) {
-                    metrics.write(&serde_json::json!({"step": self.step, "validation_loss": loss}))?;
+                if let Some(loss) = outcome.validation_loss.filter(|_| rank0) {
+                    keep(&mut metrics, &serde_json::json!({"step": self.step, "validation_loss": loss}), progress);
                     progress.validation(self.step, loss);
                 }
             }
@@ -441,6 +439,16 @@ impl Trainer {
             self.train.num_tokens(),
             self.tokens_per_step()
         )
+    }
+}
+
+/// A line of metrics is worth less than the run: the first that cannot be written is told, and no more are tried.
+fn keep(metrics: &mut Option<Metrics>, line: &impl serde::Serialize, progress: &mut dyn Progress) {
+    if let Some(open) = metrics
+        && let Err(error) = open.write(line)
+    {
+        progress.warn(&format!("{error}; training goes on without metrics"));
+        *metrics = None;
     }
 }
 

@@ -81,9 +81,8 @@ impl Gloo {
             tensors.iter().map(|t| if staged { t.to_device(Device::Cpu) } else { t.shallow_clone() }).collect();
         let work = start(&self.shared.group, &host).map_err(|e| self.shared.error(operation, e))?;
         let shared = self.shared.clone();
-        let finish = move || {
-            work.wait(|| shared.aborted.load(Ordering::SeqCst)).map_err(|e| shared.error(operation, e))
-        };
+        let finish =
+            move || work.wait(|| shared.aborted.load(Ordering::SeqCst)).map_err(|e| shared.error(operation, e));
         if !staged {
             return Ok(Work::new(finish));
         }
@@ -136,8 +135,9 @@ impl Communicator for Gloo {
         let rows = vec![output.size().first().copied().unwrap_or(0); self.size()];
         let parts = input.empty_like();
         check_splits(&parts, input, &rows, &rows, self.size()).map_err(|e| self.shared.error("reduce_scatter", e))?;
-        let work =
-            self.run("reduce_scatter", &[&parts, input], |group, host| group.all_to_all(&host[0], &host[1], &rows, &rows))?;
+        let work = self.run("reduce_scatter", &[&parts, input], |group, host| {
+            group.all_to_all(&host[0], &host[1], &rows, &rows)
+        })?;
         let mut shape = vec![self.size() as i64];
         shape.extend(output.size());
         let output = output.shallow_clone();

@@ -15,7 +15,9 @@ impl Config {
         };
         let shape = MeshShape { data, tensor: 1, pipeline: 1, context: 1, expert: self.parallel.expert };
         Mesh::new(shape, rank, ranks).map_err(|error| {
-            format!("parallel: {error}; change parallel.data, parallel.expert or the number of ranks (--nproc-per-node)")
+            format!(
+                "parallel: {error}; change parallel.data, parallel.expert or the number of ranks (--nproc-per-node)"
+            )
         })
     }
 
@@ -44,7 +46,8 @@ impl Config {
                         "every rank holds the same number of experts",
                     );
                 } else if mesh.shape().expert > 1 {
-                    problems.add(format!("parallel.expert is {} but the model has no moe section", mesh.shape().expert));
+                    problems
+                        .add(format!("parallel.expert is {} but the model has no moe section", mesh.shape().expert));
                 }
             }
             Err(error) => problems.add(error),
@@ -75,7 +78,8 @@ impl Config {
             problems.add("the model has dense layers, so model.ffn (their inner width) is needed".into());
         }
         if model.dense_layers > model.layers {
-            problems.add(format!("model.dense_layers {} is more than model.layers {}", model.dense_layers, model.layers));
+            problems
+                .add(format!("model.dense_layers {} is more than model.layers {}", model.dense_layers, model.layers));
         }
         if let Some(moe) = &model.moe {
             check_moe(moe, problems);
@@ -196,7 +200,10 @@ impl Problems {
     fn divides(&mut self, whole: (&str, usize), part: (&str, usize), why: &str) {
         if part.1 > 0 && !whole.1.is_multiple_of(part.1) {
             let rest = whole.1 % part.1;
-            self.add(format!("{} {} is not a multiple of {} {} (remainder {rest}): {why}", whole.0, whole.1, part.0, part.1));
+            self.add(format!(
+                "{} {} is not a multiple of {} {} (remainder {rest}): {why}",
+                whole.0, whole.1, part.0, part.1
+            ));
         }
     }
 }

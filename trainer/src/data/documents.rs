@@ -17,7 +17,10 @@ pub(super) fn files(inputs: &[PathBuf], extensions: &[String]) -> Result<Vec<Pat
 
 fn walk(folder: &Path, extensions: &[String], found: &mut Vec<PathBuf>) -> Result<(), Error> {
     let entries = std::fs::read_dir(folder).map_err(Error::io("cannot open", folder))?;
-    let mut paths = entries.map(|entry| entry.map(|e| e.path())).collect::<Result<Vec<_>, _>>().map_err(Error::io("cannot read", folder))?;
+    let mut paths = entries
+        .map(|entry| entry.map(|e| e.path()))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(Error::io("cannot read", folder))?;
     paths.sort();
     for path in paths {
         if path.is_dir() {
@@ -35,7 +38,11 @@ fn extension(path: &Path) -> Option<String> {
 
 /// Hands each document of `path` to `take`. `text_key` names the field of JSONL objects and the column of Parquet
 /// tables.
-pub(super) fn read(path: &Path, text_key: &str, take: &mut dyn FnMut(String) -> Result<(), Error>) -> Result<(), Error> {
+pub(super) fn read(
+    path: &Path,
+    text_key: &str,
+    take: &mut dyn FnMut(String) -> Result<(), Error>,
+) -> Result<(), Error> {
     match extension(path).as_deref() {
         Some("jsonl") => read_jsonl(path, text_key, take),
         #[cfg(feature = "parquet")]
@@ -62,7 +69,10 @@ fn read_jsonl(path: &Path, text_key: &str, take: &mut dyn FnMut(String) -> Resul
         let at = |what: String| Error::Data(format!("{}:{}: {what}", path.display(), number + 1));
         let value: serde_json::Value = serde_json::from_str(&line).map_err(|e| at(format!("not JSON: {e}")))?;
         let text = value.get(text_key).and_then(|text| text.as_str());
-        take(text.ok_or_else(|| at(format!("no text under the key {text_key:?} (choose another with --text-key)")))?.into())?;
+        take(
+            text.ok_or_else(|| at(format!("no text under the key {text_key:?} (choose another with --text-key)")))?
+                .into(),
+        )?;
     }
     Ok(())
 }

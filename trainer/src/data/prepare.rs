@@ -153,7 +153,11 @@ fn write(
     let mut counts = vec![0u64; vocab_size];
     let (mut train_tokens, mut validation_tokens) = (0u64, 0u64);
     // Every n-th document, so that the same inputs always give the same split.
-    let every = if job.validation_fraction > 0.0 { (1.0 / job.validation_fraction).round().max(2.0) as usize } else { usize::MAX };
+    let every = if job.validation_fraction > 0.0 {
+        (1.0 / job.validation_fraction).round().max(2.0) as usize
+    } else {
+        usize::MAX
+    };
     const BATCH: usize = 256;
     for (batch, chunk) in texts.chunks(BATCH).enumerate() {
         let encoded: Vec<Vec<u32>> = chunk
@@ -235,7 +239,10 @@ mod tests {
             let ids: Vec<u32> = file.read(0, file.len() as usize).unwrap().iter().map(|&t| t as u32).collect();
             tokenizer.decode(&ids, false).unwrap()
         };
-        assert_eq!(decode("train"), texts[..3].iter().map(|text| format!("{text}{END_OF_DOCUMENT}")).collect::<String>());
+        assert_eq!(
+            decode("train"),
+            texts[..3].iter().map(|text| format!("{text}{END_OF_DOCUMENT}")).collect::<String>()
+        );
         assert_eq!(decode("valid"), format!("held out{END_OF_DOCUMENT}"));
         assert!(prepared.unigram_entropy > 1.0 && prepared.unigram_entropy < 300f64.ln());
     }

@@ -116,7 +116,8 @@ impl TokenFile {
         }
         let width = Width::from_code(header[17])
             .ok_or_else(|| damaged(format!("dtype code {} is not an integer type", header[17])))?;
-        let expected = sequences.checked_mul(12).and_then(|n| n.checked_add(documents.checked_mul(8)?)?.checked_add(HEADER));
+        let expected =
+            sequences.checked_mul(12).and_then(|n| n.checked_add(documents.checked_mul(8)?)?.checked_add(HEADER));
         if expected.is_none_or(|expected| index_len < expected) {
             return Err(damaged(format!(
                 "{index_len} bytes do not hold the {sequences} sequences and {documents} document boundaries it announces"
@@ -196,8 +197,9 @@ impl TokenWriter {
     /// When the disk is full or the document has more than 2^31 tokens.
     pub fn push(&mut self, tokens: &[u32]) -> Result<(), Error> {
         let path = with_extension(&self.prefix, "bin");
-        let length = i32::try_from(tokens.len())
-            .map_err(|_| Error::Data(format!("a document of {} tokens is too long for {}", tokens.len(), path.display())))?;
+        let length = i32::try_from(tokens.len()).map_err(|_| {
+            Error::Data(format!("a document of {} tokens is too long for {}", tokens.len(), path.display()))
+        })?;
         let bytes: Vec<u8> = match self.width {
             Width::U16 => tokens.iter().flat_map(|&token| (token as u16).to_le_bytes()).collect(),
             _ => tokens.iter().flat_map(|&token| token.to_le_bytes()).collect(),

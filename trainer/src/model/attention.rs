@@ -34,17 +34,17 @@ impl Attention {
     ) -> Attention {
         let (heads, kv_heads) = (config.heads as i64, config.kv_heads() as i64);
         let (head_dim, hidden) = (config.head_dim() as i64, config.hidden as i64);
-        let mut dense = |part: &str, shape: &[i64], traits| parameters.dense(device, &format!("{name}.{part}"), shape, traits);
+        let mut dense =
+            |part: &str, shape: &[i64], traits| parameters.dense(device, &format!("{name}.{part}"), shape, traits);
         let query = dense("query", &[heads * head_dim, hidden], matrix);
         let key = dense("key", &[kv_heads * head_dim, hidden], matrix);
         let value = dense("value", &[kv_heads * head_dim, hidden], matrix);
         let norm = Traits { init: Init::Ones, decay: false, lr_scale: 1.0 };
         let norms = match config.qk_norm {
             QkNorm::None => None,
-            QkNorm::Full => Some((
-                dense("query_norm", &[heads * head_dim], norm),
-                dense("key_norm", &[kv_heads * head_dim], norm),
-            )),
+            QkNorm::Full => {
+                Some((dense("query_norm", &[heads * head_dim], norm), dense("key_norm", &[kv_heads * head_dim], norm)))
+            }
             QkNorm::Head => Some((dense("query_norm", &[head_dim], norm), dense("key_norm", &[head_dim], norm))),
         };
         let output = dense("output", &[hidden, heads * head_dim], output);
@@ -70,16 +70,8 @@ impl Attention {
         let query = rope.apply(&query, 0)?;
         let key = self.repeat(&rope.apply(&key, 0)?);
         let value = self.repeat(&value);
-        let mixed = Tensor::scaled_dot_product_attention(
-            &query,
-            &key,
-            &value,
-            None::<Tensor>,
-            0.0,
-            true,
-            self.scale,
-            false,
-        );
+        let mixed =
+            Tensor::scaled_dot_product_attention(&query, &key, &value, None::<Tensor>, 0.0, true, self.scale, false);
         let merged = mixed.transpose(1, 2).reshape([-1, self.heads * self.head_dim]);
         Ok(merged.matmul(&self.output.tr()))
     }
@@ -96,8 +88,11 @@ impl Attention {
             return x.shallow_clone();
         }
         let (batch, kv_heads, length, head_dim) = x.size4().expect("keys and values have four dims");
-        x.unsqueeze(2)
-            .expand([batch, kv_heads, times, length, head_dim], false)
-            .reshape([batch, kv_heads * times, length, head_dim])
+        x.unsqueeze(2).expand([batch, kv_heads, times, length, head_dim], false).reshape([
+            batch,
+            kv_heads * times,
+            length,
+            head_dim,
+        ])
     }
 }

@@ -91,8 +91,7 @@ mod tests {
         x.zero_grad();
         weight.zero_grad();
         let logits = x.matmul(&weight.tr()) / 2.0;
-        let plain =
-            logits.cross_entropy_loss(&labels, None::<Tensor>, tch::Reduction::Sum, IGNORED, 0.0) * 0.5;
+        let plain = logits.cross_entropy_loss(&labels, None::<Tensor>, tch::Reduction::Sum, IGNORED, 0.0) * 0.5;
         (&plain * 3.0).backward();
         assert!(ours.allclose(&plain, 1e-5, 1e-5, false));
         assert!(grads.0.allclose(&x.grad(), 1e-4, 1e-6, false));

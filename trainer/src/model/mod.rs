@@ -111,7 +111,8 @@ impl Model {
                     }
                     Some(moe) => {
                         let name = format!("{name}.moe");
-                        let layer = moe_layer(&mut parameters, device, moe, &name, hidden, matrix, writes, expert_group);
+                        let layer =
+                            moe_layer(&mut parameters, device, moe, &name, hidden, matrix, writes, expert_group);
                         FeedForward::Moe(Box::new(layer))
                     }
                 };
@@ -269,5 +270,10 @@ fn moe_layer(
         top_groups: config.router.top_groups,
     };
     let weights = MoeWeights { gate, bias, gate_up, down, shared };
-    MoeLayer { router, dispatcher: Dispatcher::new(expert_group.clone()), statistics: config.load_balance_over, weights }
+    MoeLayer {
+        router,
+        dispatcher: Dispatcher::new(expert_group.clone()),
+        statistics: config.load_balance_over,
+        weights,
+    }
 }
