@@ -53,8 +53,8 @@ fn activation_backward(grad: &Tensor, hidden: &Tensor) -> Tensor {
     let halves = hidden.chunk(2, -1);
     let out = hidden.empty_like();
     let parts = out.chunk(2, -1);
-    let _ = parts[0].shallow_clone().copy_(&halves[0].silu_backward(&(grad * &halves[1])));
-    let _ = parts[1].shallow_clone().copy_(&halves[0].silu().multiply_(grad));
+    parts[0].shallow_clone().copy_(&halves[0].silu_backward(&(grad * &halves[1])));
+    parts[1].shallow_clone().copy_(&halves[0].silu().multiply_(grad));
     out
 }
 

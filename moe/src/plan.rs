@@ -121,8 +121,8 @@ mod tests {
                 let start = starts[expert as usize];
                 prop_assert!((start..start + plan.counts[expert as usize]).contains(&(slot as i64)));
             }
-            for expert in 0..num_experts {
-                let range = starts[expert] as usize..(starts[expert] + plan.counts[expert]) as usize;
+            for (start, count) in starts.iter().zip(&plan.counts) {
+                let range = *start as usize..(start + count) as usize;
                 prop_assert!(plan.token_of_slot[range].is_sorted());
             }
         }

@@ -37,20 +37,15 @@ pub(crate) struct Stateful<'a> {
     pub(crate) rank: usize,
 }
 
-fn master(name: &str) -> String {
-    format!("model/{name}")
-}
-fn first_moment(name: &str) -> String {
-    format!("exp_avg/{name}")
-}
-fn second_moment(name: &str) -> String {
-    format!("exp_avg_sq/{name}")
-}
-fn bias(name: &str) -> String {
-    format!("bias/{name}")
-}
-fn generator(rank: usize) -> String {
-    format!("generator/{rank}")
+/// What a saved tensor is; its name is `KIND/GLOBAL NAME`.
+const MASTER: &str = "model";
+const FIRST_MOMENT: &str = "exp_avg";
+const SECOND_MOMENT: &str = "exp_avg_sq";
+const BIAS: &str = "bias";
+const GENERATOR: &str = "generator";
+
+fn key(kind: &str, name: impl std::fmt::Display) -> String {
+    format!("{kind}/{name}")
 }
 
 impl Stateful<'_> {
@@ -59,14 +54,12 @@ impl Stateful<'_> {
         let mut tensors = Vec::new();
         for (index, parameter) in self.model.parameters.iter().enumerate() {
             let (exp_avg, exp_avg_sq) = self.optimizer.moments(index);
-            let kinds: [(fn(&str) -> String, &Tensor); 3] =
-                [(master, &parameter.master), (first_moment, exp_avg), (second_moment, exp_avg_sq)];
-            for (key, tensor) in kinds {
-                tensors.extend(parameter.parts(tensor).map(|(name, part)| (key(name), part)));
+            for (kind, tensor) in [(MASTER, &parameter.master), (FIRST_MOMENT, exp_avg), (SECOND_MOMENT, exp_avg_sq)] {
+                tensors.extend(parameter.parts(tensor).map(|(name, part)| (key(kind, name), part)));
             }
         }
-        tensors.extend(self.model.biases().map(|(name, tensor)| (bias(&name), tensor)));
-        tensors.push((generator(self.rank), self.device.generator_state()?));
+        tensors.extend(self.model.biases().map(|(name, tensor)| (key(BIAS, name), tensor)));
+        tensors.push((key(GENERATOR, self.rank), self.device.generator_state()?));
         Ok(tensors)
     }
 }
@@ -182,15 +175,14 @@ pub(crate) fn restore(path: &Path, run: &Stateful) -> Result<RunState, Error> {
     let state = restore_weights(&mut checkpoint, run.model)?;
     for (index, parameter) in run.model.parameters.iter().enumerate() {
         let (exp_avg, exp_avg_sq) = run.optimizer.moments(index);
-        let kinds: [(fn(&str) -> String, &Tensor); 2] = [(first_moment, exp_avg), (second_moment, exp_avg_sq)];
-        for (key, tensor) in kinds {
+        for (kind, tensor) in [(FIRST_MOMENT, exp_avg), (SECOND_MOMENT, exp_avg_sq)] {
             for (name, part) in parameter.parts(tensor) {
-                copy(&mut checkpoint, &key(name), &part)?;
+                copy(&mut checkpoint, &key(kind, name), &part)?;
             }
         }
     }
     // Random states belong to a number of ranks; another number starts its own.
-    let name = generator(run.rank);
+    let name = key(GENERATOR, run.rank);
     if checkpoint.manifest().tensors.contains_key(&name) {
         run.device.set_generator_state(&checkpoint.tensor(&name)?)?;
     }
@@ -201,14 +193,14 @@ pub(crate) fn restore(path: &Path, run: &Stateful) -> Result<RunState, Error> {
 pub(crate) fn restore_weights(checkpoint: &mut Checkpoint, model: &Model) -> Result<RunState, Error> {
     for parameter in model.parameters.iter() {
         for (name, part) in parameter.parts(&parameter.master) {
-            copy(checkpoint, &master(name), &part)?;
+            copy(checkpoint, &key(MASTER, name), &part)?;
         }
         if parameter.weight.kind() != Kind::Float {
             tch::no_grad(|| parameter.weight.shallow_clone().copy_(&parameter.master));
         }
     }
     for (name, tensor) in model.biases() {
-        copy(checkpoint, &bias(&name), &tensor)?;
+        copy(checkpoint, &key(BIAS, name), &tensor)?;
     }
     state_of(checkpoint)
 }

@@ -50,7 +50,7 @@ pub(crate) fn cross_entropy(
                 let minus_one = targets.to_kind(Kind::Float).fill_(-1.0);
                 let _ = grad.scatter_add_(1, &targets, &minus_one);
                 let grad = grad.multiply_(&(counted * (factor / logits_divisor))).to_kind(kind);
-                let _ = grad_x.narrow(0, start, len).copy_(&grad.matmul(&weight));
+                grad_x.narrow(0, start, len).copy_(&grad.matmul(&weight));
                 if kind == Kind::Float {
                     let _ = grad_weight.addmm_(&grad.tr(), &x);
                 } else {

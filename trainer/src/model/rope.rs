@@ -42,8 +42,8 @@ fn turn(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
     let halves = x.chunk(2, -1);
     let out = x.empty_like();
     let parts = out.chunk(2, -1);
-    let _ = parts[0].shallow_clone().copy_(&(&halves[0] * cos - &halves[1] * sin));
-    let _ = parts[1].shallow_clone().copy_(&(&halves[1] * cos + &halves[0] * sin));
+    parts[0].shallow_clone().copy_(&(&halves[0] * cos - &halves[1] * sin));
+    parts[1].shallow_clone().copy_(&(&halves[1] * cos + &halves[0] * sin));
     debug_assert_eq!(out.kind(), x.kind());
     out
 }
