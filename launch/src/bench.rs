@@ -1,46 +1,110 @@
 //! `moerun bench`: one JSON object a line on standard output, and nothing else there.
 
 use crate::cli::{BenchArgs, BenchCase, BenchName};
-use anyhow::{Result, bail};
-use serde_json::json;
-use std::process::ExitCode;
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+use std::process::{Command, ExitCode, Stdio};
 use trainer::ReferenceStep;
 use trainer::config::Dtype;
 
 pub(crate) fn run(args: BenchArgs) -> Result<ExitCode> {
     let BenchName::Step = args.name;
-    if args.runs == 0 || args.threads == 0 {
-        bail!("--runs and --threads must be at least 1");
+    if args.runs == 0 || args.threads == 0 || args.rounds == 0 {
+        bail!("--runs, --threads and --rounds must be at least 1");
     }
-    tch::set_num_threads(args.threads as i32);
-    for (case, name, dtype) in [(BenchCase::Fp32, "fp32", Dtype::Fp32), (BenchCase::Bf16, "bf16", Dtype::Bf16)] {
+    for case in [BenchCase::Fp32, BenchCase::Bf16] {
         if args.case.is_some_and(|wanted| wanted != case) {
             continue;
         }
-        let mut times = ReferenceStep::new(dtype)?.measure(2, args.runs)?;
-        times.seconds.sort_by(f64::total_cmp);
-        let median = times.seconds[times.seconds.len() / 2];
-        let peak = parallel::accelerator("cpu", 0)?.memory()?.peak;
-        let line = json!({
-            "bench": "step",
-            "case": name,
-            "metric": "tokens_per_s",
-            "ours": round(times.tokens as f64 / median, 1),
-            // The peer is a Python program: whoever runs both divides.
-            "baseline": null,
-            "baseline_name": null,
-            "ratio": null,
-            "runs": args.runs,
-            "ranks": 1,
-            "threads": args.threads,
-            "step_ms": round(median * 1e3, 1),
-            "parameters": times.parameters,
-            "peak_rss_mib": peak >> 20,
-            "losses": times.losses.iter().take(4).map(|loss| round(*loss, 5)).collect::<Vec<_>>(),
-        });
+        let line = if args.baseline.is_empty() { measure_step(&args, case)? } else { take_turns(&args, case)? };
         println!("{line}");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn measure_step(args: &BenchArgs, case: BenchCase) -> Result<Value> {
+    tch::set_num_threads(args.threads as i32);
+    let dtype = if case == BenchCase::Bf16 { Dtype::Bf16 } else { Dtype::Fp32 };
+    let times = ReferenceStep::new(dtype)?.measure(2, args.runs)?;
+    let seconds = median(times.seconds);
+    let peak = parallel::accelerator("cpu", 0)?.memory()?.peak;
+    Ok(json!({
+        "bench": "step",
+        "case": case.name(),
+        "tokens_per_s": round(times.tokens as f64 / seconds, 1),
+        "step_ms": round(seconds * 1e3, 1),
+        "peak_rss_mib": peak >> 20,
+        "runs": args.runs,
+        "ranks": 1,
+        "threads": args.threads,
+        "parameters": times.parameters,
+        "losses": times.losses.iter().take(4).map(|loss| round(*loss, 5)).collect::<Vec<_>>(),
+    }))
+}
+
+/// Ours and the baselines, each in a process of its own, one after the other, round after round: what else the machine
+/// does meets all of them alike.
+fn take_turns(args: &BenchArgs, case: BenchCase) -> Result<Value> {
+    let this = std::env::current_exe().context("cannot find this program's own file")?;
+    let (runs, threads) = (args.runs.to_string(), args.threads.to_string());
+    let fill = |text: &str| text.replace("{case}", case.name()).replace("{runs}", &runs).replace("{threads}", &threads);
+    let mut ours = Vec::new();
+    let mut baselines: Vec<(String, Vec<Value>)> = args.baseline.iter().map(|text| (fill(text), Vec::new())).collect();
+    for round in 1..=args.rounds {
+        eprintln!("{}: round {round} of {}", case.name(), args.rounds);
+        let mut command = Command::new(&this);
+        command.args(["bench", "step", "--case", case.name(), "--runs", &runs, "--threads", &threads]);
+        ours.push(last_line(command, "moerun bench step")?);
+        for (text, lines) in &mut baselines {
+            let mut command = Command::new("sh");
+            command.args(["-c", text]);
+            lines.push(last_line(command, text)?);
+        }
+    }
+    let rate = |lines: &[Value]| median(lines.iter().filter_map(|line| line["tokens_per_s"].as_f64()).collect());
+    let memory = |lines: &[Value]| lines.iter().filter_map(|line| line["peak_rss_mib"].as_u64()).max();
+    let (fastest, lines) =
+        baselines.iter().max_by(|a, b| rate(&a.1).total_cmp(&rate(&b.1))).expect("there is a baseline");
+    let all: Vec<Value> =
+        baselines.iter().map(|(name, lines)| json!({"name": name, "tokens_per_s": round(rate(lines), 1)})).collect();
+    Ok(json!({
+        "bench": "step",
+        "case": case.name(),
+        "metric": "tokens_per_s",
+        "ours": round(rate(&ours), 1),
+        "baseline": round(rate(lines), 1),
+        "baseline_name": fastest,
+        "ratio": round(rate(&ours) / rate(lines), 3),
+        "rounds": args.rounds,
+        "runs": args.runs,
+        "ranks": 1,
+        "threads": args.threads,
+        "peak_rss_mib": memory(&ours),
+        "baseline_peak_rss_mib": memory(lines),
+        "baselines": all,
+    }))
+}
+
+/// The JSON object, with a number `tokens_per_s`, in the last line that `command` prints.
+fn last_line(mut command: Command, name: &str) -> Result<Value> {
+    let output = command
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .output()
+        .with_context(|| format!("cannot start `{name}`"))?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() {
+        bail!("`{name}` ended with {}:\n{}", output.status, errors.trim_end());
+    }
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line: Option<Value> = text.lines().last().and_then(|line| serde_json::from_str(line).ok());
+    line.filter(|line| line["tokens_per_s"].is_number())
+        .with_context(|| format!("`{name}` has to end with a JSON line that has a number `tokens_per_s`"))
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
 }
 
 fn round(value: f64, digits: i32) -> f64 {

@@ -138,6 +138,13 @@ pub(crate) struct BenchArgs {
     /// Threads
     #[arg(long, default_value_t = 2)]
     pub(crate) threads: usize,
+    /// A command to measure in the same run, alternating; it prints a JSON line with `tokens_per_s`. {case}, {runs} and
+    /// {threads} are filled in. May be given many times: the fastest is the baseline
+    #[arg(long, value_name = "COMMAND")]
+    pub(crate) baseline: Vec<String>,
+    /// How often ours and the baselines take turns
+    #[arg(long, default_value_t = 5, requires = "baseline")]
+    pub(crate) rounds: usize,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -150,4 +157,13 @@ pub(crate) enum BenchName {
 pub(crate) enum BenchCase {
     Fp32,
     Bf16,
+}
+
+impl BenchCase {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            BenchCase::Fp32 => "fp32",
+            BenchCase::Bf16 => "bf16",
+        }
+    }
 }
