@@ -25,15 +25,14 @@ pub(crate) fn run(args: BenchArgs) -> Result<ExitCode> {
 fn measure_step(args: &BenchArgs, case: BenchCase) -> Result<Value> {
     tch::set_num_threads(args.threads as i32);
     let dtype = if case == BenchCase::Bf16 { Dtype::Bf16 } else { Dtype::Fp32 };
-    let times = ReferenceStep::new(dtype)?.measure(2, args.runs)?;
+    let times = ReferenceStep::new(dtype, parallel::accelerator("cpu", 0)?)?.measure(2, args.runs)?;
     let seconds = median(times.seconds);
-    let peak = parallel::accelerator("cpu", 0)?.memory()?.peak;
     Ok(json!({
         "bench": "step",
         "case": case.name(),
         "tokens_per_s": round(times.tokens as f64 / seconds, 1),
         "step_ms": round(seconds * 1e3, 1),
-        "peak_rss_mib": peak >> 20,
+        "peak_rss_mib": times.peak_memory >> 20,
         "runs": args.runs,
         "ranks": 1,
         "threads": args.threads,

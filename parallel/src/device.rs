@@ -57,10 +57,13 @@ pub trait Accelerator: Send + Sync + std::fmt::Debug {
 /// When a GPU was asked for and cannot be used: why, and what to do.
 pub fn accelerator(kind: &str, local_rank: usize) -> Result<Box<dyn Accelerator>, Error> {
     match kind {
-        "cpu" => Ok(Box::new(Cpu)),
+        "cpu" => {
+            torch_ext::keep_freed_memory();
+            Ok(Box::new(Cpu))
+        }
         "cuda" => Ok(Box::new(Cuda::new(local_rank)?)),
-        "auto" if std::path::Path::new("/dev/nvidiactl").exists() => Ok(Box::new(Cuda::new(local_rank)?)),
-        "auto" => Ok(Box::new(Cpu)),
+        "auto" if std::path::Path::new("/dev/nvidiactl").exists() => accelerator("cuda", local_rank),
+        "auto" => accelerator("cpu", local_rank),
         other => Err(Error::new(format!("unknown device {other:?}: use cpu, cuda or auto"))),
     }
 }

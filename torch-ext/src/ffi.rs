@@ -50,6 +50,8 @@ unsafe extern "C" {
     pub(crate) fn mtx_work_free(work: Handle);
 
     pub(crate) fn malloc(size: usize) -> *mut c_void;
+    #[cfg(target_env = "gnu")]
+    pub(crate) fn mallopt(parameter: c_int, value: c_int) -> c_int;
 }
 
 /// Turns a return code into a result, with the message of the exception.

@@ -4,7 +4,7 @@
 //! - [`attach_backward`]: a custom autograd node whose backward is a Rust closure;
 //! - [`on_grad_accumulated`], [`set_grad`]: when a leaf's gradient is ready, and where it is kept;
 //! - [`fused_adamw`]: the optimizer step in one pass over memory;
-//! - [`generator_state`], [`allocator_bytes`], [`synchronize`]: per-device state;
+//! - [`generator_state`], [`allocator_bytes`], [`synchronize`], [`keep_freed_memory`]: per-device state;
 //! - [`load_cuda`]: registers libtorch's CUDA kernels in the running program.
 //!
 //! Invariant: C++ exceptions become [`Error`] with their message, Rust panics inside callbacks become C++
@@ -23,6 +23,6 @@ mod optim;
 pub use autograd::{attach_backward, on_grad_accumulated, set_grad};
 pub use c10d::{Gloo, GlooAddress, ReduceOp, Store, Work};
 pub use cuda::load_cuda;
-pub use device::{allocator_bytes, generator_state, set_generator_state, synchronize};
+pub use device::{allocator_bytes, generator_state, keep_freed_memory, set_generator_state, synchronize};
 pub use error::Error;
 pub use optim::{AdamW, fused_adamw};

@@ -5,7 +5,7 @@ use crate::config::{Dtype, ModelConfig, MoeConfig, OptimizerConfig, QkNorm, Rout
 use crate::model::Model;
 use crate::optimizer::Optimizer;
 use moe::balance::{BatchTotals, Statistics};
-use parallel::{Accelerator, Communicator, Cpu, GradientBuckets, Local};
+use parallel::{Accelerator, Communicator, GradientBuckets, Local};
 use std::sync::Arc;
 use std::time::Instant;
 use tch::{Kind, Tensor};
@@ -19,11 +19,13 @@ pub struct StepTimes {
     pub losses: Vec<f64>,
     /// Parameters of the model.
     pub parameters: i64,
+    /// The most memory in use so far, in bytes.
+    pub peak_memory: u64,
     /// Tokens of a step.
     pub tokens: i64,
 }
 
-/// A model, its optimizer and a batch, on one CPU.
+/// A model, its optimizer and a batch, on one device.
 pub struct ReferenceStep {
     model: Model,
     gradients: GradientBuckets,
@@ -31,6 +33,7 @@ pub struct ReferenceStep {
     inputs: Tensor,
     labels: Tensor,
     step: u64,
+    device: Box<dyn Accelerator>,
 }
 
 const BATCH: i64 = 8;
@@ -42,7 +45,7 @@ impl ReferenceStep {
     ///
     /// # Errors
     /// libtorch's message.
-    pub fn new(dtype: Dtype) -> Result<ReferenceStep, Error> {
+    pub fn new(dtype: Dtype, device: Box<dyn Accelerator>) -> Result<ReferenceStep, Error> {
         let moe = MoeConfig {
             experts: 8,
             top_k: 2,
@@ -74,17 +77,17 @@ impl ReferenceStep {
             mup: None,
         };
         let alone: Arc<dyn Communicator> = Arc::new(Local::new(0, "bench"));
-        let model = Model::new(&config, SEQUENCE as usize, dtype, 0, &Cpu, &alone);
+        let model = Model::new(&config, SEQUENCE as usize, dtype, 0, device.as_ref(), &alone);
         let leaves: Vec<_> = model.parameters.iter().map(|p| (p.weight.shallow_clone(), 0)).collect();
-        let gradients = GradientBuckets::new(&leaves, std::slice::from_ref(&alone), 25 << 20, &Cpu)?;
+        let gradients = GradientBuckets::new(&leaves, std::slice::from_ref(&alone), 25 << 20, device.as_ref())?;
         let settings = OptimizerConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
-        let optimizer = Optimizer::new(&settings, 1.0, &model.parameters, &Cpu, alone);
+        let optimizer = Optimizer::new(&settings, 1.0, &model.parameters, device.as_ref(), alone);
         tch::manual_seed(1);
-        let inputs = Cpu.zeros(&[BATCH, SEQUENCE], Kind::Int64).random_to_(VOCAB);
+        let inputs = device.zeros(&[BATCH, SEQUENCE], Kind::Int64).random_to_(VOCAB);
         // The next token, as a causal model is trained; the last position has none.
         let labels = inputs.roll([-1], [1]);
         let _ = labels.narrow(1, SEQUENCE - 1, 1).fill_(crate::model::IGNORED);
-        Ok(ReferenceStep { model, gradients, optimizer, inputs, labels, step: 0 })
+        Ok(ReferenceStep { model, gradients, optimizer, inputs, labels, step: 0, device })
     }
 
     /// Forward, backward, clipping and update; seconds and the cross-entropy.
@@ -104,6 +107,7 @@ impl ReferenceStep {
         let norm = self.optimizer.grad_norm(&self.model.parameters, &self.gradients)?;
         self.step += 1;
         self.optimizer.step(&self.model.parameters, &self.gradients, self.step, 3e-4, norm)?;
+        self.device.synchronize()?;
         Ok((started.elapsed().as_secs_f64(), losses.cross_entropy))
     }
 
@@ -121,6 +125,7 @@ impl ReferenceStep {
             }
         }
         let parameters = self.model.parameters.iter().map(|p| p.master.numel() as i64).sum();
-        Ok(StepTimes { seconds, losses, parameters, tokens: BATCH * SEQUENCE })
+        let peak_memory = self.device.memory()?.peak;
+        Ok(StepTimes { seconds, losses, parameters, peak_memory, tokens: BATCH * SEQUENCE })
     }
 }
