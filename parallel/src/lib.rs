@@ -12,6 +12,7 @@ mod comm;
 mod device;
 mod gradients;
 mod mesh;
+pub mod pipeline;
 mod world;
 
 pub use comm::{CommError, Communicator, Gloo, Local, ReduceOp, Work};

@@ -223,7 +223,12 @@ impl std::fmt::Display for Mesh {
             }
         }
         if expert > 1 {
-            write!(f, "; experts over {expert} ranks x {} replicas", self.expert_replicas())?;
+            write!(
+                f,
+                "; experts over {expert} ranks x {} replica{}",
+                self.expert_replicas(),
+                if self.expert_replicas() == 1 { "" } else { "s" }
+            )?;
         }
         Ok(())
     }

@@ -1,0 +1,143 @@
+//! Inserts into an order what its passes exchange.
+//!
+//! A tensor is sent right after the pass that makes it; a receive, and a collective, is started one pass before the
+//! one that needs it, so that it runs beside a computation.
+
+use super::{Collective, CollectiveKind, Message, Order, Pass, PassKind, Payload, Schedule, Step, Vocabulary};
+
+/// What a pass waits for on its own rank.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Need {
+    /// A tensor from another rank.
+    Message(Message),
+    /// A collective.
+    Collective(Collective),
+    /// Another pass of the same rank.
+    Pass(Pass),
+}
+
+impl Order {
+    /// What `pass` on rank `rank` waits for.
+    pub fn needs(&self, rank: usize, pass: Pass) -> Vec<Need> {
+        use PassKind::*;
+        let Pass { kind, chunk, microbatch } = pass;
+        let collective = |kind| Need::Collective(Collective { kind, microbatch });
+        let stage = self.stage(rank, chunk);
+        let last = self.stages() - 1;
+        match kind {
+            Forward if stage == 0 && self.vocabulary.is_some() => vec![collective(CollectiveKind::Embedding)],
+            Forward if stage == 0 => vec![],
+            Forward => vec![self.from_stage(rank, stage - 1, Forward, Payload::Activation, stage, microbatch)],
+            Backward | BackwardInput if stage == last => {
+                let mut needs = vec![Need::Pass(Pass::new(Forward, chunk, microbatch))];
+                needs.extend(self.vocabulary.map(|algorithm| {
+                    collective(match algorithm {
+                        Vocabulary::Vocab1 => CollectiveKind::HiddenGradient,
+                        Vocabulary::Vocab2 => CollectiveKind::Statistics,
+                    })
+                }));
+                needs
+            }
+            Backward | BackwardInput => {
+                let from = self.from_stage(rank, stage + 1, Backward, Payload::Gradient, stage, microbatch);
+                vec![Need::Pass(Pass::new(Forward, chunk, microbatch)), from]
+            }
+            BackwardWeight => vec![Need::Pass(Pass::new(BackwardInput, chunk, microbatch))],
+            Logits => vec![collective(CollectiveKind::Hidden)],
+            LogitsBackward => vec![collective(CollectiveKind::Statistics)],
+            Embed => vec![],
+            EmbedBackward => vec![collective(CollectiveKind::EmbeddingGradient)],
+        }
+    }
+
+    /// The neighbour's tensor: a message, or a pass where the neighbour is this rank.
+    fn from_stage(
+        &self,
+        rank: usize,
+        neighbour: usize,
+        maker: PassKind,
+        payload: Payload,
+        stage: usize,
+        microbatch: usize,
+    ) -> Need {
+        let (peer, chunk) = self.place(neighbour);
+        if peer == rank {
+            Need::Pass(Pass::new(maker, chunk, microbatch))
+        } else {
+            Need::Message(Message { payload, stage, microbatch })
+        }
+    }
+
+    /// The tensor that `pass` on rank `rank` makes for another rank, and that rank.
+    pub fn makes(&self, rank: usize, pass: Pass) -> Option<(Message, usize)> {
+        let stage = self.stage(rank, pass.chunk);
+        let (payload, neighbour) = match pass.kind {
+            PassKind::Forward if stage + 1 < self.stages() => (Payload::Activation, stage + 1),
+            kind if kind.gives_input_gradient() && stage > 0 => (Payload::Gradient, stage - 1),
+            _ => return None,
+        };
+        let (peer, _) = self.place(neighbour);
+        (peer != rank).then_some((Message { payload, stage: neighbour, microbatch: pass.microbatch }, peer))
+    }
+
+    /// The collective that `pass` on rank `rank` gives something to: the rank enters it right after the pass.
+    pub fn gives(&self, rank: usize, pass: Pass) -> Option<Collective> {
+        let vocabulary = self.vocabulary?;
+        let stage = self.stage(rank, pass.chunk);
+        let kind = match pass.kind {
+            PassKind::Forward if stage + 1 == self.stages() => CollectiveKind::Hidden,
+            PassKind::Logits => CollectiveKind::Statistics,
+            PassKind::LogitsBackward if vocabulary == Vocabulary::Vocab1 => CollectiveKind::HiddenGradient,
+            PassKind::Embed => CollectiveKind::Embedding,
+            kind if kind.gives_input_gradient() && stage == 0 => CollectiveKind::EmbeddingGradient,
+            _ => return None,
+        };
+        Some(Collective { kind, microbatch: pass.microbatch })
+    }
+}
+
+/// The order with its sends, receives and collectives.
+pub fn with_communication(order: Order) -> Schedule {
+    let ranks = order.ranks.iter().enumerate().map(|(rank, passes)| of_rank(&order, rank, passes)).collect();
+    Schedule { order, ranks }
+}
+
+fn of_rank(order: &Order, rank: usize, passes: &[Pass]) -> Vec<Step> {
+    let mut list = Vec::new();
+    for (index, &pass) in passes.iter().enumerate() {
+        if index == 0 {
+            list.extend(starts(order, rank, pass));
+        }
+        // Under way while this pass computes.
+        if let Some(&next) = passes.get(index + 1) {
+            list.extend(starts(order, rank, next));
+        }
+        list.push(Step::Compute(pass));
+        list.extend(order.makes(rank, pass).map(|(message, peer)| Step::Send(message, peer)));
+        list.extend(order.gives(rank, pass).map(Step::Collect));
+    }
+    list
+}
+
+/// What has to be started for `pass`: receives, and collectives that this rank gives nothing to.
+fn starts(order: &Order, rank: usize, pass: Pass) -> Vec<Step> {
+    let start = |need| match need {
+        Need::Message(message) => {
+            let maker = if message.payload == Payload::Activation { message.stage - 1 } else { message.stage + 1 };
+            Some(Step::Receive(message, order.place(maker).0))
+        }
+        Need::Collective(collective) if only_takes(order, rank, collective.kind) => Some(Step::Collect(collective)),
+        Need::Collective(_) | Need::Pass(_) => None,
+    };
+    order.needs(rank, pass).into_iter().filter_map(start).collect()
+}
+
+/// Whether `rank` enters collectives of this kind only to take something from them: broadcasts, on ranks other than
+/// their root.
+pub(super) fn only_takes(order: &Order, rank: usize, kind: CollectiveKind) -> bool {
+    match kind {
+        CollectiveKind::Hidden => rank != order.place(order.stages() - 1).0,
+        CollectiveKind::EmbeddingGradient => rank != order.place(0).0,
+        CollectiveKind::Statistics | CollectiveKind::HiddenGradient | CollectiveKind::Embedding => false,
+    }
+}

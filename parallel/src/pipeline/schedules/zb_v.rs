@@ -1,0 +1,61 @@
+//! ZB-V, the fixed order that has no bubble where F, B and W take equal times.
+//!
+//! Written for endlessly many microbatches; passes of those that do not exist are left out.
+
+use crate::pipeline::{Order, Pass, PassKind, Placement};
+
+pub(super) fn order(ranks: usize, microbatches: usize) -> Order {
+    let ranks = (0..ranks).map(|rank| of_rank(rank, ranks, microbatches)).collect();
+    Order { microbatches, chunks: 2, placement: Placement::V, vocabulary: None, ranks }
+}
+
+fn of_rank(rank: usize, ranks: usize, microbatches: usize) -> Vec<Pass> {
+    // At least as many as fill the pipeline.
+    let virtual_microbatches = microbatches.max(2 * ranks - 1);
+    let mut next = std::collections::HashMap::new();
+    let mut list = Vec::new();
+    // The next microbatch of a kind and chunk.
+    let mut push = |kind: PassKind, chunk: usize| -> usize {
+        let microbatch = next.entry((kind, chunk)).or_insert(0);
+        if *microbatch < microbatches {
+            list.push(Pass::new(kind, chunk, *microbatch));
+        }
+        *microbatch += 1;
+        *microbatch
+    };
+    use PassKind::{BackwardInput as B, BackwardWeight as W, Forward as F};
+    let (mut forwards0, mut forwards1) = (0, 0);
+    for _ in 0..2 * (ranks - rank) - 1 {
+        forwards0 = push(F, 0);
+    }
+    for _ in 0..rank {
+        forwards1 = push(F, 1);
+        forwards0 = push(F, 0);
+    }
+    for _ in 0..ranks - rank {
+        forwards1 = push(F, 1);
+        push(B, 1);
+        push(W, 1);
+    }
+    while forwards1 < forwards0 || forwards0 < virtual_microbatches {
+        if forwards0 < virtual_microbatches {
+            forwards0 = push(F, 0);
+        }
+        push(B, 0);
+        push(W, 0);
+        forwards1 = push(F, 1);
+        push(B, 1);
+        push(W, 1);
+    }
+    for _ in 0..rank {
+        push(B, 0);
+        push(B, 1);
+    }
+    for _ in 0..ranks - rank {
+        push(B, 0);
+        push(W, 0);
+    }
+    while push(W, 1) < virtual_microbatches {}
+    while push(W, 0) < virtual_microbatches {}
+    list
+}

@@ -1,0 +1,259 @@
+//! Inserts the passes of vocabulary parallelism into any order (arXiv 2411.05288, section 5).
+//!
+//! Between the last stage's forward of a microbatch and its backward, S runs on all ranks, with `vocab_1` also T, and
+//! collectives lie in between. So that nobody waits for those, every backward is put off by one microbatch for each
+//! barrier; that is all the memory it costs. Then each rank takes S of a microbatch as soon as it has ended what it was
+//! at when the last stage's forward ended, the last stage's own rank one backward later, right after T of the microbatch before: the same work on all
+//! ranks lies within the time of one pass, and the collectives hide behind passes of layers. Embedding passes go with S,
+//! one microbatch ahead of their use.
+
+use super::communication::Need;
+use super::simulate::Costs;
+use super::{Order, Pass, PassKind, Payload, Vocabulary};
+use std::collections::HashMap;
+
+/// `order` with the vocabulary's layers on all its ranks. `costs` say where slots fall; the result is right, if not best,
+/// for any others.
+///
+/// # Panics
+/// When `order` already has passes of the vocabulary, or cannot run.
+pub fn with_vocabulary(order: &Order, vocabulary: Vocabulary, costs: &Costs) -> Order {
+    assert!(order.vocabulary.is_none(), "the vocabulary's passes are already there");
+    let ranks = order.ranks.iter().map(|passes| put_off(passes, vocabulary.barriers() * order.chunks)).collect();
+    let base = Order { ranks, vocabulary: None, ..order.clone() };
+    let lists = insert(&base, vocabulary, costs);
+    Order { vocabulary: Some(vocabulary), ranks: lists, ..base }
+}
+
+/// Every backward after `forwards` more forwards than before, as long as there are any.
+fn put_off(passes: &[Pass], forwards: usize) -> Vec<Pass> {
+    let total = passes.iter().filter(|pass| pass.kind == PassKind::Forward).count();
+    let mut placed: Vec<(usize, bool, usize, Pass)> = Vec::new();
+    let mut seen = 0;
+    for (index, &pass) in passes.iter().enumerate() {
+        if pass.kind == PassKind::Forward {
+            seen += 1;
+            placed.push((seen, false, index, pass));
+        } else {
+            placed.push(((seen + forwards).min(total), true, index, pass));
+        }
+    }
+    placed.sort_by_key(|&(after, backward, index, _)| (after, backward, index));
+    placed.into_iter().map(|(.., pass)| pass).collect()
+}
+
+/// The state of a rank while passes are dealt out.
+struct Rank {
+    /// Next pass of its own list.
+    at: usize,
+    /// Next pass of the output layer: S and T of the microbatches, in turn.
+    output: usize,
+    clock: f64,
+    list: Vec<Pass>,
+}
+
+/// What has happened so far.
+struct Progress<'a> {
+    base: &'a Order,
+    vocabulary: Vocabulary,
+    costs: &'a Costs,
+    /// When passes of layers ended.
+    ended: HashMap<(usize, Pass), f64>,
+    /// For each pass of the output layer: ranks that still have to do it, and when the last so far ended.
+    outputs: Vec<(usize, f64)>,
+    /// Whether the last stage's forward of the next microbatch comes before the backward of each.
+    overlaps: Vec<bool>,
+    /// Time of the backward that the last stage's rank does right after the last forward of each microbatch, if any.
+    meanwhile: Vec<f64>,
+}
+
+/// The `index`-th pass of the output layer.
+fn output_pass(index: usize) -> Pass {
+    let kind = if index.is_multiple_of(2) { PassKind::Logits } else { PassKind::LogitsBackward };
+    Pass::new(kind, 0, index / 2)
+}
+
+impl Progress<'_> {
+    /// When pass `index` of the output layer may start, if that is known.
+    fn output_opens(&self, of: usize, index: usize) -> Option<f64> {
+        let pass = output_pass(index);
+        let last = self.base.stages() - 1;
+        let (rank, chunk) = self.base.place(last);
+        let with_logits_of = |microbatch: usize| {
+            let end = self.ended.get(&(rank, Pass::new(PassKind::Forward, chunk, microbatch)))?;
+            // The rank of the last stage does a backward meanwhile, and so has the others' time to take theirs.
+            let wait = if of == rank { self.meanwhile[microbatch] } else { self.costs.collective };
+            Some(end + wait)
+        };
+        match pass.kind {
+            PassKind::Logits => with_logits_of(pass.microbatch),
+            // T goes with the next S, unless its own backward comes before that.
+            _ if self.overlaps[pass.microbatch] => with_logits_of(pass.microbatch + 1),
+            _ => self.complete(index - 1),
+        }
+    }
+
+    /// When pass `index` of the output layer has ended everywhere and its collective too.
+    fn complete(&self, index: usize) -> Option<f64> {
+        let (left, end) = self.outputs[index];
+        (left == 0).then_some(end + self.costs.collective)
+    }
+
+    /// When `pass` of `rank` has all that it needs, if that is known.
+    fn ready(&self, rank: usize, pass: Pass) -> Option<f64> {
+        let mut ready = 0.0f64;
+        for need in self.base.needs(rank, pass) {
+            let end = match need {
+                Need::Pass(other) => end_of(&self.ended, rank, other)?,
+                Need::Message(message) => {
+                    let (maker, kind) = match message.payload {
+                        Payload::Activation => (message.stage - 1, PassKind::Forward),
+                        Payload::Gradient => (message.stage + 1, PassKind::Backward),
+                    };
+                    let (peer, chunk) = self.base.place(maker);
+                    end_of(&self.ended, peer, Pass::new(kind, chunk, message.microbatch))? + self.costs.send
+                }
+                Need::Collective(_) => 0.0, // of the vocabulary: below
+            };
+            ready = ready.max(end);
+        }
+        if pass.kind.gives_input_gradient() && self.base.stage(rank, pass.chunk) + 1 == self.base.stages() {
+            let index = match self.vocabulary {
+                Vocabulary::Vocab1 => 2 * pass.microbatch + 1,
+                Vocabulary::Vocab2 => 2 * pass.microbatch,
+            };
+            ready = ready.max(self.complete(index)?);
+        }
+        Some(ready)
+    }
+}
+
+fn insert(base: &Order, vocabulary: Vocabulary, costs: &Costs) -> Vec<Vec<Pass>> {
+    let (m, ranks) = (base.microbatches, base.ranks.len());
+    let mut states: Vec<Rank> = (0..ranks).map(|_| Rank { at: 0, output: 0, clock: 0.0, list: Vec::new() }).collect();
+    let outputs = vec![(ranks, 0.0); 2 * m];
+    let mut progress = Progress {
+        base,
+        vocabulary,
+        costs,
+        ended: HashMap::new(),
+        outputs,
+        overlaps: overlaps(base),
+        meanwhile: meanwhile(base, costs),
+    };
+    loop {
+        // Of all that can start, the earliest; on one rank the output layer before a pass of the same time.
+        let mut best: Option<(f64, usize, Pass)> = None;
+        for (rank, state) in states.iter().enumerate() {
+            let output =
+                (state.output < 2 * m).then(|| (progress.output_opens(rank, state.output), output_pass(state.output)));
+            let own = base.ranks[rank].get(state.at).map(|&pass| (progress.ready(rank, pass), pass));
+            for (opens, pass) in output.into_iter().chain(own) {
+                let Some(start) = opens.map(|opens| state.clock.max(opens)) else { continue };
+                if best.is_none_or(|(time, ..)| start < time) {
+                    best = Some((start, rank, pass));
+                }
+            }
+        }
+        let Some((start, rank, pass)) = best else { break };
+        let state = &mut states[rank];
+        state.list.push(pass);
+        state.clock = start + costs.of(base, rank, pass);
+        if pass.kind.is_vocabulary() {
+            if pass.kind == PassKind::Logits {
+                // The embedding passes that will lie beside it.
+                state.clock += costs.vocabulary[rank].embed + costs.vocabulary[rank].embed_backward;
+            }
+            let (left, end) = &mut progress.outputs[state.output];
+            (*left, *end) = (*left - 1, end.max(state.clock));
+            state.output += 1;
+        } else {
+            state.at += 1;
+            progress.ended.insert((rank, pass), state.clock);
+        }
+    }
+    let complete = states.iter().zip(&base.ranks).all(|(s, passes)| s.at == passes.len() && s.output == 2 * m);
+    assert!(complete, "an order that stops cannot take in the vocabulary: check it first");
+    let lists: Vec<Vec<Pass>> = states.into_iter().map(|state| state.list).collect();
+    let embedding = Embedding::new(base, &lists);
+    lists.iter().map(|list| embedding.insert(list)).collect()
+}
+
+fn meanwhile(base: &Order, costs: &Costs) -> Vec<f64> {
+    let (rank, chunk) = base.place(base.stages() - 1);
+    let mut times = vec![0.0; base.microbatches];
+    for pair in base.ranks[rank].windows(2) {
+        if pair[0].kind == PassKind::Forward && pair[0].chunk == chunk && pair[1].kind.gives_input_gradient() {
+            times[pair[0].microbatch] = costs.of(base, rank, pair[1]);
+        }
+    }
+    times
+}
+
+fn overlaps(base: &Order) -> Vec<bool> {
+    let last = base.stages() - 1;
+    let (rank, chunk) = base.place(last);
+    let mut forwards = 0;
+    let mut overlaps = vec![false; base.microbatches];
+    for pass in base.ranks[rank].iter().filter(|pass| pass.chunk == chunk) {
+        if pass.kind == PassKind::Forward {
+            forwards += 1;
+        } else if pass.kind.gives_input_gradient() {
+            overlaps[pass.microbatch] = forwards > pass.microbatch + 1;
+        }
+    }
+    overlaps
+}
+
+fn end_of(ended: &HashMap<(usize, Pass), f64>, rank: usize, pass: Pass) -> Option<f64> {
+    let whole = ended.get(&(rank, pass));
+    let part = || ended.get(&(rank, Pass { kind: PassKind::BackwardInput, ..pass }));
+    whole.or_else(|| part().filter(|_| pass.kind == PassKind::Backward)).copied()
+}
+
+/// Beside which S each microbatch's embedding is looked up (None: before everything), and its gradient taken (None:
+/// after everything).
+struct Embedding {
+    lookup: Vec<Option<usize>>,
+    gradient: Vec<Option<usize>>,
+}
+
+impl Embedding {
+    fn new(base: &Order, lists: &[Vec<Pass>]) -> Embedding {
+        let m = base.microbatches;
+        let (rank, chunk) = base.place(0);
+        let mut embedding = Embedding { lookup: vec![None; m], gradient: vec![None; m] };
+        let mut logits = 0usize;
+        for pass in &lists[rank] {
+            match pass.kind {
+                PassKind::Logits => logits += 1,
+                // One S lies between the lookup and its use, for the sum over ranks.
+                PassKind::Forward if pass.chunk == chunk => embedding.lookup[pass.microbatch] = logits.checked_sub(2),
+                kind if kind.gives_input_gradient() && pass.chunk == chunk => {
+                    embedding.gradient[pass.microbatch] = Some(logits + 1).filter(|&beside| beside < m);
+                }
+                _ => {}
+            }
+        }
+        embedding
+    }
+
+    /// A rank's passes with those of the embedding.
+    fn insert(&self, list: &[Pass]) -> Vec<Pass> {
+        let of = |kind: PassKind, beside: Option<usize>| {
+            let places = if kind == PassKind::Embed { &self.lookup } else { &self.gradient };
+            let chosen = places.iter().enumerate().filter(move |(_, place)| **place == beside);
+            chosen.map(move |(microbatch, _)| Pass::new(kind, 0, microbatch))
+        };
+        let mut passes: Vec<Pass> = of(PassKind::Embed, None).collect();
+        for &pass in list {
+            passes.push(pass);
+            if pass.kind == PassKind::Logits {
+                passes.extend(of(PassKind::Embed, Some(pass.microbatch)));
+                passes.extend(of(PassKind::EmbedBackward, Some(pass.microbatch)));
+            }
+        }
+        passes.extend(of(PassKind::EmbedBackward, None));
+        passes
+    }
+}
