@@ -5,21 +5,22 @@ use crate::dispatch::Dispatcher;
 use crate::experts::grouped_swiglu;
 use crate::plan::count_choices;
 use crate::router::Router;
+use parallel::{Weight, linear};
 use tch::{Kind, Tensor};
 use torch_ext::Error;
 
 /// The tensors of a layer. E experts in all, L on this rank, D hidden, F expert ffn, S shared ffn.
 pub struct MoeWeights {
     /// `[E, D]`.
-    pub gate: Tensor,
+    pub gate: Weight,
     /// `[E]` fp32, not trained by gradient: the loss-free bias, where it is used.
     pub bias: Option<Tensor>,
     /// `[L, 2F, D]`.
-    pub gate_up: Tensor,
+    pub gate_up: Weight,
     /// `[L, D, F]`.
-    pub down: Tensor,
+    pub down: Weight,
     /// `[1, 2S, D]` and `[1, D, S]`: experts that every token visits, as one.
-    pub shared: Option<(Tensor, Tensor)>,
+    pub shared: Option<(Weight, Weight)>,
 }
 
 /// A mixture-of-experts layer.
@@ -56,7 +57,7 @@ impl MoeLayer {
     /// When a collective fails.
     pub fn forward(&self, x_td: &Tensor, sequence_length: usize) -> Result<MoeOutput, Error> {
         let tokens = x_td.size()[0] as usize;
-        let logits_te = x_td.matmul(&self.weights.gate.tr()).to_kind(Kind::Float);
+        let logits_te = linear(x_td, &self.weights.gate)?.to_kind(Kind::Float);
         let routing = self.router.route(&logits_te, self.weights.bias.as_ref());
         let experts = Vec::<i64>::try_from(routing.experts_tk.flatten(0, -1).contiguous())
             .map_err(|e| Error::new(e.to_string()))?;

@@ -1,17 +1,16 @@
 //! Gradients summed over replicas, in buckets, while backward still runs.
 //!
-//! Every parameter's gradient lives in an fp32 flat buffer, a *bucket*: parameters in reverse order of use, so that
-//! a bucket is complete early in backward. fp32 parameters accumulate into their part of the buffer directly; for
-//! other dtypes the gradient is added to it as soon as it is there, and freed. In the last backward of a step each
-//! complete bucket starts an asynchronous all-reduce.
+//! Every weight's gradient lives in an fp32 flat buffer, a *bucket*: weights in reverse order of use, so that a bucket is
+//! complete early in backward. Layers add each contribution to its place as they compute it ([`Weight::add_gradient`]).
+//! When the last contribution of a step has come, the bucket starts an asynchronous all-reduce.
 //!
 //! # Collective
 //! Buckets are reduced in the order of the plan, on every rank, whatever the order in which gradients come.
 
-use crate::{Accelerator, CommError, Communicator, ReduceOp, Work};
+use crate::{Accelerator, CommError, Communicator, ReduceOp, Weight, Work};
 use std::sync::{Arc, Mutex};
 use tch::{Kind, Tensor};
-use torch_ext::{Error, on_grad_accumulated, set_grad};
+use torch_ext::Error;
 
 /// Which parameters share a flat buffer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,21 +48,40 @@ pub fn plan_buckets(parameters: &[(usize, usize)], capacity: usize) -> Vec<Bucke
 struct Bucket {
     flat: Tensor,
     group: Arc<dyn Communicator>,
-    members: usize,
+    /// Contributions of one microbatch to its members.
+    uses: usize,
+    /// Contributions that are still to come in this step.
     pending: usize,
     work: Option<Work>,
 }
 
-struct State {
+pub(crate) struct State {
     buckets: Vec<Bucket>,
-    /// Whether complete buckets are to be reduced in this backward.
+    /// Whether a step is under way, so that complete buckets are to be reduced.
     reducing: bool,
     /// The next bucket to reduce.
     next: usize,
+    /// Where contributions to weights' gradients are kept instead of being computed.
+    deferred: Option<Vec<Deferred>>,
 }
 
+/// A contribution to a weight's gradient that is still to be computed.
+pub type Deferred = Box<dyn FnOnce() -> Result<(), Error> + Send>;
+
 impl State {
-    fn ready(&mut self, bucket: usize) -> Result<(), CommError> {
+    /// Keeps `contribution` for later, or gives it back to be computed now.
+    pub(crate) fn defer(&mut self, contribution: Deferred) -> Option<Deferred> {
+        match &mut self.deferred {
+            Some(list) => {
+                list.push(contribution);
+                None
+            }
+            None => Some(contribution),
+        }
+    }
+
+    /// A contribution to a member of `bucket` is there.
+    pub(crate) fn ready(&mut self, bucket: usize) -> Result<(), CommError> {
         self.buckets[bucket].pending = self.buckets[bucket].pending.saturating_sub(1);
         while self.reducing && self.buckets.get(self.next).is_some_and(|bucket| bucket.pending == 0) {
             self.reduce_next()?;
@@ -79,97 +97,84 @@ impl State {
     }
 }
 
-/// The gradients of a model's parameters.
+/// The gradients of a model's weights.
 pub struct GradientBuckets {
     state: Arc<Mutex<State>>,
     views: Vec<Tensor>,
-    /// Parameters whose own dtype is not fp32: their `.grad` must not outlive the hook.
-    parameters: Vec<Tensor>,
 }
 
 impl GradientBuckets {
-    /// Takes over the gradients of `parameters`, leaf tensors each with the number of its group in `groups`.
-    /// `bucket_bytes` is the size up to which parameters share one all-reduce.
+    /// Gives each of `weights` a place for its gradient; each comes with the number of its group in `groups`.
+    /// `bucket_bytes` is the size up to which weights share one all-reduce.
     ///
     /// # Errors
-    /// When a tensor is not a leaf that requires grad.
+    /// When a weight already has such a place.
     pub fn new(
-        parameters: &[(Tensor, usize)],
+        weights: &[(Weight, usize)],
         groups: &[Arc<dyn Communicator>],
         bucket_bytes: usize,
         accelerator: &dyn Accelerator,
     ) -> Result<GradientBuckets, Error> {
-        let sizes: Vec<_> = parameters.iter().map(|(tensor, group)| (tensor.numel(), *group)).collect();
+        let sizes: Vec<_> = weights.iter().map(|(weight, group)| (weight.value().numel(), *group)).collect();
         let plans = plan_buckets(&sizes, bucket_bytes / 4);
-        let mut views: Vec<Option<Tensor>> = parameters.iter().map(|_| None).collect();
+        let mut views: Vec<Option<Tensor>> = weights.iter().map(|_| None).collect();
         let mut buckets = Vec::new();
-        let mut bucket_of = vec![0; parameters.len()];
+        let mut bucket_of = vec![0; weights.len()];
         for plan in &plans {
             let flat = accelerator.zeros(&[plan.len as i64], Kind::Float);
             let mut offset = 0;
             for &member in &plan.members {
-                let tensor = &parameters[member].0;
-                let len = tensor.numel() as i64;
-                views[member] = Some(flat.narrow(0, offset, len).view(tensor.size().as_slice()));
+                let value = weights[member].0.value();
+                let len = value.numel() as i64;
+                views[member] = Some(flat.narrow(0, offset, len).view(value.size().as_slice()));
                 bucket_of[member] = buckets.len();
                 offset += len;
             }
-            let members = plan.members.len();
-            let group = groups[plan.group].clone();
-            buckets.push(Bucket { flat, group, members, pending: members, work: None });
+            let uses = plan.members.iter().map(|&member| weights[member].0.uses()).sum();
+            buckets.push(Bucket { flat, group: groups[plan.group].clone(), uses, pending: 0, work: None });
         }
-        let views: Vec<Tensor> = views.into_iter().map(|view| view.expect("every parameter is in a bucket")).collect();
-        let state = Arc::new(Mutex::new(State { buckets, reducing: false, next: 0 }));
-        for ((tensor, _), (view, bucket)) in parameters.iter().zip(views.iter().zip(bucket_of)) {
-            let state = state.clone();
-            let direct = tensor.kind() == Kind::Float;
-            if direct {
-                set_grad(tensor, Some(view))?;
-            }
-            let view = view.shallow_clone();
-            on_grad_accumulated(tensor, move |leaf| {
-                if !direct {
-                    let _ = view.shallow_clone().f_add_(&leaf.grad()).map_err(|e| Error::new(e.to_string()))?;
-                    set_grad(leaf, None)?;
-                }
-                let mut state = state.lock().expect("no thread panics while it holds the gradients");
-                state.ready(bucket).map_err(|e| Error::new(e.to_string()))
-            })?;
+        let views: Vec<Tensor> = views.into_iter().map(|view| view.expect("every weight is in a bucket")).collect();
+        let state = Arc::new(Mutex::new(State { buckets, reducing: false, next: 0, deferred: None }));
+        for ((weight, _), (view, bucket)) in weights.iter().zip(views.iter().zip(bucket_of)) {
+            weight.collect_in(view.shallow_clone(), bucket, state.clone())?;
         }
-        let parameters = parameters.iter().map(|(tensor, _)| tensor.shallow_clone()).collect();
-        Ok(GradientBuckets { state, views, parameters })
+        Ok(GradientBuckets { state, views })
     }
 
-    /// Sets all gradients to zero.
-    pub fn zero(&self) {
-        let state = self.lock();
+    /// Sets all gradients to zero and begins a step of `microbatches` backwards through every weight.
+    pub fn begin(&self, microbatches: usize) {
+        let mut state = self.lock();
         tch::no_grad(|| {
-            for bucket in &state.buckets {
-                let _ = bucket.flat.shallow_clone().zero_();
+            for bucket in &mut state.buckets {
+                let _ = bucket.flat.zero_();
+                bucket.pending = bucket.uses * microbatches;
             }
         });
+        (state.reducing, state.next) = (true, 0);
     }
 
-    /// To be called before each backward: `last` when the gradients are to be summed over the replicas in it.
-    pub fn begin_backward(&self, last: bool) {
-        let mut state = self.lock();
-        state.reducing = last;
-        state.next = 0;
-        for bucket in &mut state.buckets {
-            bucket.pending = bucket.members;
-        }
+    /// Runs `backward` and keeps its contributions to weights' gradients for later: calling them adds them up. (A
+    /// pipeline's B without its W.)
+    ///
+    /// # Errors
+    /// Those of `backward`.
+    pub fn without_weights<T, E>(&self, backward: impl FnOnce() -> Result<T, E>) -> Result<(T, Vec<Deferred>), E> {
+        self.lock().deferred = Some(Vec::new());
+        let result = backward();
+        let deferred = self.lock().deferred.take().unwrap_or_default();
+        Ok((result?, deferred))
     }
 
     /// Waits until every gradient is the sum over its replicas.
     ///
     /// # Collective
-    /// All ranks, after the backward that was begun with `last`.
+    /// All ranks, after the last backward of a step.
     ///
     /// # Errors
     /// When an all-reduce failed.
     pub fn finish(&self) -> Result<(), CommError> {
         let mut state = self.lock();
-        // A parameter that took no part in the loss leaves its bucket incomplete: its gradient is zero.
+        // A weight that took no part in the loss leaves its bucket incomplete: its gradient is zero.
         while state.next < state.buckets.len() {
             state.reduce_next()?;
         }
@@ -182,7 +187,7 @@ impl GradientBuckets {
         Ok(())
     }
 
-    /// The fp32 gradient of parameter `index`, of the parameter's shape.
+    /// The fp32 gradient of weight `index`, of the weight's shape.
     pub fn gradient(&self, index: usize) -> &Tensor {
         &self.views[index]
     }
@@ -192,20 +197,10 @@ impl GradientBuckets {
     }
 }
 
-impl Drop for GradientBuckets {
-    fn drop(&mut self) {
-        for parameter in &self.parameters {
-            // The buffers end with this object; the parameters go on without a gradient and without a hook.
-            let _ = set_grad(parameter, None);
-            let _ = on_grad_accumulated(parameter, |_| Ok(()));
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Cpu, Local};
+    use crate::{Cpu, Local, linear};
     use proptest::prelude::*;
 
     proptest! {
@@ -233,38 +228,57 @@ mod tests {
         }
     }
 
-    fn buckets(kind: Kind) -> (Tensor, Tensor, GradientBuckets) {
-        let new = |n: i64| Cpu.zeros(&[n], kind).fill_(2.0).set_requires_grad(true);
+    fn weights(kind: Kind) -> (Weight, Weight, GradientBuckets) {
+        let new = |n: i64| Weight::new(Cpu.zeros(&[n, 1], kind).fill_(2.0));
         let (a, b) = (new(2), new(3));
         let group: Arc<dyn Communicator> = Arc::new(Local::new(0, "data"));
-        let parameters = [(a.shallow_clone(), 0), (b.shallow_clone(), 0)];
-        let gradients = GradientBuckets::new(&parameters, &[group], 1 << 20, &Cpu).unwrap();
+        let gradients = GradientBuckets::new(&[(a.clone(), 0), (b.clone(), 0)], &[group], 1 << 20, &Cpu).unwrap();
         (a, b, gradients)
+    }
+
+    fn list(tensor: &Tensor) -> Vec<f32> {
+        Vec::try_from(tensor.flatten(0, -1)).unwrap()
     }
 
     #[test]
     fn gradients_of_several_backwards_add_up_in_fp32() {
         for kind in [Kind::Float, Kind::BFloat16] {
-            let (a, b, gradients) = buckets(kind);
-            for last in [false, true] {
-                gradients.begin_backward(last);
-                ((&a * &a).sum(kind) + b.sum(kind)).backward();
+            let (a, b, gradients) = weights(kind);
+            for _ in 0..2 {
+                gradients.begin(2);
+                for x in [1.0, 3.0] {
+                    let x = Cpu.zeros(&[1, 1], kind).fill_(x);
+                    (linear(&x, &a).unwrap().sum(kind) + linear(&x, &b).unwrap().sum(kind) * 2.0).backward();
+                }
+                gradients.finish().unwrap();
+                assert_eq!(gradients.gradient(0).kind(), Kind::Float);
+                assert_eq!(list(gradients.gradient(0)), [4., 4.]);
+                assert_eq!(list(gradients.gradient(1)), [8., 8., 8.]);
             }
-            gradients.finish().unwrap();
-            assert_eq!(gradients.gradient(0).kind(), Kind::Float);
-            assert_eq!(Vec::<f32>::try_from(gradients.gradient(0)).unwrap(), [8., 8.]);
-            assert_eq!(Vec::<f32>::try_from(gradients.gradient(1)).unwrap(), [2., 2., 2.]);
-            gradients.zero();
-            assert_eq!(Vec::<f32>::try_from(gradients.gradient(0)).unwrap(), [0., 0.]);
         }
     }
 
     #[test]
-    fn a_parameter_outside_of_the_loss_has_a_zero_gradient() {
-        let (a, _b, gradients) = buckets(Kind::Float);
-        gradients.begin_backward(true);
-        a.sum(Kind::Float).backward();
+    fn weights_gradients_can_be_put_off() {
+        let (a, _b, gradients) = weights(Kind::Float);
+        gradients.begin(1);
+        let x = Cpu.zeros(&[1, 1], Kind::Float).fill_(5.0).set_requires_grad(true);
+        let loss = linear(&x, &a).unwrap().sum(Kind::Float);
+        let ((), deferred) = gradients.without_weights(|| loss.f_backward()).unwrap();
+        assert_eq!((list(&x.grad()), list(gradients.gradient(0))), (vec![4.], vec![0., 0.]));
+        for contribution in deferred {
+            contribution().unwrap();
+        }
         gradients.finish().unwrap();
-        assert_eq!(Vec::<f32>::try_from(gradients.gradient(1)).unwrap(), [0., 0., 0.]);
+        assert_eq!(list(gradients.gradient(0)), [5., 5.]);
+    }
+
+    #[test]
+    fn a_weight_outside_of_the_loss_has_a_zero_gradient() {
+        let (a, _b, gradients) = weights(Kind::Float);
+        gradients.begin(1);
+        linear(&Cpu.zeros(&[1, 1], Kind::Float), &a).unwrap().sum(Kind::Float).backward();
+        gradients.finish().unwrap();
+        assert_eq!(list(gradients.gradient(1)), [0., 0., 0.]);
     }
 }

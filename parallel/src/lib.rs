@@ -4,6 +4,7 @@
 //! - [`Mesh`] alone turns a rank into coordinates and groups; nobody else does arithmetic on ranks.
 //! - [`Accelerator`] and [`Communicator`] alone know what they run on; no other crate names a device.
 //! - Communicators are made in one place, [`World::group`], so every one has the same timeout.
+//! - A weight's gradient is added up by [`Weight::add_gradient`] alone, never by autograd.
 //! - Collectives inside a model are the differentiable functions of [`collectives`].
 #![deny(missing_docs)]
 
@@ -13,10 +14,12 @@ mod device;
 mod gradients;
 mod mesh;
 pub mod pipeline;
+mod weight;
 mod world;
 
 pub use comm::{CommError, Communicator, Gloo, Local, ReduceOp, Work};
 pub use device::{Accelerator, Cpu, Cuda, MemoryUse, accelerator};
-pub use gradients::{BucketPlan, GradientBuckets, plan_buckets};
+pub use gradients::{BucketPlan, Deferred, GradientBuckets, plan_buckets};
 pub use mesh::{Coordinates, Group, Mesh, MeshError, MeshShape};
+pub use weight::{Contribution, Weight, add_product, linear};
 pub use world::{RankEnv, World, on_threads};

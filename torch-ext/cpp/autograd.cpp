@@ -63,19 +63,6 @@ struct ClosureNode : torch::autograd::Node {
   size_t num_inputs_;
 };
 
-using OnGrad = char* (*)(void* state, const at::Tensor* leaf);
-
-struct ClosureHook : torch::autograd::PostAccumulateGradHook {
-  ClosureHook(void* state, OnGrad call, Drop drop) : state_(state), call_(call), drop_(drop) {}
-  ~ClosureHook() override { drop_(state_); }
-  void operator()(const torch::autograd::Variable& leaf) override {
-    if (char* error = call_(state_, &leaf)) raise(error);
-  }
-  void* state_;
-  OnGrad call_;
-  Drop drop_;
-};
-
 } // namespace
 
 namespace mtx {
@@ -103,18 +90,5 @@ int mtx_attach_backward(at::Tensor* const* inputs, size_t num_inputs, at::Tensor
     node->set_next_edges(std::move(edges));
     for (size_t i = 0; i < num_outputs; i++) torch::autograd::set_history(*outputs[i], node);
   });
-}
-
-int mtx_on_grad_accumulated(at::Tensor* leaf, void* state, OnGrad call, Drop drop) {
-  auto hook = std::make_unique<ClosureHook>(state, call, drop);
-  return mtx::guarded([&] {
-    TORCH_CHECK(leaf->requires_grad() && leaf->is_leaf(), "a gradient hook needs a leaf tensor that requires grad");
-    torch::autograd::impl::set_post_acc_grad_hooks(*leaf, std::move(hook));
-  });
-}
-
-// `grad` may be null: the gradient becomes undefined.
-int mtx_set_grad(at::Tensor* leaf, at::Tensor* grad) {
-  return mtx::guarded([&] { leaf->mutable_grad() = grad ? *grad : at::Tensor(); });
 }
 }

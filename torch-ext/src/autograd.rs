@@ -1,4 +1,4 @@
-//! Custom autograd nodes, gradient hooks and direct access to `.grad`.
+//! Custom autograd nodes.
 
 use crate::{Error, ffi};
 use std::ffi::{c_char, c_void};
@@ -7,7 +7,6 @@ use tch::Tensor;
 use torch_sys::C_tensor;
 
 type BackwardClosure = Box<dyn FnMut(&[Option<Tensor>]) -> Result<Vec<Option<Tensor>>, Error> + Send>;
-type GradClosure = Box<dyn FnMut(&Tensor) -> Result<(), Error> + Send>;
 
 /// Makes `outputs`, computed from `inputs` outside of autograd, part of the graph: their gradients are handed
 /// to `backward`, which returns one gradient (or none) for each input.
@@ -44,37 +43,6 @@ where
         )
     })?;
     Ok(outputs)
-}
-
-/// Calls `hook` with `leaf` each time its gradient has been accumulated by a backward pass. One hook a tensor:
-/// a second call replaces the first.
-///
-/// # Errors
-/// When `leaf` is not a leaf that requires grad.
-pub fn on_grad_accumulated<F>(leaf: &Tensor, hook: F) -> Result<(), Error>
-where
-    F: FnMut(&Tensor) -> Result<(), Error> + Send + 'static,
-{
-    let closure: Box<GradClosure> = Box::new(Box::new(hook));
-    // SAFETY: `leaf` is a live tensor; the hook object takes ownership of the closure and frees it exactly once.
-    ffi::check(unsafe {
-        ffi::mtx_on_grad_accumulated(
-            leaf.as_ptr() as *mut C_tensor,
-            Box::into_raw(closure) as *mut c_void,
-            run_hook,
-            drop_hook,
-        )
-    })
-}
-
-/// Replaces the gradient of `leaf`: backward passes then accumulate into `grad` in place. `None` clears it.
-///
-/// # Errors
-/// libtorch's message, when shape, dtype or device do not fit.
-pub fn set_grad(leaf: &Tensor, grad: Option<&Tensor>) -> Result<(), Error> {
-    let grad = grad.map_or(std::ptr::null_mut(), |t| t.as_ptr() as *mut C_tensor);
-    // SAFETY: both are live tensors, or null, which the callee accepts.
-    ffi::check(unsafe { ffi::mtx_set_grad(leaf.as_ptr() as *mut C_tensor, grad) })
 }
 
 unsafe extern "C" fn run_backward(
@@ -121,21 +89,6 @@ unsafe extern "C" fn drop_backward(state: *mut c_void) {
     drop(unsafe { Box::from_raw(state as *mut BackwardClosure) });
 }
 
-unsafe extern "C" fn run_hook(state: *mut c_void, leaf: *const C_tensor) -> *mut c_char {
-    guarded(|| {
-        // SAFETY: `state` is the box made in `on_grad_accumulated`; a leaf's gradient is accumulated by one
-        // thread at a time; `leaf` is live, and a second handle to it is made.
-        let (closure, leaf) =
-            unsafe { (&mut *(state as *mut GradClosure), Tensor::clone_from_ptr(leaf as *mut C_tensor)) };
-        tch::no_grad(|| closure(&leaf))
-    })
-}
-
-unsafe extern "C" fn drop_hook(state: *mut c_void) {
-    // SAFETY: called once, with the pointer that `on_grad_accumulated` made.
-    drop(unsafe { Box::from_raw(state as *mut GradClosure) });
-}
-
 /// Runs a callback so that neither its error nor its panic unwinds into C++: null, or a message from malloc.
 fn guarded(body: impl FnOnce() -> Result<(), Error>) -> *mut c_char {
     let message = match catch_unwind(AssertUnwindSafe(body)) {
@@ -162,7 +115,7 @@ mod tests {
     use super::*;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
-    use tch::{Device, Kind};
+    use tch::Kind;
 
     fn leaf(values: &[f32]) -> Tensor {
         Tensor::from_slice(values).set_requires_grad(true)
@@ -220,24 +173,5 @@ mod tests {
         let a = leaf(&[1.]);
         let out = tch::no_grad(|| attach_backward(&[&a], vec![a.detach() * 2.0], |_| Ok(vec![None]))).unwrap();
         assert!(!out[0].requires_grad());
-    }
-
-    #[test]
-    fn gradients_accumulate_into_the_given_storage_and_the_hook_is_told() {
-        let a = leaf(&[1., 2.]);
-        let flat = Tensor::zeros([2], (Kind::Float, Device::Cpu));
-        set_grad(&a, Some(&flat)).unwrap();
-        let calls = Arc::new(AtomicUsize::new(0));
-        let counter = calls.clone();
-        on_grad_accumulated(&a, move |_| {
-            counter.fetch_add(1, Ordering::SeqCst);
-            Ok(())
-        })
-        .unwrap();
-        for _ in 0..2 {
-            (&a * 3.0).sum(Kind::Float).backward();
-        }
-        assert_eq!(Vec::<f32>::try_from(&flat).unwrap(), [6., 6.]);
-        assert_eq!(calls.load(Ordering::SeqCst), 2);
     }
 }

@@ -7,16 +7,13 @@ use torch_sys::C_tensor;
 pub(crate) type Handle = *mut c_void;
 pub(crate) type Backward =
     unsafe extern "C" fn(Handle, *const *mut C_tensor, usize, *mut *mut C_tensor, usize) -> *mut c_char;
-pub(crate) type OnGrad = unsafe extern "C" fn(Handle, *const C_tensor) -> *mut c_char;
 pub(crate) type Drop = unsafe extern "C" fn(Handle);
 
 #[rustfmt::skip]
 unsafe extern "C" {
     fn mtx_last_error() -> *const c_char;
     pub(crate) fn mtx_attach_backward(inputs: *const *mut C_tensor, num_inputs: usize, outputs: *const *mut C_tensor, num_outputs: usize, state: Handle, backward: Backward, drop: Drop) -> c_int;
-    pub(crate) fn mtx_on_grad_accumulated(leaf: *mut C_tensor, state: Handle, call: OnGrad, drop: Drop) -> c_int;
     pub(crate) fn mtx_grad_enabled() -> bool;
-    pub(crate) fn mtx_set_grad(leaf: *mut C_tensor, grad: *mut C_tensor) -> c_int;
 
     pub(crate) fn mtx_fused_adamw(params: *const *mut C_tensor, grads: *const *mut C_tensor, exp_avgs: *const *mut C_tensor, exp_avg_sqs: *const *mut C_tensor, steps: *const *mut C_tensor, count: usize, lr: f64, beta1: f64, beta2: f64, weight_decay: f64, eps: f64, grad_scale: *mut C_tensor) -> c_int;
     pub(crate) fn mtx_generator_state(device_type: c_int, index: c_int, out: *mut *mut C_tensor) -> c_int;

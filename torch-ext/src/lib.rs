@@ -2,7 +2,6 @@
 //!
 //! - [`Store`] and [`Gloo`]: c10d's rendezvous store and CPU process group, with asynchronous [`Work`];
 //! - [`attach_backward`]: a custom autograd node whose backward is a Rust closure;
-//! - [`on_grad_accumulated`], [`set_grad`]: when a leaf's gradient is ready, and where it is kept;
 //! - [`fused_adamw`]: the optimizer step in one pass over memory;
 //! - [`generator_state`], [`allocator_bytes`], [`synchronize`], [`keep_freed_memory`]: per-device state;
 //! - [`load_cuda`]: registers libtorch's CUDA kernels in the running program.
@@ -20,7 +19,7 @@ mod error;
 mod ffi;
 mod optim;
 
-pub use autograd::{attach_backward, on_grad_accumulated, set_grad};
+pub use autograd::attach_backward;
 pub use c10d::{Gloo, GlooAddress, ReduceOp, Store, Work};
 pub use cuda::load_cuda;
 pub use device::{allocator_bytes, generator_state, keep_freed_memory, set_generator_state, synchronize};

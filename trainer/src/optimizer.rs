@@ -111,8 +111,8 @@ impl Optimizer {
         }
         tch::no_grad(|| {
             for parameter in list {
-                if parameter.weight.kind() != Kind::Float {
-                    parameter.weight.shallow_clone().copy_(&parameter.master);
+                if parameter.weight.value().kind() != Kind::Float {
+                    parameter.weight.value().shallow_clone().copy_(&parameter.master);
                 }
             }
         });

@@ -1,7 +1,7 @@
 //! A model's parameters: one list that the optimizer, the gradient buckets and the checkpoints go through.
 
 use crate::init::normal;
-use parallel::Accelerator;
+use parallel::{Accelerator, Weight};
 use tch::{Kind, Tensor};
 
 /// How a parameter starts.
@@ -29,8 +29,8 @@ pub struct Parameter {
     pub names: Vec<String>,
     /// Whether dim 0 stacks several global parameters (a rank's experts).
     pub stacked: bool,
-    /// The tensor the model computes with, a leaf that requires grad.
-    pub weight: Tensor,
+    /// What the model computes with.
+    pub weight: Weight,
     /// fp32 values that the optimizer updates; in fp32 the weight itself.
     pub master: Tensor,
     /// Whether it belongs to this rank's experts rather than to every replica of the dense layers.
@@ -78,8 +78,8 @@ impl Parameters {
         self.list.is_empty()
     }
 
-    /// Adds a parameter that every rank holds whole; returns the tensor to compute with.
-    pub(crate) fn dense(&mut self, device: &dyn Accelerator, name: &str, shape: &[i64], traits: Traits) -> Tensor {
+    /// Adds a parameter that every rank holds whole; returns the weight to compute with.
+    pub(crate) fn dense(&mut self, device: &dyn Accelerator, name: &str, shape: &[i64], traits: Traits) -> Weight {
         self.add(device, vec![name.to_string()], false, shape, false, traits)
     }
 
@@ -91,7 +91,7 @@ impl Parameters {
         shape: &[i64],
         expert: bool,
         traits: Traits,
-    ) -> Tensor {
+    ) -> Weight {
         self.add(device, names, true, shape, expert, traits)
     }
 
@@ -103,7 +103,7 @@ impl Parameters {
         part_shape: &[i64],
         expert: bool,
         traits: Traits,
-    ) -> Tensor {
+    ) -> Weight {
         let part_len = part_shape.iter().product::<i64>() as usize;
         let values: Vec<f32> = match traits.init {
             Init::Ones => vec![1.0; part_len * names.len()],
@@ -112,11 +112,10 @@ impl Parameters {
         let mut shape = if stacked { vec![names.len() as i64] } else { Vec::new() };
         shape.extend(part_shape);
         let master = device.upload(&Tensor::from_slice(&values).view(shape.as_slice()));
-        let weight = if self.kind == Kind::Float { master.shallow_clone() } else { master.to_kind(self.kind) };
-        let weight = weight.set_requires_grad(true);
-        // Shares the weight's memory in fp32, without its gradient.
-        let master = if self.kind == Kind::Float { weight.detach() } else { master };
-        let handle = weight.shallow_clone();
+        // In fp32 both share memory.
+        let value = if self.kind == Kind::Float { master.detach() } else { master.to_kind(self.kind) };
+        let weight = Weight::new(value);
+        let handle = weight.clone();
         let Traits { decay, lr_scale, .. } = traits;
         self.list.push(Parameter { names, stacked, weight, master, expert, decay, lr_scale });
         handle

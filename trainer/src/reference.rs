@@ -78,7 +78,7 @@ impl ReferenceStep {
         };
         let alone: Arc<dyn Communicator> = Arc::new(Local::new(0, "bench"));
         let model = Model::new(&config, SEQUENCE as usize, dtype, 0, device.as_ref(), &alone);
-        let leaves: Vec<_> = model.parameters.iter().map(|p| (p.weight.shallow_clone(), 0)).collect();
+        let leaves: Vec<_> = model.parameters.iter().map(|p| (p.weight.clone(), 0)).collect();
         let gradients = GradientBuckets::new(&leaves, std::slice::from_ref(&alone), 25 << 20, device.as_ref())?;
         let settings = OptimizerConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
         let optimizer = Optimizer::new(&settings, 1.0, &model.parameters, device.as_ref(), alone);
@@ -97,11 +97,10 @@ impl ReferenceStep {
     pub fn run(&mut self) -> Result<(f64, f64), Error> {
         let started = Instant::now();
         let tokens = (BATCH * (SEQUENCE - 1)) as f64;
-        self.gradients.zero();
+        self.gradients.begin(1);
         let output = self.model.forward(&self.inputs)?;
         let totals = BatchTotals { groups: 1.0, tokens, counts_le: None };
         let losses = self.model.losses(&output, &self.labels, &totals)?;
-        self.gradients.begin_backward(true);
         losses.total.f_backward()?;
         self.gradients.finish()?;
         let norm = self.optimizer.grad_norm(&self.model.parameters, &self.gradients)?;

@@ -195,8 +195,8 @@ pub(crate) fn restore_weights(checkpoint: &mut Checkpoint, model: &Model) -> Res
         for (name, part) in parameter.parts(&parameter.master) {
             copy(checkpoint, &key(MASTER, name), &part)?;
         }
-        if parameter.weight.kind() != Kind::Float {
-            tch::no_grad(|| parameter.weight.shallow_clone().copy_(&parameter.master));
+        if parameter.weight.value().kind() != Kind::Float {
+            tch::no_grad(|| parameter.weight.value().shallow_clone().copy_(&parameter.master));
         }
     }
     for (name, tensor) in model.biases() {

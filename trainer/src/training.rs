@@ -9,7 +9,7 @@ use crate::saving::{self, RunState, Stateful, sum_over_ranks};
 use crate::schedule::learning_rate;
 use crate::{Error, config::MoeConfig};
 use moe::balance::{BatchTotals, Statistics, update_bias};
-use parallel::{Accelerator, Communicator, GradientBuckets, Group, Mesh, World};
+use parallel::{Accelerator, Communicator, GradientBuckets, Group, Mesh, Weight, World};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -87,10 +87,10 @@ impl Trainer {
             device.as_ref(),
             &expert_group,
         );
-        let leaves: Vec<(Tensor, usize)> =
-            model.parameters.iter().map(|p| (p.weight.shallow_clone(), usize::from(p.expert))).collect();
+        let weights: Vec<(Weight, usize)> =
+            model.parameters.iter().map(|p| (p.weight.clone(), usize::from(p.expert))).collect();
         let bucket_bytes = config.parallel.bucket_mib << 20;
-        let gradients = GradientBuckets::new(&leaves, &replica_groups, bucket_bytes, device.as_ref())?;
+        let gradients = GradientBuckets::new(&weights, &replica_groups, bucket_bytes, device.as_ref())?;
         let optimizer =
             Optimizer::new(&config.optimizer, config.train.grad_clip, &model.parameters, device.as_ref(), expert_group);
         Ok(Trainer {
@@ -235,8 +235,8 @@ impl Trainer {
             choices: vec![vec![0.0; experts]; layers],
             rows: vec![0.0; layers],
         };
-        self.gradients.zero();
         let accumulation = self.accumulation();
+        self.gradients.begin(accumulation);
         let mut counts = None;
         if self.model.counts_whole_batch() && accumulation > 1 {
             // The first backward already needs the choices of the last forward: count first.
@@ -259,7 +259,6 @@ impl Trainer {
                 counts_le: counts.as_ref(),
             };
             let losses = self.model.losses(&output, &labels, &totals)?;
-            self.gradients.begin_backward(index + 1 == accumulation);
             losses.total.f_backward()?;
             sums.cross_entropy += losses.cross_entropy;
             sums.load_balance += losses.load_balance;

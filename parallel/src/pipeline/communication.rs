@@ -27,7 +27,7 @@ impl Order {
         match kind {
             Forward if stage == 0 && self.vocabulary.is_some() => vec![collective(CollectiveKind::Embedding)],
             Forward if stage == 0 => vec![],
-            Forward => vec![self.from_stage(rank, stage - 1, Forward, Payload::Activation, stage, microbatch)],
+            Forward => vec![self.neighbours_tensor(rank, stage - 1, Forward, Payload::Activation, stage, microbatch)],
             Backward | BackwardInput if stage == last => {
                 let mut needs = vec![Need::Pass(Pass::new(Forward, chunk, microbatch))];
                 needs.extend(self.vocabulary.map(|algorithm| {
@@ -39,7 +39,7 @@ impl Order {
                 needs
             }
             Backward | BackwardInput => {
-                let from = self.from_stage(rank, stage + 1, Backward, Payload::Gradient, stage, microbatch);
+                let from = self.neighbours_tensor(rank, stage + 1, Backward, Payload::Gradient, stage, microbatch);
                 vec![Need::Pass(Pass::new(Forward, chunk, microbatch)), from]
             }
             BackwardWeight => vec![Need::Pass(Pass::new(BackwardInput, chunk, microbatch))],
@@ -51,7 +51,7 @@ impl Order {
     }
 
     /// The neighbour's tensor: a message, or a pass where the neighbour is this rank.
-    fn from_stage(
+    fn neighbours_tensor(
         &self,
         rank: usize,
         neighbour: usize,

@@ -5,16 +5,16 @@ use super::norm::rms_norm;
 use super::rope::Rope;
 use crate::config::{ModelConfig, QkNorm};
 use crate::parameters::{Init, Parameters, Traits};
-use parallel::Accelerator;
+use parallel::{Accelerator, Weight, linear};
 use tch::Tensor;
 use torch_ext::Error;
 
 pub(crate) struct Attention {
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    norms: Option<(Tensor, Tensor)>,
+    query: Weight,
+    key: Weight,
+    value: Weight,
+    output: Weight,
+    norms: Option<(Weight, Weight)>,
     heads: i64,
     kv_heads: i64,
     head_dim: i64,
@@ -56,8 +56,8 @@ impl Attention {
 
     /// `x_td` `[B * S, D]` to the same shape.
     pub(crate) fn forward(&self, x_td: &Tensor, batch: i64, rope: &Rope) -> Result<Tensor, Error> {
-        let (mut query, mut key) = (x_td.matmul(&self.query.tr()), x_td.matmul(&self.key.tr()));
-        let value = self.split(&x_td.matmul(&self.value.tr()), batch, self.kv_heads);
+        let (mut query, mut key) = (linear(x_td, &self.query)?, linear(x_td, &self.key)?);
+        let value = self.split(&linear(x_td, &self.value)?, batch, self.kv_heads);
         if let (QkNorm::Full, Some((query_norm, key_norm))) = (self.norm_over, &self.norms) {
             query = rms_norm(&query, query_norm, self.norm_eps)?;
             key = rms_norm(&key, key_norm, self.norm_eps)?;
@@ -73,7 +73,7 @@ impl Attention {
         let mixed =
             Tensor::scaled_dot_product_attention(&query, &key, &value, None::<Tensor>, 0.0, true, self.scale, false);
         let merged = mixed.transpose(1, 2).reshape([-1, self.heads * self.head_dim]);
-        Ok(merged.matmul(&self.output.tr()))
+        linear(&merged, &self.output)
     }
 
     /// `[B * S, heads * d]` to `[B, heads, S, d]`.

@@ -2,6 +2,7 @@
 // Shapes: B batch, S sequence, T = B * S tokens, D hidden, F ffn, V vocabulary, E experts, L of them on this rank.
 
 mod attention;
+mod embedding;
 mod loss;
 mod norm;
 mod rope;
@@ -10,13 +11,14 @@ use crate::Error;
 use crate::config::{Dtype, ModelConfig, MoeConfig};
 use crate::parameters::{Init, Parameters, Traits};
 use attention::Attention;
+use embedding::embed;
 use loss::cross_entropy;
 use moe::balance::{BatchTotals, RouterStats, Statistics, load_balance_loss, z_loss};
 use moe::dispatch::Dispatcher;
 use moe::experts::grouped_swiglu;
 use moe::{MoeLayer, MoeWeights, Router};
 use norm::rms_norm;
-use parallel::{Accelerator, Communicator};
+use parallel::{Accelerator, Communicator, Weight};
 use rope::Rope;
 use std::sync::Arc;
 use tch::{Kind, Tensor};
@@ -28,23 +30,23 @@ pub struct Model {
     config: ModelConfig,
     /// Every parameter, in order of use.
     pub parameters: Parameters,
-    embedding: Tensor,
+    embedding: Weight,
     layers: Vec<Layer>,
-    norm: Tensor,
-    head: Tensor,
+    norm: Weight,
+    head: Weight,
     rope: Rope,
 }
 
 struct Layer {
-    attention_norm: Tensor,
+    attention_norm: Weight,
     attention: Attention,
-    feed_forward_norm: Tensor,
+    feed_forward_norm: Weight,
     feed_forward: FeedForward,
 }
 
 enum FeedForward {
     /// `[1, 2F, D]` and `[1, D, F]`.
-    Dense(Tensor, Tensor),
+    Dense(Weight, Weight),
     Moe(Box<MoeLayer>),
 }
 
@@ -121,7 +123,7 @@ impl Model {
             .collect();
         let final_norm = parameters.dense(device, "norm", &[hidden], norm);
         let head = if config.tie_embeddings {
-            embedding.shallow_clone()
+            embedding.shared()
         } else {
             parameters.dense(device, "head", &[vocab, hidden], ends)
         };
@@ -138,7 +140,7 @@ impl Model {
     /// When a collective fails.
     pub fn forward(&self, tokens_bs: &Tensor) -> Result<ForwardOutput, Error> {
         let (batch, length) = tokens_bs.size2()?;
-        let mut x = Tensor::embedding(&self.embedding, &tokens_bs.flatten(0, -1), -1, false, false);
+        let mut x = embed(&tokens_bs.flatten(0, -1), &self.embedding)?;
         let (embedding, residual) = self.config.mup.as_ref().map_or((1.0, 1.0), |mup| (mup.embedding, mup.residual));
         if embedding != 1.0 {
             x = x * embedding;
@@ -190,7 +192,7 @@ impl Model {
 
     /// Logits `[T, V]` fp32 of hidden states `[T, D]`.
     pub fn logits(&self, hidden_td: &Tensor) -> Tensor {
-        hidden_td.matmul(&self.head.tr()).to_kind(Kind::Float) / self.logits_divisor()
+        hidden_td.matmul(&self.head.value().tr()).to_kind(Kind::Float) / self.logits_divisor()
     }
 
     /// The loss-free balancing biases with their global names, where the model has them.
@@ -229,7 +231,7 @@ fn swiglu(
     ffn: i64,
     matrix: Traits,
     writes: Traits,
-) -> (Tensor, Tensor) {
+) -> (Weight, Weight) {
     let mut one = |part: &str, shape: [i64; 2], traits| {
         parameters.stacked(device, vec![format!("{name}.{part}")], &shape, false, traits)
     };

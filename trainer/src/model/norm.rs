@@ -1,29 +1,34 @@
 //! RMSNorm (arXiv 1910.07467): `x / sqrt(mean(x^2) + eps) * weight`, over the last dim, computed in fp32.
 //! Only the input and one number a row are kept for backward.
 
+use parallel::Weight;
 use tch::{Kind, Tensor};
 use torch_ext::{Error, attach_backward};
 
 /// `x` `[..., D]` and `weight` `[D]`: `[..., D]` of the dtype of `x`.
-pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor, Error> {
+pub(crate) fn rms_norm(x: &Tensor, weight: &Weight, eps: f64) -> Result<Tensor, Error> {
     let kind = x.kind();
     let last = [-1i64];
     let (out, scale) = tch::no_grad(|| {
         let wide = x.detach().to_kind(Kind::Float);
         let scale = (wide.square().mean_dim(last.as_slice(), true, Kind::Float) + eps).rsqrt();
-        (((&wide * &scale).to_kind(kind)) * weight, scale)
+        (((&wide * &scale).to_kind(kind)) * weight.value(), scale)
     });
-    let (saved_x, saved_weight) = (x.detach(), weight.detach());
-    let mut out = attach_backward(&[x, weight], vec![out], move |grads| {
+    let (saved, used) = (x.detach(), weight.clone());
+    let mut out = attach_backward(&[x, weight.value()], vec![out], move |grads| {
         let Some(grad) = &grads[0] else { return Ok(vec![None, None]) };
         let grad = grad.to_kind(Kind::Float);
-        let normed = saved_x.to_kind(Kind::Float) * &scale;
+        let normed = saved.to_kind(Kind::Float) * &scale;
         let rows: Vec<i64> = (0..grad.dim() as i64 - 1).collect();
         let grad_weight = (&grad * &normed).sum_dim_intlist(rows.as_slice(), false, Kind::Float);
-        let grad_normed = grad * saved_weight.to_kind(Kind::Float);
+        used.add_gradient(move |sum| {
+            let _ = sum.shallow_clone().g_add_(&grad_weight);
+            Ok(())
+        })?;
+        let grad_normed = grad * used.value().to_kind(Kind::Float);
         let along = (&grad_normed * &normed).mean_dim(last.as_slice(), true, Kind::Float);
         let grad_x = (grad_normed - normed * along) * &scale;
-        Ok(vec![Some(grad_x.to_kind(kind)), Some(grad_weight.to_kind(saved_weight.kind()))])
+        Ok(vec![Some(grad_x.to_kind(kind)), None])
     })?;
     Ok(out.remove(0))
 }
@@ -31,23 +36,27 @@ pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor, 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use parallel::{Accelerator, Cpu};
+    use parallel::{Accelerator, Communicator, Cpu, GradientBuckets, Local};
+    use std::sync::Arc;
 
     #[test]
     fn the_gradients_are_those_of_the_formula() {
-        let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0).set_requires_grad(true);
-        let (x, weight, probe) = (random(&[2, 3, 8]), random(&[8]), random(&[2, 3, 8]).detach());
+        let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
+        let (mut x, value, probe) = (random(&[2, 3, 8]).set_requires_grad(true), random(&[8]), random(&[2, 3, 8]));
+        let weight = Weight::new(value.copy());
+        let alone: Arc<dyn Communicator> = Arc::new(Local::new(0, "alone"));
+        let gradients = GradientBuckets::new(&[(weight.clone(), 0)], &[alone], 1 << 20, &Cpu).unwrap();
+        gradients.begin(1);
         let ours = rms_norm(&x, &weight, 1e-5).unwrap();
         (&ours * &probe).sum(Kind::Float).backward();
-        let grads = (x.grad().copy(), weight.grad().copy());
-        let (mut x, mut weight) = (x, weight);
+        let grad_x = x.grad().copy();
         x.zero_grad();
-        weight.zero_grad();
+        let weight = value.set_requires_grad(true);
         let scale = (x.square().mean_dim([-1i64].as_slice(), true, Kind::Float) + 1e-5).rsqrt();
         let plain = &x * scale * &weight;
         (&plain * &probe).sum(Kind::Float).backward();
         assert!(ours.allclose(&plain, 1e-6, 1e-6, false));
-        assert!(grads.0.allclose(&x.grad(), 1e-5, 1e-6, false));
-        assert!(grads.1.allclose(&weight.grad(), 1e-5, 1e-6, false));
+        assert!(grad_x.allclose(&x.grad(), 1e-5, 1e-6, false));
+        assert!(gradients.gradient(0).allclose(&weight.grad(), 1e-5, 1e-6, false));
     }
 }
