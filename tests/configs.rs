@@ -45,5 +45,5 @@ fn every_configuration_is_fine_and_so_is_its_printed_form() {
 fn the_schema_is_current() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/schema.json");
     let kept = std::fs::read_to_string(path).unwrap();
-    assert_eq!(kept, moerun(&["config", "schema"]), "run: moerun config schema > configs/schema.json");
+    assert!(kept == moerun(&["config", "schema"]), "run: moerun config schema > configs/schema.json");
 }

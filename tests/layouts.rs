@@ -1,11 +1,13 @@
 //! Layout changes nothing: losses, gradient norms, every gradient and the trained weights of one rank come out of every
 //! layout, and a layout run twice gives the same bits.
 
+use checkpoint::Place;
 use parallel::{Cpu, World, on_threads};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
+use tch::Tensor;
 use trainer::config::Config;
 use trainer::data::TokenWriter;
 use trainer::{Trainer, config};
@@ -14,9 +16,6 @@ const STEPS: u64 = 20;
 const VOCAB: usize = 64;
 /// Every run in this file has few rows: they must not wait for one another longer than this.
 const TIMEOUT: Duration = Duration::from_secs(60);
-
-/// (ranks, experts shared out over)
-const LAYOUTS: [(usize, usize); 4] = [(2, 1), (2, 2), (4, 2), (4, 4)];
 
 /// Tokens with some order in them: each depends on the one before, with noise from a small generator.
 fn write_data(folder: &Path) {
@@ -45,10 +44,12 @@ fn sigmoid(over: &str) -> Value {
            "router": {"score": "sigmoid", "groups": 4, "top_groups": 2, "scale": 1.5}, "bias_update_rate": 0.01})
 }
 
-fn config(folder: &Path, expert: usize, micro_batch: usize, moe: &Value) -> Config {
+fn config(folder: &Path, parallel: &Value, micro_batch: usize, moe: &Value) -> Config {
+    let mut parallel = parallel.clone();
+    parallel["bucket_mib"] = json!(1);
     let config = json!({
         "run": {"dir": folder.join("run"), "device": "cpu", "seed": 5},
-        "parallel": {"expert": expert, "bucket_mib": 1},
+        "parallel": parallel,
         "model": {"vocab_size": VOCAB, "hidden": 32, "layers": 3, "heads": 4, "kv_heads": 2, "ffn": 48, "dense_layers": 1,
                   "moe": moe, "init_std": 0.1},
         "data": {"train": [{"path": folder.join("tokens")}], "sequence_length": 16},
@@ -74,20 +75,44 @@ fn trainer_on(world: &World, config: Config) -> Trainer {
     Trainer::new(config, world, Box::new(Cpu)).unwrap()
 }
 
-fn values(tensor: &tch::Tensor) -> Vec<f32> {
+fn values(tensor: &Tensor) -> Vec<f32> {
     Vec::try_from(tensor.flatten(0, -1).contiguous()).unwrap()
 }
 
-fn trace(folder: &Path, ranks: usize, expert: usize, micro_batch: usize, moe: &Value) -> Trace {
+/// Experts shared out over so many ranks.
+fn experts(ranks: usize) -> Value {
+    json!({"expert": ranks})
+}
+
+fn trace(folder: &Path, ranks: usize, parallel: &Value, micro_batch: usize, moe: &Value) -> Trace {
+    trace_of(ranks, config(folder, parallel, micro_batch, moe))
+}
+
+/// A tensor that ranks hold boxes of, as far as it is known.
+type Gathered = BTreeMap<String, Tensor>;
+
+/// Puts a rank's box in its place. What several ranks hold is equal to the bit.
+fn gather(into: &mut Gathered, place: &Place, part: &Tensor) {
+    let unknown = || Tensor::full(place.global.as_slice(), f64::NAN, (tch::Kind::Float, part.device()));
+    let mut known = into.entry(place.name.clone()).or_insert_with(unknown).shallow_clone();
+    for (dim, (&offset, &size)) in place.offset.iter().zip(&place.shape).enumerate() {
+        known = known.narrow(dim as i64, offset, size);
+    }
+    if !known.isnan().any().int64_value(&[]).eq(&1) {
+        assert_eq!(known, *part, "{} differs between replicas", place.name);
+    }
+    tch::no_grad(|| known.copy_(part));
+}
+
+fn trace_of(ranks: usize, config: Config) -> Trace {
     tch::set_num_threads(1);
-    let config = config(folder, expert, micro_batch, moe);
     let parts = on_threads(ranks, TIMEOUT, move |world| {
         let mut trainer = trainer_on(world, config.clone());
         let first_norm = trainer.forward_backward().unwrap();
-        let mut first_gradients = BTreeMap::new();
+        let mut first_gradients = Vec::new();
         for (index, parameter) in trainer.model().parameters.iter().enumerate() {
-            for (name, part) in parameter.parts(trainer.gradients().gradient(index)) {
-                first_gradients.insert(name.to_string(), values(&part));
+            for (place, part) in parameter.parts(trainer.gradients().gradient(index)) {
+                first_gradients.push((place.clone(), part.copy()));
             }
         }
         let steps: Vec<[f64; 4]> = (0..STEPS)
@@ -97,31 +122,25 @@ fn trace(folder: &Path, ranks: usize, expert: usize, micro_batch: usize, moe: &V
             })
             .collect();
         assert_eq!(first_norm, steps[0][3]);
-        let mut weights = BTreeMap::new();
+        let mut weights = Vec::new();
         for parameter in trainer.model().parameters.iter() {
-            for (name, part) in parameter.parts(&parameter.master) {
-                weights.insert(name.to_string(), values(&part));
+            for (place, part) in parameter.parts(&parameter.master) {
+                weights.push((place.clone(), part.copy()));
             }
         }
-        for (name, bias) in trainer.model().biases() {
-            weights.insert(name, values(&bias));
+        for (_, name, bias) in trainer.model().biases() {
+            weights.push((Place::whole(name, &bias.size()), bias.copy()));
         }
-        Trace { steps, first_gradients, weights }
+        (steps, first_gradients, weights)
     });
-    // The ranks together hold every parameter; those that several hold are equal to the bit.
-    let mut whole = parts[0].clone();
-    for part in &parts[1..] {
-        assert_eq!(part.steps, whole.steps, "every rank reports the same figures");
-        for (of_whole, of_part) in
-            [(&mut whole.first_gradients, &part.first_gradients), (&mut whole.weights, &part.weights)]
-        {
-            for (name, values) in of_part {
-                let known = of_whole.entry(name.clone()).or_insert_with(|| values.clone());
-                assert_eq!(known, values, "{name} differs between replicas");
-            }
-        }
+    let (mut first_gradients, mut weights) = (Gathered::new(), Gathered::new());
+    for (steps, of_rank, weights_of_rank) in &parts {
+        assert_eq!(*steps, parts[0].0, "every rank reports the same figures");
+        of_rank.iter().for_each(|(place, part)| gather(&mut first_gradients, place, part));
+        weights_of_rank.iter().for_each(|(place, part)| gather(&mut weights, place, part));
     }
-    whole
+    let by_name = |gathered: Gathered| gathered.into_iter().map(|(name, tensor)| (name, values(&tensor))).collect();
+    Trace { steps: parts[0].0.clone(), first_gradients: by_name(first_gradients), weights: by_name(weights) }
 }
 
 /// The norm of the difference over the norm.
@@ -151,11 +170,20 @@ fn assert_same(what: &str, trace: &Trace, single: &Trace) {
 fn layouts_agree(moe: &Value) {
     let folder = tempfile::tempdir().unwrap();
     write_data(folder.path());
-    let single = trace(folder.path(), 1, 1, 2, moe);
+    let single = trace(folder.path(), 1, &experts(1), 2, moe);
     assert!(single.steps[STEPS as usize - 1][0] < single.steps[0][0] - 0.1, "it learns: {:?}", single.steps);
-    for (ranks, expert) in LAYOUTS {
-        let ours = trace(folder.path(), ranks, expert, 2, moe);
-        assert_same(&format!("{ranks} ranks, experts over {expert}"), &ours, &single);
+    let layouts = [
+        (2, experts(1)),
+        (2, experts(2)),
+        (4, experts(2)),
+        (4, experts(4)),
+        (2, json!({"pipeline": 2})),
+        (3, json!({"pipeline": 3, "schedule": "zb-h1"})),
+        (4, json!({"pipeline": 2, "expert": 2, "schedule": "gpipe"})),
+    ];
+    for (ranks, parallel) in layouts {
+        let ours = trace(folder.path(), ranks, &parallel, 2, moe);
+        assert_same(&format!("{ranks} ranks, {parallel}"), &ours, &single);
     }
 }
 
@@ -174,17 +202,49 @@ fn sigmoid_routing_with_bias_balanced_over_the_batch() {
     layouts_agree(&sigmoid("batch"));
 }
 
+/// A model of sizes that do not divide: 5 layers, 3 key heads for 6, a vocabulary of 61.
+fn odd(folder: &Path, parallel: &Value, micro_batch: usize, tied: bool) -> Config {
+    let mut config = config(folder, parallel, micro_batch, &softmax("sequence"));
+    let model = &mut config.model;
+    (model.layers, model.heads, model.kv_heads, model.head_dim) = (5, 6, Some(3), Some(6));
+    (model.tie_embeddings, model.vocab_size) = (tied, VOCAB + 3);
+    config
+}
+
+#[test]
+fn every_schedule_and_every_vocabulary_layout() {
+    let folder = tempfile::tempdir().unwrap();
+    write_data(folder.path());
+    for tied in [false, true] {
+        let single = trace_of(1, odd(folder.path(), &experts(1), 1, tied));
+        let mut layouts = vec![
+            (3, json!({"pipeline": 3, "schedule": "1f1b", "stage_layers": [1, 4, 0]})),
+            (4, json!({"pipeline": 2, "schedule": "v-half", "vocabulary": "vocab_2", "expert": 2})),
+            (4, json!({"pipeline": 4, "schedule": "interleaved", "vocabulary": "vocab_1"})),
+        ];
+        for schedule in ["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "v-half", "v-min", "dualpipe-v"] {
+            for vocabulary in ["baseline", "redis", "vocab_1", "vocab_2"] {
+                layouts.push((2, json!({"pipeline": 2, "schedule": schedule, "vocabulary": vocabulary})));
+            }
+        }
+        for (ranks, parallel) in layouts {
+            let ours = trace_of(ranks, odd(folder.path(), &parallel, 1, tied));
+            assert_same(&format!("{ranks} ranks, tied {tied}, {parallel}"), &ours, &single);
+        }
+    }
+}
+
 #[test]
 fn accumulation_in_place_of_data() {
     let folder = tempfile::tempdir().unwrap();
     write_data(folder.path());
     for moe in [softmax("sequence"), softmax("batch")] {
-        let whole = trace(folder.path(), 1, 1, 8, &moe);
+        let whole = trace(folder.path(), 1, &experts(1), 8, &moe);
         for micro_batch in [1, 4] {
-            let ours = trace(folder.path(), 1, 1, micro_batch, &moe);
+            let ours = trace(folder.path(), 1, &experts(1), micro_batch, &moe);
             assert_same(&format!("microbatches of {micro_batch}"), &ours, &whole);
         }
-        assert_same("2 ranks with microbatches of 4", &trace(folder.path(), 2, 2, 4, &moe), &whole);
+        assert_same("2 ranks with microbatches of 4", &trace(folder.path(), 2, &experts(2), 4, &moe), &whole);
     }
 }
 
@@ -192,7 +252,7 @@ fn accumulation_in_place_of_data() {
 fn the_same_layout_twice_is_the_same_to_the_bit() {
     let folder = tempfile::tempdir().unwrap();
     write_data(folder.path());
-    let run = || trace(folder.path(), 4, 2, 1, &softmax("sequence"));
+    let run = || trace(folder.path(), 4, &experts(2), 1, &softmax("sequence"));
     assert_eq!(run(), run());
 }
 
@@ -202,7 +262,7 @@ fn a_checkpoint_of_four_ranks_goes_on_in_any_layout() {
     let folder = tempfile::tempdir().unwrap();
     write_data(folder.path());
     let moe = sigmoid("sequence");
-    let of = |expert| config(folder.path(), expert, 2, &moe);
+    let of = |expert| config(folder.path(), &experts(expert), 2, &moe);
     let four = of(2);
     let unbroken = on_threads(4, TIMEOUT, move |world| {
         let mut trainer = trainer_on(world, four.clone());
@@ -234,11 +294,11 @@ fn ranks_and_experts_without_tokens_train_on() {
     let folder = tempfile::tempdir().unwrap();
     write_data(folder.path());
     let moe = json!({"experts": 64, "top_k": 1, "ffn": 8, "load_balance": 0.0, "router": {"normalize": false}});
-    let single = trace(folder.path(), 1, 1, 1, &moe);
+    let single = trace(folder.path(), 1, &experts(1), 1, &moe);
     let unused =
         single.first_gradients.iter().filter(|(name, g)| name.contains("experts") && g.iter().all(|&g| g == 0.0));
     assert!(unused.count() > 2, "some experts are without tokens over the whole batch");
-    assert_same("experts over 4", &trace(folder.path(), 4, 4, 1, &moe), &single);
+    assert_same("experts over 4", &trace(folder.path(), 4, &experts(4), 1, &moe), &single);
 }
 
 #[test]
@@ -246,7 +306,7 @@ fn bf16_keeps_fp32_masters_and_learns() {
     tch::set_num_threads(1);
     let folder = tempfile::tempdir().unwrap();
     write_data(folder.path());
-    let mut bf16 = config(folder.path(), 2, 2, &softmax("sequence"));
+    let mut bf16 = config(folder.path(), &experts(2), 2, &softmax("sequence"));
     bf16.train.dtype = config::Dtype::Bf16;
     let losses = on_threads(2, TIMEOUT, move |world| {
         let mut trainer = trainer_on(world, bf16.clone());
@@ -257,7 +317,7 @@ fn bf16_keeps_fp32_masters_and_learns() {
         }
         losses
     });
-    let fp32 = trace(folder.path(), 1, 1, 2, &softmax("sequence"));
+    let fp32 = trace(folder.path(), 1, &experts(1), 2, &softmax("sequence"));
     for (bf16, fp32) in losses[0].iter().zip(&fp32.steps) {
         assert!((bf16 - fp32[0]).abs() < 0.02 * fp32[0], "{bf16} and {}", fp32[0]);
     }

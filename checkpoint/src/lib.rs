@@ -6,18 +6,20 @@
 //!
 //! Invariants:
 //! - A checkpoint is written under a temporary name, made durable, and renamed: it is whole or not there.
-//! - Every tensor is in it exactly once; a missing or doubled one is an error when saving.
+//! - Every element of every tensor is in it exactly once; a missing or doubled one is an error when saving.
 //! - Nothing is believed without its checksum; a damaged checkpoint is refused by name, and an older one is used.
 #![deny(missing_docs)]
 
 mod error;
 mod manifest;
+mod place;
 mod plan;
 mod read;
 mod write;
 
 pub use error::Error;
-pub use manifest::{FileEntry, Manifest};
+pub use manifest::{FileEntry, Manifest, PieceEntry, TensorEntry};
+pub use place::Place;
 pub use plan::assign_owners;
 pub use read::{Checkpoint, list};
 pub use write::{Shard, Staging, retain};

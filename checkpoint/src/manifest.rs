@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// The version of the format that this code writes; older ones are read.
-pub(crate) const FORMAT: u32 = 1;
+/// The version of the format that this code writes and reads.
+pub(crate) const FORMAT: u32 = 2;
 
 /// Contents of `manifest.json`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -17,8 +17,28 @@ pub struct Manifest {
     pub state: serde_json::Value,
     /// The shards.
     pub files: Vec<FileEntry>,
-    /// The number of the shard each tensor is in, by the tensor's global name.
-    pub tensors: BTreeMap<String, usize>,
+    /// Where each tensor is, by its global name.
+    pub tensors: BTreeMap<String, TensorEntry>,
+}
+
+/// One tensor.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TensorEntry {
+    /// Its shape.
+    pub shape: Vec<i64>,
+    /// The boxes it consists of.
+    pub pieces: Vec<PieceEntry>,
+}
+
+/// A box of a tensor, in one file.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PieceEntry {
+    /// Number of the shard.
+    pub file: usize,
+    /// Where the box begins in the tensor.
+    pub offset: Vec<i64>,
+    /// Its size.
+    pub shape: Vec<i64>,
 }
 
 /// One shard.

@@ -1,7 +1,7 @@
 //! Reading: the manifest, and tensors by their global names.
 
-use crate::Error;
 use crate::manifest::{FORMAT, Manifest};
+use crate::{Error, Place};
 use safetensors::tensor::{Dtype, Metadata};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -52,11 +52,16 @@ impl Checkpoint {
     pub fn open(path: &Path) -> Result<Checkpoint, Error> {
         let file = path.join("manifest.json");
         let text = std::fs::read(&file).map_err(Error::io("cannot open", &file))?;
-        let manifest: Manifest = serde_json::from_slice(&text).map_err(|e| Error::damaged(&file, e.to_string()))?;
-        if manifest.format > FORMAT {
-            let reason = format!("format {} is newer than this moerun, which knows up to {FORMAT}", manifest.format);
-            return Err(Error::mismatch(&file, reason));
+        let damaged = |error: serde_json::Error| Error::damaged(&file, error.to_string());
+        let value: serde_json::Value = serde_json::from_slice(&text).map_err(damaged)?;
+        if let Some(format) = value["format"].as_u64().filter(|&format| format != u64::from(FORMAT)) {
+            let age = if format > u64::from(FORMAT) { "newer" } else { "older" };
+            return Err(Error::mismatch(
+                &file,
+                format!("format {format} is {age} than {FORMAT}, which this moerun reads"),
+            ));
         }
+        let manifest: Manifest = serde_json::from_value(value).map_err(damaged)?;
         Ok(Checkpoint { path: path.to_path_buf(), manifest, shards: BTreeMap::new() })
     }
 
@@ -70,22 +75,48 @@ impl Checkpoint {
         &self.manifest
     }
 
-    /// The tensor `name`, in host memory.
+    /// The box `place` of a tensor, in host memory, whatever boxes it was saved in.
     ///
     /// # Errors
-    /// When there is none, or its file is damaged.
-    pub fn tensor(&mut self, name: &str) -> Result<Tensor, Error> {
-        let number = *self
-            .manifest
-            .tensors
-            .get(name)
-            .ok_or_else(|| Error::mismatch(&self.path, format!("there is no tensor {name} in it")))?;
-        let path = self.path.join(&self.manifest.files[number].name);
-        let shard = match self.shards.entry(number) {
+    /// When there is no such tensor, its shape differs, or its file is damaged.
+    pub fn tensor(&mut self, place: &Place) -> Result<Tensor, Error> {
+        let Place { name, global, offset, shape } = place;
+        let Some(entry) = self.manifest.tensors.get(name) else {
+            return Err(Error::mismatch(&self.path, format!("there is no tensor {name} in it")));
+        };
+        if entry.shape != *global {
+            let reason = format!("{name} has shape {:?}, the model's is {global:?}", entry.shape);
+            return Err(Error::mismatch(&self.path, reason));
+        }
+        let pieces = entry.pieces.clone();
+        let mut whole: Option<Tensor> = None;
+        for piece in pieces {
+            let saved = Place { name: name.clone(), global: global.clone(), offset: piece.offset, shape: piece.shape };
+            let Some((begin, size)) = saved.overlap(offset, shape) else { continue };
+            let part = self.part(piece.file, &saved, &begin, &size)?;
+            if size == *shape {
+                return Ok(part);
+            }
+            let whole = whole.get_or_insert_with(|| Tensor::zeros(shape, (part.kind(), part.device())));
+            let mut into = whole.shallow_clone();
+            for (dim, (&begin, &size)) in begin.iter().zip(&size).enumerate() {
+                into = into.narrow(dim as i64, begin - offset[dim], size);
+            }
+            into.copy_(&part);
+        }
+        // A tensor without values has no pieces that overlap anything.
+        Ok(whole.unwrap_or_else(|| Tensor::zeros(shape, (Kind::Float, tch::Device::Cpu))))
+    }
+
+    /// The box at `begin` of size `size` of the global tensor, out of the piece `saved`.
+    fn part(&mut self, file: usize, saved: &Place, begin: &[i64], size: &[i64]) -> Result<Tensor, Error> {
+        let path = self.path.join(&self.manifest.files[file].name);
+        let shard = match self.shards.entry(file) {
             std::collections::btree_map::Entry::Occupied(open) => open.into_mut(),
             std::collections::btree_map::Entry::Vacant(slot) => slot.insert(open_shard(&path)?),
         };
-        let info = shard.metadata.info(name).ok_or_else(|| Error::damaged(&path, format!("{name} is not in it")))?;
+        let name = saved.key();
+        let info = shard.metadata.info(&name).ok_or_else(|| Error::damaged(&path, format!("{name} is not in it")))?;
         let kind = match info.dtype {
             Dtype::F32 => Kind::Float,
             Dtype::BF16 => Kind::BFloat16,
@@ -94,26 +125,27 @@ impl Checkpoint {
             other => return Err(Error::damaged(&path, format!("{name} has the dtype {other:?}"))),
         };
         let (start, end) = info.data_offsets;
-        let mut bytes = vec![0u8; end - start];
+        if info.shape.iter().map(|&n| n as i64).ne(saved.shape.iter().copied()) {
+            return Err(Error::damaged(&path, format!("{name} is not of the shape in the manifest")));
+        }
+        // Only the rows that are wanted are read: they lie together.
+        let mut shape = saved.shape.clone();
+        let (mut from, mut len) = (start, end - start);
+        if let (Some(rows), Some(first)) = (shape.first_mut(), begin.first()) {
+            let row = len / (*rows).max(1) as usize;
+            from += (first - saved.offset[0]) as usize * row;
+            len = size[0] as usize * row;
+            *rows = size[0];
+        }
+        let mut bytes = vec![0u8; len];
         shard
             .file
-            .read_exact_at(&mut bytes, shard.data_start + start as u64)
+            .read_exact_at(&mut bytes, shard.data_start + from as u64)
             .map_err(Error::io("cannot read", &path))?;
-        let shape: Vec<i64> = info.shape.iter().map(|&n| n as i64).collect();
-        Tensor::f_from_data_size(&bytes, &shape, kind).map_err(|e| Error::damaged(&path, format!("{name}: {e}")))
-    }
-
-    /// The tensor `name`, which must have the shape `shape`.
-    ///
-    /// # Errors
-    /// As [`Checkpoint::tensor`], and when the shape differs.
-    pub fn tensor_of_shape(&mut self, name: &str, shape: &[i64]) -> Result<Tensor, Error> {
-        let tensor = self.tensor(name)?;
-        if tensor.size() != shape {
-            let reason = format!("{name} has shape {:?}, the model's is {shape:?}", tensor.size());
-            return Err(Error::mismatch(&self.path, reason));
-        }
-        Ok(tensor)
+        let rows = Tensor::f_from_data_size(&bytes, &shape, kind)
+            .map_err(|e| Error::damaged(&path, format!("{name}: {e}")))?;
+        let narrow = |tensor: Tensor, dim: usize| tensor.narrow(dim as i64, begin[dim] - saved.offset[dim], size[dim]);
+        Ok((1..shape.len()).fold(rows, narrow))
     }
 }
 
@@ -147,13 +179,14 @@ pub(crate) fn parse_header(path: &Path) -> Result<(Metadata, u64), Error> {
 mod tests {
     use super::*;
     use crate::{Shard, Staging, retain};
+    use proptest::prelude::*;
 
     fn shards(staging: &Staging) -> Vec<Shard> {
         staging.begin().unwrap();
-        let first = vec![("a".to_string(), Tensor::from_slice(&[1f32, 2., 3., 4.]).view([2, 2]))];
+        let first = vec![(Place::whole("a", &[2, 2]), Tensor::from_slice(&[1f32, 2., 3., 4.]).view([2, 2]))];
         let second = vec![
-            ("b".to_string(), Tensor::from_slice(&[7i64])),
-            ("c".to_string(), Tensor::from_slice(&[0.5f32, 1.5]).to_kind(Kind::BFloat16)),
+            (Place::whole("b", &[1]), Tensor::from_slice(&[7i64])),
+            (Place::whole("c", &[2]), Tensor::from_slice(&[0.5f32, 1.5]).to_kind(Kind::BFloat16)),
         ];
         vec![staging.write_shard(0, first).unwrap(), staging.write_shard(1, second).unwrap()]
     }
@@ -175,14 +208,57 @@ mod tests {
         let mut checkpoint = Checkpoint::open(&path).unwrap();
         (0..2).for_each(|file| checkpoint.verify_file(file).unwrap());
         assert_eq!(checkpoint.manifest().state["note"], 5);
-        assert_eq!(
-            Vec::<f32>::try_from(checkpoint.tensor_of_shape("a", &[2, 2]).unwrap().flatten(0, -1)).unwrap(),
-            [1., 2., 3., 4.]
-        );
-        assert_eq!(checkpoint.tensor("b").unwrap().int64_value(&[0]), 7);
-        assert_eq!(checkpoint.tensor("c").unwrap().kind(), Kind::BFloat16);
-        assert!(checkpoint.tensor("d").unwrap_err().to_string().contains("there is no tensor d"));
-        assert!(checkpoint.tensor_of_shape("a", &[4]).unwrap_err().to_string().contains("[2, 2], the model's is [4]"));
+        let mut get = |name: &str, shape: &[i64]| checkpoint.tensor(&Place::whole(name, shape));
+        assert_eq!(Vec::<f32>::try_from(get("a", &[2, 2]).unwrap().flatten(0, -1)).unwrap(), [1., 2., 3., 4.]);
+        assert_eq!(get("b", &[1]).unwrap().int64_value(&[0]), 7);
+        assert_eq!(get("c", &[2]).unwrap().kind(), Kind::BFloat16);
+        assert!(get("d", &[1]).unwrap_err().to_string().contains("there is no tensor d"));
+        assert!(get("a", &[4]).unwrap_err().to_string().contains("[2, 2], the model's is [4]"));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(100))]
+
+        #[test]
+        fn any_box_comes_back_from_any_boxes(
+            rows in 1i64..7, columns in 1i64..7, cuts in (0i64..7, 0i64..7), wanted in (0i64..6, 0i64..6, 1i64..6, 1i64..6),
+        ) {
+            let root = tempfile::tempdir().unwrap();
+            let global = vec![rows, columns];
+            let all = Tensor::arange(rows * columns, (Kind::Float, tch::Device::Cpu)).view([rows, columns]);
+            let staging = Staging::new(root.path(), 1);
+            staging.begin().unwrap();
+            let (cut_row, cut_column) = (cuts.0.min(rows), cuts.1.min(columns));
+            let mut shards = Vec::new();
+            for (from_row, to_row) in [(0, cut_row), (cut_row, rows)] {
+                for (from_column, to_column) in [(0, cut_column), (cut_column, columns)] {
+                    let shape = vec![to_row - from_row, to_column - from_column];
+                    if shape.contains(&0) {
+                        continue;
+                    }
+                    let part = all.narrow(0, from_row, shape[0]).narrow(1, from_column, shape[1]);
+                    let place = Place { name: "w".into(), global: global.clone(), offset: vec![from_row, from_column], shape };
+                    shards.push(staging.write_shard(shards.len(), vec![(place, part)]).unwrap());
+                }
+            }
+            let path = staging.commit(shards, &names(&["w"]), serde_json::Value::Null).unwrap();
+            let offset = vec![wanted.0.min(rows - 1), wanted.1.min(columns - 1)];
+            let shape = vec![wanted.2.min(rows - offset[0]), wanted.3.min(columns - offset[1])];
+            let expected = all.narrow(0, offset[0], shape[0]).narrow(1, offset[1], shape[1]);
+            let place = Place { name: "w".into(), global, offset, shape };
+            prop_assert_eq!(Checkpoint::open(&path).unwrap().tensor(&place).unwrap(), expected);
+        }
+    }
+
+    #[test]
+    fn a_tensor_with_a_hole_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let staging = Staging::new(root.path(), 1);
+        staging.begin().unwrap();
+        let half = Place { name: "w".into(), global: vec![4], offset: vec![2], shape: vec![2] };
+        let shard = staging.write_shard(0, vec![(half, Tensor::from_slice(&[1f32, 2.]))]).unwrap();
+        let error = staging.commit(vec![shard], &names(&["w"]), serde_json::Value::Null).unwrap_err().to_string();
+        assert!(error.contains("of the 4 values of w only 2 were written"), "{error}");
     }
 
     #[test]
@@ -235,7 +311,7 @@ mod tests {
         *flipped.last_mut().unwrap() ^= 1;
         std::fs::write(&shard, &flipped).unwrap();
         assert!(message().contains("checksum"));
-        std::fs::write(path.join("manifest.json"), "{\"format\": 1,").unwrap();
+        std::fs::write(path.join("manifest.json"), "{\"format\": 2,").unwrap();
         assert!(Checkpoint::open(&path).err().unwrap().to_string().contains("manifest.json is damaged"));
     }
 
@@ -244,7 +320,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let path = save(root.path(), 1);
         let text =
-            std::fs::read_to_string(path.join("manifest.json")).unwrap().replace("\"format\": 1", "\"format\": 9");
+            std::fs::read_to_string(path.join("manifest.json")).unwrap().replace("\"format\": 2", "\"format\": 9");
         std::fs::write(path.join("manifest.json"), text).unwrap();
         assert!(Checkpoint::open(&path).err().unwrap().to_string().contains("format 9 is newer"));
     }

@@ -1,8 +1,8 @@
 //! Writing: every rank its shard, then one rank the manifest and the name.
 
-use crate::manifest::{FORMAT, FileEntry, Manifest};
+use crate::manifest::{FORMAT, FileEntry, Manifest, PieceEntry, TensorEntry};
 use crate::read::{list, parse_header};
-use crate::{Checkpoint, Error};
+use crate::{Checkpoint, Error, Place};
 use safetensors::tensor::{Dtype, View};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
@@ -24,7 +24,7 @@ pub struct Staging {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Shard {
     file: FileEntry,
-    tensors: Vec<String>,
+    places: Vec<Place>,
 }
 
 /// A tensor as safetensors wants to see it.
@@ -89,12 +89,13 @@ impl Staging {
     ///
     /// # Errors
     /// When the disk is full or gives back other bytes.
-    pub fn write_shard(&self, rank: usize, tensors: Vec<(String, Tensor)>) -> Result<Shard, Error> {
+    pub fn write_shard(&self, rank: usize, tensors: Vec<(Place, Tensor)>) -> Result<Shard, Error> {
         let name = format!("shard-{rank:05}.safetensors");
         let path = self.folder.join(&name);
-        let names: Vec<String> = tensors.iter().map(|(name, _)| name.clone()).collect();
+        let places: Vec<Place> = tensors.iter().map(|(place, _)| place.clone()).collect();
         let mut views = Vec::with_capacity(tensors.len());
-        for (name, tensor) in tensors {
+        for (place, tensor) in tensors {
+            let name = place.key();
             let dtype = dtype_of(tensor.kind()).ok_or_else(|| {
                 Error::mismatch(&path, format!("{name} has a dtype that is not saved: {:?}", tensor.kind()))
             })?;
@@ -110,7 +111,7 @@ impl Staging {
         let (bytes, crc32c) = checksum(&path)?;
         // A header that reads back proves that the lengths in it fit the file.
         parse_header(&path)?;
-        Ok(Shard { file: FileEntry { name, bytes, crc32c }, tensors: names })
+        Ok(Shard { file: FileEntry { name, bytes, crc32c }, places })
     }
 
     /// Writes the manifest, makes everything durable and gives the checkpoint its name. One rank does it, after all
@@ -119,23 +120,44 @@ impl Staging {
     /// # Errors
     /// When a tensor is missing or doubled, or the file system refuses.
     pub fn commit(&self, shards: Vec<Shard>, expected: &[String], state: serde_json::Value) -> Result<PathBuf, Error> {
-        let mut tensors = BTreeMap::new();
+        let mut tensors: BTreeMap<String, TensorEntry> = BTreeMap::new();
         let mut files = Vec::new();
-        for (number, shard) in shards.into_iter().enumerate() {
-            for name in shard.tensors {
-                if let Some(other) = tensors.insert(name.clone(), number) {
-                    let reason = format!("{name} is in two shards, {other} and {number}");
-                    return Err(Error::mismatch(&self.folder, reason));
+        let refuse = |reason| Err(Error::mismatch(&self.folder, reason));
+        for (file, shard) in shards.into_iter().enumerate() {
+            for Place { name, global, offset, shape } in shard.places {
+                let entry = tensors
+                    .entry(name.clone())
+                    .or_insert_with(|| TensorEntry { shape: global.clone(), pieces: Vec::new() });
+                if entry.shape != global {
+                    return refuse(format!("{name} has shape {global:?} in shard {file}, {:?} in others", entry.shape));
                 }
+                for piece in &entry.pieces {
+                    let other = Place {
+                        name: name.clone(),
+                        global: global.clone(),
+                        offset: piece.offset.clone(),
+                        shape: piece.shape.clone(),
+                    };
+                    if other.overlap(&offset, &shape).is_some() {
+                        return refuse(format!("{name} is in two shards, {} and {file}", piece.file));
+                    }
+                }
+                entry.pieces.push(PieceEntry { file, offset, shape });
             }
             files.push(shard.file);
         }
         if let Some(missing) = expected.iter().find(|name| !tensors.contains_key(*name)) {
-            return Err(Error::mismatch(&self.folder, format!("{missing} was written by no rank")));
+            return refuse(format!("{missing} was written by no rank"));
         }
         if tensors.len() != expected.len() {
-            let reason = format!("{} tensors were written, {} are expected", tensors.len(), expected.len());
-            return Err(Error::mismatch(&self.folder, reason));
+            return refuse(format!("{} tensors were written, {} are expected", tensors.len(), expected.len()));
+        }
+        for (name, entry) in &tensors {
+            let written: i64 = entry.pieces.iter().map(|piece| piece.shape.iter().product::<i64>()).sum();
+            let whole: i64 = entry.shape.iter().product();
+            if written != whole {
+                return refuse(format!("of the {whole} values of {name} only {written} were written"));
+            }
         }
         let manifest = Manifest { format: FORMAT, step: self.step, state, files, tensors };
         let path = self.folder.join("manifest.json");

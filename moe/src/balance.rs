@@ -18,8 +18,8 @@ pub enum Statistics {
     Sequence,
     /// Each microbatch of a rank: changes with the microbatch's size, as in most trainers.
     Microbatch,
-    /// All tokens of a step, on all ranks (arXiv 2501.11873). With gradient accumulation this costs one more
-    /// forward pass per microbatch, to count before the first backward.
+    /// All tokens of a step, on all ranks (arXiv 2501.11873). This costs one more forward pass per microbatch, to
+    /// count before the first backward.
     Batch,
 }
 

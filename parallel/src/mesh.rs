@@ -193,6 +193,16 @@ impl Mesh {
         (0..self.size()).filter(|&rank| self.key(rank, group) == own).collect()
     }
 
+    /// The replicas of this rank's dense layers, and the ranks that sit like them in the pipeline stages `stages`.
+    pub fn dense_replicas_of_stages(&self, stages: &[usize]) -> Vec<usize> {
+        let tensor = self.coordinates().tensor;
+        let member = |&rank: &usize| {
+            let at = self.coordinates_of(rank);
+            at.tensor == tensor && stages.contains(&at.pipeline)
+        };
+        (0..self.size()).filter(member).collect()
+    }
+
     /// What the ranks of one group have in common.
     fn key(&self, rank: usize, group: Group) -> [usize; 3] {
         let at = self.coordinates_of(rank);

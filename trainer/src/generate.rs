@@ -3,7 +3,7 @@
 use crate::Error;
 use crate::config::Config;
 use crate::data::END_OF_DOCUMENT;
-use crate::model::Model;
+use crate::model::{Model, ModelPart};
 use crate::saving::{restore_weights, state_of};
 use checkpoint::Checkpoint;
 use parallel::{Accelerator, Communicator, Cpu, Local};
@@ -42,7 +42,8 @@ pub fn generate(job: &Generation, write: &mut dyn FnMut(&str)) -> Result<(), Err
     let tokenizer = crate::data::load_tokenizer(&find_tokenizer(job, &config, checkpoint.path())?)?;
     let alone: Arc<dyn Communicator> = Arc::new(Local::new(0, "experts"));
     let length = config.data.sequence_length;
-    let model = Model::new(&config.model, length, config.train.dtype, 0, &Cpu, &alone);
+    let model =
+        Model::new(&config.model, ModelPart::whole(config.model.layers), length, config.train.dtype, 0, &Cpu, &alone);
     restore_weights(&mut checkpoint, &model)?;
     tch::manual_seed(job.seed);
 

@@ -5,25 +5,65 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use rayon::prelude::*;
 
-/// Elements `0..len` of the normal distribution with standard deviation `std` that belongs to (`seed`, `name`).
-pub(crate) fn normal(seed: u64, name: &str, len: usize, std: f64) -> Vec<f32> {
+/// The box at `offset` of size `shape`, row-major, of the tensor of shape `global` that belongs to (`seed`, `name`):
+/// normal with standard deviation `std`.
+pub(crate) fn normal(seed: u64, name: &str, global: &[i64], offset: &[i64], shape: &[i64], std: f64) -> Vec<f32> {
+    // Dims from the right that are taken whole make runs of neighbouring values.
+    let mut run = 1;
+    let mut outer = shape.len();
+    while outer > 0 {
+        outer -= 1;
+        run *= shape[outer] as usize;
+        if shape[outer] != global[outer] {
+            break;
+        }
+    }
+    let stride: Vec<i64> = (0..global.len()).map(|dim| global[dim + 1..].iter().product()).collect();
+    let mut values = vec![0f32; shape.iter().product::<i64>() as usize];
+    values.par_chunks_mut(run.max(1)).enumerate().for_each(|(number, values)| {
+        // The run's place among the outer dims, then in the whole tensor.
+        let mut left = number as i64;
+        let mut start: i64 = (outer..shape.len()).map(|dim| offset[dim] * stride[dim]).sum();
+        for dim in (0..outer).rev() {
+            start += (offset[dim] + left % shape[dim]) * stride[dim];
+            left /= shape[dim];
+        }
+        fill(seed, name, start as usize, values, std);
+    });
+    values
+}
+
+/// Elements `start..` of the stream that belongs to (`seed`, `name`).
+fn fill(seed: u64, name: &str, start: usize, values: &mut [f32], std: f64) {
     // Even, so that the two values of a Box-Muller pair stay together.
     const CHUNK: usize = 1 << 16;
-    let mut values = vec![0f32; len];
-    values.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
-        let mut stream = ChaCha8Rng::from_seed(key(seed, name));
-        stream.set_word_pos((chunk * CHUNK) as u128);
-        for pair in values.chunks_mut(2) {
-            // (0, 1]: the logarithm is finite.
-            let radius = (-2.0 * ((f64::from(stream.next_u32()) + 1.0) / 4294967296.0).ln()).sqrt();
-            let angle = std::f64::consts::TAU * (f64::from(stream.next_u32()) / 4294967296.0);
-            pair[0] = (std * radius * angle.cos()) as f32;
+    let odd = start % 2;
+    let head = odd.min(values.len());
+    let (first, rest) = values.split_at_mut(head);
+    if let [value] = first {
+        *value = pairs(seed, name, start - 1).next().expect("the stream does not end").1 * std as f32;
+    }
+    rest.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
+        let drawn = pairs(seed, name, start + odd + chunk * CHUNK);
+        for (pair, (a, b)) in values.chunks_mut(2).zip(drawn) {
+            pair[0] = a * std as f32;
             if let Some(second) = pair.get_mut(1) {
-                *second = (std * radius * angle.sin()) as f32;
+                *second = b * std as f32;
             }
         }
     });
-    values
+}
+
+/// Pairs of standard normal values from the even index `start` on.
+fn pairs(seed: u64, name: &str, start: usize) -> impl Iterator<Item = (f32, f32)> {
+    let mut stream = ChaCha8Rng::from_seed(key(seed, name));
+    stream.set_word_pos(start as u128);
+    std::iter::from_fn(move || {
+        // (0, 1]: the logarithm is finite.
+        let radius = (-2.0 * ((f64::from(stream.next_u32()) + 1.0) / 4294967296.0).ln()).sqrt();
+        let angle = std::f64::consts::TAU * (f64::from(stream.next_u32()) / 4294967296.0);
+        Some(((radius * angle.cos()) as f32, (radius * angle.sin()) as f32))
+    })
 }
 
 /// Seed, then three FNV-1a hashes of the name from different starts.
@@ -42,14 +82,40 @@ fn key(seed: u64, name: &str) -> [u8; 32] {
 mod tests {
     use super::*;
 
+    fn line(seed: u64, name: &str, start: i64, len: i64) -> Vec<f32> {
+        normal(seed, name, &[1 << 20], &[start], &[len], 0.5)
+    }
+
     #[test]
     fn values_depend_on_name_index_and_seed() {
-        let long = normal(1, "layers.0.q", 200_001, 0.5);
-        assert_eq!(long[..70_000], normal(1, "layers.0.q", 70_000, 0.5));
-        assert_ne!(long[..8], normal(2, "layers.0.q", 8, 0.5));
-        assert_ne!(long[..8], normal(1, "layers.0.k", 8, 0.5));
+        let long = line(1, "layers.0.q", 0, 200_001);
+        for start in [0, 1, 65_535, 65_536, 131_073] {
+            assert_eq!(long[start..start + 60_000], line(1, "layers.0.q", start as i64, 60_000));
+        }
+        assert_ne!(long[..8], line(2, "layers.0.q", 0, 8));
+        assert_ne!(long[..8], line(1, "layers.0.k", 0, 8));
         let mean = long.iter().map(|&v| f64::from(v)).sum::<f64>() / long.len() as f64;
         let variance = long.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / long.len() as f64;
         assert!(mean.abs() < 0.005 && (variance.sqrt() - 0.5).abs() < 0.005, "{mean} {variance}");
+    }
+
+    #[test]
+    fn a_box_has_the_values_of_the_whole() {
+        let global = [3i64, 5, 7];
+        let whole = normal(1, "w", &global, &[0, 0, 0], &global, 1.0);
+        for (offset, shape) in
+            [([1i64, 2, 3], [2i64, 3, 4]), ([2, 0, 0], [1, 5, 7]), ([0, 1, 0], [3, 2, 7]), ([0, 0, 6], [1, 1, 1])]
+        {
+            let part = normal(1, "w", &global, &offset, &shape, 1.0);
+            let mut expected = Vec::new();
+            for i in 0..shape[0] {
+                for j in 0..shape[1] {
+                    for k in 0..shape[2] {
+                        expected.push(whole[(((offset[0] + i) * 5 + offset[1] + j) * 7 + offset[2] + k) as usize]);
+                    }
+                }
+            }
+            assert_eq!(part, expected);
+        }
     }
 }

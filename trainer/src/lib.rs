@@ -19,13 +19,14 @@ mod parameters;
 mod reference;
 mod saving;
 pub mod schedule;
+mod stages;
 mod training;
 
 pub use error::Error;
 pub use generate::{Generation, generate};
 pub use metrics::{Metrics, Progress, Record};
-pub use model::{ForwardOutput, Model};
+pub use model::{ForwardOutput, Model, ModelPart, StagePart, VocabularyShard, split_layers};
 pub use optimizer::Optimizer;
-pub use parameters::{Parameter, Parameters};
+pub use parameters::{Parameter, Parameters, Replicas};
 pub use reference::{ReferenceStep, StepTimes};
 pub use training::{Outcome, Trainer};

@@ -2,7 +2,7 @@
 
 use crate::Error;
 use crate::config::OptimizerConfig;
-use crate::parameters::Parameters;
+use crate::parameters::{Parameter, Parameters, Replicas};
 use parallel::{Accelerator, Communicator, GradientBuckets, ReduceOp};
 use std::sync::Arc;
 use tch::{Kind, Tensor};
@@ -18,6 +18,8 @@ pub struct Optimizer {
     groups: Vec<Group>,
     /// The ranks that hold different experts: their squares add up in the norm.
     expert_group: Arc<dyn Communicator>,
+    /// The ranks that hold different stages: likewise.
+    pipeline_group: Arc<dyn Communicator>,
 }
 
 struct Group {
@@ -34,6 +36,7 @@ impl Optimizer {
         parameters: &Parameters,
         device: &dyn Accelerator,
         expert_group: Arc<dyn Communicator>,
+        pipeline_group: Arc<dyn Communicator>,
     ) -> Optimizer {
         let zeros = || parameters.iter().map(|p| device.zeros(&p.master.size(), Kind::Float)).collect::<Vec<_>>();
         let mut groups: Vec<Group> = Vec::new();
@@ -45,7 +48,7 @@ impl Optimizer {
             }
         }
         let config = config.clone();
-        Optimizer { config, grad_clip, exp_avgs: zeros(), exp_avg_sqs: zeros(), groups, expert_group }
+        Optimizer { config, grad_clip, exp_avgs: zeros(), exp_avg_sqs: zeros(), groups, expert_group, pipeline_group }
     }
 
     /// First and second moments of parameter `index`.
@@ -56,19 +59,25 @@ impl Optimizer {
     /// The norm of all gradients of the model, each counted once whatever the layout.
     ///
     /// # Collective
-    /// All ranks of the expert group.
+    /// All ranks of the expert group and of the pipeline.
     ///
     /// # Errors
-    /// When the collective fails.
+    /// When a collective fails.
     pub fn grad_norm(&self, parameters: &Parameters, gradients: &GradientBuckets) -> Result<f64, Error> {
         let norms: Vec<Tensor> = (0..parameters.len()).map(|index| gradients.gradient(index).norm()).collect();
-        let norms = Vec::<f64>::try_from(Tensor::stack(&norms, 0).to_kind(Kind::Double))?;
-        let squares = |expert: bool| -> f64 {
-            parameters.iter().zip(&norms).filter(|(p, _)| p.expert == expert).map(|(_, norm)| norm * norm).sum()
+        let norms = match norms.is_empty() {
+            true => Vec::new(),
+            false => Vec::<f64>::try_from(Tensor::stack(&norms, 0).to_kind(Kind::Double))?,
         };
-        let experts = Tensor::from_slice(&[squares(true)]);
-        self.expert_group.all_reduce(&experts, ReduceOp::Sum)?.wait()?;
-        Ok((squares(false) + experts.double_value(&[0])).sqrt())
+        let squares = |experts: bool| -> f64 {
+            let counted = |p: &Parameter| p.counted && (p.replicas == Replicas::Expert) == experts;
+            parameters.iter().zip(&norms).filter(|(p, _)| counted(p)).map(|(_, norm)| norm * norm).sum()
+        };
+        let total = Tensor::from_slice(&[squares(true)]);
+        self.expert_group.all_reduce(&total, ReduceOp::Sum)?.wait()?;
+        let total = total + squares(false);
+        self.pipeline_group.all_reduce(&total, ReduceOp::Sum)?.wait()?;
+        Ok(total.double_value(&[0]).sqrt())
     }
 
     /// Step number `step` (1 is the first) with learning rate `lr`, gradients clipped by their norm.

@@ -1,6 +1,7 @@
 //! A model's parameters: one list that the optimizer, the gradient buckets and the checkpoints go through.
 
 use crate::init::normal;
+use checkpoint::Place;
 use parallel::{Accelerator, Weight};
 use tch::{Kind, Tensor};
 
@@ -23,18 +24,31 @@ pub(crate) struct Traits {
     pub(crate) lr_scale: f64,
 }
 
+/// Which other ranks hold the same values, and so share the gradient.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Replicas {
+    /// The replicas of this rank's dense layers.
+    Dense,
+    /// The replicas of this rank's experts.
+    Expert,
+    /// The replicas of the first and of the last stage: an embedding that is also the output layer.
+    Ends,
+}
+
 /// One tensor of this rank.
 pub struct Parameter {
-    /// Global name; for stacked parameters the names of its slices along dim 0, in order.
-    pub names: Vec<String>,
+    /// What it is: its box of a global tensor; several for experts, whose tensors are stacked along dim 0, in order.
+    pub places: Vec<Place>,
     /// Whether dim 0 stacks several global parameters (a rank's experts).
     pub stacked: bool,
     /// What the model computes with.
     pub weight: Weight,
     /// fp32 values that the optimizer updates; in fp32 the weight itself.
     pub master: Tensor,
-    /// Whether it belongs to this rank's experts rather than to every replica of the dense layers.
-    pub expert: bool,
+    /// Who else holds it.
+    pub replicas: Replicas,
+    /// Whether its gradient counts in the norm here, and not on another rank that holds it too.
+    pub counted: bool,
     /// Whether weight decay applies.
     pub decay: bool,
     /// Factor on the learning rate.
@@ -43,10 +57,10 @@ pub struct Parameter {
 
 impl Parameter {
     /// The global parameters in `tensor`, a tensor of this parameter's shape (the master, a moment, a gradient).
-    pub fn parts<'a>(&'a self, tensor: &'a Tensor) -> impl Iterator<Item = (&'a str, Tensor)> {
-        self.names.iter().enumerate().map(move |(index, name)| {
+    pub fn parts<'a>(&'a self, tensor: &'a Tensor) -> impl Iterator<Item = (&'a Place, Tensor)> {
+        self.places.iter().enumerate().map(move |(index, place)| {
             let part = if self.stacked { tensor.select(0, index as i64) } else { tensor.shallow_clone() };
-            (name.as_str(), part)
+            (place, part)
         })
     }
 }
@@ -78,9 +92,32 @@ impl Parameters {
         self.list.is_empty()
     }
 
-    /// Adds a parameter that every rank holds whole; returns the weight to compute with.
+    /// Adds a parameter that this rank holds whole; returns the weight to compute with.
     pub(crate) fn dense(&mut self, device: &dyn Accelerator, name: &str, shape: &[i64], traits: Traits) -> Weight {
-        self.add(device, vec![name.to_string()], false, shape, false, traits)
+        self.add(device, vec![Place::whole(name, shape)], false, Replicas::Dense, traits)
+    }
+
+    /// Adds a parameter of which this rank holds one box.
+    pub(crate) fn sharded(&mut self, device: &dyn Accelerator, place: Place, traits: Traits) -> Weight {
+        self.add(device, vec![place], false, Replicas::Dense, traits)
+    }
+
+    /// Adds the copy of a parameter that an earlier stage holds too, whose gradient is the sum of both.
+    pub(crate) fn copy_of_first(
+        &mut self,
+        device: &dyn Accelerator,
+        name: &str,
+        shape: &[i64],
+        traits: Traits,
+    ) -> Weight {
+        let weight = self.add(device, vec![Place::whole(name, shape)], false, Replicas::Ends, traits);
+        self.list.last_mut().expect("it was added").counted = false;
+        weight
+    }
+
+    /// Says that the parameter added last has a copy on the last stage.
+    pub(crate) fn last_has_a_copy(&mut self) {
+        self.list.last_mut().expect("one was added").replicas = Replicas::Ends;
     }
 
     /// Adds `names.len()` global parameters of shape `shape` stacked along a new dim 0.
@@ -89,35 +126,37 @@ impl Parameters {
         device: &dyn Accelerator,
         names: Vec<String>,
         shape: &[i64],
-        expert: bool,
+        replicas: Replicas,
         traits: Traits,
     ) -> Weight {
-        self.add(device, names, true, shape, expert, traits)
+        let places = names.into_iter().map(|name| Place::whole(name, shape)).collect();
+        self.add(device, places, true, replicas, traits)
     }
 
     fn add(
         &mut self,
         device: &dyn Accelerator,
-        names: Vec<String>,
+        places: Vec<Place>,
         stacked: bool,
-        part_shape: &[i64],
-        expert: bool,
+        replicas: Replicas,
         traits: Traits,
     ) -> Weight {
-        let part_len = part_shape.iter().product::<i64>() as usize;
         let values: Vec<f32> = match traits.init {
-            Init::Ones => vec![1.0; part_len * names.len()],
-            Init::Normal(std) => names.iter().flat_map(|name| normal(self.seed, name, part_len, std)).collect(),
+            Init::Ones => vec![1.0; places.iter().map(|place| place.shape.iter().product::<i64>() as usize).sum()],
+            Init::Normal(std) => places
+                .iter()
+                .flat_map(|place| normal(self.seed, &place.name, &place.global, &place.offset, &place.shape, std))
+                .collect(),
         };
-        let mut shape = if stacked { vec![names.len() as i64] } else { Vec::new() };
-        shape.extend(part_shape);
+        let mut shape = if stacked { vec![places.len() as i64] } else { Vec::new() };
+        shape.extend(&places[0].shape);
         let master = device.upload(&Tensor::from_slice(&values).view(shape.as_slice()));
         // In fp32 both share memory.
         let value = if self.kind == Kind::Float { master.detach() } else { master.to_kind(self.kind) };
         let weight = Weight::new(value);
         let handle = weight.clone();
         let Traits { decay, lr_scale, .. } = traits;
-        self.list.push(Parameter { names, stacked, weight, master, expert, decay, lr_scale });
+        self.list.push(Parameter { places, stacked, weight, master, replicas, counted: true, decay, lr_scale });
         handle
     }
 }

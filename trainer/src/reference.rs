@@ -2,7 +2,7 @@
 
 use crate::Error;
 use crate::config::{Dtype, ModelConfig, MoeConfig, OptimizerConfig, QkNorm, RouterConfig};
-use crate::model::Model;
+use crate::model::{Model, ModelPart};
 use crate::optimizer::Optimizer;
 use moe::balance::{BatchTotals, Statistics};
 use parallel::{Accelerator, Communicator, GradientBuckets, Local};
@@ -77,11 +77,12 @@ impl ReferenceStep {
             mup: None,
         };
         let alone: Arc<dyn Communicator> = Arc::new(Local::new(0, "bench"));
-        let model = Model::new(&config, SEQUENCE as usize, dtype, 0, device.as_ref(), &alone);
+        let model =
+            Model::new(&config, ModelPart::whole(config.layers), SEQUENCE as usize, dtype, 0, device.as_ref(), &alone);
         let leaves: Vec<_> = model.parameters.iter().map(|p| (p.weight.clone(), 0)).collect();
         let gradients = GradientBuckets::new(&leaves, std::slice::from_ref(&alone), 25 << 20, device.as_ref())?;
         let settings = OptimizerConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
-        let optimizer = Optimizer::new(&settings, 1.0, &model.parameters, device.as_ref(), alone);
+        let optimizer = Optimizer::new(&settings, 1.0, &model.parameters, device.as_ref(), alone.clone(), alone);
         tch::manual_seed(1);
         let inputs = device.zeros(&[BATCH, SEQUENCE], Kind::Int64).random_to_(VOCAB);
         // The next token, as a causal model is trained; the last position has none.

@@ -6,10 +6,10 @@
 use crate::Error;
 use crate::model::Model;
 use crate::optimizer::Optimizer;
-use checkpoint::{Checkpoint, Shard, Staging, assign_owners};
+use checkpoint::{Checkpoint, Place, Shard, Staging, assign_owners};
 use parallel::{Accelerator, CommError, Communicator, Cpu, ReduceOp};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tch::{Kind, Tensor};
@@ -48,18 +48,24 @@ fn key(kind: &str, name: impl std::fmt::Display) -> String {
     format!("{kind}/{name}")
 }
 
+/// The same box of the saved tensor of this kind.
+fn saved_as(kind: &str, place: &Place) -> Place {
+    Place { name: key(kind, &place.name), ..place.clone() }
+}
+
 impl Stateful<'_> {
     /// Everything this rank holds, by global name.
-    fn tensors(&self) -> Result<Vec<(String, Tensor)>, Error> {
+    fn tensors(&self) -> Result<Vec<(Place, Tensor)>, Error> {
         let mut tensors = Vec::new();
         for (index, parameter) in self.model.parameters.iter().enumerate() {
             let (exp_avg, exp_avg_sq) = self.optimizer.moments(index);
             for (kind, tensor) in [(MASTER, &parameter.master), (FIRST_MOMENT, exp_avg), (SECOND_MOMENT, exp_avg_sq)] {
-                tensors.extend(parameter.parts(tensor).map(|(name, part)| (key(kind, name), part)));
+                tensors.extend(parameter.parts(tensor).map(|(place, part)| (saved_as(kind, place), part)));
             }
         }
-        tensors.extend(self.model.biases().map(|(name, tensor)| (key(BIAS, name), tensor)));
-        tensors.push((key(GENERATOR, self.rank), self.device.generator_state()?));
+        let whole = |name: String, tensor: Tensor| (Place::whole(name, &tensor.size()), tensor);
+        tensors.extend(self.model.biases().map(|(_, name, tensor)| whole(key(BIAS, name), tensor)));
+        tensors.push(whole(key(GENERATOR, self.rank), self.device.generator_state()?));
         Ok(tensors)
     }
 }
@@ -75,22 +81,24 @@ pub(crate) fn save(
     world: &Arc<dyn Communicator>,
 ) -> Result<PathBuf, Error> {
     let tensors = run.tensors()?;
-    let held: Vec<(String, u64)> = tensors
+    let held: Vec<(Place, u64)> = tensors
         .iter()
-        .map(|(name, tensor)| (name.clone(), (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64))
+        .map(|(place, tensor)| (place.clone(), (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64))
         .collect();
     // Who holds what, then who writes what: the same plan on every rank.
-    let mut holders: BTreeMap<String, (u64, Vec<usize>)> = BTreeMap::new();
+    let mut holders: BTreeMap<Place, (u64, Vec<usize>)> = BTreeMap::new();
     for (rank, bytes) in gather(world, &serde_json::to_vec(&held).expect("plain data"))?.iter().enumerate() {
-        let held: Vec<(String, u64)> = from_peer(bytes)?;
-        for (name, bytes) in held {
-            holders.entry(name).or_insert((bytes, Vec::new())).1.push(rank);
+        let held: Vec<(Place, u64)> = from_peer(bytes)?;
+        for (place, bytes) in held {
+            holders.entry(place).or_insert((bytes, Vec::new())).1.push(rank);
         }
     }
-    let names: Vec<String> = holders.keys().cloned().collect();
+    let places: Vec<Place> = holders.keys().cloned().collect();
+    let names: BTreeSet<&str> = places.iter().map(|place| place.name.as_str()).collect();
+    let names: Vec<String> = names.into_iter().map(String::from).collect();
     let owners = assign_owners(&holders.into_values().collect::<Vec<_>>(), world.size());
-    let owner: BTreeMap<&str, usize> = names.iter().map(String::as_str).zip(owners).collect();
-    let mine = tensors.into_iter().filter(|(name, _)| owner[name.as_str()] == world.rank()).collect();
+    let owner: BTreeMap<&Place, usize> = places.iter().zip(owners).collect();
+    let mine = tensors.into_iter().filter(|(place, _)| owner[place] == world.rank()).collect();
 
     let staging = Staging::new(root, state.step);
     let begun = if world.rank() == 0 { staging.begin() } else { Ok(()) };
@@ -176,15 +184,16 @@ pub(crate) fn restore(path: &Path, run: &Stateful) -> Result<RunState, Error> {
     for (index, parameter) in run.model.parameters.iter().enumerate() {
         let (exp_avg, exp_avg_sq) = run.optimizer.moments(index);
         for (kind, tensor) in [(FIRST_MOMENT, exp_avg), (SECOND_MOMENT, exp_avg_sq)] {
-            for (name, part) in parameter.parts(tensor) {
-                copy(&mut checkpoint, &key(kind, name), &part)?;
+            for (place, part) in parameter.parts(tensor) {
+                copy(&mut checkpoint, &saved_as(kind, place), &part)?;
             }
         }
     }
     // Random states belong to a number of ranks; another number starts its own.
     let name = key(GENERATOR, run.rank);
-    if checkpoint.manifest().tensors.contains_key(&name) {
-        run.device.set_generator_state(&checkpoint.tensor(&name)?)?;
+    if let Some(entry) = checkpoint.manifest().tensors.get(&name) {
+        let place = Place::whole(name, &entry.shape);
+        run.device.set_generator_state(&checkpoint.tensor(&place)?)?;
     }
     Ok(state)
 }
@@ -192,15 +201,15 @@ pub(crate) fn restore(path: &Path, run: &Stateful) -> Result<RunState, Error> {
 /// Copies only what the model computes with.
 pub(crate) fn restore_weights(checkpoint: &mut Checkpoint, model: &Model) -> Result<RunState, Error> {
     for parameter in model.parameters.iter() {
-        for (name, part) in parameter.parts(&parameter.master) {
-            copy(checkpoint, &key(MASTER, name), &part)?;
+        for (place, part) in parameter.parts(&parameter.master) {
+            copy(checkpoint, &saved_as(MASTER, place), &part)?;
         }
         if parameter.weight.value().kind() != Kind::Float {
             tch::no_grad(|| parameter.weight.value().shallow_clone().copy_(&parameter.master));
         }
     }
-    for (name, tensor) in model.biases() {
-        copy(checkpoint, &key(BIAS, name), &tensor)?;
+    for (_, name, tensor) in model.biases() {
+        copy(checkpoint, &Place::whole(key(BIAS, name), &tensor.size()), &tensor)?;
     }
     state_of(checkpoint)
 }
@@ -211,8 +220,8 @@ pub(crate) fn state_of(checkpoint: &Checkpoint) -> Result<RunState, Error> {
         .map_err(|e| Error::Data(format!("{}: the manifest's state cannot be read: {e}", checkpoint.path().display())))
 }
 
-fn copy(checkpoint: &mut Checkpoint, name: &str, into: &Tensor) -> Result<(), Error> {
-    let saved = checkpoint.tensor_of_shape(name, &into.size())?;
+fn copy(checkpoint: &mut Checkpoint, place: &Place, into: &Tensor) -> Result<(), Error> {
+    let saved = checkpoint.tensor(place)?;
     tch::no_grad(|| into.shallow_clone().f_copy_(&saved))?;
     Ok(())
 }

@@ -3,12 +3,15 @@
 use crate::config::{Config, Dtype};
 use crate::data::Dataset;
 use crate::metrics::{Metrics, Progress, Record};
-use crate::model::{ForwardOutput, IGNORED, Model};
+use crate::model::{IGNORED, Model, ModelPart};
 use crate::optimizer::Optimizer;
+use crate::parameters::Replicas;
 use crate::saving::{self, RunState, Stateful, sum_over_ranks};
 use crate::schedule::learning_rate;
+use crate::stages::{StepInputs, StepStages, Sums};
 use crate::{Error, config::MoeConfig};
 use moe::balance::{BatchTotals, Statistics, update_bias};
+use parallel::pipeline::{CollectiveKind, Executor, Schedule, Vocabulary};
 use parallel::{Accelerator, Communicator, GradientBuckets, Group, Mesh, Weight, World};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -33,6 +36,12 @@ pub struct Trainer {
     world: Arc<dyn Communicator>,
     device: Box<dyn Accelerator>,
     model: Model,
+    pipeline: Executor,
+    /// The passes of a step.
+    schedule: Schedule,
+    /// The same without backward, and of one microbatch alone.
+    forward_schedule: Schedule,
+    single_forward: Schedule,
     gradients: GradientBuckets,
     optimizer: Optimizer,
     train: Dataset,
@@ -43,17 +52,6 @@ pub struct Trainer {
     samples: u64,
     /// Tokens learned from.
     tokens: u64,
-}
-
-/// What one forward and backward over a rank's share of a step gave.
-struct Accumulated {
-    cross_entropy: f64,
-    load_balance: f64,
-    z: f64,
-    /// Choices of each expert, `[layers][E]`.
-    choices: Vec<Vec<f64>>,
-    /// Rows worked on, `[layers]`.
-    rows: Vec<f64>,
 }
 
 impl Trainer {
@@ -75,30 +73,61 @@ impl Trainer {
         };
         let all = world.all("world")?;
         let expert_group = world.group("experts", &mesh.group(Group::Expert))?;
-        let replica_groups = [
-            world.group("dense gradients", &mesh.group(Group::DenseReplicas))?,
+        let dense = mesh.group(Group::DenseReplicas);
+        let mut replica_groups = vec![
+            world.group("dense gradients", &dense)?,
             world.group("expert gradients", &mesh.group(Group::ExpertReplicas))?,
         ];
+        let accumulation = accumulation(&config, &mesh);
+        let plan = config.pipeline_plan(accumulation).map_err(Error::Config)?;
+        let order = &plan.schedule.order;
+        let stages = mesh.group(Group::Pipeline);
+        let at = mesh.coordinates().pipeline;
+        let part =
+            |rank| ModelPart::of_rank(rank, stages.len(), order.placement, &plan.layers, order.vocabulary.is_some());
+        let pipeline_group = world.group("pipeline", &stages)?;
+        let mut lanes = Vec::new();
+        for (kind, name) in order.vocabulary.map_or(Vec::new(), collectives) {
+            lanes.push((kind, world.group(name, &stages)?));
+        }
+        let pipeline = Executor::new(pipeline_group.clone(), lanes);
         let model = Model::new(
             &config.model,
+            part(at),
             data.sequence_length,
             config.train.dtype,
             config.run.seed,
             device.as_ref(),
             &expert_group,
         );
+        let tied_over_stages = model.parameters.iter().any(|p| p.replicas == Replicas::Ends);
+        if tied_over_stages {
+            let ends: Vec<usize> =
+                (0..stages.len()).filter(|&rank| part(rank).has_first() || part(rank).has_last()).collect();
+            replica_groups.push(world.group("tied embedding", &mesh.dense_replicas_of_stages(&ends))?);
+        }
         let weights: Vec<(Weight, usize)> =
-            model.parameters.iter().map(|p| (p.weight.clone(), usize::from(p.expert))).collect();
+            model.parameters.iter().map(|p| (p.weight.clone(), p.replicas as usize)).collect();
         let bucket_bytes = config.parallel.bucket_mib << 20;
         let gradients = GradientBuckets::new(&weights, &replica_groups, bucket_bytes, device.as_ref())?;
-        let optimizer =
-            Optimizer::new(&config.optimizer, config.train.grad_clip, &model.parameters, device.as_ref(), expert_group);
+        let optimizer = Optimizer::new(
+            &config.optimizer,
+            config.train.grad_clip,
+            &model.parameters,
+            device.as_ref(),
+            expert_group,
+            pipeline_group,
+        );
         Ok(Trainer {
             config,
             mesh,
             world: all,
             device,
             model,
+            pipeline,
+            forward_schedule: plan.forward_only(accumulation),
+            single_forward: plan.forward_only(1),
+            schedule: plan.schedule,
             gradients,
             optimizer,
             train,
@@ -191,7 +220,7 @@ impl Trainer {
     }
 
     fn accumulation(&self) -> usize {
-        self.config.train.global_batch / (self.config.train.micro_batch * self.mesh.shape().data)
+        self.schedule.order.microbatches
     }
 
     /// Inputs and labels of this rank's microbatch number `index`. Consecutive microbatches of the global batch go to
@@ -213,61 +242,51 @@ impl Trainer {
         }
     }
 
-    /// Choices of each expert in the whole step, `[layers, E]`, from the counts of one or more forwards of this rank.
-    fn whole_batch_counts(&self, outputs: &[ForwardOutput]) -> Result<Tensor, Error> {
-        let per_forward = outputs.iter().map(|output| {
-            Tensor::stack(&output.stats.iter().map(|s| s.counts_ge.squeeze_dim(0)).collect::<Vec<_>>(), 0)
+    /// Carries `schedule` out over the microbatches that `batch` gives; learns where there are `gradients`.
+    fn pass(
+        &self,
+        schedule: &Schedule,
+        gradients: Option<&GradientBuckets>,
+        batch: &dyn Fn(usize) -> Result<(Tensor, Tensor), Error>,
+        totals: BatchTotals,
+    ) -> Result<Sums, Error> {
+        let order = &schedule.order;
+        let mut stages = StepStages::new(StepInputs {
+            model: &self.model,
+            device: self.device.as_ref(),
+            gradients,
+            batch,
+            totals,
+            algorithm: order.vocabulary,
+            last_rank: order.place(order.stages() - 1).0,
+            sequences: self.config.train.micro_batch as i64,
+            sequence_length: self.config.data.sequence_length as i64,
+            kind: if self.config.train.dtype == Dtype::Bf16 { Kind::BFloat16 } else { Kind::Float },
         });
-        let counts =
-            Tensor::stack(&per_forward.collect::<Vec<_>>(), 0).sum_dim_intlist([0i64].as_slice(), false, Kind::Float);
-        self.world.all_reduce(&counts, parallel::ReduceOp::Sum)?.wait()?;
-        Ok(counts)
+        self.pipeline.run(schedule, &mut stages)?;
+        Ok(stages.sums)
     }
 
     /// Losses and gradients of the next step, without the update.
-    fn accumulate(&self) -> Result<Accumulated, Error> {
-        let layers = self.model.config().num_moe_layers();
-        let experts = self.model.config().moe.as_ref().map_or(0, |moe| moe.experts);
-        let mut sums = Accumulated {
-            cross_entropy: 0.0,
-            load_balance: 0.0,
-            z: 0.0,
-            choices: vec![vec![0.0; experts]; layers],
-            rows: vec![0.0; layers],
+    fn accumulate(&self) -> Result<Sums, Error> {
+        let batch = |index| self.microbatch(index);
+        let totals = |counts_le| BatchTotals {
+            groups: self.groups_per_step(),
+            tokens: self.tokens_per_step() as f64,
+            counts_le,
         };
-        let accumulation = self.accumulation();
-        self.gradients.begin(accumulation);
         let mut counts = None;
-        if self.model.counts_whole_batch() && accumulation > 1 {
+        if self.model.counts_whole_batch() {
             // The first backward already needs the choices of the last forward: count first.
-            let outputs = tch::no_grad(|| {
-                (0..accumulation)
-                    .map(|index| self.model.forward(&self.microbatch(index)?.0))
-                    .collect::<Result<Vec<_>, _>>()
-            })?;
-            counts = Some(self.whole_batch_counts(&outputs)?);
+            let sums = self.pass(&self.forward_schedule, None, &batch, totals(None))?;
+            let experts = sums.choices.first().map_or(0, Vec::len) as i64;
+            let choices: Vec<f32> = sums.choices.iter().flatten().map(|&choices| choices as f32).collect();
+            let own = self.device.upload(&Tensor::from_slice(&choices).view([-1, experts]));
+            self.world.all_reduce(&own, parallel::ReduceOp::Sum)?.wait()?;
+            counts = Some(own);
         }
-        for index in 0..accumulation {
-            let (inputs, labels) = self.microbatch(index)?;
-            let output = self.model.forward(&inputs)?;
-            if self.model.counts_whole_batch() && accumulation == 1 {
-                counts = Some(self.whole_batch_counts(std::slice::from_ref(&output))?);
-            }
-            let totals = BatchTotals {
-                groups: self.groups_per_step(),
-                tokens: self.tokens_per_step() as f64,
-                counts_le: counts.as_ref(),
-            };
-            let losses = self.model.losses(&output, &labels, &totals)?;
-            losses.total.f_backward()?;
-            sums.cross_entropy += losses.cross_entropy;
-            sums.load_balance += losses.load_balance;
-            sums.z += losses.z;
-            for (sum, choices) in sums.choices.iter_mut().zip(&output.choices) {
-                sum.iter_mut().zip(choices).for_each(|(sum, &choices)| *sum += choices as f64);
-            }
-            sums.rows.iter_mut().zip(&output.rows).for_each(|(sum, &rows)| *sum += rows as f64);
-        }
+        self.gradients.begin(self.accumulation());
+        let sums = self.pass(&self.schedule, Some(&self.gradients), &batch, totals(counts.as_ref()))?;
         self.gradients.finish()?;
         Ok(sums)
     }
@@ -315,8 +334,8 @@ impl Trainer {
         let experts = sums.choices.first().map_or(1, Vec::len).max(1);
         let choices: Vec<&[f64]> = figures[4..rows_at].chunks(experts).collect();
         if let Some(MoeConfig { bias_update_rate, .. }) = &self.config.model.moe {
-            for ((_, mut bias), choices) in self.model.biases().zip(&choices) {
-                update_bias(&mut bias, &self.device.upload(&Tensor::from_slice(choices)), *bias_update_rate);
+            for (mixture, _, mut bias) in self.model.biases() {
+                update_bias(&mut bias, &self.device.upload(&Tensor::from_slice(choices[mixture])), *bias_update_rate);
             }
         }
         self.device.synchronize()?;
@@ -353,19 +372,18 @@ impl Trainer {
         let total = (config.sequences as u64).min(data.num_windows());
         let tokens = total * self.config.data.sequence_length as u64;
         let (size, ranks) = (self.config.train.micro_batch as u64, self.mesh.shape().data as u64);
-        let totals = BatchTotals { groups: 1.0, tokens: tokens as f64, counts_le: None };
         let mut loss = 0.0;
         // Every rank makes the same number of forwards; places past the end are read again and do not count.
         for round in 0..total.div_ceil(size * ranks) {
             let first = (round * ranks + self.mesh.coordinates().data as u64) * size;
-            let (inputs, labels) = data.windows((first..first + size).map(|number| number.min(total - 1)))?;
-            let beyond = (first + size).saturating_sub(total).min(size) as i64;
-            let _ = labels.narrow(0, size as i64 - beyond, beyond).fill_(IGNORED);
-            let (inputs, labels) = (self.device.upload(&inputs), self.device.upload(&labels));
-            loss += tch::no_grad(|| {
-                let output = self.model.forward(&inputs)?;
-                Ok::<_, Error>(self.model.losses(&output, &labels, &totals)?.cross_entropy)
-            })?;
+            let batch = |_| {
+                let (inputs, labels) = data.windows((first..first + size).map(|number| number.min(total - 1)))?;
+                let beyond = (first + size).saturating_sub(total).min(size) as i64;
+                let _ = labels.narrow(0, size as i64 - beyond, beyond).fill_(IGNORED);
+                Ok((self.device.upload(&inputs), self.device.upload(&labels)))
+            };
+            let totals = BatchTotals { groups: 1.0, tokens: tokens as f64, counts_le: None };
+            loss += self.pass(&self.single_forward, None, &batch, totals)?.cross_entropy;
         }
         Ok(Some(sum_over_ranks(&self.world, &[loss])?[0]))
     }
@@ -421,13 +439,7 @@ impl Trainer {
 
     /// Text for the start of a run: what is trained, on how many ranks, on how much data.
     pub fn summary(&self) -> String {
-        let own: i64 = self.model.parameters.iter().map(|p| p.master.numel() as i64).sum();
-        let expert: i64 = self.model.parameters.iter().filter(|p| p.expert).map(|p| p.master.numel() as i64).sum();
-        let total = own - expert + expert * self.mesh.shape().expert as i64;
-        let active = self.config.model.moe.as_ref().map_or(total, |moe| {
-            let experts = expert * self.mesh.shape().expert as i64;
-            total - experts + experts * moe.top_k as i64 / moe.experts as i64
-        });
+        let (total, active) = self.config.model.num_parameters();
         format!(
             "{} on {}; {:.1}M parameters ({:.1}M active), {}; {} tokens of text, {} a step",
             self.mesh,
@@ -439,6 +451,25 @@ impl Trainer {
             self.tokens_per_step()
         )
     }
+}
+
+/// Microbatches of a rank in a step.
+fn accumulation(config: &Config, mesh: &Mesh) -> usize {
+    config.train.global_batch / (config.train.micro_batch * mesh.shape().data)
+}
+
+/// The collectives of a pipeline that shares the vocabulary out, with the names of their groups.
+fn collectives(algorithm: Vocabulary) -> Vec<(CollectiveKind, &'static str)> {
+    let mut kinds = vec![
+        (CollectiveKind::Hidden, "last hidden state"),
+        (CollectiveKind::Statistics, "logit statistics"),
+        (CollectiveKind::Embedding, "embedding"),
+        (CollectiveKind::EmbeddingGradient, "embedding gradient"),
+    ];
+    if algorithm == Vocabulary::Vocab1 {
+        kinds.push((CollectiveKind::HiddenGradient, "hidden gradient"));
+    }
+    kinds
 }
 
 /// A line of metrics is worth less than the run: the first that cannot be written is told, and no more are tried.

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use tch::Tensor;
 use trainer::config::{Dtype, ModelConfig, MoeConfig, MupConfig, OptimizerConfig, QkNorm, RouterConfig};
-use trainer::{Model, Optimizer};
+use trainer::{Model, ModelPart, Optimizer};
 
 struct Golden {
     bytes: Vec<u8>,
@@ -84,11 +84,11 @@ fn difference(ours: &Tensor, golden: &Tensor) -> f64 {
 fn check(name: &str, config: ModelConfig) {
     let golden = Golden::open(name);
     let alone: Arc<dyn Communicator> = Arc::new(Local::new(0, "alone"));
-    let model = Model::new(&config, 64, Dtype::Fp32, 0, &Cpu, &alone);
+    let model = Model::new(&config, ModelPart::whole(config.layers), 64, Dtype::Fp32, 0, &Cpu, &alone);
     let mut loaded = 0;
     for parameter in model.parameters.iter() {
-        for (name, part) in parameter.parts(&parameter.master) {
-            tch::no_grad(|| part.shallow_clone().copy_(&golden.tensor(&format!("weight/{name}"))));
+        for (place, part) in parameter.parts(&parameter.master) {
+            tch::no_grad(|| part.shallow_clone().copy_(&golden.tensor(&format!("weight/{}", place.name))));
             loaded += 1;
         }
     }
@@ -97,7 +97,7 @@ fn check(name: &str, config: ModelConfig) {
     let leaves: Vec<_> = model.parameters.iter().map(|p| (p.weight.clone(), 0)).collect();
     let gradients = GradientBuckets::new(&leaves, std::slice::from_ref(&alone), 1 << 20, &Cpu).unwrap();
     let settings = OptimizerConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
-    let mut optimizer = Optimizer::new(&settings, 1.0, &model.parameters, &Cpu, alone);
+    let mut optimizer = Optimizer::new(&settings, 1.0, &model.parameters, &Cpu, alone.clone(), alone);
     let ids = golden.tensor("input_ids");
     let (batch, length) = ids.size2().unwrap();
     let labels = ids.roll([-1], [1]);
@@ -125,9 +125,9 @@ fn check(name: &str, config: ModelConfig) {
                 assert!((ours - theirs).abs() < 1e-5 * theirs, "{figure}: {ours} and {theirs}");
             }
             for (index, parameter) in model.parameters.iter().enumerate() {
-                for (name, grad) in parameter.parts(gradients.gradient(index)) {
-                    let worst = difference(&grad, &golden.tensor(&format!("grad/{name}")));
-                    assert!(worst < 1e-4, "the gradient of {name} differs by {worst}");
+                for (place, grad) in parameter.parts(gradients.gradient(index)) {
+                    let worst = difference(&grad, &golden.tensor(&format!("grad/{}", place.name)));
+                    assert!(worst < 1e-4, "the gradient of {place:?} differs by {worst}");
                 }
             }
         }
@@ -137,9 +137,9 @@ fn check(name: &str, config: ModelConfig) {
         return; // Learning rates differ by parameter there; transformers has no such optimizer.
     }
     for parameter in model.parameters.iter() {
-        for (name, part) in parameter.parts(&parameter.master) {
-            let worst = difference(&part, &golden.tensor(&format!("after/{name}")));
-            assert!(worst < 1e-3, "{name} after 3 steps differs by {worst}");
+        for (place, part) in parameter.parts(&parameter.master) {
+            let worst = difference(&part, &golden.tensor(&format!("after/{}", place.name)));
+            assert!(worst < 1e-3, "{place:?} after 3 steps differs by {worst}");
         }
     }
 }

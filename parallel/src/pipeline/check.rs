@@ -126,6 +126,7 @@ fn check_passes(order: &Order, rank: usize, passes: &[Pass]) -> Result<(), Sched
 /// Whether everything a pass needs on its own rank comes before it.
 fn check_rank(order: &Order, rank: usize, steps: &[Step]) -> Result<(), ScheduleError> {
     let (mut done, mut received, mut entered) = (HashSet::new(), HashSet::new(), HashSet::new());
+    let mut sent = HashSet::new();
     let mut computed = Vec::new();
     for step in steps {
         match step {
@@ -148,7 +149,14 @@ fn check_rank(order: &Order, rank: usize, steps: &[Step]) -> Result<(), Schedule
             Step::Collect(collective) => {
                 entered.insert(*collective);
             }
+            Step::Finish(message) => {
+                if !sent.remove(message) {
+                    let problem = "is waited for before it is sent".to_string();
+                    return Err(ScheduleError::Unanswered { rank, what: message.to_string(), problem });
+                }
+            }
             Step::Send(message, _) => {
+                sent.insert(*message);
                 let made = done.iter().any(|&pass| order.makes(rank, pass).is_some_and(|(m, _)| m == *message));
                 if !made {
                     let problem = "is sent before the pass that makes it".to_string();
@@ -183,7 +191,7 @@ fn check_messages(schedule: &Schedule) -> Result<(), ScheduleError> {
             match step {
                 Step::Send(m, to) => sent.entry((rank, *to, m.payload, m.stage)).or_default().push(*m),
                 Step::Receive(m, from) => received.entry((*from, rank, m.payload, m.stage)).or_default().push(*m),
-                Step::Compute(_) | Step::Collect(_) => {}
+                Step::Compute(_) | Step::Collect(_) | Step::Finish(_) => {}
             }
         }
     }
@@ -257,7 +265,7 @@ fn stuck(schedule: &Schedule) -> Option<Vec<(usize, Pass)>> {
                     Step::Collect(collective) => {
                         entered.entry(*collective).or_default().insert(rank);
                     }
-                    Step::Receive(..) => {}
+                    Step::Receive(..) | Step::Finish(_) => {}
                 }
                 at[rank] += 1;
                 moved = true;

@@ -4,6 +4,7 @@
 //! one that needs it, so that it runs beside a computation.
 
 use super::{Collective, CollectiveKind, Message, Order, Pass, PassKind, Payload, Schedule, Step, Vocabulary};
+use std::collections::HashMap;
 
 /// What a pass waits for on its own rank.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -99,7 +100,76 @@ impl Order {
 /// The order with its sends, receives and collectives.
 pub fn with_communication(order: Order) -> Schedule {
     let ranks = order.ranks.iter().enumerate().map(|(rank, passes)| of_rank(&order, rank, passes)).collect();
-    Schedule { order, ranks }
+    with_finishes(Schedule { order, ranks })
+}
+
+/// Sent tensors are kept until it is certain that they have arrived: until a pass that can only have started after the
+/// receiver used them. Waiting there never waits for a rank that waits for this one.
+fn with_finishes(mut schedule: Schedule) -> Schedule {
+    let ranks = schedule.ranks.len();
+    // Where each message is used: rank, and number of the step in its list.
+    let mut used_at: HashMap<Message, (usize, usize)> = HashMap::new();
+    for (rank, steps) in schedule.ranks.iter().enumerate() {
+        for (index, step) in steps.iter().enumerate() {
+            let Step::Compute(pass) = step else { continue };
+            for need in schedule.order.needs(rank, *pass) {
+                if let Need::Message(message) = need {
+                    used_at.insert(message, (rank, index));
+                }
+            }
+        }
+    }
+    // Steps of each rank that are certain to be over, as known to a rank at its current step and sent with messages.
+    let mut known: Vec<Vec<usize>> = vec![vec![0; ranks]; ranks];
+    let mut with_message: HashMap<Message, Vec<usize>> = HashMap::new();
+    let mut outstanding: Vec<Vec<Message>> = vec![Vec::new(); ranks];
+    let mut lists: Vec<Vec<Step>> = vec![Vec::new(); ranks];
+    let mut at = vec![0; ranks];
+    let mut moved = true;
+    while std::mem::take(&mut moved) {
+        for rank in 0..ranks {
+            while let Some(&step) = schedule.ranks[rank].get(at[rank]) {
+                if let Step::Compute(pass) = step {
+                    let needs = schedule.order.needs(rank, pass);
+                    let messages = needs.iter().filter_map(|need| match need {
+                        Need::Message(message) => Some(with_message.get(message)),
+                        Need::Collective(_) | Need::Pass(_) => None,
+                    });
+                    let Some(clocks) = messages.collect::<Option<Vec<_>>>() else { break };
+                    for clock in clocks {
+                        known[rank].iter_mut().zip(clock).for_each(|(own, &theirs)| *own = (*own).max(theirs));
+                    }
+                }
+                at[rank] += 1;
+                moved = true;
+                known[rank][rank] = at[rank];
+                lists[rank].push(step);
+                match step {
+                    Step::Send(message, _) => {
+                        with_message.insert(message, known[rank].clone());
+                        outstanding[rank].push(message);
+                    }
+                    Step::Compute(_) => {
+                        let arrived = |message: &Message| {
+                            used_at.get(message).is_some_and(|&(peer, index)| known[rank][peer] > index)
+                        };
+                        let (over, left) = outstanding[rank].iter().partition(|message| arrived(message));
+                        outstanding[rank] = left;
+                        let over: Vec<Message> = over;
+                        lists[rank].extend(over.into_iter().map(Step::Finish));
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+    for rank in 0..ranks {
+        // A schedule that stops is kept whole, for the check to say why.
+        lists[rank].extend(&schedule.ranks[rank][at[rank]..]);
+        lists[rank].extend(outstanding[rank].drain(..).map(Step::Finish));
+    }
+    schedule.ranks = lists;
+    schedule
 }
 
 fn of_rank(order: &Order, rank: usize, passes: &[Pass]) -> Vec<Step> {

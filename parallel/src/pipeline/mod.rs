@@ -5,16 +5,18 @@
 //! - [`communication`] inserts sends, receives and collectives;
 //! - [`check`] proves that a schedule can run; [`simulate`] says how long it takes and what it holds; [`draw`] draws it.
 //!
-//! Nothing here knows a tensor.
+//! Nothing of this knows a tensor but [`Executor`], which carries a schedule out.
 
 pub mod check;
 pub mod communication;
 pub mod draw;
+mod execute;
 pub mod schedules;
 pub mod simulate;
 mod text;
 pub mod vocabulary;
 
+pub use execute::{Exchange, Executor, Stages};
 pub use text::OrderFile;
 
 use serde::{Deserialize, Serialize};
@@ -213,6 +215,8 @@ pub enum Step {
     Send(Message, usize),
     /// Start receiving from the rank.
     Receive(Message, usize),
+    /// Wait until a tensor has been sent, and forget it. Stands where that is certain to have happened.
+    Finish(Message),
     /// Enter a collective.
     Collect(Collective),
 }

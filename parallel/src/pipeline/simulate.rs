@@ -143,7 +143,7 @@ pub fn simulate(schedule: &Schedule, costs: &Costs) -> Timeline {
                         arrival.insert(*message, clock[rank] + costs.send);
                     }
                     Step::Collect(collective) => entered.entry(*collective).or_default().push((rank, clock[rank])),
-                    Step::Receive(..) => {}
+                    Step::Receive(..) | Step::Finish(_) => {}
                 }
                 at[rank] += 1;
                 moved = true;

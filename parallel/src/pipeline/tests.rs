@@ -198,7 +198,10 @@ fn broken_lists_are_refused_with_the_pass_named() {
         error.to_string(),
         "rank 1 cannot compute F2: the activation of microbatch 2 for stage 1 is not received"
     );
-    let error = broken(|s| s.ranks[0].retain(|step| !matches!(step, Step::Send(m, 1) if m.microbatch == 2)));
+    let error = broken(|s| {
+        let of_third = |m: &Message| m.payload == Payload::Activation && m.microbatch == 2;
+        s.ranks[0].retain(|step| !matches!(step, Step::Send(m, _) | Step::Finish(m) if of_third(m)));
+    });
     assert_eq!(
         error.to_string(),
         "rank 1, receiving the activation of microbatch 2 for stage 1: rank 0 does not send it"

@@ -1,26 +1,8 @@
 //! What types cannot say: numbers that must divide others, and values that must be there.
 
-use super::{AxisSize, Config, Dtype, MoeConfig, ScheduleConfig};
-use parallel::{Mesh, MeshShape};
+use super::{Config, Dtype, MoeConfig, ScheduleConfig};
 
 impl Config {
-    /// The mesh of `ranks` ranks as `rank` sees it.
-    ///
-    /// # Errors
-    /// When the axes do not fit the ranks or the experts: which keys, and the arithmetic.
-    pub fn mesh(&self, rank: usize, ranks: usize) -> Result<Mesh, String> {
-        let data = match self.parallel.data {
-            AxisSize::Size(size) => size,
-            AxisSize::Auto(_) => ranks,
-        };
-        let shape = MeshShape { data, tensor: 1, pipeline: 1, context: 1, expert: self.parallel.expert };
-        Mesh::new(shape, rank, ranks).map_err(|error| {
-            format!(
-                "parallel: {error}; change parallel.data, parallel.expert or the number of ranks (--nproc-per-node)"
-            )
-        })
-    }
-
     /// Every reason why this cannot run on `ranks` ranks, one sentence each.
     pub fn problems(&self, ranks: usize) -> Vec<String> {
         let mut problems = Problems::default();
@@ -31,13 +13,14 @@ impl Config {
             Ok(mesh) => {
                 let data = mesh.shape().data;
                 let train = &self.train;
-                if train.micro_batch > 0 && !train.global_batch.is_multiple_of(train.micro_batch * data) {
+                let at_once = train.micro_batch * data;
+                if at_once > 0 && !train.global_batch.is_multiple_of(at_once) {
                     problems.add(format!(
-                        "train.global_batch {} is not a multiple of train.micro_batch {} x data {data} = {}",
-                        train.global_batch,
-                        train.micro_batch,
-                        train.micro_batch * data
+                        "train.global_batch {} is not a multiple of train.micro_batch {} x data {data} = {at_once}",
+                        train.global_batch, train.micro_batch
                     ));
+                } else if at_once > 0 && train.global_batch > 0 && self.model.layers > 0 {
+                    self.check_pipeline(train.global_batch / at_once, &mut problems);
                 }
                 if let Some(moe) = &self.model.moe {
                     problems.divides(
@@ -53,6 +36,26 @@ impl Config {
             Err(error) => problems.add(error),
         }
         problems.0
+    }
+
+    fn check_pipeline(&self, microbatches: usize, problems: &mut Problems) {
+        if let Err(error) = self.pipeline_plan(microbatches) {
+            problems.add(error);
+        }
+        let pipeline = self.parallel.pipeline;
+        if self.parallel.vocabulary.algorithm().is_some() && self.model.vocab_size < pipeline {
+            problems.add(format!(
+                "parallel.vocabulary shares {} tokens out over {pipeline} ranks: each needs one",
+                self.model.vocab_size
+            ));
+        }
+        if pipeline > 1 && self.model.moe.as_ref().is_some_and(|moe| moe.load_balance_pool_layers) {
+            problems.add(
+                "model.moe.load_balance_pool_layers averages over layers that parallel.pipeline puts on different ranks: \
+                 turn one of them off"
+                    .into(),
+            );
+        }
     }
 
     fn check_model(&self, problems: &mut Problems) {

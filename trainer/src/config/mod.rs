@@ -1,8 +1,10 @@
 //! The experiment, as a person writes it. Every field has its unit; unknown keys are refused.
 
 mod check;
+mod layout;
 mod model;
 
+pub use layout::{ParallelConfig, PipelinePlan, ScheduleChoice, VocabularyLayout};
 pub use model::{ModelConfig, MoeConfig, MupConfig, QkNorm, RouterConfig};
 
 use schemars::JsonSchema;
@@ -57,24 +59,6 @@ pub struct RunConfig {
     /// Steps between lines on a terminal that shows no progress bar.
     #[serde(default = "ten")]
     pub log_every: u64,
-}
-
-/// How the ranks share the work.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct ParallelConfig {
-    /// Replicas of the dense layers; `auto` takes all ranks that the other axes leave.
-    pub data: AxisSize,
-    /// Ranks that share out the experts of a layer. Folded over the data axis: it divides it.
-    pub expert: usize,
-    /// Size in MiB up to which gradients share one all-reduce.
-    pub bucket_mib: usize,
-}
-
-impl Default for ParallelConfig {
-    fn default() -> ParallelConfig {
-        ParallelConfig { data: AxisSize::Auto(Auto::Auto), expert: 1, bucket_mib: 25 }
-    }
 }
 
 /// A number of ranks, or `auto`.

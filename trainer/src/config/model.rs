@@ -77,6 +77,35 @@ impl ModelConfig {
         (0..self.layers).any(|layer| self.moe_of(layer).is_none())
     }
 
+    /// Parameters of the model, and those of them that work on any one token.
+    pub fn num_parameters(&self) -> (u64, u64) {
+        let (hidden, head_dim) = (self.hidden as u64, self.head_dim() as u64);
+        let (heads, kv_heads) = (self.heads as u64, self.kv_heads() as u64);
+        let qk_norm = match self.qk_norm {
+            QkNorm::None => 0,
+            QkNorm::Full => (heads + kv_heads) * head_dim,
+            QkNorm::Head => 2 * head_dim,
+        };
+        let attention = 2 * (heads + kv_heads) * head_dim * hidden + qk_norm;
+        let vocabulary = (self.vocab_size * self.hidden) as u64 * if self.tie_embeddings { 1 } else { 2 };
+        let (mut total, mut active) = (vocabulary + hidden, vocabulary + hidden);
+        for layer in 0..self.layers {
+            let (all, working) = match self.moe_of(layer) {
+                None => (self.ffn.unwrap_or(0) as u64, self.ffn.unwrap_or(0) as u64),
+                Some(moe) => {
+                    let ffn = |experts: usize| (experts * moe.ffn) as u64;
+                    let gate = moe.experts as u64 * hidden;
+                    (total, active) = (total + gate, active + gate);
+                    (ffn(moe.experts + moe.shared_experts), ffn(moe.top_k + moe.shared_experts))
+                }
+            };
+            let rest = attention + 2 * hidden;
+            total += rest + 3 * hidden * all;
+            active += rest + 3 * hidden * working;
+        }
+        (total, active)
+    }
+
     /// How many layers are mixtures.
     pub fn num_moe_layers(&self) -> usize {
         (0..self.layers).filter(|&layer| self.moe_of(layer).is_some()).count()

@@ -1,0 +1,201 @@
+//! Embedding and output layer shared out by rows over the ranks of a pipeline (arXiv 2411.05288, sections 3 and 4).
+//!
+//! Each rank computes its own logits and their softmax against its own statistics (S). What the ranks tell each other, a
+//! maximum, a sum and the label's logit a token, turns that into the true softmax by one factor a token. With `vocab_2` S
+//! also computes the input's gradient against local statistics, and the same factor corrects it; with `vocab_1` T does.
+// Shapes: T tokens, D hidden, V vocabulary, v rows of it on this rank.
+
+use super::loss::IGNORED;
+use parallel::pipeline::{Exchange, Vocabulary};
+use parallel::{CommError, Communicator, ReduceOp, Weight, add_product};
+use std::ops::Range;
+use tch::{Kind, Tensor};
+use torch_ext::Error;
+
+/// fp32 logits that exist at once take up to this many bytes.
+const CHUNK_BYTES: usize = 16 << 20;
+
+/// What S leaves for T.
+pub(crate) struct LocalSoftmax {
+    /// `[T, D]`.
+    hidden: Tensor,
+    /// `[T, v]`, of the model's dtype: softmax over this rank's rows alone.
+    probs: Tensor,
+    /// `[T]` int64: the label's row on this rank, and whether it is one (fp32).
+    target: Tensor,
+    owned: Tensor,
+    /// `[T]` fp32: the gradient of the total loss with respect to each token's loss, over the logits' divisor.
+    weight: Tensor,
+    /// `[3, T]` fp32: maximum, sum of exponentials, label's logit.
+    statistics: Tensor,
+    /// `vocab_2`: `[T, D]` each, the two parts of the input's gradient.
+    parts: Option<(Tensor, Tensor)>,
+}
+
+/// Chunks of `tokens` whose logits over `rows` rows fit.
+fn chunks(tokens: i64, rows: i64) -> impl Iterator<Item = (i64, i64)> {
+    let chunk = (CHUNK_BYTES / 4 / rows.max(1) as usize).clamp(1, tokens.max(1) as usize) as i64;
+    (0..tokens).step_by(chunk as usize).map(move |start| (start, chunk.min(tokens - start)))
+}
+
+/// S of hidden states `[T, D]` and labels `[T]`: rows `rows` of the output layer are `weight`. The loss of each token enters
+/// the total with `factor`; without `learning` nothing is computed for gradients.
+pub(crate) fn logits(
+    hidden: &Tensor,
+    weight: &Weight,
+    rows: &Range<usize>,
+    labels_t: &Tensor,
+    factor: f64,
+    divisor: f64,
+    algorithm: Option<Vocabulary>,
+) -> LocalSoftmax {
+    let (kind, matrix) = (hidden.kind(), weight.value().detach());
+    let (tokens, own) = (hidden.size()[0], rows.len() as i64);
+    let float = (Kind::Float, hidden.device());
+    let shifted = labels_t - rows.start as i64;
+    let inside = shifted.ge(0).logical_and(&shifted.lt(own));
+    let owned = inside.to_kind(Kind::Float);
+    let target = shifted.clamp(0, own - 1);
+    let statistics = Tensor::zeros([3, tokens], float);
+    let probs = Tensor::empty([if algorithm.is_some() { tokens } else { 0 }, own], (kind, hidden.device()));
+    let parts = (algorithm == Some(Vocabulary::Vocab2)).then(|| {
+        let of_target = matrix.index_select(0, &target) * owned.unsqueeze(1).to_kind(kind);
+        (hidden.empty_like(), of_target)
+    });
+    for (start, len) in chunks(tokens, own) {
+        let mut logits = hidden.narrow(0, start, len).matmul(&matrix.tr()).to_kind(Kind::Float);
+        if divisor != 1.0 {
+            logits /= divisor;
+        }
+        let largest = logits.amax([1i64].as_slice(), true);
+        let of_target = logits.gather(1, &target.narrow(0, start, len).unsqueeze(1), false).squeeze_dim(1);
+        let exponentials = logits.subtract_(&largest).exp_();
+        let sum = exponentials.sum_dim_intlist([1i64].as_slice(), true, Kind::Float);
+        statistics.get(0).narrow(0, start, len).copy_(&largest.squeeze_dim(1));
+        statistics.get(1).narrow(0, start, len).copy_(&sum.squeeze_dim(1));
+        statistics.get(2).narrow(0, start, len).copy_(&(of_target * owned.narrow(0, start, len)));
+        if algorithm.is_some() {
+            let chunk = probs.narrow(0, start, len);
+            chunk.shallow_clone().copy_(&(exponentials / sum));
+            if let Some((mixed, _)) = &parts {
+                let _ = chunk.mm_out(&mixed.narrow(0, start, len), &matrix);
+            }
+        }
+    }
+    let counted = labels_t.not_equal(IGNORED).to_kind(Kind::Float);
+    LocalSoftmax {
+        hidden: hidden.shallow_clone(),
+        probs,
+        target,
+        owned,
+        weight: counted * (factor / divisor),
+        statistics,
+        parts,
+    }
+}
+
+impl LocalSoftmax {
+    /// C1: the loss, summed over tokens and weighted, then the factor `[T]` that makes this rank's softmax the true one, and
+    /// with `vocab_2`, where `takes_gradient`, the input's gradient.
+    pub(crate) fn exchange(&self, divisor: f64, takes_gradient: bool) -> Exchange {
+        let (own, weight) = (self.statistics.shallow_clone(), self.weight.shallow_clone());
+        let parts = self.parts.as_ref().map(|(mixed, target)| (mixed.shallow_clone(), target.shallow_clone()));
+        Box::new(move |group: &dyn Communicator| {
+            let tokens = own.size()[1];
+            let all = Tensor::empty([3 * group.size() as i64, tokens], (own.kind(), own.device()));
+            group.all_gather(&all, &own)?.wait()?;
+            let all = all.view([group.size() as i64, 3, tokens]);
+            let (largest, sums, targets) = (all.select(1, 0), all.select(1, 1), all.select(1, 2));
+            let first = [0i64];
+            let highest = largest.amax(first.as_slice(), false);
+            let scaled = sums * (largest - &highest).exp();
+            let total = scaled.sum_dim_intlist(first.as_slice(), false, Kind::Float);
+            let of_target = targets.sum_dim_intlist(first.as_slice(), false, Kind::Float);
+            let loss = ((total.log() + highest - of_target) * &weight).sum(Kind::Float) * divisor;
+            let correction = scaled.get(group.rank() as i64) / total;
+            let mut results = vec![loss, correction.shallow_clone()];
+            if let Some((mixed, target)) = parts {
+                let by_token = |t: &Tensor| t.unsqueeze(1).to_kind(mixed.kind());
+                let gradient = (&mixed * by_token(&correction) - target) * by_token(&weight);
+                group.all_reduce(&gradient, ReduceOp::Sum)?.wait()?;
+                results.extend(takes_gradient.then_some(gradient));
+            }
+            Ok::<_, CommError>(results)
+        })
+    }
+
+    /// T: adds the gradient of this rank's rows, and gives this rank's part of the input's gradient `[T, D]` where
+    /// `input_too`.
+    ///
+    /// # Errors
+    /// When nothing collects the gradient.
+    pub(crate) fn backward(
+        self,
+        weight: &Weight,
+        correction: &Tensor,
+        input_too: bool,
+    ) -> Result<Option<Tensor>, Error> {
+        let (kind, matrix) = (self.hidden.kind(), weight.value().detach());
+        let gradient = input_too.then(|| self.hidden.empty_like());
+        let contribution = weight.contribution()?;
+        for (start, len) in chunks(self.hidden.size()[0], self.probs.size()[1]) {
+            let part = |t: &Tensor| t.narrow(0, start, len).unsqueeze(1);
+            let scale = part(correction) * part(&self.weight);
+            let minus = -(part(&self.owned) * part(&self.weight));
+            let mut of_logits = self.probs.narrow(0, start, len).to_kind(Kind::Float) * scale;
+            let of_logits = of_logits.scatter_add_(1, &part(&self.target), &minus).to_kind(kind);
+            add_product(contribution.sum(), &of_logits.tr(), &self.hidden.narrow(0, start, len));
+            if let Some(gradient) = &gradient {
+                let _ = of_logits.mm_out(&gradient.narrow(0, start, len), &matrix);
+            }
+        }
+        contribution.finish()?;
+        Ok(gradient)
+    }
+}
+
+/// C2 and the sum of the embedding: `part` summed over the ranks, given to those that need it.
+pub(crate) fn sum(part: Tensor, takes: bool) -> Exchange {
+    Box::new(move |group: &dyn Communicator| {
+        group.all_reduce(&part, ReduceOp::Sum)?.wait()?;
+        Ok(if takes { vec![part] } else { Vec::new() })
+    })
+}
+
+/// C0 and the way back of the embedding: `tensor` of `root` for all.
+pub(crate) fn broadcast(tensor: Tensor, root: usize) -> Exchange {
+    Box::new(move |group: &dyn Communicator| {
+        group.broadcast(&tensor, root)?.wait()?;
+        Ok(vec![tensor])
+    })
+}
+
+/// IF: this rank's rows for `tokens_t` `[T]`, zero for tokens of other ranks: `[T, D]`.
+pub(crate) fn embed(tokens_t: &Tensor, weight: &Weight, rows: &Range<usize>) -> Tensor {
+    let (index, inside) = own_rows(tokens_t, rows);
+    let matrix = weight.value().detach();
+    matrix.index_select(0, &index) * inside.to_kind(matrix.kind())
+}
+
+/// IB: adds the gradient of this rank's rows, given that of the embedded tokens `[T, D]`.
+///
+/// # Errors
+/// When nothing collects the gradient.
+pub(crate) fn embed_backward(
+    tokens_t: &Tensor,
+    gradient: &Tensor,
+    weight: &Weight,
+    rows: &Range<usize>,
+) -> Result<(), Error> {
+    let (index, inside) = own_rows(tokens_t, rows);
+    let contribution = weight.contribution()?;
+    let _ = contribution.sum().shallow_clone().index_add_(0, &index, &(gradient.to_kind(Kind::Float) * inside));
+    contribution.finish()
+}
+
+/// The row of each token on this rank, and a column of ones where it has one, zeros elsewhere (fp32).
+fn own_rows(tokens_t: &Tensor, rows: &Range<usize>) -> (Tensor, Tensor) {
+    let shifted = tokens_t - rows.start as i64;
+    let inside = shifted.ge(0).logical_and(&shifted.lt(rows.len() as i64));
+    (shifted.clamp(0, rows.len() as i64 - 1), inside.to_kind(Kind::Float).unsqueeze(1))
+}

@@ -1,0 +1,271 @@
+//! This rank's stages at work on the microbatches of a step: what a pipeline's executor calls.
+
+use crate::Error;
+use crate::model::vocabulary::{self, LocalSoftmax};
+use crate::model::{Model, with_gradient};
+use moe::balance::BatchTotals;
+use parallel::pipeline::{Collective, CollectiveKind, Exchange, Pass, PassKind, Stages, Vocabulary};
+use parallel::{Accelerator, Deferred, GradientBuckets};
+use std::collections::HashMap;
+use tch::{Kind, Tensor};
+
+/// What the microbatches of a step gave on this rank; sums over ranks are the step's figures.
+pub(crate) struct Sums {
+    pub(crate) cross_entropy: f64,
+    pub(crate) load_balance: f64,
+    pub(crate) z: f64,
+    /// Choices of each expert, `[mixture layers of the model][E]`; zero for layers of other ranks.
+    pub(crate) choices: Vec<Vec<f64>>,
+    /// Rows worked on, `[mixture layers of the model]`.
+    pub(crate) rows: Vec<f64>,
+}
+
+/// A forward whose backward is to come.
+struct InFlight {
+    /// Where another stage, or the vocabulary's ranks, made it.
+    input: Option<Tensor>,
+    output: Tensor,
+    /// What of the total loss is known: the last stage's cross-entropy, auxiliary losses.
+    loss: Option<Tensor>,
+}
+
+/// What passes of the vocabulary leave for collectives and later passes.
+#[derive(Default)]
+struct OfVocabulary {
+    hidden: Option<Tensor>,
+    embedded: Option<Tensor>,
+    softmax: Option<LocalSoftmax>,
+    hidden_gradient: Option<Tensor>,
+    embedding_gradient: Option<Tensor>,
+}
+
+/// One step, or one pass over data without learning.
+pub(crate) struct StepStages<'a> {
+    model: &'a Model,
+    device: &'a dyn Accelerator,
+    /// None where nothing is learned.
+    gradients: Option<&'a GradientBuckets>,
+    /// Inputs and labels `[B, S]` of a microbatch.
+    batch: &'a dyn Fn(usize) -> Result<(Tensor, Tensor), Error>,
+    totals: BatchTotals<'a>,
+    algorithm: Option<Vocabulary>,
+    /// Rank in the pipeline of the last stage.
+    last_rank: usize,
+    /// `[T, D]` of a microbatch.
+    shape: [i64; 2],
+    kind: Kind,
+    sequences: i64,
+    in_flight: HashMap<(usize, usize), InFlight>,
+    deferred: HashMap<(usize, usize), Vec<Deferred>>,
+    of_vocabulary: HashMap<usize, OfVocabulary>,
+    pub(crate) sums: Sums,
+}
+
+/// What a step is made of.
+pub(crate) struct StepInputs<'a> {
+    pub(crate) model: &'a Model,
+    pub(crate) device: &'a dyn Accelerator,
+    pub(crate) gradients: Option<&'a GradientBuckets>,
+    pub(crate) batch: &'a dyn Fn(usize) -> Result<(Tensor, Tensor), Error>,
+    pub(crate) totals: BatchTotals<'a>,
+    pub(crate) algorithm: Option<Vocabulary>,
+    pub(crate) last_rank: usize,
+    pub(crate) sequences: i64,
+    pub(crate) sequence_length: i64,
+    pub(crate) kind: Kind,
+}
+
+impl<'a> StepStages<'a> {
+    pub(crate) fn new(inputs: StepInputs<'a>) -> StepStages<'a> {
+        let StepInputs { model, device, gradients, batch, totals, algorithm, .. } = inputs;
+        let StepInputs { last_rank, sequences, sequence_length, kind, .. } = inputs;
+        let experts = model.config().moe.as_ref().map_or(0, |moe| moe.experts);
+        let mixtures = model.config().num_moe_layers();
+        StepStages {
+            model,
+            device,
+            gradients,
+            batch,
+            totals,
+            algorithm,
+            last_rank,
+            shape: [sequences * sequence_length, model.config().hidden as i64],
+            kind,
+            sequences,
+            in_flight: HashMap::new(),
+            deferred: HashMap::new(),
+            of_vocabulary: HashMap::new(),
+            sums: Sums {
+                cross_entropy: 0.0,
+                load_balance: 0.0,
+                z: 0.0,
+                choices: vec![vec![0.0; experts]; mixtures],
+                rows: vec![0.0; mixtures],
+            },
+        }
+    }
+
+    fn forward(&mut self, chunk: usize, microbatch: usize, input: Option<Tensor>) -> Result<Option<Tensor>, Error> {
+        let (model, learning) = (self.model, self.gradients.is_some());
+        let part = &model.part().stages[chunk];
+        // What comes from elsewhere is where this stage's backward ends.
+        let input = input.map(|input| input.set_requires_grad(learning));
+        let x = match &input {
+            Some(input) => input.shallow_clone(),
+            None => model.embed(&(self.batch)(microbatch)?.0)?,
+        };
+        let out = model.forward_stage(chunk, &x, self.sequences)?;
+        let auxiliary = model.auxiliary(chunk, &out.stats, &self.totals);
+        self.sums.load_balance += auxiliary.load_balance;
+        self.sums.z += auxiliary.z;
+        for (mixture, (choices, &rows)) in model.mixtures(chunk).zip(out.choices.iter().zip(&out.rows)) {
+            self.sums.choices[mixture].iter_mut().zip(choices).for_each(|(sum, &choices)| *sum += choices as f64);
+            self.sums.rows[mixture] += rows as f64;
+        }
+        let mut loss = auxiliary.total;
+        if part.last && self.algorithm.is_none() {
+            let labels = (self.batch)(microbatch)?.1;
+            let cross_entropy = model.cross_entropy(&out.hidden_td, &labels, &self.totals)?;
+            self.sums.cross_entropy += cross_entropy.double_value(&[]);
+            loss = Some(loss.map_or(cross_entropy.shallow_clone(), |loss| loss + cross_entropy));
+        }
+        let output = out.hidden_td;
+        if part.last && self.algorithm.is_some() {
+            self.vocabulary_of(microbatch).hidden = Some(output.detach());
+        }
+        let sent = (!part.last).then(|| output.detach());
+        if learning {
+            self.in_flight.insert((chunk, microbatch), InFlight { input, output, loss });
+        }
+        Ok(sent)
+    }
+
+    /// Backward of a stage from the gradient of its output; `split` keeps the weights' gradients for a later pass.
+    fn backward(&mut self, pass: Pass, gradient: Option<Tensor>) -> Result<Option<Tensor>, Error> {
+        let Pass { kind, chunk, microbatch } = pass;
+        let (model, part) = (self.model, &self.model.part().stages[chunk]);
+        let gradients = self.gradients.expect("a schedule with backward passes learns");
+        let in_flight = self.in_flight.remove(&(chunk, microbatch)).expect("forward comes first");
+        let InFlight { input, output, mut loss } = in_flight;
+        if let Some(gradient) = gradient {
+            let zero = self.device.zeros(&[], Kind::Float);
+            let root = with_gradient(zero, &output, gradient)?;
+            loss = Some(loss.map_or(root.shallow_clone(), |loss| loss + root));
+        }
+        // A stage without anything to learn from has nothing to do.
+        if let Some(loss) = loss.filter(Tensor::requires_grad) {
+            match kind {
+                PassKind::BackwardInput => {
+                    let ((), deferred) = gradients.without_weights(|| loss.f_backward().map_err(Error::from))?;
+                    self.deferred.insert((chunk, microbatch), deferred);
+                }
+                _ => loss.f_backward()?,
+            }
+        }
+        let of_input = input.map(|input| input.grad());
+        if part.first && model.part().vocabulary.is_some() {
+            self.vocabulary_of(microbatch).embedding_gradient = of_input;
+            return Ok(None);
+        }
+        Ok(of_input)
+    }
+
+    fn vocabulary_of(&mut self, microbatch: usize) -> &mut OfVocabulary {
+        self.of_vocabulary.entry(microbatch).or_default()
+    }
+
+    fn labels(&self, microbatch: usize) -> Result<Tensor, Error> {
+        Ok((self.batch)(microbatch)?.1.flatten(0, -1))
+    }
+
+    fn tokens(&self, microbatch: usize) -> Result<Tensor, Error> {
+        Ok((self.batch)(microbatch)?.0.flatten(0, -1))
+    }
+}
+
+impl Stages for StepStages<'_> {
+    type Error = Error;
+
+    fn compute(&mut self, pass: Pass, mut inputs: Vec<Tensor>) -> Result<Option<Tensor>, Error> {
+        let Pass { kind, chunk, microbatch } = pass;
+        let shared = self.model.shared_vocabulary();
+        let shared = || shared.as_ref().expect("a schedule with passes of the vocabulary shares it out");
+        match kind {
+            PassKind::Forward => {
+                let input = inputs.pop();
+                return match self.gradients {
+                    Some(_) => self.forward(chunk, microbatch, input),
+                    None => tch::no_grad(|| self.forward(chunk, microbatch, input)),
+                };
+            }
+            PassKind::Backward | PassKind::BackwardInput => {
+                // With `vocab_2` the collective also brings what T needs; the gradient is the last.
+                return self.backward(pass, inputs.pop());
+            }
+            PassKind::BackwardWeight => {
+                for contribution in self.deferred.remove(&(chunk, microbatch)).unwrap_or_default() {
+                    contribution()?;
+                }
+            }
+            PassKind::Logits => {
+                let labels = self.labels(microbatch)?;
+                let (_, head, rows) = shared();
+                let factor = 1.0 / self.totals.tokens;
+                let algorithm = self.algorithm.filter(|_| self.gradients.is_some());
+                let divisor = self.model.logits_divisor();
+                let softmax =
+                    tch::no_grad(|| vocabulary::logits(&inputs[0], head, rows, &labels, factor, divisor, algorithm));
+                self.vocabulary_of(microbatch).softmax = Some(softmax);
+            }
+            PassKind::LogitsBackward => {
+                // Every rank knows the loss; the one of the last stage counts it.
+                if self.model.part().has_last() {
+                    self.sums.cross_entropy += inputs[0].double_value(&[]);
+                }
+                let softmax = self.vocabulary_of(microbatch).softmax.take().expect("S comes first");
+                if self.gradients.is_some() {
+                    let input_too = self.algorithm == Some(Vocabulary::Vocab1);
+                    let gradient = tch::no_grad(|| softmax.backward(&shared().1, &inputs[1], input_too))?;
+                    self.vocabulary_of(microbatch).hidden_gradient = gradient;
+                }
+            }
+            PassKind::Embed => {
+                let tokens = self.tokens(microbatch)?;
+                let (embedding, _, rows) = shared();
+                let embedded = tch::no_grad(|| vocabulary::embed(&tokens, embedding, rows));
+                self.vocabulary_of(microbatch).embedded = Some(embedded);
+            }
+            PassKind::EmbedBackward => {
+                let tokens = self.tokens(microbatch)?;
+                let (embedding, _, rows) = shared();
+                tch::no_grad(|| vocabulary::embed_backward(&tokens, &inputs[0], embedding, rows))?;
+                self.of_vocabulary.remove(&microbatch);
+            }
+        }
+        Ok(None)
+    }
+
+    fn exchange(&mut self, collective: Collective) -> Result<Exchange, Error> {
+        let (part, buffer) = (self.model.part(), self.buffer());
+        let (has_first, has_last) = (part.has_first(), part.has_last());
+        let (first, last) = (0, self.last_rank);
+        let divisor = self.model.logits_divisor();
+        let of = self.vocabulary_of(collective.microbatch);
+        Ok(match collective.kind {
+            CollectiveKind::Hidden => vocabulary::broadcast(of.hidden.take().unwrap_or(buffer).contiguous(), last),
+            CollectiveKind::Statistics => of.softmax.as_ref().expect("S comes first").exchange(divisor, has_last),
+            CollectiveKind::HiddenGradient => {
+                vocabulary::sum(of.hidden_gradient.take().expect("T comes first"), has_last)
+            }
+            CollectiveKind::Embedding => vocabulary::sum(of.embedded.take().expect("IF comes first"), has_first),
+            CollectiveKind::EmbeddingGradient => {
+                let tensor = of.embedding_gradient.take().unwrap_or(buffer);
+                vocabulary::broadcast(tensor.contiguous(), first)
+            }
+        })
+    }
+
+    fn buffer(&self) -> Tensor {
+        self.device.empty(&self.shape, self.kind)
+    }
+}
