@@ -219,11 +219,11 @@ fn every_schedule_and_every_vocabulary_layout() {
         let single = trace_of(1, odd(folder.path(), &experts(1), 1, tied));
         let mut layouts = vec![
             (3, json!({"pipeline": 3, "schedule": "1f1b", "stage_layers": [1, 4, 0]})),
-            (4, json!({"pipeline": 2, "schedule": "v-half", "vocabulary": "vocab_2", "expert": 2})),
-            (4, json!({"pipeline": 4, "schedule": "interleaved", "vocabulary": "vocab_1"})),
+            (4, json!({"pipeline": 2, "schedule": "v-half", "vocabulary": "vocab-2", "expert": 2})),
+            (4, json!({"pipeline": 4, "schedule": "interleaved", "vocabulary": "vocab-1"})),
         ];
         for schedule in ["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "v-half", "v-min", "dualpipe-v"] {
-            for vocabulary in ["baseline", "redis", "vocab_1", "vocab_2"] {
+            for vocabulary in ["baseline", "redis", "vocab-1", "vocab-2"] {
                 layouts.push((2, json!({"pipeline": 2, "schedule": schedule, "vocabulary": vocabulary})));
             }
         }

@@ -199,7 +199,7 @@ impl Stages for StepStages<'_> {
                 };
             }
             PassKind::Backward | PassKind::BackwardInput => {
-                // With `vocab_2` the collective also brings what T needs; the gradient is the last.
+                // With `vocab-2` the collective also brings what T needs; the gradient is the last.
                 return self.backward(pass, inputs.pop());
             }
             PassKind::BackwardWeight => {

@@ -32,9 +32,9 @@ pub enum PassKind {
     BackwardInput,
     /// `W`: the gradient of a stage's weights.
     BackwardWeight,
-    /// `S`: this rank's logits, their statistics, and with `vocab_2` the input gradient's parts.
+    /// `S`: this rank's logits, their statistics, and with `vocab-2` the input gradient's parts.
     Logits,
-    /// `T`: the gradient of this rank's part of the output layer, and with `vocab_1` of its input.
+    /// `T`: the gradient of this rank's part of the output layer, and with `vocab-1` of its input.
     LogitsBackward,
     /// `IF`: lookup in this rank's part of the embedding.
     Embed,
@@ -105,8 +105,10 @@ pub enum Placement {
 #[serde(rename_all = "snake_case")]
 pub enum Vocabulary {
     /// Algorithm 1, two barriers: statistics after S, the input's gradient after T.
+    #[serde(rename = "vocab-1")]
     Vocab1,
     /// Algorithm 2, one barrier: statistics and the input's gradient after S.
+    #[serde(rename = "vocab-2")]
     Vocab2,
 }
 
@@ -186,9 +188,9 @@ pub struct Message {
 pub enum CollectiveKind {
     /// C0: the last stage's output to every rank.
     Hidden,
-    /// C1: the statistics of the logits, with `vocab_2` also the sum of the input gradient's parts.
+    /// C1: the statistics of the logits, with `vocab-2` also the sum of the input gradient's parts.
     Statistics,
-    /// C2, `vocab_1` only: the sum of the input gradient's parts to the last stage.
+    /// C2, `vocab-1` only: the sum of the input gradient's parts to the last stage.
     HiddenGradient,
     /// The sum of the embedding's parts to the first stage.
     Embedding,

@@ -167,8 +167,8 @@ fn measured_iterations_of_the_papers_authors_are_predicted() {
         };
         let order = ScheduleKind::OneFOneB.order(p, microbatches, None).unwrap();
         let order = match fields[0] {
-            "vocab_1" => with_vocabulary(&order, Vocabulary::Vocab1, &costs),
-            "vocab_2" => with_vocabulary(&order, Vocabulary::Vocab2, &costs),
+            "vocab-1" => with_vocabulary(&order, Vocabulary::Vocab1, &costs),
+            "vocab-2" => with_vocabulary(&order, Vocabulary::Vocab2, &costs),
             _ => order,
         };
         let predicted = run(order, &costs).total;

@@ -1,6 +1,6 @@
 //! Inserts the passes of vocabulary parallelism into any order (arXiv 2411.05288, section 5).
 //!
-//! Between the last stage's forward of a microbatch and its backward, S runs on all ranks, with `vocab_1` also T, and
+//! Between the last stage's forward of a microbatch and its backward, S runs on all ranks, with `vocab-1` also T, and
 //! collectives lie in between. So that nobody waits for those, every backward is put off by one microbatch for each
 //! barrier; that is all the memory it costs. Then each rank takes S of a microbatch as soon as it has ended what it was
 //! at when the last stage's forward ended, the last stage's own rank one backward later, right after T of the microbatch before: the same work on all

@@ -73,8 +73,10 @@ pub enum VocabularyLayout {
     /// On the first and the last stage, which have fewer layers for it.
     Redis,
     /// Shared out over all stages, two barriers a microbatch.
+    #[serde(rename = "vocab-1")]
     Vocab1,
     /// Shared out over all stages, one barrier a microbatch.
+    #[serde(rename = "vocab-2")]
     Vocab2,
 }
 
@@ -191,7 +193,7 @@ impl Config {
     pub fn costs(&self, order: &Order, layers: &[usize]) -> Costs {
         let (_, head) = self.model.ends_in_layers();
         let ranks = order.ranks.len();
-        // S has two of the three matrix products, the input's gradient among them with `vocab_2`.
+        // S has two of the three matrix products, the input's gradient among them with `vocab-2`.
         let share = head / ranks as f64;
         let vocabulary =
             VocabularyCosts { logits: 2.0 * share, logits_backward: share, embed: 0.0, embed_backward: 0.0 };

@@ -1,8 +1,8 @@
 //! Embedding and output layer shared out by rows over the ranks of a pipeline (arXiv 2411.05288, sections 3 and 4).
 //!
 //! Each rank computes its own logits and their softmax against its own statistics (S). What the ranks tell each other, a
-//! maximum, a sum and the label's logit a token, turns that into the true softmax by one factor a token. With `vocab_2` S
-//! also computes the input's gradient against local statistics, and the same factor corrects it; with `vocab_1` T does.
+//! maximum, a sum and the label's logit a token, turns that into the true softmax by one factor a token. With `vocab-2` S
+//! also computes the input's gradient against local statistics, and the same factor corrects it; with `vocab-1` T does.
 // Shapes: T tokens, D hidden, V vocabulary, v rows of it on this rank.
 
 use super::loss::IGNORED;
@@ -28,7 +28,7 @@ pub(crate) struct LocalSoftmax {
     weight: Tensor,
     /// `[3, T]` fp32: maximum, sum of exponentials, label's logit.
     statistics: Tensor,
-    /// `vocab_2`: `[T, D]` each, the two parts of the input's gradient.
+    /// `vocab-2`: `[T, D]` each, the two parts of the input's gradient.
     parts: Option<(Tensor, Tensor)>,
 }
 
@@ -96,7 +96,7 @@ pub(crate) fn logits(
 
 impl LocalSoftmax {
     /// C1: the loss, summed over tokens and weighted, then the factor `[T]` that makes this rank's softmax the true one, and
-    /// with `vocab_2`, where `takes_gradient`, the input's gradient.
+    /// with `vocab-2`, where `takes_gradient`, the input's gradient.
     pub(crate) fn exchange(&self, divisor: f64, takes_gradient: bool) -> Exchange {
         let (own, weight) = (self.statistics.shallow_clone(), self.weight.shallow_clone());
         let parts = self.parts.as_ref().map(|(mixed, target)| (mixed.shallow_clone(), target.shallow_clone()));
