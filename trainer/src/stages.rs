@@ -18,6 +18,8 @@ pub(crate) struct Sums {
     pub(crate) choices: Vec<Vec<f64>>,
     /// Rows worked on, `[mixture layers of the model]`.
     pub(crate) rows: Vec<f64>,
+    /// Share of the time in which this rank waited for others.
+    pub(crate) waiting: f64,
 }
 
 /// A forward whose backward is to come.
@@ -101,6 +103,7 @@ impl<'a> StepStages<'a> {
                 z: 0.0,
                 choices: vec![vec![0.0; experts]; mixtures],
                 rows: vec![0.0; mixtures],
+                waiting: 0.0,
             },
         }
     }
@@ -225,7 +228,7 @@ impl Stages for StepStages<'_> {
                 let softmax = self.vocabulary_of(microbatch).softmax.take().expect("S comes first");
                 if self.gradients.is_some() {
                     let input_too = self.algorithm == Some(Vocabulary::Vocab1);
-                    let gradient = tch::no_grad(|| softmax.backward(&shared().1, &inputs[1], input_too))?;
+                    let gradient = tch::no_grad(|| softmax.backward(shared().1, &inputs[1], input_too))?;
                     self.vocabulary_of(microbatch).hidden_gradient = gradient;
                 }
             }

@@ -263,7 +263,10 @@ impl Trainer {
             sequence_length: self.config.data.sequence_length as i64,
             kind: if self.config.train.dtype == Dtype::Bf16 { Kind::BFloat16 } else { Kind::Float },
         });
-        self.pipeline.run(schedule, &mut stages)?;
+        let spans = self.pipeline.run(schedule, &mut stages)?;
+        let total = spans.last().map_or(0.0, |span| span.end);
+        let busy: f64 = spans.iter().map(|span| span.end - span.start).sum();
+        stages.sums.waiting = if total > 0.0 { 1.0 - busy / total } else { 0.0 };
         Ok(stages.sums)
     }
 
@@ -320,10 +323,13 @@ impl Trainer {
         let mut figures = vec![sums.cross_entropy, sums.load_balance, sums.z, f64::from(u8::from(stop))];
         figures.extend(sums.choices.iter().flatten());
         let rows_at = figures.len();
-        figures.resize(rows_at + layers * ranks, 0.0);
+        let own_at = rows_at + layers * ranks;
+        figures.resize(own_at + 2 * ranks, 0.0);
         for (layer, rows) in sums.rows.iter().enumerate() {
             figures[rows_at + layer * ranks + self.world.rank()] = *rows;
         }
+        figures[own_at + self.world.rank()] = self.device.memory()?.peak as f64;
+        figures[own_at + ranks + self.world.rank()] = sums.waiting;
         let figures = sum_over_ranks(&self.world, &figures)?;
         let loss = figures[0];
         if !loss.is_finite() || !grad_norm.is_finite() {
@@ -354,8 +360,12 @@ impl Trainer {
             tokens_per_s: self.tokens_per_step() as f64 / seconds,
             step_ms: seconds * 1e3,
             expert_imbalance: choices.iter().map(|choices| imbalance(choices)).collect(),
-            rank_rows: figures[rows_at..].chunks(ranks).map(|rows| rows.iter().map(|&r| r as u64).collect()).collect(),
-            peak_memory_bytes: self.device.memory()?.peak,
+            rank_rows: figures[rows_at..own_at]
+                .chunks(ranks)
+                .map(|rows| rows.iter().map(|&r| r as u64).collect())
+                .collect(),
+            rank_peak_memory: figures[own_at..own_at + ranks].iter().map(|&bytes| bytes as u64).collect(),
+            rank_waiting: figures[own_at + ranks..].to_vec(),
         };
         Ok((record, figures[3] > 0.0))
     }

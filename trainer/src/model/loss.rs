@@ -10,7 +10,7 @@ use torch_ext::{Error, attach_backward};
 pub(crate) const IGNORED: i64 = -100;
 
 /// Logits of one chunk take up to this many bytes.
-const CHUNK_BYTES: usize = 16 << 20;
+const CHUNK_BYTES: usize = 4 << 20;
 
 /// The sum over tokens of the cross-entropy of `x_td` `[T, D]` times `weight_vd` `[V, D]` against `labels_t` `[T]`,
 /// times `factor`: an fp32 scalar. Logits are divided by `logits_divisor` first. Labels of [`IGNORED`] do not count.

@@ -13,7 +13,7 @@ use tch::{Kind, Tensor};
 use torch_ext::Error;
 
 /// fp32 logits that exist at once take up to this many bytes.
-const CHUNK_BYTES: usize = 16 << 20;
+const CHUNK_BYTES: usize = 4 << 20;
 
 /// What S leaves for T.
 pub(crate) struct LocalSoftmax {
@@ -63,7 +63,13 @@ pub(crate) fn logits(
         (hidden.empty_like(), of_target)
     });
     for (start, len) in chunks(tokens, own) {
-        let mut logits = hidden.narrow(0, start, len).matmul(&matrix.tr()).to_kind(Kind::Float);
+        // In fp32 the logits become the softmax in the memory that keeps it.
+        let kept = (algorithm.is_some() && kind == Kind::Float).then(|| probs.narrow(0, start, len));
+        let x = hidden.narrow(0, start, len);
+        let mut logits = match &kept {
+            Some(kept) => x.mm_out(kept, &matrix.tr()),
+            None => x.matmul(&matrix.tr()).to_kind(Kind::Float),
+        };
         if divisor != 1.0 {
             logits /= divisor;
         }
@@ -76,7 +82,10 @@ pub(crate) fn logits(
         statistics.get(2).narrow(0, start, len).copy_(&(of_target * owned.narrow(0, start, len)));
         if algorithm.is_some() {
             let chunk = probs.narrow(0, start, len);
-            chunk.shallow_clone().copy_(&(exponentials / sum));
+            let softmax = exponentials.shallow_clone().divide_(&sum);
+            if kept.is_none() {
+                chunk.shallow_clone().copy_(&softmax);
+            }
             if let Some((mixed, _)) = &parts {
                 let _ = chunk.mm_out(&mixed.narrow(0, start, len), &matrix);
             }
@@ -142,7 +151,7 @@ impl LocalSoftmax {
             let part = |t: &Tensor| t.narrow(0, start, len).unsqueeze(1);
             let scale = part(correction) * part(&self.weight);
             let minus = -(part(&self.owned) * part(&self.weight));
-            let mut of_logits = self.probs.narrow(0, start, len).to_kind(Kind::Float) * scale;
+            let mut of_logits = self.probs.narrow(0, start, len).to_kind(Kind::Float).multiply_(&scale);
             let of_logits = of_logits.scatter_add_(1, &part(&self.target), &minus).to_kind(kind);
             add_product(contribution.sum(), &of_logits.tr(), &self.hidden.narrow(0, start, len));
             if let Some(gradient) = &gradient {
