@@ -16,7 +16,7 @@ use tch::{Kind, Tensor};
 pub enum Statistics {
     /// Each sequence by itself.
     Sequence,
-    /// Each microbatch of a rank: changes with the microbatch's size, as in most trainers.
+    /// Each microbatch: changes with the microbatch's size, as in most trainers.
     Microbatch,
     /// All tokens of a step, on all ranks (arXiv 2501.11873). This costs one more forward pass per microbatch, to
     /// count before the first backward.
@@ -25,11 +25,11 @@ pub enum Statistics {
 
 /// What one layer's router did in one forward.
 pub struct RouterStats {
-    /// `[G, E]` fp32, no gradient: choices of each expert.
+    /// `[G, E]` fp32, no gradient: choices of each expert by all tokens of the group, on whatever rank.
     pub counts_ge: Tensor,
-    /// `[G, E]` fp32, differentiable: router probabilities summed over the group's tokens.
+    /// `[G, E]` fp32, differentiable: router probabilities summed over the group's tokens on this rank.
     pub prob_sums_ge: Tensor,
-    /// Scalar fp32, differentiable: sum over tokens of the squared log-sum-exp of the logits.
+    /// Scalar fp32, differentiable: sum over this rank's tokens of the squared log-sum-exp of the logits.
     pub z_sum: Tensor,
 }
 

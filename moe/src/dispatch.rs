@@ -5,9 +5,9 @@
 //! backward the last two again, the other way round.
 
 use crate::Routing;
-use crate::plan::{ReceivePlan, SendPlan, plan_receive, plan_send};
+use crate::plan::{ReceivePlan, SendPlan, plan_receive, plan_send, spread};
 use crate::rows::{combine_slots, gather_slots, permute_rows};
-use parallel::{Communicator, collectives};
+use parallel::{Activation, Communicator, collectives};
 use std::sync::Arc;
 use tch::{Kind, Tensor};
 use torch_ext::Error;
@@ -15,10 +15,15 @@ use torch_ext::Error;
 /// Rows at their experts, and the way back.
 pub struct Dispatched {
     /// `[R, D]`: rows in order of this rank's experts.
-    pub rows_rd: Tensor,
+    pub rows_rd: Activation,
     /// Rows for each of this rank's experts.
     pub counts: Vec<i64>,
     send: SendPlan,
+    way: Way,
+}
+
+/// Where rows go.
+struct Way {
     token_of_slot: Tensor,
     slot_of_choice: Tensor,
     exchange: Option<Exchange>,
@@ -26,62 +31,97 @@ pub struct Dispatched {
 
 /// What a group of more than one rank adds.
 struct Exchange {
+    group: Arc<dyn Communicator>,
     rows_to: Vec<i64>,
-    plan: ReceivePlan,
+    rows_from: Vec<i64>,
     order: Tensor,
     place: Tensor,
 }
 
-impl Dispatched {
-    /// Choices of each expert among this rank's own tokens, `[E]`.
-    pub fn choices(&self) -> &[i64] {
-        &self.send.counts
+impl Way {
+    fn there(&self, x_td: &Tensor) -> Result<Tensor, Error> {
+        let slots = gather_slots(x_td, &self.token_of_slot, &self.slot_of_choice)?;
+        let Some(Exchange { group, rows_to, rows_from, order, place }) = &self.exchange else { return Ok(slots) };
+        permute_rows(&collectives::all_to_all(&slots, group, rows_from, rows_to)?, order, place)
+    }
+
+    fn copy(&self) -> Way {
+        let exchange = self.exchange.as_ref().map(|exchange| Exchange {
+            group: exchange.group.clone(),
+            rows_to: exchange.rows_to.clone(),
+            rows_from: exchange.rows_from.clone(),
+            order: exchange.order.shallow_clone(),
+            place: exchange.place.shallow_clone(),
+        });
+        let (token_of_slot, slot_of_choice) = (self.token_of_slot.shallow_clone(), self.slot_of_choice.shallow_clone());
+        Way { token_of_slot, slot_of_choice, exchange }
     }
 }
 
 /// The ranks that share a layer's experts evenly.
 pub struct Dispatcher {
     group: Arc<dyn Communicator>,
+    slices: usize,
 }
 
 impl Dispatcher {
-    /// A dispatcher over the ranks of `group`.
-    pub fn new(group: Arc<dyn Communicator>) -> Dispatcher {
-        Dispatcher { group }
+    /// A dispatcher over the ranks of `group`; each `slices` neighbours split the same experts.
+    pub fn new(group: Arc<dyn Communicator>, slices: usize) -> Dispatcher {
+        Dispatcher { group, slices }
     }
 
-    /// Sends each of the tokens `x_td` `[T, D]` to its experts. `experts` are the choices of `routing`, `[T * K]`, on
-    /// the host.
+    /// Sends each of the tokens `x_td` `[T, D]` to its experts. `experts` are the choices of a routing, `[T * K]`, on
+    /// the host. With `keep` the rows are kept for backward; otherwise they are sent again then.
     ///
     /// # Errors
     /// When a collective fails.
     pub fn dispatch(
         &self,
-        x_td: &Tensor,
+        x_td: &Activation,
         experts: &[i64],
         top_k: usize,
         num_experts: usize,
+        keep: bool,
     ) -> Result<Dispatched, Error> {
-        let send = plan_send(experts, top_k, num_experts);
-        let device = x_td.device();
-        let token_of_slot = Tensor::from_slice(&send.token_of_slot).to_device(device);
-        let slot_of_choice = Tensor::from_slice(&send.slot_of_choice).to_device(device);
-        let slots = gather_slots(x_td, &token_of_slot, &slot_of_choice)?;
         let ranks = self.group.size();
-        if ranks == 1 {
-            let counts = send.counts.clone();
-            return Ok(Dispatched { rows_rd: slots, counts, send, token_of_slot, slot_of_choice, exchange: None });
+        let spread = spread(experts, num_experts, ranks / self.slices, self.slices);
+        let send = plan_send(&spread, top_k * self.slices, num_experts * self.slices);
+        let device = x_td.value.device();
+        let upload = |numbers: &[i64]| Tensor::from_slice(numbers).to_device(device);
+        let mut way = Way {
+            token_of_slot: upload(&send.token_of_slot),
+            slot_of_choice: upload(&send.slot_of_choice),
+            exchange: None,
+        };
+        let mut counts = send.counts.clone();
+        if ranks > 1 {
+            let local = send.counts.len() / ranks;
+            let plan: ReceivePlan = plan_receive(&self.exchange_counts(&send.counts, local)?, ranks);
+            way.exchange = Some(Exchange {
+                group: self.group.clone(),
+                rows_to: send.counts.chunks(local).map(|rank| rank.iter().sum()).collect(),
+                order: upload(&plan.order),
+                place: upload(&plan.place),
+                rows_from: plan.rows_from,
+            });
+            counts = plan.counts;
         }
-        let local = num_experts / ranks;
-        let plan = plan_receive(&self.exchange_counts(&send.counts, local)?, ranks);
-        let rows_to: Vec<i64> = send.counts.chunks(local).map(|rank| rank.iter().sum()).collect();
-        let received = collectives::all_to_all(&slots, &self.group, &plan.rows_from, &rows_to)?;
-        let order = Tensor::from_slice(&plan.order).to_device(device);
-        let place = Tensor::from_slice(&plan.place).to_device(device);
-        let rows_rd = permute_rows(&received, &order, &place)?;
-        let counts = plan.counts.clone();
-        let exchange = Some(Exchange { rows_to, plan, order, place });
-        Ok(Dispatched { rows_rd, counts, send, token_of_slot, slot_of_choice, exchange })
+        let rows = way.there(&x_td.value)?;
+        let rows_rd = if keep {
+            Activation::kept(&rows)
+        } else {
+            let (tokens, again) = (x_td.saved(), way.copy());
+            Activation::again(rows, move || again.there(&tokens.get()?))
+        };
+        Ok(Dispatched { rows_rd, counts, send, way })
+    }
+
+    /// Choices of each expert among this rank's own tokens, `[E]`.
+    pub fn choices(&self, dispatched: &Dispatched) -> Vec<i64> {
+        let counts = &dispatched.send.counts;
+        // Every slice of an expert has the same.
+        let local = counts.len() / self.group.size();
+        counts.chunks(local).step_by(self.slices).flatten().copied().collect()
     }
 
     /// Brings the experts' results `y_rd` `[R, D]` back to their tokens and sums them by the routing's weights:
@@ -90,14 +130,23 @@ impl Dispatcher {
     /// # Errors
     /// When a collective fails.
     pub fn combine(&self, y_rd: &Tensor, dispatched: &Dispatched, routing: &Routing) -> Result<Tensor, Error> {
-        let slots = match &dispatched.exchange {
+        let Way { token_of_slot, slot_of_choice, exchange } = &dispatched.way;
+        let slots = match exchange {
             None => y_rd.shallow_clone(),
-            Some(exchange) => {
-                let by_rank = permute_rows(y_rd, &exchange.place, &exchange.order)?;
-                collectives::all_to_all(&by_rank, &self.group, &exchange.rows_to, &exchange.plan.rows_from)?
+            Some(Exchange { group, rows_to, rows_from, order, place }) => {
+                let by_rank = permute_rows(y_rd, place, order)?;
+                collectives::all_to_all(&by_rank, group, rows_to, rows_from)?
             }
         };
-        combine_slots(&slots, &routing.weights_tk, &dispatched.token_of_slot, &dispatched.slot_of_choice)
+        let mut weights_tk = routing.weights_tk.shallow_clone();
+        if self.slices > 1 {
+            // The slices' results are summed with the same weight.
+            let (tokens, choices) = weights_tk.size2().map_err(|e| Error::new(e.to_string()))?;
+            let slices = self.slices as i64;
+            weights_tk = weights_tk.unsqueeze(-1).expand([tokens, choices, slices], false);
+            weights_tk = weights_tk.reshape([tokens, choices * slices]);
+        }
+        combine_slots(&slots, &weights_tk, token_of_slot, slot_of_choice)
     }
 
     /// How many rows every rank sends for each of this rank's experts, rank-major.

@@ -1,45 +1,58 @@
 //! Experts: a SwiGLU feed-forward network for each group of rows (grouped GEMM), with its gradient.
 //!
 //! `down(silu(gate(x)) * up(x))`, gate and up in one matrix (GLU Variants, arXiv 2002.05202). Of the activations
-//! only the input and the gate-up product are kept for backward; the rest is computed again.
+//! only the input and, if wanted, the gate-up product are kept for backward; the rest is computed again.
 // Shapes: R rows, D hidden, F ffn, E experts (here: local ones).
 
-use parallel::{Weight, add_product};
+use parallel::{Activation, Weight, add_product};
 use tch::Tensor;
 use torch_ext::{Error, attach_backward};
 
 /// Rows `x_rd` `[R, D]`, in expert order with `counts[e]` rows for expert `e`, through `gate_up_efd` `[E, 2F, D]`
-/// (rows of gate, then rows of up) and `down_edf` `[E, D, F]`: `[R, D]`.
+/// (rows of gate, then rows of up) and `down_edf` `[E, D, F]`: `[R, D]`. With `keep` the gate-up product is kept for
+/// backward.
 ///
 /// A dense feed-forward network is the case of one expert.
 ///
 /// # Errors
 /// When the counts do not add up to R.
-pub fn grouped_swiglu(x_rd: &Tensor, gate_up_efd: &Weight, down_edf: &Weight, counts: &[i64]) -> Result<Tensor, Error> {
-    let rows = x_rd.size()[0];
-    let experts = gate_up_efd.value().size()[0];
+pub fn grouped_swiglu(
+    x_rd: &Activation,
+    gate_up_efd: &Weight,
+    down_edf: &Weight,
+    counts: &[i64],
+    keep: bool,
+) -> Result<Tensor, Error> {
+    let rows = x_rd.value.size()[0];
+    let experts = gate_up_efd.shape()[0];
     if counts.iter().sum::<i64>() != rows || counts.len() as i64 != experts {
         return Err(Error::new(format!("{experts} experts were given {rows} rows in groups {counts:?}")));
     }
     let (out, hidden) = tch::no_grad(|| {
-        let hidden = grouped_matmul(x_rd, gate_up_efd.value(), counts, true);
-        let out = grouped_matmul(&activation(&hidden), down_edf.value(), counts, true);
+        let hidden = grouped_matmul(&x_rd.value, &gate_up_efd.value(), counts, true);
+        let out = grouped_matmul(&activation(&hidden), &down_edf.value(), counts, true);
         (out, hidden)
     });
-    let (x, gate_up, down, counts) = (x_rd.detach(), gate_up_efd.clone(), down_edf.clone(), counts.to_vec());
-    let inputs = [x_rd, gate_up_efd.value(), down_edf.value()];
-    let mut out = attach_backward(&inputs, vec![out], move |grads| {
+    let kept = keep.then_some(hidden);
+    let (saved, gate_up, down, counts) = (x_rd.saved(), gate_up_efd.clone(), down_edf.clone(), counts.to_vec());
+    let (of_gate_up, of_down) = (gate_up_efd.tracker(), down_edf.tracker());
+    let mut out = attach_backward(&[&x_rd.value, &of_gate_up, &of_down], vec![out], move |grads| {
         let Some(grad_out) = &grads[0] else { return Ok(vec![None, None, None]) };
+        let x = saved.get()?;
+        let hidden = match &kept {
+            Some(hidden) => hidden.shallow_clone(),
+            None => grouped_matmul(&x, &gate_up.value(), &counts, true),
+        };
         let grad_out = grad_out.contiguous();
-        let grad_activation = grouped_matmul(&grad_out, down.value(), &counts, false);
+        let grad_activation = grouped_matmul(&grad_out, &down.value(), &counts, false);
         let grad_hidden = activation_backward(&grad_activation, &hidden);
-        let grad_x = grouped_matmul(&grad_hidden, gate_up.value(), &counts, false);
-        let (of_down, hidden) = (counts.clone(), hidden.shallow_clone());
+        let grad_x = grouped_matmul(&grad_hidden, &gate_up.value(), &counts, false);
+        let of_down = counts.clone();
         down.add_gradient(move |sum| {
             add_grouped_outer(sum, &grad_out, &activation(&hidden), &of_down);
             Ok(())
         })?;
-        let (of_gate_up, x) = (counts.clone(), x.shallow_clone());
+        let of_gate_up = counts.clone();
         gate_up.add_gradient(move |sum| {
             add_grouped_outer(sum, &grad_hidden, &x, &of_gate_up);
             Ok(())
@@ -97,13 +110,12 @@ fn for_each_group(counts: &[i64], mut body: impl FnMut(i64, i64, i64)) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use parallel::{Accelerator, Communicator, Cpu, GradientBuckets, Local};
-    use std::sync::Arc;
+    use parallel::{Accelerator, Cpu, GradientBuckets, Replication};
     use tch::Kind;
 
     fn collect(weights: [&Weight; 2]) -> GradientBuckets {
-        let alone: Arc<dyn Communicator> = Arc::new(Local::new(0, "alone"));
-        let gradients = GradientBuckets::new(&weights.map(|w| (w.clone(), 0)), &[alone], 1 << 20, &Cpu).unwrap();
+        let alone = [Replication::alone()];
+        let gradients = GradientBuckets::new(&weights.map(|w| (w.clone(), 0)), &alone, 1 << 20, true, &Cpu).unwrap();
         gradients.begin(1);
         gradients
     }
@@ -116,10 +128,16 @@ mod tests {
         let (mut x, probe) = (random(&[5, hidden]).set_requires_grad(true), random(&[5, hidden]));
         let [gate_up, down] = values.each_ref().map(|value| Weight::new(value.copy()));
         let gradients = collect([&gate_up, &down]);
-        let ours = grouped_swiglu(&x, &gate_up, &down, &counts).unwrap();
-        (&ours * &probe).sum(Kind::Float).backward();
-        let grad_x = x.grad().copy();
-        x.zero_grad();
+        let mut run = |keep| {
+            gradients.begin(1);
+            let ours = grouped_swiglu(&Activation::kept(&x), &gate_up, &down, &counts, keep).unwrap();
+            (&ours * &probe).sum(Kind::Float).backward();
+            let grad_x = x.grad().copy();
+            x.zero_grad();
+            (ours.detach(), grad_x, gradients.gradient(0).copy(), gradients.gradient(1).copy())
+        };
+        let (ours, grad_x, of_gate_up, of_down) = run(true);
+        assert_eq!(run(false), (ours.copy(), grad_x.copy(), of_gate_up.copy(), of_down.copy()));
         let [gate_up, down] = values.map(|value| value.set_requires_grad(true));
         let mut outs = Vec::new();
         for (expert, start, len) in [(0, 0, 3), (2, 3, 2)] {
@@ -130,12 +148,11 @@ mod tests {
         let plain = Tensor::cat(&outs, 0);
         (&plain * &probe).sum(Kind::Float).backward();
         assert!(ours.allclose(&plain, 1e-5, 1e-6, false));
-        for (grad, plain) in
-            [(&grad_x, x.grad()), (gradients.gradient(0), gate_up.grad()), (gradients.gradient(1), down.grad())]
-        {
+        for (grad, plain) in [(&grad_x, x.grad()), (&of_gate_up, gate_up.grad()), (&of_down, down.grad())] {
+            let plain = plain.view_as(grad);
             assert!(grad.allclose(&plain, 1e-5, 1e-6, false), "{:?}", plain.size());
         }
-        assert_eq!(gradients.gradient(0).select(0, 1).abs().sum(Kind::Float).double_value(&[]), 0.0);
+        assert_eq!(of_gate_up.narrow(0, 2 * ffn, 2 * ffn).abs().sum(Kind::Float).double_value(&[]), 0.0);
     }
 
     #[test]
@@ -143,10 +160,11 @@ mod tests {
         let weight = |shape: &[i64]| Weight::new(Cpu.zeros(shape, Kind::Float).fill_(1.0));
         let (gate_up, down) = (weight(&[2, 4, 3]), weight(&[2, 3, 2]));
         let gradients = collect([&gate_up, &down]);
-        let out = grouped_swiglu(&Cpu.zeros(&[0, 3], Kind::Float), &gate_up, &down, &[0, 0]).unwrap();
+        let rows = |count| Activation::kept(&Cpu.zeros(&[count, 3], Kind::Float));
+        let out = grouped_swiglu(&rows(0), &gate_up, &down, &[0, 0], true).unwrap();
         out.sum(Kind::Float).backward();
         gradients.finish().unwrap();
         assert_eq!(gradients.gradient(0).abs().sum(Kind::Float).double_value(&[]), 0.0);
-        assert!(grouped_swiglu(&Cpu.zeros(&[1, 3], Kind::Float), &gate_up, &down, &[0, 0]).is_err());
+        assert!(grouped_swiglu(&rows(1), &gate_up, &down, &[0, 0], true).is_err());
     }
 }

@@ -19,5 +19,5 @@ pub mod plan;
 mod router;
 mod rows;
 
-pub use layer::{MoeLayer, MoeOutput, MoeWeights};
+pub use layer::{Keep, MoeLayer, MoeOutput, MoeWeights};
 pub use router::{Router, Routing, Score};

@@ -3,6 +3,8 @@
 //! A *slot* is one (token, choice) pair. Slots are ordered by expert, so those for one rank are neighbours, and
 //! within an expert by token. A rank owns `experts / ranks` consecutive experts.
 
+use std::ops::Range;
+
 /// How a rank's own tokens are laid out for sending.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SendPlan {
@@ -66,13 +68,28 @@ pub fn plan_receive(counts: &[i64], num_ranks: usize) -> ReceivePlan {
     ReceivePlan { rows_from, order, place, counts }
 }
 
-/// Choices of each expert in each group of `tokens_per_group` tokens, group-major `[G * E]`.
-pub fn count_choices(experts: &[i64], top_k: usize, tokens_per_group: usize, num_experts: usize) -> Vec<f32> {
-    let per_group = tokens_per_group * top_k;
-    let groups = experts.len() / per_group.max(1);
-    let mut counts = vec![0f32; groups * num_experts];
-    for (choice, &expert) in experts.iter().enumerate() {
-        counts[choice / per_group * num_experts + expert as usize] += 1.0;
+/// Where experts are split, each choice becomes `slices` choices, one for every rank with a slice of the expert: the
+/// numbers that `choices` of `num_experts` experts on `owners` groups of `slices` ranks then have.
+pub fn spread(choices: &[i64], num_experts: usize, owners: usize, slices: usize) -> Vec<i64> {
+    let local = (num_experts / owners) as i64;
+    let slices = slices as i64;
+    let of_slice = |expert: i64, slice: i64| (expert / local * slices + slice) * local + expert % local;
+    choices.iter().flat_map(|&expert| (0..slices).map(move |slice| of_slice(expert, slice))).collect()
+}
+
+/// Which of a rank's rows belong to each of `groups` groups of `per_group` rows, where its `rows` rows begin at `start`.
+pub fn segments(start: usize, rows: usize, per_group: usize, groups: usize) -> Vec<Range<usize>> {
+    let inside = |row: usize| row.clamp(start, start + rows) - start;
+    (0..groups).map(|group| inside(group * per_group)..inside((group + 1) * per_group)).collect()
+}
+
+/// Choices of each expert among the tokens of each group, group-major `[G * E]`.
+pub fn count_choices(experts: &[i64], top_k: usize, groups: &[Range<usize>], num_experts: usize) -> Vec<f32> {
+    let mut counts = vec![0f32; groups.len() * num_experts];
+    for (group, tokens) in groups.iter().enumerate() {
+        for &expert in &experts[tokens.start * top_k..tokens.end * top_k] {
+            counts[group * num_experts + expert as usize] += 1.0;
+        }
     }
     counts
 }
@@ -150,13 +167,37 @@ mod tests {
         }
 
         #[test]
-        fn choices_are_counted_by_group((experts, top_k, num_experts) in choices()) {
-            let tokens = experts.len() / top_k;
-            let whole = count_choices(&experts, top_k, tokens.max(1), num_experts);
-            let single = count_choices(&experts, top_k, 1, num_experts);
-            for expert in 0..num_experts {
-                let summed: f32 = single.iter().skip(expert).step_by(num_experts).sum();
-                prop_assert_eq!(whole.get(expert).copied().unwrap_or(0.0), summed);
+        fn choices_are_counted_by_group_however_ranks_split_the_tokens(
+            (experts, top_k, num_experts) in choices(), per_group in 1usize..9, ranks in 1usize..5,
+        ) {
+            let tokens = experts.len() / top_k / (per_group * ranks) * (per_group * ranks);
+            let groups = tokens / per_group;
+            let all = &experts[..tokens * top_k];
+            let whole = count_choices(all, top_k, &segments(0, tokens, per_group, groups), num_experts);
+            prop_assert_eq!(whole.iter().sum::<f32>() as usize, all.len());
+            let mut summed = vec![0f32; whole.len()];
+            for rank in 0..ranks {
+                let (start, len) = (rank * tokens / ranks, tokens / ranks);
+                let own = &all[start * top_k..(start + len) * top_k];
+                let counts = count_choices(own, top_k, &segments(start, len, per_group, groups), num_experts);
+                summed.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
+            }
+            prop_assert_eq!(whole, summed);
+        }
+
+        #[test]
+        fn a_split_expert_is_chosen_on_every_rank_with_a_slice(
+            owners in 1usize..5, local in 1usize..4, slices in 1usize..4, choices in prop::collection::vec(0i64..1000, 0..30),
+        ) {
+            let num_experts = owners * local;
+            let choices: Vec<i64> = choices.into_iter().map(|choice| choice % num_experts as i64).collect();
+            let spread = spread(&choices, num_experts, owners, slices);
+            for (&expert, places) in choices.iter().zip(spread.chunks(slices)) {
+                for (slice, &place) in places.iter().enumerate() {
+                    let (rank, on_rank) = (place as usize / local, place as usize % local);
+                    prop_assert_eq!((rank / slices, rank % slices), (expert as usize / local, slice));
+                    prop_assert_eq!(on_rank, expert as usize % local);
+                }
             }
         }
     }

@@ -2,15 +2,36 @@
 //!
 //! Every weight's gradient lives in an fp32 flat buffer, a *bucket*: weights in reverse order of use, so that a bucket is
 //! complete early in backward. Layers add each contribution to its place as they compute it ([`Weight::add_gradient`]).
-//! When the last contribution of a step has come, the bucket starts an asynchronous all-reduce.
+//! When the last contribution of a step has come, the bucket starts an asynchronous all-reduce, or, where ranks share the
+//! sum out (ZeRO, arXiv 1910.02054), a reduce-scatter by rows. Where whole gradients are not kept (ZeRO-2), that happens
+//! after every microbatch, and the bucket's memory is given back.
 //!
 //! # Collective
-//! Buckets are reduced in the order of the plan, on every rank, whatever the order in which gradients come.
+//! Buckets are reduced in the order of the plan, on every rank, whatever the order in which gradients come; those that are
+//! not kept in the order in which they are complete, which replicas with the same passes have in common.
 
-use crate::{Accelerator, CommError, Communicator, ReduceOp, Weight, Work};
+use crate::sharding::own_rows;
+use crate::{Accelerator, CommError, Communicator, Local, ReduceOp, Weight, Work};
 use std::sync::{Arc, Mutex};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 use torch_ext::Error;
+
+/// The ranks that hold the same weights.
+#[derive(Clone)]
+pub struct Replication {
+    /// Those that share out sums of gradients and what is computed from them, rows by rows; alone: each has all rows.
+    pub shard: Arc<dyn Communicator>,
+    /// Those that have the same rows.
+    pub across: Arc<dyn Communicator>,
+}
+
+impl Replication {
+    /// A rank that holds its weights alone.
+    pub fn alone() -> Replication {
+        let local: Arc<dyn Communicator> = Arc::new(Local::new(0, "alone"));
+        Replication { shard: local.clone(), across: local }
+    }
+}
 
 /// Which parameters share a flat buffer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,18 +66,85 @@ pub fn plan_buckets(parameters: &[(usize, usize)], capacity: usize) -> Vec<Bucke
     done
 }
 
+/// A weight's place in its bucket.
+struct Member {
+    /// Its rows and columns: all dims but the last, and the last.
+    rows: i64,
+    cols: i64,
+    /// Where it begins in the whole bucket, and in each rank's share.
+    offset: i64,
+    own_offset: i64,
+    own: std::ops::Range<i64>,
+}
+
 struct Bucket {
-    flat: Tensor,
-    group: Arc<dyn Communicator>,
+    members: Vec<Member>,
+    len: i64,
+    /// Elements of a rank's share, the last rank's padded.
+    share: i64,
+    /// `[len]`; None where it is not kept and no contribution is there.
+    whole: Option<Tensor>,
+    /// `[share]`, where ranks share the sum out.
+    own: Option<Tensor>,
+    replication: Replication,
     /// Contributions of one microbatch to its members.
     uses: usize,
-    /// Contributions that are still to come in this step.
+    /// Contributions that are still to come until the next reduction.
     pending: usize,
-    work: Option<Work>,
+    /// The reduction under way, and where this rank's share arrives.
+    work: Option<(Work, Option<Tensor>)>,
+}
+
+impl Bucket {
+    fn reduce(&mut self, keep: bool) -> Result<(), CommError> {
+        self.settle()?;
+        if self.own.is_none() {
+            let whole = self.whole.as_ref().expect("a bucket that is not shared out is kept");
+            self.work = Some((self.replication.across.all_reduce(whole, ReduceOp::Sum)?, None));
+            return Ok(());
+        }
+        let Some(whole) = (if keep { self.whole.as_ref().map(Tensor::shallow_clone) } else { self.whole.take() })
+        else {
+            return Ok(());
+        };
+        let group = &self.replication.shard;
+        let options = (Kind::Float, whole.device());
+        let shares = Tensor::zeros([group.size() as i64, self.share], options);
+        tch::no_grad(|| {
+            for member in &self.members {
+                let rows = whole.narrow(0, member.offset, member.rows * member.cols).view([member.rows, member.cols]);
+                for rank in 0..group.size() {
+                    let theirs = own_rows(member.rows, rank, group.size());
+                    let len = theirs.end - theirs.start;
+                    let place = shares.get(rank as i64).narrow(0, member.own_offset, len * member.cols);
+                    place.view([len, member.cols]).copy_(&rows.narrow(0, theirs.start, len));
+                }
+            }
+        });
+        let part = Tensor::empty([self.share], options);
+        self.work = Some((group.reduce_scatter(&part, &shares.view([-1]), ReduceOp::Sum)?, Some(part)));
+        Ok(())
+    }
+
+    /// Waits for the reduction under way.
+    fn settle(&mut self) -> Result<(), CommError> {
+        if let Some((work, part)) = self.work.take() {
+            work.wait()?;
+            if let (Some(part), Some(own)) = (part, &self.own) {
+                let _ = tch::no_grad(|| own.shallow_clone().g_add_(&part));
+            }
+        }
+        Ok(())
+    }
 }
 
 pub(crate) struct State {
     buckets: Vec<Bucket>,
+    /// Bucket and number in it of each weight.
+    places: Vec<(usize, usize)>,
+    device: Device,
+    /// Whether whole gradients stay until the step's end.
+    keep: bool,
     /// Whether a step is under way, so that complete buckets are to be reduced.
     reducing: bool,
     /// The next bucket to reduce.
@@ -80,74 +168,117 @@ impl State {
         }
     }
 
-    /// A contribution to a member of `bucket` is there.
-    pub(crate) fn ready(&mut self, bucket: usize) -> Result<(), CommError> {
-        self.buckets[bucket].pending = self.buckets[bucket].pending.saturating_sub(1);
-        while self.reducing && self.buckets.get(self.next).is_some_and(|bucket| bucket.pending == 0) {
+    /// The whole fp32 gradient of weight `index` so far, flat.
+    pub(crate) fn sum(&mut self, index: usize) -> Tensor {
+        let (bucket, member) = self.places[index];
+        let (device, bucket) = (self.device, &mut self.buckets[bucket]);
+        let len = bucket.len;
+        let whole = bucket.whole.get_or_insert_with(|| Tensor::zeros([len], (Kind::Float, device)));
+        let member = &bucket.members[member];
+        whole.narrow(0, member.offset, member.rows * member.cols)
+    }
+
+    /// A contribution to weight `index` is there.
+    pub(crate) fn ready(&mut self, index: usize) -> Result<(), CommError> {
+        let bucket = &mut self.buckets[self.places[index].0];
+        bucket.pending = bucket.pending.saturating_sub(1);
+        if !self.keep && bucket.own.is_some() {
+            if self.reducing && bucket.pending == 0 {
+                bucket.pending = bucket.uses;
+                bucket.reduce(false)?;
+            }
+            return Ok(());
+        }
+        while self.reducing && self.buckets.get(self.next).is_some_and(|b| !b.in_turn(self.keep) || b.pending == 0) {
             self.reduce_next()?;
         }
         Ok(())
     }
 
     fn reduce_next(&mut self) -> Result<(), CommError> {
+        let keep = self.keep;
         let bucket = &mut self.buckets[self.next];
-        bucket.work = Some(bucket.group.all_reduce(&bucket.flat, ReduceOp::Sum)?);
         self.next += 1;
-        Ok(())
+        if bucket.in_turn(keep) { bucket.reduce(true) } else { Ok(()) }
+    }
+}
+
+impl Bucket {
+    /// Whether it is reduced once, in the order of the plan.
+    fn in_turn(&self, keep: bool) -> bool {
+        keep || self.own.is_none()
     }
 }
 
 /// The gradients of a model's weights.
 pub struct GradientBuckets {
     state: Arc<Mutex<State>>,
-    views: Vec<Tensor>,
 }
 
 impl GradientBuckets {
-    /// Gives each of `weights` a place for its gradient; each comes with the number of its group in `groups`.
-    /// `bucket_bytes` is the size up to which weights share one all-reduce.
+    /// Gives each of `weights` a place for its gradient; each comes with the number of its ranks in `replications`.
+    /// `bucket_bytes` is the size up to which weights share one reduction. Where ranks share sums out, whole gradients
+    /// are kept during a step only with `keep`.
     ///
     /// # Errors
     /// When a weight already has such a place.
     pub fn new(
         weights: &[(Weight, usize)],
-        groups: &[Arc<dyn Communicator>],
+        replications: &[Replication],
         bucket_bytes: usize,
+        keep: bool,
         accelerator: &dyn Accelerator,
     ) -> Result<GradientBuckets, Error> {
-        let sizes: Vec<_> = weights.iter().map(|(weight, group)| (weight.value().numel(), *group)).collect();
+        let sizes: Vec<_> =
+            weights.iter().map(|(weight, group)| (weight.shape().iter().product::<i64>() as usize, *group)).collect();
         let plans = plan_buckets(&sizes, bucket_bytes / 4);
-        let mut views: Vec<Option<Tensor>> = weights.iter().map(|_| None).collect();
+        let mut places = vec![(0, 0); weights.len()];
         let mut buckets = Vec::new();
-        let mut bucket_of = vec![0; weights.len()];
         for plan in &plans {
-            let flat = accelerator.zeros(&[plan.len as i64], Kind::Float);
-            let mut offset = 0;
+            let replication = replications[plan.group].clone();
+            let (rank, ranks) = (replication.shard.rank(), replication.shard.size());
+            let (mut offset, mut share) = (0, 0);
+            let mut members = Vec::new();
             for &member in &plan.members {
-                let value = weights[member].0.value();
-                let len = value.numel() as i64;
-                views[member] = Some(flat.narrow(0, offset, len).view(value.size().as_slice()));
-                bucket_of[member] = buckets.len();
-                offset += len;
+                places[member] = (buckets.len(), members.len());
+                let (rows, cols) = matrix(weights[member].0.shape());
+                let own = own_rows(rows, rank, ranks);
+                members.push(Member { rows, cols, offset, own_offset: share, own });
+                offset += rows * cols;
+                share += own_rows(rows, 0, ranks).end * cols;
             }
-            let uses = plan.members.iter().map(|&member| weights[member].0.uses()).sum();
-            buckets.push(Bucket { flat, group: groups[plan.group].clone(), uses, pending: 0, work: None });
+            let shared_out = ranks > 1;
+            buckets.push(Bucket {
+                members,
+                len: offset,
+                share,
+                whole: (keep || !shared_out).then(|| accelerator.zeros(&[offset], Kind::Float)),
+                own: shared_out.then(|| accelerator.zeros(&[share], Kind::Float)),
+                replication,
+                uses: plan.members.iter().map(|&member| weights[member].0.uses()).sum(),
+                pending: 0,
+                work: None,
+            });
         }
-        let views: Vec<Tensor> = views.into_iter().map(|view| view.expect("every weight is in a bucket")).collect();
-        let state = Arc::new(Mutex::new(State { buckets, reducing: false, next: 0, deferred: None }));
-        for ((weight, _), (view, bucket)) in weights.iter().zip(views.iter().zip(bucket_of)) {
-            weight.collect_in(view.shallow_clone(), bucket, state.clone())?;
+        let device = accelerator.zeros(&[0], Kind::Float).device();
+        let state = State { buckets, places, device, keep, reducing: false, next: 0, deferred: None };
+        let state = Arc::new(Mutex::new(state));
+        for (index, (weight, _)) in weights.iter().enumerate() {
+            weight.collect_in(index, state.clone())?;
         }
-        Ok(GradientBuckets { state, views })
+        Ok(GradientBuckets { state })
     }
 
     /// Sets all gradients to zero and begins a step of `microbatches` backwards through every weight.
     pub fn begin(&self, microbatches: usize) {
         let mut state = self.lock();
+        let keep = state.keep;
         tch::no_grad(|| {
             for bucket in &mut state.buckets {
-                let _ = bucket.flat.zero_();
-                bucket.pending = bucket.uses * microbatches;
+                for tensor in [&mut bucket.whole, &mut bucket.own].into_iter().flatten() {
+                    let _ = tensor.zero_();
+                }
+                bucket.pending = bucket.uses * if bucket.in_turn(keep) { microbatches } else { 1 };
             }
         });
         (state.reducing, state.next) = (true, 0);
@@ -165,31 +296,51 @@ impl GradientBuckets {
         Ok((result?, deferred))
     }
 
-    /// Waits until every gradient is the sum over its replicas.
+    /// Waits until every gradient, or this rank's rows of it, is the sum over its replicas.
     ///
     /// # Collective
     /// All ranks, after the last backward of a step.
     ///
     /// # Errors
-    /// When an all-reduce failed.
+    /// When a reduction failed.
     pub fn finish(&self) -> Result<(), CommError> {
         let mut state = self.lock();
         // A weight that took no part in the loss leaves its bucket incomplete: its gradient is zero.
         while state.next < state.buckets.len() {
             state.reduce_next()?;
         }
+        let keep = state.keep;
         for bucket in &mut state.buckets {
-            if let Some(work) = bucket.work.take() {
-                work.wait()?;
+            if !bucket.in_turn(keep) {
+                bucket.reduce(false)?;
+            }
+            bucket.settle()?;
+        }
+        let mut works = Vec::new();
+        for bucket in &state.buckets {
+            if let Some(own) = bucket.own.as_ref().filter(|_| bucket.replication.across.size() > 1) {
+                works.push(bucket.replication.across.all_reduce(own, ReduceOp::Sum)?);
             }
         }
+        works.into_iter().try_for_each(Work::wait)?;
         state.reducing = false;
         Ok(())
     }
 
-    /// The fp32 gradient of weight `index`, of the weight's shape.
-    pub fn gradient(&self, index: usize) -> &Tensor {
-        &self.views[index]
+    /// The fp32 gradient of this rank's rows of weight `index`: `[rows, columns]`, all dims but the last as one.
+    pub fn gradient(&self, index: usize) -> Tensor {
+        let state = self.lock();
+        let (bucket, member) = state.places[index];
+        let bucket = &state.buckets[bucket];
+        let Member { rows, cols, offset, own_offset, ref own } = bucket.members[member];
+        match (&bucket.own, &bucket.whole) {
+            (Some(share), _) => {
+                let rows = own.end - own.start;
+                share.narrow(0, own_offset, rows * cols).view([rows, cols])
+            }
+            (None, Some(whole)) => whole.narrow(0, offset, rows * cols).view([rows, cols]),
+            (None, None) => unreachable!("a bucket that is not shared out is kept"),
+        }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -197,11 +348,21 @@ impl GradientBuckets {
     }
 }
 
+/// Rows and columns of a weight: all dims but the last, and the last; a vector is one column.
+pub fn matrix(shape: &[i64]) -> (i64, i64) {
+    match shape {
+        [] => (1, 1),
+        [len] => (*len, 1),
+        [rows @ .., cols] => (rows.iter().product(), *cols),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Cpu, Local, linear};
+    use crate::{Cpu, linear, on_threads};
     use proptest::prelude::*;
+    use std::time::Duration;
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
@@ -231,8 +392,8 @@ mod tests {
     fn weights(kind: Kind) -> (Weight, Weight, GradientBuckets) {
         let new = |n: i64| Weight::new(Cpu.zeros(&[n, 1], kind).fill_(2.0));
         let (a, b) = (new(2), new(3));
-        let group: Arc<dyn Communicator> = Arc::new(Local::new(0, "data"));
-        let gradients = GradientBuckets::new(&[(a.clone(), 0), (b.clone(), 0)], &[group], 1 << 20, &Cpu).unwrap();
+        let alone = [Replication::alone()];
+        let gradients = GradientBuckets::new(&[(a.clone(), 0), (b.clone(), 0)], &alone, 1 << 20, true, &Cpu).unwrap();
         (a, b, gradients)
     }
 
@@ -252,8 +413,8 @@ mod tests {
                 }
                 gradients.finish().unwrap();
                 assert_eq!(gradients.gradient(0).kind(), Kind::Float);
-                assert_eq!(list(gradients.gradient(0)), [4., 4.]);
-                assert_eq!(list(gradients.gradient(1)), [8., 8., 8.]);
+                assert_eq!(list(&gradients.gradient(0)), [4., 4.]);
+                assert_eq!(list(&gradients.gradient(1)), [8., 8., 8.]);
             }
         }
     }
@@ -265,12 +426,12 @@ mod tests {
         let x = Cpu.zeros(&[1, 1], Kind::Float).fill_(5.0).set_requires_grad(true);
         let loss = linear(&x, &a).unwrap().sum(Kind::Float);
         let ((), deferred) = gradients.without_weights(|| loss.f_backward()).unwrap();
-        assert_eq!((list(&x.grad()), list(gradients.gradient(0))), (vec![4.], vec![0., 0.]));
+        assert_eq!((list(&x.grad()), list(&gradients.gradient(0))), (vec![4.], vec![0., 0.]));
         for contribution in deferred {
             contribution().unwrap();
         }
         gradients.finish().unwrap();
-        assert_eq!(list(gradients.gradient(0)), [5., 5.]);
+        assert_eq!(list(&gradients.gradient(0)), [5., 5.]);
     }
 
     #[test]
@@ -279,6 +440,35 @@ mod tests {
         gradients.begin(1);
         linear(&Cpu.zeros(&[1, 1], Kind::Float), &a).unwrap().sum(Kind::Float).backward();
         gradients.finish().unwrap();
-        assert_eq!(list(gradients.gradient(1)), [0., 0., 0.]);
+        assert_eq!(list(&gradients.gradient(1)), [0., 0., 0.]);
+    }
+
+    #[test]
+    fn shared_out_sums_are_rows_of_the_whole_kept_or_not() {
+        // 5 rows over 2 ranks and 2 replicas of them: every rank adds its number to each row, in each of 3 microbatches.
+        for keep in [true, false] {
+            let ranks = on_threads(4, Duration::from_secs(20), move |world| {
+                let rank = world.rank();
+                let shard = world.group("shard", &[rank / 2 * 2, rank / 2 * 2 + 1]).unwrap();
+                let across = world.group("across", &[rank % 2, rank % 2 + 2]).unwrap();
+                let weight = Weight::new(Cpu.zeros(&[5, 2], Kind::Float));
+                let replication = Replication { shard, across };
+                let gradients =
+                    GradientBuckets::new(&[(weight.clone(), 0)], &[replication], 1 << 20, keep, &Cpu).unwrap();
+                for _ in 0..2 {
+                    gradients.begin(3);
+                    for _ in 0..3 {
+                        let contribution = weight.contribution().unwrap();
+                        let _ = contribution.sum().shallow_clone().g_add_scalar_(rank as f64);
+                        contribution.finish().unwrap();
+                    }
+                    gradients.finish().unwrap();
+                }
+                list(&gradients.gradient(0))
+            });
+            for (rank, values) in ranks.iter().enumerate() {
+                assert_eq!(*values, vec![18.0; if rank % 2 == 0 { 6 } else { 4 }], "rank {rank}");
+            }
+        }
     }
 }

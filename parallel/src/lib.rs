@@ -10,16 +10,21 @@
 
 pub mod collectives;
 mod comm;
+pub mod context;
 mod device;
 mod gradients;
 mod mesh;
 pub mod pipeline;
+pub mod recompute;
+pub mod sharding;
+pub mod tensor;
 mod weight;
 mod world;
 
 pub use comm::{CommError, Communicator, Gloo, Local, ReduceOp, Work};
 pub use device::{Accelerator, Cpu, Cuda, MemoryUse, accelerator};
-pub use gradients::{BucketPlan, Deferred, GradientBuckets, plan_buckets};
+pub use gradients::{BucketPlan, Deferred, GradientBuckets, Replication, matrix, plan_buckets};
 pub use mesh::{Coordinates, Group, Mesh, MeshError, MeshShape};
-pub use weight::{Contribution, Weight, add_product, linear};
+pub use recompute::Activation;
+pub use weight::{Contribution, Weight, add_product, linear, linears};
 pub use world::{RankEnv, World, on_threads};

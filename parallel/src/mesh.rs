@@ -1,9 +1,9 @@
 //! Who sits where: the only place that turns a rank into coordinates and groups.
 //!
 //! Ranks are numbered with the tensor axis fastest, then context, data and pipeline, so that ranks which talk most
-//! are neighbours. The expert axis is folded over the dense ones: inside one pipeline stage the `data x context x
-//! tensor` ranks, in order, form rows of `expert` consecutive ranks. The ranks of a row hold different experts; the
-//! ranks of a column hold the same ones.
+//! are neighbours. The expert axes are folded over the dense ones: inside one pipeline stage the `data x context x
+//! tensor` ranks, in order, form rows of `expert x expert_tensor` consecutive ranks, `expert_tensor` fastest. The ranks of
+//! a row hold a layer's experts once; the ranks of a column hold the same part of them.
 
 /// Sizes of the axes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,8 +16,10 @@ pub struct MeshShape {
     pub pipeline: usize,
     /// Ranks that split every sequence.
     pub context: usize,
-    /// Ranks that split the experts of a layer; divides `data * context * tensor`.
+    /// Ranks that split the experts of a layer.
     pub expert: usize,
+    /// Ranks that split every expert's matrices; `expert * expert_tensor` divides `data * context * tensor`.
+    pub expert_tensor: usize,
 }
 
 /// The axes do not fit together or do not fill the ranks.
@@ -47,13 +49,16 @@ pub enum MeshError {
         /// Ranks there are.
         ranks: usize,
     },
-    /// The expert axis does not divide a stage.
+    /// The expert axes do not divide a stage.
     #[error(
-        "expert {expert} does not divide the {stage} ranks of a pipeline stage (data {data} x context {context} x tensor {tensor})"
+        "expert {expert} x expert_tensor {expert_tensor} does not divide the {stage} ranks of a pipeline stage (data {data} x \
+         context {context} x tensor {tensor})"
     )]
     ExpertDoesNotDivide {
         /// Size of the expert axis.
         expert: usize,
+        /// Size of the expert tensor axis.
+        expert_tensor: usize,
         /// Size of the data axis.
         data: usize,
         /// Size of the context axis.
@@ -76,9 +81,11 @@ pub struct Coordinates {
     pub pipeline: usize,
     /// On the context axis.
     pub context: usize,
-    /// On the expert axis: which slice of the experts it holds.
+    /// On the expert axis: which of the experts it holds.
     pub expert: usize,
-    /// Which replica of that slice it is.
+    /// On the expert tensor axis: which slice of each it holds.
+    pub expert_tensor: usize,
+    /// Which replica of those slices it is.
     pub expert_replica: usize,
 }
 
@@ -97,21 +104,30 @@ pub enum Group {
     Context,
     /// The ranks that hold the same dense parameters: data x context.
     DenseReplicas,
-    /// The ranks that share out one layer's experts.
+    /// The ranks of a stage: data x context x tensor.
+    Stage,
+    /// The ranks that work on the same sequences in a stage: context x tensor.
+    Sequence,
+    /// The ranks that share out a vocabulary: pipeline x tensor.
+    Vocabulary,
+    /// The ranks that share out one layer's experts: expert x expert_tensor.
     Expert,
-    /// The ranks that hold the same experts.
+    /// The ranks that hold the same slices of the same experts.
     ExpertReplicas,
 }
 
 impl Group {
     /// Every kind of group.
-    pub const ALL: [Group; 8] = [
+    pub const ALL: [Group; 11] = [
         Group::World,
         Group::Data,
         Group::Tensor,
         Group::Pipeline,
         Group::Context,
         Group::DenseReplicas,
+        Group::Stage,
+        Group::Sequence,
+        Group::Vocabulary,
         Group::Expert,
         Group::ExpertReplicas,
     ];
@@ -130,9 +146,15 @@ impl Mesh {
     /// # Errors
     /// When the axes do not multiply to the number of ranks, or the expert axis does not fold into a stage.
     pub fn new(shape: MeshShape, rank: usize, ranks: usize) -> Result<Mesh, MeshError> {
-        let MeshShape { data, tensor, pipeline, context, expert } = shape;
-        let named =
-            [("data", data), ("tensor", tensor), ("pipeline", pipeline), ("context", context), ("expert", expert)];
+        let MeshShape { data, tensor, pipeline, context, expert, expert_tensor } = shape;
+        let named = [
+            ("data", data),
+            ("tensor", tensor),
+            ("pipeline", pipeline),
+            ("context", context),
+            ("expert", expert),
+            ("expert_tensor", expert_tensor),
+        ];
         if let Some((axis, _)) = named.into_iter().find(|&(_, size)| size == 0) {
             return Err(MeshError::EmptyAxis { axis });
         }
@@ -141,8 +163,8 @@ impl Mesh {
             let product = stage * pipeline;
             return Err(MeshError::WrongProduct { data, context, tensor, pipeline, product, ranks });
         }
-        if !stage.is_multiple_of(expert) {
-            return Err(MeshError::ExpertDoesNotDivide { expert, data, context, tensor, stage });
+        if !stage.is_multiple_of(expert * expert_tensor) {
+            return Err(MeshError::ExpertDoesNotDivide { expert, expert_tensor, data, context, tensor, stage });
         }
         assert!(rank < ranks, "rank {rank} of {ranks}");
         Ok(Mesh { shape, rank })
@@ -165,7 +187,7 @@ impl Mesh {
 
     /// How many ranks hold the same experts.
     pub fn expert_replicas(&self) -> usize {
-        self.stage() / self.shape.expert
+        self.stage() / (self.shape.expert * self.shape.expert_tensor)
     }
 
     /// Where this rank sits.
@@ -175,15 +197,16 @@ impl Mesh {
 
     /// Where `rank` sits.
     pub fn coordinates_of(&self, rank: usize) -> Coordinates {
-        let MeshShape { tensor, context, expert, .. } = self.shape;
+        let MeshShape { tensor, context, expert, expert_tensor, .. } = self.shape;
         let (pipeline, in_stage) = (rank / self.stage(), rank % self.stage());
         Coordinates {
             tensor: in_stage % tensor,
             context: in_stage / tensor % context,
             data: in_stage / tensor / context,
             pipeline,
-            expert: in_stage % expert,
-            expert_replica: in_stage / expert,
+            expert: in_stage / expert_tensor % expert,
+            expert_tensor: in_stage % expert_tensor,
+            expert_replica: in_stage / (expert * expert_tensor),
         }
     }
 
@@ -213,8 +236,11 @@ impl Mesh {
             Group::Pipeline => [at.data, at.context, at.tensor],
             Group::Context => [at.pipeline, at.data, at.tensor],
             Group::DenseReplicas => [at.pipeline, at.tensor, 0],
+            Group::Stage => [at.pipeline, 0, 0],
+            Group::Sequence => [at.pipeline, at.data, 0],
+            Group::Vocabulary => [at.data, at.context, 0],
             Group::Expert => [at.pipeline, at.expert_replica, 0],
-            Group::ExpertReplicas => [at.pipeline, at.expert, 0],
+            Group::ExpertReplicas => [at.pipeline, at.expert, at.expert_tensor],
         }
     }
 
@@ -225,17 +251,18 @@ impl Mesh {
 
 impl std::fmt::Display for Mesh {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let MeshShape { data, tensor, pipeline, context, expert } = self.shape;
+        let MeshShape { data, tensor, pipeline, context, expert, expert_tensor } = self.shape;
         write!(f, "{} rank{}: data {data}", self.size(), if self.size() == 1 { "" } else { "s" })?;
         for (name, size) in [("context", context), ("tensor", tensor), ("pipeline", pipeline)] {
             if size > 1 {
                 write!(f, " x {name} {size}")?;
             }
         }
-        if expert > 1 {
+        if expert * expert_tensor > 1 {
+            let slices = if expert_tensor > 1 { format!(" x tensor {expert_tensor}") } else { String::new() };
             write!(
                 f,
-                "; experts over {expert} ranks x {} replica{}",
+                "; experts over {expert} ranks{slices} x {} replica{}",
                 self.expert_replicas(),
                 if self.expert_replicas() == 1 { "" } else { "s" }
             )?;
@@ -253,8 +280,11 @@ mod tests {
         (1usize..5, 1usize..4, 1usize..4, 1usize..4, any::<prop::sample::Index>()).prop_map(
             |(data, tensor, pipeline, context, pick)| {
                 let stage = data * tensor * context;
-                let divisors: Vec<_> = (1..=stage).filter(|d| stage.is_multiple_of(*d)).collect();
-                MeshShape { data, tensor, pipeline, context, expert: divisors[pick.index(divisors.len())] }
+                let folds = |expert: usize, slices: usize| stage.is_multiple_of(expert * slices);
+                let all = (1..=stage).flat_map(|expert| (1..=stage).map(move |slices| (expert, slices)));
+                let folding: Vec<_> = all.filter(|&(expert, slices)| folds(expert, slices)).collect();
+                let (expert, expert_tensor) = folding[pick.index(folding.len())];
+                MeshShape { data, tensor, pipeline, context, expert, expert_tensor }
             },
         )
     }
@@ -272,8 +302,11 @@ mod tests {
             Group::Pipeline => shape.pipeline,
             Group::Context => shape.context,
             Group::DenseReplicas => shape.data * shape.context,
-            Group::Expert => shape.expert,
-            Group::ExpertReplicas => stage / shape.expert,
+            Group::Stage => stage,
+            Group::Sequence => shape.context * shape.tensor,
+            Group::Vocabulary => shape.pipeline * shape.tensor,
+            Group::Expert => shape.expert * shape.expert_tensor,
+            Group::ExpertReplicas => stage / (shape.expert * shape.expert_tensor),
         }
     }
 
@@ -321,7 +354,7 @@ mod tests {
 
     #[test]
     fn four_ranks_with_two_expert_slices() {
-        let shape = MeshShape { data: 4, tensor: 1, pipeline: 1, context: 1, expert: 2 };
+        let shape = MeshShape { data: 4, tensor: 1, pipeline: 1, context: 1, expert: 2, expert_tensor: 1 };
         let mesh = Mesh::new(shape, 2, 4).unwrap();
         assert_eq!(mesh.group(Group::Expert), [2, 3]);
         assert_eq!(mesh.group(Group::ExpertReplicas), [0, 2]);
@@ -331,11 +364,11 @@ mod tests {
 
     #[test]
     fn shapes_that_do_not_fit_show_the_arithmetic() {
-        let shape = MeshShape { data: 2, tensor: 1, pipeline: 1, context: 1, expert: 1 };
+        let shape = MeshShape { data: 2, tensor: 1, pipeline: 1, context: 1, expert: 1, expert_tensor: 1 };
         let error = Mesh::new(shape, 0, 3).unwrap_err().to_string();
         assert_eq!(error, "data 2 x context 1 x tensor 1 x pipeline 1 = 2 ranks, but 3 were started");
         let error = Mesh::new(MeshShape { expert: 3, ..shape }, 0, 2).unwrap_err().to_string();
-        assert!(error.contains("expert 3 does not divide the 2 ranks"), "{error}");
+        assert!(error.contains("expert 3 x expert_tensor 1 does not divide the 2 ranks"), "{error}");
         let error = Mesh::new(MeshShape { data: 0, ..shape }, 0, 2).unwrap_err().to_string();
         assert!(error.contains("data axis has size 0"), "{error}");
     }

@@ -5,52 +5,124 @@
 //! from W, later.
 
 use crate::gradients::State;
+use crate::recompute::Activation;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 use torch_ext::{Error, attach_backward};
 
 /// A weight. Clones are handles to the same one.
 pub struct Weight {
-    value: Tensor,
-    uses: Arc<AtomicUsize>,
-    sink: Arc<Mutex<Option<Sink>>>,
+    shared: Arc<Shared>,
+    /// The part along dim 0 that this handle is about.
+    rows: Option<(i64, i64)>,
+}
+
+struct Shared {
+    shape: Vec<i64>,
+    kind: Kind,
+    device: Device,
+    /// An empty tensor that requires grad.
+    tracker: Mutex<Tensor>,
+    /// None while other ranks keep it.
+    value: Mutex<Option<Tensor>>,
+    uses: AtomicUsize,
+    sink: Mutex<Option<Sink>>,
 }
 
 struct Sink {
-    /// fp32, of the weight's shape.
-    sum: Tensor,
-    bucket: usize,
+    index: usize,
     state: Arc<Mutex<State>>,
 }
 
 impl Clone for Weight {
     fn clone(&self) -> Weight {
-        Weight { value: self.value.shallow_clone(), uses: self.uses.clone(), sink: self.sink.clone() }
+        Weight { shared: self.shared.clone(), rows: self.rows }
     }
 }
 
 impl Weight {
     /// A weight that one layer uses.
     pub fn new(value: Tensor) -> Weight {
-        let value = value.set_requires_grad(true);
-        Weight { value, uses: Arc::new(AtomicUsize::new(1)), sink: Arc::new(Mutex::new(None)) }
+        let weight = Weight::elsewhere(&value.size(), value.kind(), value.device());
+        weight.set_value(Some(value));
+        weight
+    }
+
+    /// A weight whose value is not here yet.
+    pub fn elsewhere(shape: &[i64], kind: Kind, device: Device) -> Weight {
+        let tracker = Tensor::zeros([0], (Kind::Float, device)).set_requires_grad(true);
+        let shared = Shared {
+            shape: shape.to_vec(),
+            kind,
+            device,
+            tracker: Mutex::new(tracker),
+            value: Mutex::new(None),
+            uses: AtomicUsize::new(1),
+            sink: Mutex::new(None),
+        };
+        Weight { shared: Arc::new(shared), rows: None }
     }
 
     /// The same weight for another layer: its gradient then has one more contribution.
     pub fn shared(&self) -> Weight {
-        self.uses.fetch_add(1, Ordering::Relaxed);
+        self.used(2)
+    }
+
+    /// The same weight, of which one forward makes `times` as many uses as before.
+    pub fn used(&self, times: usize) -> Weight {
+        let uses = self.shared.uses.load(Ordering::Relaxed);
+        self.shared.uses.store(uses * times, Ordering::Relaxed);
         self.clone()
+    }
+
+    /// `len` rows from `start` on, for a layer that uses no others.
+    pub fn rows(&self, start: i64, len: i64) -> Weight {
+        Weight { rows: Some((start, len)), ..self.clone() }
     }
 
     /// Layers that use it.
     pub(crate) fn uses(&self) -> usize {
-        self.uses.load(Ordering::Relaxed)
+        self.shared.uses.load(Ordering::Relaxed)
     }
 
-    /// What layers compute with; it requires grad, so that their nodes become part of the graph.
-    pub fn value(&self) -> &Tensor {
-        &self.value
+    /// What layers compute with.
+    ///
+    /// # Panics
+    /// When other ranks keep it and nobody gathered it: a layer's mistake.
+    pub fn value(&self) -> Tensor {
+        let value = locked(&self.shared.value);
+        let value = value.as_ref().expect("a layer's weights are gathered before it works");
+        self.part(value)
+    }
+
+    /// Gives the value, or takes it away.
+    pub(crate) fn set_value(&self, value: Option<Tensor>) {
+        *locked(&self.shared.value) = value;
+    }
+
+    /// What a layer's node names as an input, so that it becomes part of the graph; it gets no gradient.
+    pub fn tracker(&self) -> Tensor {
+        locked(&self.shared.tracker).shallow_clone()
+    }
+
+    /// The whole weight's shape.
+    pub fn shape(&self) -> &[i64] {
+        &self.shared.shape
+    }
+
+    /// Its dtype.
+    pub fn kind(&self) -> Kind {
+        self.shared.kind
+    }
+
+    /// Where it is.
+    pub fn device(&self) -> Device {
+        self.shared.device
+    }
+
+    fn part(&self, whole: &Tensor) -> Tensor {
+        self.rows.map_or_else(|| whole.shallow_clone(), |(start, len)| whole.narrow(0, start, len))
     }
 
     /// Adds one layer's contribution of one backward to the gradient: `add` gets the fp32 sum, of the weight's shape.
@@ -61,13 +133,20 @@ impl Weight {
     where
         F: FnOnce(&Tensor) -> Result<(), Error> + Send + 'static,
     {
-        let contribution = self.contribution()?;
-        let state = contribution.state.clone();
+        let (state, weight) = (self.state()?, self.clone());
         let now = locked(&state).defer(Box::new(move || {
+            let contribution = weight.contribution()?;
             tch::no_grad(|| add(contribution.sum()))?;
             contribution.finish()
         }));
         now.map_or(Ok(()), |contribution| contribution())
+    }
+
+    fn state(&self) -> Result<Arc<Mutex<State>>, Error> {
+        let sink = locked(&self.shared.sink);
+        sink.as_ref()
+            .map(|sink| sink.state.clone())
+            .ok_or_else(|| Error::new("a weight without a place for its gradient"))
     }
 
     /// One layer's contribution of one backward, for a layer that adds it up piece by piece and at once.
@@ -75,17 +154,15 @@ impl Weight {
     /// # Errors
     /// When nothing collects the gradient.
     pub fn contribution(&self) -> Result<Contribution, Error> {
-        match &*locked(&self.sink) {
-            Some(Sink { sum, bucket, state }) => {
-                Ok(Contribution { sum: sum.shallow_clone(), bucket: *bucket, state: state.clone() })
-            }
-            None => Err(Error::new("a weight without a place for its gradient")),
-        }
+        let state = self.state()?;
+        let index = locked(&self.shared.sink).as_ref().map_or(0, |sink| sink.index);
+        let sum = self.part(&locked(&state).sum(index).view(self.shape()));
+        Ok(Contribution { sum, index, state })
     }
 
-    /// Makes `sum` the place of the gradient.
-    pub(crate) fn collect_in(&self, sum: Tensor, bucket: usize, state: Arc<Mutex<State>>) -> Result<(), Error> {
-        match locked(&self.sink).replace(Sink { sum, bucket, state }) {
+    /// Makes parameter `index` of `state` the place of the gradient.
+    pub(crate) fn collect_in(&self, index: usize, state: Arc<Mutex<State>>) -> Result<(), Error> {
+        match locked(&self.shared.sink).replace(Sink { index, state }) {
             None => Ok(()),
             Some(_) => Err(Error::new("a weight's gradient already has a place")),
         }
@@ -96,7 +173,7 @@ impl Weight {
 #[must_use = "the gradient is not complete before every contribution is finished"]
 pub struct Contribution {
     sum: Tensor,
-    bucket: usize,
+    index: usize,
     state: Arc<Mutex<State>>,
 }
 
@@ -109,9 +186,10 @@ impl Contribution {
     /// Says that all of it has been added.
     ///
     /// # Errors
-    /// When the gradient is complete by this and its all-reduce cannot be started.
+    /// When the gradient is complete by this and its reduction cannot be started.
     pub fn finish(self) -> Result<(), Error> {
-        locked(&self.state).ready(self.bucket).map_err(|e| Error::new(e.to_string()))
+        drop(self.sum);
+        locked(&self.state).ready(self.index).map_err(|e| Error::new(e.to_string()))
     }
 }
 
@@ -124,19 +202,39 @@ fn locked<T>(state: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 /// # Errors
 /// libtorch's message.
 pub fn linear(x: &Tensor, weight: &Weight) -> Result<Tensor, Error> {
-    let out = tch::no_grad(|| x.matmul(&weight.value().tr()));
-    let (saved, used, needs_grad) = (x.detach(), weight.clone(), x.requires_grad());
-    let mut out = attach_backward(&[x, weight.value()], vec![out], move |grads| {
-        let Some(grad) = &grads[0] else { return Ok(vec![None, None]) };
-        let grad_x = needs_grad.then(|| grad.matmul(used.value()));
-        let (grad, x) = (grad.shallow_clone(), saved.shallow_clone());
-        used.add_gradient(move |sum| {
-            add_product(sum, &grad.tr(), &x);
-            Ok(())
-        })?;
-        Ok(vec![grad_x, None])
-    })?;
-    Ok(out.remove(0))
+    Ok(linears(&Activation::kept(x), &[weight])?.remove(0))
+}
+
+/// `x` `[N, in]` times the transpose of each of `weights` `[out, in]`.
+///
+/// # Errors
+/// libtorch's message, and that of making the input again.
+pub fn linears(x: &Activation, weights: &[&Weight]) -> Result<Vec<Tensor>, Error> {
+    let value = &x.value;
+    let outputs = tch::no_grad(|| weights.iter().map(|weight| value.matmul(&weight.value().tr())).collect());
+    let used: Vec<Weight> = weights.iter().map(|&weight| weight.clone()).collect();
+    let trackers: Vec<Tensor> = weights.iter().map(|weight| weight.tracker()).collect();
+    let inputs: Vec<&Tensor> = std::iter::once(value).chain(&trackers).collect();
+    let (saved, needs_grad) = (x.saved(), value.requires_grad());
+    attach_backward(&inputs, outputs, move |grads| {
+        let x = saved.get()?;
+        let mut grad_x: Option<Tensor> = None;
+        for (weight, grad) in used.iter().zip(grads) {
+            let Some(grad) = grad else { continue };
+            if needs_grad {
+                grad_x = Some(match grad_x {
+                    Some(mut sum) => sum.addmm_(grad, &weight.value()),
+                    None => grad.matmul(&weight.value()),
+                });
+            }
+            let (grad, x) = (grad.shallow_clone(), x.shallow_clone());
+            weight.add_gradient(move |sum| {
+                add_product(sum, &grad.tr(), &x);
+                Ok(())
+            })?;
+        }
+        Ok(std::iter::once(grad_x).chain(used.iter().map(|_| None)).collect())
+    })
 }
 
 /// `sum += left right`, for matrices; `sum` is fp32 whatever the dtype of the others.

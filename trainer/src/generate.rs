@@ -3,12 +3,12 @@
 use crate::Error;
 use crate::config::Config;
 use crate::data::END_OF_DOCUMENT;
-use crate::model::{Model, ModelPart};
+use crate::model::{Model, ModelPart, Setting};
+use crate::ranks::Ranks;
 use crate::saving::{restore_weights, state_of};
 use checkpoint::Checkpoint;
-use parallel::{Accelerator, Communicator, Cpu, Local};
+use parallel::{Accelerator, Cpu};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use tch::{Kind, Tensor};
 
 /// What to generate.
@@ -40,10 +40,10 @@ pub fn generate(job: &Generation, write: &mut dyn FnMut(&str)) -> Result<(), Err
     let config: Config = serde_json::from_value(state.config)
         .map_err(|e| Error::Data(format!("{}: its configuration cannot be read: {e}", checkpoint.path().display())))?;
     let tokenizer = crate::data::load_tokenizer(&find_tokenizer(job, &config, checkpoint.path())?)?;
-    let alone: Arc<dyn Communicator> = Arc::new(Local::new(0, "experts"));
     let length = config.data.sequence_length;
-    let model =
-        Model::new(&config.model, ModelPart::whole(config.model.layers), length, config.train.dtype, 0, &Cpu, &alone);
+    let alone = Ranks::alone();
+    let setting = Setting::alone(length, config.train.dtype, &Cpu, &alone);
+    let model = Model::new(&config.model, ModelPart::whole(config.model.layers), &setting);
     restore_weights(&mut checkpoint, &model)?;
     tch::manual_seed(job.seed);
 

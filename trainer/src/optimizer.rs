@@ -2,7 +2,7 @@
 
 use crate::Error;
 use crate::config::OptimizerConfig;
-use crate::parameters::{Parameter, Parameters, Replicas};
+use crate::parameters::{Parameter, Parameters};
 use parallel::{Accelerator, Communicator, GradientBuckets, ReduceOp};
 use std::sync::Arc;
 use tch::{Kind, Tensor};
@@ -16,10 +16,8 @@ pub struct Optimizer {
     exp_avg_sqs: Vec<Tensor>,
     /// Parameters that share weight decay and learning-rate factor.
     groups: Vec<Group>,
-    /// The ranks that hold different experts: their squares add up in the norm.
-    expert_group: Arc<dyn Communicator>,
-    /// The ranks that hold different stages: likewise.
-    pipeline_group: Arc<dyn Communicator>,
+    /// All ranks: the squares of what each counts add up in the norm.
+    world: Arc<dyn Communicator>,
 }
 
 struct Group {
@@ -35,8 +33,7 @@ impl Optimizer {
         grad_clip: f64,
         parameters: &Parameters,
         device: &dyn Accelerator,
-        expert_group: Arc<dyn Communicator>,
-        pipeline_group: Arc<dyn Communicator>,
+        world: Arc<dyn Communicator>,
     ) -> Optimizer {
         let zeros = || parameters.iter().map(|p| device.zeros(&p.master.size(), Kind::Float)).collect::<Vec<_>>();
         let mut groups: Vec<Group> = Vec::new();
@@ -48,7 +45,7 @@ impl Optimizer {
             }
         }
         let config = config.clone();
-        Optimizer { config, grad_clip, exp_avgs: zeros(), exp_avg_sqs: zeros(), groups, expert_group, pipeline_group }
+        Optimizer { config, grad_clip, exp_avgs: zeros(), exp_avg_sqs: zeros(), groups, world }
     }
 
     /// First and second moments of parameter `index`.
@@ -59,24 +56,19 @@ impl Optimizer {
     /// The norm of all gradients of the model, each counted once whatever the layout.
     ///
     /// # Collective
-    /// All ranks of the expert group and of the pipeline.
+    /// All ranks.
     ///
     /// # Errors
     /// When a collective fails.
     pub fn grad_norm(&self, parameters: &Parameters, gradients: &GradientBuckets) -> Result<f64, Error> {
-        let norms: Vec<Tensor> = (0..parameters.len()).map(|index| gradients.gradient(index).norm()).collect();
+        let counted = parameters.iter().enumerate().filter(|(_, parameter)| parameter.counted);
+        let norms: Vec<Tensor> = counted.map(|(index, _)| gradients.gradient(index).norm()).collect();
         let norms = match norms.is_empty() {
             true => Vec::new(),
             false => Vec::<f64>::try_from(Tensor::stack(&norms, 0).to_kind(Kind::Double))?,
         };
-        let squares = |experts: bool| -> f64 {
-            let counted = |p: &Parameter| p.counted && (p.replicas == Replicas::Expert) == experts;
-            parameters.iter().zip(&norms).filter(|(p, _)| counted(p)).map(|(_, norm)| norm * norm).sum()
-        };
-        let total = Tensor::from_slice(&[squares(true)]);
-        self.expert_group.all_reduce(&total, ReduceOp::Sum)?.wait()?;
-        let total = total + squares(false);
-        self.pipeline_group.all_reduce(&total, ReduceOp::Sum)?.wait()?;
+        let total = Tensor::from_slice(&[norms.iter().map(|norm| norm * norm).sum::<f64>()]);
+        self.world.all_reduce(&total, ReduceOp::Sum)?.wait()?;
         Ok(total.double_value(&[0]).sqrt())
     }
 
@@ -104,7 +96,7 @@ impl Optimizer {
             let pick = |tensor: &dyn Fn(usize) -> Tensor| group.members.iter().map(|&i| tensor(i)).collect::<Vec<_>>();
             fused_adamw(
                 &pick(&|i| list[i].master.shallow_clone()),
-                &pick(&|i| gradients.gradient(i).shallow_clone()),
+                &pick(&|i| gradients.gradient(i)),
                 &pick(&|i| self.exp_avgs[i].shallow_clone()),
                 &pick(&|i| self.exp_avg_sqs[i].shallow_clone()),
                 &pick(&|_| count.shallow_clone()),
@@ -118,13 +110,7 @@ impl Optimizer {
                 scale.as_ref(),
             )?;
         }
-        tch::no_grad(|| {
-            for parameter in list {
-                if parameter.weight.value().kind() != Kind::Float {
-                    parameter.weight.value().shallow_clone().copy_(&parameter.master);
-                }
-            }
-        });
+        parameters.iter().for_each(Parameter::store);
         Ok(())
     }
 }

@@ -2,7 +2,9 @@
 
 use crate::init::normal;
 use checkpoint::Place;
-use parallel::{Accelerator, Weight};
+use parallel::sharding::{ShardedWeights, own_rows};
+use parallel::{Accelerator, CommError, Replication, Weight, matrix};
+use std::ops::Range;
 use tch::{Kind, Tensor};
 
 /// How a parameter starts.
@@ -27,27 +29,43 @@ pub(crate) struct Traits {
 /// Which other ranks hold the same values, and so share the gradient.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Replicas {
-    /// The replicas of this rank's dense layers.
+    /// Those with the same part of the dense layers.
     Dense,
-    /// The replicas of this rank's experts.
+    /// All ranks of the stage: what tensor parallelism does not split.
+    Stage,
+    /// Those with the same part of the experts.
     Expert,
-    /// The replicas of the first and of the last stage: an embedding that is also the output layer.
+    /// Those of the first and of the last stage: an embedding that is also the output layer.
     Ends,
 }
 
-/// One tensor of this rank.
+impl Replicas {
+    /// Every kind, in the order of its number.
+    pub const ALL: [Replicas; 4] = [Replicas::Dense, Replicas::Stage, Replicas::Expert, Replicas::Ends];
+}
+
+/// Rows of a tensor that are a box of a global one.
+#[derive(Debug, Clone)]
+pub(crate) struct Piece {
+    place: Place,
+    rows: Range<i64>,
+}
+
+/// One tensor of this rank, as a matrix: all dims but the last are rows.
 pub struct Parameter {
-    /// What it is: its box of a global tensor; several for experts, whose tensors are stacked along dim 0, in order.
-    pub places: Vec<Place>,
-    /// Whether dim 0 stacks several global parameters (a rank's experts).
-    pub stacked: bool,
+    /// What each of its rows is, in order.
+    pieces: Vec<Piece>,
     /// What the model computes with.
     pub weight: Weight,
-    /// fp32 values that the optimizer updates; in fp32 the weight itself.
+    /// The rows that this rank keeps and updates.
+    pub own: Range<i64>,
+    /// They, in the model's dtype: memory of the weight where that is whole.
+    stored: Tensor,
+    /// They, in fp32, `[rows, columns]`: what the optimizer updates. In fp32 the same memory.
     pub master: Tensor,
     /// Who else holds it.
     pub replicas: Replicas,
-    /// Whether its gradient counts in the norm here, and not on another rank that holds it too.
+    /// Whether the gradient of its own rows counts in the norm here, and not on another rank that has them too.
     pub counted: bool,
     /// Whether weight decay applies.
     pub decay: bool,
@@ -56,13 +74,44 @@ pub struct Parameter {
 }
 
 impl Parameter {
-    /// The global parameters in `tensor`, a tensor of this parameter's shape (the master, a moment, a gradient).
-    pub fn parts<'a>(&'a self, tensor: &'a Tensor) -> impl Iterator<Item = (&'a Place, Tensor)> {
-        self.places.iter().enumerate().map(move |(index, place)| {
-            let part = if self.stacked { tensor.select(0, index as i64) } else { tensor.shallow_clone() };
+    /// Which boxes of global tensors the rows of `tensor` are, which has this rank's rows: the master, a moment, a gradient.
+    pub fn parts(&self, tensor: &Tensor) -> Vec<(Place, Tensor)> {
+        let parts = boxes(&self.pieces, &self.own).map(|(place, rows)| {
+            let part = tensor.narrow(0, rows.start - self.own.start, rows.end - rows.start);
+            let part = part.view(place.shape.as_slice());
             (place, part)
-        })
+        });
+        parts.collect()
     }
+
+    /// Takes over what the master has become.
+    pub(crate) fn store(&self) {
+        if self.stored.kind() != Kind::Float {
+            tch::no_grad(|| self.stored.shallow_clone().copy_(&self.master));
+        }
+    }
+}
+
+/// The boxes that the rows `wanted` are, with the rows of each.
+fn boxes(pieces: &[Piece], wanted: &Range<i64>) -> impl Iterator<Item = (Place, Range<i64>)> {
+    pieces.iter().filter_map(move |Piece { place, rows }| {
+        let common = rows.start.max(wanted.start)..rows.end.min(wanted.end);
+        if common.start >= common.end {
+            return None;
+        }
+        let mut place = place.clone();
+        place.offset[0] += common.start - rows.start;
+        place.shape[0] = common.end - common.start;
+        Some((place, common))
+    })
+}
+
+/// A rank's box of a tensor of shape `global`: all of it but `along` in dim `dim`.
+pub(crate) fn slice(name: &str, global: &[i64], dim: usize, along: &Range<i64>) -> Place {
+    let mut place = Place::whole(name, global);
+    place.offset[dim] = along.start;
+    place.shape[dim] = along.end - along.start;
+    place
 }
 
 /// All parameters of a rank, in the order of use in the forward pass.
@@ -70,11 +119,15 @@ pub struct Parameters {
     list: Vec<Parameter>,
     kind: Kind,
     seed: u64,
+    zero: u8,
+    /// By the number of [`Replicas`].
+    replications: Vec<Replication>,
 }
 
 impl Parameters {
-    pub(crate) fn new(kind: Kind, seed: u64) -> Parameters {
-        Parameters { list: Vec::new(), kind, seed }
+    /// For ranks that share out, by ZeRO stage `zero`: nothing, the optimizer's state, gradients too, weights too.
+    pub(crate) fn new(kind: Kind, seed: u64, zero: u8, replications: Vec<Replication>) -> Parameters {
+        Parameters { list: Vec::new(), kind, seed, zero, replications }
     }
 
     /// All of them.
@@ -92,71 +145,116 @@ impl Parameters {
         self.list.is_empty()
     }
 
-    /// Adds a parameter that this rank holds whole; returns the weight to compute with.
-    pub(crate) fn dense(&mut self, device: &dyn Accelerator, name: &str, shape: &[i64], traits: Traits) -> Weight {
-        self.add(device, vec![Place::whole(name, shape)], false, Replicas::Dense, traits)
+    /// Adds a parameter that is one box of a global one; returns the weight to compute with.
+    pub(crate) fn one(&mut self, device: &dyn Accelerator, place: Place, replicas: Replicas, traits: Traits) -> Weight {
+        let shape = place.shape.clone();
+        self.add(device, &shape, vec![place], replicas, traits)
     }
 
-    /// Adds a parameter of which this rank holds one box.
-    pub(crate) fn sharded(&mut self, device: &dyn Accelerator, place: Place, traits: Traits) -> Weight {
-        self.add(device, vec![place], false, Replicas::Dense, traits)
-    }
-
-    /// Adds the copy of a parameter that an earlier stage holds too, whose gradient is the sum of both.
-    pub(crate) fn copy_of_first(
+    /// Adds a parameter of shape `shape` whose rows are those of `places`, in order.
+    pub(crate) fn add(
         &mut self,
         device: &dyn Accelerator,
-        name: &str,
         shape: &[i64],
-        traits: Traits,
-    ) -> Weight {
-        let weight = self.add(device, vec![Place::whole(name, shape)], false, Replicas::Ends, traits);
-        self.list.last_mut().expect("it was added").counted = false;
-        weight
-    }
-
-    /// Says that the parameter added last has a copy on the last stage.
-    pub(crate) fn last_has_a_copy(&mut self) {
-        self.list.last_mut().expect("one was added").replicas = Replicas::Ends;
-    }
-
-    /// Adds `names.len()` global parameters of shape `shape` stacked along a new dim 0.
-    pub(crate) fn stacked(
-        &mut self,
-        device: &dyn Accelerator,
-        names: Vec<String>,
-        shape: &[i64],
-        replicas: Replicas,
-        traits: Traits,
-    ) -> Weight {
-        let places = names.into_iter().map(|name| Place::whole(name, shape)).collect();
-        self.add(device, places, true, replicas, traits)
-    }
-
-    fn add(
-        &mut self,
-        device: &dyn Accelerator,
         places: Vec<Place>,
-        stacked: bool,
         replicas: Replicas,
         traits: Traits,
     ) -> Weight {
-        let values: Vec<f32> = match traits.init {
-            Init::Ones => vec![1.0; places.iter().map(|place| place.shape.iter().product::<i64>() as usize).sum()],
-            Init::Normal(std) => places
-                .iter()
-                .flat_map(|place| normal(self.seed, &place.name, &place.global, &place.offset, &place.shape, std))
-                .collect(),
+        let mut next = 0;
+        let pieces: Vec<Piece> = places
+            .into_iter()
+            .map(|place| {
+                let rows = next..next + place.shape[0];
+                next = rows.end;
+                Piece { place, rows }
+            })
+            .collect();
+        let (rows, cols) = matrix(shape);
+        debug_assert_eq!(rows, next, "every row is of some piece");
+        let replication = &self.replications[replicas as usize];
+        let (rank, ranks) = (replication.shard.rank(), replication.shard.size());
+        let (own, counted) = (own_rows(rows, rank, ranks), replication.across.rank() == 0);
+        let count = own.end - own.start;
+        let draw = |rows: &Range<i64>| {
+            let values: Vec<f32> = match traits.init {
+                Init::Ones => vec![1.0; ((rows.end - rows.start) * cols) as usize],
+                Init::Normal(std) => boxes(&pieces, rows)
+                    .flat_map(|(place, _)| {
+                        normal(self.seed, &place.name, &place.global, &place.offset, &place.shape, std)
+                    })
+                    .collect(),
+            };
+            device.upload(&Tensor::from_slice(&values).view([rows.end - rows.start, cols]))
         };
-        let mut shape = if stacked { vec![places.len() as i64] } else { Vec::new() };
-        shape.extend(&places[0].shape);
-        let master = device.upload(&Tensor::from_slice(&values).view(shape.as_slice()));
-        // In fp32 both share memory.
-        let value = if self.kind == Kind::Float { master.detach() } else { master.to_kind(self.kind) };
-        let weight = Weight::new(value);
+        let (weight, stored, master) = if self.zero == 3 && ranks > 1 {
+            let master = draw(&own);
+            let stored = if self.kind == Kind::Float { master.shallow_clone() } else { master.to_kind(self.kind) };
+            (Weight::elsewhere(shape, self.kind, master.device()), stored, master)
+        } else {
+            let drawn = draw(&(0..rows));
+            let value = if self.kind == Kind::Float { drawn.shallow_clone() } else { drawn.to_kind(self.kind) };
+            let own_of = |tensor: &Tensor| tensor.narrow(0, own.start, count);
+            let master = if self.kind == Kind::Float || ranks == 1 { own_of(&drawn) } else { own_of(&drawn).copy() };
+            (Weight::new(value.view(shape)), own_of(&value), master)
+        };
         let handle = weight.clone();
         let Traits { decay, lr_scale, .. } = traits;
-        self.list.push(Parameter { places, stacked, weight, master, replicas, counted: true, decay, lr_scale });
+        self.list.push(Parameter { pieces, weight, own, stored, master, replicas, counted, decay, lr_scale });
         handle
+    }
+
+    /// The parameters from number `first` on, as they are needed at the same time.
+    pub(crate) fn unit(&self, first: usize) -> Unit {
+        let of = |replicas: Replicas| {
+            let group = &self.replications[replicas as usize].shard;
+            let members: Vec<_> = self.list[first..]
+                .iter()
+                .filter(|parameter| parameter.replicas == replicas)
+                .map(|parameter| (parameter.weight.clone(), parameter.stored.shallow_clone()))
+                .collect();
+            let sharded = self.zero > 0 && group.size() > 1 && !members.is_empty();
+            sharded.then(|| ShardedWeights::new(members, group.clone(), self.zero < 3))
+        };
+        Unit(Replicas::ALL.into_iter().filter_map(of).collect())
+    }
+
+    /// Whether whole gradients are kept during a step.
+    pub(crate) fn keep_gradients(&self) -> bool {
+        self.zero < 2
+    }
+
+    /// Who holds the same parameters, by the number of [`Replicas`].
+    pub(crate) fn replications(&self) -> &[Replication] {
+        &self.replications
+    }
+}
+
+/// Weights that ranks share out and that are needed at the same time; nothing where each rank has its own.
+pub(crate) struct Unit(Vec<ShardedWeights>);
+
+impl Unit {
+    /// Starts to gather.
+    pub(crate) fn prefetch(&self) -> Result<(), CommError> {
+        self.0.iter().try_for_each(ShardedWeights::prefetch)
+    }
+
+    /// Makes the values be there until they are released as often.
+    pub(crate) fn gather(&self) -> Result<(), CommError> {
+        self.0.iter().try_for_each(ShardedWeights::gather)
+    }
+
+    /// Says that they are not needed any longer.
+    pub(crate) fn release(&self) {
+        self.0.iter().for_each(ShardedWeights::release);
+    }
+
+    /// Says that ranks have changed what they keep.
+    pub(crate) fn changed(&self) {
+        self.0.iter().for_each(ShardedWeights::changed);
+    }
+
+    /// Whether there is anything to gather.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 }

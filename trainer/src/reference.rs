@@ -2,10 +2,11 @@
 
 use crate::Error;
 use crate::config::{Dtype, ModelConfig, MoeConfig, OptimizerConfig, QkNorm, RouterConfig};
-use crate::model::{Model, ModelPart};
+use crate::model::{Model, ModelPart, Setting};
 use crate::optimizer::Optimizer;
+use crate::ranks::Ranks;
 use moe::balance::{BatchTotals, Statistics};
-use parallel::{Accelerator, Communicator, GradientBuckets, Local};
+use parallel::{Accelerator, Communicator, GradientBuckets, Local, Replication};
 use std::sync::Arc;
 use std::time::Instant;
 use tch::{Kind, Tensor};
@@ -77,12 +78,13 @@ impl ReferenceStep {
             mup: None,
         };
         let alone: Arc<dyn Communicator> = Arc::new(Local::new(0, "bench"));
-        let model =
-            Model::new(&config, ModelPart::whole(config.layers), SEQUENCE as usize, dtype, 0, device.as_ref(), &alone);
+        let ranks = Ranks::alone();
+        let setting = Setting::alone(SEQUENCE as usize, dtype, device.as_ref(), &ranks);
+        let model = Model::new(&config, ModelPart::whole(config.layers), &setting);
         let leaves: Vec<_> = model.parameters.iter().map(|p| (p.weight.clone(), 0)).collect();
-        let gradients = GradientBuckets::new(&leaves, std::slice::from_ref(&alone), 25 << 20, device.as_ref())?;
+        let gradients = GradientBuckets::new(&leaves, &[Replication::alone()], 25 << 20, true, device.as_ref())?;
         let settings = OptimizerConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
-        let optimizer = Optimizer::new(&settings, 1.0, &model.parameters, device.as_ref(), alone.clone(), alone);
+        let optimizer = Optimizer::new(&settings, 1.0, &model.parameters, device.as_ref(), alone);
         tch::manual_seed(1);
         let inputs = device.zeros(&[BATCH, SEQUENCE], Kind::Int64).random_to_(VOCAB);
         // The next token, as a causal model is trained; the last position has none.

@@ -60,7 +60,8 @@ impl Stateful<'_> {
         for (index, parameter) in self.model.parameters.iter().enumerate() {
             let (exp_avg, exp_avg_sq) = self.optimizer.moments(index);
             for (kind, tensor) in [(MASTER, &parameter.master), (FIRST_MOMENT, exp_avg), (SECOND_MOMENT, exp_avg_sq)] {
-                tensors.extend(parameter.parts(tensor).map(|(place, part)| (saved_as(kind, place), part)));
+                let parts = parameter.parts(tensor).into_iter();
+                tensors.extend(parts.map(|(place, part)| (saved_as(kind, &place), part)));
             }
         }
         let whole = |name: String, tensor: Tensor| (Place::whole(name, &tensor.size()), tensor);
@@ -185,7 +186,7 @@ pub(crate) fn restore(path: &Path, run: &Stateful) -> Result<RunState, Error> {
         let (exp_avg, exp_avg_sq) = run.optimizer.moments(index);
         for (kind, tensor) in [(FIRST_MOMENT, exp_avg), (SECOND_MOMENT, exp_avg_sq)] {
             for (place, part) in parameter.parts(tensor) {
-                copy(&mut checkpoint, &saved_as(kind, place), &part)?;
+                copy(&mut checkpoint, &saved_as(kind, &place), &part)?;
             }
         }
     }
@@ -202,12 +203,11 @@ pub(crate) fn restore(path: &Path, run: &Stateful) -> Result<RunState, Error> {
 pub(crate) fn restore_weights(checkpoint: &mut Checkpoint, model: &Model) -> Result<RunState, Error> {
     for parameter in model.parameters.iter() {
         for (place, part) in parameter.parts(&parameter.master) {
-            copy(checkpoint, &saved_as(MASTER, place), &part)?;
+            copy(checkpoint, &saved_as(MASTER, &place), &part)?;
         }
-        if parameter.weight.value().kind() != Kind::Float {
-            tch::no_grad(|| parameter.weight.value().shallow_clone().copy_(&parameter.master));
-        }
+        parameter.store();
     }
+    model.changed();
     for (_, name, tensor) in model.biases() {
         copy(checkpoint, &Place::whole(key(BIAS, name), &tensor.size()), &tensor)?;
     }

@@ -2,11 +2,12 @@
 
 use crate::Error;
 use crate::model::vocabulary::{self, LocalSoftmax};
-use crate::model::{Model, with_gradient};
+use crate::model::{Documents, Model, with_gradient};
 use moe::balance::BatchTotals;
 use parallel::pipeline::{Collective, CollectiveKind, Exchange, Pass, PassKind, Stages, Vocabulary};
 use parallel::{Accelerator, Deferred, GradientBuckets};
 use std::collections::HashMap;
+use std::sync::Arc;
 use tch::{Kind, Tensor};
 
 /// What the microbatches of a step gave on this rank; sums over ranks are the step's figures.
@@ -53,7 +54,10 @@ pub(crate) struct StepStages<'a> {
     algorithm: Option<Vocabulary>,
     /// Rank in the pipeline of the last stage.
     last_rank: usize,
-    /// `[T, D]` of a microbatch.
+    /// Ends a document, where tokens see only their own.
+    document_end: Option<u32>,
+    /// `[T, D]` of a microbatch, and this rank's part of it between stages.
+    whole: [i64; 2],
     shape: [i64; 2],
     kind: Kind,
     sequences: i64,
@@ -72,15 +76,17 @@ pub(crate) struct StepInputs<'a> {
     pub(crate) totals: BatchTotals<'a>,
     pub(crate) algorithm: Option<Vocabulary>,
     pub(crate) last_rank: usize,
+    pub(crate) document_end: Option<u32>,
     pub(crate) sequences: i64,
-    pub(crate) sequence_length: i64,
+    /// Positions of a sequence that this rank has.
+    pub(crate) positions: i64,
     pub(crate) kind: Kind,
 }
 
 impl<'a> StepStages<'a> {
     pub(crate) fn new(inputs: StepInputs<'a>) -> StepStages<'a> {
         let StepInputs { model, device, gradients, batch, totals, algorithm, .. } = inputs;
-        let StepInputs { last_rank, sequences, sequence_length, kind, .. } = inputs;
+        let StepInputs { last_rank, document_end, sequences, positions, kind, .. } = inputs;
         let experts = model.config().moe.as_ref().map_or(0, |moe| moe.experts);
         let mixtures = model.config().num_moe_layers();
         StepStages {
@@ -91,7 +97,9 @@ impl<'a> StepStages<'a> {
             totals,
             algorithm,
             last_rank,
-            shape: [sequences * sequence_length, model.config().hidden as i64],
+            document_end,
+            whole: [sequences * positions, model.config().hidden as i64],
+            shape: [sequences * positions / model.tensor().size() as i64, model.config().hidden as i64],
             kind,
             sequences,
             in_flight: HashMap::new(),
@@ -115,9 +123,13 @@ impl<'a> StepStages<'a> {
         let input = input.map(|input| input.set_requires_grad(learning));
         let x = match &input {
             Some(input) => input.shallow_clone(),
-            None => model.embed(&(self.batch)(microbatch)?.0)?,
+            None => model.embed(&model.own_positions(&(self.batch)(microbatch)?.0))?,
         };
-        let out = model.forward_stage(chunk, &x, self.sequences)?;
+        let documents = match self.document_end {
+            Some(end) => Some(Arc::new(Documents::of(&(self.batch)(microbatch)?.0, end))),
+            None => None,
+        };
+        let out = model.forward_stage(chunk, &x, self.sequences, documents.as_ref())?;
         let auxiliary = model.auxiliary(chunk, &out.stats, &self.totals);
         self.sums.load_balance += auxiliary.load_balance;
         self.sums.z += auxiliary.z;
@@ -127,9 +139,12 @@ impl<'a> StepStages<'a> {
         }
         let mut loss = auxiliary.total;
         if part.last && self.algorithm.is_none() {
-            let labels = (self.batch)(microbatch)?.1;
+            let labels = model.own_positions(&(self.batch)(microbatch)?.1);
             let cross_entropy = model.cross_entropy(&out.hidden_td, &labels, &self.totals)?;
-            self.sums.cross_entropy += cross_entropy.double_value(&[]);
+            // All ranks that split matrices know it; one counts it.
+            if model.tensor().rank() == 0 {
+                self.sums.cross_entropy += cross_entropy.double_value(&[]);
+            }
             loss = Some(loss.map_or(cross_entropy.shallow_clone(), |loss| loss + cross_entropy));
         }
         let output = out.hidden_td;
@@ -178,11 +193,11 @@ impl<'a> StepStages<'a> {
     }
 
     fn labels(&self, microbatch: usize) -> Result<Tensor, Error> {
-        Ok((self.batch)(microbatch)?.1.flatten(0, -1))
+        Ok(self.model.own_positions(&(self.batch)(microbatch)?.1).flatten(0, -1))
     }
 
     fn tokens(&self, microbatch: usize) -> Result<Tensor, Error> {
-        Ok((self.batch)(microbatch)?.0.flatten(0, -1))
+        Ok(self.model.own_positions(&(self.batch)(microbatch)?.0).flatten(0, -1))
     }
 }
 
@@ -191,8 +206,6 @@ impl Stages for StepStages<'_> {
 
     fn compute(&mut self, pass: Pass, mut inputs: Vec<Tensor>) -> Result<Option<Tensor>, Error> {
         let Pass { kind, chunk, microbatch } = pass;
-        let shared = self.model.shared_vocabulary();
-        let shared = || shared.as_ref().expect("a schedule with passes of the vocabulary shares it out");
         match kind {
             PassKind::Forward => {
                 let input = inputs.pop();
@@ -212,36 +225,42 @@ impl Stages for StepStages<'_> {
             }
             PassKind::Logits => {
                 let labels = self.labels(microbatch)?;
-                let (_, head, rows) = shared();
                 let factor = 1.0 / self.totals.tokens;
                 let algorithm = self.algorithm.filter(|_| self.gradients.is_some());
                 let divisor = self.model.logits_divisor();
-                let softmax =
-                    tch::no_grad(|| vocabulary::logits(&inputs[0], head, rows, &labels, factor, divisor, algorithm));
+                let softmax = self.model.with_head(|head, rows| {
+                    let hidden = &inputs[0];
+                    Ok(tch::no_grad(|| vocabulary::logits(hidden, head, rows, &labels, factor, divisor, algorithm)))
+                })?;
                 self.vocabulary_of(microbatch).softmax = Some(softmax);
             }
             PassKind::LogitsBackward => {
                 // Every rank knows the loss; the one of the last stage counts it.
-                if self.model.part().has_last() {
+                if self.model.part().has_last() && self.model.tensor().rank() == 0 {
                     self.sums.cross_entropy += inputs[0].double_value(&[]);
                 }
                 let softmax = self.vocabulary_of(microbatch).softmax.take().expect("S comes first");
                 if self.gradients.is_some() {
                     let input_too = self.algorithm == Some(Vocabulary::Vocab1);
-                    let gradient = tch::no_grad(|| softmax.backward(shared().1, &inputs[1], input_too))?;
+                    let gradient = self
+                        .model
+                        .with_head(|head, _| Ok(tch::no_grad(|| softmax.backward(head, &inputs[1], input_too))?))?;
                     self.vocabulary_of(microbatch).hidden_gradient = gradient;
                 }
             }
             PassKind::Embed => {
                 let tokens = self.tokens(microbatch)?;
-                let (embedding, _, rows) = shared();
-                let embedded = tch::no_grad(|| vocabulary::embed(&tokens, embedding, rows));
+                let embedded = self.model.with_embedding(|embedding, rows| {
+                    Ok(tch::no_grad(|| vocabulary::rows_of(&tokens, embedding, rows)))
+                })?;
                 self.vocabulary_of(microbatch).embedded = Some(embedded);
             }
             PassKind::EmbedBackward => {
                 let tokens = self.tokens(microbatch)?;
-                let (embedding, _, rows) = shared();
-                tch::no_grad(|| vocabulary::embed_backward(&tokens, &inputs[0], embedding, rows))?;
+                let (embedding, rows) = self.model.own_embedding();
+                let contribution = embedding.contribution()?;
+                tch::no_grad(|| vocabulary::add_rows(&tokens, &inputs[0], contribution.sum(), rows));
+                contribution.finish()?;
                 self.of_vocabulary.remove(&microbatch);
             }
         }
@@ -249,22 +268,22 @@ impl Stages for StepStages<'_> {
     }
 
     fn exchange(&mut self, collective: Collective) -> Result<Exchange, Error> {
-        let (part, buffer) = (self.model.part(), self.buffer());
-        let (has_first, has_last) = (part.has_first(), part.has_last());
-        let (first, last) = (0, self.last_rank);
+        let (part, tensor) = (self.model.part(), self.model.tensor());
+        let whole = self.device.empty(&self.whole, self.kind);
+        let rows = tensor.part(self.whole[0]);
+        let (of_first, of_last) = (part.has_first().then(|| rows.clone()), part.has_last().then_some(rows));
+        let roots = |rank: usize| rank * tensor.size()..(rank + 1) * tensor.size();
+        let (first, last) = (roots(0), roots(self.last_rank));
         let divisor = self.model.logits_divisor();
         let of = self.vocabulary_of(collective.microbatch);
         Ok(match collective.kind {
-            CollectiveKind::Hidden => vocabulary::broadcast(of.hidden.take().unwrap_or(buffer).contiguous(), last),
-            CollectiveKind::Statistics => of.softmax.as_ref().expect("S comes first").exchange(divisor, has_last),
+            CollectiveKind::Hidden => vocabulary::collect(whole, of.hidden.take(), last),
+            CollectiveKind::Statistics => of.softmax.as_ref().expect("S comes first").exchange(divisor, of_last),
             CollectiveKind::HiddenGradient => {
-                vocabulary::sum(of.hidden_gradient.take().expect("T comes first"), has_last)
+                vocabulary::sum(of.hidden_gradient.take().expect("T comes first"), of_last)
             }
-            CollectiveKind::Embedding => vocabulary::sum(of.embedded.take().expect("IF comes first"), has_first),
-            CollectiveKind::EmbeddingGradient => {
-                let tensor = of.embedding_gradient.take().unwrap_or(buffer);
-                vocabulary::broadcast(tensor.contiguous(), first)
-            }
+            CollectiveKind::Embedding => vocabulary::sum(of.embedded.take().expect("IF comes first"), of_first),
+            CollectiveKind::EmbeddingGradient => vocabulary::collect(whole, of.embedding_gradient.take(), first),
         })
     }
 

@@ -3,9 +3,9 @@
 use crate::config::{Config, Dtype};
 use crate::data::Dataset;
 use crate::metrics::{Metrics, Progress, Record};
-use crate::model::{IGNORED, Model, ModelPart};
+use crate::model::{IGNORED, Model, ModelPart, Setting};
 use crate::optimizer::Optimizer;
-use crate::parameters::Replicas;
+use crate::ranks::Ranks;
 use crate::saving::{self, RunState, Stateful, sum_over_ranks};
 use crate::schedule::learning_rate;
 use crate::stages::{StepInputs, StepStages, Sums};
@@ -72,52 +72,36 @@ impl Trainer {
             None => None,
         };
         let all = world.all("world")?;
-        let expert_group = world.group("experts", &mesh.group(Group::Expert))?;
-        let dense = mesh.group(Group::DenseReplicas);
-        let mut replica_groups = vec![
-            world.group("dense gradients", &dense)?,
-            world.group("expert gradients", &mesh.group(Group::ExpertReplicas))?,
-        ];
         let accumulation = accumulation(&config, &mesh);
         let plan = config.pipeline_plan(accumulation).map_err(Error::Config)?;
         let order = &plan.schedule.order;
         let stages = mesh.group(Group::Pipeline);
-        let at = mesh.coordinates().pipeline;
-        let part =
-            |rank| ModelPart::of_rank(rank, stages.len(), order.placement, &plan.layers, order.vocabulary.is_some());
-        let pipeline_group = world.group("pipeline", &stages)?;
+        let at = mesh.coordinates();
+        let part = |rank| {
+            let (placement, shared) = (order.placement, order.vocabulary.is_some());
+            let tensor = (at.tensor, mesh.shape().tensor);
+            ModelPart::of_rank((rank, stages.len()), placement, &plan.layers, shared, tensor)
+        };
+        let own = part(at.pipeline);
+        let ends: Vec<usize> = match config.model.tie_embeddings && own.vocabulary.is_none() {
+            true => (0..stages.len()).filter(|&rank| part(rank).has_first() || part(rank).has_last()).collect(),
+            false => Vec::new(),
+        };
+        let ranks = Ranks::join(world, &mesh, &config.parallel, &ends)?;
+        let vocabulary = mesh.group(Group::Vocabulary);
         let mut lanes = Vec::new();
         for (kind, name) in order.vocabulary.map_or(Vec::new(), collectives) {
-            lanes.push((kind, world.group(name, &stages)?));
+            lanes.push((kind, world.group(name, &vocabulary)?));
         }
-        let pipeline = Executor::new(pipeline_group.clone(), lanes);
-        let model = Model::new(
-            &config.model,
-            part(at),
-            data.sequence_length,
-            config.train.dtype,
-            config.run.seed,
-            device.as_ref(),
-            &expert_group,
-        );
-        let tied_over_stages = model.parameters.iter().any(|p| p.replicas == Replicas::Ends);
-        if tied_over_stages {
-            let ends: Vec<usize> =
-                (0..stages.len()).filter(|&rank| part(rank).has_first() || part(rank).has_last()).collect();
-            replica_groups.push(world.group("tied embedding", &mesh.dense_replicas_of_stages(&ends))?);
-        }
+        let pipeline = Executor::new(world.group("pipeline", &stages)?, lanes);
+        let model = Model::new(&config.model, own, &Setting::of(&config, device.as_ref(), &ranks));
+        let parameters = &model.parameters;
         let weights: Vec<(Weight, usize)> =
-            model.parameters.iter().map(|p| (p.weight.clone(), p.replicas as usize)).collect();
-        let bucket_bytes = config.parallel.bucket_mib << 20;
-        let gradients = GradientBuckets::new(&weights, &replica_groups, bucket_bytes, device.as_ref())?;
-        let optimizer = Optimizer::new(
-            &config.optimizer,
-            config.train.grad_clip,
-            &model.parameters,
-            device.as_ref(),
-            expert_group,
-            pipeline_group,
-        );
+            parameters.iter().map(|p| (p.weight.clone(), p.replicas as usize)).collect();
+        let (bytes, keep) = (config.parallel.bucket_mib << 20, parameters.keep_gradients());
+        let gradients = GradientBuckets::new(&weights, parameters.replications(), bytes, keep, device.as_ref())?;
+        let (settings, clip) = (&config.optimizer, config.train.grad_clip);
+        let optimizer = Optimizer::new(settings, clip, parameters, device.as_ref(), all.clone());
         Ok(Trainer {
             config,
             mesh,
@@ -260,7 +244,8 @@ impl Trainer {
             algorithm: order.vocabulary,
             last_rank: order.place(order.stages() - 1).0,
             sequences: self.config.train.micro_batch as i64,
-            sequence_length: self.config.data.sequence_length as i64,
+            document_end: self.config.data.document_end,
+            positions: (self.config.data.sequence_length / self.mesh.shape().context) as i64,
             kind: if self.config.train.dtype == Dtype::Bf16 { Kind::BFloat16 } else { Kind::Float },
         });
         let spans = self.pipeline.run(schedule, &mut stages)?;
@@ -337,6 +322,7 @@ impl Trainer {
         }
         let lr = learning_rate(&self.config.schedule, self.step, self.config.train.steps, self.tokens_per_step());
         self.optimizer.step(&self.model.parameters, &self.gradients, self.step + 1, lr, grad_norm)?;
+        self.model.changed();
         let experts = sums.choices.first().map_or(1, Vec::len).max(1);
         let choices: Vec<&[f64]> = figures[4..rows_at].chunks(experts).collect();
         if let Some(MoeConfig { bias_update_rate, .. }) = &self.config.model.moe {

@@ -3,12 +3,12 @@
 
 use moe::Score;
 use moe::balance::{BatchTotals, Statistics};
-use parallel::{Communicator, Cpu, GradientBuckets, Local};
+use parallel::{Communicator, Cpu, GradientBuckets, Local, Replication};
 use std::path::Path;
 use std::sync::Arc;
 use tch::Tensor;
 use trainer::config::{Dtype, ModelConfig, MoeConfig, MupConfig, OptimizerConfig, QkNorm, RouterConfig};
-use trainer::{Model, ModelPart, Optimizer};
+use trainer::{Model, ModelPart, Optimizer, Ranks, Setting};
 
 struct Golden {
     bytes: Vec<u8>,
@@ -84,7 +84,9 @@ fn difference(ours: &Tensor, golden: &Tensor) -> f64 {
 fn check(name: &str, config: ModelConfig) {
     let golden = Golden::open(name);
     let alone: Arc<dyn Communicator> = Arc::new(Local::new(0, "alone"));
-    let model = Model::new(&config, ModelPart::whole(config.layers), 64, Dtype::Fp32, 0, &Cpu, &alone);
+    let ranks = Ranks::alone();
+    let setting = Setting::alone(64, Dtype::Fp32, &Cpu, &ranks);
+    let model = Model::new(&config, ModelPart::whole(config.layers), &setting);
     let mut loaded = 0;
     for parameter in model.parameters.iter() {
         for (place, part) in parameter.parts(&parameter.master) {
@@ -95,9 +97,9 @@ fn check(name: &str, config: ModelConfig) {
     assert_eq!(loaded, golden.names("weight/").len(), "every golden weight has a place");
 
     let leaves: Vec<_> = model.parameters.iter().map(|p| (p.weight.clone(), 0)).collect();
-    let gradients = GradientBuckets::new(&leaves, std::slice::from_ref(&alone), 1 << 20, &Cpu).unwrap();
+    let gradients = GradientBuckets::new(&leaves, &[Replication::alone()], 1 << 20, true, &Cpu).unwrap();
     let settings = OptimizerConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
-    let mut optimizer = Optimizer::new(&settings, 1.0, &model.parameters, &Cpu, alone.clone(), alone);
+    let mut optimizer = Optimizer::new(&settings, 1.0, &model.parameters, &Cpu, alone);
     let ids = golden.tensor("input_ids");
     let (batch, length) = ids.size2().unwrap();
     let labels = ids.roll([-1], [1]);
@@ -125,7 +127,7 @@ fn check(name: &str, config: ModelConfig) {
                 assert!((ours - theirs).abs() < 1e-5 * theirs, "{figure}: {ours} and {theirs}");
             }
             for (index, parameter) in model.parameters.iter().enumerate() {
-                for (place, grad) in parameter.parts(gradients.gradient(index)) {
+                for (place, grad) in parameter.parts(&gradients.gradient(index)) {
                     let worst = difference(&grad, &golden.tensor(&format!("grad/{}", place.name)));
                     assert!(worst < 1e-4, "the gradient of {place:?} differs by {worst}");
                 }

@@ -1,6 +1,8 @@
 //! What types cannot say: numbers that must divide others, and values that must be there.
 
-use super::{Config, Dtype, MoeConfig, ScheduleConfig};
+use super::{Config, Dtype, MoeConfig, RecomputedLayers, ScheduleConfig};
+use parallel::MeshShape;
+use parallel::context::ContextKind;
 
 impl Config {
     /// Every reason why this cannot run on `ranks` ranks, one sentence each.
@@ -22,15 +24,23 @@ impl Config {
                 } else if at_once > 0 && train.global_batch > 0 && self.model.layers > 0 {
                     self.check_pipeline(train.global_batch / at_once, &mut problems);
                 }
+                self.check_sharding(&mesh.shape(), &mut problems);
                 if let Some(moe) = &self.model.moe {
+                    problems.divides(
+                        ("model.moe.ffn", moe.ffn),
+                        ("parallel.expert_tensor", mesh.shape().expert_tensor),
+                        "every rank holds as much of an expert",
+                    );
                     problems.divides(
                         ("model.moe.experts", moe.experts),
                         ("parallel.expert", mesh.shape().expert),
                         "every rank holds the same number of experts",
                     );
-                } else if mesh.shape().expert > 1 {
-                    problems
-                        .add(format!("parallel.expert is {} but the model has no moe section", mesh.shape().expert));
+                } else if mesh.shape().expert * mesh.shape().expert_tensor > 1 {
+                    let MeshShape { expert, expert_tensor, .. } = mesh.shape();
+                    problems.add(format!(
+                        "parallel.expert is {expert} and expert_tensor {expert_tensor}, but the model has no moe section"
+                    ));
                 }
             }
             Err(error) => problems.add(error),
@@ -38,14 +48,85 @@ impl Config {
         problems.0
     }
 
+    /// What tensor, context and sharded data parallelism divide.
+    fn check_sharding(&self, shape: &MeshShape, problems: &mut Problems) {
+        let (model, data, parallel) = (&self.model, &self.data, &self.parallel);
+        let (tensor, context) = (("parallel.tensor", shape.tensor), ("parallel.context", shape.context));
+        problems.divides(("model.heads", model.heads), tensor, "every rank has as many heads");
+        if model.has_dense_layers() {
+            problems.divides(("model.ffn", model.ffn.unwrap_or(0)), tensor, "every rank has as much of a layer");
+        }
+        if let Some(moe) = model.moe.as_ref().filter(|moe| moe.shared_experts > 0) {
+            let width = moe.shared_experts * moe.ffn;
+            problems.divides(("model.moe.shared_experts x ffn", width), tensor, "every rank has as much of a layer");
+        }
+        let parts = match parallel.context_attention {
+            _ if shape.context == 1 => 1,
+            ContextKind::Ring => 2 * shape.context,
+            ContextKind::Ulysses => shape.context,
+        };
+        if !data.sequence_length.is_multiple_of(parts) {
+            let (less, parts_of) = (data.sequence_length / parts * parts, parts / shape.context);
+            problems.add(format!(
+                "data.sequence_length {} is not a multiple of {parts} (parallel.context {} x {parts_of}); nearest: {} or {}",
+                data.sequence_length,
+                shape.context,
+                less.max(parts),
+                less + parts
+            ));
+        } else {
+            let tokens = self.train.micro_batch * data.sequence_length / shape.context;
+            problems.divides(
+                ("train.micro_batch x data.sequence_length / context", tokens),
+                tensor,
+                "of the tokens too",
+            );
+        }
+        if parallel.context_attention == ContextKind::Ulysses && shape.tensor > 0 {
+            let heads = model.heads / shape.tensor;
+            problems.divides(
+                ("model.heads / parallel.tensor", heads),
+                context,
+                "ulysses shares heads out; ring does not",
+            );
+        }
+        if model.vocab_size < shape.tensor {
+            problems
+                .add(format!("parallel.tensor {} is more than model.vocab_size {}", shape.tensor, model.vocab_size));
+        }
+        problems.positive("parallel.tensor_chunks", parallel.tensor_chunks);
+        if parallel.zero > 3 {
+            problems.add(format!("parallel.zero is {}; it is 0, 1, 2 or 3", parallel.zero));
+        }
+        if let Some(ranks) = parallel.zero_ranks {
+            problems.positive("parallel.zero_ranks", ranks);
+            let replicas = ("the replicas of dense layers, data x context =", shape.data * shape.context);
+            problems.divides(replicas, ("parallel.zero_ranks", ranks), "groups have the same size");
+            if parallel.zero == 0 {
+                problems.add("parallel.zero_ranks says who shares out, but parallel.zero is 0: give 1, 2 or 3".into());
+            }
+        }
+        if let RecomputedLayers::Layers(layers) = &parallel.recompute.layers
+            && let Some(layer) = layers.iter().find(|&&layer| layer >= model.layers)
+        {
+            problems.add(format!(
+                "parallel.recompute.layers names layer {layer}; the model has 0 to {}",
+                model.layers.saturating_sub(1)
+            ));
+        }
+        if let Some(end) = data.document_end.filter(|&end| end as usize >= model.vocab_size) {
+            problems.add(format!("data.document_end {end} is outside of model.vocab_size {}", model.vocab_size));
+        }
+    }
+
     fn check_pipeline(&self, microbatches: usize, problems: &mut Problems) {
         if let Err(error) = self.pipeline_plan(microbatches) {
             problems.add(error);
         }
-        let pipeline = self.parallel.pipeline;
-        if self.parallel.vocabulary.algorithm().is_some() && self.model.vocab_size < pipeline {
+        let (pipeline, tensor) = (self.parallel.pipeline, self.parallel.tensor);
+        if self.parallel.vocabulary.algorithm().is_some() && self.model.vocab_size < pipeline * tensor {
             problems.add(format!(
-                "parallel.vocabulary shares {} tokens out over {pipeline} ranks: each needs one",
+                "parallel.vocabulary shares {} tokens out over pipeline {pipeline} x tensor {tensor} ranks: each needs one",
                 self.model.vocab_size
             ));
         }

@@ -2,6 +2,7 @@
 
 use super::{Auto, AxisSize, Config, ModelConfig};
 use crate::model::split_layers;
+use parallel::context::ContextKind;
 use parallel::pipeline::check::check;
 use parallel::pipeline::communication::with_communication;
 use parallel::pipeline::schedules::ScheduleKind;
@@ -19,8 +20,17 @@ use std::path::PathBuf;
 pub struct ParallelConfig {
     /// Replicas of the dense layers; `auto` takes all ranks that the other axes leave.
     pub data: AxisSize,
-    /// Ranks that share out the experts of a layer. Folded over the data axis: it divides it.
+    /// Ranks that split every matrix, and the tokens between blocks (sequence parallelism).
+    pub tensor: usize,
+    /// Ranks that split every sequence.
+    pub context: usize,
+    /// How they attend.
+    pub context_attention: ContextKind,
+    /// Ranks that share out the experts of a layer. With `expert_tensor` folded over data, context and tensor ranks: their
+    /// product divides the others'.
     pub expert: usize,
+    /// Ranks that split every expert's matrices.
+    pub expert_tensor: usize,
     /// Ranks that share out the layers, in stages that microbatches pass one after the other.
     pub pipeline: usize,
     /// The order in which a pipeline's ranks work on microbatches.
@@ -31,20 +41,101 @@ pub struct ParallelConfig {
     pub stage_layers: Option<Vec<usize>>,
     /// Where a pipeline's embedding and output layer are.
     pub vocabulary: VocabularyLayout,
-    /// Size in MiB up to which gradients share one all-reduce.
+    /// What replicas share out (ZeRO): 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights too.
+    pub zero: u8,
+    /// Replicas that do so together; others hold the same (hybrid sharding). By default all: data x context.
+    pub zero_ranks: Option<usize>,
+    /// What backward computes again instead of keeping it.
+    pub recompute: RecomputeConfig,
+    /// Parts in which rows travel among `tensor` ranks, one while another is computed on.
+    pub tensor_chunks: usize,
+    /// Size in MiB up to which gradients share one reduction.
     pub bucket_mib: usize,
+}
+
+/// What backward computes again instead of keeping it.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RecomputeConfig {
+    /// Layers of which only the input is kept: `none`, `all`, or their numbers.
+    pub layers: RecomputedLayers,
+    /// Parts that are computed again in the other layers. (The activation function always is.)
+    pub parts: Vec<RecomputedPart>,
+}
+
+/// Layers of a model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged, expecting = "none, all, or a list of layers")]
+pub enum RecomputedLayers {
+    /// By a word.
+    Word(NoneOrAll),
+    /// By their numbers.
+    Layers(Vec<usize>),
+}
+
+impl Default for RecomputedLayers {
+    fn default() -> RecomputedLayers {
+        RecomputedLayers::Word(NoneOrAll::None)
+    }
+}
+
+/// `none` or `all`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum NoneOrAll {
+    /// None of them.
+    None,
+    /// All of them.
+    All,
+}
+
+/// A part of a layer that backward can compute again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum RecomputedPart {
+    /// Outputs of the norms before attention and feed-forward.
+    Norm,
+    /// Attention over keys and values (not the projections).
+    Attention,
+    /// Rows as they come to their experts; they are sent again.
+    Router,
+    /// Gate-up products of experts and dense feed-forward networks.
+    Experts,
+}
+
+impl RecomputeConfig {
+    /// Whether of layer `layer` only the input is kept.
+    pub fn whole(&self, layer: usize) -> bool {
+        match &self.layers {
+            RecomputedLayers::Word(word) => *word == NoneOrAll::All,
+            RecomputedLayers::Layers(layers) => layers.contains(&layer),
+        }
+    }
+
+    /// Whether `part` is kept.
+    pub fn keeps(&self, part: RecomputedPart) -> bool {
+        !self.parts.contains(&part)
+    }
 }
 
 impl Default for ParallelConfig {
     fn default() -> ParallelConfig {
         ParallelConfig {
             data: AxisSize::Auto(Auto::Auto),
+            tensor: 1,
+            context: 1,
+            context_attention: ContextKind::Ring,
             expert: 1,
+            expert_tensor: 1,
             pipeline: 1,
             schedule: ScheduleChoice::Known(ScheduleKind::OneFOneB),
             chunks: None,
             stage_layers: None,
             vocabulary: VocabularyLayout::Baseline,
+            zero: 0,
+            zero_ranks: None,
+            recompute: RecomputeConfig::default(),
+            tensor_chunks: 1,
             bucket_mib: 25,
         }
     }
@@ -131,24 +222,28 @@ impl Config {
     /// # Errors
     /// When the axes do not fit the ranks: which keys, and the arithmetic.
     pub fn mesh(&self, rank: usize, ranks: usize) -> Result<Mesh, String> {
-        let ParallelConfig { data, expert, pipeline, .. } = self.parallel;
+        let ParallelConfig { data, tensor, context, expert, expert_tensor, pipeline, .. } = self.parallel;
+        let others = tensor * context * pipeline;
         let data = match data {
             AxisSize::Size(size) => size,
-            AxisSize::Auto(_) if pipeline > 0 && !ranks.is_multiple_of(pipeline) => {
+            AxisSize::Auto(_) if others > 0 && !ranks.is_multiple_of(others) => {
+                let few = ranks / others * others;
+                let nearest = match few {
+                    0 => format!("{others} ranks"),
+                    _ => format!("{few} or {} ranks", few + others),
+                };
                 return Err(format!(
-                    "parallel: {ranks} ranks do not divide into pipelines of {pipeline}; use {} or {} ranks, or change \
-                     parallel.pipeline",
-                    ranks / pipeline * pipeline,
-                    (ranks / pipeline + 1) * pipeline
+                    "parallel: {ranks} ranks are not a multiple of tensor {tensor} x context {context} x pipeline \
+                     {pipeline} = {others}; use {nearest}, or change one of these keys"
                 ));
             }
-            AxisSize::Auto(_) => ranks / pipeline.max(1),
+            AxisSize::Auto(_) => ranks / others.max(1),
         };
-        let shape = MeshShape { data, tensor: 1, pipeline, context: 1, expert };
+        let shape = MeshShape { data, tensor, pipeline, context, expert, expert_tensor };
         Mesh::new(shape, rank, ranks).map_err(|error| {
+            let nearest = nearest(shape, ranks);
             format!(
-                "parallel: {error}; change parallel.data, parallel.expert, parallel.pipeline or the number of ranks \
-                 (--nproc-per-node)"
+                "parallel: {error}; nearest that fits: {nearest}, or start another number of ranks (--nproc-per-node)"
             )
         })
     }
@@ -225,6 +320,40 @@ impl ModelConfig {
         let mean = (0..self.layers).map(layer).sum::<f64>() / self.layers.max(1) as f64;
         (0.0, hidden * self.vocab_size as f64 / mean.max(1.0))
     }
+}
+
+/// The layout most like `shape` that fits `ranks` ranks, in words.
+fn nearest(shape: MeshShape, ranks: usize) -> String {
+    let divisors = |number: usize| (1..=number).filter(move |divisor| number.is_multiple_of(*divisor));
+    let far = |a: usize, b: usize| (a.max(1) as f64 / b.max(1) as f64).ln().abs();
+    let mut best: Option<(f64, MeshShape)> = None;
+    for pipeline in divisors(ranks) {
+        for tensor in divisors(ranks / pipeline) {
+            for context in divisors(ranks / pipeline / tensor) {
+                let data = ranks / pipeline / tensor / context;
+                for expert in divisors(data * tensor * context) {
+                    for expert_tensor in divisors(data * tensor * context / expert) {
+                        let other = MeshShape { data, tensor, pipeline, context, expert, expert_tensor };
+                        // Data is the axis that people mind least.
+                        let distance = 0.5 * far(data, shape.data)
+                            + far(tensor, shape.tensor)
+                            + far(context, shape.context)
+                            + far(pipeline, shape.pipeline)
+                            + far(expert, shape.expert)
+                            + far(expert_tensor, shape.expert_tensor);
+                        if best.is_none_or(|(least, _)| distance < least) {
+                            best = Some((distance, other));
+                        }
+                    }
+                }
+            }
+        }
+    }
+    let (_, MeshShape { data, tensor, pipeline, context, expert, expert_tensor }) = best.unwrap_or((0.0, shape));
+    format!(
+        "{{data: {data}, tensor: {tensor}, context: {context}, pipeline: {pipeline}, expert: {expert}, expert_tensor: \
+         {expert_tensor}}}"
+    )
 }
 
 fn read_order(file: &std::path::Path, ranks: usize, microbatches: usize) -> Result<Order, String> {

@@ -4,7 +4,10 @@ mod check;
 mod layout;
 mod model;
 
-pub use layout::{ParallelConfig, PipelinePlan, ScheduleChoice, VocabularyLayout};
+pub use layout::{
+    NoneOrAll, ParallelConfig, PipelinePlan, RecomputeConfig, RecomputedLayers, RecomputedPart, ScheduleChoice,
+    VocabularyLayout,
+};
 pub use model::{ModelConfig, MoeConfig, MupConfig, QkNorm, RouterConfig};
 
 use schemars::JsonSchema;
@@ -90,6 +93,10 @@ pub struct DataConfig {
     pub validation: Vec<SourceConfig>,
     /// Tokens the model sees at once.
     pub sequence_length: usize,
+    /// The token that ends a document: tokens then attend only to those of their own document. Without it, to all before
+    /// them.
+    #[serde(default)]
+    pub document_end: Option<u32>,
     /// The tokenizer.json that made the data, for `moerun generate`; by default the one beside the first source.
     #[serde(default)]
     pub tokenizer: Option<PathBuf>,

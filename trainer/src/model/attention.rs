@@ -1,13 +1,51 @@
 //! Grouped-query attention (arXiv 2305.13245) with rotary positions, through libtorch's fused kernel.
-// Shapes: B batch, S sequence, D hidden, H query heads, G key/value heads, d head width.
+// Shapes: B batch, S sequence (s of it on this rank), T = B * s tokens, D hidden, H query heads, G key/value heads (of this
+// rank), d head width.
 
-use super::norm::rms_norm;
+use super::norm::{rms_norm, split_rms_norm};
 use super::rope::Rope;
-use crate::config::{ModelConfig, QkNorm};
-use crate::parameters::{Init, Parameters, Traits};
-use parallel::{Accelerator, Weight, linear};
+use crate::config::{ModelConfig, QkNorm, RecomputedPart};
+use crate::model::Setting;
+use crate::parameters::{Init, Parameters, Replicas, Traits, slice};
+use parallel::context::{ContextKind, heads_home, heads_out, repeat, ring_attention};
+use parallel::recompute::recomputed;
+use parallel::tensor::TensorParallel;
+use parallel::{Activation, Communicator, Weight, linear, linears};
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
 use tch::Tensor;
 use torch_ext::Error;
+
+/// Which document each position belongs to, where tokens see only their own.
+pub(crate) struct Documents {
+    /// `[B, S]` int64.
+    numbers: Mutex<Tensor>,
+    /// `[B, 1, S, S]`: whether a query sees a key. Made where a rank has whole sequences.
+    seen: Mutex<Option<Tensor>>,
+}
+
+impl Documents {
+    /// Of the sequences `tokens_bs` `[B, S]`, in which `end` ends a document.
+    pub(crate) fn of(tokens_bs: &Tensor, end: u32) -> Documents {
+        let ends = tokens_bs.eq(i64::from(end)).to_kind(tch::Kind::Int64);
+        // The token that ends a document is its last.
+        Documents { numbers: Mutex::new(ends.cumsum(1, tch::Kind::Int64) - ends), seen: Mutex::new(None) }
+    }
+
+    fn numbers(&self) -> Tensor {
+        self.numbers.lock().expect("nobody panics with it").shallow_clone()
+    }
+
+    fn seen(&self) -> Tensor {
+        let mut seen = self.seen.lock().expect("nobody panics with it");
+        let make = || {
+            let numbers = self.numbers();
+            let same = numbers.unsqueeze(2).eq_tensor(&numbers.unsqueeze(1));
+            same.tril(0).unsqueeze(1)
+        };
+        seen.get_or_insert_with(make).shallow_clone()
+    }
+}
 
 pub(crate) struct Attention {
     query: Weight,
@@ -16,83 +54,193 @@ pub(crate) struct Attention {
     output: Weight,
     norms: Option<(Weight, Weight)>,
     heads: i64,
+    /// Key and value heads that are computed here, and those of them that queries here use.
     kv_heads: i64,
+    used: Range<i64>,
     head_dim: i64,
-    scale: f64,
     norm_eps: f64,
     norm_over: QkNorm,
+    /// Whether key heads are split as query heads are.
+    split: bool,
+    tensor: TensorParallel,
+    core: Core,
+    keep: bool,
 }
 
 impl Attention {
     pub(crate) fn new(
         parameters: &mut Parameters,
-        device: &dyn Accelerator,
+        setting: &Setting,
         config: &ModelConfig,
         name: &str,
         matrix: Traits,
         output: Traits,
     ) -> Attention {
+        let Setting { device, ranks, .. } = setting;
+        let tensor = ranks.tensor.clone();
         let (heads, kv_heads) = (config.heads as i64, config.kv_heads() as i64);
         let (head_dim, hidden) = (config.head_dim() as i64, config.hidden as i64);
-        let mut dense =
-            |part: &str, shape: &[i64], traits| parameters.dense(device, &format!("{name}.{part}"), shape, traits);
-        let query = dense("query", &[heads * head_dim, hidden], matrix);
-        let key = dense("key", &[kv_heads * head_dim, hidden], matrix);
-        let value = dense("value", &[kv_heads * head_dim, hidden], matrix);
+        let own = tensor.part(heads);
+        // Of fewer key heads than ranks, or a number that does not divide, every rank holds all and uses what it needs.
+        let split = kv_heads % tensor.size() as i64 == 0;
+        let per_kv = heads / kv_heads;
+        let needed = own.start / per_kv..(own.end - 1) / per_kv + 1;
+        let (held, of_kv) = match split {
+            true => (needed.clone(), Replicas::Dense),
+            false => (0..kv_heads, Replicas::Stage),
+        };
+        let wide = |range: &Range<i64>| range.start * head_dim..range.end * head_dim;
+        let mut one = |part: &str, shape: &[i64], dim, along: &Range<i64>, replicas, traits| {
+            let place = slice(&format!("{name}.{part}"), shape, dim, along);
+            parameters.one(*device, place, replicas, traits).used(match part.ends_with("norm") {
+                true => 1,
+                false => tensor.uses(),
+            })
+        };
+        let (of_query, of_key) = ([heads * head_dim, hidden], [kv_heads * head_dim, hidden]);
+        let query = one("query", &of_query, 0, &wide(&own), Replicas::Dense, matrix);
+        let key = one("key", &of_key, 0, &wide(&held), of_kv, matrix);
+        let value = one("value", &of_key, 0, &wide(&held), of_kv, matrix);
         let norm = Traits { init: Init::Ones, decay: false, lr_scale: 1.0 };
         let norms = match config.qk_norm {
             QkNorm::None => None,
-            QkNorm::Full => {
-                Some((dense("query_norm", &[heads * head_dim], norm), dense("key_norm", &[kv_heads * head_dim], norm)))
+            QkNorm::Full => Some((
+                one("query_norm", &of_query[..1], 0, &wide(&own), Replicas::Dense, norm),
+                one("key_norm", &of_key[..1], 0, &wide(&held), of_kv, norm),
+            )),
+            QkNorm::Head => {
+                let mut whole = |part| one(part, &[head_dim], 0, &(0..head_dim), Replicas::Stage, norm);
+                Some((whole("query_norm"), whole("key_norm")))
             }
-            QkNorm::Head => Some((dense("query_norm", &[head_dim], norm), dense("key_norm", &[head_dim], norm))),
         };
-        let output = dense("output", &[hidden, heads * head_dim], output);
+        let output = one("output", &[hidden, heads * head_dim], 1, &wide(&own), Replicas::Dense, output);
+        // A norm over all key heads needs them all.
+        let computed = if config.qk_norm == QkNorm::Full { held.clone() } else { needed.clone() };
+        let (key, value) = match computed == held {
+            true => (key, value),
+            false => {
+                let rows = wide(&computed);
+                let part = |weight: &Weight| weight.rows(rows.start, rows.end - rows.start);
+                (part(&key), part(&value))
+            }
+        };
         // Maximal update parameterisation scales by the width itself, not its root.
         let scale = if config.mup.is_some() { 1.0 / head_dim as f64 } else { 1.0 / (head_dim as f64).sqrt() };
-        let (norm_eps, norm_over) = (config.norm_eps, config.qk_norm);
-        Attention { query, key, value, output, norms, heads, kv_heads, head_dim, scale, norm_eps, norm_over }
+        let served: Vec<i64> = own.map(|head| head / per_kv - needed.start).collect();
+        let core = Core { scale, served, context: ranks.context.clone(), kind: setting.context_attention };
+        Attention {
+            query,
+            key,
+            value,
+            output,
+            norms,
+            heads: heads / tensor.size() as i64,
+            kv_heads: computed.end - computed.start,
+            used: needed.start - computed.start..needed.end - computed.start,
+            head_dim,
+            norm_eps: config.norm_eps,
+            norm_over: config.qk_norm,
+            split,
+            tensor,
+            core,
+            keep: setting.recompute.keeps(RecomputedPart::Attention),
+        }
     }
 
-    /// `x_td` `[B * S, D]` to the same shape.
-    pub(crate) fn forward(&self, x_td: &Tensor, batch: i64, rope: &Rope) -> Result<Tensor, Error> {
-        let (mut query, mut key) = (linear(x_td, &self.query)?, linear(x_td, &self.key)?);
-        let value = self.split(&linear(x_td, &self.value)?, batch, self.kv_heads);
+    /// This rank's rows `[T / ranks, D]` of `batch` sequences to the same shape.
+    pub(crate) fn forward(
+        &self,
+        x: &Activation,
+        batch: i64,
+        rope: &Rope,
+        documents: Option<&Arc<Documents>>,
+    ) -> Result<Tensor, Error> {
+        let mut projected = self.tensor.on_all_rows(x, |x| linears(x, &[&self.query, &self.key, &self.value]))?;
+        let (value, mut key, mut query) = (projected.remove(2), projected.remove(1), projected.remove(0));
         if let (QkNorm::Full, Some((query_norm, key_norm))) = (self.norm_over, &self.norms) {
-            query = rms_norm(&query, query_norm, self.norm_eps)?;
-            key = rms_norm(&key, key_norm, self.norm_eps)?;
+            query = split_rms_norm(&query, query_norm, self.norm_eps, self.tensor.group())?;
+            key = match self.split {
+                true => split_rms_norm(&key, key_norm, self.norm_eps, self.tensor.group())?,
+                false => rms_norm(&key, key_norm, self.norm_eps)?,
+            };
         }
-        let (mut query, mut key) = (self.split(&query, batch, self.heads), self.split(&key, batch, self.kv_heads));
+        let (mut query, mut key) = (self.heads(&query, batch, self.heads), self.heads(&key, batch, self.kv_heads));
         if let (QkNorm::Head, Some((query_norm, key_norm))) = (self.norm_over, &self.norms) {
             query = rms_norm(&query, query_norm, self.norm_eps)?;
             key = rms_norm(&key, key_norm, self.norm_eps)?;
         }
-        let query = rope.apply(&query, 0)?;
-        let key = self.repeat(&rope.apply(&key, 0)?);
-        let value = self.repeat(&value);
-        let mixed =
-            Tensor::scaled_dot_product_attention(&query, &key, &value, None::<Tensor>, 0.0, true, self.scale, false);
+        let used = |x: &Tensor| match self.used.end - self.used.start == self.kv_heads {
+            true => x.shallow_clone(),
+            false => x.narrow(1, self.used.start, self.used.end - self.used.start),
+        };
+        let (query, key) = (rope.apply(&query)?, rope.apply(&used(&key))?);
+        let value = used(&self.heads(&value, batch, self.kv_heads));
+        let mixed = if self.keep {
+            self.core.attend(&query, &key, &value, documents.map(Arc::as_ref))?
+        } else {
+            let (core, documents) = (self.core.clone(), documents.cloned());
+            let attend =
+                move |x: &[Tensor]| Ok(vec![core.attend(&x[0], &x[1], &x[2], documents.as_ref().map(Arc::as_ref))?]);
+            recomputed(&[&query, &key, &value], attend)?.remove(0)
+        };
         let merged = mixed.transpose(1, 2).reshape([-1, self.heads * self.head_dim]);
-        linear(&merged, &self.output)
+        self.tensor.own_rows_of(&merged, |merged| linear(merged, &self.output))
     }
 
-    /// `[B * S, heads * d]` to `[B, heads, S, d]`.
-    fn split(&self, x: &Tensor, batch: i64, heads: i64) -> Tensor {
+    /// `[T, heads * d]` to `[B, heads, s, d]`.
+    fn heads(&self, x: &Tensor, batch: i64, heads: i64) -> Tensor {
         x.view([batch, -1, heads, self.head_dim]).transpose(1, 2)
     }
+}
 
-    /// Each key or value head once for every query head it serves: `[B, G, S, d]` to `[B, H, S, d]`.
-    fn repeat(&self, x: &Tensor) -> Tensor {
-        let times = self.heads / self.kv_heads;
-        if times == 1 {
-            return x.shallow_clone();
+/// What happens between queries, keys and values.
+#[derive(Clone)]
+struct Core {
+    scale: f64,
+    /// The key head of each query head.
+    served: Vec<i64>,
+    context: Arc<dyn Communicator>,
+    kind: ContextKind,
+}
+
+impl Core {
+    /// `[B, H, s, d]`, `[B, G, s, d]` twice, to `[B, H, s, d]`.
+    fn attend(
+        &self,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        documents: Option<&Documents>,
+    ) -> Result<Tensor, Error> {
+        let kv_heads = key.size()[1];
+        let times = self.served.len() as i64 / kv_heads;
+        // Key heads serve neighbours; where ranks split those of one, some serve fewer.
+        let even = self.served.iter().enumerate().all(|(head, &kv)| head as i64 / times == kv);
+        let serve = |x: &Tensor| match even {
+            true => repeat(x, times),
+            false => x.index_select(1, &Tensor::from_slice(&self.served).to_device(x.device())),
+        };
+        if self.context.size() > 1 && self.kind == ContextKind::Ring {
+            let numbers = documents.map(Documents::numbers);
+            let (key, value) =
+                if even { (key.shallow_clone(), value.shallow_clone()) } else { (serve(key), serve(value)) };
+            return ring_attention(query, &key, &value, numbers.as_ref(), self.scale, &self.context);
         }
-        let (batch, kv_heads, length, head_dim) = x.size4().expect("keys and values have four dims");
-        x.unsqueeze(2).expand([batch, kv_heads, times, length, head_dim], false).reshape([
-            batch,
-            kv_heads * times,
-            length,
-            head_dim,
-        ])
+        let whole = |query: &Tensor, key: &Tensor, value: &Tensor| {
+            let seen = documents.map(Documents::seen);
+            let causal = seen.is_none();
+            Tensor::scaled_dot_product_attention(query, key, value, seen.as_ref(), 0.0, causal, self.scale, false)
+        };
+        if self.context.size() == 1 {
+            return Ok(whole(query, &serve(key), &serve(value)));
+        }
+        // Key heads travel as they are where they can be shared out, too.
+        let early = !even || kv_heads % self.context.size() as i64 != 0;
+        let before = |x: &Tensor| if early { serve(x) } else { x.shallow_clone() };
+        let after = |x: Tensor| if early { x } else { repeat(&x, times) };
+        let query = heads_out(query, &self.context)?;
+        let key = after(heads_out(&before(key), &self.context)?);
+        let value = after(heads_out(&before(value), &self.context)?);
+        heads_home(&whole(&query, &key, &value), &self.context)
     }
 }

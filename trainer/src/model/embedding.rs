@@ -1,21 +1,34 @@
 //! The embedding: one row of a matrix for each token.
 
+use super::vocabulary::{add_rows, rows_of};
 use parallel::Weight;
-use tch::{Kind, Tensor};
+use parallel::collectives::scatter_to_group;
+use parallel::tensor::TensorParallel;
+use std::ops::Range;
+use tch::Tensor;
 use torch_ext::{Error, attach_backward};
 
-/// Rows of `weight_vd` `[V, D]` for `tokens_t` `[T]` int64: `[T, D]`.
-pub(crate) fn embed(tokens_t: &Tensor, weight_vd: &Weight) -> Result<Tensor, Error> {
-    let out = tch::no_grad(|| weight_vd.value().index_select(0, tokens_t));
-    let (tokens, used) = (tokens_t.shallow_clone(), weight_vd.clone());
-    let mut out = attach_backward(&[weight_vd.value()], vec![out], move |grads| {
+/// This rank's part of the rows for `tokens_t` `[T]` int64, `[T / ranks, D]`: each rank of `tensor` has rows `rows` of the
+/// matrix, `weight`.
+///
+/// # Collective
+/// All ranks of `tensor`, forward and backward.
+pub(crate) fn embed(
+    tokens_t: &Tensor,
+    weight: &Weight,
+    rows: &Range<usize>,
+    tensor: &TensorParallel,
+) -> Result<Tensor, Error> {
+    let out = tch::no_grad(|| rows_of(tokens_t, weight, rows));
+    let (tokens, used, rows) = (tokens_t.shallow_clone(), weight.clone(), rows.clone());
+    let mut out = attach_backward(&[&weight.tracker()], vec![out], move |grads| {
         let Some(grad) = &grads[0] else { return Ok(vec![None]) };
-        let (tokens, grad) = (tokens.shallow_clone(), grad.shallow_clone());
+        let (tokens, grad, rows) = (tokens.shallow_clone(), grad.shallow_clone(), rows.clone());
         used.add_gradient(move |sum| {
-            let _ = sum.shallow_clone().index_add_(0, &tokens, &grad.to_kind(Kind::Float));
+            add_rows(&tokens, &grad, sum, &rows);
             Ok(())
         })?;
         Ok(vec![None])
     })?;
-    Ok(out.remove(0))
+    if tensor.size() == 1 { Ok(out.remove(0)) } else { scatter_to_group(&out[0], tensor.group()) }
 }

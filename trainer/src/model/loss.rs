@@ -2,7 +2,9 @@
 //! exist at once, and the gradients of a chunk are taken while its logits are at hand.
 // Shapes: T tokens, D hidden, V vocabulary.
 
-use parallel::{Contribution, Weight, add_product};
+use parallel::{Communicator, Contribution, Weight, add_product};
+use std::ops::Range;
+use std::sync::Arc;
 use tch::{Kind, Tensor};
 use torch_ext::{Error, attach_backward};
 
@@ -10,20 +12,33 @@ use torch_ext::{Error, attach_backward};
 pub(crate) const IGNORED: i64 = -100;
 
 /// Logits of one chunk take up to this many bytes.
-const CHUNK_BYTES: usize = 4 << 20;
+const CHUNK_BYTES: usize = 16 << 20;
 
-/// The sum over tokens of the cross-entropy of `x_td` `[T, D]` times `weight_vd` `[V, D]` against `labels_t` `[T]`,
-/// times `factor`: an fp32 scalar. Logits are divided by `logits_divisor` first. Labels of [`IGNORED`] do not count.
+/// The ranks that share a vocabulary out by rows, and this one's.
+pub(crate) struct VocabularyRows<'a> {
+    pub(crate) rows: Range<usize>,
+    /// Rows there are in all.
+    pub(crate) total: usize,
+    pub(crate) group: &'a Arc<dyn Communicator>,
+}
+
+/// The sum over tokens of the cross-entropy of `x_td` `[T, D]` times the matrix `[V, D]` whose rows `own` are `weight_vd`
+/// against `labels_t` `[T]`, times `factor`: an fp32 scalar, the same on every rank of the vocabulary. Logits are divided by
+/// `logits_divisor` first. Labels of [`IGNORED`] do not count. The gradient of `x_td` is this rank's part of a sum.
 ///
 /// Where gradients are on, the weight's is added up here and now: the result has to enter the total loss as it is.
+///
+/// # Collective
+/// All ranks of the vocabulary.
 pub(crate) fn cross_entropy(
     x_td: &Tensor,
     weight_vd: &Weight,
     labels_t: &Tensor,
     factor: f64,
     logits_divisor: f64,
+    own: &VocabularyRows,
 ) -> Result<Tensor, Error> {
-    let (loss, grad) = tch::no_grad(|| chunks(x_td, weight_vd, labels_t, factor, logits_divisor))?;
+    let (loss, grad) = tch::no_grad(|| chunks(x_td, weight_vd, labels_t, factor, logits_divisor, own))?;
     match grad {
         Some(grad) => with_gradient(loss, x_td, grad),
         None => Ok(loss),
@@ -44,10 +59,12 @@ fn chunks(
     labels_t: &Tensor,
     factor: f64,
     logits_divisor: f64,
+    own: &VocabularyRows,
 ) -> Result<(Tensor, Option<Tensor>), Error> {
-    let (x, weight, kind) = (x_td.detach(), weight_vd.value().detach(), x_td.kind());
+    let (x, weight, kind) = (x_td.detach(), weight_vd.value(), x_td.kind());
     let (tokens, vocab) = (x.size()[0], weight.size()[0]);
-    let chunk = (CHUNK_BYTES / 4 / vocab as usize).clamp(1, tokens.max(1) as usize) as i64;
+    // The same on every rank, although some have a row less.
+    let chunk = (CHUNK_BYTES / 4 / own.total.div_ceil(own.group.size())).clamp(1, tokens.max(1) as usize) as i64;
     let mut loss = Tensor::zeros([], (Kind::Float, x.device()));
     let grad_x = x_td.requires_grad().then(|| x.empty_like());
     let contribution = grad_x.is_some().then(|| weight_vd.contribution()).transpose()?;
@@ -57,19 +74,22 @@ fn chunks(
         let x = x.narrow(0, start, len);
         let labels = labels_t.narrow(0, start, len).unsqueeze(1);
         let counted = labels.not_equal(IGNORED).to_kind(Kind::Float);
-        let targets = labels.clamp_min(0);
+        // Labels of other ranks' rows: the first row, counted as nothing.
+        let shifted = &labels - own.rows.start as i64;
+        let inside = shifted.ge(0).logical_and(&shifted.lt(vocab)).to_kind(Kind::Float);
+        let targets = shifted.clamp(0, vocab - 1);
         let mut logits = x.matmul(&weight.tr()).to_kind(Kind::Float);
         if logits_divisor != 1.0 {
             logits /= logits_divisor;
         }
         let normalizer = logits.logsumexp([-1i64].as_slice(), true);
-        let picked = logits.gather(1, &targets, false);
+        let picked = logits.gather(1, &targets, false) * &inside;
+        let (normalizer, picked) = over_ranks(normalizer, picked, own.group)?;
         loss += ((&normalizer - picked) * &counted).sum(Kind::Float);
         if let (Some(grad_x), Some(contribution)) = (&grad_x, &contribution) {
             // softmax - onehot, in the logits' own memory.
             let mut grad = logits.subtract_(&normalizer).exp_();
-            let minus_one = targets.to_kind(Kind::Float).fill_(-1.0);
-            let _ = grad.scatter_add_(1, &targets, &minus_one);
+            let _ = grad.scatter_add_(1, &targets, &-inside);
             let grad = grad.multiply_(&(counted * (factor / logits_divisor))).to_kind(kind);
             grad_x.narrow(0, start, len).copy_(&grad.matmul(&weight));
             add_product(contribution.sum(), &grad.tr(), &x);
@@ -80,37 +100,79 @@ fn chunks(
     Ok((loss * factor, grad_x))
 }
 
+/// The log-sum-exp over all ranks' logits and the label's logit, `[T, 1]` each, from this rank's.
+fn over_ranks(normalizer: Tensor, picked: Tensor, group: &Arc<dyn Communicator>) -> Result<(Tensor, Tensor), Error> {
+    if group.size() == 1 {
+        return Ok((normalizer, picked));
+    }
+    let own = Tensor::stack(&[normalizer, picked], 0);
+    let ranks = group.size() as i64;
+    let all = Tensor::empty([2 * ranks, own.size()[1], 1], (own.kind(), own.device()));
+    let gathered = group.all_gather(&all, &own).and_then(parallel::Work::wait);
+    gathered.map_err(|e| Error::new(e.to_string()))?;
+    let all = all.view([ranks, 2, -1, 1]);
+    let first = [0i64];
+    let normalizer = all.select(1, 0).logsumexp(first.as_slice(), false);
+    Ok((normalizer, all.select(1, 1).sum_dim_intlist(first.as_slice(), false, Kind::Float)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use parallel::{Accelerator, Communicator, Cpu, GradientBuckets, Local};
-    use std::sync::Arc;
+    use parallel::{Accelerator, Cpu, GradientBuckets, Replication, on_threads};
+    use std::sync::Mutex;
+    use std::time::Duration;
 
     #[test]
     fn chunks_give_the_loss_and_gradients_of_plain_cross_entropy() {
         // A vocabulary so large that a chunk holds 41 of the 100 tokens.
         let (tokens, hidden, vocab) = (100i64, 6i64, 100_000i64);
         let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
-        let (mut x, value) = (random(&[tokens, hidden]).set_requires_grad(true), random(&[vocab, hidden]));
-        let weight = Weight::new(value.copy());
-        let alone: Arc<dyn Communicator> = Arc::new(Local::new(0, "alone"));
-        let gradients = GradientBuckets::new(&[(weight.clone(), 0)], &[alone], 1 << 20, &Cpu).unwrap();
-        gradients.begin(1);
+        let (x, value) = (random(&[tokens, hidden]).set_requires_grad(true), random(&[vocab, hidden]));
         let mut labels: Vec<i64> = (0..tokens).map(|t| t * 997 % vocab).collect();
         labels[3] = IGNORED;
         let labels = Tensor::from_slice(&labels);
-        let ours = cross_entropy(&x, &weight, &labels, 0.5, 2.0).unwrap();
-        ours.backward();
-        let grad_x = x.grad().copy();
-        x.zero_grad();
+        let shared = Mutex::new((x.detach(), value.copy(), labels.copy()));
+        // Whole, and shared out over three ranks.
+        let run = move |ranks: usize, shared: Mutex<(Tensor, Tensor, Tensor)>| {
+            on_threads(ranks, Duration::from_secs(20), move |world| {
+                let (x, value, labels) = {
+                    let all = shared.lock().unwrap();
+                    (all.0.copy().set_requires_grad(true), all.1.copy(), all.2.copy())
+                };
+                let rank = world.rank();
+                let rows = vocab as usize * rank / ranks..vocab as usize * (rank + 1) / ranks;
+                let weight = Weight::new(value.narrow(0, rows.start as i64, rows.len() as i64).copy());
+                let alone = [Replication::alone()];
+                let gradients = GradientBuckets::new(&[(weight.clone(), 0)], &alone, 1 << 20, true, &Cpu).unwrap();
+                gradients.begin(1);
+                let group = world.all("vocabulary").unwrap();
+                let own = VocabularyRows { rows, total: vocab as usize, group: &group };
+                let loss = cross_entropy(&x, &weight, &labels, 0.5, 2.0, &own).unwrap();
+                loss.backward();
+                let gradients = (x.grad().copy(), gradients.gradient(0).copy());
+                let without = cross_entropy(&x.detach(), &weight, &labels, 0.5, 2.0, &own).unwrap();
+                (loss.detach(), without, gradients.0, gradients.1)
+            })
+        };
         let weight_leaf = value.set_requires_grad(true);
         let logits = x.matmul(&weight_leaf.tr()) / 2.0;
         let plain = logits.cross_entropy_loss(&labels, None::<Tensor>, tch::Reduction::Sum, IGNORED, 0.0) * 0.5;
         plain.backward();
-        assert!(ours.allclose(&plain, 1e-5, 1e-5, false));
-        assert!(grad_x.allclose(&x.grad(), 1e-4, 1e-6, false));
-        assert!(gradients.gradient(0).allclose(&weight_leaf.grad(), 1e-4, 1e-6, false));
-        let without = tch::no_grad(|| cross_entropy(&x, &weight, &labels, 0.5, 2.0)).unwrap();
-        assert!(without.allclose(&plain, 1e-5, 1e-5, false));
+        let grad_x = x.grad();
+        for ranks in [1, 3] {
+            let (x, value, labels) = {
+                let all = shared.lock().unwrap();
+                (all.0.copy(), all.1.copy(), all.2.copy())
+            };
+            let parts = run(ranks, Mutex::new((x.copy(), value, labels)));
+            let sum_of_inputs = parts.iter().fold(x.zeros_like(), |sum, part| sum + &part.2);
+            let of_weight = Tensor::cat(&parts.iter().map(|part| &part.3).collect::<Vec<_>>(), 0);
+            for (ours, without, _, _) in &parts {
+                assert!(ours.allclose(&plain, 1e-5, 1e-5, false) && without.allclose(&plain, 1e-5, 1e-5, false));
+            }
+            assert!(sum_of_inputs.allclose(&grad_x, 1e-4, 1e-6, false), "{ranks} ranks");
+            assert!(of_weight.allclose(&weight_leaf.grad(), 1e-4, 1e-6, false), "{ranks} ranks");
+        }
     }
 }

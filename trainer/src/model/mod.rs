@@ -3,6 +3,7 @@
 
 mod attention;
 mod embedding;
+mod layer;
 mod loss;
 mod norm;
 mod part;
@@ -10,25 +11,69 @@ mod rope;
 pub(crate) mod vocabulary;
 
 use crate::Error;
-use crate::config::{Dtype, ModelConfig, MoeConfig};
-use crate::parameters::{Init, Parameters, Replicas, Traits};
+use crate::config::{Config, Dtype, ModelConfig, MoeConfig, RecomputeConfig, RecomputedPart};
+use crate::parameters::{Init, Parameters, Replicas, Traits, Unit, slice};
+use crate::ranks::Ranks;
 use attention::Attention;
 use checkpoint::Place;
 use embedding::embed;
-use loss::cross_entropy;
+use layer::{FeedForward, Layer, Seen, with_weights};
+use loss::{VocabularyRows, cross_entropy};
 use moe::balance::{BatchTotals, RouterStats, Statistics, load_balance_loss, z_loss};
 use moe::dispatch::Dispatcher;
-use moe::experts::grouped_swiglu;
-use moe::{MoeLayer, MoeWeights, Router};
+use moe::{Keep, MoeLayer, MoeWeights, Router};
 use norm::rms_norm;
-use parallel::{Accelerator, Communicator, Weight};
+use parallel::collectives::gather_from_group;
+use parallel::context::{ContextKind, positions};
+use parallel::tensor::TensorParallel;
+use parallel::{Accelerator, Weight};
 use rope::Rope;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use tch::{Kind, Tensor};
 
+pub(crate) use attention::Documents;
 pub(crate) use loss::{IGNORED, with_gradient};
 pub use part::{ModelPart, StagePart, VocabularyShard, split_layers};
+
+/// What a model is made with, besides its shape.
+pub struct Setting<'a> {
+    /// Tokens it sees at once.
+    pub sequence_length: usize,
+    /// Its arithmetic.
+    pub dtype: Dtype,
+    /// Decides first values.
+    pub seed: u64,
+    /// Where it is.
+    pub device: &'a dyn Accelerator,
+    /// The ranks it works with.
+    pub ranks: &'a Ranks,
+    /// How ranks that split sequences attend.
+    pub context_attention: ContextKind,
+    /// What backward computes again.
+    pub recompute: RecomputeConfig,
+}
+
+impl<'a> Setting<'a> {
+    /// What `config` says.
+    pub fn of(config: &Config, device: &'a dyn Accelerator, ranks: &'a Ranks) -> Setting<'a> {
+        Setting {
+            sequence_length: config.data.sequence_length,
+            dtype: config.train.dtype,
+            seed: config.run.seed,
+            device,
+            ranks,
+            context_attention: config.parallel.context_attention,
+            recompute: config.parallel.recompute.clone(),
+        }
+    }
+
+    /// One rank that keeps everything.
+    pub fn alone(sequence_length: usize, dtype: Dtype, device: &'a dyn Accelerator, ranks: &'a Ranks) -> Setting<'a> {
+        let (context_attention, recompute) = (ContextKind::Ring, RecomputeConfig::default());
+        Setting { sequence_length, dtype, seed: 0, device, ranks, context_attention, recompute }
+    }
+}
 
 /// This rank's part of a decoder, and its parameters.
 pub struct Model {
@@ -37,32 +82,30 @@ pub struct Model {
     /// Every parameter, in order of use.
     pub parameters: Parameters,
     /// Where the first stage, or a share of the vocabulary, is here.
-    embedding: Option<Weight>,
+    embedding: Option<End>,
     stages: Vec<Stage>,
     /// Where the last stage, or a share of the vocabulary, is here.
-    head: Option<Weight>,
-    rope: Rope,
+    head: Option<End>,
+    rope: Arc<Rope>,
+    tensor: TensorParallel,
+    /// The rows of the ends that are here.
+    rows: Range<usize>,
+    /// This rank's positions of a sequence, where others have the rest.
+    positions: Option<Tensor>,
+}
+
+/// The embedding or the output layer.
+struct End {
+    weight: Weight,
+    unit: Arc<Unit>,
 }
 
 struct Stage {
-    layers: Vec<Layer>,
+    layers: Vec<(Arc<Layer>, Arc<Unit>)>,
     /// Which of the model's mixture layers are here.
     mixtures: Range<usize>,
     /// Of the last stage.
-    norm: Option<Weight>,
-}
-
-struct Layer {
-    attention_norm: Weight,
-    attention: Attention,
-    feed_forward_norm: Weight,
-    feed_forward: FeedForward,
-}
-
-enum FeedForward {
-    /// `[1, 2F, D]` and `[1, D, F]`.
-    Dense(Weight, Weight),
-    Moe(Box<MoeLayer>),
+    norm: Option<(Weight, Arc<Unit>)>,
 }
 
 /// What the layers of one stage computed for one microbatch.
@@ -101,19 +144,12 @@ pub struct Losses {
 }
 
 impl Model {
-    /// The part `part` of the model that `config` and `seed` describe, with the experts that belong to this rank of
-    /// `expert_group`.
-    pub fn new(
-        config: &ModelConfig,
-        part: ModelPart,
-        sequence_length: usize,
-        dtype: Dtype,
-        seed: u64,
-        device: &dyn Accelerator,
-        expert_group: &Arc<dyn Communicator>,
-    ) -> Model {
-        let kind = if dtype == Dtype::Bf16 { Kind::BFloat16 } else { Kind::Float };
-        let mut parameters = Parameters::new(kind, seed);
+    /// The part `part` of the model that `config` and the seed describe; of its matrices and experts what belongs to this
+    /// rank.
+    pub fn new(config: &ModelConfig, part: ModelPart, setting: &Setting) -> Model {
+        let Setting { device, ranks, .. } = *setting;
+        let kind = if setting.dtype == Dtype::Bf16 { Kind::BFloat16 } else { Kind::Float };
+        let mut parameters = Parameters::new(kind, setting.seed, ranks.zero, ranks.replications.clone());
         let hidden = config.hidden as i64;
         let width = config.mup.as_ref().map_or(1.0, |mup| mup.width);
         let normal = |std: f64, lr_scale: f64| Traits { init: Init::Normal(std), decay: true, lr_scale };
@@ -123,31 +159,25 @@ impl Model {
         // Matrices that write to the residual stream start smaller by its depth (GPT-2; also Granite's code).
         let writes = normal(config.init_std / width.sqrt() / (2.0 * config.layers as f64).sqrt(), 1.0 / width);
 
-        let embedding = (part.vocabulary.is_some() || part.has_first())
-            .then(|| end(&mut parameters, device, config, &part, "embedding", ends));
-        if embedding.is_some() && config.tie_embeddings && part.vocabulary.is_none() && !part.has_last() {
-            parameters.last_has_a_copy();
-        }
+        let shard =
+            part.vocabulary.unwrap_or(VocabularyShard { rank: ranks.tensor.rank(), ranks: ranks.tensor.size() });
+        let rows = shard.rows(config.vocab_size);
+        let end = |parameters: &mut Parameters, name: &str, replicas| {
+            let along = rows.start as i64..rows.end as i64;
+            let place = slice(name, &[config.vocab_size as i64, hidden], 0, &along);
+            let first = parameters.len();
+            let weight = parameters.one(device, place, replicas, ends);
+            End { weight, unit: Arc::new(parameters.unit(first)) }
+        };
+        let shared = part.vocabulary.is_some();
+        // A tied embedding whose ends are on different ranks.
+        let two_ends = config.tie_embeddings && !shared && part.has_first() != part.has_last();
+        let of_ends = if two_ends { Replicas::Ends } else { Replicas::Dense };
+        let embedding = (shared || part.has_first()).then(|| end(&mut parameters, "embedding", of_ends));
         let mut layer = |index: usize| {
-            let name = format!("layers.{index}");
-            let attention_norm = parameters.dense(device, &format!("{name}.attention_norm"), &[hidden], norm);
-            let attention =
-                Attention::new(&mut parameters, device, config, &format!("{name}.attention"), matrix, writes);
-            let feed_forward_norm = parameters.dense(device, &format!("{name}.feed_forward_norm"), &[hidden], norm);
-            let feed_forward = match config.moe_of(index) {
-                None => {
-                    let ffn = config.ffn.unwrap_or(0) as i64;
-                    let (gate_up, down) =
-                        swiglu(&mut parameters, device, &format!("{name}.mlp"), hidden, ffn, matrix, writes);
-                    FeedForward::Dense(gate_up, down)
-                }
-                Some(moe) => {
-                    let name = format!("{name}.moe");
-                    let layer = moe_layer(&mut parameters, device, moe, &name, hidden, matrix, writes, expert_group);
-                    FeedForward::Moe(Box::new(layer))
-                }
-            };
-            Layer { attention_norm, attention, feed_forward_norm, feed_forward }
+            let first = parameters.len();
+            let layer = layer(&mut parameters, setting, config, index, matrix, writes);
+            (Arc::new(layer), Arc::new(parameters.unit(first)))
         };
         let mixtures_before = |layer: usize| (0..layer).filter(|&index| config.moe_of(index).is_some()).count();
         let mut stages: Vec<Stage> = Vec::new();
@@ -157,17 +187,31 @@ impl Model {
             stages.push(Stage { layers, mixtures, norm: None });
         }
         if let Some(last) = part.stages.iter().position(|stage| stage.last) {
-            stages[last].norm = Some(parameters.dense(device, "norm", &[hidden], norm));
+            let first = parameters.len();
+            let weight = parameters.one(device, Place::whole("norm", &[hidden]), Replicas::Stage, norm);
+            stages[last].norm = Some((weight, Arc::new(parameters.unit(first))));
         }
-        let head = (part.vocabulary.is_some() || part.has_last()).then(|| match &embedding {
-            Some(embedding) if config.tie_embeddings => embedding.shared(),
-            None if config.tie_embeddings => {
-                parameters.copy_of_first(device, "embedding", &[config.vocab_size as i64, hidden], ends)
-            }
-            _ => end(&mut parameters, device, config, &part, "head", ends),
+        let head = (shared || part.has_last()).then(|| match &embedding {
+            Some(End { weight, unit }) if config.tie_embeddings => End { weight: weight.shared(), unit: unit.clone() },
+            None if config.tie_embeddings => end(&mut parameters, "embedding", of_ends),
+            _ => end(&mut parameters, "head", Replicas::Dense),
         });
-        let rope = Rope::new(device, sequence_length, config.head_dim(), config.rope_theta);
-        Model { config: config.clone(), part, parameters, embedding, stages, head, rope }
+        let (context, length) = (&ranks.context, setting.sequence_length);
+        let positions = positions(setting.context_attention, length, context.rank(), context.size());
+        let rope = Arc::new(Rope::new(device, &positions, config.head_dim(), config.rope_theta));
+        let positions = (context.size() > 1).then(|| device.upload(&Tensor::from_slice(&positions)));
+        let (config, tensor) = (config.clone(), ranks.tensor.clone());
+        Model { config, part, parameters, embedding, stages, head, rope, tensor, rows, positions }
+    }
+
+    /// Of `x_bs` `[B, S]` the positions that this rank has.
+    pub(crate) fn own_positions(&self, x_bs: &Tensor) -> Tensor {
+        self.positions.as_ref().map_or_else(|| x_bs.shallow_clone(), |positions| x_bs.index_select(1, positions))
+    }
+
+    /// The ranks that split matrices.
+    pub(crate) fn tensor(&self) -> &TensorParallel {
+        &self.tensor
     }
 
     /// A whole model: `tokens_bs` `[B, S]` int64 through all layers.
@@ -179,51 +223,59 @@ impl Model {
     /// When a collective fails.
     pub fn forward(&self, tokens_bs: &Tensor) -> Result<ForwardOutput, Error> {
         let (batch, _) = tokens_bs.size2()?;
-        self.forward_stage(0, &self.embed(tokens_bs)?, batch)
+        self.forward_stage(0, &self.embed(tokens_bs)?, batch, None)
     }
 
-    /// The first stage's input `[T, D]` for `tokens_bs` `[B, S]` int64.
-    ///
-    /// # Errors
-    /// libtorch's message.
-    pub(crate) fn embed(&self, tokens_bs: &Tensor) -> Result<Tensor, Error> {
-        let weight = self.embedding.as_ref().expect("the first stage is here");
-        Ok(embed(&tokens_bs.flatten(0, -1), weight)?)
-    }
-
-    /// Stage number `chunk` of this rank on `x_td` `[T, D]`, the tokens of `batch` sequences.
+    /// The first stage's input `[T, D]` for this rank's positions `tokens_bs` `[B, s]` int64.
     ///
     /// # Collective
-    /// All ranks of the expert group.
+    /// All ranks of the tensor group.
     ///
     /// # Errors
     /// When a collective fails.
-    pub(crate) fn forward_stage(&self, chunk: usize, x_td: &Tensor, batch: i64) -> Result<ForwardOutput, Error> {
+    pub(crate) fn embed(&self, tokens_bs: &Tensor) -> Result<Tensor, Error> {
+        let End { weight, unit } = self.embedding.as_ref().expect("the first stage is here");
+        unit.gather()?;
+        let out = embed(&tokens_bs.flatten(0, -1), weight, &self.rows, &self.tensor)?;
+        unit.release();
+        Ok(out)
+    }
+
+    /// Stage number `chunk` of this rank on `x_td` `[T, D]`, this rank's tokens of `batch` sequences.
+    ///
+    /// # Collective
+    /// All ranks that work on the stage.
+    ///
+    /// # Errors
+    /// When a collective fails.
+    pub(crate) fn forward_stage(
+        &self,
+        chunk: usize,
+        x_td: &Tensor,
+        batch: i64,
+        documents: Option<&Arc<Documents>>,
+    ) -> Result<ForwardOutput, Error> {
         let stage = &self.stages[chunk];
-        let (embedding, residual) = self.config.mup.as_ref().map_or((1.0, 1.0), |mup| (mup.embedding, mup.residual));
+        let embedding = self.config.mup.as_ref().map_or(1.0, |mup| mup.embedding);
         let scaled = self.part.stages[chunk].first && embedding != 1.0;
         let mut x = if scaled { x_td * embedding } else { x_td.shallow_clone() };
-        let (tokens, length) = (x_td.size()[0], x_td.size()[0] / batch);
-        let join = |x: Tensor, branch: Tensor| if residual == 1.0 { x + branch } else { x + branch * residual };
         let (mut stats, mut choices, mut rows) = (vec![], vec![], vec![]);
-        for layer in &stage.layers {
-            let normed = rms_norm(&x, &layer.attention_norm, self.config.norm_eps)?;
-            x = join(x, layer.attention.forward(&normed, batch, &self.rope)?);
-            let normed = rms_norm(&x, &layer.feed_forward_norm, self.config.norm_eps)?;
-            let branch = match &layer.feed_forward {
-                FeedForward::Dense(gate_up, down) => grouped_swiglu(&normed, gate_up, down, &[tokens])?,
-                FeedForward::Moe(moe) => {
-                    let output = moe.forward(&normed, length as usize)?;
-                    stats.push(output.stats);
-                    choices.push(output.choices);
-                    rows.push(output.rows);
-                    output.hidden_td
-                }
-            };
-            x = join(x, branch);
+        let unit = |index: usize| stage.layers.get(index).map(|(_, unit)| unit);
+        for (index, (layer, own)) in stage.layers.iter().enumerate() {
+            let previous = index.checked_sub(1).and_then(unit);
+            let (out, seen) =
+                with_weights(&x, own, previous, unit(index + 1), |x| layer.forward(x, batch, &self.rope, documents))?;
+            x = out;
+            if let Some(Seen { stats: of_layer, choices: chosen, rows: worked }) = seen {
+                stats.push(of_layer);
+                choices.push(chosen);
+                rows.push(worked);
+            }
         }
-        if let Some(norm) = &stage.norm {
-            x = rms_norm(&x, norm, self.config.norm_eps)?;
+        if let Some((norm, own)) = &stage.norm {
+            let previous = stage.layers.len().checked_sub(1).and_then(unit);
+            let eps = self.config.norm_eps;
+            (x, ()) = with_weights(&x, own, previous, None, |x| Ok((rms_norm(x, norm, eps)?, ())))?;
         }
         Ok(ForwardOutput { hidden_td: x, stats, choices, rows })
     }
@@ -240,18 +292,32 @@ impl Model {
         Ok(Losses { total, cross_entropy, load_balance, z })
     }
 
-    /// The cross-entropy of the last stage's output `[T, D]` against `labels_bs` `[B, S]` int64.
+    /// The cross-entropy of the last stage's output `[T, D]` against `labels_bs` `[B, s]` int64: the same on all ranks of the
+    /// tensor group.
+    ///
+    /// # Collective
+    /// All ranks of the tensor group.
     ///
     /// # Errors
-    /// libtorch's message.
+    /// When a collective fails.
     pub(crate) fn cross_entropy(
         &self,
         hidden_td: &Tensor,
         labels_bs: &Tensor,
         totals: &BatchTotals,
     ) -> Result<Tensor, Error> {
-        let head = self.head.as_ref().expect("the last stage is here");
-        Ok(cross_entropy(hidden_td, head, &labels_bs.flatten(0, -1), 1.0 / totals.tokens, self.logits_divisor())?)
+        let End { weight, unit } = self.head.as_ref().expect("the last stage is here");
+        let group = self.tensor.group();
+        let hidden_td = match group.size() {
+            1 => hidden_td.shallow_clone(),
+            _ => gather_from_group(hidden_td, group)?,
+        };
+        let own = VocabularyRows { rows: self.rows.clone(), total: self.config.vocab_size, group };
+        unit.gather()?;
+        let labels_t = labels_bs.flatten(0, -1);
+        let loss = cross_entropy(&hidden_td, weight, &labels_t, 1.0 / totals.tokens, self.logits_divisor(), &own)?;
+        unit.release();
+        Ok(loss)
     }
 
     /// Stage number `chunk`'s auxiliary losses.
@@ -277,7 +343,7 @@ impl Model {
     /// Logits `[T, V]` fp32 of a whole model's hidden states `[T, D]`.
     pub fn logits(&self, hidden_td: &Tensor) -> Tensor {
         let head = self.head.as_ref().expect("the last stage is here");
-        hidden_td.matmul(&head.value().tr()).to_kind(Kind::Float) / self.logits_divisor()
+        hidden_td.matmul(&head.weight.value().tr()).to_kind(Kind::Float) / self.logits_divisor()
     }
 
     /// The loss-free balancing biases where the model has them: number among the model's mixture layers, global name,
@@ -285,13 +351,13 @@ impl Model {
     pub fn biases(&self) -> impl Iterator<Item = (usize, String, Tensor)> {
         self.part.stages.iter().zip(&self.stages).flat_map(|(part, stage)| {
             let mut mixture = stage.mixtures.clone();
-            part.layers.clone().zip(&stage.layers).filter_map(move |(index, layer)| match &layer.feed_forward {
+            part.layers.clone().zip(&stage.layers).filter_map(move |(index, (layer, _))| match &layer.feed_forward {
                 FeedForward::Moe(moe) => {
                     let number = mixture.next()?;
-                    let bias = moe.weights.bias.as_ref()?;
-                    Some((number, format!("layers.{index}.moe.bias"), bias.shallow_clone()))
+                    let bias = moe.weights.bias.as_ref()?.lock().expect("nobody panics with it").shallow_clone();
+                    Some((number, format!("layers.{index}.moe.bias"), bias))
                 }
-                FeedForward::Dense(..) => None,
+                FeedForward::Dense { .. } => None,
             })
         })
     }
@@ -317,10 +383,47 @@ impl Model {
         &self.part
     }
 
-    /// This rank's rows of the embedding and of the output layer, where the vocabulary is shared out.
-    pub(crate) fn shared_vocabulary(&self) -> Option<(&Weight, &Weight, Range<usize>)> {
-        let rows = self.part.vocabulary?.rows(self.config.vocab_size);
-        Some((self.embedding.as_ref()?, self.head.as_ref()?, rows))
+    /// Calls `body` with this rank's rows of the embedding, where the vocabulary is shared out, and their numbers.
+    pub(crate) fn with_embedding<T>(
+        &self,
+        body: impl FnOnce(&Weight, &Range<usize>) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        self.with_end(&self.embedding, body)
+    }
+
+    /// The same where only gradients are added, so that no rows need be gathered.
+    pub(crate) fn own_embedding(&self) -> (&Weight, &Range<usize>) {
+        let end = self.embedding.as_ref().expect("a schedule with passes of the vocabulary shares it out");
+        (&end.weight, &self.rows)
+    }
+
+    /// As [`Model::with_embedding`], for the output layer.
+    pub(crate) fn with_head<T>(
+        &self,
+        body: impl FnOnce(&Weight, &Range<usize>) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        self.with_end(&self.head, body)
+    }
+
+    fn with_end<T>(
+        &self,
+        end: &Option<End>,
+        body: impl FnOnce(&Weight, &Range<usize>) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let End { weight, unit } = end.as_ref().expect("a schedule with passes of the vocabulary shares it out");
+        unit.gather()?;
+        let out = body(weight, &self.rows);
+        unit.release();
+        out
+    }
+
+    /// Says that ranks have changed the rows of weights that they keep.
+    pub(crate) fn changed(&self) {
+        self.embedding.iter().chain(&self.head).for_each(|end| end.unit.changed());
+        for stage in &self.stages {
+            stage.layers.iter().for_each(|(_, unit)| unit.changed());
+            stage.norm.iter().for_each(|(_, unit)| unit.changed());
+        }
     }
 
     /// What logits are divided by.
@@ -329,71 +432,109 @@ impl Model {
     }
 }
 
-/// The embedding or the output layer: all of it, or this rank's rows.
-fn end(
+fn layer(
     parameters: &mut Parameters,
-    device: &dyn Accelerator,
+    setting: &Setting,
     config: &ModelConfig,
-    part: &ModelPart,
-    name: &str,
-    traits: Traits,
-) -> Weight {
-    let shape = [config.vocab_size as i64, config.hidden as i64];
-    match part.vocabulary {
-        None => parameters.dense(device, name, &shape, traits),
-        Some(shard) => {
-            let rows = shard.rows(config.vocab_size);
-            let place = Place {
-                name: name.to_string(),
-                global: shape.to_vec(),
-                offset: vec![rows.start as i64, 0],
-                shape: vec![rows.len() as i64, shape[1]],
-            };
-            parameters.sharded(device, place, traits)
+    index: usize,
+    matrix: Traits,
+    writes: Traits,
+) -> Layer {
+    let Setting { device, ranks, recompute, .. } = setting;
+    let hidden = config.hidden as i64;
+    let name = format!("layers.{index}");
+    let norm = |parameters: &mut Parameters, part: &str| {
+        let traits = Traits { init: Init::Ones, decay: false, lr_scale: 1.0 };
+        parameters.one(*device, Place::whole(format!("{name}.{part}"), &[hidden]), Replicas::Stage, traits)
+    };
+    let attention_norm = norm(parameters, "attention_norm");
+    let attention = Attention::new(parameters, setting, config, &format!("{name}.attention"), matrix, writes);
+    let feed_forward_norm = norm(parameters, "feed_forward_norm");
+    let feed_forward = match config.moe_of(index) {
+        None => {
+            let ffn = config.ffn.unwrap_or(0) as i64;
+            let (gate_up, down) = swiglu(parameters, setting, &format!("{name}.mlp"), hidden, ffn, matrix, writes);
+            let keep = recompute.keeps(RecomputedPart::Experts);
+            FeedForward::Dense { gate_up, down, tensor: ranks.tensor.clone(), keep }
         }
+        Some(moe) => {
+            let name = format!("{name}.moe");
+            FeedForward::Moe(Box::new(moe_layer(parameters, setting, moe, &name, hidden, matrix, writes)))
+        }
+    };
+    Layer {
+        attention_norm,
+        attention,
+        feed_forward_norm,
+        feed_forward,
+        norm_eps: config.norm_eps,
+        residual: config.mup.as_ref().map_or(1.0, |mup| mup.residual),
+        keep_norms: recompute.keeps(RecomputedPart::Norm),
+        keep: !recompute.whole(index),
     }
 }
 
-/// Gate and up `[1, 2F, D]`, down `[1, D, F]`.
+/// The boxes of a gate-up matrix `[2F, D]` with the columns `part` of F: those of gate, then those of up.
+fn gate_up_boxes(name: &str, ffn: i64, hidden: i64, part: &Range<i64>) -> Vec<Place> {
+    let shape = [2 * ffn, hidden];
+    match *part == (0..ffn) {
+        true => vec![Place::whole(name, &shape)],
+        false => [0, ffn].map(|start| slice(name, &shape, 0, &(start + part.start..start + part.end))).to_vec(),
+    }
+}
+
+/// Gate and up `[1, 2F, D]`, down `[1, D, F]`; of F this rank's part.
 fn swiglu(
     parameters: &mut Parameters,
-    device: &dyn Accelerator,
+    setting: &Setting,
     name: &str,
     hidden: i64,
     ffn: i64,
     matrix: Traits,
     writes: Traits,
 ) -> (Weight, Weight) {
-    let mut one = |part: &str, shape: [i64; 2], traits| {
-        parameters.stacked(device, vec![format!("{name}.{part}")], &shape, Replicas::Dense, traits)
-    };
-    (one("gate_up", [2 * ffn, hidden], matrix), one("down", [hidden, ffn], writes))
+    let (device, tensor) = (setting.device, &setting.ranks.tensor);
+    let part = tensor.part(ffn);
+    let own = part.end - part.start;
+    let boxes = gate_up_boxes(&format!("{name}.gate_up"), ffn, hidden, &part);
+    let gate_up = parameters.add(device, &[1, 2 * own, hidden], boxes, Replicas::Dense, matrix);
+    let boxes = vec![slice(&format!("{name}.down"), &[hidden, ffn], 1, &part)];
+    let down = parameters.add(device, &[1, hidden, own], boxes, Replicas::Dense, writes);
+    (gate_up.used(tensor.uses()), down.used(tensor.uses()))
 }
 
-#[allow(clippy::too_many_arguments)] // A constructor: what it is given is what a layer consists of.
 fn moe_layer(
     parameters: &mut Parameters,
-    device: &dyn Accelerator,
+    setting: &Setting,
     config: &MoeConfig,
     name: &str,
     hidden: i64,
     matrix: Traits,
     writes: Traits,
-    expert_group: &Arc<dyn Communicator>,
 ) -> MoeLayer {
+    let Setting { device, ranks, recompute, .. } = setting;
     let num_experts = config.experts;
-    let gate = parameters.dense(device, &format!("{name}.gate"), &[num_experts as i64, hidden], matrix);
-    let local = num_experts / expert_group.size();
-    let own = expert_group.rank() * local..(expert_group.rank() + 1) * local;
-    let names = |part: &str| own.clone().map(|expert| format!("{name}.experts.{expert}.{part}")).collect();
+    let place = Place::whole(format!("{name}.gate"), &[num_experts as i64, hidden]);
+    let gate = parameters.one(*device, place, Replicas::Stage, matrix);
+    // Neighbours split the same experts.
+    let slices = ranks.expert_tensor;
+    let (owner, slice_of) = (ranks.experts.rank() / slices, ranks.experts.rank() % slices);
+    let local = num_experts * slices / ranks.experts.size();
     let ffn = config.ffn as i64;
-    let gate_up = parameters.stacked(device, names("gate_up"), &[2 * ffn, hidden], Replicas::Expert, matrix);
-    let down = parameters.stacked(device, names("down"), &[hidden, ffn], Replicas::Expert, writes);
+    let each = ffn / slices as i64;
+    let part = each * slice_of as i64..each * (slice_of as i64 + 1);
+    let own = owner * local..(owner + 1) * local;
+    let names = |part: &str| own.clone().map(|e| format!("{name}.experts.{e}.{part}")).collect::<Vec<_>>();
+    let boxes = names("gate_up").iter().flat_map(|name| gate_up_boxes(name, ffn, hidden, &part)).collect();
+    let shape = [local as i64, 2 * each, hidden];
+    let gate_up = parameters.add(*device, &shape, boxes, Replicas::Expert, matrix);
+    let boxes = names("down").iter().map(|name| slice(name, &[hidden, ffn], 1, &part)).collect();
+    let down = parameters.add(*device, &[local as i64, hidden, each], boxes, Replicas::Expert, writes);
     let shared = (config.shared_experts > 0).then(|| {
         let ffn = (config.shared_experts * config.ffn) as i64;
-        swiglu(parameters, device, &format!("{name}.shared"), hidden, ffn, matrix, writes)
+        swiglu(parameters, setting, &format!("{name}.shared"), hidden, ffn, matrix, writes)
     });
-    let bias = (config.bias_update_rate > 0.0).then(|| device.zeros(&[num_experts as i64], Kind::Float));
+    let bias = (config.bias_update_rate > 0.0).then(|| Mutex::new(device.zeros(&[num_experts as i64], Kind::Float)));
     let router = Router {
         num_experts,
         top_k: config.top_k,
@@ -403,11 +544,13 @@ fn moe_layer(
         groups: config.router.groups,
         top_groups: config.router.top_groups,
     };
-    let weights = MoeWeights { gate, bias, gate_up, down, shared };
     MoeLayer {
         router,
-        dispatcher: Dispatcher::new(expert_group.clone()),
+        dispatcher: Dispatcher::new(ranks.experts.clone(), slices),
         statistics: config.load_balance_over,
-        weights,
+        tensor: ranks.tensor.clone(),
+        sequence: ranks.sequence.clone(),
+        keep: Keep { rows: recompute.keeps(RecomputedPart::Router), experts: recompute.keeps(RecomputedPart::Experts) },
+        weights: MoeWeights { gate, bias, gate_up, down, shared },
     }
 }

@@ -1,21 +1,49 @@
 //! RMSNorm (arXiv 1910.07467): `x / sqrt(mean(x^2) + eps) * weight`, over the last dim, computed in fp32.
 //! Only the input and one number a row are kept for backward.
 
-use parallel::Weight;
+use parallel::{Communicator, ReduceOp, Weight};
+use std::sync::Arc;
 use tch::{Kind, Tensor};
 use torch_ext::{Error, attach_backward};
 
 /// `x` `[..., D]` and `weight` `[D]`: `[..., D]` of the dtype of `x`.
 pub(crate) fn rms_norm(x: &Tensor, weight: &Weight, eps: f64) -> Result<Tensor, Error> {
+    norm(x, weight, eps, None)
+}
+
+/// The same where each rank of `group` has as many elements of every row.
+///
+/// # Collective
+/// All ranks of the group, forward and backward.
+pub(crate) fn split_rms_norm(
+    x: &Tensor,
+    weight: &Weight,
+    eps: f64,
+    group: &Arc<dyn Communicator>,
+) -> Result<Tensor, Error> {
+    norm(x, weight, eps, Some(group).filter(|group| group.size() > 1))
+}
+
+/// The mean over the last dim, and over ranks.
+fn mean(x: &Tensor, group: Option<&Arc<dyn Communicator>>) -> Result<Tensor, Error> {
+    let mut mean = x.mean_dim([-1i64].as_slice(), true, Kind::Float);
+    if let Some(group) = group {
+        let reduced = group.all_reduce(&mean, ReduceOp::Sum).and_then(parallel::Work::wait);
+        reduced.map_err(|e| Error::new(e.to_string()))?;
+        mean /= group.size() as f64;
+    }
+    Ok(mean)
+}
+
+fn norm(x: &Tensor, weight: &Weight, eps: f64, group: Option<&Arc<dyn Communicator>>) -> Result<Tensor, Error> {
     let kind = x.kind();
-    let last = [-1i64];
     let (out, scale) = tch::no_grad(|| {
         let wide = x.detach().to_kind(Kind::Float);
-        let scale = (wide.square().mean_dim(last.as_slice(), true, Kind::Float) + eps).rsqrt();
-        (((&wide * &scale).to_kind(kind)) * weight.value(), scale)
-    });
-    let (saved, used) = (x.detach(), weight.clone());
-    let mut out = attach_backward(&[x, weight.value()], vec![out], move |grads| {
+        let scale = (mean(&wide.square(), group)? + eps).rsqrt();
+        Ok::<_, Error>((((&wide * &scale).to_kind(kind)) * weight.value(), scale))
+    })?;
+    let (saved, used, group) = (x.detach(), weight.clone(), group.cloned());
+    let mut out = attach_backward(&[x, &weight.tracker()], vec![out], move |grads| {
         let Some(grad) = &grads[0] else { return Ok(vec![None, None]) };
         let grad = grad.to_kind(Kind::Float);
         let normed = saved.to_kind(Kind::Float) * &scale;
@@ -26,7 +54,7 @@ pub(crate) fn rms_norm(x: &Tensor, weight: &Weight, eps: f64) -> Result<Tensor, 
             Ok(())
         })?;
         let grad_normed = grad * used.value().to_kind(Kind::Float);
-        let along = (&grad_normed * &normed).mean_dim(last.as_slice(), true, Kind::Float);
+        let along = mean(&(&grad_normed * &normed), group.as_ref())?;
         let grad_x = (grad_normed - normed * along) * &scale;
         Ok(vec![Some(grad_x.to_kind(kind)), None])
     })?;
@@ -36,16 +64,15 @@ pub(crate) fn rms_norm(x: &Tensor, weight: &Weight, eps: f64) -> Result<Tensor, 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use parallel::{Accelerator, Communicator, Cpu, GradientBuckets, Local};
-    use std::sync::Arc;
+    use parallel::{Accelerator, Cpu, GradientBuckets, Replication};
 
     #[test]
     fn the_gradients_are_those_of_the_formula() {
         let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
         let (mut x, value, probe) = (random(&[2, 3, 8]).set_requires_grad(true), random(&[8]), random(&[2, 3, 8]));
         let weight = Weight::new(value.copy());
-        let alone: Arc<dyn Communicator> = Arc::new(Local::new(0, "alone"));
-        let gradients = GradientBuckets::new(&[(weight.clone(), 0)], &[alone], 1 << 20, &Cpu).unwrap();
+        let alone = [Replication::alone()];
+        let gradients = GradientBuckets::new(&[(weight.clone(), 0)], &alone, 1 << 20, true, &Cpu).unwrap();
         gradients.begin(1);
         let ours = rms_norm(&x, &weight, 1e-5).unwrap();
         (&ours * &probe).sum(Kind::Float).backward();
@@ -57,6 +84,6 @@ mod tests {
         (&plain * &probe).sum(Kind::Float).backward();
         assert!(ours.allclose(&plain, 1e-6, 1e-6, false));
         assert!(grad_x.allclose(&x.grad(), 1e-5, 1e-6, false));
-        assert!(gradients.gradient(0).allclose(&weight.grad(), 1e-5, 1e-6, false));
+        assert!(gradients.gradient(0).flatten(0, -1).allclose(&weight.grad(), 1e-5, 1e-6, false));
     }
 }

@@ -35,8 +35,8 @@ impl VocabularyShard {
 pub struct ModelPart {
     /// Its stages, one for each chunk.
     pub stages: Vec<StagePart>,
-    /// Its share of the embedding and the output layer, where all ranks of the pipeline have one; otherwise the first and
-    /// the last stage hold them.
+    /// Its share of the embedding and the output layer, where all ranks of the pipeline have one; otherwise those of the
+    /// first and the last stage share them out.
     pub vocabulary: Option<VocabularyShard>,
 }
 
@@ -46,13 +46,14 @@ impl ModelPart {
         ModelPart { stages: vec![StagePart { layers: 0..layers, first: true, last: true }], vocabulary: None }
     }
 
-    /// Rank `rank` of a pipeline whose stages have `layers` layers each.
+    /// Rank `rank` of a pipeline whose stages have `layers` layers each. A vocabulary that is shared out is so over the
+    /// pipeline's ranks times those that split matrices, `tensor`: this one among how many.
     pub fn of_rank(
-        rank: usize,
-        ranks: usize,
+        (rank, ranks): (usize, usize),
         placement: Placement,
         layers: &[usize],
         vocabulary_shared: bool,
+        tensor: (usize, usize),
     ) -> ModelPart {
         let stage = |chunk| {
             let stage = stage_at(placement, ranks, rank, chunk);
@@ -60,7 +61,8 @@ impl ModelPart {
             StagePart { layers: start..start + layers[stage], first: stage == 0, last: stage + 1 == layers.len() }
         };
         let stages = (0..layers.len() / ranks).map(stage).collect();
-        ModelPart { stages, vocabulary: vocabulary_shared.then_some(VocabularyShard { rank, ranks }) }
+        let shard = VocabularyShard { rank: rank * tensor.1 + tensor.0, ranks: ranks * tensor.1 };
+        ModelPart { stages, vocabulary: vocabulary_shared.then_some(shard) }
     }
 
     /// Whether it begins the model.
@@ -123,7 +125,7 @@ mod tests {
         fn every_layer_is_on_one_rank(ranks in 1usize..6, chunks in 1usize..4, layers in 0usize..40, turn in any::<bool>()) {
             let placement = if turn { Placement::V } else { Placement::Loop };
             let split = split_layers(layers, ranks * chunks, 0.0, 0.0);
-            let parts: Vec<_> = (0..ranks).map(|r| ModelPart::of_rank(r, ranks, placement, &split, true)).collect();
+            let parts: Vec<_> = (0..ranks).map(|r| ModelPart::of_rank((r, ranks), placement, &split, true, (0, 1))).collect();
             let mut seen: Vec<usize> = parts.iter().flat_map(|p| p.stages.iter().flat_map(|s| s.layers.clone())).collect();
             seen.sort_unstable();
             prop_assert_eq!(seen, (0..layers).collect::<Vec<_>>());

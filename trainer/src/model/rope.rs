@@ -2,33 +2,36 @@
 //! `i` of a head turns with element `i + head_dim / 2`.
 
 use parallel::Accelerator;
+use std::sync::Mutex;
 use tch::Tensor;
 use torch_ext::{Error, attach_backward};
 
-/// Cosines and sines of every position.
+/// Cosines and sines of this rank's positions.
 pub(crate) struct Rope {
-    /// `[positions, head_dim / 2]`.
-    cos: Tensor,
-    sin: Tensor,
+    /// `[positions, head_dim / 2]` each.
+    tables: Mutex<(Tensor, Tensor)>,
 }
 
 impl Rope {
-    pub(crate) fn new(device: &dyn Accelerator, positions: usize, head_dim: usize, theta: f64) -> Rope {
+    pub(crate) fn new(device: &dyn Accelerator, positions: &[i64], head_dim: usize, theta: f64) -> Rope {
         let half = head_dim / 2;
         // Single precision, as HF transformers computes its frequencies.
         let frequencies: Vec<f32> =
             (0..half).map(|i| (1.0 / theta.powf(2.0 * i as f64 / head_dim as f64)) as f32).collect();
         let angles: Vec<f32> =
-            (0..positions).flat_map(|position| frequencies.iter().map(move |f| position as f32 * f)).collect();
-        let angles = device.upload(&Tensor::from_slice(&angles).view([positions as i64, half as i64]));
-        Rope { cos: angles.cos(), sin: angles.sin() }
+            positions.iter().flat_map(|&position| frequencies.iter().map(move |f| position as f32 * f)).collect();
+        let angles = device.upload(&Tensor::from_slice(&angles).view([positions.len() as i64, half as i64]));
+        Rope { tables: Mutex::new((angles.cos(), angles.sin())) }
     }
 
-    /// Turns `x` `[batch, heads, sequence, head_dim]` by its positions from `start` on.
-    pub(crate) fn apply(&self, x: &Tensor, start: usize) -> Result<Tensor, Error> {
+    /// Turns `x` `[batch, heads, sequence, head_dim]` by the first positions.
+    pub(crate) fn apply(&self, x: &Tensor) -> Result<Tensor, Error> {
         let length = x.size()[2];
-        let cos = self.cos.narrow(0, start as i64, length).to_kind(x.kind());
-        let sin = self.sin.narrow(0, start as i64, length).to_kind(x.kind());
+        let (cos, sin) = {
+            let tables = self.tables.lock().expect("nobody panics with the tables");
+            let first = |table: &Tensor| table.narrow(0, 0, length).to_kind(x.kind());
+            (first(&tables.0), first(&tables.1))
+        };
         let out = tch::no_grad(|| turn(x, &cos, &sin));
         let mut out = attach_backward(&[x], vec![out], move |grads| {
             // The gradient turns back.
@@ -56,17 +59,18 @@ mod tests {
 
     #[test]
     fn turning_keeps_lengths_and_turns_back_in_the_gradient() {
-        let rope = Rope::new(&Cpu, 8, 4, 10_000.0);
+        let rope = Rope::new(&Cpu, &[3, 4, 5, 6, 7], 4, 10_000.0);
         let x = Cpu.empty(&[1, 2, 5, 4], Kind::Float).uniform_(-1.0, 1.0).set_requires_grad(true);
-        let y = rope.apply(&x, 3).unwrap();
+        let y = rope.apply(&x).unwrap();
         assert!((y.square().sum(Kind::Float) - x.square().sum(Kind::Float)).double_value(&[]).abs() < 1e-4);
         // For y = R x, the gradient of |y|^2 / 2 is R^T R x = x.
         (y.square().sum(Kind::Float) / 2.0).backward();
         assert!(x.grad().allclose(&x, 1e-5, 1e-6, false));
         // Position 0 is not turned; element 0 turns with element 2 by one radian a position.
         let unit = Tensor::from_slice(&[1f32, 0., 0., 0.]).view([1, 1, 1, 4]);
-        assert_eq!(rope.apply(&unit, 0).unwrap(), unit);
-        let turned = Vec::<f32>::try_from(rope.apply(&unit, 1).unwrap().flatten(0, -1)).unwrap();
+        let at = |position| Rope::new(&Cpu, &[position], 4, 10_000.0).apply(&unit).unwrap();
+        assert_eq!(at(0), unit);
+        let turned = Vec::<f32>::try_from(at(1).flatten(0, -1)).unwrap();
         assert!((turned[0] - 1f32.cos()).abs() < 1e-6 && (turned[2] - 1f32.sin()).abs() < 1e-6);
     }
 }

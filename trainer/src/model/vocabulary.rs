@@ -1,4 +1,5 @@
-//! Embedding and output layer shared out by rows over the ranks of a pipeline (arXiv 2411.05288, sections 3 and 4).
+//! Embedding and output layer shared out by rows over the ranks of a pipeline, times those that split matrices (arXiv
+//! 2411.05288, sections 3 and 4).
 //!
 //! Each rank computes its own logits and their softmax against its own statistics (S). What the ranks tell each other, a
 //! maximum, a sum and the label's logit a token, turns that into the true softmax by one factor a token. With `vocab-2` S
@@ -49,7 +50,7 @@ pub(crate) fn logits(
     divisor: f64,
     algorithm: Option<Vocabulary>,
 ) -> LocalSoftmax {
-    let (kind, matrix) = (hidden.kind(), weight.value().detach());
+    let (kind, matrix) = (hidden.kind(), weight.value());
     let (tokens, own) = (hidden.size()[0], rows.len() as i64);
     let float = (Kind::Float, hidden.device());
     let shifted = labels_t - rows.start as i64;
@@ -105,8 +106,8 @@ pub(crate) fn logits(
 
 impl LocalSoftmax {
     /// C1: the loss, summed over tokens and weighted, then the factor `[T]` that makes this rank's softmax the true one, and
-    /// with `vocab-2`, where `takes_gradient`, the input's gradient.
-    pub(crate) fn exchange(&self, divisor: f64, takes_gradient: bool) -> Exchange {
+    /// with `vocab-2` the rows `takes` of the input's gradient.
+    pub(crate) fn exchange(&self, divisor: f64, takes: Option<Range<i64>>) -> Exchange {
         let (own, weight) = (self.statistics.shallow_clone(), self.weight.shallow_clone());
         let parts = self.parts.as_ref().map(|(mixed, target)| (mixed.shallow_clone(), target.shallow_clone()));
         Box::new(move |group: &dyn Communicator| {
@@ -127,7 +128,7 @@ impl LocalSoftmax {
                 let by_token = |t: &Tensor| t.unsqueeze(1).to_kind(mixed.kind());
                 let gradient = (&mixed * by_token(&correction) - target) * by_token(&weight);
                 group.all_reduce(&gradient, ReduceOp::Sum)?.wait()?;
-                results.extend(takes_gradient.then_some(gradient));
+                results.extend(takes.map(|rows| narrow(&gradient, &rows)));
             }
             Ok::<_, CommError>(results)
         })
@@ -144,7 +145,7 @@ impl LocalSoftmax {
         correction: &Tensor,
         input_too: bool,
     ) -> Result<Option<Tensor>, Error> {
-        let (kind, matrix) = (self.hidden.kind(), weight.value().detach());
+        let (kind, matrix) = (self.hidden.kind(), weight.value());
         let gradient = input_too.then(|| self.hidden.empty_like());
         let contribution = weight.contribution()?;
         for (start, len) in chunks(self.hidden.size()[0], self.probs.size()[1]) {
@@ -163,43 +164,46 @@ impl LocalSoftmax {
     }
 }
 
-/// C2 and the sum of the embedding: `part` summed over the ranks, given to those that need it.
-pub(crate) fn sum(part: Tensor, takes: bool) -> Exchange {
+/// The rows `rows` of `tensor`.
+fn narrow(tensor: &Tensor, rows: &Range<i64>) -> Tensor {
+    tensor.narrow(0, rows.start, rows.end - rows.start)
+}
+
+/// C2 and the sum of the embedding: of `part`, summed over the ranks, the rows `takes`, for those that need any.
+pub(crate) fn sum(part: Tensor, takes: Option<Range<i64>>) -> Exchange {
     Box::new(move |group: &dyn Communicator| {
         group.all_reduce(&part, ReduceOp::Sum)?.wait()?;
-        Ok(if takes { vec![part] } else { Vec::new() })
+        Ok(takes.map(|rows| narrow(&part, &rows)).into_iter().collect())
     })
 }
 
-/// C0 and the way back of the embedding: `tensor` of `root` for all.
-pub(crate) fn broadcast(tensor: Tensor, root: usize) -> Exchange {
+/// C0 and the way back of the embedding: for all, what the ranks `roots` have, each as many rows, in `whole`; `own` is this
+/// rank's part, where it is one of them.
+pub(crate) fn collect(whole: Tensor, own: Option<Tensor>, roots: Range<usize>) -> Exchange {
     Box::new(move |group: &dyn Communicator| {
-        group.broadcast(&tensor, root)?.wait()?;
-        Ok(vec![tensor])
+        let rows = whole.size()[0] / roots.len() as i64;
+        for (index, root) in roots.enumerate() {
+            let part = whole.narrow(0, index as i64 * rows, rows);
+            if let Some(own) = own.as_ref().filter(|_| root == group.rank()) {
+                part.shallow_clone().copy_(own);
+            }
+            group.broadcast(&part, root)?.wait()?;
+        }
+        Ok(vec![whole])
     })
 }
 
 /// IF: this rank's rows for `tokens_t` `[T]`, zero for tokens of other ranks: `[T, D]`.
-pub(crate) fn embed(tokens_t: &Tensor, weight: &Weight, rows: &Range<usize>) -> Tensor {
+pub(crate) fn rows_of(tokens_t: &Tensor, weight: &Weight, rows: &Range<usize>) -> Tensor {
     let (index, inside) = own_rows(tokens_t, rows);
-    let matrix = weight.value().detach();
-    matrix.index_select(0, &index) * inside.to_kind(matrix.kind())
+    let found = weight.value().index_select(0, &index);
+    &found * inside.to_kind(found.kind())
 }
 
-/// IB: adds the gradient of this rank's rows, given that of the embedded tokens `[T, D]`.
-///
-/// # Errors
-/// When nothing collects the gradient.
-pub(crate) fn embed_backward(
-    tokens_t: &Tensor,
-    gradient: &Tensor,
-    weight: &Weight,
-    rows: &Range<usize>,
-) -> Result<(), Error> {
+/// IB: adds to `sum` the gradient of this rank's rows, given that of the embedded tokens `[T, D]`.
+pub(crate) fn add_rows(tokens_t: &Tensor, gradient: &Tensor, sum: &Tensor, rows: &Range<usize>) {
     let (index, inside) = own_rows(tokens_t, rows);
-    let contribution = weight.contribution()?;
-    let _ = contribution.sum().shallow_clone().index_add_(0, &index, &(gradient.to_kind(Kind::Float) * inside));
-    contribution.finish()
+    let _ = sum.shallow_clone().index_add_(0, &index, &(gradient.to_kind(Kind::Float) * inside));
 }
 
 /// The row of each token on this rank, and a column of ones where it has one, zeros elsewhere (fp32).

@@ -1,0 +1,150 @@
+//! One pre-norm transformer layer.
+// Shapes: T tokens (of a microbatch, on this rank), D hidden.
+
+use super::attention::{Attention, Documents};
+use super::norm::rms_norm;
+use super::rope::Rope;
+use crate::Error;
+use crate::parameters::Unit;
+use moe::MoeLayer;
+use moe::balance::RouterStats;
+use moe::experts::grouped_swiglu;
+use parallel::recompute::recomputed;
+use parallel::sharding::before_backward;
+use parallel::tensor::TensorParallel;
+use parallel::{Activation, Weight};
+use std::sync::{Arc, Mutex};
+use tch::Tensor;
+
+pub(crate) struct Layer {
+    pub(crate) attention_norm: Weight,
+    pub(crate) attention: Attention,
+    pub(crate) feed_forward_norm: Weight,
+    pub(crate) feed_forward: FeedForward,
+    pub(crate) norm_eps: f64,
+    /// Factor on each branch before it joins the residual stream.
+    pub(crate) residual: f64,
+    /// Whether the norms' outputs are kept for backward.
+    pub(crate) keep_norms: bool,
+    /// Whether more than the input is.
+    pub(crate) keep: bool,
+}
+
+pub(crate) enum FeedForward {
+    Dense {
+        /// `[1, 2F, D]` and `[1, D, F]`; of F this rank's part.
+        gate_up: Weight,
+        down: Weight,
+        tensor: TensorParallel,
+        /// Whether the gate-up product is kept for backward.
+        keep: bool,
+    },
+    Moe(Box<MoeLayer>),
+}
+
+/// What a layer's mixture of experts saw.
+pub(crate) struct Seen {
+    pub(crate) stats: RouterStats,
+    /// Choices of each expert among this rank's tokens, `[E]`.
+    pub(crate) choices: Vec<i64>,
+    /// Rows that this rank's experts worked on.
+    pub(crate) rows: i64,
+}
+
+impl Layer {
+    /// `x` `[T, D]`, tokens of `batch` sequences.
+    pub(crate) fn forward(
+        self: &Arc<Layer>,
+        x: &Tensor,
+        batch: i64,
+        rope: &Arc<Rope>,
+        documents: Option<&Arc<Documents>>,
+    ) -> Result<(Tensor, Option<Seen>), Error> {
+        if self.keep {
+            return Ok(self.compute(x, batch, rope, documents)?);
+        }
+        // What is not differentiable comes out beside the graph.
+        let beside = Arc::new(Mutex::new(None));
+        let (layer, rope, documents, told) = (self.clone(), rope.clone(), documents.cloned(), beside.clone());
+        let mut outputs = recomputed(&[x], move |x| {
+            let (out, seen) = layer.compute(&x[0], batch, &rope, documents.as_ref())?;
+            let Some(Seen { stats: RouterStats { counts_ge, prob_sums_ge, z_sum }, choices, rows }) = seen else {
+                return Ok(vec![out]);
+            };
+            *told.lock().expect("nobody panics with it") = Some((counts_ge, choices, rows));
+            Ok(vec![out, prob_sums_ge, z_sum])
+        })?;
+        let out = outputs.remove(0);
+        let beside = beside.lock().expect("nobody panics with it").take();
+        let seen = beside.map(|(counts_ge, choices, rows)| {
+            let (prob_sums_ge, z_sum) = (outputs.remove(0), outputs.remove(0));
+            Seen { stats: RouterStats { counts_ge, prob_sums_ge, z_sum }, choices, rows }
+        });
+        Ok((out, seen))
+    }
+
+    fn compute(
+        &self,
+        x: &Tensor,
+        batch: i64,
+        rope: &Rope,
+        documents: Option<&Arc<Documents>>,
+    ) -> Result<(Tensor, Option<Seen>), torch_ext::Error> {
+        let join = |x: &Tensor, branch: Tensor| match self.residual {
+            1.0 => x + branch,
+            factor => x + branch * factor,
+        };
+        let normed = self.normed(x, &self.attention_norm)?;
+        let x = join(x, self.attention.forward(&normed, batch, rope, documents)?);
+        let normed = self.normed(&x, &self.feed_forward_norm)?;
+        match &self.feed_forward {
+            FeedForward::Dense { gate_up, down, tensor, keep } => {
+                let branch =
+                    tensor.block(&normed, |x| grouped_swiglu(x, gate_up, down, &[x.value.size()[0]], *keep))?;
+                Ok((join(&x, branch), None))
+            }
+            FeedForward::Moe(moe) => {
+                let out = moe.forward(&normed, batch as usize)?;
+                Ok((join(&x, out.hidden_td), Some(Seen { stats: out.stats, choices: out.choices, rows: out.rows })))
+            }
+        }
+    }
+
+    fn normed(&self, x: &Tensor, weight: &Weight) -> Result<Activation, torch_ext::Error> {
+        let out = rms_norm(x, weight, self.norm_eps)?;
+        if self.keep_norms {
+            return Ok(Activation::kept(&out));
+        }
+        let (x, weight, eps) = (x.detach(), weight.clone(), self.norm_eps);
+        Ok(Activation::again(out, move || rms_norm(&x, &weight, eps)))
+    }
+}
+
+/// `compute` with the weights of `unit` there, forward and backward; those of `next` are on their way meanwhile, in backward
+/// those of `previous`.
+pub(crate) fn with_weights<T>(
+    x: &Tensor,
+    unit: &Arc<Unit>,
+    previous: Option<&Arc<Unit>>,
+    next: Option<&Arc<Unit>>,
+    compute: impl FnOnce(&Tensor) -> Result<(Tensor, T), Error>,
+) -> Result<(Tensor, T), Error> {
+    if unit.is_empty() {
+        return compute(x);
+    }
+    unit.gather()?;
+    next.map_or(Ok(()), |next| next.prefetch())?;
+    let done = unit.clone();
+    let x = before_backward(x, move || {
+        done.release();
+        Ok(())
+    })?;
+    let (out, beside) = compute(&x)?;
+    unit.release();
+    let (unit, previous) = (unit.clone(), previous.cloned());
+    let out = before_backward(&out, move || {
+        unit.gather()?;
+        previous.as_ref().map_or(Ok(()), |previous| previous.prefetch())
+    })?;
+    Ok((out, beside))
+}

@@ -1,0 +1,100 @@
+//! The ranks that a rank works with, by what they have in common.
+
+use crate::Error;
+use crate::config::ParallelConfig;
+use parallel::tensor::TensorParallel;
+use parallel::{CommError, Communicator, Group, Local, Mesh, Replication, World};
+use std::sync::Arc;
+
+/// Those that the layers of one stage need.
+pub struct Ranks {
+    /// They split every matrix.
+    pub tensor: TensorParallel,
+    /// They split every sequence.
+    pub context: Arc<dyn Communicator>,
+    /// They work on the same sequences: context x tensor.
+    pub sequence: Arc<dyn Communicator>,
+    /// They share out a layer's experts ...
+    pub experts: Arc<dyn Communicator>,
+    /// ... each of which this many of them split.
+    pub expert_tensor: usize,
+    /// They hold the same parameters, by the number of [`crate::Replicas`].
+    pub replications: Vec<Replication>,
+    /// What of the optimizer's work they share out.
+    pub zero: u8,
+}
+
+impl Ranks {
+    /// A rank that works alone.
+    pub fn alone() -> Ranks {
+        let local: Arc<dyn Communicator> = Arc::new(Local::new(0, "alone"));
+        Ranks {
+            tensor: TensorParallel::new(local.clone(), 1),
+            context: local.clone(),
+            sequence: local.clone(),
+            experts: local,
+            expert_tensor: 1,
+            replications: vec![Replication::alone(); 4],
+            zero: 0,
+        }
+    }
+
+    /// Where `mesh` says, with the first and the last stage on the pipeline's ranks `ends`.
+    ///
+    /// # Collective
+    /// All ranks.
+    ///
+    /// # Errors
+    /// When they cannot be joined.
+    pub fn join(world: &World, mesh: &Mesh, config: &ParallelConfig, ends: &[usize]) -> Result<Ranks, Error> {
+        let group = |name: &str, kind| world.group(name, &mesh.group(kind));
+        let shape = mesh.shape();
+        // ZeRO's ranks are neighbours: `block` ranks of a stage, whatever part of it they hold.
+        let dense = match config.zero {
+            0 => 1,
+            _ => config.zero_ranks.unwrap_or(shape.data * shape.context),
+        };
+        let row = shape.expert * shape.expert_tensor;
+        let block = dense * shape.tensor;
+        let experts = if config.zero == 0 { 1 } else { gcd(mesh.expert_replicas(), (block / row).max(1)) };
+        let stage = if config.zero == 0 { 1 } else { block };
+        let mut replications = Vec::new();
+        for (name, kind, size) in [
+            ("dense gradients", Group::DenseReplicas, dense),
+            ("stage gradients", Group::Stage, stage),
+            ("expert gradients", Group::ExpertReplicas, experts),
+        ] {
+            replications.push(replication(world, name, &mesh.group(kind), size)?);
+        }
+        // On ranks that have neither end nobody uses it.
+        let at_end = ends.contains(&mesh.coordinates().pipeline) && ends.len() > 1;
+        replications.push(match at_end {
+            true => replication(world, "tied embedding", &mesh.dense_replicas_of_stages(ends), dense)?,
+            false => Replication::alone(),
+        });
+        Ok(Ranks {
+            tensor: TensorParallel::new(group("tensor", Group::Tensor)?, config.tensor_chunks),
+            context: group("context", Group::Context)?,
+            sequence: group("sequence", Group::Sequence)?,
+            experts: group("experts", Group::Expert)?,
+            expert_tensor: shape.expert_tensor,
+            replications,
+            zero: config.zero,
+        })
+    }
+}
+
+/// Of `members`, which hold the same parameters, each `size` neighbours share out the rows.
+fn replication(world: &World, name: &str, members: &[usize], size: usize) -> Result<Replication, CommError> {
+    let position = members.iter().position(|&rank| rank == world.rank()).expect("a rank is its own replica");
+    let block = position / size * size;
+    let across: Vec<usize> = members.iter().copied().skip(position % size).step_by(size).collect();
+    Ok(Replication {
+        shard: world.group(&format!("{name}, shared out"), &members[block..block + size])?,
+        across: world.group(name, &across)?,
+    })
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
