@@ -1,48 +1,15 @@
 //! Layout changes nothing: losses, gradient norms, every gradient and the trained weights of one rank come out of every
 //! layout, and a layout run twice gives the same bits.
 
-use checkpoint::Place;
-use parallel::{Cpu, World, on_threads};
+mod agreement;
+
+use agreement::{TIMEOUT, Trace, VOCAB, assert_same, sigmoid, softmax, trace_of, trainer_on, write_data};
+use parallel::{Cpu, on_threads};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::Duration;
-use tch::Tensor;
-use trainer::config::Config;
-use trainer::data::TokenWriter;
-use trainer::{Trainer, config};
+use trainer::config::{self, Config};
 
 const STEPS: u64 = 20;
-const VOCAB: usize = 64;
-/// Every run in this file has few rows: they must not wait for one another longer than this.
-const TIMEOUT: Duration = Duration::from_secs(60);
-
-/// Tokens with some order in them: each depends on the one before, with noise from a small generator.
-fn write_data(folder: &Path) {
-    let mut writer = TokenWriter::create(&folder.join("tokens"), VOCAB).unwrap();
-    let (mut state, mut token) = (1u64, 0u64);
-    let tokens: Vec<u32> = (0..6000)
-        .map(|_| {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            token = (token * 5 + 1 + (state >> 62)) % VOCAB as u64;
-            token as u32
-        })
-        .collect();
-    writer.push(&tokens).unwrap();
-    writer.finish().unwrap();
-}
-
-/// Softmax routing with every auxiliary loss.
-fn softmax(over: &str) -> Value {
-    json!({"experts": 8, "top_k": 2, "ffn": 16, "shared_experts": 1, "load_balance": 0.05, "load_balance_over": over,
-           "z_loss": 0.01})
-}
-
-/// Sigmoid routing limited to groups, with the loss-free bias.
-fn sigmoid(over: &str) -> Value {
-    json!({"experts": 8, "top_k": 2, "ffn": 16, "load_balance": 0.05, "load_balance_over": over,
-           "router": {"score": "sigmoid", "groups": 4, "top_groups": 2, "scale": 1.5}, "bias_update_rate": 0.01})
-}
 
 fn config(folder: &Path, parallel: &Value, micro_batch: usize, moe: &Value) -> Config {
     let mut parallel = parallel.clone();
@@ -62,23 +29,6 @@ fn config(folder: &Path, parallel: &Value, micro_batch: usize, moe: &Value) -> C
     serde_json::from_value(config).unwrap()
 }
 
-/// What a run leaves, by global name.
-#[derive(Debug, Clone, PartialEq)]
-struct Trace {
-    /// Loss, load-balancing loss, z-loss, gradient norm of each step.
-    steps: Vec<[f64; 4]>,
-    first_gradients: BTreeMap<String, Vec<f32>>,
-    weights: BTreeMap<String, Vec<f32>>,
-}
-
-fn trainer_on(world: &World, config: Config) -> Trainer {
-    Trainer::new(config, world, Box::new(Cpu)).unwrap()
-}
-
-fn values(tensor: &Tensor) -> Vec<f32> {
-    Vec::try_from(tensor.flatten(0, -1).contiguous()).unwrap()
-}
-
 /// Experts shared out over so many ranks.
 fn experts(ranks: usize) -> Value {
     json!({"expert": ranks})
@@ -86,87 +36,6 @@ fn experts(ranks: usize) -> Value {
 
 fn trace(folder: &Path, ranks: usize, parallel: &Value, micro_batch: usize, moe: &Value) -> Trace {
     trace_of(ranks, config(folder, parallel, micro_batch, moe))
-}
-
-/// A tensor that ranks hold boxes of, as far as it is known.
-type Gathered = BTreeMap<String, Tensor>;
-
-/// Puts a rank's box in its place. What several ranks hold is equal to the bit.
-fn gather(into: &mut Gathered, place: &Place, part: &Tensor) {
-    let unknown = || Tensor::full(place.global.as_slice(), f64::NAN, (tch::Kind::Float, part.device()));
-    let mut known = into.entry(place.name.clone()).or_insert_with(unknown).shallow_clone();
-    for (dim, (&offset, &size)) in place.offset.iter().zip(&place.shape).enumerate() {
-        known = known.narrow(dim as i64, offset, size);
-    }
-    if !known.isnan().any().int64_value(&[]).eq(&1) {
-        assert_eq!(known, *part, "{} differs between replicas", place.name);
-    }
-    tch::no_grad(|| known.copy_(part));
-}
-
-fn trace_of(ranks: usize, config: Config) -> Trace {
-    tch::set_num_threads(1);
-    let steps = config.train.steps;
-    assert_eq!(config.problems(ranks), Vec::<String>::new());
-    let parts = on_threads(ranks, TIMEOUT, move |world| {
-        let mut trainer = trainer_on(world, config.clone());
-        let first_norm = trainer.forward_backward().unwrap();
-        let mut first_gradients = Vec::new();
-        for (index, parameter) in trainer.model().parameters.iter().enumerate() {
-            for (place, part) in parameter.parts(&trainer.gradients().gradient(index)) {
-                first_gradients.push((place.clone(), part.copy()));
-            }
-        }
-        let steps: Vec<[f64; 4]> = (0..steps)
-            .map(|_| {
-                let (record, _) = trainer.train_step(false).unwrap();
-                [record.loss, record.load_balance_loss, record.z_loss, record.grad_norm]
-            })
-            .collect();
-        assert_eq!(first_norm, steps[0][3]);
-        let mut weights = Vec::new();
-        for parameter in trainer.model().parameters.iter() {
-            for (place, part) in parameter.parts(&parameter.master) {
-                weights.push((place.clone(), part.copy()));
-            }
-        }
-        for (_, name, bias) in trainer.model().biases() {
-            weights.push((Place::whole(name, &bias.size()), bias.copy()));
-        }
-        (steps, first_gradients, weights)
-    });
-    let (mut first_gradients, mut weights) = (Gathered::new(), Gathered::new());
-    for (steps, of_rank, weights_of_rank) in &parts {
-        assert_eq!(*steps, parts[0].0, "every rank reports the same figures");
-        of_rank.iter().for_each(|(place, part)| gather(&mut first_gradients, place, part));
-        weights_of_rank.iter().for_each(|(place, part)| gather(&mut weights, place, part));
-    }
-    let by_name = |gathered: Gathered| gathered.into_iter().map(|(name, tensor)| (name, values(&tensor))).collect();
-    Trace { steps: parts[0].0.clone(), first_gradients: by_name(first_gradients), weights: by_name(weights) }
-}
-
-/// The norm of the difference over the norm.
-fn distance(a: &[f32], b: &[f32]) -> f64 {
-    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
-    let difference = norm(&mut a.iter().zip(b).map(|(a, b)| f64::from(a - b)));
-    difference / norm(&mut b.iter().map(|&b| f64::from(b))).max(1e-12)
-}
-
-fn assert_same(what: &str, trace: &Trace, single: &Trace) {
-    for (step, (ours, reference)) in trace.steps.iter().zip(&single.steps).enumerate() {
-        for (figure, (a, b)) in ["loss", "load balance", "z", "grad norm"].iter().zip(ours.iter().zip(reference)) {
-            assert!((a - b).abs() <= 1e-5 * b.abs(), "{what}: {figure} at step {}: {a} and {b}", step + 1);
-        }
-    }
-    for (kind, ours, reference) in
-        [("gradient", &trace.first_gradients, &single.first_gradients), ("weight", &trace.weights, &single.weights)]
-    {
-        assert!(ours.keys().eq(reference.keys()), "{what}: the {kind}s have other names");
-        for (name, values) in ours {
-            let far = distance(values, &reference[name]);
-            assert!(far <= 1e-5, "{what}: {kind} of {name} is {far} away");
-        }
-    }
 }
 
 fn layouts_agree(moe: &Value) {

@@ -57,7 +57,7 @@ fn numbers_that_do_not_divide() {
         (2, "model.hidden=30", vec!["model.hidden 30 is not a multiple of model.heads 4"]),
         (2, "model.kv_heads=3", vec!["model.heads 4 is not a multiple of model.kv_heads 3"]),
         (2, "model.moe.top_k=9", vec!["model.moe.top_k 9 is more than the 4 experts"]),
-        (3, "train.steps=1", vec!["expert 2 does not divide the 3 ranks", "--nproc-per-node"]),
+        (3, "train.steps=1", vec!["expert 2 x expert_tensor 1 does not divide the 3 ranks", "--nproc-per-node"]),
         (2, "parallel.data=4", vec!["= 4 ranks, but 2 were started"]),
         (2, "train.micro_batch=0", vec!["train.micro_batch is 0"]),
         (2, "model.dense_layers=1", vec!["model.ffn (their inner width) is needed"]),

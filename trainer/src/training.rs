@@ -98,7 +98,7 @@ impl Trainer {
         let parameters = &model.parameters;
         let weights: Vec<(Weight, usize)> =
             parameters.iter().map(|p| (p.weight.clone(), p.replicas as usize)).collect();
-        let (bytes, keep) = (config.parallel.bucket_mib << 20, parameters.keep_gradients());
+        let (bytes, keep) = ((config.parallel.bucket_mib * 1048576.0) as usize, parameters.keep_gradients());
         let gradients = GradientBuckets::new(&weights, parameters.replications(), bytes, keep, device.as_ref())?;
         let (settings, clip) = (&config.optimizer, config.train.grad_clip);
         let optimizer = Optimizer::new(settings, clip, parameters, device.as_ref(), all.clone());

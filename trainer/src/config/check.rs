@@ -202,7 +202,9 @@ impl Config {
         problems.positive("train.global_batch", self.train.global_batch);
         problems.positive("train.micro_batch", self.train.micro_batch);
         problems.positive("checkpoint.keep", self.checkpoint.keep);
-        problems.positive("parallel.bucket_mib", self.parallel.bucket_mib);
+        if self.parallel.bucket_mib.is_nan() || self.parallel.bucket_mib <= 0.0 {
+            problems.add(format!("parallel.bucket_mib is {}; it must be above 0", self.parallel.bucket_mib));
+        }
         problems.positive("run.timeout_s", self.run.timeout_s as usize);
         problems.positive("run.log_every", self.run.log_every as usize);
         if !["auto", "cpu", "cuda"].contains(&self.run.device.as_str()) {

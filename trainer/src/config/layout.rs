@@ -50,7 +50,7 @@ pub struct ParallelConfig {
     /// Parts in which rows travel among `tensor` ranks, one while another is computed on.
     pub tensor_chunks: usize,
     /// Size in MiB up to which gradients share one reduction.
-    pub bucket_mib: usize,
+    pub bucket_mib: f64,
 }
 
 /// What backward computes again instead of keeping it.
@@ -136,7 +136,7 @@ impl Default for ParallelConfig {
             zero_ranks: None,
             recompute: RecomputeConfig::default(),
             tensor_chunks: 1,
-            bucket_mib: 25,
+            bucket_mib: 25.0,
         }
     }
 }

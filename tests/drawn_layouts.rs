@@ -1,0 +1,178 @@
+//! Layouts drawn at random over up to 8 ranks and all axes agree with one rank, and a checkpoint of any is one for any.
+//!
+//! `MOERUN_LAYOUTS` says how many (40), `MOERUN_LAYOUT_SEED` which. A failure prints the configuration.
+
+mod agreement;
+
+use agreement::{TIMEOUT, Trace, VOCAB, assert_same, sigmoid, softmax, trace_of, trainer_on, write_data};
+use parallel::on_threads;
+use proptest::prelude::*;
+use proptest::strategy::ValueTree;
+use proptest::test_runner::{Config as RunnerConfig, RngAlgorithm, TestRng, TestRunner};
+use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::path::Path;
+use trainer::config::Config;
+
+const STEPS: u64 = 4;
+
+/// What decides a model and its data, and so what one rank computes.
+fn models() -> impl Strategy<Value = Value> {
+    let statistics = prop::sample::select(vec!["sequence", "microbatch", "batch"]);
+    let documents = prop::option::weighted(0.3, 0u32..3);
+    let norms = prop::sample::select(vec!["none", "full", "head"]);
+    (statistics, any::<bool>(), any::<bool>(), norms, prop::sample::select(vec![1, 2]), 0usize..2, documents).prop_map(
+        |(over, sigmoid_scores, tied, qk_norm, micro_batch, dense_layers, documents)| {
+            let mut moe = if sigmoid_scores { sigmoid(over) } else { softmax(over) };
+            moe["experts"] = json!(12);
+            moe["ffn"] = json!(24);
+            let heads = if tied { (6, 3) } else { (12, 2) };
+            json!({
+                "model": {"vocab_size": VOCAB + 3, "hidden": 24, "layers": 3, "heads": heads.0, "kv_heads": heads.1,
+                          "head_dim": 4, "ffn": 48, "dense_layers": dense_layers, "moe": moe, "init_std": 0.1,
+                          "qk_norm": qk_norm, "tie_embeddings": tied},
+                "micro_batch": micro_batch,
+                "document_end": documents,
+            })
+        },
+    )
+}
+
+/// Every axis; those that cannot run are drawn again.
+fn layouts() -> impl Strategy<Value = (usize, Value)> {
+    let sizes = (1usize..5, 1usize..4, 1usize..4, 1usize..5);
+    let sizes = sizes.prop_filter("at most 8 ranks", |(data, tensor, context, pipeline)| {
+        (2..=8).contains(&(data * tensor * context * pipeline))
+    });
+    let schedules = ["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "v-half", "v-min", "dualpipe-v"];
+    let pipelines = (
+        prop::sample::select(schedules.to_vec()),
+        prop::sample::select(vec!["baseline", "redis", "vocab-1", "vocab-2"]),
+    );
+    let parts = prop::sample::subsequence(vec!["norm", "attention", "router", "experts"], 0..=4);
+    let whole = prop::sample::select(vec![json!("none"), json!("all"), json!([0, 2])]);
+    let sharding = (0u8..4, any::<prop::sample::Index>(), any::<prop::sample::Index>());
+    let rest = (prop::sample::select(vec!["ring", "ulysses"]), 1usize..4, prop::sample::select(vec![0.01, 25.0]));
+    (sizes, pipelines, parts, whole, sharding, rest).prop_map(
+        |((data, tensor, context, pipeline), (schedule, vocabulary), parts, whole, (zero, fold, block), rest)| {
+            let stage = data * tensor * context;
+            let fits = |&(expert, slices): &(usize, usize)| stage.is_multiple_of(expert * slices);
+            let folds: Vec<_> =
+                (1..=stage).flat_map(|expert| (1..=stage).map(move |s| (expert, s))).filter(fits).collect();
+            let (expert, expert_tensor) = folds[fold.index(folds.len())];
+            let replicas = data * context;
+            let blocks: Vec<usize> = (1..=replicas).filter(|block| replicas.is_multiple_of(*block)).collect();
+            let (context_attention, tensor_chunks, bucket_mib) = rest;
+            let mut parallel = json!({
+                "data": data, "tensor": tensor, "context": context, "pipeline": pipeline, "expert": expert,
+                "expert_tensor": expert_tensor, "context_attention": context_attention, "tensor_chunks": tensor_chunks,
+                "bucket_mib": bucket_mib, "zero": zero, "recompute": {"layers": whole, "parts": parts},
+            });
+            if pipeline > 1 {
+                (parallel["schedule"], parallel["vocabulary"]) = (json!(schedule), json!(vocabulary));
+            }
+            if zero > 0 {
+                parallel["zero_ranks"] = json!(blocks[block.index(blocks.len())]);
+            }
+            (stage * pipeline, parallel)
+        },
+    )
+}
+
+fn config(folder: &Path, model: &Value, parallel: &Value) -> Config {
+    let config = json!({
+        "run": {"dir": folder.join("run"), "device": "cpu", "seed": 5},
+        "parallel": parallel,
+        "model": model["model"],
+        "data": {"train": [{"path": folder.join("tokens")}], "sequence_length": 24, "document_end": model["document_end"]},
+        "train": {"steps": STEPS, "global_batch": 12, "micro_batch": model["micro_batch"], "grad_clip": 0.5},
+        "optimizer": {"eps": 1e-4},
+        "schedule": {"constant": {"lr": 3e-3}},
+        "checkpoint": {"every": 0},
+    });
+    serde_json::from_value(config).unwrap()
+}
+
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name)
+        .map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name} is not a number: {text}")))
+}
+
+fn runner(salt: u8) -> TestRunner {
+    let mut seed = [salt; 32];
+    seed[..8].copy_from_slice(&number("MOERUN_LAYOUT_SEED", 1).to_le_bytes());
+    TestRunner::new_with_rng(RunnerConfig::default(), TestRng::from_seed(RngAlgorithm::ChaCha, &seed))
+}
+
+/// The next layout that can run `model`.
+fn draw(runner: &mut TestRunner, folder: &Path, model: &Value) -> (usize, Value) {
+    loop {
+        let (ranks, parallel) = layouts().new_tree(runner).unwrap().current();
+        if config(folder, model, &parallel).problems(ranks).is_empty() {
+            return (ranks, parallel);
+        }
+    }
+}
+
+#[test]
+fn drawn_layouts_agree_with_one_rank() {
+    let folder = tempfile::tempdir().unwrap();
+    write_data(folder.path());
+    let mut runner = runner(1);
+    let mut singles: HashMap<String, Trace> = HashMap::new();
+    let count = number("MOERUN_LAYOUTS", 40);
+    let mut seen = HashMap::new();
+    for _ in 0..count {
+        let model = models().new_tree(&mut runner).unwrap().current();
+        let (ranks, parallel) = draw(&mut runner, folder.path(), &model);
+        eprintln!("{ranks} ranks, parallel: {parallel}, {model}");
+        let one = json!({});
+        let single =
+            singles.entry(model.to_string()).or_insert_with(|| trace_of(1, config(folder.path(), &model, &one)));
+        let ours = trace_of(ranks, config(folder.path(), &model, &parallel));
+        assert_same(&format!("{ranks} ranks, parallel: {parallel}, {model}"), &ours, single);
+        for axis in ["tensor", "context", "pipeline", "expert", "expert_tensor", "zero"] {
+            if parallel[axis].as_u64() > Some(1) {
+                *seen.entry(axis).or_insert(0) += 1;
+            }
+        }
+    }
+    assert!(count < 40 || seen.len() == 6, "an axis was never drawn: {seen:?}");
+}
+
+#[test]
+fn a_checkpoint_of_any_layout_goes_on_in_any_other() {
+    tch::set_num_threads(1);
+    let folder = tempfile::tempdir().unwrap();
+    write_data(folder.path());
+    let mut runner = runner(2);
+    for pair in 0..12 {
+        let model = models().new_tree(&mut runner).unwrap().current();
+        let run = |name: &str, parallel: &Value| {
+            let mut config = config(folder.path(), &model, parallel);
+            config.run.dir = folder.path().join(format!("{pair}-{name}"));
+            config
+        };
+        let single = trace_of(1, run("single", &json!({})));
+        let (from, to) = (draw(&mut runner, folder.path(), &model), draw(&mut runner, folder.path(), &model));
+        let what = format!("from {} ranks {} to {} ranks {}, {model}", from.0, from.1, to.0, to.1);
+        eprintln!("{what}");
+        let first = run("pair", &from.1);
+        on_threads(from.0, TIMEOUT, move |world| {
+            let mut trainer = trainer_on(world, first.clone());
+            (0..2).for_each(|_| drop(trainer.train_step(false).unwrap()));
+            trainer.save().unwrap();
+        });
+        let second = run("pair", &to.1);
+        let steps = on_threads(to.0, TIMEOUT, move |world| {
+            let mut trainer = trainer_on(world, second.clone());
+            assert!(trainer.resume(&mut |warning| panic!("{warning}")).unwrap());
+            (2..STEPS).map(|_| trainer.train_step(false).unwrap().0).map(|r| [r.loss, r.grad_norm]).collect::<Vec<_>>()
+        });
+        for (ours, reference) in steps[0].iter().zip(&single.steps[2..]) {
+            for (a, b) in ours.iter().zip([reference[0], reference[3]]) {
+                assert!((a - b).abs() <= 1e-5 * b, "{what}: {a} and {b}");
+            }
+        }
+    }
+}
