@@ -1,6 +1,7 @@
 //! Layouts drawn at random over up to 8 ranks and all axes agree with one rank, and a checkpoint of any is one for any.
 //!
-//! `MOERUN_LAYOUTS` says how many (40), `MOERUN_LAYOUT_SEED` which. A failure prints the configuration.
+//! `MOERUN_LAYOUTS` says how many (40), `MOERUN_LAYOUT_SEED` which. A failure prints what to give as `MOERUN_LAYOUT` to
+//! repeat it.
 
 mod agreement;
 
@@ -122,22 +123,27 @@ fn drawn_layouts_agree_with_one_rank() {
     let mut singles: HashMap<String, Trace> = HashMap::new();
     let count = number("MOERUN_LAYOUTS", 40);
     let mut seen = HashMap::new();
+    let given: Option<Value> = std::env::var("MOERUN_LAYOUT").ok().map(|text| serde_json::from_str(&text).unwrap());
     for _ in 0..count {
-        let model = models().new_tree(&mut runner).unwrap().current();
-        let (ranks, parallel) = draw(&mut runner, folder.path(), &model);
-        eprintln!("{ranks} ranks, parallel: {parallel}, {model}");
-        let one = json!({});
+        let drawn = given.clone().unwrap_or_else(|| {
+            let model = models().new_tree(&mut runner).unwrap().current();
+            let (ranks, parallel) = draw(&mut runner, folder.path(), &model);
+            json!({"ranks": ranks, "parallel": parallel, "model": model})
+        });
+        eprintln!("MOERUN_LAYOUT='{drawn}'");
+        let (model, parallel, one) = (&drawn["model"], &drawn["parallel"], json!({}));
         let single =
-            singles.entry(model.to_string()).or_insert_with(|| trace_of(1, config(folder.path(), &model, &one)));
-        let ours = trace_of(ranks, config(folder.path(), &model, &parallel));
-        assert_same(&format!("{ranks} ranks, parallel: {parallel}, {model}"), &ours, single);
+            singles.entry(model.to_string()).or_insert_with(|| trace_of(1, config(folder.path(), model, &one)));
+        let ranks = drawn["ranks"].as_u64().unwrap() as usize;
+        let ours = trace_of(ranks, config(folder.path(), model, parallel));
+        assert_same(&format!("MOERUN_LAYOUT='{drawn}'"), &ours, single);
         for axis in ["tensor", "context", "pipeline", "expert", "expert_tensor", "zero"] {
             if parallel[axis].as_u64() > Some(1) {
                 *seen.entry(axis).or_insert(0) += 1;
             }
         }
     }
-    assert!(count < 40 || seen.len() == 6, "an axis was never drawn: {seen:?}");
+    assert!(given.is_some() || count < 40 || seen.len() == 6, "an axis was never drawn: {seen:?}");
 }
 
 #[test]

@@ -23,8 +23,96 @@ pub(crate) enum Command {
     /// Look at configurations
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// See what would happen, before it does
+    #[command(subcommand)]
+    Plan(PlanCommand),
     /// Measure; prints JSON lines
-    Bench(BenchArgs),
+    #[command(subcommand)]
+    Bench(BenchCommand),
+}
+
+#[derive(Subcommand)]
+pub(crate) enum PlanCommand {
+    /// Draw a pipeline's schedule, and say how long it takes and what it holds
+    Schedule(ScheduleArgs),
+    /// Say who sits where and what each rank's memory will hold
+    Mesh(MeshArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct ScheduleArgs {
+    /// gpipe, 1f1b, interleaved, zb-h1, zb-v, v-half, v-min, dualpipe-v, or a YAML file with a schedule of your own
+    pub(crate) schedule: String,
+    /// Ranks of the pipeline (a file says so itself)
+    #[arg(short = 'n', long, default_value_t = 4, value_name = "P")]
+    pub(crate) ranks: usize,
+    /// Microbatches of a step (a file says so itself)
+    #[arg(short, long, default_value_t = 8, value_name = "M")]
+    pub(crate) microbatches: usize,
+    /// Stages of a rank, for interleaved
+    #[arg(long, value_name = "C")]
+    pub(crate) chunks: Option<usize>,
+    /// Share the vocabulary out over all ranks, by this algorithm
+    #[arg(long, value_name = "ALGORITHM")]
+    pub(crate) vocabulary: Option<VocabularyName>,
+    /// Times of F, B and W of a rank's layers, and, if it counts, of the whole output layer's forward
+    #[arg(long, value_delimiter = ',', default_value = "1,1,1", value_name = "F,B,W[,O]")]
+    pub(crate) times: Vec<f64>,
+    /// Also draw it here
+    #[arg(long, value_name = "FILE")]
+    pub(crate) svg: Option<PathBuf>,
+    /// Print the schedule as a file that parallel.schedule.file takes, and nothing else
+    #[arg(long)]
+    pub(crate) yaml: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum VocabularyName {
+    /// Two barriers a microbatch
+    #[value(name = "vocab-1")]
+    Vocab1,
+    /// One barrier a microbatch
+    #[value(name = "vocab-2")]
+    Vocab2,
+}
+
+#[derive(Args)]
+pub(crate) struct MeshArgs {
+    #[command(flatten)]
+    pub(crate) config: ConfigArgs,
+    /// Ranks it is to run on
+    #[arg(short = 'n', long, default_value_t = 1, value_name = "N")]
+    pub(crate) ranks: usize,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum BenchCommand {
+    /// One training step of a small Mixtral on random tokens
+    Step(BenchArgs),
+    /// A two-stage pipeline with a large vocabulary: where its embedding and output layer are
+    Pipeline(PipelineArgs),
+    /// What ranks hold in many layouts, beside what `plan mesh` says
+    Memory(MemoryArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct MemoryArgs {
+    /// One layout, by the name in its line; all by default
+    #[arg(long)]
+    pub(crate) case: Option<String>,
+}
+
+#[derive(Args)]
+pub(crate) struct PipelineArgs {
+    /// How often the layouts take turns
+    #[arg(long, default_value_t = 5)]
+    pub(crate) rounds: usize,
+    /// Steps of each turn; the first does not count
+    #[arg(long, default_value_t = 4)]
+    pub(crate) steps: u64,
+    /// Tokens of the vocabulary
+    #[arg(long, default_value_t = 32768)]
+    pub(crate) vocab: usize,
 }
 
 #[derive(Subcommand)]
@@ -127,8 +215,6 @@ pub(crate) struct PrepareArgs {
 
 #[derive(Args)]
 pub(crate) struct BenchArgs {
-    /// What to measure
-    pub(crate) name: BenchName,
     /// One case of it; all by default
     #[arg(long)]
     pub(crate) case: Option<BenchCase>,
@@ -145,12 +231,6 @@ pub(crate) struct BenchArgs {
     /// How often ours and the baselines take turns
     #[arg(long, default_value_t = 5, requires = "baseline")]
     pub(crate) rounds: usize,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-pub(crate) enum BenchName {
-    /// One training step of a small Mixtral on random tokens
-    Step,
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]

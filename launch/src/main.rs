@@ -9,12 +9,13 @@ mod config_file;
 mod environment;
 mod generate;
 mod launcher;
+mod plan;
 mod prepare;
 mod progress;
 mod rank;
 
 use clap::Parser;
-use cli::{Cli, Command, ConfigCommand, DataCommand};
+use cli::{BenchCommand, Cli, Command, ConfigCommand, DataCommand, PlanCommand};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -25,7 +26,11 @@ fn main() -> ExitCode {
         Command::Data(DataCommand::Prepare(args)) => prepare::run(args),
         Command::Config(ConfigCommand::Check(args)) => config_file::check(&args),
         Command::Config(ConfigCommand::Schema) => config_file::print_schema(),
-        Command::Bench(args) => bench::run(args),
+        Command::Plan(PlanCommand::Schedule(args)) => plan::schedule(&args),
+        Command::Plan(PlanCommand::Mesh(args)) => plan::mesh(&args),
+        Command::Bench(BenchCommand::Step(args)) => bench::step::run(args),
+        Command::Bench(BenchCommand::Pipeline(args)) => bench::pipeline::run(&args),
+        Command::Bench(BenchCommand::Memory(args)) => bench::memory::run(&args),
     };
     match result {
         Ok(code) => code,

@@ -114,8 +114,8 @@ impl World {
     }
 }
 
-/// Runs `body` on `size` ranks that are threads of this process, joined over loopback, and returns their results in
-/// rank order. For tests: a rank of a real run is a process.
+/// Runs `body` on `size` ranks that are threads of this process and compute with no further ones, joined over loopback,
+/// and returns their results in rank order. For tests: a rank of a real run is a process.
 ///
 /// # Panics
 /// When the ranks cannot be joined, or one of them panics.
@@ -131,6 +131,8 @@ where
         .map(|rank| {
             let body = body.clone();
             std::thread::spawn(move || {
+                // The number is a thread's own.
+                tch::set_num_threads(1);
                 let env = RankEnv {
                     rank,
                     world_size: size,

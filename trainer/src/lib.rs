@@ -12,6 +12,7 @@ pub mod data;
 mod error;
 mod generate;
 mod init;
+mod memory;
 mod metrics;
 mod model;
 mod optimizer;
@@ -25,6 +26,7 @@ mod training;
 
 pub use error::Error;
 pub use generate::{Generation, generate};
+pub use memory::RankMemory;
 pub use metrics::{Metrics, Progress, Record};
 pub use model::{ForwardOutput, Model, ModelPart, Setting, StagePart, VocabularyShard, split_layers};
 pub use optimizer::Optimizer;

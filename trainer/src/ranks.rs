@@ -2,6 +2,7 @@
 
 use crate::Error;
 use crate::config::ParallelConfig;
+use crate::parameters::Replicas;
 use parallel::tensor::TensorParallel;
 use parallel::{CommError, Communicator, Group, Local, Mesh, Replication, World};
 use std::sync::Arc;
@@ -49,27 +50,21 @@ impl Ranks {
     pub fn join(world: &World, mesh: &Mesh, config: &ParallelConfig, ends: &[usize]) -> Result<Ranks, Error> {
         let group = |name: &str, kind| world.group(name, &mesh.group(kind));
         let shape = mesh.shape();
-        // ZeRO's ranks are neighbours: `block` ranks of a stage, whatever part of it they hold.
-        let dense = match config.zero {
-            0 => 1,
-            _ => config.zero_ranks.unwrap_or(shape.data * shape.context),
-        };
-        let row = shape.expert * shape.expert_tensor;
-        let block = dense * shape.tensor;
-        let experts = if config.zero == 0 { 1 } else { gcd(mesh.expert_replicas(), (block / row).max(1)) };
-        let stage = if config.zero == 0 { 1 } else { block };
         let mut replications = Vec::new();
-        for (name, kind, size) in [
-            ("dense gradients", Group::DenseReplicas, dense),
-            ("stage gradients", Group::Stage, stage),
-            ("expert gradients", Group::ExpertReplicas, experts),
+        for (name, kind, replicas) in [
+            ("dense gradients", Group::DenseReplicas, Replicas::Dense),
+            ("stage gradients", Group::Stage, Replicas::Stage),
+            ("expert gradients", Group::ExpertReplicas, Replicas::Expert),
         ] {
-            replications.push(replication(world, name, &mesh.group(kind), size)?);
+            replications.push(replication(world, name, &mesh.group(kind), zero_ranks(mesh, config, replicas))?);
         }
         // On ranks that have neither end nobody uses it.
         let at_end = ends.contains(&mesh.coordinates().pipeline) && ends.len() > 1;
         replications.push(match at_end {
-            true => replication(world, "tied embedding", &mesh.dense_replicas_of_stages(ends), dense)?,
+            true => {
+                let size = zero_ranks(mesh, config, Replicas::Ends);
+                replication(world, "tied embedding", &mesh.dense_replicas_of_stages(ends), size)?
+            }
             false => Replication::alone(),
         });
         Ok(Ranks {
@@ -82,6 +77,34 @@ impl Ranks {
             zero: config.zero,
         })
     }
+}
+
+/// How many neighbours among the replicas of a parameter share out its rows.
+fn zero_ranks(mesh: &Mesh, config: &ParallelConfig, replicas: Replicas) -> usize {
+    if config.zero == 0 {
+        return 1;
+    }
+    let shape = mesh.shape();
+    // A block of neighbours in a stage, whatever part of it they hold.
+    let dense = config.zero_ranks.unwrap_or(shape.data * shape.context);
+    let block = dense * shape.tensor;
+    match replicas {
+        Replicas::Dense | Replicas::Ends => dense,
+        Replicas::Stage => block,
+        Replicas::Expert => gcd(mesh.expert_replicas(), (block / (shape.expert * shape.expert_tensor)).max(1)),
+    }
+}
+
+/// This rank among those that share out the rows of a parameter, and how many they are.
+pub(crate) fn replica_ranks(mesh: &Mesh, config: &ParallelConfig, replicas: Replicas) -> (usize, usize) {
+    let kind = match replicas {
+        Replicas::Dense | Replicas::Ends => Group::DenseReplicas,
+        Replicas::Stage => Group::Stage,
+        Replicas::Expert => Group::ExpertReplicas,
+    };
+    let size = zero_ranks(mesh, config, replicas);
+    let position = mesh.group(kind).iter().position(|&rank| rank == mesh.rank()).unwrap_or(0);
+    (position % size, size)
 }
 
 /// Of `members`, which hold the same parameters, each `size` neighbours share out the rows.

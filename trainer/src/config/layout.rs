@@ -308,6 +308,11 @@ impl ModelConfig {
     /// The work of the embedding's and of the output layer's forward, in units of a mean layer's matrix products. (A
     /// lookup is next to none.)
     fn ends_in_layers(&self) -> (f64, f64) {
+        (0.0, self.output_in_layers())
+    }
+
+    /// The work of the output layer's forward, in units of a mean layer's matrix products.
+    pub fn output_in_layers(&self) -> f64 {
         let (hidden, head_dim) = (self.hidden as f64, self.head_dim() as f64);
         let attention = hidden * head_dim * 2.0 * (self.heads + self.kv_heads()) as f64;
         let layer = |index: usize| {
@@ -318,7 +323,7 @@ impl ModelConfig {
             attention + hidden * feed_forward
         };
         let mean = (0..self.layers).map(layer).sum::<f64>() / self.layers.max(1) as f64;
-        (0.0, hidden * self.vocab_size as f64 / mean.max(1.0))
+        hidden * self.vocab_size as f64 / mean.max(1.0)
     }
 }
 

@@ -1,6 +1,7 @@
-//! `moerun bench`: one JSON object a line on standard output, and nothing else there.
+//! `moerun bench step`: the reference training step, beside other implementations' of it.
 
-use crate::cli::{BenchArgs, BenchCase, BenchName};
+use super::{median, round};
+use crate::cli::{BenchArgs, BenchCase};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use std::process::{Command, ExitCode, Stdio};
@@ -8,7 +9,6 @@ use trainer::ReferenceStep;
 use trainer::config::Dtype;
 
 pub(crate) fn run(args: BenchArgs) -> Result<ExitCode> {
-    let BenchName::Step = args.name;
     if args.runs == 0 || args.threads == 0 || args.rounds == 0 {
         bail!("--runs, --threads and --rounds must be at least 1");
     }
@@ -99,14 +99,4 @@ fn last_line(mut command: Command, name: &str) -> Result<Value> {
     let line: Option<Value> = text.lines().last().and_then(|line| serde_json::from_str(line).ok());
     line.filter(|line| line["tokens_per_s"].is_number())
         .with_context(|| format!("`{name}` has to end with a JSON line that has a number `tokens_per_s`"))
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-fn round(value: f64, digits: i32) -> f64 {
-    let unit = 10f64.powi(digits);
-    (value * unit).round() / unit
 }
