@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor};
 use torch_ext::Error;
 
-/// Bytes in use on a device.
+/// Bytes that tensors hold on a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryUse {
     /// Now.
@@ -44,7 +44,7 @@ pub trait Accelerator: Send + Sync + std::fmt::Debug {
     /// When the state belongs to another kind of device.
     fn set_generator_state(&self, state: &Tensor) -> Result<(), Error>;
 
-    /// Memory in use: of the process on a CPU, of this device's allocator elsewhere.
+    /// What tensors of this process hold there.
     ///
     /// # Errors
     /// When the figures cannot be read.
@@ -59,6 +59,7 @@ pub fn accelerator(kind: &str, local_rank: usize) -> Result<Box<dyn Accelerator>
     match kind {
         "cpu" => {
             torch_ext::keep_freed_memory();
+            torch_ext::count_host_memory()?;
             Ok(Box::new(Cpu))
         }
         "cuda" => Ok(Box::new(Cuda::new(local_rank)?)),
@@ -95,16 +96,21 @@ impl Accelerator for Cpu {
         torch_ext::set_generator_state(Device::Cpu, state)
     }
     fn memory(&self) -> Result<MemoryUse, Error> {
-        let status = std::fs::read_to_string("/proc/self/status").map_err(|e| Error::new(e.to_string()))?;
-        let field = |name: &str| {
-            let line = status.lines().find(|line| line.starts_with(name))?;
-            line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
-        };
-        match (field("VmRSS:"), field("VmHWM:")) {
-            (Some(current), Some(peak)) => Ok(MemoryUse { current, peak }),
-            _ => Err(Error::new("/proc/self/status has no VmRSS and VmHWM")),
-        }
+        torch_ext::count_host_memory()?;
+        let (current, peak) = torch_ext::allocator_bytes(Device::Cpu)?;
+        Ok(MemoryUse { current: current.max(0) as u64, peak: peak.max(0) as u64 })
     }
+}
+
+/// The most host memory that this process had resident so far, in bytes: tensors, gaps between them, and all else.
+///
+/// # Errors
+/// When the kernel does not say.
+pub fn peak_resident() -> Result<u64, Error> {
+    let status = std::fs::read_to_string("/proc/self/status").map_err(|e| Error::new(e.to_string()))?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
+    let kib = line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+    kib.map(|kib| kib * 1024).ok_or_else(|| Error::new("/proc/self/status has no VmHWM"))
 }
 
 /// One NVIDIA GPU, through libtorch's CUDA library, loaded at run time. Not yet run on hardware.

@@ -12,6 +12,7 @@
 
 use crate::sharding::own_rows;
 use crate::{Accelerator, CommError, Communicator, Local, ReduceOp, Weight, Work};
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 use tch::{Device, Kind, Tensor};
 use torch_ext::Error;
@@ -149,6 +150,8 @@ pub(crate) struct State {
     reducing: bool,
     /// The next bucket to reduce.
     next: usize,
+    /// Buckets whose shares are on their way, the oldest first.
+    under_way: VecDeque<usize>,
     /// Where contributions to weights' gradients are kept instead of being computed.
     deferred: Option<Vec<Deferred>>,
 }
@@ -180,12 +183,13 @@ impl State {
 
     /// A contribution to weight `index` is there.
     pub(crate) fn ready(&mut self, index: usize) -> Result<(), CommError> {
-        let bucket = &mut self.buckets[self.places[index].0];
+        let number = self.places[index].0;
+        let bucket = &mut self.buckets[number];
         bucket.pending = bucket.pending.saturating_sub(1);
-        if !self.keep && bucket.own.is_some() {
+        if !bucket.in_turn(self.keep) {
             if self.reducing && bucket.pending == 0 {
                 bucket.pending = bucket.uses;
-                bucket.reduce(false)?;
+                self.reduce(number)?;
             }
             return Ok(());
         }
@@ -196,10 +200,24 @@ impl State {
     }
 
     fn reduce_next(&mut self) -> Result<(), CommError> {
-        let keep = self.keep;
-        let bucket = &mut self.buckets[self.next];
+        let number = self.next;
         self.next += 1;
-        if bucket.in_turn(keep) { bucket.reduce(true) } else { Ok(()) }
+        if self.buckets[number].in_turn(self.keep) { self.reduce(number) } else { Ok(()) }
+    }
+
+    fn reduce(&mut self, number: usize) -> Result<(), CommError> {
+        self.buckets[number].reduce(self.keep)?;
+        if self.buckets[number].own.is_some() {
+            // What travels needs memory of its own: not more than two at a time.
+            self.under_way.push_back(number);
+            if self.under_way.len() > 2
+                && let Some(oldest) = self.under_way.pop_front()
+                && !self.under_way.contains(&oldest)
+            {
+                self.buckets[oldest].settle()?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -261,7 +279,16 @@ impl GradientBuckets {
             });
         }
         let device = accelerator.zeros(&[0], Kind::Float).device();
-        let state = State { buckets, places, device, keep, reducing: false, next: 0, deferred: None };
+        let state = State {
+            buckets,
+            places,
+            device,
+            keep,
+            reducing: false,
+            next: 0,
+            under_way: VecDeque::new(),
+            deferred: None,
+        };
         let state = Arc::new(Mutex::new(state));
         for (index, (weight, _)) in weights.iter().enumerate() {
             weight.collect_in(index, state.clone())?;
@@ -309,13 +336,13 @@ impl GradientBuckets {
         while state.next < state.buckets.len() {
             state.reduce_next()?;
         }
-        let keep = state.keep;
-        for bucket in &mut state.buckets {
-            if !bucket.in_turn(keep) {
-                bucket.reduce(false)?;
+        for number in 0..state.buckets.len() {
+            if !state.buckets[number].in_turn(state.keep) {
+                state.reduce(number)?;
             }
-            bucket.settle()?;
         }
+        state.under_way.clear();
+        state.buckets.iter_mut().try_for_each(Bucket::settle)?;
         let mut works = Vec::new();
         for bucket in &state.buckets {
             if let Some(own) = bucket.own.as_ref().filter(|_| bucket.replication.across.size() > 1) {

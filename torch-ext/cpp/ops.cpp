@@ -4,12 +4,41 @@
 #include <ATen/core/Generator.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_fused_adamw.h>
+#include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
 #include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/impl/alloc_cpu.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <atomic>
+#include <malloc.h>
 
 #include "edge.h"
 
 namespace {
+// Host memory of tensors, as malloc gives it to them. (A resident set also has the gaps between them.)
+std::atomic<int64_t> host_current{0}, host_peak{0};
+
+void free_counted(void* data) {
+  host_current -= static_cast<int64_t>(malloc_usable_size(data));
+  c10::free_cpu(data);
+}
+
+struct CountingAllocator final : at::Allocator {
+  at::DataPtr allocate(size_t bytes) override {
+    void* data = bytes ? c10::alloc_cpu(bytes) : nullptr;
+    if (data) {
+      int64_t now = host_current += static_cast<int64_t>(malloc_usable_size(data));
+      int64_t peak = host_peak;
+      while (now > peak && !host_peak.compare_exchange_weak(peak, now)) {}
+    }
+    return {data, data, data ? &free_counted : &c10::detail::deleteNothing, c10::Device(c10::DeviceType::CPU)};
+  }
+  at::DeleterFnPtr raw_deleter() const override { return &free_counted; }
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+};
+CountingAllocator counting_allocator;
+
 c10::Device device_of(int type, int index) {
   return c10::Device(static_cast<c10::DeviceType>(type), static_cast<c10::DeviceIndex>(index));
 }
@@ -58,10 +87,20 @@ int mtx_synchronize(int type, int index) {
   });
 }
 
-// Bytes that tensors hold now and held at most, by the device's caching allocator.
+// From here on host memory of tensors is counted.
+int mtx_count_host_memory() {
+  return mtx::guarded([] { c10::SetCPUAllocator(&counting_allocator, /*priority=*/1); });
+}
+
+// Bytes that tensors hold now and held at most: those counted on the host, elsewhere by the device's caching allocator.
 int mtx_allocator_bytes(int type, int index, int64_t* current, int64_t* peak) {
   return mtx::guarded([&] {
     auto device = device_of(type, index);
+    if (device.is_cpu()) {
+      *current = host_current;
+      *peak = host_peak;
+      return;
+    }
     auto stats = at::getDeviceAllocator(device.type())->getDeviceStats(device.index());
     auto total = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
     *current = stats.allocated_bytes[total].current;

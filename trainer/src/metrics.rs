@@ -31,8 +31,10 @@ pub struct Record {
     pub expert_imbalance: Vec<f64>,
     /// For each mixture layer: rows that each rank's experts worked on.
     pub rank_rows: Vec<Vec<u64>>,
-    /// Bytes in use at most so far, on each rank's device.
+    /// Bytes that tensors held at most so far, on each rank's device.
     pub rank_peak_memory: Vec<u64>,
+    /// Bytes of host memory that each rank's process had resident at most so far.
+    pub rank_peak_resident: Vec<u64>,
     /// The share of the step's passes' time in which each rank waited for others.
     pub rank_waiting: Vec<f64>,
 }

@@ -20,7 +20,7 @@ pub struct StepTimes {
     pub losses: Vec<f64>,
     /// Parameters of the model.
     pub parameters: i64,
-    /// The most memory in use so far, in bytes.
+    /// The most resident memory of the process so far, in bytes.
     pub peak_memory: u64,
     /// Tokens of a step.
     pub tokens: i64,
@@ -127,7 +127,7 @@ impl ReferenceStep {
             }
         }
         let parameters = self.model.parameters.iter().map(|p| p.master.numel() as i64).sum();
-        let peak_memory = self.device.memory()?.peak;
+        let peak_memory = parallel::peak_resident()?;
         Ok(StepTimes { seconds, losses, parameters, peak_memory, tokens: BATCH * SEQUENCE })
     }
 }

@@ -309,12 +309,13 @@ impl Trainer {
         figures.extend(sums.choices.iter().flatten());
         let rows_at = figures.len();
         let own_at = rows_at + layers * ranks;
-        figures.resize(own_at + 2 * ranks, 0.0);
+        figures.resize(own_at + 3 * ranks, 0.0);
         for (layer, rows) in sums.rows.iter().enumerate() {
             figures[rows_at + layer * ranks + self.world.rank()] = *rows;
         }
         figures[own_at + self.world.rank()] = self.device.memory()?.peak as f64;
-        figures[own_at + ranks + self.world.rank()] = sums.waiting;
+        figures[own_at + ranks + self.world.rank()] = parallel::peak_resident()? as f64;
+        figures[own_at + 2 * ranks + self.world.rank()] = sums.waiting;
         let figures = sum_over_ranks(&self.world, &figures)?;
         let loss = figures[0];
         if !loss.is_finite() || !grad_norm.is_finite() {
@@ -351,7 +352,8 @@ impl Trainer {
                 .map(|rows| rows.iter().map(|&r| r as u64).collect())
                 .collect(),
             rank_peak_memory: figures[own_at..own_at + ranks].iter().map(|&bytes| bytes as u64).collect(),
-            rank_waiting: figures[own_at + ranks..].to_vec(),
+            rank_peak_resident: figures[own_at + ranks..own_at + 2 * ranks].iter().map(|&b| b as u64).collect(),
+            rank_waiting: figures[own_at + 2 * ranks..].to_vec(),
         };
         Ok((record, figures[3] > 0.0))
     }

@@ -1,0 +1,83 @@
+//! `moerun bench memory`: what ranks really hold, beside what `moerun plan mesh` says.
+
+use super::{in_a_folder, largest, round, train, write_tokens};
+use crate::cli::MemoryArgs;
+use anyhow::{Context, Result, anyhow};
+use serde_json::{Value, json};
+use std::path::Path;
+use std::process::ExitCode;
+use trainer::config::Config;
+
+const VOCAB: usize = 8192;
+
+pub(crate) fn run(args: &MemoryArgs) -> Result<ExitCode> {
+    in_a_folder(|folder| measure(args, folder))
+}
+
+fn layouts() -> Vec<(usize, Value)> {
+    vec![
+        (1, json!({})),
+        (4, json!({})),
+        (4, json!({"zero": 1})),
+        (4, json!({"zero": 2})),
+        (4, json!({"zero": 3})),
+        (4, json!({"zero": 3, "zero_ranks": 2})),
+        (4, json!({"expert": 4})),
+        (4, json!({"expert": 2, "zero": 1})),
+        (4, json!({"tensor": 2, "expert": 2, "expert_tensor": 2})),
+        (4, json!({"tensor": 4, "expert": 4})),
+        (4, json!({"context": 4, "expert": 4})),
+        (2, json!({"pipeline": 2})),
+        (4, json!({"pipeline": 4, "vocabulary": "vocab-2"})),
+        (4, json!({"pipeline": 2, "tensor": 2, "expert": 2, "schedule": "v-half"})),
+        (1, json!({"recompute": {"parts": ["norm"]}})),
+        (1, json!({"recompute": {"parts": ["attention"]}})),
+        (1, json!({"recompute": {"parts": ["router", "experts"]}})),
+        (1, json!({"recompute": {"layers": "all"}})),
+    ]
+}
+
+fn measure(args: &MemoryArgs, folder: &Path) -> Result<ExitCode> {
+    write_tokens(folder, VOCAB)?;
+    for (ranks, parallel) in layouts() {
+        if args.case.as_ref().is_some_and(|case| *case != name(ranks, &parallel)) {
+            continue;
+        }
+        let config = experiment(folder, &parallel);
+        let parsed: Config = serde_json::from_value(config.clone()).context("the bench's own experiment")?;
+        let planned = parsed.memory(ranks).map_err(|error| anyhow!(error))?;
+        let fullest = planned.iter().map(trainer::RankMemory::total).max().unwrap_or(0) as f64;
+        let steps = train(folder, &config, ranks)?;
+        let last = steps.last().expect("there are two");
+        let (measured, resident) = (largest(&last["rank_peak_memory"]), largest(&last["rank_peak_resident"]));
+        let mib = |bytes: f64| round(bytes / f64::from(1 << 20), 1);
+        let line = json!({
+            "bench": "memory",
+            "case": name(ranks, &parallel),
+            "ranks": ranks,
+            "measured_mib": mib(measured),
+            "planned_mib": mib(fullest),
+            "planned_over_measured": round(fullest / measured, 3),
+            "resident_mib": mib(resident),
+        });
+        println!("{line}");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn name(ranks: usize, parallel: &Value) -> String {
+    format!("{ranks}: {}", parallel.to_string().replace('"', ""))
+}
+
+fn experiment(folder: &Path, parallel: &Value) -> Value {
+    json!({
+        "run": {"dir": folder.join("run"), "device": "cpu", "log_every": 1000},
+        "parallel": parallel,
+        "model": {"vocab_size": VOCAB, "hidden": 384, "layers": 4, "heads": 12, "kv_heads": 4,
+                  "moe": {"experts": 8, "top_k": 2, "ffn": 768}},
+        "data": {"train": [{"path": folder.join("tokens")}], "sequence_length": 512},
+        "train": {"steps": 3, "global_batch": 16, "micro_batch": 4},
+        "schedule": {"constant": {"lr": 1e-3}},
+        "checkpoint": {"every": 0},
+    })
+}

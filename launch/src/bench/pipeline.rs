@@ -1,0 +1,92 @@
+//! `moerun bench pipeline`: what it brings to share a large vocabulary out over a pipeline's stages.
+
+use super::{in_a_folder, largest, median, round, train, write_tokens};
+use crate::cli::PipelineArgs;
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+use std::path::Path;
+use std::process::ExitCode;
+
+const LAYOUTS: [&str; 4] = ["baseline", "redis", "vocab-1", "vocab-2"];
+
+/// What one layout did in its turns.
+#[derive(Default)]
+struct Measured {
+    step_ms: Vec<f64>,
+    /// Of the fullest rank, in MiB.
+    memory: Vec<f64>,
+    resident: Vec<f64>,
+    waiting: Vec<f64>,
+    loss: f64,
+}
+
+pub(crate) fn run(args: &PipelineArgs) -> Result<ExitCode> {
+    if args.rounds == 0 || args.steps < 2 {
+        bail!("--rounds must be at least 1 and --steps at least 2");
+    }
+    in_a_folder(|folder| measure(args, folder))
+}
+
+fn measure(args: &PipelineArgs, folder: &Path) -> Result<ExitCode> {
+    write_tokens(folder, args.vocab)?;
+    let config = experiment(args, folder);
+    let parsed: trainer::config::Config =
+        serde_json::from_value(config.clone()).context("the bench's own experiment")?;
+    // The output layer's work over that of one stage's layers.
+    let r = parsed.model.output_in_layers() / (parsed.model.layers as f64 / 2.0);
+    let mut measured: Vec<Measured> = LAYOUTS.iter().map(|_| Measured::default()).collect();
+    for turn in 1..=args.rounds {
+        for (layout, into) in LAYOUTS.iter().zip(&mut measured) {
+            eprintln!("round {turn} of {}: {layout}", args.rounds);
+            let mut config = config.clone();
+            config["parallel"]["vocabulary"] = json!(layout);
+            // The first step also makes the memory that later ones use again.
+            for step in &train(folder, &config, 2)?[1..] {
+                into.step_ms.extend(step["step_ms"].as_f64());
+                into.memory.push(largest(&step["rank_peak_memory"]) / f64::from(1 << 20));
+                into.resident.push(largest(&step["rank_peak_resident"]) / f64::from(1 << 20));
+                into.waiting.push(largest(&step["rank_waiting"]));
+                into.loss = step["loss"].as_f64().unwrap_or(f64::NAN);
+            }
+        }
+    }
+    let baseline = median(measured[0].step_ms.clone());
+    let redis = median(measured[1].step_ms.clone());
+    for (layout, of_layout) in LAYOUTS.iter().zip(measured) {
+        let step_ms = median(of_layout.step_ms);
+        let line = json!({
+            "bench": "pipeline",
+            "case": layout,
+            "step_ms": round(step_ms, 1),
+            "ours": round(step_ms, 1),
+            "baseline": round(baseline, 1),
+            "over_baseline": round(baseline / step_ms, 3),
+            "over_redis": round(redis / step_ms, 3),
+            "r": round(r, 2),
+            "ideal_over_baseline": round((1.0 + r) / (1.0 + r / 2.0), 3),
+            "peak_tensors_mib": round(median(of_layout.memory), 0),
+            "peak_resident_mib": round(median(of_layout.resident), 0),
+            "waiting": round(median(of_layout.waiting), 3),
+            "loss": round(of_layout.loss, 5),
+            "ranks": 2,
+            "threads": 1,
+            "rounds": args.rounds,
+            "steps": args.steps,
+        });
+        println!("{line}");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn experiment(args: &PipelineArgs, folder: &Path) -> Value {
+    json!({
+        "run": {"dir": folder.join("run"), "device": "cpu", "log_every": 1000},
+        "parallel": {"pipeline": 2, "schedule": "1f1b"},
+        "model": {"vocab_size": args.vocab, "hidden": 256, "layers": 4, "heads": 8, "kv_heads": 4, "tie_embeddings": true,
+                  "moe": {"experts": 8, "top_k": 2, "ffn": 512}},
+        "data": {"train": [{"path": folder.join("tokens")}], "sequence_length": 256},
+        "train": {"steps": args.steps, "global_batch": 16, "micro_batch": 1},
+        "schedule": {"constant": {"lr": 1e-3}},
+        "checkpoint": {"every": 0},
+    })
+}

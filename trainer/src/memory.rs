@@ -1,0 +1,298 @@
+//! What each rank will hold, estimated before anything starts: bytes of tensors as plain arithmetic.
+//!
+//! Parameters are exact. Activations are what the layers' autograd nodes keep, for as many microbatches as the schedule
+//! holds at once; expert load is taken as even.
+
+use crate::config::{Config, Dtype, MoeConfig, QkNorm, RecomputedPart};
+use crate::model::{ModelPart, StagePart, VocabularyShard};
+use crate::parameters::Replicas;
+use crate::ranks::replica_ranks;
+use parallel::pipeline::simulate::simulate;
+use parallel::sharding::own_rows;
+use parallel::{Coordinates, Group, Mesh, plan_buckets};
+
+/// fp32 logits of the output layer's loss that exist at once, and what is computed beside them.
+const LOGITS: u64 = 3 * (16 << 20);
+
+/// What a rank holds, in bytes.
+#[derive(Debug, Clone)]
+pub struct RankMemory {
+    /// The rank.
+    pub rank: usize,
+    /// Where it sits.
+    pub at: Coordinates,
+    /// Its layers, a range for each stage.
+    pub stages: Vec<StagePart>,
+    /// Elements of its parameters, without what it shares out.
+    pub parameters: u64,
+    /// Weights as the model computes with them.
+    pub weights: u64,
+    /// Gradients during a step.
+    pub gradients: u64,
+    /// Moments, and fp32 masters where the model is bf16.
+    pub optimizer: u64,
+    /// Microbatches whose activations exist at once, and what they are.
+    pub held: f64,
+    /// Kept from forward to backward.
+    pub activations: u64,
+    /// The largest of what exists for a moment: a layer's backward, the loss, gathered weights.
+    pub moment: u64,
+}
+
+impl RankMemory {
+    /// All of it.
+    pub fn total(&self) -> u64 {
+        self.weights + self.gradients + self.optimizer + self.activations + self.moment
+    }
+}
+
+/// One parameter of a rank.
+struct Shape {
+    rows: u64,
+    cols: u64,
+    replicas: Replicas,
+    /// Parameters that are gathered together.
+    unit: usize,
+}
+
+/// Sizes that layers share, as one rank sees them.
+struct Sizes<'a> {
+    config: &'a Config,
+    mesh: Mesh,
+    /// Tokens of a microbatch on the ranks that split its matrices, and on this rank between blocks.
+    tokens: u64,
+    own_tokens: u64,
+    /// Bytes of an element.
+    element: u64,
+}
+
+impl Sizes<'_> {
+    fn heads(&self) -> (u64, u64) {
+        let (model, tensor) = (&self.config.model, self.mesh.shape().tensor);
+        let own = model.heads / tensor;
+        let kv = model.kv_heads();
+        let held = if kv.is_multiple_of(tensor) { kv / tensor } else { kv };
+        (own as u64, held as u64)
+    }
+
+    /// The shapes of layer `index`, in order.
+    fn layer(&self, index: usize, unit: usize) -> Vec<Shape> {
+        let (model, shape) = (&self.config.model, self.mesh.shape());
+        let (hidden, width) = (model.hidden as u64, model.head_dim() as u64);
+        let (heads, kv) = self.heads();
+        let of_kv = if model.kv_heads().is_multiple_of(shape.tensor) { Replicas::Dense } else { Replicas::Stage };
+        let tensor = shape.tensor as u64;
+        let mut shapes = Vec::new();
+        let mut add = |rows: u64, cols: u64, replicas| shapes.push(Shape { rows, cols, replicas, unit });
+        add(hidden, 1, Replicas::Stage);
+        add(heads * width, hidden, Replicas::Dense);
+        add(kv * width, hidden, of_kv);
+        add(kv * width, hidden, of_kv);
+        match model.qk_norm {
+            QkNorm::None => {}
+            QkNorm::Full => {
+                add(heads * width, 1, Replicas::Dense);
+                add(kv * width, 1, of_kv);
+            }
+            QkNorm::Head => (0..2).for_each(|_| add(width, 1, Replicas::Stage)),
+        }
+        add(hidden, heads * width, Replicas::Dense);
+        add(hidden, 1, Replicas::Stage);
+        let mut swiglu = |copies: u64, ffn: u64, replicas| {
+            add(copies * 2 * ffn, hidden, replicas);
+            add(copies * hidden, ffn, replicas);
+        };
+        match model.moe_of(index) {
+            None => swiglu(1, model.ffn.unwrap_or(0) as u64 / tensor, Replicas::Dense),
+            Some(moe) => {
+                swiglu((moe.experts / shape.expert) as u64, (moe.ffn / shape.expert_tensor) as u64, Replicas::Expert);
+                if moe.shared_experts > 0 {
+                    swiglu(1, (moe.shared_experts * moe.ffn) as u64 / tensor, Replicas::Dense);
+                }
+                add(moe.experts as u64, hidden, Replicas::Stage);
+            }
+        }
+        shapes
+    }
+
+    /// Rows at this rank's experts, and rows that it gets back.
+    fn rows(&self, moe: &MoeConfig) -> u64 {
+        self.own_tokens * (moe.top_k * self.mesh.shape().expert_tensor) as u64
+    }
+
+    /// Bytes of layer `index` from forward to backward, and of its backward's own tensors.
+    fn activations(&self, index: usize) -> (u64, u64) {
+        let (model, recompute) = (&self.config.model, &self.config.parallel.recompute);
+        let shape = self.mesh.shape();
+        let keeps = |part| recompute.keeps(part);
+        let (hidden, width, b) = (model.hidden as u64, model.head_dim() as u64, self.element);
+        let (heads, kv) = self.heads();
+        let (queries, keys) = (self.tokens * heads * width * b, self.tokens * kv * width * b);
+        let stream = self.own_tokens * hidden * b;
+        // Inputs of both norms, and their outputs.
+        let mut kept = 2 * stream + if keeps(RecomputedPart::Norm) { 2 * stream } else { 0 };
+        let ring = shape.context > 1;
+        kept += match keeps(RecomputedPart::Attention) {
+            // Keys and values once for every query head; the output; log-sum-exps.
+            true if !ring => 4 * queries + self.tokens * heads * 4,
+            true => 2 * queries + 2 * keys + self.tokens * heads * 4,
+            false => 2 * queries + 2 * keys,
+        };
+        if model.qk_norm != QkNorm::None {
+            kept += queries + keys;
+        }
+        // Backward of attention: gradients of what it keeps; of a norm, four rows in fp32.
+        let mut moment = 4 * queries + 4 * self.own_tokens * hidden * 4;
+        let mut swiglu = |rows: u64, ffn: u64| {
+            let (product, half) = (rows * 2 * ffn * b, rows * ffn * b);
+            kept += if keeps(RecomputedPart::Experts) { product } else { 0 };
+            // Gradients of the product and of the activation, the activation, the rows' gradient.
+            moment = moment.max(product + 3 * half + 3 * rows * hidden * b);
+        };
+        let tensor = shape.tensor as u64;
+        match model.moe_of(index) {
+            None => swiglu(self.tokens, model.ffn.unwrap_or(0) as u64 / tensor),
+            Some(moe) => {
+                let rows = self.rows(moe);
+                swiglu(rows, (moe.ffn / shape.expert_tensor) as u64);
+                if moe.shared_experts > 0 {
+                    swiglu(self.tokens, (moe.shared_experts * moe.ffn) as u64 / tensor);
+                }
+                // Rows at the experts and back, router scores, indices.
+                kept += if keeps(RecomputedPart::Router) { rows * hidden * b } else { 0 };
+                kept += rows * hidden * b + 3 * self.own_tokens * moe.experts as u64 * 4 + 4 * rows * 8;
+            }
+        }
+        match recompute.whole(index) {
+            true => (stream, moment + kept),
+            false => (kept, moment),
+        }
+    }
+}
+
+impl Config {
+    /// What each of `ranks` ranks will hold.
+    ///
+    /// # Errors
+    /// When the configuration cannot run on them.
+    pub fn memory(&self, ranks: usize) -> Result<Vec<RankMemory>, String> {
+        let mesh = self.mesh(0, ranks)?;
+        let microbatches = self.train.global_batch / (self.train.micro_batch * mesh.shape().data);
+        let plan = self.pipeline_plan(microbatches)?;
+        let order = &plan.schedule.order;
+        let timeline = simulate(&plan.schedule, &self.costs(order, &plan.layers));
+        (0..ranks)
+            .map(|rank| {
+                let mesh = self.mesh(rank, ranks)?;
+                let at = mesh.coordinates();
+                let (shape, shared) = (mesh.shape(), order.vocabulary.is_some());
+                let tensor = (at.tensor, shape.tensor);
+                let stages = mesh.group(Group::Pipeline).len();
+                let part = ModelPart::of_rank((at.pipeline, stages), order.placement, &plan.layers, shared, tensor);
+                Ok(self.of_rank(mesh, part, timeline.held[at.pipeline]))
+            })
+            .collect()
+    }
+
+    fn of_rank(&self, mesh: Mesh, part: ModelPart, held: f64) -> RankMemory {
+        let shape = mesh.shape();
+        let (model, parallel) = (&self.model, &self.parallel);
+        let tokens = (self.train.micro_batch * self.data.sequence_length / shape.context) as u64;
+        let own_tokens = tokens / shape.tensor as u64;
+        let element = if self.train.dtype == Dtype::Bf16 { 2 } else { 4 };
+        let sizes = Sizes { config: self, mesh, tokens, own_tokens, element };
+        let hidden = model.hidden as u64;
+
+        // Parameters, in the model's order.
+        let at = mesh.coordinates();
+        let shard = part.vocabulary.unwrap_or(VocabularyShard { rank: at.tensor, ranks: shape.tensor });
+        let rows = shard.rows(model.vocab_size).len() as u64;
+        let shared = part.vocabulary.is_some();
+        let two_ends = model.tie_embeddings && !shared && part.has_first() != part.has_last();
+        let of_ends = if two_ends { Replicas::Ends } else { Replicas::Dense };
+        let mut unit = 0;
+        let mut shapes = Vec::new();
+        let has_embedding = shared || part.has_first();
+        if has_embedding {
+            shapes.push(Shape { rows, cols: hidden, replicas: of_ends, unit });
+        }
+        for layer in part.stages.iter().flat_map(|stage| stage.layers.clone()) {
+            unit += 1;
+            shapes.extend(sizes.layer(layer, unit));
+        }
+        if part.has_last() {
+            unit += 1;
+            shapes.push(Shape { rows: hidden, cols: 1, replicas: Replicas::Stage, unit });
+        }
+        if (shared || part.has_last()) && !(model.tie_embeddings && has_embedding) {
+            unit += 1;
+            shapes.push(Shape { rows, cols: hidden, replicas: of_ends, unit });
+        }
+
+        // Of each, what is kept here, and what a rank sends when it is gathered.
+        let sharing = |replicas| replica_ranks(&mesh, parallel, replicas);
+        let own = |shape: &Shape| {
+            let (rank, ranks) = sharing(shape.replicas);
+            let own = own_rows(shape.rows as i64, rank, ranks);
+            (own.end - own.start) as u64 * shape.cols
+        };
+        let whole = |shape: &Shape| shape.rows * shape.cols;
+        let kept: u64 = shapes.iter().map(own).sum();
+        let all: u64 = shapes.iter().map(whole).sum();
+        let is_shared = |shape: &&Shape| sharing(shape.replicas).1 > 1;
+        let mut moment = 0;
+        let weights = match parallel.zero {
+            3 => {
+                // A layer's weights and the next one's, as they arrive and as they are used.
+                let of_unit =
+                    |unit: usize| shapes.iter().filter(is_shared).filter(|s| s.unit == unit).map(whole).sum::<u64>();
+                moment += (0..=unit).map(|unit| of_unit(unit) * element).max().unwrap_or(0) * 3;
+                shapes.iter().map(|s| if is_shared(&s) { own(s) } else { whole(s) }).sum::<u64>() * element
+            }
+            _ => all * element,
+        };
+        let of_gradients = match parallel.zero {
+            0 => all * 4,
+            1 => (all + shapes.iter().filter(is_shared).map(own).sum::<u64>()) * 4,
+            _ => {
+                let lengths: Vec<(usize, usize)> =
+                    shapes.iter().filter(is_shared).map(|s| (whole(s) as usize, s.replicas as usize)).collect();
+                let buckets = plan_buckets(&lengths, (parallel.bucket_mib * 262144.0) as usize);
+                // One that is added to, one as it is sent and as it arrives.
+                moment += 4 * buckets.iter().map(|bucket| bucket.len as u64).max().unwrap_or(0) * 4;
+                shapes.iter().map(|s| if is_shared(&s) { own(s) } else { whole(s) }).sum::<u64>() * 4
+            }
+        };
+        let masters = if element == 2 { 4 * kept } else { 0 };
+
+        let mut activations = 0;
+        let mut largest = 0;
+        for stage in &part.stages {
+            for layer in stage.layers.clone() {
+                let (kept, backward) = sizes.activations(layer);
+                activations += kept;
+                largest = largest.max(backward);
+            }
+            if stage.last {
+                activations += 2 * own_tokens * hidden * element;
+                largest = largest.max(if shared { 0 } else { LOGITS + 2 * tokens * hidden * element });
+            }
+        }
+        if shared {
+            // The softmax of a microbatch, from S to T.
+            largest += LOGITS + 2 * tokens * rows * element + 6 * tokens * hidden * element;
+        }
+        RankMemory {
+            rank: mesh.rank(),
+            at,
+            stages: part.stages,
+            parameters: kept,
+            weights,
+            gradients: of_gradients,
+            optimizer: 8 * kept + masters,
+            held,
+            activations: (activations as f64 * held) as u64,
+            moment: moment + largest,
+        }
+    }
+}
