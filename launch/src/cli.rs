@@ -105,7 +105,7 @@ pub(crate) struct MemoryArgs {
 #[derive(Args)]
 pub(crate) struct PipelineArgs {
     /// How often the layouts take turns
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 3)]
     pub(crate) rounds: usize,
     /// Steps of each turn; the first does not count
     #[arg(long, default_value_t = 4)]

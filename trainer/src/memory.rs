@@ -279,8 +279,8 @@ impl Config {
             }
         }
         if shared {
-            // The softmax of a microbatch, from S to T.
-            largest += LOGITS + 2 * tokens * rows * element + 6 * tokens * hidden * element;
+            // The softmax of a microbatch, from S to T; fp32 logits are few at once.
+            largest += LOGITS / 2 + 2 * tokens * rows * element + 6 * tokens * hidden * element;
         }
         RankMemory {
             rank: mesh.rank(),

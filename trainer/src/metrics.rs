@@ -2,6 +2,7 @@
 
 use crate::Error;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -37,6 +38,9 @@ pub struct Record {
     pub rank_peak_resident: Vec<u64>,
     /// The share of the step's passes' time in which each rank waited for others.
     pub rank_waiting: Vec<f64>,
+    /// Mean milliseconds of each rank's passes, where there is a pipeline: kind, and `.chunk` after the first.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub rank_pass_ms: Vec<BTreeMap<String, f64>>,
 }
 
 impl Record {

@@ -4,6 +4,7 @@ use crate::Error;
 use crate::model::vocabulary::{self, LocalSoftmax};
 use crate::model::{Documents, Model, with_gradient};
 use moe::balance::BatchTotals;
+use parallel::pipeline::simulate::Span;
 use parallel::pipeline::{Collective, CollectiveKind, Exchange, Pass, PassKind, Stages, Vocabulary};
 use parallel::{Accelerator, Deferred, GradientBuckets};
 use std::collections::HashMap;
@@ -21,6 +22,23 @@ pub(crate) struct Sums {
     pub(crate) rows: Vec<f64>,
     /// Share of the time in which this rank waited for others.
     pub(crate) waiting: f64,
+    /// Seconds of each kind of pass in each chunk, and how many there were: `[kinds * chunks]`.
+    pub(crate) passes: Vec<(f64, f64)>,
+}
+
+impl Sums {
+    /// Takes up when passes of `chunks` chunks ran.
+    pub(crate) fn ran(&mut self, spans: &[Span], chunks: usize) {
+        let total = spans.last().map_or(0.0, |span| span.end);
+        let busy: f64 = spans.iter().map(|span| span.end - span.start).sum();
+        self.waiting = if total > 0.0 { 1.0 - busy / total } else { 0.0 };
+        self.passes = vec![(0.0, 0.0); PassKind::NAMES.len() * chunks];
+        for Span { pass, start, end } in spans {
+            let kind = PassKind::NAMES.iter().position(|(kind, _)| *kind == pass.kind).expect("all kinds are listed");
+            let (seconds, count) = &mut self.passes[kind * chunks + pass.chunk];
+            (*seconds, *count) = (*seconds + end - start, *count + 1.0);
+        }
+    }
 }
 
 /// A forward whose backward is to come.
@@ -112,6 +130,7 @@ impl<'a> StepStages<'a> {
                 choices: vec![vec![0.0; experts]; mixtures],
                 rows: vec![0.0; mixtures],
                 waiting: 0.0,
+                passes: Vec::new(),
             },
         }
     }

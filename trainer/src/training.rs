@@ -11,8 +11,9 @@ use crate::schedule::learning_rate;
 use crate::stages::{StepInputs, StepStages, Sums};
 use crate::{Error, config::MoeConfig};
 use moe::balance::{BatchTotals, Statistics, update_bias};
-use parallel::pipeline::{CollectiveKind, Executor, Schedule, Vocabulary};
+use parallel::pipeline::{CollectiveKind, Executor, PassKind, Schedule, Vocabulary};
 use parallel::{Accelerator, Communicator, GradientBuckets, Group, Mesh, Weight, World};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -249,9 +250,7 @@ impl Trainer {
             kind: if self.config.train.dtype == Dtype::Bf16 { Kind::BFloat16 } else { Kind::Float },
         });
         let spans = self.pipeline.run(schedule, &mut stages)?;
-        let total = spans.last().map_or(0.0, |span| span.end);
-        let busy: f64 = spans.iter().map(|span| span.end - span.start).sum();
-        stages.sums.waiting = if total > 0.0 { 1.0 - busy / total } else { 0.0 };
+        stages.sums.ran(&spans, order.chunks);
         Ok(stages.sums)
     }
 
@@ -309,13 +308,18 @@ impl Trainer {
         figures.extend(sums.choices.iter().flatten());
         let rows_at = figures.len();
         let own_at = rows_at + layers * ranks;
-        figures.resize(own_at + 3 * ranks, 0.0);
+        let passes_at = own_at + 3 * ranks;
+        // Times of passes are told apart where there is a pipeline.
+        let passes = if self.mesh.shape().pipeline > 1 { 2 * sums.passes.len() } else { 0 };
+        figures.resize(passes_at + passes * ranks, 0.0);
         for (layer, rows) in sums.rows.iter().enumerate() {
             figures[rows_at + layer * ranks + self.world.rank()] = *rows;
         }
         figures[own_at + self.world.rank()] = self.device.memory()?.peak as f64;
         figures[own_at + ranks + self.world.rank()] = parallel::peak_resident()? as f64;
         figures[own_at + 2 * ranks + self.world.rank()] = sums.waiting;
+        let own_passes = &mut figures[passes_at + passes * self.world.rank()..][..passes];
+        own_passes.iter_mut().zip(sums.passes.iter().flat_map(|&(s, n)| [s, n])).for_each(|(to, from)| *to = from);
         let figures = sum_over_ranks(&self.world, &figures)?;
         let loss = figures[0];
         if !loss.is_finite() || !grad_norm.is_finite() {
@@ -353,9 +357,21 @@ impl Trainer {
                 .collect(),
             rank_peak_memory: figures[own_at..own_at + ranks].iter().map(|&bytes| bytes as u64).collect(),
             rank_peak_resident: figures[own_at + ranks..own_at + 2 * ranks].iter().map(|&b| b as u64).collect(),
-            rank_waiting: figures[own_at + 2 * ranks..].to_vec(),
+            rank_waiting: figures[own_at + 2 * ranks..passes_at].to_vec(),
+            rank_pass_ms: figures[passes_at..].chunks(passes.max(1)).map(|p| self.pass_times(p)).collect(),
         };
         Ok((record, figures[3] > 0.0))
+    }
+
+    /// The mean milliseconds of each pass that ran, by its name, from seconds and counts.
+    fn pass_times(&self, passes: &[f64]) -> BTreeMap<String, f64> {
+        let chunks = self.schedule.order.chunks;
+        let named = passes.chunks(2).enumerate().filter(|(_, figures)| figures[1] > 0.0).map(|(index, figures)| {
+            let ((_, kind), chunk) = (PassKind::NAMES[index / chunks], index % chunks);
+            let name = if chunk == 0 { kind.to_string() } else { format!("{kind}.{chunk}") };
+            (name, figures[0] / figures[1] * 1e3)
+        });
+        named.collect()
     }
 
     /// The mean loss over the validation sequences, in nats a token; None where there is no validation.

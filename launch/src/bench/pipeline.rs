@@ -2,7 +2,9 @@
 
 use super::{in_a_folder, largest, median, round, train, write_tokens};
 use crate::cli::PipelineArgs;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
+use parallel::pipeline::simulate::{Costs, VocabularyCosts, simulate};
+use parallel::pipeline::{PassKind, Schedule};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::ExitCode;
@@ -17,6 +19,9 @@ struct Measured {
     memory: Vec<f64>,
     resident: Vec<f64>,
     waiting: Vec<f64>,
+    /// From the first pass to the last, measured and simulated with the passes' measured times.
+    passes_ms: Vec<f64>,
+    predicted_ms: Vec<f64>,
     loss: f64,
 }
 
@@ -40,12 +45,17 @@ fn measure(args: &PipelineArgs, folder: &Path) -> Result<ExitCode> {
             eprintln!("round {turn} of {}: {layout}", args.rounds);
             let mut config = config.clone();
             config["parallel"]["vocabulary"] = json!(layout);
+            let plan: trainer::config::Config = serde_json::from_value(config.clone())?;
+            let schedule = plan.pipeline_plan(plan.train.global_batch).map_err(|error| anyhow!(error))?.schedule;
             // The first step also makes the memory that later ones use again.
             for step in &train(folder, &config, 2)?[1..] {
                 into.step_ms.extend(step["step_ms"].as_f64());
                 into.memory.push(largest(&step["rank_peak_memory"]) / f64::from(1 << 20));
                 into.resident.push(largest(&step["rank_peak_resident"]) / f64::from(1 << 20));
                 into.waiting.push(largest(&step["rank_waiting"]));
+                let (measured, predicted) = passes(&schedule, step);
+                into.passes_ms.push(measured);
+                into.predicted_ms.push(predicted);
                 into.loss = step["loss"].as_f64().unwrap_or(f64::NAN);
             }
         }
@@ -67,6 +77,9 @@ fn measure(args: &PipelineArgs, folder: &Path) -> Result<ExitCode> {
             "peak_tensors_mib": round(median(of_layout.memory), 0),
             "peak_resident_mib": round(median(of_layout.resident), 0),
             "waiting": round(median(of_layout.waiting), 3),
+            "passes_ms": round(median(of_layout.passes_ms.clone()), 1),
+            "predicted_ms": round(median(of_layout.predicted_ms.clone()), 1),
+            "predicted_over_measured": round(median(of_layout.predicted_ms) / median(of_layout.passes_ms), 3),
             "loss": round(of_layout.loss, 5),
             "ranks": 2,
             "threads": 1,
@@ -89,4 +102,34 @@ fn experiment(args: &PipelineArgs, folder: &Path) -> Value {
         "schedule": {"constant": {"lr": 1e-3}},
         "checkpoint": {"every": 0},
     })
+}
+
+/// How long the passes of a measured step took in all, and how long the simulator says that they take, one at a time as
+/// long as they did on average.
+fn passes(schedule: &Schedule, step: &Value) -> (f64, f64) {
+    let order = &schedule.order;
+    let time = |rank: usize, kind: PassKind| step["rank_pass_ms"][rank][kind.name()].as_f64().unwrap_or(0.0);
+    let ranks = 0..order.ranks.len();
+    let of_stage = |kind: PassKind| ranks.clone().map(|rank| time(rank, kind)).collect::<Vec<_>>();
+    let half: Vec<f64> = of_stage(PassKind::Backward).iter().map(|time| time / 2.0).collect();
+    let vocabulary = ranks.clone().map(|rank| VocabularyCosts {
+        logits: time(rank, PassKind::Logits),
+        logits_backward: time(rank, PassKind::LogitsBackward),
+        embed: time(rank, PassKind::Embed),
+        embed_backward: time(rank, PassKind::EmbedBackward),
+    });
+    let costs = Costs {
+        forward: of_stage(PassKind::Forward),
+        backward_input: half.clone(),
+        backward_weight: half,
+        vocabulary: vocabulary.collect(),
+        send: 0.0,
+        collective: 0.0,
+    };
+    // A rank is busy as long as its passes take, and waits the rest.
+    let measured = ranks.map(|rank| {
+        let busy: f64 = order.ranks[rank].iter().map(|pass| time(rank, pass.kind)).sum();
+        busy / (1.0 - step["rank_waiting"][rank].as_f64().unwrap_or(0.0))
+    });
+    (measured.fold(0.0, f64::max), simulate(schedule, &costs).total)
 }

@@ -14,7 +14,7 @@ use tch::{Kind, Tensor};
 use torch_ext::Error;
 
 /// fp32 logits that exist at once take up to this many bytes.
-const CHUNK_BYTES: usize = 4 << 20;
+const CHUNK_BYTES: usize = 16 << 20;
 
 /// What S leaves for T.
 pub(crate) struct LocalSoftmax {
