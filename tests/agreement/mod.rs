@@ -82,6 +82,8 @@ pub(crate) fn trace_of(ranks: usize, config: Config) -> Trace {
     assert_eq!(config.problems(ranks), Vec::<String>::new());
     let parts = on_threads(ranks, TIMEOUT, move |world| {
         let mut trainer = trainer_on(world, config.clone());
+        let held = trainer.model().parameters.iter().map(|parameter| parameter.master.numel() as u64).sum::<u64>();
+        assert_eq!(config.memory(ranks).unwrap()[world.rank()].parameters, held, "as planned");
         let first_norm = trainer.forward_backward().unwrap();
         let mut first_gradients = Vec::new();
         for (index, parameter) in trainer.model().parameters.iter().enumerate() {

@@ -18,8 +18,16 @@ impl Config {
                 let at_once = train.micro_batch * data;
                 if at_once > 0 && !train.global_batch.is_multiple_of(at_once) {
                     problems.add(format!(
-                        "train.global_batch {} is not a multiple of train.micro_batch {} x data {data} = {at_once}",
-                        train.global_batch, train.micro_batch
+                        "train.global_batch {} is not a multiple of train.micro_batch {} x data {data} = {at_once}; nearest: \
+                         {}{}",
+                        train.global_batch,
+                        train.micro_batch,
+                        if train.global_batch > at_once {
+                            format!("{} or ", train.global_batch / at_once * at_once)
+                        } else {
+                            String::new()
+                        },
+                        (train.global_batch / at_once + 1) * at_once
                     ));
                 } else if at_once > 0 && train.global_batch > 0 && self.model.layers > 0 {
                     self.check_pipeline(train.global_batch / at_once, &mut problems);
@@ -284,12 +292,20 @@ impl Problems {
     }
 
     fn divides(&mut self, whole: (&str, usize), part: (&str, usize), why: &str) {
-        if part.1 > 0 && !whole.1.is_multiple_of(part.1) {
-            let rest = whole.1 % part.1;
-            self.add(format!(
-                "{} {} is not a multiple of {} {} (remainder {rest}): {why}",
-                whole.0, whole.1, part.0, part.1
-            ));
+        if part.1 == 0 || whole.1.is_multiple_of(part.1) {
+            return;
         }
+        let divides = |size: &usize| whole.1.is_multiple_of(*size);
+        let (less, more) = ((1..part.1).rev().find(divides), (part.1..=whole.1).find(divides));
+        let nearest: Vec<String> = less.into_iter().chain(more).map(|size| size.to_string()).collect();
+        self.add(format!(
+            "{} {} is not a multiple of {} {} (remainder {}; nearest that divides: {}): {why}",
+            whole.0,
+            whole.1,
+            part.0,
+            part.1,
+            whole.1 % part.1,
+            nearest.join(" or ")
+        ));
     }
 }
