@@ -48,7 +48,7 @@ fn layouts() -> impl Strategy<Value = (usize, Value)> {
     let schedules = ["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "v-half", "v-min", "dualpipe-v"];
     let pipelines = (
         prop::sample::select(schedules.to_vec()),
-        prop::sample::select(vec!["baseline", "redis", "vocab-1", "vocab-2"]),
+        prop::sample::select(vec!["baseline", "redis", "naive", "interlaced", "vocab-1", "vocab-2"]),
     );
     let parts = prop::sample::subsequence(vec!["norm", "attention", "router", "experts"], 0..=4);
     let whole = prop::sample::select(vec![json!("none"), json!("all"), json!([0, 2])]);

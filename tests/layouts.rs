@@ -4,7 +4,7 @@
 mod agreement;
 
 use agreement::{TIMEOUT, Trace, VOCAB, assert_same, sigmoid, softmax, trace_of, trainer_on, write_data};
-use parallel::{Cpu, on_threads};
+use parallel::on_threads;
 use serde_json::{Value, json};
 use std::path::Path;
 use trainer::config::{self, Config};
@@ -95,7 +95,7 @@ fn every_schedule_and_every_vocabulary_layout() {
             (4, json!({"pipeline": 4, "schedule": "interleaved", "vocabulary": "vocab-1"})),
         ];
         for schedule in ["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "v-half", "v-min", "dualpipe-v"] {
-            for vocabulary in ["baseline", "redis", "vocab-1", "vocab-2"] {
+            for vocabulary in ["baseline", "redis", "naive", "interlaced", "vocab-1", "vocab-2"] {
                 layouts.push((2, json!({"pipeline": 2, "schedule": schedule, "vocabulary": vocabulary})));
             }
         }

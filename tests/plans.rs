@@ -1,5 +1,6 @@
 //! `moerun plan` as a person uses it.
 
+#[allow(dead_code)] // Runs are for other tests.
 mod fixture;
 
 use fixture::{Experiment, finish, text};
@@ -46,7 +47,8 @@ fn a_mesh_names_every_rank_and_shares_out_every_parameter() {
         let set = format!("parallel={parallel}");
         let output = finish(&mut experiment.moerun(&["plan", "mesh", "small.yaml", "-n", ranks, "--set", &set]));
         assert!(output.status.success(), "{}", text(&output));
-        let rows = text(&output).lines().skip(3).map_while(|line| {
+        let printed = text(&output);
+        let rows = printed.lines().skip(3).map_while(|line| {
             let words: Vec<String> = line.split_whitespace().map(str::to_string).collect();
             (words.len() > 10).then_some(words)
         });

@@ -70,7 +70,7 @@ fn numbers_that_do_not_divide() {
         (1, "parallel={recompute: {parts: [gelu]}}", vec!["unknown variant `gelu`", "norm"]),
         (2, "parallel={pipeline: 2, schedule: zb-x}", vec!["zb-v", "v-half"]),
         (2, "parallel={pipeline: 2, stage_layers: [3, 0]}", vec!["the model has 2 layers"]),
-        (1, "data.document_end=512", vec!["data.document_end 512 is outside of model.vocab_size 512"]),
+        (2, "data.document_end=512", vec!["data.document_end 512 is outside of model.vocab_size 512"]),
         (2, "train.micro_batch=0", vec!["train.micro_batch is 0"]),
         (2, "model.dense_layers=1", vec!["model.ffn (their inner width) is needed"]),
         (

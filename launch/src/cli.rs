@@ -68,6 +68,10 @@ pub(crate) struct ScheduleArgs {
 
 #[derive(Clone, Copy, ValueEnum)]
 pub(crate) enum VocabularyName {
+    /// Three barriers a microbatch
+    Naive,
+    /// All ranks stop for it together
+    Interlaced,
     /// Two barriers a microbatch
     #[value(name = "vocab-1")]
     Vocab1,

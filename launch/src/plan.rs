@@ -32,6 +32,8 @@ pub(crate) fn schedule(args: &ScheduleArgs) -> Result<ExitCode> {
     let order = match args.vocabulary {
         Some(algorithm) => {
             let algorithm = match algorithm {
+                VocabularyName::Naive => Vocabulary::Naive,
+                VocabularyName::Interlaced => Vocabulary::Interlaced,
                 VocabularyName::Vocab1 => Vocabulary::Vocab1,
                 VocabularyName::Vocab2 => Vocabulary::Vocab2,
             };

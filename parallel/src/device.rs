@@ -175,8 +175,11 @@ mod tests {
 
     #[test]
     fn the_cpu_reports_its_memory() {
+        Cpu.memory().unwrap();
+        let _held = Cpu.zeros(&[1 << 20], Kind::Float);
         let memory = Cpu.memory().unwrap();
-        assert!(memory.current > 1 << 20 && memory.peak >= memory.current);
+        assert!(memory.current >= 4 << 20 && memory.peak >= memory.current, "{memory:?}");
+        assert!(peak_resident().unwrap() > 16 << 20);
     }
 
     #[test]

@@ -35,7 +35,7 @@ impl Saved {
             How::Kept(tensor) => Ok(tensor.shallow_clone()),
             How::Again(make) => {
                 let make = make.lock().expect("no thread panics while it computes again");
-                tch::no_grad(|| make())
+                tch::no_grad(&*make)
             }
         }
     }

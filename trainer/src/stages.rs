@@ -253,6 +253,10 @@ impl Stages for StepStages<'_> {
                 })?;
                 self.vocabulary_of(microbatch).softmax = Some(softmax);
             }
+            PassKind::Normalize => {
+                let softmax = self.vocabulary_of(microbatch).softmax.as_mut().expect("S comes first");
+                tch::no_grad(|| softmax.normalize(&inputs[0]));
+            }
             PassKind::LogitsBackward => {
                 // Every rank knows the loss; the one of the last stage counts it.
                 if self.model.part().has_last() && self.model.tensor().rank() == 0 {
@@ -260,7 +264,7 @@ impl Stages for StepStages<'_> {
                 }
                 let softmax = self.vocabulary_of(microbatch).softmax.take().expect("S comes first");
                 if self.gradients.is_some() {
-                    let input_too = self.algorithm == Some(Vocabulary::Vocab1);
+                    let input_too = self.algorithm.is_some_and(Vocabulary::gradient_after_t);
                     let gradient = self
                         .model
                         .with_head(|head, _| Ok(tch::no_grad(|| softmax.backward(head, &inputs[1], input_too))?))?;
@@ -294,9 +298,12 @@ impl Stages for StepStages<'_> {
         let roots = |rank: usize| rank * tensor.size()..(rank + 1) * tensor.size();
         let (first, last) = (roots(0), roots(self.last_rank));
         let divisor = self.model.logits_divisor();
+        let naive = self.algorithm == Some(Vocabulary::Naive);
         let of = self.vocabulary_of(collective.microbatch);
         Ok(match collective.kind {
             CollectiveKind::Hidden => vocabulary::collect(whole, of.hidden.take(), last),
+            CollectiveKind::Maximum => vocabulary::maximum(of.softmax.as_ref().expect("S comes first").largest()),
+            CollectiveKind::Statistics if naive => of.softmax.as_ref().expect("S comes first").sum_over_ranks(divisor),
             CollectiveKind::Statistics => of.softmax.as_ref().expect("S comes first").exchange(divisor, of_last),
             CollectiveKind::HiddenGradient => {
                 vocabulary::sum(of.hidden_gradient.take().expect("T comes first"), of_last)

@@ -480,7 +480,10 @@ fn collectives(algorithm: Vocabulary) -> Vec<(CollectiveKind, &'static str)> {
         (CollectiveKind::Embedding, "embedding"),
         (CollectiveKind::EmbeddingGradient, "embedding gradient"),
     ];
-    if algorithm == Vocabulary::Vocab1 {
+    if algorithm == Vocabulary::Naive {
+        kinds.push((CollectiveKind::Maximum, "largest logit"));
+    }
+    if algorithm.gradient_after_t() {
         kinds.push((CollectiveKind::HiddenGradient, "hidden gradient"));
     }
     kinds

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use std::path::Path;
 use std::process::ExitCode;
 
-const LAYOUTS: [&str; 4] = ["baseline", "redis", "vocab-1", "vocab-2"];
+const LAYOUTS: [&str; 6] = ["baseline", "redis", "interlaced", "naive", "vocab-1", "vocab-2"];
 
 /// What one layout did in its turns.
 #[derive(Default)]
@@ -114,6 +114,7 @@ fn passes(schedule: &Schedule, step: &Value) -> (f64, f64) {
     let half: Vec<f64> = of_stage(PassKind::Backward).iter().map(|time| time / 2.0).collect();
     let vocabulary = ranks.clone().map(|rank| VocabularyCosts {
         logits: time(rank, PassKind::Logits),
+        normalize: time(rank, PassKind::Normalize),
         logits_backward: time(rank, PassKind::LogitsBackward),
         embed: time(rank, PassKind::Embed),
         embed_backward: time(rank, PassKind::EmbedBackward),

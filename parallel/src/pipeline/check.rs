@@ -114,9 +114,9 @@ fn check_passes(order: &Order, rank: usize, passes: &[Pass]) -> Result<(), Sched
                 need(weight)?;
             }
         }
-        if order.vocabulary.is_some() {
-            for kind in [Embed, Logits, LogitsBackward, EmbedBackward] {
-                need(Pass::new(kind, 0, microbatch))?;
+        if let Some(vocabulary) = order.vocabulary {
+            for kind in [Embed, EmbedBackward].iter().chain(vocabulary.passes()) {
+                need(Pass::new(*kind, 0, microbatch))?;
             }
         }
     }

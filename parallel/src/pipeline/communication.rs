@@ -32,9 +32,9 @@ impl Order {
             Backward | BackwardInput if stage == last => {
                 let mut needs = vec![Need::Pass(Pass::new(Forward, chunk, microbatch))];
                 needs.extend(self.vocabulary.map(|algorithm| {
-                    collective(match algorithm {
-                        Vocabulary::Vocab1 => CollectiveKind::HiddenGradient,
-                        Vocabulary::Vocab2 => CollectiveKind::Statistics,
+                    collective(match algorithm.gradient_after_t() {
+                        true => CollectiveKind::HiddenGradient,
+                        false => CollectiveKind::Statistics,
                     })
                 }));
                 needs
@@ -45,6 +45,7 @@ impl Order {
             }
             BackwardWeight => vec![Need::Pass(Pass::new(BackwardInput, chunk, microbatch))],
             Logits => vec![collective(CollectiveKind::Hidden)],
+            Normalize => vec![collective(CollectiveKind::Maximum)],
             LogitsBackward => vec![collective(CollectiveKind::Statistics)],
             Embed => vec![],
             EmbedBackward => vec![collective(CollectiveKind::EmbeddingGradient)],
@@ -87,8 +88,9 @@ impl Order {
         let stage = self.stage(rank, pass.chunk);
         let kind = match pass.kind {
             PassKind::Forward if stage + 1 == self.stages() => CollectiveKind::Hidden,
-            PassKind::Logits => CollectiveKind::Statistics,
-            PassKind::LogitsBackward if vocabulary == Vocabulary::Vocab1 => CollectiveKind::HiddenGradient,
+            PassKind::Logits if vocabulary == Vocabulary::Naive => CollectiveKind::Maximum,
+            PassKind::Logits | PassKind::Normalize => CollectiveKind::Statistics,
+            PassKind::LogitsBackward if vocabulary.gradient_after_t() => CollectiveKind::HiddenGradient,
             PassKind::Embed => CollectiveKind::Embedding,
             kind if kind.gives_input_gradient() && stage == 0 => CollectiveKind::EmbeddingGradient,
             _ => return None,
@@ -208,6 +210,7 @@ pub(super) fn only_takes(order: &Order, rank: usize, kind: CollectiveKind) -> bo
     match kind {
         CollectiveKind::Hidden => rank != order.place(order.stages() - 1).0,
         CollectiveKind::EmbeddingGradient => rank != order.place(0).0,
-        CollectiveKind::Statistics | CollectiveKind::HiddenGradient | CollectiveKind::Embedding => false,
+        CollectiveKind::Maximum | CollectiveKind::Statistics => false,
+        CollectiveKind::HiddenGradient | CollectiveKind::Embedding => false,
     }
 }

@@ -46,6 +46,7 @@ fn colour(kind: PassKind, chunk: usize) -> &'static str {
         (BackwardWeight, 0) => "#f2c078",
         (BackwardWeight, _) => "#f8dfb5",
         (Logits, _) => "#d88c9a",
+        (Normalize, _) => "#e0a3ae",
         (LogitsBackward, _) => "#e8b9c2",
         (Embed | EmbedBackward, _) => "#b8a9d9",
     }

@@ -34,7 +34,9 @@ pub enum PassKind {
     BackwardWeight,
     /// `S`: this rank's logits, their statistics, and with `vocab-2` the input gradient's parts.
     Logits,
-    /// `T`: the gradient of this rank's part of the output layer, and with `vocab-1` of its input.
+    /// `N`: exponentials and their sum, given the largest logit of all ranks; with `naive` alone.
+    Normalize,
+    /// `T`: the gradient of this rank's part of the output layer, and but for `vocab-2` of its input.
     LogitsBackward,
     /// `IF`: lookup in this rank's part of the embedding.
     Embed,
@@ -44,12 +46,13 @@ pub enum PassKind {
 
 impl PassKind {
     /// All kinds with their names in text.
-    pub const NAMES: [(PassKind, &'static str); 8] = [
+    pub const NAMES: [(PassKind, &'static str); 9] = [
         (PassKind::Forward, "F"),
         (PassKind::Backward, "BW"),
         (PassKind::BackwardInput, "B"),
         (PassKind::BackwardWeight, "W"),
         (PassKind::Logits, "S"),
+        (PassKind::Normalize, "N"),
         (PassKind::LogitsBackward, "T"),
         (PassKind::Embed, "IF"),
         (PassKind::EmbedBackward, "IB"),
@@ -63,7 +66,7 @@ impl PassKind {
     /// Whether every rank does it, not one stage.
     pub fn is_vocabulary(self) -> bool {
         use PassKind::*;
-        matches!(self, Logits | LogitsBackward | Embed | EmbedBackward)
+        matches!(self, Logits | Normalize | LogitsBackward | Embed | EmbedBackward)
     }
 
     /// Whether it gives the gradient of a stage's input.
@@ -104,6 +107,10 @@ pub enum Placement {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Vocabulary {
+    /// Three barriers: the largest logit after S, the sum of exponentials after N, the input's gradient after T.
+    Naive,
+    /// As `vocab-1`, but all ranks stop and do S and T together (nnScaler's order, OSDI 2024).
+    Interlaced,
     /// Algorithm 1, two barriers: statistics after S, the input's gradient after T.
     #[serde(rename = "vocab-1")]
     Vocab1,
@@ -113,12 +120,28 @@ pub enum Vocabulary {
 }
 
 impl Vocabulary {
-    /// How many collectives lie between the last stage's forward and its backward, besides the first broadcast.
-    pub fn barriers(self) -> usize {
+    /// How many microbatches a pipeline of `ranks` ranks holds more for it: one for each collective between the last
+    /// stage's forward and its backward, besides the first broadcast; half as many again where all stop for it.
+    pub fn more_held(self, ranks: usize) -> usize {
         match self {
+            Vocabulary::Naive => 3,
+            Vocabulary::Interlaced => ranks / 2,
             Vocabulary::Vocab1 => 2,
             Vocabulary::Vocab2 => 1,
         }
+    }
+
+    /// What every rank does with the output layer for a microbatch, in order.
+    pub fn passes(self) -> &'static [PassKind] {
+        match self {
+            Vocabulary::Naive => &[PassKind::Logits, PassKind::Normalize, PassKind::LogitsBackward],
+            _ => &[PassKind::Logits, PassKind::LogitsBackward],
+        }
+    }
+
+    /// Whether T also gives the input's gradient, which ranks then sum.
+    pub fn gradient_after_t(self) -> bool {
+        self != Vocabulary::Vocab2
     }
 }
 
@@ -188,9 +211,11 @@ pub struct Message {
 pub enum CollectiveKind {
     /// C0: the last stage's output to every rank.
     Hidden,
+    /// `naive` only: the largest logit.
+    Maximum,
     /// C1: the statistics of the logits, with `vocab-2` also the sum of the input gradient's parts.
     Statistics,
-    /// C2, `vocab-1` only: the sum of the input gradient's parts to the last stage.
+    /// C2, but with `vocab-2`: the sum of the input gradient's parts to the last stage.
     HiddenGradient,
     /// The sum of the embedding's parts to the first stage.
     Embedding,

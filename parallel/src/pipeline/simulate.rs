@@ -26,6 +26,8 @@ pub struct Costs {
 pub struct VocabularyCosts {
     /// S.
     pub logits: f64,
+    /// N.
+    pub normalize: f64,
     /// T.
     pub logits_backward: f64,
     /// IF.
@@ -57,6 +59,7 @@ impl Costs {
             PassKind::BackwardInput => self.backward_input[stage],
             PassKind::BackwardWeight => self.backward_weight[stage],
             PassKind::Logits => vocabulary().logits,
+            PassKind::Normalize => vocabulary().normalize,
             PassKind::LogitsBackward => vocabulary().logits_backward,
             PassKind::Embed => vocabulary().embed,
             PassKind::EmbedBackward => vocabulary().embed_backward,

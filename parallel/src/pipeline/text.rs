@@ -43,6 +43,7 @@ impl fmt::Display for Collective {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = match self.kind {
             CollectiveKind::Hidden => "the broadcast of the last hidden state",
+            CollectiveKind::Maximum => "the largest logit",
             CollectiveKind::Statistics => "the exchange of logit statistics",
             CollectiveKind::HiddenGradient => "the sum of the hidden state's gradient",
             CollectiveKind::Embedding => "the sum of the embedding",

@@ -1,7 +1,7 @@
 //! Inserts the passes of vocabulary parallelism into any order (arXiv 2411.05288, section 5).
 //!
-//! Between the last stage's forward of a microbatch and its backward, S runs on all ranks, with `vocab-1` also T, and
-//! collectives lie in between. So that nobody waits for those, every backward is put off by one microbatch for each
+//! Between the last stage's forward of a microbatch and its backward, S runs on all ranks, but with `vocab-2` also T (and
+//! N before it with `naive`), and collectives lie in between. So that nobody waits for those, every backward is put off by one microbatch for each
 //! barrier; that is all the memory it costs. Then each rank takes S of a microbatch as soon as it has ended what it was
 //! at when the last stage's forward ended, the last stage's own rank one backward later, right after T of the microbatch before: the same work on all
 //! ranks lies within the time of one pass, and the collectives hide behind passes of layers. Embedding passes go with S,
@@ -19,7 +19,11 @@ use std::collections::HashMap;
 /// When `order` already has passes of the vocabulary, or cannot run.
 pub fn with_vocabulary(order: &Order, vocabulary: Vocabulary, costs: &Costs) -> Order {
     assert!(order.vocabulary.is_none(), "the vocabulary's passes are already there");
-    let ranks = order.ranks.iter().map(|passes| put_off(passes, vocabulary.barriers() * order.chunks)).collect();
+    let ranks = order
+        .ranks
+        .iter()
+        .map(|passes| put_off(passes, vocabulary.more_held(order.ranks.len()) * order.chunks))
+        .collect();
     let base = Order { ranks, vocabulary: None, ..order.clone() };
     let lists = insert(&base, vocabulary, costs);
     Order { vocabulary: Some(vocabulary), ranks: lists, ..base }
@@ -46,7 +50,7 @@ fn put_off(passes: &[Pass], forwards: usize) -> Vec<Pass> {
 struct Rank {
     /// Next pass of its own list.
     at: usize,
-    /// Next pass of the output layer: S and T of the microbatches, in turn.
+    /// Next pass of the output layer, by its number in the sequence.
     output: usize,
     clock: f64,
     list: Vec<Pass>,
@@ -59,24 +63,33 @@ struct Progress<'a> {
     costs: &'a Costs,
     /// When passes of layers ended.
     ended: HashMap<(usize, Pass), f64>,
-    /// For each pass of the output layer: ranks that still have to do it, and when the last so far ended.
-    outputs: Vec<(usize, f64)>,
-    /// Whether the last stage's forward of the next microbatch comes before the backward of each.
-    overlaps: Vec<bool>,
+    /// The passes of the output layer, in every rank's order.
+    sequence: &'a [Pass],
+    /// For each of them: ranks that still have to do it, and when the last so far ended.
+    outputs: HashMap<Pass, (usize, f64)>,
+    /// How many forwards of the last stage come between the one of each microbatch and its backward.
+    overlaps: Vec<usize>,
     /// Time of the backward that the last stage's rank does right after the last forward of each microbatch, if any.
     meanwhile: Vec<f64>,
 }
 
-/// The `index`-th pass of the output layer.
-fn output_pass(index: usize) -> Pass {
-    let kind = if index.is_multiple_of(2) { PassKind::Logits } else { PassKind::LogitsBackward };
-    Pass::new(kind, 0, index / 2)
+/// The output layer's passes: each as many microbatches behind S as barriers lie between, where the backward leaves time.
+fn sequence(vocabulary: Vocabulary, overlaps: &[usize]) -> Vec<Pass> {
+    let kinds = vocabulary.passes();
+    let mut slots: Vec<(usize, Pass)> = Vec::new();
+    for (microbatch, &overlap) in overlaps.iter().enumerate() {
+        for (behind, &kind) in kinds.iter().enumerate() {
+            slots.push((microbatch + behind.min(overlap), Pass::new(kind, 0, microbatch)));
+        }
+    }
+    // Stable: within a slot older microbatches first.
+    slots.sort_by_key(|&(slot, _)| slot);
+    slots.into_iter().map(|(_, pass)| pass).collect()
 }
 
 impl Progress<'_> {
-    /// When pass `index` of the output layer may start, if that is known.
-    fn output_opens(&self, of: usize, index: usize) -> Option<f64> {
-        let pass = output_pass(index);
+    /// When `pass` of the output layer may start on rank `of`, if that is known.
+    fn output_opens(&self, of: usize, pass: Pass) -> Option<f64> {
         let last = self.base.stages() - 1;
         let (rank, chunk) = self.base.place(last);
         let with_logits_of = |microbatch: usize| {
@@ -85,17 +98,19 @@ impl Progress<'_> {
             let wait = if of == rank { self.meanwhile[microbatch] } else { self.costs.collective };
             Some(end + wait)
         };
-        match pass.kind {
-            PassKind::Logits => with_logits_of(pass.microbatch),
-            // T goes with the next S, unless its own backward comes before that.
-            _ if self.overlaps[pass.microbatch] => with_logits_of(pass.microbatch + 1),
-            _ => self.complete(index - 1),
+        let kinds = self.vocabulary.passes();
+        let behind = kinds.iter().position(|&kind| kind == pass.kind).expect("it is one of the output layer's");
+        match behind.checked_sub(1) {
+            None => with_logits_of(pass.microbatch),
+            // It goes with a later S, unless its own backward comes before that.
+            Some(_) if self.overlaps[pass.microbatch] >= behind => with_logits_of(pass.microbatch + behind),
+            Some(before) => self.complete(Pass { kind: kinds[before], ..pass }),
         }
     }
 
-    /// When pass `index` of the output layer has ended everywhere and its collective too.
-    fn complete(&self, index: usize) -> Option<f64> {
-        let (left, end) = self.outputs[index];
+    /// When `pass` of the output layer has ended everywhere and its collective too.
+    fn complete(&self, pass: Pass) -> Option<f64> {
+        let (left, end) = self.outputs[&pass];
         (left == 0).then_some(end + self.costs.collective)
     }
 
@@ -118,35 +133,28 @@ impl Progress<'_> {
             ready = ready.max(end);
         }
         if pass.kind.gives_input_gradient() && self.base.stage(rank, pass.chunk) + 1 == self.base.stages() {
-            let index = match self.vocabulary {
-                Vocabulary::Vocab1 => 2 * pass.microbatch + 1,
-                Vocabulary::Vocab2 => 2 * pass.microbatch,
-            };
-            ready = ready.max(self.complete(index)?);
+            let kind = if self.vocabulary.gradient_after_t() { PassKind::LogitsBackward } else { PassKind::Logits };
+            ready = ready.max(self.complete(Pass::new(kind, 0, pass.microbatch))?);
         }
         Some(ready)
     }
 }
 
 fn insert(base: &Order, vocabulary: Vocabulary, costs: &Costs) -> Vec<Vec<Pass>> {
-    let (m, ranks) = (base.microbatches, base.ranks.len());
+    let ranks = base.ranks.len();
+    let together = vocabulary == Vocabulary::Interlaced;
+    let overlaps = if together { vec![0; base.microbatches] } else { overlaps(base) };
+    let meanwhile = if together { vec![0.0; base.microbatches] } else { meanwhile(base, costs) };
+    let sequence = sequence(vocabulary, &overlaps);
     let mut states: Vec<Rank> = (0..ranks).map(|_| Rank { at: 0, output: 0, clock: 0.0, list: Vec::new() }).collect();
-    let outputs = vec![(ranks, 0.0); 2 * m];
-    let mut progress = Progress {
-        base,
-        vocabulary,
-        costs,
-        ended: HashMap::new(),
-        outputs,
-        overlaps: overlaps(base),
-        meanwhile: meanwhile(base, costs),
-    };
+    let outputs = sequence.iter().map(|&pass| (pass, (ranks, 0.0))).collect();
+    let mut progress =
+        Progress { base, vocabulary, costs, ended: HashMap::new(), sequence: &sequence, outputs, overlaps, meanwhile };
     loop {
         // Of all that can start, the earliest; on one rank the output layer before a pass of the same time.
         let mut best: Option<(f64, usize, Pass)> = None;
         for (rank, state) in states.iter().enumerate() {
-            let output =
-                (state.output < 2 * m).then(|| (progress.output_opens(rank, state.output), output_pass(state.output)));
+            let output = progress.sequence.get(state.output).map(|&pass| (progress.output_opens(rank, pass), pass));
             let own = base.ranks[rank].get(state.at).map(|&pass| (progress.ready(rank, pass), pass));
             for (opens, pass) in output.into_iter().chain(own) {
                 let Some(start) = opens.map(|opens| state.clock.max(opens)) else { continue };
@@ -164,7 +172,7 @@ fn insert(base: &Order, vocabulary: Vocabulary, costs: &Costs) -> Vec<Vec<Pass>>
                 // The embedding passes that will lie beside it.
                 state.clock += costs.vocabulary[rank].embed + costs.vocabulary[rank].embed_backward;
             }
-            let (left, end) = &mut progress.outputs[state.output];
+            let (left, end) = progress.outputs.get_mut(&pass).expect("it is one of the output layer's");
             (*left, *end) = (*left - 1, end.max(state.clock));
             state.output += 1;
         } else {
@@ -172,7 +180,7 @@ fn insert(base: &Order, vocabulary: Vocabulary, costs: &Costs) -> Vec<Vec<Pass>>
             progress.ended.insert((rank, pass), state.clock);
         }
     }
-    let complete = states.iter().zip(&base.ranks).all(|(s, passes)| s.at == passes.len() && s.output == 2 * m);
+    let complete = states.iter().zip(&base.ranks).all(|(s, passes)| s.at == passes.len() && s.output == sequence.len());
     assert!(complete, "an order that stops cannot take in the vocabulary: check it first");
     let lists: Vec<Vec<Pass>> = states.into_iter().map(|state| state.list).collect();
     let embedding = Embedding::new(base, &lists);
@@ -190,16 +198,16 @@ fn meanwhile(base: &Order, costs: &Costs) -> Vec<f64> {
     times
 }
 
-fn overlaps(base: &Order) -> Vec<bool> {
+fn overlaps(base: &Order) -> Vec<usize> {
     let last = base.stages() - 1;
     let (rank, chunk) = base.place(last);
     let mut forwards = 0;
-    let mut overlaps = vec![false; base.microbatches];
+    let mut overlaps = vec![0; base.microbatches];
     for pass in base.ranks[rank].iter().filter(|pass| pass.chunk == chunk) {
         if pass.kind == PassKind::Forward {
             forwards += 1;
         } else if pass.kind.gives_input_gradient() {
-            overlaps[pass.microbatch] = forwards > pass.microbatch + 1;
+            overlaps[pass.microbatch] = usize::saturating_sub(forwards, pass.microbatch + 1);
         }
     }
     overlaps

@@ -163,6 +163,10 @@ pub enum VocabularyLayout {
     Baseline,
     /// On the first and the last stage, which have fewer layers for it.
     Redis,
+    /// Shared out over all stages, three barriers a microbatch.
+    Naive,
+    /// Shared out over all stages, which stop for it together.
+    Interlaced,
     /// Shared out over all stages, two barriers a microbatch.
     #[serde(rename = "vocab-1")]
     Vocab1,
@@ -176,6 +180,8 @@ impl VocabularyLayout {
     pub fn algorithm(self) -> Option<Vocabulary> {
         match self {
             VocabularyLayout::Baseline | VocabularyLayout::Redis => None,
+            VocabularyLayout::Naive => Some(Vocabulary::Naive),
+            VocabularyLayout::Interlaced => Some(Vocabulary::Interlaced),
             VocabularyLayout::Vocab1 => Some(Vocabulary::Vocab1),
             VocabularyLayout::Vocab2 => Some(Vocabulary::Vocab2),
         }
@@ -290,8 +296,7 @@ impl Config {
         let ranks = order.ranks.len();
         // S has two of the three matrix products, the input's gradient among them with `vocab-2`.
         let share = head / ranks as f64;
-        let vocabulary =
-            VocabularyCosts { logits: 2.0 * share, logits_backward: share, embed: 0.0, embed_backward: 0.0 };
+        let vocabulary = VocabularyCosts { logits: 2.0 * share, logits_backward: share, ..VocabularyCosts::default() };
         let of_stage: Vec<f64> = layers.iter().map(|&layers| layers as f64).collect();
         Costs {
             forward: of_stage.clone(),

@@ -3,7 +3,8 @@
 //!
 //! Each rank computes its own logits and their softmax against its own statistics (S). What the ranks tell each other, a
 //! maximum, a sum and the label's logit a token, turns that into the true softmax by one factor a token. With `vocab-2` S
-//! also computes the input's gradient against local statistics, and the same factor corrects it; with `vocab-1` T does.
+//! also computes the input's gradient against local statistics, and the same factor corrects it; with `vocab-1` T does. With
+//! `naive` S ends with the logits: the ranks agree on the largest, N takes exponentials, and the factor is one over their sum.
 // Shapes: T tokens, D hidden, V vocabulary, v rows of it on this rank.
 
 use super::loss::IGNORED;
@@ -20,7 +21,7 @@ const CHUNK_BYTES: usize = 16 << 20;
 pub(crate) struct LocalSoftmax {
     /// `[T, D]`.
     hidden: Tensor,
-    /// `[T, v]`, of the model's dtype: softmax over this rank's rows alone.
+    /// `[T, v]`, of the model's dtype: softmax over this rank's rows alone. With `naive` fp32, logits, after N exponentials.
     probs: Tensor,
     /// `[T]` int64: the label's row on this rank, and whether it is one (fp32).
     target: Tensor,
@@ -58,14 +59,16 @@ pub(crate) fn logits(
     let owned = inside.to_kind(Kind::Float);
     let target = shifted.clamp(0, own - 1);
     let statistics = Tensor::zeros([3, tokens], float);
-    let probs = Tensor::empty([if algorithm.is_some() { tokens } else { 0 }, own], (kind, hidden.device()));
+    let naive = algorithm == Some(Vocabulary::Naive);
+    let kept = if naive { Kind::Float } else { kind };
+    let probs = Tensor::empty([if algorithm.is_some() { tokens } else { 0 }, own], (kept, hidden.device()));
     let parts = (algorithm == Some(Vocabulary::Vocab2)).then(|| {
         let of_target = matrix.index_select(0, &target) * owned.unsqueeze(1).to_kind(kind);
         (hidden.empty_like(), of_target)
     });
     for (start, len) in chunks(tokens, own) {
         // In fp32 the logits become the softmax in the memory that keeps it.
-        let kept = (algorithm.is_some() && kind == Kind::Float).then(|| probs.narrow(0, start, len));
+        let kept = (algorithm.is_some() && kind == Kind::Float && !naive).then(|| probs.narrow(0, start, len));
         let x = hidden.narrow(0, start, len);
         let mut logits = match &kept {
             Some(kept) => x.mm_out(kept, &matrix.tr()),
@@ -76,6 +79,12 @@ pub(crate) fn logits(
         }
         let largest = logits.amax([1i64].as_slice(), true);
         let of_target = logits.gather(1, &target.narrow(0, start, len).unsqueeze(1), false).squeeze_dim(1);
+        if naive {
+            statistics.get(0).narrow(0, start, len).copy_(&largest.squeeze_dim(1));
+            statistics.get(2).narrow(0, start, len).copy_(&(of_target * owned.narrow(0, start, len)));
+            probs.narrow(0, start, len).copy_(&logits);
+            continue;
+        }
         let exponentials = logits.subtract_(&largest).exp_();
         let sum = exponentials.sum_dim_intlist([1i64].as_slice(), true, Kind::Float);
         statistics.get(0).narrow(0, start, len).copy_(&largest.squeeze_dim(1));
@@ -105,6 +114,34 @@ pub(crate) fn logits(
 }
 
 impl LocalSoftmax {
+    /// The largest logit of each token on this rank, `[T]`.
+    pub(crate) fn largest(&self) -> Tensor {
+        self.statistics.get(0).copy()
+    }
+
+    /// N: exponentials of the logits less the largest of all ranks' `[T]`, and their sum on this rank.
+    pub(crate) fn normalize(&mut self, largest: &Tensor) {
+        self.statistics.get(0).copy_(largest);
+        for (start, len) in chunks(self.probs.size()[0], self.probs.size()[1]) {
+            let mut chunk = self.probs.narrow(0, start, len);
+            let exponentials = chunk.subtract_(&largest.narrow(0, start, len).unsqueeze(1)).exp_();
+            let sum = exponentials.sum_dim_intlist([1i64].as_slice(), false, Kind::Float);
+            self.statistics.get(1).narrow(0, start, len).copy_(&sum);
+        }
+    }
+
+    /// After N: the loss, summed over tokens and weighted, and one over the sum of all ranks' exponentials `[T]`.
+    pub(crate) fn sum_over_ranks(&self, divisor: f64) -> Exchange {
+        let (largest, weight) = (self.statistics.get(0).copy(), self.weight.shallow_clone());
+        let sums = self.statistics.narrow(0, 1, 2).copy();
+        Box::new(move |group: &dyn Communicator| {
+            group.all_reduce(&sums, ReduceOp::Sum)?.wait()?;
+            let (total, of_target) = (sums.get(0), sums.get(1));
+            let loss = ((total.log() + largest - of_target) * &weight).sum(Kind::Float) * divisor;
+            Ok(vec![loss, total.reciprocal()])
+        })
+    }
+
     /// C1: the loss, summed over tokens and weighted, then the factor `[T]` that makes this rank's softmax the true one, and
     /// with `vocab-2` the rows `takes` of the input's gradient.
     pub(crate) fn exchange(&self, divisor: f64, takes: Option<Range<i64>>) -> Exchange {
@@ -167,6 +204,14 @@ impl LocalSoftmax {
 /// The rows `rows` of `tensor`.
 fn narrow(tensor: &Tensor, rows: &Range<i64>) -> Tensor {
     tensor.narrow(0, rows.start, rows.end - rows.start)
+}
+
+/// The largest of all ranks' numbers.
+pub(crate) fn maximum(largest: Tensor) -> Exchange {
+    Box::new(move |group: &dyn Communicator| {
+        group.all_reduce(&largest, ReduceOp::Max)?.wait()?;
+        Ok(vec![largest])
+    })
 }
 
 /// C2 and the sum of the embedding: of `part`, summed over the ranks, the rows `takes`, for those that need any.
