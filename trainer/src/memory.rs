@@ -11,8 +11,8 @@ use parallel::pipeline::simulate::simulate;
 use parallel::sharding::own_rows;
 use parallel::{Coordinates, Group, Mesh, plan_buckets};
 
-/// fp32 logits of the output layer's loss that exist at once, and what is computed beside them.
-const LOGITS: u64 = 3 * (16 << 20);
+/// fp32 logits of the output layer's loss that exist at once take up to this many bytes.
+const LOGITS: u64 = 16 << 20;
 
 /// What a rank holds, in bytes.
 #[derive(Debug, Clone)]
@@ -267,6 +267,8 @@ impl Config {
 
         let mut activations = 0;
         let mut largest = 0;
+        // A chunk of logits, and what is computed beside it.
+        let logits = LOGITS.min(tokens * rows * 4);
         for stage in &part.stages {
             for layer in stage.layers.clone() {
                 let (kept, backward) = sizes.activations(layer);
@@ -275,12 +277,12 @@ impl Config {
             }
             if stage.last {
                 activations += 2 * own_tokens * hidden * element;
-                largest = largest.max(if shared { 0 } else { LOGITS + 2 * tokens * hidden * element });
+                largest = largest.max(if shared { 0 } else { 3 * logits + 2 * tokens * hidden * element });
             }
         }
         if shared {
             // The softmax of a microbatch, from S to T; fp32 logits are few at once.
-            largest += LOGITS / 2 + 2 * tokens * rows * element + 6 * tokens * hidden * element;
+            largest += 2 * logits + tokens * rows * element + 6 * tokens * hidden * element;
         }
         RankMemory {
             rank: mesh.rank(),

@@ -29,10 +29,10 @@ fn orders(p: usize, m: usize) -> impl Iterator<Item = (ScheduleKind, Order)> {
     })
 }
 
-/// F, B and W of 1 a stage, and `x` for all passes of the vocabulary of a microbatch.
+/// F, B and W of 1 a stage, and `x` for all passes of the vocabulary of a microbatch, but for N.
 fn costs(order: &Order, x: f64) -> Costs {
     let (embed, embed_backward) = (x * 0.05, x * 0.05);
-    let one = VocabularyCosts { logits: x * 0.5, normalize: x * 0.1, logits_backward: x * 0.3, embed, embed_backward };
+    let one = VocabularyCosts { logits: x * 0.6, normalize: x * 0.1, logits_backward: x * 0.3, embed, embed_backward };
     Costs { vocabulary: vec![one; order.ranks.len()], ..Costs::uniform(order.stages(), 1.0, 1.0, 1.0) }
 }
 
