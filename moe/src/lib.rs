@@ -11,10 +11,12 @@
 //! - A rank, an expert or a whole group without tokens still takes part in every collective and in backward.
 #![deny(missing_docs)]
 
+pub mod assignment;
 pub mod balance;
 pub mod dispatch;
 pub mod experts;
 mod layer;
+pub mod least_loaded;
 pub mod plan;
 mod router;
 mod rows;
