@@ -1,127 +1,249 @@
-//! Dispatch and combine: tokens go to the ranks that own their experts, and their results come back.
+//! Dispatch and combine: tokens go to the ranks that work on their experts, and their results come back.
+//!
+//! Which rank works on a choice is planned from the choices of all ranks: its expert's home, or, where ranks would be loaded
+//! unevenly, another one that borrows the weights ([`LeastLoaded`]). Rows go straight there, or to their node first
+//! ([`Hierarchy`]).
 //!
 //! # Collective
-//! Every rank of the expert group, in the same order: one all-to-all of counts, one of rows there, one back; in
-//! backward the last two again, the other way round.
+//! Every rank of the expert group, in the same order: one all-gather of counts, one all-to-all of rows there, one back; in
+//! backward the last two again, the other way round. By way of nodes three small ones more.
 
 use crate::Routing;
-use crate::plan::{ReceivePlan, SendPlan, plan_receive, plan_send, spread};
-use crate::rows::{combine_slots, gather_slots, permute_rows};
-use parallel::{Activation, Communicator, collectives};
+use crate::foreign::{Fetching, Lending};
+use crate::hierarchy;
+use crate::least_loaded::Planner;
+use crate::plan::{Route, Sites, count, plan_receive, plan_send, route};
+use crate::rows::{Slots, permute_rows};
+use parallel::collectives::{Travelling, start_all_to_all};
+use parallel::{Activation, CommError, Communicator, Weight, Work};
 use std::sync::Arc;
-use tch::{Kind, Tensor};
+use std::time::Instant;
+use tch::{Device, Kind, Tensor};
 use torch_ext::Error;
 
-/// Rows at their experts, and the way back.
-pub struct Dispatched {
-    /// `[R, D]`: rows in order of this rank's experts.
-    pub rows_rd: Activation,
-    /// Rows for each of this rank's experts.
-    pub counts: Vec<i64>,
-    send: SendPlan,
-    way: Way,
+/// Full ranks lend experts to others.
+#[derive(Clone)]
+pub struct LeastLoaded {
+    /// Decides which.
+    pub planner: Planner,
+    /// The ranks of the expert group; nothing but weights and their gradients travels here.
+    pub lending: Arc<dyn Communicator>,
 }
 
-/// Where rows go.
-struct Way {
-    token_of_slot: Tensor,
-    slot_of_choice: Tensor,
-    exchange: Option<Exchange>,
-}
-
-/// What a group of more than one rank adds.
-struct Exchange {
-    group: Arc<dyn Communicator>,
-    rows_to: Vec<i64>,
-    rows_from: Vec<i64>,
-    order: Tensor,
-    place: Tensor,
-}
-
-impl Way {
-    fn there(&self, x_td: &Tensor) -> Result<Tensor, Error> {
-        let slots = gather_slots(x_td, &self.token_of_slot, &self.slot_of_choice)?;
-        let Some(Exchange { group, rows_to, rows_from, order, place }) = &self.exchange else { return Ok(slots) };
-        permute_rows(&collectives::all_to_all(&slots, group, rows_from, rows_to)?, order, place)
-    }
-
-    fn copy(&self) -> Way {
-        let exchange = self.exchange.as_ref().map(|exchange| Exchange {
-            group: exchange.group.clone(),
-            rows_to: exchange.rows_to.clone(),
-            rows_from: exchange.rows_from.clone(),
-            order: exchange.order.shallow_clone(),
-            place: exchange.place.shallow_clone(),
-        });
-        let (token_of_slot, slot_of_choice) = (self.token_of_slot.shallow_clone(), self.slot_of_choice.shallow_clone());
-        Way { token_of_slot, slot_of_choice, exchange }
-    }
+/// A token crosses to a node once, whatever the number of its experts there, and spreads inside.
+#[derive(Clone)]
+pub struct Hierarchy {
+    /// The ranks of the expert group on this node.
+    pub inside: Arc<dyn Communicator>,
+    /// One rank of each node: those with this rank's number inside of theirs.
+    pub across: Arc<dyn Communicator>,
 }
 
 /// The ranks that share a layer's experts evenly.
 pub struct Dispatcher {
     group: Arc<dyn Communicator>,
-    slices: usize,
+    sites: Sites,
+    least_loaded: Option<LeastLoaded>,
+    hierarchy: Option<Hierarchy>,
+}
+
+/// Where a layer's choices go: the same for a forward and for computing it again.
+#[derive(Clone)]
+pub struct Plan {
+    pub(crate) route: Arc<Route>,
+    pub(crate) lending: Option<Arc<Lending>>,
+    /// Seconds that it took, without the collective.
+    pub seconds: f64,
+}
+
+/// Rows at their experts, and the way back.
+pub struct Dispatched {
+    /// `[R, D]`: rows in order of the experts that this rank works on.
+    pub rows_rd: Activation,
+    /// Rows for each of them: its own, then borrowed ones.
+    pub counts: Vec<i64>,
+    way: Way,
+}
+
+/// Rows on their way to their experts.
+pub struct Sending {
+    way: Way,
+    counts: Vec<i64>,
+    moving: Moving,
+}
+
+/// One exchange of rows, or two.
+pub(crate) struct Way(pub(crate) Vec<Hop>);
+
+/// Tokens to slots, slots to other ranks, and the way back.
+pub(crate) struct Hop {
+    pub(crate) slots: Slots,
+    pub(crate) exchange: Option<Exchange>,
+}
+
+/// What a group of more than one rank adds.
+pub(crate) struct Exchange {
+    pub(crate) group: Arc<dyn Communicator>,
+    pub(crate) rows_to: Vec<i64>,
+    pub(crate) rows_from: Vec<i64>,
+    /// The order of received rows and the inverse, where it is not that in which they come.
+    pub(crate) order: Option<(Tensor, Tensor)>,
+}
+
+enum Moving {
+    Here(Tensor),
+    Travelling(Travelling),
+}
+
+impl Hop {
+    fn start(&self, x_td: &Tensor) -> Result<Moving, Error> {
+        let slots = self.slots.gather(x_td)?;
+        Ok(match &self.exchange {
+            None => Moving::Here(slots),
+            Some(Exchange { group, rows_to, rows_from, .. }) => {
+                Moving::Travelling(start_all_to_all(&slots, group, rows_from, rows_to)?)
+            }
+        })
+    }
+
+    fn arrive(&self, moving: Moving) -> Result<Tensor, Error> {
+        let rows = match moving {
+            Moving::Here(rows) => return Ok(rows),
+            Moving::Travelling(travelling) => travelling.arrive()?,
+        };
+        match self.exchange.as_ref().and_then(|exchange| exchange.order.as_ref()) {
+            Some((order, place)) => permute_rows(&rows, order, place),
+            None => Ok(rows),
+        }
+    }
+
+    pub(crate) fn there(&self, x_td: &Tensor) -> Result<Tensor, Error> {
+        self.arrive(self.start(x_td)?)
+    }
+
+    /// Rows back to their tokens, summed with `weights_tc`, or as they are.
+    fn back(&self, y_rd: &Tensor, weights_tc: Option<&Tensor>) -> Result<Tensor, Error> {
+        let mut rows = y_rd.shallow_clone();
+        if let Some(Exchange { group, rows_to, rows_from, order }) = &self.exchange {
+            if let Some((order, place)) = order {
+                rows = permute_rows(&rows, place, order)?;
+            }
+            rows = start_all_to_all(&rows, group, rows_to, rows_from)?.arrive()?;
+        }
+        match weights_tc {
+            Some(weights) => self.slots.combine_weighted(&rows, weights),
+            None => self.slots.combine(&rows),
+        }
+    }
+
+    fn copy(&self) -> Hop {
+        let exchange = self.exchange.as_ref().map(|exchange| Exchange {
+            group: exchange.group.clone(),
+            rows_to: exchange.rows_to.clone(),
+            rows_from: exchange.rows_from.clone(),
+            order: exchange.order.as_ref().map(|(order, place)| (order.shallow_clone(), place.shallow_clone())),
+        });
+        Hop { slots: self.slots.copy(), exchange }
+    }
+}
+
+impl Way {
+    fn there(&self, x_td: &Tensor) -> Result<Tensor, Error> {
+        let mut rows = x_td.shallow_clone();
+        for hop in &self.0 {
+            rows = hop.there(&rows)?;
+        }
+        Ok(rows)
+    }
+
+    fn copy(&self) -> Way {
+        Way(self.0.iter().map(Hop::copy).collect())
+    }
+}
+
+impl Plan {
+    /// Starts to send borrowed weights to those that work on them; None where nobody borrows any.
+    pub(crate) fn fetch(&self, gate_up: &Weight, down: &Weight) -> Result<Option<Fetching>, Error> {
+        self.lending.as_ref().map(|lending| lending.fetch(&gate_up.value(), &down.value())).transpose()
+    }
 }
 
 impl Dispatcher {
-    /// A dispatcher over the ranks of `group`; each `slices` neighbours split the same experts.
-    pub fn new(group: Arc<dyn Communicator>, slices: usize) -> Dispatcher {
-        Dispatcher { group, slices }
+    /// A dispatcher over the ranks of `group`.
+    pub fn new(
+        group: Arc<dyn Communicator>,
+        sites: Sites,
+        least_loaded: Option<LeastLoaded>,
+        hierarchy: Option<Hierarchy>,
+    ) -> Dispatcher {
+        Dispatcher { group, sites, least_loaded, hierarchy }
     }
 
-    /// Sends each of the tokens `x_td` `[T, D]` to its experts. `experts` are the choices of a routing, `[T * K]`, on
-    /// the host. With `keep` the rows are kept for backward; otherwise they are sent again then.
+    /// Decides where the choices `experts`, of this rank's tokens and on the host, are worked on.
     ///
     /// # Errors
     /// When a collective fails.
-    pub fn dispatch(
+    pub fn plan(&self, experts: &[i64], num_experts: usize) -> Result<Plan, Error> {
+        let own = count(experts, num_experts);
+        let counts = if self.group.size() == 1 { own } else { gather(&self.group, &own)? };
+        let started = Instant::now();
+        let loads: Vec<i64> = (0..num_experts).map(|e| counts.iter().skip(e).step_by(num_experts).sum()).collect();
+        let owners = self.sites.owners();
+        let assignment = match &self.least_loaded {
+            Some(least_loaded) => least_loaded.planner.plan(&loads, owners),
+            None => crate::assignment::Assignment::standard(&loads, owners),
+        };
+        let route = route(&counts, &assignment, &self.sites, self.group.rank());
+        let seconds = started.elapsed().as_secs_f64();
+        let lending = self.least_loaded.as_ref().and_then(|ll| Lending::new(&route, &self.sites, &ll.lending));
+        Ok(Plan { route: Arc::new(route), lending, seconds })
+    }
+
+    /// Starts to send each of the tokens `x_td` `[T, D]` to its experts; `experts` are the choices of a routing, `[T * K]`,
+    /// on the host.
+    ///
+    /// # Errors
+    /// When a collective fails.
+    pub fn start(
         &self,
-        x_td: &Activation,
+        x_td: &Tensor,
         experts: &[i64],
         top_k: usize,
         num_experts: usize,
-        keep: bool,
-    ) -> Result<Dispatched, Error> {
-        let ranks = self.group.size();
-        let spread = spread(experts, num_experts, ranks / self.slices, self.slices);
-        let send = plan_send(&spread, top_k * self.slices, num_experts * self.slices);
-        let device = x_td.value.device();
-        let upload = |numbers: &[i64]| Tensor::from_slice(numbers).to_device(device);
-        let mut way = Way {
-            token_of_slot: upload(&send.token_of_slot),
-            slot_of_choice: upload(&send.slot_of_choice),
-            exchange: None,
+        plan: &Plan,
+    ) -> Result<Sending, Error> {
+        let (route, slices, ranks) = (&plan.route, self.sites.slices, self.group.size());
+        let owners = route.owners(experts, num_experts);
+        // A choice of a split expert is one for each rank with a slice of it.
+        let choices: Vec<Option<(usize, usize)>> = experts
+            .iter()
+            .zip(owners)
+            .flat_map(|(&expert, owner)| (0..slices).map(move |slice| Some((owner * slices + slice, expert as usize))))
+            .collect();
+        let (per_token, device) = (top_k * slices, x_td.device());
+        let (way, counts) = match &self.hierarchy {
+            Some(hierarchy) => {
+                hierarchy::way(hierarchy, &self.sites.nodes, &choices, per_token, num_experts, &route.work, device)?
+            }
+            None => {
+                let send = plan_send(&choices, per_token, ranks, num_experts);
+                let hop = |exchange| Hop { slots: Slots::new(&send, per_token, device), exchange };
+                if ranks == 1 {
+                    (Way(vec![hop(None)]), send.counts)
+                } else {
+                    let receive = plan_receive(&route.incoming, &route.work, ranks, num_experts);
+                    let exchange = Exchange {
+                        group: self.group.clone(),
+                        rows_to: send.rows_to.clone(),
+                        rows_from: receive.rows_from,
+                        order: Some((upload(&receive.order, device), upload(&receive.place, device))),
+                    };
+                    (Way(vec![hop(Some(exchange))]), receive.counts)
+                }
+            }
         };
-        let mut counts = send.counts.clone();
-        if ranks > 1 {
-            let local = send.counts.len() / ranks;
-            let plan: ReceivePlan = plan_receive(&self.exchange_counts(&send.counts, local)?, ranks);
-            way.exchange = Some(Exchange {
-                group: self.group.clone(),
-                rows_to: send.counts.chunks(local).map(|rank| rank.iter().sum()).collect(),
-                order: upload(&plan.order),
-                place: upload(&plan.place),
-                rows_from: plan.rows_from,
-            });
-            counts = plan.counts;
-        }
-        let rows = way.there(&x_td.value)?;
-        let rows_rd = if keep {
-            Activation::kept(&rows)
-        } else {
-            let (tokens, again) = (x_td.saved(), way.copy());
-            Activation::again(rows, move || again.there(&tokens.get()?))
-        };
-        Ok(Dispatched { rows_rd, counts, send, way })
-    }
-
-    /// Choices of each expert among this rank's own tokens, `[E]`.
-    pub fn choices(&self, dispatched: &Dispatched) -> Vec<i64> {
-        let counts = &dispatched.send.counts;
-        // Every slice of an expert has the same.
-        let local = counts.len() / self.group.size();
-        counts.chunks(local).step_by(self.slices).flatten().copied().collect()
+        let moving = way.0[0].start(x_td)?;
+        Ok(Sending { way, counts, moving })
     }
 
     /// Brings the experts' results `y_rd` `[R, D]` back to their tokens and sums them by the routing's weights:
@@ -130,33 +252,72 @@ impl Dispatcher {
     /// # Errors
     /// When a collective fails.
     pub fn combine(&self, y_rd: &Tensor, dispatched: &Dispatched, routing: &Routing) -> Result<Tensor, Error> {
-        let Way { token_of_slot, slot_of_choice, exchange } = &dispatched.way;
-        let slots = match exchange {
-            None => y_rd.shallow_clone(),
-            Some(Exchange { group, rows_to, rows_from, order, place }) => {
-                let by_rank = permute_rows(y_rd, place, order)?;
-                collectives::all_to_all(&by_rank, group, rows_to, rows_from)?
-            }
-        };
-        let mut weights_tk = routing.weights_tk.shallow_clone();
-        if self.slices > 1 {
+        let mut weights_tc = routing.weights_tk.shallow_clone();
+        if self.sites.slices > 1 {
             // The slices' results are summed with the same weight.
-            let (tokens, choices) = weights_tk.size2().map_err(|e| Error::new(e.to_string()))?;
-            let slices = self.slices as i64;
-            weights_tk = weights_tk.unsqueeze(-1).expand([tokens, choices, slices], false);
-            weights_tk = weights_tk.reshape([tokens, choices * slices]);
+            let (tokens, choices) = weights_tc.size2().map_err(|e| Error::new(e.to_string()))?;
+            let slices = self.sites.slices as i64;
+            weights_tc = weights_tc.unsqueeze(-1).expand([tokens, choices, slices], false);
+            weights_tc = weights_tc.reshape([tokens, choices * slices]);
         }
-        combine_slots(&slots, &weights_tk, token_of_slot, slot_of_choice)
+        match dispatched.way.0.as_slice() {
+            [hop] => hop.back(y_rd, Some(&weights_tc)),
+            // A node's results are summed there, and come back as one row.
+            [across, inside] => across.back(&inside.back(y_rd, Some(&across.there(&weights_tc)?))?, None),
+            hops => Err(Error::new(format!("a way of {} hops", hops.len()))),
+        }
     }
 
-    /// How many rows every rank sends for each of this rank's experts, rank-major.
-    fn exchange_counts(&self, counts: &[i64], local: usize) -> Result<Vec<i64>, Error> {
-        let splits = vec![local as i64; self.group.size()];
-        let mine = Tensor::from_slice(counts);
-        let theirs = mine.empty_like();
-        let failed = |e: parallel::CommError| Error::new(e.to_string());
-        self.group.all_to_all(&theirs, &mine, &splits, &splits).map_err(failed)?.wait().map_err(failed)?;
-        debug_assert_eq!(theirs.kind(), Kind::Int64);
-        Vec::<i64>::try_from(theirs).map_err(|e| Error::new(e.to_string()))
+    /// Bytes of rows that this rank sent to other nodes on their way to experts, without indices and weights. (So many
+    /// again come back, and twice as many in backward.)
+    pub fn bytes_across(&self, dispatched: &Dispatched) -> i64 {
+        let Some(Exchange { rows_to, .. }) = &dispatched.way.0[0].exchange else { return 0 };
+        let node = self.sites.nodes[self.group.rank()];
+        let rows: i64 = match &self.hierarchy {
+            Some(hierarchy) => rows_to.iter().sum::<i64>() - rows_to[hierarchy.across.rank()],
+            None => {
+                rows_to.iter().zip(&self.sites.nodes).filter(|(_, other)| **other != node).map(|(rows, _)| rows).sum()
+            }
+        };
+        let value = &dispatched.rows_rd.value;
+        rows * value.size()[1] * value.kind().elt_size_in_bytes() as i64
     }
+}
+
+impl Sending {
+    /// Waits for the rows. With `keep` they are kept for backward; otherwise the tokens `x_td` are sent again then.
+    ///
+    /// # Errors
+    /// When a collective fails.
+    pub fn arrive(self, x_td: &Activation, keep: bool) -> Result<Dispatched, Error> {
+        let Sending { way, counts, moving } = self;
+        let mut rows = way.0[0].arrive(moving)?;
+        for hop in &way.0[1..] {
+            rows = hop.there(&rows)?;
+        }
+        let rows_rd = if keep {
+            Activation::kept(&rows)
+        } else {
+            let (tokens, again) = (x_td.saved(), way.copy());
+            Activation::again(rows, move || again.there(&tokens.get()?))
+        };
+        Ok(Dispatched { rows_rd, counts, way })
+    }
+}
+
+pub(crate) fn upload(numbers: &[i64], device: Device) -> Tensor {
+    Tensor::from_slice(numbers).to_device(device)
+}
+
+pub(crate) fn edge(error: CommError) -> Error {
+    Error::new(error.to_string())
+}
+
+/// Every rank's numbers, rank after rank. They are counts of rows, so 32 bits do.
+fn gather(group: &Arc<dyn Communicator>, numbers: &[i64]) -> Result<Vec<i64>, Error> {
+    let own: Vec<i32> = numbers.iter().map(|&number| number as i32).collect();
+    let all = Tensor::empty([(own.len() * group.size()) as i64], (Kind::Int, Device::Cpu));
+    group.all_gather(&all, &Tensor::from_slice(&own)).and_then(Work::wait).map_err(edge)?;
+    let all = Vec::<i32>::try_from(all).map_err(|e| Error::new(e.to_string()))?;
+    Ok(all.into_iter().map(i64::from).collect())
 }

@@ -4,9 +4,20 @@
 //! only the input and, if wanted, the gate-up product are kept for backward; the rest is computed again.
 // Shapes: R rows, D hidden, F ffn, E experts (here: local ones).
 
-use parallel::{Activation, Weight, add_product};
-use tch::Tensor;
+use crate::foreign::{Lending, numel, parts};
+use parallel::{Activation, Weight, add_gradients, add_product};
+use std::sync::Arc;
+use tch::{Kind, Tensor};
 use torch_ext::{Error, attach_backward};
+
+/// Other ranks' experts that this one works on as well.
+pub(crate) struct Borrowed {
+    pub(crate) lending: Arc<Lending>,
+    /// `[M, elements]`.
+    pub(crate) weights: Tensor,
+    /// Whether they stay until backward, or are fetched again then.
+    pub(crate) keep: bool,
+}
 
 /// Rows `x_rd` `[R, D]`, in expert order with `counts[e]` rows for expert `e`, through `gate_up_efd` `[E, 2F, D]`
 /// (rows of gate, then rows of up) and `down_edf` `[E, D, F]`: `[R, D]`. With `keep` the gate-up product is kept for
@@ -23,43 +34,131 @@ pub fn grouped_swiglu(
     counts: &[i64],
     keep: bool,
 ) -> Result<Tensor, Error> {
+    grouped_swiglu_with(x_rd, gate_up_efd, down_edf, None, counts, keep)
+}
+
+/// As [`grouped_swiglu`], with rows for borrowed experts after those for this rank's.
+///
+/// # Collective
+/// Where experts are borrowed, backward is an exchange, or two, of all ranks of the expert group.
+pub(crate) fn grouped_swiglu_with(
+    x_rd: &Activation,
+    gate_up_efd: &Weight,
+    down_edf: &Weight,
+    borrowed: Option<Borrowed>,
+    counts: &[i64],
+    keep: bool,
+) -> Result<Tensor, Error> {
     let rows = x_rd.value.size()[0];
-    let experts = gate_up_efd.shape()[0];
+    let held = gate_up_efd.shape()[0];
+    let experts = held + borrowed.as_ref().map_or(0, |borrowed| borrowed.weights.size()[0]);
     if counts.iter().sum::<i64>() != rows || counts.len() as i64 != experts {
         return Err(Error::new(format!("{experts} experts were given {rows} rows in groups {counts:?}")));
     }
     let (out, hidden) = tch::no_grad(|| {
-        let hidden = grouped_matmul(&x_rd.value, &gate_up_efd.value(), counts, true);
-        let out = grouped_matmul(&activation(&hidden), &down_edf.value(), counts, true);
+        let here = Here::new(gate_up_efd, down_edf, borrowed.as_ref().map(|borrowed| &borrowed.weights));
+        let hidden = grouped_matmul(&x_rd.value, |expert| here.gate_up(expert), counts, true);
+        let out = grouped_matmul(&activation(&hidden), |expert| here.down(expert), counts, true);
         (out, hidden)
     });
     let kept = keep.then_some(hidden);
     let (saved, gate_up, down, counts) = (x_rd.saved(), gate_up_efd.clone(), down_edf.clone(), counts.to_vec());
     let (of_gate_up, of_down) = (gate_up_efd.tracker(), down_edf.tracker());
+    let (lending, borrowed) = match borrowed {
+        Some(Borrowed { lending, weights, keep }) => (Some(lending), keep.then_some(weights)),
+        None => (None, None),
+    };
+    let grad_shape = out.size();
+    let options = (out.kind(), out.device());
     let mut out = attach_backward(&[&x_rd.value, &of_gate_up, &of_down], vec![out], move |grads| {
-        let Some(grad_out) = &grads[0] else { return Ok(vec![None, None, None]) };
+        let grad_out = match &grads[0] {
+            Some(grad) => grad.contiguous(),
+            // Others may wait for what this rank lends or borrowed.
+            None if lending.is_some() => Tensor::zeros(grad_shape.as_slice(), options),
+            None => return Ok(vec![None, None, None]),
+        };
+        let fetched = match (&lending, &borrowed) {
+            (Some(lending), None) => Some(lending.fetch(&gate_up.value(), &down.value())?),
+            _ => None,
+        };
         let x = saved.get()?;
+        let fetched = fetched.map(|fetching| fetching.arrive()).transpose()?;
+        let here = Here::new(&gate_up, &down, borrowed.as_ref().or(fetched.as_ref()));
         let hidden = match &kept {
             Some(hidden) => hidden.shallow_clone(),
-            None => grouped_matmul(&x, &gate_up.value(), &counts, true),
+            None => grouped_matmul(&x, |expert| here.gate_up(expert), &counts, true),
         };
-        let grad_out = grad_out.contiguous();
-        let grad_activation = grouped_matmul(&grad_out, &down.value(), &counts, false);
+        let grad_activation = grouped_matmul(&grad_out, |expert| here.down(expert), &counts, false);
         let grad_hidden = activation_backward(&grad_activation, &hidden);
-        let grad_x = grouped_matmul(&grad_hidden, &gate_up.value(), &counts, false);
-        let of_down = counts.clone();
-        down.add_gradient(move |sum| {
-            add_grouped_outer(sum, &grad_out, &activation(&hidden), &of_down);
-            Ok(())
-        })?;
-        let of_gate_up = counts.clone();
-        gate_up.add_gradient(move |sum| {
-            add_grouped_outer(sum, &grad_hidden, &x, &of_gate_up);
-            Ok(())
+        let grad_x = grouped_matmul(&grad_hidden, |expert| here.gate_up(expert), &counts, false);
+        let (lending, counts) = (lending.clone(), counts.clone());
+        add_gradients(&[&down, &gate_up], move |sums| {
+            let (of_down, of_gate_up) = (&sums[0], &sums[1]);
+            let activation = activation(&hidden);
+            let (own, foreign) = counts.split_at(of_down.size()[0] as usize);
+            let own_rows: i64 = own.iter().sum();
+            // What helpers owe is on its way while this rank adds up its own.
+            let returning = match lending {
+                None => None,
+                Some(lending) => {
+                    let elements = numel(of_gate_up) + numel(of_down);
+                    let all = Tensor::zeros([foreign.len() as i64, elements], (Kind::Float, x.device()));
+                    let rest = |rows: &Tensor| rows.narrow(0, own_rows, rows.size()[0] - own_rows);
+                    let place = |expert: i64| parts(&all.get(expert), of_gate_up, of_down);
+                    add_grouped_outer(
+                        |expert| place(expert)[1].shallow_clone(),
+                        &rest(&grad_out),
+                        &rest(&activation),
+                        foreign,
+                    );
+                    add_grouped_outer(
+                        |expert| place(expert)[0].shallow_clone(),
+                        &rest(&grad_hidden),
+                        &rest(&x),
+                        foreign,
+                    );
+                    Some(lending.give_back(&all)?)
+                }
+            };
+            add_grouped_outer(|expert| of_down.select(0, expert), &grad_out, &activation, own);
+            add_grouped_outer(|expert| of_gate_up.select(0, expert), &grad_hidden, &x, own);
+            returning.map_or(Ok(()), |returning| returning.add_to(of_gate_up, of_down))
         })?;
         Ok(vec![Some(grad_x), None, None])
     })?;
     Ok(out.remove(0))
+}
+
+/// The matrices of the experts that a rank works on: its own, then borrowed ones.
+struct Here {
+    gate_up: Tensor,
+    down: Tensor,
+    borrowed: Option<Tensor>,
+}
+
+impl Here {
+    fn new(gate_up: &Weight, down: &Weight, borrowed: Option<&Tensor>) -> Here {
+        Here { gate_up: gate_up.value(), down: down.value(), borrowed: borrowed.map(Tensor::shallow_clone) }
+    }
+
+    /// `[2F, D]`.
+    fn gate_up(&self, expert: i64) -> Tensor {
+        self.of(expert, &self.gate_up, 0)
+    }
+
+    /// `[D, F]`.
+    fn down(&self, expert: i64) -> Tensor {
+        self.of(expert, &self.down, 1)
+    }
+
+    fn of(&self, expert: i64, own: &Tensor, part: usize) -> Tensor {
+        match (&self.borrowed, expert - own.size()[0]) {
+            (Some(borrowed), after @ 0..) => {
+                parts(&borrowed.get(after), &self.gate_up, &self.down)[part].shallow_clone()
+            }
+            _ => own.select(0, expert),
+        }
+    }
 }
 
 /// `silu(gate) * up` of `[R, 2F]`: `[R, F]`.
@@ -77,23 +176,23 @@ fn activation_backward(grad: &Tensor, hidden: &Tensor) -> Tensor {
     out
 }
 
-/// Each group of rows times its own matrix of `weights` `[E, out, in]` (or `[E, in, out]` if not `transposed`).
-fn grouped_matmul(rows: &Tensor, weights: &Tensor, counts: &[i64], transposed: bool) -> Tensor {
-    let (_, first, second) = weights.size3().expect("experts' weights have three dims");
-    let out = Tensor::empty([rows.size()[0], if transposed { first } else { second }], (rows.kind(), rows.device()));
+/// Each group of rows times its own matrix `[out, in]` (or `[in, out]` if not `transposed`).
+fn grouped_matmul(rows: &Tensor, matrix: impl Fn(i64) -> Tensor, counts: &[i64], transposed: bool) -> Tensor {
+    let width = matrix(0).size()[usize::from(!transposed)];
+    let out = Tensor::empty([rows.size()[0], width], (rows.kind(), rows.device()));
     for_each_group(counts, |expert, start, len| {
-        let weight = weights.select(0, expert);
-        let weight = if transposed { weight.tr() } else { weight };
-        let _ = rows.narrow(0, start, len).mm_out(&out.narrow(0, start, len), &weight);
+        let matrix = matrix(expert);
+        let matrix = if transposed { matrix.tr() } else { matrix };
+        let _ = rows.narrow(0, start, len).mm_out(&out.narrow(0, start, len), &matrix);
     });
     out
 }
 
-/// Adds each group's `left^T right` to its own matrix of `sum`.
-fn add_grouped_outer(sum: &Tensor, left: &Tensor, right: &Tensor, counts: &[i64]) {
+/// Adds each group's `left^T right` to its own matrix.
+fn add_grouped_outer(sum: impl Fn(i64) -> Tensor, left: &Tensor, right: &Tensor, counts: &[i64]) {
     for_each_group(counts, |expert, start, len| {
         let (left, right) = (left.narrow(0, start, len), right.narrow(0, start, len));
-        add_product(&sum.select(0, expert), &left.tr(), &right);
+        add_product(&sum(expert), &left.tr(), &right);
     });
 }
 
@@ -111,7 +210,6 @@ fn for_each_group(counts: &[i64], mut body: impl FnMut(i64, i64, i64)) {
 mod tests {
     use super::*;
     use parallel::{Accelerator, Cpu, GradientBuckets, Replication};
-    use tch::Kind;
 
     fn collect(weights: [&Weight; 2]) -> GradientBuckets {
         let alone = [Replication::alone()];

@@ -1,10 +1,11 @@
 //! One mixture-of-experts layer: router, dispatch, experts, combine, and shared experts beside them.
 
 use crate::balance::{RouterStats, Statistics};
-use crate::dispatch::Dispatcher;
-use crate::experts::grouped_swiglu;
-use crate::plan::{count_choices, segments};
-use crate::router::Router;
+use crate::dispatch::{Dispatcher, Plan};
+use crate::experts::{Borrowed, grouped_swiglu, grouped_swiglu_with};
+use crate::foreign::Fetching;
+use crate::plan::{count, count_choices, segments};
+use crate::router::{Router, Routing};
 use parallel::tensor::TensorParallel;
 use parallel::{Activation, Communicator, ReduceOp, Weight, linears};
 use std::sync::{Arc, Mutex};
@@ -58,46 +59,85 @@ pub struct MoeOutput {
     pub hidden_td: Tensor,
     /// For the auxiliary losses.
     pub stats: RouterStats,
-    /// Choices of each expert among this rank's tokens, `[E]`.
+    /// What it did.
+    pub seen: Seen,
+}
+
+/// What a layer did with this rank's tokens, and for others.
+#[derive(Debug, Clone, Default)]
+pub struct Seen {
+    /// The experts of each token, `[T * K]`.
+    pub experts: Vec<i64>,
+    /// This rank's choices of each expert, `[E]`.
     pub choices: Vec<i64>,
-    /// Rows that this rank's experts worked on.
+    /// Rows that this rank worked on, and those of them that were for borrowed experts.
     pub rows: i64,
+    /// See [`Seen::rows`].
+    pub borrowed_rows: i64,
+    /// Bytes of experts' weights that this rank lent.
+    pub lent_bytes: i64,
+    /// Bytes of rows that it sent to other nodes.
+    pub bytes_across: i64,
+    /// Seconds that the plan took.
+    pub plan_seconds: f64,
+}
+
+/// What a forward that is computed again has to do as before: which experts were chosen, and who worked on them.
+#[derive(Clone, Default)]
+pub struct Replay(Arc<Mutex<Option<(Tensor, Plan)>>>);
+
+/// Experts' results, by token.
+pub struct Mixed {
+    /// `[T, D]`.
+    pub hidden_td: Tensor,
+    /// What was computed meanwhile.
+    pub beside: Option<Tensor>,
+    /// What was done.
+    pub seen: Seen,
 }
 
 impl MoeLayer {
     /// This rank's tokens `x_td` `[T, D]` through the layer: as many of each of `sequences` sequences on every rank that
-    /// splits them by position, and of those a part of neighbours on each that splits matrices.
+    /// splits them by position, and of those a part of neighbours on each that splits matrices. A second forward with the
+    /// same `replay` makes the same choices.
     ///
     /// # Collective
     /// Every rank of the expert group, with any number of tokens, and those that split sequences and matrices.
     ///
     /// # Errors
     /// When a collective fails.
-    pub fn forward(&self, x_td: &Activation, sequences: usize) -> Result<MoeOutput, Error> {
+    pub fn forward(&self, x_td: &Activation, sequences: usize, replay: &Replay) -> Result<MoeOutput, Error> {
         let tokens = x_td.value.size()[0] as usize;
         let logits_te = linears(x_td, &[&self.weights.gate])?.remove(0).to_kind(Kind::Float);
         let bias = self.weights.bias.as_ref().map(|bias| bias.lock().expect("nobody panics with it").shallow_clone());
-        let routing = self.router.route(&logits_te, bias.as_ref());
+        let before = replay.0.lock().expect("nobody panics with it").take();
+        let (chosen, plan) = before.map_or((None, None), |(chosen, plan)| (Some(chosen), Some(plan)));
+        let routing = self.router.route(&logits_te, bias.as_ref(), chosen.as_ref());
         let experts = Vec::<i64>::try_from(routing.experts_tk.flatten(0, -1).contiguous())
             .map_err(|e| Error::new(e.to_string()))?;
-
         let Router { top_k, num_experts, .. } = self.router;
-        let dispatched = self.dispatcher.dispatch(x_td, &experts, top_k, num_experts, self.keep.rows)?;
-        let rows = dispatched.counts.iter().sum();
-        let MoeWeights { gate_up, down, .. } = &self.weights;
-        let y_rd = grouped_swiglu(&dispatched.rows_rd, gate_up, down, &dispatched.counts, self.keep.experts)?;
-        let mut hidden_td = self.dispatcher.combine(&y_rd, &dispatched, &routing)?;
-        if let Some((gate_up, down)) = &self.weights.shared {
-            let shared = self
-                .tensor
-                .block(x_td, |x| grouped_swiglu(x, gate_up, down, &[x.value.size()[0]], self.keep.experts))?;
+        let plan = match plan {
+            Some(plan) => plan,
+            None => self.dispatcher.plan(&experts, num_experts)?,
+        };
+        *replay.0.lock().expect("nobody panics with it") = Some((routing.experts_tk.shallow_clone(), plan.clone()));
+        let shared = |x_td: &Activation| match &self.weights.shared {
+            None => Ok(None),
+            Some((gate_up, down)) => {
+                let network =
+                    |x: &Activation| grouped_swiglu(x, gate_up, down, &[x.value.size()[0]], self.keep.experts);
+                self.tensor.block(x_td, network).map(Some)
+            }
+        };
+        let Mixed { mut hidden_td, beside, seen } = self.mix(x_td, &routing, experts, &plan, shared)?;
+        if let Some(shared) = beside {
             hidden_td = hidden_td + shared;
         }
 
         let in_all = tokens * self.tensor.size();
         let groups = if self.statistics == Statistics::Sequence { sequences } else { 1 };
         let own = segments(self.tensor.rank() * tokens, tokens, in_all / groups, groups);
-        let counts = count_choices(&experts, top_k, &own, num_experts);
+        let counts = count_choices(&seen.experts, top_k, &own, num_experts);
         let counts_ge = Tensor::from_slice(&counts).view([groups as i64, num_experts as i64]);
         let counts_ge = counts_ge.to_device(x_td.value.device());
         let reduced = self.sequence.all_reduce(&counts_ge, ReduceOp::Sum).and_then(parallel::Work::wait);
@@ -111,6 +151,50 @@ impl MoeLayer {
             prob_sums_ge: Tensor::stack(&own.iter().map(sum_of).collect::<Vec<_>>(), 0),
             z_sum: logits_te.logsumexp([-1i64].as_slice(), false).square().sum(Kind::Float),
         };
-        Ok(MoeOutput { hidden_td, stats, choices: self.dispatcher.choices(&dispatched), rows })
+        Ok(MoeOutput { hidden_td, stats, seen })
+    }
+
+    /// Dispatch, experts and the weighted sum for choices that are made and planned: `experts` `[T * K]` are those of
+    /// `routing`. While rows travel, `beside` is computed.
+    ///
+    /// # Collective
+    /// Every rank of the expert group.
+    ///
+    /// # Errors
+    /// When a collective fails.
+    pub fn mix(
+        &self,
+        x_td: &Activation,
+        routing: &Routing,
+        experts: Vec<i64>,
+        plan: &Plan,
+        beside: impl FnOnce(&Activation) -> Result<Option<Tensor>, Error>,
+    ) -> Result<Mixed, Error> {
+        let (Router { top_k, num_experts, .. }, MoeWeights { gate_up, down, .. }) = (&self.router, &self.weights);
+        let fetching = plan.fetch(gate_up, down)?;
+        let sending = self.dispatcher.start(&x_td.value, &experts, *top_k, *num_experts, plan)?;
+        let beside = beside(x_td)?;
+        let dispatched = sending.arrive(x_td, self.keep.rows)?;
+        let borrowed = match (fetching.map(Fetching::arrive).transpose()?, &plan.lending) {
+            (Some(weights), Some(lending)) => {
+                Some(Borrowed { lending: lending.clone(), weights, keep: self.keep.rows })
+            }
+            _ => None,
+        };
+        let counts = &dispatched.counts;
+        let y_rd = grouped_swiglu_with(&dispatched.rows_rd, gate_up, down, borrowed, counts, self.keep.experts)?;
+        let hidden_td = self.dispatcher.combine(&y_rd, &dispatched, routing)?;
+        let elements: i64 = [gate_up, down].iter().map(|weight| weight.shape()[1..].iter().product::<i64>()).sum();
+        let lent = plan.lending.as_ref().map_or(0, |lending| lending.num_lent());
+        let seen = Seen {
+            choices: count(&experts, *num_experts),
+            experts,
+            rows: counts.iter().sum(),
+            borrowed_rows: counts[plan.route.held..].iter().sum(),
+            lent_bytes: lent * elements * gate_up.kind().elt_size_in_bytes() as i64,
+            bytes_across: self.dispatcher.bytes_across(&dispatched),
+            plan_seconds: plan.seconds,
+        };
+        Ok(Mixed { hidden_td, beside, seen })
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! - [`Router`] chooses experts for every token;
 //! - [`balance`] keeps them evenly used;
+//! - [`assignment`] says who works on which of an expert's choices: its home, or as [`least_loaded`] plans it;
 //! - [`plan`] says, as plain numbers, which row goes where; [`dispatch`] carries it out;
 //! - [`experts`] computes; [`MoeLayer`] puts the parts together.
 //!
@@ -15,11 +16,13 @@ pub mod assignment;
 pub mod balance;
 pub mod dispatch;
 pub mod experts;
+mod foreign;
+mod hierarchy;
 mod layer;
 pub mod least_loaded;
 pub mod plan;
 mod router;
 mod rows;
 
-pub use layer::{Keep, MoeLayer, MoeOutput, MoeWeights};
+pub use layer::{Keep, Mixed, MoeLayer, MoeOutput, MoeWeights, Replay, Seen};
 pub use router::{Router, Routing, Score};

@@ -46,14 +46,17 @@ pub struct Routing {
 
 impl Router {
     /// Chooses experts from `logits_te` `[T, E]`. `bias_e` `[E]` is added to the scores for choosing only, not to
-    /// the weights (loss-free balancing, arXiv 2408.15664).
-    pub fn route(&self, logits_te: &Tensor, bias_e: Option<&Tensor>) -> Routing {
+    /// the weights (loss-free balancing, arXiv 2408.15664). Choices `[T, K]` that have been made already stay.
+    pub fn route(&self, logits_te: &Tensor, bias_e: Option<&Tensor>, chosen_tk: Option<&Tensor>) -> Routing {
         let logits_te = logits_te.to_kind(Kind::Float);
         let scores_te = match self.score {
             Score::Softmax => logits_te.softmax(-1, Kind::Float),
             Score::Sigmoid => logits_te.sigmoid(),
         };
-        let experts_tk = tch::no_grad(|| self.choose(&scores_te.detach(), bias_e));
+        let experts_tk = match chosen_tk {
+            Some(chosen_tk) => chosen_tk.shallow_clone(),
+            None => tch::no_grad(|| self.choose(&scores_te.detach(), bias_e)),
+        };
         let mut weights_tk = scores_te.gather(1, &experts_tk, false);
         if self.normalize {
             weights_tk = &weights_tk / (weights_tk.sum_dim_intlist([-1i64].as_slice(), true, Kind::Float) + 1e-20);
@@ -108,18 +111,18 @@ mod tests {
     fn softmax_top_two_by_hand() {
         // e^0 : e^ln3 : e^ln2 : e^0 = 1 : 3 : 2 : 1
         let logits = logits(&[0.0, 3f32.ln(), 2f32.ln(), 0.0]);
-        let routing = router(Score::Softmax).route(&logits, None);
+        let routing = router(Score::Softmax).route(&logits, None, None);
         assert_eq!(list::<i64>(&routing.experts_tk), [1, 2]);
         let weights = list::<f32>(&routing.weights_tk);
         assert!((weights[0] - 0.6).abs() < 1e-6 && (weights[1] - 0.4).abs() < 1e-6);
-        let raw = Router { normalize: false, scale: 2.0, ..router(Score::Softmax) }.route(&logits, None);
+        let raw = Router { normalize: false, scale: 2.0, ..router(Score::Softmax) }.route(&logits, None, None);
         assert!((list::<f32>(&raw.weights_tk)[0] - 6.0 / 7.0).abs() < 1e-6);
     }
 
     #[test]
     fn the_bias_chooses_and_does_not_weigh() {
         let bias = Tensor::from_slice(&[10f32, 0., 0., 0.]);
-        let routing = router(Score::Sigmoid).route(&logits(&[-3., 2., 1., 0.]), Some(&bias));
+        let routing = router(Score::Sigmoid).route(&logits(&[-3., 2., 1., 0.]), Some(&bias), None);
         assert_eq!(list::<i64>(&routing.experts_tk), [0, 1]);
         let (a, b) = (1.0 / (1.0 + 3f32.exp()), 1.0 / (1.0 + (-2f32).exp()));
         assert!((list::<f32>(&routing.weights_tk)[0] - a / (a + b)).abs() < 1e-6);
@@ -131,11 +134,11 @@ mod tests {
     fn only_the_best_groups_are_chosen_from() {
         let limited = Router { groups: 2, top_groups: 1, ..router(Score::Softmax) };
         // The best expert is 0, so group {0, 1} wins and expert 3, though better than 1, is not chosen.
-        let routing = limited.route(&logits(&[5., 1., 2., 4.]), None);
+        let routing = limited.route(&logits(&[5., 1., 2., 4.]), None, None);
         assert_eq!(list::<i64>(&routing.experts_tk), [0, 1]);
         // With sigmoid scores the best two of a group count: here {2, 3} wins though 0 is the best.
         let limited = Router { score: Score::Sigmoid, ..limited };
-        let routing = limited.route(&logits(&[5., -5., 2., 2.]), None);
+        let routing = limited.route(&logits(&[5., -5., 2., 2.]), None, None);
         assert_eq!(list::<i64>(&routing.experts_tk).iter().sum::<i64>(), 5);
     }
 }

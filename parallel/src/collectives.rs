@@ -7,20 +7,34 @@
 //! | [`reduce_from_group`] (all-reduce) | identity |
 //! | [`gather_from_group`] (all-gather, dim 0) | reduce-scatter |
 //! | [`scatter_to_group`] (reduce-scatter, dim 0) | all-gather |
-//! | [`all_to_all`] | all-to-all with the splits exchanged |
+//! | [`all_to_all`], in two halves [`start_all_to_all`] | all-to-all with the splits exchanged |
 //!
 //! # Collective
 //! Every rank of the group calls forward and backward, in the same order.
 
-use crate::{CommError, Communicator, ReduceOp};
-use std::sync::Arc;
-use tch::Tensor;
+use crate::{CommError, Communicator, ReduceOp, Work};
+use std::sync::{Arc, Mutex};
+use tch::{Kind, Tensor};
 use torch_ext::{Error, attach_backward};
 
 type Shared = Arc<dyn Communicator>;
 
-fn edge(error: CommError) -> Error {
+/// Where an operation under way leaves its result: one node of the graph starts it in backward, an earlier one waits.
+pub(crate) type Slot = Arc<Mutex<Option<(Work, Tensor)>>>;
+
+pub(crate) fn edge(error: CommError) -> Error {
     Error::new(error.to_string())
+}
+
+pub(crate) fn fill(slot: &Slot, work: Work, tensor: Tensor) {
+    *slot.lock().expect("no thread panics while it holds a slot") = Some((work, tensor));
+}
+
+pub(crate) fn take(slot: &Slot) -> Result<Tensor, Error> {
+    let filled = slot.lock().expect("no thread panics while it holds a slot").take();
+    let (work, tensor) = filled.ok_or_else(|| Error::new("a part that nobody sent"))?;
+    work.wait().map_err(edge)?;
+    Ok(tensor)
 }
 
 /// A function of one tensor and its gradient, both made of collectives.
@@ -65,14 +79,6 @@ fn scattered(tensor: &Tensor, group: &Shared) -> Result<Tensor, CommError> {
     Ok(output)
 }
 
-fn exchanged(tensor: &Tensor, group: &Shared, receive: &[i64], send: &[i64]) -> Result<Tensor, CommError> {
-    let mut shape = tensor.size();
-    shape[0] = receive.iter().sum();
-    let output = Tensor::empty(shape.as_slice(), (tensor.kind(), tensor.device()));
-    group.all_to_all(&output, tensor, receive, send)?.wait()?;
-    Ok(output)
-}
-
 /// Identity; the gradients of all ranks are summed.
 ///
 /// # Errors
@@ -113,10 +119,65 @@ pub fn scatter_to_group(input: &Tensor, group: &Shared) -> Result<Tensor, Error>
 /// # Errors
 /// When the splits do not fit the input, or the collective fails.
 pub fn all_to_all(input: &Tensor, group: &Shared, receive: &[i64], send: &[i64]) -> Result<Tensor, Error> {
-    let (back, receive_back, send_back) = (group.clone(), send.to_vec(), receive.to_vec());
-    one_to_one(
-        input,
-        |x| exchanged(x, group, receive, send),
-        move |grad| exchanged(grad, &back, &receive_back, &send_back),
-    )
+    start_all_to_all(input, group, receive, send)?.arrive()
+}
+
+/// Rows on their way.
+#[must_use = "rows that nobody waits for may not have arrived"]
+pub struct Travelling {
+    work: Work,
+    output: Tensor,
+    /// Makes the node of the start come after that of the arrival in backward.
+    link: Tensor,
+    slot: Slot,
+    group: Shared,
+    receive: Vec<i64>,
+    send: Vec<i64>,
+}
+
+fn exchange(input: &Tensor, group: &Shared, receive: &[i64], send: &[i64]) -> Result<(Work, Tensor), Error> {
+    let mut shape = input.size();
+    shape[0] = receive.iter().sum();
+    let output = Tensor::empty(shape.as_slice(), (input.kind(), input.device()));
+    let work = group.all_to_all(&output, input, receive, send).map_err(edge)?;
+    Ok((work, output))
+}
+
+/// As [`all_to_all`], for a caller that computes something else before [`Travelling::arrive`]. In backward, what it computed
+/// is what the gradients travel beside.
+///
+/// # Errors
+/// As [`all_to_all`].
+pub fn start_all_to_all(input: &Tensor, group: &Shared, receive: &[i64], send: &[i64]) -> Result<Travelling, Error> {
+    let (work, output) = tch::no_grad(|| exchange(&input.detach().contiguous(), group, receive, send))?;
+    let slot = Slot::default();
+    let arrived = slot.clone();
+    let link = Tensor::zeros([0], (Kind::Float, input.device()));
+    let mut link = attach_backward(&[input], vec![link], move |_| Ok(vec![Some(take(&arrived)?)]))?;
+    let (receive, send) = (receive.to_vec(), send.to_vec());
+    Ok(Travelling { work, output, link: link.remove(0), slot, group: group.clone(), receive, send })
+}
+
+impl Travelling {
+    /// Waits for the rows.
+    ///
+    /// # Errors
+    /// When the collective failed.
+    pub fn arrive(self) -> Result<Tensor, Error> {
+        let Travelling { work, output, link, slot, group, receive, send } = self;
+        work.wait().map_err(edge)?;
+        let (shape, options) = (output.size(), (output.kind(), output.device()));
+        let mut out = attach_backward(&[&link], vec![output], move |grads| {
+            // A rank whose rows nobody used still takes part, with zeros.
+            let grad = match &grads[0] {
+                Some(grad) => grad.contiguous(),
+                None => Tensor::zeros(shape.as_slice(), options),
+            };
+            let (work, back) = exchange(&grad, &group, &send, &receive)?;
+            fill(&slot, work, back);
+            // It goes on through the slot.
+            Ok(vec![None])
+        })?;
+        Ok(out.remove(0))
+    }
 }

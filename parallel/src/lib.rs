@@ -26,5 +26,5 @@ pub use device::{Accelerator, Cpu, Cuda, MemoryUse, accelerator, peak_resident};
 pub use gradients::{BucketPlan, Deferred, GradientBuckets, Replication, matrix, plan_buckets};
 pub use mesh::{Coordinates, Group, Mesh, MeshError, MeshShape};
 pub use recompute::Activation;
-pub use weight::{Contribution, Weight, add_product, linear, linears};
+pub use weight::{Contribution, Weight, add_gradients, add_product, linear, linears};
 pub use world::{RankEnv, World, on_threads};

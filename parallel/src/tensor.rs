@@ -5,9 +5,10 @@
 //! gathered and the last is summed, forward and backward.
 // Shapes: n rows of a rank, R ranks, D hidden.
 
-use crate::{Activation, CommError, Communicator, ReduceOp, Work};
+use crate::collectives::{Slot, edge, fill, take};
+use crate::{Activation, Communicator, ReduceOp, Work};
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use tch::{Kind, Tensor};
 use torch_ext::{Error, attach_backward};
 
@@ -16,24 +17,6 @@ use torch_ext::{Error, attach_backward};
 pub struct TensorParallel {
     group: Arc<dyn Communicator>,
     chunks: usize,
-}
-
-/// Where an operation under way leaves its result.
-type Slot = Arc<Mutex<Option<(Work, Tensor)>>>;
-
-fn edge(error: CommError) -> Error {
-    Error::new(error.to_string())
-}
-
-fn fill(slot: &Slot, work: Work, tensor: Tensor) {
-    *slot.lock().expect("no thread panics while it holds a slot") = Some((work, tensor));
-}
-
-fn take(slot: &Slot) -> Result<Tensor, Error> {
-    let filled = slot.lock().expect("no thread panics while it holds a slot").take();
-    let (work, tensor) = filled.ok_or_else(|| Error::new("a chunk that nobody sent"))?;
-    work.wait().map_err(edge)?;
-    Ok(tensor)
 }
 
 impl TensorParallel {
@@ -262,6 +245,7 @@ impl Scatter {
 mod tests {
     use super::*;
     use crate::{Accelerator, Cpu, on_threads};
+    use std::sync::Mutex;
     use std::time::Duration;
 
     /// `silu(x a) b` with `a` split by columns and `b` by rows.

@@ -133,13 +133,7 @@ impl Weight {
     where
         F: FnOnce(&Tensor) -> Result<(), Error> + Send + 'static,
     {
-        let (state, weight) = (self.state()?, self.clone());
-        let now = locked(&state).defer(Box::new(move || {
-            let contribution = weight.contribution()?;
-            tch::no_grad(|| add(contribution.sum()))?;
-            contribution.finish()
-        }));
-        now.map_or(Ok(()), |contribution| contribution())
+        add_gradients(&[self], |sums| add(&sums[0]))
     }
 
     fn state(&self) -> Result<Arc<Mutex<State>>, Error> {
@@ -167,6 +161,27 @@ impl Weight {
             Some(_) => Err(Error::new("a weight's gradient already has a place")),
         }
     }
+}
+
+/// As [`Weight::add_gradient`], for weights whose contributions are computed together; `add` gets their sums.
+///
+/// # Errors
+/// Those of `add`, and when nothing collects the gradients.
+pub fn add_gradients<F>(weights: &[&Weight], add: F) -> Result<(), Error>
+where
+    F: FnOnce(&[Tensor]) -> Result<(), Error> + Send + 'static,
+{
+    let Some(first) = weights.first() else { return Ok(()) };
+    let state = first.state()?;
+    let weights: Vec<Weight> = weights.iter().map(|&weight| weight.clone()).collect();
+    let now = locked(&state).defer(Box::new(move || {
+        let contributions = weights.iter().map(Weight::contribution).collect::<Result<Vec<_>, _>>()?;
+        let sums: Vec<Tensor> = contributions.iter().map(|c| c.sum().shallow_clone()).collect();
+        tch::no_grad(|| add(&sums))?;
+        drop(sums);
+        contributions.into_iter().try_for_each(Contribution::finish)
+    }));
+    now.map_or(Ok(()), |contribution| contribution())
 }
 
 /// A contribution under way.
