@@ -3,7 +3,10 @@
 
 mod agreement;
 
-use agreement::{TIMEOUT, Trace, VOCAB, assert_same, sigmoid, softmax, trace_of, trainer_on, write_data};
+use agreement::{
+    TIMEOUT, Trace, VOCAB, assert_same, distance, sigmoid, softmax, trace_of, trace_of_biased, trainer_on, values,
+    write_data,
+};
 use parallel::on_threads;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -132,6 +135,83 @@ fn every_axis_alone_and_some_together() {
         let ours = trace_of(ranks, odd(folder.path(), &parallel, 2, true));
         assert_same(&format!("{ranks} ranks, {parallel}"), &ours, &single);
     }
+}
+
+/// A gate that is biased: most tokens choose experts 1 and 2 of 12, whatever they are.
+fn biased(trainer: &trainer::Trainer) {
+    for (_, _, bias) in trainer.model().biases() {
+        let _ = bias.narrow(0, 1, 2).fill_(0.5);
+    }
+}
+
+fn skewed(folder: &Path, parallel: &Value, dispatch: &str) -> Config {
+    let mut moe = sigmoid("sequence");
+    (moe["experts"], moe["bias_update_rate"]) = (json!(12), json!(1e-6));
+    moe["dispatch"] = json!(dispatch);
+    if dispatch.contains("least_loaded") {
+        moe["least_loaded"] = json!({"min_tokens": 1});
+    }
+    let mut config = config(folder, parallel, 1, &moe);
+    config.train.steps = 6;
+    config
+}
+
+#[test]
+fn lent_experts_and_ways_by_node_change_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    write_data(folder.path());
+    let single = trace_of_biased(1, skewed(folder.path(), &experts(1), "standard"), biased);
+    let layouts = [
+        (2, json!({"expert": 2})),
+        (4, json!({"expert": 4, "ranks_per_node": 2})),
+        (4, json!({"expert": 2, "zero": 3, "ranks_per_node": 1})),
+        (4, json!({"tensor": 2, "expert": 2, "expert_tensor": 2, "zero": 2})),
+        (4, json!({"pipeline": 2, "expert": 2, "schedule": "zb-h1", "vocabulary": "vocab-2"})),
+        (4, json!({"expert": 4, "ranks_per_node": 2, "recompute": {"layers": "all"}})),
+        (2, json!({"expert": 2, "recompute": {"parts": ["norm", "router", "experts"]}})),
+        (4, json!({"context": 2, "tensor": 2, "expert": 4, "zero": 1, "ranks_per_node": 2})),
+    ];
+    for (ranks, parallel) in layouts {
+        let nodes = parallel.get("ranks_per_node").is_some();
+        for dispatch in ["least_loaded", "hierarchical", "hierarchical_least_loaded"] {
+            if dispatch.starts_with("hierarchical") && !nodes {
+                continue;
+            }
+            let ours = trace_of_biased(ranks, skewed(folder.path(), &parallel, dispatch), biased);
+            assert_same(&format!("{ranks} ranks, {dispatch}, {parallel}"), &ours, &single);
+            assert_eq!(ours.spilled > 0, dispatch.contains("least_loaded"), "{dispatch}, {parallel}");
+        }
+    }
+    let twice = || trace_of_biased(4, skewed(folder.path(), &experts(4), "least_loaded"), biased);
+    assert_eq!(twice(), twice());
+}
+
+#[test]
+fn a_run_that_lends_experts_leaves_the_checkpoint_of_one_that_does_not() {
+    tch::set_num_threads(1);
+    let folder = tempfile::tempdir().unwrap();
+    write_data(folder.path());
+    let saved = |dispatch: &str| {
+        let mut config = skewed(folder.path(), &json!({"expert": 4, "zero": 1}), dispatch);
+        config.run.dir = folder.path().join(dispatch);
+        let paths = on_threads(4, TIMEOUT, move |world| {
+            let mut trainer = trainer_on(world, config.clone());
+            biased(&trainer);
+            (0..6).for_each(|_| drop(trainer.train_step(false).unwrap()));
+            trainer.save().unwrap()
+        });
+        checkpoint::Checkpoint::open(&paths[0]).unwrap()
+    };
+    let (mut standard, mut ours) = (saved("standard"), saved("least_loaded"));
+    let tensors: Vec<_> = standard.manifest().tensors.iter().map(|(name, t)| (name.clone(), t.shape.clone())).collect();
+    assert!(tensors.iter().any(|(name, _)| name.starts_with("exp_avg_sq/layers.1.moe.experts.1.")));
+    for (name, shape) in tensors.iter().filter(|(name, _)| !name.starts_with("generator")) {
+        let place = checkpoint::Place::whole(name.clone(), shape);
+        let (a, b) = (ours.tensor(&place).unwrap(), standard.tensor(&place).unwrap());
+        let far = distance(&values(&a), &values(&b));
+        assert!(far <= 1e-5, "{name} is {far} away");
+    }
+    assert_eq!(ours.manifest().tensors.len(), standard.manifest().tensors.len());
 }
 
 #[test]

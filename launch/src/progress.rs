@@ -54,12 +54,12 @@ impl Progress for TrainingView {
             _ => duration(self.started.elapsed().mul_f64((steps - record.step) as f64 / paced as f64)),
         };
         let text = format!(
-            "loss {:.4}  lr {:.2e}  grad norm {:.3}  {:.0} tokens/s  imbalance {:.2}  left {left}",
+            "loss {:.4}  lr {:.2e}  grad norm {:.3}  {:.0} tokens/s{}  left {left}",
             record.loss,
             record.lr,
             record.grad_norm,
             record.tokens_per_s,
-            record.worst_imbalance()
+            balance(record)
         );
         tracing::info!("step {}/{steps}  {text}", record.step);
         match &self.bar {
@@ -85,6 +85,19 @@ impl Progress for TrainingView {
     fn warn(&mut self, message: &str) {
         self.line(&format!("warning: {message}"));
     }
+}
+
+/// How evenly experts and ranks are used, in the worst layer: the fullest over the mean.
+fn balance(record: &Record) -> String {
+    let Some([_, _, experts]) = record.expert_imbalance_percentiles else { return String::new() };
+    let mut text = format!("  imbalance {experts:.2}");
+    if let Some([_, _, ranks]) = record.rank_imbalance_percentiles.filter(|_| record.rank_rows[0].len() > 1) {
+        text += &format!(", ranks {ranks:.2}");
+    }
+    if record.spilled() > 0.0 {
+        text += &format!(", spilled {:.0}%", record.spilled() * 100.0);
+    }
+    text
 }
 
 fn duration(time: Duration) -> String {

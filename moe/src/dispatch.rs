@@ -16,7 +16,7 @@ use crate::plan::{Route, Sites, count, plan_receive, plan_send, route};
 use crate::rows::{Slots, permute_rows};
 use parallel::collectives::{Travelling, start_all_to_all};
 use parallel::{Activation, CommError, Communicator, Weight, Work};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 use tch::{Device, Kind, Tensor};
 use torch_ext::Error;
@@ -24,8 +24,8 @@ use torch_ext::Error;
 /// Full ranks lend experts to others.
 #[derive(Clone)]
 pub struct LeastLoaded {
-    /// Decides which.
-    pub planner: Planner,
+    /// Decides which, for all layers.
+    pub planner: Arc<Mutex<Planner>>,
     /// The ranks of the expert group; nothing but weights and their gradients travels here.
     pub lending: Arc<dyn Communicator>,
 }
@@ -45,11 +45,14 @@ pub struct Dispatcher {
     sites: Sites,
     least_loaded: Option<LeastLoaded>,
     hierarchy: Option<Hierarchy>,
+    /// For each expert its position; owners hold neighbouring positions.
+    positions: Mutex<Arc<Vec<i64>>>,
 }
 
 /// Where a layer's choices go: the same for a forward and for computing it again.
 #[derive(Clone)]
 pub struct Plan {
+    positions: Arc<Vec<i64>>,
     pub(crate) route: Arc<Route>,
     pub(crate) lending: Option<Arc<Lending>>,
     /// Seconds that it took, without the collective.
@@ -169,34 +172,48 @@ impl Plan {
 }
 
 impl Dispatcher {
-    /// A dispatcher over the ranks of `group`.
+    /// A dispatcher of `num_experts` experts over the ranks of `group`.
     pub fn new(
         group: Arc<dyn Communicator>,
+        num_experts: usize,
         sites: Sites,
         least_loaded: Option<LeastLoaded>,
         hierarchy: Option<Hierarchy>,
     ) -> Dispatcher {
-        Dispatcher { group, sites, least_loaded, hierarchy }
+        let positions = Mutex::new(Arc::new((0..num_experts as i64).collect()));
+        Dispatcher { group, sites, least_loaded, hierarchy, positions }
+    }
+
+    /// For each expert its position: the first owner holds the first positions, and so on.
+    pub fn positions(&self) -> Arc<Vec<i64>> {
+        self.positions.lock().expect("nobody panics with it").clone()
+    }
+
+    /// Says that experts have moved.
+    pub fn place(&self, positions: Vec<i64>) {
+        *self.positions.lock().expect("nobody panics with it") = Arc::new(positions);
     }
 
     /// Decides where the choices `experts`, of this rank's tokens and on the host, are worked on.
     ///
     /// # Errors
     /// When a collective fails.
-    pub fn plan(&self, experts: &[i64], num_experts: usize) -> Result<Plan, Error> {
-        let own = count(experts, num_experts);
+    pub fn plan(&self, experts: &[i64]) -> Result<Plan, Error> {
+        let positions = self.positions();
+        let num_experts = positions.len();
+        let own = count(&placed(experts, &positions), num_experts);
         let counts = if self.group.size() == 1 { own } else { gather(&self.group, &own)? };
         let started = Instant::now();
         let loads: Vec<i64> = (0..num_experts).map(|e| counts.iter().skip(e).step_by(num_experts).sum()).collect();
         let owners = self.sites.owners();
         let assignment = match &self.least_loaded {
-            Some(least_loaded) => least_loaded.planner.plan(&loads, owners),
+            Some(LeastLoaded { planner, .. }) => planner.lock().expect("nobody panics with it").plan(&loads, owners),
             None => crate::assignment::Assignment::standard(&loads, owners),
         };
         let route = route(&counts, &assignment, &self.sites, self.group.rank());
         let seconds = started.elapsed().as_secs_f64();
         let lending = self.least_loaded.as_ref().and_then(|ll| Lending::new(&route, &self.sites, &ll.lending));
-        Ok(Plan { route: Arc::new(route), lending, seconds })
+        Ok(Plan { positions, route: Arc::new(route), lending, seconds })
     }
 
     /// Starts to send each of the tokens `x_td` `[T, D]` to its experts; `experts` are the choices of a routing, `[T * K]`,
@@ -204,16 +221,11 @@ impl Dispatcher {
     ///
     /// # Errors
     /// When a collective fails.
-    pub fn start(
-        &self,
-        x_td: &Tensor,
-        experts: &[i64],
-        top_k: usize,
-        num_experts: usize,
-        plan: &Plan,
-    ) -> Result<Sending, Error> {
+    pub fn start(&self, x_td: &Tensor, experts: &[i64], top_k: usize, plan: &Plan) -> Result<Sending, Error> {
         let (route, slices, ranks) = (&plan.route, self.sites.slices, self.group.size());
-        let owners = route.owners(experts, num_experts);
+        let num_experts = plan.positions.len();
+        let experts = placed(experts, &plan.positions);
+        let owners = route.owners(&experts, num_experts);
         // A choice of a split expert is one for each rank with a slice of it.
         let choices: Vec<Option<(usize, usize)>> = experts
             .iter()
@@ -303,6 +315,11 @@ impl Sending {
         };
         Ok(Dispatched { rows_rd, counts, way })
     }
+}
+
+/// The positions of chosen experts.
+fn placed(experts: &[i64], positions: &[i64]) -> Vec<i64> {
+    experts.iter().map(|&expert| positions[expert as usize]).collect()
 }
 
 pub(crate) fn upload(numbers: &[i64], device: Device) -> Tensor {

@@ -118,7 +118,7 @@ impl MoeLayer {
         let Router { top_k, num_experts, .. } = self.router;
         let plan = match plan {
             Some(plan) => plan,
-            None => self.dispatcher.plan(&experts, num_experts)?,
+            None => self.dispatcher.plan(&experts)?,
         };
         *replay.0.lock().expect("nobody panics with it") = Some((routing.experts_tk.shallow_clone(), plan.clone()));
         let shared = |x_td: &Activation| match &self.weights.shared {
@@ -172,7 +172,7 @@ impl MoeLayer {
     ) -> Result<Mixed, Error> {
         let (Router { top_k, num_experts, .. }, MoeWeights { gate_up, down, .. }) = (&self.router, &self.weights);
         let fetching = plan.fetch(gate_up, down)?;
-        let sending = self.dispatcher.start(&x_td.value, &experts, *top_k, *num_experts, plan)?;
+        let sending = self.dispatcher.start(&x_td.value, &experts, *top_k, plan)?;
         let beside = beside(x_td)?;
         let dispatched = sending.arrive(x_td, self.keep.rows)?;
         let borrowed = match (fetching.map(Fetching::arrive).transpose()?, &plan.lending) {

@@ -14,6 +14,7 @@
 
 pub mod assignment;
 pub mod balance;
+pub mod calibrate;
 pub mod dispatch;
 pub mod experts;
 mod foreign;

@@ -32,6 +32,8 @@ pub struct Router {
     pub groups: usize,
     /// ... of which only the best this many may be chosen from. Equal to `groups`: no limit.
     pub top_groups: usize,
+    /// Whether a token chooses as many experts in each group (MoGE, arXiv 2505.21411, section 3.1): `top_k / groups`.
+    pub even_groups: bool,
 }
 
 /// What a router decided for each token.
@@ -76,6 +78,15 @@ impl Router {
             Some(bias_e) => scores_te + bias_e,
             None => scores_te.shallow_clone(),
         };
+        if self.even_groups {
+            let (groups, per_group) = (self.groups as i64, (self.num_experts / self.groups) as i64);
+            let (_, within) = scores_te.view([-1, groups, per_group]).topk(self.top_k as i64 / groups, -1, true, true);
+            let first = Tensor::arange(groups, (Kind::Int64, scores_te.device())) * per_group;
+            let chosen_tk = (within + first.unsqueeze(-1)).flatten(1, -1);
+            // All of them, in descending order of score.
+            let order = scores_te.gather(1, &chosen_tk, false).sort_stable(true, -1, true).1;
+            return chosen_tk.gather(1, &order, false);
+        }
         if self.top_groups < self.groups {
             let (groups, per_group) = (self.groups as i64, (self.num_experts / self.groups) as i64);
             let grouped = scores_te.view([-1, groups, per_group]);
@@ -96,7 +107,16 @@ mod tests {
     use super::*;
 
     fn router(score: Score) -> Router {
-        Router { num_experts: 4, top_k: 2, score, normalize: true, scale: 1.0, groups: 1, top_groups: 1 }
+        Router {
+            num_experts: 4,
+            top_k: 2,
+            score,
+            normalize: true,
+            scale: 1.0,
+            groups: 1,
+            top_groups: 1,
+            even_groups: false,
+        }
     }
 
     fn logits(values: &[f32]) -> Tensor {
@@ -140,5 +160,12 @@ mod tests {
         let limited = Router { score: Score::Sigmoid, ..limited };
         let routing = limited.route(&logits(&[5., -5., 2., 2.]), None, None);
         assert_eq!(list::<i64>(&routing.experts_tk).iter().sum::<i64>(), 5);
+    }
+
+    #[test]
+    fn with_even_groups_each_group_is_chosen_from_alike() {
+        let even = Router { groups: 2, even_groups: true, ..router(Score::Softmax) };
+        let routing = even.route(&logits(&[5., 4., 2., 1., 0., 1., 2., 9.]), None, None);
+        assert_eq!(list::<i64>(&routing.experts_tk), [0, 2, 3, 1]);
     }
 }

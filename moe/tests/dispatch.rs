@@ -10,7 +10,7 @@ use parallel::tensor::TensorParallel;
 use parallel::{
     Accelerator, Activation, Communicator, Cpu, GradientBuckets, Local, Replication, Weight, World, on_threads,
 };
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tch::{Kind, Tensor};
 
@@ -85,14 +85,14 @@ fn run(groups: &Groups, case: &Case, mode: Mode) -> Outcome {
     let per_node = mode.ranks_per_node.unwrap_or(group.size());
     let sites = Sites { slices: case.slices, nodes: (0..group.size()).map(|rank| rank / per_node).collect() };
     let least_loaded = mode.least_loaded.then(|| LeastLoaded {
-        planner: Planner {
+        planner: Arc::new(Mutex::new(Planner {
             capacity: 1.0,
             min_tokens: 0,
             threshold: 1.0,
             over: Imbalance::Device,
             strict_paper: false,
             nodes: if mode.ranks_per_node.is_some() { sites.owner_nodes() } else { vec![] },
-        },
+        })),
         lending: groups.lending.clone(),
     });
     let hierarchy = mode.ranks_per_node.map(|per_node| groups.by_node[per_node - 1].clone());
@@ -119,8 +119,9 @@ fn run(groups: &Groups, case: &Case, mode: Mode) -> Outcome {
             scale: 1.0,
             groups: 1,
             top_groups: 1,
+            even_groups: false,
         },
-        dispatcher: Dispatcher::new(group, sites, least_loaded, hierarchy),
+        dispatcher: Dispatcher::new(group, case.num_experts, sites, least_loaded, hierarchy),
         statistics: Statistics::Sequence,
         tensor: TensorParallel::new(alone.clone(), 1),
         sequence: alone,
@@ -143,7 +144,7 @@ fn run(groups: &Groups, case: &Case, mode: Mode) -> Outcome {
         weights_tk: weights_tk.shallow_clone(),
         probs_te: Cpu.zeros(&[tokens, case.num_experts as i64], Kind::Float),
     };
-    let plan = layer.dispatcher.plan(&experts, case.num_experts).unwrap();
+    let plan = layer.dispatcher.plan(&experts).unwrap();
     let mixed = layer.mix(&Activation::kept(&x), &routing, experts, &plan, |_| Ok(None)).unwrap();
     let probe = numbers(30 + rank as i64, &[tokens, HIDDEN]);
     (&mixed.hidden_td * probe).sum(Kind::Float).backward();

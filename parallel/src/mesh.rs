@@ -226,6 +226,25 @@ impl Mesh {
         (0..self.size()).filter(member).collect()
     }
 
+    /// The node of each rank of the group `group`, where every node has `per_node` ranks.
+    pub fn nodes(&self, group: Group, per_node: usize) -> Vec<usize> {
+        self.group(group).into_iter().map(|rank| rank / per_node).collect()
+    }
+
+    /// Of the group `group` the ranks on this rank's node, and those with this rank's number among them on the other
+    /// nodes; None where not every node has as many of the group, or whole owners of experts.
+    pub fn by_node(&self, group: Group, per_node: usize) -> Option<(Vec<usize>, Vec<usize>)> {
+        let members = self.group(group);
+        let on = |node: usize| members.iter().copied().filter(move |rank| rank / per_node == node);
+        let inside: Vec<usize> = on(self.rank / per_node).collect();
+        let place = inside.iter().position(|&rank| rank == self.rank)?;
+        let mut nodes = self.nodes(group, per_node);
+        nodes.dedup();
+        let even = nodes.iter().all(|&node| on(node).count() == inside.len());
+        let whole = inside.len().is_multiple_of(self.shape.expert_tensor);
+        (even && whole).then(|| (inside.clone(), members.iter().copied().skip(place).step_by(inside.len()).collect()))
+    }
+
     /// What the ranks of one group have in common.
     fn key(&self, rank: usize, group: Group) -> [usize; 3] {
         let at = self.coordinates_of(rank);
@@ -350,6 +369,18 @@ mod tests {
                 prop_assert_eq!(common, vec![rank]);
             }
         }
+    }
+
+    #[test]
+    fn an_expert_group_by_node() {
+        let shape = MeshShape { data: 8, tensor: 1, pipeline: 1, context: 1, expert: 8, expert_tensor: 1 };
+        let mesh = Mesh::new(shape, 5, 8).unwrap();
+        assert_eq!(mesh.nodes(Group::Expert, 4), [0, 0, 0, 0, 1, 1, 1, 1]);
+        assert_eq!(mesh.by_node(Group::Expert, 4), Some((vec![4, 5, 6, 7], vec![1, 5])));
+        assert_eq!(mesh.by_node(Group::Expert, 8), Some(((0..8).collect(), vec![5])));
+        assert_eq!(mesh.by_node(Group::Expert, 3), None, "3, 3 and 2 ranks");
+        let split = Mesh::new(MeshShape { expert: 4, expert_tensor: 2, ..shape }, 0, 8).unwrap();
+        assert_eq!(split.by_node(Group::Expert, 1), None, "half an owner");
     }
 
     #[test]

@@ -32,6 +32,8 @@ pub struct RankEnv {
 pub struct World {
     rank: usize,
     size: usize,
+    /// Ranks of a machine.
+    per_node: usize,
     timeout: Duration,
     /// None where this rank is alone.
     store: Option<Store>,
@@ -41,7 +43,7 @@ pub struct World {
 impl World {
     /// A run of one rank, which needs no rendezvous.
     pub fn single() -> World {
-        World { rank: 0, size: 1, timeout: Duration::ZERO, store: None, address: GlooAddress::Default }
+        World { rank: 0, size: 1, per_node: 1, timeout: Duration::ZERO, store: None, address: GlooAddress::Default }
     }
 
     /// Meets the other ranks at the store. Every operation of every group made from this world then has `timeout`.
@@ -68,7 +70,8 @@ impl World {
             None if loopback => GlooAddress::Host("127.0.0.1".into()),
             None => GlooAddress::Default,
         };
-        Ok(World { rank: env.rank, size: env.world_size, timeout, store: Some(store), address })
+        let (rank, size, per_node) = (env.rank, env.world_size, env.local_world_size.clamp(1, env.world_size));
+        Ok(World { rank, size, per_node, timeout, store: Some(store), address })
     }
 
     /// This rank.
@@ -79,6 +82,11 @@ impl World {
     /// How many ranks there are.
     pub fn size(&self) -> usize {
         self.size
+    }
+
+    /// How many ranks each machine has, as the launcher says.
+    pub fn ranks_per_node(&self) -> usize {
+        self.per_node
     }
 
     /// Makes the communicator of the group `name` of global ranks `members`, which must include this rank.

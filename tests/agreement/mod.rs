@@ -50,6 +50,8 @@ pub(crate) struct Trace {
     pub(crate) steps: Vec<[f64; 4]>,
     pub(crate) first_gradients: BTreeMap<String, Vec<f32>>,
     pub(crate) weights: BTreeMap<String, Vec<f32>>,
+    /// Rows that were worked on away from their expert's home.
+    pub(crate) spilled: u64,
 }
 
 pub(crate) fn trainer_on(world: &World, config: Config) -> Trainer {
@@ -77,11 +79,17 @@ pub(crate) fn gather(into: &mut Gathered, place: &Place, part: &Tensor) {
 }
 
 pub(crate) fn trace_of(ranks: usize, config: Config) -> Trace {
+    trace_of_biased(ranks, config, |_| {})
+}
+
+/// With `change` done to each rank's trainer before it begins.
+pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)) -> Trace {
     tch::set_num_threads(1);
     let steps = config.train.steps;
     assert_eq!(config.problems(ranks), Vec::<String>::new());
     let parts = on_threads(ranks, TIMEOUT, move |world| {
         let mut trainer = trainer_on(world, config.clone());
+        change(&trainer);
         let held = trainer.model().parameters.iter().map(|parameter| parameter.master.numel() as u64).sum::<u64>();
         assert_eq!(config.memory(ranks).unwrap()[world.rank()].parameters, held, "as planned");
         let first_norm = trainer.forward_backward().unwrap();
@@ -91,9 +99,11 @@ pub(crate) fn trace_of(ranks: usize, config: Config) -> Trace {
                 first_gradients.push((place.clone(), part.copy()));
             }
         }
+        let mut spilled = 0;
         let steps: Vec<[f64; 4]> = (0..steps)
             .map(|_| {
                 let (record, _) = trainer.train_step(false).unwrap();
+                spilled += record.spilled_rows.iter().sum::<u64>();
                 [record.loss, record.load_balance_loss, record.z_loss, record.grad_norm]
             })
             .collect();
@@ -107,16 +117,21 @@ pub(crate) fn trace_of(ranks: usize, config: Config) -> Trace {
         for (_, name, bias) in trainer.model().biases() {
             weights.push((Place::whole(name, &bias.size()), bias.copy()));
         }
-        (steps, first_gradients, weights)
+        (steps, first_gradients, weights, spilled)
     });
     let (mut first_gradients, mut weights) = (Gathered::new(), Gathered::new());
-    for (steps, of_rank, weights_of_rank) in &parts {
+    for (steps, of_rank, weights_of_rank, _) in &parts {
         assert_eq!(*steps, parts[0].0, "every rank reports the same figures");
         of_rank.iter().for_each(|(place, part)| gather(&mut first_gradients, place, part));
         weights_of_rank.iter().for_each(|(place, part)| gather(&mut weights, place, part));
     }
     let by_name = |gathered: Gathered| gathered.into_iter().map(|(name, tensor)| (name, values(&tensor))).collect();
-    Trace { steps: parts[0].0.clone(), first_gradients: by_name(first_gradients), weights: by_name(weights) }
+    Trace {
+        steps: parts[0].0.clone(),
+        first_gradients: by_name(first_gradients),
+        weights: by_name(weights),
+        spilled: parts[0].3,
+    }
 }
 
 /// The norm of the difference over the norm.

@@ -27,7 +27,7 @@ mod training;
 pub use error::Error;
 pub use generate::{Generation, generate};
 pub use memory::RankMemory;
-pub use metrics::{Metrics, Progress, Record};
+pub use metrics::{Metrics, Progress, Record, RoutingLine};
 pub use model::{ForwardOutput, Model, ModelPart, Setting, StagePart, VocabularyShard, split_layers};
 pub use optimizer::Optimizer;
 pub use parameters::{Parameter, Parameters, Replicas};

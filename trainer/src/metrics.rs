@@ -30,8 +30,28 @@ pub struct Record {
     pub step_ms: f64,
     /// For each mixture layer: the busiest expert's tokens over the mean.
     pub expert_imbalance: Vec<f64>,
+    /// For each mixture layer: the busiest rank's rows over the mean of the ranks that work on the layer.
+    pub rank_imbalance: Vec<f64>,
+    /// Of those over layers: median, nine tenths, largest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expert_imbalance_percentiles: Option<[f64; 3]>,
+    /// Likewise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rank_imbalance_percentiles: Option<[f64; 3]>,
     /// For each mixture layer: rows that each rank's experts worked on.
     pub rank_rows: Vec<Vec<u64>>,
+    /// For each mixture layer: rows that were worked on away from their expert's home.
+    pub spilled_rows: Vec<u64>,
+    /// For each mixture layer: bytes of experts' weights that were lent in forward. (Their gradients go back in fp32.)
+    pub lent_bytes: Vec<u64>,
+    /// For each mixture layer: bytes of rows that crossed nodes on the way to experts. (As many come back, and twice as
+    /// many cross in backward.)
+    pub node_bytes: Vec<u64>,
+    /// For each mixture layer: milliseconds that a rank planned in a step, in the mean.
+    pub plan_ms: Vec<f64>,
+    /// Choices of each expert, `[mixture layers][E]`: in `routing.jsonl`.
+    #[serde(skip)]
+    pub expert_choices: Vec<Vec<u64>>,
     /// Bytes that tensors held at most so far, on each rank's device.
     pub rank_peak_memory: Vec<u64>,
     /// Bytes of host memory that each rank's process had resident at most so far.
@@ -44,10 +64,28 @@ pub struct Record {
 }
 
 impl Record {
-    /// The worst layer's expert imbalance; 1 where there is no mixture.
-    pub fn worst_imbalance(&self) -> f64 {
-        self.expert_imbalance.iter().copied().fold(1.0, f64::max)
+    /// The share of all rows that were worked on away from their expert's home.
+    pub fn spilled(&self) -> f64 {
+        let rows: u64 = self.rank_rows.iter().flatten().sum();
+        self.spilled_rows.iter().sum::<u64>() as f64 / rows.max(1) as f64
     }
+}
+
+/// A line of `routing.jsonl`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RoutingLine {
+    /// Steps done, this one included.
+    pub step: u64,
+    /// Choices of each expert in this step, `[mixture layers][E]`.
+    pub choices: Vec<Vec<u64>>,
+}
+
+/// Figures of layers: median, nine tenths, and the largest. (With many layers they say more than the list.)
+pub(crate) fn percentiles(of_layers: &[f64]) -> Option<[f64; 3]> {
+    let mut sorted = of_layers.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let at = |share: f64| sorted[((sorted.len() - 1) as f64 * share).round() as usize];
+    (!sorted.is_empty()).then(|| [at(0.5), at(0.9), at(1.0)])
 }
 
 /// Is told what happens, on rank 0.
@@ -62,7 +100,7 @@ pub trait Progress {
     fn warn(&mut self, message: &str);
 }
 
-/// `metrics.jsonl`: one JSON object a line.
+/// `metrics.jsonl`, and `routing.jsonl`: one JSON object a line.
 pub struct Metrics {
     path: PathBuf,
     file: File,

@@ -1,11 +1,13 @@
 //! The ranks that a rank works with, by what they have in common.
 
 use crate::Error;
-use crate::config::ParallelConfig;
+use crate::config::{Config, ParallelConfig, nodes_divide};
 use crate::parameters::Replicas;
+use moe::dispatch::{Hierarchy, LeastLoaded};
+use moe::plan::Sites;
 use parallel::tensor::TensorParallel;
 use parallel::{CommError, Communicator, Group, Local, Mesh, Replication, World};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 /// Those that the layers of one stage need.
 pub struct Ranks {
@@ -17,8 +19,12 @@ pub struct Ranks {
     pub sequence: Arc<dyn Communicator>,
     /// They share out a layer's experts ...
     pub experts: Arc<dyn Communicator>,
-    /// ... each of which this many of them split.
-    pub expert_tensor: usize,
+    /// ... and where they are.
+    pub sites: Sites,
+    /// How full ranks lend experts, where they do.
+    pub least_loaded: Option<LeastLoaded>,
+    /// The expert ranks by node, where tokens go by way of nodes.
+    pub hierarchy: Option<Hierarchy>,
     /// They hold the same parameters, by the number of [`crate::Replicas`].
     pub replications: Vec<Replication>,
     /// What of the optimizer's work they share out.
@@ -34,7 +40,9 @@ impl Ranks {
             context: local.clone(),
             sequence: local.clone(),
             experts: local,
-            expert_tensor: 1,
+            sites: Sites::on_one_node(1, 1),
+            least_loaded: None,
+            hierarchy: None,
             replications: vec![Replication::alone(); 4],
             zero: 0,
         }
@@ -46,8 +54,11 @@ impl Ranks {
     /// All ranks.
     ///
     /// # Errors
-    /// When they cannot be joined.
-    pub fn join(world: &World, mesh: &Mesh, config: &ParallelConfig, ends: &[usize]) -> Result<Ranks, Error> {
+    /// When they cannot be joined, or nodes do not divide them.
+    pub fn join(world: &World, mesh: &Mesh, config: &Config, ends: &[usize]) -> Result<Ranks, Error> {
+        let (moe, per_node) = (config.model.moe.as_ref(), config.parallel.ranks_per_node);
+        let per_node = per_node.unwrap_or(world.ranks_per_node());
+        let config = &config.parallel;
         let group = |name: &str, kind| world.group(name, &mesh.group(kind));
         let shape = mesh.shape();
         let mut replications = Vec::new();
@@ -67,12 +78,32 @@ impl Ranks {
             }
             false => Replication::alone(),
         });
+        let sites = Sites { slices: shape.expert_tensor, nodes: mesh.nodes(Group::Expert, per_node) };
+        let (alone, nodes) = (sites.ranks() == 1, sites.nodes.first() != sites.nodes.last());
+        let least_loaded = match moe.filter(|moe| moe.dispatch.least_loaded() && !alone) {
+            Some(moe) => {
+                let nodes = if nodes { sites.owner_nodes() } else { Vec::new() };
+                let planner = Arc::new(Mutex::new(moe.least_loaded.planner(nodes)));
+                Some(LeastLoaded { planner, lending: group("lent experts", Group::Expert)? })
+            }
+            None => None,
+        };
+        let hierarchy = match moe.filter(|moe| moe.dispatch.hierarchical() && nodes) {
+            Some(_) => {
+                let (inside, across) = nodes_divide(mesh, per_node).map_err(Error::Config)?;
+                let inside = world.group("experts of a node", &inside)?;
+                Some(Hierarchy { inside, across: world.group("experts across nodes", &across)? })
+            }
+            None => None,
+        };
         Ok(Ranks {
             tensor: TensorParallel::new(group("tensor", Group::Tensor)?, config.tensor_chunks),
             context: group("context", Group::Context)?,
             sequence: group("sequence", Group::Sequence)?,
             experts: group("experts", Group::Expert)?,
-            expert_tensor: shape.expert_tensor,
+            sites,
+            least_loaded,
+            hierarchy,
             replications,
             zero: config.zero,
         })

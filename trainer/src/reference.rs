@@ -1,7 +1,7 @@
 //! The reference training step: the shape of `MixtralForCausalLM` that peers measure, on random tokens.
 
 use crate::Error;
-use crate::config::{Dtype, ModelConfig, MoeConfig, OptimizerConfig, QkNorm, RouterConfig};
+use crate::config::{Dtype, ModelConfig, MoeConfig, OptimizerConfig, QkNorm};
 use crate::model::{Model, ModelPart, Setting};
 use crate::optimizer::Optimizer;
 use crate::ranks::Ranks;
@@ -48,16 +48,10 @@ impl ReferenceStep {
     /// libtorch's message.
     pub fn new(dtype: Dtype, device: Box<dyn Accelerator>) -> Result<ReferenceStep, Error> {
         let moe = MoeConfig {
-            experts: 8,
-            top_k: 2,
-            ffn: 512,
-            shared_experts: 0,
-            router: RouterConfig::default(),
             load_balance: 0.02,
             load_balance_over: Statistics::Microbatch,
             load_balance_pool_layers: true,
-            z_loss: 0.0,
-            bias_update_rate: 0.0,
+            ..MoeConfig::new(8, 2, 512)
         };
         let config = ModelConfig {
             vocab_size: VOCAB as usize,

@@ -25,6 +25,9 @@ pub(crate) struct RunState {
     pub(crate) tokens: u64,
     /// How many ranks saved.
     pub(crate) ranks: usize,
+    /// Choices for which an expert is lent, where experts are.
+    #[serde(default)]
+    pub(crate) min_tokens: Option<i64>,
     /// The whole configuration.
     pub(crate) config: serde_json::Value,
 }

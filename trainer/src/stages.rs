@@ -3,6 +3,7 @@
 use crate::Error;
 use crate::model::vocabulary::{self, LocalSoftmax};
 use crate::model::{Documents, Model, with_gradient};
+use moe::Seen;
 use moe::balance::BatchTotals;
 use parallel::pipeline::simulate::Span;
 use parallel::pipeline::{Collective, CollectiveKind, Exchange, Pass, PassKind, Stages, Vocabulary};
@@ -16,14 +17,35 @@ pub(crate) struct Sums {
     pub(crate) cross_entropy: f64,
     pub(crate) load_balance: f64,
     pub(crate) z: f64,
-    /// Choices of each expert, `[mixture layers of the model][E]`; zero for layers of other ranks.
-    pub(crate) choices: Vec<Vec<f64>>,
-    /// Rows worked on, `[mixture layers of the model]`.
-    pub(crate) rows: Vec<f64>,
+    /// By mixture layer of the model; zero for layers of other ranks.
+    pub(crate) mixtures: Vec<MixtureSums>,
     /// Share of the time in which this rank waited for others.
     pub(crate) waiting: f64,
     /// Seconds of each kind of pass in each chunk, and how many there were: `[kinds * chunks]`.
     pub(crate) passes: Vec<(f64, f64)>,
+}
+
+/// What a mixture layer did, in figures that add up over microbatches and ranks.
+#[derive(Clone)]
+pub(crate) struct MixtureSums {
+    /// Choices of each expert, `[E]`.
+    pub(crate) choices: Vec<f64>,
+    /// Rows worked on.
+    pub(crate) rows: f64,
+    /// What moved: see [`MixtureSums::MOVED`].
+    pub(crate) moved: [f64; MixtureSums::MOVED],
+}
+
+impl MixtureSums {
+    /// Rows worked on for others, bytes of weights lent, bytes sent to other nodes, seconds of planning.
+    pub(crate) const MOVED: usize = 4;
+
+    fn add(&mut self, seen: &Seen) {
+        self.choices.iter_mut().zip(&seen.choices).for_each(|(sum, &choices)| *sum += choices as f64);
+        self.rows += seen.rows as f64;
+        let moved = [seen.borrowed_rows as f64, seen.lent_bytes as f64, seen.bytes_across as f64, seen.plan_seconds];
+        self.moved.iter_mut().zip(moved).for_each(|(sum, moved)| *sum += moved);
+    }
 }
 
 impl Sums {
@@ -127,8 +149,10 @@ impl<'a> StepStages<'a> {
                 cross_entropy: 0.0,
                 load_balance: 0.0,
                 z: 0.0,
-                choices: vec![vec![0.0; experts]; mixtures],
-                rows: vec![0.0; mixtures],
+                mixtures: vec![
+                    MixtureSums { choices: vec![0.0; experts], rows: 0.0, moved: [0.0; MixtureSums::MOVED] };
+                    mixtures
+                ],
                 waiting: 0.0,
                 passes: Vec::new(),
             },
@@ -152,9 +176,8 @@ impl<'a> StepStages<'a> {
         let auxiliary = model.auxiliary(chunk, &out.stats, &self.totals);
         self.sums.load_balance += auxiliary.load_balance;
         self.sums.z += auxiliary.z;
-        for (mixture, (choices, &rows)) in model.mixtures(chunk).zip(out.choices.iter().zip(&out.rows)) {
-            self.sums.choices[mixture].iter_mut().zip(choices).for_each(|(sum, &choices)| *sum += choices as f64);
-            self.sums.rows[mixture] += rows as f64;
+        for (mixture, seen) in model.mixtures(chunk).zip(&out.seen) {
+            self.sums.mixtures[mixture].add(seen);
         }
         let mut loss = auxiliary.total;
         if part.last && self.algorithm.is_none() {

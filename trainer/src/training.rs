@@ -1,23 +1,25 @@
 //! The loop: microbatches, gradients, the update, and what surrounds them.
 
-use crate::config::{Config, Dtype};
+use crate::config::{Config, Dtype, MinTokens, RecomputedPart};
 use crate::data::Dataset;
-use crate::metrics::{Metrics, Progress, Record};
+use crate::metrics::{Metrics, Progress, Record, RoutingLine, percentiles};
 use crate::model::{IGNORED, Model, ModelPart, Setting};
 use crate::optimizer::Optimizer;
 use crate::ranks::Ranks;
 use crate::saving::{self, RunState, Stateful, sum_over_ranks};
 use crate::schedule::learning_rate;
-use crate::stages::{StepInputs, StepStages, Sums};
+use crate::stages::{MixtureSums, StepInputs, StepStages, Sums};
 use crate::{Error, config::MoeConfig};
 use moe::balance::{BatchTotals, Statistics, update_bias};
+use moe::calibrate::{ExpertSize, agree, break_even};
+use moe::least_loaded::Planner;
 use parallel::pipeline::{CollectiveKind, Executor, PassKind, Schedule, Vocabulary};
 use parallel::{Accelerator, Communicator, GradientBuckets, Group, Mesh, Weight, World};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 /// How a run ended.
 #[derive(Debug, Clone, PartialEq)]
@@ -45,6 +47,8 @@ pub struct Trainer {
     single_forward: Schedule,
     gradients: GradientBuckets,
     optimizer: Optimizer,
+    /// What decides which experts are lent, where they are.
+    planner: Option<Arc<Mutex<Planner>>>,
     train: Dataset,
     validation: Option<Dataset>,
     /// Optimizer steps done.
@@ -88,7 +92,7 @@ impl Trainer {
             true => (0..stages.len()).filter(|&rank| part(rank).has_first() || part(rank).has_last()).collect(),
             false => Vec::new(),
         };
-        let ranks = Ranks::join(world, &mesh, &config.parallel, &ends)?;
+        let ranks = Ranks::join(world, &mesh, &config, &ends)?;
         let vocabulary = mesh.group(Group::Vocabulary);
         let mut lanes = Vec::new();
         for (kind, name) in order.vocabulary.map_or(Vec::new(), collectives) {
@@ -101,6 +105,19 @@ impl Trainer {
             parameters.iter().map(|p| (p.weight.clone(), p.replicas as usize)).collect();
         let (bytes, keep) = ((config.parallel.bucket_mib * 1048576.0) as usize, parameters.keep_gradients());
         let gradients = GradientBuckets::new(&weights, parameters.replications(), bytes, keep, device.as_ref())?;
+        let planner = ranks.least_loaded.as_ref().map(|least_loaded| least_loaded.planner.clone());
+        if let Some((moe, least_loaded)) = config.model.moe.as_ref().zip(ranks.least_loaded.as_ref())
+            && matches!(moe.least_loaded.min_tokens, MinTokens::Measured(_))
+        {
+            let size = ExpertSize {
+                hidden: config.model.hidden as i64,
+                ffn: (moe.ffn / mesh.shape().expert_tensor) as i64,
+                kind: config.train.dtype.kind(),
+                fetched_twice: !config.parallel.recompute.keeps(RecomputedPart::Router),
+            };
+            let measured = break_even(&least_loaded.lending, size, device.as_ref())?;
+            locked(&least_loaded.planner).min_tokens = agree(&all, measured)?;
+        }
         let (settings, clip) = (&config.optimizer, config.train.grad_clip);
         let optimizer = Optimizer::new(settings, clip, parameters, device.as_ref(), all.clone());
         Ok(Trainer {
@@ -115,6 +132,7 @@ impl Trainer {
             schedule: plan.schedule,
             gradients,
             optimizer,
+            planner,
             train,
             validation,
             step: 0,
@@ -168,6 +186,10 @@ impl Trainer {
             return Ok(false);
         };
         (self.step, self.samples, self.tokens) = (state.step, state.samples, state.tokens);
+        // What was measured when the run began: the same plans, and so the same bits, as without a break.
+        if let (Some(planner), Some(min_tokens), true) = (&self.planner, state.min_tokens, self.measures()) {
+            locked(planner).min_tokens = min_tokens;
+        }
         for key in ["/run/seed", "/data", "/train/global_batch"] {
             let now = serde_json::to_value(&self.config).expect("plain data");
             if now.pointer(key) != state.config.pointer(key) {
@@ -191,6 +213,7 @@ impl Trainer {
             samples: self.samples,
             tokens: self.tokens,
             ranks: self.world.size(),
+            min_tokens: self.planner.as_ref().map(|planner| locked(planner).min_tokens),
             config: serde_json::to_value(&self.config).expect("plain data"),
         };
         let path = saving::save(&self.checkpoints(), &state, &self.stateful(), &self.world)?;
@@ -198,6 +221,12 @@ impl Trainer {
             checkpoint::retain(&self.checkpoints(), self.config.checkpoint.keep)?;
         }
         Ok(path)
+    }
+
+    /// Whether the price of a transfer is not given.
+    fn measures(&self) -> bool {
+        let moe = self.config.model.moe.as_ref();
+        moe.is_some_and(|moe| matches!(moe.least_loaded.min_tokens, MinTokens::Measured(_)))
     }
 
     fn tokens_per_step(&self) -> u64 {
@@ -247,7 +276,7 @@ impl Trainer {
             sequences: self.config.train.micro_batch as i64,
             document_end: self.config.data.document_end,
             positions: (self.config.data.sequence_length / self.mesh.shape().context) as i64,
-            kind: if self.config.train.dtype == Dtype::Bf16 { Kind::BFloat16 } else { Kind::Float },
+            kind: self.config.train.dtype.kind(),
         });
         let spans = self.pipeline.run(schedule, &mut stages)?;
         stages.sums.ran(&spans, order.chunks);
@@ -266,8 +295,9 @@ impl Trainer {
         if self.model.counts_whole_batch() {
             // The first backward already needs the choices of the last forward: count first.
             let sums = self.pass(&self.forward_schedule, None, &batch, totals(None))?;
-            let experts = sums.choices.first().map_or(0, Vec::len) as i64;
-            let choices: Vec<f32> = sums.choices.iter().flatten().map(|&choices| choices as f32).collect();
+            let experts = sums.mixtures.first().map_or(0, |mixture| mixture.choices.len()) as i64;
+            let choices = sums.mixtures.iter().flat_map(|mixture| &mixture.choices);
+            let choices: Vec<f32> = choices.map(|&choices| choices as f32).collect();
             let own = self.device.upload(&Tensor::from_slice(&choices).view([-1, experts]));
             self.world.all_reduce(&own, parallel::ReduceOp::Sum)?.wait()?;
             counts = Some(own);
@@ -302,18 +332,20 @@ impl Trainer {
         let started = Instant::now();
         let sums = self.accumulate()?;
         let grad_norm = self.optimizer.grad_norm(&self.model.parameters, &self.gradients)?;
-        let (layers, ranks) = (sums.rows.len(), self.world.size());
+        let (layers, ranks) = (sums.mixtures.len(), self.world.size());
         // One collective for all figures of the step.
         let mut figures = vec![sums.cross_entropy, sums.load_balance, sums.z, f64::from(u8::from(stop))];
-        figures.extend(sums.choices.iter().flatten());
+        figures.extend(sums.mixtures.iter().flat_map(|mixture| &mixture.choices));
+        let moved_at = figures.len();
+        figures.extend(sums.mixtures.iter().flat_map(|mixture| mixture.moved));
         let rows_at = figures.len();
         let own_at = rows_at + layers * ranks;
         let passes_at = own_at + 3 * ranks;
         // Times of passes are told apart where there is a pipeline.
         let passes = if self.mesh.shape().pipeline > 1 { 2 * sums.passes.len() } else { 0 };
         figures.resize(passes_at + passes * ranks, 0.0);
-        for (layer, rows) in sums.rows.iter().enumerate() {
-            figures[rows_at + layer * ranks + self.world.rank()] = *rows;
+        for (layer, mixture) in sums.mixtures.iter().enumerate() {
+            figures[rows_at + layer * ranks + self.world.rank()] = mixture.rows;
         }
         figures[own_at + self.world.rank()] = self.device.memory()?.peak as f64;
         figures[own_at + ranks + self.world.rank()] = parallel::peak_resident()? as f64;
@@ -328,8 +360,8 @@ impl Trainer {
         let lr = learning_rate(&self.config.schedule, self.step, self.config.train.steps, self.tokens_per_step());
         self.optimizer.step(&self.model.parameters, &self.gradients, self.step + 1, lr, grad_norm)?;
         self.model.changed();
-        let experts = sums.choices.first().map_or(1, Vec::len).max(1);
-        let choices: Vec<&[f64]> = figures[4..rows_at].chunks(experts).collect();
+        let experts = sums.mixtures.first().map_or(1, |mixture| mixture.choices.len().max(1));
+        let choices: Vec<&[f64]> = figures[4..moved_at].chunks(experts).collect();
         if let Some(MoeConfig { bias_update_rate, .. }) = &self.config.model.moe {
             for (mixture, _, mut bias) in self.model.biases() {
                 update_bias(&mut bias, &self.device.upload(&Tensor::from_slice(choices[mixture])), *bias_update_rate);
@@ -340,6 +372,10 @@ impl Trainer {
         self.samples += self.config.train.global_batch as u64;
         self.tokens += self.tokens_per_step();
         let seconds = started.elapsed().as_secs_f64();
+        let rows: Vec<&[f64]> = figures[rows_at..own_at].chunks(ranks).collect();
+        let moved: Vec<&[f64]> = figures[moved_at..rows_at].chunks(MixtureSums::MOVED).collect();
+        let expert_imbalance: Vec<f64> = choices.iter().map(|choices| imbalance(choices.iter().copied())).collect();
+        let rank_imbalance: Vec<f64> = rows.iter().map(|rows| self.rank_imbalance(rows)).collect();
         let record = Record {
             step: self.step,
             loss,
@@ -350,17 +386,35 @@ impl Trainer {
             tokens: self.tokens,
             tokens_per_s: self.tokens_per_step() as f64 / seconds,
             step_ms: seconds * 1e3,
-            expert_imbalance: choices.iter().map(|choices| imbalance(choices)).collect(),
-            rank_rows: figures[rows_at..own_at]
-                .chunks(ranks)
-                .map(|rows| rows.iter().map(|&r| r as u64).collect())
-                .collect(),
+            expert_imbalance_percentiles: percentiles(&expert_imbalance),
+            rank_imbalance_percentiles: percentiles(&rank_imbalance),
+            expert_imbalance,
+            rank_imbalance,
+            rank_rows: rows.iter().map(|rows| rows.iter().map(|&rows| rows as u64).collect()).collect(),
+            spilled_rows: moved.iter().map(|moved| moved[0] as u64).collect(),
+            lent_bytes: moved.iter().map(|moved| moved[1] as u64).collect(),
+            node_bytes: moved.iter().map(|moved| moved[2] as u64).collect(),
+            plan_ms: moved.iter().map(|moved| moved[3] * 1e3 / self.stage_ranks() as f64).collect(),
+            expert_choices: choices.iter().map(|choices| choices.iter().map(|&c| c as u64).collect()).collect(),
             rank_peak_memory: figures[own_at..own_at + ranks].iter().map(|&bytes| bytes as u64).collect(),
             rank_peak_resident: figures[own_at + ranks..own_at + 2 * ranks].iter().map(|&b| b as u64).collect(),
             rank_waiting: figures[own_at + 2 * ranks..passes_at].to_vec(),
             rank_pass_ms: figures[passes_at..].chunks(passes.max(1)).map(|p| self.pass_times(p)).collect(),
         };
         Ok((record, figures[3] > 0.0))
+    }
+
+    /// Ranks that work on a layer.
+    fn stage_ranks(&self) -> usize {
+        self.world.size() / self.mesh.shape().pipeline
+    }
+
+    /// The largest over the mean of what a layer's ranks worked on, `rows` of each rank of the run.
+    fn rank_imbalance(&self, rows: &[f64]) -> f64 {
+        // Ranks of other stages have none.
+        let stage = |rank: usize| self.mesh.coordinates_of(rank).pipeline;
+        let busy = rows.iter().position(|&rows| rows > 0.0).map_or(0, stage);
+        imbalance(rows.iter().enumerate().filter(|&(rank, _)| stage(rank) == busy).map(|(_, &rows)| rows))
     }
 
     /// The mean milliseconds of each pass that ran, by its name, from seconds and counts.
@@ -412,10 +466,8 @@ impl Trainer {
     /// `progress`, and training goes on.
     pub fn run(&mut self, stop: &dyn Fn() -> bool, progress: &mut dyn Progress) -> Result<Outcome, Error> {
         let rank0 = self.world.rank() == 0;
-        let mut metrics = match rank0 {
-            true => Some(Metrics::resume(&self.config.run.dir.join("metrics.jsonl"), self.step)?),
-            false => None,
-        };
+        let open = |name: &str| rank0.then(|| Metrics::resume(&self.config.run.dir.join(name), self.step)).transpose();
+        let (mut metrics, mut routing) = (open("metrics.jsonl")?, open("routing.jsonl")?);
         let steps = self.config.train.steps;
         let mut outcome = Outcome { step: self.step, stopped: false, validation_loss: None };
         while self.step < steps && !outcome.stopped {
@@ -423,6 +475,11 @@ impl Trainer {
             outcome.stopped = stopped && self.step < steps;
             if rank0 {
                 keep(&mut metrics, &record, progress);
+                let shown = self.step == 1 || self.step == steps || self.step.is_multiple_of(self.config.run.log_every);
+                if shown && !record.expert_choices.is_empty() {
+                    let line = RoutingLine { step: self.step, choices: record.expert_choices.clone() };
+                    keep(&mut routing, &line, progress);
+                }
                 progress.step(&record, steps);
             }
             let last = self.step == steps || outcome.stopped;
@@ -454,8 +511,12 @@ impl Trainer {
     /// Text for the start of a run: what is trained, on how many ranks, on how much data.
     pub fn summary(&self) -> String {
         let (total, active) = self.config.model.num_parameters();
+        let lending = self.planner.as_ref().map_or(String::new(), |planner| {
+            let how = if self.measures() { "measured" } else { "as configured" };
+            format!("; an expert is lent for {} tokens or more ({how})", locked(planner).min_tokens)
+        });
         format!(
-            "{} on {}; {:.1}M parameters ({:.1}M active), {}; {} tokens of text, {} a step",
+            "{} on {}; {:.1}M parameters ({:.1}M active), {}; {} tokens of text, {} a step{lending}",
             self.mesh,
             self.device.name(),
             total as f64 / 1e6,
@@ -465,6 +526,10 @@ impl Trainer {
             self.tokens_per_step()
         )
     }
+}
+
+fn locked(planner: &Mutex<Planner>) -> MutexGuard<'_, Planner> {
+    planner.lock().expect("nobody panics with it")
 }
 
 /// Microbatches of a rank in a step.
@@ -499,7 +564,8 @@ fn keep(metrics: &mut Option<Metrics>, line: &impl serde::Serialize, progress: &
     }
 }
 
-fn imbalance(choices: &[f64]) -> f64 {
-    let mean = choices.iter().sum::<f64>() / choices.len() as f64;
-    if mean == 0.0 { 1.0 } else { choices.iter().copied().fold(0.0, f64::max) / mean }
+/// The largest over the mean; 1 where there is nothing.
+fn imbalance(loads: impl Iterator<Item = f64> + Clone) -> f64 {
+    let mean = loads.clone().sum::<f64>() / loads.clone().count().max(1) as f64;
+    if mean == 0.0 { 1.0 } else { loads.fold(0.0, f64::max) / mean }
 }

@@ -61,17 +61,12 @@ fn config(moe: MoeConfig, kv_heads: usize) -> ModelConfig {
 
 fn experts(experts: usize, top_k: usize, ffn: usize, normalize: bool) -> MoeConfig {
     MoeConfig {
-        experts,
-        top_k,
-        ffn,
-        shared_experts: 0,
         router: RouterConfig { score: Score::Softmax, normalize, ..RouterConfig::default() },
         // HF's loss is top_k times ours, taken once over all layers.
         load_balance: 0.01 * top_k as f64,
         load_balance_over: Statistics::Microbatch,
         load_balance_pool_layers: true,
-        z_loss: 0.0,
-        bias_update_rate: 0.0,
+        ..MoeConfig::new(experts, top_k, ffn)
     }
 }
 

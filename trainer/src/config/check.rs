@@ -1,8 +1,8 @@
 //! What types cannot say: numbers that must divide others, and values that must be there.
 
-use super::{Config, Dtype, MoeConfig, RecomputedLayers, ScheduleConfig};
-use parallel::MeshShape;
+use super::{Config, Dtype, LeastLoadedConfig, MoeConfig, RecomputedLayers, ScheduleConfig};
 use parallel::context::ContextKind;
+use parallel::{Group, Mesh, MeshShape};
 
 impl Config {
     /// Every reason why this cannot run on `ranks` ranks, one sentence each.
@@ -44,6 +44,9 @@ impl Config {
                         ("parallel.expert", mesh.shape().expert),
                         "every rank holds the same number of experts",
                     );
+                    if let Some(per_node) = self.parallel.ranks_per_node {
+                        self.check_nodes(moe, per_node, ranks, &mut problems);
+                    }
                 } else if mesh.shape().expert * mesh.shape().expert_tensor > 1 {
                     let MeshShape { expert, expert_tensor, .. } = mesh.shape();
                     problems.add(format!(
@@ -54,6 +57,17 @@ impl Config {
             Err(error) => problems.add(error),
         }
         problems.0
+    }
+
+    /// What nodes of `per_node` ranks divide.
+    fn check_nodes(&self, moe: &MoeConfig, per_node: usize, ranks: usize, problems: &mut Problems) {
+        problems.positive("parallel.ranks_per_node", per_node);
+        if per_node == 0 || !moe.dispatch.hierarchical() {
+            return;
+        }
+        let meshes = (0..ranks).filter_map(|rank| self.mesh(rank, ranks).ok());
+        let error = meshes.map(|mesh| nodes_divide(&mesh, per_node)).find_map(Result::err);
+        problems.0.extend(error);
     }
 
     /// What tensor, context and sharded data parallelism divide.
@@ -248,6 +262,22 @@ impl Config {
     }
 }
 
+/// The expert ranks of this rank's node, and those with its number among them on the other nodes.
+///
+/// # Errors
+/// When nodes of `per_node` ranks do not divide the ranks that share experts out.
+pub(crate) fn nodes_divide(mesh: &Mesh, per_node: usize) -> Result<(Vec<usize>, Vec<usize>), String> {
+    mesh.by_node(Group::Expert, per_node).ok_or_else(|| {
+        format!(
+            "model.moe.dispatch goes by way of nodes, but nodes of {per_node} ranks do not have as many each of the ranks {:?} \
+             that share experts out (with parallel.expert_tensor {} whole experts): choose ranks per node, \
+             parallel.expert and expert_tensor so that they divide, or another dispatch",
+            mesh.group(Group::Expert),
+            mesh.shape().expert_tensor
+        )
+    })
+}
+
 fn check_moe(moe: &MoeConfig, problems: &mut Problems) {
     problems.positive("model.moe.experts", moe.experts);
     problems.positive("model.moe.top_k", moe.top_k);
@@ -260,6 +290,44 @@ fn check_moe(moe: &MoeConfig, problems: &mut Problems) {
         ("model.moe.router.groups", router.groups),
         "groups have the same size",
     );
+    let least_loaded = &moe.least_loaded;
+    for (key, value) in [("capacity", least_loaded.capacity), ("threshold", least_loaded.threshold)] {
+        if value.is_nan() || value < 1.0 {
+            problems.add(format!("model.moe.least_loaded.{key} is {value}; 1 is even, and it must not be below"));
+        }
+    }
+    if least_loaded != &LeastLoadedConfig::default() && !moe.dispatch.least_loaded() {
+        problems.add(
+            "model.moe.least_loaded has no effect with this model.moe.dispatch: use least_loaded or \
+             hierarchical_least_loaded"
+                .into(),
+        );
+    }
+    if let Some(placement) = &moe.placement {
+        problems.positive("model.moe.placement.every", placement.every as usize);
+        for (key, value) in [("smoothing", placement.smoothing), ("min_gain", placement.min_gain)] {
+            if !(0.0..1.0).contains(&value) {
+                problems.add(format!("model.moe.placement.{key} is {value}; it must be from 0 to below 1"));
+            }
+        }
+    }
+    if router.even_groups {
+        problems.divides(
+            ("model.moe.top_k", moe.top_k),
+            ("model.moe.router.groups", router.groups),
+            "with even_groups a token chooses as many in each group",
+        );
+        if router.top_groups > 1 && router.top_groups != router.groups {
+            problems.add(format!(
+                "model.moe.router.even_groups chooses from every group, but top_groups is {}: leave one of them out",
+                router.top_groups
+            ));
+        }
+        if router.groups > 0 && moe.top_k > moe.experts {
+            problems.add(format!("model.moe.top_k {} is more than model.moe.experts {}", moe.top_k, moe.experts));
+        }
+        return;
+    }
     if router.top_groups > router.groups {
         problems.add(format!(
             "model.moe.router.top_groups {} is more than model.moe.router.groups {}",

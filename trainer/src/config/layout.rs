@@ -31,6 +31,8 @@ pub struct ParallelConfig {
     pub expert: usize,
     /// Ranks that split every expert's matrices.
     pub expert_tensor: usize,
+    /// Ranks of a node, for dispatch by way of nodes; by default what the launcher says.
+    pub ranks_per_node: Option<usize>,
     /// Ranks that share out the layers, in stages that microbatches pass one after the other.
     pub pipeline: usize,
     /// The order in which a pipeline's ranks work on microbatches.
@@ -127,6 +129,7 @@ impl Default for ParallelConfig {
             context_attention: ContextKind::Ring,
             expert: 1,
             expert_tensor: 1,
+            ranks_per_node: None,
             pipeline: 1,
             schedule: ScheduleChoice::Known(ScheduleKind::OneFOneB),
             chunks: None,

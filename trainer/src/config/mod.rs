@@ -1,9 +1,12 @@
 //! The experiment, as a person writes it. Every field has its unit; unknown keys are refused.
 
 mod check;
+mod dispatch;
 mod layout;
 mod model;
 
+pub(crate) use check::nodes_divide;
+pub use dispatch::{Dispatch, LeastLoadedConfig, Measured, MinTokens, PlacementConfig};
 pub use layout::{
     NoneOrAll, ParallelConfig, PipelinePlan, RecomputeConfig, RecomputedLayers, RecomputedPart, ScheduleChoice,
     VocabularyLayout,
@@ -140,6 +143,16 @@ pub enum Dtype {
     Fp32,
     /// bfloat16, with fp32 master weights, gradients and optimizer state.
     Bf16,
+}
+
+impl Dtype {
+    /// Of tensors.
+    pub fn kind(self) -> tch::Kind {
+        match self {
+            Dtype::Fp32 => tch::Kind::Float,
+            Dtype::Bf16 => tch::Kind::BFloat16,
+        }
+    }
 }
 
 /// AdamW's constants.

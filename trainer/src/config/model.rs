@@ -1,5 +1,6 @@
 //! The model's shape.
 
+use super::dispatch::{Dispatch, LeastLoadedConfig, PlacementConfig};
 use moe::Score;
 use moe::balance::Statistics;
 use schemars::JsonSchema;
@@ -157,6 +158,36 @@ pub struct MoeConfig {
     /// Step of the loss-free balancing bias; 0: none.
     #[serde(default)]
     pub bias_update_rate: f64,
+    /// How tokens reach their experts.
+    #[serde(default)]
+    pub dispatch: Dispatch,
+    /// Knobs of least-loaded dispatch.
+    #[serde(default)]
+    pub least_loaded: LeastLoadedConfig,
+    /// Whether experts move between ranks over time; without it they stay.
+    #[serde(default)]
+    pub placement: Option<PlacementConfig>,
+}
+
+impl MoeConfig {
+    /// `experts` experts of width `ffn`, of which a token goes to `top_k`; all else as by default.
+    pub fn new(experts: usize, top_k: usize, ffn: usize) -> MoeConfig {
+        MoeConfig {
+            experts,
+            top_k,
+            ffn,
+            shared_experts: 0,
+            router: RouterConfig::default(),
+            load_balance: hundredth(),
+            load_balance_over: sequence(),
+            load_balance_pool_layers: false,
+            z_loss: 0.0,
+            bias_update_rate: 0.0,
+            dispatch: Dispatch::default(),
+            least_loaded: LeastLoadedConfig::default(),
+            placement: None,
+        }
+    }
 }
 
 /// How experts are chosen.
@@ -173,11 +204,21 @@ pub struct RouterConfig {
     pub groups: usize,
     /// Groups that a token may choose from.
     pub top_groups: usize,
+    /// Choose as many experts in each group (MoGE, arXiv 2505.21411): then groups are evenly loaded, whatever tokens
+    /// choose.
+    pub even_groups: bool,
 }
 
 impl Default for RouterConfig {
     fn default() -> RouterConfig {
-        RouterConfig { score: Score::Softmax, normalize: true, scale: 1.0, groups: 1, top_groups: 1 }
+        RouterConfig {
+            score: Score::Softmax,
+            normalize: true,
+            scale: 1.0,
+            groups: 1,
+            top_groups: 1,
+            even_groups: false,
+        }
     }
 }
 

@@ -6,9 +6,9 @@ use super::norm::rms_norm;
 use super::rope::Rope;
 use crate::Error;
 use crate::parameters::Unit;
-use moe::MoeLayer;
 use moe::balance::RouterStats;
 use moe::experts::grouped_swiglu;
+use moe::{MoeLayer, MoeOutput, Replay, Seen};
 use parallel::recompute::recomputed;
 use parallel::sharding::before_backward;
 use parallel::tensor::TensorParallel;
@@ -42,15 +42,6 @@ pub(crate) enum FeedForward {
     Moe(Box<MoeLayer>),
 }
 
-/// What a layer's mixture of experts saw.
-pub(crate) struct Seen {
-    pub(crate) stats: RouterStats,
-    /// Choices of each expert among this rank's tokens, `[E]`.
-    pub(crate) choices: Vec<i64>,
-    /// Rows that this rank's experts worked on.
-    pub(crate) rows: i64,
-}
-
 impl Layer {
     /// `x` `[T, D]`, tokens of `batch` sequences.
     pub(crate) fn forward(
@@ -59,26 +50,25 @@ impl Layer {
         batch: i64,
         rope: &Arc<Rope>,
         documents: Option<&Arc<Documents>>,
-    ) -> Result<(Tensor, Option<Seen>), Error> {
+    ) -> Result<(Tensor, Option<(RouterStats, Seen)>), Error> {
         if self.keep {
-            return Ok(self.compute(x, batch, rope, documents)?);
+            return Ok(self.compute(x, batch, rope, documents, &Replay::default())?);
         }
         // What is not differentiable comes out beside the graph.
         let beside = Arc::new(Mutex::new(None));
         let (layer, rope, documents, told) = (self.clone(), rope.clone(), documents.cloned(), beside.clone());
+        let replay = Replay::default();
         let mut outputs = recomputed(&[x], move |x| {
-            let (out, seen) = layer.compute(&x[0], batch, &rope, documents.as_ref())?;
-            let Some(Seen { stats: RouterStats { counts_ge, prob_sums_ge, z_sum }, choices, rows }) = seen else {
-                return Ok(vec![out]);
-            };
-            *told.lock().expect("nobody panics with it") = Some((counts_ge, choices, rows));
+            let (out, seen) = layer.compute(&x[0], batch, &rope, documents.as_ref(), &replay)?;
+            let Some((RouterStats { counts_ge, prob_sums_ge, z_sum }, seen)) = seen else { return Ok(vec![out]) };
+            *told.lock().expect("nobody panics with it") = Some((counts_ge, seen));
             Ok(vec![out, prob_sums_ge, z_sum])
         })?;
         let out = outputs.remove(0);
         let beside = beside.lock().expect("nobody panics with it").take();
-        let seen = beside.map(|(counts_ge, choices, rows)| {
+        let seen = beside.map(|(counts_ge, seen)| {
             let (prob_sums_ge, z_sum) = (outputs.remove(0), outputs.remove(0));
-            Seen { stats: RouterStats { counts_ge, prob_sums_ge, z_sum }, choices, rows }
+            (RouterStats { counts_ge, prob_sums_ge, z_sum }, seen)
         });
         Ok((out, seen))
     }
@@ -89,7 +79,8 @@ impl Layer {
         batch: i64,
         rope: &Rope,
         documents: Option<&Arc<Documents>>,
-    ) -> Result<(Tensor, Option<Seen>), torch_ext::Error> {
+        replay: &Replay,
+    ) -> Result<(Tensor, Option<(RouterStats, Seen)>), torch_ext::Error> {
         let join = |x: &Tensor, branch: Tensor| match self.residual {
             1.0 => x + branch,
             factor => x + branch * factor,
@@ -104,8 +95,8 @@ impl Layer {
                 Ok((join(&x, branch), None))
             }
             FeedForward::Moe(moe) => {
-                let out = moe.forward(&normed, batch as usize)?;
-                Ok((join(&x, out.hidden_td), Some(Seen { stats: out.stats, choices: out.choices, rows: out.rows })))
+                let MoeOutput { hidden_td, stats, seen } = moe.forward(&normed, batch as usize, replay)?;
+                Ok((join(&x, hidden_td), Some((stats, seen))))
             }
         }
     }

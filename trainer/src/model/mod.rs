@@ -17,11 +17,11 @@ use crate::ranks::Ranks;
 use attention::Attention;
 use checkpoint::Place;
 use embedding::embed;
-use layer::{FeedForward, Layer, Seen, with_weights};
+use layer::{FeedForward, Layer, with_weights};
 use loss::{VocabularyRows, cross_entropy};
 use moe::balance::{BatchTotals, RouterStats, Statistics, load_balance_loss, z_loss};
 use moe::dispatch::Dispatcher;
-use moe::{Keep, MoeLayer, MoeWeights, Router};
+use moe::{Keep, MoeLayer, MoeWeights, Router, Seen};
 use norm::rms_norm;
 use parallel::collectives::gather_from_group;
 use parallel::context::{ContextKind, positions};
@@ -114,10 +114,8 @@ pub struct ForwardOutput {
     pub hidden_td: Tensor,
     /// One entry for each mixture layer.
     pub stats: Vec<RouterStats>,
-    /// Choices of each expert among this rank's tokens, `[layers][E]`.
-    pub choices: Vec<Vec<i64>>,
-    /// Rows that this rank's experts worked on, for each mixture layer.
-    pub rows: Vec<i64>,
+    /// What each mixture layer did.
+    pub seen: Vec<Seen>,
 }
 
 /// A stage's contribution to the auxiliary losses of the whole step.
@@ -148,7 +146,7 @@ impl Model {
     /// rank.
     pub fn new(config: &ModelConfig, part: ModelPart, setting: &Setting) -> Model {
         let Setting { device, ranks, .. } = *setting;
-        let kind = if setting.dtype == Dtype::Bf16 { Kind::BFloat16 } else { Kind::Float };
+        let kind = setting.dtype.kind();
         let mut parameters = Parameters::new(kind, setting.seed, ranks.zero, ranks.replications.clone());
         let hidden = config.hidden as i64;
         let width = config.mup.as_ref().map_or(1.0, |mup| mup.width);
@@ -259,17 +257,16 @@ impl Model {
         let embedding = self.config.mup.as_ref().map_or(1.0, |mup| mup.embedding);
         let scaled = self.part.stages[chunk].first && embedding != 1.0;
         let mut x = if scaled { x_td * embedding } else { x_td.shallow_clone() };
-        let (mut stats, mut choices, mut rows) = (vec![], vec![], vec![]);
+        let (mut stats, mut seen) = (vec![], vec![]);
         let unit = |index: usize| stage.layers.get(index).map(|(_, unit)| unit);
         for (index, (layer, own)) in stage.layers.iter().enumerate() {
             let previous = index.checked_sub(1).and_then(unit);
-            let (out, seen) =
+            let (out, beside) =
                 with_weights(&x, own, previous, unit(index + 1), |x| layer.forward(x, batch, &self.rope, documents))?;
             x = out;
-            if let Some(Seen { stats: of_layer, choices: chosen, rows: worked }) = seen {
+            if let Some((of_layer, did)) = beside {
                 stats.push(of_layer);
-                choices.push(chosen);
-                rows.push(worked);
+                seen.push(did);
             }
         }
         if let Some((norm, own)) = &stage.norm {
@@ -277,7 +274,7 @@ impl Model {
             let eps = self.config.norm_eps;
             (x, ()) = with_weights(&x, own, previous, None, |x| Ok((rms_norm(x, norm, eps)?, ())))?;
         }
-        Ok(ForwardOutput { hidden_td: x, stats, choices, rows })
+        Ok(ForwardOutput { hidden_td: x, stats, seen })
     }
 
     /// A whole model's part of the step's losses for one microbatch, against `labels_bs` `[B, S]` int64.
@@ -517,7 +514,7 @@ fn moe_layer(
     let place = Place::whole(format!("{name}.gate"), &[num_experts as i64, hidden]);
     let gate = parameters.one(*device, place, Replicas::Stage, matrix);
     // Neighbours split the same experts.
-    let slices = ranks.expert_tensor;
+    let slices = ranks.sites.slices;
     let (owner, slice_of) = (ranks.experts.rank() / slices, ranks.experts.rank() % slices);
     let local = num_experts * slices / ranks.experts.size();
     let ffn = config.ffn as i64;
@@ -543,10 +540,12 @@ fn moe_layer(
         scale: config.router.scale,
         groups: config.router.groups,
         top_groups: config.router.top_groups,
+        even_groups: config.router.even_groups,
     };
+    let (least_loaded, hierarchy) = (ranks.least_loaded.clone(), ranks.hierarchy.clone());
     MoeLayer {
         router,
-        dispatcher: Dispatcher::new(ranks.experts.clone(), slices),
+        dispatcher: Dispatcher::new(ranks.experts.clone(), num_experts, ranks.sites.clone(), least_loaded, hierarchy),
         statistics: config.load_balance_over,
         tensor: ranks.tensor.clone(),
         sequence: ranks.sequence.clone(),

@@ -1,0 +1,109 @@
+//! What it costs to lend an expert, measured: the number of choices whose work takes as long as its transfers.
+//!
+//! Moving `c` choices to a rank with time to spare saves their work there, forward and backward, three times the forward's
+//! matrix products; it costs one transfer of weights and one of their gradients in fp32. In figures, for weights of `b`
+//! bytes an element, `F` FLOP/s and a link of `W` bytes/s: `(b + 4) F / (6 W)`, whatever the expert's size.
+
+use crate::dispatch::edge;
+use parallel::{Accelerator, Communicator, Work};
+use std::sync::Arc;
+use std::time::Instant;
+use tch::{Kind, Tensor};
+use torch_ext::Error;
+
+/// Rows that a matrix product is timed with.
+const ROWS: i64 = 256;
+/// How often each is timed; the median counts.
+const TIMES: usize = 5;
+
+/// An expert as this rank holds it.
+#[derive(Debug, Clone, Copy)]
+pub struct ExpertSize {
+    /// D.
+    pub hidden: i64,
+    /// F, or the rank's slice of it.
+    pub ffn: i64,
+    /// Of the weights.
+    pub kind: Kind,
+    /// Whether borrowed weights are fetched again in backward.
+    pub fetched_twice: bool,
+}
+
+/// The number of choices, as this rank sees it.
+///
+/// # Collective
+/// Every rank of `lending`.
+///
+/// # Errors
+/// When a collective fails.
+pub fn break_even(lending: &Arc<dyn Communicator>, expert: ExpertSize, device: &dyn Accelerator) -> Result<f64, Error> {
+    let ExpertSize { hidden, ffn, kind, fetched_twice } = expert;
+    let random = |shape: &[i64]| device.zeros(shape, kind).uniform_(-1.0, 1.0);
+    let (x, gate_up, down) = (random(&[ROWS, hidden]), random(&[2 * ffn, hidden]), random(&[hidden, ffn]));
+    let work = median(|| {
+        let product = x.matmul(&gate_up.tr());
+        let _ = product.narrow(1, 0, ffn).matmul(&down.tr());
+        device.synchronize()
+    })?;
+    let elements = 3 * hidden * ffn;
+    let (sent, received) = (device.zeros(&[elements], kind), device.zeros(&[elements], kind));
+    let (rank, ranks) = (lending.rank(), lending.size());
+    let only = |other: usize| (0..ranks).map(|rank| if rank == other { elements } else { 0 }).collect::<Vec<i64>>();
+    let (to, from) = (only((rank + 1) % ranks), only((rank + ranks - 1) % ranks));
+    let transfer = median(|| {
+        lending.all_to_all(&received, &sent, &from, &to).and_then(Work::wait).map_err(edge)?;
+        device.synchronize()
+    })?;
+    let bytes = kind.elt_size_in_bytes() as f64;
+    let transfers = 1.0 + 4.0 / bytes + if fetched_twice { 1.0 } else { 0.0 };
+    Ok(transfer * transfers / (3.0 * work / ROWS as f64))
+}
+
+fn median(mut body: impl FnMut() -> Result<(), Error>) -> Result<f64, Error> {
+    tch::no_grad(|| {
+        body()?;
+        let mut seconds = Vec::new();
+        for _ in 0..TIMES {
+            let started = Instant::now();
+            body()?;
+            seconds.push(started.elapsed().as_secs_f64());
+        }
+        seconds.sort_by(f64::total_cmp);
+        Ok(seconds[TIMES / 2])
+    })
+}
+
+/// One number for all ranks out of what each measured: a power of two, so that the next run has the same more often than
+/// not.
+///
+/// # Collective
+/// Every rank of `world`.
+///
+/// # Errors
+/// When the collective fails.
+pub fn agree(world: &Arc<dyn Communicator>, measured: f64) -> Result<i64, Error> {
+    let sum = Tensor::from_slice(&[measured.max(1.0).log2()]);
+    world.all_reduce(&sum, parallel::ReduceOp::Sum).and_then(Work::wait).map_err(edge)?;
+    let exponent = (sum.double_value(&[0]) / world.size() as f64).round().clamp(0.0, 20.0);
+    Ok(1 << exponent as i64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use parallel::{Cpu, on_threads};
+    use std::time::Duration;
+
+    #[test]
+    fn ranks_measure_and_agree() {
+        let agreed = on_threads(2, Duration::from_secs(60), |world| {
+            let group = world.all("lending").unwrap();
+            let expert = ExpertSize { hidden: 64, ffn: 64, kind: Kind::Float, fetched_twice: false };
+            let measured = break_even(&group, expert, &Cpu).unwrap();
+            assert!(measured > 0.0 && measured.is_finite(), "{measured}");
+            agree(&group, [10.0, 90.0][group.rank()]).unwrap()
+        });
+        // The geometric mean, 30, to the nearest power of two.
+        assert_eq!(agreed, [32, 32]);
+    }
+}
