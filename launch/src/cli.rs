@@ -97,6 +97,40 @@ pub(crate) enum BenchCommand {
     Pipeline(PipelineArgs),
     /// What ranks hold in many layouts, beside what `plan mesh` says
     Memory(MemoryArgs),
+    /// A mixture-of-experts layer, or a whole step, whose ranks are loaded unevenly: least-loaded beside standard dispatch
+    MoeLayer(MoeLayerArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct MoeLayerArgs {
+    /// balanced, SHARE:EXPERTS (of the tokens, to so many experts of rank 0), or one of the workloads w0 to w7; may be given
+    /// many times. Without it all of them
+    #[arg(long, value_name = "CASE")]
+    pub(crate) case: Vec<String>,
+    /// Ranks, of one thread each
+    #[arg(long, default_value_t = 2, value_name = "N")]
+    pub(crate) ranks: usize,
+    /// Tokens of each rank
+    #[arg(long, default_value_t = 4096)]
+    pub(crate) tokens: usize,
+    /// Width of a token
+    #[arg(long, default_value_t = 512)]
+    pub(crate) hidden: usize,
+    /// Inner width of an expert
+    #[arg(long, default_value_t = 512)]
+    pub(crate) ffn: usize,
+    /// Experts; by default 8 (or the ranks) for each hot one
+    #[arg(long)]
+    pub(crate) experts: Option<usize>,
+    /// How often both dispatches take turns; medians are reported
+    #[arg(long, default_value_t = 7)]
+    pub(crate) rounds: usize,
+    /// Choices for which an expert is lent; by default measured
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) min_tokens: Option<u32>,
+    /// A whole training step of a small model, its gate biased as the workload says (balanced and w0 to w7)
+    #[arg(long)]
+    pub(crate) step: bool,
 }
 
 #[derive(Args)]

@@ -31,6 +31,7 @@ fn main() -> ExitCode {
         Command::Bench(BenchCommand::Step(args)) => bench::step::run(args),
         Command::Bench(BenchCommand::Pipeline(args)) => bench::pipeline::run(&args),
         Command::Bench(BenchCommand::Memory(args)) => bench::memory::run(&args),
+        Command::Bench(BenchCommand::MoeLayer(args)) => bench::moe_layer::run(&args),
     };
     match result {
         Ok(code) => code,

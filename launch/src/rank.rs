@@ -72,7 +72,7 @@ pub(crate) fn run(args: &TrainArgs, env: &RankEnv) -> Result<ExitCode> {
 }
 
 /// A rank that `moerun` started is killed when the launcher ends, however that happens.
-fn end_with_launcher() -> Result<()> {
+pub(crate) fn end_with_launcher() -> Result<()> {
     let Ok(launcher) = std::env::var(environment::LAUNCHER_PID) else { return Ok(()) };
     set_pdeathsig(Signal::SIGKILL).context("cannot ask to end with the launcher")?;
     // It may have ended before the request.

@@ -49,6 +49,12 @@ pub trait Accelerator: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// When the figures cannot be read.
     fn memory(&self) -> Result<MemoryUse, Error>;
+
+    /// Counts the most that tensors hold anew from here.
+    ///
+    /// # Errors
+    /// As [`Accelerator::memory`].
+    fn reset_peak(&self) -> Result<(), Error>;
 }
 
 /// The device a rank uses: `cpu`, `cuda` (the rank's local one) or `auto` (a GPU where there is one).
@@ -99,6 +105,9 @@ impl Accelerator for Cpu {
         torch_ext::count_host_memory()?;
         let (current, peak) = torch_ext::allocator_bytes(Device::Cpu)?;
         Ok(MemoryUse { current: current.max(0) as u64, peak: peak.max(0) as u64 })
+    }
+    fn reset_peak(&self) -> Result<(), Error> {
+        torch_ext::reset_peak(Device::Cpu)
     }
 }
 
@@ -166,6 +175,9 @@ impl Accelerator for Cuda {
     fn memory(&self) -> Result<MemoryUse, Error> {
         let (current, peak) = torch_ext::allocator_bytes(self.device())?;
         Ok(MemoryUse { current: current.max(0) as u64, peak: peak.max(0) as u64 })
+    }
+    fn reset_peak(&self) -> Result<(), Error> {
+        torch_ext::reset_peak(self.device())
     }
 }
 

@@ -107,4 +107,16 @@ int mtx_allocator_bytes(int type, int index, int64_t* current, int64_t* peak) {
     *peak = stats.allocated_bytes[total].peak;
   });
 }
+
+// What is held at most is counted anew from here.
+int mtx_reset_peak(int type, int index) {
+  return mtx::guarded([&] {
+    auto device = device_of(type, index);
+    if (device.is_cpu()) {
+      host_peak = host_current.load();
+      return;
+    }
+    at::getDeviceAllocator(device.type())->resetPeakStats(device.index());
+  });
+}
 }

@@ -20,6 +20,7 @@ unsafe extern "C" {
     pub(crate) fn mtx_set_generator_state(device_type: c_int, index: c_int, state: *mut C_tensor) -> c_int;
     pub(crate) fn mtx_synchronize(device_type: c_int, index: c_int) -> c_int;
     pub(crate) fn mtx_count_host_memory() -> c_int;
+    pub(crate) fn mtx_reset_peak(device_type: c_int, index: c_int) -> c_int;
     pub(crate) fn mtx_allocator_bytes(device_type: c_int, index: c_int, current: *mut i64, peak: *mut i64) -> c_int;
 
     pub(crate) fn mtx_store_tcp(host: *const c_char, port: u16, is_server: bool, timeout_ms: i64, out: *mut Handle) -> c_int;

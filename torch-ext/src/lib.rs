@@ -23,7 +23,8 @@ pub use autograd::attach_backward;
 pub use c10d::{Gloo, GlooAddress, ReduceOp, Store, Work};
 pub use cuda::load_cuda;
 pub use device::{
-    allocator_bytes, count_host_memory, generator_state, keep_freed_memory, set_generator_state, synchronize,
+    allocator_bytes, count_host_memory, generator_state, keep_freed_memory, reset_peak, set_generator_state,
+    synchronize,
 };
 pub use error::Error;
 pub use optim::{AdamW, fused_adamw};

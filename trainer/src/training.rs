@@ -156,6 +156,11 @@ impl Trainer {
         &self.gradients
     }
 
+    /// Choices for which an expert is lent, where experts are.
+    pub fn min_tokens(&self) -> Option<i64> {
+        self.planner.as_ref().map(|planner| locked(planner).min_tokens)
+    }
+
     /// Where this rank sits.
     pub fn mesh(&self) -> &Mesh {
         &self.mesh
@@ -213,7 +218,7 @@ impl Trainer {
             samples: self.samples,
             tokens: self.tokens,
             ranks: self.world.size(),
-            min_tokens: self.planner.as_ref().map(|planner| locked(planner).min_tokens),
+            min_tokens: self.min_tokens(),
             config: serde_json::to_value(&self.config).expect("plain data"),
         };
         let path = saving::save(&self.checkpoints(), &state, &self.stateful(), &self.world)?;

@@ -1,8 +1,12 @@
 //! `moerun bench`: one JSON object a line on standard output, and nothing else there.
 
 pub(crate) mod memory;
+pub(crate) mod moe_layer;
+mod moe_step;
 pub(crate) mod pipeline;
+mod ranks;
 pub(crate) mod step;
+mod workload;
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;

@@ -1,0 +1,258 @@
+//! `moerun bench moe-layer`: a mixture-of-experts layer, forward and backward, with standard and with least-loaded dispatch.
+
+use super::ranks::{join, on_ranks};
+use super::workload::{NAMED, Workload, parse};
+use super::{median, moe_step, round};
+use crate::cli::MoeLayerArgs;
+use anyhow::{Result, bail};
+use moe::balance::Statistics;
+use moe::calibrate::{ExpertSize, agree, break_even};
+use moe::dispatch::{Dispatcher, LeastLoaded};
+use moe::least_loaded::Planner;
+use moe::plan::Sites;
+use moe::{Keep, MoeLayer, MoeWeights, Router, Routing, Score, Seen};
+use parallel::tensor::TensorParallel;
+use parallel::{
+    Accelerator, Activation, Communicator, Cpu, GradientBuckets, Local, RankEnv, ReduceOp, Replication, Weight,
+};
+use serde_json::json;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+use tch::{Kind, Tensor};
+use trainer::config::LeastLoadedConfig;
+
+/// The paper's table, and the field's workloads.
+const SHARES: [&str; 12] =
+    ["30:16", "50:16", "80:16", "95:16", "30:4", "50:4", "80:4", "95:4", "30:1", "50:1", "80:1", "95:1"];
+
+pub(crate) fn run(args: &MoeLayerArgs) -> Result<ExitCode> {
+    if args.rounds == 0 || args.tokens == 0 || args.hidden == 0 || args.ffn == 0 {
+        bail!("--rounds, --tokens, --hidden and --ffn must be at least 1");
+    }
+    let mut cases: Vec<String> = args.case.clone();
+    if cases.is_empty() {
+        cases = NAMED.iter().map(|(name, _)| name.to_string()).collect();
+        cases.extend(SHARES.iter().filter(|_| !args.step).map(|share| share.to_string()));
+    }
+    for case in &cases {
+        let workload = parse(case)?;
+        let (experts, ranks) = (args.experts.unwrap_or(workload.experts(args.ranks)), args.ranks);
+        if ranks == 0 || !experts.is_multiple_of(ranks) || experts < 4 * ranks.min(4) {
+            bail!("{experts} experts cannot be shared out over {ranks} ranks, as many each");
+        }
+        if let Workload::Share { hot, .. } = workload
+            && hot > experts / ranks
+        {
+            bail!("--case {case}: rank 0 has {} of {experts} experts, not {hot}", experts / ranks);
+        }
+        if args.step && !moe_step::has(workload) {
+            bail!(
+                "--step --case {case}: a step's tokens are what the model reads; give balanced, w0 to w3 or w5 to w7"
+            );
+        }
+    }
+    if args.step {
+        return on_ranks(args.ranks, |env| moe_step::measure(args, &cases, env));
+    }
+    on_ranks(args.ranks, |env| measure(args, &cases, env))
+}
+
+/// The ranks, and what they measure with.
+pub(super) struct Group {
+    pub(super) all: Arc<dyn Communicator>,
+    pub(super) device: Box<dyn Accelerator>,
+}
+
+impl Group {
+    /// The longest time that any rank took for `body`, which all begin together.
+    pub(super) fn time(&self, body: impl FnOnce() -> Result<()>) -> Result<f64> {
+        self.all.barrier()?;
+        let started = Instant::now();
+        body()?;
+        let seconds = Tensor::from_slice(&[started.elapsed().as_secs_f64()]);
+        self.all.all_reduce(&seconds, ReduceOp::Max)?.wait()?;
+        Ok(seconds.double_value(&[0]))
+    }
+
+    /// Every rank's number.
+    pub(super) fn gather(&self, number: f64) -> Result<Vec<f64>> {
+        let mut own = vec![0.0; self.all.size()];
+        own[self.all.rank()] = number;
+        let all = Tensor::from_slice(&own);
+        self.all.all_reduce(&all, ReduceOp::Sum)?.wait()?;
+        Ok(Vec::try_from(all)?)
+    }
+}
+
+/// What one dispatch did with a case.
+#[derive(Default)]
+pub(super) struct Measured {
+    pub(super) seconds: Vec<f64>,
+    pub(super) rows: Vec<f64>,
+    pub(super) peak: Vec<f64>,
+    pub(super) lent: f64,
+}
+
+fn measure(args: &MoeLayerArgs, cases: &[String], env: &RankEnv) -> Result<()> {
+    let world = join(env, 0)?;
+    let group = Group { all: world.all("all")?, device: parallel::accelerator("cpu", 0)? };
+    let lending = world.all("lending")?;
+    let size = ExpertSize { hidden: args.hidden as i64, ffn: args.ffn as i64, kind: Kind::Float, fetched_twice: false };
+    let min_tokens = match args.min_tokens {
+        Some(tokens) => i64::from(tokens),
+        None => agree(&group.all, break_even(&lending, size, group.device.as_ref())?)?,
+    };
+    let planner = Planner { min_tokens, ..LeastLoadedConfig::default().planner(Vec::new()) };
+    let least_loaded = LeastLoaded { planner: Arc::new(Mutex::new(planner)), lending };
+    for case in cases {
+        let workload = parse(case)?;
+        let experts = args.experts.unwrap_or(workload.experts(args.ranks));
+        let bench = LayerBench::new(args, workload, experts, &group, &least_loaded)?;
+        let mut measured = [Measured::default(), Measured::default()];
+        for round in 0..args.rounds + 1 {
+            for (which, measured) in measured.iter_mut().enumerate() {
+                group.device.reset_peak()?;
+                let mut seen = Seen::default();
+                let seconds = group.time(|| {
+                    seen = bench.forward_backward(which, round)?;
+                    Ok(())
+                })?;
+                // The first round warms caches.
+                if round > 0 {
+                    measured.seconds.push(seconds);
+                    measured.rows = group.gather(seen.rows as f64)?;
+                    measured.peak = group.gather(group.device.memory()?.peak as f64)?;
+                    measured.lent = group.gather(seen.lent_bytes as f64)?.iter().sum();
+                }
+            }
+        }
+        if world.rank() == 0 {
+            let tokens: usize = (0..args.ranks).map(|rank| workload.tokens(args.tokens, rank, args.ranks)).sum();
+            println!("{}", line("moe-layer", case, args, experts, tokens, min_tokens, &measured));
+        }
+    }
+    Ok(())
+}
+
+/// The line of a case, from what standard and least-loaded dispatch did with it.
+pub(super) fn line(
+    bench: &str,
+    case: &str,
+    args: &MoeLayerArgs,
+    experts: usize,
+    tokens: usize,
+    min_tokens: i64,
+    [standard, ours]: &[Measured; 2],
+) -> serde_json::Value {
+    let rate = |measured: &Measured| tokens as f64 / median(measured.seconds.clone());
+    let largest = |values: &[f64]| values.iter().copied().fold(0.0, f64::max);
+    let rows: f64 = standard.rows.iter().sum();
+    // The speed-up of the experts' work if every rank had as much of it. (For SHARE:EXPERTS this is what
+    // P (r + (1 - r) (M - h) / (N - h)) gives for r of the tokens to h of the M experts of one of P ranks, N in all.)
+    let ideal = largest(&standard.rows) * args.ranks as f64 / rows.max(1.0);
+    let mib = |bytes: f64| round(bytes / f64::from(1 << 20), 1);
+    json!({
+        "bench": bench,
+        "case": case,
+        "metric": "tokens_per_s",
+        "ours": round(rate(ours), 0),
+        "baseline": round(rate(standard), 0),
+        "baseline_name": "standard",
+        "ratio": round(rate(ours) / rate(standard), 3),
+        "ideal": round(ideal, 3),
+        "runs": args.rounds,
+        "ranks": args.ranks,
+        "threads": 1,
+        "tokens_per_rank": args.tokens,
+        "hidden": args.hidden,
+        "ffn": args.ffn,
+        "experts": experts,
+        "min_tokens": min_tokens,
+        "gemm_rows": ours.rows,
+        "baseline_gemm_rows": standard.rows,
+        "lent_mib": mib(ours.lent),
+        "peak_mib": mib(largest(&ours.peak)),
+        "baseline_peak_mib": mib(largest(&standard.peak)),
+    })
+}
+
+/// One layer with both dispatches, which share its weights.
+struct LayerBench {
+    layers: [MoeLayer; 2],
+    gradients: GradientBuckets,
+    workload: Workload,
+    experts: usize,
+    x: Tensor,
+    weights_tk: Tensor,
+    place: (usize, usize),
+}
+
+impl LayerBench {
+    fn new(
+        args: &MoeLayerArgs,
+        workload: Workload,
+        experts: usize,
+        group: &Group,
+        least_loaded: &LeastLoaded,
+    ) -> Result<LayerBench> {
+        let (rank, ranks) = (group.all.rank(), group.all.size());
+        tch::manual_seed(rank as i64 + 1);
+        let (hidden, ffn, local) = (args.hidden as i64, args.ffn as i64, (experts / ranks) as i64);
+        let random = |shape: &[i64]| group.device.zeros(shape, Kind::Float).uniform_(-0.05, 0.05);
+        let [gate_up, down] = [[local, 2 * ffn, hidden], [local, hidden, ffn]].map(|shape| Weight::new(random(&shape)));
+        let held = [(down.clone(), 0), (gate_up.clone(), 0)];
+        let gradients = GradientBuckets::new(&held, &[Replication::alone()], 25 << 20, true, group.device.as_ref())?;
+        let alone: Arc<dyn Communicator> = Arc::new(Local::new(rank, "alone"));
+        let top_k = workload.top_k();
+        let layer = |least_loaded: Option<LeastLoaded>| MoeLayer {
+            router: Router {
+                num_experts: experts,
+                top_k,
+                score: Score::Softmax,
+                normalize: true,
+                scale: 1.0,
+                groups: 1,
+                top_groups: 1,
+                even_groups: false,
+            },
+            dispatcher: Dispatcher::new(group.all.clone(), experts, Sites::on_one_node(ranks, 1), least_loaded, None),
+            statistics: Statistics::Sequence,
+            tensor: TensorParallel::new(alone.clone(), 1),
+            sequence: alone.clone(),
+            keep: Keep { rows: true, experts: true },
+            weights: MoeWeights {
+                gate: Weight::new(Cpu.zeros(&[0, hidden], Kind::Float)),
+                bias: None,
+                gate_up: gate_up.clone(),
+                down: down.clone(),
+                shared: None,
+            },
+        };
+        let layers = [layer(None), layer(Some(least_loaded.clone()))];
+        let tokens = workload.tokens(args.tokens, rank, ranks) as i64;
+        let x = random(&[tokens, hidden]).set_requires_grad(true);
+        let weights_tk = random(&[tokens, top_k as i64]).set_requires_grad(true);
+        Ok(LayerBench { layers, gradients, workload, experts, x, weights_tk, place: (rank, ranks) })
+    }
+
+    fn forward_backward(&self, which: usize, round: usize) -> Result<Seen> {
+        let (tokens, top_k) = (self.x.size()[0], self.workload.top_k() as i64);
+        let experts = self.workload.choices(tokens as usize, self.experts, self.place, round);
+        let routing = Routing {
+            experts_tk: Tensor::from_slice(&experts).view([tokens, top_k]),
+            weights_tk: self.weights_tk.shallow_clone(),
+            probs_te: Cpu.zeros(&[0], Kind::Float),
+        };
+        self.gradients.begin(1);
+        let layer = &self.layers[which];
+        let plan = layer.dispatcher.plan(&experts)?;
+        let mixed = layer.mix(&Activation::kept(&self.x), &routing, experts, &plan, |_| Ok(None))?;
+        mixed.hidden_td.sum(Kind::Float).f_backward()?;
+        self.gradients.finish()?;
+        for leaf in [&self.x, &self.weights_tk] {
+            leaf.shallow_clone().zero_grad();
+        }
+        Ok(mixed.seen)
+    }
+}

@@ -1,0 +1,102 @@
+//! `moerun bench moe-layer --step`: whole training steps of a small model whose gate is biased, with both dispatches.
+
+use super::moe_layer::{Group, Measured, line};
+use super::ranks::join;
+use super::workload::{Workload, parse};
+use super::write_tokens;
+use crate::cli::MoeLayerArgs;
+use anyhow::{Context, Result};
+use parallel::RankEnv;
+use serde_json::json;
+use std::path::Path;
+use tch::Tensor;
+use trainer::Trainer;
+use trainer::config::Config;
+
+const VOCAB: usize = 4096;
+const SEQUENCE: usize = 256;
+
+/// Whether a gate's bias can make it.
+pub(super) fn has(workload: Workload) -> bool {
+    !matches!(workload, Workload::Share { .. } | Workload::RaggedSources)
+}
+
+pub(super) fn measure(args: &MoeLayerArgs, cases: &[String], env: &RankEnv) -> Result<()> {
+    let world = join(env, 0)?;
+    let group = Group { all: world.all("bench")?, device: parallel::accelerator("cpu", 0)? };
+    let folder = std::env::temp_dir().join(format!("moerun-bench-step-{}-{}", env.master_port, env.rank));
+    std::fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    let outcome = in_folder(args, cases, env, &group, &folder);
+    let _ = std::fs::remove_dir_all(&folder);
+    outcome
+}
+
+fn in_folder(args: &MoeLayerArgs, cases: &[String], env: &RankEnv, group: &Group, folder: &Path) -> Result<()> {
+    write_tokens(folder, VOCAB)?;
+    let (ranks, rank) = (group.all.size(), group.all.rank());
+    let experts = args.experts.unwrap_or(Workload::Balanced.experts(ranks));
+    // Each in a world of its own: names of groups are used once.
+    let trainer = |number: usize, dispatch: &str| -> Result<Trainer> {
+        let config = experiment(args, folder, experts, dispatch)?;
+        Ok(Trainer::new(config, &join(env, number)?, parallel::accelerator("cpu", 0)?)?)
+    };
+    let mut trainers = [trainer(1, "standard")?, trainer(2, "least_loaded")?];
+    let tokens = args.tokens / SEQUENCE * SEQUENCE * ranks;
+    for case in cases {
+        let workload = parse(case)?;
+        let mut measured = [Measured::default(), Measured::default()];
+        for round in 0..args.rounds + 1 {
+            for (trainer, measured) in trainers.iter_mut().zip(&mut measured) {
+                bias(trainer, &workload.weights(experts, ranks, round));
+                group.device.reset_peak()?;
+                let mut record = None;
+                let seconds = group.time(|| {
+                    record = Some(trainer.train_step(false)?.0);
+                    Ok(())
+                })?;
+                if let Some(record) = record.filter(|_| round > 0) {
+                    measured.seconds.push(seconds);
+                    let rows = |rank: usize| record.rank_rows.iter().map(|rows| rows[rank] as f64).sum();
+                    measured.rows = (0..ranks).map(rows).collect();
+                    measured.peak = group.gather(group.device.memory()?.peak as f64)?;
+                    measured.lent = record.lent_bytes.iter().sum::<u64>() as f64;
+                }
+            }
+        }
+        if rank == 0 {
+            let min_tokens = trainers[1].min_tokens().unwrap_or(0);
+            println!("{}", line("moe-step", case, args, experts, tokens, min_tokens, &measured));
+        }
+    }
+    Ok(())
+}
+
+/// Biases every gate: with scores from 0 to 1, a bias of `log2(weight / mean)`, limited, makes the choices about so.
+fn bias(trainer: &Trainer, weights: &[f64]) {
+    let mean = weights.iter().sum::<f64>() / weights.len() as f64;
+    let bias: Vec<f32> = weights.iter().map(|weight| ((weight / mean).log2() * 0.05).clamp(-2.0, 2.0) as f32).collect();
+    for (_, _, of_layer) in trainer.model().biases() {
+        tch::no_grad(|| of_layer.shallow_clone().copy_(&Tensor::from_slice(&bias)));
+    }
+}
+
+fn experiment(args: &MoeLayerArgs, folder: &Path, experts: usize, dispatch: &str) -> Result<Config> {
+    let mut least_loaded = json!({});
+    if let Some(tokens) = args.min_tokens.filter(|_| dispatch == "least_loaded") {
+        least_loaded = json!({"min_tokens": tokens});
+    }
+    let sequences = (args.tokens / SEQUENCE).max(1);
+    let config = json!({
+        "run": {"dir": folder.join("run"), "device": "cpu"},
+        "parallel": {"expert": args.ranks},
+        "model": {
+            "vocab_size": VOCAB, "hidden": args.hidden, "layers": 2, "heads": 8, "kv_heads": 4,
+            "moe": {"experts": experts, "top_k": 2, "ffn": args.ffn, "load_balance": 0.0, "bias_update_rate": 1e-9,
+                    "router": {"score": "sigmoid"}, "dispatch": dispatch, "least_loaded": least_loaded},
+        },
+        "data": {"train": [{"path": folder.join("tokens")}], "sequence_length": SEQUENCE},
+        "train": {"steps": 1_000_000, "global_batch": sequences * args.ranks, "micro_batch": sequences},
+        "schedule": {"constant": {"lr": 1e-4}},
+    });
+    serde_json::from_value(config).context("the bench's own experiment")
+}
