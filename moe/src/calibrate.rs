@@ -5,6 +5,7 @@
 //! bytes an element, `F` FLOP/s and a link of `W` bytes/s: `(b + 4) F / (6 W)`, whatever the expert's size.
 
 use crate::dispatch::edge;
+use crate::foreign::Lending;
 use parallel::{Accelerator, Communicator, Work};
 use std::sync::Arc;
 use std::time::Instant;
@@ -45,18 +46,19 @@ pub fn break_even(lending: &Arc<dyn Communicator>, expert: ExpertSize, device: &
         let _ = product.narrow(1, 0, ffn).matmul(&down.tr());
         device.synchronize()
     })?;
-    let elements = 3 * hidden * ffn;
-    let (sent, received) = (device.zeros(&[elements], kind), device.zeros(&[elements], kind));
-    let (rank, ranks) = (lending.rank(), lending.size());
-    let only = |other: usize| (0..ranks).map(|rank| if rank == other { elements } else { 0 }).collect::<Vec<i64>>();
-    let (to, from) = (only((rank + 1) % ranks), only((rank + ranks - 1) % ranks));
+    // All that lending one expert takes, from packing its weights to adding up its gradients.
+    let held = [gate_up.unsqueeze(0), down.unsqueeze(0)];
+    let sums = [device.zeros(&held[0].size(), Kind::Float), device.zeros(&held[1].size(), Kind::Float)];
+    let lending = Lending::ring(lending);
     let transfer = median(|| {
-        lending.all_to_all(&received, &sent, &from, &to).and_then(Work::wait).map_err(edge)?;
+        for _ in 0..if fetched_twice { 2 } else { 1 } {
+            let _ = lending.fetch(&held[0], &held[1])?.arrive()?;
+        }
+        let gradients = device.zeros(&[1, 3 * hidden * ffn], Kind::Float);
+        lending.give_back(&gradients)?.add_to(&sums[0], &sums[1])?;
         device.synchronize()
     })?;
-    let bytes = kind.elt_size_in_bytes() as f64;
-    let transfers = 1.0 + 4.0 / bytes + if fetched_twice { 1.0 } else { 0.0 };
-    Ok(transfer * transfers / (3.0 * work / ROWS as f64))
+    Ok(transfer / (3.0 * work / ROWS as f64))
 }
 
 fn median(mut body: impl FnMut() -> Result<(), Error>) -> Result<f64, Error> {

@@ -2,25 +2,31 @@
 //!
 //! Two ranks exchange one message, whatever the number of experts: all that one lends the other. In backward the gradients
 //! of lent weights go the other way, in fp32, and are added to their owner's helper by helper, so the sum is the same each
-//! time. Where no weight is lent, nothing is sent.
+//! time; two helpers' gradients exist at once, however many they are. Where no weight is lent, nothing is sent.
 //!
 //! # Collective
-//! Every rank of the group, lending or not, enters each exchange, in the same order, on a communicator of its own.
+//! Every rank of the group comes to each exchange in the same order, on a communicator that carries nothing else.
 // Shapes: F ffn, D hidden, M experts lent to this rank.
 
+use crate::dispatch::edge;
 use crate::plan::{Route, Sites};
-use parallel::{CommError, Communicator, Work};
+use parallel::{Communicator, Work};
+use std::collections::HashMap;
 use std::sync::Arc;
 use tch::{Kind, Tensor};
 use torch_ext::Error;
 
+/// Weights go under one tag, gradients under another: a rank may be ahead of another by one of them.
+const WEIGHTS: i32 = 1;
+const GRADIENTS: i32 = 2;
+
 /// What is lent to whom, as one rank sees it.
 pub(crate) struct Lending {
     group: Arc<dyn Communicator>,
-    /// By rank: which of this rank's experts it is lent.
-    lent: Vec<Vec<i64>>,
-    /// By rank: how many experts it lends this one.
-    borrowed: Vec<i64>,
+    /// Ranks that this one lends to, and which of its experts.
+    lent: Vec<(usize, Vec<i64>)>,
+    /// Ranks that lend to this one, and how many experts.
+    borrowed: Vec<(usize, i64)>,
 }
 
 /// Weights on their way.
@@ -33,13 +39,11 @@ pub(crate) struct Fetching {
 /// Gradients on their way home.
 #[must_use]
 pub(crate) struct Returning {
-    work: Work,
-    gradients: Tensor,
+    sent: Work,
+    elements: i64,
+    /// Those of the first helpers.
+    arriving: Vec<(Work, Tensor)>,
     lending: Arc<Lending>,
-}
-
-fn edge(error: CommError) -> Error {
-    Error::new(error.to_string())
 }
 
 impl Lending {
@@ -50,53 +54,89 @@ impl Lending {
         }
         let (owner, slice) = (group.rank() / sites.slices, group.rank() % sites.slices);
         let first = route.work.first().copied().unwrap_or(0);
-        let (mut lent, mut borrowed) = (vec![Vec::new(); sites.ranks()], vec![0; sites.ranks()]);
+        let mut lending = Lending { group: group.clone(), lent: Vec::new(), borrowed: Vec::new() };
+        // They come by sender, receiver and expert; weights go between ranks with the same slice.
         for transfer in &route.transfers {
-            // Between ranks with the same slice.
+            let (from, to) = (transfer.from * sites.slices + slice, transfer.to * sites.slices + slice);
             if transfer.from == owner {
-                lent[transfer.to * sites.slices + slice].push((transfer.expert - first) as i64);
+                let expert = (transfer.expert - first) as i64;
+                match lending.lent.last_mut().filter(|(rank, _)| *rank == to) {
+                    Some((_, experts)) => experts.push(expert),
+                    None => lending.lent.push((to, vec![expert])),
+                }
             }
             if transfer.to == owner {
-                borrowed[transfer.from * sites.slices + slice] += 1;
+                match lending.borrowed.last_mut().filter(|(rank, _)| *rank == from) {
+                    Some((_, experts)) => *experts += 1,
+                    None => lending.borrowed.push((from, 1)),
+                }
             }
         }
-        Some(Arc::new(Lending { group: group.clone(), lent, borrowed }))
+        Some(Arc::new(lending))
+    }
+
+    /// Every rank of `group` lends its first expert to the next.
+    pub(crate) fn ring(group: &Arc<dyn Communicator>) -> Arc<Lending> {
+        let (rank, ranks) = (group.rank(), group.size());
+        let (next, previous) = ((rank + 1) % ranks, (rank + ranks - 1) % ranks);
+        Arc::new(Lending { group: group.clone(), lent: vec![(next, vec![0])], borrowed: vec![(previous, 1)] })
     }
 
     /// How many experts this rank lends, counted once for each helper.
     pub(crate) fn num_lent(&self) -> i64 {
-        self.lent.iter().map(|experts| experts.len() as i64).sum()
+        self.lent.iter().map(|(_, experts)| experts.len() as i64).sum()
     }
 
-    fn splits(&self, elements: i64) -> (Vec<i64>, Vec<i64>) {
-        let lent = self.lent.iter().map(|experts| experts.len() as i64 * elements).collect();
-        (lent, self.borrowed.iter().map(|experts| experts * elements).collect())
+    fn num_borrowed(&self) -> i64 {
+        self.borrowed.iter().map(|(_, experts)| experts).sum()
+    }
+
+    /// Of `[M, elements]` what each lender's experts are, with its rank.
+    fn by_lender(&self, all: &Tensor) -> Vec<(Tensor, usize)> {
+        let mut first = 0;
+        let part = |&(rank, experts): &(usize, i64)| {
+            first += experts;
+            (all.narrow(0, first - experts, experts), rank)
+        };
+        self.borrowed.iter().map(part).collect()
     }
 
     /// Starts to send this rank's weights `[L, 2F, D]` and `[L, D, F]` to those that are lent them.
     pub(crate) fn fetch(&self, gate_up: &Tensor, down: &Tensor) -> Result<Fetching, Error> {
         let elements = numel(gate_up) + numel(down);
-        let (lent, borrowed) = self.splits(elements);
-        let options = (gate_up.kind(), gate_up.device());
-        let parts: Vec<Tensor> = self
-            .lent
-            .iter()
-            .flatten()
-            .flat_map(|&expert| [gate_up.select(0, expert).view([-1]), down.select(0, expert).view([-1])])
-            .collect();
-        let sent = if parts.is_empty() { Tensor::empty([0], options) } else { tch::no_grad(|| Tensor::cat(&parts, 0)) };
-        let weights = Tensor::empty([borrowed.iter().sum::<i64>()], options);
-        let work = self.group.all_to_all(&weights, &sent, &borrowed, &lent).map_err(edge)?;
-        Ok(Fetching { work, weights: weights.view([-1, elements]) })
+        // Helpers with the same experts get the same buffer.
+        let mut packed: HashMap<&[i64], Tensor> = HashMap::new();
+        for (_, experts) in &self.lent {
+            packed.entry(experts).or_insert_with(|| {
+                let parts =
+                    experts.iter().flat_map(|&e| [gate_up, down].map(|weights| weights.select(0, e).view([-1])));
+                tch::no_grad(|| Tensor::cat(&parts.collect::<Vec<_>>(), 0))
+            });
+        }
+        let sends: Vec<_> = self.lent.iter().map(|(rank, experts)| (&packed[experts.as_slice()], *rank)).collect();
+        let weights = Tensor::empty([self.num_borrowed(), elements], (gate_up.kind(), gate_up.device()));
+        let parts = self.by_lender(&weights);
+        let receives: Vec<_> = parts.iter().map(|(part, rank)| (part, *rank)).collect();
+        let work = self.group.exchange(&sends, &receives, WEIGHTS).map_err(edge)?;
+        Ok(Fetching { work, weights })
     }
 
     /// Starts to send the gradients `[M, elements]` of borrowed weights home.
     pub(crate) fn give_back(self: &Arc<Lending>, gradients: &Tensor) -> Result<Returning, Error> {
+        let parts = self.by_lender(gradients);
+        let sends: Vec<_> = parts.iter().map(|(part, rank)| (part, *rank)).collect();
+        let sent = self.group.exchange(&sends, &[], GRADIENTS).map_err(edge)?;
         let elements = gradients.size()[1];
-        let (lent, borrowed) = self.splits(elements);
-        let home = Tensor::empty([lent.iter().sum::<i64>()], (Kind::Float, gradients.device()));
-        let work = self.group.all_to_all(&home, &gradients.view([-1]), &lent, &borrowed).map_err(edge)?;
-        Ok(Returning { work, gradients: home.view([-1, elements]), lending: self.clone() })
+        let receive = |helper| self.receive(helper, elements, gradients);
+        let arriving = self.lent.iter().take(2).map(receive).collect::<Result<_, _>>()?;
+        Ok(Returning { sent, elements, arriving, lending: self.clone() })
+    }
+
+    /// Starts to receive what `helper` computed, on the device of `like`.
+    fn receive(&self, helper: &(usize, Vec<i64>), elements: i64, like: &Tensor) -> Result<(Work, Tensor), Error> {
+        let (rank, experts) = helper;
+        let part = Tensor::empty([experts.len() as i64, elements], (Kind::Float, like.device()));
+        Ok((self.group.exchange(&[], &[(&part, *rank)], GRADIENTS).map_err(edge)?, part))
     }
 }
 
@@ -111,14 +151,21 @@ impl Fetching {
 impl Returning {
     /// Waits for what helpers computed, and adds it to the gradients `[L, 2F, D]` and `[L, D, F]` of this rank's experts.
     pub(crate) fn add_to(self, gate_up: &Tensor, down: &Tensor) -> Result<(), Error> {
-        self.work.wait().map_err(edge)?;
+        let Returning { sent, elements, mut arriving, lending } = self;
         // Helper by helper, each with its experts in order.
-        for (row, &expert) in self.lending.lent.iter().flatten().enumerate() {
-            let [of_gate_up, of_down] = parts(&self.gradients.get(row as i64), gate_up, down);
-            let _ = gate_up.select(0, expert).g_add_(&of_gate_up);
-            let _ = down.select(0, expert).g_add_(&of_down);
+        for (number, (_, experts)) in lending.lent.iter().enumerate() {
+            let (work, part) = arriving.remove(0);
+            work.wait().map_err(edge)?;
+            for (row, &expert) in experts.iter().enumerate() {
+                let [of_gate_up, of_down] = parts(&part.get(row as i64), gate_up, down);
+                let _ = gate_up.select(0, expert).g_add_(&of_gate_up);
+                let _ = down.select(0, expert).g_add_(&of_down);
+            }
+            if let Some(next) = lending.lent.get(number + 2) {
+                arriving.push(lending.receive(next, elements, &part)?);
+            }
         }
-        Ok(())
+        sent.wait().map_err(edge)
     }
 }
 

@@ -38,7 +38,7 @@ pub(crate) fn run(args: &MoeLayerArgs) -> Result<ExitCode> {
     for case in &cases {
         let workload = parse(case)?;
         let (experts, ranks) = (args.experts.unwrap_or(workload.experts(args.ranks)), args.ranks);
-        if ranks == 0 || !experts.is_multiple_of(ranks) || experts < 4 * ranks.min(4) {
+        if ranks == 0 || experts < 4 || !experts.is_multiple_of(ranks) {
             bail!("{experts} experts cannot be shared out over {ranks} ranks, as many each");
         }
         if let Workload::Share { hot, .. } = workload
@@ -111,7 +111,9 @@ fn measure(args: &MoeLayerArgs, cases: &[String], env: &RankEnv) -> Result<()> {
         let bench = LayerBench::new(args, workload, experts, &group, &least_loaded)?;
         let mut measured = [Measured::default(), Measured::default()];
         for round in 0..args.rounds + 1 {
-            for (which, measured) in measured.iter_mut().enumerate() {
+            // Who comes first changes each round.
+            for which in [round % 2, 1 - round % 2] {
+                let measured = &mut measured[which];
                 group.device.reset_peak()?;
                 let mut seen = Seen::default();
                 let seconds = group.time(|| {

@@ -46,7 +46,9 @@ fn in_folder(args: &MoeLayerArgs, cases: &[String], env: &RankEnv, group: &Group
         let workload = parse(case)?;
         let mut measured = [Measured::default(), Measured::default()];
         for round in 0..args.rounds + 1 {
-            for (trainer, measured) in trainers.iter_mut().zip(&mut measured) {
+            // Who comes first changes each round.
+            for which in [round % 2, 1 - round % 2] {
+                let (trainer, measured) = (&mut trainers[which], &mut measured[which]);
                 bias(trainer, &workload.weights(experts, ranks, round));
                 group.device.reset_peak()?;
                 let mut record = None;

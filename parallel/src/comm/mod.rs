@@ -109,6 +109,22 @@ pub trait Communicator: Send + Sync {
     /// As [`Communicator::all_reduce`].
     fn recv(&self, tensor: &Tensor, from: usize, tag: i32) -> Result<Work, CommError>;
 
+    /// Sends and receives any number of tensors, each to or from a rank, as one operation: for backends that cannot have
+    /// them under way side by side otherwise.
+    ///
+    /// # Errors
+    /// As [`Communicator::all_reduce`].
+    fn exchange(&self, sends: &[(&Tensor, usize)], receives: &[(&Tensor, usize)], tag: i32) -> Result<Work, CommError> {
+        let mut works = Vec::with_capacity(sends.len() + receives.len());
+        for (tensor, from) in receives {
+            works.push(self.recv(tensor, *from, tag)?);
+        }
+        for (tensor, to) in sends {
+            works.push(self.send(tensor, *to, tag)?);
+        }
+        Ok(Work::new(move || works.into_iter().try_for_each(Work::wait)))
+    }
+
     /// Returns when every rank has come here.
     ///
     /// # Errors
