@@ -56,7 +56,7 @@ fn layouts() -> impl Strategy<Value = (usize, Value)> {
     let dispatch = prop::sample::select(vec!["standard", "least_loaded", "hierarchical", "hierarchical_least_loaded"]);
     let nodes = prop::option::of(1usize..5);
     let rest = (prop::sample::select(vec!["ring", "ulysses"]), 1usize..4, prop::sample::select(vec![0.01, 25.0]));
-    let rest = (rest, dispatch, nodes);
+    let rest = (rest, dispatch, nodes, any::<bool>());
     (sizes, pipelines, parts, whole, sharding, rest).prop_map(
         |((data, tensor, context, pipeline), (schedule, vocabulary), parts, whole, (zero, fold, block), rest)| {
             let stage = data * tensor * context;
@@ -66,12 +66,12 @@ fn layouts() -> impl Strategy<Value = (usize, Value)> {
             let (expert, expert_tensor) = folds[fold.index(folds.len())];
             let replicas = data * context;
             let blocks: Vec<usize> = (1..=replicas).filter(|block| replicas.is_multiple_of(*block)).collect();
-            let ((context_attention, tensor_chunks, bucket_mib), dispatch, per_node) = rest;
+            let ((context_attention, tensor_chunks, bucket_mib), dispatch, per_node, placement) = rest;
             let mut parallel = json!({
                 "data": data, "tensor": tensor, "context": context, "pipeline": pipeline, "expert": expert,
                 "expert_tensor": expert_tensor, "context_attention": context_attention, "tensor_chunks": tensor_chunks,
                 "bucket_mib": bucket_mib, "zero": zero, "recompute": {"layers": whole, "parts": parts},
-                "dispatch": dispatch, "ranks_per_node": per_node,
+                "dispatch": dispatch, "ranks_per_node": per_node, "placement": placement,
             });
             if pipeline > 1 {
                 (parallel["schedule"], parallel["vocabulary"]) = (json!(schedule), json!(vocabulary));
@@ -84,7 +84,7 @@ fn layouts() -> impl Strategy<Value = (usize, Value)> {
     )
 }
 
-/// `parallel` has beside its own keys the dispatch.
+/// `parallel` has beside its own keys the dispatch, and whether experts move.
 fn config(folder: &Path, model: &Value, parallel: &Value) -> Config {
     let (mut model, mut parallel) = (model.clone(), parallel.clone());
     if let Some(dispatch) = parallel.as_object_mut().unwrap().remove("dispatch") {
@@ -93,6 +93,9 @@ fn config(folder: &Path, model: &Value, parallel: &Value) -> Config {
             model["model"]["moe"]["least_loaded"] = json!({"min_tokens": 0, "threshold": 1.0});
         }
         model["model"]["moe"]["dispatch"] = dispatch;
+        if parallel.as_object_mut().unwrap().remove("placement") == Some(json!(true)) {
+            model["model"]["moe"]["placement"] = json!({"every": 1, "min_gain": 0.0});
+        }
     }
     let config = json!({
         "run": {"dir": folder.join("run"), "device": "cpu", "seed": 5},
@@ -156,9 +159,10 @@ fn drawn_layouts_agree_with_one_rank() {
             }
         }
         *seen.entry("lent").or_insert(0) += ours.spilled;
+        *seen.entry("moved").or_insert(0) += ours.moved;
     }
     let drawn = seen.values().filter(|&&count| count > 0).count();
-    assert!(given.is_some() || count < 40 || drawn == 7, "an axis was never drawn: {seen:?}");
+    assert!(given.is_some() || count < 40 || drawn == 8, "an axis was never drawn: {seen:?}");
 }
 
 #[test]

@@ -187,6 +187,54 @@ fn lent_experts_and_ways_by_node_change_nothing() {
 }
 
 #[test]
+fn experts_that_move_change_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    write_data(folder.path());
+    let single = trace_of_biased(1, skewed(folder.path(), &experts(1), "standard"), biased);
+    let layouts = [
+        (2, json!({"expert": 2}), "standard"),
+        (4, json!({"expert": 2, "zero": 3}), "standard"),
+        (4, json!({"expert": 2, "zero": 2, "zero_ranks": 2}), "least_loaded"),
+        (4, json!({"tensor": 2, "expert": 2, "expert_tensor": 2, "zero": 1}), "standard"),
+        (4, json!({"pipeline": 2, "expert": 2, "schedule": "zb-h1"}), "least_loaded"),
+    ];
+    for (ranks, parallel, dispatch) in layouts {
+        let mut config = skewed(folder.path(), &parallel, dispatch);
+        config.model.moe.as_mut().unwrap().placement = Some(serde_json::from_value(json!({"every": 2})).unwrap());
+        let ours = trace_of_biased(ranks, config, biased);
+        assert_same(&format!("{ranks} ranks, {dispatch}, {parallel}"), &ours, &single);
+        assert!(ours.moved > 0, "{parallel}");
+    }
+}
+
+#[test]
+fn a_run_whose_experts_move_goes_on_to_the_bit() {
+    tch::set_num_threads(1);
+    let folder = tempfile::tempdir().unwrap();
+    write_data(folder.path());
+    let mut config = skewed(folder.path(), &json!({"expert": 2, "zero": 1}), "least_loaded");
+    let moe = config.model.moe.as_mut().unwrap();
+    (moe.placement, moe.least_loaded) =
+        (Some(serde_json::from_value(json!({"every": 2})).unwrap()), config::LeastLoadedConfig::default());
+    let run = |config: Config, resumes: bool| {
+        on_threads(4, TIMEOUT, move |world| {
+            let mut trainer = trainer_on(world, config.clone());
+            biased(&trainer);
+            assert_eq!(trainer.resume(&mut |warning| panic!("{warning}")).unwrap(), resumes);
+            let steps = |trainer: &mut trainer::Trainer, count| {
+                (0..count).map(|_| trainer.train_step(false).unwrap().0.loss).collect::<Vec<_>>()
+            };
+            if !resumes {
+                steps(&mut trainer, 3);
+                trainer.save().unwrap();
+            }
+            steps(&mut trainer, 3)
+        })
+    };
+    assert_eq!(run(config.clone(), false), run(config, true));
+}
+
+#[test]
 fn a_run_that_lends_experts_leaves_the_checkpoint_of_one_that_does_not() {
     tch::set_num_threads(1);
     let folder = tempfile::tempdir().unwrap();

@@ -21,6 +21,7 @@ mod foreign;
 mod hierarchy;
 mod layer;
 pub mod least_loaded;
+pub mod placement;
 pub mod plan;
 mod router;
 mod rows;

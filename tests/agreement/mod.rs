@@ -52,6 +52,8 @@ pub(crate) struct Trace {
     pub(crate) weights: BTreeMap<String, Vec<f32>>,
     /// Rows that were worked on away from their expert's home.
     pub(crate) spilled: u64,
+    /// Experts that moved.
+    pub(crate) moved: u64,
 }
 
 pub(crate) fn trainer_on(world: &World, config: Config) -> Trainer {
@@ -99,11 +101,12 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
                 first_gradients.push((place.clone(), part.copy()));
             }
         }
-        let mut spilled = 0;
+        let (mut spilled, mut moved) = (0, 0);
         let steps: Vec<[f64; 4]> = (0..steps)
             .map(|_| {
                 let (record, _) = trainer.train_step(false).unwrap();
                 spilled += record.spilled_rows.iter().sum::<u64>();
+                moved += record.moved_experts.unwrap_or(0);
                 [record.loss, record.load_balance_loss, record.z_loss, record.grad_norm]
             })
             .collect();
@@ -117,7 +120,7 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
         for (_, name, bias) in trainer.model().biases() {
             weights.push((Place::whole(name, &bias.size()), bias.copy()));
         }
-        (steps, first_gradients, weights, spilled)
+        (steps, first_gradients, weights, (spilled, moved))
     });
     let (mut first_gradients, mut weights) = (Gathered::new(), Gathered::new());
     for (steps, of_rank, weights_of_rank, _) in &parts {
@@ -130,7 +133,8 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
         steps: parts[0].0.clone(),
         first_gradients: by_name(first_gradients),
         weights: by_name(weights),
-        spilled: parts[0].3,
+        spilled: parts[0].3.0,
+        moved: parts[0].3.1,
     }
 }
 

@@ -17,6 +17,7 @@ mod metrics;
 mod model;
 mod optimizer;
 mod parameters;
+mod placing;
 mod ranks;
 mod reference;
 mod saving;

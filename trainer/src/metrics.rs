@@ -49,6 +49,9 @@ pub struct Record {
     pub node_bytes: Vec<u64>,
     /// For each mixture layer: milliseconds that a rank planned in a step, in the mean.
     pub plan_ms: Vec<f64>,
+    /// Experts that moved to another rank after this step, where `model.moe.placement` is set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moved_experts: Option<u64>,
     /// Choices of each expert, `[mixture layers][E]`: in `routing.jsonl`.
     #[serde(skip)]
     pub expert_choices: Vec<Vec<u64>>,

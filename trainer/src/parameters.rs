@@ -5,6 +5,7 @@ use checkpoint::Place;
 use parallel::sharding::{ShardedWeights, own_rows};
 use parallel::{Accelerator, CommError, Replication, Weight, matrix};
 use std::ops::Range;
+use std::sync::Mutex;
 use tch::{Kind, Tensor};
 
 /// How a parameter starts.
@@ -54,7 +55,7 @@ pub(crate) struct Piece {
 /// One tensor of this rank, as a matrix: all dims but the last are rows.
 pub struct Parameter {
     /// What each of its rows is, in order.
-    pieces: Vec<Piece>,
+    pieces: Mutex<Vec<Piece>>,
     /// What the model computes with.
     pub weight: Weight,
     /// The rows that this rank keeps and updates.
@@ -76,12 +77,18 @@ pub struct Parameter {
 impl Parameter {
     /// Which boxes of global tensors the rows of `tensor` are, which has this rank's rows: the master, a moment, a gradient.
     pub fn parts(&self, tensor: &Tensor) -> Vec<(Place, Tensor)> {
-        let parts = boxes(&self.pieces, &self.own).map(|(place, rows)| {
+        let pieces = self.pieces.lock().expect("nobody panics with it");
+        let parts = boxes(&pieces, &self.own).map(|(place, rows)| {
             let part = tensor.narrow(0, rows.start - self.own.start, rows.end - rows.start);
             let part = part.view(place.shape.as_slice());
             (place, part)
         });
         parts.collect()
+    }
+
+    /// Says that its rows are now those of `places`; their values are not touched.
+    pub(crate) fn rename(&self, places: Vec<Place>) {
+        *self.pieces.lock().expect("nobody panics with it") = pieces(places);
     }
 
     /// Takes over what the master has become.
@@ -90,6 +97,17 @@ impl Parameter {
             tch::no_grad(|| self.stored.shallow_clone().copy_(&self.master));
         }
     }
+}
+
+/// Boxes one after another.
+fn pieces(places: Vec<Place>) -> Vec<Piece> {
+    let mut next = 0;
+    let piece = |place: Place| {
+        let rows = next..next + place.shape[0];
+        next = rows.end;
+        Piece { place, rows }
+    };
+    places.into_iter().map(piece).collect()
 }
 
 /// The boxes that the rows `wanted` are, with the rows of each.
@@ -135,6 +153,11 @@ impl Parameters {
         self.list.iter()
     }
 
+    /// Number `index`.
+    pub(crate) fn get(&self, index: usize) -> &Parameter {
+        &self.list[index]
+    }
+
     /// How many tensors there are.
     pub fn len(&self) -> usize {
         self.list.len()
@@ -160,17 +183,9 @@ impl Parameters {
         replicas: Replicas,
         traits: Traits,
     ) -> Weight {
-        let mut next = 0;
-        let pieces: Vec<Piece> = places
-            .into_iter()
-            .map(|place| {
-                let rows = next..next + place.shape[0];
-                next = rows.end;
-                Piece { place, rows }
-            })
-            .collect();
+        let pieces = pieces(places);
         let (rows, cols) = matrix(shape);
-        debug_assert_eq!(rows, next, "every row is of some piece");
+        debug_assert_eq!(rows, pieces.last().map_or(0, |piece| piece.rows.end), "every row is of some piece");
         let replication = &self.replications[replicas as usize];
         let (rank, ranks) = (replication.shard.rank(), replication.shard.size());
         let (own, counted) = (own_rows(rows, rank, ranks), replication.across.rank() == 0);
@@ -199,6 +214,7 @@ impl Parameters {
         };
         let handle = weight.clone();
         let Traits { decay, lr_scale, .. } = traits;
+        let pieces = Mutex::new(pieces);
         self.list.push(Parameter { pieces, weight, own, stored, master, replicas, counted, decay, lr_scale });
         handle
     }

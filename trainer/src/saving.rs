@@ -28,8 +28,20 @@ pub(crate) struct RunState {
     /// Choices for which an expert is lent, where experts are.
     #[serde(default)]
     pub(crate) min_tokens: Option<i64>,
+    /// Where experts have moved, and from what loads, where they do.
+    #[serde(default)]
+    pub(crate) placement: Option<PlacementState>,
     /// The whole configuration.
     pub(crate) config: serde_json::Value,
+}
+
+/// Where experts are.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct PlacementState {
+    /// For each mixture layer of the model the position of each expert.
+    pub(crate) positions: Vec<Vec<i64>>,
+    /// Choices of each expert in a step, smoothed.
+    pub(crate) loads: Vec<Vec<f64>>,
 }
 
 /// The parts of a run that have values.
@@ -130,8 +142,8 @@ pub(crate) fn save(
     Ok(root.join(format!("step-{:08}", state.step)))
 }
 
-/// Finds the newest checkpoint under `root` that every rank can read, checks it, and restores the run from it. None
-/// when there is no checkpoint at all. Refused ones are named to `warn`.
+/// Finds the newest checkpoint under `root` that every rank can read, checks it, and restores the run from it, after
+/// `prepare` has seen what it says. None when there is no checkpoint at all. Refused ones are named to `warn`.
 ///
 /// # Errors
 /// When there are checkpoints and none can be used.
@@ -139,6 +151,7 @@ pub(crate) fn resume(
     root: &Path,
     run: &Stateful,
     world: &Arc<dyn Communicator>,
+    prepare: &dyn Fn(&RunState),
     warn: &mut dyn FnMut(&str),
 ) -> Result<Option<RunState>, Error> {
     let listed = if world.rank() == 0 { checkpoint::list(root) } else { Ok(Vec::new()) };
@@ -150,7 +163,7 @@ pub(crate) fn resume(
     for path in &candidates {
         match agree(world, check(path, world)) {
             Ok(()) => {
-                let restored = restore(path, run);
+                let restored = restore(path, run, prepare);
                 let failure = restored.as_ref().err().map(|e| Error::Data(e.to_string()));
                 agree(world, failure.map_or(Ok(()), Err))?;
                 return restored.map(Some);
@@ -182,8 +195,9 @@ fn check(path: &Path, world: &Arc<dyn Communicator>) -> Result<(), Error> {
 }
 
 /// Copies a verified checkpoint into the run.
-pub(crate) fn restore(path: &Path, run: &Stateful) -> Result<RunState, Error> {
+fn restore(path: &Path, run: &Stateful, prepare: &dyn Fn(&RunState)) -> Result<RunState, Error> {
     let mut checkpoint = Checkpoint::open(path)?;
+    prepare(&state_of(&checkpoint)?);
     let state = restore_weights(&mut checkpoint, run.model)?;
     for (index, parameter) in run.model.parameters.iter().enumerate() {
         let (exp_avg, exp_avg_sq) = run.optimizer.moments(index);
@@ -240,8 +254,8 @@ fn agree(world: &Arc<dyn Communicator>, own: Result<(), Error>) -> Result<(), Er
     }
 }
 
-/// The bytes of every rank, in rank order.
-fn gather(world: &Arc<dyn Communicator>, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
+/// The bytes of every rank of a group, in rank order.
+pub(crate) fn gather(world: &Arc<dyn Communicator>, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
     let lengths = Cpu.zeros(&[world.size() as i64], Kind::Int64);
     world.all_gather(&lengths, &Tensor::from_slice(&[bytes.len() as i64]))?.wait()?;
     let lengths: Vec<i64> = lengths.iter::<i64>().expect("a list of numbers").collect();
@@ -263,7 +277,7 @@ fn share(world: &Arc<dyn Communicator>, bytes: Vec<u8>) -> Result<Vec<u8>, CommE
     Ok(gather(world, if world.rank() == 0 { &bytes } else { &[] })?.swap_remove(0))
 }
 
-fn from_peer<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
+pub(crate) fn from_peer<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
     serde_json::from_slice(bytes).map_err(|e| Error::Data(format!("a rank sent something else than expected: {e}")))
 }
 

@@ -5,6 +5,7 @@ use crate::data::Dataset;
 use crate::metrics::{Metrics, Progress, Record, RoutingLine, percentiles};
 use crate::model::{IGNORED, Model, ModelPart, Setting};
 use crate::optimizer::Optimizer;
+use crate::placing::Placing;
 use crate::ranks::Ranks;
 use crate::saving::{self, RunState, Stateful, sum_over_ranks};
 use crate::schedule::learning_rate;
@@ -49,6 +50,8 @@ pub struct Trainer {
     optimizer: Optimizer,
     /// What decides which experts are lent, where they are.
     planner: Option<Arc<Mutex<Planner>>>,
+    /// Where experts move over time.
+    placing: Option<Placing>,
     train: Dataset,
     validation: Option<Dataset>,
     /// Optimizer steps done.
@@ -118,6 +121,14 @@ impl Trainer {
             let measured = break_even(&least_loaded.lending, size, device.as_ref())?;
             locked(&least_loaded.planner).min_tokens = agree(&all, measured)?;
         }
+        let placing = match config.model.moe.as_ref().and_then(|moe| Some((moe.experts, moe.placement.as_ref()?))) {
+            Some((experts, placement)) => {
+                let stage = world.group("experts on the move", &mesh.group(Group::Stage))?;
+                let (mixtures, owners) = (config.model.num_moe_layers(), mesh.shape().expert);
+                Some(Placing::new(placement, mixtures, experts, owners, stage))
+            }
+            None => None,
+        };
         let (settings, clip) = (&config.optimizer, config.train.grad_clip);
         let optimizer = Optimizer::new(settings, clip, parameters, device.as_ref(), all.clone());
         Ok(Trainer {
@@ -133,6 +144,7 @@ impl Trainer {
             gradients,
             optimizer,
             planner,
+            placing,
             train,
             validation,
             step: 0,
@@ -187,9 +199,21 @@ impl Trainer {
     /// # Errors
     /// When there are checkpoints and none can be used.
     pub fn resume(&mut self, warn: &mut dyn FnMut(&str)) -> Result<bool, Error> {
-        let Some(state) = saving::resume(&self.checkpoints(), &self.stateful(), &self.world, warn)? else {
+        // Experts are named as they were before their values are read.
+        let prepare = |state: &RunState| {
+            let (Some(placing), Some(placement)) = (&self.placing, &state.placement) else { return };
+            if placing.fits(placement) {
+                for (mixture, moe, held) in self.model.held_mixtures() {
+                    held.place(&self.model.parameters, &moe.dispatcher, &placement.positions[mixture]);
+                }
+            }
+        };
+        let Some(state) = saving::resume(&self.checkpoints(), &self.stateful(), &self.world, &prepare, warn)? else {
             return Ok(false);
         };
+        if let (Some(placing), Some(placement)) = (&mut self.placing, &state.placement) {
+            placing.resume(placement);
+        }
         (self.step, self.samples, self.tokens) = (state.step, state.samples, state.tokens);
         // What was measured when the run began: the same plans, and so the same bits, as without a break.
         if let (Some(planner), Some(min_tokens), true) = (&self.planner, state.min_tokens, self.measures()) {
@@ -219,6 +243,7 @@ impl Trainer {
             tokens: self.tokens,
             ranks: self.world.size(),
             min_tokens: self.min_tokens(),
+            placement: self.placing.as_ref().map(|placing| placing.state().clone()),
             config: serde_json::to_value(&self.config).expect("plain data"),
         };
         let path = saving::save(&self.checkpoints(), &state, &self.stateful(), &self.world)?;
@@ -372,6 +397,10 @@ impl Trainer {
                 update_bias(&mut bias, &self.device.upload(&Tensor::from_slice(choices[mixture])), *bias_update_rate);
             }
         }
+        let moved_experts = match &mut self.placing {
+            Some(placing) => Some(placing.step(self.step + 1, &choices, &self.model, &self.optimizer)?),
+            None => None,
+        };
         self.device.synchronize()?;
         self.step += 1;
         self.samples += self.config.train.global_batch as u64;
@@ -400,6 +429,7 @@ impl Trainer {
             lent_bytes: moved.iter().map(|moved| moved[1] as u64).collect(),
             node_bytes: moved.iter().map(|moved| moved[2] as u64).collect(),
             plan_ms: moved.iter().map(|moved| moved[3] * 1e3 / self.stage_ranks() as f64).collect(),
+            moved_experts,
             expert_choices: choices.iter().map(|choices| choices.iter().map(|&c| c as u64).collect()).collect(),
             rank_peak_memory: figures[own_at..own_at + ranks].iter().map(|&bytes| bytes as u64).collect(),
             rank_peak_resident: figures[own_at + ranks..own_at + 2 * ranks].iter().map(|&b| b as u64).collect(),

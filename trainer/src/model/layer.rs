@@ -2,6 +2,7 @@
 // Shapes: T tokens (of a microbatch, on this rank), D hidden.
 
 use super::attention::{Attention, Documents};
+use super::experts::HeldExperts;
 use super::norm::rms_norm;
 use super::rope::Rope;
 use crate::Error;
@@ -39,7 +40,7 @@ pub(crate) enum FeedForward {
         /// Whether the gate-up product is kept for backward.
         keep: bool,
     },
-    Moe(Box<MoeLayer>),
+    Moe(Box<MoeLayer>, HeldExperts),
 }
 
 impl Layer {
@@ -94,7 +95,7 @@ impl Layer {
                     tensor.block(&normed, |x| grouped_swiglu(x, gate_up, down, &[x.value.size()[0]], *keep))?;
                 Ok((join(&x, branch), None))
             }
-            FeedForward::Moe(moe) => {
+            FeedForward::Moe(moe, _) => {
                 let MoeOutput { hidden_td, stats, seen } = moe.forward(&normed, batch as usize, replay)?;
                 Ok((join(&x, hidden_td), Some((stats, seen))))
             }

@@ -3,6 +3,7 @@
 
 mod attention;
 mod embedding;
+mod experts;
 mod layer;
 mod loss;
 mod norm;
@@ -17,6 +18,7 @@ use crate::ranks::Ranks;
 use attention::Attention;
 use checkpoint::Place;
 use embedding::embed;
+use experts::{ExpertShape, gate_up_boxes};
 use layer::{FeedForward, Layer, with_weights};
 use loss::{VocabularyRows, cross_entropy};
 use moe::balance::{BatchTotals, RouterStats, Statistics, load_balance_loss, z_loss};
@@ -33,6 +35,7 @@ use std::sync::{Arc, Mutex};
 use tch::{Kind, Tensor};
 
 pub(crate) use attention::Documents;
+pub(crate) use experts::HeldExperts;
 pub(crate) use loss::{IGNORED, with_gradient};
 pub use part::{ModelPart, StagePart, VocabularyShard, split_layers};
 
@@ -346,16 +349,20 @@ impl Model {
     /// The loss-free balancing biases where the model has them: number among the model's mixture layers, global name,
     /// `[E]`.
     pub fn biases(&self) -> impl Iterator<Item = (usize, String, Tensor)> {
-        self.part.stages.iter().zip(&self.stages).flat_map(|(part, stage)| {
-            let mut mixture = stage.mixtures.clone();
-            part.layers.clone().zip(&stage.layers).filter_map(move |(index, (layer, _))| match &layer.feed_forward {
-                FeedForward::Moe(moe) => {
-                    let number = mixture.next()?;
-                    let bias = moe.weights.bias.as_ref()?.lock().expect("nobody panics with it").shallow_clone();
-                    Some((number, format!("layers.{index}.moe.bias"), bias))
-                }
+        self.held_mixtures().filter_map(|(number, moe, held)| {
+            let bias = moe.weights.bias.as_ref()?.lock().expect("nobody panics with it").shallow_clone();
+            Some((number, format!("{}.bias", held.name), bias))
+        })
+    }
+
+    /// The mixture layers that are here, with their numbers among the model's.
+    pub(crate) fn held_mixtures(&self) -> impl Iterator<Item = (usize, &MoeLayer, &HeldExperts)> {
+        self.stages.iter().flat_map(|stage| {
+            let mixtures = stage.layers.iter().filter_map(|(layer, _)| match &layer.feed_forward {
+                FeedForward::Moe(moe, held) => Some((moe.as_ref(), held)),
                 FeedForward::Dense { .. } => None,
-            })
+            });
+            stage.mixtures.clone().zip(mixtures).map(|(number, (moe, held))| (number, moe, held))
         })
     }
 
@@ -456,7 +463,8 @@ fn layer(
         }
         Some(moe) => {
             let name = format!("{name}.moe");
-            FeedForward::Moe(Box::new(moe_layer(parameters, setting, moe, &name, hidden, matrix, writes)))
+            let (moe, held) = moe_layer(parameters, setting, moe, &name, hidden, matrix, writes);
+            FeedForward::Moe(Box::new(moe), held)
         }
     };
     Layer {
@@ -468,15 +476,6 @@ fn layer(
         residual: config.mup.as_ref().map_or(1.0, |mup| mup.residual),
         keep_norms: recompute.keeps(RecomputedPart::Norm),
         keep: !recompute.whole(index),
-    }
-}
-
-/// The boxes of a gate-up matrix `[2F, D]` with the columns `part` of F: those of gate, then those of up.
-fn gate_up_boxes(name: &str, ffn: i64, hidden: i64, part: &Range<i64>) -> Vec<Place> {
-    let shape = [2 * ffn, hidden];
-    match *part == (0..ffn) {
-        true => vec![Place::whole(name, &shape)],
-        false => [0, ffn].map(|start| slice(name, &shape, 0, &(start + part.start..start + part.end))).to_vec(),
     }
 }
 
@@ -508,7 +507,7 @@ fn moe_layer(
     hidden: i64,
     matrix: Traits,
     writes: Traits,
-) -> MoeLayer {
+) -> (MoeLayer, HeldExperts) {
     let Setting { device, ranks, recompute, .. } = setting;
     let num_experts = config.experts;
     let place = Place::whole(format!("{name}.gate"), &[num_experts as i64, hidden]);
@@ -521,12 +520,18 @@ fn moe_layer(
     let each = ffn / slices as i64;
     let part = each * slice_of as i64..each * (slice_of as i64 + 1);
     let own = owner * local..(owner + 1) * local;
-    let names = |part: &str| own.clone().map(|e| format!("{name}.experts.{e}.{part}")).collect::<Vec<_>>();
-    let boxes = names("gate_up").iter().flat_map(|name| gate_up_boxes(name, ffn, hidden, &part)).collect();
+    let held = HeldExperts {
+        name: name.to_string(),
+        gate_up: parameters.len(),
+        down: parameters.len() + 1,
+        shape: ExpertShape { hidden, ffn, part },
+        own: own.clone(),
+    };
+    let experts: Vec<usize> = own.collect();
     let shape = [local as i64, 2 * each, hidden];
-    let gate_up = parameters.add(*device, &shape, boxes, Replicas::Expert, matrix);
-    let boxes = names("down").iter().map(|name| slice(name, &[hidden, ffn], 1, &part)).collect();
-    let down = parameters.add(*device, &[local as i64, hidden, each], boxes, Replicas::Expert, writes);
+    let gate_up = parameters.add(*device, &shape, held.shape.gate_up(name, &experts), Replicas::Expert, matrix);
+    let shape = [local as i64, hidden, each];
+    let down = parameters.add(*device, &shape, held.shape.down(name, &experts), Replicas::Expert, writes);
     let shared = (config.shared_experts > 0).then(|| {
         let ffn = (config.shared_experts * config.ffn) as i64;
         swiglu(parameters, setting, &format!("{name}.shared"), hidden, ffn, matrix, writes)
@@ -543,7 +548,7 @@ fn moe_layer(
         even_groups: config.router.even_groups,
     };
     let (least_loaded, hierarchy) = (ranks.least_loaded.clone(), ranks.hierarchy.clone());
-    MoeLayer {
+    let layer = MoeLayer {
         router,
         dispatcher: Dispatcher::new(ranks.experts.clone(), num_experts, ranks.sites.clone(), least_loaded, hierarchy),
         statistics: config.load_balance_over,
@@ -551,5 +556,6 @@ fn moe_layer(
         sequence: ranks.sequence.clone(),
         keep: Keep { rows: recompute.keeps(RecomputedPart::Router), experts: recompute.keeps(RecomputedPart::Experts) },
         weights: MoeWeights { gate, bias, gate_up, down, shared },
-    }
+    };
+    (layer, held)
 }
