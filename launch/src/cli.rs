@@ -26,9 +26,40 @@ pub(crate) enum Command {
     /// See what would happen, before it does
     #[command(subcommand)]
     Plan(PlanCommand),
+    /// Look at what a run did
+    #[command(subcommand)]
+    Inspect(InspectCommand),
     /// Measure; prints JSON lines
     #[command(subcommand)]
     Bench(BenchCommand),
+}
+
+#[derive(Subcommand)]
+pub(crate) enum InspectCommand {
+    /// Draw which experts were used over time, and say how consistent the router is from token to token
+    Routing(InspectRoutingArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct InspectRoutingArgs {
+    /// The run's folder
+    #[arg(value_name = "RUN")]
+    pub(crate) run: PathBuf,
+    /// Pictures that the run is divided into
+    #[arg(long, default_value_t = 4)]
+    pub(crate) slices: usize,
+    /// Tokens of a segment
+    #[arg(long, default_value_t = 16)]
+    pub(crate) segment: usize,
+    /// Experts that a cache holds; by default twice those that a token chooses
+    #[arg(long)]
+    pub(crate) cache: Option<usize>,
+    /// Tokens of text to look at
+    #[arg(long, default_value_t = 8192)]
+    pub(crate) tokens: usize,
+    /// Also draw it here
+    #[arg(long, value_name = "FILE")]
+    pub(crate) svg: Option<PathBuf>,
 }
 
 #[derive(Subcommand)]

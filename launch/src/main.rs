@@ -8,6 +8,7 @@ mod cli;
 mod config_file;
 mod environment;
 mod generate;
+mod inspect;
 mod launcher;
 mod plan;
 mod prepare;
@@ -15,7 +16,7 @@ mod progress;
 mod rank;
 
 use clap::Parser;
-use cli::{BenchCommand, Cli, Command, ConfigCommand, DataCommand, PlanCommand};
+use cli::{BenchCommand, Cli, Command, ConfigCommand, DataCommand, InspectCommand, PlanCommand};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
         Command::Config(ConfigCommand::Schema) => config_file::print_schema(),
         Command::Plan(PlanCommand::Schedule(args)) => plan::schedule(&args),
         Command::Plan(PlanCommand::Mesh(args)) => plan::mesh(&args),
+        Command::Inspect(InspectCommand::Routing(args)) => inspect::routing::run(&args),
         Command::Bench(BenchCommand::Step(args)) => bench::step::run(args),
         Command::Bench(BenchCommand::Pipeline(args)) => bench::pipeline::run(&args),
         Command::Bench(BenchCommand::Memory(args)) => bench::memory::run(&args),

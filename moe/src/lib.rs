@@ -15,6 +15,7 @@
 pub mod assignment;
 pub mod balance;
 pub mod calibrate;
+pub mod consistency;
 pub mod dispatch;
 pub mod experts;
 mod foreign;

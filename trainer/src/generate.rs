@@ -3,10 +3,8 @@
 use crate::Error;
 use crate::config::Config;
 use crate::data::END_OF_DOCUMENT;
-use crate::model::{Model, ModelPart, Setting};
-use crate::ranks::Ranks;
-use crate::saving::{restore_weights, state_of};
-use checkpoint::Checkpoint;
+use crate::loaded::Loaded;
+use crate::model::Model;
 use parallel::{Accelerator, Cpu};
 use std::path::{Path, PathBuf};
 use tch::{Kind, Tensor};
@@ -35,16 +33,9 @@ pub struct Generation {
 /// # Errors
 /// When there is no usable checkpoint or tokenizer.
 pub fn generate(job: &Generation, write: &mut dyn FnMut(&str)) -> Result<(), Error> {
-    let mut checkpoint = open(&job.checkpoint)?;
-    let state = state_of(&checkpoint)?;
-    let config: Config = serde_json::from_value(state.config)
-        .map_err(|e| Error::Data(format!("{}: its configuration cannot be read: {e}", checkpoint.path().display())))?;
-    let tokenizer = crate::data::load_tokenizer(&find_tokenizer(job, &config, checkpoint.path())?)?;
+    let Loaded { path, config, model, .. } = Loaded::open(&job.checkpoint)?;
+    let tokenizer = crate::data::load_tokenizer(&find_tokenizer(job, &config, &path)?)?;
     let length = config.data.sequence_length;
-    let alone = Ranks::alone();
-    let setting = Setting::alone(length, config.train.dtype, &Cpu, &alone);
-    let model = Model::new(&config.model, ModelPart::whole(config.model.layers), &setting);
-    restore_weights(&mut checkpoint, &model)?;
     tch::manual_seed(job.seed);
 
     let failed = |e: tokenizers::Error| Error::Data(format!("the tokenizer failed: {e}"));
@@ -88,34 +79,6 @@ fn next_token(model: &Model, tokens: &[u32], job: &Generation) -> Result<u32, Er
         logits = logits.masked_fill(&logits.lt_tensor(&least), f64::NEG_INFINITY);
     }
     Ok(logits.softmax(-1, Kind::Float).multinomial(1, false).int64_value(&[0]) as u32)
-}
-
-/// The newest usable checkpoint of a run, or the one that is named.
-fn open(path: &Path) -> Result<Checkpoint, Error> {
-    if path.join("manifest.json").exists() {
-        return checked(path);
-    }
-    let inner = path.join("checkpoints");
-    let root = if inner.is_dir() { &inner } else { path };
-    let mut reasons = Vec::new();
-    for candidate in checkpoint::list(root)? {
-        match checked(&candidate) {
-            Ok(checkpoint) => return Ok(checkpoint),
-            Err(error) => reasons.push(error.to_string()),
-        }
-    }
-    Err(Error::Data(match reasons.is_empty() {
-        true => format!("there is no checkpoint in {}: name a run's folder or a step-NNNNNNNN folder", path.display()),
-        false => format!("no checkpoint in {} can be used: {}", path.display(), reasons.join("; ")),
-    }))
-}
-
-fn checked(path: &Path) -> Result<Checkpoint, Error> {
-    let checkpoint = Checkpoint::open(path)?;
-    for file in 0..checkpoint.manifest().files.len() {
-        checkpoint.verify_file(file)?;
-    }
-    Ok(checkpoint)
 }
 
 fn find_tokenizer(job: &Generation, config: &Config, checkpoint: &Path) -> Result<PathBuf, Error> {

@@ -1,0 +1,4 @@
+//! `moerun inspect`: what a run did.
+
+mod heat;
+pub(crate) mod routing;

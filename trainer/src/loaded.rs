@@ -1,0 +1,63 @@
+//! A trained model out of a checkpoint, whole on this process's CPU.
+
+use crate::Error;
+use crate::config::Config;
+use crate::model::{Model, ModelPart, Setting};
+use crate::ranks::Ranks;
+use crate::saving::{restore_weights, state_of};
+use checkpoint::Checkpoint;
+use parallel::Cpu;
+use std::path::{Path, PathBuf};
+
+/// What was read.
+pub(crate) struct Loaded {
+    /// The checkpoint.
+    pub(crate) path: PathBuf,
+    pub(crate) step: u64,
+    pub(crate) config: Config,
+    pub(crate) model: Model,
+}
+
+impl Loaded {
+    /// From a run's folder (its newest usable checkpoint), its folder of checkpoints, or one checkpoint.
+    pub(crate) fn open(path: &Path) -> Result<Loaded, Error> {
+        let mut checkpoint = open(path)?;
+        let state = state_of(&checkpoint)?;
+        let path = checkpoint.path().to_path_buf();
+        let config: Config = serde_json::from_value(state.config)
+            .map_err(|e| Error::Data(format!("{}: its configuration cannot be read: {e}", path.display())))?;
+        let alone = Ranks::alone();
+        let setting = Setting::alone(config.data.sequence_length, config.train.dtype, &Cpu, &alone);
+        let model = Model::new(&config.model, ModelPart::whole(config.model.layers), &setting);
+        restore_weights(&mut checkpoint, &model)?;
+        Ok(Loaded { path, step: state.step, config, model })
+    }
+}
+
+/// The newest usable checkpoint of a run, or the one that is named.
+fn open(path: &Path) -> Result<Checkpoint, Error> {
+    if path.join("manifest.json").exists() {
+        return checked(path);
+    }
+    let inner = path.join("checkpoints");
+    let root = if inner.is_dir() { &inner } else { path };
+    let mut reasons = Vec::new();
+    for candidate in checkpoint::list(root)? {
+        match checked(&candidate) {
+            Ok(checkpoint) => return Ok(checkpoint),
+            Err(error) => reasons.push(error.to_string()),
+        }
+    }
+    Err(Error::Data(match reasons.is_empty() {
+        true => format!("there is no checkpoint in {}: name a run's folder or a step-NNNNNNNN folder", path.display()),
+        false => format!("no checkpoint in {} can be used: {}", path.display(), reasons.join("; ")),
+    }))
+}
+
+fn checked(path: &Path) -> Result<Checkpoint, Error> {
+    let checkpoint = Checkpoint::open(path)?;
+    for file in 0..checkpoint.manifest().files.len() {
+        checkpoint.verify_file(file)?;
+    }
+    Ok(checkpoint)
+}
