@@ -15,9 +15,15 @@ fn curve(experiment: &Experiment, run: &str) -> Vec<Value> {
     let parsed = lines.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     parsed
         .map(|mut line| {
-            for timed in
-                ["tokens_per_s", "step_ms", "rank_peak_memory", "rank_peak_resident", "rank_waiting", "rank_pass_ms"]
-            {
+            for timed in [
+                "tokens_per_s",
+                "step_ms",
+                "rank_peak_memory",
+                "rank_peak_resident",
+                "rank_waiting",
+                "rank_pass_ms",
+                "plan_ms",
+            ] {
                 line.as_object_mut().unwrap().remove(timed);
             }
             line

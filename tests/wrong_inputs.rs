@@ -49,6 +49,23 @@ fn configurations() {
 }
 
 #[test]
+fn nodes_that_do_not_divide() {
+    let experiment = Experiment::new();
+    let mut train = experiment.train(
+        4,
+        &[
+            "parallel={expert: 4, ranks_per_node: 3}",
+            "model.moe={experts: 4, top_k: 2, ffn: 32, dispatch: hierarchical}",
+        ],
+    );
+    refused(
+        &experiment,
+        &mut train,
+        &["nodes of 3 ranks do not have as many each of the ranks [0, 1, 2, 3]", "parallel.expert"],
+    );
+}
+
+#[test]
 fn numbers_that_do_not_divide() {
     let experiment = Experiment::new();
     for (ranks, change, words) in [
@@ -72,6 +89,32 @@ fn numbers_that_do_not_divide() {
         (2, "parallel={pipeline: 2, stage_layers: [3, 0]}", vec!["the model has 2 layers"]),
         (2, "data.document_end=512", vec!["data.document_end 512 is outside of model.vocab_size 512"]),
         (2, "train.micro_batch=0", vec!["train.micro_batch is 0"]),
+        (2, "model.moe.dispatch=least", vec!["unknown variant `least`", "least_loaded", "hierarchical"]),
+        (
+            2,
+            "model.moe={experts: 4, top_k: 2, ffn: 32, dispatch: least_loaded, least_loaded: {capacity: 0.5}}",
+            vec!["model.moe.least_loaded.capacity is 0.5"],
+        ),
+        (
+            2,
+            "model.moe={experts: 4, top_k: 2, ffn: 32, dispatch: least_loaded, least_loaded: {min_tokens: few}}",
+            vec!["min_tokens", "a number of tokens, or measured"],
+        ),
+        (
+            2,
+            "model.moe={experts: 4, top_k: 2, ffn: 32, least_loaded: {threshold: 2.0}}",
+            vec!["model.moe.least_loaded has no effect", "use least_loaded or"],
+        ),
+        (
+            2,
+            "model.moe={experts: 4, top_k: 2, ffn: 32, placement: {every: 0, smoothing: 1.5}}",
+            vec!["model.moe.placement.every is 0", "model.moe.placement.smoothing is 1.5"],
+        ),
+        (
+            2,
+            "model.moe={experts: 6, top_k: 3, ffn: 32, router: {groups: 2, even_groups: true}}",
+            vec!["model.moe.top_k 3 is not a multiple of model.moe.router.groups 2"],
+        ),
         (2, "model.dense_layers=1", vec!["model.ffn (their inner width) is needed"]),
         (
             2,

@@ -32,11 +32,13 @@ struct Case {
 #[derive(Clone, Copy, PartialEq, Debug)]
 struct Mode {
     least_loaded: bool,
+    /// With the published algorithm's plans.
+    strict_paper: bool,
     ranks_per_node: Option<usize>,
     keep: bool,
 }
 
-const STANDARD: Mode = Mode { least_loaded: false, ranks_per_node: None, keep: true };
+const STANDARD: Mode = Mode { least_loaded: false, strict_paper: false, ranks_per_node: None, keep: true };
 
 struct Outcome {
     hidden: Tensor,
@@ -90,7 +92,7 @@ fn run(groups: &Groups, case: &Case, mode: Mode) -> Outcome {
             min_tokens: 0,
             threshold: 1.0,
             over: Imbalance::Device,
-            strict_paper: false,
+            strict_paper: mode.strict_paper,
             nodes: if mode.ranks_per_node.is_some() { sites.owner_nodes() } else { vec![] },
         })),
         lending: groups.lending.clone(),
@@ -258,10 +260,11 @@ fn modes(case: &Case) -> Vec<Mode> {
     for least_loaded in [false, true] {
         for ranks_per_node in [None, Some(1), Some(2)] {
             for keep in [true, false] {
-                modes.push(Mode { least_loaded, ranks_per_node, keep });
+                modes.push(Mode { least_loaded, strict_paper: false, ranks_per_node, keep });
             }
         }
     }
+    modes.push(Mode { least_loaded: true, strict_paper: true, ..STANDARD });
     // A node holds whole owners.
     modes.retain(|mode| mode.ranks_per_node.is_none_or(|ranks| ranks >= case.slices));
     modes
@@ -284,12 +287,12 @@ fn every_way_computes_what_standard_dispatch_computes() {
         let rows: Vec<i64> = ours.iter().map(|outcome| outcome.seen.rows).collect();
         let borrowed: i64 = ours.iter().map(|outcome| outcome.seen.borrowed_rows).sum();
         lent += ours.iter().map(|outcome| outcome.seen.lent_bytes).sum::<i64>();
-        if mode.least_loaded {
+        if mode.least_loaded && !mode.strict_paper {
             // Nobody works on more than its share, rounded up.
             let total = rows.iter().sum::<i64>() as u64;
             let capacity = total.div_ceil(rows.len() as u64) as i64;
             assert!(rows.iter().all(|&rows| rows <= capacity), "{}: {rows:?}", case.name);
-        } else {
+        } else if !mode.least_loaded {
             assert_eq!(borrowed, 0);
         }
     }
@@ -299,8 +302,10 @@ fn every_way_computes_what_standard_dispatch_computes() {
 #[test]
 fn the_same_way_twice_is_the_same_to_the_bit() {
     let case = &cases()[2];
-    let modes =
-        [Mode { least_loaded: true, ..STANDARD }, Mode { least_loaded: true, ranks_per_node: Some(2), keep: false }];
+    let modes = [
+        Mode { least_loaded: true, ..STANDARD },
+        Mode { least_loaded: true, ranks_per_node: Some(2), keep: false, ..STANDARD },
+    ];
     let runs = modes.map(|mode| (case.clone(), mode));
     for (first, second) in run_all(&runs).iter().flatten().zip(run_all(&runs).iter().flatten()) {
         assert!(first.hidden == second.hidden && first.of_tokens == second.of_tokens);

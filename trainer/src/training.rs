@@ -546,10 +546,16 @@ impl Trainer {
     /// Text for the start of a run: what is trained, on how many ranks, on how much data.
     pub fn summary(&self) -> String {
         let (total, active) = self.config.model.num_parameters();
-        let lending = self.planner.as_ref().map_or(String::new(), |planner| {
-            let how = if self.measures() { "measured" } else { "as configured" };
-            format!("; an expert is lent for {} tokens or more ({how})", locked(planner).min_tokens)
-        });
+        let lending = match (&self.planner, &self.config.model.moe) {
+            (Some(planner), _) => {
+                let how = if self.measures() { "measured" } else { "as configured" };
+                format!("; an expert is lent for {} tokens or more ({how})", locked(planner).min_tokens)
+            }
+            (None, Some(moe)) if moe.dispatch.least_loaded() || moe.placement.is_some() => {
+                "; each rank has all experts (parallel.expert is 1), so none is lent or moves".to_string()
+            }
+            _ => String::new(),
+        };
         format!(
             "{} on {}; {:.1}M parameters ({:.1}M active), {}; {} tokens of text, {} a step{lending}",
             self.mesh,

@@ -27,8 +27,8 @@ const SHARES: [&str; 12] =
     ["30:16", "50:16", "80:16", "95:16", "30:4", "50:4", "80:4", "95:4", "30:1", "50:1", "80:1", "95:1"];
 
 pub(crate) fn run(args: &MoeLayerArgs) -> Result<ExitCode> {
-    if args.rounds == 0 || args.tokens == 0 || args.hidden == 0 || args.ffn == 0 {
-        bail!("--rounds, --tokens, --hidden and --ffn must be at least 1");
+    if [args.ranks, args.rounds, args.tokens, args.hidden, args.ffn].contains(&0) {
+        bail!("--ranks, --rounds, --tokens, --hidden and --ffn must be at least 1");
     }
     let mut cases: Vec<String> = args.case.clone();
     if cases.is_empty() {
@@ -38,7 +38,7 @@ pub(crate) fn run(args: &MoeLayerArgs) -> Result<ExitCode> {
     for case in &cases {
         let workload = parse(case)?;
         let (experts, ranks) = (args.experts.unwrap_or(workload.experts(args.ranks)), args.ranks);
-        if ranks == 0 || experts < 4 || !experts.is_multiple_of(ranks) {
+        if experts < 4 || !experts.is_multiple_of(ranks) {
             bail!("{experts} experts cannot be shared out over {ranks} ranks, as many each");
         }
         if let Workload::Share { hot, .. } = workload
@@ -110,7 +110,7 @@ fn measure(args: &MoeLayerArgs, cases: &[String], env: &RankEnv) -> Result<()> {
         let experts = args.experts.unwrap_or(workload.experts(args.ranks));
         let bench = LayerBench::new(args, workload, experts, &group, &least_loaded)?;
         let mut measured = [Measured::default(), Measured::default()];
-        for round in 0..args.rounds + 1 {
+        for round in 0..args.rounds * workload.cycle() + 1 {
             // Who comes first changes each round.
             for which in [round % 2, 1 - round % 2] {
                 let measured = &mut measured[which];
@@ -131,10 +131,21 @@ fn measure(args: &MoeLayerArgs, cases: &[String], env: &RankEnv) -> Result<()> {
         }
         if world.rank() == 0 {
             let tokens: usize = (0..args.ranks).map(|rank| workload.tokens(args.tokens, rank, args.ranks)).sum();
-            println!("{}", line("moe-layer", case, args, experts, tokens, min_tokens, &measured));
+            let size = Size { experts, tokens, min_tokens, cycle: workload.cycle() };
+            println!("{}", line("moe-layer", case, args, &size, &measured));
         }
     }
     Ok(())
+}
+
+/// What a case is measured with.
+pub(super) struct Size {
+    pub(super) experts: usize,
+    /// Of all ranks.
+    pub(super) tokens: usize,
+    pub(super) min_tokens: i64,
+    /// Rounds that count as one.
+    pub(super) cycle: usize,
 }
 
 /// The line of a case, from what standard and least-loaded dispatch did with it.
@@ -142,12 +153,13 @@ pub(super) fn line(
     bench: &str,
     case: &str,
     args: &MoeLayerArgs,
-    experts: usize,
-    tokens: usize,
-    min_tokens: i64,
+    &Size { experts, tokens, min_tokens, cycle }: &Size,
     [standard, ours]: &[Measured; 2],
 ) -> serde_json::Value {
-    let rate = |measured: &Measured| tokens as f64 / median(measured.seconds.clone());
+    let rate = |measured: &Measured| {
+        let seconds = measured.seconds.chunks(cycle).map(|rounds| rounds.iter().sum::<f64>() / rounds.len() as f64);
+        tokens as f64 / median(seconds.collect())
+    };
     let largest = |values: &[f64]| values.iter().copied().fold(0.0, f64::max);
     let rows: f64 = standard.rows.iter().sum();
     // The speed-up of the experts' work if every rank had as much of it. (For SHARE:EXPERTS this is what

@@ -1,6 +1,6 @@
 //! `moerun bench moe-layer --step`: whole training steps of a small model whose gate is biased, with both dispatches.
 
-use super::moe_layer::{Group, Measured, line};
+use super::moe_layer::{Group, Measured, Size, line};
 use super::ranks::join;
 use super::workload::{Workload, parse};
 use super::write_tokens;
@@ -45,7 +45,8 @@ fn in_folder(args: &MoeLayerArgs, cases: &[String], env: &RankEnv, group: &Group
     for case in cases {
         let workload = parse(case)?;
         let mut measured = [Measured::default(), Measured::default()];
-        for round in 0..args.rounds + 1 {
+        let (mut losses, mut apart) = ([0.0; 2], 0.0f64);
+        for round in 0..args.rounds * workload.cycle() + 1 {
             // Who comes first changes each round.
             for which in [round % 2, 1 - round % 2] {
                 let (trainer, measured) = (&mut trainers[which], &mut measured[which]);
@@ -56,6 +57,7 @@ fn in_folder(args: &MoeLayerArgs, cases: &[String], env: &RankEnv, group: &Group
                     record = Some(trainer.train_step(false)?.0);
                     Ok(())
                 })?;
+                losses[which] = record.as_ref().map_or(f64::NAN, |record| record.loss);
                 if let Some(record) = record.filter(|_| round > 0) {
                     measured.seconds.push(seconds);
                     let rows = |rank: usize| record.rank_rows.iter().map(|rows| rows[rank] as f64).sum();
@@ -64,10 +66,15 @@ fn in_folder(args: &MoeLayerArgs, cases: &[String], env: &RankEnv, group: &Group
                     measured.lent = record.lent_bytes.iter().sum::<u64>() as f64;
                 }
             }
+            apart = apart.max((losses[1] - losses[0]).abs() / losses[0]);
         }
         if rank == 0 {
             let min_tokens = trainers[1].min_tokens().unwrap_or(0);
-            println!("{}", line("moe-step", case, args, experts, tokens, min_tokens, &measured));
+            let size = Size { experts, tokens, min_tokens, cycle: workload.cycle() };
+            let mut line = line("moe-step", case, args, &size, &measured);
+            // Both learn the same from the same tokens.
+            line["loss_difference"] = json!(apart);
+            println!("{line}");
         }
     }
     Ok(())

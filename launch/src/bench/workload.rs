@@ -72,6 +72,14 @@ impl Workload {
         }
     }
 
+    /// Rounds after which all have been seen that differ in what is hot.
+    pub(super) fn cycle(self) -> usize {
+        match self {
+            Workload::Burst => 4,
+            _ => 1,
+        }
+    }
+
     /// The probability of each of `experts` experts to be a token's first choice in round `round`, not normalised.
     pub(super) fn weights(self, experts: usize, ranks: usize, round: usize) -> Vec<f64> {
         let local = experts / ranks;
@@ -93,7 +101,7 @@ impl Workload {
             Workload::RaggedSources => hot(&|expert| expert < 2, 0.5),
             Workload::Unused => hot(&|expert| expert < experts - local && expert % 2 == 0, 1.0),
             Workload::Rotating => hot(&|expert| expert == round * 5 % experts, 0.5),
-            Workload::Burst if round % 4 == 0 => hot(&|expert| expert == 0, 0.95),
+            Workload::Burst if round.is_multiple_of(4) => hot(&|expert| expert == 0, 0.95),
             Workload::Burst => vec![even; experts],
         }
     }

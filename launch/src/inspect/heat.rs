@@ -137,7 +137,10 @@ mod tests {
     #[test]
     fn text_shades_and_names_the_busiest() {
         let slice = Slice { steps: (1, 5), heat: vec![vec![0.0, 0.5, 1.0, 1.5, 2.5]] };
-        assert_eq!(text(&[slice.clone()], 80), "steps 1 to 5\n  layer 0 | ░▒▓█|  expert 4 has 2.50 times the mean\n");
+        assert_eq!(
+            text(std::slice::from_ref(&slice), 80),
+            "steps 1 to 5\n  layer 0 | ░▒▓█|  expert 4 has 2.50 times the mean\n"
+        );
         assert!(text(&[slice], 2).contains("|▒█|"), "three share a column, and two");
     }
 
