@@ -56,7 +56,7 @@ fn layouts() -> impl Strategy<Value = (usize, Value)> {
     let dispatch = prop::sample::select(vec!["standard", "least_loaded", "hierarchical", "hierarchical_least_loaded"]);
     let nodes = prop::option::of(1usize..5);
     let rest = (prop::sample::select(vec!["ring", "ulysses"]), 1usize..4, prop::sample::select(vec![0.01, 25.0]));
-    let rest = (rest, dispatch, nodes, any::<bool>());
+    let rest = (rest, dispatch, nodes, any::<bool>(), 1usize..4);
     (sizes, pipelines, parts, whole, sharding, rest).prop_map(
         |((data, tensor, context, pipeline), (schedule, vocabulary), parts, whole, (zero, fold, block), rest)| {
             let stage = data * tensor * context;
@@ -66,10 +66,10 @@ fn layouts() -> impl Strategy<Value = (usize, Value)> {
             let (expert, expert_tensor) = folds[fold.index(folds.len())];
             let replicas = data * context;
             let blocks: Vec<usize> = (1..=replicas).filter(|block| replicas.is_multiple_of(*block)).collect();
-            let ((context_attention, tensor_chunks, bucket_mib), dispatch, per_node, placement) = rest;
+            let ((context_attention, tensor_chunks, bucket_mib), dispatch, per_node, placement, expert_chunks) = rest;
             let mut parallel = json!({
                 "data": data, "tensor": tensor, "context": context, "pipeline": pipeline, "expert": expert,
-                "expert_tensor": expert_tensor, "context_attention": context_attention, "tensor_chunks": tensor_chunks,
+                "expert_tensor": expert_tensor, "context_attention": context_attention, "tensor_chunks": tensor_chunks, "expert_chunks": expert_chunks,
                 "bucket_mib": bucket_mib, "zero": zero, "recompute": {"layers": whole, "parts": parts},
                 "dispatch": dispatch, "ranks_per_node": per_node, "placement": placement,
             });

@@ -166,8 +166,8 @@ fn lent_experts_and_ways_by_node_change_nothing() {
         (4, json!({"expert": 4, "ranks_per_node": 2})),
         (4, json!({"expert": 2, "zero": 3, "ranks_per_node": 1})),
         (4, json!({"tensor": 2, "expert": 2, "expert_tensor": 2, "zero": 2})),
-        (4, json!({"pipeline": 2, "expert": 2, "schedule": "zb-h1", "vocabulary": "vocab-2"})),
-        (4, json!({"expert": 4, "ranks_per_node": 2, "recompute": {"layers": "all"}})),
+        (4, json!({"pipeline": 2, "expert": 2, "schedule": "zb-h1", "vocabulary": "vocab-2", "expert_chunks": 2})),
+        (4, json!({"expert": 4, "ranks_per_node": 2, "recompute": {"layers": "all"}, "expert_chunks": 3})),
         (2, json!({"expert": 2, "recompute": {"parts": ["norm", "router", "experts"]}})),
         (4, json!({"context": 2, "tensor": 2, "expert": 4, "zero": 1, "ranks_per_node": 2})),
     ];

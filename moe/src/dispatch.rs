@@ -8,11 +8,10 @@
 //! Every rank of the expert group, in the same order: one all-gather of counts, one all-to-all of rows there, one back; in
 //! backward the last two again, the other way round. By way of nodes three small ones more.
 
-use crate::Routing;
 use crate::foreign::{Fetching, Lending};
 use crate::hierarchy;
 use crate::least_loaded::Planner;
-use crate::plan::{Route, Sites, count, plan_receive, plan_send, route};
+use crate::plan::{Route, Sites, count, part_of, plan_receive, plan_send, route};
 use crate::rows::{Slots, permute_rows};
 use parallel::collectives::{Travelling, start_all_to_all};
 use parallel::{Activation, CommError, Communicator, Weight, Work};
@@ -45,6 +44,7 @@ pub struct Dispatcher {
     sites: Sites,
     least_loaded: Option<LeastLoaded>,
     hierarchy: Option<Hierarchy>,
+    parts: usize,
     /// For each expert its position; owners hold neighbouring positions.
     positions: Mutex<Arc<Vec<i64>>>,
 }
@@ -66,6 +66,23 @@ pub struct Dispatched {
     /// Rows for each of them: its own, then borrowed ones.
     pub counts: Vec<i64>,
     way: Way,
+}
+
+/// Results on their way back to their tokens.
+pub struct Returning {
+    hop: Hop,
+    moving: Moving,
+    weights_tc: Option<Tensor>,
+}
+
+impl Returning {
+    /// Waits for them: the sum over each token's choices, `[T, D]`.
+    ///
+    /// # Errors
+    /// When a collective fails.
+    pub fn arrive(self) -> Result<Tensor, Error> {
+        self.hop.arrive_back(self.moving, self.weights_tc.as_ref())
+    }
 }
 
 /// Rows on their way to their experts.
@@ -124,15 +141,24 @@ impl Hop {
         self.arrive(self.start(x_td)?)
     }
 
-    /// Rows back to their tokens, summed with `weights_tc`, or as they are.
-    fn back(&self, y_rd: &Tensor, weights_tc: Option<&Tensor>) -> Result<Tensor, Error> {
+    /// Starts to send rows back.
+    fn start_back(&self, y_rd: &Tensor) -> Result<Moving, Error> {
+        let Some(Exchange { group, rows_to, rows_from, order }) = &self.exchange else {
+            return Ok(Moving::Here(y_rd.shallow_clone()));
+        };
         let mut rows = y_rd.shallow_clone();
-        if let Some(Exchange { group, rows_to, rows_from, order }) = &self.exchange {
-            if let Some((order, place)) = order {
-                rows = permute_rows(&rows, place, order)?;
-            }
-            rows = start_all_to_all(&rows, group, rows_to, rows_from)?.arrive()?;
+        if let Some((order, place)) = order {
+            rows = permute_rows(&rows, place, order)?;
         }
+        Ok(Moving::Travelling(start_all_to_all(&rows, group, rows_to, rows_from)?))
+    }
+
+    /// Waits for them, and sums each token's with `weights_tc`, or as they are.
+    fn arrive_back(&self, moving: Moving, weights_tc: Option<&Tensor>) -> Result<Tensor, Error> {
+        let rows = match moving {
+            Moving::Here(rows) => rows,
+            Moving::Travelling(travelling) => travelling.arrive()?,
+        };
         match weights_tc {
             Some(weights) => self.slots.combine_weighted(&rows, weights),
             None => self.slots.combine(&rows),
@@ -172,16 +198,17 @@ impl Plan {
 }
 
 impl Dispatcher {
-    /// A dispatcher of `num_experts` experts over the ranks of `group`.
+    /// A dispatcher of `num_experts` experts over the ranks of `group`; tokens travel in `parts` parts.
     pub fn new(
         group: Arc<dyn Communicator>,
         num_experts: usize,
         sites: Sites,
         least_loaded: Option<LeastLoaded>,
         hierarchy: Option<Hierarchy>,
+        parts: usize,
     ) -> Dispatcher {
         let positions = Mutex::new(Arc::new((0..num_experts as i64).collect()));
-        Dispatcher { group, sites, least_loaded, hierarchy, positions }
+        Dispatcher { group, sites, least_loaded, hierarchy, parts, positions }
     }
 
     /// For each expert its position: the first owner holds the first positions, and so on.
@@ -194,14 +221,23 @@ impl Dispatcher {
         *self.positions.lock().expect("nobody panics with it") = Arc::new(positions);
     }
 
-    /// Decides where the choices `experts`, of this rank's tokens and on the host, are worked on.
+    /// In how many parts tokens travel.
+    pub fn parts(&self) -> usize {
+        self.parts
+    }
+
+    /// Decides where the choices `experts` `[T * K]`, of this rank's tokens and on the host, are worked on.
     ///
     /// # Errors
     /// When a collective fails.
-    pub fn plan(&self, experts: &[i64]) -> Result<Plan, Error> {
+    pub fn plan(&self, experts: &[i64], top_k: usize) -> Result<Plan, Error> {
         let positions = self.positions();
         let num_experts = positions.len();
-        let own = count(&placed(experts, &positions), num_experts);
+        let of_part = |part: usize| {
+            let tokens = part_of(experts.len() / top_k, part, self.parts);
+            count(&placed(&experts[tokens.start * top_k..tokens.end * top_k], &positions), num_experts)
+        };
+        let own: Vec<i64> = (0..self.parts).flat_map(of_part).collect();
         let counts = if self.group.size() == 1 { own } else { gather(&self.group, &own)? };
         let started = Instant::now();
         let loads: Vec<i64> = (0..num_experts).map(|e| counts.iter().skip(e).step_by(num_experts).sum()).collect();
@@ -210,22 +246,29 @@ impl Dispatcher {
             Some(LeastLoaded { planner, .. }) => planner.lock().expect("nobody panics with it").plan(&loads, owners),
             None => crate::assignment::Assignment::standard(&loads, owners),
         };
-        let route = route(&counts, &assignment, &self.sites, self.group.rank());
+        let route = route(&counts, self.parts, &assignment, &self.sites, self.group.rank());
         let seconds = started.elapsed().as_secs_f64();
         let lending = self.least_loaded.as_ref().and_then(|ll| Lending::new(&route, &self.sites, &ll.lending));
         Ok(Plan { positions, route: Arc::new(route), lending, seconds })
     }
 
-    /// Starts to send each of the tokens `x_td` `[T, D]` to its experts; `experts` are the choices of a routing, `[T * K]`,
-    /// on the host.
+    /// Starts to send each of the tokens `x_td` `[T, D]`, of part `part`, to its experts; `experts` are their choices,
+    /// `[T * K]`, on the host.
     ///
     /// # Errors
     /// When a collective fails.
-    pub fn start(&self, x_td: &Tensor, experts: &[i64], top_k: usize, plan: &Plan) -> Result<Sending, Error> {
+    pub fn start(
+        &self,
+        x_td: &Tensor,
+        experts: &[i64],
+        top_k: usize,
+        plan: &Plan,
+        part: usize,
+    ) -> Result<Sending, Error> {
         let (route, slices, ranks) = (&plan.route, self.sites.slices, self.group.size());
         let num_experts = plan.positions.len();
         let experts = placed(experts, &plan.positions);
-        let owners = route.owners(&experts, num_experts);
+        let owners = route.parts[part].owners(&experts, num_experts);
         // A choice of a split expert is one for each rank with a slice of it.
         let choices: Vec<Option<(usize, usize)>> = experts
             .iter()
@@ -243,7 +286,7 @@ impl Dispatcher {
                 if ranks == 1 {
                     (Way(vec![hop(None)]), send.counts)
                 } else {
-                    let receive = plan_receive(&route.incoming, &route.work, ranks, num_experts);
+                    let receive = plan_receive(&route.parts[part].incoming, &route.work, ranks, num_experts);
                     let exchange = Exchange {
                         group: self.group.clone(),
                         rows_to: send.rows_to.clone(),
@@ -258,13 +301,12 @@ impl Dispatcher {
         Ok(Sending { way, counts, moving })
     }
 
-    /// Brings the experts' results `y_rd` `[R, D]` back to their tokens and sums them by the routing's weights:
-    /// `[T, D]`.
+    /// Starts to bring the experts' results `y_rd` `[R, D]` back to their tokens, whose choices weigh `weights_tk` `[T, K]`.
     ///
     /// # Errors
     /// When a collective fails.
-    pub fn combine(&self, y_rd: &Tensor, dispatched: &Dispatched, routing: &Routing) -> Result<Tensor, Error> {
-        let mut weights_tc = routing.weights_tk.shallow_clone();
+    pub fn start_back(&self, y_rd: &Tensor, dispatched: Dispatched, weights_tk: &Tensor) -> Result<Returning, Error> {
+        let mut weights_tc = weights_tk.shallow_clone();
         if self.sites.slices > 1 {
             // The slices' results are summed with the same weight.
             let (tokens, choices) = weights_tc.size2().map_err(|e| Error::new(e.to_string()))?;
@@ -272,12 +314,16 @@ impl Dispatcher {
             weights_tc = weights_tc.unsqueeze(-1).expand([tokens, choices, slices], false);
             weights_tc = weights_tc.reshape([tokens, choices * slices]);
         }
-        match dispatched.way.0.as_slice() {
-            [hop] => hop.back(y_rd, Some(&weights_tc)),
-            // A node's results are summed there, and come back as one row.
-            [across, inside] => across.back(&inside.back(y_rd, Some(&across.there(&weights_tc)?))?, None),
-            hops => Err(Error::new(format!("a way of {} hops", hops.len()))),
-        }
+        let mut hops = dispatched.way.0;
+        let last = hops.pop().ok_or_else(|| Error::new("a way without a hop"))?;
+        let moving = last.start_back(y_rd)?;
+        let Some(first) = hops.pop() else {
+            return Ok(Returning { hop: last, moving, weights_tc: Some(weights_tc) });
+        };
+        // A node's results are summed there, and come back as one row.
+        let summed = last.arrive_back(moving, Some(&first.there(&weights_tc)?))?;
+        let moving = first.start_back(&summed)?;
+        Ok(Returning { hop: first, moving, weights_tc: None })
     }
 
     /// Bytes of rows that this rank sent to other nodes on their way to experts, without indices and weights. (So many
@@ -297,11 +343,16 @@ impl Dispatcher {
 }
 
 impl Sending {
-    /// Waits for the rows. With `keep` they are kept for backward; otherwise the tokens `x_td` are sent again then.
+    /// Waits for the rows. With `keep` they are kept for backward; otherwise the tokens are sent again then, as `saved`
+    /// has them.
     ///
     /// # Errors
     /// When a collective fails.
-    pub fn arrive(self, x_td: &Activation, keep: bool) -> Result<Dispatched, Error> {
+    pub fn arrive(
+        self,
+        saved: impl Fn() -> Result<Tensor, Error> + Send + 'static,
+        keep: bool,
+    ) -> Result<Dispatched, Error> {
         let Sending { way, counts, moving } = self;
         let mut rows = way.0[0].arrive(moving)?;
         for hop in &way.0[1..] {
@@ -310,8 +361,8 @@ impl Sending {
         let rows_rd = if keep {
             Activation::kept(&rows)
         } else {
-            let (tokens, again) = (x_td.saved(), way.copy());
-            Activation::again(rows, move || again.there(&tokens.get()?))
+            let again = way.copy();
+            Activation::again(rows, move || again.there(&saved()?))
         };
         Ok(Dispatched { rows_rd, counts, way })
     }

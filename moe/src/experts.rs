@@ -4,20 +4,11 @@
 //! only the input and, if wanted, the gate-up product are kept for backward; the rest is computed again.
 // Shapes: R rows, D hidden, F ffn, E experts (here: local ones).
 
-use crate::foreign::{Lending, numel, parts};
+use crate::borrowed::Borrowed;
+use crate::foreign::{numel, parts};
 use parallel::{Activation, Weight, add_gradients, add_product};
-use std::sync::Arc;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 use torch_ext::{Error, attach_backward};
-
-/// Other ranks' experts that this one works on as well.
-pub(crate) struct Borrowed {
-    pub(crate) lending: Arc<Lending>,
-    /// `[M, elements]`.
-    pub(crate) weights: Tensor,
-    /// Whether they stay until backward, or are fetched again then.
-    pub(crate) keep: bool,
-}
 
 /// Rows `x_rd` `[R, D]`, in expert order with `counts[e]` rows for expert `e`, through `gate_up_efd` `[E, 2F, D]`
 /// (rows of gate, then rows of up) and `down_edf` `[E, D, F]`: `[R, D]`. With `keep` the gate-up product is kept for
@@ -51,12 +42,13 @@ pub(crate) fn grouped_swiglu_with(
 ) -> Result<Tensor, Error> {
     let rows = x_rd.value.size()[0];
     let held = gate_up_efd.shape()[0];
-    let experts = held + borrowed.as_ref().map_or(0, |borrowed| borrowed.weights.size()[0]);
+    let experts = held + borrowed.as_ref().map_or(0, |borrowed| borrowed.count());
     if counts.iter().sum::<i64>() != rows || counts.len() as i64 != experts {
         return Err(Error::new(format!("{experts} experts were given {rows} rows in groups {counts:?}")));
     }
+    let weights = borrowed.as_ref().map(|borrowed| borrowed.weights(gate_up_efd, down_edf)).transpose()?;
     let (out, hidden) = tch::no_grad(|| {
-        let here = Here::new(gate_up_efd, down_edf, borrowed.as_ref().map(|borrowed| &borrowed.weights));
+        let here = Here::new(gate_up_efd, down_edf, weights);
         let hidden = grouped_matmul(&x_rd.value, |expert| here.gate_up(expert), counts, true);
         let out = grouped_matmul(&activation(&hidden), |expert| here.down(expert), counts, true);
         (out, hidden)
@@ -64,26 +56,18 @@ pub(crate) fn grouped_swiglu_with(
     let kept = keep.then_some(hidden);
     let (saved, gate_up, down, counts) = (x_rd.saved(), gate_up_efd.clone(), down_edf.clone(), counts.to_vec());
     let (of_gate_up, of_down) = (gate_up_efd.tracker(), down_edf.tracker());
-    let (lending, borrowed) = match borrowed {
-        Some(Borrowed { lending, weights, keep }) => (Some(lending), keep.then_some(weights)),
-        None => (None, None),
-    };
     let grad_shape = out.size();
     let options = (out.kind(), out.device());
     let mut out = attach_backward(&[&x_rd.value, &of_gate_up, &of_down], vec![out], move |grads| {
         let grad_out = match &grads[0] {
             Some(grad) => grad.contiguous(),
             // Others may wait for what this rank lends or borrowed.
-            None if lending.is_some() => Tensor::zeros(grad_shape.as_slice(), options),
+            None if borrowed.is_some() => Tensor::zeros(grad_shape.as_slice(), options),
             None => return Ok(vec![None, None, None]),
         };
-        let fetched = match (&lending, &borrowed) {
-            (Some(lending), None) => Some(lending.fetch(&gate_up.value(), &down.value())?),
-            _ => None,
-        };
+        let weights = borrowed.as_ref().map(|borrowed| borrowed.weights(&gate_up, &down)).transpose()?;
         let x = saved.get()?;
-        let fetched = fetched.map(|fetching| fetching.arrive()).transpose()?;
-        let here = Here::new(&gate_up, &down, borrowed.as_ref().or(fetched.as_ref()));
+        let here = Here::new(&gate_up, &down, weights);
         let hidden = match &kept {
             Some(hidden) => hidden.shallow_clone(),
             None => grouped_matmul(&x, |expert| here.gate_up(expert), &counts, true),
@@ -91,33 +75,24 @@ pub(crate) fn grouped_swiglu_with(
         let grad_activation = grouped_matmul(&grad_out, |expert| here.down(expert), &counts, false);
         let grad_hidden = activation_backward(&grad_activation, &hidden);
         let grad_x = grouped_matmul(&grad_hidden, |expert| here.gate_up(expert), &counts, false);
-        let (lending, counts) = (lending.clone(), counts.clone());
+        let (borrowed, counts) = (borrowed.clone(), counts.clone());
         add_gradients(&[&down, &gate_up], move |sums| {
             let (of_down, of_gate_up) = (&sums[0], &sums[1]);
             let activation = activation(&hidden);
             let (own, foreign) = counts.split_at(of_down.size()[0] as usize);
             let own_rows: i64 = own.iter().sum();
             // What helpers owe is on its way while this rank adds up its own.
-            let returning = match lending {
+            let returning = match borrowed {
                 None => None,
-                Some(lending) => {
-                    let elements = numel(of_gate_up) + numel(of_down);
-                    let all = Tensor::zeros([foreign.len() as i64, elements], (Kind::Float, x.device()));
+                Some(borrowed) => {
                     let rest = |rows: &Tensor| rows.narrow(0, own_rows, rows.size()[0] - own_rows);
-                    let place = |expert: i64| parts(&all.get(expert), of_gate_up, of_down);
-                    add_grouped_outer(
-                        |expert| place(expert)[1].shallow_clone(),
-                        &rest(&grad_out),
-                        &rest(&activation),
-                        foreign,
-                    );
-                    add_grouped_outer(
-                        |expert| place(expert)[0].shallow_clone(),
-                        &rest(&grad_hidden),
-                        &rest(&x),
-                        foreign,
-                    );
-                    Some(lending.give_back(&all)?)
+                    borrowed.add_gradients(numel(of_gate_up) + numel(of_down), &x, |all| {
+                        let place = |expert: i64, part: usize| {
+                            parts(&all.get(expert), of_gate_up, of_down)[part].shallow_clone()
+                        };
+                        add_grouped_outer(|expert| place(expert, 1), &rest(&grad_out), &rest(&activation), foreign);
+                        add_grouped_outer(|expert| place(expert, 0), &rest(&grad_hidden), &rest(&x), foreign);
+                    })?
                 }
             };
             add_grouped_outer(|expert| of_down.select(0, expert), &grad_out, &activation, own);
@@ -137,8 +112,8 @@ struct Here {
 }
 
 impl Here {
-    fn new(gate_up: &Weight, down: &Weight, borrowed: Option<&Tensor>) -> Here {
-        Here { gate_up: gate_up.value(), down: down.value(), borrowed: borrowed.map(Tensor::shallow_clone) }
+    fn new(gate_up: &Weight, down: &Weight, borrowed: Option<Tensor>) -> Here {
+        Here { gate_up: gate_up.value(), down: down.value(), borrowed }
     }
 
     /// `[2F, D]`.
@@ -210,6 +185,7 @@ fn for_each_group(counts: &[i64], mut body: impl FnMut(i64, i64, i64)) {
 mod tests {
     use super::*;
     use parallel::{Accelerator, Cpu, GradientBuckets, Replication};
+    use tch::Kind;
 
     fn collect(weights: [&Weight; 2]) -> GradientBuckets {
         let alone = [Replication::alone()];

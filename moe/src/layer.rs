@@ -1,10 +1,10 @@
 //! One mixture-of-experts layer: router, dispatch, experts, combine, and shared experts beside them.
 
 use crate::balance::{RouterStats, Statistics};
-use crate::dispatch::{Dispatcher, Plan};
-use crate::experts::{Borrowed, grouped_swiglu, grouped_swiglu_with};
-use crate::foreign::Fetching;
-use crate::plan::{count, count_choices, segments};
+use crate::borrowed::Borrowed;
+use crate::dispatch::{Dispatcher, Plan, Returning};
+use crate::experts::{grouped_swiglu, grouped_swiglu_with};
+use crate::plan::{count, count_choices, part_of, segments};
 use crate::router::{Router, Routing};
 use parallel::tensor::TensorParallel;
 use parallel::{Activation, Communicator, ReduceOp, Weight, linears};
@@ -118,7 +118,7 @@ impl MoeLayer {
         let Router { top_k, num_experts, .. } = self.router;
         let plan = match plan {
             Some(plan) => plan,
-            None => self.dispatcher.plan(&experts)?,
+            None => self.dispatcher.plan(&experts, top_k)?,
         };
         *replay.0.lock().expect("nobody panics with it") = Some((routing.experts_tk.shallow_clone(), plan.clone()));
         let shared = |x_td: &Activation| match &self.weights.shared {
@@ -171,28 +171,51 @@ impl MoeLayer {
         beside: impl FnOnce(&Activation) -> Result<Option<Tensor>, Error>,
     ) -> Result<Mixed, Error> {
         let (Router { top_k, num_experts, .. }, MoeWeights { gate_up, down, .. }) = (&self.router, &self.weights);
+        let parts = self.dispatcher.parts();
         let fetching = plan.fetch(gate_up, down)?;
-        let sending = self.dispatcher.start(&x_td.value, &experts, *top_k, plan)?;
-        let beside = beside(x_td)?;
-        let dispatched = sending.arrive(x_td, self.keep.rows)?;
-        let borrowed = match (fetching.map(Fetching::arrive).transpose()?, &plan.lending) {
-            (Some(weights), Some(lending)) => {
-                Some(Borrowed { lending: lending.clone(), weights, keep: self.keep.rows })
-            }
-            _ => None,
+        // All parts are on their way before the first is worked on; its results are while the next one is.
+        let ranges: Vec<_> = (0..parts).map(|part| part_of(experts.len() / top_k, part, parts)).collect();
+        let sizes: Vec<i64> = ranges.iter().map(|range| range.len() as i64).collect();
+        let (tokens, weights) = match parts {
+            1 => (vec![x_td.value.shallow_clone()], vec![routing.weights_tk.shallow_clone()]),
+            _ => (x_td.value.split_with_sizes(&sizes, 0), routing.weights_tk.split_with_sizes(&sizes, 0)),
         };
-        let counts = &dispatched.counts;
-        let y_rd = grouped_swiglu_with(&dispatched.rows_rd, gate_up, down, borrowed, counts, self.keep.experts)?;
-        let hidden_td = self.dispatcher.combine(&y_rd, &dispatched, routing)?;
+        let mut sending = Vec::new();
+        for (part, (tokens, range)) in tokens.iter().zip(&ranges).enumerate() {
+            let experts = &experts[range.start * top_k..range.end * top_k];
+            sending.push(self.dispatcher.start(tokens, experts, *top_k, plan, part)?);
+        }
+        let beside = beside(x_td)?;
+        let mut borrowed = None;
+        let mut returning = Vec::new();
+        let (mut rows, mut borrowed_rows, mut bytes_across) = (0, 0, 0);
+        let mut fetching = fetching;
+        for ((sending, range), weights) in sending.into_iter().zip(&ranges).zip(&weights) {
+            let (saved, start, len) = (x_td.saved(), range.start as i64, range.len() as i64);
+            let dispatched = sending.arrive(move || Ok(saved.get()?.narrow(0, start, len)), self.keep.rows)?;
+            if let (Some(fetching), Some(lending)) = (fetching.take(), &plan.lending) {
+                borrowed = Some(Borrowed::new(lending.clone(), fetching.arrive()?, self.keep.rows, parts));
+            }
+            let counts = &dispatched.counts;
+            rows += counts.iter().sum::<i64>();
+            borrowed_rows += counts[plan.route.held..].iter().sum::<i64>();
+            bytes_across += self.dispatcher.bytes_across(&dispatched);
+            let (rows_rd, borrowed) = (&dispatched.rows_rd, borrowed.clone());
+            let y_rd = grouped_swiglu_with(rows_rd, gate_up, down, borrowed, counts, self.keep.experts)?;
+            returning.push(self.dispatcher.start_back(&y_rd, dispatched, weights)?);
+        }
+        borrowed.iter().for_each(Borrowed::forget);
+        let mut hidden_td = returning.into_iter().map(Returning::arrive).collect::<Result<Vec<_>, _>>()?;
+        let hidden_td = if parts == 1 { hidden_td.remove(0) } else { Tensor::cat(&hidden_td, 0) };
         let elements: i64 = [gate_up, down].iter().map(|weight| weight.shape()[1..].iter().product::<i64>()).sum();
         let lent = plan.lending.as_ref().map_or(0, |lending| lending.num_lent());
         let seen = Seen {
             choices: count(&experts, *num_experts),
             experts,
-            rows: counts.iter().sum(),
-            borrowed_rows: counts[plan.route.held..].iter().sum(),
+            rows,
+            borrowed_rows,
             lent_bytes: lent * elements * gate_up.kind().elt_size_in_bytes() as i64,
-            bytes_across: self.dispatcher.bytes_across(&dispatched),
+            bytes_across,
             plan_seconds: plan.seconds,
         };
         Ok(Mixed { hidden_td, beside, seen })

@@ -14,6 +14,7 @@
 
 pub mod assignment;
 pub mod balance;
+mod borrowed;
 pub mod calibrate;
 pub mod consistency;
 pub mod dispatch;

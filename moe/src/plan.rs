@@ -41,11 +41,8 @@ impl Sites {
 /// Where the choices of a layer go, as one rank sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Route {
-    /// (expert, owner, choices): where this rank's choices go, by expert. Of one expert, the first choices go to the first
-    /// owner.
-    pub ways: Vec<(usize, usize, i64)>,
-    /// (rank, expert, choices): what this rank works on, by rank and then expert.
-    pub incoming: Vec<(usize, usize, i64)>,
+    /// Tokens travel in so many parts, one while another is worked on.
+    pub parts: Vec<Part>,
     /// The experts that this rank works on: those that it holds, then others.
     pub work: Vec<usize>,
     /// How many of them it holds.
@@ -56,50 +53,77 @@ pub struct Route {
     pub spilled: i64,
 }
 
-/// Where rank `rank` sends its choices, and what it works on, from the choices of each expert on every rank, `counts`
-/// `[ranks * E]`, and who works on them.
-pub fn route(counts: &[i64], assignment: &Assignment, sites: &Sites, rank: usize) -> Route {
+/// Part of a rank's tokens.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Part {
+    /// (expert, owner, choices): where this rank's choices go, by expert. Of one expert, the first choices go to the first
+    /// owner.
+    pub ways: Vec<(usize, usize, i64)>,
+    /// (rank, expert, choices): what this rank works on, by rank and then expert.
+    pub incoming: Vec<(usize, usize, i64)>,
+}
+
+/// The tokens, of `tokens`, of part `part` of `parts`.
+pub fn part_of(tokens: usize, part: usize, parts: usize) -> Range<usize> {
+    tokens * part / parts..tokens * (part + 1) / parts
+}
+
+/// Where rank `rank` sends its choices, and what it works on, from the choices of each expert in each of `parts` parts of
+/// every rank's tokens, `counts` `[ranks * parts * E]`, and who works on them.
+pub fn route(counts: &[i64], parts: usize, assignment: &Assignment, sites: &Sites, rank: usize) -> Route {
     let (ranks, experts) = (sites.ranks(), assignment.experts());
     let nodes = sites.owner_nodes();
     let place = |owner: usize| Place { owner, node: nodes[owner] };
     let own = rank / sites.slices;
-    let mut ways = Vec::new();
-    let mut incoming = Vec::new();
+    let mut routed = vec![Part::default(); parts];
     for expert in 0..experts {
-        let of_rank = |rank: usize| counts[rank * experts + expert];
+        let of = |rank: usize, part: usize| counts[(rank * parts + part) * experts + expert];
+        let mut add = |part: usize, source: usize, owner: usize, choices: i64| {
+            if source == rank && choices > 0 {
+                routed[part].ways.push((expert, owner, choices));
+            }
+            if owner == own && choices > 0 {
+                routed[part].incoming.push((source, expert, choices));
+            }
+        };
         match assignment.of_expert(expert) {
             [] => {}
-            [only] => {
-                ways.extend(Some((expert, only.owner, of_rank(rank))).filter(|way| way.2 > 0));
-                if only.owner == own {
-                    incoming.extend((0..ranks).map(|rank| (rank, expert, of_rank(rank))).filter(|part| part.2 > 0));
-                }
+            [only] if only.owner == own => {
+                (0..ranks).for_each(|source| (0..parts).for_each(|part| add(part, source, own, of(source, part))));
             }
+            [only] => (0..parts).for_each(|part| add(part, rank, only.owner, of(rank, part))),
             shares => {
-                let sources: Vec<_> = (0..ranks).map(|rank| (place(rank / sites.slices), of_rank(rank))).collect();
+                let total = |rank: usize| (0..parts).map(|part| of(rank, part)).sum::<i64>();
+                let sources: Vec<_> = (0..ranks).map(|rank| (place(rank / sites.slices), total(rank))).collect();
                 let places: Vec<_> = shares.iter().map(|share| (place(share.owner), share.choices)).collect();
+                // A rank's choices in order, part after part, go to its shares in order.
+                let mut start = 0;
+                let mut before = usize::MAX;
                 for (source, share, choices) in split(&sources, &places) {
-                    let owner = shares[share].owner;
-                    if source == rank {
-                        ways.push((expert, owner, choices));
+                    start = if source == before { start } else { 0 };
+                    before = source;
+                    let mut first = 0;
+                    for part in 0..parts {
+                        let end = first + of(source, part);
+                        let common = end.min(start + choices) - first.max(start);
+                        add(part, source, shares[share].owner, common.max(0));
+                        first = end;
                     }
-                    if owner == own {
-                        incoming.push((source, expert, choices));
-                    }
+                    start += choices;
                 }
             }
         }
     }
-    incoming.sort_unstable();
+    routed.iter_mut().for_each(|part| part.incoming.sort_unstable());
     let mut work: Vec<usize> = (0..experts).filter(|&expert| assignment.home(expert) == own).collect();
     let held = work.len();
     let foreign = assignment.shares().iter().filter(|share| share.owner == own);
     work.extend(foreign.map(|share| share.expert).filter(|&expert| assignment.home(expert) != own));
     let (transfers, spilled) = (assignment.transfers(), assignment.spilled());
-    Route { ways, incoming, work, held, transfers, spilled }
+    Route { parts: routed, work, held, transfers, spilled }
 }
 
-impl Route {
+impl Part {
     /// The owner that works on each of `experts`, this rank's choices in order.
     pub fn owners(&self, experts: &[i64], num_experts: usize) -> Vec<usize> {
         // For each expert, the way that its next choice goes, and how many more go there.
@@ -282,16 +306,28 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(3000))]
 
         #[test]
-        fn every_choice_reaches_a_rank_with_its_expert_once(case in cases()) {
+        fn every_choice_reaches_a_rank_with_its_expert_once(case in cases(), parts in 1usize..4) {
             let Case { sites, num_experts, top_k, chosen, planner } = case;
             let ranks = sites.ranks();
-            let counts: Vec<i64> = chosen.iter().flat_map(|experts| count(experts, num_experts)).collect();
+            let part = |experts: &Vec<i64>, part: usize| {
+                let tokens = part_of(experts.len() / top_k, part, parts);
+                experts[tokens.start * top_k..tokens.end * top_k].to_vec()
+            };
+            let all: Vec<Vec<i64>> =
+                chosen.iter().flat_map(|experts| (0..parts).map(move |number| part(experts, number))).collect();
+            let counts: Vec<i64> = all.iter().flat_map(|experts| count(experts, num_experts)).collect();
             let loads: Vec<i64> =
                 (0..num_experts).map(|e| counts.iter().skip(e).step_by(num_experts).sum()).collect();
             let assignment = planner.plan(&loads, sites.owners());
-            let routes: Vec<Route> = (0..ranks).map(|rank| route(&counts, &assignment, &sites, rank)).collect();
+            let routes: Vec<Route> = (0..ranks).map(|rank| route(&counts, parts, &assignment, &sites, rank)).collect();
+            let of_owners: Vec<i64> = (0..ranks).map(|rank| {
+                routes[rank].parts.iter().flat_map(|part| &part.incoming).map(|incoming| incoming.2).sum()
+            }).collect();
+            prop_assert_eq!(of_owners.iter().step_by(sites.slices).copied().collect::<Vec<_>>(), assignment.loads());
+            for number in 0..parts {
+            let chosen: Vec<Vec<i64>> = chosen.iter().map(|experts| part(experts, number)).collect();
             let sends: Vec<SendPlan> = chosen.iter().zip(&routes).map(|(experts, route)| {
-                let owners = route.owners(experts, num_experts);
+                let owners = route.parts[number].owners(experts, num_experts);
                 let to = experts.iter().zip(owners).flat_map(|(&expert, owner)| {
                     (0..sites.slices).map(move |slice| Some((owner * sites.slices + slice, expert as usize)))
                 });
@@ -299,7 +335,7 @@ mod tests {
             }).collect();
             for (rank, route) in routes.iter().enumerate() {
                 prop_assert_eq!(&route.transfers, &routes[0].transfers);
-                let receive = plan_receive(&route.incoming, &route.work, ranks, num_experts);
+                let receive = plan_receive(&route.parts[number].incoming, &route.work, ranks, num_experts);
                 // What arrives, as (place in the work, rank, token).
                 let mut arrived = Vec::new();
                 for (source, send) in sends.iter().enumerate() {
@@ -330,6 +366,7 @@ mod tests {
                 let mut slots: Vec<i64> = send.slot_of_choice.clone();
                 slots.sort_unstable();
                 prop_assert_eq!(slots, (0..(experts.len() * sites.slices) as i64).collect::<Vec<_>>());
+            }
             }
         }
 

@@ -36,9 +36,11 @@ struct Mode {
     strict_paper: bool,
     ranks_per_node: Option<usize>,
     keep: bool,
+    /// In which tokens travel.
+    parts: usize,
 }
 
-const STANDARD: Mode = Mode { least_loaded: false, strict_paper: false, ranks_per_node: None, keep: true };
+const STANDARD: Mode = Mode { least_loaded: false, strict_paper: false, ranks_per_node: None, keep: true, parts: 1 };
 
 struct Outcome {
     hidden: Tensor,
@@ -109,6 +111,7 @@ fn run(groups: &Groups, case: &Case, mode: Mode) -> Outcome {
     let gate_up = Weight::new(gate_up.contiguous().view([local, 2 * ffn, HIDDEN]));
     let down = Weight::new(down.contiguous());
     let alone: Arc<dyn Communicator> = Arc::new(Local::new(rank, "alone"));
+    let (gate_up, down) = (gate_up.used(mode.parts), down.used(mode.parts));
     let weights = [(gate_up.clone(), 0), (down.clone(), 0)];
     let gradients = GradientBuckets::new(&weights, &[Replication::alone()], 1 << 20, true, &Cpu).unwrap();
     gradients.begin(1);
@@ -123,7 +126,7 @@ fn run(groups: &Groups, case: &Case, mode: Mode) -> Outcome {
             top_groups: 1,
             even_groups: false,
         },
-        dispatcher: Dispatcher::new(group, case.num_experts, sites, least_loaded, hierarchy),
+        dispatcher: Dispatcher::new(group, case.num_experts, sites, least_loaded, hierarchy, mode.parts),
         statistics: Statistics::Sequence,
         tensor: TensorParallel::new(alone.clone(), 1),
         sequence: alone,
@@ -146,7 +149,7 @@ fn run(groups: &Groups, case: &Case, mode: Mode) -> Outcome {
         weights_tk: weights_tk.shallow_clone(),
         probs_te: Cpu.zeros(&[tokens, case.num_experts as i64], Kind::Float),
     };
-    let plan = layer.dispatcher.plan(&experts).unwrap();
+    let plan = layer.dispatcher.plan(&experts, case.top_k).unwrap();
     let mixed = layer.mix(&Activation::kept(&x), &routing, experts, &plan, |_| Ok(None)).unwrap();
     let probe = numbers(30 + rank as i64, &[tokens, HIDDEN]);
     (&mixed.hidden_td * probe).sum(Kind::Float).backward();
@@ -260,7 +263,8 @@ fn modes(case: &Case) -> Vec<Mode> {
     for least_loaded in [false, true] {
         for ranks_per_node in [None, Some(1), Some(2)] {
             for keep in [true, false] {
-                modes.push(Mode { least_loaded, strict_paper: false, ranks_per_node, keep });
+                modes.push(Mode { least_loaded, strict_paper: false, ranks_per_node, keep, parts: 1 });
+                modes.push(Mode { least_loaded, strict_paper: false, ranks_per_node, keep, parts: 3 });
             }
         }
     }

@@ -21,6 +21,8 @@ pub struct Ranks {
     pub experts: Arc<dyn Communicator>,
     /// ... and where they are.
     pub sites: Sites,
+    /// Parts in which tokens travel to experts.
+    pub expert_chunks: usize,
     /// How full ranks lend experts, where they do.
     pub least_loaded: Option<LeastLoaded>,
     /// The expert ranks by node, where tokens go by way of nodes.
@@ -41,6 +43,7 @@ impl Ranks {
             sequence: local.clone(),
             experts: local,
             sites: Sites::on_one_node(1, 1),
+            expert_chunks: 1,
             least_loaded: None,
             hierarchy: None,
             replications: vec![Replication::alone(); 4],
@@ -101,6 +104,8 @@ impl Ranks {
             context: group("context", Group::Context)?,
             sequence: group("sequence", Group::Sequence)?,
             experts: group("experts", Group::Expert)?,
+            // One rank has nobody to wait for.
+            expert_chunks: if alone { 1 } else { config.expert_chunks },
             sites,
             least_loaded,
             hierarchy,

@@ -230,7 +230,14 @@ impl LayerBench {
                 top_groups: 1,
                 even_groups: false,
             },
-            dispatcher: Dispatcher::new(group.all.clone(), experts, Sites::on_one_node(ranks, 1), least_loaded, None),
+            dispatcher: Dispatcher::new(
+                group.all.clone(),
+                experts,
+                Sites::on_one_node(ranks, 1),
+                least_loaded,
+                None,
+                1,
+            ),
             statistics: Statistics::Sequence,
             tensor: TensorParallel::new(alone.clone(), 1),
             sequence: alone.clone(),
@@ -260,7 +267,7 @@ impl LayerBench {
         };
         self.gradients.begin(1);
         let layer = &self.layers[which];
-        let plan = layer.dispatcher.plan(&experts)?;
+        let plan = layer.dispatcher.plan(&experts, top_k as usize)?;
         let mixed = layer.mix(&Activation::kept(&self.x), &routing, experts, &plan, |_| Ok(None))?;
         mixed.hidden_td.sum(Kind::Float).f_backward()?;
         self.gradients.finish()?;

@@ -117,6 +117,7 @@ impl Config {
                 .add(format!("parallel.tensor {} is more than model.vocab_size {}", shape.tensor, model.vocab_size));
         }
         problems.positive("parallel.tensor_chunks", parallel.tensor_chunks);
+        problems.positive("parallel.expert_chunks", parallel.expert_chunks);
         if parallel.zero > 3 {
             problems.add(format!("parallel.zero is {}; it is 0, 1, 2 or 3", parallel.zero));
         }

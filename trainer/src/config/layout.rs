@@ -31,6 +31,8 @@ pub struct ParallelConfig {
     pub expert: usize,
     /// Ranks that split every expert's matrices.
     pub expert_tensor: usize,
+    /// Parts in which tokens travel to experts and back, one while the experts work on another.
+    pub expert_chunks: usize,
     /// Ranks of a node, for dispatch by way of nodes; by default what the launcher says.
     pub ranks_per_node: Option<usize>,
     /// Ranks that share out the layers, in stages that microbatches pass one after the other.
@@ -129,6 +131,7 @@ impl Default for ParallelConfig {
             context_attention: ContextKind::Ring,
             expert: 1,
             expert_tensor: 1,
+            expert_chunks: 1,
             ranks_per_node: None,
             pipeline: 1,
             schedule: ScheduleChoice::Known(ScheduleKind::OneFOneB),

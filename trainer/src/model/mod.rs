@@ -547,10 +547,18 @@ fn moe_layer(
         top_groups: config.router.top_groups,
         even_groups: config.router.even_groups,
     };
-    let (least_loaded, hierarchy) = (ranks.least_loaded.clone(), ranks.hierarchy.clone());
+    let (least_loaded, hierarchy, chunks) = (ranks.least_loaded.clone(), ranks.hierarchy.clone(), ranks.expert_chunks);
+    let (gate_up, down) = (gate_up.used(chunks), down.used(chunks));
     let layer = MoeLayer {
         router,
-        dispatcher: Dispatcher::new(ranks.experts.clone(), num_experts, ranks.sites.clone(), least_loaded, hierarchy),
+        dispatcher: Dispatcher::new(
+            ranks.experts.clone(),
+            num_experts,
+            ranks.sites.clone(),
+            least_loaded,
+            hierarchy,
+            chunks,
+        ),
         statistics: config.load_balance_over,
         tensor: ranks.tensor.clone(),
         sequence: ranks.sequence.clone(),
