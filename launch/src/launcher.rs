@@ -98,17 +98,7 @@ impl Ranks {
         for rank in 0..count {
             // What an earlier run left is not this one's.
             let _ = std::fs::remove_file(failure_path(dir, rank));
-            let env = RankEnv {
-                rank,
-                world_size: count,
-                local_rank: rank,
-                local_world_size: count,
-                master_addr: "127.0.0.1".into(),
-                master_port: port,
-                launcher_serves: true,
-                attempt: 0,
-                interface: None,
-            };
+            let env = RankEnv::on_this_machine(rank, count, port);
             let mut command = Command::new(&program);
             command.arg("train").arg(&args.config.config);
             for change in &args.config.set {

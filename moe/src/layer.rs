@@ -70,9 +70,9 @@ pub struct Seen {
     pub experts: Vec<i64>,
     /// This rank's choices of each expert, `[E]`.
     pub choices: Vec<i64>,
-    /// Rows that this rank worked on, and those of them that were for borrowed experts.
+    /// Rows that this rank worked on.
     pub rows: i64,
-    /// See [`Seen::rows`].
+    /// Those of them that were for borrowed experts.
     pub borrowed_rows: i64,
     /// Bytes of experts' weights that this rank lent.
     pub lent_bytes: i64,
@@ -172,7 +172,7 @@ impl MoeLayer {
     ) -> Result<Mixed, Error> {
         let (Router { top_k, num_experts, .. }, MoeWeights { gate_up, down, .. }) = (&self.router, &self.weights);
         let parts = self.dispatcher.parts();
-        let fetching = plan.fetch(gate_up, down)?;
+        let mut fetching = plan.fetch(gate_up, down)?;
         // All parts are on their way before the first is worked on; its results are while the next one is.
         let ranges: Vec<_> = (0..parts).map(|part| part_of(experts.len() / top_k, part, parts)).collect();
         let sizes: Vec<i64> = ranges.iter().map(|range| range.len() as i64).collect();
@@ -189,7 +189,6 @@ impl MoeLayer {
         let mut borrowed = None;
         let mut returning = Vec::new();
         let (mut rows, mut borrowed_rows, mut bytes_across) = (0, 0, 0);
-        let mut fetching = fetching;
         for ((sending, range), weights) in sending.into_iter().zip(&ranges).zip(&weights) {
             let (saved, start, len) = (x_td.saved(), range.start as i64, range.len() as i64);
             let dispatched = sending.arrive(move || Ok(saved.get()?.narrow(0, start, len)), self.keep.rows)?;

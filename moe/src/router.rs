@@ -47,6 +47,12 @@ pub struct Routing {
 }
 
 impl Router {
+    /// The best `top_k` of `num_experts`, by normalised softmax scores, without groups.
+    pub fn new(num_experts: usize, top_k: usize) -> Router {
+        let (score, normalize, scale) = (Score::Softmax, true, 1.0);
+        Router { num_experts, top_k, score, normalize, scale, groups: 1, top_groups: 1, even_groups: false }
+    }
+
     /// Chooses experts from `logits_te` `[T, E]`. `bias_e` `[E]` is added to the scores for choosing only, not to
     /// the weights (loss-free balancing, arXiv 2408.15664). Choices `[T, K]` that have been made already stay.
     pub fn route(&self, logits_te: &Tensor, bias_e: Option<&Tensor>, chosen_tk: Option<&Tensor>) -> Routing {
@@ -107,16 +113,7 @@ mod tests {
     use super::*;
 
     fn router(score: Score) -> Router {
-        Router {
-            num_experts: 4,
-            top_k: 2,
-            score,
-            normalize: true,
-            scale: 1.0,
-            groups: 1,
-            top_groups: 1,
-            even_groups: false,
-        }
+        Router { score, ..Router::new(4, 2) }
     }
 
     fn logits(values: &[f32]) -> Tensor {

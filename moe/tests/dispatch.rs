@@ -5,7 +5,7 @@ use moe::balance::Statistics;
 use moe::dispatch::{Dispatcher, Hierarchy, LeastLoaded};
 use moe::least_loaded::{Imbalance, Planner};
 use moe::plan::Sites;
-use moe::{Keep, MoeLayer, MoeWeights, Router, Routing, Score, Seen};
+use moe::{Keep, MoeLayer, MoeWeights, Router, Routing, Seen};
 use parallel::tensor::TensorParallel;
 use parallel::{
     Accelerator, Activation, Communicator, Cpu, GradientBuckets, Local, Replication, Weight, World, on_threads,
@@ -116,16 +116,7 @@ fn run(groups: &Groups, case: &Case, mode: Mode) -> Outcome {
     let gradients = GradientBuckets::new(&weights, &[Replication::alone()], 1 << 20, true, &Cpu).unwrap();
     gradients.begin(1);
     let layer = MoeLayer {
-        router: Router {
-            num_experts: case.num_experts,
-            top_k: case.top_k,
-            score: Score::Softmax,
-            normalize: true,
-            scale: 1.0,
-            groups: 1,
-            top_groups: 1,
-            even_groups: false,
-        },
+        router: Router::new(case.num_experts, case.top_k),
         dispatcher: Dispatcher::new(group, case.num_experts, sites, least_loaded, hierarchy, mode.parts),
         statistics: Statistics::Sequence,
         tensor: TensorParallel::new(alone.clone(), 1),

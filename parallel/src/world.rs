@@ -28,6 +28,23 @@ pub struct RankEnv {
     pub interface: Option<String>,
 }
 
+impl RankEnv {
+    /// Rank `rank` of `size` that all are on this machine, whose launcher serves the store at `port`.
+    pub fn on_this_machine(rank: usize, size: usize, port: u16) -> RankEnv {
+        RankEnv {
+            rank,
+            world_size: size,
+            local_rank: rank,
+            local_world_size: size,
+            master_addr: "127.0.0.1".into(),
+            master_port: port,
+            launcher_serves: true,
+            attempt: 0,
+            interface: None,
+        }
+    }
+}
+
 /// The ranks of a run, joined.
 pub struct World {
     rank: usize,
@@ -141,17 +158,7 @@ where
             std::thread::spawn(move || {
                 // The number is a thread's own.
                 tch::set_num_threads(1);
-                let env = RankEnv {
-                    rank,
-                    world_size: size,
-                    local_rank: rank,
-                    local_world_size: size,
-                    master_addr: "127.0.0.1".into(),
-                    master_port,
-                    launcher_serves: true,
-                    attempt: 0,
-                    interface: None,
-                };
+                let env = RankEnv::on_this_machine(rank, size, master_port);
                 body(&World::join(&env, timeout).expect("ranks on loopback meet"))
             })
         })

@@ -10,7 +10,7 @@ use moe::calibrate::{ExpertSize, agree, break_even};
 use moe::dispatch::{Dispatcher, LeastLoaded};
 use moe::least_loaded::Planner;
 use moe::plan::Sites;
-use moe::{Keep, MoeLayer, MoeWeights, Router, Routing, Score, Seen};
+use moe::{Keep, MoeLayer, MoeWeights, Router, Routing, Seen};
 use parallel::tensor::TensorParallel;
 use parallel::{
     Accelerator, Activation, Communicator, Cpu, GradientBuckets, Local, RankEnv, ReduceOp, Replication, Weight,
@@ -92,6 +92,8 @@ pub(super) struct Measured {
     pub(super) rows: Vec<f64>,
     pub(super) peak: Vec<f64>,
     pub(super) lent: f64,
+    /// Bytes of rows and of weights that each rank sent in forward.
+    pub(super) sent: Vec<f64>,
 }
 
 fn measure(args: &MoeLayerArgs, cases: &[String], env: &RankEnv) -> Result<()> {
@@ -126,16 +128,26 @@ fn measure(args: &MoeLayerArgs, cases: &[String], env: &RankEnv) -> Result<()> {
                     measured.rows = group.gather(seen.rows as f64)?;
                     measured.peak = group.gather(group.device.memory()?.peak as f64)?;
                     measured.lent = group.gather(seen.lent_bytes as f64)?.iter().sum();
+                    // Each rank is a node of its own.
+                    measured.sent = group.gather((seen.bytes_across + seen.lent_bytes) as f64)?;
                 }
             }
         }
         if world.rank() == 0 {
             let tokens: usize = (0..args.ranks).map(|rank| workload.tokens(args.tokens, rank, args.ranks)).sum();
             let size = Size { experts, tokens, min_tokens, cycle: workload.cycle() };
-            println!("{}", line("moe-layer", case, args, &size, &measured));
+            let mut line = line("moe-layer", case, args, &size, &measured);
+            for (key, measured) in ["baseline_sent_mib", "sent_mib"].iter().zip(&measured) {
+                line[key] = measured.sent.iter().map(|&bytes| mib(bytes)).collect();
+            }
+            println!("{line}");
         }
     }
     Ok(())
+}
+
+fn mib(bytes: f64) -> f64 {
+    round(bytes / f64::from(1 << 20), 1)
 }
 
 /// What a case is measured with.
@@ -165,7 +177,6 @@ pub(super) fn line(
     // The speed-up of the experts' work if every rank had as much of it. (For SHARE:EXPERTS this is what
     // P (r + (1 - r) (M - h) / (N - h)) gives for r of the tokens to h of the M experts of one of P ranks, N in all.)
     let ideal = largest(&standard.rows) * args.ranks as f64 / rows.max(1.0);
-    let mib = |bytes: f64| round(bytes / f64::from(1 << 20), 1);
     json!({
         "bench": bench,
         "case": case,
@@ -220,20 +231,11 @@ impl LayerBench {
         let alone: Arc<dyn Communicator> = Arc::new(Local::new(rank, "alone"));
         let top_k = workload.top_k();
         let layer = |least_loaded: Option<LeastLoaded>| MoeLayer {
-            router: Router {
-                num_experts: experts,
-                top_k,
-                score: Score::Softmax,
-                normalize: true,
-                scale: 1.0,
-                groups: 1,
-                top_groups: 1,
-                even_groups: false,
-            },
+            router: Router::new(experts, top_k),
             dispatcher: Dispatcher::new(
                 group.all.clone(),
                 experts,
-                Sites::on_one_node(ranks, 1),
+                Sites { slices: 1, nodes: (0..ranks).collect() },
                 least_loaded,
                 None,
                 1,

@@ -47,17 +47,7 @@ fn start(count: usize) -> Result<ExitCode> {
     let this = std::env::current_exe().context("cannot find this program's own file")?;
     let mut children = Vec::new();
     for rank in 0..count {
-        let env = RankEnv {
-            rank,
-            world_size: count,
-            local_rank: rank,
-            local_world_size: count,
-            master_addr: "127.0.0.1".into(),
-            master_port,
-            launcher_serves: true,
-            attempt: 0,
-            interface: None,
-        };
+        let env = RankEnv::on_this_machine(rank, count, master_port);
         let mut command = Command::new(&this);
         command.args(std::env::args_os().skip(1)).envs(environment::variables(&env));
         command.env(environment::LAUNCHER_PID, std::process::id().to_string()).env("OMP_NUM_THREADS", "1");
