@@ -2,7 +2,7 @@
 
 mod fixture;
 
-use fixture::{Experiment, finish, text};
+use fixture::{Experiment, finish, finish_child, text};
 use serde_json::Value;
 
 /// A gate that is as uneven as the start makes it: nothing evens it out.
@@ -48,6 +48,11 @@ fn a_run_that_lends_and_moves_experts_says_so_goes_on_to_the_bit_and_can_be_insp
         assert!(said.contains(words), "{words:?} is not in:\n{said}");
     }
     assert!(std::fs::read_to_string(experiment.path("heat.svg")).unwrap().starts_with("<svg"));
+    let mut unread = experiment.moerun(&["inspect", "routing", "whole"]);
+    let mut unread = unread.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    drop(unread.stdout.take());
+    let said = text(&finish_child(unread));
+    assert!(!said.contains("panicked"), "as with `| head`: {said}");
     let nowhere = finish(&mut experiment.moerun(&["inspect", "routing", "nowhere"]));
     assert!(!nowhere.status.success() && text(&nowhere).contains("cannot read nowhere/routing.jsonl"));
 }

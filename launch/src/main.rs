@@ -17,10 +17,16 @@ mod rank;
 
 use clap::Parser;
 use cli::{BenchCommand, Cli, Command, ConfigCommand, DataCommand, InspectCommand, PlanCommand};
+use signal_hook::consts::SIGPIPE;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if !matches!(cli.command, Command::Train(_) | Command::Bench(_)) {
+        end_with_reader();
+    }
     let result = match cli.command {
         Command::Train(args) => train(args),
         Command::Generate(args) => generate::run(args),
@@ -42,6 +48,13 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// `moerun inspect ... | head` ends quietly when head has read enough, as other programs do. (Not where ranks are at work: a
+/// peer that is gone closes connections too.)
+fn end_with_reader() {
+    // Where it cannot be registered, printing fails as it would have.
+    let _ = signal_hook::flag::register_conditional_default(SIGPIPE, Arc::new(AtomicBool::new(true)));
 }
 
 /// Under torchrun's environment this process is one rank; otherwise it starts the ranks.
