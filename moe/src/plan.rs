@@ -49,8 +49,6 @@ pub struct Route {
     pub held: usize,
     /// Which weights go where, between owners.
     pub transfers: Vec<Transfer>,
-    /// Choices that are worked on away from home, over all ranks.
-    pub spilled: i64,
 }
 
 /// Part of a rank's tokens.
@@ -119,8 +117,7 @@ pub fn route(counts: &[i64], parts: usize, assignment: &Assignment, sites: &Site
     let held = work.len();
     let foreign = assignment.shares().iter().filter(|share| share.owner == own);
     work.extend(foreign.map(|share| share.expert).filter(|&expert| assignment.home(expert) != own));
-    let (transfers, spilled) = (assignment.transfers(), assignment.spilled());
-    Route { parts: routed, work, held, transfers, spilled }
+    Route { parts: routed, work, held, transfers: assignment.transfers() }
 }
 
 impl Part {
@@ -325,48 +322,48 @@ mod tests {
             }).collect();
             prop_assert_eq!(of_owners.iter().step_by(sites.slices).copied().collect::<Vec<_>>(), assignment.loads());
             for number in 0..parts {
-            let chosen: Vec<Vec<i64>> = chosen.iter().map(|experts| part(experts, number)).collect();
-            let sends: Vec<SendPlan> = chosen.iter().zip(&routes).map(|(experts, route)| {
-                let owners = route.parts[number].owners(experts, num_experts);
-                let to = experts.iter().zip(owners).flat_map(|(&expert, owner)| {
-                    (0..sites.slices).map(move |slice| Some((owner * sites.slices + slice, expert as usize)))
-                });
-                plan_send(&to.collect::<Vec<_>>(), top_k * sites.slices, ranks, num_experts)
-            }).collect();
-            for (rank, route) in routes.iter().enumerate() {
-                prop_assert_eq!(&route.transfers, &routes[0].transfers);
-                let receive = plan_receive(&route.parts[number].incoming, &route.work, ranks, num_experts);
-                // What arrives, as (place in the work, rank, token).
-                let mut arrived = Vec::new();
-                for (source, send) in sends.iter().enumerate() {
-                    prop_assert_eq!(send.rows_to[rank], receive.rows_from[source]);
-                    let first: i64 = send.rows_to[..rank].iter().sum();
-                    let mut slot = first as usize;
-                    for expert in 0..num_experts {
-                        for _ in 0..send.counts[rank * num_experts + expert] {
-                            let work = route.work.iter().position(|&e| e == expert);
-                            prop_assert!(work.is_some(), "rank {rank} has no weights of expert {expert}");
-                            let token = send.token_of_slot[slot];
-                            let own = &chosen[source][token as usize * top_k..][..top_k];
-                            prop_assert!(own.contains(&(expert as i64)));
-                            arrived.push((work.unwrap(), source, token));
-                            slot += 1;
+                let chosen: Vec<Vec<i64>> = chosen.iter().map(|experts| part(experts, number)).collect();
+                let sends: Vec<SendPlan> = chosen.iter().zip(&routes).map(|(experts, route)| {
+                    let owners = route.parts[number].owners(experts, num_experts);
+                    let to = experts.iter().zip(owners).flat_map(|(&expert, owner)| {
+                        (0..sites.slices).map(move |slice| Some((owner * sites.slices + slice, expert as usize)))
+                    });
+                    plan_send(&to.collect::<Vec<_>>(), top_k * sites.slices, ranks, num_experts)
+                }).collect();
+                for (rank, route) in routes.iter().enumerate() {
+                    prop_assert_eq!(&route.transfers, &routes[0].transfers);
+                    let receive = plan_receive(&route.parts[number].incoming, &route.work, ranks, num_experts);
+                    // What arrives, as (place in the work, rank, token).
+                    let mut arrived = Vec::new();
+                    for (source, send) in sends.iter().enumerate() {
+                        prop_assert_eq!(send.rows_to[rank], receive.rows_from[source]);
+                        let first: i64 = send.rows_to[..rank].iter().sum();
+                        let mut slot = first as usize;
+                        for expert in 0..num_experts {
+                            for _ in 0..send.counts[rank * num_experts + expert] {
+                                let work = route.work.iter().position(|&e| e == expert);
+                                prop_assert!(work.is_some(), "rank {rank} has no weights of expert {expert}");
+                                let token = send.token_of_slot[slot];
+                                let own = &chosen[source][token as usize * top_k..][..top_k];
+                                prop_assert!(own.contains(&(expert as i64)));
+                                arrived.push((work.unwrap(), source, token));
+                                slot += 1;
+                            }
                         }
                     }
+                    let ordered: Vec<_> = receive.order.iter().map(|&row| arrived[row as usize]).collect();
+                    prop_assert!(ordered.is_sorted());
+                    for (row, &place) in receive.place.iter().enumerate() {
+                        prop_assert_eq!(receive.order[place as usize], row as i64);
+                    }
+                    prop_assert_eq!(receive.counts.iter().sum::<i64>() as usize, arrived.len());
+                    prop_assert!(route.work[route.held..].is_sorted());
                 }
-                let ordered: Vec<_> = receive.order.iter().map(|&row| arrived[row as usize]).collect();
-                prop_assert!(ordered.is_sorted());
-                for (row, &place) in receive.place.iter().enumerate() {
-                    prop_assert_eq!(receive.order[place as usize], row as i64);
+                for (experts, send) in chosen.iter().zip(&sends) {
+                    let mut slots: Vec<i64> = send.slot_of_choice.clone();
+                    slots.sort_unstable();
+                    prop_assert_eq!(slots, (0..(experts.len() * sites.slices) as i64).collect::<Vec<_>>());
                 }
-                prop_assert_eq!(receive.counts.iter().sum::<i64>() as usize, arrived.len());
-                prop_assert!(route.work[route.held..].is_sorted());
-            }
-            for (experts, send) in chosen.iter().zip(&sends) {
-                let mut slots: Vec<i64> = send.slot_of_choice.clone();
-                slots.sort_unstable();
-                prop_assert_eq!(slots, (0..(experts.len() * sites.slices) as i64).collect::<Vec<_>>());
-            }
             }
         }
 
