@@ -60,7 +60,7 @@ impl Slots {
         if let Some(present) = &self.present {
             y_tcd = y_tcd * present.to_kind(y_nd.kind());
         }
-        y_tcd.sum_dim_intlist([1i64].as_slice(), false, y_nd.kind())
+        over_choices(&y_tcd)
     }
 
     /// `x_td` `[T, D]` to slots `[N, D]`. The gradient of a token is the sum over its slots.
@@ -90,7 +90,7 @@ impl Slots {
         if let Some(present) = &self.present {
             weights = weights * present.to_kind(kind);
         }
-        let out = tch::no_grad(|| (self.by_token(y_nd) * &weights).sum_dim_intlist([1i64].as_slice(), false, kind));
+        let out = tch::no_grad(|| over_choices(&(self.by_token(y_nd) * &weights)));
         let (y, slots, weights_kind) = (y_nd.detach(), self.copy(), weights_tc.kind());
         let mut out = attach_backward(&[y_nd, weights_tc], vec![out], move |grads| {
             let Some(grad_td) = &grads[0] else { return Ok(vec![None, None]) };
@@ -114,6 +114,14 @@ impl Slots {
             (slots, flat) = (slots.index_select(0, &choices), flat.index_select(0, &choices));
         }
         flat.empty_like().index_copy(0, &slots, &flat).unsqueeze(-1)
+    }
+}
+
+/// `[T, C, D]` summed to `[T, D]`: with one choice there is nothing to add, and no pass over memory to make.
+fn over_choices(y_tcd: &Tensor) -> Tensor {
+    match y_tcd.size()[1] {
+        1 => y_tcd.squeeze_dim(1),
+        _ => y_tcd.sum_dim_intlist([1i64].as_slice(), false, y_tcd.kind()),
     }
 }
 
