@@ -113,13 +113,14 @@ fn measure(args: &MoeLayerArgs, cases: &[String], env: &RankEnv) -> Result<()> {
         let bench = LayerBench::new(args, workload, experts, &group, &least_loaded)?;
         let mut measured = [Measured::default(), Measured::default()];
         for round in 0..args.rounds * workload.cycle() + 1 {
+            let experts = bench.choices(round);
             // Who comes first changes each round.
             for which in [round % 2, 1 - round % 2] {
                 let measured = &mut measured[which];
                 group.device.reset_peak()?;
                 let mut seen = Seen::default();
                 let seconds = group.time(|| {
-                    seen = bench.forward_backward(which, round)?;
+                    seen = bench.forward_backward(which, &experts)?;
                     Ok(())
                 })?;
                 // The first round warms caches.
@@ -259,18 +260,22 @@ impl LayerBench {
         Ok(LayerBench { layers, gradients, workload, experts, x, weights_tk, place: (rank, ranks) })
     }
 
-    fn forward_backward(&self, which: usize, round: usize) -> Result<Seen> {
+    /// What this rank's tokens choose in round `round`.
+    fn choices(&self, round: usize) -> Vec<i64> {
+        self.workload.choices(self.x.size()[0] as usize, self.experts, self.place, round)
+    }
+
+    fn forward_backward(&self, which: usize, experts: &[i64]) -> Result<Seen> {
         let (tokens, top_k) = (self.x.size()[0], self.workload.top_k() as i64);
-        let experts = self.workload.choices(tokens as usize, self.experts, self.place, round);
         let routing = Routing {
-            experts_tk: Tensor::from_slice(&experts).view([tokens, top_k]),
+            experts_tk: Tensor::from_slice(experts).view([tokens, top_k]),
             weights_tk: self.weights_tk.shallow_clone(),
             probs_te: Cpu.zeros(&[0], Kind::Float),
         };
         self.gradients.begin(1);
         let layer = &self.layers[which];
-        let plan = layer.dispatcher.plan(&experts, top_k as usize)?;
-        let mixed = layer.mix(&Activation::kept(&self.x), &routing, experts, &plan, |_| Ok(None))?;
+        let plan = layer.dispatcher.plan(experts, top_k as usize)?;
+        let mixed = layer.mix(&Activation::kept(&self.x), &routing, experts.to_vec(), &plan, |_| Ok(None))?;
         mixed.hidden_td.sum(Kind::Float).f_backward()?;
         self.gradients.finish()?;
         for leaf in [&self.x, &self.weights_tk] {
