@@ -12,14 +12,18 @@
 
 mod error;
 mod manifest;
+mod code;
 mod place;
 mod plan;
 mod read;
+mod stripes;
 mod write;
 
+pub use code::{Code, xor};
 pub use error::Error;
 pub use manifest::{FileEntry, Manifest, PieceEntry, TensorEntry};
 pub use place::Place;
 pub use plan::assign_owners;
 pub use read::{Checkpoint, list};
+pub use stripes::{Redundancy, Stripes, deal_groups};
 pub use write::{Shard, Staging, retain};
