@@ -11,7 +11,10 @@
 #![deny(missing_docs)]
 
 mod error;
+mod image;
+pub mod keeper;
 mod manifest;
+mod memory;
 mod code;
 mod place;
 mod plan;
@@ -21,9 +24,11 @@ mod write;
 
 pub use code::{Code, xor};
 pub use error::Error;
+pub use image::{Head, Image};
 pub use manifest::{FileEntry, Manifest, PieceEntry, TensorEntry};
 pub use place::Place;
 pub use plan::assign_owners;
-pub use read::{Checkpoint, list};
+pub use memory::Region;
+pub use read::{Checkpoint, OpenPart, list};
 pub use stripes::{Redundancy, Stripes, deal_groups};
 pub use write::{Shard, Staging, retain};

@@ -1,6 +1,8 @@
 //! Reading: the manifest, and tensors by their global names.
 
-use crate::manifest::{FORMAT, Manifest};
+use crate::image::Head;
+use crate::manifest::{FORMAT, FileEntry, Manifest};
+use crate::write::{Shard, assemble};
 use crate::{Error, Place};
 use safetensors::tensor::{Dtype, Metadata};
 use std::collections::BTreeMap;
@@ -10,12 +12,22 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use tch::{Kind, Tensor};
 
-/// An open checkpoint.
+/// An open checkpoint, on disk or in the memory of keepers.
 pub struct Checkpoint {
     path: PathBuf,
     manifest: Manifest,
     shards: BTreeMap<usize, OpenShard>,
+    parts: Option<Parts>,
 }
+
+/// Shards that are not files of the folder.
+struct Parts {
+    heads: Vec<Head>,
+    open: OpenPart,
+}
+
+/// Gives the file of a part, by number.
+pub type OpenPart = Box<dyn FnMut(usize) -> Result<File, Error>>;
 
 struct OpenShard {
     file: File,
@@ -62,7 +74,25 @@ impl Checkpoint {
             ));
         }
         let manifest: Manifest = serde_json::from_value(value).map_err(damaged)?;
-        Ok(Checkpoint { path: path.to_path_buf(), manifest, shards: BTreeMap::new() })
+        Ok(Checkpoint { path: path.to_path_buf(), manifest, shards: BTreeMap::new(), parts: None })
+    }
+
+    /// The checkpoint whose shards are images with these headers, which `open` opens when they are needed. `name` is what
+    /// errors call it.
+    ///
+    /// # Errors
+    /// When a tensor is missing or doubled.
+    pub fn of_parts(name: &str, step: u64, heads: Vec<Head>, open: OpenPart) -> Result<Checkpoint, Error> {
+        let path = PathBuf::from(name);
+        let state = heads.first().map(|head| head.state.clone()).unwrap_or_default();
+        let expected = heads.first().map_or(0, |head| head.tensors);
+        let shards = heads.iter().enumerate().map(|(part, head)| {
+            let file = FileEntry { name: format!("part {part}"), bytes: 0, crc32c: 0 };
+            Shard::new(file, head.places.clone())
+        });
+        let (files, tensors) = assemble(&path, shards.collect(), expected)?;
+        let manifest = Manifest { format: FORMAT, step, state, files, tensors };
+        Ok(Checkpoint { path, manifest, shards: BTreeMap::new(), parts: Some(Parts { heads, open }) })
     }
 
     /// Its folder.
@@ -113,7 +143,14 @@ impl Checkpoint {
         let path = self.path.join(&self.manifest.files[file].name);
         let shard = match self.shards.entry(file) {
             std::collections::btree_map::Entry::Occupied(open) => open.into_mut(),
-            std::collections::btree_map::Entry::Vacant(slot) => slot.insert(open_shard(&path)?),
+            std::collections::btree_map::Entry::Vacant(slot) => slot.insert(match &mut self.parts {
+                None => open_shard(&path)?,
+                Some(parts) => {
+                    let head = &parts.heads[file];
+                    let (metadata, data_start) = (head.metadata.clone(), head.data_start);
+                    OpenShard { file: (parts.open)(file)?, metadata, data_start }
+                }
+            }),
         };
         let name = saved.key();
         let info = shard.metadata.info(&name).ok_or_else(|| Error::damaged(&path, format!("{name} is not in it")))?;
@@ -156,23 +193,32 @@ fn open_shard(path: &Path) -> Result<OpenShard, Error> {
 
 /// The header of a safetensors file, and where its data begins.
 pub(crate) fn parse_header(path: &Path) -> Result<(Metadata, u64), Error> {
+    let (head, file_len) = read_header(path)?;
+    let metadata = metadata_of(&head[8..], path)?;
+    let announced = (metadata.data_len() + head.len()) as u64;
+    if announced != file_len {
+        return Err(Error::damaged(path, format!("{file_len} bytes where its header announces {announced}")));
+    }
+    Ok((metadata, head.len() as u64))
+}
+
+/// The first bytes of a safetensors file, its header's length and the header, and the length of the file.
+pub(crate) fn read_header(path: &Path) -> Result<(Vec<u8>, u64), Error> {
     let mut file = File::open(path).map_err(Error::io("cannot open", path))?;
-    let mut length = [0u8; 8];
-    file.read_exact(&mut length).map_err(Error::io("cannot read", path))?;
-    let header_len = u64::from_le_bytes(length);
+    let mut head = vec![0u8; 8];
+    file.read_exact(&mut head).map_err(Error::io("cannot read", path))?;
+    let header_len = u64::from_le_bytes(head[..].try_into().expect("eight bytes"));
     let file_len = file.metadata().map_err(Error::io("cannot read", path))?.len();
     if header_len.checked_add(8).is_none_or(|end| end > file_len) {
         return Err(Error::damaged(path, format!("its header of {header_len} bytes does not fit into {file_len}")));
     }
-    let mut header = vec![0u8; header_len as usize];
-    file.read_exact(&mut header).map_err(Error::io("cannot read", path))?;
-    let metadata: Metadata = serde_json::from_slice(&header).map_err(|e| Error::damaged(path, e.to_string()))?;
-    if metadata.data_len() as u64 + 8 + header_len != file_len {
-        let reason =
-            format!("{file_len} bytes where its header announces {}", metadata.data_len() as u64 + 8 + header_len);
-        return Err(Error::damaged(path, reason));
-    }
-    Ok((metadata, header_len + 8))
+    head.resize(header_len as usize + 8, 0);
+    file.read_exact(&mut head[8..]).map_err(Error::io("cannot read", path))?;
+    Ok((head, file_len))
+}
+
+pub(crate) fn metadata_of(header: &[u8], path: &Path) -> Result<Metadata, Error> {
+    serde_json::from_slice(header).map_err(|e| Error::damaged(path, e.to_string()))
 }
 
 #[cfg(test)]
@@ -191,14 +237,10 @@ mod tests {
         vec![staging.write_shard(0, first).unwrap(), staging.write_shard(1, second).unwrap()]
     }
 
-    fn names(names: &[&str]) -> Vec<String> {
-        names.iter().map(|name| name.to_string()).collect()
-    }
-
     fn save(root: &Path, step: u64) -> PathBuf {
         let staging = Staging::new(root, step);
         let shards = shards(&staging);
-        staging.commit(shards, &names(&["a", "b", "c"]), serde_json::json!({"note": step})).unwrap()
+        staging.commit(shards, 3, serde_json::json!({"note": step})).unwrap()
     }
 
     #[test]
@@ -241,7 +283,7 @@ mod tests {
                     shards.push(staging.write_shard(shards.len(), vec![(place, part)]).unwrap());
                 }
             }
-            let path = staging.commit(shards, &names(&["w"]), serde_json::Value::Null).unwrap();
+            let path = staging.commit(shards, 1, serde_json::Value::Null).unwrap();
             let offset = vec![wanted.0.min(rows - 1), wanted.1.min(columns - 1)];
             let shape = vec![wanted.2.min(rows - offset[0]), wanted.3.min(columns - offset[1])];
             let expected = all.narrow(0, offset[0], shape[0]).narrow(1, offset[1], shape[1]);
@@ -257,7 +299,7 @@ mod tests {
         staging.begin().unwrap();
         let half = Place { name: "w".into(), global: vec![4], offset: vec![2], shape: vec![2] };
         let shard = staging.write_shard(0, vec![(half, Tensor::from_slice(&[1f32, 2.]))]).unwrap();
-        let error = staging.commit(vec![shard], &names(&["w"]), serde_json::Value::Null).unwrap_err().to_string();
+        let error = staging.commit(vec![shard], 1, serde_json::Value::Null).unwrap_err().to_string();
         assert!(error.contains("of the 4 values of w only 2 were written"), "{error}");
     }
 
@@ -285,13 +327,13 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let staging = Staging::new(root.path(), 1);
         let written = shards(&staging);
-        let commit = |shards: Vec<Shard>, expected: &[&str]| {
-            staging.commit(shards, &names(expected), serde_json::Value::Null).unwrap_err().to_string()
+        let commit = |shards: Vec<Shard>, expected: usize| {
+            staging.commit(shards, expected, serde_json::Value::Null).unwrap_err().to_string()
         };
-        assert!(commit(written.clone(), &["a", "b", "c", "d"]).contains("d was written by no rank"));
-        assert!(commit(written.clone(), &["a", "b"]).contains("3 tensors were written, 2 are expected"));
+        assert!(commit(written.clone(), 4).contains("3 tensors were written, 4 are expected"));
+        assert!(commit(written.clone(), 2).contains("3 tensors were written, 2 are expected"));
         let doubled = [written.clone(), written].concat();
-        assert!(commit(doubled, &["a", "b", "c"]).contains("a is in two shards"));
+        assert!(commit(doubled, 3).contains("a is in two shards"));
         assert!(list(root.path()).unwrap().is_empty());
     }
 

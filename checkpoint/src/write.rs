@@ -53,7 +53,8 @@ impl View for Bytes {
     }
 }
 
-fn dtype_of(kind: Kind) -> Option<Dtype> {
+/// The dtypes that are saved.
+pub(crate) fn dtype_of(kind: Kind) -> Option<Dtype> {
     Some(match kind {
         Kind::Float => Dtype::F32,
         Kind::BFloat16 => Dtype::BF16,
@@ -63,7 +64,18 @@ fn dtype_of(kind: Kind) -> Option<Dtype> {
     })
 }
 
+impl Shard {
+    pub(crate) fn new(file: FileEntry, places: Vec<Place>) -> Shard {
+        Shard { file, places }
+    }
+}
+
 impl Staging {
+    /// The folder that shards are written to.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// The place for step `step` under `root`. Makes nothing.
     pub fn new(root: &Path, step: u64) -> Staging {
         let target = root.join(format!("step-{step:08}"));
@@ -115,50 +127,12 @@ impl Staging {
     }
 
     /// Writes the manifest, makes everything durable and gives the checkpoint its name. One rank does it, after all
-    /// have written; `expected` are the names that must be there, each once.
+    /// have written; `tensors` is the number of names that must be there, each whole and once.
     ///
     /// # Errors
     /// When a tensor is missing or doubled, or the file system refuses.
-    pub fn commit(&self, shards: Vec<Shard>, expected: &[String], state: serde_json::Value) -> Result<PathBuf, Error> {
-        let mut tensors: BTreeMap<String, TensorEntry> = BTreeMap::new();
-        let mut files = Vec::new();
-        let refuse = |reason| Err(Error::mismatch(&self.folder, reason));
-        for (file, shard) in shards.into_iter().enumerate() {
-            for Place { name, global, offset, shape } in shard.places {
-                let entry = tensors
-                    .entry(name.clone())
-                    .or_insert_with(|| TensorEntry { shape: global.clone(), pieces: Vec::new() });
-                if entry.shape != global {
-                    return refuse(format!("{name} has shape {global:?} in shard {file}, {:?} in others", entry.shape));
-                }
-                for piece in &entry.pieces {
-                    let other = Place {
-                        name: name.clone(),
-                        global: global.clone(),
-                        offset: piece.offset.clone(),
-                        shape: piece.shape.clone(),
-                    };
-                    if other.overlap(&offset, &shape).is_some() {
-                        return refuse(format!("{name} is in two shards, {} and {file}", piece.file));
-                    }
-                }
-                entry.pieces.push(PieceEntry { file, offset, shape });
-            }
-            files.push(shard.file);
-        }
-        if let Some(missing) = expected.iter().find(|name| !tensors.contains_key(*name)) {
-            return refuse(format!("{missing} was written by no rank"));
-        }
-        if tensors.len() != expected.len() {
-            return refuse(format!("{} tensors were written, {} are expected", tensors.len(), expected.len()));
-        }
-        for (name, entry) in &tensors {
-            let written: i64 = entry.pieces.iter().map(|piece| piece.shape.iter().product::<i64>()).sum();
-            let whole: i64 = entry.shape.iter().product();
-            if written != whole {
-                return refuse(format!("of the {whole} values of {name} only {written} were written"));
-            }
-        }
+    pub fn commit(&self, shards: Vec<Shard>, tensors: usize, state: serde_json::Value) -> Result<PathBuf, Error> {
+        let (files, tensors) = assemble(&self.folder, shards, tensors)?;
         let manifest = Manifest { format: FORMAT, step: self.step, state, files, tensors };
         let path = self.folder.join("manifest.json");
         let text = serde_json::to_vec_pretty(&manifest).expect("plain data");
@@ -175,6 +149,50 @@ impl Staging {
         }
         Ok(self.target.clone())
     }
+}
+
+/// What shards have together: each of `expected` tensors whole and once.
+pub(crate) fn assemble(
+    what: &Path,
+    shards: Vec<Shard>,
+    expected: usize,
+) -> Result<(Vec<FileEntry>, BTreeMap<String, TensorEntry>), Error> {
+    let mut tensors: BTreeMap<String, TensorEntry> = BTreeMap::new();
+    let mut files = Vec::new();
+    let refuse = |reason| Err(Error::mismatch(what, reason));
+    for (file, shard) in shards.into_iter().enumerate() {
+        for Place { name, global, offset, shape } in shard.places {
+            let entry =
+                tensors.entry(name.clone()).or_insert_with(|| TensorEntry { shape: global.clone(), pieces: Vec::new() });
+            if entry.shape != global {
+                return refuse(format!("{name} has shape {global:?} in shard {file}, {:?} in others", entry.shape));
+            }
+            for piece in &entry.pieces {
+                let other = Place {
+                    name: name.clone(),
+                    global: global.clone(),
+                    offset: piece.offset.clone(),
+                    shape: piece.shape.clone(),
+                };
+                if other.overlap(&offset, &shape).is_some() {
+                    return refuse(format!("{name} is in two shards, {} and {file}", piece.file));
+                }
+            }
+            entry.pieces.push(PieceEntry { file, offset, shape });
+        }
+        files.push(shard.file);
+    }
+    for (name, entry) in &tensors {
+        let written: i64 = entry.pieces.iter().map(|piece| piece.shape.iter().product::<i64>()).sum();
+        let whole: i64 = entry.shape.iter().product();
+        if written != whole {
+            return refuse(format!("of the {whole} values of {name} only {written} were written"));
+        }
+    }
+    if tensors.len() != expected {
+        return refuse(format!("{} tensors were written, {expected} are expected", tensors.len()));
+    }
+    Ok((files, tensors))
 }
 
 /// Removes all but the newest `keep` checkpoints under `root`.
@@ -216,7 +234,7 @@ fn sync(path: &Path) -> Result<(), Error> {
 }
 
 /// Length and CRC-32C of a file.
-fn checksum(path: &Path) -> Result<(u64, u32), Error> {
+pub(crate) fn checksum(path: &Path) -> Result<(u64, u32), Error> {
     let mut file = File::open(path).map_err(Error::io("cannot open", path))?;
     let mut buffer = vec![0u8; 1 << 20];
     let (mut bytes, mut crc) = (0u64, 0u32);

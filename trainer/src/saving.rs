@@ -111,7 +111,6 @@ pub(crate) fn save(
     }
     let places: Vec<Place> = holders.keys().cloned().collect();
     let names: BTreeSet<&str> = places.iter().map(|place| place.name.as_str()).collect();
-    let names: Vec<String> = names.into_iter().map(String::from).collect();
     let owners = assign_owners(&holders.into_values().collect::<Vec<_>>(), world.size());
     let owner: BTreeMap<&Place, usize> = places.iter().zip(owners).collect();
     let mine = tensors.into_iter().filter(|(place, _)| owner[place] == world.rank()).collect();
@@ -129,7 +128,7 @@ pub(crate) fn save(
     let committed = match (shards, world.rank()) {
         (Ok(shards), 0) => {
             let state = serde_json::to_value(state).expect("plain data");
-            staging.commit(shards, &names, state).map(|_| ()).map_err(Error::from)
+            staging.commit(shards, names.len(), state).map(|_| ()).map_err(Error::from)
         }
         (Ok(_), _) => Ok(()),
         (Err(error), _) => Err(error),

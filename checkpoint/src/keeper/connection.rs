@@ -1,0 +1,215 @@
+//! Asking a keeper for something.
+
+use super::serve::PATIENCE;
+use super::{Error, Event, Fault, Inventory, Reply, Request, Secret, Snapshot, SnapshotId, Status, Topology, recover, wire};
+use crate::Shard;
+use std::collections::HashMap;
+use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard};
+use std::time::Duration;
+
+/// A connection to a keeper.
+pub struct Peer {
+    stream: TcpStream,
+    address: SocketAddr,
+}
+
+impl Peer {
+    /// Connects; every answer then has to come within `patience`.
+    ///
+    /// # Errors
+    /// When no keeper of this run is there.
+    pub fn connect(address: SocketAddr, secret: &Secret, patience: Duration) -> Result<Peer, Error> {
+        Ok(Peer { stream: wire::connect(address, secret, patience)?, address })
+    }
+
+    pub(crate) fn send(&mut self, request: &Request) -> Result<(), Error> {
+        wire::send(&mut self.stream, request)
+    }
+
+    pub(crate) fn receive(&mut self) -> Result<Reply, Error> {
+        match wire::receive(&mut self.stream)? {
+            Reply::Refused(reason) => Err(Error::Refused(reason)),
+            reply => Ok(reply),
+        }
+    }
+
+    pub(crate) fn receive_bytes(&mut self) -> Result<Vec<u8>, Error> {
+        match self.receive()? {
+            Reply::Bytes(bytes) => Ok(bytes),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    pub(crate) fn ask(&mut self, request: &Request) -> Result<Reply, Error> {
+        self.send(request)?;
+        self.receive()
+    }
+
+    fn order(&mut self, request: &Request) -> Result<(), Error> {
+        match self.ask(request)? {
+            Reply::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Begins a generation, in which the keeper is node number `node`.
+    ///
+    /// # Errors
+    /// As all of these: when the keeper is gone, does not answer in time, or refuses.
+    pub fn set_up(&mut self, topology: &Topology, node: usize) -> Result<(), Error> {
+        self.order(&Request::Setup { topology: topology.clone(), node })
+    }
+
+    /// What it has.
+    ///
+    /// # Errors
+    /// As [`Peer::set_up`].
+    pub fn inventory(&mut self) -> Result<Inventory, Error> {
+        match self.ask(&Request::Inventory)? {
+            Reply::Inventory(inventory) => Ok(inventory),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// What people want to know.
+    ///
+    /// # Errors
+    /// As [`Peer::set_up`].
+    pub fn status(&mut self) -> Result<Status, Error> {
+        match self.ask(&Request::Status)? {
+            Reply::Status(status) => Ok(status),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Says that a snapshot is complete on every rank.
+    ///
+    /// # Errors
+    /// As [`Peer::set_up`].
+    pub fn commit(&mut self, snapshot: &Snapshot) -> Result<(), Error> {
+        self.order(&Request::Commit(snapshot.clone()))
+    }
+
+    /// Says that a snapshot never will be.
+    ///
+    /// # Errors
+    /// As [`Peer::set_up`].
+    pub fn abandon(&mut self, id: SnapshotId) -> Result<(), Error> {
+        self.order(&Request::Abandon(id))
+    }
+
+    /// Says what ranks are to restore, and who has each rank's part; anything newer is forgotten.
+    ///
+    /// # Errors
+    /// As [`Peer::set_up`].
+    pub fn keep(&mut self, snapshot: Option<&Snapshot>, holders: &[SocketAddr]) -> Result<(), Error> {
+        self.order(&Request::Keep { snapshot: snapshot.cloned(), holders: holders.to_vec() })
+    }
+
+    /// Rank and number of each chunk of a snapshot here that is damaged.
+    ///
+    /// # Errors
+    /// As [`Peer::set_up`].
+    pub fn verify(&mut self, id: SnapshotId) -> Result<Vec<(usize, u64)>, Error> {
+        match self.ask(&Request::Verify(id))? {
+            Reply::Bad(bad) => Ok(bad),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Makes a rank's part out of what other nodes have.
+    ///
+    /// # Errors
+    /// As [`Peer::set_up`], and when too little is left.
+    pub fn rebuild(&mut self, rebuild: recover::Rebuild) -> Result<(), Error> {
+        self.order(&Request::Rebuild(Box::new(rebuild)))
+    }
+
+    /// Makes anew the parity that `node` should have of a snapshot; `sources` are the keepers that have what the positions of
+    /// its group should.
+    ///
+    /// # Errors
+    /// As [`Peer::set_up`].
+    pub fn protect(&mut self, snapshot: &Snapshot, node: usize, sources: &[Option<SocketAddr>]) -> Result<(), Error> {
+        self.order(&Request::Protect { snapshot: snapshot.clone(), node, sources: sources.to_vec() })
+    }
+
+    /// Writes the parts of these ranks as shards of a checkpoint.
+    ///
+    /// # Errors
+    /// As [`Peer::set_up`], and when the disk is full.
+    pub fn persist(&mut self, id: SnapshotId, ranks: &[usize], folder: &Path) -> Result<Vec<Shard>, Error> {
+        match self.ask(&Request::Persist { id, ranks: ranks.to_vec(), folder: folder.to_path_buf() })? {
+            Reply::Shards(shards) => Ok(shards),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Makes a fault on purpose.
+    ///
+    /// # Errors
+    /// As [`Peer::set_up`].
+    pub fn inject(&mut self, fault: Fault) -> Result<(), Error> {
+        self.order(&Request::Inject(fault))
+    }
+
+    /// Ends the keeper.
+    ///
+    /// # Errors
+    /// As [`Peer::set_up`].
+    pub fn stop(&mut self) -> Result<(), Error> {
+        self.order(&Request::Stop)
+    }
+
+    /// Makes this connection one of events: each is handed to `heard`, until the keeper is gone or says nothing for the
+    /// connection's patience; then why.
+    pub fn watch(mut self, mut heard: impl FnMut(Event)) -> Error {
+        if let Err(error) = self.send(&Request::Watch) {
+            return error;
+        }
+        loop {
+            match wire::receive(&mut self.stream) {
+                Ok(event) => heard(event),
+                Err(error) => return error,
+            }
+        }
+    }
+}
+
+fn unexpected(reply: &Reply) -> Error {
+    Error::Protocol(format!("a keeper answered something else: {reply:?}"))
+}
+
+/// Connections that can be used again.
+pub(crate) struct Peers {
+    secret: Secret,
+    idle: Mutex<HashMap<SocketAddr, Vec<Peer>>>,
+    fetching: Mutex<()>,
+}
+
+impl Peers {
+    pub(crate) fn new(secret: Secret) -> Peers {
+        Peers { secret, idle: Mutex::default(), fetching: Mutex::default() }
+    }
+
+    /// Held by the one who brings parts here.
+    pub(crate) fn alone(&self) -> MutexGuard<'_, ()> {
+        self.fetching.lock().expect("nobody panics with it")
+    }
+
+    /// A connection, old or new.
+    pub(crate) fn get(&self, address: SocketAddr) -> Result<Peer, Error> {
+        let idle = self.idle.lock().expect("nobody panics with it").get_mut(&address).and_then(Vec::pop);
+        match idle {
+            Some(peer) => Ok(peer),
+            None => Peer::connect(address, &self.secret, 2 * PATIENCE),
+        }
+    }
+
+    /// Takes a connection back on which no reply is due.
+    pub(crate) fn put(&self, peer: Peer) {
+        self.idle.lock().expect("nobody panics with it").entry(peer.address).or_default().push(peer);
+    }
+}

@@ -1,0 +1,346 @@
+//! The keeper: a process beside the ranks of a node that owns the memory in which their snapshots are.
+//!
+//! REFT's snapshot management process (arXiv 2310.12670): ranks copy their state into its memory, two or three slots
+//! each, and go on; keepers of different nodes keep parity of one another's slots ([`crate::stripes`]). It outlives
+//! the ranks and the launcher. A part of a snapshot is a safetensors image, so a snapshot is a checkpoint in memory, read
+//! by the same code as one on disk, and written there by the keeper as it is.
+//!
+//! - [`serve`](serve::run): the process. [`Link`]: how a rank reaches it. [`Peer`]: how the launcher and other keepers do.
+//! - [`recover`]: what can be restored from what is left, a pure function.
+//!
+//! Invariants:
+//! - A rank never waits for a keeper: what is not there at once is skipped and counted.
+//! - A snapshot is used only if every rank's part is there with its checksums, or can be rebuilt.
+//! - Nobody is listened to who does not know the run's secret.
+
+mod connection;
+mod link;
+mod memory_limit;
+mod persist;
+mod protect;
+pub mod recover;
+mod restore;
+pub mod serve;
+mod slots;
+mod wire;
+
+pub use connection::Peer;
+pub use link::{Filler, Link, SlotMemory};
+pub use slots::PartInfo;
+pub use wire::Secret;
+
+use crate::Shard;
+use crate::stripes::{Redundancy, Stripes};
+use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// Which snapshot: the attempt that made it, and the steps done. Ordered by age.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct SnapshotId {
+    /// Attempt of the run: a step that is done again after a restart is another snapshot.
+    pub generation: u64,
+    /// Optimizer steps done.
+    pub step: u64,
+}
+
+/// A node of a run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Node {
+    /// Where its keeper listens.
+    pub address: SocketAddr,
+    /// The ranks on it, in the order of their local numbers.
+    pub ranks: Vec<usize>,
+}
+
+/// Who is where, and who protects whom, during one generation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Topology {
+    /// The attempt it belongs to.
+    pub generation: u64,
+    /// The nodes with ranks.
+    pub nodes: Vec<Node>,
+    /// How they protect one another.
+    pub redundancy: Redundancy,
+    /// Groups of nodes ([`crate::deal_groups`]).
+    pub groups: Vec<Vec<usize>>,
+    /// Bytes of a chunk, the unit of checksums and of coding.
+    pub chunk: usize,
+}
+
+/// Where a rank's part is in the code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Seat {
+    pub(crate) group: usize,
+    pub(crate) position: usize,
+    /// The rank's number on its node: ranks of one number are coded with one another.
+    pub(crate) local: usize,
+}
+
+impl Topology {
+    /// Ranks of the run.
+    pub fn ranks(&self) -> usize {
+        self.nodes.iter().map(|node| node.ranks.len()).sum()
+    }
+
+    /// The node of a rank.
+    pub fn node_of(&self, rank: usize) -> Option<usize> {
+        self.nodes.iter().position(|node| node.ranks.contains(&rank))
+    }
+
+    /// Group and position in it of a node.
+    pub(crate) fn position(&self, node: usize) -> Option<(usize, usize)> {
+        let found = self.groups.iter().enumerate();
+        found.filter_map(|(group, nodes)| Some((group, nodes.iter().position(|&other| other == node)?))).next()
+    }
+
+    pub(crate) fn seat(&self, rank: usize) -> Option<Seat> {
+        let node = self.node_of(rank)?;
+        let (group, position) = self.position(node)?;
+        let local = self.nodes[node].ranks.iter().position(|&other| other == rank)?;
+        Some(Seat { group, position, local })
+    }
+
+    /// The rank at a position of a group, with this local number.
+    pub(crate) fn rank_at(&self, group: usize, position: usize, local: usize) -> Option<usize> {
+        self.nodes[self.groups[group][position]].ranks.get(local).copied()
+    }
+
+    /// The stripes of a group's ranks with one local number; None where nothing is protected.
+    pub(crate) fn stripes(&self, group: usize, local: usize) -> Option<Stripes> {
+        let (nodes, parity) = (self.groups[group].len(), self.redundancy.survives());
+        (parity > 0).then(|| Stripes { nodes, parity, turn: local % nodes })
+    }
+}
+
+/// All that is known of a complete snapshot besides its bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Which.
+    pub id: SnapshotId,
+    /// Who was where when it was made.
+    pub topology: Topology,
+    /// The parts, by rank.
+    pub parts: Vec<PartInfo>,
+}
+
+/// What a keeper has, for the one who decides what to restore.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inventory {
+    /// Which node it was in which generation.
+    pub seats: Vec<(Topology, usize)>,
+    /// Complete parts in its memory.
+    pub parts: Vec<(SnapshotId, PartInfo)>,
+    /// Snapshots of which it has all the parity that it should.
+    pub protected: Vec<SnapshotId>,
+    /// Snapshots that were complete on every rank.
+    pub complete: Vec<Snapshot>,
+}
+
+/// A rank as its keeper sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RankPulse {
+    /// Which.
+    pub rank: usize,
+    /// Its process.
+    pub pid: i32,
+    /// Steps done, as it last said.
+    pub step: u64,
+    /// How often it said that it gets on, within a step too.
+    pub progress: u64,
+    /// Milliseconds since it was last heard of.
+    pub silent_ms: u64,
+}
+
+/// What a keeper tells the launcher of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Event {
+    /// A rank's part is complete.
+    Complete {
+        /// Of which snapshot.
+        id: SnapshotId,
+        /// The part.
+        part: PartInfo,
+        /// Whether the snapshot is to be written to disk.
+        durable: bool,
+    },
+    /// All parity that this keeper encodes for a snapshot is in its place.
+    Protected {
+        /// Of which snapshot.
+        id: SnapshotId,
+    },
+    /// It could not be made.
+    Unprotected {
+        /// Of which snapshot.
+        id: SnapshotId,
+        /// Why not.
+        reason: String,
+    },
+    /// A sign of life, with what is known of the ranks.
+    Pulse {
+        /// The ranks.
+        ranks: Vec<RankPulse>,
+    },
+}
+
+/// What people want to know of a keeper.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Its process.
+    pub pid: i32,
+    /// Its ranks.
+    pub ranks: Vec<RankPulse>,
+    /// Bytes of its slots.
+    pub slot_bytes: u64,
+    /// Bytes of parity.
+    pub parity_bytes: u64,
+    /// What it has.
+    pub inventory: Inventory,
+    /// Parts that are being filled.
+    pub filling: Vec<SnapshotId>,
+    /// Snapshots that a rank here could not take for want of a free slot.
+    pub skipped: u64,
+    /// CPU time that coding took, in milliseconds.
+    pub coding_ms: u64,
+}
+
+/// A fault to be made on purpose.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Fault {
+    /// A signal for a rank's process: `SIGKILL`, `SIGSTOP`, `SIGABRT`, by number.
+    Signal {
+        /// The rank.
+        rank: usize,
+        /// The signal.
+        signal: i32,
+    },
+    /// Stops a rank and lets it go on later.
+    Delay {
+        /// The rank.
+        rank: usize,
+        /// For how long.
+        ms: u64,
+    },
+    /// Changes one bit of a rank's newest complete part.
+    Corrupt {
+        /// The rank.
+        rank: usize,
+        /// Which byte, modulo its length.
+        at: u64,
+    },
+    /// All ranks of the node and the keeper itself, at once.
+    KillNode,
+}
+
+/// What is asked of a keeper, each with one [`Reply`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) enum Request {
+    /// A new generation, in which the keeper is `node`.
+    Setup { topology: Topology, node: usize },
+    /// Events from here on; the launcher lives as long as this connection.
+    Watch,
+    Inventory,
+    Status,
+    /// A snapshot is complete on every rank.
+    Commit(Snapshot),
+    /// It never will be.
+    Abandon(SnapshotId),
+    /// Only this one is wanted any more; `holders` have its parts, by rank.
+    Keep { snapshot: Option<Snapshot>, holders: Vec<SocketAddr> },
+    /// Which chunks of the parts here are not what they were.
+    Verify(SnapshotId),
+    /// Length of a rank's part, as soon as it is known.
+    Length { id: SnapshotId, rank: usize },
+    /// A chunk, as soon as it is there.
+    Chunk { id: SnapshotId, rank: usize, chunk: u64 },
+    /// The first bytes of a part.
+    Head { id: SnapshotId, rank: usize },
+    /// Parity of a stripe.
+    Parity { id: SnapshotId, local: usize, stripe: u64 },
+    /// The same, to be kept.
+    PutParity { id: SnapshotId, local: usize, stripe: u64, #[serde(with = "serde_bytes")] bytes: Vec<u8> },
+    /// Make a part, or bad chunks of one, out of what the group's other positions have.
+    Rebuild(Box<recover::Rebuild>),
+    /// Encode again what this node should have of a snapshot.
+    Protect { snapshot: Snapshot, node: usize, sources: Vec<Option<SocketAddr>> },
+    /// Write these ranks' parts to files in this folder.
+    Persist { id: SnapshotId, ranks: Vec<usize>, folder: PathBuf },
+    Inject(Fault),
+    /// The run is over.
+    Stop,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) enum Reply {
+    Done,
+    Refused(String),
+    Inventory(Inventory),
+    Status(Status),
+    /// Chunks that are damaged, by rank.
+    Bad(Vec<(usize, u64)>),
+    Length(u64),
+    Bytes(#[serde(with = "serde_bytes")] Vec<u8>),
+    Shards(Vec<Shard>),
+}
+
+/// What a rank says to its keeper.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) enum RankRequest {
+    /// Who it is.
+    Hello { rank: usize },
+    /// Slots of this many bytes: [`RankReply::Slots`], then as many files.
+    Allocate { bytes: u64, slots: usize },
+    /// A slot for a snapshot: [`RankReply::Slot`].
+    Reserve { id: SnapshotId, bytes: u64, durable: bool },
+    /// It is not needed. No reply.
+    Release { slot: usize },
+    /// Bytes are there. No reply.
+    Filled { slot: usize, upto: u64, crcs: Vec<u32> },
+    /// It lives, has done so many steps, and got on so often. No reply.
+    Beat { step: u64, progress: u64 },
+    /// The first bytes of a part of the snapshot to restore: [`RankReply::Bytes`].
+    Head { rank: usize },
+    /// The whole part: [`RankReply::Part`], then a file.
+    Open { rank: usize },
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) enum RankReply {
+    Welcome,
+    Slots(usize),
+    Slot(Option<usize>),
+    Bytes(#[serde(with = "serde_bytes")] Vec<u8>),
+    Part,
+    Refused(String),
+}
+
+/// What went wrong with a keeper.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The connection failed.
+    #[error("{}", describe(.0))]
+    Connection(#[from] std::io::Error),
+    /// The peer said something that makes no sense.
+    #[error("{0}")]
+    Protocol(String),
+    /// The peer does not know the run's secret.
+    #[error("it is not of this run")]
+    Stranger,
+    /// The keeper cannot do what was asked.
+    #[error("{0}")]
+    Refused(String),
+}
+
+fn describe(error: &std::io::Error) -> String {
+    match error.kind() {
+        std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut => "no answer in time".into(),
+        std::io::ErrorKind::UnexpectedEof => "the connection was closed".into(),
+        _ => error.to_string(),
+    }
+}
+
+impl From<nix::Error> for Error {
+    fn from(error: nix::Error) -> Error {
+        Error::Connection(error.into())
+    }
+}

@@ -1,0 +1,310 @@
+//! Keepers on sockets: snapshots of several nodes, lost nodes, damaged memory, strangers.
+
+use checkpoint::keeper::recover::{Candidate, Rebuild, candidates};
+use checkpoint::keeper::serve::{Settings, run};
+use checkpoint::keeper::{Error, Event, Fault, Filler, Link, Node, PartInfo, Peer, Secret, SlotMemory, Snapshot, SnapshotId, Topology};
+use checkpoint::{Redundancy, deal_groups};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::fs::FileExt;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+const CHUNK: usize = 1 << 10;
+const PATIENCE: Duration = Duration::from_secs(20);
+
+struct Cluster {
+    secret: Secret,
+    sockets: Vec<String>,
+    addresses: Vec<SocketAddr>,
+}
+
+impl Cluster {
+    fn new(keepers: usize, memory: Option<u64>) -> Cluster {
+        let secret = Secret::random().unwrap();
+        let mut cluster = Cluster { secret: secret.clone(), sockets: Vec::new(), addresses: Vec::new() };
+        for keeper in 0..keepers {
+            let socket = format!("moerun-test/{}/{keeper}", &secret.to_hex()[..16]);
+            let settings = Settings {
+                socket: socket.clone(),
+                secret: secret.clone(),
+                listen: "127.0.0.1:0".parse().unwrap(),
+                memory,
+                lonely: Duration::from_secs(60),
+            };
+            let (ready, address) = channel();
+            std::thread::spawn(move || run(settings, |address| ready.send(address).unwrap()).unwrap());
+            cluster.sockets.push(socket);
+            cluster.addresses.push(address.recv().unwrap());
+        }
+        cluster
+    }
+
+    fn peer(&self, keeper: usize) -> Peer {
+        Peer::connect(self.addresses[keeper], &self.secret, PATIENCE).unwrap()
+    }
+
+    fn topology(&self, nodes: usize, per_node: usize, redundancy: Redundancy) -> Topology {
+        let node = |node: usize| Node {
+            address: self.addresses[node],
+            ranks: (node * per_node..(node + 1) * per_node).collect(),
+        };
+        Topology {
+            generation: 1,
+            nodes: (0..nodes).map(node).collect(),
+            redundancy,
+            groups: deal_groups(&vec![0; nodes], redundancy).unwrap(),
+            chunk: CHUNK,
+        }
+    }
+
+    fn events(&self, keepers: usize) -> Receiver<Event> {
+        let (sender, events) = channel();
+        for keeper in 0..keepers {
+            let (peer, sender) = (self.peer(keeper), sender.clone());
+            std::thread::spawn(move || peer.watch(|event| drop(sender.send(event))));
+        }
+        events
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        for &address in &self.addresses {
+            let _ = Peer::connect(address, &self.secret, PATIENCE).and_then(|mut peer| peer.stop());
+        }
+    }
+}
+
+/// Bytes of a rank's part: other lengths and values for each, and each step.
+fn bytes_of(rank: usize, step: u64) -> Vec<u8> {
+    let len = 3 * CHUNK + rank * 700 + step as usize * 13;
+    let mut state = (rank as u64 + 1).wrapping_mul(step + 77);
+    let byte = |_| {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 56) as u8
+    };
+    let mut bytes: Vec<u8> = (0..len).map(byte).collect();
+    // A header that says how long it is, as an image has it.
+    bytes[..8].copy_from_slice(&16u64.to_le_bytes());
+    bytes
+}
+
+struct Rank {
+    rank: usize,
+    link: Link,
+    filler: Filler,
+    slots: Vec<SlotMemory>,
+}
+
+impl Rank {
+    fn new(cluster: &Cluster, topology: &Topology, rank: usize, slots: usize) -> Rank {
+        let socket = &cluster.sockets[topology.node_of(rank).unwrap()];
+        let mut link = Link::connect(socket, &cluster.secret, rank).unwrap();
+        let filler = Filler::connect(socket, &cluster.secret, rank).unwrap();
+        let slots = link.allocate(1 << 16, slots).unwrap();
+        Rank { rank, link, filler, slots }
+    }
+
+    fn take(&mut self, id: SnapshotId) -> bool {
+        let bytes = bytes_of(self.rank, id.step);
+        let Some(slot) = self.link.reserve(id, bytes.len() as u64, false).unwrap() else { return false };
+        for (chunk, part) in bytes.chunks(CHUNK).enumerate() {
+            self.slots[slot].copy_in(chunk * CHUNK, part);
+            let upto = (chunk * CHUNK + part.len()) as u64;
+            self.filler.filled(slot, upto, vec![crc32c::crc32c(part)]).unwrap();
+        }
+        true
+    }
+}
+
+/// Takes snapshot `id` on every rank, and waits until it is complete and protected.
+fn snapshot(cluster: &Cluster, topology: &Topology, ranks: &mut [Rank], events: &Receiver<Event>, id: SnapshotId) -> Snapshot {
+    for rank in ranks.iter_mut() {
+        assert!(rank.take(id));
+    }
+    let (mut parts, mut protected) = (Vec::<PartInfo>::new(), 0);
+    while parts.len() < ranks.len() || protected < topology.nodes.len() {
+        match events.recv_timeout(PATIENCE).unwrap() {
+            Event::Complete { id: other, part, .. } if other == id => parts.push(part),
+            Event::Protected { id: other } if other == id => protected += 1,
+            Event::Unprotected { reason, .. } => panic!("{reason}"),
+            _ => {}
+        }
+    }
+    parts.sort_by_key(|part| part.rank);
+    let snapshot = Snapshot { id, topology: topology.clone(), parts };
+    for keeper in 0..topology.nodes.len() {
+        cluster.peer(keeper).commit(&snapshot).unwrap();
+    }
+    snapshot
+}
+
+/// Makes everything be there again that `lost` nodes had, on the keepers that are left and `spare` ones; who has what.
+fn recover(cluster: &Cluster, left: &[usize], found: &Candidate) -> Result<Vec<SocketAddr>, Error> {
+    let addresses: Vec<SocketAddr> = left.iter().map(|&keeper| cluster.addresses[keeper]).collect();
+    let mut holders = Vec::new();
+    for rank in 0..found.holders.len() {
+        let keeper = match found.holders[rank] {
+            Some(index) => left[index],
+            None => {
+                let keeper = left[rank % left.len()];
+                let sources = found.sources(rank, &addresses);
+                let rebuild = Rebuild { snapshot: found.snapshot.clone(), rank, chunks: None, sources };
+                cluster.peer(keeper).rebuild(rebuild)?;
+                keeper
+            }
+        };
+        holders.push(cluster.addresses[keeper]);
+    }
+    for &keeper in left {
+        cluster.peer(keeper).keep(Some(&found.snapshot), &holders).unwrap();
+    }
+    Ok(holders)
+}
+
+fn inventories(cluster: &Cluster, left: &[usize]) -> Vec<checkpoint::keeper::Inventory> {
+    left.iter().map(|&keeper| cluster.peer(keeper).inventory().unwrap()).collect()
+}
+
+/// Every part as a rank on keeper `keeper` reads it.
+fn assert_restored(cluster: &Cluster, keeper: usize, snapshot: &Snapshot) {
+    let mut link = Link::connect(&cluster.sockets[keeper], &cluster.secret, 1000 + keeper).unwrap();
+    for part in &snapshot.parts {
+        let expected = bytes_of(part.rank, snapshot.id.step);
+        assert_eq!(link.head(part.rank).unwrap(), expected[..24]);
+        let mut bytes = vec![0; expected.len()];
+        link.open(part.rank).unwrap().read_exact_at(&mut bytes, 0).unwrap();
+        assert!(bytes == expected, "rank {}", part.rank);
+    }
+}
+
+fn every_pattern(data: usize, parity: usize, redundancy: Redundancy) {
+    let nodes = data + parity;
+    for pattern in 0u32..1 << nodes {
+        let lost = pattern.count_ones() as usize;
+        if lost > parity + 1 || lost == nodes {
+            continue;
+        }
+        let cluster = Cluster::new(nodes, None);
+        let topology = cluster.topology(nodes, 2, redundancy);
+        (0..nodes).for_each(|node| cluster.peer(node).set_up(&topology, node).unwrap());
+        let events = cluster.events(nodes);
+        let mut ranks: Vec<Rank> = (0..2 * nodes).map(|rank| Rank::new(&cluster, &topology, rank, 2)).collect();
+        for step in [4, 5] {
+            snapshot(&cluster, &topology, &mut ranks, &events, SnapshotId { generation: 1, step });
+        }
+        let left: Vec<usize> = (0..nodes).filter(|node| pattern & 1 << node == 0).collect();
+        let found = candidates(&inventories(&cluster, &left));
+        if lost > parity {
+            assert!(found.is_empty(), "{lost} of {data} + {parity} nodes are too many");
+            continue;
+        }
+        assert_eq!(found[0].snapshot.id.step, 5);
+        recover(&cluster, &left, &found[0]).unwrap();
+        assert_restored(&cluster, left[0], &found[0].snapshot);
+    }
+}
+
+#[test]
+fn every_pattern_of_lost_nodes_of_four_and_one() {
+    every_pattern(4, 1, Redundancy::Parity { data: 4, parity: 1 });
+}
+
+#[test]
+fn every_pattern_of_lost_nodes_of_four_and_two() {
+    every_pattern(4, 2, Redundancy::Parity { data: 4, parity: 2 });
+}
+
+#[test]
+fn every_pattern_of_lost_nodes_of_copies() {
+    every_pattern(1, 2, Redundancy::Copies(2));
+}
+
+#[test]
+fn a_flipped_bit_is_found_and_mended_and_two_losses_are_mended_around_it() {
+    let cluster = Cluster::new(5, None);
+    let topology = cluster.topology(5, 1, Redundancy::Parity { data: 3, parity: 2 });
+    (0..5).for_each(|node| cluster.peer(node).set_up(&topology, node).unwrap());
+    let events = cluster.events(5);
+    let mut ranks: Vec<Rank> = (0..5).map(|rank| Rank::new(&cluster, &topology, rank, 2)).collect();
+    let id = SnapshotId { generation: 1, step: 3 };
+    let snapshot = snapshot(&cluster, &topology, &mut ranks, &events, id);
+    cluster.peer(2).inject(Fault::Corrupt { rank: 2, at: 2100 }).unwrap();
+    let bad = cluster.peer(2).verify(id).unwrap();
+    assert_eq!(bad, [(2, 2)]);
+    let sources: Vec<_> = cluster.addresses.iter().map(|&address| Some(address)).collect();
+    let rebuild = |chunks| Rebuild { snapshot: snapshot.clone(), rank: 2, chunks, sources: sources.clone() };
+    cluster.peer(2).rebuild(rebuild(Some(vec![2]))).unwrap();
+    assert!(cluster.peer(2).verify(id).unwrap().is_empty());
+    // A damaged chunk elsewhere in the stripe counts as one more loss.
+    cluster.peer(3).inject(Fault::Corrupt { rank: 3, at: 2100 }).unwrap();
+    let left = [0, 1, 3, 4];
+    let found = candidates(&inventories(&cluster, &left));
+    let bad = cluster.peer(3).verify(id).unwrap();
+    let mut with_hole: Vec<_> = sources.clone();
+    with_hole[2] = None;
+    let mend = Rebuild { chunks: Some(vec![bad[0].1]), rank: 3, sources: with_hole, snapshot: snapshot.clone() };
+    cluster.peer(3).rebuild(mend).unwrap();
+    recover(&cluster, &left, &found[0]).unwrap();
+    assert_restored(&cluster, 0, &snapshot);
+    // The node that took the lost one's place gets its parity again, and another loss is survived.
+    let sources = found[0].sources(2, &left.map(|keeper| cluster.addresses[keeper]));
+    let mut all = sources.clone();
+    all[2] = Some(cluster.addresses[left[2 % left.len()]]);
+    cluster.peer(left[2 % left.len()]).protect(&snapshot, 2, &all).unwrap();
+}
+
+#[test]
+fn a_rank_without_a_free_slot_skips_and_one_that_dies_leaves_nothing_half_written() {
+    let cluster = Cluster::new(1, None);
+    let topology = cluster.topology(1, 1, Redundancy::None);
+    cluster.peer(0).set_up(&topology, 0).unwrap();
+    let events = cluster.events(1);
+    let mut ranks = vec![Rank::new(&cluster, &topology, 0, 2)];
+    let id = |step| SnapshotId { generation: 1, step };
+    snapshot(&cluster, &topology, &mut ranks, &events, id(1));
+    // Nobody has said that this one is complete: the other slot is not free.
+    assert!(ranks[0].take(id(2)));
+    assert!(!ranks[0].take(id(3)));
+    cluster.peer(0).abandon(id(2)).unwrap();
+    // It dies in the middle of a copy.
+    let slot = ranks[0].link.reserve(id(4), 5000, false).unwrap().unwrap();
+    ranks[0].filler.filled(slot, 1024, vec![0]).unwrap();
+    drop(ranks);
+    let begun = std::time::Instant::now();
+    let whole = || inventories(&cluster, &[0])[0].parts.iter().map(|(id, _)| id.step).collect::<Vec<_>>();
+    while cluster.peer(0).status().unwrap().filling != [] {
+        assert!(begun.elapsed() < PATIENCE);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(whole(), [1]);
+    assert_eq!(cluster.peer(0).status().unwrap().skipped, 1);
+    assert_eq!(candidates(&inventories(&cluster, &[0]))[0].snapshot.id, id(1));
+}
+
+#[test]
+fn strangers_garbage_and_silence_change_nothing() {
+    let cluster = Cluster::new(1, Some(1 << 20));
+    let topology = cluster.topology(1, 1, Redundancy::None);
+    cluster.peer(0).set_up(&topology, 0).unwrap();
+    let address = cluster.addresses[0];
+    assert!(Peer::connect(address, &Secret::random().unwrap(), PATIENCE).is_err());
+    let socket = &cluster.sockets[0];
+    assert!(Link::connect(socket, &Secret::random().unwrap(), 0).is_err());
+    for garbage in [b"GET / HTTP/1.1\r\n\r\n".to_vec(), vec![0xff; 4096], vec![0; 72]] {
+        let mut stream = TcpStream::connect(address).unwrap();
+        let _ = stream.write_all(&garbage);
+        let _ = stream.read_to_end(&mut Vec::new());
+    }
+    // Connections that say nothing, more than there is room for.
+    let silent: Vec<TcpStream> = (0..80).map(|_| TcpStream::connect(address).unwrap()).collect();
+    drop(silent);
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(cluster.peer(0).inventory().unwrap().seats.len(), 1);
+    // Memory has a limit, and the refusal says which.
+    let mut link = Link::connect(socket, &cluster.secret, 0).unwrap();
+    let refused = link.allocate(1 << 19, 3).err().unwrap().to_string();
+    assert!(refused.contains("3 slots of 0.5 MiB do not fit into the 1.0 MiB that snapshot.memory_gib leaves"), "{refused}");
+    assert_eq!(link.allocate(1 << 18, 2).unwrap().len(), 2);
+}
