@@ -12,6 +12,15 @@ pub struct MemoryUse {
     pub peak: u64,
 }
 
+/// Brings values out of a device's memory, on a thread of its own beside the computation.
+pub trait Copier: Send {
+    /// Copies the bytes of a contiguous tensor to host memory of that size; they are there when it returns.
+    ///
+    /// # Errors
+    /// libtorch's message.
+    fn copy(&mut self, tensor: &Tensor, into: &mut [u8]) -> Result<(), Error>;
+}
+
 /// One device of one rank.
 pub trait Accelerator: Send + Sync + std::fmt::Debug {
     /// `cpu`, `cuda:0`, ...
@@ -55,6 +64,15 @@ pub trait Accelerator: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// As [`Accelerator::memory`].
     fn reset_peak(&self) -> Result<(), Error>;
+
+    /// What copies state out of it. The thread that uses it is the one that first calls it.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    fn copier(&self) -> Result<Box<dyn Copier>, Error>;
+
+    /// Whether copying takes processors that would compute.
+    fn computes_on_host(&self) -> bool;
 }
 
 /// The device a rank uses: `cpu`, `cuda` (the rank's local one) or `auto` (a GPU where there is one).
@@ -108,6 +126,20 @@ impl Accelerator for Cpu {
     }
     fn reset_peak(&self) -> Result<(), Error> {
         torch_ext::reset_peak(Device::Cpu)
+    }
+    fn copier(&self) -> Result<Box<dyn Copier>, Error> {
+        Ok(Box::new(HostCopier))
+    }
+    fn computes_on_host(&self) -> bool {
+        true
+    }
+}
+
+struct HostCopier;
+
+impl Copier for HostCopier {
+    fn copy(&mut self, tensor: &Tensor, into: &mut [u8]) -> Result<(), Error> {
+        tensor.f_copy_data_u8(into, tensor.numel()).map_err(|e| Error::new(e.to_string()))
     }
 }
 
@@ -178,6 +210,44 @@ impl Accelerator for Cuda {
     }
     fn reset_peak(&self) -> Result<(), Error> {
         torch_ext::reset_peak(self.device())
+    }
+    fn copier(&self) -> Result<Box<dyn Copier>, Error> {
+        let pinned = Tensor::empty([PINNED], (Kind::Uint8, Device::Cpu)).f_pin_memory(self.device());
+        let pinned = pinned.map_err(|e| Error::new(e.to_string()))?;
+        Ok(Box::new(PinnedCopier { index: self.index, pinned, on_side_stream: false }))
+    }
+    fn computes_on_host(&self) -> bool {
+        false
+    }
+}
+
+/// Bytes of a pinned buffer.
+const PINNED: i64 = 4 << 20;
+
+/// By way of pinned memory, on a stream beside the one that computes. Its caller hands over tensors whose values are final:
+/// the trainer waits for the device at the end of each step.
+struct PinnedCopier {
+    index: usize,
+    pinned: Tensor,
+    on_side_stream: bool,
+}
+
+impl Copier for PinnedCopier {
+    fn copy(&mut self, tensor: &Tensor, into: &mut [u8]) -> Result<(), Error> {
+        if !self.on_side_stream {
+            torch_ext::use_side_stream(self.index)?;
+            self.on_side_stream = true;
+        }
+        let failed = |e: tch::TchError| Error::new(e.to_string());
+        let bytes = tensor.f_view_dtype(Kind::Uint8).map_err(failed)?;
+        for (index, part) in into.chunks_mut(PINNED as usize).enumerate() {
+            let len = part.len() as i64;
+            let mut staged = self.pinned.narrow(0, 0, len);
+            // A blocking copy waits for this thread's stream only.
+            staged.f_copy_(&bytes.f_narrow(0, index as i64 * PINNED, len).map_err(failed)?).map_err(failed)?;
+            staged.f_copy_data_u8(part, part.len()).map_err(failed)?;
+        }
+        Ok(())
     }
 }
 

@@ -22,7 +22,7 @@ mod weight;
 mod world;
 
 pub use comm::{CommError, Communicator, Gloo, Local, ReduceOp, Work};
-pub use device::{Accelerator, Cpu, Cuda, MemoryUse, accelerator, peak_resident};
+pub use device::{Accelerator, Copier, Cpu, Cuda, MemoryUse, accelerator, peak_resident};
 pub use gradients::{BucketPlan, Deferred, GradientBuckets, Replication, matrix, plan_buckets};
 pub use mesh::{Coordinates, Group, Mesh, MeshError, MeshShape};
 pub use recompute::Activation;

@@ -2,6 +2,7 @@
 
 use crate::Error;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+use std::ffi::c_void;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
@@ -40,6 +41,28 @@ fn load() -> Result<(), Error> {
          2.11.0 installed with CUDA, or run ./scripts/setup --cuda",
         tried.join("; ")
     )))
+}
+
+/// Makes the work that this thread queues on GPU `index` from here on go beside that of other threads: on a stream of its
+/// own, from libtorch's pool. Not yet run on hardware.
+///
+/// # Errors
+/// When the CUDA library is not loaded, or refuses.
+pub fn use_side_stream(index: usize) -> Result<(), Error> {
+    type FromPool = unsafe extern "C" fn(bool, i32, *mut *mut c_void) -> i32;
+    type SetCurrent = unsafe extern "C" fn(*mut c_void, i32) -> i32;
+    load_cuda()?;
+    let program = Library::this();
+    let missing = |error: libloading::Error| Error::new(format!("libtorch's CUDA library: {error}"));
+    let mut stream = std::ptr::null_mut();
+    // SAFETY: signatures as in torch/csrc/stable/c/shim.h of the libtorch that is checked at build; the stream is the pool's
+    // and lives as long as the process.
+    let failed = unsafe {
+        let from_pool = program.get::<FromPool>(b"torch_get_cuda_stream_from_pool\0").map_err(missing)?;
+        let set_current = program.get::<SetCurrent>(b"torch_set_current_cuda_stream\0").map_err(missing)?;
+        from_pool(false, index as i32, &mut stream) != 0 || set_current(stream, index as i32) != 0
+    };
+    if failed { Err(Error::new(format!("GPU {index} gave no stream"))) } else { Ok(()) }
 }
 
 /// The real folder of the libtorch_cpu this process runs on, links resolved.

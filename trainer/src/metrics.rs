@@ -52,6 +52,9 @@ pub struct Record {
     /// Experts that moved to another rank after this step, where `model.moe.placement` is set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub moved_experts: Option<u64>,
+    /// What the last snapshot cost, in steps after which one was taken or skipped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<SnapshotFigures>,
     /// Choices of each expert, `[mixture layers][E]`: in `routing.jsonl`.
     #[serde(skip)]
     pub expert_choices: Vec<Vec<u64>>,
@@ -64,6 +67,19 @@ pub struct Record {
     /// Mean milliseconds of each rank's passes, where there is a pipeline: kind, and `.chunk` after the first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub rank_pass_ms: Vec<BTreeMap<String, f64>>,
+}
+
+/// What a snapshot cost on rank 0.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct SnapshotFigures {
+    /// Milliseconds in which training stood still for the last complete copy.
+    pub stall_ms: f64,
+    /// Milliseconds that it took, beside training.
+    pub copy_ms: f64,
+    /// Bytes that this rank saves.
+    pub bytes: u64,
+    /// Snapshots that were left out so far, because a rank had no free slot.
+    pub skipped: u64,
 }
 
 impl Record {

@@ -6,7 +6,8 @@
 use crate::Error;
 use crate::model::Model;
 use crate::optimizer::Optimizer;
-use checkpoint::{Checkpoint, Place, Shard, Staging, assign_owners};
+use checkpoint::keeper::SnapshotId;
+use checkpoint::{Checkpoint, Head, OpenPart, Place, Shard, Staging, assign_owners};
 use parallel::{Accelerator, CommError, Communicator, Cpu, ReduceOp};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -70,7 +71,7 @@ fn saved_as(kind: &str, place: &Place) -> Place {
 
 impl Stateful<'_> {
     /// Everything this rank holds, by global name.
-    fn tensors(&self) -> Result<Vec<(Place, Tensor)>, Error> {
+    pub(crate) fn tensors(&self) -> Result<Vec<(Place, Tensor)>, Error> {
         let mut tensors = Vec::new();
         for (index, parameter) in self.model.parameters.iter().enumerate() {
             let (exp_avg, exp_avg_sq) = self.optimizer.moments(index);
@@ -86,22 +87,21 @@ impl Stateful<'_> {
     }
 }
 
-/// Saves step `state.step` under `root`.
-///
-/// # Errors
-/// When any rank fails to write; the earlier checkpoints are untouched then, and nothing half-written is left.
-pub(crate) fn save(
-    root: &Path,
-    state: &RunState,
-    run: &Stateful,
-    world: &Arc<dyn Communicator>,
-) -> Result<PathBuf, Error> {
-    let tensors = run.tensors()?;
-    let held: Vec<(Place, u64)> = tensors
+/// What a rank saves of what it holds.
+pub(crate) struct Holding {
+    /// Number in the list of all that it holds, which box of what, and the dtype.
+    pub(crate) own: Vec<(usize, Place, Kind)>,
+    /// Names that all ranks save together.
+    pub(crate) tensors: usize,
+}
+
+/// Shares out what several ranks hold: the same plan on every rank.
+pub(crate) fn share_out(tensors: &[(Place, Tensor)], world: &Arc<dyn Communicator>) -> Result<Holding, Error> {
+    let held: Vec<(&Place, u64)> = tensors
         .iter()
-        .map(|(place, tensor)| (place.clone(), (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64))
+        .map(|(place, tensor)| (place, (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64))
         .collect();
-    // Who holds what, then who writes what: the same plan on every rank.
+    // Who holds what, then who writes what.
     let mut holders: BTreeMap<Place, (u64, Vec<usize>)> = BTreeMap::new();
     for (rank, bytes) in gather(world, &serde_json::to_vec(&held).expect("plain data"))?.iter().enumerate() {
         let held: Vec<(Place, u64)> = from_peer(bytes)?;
@@ -113,7 +113,24 @@ pub(crate) fn save(
     let names: BTreeSet<&str> = places.iter().map(|place| place.name.as_str()).collect();
     let owners = assign_owners(&holders.into_values().collect::<Vec<_>>(), world.size());
     let owner: BTreeMap<&Place, usize> = places.iter().zip(owners).collect();
-    let mine = tensors.into_iter().filter(|(place, _)| owner[place] == world.rank()).collect();
+    let own = tensors.iter().enumerate().filter(|(_, (place, _))| owner[place] == world.rank());
+    let own = own.map(|(index, (place, tensor))| (index, place.clone(), tensor.kind())).collect();
+    Ok(Holding { own, tensors: names.len() })
+}
+
+/// Saves step `state.step` under `root`.
+///
+/// # Errors
+/// When any rank fails to write; the earlier checkpoints are untouched then, and nothing half-written is left.
+pub(crate) fn save(
+    root: &Path,
+    state: &RunState,
+    run: &Stateful,
+    world: &Arc<dyn Communicator>,
+) -> Result<PathBuf, Error> {
+    let tensors = run.tensors()?;
+    let holding = share_out(&tensors, world)?;
+    let mine = holding.own.iter().map(|(index, place, _)| (place.clone(), tensors[*index].1.shallow_clone())).collect();
 
     let staging = Staging::new(root, state.step);
     let begun = if world.rank() == 0 { staging.begin() } else { Ok(()) };
@@ -128,7 +145,7 @@ pub(crate) fn save(
     let committed = match (shards, world.rank()) {
         (Ok(shards), 0) => {
             let state = serde_json::to_value(state).expect("plain data");
-            staging.commit(shards, names.len(), state).map(|_| ()).map_err(Error::from)
+            staging.commit(shards, holding.tensors, state).map(|_| ()).map_err(Error::from)
         }
         (Ok(_), _) => Ok(()),
         (Err(error), _) => Err(error),
@@ -162,10 +179,8 @@ pub(crate) fn resume(
     for path in &candidates {
         match agree(world, check(path, world)) {
             Ok(()) => {
-                let restored = restore(path, run, prepare);
-                let failure = restored.as_ref().err().map(|e| Error::Data(e.to_string()));
-                agree(world, failure.map_or(Ok(()), Err))?;
-                return restored.map(Some);
+                let restored = Checkpoint::open(path).map_err(Error::from);
+                return agreed(world, restored.and_then(|mut open| restore(&mut open, run, prepare))).map(Some);
             }
             Err(error) => {
                 warn(&format!("checkpoint {} is refused: {error}", path.display()));
@@ -184,6 +199,31 @@ pub(crate) fn resume(
     )))
 }
 
+/// Restores the run from the snapshot whose parts have these headers.
+///
+/// # Errors
+/// When any rank cannot get at its part of it.
+pub(crate) fn resume_snapshot(
+    restored: Result<Option<(SnapshotId, Vec<Head>, OpenPart)>, Error>,
+    run: &Stateful,
+    world: &Arc<dyn Communicator>,
+    prepare: &dyn Fn(&RunState),
+) -> Result<Option<RunState>, Error> {
+    let state = restored.and_then(|parts| {
+        let Some((id, heads, open)) = parts else { return Ok(None) };
+        let name = format!("the snapshot of step {}", id.step);
+        restore(&mut Checkpoint::of_parts(&name, id.step, heads, open)?, run, prepare).map(Some)
+    });
+    agreed(world, state)
+}
+
+/// This rank's result, unless another has failed.
+fn agreed<T>(world: &Arc<dyn Communicator>, own: Result<T, Error>) -> Result<T, Error> {
+    let failure = own.as_ref().err().map(|e| Error::Data(e.to_string()));
+    agree(world, failure.map_or(Ok(()), Err))?;
+    own
+}
+
 /// Verifies this rank's share of a checkpoint's files.
 fn check(path: &Path, world: &Arc<dyn Communicator>) -> Result<(), Error> {
     let checkpoint = Checkpoint::open(path)?;
@@ -194,15 +234,14 @@ fn check(path: &Path, world: &Arc<dyn Communicator>) -> Result<(), Error> {
 }
 
 /// Copies a verified checkpoint into the run.
-fn restore(path: &Path, run: &Stateful, prepare: &dyn Fn(&RunState)) -> Result<RunState, Error> {
-    let mut checkpoint = Checkpoint::open(path)?;
-    prepare(&state_of(&checkpoint)?);
-    let state = restore_weights(&mut checkpoint, run.model)?;
+fn restore(checkpoint: &mut Checkpoint, run: &Stateful, prepare: &dyn Fn(&RunState)) -> Result<RunState, Error> {
+    prepare(&state_of(checkpoint)?);
+    let state = restore_weights(checkpoint, run.model)?;
     for (index, parameter) in run.model.parameters.iter().enumerate() {
         let (exp_avg, exp_avg_sq) = run.optimizer.moments(index);
         for (kind, tensor) in [(FIRST_MOMENT, exp_avg), (SECOND_MOMENT, exp_avg_sq)] {
             for (place, part) in parameter.parts(tensor) {
-                copy(&mut checkpoint, &saved_as(kind, &place), &part)?;
+                copy(checkpoint, &saved_as(kind, &place), &part)?;
             }
         }
     }
@@ -243,7 +282,7 @@ fn copy(checkpoint: &mut Checkpoint, place: &Place, into: &Tensor) -> Result<(),
 }
 
 /// An error of any rank becomes everyone's: the lowest rank's, by name.
-fn agree(world: &Arc<dyn Communicator>, own: Result<(), Error>) -> Result<(), Error> {
+pub(crate) fn agree(world: &Arc<dyn Communicator>, own: Result<(), Error>) -> Result<(), Error> {
     let text = own.as_ref().err().map(ToString::to_string).unwrap_or_default();
     let texts = gather(world, text.as_bytes())?;
     own?;

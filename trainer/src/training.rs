@@ -1,14 +1,15 @@
 //! The loop: microbatches, gradients, the update, and what surrounds them.
 
-use crate::config::{Config, Dtype, MinTokens, RecomputedPart};
+use crate::config::{Config, Dtype, MinTokens, RecomputedPart, SnapshotEvery};
 use crate::data::Dataset;
-use crate::metrics::{Metrics, Progress, Record, RoutingLine, percentiles};
+use crate::metrics::{Metrics, Progress, Record, RoutingLine, SnapshotFigures, percentiles};
 use crate::model::{IGNORED, Model, ModelPart, Setting};
 use crate::optimizer::Optimizer;
 use crate::placing::Placing;
 use crate::ranks::Ranks;
 use crate::saving::{self, RunState, Stateful, sum_over_ranks};
 use crate::schedule::learning_rate;
+use crate::snapshots::{KeeperAccess, Snapshots};
 use crate::stages::{MixtureSums, StepInputs, StepStages, Sums};
 use crate::{Error, config::MoeConfig};
 use moe::balance::{BatchTotals, Statistics, update_bias};
@@ -19,7 +20,7 @@ use parallel::{Accelerator, Communicator, GradientBuckets, Group, Mesh, Weight, 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tch::Tensor;
 
 /// How a run ended.
@@ -60,6 +61,22 @@ pub struct Trainer {
     samples: u64,
     /// Tokens learned from.
     tokens: u64,
+    snapshots: Option<Snapshots>,
+    /// Batches to leave out before a step: one made the loss not finite.
+    skips: BTreeMap<u64, u64>,
+    /// Seconds of the last step.
+    seconds: f64,
+}
+
+/// What a run goes on from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Resumed {
+    /// Nothing: it begins.
+    Nothing,
+    /// A snapshot in the memory of keepers.
+    Snapshot,
+    /// A checkpoint on disk.
+    Checkpoint,
 }
 
 impl Trainer {
@@ -150,6 +167,9 @@ impl Trainer {
             step: 0,
             samples: 0,
             tokens: 0,
+            snapshots: None,
+            skips: BTreeMap::new(),
+            seconds: 0.0,
         })
     }
 
@@ -191,14 +211,26 @@ impl Trainer {
         }
     }
 
-    /// Goes on from the newest usable checkpoint of the run's folder, if there is one; refused ones are told to `warn`.
+    /// Takes snapshots with the keeper of this node from here on, and resumes from what it was told to.
+    pub fn use_keeper(&mut self, access: KeeperAccess) {
+        let (rank, every) = (self.world.rank(), self.config.snapshot.every);
+        self.snapshots = Some(Snapshots::new(access, rank, every, self.device.as_ref()));
+    }
+
+    /// Leaves out so many batches before each of these steps.
+    pub fn skip_batches(&mut self, skips: BTreeMap<u64, u64>) {
+        self.skips = skips;
+    }
+
+    /// Goes on from the snapshot that the launcher chose, else from the newest usable checkpoint of the run's folder, if there
+    /// is one; refused ones are told to `warn`.
     ///
     /// # Collective
     /// All ranks.
     ///
     /// # Errors
-    /// When there are checkpoints and none can be used.
-    pub fn resume(&mut self, warn: &mut dyn FnMut(&str)) -> Result<bool, Error> {
+    /// When the snapshot cannot be read, or there are checkpoints and none can be used.
+    pub fn resume(&mut self, warn: &mut dyn FnMut(&str)) -> Result<Resumed, Error> {
         // Experts are named as they were before their values are read.
         let prepare = |state: &RunState| {
             let (Some(placing), Some(placement)) = (&self.placing, &state.placement) else { return };
@@ -208,8 +240,18 @@ impl Trainer {
                 }
             }
         };
-        let Some(state) = saving::resume(&self.checkpoints(), &self.stateful(), &self.world, &prepare, warn)? else {
-            return Ok(false);
+        let snapshot = match &self.snapshots {
+            Some(snapshots) => {
+                saving::resume_snapshot(snapshots.restored(), &self.stateful(), &self.world, &prepare)?
+            }
+            None => None,
+        };
+        let (state, resumed) = match snapshot {
+            Some(state) => (state, Resumed::Snapshot),
+            None => match saving::resume(&self.checkpoints(), &self.stateful(), &self.world, &prepare, warn)? {
+                Some(state) => (state, Resumed::Checkpoint),
+                None => return Ok(Resumed::Nothing),
+            },
         };
         if let (Some(placing), Some(placement)) = (&mut self.placing, &state.placement) {
             placing.resume(placement);
@@ -226,7 +268,97 @@ impl Trainer {
                 warn(&format!("{key} is not what the checkpoint was made with: the data goes on in another order"));
             }
         }
-        Ok(true)
+        Ok(resumed)
+    }
+
+    /// Takes the memory that snapshots need. Where a node has too little, there are none, and `warn` is told.
+    ///
+    /// # Collective
+    /// All ranks.
+    ///
+    /// # Errors
+    /// When a number of steps was asked for and a node has too little memory.
+    pub fn begin_snapshots(&mut self, warn: &mut dyn FnMut(&str)) -> Result<(), Error> {
+        if self.snapshots.is_none() {
+            return Ok(());
+        }
+        let planned = self.plan_snapshots();
+        match saving::agree(&self.world, planned) {
+            Ok(()) => Ok(()),
+            Err(Error::Comm(error)) => Err(error.into()),
+            Err(error) if matches!(self.config.snapshot.every, SnapshotEvery::Steps(_)) => Err(Error::Config(format!(
+                "{error}; use more memory or nodes, a larger snapshot.memory_gib, or snapshot.every: 0"
+            ))),
+            Err(error) => {
+                warn(&format!("no snapshots in memory: {error}; after a failure only checkpoints are left"));
+                self.snapshots = None;
+                Ok(())
+            }
+        }
+    }
+
+    /// Lays out what each rank saves.
+    fn plan_snapshots(&mut self) -> Result<(), Error> {
+        let tensors = self.stateful().tensors()?;
+        let holding = saving::share_out(&tensors, &self.world)?;
+        let state = self.state();
+        let snapshots = self.snapshots.as_mut().expect("the caller has looked");
+        snapshots.plan(holding, &state, self.device.as_ref())
+    }
+
+    /// Copies the state of this moment.
+    fn take_snapshot(&mut self, slot: usize) -> Result<(), Error> {
+        let tensors = self.stateful().tensors()?.into_iter().map(|(_, tensor)| tensor).collect();
+        let state = self.state();
+        match &mut self.snapshots {
+            Some(snapshots) => snapshots.take(slot, &state, tensors),
+            None => Ok(()),
+        }
+    }
+
+    /// Makes sure that the state of this moment is in the keepers' memory, to be written to disk: whether it is.
+    ///
+    /// # Collective
+    /// All ranks.
+    fn last_snapshot(&mut self) -> Result<bool, Error> {
+        let Some(snapshots) = &mut self.snapshots else { return Ok(false) };
+        let sum = |world: &Arc<dyn Communicator>, fact: bool| {
+            Ok::<f64, Error>(sum_over_ranks(world, &[f64::from(u8::from(fact))])?[0])
+        };
+        // It may have been due anyway.
+        let copied = snapshots.wait() && snapshots.is_durable(self.step);
+        if sum(&self.world, copied)? as usize == self.world.size() {
+            return Ok(true);
+        }
+        let deadline = Instant::now() + Duration::from_secs(self.config.run.timeout_s);
+        loop {
+            let Some(snapshots) = &mut self.snapshots else { return Ok(false) };
+            let slot = snapshots.reserve(self.step, true, self.device.as_ref());
+            if sum(&self.world, slot.is_none())? == 0.0 {
+                self.take_snapshot(slot.expect("every rank has one"))?;
+                let copied = self.snapshots.as_mut().is_some_and(Snapshots::wait);
+                return Ok(sum(&self.world, copied)? as usize == self.world.size());
+            }
+            snapshots.skip(slot, true);
+            let late = Instant::now() > deadline;
+            if sum(&self.world, late || !snapshots.is_open())? > 0.0 {
+                return Ok(false);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// What is saved besides tensors.
+    fn state(&self) -> RunState {
+        RunState {
+            step: self.step,
+            samples: self.samples,
+            tokens: self.tokens,
+            ranks: self.world.size(),
+            min_tokens: self.min_tokens(),
+            placement: self.placing.as_ref().map(|placing| placing.state().clone()),
+            config: serde_json::to_value(&self.config).expect("plain data"),
+        }
     }
 
     /// Writes a checkpoint of the steps done so far.
@@ -237,16 +369,7 @@ impl Trainer {
     /// # Errors
     /// When it cannot be written; older ones are untouched.
     pub fn save(&self) -> Result<PathBuf, Error> {
-        let state = RunState {
-            step: self.step,
-            samples: self.samples,
-            tokens: self.tokens,
-            ranks: self.world.size(),
-            min_tokens: self.min_tokens(),
-            placement: self.placing.as_ref().map(|placing| placing.state().clone()),
-            config: serde_json::to_value(&self.config).expect("plain data"),
-        };
-        let path = saving::save(&self.checkpoints(), &state, &self.stateful(), &self.world)?;
+        let path = saving::save(&self.checkpoints(), &self.state(), &self.stateful(), &self.world)?;
         if self.world.rank() == 0 {
             checkpoint::retain(&self.checkpoints(), self.config.checkpoint.keep)?;
         }
@@ -360,11 +483,27 @@ impl Trainer {
     /// When data cannot be read, a collective fails, or the loss is not finite.
     pub fn train_step(&mut self, stop: bool) -> Result<(Record, bool), Error> {
         let started = Instant::now();
+        if let Some(&batches) = self.skips.get(&(self.step + 1)) {
+            self.samples += batches * self.config.train.global_batch as u64;
+        }
         let sums = self.accumulate()?;
         let grad_norm = self.optimizer.grad_norm(&self.model.parameters, &self.gradients)?;
         let (layers, ranks) = (sums.mixtures.len(), self.world.size());
         // One collective for all figures of the step.
+        let checkpoint = self.checkpoint_due(self.step + 1);
+        let snapshot = self.snapshots.as_ref().is_some_and(|snapshots| snapshots.due(self.step + 1, checkpoint));
+        if snapshot && self.snapshots.as_ref().is_some_and(Snapshots::needs_plan) {
+            self.plan_snapshots()?;
+        }
+        let slot = match &mut self.snapshots {
+            Some(snapshots) if snapshot => snapshots.reserve(self.step + 1, checkpoint, self.device.as_ref()),
+            _ => None,
+        };
+        let lacks = f64::from(u8::from(snapshot && slot.is_none()));
+        let cost = self.snapshots.as_ref().map_or(0.0, Snapshots::seconds);
         let mut figures = vec![sums.cross_entropy, sums.load_balance, sums.z, f64::from(u8::from(stop))];
+        figures.extend([lacks, cost, self.seconds]);
+        let choices_at = figures.len();
         figures.extend(sums.mixtures.iter().flat_map(|mixture| &mixture.choices));
         let moved_at = figures.len();
         figures.extend(sums.mixtures.iter().flat_map(|mixture| mixture.moved));
@@ -387,11 +526,18 @@ impl Trainer {
         if !loss.is_finite() || !grad_norm.is_finite() {
             return Err(Error::Diverged { step: self.step + 1, loss });
         }
+        if let Some(snapshots) = &mut self.snapshots {
+            // What is being copied is about to change.
+            snapshots.wait();
+            if snapshot {
+                snapshots.choose_interval(figures[5] / ranks as f64, figures[6] / ranks as f64);
+            }
+        }
         let lr = learning_rate(&self.config.schedule, self.step, self.config.train.steps, self.tokens_per_step());
         self.optimizer.step(&self.model.parameters, &self.gradients, self.step + 1, lr, grad_norm)?;
         self.model.changed();
         let experts = sums.mixtures.first().map_or(1, |mixture| mixture.choices.len().max(1));
-        let choices: Vec<&[f64]> = figures[4..moved_at].chunks(experts).collect();
+        let choices: Vec<&[f64]> = figures[choices_at..moved_at].chunks(experts).collect();
         if let Some(MoeConfig { bias_update_rate, .. }) = &self.config.model.moe {
             for (mixture, _, mut bias) in self.model.biases() {
                 update_bias(&mut bias, &self.device.upload(&Tensor::from_slice(choices[mixture])), *bias_update_rate);
@@ -405,7 +551,26 @@ impl Trainer {
         self.step += 1;
         self.samples += self.config.train.global_batch as u64;
         self.tokens += self.tokens_per_step();
+        if let Some(snapshots) = &mut self.snapshots {
+            snapshots.progress.done(self.step);
+            if moved_experts.is_some_and(|moved| moved > 0) {
+                snapshots.forget_plan();
+            }
+        }
+        match slot {
+            Some(slot) if figures[4] == 0.0 => {
+                if self.snapshots.as_ref().is_some_and(Snapshots::needs_plan) {
+                    // Experts have just moved: this slot was for what they were called before.
+                    self.skip_snapshot(Some(slot), checkpoint);
+                } else {
+                    self.take_snapshot(slot)?;
+                }
+            }
+            slot if snapshot => self.skip_snapshot(slot, checkpoint),
+            _ => {}
+        }
         let seconds = started.elapsed().as_secs_f64();
+        self.seconds = seconds;
         let rows: Vec<&[f64]> = figures[rows_at..own_at].chunks(ranks).collect();
         let moved: Vec<&[f64]> = figures[moved_at..rows_at].chunks(MixtureSums::MOVED).collect();
         let expert_imbalance: Vec<f64> = choices.iter().map(|choices| imbalance(choices.iter().copied())).collect();
@@ -430,6 +595,12 @@ impl Trainer {
             node_bytes: moved.iter().map(|moved| moved[2] as u64).collect(),
             plan_ms: moved.iter().map(|moved| moved[3] * 1e3 / self.stage_ranks() as f64).collect(),
             moved_experts,
+            snapshot: self.snapshots.as_ref().filter(|_| snapshot).map(|snapshots| SnapshotFigures {
+                stall_ms: snapshots.cost.stall * 1e3,
+                copy_ms: snapshots.cost.copy * 1e3,
+                bytes: snapshots.cost.bytes,
+                skipped: snapshots.skipped,
+            }),
             expert_choices: choices.iter().map(|choices| choices.iter().map(|&c| c as u64).collect()).collect(),
             rank_peak_memory: figures[own_at..own_at + ranks].iter().map(|&bytes| bytes as u64).collect(),
             rank_peak_resident: figures[own_at + ranks..own_at + 2 * ranks].iter().map(|&b| b as u64).collect(),
@@ -437,6 +608,18 @@ impl Trainer {
             rank_pass_ms: figures[passes_at..].chunks(passes.max(1)).map(|p| self.pass_times(p)).collect(),
         };
         Ok((record, figures[3] > 0.0))
+    }
+
+    /// Whether a checkpoint is to be written after step `step`, as far as is known before it.
+    fn checkpoint_due(&self, step: u64) -> bool {
+        let every = self.config.checkpoint.every;
+        (every > 0 && step.is_multiple_of(every)) || step == self.config.train.steps
+    }
+
+    fn skip_snapshot(&mut self, slot: Option<usize>, checkpoint: bool) {
+        if let Some(snapshots) = &mut self.snapshots {
+            snapshots.skip(slot, checkpoint);
+        }
     }
 
     /// Ranks that work on a layer.
@@ -478,6 +661,9 @@ impl Trainer {
         let mut loss = 0.0;
         // Every rank makes the same number of forwards; places past the end are read again and do not count.
         for round in 0..total.div_ceil(size * ranks) {
+            if let Some(snapshots) = &self.snapshots {
+                snapshots.progress.on();
+            }
             let first = (round * ranks + self.mesh.coordinates().data as u64) * size;
             let batch = |_| {
                 let (inputs, labels) = data.windows((first..first + size).map(|number| number.min(total - 1)))?;
@@ -526,7 +712,13 @@ impl Trainer {
                     progress.validation(self.step, loss);
                 }
             }
-            if due(self.config.checkpoint.every) || last {
+            // With keepers, checkpoints are written from their memory while training goes on.
+            let written = match &mut self.snapshots {
+                Some(_) if last => self.last_snapshot()?,
+                Some(snapshots) => !snapshots.is_overdue(),
+                None => false,
+            };
+            if !written && (self.snapshots.is_some() || self.checkpoint_due(self.step) || last) {
                 match self.save() {
                     Ok(path) if rank0 && last => progress.note(&format!("checkpoint {}", path.display())),
                     Ok(_) => {}

@@ -1,6 +1,8 @@
 //! What types cannot say: numbers that must divide others, and values that must be there.
 
-use super::{Config, Dtype, LeastLoadedConfig, MoeConfig, RecomputedLayers, ScheduleConfig};
+use super::{
+    Config, Dtype, LeastLoadedConfig, MoeConfig, ParityConfig, RecomputedLayers, RedundancyConfig, ScheduleConfig,
+};
 use parallel::context::ContextKind;
 use parallel::{Group, Mesh, MeshShape};
 
@@ -11,6 +13,7 @@ impl Config {
         self.check_model(&mut problems);
         self.check_data(&mut problems);
         self.check_training(&mut problems);
+        self.check_snapshots(ranks, &mut problems);
         match self.mesh(0, ranks) {
             Ok(mesh) => {
                 let data = mesh.shape().data;
@@ -217,6 +220,35 @@ impl Config {
             if data.validation.is_empty() {
                 problems.add("there is a validation section, but data.validation lists no source".into());
             }
+        }
+    }
+
+    fn check_snapshots(&self, ranks: usize, problems: &mut Problems) {
+        let (snapshot, restart) = (&self.snapshot, &self.restart);
+        problems.positive("snapshot.nodes_per_domain", snapshot.nodes_per_domain);
+        problems.positive("restart.window_s", restart.window_s as usize);
+        for (key, value) in [
+            ("snapshot.memory_gib", snapshot.memory_gib),
+            ("restart.heartbeat_timeout_s", Some(restart.heartbeat_timeout_s)),
+            ("restart.step_timeout_s", restart.step_timeout_s),
+        ] {
+            if value.is_some_and(|value| value.is_nan() || value <= 0.0) {
+                problems.add(format!("{key} is {}; it must be above 0", value.unwrap_or_default()));
+            }
+        }
+        match snapshot.redundancy {
+            RedundancyConfig::Copies(copies) => problems.positive("snapshot.redundancy.copies", copies),
+            RedundancyConfig::Parity(ParityConfig { data, parity }) => {
+                problems.positive("snapshot.redundancy.parity.data", data);
+                problems.positive("snapshot.redundancy.parity.parity", parity);
+            }
+            RedundancyConfig::Auto | RedundancyConfig::None => {}
+        }
+        if let Err(reason) = self.protection(self.nodes(ranks).len()) {
+            problems.add(format!(
+                "snapshot.redundancy: {reason} (nodes are groups of parallel.ranks_per_node ranks, here {ranks} of {})",
+                self.parallel.ranks_per_node.unwrap_or(ranks)
+            ));
         }
     }
 

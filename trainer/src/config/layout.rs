@@ -33,7 +33,8 @@ pub struct ParallelConfig {
     pub expert_tensor: usize,
     /// Parts in which tokens travel to experts and back, one while the experts work on another.
     pub expert_chunks: usize,
-    /// Ranks of a node, for dispatch by way of nodes; by default what the launcher says.
+    /// Ranks of a node, for dispatch by way of nodes and for snapshots (each node has a keeper); by default what the launcher
+    /// says.
     pub ranks_per_node: Option<usize>,
     /// Ranks that share out the layers, in stages that microbatches pass one after the other.
     pub pipeline: usize,

@@ -4,12 +4,16 @@ mod check;
 mod dispatch;
 mod layout;
 mod model;
+mod snapshot;
 
 pub(crate) use check::nodes_divide;
 pub use dispatch::{Dispatch, LeastLoadedConfig, Measured, MinTokens, PlacementConfig};
 pub use layout::{
     NoneOrAll, ParallelConfig, PipelinePlan, RecomputeConfig, RecomputedLayers, RecomputedPart, ScheduleChoice,
     VocabularyLayout,
+};
+pub use snapshot::{
+    OnDivergence, ParityConfig, RedundancyConfig, RestartConfig, SnapshotConfig, SnapshotEvery, WithoutSpare,
 };
 pub use model::{ModelConfig, MoeConfig, MupConfig, QkNorm, RouterConfig};
 
@@ -41,6 +45,12 @@ pub struct Config {
     /// What is kept on disk.
     #[serde(default)]
     pub checkpoint: CheckpointConfig,
+    /// What is kept in memory, so that a failure loses seconds.
+    #[serde(default)]
+    pub snapshot: SnapshotConfig,
+    /// What happens after a failure.
+    #[serde(default)]
+    pub restart: RestartConfig,
     /// How the model is judged on text it does not learn from.
     #[serde(default)]
     pub validation: Option<ValidationConfig>,
@@ -78,7 +88,7 @@ pub enum AxisSize {
 }
 
 /// The word `auto`.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Auto {
     /// Decide at start.

@@ -1,0 +1,407 @@
+//! Snapshots: the state of one step, copied into the keeper's memory while the next step is computed.
+//!
+//! State does not change between the end of a step's update and the next update, that is, during a whole forward and
+//! backward (DataStates-LLM's principle). A thread of its own copies in that time, chunk by chunk, with checksums taken while
+//! a chunk is in the cache; the next update waits for it, which is counted, and hardly ever happens. All ranks take a
+//! snapshot or none does: whether each has a free slot travels with the figures of the step.
+
+use crate::Error;
+use crate::config::SnapshotEvery;
+use crate::saving::{Holding, RunState};
+use checkpoint::keeper::{Filler, Link, Secret, SlotMemory, SnapshotId};
+use checkpoint::{Head, Image, OpenPart};
+use parallel::{Accelerator, Copier};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tch::Tensor;
+
+/// Slots of a rank: one complete, one being filled, and one that may be being written to disk.
+const SLOTS: usize = 3;
+
+/// How often a rank says that it lives.
+const BEAT: Duration = Duration::from_millis(100);
+/// Chunks that are reported together.
+const REPORTED: usize = 16;
+/// The share of the time that snapshots may cost where they are taken as often as is cheap.
+const BUDGET: f64 = 0.02;
+/// Steps for which a due checkpoint waits for a keeper that is gone.
+const PATIENT: u64 = 50;
+/// Steps between snapshots at most, where their cost decides.
+const LONGEST: u64 = 1000;
+
+/// How a rank reaches its node's keeper.
+#[derive(Debug, Clone)]
+pub struct KeeperAccess {
+    /// The name of its socket.
+    pub socket: String,
+    /// The run's secret.
+    pub secret: Secret,
+    /// This attempt of the run.
+    pub generation: u64,
+    /// Bytes of a chunk.
+    pub chunk: usize,
+    /// The snapshot to start from, and how many ranks made it; None: from the newest checkpoint.
+    pub restore: Option<(SnapshotId, usize)>,
+}
+
+/// What has been measured of snapshots.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct Cost {
+    /// Seconds of the training thread.
+    pub(crate) stall: f64,
+    /// Seconds of the copying thread.
+    pub(crate) copy: f64,
+    /// Bytes.
+    pub(crate) bytes: u64,
+}
+
+/// Says that the rank gets on, from anywhere in its work.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Progressing {
+    step: Arc<AtomicU64>,
+    times: Arc<AtomicU64>,
+}
+
+impl Progressing {
+    /// It got on.
+    pub(crate) fn on(&self) {
+        self.times.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// It has done `step` steps.
+    pub(crate) fn done(&self, step: u64) {
+        self.step.store(step, Ordering::Relaxed);
+        self.on();
+    }
+}
+
+/// A rank's side of snapshots.
+pub(crate) struct Snapshots {
+    access: KeeperAccess,
+    rank: usize,
+    every: SnapshotEvery,
+    /// Whether copying takes processors that would compute.
+    on_host: bool,
+    /// None while the keeper cannot be reached.
+    open: Option<Open>,
+    image: Option<(Image, Holding)>,
+    /// Steps between snapshots, as cost decided; nothing is known at first.
+    interval: u64,
+    last: Option<u64>,
+    /// Whether the last one is to be written to disk.
+    durable: bool,
+    /// A checkpoint was due and there was no slot: for so many steps.
+    owed: Option<u64>,
+    pub(crate) skipped: u64,
+    pub(crate) cost: Cost,
+    pub(crate) progress: Progressing,
+    tried: Instant,
+}
+
+struct Open {
+    link: Link,
+    slots: Vec<SlotMemory>,
+    jobs: Sender<Job>,
+    copied: Receiver<Result<f64, String>>,
+    copying: bool,
+}
+
+struct Job {
+    slot: usize,
+    memory: SlotMemory,
+    head: Vec<u8>,
+    /// With their places in the image, in order.
+    tensors: Vec<(u64, Tensor)>,
+    bytes: u64,
+}
+
+impl Snapshots {
+    /// Connects. Slots come with [`Snapshots::plan`].
+    pub(crate) fn new(access: KeeperAccess, rank: usize, every: SnapshotEvery, device: &dyn Accelerator) -> Snapshots {
+        Snapshots {
+            access,
+            rank,
+            every,
+            on_host: device.computes_on_host(),
+            open: None,
+            image: None,
+            interval: 1,
+            last: None,
+            durable: false,
+            owed: None,
+            skipped: 0,
+            cost: Cost::default(),
+            progress: Progressing::default(),
+            tried: Instant::now(),
+        }
+    }
+
+    /// The parts of the snapshot to restore: headers, and what opens them.
+    pub(crate) fn restored(&self) -> Result<Option<(SnapshotId, Vec<Head>, OpenPart)>, Error> {
+        let Some((id, parts)) = self.access.restore else { return Ok(None) };
+        let failed = |e: checkpoint::keeper::Error| Error::Data(format!("the snapshot of step {}: {e}", id.step));
+        let mut link = Link::connect(&self.access.socket, &self.access.secret, self.rank).map_err(failed)?;
+        let head = |part: usize| {
+            let bytes = link.head(part).map_err(failed)?;
+            Ok(Head::read(&bytes, Path::new(&format!("part {part} of the snapshot of step {}", id.step)))?)
+        };
+        let heads = (0..parts).map(head).collect::<Result<Vec<_>, Error>>()?;
+        let open: OpenPart = Box::new(move |part| {
+            link.open(part).map_err(|e| checkpoint::Error::Damaged {
+                path: format!("part {part} of the snapshot of step {}", id.step),
+                reason: e.to_string(),
+            })
+        });
+        Ok(Some((id, heads, open)))
+    }
+
+    /// Lays out what this rank saves, and takes slots for it: why not, where that fails.
+    pub(crate) fn plan(&mut self, holding: Holding, state: &RunState, device: &dyn Accelerator) -> Result<(), Error> {
+        let state = serde_json::to_value(state).expect("plain data");
+        let held: Vec<_> = holding.own.iter().map(|(_, place, kind)| (place.clone(), *kind)).collect();
+        self.image = Some((Image::plan(&held, holding.tensors, &state)?, holding));
+        self.connect(device)
+    }
+
+    /// Whether another plan is needed: nobody knows yet what this rank saves.
+    pub(crate) fn needs_plan(&self) -> bool {
+        self.image.is_none()
+    }
+
+    /// What it holds is called something else now.
+    pub(crate) fn forget_plan(&mut self) {
+        self.image = None;
+    }
+
+    fn connect(&mut self, device: &dyn Accelerator) -> Result<(), Error> {
+        self.tried = Instant::now();
+        let Some((image, _)) = &self.image else { return Ok(()) };
+        let failed = |e: checkpoint::keeper::Error| Error::Data(format!("the keeper of this node: {e}"));
+        if let Some(open) = &self.open
+            && open.slots.iter().all(|slot| slot.len() as u64 >= image.bytes())
+        {
+            return Ok(());
+        }
+        self.open = None;
+        let KeeperAccess { socket, secret, chunk, .. } = &self.access;
+        let mut link = Link::connect(socket, secret, self.rank).map_err(failed)?;
+        let filler = Filler::connect(socket, secret, self.rank).map_err(failed)?;
+        let slots = link.allocate(image.bytes(), SLOTS).map_err(failed)?;
+        let (jobs, todo) = channel();
+        let (done, copied) = channel();
+        let copier = device.copier()?;
+        let worker = Worker { filler, copier, chunk: *chunk, progress: self.progress.clone() };
+        std::thread::spawn(move || worker.run(&todo, &done));
+        self.open = Some(Open { link, slots, jobs, copied, copying: false });
+        Ok(())
+    }
+
+    /// Whether a snapshot is due after step `step`; `checkpoint`: because one is to be written to disk.
+    pub(crate) fn due(&self, step: u64, checkpoint: bool) -> bool {
+        let by_steps = match self.every {
+            SnapshotEvery::Steps(every) => step.is_multiple_of(every),
+            SnapshotEvery::Auto(_) => self.last.is_none_or(|last| step >= last + self.interval),
+        };
+        checkpoint || self.owed.is_some() || by_steps
+    }
+
+    /// A slot for the snapshot of step `step`, if there is one.
+    pub(crate) fn reserve(&mut self, step: u64, durable: bool, device: &dyn Accelerator) -> Option<usize> {
+        if self.open.is_none() && self.tried.elapsed() > Duration::from_secs(1) {
+            // A keeper that was started anew; where it is not there yet, the next snapshot tries again.
+            if let Err(error) = self.connect(device) {
+                tracing::warn!("{error}");
+            }
+        }
+        let id = SnapshotId { generation: self.access.generation, step };
+        let bytes = self.image.as_ref()?.0.bytes();
+        let durable = durable || self.owed.is_some();
+        self.durable = durable;
+        match self.open.as_mut()?.link.reserve(id, bytes, durable) {
+            Ok(slot) => slot,
+            Err(error) => {
+                tracing::warn!("the keeper of this node: {error}");
+                self.open = None;
+                None
+            }
+        }
+    }
+
+    /// Another rank has no slot: this snapshot is left out.
+    pub(crate) fn skip(&mut self, slot: Option<usize>, durable: bool) {
+        self.owed = match self.owed {
+            None => durable.then_some(0),
+            Some(steps) => Some(steps + 1),
+        };
+        self.skipped += 1;
+        if let (Some(open), Some(slot)) = (&mut self.open, slot)
+            && open.link.release(slot).is_err()
+        {
+            self.open = None;
+        }
+    }
+
+    /// Whether the last snapshot was of step `step`, and is to be written to disk.
+    pub(crate) fn is_durable(&self, step: u64) -> bool {
+        self.last == Some(step) && self.durable
+    }
+
+    /// Whether the keeper can be reached.
+    pub(crate) fn is_open(&self) -> bool {
+        self.open.is_some()
+    }
+
+    /// Whether a checkpoint has been due for so long that it has to be written without the keeper; the same on all ranks.
+    pub(crate) fn is_overdue(&mut self) -> bool {
+        let overdue = self.owed.is_some_and(|steps| steps >= PATIENT);
+        if overdue {
+            self.owed = None;
+        }
+        overdue
+    }
+
+    /// Starts to copy: all values are those of one step, and stay until [`Snapshots::wait`] returns.
+    pub(crate) fn take(&mut self, slot: usize, state: &RunState, tensors: Vec<Tensor>) -> Result<(), Error> {
+        let begun = Instant::now();
+        self.owed = None;
+        self.last = Some(state.step);
+        let (Some(open), Some((image, holding))) = (&mut self.open, &self.image) else { return Ok(()) };
+        let head = image.head(&serde_json::to_value(state).expect("plain data"))?;
+        let mut wanted: Vec<Option<Tensor>> = tensors.into_iter().map(Some).collect();
+        let own = holding.own.iter().zip(image.offsets());
+        let mut tensors: Vec<(u64, Tensor)> = own
+            .map(|((index, _, _), &offset)| (offset, wanted[*index].take().expect("each tensor is saved once")))
+            .collect();
+        tensors.sort_by_key(|(offset, _)| *offset);
+        let job = Job { slot, memory: open.slots[slot].clone(), head, tensors, bytes: image.bytes() };
+        self.cost.bytes = image.bytes();
+        if open.jobs.send(job).is_ok() {
+            open.copying = true;
+        } else {
+            self.open = None;
+        }
+        self.cost.stall = begun.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    /// Waits until what was handed over is copied: its values may change then.
+    /// Whether it was copied.
+    pub(crate) fn wait(&mut self) -> bool {
+        let Some(open) = self.open.as_mut().filter(|open| open.copying) else { return false };
+        let begun = Instant::now();
+        open.copying = false;
+        match open.copied.recv() {
+            Ok(Ok(seconds)) => {
+                self.cost.copy = seconds;
+                self.cost.stall += begun.elapsed().as_secs_f64();
+                return true;
+            }
+            Ok(Err(reason)) => tracing::warn!("a snapshot was not taken: {reason}"),
+            Err(_) => tracing::warn!("a snapshot was not taken: the copying thread has ended"),
+        }
+        self.open = None;
+        false
+    }
+
+    /// What a snapshot cost here, in seconds of the step.
+    pub(crate) fn seconds(&self) -> f64 {
+        let copying = if self.on_host { self.cost.copy } else { 0.0 };
+        self.cost.stall + copying
+    }
+
+    /// Decides how often, by what a snapshot cost and a step took: figures that all ranks agree on.
+    pub(crate) fn choose_interval(&mut self, cost: f64, step_seconds: f64) {
+        self.interval = interval(cost, step_seconds);
+    }
+}
+
+/// Steps between snapshots that cost `cost` seconds each, so that they take less than [`BUDGET`] of the time.
+fn interval(cost: f64, step_seconds: f64) -> u64 {
+    let steps = cost / (BUDGET * step_seconds.max(1e-9));
+    (steps.ceil() as u64).clamp(1, LONGEST)
+}
+
+struct Worker {
+    filler: Filler,
+    copier: Box<dyn Copier>,
+    chunk: usize,
+    progress: Progressing,
+}
+
+impl Worker {
+    fn run(mut self, jobs: &Receiver<Job>, done: &Sender<Result<f64, String>>) {
+        loop {
+            match jobs.recv_timeout(BEAT) {
+                Ok(job) => {
+                    let copied = self.copy(job);
+                    let failed = copied.is_err();
+                    if done.send(copied).is_err() || failed {
+                        return;
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            let (step, times) = (&self.progress.step, &self.progress.times);
+            if self.filler.beat(step.load(Ordering::Relaxed), times.load(Ordering::Relaxed)).is_err() {
+                // The keeper is gone; the training thread finds out with its next snapshot.
+                return;
+            }
+        }
+    }
+
+    /// Copies chunk by chunk: seconds.
+    fn copy(&mut self, job: Job) -> Result<f64, String> {
+        let begun = Instant::now();
+        let flat: Vec<(u64, Tensor, usize)> = job
+            .tensors
+            .iter()
+            .map(|(offset, tensor)| (*offset, tensor.view(-1), tensor.kind().elt_size_in_bytes()))
+            .collect();
+        let ends = |(offset, tensor, size): &(u64, Tensor, usize)| offset + (tensor.numel() * size) as u64;
+        let (mut next, mut crcs) = (0, Vec::new());
+        let chunks = job.bytes.div_ceil(self.chunk as u64);
+        for chunk in 0..chunks {
+            let start = chunk * self.chunk as u64;
+            let end = (start + self.chunk as u64).min(job.bytes);
+            let copier = &mut self.copier;
+            let crc = job.memory.write(start as usize, (end - start) as usize, |bytes| {
+                let head = job.head.get(start as usize..).unwrap_or_default();
+                let head = &head[..head.len().min(bytes.len())];
+                bytes[..head.len()].copy_from_slice(head);
+                // Tensors that lie in this chunk; the first may have begun before it, the last may end after it.
+                while next < flat.len() && ends(&flat[next]) <= start {
+                    next += 1;
+                }
+                for (offset, tensor, size) in flat[next..].iter().take_while(|(offset, _, _)| *offset < end) {
+                    let from = start.max(*offset);
+                    let to = end.min(offset + (tensor.numel() * size) as u64);
+                    let part = tensor.narrow(0, (from - offset) as i64 / *size as i64, (to - from) as i64 / *size as i64);
+                    copier.copy(&part, &mut bytes[(from - start) as usize..(to - start) as usize])?;
+                }
+                Ok::<u32, torch_ext::Error>(crc32c::crc32c(bytes))
+            });
+            crcs.push(crc.map_err(|e| e.to_string())?);
+            if crcs.len() == REPORTED || chunk + 1 == chunks {
+                self.filler.filled(job.slot, end, std::mem::take(&mut crcs)).map_err(|e| e.to_string())?;
+            }
+        }
+        Ok(begun.elapsed().as_secs_f64())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::interval;
+
+    #[test]
+    fn the_interval_keeps_to_the_budget() {
+        assert_eq!(interval(0.0, 0.1), 1);
+        assert_eq!(interval(0.001, 0.1), 1);
+        assert_eq!(interval(0.05, 0.1), 25);
+        assert_eq!(interval(1.0, 0.0), 1000);
+    }
+}
