@@ -1,5 +1,6 @@
 //! Writing: every rank its shard, then one rank the manifest and the name.
 
+use crate::image::Head;
 use crate::manifest::{FORMAT, FileEntry, Manifest, PieceEntry, TensorEntry};
 use crate::read::{list, parse_header};
 use crate::{Checkpoint, Error, Place};
@@ -148,6 +149,18 @@ impl Staging {
             sync(parent)?;
         }
         Ok(self.target.clone())
+    }
+}
+
+impl Staging {
+    /// [`Staging::commit`] of shards that are images: what they have to be, and the state, are in the first one's header.
+    ///
+    /// # Errors
+    /// As [`Staging::commit`].
+    pub fn commit_images(&self, shards: Vec<Shard>) -> Result<PathBuf, Error> {
+        let first = shards.first().ok_or_else(|| Error::mismatch(&self.folder, "no shard was written"))?;
+        let head = Head::of_file(&self.folder.join(&first.file.name))?;
+        self.commit(shards, head.tensors, head.state)
     }
 }
 

@@ -29,9 +29,29 @@ pub(crate) enum Command {
     /// Look at what a run did
     #[command(subcommand)]
     Inspect(InspectCommand),
+    /// The processes that keep snapshots in memory
+    #[command(subcommand)]
+    Keeper(KeeperCommand),
     /// Measure; prints JSON lines
     #[command(subcommand)]
     Bench(BenchCommand),
+}
+
+#[derive(Subcommand)]
+pub(crate) enum KeeperCommand {
+    /// Be a keeper; 'moerun train' starts it
+    #[command(hide = true)]
+    Serve,
+    /// Stop the keepers that a killed launcher left, and forget what is in their memory
+    Stop(RunArgs),
+}
+
+/// A run.
+#[derive(Args)]
+pub(crate) struct RunArgs {
+    /// The run's folder
+    #[arg(value_name = "RUN")]
+    pub(crate) run: PathBuf,
 }
 
 #[derive(Subcommand)]
@@ -218,6 +238,9 @@ pub(crate) struct TrainArgs {
     /// Port that ranks meet at; 0 takes any free one
     #[arg(long, default_value_t = 0, value_name = "PORT", alias = "master_port")]
     pub(crate) master_port: u16,
+    /// Keepers of nodes that stand by, to take the place of lost ones
+    #[arg(long, default_value_t = 0, value_name = "NODES")]
+    pub(crate) spare_nodes: usize,
 }
 
 #[derive(Args)]

@@ -1,4 +1,4 @@
-//! The only reader of the launchers' environment variables: torchrun's, which `moerun train` sets as well.
+//! The only reader of the launchers' environment variables.
 
 use anyhow::{Context, Result, anyhow, bail};
 use parallel::RankEnv;
@@ -6,6 +6,11 @@ use std::env::var;
 
 /// Tells a rank that `moerun` itself started it, and with which process id, so that it can end with the launcher.
 pub(crate) const LAUNCHER_PID: &str = "MOERUN_LAUNCHER_PID";
+
+/// Whether `moerun` itself started this process; it then says on standard input what the process is to do.
+pub(crate) fn is_launched() -> bool {
+    var(LAUNCHER_PID).is_ok()
+}
 
 /// What torchrun's variables say, or None where there is no RANK.
 pub(crate) fn rank() -> Result<Option<RankEnv>> {

@@ -9,14 +9,16 @@ mod config_file;
 mod environment;
 mod generate;
 mod inspect;
+mod keeper;
 mod launcher;
 mod plan;
 mod prepare;
 mod progress;
 mod rank;
+mod register;
 
 use clap::Parser;
-use cli::{BenchCommand, Cli, Command, ConfigCommand, DataCommand, InspectCommand, PlanCommand};
+use cli::{BenchCommand, Cli, Command, ConfigCommand, DataCommand, InspectCommand, KeeperCommand, PlanCommand};
 use signal_hook::consts::SIGPIPE;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -36,6 +38,8 @@ fn main() -> ExitCode {
         Command::Plan(PlanCommand::Schedule(args)) => plan::schedule(&args),
         Command::Plan(PlanCommand::Mesh(args)) => plan::mesh(&args),
         Command::Inspect(InspectCommand::Routing(args)) => inspect::routing::run(&args),
+        Command::Keeper(KeeperCommand::Serve) => keeper::serve(),
+        Command::Keeper(KeeperCommand::Stop(args)) => keeper::stop(&args),
         Command::Bench(BenchCommand::Step(args)) => bench::step::run(args),
         Command::Bench(BenchCommand::Pipeline(args)) => bench::pipeline::run(&args),
         Command::Bench(BenchCommand::Memory(args)) => bench::memory::run(&args),
@@ -59,8 +63,11 @@ fn end_with_reader() {
 
 /// Under torchrun's environment this process is one rank; otherwise it starts the ranks.
 fn train(args: cli::TrainArgs) -> anyhow::Result<ExitCode> {
+    if environment::is_launched() {
+        return rank::run_launched(&args);
+    }
     match environment::rank()? {
-        Some(env) => rank::run(&args, &env),
+        Some(env) => rank::run(&args, &env, None),
         None => launcher::run(&args),
     }
 }

@@ -1,6 +1,7 @@
 //! One rank of a run: joins the others, trains, and says what went wrong where the launcher finds it.
 
 use crate::cli::TrainArgs;
+use crate::launcher::Assignment;
 use crate::progress::TrainingView;
 use crate::{config_file, environment};
 use anyhow::{Context, Result, anyhow};
@@ -10,15 +11,16 @@ use parallel::{RankEnv, World};
 use serde::{Deserialize, Serialize};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::fs::File;
+use std::io::BufRead;
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use trainer::config::Config;
 use trainer::data::Prepared;
-use trainer::{Progress, Trainer};
+use trainer::{Progress, Resumed, Trainer};
 
 /// What a failing rank leaves for the launcher.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -27,6 +29,19 @@ pub(crate) struct Failure {
     pub(crate) at: u64,
     /// The error.
     pub(crate) message: String,
+    /// Of what kind it is.
+    pub(crate) kind: FailureKind,
+}
+
+/// What a failure is about.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum FailureKind {
+    /// A peer was gone, or did not answer.
+    Peer,
+    /// The loss of this step was not finite.
+    Diverged { step: u64 },
+    /// Something of this rank's own, after so many steps in this attempt.
+    Own { steps: u64 },
 }
 
 /// The log of `rank`.
@@ -39,17 +54,32 @@ pub(crate) fn failure_path(run: &Path, rank: usize) -> PathBuf {
     run.join("logs").join(format!("rank-{rank}.failure"))
 }
 
-pub(crate) fn run(args: &TrainArgs, env: &RankEnv) -> Result<ExitCode> {
+/// A rank that `moerun` started: gets ready, and waits to be told which one it is.
+pub(crate) fn run_launched(args: &TrainArgs) -> Result<ExitCode> {
     end_with_launcher()?;
+    // When memory runs out, ranks go before keepers. Some systems do not allow it.
+    let _ = std::fs::write("/proc/self/oom_score_adj", "300");
+    let mut line = String::new();
+    std::io::stdin().lock().read_line(&mut line).context("cannot read what the launcher says")?;
+    if line.is_empty() {
+        // It ended, or needs nobody.
+        return Ok(ExitCode::SUCCESS);
+    }
+    let assignment: Assignment = serde_json::from_str(&line).context("the launcher said something else than expected")?;
+    run(args, &assignment.env(), Some(&assignment))
+}
+
+pub(crate) fn run(args: &TrainArgs, env: &RankEnv, assignment: Option<&Assignment>) -> Result<ExitCode> {
     let config = config_file::load(&args.config)?;
     config_file::refuse_problems(&args.config, &config, env.world_size)?;
     let dir = config.run.dir.clone();
-    log_to_file(&dir, env.rank)?;
+    log_to_file(&dir, env.rank, assignment.is_some())?;
     let failure = failure_path(&dir, env.rank);
     let _ = std::fs::remove_file(&failure);
     // A panic is a bug of ours; it still ends as a message, not as a stack of frames on the terminal.
     std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}\n{}", std::backtrace::Backtrace::force_capture())));
-    let result = std::panic::catch_unwind(AssertUnwindSafe(|| train(config, env))).unwrap_or_else(|panic| {
+    let steps = AtomicU64::new(0);
+    let result = std::panic::catch_unwind(AssertUnwindSafe(|| train(config, env, assignment, &steps))).unwrap_or_else(|panic| {
         let text =
             panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string()));
         Err(anyhow!("internal error: {}", text.unwrap_or_default()))
@@ -60,7 +90,12 @@ pub(crate) fn run(args: &TrainArgs, env: &RankEnv) -> Result<ExitCode> {
             let message = format!("{error:#}");
             tracing::error!("{message}");
             let at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64);
-            let report = serde_json::to_vec(&Failure { at, message: message.clone() }).expect("plain data");
+            let kind = match error.downcast_ref::<trainer::Error>() {
+                Some(trainer::Error::Comm(_)) => FailureKind::Peer,
+                Some(trainer::Error::Diverged { step, .. }) => FailureKind::Diverged { step: *step },
+                _ => FailureKind::Own { steps: steps.load(Ordering::Relaxed) },
+            };
+            let report = serde_json::to_vec(&Failure { at, message: message.clone(), kind }).expect("plain data");
             if std::fs::write(&failure, report).is_err() || std::env::var(environment::LAUNCHER_PID).is_err() {
                 eprintln!("error: rank {}: {message}", env.rank);
             }
@@ -82,17 +117,24 @@ pub(crate) fn end_with_launcher() -> Result<()> {
     Ok(())
 }
 
-fn log_to_file(dir: &Path, rank: usize) -> Result<()> {
+/// Libtorch's own warnings go there too, but for rank 0, which speaks to the person.
+fn log_to_file(dir: &Path, rank: usize, launched: bool) -> Result<()> {
     let path = log_path(dir, rank);
     let folder = path.parent().expect("a log has a folder");
     std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
     let file = File::options().create(true).append(true).open(&path);
     let file = file.with_context(|| format!("cannot write {}", path.display()))?;
+    if launched {
+        nix::unistd::dup2_stdout(&file).context("cannot share the log")?;
+        if rank != 0 {
+            nix::unistd::dup2_stderr(&file).context("cannot share the log")?;
+        }
+    }
     tracing_subscriber::fmt().with_writer(Arc::new(file)).with_ansi(false).with_target(false).init();
     Ok(())
 }
 
-fn train(config: Config, env: &RankEnv) -> Result<()> {
+fn train(config: Config, env: &RankEnv, assignment: Option<&Assignment>, done: &AtomicU64) -> Result<()> {
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
         signal_hook::flag::register(signal, stop.clone()).context("cannot handle signals")?;
@@ -115,9 +157,17 @@ fn train(config: Config, env: &RankEnv) -> Result<()> {
         }
     };
     say(trainer.summary());
-    let resumed = trainer.resume(&mut |warning| say(format!("warning: {warning}")))?;
-    if resumed {
-        say(format!("going on from the checkpoint of step {} in {}", trainer.step(), dir.display()));
+    if let Some(assignment) = assignment {
+        assignment.keeper().into_iter().for_each(|keeper| trainer.use_keeper(keeper));
+        trainer.skip_batches(assignment.skips.clone());
+    }
+    let warn = &mut |warning: &str| say(format!("warning: {warning}"));
+    match trainer.resume(warn)? {
+        Resumed::Nothing => {}
+        Resumed::Snapshot => say(format!("going on from the snapshot of step {}", trainer.step())),
+        Resumed::Checkpoint => {
+            say(format!("going on from the checkpoint of step {} in {}", trainer.step(), dir.display()));
+        }
     }
     if trainer.step() >= steps {
         say(format!(
@@ -125,11 +175,14 @@ fn train(config: Config, env: &RankEnv) -> Result<()> {
         ));
         return Ok(());
     }
+    trainer.begin_snapshots(warn)?;
     if let Some(entropy) = unigram {
         say(format!("unigram entropy of the training tokens: {entropy:.4} nats a token"));
     }
     let mut view = TrainingView::new(steps, trainer.step(), log_every);
+    let first = trainer.step();
     let outcome = trainer.run(&|| stop.load(Ordering::Relaxed), &mut view);
+    done.store(trainer.step() - first, Ordering::Relaxed);
     view.finish();
     let outcome = outcome?;
     if outcome.stopped {

@@ -136,6 +136,22 @@ impl Peer {
         self.order(&Request::Protect { snapshot: snapshot.clone(), node, sources: sources.to_vec() })
     }
 
+    /// Keeps the parts of a complete snapshot until they are written to disk; one snapshot at a time.
+    ///
+    /// # Errors
+    /// As [`Peer::set_up`].
+    pub fn pin(&mut self, id: SnapshotId) -> Result<(), Error> {
+        self.order(&Request::Pin(id))
+    }
+
+    /// Ends what [`Peer::pin`] began.
+    ///
+    /// # Errors
+    /// As [`Peer::set_up`].
+    pub fn unpin(&mut self) -> Result<(), Error> {
+        self.order(&Request::Unpin)
+    }
+
     /// Writes the parts of these ranks as shards of a checkpoint.
     ///
     /// # Errors

@@ -263,6 +263,9 @@ pub(crate) enum Request {
     Rebuild(Box<recover::Rebuild>),
     /// Encode again what this node should have of a snapshot.
     Protect { snapshot: Snapshot, node: usize, sources: Vec<Option<SocketAddr>> },
+    /// Keep the parts of a complete snapshot until they are written to disk, or released.
+    Pin(SnapshotId),
+    Unpin,
     /// Write these ranks' parts to files in this folder.
     Persist { id: SnapshotId, ranks: Vec<usize>, folder: PathBuf },
     Inject(Fault),

@@ -75,6 +75,8 @@ pub(crate) struct State {
     abandoned: Option<SnapshotId>,
     /// Whose parity is being made, or has been.
     encoding: BTreeSet<SnapshotId>,
+    /// The snapshot that is being written to disk.
+    pinned: Option<SnapshotId>,
     skipped: u64,
     pub(crate) coding: Duration,
     /// Buffers of parity that is not needed any more.
@@ -85,6 +87,16 @@ pub(crate) struct State {
 impl State {
     fn tell(&mut self, event: &Event) {
         self.watchers.retain(|watcher| watcher.send(event.clone()).is_ok());
+    }
+
+    /// What was kept for the disk need not be kept any longer.
+    fn unpin(&mut self) {
+        let Some(id) = self.pinned.take() else { return };
+        for slot in &mut self.slots.slots {
+            if slot.part.as_ref().is_some_and(|part| part.id == id) {
+                slot.pins = slot.pins.saturating_sub(1);
+            }
+        }
     }
 
     fn bytes(&self) -> (u64, u64) {
@@ -379,6 +391,7 @@ impl Keeper {
                 self.changed.notify_all();
             }
             Request::Keep { snapshot, holders } => {
+                state.unpin();
                 let id = snapshot.as_ref().map(|snapshot| snapshot.id);
                 // An older complete one stays too: it is next, should this one turn out to be of no use.
                 let older: BTreeSet<SnapshotId> =
@@ -437,6 +450,16 @@ impl Keeper {
                 drop(state);
                 return Ok(Reply::Shards(persist::write(self, id, &ranks, &folder)?));
             }
+            Request::Pin(id) => {
+                state.unpin();
+                for slot in &mut state.slots.slots {
+                    if slot.part.as_ref().is_some_and(|part| part.id == id) {
+                        slot.pins += 1;
+                    }
+                }
+                state.pinned = Some(id);
+            }
+            Request::Unpin => state.unpin(),
             Request::Inject(fault) => self.inject(state, fault)?,
             Request::Stop => {
                 state.stopping = true;

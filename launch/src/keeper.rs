@@ -1,0 +1,68 @@
+//! `moerun keeper`: the keeper's process, and its end.
+
+use crate::cli::RunArgs;
+use crate::register::Register;
+use anyhow::{Context, Result, anyhow};
+use checkpoint::keeper::{Secret, serve};
+use serde::{Deserialize, Serialize};
+use std::io::{BufRead, Write};
+use std::net::SocketAddr;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// What the launcher tells a keeper, as a line on its standard input.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct Orders {
+    pub(crate) socket: String,
+    pub(crate) secret: String,
+    pub(crate) listen: SocketAddr,
+    pub(crate) memory: Option<u64>,
+    pub(crate) lonely_s: u64,
+}
+
+/// What it answers on standard output.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct Ready {
+    pub(crate) address: SocketAddr,
+}
+
+pub(crate) fn serve() -> Result<ExitCode> {
+    let mut line = String::new();
+    std::io::stdin().lock().read_line(&mut line).context("cannot read the orders")?;
+    let orders: Orders =
+        serde_json::from_str(&line).context("a keeper is started by 'moerun train', which tells it what to do")?;
+    // Neither the launcher's end nor a key on its terminal is this process's; where it leads a session already, fine.
+    let _ = nix::unistd::setsid();
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).with_target(false).init();
+    let settings = serve::Settings {
+        socket: orders.socket,
+        secret: Secret::from_hex(&orders.secret).ok_or_else(|| anyhow!("that is no secret"))?,
+        listen: orders.listen,
+        memory: orders.memory,
+        lonely: Duration::from_secs(orders.lonely_s),
+    };
+    let ready = |address| {
+        let line = serde_json::to_string(&Ready { address }).expect("plain data");
+        // Where nobody reads it, nobody will connect either, and the keeper ends.
+        let _ = writeln!(std::io::stdout(), "{line}").and_then(|()| std::io::stdout().flush());
+    };
+    serve::run(settings, ready).map_err(|e| anyhow!("the keeper: {e}"))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) fn stop(args: &RunArgs) -> Result<ExitCode> {
+    let Some(register) = Register::load(&args.run)? else {
+        println!("no keepers are known in {}", args.run.display());
+        return Ok(ExitCode::SUCCESS);
+    };
+    let mut stopped = 0;
+    for number in 0..register.keepers.len() {
+        match register.connect(number, Duration::from_secs(5)).map(|mut peer| peer.stop()) {
+            Ok(_) => stopped += 1,
+            Err(error) => eprintln!("warning: {error:#}"),
+        }
+    }
+    Register::remove(&args.run);
+    println!("{stopped} of {} keepers were stopped; what was in their memory only is gone", register.keepers.len());
+    Ok(ExitCode::SUCCESS)
+}

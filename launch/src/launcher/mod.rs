@@ -1,0 +1,537 @@
+//! Starts one process for each rank and a keeper for each node, watches them, and goes on after a failure.
+
+mod assignment;
+mod disk;
+mod nodes;
+mod policy;
+mod ranks;
+mod recovery;
+mod tracker;
+
+pub(crate) use assignment::Assignment;
+
+use crate::cli::TrainArgs;
+use crate::config_file;
+use crate::rank::FailureKind;
+use crate::register::{self, Register};
+use anyhow::{Context, Result, anyhow};
+use assignment::KeeperAssignment;
+use checkpoint::Redundancy;
+use checkpoint::keeper::{Node, SnapshotId, Topology};
+use disk::Disk;
+use nix::sys::signal::Signal;
+use nodes::{Heard, Keepers};
+use policy::{Cause, History, Verdict};
+use ranks::{Failed, Ranks, first_cause};
+use recovery::{Restored, look, recover};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+use torch_ext::Store;
+use tracker::{Todo, Tracker};
+use trainer::config::{Config, WithoutSpare};
+
+/// How often children are looked at.
+const TICK: Duration = Duration::from_millis(10);
+/// After one rank failed, the others may be about to say that they failed first.
+const SETTLING: Duration = Duration::from_millis(400);
+/// Bytes of a chunk of a snapshot: it stays in the cache while it is copied and checked.
+const CHUNK: usize = 256 << 10;
+
+pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode> {
+    let config = config_file::load(&args.config)?;
+    config_file::refuse_problems(&args.config, &config, args.nproc_per_node)?;
+    let dir = config.run.dir.clone();
+    let logs = dir.join("logs");
+    std::fs::create_dir_all(&logs).with_context(|| format!("cannot make the run's folder {}", logs.display()))?;
+    let _alone = register::lock(&dir)?;
+    let store = Store::tcp("127.0.0.1", args.master_port, true, Duration::from_secs(10)).map_err(|e| {
+        anyhow!("cannot serve on port {}: {e}; choose another with --master-port, or leave it out", args.master_port)
+    })?;
+    let signals = Signals::register()?;
+    Launcher::new(args, &config, &dir, store.port()?)?.run(&signals)
+}
+
+/// Signals that a person or a scheduler sent, counted.
+struct Signals {
+    count: Arc<AtomicUsize>,
+    last: Arc<AtomicUsize>,
+}
+
+impl Signals {
+    fn register() -> Result<Signals> {
+        let signals = Signals { count: Arc::default(), last: Arc::default() };
+        for signal in [SIGINT, SIGTERM, SIGHUP] {
+            let (count, last) = (signals.count.clone(), signals.last.clone());
+            std::thread::spawn({
+                let mut iterator = signal_hook::iterator::Signals::new([signal]).context("cannot handle signals")?;
+                move || {
+                    for signal in iterator.forever() {
+                        last.store(signal as usize, Ordering::SeqCst);
+                        count.fetch_add(1, Ordering::SeqCst);
+                    }
+                }
+            });
+        }
+        Ok(signals)
+    }
+
+    fn count(&self) -> usize {
+        self.count.load(Ordering::SeqCst)
+    }
+
+    fn last(&self) -> usize {
+        self.last.load(Ordering::SeqCst)
+    }
+}
+
+/// How one attempt ended.
+enum End {
+    Done,
+    /// By a second signal, or because ranks did not stop in time after the first.
+    Killed,
+    Failed(Failure),
+}
+
+/// What failed, for people and for the policy.
+struct Failure {
+    cause: Cause,
+    /// A line for the terminal.
+    brief: String,
+    /// With where to look.
+    full: String,
+}
+
+struct Launcher<'a> {
+    args: &'a TrainArgs,
+    config: &'a Config,
+    dir: &'a Path,
+    checkpoints: PathBuf,
+    port: u16,
+    ranks: Ranks<'a>,
+    /// How many ranks there are now.
+    size: usize,
+    keepers: Option<Keepers>,
+    register: Option<Register>,
+    generation: u64,
+    history: History,
+    disk: Disk,
+    started: Instant,
+    /// The last checkpoint could not be written.
+    unwritten: Option<anyhow::Error>,
+    stood_by: bool,
+}
+
+impl<'a> Launcher<'a> {
+    fn new(args: &'a TrainArgs, config: &'a Config, dir: &'a Path, port: u16) -> Result<Launcher<'a>> {
+        let checkpoints = dir.join("checkpoints");
+        Ok(Launcher {
+            args,
+            config,
+            dir,
+            port,
+            ranks: Ranks::new(args, dir),
+            size: args.nproc_per_node,
+            keepers: None,
+            register: None,
+            generation: 0,
+            history: History::default(),
+            disk: Disk::new(&checkpoints, config.checkpoint.keep),
+            checkpoints,
+            started: Instant::now(),
+            unwritten: None,
+            stood_by: false,
+        })
+    }
+
+    fn run(mut self, signals: &Signals) -> Result<ExitCode> {
+        let mut restored = self.begin()?;
+        loop {
+            let mut tracker = self.begin_generation(&restored)?;
+            let end = self.watch(&mut tracker, signals);
+            match end {
+                End::Done => {
+                    self.finish(&mut tracker);
+                    self.ranks.kill_all();
+                    let interrupted = signals.count() > 0;
+                    return match self.unwritten.take() {
+                        Some(error) => Err(error),
+                        None if interrupted => Ok(ExitCode::from(128 + signals.last() as u8)),
+                        None => Ok(ExitCode::SUCCESS),
+                    };
+                }
+                End::Killed => {
+                    self.ranks.kill_all();
+                    let rescued = self.rescue();
+                    return Err(anyhow!(
+                        "stopped without a checkpoint of this moment; the same command goes on from {}",
+                        rescued.map_or("the last one".into(), |step| format!("step {step}"))
+                    ));
+                }
+                End::Failed(failure) => {
+                    self.ranks.kill();
+                    let now = self.started.elapsed().as_secs_f64();
+                    let done = tracker.step.max(restored.snapshot.map_or(0, |(id, _)| id.step));
+                    let verdict = match self.keepers {
+                        Some(_) => self.history.decide(&failure.cause, done, now, &self.config.restart),
+                        None => Verdict::GiveUp(String::new()),
+                    };
+                    match verdict {
+                        Verdict::GiveUp(why) => {
+                            self.ranks.kill_all();
+                            let rescued = self.rescue();
+                            let rescued = rescued.map_or(String::new(), |step| {
+                                format!("the state of step {step} was written to a checkpoint\n")
+                            });
+                            let why = if why.is_empty() { why } else { format!("{why}\n") };
+                            return Err(anyhow!("{why}{rescued}{}", failure.full));
+                        }
+                        Verdict::Restart { older, skipped } => {
+                            restored = self.recover(older)?;
+                            let skipped = skipped.map_or(String::new(), |step| format!("; the batch of step {step} is left out"));
+                            eprintln!("{}; {}{skipped}", failure.brief, restored.said);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Starts keepers, or takes those over that an earlier launcher left: what to begin with.
+    fn begin(&mut self) -> Result<Restored> {
+        let nothing = Restored { snapshot: None, said: String::new() };
+        let left = match Register::load(self.dir)? {
+            Some(register) => Keepers::take_over(self.dir, self.config, &register)?.map(|keepers| (register, keepers)),
+            None => None,
+        };
+        let nodes = self.config.nodes(self.size).len();
+        if let Some((register, keepers)) = left {
+            self.generation = register.generation;
+            self.history.skips = register.skips.clone();
+            let same = self.config.takes_snapshots() && keepers.nodes == nodes;
+            self.keepers = Some(keepers);
+            let newest = self.keepers.as_mut().and_then(|keepers| look(keepers).0.first().map(|c| c.snapshot.id));
+            if same && newest.is_some_and(|id| id.step < self.config.train.steps) {
+                self.register = Some(register);
+                self.mend_nodes()?;
+                let restored = self.recover(0)?;
+                eprintln!("keepers of an earlier launcher are still there; {}", restored.said);
+                return Ok(restored);
+            }
+            // Another number of nodes, or the run was at its end: by way of the disk.
+            if let Some(step) = self.rescue() {
+                eprintln!("keepers of an earlier launcher had step {step} in memory: it is a checkpoint now");
+            }
+        }
+        if self.config.takes_snapshots() {
+            let keepers = Keepers::start(self.dir, self.config, nodes, self.args.spare_nodes)?;
+            self.register = Some(Register::new(keepers.secret()));
+            self.keepers = Some(keepers);
+        }
+        Ok(nothing)
+    }
+
+    /// Starts the ranks of another attempt.
+    fn begin_generation(&mut self, restored: &Restored) -> Result<Tracker> {
+        self.generation += u64::from(self.keepers.is_some());
+        let nodes = self.config.nodes(self.size);
+        let (redundancy, groups) = self.config.protection(nodes.len()).unwrap_or_else(|reason| {
+            eprintln!("warning: {reason}: snapshots survive no loss of a node");
+            (Redundancy::None, (0..nodes.len()).map(|node| vec![node]).collect())
+        });
+        let addresses = self.keepers.as_ref().map(Keepers::addresses);
+        let address = |node: usize| addresses.as_ref().map_or(([0, 0, 0, 0], 0).into(), |addresses| addresses[node]);
+        let nodes = nodes.into_iter().enumerate().map(|(node, ranks)| Node { address: address(node), ranks });
+        let topology =
+            Topology { generation: self.generation, nodes: nodes.collect(), redundancy, groups, chunk: CHUNK };
+        if let (Some(keepers), Some(register)) = (&mut self.keepers, &mut self.register) {
+            register.generation = self.generation;
+            register.skips = self.history.skips.clone();
+            keepers.save(register)?;
+            keepers.set_up(&topology);
+        }
+        let assignments: Vec<Assignment> = (0..self.size)
+            .map(|rank| Assignment {
+                rank,
+                world_size: self.size,
+                port: self.port,
+                generation: self.generation,
+                keeper: self.keepers.as_ref().zip(topology.node_of(rank)).map(|(keepers, node)| KeeperAssignment {
+                    socket: keepers.members[node].keeper.socket.clone(),
+                    secret: keepers.secret().to_hex(),
+                    chunk: CHUNK,
+                    restore: restored.snapshot,
+                }),
+                skips: self.history.skips.clone(),
+            })
+            .collect();
+        self.ranks.start(&assignments)?;
+        self.stood_by = false;
+        Ok(Tracker::new(topology))
+    }
+
+    fn watch(&mut self, tracker: &mut Tracker, signals: &Signals) -> End {
+        let patience = Duration::from_secs(self.config.run.timeout_s);
+        let mut asked: Option<Instant> = None;
+        loop {
+            let failed = self.ranks.failed();
+            if !failed.is_empty() {
+                return End::Failed(self.explain(failed));
+            }
+            if self.ranks.running() == 0 {
+                return End::Done;
+            }
+            match asked {
+                None if signals.count() > 0 => {
+                    eprintln!("stopping after this step, with a checkpoint; a second signal stops at once");
+                    self.ranks.signal(Signal::SIGTERM);
+                    asked = Some(Instant::now());
+                }
+                Some(since) if signals.count() > 1 || since.elapsed() > patience => return End::Killed,
+                _ => {}
+            }
+            self.listen(tracker, TICK);
+            if let Some(failure) = self.hung(tracker) {
+                return End::Failed(failure);
+            }
+            // When the ranks are at work: before, they need the processors themselves.
+            if !self.stood_by && self.config.restart.standby && self.keepers.is_some() && tracker.step > 0 {
+                self.stood_by = true;
+                self.ranks.stand_by(self.size);
+            }
+        }
+    }
+
+    /// Hears what keepers have to say, for at most `patience`.
+    fn listen(&mut self, tracker: &mut Tracker, patience: Duration) {
+        let Some(keepers) = &mut self.keepers else { return std::thread::sleep(patience) };
+        let deadline = Instant::now() + patience;
+        while let Ok((number, heard)) = keepers.heard.recv_deadline(deadline) {
+            let Some(place) = keepers.place(number) else { continue };
+            match heard {
+                Heard::Event(event) => match tracker.hear(place, event) {
+                    Todo::Commit(snapshot, durable) => {
+                        keepers.ask_all(|peer| peer.commit(&snapshot));
+                        if durable {
+                            self.disk.is_due(snapshot.id);
+                        }
+                    }
+                    Todo::Abandon(id, reason) => {
+                        tracing::warn!("the snapshot of step {} was given up: {reason}", id.step);
+                        keepers.ask_all(|peer| peer.abandon(id));
+                    }
+                    Todo::Nothing => {}
+                },
+                Heard::Gone(reason) => {
+                    self.replace_keeper(tracker, place, &reason);
+                    return;
+                }
+            }
+        }
+        if let Some(id) = tracker.late() {
+            keepers.ask_all(|peer| peer.abandon(id));
+        }
+        if let Some((step, written)) = self.disk.ended(keepers) {
+            match written {
+                Ok(path) => tracing::info!("checkpoint {}", path.display()),
+                Err(error) => {
+                    self.unwritten = Some(anyhow!("no checkpoint at step {step}: {error:#}"));
+                    if self.ranks.running() > 0 {
+                        eprintln!("warning: no checkpoint at step {step}: {error:#}; training goes on");
+                    }
+                }
+            }
+        }
+        if let Some(newest) = tracker.newest {
+            let holder = |rank: usize| tracker.topology.node_of(rank).unwrap_or(0);
+            let holders: Vec<usize> = (0..tracker.topology.ranks()).map(holder).collect();
+            self.disk.begin(keepers, newest, &holders);
+        }
+    }
+
+    /// A keeper is gone. If its ranks live, another takes its place and training goes on; otherwise the node is lost, which the
+    /// ranks' end will tell.
+    fn replace_keeper(&mut self, tracker: &mut Tracker, place: usize, reason: &str) {
+        std::thread::sleep(SETTLING / 4);
+        let Some(keepers) = &mut self.keepers else { return };
+        if !self.ranks.failed().is_empty() || self.ranks.running() == 0 || keepers.is_alive(place) {
+            return;
+        }
+        eprintln!("warning: the keeper of node {place} is gone ({reason}); another is started, and training goes on");
+        let given_up = tracker.give_up();
+        self.disk.forget();
+        let replaced = keepers.restart(place).and_then(|()| {
+            tracker.topology.nodes.iter_mut().zip(keepers.addresses()).for_each(|(node, address)| node.address = address);
+            given_up.iter().for_each(|&id| keepers.ask_all(|peer| peer.abandon(id)));
+            keepers.set_up(&tracker.topology);
+            self.register.as_mut().map_or(Ok(()), |register| keepers.save(register))
+        });
+        if let Err(error) = replaced {
+            eprintln!("warning: {error:#}; there are no snapshots on node {place}");
+        }
+    }
+
+    fn hung(&self, tracker: &Tracker) -> Option<Failure> {
+        let silence = Duration::from_secs_f64(self.config.restart.heartbeat_timeout_s);
+        let brief = if let Some(rank) = tracker.hung(silence) {
+            format!("rank {rank} failed: it hangs (no sign of life for {:.1} s)", silence.as_secs_f64())
+        } else if let Some(still) = tracker.stuck(self.config.restart.step_timeout_s) {
+            format!("the run hangs: no rank got on for {:.0} s after step {}", still.as_secs_f64(), tracker.step)
+        } else {
+            return None;
+        };
+        Some(Failure { cause: Cause::Fault, full: brief.clone(), brief })
+    }
+
+    /// The failure that came first.
+    fn explain(&mut self, mut failed: Vec<Failed>) -> Failure {
+        // A rank that was killed is the reason; ranks that failed by themselves may not have been the first.
+        if !failed.iter().any(|failed| failed.status.signal().is_some()) {
+            std::thread::sleep(SETTLING);
+            failed = self.ranks.failed();
+        }
+        let Some(first) = first_cause(&failed) else {
+            let brief = "a rank failed without a word".to_string();
+            return Failure { cause: Cause::Fault, full: brief.clone(), brief };
+        };
+        let kind = first.report.as_ref().map(|report| report.kind.clone());
+        let cause = match kind.filter(|_| first.status.signal().is_none()) {
+            Some(FailureKind::Diverged { step }) => Cause::Diverged { step },
+            Some(FailureKind::Own { steps: 0 }) => Cause::Hopeless,
+            _ => Cause::Fault,
+        };
+        let reason = first.reason();
+        let reason = reason.lines().next().unwrap_or_default();
+        Failure { cause, brief: format!("rank {} failed: {reason}", first.rank), full: first.explain(self.dir) }
+    }
+
+    /// Puts keepers where nodes were lost, or takes the nodes out; what ranks go on from.
+    fn recover(&mut self, older: usize) -> Result<Restored> {
+        self.disk.forget();
+        let lost = self.mend_nodes()?;
+        let Some(keepers) = &mut self.keepers else { return Ok(Restored { snapshot: None, said: String::new() }) };
+        let mut restored = recover(keepers, older, &self.checkpoints);
+        if !lost.is_empty() {
+            restored.said = format!("{lost}; {}", restored.said);
+        }
+        Ok(restored)
+    }
+
+    /// What became of lost nodes, in words; nothing where none is.
+    fn mend_nodes(&mut self) -> Result<String> {
+        let Some(keepers) = &mut self.keepers else { return Ok(String::new()) };
+        let lost: Vec<usize> = (0..keepers.nodes).filter(|&node| !keepers.is_alive(node)).collect();
+        if lost.is_empty() {
+            return Ok(String::new());
+        }
+        let names = lost.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+        let spares = keepers.members.len() - keepers.nodes;
+        if spares < lost.len() && self.config.restart.without_spare == WithoutSpare::Shrink {
+            let left = self.size - lost.iter().map(|&node| self.config.nodes(self.size)[node].len()).sum::<usize>();
+            if let Some(size) = largest_layout(self.config, left) {
+                let nodes = self.config.nodes(size).len();
+                let surplus: Vec<usize> = (0..keepers.nodes).filter(|node| !lost.contains(node)).skip(nodes).collect();
+                keepers.remove(&lost);
+                // Keepers without ranks still have what was in their memory.
+                keepers.nodes = nodes;
+                self.size = size;
+                let spare = if surplus.is_empty() { "" } else { ", others idle" };
+                return Ok(format!("node {names} is lost: going on with {size} ranks{spare}, the same global batch"));
+            }
+        }
+        let mut by_spare = 0;
+        for &node in &lost {
+            by_spare += usize::from(keepers.replace(node)?);
+        }
+        let how = match by_spare {
+            0 => "its ranks start anew in its place".to_string(),
+            _ => format!("{by_spare} spare node{} took over", if by_spare == 1 { "" } else { "s" }),
+        };
+        Ok(format!("node {names} is lost: {how}"))
+    }
+
+    /// The ranks are done: what they left is made complete and written.
+    fn finish(&mut self, tracker: &mut Tracker) {
+        let deadline = Instant::now() + Duration::from_secs(self.config.run.timeout_s.max(60));
+        self.unwritten = None;
+        while self.keepers.is_some() {
+            self.listen(tracker, TICK);
+            let Some(keepers) = &mut self.keepers else { break };
+            let newest = look(keepers).0.first().map(|candidate| candidate.snapshot.id);
+            let whole = newest.is_none_or(|id| id.generation < self.generation || tracker.newest >= Some(id));
+            if whole && self.disk.is_idle() {
+                break;
+            }
+            // A disk that is slow is waited for, a snapshot that does not become complete is not.
+            if !whole && Instant::now() > deadline {
+                self.unwritten = Some(anyhow!("the last snapshot did not become complete"));
+                break;
+            }
+        }
+        if self.unwritten.is_some() {
+            let error = self.unwritten.take();
+            self.unwritten = error.map(|error| {
+                anyhow!("{error:#}\n  the state is still in memory: make room and start the same command again")
+            });
+            return;
+        }
+        if let Some(keepers) = self.keepers.take() {
+            if let (Some(_), Some(path)) = (tracker.newest, newest_checkpoint(&self.checkpoints)) {
+                eprintln!("checkpoint {}", path.display());
+            }
+            keepers.stop();
+        }
+    }
+
+    /// Nothing that is only in memory is lost when a run is given up: the newest snapshot becomes a checkpoint, unless there
+    /// is a newer one. Which step.
+    fn rescue(&mut self) -> Option<u64> {
+        let mut keepers = self.keepers.take()?;
+        let (found, places) = look(&mut keepers);
+        let on_disk = newest_checkpoint(&self.checkpoints).and_then(|path| checkpoint::Checkpoint::open(&path).ok());
+        let on_disk = on_disk.map_or(0, |checkpoint| checkpoint.manifest().step);
+        drop(places);
+        let newest: Option<SnapshotId> = found.first().map(|candidate| candidate.snapshot.id);
+        if newest.is_none_or(|id| id.step <= on_disk) {
+            keepers.stop();
+            return None;
+        }
+        let restored = recover(&mut keepers, 0, &self.checkpoints);
+        let (id, _) = restored.snapshot?;
+        let (found, places) = look(&mut keepers);
+        let candidate = found.into_iter().find(|candidate| candidate.snapshot.id == id)?;
+        let holders: Option<Vec<usize>> = candidate.holders.iter().map(|holder| Some(places[(*holder)?])).collect();
+        self.disk.forget();
+        self.disk.is_due(id);
+        self.disk.begin(&mut keepers, id, &holders?);
+        loop {
+            match self.disk.ended(&mut keepers) {
+                None => std::thread::sleep(TICK),
+                Some((step, Ok(_))) => {
+                    keepers.stop();
+                    return Some(step);
+                }
+                Some((step, Err(error))) => {
+                    eprintln!("warning: step {step} is only in memory, and cannot be written: {error:#}");
+                    return None;
+                }
+            }
+        }
+    }
+}
+
+fn newest_checkpoint(root: &Path) -> Option<PathBuf> {
+    checkpoint::list(root).ok()?.into_iter().next()
+}
+
+/// The most ranks, at most `left`, that the configuration can run on.
+fn largest_layout(config: &Config, left: usize) -> Option<usize> {
+    let mut config = config.clone();
+    // How they protect one another is decided anew.
+    config.snapshot.redundancy = trainer::config::RedundancyConfig::None;
+    (1..=left).rev().find(|&ranks| config.problems(ranks).is_empty())
+}

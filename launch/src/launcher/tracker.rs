@@ -1,0 +1,138 @@
+//! What keepers report: which snapshots become complete, and whether ranks get on.
+
+use checkpoint::keeper::{Event, PartInfo, RankPulse, Snapshot, SnapshotId, Topology};
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+/// A snapshot that is not complete after this time never will be.
+const LATE: Duration = Duration::from_secs(60);
+
+#[derive(Default)]
+struct Pending {
+    parts: BTreeMap<usize, PartInfo>,
+    protected: BTreeSet<usize>,
+    durable: bool,
+}
+
+/// One generation's snapshots and ranks.
+pub(super) struct Tracker {
+    pub(super) topology: Topology,
+    pending: BTreeMap<SnapshotId, (Pending, Instant)>,
+    /// The newest complete snapshot.
+    pub(super) newest: Option<SnapshotId>,
+    ranks: BTreeMap<usize, (RankPulse, Instant)>,
+    /// When some rank last got on, and how far.
+    moved: (Instant, u64),
+    longest: Duration,
+    /// Steps done.
+    pub(super) step: u64,
+}
+
+/// What is to be done about an event.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Todo {
+    /// Tell all keepers; and write it to disk.
+    Commit(Snapshot, bool),
+    Abandon(SnapshotId, String),
+    Nothing,
+}
+
+impl Tracker {
+    pub(super) fn new(topology: Topology) -> Tracker {
+        Tracker {
+            topology,
+            pending: BTreeMap::new(),
+            newest: None,
+            ranks: BTreeMap::new(),
+            moved: (Instant::now(), 0),
+            longest: Duration::ZERO,
+            step: 0,
+        }
+    }
+
+    /// Takes an event of the keeper of `node` into account.
+    pub(super) fn hear(&mut self, node: usize, event: Event) -> Todo {
+        let id = match event {
+            Event::Pulse { ranks } => {
+                self.pulse(ranks);
+                return Todo::Nothing;
+            }
+            Event::Complete { id, .. } | Event::Protected { id } | Event::Unprotected { id, .. } => id,
+        };
+        // Of an earlier generation, or given up.
+        if id.generation != self.topology.generation || self.newest >= Some(id) {
+            return Todo::Nothing;
+        }
+        let (pending, _) = self.pending.entry(id).or_insert_with(|| (Pending::default(), Instant::now()));
+        match event {
+            Event::Complete { part, durable, .. } => {
+                pending.durable |= durable;
+                pending.parts.insert(part.rank, part);
+            }
+            Event::Protected { .. } => {
+                pending.protected.insert(node);
+            }
+            Event::Unprotected { reason, .. } => {
+                self.pending.remove(&id);
+                return Todo::Abandon(id, reason);
+            }
+            Event::Pulse { .. } => unreachable!("handled above"),
+        }
+        let complete = pending.parts.len() == self.topology.ranks();
+        if !complete || pending.protected.len() < self.topology.nodes.len() {
+            return Todo::Nothing;
+        }
+        let Some((pending, _)) = self.pending.remove(&id) else { return Todo::Nothing };
+        self.newest = Some(id);
+        let parts = pending.parts.into_values().collect();
+        Todo::Commit(Snapshot { id, topology: self.topology.clone(), parts }, pending.durable)
+    }
+
+    /// A snapshot for which a rank or a keeper has taken too long.
+    pub(super) fn late(&mut self) -> Option<SnapshotId> {
+        let late = self.pending.iter().find(|(_, (_, since))| since.elapsed() > LATE).map(|(&id, _)| id)?;
+        self.pending.remove(&late);
+        Some(late)
+    }
+
+    /// None that was begun will be complete: their ids.
+    pub(super) fn give_up(&mut self) -> Vec<SnapshotId> {
+        std::mem::take(&mut self.pending).into_keys().collect()
+    }
+
+    fn pulse(&mut self, ranks: Vec<RankPulse>) {
+        let now = Instant::now();
+        for rank in ranks {
+            self.step = self.step.max(rank.step);
+            self.ranks.insert(rank.rank, (rank, now));
+        }
+        let progress = self.ranks.values().map(|(rank, _)| rank.progress).sum();
+        if progress != self.moved.1 {
+            if self.moved.1 > 0 {
+                self.longest = self.longest.max(self.moved.0.elapsed());
+            }
+            self.moved = (now, progress);
+        }
+    }
+
+    /// A rank that was heard of, and has said nothing for `silence`.
+    pub(super) fn hung(&self, silence: Duration) -> Option<usize> {
+        let silent = |(rank, at): &(RankPulse, Instant)| {
+            // Its keeper still speaks of it: a rank that has ended is the launcher's own to notice.
+            at.elapsed() < Duration::from_secs(1) && Duration::from_millis(rank.silent_ms) > silence
+        };
+        // The one that is silent for longest was the first.
+        let silent = self.ranks.values().filter(|rank| silent(rank));
+        silent.max_by_key(|(rank, _)| rank.silent_ms).map(|(rank, _)| rank.rank)
+    }
+
+    /// For how long no rank has got on, if that is too long.
+    pub(super) fn stuck(&self, limit: Option<f64>) -> Option<Duration> {
+        let limit = match limit {
+            Some(seconds) => Duration::from_secs_f64(seconds),
+            None => Duration::from_secs(60).max(10 * self.longest),
+        };
+        let still = self.moved.0.elapsed();
+        (self.moved.1 > 0 && still > limit).then_some(still)
+    }
+}
