@@ -20,6 +20,7 @@ mod place;
 mod plan;
 mod read;
 mod stripes;
+pub mod survival;
 mod write;
 
 pub use code::{Code, xor};

@@ -231,17 +231,17 @@ fn a_flipped_bit_is_found_and_mended_and_two_losses_are_mended_around_it() {
     let id = SnapshotId { generation: 1, step: 3 };
     let snapshot = snapshot(&cluster, &topology, &mut ranks, &events, id);
     cluster.peer(2).inject(Fault::Corrupt { rank: 2, at: 2100 }).unwrap();
-    let bad = cluster.peer(2).verify(id).unwrap();
+    let bad = cluster.peer(2).verify(id).unwrap().chunks;
     assert_eq!(bad, [(2, 2)]);
     let sources: Vec<_> = cluster.addresses.iter().map(|&address| Some(address)).collect();
     let rebuild = |chunks| Rebuild { snapshot: snapshot.clone(), rank: 2, chunks, sources: sources.clone() };
     cluster.peer(2).rebuild(rebuild(Some(vec![2]))).unwrap();
-    assert!(cluster.peer(2).verify(id).unwrap().is_empty());
+    assert!(cluster.peer(2).verify(id).unwrap().chunks.is_empty());
     // A damaged chunk elsewhere in the stripe counts as one more loss.
     cluster.peer(3).inject(Fault::Corrupt { rank: 3, at: 2100 }).unwrap();
     let left = [0, 1, 3, 4];
     let found = candidates(&inventories(&cluster, &left));
-    let bad = cluster.peer(3).verify(id).unwrap();
+    let bad = cluster.peer(3).verify(id).unwrap().chunks;
     let mut with_hole: Vec<_> = sources.clone();
     with_hole[2] = None;
     let mend = Rebuild { chunks: Some(vec![bad[0].1]), rank: 3, sources: with_hole, snapshot: snapshot.clone() };

@@ -29,6 +29,11 @@ pub(crate) enum Command {
     /// Look at what a run did
     #[command(subcommand)]
     Inspect(InspectCommand),
+    /// Snapshots in memory: what is there, and whether it is right
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
+    /// Make faults on purpose in a run that is going on, and measure how it recovers
+    Chaos(ChaosArgs),
     /// The processes that keep snapshots in memory
     #[command(subcommand)]
     Keeper(KeeperCommand),
@@ -44,6 +49,49 @@ pub(crate) enum KeeperCommand {
     Serve,
     /// Stop the keepers that a killed launcher left, and forget what is in their memory
     Stop(RunArgs),
+}
+
+#[derive(Subcommand)]
+pub(crate) enum SnapshotCommand {
+    /// Say what the keepers have
+    Status(SnapshotStatusArgs),
+    /// Check every checksum
+    Verify(RunArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct SnapshotStatusArgs {
+    /// The run's folder
+    #[arg(value_name = "RUN")]
+    pub(crate) run: PathBuf,
+    /// Print all that the keepers say, as JSON lines
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct ChaosArgs {
+    /// The run's folder
+    #[arg(value_name = "RUN")]
+    pub(crate) run: PathBuf,
+    /// Decides kinds, targets and moments
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// How many faults
+    #[arg(long, default_value_t = 10)]
+    pub(crate) faults: usize,
+    /// Which kinds, at random
+    #[arg(long, value_delimiter = ',', default_value = "kill")]
+    pub(crate) kinds: Vec<crate::chaos::Kind>,
+    /// Steps between faults, in the mean
+    #[arg(long, default_value_t = 5)]
+    pub(crate) gap: u64,
+    /// The time of a step, in milliseconds: a fault comes at any moment of it
+    #[arg(long, default_value_t = 20)]
+    pub(crate) step_ms: u64,
+    /// Give up when the run does not get on for so long
+    #[arg(long, default_value_t = 60)]
+    pub(crate) patience_s: u64,
 }
 
 /// A run.
@@ -88,6 +136,45 @@ pub(crate) enum PlanCommand {
     Schedule(ScheduleArgs),
     /// Say who sits where and what each rank's memory will hold
     Mesh(MeshArgs),
+    /// Say how likely it is that snapshots in memory survive
+    Survival(SurvivalArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct SurvivalArgs {
+    /// Nodes of the run
+    #[arg(long, default_value_t = 128)]
+    pub(crate) nodes: usize,
+    /// Mean time between failures of one node, in hours
+    #[arg(long, default_value_t = 1622.0, value_name = "HOURS")]
+    pub(crate) mtbf_h: f64,
+    /// Shape of the Weibull distribution of a node's life; 1: failures come at any age alike
+    #[arg(long, default_value_t = 1.0)]
+    pub(crate) shape: f64,
+    /// Seconds until what a lost node had is protected again
+    #[arg(long, default_value_t = 600.0, value_name = "SECONDS")]
+    pub(crate) window_s: f64,
+    /// Length of the run
+    #[arg(long, default_value_t = 30.0, value_name = "DAYS")]
+    pub(crate) days: f64,
+    /// Nodes of data in a group, at most; may be given many times, each with every --parity
+    #[arg(long, value_delimiter = ',', default_value = "4,7")]
+    pub(crate) data: Vec<usize>,
+    /// Nodes of a group that may be lost
+    #[arg(long, value_delimiter = ',', default_value = "1,2")]
+    pub(crate) parity: Vec<usize>,
+    /// Seconds between snapshots
+    #[arg(long, default_value_t = 60.0, value_name = "SECONDS")]
+    pub(crate) interval_s: f64,
+    /// Seconds from a failure to the next step
+    #[arg(long, default_value_t = 10.0, value_name = "SECONDS")]
+    pub(crate) restart_s: f64,
+    /// Simulate so many windows beside the formula
+    #[arg(long, default_value_t = 0, value_name = "TRIALS")]
+    pub(crate) simulate: u64,
+    /// Decides the simulation
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
 }
 
 #[derive(Args)]

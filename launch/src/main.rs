@@ -4,6 +4,7 @@
 //! launcher.
 
 mod bench;
+mod chaos;
 mod cli;
 mod config_file;
 mod environment;
@@ -16,9 +17,11 @@ mod prepare;
 mod progress;
 mod rank;
 mod register;
+mod snapshot;
+mod survival;
 
 use clap::Parser;
-use cli::{BenchCommand, Cli, Command, ConfigCommand, DataCommand, InspectCommand, KeeperCommand, PlanCommand};
+use cli::{BenchCommand, Cli, Command, ConfigCommand, DataCommand, InspectCommand, KeeperCommand, PlanCommand, SnapshotCommand};
 use signal_hook::consts::SIGPIPE;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -38,6 +41,10 @@ fn main() -> ExitCode {
         Command::Plan(PlanCommand::Schedule(args)) => plan::schedule(&args),
         Command::Plan(PlanCommand::Mesh(args)) => plan::mesh(&args),
         Command::Inspect(InspectCommand::Routing(args)) => inspect::routing::run(&args),
+        Command::Plan(PlanCommand::Survival(args)) => survival::run(&args),
+        Command::Snapshot(SnapshotCommand::Status(args)) => snapshot::status(&args),
+        Command::Snapshot(SnapshotCommand::Verify(args)) => snapshot::verify(&args),
+        Command::Chaos(args) => chaos::run(&args),
         Command::Keeper(KeeperCommand::Serve) => keeper::serve(),
         Command::Keeper(KeeperCommand::Stop(args)) => keeper::stop(&args),
         Command::Bench(BenchCommand::Step(args)) => bench::step::run(args),

@@ -1,7 +1,7 @@
 //! Asking a keeper for something.
 
 use super::serve::PATIENCE;
-use super::{Error, Event, Fault, Inventory, Reply, Request, Secret, Snapshot, SnapshotId, Status, Topology, recover, wire};
+use super::{Damage, Error, Event, Fault, Inventory, Reply, Request, Secret, Snapshot, SnapshotId, Status, Topology, recover, wire};
 use crate::Shard;
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpStream};
@@ -108,13 +108,13 @@ impl Peer {
         self.order(&Request::Keep { snapshot: snapshot.cloned(), holders: holders.to_vec() })
     }
 
-    /// Rank and number of each chunk of a snapshot here that is damaged.
+    /// What of a snapshot here is damaged.
     ///
     /// # Errors
     /// As [`Peer::set_up`].
-    pub fn verify(&mut self, id: SnapshotId) -> Result<Vec<(usize, u64)>, Error> {
+    pub fn verify(&mut self, id: SnapshotId) -> Result<Damage, Error> {
         match self.ask(&Request::Verify(id))? {
-            Reply::Bad(bad) => Ok(bad),
+            Reply::Damage(damage) => Ok(damage),
             other => Err(unexpected(&other)),
         }
     }

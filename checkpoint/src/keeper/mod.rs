@@ -183,6 +183,15 @@ pub enum Event {
     },
 }
 
+/// What is not what it was.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Damage {
+    /// Rank and number of each chunk of a part.
+    pub chunks: Vec<(usize, u64)>,
+    /// Parities.
+    pub parities: u64,
+}
+
 /// What people want to know of a keeper.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
@@ -227,6 +236,11 @@ pub enum Fault {
         rank: usize,
         /// Which byte, modulo its length.
         at: u64,
+    },
+    /// Makes the first values of a rank's newest complete part be not a number, with checksums that fit: whole, and of no use.
+    Poison {
+        /// The rank.
+        rank: usize,
     },
     /// All ranks of the node and the keeper itself, at once.
     KillNode,
@@ -279,8 +293,7 @@ pub(crate) enum Reply {
     Refused(String),
     Inventory(Inventory),
     Status(Status),
-    /// Chunks that are damaged, by rank.
-    Bad(Vec<(usize, u64)>),
+    Damage(Damage),
     Length(u64),
     Bytes(#[serde(with = "serde_bytes")] Vec<u8>),
     Shards(Vec<Shard>),

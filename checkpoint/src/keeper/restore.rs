@@ -1,9 +1,9 @@
 //! What ranks need to go on: parts that are checked, rebuilt, and brought from other nodes.
 
-use super::protect::{chunk_len, stripe_len};
+use super::protect::{chunk_len, chunk_size, stripe_len};
 use super::recover::Rebuild;
 use super::serve::Keeper;
-use super::{Error, Reply, Request, Snapshot, SnapshotId};
+use super::{Damage, Error, Reply, Request, Snapshot, SnapshotId};
 use crate::code::Code;
 use crate::memory::Region;
 use std::net::SocketAddr;
@@ -12,15 +12,13 @@ use std::sync::Arc;
 /// Chunks that are asked for ahead.
 const WINDOW: u64 = 8;
 
-/// Rank and number of each chunk of a snapshot's parts here whose checksum is not what it was.
-pub(crate) fn damaged(keeper: &Keeper, id: SnapshotId) -> Result<Vec<(usize, u64)>, Error> {
-    let (ranks, size) = {
+/// What of a snapshot here has another checksum than it had.
+pub(crate) fn damaged(keeper: &Keeper, id: SnapshotId) -> Result<Damage, Error> {
+    let size = chunk_size(keeper, id)?;
+    let ranks: Vec<usize> = {
         let state = keeper.lock();
         let parts = state.slots.slots.iter().filter_map(|slot| slot.part.as_ref());
-        let ranks: Vec<usize> = parts.filter(|part| part.id == id && part.is_complete()).map(|p| p.info.rank).collect();
-        let topology = state.complete.get(&id).map(|snapshot| snapshot.topology.chunk);
-        let size = topology.or_else(|| state.seats.get(&id.generation).map(|(topology, _)| topology.chunk));
-        (ranks, size.ok_or_else(|| Error::Refused("that generation is not known here".into()))?)
+        parts.filter(|part| part.id == id && part.is_complete()).map(|part| part.info.rank).collect()
     };
     let mut bad = Vec::new();
     for rank in ranks {
@@ -35,7 +33,39 @@ pub(crate) fn damaged(keeper: &Keeper, id: SnapshotId) -> Result<Vec<(usize, u64
             }
         })?;
     }
-    Ok(bad)
+    let state = keeper.lock();
+    let parities = state.parity.get(&id).into_iter().flat_map(|parity| parity.values());
+    let parities = parities.filter(|(bytes, crc)| crc32c::crc32c(bytes) != *crc).count() as u64;
+    Ok(Damage { chunks: bad, parities })
+}
+
+/// Spoils a rank's newest complete part without breaking it: see [`super::Fault::Poison`].
+pub(crate) fn poison(keeper: &Keeper, rank: usize) -> Result<(), Error> {
+    let newest = keeper.lock().slots.newest;
+    let id = newest.ok_or_else(|| Error::Refused("there is no complete snapshot here".into()))?;
+    let (start, size) = (own_head(keeper, id, rank)?.len(), chunk_size(keeper, id)?);
+    let crcs = keeper.read(id, rank, u64::MAX, |region, info| {
+        let end = (start + 256).min(info.bytes as usize) / 4 * 4;
+        for at in (start..end).step_by(4) {
+            region.copy_in(at, &f32::NAN.to_le_bytes());
+        }
+        let crc = |chunk: usize| {
+            let mut bytes = vec![0; chunk_len(info.bytes, size, chunk as u64)];
+            region.copy_out(chunk * size, &mut bytes);
+            crc32c::crc32c(&bytes)
+        };
+        (0..info.crcs.len()).map(crc).collect::<Vec<u32>>()
+    })?;
+    let mut state = keeper.lock();
+    if let Some(slot) = state.slots.find(id, rank)
+        && let Some(part) = &mut state.slots.slots[slot].part
+    {
+        part.info.crcs = crcs.clone();
+    }
+    if let Some(snapshot) = state.complete.get_mut(&id) {
+        snapshot.parts[rank].crcs = crcs;
+    }
+    Ok(())
 }
 
 /// The header of a part here: its length, then itself.

@@ -409,7 +409,7 @@ impl Keeper {
             }
             Request::Verify(id) => {
                 drop(state);
-                return Ok(Reply::Bad(restore::damaged(self, id)?));
+                return Ok(Reply::Damage(restore::damaged(self, id)?));
             }
             Request::Length { id, rank } => {
                 drop(state);
@@ -496,6 +496,10 @@ impl Keeper {
                     state.regions[slot].clone().expect("a slot with a part"),
                 );
                 region.write((at % bytes) as usize, 1, |byte| byte[0] ^= 1 << (at % 8));
+            }
+            Fault::Poison { rank } => {
+                drop(state);
+                restore::poison(self, rank)?;
             }
             Fault::KillNode => {
                 for view in state.ranks.values() {

@@ -70,7 +70,7 @@ fn put_together(keepers: &mut Keepers, candidate: &Candidate, places: &[usize]) 
     let checked = std::thread::scope(|scope| {
         let check = |&holder: &usize| {
             let peer = keepers.long(places[holder]);
-            let handle = scope.spawn(move || Ok::<_, anyhow::Error>((holder, peer?.verify(snapshot.id)?)));
+            let handle = scope.spawn(move || Ok::<_, anyhow::Error>((holder, peer?.verify(snapshot.id)?.chunks)));
             (holder, handle)
         };
         let handles: Vec<_> = holders.iter().map(check).collect();

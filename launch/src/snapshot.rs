@@ -1,0 +1,142 @@
+//! `moerun snapshot`: what is in the memory of a run's keepers, and whether it is right.
+
+use crate::cli::{RunArgs, SnapshotStatusArgs};
+use crate::register::Register;
+use anyhow::{Result, anyhow};
+use checkpoint::keeper::recover::candidates;
+use checkpoint::keeper::{Inventory, Status};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+fn known(run: &Path) -> Result<Register> {
+    Register::load(run)?.ok_or_else(|| {
+        anyhow!("{} has no keepers: they are there while 'moerun train' runs, and after it was killed", run.display())
+    })
+}
+
+/// Each keeper's answer, or why there is none.
+pub(crate) fn ask_all(register: &Register) -> Vec<Result<Status>> {
+    let ask = |number| {
+        let mut peer = register.connect(number, PATIENCE)?;
+        peer.status().map_err(|e| anyhow!("the keeper of node {number}: {e}"))
+    };
+    (0..register.keepers.len()).map(ask).collect()
+}
+
+fn mib(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / 1048576.0)
+}
+
+pub(crate) fn status(args: &SnapshotStatusArgs) -> Result<ExitCode> {
+    let register = known(&args.run)?;
+    let answers = ask_all(&register);
+    if args.json {
+        for (node, answer) in answers.iter().enumerate() {
+            let line = match answer {
+                Ok(status) => serde_json::json!({"node": node, "status": status}),
+                Err(error) => serde_json::json!({"node": node, "error": error.to_string()}),
+            };
+            println!("{line}");
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let nodes = register.keepers.len() - register.spares;
+    println!("attempt {}; {nodes} nodes, {} spare", register.generation, register.spares);
+    for (node, answer) in answers.iter().enumerate() {
+        let spare = if node >= nodes { " (spare)" } else { "" };
+        match answer {
+            Ok(status) => {
+                println!(
+                    "node {node}{spare}: keeper is process {} at {}; slots {}, parity {}; {} snapshots skipped; {:.1} s of coding",
+                    status.pid,
+                    register.keepers[node].address,
+                    mib(status.slot_bytes),
+                    mib(status.parity_bytes),
+                    status.skipped,
+                    status.coding_ms as f64 / 1e3
+                );
+                for rank in &status.ranks {
+                    println!(
+                        "  rank {}: process {}, step {}, heard of {} ms ago",
+                        rank.rank, rank.pid, rank.step, rank.silent_ms
+                    );
+                }
+            }
+            Err(error) => println!("node {node}{spare}: {error:#}"),
+        }
+    }
+    let inventories: Vec<Inventory> = answers.iter().flatten().map(|status| status.inventory.clone()).collect();
+    let found = candidates(&inventories);
+    if found.is_empty() {
+        println!("no snapshot can be put together");
+    }
+    for candidate in found {
+        let snapshot = &candidate.snapshot;
+        let bytes: u64 = snapshot.parts.iter().map(|part| part.bytes).sum();
+        let protected = inventories.iter().filter(|inventory| inventory.protected.contains(&snapshot.id)).count();
+        let lost = match candidate.lost().as_slice() {
+            [] => String::new(),
+            lost => format!("; parts of nodes {lost:?} would be rebuilt"),
+        };
+        println!(
+            "snapshot of step {} (attempt {}): {} parts, {}; {}, parity on {protected} of {} nodes{lost}",
+            snapshot.id.step,
+            snapshot.id.generation,
+            snapshot.parts.len(),
+            mib(bytes),
+            snapshot.topology.redundancy,
+            snapshot.topology.nodes.len(),
+        );
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) fn verify(args: &RunArgs) -> Result<ExitCode> {
+    let register = known(&args.run)?;
+    let inventories: Vec<(usize, Inventory)> = ask_all(&register)
+        .into_iter()
+        .enumerate()
+        .filter_map(|(node, answer)| match answer {
+            Ok(status) => Some((node, status.inventory)),
+            Err(error) => {
+                println!("{error:#}");
+                None
+            }
+        })
+        .collect();
+    let found = candidates(&inventories.iter().map(|(_, inventory)| inventory.clone()).collect::<Vec<_>>());
+    let mut damaged = found.is_empty();
+    for candidate in &found {
+        let id = candidate.snapshot.id;
+        let (mut chunks, mut bad) = (0, 0);
+        for (node, inventory) in &inventories {
+            let here = inventory.parts.iter().filter(|(other, _)| *other == id);
+            chunks += here.map(|(_, part)| part.crcs.len()).sum::<usize>();
+            let damage = register.connect(*node, Duration::from_secs(3600))?.verify(id);
+            let damage = match damage {
+                Ok(damage) => damage,
+                // It has been written over since: the run goes on.
+                Err(error) => {
+                    println!("step {}, node {node}: {error}", id.step);
+                    continue;
+                }
+            };
+            for (rank, chunk) in &damage.chunks {
+                println!("step {}: chunk {chunk} of rank {rank}'s part on node {node} is damaged", id.step);
+            }
+            if damage.parities > 0 {
+                println!("step {}: {} parities on node {node} are damaged", id.step, damage.parities);
+            }
+            bad += damage.chunks.len() as u64 + damage.parities;
+        }
+        println!("snapshot of step {} (attempt {}): {chunks} chunks checked, {bad} damaged", id.step, id.generation);
+        damaged |= bad > 0;
+    }
+    if found.is_empty() {
+        println!("no snapshot can be put together");
+    }
+    Ok(if damaged { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
