@@ -2,61 +2,12 @@
 
 mod fixture;
 
-use fixture::{Experiment, finish, finish_child, text};
-use serde_json::Value;
+use fixture::{
+    Experiment, curve, finish, finish_child, rank_process, signal, start, steps_done, text, wait_for_step,
+};
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant, SystemTime};
-
-/// The lines of metrics.jsonl without the figures that depend on the clock.
-fn curve(experiment: &Experiment, run: &str) -> Vec<Value> {
-    let path = experiment.path(run).join("metrics.jsonl");
-    let lines = std::fs::read_to_string(path).unwrap_or_default();
-    let parsed = lines.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    parsed
-        .map(|mut line| {
-            for timed in [
-                "tokens_per_s",
-                "step_ms",
-                "rank_peak_memory",
-                "rank_peak_resident",
-                "rank_waiting",
-                "rank_pass_ms",
-                "plan_ms",
-            ] {
-                line.as_object_mut().unwrap().remove(timed);
-            }
-            line
-        })
-        .collect()
-}
-
-fn steps_done(experiment: &Experiment, run: &str) -> u64 {
-    curve(experiment, run).last().map_or(0, |line| line["step"].as_u64().unwrap())
-}
-
-fn wait_for_step(experiment: &Experiment, run: &str, step: u64) {
-    let started = Instant::now();
-    while steps_done(experiment, run) < step {
-        assert!(started.elapsed() < fixture::PATIENCE, "step {step} did not come");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-fn start(command: &mut Command) -> Child {
-    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
-}
-
-fn signal(pid: &str, name: &str) {
-    assert!(Command::new("kill").args([&format!("-{name}"), pid]).status().unwrap().success());
-}
-
-/// The process ids of the ranks, by their log's name on standard output.
-fn rank_process(experiment: &Experiment, rank: usize) -> String {
-    let log = experiment.path("run/logs").join(format!("rank-{rank}.log"));
-    let writes = |pid: &String| std::fs::read_link(format!("/proc/{pid}/fd/1")).is_ok_and(|target| target == log);
-    experiment.processes().into_iter().find(writes).expect("the rank runs")
-}
+use std::process::{Child, Command};
+use std::time::SystemTime;
 
 #[test]
 fn killed_at_any_moment_it_goes_on_to_the_bit() {
@@ -74,7 +25,12 @@ fn killed_at_any_moment_it_goes_on_to_the_bit() {
         wait_for_step(&experiment, "broken", step);
         launcher.kill().unwrap();
         launcher.wait().unwrap();
-        experiment.assert_no_orphans();
+        experiment.assert_only_keepers();
+        // Without what is in memory, a checkpoint is all there is.
+        if part == 1 {
+            assert!(finish(&mut experiment.moerun(&["keeper", "stop", "broken"])).status.success());
+            experiment.assert_no_orphans();
+        }
     }
     let resumed = finish(&mut experiment.train(4, &[steps, "run.dir=broken"]));
     assert!(resumed.status.success(), "{}", text(&resumed));
@@ -87,14 +43,15 @@ fn killed_at_any_moment_it_goes_on_to_the_bit() {
 #[test]
 fn a_killed_rank_ends_the_run_by_name_and_leaves_no_orphan() {
     let experiment = Experiment::new();
-    let launcher = start(&mut experiment.train(4, &["train.steps=100000", "checkpoint.every=0"]));
+    let launcher = start(&mut experiment.train(4, &["train.steps=100000", "checkpoint.every=0", "restart.max_restarts=0"]));
     wait_for_step(&experiment, "run", 3);
     signal(&rank_process(&experiment, 2), "KILL");
     let output = finish_child(launcher);
     assert!(!output.status.success());
     let said = text(&output);
+    assert!(said.contains("the state of step"), "what was in memory only is a checkpoint now: {said}");
     assert!(
-        said.trim_end().lines().rev().nth(1).unwrap().starts_with("error: rank 2 failed: it was ended by SIGKILL"),
+        said.trim_end().lines().rev().nth(1).unwrap().starts_with("rank 2 failed: it was ended by SIGKILL"),
         "{said}"
     );
     assert!(said.trim_end().ends_with("rank-2.log"), "{said}");
@@ -104,7 +61,8 @@ fn a_killed_rank_ends_the_run_by_name_and_leaves_no_orphan() {
 #[test]
 fn a_stopped_rank_is_a_timeout_that_names_the_operation() {
     let experiment = Experiment::new();
-    let launcher = start(&mut experiment.train(2, &["train.steps=100000", "run.timeout_s=3", "checkpoint.every=0"]));
+    let changes = ["train.steps=100000", "run.timeout_s=3", "checkpoint.every=0", "restart.max_restarts=0"];
+    let launcher = start(&mut experiment.train(2, &changes));
     wait_for_step(&experiment, "run", 3);
     signal(&rank_process(&experiment, 1), "STOP");
     let output = finish_child(launcher);
@@ -174,7 +132,12 @@ fn a_checkpoint_that_cannot_be_written_does_not_end_the_run() {
     assert!(said.contains("warning: no checkpoint at step 5") && said.contains("training goes on"), "{said}");
     assert_eq!(steps_done(&experiment, "run"), 12);
     // The last one is what the run was for.
-    assert!(!output.status.success() && said.contains("error: rank"), "{said}");
+    assert!(!output.status.success() && said.contains("the state is still in memory"), "{said}");
+    // With room, the same command writes it.
+    std::fs::remove_file(experiment.path("run/checkpoints/step-00000012.writing")).unwrap();
+    let again = finish(&mut experiment.train(2, &["train.steps=12"]));
+    assert!(again.status.success() && text(&again).contains("had step 12 in memory"), "{}", text(&again));
+    assert!(experiment.path("run/checkpoints/step-00000012/manifest.json").exists());
     assert!(experiment.path("run/checkpoints/step-00000010/manifest.json").exists());
 }
 
@@ -196,6 +159,10 @@ fn a_full_disk_loses_nothing_that_was_saved() {
         let checkpoint = checkpoint::Checkpoint::open(path).unwrap();
         (0..checkpoint.manifest().files.len()).all(|file| checkpoint.verify_file(file).is_ok())
     });
+    assert!(said.contains("the state is still in memory"), "{said}");
+    let snapshots = text(&finish(&mut experiment.moerun(&["snapshot", "status", "run"])));
+    assert!(snapshots.contains("snapshot of step 30"), "{snapshots}");
+    assert!(finish(&mut experiment.moerun(&["keeper", "stop", "run"])).status.success());
     let unmounted = Command::new("umount").arg(&disk).status().unwrap().success();
     assert!(unmounted && said.contains("No space left on device") && said.contains("training goes on"), "{said}");
     assert!(!kept.is_empty() && whole, "{kept:?}");

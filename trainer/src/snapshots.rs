@@ -91,8 +91,8 @@ pub(crate) struct Snapshots {
     /// Steps between snapshots, as cost decided; nothing is known at first.
     interval: u64,
     last: Option<u64>,
-    /// Whether the last one is to be written to disk.
-    durable: bool,
+    /// Whether the last one was copied.
+    copied: bool,
     /// A checkpoint was due and there was no slot: for so many steps.
     owed: Option<u64>,
     pub(crate) skipped: u64,
@@ -104,9 +104,15 @@ pub(crate) struct Snapshots {
 struct Open {
     link: Link,
     slots: Vec<SlotMemory>,
-    jobs: Sender<Job>,
+    jobs: Sender<Work>,
     copied: Receiver<Result<f64, String>>,
     copying: bool,
+}
+
+enum Work {
+    Copy(Job),
+    /// Say so when the keeper knows all that was copied before.
+    Sync(Sender<()>),
 }
 
 struct Job {
@@ -130,7 +136,7 @@ impl Snapshots {
             image: None,
             interval: 1,
             last: None,
-            durable: false,
+            copied: false,
             owed: None,
             skipped: 0,
             cost: Cost::default(),
@@ -219,7 +225,6 @@ impl Snapshots {
         let id = SnapshotId { generation: self.access.generation, step };
         let bytes = self.image.as_ref()?.0.bytes();
         let durable = durable || self.owed.is_some();
-        self.durable = durable;
         match self.open.as_mut()?.link.reserve(id, bytes, durable) {
             Ok(slot) => slot,
             Err(error) => {
@@ -244,9 +249,15 @@ impl Snapshots {
         }
     }
 
-    /// Whether the last snapshot was of step `step`, and is to be written to disk.
-    pub(crate) fn is_durable(&self, step: u64) -> bool {
-        self.last == Some(step) && self.durable
+    /// Waits until the snapshot of step `step` is copied and its keeper knows it: whether there is one.
+    pub(crate) fn settle(&mut self, step: u64) -> bool {
+        if self.last != Some(step) || !(self.wait() || self.copied) {
+            return false;
+        }
+        // The keeper answers what the copying thread asks after all that it has reported.
+        let Some(open) = &mut self.open else { return false };
+        let (sender, known) = channel();
+        open.jobs.send(Work::Sync(sender)).is_ok() && known.recv().is_ok()
     }
 
     /// Whether the keeper can be reached.
@@ -268,6 +279,7 @@ impl Snapshots {
         let begun = Instant::now();
         self.owed = None;
         self.last = Some(state.step);
+        self.copied = false;
         let (Some(open), Some((image, holding))) = (&mut self.open, &self.image) else { return Ok(()) };
         let head = image.head(&serde_json::to_value(state).expect("plain data"))?;
         let mut wanted: Vec<Option<Tensor>> = tensors.into_iter().map(Some).collect();
@@ -278,7 +290,7 @@ impl Snapshots {
         tensors.sort_by_key(|(offset, _)| *offset);
         let job = Job { slot, memory: open.slots[slot].clone(), head, tensors, bytes: image.bytes() };
         self.cost.bytes = image.bytes();
-        if open.jobs.send(job).is_ok() {
+        if open.jobs.send(Work::Copy(job)).is_ok() {
             open.copying = true;
         } else {
             self.open = None;
@@ -296,6 +308,7 @@ impl Snapshots {
         match open.copied.recv() {
             Ok(Ok(seconds)) => {
                 self.cost.copy = seconds;
+                self.copied = true;
                 self.cost.stall += begun.elapsed().as_secs_f64();
                 return true;
             }
@@ -332,10 +345,17 @@ struct Worker {
 }
 
 impl Worker {
-    fn run(mut self, jobs: &Receiver<Job>, done: &Sender<Result<f64, String>>) {
+    fn run(mut self, jobs: &Receiver<Work>, done: &Sender<Result<f64, String>>) {
         loop {
             match jobs.recv_timeout(BEAT) {
-                Ok(job) => {
+                Ok(Work::Sync(known)) => {
+                    if self.filler.sync().is_err() {
+                        return;
+                    }
+                    // Its asker waits.
+                    let _ = known.send(());
+                }
+                Ok(Work::Copy(job)) => {
                     let copied = self.copy(job);
                     let failed = copied.is_err();
                     if done.send(copied).is_err() || failed {

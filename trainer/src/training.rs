@@ -62,10 +62,20 @@ pub struct Trainer {
     /// Tokens learned from.
     tokens: u64,
     snapshots: Option<Snapshots>,
+    reserved: Option<Reserved>,
     /// Batches to leave out before a step: one made the loss not finite.
     skips: BTreeMap<u64, u64>,
     /// Seconds of the last step.
     seconds: f64,
+}
+
+/// A slot for the snapshot of a step.
+struct Reserved {
+    slot: Option<usize>,
+    /// Whether every rank has one.
+    by_all: bool,
+    /// Whether a checkpoint is due.
+    checkpoint: bool,
 }
 
 /// What a run goes on from.
@@ -168,6 +178,7 @@ impl Trainer {
             samples: 0,
             tokens: 0,
             snapshots: None,
+            reserved: None,
             skips: BTreeMap::new(),
             seconds: 0.0,
         })
@@ -316,7 +327,8 @@ impl Trainer {
         }
     }
 
-    /// Makes sure that the state of this moment is in the keepers' memory, to be written to disk: whether it is.
+    /// Makes sure that the state of this moment is in the keepers' memory, whose newest the launcher writes to disk at the end:
+    /// whether it is.
     ///
     /// # Collective
     /// All ranks.
@@ -326,7 +338,7 @@ impl Trainer {
             Ok::<f64, Error>(sum_over_ranks(world, &[f64::from(u8::from(fact))])?[0])
         };
         // It may have been due anyway.
-        let copied = snapshots.wait() && snapshots.is_durable(self.step);
+        let copied = snapshots.settle(self.step);
         if sum(&self.world, copied)? as usize == self.world.size() {
             return Ok(true);
         }
@@ -336,7 +348,7 @@ impl Trainer {
             let slot = snapshots.reserve(self.step, true, self.device.as_ref());
             if sum(&self.world, slot.is_none())? == 0.0 {
                 self.take_snapshot(slot.expect("every rank has one"))?;
-                let copied = self.snapshots.as_mut().is_some_and(Snapshots::wait);
+                let copied = self.snapshots.as_mut().is_some_and(|snapshots| snapshots.settle(self.step));
                 return Ok(sum(&self.world, copied)? as usize == self.world.size());
             }
             snapshots.skip(slot, true);
@@ -557,18 +569,7 @@ impl Trainer {
                 snapshots.forget_plan();
             }
         }
-        match slot {
-            Some(slot) if figures[4] == 0.0 => {
-                if self.snapshots.as_ref().is_some_and(Snapshots::needs_plan) {
-                    // Experts have just moved: this slot was for what they were called before.
-                    self.skip_snapshot(Some(slot), checkpoint);
-                } else {
-                    self.take_snapshot(slot)?;
-                }
-            }
-            slot if snapshot => self.skip_snapshot(slot, checkpoint),
-            _ => {}
-        }
+        self.reserved = snapshot.then_some(Reserved { slot, by_all: figures[4] == 0.0, checkpoint });
         let seconds = started.elapsed().as_secs_f64();
         self.seconds = seconds;
         let rows: Vec<&[f64]> = figures[rows_at..own_at].chunks(ranks).collect();
@@ -616,9 +617,18 @@ impl Trainer {
         (every > 0 && step.is_multiple_of(every)) || step == self.config.train.steps
     }
 
-    fn skip_snapshot(&mut self, slot: Option<usize>, checkpoint: bool) {
-        if let Some(snapshots) = &mut self.snapshots {
-            snapshots.skip(slot, checkpoint);
+    /// Takes the snapshot of the last step, for which [`Trainer::train_step`] has reserved slots: after all that the step
+    /// leaves on disk, so that nothing of it is missing when a run goes on from here.
+    fn take_reserved(&mut self) -> Result<(), Error> {
+        let Some(Reserved { slot, by_all, checkpoint }) = self.reserved.take() else { return Ok(()) };
+        let Some(snapshots) = &mut self.snapshots else { return Ok(()) };
+        match slot {
+            // Where experts have just moved, the slot was for what they were called before.
+            Some(slot) if by_all && !snapshots.needs_plan() => self.take_snapshot(slot),
+            slot => {
+                snapshots.skip(slot, checkpoint);
+                Ok(())
+            }
         }
     }
 
@@ -712,6 +722,7 @@ impl Trainer {
                     progress.validation(self.step, loss);
                 }
             }
+            self.take_reserved()?;
             // With keepers, checkpoints are written from their memory while training goes on.
             let written = match &mut self.snapshots {
                 Some(_) if last => self.last_snapshot()?,

@@ -137,6 +137,19 @@ impl Filler {
         wire::send(&mut self.stream, &RankRequest::Filled { slot, upto, crcs })
     }
 
+    /// Waits until the keeper has heard all that was said before.
+    ///
+    /// # Errors
+    /// When the keeper is gone, or does not answer in time.
+    pub fn sync(&mut self) -> Result<(), Error> {
+        self.stream.deadline(Some(STARTING), Some(PATIENCE))?;
+        wire::send(&mut self.stream, &RankRequest::Sync)?;
+        match wire::receive(&mut self.stream)? {
+            RankReply::Welcome => Ok(()),
+            other => Err(unexpected(other)),
+        }
+    }
+
     /// The rank lives, has done `step` steps, and has got on `progress` times.
     ///
     /// # Errors

@@ -314,6 +314,8 @@ pub(crate) enum RankRequest {
     Filled { slot: usize, upto: u64, crcs: Vec<u32> },
     /// It lives, has done so many steps, and got on so often. No reply.
     Beat { step: u64, progress: u64 },
+    /// Has all been heard? [`RankReply::Welcome`].
+    Sync,
     /// The first bytes of a part of the snapshot to restore: [`RankReply::Bytes`].
     Head { rank: usize },
     /// The whole part: [`RankReply::Part`], then a file.

@@ -626,6 +626,10 @@ impl Keeper {
                     (view.step, view.progress) = (view.step.max(step), view.progress.max(progress));
                 }
             }
+            RankRequest::Sync => {
+                drop(state);
+                wire::send(stream, &RankReply::Welcome)?;
+            }
             RankRequest::Head { rank: wanted } => {
                 drop(state);
                 wire::send(stream, &RankReply::Bytes(restore::head(self, wanted)?))?;

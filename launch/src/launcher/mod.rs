@@ -121,7 +121,7 @@ struct Launcher<'a> {
     history: History,
     disk: Disk,
     started: Instant,
-    /// The last checkpoint could not be written.
+    /// Why the last checkpoint that was tried could not be written.
     unwritten: Option<anyhow::Error>,
     stood_by: bool,
 }
@@ -155,14 +155,10 @@ impl<'a> Launcher<'a> {
             let end = self.watch(&mut tracker, signals);
             match end {
                 End::Done => {
-                    self.finish(&mut tracker);
-                    self.ranks.kill_all();
+                    self.finish(&mut tracker)?;
                     let interrupted = signals.count() > 0;
-                    return match self.unwritten.take() {
-                        Some(error) => Err(error),
-                        None if interrupted => Ok(ExitCode::from(128 + signals.last() as u8)),
-                        None => Ok(ExitCode::SUCCESS),
-                    };
+                    let code = if interrupted { ExitCode::from(128 + signals.last() as u8) } else { ExitCode::SUCCESS };
+                    return Ok(code);
                 }
                 End::Killed => {
                     self.ranks.kill_all();
@@ -340,7 +336,7 @@ impl<'a> Launcher<'a> {
                 Ok(path) => tracing::info!("checkpoint {}", path.display()),
                 Err(error) => {
                     self.unwritten = Some(anyhow!("no checkpoint at step {step}: {error:#}"));
-                    if self.ranks.running() > 0 {
+                    if step < self.config.train.steps && self.ranks.running() > 0 {
                         eprintln!("warning: no checkpoint at step {step}: {error:#}; training goes on");
                     }
                 }
@@ -455,29 +451,39 @@ impl<'a> Launcher<'a> {
     }
 
     /// The ranks are done: what they left is made complete and written.
-    fn finish(&mut self, tracker: &mut Tracker) {
-        let deadline = Instant::now() + Duration::from_secs(self.config.run.timeout_s.max(60));
-        self.unwritten = None;
+    ///
+    /// # Errors
+    /// When it cannot be: it is still in the keepers' memory then.
+    fn finish(&mut self, tracker: &mut Tracker) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(self.config.run.timeout_s);
+        let mut tried = false;
         while self.keepers.is_some() {
             self.listen(tracker, TICK);
             let Some(keepers) = &mut self.keepers else { break };
             let newest = look(keepers).0.first().map(|candidate| candidate.snapshot.id);
-            let whole = newest.is_none_or(|id| id.generation < self.generation || tracker.newest >= Some(id));
-            if whole && self.disk.is_idle() {
-                break;
-            }
-            // A disk that is slow is waited for, a snapshot that does not become complete is not.
+            let newest = newest.filter(|id| id.generation == self.generation);
+            let whole = newest.is_none_or(|id| tracker.newest >= Some(id));
             if !whole && Instant::now() > deadline {
-                self.unwritten = Some(anyhow!("the last snapshot did not become complete"));
-                break;
+                return Err(anyhow!("the last snapshot did not become complete; the same command tries again"));
             }
-        }
-        if self.unwritten.is_some() {
-            let error = self.unwritten.take();
-            self.unwritten = error.map(|error| {
-                anyhow!("{error:#}\n  the state is still in memory: make room and start the same command again")
-            });
-            return;
+            if !whole || !self.disk.is_idle() {
+                // A disk that is slow is waited for.
+                continue;
+            }
+            let on_disk = step_on_disk(&self.checkpoints);
+            match newest.filter(|id| on_disk < Some(id.step)) {
+                None => break,
+                Some(id) if !tried => {
+                    tried = true;
+                    self.disk.is_due(id);
+                }
+                Some(_) => {
+                    let why = self.unwritten.take().unwrap_or_else(|| anyhow!("the last checkpoint was not written"));
+                    return Err(anyhow!(
+                        "{why:#}\n  the state is still in memory: make room and start the same command again"
+                    ));
+                }
+            }
         }
         if let Some(keepers) = self.keepers.take() {
             if let (Some(_), Some(path)) = (tracker.newest, newest_checkpoint(&self.checkpoints)) {
@@ -485,18 +491,16 @@ impl<'a> Launcher<'a> {
             }
             keepers.stop();
         }
+        Ok(())
     }
 
     /// Nothing that is only in memory is lost when a run is given up: the newest snapshot becomes a checkpoint, unless there
     /// is a newer one. Which step.
     fn rescue(&mut self) -> Option<u64> {
         let mut keepers = self.keepers.take()?;
-        let (found, places) = look(&mut keepers);
-        let on_disk = newest_checkpoint(&self.checkpoints).and_then(|path| checkpoint::Checkpoint::open(&path).ok());
-        let on_disk = on_disk.map_or(0, |checkpoint| checkpoint.manifest().step);
-        drop(places);
+        let (found, _) = look(&mut keepers);
         let newest: Option<SnapshotId> = found.first().map(|candidate| candidate.snapshot.id);
-        if newest.is_none_or(|id| id.step <= on_disk) {
+        if newest.is_none_or(|id| Some(id.step) <= step_on_disk(&self.checkpoints)) {
             keepers.stop();
             return None;
         }
@@ -526,6 +530,11 @@ impl<'a> Launcher<'a> {
 
 fn newest_checkpoint(root: &Path) -> Option<PathBuf> {
     checkpoint::list(root).ok()?.into_iter().next()
+}
+
+fn step_on_disk(root: &Path) -> Option<u64> {
+    let newest = checkpoint::Checkpoint::open(&newest_checkpoint(root)?).ok()?;
+    Some(newest.manifest().step)
 }
 
 /// The most ranks, at most `left`, that the configuration can run on.
