@@ -87,22 +87,29 @@ impl Code {
     }
 }
 
-/// The XOR of all `sources`, in one pass over memory: accumulators of a few cache lines are filled from every source
-/// before they are stored.
+/// The XOR of all `sources`, in one pass over memory: four at a time into a block of `out` that stays in the first cache.
 pub fn xor(sources: &[&[u8]], out: &mut [u8]) {
-    const LANE: usize = 256;
+    const BLOCK: usize = 4 << 10;
     assert!(sources.iter().all(|source| source.len() == out.len()), "chunks of one length");
-    let whole = out.len() / LANE * LANE;
-    for start in (0..whole).step_by(LANE) {
-        let mut sums = [0u8; LANE];
-        for source in sources {
-            let lane: &[u8; LANE] = source[start..start + LANE].try_into().expect("a lane");
-            sums.iter_mut().zip(lane).for_each(|(sum, byte)| *sum ^= byte);
+    for (index, out) in out.chunks_mut(BLOCK).enumerate() {
+        let len = out.len();
+        out.fill(0);
+        for four in sources.chunks(4) {
+            let part = |number: usize| &four[number][index * BLOCK..][..len];
+            match four.len() {
+                4 => {
+                    let ((a, b), (c, d)) = ((part(0), part(1)), (part(2), part(3)));
+                    let values = a.iter().zip(b).zip(c).zip(d);
+                    out.iter_mut().zip(values).for_each(|(out, (((a, b), c), d))| *out ^= a ^ b ^ c ^ d);
+                }
+                3 => {
+                    let values = part(0).iter().zip(part(1)).zip(part(2));
+                    out.iter_mut().zip(values).for_each(|(out, ((a, b), c))| *out ^= a ^ b ^ c);
+                }
+                2 => out.iter_mut().zip(part(0).iter().zip(part(1))).for_each(|(out, (a, b))| *out ^= a ^ b),
+                _ => out.iter_mut().zip(part(0)).for_each(|(out, a)| *out ^= a),
+            }
         }
-        out[start..start + LANE].copy_from_slice(&sums);
-    }
-    for index in whole..out.len() {
-        out[index] = sources.iter().fold(0, |sum, source| sum ^ source[index]);
     }
 }
 

@@ -237,6 +237,29 @@ pub(crate) enum BenchCommand {
     Memory(MemoryArgs),
     /// A mixture-of-experts layer, or a whole step, whose ranks are loaded unevenly: least-loaded beside standard dispatch
     MoeLayer(MoeLayerArgs),
+    /// Snapshots in memory: what they cost a run, and how fast they are copied and protected
+    Snapshot(SnapshotBenchArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct SnapshotBenchArgs {
+    /// copy, encode-4+1, encode-4+2, encode-8+2, decode-4+2, stall, every-10 or every-1; may be given many times. Without it
+    /// all of them
+    #[arg(long, value_name = "CASE")]
+    pub(crate) case: Vec<String>,
+    /// State of a rank
+    #[arg(long, default_value_t = 256, value_name = "MIB")]
+    pub(crate) mib: usize,
+    /// How often the sides take turns; medians are reported
+    #[arg(long, default_value_t = 5)]
+    pub(crate) rounds: usize,
+    /// Threads of the rank, for cases that train
+    #[arg(long, default_value_t = 2)]
+    pub(crate) threads: usize,
+    /// For stall: a command to measure in the same run, alternating; its last line is JSON with `stall_ms`. {mib} is filled
+    /// in
+    #[arg(long, value_name = "COMMAND")]
+    pub(crate) baseline: Option<String>,
 }
 
 #[derive(Args)]

@@ -38,5 +38,5 @@ pub use parameters::{Parameter, Parameters, Replicas};
 pub use ranks::Ranks;
 pub use reference::{ReferenceStep, StepTimes};
 pub use routing::{RoutingSample, sample_routing};
-pub use snapshots::KeeperAccess;
+pub use snapshots::{CopyTimer, KeeperAccess};
 pub use training::{Outcome, Resumed, Trainer};

@@ -413,6 +413,55 @@ impl Worker {
     }
 }
 
+/// Times the copying of a rank's state, without a run around it. For benchmarks.
+pub struct CopyTimer {
+    link: Link,
+    worker: Worker,
+    slots: Vec<SlotMemory>,
+    tensors: Vec<Tensor>,
+}
+
+impl CopyTimer {
+    /// A state of `mib` MiB in 16 tensors, whose keeper is reached by `access`.
+    ///
+    /// # Errors
+    /// When the keeper is not there, or has too little memory.
+    pub fn new(access: KeeperAccess, device: &dyn Accelerator, mib: usize) -> Result<CopyTimer, Error> {
+        let failed = |e: checkpoint::keeper::Error| Error::Data(format!("the keeper: {e}"));
+        let mut link = Link::connect(&access.socket, &access.secret, 0).map_err(failed)?;
+        let filler = Filler::connect(&access.socket, &access.secret, 0).map_err(failed)?;
+        let slots = link.allocate((mib as u64) << 20, SLOTS).map_err(failed)?;
+        let progress = Progressing::default();
+        let worker = Worker { filler, copier: device.copier()?, chunk: access.chunk, progress };
+        let values = (mib << 20) as i64 / 64;
+        let tensors = (0..16).map(|value| device.zeros(&[values], tch::Kind::Float) + value).collect();
+        Ok(CopyTimer { link, worker, slots, tensors })
+    }
+
+    /// Copies all of it as the snapshot of step `step`: seconds.
+    ///
+    /// # Errors
+    /// When the keeper has no slot: nobody has said that the earlier snapshots are complete.
+    pub fn copy(&mut self, step: u64) -> Result<f64, Error> {
+        let failed = |e: checkpoint::keeper::Error| Error::Data(format!("the keeper: {e}"));
+        let mut offset = 0;
+        let place = |tensor: &Tensor| {
+            let at = offset;
+            offset += 4 * tensor.numel() as u64;
+            (at, tensor.shallow_clone())
+        };
+        let tensors: Vec<(u64, Tensor)> = self.tensors.iter().map(place).collect();
+        let id = SnapshotId { generation: 1, step };
+        let slot = self.link.reserve(id, offset, false).map_err(failed)?;
+        let slot = slot.ok_or_else(|| Error::Data("the keeper has no free slot".into()))?;
+        let job = Job { slot, memory: self.slots[slot].clone(), head: Vec::new(), tensors, bytes: offset };
+        let seconds = self.worker.copy(job).map_err(Error::Data)?;
+        self.worker.filler.sync().map_err(failed)?;
+        self.link.release(slot).map_err(failed)?;
+        Ok(seconds)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::interval;

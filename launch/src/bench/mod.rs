@@ -5,13 +5,14 @@ pub(crate) mod moe_layer;
 mod moe_step;
 pub(crate) mod pipeline;
 mod ranks;
+pub(crate) mod snapshot;
 pub(crate) mod step;
 mod workload;
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, Stdio};
 use trainer::data::TokenWriter;
 
 /// Gives `body` a folder of its own, and takes it away afterwards.
@@ -38,8 +39,8 @@ fn write_tokens(folder: &Path, vocab: usize) -> Result<()> {
     Ok(())
 }
 
-/// Trains what `config` describes, whose run is the folder `run`, on `ranks` ranks of one thread: its steps' metrics.
-fn train(folder: &Path, config: &Value, ranks: usize) -> Result<Vec<Value>> {
+/// Trains what `config` describes, whose run is the folder `run`, on `ranks` ranks of `threads` threads: its steps' metrics.
+fn train(folder: &Path, config: &Value, ranks: usize, threads: usize) -> Result<Vec<Value>> {
     let run = folder.join("run");
     let _ = std::fs::remove_dir_all(&run);
     let path = folder.join("bench.yaml");
@@ -50,7 +51,7 @@ fn train(folder: &Path, config: &Value, ranks: usize) -> Result<Vec<Value>> {
         .arg("train")
         .arg(&path)
         .args(["-n", &ranks.to_string()])
-        .env("OMP_NUM_THREADS", "1")
+        .env("OMP_NUM_THREADS", threads.to_string())
         .output()
         .context("cannot start moerun train")?;
     if !output.status.success() {
@@ -64,6 +65,23 @@ fn train(folder: &Path, config: &Value, ranks: usize) -> Result<Vec<Value>> {
         bail!("{} has fewer than two steps", metrics.display());
     }
     Ok(steps)
+}
+
+/// The JSON object, with a number `key`, in the last line that `command` prints.
+fn last_line(mut command: Command, name: &str, key: &str) -> Result<Value> {
+    let output = command
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .output()
+        .with_context(|| format!("cannot start `{name}`"))?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() {
+        bail!("`{name}` ended with {}:\n{}", output.status, errors.trim_end());
+    }
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line: Option<Value> = text.lines().last().and_then(|line| serde_json::from_str(line).ok());
+    line.filter(|line| line[key].is_number())
+        .with_context(|| format!("`{name}` has to end with a JSON line that has a number `{key}`"))
 }
 
 /// The largest number of a list.

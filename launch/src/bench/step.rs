@@ -1,10 +1,10 @@
 //! `moerun bench step`: the reference training step, beside other implementations' of it.
 
-use super::{median, round};
+use super::{last_line, median, round};
 use crate::cli::{BenchArgs, BenchCase};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode};
 use trainer::ReferenceStep;
 use trainer::config::Dtype;
 
@@ -53,11 +53,11 @@ fn take_turns(args: &BenchArgs, case: BenchCase) -> Result<Value> {
         eprintln!("{}: round {round} of {}", case.name(), args.rounds);
         let mut command = Command::new(&this);
         command.args(["bench", "step", "--case", case.name(), "--runs", &runs, "--threads", &threads]);
-        ours.push(last_line(command, "moerun bench step")?);
+        ours.push(last_line(command, "moerun bench step", "tokens_per_s")?);
         for (text, lines) in &mut baselines {
             let mut command = Command::new("sh");
             command.args(["-c", text]);
-            lines.push(last_line(command, text)?);
+            lines.push(last_line(command, text, "tokens_per_s")?);
         }
     }
     let rate = |lines: &[Value]| median(lines.iter().filter_map(|line| line["tokens_per_s"].as_f64()).collect());
@@ -84,19 +84,3 @@ fn take_turns(args: &BenchArgs, case: BenchCase) -> Result<Value> {
     }))
 }
 
-/// The JSON object, with a number `tokens_per_s`, in the last line that `command` prints.
-fn last_line(mut command: Command, name: &str) -> Result<Value> {
-    let output = command
-        .stdin(Stdio::null())
-        .stderr(Stdio::piped())
-        .output()
-        .with_context(|| format!("cannot start `{name}`"))?;
-    let errors = String::from_utf8_lossy(&output.stderr);
-    if !output.status.success() {
-        bail!("`{name}` ended with {}:\n{}", output.status, errors.trim_end());
-    }
-    let text = String::from_utf8_lossy(&output.stdout);
-    let line: Option<Value> = text.lines().last().and_then(|line| serde_json::from_str(line).ok());
-    line.filter(|line| line["tokens_per_s"].is_number())
-        .with_context(|| format!("`{name}` has to end with a JSON line that has a number `tokens_per_s`"))
-}

@@ -1,6 +1,7 @@
 //! The keepers of a run, as the launcher sees them: started or taken over, asked, replaced, stopped.
 
 use crate::keeper::{Orders, Ready};
+use super::ranks::OWN_PROGRAM;
 use crate::register::{self, Register};
 use anyhow::{Context, Result, anyhow};
 use checkpoint::keeper::{Event, Inventory, Peer, Secret, Topology};
@@ -8,6 +9,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -95,14 +97,13 @@ impl Keepers {
     fn spawn(&mut self, node: usize, socket: Option<String>) -> Result<Member> {
         let number = self.numbers;
         self.numbers += 1;
-        let program = std::env::current_exe().context("cannot find this program's own file")?;
         // Part of a digest: the name can be seen by everybody.
         let socket = socket.unwrap_or_else(|| format!("moerun/{}/{number}", self.secret.name()));
         let log = self.dir.join("logs").join(format!("keeper-{node}.log"));
         let file = File::options().create(true).append(true).open(&log);
         let file = file.with_context(|| format!("cannot write {}", log.display()))?;
-        let mut command = Command::new(program);
-        command.args(["keeper", "serve"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(file);
+        let mut command = Command::new(OWN_PROGRAM);
+        command.arg0("moerun").args(["keeper", "serve"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(file);
         let mut child = command.spawn().context("cannot start a keeper")?;
         let orders = Orders {
             socket: socket.clone(),

@@ -12,6 +12,9 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 
+/// This very program, even when its file has been replaced since it started.
+pub(super) const OWN_PROGRAM: &str = "/proc/self/exe";
+
 /// Processes of ranks, and those that wait to be one.
 pub(super) struct Ranks<'a> {
     args: &'a TrainArgs,
@@ -34,9 +37,8 @@ impl<'a> Ranks<'a> {
     }
 
     fn spawn(&self) -> Result<Child> {
-        let program = std::env::current_exe().context("cannot find this program's own file")?;
-        let mut command = Command::new(&program);
-        command.arg("train").arg(&self.args.config.config);
+        let mut command = Command::new(OWN_PROGRAM);
+        command.arg0("moerun").arg("train").arg(&self.args.config.config);
         for change in &self.args.config.set {
             command.arg("--set").arg(change);
         }
