@@ -101,6 +101,13 @@ fn ranks_killed_at_any_moment_again_and_again() {
     eprintln!("{}", text(&chaos).lines().last().unwrap_or_default());
     assert_eq!(said.matches("; going on from the snapshot of step").count().to_string(), kills, "{said}");
     assert!(!said.contains("is of no use"), "{said}");
+    let restarts = std::fs::read_to_string(experiment.path("run/restarts.jsonl")).unwrap();
+    let redone = restarts
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap())
+        .map(|line| line["steps_done"].as_u64().unwrap().saturating_sub(line["snapshot_step"].as_u64().unwrap()));
+    // One that is being copied, and one that is complete but not yet said to be.
+    assert!(redone.max().unwrap_or(0) <= 3, "{restarts}");
     assert_same_curve(&experiment, "run", "unbroken");
     experiment.assert_no_orphans();
 }
@@ -172,7 +179,11 @@ fn a_killed_launcher_is_taken_up_from_the_keepers_memory() {
     experiment.assert_only_keepers();
     let again = finish(&mut experiment.train(4, &common));
     let words = text(&again);
-    assert!(again.status.success() && words.contains("keepers of an earlier launcher are still there; going on from the snapshot of step"), "{words}");
+    assert!(
+        again.status.success()
+            && words.contains("keepers of an earlier launcher are still there; going on from the snapshot of step"),
+        "{words}"
+    );
     assert_same_curve(&experiment, "run", "unbroken");
     experiment.assert_no_orphans();
 
@@ -185,7 +196,10 @@ fn a_killed_launcher_is_taken_up_from_the_keepers_memory() {
     experiment.assert_only_keepers();
     let changes = ["train.steps=90", "parallel.expert=1", "parallel.ranks_per_node=1"];
     let words = text(&finish(&mut experiment.train(2, &changes)));
-    assert!(words.contains("in memory: it is a checkpoint now") && words.contains("going on from the checkpoint of step"), "{words}");
+    assert!(
+        words.contains("in memory: it is a checkpoint now") && words.contains("going on from the checkpoint of step"),
+        "{words}"
+    );
 }
 
 #[test]
@@ -215,8 +229,15 @@ fn every_pattern(data: usize, parity: usize, too_many: bool) {
     let redundancy = format!("snapshot.redundancy={{parity: {{data: {data}, parity: {parity}}}}}");
     let batch = format!("train.global_batch={}", 2 * nodes);
     let mut common = vec![
-        "parallel.expert=1", "parallel.ranks_per_node=1", "train.micro_batch=1", &batch, &redundancy, "snapshot.every=1",
-        "checkpoint.every=0", "validation.every=1000000", OFTEN,
+        "parallel.expert=1",
+        "parallel.ranks_per_node=1",
+        "train.micro_batch=1",
+        &batch,
+        &redundancy,
+        "snapshot.every=1",
+        "checkpoint.every=0",
+        "validation.every=1000000",
+        OFTEN,
     ];
     let patterns: Vec<Vec<usize>> = (1u32..1 << nodes)
         .filter(|pattern| pattern.count_ones() as usize <= parity)
@@ -239,7 +260,11 @@ fn every_pattern(data: usize, parity: usize, too_many: bool) {
         let step = steps_done(&experiment, "run");
         wait_for_step(&experiment, "run", step + 2);
         kill_nodes(&experiment, &(0..=parity).collect::<Vec<_>>());
-        wait_for_words(&experiment, "there is no checkpoint: beginning again; no snapshot in memory can be put together", 1);
+        wait_for_words(
+            &experiment,
+            "there is no checkpoint: beginning again; no snapshot in memory can be put together",
+            1,
+        );
     } else {
         let step = steps_done(&experiment, "run");
         wait_for_step(&experiment, "run", step + 3);
@@ -251,7 +276,8 @@ fn every_pattern(data: usize, parity: usize, too_many: bool) {
     common.extend([steps.as_str(), "run.dir=unbroken"]);
     assert!(finish(&mut experiment.train(nodes, &common)).status.success());
     // The one that was stopped did not validate at its end.
-    let steps = |run: &str| curve(&experiment, run).into_iter().filter(|line| line["loss"].is_f64()).collect::<Vec<_>>();
+    let steps =
+        |run: &str| curve(&experiment, run).into_iter().filter(|line| line["loss"].is_f64()).collect::<Vec<_>>();
     assert_eq!(steps("run"), steps("unbroken"));
 }
 
@@ -275,7 +301,10 @@ fn one_lost_node_too_many_is_gone_on_from_the_checkpoint() {
     kill_nodes(&experiment, &[1, 2]);
     assert!(run.wait_with_output().unwrap().status.success(), "{}", said(&experiment));
     let words = said(&experiment);
-    assert!(words.contains("node 1, 2 is lost") && words.contains("going on from checkpoint run/checkpoints/step-"), "{words}");
+    assert!(
+        words.contains("node 1, 2 is lost") && words.contains("going on from checkpoint run/checkpoints/step-"),
+        "{words}"
+    );
     assert!(words.contains("no snapshot in memory can be put together"), "{words}");
     assert_same_curve(&experiment, "run", "unbroken");
 }
@@ -283,8 +312,14 @@ fn one_lost_node_too_many_is_gone_on_from_the_checkpoint() {
 #[test]
 fn a_spare_node_takes_over_and_without_one_the_run_shrinks() {
     let experiment = Experiment::new();
-    let common = ["train.steps=120", "parallel.ranks_per_node=1", "snapshot.every=1", "checkpoint.every=0",
-        "parallel.expert=1", "restart.without_spare=shrink"];
+    let common = [
+        "train.steps=120",
+        "parallel.ranks_per_node=1",
+        "snapshot.every=1",
+        "checkpoint.every=0",
+        "parallel.expert=1",
+        "restart.without_spare=shrink",
+    ];
     assert!(finish(experiment.train(4, &common).args(["--set", "run.dir=unbroken"])).status.success());
     let said_to = std::fs::File::create(experiment.path("said")).unwrap();
     let mut command = experiment.train(4, &common);
@@ -299,12 +334,17 @@ fn a_spare_node_takes_over_and_without_one_the_run_shrinks() {
     wait_for_snapshot(&experiment, 4);
     kill_nodes(&experiment, &[0]);
     // Three ranks do not divide the batch; two do.
-    wait_for_words(&experiment, "node 0 is lost: going on with 2 ranks, others idle, the same global batch; going on from the snapshot", 1);
+    wait_for_words(
+        &experiment,
+        "node 0 is lost: going on with 2 ranks, others idle, the same global batch; going on from the snapshot",
+        1,
+    );
     assert!(run.wait_with_output().unwrap().status.success(), "{}", said(&experiment));
     let (shrunk, unbroken) = (curve(&experiment, "run"), curve(&experiment, "unbroken"));
     assert_eq!(shrunk.len(), unbroken.len());
     for (shrunk, unbroken) in shrunk.iter().zip(&unbroken) {
-        let (step, key) = (unbroken["step"].as_u64().unwrap(), if unbroken["loss"].is_null() { "validation_loss" } else { "loss" });
+        let (step, key) =
+            (unbroken["step"].as_u64().unwrap(), if unbroken["loss"].is_null() { "validation_loss" } else { "loss" });
         let (ours, theirs) = (shrunk[key].as_f64().unwrap(), unbroken[key].as_f64().unwrap());
         // With the same ranks the same bits; with fewer the same sum in another order.
         let tolerance = if step <= before { 0.0 } else { 1e-4 };
@@ -339,7 +379,18 @@ fn a_poisoned_snapshot_is_not_tried_for_ever() {
     let common = ["train.steps=900", "snapshot.every=300", "checkpoint.every=0", "parallel.expert=1"];
     let run = start_talking(&experiment, 1, &common);
     wait_for_step(&experiment, "run", 602);
-    let chaos = finish(&mut experiment.moerun(&["chaos", "run", "--kinds", "poison", "--faults", "1", "--gap", "0", "--step-ms", "0"]));
+    let chaos = finish(&mut experiment.moerun(&[
+        "chaos",
+        "run",
+        "--kinds",
+        "poison",
+        "--faults",
+        "1",
+        "--gap",
+        "0",
+        "--step-ms",
+        "0",
+    ]));
     assert!(text(&chaos).contains("is poisoned"), "{}", text(&chaos));
     signal(&rank_process(&experiment, 0), "KILL");
     let ended = run.wait_with_output().unwrap();
@@ -358,7 +409,8 @@ fn a_run_that_diverges_whatever_is_tried_ends_and_says_so() {
     let words = text(&output);
     assert!(!output.status.success() && words.contains("fails again and again (5 times now)"), "{words}");
     assert!(words.contains("is left out") && words.contains("lower the learning rate"), "{words}");
-    let stop = finish(experiment.train(1, &common).args(["--set", "run.dir=stop", "--set", "restart.on_divergence=stop"]));
+    let stop =
+        finish(experiment.train(1, &common).args(["--set", "run.dir=stop", "--set", "restart.on_divergence=stop"]));
     assert!(!stop.status.success() && text(&stop).contains("restart.on_divergence is stop"), "{}", text(&stop));
     experiment.assert_no_orphans();
 }
@@ -374,5 +426,8 @@ fn too_little_memory_is_told() {
     assert!(experiment.path("run/checkpoints/step-00000006/manifest.json").exists());
     let refused = finish(experiment.train(2, &common).args(["--set", "snapshot.every=2", "--set", "run.dir=other"]));
     let words = text(&refused);
-    assert!(!refused.status.success() && words.contains("a larger snapshot.memory_gib, or snapshot.every: 0"), "{words}");
+    assert!(
+        !refused.status.success() && words.contains("a larger snapshot.memory_gib, or snapshot.every: 0"),
+        "{words}"
+    );
 }

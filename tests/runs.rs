@@ -2,9 +2,7 @@
 
 mod fixture;
 
-use fixture::{
-    Experiment, curve, finish, finish_child, rank_process, signal, start, steps_done, text, wait_for_step,
-};
+use fixture::{Experiment, curve, finish, finish_child, rank_process, signal, start, steps_done, text, wait_for_step};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command};
 use std::time::SystemTime;
@@ -43,7 +41,8 @@ fn killed_at_any_moment_it_goes_on_to_the_bit() {
 #[test]
 fn a_killed_rank_ends_the_run_by_name_and_leaves_no_orphan() {
     let experiment = Experiment::new();
-    let launcher = start(&mut experiment.train(4, &["train.steps=100000", "checkpoint.every=0", "restart.max_restarts=0"]));
+    let launcher =
+        start(&mut experiment.train(4, &["train.steps=100000", "checkpoint.every=0", "restart.max_restarts=0"]));
     wait_for_step(&experiment, "run", 3);
     signal(&rank_process(&experiment, 2), "KILL");
     let output = finish_child(launcher);

@@ -49,6 +49,32 @@ fn configurations() {
 }
 
 #[test]
+fn snapshots_and_restarts() {
+    let experiment = Experiment::new();
+    for (change, words) in [
+        ("snapshot.every=often", vec!["snapshot.every", "a number of steps, or auto"]),
+        (
+            "snapshot.redundancy={copies: 1}",
+            vec!["snapshot.redundancy: a copy on another node needs at least 2 nodes, and there is 1"],
+        ),
+        ("snapshot.redundancy={parity: {data: 0, parity: 1}}", vec!["snapshot.redundancy.parity.data is 0"]),
+        ("snapshot.memory_gib=-1", vec!["snapshot.memory_gib is -1; it must be above 0"]),
+        ("restart.heartbeat_timeout_s=0", vec!["restart.heartbeat_timeout_s is 0; it must be above 0"]),
+        ("restart.on_divergence=pray", vec!["pray"]),
+    ] {
+        refused(&experiment, &mut experiment.train(2, &[change]), &words);
+    }
+    for command in [&["snapshot", "status", "nowhere"][..], &["snapshot", "verify", "nowhere"], &["chaos", "nowhere"]] {
+        refused(&experiment, &mut experiment.moerun(command), &["nowhere has no keepers"]);
+    }
+    refused(&experiment, &mut experiment.moerun(&["plan", "survival", "--mtbf-h", "0"]), &["--mtbf-h is 0"]);
+    refused(&experiment, &mut experiment.moerun(&["bench", "snapshot", "--case", "fast"]), &["there is no case fast"]);
+    std::fs::create_dir_all(experiment.path("run")).unwrap();
+    std::fs::write(experiment.path("run/keepers.json"), "{").unwrap();
+    refused(&experiment, &mut experiment.train(2, &[]), &["keepers.json is damaged; remove it"]);
+}
+
+#[test]
 fn nodes_that_do_not_divide() {
     let experiment = Experiment::new();
     let mut train = experiment.train(

@@ -153,7 +153,10 @@ mod tests {
         assert_eq!((image.offsets()[1], image.offsets()[0]), (head.len() as u64, head.len() as u64 + 16));
         assert_eq!(image.bytes(), head.len() as u64 + 19);
         let read = Head::read(&head, Path::new("x")).unwrap();
-        assert_eq!((read.state["note"].as_str(), read.tensors, read.data_start), (Some("\"quoted\""), 2, head.len() as u64));
+        assert_eq!(
+            (read.state["note"].as_str(), read.tensors, read.data_start),
+            (Some("\"quoted\""), 2, head.len() as u64)
+        );
         assert_eq!(read.places.iter().map(|place| place.name.as_str()).collect::<Vec<_>>(), ["model/w", "bytes"]);
         let long = "x".repeat(9000);
         assert!(image.head(&json!({"step": 1, "long": long})).unwrap_err().to_string().contains("does not fit"));

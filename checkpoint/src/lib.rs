@@ -10,12 +10,12 @@
 //! - Nothing is believed without its checksum; a damaged checkpoint is refused by name, and an older one is used.
 #![deny(missing_docs)]
 
+mod code;
 mod error;
 mod image;
 pub mod keeper;
 mod manifest;
 mod memory;
-mod code;
 mod place;
 mod plan;
 mod read;
@@ -27,9 +27,9 @@ pub use code::{Code, xor};
 pub use error::Error;
 pub use image::{Head, Image};
 pub use manifest::{FileEntry, Manifest, PieceEntry, TensorEntry};
+pub use memory::Region;
 pub use place::Place;
 pub use plan::assign_owners;
-pub use memory::Region;
 pub use read::{Checkpoint, OpenPart, list};
 pub use stripes::{Redundancy, Stripes, deal_groups};
 pub use write::{Shard, Staging, retain};

@@ -125,7 +125,8 @@ impl Stripes {
     /// Which chunk of `position` is in `stripe`; None where it has parity.
     pub fn chunk(&self, position: usize, stripe: u64) -> Option<u64> {
         let nodes = self.nodes as u64;
-        let before = (stripe / nodes * nodes..stripe).filter(|&earlier| self.has_data(position, earlier)).count() as u64;
+        let before =
+            (stripe / nodes * nodes..stripe).filter(|&earlier| self.has_data(position, earlier)).count() as u64;
         self.has_data(position, stripe).then(|| stripe / nodes * self.data() as u64 + before)
     }
 

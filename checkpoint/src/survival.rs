@@ -34,7 +34,9 @@ impl Cluster {
     pub fn window(&self) -> f64 {
         let fails = self.node_fails();
         let group = |&nodes: &usize| -> f64 {
-            (0..=self.survives.min(nodes)).map(|lost| choose(nodes, lost) * fails.powi(lost as i32) * (1.0 - fails).powi((nodes - lost) as i32)).sum()
+            (0..=self.survives.min(nodes))
+                .map(|lost| choose(nodes, lost) * fails.powi(lost as i32) * (1.0 - fails).powi((nodes - lost) as i32))
+                .sum()
         };
         self.groups.iter().map(group).product()
     }

@@ -175,8 +175,9 @@ pub(crate) fn assemble(
     let refuse = |reason| Err(Error::mismatch(what, reason));
     for (file, shard) in shards.into_iter().enumerate() {
         for Place { name, global, offset, shape } in shard.places {
-            let entry =
-                tensors.entry(name.clone()).or_insert_with(|| TensorEntry { shape: global.clone(), pieces: Vec::new() });
+            let entry = tensors
+                .entry(name.clone())
+                .or_insert_with(|| TensorEntry { shape: global.clone(), pieces: Vec::new() });
             if entry.shape != global {
                 return refuse(format!("{name} has shape {global:?} in shard {file}, {:?} in others", entry.shape));
             }

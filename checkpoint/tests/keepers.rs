@@ -2,7 +2,9 @@
 
 use checkpoint::keeper::recover::{Candidate, Rebuild, candidates};
 use checkpoint::keeper::serve::{Settings, run};
-use checkpoint::keeper::{Error, Event, Fault, Filler, Link, Node, PartInfo, Peer, Secret, SlotMemory, Snapshot, SnapshotId, Topology};
+use checkpoint::keeper::{
+    Error, Event, Fault, Filler, Link, Node, PartInfo, Peer, Secret, SlotMemory, Snapshot, SnapshotId, Topology,
+};
 use checkpoint::{Redundancy, deal_groups};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -119,7 +121,13 @@ impl Rank {
 }
 
 /// Takes snapshot `id` on every rank, and waits until it is complete and protected.
-fn snapshot(cluster: &Cluster, topology: &Topology, ranks: &mut [Rank], events: &Receiver<Event>, id: SnapshotId) -> Snapshot {
+fn snapshot(
+    cluster: &Cluster,
+    topology: &Topology,
+    ranks: &mut [Rank],
+    events: &Receiver<Event>,
+    id: SnapshotId,
+) -> Snapshot {
     for rank in ranks.iter_mut() {
         assert!(rank.take(id));
     }
@@ -283,6 +291,35 @@ fn a_rank_without_a_free_slot_skips_and_one_that_dies_leaves_nothing_half_writte
     assert_eq!(candidates(&inventories(&cluster, &[0]))[0].snapshot.id, id(1));
 }
 
+/// A disk that takes nothing for a while (a pipe that nobody reads) holds nobody up.
+#[test]
+fn a_disk_that_hangs_slows_no_snapshot() {
+    let cluster = Cluster::new(1, None);
+    let topology = cluster.topology(1, 1, Redundancy::None);
+    cluster.peer(0).set_up(&topology, 0).unwrap();
+    let events = cluster.events(1);
+    let mut ranks = vec![Rank::new(&cluster, &topology, 0, 3)];
+    let id = |step| SnapshotId { generation: 1, step };
+    snapshot(&cluster, &topology, &mut ranks, &events, id(1));
+    let folder = tempfile::tempdir().unwrap();
+    let pipe = folder.path().join("shard-00000.safetensors");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    cluster.peer(0).pin(id(1)).unwrap();
+    let (mut peer, to) = (cluster.peer(0), folder.path().to_path_buf());
+    let writing = std::thread::spawn(move || peer.persist(id(1), &[0], &to));
+    for step in 2..30 {
+        snapshot(&cluster, &topology, &mut ranks, &events, id(step));
+    }
+    assert!(!writing.is_finished() && cluster.peer(0).status().unwrap().skipped == 0);
+    // What it was to write is still there, whole.
+    let written = std::fs::read(&pipe).unwrap();
+    assert!(written == bytes_of(0, 1));
+    // A pipe is no disk, and the keeper notices.
+    assert!(writing.join().unwrap().is_err());
+    cluster.peer(0).unpin().unwrap();
+    assert!(snapshot(&cluster, &topology, &mut ranks, &events, id(30)).parts.len() == 1);
+}
+
 #[test]
 fn strangers_garbage_and_silence_change_nothing() {
     let cluster = Cluster::new(1, Some(1 << 20));
@@ -305,6 +342,9 @@ fn strangers_garbage_and_silence_change_nothing() {
     // Memory has a limit, and the refusal says which.
     let mut link = Link::connect(socket, &cluster.secret, 0).unwrap();
     let refused = link.allocate(1 << 19, 3).err().unwrap().to_string();
-    assert!(refused.contains("3 slots of 0.5 MiB do not fit into the 1.0 MiB that snapshot.memory_gib leaves"), "{refused}");
+    assert!(
+        refused.contains("3 slots of 0.5 MiB do not fit into the 1.0 MiB that snapshot.memory_gib leaves"),
+        "{refused}"
+    );
     assert_eq!(link.allocate(1 << 18, 2).unwrap().len(), 2);
 }

@@ -124,7 +124,9 @@ pub(crate) fn run(args: &ChaosArgs) -> Result<ExitCode> {
             .statuses
             .iter()
             .enumerate()
-            .flat_map(|(node, status)| status.iter().flat_map(move |status| status.ranks.iter().map(move |r| (node, r.rank))))
+            .flat_map(|(node, status)| {
+                status.iter().flat_map(move |status| status.ranks.iter().map(move |r| (node, r.rank)))
+            })
             .collect();
         if ranks.is_empty() {
             from = moment;
@@ -137,7 +139,9 @@ pub(crate) fn run(args: &ChaosArgs) -> Result<ExitCode> {
             Kind::Stop => (signal(Signal::SIGSTOP), format!("rank {rank} is stopped")),
             Kind::Abort => (signal(Signal::SIGABRT), format!("rank {rank} aborts")),
             Kind::Delay => (Fault::Delay { rank, ms: 1000 }, format!("rank {rank} is delayed by a second")),
-            Kind::Corrupt => (Fault::Corrupt { rank, at: fault.at }, format!("a bit of rank {rank}'s snapshot changes")),
+            Kind::Corrupt => {
+                (Fault::Corrupt { rank, at: fault.at }, format!("a bit of rank {rank}'s snapshot changes"))
+            }
             Kind::Poison => (Fault::Poison { rank }, format!("rank {rank}'s snapshot is poisoned")),
             Kind::KillNode => {
                 let nodes: Vec<usize> = ranks.iter().map(|(node, _)| *node).collect();

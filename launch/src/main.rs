@@ -21,7 +21,9 @@ mod snapshot;
 mod survival;
 
 use clap::Parser;
-use cli::{BenchCommand, Cli, Command, ConfigCommand, DataCommand, InspectCommand, KeeperCommand, PlanCommand, SnapshotCommand};
+use cli::{
+    BenchCommand, Cli, Command, ConfigCommand, DataCommand, InspectCommand, KeeperCommand, PlanCommand, SnapshotCommand,
+};
 use signal_hook::consts::SIGPIPE;
 use std::process::ExitCode;
 use std::sync::Arc;

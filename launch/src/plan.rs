@@ -145,6 +145,13 @@ pub(crate) fn mesh(args: &MeshArgs) -> Result<ExitCode> {
         );
     }
     println!();
+    if config.takes_snapshots() {
+        let (redundancy, _) = config.protection(config.nodes(args.ranks).len()).map_err(|error| anyhow!(error))?;
+        println!(
+            "Besides, each node's keeper holds three snapshots of its ranks' share of the state (fp32 weights and moments, what \
+             replicas share counted once), and parity of two: {redundancy}."
+        );
+    }
     println!(
         "Tensors alone, with experts evenly loaded. On a CPU the process takes some 150 MiB besides, and malloc leaves gaps."
     );

@@ -65,7 +65,8 @@ pub(crate) fn run_launched(args: &TrainArgs) -> Result<ExitCode> {
         // It ended, or needs nobody.
         return Ok(ExitCode::SUCCESS);
     }
-    let assignment: Assignment = serde_json::from_str(&line).context("the launcher said something else than expected")?;
+    let assignment: Assignment =
+        serde_json::from_str(&line).context("the launcher said something else than expected")?;
     run(args, &assignment.env(), Some(&assignment))
 }
 
@@ -79,11 +80,12 @@ pub(crate) fn run(args: &TrainArgs, env: &RankEnv, assignment: Option<&Assignmen
     // A panic is a bug of ours; it still ends as a message, not as a stack of frames on the terminal.
     std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}\n{}", std::backtrace::Backtrace::force_capture())));
     let steps = AtomicU64::new(0);
-    let result = std::panic::catch_unwind(AssertUnwindSafe(|| train(config, env, assignment, &steps))).unwrap_or_else(|panic| {
-        let text =
-            panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string()));
-        Err(anyhow!("internal error: {}", text.unwrap_or_default()))
-    });
+    let result =
+        std::panic::catch_unwind(AssertUnwindSafe(|| train(config, env, assignment, &steps))).unwrap_or_else(|panic| {
+            let text =
+                panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string()));
+            Err(anyhow!("internal error: {}", text.unwrap_or_default()))
+        });
     let code = match result {
         Ok(()) => 0,
         Err(error) => {
@@ -156,7 +158,13 @@ fn train(config: Config, env: &RankEnv, assignment: Option<&Assignment>, done: &
             eprintln!("{text}");
         }
     };
-    say(trainer.summary());
+    // Those who watch a run have read it when the run began.
+    let again = assignment.and_then(|assignment| assignment.keeper()).is_some_and(|keeper| keeper.restore.is_some());
+    if again {
+        tracing::info!("{}", trainer.summary());
+    } else {
+        say(trainer.summary());
+    }
     if let Some(assignment) = assignment {
         assignment.keeper().into_iter().for_each(|keeper| trainer.use_keeper(keeper));
         trainer.skip_batches(assignment.skips.clone());
@@ -164,7 +172,7 @@ fn train(config: Config, env: &RankEnv, assignment: Option<&Assignment>, done: &
     let warn = &mut |warning: &str| say(format!("warning: {warning}"));
     match trainer.resume(warn)? {
         Resumed::Nothing => {}
-        Resumed::Snapshot => say(format!("going on from the snapshot of step {}", trainer.step())),
+        Resumed::Snapshot => tracing::info!("going on from the snapshot of step {}", trainer.step()),
         Resumed::Checkpoint => {
             say(format!("going on from the checkpoint of step {} in {}", trainer.step(), dir.display()));
         }
@@ -176,7 +184,7 @@ fn train(config: Config, env: &RankEnv, assignment: Option<&Assignment>, done: &
         return Ok(());
     }
     trainer.begin_snapshots(warn)?;
-    if let Some(entropy) = unigram {
+    if let Some(entropy) = unigram.filter(|_| !again) {
         say(format!("unigram entropy of the training tokens: {entropy:.4} nats a token"));
     }
     let mut view = TrainingView::new(steps, trainer.step(), log_every);

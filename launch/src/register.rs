@@ -89,7 +89,6 @@ impl Register {
 pub(crate) fn lock(run: &Path) -> Result<nix::fcntl::Flock<File>> {
     let path = run.join("lock");
     let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
-    nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock).map_err(|_| {
-        anyhow!("another moerun works in {}: wait for its end, or choose another run.dir", run.display())
-    })
+    nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock)
+        .map_err(|_| anyhow!("another moerun works in {}: wait for its end, or choose another run.dir", run.display()))
 }

@@ -23,7 +23,10 @@ pub(crate) fn run(args: &SurvivalArgs) -> Result<ExitCode> {
         schemes.extend(args.data.iter().map(|&data| Redundancy::Parity { data, parity }));
     }
     let failures = args.nodes as f64 * args.days * 24.0 / args.mtbf_h;
-    println!("{} nodes, one failure in {:.0} h each: {failures:.1} failures of nodes in {} days", args.nodes, args.mtbf_h, args.days);
+    println!(
+        "{} nodes, one failure in {:.0} h each: {failures:.1} failures of nodes in {} days",
+        args.nodes, args.mtbf_h, args.days
+    );
     println!(
         "each loses {:.0} s in the mean: half of {} s between snapshots, and {} s to restart: {:.3}% of the run",
         args.interval_s / 2.0 + args.restart_s,
@@ -44,14 +47,10 @@ pub(crate) fn run(args: &SurvivalArgs) -> Result<ExitCode> {
         let groups: Vec<usize> = groups.iter().map(Vec::len).collect();
         let survives = redundancy.survives();
         // What a node keeps of others, in sizes of its own state.
-        let extra: f64 = groups.iter().map(|&n| (n * survives) as f64 / (n - survives) as f64).sum::<f64>() / args.nodes as f64;
-        let cluster = Cluster {
-            groups,
-            survives,
-            mtbf_h: args.mtbf_h,
-            shape: args.shape,
-            window_h: args.window_s / 3600.0,
-        };
+        let extra: f64 =
+            groups.iter().map(|&n| (n * survives) as f64 / (n - survives) as f64).sum::<f64>() / args.nodes as f64;
+        let cluster =
+            Cluster { groups, survives, mtbf_h: args.mtbf_h, shape: args.shape, window_h: args.window_s / 3600.0 };
         let simulated = match args.simulate {
             0 => String::new(),
             trials => format!("{:>11.6}", cluster.simulate(trials, args.seed)),

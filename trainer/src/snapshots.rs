@@ -12,9 +12,9 @@ use checkpoint::keeper::{Filler, Link, Secret, SlotMemory, SnapshotId};
 use checkpoint::{Head, Image, OpenPart};
 use parallel::{Accelerator, Copier};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tch::Tensor;
 
@@ -399,7 +399,8 @@ impl Worker {
                 for (offset, tensor, size) in flat[next..].iter().take_while(|(offset, _, _)| *offset < end) {
                     let from = start.max(*offset);
                     let to = end.min(offset + (tensor.numel() * size) as u64);
-                    let part = tensor.narrow(0, (from - offset) as i64 / *size as i64, (to - from) as i64 / *size as i64);
+                    let part =
+                        tensor.narrow(0, (from - offset) as i64 / *size as i64, (to - from) as i64 / *size as i64);
                     copier.copy(&part, &mut bytes[(from - start) as usize..(to - start) as usize])?;
                 }
                 Ok::<u32, torch_ext::Error>(crc32c::crc32c(bytes))

@@ -252,9 +252,7 @@ impl Trainer {
             }
         };
         let snapshot = match &self.snapshots {
-            Some(snapshots) => {
-                saving::resume_snapshot(snapshots.restored(), &self.stateful(), &self.world, &prepare)?
-            }
+            Some(snapshots) => saving::resume_snapshot(snapshots.restored(), &self.stateful(), &self.world, &prepare)?,
             None => None,
         };
         let (state, resumed) = match snapshot {

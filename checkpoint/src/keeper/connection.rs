@@ -1,7 +1,10 @@
 //! Asking a keeper for something.
 
 use super::serve::PATIENCE;
-use super::{Damage, Error, Event, Fault, Inventory, Reply, Request, Secret, Snapshot, SnapshotId, Status, Topology, recover, wire};
+use super::{
+    Damage, Error, Event, Fault, Inventory, Reply, Request, Secret, Snapshot, SnapshotId, Status, Topology, recover,
+    wire,
+};
 use crate::Shard;
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpStream};

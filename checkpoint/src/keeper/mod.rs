@@ -250,7 +250,10 @@ pub enum Fault {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum Request {
     /// A new generation, in which the keeper is `node`.
-    Setup { topology: Topology, node: usize },
+    Setup {
+        topology: Topology,
+        node: usize,
+    },
     /// Events from here on; the launcher lives as long as this connection.
     Watch,
     Inventory,
@@ -260,28 +263,59 @@ pub(crate) enum Request {
     /// It never will be.
     Abandon(SnapshotId),
     /// Only this one is wanted any more; `holders` have its parts, by rank.
-    Keep { snapshot: Option<Snapshot>, holders: Vec<SocketAddr> },
+    Keep {
+        snapshot: Option<Snapshot>,
+        holders: Vec<SocketAddr>,
+    },
     /// Which chunks of the parts here are not what they were.
     Verify(SnapshotId),
     /// Length of a rank's part, as soon as it is known.
-    Length { id: SnapshotId, rank: usize },
+    Length {
+        id: SnapshotId,
+        rank: usize,
+    },
     /// A chunk, as soon as it is there.
-    Chunk { id: SnapshotId, rank: usize, chunk: u64 },
+    Chunk {
+        id: SnapshotId,
+        rank: usize,
+        chunk: u64,
+    },
     /// The first bytes of a part.
-    Head { id: SnapshotId, rank: usize },
+    Head {
+        id: SnapshotId,
+        rank: usize,
+    },
     /// Parity of a stripe.
-    Parity { id: SnapshotId, local: usize, stripe: u64 },
+    Parity {
+        id: SnapshotId,
+        local: usize,
+        stripe: u64,
+    },
     /// The same, to be kept.
-    PutParity { id: SnapshotId, local: usize, stripe: u64, #[serde(with = "serde_bytes")] bytes: Vec<u8> },
+    PutParity {
+        id: SnapshotId,
+        local: usize,
+        stripe: u64,
+        #[serde(with = "serde_bytes")]
+        bytes: Vec<u8>,
+    },
     /// Make a part, or bad chunks of one, out of what the group's other positions have.
     Rebuild(Box<recover::Rebuild>),
     /// Encode again what this node should have of a snapshot.
-    Protect { snapshot: Snapshot, node: usize, sources: Vec<Option<SocketAddr>> },
+    Protect {
+        snapshot: Snapshot,
+        node: usize,
+        sources: Vec<Option<SocketAddr>>,
+    },
     /// Keep the parts of a complete snapshot until they are written to disk, or released.
     Pin(SnapshotId),
     Unpin,
     /// Write these ranks' parts to files in this folder.
-    Persist { id: SnapshotId, ranks: Vec<usize>, folder: PathBuf },
+    Persist {
+        id: SnapshotId,
+        ranks: Vec<usize>,
+        folder: PathBuf,
+    },
     Inject(Fault),
     /// The run is over.
     Stop,

@@ -19,7 +19,8 @@ pub(crate) fn write(keeper: &Keeper, id: SnapshotId, ranks: &[usize], folder: &P
         let name = format!("shard-{rank:05}.safetensors");
         let path = folder.join(&name);
         // The slot stays pinned, so nobody writes over it.
-        let written = keeper.read(id, rank, u64::MAX, |region, info| write_part(region, info.bytes, &info.crcs, size, &path));
+        let written =
+            keeper.read(id, rank, u64::MAX, |region, info| write_part(region, info.bytes, &info.crcs, size, &path));
         let (bytes, crc32c, places) = written?.map_err(Error::Refused)?;
         shards.push(Shard::new(FileEntry { name, bytes, crc32c }, places));
     }

@@ -43,7 +43,8 @@ pub(crate) fn chunk_len(bytes: u64, size: usize, chunk: u64) -> usize {
 
 /// Bytes that a stripe's parities have: the longest of its chunks; `lengths` are those of the parts, by position.
 pub(crate) fn stripe_len(stripes: &Stripes, stripe: u64, lengths: &[u64], size: usize) -> usize {
-    let chunk = |position: usize| stripes.chunk(position, stripe).map_or(0, |chunk| chunk_len(lengths[position], size, chunk));
+    let chunk =
+        |position: usize| stripes.chunk(position, stripe).map_or(0, |chunk| chunk_len(lengths[position], size, chunk));
     (0..stripes.nodes).map(chunk).max().unwrap_or(0)
 }
 
@@ -129,7 +130,8 @@ fn make(
                 bytes.resize(len, 0);
                 data.push(bytes);
             }
-            let mut parity: Vec<Vec<u8>> = (0..stripes.parity).map(|_| keeper.lock().spare.pop().unwrap_or_default()).collect();
+            let mut parity: Vec<Vec<u8>> =
+                (0..stripes.parity).map(|_| keeper.lock().spare.pop().unwrap_or_default()).collect();
             parity.iter_mut().for_each(|bytes| bytes.resize(len, 0));
             let views: Vec<&[u8]> = data.iter().map(Vec::as_slice).collect();
             code.encode(&views, &mut parity.iter_mut().map(Vec::as_mut_slice).collect::<Vec<_>>());
@@ -172,7 +174,8 @@ struct Connections<'a> {
 impl Connections<'_> {
     fn at(&mut self, position: usize, lane: usize) -> Result<&mut Peer, Error> {
         if !self.open.contains_key(&(position, lane)) {
-            let address = self.sources[position].ok_or_else(|| Error::Refused(format!("position {position} is lost")))?;
+            let address =
+                self.sources[position].ok_or_else(|| Error::Refused(format!("position {position} is lost")))?;
             self.open.insert((position, lane), self.keeper.peers.get(address)?);
         }
         Ok(self.open.get_mut(&(position, lane)).expect("it was just put there"))

@@ -71,7 +71,9 @@ pub fn candidates(inventories: &[Inventory]) -> Vec<Candidate> {
 
 fn candidate(snapshot: Snapshot, inventories: &[Inventory]) -> Option<Candidate> {
     let (id, topology) = (snapshot.id, &snapshot.topology);
-    let holds = |inventory: &Inventory, rank: usize| inventory.parts.iter().any(|(other, part)| *other == id && part.rank == rank);
+    let holds = |inventory: &Inventory, rank: usize| {
+        inventory.parts.iter().any(|(other, part)| *other == id && part.rank == rank)
+    };
     let holder = |rank: usize| inventories.iter().position(|inventory| holds(inventory, rank));
     let holders: Vec<Option<usize>> = (0..topology.ranks()).map(holder).collect();
     let sits = |inventory: &Inventory, node: usize| {
@@ -126,7 +128,10 @@ mod tests {
         (0..topology.nodes.len())
             .map(|node| Inventory {
                 seats: vec![(topology.clone(), node)],
-                parts: ids.iter().flat_map(|&id| topology.nodes[node].ranks.iter().map(move |&r| (id, part(r)))).collect(),
+                parts: ids
+                    .iter()
+                    .flat_map(|&id| topology.nodes[node].ranks.iter().map(move |&r| (id, part(r))))
+                    .collect(),
                 protected: ids.clone(),
                 complete: if committed { ids.iter().map(snapshot).collect() } else { Vec::new() },
             })

@@ -85,7 +85,8 @@ pub(crate) fn own_head(keeper: &Keeper, id: SnapshotId, rank: usize) -> Result<V
 
 fn restoring(keeper: &Keeper, rank: usize) -> Result<(Snapshot, SocketAddr, bool), Error> {
     let state = keeper.lock();
-    let (snapshot, holders) = state.restoring.as_ref().ok_or_else(|| Error::Refused("nothing is to be restored".into()))?;
+    let (snapshot, holders) =
+        state.restoring.as_ref().ok_or_else(|| Error::Refused("nothing is to be restored".into()))?;
     let holder = holders.get(rank).ok_or_else(|| Error::Refused(format!("the snapshot has no rank {rank}")))?;
     let here = state.slots.find(snapshot.id, rank).is_some();
     Ok((snapshot.clone(), *holder, here))

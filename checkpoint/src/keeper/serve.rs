@@ -5,8 +5,8 @@ use super::memory_limit::{available, mib};
 use super::slots::Slots;
 use super::wire::{self, Timed};
 use super::{
-    Error, Event, Fault, Inventory, RankPulse, RankReply, RankRequest, Reply, Request, Secret, Snapshot, SnapshotId, Status,
-    Topology, persist, protect, restore,
+    Error, Event, Fault, Inventory, RankPulse, RankReply, RankRequest, Reply, Request, Secret, Snapshot, SnapshotId,
+    Status, Topology, persist, protect, restore,
 };
 use crate::memory::{Region, send_file};
 use nix::sys::signal::{Signal, kill};
@@ -114,7 +114,8 @@ impl State {
     fn free_parity(&mut self, keep: impl Fn(SnapshotId) -> bool) {
         let gone: Vec<SnapshotId> = self.parity.keys().copied().filter(|&id| !keep(id)).collect();
         for id in gone {
-            self.spare.extend(self.parity.remove(&id).into_iter().flat_map(BTreeMap::into_values).map(|(bytes, _)| bytes));
+            self.spare
+                .extend(self.parity.remove(&id).into_iter().flat_map(BTreeMap::into_values).map(|(bytes, _)| bytes));
         }
         self.protected.retain(|&id| keep(id));
         self.encoding.retain(|&id| keep(id));
@@ -237,13 +238,17 @@ impl Keeper {
         let (slots, parity) = self.lock().bytes();
         let left = match self.memory {
             Some(limit) => limit.saturating_sub(slots + parity),
-            // Some has to be left for what the ranks will need.
-            None => available().map_or(u64::MAX, |bytes| bytes / 10 * 9),
+            // The other half is for what the ranks will need.
+            None => available().map_or(u64::MAX, |bytes| bytes / 2),
         };
         if wanted > left {
-            let limit = if self.memory.is_some() { "snapshot.memory_gib leaves" } else { "the machine has" };
+            let limit = if self.memory.is_some() {
+                "that snapshot.memory_gib leaves"
+            } else {
+                "half of the machine's free memory is"
+            };
             return Err(Error::Refused(format!(
-                "{count} slots of {} do not fit into the {} that {limit}",
+                "{count} slots of {} do not fit into the {} {limit}",
                 mib(bytes),
                 mib(left)
             )));
@@ -302,7 +307,9 @@ impl Keeper {
                 keeper.strangers.fetch_sub(1, Ordering::SeqCst);
                 match known {
                     Ok(()) => keeper.attend(stream),
-                    Err(error) => tracing::warn!("a connection from {:?} was refused: {error}", stream.peer_addr().ok()),
+                    Err(error) => {
+                        tracing::warn!("a connection from {:?} was refused: {error}", stream.peer_addr().ok())
+                    }
                 }
             });
         }
@@ -476,7 +483,8 @@ impl Keeper {
         };
         match fault {
             Fault::Signal { rank, signal } => {
-                let signal = Signal::try_from(signal).map_err(|_| Error::Refused(format!("there is no signal {signal}")))?;
+                let signal =
+                    Signal::try_from(signal).map_err(|_| Error::Refused(format!("there is no signal {signal}")))?;
                 kill(pid(&state, rank)?, signal)?;
             }
             Fault::Delay { rank, ms } => {
@@ -490,7 +498,8 @@ impl Keeper {
             }
             Fault::Corrupt { rank, at } => {
                 let newest = state.slots.newest.and_then(|id| state.slots.find(id, rank));
-                let slot = newest.ok_or_else(|| Error::Refused(format!("there is no complete part of rank {rank} here")))?;
+                let slot =
+                    newest.ok_or_else(|| Error::Refused(format!("there is no complete part of rank {rank} here")))?;
                 let (bytes, region) = (
                     state.slots.slots[slot].part.as_ref().map_or(1, |part| part.info.bytes),
                     state.regions[slot].clone().expect("a slot with a part"),
@@ -579,7 +588,12 @@ impl Keeper {
         }
     }
 
-    fn answer_rank(self: &Arc<Keeper>, stream: &mut UnixStream, rank: usize, request: RankRequest) -> Result<(), Error> {
+    fn answer_rank(
+        self: &Arc<Keeper>,
+        stream: &mut UnixStream,
+        rank: usize,
+        request: RankRequest,
+    ) -> Result<(), Error> {
         let mut state = self.lock();
         if let Some(view) = state.ranks.get_mut(&rank) {
             view.heard = Instant::now();
@@ -595,9 +609,10 @@ impl Keeper {
                 }
             }
             RankRequest::Reserve { id, bytes, durable } => {
-                let fits = state.slots.of(rank).all(|slot| {
-                    state.regions[slot].as_ref().is_some_and(|region| region.len() as u64 >= bytes)
-                });
+                let fits = state
+                    .slots
+                    .of(rank)
+                    .all(|slot| state.regions[slot].as_ref().is_some_and(|region| region.len() as u64 >= bytes));
                 let slot = if fits { state.slots.reserve(rank, id, bytes, durable) } else { None };
                 let number = slot.and_then(|slot| state.slots.of(rank).position(|other| other == slot));
                 state.skipped += u64::from(number.is_none());

@@ -128,9 +128,9 @@ impl Slots {
 
     /// The slot that holds `rank`'s part of `id`, whole or not.
     pub(crate) fn find(&self, id: SnapshotId, rank: usize) -> Option<usize> {
-        self.slots.iter().position(|slot| {
-            slot.part.as_ref().is_some_and(|part| part.id == id && part.info.rank == rank)
-        })
+        self.slots
+            .iter()
+            .position(|slot| slot.part.as_ref().is_some_and(|part| part.id == id && part.info.rank == rank))
     }
 }
 

@@ -83,4 +83,3 @@ fn take_turns(args: &BenchArgs, case: BenchCase) -> Result<Value> {
         "baselines": all,
     }))
 }
-

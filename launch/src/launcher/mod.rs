@@ -25,6 +25,7 @@ use policy::{Cause, History, Verdict};
 use ranks::{Failed, Ranks, first_cause};
 use recovery::{Restored, look, recover};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -188,7 +189,9 @@ impl<'a> Launcher<'a> {
                         }
                         Verdict::Restart { older, skipped } => {
                             restored = self.recover(older)?;
-                            let skipped = skipped.map_or(String::new(), |step| format!("; the batch of step {step} is left out"));
+                            self.write_down(&failure, done, &restored, skipped);
+                            let skipped =
+                                skipped.map_or(String::new(), |step| format!("; the batch of step {step} is left out"));
                             eprintln!("{}; {}{skipped}", failure.brief, restored.said);
                         }
                     }
@@ -361,7 +364,12 @@ impl<'a> Launcher<'a> {
         let given_up = tracker.give_up();
         self.disk.forget();
         let replaced = keepers.restart(place).and_then(|()| {
-            tracker.topology.nodes.iter_mut().zip(keepers.addresses()).for_each(|(node, address)| node.address = address);
+            tracker
+                .topology
+                .nodes
+                .iter_mut()
+                .zip(keepers.addresses())
+                .for_each(|(node, address)| node.address = address);
             given_up.iter().for_each(|&id| keepers.ask_all(|peer| peer.abandon(id)));
             keepers.set_up(&tracker.topology);
             self.register.as_mut().map_or(Ok(()), |register| keepers.save(register))
@@ -403,6 +411,22 @@ impl<'a> Launcher<'a> {
         let reason = first.reason();
         let reason = reason.lines().next().unwrap_or_default();
         Failure { cause, brief: format!("rank {} failed: {reason}", first.rank), full: first.explain(self.dir) }
+    }
+
+    /// A line of `restarts.jsonl`. It is worth less than the run.
+    fn write_down(&self, failure: &Failure, done: u64, restored: &Restored, skipped: Option<u64>) {
+        let line = serde_json::json!({
+            "attempt": self.generation + 1,
+            "failure": failure.brief,
+            "steps_done": done,
+            "snapshot_step": restored.snapshot.map(|(id, _)| id.step),
+            "from": restored.said,
+            "skipped_batch_of_step": skipped,
+        });
+        let file = std::fs::File::options().create(true).append(true).open(self.dir.join("restarts.jsonl"));
+        if let Err(error) = file.and_then(|mut file| writeln!(file, "{line}")) {
+            tracing::warn!("restarts.jsonl cannot be written: {error}");
+        }
     }
 
     /// Puts keepers where nodes were lost, or takes the nodes out; what ranks go on from.

@@ -1,7 +1,7 @@
 //! The keepers of a run, as the launcher sees them: started or taken over, asked, replaced, stopped.
 
-use crate::keeper::{Orders, Ready};
 use super::ranks::OWN_PROGRAM;
+use crate::keeper::{Orders, Ready};
 use crate::register::{self, Register};
 use anyhow::{Context, Result, anyhow};
 use checkpoint::keeper::{Event, Inventory, Peer, Secret, Topology};
@@ -112,7 +112,8 @@ impl Keepers {
             memory: self.memory,
             lonely_s: LONELY.as_secs(),
         };
-        let ready = tell(&mut child, &orders).with_context(|| format!("the keeper of node {node}: see {}", log.display()));
+        let ready =
+            tell(&mut child, &orders).with_context(|| format!("the keeper of node {node}: see {}", log.display()));
         let ready = match ready {
             Ok(ready) => ready,
             Err(error) => {

@@ -42,7 +42,9 @@ impl History {
             return Verdict::GiveUp(String::new());
         }
         if let (Cause::Diverged { step }, OnDivergence::Stop) = (cause, config.on_divergence) {
-            return Verdict::GiveUp(format!("restart.on_divergence is stop, and the loss of step {step} is not finite"));
+            return Verdict::GiveUp(format!(
+                "restart.on_divergence is stop, and the loss of step {step} is not finite"
+            ));
         }
         let failing = match cause {
             Cause::Diverged { step } => *step,

@@ -3,8 +3,8 @@
 
 use super::nodes::Keepers;
 use anyhow::{Result, anyhow};
-use checkpoint::keeper::recover::{Candidate, Rebuild, candidates};
 use checkpoint::keeper::SnapshotId;
+use checkpoint::keeper::recover::{Candidate, Rebuild, candidates};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::Path;

@@ -12,10 +12,10 @@ pub use layout::{
     NoneOrAll, ParallelConfig, PipelinePlan, RecomputeConfig, RecomputedLayers, RecomputedPart, ScheduleChoice,
     VocabularyLayout,
 };
+pub use model::{ModelConfig, MoeConfig, MupConfig, QkNorm, RouterConfig};
 pub use snapshot::{
     OnDivergence, ParityConfig, RedundancyConfig, RestartConfig, SnapshotConfig, SnapshotEvery, WithoutSpare,
 };
-pub use model::{ModelConfig, MoeConfig, MupConfig, QkNorm, RouterConfig};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

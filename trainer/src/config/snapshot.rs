@@ -14,7 +14,7 @@ pub struct SnapshotConfig {
     pub every: SnapshotEvery,
     /// How they survive the loss of nodes.
     pub redundancy: RedundancyConfig,
-    /// The most memory that a node's keeper takes, in GiB; by default nine tenths of what the node has left.
+    /// The most memory that a node's keeper takes, in GiB; by default half of what the node has left.
     pub memory_gib: Option<f64>,
     /// Nodes that fail together, such as those of a rack: so many in a row. They do not protect one another.
     pub nodes_per_domain: usize,
