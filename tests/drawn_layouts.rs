@@ -191,7 +191,7 @@ fn a_checkpoint_of_any_layout_goes_on_in_any_other() {
         let second = run("pair", &to.1);
         let steps = on_threads(to.0, TIMEOUT, move |world| {
             let mut trainer = trainer_on(world, second.clone());
-            assert!(trainer.resume(&mut |warning| panic!("{warning}")).unwrap());
+            assert_eq!(trainer.resume(&mut |warning| panic!("{warning}")).unwrap(), trainer::Resumed::Checkpoint);
             (2..STEPS).map(|_| trainer.train_step(false).unwrap().0).map(|r| [r.loss, r.grad_norm]).collect::<Vec<_>>()
         });
         for (ours, reference) in steps[0].iter().zip(&single.steps[2..]) {

@@ -1,6 +1,5 @@
 //! `moerun plan` as a person uses it.
 
-#[allow(dead_code)] // Runs are for other tests.
 mod fixture;
 
 use fixture::{Experiment, finish, text};

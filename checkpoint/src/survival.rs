@@ -99,7 +99,7 @@ mod tests {
     /// Worked values for a node MTBF of 67.6 days (OPT-175B's logbook: 124 nodes, about 110 failures in 60 days).
     #[test]
     fn worked_values() {
-        let near = |value: f64, expected: f64| assert!((value - expected).abs() < 6e-4, "{value} is not {expected}");
+        let near = |value: f64, expected: f64| assert!((value - expected).abs() < 1e-3, "{value} is not {expected}");
         near(cluster(128, 1, 0, 6.0).window(), 0.623);
         near(cluster(128, 8, 1, 6.0).window(), 0.9940);
         near(cluster(128, 4, 1, 6.0).window(), 0.9974);

@@ -135,8 +135,7 @@ fn make(
             parity.iter_mut().for_each(|bytes| bytes.resize(len, 0));
             let views: Vec<&[u8]> = data.iter().map(Vec::as_slice).collect();
             code.encode(&views, &mut parity.iter_mut().map(Vec::as_mut_slice).collect::<Vec<_>>());
-            let mut others = parity.into_iter().enumerate();
-            while let Some((number, bytes)) = others.next() {
+            for (number, bytes) in parity.into_iter().enumerate() {
                 if number == index {
                     let crc = crc32c::crc32c(&bytes);
                     keeper.lock().parity.entry(id).or_default().insert((local, stripe), (bytes, crc));
