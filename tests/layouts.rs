@@ -220,7 +220,8 @@ fn a_run_whose_experts_move_goes_on_to_the_bit() {
         on_threads(4, TIMEOUT, move |world| {
             let mut trainer = trainer_on(world, config.clone());
             biased(&trainer);
-            assert_eq!(trainer.resume(&mut |warning| panic!("{warning}")).unwrap(), resumes);
+            let resumed = trainer.resume(&mut |warning| panic!("{warning}")).unwrap();
+            assert_eq!(resumed == trainer::Resumed::Checkpoint, resumes);
             let steps = |trainer: &mut trainer::Trainer, count| {
                 (0..count).map(|_| trainer.train_step(false).unwrap().0.loss).collect::<Vec<_>>()
             };
@@ -303,7 +304,8 @@ fn a_checkpoint_of_four_ranks_goes_on_in_any_layout() {
         let resumed = on_threads(ranks, TIMEOUT, move |world| {
             let mut trainer = trainer_on(world, other.clone());
             let mut warnings = Vec::new();
-            assert!(trainer.resume(&mut |warning| warnings.push(warning.to_string())).unwrap());
+            let resumed = trainer.resume(&mut |warning| warnings.push(warning.to_string())).unwrap();
+            assert_eq!(resumed, trainer::Resumed::Checkpoint);
             assert_eq!((trainer.step(), warnings), (5, vec![]));
             (0..5).map(|_| trainer.train_step(false).unwrap().0.loss).collect::<Vec<_>>()
         });

@@ -10,6 +10,7 @@
 //! - Nothing is believed without its checksum; a damaged checkpoint is refused by name, and an older one is used.
 #![deny(missing_docs)]
 
+mod checksum;
 mod code;
 mod error;
 mod image;
@@ -23,6 +24,7 @@ mod stripes;
 pub mod survival;
 mod write;
 
+pub use checksum::crc32c;
 pub use code::{Code, xor};
 pub use error::Error;
 pub use image::{Head, Image};

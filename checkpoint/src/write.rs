@@ -1,5 +1,6 @@
 //! Writing: every rank its shard, then one rank the manifest and the name.
 
+use crate::checksum::Running;
 use crate::image::Head;
 use crate::manifest::{FORMAT, FileEntry, Manifest, PieceEntry, TensorEntry};
 use crate::read::{list, parse_header};
@@ -251,13 +252,13 @@ fn sync(path: &Path) -> Result<(), Error> {
 pub(crate) fn checksum(path: &Path) -> Result<(u64, u32), Error> {
     let mut file = File::open(path).map_err(Error::io("cannot open", path))?;
     let mut buffer = vec![0u8; 1 << 20];
-    let (mut bytes, mut crc) = (0u64, 0u32);
+    let (mut bytes, mut crc) = (0u64, Running::new());
     loop {
         let read = file.read(&mut buffer).map_err(Error::io("cannot read", path))?;
         if read == 0 {
-            return Ok((bytes, crc));
+            return Ok((bytes, crc.value()));
         }
         bytes += read as u64;
-        crc = crc32c::crc32c_append(crc, &buffer[..read]);
+        crc.add(&buffer[..read]);
     }
 }

@@ -114,7 +114,7 @@ impl Rank {
         for (chunk, part) in bytes.chunks(CHUNK).enumerate() {
             self.slots[slot].copy_in(chunk * CHUNK, part);
             let upto = (chunk * CHUNK + part.len()) as u64;
-            self.filler.filled(slot, upto, vec![crc32c::crc32c(part)]).unwrap();
+            self.filler.filled(slot, upto, vec![checkpoint::crc32c(part)]).unwrap();
         }
         true
     }

@@ -312,17 +312,18 @@ impl Trainer {
         let holding = saving::share_out(&tensors, &self.world)?;
         let state = self.state();
         let snapshots = self.snapshots.as_mut().expect("the caller has looked");
-        snapshots.plan(holding, &state, self.device.as_ref())
+        snapshots.plan(&holding, &tensors, &state, self.device.as_ref())
     }
 
-    /// Copies the state of this moment.
+    /// Hands the state of this moment over to the copying thread.
     fn take_snapshot(&mut self, slot: usize) -> Result<(), Error> {
-        let tensors = self.stateful().tensors()?.into_iter().map(|(_, tensor)| tensor).collect();
-        let state = self.state();
-        match &mut self.snapshots {
-            Some(snapshots) => snapshots.take(slot, &state, tensors),
-            None => Ok(()),
+        let begun = Instant::now();
+        let (state, generator) = (self.state(), self.device.generator_state()?);
+        if let Some(snapshots) = &mut self.snapshots {
+            snapshots.take(slot, state, generator);
+            snapshots.cost.stall = begun.elapsed().as_secs_f64();
         }
+        Ok(())
     }
 
     /// Makes sure that the state of this moment is in the keepers' memory, whose newest the launcher writes to disk at the end:

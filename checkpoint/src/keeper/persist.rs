@@ -41,10 +41,10 @@ fn write_part(
     for (chunk, &crc) in crcs.iter().enumerate() {
         let len = chunk_len(bytes, size, chunk as u64);
         region.copy_out(chunk * size, &mut buffer[..len]);
-        if crc32c::crc32c(&buffer[..len]) != crc {
+        if crate::checksum::crc32c(&buffer[..len]) != crc {
             return Err(format!("memory for {} is damaged at chunk {chunk}", path.display()));
         }
-        whole = crc32c::crc32c_combine(whole, crc, len);
+        whole = crate::checksum::combine(whole, crc, len);
         file.write_all(&buffer[..len]).map_err(failed)?;
     }
     file.sync_all().map_err(failed)?;

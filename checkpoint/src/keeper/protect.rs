@@ -137,7 +137,7 @@ fn make(
             code.encode(&views, &mut parity.iter_mut().map(Vec::as_mut_slice).collect::<Vec<_>>());
             for (number, bytes) in parity.into_iter().enumerate() {
                 if number == index {
-                    let crc = crc32c::crc32c(&bytes);
+                    let crc = crate::checksum::crc32c(&bytes);
                     keeper.lock().parity.entry(id).or_default().insert((local, stripe), (bytes, crc));
                 } else if encoder && number > 0 {
                     let at = stripes.parity_at(stripe, number);

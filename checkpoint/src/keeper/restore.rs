@@ -27,7 +27,7 @@ pub(crate) fn damaged(keeper: &Keeper, id: SnapshotId) -> Result<Damage, Error> 
             for (chunk, &crc) in info.crcs.iter().enumerate() {
                 let len = chunk_len(info.bytes, size, chunk as u64);
                 region.copy_out(chunk * size, &mut bytes[..len]);
-                if crc32c::crc32c(&bytes[..len]) != crc {
+                if crate::checksum::crc32c(&bytes[..len]) != crc {
                     bad.push((rank, chunk as u64));
                 }
             }
@@ -35,7 +35,7 @@ pub(crate) fn damaged(keeper: &Keeper, id: SnapshotId) -> Result<Damage, Error> 
     }
     let state = keeper.lock();
     let parities = state.parity.get(&id).into_iter().flat_map(|parity| parity.values());
-    let parities = parities.filter(|(bytes, crc)| crc32c::crc32c(bytes) != *crc).count() as u64;
+    let parities = parities.filter(|(bytes, crc)| crate::checksum::crc32c(bytes) != *crc).count() as u64;
     Ok(Damage { chunks: bad, parities })
 }
 
@@ -52,7 +52,7 @@ pub(crate) fn poison(keeper: &Keeper, rank: usize) -> Result<(), Error> {
         let crc = |chunk: usize| {
             let mut bytes = vec![0; chunk_len(info.bytes, size, chunk as u64)];
             region.copy_out(chunk * size, &mut bytes);
-            crc32c::crc32c(&bytes)
+            crate::checksum::crc32c(&bytes)
         };
         (0..info.crcs.len()).map(crc).collect::<Vec<u32>>()
     })?;
@@ -123,7 +123,7 @@ pub(crate) fn fetch(keeper: &Keeper, rank: usize) -> Result<Arc<Region>, Error> 
             }
             let bytes = peer.receive_bytes()?;
             let right = bytes.len() == chunk_len(info.bytes, size, chunk);
-            if !right || crc32c::crc32c(&bytes) != info.crcs[chunk as usize] {
+            if !right || crate::checksum::crc32c(&bytes) != info.crcs[chunk as usize] {
                 return Err(Error::Refused(format!("chunk {chunk} of rank {rank}'s part came damaged from {holder}")));
             }
             region.copy_in(chunk as usize * size, &bytes);
@@ -212,7 +212,7 @@ pub(crate) fn rebuild(keeper: &Keeper, wanted: &Rebuild) -> Result<(), Error> {
                         let right = match index < data.len() {
                             true => {
                                 let info = &snapshot.parts[rank_at(position(index)).expect("it has bytes")];
-                                info.crcs.get(number(index) as usize) == Some(&crc32c::crc32c(&bytes))
+                                info.crcs.get(number(index) as usize) == Some(&crate::checksum::crc32c(&bytes))
                             }
                             false => bytes.len() == len,
                         };
@@ -232,7 +232,7 @@ pub(crate) fn rebuild(keeper: &Keeper, wanted: &Rebuild) -> Result<(), Error> {
         let views: Vec<Option<&[u8]>> = got.iter().map(Option::as_deref).collect();
         code.rebuild(&views, target, &mut out).map_err(Error::Refused)?;
         out.truncate(chunk_len(own.bytes, size, chunk));
-        if own.crcs.get(chunk as usize) != Some(&crc32c::crc32c(&out)) {
+        if own.crcs.get(chunk as usize) != Some(&crate::checksum::crc32c(&out)) {
             return Err(Error::Refused(format!("chunk {chunk} of rank {rank}'s part was rebuilt to something else")));
         }
         region.copy_in(chunk as usize * size, &out);

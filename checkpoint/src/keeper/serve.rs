@@ -433,7 +433,7 @@ impl Keeper {
             Request::Parity { id, local, stripe } => {
                 let held = state.parity.get(&id).and_then(|parity| parity.get(&(local, stripe)));
                 let (bytes, crc) = held.ok_or_else(|| Error::Refused("there is no such parity here".into()))?;
-                if crc32c::crc32c(bytes) != *crc {
+                if crate::checksum::crc32c(bytes) != *crc {
                     return Err(Error::Refused("the parity here is damaged".into()));
                 }
                 return Ok(Reply::Bytes(bytes.clone()));
@@ -442,7 +442,7 @@ impl Keeper {
                 if !state.may_come(id) && !state.complete.contains_key(&id) {
                     return Err(Error::Refused(format!("step {} is given up", id.step)));
                 }
-                let crc = crc32c::crc32c(&bytes);
+                let crc = crate::checksum::crc32c(&bytes);
                 state.parity.entry(id).or_default().insert((local, stripe), (bytes, crc));
             }
             Request::Rebuild(rebuild) => {

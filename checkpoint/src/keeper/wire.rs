@@ -77,7 +77,7 @@ pub(crate) fn send(stream: &mut impl Write, message: &impl Serialize) -> Result<
         .map_err(|e| Error::Protocol(format!("a message cannot be encoded: {e}")))?;
     let (head, body) = frame.split_at_mut(8);
     head[..4].copy_from_slice(&(body.len() as u32).to_le_bytes());
-    head[4..].copy_from_slice(&crc32c::crc32c(body).to_le_bytes());
+    head[4..].copy_from_slice(&crate::checksum::crc32c(body).to_le_bytes());
     stream.write_all(&frame)?;
     Ok(())
 }
@@ -99,7 +99,7 @@ pub(crate) fn receive<T: DeserializeOwned>(stream: &mut impl Read) -> Result<T, 
     if body.len() < len as usize {
         return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into());
     }
-    if crc32c::crc32c(&body).to_le_bytes() != head[4..] {
+    if crate::checksum::crc32c(&body).to_le_bytes() != head[4..] {
         return Err(Error::Protocol("a message was changed on its way".into()));
     }
     let decoded = bincode::serde::decode_from_slice(&body, bincode::config::standard());

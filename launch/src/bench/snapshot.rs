@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 use trainer::{CopyTimer, KeeperAccess};
 
 const CHUNK: usize = 256 << 10;
+/// Tokens of a step of the runs.
+const TOKENS: f64 = 2048.0;
 
 pub(crate) fn run(args: &SnapshotBenchArgs) -> Result<ExitCode> {
     if args.rounds == 0 || args.mib == 0 {
@@ -173,50 +175,50 @@ fn config(folder: &Path, mib: usize, every: u64, steps: u64) -> Value {
 
 fn runs(args: &SnapshotBenchArgs, folder: &Path, wanted: &dyn Fn(&str) -> bool) -> Result<ExitCode> {
     write_tokens(folder, 10240)?;
-    let cases: Vec<(&str, u64)> =
-        [("every-10", 10), ("every-1", 1)].into_iter().filter(|(case, _)| wanted(case) || wanted("stall")).collect();
-    let mut speeds: Vec<Vec<f64>> = vec![Vec::new(); cases.len() + 1];
     let (mut stalls, mut copies, mut bytes, mut baseline) = (Vec::new(), Vec::new(), 0.0f64, Vec::new());
+    // Milliseconds of steps beside which a snapshot is copied, of the others, and of a run without keepers.
+    let (mut copying, mut plain, mut without) = (Vec::new(), Vec::new(), Vec::new());
     for turn in 1..=args.rounds {
         eprintln!("snapshots in a run: round {turn} of {}", args.rounds);
-        let mut measure = |every: u64| -> Result<f64> {
-            // The first steps are slower than the others.
-            let steps = train(folder, &config(folder, args.mib, every, 23), 1, args.threads)?.split_off(3);
-            for step in steps.iter().filter(|step| step["snapshot"].is_object() && every > 0) {
-                let figure = |key: &str| step["snapshot"][key].as_f64().unwrap_or_default();
-                if figure("copy_ms") > 0.0 {
-                    stalls.push(figure("stall_ms"));
-                    copies.push(figure("copy_ms"));
-                    bytes = figure("bytes");
+        // One after every second step, so that both kinds of steps meet the same machine. The first steps are slow.
+        let steps = train(folder, &config(folder, args.mib, 2, 25), 1, args.threads)?.split_off(4);
+        for pair in steps.windows(2) {
+            let after = pair[1]["step_ms"].as_f64().unwrap_or_default();
+            let figure = |key: &str| pair[0]["snapshot"][key].as_f64();
+            match (figure("stall_ms"), figure("copy_ms")) {
+                (Some(stall), Some(copy)) => {
+                    copying.push(after);
+                    stalls.push(stall);
+                    copies.push(copy);
+                    bytes = figure("bytes").unwrap_or(bytes);
                 }
+                _ => plain.push(after),
             }
-            let seconds: f64 = steps.iter().filter_map(|step| step["step_ms"].as_f64()).sum::<f64>() / 1e3;
-            Ok(steps.len() as f64 * 2048.0 / seconds)
-        };
-        speeds[0].push(measure(0)?);
-        for (index, (_, every)) in cases.iter().enumerate() {
-            speeds[index + 1].push(measure(*every)?);
         }
+        let steps = train(folder, &config(folder, args.mib, 0, 14), 1, args.threads)?.split_off(4);
+        without.extend(steps.iter().filter_map(|step| step["step_ms"].as_f64()));
         if let Some(text) = &args.baseline {
             let mut command = Command::new("sh");
             command.args(["-c", &text.replace("{mib}", &args.mib.to_string())]);
             baseline.push(last_line(command, text, "stall_ms")?["stall_ms"].as_f64().unwrap_or(f64::NAN));
         }
     }
+    let more = |line: Value| {
+        let sizes = json!({"mib": round(bytes / 1048576.0, 1), "rounds": args.rounds, "threads": args.threads});
+        with(line, sizes)
+    };
     if wanted("stall") {
         let theirs = args.baseline.as_deref().map(|name| (median(baseline), name));
-        let more = json!({
-            "mib": round(bytes / 1048576.0, 1), "copy_ms": round(median(copies), 2), "snapshots": stalls.len(),
-            "rounds": args.rounds, "threads": args.threads,
-        });
-        println!("{}", with(line("stall", "stall_ms", median(stalls), theirs, false), more));
+        let line = line("stall", "stall_ms", median(stalls.clone()), theirs, false);
+        println!("{}", with(more(line), json!({"copy_ms": round(median(copies), 2), "snapshots": stalls.len()})));
     }
-    let without = median(speeds[0].clone());
-    for (index, (case, _)) in cases.iter().enumerate() {
+    let (copying, plain, without) = (median(copying), median(plain), median(without));
+    for (case, every) in [("every-10", 10.0), ("every-1", 1.0)] {
         if wanted(case) {
-            let ours = median(speeds[index + 1].clone());
-            let more = json!({"mib": round(bytes / 1048576.0, 1), "rounds": args.rounds, "threads": args.threads});
-            println!("{}", with(line(case, "tokens_per_s", ours, Some((without, "no snapshots")), true), more));
+            let rate = |step_ms: f64| TOKENS / step_ms * 1e3;
+            let mixed = ((every - 1.0) * plain + copying) / every;
+            let line = line(case, "tokens_per_s", rate(mixed), Some((rate(plain), "steps without a snapshot")), true);
+            println!("{}", with(more(line), json!({"without_keepers": round(rate(without), 1)})));
         }
     }
     Ok(ExitCode::SUCCESS)
