@@ -24,8 +24,8 @@ const SLOTS: usize = 3;
 
 /// How often a rank says that it lives.
 const BEAT: Duration = Duration::from_millis(100);
-/// How often the copying thread looks for work.
-const LOOK: Duration = Duration::from_millis(5);
+/// How often the copying thread looks for work; one who waits for it wakes it.
+const LOOK: Duration = Duration::from_millis(20);
 /// Chunks that are reported together.
 const REPORTED: usize = 16;
 /// The share of the time that snapshots may cost where they are taken as often as is cheap.
@@ -449,9 +449,8 @@ impl Worker {
             Kind::Uint8 => (*offset, &job.generator),
             _ => (*offset, tensor),
         });
-        let flat: Vec<(u64, Tensor, usize)> = fixed
-            .map(|(offset, tensor)| (offset, tensor.view(-1), tensor.kind().elt_size_in_bytes()))
-            .collect();
+        let flat: Vec<(u64, Tensor, usize)> =
+            fixed.map(|(offset, tensor)| (offset, tensor.view(-1), tensor.kind().elt_size_in_bytes())).collect();
         self.fill(job.slot, &job.memory, &head, &flat, plan.image.bytes())?;
         Ok(begun.elapsed().as_secs_f64())
     }

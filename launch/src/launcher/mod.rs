@@ -37,7 +37,7 @@ use tracker::{Todo, Tracker};
 use trainer::config::{Config, WithoutSpare};
 
 /// How often children are looked at.
-const TICK: Duration = Duration::from_millis(10);
+const TICK: Duration = Duration::from_millis(20);
 /// After one rank failed, the others may be about to say that they failed first.
 const SETTLING: Duration = Duration::from_millis(400);
 /// Bytes of a chunk of a snapshot: it stays in the cache while it is copied and checked.
@@ -293,7 +293,7 @@ impl<'a> Launcher<'a> {
                 Some(since) if signals.count() > 1 || since.elapsed() > patience => return End::Killed,
                 _ => {}
             }
-            self.listen(tracker, TICK);
+            self.listen(tracker);
             if let Some(failure) = self.hung(tracker) {
                 return End::Failed(failure);
             }
@@ -305,11 +305,12 @@ impl<'a> Launcher<'a> {
         }
     }
 
-    /// Hears what keepers have to say, for at most `patience`.
-    fn listen(&mut self, tracker: &mut Tracker, patience: Duration) {
-        let Some(keepers) = &mut self.keepers else { return std::thread::sleep(patience) };
-        let deadline = Instant::now() + patience;
-        while let Ok((number, heard)) = keepers.heard.recv_deadline(deadline) {
+    /// Sleeps for one tick and hears what keepers have had to say.
+    fn listen(&mut self, tracker: &mut Tracker) {
+        // Not in the channel's own wait, which spins for a while first: the processors are the ranks'.
+        std::thread::sleep(TICK);
+        let Some(keepers) = &mut self.keepers else { return };
+        while let Ok((number, heard)) = keepers.heard.try_recv() {
             let Some(place) = keepers.place(number) else { continue };
             match heard {
                 Heard::Event(event) => match tracker.hear(place, event) {
@@ -482,7 +483,7 @@ impl<'a> Launcher<'a> {
         let deadline = Instant::now() + Duration::from_secs(self.config.run.timeout_s);
         let mut tried = false;
         while self.keepers.is_some() {
-            self.listen(tracker, TICK);
+            self.listen(tracker);
             let Some(keepers) = &mut self.keepers else { break };
             let newest = look(keepers).0.first().map(|candidate| candidate.snapshot.id);
             let newest = newest.filter(|id| id.generation == self.generation);
