@@ -282,7 +282,7 @@ fn a_rank_without_a_free_slot_skips_and_one_that_dies_leaves_nothing_half_writte
     drop(ranks);
     let begun = std::time::Instant::now();
     let whole = || inventories(&cluster, &[0])[0].parts.iter().map(|(id, _)| id.step).collect::<Vec<_>>();
-    while cluster.peer(0).status().unwrap().filling != [] {
+    while !cluster.peer(0).status().unwrap().filling.is_empty() {
         assert!(begun.elapsed() < PATIENCE);
         std::thread::sleep(Duration::from_millis(5));
     }
