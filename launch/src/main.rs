@@ -31,7 +31,7 @@ use std::sync::atomic::AtomicBool;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    if !matches!(cli.command, Command::Train(_) | Command::Bench(_)) {
+    if !matches!(cli.command, Command::Train(_) | Command::Bench(_) | Command::Keeper(_) | Command::Chaos(_)) {
         end_with_reader();
     }
     let result = match cli.command {

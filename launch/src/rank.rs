@@ -40,8 +40,20 @@ pub(crate) enum FailureKind {
     Peer,
     /// The loss of this step was not finite.
     Diverged { step: u64 },
+    /// The snapshot that it was to go on from could not be read.
+    Restore,
     /// Something of this rank's own, after so many steps in this attempt.
     Own { steps: u64 },
+}
+
+/// The launcher may know of an older state.
+#[derive(Debug)]
+struct NotRestored;
+
+impl std::fmt::Display for NotRestored {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "the state to go on from cannot be read")
+    }
 }
 
 /// The log of `rank`.
@@ -95,6 +107,7 @@ pub(crate) fn run(args: &TrainArgs, env: &RankEnv, assignment: Option<&Assignmen
             let kind = match error.downcast_ref::<trainer::Error>() {
                 Some(trainer::Error::Comm(_)) => FailureKind::Peer,
                 Some(trainer::Error::Diverged { step, .. }) => FailureKind::Diverged { step: *step },
+                _ if error.is::<NotRestored>() => FailureKind::Restore,
                 _ => FailureKind::Own { steps: steps.load(Ordering::Relaxed) },
             };
             let report = serde_json::to_vec(&Failure { at, message: message.clone(), kind }).expect("plain data");
@@ -170,7 +183,9 @@ fn train(config: Config, env: &RankEnv, assignment: Option<&Assignment>, done: &
         trainer.skip_batches(assignment.skips.clone());
     }
     let warn = &mut |warning: &str| say(format!("warning: {warning}"));
-    match trainer.resume(warn)? {
+    let resumed = trainer.resume(warn);
+    let resumed = if again { resumed.context(NotRestored) } else { resumed.map_err(Into::into) };
+    match resumed? {
         Resumed::Nothing => {}
         Resumed::Snapshot => tracing::info!("going on from the snapshot of step {}", trainer.step()),
         Resumed::Checkpoint => {

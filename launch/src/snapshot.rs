@@ -77,18 +77,21 @@ pub(crate) fn status(args: &SnapshotStatusArgs) -> Result<ExitCode> {
         let snapshot = &candidate.snapshot;
         let bytes: u64 = snapshot.parts.iter().map(|part| part.bytes).sum();
         let protected = inventories.iter().filter(|inventory| inventory.protected.contains(&snapshot.id)).count();
+        let parity = match snapshot.topology.redundancy.survives() {
+            0 => String::new(),
+            _ => format!(", parity on {protected} of {} nodes", snapshot.topology.nodes.len()),
+        };
         let lost = match candidate.lost().as_slice() {
             [] => String::new(),
             lost => format!("; parts of nodes {lost:?} would be rebuilt"),
         };
         println!(
-            "snapshot of step {} (attempt {}): {} parts, {}; {}, parity on {protected} of {} nodes{lost}",
+            "snapshot of step {} (attempt {}): {} parts, {}; {}{parity}{lost}",
             snapshot.id.step,
             snapshot.id.generation,
             snapshot.parts.len(),
             mib(bytes),
             snapshot.topology.redundancy,
-            snapshot.topology.nodes.len(),
         );
     }
     Ok(ExitCode::SUCCESS)

@@ -184,14 +184,17 @@ pub fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), Err
         let keeper = keeper.clone();
         move || keeper.encode_all(&to_encode)
     });
-    let mut watched = Instant::now();
+    let (mut watched, mut pulsed) = (Instant::now(), Instant::now());
     loop {
         let mut state = keeper.lock();
         if state.stopping {
             return Ok(());
         }
-        let ranks = state.pulses();
-        state.tell(&Event::Pulse { ranks });
+        if pulsed.elapsed() >= PULSE {
+            pulsed = Instant::now();
+            let ranks = state.pulses();
+            state.tell(&Event::Pulse { ranks });
+        }
         if !state.watchers.is_empty() {
             watched = Instant::now();
         } else if watched.elapsed() > settings.lonely {
@@ -347,6 +350,13 @@ impl Keeper {
             Request::Setup { topology, node } => {
                 // What a snapshot of an older generation needs to be understood is in `complete`.
                 let generation = topology.generation;
+                // Ranks that are elsewhere now write nothing here any more; what they wrote is only to be read.
+                for slot in &mut state.slots.slots {
+                    if slot.writer.is_some_and(|rank| topology.node_of(rank) != Some(node)) {
+                        slot.writer = None;
+                    }
+                }
+                state.free_regions();
                 state.seats.retain(|&older, _| older < generation);
                 state.seats.insert(generation, (topology, node));
                 let wanted: BTreeSet<u64> = state.complete.keys().map(|id| id.generation).chain([generation]).collect();
@@ -504,7 +514,7 @@ impl Keeper {
                     state.slots.slots[slot].part.as_ref().map_or(1, |part| part.info.bytes),
                     state.regions[slot].clone().expect("a slot with a part"),
                 );
-                region.write((at % bytes) as usize, 1, |byte| byte[0] ^= 1 << (at % 8));
+                region.write((at % bytes.max(1)) as usize, 1, |byte| byte[0] ^= 1 << (at % 8));
             }
             Fault::Poison { rank } => {
                 drop(state);

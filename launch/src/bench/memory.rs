@@ -79,5 +79,6 @@ fn experiment(folder: &Path, parallel: &Value) -> Value {
         "train": {"steps": 3, "global_batch": 16, "micro_batch": 4},
         "schedule": {"constant": {"lr": 1e-3}},
         "checkpoint": {"every": 0},
+        "snapshot": {"every": 0},
     })
 }

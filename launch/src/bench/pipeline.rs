@@ -101,6 +101,7 @@ fn experiment(args: &PipelineArgs, folder: &Path) -> Value {
         "train": {"steps": args.steps, "global_batch": 16, "micro_batch": 1},
         "schedule": {"constant": {"lr": 1e-3}},
         "checkpoint": {"every": 0},
+        "snapshot": {"every": 0},
     })
 }
 

@@ -17,7 +17,7 @@ use crate::register::{self, Register};
 use anyhow::{Context, Result, anyhow};
 use assignment::KeeperAssignment;
 use checkpoint::Redundancy;
-use checkpoint::keeper::{Node, SnapshotId, Topology};
+use checkpoint::keeper::{Node, Topology};
 use disk::Disk;
 use nix::sys::signal::Signal;
 use nodes::{Heard, Keepers};
@@ -163,11 +163,16 @@ impl<'a> Launcher<'a> {
                 }
                 End::Killed => {
                     self.ranks.kill_all();
-                    let rescued = self.rescue();
+                    let rescued = self.rescued();
                     return Err(anyhow!(
-                        "stopped without a checkpoint of this moment; the same command goes on from {}",
-                        rescued.map_or("the last one".into(), |step| format!("step {step}"))
+                        "{rescued}stopped without a checkpoint of this moment; the same command goes on from the last one"
                     ));
+                }
+                // It was to stop: nothing is started again.
+                End::Failed(failure) if signals.count() > 0 => {
+                    self.ranks.kill_all();
+                    let rescued = self.rescued();
+                    return Err(anyhow!("{rescued}{}", failure.full));
                 }
                 End::Failed(failure) => {
                     self.ranks.kill();
@@ -180,10 +185,7 @@ impl<'a> Launcher<'a> {
                     match verdict {
                         Verdict::GiveUp(why) => {
                             self.ranks.kill_all();
-                            let rescued = self.rescue();
-                            let rescued = rescued.map_or(String::new(), |step| {
-                                format!("the state of step {step} was written to a checkpoint\n")
-                            });
+                            let rescued = self.rescued();
                             let why = if why.is_empty() { why } else { format!("{why}\n") };
                             return Err(anyhow!("{why}{rescued}{}", failure.full));
                         }
@@ -222,7 +224,7 @@ impl<'a> Launcher<'a> {
                 return Ok(restored);
             }
             // Another number of nodes, or the run was at its end: by way of the disk.
-            if let Some(step) = self.rescue() {
+            if let Some(step) = self.rescue()? {
                 eprintln!("keepers of an earlier launcher had step {step} in memory: it is a checkpoint now");
             }
         }
@@ -520,35 +522,54 @@ impl<'a> Launcher<'a> {
     }
 
     /// Nothing that is only in memory is lost when a run is given up: the newest snapshot becomes a checkpoint, unless there
-    /// is a newer one. Which step.
-    fn rescue(&mut self) -> Option<u64> {
-        let mut keepers = self.keepers.take()?;
-        let (found, _) = look(&mut keepers);
-        let newest: Option<SnapshotId> = found.first().map(|candidate| candidate.snapshot.id);
-        if newest.is_none_or(|id| Some(id.step) <= step_on_disk(&self.checkpoints)) {
-            keepers.stop();
-            return None;
-        }
-        let restored = recover(&mut keepers, 0, &self.checkpoints);
-        let (id, _) = restored.snapshot?;
-        let (found, places) = look(&mut keepers);
-        let candidate = found.into_iter().find(|candidate| candidate.snapshot.id == id)?;
-        let holders: Option<Vec<usize>> = candidate.holders.iter().map(|holder| Some(places[(*holder)?])).collect();
+    /// is a newer one. Which step. The keepers are stopped.
+    ///
+    /// # Errors
+    /// When it cannot be written: the keepers stay, and the same command tries again.
+    fn rescue(&mut self) -> Result<Option<u64>> {
+        let Some(mut keepers) = self.keepers.take() else { return Ok(None) };
+        let newest = look(&mut keepers).0.first().map(|candidate| candidate.snapshot.id);
+        let newest = newest.filter(|id| step_on_disk(&self.checkpoints) < Some(id.step));
+        let written = match newest {
+            Some(_) => self.write_newest(&mut keepers)?,
+            None => None,
+        };
+        keepers.stop();
+        Ok(written)
+    }
+
+    /// Puts the newest snapshot together and writes it: which step, None where it cannot be put together.
+    fn write_newest(&mut self, keepers: &mut Keepers) -> Result<Option<u64>> {
+        let Some((id, _)) = recover(keepers, 0, &self.checkpoints).snapshot else { return Ok(None) };
+        let (found, places) = look(keepers);
+        let candidate = found.into_iter().find(|candidate| candidate.snapshot.id == id);
+        let holders = candidate.and_then(|candidate| {
+            candidate.holders.iter().map(|holder| Some(places[(*holder)?])).collect::<Option<Vec<usize>>>()
+        });
+        let Some(holders) = holders else { return Ok(None) };
         self.disk.forget();
         self.disk.is_due(id);
-        self.disk.begin(&mut keepers, id, &holders?);
+        self.disk.begin(keepers, id, &holders);
         loop {
-            match self.disk.ended(&mut keepers) {
+            match self.disk.ended(keepers) {
                 None => std::thread::sleep(TICK),
-                Some((step, Ok(_))) => {
-                    keepers.stop();
-                    return Some(step);
-                }
+                Some((step, Ok(_))) => return Ok(Some(step)),
                 Some((step, Err(error))) => {
-                    eprintln!("warning: step {step} is only in memory, and cannot be written: {error:#}");
-                    return None;
+                    return Err(anyhow!(
+                        "step {step} is only in memory, and cannot be written: {error:#}\n  make room and start the same \
+                         command again"
+                    ));
                 }
             }
+        }
+    }
+
+    /// [`Launcher::rescue`] on the way out, in words.
+    fn rescued(&mut self) -> String {
+        match self.rescue() {
+            Ok(None) => String::new(),
+            Ok(Some(step)) => format!("the state of step {step} was written to a checkpoint\n"),
+            Err(error) => format!("{error:#}\n"),
         }
     }
 }
