@@ -162,6 +162,7 @@ fn a_full_disk_loses_nothing_that_was_saved() {
     let snapshots = text(&finish(&mut experiment.moerun(&["snapshot", "status", "run"])));
     assert!(snapshots.contains("snapshot of step 30"), "{snapshots}");
     assert!(finish(&mut experiment.moerun(&["keeper", "stop", "run"])).status.success());
+    experiment.assert_no_orphans();
     let unmounted = Command::new("umount").arg(&disk).status().unwrap().success();
     assert!(unmounted && said.contains("No space left on device") && said.contains("training goes on"), "{said}");
     assert!(!kept.is_empty() && whole, "{kept:?}");

@@ -4,11 +4,13 @@ use crate::cli::RunArgs;
 use crate::register::Register;
 use anyhow::{Context, Result, anyhow};
 use checkpoint::keeper::{Secret, serve};
+use nix::sys::signal::kill;
+use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, Write};
 use std::net::SocketAddr;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What the launcher tells a keeper, as a line on its standard input.
 #[derive(Serialize, Deserialize)]
@@ -58,11 +60,22 @@ pub(crate) fn stop(args: &RunArgs) -> Result<ExitCode> {
     let mut stopped = 0;
     for number in 0..register.keepers.len() {
         match register.connect(number, Duration::from_secs(5)).map(|mut peer| peer.stop()) {
-            Ok(_) => stopped += 1,
+            Ok(_) => {
+                stopped += 1;
+                wait_for_end(register.keepers[number].pid);
+            }
             Err(error) => eprintln!("warning: {error:#}"),
         }
     }
     Register::remove(&args.run);
     println!("{stopped} of {} keepers were stopped; what was in their memory only is gone", register.keepers.len());
     Ok(ExitCode::SUCCESS)
+}
+
+/// A moment for a process of this machine to be gone, and with it what it has open.
+fn wait_for_end(pid: i32) {
+    let begun = Instant::now();
+    while kill(Pid::from_raw(pid), None).is_ok() && begun.elapsed() < Duration::from_secs(2) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }

@@ -35,6 +35,9 @@ use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+/// Bytes of a chunk of a snapshot, where nobody asks for others: it stays in the cache while it is copied, checked and coded.
+pub const CHUNK: usize = 256 << 10;
+
 /// Which snapshot: the attempt that made it, and the steps done. Ordered by age.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct SnapshotId {

@@ -3,7 +3,7 @@
 use super::{in_a_folder, last_line, median, round, train, write_tokens};
 use crate::cli::SnapshotBenchArgs;
 use anyhow::{Result, anyhow, bail};
-use checkpoint::keeper::{Node, Peer, Secret, Topology, serve};
+use checkpoint::keeper::{CHUNK, Node, Peer, Secret, Topology, serve};
 use checkpoint::{Code, Redundancy};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -11,7 +11,6 @@ use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 use trainer::{CopyTimer, KeeperAccess};
 
-const CHUNK: usize = 256 << 10;
 /// Tokens of a step of the runs.
 const TOKENS: f64 = 2048.0;
 

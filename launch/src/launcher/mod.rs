@@ -17,7 +17,7 @@ use crate::register::{self, Register};
 use anyhow::{Context, Result, anyhow};
 use assignment::KeeperAssignment;
 use checkpoint::Redundancy;
-use checkpoint::keeper::{Node, Topology};
+use checkpoint::keeper::{CHUNK, Node, Topology};
 use disk::Disk;
 use nix::sys::signal::Signal;
 use nodes::{Heard, Keepers};
@@ -40,8 +40,6 @@ use trainer::config::{Config, WithoutSpare};
 const TICK: Duration = Duration::from_millis(20);
 /// After one rank failed, the others may be about to say that they failed first.
 const SETTLING: Duration = Duration::from_millis(400);
-/// Bytes of a chunk of a snapshot: it stays in the cache while it is copied and checked.
-const CHUNK: usize = 256 << 10;
 
 pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode> {
     let config = config_file::load(&args.config)?;
