@@ -65,12 +65,6 @@ impl Disk {
         });
         self.writing = Some((newest, result));
     }
-
-    /// What is being written is of nobody's interest any more: its keepers have other things to do.
-    pub(super) fn forget(&mut self) {
-        self.due = None;
-        self.writing = None;
-    }
 }
 
 fn write(root: &Path, id: SnapshotId, tasks: Vec<(Result<Peer>, Vec<usize>)>) -> Result<PathBuf> {

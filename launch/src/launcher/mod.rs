@@ -154,7 +154,7 @@ impl<'a> Launcher<'a> {
             let end = self.watch(&mut tracker, signals);
             match end {
                 End::Done => {
-                    self.finish(&mut tracker)?;
+                    self.finish(&mut tracker, signals)?;
                     let interrupted = signals.count() > 0;
                     let code = if interrupted { ExitCode::from(128 + signals.last() as u8) } else { ExitCode::SUCCESS };
                     return Ok(code);
@@ -358,12 +358,12 @@ impl<'a> Launcher<'a> {
     fn replace_keeper(&mut self, tracker: &mut Tracker, place: usize, reason: &str) {
         std::thread::sleep(SETTLING / 4);
         let Some(keepers) = &mut self.keepers else { return };
-        if !self.ranks.failed().is_empty() || self.ranks.running() == 0 || keepers.is_alive(place) {
+        keepers.lose(place);
+        if !self.ranks.failed().is_empty() || self.ranks.running() == 0 {
             return;
         }
         eprintln!("warning: the keeper of node {place} is gone ({reason}); another is started, and training goes on");
         let given_up = tracker.give_up();
-        self.disk.forget();
         let replaced = keepers.restart(place).and_then(|()| {
             tracker
                 .topology
@@ -432,7 +432,6 @@ impl<'a> Launcher<'a> {
 
     /// Puts keepers where nodes were lost, or takes the nodes out; what ranks go on from.
     fn recover(&mut self, older: usize) -> Result<Restored> {
-        self.disk.forget();
         let lost = self.mend_nodes()?;
         let Some(keepers) = &mut self.keepers else { return Ok(Restored { snapshot: None, said: String::new() }) };
         let mut restored = recover(keepers, older, &self.checkpoints);
@@ -479,11 +478,16 @@ impl<'a> Launcher<'a> {
     ///
     /// # Errors
     /// When it cannot be: it is still in the keepers' memory then.
-    fn finish(&mut self, tracker: &mut Tracker) -> Result<()> {
+    fn finish(&mut self, tracker: &mut Tracker, signals: &Signals) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(self.config.run.timeout_s);
-        let mut tried = false;
+        let (mut tried, asked) = (false, signals.count());
         while self.keepers.is_some() {
             self.listen(tracker);
+            if signals.count() > asked {
+                return Err(anyhow!(
+                    "stopped while the last checkpoint was written; the state is still in memory, and the same command goes on"
+                ));
+            }
             let Some(keepers) = &mut self.keepers else { break };
             let newest = look(keepers).0.first().map(|candidate| candidate.snapshot.id);
             let newest = newest.filter(|id| id.generation == self.generation);
@@ -545,12 +549,13 @@ impl<'a> Launcher<'a> {
             candidate.holders.iter().map(|holder| Some(places[(*holder)?])).collect::<Option<Vec<usize>>>()
         });
         let Some(holders) = holders else { return Ok(None) };
-        self.disk.forget();
         self.disk.is_due(id);
-        self.disk.begin(keepers, id, &holders);
         loop {
+            self.disk.begin(keepers, id, &holders);
             match self.disk.ended(keepers) {
                 None => std::thread::sleep(TICK),
+                // One that was under way when the run was given up.
+                Some((step, _)) if step != id.step => {}
                 Some((step, Ok(_))) => return Ok(Some(step)),
                 Some((step, Err(error))) => {
                     return Err(anyhow!(

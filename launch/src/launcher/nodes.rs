@@ -200,6 +200,11 @@ impl Keepers {
         &self.secret
     }
 
+    /// A keeper whose events do not come any more counts as gone, whatever else it may answer.
+    pub(super) fn lose(&mut self, place: usize) {
+        self.members[place].control = None;
+    }
+
     /// Ends what is left of a keeper that does not answer.
     fn bury(&mut self, place: usize) {
         let member = &mut self.members[place];
