@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Orders {
     pub(crate) socket: String,
-    pub(crate) secret: String,
+    pub(crate) secret: Secret,
     pub(crate) listen: SocketAddr,
     pub(crate) memory: Option<u64>,
     pub(crate) lonely_s: u64,
@@ -38,7 +38,7 @@ pub(crate) fn serve() -> Result<ExitCode> {
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).with_target(false).init();
     let settings = serve::Settings {
         socket: orders.socket,
-        secret: Secret::from_hex(&orders.secret).ok_or_else(|| anyhow!("that is no secret"))?,
+        secret: orders.secret,
         listen: orders.listen,
         memory: orders.memory,
         lonely: Duration::from_secs(orders.lonely_s),

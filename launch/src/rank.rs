@@ -172,14 +172,15 @@ fn train(config: Config, env: &RankEnv, assignment: Option<&Assignment>, done: &
         }
     };
     // Those who watch a run have read it when the run began.
-    let again = assignment.and_then(|assignment| assignment.keeper()).is_some_and(|keeper| keeper.restore.is_some());
+    let again =
+        assignment.and_then(|assignment| assignment.keeper.as_ref()).is_some_and(|keeper| keeper.restore.is_some());
     if again {
         tracing::info!("{}", trainer.summary());
     } else {
         say(trainer.summary());
     }
     if let Some(assignment) = assignment {
-        assignment.keeper().into_iter().for_each(|keeper| trainer.use_keeper(keeper));
+        assignment.keeper.iter().for_each(|keeper| trainer.use_keeper(keeper.clone()));
         trainer.skip_batches(assignment.skips.clone());
     }
     let warn = &mut |warning: &str| say(format!("warning: {warning}"));

@@ -15,7 +15,7 @@ use std::time::Duration;
 /// What is known of a run's keepers.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Register {
-    secret: String,
+    pub(crate) secret: Secret,
     /// The last attempt of the run.
     pub(crate) generation: u64,
     /// Batches that are left out before a step.
@@ -41,7 +41,7 @@ fn path(run: &Path) -> PathBuf {
 impl Register {
     pub(crate) fn new(secret: &Secret) -> Register {
         let (keepers, skips) = (Vec::new(), BTreeMap::new());
-        Register { secret: secret.to_hex(), generation: 0, skips, keepers, spares: 0 }
+        Register { secret: secret.clone(), generation: 0, skips, keepers, spares: 0 }
     }
 
     /// What an earlier launcher left; None where it left nothing.
@@ -54,10 +54,6 @@ impl Register {
         };
         let read = serde_json::from_slice(&text);
         read.map(Some).with_context(|| format!("{} is damaged; remove it to start without keepers", path.display()))
-    }
-
-    pub(crate) fn secret(&self) -> Result<Secret> {
-        Secret::from_hex(&self.secret).ok_or_else(|| anyhow!("keepers.json has no proper secret"))
     }
 
     /// Writes it, for this user's eyes only.
@@ -80,7 +76,7 @@ impl Register {
     /// A connection to keeper number `number`.
     pub(crate) fn connect(&self, number: usize, patience: Duration) -> Result<Peer> {
         let keeper = &self.keepers[number];
-        Peer::connect(keeper.address, &self.secret()?, patience)
+        Peer::connect(keeper.address, &self.secret, patience)
             .map_err(|e| anyhow!("the keeper of node {number} at {} cannot be reached: {e}", keeper.address))
     }
 }

@@ -4,7 +4,7 @@ use crate::cli::{RunArgs, SnapshotStatusArgs};
 use crate::register::Register;
 use anyhow::{Result, anyhow};
 use checkpoint::keeper::recover::candidates;
-use checkpoint::keeper::{Inventory, Status};
+use checkpoint::keeper::{Inventory, Status, mib};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -24,10 +24,6 @@ pub(crate) fn ask_all(register: &Register) -> Vec<Result<Status>> {
         peer.status().map_err(|e| anyhow!("the keeper of node {number}: {e}"))
     };
     (0..register.keepers.len()).map(ask).collect()
-}
-
-fn mib(bytes: u64) -> String {
-    format!("{:.1} MiB", bytes as f64 / 1048576.0)
 }
 
 pub(crate) fn status(args: &SnapshotStatusArgs) -> Result<ExitCode> {

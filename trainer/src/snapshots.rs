@@ -11,6 +11,7 @@ use crate::saving::{Holding, RunState};
 use checkpoint::keeper::{Filler, Link, Secret, SlotMemory, SnapshotId};
 use checkpoint::{Head, Image, OpenPart, Place};
 use parallel::{Accelerator, Copier};
+use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -36,7 +37,7 @@ const PATIENT: u64 = 50;
 const LONGEST: u64 = 1000;
 
 /// How a rank reaches its node's keeper.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct KeeperAccess {
     /// The name of its socket.
     pub socket: String,

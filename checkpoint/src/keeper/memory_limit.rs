@@ -19,7 +19,7 @@ pub(crate) fn available() -> Option<u64> {
 }
 
 /// Bytes as people read them.
-pub(crate) fn mib(bytes: u64) -> String {
+pub fn mib(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / 1048576.0)
 }
 

@@ -26,6 +26,7 @@ mod wire;
 
 pub use connection::Peer;
 pub use link::{Filler, Link, SlotMemory};
+pub use memory_limit::mib;
 pub use slots::PartInfo;
 pub use wire::Secret;
 

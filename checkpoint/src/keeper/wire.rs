@@ -6,8 +6,8 @@
 //! of your own.
 
 use super::Error;
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
@@ -19,8 +19,9 @@ const MAGIC: &[u8; 8] = b"moerun\x00\x01";
 /// A handshake takes no longer.
 const HANDSHAKE: Duration = Duration::from_secs(5);
 
-/// What the processes of a run have in common.
-#[derive(Clone, PartialEq, Eq)]
+/// What the processes of a run have in common. Written down, it is text.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub struct Secret([u8; 32]);
 
 impl Secret {
@@ -52,6 +53,20 @@ impl Secret {
 
     fn proof(&self, side: &str, first: &[u8; 32], second: &[u8; 32]) -> blake3::Hash {
         blake3::keyed_hash(&self.0, &[side.as_bytes(), first, second].concat())
+    }
+}
+
+impl From<Secret> for String {
+    fn from(secret: Secret) -> String {
+        secret.to_hex()
+    }
+}
+
+impl TryFrom<String> for Secret {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Secret, &'static str> {
+        Secret::from_hex(&text).ok_or("that is no secret of a run")
     }
 }
 

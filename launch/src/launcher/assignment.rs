@@ -1,7 +1,6 @@
 //! What the launcher tells a rank: a line on its standard input. A process that waits for it has already loaded
 //! everything, so a restart does not wait for that.
 
-use checkpoint::keeper::{Secret, SnapshotId};
 use parallel::RankEnv;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -15,33 +14,14 @@ pub(crate) struct Assignment {
     pub(crate) port: u16,
     /// The attempt of the run, from 1 on where there are keepers.
     pub(crate) generation: u64,
-    pub(crate) keeper: Option<KeeperAssignment>,
+    pub(crate) keeper: Option<KeeperAccess>,
     /// Batches to leave out before a step.
     pub(crate) skips: BTreeMap<u64, u64>,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct KeeperAssignment {
-    pub(crate) socket: String,
-    pub(crate) secret: String,
-    pub(crate) chunk: usize,
-    pub(crate) restore: Option<(SnapshotId, usize)>,
 }
 
 impl Assignment {
     pub(crate) fn env(&self) -> RankEnv {
         let attempt = self.generation as usize;
         RankEnv { attempt, ..RankEnv::on_this_machine(self.rank, self.world_size, self.port) }
-    }
-
-    pub(crate) fn keeper(&self) -> Option<KeeperAccess> {
-        let keeper = self.keeper.as_ref()?;
-        Some(KeeperAccess {
-            socket: keeper.socket.clone(),
-            secret: Secret::from_hex(&keeper.secret)?,
-            generation: self.generation,
-            chunk: keeper.chunk,
-            restore: keeper.restore,
-        })
     }
 }

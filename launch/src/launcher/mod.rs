@@ -15,7 +15,6 @@ use crate::config_file;
 use crate::rank::FailureKind;
 use crate::register::{self, Register};
 use anyhow::{Context, Result, anyhow};
-use assignment::KeeperAssignment;
 use checkpoint::Redundancy;
 use checkpoint::keeper::{CHUNK, Node, Topology};
 use disk::Disk;
@@ -34,6 +33,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use torch_ext::Store;
 use tracker::{Todo, Tracker};
+use trainer::KeeperAccess;
 use trainer::config::{Config, WithoutSpare};
 
 /// How often children are looked at.
@@ -259,9 +259,10 @@ impl<'a> Launcher<'a> {
                 world_size: self.size,
                 port: self.port,
                 generation: self.generation,
-                keeper: self.keepers.as_ref().zip(topology.node_of(rank)).map(|(keepers, node)| KeeperAssignment {
+                keeper: self.keepers.as_ref().zip(topology.node_of(rank)).map(|(keepers, node)| KeeperAccess {
                     socket: keepers.members[node].keeper.socket.clone(),
-                    secret: keepers.secret().to_hex(),
+                    secret: keepers.secret().clone(),
+                    generation: self.generation,
                     chunk: CHUNK,
                     restore: restored.snapshot,
                 }),

@@ -79,7 +79,7 @@ impl Keepers {
 
     /// Those that an earlier launcher left; where one is gone it counts as a lost node. None where all are gone.
     pub(super) fn take_over(dir: &Path, config: &Config, register: &Register) -> Result<Option<Keepers>> {
-        let mut keepers = Keepers::none(dir, config, register.secret()?);
+        let mut keepers = Keepers::none(dir, config, register.secret.clone());
         keepers.nodes = register.keepers.len() - register.spares;
         for keeper in &register.keepers {
             let mut member = Member { number: keepers.numbers, keeper: keeper.clone(), control: None, child: None };
@@ -107,7 +107,7 @@ impl Keepers {
         let mut child = command.spawn().context("cannot start a keeper")?;
         let orders = Orders {
             socket: socket.clone(),
-            secret: self.secret.to_hex(),
+            secret: self.secret.clone(),
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             memory: self.memory,
             lonely_s: LONELY.as_secs(),
