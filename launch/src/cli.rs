@@ -34,6 +34,8 @@ pub(crate) enum Command {
     Snapshot(SnapshotCommand),
     /// Make faults on purpose in a run that is going on, and measure how it recovers
     Chaos(ChaosArgs),
+    /// Check that ranks can tell each other all that training needs, on this machine's backends
+    Conformance(ConformanceArgs),
     /// The processes that keep snapshots in memory
     #[command(subcommand)]
     Keeper(KeeperCommand),
@@ -92,6 +94,19 @@ pub(crate) struct ChaosArgs {
     /// Give up when the run does not get on for so long
     #[arg(long, default_value_t = 60)]
     pub(crate) patience_s: u64,
+}
+
+#[derive(Args)]
+pub(crate) struct ConformanceArgs {
+    /// Ranks to start on this machine; ranks that another launcher started are counted by it
+    #[arg(short = 'n', long, default_value_t = 2, value_name = "N")]
+    pub(crate) nproc_per_node: usize,
+    /// auto, gloo or mpi
+    #[arg(long, default_value = "auto", value_name = "BACKEND")]
+    pub(crate) communicator: parallel::Backend,
+    /// cpu, cuda or auto
+    #[arg(long, default_value = "auto")]
+    pub(crate) device: String,
 }
 
 /// A run.

@@ -7,11 +7,13 @@ mod bench;
 mod chaos;
 mod cli;
 mod config_file;
+mod conformance;
 mod environment;
 mod generate;
 mod inspect;
 mod keeper;
 mod launcher;
+mod local_ranks;
 mod plan;
 mod prepare;
 mod progress;
@@ -24,6 +26,7 @@ use clap::Parser;
 use cli::{
     BenchCommand, Cli, Command, ConfigCommand, DataCommand, InspectCommand, KeeperCommand, PlanCommand, SnapshotCommand,
 };
+use environment::Started;
 use signal_hook::consts::SIGPIPE;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -31,7 +34,13 @@ use std::sync::atomic::AtomicBool;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    if !matches!(cli.command, Command::Train(_) | Command::Bench(_) | Command::Keeper(_) | Command::Chaos(_)) {
+    let alone = |command: &Command| {
+        !matches!(
+            command,
+            Command::Train(_) | Command::Bench(_) | Command::Keeper(_) | Command::Chaos(_) | Command::Conformance(_)
+        )
+    };
+    if alone(&cli.command) {
         end_with_reader();
     }
     let result = match cli.command {
@@ -47,6 +56,7 @@ fn main() -> ExitCode {
         Command::Snapshot(SnapshotCommand::Status(args)) => snapshot::status(&args),
         Command::Snapshot(SnapshotCommand::Verify(args)) => snapshot::verify(&args),
         Command::Chaos(args) => chaos::run(&args),
+        Command::Conformance(args) => conformance::run(&args),
         Command::Keeper(KeeperCommand::Serve) => keeper::serve(),
         Command::Keeper(KeeperCommand::Stop(args)) => keeper::stop(&args),
         Command::Bench(BenchCommand::Step(args)) => bench::step::run(args),
@@ -71,13 +81,19 @@ fn end_with_reader() {
     let _ = signal_hook::flag::register_conditional_default(SIGPIPE, Arc::new(AtomicBool::new(true)));
 }
 
-/// Under torchrun's environment this process is one rank; otherwise it starts the ranks.
+/// Where a launcher started this process it is one rank; otherwise it starts the ranks.
 fn train(args: cli::TrainArgs) -> anyhow::Result<ExitCode> {
     if environment::is_launched() {
         return rank::run_launched(&args);
     }
     match environment::rank()? {
-        Some(env) => rank::run(&args, &env, None),
+        Some(Started { env, by }) if args.nproc_per_node > 1 => anyhow::bail!(
+            "-n {} was given, and {by} started this process as rank {} of {}: leave -n out, or start moerun without {by}",
+            args.nproc_per_node,
+            env.rank,
+            env.world_size
+        ),
+        Some(Started { env, by }) => rank::run(&args, &env, by, None),
         None => launcher::run(&args),
     }
 }

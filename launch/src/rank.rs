@@ -61,6 +61,11 @@ pub(crate) fn log_path(run: &Path, rank: usize) -> PathBuf {
     run.join("logs").join(format!("rank-{rank}.log"))
 }
 
+/// Where `rank` leaves the list of its last calls, when one of them fails.
+fn flight_path(run: &Path, rank: usize) -> PathBuf {
+    run.join("logs").join(format!("rank-{rank}.flight.json"))
+}
+
 /// Where `rank` leaves its failure.
 pub(crate) fn failure_path(run: &Path, rank: usize) -> PathBuf {
     run.join("logs").join(format!("rank-{rank}.failure"))
@@ -79,10 +84,11 @@ pub(crate) fn run_launched(args: &TrainArgs) -> Result<ExitCode> {
     }
     let assignment: Assignment =
         serde_json::from_str(&line).context("the launcher said something else than expected")?;
-    run(args, &assignment.env(), Some(&assignment))
+    run(args, &assignment.env(), "moerun", Some(&assignment))
 }
 
-pub(crate) fn run(args: &TrainArgs, env: &RankEnv, assignment: Option<&Assignment>) -> Result<ExitCode> {
+/// One rank, from its beginning to the end of the process; `by` started it.
+pub(crate) fn run(args: &TrainArgs, env: &RankEnv, by: &str, assignment: Option<&Assignment>) -> Result<ExitCode> {
     let config = config_file::load(&args.config)?;
     config_file::refuse_problems(&args.config, &config, env.world_size)?;
     let dir = config.run.dir.clone();
@@ -92,14 +98,17 @@ pub(crate) fn run(args: &TrainArgs, env: &RankEnv, assignment: Option<&Assignmen
     // A panic is a bug of ours; it still ends as a message, not as a stack of frames on the terminal.
     std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}\n{}", std::backtrace::Backtrace::force_capture())));
     let steps = AtomicU64::new(0);
-    let result =
-        std::panic::catch_unwind(AssertUnwindSafe(|| train(config, env, assignment, &steps))).unwrap_or_else(|panic| {
+    let result = std::panic::catch_unwind(AssertUnwindSafe(|| train(config, env, by, assignment, &steps)))
+        .unwrap_or_else(|panic| {
             let text =
                 panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string()));
             Err(anyhow!("internal error: {}", text.unwrap_or_default()))
         });
     let code = match result {
-        Ok(()) => 0,
+        Ok(()) => {
+            leave();
+            0
+        }
         Err(error) => {
             let message = format!("{error:#}");
             tracing::error!("{message}");
@@ -119,6 +128,12 @@ pub(crate) fn run(args: &TrainArgs, env: &RankEnv, assignment: Option<&Assignmen
     };
     // Without destructors: a communicator whose peers are gone would wait for them.
     signal_hook::low_level::exit(code)
+}
+
+/// What has to happen before a rank may end well: mpirun takes one that says nothing for a failure.
+pub(crate) fn leave() {
+    #[cfg(feature = "mpi")]
+    parallel::finalize();
 }
 
 /// A rank that `moerun` started is killed when the launcher ends, however that happens.
@@ -149,7 +164,7 @@ fn log_to_file(dir: &Path, rank: usize, launched: bool) -> Result<()> {
     Ok(())
 }
 
-fn train(config: Config, env: &RankEnv, assignment: Option<&Assignment>, done: &AtomicU64) -> Result<()> {
+fn train(config: Config, env: &RankEnv, by: &str, assignment: Option<&Assignment>, done: &AtomicU64) -> Result<()> {
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
         signal_hook::flag::register(signal, stop.clone()).context("cannot handle signals")?;
@@ -159,7 +174,9 @@ fn train(config: Config, env: &RankEnv, assignment: Option<&Assignment>, done: &
     let unigram = unigram_entropy(&config);
     tch::set_num_threads(threads(env) as i32);
     let device = parallel::accelerator(&config.run.device, env.local_rank)?;
-    let world = World::join(env, Duration::from_secs(config.run.timeout_s))?;
+    let world = World::join(env, Duration::from_secs(config.run.timeout_s), config.run.communicator)?;
+    world.record_to(&flight_path(&dir, env.rank));
+    let place = format!("rank {} of {}, started by {by}, communicator {}", env.rank, env.world_size, world.backend());
     if env.rank == 0 {
         keep_tokenizer(&config);
     }
@@ -171,6 +188,11 @@ fn train(config: Config, env: &RankEnv, assignment: Option<&Assignment>, done: &
             eprintln!("{text}");
         }
     };
+    tracing::info!("{place}");
+    if rank0 && assignment.is_none() {
+        // Who starts ranks in another way wants to see that it was understood.
+        eprintln!("{place}");
+    }
     // Those who watch a run have read it when the run began.
     let again =
         assignment.and_then(|assignment| assignment.keeper.as_ref()).is_some_and(|keeper| keeper.restore.is_some());

@@ -10,6 +10,7 @@
 
 pub mod collectives;
 mod comm;
+pub mod conformance;
 pub mod context;
 mod device;
 mod gradients;
@@ -21,10 +22,12 @@ pub mod tensor;
 mod weight;
 mod world;
 
-pub use comm::{CommError, Communicator, Gloo, Local, ReduceOp, Work};
+#[cfg(feature = "mpi")]
+pub use comm::finalize;
+pub use comm::{Backend, CommError, Communicator, Gloo, Local, ReduceOp, Work};
 pub use device::{Accelerator, Copier, Cpu, Cuda, MemoryUse, accelerator, peak_resident};
 pub use gradients::{BucketPlan, Deferred, GradientBuckets, Replication, matrix, plan_buckets};
 pub use mesh::{Coordinates, Group, Mesh, MeshError, MeshShape};
 pub use recompute::Activation;
 pub use weight::{Contribution, Weight, add_gradients, add_product, linear, linears};
-pub use world::{RankEnv, World, on_threads};
+pub use world::{ByMpi, Meeting, RankEnv, World, on_threads};

@@ -1,31 +1,60 @@
 //! All ranks of a run, and the one place where communicators are made.
 
-use crate::{CommError, Communicator, Gloo, Local};
+#[cfg(feature = "mpi")]
+use crate::comm::Mpi;
+use crate::comm::{Carrier, FlightRecorder};
+use crate::{Backend, CommError, Communicator, Gloo, Local};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use torch_ext::{GlooAddress, Store};
 
-/// What torchrun's environment tells a rank about itself.
+/// What a launcher tells a rank about itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RankEnv {
-    /// Number among all ranks (`RANK`).
+    /// Number among all ranks.
     pub rank: usize,
-    /// How many ranks there are (`WORLD_SIZE`).
+    /// How many ranks there are.
     pub world_size: usize,
-    /// Number on this machine (`LOCAL_RANK`).
+    /// Number on this machine.
     pub local_rank: usize,
-    /// How many ranks this machine has (`LOCAL_WORLD_SIZE`).
+    /// How many ranks this machine has.
     pub local_world_size: usize,
-    /// Where the store is served (`MASTER_ADDR`).
-    pub master_addr: String,
-    /// Its port (`MASTER_PORT`).
-    pub master_port: u16,
-    /// Whether the launcher serves the store (`TORCHELASTIC_USE_AGENT_STORE`); otherwise rank 0 does.
-    pub launcher_serves: bool,
-    /// Which attempt of the launcher this is (`TORCHELASTIC_RESTART_COUNT`).
+    /// Where the ranks meet.
+    pub meeting: Meeting,
+    /// Whether MPI started the ranks.
+    pub by_mpi: ByMpi,
+    /// Which attempt of the launcher this is.
     pub attempt: usize,
     /// The network interface to use (`GLOO_SOCKET_IFNAME`).
     pub interface: Option<String>,
+}
+
+/// Whether an MPI library will know the ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ByMpi {
+    /// No.
+    No,
+    /// A scheduler started them in a way that fits some MPI libraries: for those who ask for it.
+    Perhaps,
+    /// Yes.
+    Yes,
+}
+
+/// Where ranks meet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Meeting {
+    /// At a c10d TCP store.
+    Store {
+        /// The machine that serves it.
+        host: String,
+        /// Its port.
+        port: u16,
+        /// Whether the launcher serves it; otherwise rank 0 does.
+        launcher_serves: bool,
+    },
+    /// In MPI, by which they learn of a store that rank 0 serves.
+    Mpi,
 }
 
 impl RankEnv {
@@ -36,14 +65,32 @@ impl RankEnv {
             world_size: size,
             local_rank: rank,
             local_world_size: size,
-            master_addr: "127.0.0.1".into(),
-            master_port: port,
-            launcher_serves: true,
+            meeting: Meeting::Store { host: "127.0.0.1".into(), port, launcher_serves: true },
+            by_mpi: ByMpi::No,
             attempt: 0,
             interface: None,
         }
     }
 }
+
+impl RankEnv {
+    /// The same ranks, meeting once more while the first meeting goes on; those that meet under different numbers, from 1 to
+    /// 15, have nothing to do with each other.
+    pub fn again(&self, number: usize) -> RankEnv {
+        let mut env = self.clone();
+        env.attempt = self.attempt * 16 + number;
+        if let Meeting::Store { launcher_serves, .. } = &mut env.meeting {
+            *launcher_serves = true;
+        }
+        env
+    }
+}
+
+/// Ranks that start at the same time come within this one of each other, however soon an operation times out.
+const MEETING: Duration = Duration::from_secs(60);
+
+/// Ranks of other versions do not work together.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// The ranks of a run, joined.
 pub struct World {
@@ -53,42 +100,82 @@ pub struct World {
     per_node: usize,
     timeout: Duration,
     /// None where this rank is alone.
-    store: Option<Store>,
+    joined: Option<Joined>,
+}
+
+struct Joined {
+    store: Store,
+    carrier: Carrier,
     address: GlooAddress,
+    recorder: FlightRecorder,
 }
 
 impl World {
     /// A run of one rank, which needs no rendezvous.
     pub fn single() -> World {
-        World { rank: 0, size: 1, per_node: 1, timeout: Duration::ZERO, store: None, address: GlooAddress::Default }
+        World { rank: 0, size: 1, per_node: 1, timeout: Duration::ZERO, joined: None }
     }
 
-    /// Meets the other ranks at the store. Every operation of every group made from this world then has `timeout`.
+    /// Meets the other ranks. Every operation of every group made from this world then has `timeout`.
     ///
     /// # Errors
-    /// When the store cannot be served or reached.
-    pub fn join(env: &RankEnv, timeout: Duration) -> Result<World, CommError> {
+    /// When `backend` cannot be had, the store cannot be served or reached, or ranks have other versions.
+    pub fn join(env: &RankEnv, timeout: Duration, backend: Backend) -> Result<World, CommError> {
+        let failed = |operation: &'static str, reason: String| CommError {
+            rank: env.rank,
+            group: "world".into(),
+            members: (0..env.world_size).collect(),
+            operation,
+            reason,
+        };
+        let carrier = backend.decide(env.by_mpi, cfg!(feature = "mpi")).map_err(|e| failed("choosing a backend", e))?;
+        if carrier == Carrier::Mpi || env.meeting == Meeting::Mpi {
+            begin_mpi(env).map_err(|e| failed("beginning MPI", e))?;
+        }
         if env.world_size == 1 {
             return Ok(World::single());
         }
-        let serves = env.rank == 0 && !env.launcher_serves;
-        let store = Store::tcp(&env.master_addr, env.master_port, serves, timeout)
-            .and_then(|store| store.prefixed(&format!("moerun/{}", env.attempt)))
-            .map_err(|error| CommError {
-                rank: env.rank,
-                group: "world".into(),
-                members: (0..env.world_size).collect(),
-                operation: if serves { "serving the store" } else { "reaching the store" },
-                reason: format!("{}:{}: {error}", env.master_addr, env.master_port),
-            })?;
-        let loopback = matches!(env.master_addr.as_str(), "localhost" | "::1") || env.master_addr.starts_with("127.");
+        let (server, host, port, launcher_serves) = match &env.meeting {
+            Meeting::Store { host, port, launcher_serves } => (None, host.clone(), *port, *launcher_serves),
+            Meeting::Mpi => {
+                let (server, host, port) = meet_in_mpi(env).map_err(|e| failed("meeting in MPI", e))?;
+                (server, host, port, false)
+            }
+        };
+        let serves = env.rank == 0 && !launcher_serves;
+        let prefix = format!("moerun/{}", env.attempt);
+        let meeting = timeout.max(MEETING);
+        let store = match server {
+            Some(server) => Ok(server),
+            None => Store::tcp(&host, port, serves, meeting),
+        };
+        let operation = if serves { "serving the store" } else { "reaching the store" };
+        let unreachable = |error| failed(operation, format!("{host}:{port}: {error}"));
+        let store = store.and_then(|store| store.prefixed(&prefix)).map_err(unreachable)?;
+        same_version(&store, env.rank).map_err(|e| failed("comparing versions", e))?;
+        let loopback = matches!(host.as_str(), "localhost" | "::1") || host.starts_with("127.");
         let address = match &env.interface {
             Some(interface) => GlooAddress::Interface(interface.clone()),
             None if loopback => GlooAddress::Host("127.0.0.1".into()),
             None => GlooAddress::Default,
         };
+        let recorder = FlightRecorder::begin(env.rank, (!launcher_serves).then_some(0), timeout, move || {
+            Store::tcp(&host, port, false, meeting)?.prefixed(&prefix)
+        });
         let (rank, size, per_node) = (env.rank, env.world_size, env.local_world_size.clamp(1, env.world_size));
-        Ok(World { rank, size, per_node, timeout, store: Some(store), address })
+        Ok(World { rank, size, per_node, timeout, joined: Some(Joined { store, carrier, address, recorder }) })
+    }
+
+    /// A file for the last calls of this rank, written when one of them fails.
+    pub fn record_to(&self, path: &Path) {
+        if let Some(joined) = &self.joined {
+            joined.recorder.dump_to(path);
+        }
+    }
+
+    /// What carries the groups' operations.
+    pub fn backend(&self) -> &'static str {
+        self.joined.as_ref().map_or("local", |joined| joined.carrier.name())
     }
 
     /// This rank.
@@ -114,8 +201,11 @@ impl World {
     /// # Errors
     /// When a member does not come within the timeout.
     pub fn group(&self, name: &str, members: &[usize]) -> Result<Arc<dyn Communicator>, CommError> {
-        match &self.store {
-            Some(store) if members.len() > 1 => {
+        let Some(joined) = self.joined.as_ref().filter(|_| members.len() > 1) else {
+            return Ok(Arc::new(Local::new(self.rank, name)));
+        };
+        let group: Arc<dyn Communicator> = match joined.carrier {
+            Carrier::Gloo => {
                 let failed = |reason: torch_ext::Error| CommError {
                     rank: self.rank,
                     group: name.to_string(),
@@ -123,11 +213,15 @@ impl World {
                     operation: "joining",
                     reason: reason.to_string(),
                 };
-                let store = store.prefixed(&format!("{name}/{members:?}")).map_err(failed)?;
-                Ok(Arc::new(Gloo::join(&store, name, members, self.rank, self.timeout, &self.address)?))
+                let store = joined.store.prefixed(&format!("{name}/{members:?}")).map_err(failed)?;
+                Arc::new(Gloo::join(&store, name, members, self.rank, self.timeout, &joined.address)?)
             }
-            _ => Ok(Arc::new(Local::new(self.rank, name))),
-        }
+            #[cfg(feature = "mpi")]
+            Carrier::Mpi => Arc::new(Mpi::join(name, members, self.timeout)?),
+            #[cfg(not(feature = "mpi"))]
+            Carrier::Mpi => unreachable!("it is not chosen where it is not built in"),
+        };
+        Ok(joined.recorder.follow(group, name, members))
     }
 
     /// The communicator of all ranks.
@@ -137,6 +231,67 @@ impl World {
     pub fn all(&self, name: &str) -> Result<Arc<dyn Communicator>, CommError> {
         self.group(name, &(0..self.size).collect::<Vec<_>>())
     }
+}
+
+/// Rank 0 says which version it is, and the others compare.
+fn same_version(store: &Store, rank: usize) -> Result<(), String> {
+    if rank == 0 {
+        return store.set("version", VERSION.as_bytes()).map_err(|e| e.to_string());
+    }
+    let theirs = store.get("version").map_err(|e| format!("rank 0 does not say which version it is: {e}"))?;
+    match theirs == VERSION.as_bytes() {
+        true => Ok(()),
+        false => Err(format!(
+            "rank 0 runs moerun {} and rank {rank} runs {VERSION}: install the same version on every machine",
+            String::from_utf8_lossy(&theirs)
+        )),
+    }
+}
+
+#[cfg(feature = "mpi")]
+fn begin_mpi(env: &RankEnv) -> Result<(), String> {
+    let universe = crate::comm::universe()?;
+    if (universe.rank, universe.size) == (env.rank, env.world_size) {
+        return Ok(());
+    }
+    Err(format!(
+        "the launcher says rank {} of {}, and the MPI library of this moerun says rank {} of {}: mpirun is of another MPI than \
+         the one moerun was built with; use that one's mpirun, or build again with MPICC set to the compiler of this one",
+        env.rank, env.world_size, universe.rank, universe.size
+    ))
+}
+
+#[cfg(not(feature = "mpi"))]
+fn begin_mpi(_env: &RankEnv) -> Result<(), String> {
+    Err("this moerun was built without MPI".into())
+}
+
+/// Rank 0 serves a store at any free port, and all learn of it: the store where it is served here, its host and port.
+#[cfg(feature = "mpi")]
+fn meet_in_mpi(env: &RankEnv) -> Result<(Option<Store>, String, u16), String> {
+    let mut server = None;
+    let mut place = Vec::new();
+    if env.rank == 0 {
+        let alone = env.local_world_size == env.world_size;
+        let host = match alone {
+            true => "127.0.0.1".to_string(),
+            false => {
+                std::fs::read_to_string("/proc/sys/kernel/hostname").map_err(|e| e.to_string())?.trim().to_string()
+            }
+        };
+        // Port 0: the server cannot connect to itself by it before it knows which one it is.
+        let store = Store::tcp("127.0.0.1", 0, true, MEETING).map_err(|e| e.to_string())?;
+        place = format!("{host}:{}", store.port().map_err(|e| e.to_string())?).into_bytes();
+        server = Some(store);
+    }
+    let place = String::from_utf8(crate::comm::share(place)?).map_err(|e| e.to_string())?;
+    let (host, port) = place.rsplit_once(':').ok_or("rank 0 did not say where it serves")?;
+    Ok((server, host.to_string(), port.parse().map_err(|_| format!("{place} is no address"))?))
+}
+
+#[cfg(not(feature = "mpi"))]
+fn meet_in_mpi(_env: &RankEnv) -> Result<(Option<Store>, String, u16), String> {
+    Err("this moerun was built without MPI".into())
 }
 
 /// Runs `body` on `size` ranks that are threads of this process and compute with no further ones, joined over loopback,
@@ -159,7 +314,7 @@ where
                 // The number is a thread's own.
                 tch::set_num_threads(1);
                 let env = RankEnv::on_this_machine(rank, size, master_port);
-                body(&World::join(&env, timeout).expect("ranks on loopback meet"))
+                body(&World::join(&env, timeout, Backend::Auto).expect("ranks on loopback meet"))
             })
         })
         .collect();

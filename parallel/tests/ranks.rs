@@ -1,8 +1,8 @@
 //! Collectives among real ranks: threads of this process, joined over loopback, with answers one can do by hand.
 
-use parallel::{Communicator, ReduceOp, World, collectives, on_threads};
+use parallel::{Backend, Communicator, Cpu, RankEnv, World, collectives, conformance, on_threads};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tch::{Device, Kind, Tensor};
 
 /// Ranks that are threads of this process, with the communicator of all of them.
@@ -18,54 +18,6 @@ fn floats(tensor: &Tensor) -> Vec<f32> {
 
 fn range(from: i64, to: i64) -> Tensor {
     Tensor::arange_start(from, to, (Kind::Float, Device::Cpu))
-}
-
-#[test]
-fn collectives_by_hand() {
-    for size in 1..=4usize {
-        on_ranks(size, SOON, |_, group| {
-            let (rank, size) = (group.rank() as i64, group.size() as i64);
-            for kind in [Kind::Float, Kind::BFloat16, Kind::Int64] {
-                let x = Tensor::full([3], rank + 1, (kind, Device::Cpu));
-                group.all_reduce(&x, ReduceOp::Sum).unwrap().wait().unwrap();
-                assert_eq!(floats(&x), [(size * (size + 1) / 2) as f32; 3]);
-                let x = Tensor::full([1], rank, (kind, Device::Cpu));
-                group.all_reduce(&x, ReduceOp::Max).unwrap().wait().unwrap();
-                assert_eq!(floats(&x), [(size - 1) as f32]);
-                let x = Tensor::full([1], rank, (kind, Device::Cpu));
-                group.broadcast(&x, (size - 1) as usize).unwrap().wait().unwrap();
-                assert_eq!(floats(&x), [(size - 1) as f32]);
-            }
-            let gathered = Tensor::zeros([size * 2], (Kind::Float, Device::Cpu));
-            group.all_gather(&gathered, &range(rank * 2, rank * 2 + 2)).unwrap().wait().unwrap();
-            assert_eq!(floats(&gathered), floats(&range(0, size * 2)));
-            let part = Tensor::zeros([2], (Kind::Float, Device::Cpu));
-            group.reduce_scatter(&part, &range(0, size * 2), ReduceOp::Sum).unwrap().wait().unwrap();
-            assert_eq!(floats(&part), floats(&(range(rank * 2, rank * 2 + 2) * size as f64)));
-            // Rank r sends r rows to everyone: rank 0 sends nothing and still takes part.
-            let send = vec![rank; size as usize];
-            let receive: Vec<i64> = (0..size).collect();
-            let input = Tensor::full([rank * size, 2], rank, (Kind::Float, Device::Cpu));
-            let output = Tensor::zeros([receive.iter().sum::<i64>(), 2], (Kind::Float, Device::Cpu));
-            group.all_to_all(&output, &input, &receive, &send).unwrap().wait().unwrap();
-            let expected: Vec<f32> = (0..size).flat_map(|r| vec![r as f32; 2 * r as usize]).collect();
-            assert_eq!(floats(&output), expected);
-            group.barrier().unwrap();
-        });
-    }
-}
-
-#[test]
-fn point_to_point_in_a_ring() {
-    let received = on_ranks(3, SOON, |_, group| {
-        let (next, previous) = ((group.rank() + 1) % 3, (group.rank() + 2) % 3);
-        let (out, inp) = (Tensor::from_slice(&[group.rank() as f32]), Tensor::from_slice(&[0f32]));
-        let sent = group.send(&out, next, 7).unwrap();
-        group.recv(&inp, previous, 7).unwrap().wait().unwrap();
-        sent.wait().unwrap();
-        floats(&inp)[0]
-    });
-    assert_eq!(received, [2., 0., 1.]);
 }
 
 #[test]
@@ -109,58 +61,20 @@ fn gradients_of_collectives_are_those_of_the_whole() {
 }
 
 #[test]
-fn wrong_splits_are_refused_before_anything_is_sent() {
-    on_ranks(2, SOON, |_, group| {
-        let x = range(0, 4);
-        let error = group.all_to_all(&x.empty_like(), &x, &[2, 2], &[3, 2]).err().unwrap().to_string();
-        assert!(error.contains("input splits [3, 2] do not divide 4 rows among 2 ranks"), "{error}");
-    });
-}
-
-#[test]
-fn a_rank_that_does_not_come_is_a_timeout_naming_the_operation() {
-    let errors = on_ranks(2, Duration::from_secs(2), |_, group| {
-        if group.rank() == 1 {
-            std::thread::sleep(Duration::from_secs(4));
-            return String::new();
+fn gloo_conforms() {
+    for size in [1, 2, 3, 4, 8] {
+        let outcomes = on_envs(size, |env| conformance::communicator(env, Backend::Gloo, &Cpu).unwrap());
+        for (rank, outcome) in outcomes.iter().enumerate().flat_map(|(rank, all)| all.iter().map(move |o| (rank, o))) {
+            assert_eq!(outcome.problem, None, "{size} ranks, rank {rank}: {}", outcome.name);
         }
-        let started = Instant::now();
-        let error = group.all_reduce(&range(0, 4), ReduceOp::Sum).unwrap().wait().unwrap_err();
-        assert!(started.elapsed() < Duration::from_secs(4));
-        error.to_string()
-    });
-    assert!(errors[0].contains("rank 0: all_reduce in group 'all' of ranks [0, 1] failed"), "{}", errors[0]);
+    }
 }
 
-#[test]
-fn an_abort_ends_a_wait() {
-    on_ranks(2, SOON, |_, group| {
-        if group.rank() == 0 {
-            let other = group.clone();
-            let aborter = std::thread::spawn(move || {
-                std::thread::sleep(Duration::from_millis(300));
-                other.abort();
-            });
-            let started = Instant::now();
-            let error = group.all_reduce(&range(0, 4), ReduceOp::Sum).unwrap().wait().unwrap_err();
-            assert!(error.to_string().contains("aborted") && started.elapsed() < Duration::from_secs(5));
-            aborter.join().unwrap();
-            assert!(group.barrier().is_err(), "an aborted group stays aborted");
-        } else {
-            // Comes late, so that rank 0 waits; then leaves, which frees rank 0's queue.
-            std::thread::sleep(Duration::from_secs(1));
-        }
-    });
-}
-
-#[test]
-fn groups_beside_one_another() {
-    let sums = on_ranks(4, SOON, |world, _| {
-        let members = if world.rank() < 2 { [0, 1] } else { [2, 3] };
-        let half = world.group("half", &members).unwrap();
-        let x = Tensor::from_slice(&[world.rank() as f32]);
-        half.all_reduce(&x, ReduceOp::Sum).unwrap().wait().unwrap();
-        floats(&x)[0]
-    });
-    assert_eq!(sums, [1., 1., 5., 5.]);
+/// The same with ranks that have not met yet.
+fn on_envs<T: Send + 'static>(size: usize, body: fn(&RankEnv) -> T) -> Vec<T> {
+    let server = torch_ext::Store::tcp("127.0.0.1", 0, true, SOON).unwrap();
+    let port = server.port().unwrap();
+    let run = |rank| std::thread::spawn(move || body(&RankEnv::on_this_machine(rank, size, port)));
+    let ranks: Vec<_> = (0..size).map(run).collect();
+    ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
 }

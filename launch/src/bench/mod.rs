@@ -4,7 +4,6 @@ pub(crate) mod memory;
 pub(crate) mod moe_layer;
 mod moe_step;
 pub(crate) mod pipeline;
-mod ranks;
 pub(crate) mod snapshot;
 pub(crate) mod step;
 mod workload;

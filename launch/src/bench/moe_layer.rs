@@ -1,9 +1,9 @@
 //! `moerun bench moe-layer`: a mixture-of-experts layer, forward and backward, with standard and with least-loaded dispatch.
 
-use super::ranks::{join, on_ranks};
 use super::workload::{NAMED, Workload, parse};
 use super::{median, moe_step, round};
 use crate::cli::MoeLayerArgs;
+use crate::local_ranks::{join, on_ranks};
 use anyhow::{Result, bail};
 use moe::balance::Statistics;
 use moe::calibrate::{ExpertSize, agree, break_even};
@@ -67,7 +67,7 @@ pub(super) struct Group {
 impl Group {
     /// The longest time that any rank took for `body`, which all begin together.
     pub(super) fn time(&self, body: impl FnOnce() -> Result<()>) -> Result<f64> {
-        self.all.barrier()?;
+        self.all.barrier()?.wait()?;
         let started = Instant::now();
         body()?;
         let seconds = Tensor::from_slice(&[started.elapsed().as_secs_f64()]);

@@ -1,10 +1,10 @@
 //! `moerun bench moe-layer --step`: whole training steps of a small model whose gate is biased, with both dispatches.
 
 use super::moe_layer::{Group, Measured, Size, line};
-use super::ranks::join;
 use super::workload::{Workload, parse};
 use super::write_tokens;
 use crate::cli::MoeLayerArgs;
+use crate::local_ranks::join;
 use anyhow::{Context, Result};
 use parallel::RankEnv;
 use serde_json::json;
@@ -24,7 +24,7 @@ pub(super) fn has(workload: Workload) -> bool {
 pub(super) fn measure(args: &MoeLayerArgs, cases: &[String], env: &RankEnv) -> Result<()> {
     let world = join(env, 0)?;
     let group = Group { all: world.all("bench")?, device: parallel::accelerator("cpu", 0)? };
-    let folder = std::env::temp_dir().join(format!("moerun-bench-step-{}-{}", env.master_port, env.rank));
+    let folder = std::env::temp_dir().join(format!("moerun-bench-step-{}-{}", std::process::id(), env.rank));
     std::fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     let outcome = in_folder(args, cases, env, &group, &folder);
     let _ = std::fs::remove_dir_all(&folder);

@@ -113,6 +113,9 @@ impl Gloo {
 }
 
 impl Communicator for Gloo {
+    fn backend(&self) -> &'static str {
+        "gloo"
+    }
     fn rank(&self) -> usize {
         self.rank_in_group
     }
@@ -174,8 +177,8 @@ impl Communicator for Gloo {
     fn recv(&self, tensor: &Tensor, from: usize, tag: i32) -> Result<Work, CommError> {
         self.point_to_point("recv", tensor, |group, host| group.recv(host, from, tag))
     }
-    fn barrier(&self) -> Result<(), CommError> {
-        self.run("barrier", &[], |group, _| group.barrier())?.wait()
+    fn barrier(&self) -> Result<Work, CommError> {
+        self.run("barrier", &[], |group, _| group.barrier())
     }
     fn abort(&self) {
         self.shared.aborted.store(true, Ordering::SeqCst);

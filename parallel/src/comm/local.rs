@@ -28,6 +28,9 @@ impl Local {
 }
 
 impl Communicator for Local {
+    fn backend(&self) -> &'static str {
+        "local"
+    }
     fn rank(&self) -> usize {
         0
     }
@@ -62,8 +65,8 @@ impl Communicator for Local {
     fn recv(&self, _tensor: &Tensor, from: usize, _tag: i32) -> Result<Work, CommError> {
         Err(self.error("recv", format!("there is no rank {from} in a group of one")))
     }
-    fn barrier(&self) -> Result<(), CommError> {
-        Ok(())
+    fn barrier(&self) -> Result<Work, CommError> {
+        Ok(Work::done())
     }
     fn abort(&self) {}
 }

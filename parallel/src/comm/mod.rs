@@ -1,10 +1,21 @@
 //! Communicators: the collectives of one group of ranks, whatever carries them.
 
+mod backend;
+mod flight;
 mod gloo;
 mod local;
+#[cfg(feature = "mpi")]
+mod mpi;
 
+pub use backend::Backend;
+pub(crate) use backend::Carrier;
+pub(crate) use flight::FlightRecorder;
 pub use gloo::Gloo;
 pub use local::Local;
+#[cfg(feature = "mpi")]
+pub use mpi::finalize;
+#[cfg(feature = "mpi")]
+pub(crate) use mpi::{Mpi, share, universe};
 pub use torch_ext::ReduceOp;
 
 use tch::Tensor;
@@ -55,6 +66,9 @@ impl Work {
 /// Every rank of the group calls the same operations in the same order, with tensors that are contiguous, of the
 /// same dtype and, unless splits say otherwise, of the same shape. Tensors may be empty.
 pub trait Communicator: Send + Sync {
+    /// What carries it: `gloo`, `mpi`, `nccl`, `hccl`, or `local`.
+    fn backend(&self) -> &'static str;
+
     /// This rank's number in the group.
     fn rank(&self) -> usize;
 
@@ -125,11 +139,11 @@ pub trait Communicator: Send + Sync {
         Ok(Work::new(move || works.into_iter().try_for_each(Work::wait)))
     }
 
-    /// Returns when every rank has come here.
+    /// Is complete when every rank has called it.
     ///
     /// # Errors
-    /// When one does not come.
-    fn barrier(&self) -> Result<(), CommError>;
+    /// As [`Communicator::all_reduce`].
+    fn barrier(&self) -> Result<Work, CommError>;
 
     /// Gives up every operation of this group, from any thread: waiting ranks return with an error.
     fn abort(&self);
@@ -143,6 +157,9 @@ fn check_splits(
     input_splits: &[i64],
     size: usize,
 ) -> Result<(), String> {
+    if output.kind() != input.kind() {
+        return Err(format!("the output is {:?} and the input {:?}", output.kind(), input.kind()));
+    }
     for (name, tensor, splits) in [("output", output, output_splits), ("input", input, input_splits)] {
         let rows = tensor.size().first().copied().unwrap_or(0);
         if splits.len() != size || splits.iter().any(|&s| s < 0) || splits.iter().sum::<i64>() != rows {

@@ -69,6 +69,9 @@ pub struct RunConfig {
     /// `cpu`, `cuda` or `auto` (a GPU for each rank where there are GPUs).
     #[serde(default = "auto")]
     pub device: String,
+    /// What carries what ranks tell each other: `gloo`, `mpi`, or `auto` (MPI for ranks that mpirun started, Gloo for others).
+    #[serde(default)]
+    pub communicator: parallel::Backend,
     /// Seconds until an operation among ranks counts as failed.
     #[serde(default = "five_minutes")]
     pub timeout_s: u64,

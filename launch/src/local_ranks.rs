@@ -1,8 +1,9 @@
-//! A bench whose measurements are made by several ranks: this program once more for each.
+//! Something that several ranks do besides training, such as a bench: this program once more for each, or the ranks that a
+//! launcher started.
 
-use crate::environment;
+use crate::environment::{self, Started};
 use anyhow::{Context, Result, anyhow, bail};
-use parallel::{RankEnv, World};
+use parallel::{Backend, RankEnv, World};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Duration;
 use torch_ext::Store;
@@ -12,9 +13,9 @@ const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Runs `body` on `count` ranks of one thread: this process only starts them, or is one of them. Under torchrun's
 /// environment it is a rank in any case.
-pub(super) fn on_ranks(count: usize, body: impl FnOnce(&RankEnv) -> Result<()>) -> Result<ExitCode> {
+pub(crate) fn on_ranks(count: usize, body: impl FnOnce(&RankEnv) -> Result<()>) -> Result<ExitCode> {
     match environment::rank()? {
-        Some(env) => {
+        Some(Started { env, .. }) => {
             crate::rank::end_with_launcher()?;
             tch::set_num_threads(1);
             let code = match body(&env) {
@@ -24,6 +25,9 @@ pub(super) fn on_ranks(count: usize, body: impl FnOnce(&RankEnv) -> Result<()>) 
                     1
                 }
             };
+            if code == 0 {
+                crate::rank::leave();
+            }
             // Without destructors: a communicator whose peers are gone would wait for them.
             signal_hook::low_level::exit(code)
         }
@@ -32,13 +36,9 @@ pub(super) fn on_ranks(count: usize, body: impl FnOnce(&RankEnv) -> Result<()>) 
 }
 
 /// Joins the other ranks; worlds with different numbers have nothing to do with each other.
-pub(super) fn join(env: &RankEnv, number: usize) -> Result<World> {
-    let env = RankEnv {
-        attempt: env.attempt * 16 + number,
-        launcher_serves: env.launcher_serves || number > 0,
-        ..env.clone()
-    };
-    World::join(&env, PATIENCE).context("the ranks cannot be joined")
+pub(crate) fn join(env: &RankEnv, number: usize) -> Result<World> {
+    let again = env.again(number);
+    World::join(if number == 0 { env } else { &again }, PATIENCE, Backend::Auto).context("the ranks cannot be joined")
 }
 
 fn start(count: usize) -> Result<ExitCode> {

@@ -1,0 +1,29 @@
+//! `moerun conformance`: the suite that every communicator passes, on the hardware at hand.
+
+use crate::cli::ConformanceArgs;
+use crate::local_ranks::on_ranks;
+use anyhow::{Result, bail};
+use parallel::{accelerator, conformance};
+use std::process::ExitCode;
+
+pub(crate) fn run(args: &ConformanceArgs) -> Result<ExitCode> {
+    on_ranks(args.nproc_per_node, |env| {
+        let device = accelerator(&args.device, env.local_rank)?;
+        let outcomes = conformance::communicator(env, args.communicator, device.as_ref())?;
+        let mut failed = 0;
+        for outcome in &outcomes {
+            match &outcome.problem {
+                Some(problem) => {
+                    failed += 1;
+                    eprintln!("rank {}: FAILED {}: {problem}", env.rank, outcome.name);
+                }
+                None if env.rank == 0 => println!("ok {}", outcome.name),
+                None => {}
+            }
+        }
+        if failed > 0 {
+            bail!("{failed} of {} requirements are not met", outcomes.len());
+        }
+        Ok(())
+    })
+}

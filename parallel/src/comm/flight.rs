@@ -1,0 +1,445 @@
+//! What each rank is at, so that one that does not come is named: every rank writes down its calls, and tells the others through
+//! the store, twice a second, how far it is in each group. A call that takes too long is compared with what the others told.
+//! (PyTorch's flight recorder writes such a list too, for a person to compare afterwards.)
+
+use super::{CommError, Communicator, ReduceOp, Work};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, VecDeque};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tch::Tensor;
+use torch_ext::Store;
+
+/// Between two signs of life.
+const BEAT: Duration = Duration::from_millis(500);
+/// A rank without a sign of life for so long has stopped.
+const SILENCE: Duration = Duration::from_millis(1600);
+/// Calls that are remembered.
+const REMEMBERED: usize = 2048;
+
+/// One call of a collective, a send or a receive.
+#[derive(Debug, Clone, Serialize)]
+struct Call {
+    #[serde(serialize_with = "as_text")]
+    group: Arc<str>,
+    #[serde(serialize_with = "as_list")]
+    members: Arc<[usize]>,
+    /// Tells the group from others of the same name.
+    #[serde(skip)]
+    key: Arc<str>,
+    /// Counts the collectives of the group; every rank of it counts alike. None for sends and receives.
+    number: Option<u64>,
+    operation: &'static str,
+    /// The other side of a send or receive, as a rank of the run.
+    peer: Option<usize>,
+    tensor: String,
+    /// Since the recorder began.
+    started_s: f64,
+    ended_s: Option<f64>,
+    #[serde(skip)]
+    began: Instant,
+    #[serde(skip)]
+    waited_for: bool,
+    /// Who is missing, once somebody looked.
+    missing: Option<String>,
+}
+
+impl Call {
+    fn name(&self) -> String {
+        let number = self.number.map_or(String::new(), |number| format!("call {number}, "));
+        let peer = match (self.operation, self.peer) {
+            ("send", Some(peer)) => format!(" to rank {peer}"),
+            (_, Some(peer)) => format!(" from rank {peer}"),
+            _ => String::new(),
+        };
+        format!("{number}{}{peer} in group '{}'", self.operation, self.group)
+    }
+}
+
+#[derive(Default)]
+struct Log {
+    calls: VecDeque<Call>,
+    /// The number of the first of them, among all.
+    first: u64,
+    /// Collectives begun, by group.
+    begun: BTreeMap<Arc<str>, (u64, &'static str)>,
+}
+
+impl Log {
+    fn get(&mut self, id: u64) -> Option<&mut Call> {
+        self.calls.get_mut(id.checked_sub(self.first)? as usize)
+    }
+}
+
+/// What a rank tells the others.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct Sign {
+    beat: u64,
+    /// For each group, how many collectives it has begun, and the last of them.
+    begun: BTreeMap<String, (u64, String)>,
+    /// The call that it has waited for longest.
+    waits: Option<String>,
+}
+
+/// A question of a thread whose call takes too long.
+struct Question {
+    call: Call,
+    answer: Sender<String>,
+}
+
+struct Shared {
+    rank: usize,
+    began: Instant,
+    timeout: Duration,
+    log: Mutex<Log>,
+    dump: Mutex<Option<PathBuf>>,
+    questions: Sender<Question>,
+    /// The rank that serves the store, if a rank does.
+    serves: Option<usize>,
+}
+
+/// The calls of one rank; clones are the same recorder.
+#[derive(Clone)]
+pub(crate) struct FlightRecorder(Arc<Shared>);
+
+impl FlightRecorder {
+    /// Begins, with a connection of its own from `connect`: whoever waits on another one cannot hold it up.
+    pub(crate) fn begin(
+        rank: usize,
+        serves: Option<usize>,
+        timeout: Duration,
+        connect: impl FnOnce() -> Result<Store, torch_ext::Error> + Send + 'static,
+    ) -> FlightRecorder {
+        let (questions, inbox) = channel();
+        let (log, dump) = (Mutex::default(), Mutex::default());
+        let shared = Arc::new(Shared { rank, began: Instant::now(), timeout, log, dump, questions, serves });
+        let watched = Arc::downgrade(&shared);
+        std::thread::spawn(move || {
+            let Ok(store) = connect() else { return };
+            let mut beats = 0;
+            loop {
+                let question = inbox.recv_timeout(BEAT);
+                let Some(shared) = watched.upgrade() else { return };
+                let mut beat = || {
+                    beats += 1;
+                    store.set(&sign_key(shared.rank), &shared.sign(beats)).is_ok()
+                };
+                if !beat() {
+                    // Without the store the run is at its end anyway.
+                    return;
+                }
+                match question {
+                    Ok(question) => drop(question.answer.send(missing(&store, shared.rank, &question.call, &mut beat))),
+                    Err(RecvTimeoutError::Timeout) => shared.look(&store, &mut beat),
+                    Err(RecvTimeoutError::Disconnected) => return,
+                }
+            }
+        });
+        FlightRecorder(shared)
+    }
+
+    /// A file for all calls, written when one fails.
+    pub(crate) fn dump_to(&self, path: &Path) {
+        *lock(&self.0.dump) = Some(path.to_path_buf());
+    }
+
+    /// The same group, with its calls written down.
+    pub(crate) fn follow(&self, inner: Arc<dyn Communicator>, group: &str, members: &[usize]) -> Arc<dyn Communicator> {
+        let key = format!("{group}/{members:?}").into();
+        Arc::new(Recorded { inner, recorder: self.clone(), group: group.into(), members: members.into(), key })
+    }
+
+    fn started(&self, mut call: Call, counts: bool) -> u64 {
+        let mut log = lock(&self.0.log);
+        if counts {
+            let begun = log.begun.entry(call.key.clone()).or_insert((0, call.operation));
+            *begun = (begun.0 + 1, call.operation);
+            call.number = Some(begun.0);
+        }
+        log.calls.push_back(call);
+        if log.calls.len() > REMEMBERED {
+            log.calls.pop_front();
+            log.first += 1;
+        }
+        log.first + log.calls.len() as u64 - 1
+    }
+
+    fn change(&self, id: u64, change: impl FnOnce(&mut Call)) {
+        if let Some(call) = lock(&self.0.log).get(id) {
+            change(call);
+        }
+    }
+
+    fn ended(&self, id: u64) {
+        let now = self.0.began.elapsed().as_secs_f64();
+        self.change(id, |call| call.ended_s = Some(now));
+    }
+
+    /// Adds who is missing to the error of a call that took too long.
+    fn failed(&self, id: u64, mut error: CommError) -> CommError {
+        let call = lock(&self.0.log).get(id).cloned();
+        if let Some(call) = call.filter(|call| call.began.elapsed() >= self.0.timeout.mul_f64(0.8)) {
+            let missing = call.missing.clone().unwrap_or_else(|| self.ask(&call));
+            error.reason = format!("{missing} ({})", error.reason);
+            self.change(id, |call| call.missing = Some(missing));
+        }
+        self.write();
+        error
+    }
+
+    fn ask(&self, call: &Call) -> String {
+        const PATIENCE: Duration = Duration::from_secs(5);
+        let (answer, answered) = channel();
+        let asked = self.0.questions.send(Question { call: call.clone(), answer });
+        match asked.ok().and_then(|()| answered.recv_timeout(PATIENCE).ok()) {
+            Some(missing) => missing,
+            None => match self.0.serves {
+                Some(rank) => format!("{}: rank {rank}, which serves the store, does not answer", call.name()),
+                None => format!("{}: who is missing cannot be found out: the store does not answer", call.name()),
+            },
+        }
+    }
+
+    /// Writes all calls down. It is worth less than the error that is being told.
+    fn write(&self) {
+        let Some(path) = lock(&self.0.dump).clone() else { return };
+        let log = lock(&self.0.log);
+        let all = serde_json::json!({ "rank": self.0.rank, "calls": log.calls });
+        if let Err(error) = std::fs::write(&path, all.to_string()) {
+            tracing::warn!("cannot write {}: {error}", path.display());
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn as_list<S: serde::Serializer>(ranks: &Arc<[usize]>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(ranks.iter())
+}
+
+fn as_text<S: serde::Serializer>(text: &Arc<str>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(text)
+}
+
+fn sign_key(rank: usize) -> String {
+    format!("sign/{rank}")
+}
+
+impl Shared {
+    fn sign(&self, beat: u64) -> Vec<u8> {
+        let log = lock(&self.log);
+        let waits = log.calls.iter().find(|call| call.waited_for && call.ended_s.is_none()).map(Call::name);
+        let begun =
+            log.begun.iter().map(|(group, (count, operation))| (group.to_string(), (*count, operation.to_string())));
+        serde_json::to_vec(&Sign { beat, begun: begun.collect(), waits }).expect("plain data")
+    }
+
+    /// Warns of a call that is waited for too long, before it fails.
+    fn look(&self, store: &Store, beat: &mut dyn FnMut() -> bool) {
+        let patience = (self.timeout / 2).min(Duration::from_secs(30));
+        let slow = |call: &&Call| {
+            call.waited_for && call.ended_s.is_none() && call.missing.is_none() && call.began.elapsed() > patience
+        };
+        let stalled = lock(&self.log).calls.iter().find(slow).cloned();
+        let Some(stalled) = stalled else { return };
+        let missing = missing(store, self.rank, &stalled, beat);
+        tracing::warn!("{missing}; waiting for {:.0?}", stalled.began.elapsed());
+        let same = |call: &&mut Call| call.began == stalled.began && call.operation == stalled.operation;
+        if let Some(call) = lock(&self.log).calls.iter_mut().find(same) {
+            call.missing = Some(missing);
+        }
+    }
+}
+
+/// Which ranks have not come to a call, by their signs. Others may look at this rank meanwhile: it goes on with its own.
+fn missing(store: &Store, own: usize, call: &Call, beat: &mut dyn FnMut() -> bool) -> String {
+    let others: Vec<usize> = match call.peer {
+        Some(peer) => vec![peer],
+        None => call.members.iter().copied().filter(|&rank| rank != own).collect(),
+    };
+    let read = |rank: usize| -> Option<Sign> {
+        let key = sign_key(rank);
+        store.contains(&key).ok()?.then(|| store.get(&key).ok())?.and_then(|text| serde_json::from_slice(&text).ok())
+    };
+    let before: Vec<Option<Sign>> = others.iter().map(|&rank| read(rank)).collect();
+    let began = Instant::now();
+    while began.elapsed() < SILENCE {
+        std::thread::sleep(BEAT / 2);
+        beat();
+    }
+    let mut absent = Vec::new();
+    for (&rank, before) in others.iter().zip(before) {
+        let now = read(rank);
+        let silent = now.as_ref().map(|sign| sign.beat) == before.as_ref().map(|sign| sign.beat);
+        absent.extend(describe(rank, silent, now.unwrap_or_default(), call));
+    }
+    match absent.is_empty() {
+        true => format!("{}: every rank has come to it and is alive; the network may be slow or cut", call.name()),
+        false => format!("{}: {}", call.name(), absent.join("; ")),
+    }
+}
+
+/// What is the matter with a rank; None where it does as it should.
+fn describe(rank: usize, silent: bool, sign: Sign, call: &Call) -> Option<String> {
+    let (count, operation) = sign.begun.get(&*call.key).cloned().unwrap_or_default();
+    let at = match count {
+        0 => "it has not called this group yet".to_string(),
+        _ => format!("its last call here is {count}, {operation}"),
+    };
+    match call.number {
+        _ if silent && sign.beat == 0 => Some(format!("rank {rank} has never been heard of")),
+        Some(number) if silent && count >= number => Some(format!("rank {rank} has stopped inside this call")),
+        _ if silent => Some(format!("rank {rank} has stopped; {at}")),
+        Some(number) if count < number => {
+            let waits = sign.waits.map_or(String::new(), |waits| format!(", and it waits for {waits}"));
+            Some(format!("rank {rank} is missing; {at}{waits}"))
+        }
+        Some(_) => None,
+        None => {
+            Some(format!("rank {rank} is alive{}", sign.waits.map_or(String::new(), |w| format!(" and waits for {w}"))))
+        }
+    }
+}
+
+/// A group whose calls are written down.
+struct Recorded {
+    inner: Arc<dyn Communicator>,
+    recorder: FlightRecorder,
+    group: Arc<str>,
+    members: Arc<[usize]>,
+    key: Arc<str>,
+}
+
+impl Recorded {
+    fn call(
+        &self,
+        operation: &'static str,
+        tensor: Option<&Tensor>,
+        peer: Option<usize>,
+        start: impl FnOnce() -> Result<Work, CommError>,
+    ) -> Result<Work, CommError> {
+        let call = Call {
+            group: self.group.clone(),
+            members: self.members.clone(),
+            key: self.key.clone(),
+            number: None,
+            operation,
+            peer: peer.and_then(|peer| self.members.get(peer).copied()),
+            tensor: tensor.map_or(String::new(), |tensor| format!("{:?} {:?}", tensor.kind(), tensor.size())),
+            started_s: self.recorder.0.began.elapsed().as_secs_f64(),
+            ended_s: None,
+            began: Instant::now(),
+            waited_for: false,
+            missing: None,
+        };
+        let id = self.recorder.started(call, peer.is_none());
+        let work = start().map_err(|error| self.recorder.failed(id, error))?;
+        let recorder = self.recorder.clone();
+        Ok(Work::new(move || {
+            recorder.change(id, |call| call.waited_for = true);
+            let result = work.wait().map_err(|error| recorder.failed(id, error));
+            recorder.ended(id);
+            result
+        }))
+    }
+}
+
+impl Communicator for Recorded {
+    fn backend(&self) -> &'static str {
+        self.inner.backend()
+    }
+    fn rank(&self) -> usize {
+        self.inner.rank()
+    }
+    fn size(&self) -> usize {
+        self.inner.size()
+    }
+    fn all_reduce(&self, tensor: &Tensor, op: ReduceOp) -> Result<Work, CommError> {
+        self.call("all_reduce", Some(tensor), None, || self.inner.all_reduce(tensor, op))
+    }
+    fn broadcast(&self, tensor: &Tensor, root: usize) -> Result<Work, CommError> {
+        self.call("broadcast", Some(tensor), None, || self.inner.broadcast(tensor, root))
+    }
+    fn all_gather(&self, output: &Tensor, input: &Tensor) -> Result<Work, CommError> {
+        self.call("all_gather", Some(input), None, || self.inner.all_gather(output, input))
+    }
+    fn reduce_scatter(&self, output: &Tensor, input: &Tensor, op: ReduceOp) -> Result<Work, CommError> {
+        self.call("reduce_scatter", Some(input), None, || self.inner.reduce_scatter(output, input, op))
+    }
+    fn all_to_all(
+        &self,
+        output: &Tensor,
+        input: &Tensor,
+        output_splits: &[i64],
+        input_splits: &[i64],
+    ) -> Result<Work, CommError> {
+        let start = || self.inner.all_to_all(output, input, output_splits, input_splits);
+        self.call("all_to_all", Some(input), None, start)
+    }
+    fn send(&self, tensor: &Tensor, to: usize, tag: i32) -> Result<Work, CommError> {
+        self.call("send", Some(tensor), Some(to), || self.inner.send(tensor, to, tag))
+    }
+    fn recv(&self, tensor: &Tensor, from: usize, tag: i32) -> Result<Work, CommError> {
+        self.call("recv", Some(tensor), Some(from), || self.inner.recv(tensor, from, tag))
+    }
+    fn barrier(&self) -> Result<Work, CommError> {
+        self.call("barrier", None, None, || self.inner.barrier())
+    }
+    fn abort(&self) {
+        self.inner.abort();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn call(number: Option<u64>, peer: Option<usize>) -> Call {
+        Call {
+            group: "experts".into(),
+            members: [0, 1, 2].into(),
+            key: "experts/[0, 1, 2]".into(),
+            number,
+            operation: if peer.is_some() { "recv" } else { "all_to_all" },
+            peer,
+            tensor: String::new(),
+            started_s: 0.0,
+            ended_s: None,
+            began: Instant::now(),
+            waited_for: true,
+            missing: None,
+        }
+    }
+
+    fn sign(count: u64, waits: Option<&str>) -> Sign {
+        let begun = [("experts/[0, 1, 2]".to_string(), (count, "all_gather".to_string()))].into();
+        Sign { beat: 7, begun, waits: waits.map(str::to_string) }
+    }
+
+    #[test]
+    fn a_missing_rank_is_described_by_what_it_last_told() {
+        let seven = call(Some(7), None);
+        assert_eq!(describe(1, false, sign(7, None), &seven), None);
+        assert_eq!(describe(1, false, sign(9, None), &seven), None);
+        let waits = Some("recv from rank 2 in group 'pipeline'");
+        let text = describe(1, false, sign(6, waits), &seven).unwrap();
+        let expected = "rank 1 is missing; its last call here is 6, all_gather, and it waits for recv from rank 2";
+        assert!(text.starts_with(expected), "{text}");
+        let text = describe(1, true, sign(6, None), &seven).unwrap();
+        assert_eq!(text, "rank 1 has stopped; its last call here is 6, all_gather");
+        assert_eq!(describe(1, true, sign(7, None), &seven).unwrap(), "rank 1 has stopped inside this call");
+        assert_eq!(describe(2, true, Sign::default(), &seven).unwrap(), "rank 2 has never been heard of");
+        let text = describe(2, false, sign(6, None), &call(None, Some(2))).unwrap();
+        assert_eq!(text, "rank 2 is alive");
+    }
+
+    #[test]
+    fn calls_are_named_as_people_would() {
+        assert_eq!(call(Some(3), None).name(), "call 3, all_to_all in group 'experts'");
+        assert_eq!(call(None, Some(2)).name(), "recv from rank 2 in group 'experts'");
+    }
+}
