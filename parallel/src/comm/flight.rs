@@ -119,8 +119,10 @@ impl FlightRecorder {
         std::thread::spawn(move || {
             let Ok(store) = connect() else { return };
             let mut beats = 0;
+            let mut pause = Duration::ZERO;
             loop {
-                let question = inbox.recv_timeout(BEAT);
+                let question = inbox.recv_timeout(pause);
+                pause = BEAT;
                 let Some(shared) = watched.upgrade() else { return };
                 let mut beat = || {
                     beats += 1;
@@ -286,9 +288,11 @@ fn missing(store: &Store, own: usize, call: &Call, beat: &mut dyn FnMut() -> boo
 /// What is the matter with a rank; None where it does as it should.
 fn describe(rank: usize, silent: bool, sign: Sign, call: &Call) -> Option<String> {
     let (count, operation) = sign.begun.get(&*call.key).cloned().unwrap_or_default();
-    let at = match count {
-        0 => "it has not called this group yet".to_string(),
-        _ => format!("its last call here is {count}, {operation}"),
+    let at = match (count, silent) {
+        (0, false) => "it has not called this group yet".to_string(),
+        (0, true) => "when last heard of it had not called this group".to_string(),
+        (_, false) => format!("its last call here is {count}, {operation}"),
+        (_, true) => format!("when last heard of its last call here was {count}, {operation}"),
     };
     match call.number {
         _ if silent && sign.beat == 0 => Some(format!("rank {rank} has never been heard of")),
@@ -430,7 +434,7 @@ mod tests {
         let expected = "rank 1 is missing; its last call here is 6, all_gather, and it waits for recv from rank 2";
         assert!(text.starts_with(expected), "{text}");
         let text = describe(1, true, sign(6, None), &seven).unwrap();
-        assert_eq!(text, "rank 1 has stopped; its last call here is 6, all_gather");
+        assert_eq!(text, "rank 1 has stopped; when last heard of its last call here was 6, all_gather");
         assert_eq!(describe(1, true, sign(7, None), &seven).unwrap(), "rank 1 has stopped inside this call");
         assert_eq!(describe(2, true, Sign::default(), &seven).unwrap(), "rank 2 has never been heard of");
         let text = describe(2, false, sign(6, None), &call(None, Some(2))).unwrap();

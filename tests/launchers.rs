@@ -1,0 +1,175 @@
+//! Ranks that other launchers started: mpirun, srun's environment, and what they do when one of them stops.
+
+mod fixture;
+
+use fixture::{Experiment, curve, finish, finish_child, rank_process, signal, start, text, wait_for_step};
+use serde_json::Value;
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+/// The ranks of a run that no launcher watches, as `variables` describe each to itself.
+fn ranks(experiment: &Experiment, count: usize, changes: &[&str], variables: impl Fn(usize) -> String) -> Vec<Child> {
+    let rank = |rank| {
+        let mut command = experiment.train(1, changes);
+        for pair in variables(rank).split_whitespace() {
+            let (name, value) = pair.split_once('=').unwrap();
+            command.env(name, value);
+        }
+        start(&mut command)
+    };
+    (0..count).map(rank).collect()
+}
+
+/// A port that was free a moment ago.
+fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// `rank` is stopped while others wait for it: they say which rank it is and at which call, soon after the timeout.
+fn assert_stopped_rank_is_named(experiment: &Experiment, rank: usize, run: Vec<Child>) {
+    wait_for_step(experiment, "run", 50);
+    let stopped = rank_process(experiment, rank);
+    signal(&stopped, "STOP");
+    let began = Instant::now();
+    // The timeout is 6 s.
+    let named = |line: &str| {
+        line.contains("ERROR") && line.contains("in group '") && line.contains(&format!("rank {rank} has stopped"))
+    };
+    let log = || std::fs::read_to_string(experiment.path("run/logs/rank-0.log")).unwrap();
+    while !log().lines().any(named) {
+        assert!(began.elapsed() < Duration::from_secs(10), "nobody has named it: {}", log());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let flight = std::fs::read(experiment.path("run/logs/rank-0.flight.json")).unwrap();
+    let calls: Value = serde_json::from_slice(&flight).unwrap();
+    let last = calls["calls"].as_array().unwrap().iter().rev().find(|call| call["missing"].is_string()).unwrap();
+    assert!(last["missing"].as_str().unwrap().contains(&format!("rank {rank} has stopped")), "{last}");
+    // A launcher that still wants to end it can.
+    signal(&stopped, "CONT");
+    signal(&stopped, "KILL");
+    run.into_iter().for_each(|child| drop(finish_child(child)));
+}
+
+#[test]
+fn slurms_environment_of_two_nodes_is_enough() {
+    let experiment = Experiment::new();
+    assert!(finish(&mut experiment.train(4, &["train.steps=6", "run.dir=ours"])).status.success());
+    let job = free_port();
+    let run = ranks(&experiment, 4, &["train.steps=6", "run.dir=theirs"], |rank| {
+        format!(
+            "SLURM_PROCID={rank} SLURM_LOCALID={} SLURM_NODEID={} SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=4 SLURM_JOB_ID={job} \
+             SLURM_STEP_TASKS_PER_NODE=2(x2) SLURM_STEP_NODELIST=127.0.0.[1-2]",
+            rank % 2,
+            rank / 2
+        )
+    });
+    for (rank, child) in run.into_iter().enumerate() {
+        let output = finish_child(child);
+        assert!(output.status.success(), "{}", text(&output));
+        if rank == 0 {
+            let said = text(&output);
+            assert!(said.contains("rank 0 of 4, started by srun, communicator gloo"), "{said}");
+        }
+    }
+    assert_eq!(curve(&experiment, "ours"), curve(&experiment, "theirs"));
+}
+
+#[test]
+fn contradictions_are_refused() {
+    let experiment = Experiment::new();
+    let refused = |variables: &str, ranks: usize, expected: &str| {
+        let mut command = experiment.train(ranks, &[]);
+        for pair in variables.split_whitespace() {
+            let (name, value) = pair.split_once('=').unwrap();
+            command.env(name, value);
+        }
+        let output = finish(&mut command);
+        assert!(!output.status.success() && text(&output).contains(expected), "{}", text(&output));
+    };
+    let torch = "RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=1";
+    refused(torch, 3, "-n 3 was given, and RANK, WORLD_SIZE and MASTER_ADDR started this process as rank 0 of 2");
+    let both = format!("{torch} OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2");
+    refused(&both, 1, "RANK=0 and OMPI_COMM_WORLD_RANK=1 contradict each other");
+    refused("WORLD_SIZE=4", 1, "WORLD_SIZE=4 is set and RANK is not");
+    let slurm = "SLURM_PROCID=0 SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=4";
+    refused(slurm, 1, "neither SLURM_STEP_TASKS_PER_NODE nor SLURM_TASKS_PER_NODE is");
+    let wish = finish(&mut experiment.train(2, &["run.communicator=mpi"]));
+    let expected = if cfg!(feature = "mpi") { "were not started by MPI" } else { "built without MPI" };
+    assert!(!wish.status.success() && text(&wish).contains(expected), "{}", text(&wish));
+}
+
+#[test]
+fn a_stopped_rank_is_named_over_gloo() {
+    let experiment = Experiment::new();
+    let port = free_port();
+    let run = ranks(
+        &experiment,
+        3,
+        &["train.steps=100000", "run.timeout_s=6", "parallel.expert=3", "model.moe.experts=6", "train.global_batch=6"],
+        |rank| format!("RANK={rank} LOCAL_RANK={rank} WORLD_SIZE=3 MASTER_ADDR=127.0.0.1 MASTER_PORT={port}"),
+    );
+    assert_stopped_rank_is_named(&experiment, 2, run);
+}
+
+#[cfg(feature = "mpi")]
+mod under_mpirun {
+    use super::*;
+
+    /// `mpirun -n ranks` in the experiment's folder.
+    fn mpirun(experiment: &Experiment, ranks: usize, args: &[&str]) -> Command {
+        let moerun = experiment.moerun(&[]);
+        let mut command = Command::new(std::env::var("MOERUN_MPIRUN").unwrap_or("mpirun".into()));
+        command.current_dir(experiment.path("")).env("OMP_NUM_THREADS", "1");
+        // CI may be root; it has fewer processors than ranks.
+        command.envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")]);
+        command.args(["--oversubscribe", "-n", &ranks.to_string()]).arg(moerun.get_program()).args(args);
+        command
+    }
+
+    #[test]
+    fn mpi_conforms() {
+        let experiment = Experiment::new();
+        for ranks in [2, 3, 4, 8] {
+            let output = finish(&mut mpirun(&experiment, ranks, &["conformance", "--communicator", "mpi"]));
+            assert!(output.status.success(), "{ranks} ranks: {}", text(&output));
+            assert_eq!(text(&output).matches("ok ").count(), 12, "{}", text(&output));
+        }
+    }
+
+    #[test]
+    fn mpirun_needs_no_option_and_changes_nothing() {
+        let experiment = Experiment::new();
+        let changes = ["train.steps=8", "parallel.tensor=2", "parallel.zero=2"];
+        assert!(finish(experiment.train(4, &changes).args(["--set", "run.dir=ours"])).status.success());
+        let mut args = vec!["train", "small.yaml", "--set", "run.dir=theirs"];
+        changes.iter().for_each(|change| args.extend(["--set", change]));
+        let output = finish(&mut mpirun(&experiment, 4, &args));
+        assert!(output.status.success(), "{}", text(&output));
+        let said = text(&output);
+        assert!(said.contains("rank 0 of 4, started by mpirun (Open MPI), communicator mpi"), "{said}");
+        let (ours, theirs) = (curve(&experiment, "ours"), curve(&experiment, "theirs"));
+        assert_eq!(ours.len(), theirs.len());
+        for (ours, theirs) in ours.iter().zip(&theirs) {
+            for figure in ["loss", "grad_norm"] {
+                let Some((ours, theirs)) = ours[figure].as_f64().zip(theirs[figure].as_f64()) else { continue };
+                assert!((ours - theirs).abs() <= 1e-5 * ours.abs(), "{figure}: {ours} {theirs}");
+            }
+        }
+        // The same layout twice is the same to the bit; and MPI's ranks go on from what Gloo's left.
+        args[3] = "run.dir=again";
+        assert!(finish(&mut mpirun(&experiment, 4, &args)).status.success());
+        assert_eq!(theirs, curve(&experiment, "again"));
+        args[3] = "run.dir=ours";
+        args.extend(["--set", "train.steps=10"]);
+        let output = finish(&mut mpirun(&experiment, 4, &args));
+        assert!(text(&output).contains("going on from the checkpoint of step 8"), "{}", text(&output));
+    }
+
+    #[test]
+    fn a_stopped_rank_is_named_over_mpi() {
+        let experiment = Experiment::new();
+        let args = ["train", "small.yaml", "--set", "train.steps=100000", "--set", "run.timeout_s=6"];
+        let run = start(&mut mpirun(&experiment, 4, &args));
+        assert_stopped_rank_is_named(&experiment, 2, vec![run]);
+    }
+}
