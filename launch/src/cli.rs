@@ -363,7 +363,22 @@ pub(crate) struct TrainArgs {
     /// Port that ranks meet at; 0 takes any free one
     #[arg(long, default_value_t = 0, value_name = "PORT", alias = "master_port")]
     pub(crate) master_port: u16,
-    /// Keepers of nodes that stand by, to take the place of lost ones
+    /// Machines of the run; start the same command on each, with another --node-rank
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub(crate) nnodes: usize,
+    /// Which of them this is, from 0
+    #[arg(long, default_value_t = 0, value_name = "R", alias = "node_rank", requires = "rdzv")]
+    pub(crate) node_rank: usize,
+    /// Where they meet: machine 0 and a free port there
+    #[arg(long, value_name = "HOST:PORT", alias = "rdzv-endpoint", alias = "rdzv_endpoint")]
+    pub(crate) rdzv: Option<String>,
+    /// Start the other machines from here, over ssh: a line for each, 'host' or 'host slots=N', this one first
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["nnodes", "node_rank"])]
+    pub(crate) hostfile: Option<PathBuf>,
+    /// What starts a command on another machine, as in SSH HOST COMMAND
+    #[arg(long, default_value = "ssh", value_name = "SSH", requires = "hostfile")]
+    pub(crate) ssh: PathBuf,
+    /// Nodes that stand by, to take the place of lost ones: keepers on this machine, or the last of several machines
     #[arg(long, default_value_t = 0, value_name = "NODES")]
     pub(crate) spare_nodes: usize,
 }

@@ -116,6 +116,7 @@ impl Variables<'_> {
             by_mpi: ByMpi::No,
             attempt: self.number_or("TORCHELASTIC_RESTART_COUNT", 0)?,
             interface: self.interface(),
+            address: None,
         };
         // With as many ranks, mpirun's variables speak of the same ranks; else torchrun runs once on each of its places.
         if let (Some(theirs), Ok(size)) =
@@ -155,6 +156,7 @@ impl Variables<'_> {
             by_mpi: ByMpi::Yes,
             attempt: 0,
             interface: self.interface(),
+            address: None,
         };
         Ok(Some(Started { env: consistent(env, names)?, by }))
     }
@@ -200,6 +202,7 @@ impl Variables<'_> {
             by_mpi: if self.has("PMIX_RANK") || self.has("PMI_RANK") { ByMpi::Perhaps } else { ByMpi::No },
             attempt: 0,
             interface: self.interface(),
+            address: None,
         };
         let names = [because, total, "SLURM_LOCALID", tasks_name];
         Ok(Some(Started { env: consistent(env, names)?, by: "srun" }))

@@ -30,6 +30,9 @@ pub(crate) struct Register {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Keeper {
     pub(crate) pid: i32,
+    /// The machine it is on; 0 is the launcher's.
+    #[serde(default)]
+    pub(crate) machine: usize,
     pub(crate) address: SocketAddr,
     pub(crate) socket: String,
 }

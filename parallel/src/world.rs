@@ -28,6 +28,8 @@ pub struct RankEnv {
     pub attempt: usize,
     /// The network interface to use (`GLOO_SOCKET_IFNAME`).
     pub interface: Option<String>,
+    /// This machine's address, where the launcher knows which one the others reach.
+    pub address: Option<String>,
 }
 
 /// Whether an MPI library will know the ranks.
@@ -69,6 +71,7 @@ impl RankEnv {
             by_mpi: ByMpi::No,
             attempt: 0,
             interface: None,
+            address: None,
         }
     }
 }
@@ -154,10 +157,11 @@ impl World {
         let store = store.and_then(|store| store.prefixed(&prefix)).map_err(unreachable)?;
         same_version(&store, env.rank).map_err(|e| failed("comparing versions", e))?;
         let loopback = matches!(host.as_str(), "localhost" | "::1") || host.starts_with("127.");
-        let address = match &env.interface {
-            Some(interface) => GlooAddress::Interface(interface.clone()),
-            None if loopback => GlooAddress::Host("127.0.0.1".into()),
-            None => GlooAddress::Default,
+        let address = match (&env.interface, &env.address) {
+            (Some(interface), _) => GlooAddress::Interface(interface.clone()),
+            (None, Some(address)) => GlooAddress::Host(address.clone()),
+            _ if loopback => GlooAddress::Host("127.0.0.1".into()),
+            _ => GlooAddress::Default,
         };
         let recorder = FlightRecorder::begin(env.rank, (!launcher_serves).then_some(0), timeout, move || {
             Store::tcp(&host, port, false, meeting)?.prefixed(&prefix)

@@ -1,17 +1,24 @@
 //! What the launcher tells a rank: a line on its standard input. A process that waits for it has already loaded
 //! everything, so a restart does not wait for that.
 
-use parallel::RankEnv;
+use parallel::{Meeting, RankEnv};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use trainer::KeeperAccess;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Assignment {
     pub(crate) rank: usize,
     pub(crate) world_size: usize,
+    /// Number among the ranks of its machine, and how many those are.
+    pub(crate) local_rank: usize,
+    pub(crate) local_world_size: usize,
     /// Where the launcher serves the store.
+    pub(crate) host: String,
     pub(crate) port: u16,
+    /// Where other machines reach the rank; None where there are none.
+    pub(crate) address: Option<IpAddr>,
     /// The attempt of the run, from 1 on where there are keepers.
     pub(crate) generation: u64,
     pub(crate) keeper: Option<KeeperAccess>,
@@ -21,7 +28,13 @@ pub(crate) struct Assignment {
 
 impl Assignment {
     pub(crate) fn env(&self) -> RankEnv {
-        let attempt = self.generation as usize;
-        RankEnv { attempt, ..RankEnv::on_this_machine(self.rank, self.world_size, self.port) }
+        RankEnv {
+            local_rank: self.local_rank,
+            local_world_size: self.local_world_size,
+            meeting: Meeting::Store { host: self.host.clone(), port: self.port, launcher_serves: true },
+            address: self.address.map(|address| address.to_string()),
+            attempt: self.generation as usize,
+            ..RankEnv::on_this_machine(self.rank, self.world_size, self.port)
+        }
     }
 }

@@ -1,11 +1,16 @@
-//! Starts one process for each rank and a keeper for each node, watches them, and goes on after a failure.
+//! Starts one process for each rank and a keeper for each node, on one machine or several, watches them, and goes on after a
+//! failure.
 
+mod agent;
 mod assignment;
 mod disk;
+mod hostfile;
+mod machines;
 mod nodes;
 mod policy;
 mod ranks;
 mod recovery;
+mod spawn;
 mod tracker;
 
 pub(crate) use assignment::Assignment;
@@ -14,10 +19,12 @@ use crate::cli::TrainArgs;
 use crate::config_file;
 use crate::rank::FailureKind;
 use crate::register::{self, Register};
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use checkpoint::Redundancy;
 use checkpoint::keeper::{CHUNK, Node, Topology};
 use disk::Disk;
+use hostfile::Hosts;
+use machines::Machines;
 use nix::sys::signal::Signal;
 use nodes::{Heard, Keepers};
 use policy::{Cause, History, Verdict};
@@ -25,7 +32,7 @@ use ranks::{Failed, Ranks, first_cause};
 use recovery::{Restored, look, recover};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::io::Write;
-use std::os::unix::process::ExitStatusExt;
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -42,8 +49,41 @@ const TICK: Duration = Duration::from_millis(20);
 const SETTLING: Duration = Duration::from_millis(400);
 
 pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode> {
-    let config = config_file::load(&args.config)?;
-    config_file::refuse_problems(&args.config, &config, args.nproc_per_node)?;
+    let hosts = args.hostfile.as_deref().map(Hosts::read).transpose()?;
+    let (machines, per_machine) = match &hosts {
+        Some(hosts) => (hosts.names.len(), hosts.slots.unwrap_or(args.nproc_per_node)),
+        None => (args.nnodes, args.nproc_per_node),
+    };
+    if args.node_rank >= machines {
+        bail!("--node-rank {} is not below --nnodes {machines}", args.node_rank);
+    }
+    let rdzv = match (&args.rdzv, &hosts) {
+        (Some(rdzv), _) => rdzv.clone(),
+        (None, Some(hosts)) => format!("{}:0", hosts.names[0]),
+        (None, None) if machines > 1 => bail!(
+            "--nnodes {machines} needs --rdzv HOST:PORT: the machine with --node-rank 0 and a free port there, the same on all"
+        ),
+        (None, None) => String::new(),
+    };
+    if args.node_rank > 0 {
+        return agent::run(args, args.node_rank, &rdzv);
+    }
+    // Of several machines the last ones may stand by.
+    let spare_machines = if machines > 1 { args.spare_nodes } else { 0 };
+    if spare_machines >= machines {
+        bail!("--spare-nodes {spare_machines} leaves none of {machines} machines to train on");
+    }
+    let size = per_machine * (machines - spare_machines);
+    let mut config = config_file::load(&args.config)?;
+    if machines > 1 {
+        let per_node = *config.parallel.ranks_per_node.get_or_insert(per_machine);
+        if per_machine % per_node != 0 || (spare_machines > 0 && per_node != per_machine) {
+            bail!(
+                "parallel.ranks_per_node is {per_node}, and machines of {per_machine} ranks are not made of such nodes"
+            );
+        }
+    }
+    config_file::refuse_problems(&args.config, &config, size)?;
     let dir = config.run.dir.clone();
     let logs = dir.join("logs");
     std::fs::create_dir_all(&logs).with_context(|| format!("cannot make the run's folder {}", logs.display()))?;
@@ -52,7 +92,28 @@ pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode> {
         anyhow!("cannot serve on port {}: {e}; choose another with --master-port, or leave it out", args.master_port)
     })?;
     let signals = Signals::register()?;
-    Launcher::new(args, &config, &dir, store.port()?)?.run(&signals)
+    let here = Ranks::new(args, &dir);
+    let mut _sessions = None;
+    let fleet = match machines {
+        1 => Machines::alone(here, &dir),
+        _ => {
+            let patience = Duration::from_secs(config.run.timeout_s);
+            let at = resolve(&rdzv)?;
+            let (fleet, at) = Machines::listen(here, &dir, at, machines - 1, per_machine, patience)?;
+            if let Some(hosts) = &hosts {
+                let head = format!("{}:{}", rdzv.rsplit_once(':').map_or("", |(host, _)| host), at.port());
+                _sessions = Some(hosts.start_agents(args, &head, per_machine)?);
+            }
+            fleet
+        }
+    };
+    Launcher::new(args, &config, &dir, (store.port()?, size, per_machine), fleet).run(&signals)
+}
+
+/// An address of `HOST:PORT`.
+fn resolve(text: &str) -> Result<SocketAddr> {
+    let mut found = text.to_socket_addrs().map_err(|e| anyhow!("--rdzv {text}: {e}; it has the form HOST:PORT"))?;
+    found.next().ok_or_else(|| anyhow!("--rdzv {text}: that host has no address"))
 }
 
 /// Signals that a person or a scheduler sent, counted.
@@ -111,7 +172,9 @@ struct Launcher<'a> {
     dir: &'a Path,
     checkpoints: PathBuf,
     port: u16,
-    ranks: Ranks<'a>,
+    machines: Machines<'a>,
+    /// Ranks of a machine.
+    per_machine: usize,
     /// How many ranks there are now.
     size: usize,
     keepers: Option<Keepers>,
@@ -126,15 +189,22 @@ struct Launcher<'a> {
 }
 
 impl<'a> Launcher<'a> {
-    fn new(args: &'a TrainArgs, config: &'a Config, dir: &'a Path, port: u16) -> Result<Launcher<'a>> {
+    fn new(
+        args: &'a TrainArgs,
+        config: &'a Config,
+        dir: &'a Path,
+        (port, size, per_machine): (u16, usize, usize),
+        machines: Machines<'a>,
+    ) -> Launcher<'a> {
         let checkpoints = dir.join("checkpoints");
-        Ok(Launcher {
+        Launcher {
             args,
             config,
             dir,
             port,
-            ranks: Ranks::new(args, dir),
-            size: args.nproc_per_node,
+            machines,
+            per_machine,
+            size,
             keepers: None,
             register: None,
             generation: 0,
@@ -144,10 +214,12 @@ impl<'a> Launcher<'a> {
             started: Instant::now(),
             unwritten: None,
             stood_by: false,
-        })
+        }
     }
 
     fn run(mut self, signals: &Signals) -> Result<ExitCode> {
+        let all: Vec<usize> = (0..self.machines.count()).collect();
+        self.machines.wait_for(&all, || signals.count() > 0)?;
         let mut restored = self.begin()?;
         loop {
             let mut tracker = self.begin_generation(&restored)?;
@@ -156,11 +228,12 @@ impl<'a> Launcher<'a> {
                 End::Done => {
                     self.finish(&mut tracker, signals)?;
                     let interrupted = signals.count() > 0;
-                    let code = if interrupted { ExitCode::from(128 + signals.last() as u8) } else { ExitCode::SUCCESS };
-                    return Ok(code);
+                    let code = if interrupted { 128 + signals.last() as u8 } else { 0 };
+                    self.machines.end(code);
+                    return Ok(ExitCode::from(code));
                 }
                 End::Killed => {
-                    self.ranks.kill_all();
+                    self.machines.kill_all();
                     let rescued = self.rescued();
                     return Err(anyhow!(
                         "{rescued}stopped without a checkpoint of this moment; the same command goes on from the last one"
@@ -168,12 +241,12 @@ impl<'a> Launcher<'a> {
                 }
                 // It was to stop: nothing is started again.
                 End::Failed(failure) if signals.count() > 0 => {
-                    self.ranks.kill_all();
+                    self.machines.kill_all();
                     let rescued = self.rescued();
                     return Err(anyhow!("{rescued}{}", failure.full));
                 }
                 End::Failed(failure) => {
-                    self.ranks.kill();
+                    self.machines.kill();
                     let now = self.started.elapsed().as_secs_f64();
                     let done = tracker.step.max(restored.snapshot.map_or(0, |(id, _)| id.step));
                     let verdict = match self.keepers {
@@ -182,7 +255,7 @@ impl<'a> Launcher<'a> {
                     };
                     match verdict {
                         Verdict::GiveUp(why) => {
-                            self.ranks.kill_all();
+                            self.machines.kill_all();
                             let rescued = self.rescued();
                             let why = if why.is_empty() { why } else { format!("{why}\n") };
                             return Err(anyhow!("{why}{rescued}{}", failure.full));
@@ -227,7 +300,11 @@ impl<'a> Launcher<'a> {
             }
         }
         if self.config.takes_snapshots() {
-            let keepers = Keepers::start(self.dir, self.config, nodes, self.args.spare_nodes)?;
+            let spares = self.args.spare_nodes;
+            // Spare ones are on the machines after those with ranks, where there are any.
+            let (per_node, last) = (self.size.div_ceil(nodes), self.machines.count() - 1);
+            let machine_of = |node: usize| (node * per_node / self.per_machine).min(last);
+            let keepers = Keepers::start(self.dir, self.config, (nodes, spares), &mut self.machines, machine_of)?;
             self.register = Some(Register::new(keepers.secret()));
             self.keepers = Some(keepers);
         }
@@ -253,11 +330,23 @@ impl<'a> Launcher<'a> {
             keepers.save(register)?;
             keepers.set_up(&topology);
         }
-        let assignments: Vec<Assignment> = (0..self.size)
-            .map(|rank| Assignment {
+        let machine_of = |rank: usize| match self.keepers.as_ref().zip(topology.node_of(rank)) {
+            Some((keepers, node)) => keepers.members[node].keeper.machine,
+            None => rank / self.per_machine,
+        };
+        let places: Vec<usize> = (0..self.size).map(machine_of).collect();
+        // A machine that was lost may have come back.
+        self.machines.wait_for(&places, || false)?;
+        let assignments = places.iter().enumerate().map(|(rank, &machine)| {
+            let neighbours = |ranks: std::ops::Range<usize>| ranks.filter(|&other| places[other] == machine).count();
+            let assignment = Assignment {
                 rank,
                 world_size: self.size,
+                local_rank: neighbours(0..rank),
+                local_world_size: neighbours(0..self.size),
+                host: self.machines.address(0).map_or("127.0.0.1".into(), |address| address.to_string()),
                 port: self.port,
+                address: self.machines.address(machine),
                 generation: self.generation,
                 keeper: self.keepers.as_ref().zip(topology.node_of(rank)).map(|(keepers, node)| KeeperAccess {
                     socket: keepers.members[node].keeper.socket.clone(),
@@ -267,9 +356,11 @@ impl<'a> Launcher<'a> {
                     restore: restored.snapshot,
                 }),
                 skips: self.history.skips.clone(),
-            })
-            .collect();
-        self.ranks.start(&assignments)?;
+            };
+            (machine, assignment)
+        });
+        let assignments = assignments.collect();
+        self.machines.start(assignments)?;
         self.stood_by = false;
         Ok(Tracker::new(topology))
     }
@@ -278,17 +369,17 @@ impl<'a> Launcher<'a> {
         let patience = Duration::from_secs(self.config.run.timeout_s);
         let mut asked: Option<Instant> = None;
         loop {
-            let failed = self.ranks.failed();
+            let failed = self.machines.failed();
             if !failed.is_empty() {
                 return End::Failed(self.explain(failed));
             }
-            if self.ranks.running() == 0 {
+            if self.machines.running() == 0 {
                 return End::Done;
             }
             match asked {
                 None if signals.count() > 0 => {
                     eprintln!("stopping after this step, with a checkpoint; a second signal stops at once");
-                    self.ranks.signal(Signal::SIGTERM);
+                    self.machines.signal(Signal::SIGTERM);
                     asked = Some(Instant::now());
                 }
                 Some(since) if signals.count() > 1 || since.elapsed() > patience => return End::Killed,
@@ -301,7 +392,7 @@ impl<'a> Launcher<'a> {
             // When the ranks are at work: before, they need the processors themselves.
             if !self.stood_by && self.config.restart.standby && self.keepers.is_some() && tracker.step > 0 {
                 self.stood_by = true;
-                self.ranks.stand_by(self.size);
+                self.machines.stand_by();
             }
         }
     }
@@ -341,7 +432,7 @@ impl<'a> Launcher<'a> {
                 Ok(path) => tracing::info!("checkpoint {}", path.display()),
                 Err(error) => {
                     self.unwritten = Some(anyhow!("no checkpoint at step {step}: {error:#}"));
-                    if step < self.config.train.steps && self.ranks.running() > 0 {
+                    if step < self.config.train.steps && self.machines.running() > 0 {
                         eprintln!("warning: no checkpoint at step {step}: {error:#}; training goes on");
                     }
                 }
@@ -360,12 +451,12 @@ impl<'a> Launcher<'a> {
         std::thread::sleep(SETTLING / 4);
         let Some(keepers) = &mut self.keepers else { return };
         keepers.lose(place);
-        if !self.ranks.failed().is_empty() || self.ranks.running() == 0 {
+        if !self.machines.failed().is_empty() || self.machines.running() == 0 {
             return;
         }
         eprintln!("warning: the keeper of node {place} is gone ({reason}); another is started, and training goes on");
         let given_up = tracker.give_up();
-        let replaced = keepers.restart(place).and_then(|()| {
+        let replaced = keepers.restart(place, &mut self.machines).and_then(|()| {
             tracker
                 .topology
                 .nodes
@@ -396,16 +487,16 @@ impl<'a> Launcher<'a> {
     /// The failure that came first.
     fn explain(&mut self, mut failed: Vec<Failed>) -> Failure {
         // A rank that was killed is the reason; ranks that failed by themselves may not have been the first.
-        if !failed.iter().any(|failed| failed.status.signal().is_some()) {
+        if !failed.iter().any(|failed| failed.signal().is_some()) {
             std::thread::sleep(SETTLING);
-            failed = self.ranks.failed();
+            failed = self.machines.failed();
         }
         let Some(first) = first_cause(&failed) else {
             let brief = "a rank failed without a word".to_string();
             return Failure { cause: Cause::Fault, full: brief.clone(), brief };
         };
         let kind = first.report.as_ref().map(|report| report.kind.clone());
-        let cause = match kind.filter(|_| first.status.signal().is_none()) {
+        let cause = match kind.filter(|_| first.signal().is_none()) {
             Some(FailureKind::Diverged { step }) => Cause::Diverged { step },
             Some(FailureKind::Own { steps: 0 }) => Cause::Hopeless,
             _ => Cause::Fault,
@@ -456,7 +547,7 @@ impl<'a> Launcher<'a> {
             if let Some(size) = largest_layout(self.config, left) {
                 let nodes = self.config.nodes(size).len();
                 let surplus: Vec<usize> = (0..keepers.nodes).filter(|node| !lost.contains(node)).skip(nodes).collect();
-                keepers.remove(&lost);
+                keepers.remove(&lost, &self.machines);
                 // Keepers without ranks still have what was in their memory.
                 keepers.nodes = nodes;
                 self.size = size;
@@ -466,7 +557,7 @@ impl<'a> Launcher<'a> {
         }
         let mut by_spare = 0;
         for &node in &lost {
-            by_spare += usize::from(keepers.replace(node)?);
+            by_spare += usize::from(keepers.replace(node, &mut self.machines)?);
         }
         let how = match by_spare {
             0 => "its ranks start anew in its place".to_string(),

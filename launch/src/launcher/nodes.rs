@@ -1,24 +1,19 @@
 //! The keepers of a run, as the launcher sees them: started or taken over, asked, replaced, stopped.
 
-use super::ranks::OWN_PROGRAM;
-use crate::keeper::{Orders, Ready};
+use super::machines::Machines;
+use crate::keeper::Orders;
 use crate::register::{self, Register};
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Result, anyhow};
 use checkpoint::keeper::{Event, Inventory, Peer, Secret, Topology};
 use crossbeam_channel::{Receiver, Sender, unbounded};
-use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::time::Duration;
 use trainer::config::Config;
 
 /// How long a keeper stays without a launcher.
 const LONELY: Duration = Duration::from_secs(3600);
-/// A keeper starts within this time.
-const STARTING: Duration = Duration::from_secs(30);
 
 /// What came from a keeper: which, by its number among all that there ever were, and what.
 pub(super) enum Heard {
@@ -65,13 +60,19 @@ impl Keepers {
         }
     }
 
-    /// Starts one for each of `nodes` nodes, and `spares` more.
-    pub(super) fn start(dir: &Path, config: &Config, nodes: usize, spares: usize) -> Result<Keepers> {
+    /// Starts one for each of `nodes` nodes, and `spares` more, on the machines that `machine_of` says.
+    pub(super) fn start(
+        dir: &Path,
+        config: &Config,
+        (nodes, spares): (usize, usize),
+        machines: &mut Machines,
+        machine_of: impl Fn(usize) -> usize,
+    ) -> Result<Keepers> {
         let secret = Secret::random().map_err(|e| anyhow!("{e}"))?;
         let mut keepers = Keepers::none(dir, config, secret);
         keepers.nodes = nodes;
         for number in 0..nodes + spares {
-            let member = keepers.spawn(number, None)?;
+            let member = keepers.spawn(number, None, (machines, machine_of(number)))?;
             keepers.members.push(member);
         }
         Ok(keepers)
@@ -93,18 +94,17 @@ impl Keepers {
         Ok(keepers.members.iter().any(|member| member.control.is_some()).then_some(keepers))
     }
 
-    /// Starts one that ranks reach by the name `socket`, if that is given.
-    fn spawn(&mut self, node: usize, socket: Option<String>) -> Result<Member> {
+    /// Starts one that ranks reach by the name `socket`, if that is given, on a machine.
+    fn spawn(
+        &mut self,
+        node: usize,
+        socket: Option<String>,
+        (machines, machine): (&mut Machines, usize),
+    ) -> Result<Member> {
         let number = self.numbers;
         self.numbers += 1;
         // Part of a digest: the name can be seen by everybody.
         let socket = socket.unwrap_or_else(|| format!("moerun/{}/{number}", self.secret.name()));
-        let log = self.dir.join("logs").join(format!("keeper-{node}.log"));
-        let file = File::options().create(true).append(true).open(&log);
-        let file = file.with_context(|| format!("cannot write {}", log.display()))?;
-        let mut command = Command::new(OWN_PROGRAM);
-        command.arg0("moerun").args(["keeper", "serve"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(file);
-        let mut child = command.spawn().context("cannot start a keeper")?;
         let orders = Orders {
             socket: socket.clone(),
             secret: self.secret.clone(),
@@ -112,18 +112,9 @@ impl Keepers {
             memory: self.memory,
             lonely_s: LONELY.as_secs(),
         };
-        let ready =
-            tell(&mut child, &orders).with_context(|| format!("the keeper of node {node}: see {}", log.display()));
-        let ready = match ready {
-            Ok(ready) => ready,
-            Err(error) => {
-                let _ = child.kill();
-                let _ = child.wait();
-                return Err(error);
-            }
-        };
-        let keeper = register::Keeper { pid: child.id() as i32, address: ready.address, socket };
-        let mut member = Member { number, keeper, control: None, child: Some(child) };
+        let (pid, ready, child) = machines.keeper(machine, node, orders)?;
+        let keeper = register::Keeper { pid, machine, address: ready.address, socket };
+        let mut member = Member { number, keeper, control: None, child };
         self.connect(&mut member)?;
         Ok(member)
     }
@@ -206,9 +197,10 @@ impl Keepers {
     }
 
     /// Ends what is left of a keeper that does not answer.
-    fn bury(&mut self, place: usize) {
+    fn bury(&mut self, place: usize, machines: &Machines) {
         let member = &mut self.members[place];
         member.control = None;
+        machines.bury(member.keeper.machine, member.keeper.pid);
         if let Some(child) = &mut member.child {
             let _ = child.kill();
             let _ = child.wait();
@@ -216,35 +208,36 @@ impl Keepers {
     }
 
     /// Puts a keeper where one was lost: a spare one if there is any; whether it was.
-    pub(super) fn replace(&mut self, place: usize) -> Result<bool> {
-        self.bury(place);
+    pub(super) fn replace(&mut self, place: usize, machines: &mut Machines) -> Result<bool> {
+        self.bury(place, machines);
         while self.members.len() > self.nodes {
             let spare = self.members.len() - 1;
             if self.is_alive(spare) {
                 self.members.swap_remove(place);
                 return Ok(true);
             }
-            self.bury(spare);
+            self.bury(spare, machines);
             self.members.truncate(spare);
         }
-        let member = self.spawn(place, None)?;
+        let machine = self.members[place].keeper.machine;
+        let member = self.spawn(place, None, (machines, machine))?;
         self.members[place] = member;
         Ok(false)
     }
 
     /// Starts a keeper anew whose ranks still live: under the name that they know.
-    pub(super) fn restart(&mut self, place: usize) -> Result<()> {
-        self.bury(place);
-        let socket = self.members[place].keeper.socket.clone();
-        let member = self.spawn(place, Some(socket))?;
+    pub(super) fn restart(&mut self, place: usize, machines: &mut Machines) -> Result<()> {
+        self.bury(place, machines);
+        let register::Keeper { socket, machine, .. } = self.members[place].keeper.clone();
+        let member = self.spawn(place, Some(socket), (machines, machine))?;
         self.members[place] = member;
         Ok(())
     }
 
     /// Takes the nodes at `places` out of the run.
-    pub(super) fn remove(&mut self, places: &[usize]) {
+    pub(super) fn remove(&mut self, places: &[usize], machines: &Machines) {
         for &place in places.iter().rev() {
-            self.bury(place);
+            self.bury(place, machines);
             self.members.remove(place);
             self.nodes -= 1;
         }
@@ -274,18 +267,4 @@ impl Keepers {
         }
         Register::remove(&self.dir);
     }
-}
-
-fn tell(child: &mut Child, orders: &Orders) -> Result<Ready> {
-    let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
-    let (mut stdin, stdout) = stdin.zip(stdout).context("it has no standard input and output")?;
-    writeln!(stdin, "{}", serde_json::to_string(orders).expect("plain data")).context("it ended at once")?;
-    let (sender, line) = crossbeam_channel::bounded(1);
-    std::thread::spawn(move || {
-        let mut line = String::new();
-        let read = BufReader::new(stdout).read_line(&mut line);
-        let _ = sender.send(read.map(|_| line));
-    });
-    let line = line.recv_timeout(STARTING).context("it did not start in time")?.context("it said nothing")?;
-    serde_json::from_str(&line).context("it did not start")
 }

@@ -7,6 +7,7 @@ use crate::rank::{Failure, failure_path, log_path};
 use anyhow::{Context, Result};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
 use std::io::Write;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
@@ -19,16 +20,20 @@ pub(super) const OWN_PROGRAM: &str = "/proc/self/exe";
 pub(super) struct Ranks<'a> {
     args: &'a TrainArgs,
     dir: &'a Path,
-    children: Vec<Child>,
+    /// With their numbers.
+    children: Vec<(usize, Child)>,
     standby: Vec<Child>,
 }
 
 /// A rank that has ended without success.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Failed {
     pub(super) rank: usize,
-    pub(super) status: ExitStatus,
+    /// As waitpid gives it.
+    pub(super) status: i32,
     pub(super) report: Option<Failure>,
+    /// Why all ranks of its machine are gone, where they are.
+    pub(super) lost: Option<String>,
 }
 
 impl<'a> Ranks<'a> {
@@ -61,7 +66,7 @@ impl<'a> Ranks<'a> {
             };
             let line = serde_json::to_string(assignment).expect("plain data");
             let told = child.stdin.take().map(|mut stdin| writeln!(stdin, "{line}"));
-            self.children.push(child);
+            self.children.push((assignment.rank, child));
             told.transpose().with_context(|| format!("rank {} ended before it began", assignment.rank))?;
         }
         Ok(())
@@ -92,19 +97,24 @@ impl<'a> Ranks<'a> {
 
     pub(super) fn running(&mut self) -> usize {
         // A child that cannot be waited for counts as running until it can.
-        self.children.iter_mut().map(|child| child.try_wait()).filter(|status| !matches!(status, Ok(Some(_)))).count()
+        self.children
+            .iter_mut()
+            .map(|(_, child)| child.try_wait())
+            .filter(|status| !matches!(status, Ok(Some(_))))
+            .count()
     }
 
     pub(super) fn failed(&mut self) -> Vec<Failed> {
         let dir = self.dir;
-        let ended = self.children.iter_mut().map(|child| child.try_wait().ok().flatten()).enumerate();
+        let ended = self.children.iter_mut().map(|(rank, child)| (*rank, child.try_wait().ok().flatten()));
         let failed = ended.filter_map(|(rank, status)| Some((rank, status?))).filter(|(_, status)| !status.success());
         let report = |rank: usize| serde_json::from_slice(&std::fs::read(failure_path(dir, rank)).ok()?).ok();
-        failed.map(|(rank, status)| Failed { rank, status, report: report(rank) }).collect()
+        let failed = failed.map(|(rank, status)| (rank, status.into_raw()));
+        failed.map(|(rank, status)| Failed { rank, status, report: report(rank), lost: None }).collect()
     }
 
     pub(super) fn signal(&self, signal: Signal) {
-        for child in &self.children {
+        for (_, child) in &self.children {
             // A rank that has just ended needs no signal.
             let _ = kill(Pid::from_raw(child.id() as i32), signal);
         }
@@ -112,13 +122,13 @@ impl<'a> Ranks<'a> {
 
     /// Ends and reaps every rank that still runs.
     pub(super) fn kill(&mut self) {
-        end(&mut self.children);
+        end(self.children.drain(..).map(|(_, child)| child).collect());
     }
 
     /// Those too that stand by.
     pub(super) fn kill_all(&mut self) {
         self.kill();
-        end(&mut self.standby);
+        end(std::mem::take(&mut self.standby));
     }
 }
 
@@ -129,28 +139,34 @@ impl Drop for Ranks<'_> {
     }
 }
 
-fn end(children: &mut Vec<Child>) {
-    for child in children.iter_mut() {
+fn end(mut children: Vec<Child>) {
+    for child in &mut children {
         let _ = child.kill();
     }
-    for mut child in children.drain(..) {
+    for mut child in children {
         let _ = child.wait();
     }
 }
 
 /// The failure that came first: a rank that was killed says nothing itself, and the others only that it is gone.
 pub(super) fn first_cause(failed: &[Failed]) -> Option<&Failed> {
-    let killed = failed.iter().find(|failed| failed.status.signal().is_some() && failed.report.is_none());
+    let killed = failed.iter().find(|failed| failed.signal().is_some() && failed.report.is_none());
     let reported = failed.iter().filter(|failed| failed.report.is_some());
     killed.or_else(|| reported.min_by_key(|failed| failed.report.as_ref().map(|report| report.at))).or(failed.first())
 }
 
 impl Failed {
+    /// The signal that ended it.
+    pub(super) fn signal(&self) -> Option<i32> {
+        ExitStatus::from_raw(self.status).signal()
+    }
+
     /// Why, in words.
     pub(super) fn reason(&self) -> String {
-        match &self.report {
-            Some(report) if self.status.signal().is_none() => report.message.clone(),
-            _ => ended(self.status),
+        match (&self.lost, &self.report) {
+            (Some(reason), _) => reason.clone(),
+            (None, Some(report)) if self.signal().is_none() => report.message.clone(),
+            _ => ended(ExitStatus::from_raw(self.status)),
         }
     }
 
