@@ -25,22 +25,26 @@ impl Network {
         static NUMBER: AtomicUsize = AtomicUsize::new(0);
         let number = NUMBER.fetch_add(1, Ordering::SeqCst);
         let id = format!("mr{}x{number}", std::process::id());
-        let bridge = format!("{id}b");
+        let hub = format!("{id}h");
         let names: Vec<String> = (0..machines).map(|machine| format!("{id}n{machine}")).collect();
-        // The bridge is in a namespace too, so nothing of it is seen outside.
-        let mut made = ip(&format!("netns add {bridge}")) && ip(&format!("-n {bridge} link add br type bridge"));
-        made = made && ip(&format!("-n {bridge} link set br up"));
+        // Each has a link to a namespace that forwards, so nothing of it is seen outside.
+        let mut made =
+            ip(&format!("netns add {hub}")) && ip(&format!("netns exec {hub} sysctl -q -w net.ipv4.ip_forward=1"));
         for (machine, name) in names.iter().enumerate() {
+            let (its, hubs) =
+                (format!("10.77.{number}.{}", 4 * machine + 2), format!("10.77.{number}.{}", 4 * machine + 1));
             made = made
                 && ip(&format!("netns add {name}"))
-                && ip(&format!("-n {name} link add eth type veth peer name m{machine} netns {bridge}"))
-                && ip(&format!("-n {bridge} link set m{machine} master br up"))
-                && ip(&format!("-n {name} addr add 10.77.{number}.{}/24 dev eth", machine + 1))
+                && ip(&format!("-n {name} link add eth type veth peer name m{machine} netns {hub}"))
+                && ip(&format!("-n {hub} addr add {hubs}/30 dev m{machine}"))
+                && ip(&format!("-n {hub} link set m{machine} up"))
+                && ip(&format!("-n {name} addr add {its}/30 dev eth"))
                 && ip(&format!("-n {name} link set eth up"))
-                && ip(&format!("-n {name} link set lo up"));
+                && ip(&format!("-n {name} link set lo up"))
+                && ip(&format!("-n {name} route add default via {hubs}"));
         }
-        let mut network = Network { namespaces: names, rdzv: format!("10.77.{number}.1:29400") };
-        network.namespaces.push(bridge);
+        let mut network = Network { namespaces: names, rdzv: format!("10.77.{number}.2:29400") };
+        network.namespaces.push(hub);
         if !made {
             eprintln!("no network namespaces here: the machines share the loopback device");
             network.remove();
@@ -207,7 +211,7 @@ fn a_hostfile_starts_the_other_machines() {
 #[test]
 fn wrong_machines_are_refused() {
     let experiment = Experiment::new();
-    let network = Network { namespaces: Vec::new(), rdzv: Network::new(0).rdzv.replace("10.77.", "127.0.") };
+    let network = Network { namespaces: Vec::new(), rdzv: Network::new(0).rdzv.replace("10.77.", "127.77.") };
     let refused = |command: &mut Command, expected: &str| {
         let output = finish(command);
         assert!(!output.status.success() && text(&output).contains(expected), "{expected}: {}", text(&output));
