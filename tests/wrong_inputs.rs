@@ -204,7 +204,7 @@ fn places_and_ports() {
     );
 
     let mut alone = experiment.train(1, &[]);
-    refused(&experiment, alone.env("RANK", "0"), &["RANK is set but", "unset RANK, or set what torchrun sets"]);
+    refused(&experiment, alone.env("RANK", "0"), &["RANK is set but", "unset RANK, or set both"]);
     let mut beyond = experiment.train(1, &[]);
     for (name, value) in [("RANK", "2"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")] {
         beyond.env(name, value);

@@ -34,6 +34,8 @@ pub(crate) enum Command {
     Snapshot(SnapshotCommand),
     /// Make faults on purpose in a run that is going on, and measure how it recovers
     Chaos(ChaosArgs),
+    /// Look for what could keep a run from working on this machine, or between the ranks of a launcher, and say what to do
+    Doctor(DoctorArgs),
     /// Check that ranks can tell each other all that training needs, on this machine's backends
     Conformance(ConformanceArgs),
     /// The processes that keep snapshots in memory
@@ -94,6 +96,21 @@ pub(crate) struct ChaosArgs {
     /// Give up when the run does not get on for so long
     #[arg(long, default_value_t = 60)]
     pub(crate) patience_s: u64,
+}
+
+#[derive(Args)]
+pub(crate) struct DoctorArgs {
+    /// The experiment that is to run
+    pub(crate) config: Option<PathBuf>,
+    /// Change one value of it, such as run.device=cpu; may be given many times
+    #[arg(long = "set", value_name = "KEY=VALUE", requires = "config")]
+    pub(crate) set: Vec<String>,
+    /// Ranks to start on this machine; ranks that another launcher started are counted by it
+    #[arg(short = 'n', long, default_value_t = 2, value_name = "N")]
+    pub(crate) nproc_per_node: usize,
+    /// The port that ranks are to meet at
+    #[arg(long, default_value_t = 0, value_name = "PORT", alias = "master_port")]
+    pub(crate) master_port: u16,
 }
 
 #[derive(Args)]

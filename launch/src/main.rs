@@ -8,6 +8,7 @@ mod chaos;
 mod cli;
 mod config_file;
 mod conformance;
+mod doctor;
 mod environment;
 mod generate;
 mod inspect;
@@ -37,7 +38,12 @@ fn main() -> ExitCode {
     let alone = |command: &Command| {
         !matches!(
             command,
-            Command::Train(_) | Command::Bench(_) | Command::Keeper(_) | Command::Chaos(_) | Command::Conformance(_)
+            Command::Train(_)
+                | Command::Bench(_)
+                | Command::Keeper(_)
+                | Command::Chaos(_)
+                | Command::Conformance(_)
+                | Command::Doctor(_)
         )
     };
     if alone(&cli.command) {
@@ -56,6 +62,7 @@ fn main() -> ExitCode {
         Command::Snapshot(SnapshotCommand::Status(args)) => snapshot::status(&args),
         Command::Snapshot(SnapshotCommand::Verify(args)) => snapshot::verify(&args),
         Command::Chaos(args) => chaos::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Conformance(args) => conformance::run(&args),
         Command::Keeper(KeeperCommand::Serve) => keeper::serve(),
         Command::Keeper(KeeperCommand::Stop(args)) => keeper::stop(&args),
@@ -86,7 +93,9 @@ fn train(args: cli::TrainArgs) -> anyhow::Result<ExitCode> {
     if environment::is_launched() {
         return rank::run_launched(&args);
     }
-    match environment::rank()? {
+    // Who says how many machines there are starts ranks by moerun itself, whatever started this process.
+    let by_others = if args.nnodes > 1 || args.hostfile.is_some() { None } else { environment::rank()? };
+    match by_others {
         Some(Started { env, by }) if args.nproc_per_node > 1 => anyhow::bail!(
             "-n {} was given, and {by} started this process as rank {} of {}: leave -n out, or start moerun without {by}",
             args.nproc_per_node,

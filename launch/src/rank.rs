@@ -90,7 +90,10 @@ pub(crate) fn run_launched(args: &TrainArgs) -> Result<ExitCode> {
 /// One rank, from its beginning to the end of the process; `by` started it.
 pub(crate) fn run(args: &TrainArgs, env: &RankEnv, by: &str, assignment: Option<&Assignment>) -> Result<ExitCode> {
     let config = config_file::load(&args.config)?;
-    config_file::refuse_problems(&args.config, &config, env.world_size)?;
+    if let Err(problems) = config_file::refuse_problems(&args.config, &config, env.world_size) {
+        // The same for all ranks: one of them says it.
+        return if env.rank == 0 { Err(problems) } else { Ok(ExitCode::FAILURE) };
+    }
     let dir = config.run.dir.clone();
     log_to_file(&dir, env.rank, assignment.is_some())?;
     let failure = failure_path(&dir, env.rank);

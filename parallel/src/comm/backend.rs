@@ -72,6 +72,14 @@ impl Backend {
     }
 }
 
+/// The MPI library that is built in, as it calls itself; None where none is.
+pub fn mpi_library() -> Option<String> {
+    #[cfg(feature = "mpi")]
+    return Some(super::mpi::library());
+    #[cfg(not(feature = "mpi"))]
+    None
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -7,8 +7,8 @@ mod local;
 #[cfg(feature = "mpi")]
 mod mpi;
 
-pub use backend::Backend;
 pub(crate) use backend::Carrier;
+pub use backend::{Backend, mpi_library};
 pub(crate) use flight::FlightRecorder;
 pub use gloo::Gloo;
 pub use local::Local;

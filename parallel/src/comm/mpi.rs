@@ -105,6 +105,12 @@ fn look_in(universe: &Universe) {
     }
 }
 
+/// What the library calls itself, without what it adds about its making.
+pub(crate) fn library() -> String {
+    let text = mpi::environment::library_version().unwrap_or_default();
+    text.split(',').next().unwrap_or_default().trim().to_string()
+}
+
 /// Shares `bytes` of rank 0 with every rank.
 ///
 /// # Errors

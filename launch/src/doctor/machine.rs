@@ -1,0 +1,212 @@
+//! What one machine has.
+
+use super::Finding;
+use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::statvfs::statvfs;
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::Command;
+use trainer::config::Config;
+
+const MIB: u64 = 1 << 20;
+
+pub(super) fn libtorch() -> Finding {
+    // It is loaded, or this program would not run.
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let path = maps
+        .lines()
+        .find(|line| line.ends_with("/libtorch_cpu.so"))
+        .and_then(|line| line.find('/').map(|at| &line[at..]));
+    Finding::fine(
+        "libtorch",
+        format!("{} (moerun {} is built against 2.11.0)", path.unwrap_or("loaded"), env!("CARGO_PKG_VERSION")),
+    )
+}
+
+pub(super) fn processors(ranks: usize) -> Finding {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let seen = format!("{cores} for {ranks} rank{} of this machine", if ranks == 1 { "" } else { "s" });
+    match cores < ranks {
+        true => Finding::warning(
+            "processors",
+            seen,
+            "start fewer ranks: they take turns on the processors and wait for each other",
+        ),
+        false => Finding::fine("processors", seen),
+    }
+}
+
+/// Bytes that `/proc/meminfo` names, and the control group's limit where it is less.
+fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
+    let available = line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024;
+    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+    let limit = number("/sys/fs/cgroup/memory.max").or_else(|| number("/sys/fs/cgroup/memory/memory.limit_in_bytes"));
+    let used =
+        number("/sys/fs/cgroup/memory.current").or_else(|| number("/sys/fs/cgroup/memory/memory.usage_in_bytes"));
+    Some(limit.map_or(available, |limit| available.min(limit.saturating_sub(used.unwrap_or(0)))))
+}
+
+pub(super) fn memory(config: Option<&Config>, local: usize, total: usize) -> Finding {
+    let Some(available) = available_memory() else {
+        return Finding::warning("memory", "/proc/meminfo says nothing", "mount /proc");
+    };
+    let on_host = config.filter(|config| match config.run.device.as_str() {
+        "auto" => !Path::new("/dev/nvidiactl").exists(),
+        device => device == "cpu",
+    });
+    let needed = on_host.and_then(|config| {
+        let ranks = config.memory(total).ok()?;
+        let mut bytes: Vec<u64> = ranks.iter().map(|rank| rank.total()).collect();
+        bytes.sort_unstable_by(|a, b| b.cmp(a));
+        Some(bytes.iter().take(local).sum::<u64>())
+    });
+    let have = available / MIB;
+    match needed.map(|needed| needed / MIB) {
+        Some(needed) if needed > have => Finding::fault(
+            "memory",
+            format!("{have} MiB are available, and {local} ranks hold about {needed} MiB"),
+            "use more machines, a smaller train.micro_batch, parallel.zero or recompute: see 'moerun plan mesh'",
+        ),
+        Some(needed) => {
+            Finding::fine("memory", format!("{have} MiB available, about {needed} MiB held by {local} ranks"))
+        }
+        None => Finding::fine("memory", format!("{have} MiB available")),
+    }
+}
+
+/// MPI and NCCL pass messages of one machine through `/dev/shm`.
+pub(super) fn shared_memory(ranks: usize) -> Finding {
+    const EACH: u64 = 32 * MIB;
+    let mend =
+        "make room in /dev/shm, or more of it: 'mount -o remount,size=8g /dev/shm', in a container --shm-size=8g";
+    match statvfs("/dev/shm") {
+        Err(error) => Finding::fault("shared memory", format!("/dev/shm: {error}"), mend),
+        Ok(stat) => {
+            let free = stat.blocks_available() * stat.fragment_size();
+            let seen = format!("{} MiB are free in /dev/shm", free / MIB);
+            match free < EACH * ranks as u64 {
+                true => Finding::fault("shared memory", seen, mend),
+                false => Finding::fine("shared memory", seen),
+            }
+        }
+    }
+}
+
+pub(super) fn open_files(ranks: usize) -> Finding {
+    let (soft, hard) = match getrlimit(Resource::RLIMIT_NOFILE) {
+        Ok(limits) => limits,
+        Err(error) => return Finding::warning("open files", error.to_string(), "see 'ulimit -n'"),
+    };
+    // Connections to every other rank, in several groups.
+    let needed = 256 + 32 * ranks as u64;
+    let seen = format!("a process may have {soft} (at most {hard})");
+    match soft < needed {
+        true => Finding::fault("open files", seen, format!("ulimit -n {}", hard.min(65536).max(needed))),
+        false => Finding::fine("open files", seen),
+    }
+}
+
+/// Where the ranks are to meet; nothing to see where any port will do.
+pub(super) fn port(port: u16) -> Option<Finding> {
+    if port == 0 {
+        return None;
+    }
+    Some(match TcpListener::bind(("0.0.0.0", port)) {
+        Ok(_) => Finding::fine("port", format!("{port} is free")),
+        Err(error) => Finding::fault(
+            "port",
+            format!("{port} cannot be used: {error}"),
+            format!("end what holds it ('ss -ltnp sport = :{port}'), or choose another --master-port"),
+        ),
+    })
+}
+
+pub(super) fn graphics(config: Option<&Config>) -> Finding {
+    let wanted = config.is_some_and(|config| config.run.device == "cuda");
+    let driver = std::fs::read_to_string("/proc/driver/nvidia/version").ok();
+    let Some(driver) = driver.as_deref().and_then(|text| text.lines().next()) else {
+        return match wanted {
+            true => Finding::fault(
+                "GPU",
+                "run.device is cuda, and there is no NVIDIA driver",
+                "install the driver (nvidia-smi must list the GPUs), give the container its devices, or use run.device: cpu",
+            ),
+            false => Finding::fine("GPU", "none"),
+        };
+    };
+    match parallel::accelerator("cuda", 0) {
+        Ok(_) => Finding::fine("GPU", format!("{} with {driver}", tch::Cuda::device_count())),
+        Err(error) => Finding::fault(
+            "GPU",
+            format!("{driver}, but: {error}"),
+            "run ./scripts/setup --cuda, or use run.device: cpu",
+        ),
+    }
+}
+
+/// The library that is built in, and its mpirun; the one that started this process fits, or the ranks will say otherwise.
+pub(super) fn mpi(config: Option<&Config>, by_mpi: bool) -> Finding {
+    let wanted = config.is_some_and(|config| config.run.communicator == parallel::Backend::Mpi);
+    let Some(library) = parallel::mpi_library() else {
+        let seen = "this moerun was built without it";
+        return match wanted {
+            true => Finding::fault(
+                "MPI",
+                format!("run.communicator is mpi, and {seen}"),
+                "run ./scripts/setup --mpi and build with 'cargo build --release --features mpi'",
+            ),
+            false => Finding::fine("MPI", seen),
+        };
+    };
+    if by_mpi {
+        return Finding::fine("MPI", library);
+    }
+    let program = std::env::var_os("MOERUN_MPIRUN").unwrap_or("mpirun".into());
+    let output = Command::new(&program).arg("--version").output();
+    let version = output.ok().filter(|output| output.status.success());
+    let Some(version) = version.and_then(|output| String::from_utf8(output.stdout).ok()) else {
+        let mend = format!("add the bin folder of {library} to PATH (./scripts/setup --mpi says where its own is)");
+        let seen = format!("{library} is built in, and there is no mpirun in PATH");
+        return if wanted { Finding::fault("MPI", seen, mend) } else { Finding::warning("MPI", seen, mend) };
+    };
+    let version = version.lines().next().unwrap_or_default().to_string();
+    // "Open MPI v5.0.11, ..." and "mpirun (Open MPI) 5.0.11".
+    let number = |text: &str| text.split([' ', ',', 'v']).find(|word| word.contains('.')).map(str::to_string);
+    match number(&library) == number(&version) {
+        true => Finding::fine("MPI", format!("{library}; {version}")),
+        false => Finding::fault(
+            "MPI",
+            format!("{library} is built in, and mpirun in PATH is {version}"),
+            "use the mpirun of the library that moerun was built with, or build again with MPICC of the other",
+        ),
+    }
+}
+
+/// Room for checkpoints, in a folder that can be written.
+pub(super) fn disk(config: &Config) -> Finding {
+    let dir = &config.run.dir;
+    let probe = dir.join(".doctor");
+    let written = std::fs::create_dir_all(dir)
+        .and_then(|()| std::fs::write(&probe, b"moerun"))
+        .and_then(|()| std::fs::remove_file(&probe));
+    if let Err(error) = written {
+        let mend = "make room there, get the right to write there, or choose another run.dir";
+        return Finding::fault("disk", format!("{} cannot be written: {error}", dir.display()), mend);
+    }
+    let free = statvfs(Path::new(dir)).map_or(0, |stat| stat.blocks_available() * stat.fragment_size());
+    // fp32 weights and two moments; one checkpoint more than are kept exists while the next is written.
+    let needed = config.model.num_parameters().0 * 12 * (config.checkpoint.keep as u64 + 1);
+    let seen = format!(
+        "{} MiB are free in {}, {} checkpoints take about {} MiB",
+        free / MIB,
+        dir.display(),
+        config.checkpoint.keep + 1,
+        needed / MIB
+    );
+    match free < needed {
+        true => Finding::fault("disk", seen, "make room, choose another run.dir, or a smaller checkpoint.keep"),
+        false => Finding::fine("disk", seen),
+    }
+}

@@ -1,0 +1,93 @@
+//! What ranks see of one another: versions, clocks, and how fast they tell each other something.
+
+use super::Finding;
+use anyhow::{Context, Result};
+use parallel::{Backend, Communicator, RankEnv, ReduceOp, World};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tch::Tensor;
+
+/// No operation takes longer.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Clocks that differ by more put failures of different machines in the wrong order.
+const CLOCKS: f64 = 1.0;
+
+pub(super) fn measure(env: &RankEnv, backend: Backend) -> Result<()> {
+    let world = World::join(env, PATIENCE, backend).context("the ranks do not come together")?;
+    let all = world.all("doctor")?;
+    let prints = env.rank == 0;
+    if prints {
+        let versions = format!("{} of version {} over {}", world.size(), env!("CARGO_PKG_VERSION"), world.backend());
+        Finding::fine("ranks", versions).print();
+    }
+    let clocks = clocks(&all)?;
+    if prints {
+        clocks.print();
+    }
+    if world.size() == 1 {
+        return Ok(());
+    }
+    for (name, operation) in [("all_reduce", reduce as Operation), ("all_to_all", exchange as Operation)] {
+        let mut seen = Vec::new();
+        for bytes in [64 << 10, 1 << 20, 16 << 20i64] {
+            let seconds = median_time(&all, bytes, operation)?;
+            let size = if bytes < 1 << 20 { format!("{} KiB", bytes >> 10) } else { format!("{} MiB", bytes >> 20) };
+            seen.push(format!("{size} in {:.2} ms ({:.2} GB/s)", seconds * 1e3, bytes as f64 / seconds / 1e9));
+        }
+        if prints {
+            Finding::fine(name, seen.join(", ")).print();
+        }
+    }
+    if clocks.is_fault() {
+        anyhow::bail!("the clocks differ");
+    }
+    Ok(())
+}
+
+/// How far the ranks' clocks are apart, read right after they have all met.
+fn clocks(all: &Arc<dyn Communicator>) -> Result<Finding> {
+    all.barrier()?.wait()?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).context("the clock is before 1970")?.as_secs_f64();
+    let ranks = Tensor::zeros([all.size() as i64], (tch::Kind::Double, tch::Device::Cpu));
+    all.all_gather(&ranks, &Tensor::from_slice(&[now]))?.wait()?;
+    let apart = ranks.max().double_value(&[]) - ranks.min().double_value(&[]);
+    let seen = format!("at most {:.0} ms apart", apart * 1e3);
+    Ok(match apart > CLOCKS {
+        true => {
+            let slow = ranks.argmin(0, false).int64_value(&[]);
+            let mend = format!("set the clocks (chrony, or another NTP client); rank {slow} is behind the others");
+            Finding::fault("clocks", seen, mend)
+        }
+        false => Finding::fine("clocks", seen),
+    })
+}
+
+type Operation = fn(&Arc<dyn Communicator>, &Tensor, &Tensor) -> Result<()>;
+
+fn reduce(all: &Arc<dyn Communicator>, _output: &Tensor, input: &Tensor) -> Result<()> {
+    Ok(all.all_reduce(input, ReduceOp::Max)?.wait()?)
+}
+
+fn exchange(all: &Arc<dyn Communicator>, output: &Tensor, input: &Tensor) -> Result<()> {
+    let rows = vec![input.size()[0] / all.size() as i64; all.size()];
+    Ok(all.all_to_all(output, input, &rows, &rows)?.wait()?)
+}
+
+/// Seconds for an operation on `bytes` of each rank, on the slowest of them.
+fn median_time(all: &Arc<dyn Communicator>, bytes: i64, operation: Operation) -> Result<f64> {
+    let ranks = all.size() as i64;
+    let numbers = bytes / 4 / ranks * ranks;
+    let input = Tensor::zeros([numbers], (tch::Kind::Float, tch::Device::Cpu));
+    let output = input.zeros_like();
+    let mut times = Vec::new();
+    for _ in 0..7 {
+        all.barrier()?.wait()?;
+        let began = Instant::now();
+        operation(all, &output, &input)?;
+        times.push(began.elapsed().as_secs_f64());
+    }
+    times.sort_by(f64::total_cmp);
+    let slowest = Tensor::from_slice(&[times[3]]);
+    all.all_reduce(&slowest, ReduceOp::Max)?.wait()?;
+    Ok(slowest.double_value(&[0]))
+}
