@@ -134,7 +134,12 @@ fn a_lost_rank_and_a_lost_machine_are_recovered() {
     let alone = finish(experiment.train(4, &common).args(["--set", "run.dir=alone"]));
     assert!(alone.status.success(), "{}", text(&alone));
     let mut run = all(&network, &experiment, 2, &common);
-    wait_for_step(&experiment, "run", 20);
+    wait_for_step(&experiment, "run", 10);
+    let is_keeper = |pid: &String| {
+        std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.ends_with(b"keeper\0serve\0"))
+    };
+    signal(&children_of(run[1].id()).into_iter().find(is_keeper).unwrap(), "KILL");
+    wait_for_step(&experiment, "run", 25);
     signal(&fixture::rank_process(&experiment, 3), "KILL");
     wait_for_step(&experiment, "run", 60);
     // Its ranks, its keeper and its agent; a scheduler starts it again.
@@ -142,6 +147,7 @@ fn a_lost_rank_and_a_lost_machine_are_recovered() {
     run[1] = start(&mut network.machine(&experiment, 1, 2, &common));
     let outputs = ended(run);
     let said = text(&outputs[0]);
+    assert!(said.contains("the keeper of node 1 is gone") && said.contains("training goes on"), "{said}");
     assert!(said.contains("rank 3 failed: it was ended by SIGKILL"), "{said}");
     assert!(said.contains("machine 1 is gone; node 1 is lost"), "{said}");
     assert!(said.contains("going on from the snapshot of step") && said.contains("rebuilt from"), "{said}");

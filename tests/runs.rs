@@ -205,6 +205,28 @@ fn torchruns_environment_is_enough() {
 }
 
 #[test]
+fn ranks_are_bound_to_their_processors() {
+    let experiment = Experiment::new();
+    let mut launcher = start(&mut experiment.train(2, &["train.steps=100000", "run.bind=cores"]));
+    wait_for_step(&experiment, "run", 2);
+    let allowed = |rank| {
+        let status = format!("/proc/{}/status", rank_process(&experiment, rank));
+        let status = std::fs::read_to_string(status).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+        line.unwrap().trim().to_string()
+    };
+    let cores = std::thread::available_parallelism().unwrap().get();
+    if cores >= 2 {
+        assert_ne!(allowed(0), allowed(1));
+    } else {
+        let log = std::fs::read_to_string(experiment.path("run/logs/rank-0.log")).unwrap();
+        assert!(log.contains("fewer processors than ranks"), "{log}");
+    }
+    launcher.kill().unwrap();
+    launcher.wait().unwrap();
+}
+
+#[test]
 fn a_trained_model_writes_text() {
     let experiment = Experiment::new();
     assert!(finish(&mut experiment.train(4, &["train.steps=8"])).status.success());

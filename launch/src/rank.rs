@@ -5,9 +5,11 @@ use crate::launcher::Assignment;
 use crate::progress::TrainingView;
 use crate::{config_file, environment};
 use anyhow::{Context, Result, anyhow};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
-use parallel::{RankEnv, World};
+use nix::unistd::Pid;
+use parallel::{Bind, Processors, RankEnv, World};
 use serde::{Deserialize, Serialize};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::fs::File;
@@ -175,8 +177,10 @@ fn train(config: Config, env: &RankEnv, by: &str, assignment: Option<&Assignment
     let dir = config.run.dir.clone();
     let (steps, log_every, validates) = (config.train.steps, config.run.log_every, config.validation.is_some());
     let unigram = unigram_entropy(&config);
+    // Counted before this rank sees its own processors only.
     tch::set_num_threads(threads(env) as i32);
     let device = parallel::accelerator(&config.run.device, env.local_rank)?;
+    bind(config.run.bind, env, device.numa_node());
     let world = World::join(env, Duration::from_secs(config.run.timeout_s), config.run.communicator)?;
     world.record_to(&flight_path(&dir, env.rank));
     let place = format!("rank {} of {}, started by {by}, communicator {}", env.rank, env.world_size, world.backend());
@@ -246,6 +250,26 @@ fn train(config: Config, env: &RankEnv, by: &str, assignment: Option<&Assignment
         }
     }
     Ok(())
+}
+
+/// Keeps this rank, and all threads that it starts from here on, on its processors.
+fn bind(bind: Bind, env: &RankEnv, device: Option<usize>) {
+    let own = Pid::from_raw(0);
+    let Ok(allowed) = sched_getaffinity(own) else { return };
+    let allowed = (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap_or(false)).collect();
+    let processors = Processors::of_this_machine(allowed);
+    let Some(cpus) = processors.of_rank(bind, env.local_rank, env.local_world_size, device) else {
+        if bind == Bind::Cores {
+            tracing::warn!("run.bind is cores, and this machine has fewer processors than ranks: none is bound");
+        }
+        return;
+    };
+    let mut set = CpuSet::new();
+    let bound = cpus.iter().try_for_each(|&cpu| set.set(cpu)).and_then(|()| sched_setaffinity(own, &set));
+    match bound {
+        Ok(()) => tracing::info!("bound to processors {cpus:?}"),
+        Err(error) => tracing::warn!("cannot be bound to processors {cpus:?}: {error}"),
+    }
 }
 
 /// Threads of this rank: `OMP_NUM_THREADS`, else its share of the processors.

@@ -71,6 +71,9 @@ pub trait Accelerator: Send + Sync + std::fmt::Debug {
     /// When there is no memory for it.
     fn copier(&self) -> Result<Box<dyn Copier>, Error>;
 
+    /// The NUMA node that it is at, where it is at one and the system says so.
+    fn numa_node(&self) -> Option<usize>;
+
     /// Whether copying takes processors that would compute.
     fn computes_on_host(&self) -> bool;
 }
@@ -86,10 +89,21 @@ pub fn accelerator(kind: &str, local_rank: usize) -> Result<Box<dyn Accelerator>
             torch_ext::count_host_memory()?;
             Ok(Box::new(Cpu))
         }
-        "cuda" => Ok(Box::new(Cuda::new(local_rank)?)),
+        "cuda" => {
+            Ok(Box::new(Cuda::new(visible_index(local_rank, std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref()))?))
+        }
         "auto" if std::path::Path::new("/dev/nvidiactl").exists() => accelerator("cuda", local_rank),
         "auto" => accelerator("cpu", local_rank),
         other => Err(Error::new(format!("unknown device {other:?}: use cpu, cuda or auto"))),
+    }
+}
+
+/// Which of the GPUs that a rank sees is its own: the one, where its launcher shows it no other (srun --gpus-per-task), else
+/// the one with its local number.
+fn visible_index(local_rank: usize, visible: Option<&str>) -> usize {
+    match visible.map(|list| list.split(',').filter(|name| !name.trim().is_empty()).count()) {
+        Some(1) => 0,
+        _ => local_rank,
     }
 }
 
@@ -129,6 +143,9 @@ impl Accelerator for Cpu {
     }
     fn copier(&self) -> Result<Box<dyn Copier>, Error> {
         Ok(Box::new(HostCopier))
+    }
+    fn numa_node(&self) -> Option<usize> {
+        None
     }
     fn computes_on_host(&self) -> bool {
         true
@@ -216,6 +233,10 @@ impl Accelerator for Cuda {
         let pinned = pinned.map_err(|e| Error::new(e.to_string()))?;
         Ok(Box::new(PinnedCopier { index: self.index, pinned, on_side_stream: false }))
     }
+    fn numa_node(&self) -> Option<usize> {
+        let at = torch_ext::pci_bus_id(self.index).ok()?.to_lowercase();
+        std::fs::read_to_string(format!("/sys/bus/pci/devices/{at}/numa_node")).ok()?.trim().parse().ok()
+    }
     fn computes_on_host(&self) -> bool {
         false
     }
@@ -262,6 +283,14 @@ mod tests {
         let memory = Cpu.memory().unwrap();
         assert!(memory.current >= 4 << 20 && memory.peak >= memory.current, "{memory:?}");
         assert!(peak_resident().unwrap() > 16 << 20);
+    }
+
+    #[test]
+    fn a_rank_that_sees_one_gpu_takes_it() {
+        assert_eq!(visible_index(3, None), 3);
+        assert_eq!(visible_index(3, Some("0,1,2,3")), 3);
+        assert_eq!(visible_index(3, Some("GPU-5ebe9f43")), 0);
+        assert_eq!(visible_index(3, Some("")), 3);
     }
 
     #[test]

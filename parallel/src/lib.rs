@@ -8,6 +8,7 @@
 //! - Collectives inside a model are the differentiable functions of [`collectives`].
 #![deny(missing_docs)]
 
+mod binding;
 pub mod collectives;
 mod comm;
 pub mod conformance;
@@ -22,6 +23,7 @@ pub mod tensor;
 mod weight;
 mod world;
 
+pub use binding::{Bind, Processors};
 #[cfg(feature = "mpi")]
 pub use comm::finalize;
 pub use comm::{Backend, CommError, Communicator, Gloo, Local, ReduceOp, Work, mpi_library};

@@ -2,7 +2,7 @@
 
 use crate::Error;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
-use std::ffi::c_void;
+use std::ffi::{c_char, c_int, c_void};
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
@@ -63,6 +63,27 @@ pub fn use_side_stream(index: usize) -> Result<(), Error> {
         from_pool(false, index as i32, &mut stream) != 0 || set_current(stream, index as i32) != 0
     };
     if failed { Err(Error::new(format!("GPU {index} gave no stream"))) } else { Ok(()) }
+}
+
+/// Where GPU `index` sits on the machine's bus, such as `0000:3b:00.0`. Not yet run on hardware.
+///
+/// # Errors
+/// When the CUDA library is not loaded, or knows no such GPU.
+pub fn pci_bus_id(index: usize) -> Result<String, Error> {
+    type GetPciBusId = unsafe extern "C" fn(*mut c_char, c_int, c_int) -> c_int;
+    load_cuda()?;
+    let mut text = [0u8; 32];
+    // SAFETY: the signature of cudaDeviceGetPCIBusId in cuda_runtime_api.h; it writes at most 32 bytes, a NUL at their end.
+    let failed = unsafe {
+        let function = Library::this().get::<GetPciBusId>(b"cudaDeviceGetPCIBusId\0");
+        let function = function.map_err(|error| Error::new(format!("CUDA's runtime: {error}")))?;
+        function(text.as_mut_ptr().cast(), text.len() as c_int, index as c_int) != 0
+    };
+    if failed {
+        return Err(Error::new(format!("the driver does not know where GPU {index} is")));
+    }
+    let end = text.iter().position(|&byte| byte == 0).unwrap_or(text.len());
+    Ok(String::from_utf8_lossy(&text[..end]).into_owned())
 }
 
 /// The real folder of the libtorch_cpu this process runs on, links resolved.

@@ -21,7 +21,7 @@ mod optim;
 
 pub use autograd::attach_backward;
 pub use c10d::{Gloo, GlooAddress, ReduceOp, Store, Work};
-pub use cuda::{load_cuda, use_side_stream};
+pub use cuda::{load_cuda, pci_bus_id, use_side_stream};
 pub use device::{
     allocator_bytes, count_host_memory, generator_state, keep_freed_memory, reset_peak, set_generator_state,
     synchronize,

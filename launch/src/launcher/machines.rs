@@ -12,6 +12,7 @@ use std::io::{BufRead, BufReader};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Child;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -27,12 +28,15 @@ pub(super) struct Machines<'a> {
     /// The address at which other machines reach this one; None where there are none.
     own: Option<IpAddr>,
     agents: Arc<Mutex<Vec<Agent>>>,
-    /// Counts orders.
+    /// Counts orders about ranks, and about keepers.
     number: u64,
+    keepers_asked: u64,
     /// Ranks of the present attempt on each machine.
     assigned: Vec<Vec<usize>>,
     /// How long an agent is waited for.
     patience: Duration,
+    /// Signals to stop.
+    signals: Arc<AtomicUsize>,
 }
 
 /// What is known of another machine.
@@ -49,25 +53,26 @@ struct Agent {
 
 impl<'a> Machines<'a> {
     /// This one alone.
-    pub(super) fn alone(here: Ranks<'a>, dir: &Path) -> Machines<'a> {
+    pub(super) fn alone(here: Ranks<'a>, dir: &Path, signals: Arc<AtomicUsize>) -> Machines<'a> {
         Machines {
             dir: dir.to_path_buf(),
             here,
             own: None,
             agents: Arc::default(),
             number: 0,
+            keepers_asked: 0,
             assigned: Vec::new(),
             patience: Duration::ZERO,
+            signals,
         }
     }
 
-    /// This one and `others`, of `per_machine` ranks each, whose agents come to `at`.
+    /// This one, and `others`, of `per_machine` ranks each, whose agents come to `at`.
     ///
     /// # Errors
     /// When this machine cannot listen there.
     pub(super) fn listen(
-        here: Ranks<'a>,
-        dir: &Path,
+        alone: Machines<'a>,
         at: SocketAddr,
         others: usize,
         per_machine: usize,
@@ -85,7 +90,7 @@ impl<'a> Machines<'a> {
                 std::thread::spawn(move || serve(stream, &joined, per_machine));
             }
         });
-        let mut machines = Machines::alone(here, dir);
+        let mut machines = alone;
         machines.own = Some(at.ip());
         machines.agents = agents;
         machines.patience = patience;
@@ -113,7 +118,8 @@ impl<'a> Machines<'a> {
     ///
     /// # Errors
     /// When one does not come in time: which.
-    pub(super) fn wait_for(&self, wanted: &[usize], stop: impl Fn() -> bool) -> Result<()> {
+    pub(super) fn wait_for(&self, wanted: &[usize]) -> Result<()> {
+        let before = self.signals.load(Ordering::SeqCst);
         let began = Instant::now();
         let mut said = Instant::now();
         loop {
@@ -125,7 +131,7 @@ impl<'a> Machines<'a> {
             if missing.is_empty() {
                 return Ok(());
             }
-            if stop() {
+            if self.signals.load(Ordering::SeqCst) > before {
                 bail!("stopped while machines {} had not joined", missing.join(", "));
             }
             if began.elapsed() > self.patience {
@@ -275,13 +281,14 @@ impl<'a> Machines<'a> {
             let (child, ready) = spawn_keeper(&self.dir, node, &orders)?;
             return Ok((child.id() as i32, ready, Some(child)));
         }
-        self.wait_for(&[machine], || false)?;
-        self.number += 1;
-        self.order(machine, &Order::Keeper { number: self.number, node, orders });
+        self.wait_for(&[machine])?;
+        self.keepers_asked += 1;
+        let number = self.keepers_asked;
+        self.order(machine, &Order::Keeper { number, node, orders });
         let began = Instant::now();
         loop {
             let mut agents = self.agents();
-            if let Some(started) = agents[machine - 1].keepers.remove(&self.number) {
+            if let Some(started) = agents[machine - 1].keepers.remove(&number) {
                 let (pid, ready) = started.map_err(|reason| anyhow!("machine {machine}: {reason}"))?;
                 return Ok((pid, ready, None));
             }

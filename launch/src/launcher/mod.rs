@@ -92,14 +92,14 @@ pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode> {
         anyhow!("cannot serve on port {}: {e}; choose another with --master-port, or leave it out", args.master_port)
     })?;
     let signals = Signals::register()?;
-    let here = Ranks::new(args, &dir);
+    let alone = Machines::alone(Ranks::new(args, &dir), &dir, signals.count.clone());
     let mut _sessions = None;
     let fleet = match machines {
-        1 => Machines::alone(here, &dir),
+        1 => alone,
         _ => {
             let patience = Duration::from_secs(config.run.timeout_s);
             let at = resolve(&rdzv)?;
-            let (fleet, at) = Machines::listen(here, &dir, at, machines - 1, per_machine, patience)?;
+            let (fleet, at) = Machines::listen(alone, at, machines - 1, per_machine, patience)?;
             if let Some(hosts) = &hosts {
                 let head = format!("{}:{}", rdzv.rsplit_once(':').map_or("", |(host, _)| host), at.port());
                 _sessions = Some(hosts.start_agents(args, &head, per_machine)?);
@@ -219,7 +219,7 @@ impl<'a> Launcher<'a> {
 
     fn run(mut self, signals: &Signals) -> Result<ExitCode> {
         let all: Vec<usize> = (0..self.machines.count()).collect();
-        self.machines.wait_for(&all, || signals.count() > 0)?;
+        self.machines.wait_for(&all)?;
         let mut restored = self.begin()?;
         loop {
             let mut tracker = self.begin_generation(&restored)?;
@@ -336,7 +336,7 @@ impl<'a> Launcher<'a> {
         };
         let places: Vec<usize> = (0..self.size).map(machine_of).collect();
         // A machine that was lost may have come back.
-        self.machines.wait_for(&places, || false)?;
+        self.machines.wait_for(&places)?;
         let assignments = places.iter().enumerate().map(|(rank, &machine)| {
             let neighbours = |ranks: std::ops::Range<usize>| ranks.filter(|&other| places[other] == machine).count();
             let assignment = Assignment {

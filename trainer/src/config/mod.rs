@@ -69,6 +69,10 @@ pub struct RunConfig {
     /// `cpu`, `cuda` or `auto` (a GPU for each rank where there are GPUs).
     #[serde(default = "auto")]
     pub device: String,
+    /// Which processors a rank runs on: `none`, `numa` (those of one NUMA node), `cores` (its share, alone), or `auto` (`numa` on
+    /// machines with several nodes whose launcher has not bound ranks already).
+    #[serde(default)]
+    pub bind: parallel::Bind,
     /// What carries what ranks tell each other: `gloo`, `mpi`, or `auto` (MPI for ranks that mpirun started, Gloo for others).
     #[serde(default)]
     pub communicator: parallel::Backend,
