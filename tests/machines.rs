@@ -75,6 +75,12 @@ impl Network {
 
 impl Drop for Network {
     fn drop(&mut self) {
+        // Keepers outlive their launchers, and nobody outside reaches those in a namespace.
+        for name in &self.namespaces {
+            let inside = Command::new("ip").args(["netns", "pids", name]).output();
+            let inside = inside.map_or(String::new(), |output| String::from_utf8_lossy(&output.stdout).into_owned());
+            inside.split_whitespace().for_each(|pid| drop(Command::new("kill").args(["-KILL", pid]).status()));
+        }
         self.remove();
     }
 }

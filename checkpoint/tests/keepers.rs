@@ -10,7 +10,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::FileExt;
 use std::sync::mpsc::{Receiver, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const CHUNK: usize = 1 << 10;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -63,8 +63,8 @@ impl Cluster {
     fn events(&self, keepers: usize) -> Receiver<Event> {
         let (sender, events) = channel();
         for keeper in 0..keepers {
-            let (peer, sender) = (self.peer(keeper), sender.clone());
-            std::thread::spawn(move || peer.watch(|event| drop(sender.send(event))));
+            let (events, sender) = (self.peer(keeper).watch().unwrap(), sender.clone());
+            std::thread::spawn(move || events.hear(|event| drop(sender.send(event))));
         }
         events
     }
@@ -132,7 +132,10 @@ fn snapshot(
         assert!(rank.take(id));
     }
     let (mut parts, mut protected) = (Vec::<PartInfo>::new(), 0);
+    let begun = Instant::now();
     while parts.len() < ranks.len() || protected < topology.nodes.len() {
+        // Keepers always have something to say.
+        assert!(begun.elapsed() < PATIENCE, "{} parts, {protected} protected", parts.len());
         match events.recv_timeout(PATIENCE).unwrap() {
             Event::Complete { id: other, part, .. } if other == id => parts.push(part),
             Event::Protected { id: other } if other == id => protected += 1,
@@ -280,7 +283,7 @@ fn a_rank_without_a_free_slot_skips_and_one_that_dies_leaves_nothing_half_writte
     let slot = ranks[0].link.reserve(id(4), 5000, false).unwrap().unwrap();
     ranks[0].filler.filled(slot, 1024, vec![0]).unwrap();
     drop(ranks);
-    let begun = std::time::Instant::now();
+    let begun = Instant::now();
     let whole = || inventories(&cluster, &[0])[0].parts.iter().map(|(id, _)| id.step).collect::<Vec<_>>();
     while !cluster.peer(0).status().unwrap().filling.is_empty() {
         assert!(begun.elapsed() < PATIENCE);

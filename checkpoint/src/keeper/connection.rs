@@ -182,14 +182,24 @@ impl Peer {
         self.order(&Request::Stop)
     }
 
-    /// Makes this connection one of events: each is handed to `heard`, until the keeper is gone or says nothing for the
-    /// connection's patience; then why.
-    pub fn watch(mut self, mut heard: impl FnMut(Event)) -> Error {
-        if let Err(error) = self.send(&Request::Watch) {
-            return error;
-        }
+    /// Makes this connection one of events: of all from here on none is missed.
+    ///
+    /// # Errors
+    /// As [`Peer::set_up`].
+    pub fn watch(mut self) -> Result<Watch, Error> {
+        self.order(&Request::Watch)?;
+        Ok(Watch(self.stream))
+    }
+}
+
+/// A connection on which a keeper tells what happens.
+pub struct Watch(TcpStream);
+
+impl Watch {
+    /// Hands each event to `heard`, until the keeper is gone or says nothing for the connection's patience; then why.
+    pub fn hear(mut self, mut heard: impl FnMut(Event)) -> Error {
         loop {
-            match wire::receive(&mut self.stream) {
+            match wire::receive(&mut self.0) {
                 Ok(event) => heard(event),
                 Err(error) => return error,
             }

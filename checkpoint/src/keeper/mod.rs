@@ -24,7 +24,7 @@ pub mod serve;
 mod slots;
 mod wire;
 
-pub use connection::Peer;
+pub use connection::{Peer, Watch};
 pub use link::{Filler, Link, SlotMemory};
 pub use memory_limit::mib;
 pub use slots::PartInfo;

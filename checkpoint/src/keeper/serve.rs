@@ -336,7 +336,11 @@ impl Keeper {
 
     fn watch(&self, mut stream: TcpStream) {
         let (sender, events) = channel();
+        // First written down, then told: nothing that happens after the answer is missed.
         self.lock().watchers.push(sender);
+        if wire::send(&mut stream, &Reply::Done).is_err() {
+            return;
+        }
         for event in events {
             if wire::send(&mut stream, &event).is_err() {
                 return;

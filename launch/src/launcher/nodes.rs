@@ -125,12 +125,12 @@ impl Keepers {
             Peer::connect(member.keeper.address, &self.secret, patience)
                 .map_err(|e| anyhow!("the keeper at {} cannot be reached: {e}", member.keeper.address))
         };
-        let events = connect(self.patience)?;
+        let events = connect(self.patience)?.watch().map_err(|e| anyhow!("the keeper tells no events: {e}"))?;
         member.control = Some(connect(self.patience)?);
         let (sender, number) = (self.sender.clone(), member.number);
         std::thread::spawn(move || {
             // Nobody listens when the launcher ends.
-            let error = events.watch(|event| drop(sender.send((number, Heard::Event(event)))));
+            let error = events.hear(|event| drop(sender.send((number, Heard::Event(event)))));
             let _ = sender.send((number, Heard::Gone(error.to_string())));
         });
         Ok(())

@@ -1,6 +1,6 @@
 //! Gloo, over TCP: the communicator of CPUs, and of any device whose tensors are staged through host memory.
 
-use super::{CommError, Communicator, ReduceOp, Work, check_splits};
+use super::{CommError, Communicator, Membership, ReduceOp, Work, check_splits};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -13,26 +13,17 @@ use torch_ext::{GlooAddress, Store};
 /// (the sum then runs in rank order on every rank, so it is the same each time).
 pub struct Gloo {
     shared: Arc<Shared>,
-    rank_in_group: usize,
 }
 
 struct Shared {
     group: torch_ext::Gloo,
-    name: String,
-    members: Vec<usize>,
-    rank: usize,
+    membership: Membership,
     aborted: AtomicBool,
 }
 
 impl Shared {
     fn error(&self, operation: &'static str, reason: impl ToString) -> CommError {
-        CommError {
-            rank: self.rank,
-            group: self.name.clone(),
-            members: self.members.clone(),
-            operation,
-            reason: reason.to_string(),
-        }
+        self.membership.error(operation, reason)
     }
 }
 
@@ -49,20 +40,10 @@ impl Gloo {
         timeout: Duration,
         at: &GlooAddress,
     ) -> Result<Gloo, CommError> {
-        let failed = |reason: String| CommError {
-            rank,
-            group: name.to_string(),
-            members: members.to_vec(),
-            operation: "joining",
-            reason,
-        };
-        let position = members.iter().position(|&member| member == rank);
-        let rank_in_group = position.ok_or_else(|| failed("this rank is not a member".into()))?;
-        let group = torch_ext::Gloo::new(store, rank_in_group, members.len(), timeout, at)
-            .map_err(|e| failed(e.to_string()))?;
-        let (name, members) = (name.to_string(), members.to_vec());
-        let shared = Shared { group, name, members, rank, aborted: AtomicBool::new(false) };
-        Ok(Gloo { shared: Arc::new(shared), rank_in_group })
+        let membership = Membership::new(name, members, rank)?;
+        let group = torch_ext::Gloo::new(store, membership.position, members.len(), timeout, at)
+            .map_err(|e| membership.error("joining", e))?;
+        Ok(Gloo { shared: Arc::new(Shared { group, membership, aborted: AtomicBool::new(false) }) })
     }
 
     /// Runs one collective on host memory: `start` gets host copies of `tensors`; those that it changes are copied
@@ -117,10 +98,10 @@ impl Communicator for Gloo {
         "gloo"
     }
     fn rank(&self) -> usize {
-        self.rank_in_group
+        self.shared.membership.position
     }
     fn size(&self) -> usize {
-        self.shared.members.len()
+        self.shared.membership.members.len()
     }
     fn all_reduce(&self, tensor: &Tensor, op: ReduceOp) -> Result<Work, CommError> {
         self.run("all_reduce", &[tensor], |group, host| group.all_reduce(&host[0], op))

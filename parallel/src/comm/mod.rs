@@ -4,6 +4,7 @@ mod backend;
 mod flight;
 mod gloo;
 mod local;
+mod membership;
 #[cfg(feature = "mpi")]
 mod mpi;
 
@@ -12,6 +13,7 @@ pub use backend::{Backend, mpi_library};
 pub(crate) use flight::FlightRecorder;
 pub use gloo::Gloo;
 pub use local::Local;
+pub(crate) use membership::Membership;
 #[cfg(feature = "mpi")]
 pub use mpi::finalize;
 #[cfg(feature = "mpi")]

@@ -3,7 +3,7 @@
 //! Collectives are MPI's non-blocking ones. They get on while some thread is inside MPI: a thread of its own looks in now and
 //! then, so that an operation that nobody waits for yet does not stand still (MPI 3.1, section 3.7.4 lets it).
 
-use super::{CommError, Communicator, ReduceOp, Work, check_splits};
+use super::{CommError, Communicator, Membership, ReduceOp, Work, check_splits};
 use half::{bf16, f16};
 use mpi::ffi;
 use std::ffi::{c_int, c_void};
@@ -203,14 +203,11 @@ fn reduction(combine: Combine) -> Result<ffi::MPI_Op, String> {
 /// A group of ranks with an MPI communicator of its own.
 pub(crate) struct Mpi {
     shared: Arc<Shared>,
-    rank_in_group: usize,
 }
 
 struct Shared {
     comm: ffi::MPI_Comm,
-    name: String,
-    members: Vec<usize>,
-    rank: usize,
+    membership: Membership,
     timeout: Duration,
     aborted: AtomicBool,
     universe: &'static Universe,
@@ -255,17 +252,10 @@ impl Mpi {
     /// When MPI was not begun or refuses.
     pub(crate) fn join(name: &str, members: &[usize], timeout: Duration) -> Result<Mpi, CommError> {
         let universe = universe();
-        let rank = universe.as_ref().map_or(0, |universe| universe.rank);
-        let failed = |reason: String| CommError {
-            rank,
-            group: name.to_string(),
-            members: members.to_vec(),
-            operation: "joining",
-            reason,
-        };
+        let rank = universe.as_ref().map_or(members[0], |universe| universe.rank);
+        let membership = Membership::new(name, members, rank)?;
+        let failed = |reason: String| membership.error("joining", reason);
         let universe = universe.map_err(failed)?;
-        let position = members.iter().position(|&member| member == rank);
-        let rank_in_group = position.ok_or_else(|| failed("this rank is not a member".into()))?;
         let ranks: Vec<c_int> = members.iter().map(|&rank| rank as c_int).collect();
         // Groups that are made at the same time are told apart by their names.
         let digest = name.bytes().fold(0u32, |sum, byte| sum.wrapping_mul(31).wrapping_add(u32::from(byte)));
@@ -288,16 +278,9 @@ impl Mpi {
                 Ok(comm.assume_init())
             })
         };
-        let shared = Shared {
-            comm: made.map_err(failed)?,
-            name: name.to_string(),
-            members: members.to_vec(),
-            rank,
-            timeout,
-            aborted: AtomicBool::new(false),
-            universe,
-        };
-        Ok(Mpi { shared: Arc::new(shared), rank_in_group })
+        let shared =
+            Shared { comm: made.map_err(failed)?, membership, timeout, aborted: AtomicBool::new(false), universe };
+        Ok(Mpi { shared: Arc::new(shared) })
     }
 
     /// Starts an operation on host memory. `tensors[0]` is what it writes, if anything; on another device it is copied
@@ -339,13 +322,7 @@ impl Mpi {
 
 impl Shared {
     fn error(&self, operation: &'static str, reason: impl ToString) -> CommError {
-        CommError {
-            rank: self.rank,
-            group: self.name.clone(),
-            members: self.members.clone(),
-            operation,
-            reason: reason.to_string(),
-        }
+        self.membership.error(operation, reason)
     }
 
     /// Waits for a request: its tensors.
@@ -431,10 +408,10 @@ impl Communicator for Mpi {
         "mpi"
     }
     fn rank(&self) -> usize {
-        self.rank_in_group
+        self.shared.membership.position
     }
     fn size(&self) -> usize {
-        self.shared.members.len()
+        self.shared.membership.members.len()
     }
     fn all_reduce(&self, tensor: &Tensor, op: ReduceOp) -> Result<Work, CommError> {
         // A copy, since MPI_IN_PLACE is a macro that bindings do not have.
