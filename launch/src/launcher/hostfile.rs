@@ -2,6 +2,7 @@
 
 use crate::cli::TrainArgs;
 use anyhow::{Context, Result, anyhow, bail};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
@@ -55,7 +56,8 @@ impl Hosts {
             }
             words.push(format!("--nnodes {} --node-rank {machine} --rdzv {head} -n {per_machine}", self.names.len()));
             let mut command = Command::new(&args.ssh);
-            command.arg(name).arg(words.join(" ")).stdin(Stdio::null());
+            // Out of the terminal's group: Ctrl-C is the launcher's, which stops the machines in good order.
+            command.arg(name).arg(words.join(" ")).stdin(Stdio::null()).process_group(0);
             let child = command.spawn().with_context(|| format!("cannot start {} for {name}", args.ssh.display()))?;
             sessions.0.push(child);
         }
