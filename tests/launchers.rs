@@ -132,7 +132,7 @@ mod under_mpirun {
         for ranks in [2, 3, 4, 8] {
             let output = finish(&mut mpirun(&experiment, ranks, &["conformance", "--communicator", "mpi"]));
             assert!(output.status.success(), "{ranks} ranks: {}", text(&output));
-            assert_eq!(text(&output).matches("ok ").count(), 12, "{}", text(&output));
+            assert_eq!(text(&output).matches("ok ").count(), 18, "{}", text(&output));
         }
     }
 

@@ -36,7 +36,7 @@ pub(crate) enum Command {
     Chaos(ChaosArgs),
     /// Look for what could keep a run from working on this machine, or between the ranks of a launcher, and say what to do
     Doctor(DoctorArgs),
-    /// Check that ranks can tell each other all that training needs, on this machine's backends
+    /// Try everything that training asks of this machine's device, and of what carries the ranks' messages
     Conformance(ConformanceArgs),
     /// The processes that keep snapshots in memory
     #[command(subcommand)]

@@ -1,4 +1,4 @@
-//! `moerun conformance`: the suite that every communicator passes, on the hardware at hand.
+//! `moerun conformance`: the suites that every device and every communicator passes, on the hardware at hand.
 
 use crate::cli::ConformanceArgs;
 use crate::local_ranks::on_ranks;
@@ -9,7 +9,8 @@ use std::process::ExitCode;
 pub(crate) fn run(args: &ConformanceArgs) -> Result<ExitCode> {
     on_ranks(args.nproc_per_node, |env| {
         let device = accelerator(&args.device, env.local_rank)?;
-        let outcomes = conformance::communicator(env, args.communicator, device.as_ref())?;
+        let mut outcomes = conformance::accelerator(device.as_ref());
+        outcomes.extend(conformance::communicator(env, args.communicator, device.as_ref())?);
         let mut failed = 0;
         for outcome in &outcomes {
             match &outcome.problem {

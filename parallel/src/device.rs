@@ -286,6 +286,23 @@ mod tests {
     }
 
     #[test]
+    fn the_cpu_conforms() {
+        // In a process of its own: others of these tests have tensors at the same time.
+        const INSIDE: &str = "MOERUN_TEST_CPU_CONFORMS";
+        if std::env::var_os(INSIDE).is_none() {
+            let own = std::env::current_exe().unwrap();
+            let mut again = std::process::Command::new(own);
+            let output = again.args(["--exact", "device::tests::the_cpu_conforms"]).env(INSIDE, "1").output().unwrap();
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+            return;
+        }
+        let device = accelerator("cpu", 0).unwrap();
+        for outcome in crate::conformance::accelerator(device.as_ref()) {
+            assert_eq!(outcome.problem, None, "{}", outcome.name);
+        }
+    }
+
+    #[test]
     fn a_rank_that_sees_one_gpu_takes_it() {
         assert_eq!(visible_index(3, None), 3);
         assert_eq!(visible_index(3, Some("0,1,2,3")), 3);

@@ -1,20 +1,10 @@
-//! What every [`Communicator`] has to do, as one suite: a new backend passes it, or the report says what it lacks.
-//!
-//! `moerun conformance` runs it where the hardware is; the tests run it for every backend that works without any.
+//! What every communicator has to do.
 
+use super::{Outcome, Verdict, expect};
 use crate::{Accelerator, Backend, CommError, Communicator, RankEnv, ReduceOp, World};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
-
-/// One requirement, and what was wrong with it on this rank.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Outcome {
-    /// The requirement.
-    pub name: &'static str,
-    /// What is wrong; nothing where it is met.
-    pub problem: Option<String>,
-}
 
 /// No operation takes longer, but for those that are to.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -22,7 +12,6 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const SHORT: Duration = Duration::from_secs(4);
 
 type Shared = Arc<dyn Communicator>;
-type Verdict = Result<(), String>;
 
 /// What the cases have.
 struct Bench<'a> {
@@ -82,18 +71,6 @@ impl Bench<'_> {
     fn rows(&self, from: i64, count: i64, width: i64, kind: Kind) -> Tensor {
         let numbers = Tensor::arange_start(from, from + count * width, (Kind::Int64, Device::Cpu));
         self.device.upload(&numbers.to_kind(kind).view([count, width]))
-    }
-}
-
-fn expect(what: &str, tensor: &Tensor, expected: &[f64]) -> Verdict {
-    let host = tensor.to_device(Device::Cpu).to_kind(Kind::Double).flatten(0, -1);
-    let got = Vec::<f64>::try_from(host).map_err(|e| e.to_string())?;
-    match got == expected {
-        true => Ok(()),
-        false => {
-            let short = |values: &[f64]| format!("{:?}", &values[..values.len().min(8)]);
-            Err(format!("{what}: got {} and not {}", short(&got), short(expected)))
-        }
     }
 }
 
