@@ -118,10 +118,10 @@ pub(crate) struct ConformanceArgs {
     /// Ranks to start on this machine; ranks that another launcher started are counted by it
     #[arg(short = 'n', long, default_value_t = 2, value_name = "N")]
     pub(crate) nproc_per_node: usize,
-    /// auto, gloo or mpi
+    /// auto, gloo, mpi, nccl or hccl
     #[arg(long, default_value = "auto", value_name = "BACKEND")]
     pub(crate) communicator: parallel::Backend,
-    /// cpu, cuda or auto
+    /// cpu, cuda, npu or auto
     #[arg(long, default_value = "auto")]
     pub(crate) device: String,
 }

@@ -3,7 +3,7 @@
 
 use crate::environment::{self, Started};
 use anyhow::{Context, Result, anyhow, bail};
-use parallel::{Backend, RankEnv, World};
+use parallel::{Backend, Cpu, RankEnv, World};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Duration;
 use torch_ext::Store;
@@ -35,10 +35,11 @@ pub(crate) fn on_ranks(count: usize, body: impl FnOnce(&RankEnv) -> Result<()>) 
     }
 }
 
-/// Joins the other ranks; worlds with different numbers have nothing to do with each other.
+/// Joins the other ranks, with tensors on the host; worlds with different numbers have nothing to do with each other.
 pub(crate) fn join(env: &RankEnv, number: usize) -> Result<World> {
     let again = env.again(number);
-    World::join(if number == 0 { env } else { &again }, PATIENCE, Backend::Auto).context("the ranks cannot be joined")
+    let env = if number == 0 { env } else { &again };
+    World::join(env, PATIENCE, Backend::Auto, &Cpu).context("the ranks cannot be joined")
 }
 
 fn start(count: usize) -> Result<ExitCode> {

@@ -9,7 +9,7 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
-use parallel::{Bind, Processors, RankEnv, World};
+use parallel::{Accelerator, Bind, Processors, RankEnv, World};
 use serde::{Deserialize, Serialize};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::fs::File;
@@ -117,22 +117,28 @@ pub(crate) fn run(args: &TrainArgs, env: &RankEnv, by: &str, assignment: Option<
         Err(error) => {
             let message = format!("{error:#}");
             tracing::error!("{message}");
-            let at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64);
             let kind = match error.downcast_ref::<trainer::Error>() {
                 Some(trainer::Error::Comm(_)) => FailureKind::Peer,
                 Some(trainer::Error::Diverged { step, .. }) => FailureKind::Diverged { step: *step },
                 _ if error.is::<NotRestored>() => FailureKind::Restore,
                 _ => FailureKind::Own { steps: steps.load(Ordering::Relaxed) },
             };
-            let report = serde_json::to_vec(&Failure { at, message: message.clone(), kind }).expect("plain data");
-            if std::fs::write(&failure, report).is_err() || std::env::var(environment::LAUNCHER_PID).is_err() {
-                eprintln!("error: rank {}: {message}", env.rank);
-            }
+            report(&dir, env.rank, message, kind);
             1
         }
     };
     // Without destructors: a communicator whose peers are gone would wait for them.
     signal_hook::low_level::exit(code)
+}
+
+/// Leaves word of why a rank ends, for the launcher, or whoever reads the terminal.
+fn report(dir: &Path, rank: usize, message: String, kind: FailureKind) {
+    let at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64);
+    let failure = Failure { at, message, kind };
+    let text = serde_json::to_vec(&failure).expect("plain data");
+    if std::fs::write(failure_path(dir, rank), text).is_err() || std::env::var(environment::LAUNCHER_PID).is_err() {
+        eprintln!("error: rank {rank}: {}", failure.message);
+    }
 }
 
 /// What has to happen before a rank may end well: mpirun takes one that says nothing for a failure.
@@ -174,82 +180,111 @@ fn train(config: Config, env: &RankEnv, by: &str, assignment: Option<&Assignment
     for signal in [SIGINT, SIGTERM] {
         signal_hook::flag::register(signal, stop.clone()).context("cannot handle signals")?;
     }
-    let dir = config.run.dir.clone();
-    let (steps, log_every, validates) = (config.train.steps, config.run.log_every, config.validation.is_some());
-    let unigram = unigram_entropy(&config);
     // Counted before this rank sees its own processors only.
     tch::set_num_threads(threads(env) as i32);
     let device = parallel::accelerator(&config.run.device, env.local_rank)?;
     bind(config.run.bind, env, device.numa_node());
-    let world = World::join(env, Duration::from_secs(config.run.timeout_s), config.run.communicator)?;
-    world.record_to(&flight_path(&dir, env.rank));
-    let place = format!("rank {} of {}, started by {by}, communicator {}", env.rank, env.world_size, world.backend());
-    if env.rank == 0 {
-        keep_tokenizer(&config);
-    }
-    let mut trainer = Trainer::new(config, &world, device)?;
-    let rank0 = env.rank == 0;
-    let say = |text: String| {
-        tracing::info!("{text}");
-        if rank0 {
-            eprintln!("{text}");
+    let timeout = Duration::from_secs(config.run.timeout_s);
+    let world = World::join(env, timeout, config.run.communicator, device.as_ref())?;
+    let (dir, rank) = (config.run.dir.clone(), env.rank);
+    world.record_to(&flight_path(&dir, rank));
+    // It cannot end in the ordinary way.
+    world.when_stuck(move |error| {
+        report(&dir, rank, error.to_string(), FailureKind::Peer);
+        signal_hook::low_level::exit(1)
+    });
+    let begun = Begun { env, by, assignment, done, stop: &stop, world: &world };
+    let result = std::panic::catch_unwind(AssertUnwindSafe(|| begun.go(config, device)));
+    // What a device says when another rank has failed looks like a failure of its own.
+    world.check().map_err(trainer::Error::from)?;
+    result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// A rank that has met the others.
+struct Begun<'a> {
+    env: &'a RankEnv,
+    by: &'a str,
+    assignment: Option<&'a Assignment>,
+    done: &'a AtomicU64,
+    stop: &'a AtomicBool,
+    world: &'a World,
+}
+
+impl Begun<'_> {
+    fn go(&self, config: Config, device: Box<dyn Accelerator>) -> Result<()> {
+        let Begun { env, by, assignment, done, stop, world } = *self;
+        let dir = config.run.dir.clone();
+        let (steps, log_every, validates) = (config.train.steps, config.run.log_every, config.validation.is_some());
+        let unigram = unigram_entropy(&config);
+        let place =
+            format!("rank {} of {}, started by {by}, communicator {}", env.rank, env.world_size, world.backend());
+        if env.rank == 0 {
+            keep_tokenizer(&config);
         }
-    };
-    tracing::info!("{place}");
-    if rank0 && assignment.is_none() {
-        // Who starts ranks in another way wants to see that it was understood.
-        eprintln!("{place}");
-    }
-    // Those who watch a run have read it when the run began.
-    let again =
-        assignment.and_then(|assignment| assignment.keeper.as_ref()).is_some_and(|keeper| keeper.restore.is_some());
-    if again {
-        tracing::info!("{}", trainer.summary());
-    } else {
-        say(trainer.summary());
-    }
-    if let Some(assignment) = assignment {
-        assignment.keeper.iter().for_each(|keeper| trainer.use_keeper(keeper.clone()));
-        trainer.skip_batches(assignment.skips.clone());
-    }
-    let warn = &mut |warning: &str| say(format!("warning: {warning}"));
-    let resumed = trainer.resume(warn);
-    let resumed = if again { resumed.context(NotRestored) } else { resumed.map_err(Into::into) };
-    match resumed? {
-        Resumed::Nothing => {}
-        Resumed::Snapshot => tracing::info!("going on from the snapshot of step {}", trainer.step()),
-        Resumed::Checkpoint => {
-            say(format!("going on from the checkpoint of step {} in {}", trainer.step(), dir.display()));
+        let mut trainer = Trainer::new(config, world, device)?;
+        let rank0 = env.rank == 0;
+        let say = |text: String| {
+            tracing::info!("{text}");
+            if rank0 {
+                eprintln!("{text}");
+            }
+        };
+        tracing::info!("{place}");
+        if rank0 && assignment.is_none() {
+            // Who starts ranks in another way wants to see that it was understood.
+            eprintln!("{place}");
         }
-    }
-    if trainer.step() >= steps {
-        say(format!(
-            "all {steps} steps are done: raise train.steps, or choose another run.dir to start from the beginning"
-        ));
-        return Ok(());
-    }
-    trainer.begin_snapshots(warn)?;
-    if let Some(entropy) = unigram.filter(|_| !again) {
-        say(format!("unigram entropy of the training tokens: {entropy:.4} nats a token"));
-    }
-    let mut view = TrainingView::new(steps, trainer.step(), log_every);
-    let first = trainer.step();
-    let outcome = trainer.run(&|| stop.load(Ordering::Relaxed), &mut view);
-    done.store(trainer.step() - first, Ordering::Relaxed);
-    view.finish();
-    let outcome = outcome?;
-    if outcome.stopped {
-        say(format!("stopped at step {} of {steps}; the same command goes on from there", outcome.step));
-    } else if rank0 {
-        match (outcome.validation_loss.filter(|_| validates), unigram) {
+        // Those who watch a run have read it when the run began.
+        let again =
+            assignment.and_then(|assignment| assignment.keeper.as_ref()).is_some_and(|keeper| keeper.restore.is_some());
+        if again {
+            tracing::info!("{}", trainer.summary());
+        } else {
+            say(trainer.summary());
+        }
+        if let Some(assignment) = assignment {
+            assignment.keeper.iter().for_each(|keeper| trainer.use_keeper(keeper.clone()));
+            trainer.skip_batches(assignment.skips.clone());
+        }
+        let warn = &mut |warning: &str| say(format!("warning: {warning}"));
+        let resumed = trainer.resume(warn);
+        let resumed = if again { resumed.context(NotRestored) } else { resumed.map_err(Into::into) };
+        match resumed? {
+            Resumed::Nothing => {}
+            Resumed::Snapshot => tracing::info!("going on from the snapshot of step {}", trainer.step()),
+            Resumed::Checkpoint => {
+                say(format!("going on from the checkpoint of step {} in {}", trainer.step(), dir.display()));
+            }
+        }
+        if trainer.step() >= steps {
+            say(format!(
+                "all {steps} steps are done: raise train.steps, or choose another run.dir to start from the beginning"
+            ));
+            return Ok(());
+        }
+        trainer.begin_snapshots(warn)?;
+        if let Some(entropy) = unigram.filter(|_| !again) {
+            say(format!("unigram entropy of the training tokens: {entropy:.4} nats a token"));
+        }
+        let mut view = TrainingView::new(steps, trainer.step(), log_every);
+        let first = trainer.step();
+        let outcome = trainer.run(&|| stop.load(Ordering::Relaxed), &mut view);
+        done.store(trainer.step() - first, Ordering::Relaxed);
+        view.finish();
+        let outcome = outcome?;
+        if outcome.stopped {
+            say(format!("stopped at step {} of {steps}; the same command goes on from there", outcome.step));
+        } else if rank0 {
+            match (outcome.validation_loss.filter(|_| validates), unigram) {
             (Some(loss), Some(entropy)) => view.note(&format!(
                 "done: validation loss {loss:.4}, unigram entropy {entropy:.4} nats a token; text: moerun generate --checkpoint {}",
                 dir.display()
             )),
             _ => view.note(&format!("done; text: moerun generate --checkpoint {}", dir.display())),
         }
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 /// Keeps this rank, and all threads that it starts from here on, on its processors.

@@ -1,8 +1,9 @@
 //! Experts' weights that ranks lend to those that help them, and the gradients on their way home.
 //!
 //! Two ranks exchange one message, whatever the number of experts: all that one lends the other. In backward the gradients
-//! of lent weights go the other way, in fp32, and are added to their owner's helper by helper, so the sum is the same each
-//! time; two helpers' gradients exist at once, however many they are. Where no weight is lent, nothing is sent.
+//! of lent weights go the other way, in fp32, in rounds: in each one every owner hears of one of its helpers, and adds what that
+//! one computed, so the sum is the same each time. Two helpers' gradients exist at once, however many they are. Where no weight is
+//! lent, nothing is sent.
 //!
 //! # Collective
 //! Every rank of the group comes to each exchange in the same order, on a communicator that carries nothing else.
@@ -11,7 +12,7 @@
 use crate::dispatch::edge;
 use crate::plan::{Route, Sites};
 use parallel::{Communicator, Work};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use tch::{Kind, Tensor};
 use torch_ext::Error;
@@ -25,8 +26,18 @@ pub(crate) struct Lending {
     group: Arc<dyn Communicator>,
     /// Ranks that this one lends to, and which of its experts.
     lent: Vec<(usize, Vec<i64>)>,
-    /// Ranks that lend to this one, and how many experts.
-    borrowed: Vec<(usize, i64)>,
+    /// Ranks that lend to this one.
+    borrowed: Vec<Borrowed>,
+    /// The most helpers that any rank of the group has.
+    rounds: usize,
+}
+
+/// What a rank borrows of another.
+struct Borrowed {
+    lender: usize,
+    experts: i64,
+    /// When its gradients go home: which of the lender's helpers this rank is.
+    round: usize,
 }
 
 /// Weights on their way.
@@ -39,11 +50,11 @@ pub(crate) struct Fetching {
 /// Gradients on their way home.
 #[must_use]
 pub(crate) struct Returning {
-    sent: Work,
-    elements: i64,
-    /// Those of the first helpers.
-    arriving: Vec<(Work, Tensor)>,
     lending: Arc<Lending>,
+    /// Of this rank's borrowed weights, `[M, elements]`.
+    gradients: Tensor,
+    /// The rounds under way, with what arrives in them.
+    under_way: VecDeque<(Work, Option<Tensor>)>,
 }
 
 impl Lending {
@@ -54,10 +65,17 @@ impl Lending {
         }
         let (owner, slice) = (group.rank() / sites.slices, group.rank() % sites.slices);
         let first = route.work.first().copied().unwrap_or(0);
-        let mut lending = Lending { group: group.clone(), lent: Vec::new(), borrowed: Vec::new() };
+        let mut lending = Lending { group: group.clone(), lent: Vec::new(), borrowed: Vec::new(), rounds: 0 };
+        // The last sender and receiver, and which of the sender's helpers that receiver is.
+        let (mut last, mut round) = (None, 0);
         // They come by sender, receiver and expert; weights go between ranks with the same slice.
         for transfer in &route.transfers {
             let (from, to) = (transfer.from * sites.slices + slice, transfer.to * sites.slices + slice);
+            if last != Some((transfer.from, transfer.to)) {
+                round = if last.is_some_and(|(from, _)| from == transfer.from) { round + 1 } else { 0 };
+                last = Some((transfer.from, transfer.to));
+                lending.rounds = lending.rounds.max(round + 1);
+            }
             if transfer.from == owner {
                 let expert = (transfer.expert - first) as i64;
                 match lending.lent.last_mut().filter(|(rank, _)| *rank == to) {
@@ -66,9 +84,9 @@ impl Lending {
                 }
             }
             if transfer.to == owner {
-                match lending.borrowed.last_mut().filter(|(rank, _)| *rank == from) {
-                    Some((_, experts)) => *experts += 1,
-                    None => lending.borrowed.push((from, 1)),
+                match lending.borrowed.last_mut().filter(|borrowed| borrowed.lender == from) {
+                    Some(borrowed) => borrowed.experts += 1,
+                    None => lending.borrowed.push(Borrowed { lender: from, experts: 1, round }),
                 }
             }
         }
@@ -79,7 +97,8 @@ impl Lending {
     pub(crate) fn ring(group: &Arc<dyn Communicator>) -> Arc<Lending> {
         let (rank, ranks) = (group.rank(), group.size());
         let (next, previous) = ((rank + 1) % ranks, (rank + ranks - 1) % ranks);
-        Arc::new(Lending { group: group.clone(), lent: vec![(next, vec![0])], borrowed: vec![(previous, 1)] })
+        let borrowed = vec![Borrowed { lender: previous, experts: 1, round: 0 }];
+        Arc::new(Lending { group: group.clone(), lent: vec![(next, vec![0])], borrowed, rounds: 1 })
     }
 
     /// How many experts this rank lends, counted once for each helper.
@@ -88,15 +107,15 @@ impl Lending {
     }
 
     fn num_borrowed(&self) -> i64 {
-        self.borrowed.iter().map(|(_, experts)| experts).sum()
+        self.borrowed.iter().map(|borrowed| borrowed.experts).sum()
     }
 
-    /// Of `[M, elements]` what each lender's experts are, with its rank.
-    fn by_lender(&self, all: &Tensor) -> Vec<(Tensor, usize)> {
+    /// Of `[M, elements]` what each lender's experts are.
+    fn by_lender<'a>(&'a self, all: &Tensor) -> Vec<(Tensor, &'a Borrowed)> {
         let mut first = 0;
-        let part = |&(rank, experts): &(usize, i64)| {
-            first += experts;
-            (all.narrow(0, first - experts, experts), rank)
+        let part = |borrowed: &'a Borrowed| {
+            first += borrowed.experts;
+            (all.narrow(0, first - borrowed.experts, borrowed.experts), borrowed)
         };
         self.borrowed.iter().map(part).collect()
     }
@@ -116,27 +135,19 @@ impl Lending {
         let sends: Vec<_> = self.lent.iter().map(|(rank, experts)| (&packed[experts.as_slice()], *rank)).collect();
         let weights = Tensor::empty([self.num_borrowed(), elements], (gate_up.kind(), gate_up.device()));
         let parts = self.by_lender(&weights);
-        let receives: Vec<_> = parts.iter().map(|(part, rank)| (part, *rank)).collect();
+        let receives: Vec<_> = parts.iter().map(|(part, borrowed)| (part, borrowed.lender)).collect();
         let work = self.group.exchange(&sends, &receives, WEIGHTS).map_err(edge)?;
         Ok(Fetching { work, weights })
     }
 
     /// Starts to send the gradients `[M, elements]` of borrowed weights home.
     pub(crate) fn give_back(self: &Arc<Lending>, gradients: &Tensor) -> Result<Returning, Error> {
-        let parts = self.by_lender(gradients);
-        let sends: Vec<_> = parts.iter().map(|(part, rank)| (part, *rank)).collect();
-        let sent = self.group.exchange(&sends, &[], GRADIENTS).map_err(edge)?;
-        let elements = gradients.size()[1];
-        let receive = |helper| self.receive(helper, elements, gradients);
-        let arriving = self.lent.iter().take(2).map(receive).collect::<Result<_, _>>()?;
-        Ok(Returning { sent, elements, arriving, lending: self.clone() })
-    }
-
-    /// Starts to receive what `helper` computed, on the device of `like`.
-    fn receive(&self, helper: &(usize, Vec<i64>), elements: i64, like: &Tensor) -> Result<(Work, Tensor), Error> {
-        let (rank, experts) = helper;
-        let part = Tensor::empty([experts.len() as i64, elements], (Kind::Float, like.device()));
-        Ok((self.group.exchange(&[], &[(&part, *rank)], GRADIENTS).map_err(edge)?, part))
+        let under_way = VecDeque::new();
+        let mut returning = Returning { lending: self.clone(), gradients: gradients.shallow_clone(), under_way };
+        for round in 0..self.rounds.min(2) {
+            returning.start(round)?;
+        }
+        Ok(returning)
     }
 }
 
@@ -149,23 +160,40 @@ impl Fetching {
 }
 
 impl Returning {
+    fn start(&mut self, round: usize) -> Result<(), Error> {
+        let Lending { group, lent, .. } = &*self.lending;
+        let parts = self.lending.by_lender(&self.gradients);
+        let of_now = parts.iter().filter(|(_, borrowed)| borrowed.round == round);
+        let sends: Vec<_> = of_now.map(|(part, borrowed)| (part, borrowed.lender)).collect();
+        let elements = self.gradients.size()[1];
+        let helper = lent.get(round).map(|(helper, experts)| {
+            let options = (Kind::Float, self.gradients.device());
+            (Tensor::empty([experts.len() as i64, elements], options), *helper)
+        });
+        let receives: Vec<_> = helper.iter().map(|(part, helper)| (part, *helper)).collect();
+        let work = group.exchange(&sends, &receives, GRADIENTS).map_err(edge)?;
+        self.under_way.push_back((work, helper.map(|(part, _)| part)));
+        Ok(())
+    }
+
     /// Waits for what helpers computed, and adds it to the gradients `[L, 2F, D]` and `[L, D, F]` of this rank's experts.
-    pub(crate) fn add_to(self, gate_up: &Tensor, down: &Tensor) -> Result<(), Error> {
-        let Returning { sent, elements, mut arriving, lending } = self;
-        // Helper by helper, each with its experts in order.
-        for (number, (_, experts)) in lending.lent.iter().enumerate() {
-            let (work, part) = arriving.remove(0);
+    pub(crate) fn add_to(mut self, gate_up: &Tensor, down: &Tensor) -> Result<(), Error> {
+        let lending = self.lending.clone();
+        for round in 0..lending.rounds {
+            let (work, part) = self.under_way.pop_front().expect("two rounds are under way, or all that are left");
             work.wait().map_err(edge)?;
-            for (row, &expert) in experts.iter().enumerate() {
-                let [of_gate_up, of_down] = parts(&part.get(row as i64), gate_up, down);
-                let _ = gate_up.select(0, expert).g_add_(&of_gate_up);
-                let _ = down.select(0, expert).g_add_(&of_down);
+            if let Some(part) = part {
+                for (row, &expert) in lending.lent[round].1.iter().enumerate() {
+                    let [of_gate_up, of_down] = parts(&part.get(row as i64), gate_up, down);
+                    let _ = gate_up.select(0, expert).g_add_(&of_gate_up);
+                    let _ = down.select(0, expert).g_add_(&of_down);
+                }
             }
-            if let Some(next) = lending.lent.get(number + 2) {
-                arriving.push(lending.receive(next, elements, &part)?);
+            if round + 2 < lending.rounds {
+                self.start(round + 2)?;
             }
         }
-        sent.wait().map_err(edge)
+        Ok(())
     }
 }
 

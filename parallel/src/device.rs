@@ -1,7 +1,7 @@
 //! What a rank computes on. Nothing else in the project names a device.
 
 use tch::{Device, Kind, Tensor};
-use torch_ext::Error;
+use torch_ext::{Error, Stream};
 
 /// Bytes that tensors hold on a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,27 +78,29 @@ pub trait Accelerator: Send + Sync + std::fmt::Debug {
     fn computes_on_host(&self) -> bool;
 }
 
-/// The device a rank uses: `cpu`, `cuda` (the rank's local one) or `auto` (a GPU where there is one).
+/// The device a rank uses: `cpu`, `cuda` or `npu` (the rank's local one), or `auto` (a GPU or NPU where there is one).
 ///
 /// # Errors
-/// When a GPU was asked for and cannot be used: why, and what to do.
+/// When a GPU or NPU was asked for and cannot be used: why, and what to do.
 pub fn accelerator(kind: &str, local_rank: usize) -> Result<Box<dyn Accelerator>, Error> {
+    let own = |variable: &str| visible_index(local_rank, std::env::var(variable).ok().as_deref());
+    let there = |file: &str| std::path::Path::new(file).exists();
     match kind {
         "cpu" => {
             torch_ext::keep_freed_memory();
             torch_ext::count_host_memory()?;
             Ok(Box::new(Cpu))
         }
-        "cuda" => {
-            Ok(Box::new(Cuda::new(visible_index(local_rank, std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref()))?))
-        }
-        "auto" if std::path::Path::new("/dev/nvidiactl").exists() => accelerator("cuda", local_rank),
+        "cuda" => Ok(Box::new(Attached::cuda(own("CUDA_VISIBLE_DEVICES"))?)),
+        "npu" => Ok(Box::new(Attached::npu(own("ASCEND_RT_VISIBLE_DEVICES"))?)),
+        "auto" if there("/dev/nvidiactl") => accelerator("cuda", local_rank),
+        "auto" if there("/dev/davinci_manager") => accelerator("npu", local_rank),
         "auto" => accelerator("cpu", local_rank),
-        other => Err(Error::new(format!("unknown device {other:?}: use cpu, cuda or auto"))),
+        other => Err(Error::new(format!("unknown device {other:?}: use cpu, cuda, npu or auto"))),
     }
 }
 
-/// Which of the GPUs that a rank sees is its own: the one, where its launcher shows it no other (srun --gpus-per-task), else
+/// Which of the GPUs or NPUs that a rank sees is its own: the one, where its launcher shows it no other (srun --gpus-per-task), else
 /// the one with its local number.
 fn visible_index(local_rank: usize, visible: Option<&str>) -> usize {
     match visible.map(|list| list.split(',').filter(|name| !name.trim().is_empty()).count()) {
@@ -171,22 +173,27 @@ pub fn peak_resident() -> Result<u64, Error> {
     kib.map(|kib| kib * 1024).ok_or_else(|| Error::new("/proc/self/status has no VmHWM"))
 }
 
-/// One NVIDIA GPU, through libtorch's CUDA library, loaded at run time. Not yet run on hardware.
+/// How `tch` reads an NPU, and asks for one: see [`torch_ext::load_npu`].
+pub(crate) const NPU: Device = Device::Mps;
+
+/// A device with memory of its own, whose kernels libtorch loads at run time: an NVIDIA GPU, or an Ascend NPU. Neither has been
+/// run on hardware yet; the tests run an NPU's whole path against a library that has its interface on host memory.
 #[derive(Debug, Clone, Copy)]
-pub struct Cuda {
+pub struct Attached {
+    device: Device,
     index: usize,
 }
 
-impl Cuda {
+impl Attached {
     /// Loads the CUDA library and takes GPU `index`.
     ///
     /// # Errors
     /// When the library cannot be loaded, or there is no such GPU.
-    pub fn new(index: usize) -> Result<Cuda, Error> {
+    pub fn cuda(index: usize) -> Result<Attached, Error> {
         torch_ext::load_cuda()?;
         let count = tch::Cuda::device_count();
         if (index as i64) < count {
-            Ok(Cuda { index })
+            Ok(Attached { device: Device::Cuda(index), index })
         } else {
             Err(Error::new(format!(
                 "GPU {index} was asked for and the driver shows {count}: start at most {count} ranks on this machine, \
@@ -194,14 +201,24 @@ impl Cuda {
             )))
         }
     }
+
+    /// Loads torch_npu's library and takes NPU `index`: one for a process.
+    ///
+    /// # Errors
+    /// When the library cannot be loaded, or there is no such NPU.
+    pub fn npu(index: usize) -> Result<Attached, Error> {
+        torch_ext::load_npu(index)?;
+        Ok(Attached { device: NPU, index })
+    }
     fn device(&self) -> Device {
-        Device::Cuda(self.index)
+        self.device
     }
 }
 
-impl Accelerator for Cuda {
+impl Accelerator for Attached {
     fn name(&self) -> String {
-        format!("cuda:{}", self.index)
+        let kind = if self.device == NPU { "npu" } else { "cuda" };
+        format!("{kind}:{}", self.index)
     }
     fn zeros(&self, shape: &[i64], kind: Kind) -> Tensor {
         Tensor::zeros(shape, (kind, self.device()))
@@ -229,11 +246,12 @@ impl Accelerator for Cuda {
         torch_ext::reset_peak(self.device())
     }
     fn copier(&self) -> Result<Box<dyn Copier>, Error> {
-        let pinned = Tensor::empty([PINNED], (Kind::Uint8, Device::Cpu)).f_pin_memory(self.device());
-        let pinned = pinned.map_err(|e| Error::new(e.to_string()))?;
-        Ok(Box::new(PinnedCopier { index: self.index, pinned, on_side_stream: false }))
+        Ok(Box::new(PinnedCopier { pinned: torch_ext::pinned(PINNED)?, on_side_stream: false }))
     }
     fn numa_node(&self) -> Option<usize> {
+        if self.device == NPU {
+            return None;
+        }
         let at = torch_ext::pci_bus_id(self.index).ok()?.to_lowercase();
         std::fs::read_to_string(format!("/sys/bus/pci/devices/{at}/numa_node")).ok()?.trim().parse().ok()
     }
@@ -248,7 +266,6 @@ const PINNED: i64 = 4 << 20;
 /// By way of pinned memory, on a stream beside the one that computes. Its caller hands over tensors whose values are final:
 /// the trainer waits for the device at the end of each step.
 struct PinnedCopier {
-    index: usize,
     pinned: Tensor,
     on_side_stream: bool,
 }
@@ -256,7 +273,8 @@ struct PinnedCopier {
 impl Copier for PinnedCopier {
     fn copy(&mut self, tensor: &Tensor, into: &mut [u8]) -> Result<(), Error> {
         if !self.on_side_stream {
-            torch_ext::use_side_stream(self.index)?;
+            torch_ext::use_device(tensor)?;
+            Stream::beside(tensor)?.use_here()?;
             self.on_side_stream = true;
         }
         let failed = |e: tch::TchError| Error::new(e.to_string());
@@ -312,6 +330,6 @@ mod tests {
 
     #[test]
     fn an_unknown_device_is_refused() {
-        assert!(accelerator("tpu", 0).unwrap_err().to_string().contains("use cpu, cuda or auto"));
+        assert!(accelerator("tpu", 0).unwrap_err().to_string().contains("use cpu, cuda, npu or auto"));
     }
 }

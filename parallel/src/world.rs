@@ -2,11 +2,12 @@
 
 #[cfg(feature = "mpi")]
 use crate::comm::Mpi;
-use crate::comm::{Carrier, FlightRecorder};
-use crate::{Backend, CommError, Communicator, Gloo, Local};
+use crate::comm::{ByDevice, Carriers, FlightRecorder, Hccl, Nccl, OnDevice, OnHost, Queued};
+use crate::{Accelerator, Backend, CommError, Communicator, Cpu, Gloo, Local};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+use tch::{Kind, Tensor};
 use torch_ext::{GlooAddress, Store};
 
 /// What a launcher tells a rank about itself.
@@ -108,7 +109,11 @@ pub struct World {
 
 struct Joined {
     store: Store,
-    carrier: Carrier,
+    carriers: Carriers,
+    /// A tensor of the ranks' device.
+    like: Tensor,
+    /// Groups of this rank alone are carried like all others: asked for by name, a library is tried even then.
+    even_alone: bool,
     address: GlooAddress,
     recorder: FlightRecorder,
 }
@@ -119,11 +124,17 @@ impl World {
         World { rank: 0, size: 1, per_node: 1, timeout: Duration::ZERO, joined: None }
     }
 
-    /// Meets the other ranks. Every operation of every group made from this world then has `timeout`.
+    /// Meets the other ranks, whose tensors are on `device` or the host. Every operation of every group made from this world then
+    /// has `timeout`.
     ///
     /// # Errors
     /// When `backend` cannot be had, the store cannot be served or reached, or ranks have other versions.
-    pub fn join(env: &RankEnv, timeout: Duration, backend: Backend) -> Result<World, CommError> {
+    pub fn join(
+        env: &RankEnv,
+        timeout: Duration,
+        backend: Backend,
+        device: &dyn Accelerator,
+    ) -> Result<World, CommError> {
         let failed = |operation: &'static str, reason: String| CommError {
             rank: env.rank,
             group: "world".into(),
@@ -131,11 +142,23 @@ impl World {
             operation,
             reason,
         };
-        let carrier = backend.decide(env.by_mpi, cfg!(feature = "mpi")).map_err(|e| failed("choosing a backend", e))?;
-        if carrier == Carrier::Mpi || env.meeting == Meeting::Mpi {
+        let like = device.zeros(&[1], Kind::Float);
+        let carriers = backend.decide(env.by_mpi, like.device(), cfg!(feature = "mpi"));
+        let carriers = carriers.map_err(|e| failed("choosing a backend", e))?;
+        let even_alone = matches!(backend, Backend::Nccl | Backend::Hccl);
+        if env.world_size > 1 || even_alone {
+            // Before anybody waits for this rank.
+            match carriers.device {
+                Some(OnDevice::Nccl) => Nccl::load().map(|_| ()),
+                Some(OnDevice::Hccl) => Hccl::load().map(|_| ()),
+                None => Ok(()),
+            }
+            .map_err(|e| failed("choosing a backend", e))?;
+        }
+        if carriers.host == OnHost::Mpi || env.meeting == Meeting::Mpi {
             begin_mpi(env).map_err(|e| failed("beginning MPI", e))?;
         }
-        if env.world_size == 1 {
+        if env.world_size == 1 && !even_alone {
             return Ok(World::single());
         }
         let (server, host, port, launcher_serves) = match &env.meeting {
@@ -167,7 +190,8 @@ impl World {
             Store::tcp(&host, port, false, meeting)?.prefixed(&prefix)
         });
         let (rank, size, per_node) = (env.rank, env.world_size, env.local_world_size.clamp(1, env.world_size));
-        Ok(World { rank, size, per_node, timeout, joined: Some(Joined { store, carrier, address, recorder }) })
+        let joined = Some(Joined { store, carriers, like, even_alone, address, recorder });
+        Ok(World { rank, size, per_node, timeout, joined })
     }
 
     /// A file for the last calls of this rank, written when one of them fails.
@@ -177,9 +201,24 @@ impl World {
         }
     }
 
+    /// What is done about this rank if, after a failure on its device, it waits there and does not come back.
+    pub fn when_stuck(&self, act: impl Fn(&CommError) + Send + 'static) {
+        if let Some(joined) = &self.joined {
+            joined.recorder.when_stuck(act);
+        }
+    }
+
+    /// As [`Communicator::check`], for all groups.
+    ///
+    /// # Errors
+    /// The first failure.
+    pub fn check(&self) -> Result<(), CommError> {
+        self.joined.as_ref().map_or(Ok(()), |joined| joined.recorder.check())
+    }
+
     /// What carries the groups' operations.
     pub fn backend(&self) -> &'static str {
-        self.joined.as_ref().map_or("local", |joined| joined.carrier.name())
+        self.joined.as_ref().map_or("local", |joined| joined.carriers.name())
     }
 
     /// This rank.
@@ -205,25 +244,43 @@ impl World {
     /// # Errors
     /// When a member does not come within the timeout.
     pub fn group(&self, name: &str, members: &[usize]) -> Result<Arc<dyn Communicator>, CommError> {
-        let Some(joined) = self.joined.as_ref().filter(|_| members.len() > 1) else {
+        let needed = |joined: &&Joined| members.len() > 1 || joined.even_alone;
+        let Some(joined) = self.joined.as_ref().filter(needed) else {
             return Ok(Arc::new(Local::new(self.rank, name)));
         };
-        let group: Arc<dyn Communicator> = match joined.carrier {
-            Carrier::Gloo => {
-                let failed = |reason: torch_ext::Error| CommError {
-                    rank: self.rank,
-                    group: name.to_string(),
-                    members: members.to_vec(),
-                    operation: "joining",
-                    reason: reason.to_string(),
-                };
-                let store = joined.store.prefixed(&format!("{name}/{members:?}")).map_err(failed)?;
-                Arc::new(Gloo::join(&store, name, members, self.rank, self.timeout, &joined.address)?)
-            }
+        let failed = |reason: String| CommError {
+            rank: self.rank,
+            group: name.to_string(),
+            members: members.to_vec(),
+            operation: "joining",
+            reason,
+        };
+        let store = |side: &str| {
+            let prefix = format!("{side}{name}/{members:?}");
+            joined.store.prefixed(&prefix).map_err(|error| failed(error.to_string()))
+        };
+        let host: Arc<dyn Communicator> = match joined.carriers.host {
+            OnHost::Gloo => Arc::new(Gloo::join(&store("")?, name, members, self.rank, self.timeout, &joined.address)?),
             #[cfg(feature = "mpi")]
-            Carrier::Mpi => Arc::new(Mpi::join(name, members, self.timeout)?),
+            OnHost::Mpi => Arc::new(Mpi::join(name, members, self.timeout)?),
             #[cfg(not(feature = "mpi"))]
-            Carrier::Mpi => unreachable!("it is not chosen where it is not built in"),
+            OnHost::Mpi => unreachable!("it is not chosen where it is not built in"),
+        };
+        let (rank, timeout, like) = (self.rank, self.timeout, joined.like.shallow_clone());
+        let device: Option<Arc<dyn Communicator>> = match joined.carriers.device {
+            Some(OnDevice::Nccl) => {
+                let library = Nccl::load().map_err(failed)?;
+                Some(Arc::new(Queued::new(library, store("device/")?, name, members, rank, timeout, like)?))
+            }
+            Some(OnDevice::Hccl) => {
+                let library = Hccl::load().map_err(failed)?;
+                Some(Arc::new(Queued::new(library, store("device/")?, name, members, rank, timeout, like)?))
+            }
+            None => None,
+        };
+        let group = match device {
+            Some(device) => Arc::new(ByDevice { host, device }),
+            None => host,
         };
         Ok(joined.recorder.follow(group, name, members))
     }
@@ -318,7 +375,7 @@ where
                 // The number is a thread's own.
                 tch::set_num_threads(1);
                 let env = RankEnv::on_this_machine(rank, size, master_port);
-                body(&World::join(&env, timeout, Backend::Auto).expect("ranks on loopback meet"))
+                body(&World::join(&env, timeout, Backend::Auto, &Cpu).expect("ranks on loopback meet"))
             })
         })
         .collect();

@@ -80,6 +80,11 @@ int mtx_set_generator_state(int type, int index, at::Tensor* state) {
   });
 }
 
+int mtx_pinned(int64_t bytes, at::Tensor** out) {
+  return mtx::guarded(
+      [&] { *out = new at::Tensor(at::empty({bytes}, at::TensorOptions().dtype(at::kByte).pinned_memory(true))); });
+}
+
 int mtx_synchronize(int type, int index) {
   return mtx::guarded([&] {
     auto device = device_of(type, index);

@@ -11,7 +11,8 @@ fn code(device: Device) -> (c_int, c_int) {
     match device {
         Device::Cpu => (0, -1),
         Device::Cuda(index) => (1, index as c_int),
-        Device::Mps => (13, 0),
+        // How tch reads the NPU's PrivateUse1.
+        Device::Mps => (20, crate::npu::npu_index().unwrap_or(0)),
         Device::Vulkan => (10, 0),
     }
 }
@@ -38,6 +39,19 @@ pub fn set_generator_state(device: Device, state: &Tensor) -> Result<(), Error> 
     let (kind, index) = code(device);
     // SAFETY: `state` is a live tensor.
     ffi::check(unsafe { ffi::mtx_set_generator_state(kind, index, state.as_ptr() as *mut C_tensor) })
+}
+
+/// Host memory of a fixed place, `[bytes]` uint8, from and to which the process's GPU or NPU copies by itself.
+///
+/// # Errors
+/// Where there is no such device, or no memory.
+pub fn pinned(bytes: i64) -> Result<Tensor, Error> {
+    let mut out: *mut C_tensor = std::ptr::null_mut();
+    // SAFETY: `out` receives a new tensor that we own.
+    unsafe {
+        ffi::check(ffi::mtx_pinned(bytes, &mut out))?;
+        Ok(Tensor::from_ptr(out))
+    }
 }
 
 /// Waits until all work queued on the device is done.

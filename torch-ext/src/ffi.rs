@@ -48,6 +48,21 @@ unsafe extern "C" {
     pub(crate) fn mtx_work_abort(work: Handle) -> c_int;
     pub(crate) fn mtx_work_free(work: Handle);
 
+    pub(crate) fn mtx_use_device(like: *mut C_tensor) -> c_int;
+    pub(crate) fn mtx_stream_current(like: *mut C_tensor, out: *mut Handle) -> c_int;
+    pub(crate) fn mtx_stream_of_pool(like: *mut C_tensor, out: *mut Handle) -> c_int;
+    pub(crate) fn mtx_stream_use(stream: Handle) -> c_int;
+    pub(crate) fn mtx_stream_handle(stream: Handle, out: *mut *mut c_void) -> c_int;
+    pub(crate) fn mtx_stream_free(stream: Handle);
+    pub(crate) fn mtx_event_record(stream: Handle, out: *mut Handle) -> c_int;
+    pub(crate) fn mtx_event_block(event: Handle, stream: Handle) -> c_int;
+    pub(crate) fn mtx_event_query(event: Handle, out: *mut bool) -> c_int;
+    pub(crate) fn mtx_event_free(event: Handle);
+    pub(crate) fn mtx_pinned(bytes: i64, out: *mut *mut C_tensor) -> c_int;
+    pub(crate) fn mtx_serve_as_mps() -> c_int;
+    pub(crate) fn mtx_private_devices(out: *mut c_int) -> c_int;
+    pub(crate) fn mtx_use_private_device(index: c_int) -> c_int;
+
     pub(crate) fn malloc(size: usize) -> *mut c_void;
     #[cfg(target_env = "gnu")]
     pub(crate) fn mallopt(parameter: c_int, value: c_int) -> c_int;

@@ -4,7 +4,8 @@
 //! - [`attach_backward`]: a custom autograd node whose backward is a Rust closure;
 //! - [`fused_adamw`]: the optimizer step in one pass over memory;
 //! - [`generator_state`], [`allocator_bytes`], [`synchronize`], [`keep_freed_memory`]: per-device state;
-//! - [`load_cuda`]: registers libtorch's CUDA kernels in the running program.
+//! - [`Stream`] and [`Event`]: queues of work on devices that have them;
+//! - [`load_cuda`], [`load_npu`]: bring libtorch's kernels for a device into the running program.
 //!
 //! Invariant: C++ exceptions become [`Error`] with their message, Rust panics inside callbacks become C++
 //! exceptions, and nothing unwinds across the edge. `unsafe` for libtorch lives here and in the backends of
@@ -17,14 +18,20 @@ mod cuda;
 mod device;
 mod error;
 mod ffi;
+mod library;
+mod npu;
 mod optim;
+mod stream;
 
 pub use autograd::attach_backward;
 pub use c10d::{Gloo, GlooAddress, ReduceOp, Store, Work};
-pub use cuda::{load_cuda, pci_bus_id, use_side_stream};
+pub use cuda::{load_cuda, pci_bus_id};
 pub use device::{
-    allocator_bytes, count_host_memory, generator_state, keep_freed_memory, reset_peak, set_generator_state,
+    allocator_bytes, count_host_memory, generator_state, keep_freed_memory, pinned, reset_peak, set_generator_state,
     synchronize,
 };
 pub use error::Error;
+pub use library::load_library;
+pub use npu::{ASCEND_FOLDER, load_npu, use_npu};
 pub use optim::{AdamW, fused_adamw};
+pub use stream::{Event, Stream, use_device};

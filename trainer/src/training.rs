@@ -558,7 +558,10 @@ impl Trainer {
             Some(placing) => Some(placing.step(self.step + 1, &choices, &self.model, &self.optimizer)?),
             None => None,
         };
-        self.device.synchronize()?;
+        let synchronized = self.device.synchronize();
+        // A device that gave up among ranks says less of it than they know, or nothing, and what it computed is worth nothing.
+        self.world.check()?;
+        synchronized?;
         self.step += 1;
         self.samples += self.config.train.global_batch as u64;
         self.tokens += self.tokens_per_step();

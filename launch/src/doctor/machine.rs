@@ -3,6 +3,7 @@
 use super::Finding;
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::statvfs::statvfs;
+use parallel::Backend;
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::Command;
@@ -146,9 +147,21 @@ pub(super) fn graphics(config: Option<&Config>) -> Finding {
     }
 }
 
+/// Only where they are wanted, or there: most machines have none.
+pub(super) fn npus(config: Option<&Config>) -> Option<Finding> {
+    let wanted = config.is_some_and(|config| config.run.device == "npu" || config.run.communicator == Backend::Hccl);
+    if !wanted && !std::path::Path::new("/dev/davinci_manager").exists() {
+        return None;
+    }
+    Some(match parallel::accelerator("npu", 0) {
+        Ok(_) => Finding::fine("NPU", "libtorch_npu and its driver work"),
+        Err(error) => Finding::fault("NPU", error.to_string(), "docs/ascend.md has the steps; or use run.device: cpu"),
+    })
+}
+
 /// The library that is built in, and its mpirun; the one that started this process fits, or the ranks will say otherwise.
 pub(super) fn mpi(config: Option<&Config>, by_mpi: bool) -> Finding {
-    let wanted = config.is_some_and(|config| config.run.communicator == parallel::Backend::Mpi);
+    let wanted = config.is_some_and(|config| config.run.communicator == Backend::Mpi);
     let Some(library) = parallel::mpi_library() else {
         let seen = "this moerun was built without it";
         return match wanted {

@@ -81,7 +81,8 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<ExitCode> {
         }
     }
     let backend = config.as_ref().map_or(parallel::Backend::Auto, |config| config.run.communicator);
-    let together = on_ranks(args.nproc_per_node, |env| ranks::measure(env, backend));
+    let device = config.as_ref().map_or("cpu", |config| &config.run.device);
+    let together = on_ranks(args.nproc_per_node, |env| ranks::measure(env, backend, device));
     match together {
         Ok(code) if code == ExitCode::SUCCESS => {}
         Ok(_) => faults += 1,
@@ -108,6 +109,7 @@ fn look(args: &DoctorArgs, config: Option<&Config>, (local, total): (usize, usiz
     ];
     findings.extend(machine::port(args.master_port));
     findings.push(machine::graphics(config));
+    findings.extend(machine::npus(config));
     findings.push(machine::mpi(config, by_mpi));
     findings.extend(config.map(machine::disk));
     findings

@@ -2,7 +2,7 @@
 
 use super::Finding;
 use anyhow::{Context, Result};
-use parallel::{Backend, Communicator, RankEnv, ReduceOp, World};
+use parallel::{Accelerator, Backend, Communicator, RankEnv, ReduceOp, World};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tch::Tensor;
@@ -12,8 +12,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Clocks that differ by more put failures of different machines in the wrong order.
 const CLOCKS: f64 = 1.0;
 
-pub(super) fn measure(env: &RankEnv, backend: Backend) -> Result<()> {
-    let world = World::join(env, PATIENCE, backend).context("the ranks do not come together")?;
+pub(super) fn measure(env: &RankEnv, backend: Backend, device: &str) -> Result<()> {
+    let device = parallel::accelerator(device, env.local_rank)?;
+    let world = World::join(env, PATIENCE, backend, device.as_ref()).context("the ranks do not come together")?;
     let all = world.all("doctor")?;
     let prints = env.rank == 0;
     if prints {
@@ -30,7 +31,7 @@ pub(super) fn measure(env: &RankEnv, backend: Backend) -> Result<()> {
     for (name, operation) in [("all_reduce", reduce as Operation), ("all_to_all", exchange as Operation)] {
         let mut seen = Vec::new();
         for bytes in [64 << 10, 1 << 20, 16 << 20i64] {
-            let seconds = median_time(&all, bytes, operation)?;
+            let seconds = median_time(&all, device.as_ref(), bytes, operation)?;
             let size = if bytes < 1 << 20 { format!("{} KiB", bytes >> 10) } else { format!("{} MiB", bytes >> 20) };
             seen.push(format!("{size} in {:.2} ms ({:.2} GB/s)", seconds * 1e3, bytes as f64 / seconds / 1e9));
         }
@@ -74,16 +75,21 @@ fn exchange(all: &Arc<dyn Communicator>, output: &Tensor, input: &Tensor) -> Res
 }
 
 /// Seconds for an operation on `bytes` of each rank, on the slowest of them.
-fn median_time(all: &Arc<dyn Communicator>, bytes: i64, operation: Operation) -> Result<f64> {
+fn median_time(all: &Arc<dyn Communicator>, device: &dyn Accelerator, bytes: i64, operation: Operation) -> Result<f64> {
     let ranks = all.size() as i64;
     let numbers = bytes / 4 / ranks * ranks;
-    let input = Tensor::zeros([numbers], (tch::Kind::Float, tch::Device::Cpu));
+    let input = device.zeros(&[numbers], tch::Kind::Float);
     let output = input.zeros_like();
+    // The first makes a device's communicator.
+    operation(all, &output, &input)?;
     let mut times = Vec::new();
     for _ in 0..7 {
+        device.synchronize()?;
         all.barrier()?.wait()?;
         let began = Instant::now();
         operation(all, &output, &input)?;
+        device.synchronize()?;
+        all.check()?;
         times.push(began.elapsed().as_secs_f64());
     }
     times.sort_by(f64::total_cmp);

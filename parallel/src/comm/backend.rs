@@ -1,74 +1,125 @@
 //! Which library carries what ranks tell each other.
 
 use crate::ByMpi;
+use crate::device::NPU;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use tch::Device;
 
 /// What a person asks for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Backend {
-    /// MPI for ranks that mpirun started, Gloo for others.
+    /// NCCL for tensors of GPUs, HCCL for those of NPUs; for others MPI where mpirun started the ranks, and else Gloo.
     #[default]
     Auto,
-    /// Gloo, over TCP.
+    /// Gloo, over TCP, by way of the host's memory.
     Gloo,
-    /// MPI: only for ranks that mpirun or its like started.
+    /// MPI: only for ranks that mpirun or its like started; by way of the host's memory.
     Mpi,
+    /// NCCL, for ranks with GPUs.
+    Nccl,
+    /// HCCL, for ranks with NPUs.
+    Hccl,
+}
+
+impl Backend {
+    /// The name, as people write it.
+    fn name(self) -> &'static str {
+        match self {
+            Backend::Auto => "auto",
+            Backend::Gloo => "gloo",
+            Backend::Mpi => "mpi",
+            Backend::Nccl => "nccl",
+            Backend::Hccl => "hccl",
+        }
+    }
 }
 
 impl std::str::FromStr for Backend {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Backend, String> {
-        match text {
-            "auto" => Ok(Backend::Auto),
-            "gloo" => Ok(Backend::Gloo),
-            "mpi" => Ok(Backend::Mpi),
-            other => Err(format!("there is no backend {other:?}: use auto, gloo or mpi")),
-        }
+        let all = [Backend::Auto, Backend::Gloo, Backend::Mpi, Backend::Nccl, Backend::Hccl];
+        let found = all.into_iter().find(|backend| backend.name() == text);
+        found.ok_or_else(|| format!("there is no backend {text:?}: use auto, gloo, mpi, nccl or hccl"))
     }
 }
 
-/// What it becomes.
+/// What becomes of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Carrier {
+pub(crate) struct Carriers {
+    pub(crate) host: OnHost,
+    /// For tensors that are not the host's; None where those go by way of its memory.
+    pub(crate) device: Option<OnDevice>,
+}
+
+/// What carries tensors in host memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OnHost {
     /// Gloo, over TCP.
     Gloo,
     /// MPI.
     Mpi,
 }
 
-impl Carrier {
+/// What carries a device's tensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OnDevice {
+    /// NCCL.
+    Nccl,
+    /// HCCL.
+    Hccl,
+}
+
+impl Carriers {
     /// The name, in messages.
     pub(crate) fn name(self) -> &'static str {
-        match self {
-            Carrier::Gloo => "gloo",
-            Carrier::Mpi => "mpi",
+        match (self.device, self.host) {
+            (Some(OnDevice::Nccl), _) => "nccl",
+            (Some(OnDevice::Hccl), _) => "hccl",
+            (None, OnHost::Gloo) => "gloo",
+            (None, OnHost::Mpi) => "mpi",
         }
     }
 }
 
 impl Backend {
-    /// Decides, for ranks that MPI may have started, in a program that has MPI in it or not.
+    /// Decides, for ranks that MPI may have started, with tensors on `device`, in a program that has MPI in it or not.
     ///
     /// # Errors
     /// When the wish cannot be fulfilled: why, and what to do.
-    pub(crate) fn decide(self, by_mpi: ByMpi, has_mpi: bool) -> Result<Carrier, String> {
-        match (self, by_mpi, has_mpi) {
-            (Backend::Auto, ByMpi::Yes, true) | (Backend::Mpi, ByMpi::Yes | ByMpi::Perhaps, true) => Ok(Carrier::Mpi),
-            (Backend::Auto | Backend::Gloo, ..) => Ok(Carrier::Gloo),
+    pub(crate) fn decide(self, by_mpi: ByMpi, device: Device, has_mpi: bool) -> Result<Carriers, String> {
+        let host = match (self, by_mpi, has_mpi) {
+            (Backend::Gloo, ..) => OnHost::Gloo,
+            (Backend::Mpi, ByMpi::Yes | ByMpi::Perhaps, true) => OnHost::Mpi,
             (Backend::Mpi, _, false) => {
-                Err("this moerun was built without MPI: run ./scripts/setup --mpi and build with \
-                 --features mpi, or use run.communicator: gloo"
-                    .into())
+                return Err("this moerun was built without MPI: run ./scripts/setup --mpi and build with \
+                            --features mpi, or use run.communicator: gloo"
+                    .into());
             }
             (Backend::Mpi, ByMpi::No, true) => {
-                Err("run.communicator is mpi and these ranks were not started by MPI: start \
-                 'mpirun -n N moerun train ...', or use run.communicator: auto"
-                    .into())
+                return Err("run.communicator is mpi and these ranks were not started by MPI: start \
+                            'mpirun -n N moerun train ...', or use run.communicator: auto"
+                    .into());
             }
-        }
+            (_, ByMpi::Yes, true) => OnHost::Mpi,
+            _ => OnHost::Gloo,
+        };
+        let device = match (self, device) {
+            (Backend::Gloo | Backend::Mpi, _) | (Backend::Auto, Device::Cpu) => None,
+            (Backend::Auto | Backend::Nccl, Device::Cuda(_)) => Some(OnDevice::Nccl),
+            (Backend::Auto | Backend::Hccl, NPU) => Some(OnDevice::Hccl),
+            (Backend::Auto, _) => None,
+            (Backend::Nccl | Backend::Hccl, _) => {
+                let (name, device) = if self == Backend::Nccl { ("nccl", "cuda") } else { ("hccl", "npu") };
+                return Err(format!(
+                    "run.communicator is {name}, which carries tensors of {device} alone, and these ranks have none: use \
+                     run.device: {device}, or run.communicator: auto"
+                ));
+            }
+        };
+        Ok(Carriers { host, device })
     }
 }
 
@@ -86,13 +137,28 @@ mod tests {
 
     #[test]
     fn mpi_is_taken_where_it_started_the_ranks() {
-        assert_eq!(Backend::Auto.decide(ByMpi::Yes, true), Ok(Carrier::Mpi));
-        assert_eq!(Backend::Auto.decide(ByMpi::Yes, false), Ok(Carrier::Gloo));
-        assert_eq!(Backend::Auto.decide(ByMpi::Perhaps, true), Ok(Carrier::Gloo));
-        assert_eq!(Backend::Mpi.decide(ByMpi::Perhaps, true), Ok(Carrier::Mpi));
-        assert_eq!(Backend::Auto.decide(ByMpi::No, true), Ok(Carrier::Gloo));
-        assert_eq!(Backend::Gloo.decide(ByMpi::Yes, true), Ok(Carrier::Gloo));
-        assert!(Backend::Mpi.decide(ByMpi::No, true).unwrap_err().contains("mpirun -n N"));
-        assert!(Backend::Mpi.decide(ByMpi::Yes, false).unwrap_err().contains("setup --mpi"));
+        let decide = |backend: Backend, by_mpi, has_mpi| backend.decide(by_mpi, Device::Cpu, has_mpi);
+        let (gloo, mpi) = (Carriers { host: OnHost::Gloo, device: None }, Carriers { host: OnHost::Mpi, device: None });
+        assert_eq!(decide(Backend::Auto, ByMpi::Yes, true), Ok(mpi));
+        assert_eq!(decide(Backend::Auto, ByMpi::Yes, false), Ok(gloo));
+        assert_eq!(decide(Backend::Auto, ByMpi::Perhaps, true), Ok(gloo));
+        assert_eq!(decide(Backend::Mpi, ByMpi::Perhaps, true), Ok(mpi));
+        assert_eq!(decide(Backend::Auto, ByMpi::No, true), Ok(gloo));
+        assert_eq!(decide(Backend::Gloo, ByMpi::Yes, true), Ok(gloo));
+        assert!(decide(Backend::Mpi, ByMpi::No, true).unwrap_err().contains("mpirun -n N"));
+        assert!(decide(Backend::Mpi, ByMpi::Yes, false).unwrap_err().contains("setup --mpi"));
+    }
+
+    #[test]
+    fn a_device_has_its_vendors_library() {
+        let decide = |backend: Backend, device| backend.decide(ByMpi::No, device, false);
+        let of = |device| Ok(Carriers { host: OnHost::Gloo, device });
+        assert_eq!(decide(Backend::Auto, Device::Cuda(3)), of(Some(OnDevice::Nccl)));
+        assert_eq!(decide(Backend::Nccl, Device::Cuda(3)), of(Some(OnDevice::Nccl)));
+        assert_eq!(decide(Backend::Gloo, Device::Cuda(3)), of(None));
+        assert_eq!(decide(Backend::Auto, NPU), of(Some(OnDevice::Hccl)));
+        assert!(decide(Backend::Nccl, Device::Cpu).unwrap_err().contains("run.device: cuda"));
+        assert!(decide(Backend::Hccl, Device::Cuda(0)).unwrap_err().contains("run.device: npu"));
+        assert!("rccl".parse::<Backend>().unwrap_err().contains("nccl or hccl"));
     }
 }

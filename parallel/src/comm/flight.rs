@@ -2,7 +2,7 @@
 //! the store, twice a second, how far it is in each group. A call that takes too long is compared with what the others told.
 //! (PyTorch's flight recorder writes such a list too, for a person to compare afterwards.)
 
-use super::{CommError, Communicator, ReduceOp, Work};
+use super::{CommError, Communicator, Progress, ReduceOp, Work};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
@@ -16,6 +16,8 @@ use torch_ext::Store;
 const BEAT: Duration = Duration::from_millis(500);
 /// A rank without a sign of life for so long has stopped.
 const SILENCE: Duration = Duration::from_millis(1600);
+/// A rank that has not asked for so long how its operations went waits for its device.
+const PATIENCE: Duration = Duration::from_secs(20);
 /// Calls that are remembered.
 const REMEMBERED: usize = 2048;
 
@@ -96,9 +98,31 @@ struct Shared {
     log: Mutex<Log>,
     dump: Mutex<Option<PathBuf>>,
     questions: Sender<Question>,
+    /// Operations that a device has not done yet.
+    queued: Mutex<Vec<OnDevice>>,
+    /// The first failure of those.
+    failure: Mutex<Option<Failure>>,
+    when_stuck: Mutex<Option<WhenStuck>>,
     /// The rank that serves the store, if a rank does.
     serves: Option<usize>,
 }
+
+/// An operation that a device was given.
+struct OnDevice {
+    id: u64,
+    progress: Progress,
+    inner: Arc<dyn Communicator>,
+}
+
+/// What a device could not do.
+struct Failure {
+    error: CommError,
+    since: Instant,
+    told: bool,
+}
+
+/// What is done about a rank that does not ask how its operations went: it may wait in the device's driver for ever.
+type WhenStuck = Box<dyn Fn(&CommError) + Send>;
 
 /// The calls of one rank; clones are the same recorder.
 #[derive(Clone)]
@@ -113,8 +137,10 @@ impl FlightRecorder {
         connect: impl FnOnce() -> Result<Store, torch_ext::Error> + Send + 'static,
     ) -> FlightRecorder {
         let (questions, inbox) = channel();
-        let (log, dump) = (Mutex::default(), Mutex::default());
-        let shared = Arc::new(Shared { rank, began: Instant::now(), timeout, log, dump, questions, serves });
+        let (log, dump, queued, failure) = (Mutex::default(), Mutex::default(), Mutex::default(), Mutex::default());
+        let (began, when_stuck) = (Instant::now(), Mutex::default());
+        let shared =
+            Arc::new(Shared { rank, began, timeout, log, dump, questions, queued, failure, when_stuck, serves });
         let watched = Arc::downgrade(&shared);
         std::thread::spawn(move || {
             let Ok(store) = connect() else { return };
@@ -134,7 +160,10 @@ impl FlightRecorder {
                 }
                 match question {
                     Ok(question) => drop(question.answer.send(missing(&store, shared.rank, &question.call, &mut beat))),
-                    Err(RecvTimeoutError::Timeout) => shared.look(&store, &mut beat),
+                    Err(RecvTimeoutError::Timeout) => {
+                        shared.look(&store, &mut beat);
+                        shared.follow_up(&store, &mut beat);
+                    }
                     Err(RecvTimeoutError::Disconnected) => return,
                 }
             }
@@ -145,6 +174,22 @@ impl FlightRecorder {
     /// A file for all calls, written when one fails.
     pub(crate) fn dump_to(&self, path: &Path) {
         *lock(&self.0.dump) = Some(path.to_path_buf());
+    }
+
+    /// What is done about a rank that is stuck in its device's driver after a failure.
+    pub(crate) fn when_stuck(&self, act: impl Fn(&CommError) + Send + 'static) {
+        *lock(&self.0.when_stuck) = Some(Box::new(act));
+    }
+
+    /// Tells the first failure of what was queued on devices.
+    pub(crate) fn check(&self) -> Result<(), CommError> {
+        match lock(&self.0.failure).as_mut() {
+            Some(failure) => {
+                failure.told = true;
+                Err(failure.error.clone())
+            }
+            None => Ok(()),
+        }
     }
 
     /// The same group, with its calls written down.
@@ -187,30 +232,19 @@ impl FlightRecorder {
             error.reason = format!("{missing} ({})", error.reason);
             self.change(id, |call| call.missing = Some(missing));
         }
-        self.write();
+        self.0.write();
         error
     }
 
     fn ask(&self, call: &Call) -> String {
-        const PATIENCE: Duration = Duration::from_secs(5);
         let (answer, answered) = channel();
         let asked = self.0.questions.send(Question { call: call.clone(), answer });
-        match asked.ok().and_then(|()| answered.recv_timeout(PATIENCE).ok()) {
+        match asked.ok().and_then(|()| answered.recv_timeout(Duration::from_secs(5)).ok()) {
             Some(missing) => missing,
             None => match self.0.serves {
                 Some(rank) => format!("{}: rank {rank}, which serves the store, does not answer", call.name()),
                 None => format!("{}: who is missing cannot be found out: the store does not answer", call.name()),
             },
-        }
-    }
-
-    /// Writes all calls down. It is worth less than the error that is being told.
-    fn write(&self) {
-        let Some(path) = lock(&self.0.dump).clone() else { return };
-        let log = lock(&self.0.log);
-        let all = serde_json::json!({ "rank": self.0.rank, "calls": log.calls });
-        if let Err(error) = std::fs::write(&path, all.to_string()) {
-            tracing::warn!("cannot write {}: {error}", path.display());
         }
     }
 }
@@ -238,6 +272,57 @@ impl Shared {
         let begun =
             log.begun.iter().map(|(group, (count, operation))| (group.to_string(), (*count, operation.to_string())));
         serde_json::to_vec(&Sign { beat, begun: begun.collect(), waits }).expect("plain data")
+    }
+
+    /// Looks at what devices were given: what is done, what failed, what takes too long.
+    fn follow_up(&self, store: &Store, beat: &mut dyn FnMut() -> bool) {
+        let now = self.began.elapsed().as_secs_f64();
+        let mut failed = None;
+        lock(&self.queued).retain(|queued| {
+            let result = (queued.progress)();
+            let call = lock(&self.log).get(queued.id).cloned();
+            let late = call.as_ref().is_some_and(|call| call.began.elapsed() > self.timeout);
+            match result {
+                Ok(true) => {
+                    if let Some(call) = lock(&self.log).get(queued.id) {
+                        call.ended_s = Some(now);
+                    }
+                    return false;
+                }
+                Ok(false) if !late => return true,
+                Ok(false) => failed = failed.take().or(Some((call, None))),
+                Err(reason) => failed = failed.take().or(Some((call, Some(reason)))),
+            }
+            true
+        });
+        if let Some((Some(call), reason)) = failed {
+            let reason = match reason {
+                Some(reason) => reason,
+                None => format!("{} (not done after {:.1?})", missing(store, self.rank, &call, beat), self.timeout),
+            };
+            let (group, members) = (call.group.to_string(), call.members.to_vec());
+            let error = CommError { rank: self.rank, group, members, operation: call.operation, reason };
+            tracing::error!("{error}");
+            lock(&self.failure).get_or_insert(Failure { error, since: Instant::now(), told: false });
+            // The host may wait for any of them.
+            let given_up = std::mem::take(&mut *lock(&self.queued));
+            given_up.iter().for_each(|queued| queued.inner.abort());
+            self.write();
+        }
+        let stuck = |failure: &&Failure| !failure.told && failure.since.elapsed() > PATIENCE;
+        if let (Some(failure), Some(act)) = (lock(&self.failure).as_ref().filter(stuck), &*lock(&self.when_stuck)) {
+            act(&failure.error);
+        }
+    }
+
+    /// Writes all calls down. It is worth less than the error that is being told.
+    fn write(&self) {
+        let Some(path) = lock(&self.dump).clone() else { return };
+        let log = lock(&self.log);
+        let all = serde_json::json!({ "rank": self.rank, "calls": log.calls });
+        if let Err(error) = std::fs::write(&path, all.to_string()) {
+            tracing::warn!("cannot write {}: {error}", path.display());
+        }
     }
 
     /// Warns of a call that is waited for too long, before it fails.
@@ -340,13 +425,21 @@ impl Recorded {
             waited_for: false,
             missing: None,
         };
+        self.recorder.check()?;
         let id = self.recorder.started(call, peer.is_none());
-        let work = start().map_err(|error| self.recorder.failed(id, error))?;
+        let mut work = start().map_err(|error| self.recorder.failed(id, error))?;
         let recorder = self.recorder.clone();
+        let progress = work.progress.take();
+        let on_device = progress.is_some();
+        if let Some(progress) = progress {
+            lock(&recorder.0.queued).push(OnDevice { id, progress, inner: self.inner.clone() });
+        }
         Ok(Work::new(move || {
             recorder.change(id, |call| call.waited_for = true);
             let result = work.wait().map_err(|error| recorder.failed(id, error));
-            recorder.ended(id);
+            if !on_device {
+                recorder.ended(id);
+            }
             result
         }))
     }
@@ -390,8 +483,15 @@ impl Communicator for Recorded {
     fn recv(&self, tensor: &Tensor, from: usize, tag: i32) -> Result<Work, CommError> {
         self.call("recv", Some(tensor), Some(from), || self.inner.recv(tensor, from, tag))
     }
+    fn exchange(&self, sends: &[(&Tensor, usize)], receives: &[(&Tensor, usize)], tag: i32) -> Result<Work, CommError> {
+        let first = sends.iter().chain(receives).next().map(|(tensor, _)| *tensor);
+        self.call("exchange", first, None, || self.inner.exchange(sends, receives, tag))
+    }
     fn barrier(&self) -> Result<Work, CommError> {
         self.call("barrier", None, None, || self.inner.barrier())
+    }
+    fn check(&self) -> Result<(), CommError> {
+        self.recorder.check().and_then(|()| self.inner.check())
     }
     fn abort(&self) {
         self.inner.abort();

@@ -1,23 +1,31 @@
 //! Communicators: the collectives of one group of ranks, whatever carries them.
 
 mod backend;
+mod by_device;
 mod flight;
 mod gloo;
+mod hccl;
 mod local;
 mod membership;
 #[cfg(feature = "mpi")]
 mod mpi;
+mod nccl;
+mod queued;
 
-pub(crate) use backend::Carrier;
 pub use backend::{Backend, mpi_library};
+pub(crate) use backend::{Carriers, OnDevice, OnHost};
+pub(crate) use by_device::ByDevice;
 pub(crate) use flight::FlightRecorder;
 pub use gloo::Gloo;
+pub(crate) use hccl::Hccl;
 pub use local::Local;
 pub(crate) use membership::Membership;
 #[cfg(feature = "mpi")]
 pub use mpi::finalize;
 #[cfg(feature = "mpi")]
 pub(crate) use mpi::{Mpi, share, universe};
+pub(crate) use nccl::Nccl;
+pub(crate) use queued::Queued;
 pub use torch_ext::ReduceOp;
 
 use tch::Tensor;
@@ -38,27 +46,44 @@ pub struct CommError {
     pub reason: String,
 }
 
+type Finish = Box<dyn FnOnce() -> Result<(), CommError> + Send>;
+
+/// Whether a device has done what was queued on it, or why it cannot.
+pub(crate) type Progress = Box<dyn Fn() -> Result<bool, String> + Send>;
+
 /// An operation under way. The tensors it was given must not be touched before [`Work::wait`] returns.
 #[must_use = "an operation that nobody waits for may not have happened"]
-pub struct Work(Option<Box<dyn FnOnce() -> Result<(), CommError> + Send>>);
+pub struct Work {
+    finish: Option<Finish>,
+    /// Of an operation that a device goes on with after `finish`.
+    progress: Option<Progress>,
+}
 
 impl Work {
     /// An operation that is already complete.
     pub fn done() -> Work {
-        Work(None)
+        Work { finish: None, progress: None }
     }
 
     /// An operation that `finish` waits for.
     pub fn new(finish: impl FnOnce() -> Result<(), CommError> + Send + 'static) -> Work {
-        Work(Some(Box::new(finish)))
+        Work { finish: Some(Box::new(finish)), progress: None }
     }
 
-    /// Waits until the operation is complete.
+    /// An operation that is queued on a device: after `finish` what this thread queues there comes after it.
+    pub(crate) fn queued(
+        finish: impl FnOnce() -> Result<(), CommError> + Send + 'static,
+        progress: impl Fn() -> Result<bool, String> + Send + 'static,
+    ) -> Work {
+        Work { finish: Some(Box::new(finish)), progress: Some(Box::new(progress)) }
+    }
+
+    /// Waits until the operation is complete; where a device does it, until whatever is queued from here on comes after it.
     ///
     /// # Errors
-    /// When it failed, timed out, or its group was aborted.
+    /// When it failed, timed out, or its group was aborted. What a device finds out later, [`Communicator::check`] tells.
     pub fn wait(self) -> Result<(), CommError> {
-        self.0.map_or(Ok(()), |finish| finish())
+        self.finish.map_or(Ok(()), |finish| finish())
     }
 }
 
@@ -126,7 +151,7 @@ pub trait Communicator: Send + Sync {
     fn recv(&self, tensor: &Tensor, from: usize, tag: i32) -> Result<Work, CommError>;
 
     /// Sends and receives any number of tensors, each to or from a rank, as one operation: for backends that cannot have
-    /// them under way side by side otherwise.
+    /// them under way side by side otherwise. Both sides of a message name it in the same call, counted over the group.
     ///
     /// # Errors
     /// As [`Communicator::all_reduce`].
@@ -146,6 +171,15 @@ pub trait Communicator: Send + Sync {
     /// # Errors
     /// As [`Communicator::all_reduce`].
     fn barrier(&self) -> Result<Work, CommError>;
+
+    /// Whether all that devices were given to do among ranks has gone well; to be asked after the device was waited for, and before
+    /// what it computed is believed.
+    ///
+    /// # Errors
+    /// The first failure in this world of ranks. Where [`Work::wait`] waits for the end, there is none to tell.
+    fn check(&self) -> Result<(), CommError> {
+        Ok(())
+    }
 
     /// Gives up every operation of this group, from any thread: waiting ranks return with an error.
     fn abort(&self);

@@ -30,8 +30,8 @@ struct Bench<'a> {
 /// # Errors
 /// When the ranks cannot be joined.
 pub fn communicator(env: &RankEnv, backend: Backend, device: &dyn Accelerator) -> Result<Vec<Outcome>, CommError> {
-    let world = World::join(env, PATIENCE, backend)?;
-    let hasty = World::join(&env.again(1), SHORT, backend)?;
+    let world = World::join(env, PATIENCE, backend, device)?;
+    let hasty = World::join(&env.again(1), SHORT, backend, device)?;
     let bench = Bench { world: &world, hasty: &hasty, all: world.all("conformance")?, device };
     type Case = fn(&Bench) -> Verdict;
     let cases: [(&str, Case); 12] = [
@@ -63,6 +63,19 @@ impl Bench<'_> {
         self.all.size() as i64
     }
 
+    /// Waits for the end of an operation, on the device too.
+    fn done(&self, work: Result<crate::Work, CommError>) -> Verdict {
+        self.done_in(&self.all, work)
+    }
+
+    fn done_in(&self, group: &Shared, work: Result<crate::Work, CommError>) -> Verdict {
+        work.and_then(crate::Work::wait).map_err(|e| e.to_string())?;
+        // A device that gave an operation up may say so here; the group knows more.
+        let synchronized = self.device.synchronize();
+        group.check().map_err(|e| e.to_string())?;
+        synchronized.map_err(|e| e.to_string())
+    }
+
     fn full(&self, shape: &[i64], value: i64, kind: Kind) -> Tensor {
         self.device.upload(&Tensor::full(shape, value, (kind, Device::Cpu)))
     }
@@ -74,10 +87,6 @@ impl Bench<'_> {
     }
 }
 
-fn done(work: Result<crate::Work, CommError>) -> Verdict {
-    work.and_then(crate::Work::wait).map_err(|e| e.to_string())
-}
-
 const KINDS: [Kind; 6] = [Kind::Float, Kind::Double, Kind::BFloat16, Kind::Half, Kind::Int64, Kind::Int];
 
 fn all_reduce(bench: &Bench) -> Verdict {
@@ -86,7 +95,7 @@ fn all_reduce(bench: &Bench) -> Verdict {
         for shape in [&[0i64] as &[i64], &[], &[1], &[17], &[3, 0, 2], &[5, 7], &[1 << 14]] {
             for (op, result) in [(ReduceOp::Sum, size * (size + 1) / 2), (ReduceOp::Min, 1), (ReduceOp::Max, size)] {
                 let x = bench.full(shape, rank + 1, kind);
-                done(bench.all.all_reduce(&x, op))?;
+                bench.done(bench.all.all_reduce(&x, op))?;
                 let expected = vec![result as f64; x.numel()];
                 expect(&format!("{op:?} of {kind:?} {shape:?}"), &x, &expected)?;
             }
@@ -94,7 +103,7 @@ fn all_reduce(bench: &Bench) -> Verdict {
     }
     // Large enough for every library's ways with large messages.
     let x = bench.full(&[3 << 20], rank, Kind::Float);
-    done(bench.all.all_reduce(&x, ReduceOp::Sum))?;
+    bench.done(bench.all.all_reduce(&x, ReduceOp::Sum))?;
     expect("a sum of 12 MiB", &x.narrow(0, (3 << 20) - 2, 2), &[(size * (size - 1) / 2) as f64; 2])
 }
 
@@ -103,7 +112,7 @@ fn broadcast(bench: &Bench) -> Verdict {
         for kind in KINDS.into_iter().chain([Kind::Uint8, Kind::Bool]) {
             let value = if kind == Kind::Bool { i64::from(bench.rank() == root) } else { bench.rank() + 3 };
             let x = bench.full(&[2, 3], value, kind);
-            done(bench.all.broadcast(&x, root as usize))?;
+            bench.done(bench.all.broadcast(&x, root as usize))?;
             let expected = if kind == Kind::Bool { 1 } else { root + 3 };
             expect(&format!("{kind:?} of rank {root}"), &x, &[expected as f64; 6])?;
         }
@@ -117,12 +126,12 @@ fn gather_and_scatter(bench: &Bench) -> Verdict {
         for rows in [0, 1, 3] {
             let own = bench.rows(rank * rows * 2, rows, 2, kind);
             let all = bench.device.zeros(&[size * rows, 2], kind);
-            done(bench.all.all_gather(&all, &own))?;
+            bench.done(bench.all.all_gather(&all, &own))?;
             let expected: Vec<f64> = (0..size * rows * 2).map(|n| n as f64).collect();
             expect(&format!("gathered {kind:?}"), &all, &expected)?;
             for op in [ReduceOp::Sum, ReduceOp::Max, ReduceOp::Min] {
                 let part = bench.device.zeros(&[rows, 2], kind);
-                done(bench.all.reduce_scatter(&part, &all, op))?;
+                bench.done(bench.all.reduce_scatter(&part, &all, op))?;
                 let times = if op == ReduceOp::Sum { size } else { 1 };
                 let first = rank * rows * 2;
                 let expected: Vec<f64> = (first..first + rows * 2).map(|n| (n * times) as f64).collect();
@@ -151,7 +160,7 @@ fn all_to_all(bench: &Bench) -> Verdict {
                 let input = Tensor::from_slice(&parts).to_kind(kind).view([send.iter().sum::<i64>(), width]);
                 let input = bench.device.upload(&input);
                 let output = bench.device.zeros(&[receive.iter().sum::<i64>(), width], kind);
-                done(bench.all.all_to_all(&output, &input, &receive, &send))?;
+                bench.done(bench.all.all_to_all(&output, &input, &receive, &send))?;
                 let expected =
                     (0..size).flat_map(|from| (0..receive[from as usize]).map(move |r| value(from, rank, r)));
                 let expected = expected.flat_map(|v| std::iter::repeat_n(v as f64, width as usize));
@@ -184,7 +193,7 @@ fn point_to_point(bench: &Bench) -> Verdict {
         for (message, tag) in messages.iter().zip(tags) {
             works.push(bench.all.send(message, next, tag));
         }
-        works.into_iter().try_for_each(done)?;
+        works.into_iter().try_for_each(|work| bench.done(work))?;
         for (n, buffer) in buffers.iter().enumerate() {
             let expected = vec![(previous * 10 + n) as f64; elements as usize];
             expect(&format!("message {n} of {elements} elements"), buffer, &expected)?;
@@ -205,7 +214,7 @@ fn exchange(bench: &Bench) -> Verdict {
     };
     let out: Vec<_> = pair(&sends).into_iter().map(|(n, other)| (&sends[n], other)).collect();
     let inp: Vec<_> = pair(&receives).into_iter().map(|(n, other)| (&receives[n], other)).collect();
-    done(bench.all.exchange(&out, &inp, 11))?;
+    bench.done(bench.all.exchange(&out, &inp, 11))?;
     for (tensor, other) in receives.iter().zip(&others) {
         let expected = vec![(other * 10 + rank) as f64; (rank + other) as usize];
         expect(&format!("from rank {other}"), tensor, &expected)?;
@@ -217,7 +226,7 @@ fn side_by_side(bench: &Bench) -> Verdict {
     let (rank, size) = (bench.rank(), bench.size());
     let tensors: Vec<Tensor> = (0..6).map(|n| bench.full(&[1 << (2 * n)], rank + n, Kind::Float)).collect();
     let works: Vec<_> = tensors.iter().map(|x| bench.all.all_reduce(x, ReduceOp::Sum)).collect();
-    works.into_iter().rev().try_for_each(done)?;
+    works.into_iter().rev().try_for_each(|work| bench.done(work))?;
     for (n, x) in tensors.iter().enumerate() {
         let sum = size * (size - 1) / 2 + size * n as i64;
         expect("one of several sums", x, &vec![sum as f64; x.numel()])?;
@@ -234,8 +243,8 @@ fn groups(bench: &Bench) -> Verdict {
     let (half, pair_group) = (make("every second", &members)?, make("neighbours", &pair)?);
     let (x, y) = (bench.full(&[4], rank, Kind::Int64), bench.full(&[4], rank, Kind::Int64));
     let (first, second) = (half.all_reduce(&x, ReduceOp::Sum), pair_group.all_reduce(&y, ReduceOp::Sum));
-    done(second)?;
-    done(first)?;
+    bench.done(second)?;
+    bench.done(first)?;
     expect("every second rank's sum", &x, &[members.iter().sum::<usize>() as f64; 4])?;
     expect("the neighbours' sum", &y, &[pair.iter().sum::<usize>() as f64; 4])
 }
@@ -245,7 +254,7 @@ fn repeatable(bench: &Bench) -> Verdict {
     let values = wave.sin().to_kind(Kind::Float);
     let sum = || -> Result<Tensor, String> {
         let x = bench.device.upload(&values.copy());
-        done(bench.all.all_reduce(&x, ReduceOp::Sum))?;
+        bench.done(bench.all.all_reduce(&x, ReduceOp::Sum))?;
         Ok(x.to_device(Device::Cpu))
     };
     let (first, second) = (sum()?, sum()?);
@@ -277,13 +286,14 @@ fn timeout(bench: &Bench) -> Verdict {
     }
     let group = bench.hasty.all("somebody is late").map_err(|e| e.to_string())?;
     let x = bench.full(&[4], 1, Kind::Float);
-    done(group.all_reduce(&x, ReduceOp::Sum))?;
+    bench.done_in(&group, group.all_reduce(&x, ReduceOp::Sum))?;
+    let gather = || bench.done_in(&group, group.all_gather(&bench.device.zeros(&[4 * size], Kind::Float), &x));
     let late = size - 1;
     let mut verdict = Ok(());
     if bench.rank() != late {
         let began = Instant::now();
-        let error = group.all_gather(&bench.device.zeros(&[4 * size], Kind::Float), &x).and_then(crate::Work::wait);
-        let (took, error) = (began.elapsed(), error.err().map_or(String::new(), |error| error.to_string()));
+        let error = gather().err().unwrap_or_default();
+        let took = began.elapsed();
         let expected = format!(
             "call 2, all_gather in group 'somebody is late': rank {late} is missing; its last call here is 1, all_reduce"
         );
@@ -294,12 +304,12 @@ fn timeout(bench: &Bench) -> Verdict {
         }
     }
     // The late one waits until the others have given up, and then comes, so that no operation stays under way.
-    done(bench.all.barrier())?;
+    bench.done(bench.all.barrier())?;
     if bench.rank() == late {
         // Nobody has to answer.
-        let _ = group.all_gather(&bench.device.zeros(&[4 * size], Kind::Float), &x).and_then(crate::Work::wait);
+        let _ = gather();
     }
-    done(bench.all.barrier())?;
+    bench.done(bench.all.barrier())?;
     verdict
 }
 
@@ -309,16 +319,21 @@ fn abort(bench: &Bench) -> Verdict {
     }
     let group = bench.world.all("to be aborted").map_err(|e| e.to_string())?;
     let x = bench.full(&[4], 1, Kind::Float);
+    // The communicator is made by all, before one of them gives up.
+    bench.done_in(&group, group.all_reduce(&x, ReduceOp::Sum))?;
+    let sum = || bench.done_in(&group, group.all_reduce(&x, ReduceOp::Sum));
+    let abort_in = |pause: u64| {
+        let other = group.clone();
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(pause));
+            other.abort();
+        })
+    };
     let mut verdict = Ok(());
     if bench.rank() == 0 {
-        let other = group.clone();
-        let aborter = std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_millis(300));
-            other.abort();
-        });
+        let aborter = abort_in(300);
         let began = Instant::now();
-        let waited = group.all_reduce(&x, ReduceOp::Sum).and_then(crate::Work::wait);
-        verdict = match waited {
+        verdict = match sum() {
             Ok(()) => Err("an aborted operation ended well".into()),
             Err(_) if began.elapsed() > Duration::from_secs(10) => Err("the abort came late".into()),
             Err(_) if group.all_reduce(&x, ReduceOp::Sum).is_ok() => Err("an aborted group works again".into()),
@@ -326,11 +341,13 @@ fn abort(bench: &Bench) -> Verdict {
         };
         aborter.join().map_err(|_| "the aborting thread panicked")?;
     }
-    done(bench.all.barrier())?;
+    bench.done(bench.all.barrier())?;
     if bench.rank() != 0 {
-        // So that rank 0's operation is not under way for ever.
-        let _ = group.all_reduce(&x, ReduceOp::Sum).and_then(crate::Work::wait);
+        // So that rank 0's operation is not under way for ever; where that one has gone, this one ends the same way.
+        let aborter = abort_in(1000);
+        let _ = sum();
+        aborter.join().map_err(|_| "the aborting thread panicked")?;
     }
-    done(bench.all.barrier())?;
+    bench.done(bench.all.barrier())?;
     verdict
 }

@@ -262,8 +262,8 @@ impl Config {
         }
         problems.positive("run.timeout_s", self.run.timeout_s as usize);
         problems.positive("run.log_every", self.run.log_every as usize);
-        if !["auto", "cpu", "cuda"].contains(&self.run.device.as_str()) {
-            problems.add(format!("run.device is {:?}; use auto, cpu or cuda", self.run.device));
+        if !["auto", "cpu", "cuda", "npu"].contains(&self.run.device.as_str()) {
+            problems.add(format!("run.device is {:?}; use auto, cpu, cuda or npu", self.run.device));
         }
         if self.train.grad_clip.is_nan() || self.train.grad_clip < 0.0 {
             problems.add(format!("train.grad_clip is {}; use 0 for no limit", self.train.grad_clip));

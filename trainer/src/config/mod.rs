@@ -66,14 +66,15 @@ pub struct RunConfig {
     /// Decides initial weights and the order of the data.
     #[serde(default = "one")]
     pub seed: u64,
-    /// `cpu`, `cuda` or `auto` (a GPU for each rank where there are GPUs).
+    /// `cpu`, `cuda`, `npu` or `auto` (a GPU or NPU for each rank where there are such).
     #[serde(default = "auto")]
     pub device: String,
     /// Which processors a rank runs on: `none`, `numa` (those of one NUMA node), `cores` (its share, alone), or `auto` (`numa` on
     /// machines with several nodes whose launcher has not bound ranks already).
     #[serde(default)]
     pub bind: parallel::Bind,
-    /// What carries what ranks tell each other: `gloo`, `mpi`, or `auto` (MPI for ranks that mpirun started, Gloo for others).
+    /// What carries what ranks tell each other: `gloo`, `mpi`, `nccl`, `hccl`, or `auto` (NCCL for tensors of GPUs, HCCL for those
+    /// of NPUs; for others MPI where mpirun started the ranks, and else Gloo).
     #[serde(default)]
     pub communicator: parallel::Backend,
     /// Seconds until an operation among ranks counts as failed.

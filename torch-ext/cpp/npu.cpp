@@ -1,0 +1,76 @@
+// Lets tch, which has no name for a PrivateUse1 device, make tensors there. tch calls every device that it does not know MPS,
+// and asks libtorch for MPS tensors when it is to make one for it: where a PrivateUse1 backend is loaded (and so MPS, which is
+// macOS's, cannot be), a request for an MPS tensor makes one of that backend.
+#include <ATen/Functions.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/library.h>
+
+#include "edge.h"
+
+namespace {
+using c10::Device;
+using c10::DeviceIndex;
+using c10::DeviceType;
+
+Device real(Device device) { return Device(DeviceType::PrivateUse1, device.index()); }
+Device named(Device device) { return Device(DeviceType::MPS, device.index()); }
+c10::impl::VirtualGuardImpl backend() { return c10::impl::VirtualGuardImpl(DeviceType::PrivateUse1); }
+
+// Who asks which device is the current one gets the backend's answer.
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+  DeviceType type() const override { return DeviceType::MPS; }
+  Device exchangeDevice(Device device) const override { return named(backend().exchangeDevice(real(device))); }
+  Device getDevice() const override { return named(backend().getDevice()); }
+  void setDevice(Device device) const override { backend().setDevice(real(device)); }
+  void uncheckedSetDevice(Device device) const noexcept override { backend().uncheckedSetDevice(real(device)); }
+  c10::Stream getStream(Device device) const override {
+    auto stream = backend().getStream(real(device));
+    return c10::Stream(c10::Stream::UNSAFE, named(stream.device()), stream.id());
+  }
+  c10::Stream exchangeStream(c10::Stream stream) const override {
+    auto before = backend().exchangeStream(c10::Stream(c10::Stream::UNSAFE, real(stream.device()), stream.id()));
+    return c10::Stream(c10::Stream::UNSAFE, named(before.device()), before.id());
+  }
+  DeviceIndex deviceCount() const noexcept override { return backend().deviceCount(); }
+};
+
+at::TensorOptions options(std::optional<at::ScalarType> dtype, std::optional<at::Layout> layout,
+                          std::optional<at::Device> device, std::optional<bool> pin) {
+  auto index = device && device->has_index() ? device->index() : backend().getDevice().index();
+  return at::TensorOptions().dtype(dtype).layout(layout).device(Device(DeviceType::PrivateUse1, index)).pinned_memory(pin);
+}
+
+at::Tensor empty(at::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout> layout,
+                 std::optional<at::Device> device, std::optional<bool> pin, std::optional<at::MemoryFormat> format) {
+  return at::empty(size, options(dtype, layout, device, pin), format);
+}
+
+at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, std::optional<at::ScalarType> dtype,
+                         std::optional<at::Layout> layout, std::optional<at::Device> device, std::optional<bool> pin) {
+  return at::empty_strided(size, stride, options(dtype, layout, device, pin));
+}
+} // namespace
+
+extern "C" {
+
+// Once in a process, after the backend was loaded.
+int mtx_serve_as_mps() {
+  return mtx::guarded([] {
+    static c10::impl::DeviceGuardImplRegistrar guard(DeviceType::MPS, new Guard);
+    static torch::Library kernels(torch::Library::IMPL, "aten", c10::DispatchKey::MPS, __FILE__, __LINE__);
+    kernels.impl("empty.memory_format", TORCH_FN(empty));
+    kernels.impl("empty_strided", TORCH_FN(empty_strided));
+  });
+}
+
+// How many devices the PrivateUse1 backend sees.
+int mtx_private_devices(int* out) {
+  return mtx::guarded([&] { *out = backend().deviceCount(); });
+}
+
+// The calling thread works on that device from here on.
+int mtx_use_private_device(int index) {
+  return mtx::guarded([&] { backend().setDevice(Device(DeviceType::PrivateUse1, static_cast<DeviceIndex>(index))); });
+}
+}

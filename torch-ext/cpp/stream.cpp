@@ -1,0 +1,60 @@
+// Streams and events of whatever device a tensor is on, by the guard that its backend registered with c10 (CUDA's and
+// PrivateUse1's alike), so that nothing here needs a vendor's headers.
+#include <ATen/core/Tensor.h>
+#include <c10/core/Event.h>
+#include <c10/core/Stream.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include "edge.h"
+
+namespace {
+c10::impl::VirtualGuardImpl guard_of(c10::Device device) { return c10::impl::VirtualGuardImpl(device.type()); }
+} // namespace
+
+extern "C" {
+
+// The calling thread works on the tensor's device from here on.
+int mtx_use_device(const at::Tensor* like) {
+  return mtx::guarded([&] { guard_of(like->device()).setDevice(like->device()); });
+}
+
+int mtx_stream_current(const at::Tensor* like, c10::Stream** out) {
+  return mtx::guarded([&] { *out = new c10::Stream(guard_of(like->device()).getStream(like->device())); });
+}
+
+// One of the backend's pool, before others where the device has priorities.
+int mtx_stream_of_pool(const at::Tensor* like, c10::Stream** out) {
+  return mtx::guarded([&] {
+    auto device = like->device();
+    *out = new c10::Stream(guard_of(device).getStreamFromGlobalPool(device, /*isHighPriority=*/true));
+  });
+}
+
+int mtx_stream_use(const c10::Stream* stream) {
+  return mtx::guarded([&] { guard_of(stream->device()).exchangeStream(*stream); });
+}
+
+int mtx_stream_handle(const c10::Stream* stream, void** out) {
+  return mtx::guarded([&] { *out = guard_of(stream->device()).getStreamNativeHandle(*stream); });
+}
+
+void mtx_stream_free(c10::Stream* stream) { delete stream; }
+
+int mtx_event_record(const c10::Stream* stream, c10::Event** out) {
+  return mtx::guarded([&] {
+    auto event = std::make_unique<c10::Event>(stream->device_type());
+    event->record(*stream);
+    *out = event.release();
+  });
+}
+
+int mtx_event_block(c10::Event* event, const c10::Stream* stream) {
+  return mtx::guarded([&] { event->block(*stream); });
+}
+
+int mtx_event_query(const c10::Event* event, bool* out) {
+  return mtx::guarded([&] { *out = event->query(); });
+}
+
+void mtx_event_free(c10::Event* event) { delete event; }
+}
