@@ -2,7 +2,7 @@
 
 use crate::Error;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Loads `file` for good: from the folder that `variable` names, from beside the libtorch this program runs on, or from the
 /// loader's path, in that order.
@@ -11,7 +11,8 @@ use std::path::PathBuf;
 /// Every place that was tried, with the loader's reason, and `remedy`.
 pub fn load_library(file: &str, variable: &str, remedy: &str) -> Result<&'static Library, Error> {
     let mut candidates: Vec<PathBuf> = Vec::new();
-    candidates.extend(std::env::var_os(variable).map(|folder| PathBuf::from(folder).join(file)));
+    let folder = std::env::var_os(variable).filter(|folder| !folder.is_empty());
+    candidates.extend(folder.map(|folder| PathBuf::from(folder).join(file)));
     candidates.extend(folder_of_libtorch().map(|folder| folder.join(file)));
     candidates.push(file.into());
     let mut tried = Vec::new();
@@ -20,10 +21,16 @@ pub fn load_library(file: &str, variable: &str, remedy: &str) -> Result<&'static
         // is leaked on purpose, since registered kernels must stay.
         match unsafe { Library::open(Some(&candidate), RTLD_NOW | RTLD_GLOBAL) } {
             Ok(library) => return Ok(Box::leak(Box::new(library))),
-            Err(error) => tried.push(format!("{}: {error}", candidate.display())),
+            Err(error) => tried.push(reason(&candidate, &error)),
         }
     }
     Err(Error::new(format!("{file} could not be loaded ({}). {remedy}", tried.join("; "))))
+}
+
+/// The loader's own words: it names the file that is missing, which may be one that the library needs.
+fn reason(candidate: &Path, error: &libloading::Error) -> String {
+    let words = std::error::Error::source(error).map_or(error.to_string(), |source| source.to_string());
+    if words.contains(&*candidate.to_string_lossy()) { words } else { format!("{}: {words}", candidate.display()) }
 }
 
 /// The real folder of the libtorch_cpu this process runs on, links resolved.

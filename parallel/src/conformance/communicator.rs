@@ -34,7 +34,7 @@ pub fn communicator(env: &RankEnv, backend: Backend, device: &dyn Accelerator) -
     let hasty = World::join(&env.again(1), SHORT, backend, device)?;
     let bench = Bench { world: &world, hasty: &hasty, all: world.all("conformance")?, device };
     type Case = fn(&Bench) -> Verdict;
-    let cases: [(&str, Case); 12] = [
+    let cases: [(&str, Case); 14] = [
         ("all_reduce: every dtype, operation and shape", all_reduce),
         ("broadcast from every rank", broadcast),
         ("all_gather and reduce_scatter are each other's reverse", gather_and_scatter),
@@ -43,6 +43,8 @@ pub fn communicator(env: &RankEnv, backend: Backend, device: &dyn Accelerator) -
         ("exchange: several messages as one operation", exchange),
         ("operations under way side by side, waited for in any order", side_by_side),
         ("groups beside one another", groups),
+        ("what one group made another takes at once", chained),
+        ("tensors that are dropped after a wait were sent whole", dropped),
         ("the same sums twice are equal to the bit", repeatable),
         ("wrong arguments are refused before anything is sent", refusals),
         ("a rank that does not come is named, with the call, within the timeout", timeout),
@@ -247,6 +249,44 @@ fn groups(bench: &Bench) -> Verdict {
     bench.done(first)?;
     expect("every second rank's sum", &x, &[members.iter().sum::<usize>() as f64; 4])?;
     expect("the neighbours' sum", &y, &[pair.iter().sum::<usize>() as f64; 4])
+}
+
+fn chained(bench: &Bench) -> Verdict {
+    let (rank, size) = (bench.rank(), bench.size());
+    let pair: Vec<usize> = (rank / 2 * 2..(rank / 2 * 2 + 2).min(size)).map(|other| other as usize).collect();
+    let group = bench.world.group("takers", &pair).map_err(|e| e.to_string())?;
+    let text = |e: CommError| e.to_string();
+    for elements in [1, 1 << 20] {
+        let x = bench.full(&[elements], rank, Kind::Float);
+        for group in [&bench.all, &group, &bench.all] {
+            // Nothing but the order of what is queued keeps one after the other.
+            group.all_reduce(&x, ReduceOp::Sum).and_then(crate::Work::wait).map_err(text)?;
+        }
+        bench.done(bench.all.barrier())?;
+        let of_pair = |first: i64| if (first + 2).min(size) - first == 2 { 2 } else { 1 };
+        let sum = size * (size - 1) / 2;
+        let expected: i64 = (0..size).map(|other| sum * of_pair(other / 2 * 2)).sum();
+        expect("a sum of sums of sums", &x.narrow(0, elements - 1, 1), &[expected as f64])?;
+    }
+    Ok(())
+}
+
+fn dropped(bench: &Bench) -> Verdict {
+    let (rank, size) = (bench.rank(), bench.size());
+    let elements = 1 << 18;
+    for round in 0..4 {
+        let all = bench.device.empty(&[elements * size], Kind::Float);
+        let own = bench.full(&[elements], rank + round, Kind::Float);
+        let work = bench.all.all_gather(&all, &own);
+        work.and_then(crate::Work::wait).map_err(|e| e.to_string())?;
+        drop(own);
+        // Takes the memory where it is given away.
+        let _other = bench.full(&[elements], -1, Kind::Float);
+        let last = all.view([size, elements]).narrow(1, elements - 1, 1).contiguous();
+        let expected: Vec<f64> = (0..size).map(|other| (other + round) as f64).collect();
+        expect("what was gathered", &last, &expected)?;
+    }
+    Ok(())
 }
 
 fn repeatable(bench: &Bench) -> Verdict {

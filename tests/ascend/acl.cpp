@@ -1,0 +1,197 @@
+// AscendCL on host memory: a stream is a thread that does one task after another.
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <deque>
+#include <mutex>
+#include <string>
+#include <thread>
+
+#include "acl.h"
+
+namespace {
+constexpr aclError SUCCESS = 0;
+constexpr aclError FAILURE = 500000; // ACL_ERROR_INTERNAL_ERROR
+
+thread_local std::string recent;
+thread_local int32_t current_device = 0;
+
+// A place in a stream's queue.
+struct Mark {
+  std::mutex mutex;
+  std::condition_variable passed;
+  bool done = false;
+
+  void pass() {
+    std::lock_guard<std::mutex> lock(mutex);
+    done = true;
+    passed.notify_all();
+  }
+  void wait() {
+    std::unique_lock<std::mutex> lock(mutex);
+    passed.wait(lock, [&] { return done; });
+  }
+  bool is_done() {
+    std::lock_guard<std::mutex> lock(mutex);
+    return done;
+  }
+};
+using MarkPtr = std::shared_ptr<Mark>;
+
+struct Task {
+  std::function<void(const standin::GivenUp&)> work;
+  MarkPtr mark; // Passed instead of work.
+};
+
+// The thread of a stream. One that is given up ends after the task it is at.
+struct Worker {
+  std::mutex mutex;
+  std::condition_variable more;
+  std::deque<Task> tasks;
+  std::atomic<bool> given_up{false};
+
+  static std::shared_ptr<Worker> start() {
+    auto worker = std::make_shared<Worker>();
+    std::thread([worker] { worker->run(); }).detach();
+    return worker;
+  }
+  void add(Task task) {
+    std::lock_guard<std::mutex> lock(mutex);
+    tasks.push_back(std::move(task));
+    more.notify_one();
+  }
+  void run() {
+    for (;;) {
+      Task task;
+      {
+        std::unique_lock<std::mutex> lock(mutex);
+        more.wait(lock, [&] { return given_up || !tasks.empty(); });
+        if (given_up) return;
+        task = std::move(tasks.front());
+        tasks.pop_front();
+      }
+      if (task.mark) {
+        task.mark->pass();
+      } else {
+        task.work([this] { return given_up.load(); });
+      }
+    }
+  }
+  // Nobody may wait for ever for what will not happen.
+  void give_up() {
+    std::lock_guard<std::mutex> lock(mutex);
+    given_up = true;
+    for (auto& task : tasks)
+      if (task.mark) task.mark->pass();
+    tasks.clear();
+    more.notify_one();
+  }
+};
+
+struct Stream {
+  std::mutex mutex;
+  std::shared_ptr<Worker> worker = Worker::start();
+  std::atomic<int> aborts{0};
+
+  void add(Task task) {
+    std::lock_guard<std::mutex> lock(mutex);
+    worker->add(std::move(task));
+  }
+};
+
+struct Event {
+  std::mutex mutex;
+  MarkPtr mark;
+
+  MarkPtr get() {
+    std::lock_guard<std::mutex> lock(mutex);
+    return mark;
+  }
+};
+
+Stream* stream_of(aclrtStream handle) { return static_cast<Stream*>(handle); }
+Event* event_of(aclrtEvent handle) { return static_cast<Event*>(handle); }
+} // namespace
+
+namespace standin {
+void enqueue(aclrtStream stream, std::function<void(const GivenUp&)> task) {
+  stream_of(stream)->add(Task{std::move(task), nullptr});
+}
+void remember(const std::string& error) { recent = error; }
+} // namespace standin
+
+extern "C" {
+aclError aclrtGetDeviceCount(uint32_t* count) {
+  *count = 8;
+  return SUCCESS;
+}
+aclError aclrtSetDevice(int32_t device) {
+  current_device = device;
+  return SUCCESS;
+}
+aclError aclrtGetDevice(int32_t* device) {
+  *device = current_device;
+  return SUCCESS;
+}
+aclError aclrtMalloc(void** pointer, size_t size, aclrtMemMallocPolicy) {
+  return posix_memalign(pointer, 512, size ? size : 512) == 0 ? SUCCESS : FAILURE;
+}
+aclError aclrtFree(void* pointer) {
+  std::free(pointer);
+  return SUCCESS;
+}
+aclError aclrtCreateStream(aclrtStream* stream) {
+  *stream = new Stream;
+  return SUCCESS;
+}
+aclError aclrtSynchronizeStream(aclrtStream handle) {
+  auto* stream = stream_of(handle);
+  int before = stream->aborts;
+  auto mark = std::make_shared<Mark>();
+  stream->add(Task{nullptr, mark});
+  mark->wait();
+  if (stream->aborts == before) return SUCCESS;
+  recent = "the stream was aborted";
+  return FAILURE;
+}
+aclError aclrtStreamAbort(aclrtStream handle) {
+  auto* stream = stream_of(handle);
+  std::lock_guard<std::mutex> lock(stream->mutex);
+  stream->aborts++;
+  stream->worker->give_up();
+  stream->worker = Worker::start();
+  return SUCCESS;
+}
+aclError aclrtCreateEvent(aclrtEvent* event) {
+  *event = new Event;
+  return SUCCESS;
+}
+aclError aclrtDestroyEvent(aclrtEvent event) {
+  delete event_of(event);
+  return SUCCESS;
+}
+aclError aclrtRecordEvent(aclrtEvent handle, aclrtStream stream) {
+  auto* event = event_of(handle);
+  auto mark = std::make_shared<Mark>();
+  {
+    std::lock_guard<std::mutex> lock(event->mutex);
+    event->mark = mark;
+  }
+  stream_of(stream)->add(Task{nullptr, mark});
+  return SUCCESS;
+}
+aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent handle) {
+  if (auto mark = event_of(handle)->get()) standin::enqueue(stream, [mark](const standin::GivenUp&) { mark->wait(); });
+  return SUCCESS;
+}
+aclError aclrtSynchronizeEvent(aclrtEvent handle) {
+  if (auto mark = event_of(handle)->get()) mark->wait();
+  return SUCCESS;
+}
+aclError aclrtQueryEventStatus(aclrtEvent handle, aclrtEventRecordedStatus* status) {
+  auto mark = event_of(handle)->get();
+  *status = !mark || mark->is_done() ? ACL_EVENT_RECORDED_STATUS_COMPLETE : ACL_EVENT_RECORDED_STATUS_NOT_READY;
+  return SUCCESS;
+}
+const char* aclGetRecentErrMsg() { return recent.c_str(); }
+}

@@ -1,0 +1,39 @@
+// The part of AscendCL that the stand-in has; names, types and numbers as in acl_base.h and acl_rt.h.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+
+extern "C" {
+typedef int aclError;
+typedef void* aclrtStream;
+typedef void* aclrtEvent;
+typedef enum { ACL_EVENT_RECORDED_STATUS_NOT_READY = 0, ACL_EVENT_RECORDED_STATUS_COMPLETE = 1 } aclrtEventRecordedStatus;
+typedef enum { ACL_MEM_MALLOC_HUGE_FIRST = 0 } aclrtMemMallocPolicy;
+
+aclError aclrtGetDeviceCount(uint32_t* count);
+aclError aclrtSetDevice(int32_t device);
+aclError aclrtGetDevice(int32_t* device);
+aclError aclrtMalloc(void** pointer, size_t size, aclrtMemMallocPolicy policy);
+aclError aclrtFree(void* pointer);
+aclError aclrtCreateStream(aclrtStream* stream);
+aclError aclrtSynchronizeStream(aclrtStream stream);
+aclError aclrtStreamAbort(aclrtStream stream);
+aclError aclrtCreateEvent(aclrtEvent* event);
+aclError aclrtDestroyEvent(aclrtEvent event);
+aclError aclrtRecordEvent(aclrtEvent event, aclrtStream stream);
+aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event);
+aclError aclrtSynchronizeEvent(aclrtEvent event);
+aclError aclrtQueryEventStatus(aclrtEvent event, aclrtEventRecordedStatus* status);
+const char* aclGetRecentErrMsg();
+}
+
+namespace standin {
+// Whether a stream's task was given up, and must not write any more.
+using GivenUp = std::function<bool()>;
+// Queues a task, as a kernel would be.
+void enqueue(aclrtStream stream, std::function<void(const GivenUp&)> task);
+// What aclGetRecentErrMsg says in this thread.
+void remember(const std::string& error);
+} // namespace standin
