@@ -2,7 +2,7 @@
 
 #[cfg(feature = "mpi")]
 use crate::comm::Mpi;
-use crate::comm::{ByDevice, Carriers, FlightRecorder, Hccl, Nccl, OnDevice, OnHost, Queued};
+use crate::comm::{ByDevice, Carriers, FlightRecorder, Hccl, Membership, Nccl, OnDevice, OnHost, Queued};
 use crate::{Accelerator, Backend, CommError, Communicator, Cpu, Gloo, Local};
 use std::path::Path;
 use std::sync::Arc;
@@ -244,6 +244,19 @@ impl World {
     /// # Errors
     /// When a member does not come within the timeout.
     pub fn group(&self, name: &str, members: &[usize]) -> Result<Arc<dyn Communicator>, CommError> {
+        self.make(name, members, false)
+    }
+
+    /// As [`World::group`], for ranks that also send to and receive from their neighbours in the ring of `members`: with tensors of
+    /// a device only such groups can.
+    ///
+    /// # Errors
+    /// As [`World::group`].
+    pub fn chain(&self, name: &str, members: &[usize]) -> Result<Arc<dyn Communicator>, CommError> {
+        self.make(name, members, true)
+    }
+
+    fn make(&self, name: &str, members: &[usize], chain: bool) -> Result<Arc<dyn Communicator>, CommError> {
         let needed = |joined: &&Joined| members.len() > 1 || joined.even_alone;
         let Some(joined) = self.joined.as_ref().filter(needed) else {
             return Ok(Arc::new(Local::new(self.rank, name)));
@@ -266,15 +279,16 @@ impl World {
             #[cfg(not(feature = "mpi"))]
             OnHost::Mpi => unreachable!("it is not chosen where it is not built in"),
         };
-        let (rank, timeout, like) = (self.rank, self.timeout, joined.like.shallow_clone());
+        let (timeout, like) = (self.timeout, joined.like.shallow_clone());
+        let membership = Membership::new(name, members, self.rank)?;
         let device: Option<Arc<dyn Communicator>> = match joined.carriers.device {
             Some(OnDevice::Nccl) => {
                 let library = Nccl::load().map_err(failed)?;
-                Some(Arc::new(Queued::new(library, store("device/")?, name, members, rank, timeout, like)?))
+                Some(Arc::new(Queued::join(library, membership, &store("device/")?, timeout, like, chain)?))
             }
             Some(OnDevice::Hccl) => {
                 let library = Hccl::load().map_err(failed)?;
-                Some(Arc::new(Queued::new(library, store("device/")?, name, members, rank, timeout, like)?))
+                Some(Arc::new(Queued::join(library, membership, &store("device/")?, timeout, like, chain)?))
             }
             None => None,
         };

@@ -101,7 +101,7 @@ impl Ranks {
         };
         Ok(Ranks {
             tensor: TensorParallel::new(group("tensor", Group::Tensor)?, config.tensor_chunks),
-            context: group("context", Group::Context)?,
+            context: world.chain("context", &mesh.group(Group::Context))?,
             sequence: group("sequence", Group::Sequence)?,
             experts: group("experts", Group::Expert)?,
             // One rank has nobody to wait for.

@@ -54,9 +54,10 @@ impl Communicator for ByDevice {
         self.of(tensor).recv(tensor, from, tag)
     }
     fn exchange(&self, sends: &[(&Tensor, usize)], receives: &[(&Tensor, usize)], tag: i32) -> Result<Work, CommError> {
-        // A rank without messages cannot know where those of the others are: it takes part in what they may need it for.
-        let on_host = sends.iter().chain(receives).next().is_some_and(|(tensor, _)| tensor.device() == Device::Cpu);
-        if on_host { self.host.exchange(sends, receives, tag) } else { self.device.exchange(sends, receives, tag) }
+        match sends.iter().chain(receives).next() {
+            Some((tensor, _)) => self.of(tensor).exchange(sends, receives, tag),
+            None => Ok(Work::done()),
+        }
     }
     fn barrier(&self) -> Result<Work, CommError> {
         self.host.barrier()

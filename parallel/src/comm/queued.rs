@@ -100,8 +100,8 @@ enum Party {
     Pair { from: usize, to: usize },
 }
 
-/// The pairs that a rank makes when it first sends or receives: those with its neighbours in the ring of the group, in an order
-/// that all ranks of the group agree on, so that none waits for another in a circle.
+/// The pairs of a rank with its neighbours in the ring of the group, in an order that all ranks of the group agree on, so that none
+/// waits for another in a circle while they are made.
 fn ring_pairs(rank: usize, size: usize) -> Vec<Party> {
     let mut all: Vec<(usize, usize)> =
         (0..size).flat_map(|from| [(from, (from + 1) % size), ((from + 1) % size, from)]).collect();
@@ -125,14 +125,9 @@ pub(crate) struct Queued<L: Library>(Arc<Shared<L>>);
 struct Shared<L: Library> {
     library: &'static L,
     membership: Membership,
-    /// Of this group alone.
-    store: Store,
-    timeout: Duration,
     /// A tensor of the device.
     like: Mutex<Tensor>,
-    /// Held while one is made; see `lanes` for those that there are.
-    making: Mutex<()>,
-    lanes: Mutex<BTreeMap<Party, Arc<Lane<L>>>>,
+    lanes: BTreeMap<Party, Lane<L>>,
     aborted: AtomicBool,
 }
 
@@ -162,24 +157,30 @@ impl Drop for Pending {
 }
 
 impl<L: Library> Queued<L> {
-    /// Joins the group `name` of the global ranks `members`, of which this process is `rank`; `store` is the group's own, and
-    /// `like` a tensor of the device. The vendor's communicators are made when they are first used.
+    /// Joins the group of `membership`, of which each member does so now; `store` is the group's own, and `like` a tensor of the
+    /// device. A `chain`'s ranks can send to their neighbours, and receive from them.
+    ///
+    /// All vendor's communicators are made here: making one waits for its other ranks, and an operation must not, since those may
+    /// do something else first that waits for this rank.
     ///
     /// # Errors
-    /// When `rank` is none of them.
-    pub(crate) fn new(
+    /// When the others do not come within `timeout`, or the library refuses.
+    pub(crate) fn join(
         library: &'static L,
-        store: Store,
-        name: &str,
-        members: &[usize],
-        rank: usize,
+        membership: Membership,
+        store: &Store,
         timeout: Duration,
         like: Tensor,
+        chain: bool,
     ) -> Result<Queued<L>, CommError> {
-        let membership = Membership::new(name, members, rank)?;
-        let (making, lanes) = (Mutex::default(), Mutex::default());
-        let (like, aborted) = (Mutex::new(like), false.into());
-        Ok(Queued(Arc::new(Shared { library, membership, store, timeout, like, making, lanes, aborted })))
+        let (rank, size) = (membership.position, membership.members.len());
+        let failed = |reason: String| membership.error("joining", reason);
+        torch_ext::use_device(&like).map_err(|e| failed(e.to_string()))?;
+        let mut lanes = BTreeMap::new();
+        for party in std::iter::once(Party::All).chain(if chain { ring_pairs(rank, size) } else { Vec::new() }) {
+            lanes.insert(party, Lane::make(library, party, &membership, store, timeout, &like).map_err(failed)?);
+        }
+        Ok(Queued(Arc::new(Shared { library, membership, like: Mutex::new(like), lanes, aborted: false.into() })))
     }
 
     /// Queues an operation on `tensors` for `party`; `after` is run by [`Work::wait`].
@@ -199,7 +200,9 @@ impl<L: Library> Queued<L> {
         }
         let like = shared.like();
         torch_ext::use_device(&like).map_err(torch)?;
-        let lane = shared.lane(party).map_err(failed)?;
+        let lane = shared.lanes.get(&party).ok_or_else(|| {
+            failed("these ranks are no neighbours in a chain: World::chain makes one, whose neighbours can send".into())
+        })?;
         if shared.aborted.load(Ordering::SeqCst) {
             return Err(failed("the group was aborted".into()));
         }
@@ -213,8 +216,8 @@ impl<L: Library> Queued<L> {
         drop(queueing);
         tensors.push(like);
         let mut pending = Pending { done: done.clone(), tensors, settled: false };
-        let (watched, on) = (shared.clone(), lane.clone());
-        let progress = move || match watched.library.failure(&on.comm) {
+        let watched = shared.clone();
+        let progress = move || match watched.library.failure(&watched.lanes[&party].comm) {
             // Whoever aborted knows.
             _ if watched.aborted.load(Ordering::SeqCst) => Ok(true),
             Some(reason) => Err(reason),
@@ -271,61 +274,39 @@ impl<L: Library> Shared<L> {
     fn like(&self) -> Tensor {
         self.like.lock().unwrap_or_else(PoisonError::into_inner).shallow_clone()
     }
+}
 
-    /// The vendor's communicator of `party`. The first message of a group makes all that a pipeline needs.
-    fn lane(&self, party: Party) -> Result<Arc<Lane<L>>, String> {
-        let known = || self.lanes.lock().unwrap_or_else(PoisonError::into_inner).get(&party).cloned();
-        if let Some(lane) = known() {
-            return Ok(lane);
-        }
-        let _making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(lane) = known() {
-            return Ok(lane);
-        }
-        let (rank, size) = (self.membership.position, self.membership.members.len());
-        let first = party != Party::All
-            && !self.lanes.lock().unwrap_or_else(PoisonError::into_inner).keys().any(|&party| party != Party::All);
-        let mut parties = if first { ring_pairs(rank, size) } else { Vec::new() };
-        if !parties.contains(&party) {
-            parties.push(party);
-        }
-        for party in parties {
-            let lane = Arc::new(self.make(party)?);
-            self.lanes.lock().unwrap_or_else(PoisonError::into_inner).insert(party, lane);
-        }
-        Ok(known().expect("it was just made"))
-    }
-
-    fn make(&self, party: Party) -> Result<Lane<L>, String> {
-        let (rank, size) = match party {
-            Party::All => (self.membership.position, self.membership.members.len()),
-            Party::Pair { to, .. } => (usize::from(to == self.membership.position), 2),
-        };
-        let name = match party {
-            Party::All => "all".to_string(),
-            Party::Pair { from, to } => format!("{from}-{to}"),
+impl<L: Library> Lane<L> {
+    fn make(
+        library: &L,
+        party: Party,
+        membership: &Membership,
+        store: &Store,
+        timeout: Duration,
+        like: &Tensor,
+    ) -> Result<Lane<L>, String> {
+        let (rank, size, name) = match party {
+            Party::All => (membership.position, membership.members.len(), "all".to_string()),
+            Party::Pair { from, to } => (usize::from(to == membership.position), 2, format!("{from}-{to}")),
         };
         let text = |e: torch_ext::Error| e.to_string();
         if rank == 0 {
-            self.store.set(&format!("{name}/id"), &self.library.new_id()?).map_err(text)?;
+            store.set(&format!("{name}/id"), &library.new_id()?).map_err(text)?;
         }
         // A vendor's library would wait for a rank that is missing, and could not be told to stop.
         let here = format!("{name}/here");
         let began = Instant::now();
-        let mut present = self.store.add(&here, 1).map_err(text)?;
+        let mut present = store.add(&here, 1).map_err(text)?;
         while present < size as i64 {
-            if began.elapsed() > self.timeout {
-                return Err(format!("{present} of {size} ranks came within {:.1?}", self.timeout));
-            }
-            if self.aborted.load(Ordering::SeqCst) {
-                return Err("the group was aborted".into());
+            if began.elapsed() > timeout {
+                return Err(format!("{present} of {size} ranks came within {timeout:.1?}"));
             }
             std::thread::sleep(Duration::from_millis(2));
-            present = self.store.add(&here, 0).map_err(text)?;
+            present = store.add(&here, 0).map_err(text)?;
         }
-        let id = self.store.get(&format!("{name}/id")).map_err(text)?;
-        let stream = Stream::beside(&self.like()).map_err(text)?;
-        let comm = self.library.join(&id, rank, size)?;
+        let id = store.get(&format!("{name}/id")).map_err(text)?;
+        let stream = Stream::beside(like).map_err(text)?;
+        let comm = library.join(&id, rank, size)?;
         Ok(Lane { comm, stream, queueing: Mutex::default() })
     }
 }
@@ -461,7 +442,6 @@ impl<L: Library> Communicator for Queued<L> {
         };
         let all = sends.iter().map(of(true)).chain(receives.iter().map(of(false)));
         let (messages, tensors): (Vec<Message>, Vec<Tensor>) = all.filter(|(message, _)| message.run.count > 0).unzip();
-        // A rank without a message takes part in making the communicator all the same.
         let enqueue = |library: &L, to: &To<L>| match messages.is_empty() {
             true => Ok(()),
             // SAFETY: the tensors are kept until the operation is done.
@@ -483,8 +463,7 @@ impl<L: Library> Communicator for Queued<L> {
         if self.0.aborted.swap(true, Ordering::SeqCst) {
             return;
         }
-        let lanes: Vec<_> = self.0.lanes.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
-        for lane in lanes {
+        for lane in self.0.lanes.values() {
             if let Ok(stream) = lane.stream.handle() {
                 self.0.library.abort(&lane.comm, stream);
             }

@@ -1,0 +1,111 @@
+//! Ranks with Ascend NPUs, as far as that can be tried without one: CANN's and torch_npu's interfaces on host memory, built from
+//! `tests/ascend`.
+
+mod fixture;
+
+use fixture::{Experiment, assert_close, assert_stopped_rank_is_named, curve, finish, free_port, ranks, text};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// The folder of the libraries, built once for these sources.
+fn libraries() -> &'static Path {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/ascend");
+        let mut hasher = DefaultHasher::new();
+        for name in ["build.sh", "acl.h", "acl.cpp", "hccl.cpp", "torch_npu.cpp"] {
+            std::fs::read(sources.join(name)).unwrap().hash(&mut hasher);
+        }
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("ascend-{:016x}", hasher.finish()));
+        if !folder.exists() {
+            let include = std::env::var("MOERUN_TORCH_INCLUDE").expect("cargo sets it: see ./scripts/setup");
+            let unfinished = folder.with_extension(std::process::id().to_string());
+            let built = Command::new(sources.join("build.sh")).arg(include).arg(&unfinished).output().unwrap();
+            assert!(built.status.success(), "{}", text(&built));
+            std::fs::rename(&unfinished, &folder).unwrap();
+        }
+        folder
+    })
+}
+
+/// Makes the libraries those that `command` finds.
+fn with_npus(command: &mut Command) -> &mut Command {
+    // Gloo works twice in these processes, as itself and as HCCL, and c10d's own recorder is not made for that.
+    command.env("MOERUN_ASCEND_LIB", libraries()).env("TORCH_FR_BUFFER_SIZE", "0")
+}
+
+#[test]
+fn hccl_conforms() {
+    let experiment = Experiment::new();
+    for ranks in ["1", "2", "3", "4", "8"] {
+        let args = ["conformance", "--device", "npu", "--communicator", "hccl", "-n", ranks];
+        let output = finish(with_npus(&mut experiment.moerun(&args)));
+        assert!(output.status.success(), "{ranks} ranks: {}", text(&output));
+        assert_eq!(text(&output).matches("ok ").count(), 20, "{}", text(&output));
+    }
+}
+
+#[test]
+fn npus_train_as_processors_do() {
+    let experiment = Experiment::new();
+    let layouts: [&[&str]; 5] = [
+        &["parallel.zero=2"],
+        &["parallel.pipeline=2", "parallel.expert=1", "parallel.tensor=2"],
+        &["parallel.pipeline=2", "parallel.vocabulary=vocab-2", "train.micro_batch=1"],
+        &["parallel.context=2", "parallel.expert=4", "model.moe.dispatch=least_loaded"],
+        &[
+            "parallel.expert=4",
+            "model.moe.dispatch=least_loaded",
+            "model.moe.least_loaded.threshold=1",
+            "model.moe.least_loaded.min_tokens=1",
+        ],
+    ];
+    for layout in layouts {
+        let run = |dir: &str, device: &str| {
+            let set = [format!("run.dir={dir}"), format!("run.device={device}")];
+            let mut command = experiment.train(4, &["train.steps=8"]);
+            layout.iter().map(|change| change.to_string()).chain(set).for_each(|change| {
+                command.args(["--set", &change]);
+            });
+            let output = finish(with_npus(&mut command));
+            assert!(output.status.success(), "{layout:?} on {device}: {}", text(&output));
+            let curve = curve(&experiment, dir);
+            std::fs::remove_dir_all(experiment.path(dir)).unwrap();
+            curve
+        };
+        let npu = run("npu", "npu");
+        assert_close(&run("cpu", "cpu"), &npu, 1e-5);
+        assert_eq!(npu, run("npu", "npu"), "{layout:?}: the same layout twice");
+    }
+}
+
+#[test]
+fn a_stopped_rank_is_named_over_hccl() {
+    let experiment = Experiment::new();
+    let port = free_port();
+    let changes = ["train.steps=100000", "run.timeout_s=6", "run.device=npu"];
+    let run = ranks(&experiment, 4, &changes, |command, rank| {
+        with_npus(command);
+        format!("RANK={rank} LOCAL_RANK={rank} WORLD_SIZE=4 MASTER_ADDR=127.0.0.1 MASTER_PORT={port}")
+    });
+    assert_stopped_rank_is_named(&experiment, 2, run);
+}
+
+#[test]
+fn what_is_missing_is_said_in_one_sentence() {
+    let experiment = Experiment::new();
+    let refused = |changes: &[&str], expected: &str| {
+        let output = finish(experiment.train(2, changes).env_remove("MOERUN_ASCEND_LIB"));
+        let said = text(&output);
+        assert!(!output.status.success() && said.contains(expected), "{said}");
+        assert!(!said.contains("panic"), "{said}");
+    };
+    refused(&["run.device=npu"], "libtorch_npu.so could not be loaded");
+    refused(&["run.communicator=hccl"], "run.communicator is hccl, which carries tensors of npu alone");
+    refused(&["run.communicator=nccl"], "run.communicator is nccl, which carries tensors of cuda alone");
+    if !Path::new("/dev/nvidiactl").exists() {
+        refused(&["run.device=cuda"], "libtorch_cuda.so could not be loaded");
+    }
+}
