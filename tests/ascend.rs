@@ -65,7 +65,7 @@ fn npus_train_as_processors_do() {
     for layout in layouts {
         let run = |dir: &str, device: &str| {
             let set = [format!("run.dir={dir}"), format!("run.device={device}")];
-            let mut command = experiment.train(4, &["train.steps=8"]);
+            let mut command = experiment.train(4, &["train.steps=5"]);
             layout.iter().map(|change| change.to_string()).chain(set).for_each(|change| {
                 command.args(["--set", &change]);
             });

@@ -34,6 +34,13 @@ int mtx_stream_use(const c10::Stream* stream) {
   return mtx::guarded([&] { guard_of(stream->device()).exchangeStream(*stream); });
 }
 
+// The tensor's memory, when it is freed, is given to nobody before what is queued on the stream now is done.
+int mtx_stream_uses(const c10::Stream* stream, const at::Tensor* tensor) {
+  return mtx::guarded([&] {
+    if (tensor->storage().nbytes()) guard_of(stream->device()).recordDataPtrOnStream(tensor->storage().data_ptr(), *stream);
+  });
+}
+
 int mtx_stream_handle(const c10::Stream* stream, void** out) {
   return mtx::guarded([&] { *out = guard_of(stream->device()).getStreamNativeHandle(*stream); });
 }

@@ -52,6 +52,7 @@ unsafe extern "C" {
     pub(crate) fn mtx_stream_current(like: *mut C_tensor, out: *mut Handle) -> c_int;
     pub(crate) fn mtx_stream_of_pool(like: *mut C_tensor, out: *mut Handle) -> c_int;
     pub(crate) fn mtx_stream_use(stream: Handle) -> c_int;
+    pub(crate) fn mtx_stream_uses(stream: Handle, tensor: *mut C_tensor) -> c_int;
     pub(crate) fn mtx_stream_handle(stream: Handle, out: *mut *mut c_void) -> c_int;
     pub(crate) fn mtx_stream_free(stream: Handle);
     pub(crate) fn mtx_event_record(stream: Handle, out: *mut Handle) -> c_int;

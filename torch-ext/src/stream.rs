@@ -63,6 +63,16 @@ impl Stream {
         ffi::check(unsafe { ffi::mtx_stream_use(self.0) })
     }
 
+    /// What is queued here uses `tensor`, which was made on another stream: when it is freed, nobody gets its memory before that is
+    /// done.
+    ///
+    /// # Errors
+    /// libtorch's message.
+    pub fn uses(&self, tensor: &Tensor) -> Result<(), Error> {
+        // SAFETY: a live stream and a live tensor.
+        ffi::check(unsafe { ffi::mtx_stream_uses(self.0, tensor.as_ptr() as *mut C_tensor) })
+    }
+
     /// The vendor's handle of it (`cudaStream_t`, `aclrtStream`), which lives as long as the process.
     ///
     /// # Errors

@@ -128,7 +128,7 @@ impl Trainer {
         for (kind, name) in order.vocabulary.map_or(Vec::new(), collectives) {
             lanes.push((kind, world.group(name, &vocabulary)?));
         }
-        let pipeline = Executor::new(world.chain("pipeline", &stages)?, lanes);
+        let pipeline = Executor::new(world.chain("pipeline", &stages)?, lanes, device.as_ref())?;
         let model = Model::new(&config.model, own, &Setting::of(&config, device.as_ref(), &ranks));
         let parameters = &model.parameters;
         let weights: Vec<(Weight, usize)> =

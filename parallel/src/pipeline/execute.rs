@@ -1,18 +1,18 @@
 //! Carries a schedule out on one rank.
 
 use super::communication::Need;
+use super::lane::Lane;
 use super::simulate::Span;
 use super::{Collective, CollectiveKind, Message, Pass, PassKind, Payload, Schedule, Step};
-use crate::{CommError, Communicator, Work};
+use crate::{Accelerator, CommError, Communicator, Work};
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Instant;
 use tch::Tensor;
 
-/// What a rank does in a collective. It runs beside the passes, on a thread of its own, so it may compute between
-/// operations; its result goes to the passes that need the collective.
-pub type Exchange = Box<dyn FnOnce(&dyn Communicator) -> Result<Vec<Tensor>, CommError> + Send>;
+/// What a rank does in a collective. It runs beside the passes, on a lane of its own, so it may compute between operations; its
+/// result goes to the passes that need the collective. It is called once, and the tensors in it live until its result is there.
+pub type Exchange = Box<dyn Fn(&dyn Communicator) -> Result<Vec<Tensor>, CommError> + Send>;
 
 /// The stages of one rank.
 pub trait Stages {
@@ -44,29 +44,6 @@ pub struct Executor {
     lanes: HashMap<CollectiveKind, Lane>,
 }
 
-/// A thread that goes through the exchanges of one kind of collective, in order.
-struct Lane {
-    jobs: Sender<Exchange>,
-    results: Receiver<Result<Vec<Tensor>, CommError>>,
-}
-
-impl Lane {
-    fn new(group: Arc<dyn Communicator>) -> Lane {
-        let (jobs, inbox) = channel::<Exchange>();
-        let (outbox, results) = channel();
-        std::thread::spawn(move || {
-            // What little is computed here must not take cores from the passes.
-            tch::set_num_threads(1);
-            while let Ok(exchange) = inbox.recv() {
-                if outbox.send(tch::no_grad(|| exchange(group.as_ref()))).is_err() {
-                    return;
-                }
-            }
-        });
-        Lane { jobs, results }
-    }
-}
-
 /// A step under way.
 struct Run<'a> {
     schedule: &'a Schedule,
@@ -85,14 +62,18 @@ struct Run<'a> {
 }
 
 impl Executor {
-    /// For the ranks of `messages`, in order of pipeline. `collectives` are groups of the same ranks, one for each kind that
-    /// the schedules have.
+    /// For the ranks of `messages`, in order of pipeline, whose stages are on `device`. `collectives` are groups of the same ranks,
+    /// one for each kind that the schedules have.
+    ///
+    /// # Errors
+    /// When the device has no queue for a collective.
     pub fn new(
         messages: Arc<dyn Communicator>,
         collectives: impl IntoIterator<Item = (CollectiveKind, Arc<dyn Communicator>)>,
-    ) -> Executor {
-        let lanes = collectives.into_iter().map(|(kind, group)| (kind, Lane::new(group))).collect();
-        Executor { messages, lanes }
+        device: &dyn Accelerator,
+    ) -> Result<Executor, torch_ext::Error> {
+        let lanes = collectives.into_iter().map(|(kind, group)| Ok((kind, Lane::new(group, device)?)));
+        Ok(Executor { messages, lanes: lanes.collect::<Result<_, _>>()? })
     }
 
     /// Goes through this rank's list; what was computed when, in seconds.
@@ -141,7 +122,7 @@ impl Executor {
                 }
                 Step::Collect(collective) => {
                     let exchange = stages.exchange(collective)?;
-                    self.lane(collective.kind).jobs.send(exchange).expect("the lane lives as long as this");
+                    self.lane(collective.kind).enter(exchange)?;
                     run.lanes.entry(collective.kind).or_insert((0, 0)).0 += 1;
                 }
             }
@@ -162,7 +143,7 @@ impl Executor {
 
     /// Waits for the next collective of a kind; they end in the order of microbatches.
     fn next_result(&self, run: &mut Run, kind: CollectiveKind) -> Result<(), CommError> {
-        let result = self.lane(kind).results.recv().expect("the lane lives as long as this")?;
+        let result = self.lane(kind).next()?;
         let (_, ended) = run.lanes.get_mut(&kind).expect("it was entered");
         let collective = Collective { kind, microbatch: *ended };
         *ended += 1;

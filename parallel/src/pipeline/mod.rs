@@ -11,6 +11,7 @@ pub mod check;
 pub mod communication;
 pub mod draw;
 mod execute;
+mod lane;
 pub mod schedules;
 pub mod simulate;
 mod text;

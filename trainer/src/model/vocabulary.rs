@@ -137,7 +137,7 @@ impl LocalSoftmax {
         Box::new(move |group: &dyn Communicator| {
             group.all_reduce(&sums, ReduceOp::Sum)?.wait()?;
             let (total, of_target) = (sums.get(0), sums.get(1));
-            let loss = ((total.log() + largest - of_target) * &weight).sum(Kind::Float) * divisor;
+            let loss = ((total.log() + &largest - of_target) * &weight).sum(Kind::Float) * divisor;
             Ok(vec![loss, total.reciprocal()])
         })
     }
@@ -161,11 +161,11 @@ impl LocalSoftmax {
             let loss = ((total.log() + highest - of_target) * &weight).sum(Kind::Float) * divisor;
             let correction = scaled.get(group.rank() as i64) / total;
             let mut results = vec![loss, correction.shallow_clone()];
-            if let Some((mixed, target)) = parts {
+            if let Some((mixed, target)) = &parts {
                 let by_token = |t: &Tensor| t.unsqueeze(1).to_kind(mixed.kind());
-                let gradient = (&mixed * by_token(&correction) - target) * by_token(&weight);
+                let gradient = (mixed * by_token(&correction) - target) * by_token(&weight);
                 group.all_reduce(&gradient, ReduceOp::Sum)?.wait()?;
-                results.extend(takes.map(|rows| narrow(&gradient, &rows)));
+                results.extend(takes.as_ref().map(|rows| narrow(&gradient, rows)));
             }
             Ok::<_, CommError>(results)
         })
@@ -210,7 +210,7 @@ fn narrow(tensor: &Tensor, rows: &Range<i64>) -> Tensor {
 pub(crate) fn maximum(largest: Tensor) -> Exchange {
     Box::new(move |group: &dyn Communicator| {
         group.all_reduce(&largest, ReduceOp::Max)?.wait()?;
-        Ok(vec![largest])
+        Ok(vec![largest.shallow_clone()])
     })
 }
 
@@ -218,7 +218,7 @@ pub(crate) fn maximum(largest: Tensor) -> Exchange {
 pub(crate) fn sum(part: Tensor, takes: Option<Range<i64>>) -> Exchange {
     Box::new(move |group: &dyn Communicator| {
         group.all_reduce(&part, ReduceOp::Sum)?.wait()?;
-        Ok(takes.map(|rows| narrow(&part, &rows)).into_iter().collect())
+        Ok(takes.iter().map(|rows| narrow(&part, rows)).collect())
     })
 }
 
@@ -227,14 +227,14 @@ pub(crate) fn sum(part: Tensor, takes: Option<Range<i64>>) -> Exchange {
 pub(crate) fn collect(whole: Tensor, own: Option<Tensor>, roots: Range<usize>) -> Exchange {
     Box::new(move |group: &dyn Communicator| {
         let rows = whole.size()[0] / roots.len() as i64;
-        for (index, root) in roots.enumerate() {
+        for (index, root) in roots.clone().enumerate() {
             let part = whole.narrow(0, index as i64 * rows, rows);
             if let Some(own) = own.as_ref().filter(|_| root == group.rank()) {
                 part.shallow_clone().copy_(own);
             }
             group.broadcast(&part, root)?.wait()?;
         }
-        Ok(vec![whole])
+        Ok(vec![whole.shallow_clone()])
     })
 }
 
