@@ -473,8 +473,11 @@ pub(crate) struct BenchArgs {
     /// Threads
     #[arg(long, default_value_t = 2)]
     pub(crate) threads: usize,
-    /// A command to measure in the same run, alternating; it prints a JSON line with `tokens_per_s`. {case}, {runs} and
-    /// {threads} are filled in. May be given many times: the fastest is the baseline
+    /// cpu, cuda, npu or auto
+    #[arg(long, default_value = "cpu")]
+    pub(crate) device: String,
+    /// A command to measure in the same run, alternating; it prints a JSON line with `tokens_per_s`. {case}, {runs}, {threads} and
+    /// {device} are filled in. May be given many times: the fastest is the baseline
     #[arg(long, value_name = "COMMAND")]
     pub(crate) baseline: Vec<String>,
     /// How often ours and the baselines take turns

@@ -6,9 +6,36 @@
 
 use crate::borrowed::Borrowed;
 use crate::foreign::{numel, parts};
+use crate::fp8;
 use parallel::{Activation, Weight, add_gradients, add_product};
 use tch::Tensor;
 use torch_ext::{Error, attach_backward};
+
+/// The arithmetic of experts' products.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gemm {
+    /// The model's.
+    Model,
+    /// 8-bit operands in forward and for the gradients of rows; gradients of weights in the model's.
+    Fp8,
+}
+
+impl Gemm {
+    /// Each group of rows times its own matrix `[out, in]` (or `[in, out]` if not `transposed`).
+    fn grouped(
+        self,
+        rows: &Tensor,
+        matrix: impl Fn(i64) -> Tensor,
+        counts: &[i64],
+        transposed: bool,
+    ) -> Result<Tensor, Error> {
+        match self {
+            Gemm::Model => Ok(grouped_matmul(rows, matrix, counts, transposed)),
+            Gemm::Fp8 if transposed => fp8::grouped_matmul(rows, matrix, counts),
+            Gemm::Fp8 => fp8::grouped_matmul(rows, |expert| matrix(expert).tr(), counts),
+        }
+    }
+}
 
 /// Rows `x_rd` `[R, D]`, in expert order with `counts[e]` rows for expert `e`, through `gate_up_efd` `[E, 2F, D]`
 /// (rows of gate, then rows of up) and `down_edf` `[E, D, F]`: `[R, D]`. With `keep` the gate-up product is kept for
@@ -25,7 +52,7 @@ pub fn grouped_swiglu(
     counts: &[i64],
     keep: bool,
 ) -> Result<Tensor, Error> {
-    grouped_swiglu_with(x_rd, gate_up_efd, down_edf, None, counts, keep)
+    grouped_swiglu_with(x_rd, gate_up_efd, down_edf, None, counts, Gemm::Model, keep)
 }
 
 /// As [`grouped_swiglu`], with rows for borrowed experts after those for this rank's.
@@ -38,6 +65,7 @@ pub(crate) fn grouped_swiglu_with(
     down_edf: &Weight,
     borrowed: Option<Borrowed>,
     counts: &[i64],
+    gemm: Gemm,
     keep: bool,
 ) -> Result<Tensor, Error> {
     let rows = x_rd.value.size()[0];
@@ -49,10 +77,10 @@ pub(crate) fn grouped_swiglu_with(
     let weights = borrowed.as_ref().map(|borrowed| borrowed.weights(gate_up_efd, down_edf)).transpose()?;
     let (out, hidden) = tch::no_grad(|| {
         let here = Here::new(gate_up_efd, down_edf, weights);
-        let hidden = grouped_matmul(&x_rd.value, |expert| here.gate_up(expert), counts, true);
-        let out = grouped_matmul(&activation(&hidden), |expert| here.down(expert), counts, true);
-        (out, hidden)
-    });
+        let hidden = gemm.grouped(&x_rd.value, |expert| here.gate_up(expert), counts, true)?;
+        let out = gemm.grouped(&activation(&hidden), |expert| here.down(expert), counts, true)?;
+        Ok::<_, Error>((out, hidden))
+    })?;
     let kept = keep.then_some(hidden);
     let (saved, gate_up, down, counts) = (x_rd.saved(), gate_up_efd.clone(), down_edf.clone(), counts.to_vec());
     let (of_gate_up, of_down) = (gate_up_efd.tracker(), down_edf.tracker());
@@ -70,11 +98,11 @@ pub(crate) fn grouped_swiglu_with(
         let here = Here::new(&gate_up, &down, weights);
         let hidden = match &kept {
             Some(hidden) => hidden.shallow_clone(),
-            None => grouped_matmul(&x, |expert| here.gate_up(expert), &counts, true),
+            None => gemm.grouped(&x, |expert| here.gate_up(expert), &counts, true)?,
         };
-        let grad_activation = grouped_matmul(&grad_out, |expert| here.down(expert), &counts, false);
+        let grad_activation = gemm.grouped(&grad_out, |expert| here.down(expert), &counts, false)?;
         let grad_hidden = activation_backward(&grad_activation, &hidden);
-        let grad_x = grouped_matmul(&grad_hidden, |expert| here.gate_up(expert), &counts, false);
+        let grad_x = gemm.grouped(&grad_hidden, |expert| here.gate_up(expert), &counts, false)?;
         let (borrowed, counts) = (borrowed.clone(), counts.clone());
         add_gradients(&[&down, &gate_up], move |sums| {
             let (of_down, of_gate_up) = (&sums[0], &sums[1]);
@@ -227,6 +255,28 @@ mod tests {
             assert!(grad.allclose(&plain, 1e-5, 1e-6, false), "{:?}", plain.size());
         }
         assert_eq!(of_gate_up.narrow(0, 2 * ffn, 2 * ffn).abs().sum(Kind::Float).double_value(&[]), 0.0);
+    }
+
+    #[test]
+    fn fp8_trains_on_nearly_the_same_gradients() {
+        let (hidden, ffn, counts) = (32i64, 16i64, [30i64, 0, 18]);
+        let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
+        let weights = [random(&[3, 2 * ffn, hidden]), random(&[3, hidden, ffn])].map(Weight::new);
+        let gradients = collect([&weights[0], &weights[1]]);
+        let (mut x, probe) = (random(&[48, hidden]).set_requires_grad(true), random(&[48, hidden]));
+        let mut run = |gemm| {
+            gradients.begin(1);
+            let activation = Activation::kept(&x);
+            let out = grouped_swiglu_with(&activation, &weights[0], &weights[1], None, &counts, gemm, true).unwrap();
+            (&out * &probe).sum(Kind::Float).backward();
+            let grad_x = x.grad().copy();
+            x.zero_grad();
+            [out.detach(), grad_x, gradients.gradient(0).copy(), gradients.gradient(1).copy()]
+        };
+        for (plain, fp8) in run(Gemm::Model).iter().zip(&run(Gemm::Fp8)) {
+            let off = ((fp8 - plain).norm() / plain.norm()).double_value(&[]);
+            assert!(off > 1e-4 && off < 0.08, "{:?} is off by {off}", plain.size());
+        }
     }
 
     #[test]

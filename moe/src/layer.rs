@@ -3,7 +3,7 @@
 use crate::balance::{RouterStats, Statistics};
 use crate::borrowed::Borrowed;
 use crate::dispatch::{Dispatcher, Plan, Returning};
-use crate::experts::{grouped_swiglu, grouped_swiglu_with};
+use crate::experts::{Gemm, grouped_swiglu, grouped_swiglu_with};
 use crate::plan::{count, count_choices, part_of, segments};
 use crate::router::{Router, Routing};
 use parallel::tensor::TensorParallel;
@@ -38,6 +38,8 @@ pub struct MoeLayer {
     pub tensor: TensorParallel,
     /// The ranks that have tokens of the same sequences.
     pub sequence: Arc<dyn Communicator>,
+    /// The arithmetic of the routed experts' products.
+    pub gemm: Gemm,
     /// What is kept for backward.
     pub keep: Keep,
     /// The layer's tensors.
@@ -200,7 +202,7 @@ impl MoeLayer {
             borrowed_rows += counts[plan.route.held..].iter().sum::<i64>();
             bytes_across += self.dispatcher.bytes_across(&dispatched);
             let (rows_rd, borrowed) = (&dispatched.rows_rd, borrowed.clone());
-            let y_rd = grouped_swiglu_with(rows_rd, gate_up, down, borrowed, counts, self.keep.experts)?;
+            let y_rd = grouped_swiglu_with(rows_rd, gate_up, down, borrowed, counts, self.gemm, self.keep.experts)?;
             returning.push(self.dispatcher.start_back(&y_rd, dispatched, weights)?);
         }
         borrowed.iter().for_each(Borrowed::forget);

@@ -20,6 +20,7 @@ pub mod consistency;
 pub mod dispatch;
 pub mod experts;
 mod foreign;
+mod fp8;
 mod hierarchy;
 mod layer;
 pub mod least_loaded;

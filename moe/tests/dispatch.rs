@@ -3,6 +3,7 @@
 
 use moe::balance::Statistics;
 use moe::dispatch::{Dispatcher, Hierarchy, LeastLoaded};
+use moe::experts::Gemm;
 use moe::least_loaded::{Imbalance, Planner};
 use moe::plan::Sites;
 use moe::{Keep, MoeLayer, MoeWeights, Router, Routing, Seen};
@@ -121,6 +122,7 @@ fn run(groups: &Groups, case: &Case, mode: Mode) -> Outcome {
         statistics: Statistics::Sequence,
         tensor: TensorParallel::new(alone.clone(), 1),
         sequence: alone,
+        gemm: Gemm::Model,
         keep: Keep { rows: mode.keep, experts: mode.keep },
         weights: MoeWeights {
             gate: Weight::new(numbers(3, &[case.num_experts as i64, HIDDEN])),

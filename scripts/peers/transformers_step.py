@@ -37,13 +37,17 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--runs", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    model = build(args.experts, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+    model = build(args.experts, torch.bfloat16 if args.dtype == "bf16" else torch.float32).to(args.device)
+    if args.compile:
+        model = torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    tokens = torch.randint(0, VOCABULARY, (BATCH, SEQUENCE))
+    tokens = torch.randint(0, VOCABULARY, (BATCH, SEQUENCE)).to(args.device)
     seconds, losses = [], []
     for index in range(WARM_UP + args.runs):
         start = time.perf_counter()
@@ -52,16 +56,19 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if args.device != "cpu":
+            torch.cuda.synchronize()
         losses.append(round(loss.item(), 5))
         if index >= WARM_UP:
             seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds)
     print(json.dumps({
-        "peer": f"transformers Mixtral, {args.experts}",
+        "peer": f"transformers Mixtral, {args.experts}{', compiled' if args.compile else ''}",
         "dtype": args.dtype,
         "tokens_per_s": round(BATCH * SEQUENCE / median, 1),
         "step_ms": round(median * 1e3, 1),
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_device_mib": None if args.device == "cpu" else torch.cuda.max_memory_allocated() >> 20,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "losses": losses[:4],
     }))

@@ -22,6 +22,8 @@ pub struct StepTimes {
     pub parameters: i64,
     /// The most resident memory of the process so far, in bytes.
     pub peak_memory: u64,
+    /// The most that tensors held on the device, in bytes.
+    pub peak_tensors: u64,
     /// Tokens of a step.
     pub tokens: i64,
 }
@@ -122,6 +124,7 @@ impl ReferenceStep {
         }
         let parameters = self.model.parameters.iter().map(|p| p.master.numel() as i64).sum();
         let peak_memory = parallel::peak_resident()?;
-        Ok(StepTimes { seconds, losses, parameters, peak_memory, tokens: BATCH * SEQUENCE })
+        let peak_tensors = self.device.memory()?.peak;
+        Ok(StepTimes { seconds, losses, parameters, peak_memory, peak_tensors, tokens: BATCH * SEQUENCE })
     }
 }

@@ -3,7 +3,7 @@
 
 use moe::Score;
 use moe::balance::{BatchTotals, Statistics};
-use parallel::{Communicator, Cpu, GradientBuckets, Local, Replication};
+use parallel::{Communicator, GradientBuckets, Local, Replication};
 use std::path::Path;
 use std::sync::Arc;
 use tch::Tensor;
@@ -16,7 +16,9 @@ struct Golden {
 
 impl Golden {
     fn open(name: &str) -> Golden {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(format!("{name}.safetensors"));
+        let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+        let folder = std::env::var_os("MOERUN_GOLDEN").map_or(here, Into::into);
+        let path = folder.join(format!("{name}.safetensors"));
         Golden { bytes: std::fs::read(path).unwrap() }
     }
 
@@ -73,6 +75,7 @@ fn experts(experts: usize, top_k: usize, ffn: usize, normalize: bool) -> MoeConf
 /// The largest difference over the largest value.
 fn difference(ours: &Tensor, golden: &Tensor) -> f64 {
     assert_eq!(ours.size(), golden.size());
+    let ours = ours.to_device(golden.device());
     (ours - golden).abs().max().double_value(&[]) / golden.abs().max().double_value(&[]).max(1e-12)
 }
 
@@ -80,7 +83,11 @@ fn check(name: &str, config: ModelConfig) {
     let golden = Golden::open(name);
     let alone: Arc<dyn Communicator> = Arc::new(Local::new(0, "alone"));
     let ranks = Ranks::alone();
-    let setting = Setting::alone(64, Dtype::Fp32, &Cpu, &ranks);
+    // scripts/gpu-check has the same on a GPU.
+    let device = std::env::var("MOERUN_TEST_DEVICE").unwrap_or("cpu".into());
+    let device = parallel::accelerator(&device, 0).unwrap();
+    let device = device.as_ref();
+    let setting = Setting::alone(64, Dtype::Fp32, device, &ranks);
     let model = Model::new(&config, ModelPart::whole(config.layers), &setting);
     let mut loaded = 0;
     for parameter in model.parameters.iter() {
@@ -92,10 +99,10 @@ fn check(name: &str, config: ModelConfig) {
     assert_eq!(loaded, golden.names("weight/").len(), "every golden weight has a place");
 
     let leaves: Vec<_> = model.parameters.iter().map(|p| (p.weight.clone(), 0)).collect();
-    let gradients = GradientBuckets::new(&leaves, &[Replication::alone()], 1 << 20, true, &Cpu).unwrap();
+    let gradients = GradientBuckets::new(&leaves, &[Replication::alone()], 1 << 20, true, device).unwrap();
     let settings = OptimizerConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
-    let mut optimizer = Optimizer::new(&settings, 1.0, &model.parameters, &Cpu, alone);
-    let ids = golden.tensor("input_ids");
+    let mut optimizer = Optimizer::new(&settings, 1.0, &model.parameters, device, alone);
+    let ids = device.upload(&golden.tensor("input_ids"));
     let (batch, length) = ids.size2().unwrap();
     let labels = ids.roll([-1], [1]);
     let _ = labels.narrow(1, length - 1, 1).fill_(-100);

@@ -8,6 +8,7 @@ use anyhow::{Result, bail};
 use moe::balance::Statistics;
 use moe::calibrate::{ExpertSize, agree, break_even};
 use moe::dispatch::{Dispatcher, LeastLoaded};
+use moe::experts::Gemm;
 use moe::least_loaded::Planner;
 use moe::plan::Sites;
 use moe::{Keep, MoeLayer, MoeWeights, Router, Routing, Seen};
@@ -244,6 +245,7 @@ impl LayerBench {
             statistics: Statistics::Sequence,
             tensor: TensorParallel::new(alone.clone(), 1),
             sequence: alone.clone(),
+            gemm: Gemm::Model,
             keep: Keep { rows: true, experts: true },
             weights: MoeWeights {
                 gate: Weight::new(Cpu.zeros(&[0, hidden], Kind::Float)),

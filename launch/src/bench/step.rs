@@ -25,14 +25,16 @@ pub(crate) fn run(args: BenchArgs) -> Result<ExitCode> {
 fn measure_step(args: &BenchArgs, case: BenchCase) -> Result<Value> {
     tch::set_num_threads(args.threads as i32);
     let dtype = if case == BenchCase::Bf16 { Dtype::Bf16 } else { Dtype::Fp32 };
-    let times = ReferenceStep::new(dtype, parallel::accelerator("cpu", 0)?)?.measure(2, args.runs)?;
+    let times = ReferenceStep::new(dtype, parallel::accelerator(&args.device, 0)?)?.measure(2, args.runs)?;
     let seconds = median(times.seconds);
     Ok(json!({
         "bench": "step",
         "case": case.name(),
+        "device": args.device,
         "tokens_per_s": round(times.tokens as f64 / seconds, 1),
         "step_ms": round(seconds * 1e3, 1),
         "peak_rss_mib": times.peak_memory >> 20,
+        "peak_tensors_mib": times.peak_tensors >> 20,
         "runs": args.runs,
         "ranks": 1,
         "threads": args.threads,
@@ -46,13 +48,19 @@ fn measure_step(args: &BenchArgs, case: BenchCase) -> Result<Value> {
 fn take_turns(args: &BenchArgs, case: BenchCase) -> Result<Value> {
     let this = std::env::current_exe().context("cannot find this program's own file")?;
     let (runs, threads) = (args.runs.to_string(), args.threads.to_string());
-    let fill = |text: &str| text.replace("{case}", case.name()).replace("{runs}", &runs).replace("{threads}", &threads);
+    let fill = |text: &str| {
+        text.replace("{case}", case.name())
+            .replace("{runs}", &runs)
+            .replace("{threads}", &threads)
+            .replace("{device}", &args.device)
+    };
     let mut ours = Vec::new();
     let mut baselines: Vec<(String, Vec<Value>)> = args.baseline.iter().map(|text| (fill(text), Vec::new())).collect();
     for round in 1..=args.rounds {
         eprintln!("{}: round {round} of {}", case.name(), args.rounds);
         let mut command = Command::new(&this);
         command.args(["bench", "step", "--case", case.name(), "--runs", &runs, "--threads", &threads]);
+        command.args(["--device", &args.device]);
         ours.push(last_line(command, "moerun bench step", "tokens_per_s")?);
         for (text, lines) in &mut baselines {
             let mut command = Command::new("sh");

@@ -289,6 +289,21 @@ impl Config {
                 warmup + decay
             ));
         }
+        if self.train.fp8_experts {
+            let widths =
+                self.model.moe.as_ref().map(|moe| [self.model.hidden, moe.ffn / self.parallel.expert_tensor.max(1)]);
+            match widths {
+                None => problems.add("train.fp8_experts needs experts: give model.moe, or leave it out".into()),
+                Some(widths) if widths.iter().any(|width| width % 16 != 0) => problems.add(format!(
+                    "train.fp8_experts multiplies matrices whose widths are multiples of 16; model.hidden and each rank's part of \
+                     model.moe.ffn are {widths:?}"
+                )),
+                Some(_) if self.train.dtype != Dtype::Bf16 => {
+                    problems.add("train.fp8_experts needs train.dtype: bf16, which its results are in".into());
+                }
+                Some(_) => {}
+            }
+        }
         if self.train.dtype == Dtype::Bf16 && self.optimizer.eps < 1e-12 {
             problems.add(format!("optimizer.eps is {}; with bf16 gradients use at least 1e-12", self.optimizer.eps));
         }

@@ -147,6 +147,10 @@ pub struct TrainConfig {
     /// Arithmetic of the model. Weights are kept in fp32 either way.
     #[serde(default)]
     pub dtype: Dtype,
+    /// Products of routed experts in 8-bit floating point, in forward and for the gradients of their rows: faster on Hopper GPUs
+    /// and newer, elsewhere the same numbers at no gain. See docs/precision.md for what it costs in loss.
+    #[serde(default)]
+    pub fp8_experts: bool,
     /// Largest global gradient norm; larger gradients are scaled down. 0: no limit.
     #[serde(default = "unit")]
     pub grad_clip: f64,

@@ -23,6 +23,7 @@ use layer::{FeedForward, Layer, with_weights};
 use loss::{VocabularyRows, cross_entropy};
 use moe::balance::{BatchTotals, RouterStats, Statistics, load_balance_loss, z_loss};
 use moe::dispatch::Dispatcher;
+use moe::experts::Gemm;
 use moe::{Keep, MoeLayer, MoeWeights, Router, Seen};
 use norm::rms_norm;
 use parallel::collectives::gather_from_group;
@@ -45,6 +46,8 @@ pub struct Setting<'a> {
     pub sequence_length: usize,
     /// Its arithmetic.
     pub dtype: Dtype,
+    /// The arithmetic of routed experts' products.
+    pub expert_gemm: Gemm,
     /// Decides first values.
     pub seed: u64,
     /// Where it is.
@@ -63,6 +66,7 @@ impl<'a> Setting<'a> {
         Setting {
             sequence_length: config.data.sequence_length,
             dtype: config.train.dtype,
+            expert_gemm: if config.train.fp8_experts { Gemm::Fp8 } else { Gemm::Model },
             seed: config.run.seed,
             device,
             ranks,
@@ -74,7 +78,8 @@ impl<'a> Setting<'a> {
     /// One rank that keeps everything.
     pub fn alone(sequence_length: usize, dtype: Dtype, device: &'a dyn Accelerator, ranks: &'a Ranks) -> Setting<'a> {
         let (context_attention, recompute) = (ContextKind::Ring, RecomputeConfig::default());
-        Setting { sequence_length, dtype, seed: 0, device, ranks, context_attention, recompute }
+        let expert_gemm = Gemm::Model;
+        Setting { sequence_length, dtype, expert_gemm, seed: 0, device, ranks, context_attention, recompute }
     }
 }
 
@@ -562,6 +567,7 @@ fn moe_layer(
         statistics: config.load_balance_over,
         tensor: ranks.tensor.clone(),
         sequence: ranks.sequence.clone(),
+        gemm: setting.expert_gemm,
         keep: Keep { rows: recompute.keeps(RecomputedPart::Router), experts: recompute.keeps(RecomputedPart::Experts) },
         weights: MoeWeights { gate, bias, gate_up, down, shared },
     };

@@ -1,0 +1,95 @@
+//! Experts' products in 8-bit floating point (E4M3), every row and every column with a scale of its own, summed up in fp32
+//! (row-wise scaling of "FP8-LM", arXiv 2310.18313, and of torch's `_scaled_grouped_mm`, which does it on Hopper GPUs).
+//!
+//! Other devices compute the same numbers from the same rounded operands, in fp32: what the rounding costs in loss can be measured
+//! anywhere. The kernel itself has not yet been run on hardware.
+// Shapes: R rows, E experts, I in, O out.
+
+use tch::{Device, Kind, Tensor};
+use torch_ext::Error;
+
+/// The largest number of E4M3.
+const LARGEST: f64 = 448.0;
+
+/// `[.., I]` as 8-bit numbers and the scale of each row, `[.., 1]` fp32.
+fn quantize(x: &Tensor) -> (Tensor, Tensor) {
+    let x = x.to_kind(Kind::Float);
+    // Rows of zeros keep a scale that can be divided by.
+    let scale = (x.abs().amax([-1i64].as_slice(), true) / LARGEST).clamp_min(1e-12);
+    let small = (x / &scale).clamp(-LARGEST, LARGEST).to_kind(Kind::Float8e4m3fn);
+    (small, scale)
+}
+
+/// Each group of rows `[R, I]` times its own matrix, whose rows `matrix` gives as `[O, I]`: `[R, O]`.
+///
+/// # Errors
+/// On a GPU, what the kernel says: it takes bf16 models whose widths are multiples of 16, on Hopper and newer.
+pub(crate) fn grouped_matmul(rows: &Tensor, matrix: impl Fn(i64) -> Tensor, counts: &[i64]) -> Result<Tensor, Error> {
+    let (small, scales) = quantize(rows);
+    if let Device::Cuda(_) = rows.device() {
+        let matrices = Tensor::stack(&(0..counts.len() as i64).map(matrix).collect::<Vec<_>>(), 0);
+        let (matrices, of_matrices) = quantize(&matrices);
+        let ends = counts.iter().scan(0i32, |end, &count| {
+            *end += count as i32;
+            Some(*end)
+        });
+        let ends = Tensor::from_slice(&ends.collect::<Vec<_>>()).to_device(rows.device());
+        let none = None::<Tensor>;
+        let out = small.f_internal_scaled_grouped_mm(
+            &matrices.transpose(-2, -1),
+            &scales.squeeze_dim(-1),
+            &of_matrices.squeeze_dim(-1),
+            Some(ends),
+            none.as_ref().map(Tensor::shallow_clone),
+            none,
+            Kind::BFloat16,
+            true,
+        );
+        return out.map_err(|e| Error::new(format!("experts in fp8: {e}")));
+    }
+    let (small, mut parts, mut start) = (small.to_kind(Kind::Float), Vec::new(), 0);
+    for (expert, &len) in counts.iter().enumerate() {
+        let (matrix, of_matrix) = quantize(&matrix(expert as i64));
+        let part = small.narrow(0, start, len).matmul(&matrix.to_kind(Kind::Float).tr());
+        parts.push(part * scales.narrow(0, start, len) * of_matrix.tr());
+        start += len;
+    }
+    Ok(Tensor::cat(&parts, 0).to_kind(rows.kind()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use parallel::{Accelerator, Cpu};
+
+    #[test]
+    fn numbers_that_fit_are_multiplied_exactly() {
+        // Rows whose largest number is 448 have the scale 1, and whole numbers up to 16 are numbers of E4M3.
+        let rows = Tensor::from_slice(&[448f32, 3.0, -2.0, 16.0, 448.0, 0.0, 448.0, 7.0, 1.0]).view([3, 3]);
+        let matrices = [[448f32, 1.0, 2.0, -448.0, 5.0, 0.0], [0.0, 448.0, -9.0, 448.0, 448.0, 448.0]];
+        let matrix = |expert: i64| Tensor::from_slice(&matrices[expert as usize]).view([2, 3]);
+        let ours = grouped_matmul(&rows, matrix, &[2, 1]).unwrap();
+        let plain = [rows.narrow(0, 0, 2).matmul(&matrix(0).tr()), rows.narrow(0, 2, 1).matmul(&matrix(1).tr())];
+        assert_eq!(ours, Tensor::cat(&plain, 0));
+    }
+
+    #[test]
+    fn rounding_costs_a_few_percent_whatever_the_scale() {
+        let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
+        let rows = random(&[32, 64]) * (random(&[32, 1]) * 20.0).exp();
+        let matrix = random(&[48, 64]);
+        let ours = grouped_matmul(&rows, |_| matrix.shallow_clone(), &[32]).unwrap();
+        let plain = rows.matmul(&matrix.tr());
+        let norm = |x: &Tensor| x.square().sum_dim_intlist([1i64].as_slice(), false, Kind::Float).sqrt();
+        let off = (norm(&(ours - &plain)) / norm(&plain)).max().double_value(&[]);
+        assert!(off > 1e-3 && off < 0.06, "{off}");
+    }
+
+    #[test]
+    fn groups_without_rows_and_rows_of_zeros_are_fine() {
+        let zeros = Tensor::zeros([2, 16], (Kind::BFloat16, Device::Cpu));
+        let out = grouped_matmul(&zeros, |_| zeros.shallow_clone(), &[0, 2, 0]).unwrap();
+        assert_eq!((out.size(), out.kind()), (vec![2, 2], Kind::BFloat16));
+        assert_eq!(out.abs().sum(Kind::Float).double_value(&[]), 0.0);
+    }
+}
