@@ -4,7 +4,6 @@
 //! matrix products; it costs one transfer of weights and one of their gradients in fp32. In figures, for weights of `b`
 //! bytes an element, `F` FLOP/s and a link of `W` bytes/s: `(b + 4) F / (6 W)`, whatever the expert's size.
 
-use crate::dispatch::edge;
 use crate::foreign::Lending;
 use parallel::{Accelerator, Communicator, Work};
 use std::sync::Arc;
@@ -84,7 +83,7 @@ fn least(mut body: impl FnMut() -> Result<(), Error>) -> Result<f64, Error> {
 /// When the collective fails.
 pub fn agree(world: &Arc<dyn Communicator>, measured: f64) -> Result<i64, Error> {
     let sum = Tensor::from_slice(&[measured.max(1.0).log2()]);
-    world.all_reduce(&sum, parallel::ReduceOp::Sum).and_then(Work::wait).map_err(edge)?;
+    world.all_reduce(&sum, parallel::ReduceOp::Sum).and_then(Work::wait)?;
     let exponent = (sum.double_value(&[0]) / world.size() as f64).round().clamp(0.0, 20.0);
     Ok(1 << exponent as i64)
 }

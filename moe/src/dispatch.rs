@@ -14,7 +14,7 @@ use crate::least_loaded::Planner;
 use crate::plan::{Route, Sites, count, part_of, plan_receive, plan_send, route};
 use crate::rows::{Slots, permute_rows};
 use parallel::collectives::{Travelling, start_all_to_all};
-use parallel::{Activation, CommError, Communicator, Weight, Work};
+use parallel::{Activation, Communicator, Weight, Work};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 use tch::{Device, Kind, Tensor};
@@ -377,15 +377,11 @@ pub(crate) fn upload(numbers: &[i64], device: Device) -> Tensor {
     Tensor::from_slice(numbers).to_device(device)
 }
 
-pub(crate) fn edge(error: CommError) -> Error {
-    Error::new(error.to_string())
-}
-
 /// Every rank's numbers, rank after rank. They are counts of rows, so 32 bits do.
 fn gather(group: &Arc<dyn Communicator>, numbers: &[i64]) -> Result<Vec<i64>, Error> {
     let own: Vec<i32> = numbers.iter().map(|&number| number as i32).collect();
     let all = Tensor::empty([(own.len() * group.size()) as i64], (Kind::Int, Device::Cpu));
-    group.all_gather(&all, &Tensor::from_slice(&own)).and_then(Work::wait).map_err(edge)?;
+    group.all_gather(&all, &Tensor::from_slice(&own)).and_then(Work::wait)?;
     let all = Vec::<i32>::try_from(all).map_err(|e| Error::new(e.to_string()))?;
     Ok(all.into_iter().map(i64::from).collect())
 }

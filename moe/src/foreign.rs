@@ -9,7 +9,6 @@
 //! Every rank of the group comes to each exchange in the same order, on a communicator that carries nothing else.
 // Shapes: F ffn, D hidden, M experts lent to this rank.
 
-use crate::dispatch::edge;
 use crate::plan::{Route, Sites};
 use parallel::{Communicator, Work};
 use std::collections::{HashMap, VecDeque};
@@ -136,7 +135,7 @@ impl Lending {
         let weights = Tensor::empty([self.num_borrowed(), elements], (gate_up.kind(), gate_up.device()));
         let parts = self.by_lender(&weights);
         let receives: Vec<_> = parts.iter().map(|(part, borrowed)| (part, borrowed.lender)).collect();
-        let work = self.group.exchange(&sends, &receives, WEIGHTS).map_err(edge)?;
+        let work = self.group.exchange(&sends, &receives, WEIGHTS)?;
         Ok(Fetching { work, weights })
     }
 
@@ -154,7 +153,7 @@ impl Lending {
 impl Fetching {
     /// Waits for them: `[M, elements]`, in order of their experts.
     pub(crate) fn arrive(self) -> Result<Tensor, Error> {
-        self.work.wait().map_err(edge)?;
+        self.work.wait()?;
         Ok(self.weights)
     }
 }
@@ -171,7 +170,7 @@ impl Returning {
             (Tensor::empty([experts.len() as i64, elements], options), *helper)
         });
         let receives: Vec<_> = helper.iter().map(|(part, helper)| (part, *helper)).collect();
-        let work = group.exchange(&sends, &receives, GRADIENTS).map_err(edge)?;
+        let work = group.exchange(&sends, &receives, GRADIENTS)?;
         self.under_way.push_back((work, helper.map(|(part, _)| part)));
         Ok(())
     }
@@ -181,7 +180,7 @@ impl Returning {
         let lending = self.lending.clone();
         for round in 0..lending.rounds {
             let (work, part) = self.under_way.pop_front().expect("two rounds are under way, or all that are left");
-            work.wait().map_err(edge)?;
+            work.wait()?;
             if let Some(part) = part {
                 for (row, &expert) in lending.lent[round].1.iter().enumerate() {
                     let [of_gate_up, of_down] = parts(&part.get(row as i64), gate_up, down);

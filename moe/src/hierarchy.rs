@@ -5,7 +5,7 @@
 //! Which of a token's choices are in a node cannot be told from counts, so a number for each choice travels beside the row.
 // Shapes: T tokens, C choices of a token, N (token, node) pairs.
 
-use crate::dispatch::{Exchange, Hierarchy, Hop, Way, edge, upload};
+use crate::dispatch::{Exchange, Hierarchy, Hop, Way, upload};
 use crate::plan::{plan_receive, plan_send};
 use crate::rows::Slots;
 use parallel::{Communicator, Work};
@@ -105,6 +105,6 @@ fn exchange(
 ) -> Result<Vec<i32>, Error> {
     let sent = Tensor::from_slice(rows).view([-1, width]);
     let received = Tensor::empty([rows_from.iter().sum::<i64>(), width], (sent.kind(), sent.device()));
-    group.all_to_all(&received, &sent, rows_from, rows_to).and_then(Work::wait).map_err(edge)?;
+    group.all_to_all(&received, &sent, rows_from, rows_to).and_then(Work::wait)?;
     Vec::<i32>::try_from(received.view([-1])).map_err(|e| Error::new(e.to_string()))
 }

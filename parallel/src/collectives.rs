@@ -22,10 +22,6 @@ type Shared = Arc<dyn Communicator>;
 /// Where an operation under way leaves its result: one node of the graph starts it in backward, an earlier one waits.
 pub(crate) type Slot = Arc<Mutex<Option<(Work, Tensor)>>>;
 
-pub(crate) fn edge(error: CommError) -> Error {
-    Error::new(error.to_string())
-}
-
 pub(crate) fn fill(slot: &Slot, work: Work, tensor: Tensor) {
     *slot.lock().expect("no thread panics while it holds a slot") = Some((work, tensor));
 }
@@ -33,7 +29,7 @@ pub(crate) fn fill(slot: &Slot, work: Work, tensor: Tensor) {
 pub(crate) fn take(slot: &Slot) -> Result<Tensor, Error> {
     let filled = slot.lock().expect("no thread panics while it holds a slot").take();
     let (work, tensor) = filled.ok_or_else(|| Error::new("a part that nobody sent"))?;
-    work.wait().map_err(edge)?;
+    work.wait()?;
     Ok(tensor)
 }
 
@@ -43,7 +39,7 @@ where
     F: FnOnce(&Tensor) -> Result<Tensor, CommError>,
     B: Fn(&Tensor) -> Result<Tensor, CommError> + Send + 'static,
 {
-    let output = tch::no_grad(|| forward(&input.detach().contiguous())).map_err(edge)?;
+    let output = tch::no_grad(|| forward(&input.detach().contiguous()))?;
     let shape = output.size();
     let options = (output.kind(), output.device());
     let mut outputs = attach_backward(&[input], vec![output], move |grads| {
@@ -52,7 +48,7 @@ where
             Some(grad) => grad.contiguous(),
             None => Tensor::zeros(shape.as_slice(), options),
         };
-        Ok(vec![Some(backward(&grad).map_err(edge)?)])
+        Ok(vec![Some(backward(&grad)?)])
     })?;
     Ok(outputs.remove(0))
 }
@@ -139,7 +135,7 @@ fn exchange(input: &Tensor, group: &Shared, receive: &[i64], send: &[i64]) -> Re
     let mut shape = input.size();
     shape[0] = receive.iter().sum();
     let output = Tensor::empty(shape.as_slice(), (input.kind(), input.device()));
-    let work = group.all_to_all(&output, input, receive, send).map_err(edge)?;
+    let work = group.all_to_all(&output, input, receive, send)?;
     Ok((work, output))
 }
 
@@ -165,7 +161,7 @@ impl Travelling {
     /// When the collective failed.
     pub fn arrive(self) -> Result<Tensor, Error> {
         let Travelling { work, output, link, slot, group, receive, send } = self;
-        work.wait().map_err(edge)?;
+        work.wait()?;
         let (shape, options) = (output.size(), (output.kind(), output.device()));
         let mut out = attach_backward(&[&link], vec![output], move |grads| {
             // A rank whose rows nobody used still takes part, with zeros.

@@ -5,7 +5,7 @@
 //! gathered and the last is summed, forward and backward.
 // Shapes: n rows of a rank, R ranks, D hidden.
 
-use crate::collectives::{Slot, edge, fill, take};
+use crate::collectives::{Slot, fill, take};
 use crate::{Activation, Communicator, ReduceOp, Work};
 use std::ops::Range;
 use std::sync::Arc;
@@ -141,7 +141,7 @@ impl TensorParallel {
             let (start, len) = self.chunk(rows, index);
             let all = Tensor::empty([ranks * len, width], (x_nd.kind(), x_nd.device()));
             let own = tch::no_grad(|| x_nd.detach().narrow(0, start, len).contiguous());
-            works.push(self.group.all_gather(&all, &own).map_err(edge)?);
+            works.push(self.group.all_gather(&all, &own)?);
             outputs.push(all);
         }
         // What each chunk's gradient becomes: this rank's rows of its sum.
@@ -155,7 +155,7 @@ impl TensorParallel {
             let (group, again, saved) = (self.group.clone(), self.group.clone(), x.saved());
             let (start, len) = self.chunk(rows, index);
             move || {
-                work.wait().map_err(edge)?;
+                work.wait()?;
                 let (shape, options) = (all.size(), (all.kind(), all.device()));
                 let mut out = attach_backward(&[&all], vec![all.detach()], move |grads| {
                     let grad = match &grads[0] {
@@ -163,7 +163,7 @@ impl TensorParallel {
                         None => Tensor::zeros(shape.as_slice(), options),
                     };
                     let part = Tensor::empty([shape[0] / group.size() as i64, shape[1]], options);
-                    let work = group.reduce_scatter(&part, &grad, ReduceOp::Sum).map_err(edge)?;
+                    let work = group.reduce_scatter(&part, &grad, ReduceOp::Sum)?;
                     fill(&slot, work, part);
                     // It goes on through the slot.
                     Ok(vec![None])
@@ -171,7 +171,7 @@ impl TensorParallel {
                 Ok(Activation::again(out.remove(0), move || {
                     let own = saved.get()?.narrow(0, start, len).contiguous();
                     let all = Tensor::empty([len * again.size() as i64, width], (own.kind(), own.device()));
-                    again.all_gather(&all, &own).and_then(Work::wait).map_err(edge)?;
+                    again.all_gather(&all, &own).and_then(Work::wait)?;
                     Ok(all)
                 }))
             }
@@ -199,7 +199,7 @@ impl Scatter {
         let (rows, width) = chunk.size2().map_err(|e| Error::new(e.to_string()))?;
         let part = Tensor::empty([rows / self.group.size() as i64, width], (chunk.kind(), chunk.device()));
         let own = tch::no_grad(|| chunk.detach().contiguous());
-        let work = self.group.reduce_scatter(&part, &own, ReduceOp::Sum).map_err(edge)?;
+        let work = self.group.reduce_scatter(&part, &own, ReduceOp::Sum)?;
         self.parts.push((work, part));
         let slot = Slot::default();
         let arrived = slot.clone();
@@ -212,7 +212,7 @@ impl Scatter {
     fn finish(self) -> Result<Tensor, Error> {
         let mut parts = Vec::new();
         for (work, part) in self.parts {
-            work.wait().map_err(edge)?;
+            work.wait()?;
             parts.push(part);
         }
         let sizes: Vec<i64> = parts.iter().map(|part| part.size()[0]).collect();
@@ -231,7 +231,7 @@ impl Scatter {
             for (size, slot) in sizes.iter().zip(&slots).rev() {
                 let own = grad.narrow(0, end - size, *size).contiguous();
                 let all = Tensor::empty([size * group.size() as i64, shape[1]], options);
-                let work = group.all_gather(&all, &own).map_err(edge)?;
+                let work = group.all_gather(&all, &own)?;
                 fill(slot, work, all);
                 end -= size;
             }

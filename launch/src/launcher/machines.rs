@@ -7,7 +7,7 @@ use super::spawn::{STARTING, spawn_keeper};
 use crate::keeper::{Orders, Ready};
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::signal::Signal;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -126,7 +126,8 @@ impl<'a> Machines<'a> {
             let missing: Vec<String> = {
                 let agents = self.agents();
                 let absent = |machine: &&usize| **machine > 0 && agents[**machine - 1].writer.is_none();
-                wanted.iter().filter(absent).map(usize::to_string).collect()
+                // A machine is wanted once for each of its ranks.
+                wanted.iter().filter(absent).collect::<BTreeSet<_>>().into_iter().map(usize::to_string).collect()
             };
             if missing.is_empty() {
                 return Ok(());

@@ -46,6 +46,13 @@ pub struct CommError {
     pub reason: String,
 }
 
+/// For those who cannot say more than libtorch's errors, such as gradients on their way through autograd.
+impl From<CommError> for torch_ext::Error {
+    fn from(error: CommError) -> torch_ext::Error {
+        torch_ext::Error::new(error.to_string())
+    }
+}
+
 type Finish = Box<dyn FnOnce() -> Result<(), CommError> + Send>;
 
 /// Whether a device has done what was queued on it, or why it cannot.

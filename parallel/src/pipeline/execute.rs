@@ -73,7 +73,7 @@ impl Executor {
         device: &dyn Accelerator,
     ) -> Result<Executor, torch_ext::Error> {
         let lanes = collectives.into_iter().map(|(kind, group)| Ok((kind, Lane::new(group, device)?)));
-        Ok(Executor { messages, lanes: lanes.collect::<Result<_, _>>()? })
+        Ok(Executor { messages, lanes: lanes.collect::<Result<_, torch_ext::Error>>()? })
     }
 
     /// Goes through this rank's list; what was computed when, in seconds.
