@@ -156,7 +156,7 @@ fn numbers_that_do_not_divide() {
     refused(
         &experiment,
         &mut experiment.train(2, &["run.device=gpu"]),
-        &["run.device is \"gpu\"; use auto, cpu or cuda"],
+        &["run.device is \"gpu\"; use auto, cpu, cuda or npu"],
     );
 }
 
