@@ -7,6 +7,7 @@
 use crate::borrowed::Borrowed;
 use crate::foreign::{numel, parts};
 use crate::fp8;
+use kernels::{swiglu, swiglu_backward};
 use parallel::{Activation, Weight, add_gradients, add_product};
 use tch::Tensor;
 use torch_ext::{Error, attach_backward};
@@ -78,7 +79,7 @@ pub(crate) fn grouped_swiglu_with(
     let (out, hidden) = tch::no_grad(|| {
         let here = Here::new(gate_up_efd, down_edf, weights);
         let hidden = gemm.grouped(&x_rd.value, |expert| here.gate_up(expert), counts, true)?;
-        let out = gemm.grouped(&activation(&hidden), |expert| here.down(expert), counts, true)?;
+        let out = gemm.grouped(&swiglu(&hidden), |expert| here.down(expert), counts, true)?;
         Ok::<_, Error>((out, hidden))
     })?;
     let kept = keep.then_some(hidden);
@@ -101,12 +102,12 @@ pub(crate) fn grouped_swiglu_with(
             None => gemm.grouped(&x, |expert| here.gate_up(expert), &counts, true)?,
         };
         let grad_activation = gemm.grouped(&grad_out, |expert| here.down(expert), &counts, false)?;
-        let grad_hidden = activation_backward(&grad_activation, &hidden);
+        let grad_hidden = swiglu_backward(&grad_activation, &hidden);
         let grad_x = gemm.grouped(&grad_hidden, |expert| here.gate_up(expert), &counts, false)?;
         let (borrowed, counts) = (borrowed.clone(), counts.clone());
         add_gradients(&[&down, &gate_up], move |sums| {
             let (of_down, of_gate_up) = (&sums[0], &sums[1]);
-            let activation = activation(&hidden);
+            let activation = swiglu(&hidden);
             let (own, foreign) = counts.split_at(of_down.size()[0] as usize);
             let own_rows: i64 = own.iter().sum();
             // What helpers owe is on its way while this rank adds up its own.
@@ -162,21 +163,6 @@ impl Here {
             _ => own.select(0, expert),
         }
     }
-}
-
-/// `silu(gate) * up` of `[R, 2F]`: `[R, F]`.
-fn activation(hidden: &Tensor) -> Tensor {
-    let halves = hidden.chunk(2, -1);
-    halves[0].silu().multiply_(&halves[1])
-}
-
-fn activation_backward(grad: &Tensor, hidden: &Tensor) -> Tensor {
-    let halves = hidden.chunk(2, -1);
-    let out = hidden.empty_like();
-    let parts = out.chunk(2, -1);
-    parts[0].shallow_clone().copy_(&halves[0].silu_backward(&(grad * &halves[1])));
-    parts[1].shallow_clone().copy_(&halves[0].silu().multiply_(grad));
-    out
 }
 
 /// Each group of rows times its own matrix `[out, in]` (or `[in, out]` if not `transposed`).

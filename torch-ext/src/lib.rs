@@ -5,6 +5,7 @@
 //! - [`fused_adamw`]: the optimizer step in one pass over memory;
 //! - [`generator_state`], [`allocator_bytes`], [`synchronize`], [`keep_freed_memory`]: per-device state;
 //! - [`Stream`] and [`Event`]: queues of work on devices that have them;
+//! - [`parallel_for`]: loops on libtorch's own threads;
 //! - [`load_cuda`], [`load_npu`]: bring libtorch's kernels for a device into the running program.
 //!
 //! Invariant: C++ exceptions become [`Error`] with their message, Rust panics inside callbacks become C++
@@ -22,6 +23,7 @@ mod library;
 mod npu;
 mod optim;
 mod stream;
+mod threads;
 
 pub use autograd::attach_backward;
 pub use c10d::{Gloo, GlooAddress, ReduceOp, Store, Work};
@@ -35,3 +37,4 @@ pub use library::load_library;
 pub use npu::{ASCEND_FOLDER, load_npu, use_npu};
 pub use optim::{AdamW, fused_adamw};
 pub use stream::{Event, Stream, use_device};
+pub use threads::{parallel_for, parallel_parts};

@@ -61,8 +61,8 @@ fn chunks(
     logits_divisor: f64,
     own: &VocabularyRows,
 ) -> Result<(Tensor, Option<Tensor>), Error> {
-    let (x, weight, kind) = (x_td.detach(), weight_vd.value(), x_td.kind());
-    let (tokens, vocab) = (x.size()[0], weight.size()[0]);
+    let (x, weight) = (x_td.detach(), weight_vd.value());
+    let tokens = x.size()[0];
     // The same on every rank, although some have a row less.
     let chunk = (CHUNK_BYTES / 4 / own.total.div_ceil(own.group.size())).clamp(1, tokens.max(1) as usize) as i64;
     let mut loss = Tensor::zeros([], (Kind::Float, x.device()));
@@ -72,26 +72,19 @@ fn chunks(
     while start < tokens {
         let len = chunk.min(tokens - start);
         let x = x.narrow(0, start, len);
-        let labels = labels_t.narrow(0, start, len).unsqueeze(1);
-        let counted = labels.not_equal(IGNORED).to_kind(Kind::Float);
-        // Labels of other ranks' rows: the first row, counted as nothing.
-        let shifted = &labels - own.rows.start as i64;
-        let inside = shifted.ge(0).logical_and(&shifted.lt(vocab)).to_kind(Kind::Float);
-        let targets = shifted.clamp(0, vocab - 1);
-        let mut logits = x.matmul(&weight.tr()).to_kind(Kind::Float);
-        if logits_divisor != 1.0 {
-            logits /= logits_divisor;
-        }
-        let normalizer = logits.logsumexp([-1i64].as_slice(), true);
-        let picked = logits.gather(1, &targets, false) * &inside;
-        let (normalizer, picked) = over_ranks(normalizer, picked, own.group)?;
-        loss += ((&normalizer - picked) * &counted).sum(Kind::Float);
+        let labels = labels_t.narrow(0, start, len);
+        let logits = x.matmul(&weight.tr());
+        let wanted = grad_x.is_some();
+        let (sum, grad) = match own.group.size() {
+            1 => {
+                let losses = kernels::cross_entropy(&logits, &labels, logits_divisor, wanted.then_some(factor));
+                (losses.sum(Kind::Float), logits)
+            }
+            _ => part(logits, &labels, (factor, logits_divisor), own, wanted)?,
+        };
+        loss += sum;
         if let (Some(grad_x), Some(contribution)) = (&grad_x, &contribution) {
-            // softmax - onehot, in the logits' own memory.
-            let mut grad = logits.subtract_(&normalizer).exp_();
-            let _ = grad.scatter_add_(1, &targets, &-inside);
-            let grad = grad.multiply_(&(counted * (factor / logits_divisor))).to_kind(kind);
-            grad_x.narrow(0, start, len).copy_(&grad.matmul(&weight));
+            let _ = grad.mm_out(&grad_x.narrow(0, start, len), &weight);
             add_product(contribution.sum(), &grad.tr(), &x);
         }
         start += len;
@@ -100,11 +93,40 @@ fn chunks(
     Ok((loss * factor, grad_x))
 }
 
+/// Of this rank's logits of a chunk `[T, v]` the chunk's loss, and, where it is `wanted`, its gradient times `factor`.
+fn part(
+    logits: Tensor,
+    labels_t: &Tensor,
+    (factor, divisor): (f64, f64),
+    own: &VocabularyRows,
+    wanted: bool,
+) -> Result<(Tensor, Tensor), Error> {
+    let (kind, vocab) = (logits.kind(), logits.size()[1]);
+    let labels = labels_t.unsqueeze(1);
+    let counted = labels.not_equal(IGNORED).to_kind(Kind::Float);
+    // Labels of other ranks' rows: the first row, counted as nothing.
+    let shifted = &labels - own.rows.start as i64;
+    let inside = shifted.ge(0).logical_and(&shifted.lt(vocab)).to_kind(Kind::Float);
+    let targets = shifted.clamp(0, vocab - 1);
+    let mut logits = logits.to_kind(Kind::Float);
+    if divisor != 1.0 {
+        logits /= divisor;
+    }
+    let normalizer = logits.logsumexp([-1i64].as_slice(), true);
+    let picked = logits.gather(1, &targets, false) * &inside;
+    let (normalizer, picked) = over_ranks(normalizer, picked, own.group)?;
+    let loss = ((&normalizer - picked) * &counted).sum(Kind::Float);
+    if !wanted {
+        return Ok((loss, logits));
+    }
+    // softmax - onehot, in the logits' own memory.
+    let mut grad = logits.subtract_(&normalizer).exp_();
+    let _ = grad.scatter_add_(1, &targets, &-inside);
+    Ok((loss, grad.multiply_(&(counted * (factor / divisor))).to_kind(kind)))
+}
+
 /// The log-sum-exp over all ranks' logits and the label's logit, `[T, 1]` each, from this rank's.
 fn over_ranks(normalizer: Tensor, picked: Tensor, group: &Arc<dyn Communicator>) -> Result<(Tensor, Tensor), Error> {
-    if group.size() == 1 {
-        return Ok((normalizer, picked));
-    }
     let own = Tensor::stack(&[normalizer, picked], 0);
     let ranks = group.size() as i64;
     let all = Tensor::empty([2 * ranks, own.size()[1], 1], (own.kind(), own.device()));

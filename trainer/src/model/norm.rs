@@ -8,7 +8,22 @@ use torch_ext::{Error, attach_backward};
 
 /// `x` `[..., D]` and `weight` `[D]`: `[..., D]` of the dtype of `x`.
 pub(crate) fn rms_norm(x: &Tensor, weight: &Weight, eps: f64) -> Result<Tensor, Error> {
-    norm(x, weight, eps, None)
+    let (out, scale) = tch::no_grad(|| kernels::rms_norm(&x.detach(), &weight.value(), eps));
+    let (saved, used) = (x.detach(), weight.clone());
+    let mut out = attach_backward(&[x, &weight.tracker()], vec![out], move |grads| {
+        let Some(grad) = &grads[0] else { return Ok(vec![None, None]) };
+        let (grad_x, grad_weight) = kernels::rms_norm_backward(&grad.contiguous(), &saved, &scale, &used.value());
+        add(&used, grad_weight)?;
+        Ok(vec![Some(grad_x), None])
+    })?;
+    Ok(out.remove(0))
+}
+
+fn add(weight: &Weight, gradient: Tensor) -> Result<(), Error> {
+    weight.add_gradient(move |sum| {
+        let _ = sum.shallow_clone().g_add_(&gradient);
+        Ok(())
+    })
 }
 
 /// The same where each rank of `group` has as many elements of every row.
@@ -21,44 +36,36 @@ pub(crate) fn split_rms_norm(
     eps: f64,
     group: &Arc<dyn Communicator>,
 ) -> Result<Tensor, Error> {
-    norm(x, weight, eps, Some(group).filter(|group| group.size() > 1))
-}
-
-/// The mean over the last dim, and over ranks.
-fn mean(x: &Tensor, group: Option<&Arc<dyn Communicator>>) -> Result<Tensor, Error> {
-    let mut mean = x.mean_dim([-1i64].as_slice(), true, Kind::Float);
-    if let Some(group) = group {
-        let reduced = group.all_reduce(&mean, ReduceOp::Sum).and_then(parallel::Work::wait);
-        reduced.map_err(|e| Error::new(e.to_string()))?;
-        mean /= group.size() as f64;
+    if group.size() == 1 {
+        return rms_norm(x, weight, eps);
     }
-    Ok(mean)
-}
-
-fn norm(x: &Tensor, weight: &Weight, eps: f64, group: Option<&Arc<dyn Communicator>>) -> Result<Tensor, Error> {
     let kind = x.kind();
     let (out, scale) = tch::no_grad(|| {
         let wide = x.detach().to_kind(Kind::Float);
         let scale = (mean(&wide.square(), group)? + eps).rsqrt();
         Ok::<_, Error>((((&wide * &scale).to_kind(kind)) * weight.value(), scale))
     })?;
-    let (saved, used, group) = (x.detach(), weight.clone(), group.cloned());
+    let (saved, used, group) = (x.detach(), weight.clone(), group.clone());
     let mut out = attach_backward(&[x, &weight.tracker()], vec![out], move |grads| {
         let Some(grad) = &grads[0] else { return Ok(vec![None, None]) };
         let grad = grad.to_kind(Kind::Float);
         let normed = saved.to_kind(Kind::Float) * &scale;
         let rows: Vec<i64> = (0..grad.dim() as i64 - 1).collect();
-        let grad_weight = (&grad * &normed).sum_dim_intlist(rows.as_slice(), false, Kind::Float);
-        used.add_gradient(move |sum| {
-            let _ = sum.shallow_clone().g_add_(&grad_weight);
-            Ok(())
-        })?;
+        add(&used, (&grad * &normed).sum_dim_intlist(rows.as_slice(), false, Kind::Float))?;
         let grad_normed = grad * used.value().to_kind(Kind::Float);
-        let along = mean(&(&grad_normed * &normed), group.as_ref())?;
+        let along = mean(&(&grad_normed * &normed), &group)?;
         let grad_x = (grad_normed - normed * along) * &scale;
         Ok(vec![Some(grad_x.to_kind(kind)), None])
     })?;
     Ok(out.remove(0))
+}
+
+/// The mean over the last dim of all ranks.
+fn mean(x: &Tensor, group: &Arc<dyn Communicator>) -> Result<Tensor, Error> {
+    let mut mean = x.mean_dim([-1i64].as_slice(), true, Kind::Float);
+    group.all_reduce(&mean, ReduceOp::Sum).and_then(parallel::Work::wait)?;
+    mean /= group.size() as f64;
+    Ok(mean)
 }
 
 #[cfg(test)]

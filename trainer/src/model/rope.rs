@@ -1,6 +1,7 @@
 //! Rotary position embedding (arXiv 2104.09864) in the half-split form that Llama and HF transformers use: element
 //! `i` of a head turns with element `i + head_dim / 2`.
 
+use kernels::rotate;
 use parallel::Accelerator;
 use std::sync::Mutex;
 use tch::Tensor;
@@ -32,23 +33,13 @@ impl Rope {
             let first = |table: &Tensor| table.narrow(0, 0, length).to_kind(x.kind());
             (first(&tables.0), first(&tables.1))
         };
-        let out = tch::no_grad(|| turn(x, &cos, &sin));
+        let out = tch::no_grad(|| rotate(x, &cos, &sin));
         let mut out = attach_backward(&[x], vec![out], move |grads| {
             // The gradient turns back.
-            Ok(vec![grads[0].as_ref().map(|grad| turn(grad, &cos, &sin.neg()))])
+            Ok(vec![grads[0].as_ref().map(|grad| rotate(grad, &cos, &sin.neg()))])
         })?;
         Ok(out.remove(0))
     }
-}
-
-fn turn(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
-    let halves = x.chunk(2, -1);
-    let out = x.empty_like();
-    let parts = out.chunk(2, -1);
-    parts[0].shallow_clone().copy_(&(&halves[0] * cos - &halves[1] * sin));
-    parts[1].shallow_clone().copy_(&(&halves[1] * cos + &halves[0] * sin));
-    debug_assert_eq!(out.kind(), x.kind());
-    out
 }
 
 #[cfg(test)]

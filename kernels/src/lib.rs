@@ -1,0 +1,19 @@
+//! What a layer does to its activations between matrix products, in one pass over memory where libtorch makes many: on the CPU
+//! loops of our own over rows, with the widest vectors that the processor has, on libtorch's threads; elsewhere libtorch's
+//! operations. Both compute in fp32 and round once to the tensors' dtype, so each is the other's test.
+//!
+//! Nothing here is differentiable: layers call forward and backward inside nodes of their own.
+#![deny(missing_docs)]
+
+mod cross_entropy;
+mod exponential;
+mod norm;
+mod number;
+mod rotary;
+mod rows;
+mod swiglu;
+
+pub use cross_entropy::cross_entropy;
+pub use norm::{rms_norm, rms_norm_backward};
+pub use rotary::rotate;
+pub use swiglu::{swiglu, swiglu_backward};

@@ -1,0 +1,86 @@
+//! Rotary position embedding (arXiv 2104.09864) in the half-split form: element `i` of a head turns with element
+//! `i + head_dim / 2`.
+
+use crate::number::Number;
+use crate::rows::{Numbers, for_kind, for_rows, kind_on_host};
+use multiversion::multiversion;
+use tch::Tensor;
+
+/// `x` `[batch, heads, sequence, d]` turned by `cos` and `sin` `[sequence, d / 2]` of its dtype, laid out in memory as `x` is:
+/// heads before positions, or after them.
+pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
+    let (heads, positions) = (x.size()[1] as usize, x.size()[2] as usize);
+    // In memory `[batch, sequence, heads, d]`, as a projection leaves it, or as it says.
+    let (flat, between) = match x.is_contiguous() {
+        true => (x.shallow_clone(), 1),
+        false => (x.transpose(1, 2), heads),
+    };
+    let Some(kind) = kind_on_host(&[&flat, cos, sin]) else {
+        let halves = x.chunk(2, -1);
+        let out = x.empty_like();
+        let parts = out.chunk(2, -1);
+        parts[0].shallow_clone().copy_(&(&halves[0] * cos - &halves[1] * sin));
+        parts[1].shallow_clone().copy_(&(&halves[1] * cos + &halves[0] * sin));
+        return out;
+    };
+    let out = flat.empty_like();
+    for_kind!(kind, on_threads(&flat, [cos, sin], &out, (between, positions)));
+    if between == 1 { out } else { out.transpose(1, 2) }
+}
+
+fn on_threads<T: Number>(x: &Tensor, [cos, sin]: [&Tensor; 2], out: &Tensor, (between, positions): (usize, usize)) {
+    let width = x.size()[3] as usize;
+    let count = if width == 0 { 0 } else { x.numel() / width };
+    // SAFETY: all were checked, or made, to be in host memory without gaps, of the type T.
+    let (x, out, cos, sin) =
+        unsafe { (Numbers::<T>::of(x), Numbers::<T>::of(out), Numbers::<T>::of(cos), Numbers::<T>::of(sin)) };
+    for_rows(count, width, |_, rows| {
+        for row in rows {
+            let position = row / between % positions;
+            let (row, position) = (row..row + 1, position..position + 1);
+            // SAFETY: parts of threads do not overlap.
+            let out = unsafe { out.part_mut(&row, width) };
+            turn(x.part(&row, width), cos.part(&position, width / 2), sin.part(&position, width / 2), out);
+        }
+    });
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+fn turn<T: Number>(x: &[T], cos: &[T], sin: &[T], out: &mut [T]) {
+    let half = cos.len();
+    let ((first, second), (out_first, out_second)) = (x.split_at(half), out.split_at_mut(half));
+    let angles = cos.iter().zip(sin);
+    let outs = out_first.iter_mut().zip(out_second);
+    for (((cos, sin), (out_first, out_second)), (first, second)) in angles.zip(outs).zip(first.iter().zip(second)) {
+        let (cos, sin, first, second) = (cos.wide(), sin.wide(), first.wide(), second.wide());
+        *out_first = T::narrow(first * cos - second * sin);
+        *out_second = T::narrow(second * cos + first * sin);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::{Device, Kind};
+
+    #[test]
+    fn pairs_turn_by_the_angles_of_their_position() {
+        for (kind, tolerance) in [(Kind::Float, 1e-6), (Kind::BFloat16, 2e-2)] {
+            let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
+            let (cos, sin) = (random(&[5, 3]), random(&[5, 3]));
+            // As a projection leaves it; as it says; and with gaps.
+            let layouts = [
+                random(&[2, 5, 4, 6]).transpose(1, 2),
+                random(&[2, 4, 5, 6]),
+                random(&[2, 5, 8, 6]).narrow(2, 1, 4).transpose(1, 2),
+            ];
+            for x in layouts {
+                let ours = rotate(&x, &cos, &sin).to_kind(Kind::Double);
+                let wide = |x: &Tensor| x.to_kind(Kind::Double);
+                let (halves, cos, sin) = (wide(&x).chunk(2, -1), wide(&cos), wide(&sin));
+                let plain = [&halves[0] * &cos - &halves[1] * &sin, &halves[1] * &cos + &halves[0] * &sin];
+                assert!(ours.allclose(&Tensor::cat(&plain, -1), tolerance, tolerance, false), "{kind:?}");
+            }
+        }
+    }
+}

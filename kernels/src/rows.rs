@@ -1,0 +1,77 @@
+//! Rows of tensors in host memory, shared out over threads.
+
+use crate::number::{Bf16, Number};
+use std::ops::Range;
+use tch::{Device, Kind, Tensor};
+
+/// Numbers that are worth a thread.
+const GRAIN: usize = 8192;
+
+/// The dtype of tensors that loops here can go through: in host memory, each without gaps, all of the same dtype.
+pub(crate) fn kind_on_host(tensors: &[&Tensor]) -> Option<Kind> {
+    let kind = tensors[0].kind();
+    let fits = |tensor: &&Tensor| tensor.device() == Device::Cpu && tensor.kind() == kind && tensor.is_contiguous();
+    (matches!(kind, Kind::Float | Kind::BFloat16) && tensors.iter().all(fits)).then_some(kind)
+}
+
+/// Goes through `count` rows of about `width` numbers, on as many threads as that is worth: `body` gets the number of its part.
+pub(crate) fn for_rows(count: usize, width: usize, body: impl Fn(usize, Range<usize>) + Sync) {
+    torch_ext::parallel_for(count, (GRAIN / width.max(1)).max(1), body);
+}
+
+/// A tensor's numbers.
+pub(crate) struct Numbers<T> {
+    data: *mut T,
+    len: usize,
+}
+
+// SAFETY: threads get parts of it that do not overlap where they write (`Numbers::part_mut`).
+unsafe impl<T: Number> Sync for Numbers<T> {}
+
+impl<T: Number> Numbers<T> {
+    /// # Safety
+    /// The tensor is in host memory, without gaps, holds numbers of type T, and outlives this.
+    pub(crate) unsafe fn of(tensor: &Tensor) -> Numbers<T> {
+        Numbers { data: tensor.data_ptr().cast(), len: tensor.numel() }
+    }
+
+    /// Rows of `width` numbers.
+    pub(crate) fn part(&self, rows: &Range<usize>, width: usize) -> &[T] {
+        let range = rows.start * width..rows.end * width;
+        assert!(range.end <= self.len);
+        if range.is_empty() {
+            return &[];
+        }
+        // SAFETY: inside the tensor, as `of` was promised and the line above checks.
+        unsafe { std::slice::from_raw_parts(self.data.add(range.start), range.len()) }
+    }
+
+    /// Rows of `width` numbers, to write.
+    ///
+    /// # Safety
+    /// Nobody else reads or writes these meanwhile.
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn part_mut(&self, rows: &Range<usize>, width: usize) -> &mut [T] {
+        let range = rows.start * width..rows.end * width;
+        assert!(range.end <= self.len);
+        if range.is_empty() {
+            return &mut [];
+        }
+        // SAFETY: as above, and the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(range.start), range.len()) }
+    }
+}
+
+/// Calls a generic function for the dtype at hand.
+macro_rules! for_kind {
+    ($kind:expr, $function:ident ( $($argument:expr),* $(,)? )) => {
+        match $kind {
+            tch::Kind::Float => $function::<f32>($($argument),*),
+            _ => $function::<$crate::number::Bf16>($($argument),*),
+        }
+    };
+}
+pub(crate) use for_kind;
+
+// `for_kind` has these two arms.
+const _: fn(Bf16) -> f32 = Bf16::wide;

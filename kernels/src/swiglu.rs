@@ -1,0 +1,115 @@
+//! SwiGLU (GLU Variants, arXiv 2002.05202): `silu(gate) * up`.
+
+use crate::exponential::exp;
+use crate::number::Number;
+use crate::rows::{Numbers, for_kind, for_rows, kind_on_host};
+use multiversion::multiversion;
+use tch::Tensor;
+
+/// Of `[R, 2F]`, gate and then up in each row: `[R, F]`.
+pub fn swiglu(hidden: &Tensor) -> Tensor {
+    match kind_on_host(&[hidden]) {
+        Some(kind) => {
+            let (rows, ffn) = (hidden.size()[0], hidden.size()[1] / 2);
+            let out = Tensor::empty([rows, ffn], (kind, hidden.device()));
+            for_kind!(kind, forward_on_threads(hidden, &out, ffn as usize));
+            out
+        }
+        None => {
+            let halves = hidden.chunk(2, -1);
+            halves[0].silu().multiply_(&halves[1])
+        }
+    }
+}
+
+/// The gradient of `hidden` `[R, 2F]`, given that of the result `[R, F]`.
+pub fn swiglu_backward(grad: &Tensor, hidden: &Tensor) -> Tensor {
+    let out = hidden.empty_like();
+    match kind_on_host(&[grad, hidden, &out]) {
+        Some(kind) => for_kind!(kind, backward_on_threads(grad, hidden, &out, grad.size()[1] as usize)),
+        None => {
+            let (halves, parts) = (hidden.chunk(2, -1), out.chunk(2, -1));
+            parts[0].shallow_clone().copy_(&halves[0].silu_backward(&(grad * &halves[1])));
+            parts[1].shallow_clone().copy_(&halves[0].silu().multiply_(grad));
+        }
+    }
+    out
+}
+
+fn forward_on_threads<T: Number>(hidden: &Tensor, out: &Tensor, ffn: usize) {
+    // SAFETY: both were checked, or made, to be in host memory without gaps, of the type T.
+    let (hidden, out, count) = unsafe { (Numbers::<T>::of(hidden), Numbers::<T>::of(out), out.size()[0]) };
+    for_rows(count as usize, 2 * ffn, |_, rows| {
+        // SAFETY: parts of threads do not overlap.
+        forward(hidden.part(&rows, 2 * ffn), unsafe { out.part_mut(&rows, ffn) }, ffn);
+    });
+}
+
+fn backward_on_threads<T: Number>(grad: &Tensor, hidden: &Tensor, out: &Tensor, ffn: usize) {
+    let count = grad.size()[0];
+    // SAFETY: as in forward.
+    let (grad, hidden, out) = unsafe { (Numbers::<T>::of(grad), Numbers::<T>::of(hidden), Numbers::<T>::of(out)) };
+    for_rows(count as usize, 2 * ffn, |_, rows| {
+        // SAFETY: parts of threads do not overlap.
+        let out = unsafe { out.part_mut(&rows, 2 * ffn) };
+        backward(grad.part(&rows, ffn), hidden.part(&rows, 2 * ffn), out, ffn);
+    });
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+fn forward<T: Number>(hidden: &[T], out: &mut [T], ffn: usize) {
+    for (hidden, out) in hidden.chunks_exact(2 * ffn).zip(out.chunks_exact_mut(ffn)) {
+        let (gate, up) = hidden.split_at(ffn);
+        for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+            let x = gate.wide();
+            *out = T::narrow(x / (1.0 + exp(-x)) * up.wide());
+        }
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+fn backward<T: Number>(grad: &[T], hidden: &[T], out: &mut [T], ffn: usize) {
+    let rows = grad.chunks_exact(ffn).zip(hidden.chunks_exact(2 * ffn)).zip(out.chunks_exact_mut(2 * ffn));
+    for ((grad, hidden), out) in rows {
+        let ((gate, up), (of_gate, of_up)) = (hidden.split_at(ffn), out.split_at_mut(ffn));
+        let inputs = grad.iter().zip(gate).zip(up);
+        for (((grad, gate), up), (of_gate, of_up)) in inputs.zip(of_gate.iter_mut().zip(of_up)) {
+            let (grad, x) = (grad.wide(), gate.wide());
+            let sigmoid = 1.0 / (1.0 + exp(-x));
+            *of_up = T::narrow(grad * x * sigmoid);
+            *of_gate = T::narrow(grad * up.wide() * sigmoid * (1.0 + x * (1.0 - sigmoid)));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::{Device, Kind};
+
+    #[test]
+    fn it_is_libtorchs_silu_and_product_with_its_gradient() {
+        for (kind, tolerance) in [(Kind::Float, 2e-6), (Kind::BFloat16, 8e-3)] {
+            for (rows, ffn) in [(0, 4), (1, 1), (3, 7), (67, 96)] {
+                let random = |shape: &[i64]| (Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 3.0).to_kind(kind);
+                let (hidden, grad) = (random(&[rows, 2 * ffn]), random(&[rows, ffn]));
+                let wide = hidden.to_kind(Kind::Double).set_requires_grad(true);
+                let halves = wide.chunk(2, -1);
+                let plain = halves[0].silu() * &halves[1];
+                (&plain * grad.to_kind(Kind::Double)).sum(Kind::Double).backward();
+                let close = |ours: Tensor, plain: &Tensor| {
+                    assert_eq!(ours.kind(), kind);
+                    assert!(ours.to_kind(Kind::Double).allclose(plain, tolerance, tolerance, false), "{kind:?} {rows}");
+                };
+                close(swiglu(&hidden), &plain.detach());
+                close(swiglu_backward(&grad, &hidden), &wide.grad());
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_a_number_stays_so() {
+        let hidden = Tensor::from_slice(&[f32::NAN, 1.0, 1.0, 1.0]).view([1, 4]);
+        assert!(swiglu(&hidden).double_value(&[0, 0]).is_nan());
+    }
+}
