@@ -1,4 +1,5 @@
-//! What a layer does to its activations between matrix products, in one pass over memory where libtorch makes many: on the CPU
+//! Matrix products by the fastest road there is, and what a layer does to its activations between them, in one pass over memory
+//! where libtorch makes many: on the CPU
 //! loops of our own over rows, with the widest vectors that the processor has, on libtorch's threads; elsewhere libtorch's
 //! operations. Both compute in fp32 and round once to the tensors' dtype, so each is the other's test.
 //!
@@ -9,11 +10,13 @@ mod cross_entropy;
 mod exponential;
 mod norm;
 mod number;
+mod product;
 mod rotary;
 mod rows;
 mod swiglu;
 
 pub use cross_entropy::cross_entropy;
 pub use norm::{rms_norm, rms_norm_backward};
+pub use product::{add_product, product, product_into};
 pub use rotary::rotate;
 pub use swiglu::{swiglu, swiglu_backward};

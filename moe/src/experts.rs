@@ -7,8 +7,8 @@
 use crate::borrowed::Borrowed;
 use crate::foreign::{numel, parts};
 use crate::fp8;
-use kernels::{swiglu, swiglu_backward};
-use parallel::{Activation, Weight, add_gradients, add_product};
+use kernels::{add_product, product_into, swiglu, swiglu_backward};
+use parallel::{Activation, Weight, add_gradients};
 use tch::Tensor;
 use torch_ext::{Error, attach_backward};
 
@@ -172,7 +172,7 @@ fn grouped_matmul(rows: &Tensor, matrix: impl Fn(i64) -> Tensor, counts: &[i64],
     for_each_group(counts, |expert, start, len| {
         let matrix = matrix(expert);
         let matrix = if transposed { matrix.tr() } else { matrix };
-        let _ = rows.narrow(0, start, len).mm_out(&out.narrow(0, start, len), &matrix);
+        product_into(&out.narrow(0, start, len), &rows.narrow(0, start, len), &matrix);
     });
     out
 }

@@ -31,5 +31,5 @@ pub use device::{Accelerator, Attached, Copier, Cpu, MemoryUse, accelerator, pea
 pub use gradients::{BucketPlan, Deferred, GradientBuckets, Replication, matrix, plan_buckets};
 pub use mesh::{Coordinates, Group, Mesh, MeshError, MeshShape};
 pub use recompute::Activation;
-pub use weight::{Contribution, Weight, add_gradients, add_product, linear, linears};
+pub use weight::{Contribution, Weight, add_gradients, linear, linears};
 pub use world::{ByMpi, Meeting, RankEnv, World, on_threads};

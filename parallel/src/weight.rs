@@ -6,6 +6,7 @@
 
 use crate::gradients::State;
 use crate::recompute::Activation;
+use kernels::{add_product, product};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use tch::{Device, Kind, Tensor};
@@ -226,7 +227,7 @@ pub fn linear(x: &Tensor, weight: &Weight) -> Result<Tensor, Error> {
 /// libtorch's message, and that of making the input again.
 pub fn linears(x: &Activation, weights: &[&Weight]) -> Result<Vec<Tensor>, Error> {
     let value = &x.value;
-    let outputs = tch::no_grad(|| weights.iter().map(|weight| value.matmul(&weight.value().tr())).collect());
+    let outputs = tch::no_grad(|| weights.iter().map(|weight| product(value, &weight.value().tr())).collect());
     let used: Vec<Weight> = weights.iter().map(|&weight| weight.clone()).collect();
     let trackers: Vec<Tensor> = weights.iter().map(|weight| weight.tracker()).collect();
     let inputs: Vec<&Tensor> = std::iter::once(value).chain(&trackers).collect();
@@ -237,10 +238,11 @@ pub fn linears(x: &Activation, weights: &[&Weight]) -> Result<Vec<Tensor>, Error
         for (weight, grad) in used.iter().zip(grads) {
             let Some(grad) = grad else { continue };
             if needs_grad {
-                grad_x = Some(match grad_x {
-                    Some(mut sum) => sum.addmm_(grad, &weight.value()),
-                    None => grad.matmul(&weight.value()),
-                });
+                match &mut grad_x {
+                    Some(sum) if sum.kind() == Kind::Float => add_product(sum, grad, &weight.value()),
+                    Some(sum) => drop(sum.addmm_(grad, &weight.value())),
+                    None => grad_x = Some(product(grad, &weight.value())),
+                }
             }
             let (grad, x) = (grad.shallow_clone(), x.shallow_clone());
             weight.add_gradient(move |sum| {
@@ -250,14 +252,4 @@ pub fn linears(x: &Activation, weights: &[&Weight]) -> Result<Vec<Tensor>, Error
         }
         Ok(std::iter::once(grad_x).chain(used.iter().map(|_| None)).collect())
     })
-}
-
-/// `sum += left right`, for matrices; `sum` is fp32 whatever the dtype of the others.
-pub fn add_product(sum: &Tensor, left: &Tensor, right: &Tensor) {
-    let mut sum = sum.shallow_clone();
-    if left.kind() == sum.kind() {
-        let _ = sum.addmm_(left, right);
-    } else {
-        let _ = sum.g_add_(&left.matmul(right).to_kind(Kind::Float));
-    }
 }

@@ -2,7 +2,8 @@
 //! exist at once, and the gradients of a chunk are taken while its logits are at hand.
 // Shapes: T tokens, D hidden, V vocabulary.
 
-use parallel::{Communicator, Contribution, Weight, add_product};
+use kernels::{add_product, product, product_into};
+use parallel::{Communicator, Contribution, Weight};
 use std::ops::Range;
 use std::sync::Arc;
 use tch::{Kind, Tensor};
@@ -73,7 +74,7 @@ fn chunks(
         let len = chunk.min(tokens - start);
         let x = x.narrow(0, start, len);
         let labels = labels_t.narrow(0, start, len);
-        let logits = x.matmul(&weight.tr());
+        let logits = product(&x, &weight.tr());
         let wanted = grad_x.is_some();
         let (sum, grad) = match own.group.size() {
             1 => {
@@ -84,7 +85,7 @@ fn chunks(
         };
         loss += sum;
         if let (Some(grad_x), Some(contribution)) = (&grad_x, &contribution) {
-            let _ = grad.mm_out(&grad_x.narrow(0, start, len), &weight);
+            product_into(&grad_x.narrow(0, start, len), &grad, &weight);
             add_product(contribution.sum(), &grad.tr(), &x);
         }
         start += len;

@@ -348,7 +348,7 @@ impl Model {
     /// Logits `[T, V]` fp32 of a whole model's hidden states `[T, D]`.
     pub fn logits(&self, hidden_td: &Tensor) -> Tensor {
         let head = self.head.as_ref().expect("the last stage is here");
-        hidden_td.matmul(&head.weight.value().tr()).to_kind(Kind::Float) / self.logits_divisor()
+        kernels::product(hidden_td, &head.weight.value().tr()).to_kind(Kind::Float) / self.logits_divisor()
     }
 
     /// The loss-free balancing biases where the model has them: number among the model's mixture layers, global name,

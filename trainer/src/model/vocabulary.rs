@@ -8,8 +8,9 @@
 // Shapes: T tokens, D hidden, V vocabulary, v rows of it on this rank.
 
 use super::loss::IGNORED;
+use kernels::{add_product, product, product_into};
 use parallel::pipeline::{Exchange, Vocabulary};
-use parallel::{CommError, Communicator, ReduceOp, Weight, add_product};
+use parallel::{CommError, Communicator, ReduceOp, Weight};
 use std::ops::Range;
 use tch::{Kind, Tensor};
 use torch_ext::Error;
@@ -71,8 +72,11 @@ pub(crate) fn logits(
         let kept = (algorithm.is_some() && kind == Kind::Float && !naive).then(|| probs.narrow(0, start, len));
         let x = hidden.narrow(0, start, len);
         let mut logits = match &kept {
-            Some(kept) => x.mm_out(kept, &matrix.tr()),
-            None => x.matmul(&matrix.tr()).to_kind(Kind::Float),
+            Some(kept) => {
+                product_into(kept, &x, &matrix.tr());
+                kept.shallow_clone()
+            }
+            None => product(&x, &matrix.tr()).to_kind(Kind::Float),
         };
         if divisor != 1.0 {
             logits /= divisor;
@@ -97,7 +101,7 @@ pub(crate) fn logits(
                 chunk.shallow_clone().copy_(&softmax);
             }
             if let Some((mixed, _)) = &parts {
-                let _ = chunk.mm_out(&mixed.narrow(0, start, len), &matrix);
+                product_into(&mixed.narrow(0, start, len), &chunk, &matrix);
             }
         }
     }
@@ -193,7 +197,7 @@ impl LocalSoftmax {
             let of_logits = of_logits.scatter_add_(1, &part(&self.target), &minus).to_kind(kind);
             add_product(contribution.sum(), &of_logits.tr(), &self.hidden.narrow(0, start, len));
             if let Some(gradient) = &gradient {
-                let _ = of_logits.mm_out(&gradient.narrow(0, start, len), &matrix);
+                product_into(&gradient.narrow(0, start, len), &of_logits, &matrix);
             }
         }
         contribution.finish()?;
