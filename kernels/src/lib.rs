@@ -8,6 +8,7 @@
 
 mod cross_entropy;
 mod exponential;
+mod grouped;
 mod norm;
 mod number;
 mod product;
@@ -16,6 +17,7 @@ mod rows;
 mod swiglu;
 
 pub use cross_entropy::cross_entropy;
+pub use grouped::grouped_product;
 pub use norm::{rms_norm, rms_norm_backward};
 pub use product::{add_product, product, product_into};
 pub use rotary::rotate;

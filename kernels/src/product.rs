@@ -29,6 +29,10 @@ pub fn product_into(out: &Tensor, left: &Tensor, right: &Tensor) {
 
 /// `sum += left right`, of matrices; `sum` is fp32 whatever the dtype of the others.
 pub fn add_product(sum: &Tensor, left: &Tensor, right: &Tensor) {
+    if left.kind() == Kind::BFloat16 && ours(&[sum]) {
+        // Twice the work of a product in 16 bits, and yet as fast: nothing is rounded, written, read and added up beside it.
+        return add_product(sum, &left.to_kind(Kind::Float), &right.to_kind(Kind::Float));
+    }
     if ours(&[sum, left, right]) {
         multiply(sum, left, right, true);
         return;

@@ -7,7 +7,7 @@
 use crate::borrowed::Borrowed;
 use crate::foreign::{numel, parts};
 use crate::fp8;
-use kernels::{add_product, product_into, swiglu, swiglu_backward};
+use kernels::{add_product, grouped_product, swiglu, swiglu_backward};
 use parallel::{Activation, Weight, add_gradients};
 use tch::Tensor;
 use torch_ext::{Error, attach_backward};
@@ -31,7 +31,8 @@ impl Gemm {
         transposed: bool,
     ) -> Result<Tensor, Error> {
         match self {
-            Gemm::Model => Ok(grouped_matmul(rows, matrix, counts, transposed)),
+            Gemm::Model if transposed => Ok(grouped_product(rows, |expert| matrix(expert).tr(), counts)),
+            Gemm::Model => Ok(grouped_product(rows, matrix, counts)),
             Gemm::Fp8 if transposed => fp8::grouped_matmul(rows, matrix, counts),
             Gemm::Fp8 => fp8::grouped_matmul(rows, |expert| matrix(expert).tr(), counts),
         }
@@ -163,18 +164,6 @@ impl Here {
             _ => own.select(0, expert),
         }
     }
-}
-
-/// Each group of rows times its own matrix `[out, in]` (or `[in, out]` if not `transposed`).
-fn grouped_matmul(rows: &Tensor, matrix: impl Fn(i64) -> Tensor, counts: &[i64], transposed: bool) -> Tensor {
-    let width = matrix(0).size()[usize::from(!transposed)];
-    let out = Tensor::empty([rows.size()[0], width], (rows.kind(), rows.device()));
-    for_each_group(counts, |expert, start, len| {
-        let matrix = matrix(expert);
-        let matrix = if transposed { matrix.tr() } else { matrix };
-        product_into(&out.narrow(0, start, len), &rows.narrow(0, start, len), &matrix);
-    });
-    out
 }
 
 /// Adds each group's `left^T right` to its own matrix.
