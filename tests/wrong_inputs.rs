@@ -158,6 +158,11 @@ fn numbers_that_do_not_divide() {
         &mut experiment.train(2, &["run.device=gpu"]),
         &["run.device is \"gpu\"; use auto, cpu, cuda or npu"],
     );
+    let fp8 = |also: &str, words: &str| {
+        refused(&experiment, &mut experiment.train(2, &["train.fp8_experts=true", also]), &[words]);
+    };
+    fp8("train.steps=20", "train.fp8_experts needs train.dtype: bf16");
+    fp8("model.moe.ffn=40", "each rank's part of model.moe.ffn are [32, 40]");
 }
 
 #[test]

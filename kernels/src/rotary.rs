@@ -30,7 +30,7 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
 
 fn on_threads<T: Number>(x: &Tensor, [cos, sin]: [&Tensor; 2], out: &Tensor, (between, positions): (usize, usize)) {
     let width = x.size()[3] as usize;
-    let count = if width == 0 { 0 } else { x.numel() / width };
+    let count = x.numel().checked_div(width).unwrap_or(0);
     // SAFETY: all were checked, or made, to be in host memory without gaps, of the type T.
     let (x, out, cos, sin) =
         unsafe { (Numbers::<T>::of(x), Numbers::<T>::of(out), Numbers::<T>::of(cos), Numbers::<T>::of(sin)) };
