@@ -82,6 +82,20 @@ fn npus_train_as_processors_do() {
 }
 
 #[test]
+fn npus_without_hccl_go_by_the_hosts_memory() {
+    let experiment = Experiment::new();
+    let args = ["conformance", "--device", "npu", "--communicator", "gloo", "-n", "2"];
+    let output = finish(with_npus(&mut experiment.moerun(&args)));
+    assert!(output.status.success(), "{}", text(&output));
+    let layout = ["train.steps=3", "parallel.pipeline=2", "parallel.vocabulary=vocab-2", "train.micro_batch=1"];
+    assert!(finish(experiment.train(4, &layout).args(["--set", "run.dir=cpu"])).status.success());
+    let changes = ["--set", "run.dir=npu", "--set", "run.device=npu", "--set", "run.communicator=gloo"];
+    let output = finish(with_npus(experiment.train(4, &layout).args(changes)));
+    assert!(output.status.success(), "{}", text(&output));
+    assert_close(&curve(&experiment, "cpu"), &curve(&experiment, "npu"), 1e-5);
+}
+
+#[test]
 fn a_stopped_rank_is_named_over_hccl() {
     let experiment = Experiment::new();
     let port = free_port();

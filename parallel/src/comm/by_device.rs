@@ -20,6 +20,9 @@ impl Communicator for ByDevice {
     fn backend(&self) -> &'static str {
         self.device.backend()
     }
+    fn queues(&self) -> bool {
+        self.device.queues()
+    }
     fn rank(&self) -> usize {
         self.host.rank()
     }

@@ -449,6 +449,9 @@ impl Communicator for Recorded {
     fn backend(&self) -> &'static str {
         self.inner.backend()
     }
+    fn queues(&self) -> bool {
+        self.inner.queues()
+    }
     fn rank(&self) -> usize {
         self.inner.rank()
     }

@@ -1,10 +1,10 @@
 //! Gloo, over TCP: the communicator of CPUs, and of any device whose tensors are staged through host memory.
 
-use super::{CommError, Communicator, Membership, ReduceOp, Work, check_splits};
+use super::{CommError, Communicator, Membership, ReduceOp, Staged, Work, check_splits};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use tch::{Device, Tensor};
+use tch::Tensor;
 use torch_ext::{GlooAddress, Store};
 
 /// A group of ranks joined by Gloo.
@@ -46,31 +46,24 @@ impl Gloo {
         Ok(Gloo { shared: Arc::new(Shared { group, membership, aborted: AtomicBool::new(false) }) })
     }
 
-    /// Runs one collective on host memory: `start` gets host copies of `tensors`; those that it changes are copied
-    /// back after the end. On the CPU the tensors are used as they are, and the operation goes on in the background.
+    /// Starts a collective on host memory, which goes on in the background. The first of `tensors` is what it writes.
     fn run(
         &self,
         operation: &'static str,
         tensors: &[&Tensor],
         start: impl FnOnce(&torch_ext::Gloo, &[Tensor]) -> Result<torch_ext::Work, torch_ext::Error>,
     ) -> Result<Work, CommError> {
-        if self.shared.aborted.load(Ordering::SeqCst) {
-            return Err(self.shared.error(operation, "the group was aborted"));
-        }
-        let staged = tensors.iter().any(|t| t.device() != Device::Cpu);
-        let host: Vec<Tensor> =
-            tensors.iter().map(|t| if staged { t.to_device(Device::Cpu) } else { t.shallow_clone() }).collect();
-        let work = start(&self.shared.group, &host).map_err(|e| self.shared.error(operation, e))?;
         let shared = self.shared.clone();
-        let finish =
-            move || work.wait(|| shared.aborted.load(Ordering::SeqCst)).map_err(|e| shared.error(operation, e));
-        if !staged {
-            return Ok(Work::new(finish));
+        if shared.aborted.load(Ordering::SeqCst) {
+            return Err(shared.error(operation, "the group was aborted"));
         }
-        finish()?;
-        // The first tensor is the one an operation writes.
-        tch::no_grad(|| tensors[0].shallow_clone().copy_(&host[0]));
-        Ok(Work::done())
+        let staged = Staged::new(tensors, true);
+        let work = start(&shared.group, &staged.host).map_err(|e| shared.error(operation, e))?;
+        Ok(Work::new(move || {
+            work.wait(|| shared.aborted.load(Ordering::SeqCst)).map_err(|e| shared.error(operation, e))?;
+            staged.finish();
+            Ok(())
+        }))
     }
 
     fn point_to_point(
@@ -79,15 +72,11 @@ impl Gloo {
         tensor: &Tensor,
         start: impl FnOnce(&torch_ext::Gloo, &Tensor) -> Result<torch_ext::Work, torch_ext::Error>,
     ) -> Result<Work, CommError> {
-        let staged = tensor.device() != Device::Cpu;
-        let host = if staged { tensor.to_device(Device::Cpu) } else { tensor.shallow_clone() };
-        let work = start(&self.shared.group, &host).map_err(|e| self.shared.error(operation, e))?;
-        let (shared, tensor) = (self.shared.clone(), tensor.shallow_clone());
+        let (shared, staged) = (self.shared.clone(), Staged::new(&[tensor], operation == "recv"));
+        let work = start(&shared.group, &staged.host[0]).map_err(|e| shared.error(operation, e))?;
         Ok(Work::new(move || {
             work.wait_point_to_point().map_err(|e| shared.error(operation, e))?;
-            if staged && operation == "recv" {
-                tch::no_grad(|| tensor.shallow_clone().copy_(&host));
-            }
+            staged.finish();
             Ok(())
         }))
     }

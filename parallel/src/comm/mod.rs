@@ -11,6 +11,7 @@ mod membership;
 mod mpi;
 mod nccl;
 mod queued;
+mod staged;
 
 pub use backend::{Backend, mpi_library};
 pub(crate) use backend::{Carriers, OnDevice, OnHost};
@@ -26,6 +27,7 @@ pub use mpi::finalize;
 pub(crate) use mpi::{Mpi, share, universe};
 pub(crate) use nccl::Nccl;
 pub(crate) use queued::Queued;
+pub(crate) use staged::Staged;
 pub use torch_ext::ReduceOp;
 
 use tch::Tensor;
@@ -102,6 +104,11 @@ impl Work {
 pub trait Communicator: Send + Sync {
     /// What carries it: `gloo`, `mpi`, `nccl`, `hccl`, or `local`.
     fn backend(&self) -> &'static str;
+
+    /// Whether a device is given the operations, so that [`Work::wait`] holds nobody up.
+    fn queues(&self) -> bool {
+        false
+    }
 
     /// This rank's number in the group.
     fn rank(&self) -> usize;

@@ -3,7 +3,7 @@
 //! Collectives are MPI's non-blocking ones. They get on while some thread is inside MPI: a thread of its own looks in now and
 //! then, so that an operation that nobody waits for yet does not stand still (MPI 3.1, section 3.7.4 lets it).
 
-use super::{CommError, Communicator, Membership, ReduceOp, Work, check_splits};
+use super::{CommError, Communicator, Membership, ReduceOp, Staged, Work, check_splits};
 use half::{bf16, f16};
 use mpi::ffi;
 use std::ffi::{c_int, c_void};
@@ -11,7 +11,7 @@ use std::mem::{ManuallyDrop, MaybeUninit};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// All ranks that MPI started.
 pub(crate) struct Universe {
@@ -222,7 +222,7 @@ unsafe impl Sync for Shared {}
 /// process lives.
 struct Request {
     request: ffi::MPI_Request,
-    kept: ManuallyDrop<(Vec<Tensor>, Option<Arguments>)>,
+    kept: ManuallyDrop<(Staged, Option<Arguments>)>,
 }
 
 // SAFETY: see `Universe`; tensors may be sent.
@@ -283,8 +283,7 @@ impl Mpi {
         Ok(Mpi { shared: Arc::new(shared) })
     }
 
-    /// Starts an operation on host memory. `tensors[0]` is what it writes, if anything; on another device it is copied
-    /// back at the end.
+    /// Starts an operation on host memory. `tensors[0]` is what it writes, if anything.
     fn run(
         &self,
         operation: &'static str,
@@ -299,22 +298,15 @@ impl Mpi {
         if let Some(tensor) = tensors.iter().find(|tensor| !tensor.is_contiguous()) {
             return Err(shared.error(operation, format!("a tensor of shape {:?} is not contiguous", tensor.size())));
         }
-        let staged = tensors.iter().any(|tensor| tensor.device() != Device::Cpu);
-        let host: Vec<Tensor> = tensors
-            .iter()
-            .map(|tensor| if staged { tensor.to_device(Device::Cpu) } else { tensor.shallow_clone() })
-            .collect();
+        let staged = Staged::new(tensors, writes);
         let mut request = MaybeUninit::uninit();
-        let more = start(&shared, &host, request.as_mut_ptr()).map_err(|reason| shared.error(operation, reason))?;
+        let more = start(&shared, &staged.host, request.as_mut_ptr());
+        let more = more.map_err(|reason| shared.error(operation, reason))?;
         // SAFETY: MPI has set it, since the call succeeded.
-        let request = Request { request: unsafe { request.assume_init() }, kept: ManuallyDrop::new((host, more)) };
+        let request = Request { request: unsafe { request.assume_init() }, kept: ManuallyDrop::new((staged, more)) };
         shared.universe.under_way.fetch_add(1, Ordering::Relaxed);
-        let back = (staged && writes).then(|| tensors[0].shallow_clone());
         Ok(Work::new(move || {
-            let host = shared.finish(operation, request)?;
-            if let Some(back) = back {
-                tch::no_grad(|| back.shallow_clone().copy_(&host[0]));
-            }
+            shared.finish(operation, request)?.finish();
             Ok(())
         }))
     }
@@ -326,7 +318,7 @@ impl Shared {
     }
 
     /// Waits for a request: its tensors.
-    fn finish(&self, operation: &'static str, mut request: Request) -> Result<Vec<Tensor>, CommError> {
+    fn finish(&self, operation: &'static str, mut request: Request) -> Result<Staged, CommError> {
         let began = Instant::now();
         let result = loop {
             let mut done = 0;

@@ -336,6 +336,9 @@ impl<L: Library> Communicator for Queued<L> {
     fn backend(&self) -> &'static str {
         L::NAME
     }
+    fn queues(&self) -> bool {
+        true
+    }
     fn rank(&self) -> usize {
         self.0.membership.position
     }

@@ -1,4 +1,4 @@
-//! Where collectives go on beside a rank's passes: on a host a thread, on a device a queue.
+//! Where collectives go on beside a rank's passes: a thread where they are waited for on the host, a queue where a device does them.
 
 use super::Exchange;
 use crate::{Accelerator, CommError, Communicator};
@@ -27,8 +27,9 @@ pub(super) struct Queued {
 
 impl Lane {
     pub(super) fn new(group: Arc<dyn Communicator>, device: &dyn Accelerator) -> Result<Lane, torch_ext::Error> {
-        if !device.computes_on_host() {
-            let like = device.zeros(&[1], Kind::Float);
+        let like = device.zeros(&[1], Kind::Float);
+        let on_device = !device.computes_on_host();
+        if on_device && group.queues() {
             let stream = Stream::beside(&like)?;
             return Ok(Lane::Queue { group, like, stream, queued: Mutex::default() });
         }
@@ -37,6 +38,9 @@ impl Lane {
         std::thread::spawn(move || {
             // What little is computed here must not take cores from the passes.
             tch::set_num_threads(1);
+            if on_device && torch_ext::use_device(&like).is_err() {
+                return;
+            }
             while let Ok(exchange) = inbox.recv() {
                 if outbox.send(tch::no_grad(|| exchange(group.as_ref()))).is_err() {
                     return;

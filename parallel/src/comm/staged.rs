@@ -1,0 +1,40 @@
+//! Tensors of a device on their way through host memory, for libraries that carry no other.
+
+use tch::{Device, Tensor};
+
+/// What an operation works on.
+pub(crate) struct Staged {
+    /// In host memory: the tensors themselves where they are there.
+    pub(crate) host: Vec<Tensor>,
+    /// What the first of them is copied back to.
+    back: Option<Tensor>,
+}
+
+impl Staged {
+    /// Of `tensors`, the first of which the operation may write.
+    pub(crate) fn new(tensors: &[&Tensor], writes: bool) -> Staged {
+        let back = tensors.first().filter(|first| writes && first.device() != Device::Cpu);
+        Staged { host: tensors.iter().map(|tensor| on_host(tensor)).collect(), back: back.map(|x| x.shallow_clone()) }
+    }
+
+    /// Brings the result to where it belongs. The operation is done.
+    pub(crate) fn finish(self) {
+        if let Some(mut back) = self.back {
+            tch::no_grad(|| back.copy_(&self.host[0]));
+        }
+    }
+}
+
+/// In memory that the device copies to by itself, where there is such memory left.
+fn on_host(tensor: &Tensor) -> Tensor {
+    if tensor.device() == Device::Cpu {
+        return tensor.shallow_clone();
+    }
+    let pinned = || {
+        let bytes = torch_ext::pinned((tensor.numel() * tensor.kind().elt_size_in_bytes()) as i64).ok()?;
+        let mut host = bytes.f_view_dtype(tensor.kind()).ok()?.view(tensor.size().as_slice());
+        tch::no_grad(|| host.copy_(tensor));
+        Some(host)
+    };
+    pinned().unwrap_or_else(|| tensor.to_device(Device::Cpu))
+}
