@@ -1,7 +1,6 @@
 //! Matrix products by the fastest road there is, and what a layer does to its activations between them, in one pass over memory
-//! where libtorch makes many: on the CPU
-//! loops of our own over rows, with the widest vectors that the processor has, on libtorch's threads; elsewhere libtorch's
-//! operations. Both compute in fp32 and round once to the tensors' dtype, so each is the other's test.
+//! where libtorch makes many: on the CPU loops of our own over rows, with the widest vectors that the processor has, on libtorch's
+//! threads; elsewhere libtorch's operations. Both compute in fp32 and round once to the tensors' dtype, so each is the other's test.
 //!
 //! Nothing here is differentiable: layers call forward and backward inside nodes of their own.
 #![deny(missing_docs)]

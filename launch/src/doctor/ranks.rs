@@ -80,7 +80,7 @@ fn median_time(all: &Arc<dyn Communicator>, device: &dyn Accelerator, bytes: i64
     let numbers = bytes / 4 / ranks * ranks;
     let input = device.zeros(&[numbers], tch::Kind::Float);
     let output = input.zeros_like();
-    // The first makes a device's communicator.
+    // The first makes connections and buffers, and is not counted.
     operation(all, &output, &input)?;
     let mut times = Vec::new();
     for _ in 0..7 {

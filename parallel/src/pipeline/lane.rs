@@ -29,7 +29,7 @@ impl Lane {
     pub(super) fn new(group: Arc<dyn Communicator>, device: &dyn Accelerator) -> Result<Lane, torch_ext::Error> {
         let like = device.zeros(&[1], Kind::Float);
         let on_device = !device.computes_on_host();
-        if on_device && group.queues() {
+        if group.queues() {
             let stream = Stream::beside(&like)?;
             return Ok(Lane::Queue { group, like, stream, queued: Mutex::default() });
         }
