@@ -7,7 +7,8 @@
 
 mod cross_entropy;
 mod exponential;
-mod grouped;
+#[cfg(target_arch = "x86_64")]
+mod multiply;
 mod norm;
 mod number;
 mod product;
@@ -16,8 +17,7 @@ mod rows;
 mod swiglu;
 
 pub use cross_entropy::cross_entropy;
-pub use grouped::grouped_product;
 pub use norm::{rms_norm, rms_norm_backward};
-pub use product::{add_product, product, product_into};
+pub use product::{add_grouped_product, add_product, grouped_product, product, product_into};
 pub use rotary::rotate;
 pub use swiglu::{swiglu, swiglu_backward};

@@ -7,7 +7,7 @@
 use crate::borrowed::Borrowed;
 use crate::foreign::{numel, parts};
 use crate::fp8;
-use kernels::{add_product, grouped_product, swiglu, swiglu_backward};
+use kernels::{add_grouped_product, grouped_product, swiglu, swiglu_backward};
 use parallel::{Activation, Weight, add_gradients};
 use tch::Tensor;
 use torch_ext::{Error, attach_backward};
@@ -120,13 +120,13 @@ pub(crate) fn grouped_swiglu_with(
                         let place = |expert: i64, part: usize| {
                             parts(&all.get(expert), of_gate_up, of_down)[part].shallow_clone()
                         };
-                        add_grouped_outer(|expert| place(expert, 1), &rest(&grad_out), &rest(&activation), foreign);
-                        add_grouped_outer(|expert| place(expert, 0), &rest(&grad_hidden), &rest(&x), foreign);
+                        add_grouped_product(|expert| place(expert, 1), &rest(&grad_out), &rest(&activation), foreign);
+                        add_grouped_product(|expert| place(expert, 0), &rest(&grad_hidden), &rest(&x), foreign);
                     })?
                 }
             };
-            add_grouped_outer(|expert| of_down.select(0, expert), &grad_out, &activation, own);
-            add_grouped_outer(|expert| of_gate_up.select(0, expert), &grad_hidden, &x, own);
+            add_grouped_product(|expert| of_down.select(0, expert), &grad_out, &activation, own);
+            add_grouped_product(|expert| of_gate_up.select(0, expert), &grad_hidden, &x, own);
             returning.map_or(Ok(()), |returning| returning.add_to(of_gate_up, of_down))
         })?;
         Ok(vec![Some(grad_x), None, None])
@@ -163,24 +163,6 @@ impl Here {
             }
             _ => own.select(0, expert),
         }
-    }
-}
-
-/// Adds each group's `left^T right` to its own matrix.
-fn add_grouped_outer(sum: impl Fn(i64) -> Tensor, left: &Tensor, right: &Tensor, counts: &[i64]) {
-    for_each_group(counts, |expert, start, len| {
-        let (left, right) = (left.narrow(0, start, len), right.narrow(0, start, len));
-        add_product(&sum(expert), &left.tr(), &right);
-    });
-}
-
-fn for_each_group(counts: &[i64], mut body: impl FnMut(i64, i64, i64)) {
-    let mut start = 0;
-    for (expert, &len) in counts.iter().enumerate() {
-        if len > 0 {
-            body(expert as i64, start, len);
-        }
-        start += len;
     }
 }
 

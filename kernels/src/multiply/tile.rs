@@ -1,0 +1,103 @@
+//! The innermost loop: a tile of a product, which stays in registers while one goes along the inner dimension.
+
+use super::{LANES, Line, ROWS};
+use std::arch::x86_64::*;
+
+/// Where a tile goes.
+#[derive(Clone, Copy)]
+pub(super) struct Out {
+    pub(super) data: *mut u8,
+    /// Bytes from one row to the next.
+    pub(super) row: usize,
+    /// Rows that there are, at most [`ROWS`].
+    pub(super) rows: usize,
+    /// Columns of the last vector that there are, a bit each.
+    pub(super) mask: u16,
+    pub(super) store: Store,
+}
+
+/// What becomes of the numbers that are there.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Store {
+    /// fp32 takes their place.
+    Set,
+    /// They are fp32 and are added to.
+    Add,
+    /// bf16 takes their place.
+    Round,
+}
+
+/// `units` steps of a tile of [`ROWS`] rows and N vectors of columns. Row `i`'s units begin at `left[i]`, `step` bytes apart; a step
+/// of `right` is N lines.
+///
+/// # Safety
+/// The processor has the features. All of `left` and `right` can be read, and what `out` tells be written.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+pub(super) unsafe fn tile<const BF16: bool, const N: usize>(
+    units: usize,
+    left: [*const u8; ROWS],
+    step: usize,
+    right: *const Line,
+    out: Out,
+) {
+    // SAFETY: as the caller promises.
+    unsafe {
+        let mut sums = [[_mm512_setzero_ps(); N]; ROWS];
+        for unit in 0..units {
+            let right: [__m512; N] = std::array::from_fn(|j| _mm512_load_ps(right.add(unit * N + j).cast()));
+            for i in 0..ROWS {
+                let left =
+                    _mm512_castsi512_ps(_mm512_set1_epi32(left[i].add(unit * step).cast::<i32>().read_unaligned()));
+                for j in 0..N {
+                    sums[i][j] = match BF16 {
+                        true => _mm512_dpbf16_ps(sums[i][j], pairs(left), pairs(right[j])),
+                        false => _mm512_fmadd_ps(left, right[j], sums[i][j]),
+                    };
+                }
+            }
+        }
+        for (i, sums) in sums.iter().enumerate().take(out.rows) {
+            let row = out.data.add(i * out.row);
+            for (j, &sum) in sums.iter().enumerate() {
+                let mask = if j + 1 == N { out.mask } else { u16::MAX };
+                let place = row.cast::<f32>().add(j * LANES);
+                match out.store {
+                    Store::Set => _mm512_mask_storeu_ps(place, mask, sum),
+                    Store::Add => {
+                        _mm512_mask_storeu_ps(place, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, place), sum));
+                    }
+                    Store::Round => {
+                        let rounded: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(sum));
+                        _mm256_mask_storeu_epi16(row.cast::<i16>().add(j * LANES), mask, rounded);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn pairs(x: __m512) -> __m512bh {
+    // SAFETY: the same 512 bits.
+    unsafe { std::mem::transmute(x) }
+}
+
+/// Rounds rows of `width` fp32 numbers at `from`, `from_row` numbers apart, to bf16 in `out`.
+///
+/// # Safety
+/// As for [`tile`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+pub(super) unsafe fn round(from: *const f32, from_row: usize, width: usize, out: *mut u8, out_row: usize, rows: usize) {
+    // SAFETY: as the caller promises.
+    unsafe {
+        for i in 0..rows {
+            for column in (0..width).step_by(LANES) {
+                let mask = super::mask(width - column);
+                let sum = _mm512_maskz_loadu_ps(mask, from.add(i * from_row + column));
+                let rounded: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(sum));
+                _mm256_mask_storeu_epi16(out.add(i * out_row).cast::<i16>().add(column), mask, rounded);
+            }
+        }
+    }
+}
