@@ -2,7 +2,7 @@
 //! own do it ([`multiply`](crate::multiply)), elsewhere libtorch does.
 
 #[cfg(target_arch = "x86_64")]
-use crate::multiply::{Product, is_for_this_processor, multiply};
+use crate::multiply::{is_for_this_processor, multiply};
 use tch::{Kind, Tensor};
 
 /// A product of no more rows than this is libtorch's.
@@ -97,8 +97,7 @@ fn ours(products: &[(&Tensor, &Tensor, &Tensor)], adds: bool) -> bool {
     if !*FASTER.get_or_init(is_for_this_processor) || !enough || !products.iter().all(fit) {
         return false;
     }
-    let products: Vec<_> = products.iter().map(|&(out, left, right)| Product { out, left, right, adds }).collect();
-    multiply(&products);
+    multiply(products, adds);
     true
 }
 

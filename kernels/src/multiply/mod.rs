@@ -1,5 +1,5 @@
 //! Products of matrices in fp32 and bf16, all accumulated in fp32, for processors with AVX-512 and its bf16 instructions: several
-//! products in one loop over threads, each of any strides, without memory that the kernel has to clear first.
+//! products in one loop over threads, without memory that the kernel has to clear first.
 //!
 //! The usual way (Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008), with two changes: of the left
 //! matrix rows are read where they lie, if their inner dimension is contiguous; and a tile is 6 x 64, whose row of four vectors
@@ -37,13 +37,8 @@ const ROUNDED_PANELS: usize = 64;
 #[repr(C, align(64))]
 struct Line([u32; LANES]);
 
-/// `out = left right`, or `out += left right`.
-pub(crate) struct Product<'a> {
-    pub(crate) out: &'a Tensor,
-    pub(crate) left: &'a Tensor,
-    pub(crate) right: &'a Tensor,
-    pub(crate) adds: bool,
-}
+/// The place of the result, the left matrix and the right one.
+pub(crate) type Product<'a> = (&'a Tensor, &'a Tensor, &'a Tensor);
 
 /// Whether this processor is one that is meant.
 pub(crate) fn is_for_this_processor() -> bool {
@@ -71,12 +66,12 @@ struct Job {
 // SAFETY: threads read operands, and write parts of `out` that do not overlap.
 unsafe impl Sync for Job {}
 
-/// Computes all of them. Operands are of one dtype, fp32 or bf16, with a contiguous dimension; `out` has contiguous rows, in their
+/// Computes `out = left right` of all of them, or `out += left right`. Operands are of one dtype, fp32 or bf16, with a contiguous dimension; `out` has contiguous rows, in their
 /// dtype or fp32, and is fp32 where it is added to. (`fits` of the caller says so.)
-pub(crate) fn multiply(products: &[Product]) {
+pub(crate) fn multiply(products: &[Product], adds: bool) {
     let Some(first) = products.first() else { return };
-    let bf16 = first.left.kind() == Kind::BFloat16;
-    let jobs: Vec<Job> = products.iter().map(|product| job(product, bf16)).collect();
+    let bf16 = first.1.kind() == Kind::BFloat16;
+    let jobs: Vec<Job> = products.iter().map(|product| job(product, adds, bf16)).collect();
     let sizes: Vec<share::Size> = jobs.iter().map(|job| job.size).collect();
     let parts = share(&sizes, torch_ext::parallel_parts());
     let next = AtomicUsize::new(0);
@@ -97,8 +92,7 @@ pub(crate) fn multiply(products: &[Product]) {
     });
 }
 
-fn job(product: &Product, bf16: bool) -> Job {
-    let Product { out, left, right, adds } = product;
+fn job(&(out, left, right): &Product, adds: bool, bf16: bool) -> Job {
     let sizes = [out, left, right].map(|tensor| tensor.size());
     let [m, k, n] = [sizes[1][0], sizes[1][1], sizes[2][1]].map(|size| size as usize);
     assert!(
@@ -125,7 +119,7 @@ fn job(product: &Product, bf16: bool) -> Job {
         out: out.data_ptr().cast(),
         out_row: out.stride()[0] as usize * size(rounds),
         rounds,
-        adds: *adds,
+        adds,
         left: operand(left, 1),
         right: operand(right, 0),
         size: (m, k, n),
@@ -133,7 +127,6 @@ fn job(product: &Product, bf16: bool) -> Job {
 }
 
 /// What a thread needs, and keeps.
-#[derive(Default)]
 struct Buffers {
     left: Vec<Line>,
     right: Vec<Line>,

@@ -45,8 +45,6 @@ pub(super) fn share(sizes: &[Size], threads: usize) -> Vec<Vec<Piece>> {
         let panel_at = |point: usize| (point.saturating_sub(before)).div_ceil(cost.max(1)).min(panels);
         for (part, pieces) in parts.iter_mut().enumerate() {
             let panels = panel_at(all * part / count)..panel_at(all * (part + 1) / count);
-            let last = part + 1 == count;
-            let panels = if last { panels.start..panel_at(usize::MAX) } else { panels };
             if !panels.is_empty() {
                 pieces.push(Piece { product, columns: columns.clone(), panels });
             }

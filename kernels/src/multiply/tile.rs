@@ -67,8 +67,7 @@ pub(super) unsafe fn tile<const BF16: bool, const N: usize>(
                         _mm512_mask_storeu_ps(place, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, place), sum));
                     }
                     Store::Round => {
-                        let rounded: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(sum));
-                        _mm256_mask_storeu_epi16(row.cast::<i16>().add(j * LANES), mask, rounded);
+                        _mm256_mask_storeu_epi16(row.cast::<i16>().add(j * LANES), mask, rounded(sum));
                     }
                 }
             }
@@ -83,6 +82,13 @@ fn pairs(x: __m512) -> __m512bh {
     unsafe { std::mem::transmute(x) }
 }
 
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn rounded(x: __m512) -> __m256i {
+    // SAFETY: 16 numbers of 16 bits.
+    unsafe { std::mem::transmute(_mm512_cvtneps_pbh(x)) }
+}
+
 /// Rounds rows of `width` fp32 numbers at `from`, `from_row` numbers apart, to bf16 in `out`.
 ///
 /// # Safety
@@ -95,8 +101,7 @@ pub(super) unsafe fn round(from: *const f32, from_row: usize, width: usize, out:
             for column in (0..width).step_by(LANES) {
                 let mask = super::mask(width - column);
                 let sum = _mm512_maskz_loadu_ps(mask, from.add(i * from_row + column));
-                let rounded: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(sum));
-                _mm256_mask_storeu_epi16(out.add(i * out_row).cast::<i16>().add(column), mask, rounded);
+                _mm256_mask_storeu_epi16(out.add(i * out_row).cast::<i16>().add(column), mask, rounded(sum));
             }
         }
     }
