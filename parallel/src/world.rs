@@ -2,7 +2,7 @@
 
 #[cfg(feature = "mpi")]
 use crate::comm::Mpi;
-use crate::comm::{ByDevice, Carriers, FlightRecorder, Hccl, Membership, Nccl, OnDevice, OnHost, Queued};
+use crate::comm::{ByDevice, Carriers, FlightRecorder, Hccl, Membership, Nccl, OnDevice, OnHost, Queued, Shm};
 use crate::{Accelerator, Backend, CommError, Communicator, Cpu, Gloo, Local};
 use std::path::Path;
 use std::sync::Arc;
@@ -272,15 +272,21 @@ impl World {
             let prefix = format!("{side}{name}/{members:?}");
             joined.store.prefixed(&prefix).map_err(|error| failed(error.to_string()))
         };
-        let host: Arc<dyn Communicator> = match joined.carriers.host {
-            OnHost::Gloo => Arc::new(Gloo::join(&store("")?, name, members, self.rank, self.timeout, &joined.address)?),
+        let membership = Membership::new(name, members, self.rank)?;
+        // Ranks that are alone in a group have a communicator only for their device.
+        let shares = joined.carriers.shares && members.len() > 1;
+        let shared = if shares { Shm::join(&store("")?, &membership, self.timeout)? } else { None };
+        let host: Arc<dyn Communicator> = match (shared, joined.carriers.host) {
+            (Some(shared), _) => Arc::new(shared),
+            (None, OnHost::Gloo) => {
+                Arc::new(Gloo::join(&store("")?, name, members, self.rank, self.timeout, &joined.address)?)
+            }
             #[cfg(feature = "mpi")]
-            OnHost::Mpi => Arc::new(Mpi::join(name, members, self.timeout)?),
+            (None, OnHost::Mpi) => Arc::new(Mpi::join(name, members, self.timeout)?),
             #[cfg(not(feature = "mpi"))]
-            OnHost::Mpi => unreachable!("it is not chosen where it is not built in"),
+            (None, OnHost::Mpi) => unreachable!("it is not chosen where it is not built in"),
         };
         let (timeout, like) = (self.timeout, joined.like.shallow_clone());
-        let membership = Membership::new(name, members, self.rank)?;
         let device: Option<Arc<dyn Communicator>> = match joined.carriers.device {
             Some(OnDevice::Nccl) => {
                 let library = Nccl::load().map_err(failed)?;

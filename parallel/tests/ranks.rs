@@ -62,8 +62,17 @@ fn gradients_of_collectives_are_those_of_the_whole() {
 
 #[test]
 fn gloo_conforms() {
+    conforms(Backend::Gloo);
+}
+
+#[test]
+fn shared_memory_conforms() {
+    conforms(Backend::Auto);
+}
+
+fn conforms(backend: Backend) {
     for size in [1, 2, 3, 4, 8] {
-        let outcomes = on_envs(size, |env| conformance::communicator(env, Backend::Gloo, &Cpu).unwrap());
+        let outcomes = on_envs(size, move |env| conformance::communicator(env, backend, &Cpu).unwrap());
         for (rank, outcome) in outcomes.iter().enumerate().flat_map(|(rank, all)| all.iter().map(move |o| (rank, o))) {
             assert_eq!(outcome.problem, None, "{size} ranks, rank {rank}: {}", outcome.name);
         }
@@ -71,7 +80,7 @@ fn gloo_conforms() {
 }
 
 /// The same with ranks that have not met yet.
-fn on_envs<T: Send + 'static>(size: usize, body: fn(&RankEnv) -> T) -> Vec<T> {
+fn on_envs<T: Send + 'static>(size: usize, body: impl Fn(&RankEnv) -> T + Copy + Send + 'static) -> Vec<T> {
     let server = torch_ext::Store::tcp("127.0.0.1", 0, true, SOON).unwrap();
     let port = server.port().unwrap();
     let run = |rank| std::thread::spawn(move || body(&RankEnv::on_this_machine(rank, size, port)));

@@ -10,7 +10,8 @@ use tch::Device;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Backend {
-    /// NCCL for tensors of GPUs, HCCL for those of NPUs; for others MPI where mpirun started the ranks, and else Gloo.
+    /// NCCL for tensors of GPUs, HCCL for those of NPUs; for others the memory that ranks of one machine share, and between
+    /// machines MPI where mpirun started the ranks, else Gloo.
     #[default]
     Auto,
     /// Gloo, over TCP, by way of the host's memory.
@@ -50,6 +51,8 @@ impl std::str::FromStr for Backend {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Carriers {
     pub(crate) host: OnHost,
+    /// Whether groups on one machine use its memory instead.
+    pub(crate) shares: bool,
     /// For tensors that are not the host's; None where those go by way of its memory.
     pub(crate) device: Option<OnDevice>,
 }
@@ -75,11 +78,13 @@ pub(crate) enum OnDevice {
 impl Carriers {
     /// The name, in messages.
     pub(crate) fn name(self) -> &'static str {
-        match (self.device, self.host) {
-            (Some(OnDevice::Nccl), _) => "nccl",
-            (Some(OnDevice::Hccl), _) => "hccl",
-            (None, OnHost::Gloo) => "gloo",
-            (None, OnHost::Mpi) => "mpi",
+        match (self.device, self.host, self.shares) {
+            (Some(OnDevice::Nccl), ..) => "nccl",
+            (Some(OnDevice::Hccl), ..) => "hccl",
+            (None, OnHost::Gloo, false) => "gloo",
+            (None, OnHost::Mpi, false) => "mpi",
+            (None, OnHost::Gloo, true) => "gloo (in a machine its memory)",
+            (None, OnHost::Mpi, true) => "mpi (in a machine its memory)",
         }
     }
 }
@@ -119,7 +124,7 @@ impl Backend {
                 ));
             }
         };
-        Ok(Carriers { host, device })
+        Ok(Carriers { host, shares: !matches!(self, Backend::Gloo | Backend::Mpi), device })
     }
 }
 
@@ -138,13 +143,13 @@ mod tests {
     #[test]
     fn mpi_is_taken_where_it_started_the_ranks() {
         let decide = |backend: Backend, by_mpi, has_mpi| backend.decide(by_mpi, Device::Cpu, has_mpi);
-        let (gloo, mpi) = (Carriers { host: OnHost::Gloo, device: None }, Carriers { host: OnHost::Mpi, device: None });
-        assert_eq!(decide(Backend::Auto, ByMpi::Yes, true), Ok(mpi));
-        assert_eq!(decide(Backend::Auto, ByMpi::Yes, false), Ok(gloo));
-        assert_eq!(decide(Backend::Auto, ByMpi::Perhaps, true), Ok(gloo));
-        assert_eq!(decide(Backend::Mpi, ByMpi::Perhaps, true), Ok(mpi));
-        assert_eq!(decide(Backend::Auto, ByMpi::No, true), Ok(gloo));
-        assert_eq!(decide(Backend::Gloo, ByMpi::Yes, true), Ok(gloo));
+        let of = |host, shares| Ok(Carriers { host, shares, device: None });
+        assert_eq!(decide(Backend::Auto, ByMpi::Yes, true), of(OnHost::Mpi, true));
+        assert_eq!(decide(Backend::Auto, ByMpi::Yes, false), of(OnHost::Gloo, true));
+        assert_eq!(decide(Backend::Auto, ByMpi::Perhaps, true), of(OnHost::Gloo, true));
+        assert_eq!(decide(Backend::Mpi, ByMpi::Perhaps, true), of(OnHost::Mpi, false));
+        assert_eq!(decide(Backend::Auto, ByMpi::No, true), of(OnHost::Gloo, true));
+        assert_eq!(decide(Backend::Gloo, ByMpi::Yes, true), of(OnHost::Gloo, false));
         assert!(decide(Backend::Mpi, ByMpi::No, true).unwrap_err().contains("mpirun -n N"));
         assert!(decide(Backend::Mpi, ByMpi::Yes, false).unwrap_err().contains("setup --mpi"));
     }
@@ -152,10 +157,11 @@ mod tests {
     #[test]
     fn a_device_has_its_vendors_library() {
         let decide = |backend: Backend, device| backend.decide(ByMpi::No, device, false);
-        let of = |device| Ok(Carriers { host: OnHost::Gloo, device });
+        let of = |device| Ok(Carriers { host: OnHost::Gloo, shares: true, device });
         assert_eq!(decide(Backend::Auto, Device::Cuda(3)), of(Some(OnDevice::Nccl)));
         assert_eq!(decide(Backend::Nccl, Device::Cuda(3)), of(Some(OnDevice::Nccl)));
-        assert_eq!(decide(Backend::Gloo, Device::Cuda(3)), of(None));
+        let gloo = Carriers { host: OnHost::Gloo, shares: false, device: None };
+        assert_eq!(decide(Backend::Gloo, Device::Cuda(3)), Ok(gloo));
         assert_eq!(decide(Backend::Auto, NPU), of(Some(OnDevice::Hccl)));
         assert!(decide(Backend::Nccl, Device::Cpu).unwrap_err().contains("run.device: cuda"));
         assert!(decide(Backend::Hccl, Device::Cuda(0)).unwrap_err().contains("run.device: npu"));

@@ -11,6 +11,7 @@ mod membership;
 mod mpi;
 mod nccl;
 mod queued;
+mod shm;
 mod staged;
 
 pub use backend::{Backend, mpi_library};
@@ -27,6 +28,7 @@ pub use mpi::finalize;
 pub(crate) use mpi::{Mpi, share, universe};
 pub(crate) use nccl::Nccl;
 pub(crate) use queued::Queued;
+pub(crate) use shm::Shm;
 pub(crate) use staged::Staged;
 pub use torch_ext::ReduceOp;
 
@@ -102,7 +104,7 @@ impl Work {
 /// Every rank of the group calls the same operations in the same order, with tensors that are contiguous, of the
 /// same dtype and, unless splits say otherwise, of the same shape. Tensors may be empty.
 pub trait Communicator: Send + Sync {
-    /// What carries it: `gloo`, `mpi`, `nccl`, `hccl`, or `local`.
+    /// What carries it: `shm`, `gloo`, `mpi`, `nccl`, `hccl`, or `local`.
     fn backend(&self) -> &'static str;
 
     /// Whether a device is given the operations, so that [`Work::wait`] holds nobody up.
