@@ -271,6 +271,25 @@ pub(crate) enum BenchCommand {
     MoeLayer(MoeLayerArgs),
     /// Snapshots in memory: what they cost a run, and how fast they are copied and protected
     Snapshot(SnapshotBenchArgs),
+    /// Every collective among ranks of this machine, by the road that training takes beside Gloo's and (under mpirun) MPI's
+    Collectives(CollectivesArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct CollectivesArgs {
+    /// all_reduce, broadcast, all_gather, reduce_scatter, all_to_all or send_recv; may be given many times. Without it all of
+    /// them
+    #[arg(long, value_name = "NAME")]
+    pub(crate) operation: Vec<String>,
+    /// Size of the tensor that holds every rank's part
+    #[arg(long, value_delimiter = ',', default_value = "64,1024,16384", value_name = "KIB")]
+    pub(crate) kib: Vec<usize>,
+    /// Ranks, of one thread each; ranks that mpirun started are counted by it
+    #[arg(short = 'n', long, default_value_t = 2, value_name = "N")]
+    pub(crate) ranks: usize,
+    /// How often the sides take turns; medians are reported
+    #[arg(long, default_value_t = 15)]
+    pub(crate) rounds: usize,
 }
 
 #[derive(Args)]

@@ -9,7 +9,7 @@ use std::time::Duration;
 use torch_ext::Store;
 
 /// No operation among the ranks takes longer.
-const PATIENCE: Duration = Duration::from_secs(300);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Runs `body` on `count` ranks of one thread: this process only starts them, or is one of them. Under torchrun's
 /// environment it is a rank in any case.

@@ -305,6 +305,19 @@ impl World {
         Ok(joined.recorder.follow(group, name, members))
     }
 
+    /// All ranks joined by Gloo as libtorch has it, to compare with; None for a rank that is alone.
+    ///
+    /// # Collective
+    /// All ranks, with a name that is used once.
+    ///
+    /// # Errors
+    /// When one does not come within the timeout.
+    pub fn plain_gloo(&self, name: &str) -> Result<Option<torch_ext::Gloo>, torch_ext::Error> {
+        let Some(joined) = &self.joined else { return Ok(None) };
+        let store = joined.store.prefixed(&format!("plain/{name}"))?;
+        torch_ext::Gloo::new(&store, self.rank, self.size, self.timeout, &joined.address).map(Some)
+    }
+
     /// The communicator of all ranks.
     ///
     /// # Errors

@@ -1,5 +1,6 @@
 //! `moerun bench`: one JSON object a line on standard output, and nothing else there.
 
+pub(crate) mod collectives;
 pub(crate) mod memory;
 pub(crate) mod moe_layer;
 mod moe_step;
