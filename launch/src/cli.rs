@@ -273,6 +273,24 @@ pub(crate) enum BenchCommand {
     Snapshot(SnapshotBenchArgs),
     /// Every collective among ranks of this machine, by the road that training takes beside Gloo's and (under mpirun) MPI's
     Collectives(CollectivesArgs),
+    /// The reference step on two ranks of one thread: data, expert or pipeline parallel, beside one process with two threads
+    Layouts(LayoutsArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct LayoutsArgs {
+    /// data, expert or pipeline. Without it all of them
+    #[arg(long, value_name = "CASE")]
+    pub(crate) case: Option<String>,
+    /// How often the layouts take turns; medians over all steps are reported
+    #[arg(long, default_value_t = 3)]
+    pub(crate) rounds: usize,
+    /// Steps of a turn, the first two of which are not counted
+    #[arg(long, default_value_t = 10)]
+    pub(crate) steps: u64,
+    /// A command to measure in the same run, alternating; its last line is JSON with `tokens_per_s`
+    #[arg(long, value_name = "COMMAND")]
+    pub(crate) baseline: Option<String>,
 }
 
 #[derive(Args)]
