@@ -5,6 +5,7 @@
 //! Nothing here is differentiable: layers call forward and backward inside nodes of their own.
 #![deny(missing_docs)]
 
+mod attention;
 mod cross_entropy;
 mod exponential;
 #[cfg(target_arch = "x86_64")]
@@ -16,6 +17,7 @@ mod rotary;
 mod rows;
 mod swiglu;
 
+pub use attention::{attention, attention_backward};
 pub use cross_entropy::cross_entropy;
 pub use norm::{rms_norm, rms_norm_backward};
 pub use product::{add_grouped_product, add_product, grouped_product, product, product_into};

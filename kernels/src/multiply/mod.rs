@@ -8,9 +8,9 @@
 //! A number of the result is summed up in an order that the inner dimension's length decides alone: neither threads nor the
 //! other products change a bit of it.
 
-mod pack;
+pub(crate) mod pack;
 mod share;
-mod tile;
+pub(crate) mod tile;
 
 use pack::{Operand, per_unit, size};
 use share::{Piece, share};
@@ -20,11 +20,11 @@ use tch::{Kind, Tensor};
 use tile::{Out, Store};
 
 /// Rows of a tile.
-const ROWS: usize = 6;
+pub(crate) const ROWS: usize = 6;
 /// Numbers of a vector.
-const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 /// Vectors of a tile's row.
-const VECTORS: usize = 4;
+pub(crate) const VECTORS: usize = 4;
 /// Units of the inner dimension that are gone along at once: with the columns of a [`Piece`], half a MiB.
 const DEPTH: usize = 512;
 /// Bytes of a row of the left matrix's transpose that are packed at once, where it has to be.
@@ -35,7 +35,7 @@ const ROUNDED_PANELS: usize = 64;
 /// 64 bytes.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Line([u32; LANES]);
+pub(crate) struct Line([u32; LANES]);
 
 /// The place of the result, the left matrix and the right one.
 pub(crate) type Product<'a> = (&'a Tensor, &'a Tensor, &'a Tensor);
@@ -138,7 +138,7 @@ thread_local! {
 }
 
 /// Room for `units` units.
-fn room(buffer: &mut Vec<Line>, units: usize) -> *mut Line {
+pub(crate) fn room(buffer: &mut Vec<Line>, units: usize) -> *mut Line {
     let lines = units.div_ceil(LANES) + 1;
     if buffer.len() < lines {
         buffer.resize(lines, Line([0; LANES]));
@@ -147,7 +147,7 @@ fn room(buffer: &mut Vec<Line>, units: usize) -> *mut Line {
 }
 
 /// A bit for each number of a vector that is there.
-fn mask(there: usize) -> u16 {
+pub(crate) fn mask(there: usize) -> u16 {
     if there >= LANES { u16::MAX } else { (1 << there) - 1 }
 }
 

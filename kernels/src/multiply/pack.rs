@@ -6,32 +6,32 @@ use std::arch::x86_64::*;
 
 /// A matrix in memory, of which one side is "inner": the dimension that is summed over.
 #[derive(Clone, Copy)]
-pub(super) struct Operand {
-    pub(super) data: *const u8,
+pub(crate) struct Operand {
+    pub(crate) data: *const u8,
     /// Bytes to the next along the inner dimension.
-    pub(super) inner: usize,
+    pub(crate) inner: usize,
     /// Bytes to the next along the other one.
-    pub(super) outer: usize,
+    pub(crate) outer: usize,
     /// Numbers along the inner dimension.
-    pub(super) len: usize,
+    pub(crate) len: usize,
 }
 
 /// Units from what is read to what is fetched meanwhile.
 const AHEAD: usize = 8;
 
 /// Bytes of a number.
-pub(super) const fn size(bf16: bool) -> usize {
+pub(crate) const fn size(bf16: bool) -> usize {
     if bf16 { 2 } else { 4 }
 }
 
 /// Numbers of a unit.
-pub(super) const fn per_unit(bf16: bool) -> usize {
+pub(crate) const fn per_unit(bf16: bool) -> usize {
     4 / size(bf16)
 }
 
 impl Operand {
     /// Whether a unit lies in memory as it is wanted.
-    pub(super) fn is_along(&self, bf16: bool) -> bool {
+    pub(crate) fn is_along(&self, bf16: bool) -> bool {
         self.inner == size(bf16) && self.len.is_multiple_of(per_unit(bf16))
     }
 
@@ -63,7 +63,7 @@ impl Operand {
 /// # Safety
 /// The processor has the features, the matrix has these columns and units, and `to` has room.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-pub(super) unsafe fn right<const BF16: bool>(
+pub(crate) unsafe fn right<const BF16: bool>(
     from: &Operand,
     units: std::ops::Range<usize>,
     first: usize,
@@ -106,7 +106,7 @@ pub(super) unsafe fn right<const BF16: bool>(
 /// The processor has the features, neighbours of the matrix lie beside each other, it has these rows and units, and `to` has room
 /// for `panels * units * ROWS` units and a line.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-pub(super) unsafe fn left<const BF16: bool>(
+pub(crate) unsafe fn left<const BF16: bool>(
     from: &Operand,
     units: std::ops::Range<usize>,
     first: usize,

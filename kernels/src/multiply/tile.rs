@@ -5,20 +5,20 @@ use std::arch::x86_64::*;
 
 /// Where a tile goes.
 #[derive(Clone, Copy)]
-pub(super) struct Out {
-    pub(super) data: *mut u8,
+pub(crate) struct Out {
+    pub(crate) data: *mut u8,
     /// Bytes from one row to the next.
-    pub(super) row: usize,
+    pub(crate) row: usize,
     /// Rows that there are, at most [`ROWS`].
-    pub(super) rows: usize,
+    pub(crate) rows: usize,
     /// Columns of the last vector that there are, a bit each.
-    pub(super) mask: u16,
-    pub(super) store: Store,
+    pub(crate) mask: u16,
+    pub(crate) store: Store,
 }
 
 /// What becomes of the numbers that are there.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Store {
+pub(crate) enum Store {
     /// fp32 takes their place.
     Set,
     /// They are fp32 and are added to.
@@ -33,7 +33,7 @@ pub(super) enum Store {
 /// # Safety
 /// The processor has the features. All of `left` and `right` can be read, and what `out` tells be written.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-pub(super) unsafe fn tile<const BF16: bool, const N: usize>(
+pub(crate) unsafe fn tile<const BF16: bool, const N: usize>(
     units: usize,
     left: [*const u8; ROWS],
     step: usize,
@@ -94,7 +94,7 @@ fn rounded(x: __m512) -> __m256i {
 /// # Safety
 /// As for [`tile`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-pub(super) unsafe fn round(from: *const f32, from_row: usize, width: usize, out: *mut u8, out_row: usize, rows: usize) {
+pub(crate) unsafe fn round(from: *const f32, from_row: usize, width: usize, out: *mut u8, out_row: usize, rows: usize) {
     // SAFETY: as the caller promises.
     unsafe {
         for i in 0..rows {

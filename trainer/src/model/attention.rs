@@ -1,4 +1,5 @@
-//! Grouped-query attention (arXiv 2305.13245) with rotary positions, through libtorch's fused kernel.
+//! Grouped-query attention (arXiv 2305.13245) with rotary positions: causal attention on the CPU by `kernels::attention`, else by
+//! libtorch's fused kernel.
 // Shapes: B batch, S sequence (s of it on this rank), T = B * s tokens, D hidden, H query heads, G key/value heads (of this
 // rank), d head width.
 
@@ -13,8 +14,8 @@ use parallel::tensor::TensorParallel;
 use parallel::{Activation, Communicator, Weight, linear, linears};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
-use tch::Tensor;
-use torch_ext::Error;
+use tch::{Device, Tensor};
+use torch_ext::{Error, attach_backward};
 
 /// Which document each position belongs to, where tokens see only their own.
 pub(crate) struct Documents {
@@ -227,20 +228,39 @@ impl Core {
             return ring_attention(query, &key, &value, numbers.as_ref(), self.scale, &self.context);
         }
         let whole = |query: &Tensor, key: &Tensor, value: &Tensor| {
+            if documents.is_none() && query.device() == Device::Cpu {
+                return causal(query, key, value, self.scale);
+            }
+            let times = query.size()[1] / key.size()[1];
+            let (key, value) = (repeat(key, times), repeat(value, times));
             let seen = documents.map(Documents::seen);
             let causal = seen.is_none();
-            Tensor::scaled_dot_product_attention(query, key, value, seen.as_ref(), 0.0, causal, self.scale, false)
+            Ok(Tensor::scaled_dot_product_attention(query, &key, &value, seen.as_ref(), 0.0, causal, self.scale, false))
         };
         if self.context.size() == 1 {
-            return Ok(whole(query, &serve(key), &serve(value)));
+            return match even {
+                true => whole(query, key, value),
+                false => whole(query, &serve(key), &serve(value)),
+            };
         }
         // Key heads travel as they are where they can be shared out, too.
         let early = !even || kv_heads % self.context.size() as i64 != 0;
         let before = |x: &Tensor| if early { serve(x) } else { x.shallow_clone() };
-        let after = |x: Tensor| if early { x } else { repeat(&x, times) };
         let query = heads_out(query, &self.context)?;
-        let key = after(heads_out(&before(key), &self.context)?);
-        let value = after(heads_out(&before(value), &self.context)?);
-        heads_home(&whole(&query, &key, &value), &self.context)
+        let key = heads_out(&before(key), &self.context)?;
+        let value = heads_out(&before(value), &self.context)?;
+        heads_home(&whole(&query, &key, &value)?, &self.context)
     }
+}
+
+/// [`kernels::attention`] with its gradients.
+fn causal(query: &Tensor, key: &Tensor, value: &Tensor, scale: f64) -> Result<Tensor, Error> {
+    let kept = [query, key, value].map(Tensor::detach);
+    let (out, lse) = tch::no_grad(|| kernels::attention(query, key, value, scale));
+    let result = out.detach();
+    let mut outputs = attach_backward(&[query, key, value], vec![out], move |grads| {
+        let Some(grad) = &grads[0] else { return Err(Error::new("attention without a gradient")) };
+        Ok(kernels::attention_backward(grad, kept.each_ref(), &result, &lse, scale).map(Some).into())
+    })?;
+    Ok(outputs.remove(0))
 }

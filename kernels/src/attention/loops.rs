@@ -1,0 +1,535 @@
+//! The loops of causal attention, with the innermost ones of `multiply`.
+//!
+//! A head's keys and values are packed once, for all the query heads that they serve. Queries come in blocks, keys in blocks of
+//! those; scores of a block of both live in a buffer that fits the cache. Threads work on key heads for themselves, so their number
+//! changes no bit.
+
+use crate::exponential::exp;
+use crate::multiply::is_for_this_processor;
+use crate::multiply::pack::{self, Operand, per_unit, size};
+use crate::multiply::tile::{Out, Store, tile};
+use crate::multiply::{LANES, Line, ROWS, VECTORS, mask, room};
+use crate::number::{Bf16, Number};
+use std::cell::RefCell;
+use std::ops::Range;
+use tch::{Device, Kind, Tensor};
+
+/// Queries of a block: of whole tiles and pairs.
+const QUERIES: usize = 48;
+/// Keys of a block.
+const KEYS: usize = 256;
+/// Columns of a tile.
+const COLUMNS: usize = VECTORS * LANES;
+/// Numbers from one row of scores to the next: rows of a power of two would share few places of the cache.
+const ROW: usize = KEYS + LANES;
+
+/// Whether these loops are for this processor and these: queries `[B, H, S, d]`, keys and values `[B, G, S, d]`.
+pub(super) fn attends(query: &Tensor, key: &Tensor, value: &Tensor) -> bool {
+    let kind = query.kind();
+    let fits = |x: &Tensor| x.device() == Device::Cpu && x.kind() == kind && x.stride()[3] == 1;
+    matches!(kind, Kind::Float | Kind::BFloat16)
+        && [query, key, value].into_iter().all(fits)
+        && query.size()[3] % LANES as i64 == 0
+        && (key.size()[0] * key.size()[1]) as usize >= torch_ext::parallel_parts()
+        && is_for_this_processor()
+}
+
+/// As [`attention`](super::attention), where [`attends`] says yes.
+pub(super) fn attention(query: &Tensor, key: &Tensor, value: &Tensor, scale: f64) -> (Tensor, Tensor) {
+    let out = like(query);
+    let lse = Tensor::empty(&query.size()[..3], (Kind::Float, Device::Cpu));
+    let job = Job::new(query, key, scale);
+    let sides = [query, key, value, &out].map(Side::new);
+    let (lses, kind) = (job.lses(&lse), query.kind());
+    job.on_threads(|at, buffers| {
+        // SAFETY: `attends` has asked the processor, and the caller compared the sizes; a key head is this thread's alone.
+        unsafe {
+            match kind {
+                Kind::BFloat16 => forward::<true, Bf16>(&job, &sides, lses, at, buffers),
+                _ => forward::<false, f32>(&job, &sides, lses, at, buffers),
+            }
+        }
+    });
+    (out, lse)
+}
+
+/// As [`attention_backward`](super::attention_backward), where [`attends`] says yes.
+pub(super) fn attention_backward(
+    grad: &Tensor,
+    [query, key, value]: [&Tensor; 3],
+    out: &Tensor,
+    lse: &Tensor,
+    scale: f64,
+) -> [Tensor; 3] {
+    let grads = [query, key, value].map(like);
+    let job = Job::new(query, key, scale);
+    let sides = [query, key, value, out, grad, &grads[0], &grads[1], &grads[2]].map(Side::new);
+    let (lses, kind) = (job.lses(lse), query.kind());
+    job.on_threads(|at, buffers| {
+        // SAFETY: as in forward.
+        unsafe {
+            match kind {
+                Kind::BFloat16 => backward::<true, Bf16>(&job, &sides, lses, at, buffers),
+                _ => backward::<false, f32>(&job, &sides, lses, at, buffers),
+            }
+        }
+    });
+    grads
+}
+
+/// A tensor of the same shape, in memory `[B, S, H, d]`: what follows goes on with rows of all heads.
+fn like(x: &Tensor) -> Tensor {
+    let size = x.size();
+    Tensor::empty([size[0], size[2], size[1], size[3]], (x.kind(), Device::Cpu)).transpose(1, 2)
+}
+
+/// One of the tensors: where it is, and bytes from one sequence, head and position to the next.
+#[derive(Clone, Copy)]
+struct Side {
+    data: *mut u8,
+    batch: usize,
+    head: usize,
+    row: usize,
+}
+
+// SAFETY: threads write the rows of their own heads alone.
+unsafe impl Sync for Side {}
+
+impl Side {
+    fn new(x: &Tensor) -> Side {
+        let bytes = x.kind().elt_size_in_bytes();
+        let stride: Vec<usize> = x.stride().iter().map(|&stride| stride as usize * bytes).collect();
+        Side { data: x.data_ptr().cast(), batch: stride[0], head: stride[1], row: stride[2] }
+    }
+
+    /// Where a row is.
+    fn at(&self, batch: usize, head: usize, row: usize) -> *mut u8 {
+        self.data.wrapping_add(batch * self.batch + head * self.head + row * self.row)
+    }
+
+    /// The numbers of a row.
+    ///
+    /// # Safety
+    /// There are so many of type T, and nobody else writes them.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn numbers<T>(&self, (batch, head, row): (usize, usize, usize), width: usize) -> &mut [T] {
+        // SAFETY: as the caller promises.
+        unsafe { std::slice::from_raw_parts_mut(self.at(batch, head, row).cast(), width) }
+    }
+}
+
+struct Job {
+    batch: usize,
+    heads: usize,
+    kv_heads: usize,
+    length: usize,
+    width: usize,
+    scale: f32,
+}
+
+/// What a thread needs, and keeps.
+#[derive(Default)]
+struct Buffers {
+    keys: Vec<Line>,
+    values: Vec<Line>,
+    natural: Vec<Line>,
+    queries: Vec<Line>,
+    grads: Vec<Line>,
+    scores: Vec<Line>,
+    others: Vec<Line>,
+    rounded: [Vec<Line>; 3],
+    sums: [Vec<Line>; 3],
+}
+
+thread_local! {
+    static BUFFERS: RefCell<Buffers> = RefCell::default();
+}
+
+impl Job {
+    fn new(query: &Tensor, key: &Tensor, scale: f64) -> Job {
+        let size: Vec<usize> = query.size().iter().map(|&size| size as usize).collect();
+        let kv_heads = key.size()[1] as usize;
+        Job { batch: size[0], heads: size[1], kv_heads, length: size[2], width: size[3], scale: scale as f32 }
+    }
+
+    /// The log-sum-exps `[B, H, S]` fp32.
+    fn lses(&self, lse: &Tensor) -> Side {
+        let row = size_of::<f32>();
+        let head = self.length * row;
+        Side { data: lse.data_ptr().cast(), batch: self.heads * head, head, row }
+    }
+
+    /// Calls `body` for every sequence and key head.
+    fn on_threads(&self, body: impl Fn((usize, usize), &mut Buffers) + Sync) {
+        torch_ext::parallel_for(self.batch * self.kv_heads, 1, |_, range| {
+            BUFFERS.with_borrow_mut(|buffers| {
+                for item in range {
+                    body((item / self.kv_heads, item % self.kv_heads), buffers);
+                }
+            });
+        });
+    }
+
+    /// The query heads that a key head serves.
+    fn served(&self, kv_head: usize) -> Range<usize> {
+        let times = self.heads / self.kv_heads;
+        kv_head * times..(kv_head + 1) * times
+    }
+}
+
+/// A matrix `[rows, width]` packed to be the right one of a product.
+struct Packed {
+    data: *const Line,
+    units: usize,
+    /// Columns in all.
+    columns: usize,
+}
+
+impl Packed {
+    /// Of `rows` rows at `from`, `row` bytes apart, each a step of the inner dimension.
+    ///
+    /// # Safety
+    /// They can be read, and the processor has the features.
+    unsafe fn natural<const BF16: bool>(
+        from: *const u8,
+        row: usize,
+        rows: usize,
+        width: usize,
+        to: &mut Vec<Line>,
+    ) -> Packed {
+        let from = Operand { data: from, inner: row, outer: size(BF16), len: rows };
+        // SAFETY: as the caller promises.
+        unsafe { Packed::new::<BF16>(&from, width, to) }
+    }
+
+    /// The transpose of that: each row a column.
+    ///
+    /// # Safety
+    /// As above.
+    unsafe fn transposed<const BF16: bool>(
+        from: *const u8,
+        row: usize,
+        rows: usize,
+        width: usize,
+        to: &mut Vec<Line>,
+    ) -> Packed {
+        let from = Operand { data: from, inner: size(BF16), outer: row, len: width };
+        // SAFETY: as above.
+        unsafe { Packed::new::<BF16>(&from, rows, to) }
+    }
+
+    unsafe fn new<const BF16: bool>(from: &Operand, columns: usize, to: &mut Vec<Line>) -> Packed {
+        let units = from.len.div_ceil(per_unit(BF16));
+        let data = room(to, units * columns.next_multiple_of(LANES));
+        let mut place = data;
+        for first in (0..columns).step_by(COLUMNS) {
+            let here = (columns - first).min(COLUMNS);
+            let lines = here.div_ceil(LANES);
+            // SAFETY: `room` has made enough of it; the rest is the caller's promise.
+            unsafe {
+                pack::right::<BF16>(from, 0..units, first, here, lines, place);
+                place = place.add(units * lines);
+            }
+        }
+        Packed { data, units, columns }
+    }
+
+    /// Multiplies `rows` rows, `step` bytes from one of their units to the next, by steps `units` and columns `columns` of this:
+    /// rows of fp32 at `out`, `out_row` bytes apart.
+    ///
+    /// # Safety
+    /// All of it is there; `columns` begins at a multiple of [`COLUMNS`].
+    unsafe fn multiply<const BF16: bool>(
+        &self,
+        units: Range<usize>,
+        columns: Range<usize>,
+        rows: usize,
+        left: impl Fn(usize) -> *const u8,
+        step: usize,
+        (out, out_row, store): (*mut f32, usize, Store),
+    ) {
+        for first in (0..rows).step_by(ROWS) {
+            let here = (rows - first).min(ROWS);
+            let left: [*const u8; ROWS] = std::array::from_fn(|i| left(first + i.min(here - 1)));
+            for column in columns.clone().step_by(COLUMNS) {
+                // Whole panels: of scores that nobody asked for there is room, too.
+                let there = (self.columns - column).min(COLUMNS);
+                let lines = there.div_ceil(LANES);
+                let place = out.wrapping_add(first * out_row / 4 + (column - columns.start)).cast();
+                let out = Out { data: place, row: out_row, rows: here, mask: mask(there - (lines - 1) * LANES), store };
+                // SAFETY: columns before this one fill whole panels.
+                unsafe {
+                    let right = self.data.add(self.units * (column / LANES) + units.start * lines);
+                    match lines {
+                        1 => tile::<BF16, 1>(units.len(), left, step, right, out),
+                        2 => tile::<BF16, 2>(units.len(), left, step, right, out),
+                        3 => tile::<BF16, 3>(units.len(), left, step, right, out),
+                        _ => tile::<BF16, 4>(units.len(), left, step, right, out),
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Memory for `rows` rows of `width` numbers of four bytes.
+fn floats(buffer: &mut Vec<Line>, rows: usize, width: usize) -> *mut f32 {
+    room(buffer, rows * width).cast()
+}
+
+/// # Safety
+/// The processor has the features, sides are as `attends` says, and nobody else works on this key head.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")]
+unsafe fn forward<const BF16: bool, T: Number>(
+    job: &Job,
+    [query, key, value, out]: &[Side; 4],
+    lses: Side,
+    (batch, kv_head): (usize, usize),
+    buffers: &mut Buffers,
+) {
+    let Job { length, width, scale, .. } = *job;
+    let steps = width / per_unit(BF16);
+    let sums = floats(&mut buffers.sums[0], QUERIES, width);
+    let scores = floats(&mut buffers.scores, QUERIES, ROW);
+    let rounded = room(&mut buffers.rounded[0], QUERIES * ROW / 2).cast::<Bf16>();
+    // SAFETY: as the caller promises; buffers have the sizes that are named here.
+    unsafe {
+        let keys =
+            Packed::transposed::<BF16>(key.at(batch, kv_head, 0), key.row, length, width, &mut buffers.keys);
+        let values =
+            Packed::natural::<BF16>(value.at(batch, kv_head, 0), value.row, length, width, &mut buffers.values);
+        for head in job.served(kv_head) {
+            for start in (0..length).step_by(QUERIES) {
+                let rows = (length - start).min(QUERIES);
+                let seen = start + rows;
+                let (mut most, mut sum) = ([f32::NEG_INFINITY; QUERIES], [0f32; QUERIES]);
+                std::slice::from_raw_parts_mut(sums, rows * width).fill(0.0);
+                for first in (0..seen).step_by(KEYS) {
+                    let here = (seen - first).min(KEYS);
+                    let left = |row: usize| query.at(batch, head, start + row).cast_const();
+                    let to = (scores, ROW * 4, Store::Set);
+                    keys.multiply::<BF16>(0..steps, first..first + here, rows, left, 4, to);
+                    for row in 0..rows {
+                        let all = std::slice::from_raw_parts_mut(scores.add(row * ROW), here);
+                        let valid = (start + row + 1).saturating_sub(first).min(here);
+                        let factor = weights(all, valid, scale, &mut most[row], &mut sum[row]);
+                        if factor != 1.0 {
+                            let sums = std::slice::from_raw_parts_mut(sums.add(row * width), width);
+                            sums.iter_mut().for_each(|x| *x *= factor);
+                        }
+                        if BF16 {
+                            let to = std::slice::from_raw_parts_mut(rounded.add(row * ROW), here + 1);
+                            to.iter_mut().zip(&*all).for_each(|(to, x)| *to = Bf16::narrow(*x));
+                            // The other one of a pair.
+                            to[here] = Bf16::narrow(0.0);
+                        }
+                    }
+                    let left = |row: usize| match BF16 {
+                        true => rounded.add(row * ROW).cast::<u8>().cast_const(),
+                        false => scores.add(row * ROW).cast::<u8>().cast_const(),
+                    };
+                    let units = first / per_unit(BF16)..(first + here).div_ceil(per_unit(BF16));
+                    values.multiply::<BF16>(units, 0..width, rows, left, 4, (sums, width * 4, Store::Add));
+                }
+                let lse = lses.numbers::<f32>((batch, head, start), rows);
+                for row in 0..rows {
+                    let over = 1.0 / sum[row];
+                    lse[row] = most[row] + sum[row].ln();
+                    let to = out.numbers::<T>((batch, head, start + row), width);
+                    let sums = std::slice::from_raw_parts(sums.add(row * width), width);
+                    to.iter_mut().zip(sums).for_each(|(to, x)| *to = T::narrow(x * over));
+                }
+            }
+        }
+    }
+}
+
+/// Makes `exp(score * scale - most)` of the first `valid` scores and nothing of the others. `most` is the largest so far and `sum`
+/// that of the weights so far; gives what earlier ones are to be multiplied by.
+#[inline(always)]
+fn weights(scores: &mut [f32], valid: usize, scale: f32, most: &mut f32, sum: &mut f32) -> f32 {
+    let (valid, rest) = scores.split_at_mut(valid);
+    rest.fill(0.0);
+    if valid.is_empty() {
+        return 1.0;
+    }
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (whole, few) = valid.as_chunks::<LANES>();
+    for chunk in whole {
+        lanes.iter_mut().zip(chunk).for_each(|(most, &x)| *most = if x > *most { x } else { *most });
+    }
+    lanes.iter_mut().zip(few).for_each(|(most, &x)| *most = if x > *most { x } else { *most });
+    let largest = lanes.iter().fold(f32::NEG_INFINITY, |most, &x| if x > most { x } else { most }) * scale;
+    let new = if largest > *most { largest } else { *most };
+    let factor = if *most == f32::NEG_INFINITY { 0.0 } else { exp(*most - new) };
+    let mut lanes = [0f32; LANES];
+    let (whole, few) = valid.as_chunks_mut::<LANES>();
+    for chunk in whole {
+        for (sum, x) in lanes.iter_mut().zip(chunk) {
+            *x = exp(x.mul_add(scale, -new));
+            *sum += *x;
+        }
+    }
+    for (sum, x) in lanes.iter_mut().zip(few) {
+        *x = exp(x.mul_add(scale, -new));
+        *sum += *x;
+    }
+    *sum = *sum * factor + lanes.iter().sum::<f32>();
+    *most = new;
+    factor
+}
+
+/// # Safety
+/// As for [`forward`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")]
+unsafe fn backward<const BF16: bool, T: Number>(
+    job: &Job,
+    [query, key, value, out, grad, of_query, of_key, of_value]: &[Side; 8],
+    lses: Side,
+    (batch, kv_head): (usize, usize),
+    buffers: &mut Buffers,
+) {
+    let Job { length, width, scale, .. } = *job;
+    let steps = width / per_unit(BF16);
+    let [sums, key_sums, value_sums] = &mut buffers.sums;
+    let sums = floats(sums, QUERIES, width);
+    let (key_sums, value_sums) = (floats(key_sums, length, width), floats(value_sums, length, width));
+    let scores = floats(&mut buffers.scores, QUERIES, ROW);
+    let others = floats(&mut buffers.others, QUERIES, ROW);
+    let [weights, pairs, rows_of] = &mut buffers.rounded;
+    let (weights, pairs) = (floats(weights, QUERIES / 2, ROW), floats(pairs, QUERIES / 2, ROW));
+    let rows_of = room(rows_of, QUERIES * ROW / 2).cast::<Bf16>();
+    // SAFETY: as the caller promises; buffers have the sizes that are named here.
+    unsafe {
+        let (of_head, of_values) = (key.at(batch, kv_head, 0), value.at(batch, kv_head, 0));
+        let keys = Packed::transposed::<BF16>(of_head, key.row, length, width, &mut buffers.keys);
+        let values = Packed::transposed::<BF16>(of_values, value.row, length, width, &mut buffers.values);
+        let natural = Packed::natural::<BF16>(of_head, key.row, length, width, &mut buffers.natural);
+        std::slice::from_raw_parts_mut(key_sums, length * width).fill(0.0);
+        std::slice::from_raw_parts_mut(value_sums, length * width).fill(0.0);
+        for head in job.served(kv_head) {
+            for start in (0..length).step_by(QUERIES) {
+                let rows = (length - start).min(QUERIES);
+                let seen = start + rows;
+                let queries = query.at(batch, head, start);
+                let queries = Packed::natural::<BF16>(queries, query.row, rows, width, &mut buffers.queries);
+                let grads = grad.at(batch, head, start);
+                let grads = Packed::natural::<BF16>(grads, grad.row, rows, width, &mut buffers.grads);
+                let lse = lses.numbers::<f32>((batch, head, start), rows);
+                let along: [f32; QUERIES] = std::array::from_fn(|row| match row < rows {
+                    true => {
+                        let at = (batch, head, start + row);
+                        dot(out.numbers::<T>(at, width), grad.numbers::<T>(at, width))
+                    }
+                    false => 0.0,
+                });
+                std::slice::from_raw_parts_mut(sums, rows * width).fill(0.0);
+                for first in (0..seen).step_by(KEYS) {
+                    let here = (seen - first).min(KEYS);
+                    let left = |row: usize| query.at(batch, head, start + row).cast_const();
+                    let to = (scores, ROW * 4, Store::Set);
+                    keys.multiply::<BF16>(0..steps, first..first + here, rows, left, 4, to);
+                    let left = |row: usize| grad.at(batch, head, start + row).cast_const();
+                    let to = (others, ROW * 4, Store::Set);
+                    values.multiply::<BF16>(0..steps, first..first + here, rows, left, 4, to);
+                    for row in 0..rows {
+                        let scores = std::slice::from_raw_parts_mut(scores.add(row * ROW), here);
+                        let others = std::slice::from_raw_parts_mut(others.add(row * ROW), here);
+                        let valid = (start + row + 1).saturating_sub(first).min(here);
+                        gradients(scores, others, valid, (scale, lse[row], along[row]));
+                        if BF16 {
+                            let to = std::slice::from_raw_parts_mut(rows_of.add(row * ROW), here + 1);
+                            to.iter_mut().zip(&*others).for_each(|(to, x)| *to = Bf16::narrow(*x));
+                            to[here] = Bf16::narrow(0.0);
+                        }
+                    }
+                    if BF16 {
+                        in_pairs(scores, rows, here, weights);
+                        in_pairs(others, rows, here, pairs);
+                    }
+                    // The first operands of the three products: rows of scores' gradients, and columns of both.
+                    let (of_rows, of_weights, of_scores): (*const u8, *const f32, *const f32) = match BF16 {
+                        true => (rows_of.cast::<u8>(), weights, pairs),
+                        false => (others.cast::<u8>(), scores, others),
+                    };
+                    let units = first / per_unit(BF16)..(first + here).div_ceil(per_unit(BF16));
+                    let row = |row: usize| of_rows.add(row * ROW * size(BF16));
+                    natural.multiply::<BF16>(units, 0..width, rows, row, 4, (sums, width * 4, Store::Add));
+                    let units = 0..rows.div_ceil(per_unit(BF16));
+                    for (from, by, to) in [(of_weights, &grads, value_sums), (of_scores, &queries, key_sums)] {
+                        let column = |key: usize| from.add(key).cast::<u8>();
+                        let to = (to.add(first * width), width * 4, Store::Add);
+                        by.multiply::<BF16>(units.clone(), 0..width, here, column, ROW * 4, to);
+                    }
+                }
+                for row in 0..rows {
+                    let to = of_query.numbers::<T>((batch, head, start + row), width);
+                    narrow(std::slice::from_raw_parts(sums.add(row * width), width), to);
+                }
+            }
+        }
+        for row in 0..length {
+            let at = (batch, kv_head, row);
+            narrow(std::slice::from_raw_parts(key_sums.add(row * width), width), of_key.numbers::<T>(at, width));
+            narrow(std::slice::from_raw_parts(value_sums.add(row * width), width), of_value.numbers::<T>(at, width));
+        }
+    }
+}
+
+/// Makes weights of scores, and of the weights' gradients those of the scores: of the first `valid`, and nothing of the others.
+#[inline(always)]
+fn gradients(scores: &mut [f32], others: &mut [f32], valid: usize, (scale, lse, along): (f32, f32, f32)) {
+    for (score, other) in scores[..valid].iter_mut().zip(&mut others[..valid]) {
+        *score = exp(score.mul_add(scale, -lse));
+        *other = *score * (*other - along) * scale;
+    }
+    scores[valid..].fill(0.0);
+    others[valid..].fill(0.0);
+}
+
+/// Rounds rows to bf16, two rows' numbers of a column beside each other; after an odd row come zeros.
+///
+/// # Safety
+/// There are `rows` rows at `from` and half as many at `to`, of `width` numbers, [`ROW`] apart.
+#[inline(always)]
+unsafe fn in_pairs(from: *const f32, rows: usize, width: usize, to: *mut f32) {
+    for row in (0..rows).step_by(2) {
+        // SAFETY: as the caller promises.
+        let (first, to) = unsafe {
+            let first = std::slice::from_raw_parts(from.add(row * ROW), width);
+            (first, std::slice::from_raw_parts_mut(to.add(row / 2 * ROW).cast::<u32>(), width))
+        };
+        if row + 1 < rows {
+            // SAFETY: as above.
+            let second = unsafe { std::slice::from_raw_parts(from.add((row + 1) * ROW), width) };
+            for (to, (a, b)) in to.iter_mut().zip(first.iter().zip(second)) {
+                *to = rounded(*a) >> 16 | rounded(*b) & 0xffff_0000;
+            }
+        } else {
+            to.iter_mut().zip(first).for_each(|(to, a)| *to = rounded(*a) >> 16);
+        }
+    }
+}
+
+/// The bits of a number that is not NaN, whose upper half is bf16, to nearest and ties to even.
+#[inline(always)]
+fn rounded(x: f32) -> u32 {
+    let bits = x.to_bits();
+    bits.wrapping_add(0x7fff + (bits >> 16 & 1))
+}
+
+#[inline(always)]
+fn dot<T: Number>(a: &[T], b: &[T]) -> f32 {
+    let mut lanes = [0f32; LANES];
+    for (a, b) in a.chunks_exact(LANES).zip(b.chunks_exact(LANES)) {
+        for (lane, sum) in lanes.iter_mut().enumerate() {
+            *sum += a[lane].wide() * b[lane].wide();
+        }
+    }
+    lanes.iter().sum()
+}
+
+#[inline(always)]
+fn narrow<T: Number>(from: &[f32], to: &mut [T]) {
+    to.iter_mut().zip(from).for_each(|(to, x)| *to = T::narrow(*x));
+}

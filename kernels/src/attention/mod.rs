@@ -1,0 +1,154 @@
+//! Causal attention in host memory, forward and backward, without a matrix of scores (arXiv 2307.08691): on some processors by loops
+//! of our own, which need no copies of key heads, elsewhere by libtorch's kernel.
+
+#[cfg(target_arch = "x86_64")]
+mod loops;
+
+use tch::{Device, Kind, Tensor};
+
+/// Every query's average over the values of the keys that are not after it, `[B, H, S, d]`, and its log-sum-exp `[B, H, S]` fp32:
+/// of queries `[B, H, S, d]`, keys and values `[B, G, S, d]`, in host memory and of one dtype. Key heads serve neighbouring query
+/// heads, as many each.
+///
+/// # Panics
+/// When the shapes do not fit each other.
+pub fn attention(query: &Tensor, key: &Tensor, value: &Tensor, scale: f64) -> (Tensor, Tensor) {
+    check(query, key, value);
+    #[cfg(target_arch = "x86_64")]
+    if loops::attends(query, key, value) {
+        return loops::attention(query, key, value, scale);
+    }
+    let [key, value] = [key, value].map(|x| repeated(x, query.size()[1]));
+    Tensor::internal_scaled_dot_product_flash_attention_for_cpu(query, &key, &value, 0.0, true, None::<&Tensor>, scale)
+}
+
+/// The gradients of queries, keys and values, of their dtype, given that of the result; `out` and `lse` are what [`attention`] gave.
+///
+/// # Panics
+/// When the shapes do not fit each other.
+pub fn attention_backward(
+    grad: &Tensor,
+    [query, key, value]: [&Tensor; 3],
+    out: &Tensor,
+    lse: &Tensor,
+    scale: f64,
+) -> [Tensor; 3] {
+    check(query, key, value);
+    assert!(grad.size() == query.size() && out.size() == query.size(), "gradients of {:?}", query.size());
+    let grad = grad.to_kind(query.kind());
+    let grad = if grad.stride()[3] == 1 { grad } else { grad.contiguous() };
+    #[cfg(target_arch = "x86_64")]
+    if loops::attends(query, key, value) && lse.is_contiguous() && out.stride()[3] == 1 {
+        return loops::attention_backward(&grad, [query, key, value], out, lse, scale);
+    }
+    let heads = key.size()[1];
+    let [key, value] = [key, value].map(|x| repeated(x, query.size()[1]));
+    let (of_query, of_key, of_value) = Tensor::internal_scaled_dot_product_flash_attention_for_cpu_backward(
+        &grad,
+        query,
+        &key,
+        &value,
+        out,
+        lse,
+        0.0,
+        true,
+        None::<&Tensor>,
+        scale,
+    );
+    [of_query, joined(of_key, heads), joined(of_value, heads)]
+}
+
+fn check(query: &Tensor, key: &Tensor, value: &Tensor) {
+    let (q, k) = (query.size(), key.size());
+    let fits = k == value.size() && q.len() == 4 && (q[0], q[2], q[3]) == (k[0], k[2], k[3]);
+    let kinds = query.kind() == key.kind() && query.kind() == value.kind() && query.device() == Device::Cpu;
+    assert!(fits && kinds && k[1] > 0 && q[1] % k[1] == 0, "attention of {q:?} over {k:?}");
+}
+
+/// Each key or value head once for every query head that it serves.
+fn repeated(x: &Tensor, heads: i64) -> Tensor {
+    let size = x.size();
+    let times = heads / size[1];
+    let wide = x.unsqueeze(2).expand([size[0], size[1], times, size[2], size[3]], false);
+    wide.reshape([size[0], heads, size[2], size[3]])
+}
+
+/// The gradient of [`repeated`], added up in fp32.
+fn joined(grad: Tensor, heads: i64) -> Tensor {
+    let size = grad.size();
+    if size[1] == heads {
+        return grad;
+    }
+    let apart = grad.view([size[0], heads, size[1] / heads, size[2], size[3]]);
+    apart.sum_dim_intlist([2i64].as_slice(), false, Kind::Float).to_kind(grad.kind())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// In fp64.
+    fn plain(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> (Tensor, Tensor) {
+        let times = q.size()[1] / k.size()[1];
+        let (k, v) = (k.repeat_interleave_self_int(times, 1, None), v.repeat_interleave_self_int(times, 1, None));
+        let later = Tensor::ones([q.size()[2]; 2], (Kind::Bool, Device::Cpu)).triu(1);
+        let scores = (q.matmul(&k.transpose(2, 3)) * scale).masked_fill(&later, f64::NEG_INFINITY);
+        (scores.softmax(-1, Kind::Double).matmul(&v), scores.logsumexp([-1i64].as_slice(), false))
+    }
+
+    /// The largest difference, over the largest number. (Of one key alone, scores have no gradient.)
+    fn off(a: &Tensor, b: &Tensor) -> f64 {
+        let most = |x: &Tensor| f64::try_from(x.abs().max()).unwrap();
+        most(&(a.to_kind(Kind::Double) - b)) / most(b).max(0.1)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+
+        #[test]
+        fn as_the_formula_in_fp64(
+            batch in 1i64..3, kv_heads in 1i64..4, times in 1i64..4, length in prop_oneof![1i64..70, 200i64..620],
+            width in 1i64..9, transposed: bool, odd: bool, large in 0..2, seed in 0i64..1000,
+        ) {
+            tch::set_num_threads(1);
+            tch::manual_seed(seed);
+            let width = if odd { 16 * width - 4 } else { 16 * width };
+            let random = |heads: i64, kind| {
+                let x = Tensor::randn([batch, length, heads, width], (Kind::Float, Device::Cpu)) * (1.0 + 4.0 * f64::from(large));
+                let x = x.to_kind(kind).transpose(1, 2);
+                if transposed { x } else { x.contiguous() }
+            };
+            let scale = 0.7 / (width as f64).sqrt();
+            for (kind, tolerance) in [(Kind::Float, 2e-5), (Kind::BFloat16, 2e-2)] {
+                let [q, k, v, grad] = [times * kv_heads, kv_heads, kv_heads, times * kv_heads].map(|heads| random(heads, kind));
+                let wide = [&q, &k, &v].map(|x| x.to_kind(Kind::Double).set_requires_grad(true));
+                let (expected, expected_lse) = plain(&wide[0], &wide[1], &wide[2], scale);
+                (&expected * grad.to_kind(Kind::Double)).sum(Kind::Double).backward();
+                let (out, lse) = attention(&q, &k, &v, scale);
+                prop_assert!(off(&out, &expected.detach()) < tolerance);
+                prop_assert!(off(&lse, &expected_lse.detach()) < tolerance);
+                let grads = attention_backward(&grad, [&q, &k, &v], &out, &lse, scale);
+                for (ours, wide) in grads.iter().zip(&wide) {
+                    let off = off(ours, &wide.grad());
+                    prop_assert!(off < tolerance, "{:?} {}", kind, off);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn threads_change_no_bit() {
+        let random = |heads: i64| Tensor::randn([3, heads, 130, 32], (Kind::BFloat16, Device::Cpu));
+        let [q, k, v, grad] = [random(4), random(2), random(2), random(4)];
+        let all = |threads| {
+            tch::set_num_threads(threads);
+            let (out, lse) = attention(&q, &k, &v, 0.2);
+            let [a, b, c] = attention_backward(&grad, [&q, &k, &v], &out, &lse, 0.2);
+            [out, lse, a, b, c]
+        };
+        for (one, three) in all(1).iter().zip(&all(3)) {
+            assert!(one.equal(three));
+        }
+    }
+}
