@@ -2,7 +2,11 @@
 
 mod fixture;
 
-use fixture::{Experiment, assert_stopped_rank_is_named, curve, finish, finish_child, free_port, ranks, text};
+use fixture::{
+    Experiment, assert_stopped_rank_is_named, curve, finish, finish_child, free_port, rank_process, ranks, signal, text,
+    wait_for_step,
+};
+use std::time::{Duration, Instant};
 
 #[test]
 fn slurms_environment_of_two_nodes_is_enough() {
@@ -52,17 +56,42 @@ fn contradictions_are_refused() {
     assert!(!wish.status.success() && text(&wish).contains(expected), "{}", text(&wish));
 }
 
+/// Three ranks as torchrun starts them, with nobody who ends all when one fails.
+fn three_ranks(experiment: &Experiment, communicator: &str) -> Vec<std::process::Child> {
+    let port = free_port();
+    let communicator = format!("run.communicator={communicator}");
+    let changes =
+        ["train.steps=100000", "run.timeout_s=6", "parallel.expert=3", "model.moe.experts=6", "train.global_batch=6"];
+    ranks(experiment, 3, &[&changes[..], &[&communicator]].concat(), |_, rank| {
+        format!("RANK={rank} LOCAL_RANK={rank} WORLD_SIZE=3 MASTER_ADDR=127.0.0.1 MASTER_PORT={port}")
+    })
+}
+
 #[test]
 fn a_stopped_rank_is_named_over_gloo() {
     let experiment = Experiment::new();
-    let port = free_port();
-    let run = ranks(
-        &experiment,
-        3,
-        &["train.steps=100000", "run.timeout_s=6", "parallel.expert=3", "model.moe.experts=6", "train.global_batch=6"],
-        |_, rank| format!("RANK={rank} LOCAL_RANK={rank} WORLD_SIZE=3 MASTER_ADDR=127.0.0.1 MASTER_PORT={port}"),
-    );
-    assert_stopped_rank_is_named(&experiment, 2, run);
+    assert_stopped_rank_is_named(&experiment, 2, three_ranks(&experiment, "gloo"));
+}
+
+#[test]
+fn a_stopped_rank_is_named_over_shared_memory() {
+    let experiment = Experiment::new();
+    assert_stopped_rank_is_named(&experiment, 2, three_ranks(&experiment, "auto"));
+}
+
+#[test]
+fn a_killed_rank_is_noticed_in_shared_memory_long_before_the_timeout() {
+    let experiment = Experiment::new();
+    let run = three_ranks(&experiment, "auto");
+    wait_for_step(&experiment, "run", 20);
+    signal(&rank_process(&experiment, 2), "KILL");
+    let killed = Instant::now();
+    for (rank, child) in run.into_iter().enumerate().take(2) {
+        let output = finish_child(child);
+        let said = text(&output);
+        assert!(!output.status.success() && said.contains("of the group has ended"), "rank {rank}: {said}");
+    }
+    assert!(killed.elapsed() < Duration::from_secs(5), "{:.1?}", killed.elapsed());
 }
 
 #[cfg(feature = "mpi")]

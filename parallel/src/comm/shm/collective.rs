@@ -262,6 +262,18 @@ impl Collective {
         moved
     }
 
+    /// Whether it goes on only with `rank`'s help.
+    pub(super) fn needs(&self, rank: usize) -> bool {
+        let to = |writing: &Writing| match writing.to {
+            To::All => true,
+            To::One(to) => to == rank,
+        };
+        let combining = self.combining.as_ref().filter(|combining| combining.at < combining.out.len());
+        self.writing.iter().any(to)
+            || self.reading.iter().any(|reading| reading.from.rank() == rank)
+            || combining.is_some_and(|combining| combining.from.iter().flatten().any(|from| from.rank() == rank))
+    }
+
     pub(super) fn is_done(&self) -> bool {
         let combined = self.combining.as_ref().is_none_or(|combining| combining.at == combining.out.len());
         combined && self.own.is_none() && self.writing.is_empty() && self.reading.is_empty()

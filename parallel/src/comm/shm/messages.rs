@@ -107,6 +107,15 @@ impl Messages {
         moved
     }
 
+    /// Whether messages to or from `rank` are under way.
+    pub(super) fn needs(&self, rank: usize) -> bool {
+        let peer = self.peers.get(rank).and_then(Option::as_ref);
+        peer.is_some_and(|peer| {
+            let arriving = peer.arriving.as_ref().is_some_and(|arriving| arriving.wanted.is_some());
+            arriving || !peer.sending.is_empty() || !peer.wanted.is_empty()
+        })
+    }
+
     /// How many are under way.
     pub(super) fn under_way(&self) -> usize {
         let arriving = |peer: &Peer| peer.arriving.iter().filter(|arriving| arriving.wanted.is_some()).count();

@@ -317,6 +317,7 @@ impl Shared {
         let rank = self.membership.position;
         let mut idle = 0;
         let mut began = None;
+        let mut gone = None;
         loop {
             let seen = self.segment.rung(rank);
             let moved = {
@@ -331,6 +332,11 @@ impl Shared {
                 }
                 moved
             };
+            if let Some(gone) = gone.take().filter(|_| !moved) {
+                let gone = self.membership.members[gone];
+                self.give_up(&format!("rank {gone} of the group has ended"));
+                continue;
+            }
             idle = if moved { 0 } else { idle + 1 };
             match idle {
                 _ if idle < LOOKS.0 => std::hint::spin_loop(),
@@ -340,19 +346,23 @@ impl Shared {
                     self.segment.sleep(rank, seen, NAP);
                     if began.elapsed() > self.timeout {
                         self.give_up(&format!("timed out after {:.1?}", self.timeout));
-                    } else if let Some(gone) = self.gone() {
-                        let gone = self.membership.members[gone];
-                        self.give_up(&format!("rank {gone} of the group has ended"));
                     }
+                    // What it has left behind is taken first.
+                    gone = self.gone();
                 }
             }
         }
     }
 
-    /// A rank whose process is not there any more.
+    /// A rank that something under way needs and whose process is not there any more.
     fn gone(&self) -> Option<usize> {
-        (0..self.membership.members.len())
-            .find(|&rank| !progress::is_there(self.segment.process(rank).load(Ordering::SeqCst)))
+        let engine = lock(&self.engine);
+        let needed = |rank: &usize| {
+            let collective = engine.collectives.front().is_some_and(|(collective, _)| collective.needs(*rank));
+            collective || engine.messages.needs(*rank)
+        };
+        let is_gone = |rank: &usize| !progress::is_there(self.segment.process(*rank).load(Ordering::SeqCst));
+        (0..self.membership.members.len()).filter(needed).find(is_gone)
     }
 
     /// Nothing goes on in this group, and nothing is written any more to tensors that were given to it.
