@@ -504,6 +504,12 @@ pub(crate) struct BenchArgs {
     /// One case of it; all by default
     #[arg(long)]
     pub(crate) case: Option<BenchCase>,
+    /// Its size: reference, long (one sequence of 2048 tokens, 16 experts top-4) or wide (hidden 768, 2 layers)
+    #[arg(long, default_value = "reference")]
+    pub(crate) shape: StepShape,
+    /// Write the first weights and the tokens to this file, and go on from them
+    #[arg(long, value_name = "FILE", conflicts_with = "baseline")]
+    pub(crate) start: Option<PathBuf>,
     /// Measured steps; their median is reported
     #[arg(long, default_value_t = 8)]
     pub(crate) runs: usize,
@@ -513,13 +519,30 @@ pub(crate) struct BenchArgs {
     /// cpu, cuda, npu or auto
     #[arg(long, default_value = "cpu")]
     pub(crate) device: String,
-    /// A command to measure in the same run, alternating; it prints a JSON line with `tokens_per_s`. {case}, {runs}, {threads} and
-    /// {device} are filled in. May be given many times: the fastest is the baseline
+    /// A command to measure in the same run, alternating; it prints a JSON line with `tokens_per_s`. {case}, {shape}, {runs},
+    /// {threads}, {device} and {start} (a file with our first weights and the tokens) are filled in. May be given many times: the fastest is the baseline
     #[arg(long, value_name = "COMMAND")]
     pub(crate) baseline: Vec<String>,
     /// How often ours and the baselines take turns
     #[arg(long, default_value_t = 5, requires = "baseline")]
     pub(crate) rounds: usize,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+pub(crate) enum StepShape {
+    Reference,
+    Long,
+    Wide,
+}
+
+impl StepShape {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            StepShape::Reference => "reference",
+            StepShape::Long => "long",
+            StepShape::Wide => "wide",
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """A training step of Hugging Face transformers' Mixtral, for `moerun bench step --baseline`.
 
-The shape of moerun's reference step: hidden 256, 4 layers, 8 heads over 4 key heads, 8 experts top-2 of width 512,
-vocabulary 8192, 8 sequences of 256 tokens; AdamW (fused) and clipping included. The last line it prints is JSON with
-`tokens_per_s`, the median over the measured steps.
+The shapes of moerun's reference steps (by default hidden 256, 4 layers, 8 heads over 4 key heads, 8 experts top-2 of width
+512, vocabulary 8192, 8 sequences of 256 tokens); AdamW (fused) and clipping included. With --start it begins with the weights
+and the tokens that `moerun bench step` has written. The last line it prints is JSON with `tokens_per_s`, the median over the
+measured steps.
 
 Needs: pip install torch==2.11.0 transformers==5.23.0
 """
@@ -15,26 +16,59 @@ import statistics
 import time
 
 import torch
+from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
-BATCH, SEQUENCE, VOCABULARY, WARM_UP = 8, 256, 8192, 2
+VOCABULARY, WARM_UP, COMPARED = 8192, 2, 20
+REFERENCE = dict(hidden=256, layers=4, heads=8, experts=8, top_k=2, ffn=512, batch=8, sequence=256)
+SHAPES = {
+    "reference": REFERENCE,
+    "long": {**REFERENCE, "experts": 16, "top_k": 4, "batch": 1, "sequence": 2048},
+    "wide": {**REFERENCE, "hidden": 768, "layers": 2, "heads": 12, "ffn": 1536},
+}
 
 
-def build(experts: str, dtype: torch.dtype) -> MixtralForCausalLM:
+def build(shape: dict, experts: str, dtype: torch.dtype) -> MixtralForCausalLM:
     config = MixtralConfig(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, num_local_experts=8, num_experts_per_tok=2, max_position_embeddings=SEQUENCE,
-        output_router_logits=True, router_aux_loss_coef=0.02, use_cache=False, tie_word_embeddings=False,
+        vocab_size=VOCABULARY, hidden_size=shape["hidden"], intermediate_size=shape["ffn"],
+        num_hidden_layers=shape["layers"], num_attention_heads=shape["heads"], num_key_value_heads=4,
+        num_local_experts=shape["experts"], num_experts_per_tok=shape["top_k"],
+        max_position_embeddings=shape["sequence"], output_router_logits=True, router_aux_loss_coef=0.02,
+        use_cache=False, tie_word_embeddings=False, rms_norm_eps=1e-5, rope_theta=1e6,
     )
     config._experts_implementation = experts
     config._attn_implementation = "sdpa"
     return MixtralForCausalLM(config).to(dtype)
 
 
+def begin_with(model: MixtralForCausalLM, start: dict) -> None:
+    """Takes weights that have moerun's names."""
+    top = {"model.embed_tokens.weight": "embedding", "model.norm.weight": "norm", "lm_head.weight": "head"}
+    inside = {
+        "input_layernorm.weight": "attention_norm", "post_attention_layernorm.weight": "feed_forward_norm",
+        "self_attn.q_proj.weight": "attention.query", "self_attn.k_proj.weight": "attention.key",
+        "self_attn.v_proj.weight": "attention.value", "self_attn.o_proj.weight": "attention.output",
+        "mlp.gate.weight": "moe.gate", "mlp.experts.gate_up_proj": "gate_up", "mlp.experts.down_proj": "down",
+    }
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in top:
+                parameter.copy_(start[top[name]])
+                continue
+            _, _, layer, rest = name.split(".", 3)
+            if rest.startswith("mlp.experts"):
+                for expert, part in enumerate(parameter):
+                    part.copy_(start[f"layers.{layer}.moe.experts.{expert}.{inside[rest]}"])
+            else:
+                parameter.copy_(start[f"layers.{layer}.{inside[rest]}"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--experts", choices=["eager", "grouped_mm", "batched_mm"], default="grouped_mm")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--shape", choices=list(SHAPES), default="reference")
+    parser.add_argument("--start", help="a file with the first weights and the tokens")
     parser.add_argument("--runs", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
@@ -43,11 +77,21 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    model = build(args.experts, torch.bfloat16 if args.dtype == "bf16" else torch.float32).to(args.device)
+    shape = SHAPES[args.shape]
+    model = build(shape, args.experts, torch.bfloat16 if args.dtype == "bf16" else torch.float32).to(args.device)
+    tokens = torch.randint(0, VOCABULARY, (shape["batch"], shape["sequence"])).to(args.device)
+    if args.start:
+        start = load_file(args.start, device=args.device)
+        begin_with(model, start)
+        tokens = start["tokens"]
     if args.compile:
         model = torch.compile(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    tokens = torch.randint(0, VOCABULARY, (BATCH, SEQUENCE)).to(args.device)
+    # Norms do not decay.
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
     seconds, losses = [], []
     for index in range(WARM_UP + args.runs):
         start = time.perf_counter()
@@ -65,12 +109,13 @@ def main() -> None:
     print(json.dumps({
         "peer": f"transformers Mixtral, {args.experts}{', compiled' if args.compile else ''}",
         "dtype": args.dtype,
-        "tokens_per_s": round(BATCH * SEQUENCE / median, 1),
+        "shape": args.shape,
+        "tokens_per_s": round(shape["batch"] * shape["sequence"] / median, 1),
         "step_ms": round(median * 1e3, 1),
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "peak_device_mib": None if args.device == "cpu" else torch.cuda.max_memory_allocated() >> 20,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "losses": losses[:4],
+        "losses": losses[:COMPARED],
     }))
 
 

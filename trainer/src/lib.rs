@@ -36,7 +36,7 @@ pub use model::{ForwardOutput, Model, ModelPart, Setting, StagePart, VocabularyS
 pub use optimizer::Optimizer;
 pub use parameters::{Parameter, Parameters, Replicas};
 pub use ranks::Ranks;
-pub use reference::{ReferenceStep, StepTimes};
+pub use reference::{ReferenceStep, Shape, StepTimes};
 pub use routing::{RoutingSample, sample_routing};
 pub use snapshots::{CopyTimer, KeeperAccess};
 pub use training::{Outcome, Resumed, Trainer};

@@ -1,4 +1,4 @@
-//! The reference training step: the shape of `MixtralForCausalLM` that peers measure, on random tokens.
+//! Reference training steps: shapes of `MixtralForCausalLM` that peers measure, on random tokens.
 
 use crate::Error;
 use crate::config::{Dtype, ModelConfig, MoeConfig, OptimizerConfig, QkNorm};
@@ -7,6 +7,7 @@ use crate::optimizer::Optimizer;
 use crate::ranks::Ranks;
 use moe::balance::{BatchTotals, Statistics};
 use parallel::{Accelerator, Communicator, GradientBuckets, Local, Replication};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 use tch::{Kind, Tensor};
@@ -16,7 +17,7 @@ use tch::{Kind, Tensor};
 pub struct StepTimes {
     /// Seconds of each step.
     pub seconds: Vec<f64>,
-    /// Cross-entropy before each step.
+    /// The loss before each step: the cross-entropy and what balance adds to it.
     pub losses: Vec<f64>,
     /// Parameters of the model.
     pub parameters: i64,
@@ -37,30 +38,74 @@ pub struct ReferenceStep {
     labels: Tensor,
     step: u64,
     device: Box<dyn Accelerator>,
+    shape: Shape,
 }
 
-const BATCH: i64 = 8;
-const SEQUENCE: i64 = 256;
-const VOCAB: i64 = 8192;
+/// The size of a step.
+#[derive(Debug, Clone, Copy)]
+pub struct Shape {
+    hidden: usize,
+    layers: usize,
+    heads: usize,
+    experts: usize,
+    top_k: usize,
+    ffn: usize,
+    batch: i64,
+    sequence: i64,
+}
+
+const KV_HEADS: usize = 4;
+const VOCAB: usize = 8192;
+
+impl Shape {
+    /// Hidden 256, 4 layers, 8 heads over 4 key heads, 8 experts top-2 of width 512, vocabulary 8192, 8 x 256 tokens.
+    pub const REFERENCE: Shape =
+        Shape { hidden: 256, layers: 4, heads: 8, experts: 8, top_k: 2, ffn: 512, batch: 8, sequence: 256 };
+    /// The same with one sequence of 2048 tokens, and 16 experts top-4.
+    pub const LONG: Shape = Shape { experts: 16, top_k: 4, batch: 1, sequence: 2048, ..Shape::REFERENCE };
+    /// The same with hidden 768, 2 layers, 12 heads and experts of width 1536.
+    pub const WIDE: Shape = Shape { hidden: 768, layers: 2, heads: 12, ffn: 1536, ..Shape::REFERENCE };
+
+    /// Tokens of a step.
+    pub fn tokens(&self) -> i64 {
+        self.batch * self.sequence
+    }
+
+    /// The products with weights that a forward makes, as rows, inner and outer width, and how often, when experts have as many
+    /// rows each. Backward makes each twice more: for the input and for the weight.
+    pub fn products(&self) -> Vec<([i64; 3], usize)> {
+        let [hidden, ffn, kv] = [self.hidden, self.ffn, self.hidden / self.heads * KV_HEADS].map(|size| size as i64);
+        let rows = self.tokens() * self.top_k as i64 / self.experts as i64;
+        let experts = self.layers * self.experts;
+        vec![
+            ([self.tokens(), hidden, hidden], 2 * self.layers),
+            ([self.tokens(), hidden, kv], 2 * self.layers),
+            ([rows, hidden, 2 * ffn], experts),
+            ([rows, ffn, hidden], experts),
+            ([self.tokens(), hidden, VOCAB as i64], 1),
+        ]
+    }
+}
 
 impl ReferenceStep {
-    /// Hidden 256, 4 layers, 8 heads over 4 key heads, 8 experts top-2 of width 512, vocabulary 8192, 8 x 256 tokens.
+    /// The first weights are those of seed 0.
     ///
     /// # Errors
     /// libtorch's message.
-    pub fn new(dtype: Dtype, device: Box<dyn Accelerator>) -> Result<ReferenceStep, Error> {
+    pub fn new(shape: Shape, dtype: Dtype, device: Box<dyn Accelerator>) -> Result<ReferenceStep, Error> {
         let moe = MoeConfig {
-            load_balance: 0.02,
+            // transformers counts a token once for each of its choices.
+            load_balance: 0.02 * shape.top_k as f64,
             load_balance_over: Statistics::Microbatch,
             load_balance_pool_layers: true,
-            ..MoeConfig::new(8, 2, 512)
+            ..MoeConfig::new(shape.experts, shape.top_k, shape.ffn)
         };
         let config = ModelConfig {
-            vocab_size: VOCAB as usize,
-            hidden: 256,
-            layers: 4,
-            heads: 8,
-            kv_heads: Some(4),
+            vocab_size: VOCAB,
+            hidden: shape.hidden,
+            layers: shape.layers,
+            heads: shape.heads,
+            kv_heads: Some(KV_HEADS),
             head_dim: None,
             ffn: None,
             dense_layers: 0,
@@ -75,27 +120,42 @@ impl ReferenceStep {
         };
         let alone: Arc<dyn Communicator> = Arc::new(Local::new(0, "bench"));
         let ranks = Ranks::alone();
-        let setting = Setting::alone(SEQUENCE as usize, dtype, device.as_ref(), &ranks);
+        let setting = Setting::alone(shape.sequence as usize, dtype, device.as_ref(), &ranks);
         let model = Model::new(&config, ModelPart::whole(config.layers), &setting);
         let leaves: Vec<_> = model.parameters.iter().map(|p| (p.weight.clone(), 0)).collect();
         let gradients = GradientBuckets::new(&leaves, &[Replication::alone()], 25 << 20, true, device.as_ref())?;
         let settings = OptimizerConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
         let optimizer = Optimizer::new(&settings, 1.0, &model.parameters, device.as_ref(), alone);
         tch::manual_seed(1);
-        let inputs = device.zeros(&[BATCH, SEQUENCE], Kind::Int64).random_to_(VOCAB);
+        let inputs = device.zeros(&[shape.batch, shape.sequence], Kind::Int64).random_to_(VOCAB as i64);
         // The next token, as a causal model is trained; the last position has none.
         let labels = inputs.roll([-1], [1]);
-        let _ = labels.narrow(1, SEQUENCE - 1, 1).fill_(crate::model::IGNORED);
-        Ok(ReferenceStep { model, gradients, optimizer, inputs, labels, step: 0, device })
+        let _ = labels.narrow(1, shape.sequence - 1, 1).fill_(crate::model::IGNORED);
+        Ok(ReferenceStep { model, gradients, optimizer, inputs, labels, step: 0, device, shape })
     }
 
-    /// Forward, backward, clipping and update; seconds and the cross-entropy.
+    /// Writes the weights as they are, by their global names, in fp32, and the tokens as `tokens`, so that another
+    /// implementation can begin with the same.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write(&self, path: &Path) -> Result<(), Error> {
+        let mut all = vec![("tokens".to_string(), self.inputs.shallow_clone())];
+        for parameter in self.model.parameters.iter() {
+            let parts = parameter.parts(&parameter.master);
+            all.extend(parts.into_iter().map(|(place, part)| (place.name, part.contiguous())));
+        }
+        Tensor::write_safetensors(&all, path)?;
+        Ok(())
+    }
+
+    /// Forward, backward, clipping and update; seconds and the loss.
     ///
     /// # Errors
     /// libtorch's message.
     pub fn run(&mut self) -> Result<(f64, f64), Error> {
         let started = Instant::now();
-        let tokens = (BATCH * (SEQUENCE - 1)) as f64;
+        let tokens = (self.shape.batch * (self.shape.sequence - 1)) as f64;
         self.gradients.begin(1);
         let output = self.model.forward(&self.inputs)?;
         let totals = BatchTotals { groups: 1.0, tokens, counts_le: None };
@@ -105,8 +165,9 @@ impl ReferenceStep {
         let norm = self.optimizer.grad_norm(&self.model.parameters, &self.gradients)?;
         self.step += 1;
         self.optimizer.step(&self.model.parameters, &self.gradients, self.step, 3e-4, norm)?;
+        let loss = f64::try_from(&losses.total)?;
         self.device.synchronize()?;
-        Ok((started.elapsed().as_secs_f64(), losses.cross_entropy))
+        Ok((started.elapsed().as_secs_f64(), loss))
     }
 
     /// `warmup` steps that are not counted, then `steps` that are.
@@ -125,6 +186,6 @@ impl ReferenceStep {
         let parameters = self.model.parameters.iter().map(|p| p.master.numel() as i64).sum();
         let peak_memory = parallel::peak_resident()?;
         let peak_tensors = self.device.memory()?.peak;
-        Ok(StepTimes { seconds, losses, parameters, peak_memory, peak_tensors, tokens: BATCH * SEQUENCE })
+        Ok(StepTimes { seconds, losses, parameters, peak_memory, peak_tensors, tokens: self.shape.tokens() })
     }
 }

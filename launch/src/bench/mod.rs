@@ -1,6 +1,7 @@
 //! `moerun bench`: one JSON object a line on standard output, and nothing else there.
 
 pub(crate) mod collectives;
+mod floor;
 pub(crate) mod layouts;
 pub(crate) mod memory;
 pub(crate) mod moe_layer;

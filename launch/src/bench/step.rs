@@ -1,11 +1,13 @@
-//! `moerun bench step`: the reference training step, beside other implementations' of it.
+//! `moerun bench step`: reference training steps, beside other implementations' of them and beside what their products alone take.
 
-use super::{last_line, median, round};
-use crate::cli::{BenchArgs, BenchCase};
+use super::{floor, in_a_folder, last_line, median, round};
+use crate::cli::{BenchArgs, BenchCase, StepShape};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
+use std::path::Path;
 use std::process::{Command, ExitCode};
-use trainer::ReferenceStep;
+use tch::Kind;
+use trainer::{ReferenceStep, Shape};
 use trainer::config::Dtype;
 
 pub(crate) fn run(args: BenchArgs) -> Result<ExitCode> {
@@ -16,8 +18,13 @@ pub(crate) fn run(args: BenchArgs) -> Result<ExitCode> {
         if args.case.is_some_and(|wanted| wanted != case) {
             continue;
         }
-        let line = if args.baseline.is_empty() { measure_step(&args, case)? } else { take_turns(&args, case)? };
-        println!("{line}");
+        match args.baseline.is_empty() {
+            true => println!("{}", measure_step(&args, case)?),
+            false => drop(in_a_folder(|folder| {
+                println!("{}", take_turns(&args, case, folder)?);
+                Ok(ExitCode::SUCCESS)
+            })?),
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -25,11 +32,22 @@ pub(crate) fn run(args: BenchArgs) -> Result<ExitCode> {
 fn measure_step(args: &BenchArgs, case: BenchCase) -> Result<Value> {
     tch::set_num_threads(args.threads as i32);
     let dtype = if case == BenchCase::Bf16 { Dtype::Bf16 } else { Dtype::Fp32 };
-    let times = ReferenceStep::new(dtype, parallel::accelerator(&args.device, 0)?)?.measure(2, args.runs)?;
+    let shape = match args.shape {
+        StepShape::Reference => Shape::REFERENCE,
+        StepShape::Long => Shape::LONG,
+        StepShape::Wide => Shape::WIDE,
+    };
+    let mut step = ReferenceStep::new(shape, dtype, parallel::accelerator(&args.device, 0)?)?;
+    if let Some(path) = &args.start {
+        step.write(path)?;
+    }
+    let times = step.measure(2, args.runs)?;
+    drop(step);
     let seconds = median(times.seconds);
-    Ok(json!({
+    let mut line = json!({
         "bench": "step",
         "case": case.name(),
+        "shape": args.shape.name(),
         "device": args.device,
         "tokens_per_s": round(times.tokens as f64 / seconds, 1),
         "step_ms": round(seconds * 1e3, 1),
@@ -39,17 +57,36 @@ fn measure_step(args: &BenchArgs, case: BenchCase) -> Result<Value> {
         "ranks": 1,
         "threads": args.threads,
         "parameters": times.parameters,
-        "losses": times.losses.iter().take(4).map(|loss| round(*loss, 5)).collect::<Vec<_>>(),
-    }))
+        "losses": times.losses.iter().take(COMPARED).map(|loss| round(*loss, 5)).collect::<Vec<_>>(),
+    });
+    if args.device == "cpu" {
+        let floor = floor::measure(shape, if case == BenchCase::Bf16 { Kind::BFloat16 } else { Kind::Float });
+        line["products_ms"] = json!(round(floor.by_ours * 1e3, 1));
+        line["libtorch_products_ms"] = json!(round(floor.by_libtorch * 1e3, 1));
+    }
+    Ok(line)
+}
+
+/// Steps whose losses are compared.
+const COMPARED: usize = 20;
+
+/// The largest difference of two implementations' losses, over the loss.
+fn off(ours: &Value, theirs: &Value) -> Option<f64> {
+    let numbers = |line: &Value| Some(line["losses"].as_array()?.iter().filter_map(Value::as_f64).collect::<Vec<_>>());
+    let pairs = numbers(ours)?.into_iter().zip(numbers(theirs)?);
+    Some(pairs.map(|(ours, theirs)| (ours / theirs - 1.0).abs()).fold(0.0, f64::max))
 }
 
 /// Ours and the baselines, each in a process of its own, one after the other, round after round: what else the machine
 /// does meets all of them alike.
-fn take_turns(args: &BenchArgs, case: BenchCase) -> Result<Value> {
+fn take_turns(args: &BenchArgs, case: BenchCase, folder: &Path) -> Result<Value> {
     let this = std::env::current_exe().context("cannot find this program's own file")?;
     let (runs, threads) = (args.runs.to_string(), args.threads.to_string());
+    let start = folder.join("start.safetensors");
     let fill = |text: &str| {
         text.replace("{case}", case.name())
+            .replace("{shape}", args.shape.name())
+            .replace("{start}", &start.to_string_lossy())
             .replace("{runs}", &runs)
             .replace("{threads}", &threads)
             .replace("{device}", &args.device)
@@ -60,7 +97,7 @@ fn take_turns(args: &BenchArgs, case: BenchCase) -> Result<Value> {
         eprintln!("{}: round {round} of {}", case.name(), args.rounds);
         let mut command = Command::new(&this);
         command.args(["bench", "step", "--case", case.name(), "--runs", &runs, "--threads", &threads]);
-        command.args(["--device", &args.device]);
+        command.args(["--device", &args.device, "--shape", args.shape.name()]).arg("--start").arg(&start);
         ours.push(last_line(command, "moerun bench step", "tokens_per_s")?);
         for (text, lines) in &mut baselines {
             let mut command = Command::new("sh");
@@ -74,9 +111,14 @@ fn take_turns(args: &BenchArgs, case: BenchCase) -> Result<Value> {
         baselines.iter().max_by(|a, b| rate(&a.1).total_cmp(&rate(&b.1))).expect("there is a baseline");
     let all: Vec<Value> =
         baselines.iter().map(|(name, lines)| json!({"name": name, "tokens_per_s": round(rate(lines), 1)})).collect();
+    let products = |key: &str| {
+        let shares = ours.iter().filter_map(|line| Some(line[key].as_f64()? / line["step_ms"].as_f64()?)).collect();
+        round(median(shares), 3)
+    };
     Ok(json!({
         "bench": "step",
         "case": case.name(),
+        "shape": args.shape.name(),
         "metric": "tokens_per_s",
         "ours": round(rate(&ours), 1),
         "baseline": round(rate(lines), 1),
@@ -89,5 +131,9 @@ fn take_turns(args: &BenchArgs, case: BenchCase) -> Result<Value> {
         "peak_rss_mib": memory(&ours),
         "baseline_peak_rss_mib": memory(lines),
         "baselines": all,
+        "of_libtorch_products": (args.device == "cpu").then(|| products("libtorch_products_ms")),
+        "of_own_products": (args.device == "cpu").then(|| products("products_ms")),
+        "losses_compared": ours[0]["losses"].as_array().map(Vec::len),
+        "losses_off": off(&ours[0], &lines[0]),
     }))
 }
