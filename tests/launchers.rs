@@ -3,8 +3,8 @@
 mod fixture;
 
 use fixture::{
-    Experiment, assert_stopped_rank_is_named, curve, finish, finish_child, free_port, rank_process, ranks, signal, text,
-    wait_for_step,
+    Experiment, assert_stopped_rank_is_named, curve, finish, finish_child, free_port, rank_process, ranks, signal,
+    text, wait_for_step,
 };
 use std::time::{Duration, Instant};
 

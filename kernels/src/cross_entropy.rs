@@ -2,6 +2,7 @@
 
 use crate::exponential::exp;
 use crate::number::Number;
+use crate::profile::{Cost, part};
 use crate::rows::{Numbers, for_kind, for_rows, kind_on_host};
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
@@ -9,24 +10,27 @@ use tch::{Kind, Tensor};
 /// Of logits `[T, V]`, divided by `divisor`, against `labels` `[T]` int64: each token's loss, `[T]` fp32; none for labels that are
 /// negative. With `factor` the logits become their own gradients: of the sum of the losses, times `factor`.
 pub fn cross_entropy(logits: &Tensor, labels: &Tensor, divisor: f64, factor: Option<f64>) -> Tensor {
-    let width = logits.size()[1];
-    if let Some(kind) = kind_on_host(&[logits]).filter(|_| labels.is_contiguous()) {
-        let losses = Tensor::empty([labels.numel() as i64], (Kind::Float, logits.device()));
-        let scales = (1.0 / divisor as f32, factor.map(|factor| (factor / divisor) as f32));
-        for_kind!(kind, on_threads(logits, labels, &losses, (width as usize, scales)));
-        return losses;
-    }
-    let counted = labels.ge(0).to_kind(Kind::Float).unsqueeze(-1);
-    let targets = labels.clamp_min(0).unsqueeze(-1);
-    let wide = logits.to_kind(Kind::Float) / divisor;
-    let normalizer = wide.logsumexp([-1i64].as_slice(), true);
-    let losses = ((&normalizer - wide.gather(1, &targets, false)) * &counted).squeeze_dim(-1);
-    if let Some(factor) = factor {
-        let mut grad = (wide - normalizer).exp_();
-        let _ = grad.scatter_add_(1, &targets, &-counted.ones_like());
-        logits.shallow_clone().copy_(&grad.multiply_(&(counted * (factor / divisor))));
-    }
-    losses
+    let cost = || Cost { flops: 0.0, bytes: 2.0 * (logits.numel() * logits.kind().elt_size_in_bytes()) as f64 };
+    part("cross-entropy", "both", cost, || {
+        let width = logits.size()[1];
+        if let Some(kind) = kind_on_host(&[logits]).filter(|_| labels.is_contiguous()) {
+            let losses = Tensor::empty([labels.numel() as i64], (Kind::Float, logits.device()));
+            let scales = (1.0 / divisor as f32, factor.map(|factor| (factor / divisor) as f32));
+            for_kind!(kind, on_threads(logits, labels, &losses, (width as usize, scales)));
+            return losses;
+        }
+        let counted = labels.ge(0).to_kind(Kind::Float).unsqueeze(-1);
+        let targets = labels.clamp_min(0).unsqueeze(-1);
+        let wide = logits.to_kind(Kind::Float) / divisor;
+        let normalizer = wide.logsumexp([-1i64].as_slice(), true);
+        let losses = ((&normalizer - wide.gather(1, &targets, false)) * &counted).squeeze_dim(-1);
+        if let Some(factor) = factor {
+            let mut grad = (wide - normalizer).exp_();
+            let _ = grad.scatter_add_(1, &targets, &-counted.ones_like());
+            logits.shallow_clone().copy_(&grad.multiply_(&(counted * (factor / divisor))));
+        }
+        losses
+    })
 }
 
 fn on_threads<T: Number>(

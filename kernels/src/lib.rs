@@ -13,6 +13,7 @@ mod multiply;
 mod norm;
 mod number;
 mod product;
+pub mod profile;
 mod rotary;
 mod rows;
 mod swiglu;

@@ -1,6 +1,7 @@
 //! RMSNorm (arXiv 1910.07467): `x / sqrt(mean(x^2) + eps) * weight` over the last dim.
 
 use crate::number::Number;
+use crate::profile::{Cost, part};
 use crate::rows::{Numbers, for_kind, for_rows, kind_on_host};
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
@@ -10,36 +11,42 @@ const LANES: usize = 16;
 
 /// Of `x` `[.., D]` with `weight` `[D]`: the result, of the dtype of `x`, and the factor of each row `[.., 1]` fp32.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
-    let Some(kind) = kind_on_host(&[x, weight]) else {
-        let wide = x.to_kind(Kind::Float);
-        let scale = (wide.square().mean_dim([-1i64].as_slice(), true, Kind::Float) + eps).rsqrt();
-        return ((&wide * &scale).to_kind(x.kind()) * weight, scale);
-    };
-    let mut shape = x.size();
-    let width = shape.pop().unwrap_or(1) as usize;
-    shape.push(1);
-    let (out, scale) = (x.empty_like(), Tensor::empty(shape.as_slice(), (Kind::Float, x.device())));
-    for_kind!(kind, forward_on_threads(x, weight, &out, &scale, (width, eps as f32)));
-    (out, scale)
+    let cost = || Cost { flops: 0.0, bytes: 2.0 * (x.numel() * x.kind().elt_size_in_bytes()) as f64 };
+    part("norm", "forward", cost, || {
+        let Some(kind) = kind_on_host(&[x, weight]) else {
+            let wide = x.to_kind(Kind::Float);
+            let scale = (wide.square().mean_dim([-1i64].as_slice(), true, Kind::Float) + eps).rsqrt();
+            return ((&wide * &scale).to_kind(x.kind()) * weight, scale);
+        };
+        let mut shape = x.size();
+        let width = shape.pop().unwrap_or(1) as usize;
+        shape.push(1);
+        let (out, scale) = (x.empty_like(), Tensor::empty(shape.as_slice(), (Kind::Float, x.device())));
+        for_kind!(kind, forward_on_threads(x, weight, &out, &scale, (width, eps as f32)));
+        (out, scale)
+    })
 }
 
 /// The gradients of `x`, of its dtype, and of `weight`, fp32, given that of the result; `scale` as [`rms_norm`] gave it.
 pub fn rms_norm_backward(grad: &Tensor, x: &Tensor, scale: &Tensor, weight: &Tensor) -> (Tensor, Tensor) {
-    let Some(kind) = kind_on_host(&[grad, x, weight]) else {
-        let (wide, normed) = (grad.to_kind(Kind::Float), x.to_kind(Kind::Float) * scale);
-        let rows: Vec<i64> = (0..grad.dim() as i64 - 1).collect();
-        let of_weight = (&wide * &normed).sum_dim_intlist(rows.as_slice(), false, Kind::Float);
-        let of_normed = wide * weight.to_kind(Kind::Float);
-        let along = (&of_normed * &normed).mean_dim([-1i64].as_slice(), true, Kind::Float);
-        return (((of_normed - normed * along) * scale).to_kind(x.kind()), of_weight);
-    };
-    let width = weight.numel();
-    let out = x.empty_like();
-    // Threads add up for themselves, and their sums are added in order.
-    let parts = torch_ext::parallel_parts();
-    let sums = Tensor::zeros([parts as i64, width as i64], (Kind::Float, x.device()));
-    for_kind!(kind, backward_on_threads([grad, x, scale, weight], &out, &sums, width));
-    (out, sums.sum_dim_intlist([0i64].as_slice(), false, Kind::Float))
+    let cost = || Cost { flops: 0.0, bytes: 3.0 * (x.numel() * x.kind().elt_size_in_bytes()) as f64 };
+    part("norm", "backward", cost, || {
+        let Some(kind) = kind_on_host(&[grad, x, weight]) else {
+            let (wide, normed) = (grad.to_kind(Kind::Float), x.to_kind(Kind::Float) * scale);
+            let rows: Vec<i64> = (0..grad.dim() as i64 - 1).collect();
+            let of_weight = (&wide * &normed).sum_dim_intlist(rows.as_slice(), false, Kind::Float);
+            let of_normed = wide * weight.to_kind(Kind::Float);
+            let along = (&of_normed * &normed).mean_dim([-1i64].as_slice(), true, Kind::Float);
+            return (((of_normed - normed * along) * scale).to_kind(x.kind()), of_weight);
+        };
+        let width = weight.numel();
+        let out = x.empty_like();
+        // Threads add up for themselves, and their sums are added in order.
+        let parts = torch_ext::parallel_parts();
+        let sums = Tensor::zeros([parts as i64, width as i64], (Kind::Float, x.device()));
+        for_kind!(kind, backward_on_threads([grad, x, scale, weight], &out, &sums, width));
+        (out, sums.sum_dim_intlist([0i64].as_slice(), false, Kind::Float))
+    })
 }
 
 fn forward_on_threads<T: Number>(

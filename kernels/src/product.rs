@@ -3,6 +3,7 @@
 
 #[cfg(target_arch = "x86_64")]
 use crate::multiply::{is_for_this_processor, multiply};
+use crate::profile::{Cost, part};
 use tch::{Kind, Tensor};
 
 /// A product of no more rows than this is libtorch's.
@@ -20,16 +21,30 @@ pub fn product(left: &Tensor, right: &Tensor) -> Tensor {
 
 /// `out = left right`, of matrices of one dtype.
 pub fn product_into(out: &Tensor, left: &Tensor, right: &Tensor) {
-    if !ours(&[(out, left, right)], false) {
-        let _ = left.mm_out(out, right);
-    }
+    part(
+        "product",
+        "of activations",
+        || cost(&[(out, left, right)]),
+        || {
+            if !ours(&[(out, left, right)], false) {
+                let _ = left.mm_out(out, right);
+            }
+        },
+    );
 }
 
 /// `sum += left right`, of matrices; `sum` is fp32 whatever the dtype of the others.
 pub fn add_product(sum: &Tensor, left: &Tensor, right: &Tensor) {
-    if !ours(&[(sum, left, right)], true) {
-        add_by_libtorch(sum, left, right);
-    }
+    part(
+        "product",
+        "for gradients",
+        || cost(&[(sum, left, right)]),
+        || {
+            if !ours(&[(sum, left, right)], true) {
+                add_by_libtorch(sum, left, right);
+            }
+        },
+    );
 }
 
 /// The first `counts[0]` rows of `rows` `[R, I]` times `matrix(0)`, the next `counts[1]` times `matrix(1)`, and so on: `[R, O]`.
@@ -42,18 +57,32 @@ pub fn grouped_product(rows: &Tensor, matrix: impl Fn(i64) -> Tensor, counts: &[
         |&(group, start, len): &(i64, i64, i64)| (out.narrow(0, start, len), rows.narrow(0, start, len), matrix(group));
     let products: Vec<_> = groups.iter().map(of).collect();
     let borrowed: Vec<_> = products.iter().map(|(out, rows, matrix)| (out, rows, matrix)).collect();
-    if ours(&borrowed, false) {
-        return out;
-    }
+    part(
+        "product",
+        "of experts",
+        || cost(&borrowed),
+        || {
+            if !ours(&borrowed, false) {
+                by_libtorch(&out, rows, &groups, &products);
+            }
+        },
+    );
+    out
+}
+
+/// The place of a group's product, its rows and its matrix.
+type Grouped = (Tensor, Tensor, Tensor);
+
+fn by_libtorch(out: &Tensor, rows: &Tensor, groups: &[(i64, i64, i64)], products: &[Grouped]) {
+    let total = rows.size()[0];
     // oneDNN makes a kernel for each number of rows that it has not met, which takes longer than the product. So groups are rounded
     // up: what a product writes beyond its own group is the next group's place, which that one's product writes after it.
     let rounds = rows.device() == tch::Device::Cpu && rows.kind() == Kind::BFloat16;
-    for ((_, start, len), (_, _, matrix)) in groups.into_iter().zip(&products) {
+    for ((_, start, len), (_, _, matrix)) in groups.iter().copied().zip(products) {
         let rounded = (len + BLOCK - 1) / BLOCK * BLOCK;
         let len = if rounds && start + rounded <= total { rounded } else { len };
         let _ = rows.narrow(0, start, len).mm_out(&out.narrow(0, start, len), matrix);
     }
-    out
 }
 
 /// Adds the product of each group's rows, `left^T right`, to its own matrix: `sum(g)` `[O, I]`, fp32, for groups of `counts[g]` rows
@@ -62,9 +91,26 @@ pub fn add_grouped_product(sum: impl Fn(i64) -> Tensor, left: &Tensor, right: &T
     let of = |(group, start, len)| (sum(group), left.narrow(0, start, len).tr(), right.narrow(0, start, len));
     let products: Vec<_> = groups(counts).into_iter().map(of).collect();
     let borrowed: Vec<_> = products.iter().map(|(sum, left, right)| (sum, left, right)).collect();
-    if !ours(&borrowed, true) {
-        borrowed.into_iter().for_each(|(sum, left, right)| add_by_libtorch(sum, left, right));
-    }
+    part(
+        "product",
+        "for experts' gradients",
+        || cost(&borrowed),
+        || {
+            if !ours(&borrowed, true) {
+                borrowed.iter().for_each(|(sum, left, right)| add_by_libtorch(sum, left, right));
+            }
+        },
+    );
+}
+
+/// What products have to do.
+fn cost(products: &[(&Tensor, &Tensor, &Tensor)]) -> Cost {
+    let bytes = |x: &Tensor| (x.numel() * x.kind().elt_size_in_bytes()) as f64;
+    let of = |(out, left, right): &(&Tensor, &Tensor, &Tensor)| {
+        ((2 * out.numel()) as f64 * left.size()[1] as f64, bytes(out) + bytes(left) + bytes(right))
+    };
+    let (flops, moved) = products.iter().map(of).fold((0.0, 0.0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
+    Cost { flops, bytes: moved }
 }
 
 /// Number, first row and length of each group that has rows.

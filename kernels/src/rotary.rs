@@ -2,6 +2,7 @@
 //! `i + head_dim / 2`.
 
 use crate::number::Number;
+use crate::profile::{Cost, part};
 use crate::rows::{Numbers, for_kind, for_rows, kind_on_host};
 use multiversion::multiversion;
 use tch::Tensor;
@@ -9,23 +10,26 @@ use tch::Tensor;
 /// `x` `[batch, heads, sequence, d]` turned by `cos` and `sin` `[sequence, d / 2]` of its dtype, laid out in memory as `x` is:
 /// heads before positions, or after them.
 pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
-    let (heads, positions) = (x.size()[1] as usize, x.size()[2] as usize);
-    // In memory `[batch, sequence, heads, d]`, as a projection leaves it, or as it says.
-    let (flat, between) = match x.is_contiguous() {
-        true => (x.shallow_clone(), 1),
-        false => (x.transpose(1, 2), heads),
-    };
-    let Some(kind) = kind_on_host(&[&flat, cos, sin]) else {
-        let halves = x.chunk(2, -1);
-        let out = x.empty_like();
-        let parts = out.chunk(2, -1);
-        parts[0].shallow_clone().copy_(&(&halves[0] * cos - &halves[1] * sin));
-        parts[1].shallow_clone().copy_(&(&halves[1] * cos + &halves[0] * sin));
-        return out;
-    };
-    let out = flat.empty_like();
-    for_kind!(kind, on_threads(&flat, [cos, sin], &out, (between, positions)));
-    if between == 1 { out } else { out.transpose(1, 2) }
+    let cost = || Cost { flops: 0.0, bytes: 2.0 * (x.numel() * x.kind().elt_size_in_bytes()) as f64 };
+    part("rotation", "both", cost, || {
+        let (heads, positions) = (x.size()[1] as usize, x.size()[2] as usize);
+        // In memory `[batch, sequence, heads, d]`, as a projection leaves it, or as it says.
+        let (flat, between) = match x.is_contiguous() {
+            true => (x.shallow_clone(), 1),
+            false => (x.transpose(1, 2), heads),
+        };
+        let Some(kind) = kind_on_host(&[&flat, cos, sin]) else {
+            let halves = x.chunk(2, -1);
+            let out = x.empty_like();
+            let parts = out.chunk(2, -1);
+            parts[0].shallow_clone().copy_(&(&halves[0] * cos - &halves[1] * sin));
+            parts[1].shallow_clone().copy_(&(&halves[1] * cos + &halves[0] * sin));
+            return out;
+        };
+        let out = flat.empty_like();
+        for_kind!(kind, on_threads(&flat, [cos, sin], &out, (between, positions)));
+        if between == 1 { out } else { out.transpose(1, 2) }
+    })
 }
 
 fn on_threads<T: Number>(x: &Tensor, [cos, sin]: [&Tensor; 2], out: &Tensor, (between, positions): (usize, usize)) {

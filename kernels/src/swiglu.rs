@@ -2,13 +2,15 @@
 
 use crate::exponential::exp;
 use crate::number::Number;
+use crate::profile::{Cost, part};
 use crate::rows::{Numbers, for_kind, for_rows, kind_on_host};
 use multiversion::multiversion;
 use tch::Tensor;
 
 /// Of `[R, 2F]`, gate and then up in each row: `[R, F]`.
 pub fn swiglu(hidden: &Tensor) -> Tensor {
-    match kind_on_host(&[hidden]) {
+    let cost = || Cost { flops: 0.0, bytes: 1.5 * (hidden.numel() * hidden.kind().elt_size_in_bytes()) as f64 };
+    part("swiglu", "forward", cost, || match kind_on_host(&[hidden]) {
         Some(kind) => {
             let (rows, ffn) = (hidden.size()[0], hidden.size()[1] / 2);
             let out = Tensor::empty([rows, ffn], (kind, hidden.device()));
@@ -19,21 +21,24 @@ pub fn swiglu(hidden: &Tensor) -> Tensor {
             let halves = hidden.chunk(2, -1);
             halves[0].silu().multiply_(&halves[1])
         }
-    }
+    })
 }
 
 /// The gradient of `hidden` `[R, 2F]`, given that of the result `[R, F]`.
 pub fn swiglu_backward(grad: &Tensor, hidden: &Tensor) -> Tensor {
-    let out = hidden.empty_like();
-    match kind_on_host(&[grad, hidden, &out]) {
-        Some(kind) => for_kind!(kind, backward_on_threads(grad, hidden, &out, grad.size()[1] as usize)),
-        None => {
-            let (halves, parts) = (hidden.chunk(2, -1), out.chunk(2, -1));
-            parts[0].shallow_clone().copy_(&halves[0].silu_backward(&(grad * &halves[1])));
-            parts[1].shallow_clone().copy_(&halves[0].silu().multiply_(grad));
+    let cost = || Cost { flops: 0.0, bytes: 2.5 * (hidden.numel() * hidden.kind().elt_size_in_bytes()) as f64 };
+    part("swiglu", "backward", cost, || {
+        let out = hidden.empty_like();
+        match kind_on_host(&[grad, hidden, &out]) {
+            Some(kind) => for_kind!(kind, backward_on_threads(grad, hidden, &out, grad.size()[1] as usize)),
+            None => {
+                let (halves, parts) = (hidden.chunk(2, -1), out.chunk(2, -1));
+                parts[0].shallow_clone().copy_(&halves[0].silu_backward(&(grad * &halves[1])));
+                parts[1].shallow_clone().copy_(&halves[0].silu().multiply_(grad));
+            }
         }
-    }
-    out
+        out
+    })
 }
 
 fn forward_on_threads<T: Number>(hidden: &Tensor, out: &Tensor, ffn: usize) {

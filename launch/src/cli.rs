@@ -285,7 +285,7 @@ pub(crate) struct LayoutsArgs {
     /// How often the layouts take turns; medians over all steps are reported
     #[arg(long, default_value_t = 3)]
     pub(crate) rounds: usize,
-    /// Steps of a turn, the first two of which are not counted
+    /// Steps of a turn, of which the first two are not counted and the last is traced
     #[arg(long, default_value_t = 10)]
     pub(crate) steps: u64,
     /// A command to measure in the same run, alternating; its last line is JSON with `tokens_per_s`
@@ -510,6 +510,10 @@ pub(crate) struct BenchArgs {
     /// Write the first weights and the tokens to this file, and go on from them
     #[arg(long, value_name = "FILE", conflicts_with = "baseline")]
     pub(crate) start: Option<PathBuf>,
+    /// Also say what a step is made of, with operations, bytes and rates of each part, and write three steps as a Chrome trace
+    /// to this file
+    #[arg(long, value_name = "FILE", conflicts_with = "baseline")]
+    pub(crate) profile: Option<PathBuf>,
     /// Measured steps; their median is reported
     #[arg(long, default_value_t = 8)]
     pub(crate) runs: usize,

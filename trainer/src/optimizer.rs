@@ -3,6 +3,7 @@
 use crate::Error;
 use crate::config::OptimizerConfig;
 use crate::parameters::{Parameter, Parameters};
+use kernels::profile::{Cost, part};
 use parallel::{Accelerator, Communicator, GradientBuckets, ReduceOp};
 use std::sync::Arc;
 use tch::{Kind, Tensor};
@@ -92,6 +93,19 @@ impl Optimizer {
         let scale =
             clipped.then(|| Tensor::from((grad_norm + 1e-6) / self.grad_clip).to_kind(Kind::Float).to_device(device));
         let count = Tensor::from(step as f64).to_kind(Kind::Float).to_device(device);
+        part("optimizer", "AdamW", Cost::default, || self.update(&list, gradients, lr, scale.as_ref(), &count))?;
+        part("optimizer", "weights", Cost::default, || parameters.iter().for_each(Parameter::store));
+        Ok(())
+    }
+
+    fn update(
+        &mut self,
+        list: &[&Parameter],
+        gradients: &GradientBuckets,
+        lr: f64,
+        scale: Option<&Tensor>,
+        count: &Tensor,
+    ) -> Result<(), Error> {
         for group in &self.groups {
             let pick = |tensor: &dyn Fn(usize) -> Tensor| group.members.iter().map(|&i| tensor(i)).collect::<Vec<_>>();
             fused_adamw(
@@ -107,10 +121,9 @@ impl Optimizer {
                     weight_decay: if group.decay { self.config.weight_decay } else { 0.0 },
                     eps: self.config.eps,
                 },
-                scale.as_ref(),
+                scale,
             )?;
         }
-        parameters.iter().for_each(Parameter::store);
         Ok(())
     }
 }

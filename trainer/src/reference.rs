@@ -5,6 +5,7 @@ use crate::config::{Dtype, ModelConfig, MoeConfig, OptimizerConfig, QkNorm};
 use crate::model::{Model, ModelPart, Setting};
 use crate::optimizer::Optimizer;
 use crate::ranks::Ranks;
+use kernels::profile::{Cost, part};
 use moe::balance::{BatchTotals, Statistics};
 use parallel::{Accelerator, Communicator, GradientBuckets, Local, Replication};
 use std::path::Path;
@@ -156,11 +157,11 @@ impl ReferenceStep {
     pub fn run(&mut self) -> Result<(f64, f64), Error> {
         let started = Instant::now();
         let tokens = (self.shape.batch * (self.shape.sequence - 1)) as f64;
-        self.gradients.begin(1);
-        let output = self.model.forward(&self.inputs)?;
+        part("phase", "zero gradients", Cost::default, || self.gradients.begin(1));
+        let output = part("phase", "forward", Cost::default, || self.model.forward(&self.inputs))?;
         let totals = BatchTotals { groups: 1.0, tokens, counts_le: None };
-        let losses = self.model.losses(&output, &self.labels, &totals)?;
-        losses.total.f_backward()?;
+        let losses = part("phase", "loss", Cost::default, || self.model.losses(&output, &self.labels, &totals))?;
+        part("phase", "backward", Cost::default, || losses.total.f_backward())?;
         self.gradients.finish()?;
         let norm = self.optimizer.grad_norm(&self.model.parameters, &self.gradients)?;
         self.step += 1;

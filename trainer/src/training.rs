@@ -12,6 +12,7 @@ use crate::schedule::learning_rate;
 use crate::snapshots::{KeeperAccess, Snapshots};
 use crate::stages::{MixtureSums, StepInputs, StepStages, Sums};
 use crate::{Error, config::MoeConfig};
+use kernels::profile;
 use moe::balance::{BatchTotals, Statistics, update_bias};
 use moe::calibrate::{ExpertSize, agree, break_even};
 use moe::least_loaded::Planner;
@@ -485,6 +486,17 @@ impl Trainer {
         self.optimizer.grad_norm(&self.model.parameters, &self.gradients)
     }
 
+    /// Writes what the step was made of. It is worth less than the step.
+    fn write_trace(&self) {
+        let rank = self.world.rank();
+        let path = self.config.run.dir.join("logs").join(format!("rank-{rank}.trace.json"));
+        let made = path.parent().map_or(Ok(()), std::fs::create_dir_all);
+        match made.and_then(|()| profile::write(&profile::end(), rank, &path)) {
+            Ok(()) => tracing::info!("step {} is traced in {}", self.step, path.display()),
+            Err(error) => tracing::warn!("cannot write {}: {error}", path.display()),
+        }
+    }
+
     /// One optimizer step. Also says whether any rank's `stop` was true.
     ///
     /// # Collective
@@ -494,6 +506,10 @@ impl Trainer {
     /// When data cannot be read, a collective fails, or the loss is not finite.
     pub fn train_step(&mut self, stop: bool) -> Result<(Record, bool), Error> {
         let started = Instant::now();
+        let traced = self.config.run.trace_step == Some(self.step + 1);
+        if traced {
+            profile::begin();
+        }
         if let Some(&batches) = self.skips.get(&(self.step + 1)) {
             self.samples += batches * self.config.train.global_batch as u64;
         }
@@ -574,6 +590,9 @@ impl Trainer {
         self.reserved = snapshot.then_some(Reserved { slot, by_all: figures[4] == 0.0, checkpoint });
         let seconds = started.elapsed().as_secs_f64();
         self.seconds = seconds;
+        if traced {
+            self.write_trace();
+        }
         let rows: Vec<&[f64]> = figures[rows_at..own_at].chunks(ranks).collect();
         let moved: Vec<&[f64]> = figures[moved_at..rows_at].chunks(MixtureSums::MOVED).collect();
         let expert_imbalance: Vec<f64> = choices.iter().map(|choices| imbalance(choices.iter().copied())).collect();

@@ -294,8 +294,7 @@ unsafe fn forward<const BF16: bool, T: Number>(
     let rounded = room(&mut buffers.rounded[0], QUERIES * ROW / 2).cast::<Bf16>();
     // SAFETY: as the caller promises; buffers have the sizes that are named here.
     unsafe {
-        let keys =
-            Packed::transposed::<BF16>(key.at(batch, kv_head, 0), key.row, length, width, &mut buffers.keys);
+        let keys = Packed::transposed::<BF16>(key.at(batch, kv_head, 0), key.row, length, width, &mut buffers.keys);
         let values =
             Packed::natural::<BF16>(value.at(batch, kv_head, 0), value.row, length, width, &mut buffers.values);
         for head in job.served(kv_head) {

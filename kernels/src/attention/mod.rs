@@ -4,6 +4,7 @@
 #[cfg(target_arch = "x86_64")]
 mod loops;
 
+use crate::profile::{Cost, part};
 use tch::{Device, Kind, Tensor};
 
 /// Every query's average over the values of the keys that are not after it, `[B, H, S, d]`, and its log-sum-exp `[B, H, S]` fp32:
@@ -14,6 +15,10 @@ use tch::{Device, Kind, Tensor};
 /// When the shapes do not fit each other.
 pub fn attention(query: &Tensor, key: &Tensor, value: &Tensor, scale: f64) -> (Tensor, Tensor) {
     check(query, key, value);
+    part("attention", "forward", || cost(query, key, 2.0), || forward(query, key, value, scale))
+}
+
+fn forward(query: &Tensor, key: &Tensor, value: &Tensor, scale: f64) -> (Tensor, Tensor) {
     #[cfg(target_arch = "x86_64")]
     if loops::attends(query, key, value) {
         return loops::attention(query, key, value, scale);
@@ -37,14 +42,26 @@ pub fn attention_backward(
     assert!(grad.size() == query.size() && out.size() == query.size(), "gradients of {:?}", query.size());
     let grad = grad.to_kind(query.kind());
     let grad = if grad.stride()[3] == 1 { grad } else { grad.contiguous() };
+    let inputs = [query, key, value];
+    part("attention", "backward", || cost(query, key, 5.0), || backward(&grad, inputs, out, lse, scale))
+}
+
+/// What it has to do: so many products of queries and keys, half of which see each other.
+fn cost(query: &Tensor, key: &Tensor, products: f64) -> Cost {
+    let pairs = query.numel() as f64 * query.size()[2] as f64 / 2.0;
+    let bytes = (query.numel() + key.numel()) as f64 * query.kind().elt_size_in_bytes() as f64;
+    Cost { flops: products * 2.0 * pairs, bytes: products * bytes }
+}
+
+fn backward(grad: &Tensor, [query, key, value]: [&Tensor; 3], out: &Tensor, lse: &Tensor, scale: f64) -> [Tensor; 3] {
     #[cfg(target_arch = "x86_64")]
     if loops::attends(query, key, value) && lse.is_contiguous() && out.stride()[3] == 1 {
-        return loops::attention_backward(&grad, [query, key, value], out, lse, scale);
+        return loops::attention_backward(grad, [query, key, value], out, lse, scale);
     }
     let heads = key.size()[1];
     let [key, value] = [key, value].map(|x| repeated(x, query.size()[1]));
     let (of_query, of_key, of_value) = Tensor::internal_scaled_dot_product_flash_attention_for_cpu_backward(
-        &grad,
+        grad,
         query,
         &key,
         &value,

@@ -2,8 +2,9 @@
 
 use super::{in_a_folder, largest, last_line, median, round, train, write_tokens};
 use crate::cli::LayoutsArgs;
-use anyhow::{Result, bail};
-use serde_json::{Value, json};
+use anyhow::{Context, Result, bail};
+use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
@@ -20,8 +21,8 @@ fn layouts() -> [(&'static str, Value, usize); 3] {
 }
 
 pub(crate) fn run(args: &LayoutsArgs) -> Result<ExitCode> {
-    if args.rounds == 0 || args.steps < 3 {
-        bail!("--rounds must be at least 1 and --steps at least 3");
+    if args.rounds == 0 || args.steps < 4 {
+        bail!("--rounds must be at least 1 and --steps at least 4");
     }
     in_a_folder(|folder| measure(args, folder))
 }
@@ -31,25 +32,50 @@ struct Measured {
     step_ms: Vec<f64>,
     waiting: Vec<f64>,
     loss: f64,
+    /// Of the last step of each turn, as rank 0 traced it: milliseconds by kind of part.
+    parts: BTreeMap<String, Vec<f64>>,
 }
 
 impl Measured {
-    fn add(&mut self, steps: &[Value]) {
+    /// The steps of a run in `folder`, of which the last is traced.
+    fn add(&mut self, steps: &[Value], folder: &Path) -> Result<()> {
         // The first steps also make the memory that later ones use again.
-        for step in &steps[2..] {
+        for step in &steps[2..steps.len() - 1] {
             self.step_ms.extend(step["step_ms"].as_f64());
             self.waiting.push(largest(&step["rank_waiting"]));
         }
         self.loss = steps[0]["loss"].as_f64().unwrap_or(f64::NAN);
+        let path = folder.join("run/logs/rank-0.trace.json");
+        let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let trace: Value = serde_json::from_str(&text).with_context(|| format!("{} is no trace", path.display()))?;
+        let mut sums: BTreeMap<String, f64> = BTreeMap::new();
+        let events = trace["traceEvents"].as_array().into_iter().flatten();
+        for event in events.filter(|event| event["cat"] != "pass") {
+            let kind = event["cat"].as_str().unwrap_or_default().to_string();
+            *sums.entry(kind).or_default() += event["args"]["own_ms"].as_f64().unwrap_or(0.0);
+        }
+        let named: f64 = sums.values().sum();
+        let whole = steps[steps.len() - 1]["step_ms"].as_f64().unwrap_or(0.0);
+        sums.insert("other".into(), whole - named);
+        for (kind, ms) in sums {
+            self.parts.entry(kind).or_default().push(ms);
+        }
+        Ok(())
+    }
+
+    fn parts(&self) -> Value {
+        self.parts
+            .iter()
+            .map(|(kind, ms)| (kind.clone(), json!(round(median(ms.clone()), 1))))
+            .collect::<Map<_, _>>()
+            .into()
     }
 }
 
 fn measure(args: &LayoutsArgs, folder: &Path) -> Result<ExitCode> {
     write_tokens(folder, VOCAB)?;
-    let chosen: Vec<_> = layouts()
-        .into_iter()
-        .filter(|(name, ..)| args.case.as_ref().is_none_or(|case| case == name))
-        .collect();
+    let chosen: Vec<_> =
+        layouts().into_iter().filter(|(name, ..)| args.case.as_ref().is_none_or(|case| case == name)).collect();
     if chosen.is_empty() {
         bail!("--case {}: there are data, expert and pipeline", args.case.as_deref().unwrap_or_default());
     }
@@ -58,9 +84,9 @@ fn measure(args: &LayoutsArgs, folder: &Path) -> Result<ExitCode> {
     let mut baseline = Vec::new();
     for turn in 1..=args.rounds {
         eprintln!("round {turn} of {}", args.rounds);
-        alone.add(&train(folder, &experiment(args, folder, &json!({}), 8), 1, 2)?);
+        alone.add(&train(folder, &experiment(args, folder, &json!({}), 8), 1, 2)?, folder)?;
         for ((_, parallel, micro_batch), into) in chosen.iter().zip(&mut measured) {
-            into.add(&train(folder, &experiment(args, folder, parallel, *micro_batch), 2, 1)?);
+            into.add(&train(folder, &experiment(args, folder, parallel, *micro_batch), 2, 1)?, folder)?;
         }
         if let Some(text) = &args.baseline {
             let mut command = Command::new("sh");
@@ -68,9 +94,11 @@ fn measure(args: &LayoutsArgs, folder: &Path) -> Result<ExitCode> {
             baseline.extend(last_line(command, text, "tokens_per_s")?["tokens_per_s"].as_f64());
         }
     }
+    let one_parts = alone.parts();
     let single = median(alone.step_ms);
     let baseline = (!baseline.is_empty()).then(|| median(baseline));
     for ((name, ..), measured) in chosen.iter().zip(measured) {
+        let parts = measured.parts();
         let step_ms = median(measured.step_ms);
         let rate = TOKENS / step_ms * 1e3;
         let mut line = json!({
@@ -82,6 +110,8 @@ fn measure(args: &LayoutsArgs, folder: &Path) -> Result<ExitCode> {
             "one_process_step_ms": round(single, 1),
             "of_one_process": round(single / step_ms, 3),
             "waiting": round(median(measured.waiting), 3),
+            "parts_ms": parts,
+            "one_process_parts_ms": one_parts,
             "loss": round(measured.loss, 5),
             "one_process_loss": round(alone.loss, 5),
             "rounds": args.rounds,
@@ -98,7 +128,7 @@ fn measure(args: &LayoutsArgs, folder: &Path) -> Result<ExitCode> {
 
 fn experiment(args: &LayoutsArgs, folder: &Path, parallel: &Value, micro_batch: usize) -> Value {
     json!({
-        "run": {"dir": folder.join("run"), "device": "cpu", "log_every": 1000},
+        "run": {"dir": folder.join("run"), "device": "cpu", "log_every": 1000, "trace_step": args.steps},
         "parallel": parallel,
         "model": {"vocab_size": VOCAB, "hidden": 256, "layers": 4, "heads": 8, "kv_heads": 4,
                   "moe": {"experts": 8, "top_k": 2, "ffn": 512}},

@@ -3,12 +3,13 @@
 use super::{floor, in_a_folder, last_line, median, round};
 use crate::cli::{BenchArgs, BenchCase, StepShape};
 use anyhow::{Context, Result, bail};
+use kernels::profile;
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use tch::Kind;
-use trainer::{ReferenceStep, Shape};
 use trainer::config::Dtype;
+use trainer::{ReferenceStep, Shape};
 
 pub(crate) fn run(args: BenchArgs) -> Result<ExitCode> {
     if args.runs == 0 || args.threads == 0 || args.rounds == 0 {
@@ -42,6 +43,7 @@ fn measure_step(args: &BenchArgs, case: BenchCase) -> Result<Value> {
         step.write(path)?;
     }
     let times = step.measure(2, args.runs)?;
+    let profiled = args.profile.as_ref().map(|path| profile(&mut step, path)).transpose()?;
     drop(step);
     let seconds = median(times.seconds);
     let mut line = json!({
@@ -64,7 +66,49 @@ fn measure_step(args: &BenchArgs, case: BenchCase) -> Result<Value> {
         line["products_ms"] = json!(round(floor.by_ours * 1e3, 1));
         line["libtorch_products_ms"] = json!(round(floor.by_libtorch * 1e3, 1));
     }
+    if let Some(parts) = profiled {
+        line["parts"] = parts;
+    }
     Ok(line)
+}
+
+/// Steps that are profiled.
+const PROFILED: usize = 3;
+
+/// What a step is made of, the longest part first: the mean of some steps, which are written to a file, too.
+fn profile(step: &mut ReferenceStep, path: &Path) -> Result<Value> {
+    profile::begin();
+    let mut seconds = 0.0;
+    for _ in 0..PROFILED {
+        seconds += step.run()?.0;
+    }
+    let events = profile::end();
+    profile::write(&events, 0, path).with_context(|| format!("cannot write {}", path.display()))?;
+    let mut parts: Vec<_> = profile::totals(&events).into_iter().collect();
+    parts.sort_by(|a, b| b.1.seconds.total_cmp(&a.1.seconds));
+    let named: f64 = parts.iter().map(|(_, total)| total.seconds).sum();
+    let each = PROFILED as f64;
+    let line = |((kind, name), total): ((&str, &str), profile::Total)| {
+        let (flops, bytes) = (total.cost.flops, total.cost.bytes);
+        let mut line = json!({
+            "part": format!("{kind} {name}"),
+            "ms": round(total.seconds / each * 1e3, 2),
+            "share": round(total.seconds / seconds, 4),
+            "calls": total.calls / PROFILED,
+        });
+        if flops > 0.0 {
+            line["gflop"] = json!(round(flops / each * 1e-9, 3));
+            line["gflop_s"] = json!(round(flops / total.seconds * 1e-9, 1));
+        }
+        if bytes > 0.0 {
+            line["mb"] = json!(round(bytes / each * 1e-6, 1));
+            line["gb_s"] = json!(round(bytes / total.seconds * 1e-9, 1));
+        }
+        line
+    };
+    let mut lines: Vec<Value> = parts.into_iter().map(line).collect();
+    lines.push(json!({"part": "not named", "ms": round((seconds - named) / each * 1e3, 2), "share": round(1.0 - named / seconds, 4)}));
+    Ok(json!(lines))
 }
 
 /// Steps whose losses are compared.

@@ -3,6 +3,7 @@
 //! (PyTorch's flight recorder writes such a list too, for a person to compare afterwards.)
 
 use super::{CommError, Communicator, Progress, ReduceOp, Work};
+use kernels::profile::{self, part};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
@@ -426,6 +427,7 @@ impl Recorded {
             missing: None,
         };
         self.recorder.check()?;
+        let bytes = tensor.map_or(0, |tensor| tensor.numel() * tensor.kind().elt_size_in_bytes()) as f64;
         let id = self.recorder.started(call, peer.is_none());
         let mut work = start().map_err(|error| self.recorder.failed(id, error))?;
         let recorder = self.recorder.clone();
@@ -436,7 +438,9 @@ impl Recorded {
         }
         Ok(Work::new(move || {
             recorder.change(id, |call| call.waited_for = true);
-            let result = work.wait().map_err(|error| recorder.failed(id, error));
+            let moved = || profile::Cost { flops: 0.0, bytes };
+            let result = part("communication", operation, moved, || work.wait());
+            let result = result.map_err(|error| recorder.failed(id, error));
             if !on_device {
                 recorder.ended(id);
             }

@@ -5,6 +5,7 @@ use super::lane::Lane;
 use super::simulate::Span;
 use super::{Collective, CollectiveKind, Message, Pass, PassKind, Payload, Schedule, Step};
 use crate::{Accelerator, CommError, Communicator, Work};
+use kernels::profile::{Cost, part};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
@@ -173,7 +174,7 @@ impl Executor {
             }
         }
         let start = run.began.elapsed().as_secs_f64();
-        let made = stages.compute(pass, inputs)?;
+        let made = part("pass", pass.kind.name(), Cost::default, || stages.compute(pass, inputs))?;
         run.spans.push(Span { pass, start, end: run.began.elapsed().as_secs_f64() });
         if let (Some(tensor), Some(message)) =
             (made, message_from(order.stages(), order.stage(run.rank, pass.chunk), pass))

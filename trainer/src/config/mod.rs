@@ -74,7 +74,8 @@ pub struct RunConfig {
     #[serde(default)]
     pub bind: parallel::Bind,
     /// What carries what ranks tell each other: `gloo`, `mpi`, `nccl`, `hccl`, or `auto` (NCCL for tensors of GPUs, HCCL for those
-    /// of NPUs; for others MPI where mpirun started the ranks, and else Gloo).
+    /// of NPUs; for others the memory that ranks of one machine share, and in groups of several machines MPI where mpirun started
+    /// the ranks, else Gloo).
     #[serde(default)]
     pub communicator: parallel::Backend,
     /// Seconds until an operation among ranks counts as failed.
@@ -83,6 +84,9 @@ pub struct RunConfig {
     /// Steps between lines on a terminal that shows no progress bar.
     #[serde(default = "ten")]
     pub log_every: u64,
+    /// The number of a step whose parts each rank writes to `logs/rank-N.trace.json`, for <https://ui.perfetto.dev>.
+    #[serde(default)]
+    pub trace_step: Option<u64>,
 }
 
 /// A number of ranks, or `auto`.

@@ -322,8 +322,7 @@ impl Shared {
             let seen = self.segment.rung(rank);
             let moved = {
                 let mut engine = lock(&self.engine);
-                let moved =
-                    engine.get_on(&self.segment, &self.pending, self.waiters.load(Ordering::SeqCst) > 1);
+                let moved = engine.get_on(&self.segment, &self.pending, self.waiters.load(Ordering::SeqCst) > 1);
                 if let Some(result) = done.0.get() {
                     return result.clone();
                 }
