@@ -5,7 +5,7 @@ use crate::number::Number;
 use crate::profile::{Cost, part};
 use crate::rows::{Numbers, for_kind, for_rows, kind_on_host};
 use multiversion::multiversion;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 /// `x` `[batch, heads, sequence, d]` turned by `cos` and `sin` `[sequence, d / 2]` of its dtype, laid out in memory as `x` is:
 /// heads before positions, or after them.
@@ -32,40 +32,54 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
     })
 }
 
+/// Rows of a thread that are turned at a time.
+const ROWS: usize = 16;
+
 fn on_threads<T: Number>(x: &Tensor, [cos, sin]: [&Tensor; 2], out: &Tensor, (between, positions): (usize, usize)) {
     let width = x.size()[3] as usize;
     let count = x.numel().checked_div(width).unwrap_or(0);
-    // SAFETY: all were checked, or made, to be in host memory without gaps, of the type T.
+    let [cos, sin] = [cos, sin].map(|table| table.to_kind(Kind::Float));
+    // SAFETY: all were checked, or made, to be in host memory without gaps, of the type that is named.
     let (x, out, cos, sin) =
-        unsafe { (Numbers::<T>::of(x), Numbers::<T>::of(out), Numbers::<T>::of(cos), Numbers::<T>::of(sin)) };
+        unsafe { (Numbers::<T>::of(x), Numbers::<T>::of(out), Numbers::<f32>::of(&cos), Numbers::<f32>::of(&sin)) };
+    let (cos, sin) = (cos.part(&(0..positions), width / 2), sin.part(&(0..positions), width / 2));
     for_rows(count, width, |_, rows| {
-        for row in rows {
-            let position = row / between % positions;
-            let (row, position) = (row..row + 1, position..position + 1);
+        let mut wide = vec![0.0; ROWS * width];
+        for start in rows.clone().step_by(ROWS) {
+            let rows = start..(start + ROWS).min(rows.end);
             // SAFETY: parts of threads do not overlap.
-            let out = unsafe { out.part_mut(&row, width) };
-            turn(x.part(&row, width), cos.part(&position, width / 2), sin.part(&position, width / 2), out);
+            let out = unsafe { out.part_mut(&rows, width) };
+            turn(x.part(&rows, width), (start, between, positions), [cos, sin], &mut wide[..out.len()], out);
         }
     });
 }
 
+/// Turns rows from `start` on, by way of `wide`: loops over a short row alone would not become vectors in 16 bits.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn turn<T: Number>(x: &[T], cos: &[T], sin: &[T], out: &mut [T]) {
-    let half = cos.len();
-    let ((first, second), (out_first, out_second)) = (x.split_at(half), out.split_at_mut(half));
-    let angles = cos.iter().zip(sin);
-    let outs = out_first.iter_mut().zip(out_second);
-    for (((cos, sin), (out_first, out_second)), (first, second)) in angles.zip(outs).zip(first.iter().zip(second)) {
-        let (cos, sin, first, second) = (cos.wide(), sin.wide(), first.wide(), second.wide());
-        *out_first = T::narrow(first * cos - second * sin);
-        *out_second = T::narrow(second * cos + first * sin);
+fn turn<T: Number>(
+    x: &[T],
+    (start, between, positions): (usize, usize, usize),
+    [cos, sin]: [&[f32]; 2],
+    wide: &mut [f32],
+    out: &mut [T],
+) {
+    let half = cos.len() / positions;
+    wide.iter_mut().zip(x).for_each(|(wide, x)| *wide = x.wide());
+    for (row, pair) in wide.chunks_exact_mut(2 * half).enumerate() {
+        let position = (start + row) / between % positions * half;
+        let (cos, sin) = (&cos[position..position + half], &sin[position..position + half]);
+        let (first, second) = pair.split_at_mut(half);
+        for ((first, second), (cos, sin)) in first.iter_mut().zip(second).zip(cos.iter().zip(sin)) {
+            (*first, *second) = (*first * cos - *second * sin, *second * cos + *first * sin);
+        }
     }
+    out.iter_mut().zip(&*wide).for_each(|(out, wide)| *out = T::narrow(*wide));
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::{Device, Kind};
+    use tch::Device;
 
     #[test]
     fn pairs_turn_by_the_angles_of_their_position() {

@@ -50,6 +50,9 @@ impl Measured {
         let trace: Value = serde_json::from_str(&text).with_context(|| format!("{} is no trace", path.display()))?;
         let mut sums: BTreeMap<String, f64> = BTreeMap::new();
         let events = trace["traceEvents"].as_array().into_iter().flatten();
+        // The thread that computes; what goes on beside it takes none of its time.
+        let computes = events.clone().find(|event| event["cat"] == "optimizer").map(|event| event["tid"].clone());
+        let events = events.filter(|event| Some(&event["tid"]) == computes.as_ref());
         for event in events.filter(|event| event["cat"] != "pass") {
             let kind = event["cat"].as_str().unwrap_or_default().to_string();
             *sums.entry(kind).or_default() += event["args"]["own_ms"].as_f64().unwrap_or(0.0);
