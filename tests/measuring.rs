@@ -1,0 +1,74 @@
+//! What measures: benches print what they promise, and a traced step accounts for its time. (No time is judged.)
+
+mod fixture;
+
+use fixture::{Experiment, finish, text};
+use serde_json::Value;
+use std::process::Output;
+
+fn lines(output: &Output) -> Vec<Value> {
+    assert!(output.status.success(), "{}", text(output));
+    String::from_utf8_lossy(&output.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn read(path: std::path::PathBuf) -> Value {
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+#[test]
+fn every_collective_is_measured_beside_gloo() {
+    let experiment = Experiment::new();
+    let bench = ["bench", "collectives", "-n", "2", "--kib", "4,600", "--rounds", "1"];
+    let lines = lines(&finish(&mut experiment.moerun(&bench)));
+    assert_eq!(lines.len(), 6 * 2);
+    for line in &lines {
+        let operation = line["operation"].as_str().unwrap();
+        let sides: Vec<&str> = line["us"].as_object().unwrap().keys().map(String::as_str).collect();
+        let expected: &[&str] = match operation {
+            "all_gather" | "reduce_scatter" => &["moerun", "gloo composed", "gloo"],
+            _ => &["moerun", "gloo composed"],
+        };
+        assert_eq!(sides, expected, "{operation}");
+        assert!(line["of_fastest_other"].as_f64().unwrap() > 0.0);
+    }
+    let wrong = finish(&mut experiment.moerun(&["bench", "collectives", "--operation", "sum"]));
+    assert!(
+        !wrong.status.success() && text(&wrong).contains("--operation sum: there are all_reduce"),
+        "{}",
+        text(&wrong)
+    );
+}
+
+#[test]
+fn a_profiled_step_is_the_sum_of_its_parts() {
+    let experiment = Experiment::new();
+    let (trace, start) = (experiment.path("trace.json"), experiment.path("start.safetensors"));
+    let mut bench = experiment.moerun(&["bench", "step", "--case", "fp32", "--runs", "1", "--threads", "1"]);
+    let lines = lines(&finish(bench.arg("--profile").arg(&trace).arg("--start").arg(&start)));
+    let parts = lines[0]["parts"].as_array().unwrap();
+    let share = |part: &Value| part["share"].as_f64().unwrap();
+    assert!((parts.iter().map(share).sum::<f64>() - 1.0).abs() < 0.01, "{parts:?}");
+    assert!(parts.iter().all(|part| share(part) >= 0.0), "{parts:?}");
+    let gflop = |name: &str| parts.iter().find(|part| part["part"] == name).unwrap()["gflop"].as_f64().unwrap();
+    // 2 x 2048 tokens x 2 choices x 3 matrices of 256 x 512 in 4 layers, forward and for the inputs' gradients; and the weights'.
+    let once = 2.0 * 2048.0 * 2.0 * 3.0 * 256.0 * 512.0 * 4.0 * 1e-9;
+    assert!((gflop("product of experts") / (2.0 * once) - 1.0).abs() < 1e-3, "{parts:?}");
+    assert!((gflop("product for experts' gradients") / once - 1.0).abs() < 1e-3, "{parts:?}");
+    assert!(read(trace)["traceEvents"].as_array().unwrap().len() > 100);
+    assert!(std::fs::metadata(start).unwrap().len() > 4 * 17_000_000, "weights in fp32");
+}
+
+#[test]
+fn each_rank_traces_the_step_that_is_asked_for() {
+    let experiment = Experiment::new();
+    let output = finish(&mut experiment.train(2, &["train.steps=3", "run.trace_step=2", "parallel.expert=2"]));
+    assert!(output.status.success(), "{}", text(&output));
+    for rank in 0..2 {
+        let trace = read(experiment.path(&format!("run/logs/rank-{rank}.trace.json")));
+        let events = trace["traceEvents"].as_array().unwrap();
+        for kind in ["product", "attention", "communication", "optimizer"] {
+            assert!(events.iter().any(|event| event["cat"] == kind), "rank {rank} has no {kind}");
+        }
+        assert!(events.iter().all(|event| event["pid"] == rank && event["dur"].as_f64().unwrap() >= 0.0));
+    }
+}
