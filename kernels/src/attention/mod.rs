@@ -114,10 +114,10 @@ mod tests {
         (scores.softmax(-1, Kind::Double).matmul(&v), scores.logsumexp([-1i64].as_slice(), false))
     }
 
-    /// The largest difference, over the largest number. (Of one key alone, scores have no gradient.)
-    fn off(a: &Tensor, b: &Tensor) -> f64 {
+    /// The largest difference, over the largest number or that of what cancels in it: one key alone leaves scores no gradient.
+    fn off(a: &Tensor, b: &Tensor, cancels: f64) -> f64 {
         let most = |x: &Tensor| f64::try_from(x.abs().max()).unwrap();
-        most(&(a.to_kind(Kind::Double) - b)) / most(b).max(0.1)
+        most(&(a.to_kind(Kind::Double) - b)) / most(b).max(cancels)
     }
 
     proptest! {
@@ -137,17 +137,19 @@ mod tests {
                 if transposed { x } else { x.contiguous() }
             };
             let scale = 0.7 / (width as f64).sqrt();
-            for (kind, tolerance) in [(Kind::Float, 2e-5), (Kind::BFloat16, 2e-2)] {
+            // The error of a weight is the rounding of its score, and large ones are rounded more.
+            let (times_larger, cancels) = if large == 1 { (5.0, 10.0) } else { (1.0, 0.1) };
+            for (kind, tolerance) in [(Kind::Float, 2e-5 * times_larger), (Kind::BFloat16, 2e-2 * times_larger)] {
                 let [q, k, v, grad] = [times * kv_heads, kv_heads, kv_heads, times * kv_heads].map(|heads| random(heads, kind));
                 let wide = [&q, &k, &v].map(|x| x.to_kind(Kind::Double).set_requires_grad(true));
                 let (expected, expected_lse) = plain(&wide[0], &wide[1], &wide[2], scale);
                 (&expected * grad.to_kind(Kind::Double)).sum(Kind::Double).backward();
                 let (out, lse) = attention(&q, &k, &v, scale);
-                prop_assert!(off(&out, &expected.detach()) < tolerance);
-                prop_assert!(off(&lse, &expected_lse.detach()) < tolerance);
+                prop_assert!(off(&out, &expected.detach(), cancels) < tolerance);
+                prop_assert!(off(&lse, &expected_lse.detach(), cancels) < tolerance);
                 let grads = attention_backward(&grad, [&q, &k, &v], &out, &lse, scale);
                 for (ours, wide) in grads.iter().zip(&wide) {
-                    let off = off(ours, &wide.grad());
+                    let off = off(ours, &wide.grad(), cancels);
                     prop_assert!(off < tolerance, "{:?} {}", kind, off);
                 }
             }
