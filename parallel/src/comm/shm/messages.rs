@@ -5,7 +5,7 @@ use super::segment::{LINE, Lane, Ring};
 use super::{Buffer, Done};
 use std::collections::VecDeque;
 
-/// Bytes of a piece, as a collective's.
+/// Bytes of a piece.
 const PIECE: usize = 64 << 10;
 
 /// A message to write.
