@@ -10,7 +10,7 @@ use tch::{Kind, Tensor};
 /// Of logits `[T, V]`, divided by `divisor`, against `labels` `[T]` int64: each token's loss, `[T]` fp32; none for labels that are
 /// negative. With `factor` the logits become their own gradients: of the sum of the losses, times `factor`.
 pub fn cross_entropy(logits: &Tensor, labels: &Tensor, divisor: f64, factor: Option<f64>) -> Tensor {
-    let cost = || Cost { flops: 0.0, bytes: 2.0 * (logits.numel() * logits.kind().elt_size_in_bytes()) as f64 };
+    let cost = || Cost::passes(2.0, logits);
     part("cross-entropy", "both", cost, || {
         let width = logits.size()[1];
         if let Some(kind) = kind_on_host(&[logits]).filter(|_| labels.is_contiguous()) {

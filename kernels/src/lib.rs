@@ -18,7 +18,7 @@ mod rotary;
 mod rows;
 mod swiglu;
 
-pub use attention::{attention, attention_backward};
+pub use attention::{attention, attention_backward, join_heads, repeat_heads};
 pub use cross_entropy::cross_entropy;
 pub use norm::{rms_norm, rms_norm_backward};
 pub use product::{add_grouped_product, add_product, grouped_product, product, product_into};

@@ -11,7 +11,7 @@ const LANES: usize = 16;
 
 /// Of `x` `[.., D]` with `weight` `[D]`: the result, of the dtype of `x`, and the factor of each row `[.., 1]` fp32.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
-    let cost = || Cost { flops: 0.0, bytes: 2.0 * (x.numel() * x.kind().elt_size_in_bytes()) as f64 };
+    let cost = || Cost::passes(2.0, x);
     part("norm", "forward", cost, || {
         let Some(kind) = kind_on_host(&[x, weight]) else {
             let wide = x.to_kind(Kind::Float);
@@ -29,7 +29,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
 
 /// The gradients of `x`, of its dtype, and of `weight`, fp32, given that of the result; `scale` as [`rms_norm`] gave it.
 pub fn rms_norm_backward(grad: &Tensor, x: &Tensor, scale: &Tensor, weight: &Tensor) -> (Tensor, Tensor) {
-    let cost = || Cost { flops: 0.0, bytes: 3.0 * (x.numel() * x.kind().elt_size_in_bytes()) as f64 };
+    let cost = || Cost::passes(3.0, x);
     part("norm", "backward", cost, || {
         let Some(kind) = kind_on_host(&[grad, x, weight]) else {
             let (wide, normed) = (grad.to_kind(Kind::Float), x.to_kind(Kind::Float) * scale);

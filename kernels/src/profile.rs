@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
+use tch::Tensor;
 
 static ON: AtomicBool = AtomicBool::new(false);
 static EVENTS: Mutex<Option<(Instant, Vec<Event>)>> = Mutex::new(None);
@@ -22,6 +23,13 @@ pub struct Cost {
     pub flops: f64,
     /// Bytes that have to be read or written at least.
     pub bytes: f64,
+}
+
+impl Cost {
+    /// Of going through `x`, or as much memory, so many times.
+    pub fn passes(times: f64, x: &Tensor) -> Cost {
+        Cost { flops: 0.0, bytes: times * (x.numel() * x.kind().elt_size_in_bytes()) as f64 }
+    }
 }
 
 /// A part that was done.

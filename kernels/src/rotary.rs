@@ -10,7 +10,7 @@ use tch::{Kind, Tensor};
 /// `x` `[batch, heads, sequence, d]` turned by `cos` and `sin` `[sequence, d / 2]` of its dtype, laid out in memory as `x` is:
 /// heads before positions, or after them.
 pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
-    let cost = || Cost { flops: 0.0, bytes: 2.0 * (x.numel() * x.kind().elt_size_in_bytes()) as f64 };
+    let cost = || Cost::passes(2.0, x);
     part("rotation", "both", cost, || {
         let (heads, positions) = (x.size()[1] as usize, x.size()[2] as usize);
         // In memory `[batch, sequence, heads, d]`, as a projection leaves it, or as it says.

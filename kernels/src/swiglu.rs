@@ -9,7 +9,7 @@ use tch::Tensor;
 
 /// Of `[R, 2F]`, gate and then up in each row: `[R, F]`.
 pub fn swiglu(hidden: &Tensor) -> Tensor {
-    let cost = || Cost { flops: 0.0, bytes: 1.5 * (hidden.numel() * hidden.kind().elt_size_in_bytes()) as f64 };
+    let cost = || Cost::passes(1.5, hidden);
     part("swiglu", "forward", cost, || match kind_on_host(&[hidden]) {
         Some(kind) => {
             let (rows, ffn) = (hidden.size()[0], hidden.size()[1] / 2);
@@ -26,7 +26,7 @@ pub fn swiglu(hidden: &Tensor) -> Tensor {
 
 /// The gradient of `hidden` `[R, 2F]`, given that of the result `[R, F]`.
 pub fn swiglu_backward(grad: &Tensor, hidden: &Tensor) -> Tensor {
-    let cost = || Cost { flops: 0.0, bytes: 2.5 * (hidden.numel() * hidden.kind().elt_size_in_bytes()) as f64 };
+    let cost = || Cost::passes(2.5, hidden);
     part("swiglu", "backward", cost, || {
         let out = hidden.empty_like();
         match kind_on_host(&[grad, hidden, &out]) {

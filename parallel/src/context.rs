@@ -8,6 +8,7 @@
 
 use crate::collectives::all_to_all;
 use crate::{CommError, Communicator};
+use kernels::{join_heads, repeat_heads};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -163,7 +164,7 @@ pub fn ring_attention(
             let (queries, keys) = block.parts(own);
             let part = |t: &Tensor, (start, len): (i64, i64)| t.narrow(2, start, len);
             let mask = ring.mask(block, keys_of, q.kind());
-            let (k, v) = (repeat(&part(&kv.get(0), keys), times), repeat(&part(&kv.get(1), keys), times));
+            let (k, v) = (repeat_heads(&part(&kv.get(0), keys), times), repeat_heads(&part(&kv.get(1), keys), times));
             let causal = block == Block::Own && mask.is_none();
             let (of_block, lse_of_block) = attend(&part(&q, queries), &k, &v, mask.as_ref(), causal, scale);
             // Both are averages of values; their weights are exp(lse).
@@ -188,7 +189,8 @@ pub fn ring_attention(
                 let (queries, keys) = block.parts(own);
                 let part = |t: &Tensor, (start, len): (i64, i64)| t.narrow(2, start, len);
                 let mask = ring.mask(block, keys_of, q.kind());
-                let (k, v) = (repeat(&part(&kv.get(0), keys), times), repeat(&part(&kv.get(1), keys), times));
+                let (k, v) =
+                    (repeat_heads(&part(&kv.get(0), keys), times), repeat_heads(&part(&kv.get(1), keys), times));
                 let causal = block == Block::Own && mask.is_none();
                 let (dq, dk, dv) = attend_backward(
                     &part(&grad, queries),
@@ -204,33 +206,14 @@ pub fn ring_attention(
                 };
                 add(part(&grad_q, queries), dq);
                 let travels = travels.expect("gradients travel with the keys and values");
-                add(part(&travels.get(0), keys), join(&dk, times));
-                add(part(&travels.get(1), keys), join(&dv, times));
+                add(part(&travels.get(0), keys), join_heads(&dk, times));
+                add(part(&travels.get(1), keys), join_heads(&dv, times));
             })
             .map_err(failed)?;
         let home = home.expect("what travels comes home").to_kind(q.kind());
         Ok(vec![Some(grad_q.to_kind(q.kind())), Some(home.get(0)), Some(home.get(1))])
     })?;
     Ok(outputs.remove(0))
-}
-
-/// Each key or value head once for every query head it serves: `[B, G, s, d]` to `[B, G * times, s, d]`.
-pub fn repeat(x: &Tensor, times: i64) -> Tensor {
-    if times == 1 {
-        return x.shallow_clone();
-    }
-    let size = x.size();
-    let (batch, heads, length, width) = (size[0], size[1], size[2], size[3]);
-    let wide = x.unsqueeze(2).expand([batch, heads, times, length, width], false);
-    wide.reshape([batch, heads * times, length, width])
-}
-
-/// The gradient of [`repeat`], in fp32.
-fn join(grad: &Tensor, times: i64) -> Tensor {
-    let size = grad.size();
-    let (batch, heads, length, width) = (size[0], size[1], size[2], size[3]);
-    let apart = grad.to_kind(Kind::Float).view([batch, heads / times, times, length, width]);
-    apart.sum_dim_intlist([2i64].as_slice(), false, Kind::Float)
 }
 
 /// Queries that are worked on at once where no kernel does it.
@@ -401,8 +384,8 @@ mod tests {
             }
             None => causal,
         };
-        let scores = q.matmul(&repeat(k, 2).transpose(2, 3)) * 0.3;
-        scores.masked_fill(&seen.logical_not(), f64::NEG_INFINITY).softmax(-1, Kind::Float).matmul(&repeat(v, 2))
+        let scores = q.matmul(&repeat_heads(k, 2).transpose(2, 3)) * 0.3;
+        scores.masked_fill(&seen.logical_not(), f64::NEG_INFINITY).softmax(-1, Kind::Float).matmul(&repeat_heads(v, 2))
     }
 
     #[test]

@@ -7,7 +7,7 @@
 use crate::exponential::exp;
 use crate::multiply::is_for_this_processor;
 use crate::multiply::pack::{self, Operand, per_unit, size};
-use crate::multiply::tile::{Out, Store, tile};
+use crate::multiply::tile::{Out, Store, tile_of};
 use crate::multiply::{LANES, Line, ROWS, VECTORS, mask, room};
 use crate::number::{Bf16, Number};
 use std::cell::RefCell;
@@ -221,16 +221,8 @@ impl Packed {
     unsafe fn new<const BF16: bool>(from: &Operand, columns: usize, to: &mut Vec<Line>) -> Packed {
         let units = from.len.div_ceil(per_unit(BF16));
         let data = room(to, units * columns.next_multiple_of(LANES));
-        let mut place = data;
-        for first in (0..columns).step_by(COLUMNS) {
-            let here = (columns - first).min(COLUMNS);
-            let lines = here.div_ceil(LANES);
-            // SAFETY: `room` has made enough of it; the rest is the caller's promise.
-            unsafe {
-                pack::right::<BF16>(from, 0..units, first, here, lines, place);
-                place = place.add(units * lines);
-            }
-        }
+        // SAFETY: `room` has made enough of it; the rest is the caller's promise.
+        unsafe { pack::right::<BF16>(from, 0..units, 0..columns, data) };
         Packed { data, units, columns }
     }
 
@@ -260,12 +252,7 @@ impl Packed {
                 // SAFETY: columns before this one fill whole panels.
                 unsafe {
                     let right = self.data.add(self.units * (column / LANES) + units.start * lines);
-                    match lines {
-                        1 => tile::<BF16, 1>(units.len(), left, step, right, out),
-                        2 => tile::<BF16, 2>(units.len(), left, step, right, out),
-                        3 => tile::<BF16, 3>(units.len(), left, step, right, out),
-                        _ => tile::<BF16, 4>(units.len(), left, step, right, out),
-                    }
+                    tile_of::<BF16>(lines, units.len(), left, step, right, out);
                 }
             }
         }

@@ -23,7 +23,8 @@ fn forward(query: &Tensor, key: &Tensor, value: &Tensor, scale: f64) -> (Tensor,
     if loops::attends(query, key, value) {
         return loops::attention(query, key, value, scale);
     }
-    let [key, value] = [key, value].map(|x| repeated(x, query.size()[1]));
+    let times = query.size()[1] / key.size()[1];
+    let [key, value] = [key, value].map(|x| repeat_heads(x, times));
     Tensor::internal_scaled_dot_product_flash_attention_for_cpu(query, &key, &value, 0.0, true, None::<&Tensor>, scale)
 }
 
@@ -58,8 +59,8 @@ fn backward(grad: &Tensor, [query, key, value]: [&Tensor; 3], out: &Tensor, lse:
     if loops::attends(query, key, value) && lse.is_contiguous() && out.stride()[3] == 1 {
         return loops::attention_backward(grad, [query, key, value], out, lse, scale);
     }
-    let heads = key.size()[1];
-    let [key, value] = [key, value].map(|x| repeated(x, query.size()[1]));
+    let times = query.size()[1] / key.size()[1];
+    let [key, value] = [key, value].map(|x| repeat_heads(x, times));
     let (of_query, of_key, of_value) = Tensor::internal_scaled_dot_product_flash_attention_for_cpu_backward(
         grad,
         query,
@@ -72,7 +73,8 @@ fn backward(grad: &Tensor, [query, key, value]: [&Tensor; 3], out: &Tensor, lse:
         None::<&Tensor>,
         scale,
     );
-    [of_query, joined(of_key, heads), joined(of_value, heads)]
+    let joined = |grad: Tensor| if times == 1 { grad } else { join_heads(&grad, times).to_kind(grad.kind()) };
+    [of_query, joined(of_key), joined(of_value)]
 }
 
 fn check(query: &Tensor, key: &Tensor, value: &Tensor) {
@@ -82,22 +84,23 @@ fn check(query: &Tensor, key: &Tensor, value: &Tensor) {
     assert!(fits && kinds && k[1] > 0 && q[1] % k[1] == 0, "attention of {q:?} over {k:?}");
 }
 
-/// Each key or value head once for every query head that it serves.
-fn repeated(x: &Tensor, heads: i64) -> Tensor {
+/// Each key or value head once for every query head it serves: `[B, G, s, d]` to `[B, G * times, s, d]`.
+pub fn repeat_heads(x: &Tensor, times: i64) -> Tensor {
+    if times == 1 {
+        return x.shallow_clone();
+    }
     let size = x.size();
-    let times = heads / size[1];
-    let wide = x.unsqueeze(2).expand([size[0], size[1], times, size[2], size[3]], false);
-    wide.reshape([size[0], heads, size[2], size[3]])
+    let (batch, heads, length, width) = (size[0], size[1], size[2], size[3]);
+    let wide = x.unsqueeze(2).expand([batch, heads, times, length, width], false);
+    wide.reshape([batch, heads * times, length, width])
 }
 
-/// The gradient of [`repeated`], added up in fp32.
-fn joined(grad: Tensor, heads: i64) -> Tensor {
+/// The gradient of [`repeat_heads`], in fp32.
+pub fn join_heads(grad: &Tensor, times: i64) -> Tensor {
     let size = grad.size();
-    if size[1] == heads {
-        return grad;
-    }
-    let apart = grad.view([size[0], heads, size[1] / heads, size[2], size[3]]);
-    apart.sum_dim_intlist([2i64].as_slice(), false, Kind::Float).to_kind(grad.kind())
+    let (batch, heads, length, width) = (size[0], size[1], size[2], size[3]);
+    let apart = grad.to_kind(Kind::Float).view([batch, heads / times, times, length, width]);
+    apart.sum_dim_intlist([2i64].as_slice(), false, Kind::Float)
 }
 
 #[cfg(test)]

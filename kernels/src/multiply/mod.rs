@@ -173,16 +173,8 @@ unsafe fn work<const BF16: bool>(job: &Job, piece: &Piece, buffers: &mut Buffers
         let panels = start..(start + some).min(piece.panels.end);
         for unit in (0..units).step_by(DEPTH) {
             let block = unit..(unit + DEPTH).min(units);
-            let mut to = packed_right;
-            for column in (0..width).step_by(VECTORS * LANES) {
-                let columns = (width - column).min(VECTORS * LANES);
-                let lines = columns.div_ceil(LANES);
-                // SAFETY: inside the matrix and the buffer, by their sizes.
-                unsafe {
-                    pack::right::<BF16>(&job.right, block.clone(), piece.columns.start + column, columns, lines, to);
-                    to = to.add(block.len() * lines);
-                }
-            }
+            // SAFETY: inside the matrix and the buffer, by their sizes.
+            unsafe { pack::right::<BF16>(&job.right, block.clone(), piece.columns.clone(), packed_right) };
             for group in panels.clone().step_by(at_once) {
                 let group = group..(group + at_once).min(panels.end);
                 if !direct {
@@ -221,12 +213,7 @@ unsafe fn work<const BF16: bool>(job: &Job, piece: &Piece, buffers: &mut Buffers
                         let out = Out { data: data.wrapping_add(column * bytes), row, rows, mask, store };
                         // SAFETY: what was packed, rows that the left matrix has, and a place in `out` that is this piece's.
                         unsafe {
-                            match lines {
-                                1 => tile::tile::<BF16, 1>(block.len(), left, step, right, out),
-                                2 => tile::tile::<BF16, 2>(block.len(), left, step, right, out),
-                                3 => tile::tile::<BF16, 3>(block.len(), left, step, right, out),
-                                _ => tile::tile::<BF16, 4>(block.len(), left, step, right, out),
-                            }
+                            tile::tile_of::<BF16>(lines, block.len(), left, step, right, out);
                             right = right.add(block.len() * lines);
                         }
                     }

@@ -1,7 +1,7 @@
 //! Matrices as the innermost loop wants them: units, which are what one lane multiplies in a step (an fp32 number, or two bf16
 //! numbers that follow each other along the inner dimension), in the order in which they are read.
 
-use super::{LANES, Line, ROWS, mask};
+use super::{LANES, Line, ROWS, VECTORS, mask};
 use std::arch::x86_64::*;
 
 /// A matrix in memory, of which one side is "inner": the dimension that is summed over.
@@ -57,13 +57,34 @@ impl Operand {
     }
 }
 
+/// The units `units` of the columns `columns`: panels of as many as a tile has, or the rest, each unit after unit.
+///
+/// # Safety
+/// The processor has the features, the matrix has these columns and units, and `to` has room.
+pub(crate) unsafe fn right<const BF16: bool>(
+    from: &Operand,
+    units: std::ops::Range<usize>,
+    columns: std::ops::Range<usize>,
+    mut to: *mut Line,
+) {
+    for first in columns.clone().step_by(VECTORS * LANES) {
+        let here = (columns.end - first).min(VECTORS * LANES);
+        let lines = here.div_ceil(LANES);
+        // SAFETY: as the caller promises.
+        unsafe {
+            panel::<BF16>(from, units.clone(), first, here, lines, to);
+            to = to.add(units.len() * lines);
+        }
+    }
+}
+
 /// The units `units` of `columns` columns from `first` on, which may be less than `lines` vectors hold: unit after unit, `lines`
 /// lines each.
 ///
 /// # Safety
 /// The processor has the features, the matrix has these columns and units, and `to` has room.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-pub(crate) unsafe fn right<const BF16: bool>(
+unsafe fn panel<const BF16: bool>(
     from: &Operand,
     units: std::ops::Range<usize>,
     first: usize,

@@ -33,7 +33,7 @@ pub(crate) enum Store {
 /// # Safety
 /// The processor has the features. All of `left` and `right` can be read, and what `out` tells be written.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-pub(crate) unsafe fn tile<const BF16: bool, const N: usize>(
+unsafe fn tile<const BF16: bool, const N: usize>(
     units: usize,
     left: [*const u8; ROWS],
     step: usize,
@@ -71,6 +71,29 @@ pub(crate) unsafe fn tile<const BF16: bool, const N: usize>(
                     }
                 }
             }
+        }
+    }
+}
+
+/// [`tile`] of `lines` vectors of columns, from 1 to 4.
+///
+/// # Safety
+/// As for [`tile`].
+pub(crate) unsafe fn tile_of<const BF16: bool>(
+    lines: usize,
+    units: usize,
+    left: [*const u8; ROWS],
+    step: usize,
+    right: *const Line,
+    out: Out,
+) {
+    // SAFETY: as the caller promises.
+    unsafe {
+        match lines {
+            1 => tile::<BF16, 1>(units, left, step, right, out),
+            2 => tile::<BF16, 2>(units, left, step, right, out),
+            3 => tile::<BF16, 3>(units, left, step, right, out),
+            _ => tile::<BF16, 4>(units, left, step, right, out),
         }
     }
 }

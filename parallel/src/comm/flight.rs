@@ -427,7 +427,7 @@ impl Recorded {
             missing: None,
         };
         self.recorder.check()?;
-        let bytes = tensor.map_or(0, |tensor| tensor.numel() * tensor.kind().elt_size_in_bytes()) as f64;
+        let moved = tensor.map_or(profile::Cost::default(), |tensor| profile::Cost::passes(1.0, tensor));
         let id = self.recorder.started(call, peer.is_none());
         let mut work = start().map_err(|error| self.recorder.failed(id, error))?;
         let recorder = self.recorder.clone();
@@ -438,8 +438,7 @@ impl Recorded {
         }
         Ok(Work::new(move || {
             recorder.change(id, |call| call.waited_for = true);
-            let moved = || profile::Cost { flops: 0.0, bytes };
-            let result = part("communication", operation, moved, || work.wait());
+            let result = part("communication", operation, || moved, || work.wait());
             let result = result.map_err(|error| recorder.failed(id, error));
             if !on_device {
                 recorder.ended(id);

@@ -8,7 +8,8 @@ use super::rope::Rope;
 use crate::config::{ModelConfig, QkNorm, RecomputedPart};
 use crate::model::Setting;
 use crate::parameters::{Init, Parameters, Replicas, Traits, slice};
-use parallel::context::{ContextKind, heads_home, heads_out, repeat, ring_attention};
+use kernels::repeat_heads;
+use parallel::context::{ContextKind, heads_home, heads_out, ring_attention};
 use parallel::recompute::recomputed;
 use parallel::tensor::TensorParallel;
 use parallel::{Activation, Communicator, Weight, linear, linears};
@@ -218,7 +219,7 @@ impl Core {
         // Key heads serve neighbours; where ranks split those of one, some serve fewer.
         let even = self.served.iter().enumerate().all(|(head, &kv)| head as i64 / times == kv);
         let serve = |x: &Tensor| match even {
-            true => repeat(x, times),
+            true => repeat_heads(x, times),
             false => x.index_select(1, &Tensor::from_slice(&self.served).to_device(x.device())),
         };
         if self.context.size() > 1 && self.kind == ContextKind::Ring {
@@ -232,7 +233,7 @@ impl Core {
                 return causal(query, key, value, self.scale);
             }
             let times = query.size()[1] / key.size()[1];
-            let (key, value) = (repeat(key, times), repeat(value, times));
+            let (key, value) = (repeat_heads(key, times), repeat_heads(value, times));
             let seen = documents.map(Documents::seen);
             let causal = seen.is_none();
             Ok(Tensor::scaled_dot_product_attention(query, &key, &value, seen.as_ref(), 0.0, causal, self.scale, false))
