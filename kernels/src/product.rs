@@ -2,7 +2,7 @@
 //! own do it ([`multiply`](crate::multiply)), elsewhere libtorch does.
 
 #[cfg(target_arch = "x86_64")]
-use crate::multiply::{is_for_this_processor, multiply};
+use crate::multiply::{instructions, multiply};
 use crate::profile::{Cost, part};
 use tch::{Kind, Tensor};
 
@@ -135,15 +135,14 @@ fn add_by_libtorch(sum: &Tensor, left: &Tensor, right: &Tensor) {
 /// Computes products here, if they are such as are computed here.
 #[cfg(target_arch = "x86_64")]
 fn ours(products: &[(&Tensor, &Tensor, &Tensor)], adds: bool) -> bool {
-    use std::sync::OnceLock;
-    static FASTER: OnceLock<bool> = OnceLock::new();
     let fit = |&(out, left, right): &(&Tensor, &Tensor, &Tensor)| fits(out, left, right, adds);
     // Few rows do not pay for packing what they meet.
     let enough = adds || products.iter().any(|(out, _, _)| out.size()[0] > SMALL);
-    if !*FASTER.get_or_init(is_for_this_processor) || !enough || !products.iter().all(fit) {
+    let Some(instructions) = products.first().and_then(|(_, left, _)| instructions(left.kind())) else { return false };
+    if !enough || !products.iter().all(fit) {
         return false;
     }
-    multiply(products, adds);
+    multiply(products, adds, instructions);
     true
 }
 

@@ -5,10 +5,8 @@
 //! changes no bit.
 
 use crate::exponential::exp;
-use crate::multiply::is_for_this_processor;
-use crate::multiply::pack::{self, Operand, per_unit, size};
-use crate::multiply::tile::{Out, Store, tile_of};
-use crate::multiply::{LANES, Line, ROWS, VECTORS, mask, room};
+use crate::multiply::kernel::{Kernel, LANES, Line, Operand, Out, ROWS, Store, mask, room};
+use crate::multiply::{Avx2, Avx512, Instructions, instructions};
 use crate::number::{Bf16, Number};
 use std::cell::RefCell;
 use std::ops::Range;
@@ -18,63 +16,83 @@ use tch::{Device, Kind, Tensor};
 const QUERIES: usize = 48;
 /// Keys of a block.
 const KEYS: usize = 256;
-/// Columns of a tile.
-const COLUMNS: usize = VECTORS * LANES;
 /// Numbers from one row of scores to the next: rows of a power of two would share few places of the cache.
 const ROW: usize = KEYS + LANES;
 
-/// Whether these loops are for this processor and these: queries `[B, H, S, d]`, keys and values `[B, G, S, d]`.
-pub(super) fn attends(query: &Tensor, key: &Tensor, value: &Tensor) -> bool {
+/// By which instructions these loops attend on this processor, if they do: of queries `[B, H, S, d]`, keys and values `[B, G, S, d]`.
+pub(super) fn attends(query: &Tensor, key: &Tensor, value: &Tensor) -> Option<Instructions> {
     let kind = query.kind();
     let fits = |x: &Tensor| x.device() == Device::Cpu && x.kind() == kind && x.stride()[3] == 1;
-    matches!(kind, Kind::Float | Kind::BFloat16)
-        && [query, key, value].into_iter().all(fits)
+    let fit = [query, key, value].into_iter().all(fits)
         && query.size()[3] % LANES as i64 == 0
-        && (key.size()[0] * key.size()[1]) as usize >= torch_ext::parallel_parts()
-        && is_for_this_processor()
+        && (key.size()[0] * key.size()[1]) as usize >= torch_ext::parallel_parts();
+    instructions(kind).filter(|_| fit)
 }
 
-/// As [`attention`](super::attention), where [`attends`] says yes.
-pub(super) fn attention(query: &Tensor, key: &Tensor, value: &Tensor, scale: f64) -> (Tensor, Tensor) {
+/// As [`attention`](super::attention), by what [`attends`] says.
+pub(super) fn attention(inputs: [&Tensor; 3], scale: f64, by: Instructions) -> (Tensor, Tensor) {
+    let kind = inputs[0].kind();
+    if let Some(wide) = widened(inputs, by) {
+        let [query, key, value] = &wide;
+        let (out, lse) = attention([query, key, value], scale, by);
+        return (out.to_kind(kind), lse);
+    }
+    let [query, key, value] = inputs;
     let out = like(query);
     let lse = Tensor::empty(&query.size()[..3], (Kind::Float, Device::Cpu));
     let job = Job::new(query, key, scale);
     let sides = [query, key, value, &out].map(Side::new);
-    let (lses, kind) = (job.lses(&lse), query.kind());
+    let lses = job.lses(&lse);
     job.on_threads(|at, buffers| {
         // SAFETY: `attends` has asked the processor, and the caller compared the sizes; a key head is this thread's alone.
         unsafe {
-            match kind {
-                Kind::BFloat16 => forward::<true, Bf16>(&job, &sides, lses, at, buffers),
-                _ => forward::<false, f32>(&job, &sides, lses, at, buffers),
+            match (by, kind) {
+                (Instructions::Avx2, _) => forward_avx2::<Avx2<f32>, f32>(&job, &sides, lses, at, buffers),
+                (_, Kind::BFloat16) => forward_avx512::<Avx512<true>, Bf16>(&job, &sides, lses, at, buffers),
+                _ => forward_avx512::<Avx512<false>, f32>(&job, &sides, lses, at, buffers),
             }
         }
     });
     (out, lse)
 }
 
-/// As [`attention_backward`](super::attention_backward), where [`attends`] says yes.
+/// As [`attention_backward`](super::attention_backward), by what [`attends`] says.
 pub(super) fn attention_backward(
     grad: &Tensor,
-    [query, key, value]: [&Tensor; 3],
+    inputs: [&Tensor; 3],
     out: &Tensor,
     lse: &Tensor,
     scale: f64,
+    by: Instructions,
 ) -> [Tensor; 3] {
-    let grads = [query, key, value].map(like);
+    let kind = grad.kind();
+    if let Some(wide) = widened(inputs, by) {
+        let [query, key, value] = &wide;
+        let [grad, out] = [grad, out].map(|x| x.to_kind(Kind::Float));
+        return attention_backward(&grad, [query, key, value], &out, lse, scale, by).map(|grad| grad.to_kind(kind));
+    }
+    let [query, key, value] = inputs;
+    let grads = inputs.map(like);
     let job = Job::new(query, key, scale);
     let sides = [query, key, value, out, grad, &grads[0], &grads[1], &grads[2]].map(Side::new);
-    let (lses, kind) = (job.lses(lse), query.kind());
+    let lses = job.lses(lse);
     job.on_threads(|at, buffers| {
         // SAFETY: as in forward.
         unsafe {
-            match kind {
-                Kind::BFloat16 => backward::<true, Bf16>(&job, &sides, lses, at, buffers),
-                _ => backward::<false, f32>(&job, &sides, lses, at, buffers),
+            match (by, kind) {
+                (Instructions::Avx2, _) => backward_avx2::<Avx2<f32>, f32>(&job, &sides, lses, at, buffers),
+                (_, Kind::BFloat16) => backward_avx512::<Avx512<true>, Bf16>(&job, &sides, lses, at, buffers),
+                _ => backward_avx512::<Avx512<false>, f32>(&job, &sides, lses, at, buffers),
             }
         }
     });
     grads
+}
+
+/// In fp32, what these instructions do not read in bf16.
+fn widened(inputs: [&Tensor; 3], by: Instructions) -> Option<[Tensor; 3]> {
+    let narrow = by == Instructions::Avx2 && inputs[0].kind() == Kind::BFloat16;
+    narrow.then(|| inputs.map(|x| x.to_kind(Kind::Float)))
 }
 
 /// A tensor of the same shape, in memory `[B, S, H, d]`: what follows goes on with rows of all heads.
@@ -190,39 +208,33 @@ impl Packed {
     ///
     /// # Safety
     /// They can be read, and the processor has the features.
-    unsafe fn natural<const BF16: bool>(
-        from: *const u8,
-        row: usize,
-        rows: usize,
-        width: usize,
-        to: &mut Vec<Line>,
-    ) -> Packed {
-        let from = Operand { data: from, inner: row, outer: size(BF16), len: rows };
+    unsafe fn natural<K: Kernel>(from: *const u8, row: usize, rows: usize, width: usize, to: &mut Vec<Line>) -> Packed {
+        let from = Operand { data: from, inner: row, outer: K::SIZE, len: rows };
         // SAFETY: as the caller promises.
-        unsafe { Packed::new::<BF16>(&from, width, to) }
+        unsafe { Packed::new::<K>(&from, width, to) }
     }
 
     /// The transpose of that: each row a column.
     ///
     /// # Safety
     /// As above.
-    unsafe fn transposed<const BF16: bool>(
+    unsafe fn transposed<K: Kernel>(
         from: *const u8,
         row: usize,
         rows: usize,
         width: usize,
         to: &mut Vec<Line>,
     ) -> Packed {
-        let from = Operand { data: from, inner: size(BF16), outer: row, len: width };
+        let from = Operand { data: from, inner: K::SIZE, outer: row, len: width };
         // SAFETY: as above.
-        unsafe { Packed::new::<BF16>(&from, rows, to) }
+        unsafe { Packed::new::<K>(&from, rows, to) }
     }
 
-    unsafe fn new<const BF16: bool>(from: &Operand, columns: usize, to: &mut Vec<Line>) -> Packed {
-        let units = from.len.div_ceil(per_unit(BF16));
+    unsafe fn new<K: Kernel>(from: &Operand, columns: usize, to: &mut Vec<Line>) -> Packed {
+        let units = from.len.div_ceil(K::PER_UNIT);
         let data = room(to, units * columns.next_multiple_of(LANES));
         // SAFETY: `room` has made enough of it; the rest is the caller's promise.
-        unsafe { pack::right::<BF16>(from, 0..units, 0..columns, data) };
+        unsafe { K::right(from, 0..units, 0..columns, data) };
         Packed { data, units, columns }
     }
 
@@ -230,8 +242,8 @@ impl Packed {
     /// rows of fp32 at `out`, `out_row` bytes apart.
     ///
     /// # Safety
-    /// All of it is there; `columns` begins at a multiple of [`COLUMNS`].
-    unsafe fn multiply<const BF16: bool>(
+    /// All of it is there; `columns` begins at a multiple of a tile's.
+    unsafe fn multiply<K: Kernel>(
         &self,
         units: Range<usize>,
         columns: Range<usize>,
@@ -240,19 +252,20 @@ impl Packed {
         step: usize,
         (out, out_row, store): (*mut f32, usize, Store),
     ) {
+        let wide = K::LINES * LANES;
         for first in (0..rows).step_by(ROWS) {
             let here = (rows - first).min(ROWS);
             let left: [*const u8; ROWS] = std::array::from_fn(|i| left(first + i.min(here - 1)));
-            for column in columns.clone().step_by(COLUMNS) {
+            for column in columns.clone().step_by(wide) {
                 // Whole panels: of scores that nobody asked for there is room, too.
-                let there = (self.columns - column).min(COLUMNS);
+                let there = (self.columns - column).min(wide);
                 let lines = there.div_ceil(LANES);
                 let place = out.wrapping_add(first * out_row / 4 + (column - columns.start)).cast();
                 let out = Out { data: place, row: out_row, rows: here, mask: mask(there - (lines - 1) * LANES), store };
                 // SAFETY: columns before this one fill whole panels.
                 unsafe {
                     let right = self.data.add(self.units * (column / LANES) + units.start * lines);
-                    tile_of::<BF16>(lines, units.len(), left, step, right, out);
+                    K::tile(lines, units.len(), left, step, right, out);
                 }
             }
         }
@@ -264,10 +277,34 @@ fn floats(buffer: &mut Vec<Line>, rows: usize, width: usize) -> *mut f32 {
     room(buffer, rows * width).cast()
 }
 
+/// A function of all of a key head, made for the features of a processor.
+macro_rules! made_for {
+    ($name:ident, $features:literal, $function:ident, $sides:literal) => {
+        /// # Safety
+        /// The processor has the features; the rest as for the function itself.
+        #[target_feature(enable = $features)]
+        unsafe fn $name<K: Kernel, T: Number>(
+            job: &Job,
+            sides: &[Side; $sides],
+            lses: Side,
+            at: (usize, usize),
+            buffers: &mut Buffers,
+        ) {
+            // SAFETY: as the caller promises.
+            unsafe { $function::<K, T>(job, sides, lses, at, buffers) }
+        }
+    };
+}
+
+made_for!(forward_avx512, "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma", forward, 4);
+made_for!(forward_avx2, "avx2,fma", forward, 4);
+made_for!(backward_avx512, "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma", backward, 8);
+made_for!(backward_avx2, "avx2,fma", backward, 8);
+
 /// # Safety
 /// The processor has the features, sides are as `attends` says, and nobody else works on this key head.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")]
-unsafe fn forward<const BF16: bool, T: Number>(
+#[inline(always)]
+unsafe fn forward<K: Kernel, T: Number>(
     job: &Job,
     [query, key, value, out]: &[Side; 4],
     lses: Side,
@@ -275,15 +312,14 @@ unsafe fn forward<const BF16: bool, T: Number>(
     buffers: &mut Buffers,
 ) {
     let Job { length, width, scale, .. } = *job;
-    let steps = width / per_unit(BF16);
+    let (bf16, steps) = (K::PER_UNIT == 2, width / K::PER_UNIT);
     let sums = floats(&mut buffers.sums[0], QUERIES, width);
     let scores = floats(&mut buffers.scores, QUERIES, ROW);
     let rounded = room(&mut buffers.rounded[0], QUERIES * ROW / 2).cast::<Bf16>();
     // SAFETY: as the caller promises; buffers have the sizes that are named here.
     unsafe {
-        let keys = Packed::transposed::<BF16>(key.at(batch, kv_head, 0), key.row, length, width, &mut buffers.keys);
-        let values =
-            Packed::natural::<BF16>(value.at(batch, kv_head, 0), value.row, length, width, &mut buffers.values);
+        let keys = Packed::transposed::<K>(key.at(batch, kv_head, 0), key.row, length, width, &mut buffers.keys);
+        let values = Packed::natural::<K>(value.at(batch, kv_head, 0), value.row, length, width, &mut buffers.values);
         for head in job.served(kv_head) {
             for start in (0..length).step_by(QUERIES) {
                 let rows = (length - start).min(QUERIES);
@@ -294,7 +330,7 @@ unsafe fn forward<const BF16: bool, T: Number>(
                     let here = (seen - first).min(KEYS);
                     let left = |row: usize| query.at(batch, head, start + row).cast_const();
                     let to = (scores, ROW * 4, Store::Set);
-                    keys.multiply::<BF16>(0..steps, first..first + here, rows, left, 4, to);
+                    keys.multiply::<K>(0..steps, first..first + here, rows, left, 4, to);
                     for row in 0..rows {
                         let all = std::slice::from_raw_parts_mut(scores.add(row * ROW), here);
                         let valid = (start + row + 1).saturating_sub(first).min(here);
@@ -303,19 +339,19 @@ unsafe fn forward<const BF16: bool, T: Number>(
                             let sums = std::slice::from_raw_parts_mut(sums.add(row * width), width);
                             sums.iter_mut().for_each(|x| *x *= factor);
                         }
-                        if BF16 {
+                        if bf16 {
                             let to = std::slice::from_raw_parts_mut(rounded.add(row * ROW), here + 1);
                             to.iter_mut().zip(&*all).for_each(|(to, x)| *to = Bf16::narrow(*x));
                             // The other one of a pair.
                             to[here] = Bf16::narrow(0.0);
                         }
                     }
-                    let left = |row: usize| match BF16 {
+                    let left = |row: usize| match bf16 {
                         true => rounded.add(row * ROW).cast::<u8>().cast_const(),
                         false => scores.add(row * ROW).cast::<u8>().cast_const(),
                     };
-                    let units = first / per_unit(BF16)..(first + here).div_ceil(per_unit(BF16));
-                    values.multiply::<BF16>(units, 0..width, rows, left, 4, (sums, width * 4, Store::Add));
+                    let units = first / K::PER_UNIT..(first + here).div_ceil(K::PER_UNIT);
+                    values.multiply::<K>(units, 0..width, rows, left, 4, (sums, width * 4, Store::Add));
                 }
                 let lse = lses.numbers::<f32>((batch, head, start), rows);
                 for row in 0..rows {
@@ -367,8 +403,8 @@ fn weights(scores: &mut [f32], valid: usize, scale: f32, most: &mut f32, sum: &m
 
 /// # Safety
 /// As for [`forward`].
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")]
-unsafe fn backward<const BF16: bool, T: Number>(
+#[inline(always)]
+unsafe fn backward<K: Kernel, T: Number>(
     job: &Job,
     [query, key, value, out, grad, of_query, of_key, of_value]: &[Side; 8],
     lses: Side,
@@ -376,7 +412,7 @@ unsafe fn backward<const BF16: bool, T: Number>(
     buffers: &mut Buffers,
 ) {
     let Job { length, width, scale, .. } = *job;
-    let steps = width / per_unit(BF16);
+    let (bf16, steps) = (K::PER_UNIT == 2, width / K::PER_UNIT);
     let [sums, key_sums, value_sums] = &mut buffers.sums;
     let sums = floats(sums, QUERIES, width);
     let (key_sums, value_sums) = (floats(key_sums, length, width), floats(value_sums, length, width));
@@ -388,9 +424,9 @@ unsafe fn backward<const BF16: bool, T: Number>(
     // SAFETY: as the caller promises; buffers have the sizes that are named here.
     unsafe {
         let (of_head, of_values) = (key.at(batch, kv_head, 0), value.at(batch, kv_head, 0));
-        let keys = Packed::transposed::<BF16>(of_head, key.row, length, width, &mut buffers.keys);
-        let values = Packed::transposed::<BF16>(of_values, value.row, length, width, &mut buffers.values);
-        let natural = Packed::natural::<BF16>(of_head, key.row, length, width, &mut buffers.natural);
+        let keys = Packed::transposed::<K>(of_head, key.row, length, width, &mut buffers.keys);
+        let values = Packed::transposed::<K>(of_values, value.row, length, width, &mut buffers.values);
+        let natural = Packed::natural::<K>(of_head, key.row, length, width, &mut buffers.natural);
         std::slice::from_raw_parts_mut(key_sums, length * width).fill(0.0);
         std::slice::from_raw_parts_mut(value_sums, length * width).fill(0.0);
         for head in job.served(kv_head) {
@@ -398,9 +434,9 @@ unsafe fn backward<const BF16: bool, T: Number>(
                 let rows = (length - start).min(QUERIES);
                 let seen = start + rows;
                 let queries = query.at(batch, head, start);
-                let queries = Packed::natural::<BF16>(queries, query.row, rows, width, &mut buffers.queries);
+                let queries = Packed::natural::<K>(queries, query.row, rows, width, &mut buffers.queries);
                 let grads = grad.at(batch, head, start);
-                let grads = Packed::natural::<BF16>(grads, grad.row, rows, width, &mut buffers.grads);
+                let grads = Packed::natural::<K>(grads, grad.row, rows, width, &mut buffers.grads);
                 let lse = lses.numbers::<f32>((batch, head, start), rows);
                 let along: [f32; QUERIES] = std::array::from_fn(|row| match row < rows {
                     true => {
@@ -414,38 +450,38 @@ unsafe fn backward<const BF16: bool, T: Number>(
                     let here = (seen - first).min(KEYS);
                     let left = |row: usize| query.at(batch, head, start + row).cast_const();
                     let to = (scores, ROW * 4, Store::Set);
-                    keys.multiply::<BF16>(0..steps, first..first + here, rows, left, 4, to);
+                    keys.multiply::<K>(0..steps, first..first + here, rows, left, 4, to);
                     let left = |row: usize| grad.at(batch, head, start + row).cast_const();
                     let to = (others, ROW * 4, Store::Set);
-                    values.multiply::<BF16>(0..steps, first..first + here, rows, left, 4, to);
+                    values.multiply::<K>(0..steps, first..first + here, rows, left, 4, to);
                     for row in 0..rows {
                         let scores = std::slice::from_raw_parts_mut(scores.add(row * ROW), here);
                         let others = std::slice::from_raw_parts_mut(others.add(row * ROW), here);
                         let valid = (start + row + 1).saturating_sub(first).min(here);
                         gradients(scores, others, valid, (scale, lse[row], along[row]));
-                        if BF16 {
+                        if bf16 {
                             let to = std::slice::from_raw_parts_mut(rows_of.add(row * ROW), here + 1);
                             to.iter_mut().zip(&*others).for_each(|(to, x)| *to = Bf16::narrow(*x));
                             to[here] = Bf16::narrow(0.0);
                         }
                     }
-                    if BF16 {
+                    if bf16 {
                         in_pairs(scores, rows, here, weights);
                         in_pairs(others, rows, here, pairs);
                     }
                     // The first operands of the three products: rows of scores' gradients, and columns of both.
-                    let (of_rows, of_weights, of_scores): (*const u8, *const f32, *const f32) = match BF16 {
+                    let (of_rows, of_weights, of_scores): (*const u8, *const f32, *const f32) = match bf16 {
                         true => (rows_of.cast::<u8>(), weights, pairs),
                         false => (others.cast::<u8>(), scores, others),
                     };
-                    let units = first / per_unit(BF16)..(first + here).div_ceil(per_unit(BF16));
-                    let row = |row: usize| of_rows.add(row * ROW * size(BF16));
-                    natural.multiply::<BF16>(units, 0..width, rows, row, 4, (sums, width * 4, Store::Add));
-                    let units = 0..rows.div_ceil(per_unit(BF16));
+                    let units = first / K::PER_UNIT..(first + here).div_ceil(K::PER_UNIT);
+                    let row = |row: usize| of_rows.add(row * ROW * K::SIZE);
+                    natural.multiply::<K>(units, 0..width, rows, row, 4, (sums, width * 4, Store::Add));
+                    let units = 0..rows.div_ceil(K::PER_UNIT);
                     for (from, by, to) in [(of_weights, &grads, value_sums), (of_scores, &queries, key_sums)] {
                         let column = |key: usize| from.add(key).cast::<u8>();
                         let to = (to.add(first * width), width * 4, Store::Add);
-                        by.multiply::<BF16>(units.clone(), 0..width, here, column, ROW * 4, to);
+                        by.multiply::<K>(units.clone(), 0..width, here, column, ROW * 4, to);
                     }
                 }
                 for row in 0..rows {

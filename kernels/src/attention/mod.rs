@@ -20,8 +20,8 @@ pub fn attention(query: &Tensor, key: &Tensor, value: &Tensor, scale: f64) -> (T
 
 fn forward(query: &Tensor, key: &Tensor, value: &Tensor, scale: f64) -> (Tensor, Tensor) {
     #[cfg(target_arch = "x86_64")]
-    if loops::attends(query, key, value) {
-        return loops::attention(query, key, value, scale);
+    if let Some(by) = loops::attends(query, key, value) {
+        return loops::attention([query, key, value], scale, by);
     }
     let times = query.size()[1] / key.size()[1];
     let [key, value] = [key, value].map(|x| repeat_heads(x, times));
@@ -56,8 +56,8 @@ fn cost(query: &Tensor, key: &Tensor, products: f64) -> Cost {
 
 fn backward(grad: &Tensor, [query, key, value]: [&Tensor; 3], out: &Tensor, lse: &Tensor, scale: f64) -> [Tensor; 3] {
     #[cfg(target_arch = "x86_64")]
-    if loops::attends(query, key, value) && lse.is_contiguous() && out.stride()[3] == 1 {
-        return loops::attention_backward(grad, [query, key, value], out, lse, scale);
+    if let Some(by) = loops::attends(query, key, value).filter(|_| lse.is_contiguous() && out.stride()[3] == 1) {
+        return loops::attention_backward(grad, [query, key, value], out, lse, scale, by);
     }
     let times = query.size()[1] / key.size()[1];
     let [key, value] = [key, value].map(|x| repeat_heads(x, times));

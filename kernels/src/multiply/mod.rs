@@ -1,56 +1,70 @@
-//! Products of matrices in fp32 and bf16, all accumulated in fp32, for processors with AVX-512 and its bf16 instructions: several
-//! products in one loop over threads, without memory that the kernel has to clear first.
+//! Products of matrices in fp32 and bf16, all accumulated in fp32, for processors on which libtorch's are slower: several products in
+//! one loop over threads, without memory that the kernel has to clear first.
 //!
-//! The usual way (Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008), with two changes: of the left
-//! matrix rows are read where they lie, if their inner dimension is contiguous; and a tile is 6 x 64, whose row of four vectors
-//! meets six broadcast numbers, so that a product needs less than half a load.
+//! The usual way (Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008), except that of the left matrix rows
+//! are read where they lie, if they lie as a tile reads them. What a tile is and how it is fed is a processor's [`Kernel`].
 //!
 //! A number of the result is summed up in an order that the inner dimension's length decides alone: neither threads nor the
 //! other products change a bit of it.
 
-pub(crate) mod pack;
+mod avx2;
+mod avx512;
+pub(crate) mod kernel;
 mod share;
-pub(crate) mod tile;
 
-use pack::{Operand, per_unit, size};
-use share::{Piece, share};
+use crate::number::Bf16;
+pub(crate) use avx2::Avx2;
+pub(crate) use avx512::Avx512;
+use kernel::{Kernel, LANES, Layout, Line, Operand, Out, ROWS, Store, mask, room};
+use share::{Wave, share};
 use std::cell::RefCell;
+use std::ops::Range;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tch::{Kind, Tensor};
-use tile::{Out, Store};
 
-/// Rows of a tile.
-pub(crate) const ROWS: usize = 6;
-/// Numbers of a vector.
-pub(crate) const LANES: usize = 16;
-/// Vectors of a tile's row.
-pub(crate) const VECTORS: usize = 4;
-/// Units of the inner dimension that are gone along at once: with the columns of a [`Piece`], half a MiB.
-const DEPTH: usize = 512;
 /// Bytes of a row of the left matrix's transpose that are packed at once, where it has to be.
 const PACKED: usize = 192;
+/// Columns that a thread packs at once: of whole panels.
+const CHUNK: usize = 64;
 /// Panels whose sums are kept in fp32 until they can be rounded.
 const ROUNDED_PANELS: usize = 64;
-
-/// 64 bytes.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-pub(crate) struct Line([u32; LANES]);
 
 /// The place of the result, the left matrix and the right one.
 pub(crate) type Product<'a> = (&'a Tensor, &'a Tensor, &'a Tensor);
 
-/// Whether this processor is one that is meant.
-pub(crate) fn is_for_this_processor() -> bool {
-    // Intel's have kernels of all widths in MKL, and a unit for tiles that oneDNN uses.
-    let id = std::arch::x86_64::__cpuid(0);
-    let vendor: Vec<u8> = [id.ebx, id.edx, id.ecx].iter().flat_map(|part| part.to_le_bytes()).collect();
-    vendor != b"GenuineIntel"
-        && std::is_x86_feature_detected!("avx512f")
-        && std::is_x86_feature_detected!("avx512bw")
-        && std::is_x86_feature_detected!("avx512vl")
-        && std::is_x86_feature_detected!("avx512dq")
-        && std::is_x86_feature_detected!("avx512bf16")
+/// The instructions that loops of our own are written for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Instructions {
+    Avx512,
+    Avx2,
+}
+
+/// Those that are used for numbers of `kind` on this processor; none where libtorch has better ones.
+pub(crate) fn instructions(kind: Kind) -> Option<Instructions> {
+    static OF: OnceLock<[Option<Instructions>; 2]> = OnceLock::new();
+    let [fp32, bf16] = *OF.get_or_init(|| {
+        let id = std::arch::x86_64::__cpuid(0);
+        let vendor: Vec<u8> = [id.ebx, id.edx, id.ecx].iter().flat_map(|part| part.to_le_bytes()).collect();
+        // Intel's have kernels of all widths in MKL, and a unit for tiles that oneDNN uses.
+        let intel = vendor == b"GenuineIntel";
+        let avx512 = std::is_x86_feature_detected!("avx512f")
+            && std::is_x86_feature_detected!("avx512bw")
+            && std::is_x86_feature_detected!("avx512vl")
+            && std::is_x86_feature_detected!("avx512dq");
+        if avx512 {
+            let wide = !intel && std::is_x86_feature_detected!("avx512bf16");
+            return [wide.then_some(Instructions::Avx512); 2];
+        }
+        let narrow = std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma");
+        // Without AVX-512 oneDNN has nothing for bf16, on anybody's.
+        [narrow && !intel, narrow].map(|ours| ours.then_some(Instructions::Avx2))
+    });
+    match kind {
+        Kind::Float => fp32,
+        Kind::BFloat16 => bf16,
+        _ => None,
+    }
 }
 
 struct Job {
@@ -66,33 +80,99 @@ struct Job {
 // SAFETY: threads read operands, and write parts of `out` that do not overlap.
 unsafe impl Sync for Job {}
 
-/// Computes `out = left right` of all of them, or `out += left right`. Operands are of one dtype, fp32 or bf16, with a contiguous dimension; `out` has contiguous rows, in their
-/// dtype or fp32, and is fp32 where it is added to. (`fits` of the caller says so.)
-pub(crate) fn multiply(products: &[Product], adds: bool) {
+/// Computes `out = left right` of all of them, or `out += left right`, by instructions that [`instructions`] gave for operands' dtype,
+/// fp32 or bf16. They have a contiguous dimension; `out` has contiguous rows, in their dtype or fp32, and is fp32 where it is added to.
+/// (`fits` of the caller says so.)
+pub(crate) fn multiply(products: &[Product], adds: bool, instructions: Instructions) {
     let Some(first) = products.first() else { return };
-    let bf16 = first.1.kind() == Kind::BFloat16;
-    let jobs: Vec<Job> = products.iter().map(|product| job(product, adds, bf16)).collect();
+    match (instructions, first.1.kind() == Kind::BFloat16) {
+        (Instructions::Avx512, true) => multiply_by::<Avx512<true>>(products, adds),
+        (Instructions::Avx512, false) => multiply_by::<Avx512<false>>(products, adds),
+        (Instructions::Avx2, true) => multiply_by::<Avx2<Bf16>>(products, adds),
+        (Instructions::Avx2, false) => multiply_by::<Avx2<f32>>(products, adds),
+    }
+}
+
+fn multiply_by<K: Kernel>(products: &[Product], adds: bool) {
+    let jobs: Vec<Job> = products.iter().map(|product| job(product, adds)).collect();
     let sizes: Vec<share::Size> = jobs.iter().map(|job| job.size).collect();
-    let parts = share(&sizes, torch_ext::parallel_parts());
-    let next = AtomicUsize::new(0);
-    torch_ext::parallel_for(parts.len(), 1, |_, _| {
-        while let Some(pieces) = parts.get(next.fetch_add(1, Ordering::Relaxed)) {
-            BUFFERS.with_borrow_mut(|buffers| {
-                for piece in pieces {
-                    // SAFETY: the processor was asked, sizes were compared in `job`, and a piece is this thread's alone.
-                    unsafe {
-                        match bf16 {
-                            true => work::<true>(&jobs[piece.product], piece, buffers),
-                            false => work::<false>(&jobs[piece.product], piece, buffers),
-                        }
+    PACKED_RIGHT.with_borrow_mut(|buffer| {
+        for wave in share(&sizes, torch_ext::parallel_parts()) {
+            let packed = pack_wave::<K>(&jobs, &wave, buffer);
+            on_threads(&wave.parts, |pieces| {
+                BUFFERS.with_borrow_mut(|buffers| {
+                    for piece in pieces {
+                        let block = &wave.blocks[piece.block];
+                        let right = packed.of(piece.block);
+                        // SAFETY: the processor was asked, sizes were compared in `job`, what is needed of the right matrix is packed, and
+                        // a piece is this thread's alone.
+                        unsafe { work::<K>(&jobs[block.product], &block.columns, right, piece.panels.clone(), buffers) }
                     }
-                }
+                });
             });
         }
     });
 }
 
-fn job(&(out, left, right): &Product, adds: bool, bf16: bool) -> Job {
+/// Calls `body` for each of `items`, on whichever thread is free.
+fn on_threads<T: Sync>(items: &[T], body: impl Fn(&T) + Sync) {
+    let next = AtomicUsize::new(0);
+    torch_ext::parallel_for(items.len(), 1, |_, _| {
+        while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
+            body(item);
+        }
+    });
+}
+
+/// Right matrices of a wave's blocks, packed: each block's lines from its start on, depth after depth.
+struct Packed {
+    data: *mut Line,
+    starts: Vec<usize>,
+}
+
+// SAFETY: threads write parts that do not overlap, and read when all are written.
+unsafe impl Sync for Packed {}
+
+impl Packed {
+    fn of(&self, block: usize) -> *mut Line {
+        self.data.wrapping_add(self.starts[block])
+    }
+}
+
+/// Some columns of a block, some units deep.
+struct Chunk {
+    block: usize,
+    units: Range<usize>,
+    columns: Range<usize>,
+}
+
+fn pack_wave<K: Kernel>(jobs: &[Job], wave: &Wave, buffer: &mut Vec<Line>) -> Packed {
+    let (mut starts, mut chunks, mut lines) = (Vec::new(), Vec::new(), 0);
+    for (index, block) in wave.blocks.iter().enumerate() {
+        let units = jobs[block.product].size.1.div_ceil(K::PER_UNIT);
+        starts.push(lines);
+        lines += units * block.padded() / LANES;
+        for unit in (0..units).step_by(K::DEPTH) {
+            for column in block.columns.clone().step_by(CHUNK) {
+                let columns = column..(column + CHUNK).min(block.columns.end);
+                chunks.push(Chunk { block: index, units: unit..(unit + K::DEPTH).min(units), columns });
+            }
+        }
+    }
+    let packed = Packed { data: room(buffer, lines * LANES), starts };
+    on_threads(&chunks, |Chunk { block: index, units, columns }| {
+        let block = &wave.blocks[*index];
+        let before = units.start * block.padded() + units.len() * (columns.start - block.columns.start);
+        // SAFETY: inside the matrix and the buffer, by their sizes: chunks begin with whole lines.
+        unsafe {
+            let to = packed.of(*index).add(before / LANES);
+            K::right(&jobs[block.product].right, units.clone(), columns.clone(), to);
+        }
+    });
+    packed
+}
+
+fn job(&(out, left, right): &Product, adds: bool) -> Job {
     let sizes = [out, left, right].map(|tensor| tensor.size());
     let [m, k, n] = [sizes[1][0], sizes[1][1], sizes[2][1]].map(|size| size as usize);
     assert!(
@@ -103,22 +183,21 @@ fn job(&(out, left, right): &Product, adds: bool, bf16: bool) -> Job {
         sizes[0]
     );
     let operand = |tensor: &Tensor, inner: usize| {
-        let stride = tensor.stride();
+        let (stride, size) = (tensor.stride(), tensor.kind().elt_size_in_bytes());
         let bytes = |dim: usize| match tensor.size()[dim] {
             // Nobody steps along it.
-            1 => size(bf16),
-            _ => stride[dim] as usize * size(bf16),
+            1 => size,
+            _ => stride[dim] as usize * size,
         };
         Operand { data: tensor.data_ptr().cast(), inner: bytes(inner), outer: bytes(1 - inner), len: k }
     };
     if k == 0 && !adds {
         let _ = out.shallow_clone().zero_();
     }
-    let rounds = out.kind() == Kind::BFloat16;
     Job {
         out: out.data_ptr().cast(),
-        out_row: out.stride()[0] as usize * size(rounds),
-        rounds,
+        out_row: out.stride()[0] as usize * out.kind().elt_size_in_bytes(),
+        rounds: out.kind() == Kind::BFloat16,
         adds,
         left: operand(left, 1),
         right: operand(right, 0),
@@ -129,74 +208,68 @@ fn job(&(out, left, right): &Product, adds: bool, bf16: bool) -> Job {
 /// What a thread needs, and keeps.
 struct Buffers {
     left: Vec<Line>,
-    right: Vec<Line>,
     sums: Vec<Line>,
 }
 
 thread_local! {
-    static BUFFERS: RefCell<Buffers> = const { RefCell::new(Buffers { left: Vec::new(), right: Vec::new(), sums: Vec::new() }) };
+    static BUFFERS: RefCell<Buffers> = const { RefCell::new(Buffers { left: Vec::new(), sums: Vec::new() }) };
+    /// Of a thread that asks for products.
+    static PACKED_RIGHT: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Room for `units` units.
-pub(crate) fn room(buffer: &mut Vec<Line>, units: usize) -> *mut Line {
-    let lines = units.div_ceil(LANES) + 1;
-    if buffer.len() < lines {
-        buffer.resize(lines, Line([0; LANES]));
-    }
-    buffer.as_mut_ptr()
-}
-
-/// A bit for each number of a vector that is there.
-pub(crate) fn mask(there: usize) -> u16 {
-    if there >= LANES { u16::MAX } else { (1 << there) - 1 }
-}
-
-/// One piece of a product.
+/// Some panels of some columns of a product, of whose right matrix `right` is what was packed.
 ///
 /// # Safety
-/// The processor has the features, the job's tensors live, and nobody else works on this piece.
-unsafe fn work<const BF16: bool>(job: &Job, piece: &Piece, buffers: &mut Buffers) {
+/// The processor has the features, the job's tensors live, and nobody else works on these.
+unsafe fn work<K: Kernel>(
+    job: &Job,
+    columns: &Range<usize>,
+    right: *const Line,
+    panels: Range<usize>,
+    buffers: &mut Buffers,
+) {
     let (m, k, _) = job.size;
-    let (units, width) = (k.div_ceil(per_unit(BF16)), piece.columns.len());
+    let (units, width) = (k.div_ceil(K::PER_UNIT), columns.len());
     // Sums that a second block adds to are kept in fp32.
-    let kept = job.rounds && units > DEPTH;
+    let kept = job.rounds && units > K::DEPTH;
     let padded = width.next_multiple_of(LANES);
     let sums =
         if kept { room(&mut buffers.sums, ROUNDED_PANELS * ROWS * padded).cast::<f32>() } else { std::ptr::null_mut() };
-    let direct = job.left.is_along(BF16);
-    let some = if kept { ROUNDED_PANELS } else { piece.panels.len().max(1) };
-    let packed_right = room(&mut buffers.right, DEPTH.min(units) * padded);
-    let at_once = if direct { 1 } else { PACKED / size(BF16) / ROWS };
-    let packed_left =
-        if direct { std::ptr::null_mut() } else { room(&mut buffers.left, at_once * ROWS * DEPTH.min(units)) };
-    for start in piece.panels.clone().step_by(some) {
-        let panels = start..(start + some).min(piece.panels.end);
-        for unit in (0..units).step_by(DEPTH) {
-            let block = unit..(unit + DEPTH).min(units);
-            // SAFETY: inside the matrix and the buffer, by their sizes.
-            unsafe { pack::right::<BF16>(&job.right, block.clone(), piece.columns.clone(), packed_right) };
+    let some = if kept { ROUNDED_PANELS } else { panels.len().max(1) };
+    let layout = K::layout(&job.left);
+    let at_once = if layout == Layout::Units { PACKED / K::SIZE / ROWS } else { 1 };
+    let packed_left = match layout {
+        Layout::InPlace => std::ptr::null_mut(),
+        _ => room(&mut buffers.left, at_once * ROWS * K::DEPTH.min(units)).cast::<u32>(),
+    };
+    for start in panels.clone().step_by(some) {
+        let panels = start..(start + some).min(panels.end);
+        for unit in (0..units).step_by(K::DEPTH) {
+            let block = unit..(unit + K::DEPTH).min(units);
+            let packed_right = right.wrapping_add(unit * padded / LANES);
             for group in panels.clone().step_by(at_once) {
                 let group = group..(group + at_once).min(panels.end);
-                if !direct {
+                if layout != Layout::InPlace {
                     let rows = (group.end * ROWS).min(m) - group.start * ROWS;
                     // SAFETY: as above; what is not contiguous along the inner dimension is along the other one.
-                    unsafe {
-                        pack::left::<BF16>(&job.left, block.clone(), group.start * ROWS, rows, packed_left.cast())
-                    };
+                    unsafe { K::left(&job.left, block.clone(), group.start * ROWS, rows, packed_left) };
                 }
                 for panel in group.clone() {
                     let rows = (m - panel * ROWS).min(ROWS);
-                    let (left, step) = if direct {
-                        let row = |i: usize| (panel * ROWS + i.min(rows - 1)) * job.left.outer + block.start * 4;
-                        (std::array::from_fn(|i| job.left.data.wrapping_add(row(i))), 4)
-                    } else {
-                        let first = packed_left.cast::<u32>().wrapping_add((panel - group.start) * block.len() * ROWS);
-                        (std::array::from_fn(|i| first.wrapping_add(i).cast_const().cast()), 4 * ROWS)
+                    let first = packed_left.wrapping_add((panel - group.start) * block.len() * ROWS).cast_const();
+                    let row = |i: usize| match layout {
+                        Layout::InPlace => {
+                            let at = (panel * ROWS + i.min(rows - 1)) * job.left.outer + block.start * 4;
+                            job.left.data.wrapping_add(at)
+                        }
+                        Layout::Rows => first.wrapping_add(i.min(rows - 1) * block.len()).cast(),
+                        Layout::Units => first.wrapping_add(i).cast(),
                     };
+                    let (left, step) = (std::array::from_fn(row), if layout == Layout::Units { 4 * ROWS } else { 4 });
                     let (data, row) = if kept {
                         (sums.wrapping_add((panel - panels.start) * ROWS * padded).cast::<u8>(), padded * 4)
                     } else {
-                        let column = piece.columns.start * size(job.rounds);
+                        let column = columns.start * if job.rounds { 2 } else { 4 };
                         (job.out.wrapping_add(panel * ROWS * job.out_row + column), job.out_row)
                     };
                     let store = match job.rounds && !kept {
@@ -204,16 +277,16 @@ unsafe fn work<const BF16: bool>(job: &Job, piece: &Piece, buffers: &mut Buffers
                         false if job.adds || unit > 0 => Store::Add,
                         false => Store::Set,
                     };
-                    let mut right = packed_right.cast_const();
-                    for column in (0..width).step_by(VECTORS * LANES) {
-                        let columns = (width - column).min(VECTORS * LANES);
+                    let mut right = packed_right;
+                    for column in (0..width).step_by(K::LINES * LANES) {
+                        let columns = (width - column).min(K::LINES * LANES);
                         let lines = columns.div_ceil(LANES);
                         let bytes = if store == Store::Round { 2 } else { 4 };
                         let mask = mask(columns - (lines - 1) * LANES);
                         let out = Out { data: data.wrapping_add(column * bytes), row, rows, mask, store };
                         // SAFETY: what was packed, rows that the left matrix has, and a place in `out` that is this piece's.
                         unsafe {
-                            tile::tile_of::<BF16>(lines, block.len(), left, step, right, out);
+                            K::tile(lines, block.len(), left, step, right, out);
                             right = right.add(block.len() * lines);
                         }
                     }
@@ -222,9 +295,9 @@ unsafe fn work<const BF16: bool>(job: &Job, piece: &Piece, buffers: &mut Buffers
         }
         if kept {
             let rows = (panels.end * ROWS).min(m) - panels.start * ROWS;
-            let place = panels.start * ROWS * job.out_row + piece.columns.start * 2;
+            let place = panels.start * ROWS * job.out_row + columns.start * 2;
             // SAFETY: as above.
-            unsafe { tile::round(sums, padded, width, job.out.add(place), job.out_row, rows) };
+            unsafe { K::round(sums, padded, width, job.out.add(place), job.out_row, rows) };
         }
     }
 }

@@ -1,40 +1,14 @@
 //! Matrices as the innermost loop wants them: units, which are what one lane multiplies in a step (an fp32 number, or two bf16
 //! numbers that follow each other along the inner dimension), in the order in which they are read.
 
-use super::{LANES, Line, ROWS, VECTORS, mask};
+use super::{VECTORS, per_unit, size};
+use crate::multiply::kernel::{LANES, Line, Operand, ROWS, mask};
 use std::arch::x86_64::*;
-
-/// A matrix in memory, of which one side is "inner": the dimension that is summed over.
-#[derive(Clone, Copy)]
-pub(crate) struct Operand {
-    pub(crate) data: *const u8,
-    /// Bytes to the next along the inner dimension.
-    pub(crate) inner: usize,
-    /// Bytes to the next along the other one.
-    pub(crate) outer: usize,
-    /// Numbers along the inner dimension.
-    pub(crate) len: usize,
-}
 
 /// Units from what is read to what is fetched meanwhile.
 const AHEAD: usize = 8;
 
-/// Bytes of a number.
-pub(crate) const fn size(bf16: bool) -> usize {
-    if bf16 { 2 } else { 4 }
-}
-
-/// Numbers of a unit.
-pub(crate) const fn per_unit(bf16: bool) -> usize {
-    4 / size(bf16)
-}
-
 impl Operand {
-    /// Whether a unit lies in memory as it is wanted.
-    pub(crate) fn is_along(&self, bf16: bool) -> bool {
-        self.inner == size(bf16) && self.len.is_multiple_of(per_unit(bf16))
-    }
-
     /// Up to 16 neighbours' units, where neighbours lie beside each other.
     ///
     /// # Safety
@@ -61,7 +35,7 @@ impl Operand {
 ///
 /// # Safety
 /// The processor has the features, the matrix has these columns and units, and `to` has room.
-pub(crate) unsafe fn right<const BF16: bool>(
+pub(super) unsafe fn right<const BF16: bool>(
     from: &Operand,
     units: std::ops::Range<usize>,
     columns: std::ops::Range<usize>,
@@ -127,7 +101,7 @@ unsafe fn panel<const BF16: bool>(
 /// The processor has the features, neighbours of the matrix lie beside each other, it has these rows and units, and `to` has room
 /// for `panels * units * ROWS` units and a line.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-pub(crate) unsafe fn left<const BF16: bool>(
+pub(super) unsafe fn left<const BF16: bool>(
     from: &Operand,
     units: std::ops::Range<usize>,
     first: usize,

@@ -1,31 +1,7 @@
 //! The innermost loop: a tile of a product, which stays in registers while one goes along the inner dimension.
 
-use super::{LANES, Line, ROWS};
+use crate::multiply::kernel::{LANES, Line, Out, ROWS, Store, mask};
 use std::arch::x86_64::*;
-
-/// Where a tile goes.
-#[derive(Clone, Copy)]
-pub(crate) struct Out {
-    pub(crate) data: *mut u8,
-    /// Bytes from one row to the next.
-    pub(crate) row: usize,
-    /// Rows that there are, at most [`ROWS`].
-    pub(crate) rows: usize,
-    /// Columns of the last vector that there are, a bit each.
-    pub(crate) mask: u16,
-    pub(crate) store: Store,
-}
-
-/// What becomes of the numbers that are there.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Store {
-    /// fp32 takes their place.
-    Set,
-    /// They are fp32 and are added to.
-    Add,
-    /// bf16 takes their place.
-    Round,
-}
 
 /// `units` steps of a tile of [`ROWS`] rows and N vectors of columns. Row `i`'s units begin at `left[i]`, `step` bytes apart; a step
 /// of `right` is N lines.
@@ -79,7 +55,7 @@ unsafe fn tile<const BF16: bool, const N: usize>(
 ///
 /// # Safety
 /// As for [`tile`].
-pub(crate) unsafe fn tile_of<const BF16: bool>(
+pub(super) unsafe fn tile_of<const BF16: bool>(
     lines: usize,
     units: usize,
     left: [*const u8; ROWS],
@@ -117,12 +93,12 @@ fn rounded(x: __m512) -> __m256i {
 /// # Safety
 /// As for [`tile`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-pub(crate) unsafe fn round(from: *const f32, from_row: usize, width: usize, out: *mut u8, out_row: usize, rows: usize) {
+pub(super) unsafe fn round(from: *const f32, from_row: usize, width: usize, out: *mut u8, out_row: usize, rows: usize) {
     // SAFETY: as the caller promises.
     unsafe {
         for i in 0..rows {
             for column in (0..width).step_by(LANES) {
-                let mask = super::mask(width - column);
+                let mask = mask(width - column);
                 let sum = _mm512_maskz_loadu_ps(mask, from.add(i * from_row + column));
                 _mm256_mask_storeu_epi16(out.add(i * out_row).cast::<i16>().add(column), mask, rounded(sum));
             }

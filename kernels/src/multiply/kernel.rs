@@ -1,0 +1,117 @@
+//! What kernels of different processors have in common: operands, units, tiles and where those go.
+
+use std::ops::Range;
+
+/// Rows of a tile.
+pub(crate) const ROWS: usize = 6;
+/// Numbers of a [`Line`].
+pub(crate) const LANES: usize = 16;
+
+/// 64 bytes.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct Line([u32; LANES]);
+
+/// A matrix in memory, of which one side is "inner": the dimension that is summed over.
+#[derive(Clone, Copy)]
+pub(crate) struct Operand {
+    pub(crate) data: *const u8,
+    /// Bytes to the next along the inner dimension.
+    pub(crate) inner: usize,
+    /// Bytes to the next along the other one.
+    pub(crate) outer: usize,
+    /// Numbers along the inner dimension.
+    pub(crate) len: usize,
+}
+
+/// How a tile reads rows of the left matrix.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Layout {
+    /// Where they lie.
+    InPlace,
+    /// Packed, each row's units after each other.
+    Rows,
+    /// Packed, each unit's rows after each other.
+    Units,
+}
+
+/// Where a tile goes.
+#[derive(Clone, Copy)]
+pub(crate) struct Out {
+    pub(crate) data: *mut u8,
+    /// Bytes from one row to the next.
+    pub(crate) row: usize,
+    /// Rows that there are, at most [`ROWS`].
+    pub(crate) rows: usize,
+    /// Columns of the last vector that there are, a bit each.
+    pub(crate) mask: u16,
+    pub(crate) store: Store,
+}
+
+/// What becomes of the numbers that are there.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Store {
+    /// fp32 takes their place.
+    Set,
+    /// They are fp32 and are added to.
+    Add,
+    /// bf16 takes their place.
+    Round,
+}
+
+/// How a processor multiplies numbers of a dtype. Matrices are gone along in units, of four bytes each once they are packed: what one
+/// lane multiplies in a step.
+pub(crate) trait Kernel {
+    /// Bytes of a number in memory.
+    const SIZE: usize;
+    /// Numbers of a unit.
+    const PER_UNIT: usize;
+    /// Lines of a tile's row.
+    const LINES: usize;
+    /// Units of the inner dimension that are gone along at once: what is packed of the right matrix stays in the second cache.
+    const DEPTH: usize;
+
+    /// How rows of a left matrix are read.
+    fn layout(left: &Operand) -> Layout;
+
+    /// Packs the units `units` of the columns `columns` of a right matrix: panels of as many as a tile has, or the rest, each unit
+    /// after unit.
+    ///
+    /// # Safety
+    /// The processor has the features, the matrix has these columns and units, and `to` has room.
+    unsafe fn right(from: &Operand, units: Range<usize>, columns: Range<usize>, to: *mut Line);
+
+    /// Packs the units `units` of `rows` rows of a left matrix from `first` on, unless its layout is [`Layout::InPlace`]: panels of
+    /// [`ROWS`] rows.
+    ///
+    /// # Safety
+    /// As above: room for `panels * units * ROWS` units and a line.
+    unsafe fn left(from: &Operand, units: Range<usize>, first: usize, rows: usize, to: *mut u32);
+
+    /// `units` steps of a tile of [`ROWS`] rows and `lines` lines of columns. Row `i`'s units begin at `left[i]`, `step` bytes apart; a
+    /// step of `right` is `lines` lines.
+    ///
+    /// # Safety
+    /// The processor has the features. All of `left` and `right` can be read, and what `out` tells be written.
+    unsafe fn tile(lines: usize, units: usize, left: [*const u8; ROWS], step: usize, right: *const Line, out: Out);
+
+    /// Rounds rows of `width` fp32 numbers at `from`, `from_row` numbers apart, to bf16 in `out`.
+    ///
+    /// # Safety
+    /// As for a tile.
+    unsafe fn round(from: *const f32, from_row: usize, width: usize, out: *mut u8, out_row: usize, rows: usize);
+}
+
+/// Room for `units` units.
+pub(crate) fn room(buffer: &mut Vec<Line>, units: usize) -> *mut Line {
+    let lines = units.div_ceil(LANES) + 1;
+    if buffer.len() < lines {
+        buffer.resize(lines, Line([0; LANES]));
+    }
+    buffer.as_mut_ptr()
+}
+
+/// A bit for each number of a line that is there.
+pub(crate) fn mask(there: usize) -> u16 {
+    if there >= LANES { u16::MAX } else { (1 << there) - 1 }
+}
