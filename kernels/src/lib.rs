@@ -6,6 +6,7 @@
 #![deny(missing_docs)]
 
 mod attention;
+mod combine;
 mod cross_entropy;
 mod exponential;
 #[cfg(target_arch = "x86_64")]
@@ -19,6 +20,7 @@ mod rows;
 mod swiglu;
 
 pub use attention::{attention, attention_backward, join_heads, repeat_heads};
+pub use combine::{combine, combine_backward};
 pub use cross_entropy::cross_entropy;
 pub use norm::{rms_norm, rms_norm_backward};
 pub use product::{add_grouped_product, add_product, grouped_product, product, product_into};

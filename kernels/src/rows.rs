@@ -62,6 +62,26 @@ impl<T: Number> Numbers<T> {
     }
 }
 
+/// A tensor's int64 numbers, to read.
+pub(crate) struct Indices<'a>(&'a [i64]);
+
+impl Indices<'_> {
+    /// # Safety
+    /// The tensor is in host memory, without gaps, and int64.
+    pub(crate) unsafe fn of(tensor: &Tensor) -> Indices<'_> {
+        match tensor.numel() {
+            0 => Indices(&[]),
+            // SAFETY: as the caller promises.
+            len => Indices(unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), len) }),
+        }
+    }
+
+    /// Rows of `width` numbers.
+    pub(crate) fn part(&self, rows: &Range<usize>, width: usize) -> &[i64] {
+        &self.0[rows.start * width..rows.end * width]
+    }
+}
+
 /// Calls a generic function for the dtype at hand.
 macro_rules! for_kind {
     ($kind:expr, $function:ident ( $($argument:expr),* $(,)? )) => {

@@ -3,79 +3,43 @@
 // Shapes: T tokens, C choices of a token, N slots, D hidden.
 
 use crate::plan::SendPlan;
-use tch::{Device, Kind, Tensor};
+use kernels::{combine, combine_backward};
+use tch::{Device, Tensor};
 use torch_ext::{Error, attach_backward};
 
 /// Which slots tokens have: at most C each.
 pub(crate) struct Slots {
-    tokens: i64,
-    per_token: i64,
     /// `[N]`.
     token_of_slot: Tensor,
-    /// `[T * C]`; some slot where there is none.
+    /// `[T, C]`; -1 where there is none.
     slot_of_choice: Tensor,
-    /// `[T, C, 1]` fp32, 1 where there is a slot; None where there always is.
-    present: Option<Tensor>,
 }
 
 impl Slots {
     pub(crate) fn new(plan: &SendPlan, per_token: usize, device: Device) -> Slots {
         let upload = |numbers: &[i64]| Tensor::from_slice(numbers).to_device(device);
-        let (per_token, choices) = (per_token as i64, plan.slot_of_choice.len() as i64);
-        let all = plan.token_of_slot.len() == plan.slot_of_choice.len();
-        let slots = upload(&plan.slot_of_choice);
-        let present = (!all).then(|| slots.ge(0).to_kind(Kind::Float).view([choices / per_token, per_token, 1]));
-        Slots {
-            tokens: choices / per_token,
-            per_token,
-            token_of_slot: upload(&plan.token_of_slot),
-            slot_of_choice: if all { slots } else { slots.clamp_min(0) },
-            present,
-        }
+        let tokens = plan.slot_of_choice.len() / per_token;
+        let slot_of_choice = upload(&plan.slot_of_choice).view([tokens as i64, per_token as i64]);
+        Slots { token_of_slot: upload(&plan.token_of_slot), slot_of_choice }
     }
 
     pub(crate) fn copy(&self) -> Slots {
-        Slots {
-            tokens: self.tokens,
-            per_token: self.per_token,
-            token_of_slot: self.token_of_slot.shallow_clone(),
-            slot_of_choice: self.slot_of_choice.shallow_clone(),
-            present: self.present.as_ref().map(Tensor::shallow_clone),
-        }
-    }
-
-    /// Rows `[N, D]` as `[T, C, D]`, whatever where a token has no slot.
-    fn by_token(&self, y_nd: &Tensor) -> Tensor {
-        let hidden = y_nd.size()[1];
-        let shape = [self.tokens, self.per_token, hidden];
-        if y_nd.size()[0] == 0 {
-            return Tensor::zeros(shape, (y_nd.kind(), y_nd.device()));
-        }
-        y_nd.index_select(0, &self.slot_of_choice).view(shape)
-    }
-
-    /// The sum of each token's rows, in order of its choices: `[T, D]`.
-    fn sum(&self, y_nd: &Tensor) -> Tensor {
-        let mut y_tcd = self.by_token(y_nd);
-        if let Some(present) = &self.present {
-            y_tcd = y_tcd * present.to_kind(y_nd.kind());
-        }
-        over_choices(&y_tcd)
+        Slots { token_of_slot: self.token_of_slot.shallow_clone(), slot_of_choice: self.slot_of_choice.shallow_clone() }
     }
 
     /// `x_td` `[T, D]` to slots `[N, D]`. The gradient of a token is the sum over its slots.
     pub(crate) fn gather(&self, x_td: &Tensor) -> Result<Tensor, Error> {
         let out = tch::no_grad(|| x_td.index_select(0, &self.token_of_slot));
-        let slots = self.copy();
+        let slot_of_choice = self.slot_of_choice.shallow_clone();
         let mut out = attach_backward(&[x_td], vec![out], move |grads| {
-            Ok(vec![grads[0].as_ref().map(|grad_nd| slots.sum(grad_nd))])
+            Ok(vec![grads[0].as_ref().map(|grad_nd| combine(&grad_nd.contiguous(), &slot_of_choice, None))])
         })?;
         Ok(out.remove(0))
     }
 
     /// The sum over a token's slots, the other way round than [`Slots::gather`]: `[N, D]` to `[T, D]`.
     pub(crate) fn combine(&self, y_nd: &Tensor) -> Result<Tensor, Error> {
-        let out = tch::no_grad(|| self.sum(&y_nd.detach()));
+        let out = tch::no_grad(|| combine(&y_nd.detach(), &self.slot_of_choice, None));
         let token_of_slot = self.token_of_slot.shallow_clone();
         let mut out = attach_backward(&[y_nd], vec![out], move |grads| {
             Ok(vec![grads[0].as_ref().map(|grad_td| grad_td.index_select(0, &token_of_slot))])
@@ -85,43 +49,14 @@ impl Slots {
 
     /// The same sum, each choice with its weight of `weights_tc` `[T, C]`.
     pub(crate) fn combine_weighted(&self, y_nd: &Tensor, weights_tc: &Tensor) -> Result<Tensor, Error> {
-        let kind = y_nd.kind();
-        let mut weights = weights_tc.detach().to_kind(kind).unsqueeze(-1);
-        if let Some(present) = &self.present {
-            weights = weights * present.to_kind(kind);
-        }
-        let out = tch::no_grad(|| over_choices(&(self.by_token(y_nd) * &weights)));
-        let (y, slots, weights_kind) = (y_nd.detach(), self.copy(), weights_tc.kind());
+        let (y, weights, slots) = (y_nd.detach(), weights_tc.detach(), self.slot_of_choice.shallow_clone());
+        let out = tch::no_grad(|| combine(&y, &slots, Some(&weights)));
         let mut out = attach_backward(&[y_nd, weights_tc], vec![out], move |grads| {
             let Some(grad_td) = &grads[0] else { return Ok(vec![None, None]) };
-            let product = slots.by_token(&y) * grad_td.unsqueeze(1);
-            let mut grad_weights = product.to_kind(Kind::Float).sum_dim_intlist([-1i64].as_slice(), false, Kind::Float);
-            if let Some(present) = &slots.present {
-                grad_weights = grad_weights * present.squeeze_dim(-1);
-            }
-            let mut grad_y = grad_td.index_select(0, &slots.token_of_slot);
-            let _ = grad_y.g_mul_(&slots.weight_of_slot(&weights));
-            Ok(vec![Some(grad_y), Some(grad_weights.to_kind(weights_kind))])
+            let (of_y, of_weights) = combine_backward(grad_td, &y, &slots, &weights);
+            Ok(vec![Some(of_y), Some(of_weights.to_kind(weights.kind()))])
         })?;
         Ok(out.remove(0))
-    }
-
-    /// `weights` `[T, C, 1]` by slot: `[N, 1]`.
-    fn weight_of_slot(&self, weights: &Tensor) -> Tensor {
-        let (mut slots, mut flat) = (self.slot_of_choice.shallow_clone(), weights.flatten(0, -1));
-        if let Some(present) = &self.present {
-            let choices = present.flatten(0, -1).nonzero().squeeze_dim(-1);
-            (slots, flat) = (slots.index_select(0, &choices), flat.index_select(0, &choices));
-        }
-        flat.empty_like().index_copy(0, &slots, &flat).unsqueeze(-1)
-    }
-}
-
-/// `[T, C, D]` summed to `[T, D]`: with one choice there is nothing to add, and no pass over memory to make.
-fn over_choices(y_tcd: &Tensor) -> Tensor {
-    match y_tcd.size()[1] {
-        1 => y_tcd.squeeze_dim(1),
-        _ => y_tcd.sum_dim_intlist([1i64].as_slice(), false, y_tcd.kind()),
     }
 }
 
@@ -140,6 +75,7 @@ mod tests {
     use super::*;
     use crate::plan::plan_send;
     use parallel::{Accelerator, Cpu};
+    use tch::Kind;
 
     #[test]
     fn gathering_and_combining_have_the_gradients_of_plain_indexing() {

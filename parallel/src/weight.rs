@@ -239,8 +239,7 @@ pub fn linears(x: &Activation, weights: &[&Weight]) -> Result<Vec<Tensor>, Error
             let Some(grad) = grad else { continue };
             if needs_grad {
                 match &mut grad_x {
-                    Some(sum) if sum.kind() == Kind::Float => add_product(sum, grad, &weight.value()),
-                    Some(sum) => drop(sum.addmm_(grad, &weight.value())),
+                    Some(sum) => add_product(sum, grad, &weight.value()),
                     None => grad_x = Some(product(grad, &weight.value())),
                 }
             }

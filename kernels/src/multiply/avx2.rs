@@ -22,13 +22,15 @@ impl<T: Number> Kernel for Avx2<T> {
     const PER_UNIT: usize = 1;
     const LINES: usize = 1;
     const DEPTH: usize = 256;
+    const RIGHT_STAYS: bool = true;
 
     fn layout(left: &Operand) -> Layout {
-        match (left.inner == Self::SIZE, Self::SIZE == 4) {
-            (true, true) => Layout::InPlace,
-            (true, false) => Layout::Rows,
-            (false, _) => Layout::Units,
-        }
+        // Rows that are whole pages apart would share few places of the cache, where they lie.
+        if left.inner == Self::SIZE { Layout::Rows } else { Layout::Units }
+    }
+
+    fn panels(_: Layout) -> usize {
+        16
     }
 
     unsafe fn right(from: &Operand, units: Range<usize>, columns: Range<usize>, to: *mut Line) {

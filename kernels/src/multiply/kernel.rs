@@ -70,9 +70,15 @@ pub(crate) trait Kernel {
     const LINES: usize;
     /// Units of the inner dimension that are gone along at once: what is packed of the right matrix stays in the second cache.
     const DEPTH: usize;
+    /// Whether a tile's columns of the right matrix stay in the first cache while many panels meet them, or a panel while many
+    /// columns do.
+    const RIGHT_STAYS: bool;
 
     /// How rows of a left matrix are read.
     fn layout(left: &Operand) -> Layout;
+
+    /// How many panels of a left matrix are packed at once.
+    fn panels(layout: Layout) -> usize;
 
     /// Packs the units `units` of the columns `columns` of a right matrix: panels of as many as a tile has, or the rest, each unit
     /// after unit.

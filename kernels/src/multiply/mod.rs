@@ -12,7 +12,7 @@ mod avx512;
 pub(crate) mod kernel;
 mod share;
 
-use crate::number::Bf16;
+use crate::number::{Bf16, Number};
 pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
 use kernel::{Kernel, LANES, Layout, Line, Operand, Out, ROWS, Store, mask, room};
@@ -23,8 +23,6 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tch::{Kind, Tensor};
 
-/// Bytes of a row of the left matrix's transpose that are packed at once, where it has to be.
-const PACKED: usize = 192;
 /// Columns that a thread packs at once: of whole panels.
 const CHUNK: usize = 64;
 /// Panels whose sums are kept in fp32 until they can be rounded.
@@ -40,30 +38,41 @@ pub(crate) enum Instructions {
     Avx2,
 }
 
-/// Those that are used for numbers of `kind` on this processor; none where libtorch has better ones.
+/// Those of this processor that attend to numbers of `kind` faster than libtorch, if any do.
 pub(crate) fn instructions(kind: Kind) -> Option<Instructions> {
-    static OF: OnceLock<[Option<Instructions>; 2]> = OnceLock::new();
-    let [fp32, bf16] = *OF.get_or_init(|| {
+    static BEST: OnceLock<(Option<Instructions>, bool)> = OnceLock::new();
+    let (best, intel) = *BEST.get_or_init(|| {
         let id = std::arch::x86_64::__cpuid(0);
         let vendor: Vec<u8> = [id.ebx, id.edx, id.ecx].iter().flat_map(|part| part.to_le_bytes()).collect();
+        (Instructions::here().first().copied(), vendor == b"GenuineIntel")
+    });
+    match (best?, kind) {
         // Intel's have kernels of all widths in MKL, and a unit for tiles that oneDNN uses.
-        let intel = vendor == b"GenuineIntel";
+        (Instructions::Avx512, Kind::Float | Kind::BFloat16) if !intel => best,
+        (Instructions::Avx2, Kind::Float) if !intel => best,
+        // Without AVX-512 oneDNN has nothing for bf16, on anybody's.
+        (Instructions::Avx2, Kind::BFloat16) if !std::is_x86_feature_detected!("avx512bw") => best,
+        _ => None,
+    }
+}
+
+/// Those that make products of numbers of `kind` faster.
+pub(crate) fn instructions_of_products(kind: Kind) -> Option<Instructions> {
+    // In fp32 MKL's kernel of 256 bits, which is what AMD's get of it, is as fast as ours.
+    instructions(kind).filter(|by| kind == Kind::BFloat16 || *by != Instructions::Avx2)
+}
+
+impl Instructions {
+    /// Those that this processor has, the best first.
+    fn here() -> Vec<Instructions> {
         let avx512 = std::is_x86_feature_detected!("avx512f")
             && std::is_x86_feature_detected!("avx512bw")
             && std::is_x86_feature_detected!("avx512vl")
-            && std::is_x86_feature_detected!("avx512dq");
-        if avx512 {
-            let wide = !intel && std::is_x86_feature_detected!("avx512bf16");
-            return [wide.then_some(Instructions::Avx512); 2];
-        }
-        let narrow = std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma");
-        // Without AVX-512 oneDNN has nothing for bf16, on anybody's.
-        [narrow && !intel, narrow].map(|ours| ours.then_some(Instructions::Avx2))
-    });
-    match kind {
-        Kind::Float => fp32,
-        Kind::BFloat16 => bf16,
-        _ => None,
+            && std::is_x86_feature_detected!("avx512dq")
+            && std::is_x86_feature_detected!("avx512bf16");
+        let avx2 = std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma");
+        let all = [(Instructions::Avx512, avx512), (Instructions::Avx2, avx2)];
+        all.into_iter().filter_map(|(instructions, there)| there.then_some(instructions)).collect()
     }
 }
 
@@ -80,9 +89,8 @@ struct Job {
 // SAFETY: threads read operands, and write parts of `out` that do not overlap.
 unsafe impl Sync for Job {}
 
-/// Computes `out = left right` of all of them, or `out += left right`, by instructions that [`instructions`] gave for operands' dtype,
-/// fp32 or bf16. They have a contiguous dimension; `out` has contiguous rows, in their dtype or fp32, and is fp32 where it is added to.
-/// (`fits` of the caller says so.)
+/// Computes `out = left right` of all of them, or `out += left right`, by instructions that this processor has, of operands in
+/// fp32 or bf16. They have a contiguous dimension; `out` has contiguous rows, in their dtype or fp32. (`fits` of the caller says so.)
 pub(crate) fn multiply(products: &[Product], adds: bool, instructions: Instructions) {
     let Some(first) = products.first() else { return };
     match (instructions, first.1.kind() == Kind::BFloat16) {
@@ -230,31 +238,35 @@ unsafe fn work<K: Kernel>(
 ) {
     let (m, k, _) = job.size;
     let (units, width) = (k.div_ceil(K::PER_UNIT), columns.len());
-    // Sums that a second block adds to are kept in fp32.
-    let kept = job.rounds && units > K::DEPTH;
+    // Sums that are added to are kept in fp32.
+    let kept = job.rounds && (job.adds || units > K::DEPTH);
     let padded = width.next_multiple_of(LANES);
     let sums =
         if kept { room(&mut buffers.sums, ROUNDED_PANELS * ROWS * padded).cast::<f32>() } else { std::ptr::null_mut() };
     let some = if kept { ROUNDED_PANELS } else { panels.len().max(1) };
     let layout = K::layout(&job.left);
-    let at_once = if layout == Layout::Units { PACKED / K::SIZE / ROWS } else { 1 };
+    let at_once = K::panels(layout);
     let packed_left = match layout {
         Layout::InPlace => std::ptr::null_mut(),
         _ => room(&mut buffers.left, at_once * ROWS * K::DEPTH.min(units)).cast::<u32>(),
     };
     for start in panels.clone().step_by(some) {
         let panels = start..(start + some).min(panels.end);
+        if kept && job.adds {
+            // SAFETY: rows of this part of `out`, and as many of the buffer.
+            unsafe { widen(job, columns, &panels, sums, padded) };
+        }
         for unit in (0..units).step_by(K::DEPTH) {
             let block = unit..(unit + K::DEPTH).min(units);
-            let packed_right = right.wrapping_add(unit * padded / LANES);
+            let right = right.wrapping_add(unit * padded / LANES);
             for group in panels.clone().step_by(at_once) {
                 let group = group..(group + at_once).min(panels.end);
                 if layout != Layout::InPlace {
                     let rows = (group.end * ROWS).min(m) - group.start * ROWS;
-                    // SAFETY: as above; what is not contiguous along the inner dimension is along the other one.
+                    // SAFETY: the left matrix has these, and the buffer room.
                     unsafe { K::left(&job.left, block.clone(), group.start * ROWS, rows, packed_left) };
                 }
-                for panel in group.clone() {
+                let tile = |panel: usize, column: usize| {
                     let rows = (m - panel * ROWS).min(ROWS);
                     let first = packed_left.wrapping_add((panel - group.start) * block.len() * ROWS).cast_const();
                     let row = |i: usize| match layout {
@@ -277,19 +289,22 @@ unsafe fn work<K: Kernel>(
                         false if job.adds || unit > 0 => Store::Add,
                         false => Store::Set,
                     };
-                    let mut right = packed_right;
-                    for column in (0..width).step_by(K::LINES * LANES) {
-                        let columns = (width - column).min(K::LINES * LANES);
-                        let lines = columns.div_ceil(LANES);
-                        let bytes = if store == Store::Round { 2 } else { 4 };
-                        let mask = mask(columns - (lines - 1) * LANES);
-                        let out = Out { data: data.wrapping_add(column * bytes), row, rows, mask, store };
-                        // SAFETY: what was packed, rows that the left matrix has, and a place in `out` that is this piece's.
-                        unsafe {
-                            K::tile(lines, block.len(), left, step, right, out);
-                            right = right.add(block.len() * lines);
-                        }
+                    let here = (width - column).min(K::LINES * LANES);
+                    let lines = here.div_ceil(LANES);
+                    let bytes = if store == Store::Round { 2 } else { 4 };
+                    let mask = mask(here - (lines - 1) * LANES);
+                    let out = Out { data: data.wrapping_add(column * bytes), row, rows, mask, store };
+                    // SAFETY: what was packed, rows that the left matrix has, and a place in `out` that is this piece's; columns before
+                    // this one fill whole tiles.
+                    unsafe {
+                        let right = right.add(block.len() * (column / LANES));
+                        K::tile(lines, block.len(), left, step, right, out);
                     }
+                };
+                let all_columns = || (0..width).step_by(K::LINES * LANES);
+                match K::RIGHT_STAYS {
+                    true => all_columns().for_each(|column| group.clone().for_each(|panel| tile(panel, column))),
+                    false => group.clone().for_each(|panel| all_columns().for_each(|column| tile(panel, column))),
                 }
             }
         }
@@ -298,6 +313,71 @@ unsafe fn work<K: Kernel>(
             let place = panels.start * ROWS * job.out_row + columns.start * 2;
             // SAFETY: as above.
             unsafe { K::round(sums, padded, width, job.out.add(place), job.out_row, rows) };
+        }
+    }
+}
+
+/// What `out` has of some rows and columns, in bf16, to `sums`, fp32 with rows `padded` apart.
+///
+/// # Safety
+/// It can be read, and `sums` written.
+unsafe fn widen(job: &Job, columns: &Range<usize>, panels: &Range<usize>, sums: *mut f32, padded: usize) {
+    for row in panels.start * ROWS..(panels.end * ROWS).min(job.size.0) {
+        // SAFETY: as the caller promises.
+        let (from, to) = unsafe {
+            let from = job.out.add(row * job.out_row).cast::<Bf16>().add(columns.start);
+            let to = sums.add((row - panels.start * ROWS) * padded);
+            (std::slice::from_raw_parts(from, columns.len()), std::slice::from_raw_parts_mut(to, columns.len()))
+        };
+        to.iter_mut().zip(from).for_each(|(to, x)| *to = x.wide());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use tch::Device;
+
+    fn random(rows: i64, columns: i64, transposed: bool, kind: Kind) -> Tensor {
+        let all = Tensor::randn([rows.max(columns) + 3; 2], (Kind::Float, Device::Cpu)).to_kind(kind);
+        // A part of a larger matrix.
+        match transposed {
+            true => all.narrow(0, 1, columns).narrow(1, 2, rows).tr(),
+            false => all.narrow(0, 1, rows).narrow(1, 2, columns),
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(400))]
+        #[test]
+        fn all_instructions_make_the_product(
+            (m, k, n) in (0i64..150, 0i64..90, 0i64..300), lie in 0u8..4, threads in 1i32..4, adds: bool, bf16: bool,
+            narrow_sum: bool, deep in 0u8..8,
+        ) {
+            tch::set_num_threads(threads);
+            let kind = if bf16 { Kind::BFloat16 } else { Kind::Float };
+            // Now and then more than one block, and even: either dimension may be the contiguous one.
+            let k = (if deep == 0 { k + 1100 } else { k }) / 2 * 2;
+            let (left, right) = (random(m, k, lie & 1 > 0, kind), random(k, n, lie & 2 > 0, kind));
+            let before = random(m, n, false, if adds && !narrow_sum { Kind::Float } else { kind });
+            let plain = left.to_kind(Kind::Double).matmul(&right.to_kind(Kind::Double));
+            let plain = if adds { plain + before.to_kind(Kind::Double) } else { plain };
+            for by in Instructions::here() {
+                let out = random(m, n, false, before.kind());
+                out.shallow_clone().copy_(&before);
+                multiply(&[(&out, &left, &right)], adds, by);
+                let off = (out.to_kind(Kind::Double) - &plain).norm().double_value(&[]);
+                let tolerance = if bf16 { 5e-3 } else { 1e-6 };
+                prop_assert!(off <= tolerance * plain.norm().double_value(&[]), "{:?}: {}", by, off);
+                // Threads change no bit.
+                let alone = random(m, n, false, before.kind());
+                alone.shallow_clone().copy_(&before);
+                tch::set_num_threads(1);
+                multiply(&[(&alone, &left, &right)], adds, by);
+                tch::set_num_threads(threads);
+                prop_assert!(alone.equal(&out));
+            }
         }
     }
 }

@@ -28,11 +28,20 @@ impl<const BF16: bool> Kernel for Avx512<BF16> {
     const PER_UNIT: usize = per_unit(BF16);
     const LINES: usize = VECTORS;
     const DEPTH: usize = 512;
+    const RIGHT_STAYS: bool = false;
 
     fn layout(left: &Operand) -> Layout {
         match left.inner == size(BF16) && left.len.is_multiple_of(per_unit(BF16)) {
             true => Layout::InPlace,
             false => Layout::Units,
+        }
+    }
+
+    fn panels(layout: Layout) -> usize {
+        match layout {
+            // 192 bytes of a row of the transpose.
+            Layout::Units => 192 / size(BF16) / ROWS,
+            _ => 1,
         }
     }
 

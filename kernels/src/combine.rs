@@ -1,0 +1,205 @@
+//! What a token's experts gave, added up: gathering rows, weighting and summing them in one pass over memory.
+// Shapes: T tokens, C choices of a token, N rows, D hidden.
+
+use crate::number::Number;
+use crate::profile::{Cost, part};
+use crate::rows::{Indices, Numbers, for_kind, for_rows, kind_on_host};
+use multiversion::multiversion;
+use tch::{Device, Kind, Tensor};
+
+/// Numbers of a row that are summed at once.
+const CHUNK: usize = 64;
+
+/// The sum of each token's rows, of the dtype of `rows` `[N, D]`: `[T, D]`. `slots` `[T, C]` int64 says which row a choice has, and -1
+/// that it has none; every row is one choice's. Each counts as `weights` `[T, C]` fp32 says, or as 1.
+///
+/// # Panics
+/// When a choice's row is not there.
+pub fn combine(rows: &Tensor, slots: &Tensor, weights: Option<&Tensor>) -> Tensor {
+    part(
+        "rows",
+        "combined",
+        || Cost::passes(1.5, rows),
+        || {
+            let weights = weights.map(|weights| weights.to_kind(Kind::Float).contiguous());
+            let Some(kind) = on_host(&[rows], slots) else {
+                return combine_by_libtorch(rows, slots, weights.as_ref());
+            };
+            let out = Tensor::empty([slots.size()[0], rows.size()[1]], (kind, Device::Cpu));
+            for_kind!(kind, combine_on_threads(rows, slots, weights.as_ref(), &out));
+            out
+        },
+    )
+}
+
+/// The gradients of `rows` `[N, D]`, of their dtype, and of `weights` `[T, C]`, fp32, given that of [`combine`]'s result.
+///
+/// # Panics
+/// When a choice's row is not there.
+pub fn combine_backward(grad: &Tensor, rows: &Tensor, slots: &Tensor, weights: &Tensor) -> (Tensor, Tensor) {
+    part(
+        "rows",
+        "combined, backward",
+        || Cost::passes(2.5, rows),
+        || {
+            let (grad, weights) = (grad.to_kind(rows.kind()).contiguous(), weights.to_kind(Kind::Float).contiguous());
+            let Some(kind) = on_host(&[&grad, rows], slots) else {
+                return backward_by_libtorch(&grad, rows, slots, &weights);
+            };
+            let (of_rows, of_weights) = (rows.empty_like(), weights.zeros_like());
+            for_kind!(kind, backward_on_threads([&grad, rows, slots, &weights], &of_rows, &of_weights));
+            (of_rows, of_weights)
+        },
+    )
+}
+
+fn on_host(tensors: &[&Tensor], slots: &Tensor) -> Option<Kind> {
+    let indexed = slots.device() == Device::Cpu && slots.kind() == Kind::Int64 && slots.is_contiguous();
+    kind_on_host(tensors).filter(|_| indexed)
+}
+
+/// Each choice's row, whichever where it has none: `[T, C, D]`.
+fn by_choice(rows: &Tensor, slots: &Tensor) -> Tensor {
+    let shape = [slots.size()[0], slots.size()[1], rows.size()[1]];
+    match rows.size()[0] {
+        0 => Tensor::zeros(shape, (rows.kind(), rows.device())),
+        _ => rows.index_select(0, &slots.clamp_min(0).flatten(0, -1)).view(shape),
+    }
+}
+
+/// `weights` of the choices that have a row, and nothing of the others: `[T, C, 1]` of `kind`.
+fn factors(slots: &Tensor, weights: Option<&Tensor>, kind: Kind) -> Tensor {
+    let there = slots.ge(0).to_kind(Kind::Float);
+    weights.map_or_else(|| there.shallow_clone(), |weights| weights * &there).to_kind(kind).unsqueeze(-1)
+}
+
+fn combine_by_libtorch(rows: &Tensor, slots: &Tensor, weights: Option<&Tensor>) -> Tensor {
+    let by_choice = by_choice(rows, slots) * factors(slots, weights, rows.kind());
+    by_choice.sum_dim_intlist([1i64].as_slice(), false, rows.kind())
+}
+
+fn backward_by_libtorch(grad: &Tensor, rows: &Tensor, slots: &Tensor, weights: &Tensor) -> (Tensor, Tensor) {
+    let of_choices = grad.unsqueeze(1) * factors(slots, Some(weights), rows.kind());
+    let there = slots.flatten(0, -1).ge(0).nonzero().squeeze_dim(-1);
+    let places = slots.flatten(0, -1).index_select(0, &there);
+    let of_choices = of_choices.flatten(0, 1).index_select(0, &there);
+    let of_rows = rows.zeros_like().index_copy(0, &places, &of_choices);
+    let along = (by_choice(rows, slots) * grad.unsqueeze(1)).to_kind(Kind::Float);
+    let of_weights = along.sum_dim_intlist([-1i64].as_slice(), false, Kind::Float) * slots.ge(0);
+    (of_rows, of_weights)
+}
+
+fn combine_on_threads<T: Number>(rows: &Tensor, slots: &Tensor, weights: Option<&Tensor>, out: &Tensor) {
+    let (tokens, choices, width) = (slots.size()[0] as usize, slots.size()[1] as usize, rows.size()[1] as usize);
+    // SAFETY: all were checked, or made, to be in host memory without gaps, of the type that is named.
+    let (rows, slots, out) = unsafe { (Numbers::<T>::of(rows), Indices::of(slots), Numbers::<T>::of(out)) };
+    // SAFETY: likewise.
+    let weights = weights.map(|weights| unsafe { Numbers::<f32>::of(weights) });
+    for_rows(tokens, width * choices, |_, range| {
+        let mut chosen = Vec::with_capacity(choices);
+        for token in range {
+            let one = token..token + 1;
+            let weights = weights.as_ref().map(|weights| weights.part(&one, choices));
+            chosen.clear();
+            for (choice, slot) in slots.part(&one, choices).iter().enumerate() {
+                if let Ok(slot) = usize::try_from(*slot) {
+                    let weight = weights.map_or(1.0, |weights| weights[choice]);
+                    chosen.push((rows.part(&(slot..slot + 1), width), weight));
+                }
+            }
+            // SAFETY: a token's row is one thread's.
+            sum(&chosen, unsafe { out.part_mut(&one, width) });
+        }
+    });
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+fn sum<T: Number>(rows: &[(&[T], f32)], out: &mut [T]) {
+    for (index, out) in out.chunks_mut(CHUNK).enumerate() {
+        let (start, mut sums) = (index * CHUNK, [0f32; CHUNK]);
+        for (row, weight) in rows {
+            for (sum, x) in sums.iter_mut().zip(&row[start..start + out.len()]) {
+                *sum += weight * x.wide();
+            }
+        }
+        out.iter_mut().zip(sums).for_each(|(out, sum)| *out = T::narrow(sum));
+    }
+}
+
+fn backward_on_threads<T: Number>([grad, rows, slots, weights]: [&Tensor; 4], of_rows: &Tensor, of_weights: &Tensor) {
+    let (tokens, choices, width) = (slots.size()[0] as usize, slots.size()[1] as usize, rows.size()[1] as usize);
+    // SAFETY: as in forward.
+    let (grad, rows, of_rows) = unsafe { (Numbers::<T>::of(grad), Numbers::<T>::of(rows), Numbers::<T>::of(of_rows)) };
+    // SAFETY: likewise.
+    let (slots, weights, of_weights) =
+        unsafe { (Indices::of(slots), Numbers::<f32>::of(weights), Numbers::<f32>::of(of_weights)) };
+    for_rows(tokens, width * choices, |_, range| {
+        for token in range {
+            let one = token..token + 1;
+            let (grad, weights) = (grad.part(&one, width), weights.part(&one, choices));
+            // SAFETY: a token's weights are one thread's.
+            let of_weights = unsafe { of_weights.part_mut(&one, choices) };
+            for ((slot, weight), of_weight) in slots.part(&one, choices).iter().zip(weights).zip(of_weights) {
+                let Ok(slot) = usize::try_from(*slot) else { continue };
+                let place = slot..slot + 1;
+                // SAFETY: a row is one choice's, as the caller promises.
+                *of_weight = scale(grad, rows.part(&place, width), *weight, unsafe { of_rows.part_mut(&place, width) });
+            }
+        }
+    });
+}
+
+/// `of_row = weight * grad`; gives the product of `grad` and `row`.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+fn scale<T: Number>(grad: &[T], row: &[T], weight: f32, of_row: &mut [T]) -> f32 {
+    let mut lanes = [0f32; CHUNK];
+    for ((grad, row), of_row) in grad.chunks(CHUNK).zip(row.chunks(CHUNK)).zip(of_row.chunks_mut(CHUNK)) {
+        for (((grad, row), of_row), lane) in grad.iter().zip(row).zip(of_row).zip(&mut lanes) {
+            let grad = grad.wide();
+            *lane += grad * row.wide();
+            *of_row = T::narrow(weight * grad);
+        }
+    }
+    lanes.iter().sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+        #[test]
+        fn it_is_libtorchs_sum_with_its_gradients(
+            (tokens, choices, width) in (0i64..40, 1i64..5, 1i64..200), missing: bool, weighted: bool, bf16: bool, seed in 0i64..1000,
+        ) {
+            tch::set_num_threads(2);
+            tch::manual_seed(seed);
+            let kind = if bf16 { Kind::BFloat16 } else { Kind::Float };
+            let tolerance = if bf16 { 3e-2 } else { 1e-5 };
+            let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
+            // A permutation, of which some choices have none.
+            let slots = Tensor::randperm(tokens * choices, (Kind::Int64, Device::Cpu)).view([tokens, choices]);
+            let count = if missing { tokens * choices * 2 / 3 } else { tokens * choices };
+            let slots = slots.masked_fill(&slots.ge(count), -1);
+            let (rows, grad) = (random(&[count, width]).to_kind(kind), random(&[tokens, width]).to_kind(kind));
+            let weights = random(&[tokens, choices]);
+            let some = weighted.then_some(&weights);
+            let wide = |x: &Tensor| x.to_kind(Kind::Float);
+            let (out, plain) = (combine(&rows, &slots, some), combine_by_libtorch(&wide(&rows), &slots, some));
+            prop_assert!(wide(&out).allclose(&plain, tolerance, tolerance, false));
+            let (of_rows, of_weights) = combine_backward(&grad, &rows, &slots, &weights);
+            let (plain_rows, plain_weights) = backward_by_libtorch(&wide(&grad), &wide(&rows), &slots, &weights);
+            prop_assert!(wide(&of_rows).allclose(&plain_rows, tolerance, tolerance, false));
+            prop_assert!(of_weights.allclose(&plain_weights, 1e-4, 1e-3, false));
+        }
+    }
+
+    #[test]
+    #[should_panic]
+    fn a_row_that_is_not_there_is_not_read() {
+        let rows = Tensor::zeros([2, 4], (Kind::Float, Device::Cpu));
+        let _ = combine(&rows, &Tensor::from_slice(&[2i64]).view([1, 1]), None);
+    }
+}
