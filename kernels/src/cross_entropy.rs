@@ -1,9 +1,9 @@
 //! Cross-entropy of logits that are at hand, with its gradient in their own memory.
 
-use crate::exponential::exp;
 use crate::number::Number;
 use crate::profile::{Cost, part};
 use crate::rows::{Numbers, for_kind, for_rows, kind_on_host};
+use crate::softmax::exponentials;
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
 
@@ -54,9 +54,6 @@ fn on_threads<T: Number>(
     });
 }
 
-/// Numbers that are combined side by side.
-const LANES: usize = 16;
-
 /// The loss of one token; its logits become gradients where there is a factor.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 fn one<T: Number>(logits: &mut [T], label: i64, wide: &mut [f32], inverse: f32, factor: Option<f32>) -> f32 {
@@ -66,24 +63,8 @@ fn one<T: Number>(logits: &mut [T], label: i64, wide: &mut [f32], inverse: f32, 
         }
         return 0.0;
     }
-    let mut highest = [f32::NEG_INFINITY; LANES];
-    for (wide, logits) in wide.chunks_mut(LANES).zip(logits.chunks(LANES)) {
-        for ((wide, logit), highest) in wide.iter_mut().zip(logits).zip(&mut highest) {
-            *wide = logit.wide() * inverse;
-            // What is not a number stays out of it here, and comes back through the sum.
-            *highest = if *wide > *highest { *wide } else { *highest };
-        }
-    }
-    let highest = highest.into_iter().fold(f32::NEG_INFINITY, f32::max);
-    let of_label = wide[label as usize];
-    let mut sums = [0f32; LANES];
-    for wide in wide.chunks_mut(LANES) {
-        for (wide, sum) in wide.iter_mut().zip(&mut sums) {
-            *wide = exp(*wide - highest);
-            *sum += *wide;
-        }
-    }
-    let sum: f32 = sums.iter().sum();
+    let of_label = logits[label as usize].wide() * inverse;
+    let (highest, sum) = exponentials(logits, wide, inverse);
     if let Some(factor) = factor {
         let scale = factor / sum;
         for (logit, wide) in logits.iter_mut().zip(wide.iter()) {

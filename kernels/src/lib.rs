@@ -17,6 +17,7 @@ mod product;
 pub mod profile;
 mod rotary;
 mod rows;
+mod softmax;
 mod swiglu;
 
 pub use attention::{attention, attention_backward, join_heads, repeat_heads};
@@ -25,4 +26,5 @@ pub use cross_entropy::cross_entropy;
 pub use norm::{rms_norm, rms_norm_backward};
 pub use product::{add_grouped_product, add_product, grouped_product, product, product_into};
 pub use rotary::rotate;
+pub use softmax::{softmax, softmax_gradient};
 pub use swiglu::{swiglu, swiglu_backward};

@@ -2,7 +2,7 @@
 //! exist at once, and the gradients of a chunk are taken while its logits are at hand.
 // Shapes: T tokens, D hidden, V vocabulary.
 
-use kernels::{add_product, product, product_into};
+use kernels::{add_product, product, product_into, softmax, softmax_gradient};
 use parallel::{Communicator, Contribution, Weight};
 use std::ops::Range;
 use std::sync::Arc;
@@ -65,7 +65,8 @@ fn chunks(
     let (x, weight) = (x_td.detach(), weight_vd.value());
     let tokens = x.size()[0];
     // The same on every rank, although some have a row less.
-    let chunk = (CHUNK_BYTES / 4 / own.total.div_ceil(own.group.size())).clamp(1, tokens.max(1) as usize) as i64;
+    let row = own.total.div_ceil(own.group.size()) * x.kind().elt_size_in_bytes();
+    let chunk = (CHUNK_BYTES / row).clamp(1, tokens.max(1) as usize) as i64;
     let mut loss = Tensor::zeros([], (Kind::Float, x.device()));
     let grad_x = x_td.requires_grad().then(|| x.empty_like());
     let contribution = grad_x.is_some().then(|| weight_vd.contribution()).transpose()?;
@@ -102,38 +103,33 @@ fn part(
     own: &VocabularyRows,
     wanted: bool,
 ) -> Result<(Tensor, Tensor), Error> {
-    let (kind, vocab) = (logits.kind(), logits.size()[1]);
-    let labels = labels_t.unsqueeze(1);
-    let counted = labels.not_equal(IGNORED).to_kind(Kind::Float);
+    let vocab = logits.size()[1];
+    let counted = labels_t.not_equal(IGNORED).to_kind(Kind::Float);
     // Labels of other ranks' rows: the first row, counted as nothing.
-    let shifted = &labels - own.rows.start as i64;
+    let shifted = labels_t - own.rows.start as i64;
     let inside = shifted.ge(0).logical_and(&shifted.lt(vocab)).to_kind(Kind::Float);
     let targets = shifted.clamp(0, vocab - 1);
-    let mut logits = logits.to_kind(Kind::Float);
-    if divisor != 1.0 {
-        logits /= divisor;
-    }
-    let normalizer = logits.logsumexp([-1i64].as_slice(), true);
-    let picked = logits.gather(1, &targets, false) * &inside;
-    let (normalizer, picked) = over_ranks(normalizer, picked, own.group)?;
+    let picked = logits.gather(1, &targets.unsqueeze(1), false).squeeze_dim(1).to_kind(Kind::Float) * &inside / divisor;
+    // Softmax over this rank's rows, in the logits' own memory.
+    let (largest, sum) = softmax(&logits, divisor, &logits);
+    let own_normalizer = largest + sum.log();
+    let (normalizer, picked) = over_ranks(&own_normalizer, &picked, own.group)?;
     let loss = ((&normalizer - picked) * &counted).sum(Kind::Float);
-    if !wanted {
-        return Ok((loss, logits));
+    if wanted {
+        let weight = counted * (factor / divisor);
+        softmax_gradient(&logits, &((own_normalizer - normalizer).exp() * &weight), &targets, &(inside * weight));
     }
-    // softmax - onehot, in the logits' own memory.
-    let mut grad = logits.subtract_(&normalizer).exp_();
-    let _ = grad.scatter_add_(1, &targets, &-inside);
-    Ok((loss, grad.multiply_(&(counted * (factor / divisor))).to_kind(kind)))
+    Ok((loss, logits))
 }
 
-/// The log-sum-exp over all ranks' logits and the label's logit, `[T, 1]` each, from this rank's.
-fn over_ranks(normalizer: Tensor, picked: Tensor, group: &Arc<dyn Communicator>) -> Result<(Tensor, Tensor), Error> {
+/// The log-sum-exp over all ranks' logits and the label's logit, `[T]` each, from this rank's.
+fn over_ranks(normalizer: &Tensor, picked: &Tensor, group: &Arc<dyn Communicator>) -> Result<(Tensor, Tensor), Error> {
     let own = Tensor::stack(&[normalizer, picked], 0);
     let ranks = group.size() as i64;
-    let all = Tensor::empty([2 * ranks, own.size()[1], 1], (own.kind(), own.device()));
+    let all = Tensor::empty([2 * ranks, own.size()[1]], (own.kind(), own.device()));
     let gathered = group.all_gather(&all, &own).and_then(parallel::Work::wait);
     gathered.map_err(|e| Error::new(e.to_string()))?;
-    let all = all.view([ranks, 2, -1, 1]);
+    let all = all.view([ranks, 2, -1]);
     let first = [0i64];
     let normalizer = all.select(1, 0).logsumexp(first.as_slice(), false);
     Ok((normalizer, all.select(1, 1).sum_dim_intlist(first.as_slice(), false, Kind::Float)))

@@ -8,7 +8,7 @@
 // Shapes: T tokens, D hidden, V vocabulary, v rows of it on this rank.
 
 use super::loss::IGNORED;
-use kernels::{add_product, product, product_into};
+use kernels::{add_product, product_into, softmax, softmax_gradient};
 use parallel::pipeline::{Exchange, Vocabulary};
 use parallel::{CommError, Communicator, ReduceOp, Weight};
 use std::ops::Range;
@@ -68,41 +68,27 @@ pub(crate) fn logits(
         (hidden.empty_like(), of_target)
     });
     for (start, len) in chunks(tokens, own) {
-        // In fp32 the logits become the softmax in the memory that keeps it.
-        let kept = (algorithm.is_some() && kind == Kind::Float && !naive).then(|| probs.narrow(0, start, len));
         let x = hidden.narrow(0, start, len);
-        let mut logits = match &kept {
-            Some(kept) => {
-                product_into(kept, &x, &matrix.tr());
-                kept.shallow_clone()
-            }
-            None => product(&x, &matrix.tr()).to_kind(Kind::Float),
+        let part = |index: i64| statistics.get(index).narrow(0, start, len);
+        // The logits become the softmax in the memory that keeps it.
+        let logits = match algorithm.is_some() && !naive {
+            true => probs.narrow(0, start, len),
+            false => Tensor::empty([len, own], (kind, hidden.device())),
         };
-        if divisor != 1.0 {
-            logits /= divisor;
-        }
-        let largest = logits.amax([1i64].as_slice(), true);
+        product_into(&logits, &x, &matrix.tr());
         let of_target = logits.gather(1, &target.narrow(0, start, len).unsqueeze(1), false).squeeze_dim(1);
+        part(2).copy_(&(of_target.to_kind(Kind::Float) * owned.narrow(0, start, len) / divisor));
         if naive {
-            statistics.get(0).narrow(0, start, len).copy_(&largest.squeeze_dim(1));
-            statistics.get(2).narrow(0, start, len).copy_(&(of_target * owned.narrow(0, start, len)));
+            let logits = logits.to_kind(Kind::Float) / divisor;
+            part(0).copy_(&logits.amax([1i64].as_slice(), false));
             probs.narrow(0, start, len).copy_(&logits);
             continue;
         }
-        let exponentials = logits.subtract_(&largest).exp_();
-        let sum = exponentials.sum_dim_intlist([1i64].as_slice(), true, Kind::Float);
-        statistics.get(0).narrow(0, start, len).copy_(&largest.squeeze_dim(1));
-        statistics.get(1).narrow(0, start, len).copy_(&sum.squeeze_dim(1));
-        statistics.get(2).narrow(0, start, len).copy_(&(of_target * owned.narrow(0, start, len)));
-        if algorithm.is_some() {
-            let chunk = probs.narrow(0, start, len);
-            let softmax = exponentials.shallow_clone().divide_(&sum);
-            if kept.is_none() {
-                chunk.shallow_clone().copy_(&softmax);
-            }
-            if let Some((mixed, _)) = &parts {
-                product_into(&mixed.narrow(0, start, len), &chunk, &matrix);
-            }
+        let (largest, sum) = softmax(&logits, divisor, &logits);
+        part(0).copy_(&largest);
+        part(1).copy_(&sum);
+        if let Some((mixed, _)) = &parts {
+            product_into(&mixed.narrow(0, start, len), &logits, &matrix);
         }
     }
     let counted = labels_t.not_equal(IGNORED).to_kind(Kind::Float);
@@ -190,11 +176,11 @@ impl LocalSoftmax {
         let gradient = input_too.then(|| self.hidden.empty_like());
         let contribution = weight.contribution()?;
         for (start, len) in chunks(self.hidden.size()[0], self.probs.size()[1]) {
-            let part = |t: &Tensor| t.narrow(0, start, len).unsqueeze(1);
-            let scale = part(correction) * part(&self.weight);
-            let minus = -(part(&self.owned) * part(&self.weight));
-            let mut of_logits = self.probs.narrow(0, start, len).to_kind(Kind::Float).multiply_(&scale);
-            let of_logits = of_logits.scatter_add_(1, &part(&self.target), &minus).to_kind(kind);
+            let part = |t: &Tensor| t.narrow(0, start, len);
+            let (scale, minus) = (part(correction) * part(&self.weight), part(&self.owned) * part(&self.weight));
+            let of_logits = part(&self.probs);
+            softmax_gradient(&of_logits, &scale, &part(&self.target), &minus);
+            let of_logits = of_logits.to_kind(kind);
             add_product(contribution.sum(), &of_logits.tr(), &self.hidden.narrow(0, start, len));
             if let Some(gradient) = &gradient {
                 product_into(&gradient.narrow(0, start, len), &of_logits, &matrix);
