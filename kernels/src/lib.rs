@@ -5,6 +5,7 @@
 //! Nothing here is differentiable: layers call forward and backward inside nodes of their own.
 #![deny(missing_docs)]
 
+mod adamw;
 mod attention;
 mod combine;
 mod cross_entropy;
@@ -20,6 +21,7 @@ mod rows;
 mod softmax;
 mod swiglu;
 
+pub use adamw::{Update, adamw};
 pub use attention::{attention, attention_backward, join_heads, repeat_heads};
 pub use combine::{combine, combine_backward};
 pub use cross_entropy::cross_entropy;

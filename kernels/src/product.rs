@@ -27,7 +27,7 @@ pub fn product_into(out: &Tensor, left: &Tensor, right: &Tensor) {
         || cost(&[(out, left, right)]),
         || {
             if !ours(&[(out, left, right)], false) {
-                let _ = left.mm_out(out, right);
+                tch::no_grad(|| drop(left.mm_out(out, right)));
             }
         },
     );
@@ -81,7 +81,7 @@ fn by_libtorch(out: &Tensor, rows: &Tensor, groups: &[(i64, i64, i64)], products
     for ((_, start, len), (_, _, matrix)) in groups.iter().copied().zip(products) {
         let rounded = (len + BLOCK - 1) / BLOCK * BLOCK;
         let len = if rounds && start + rounded <= total { rounded } else { len };
-        let _ = rows.narrow(0, start, len).mm_out(&out.narrow(0, start, len), matrix);
+        tch::no_grad(|| drop(rows.narrow(0, start, len).mm_out(&out.narrow(0, start, len), matrix)));
     }
 }
 
@@ -107,10 +107,10 @@ pub fn add_grouped_product(sum: impl Fn(i64) -> Tensor, left: &Tensor, right: &T
 fn cost(products: &[(&Tensor, &Tensor, &Tensor)]) -> Cost {
     let bytes = |x: &Tensor| Cost::passes(1.0, x).bytes;
     let of = |(out, left, right): &(&Tensor, &Tensor, &Tensor)| {
-        ((2 * out.numel()) as f64 * left.size()[1] as f64, bytes(out) + bytes(left) + bytes(right))
+        let flops = (2 * out.numel()) as f64 * left.size()[1] as f64;
+        Cost { flops, bytes: bytes(out) + bytes(left) + bytes(right) }
     };
-    let (flops, moved) = products.iter().map(of).fold((0.0, 0.0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
-    Cost { flops, bytes: moved }
+    products.iter().map(of).fold(Cost::default(), Cost::and)
 }
 
 /// Number, first row and length of each group that has rows.
@@ -125,11 +125,10 @@ fn groups(counts: &[i64]) -> Vec<(i64, i64, i64)> {
 
 fn add_by_libtorch(sum: &Tensor, left: &Tensor, right: &Tensor) {
     let mut sum = sum.shallow_clone();
-    if left.kind() == sum.kind() {
-        let _ = sum.addmm_(left, right);
-    } else {
-        let _ = sum.g_add_(&left.matmul(right).to_kind(Kind::Float));
-    }
+    tch::no_grad(|| match left.kind() == sum.kind() {
+        true => drop(sum.addmm_(left, right)),
+        false => drop(sum.g_add_(&left.matmul(right).to_kind(Kind::Float))),
+    });
 }
 
 /// Computes products here, if they are such as are computed here.
@@ -249,5 +248,10 @@ mod tests {
         let sum = Tensor::ones([4, 6], (Kind::Double, Device::Cpu));
         add_product(&sum, &left, &right);
         assert!(sum.allclose(&(plain + 1.0), 1e-12, 1e-12, false));
+        // Nor does a gradient that somebody wants of an operand stop them.
+        let [left, right] = [left, right].map(|x| x.set_requires_grad(true));
+        assert!(!product(&left, &right).requires_grad());
+        add_product(&sum, &left, &right);
+        let _ = grouped_product(&left, |_| right.shallow_clone(), &[4]);
     }
 }

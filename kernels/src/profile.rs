@@ -30,6 +30,11 @@ impl Cost {
     pub fn passes(times: f64, x: &Tensor) -> Cost {
         Cost { flops: 0.0, bytes: times * (x.numel() * x.kind().elt_size_in_bytes()) as f64 }
     }
+
+    /// Both together.
+    pub fn and(self, other: Cost) -> Cost {
+        Cost { flops: self.flops + other.flops, bytes: self.bytes + other.bytes }
+    }
 }
 
 /// A part that was done.

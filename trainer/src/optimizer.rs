@@ -2,12 +2,12 @@
 
 use crate::Error;
 use crate::config::OptimizerConfig;
-use crate::parameters::{Parameter, Parameters};
-use kernels::profile::{Cost, part};
+use crate::parameters::Parameters;
+use kernels::{Update, adamw};
 use parallel::{Accelerator, Communicator, GradientBuckets, ReduceOp};
 use std::sync::Arc;
 use tch::{Kind, Tensor};
-use torch_ext::{AdamW, fused_adamw};
+use torch_ext::AdamW;
 
 /// The optimizer's state on this rank.
 pub struct Optimizer {
@@ -85,44 +85,29 @@ impl Optimizer {
         lr: f64,
         grad_norm: f64,
     ) -> Result<(), Error> {
-        let list: Vec<_> = parameters.iter().collect();
-        let device = list.first().map(|p| p.master.device());
-        let Some(device) = device else { return Ok(()) };
         // Clipping as torch.nn.utils.clip_grad_norm_ does it; the kernel divides by the scale in its own pass.
         let clipped = self.grad_clip > 0.0 && grad_norm > self.grad_clip;
-        let scale =
-            clipped.then(|| Tensor::from((grad_norm + 1e-6) / self.grad_clip).to_kind(Kind::Float).to_device(device));
-        let count = Tensor::from(step as f64).to_kind(Kind::Float).to_device(device);
-        part("optimizer", "AdamW", Cost::default, || self.update(&list, gradients, lr, scale.as_ref(), &count))?;
-        part("optimizer", "weights", Cost::default, || parameters.iter().for_each(Parameter::store));
-        Ok(())
-    }
-
-    fn update(
-        &mut self,
-        list: &[&Parameter],
-        gradients: &GradientBuckets,
-        lr: f64,
-        scale: Option<&Tensor>,
-        count: &Tensor,
-    ) -> Result<(), Error> {
+        let scale = clipped.then(|| (grad_norm + 1e-6) / self.grad_clip);
         for group in &self.groups {
-            let pick = |tensor: &dyn Fn(usize) -> Tensor| group.members.iter().map(|&i| tensor(i)).collect::<Vec<_>>();
-            fused_adamw(
-                &pick(&|i| list[i].master.shallow_clone()),
-                &pick(&|i| gradients.gradient(i)),
-                &pick(&|i| self.exp_avgs[i].shallow_clone()),
-                &pick(&|i| self.exp_avg_sqs[i].shallow_clone()),
-                &pick(&|_| count.shallow_clone()),
-                AdamW {
-                    lr: lr * group.lr_scale,
-                    beta1: self.config.beta1,
-                    beta2: self.config.beta2,
-                    weight_decay: if group.decay { self.config.weight_decay } else { 0.0 },
-                    eps: self.config.eps,
-                },
-                scale,
-            )?;
+            let update = |&index: &usize| {
+                let parameter = parameters.get(index);
+                Update {
+                    master: parameter.master.shallow_clone(),
+                    gradient: gradients.gradient(index),
+                    exp_avg: self.exp_avgs[index].shallow_clone(),
+                    exp_avg_sq: self.exp_avg_sqs[index].shallow_clone(),
+                    stored: parameter.rounded(),
+                }
+            };
+            let updates: Vec<Update> = group.members.iter().map(update).collect();
+            let config = AdamW {
+                lr: lr * group.lr_scale,
+                beta1: self.config.beta1,
+                beta2: self.config.beta2,
+                weight_decay: if group.decay { self.config.weight_decay } else { 0.0 },
+                eps: self.config.eps,
+            };
+            adamw(&updates, config, step, scale)?;
         }
         Ok(())
     }

@@ -93,9 +93,14 @@ impl Parameter {
 
     /// Takes over what the master has become.
     pub(crate) fn store(&self) {
-        if self.stored.kind() != Kind::Float {
-            tch::no_grad(|| self.stored.shallow_clone().copy_(&self.master));
+        if let Some(mut rounded) = self.rounded() {
+            tch::no_grad(|| rounded.copy_(&self.master));
         }
+    }
+
+    /// What has the master's rounded values, where it is not the master itself.
+    pub(crate) fn rounded(&self) -> Option<Tensor> {
+        (self.stored.kind() != Kind::Float).then(|| self.stored.shallow_clone())
     }
 }
 

@@ -1,0 +1,169 @@
+//! AdamW (arXiv 1711.05101) over fp32 masters, with the rounding of the weights that are computed with, in one pass over memory.
+
+use crate::number::{Bf16, Number};
+use crate::profile::{Cost, part};
+use crate::rows::{Numbers, for_rows, kind_on_host};
+use multiversion::multiversion;
+use tch::{Kind, Tensor};
+use torch_ext::{AdamW, Error, fused_adamw};
+
+/// Numbers that are a row here: vectors, and few of them.
+const WIDTH: usize = 64;
+
+/// A parameter to update.
+pub struct Update {
+    /// fp32.
+    pub master: Tensor,
+    /// fp32.
+    pub gradient: Tensor,
+    /// First moment, fp32.
+    pub exp_avg: Tensor,
+    /// Second moment, fp32.
+    pub exp_avg_sq: Tensor,
+    /// What is computed with, where that is not the master itself: the master is rounded to its dtype.
+    pub stored: Option<Tensor>,
+}
+
+/// Step number `step`, 1 at the first. Gradients are divided by `scale`, where there is one.
+///
+/// # Errors
+/// libtorch's message, when shapes, dtypes or devices differ.
+pub fn adamw(updates: &[Update], config: AdamW, step: u64, scale: Option<f64>) -> Result<(), Error> {
+    let (here, elsewhere): (Vec<_>, Vec<_>) = updates.iter().partition(|update| update.is_here());
+    let cost = || here.iter().map(|update| Cost::passes(7.0, &update.master)).fold(Cost::default(), Cost::and);
+    part("optimizer", "AdamW", cost, || here.iter().for_each(|update| on_threads(update, config, step, scale)));
+    let Some(first) = elsewhere.first() else { return Ok(()) };
+    let scalar = |x: f64| Tensor::from(x).to_kind(Kind::Float).to_device(first.master.device());
+    let of = |tensor: fn(&Update) -> &Tensor| elsewhere.iter().map(|u| tensor(u).shallow_clone()).collect::<Vec<_>>();
+    let count = scalar(step as f64);
+    let steps: Vec<Tensor> = elsewhere.iter().map(|_| count.shallow_clone()).collect();
+    let (masters, gradients) = (of(|u| &u.master), of(|u| &u.gradient));
+    let (averages, squares) = (of(|u| &u.exp_avg), of(|u| &u.exp_avg_sq));
+    let scale = scale.map(scalar);
+    fused_adamw(&masters, &gradients, &averages, &squares, &steps, config, scale.as_ref())?;
+    for update in elsewhere {
+        if let Some(stored) = &update.stored {
+            tch::no_grad(|| stored.shallow_clone().copy_(&update.master));
+        }
+    }
+    Ok(())
+}
+
+impl Update {
+    /// Whether loops here can go through it.
+    fn is_here(&self) -> bool {
+        let numbers = [&self.master, &self.gradient, &self.exp_avg, &self.exp_avg_sq];
+        let alike = numbers.iter().all(|x| x.numel() == self.master.numel());
+        let stored = self.stored.as_ref().is_none_or(|stored| {
+            kind_on_host(&[stored]) == Some(Kind::BFloat16) && stored.numel() == self.master.numel()
+        });
+        kind_on_host(&numbers) == Some(Kind::Float) && alike && stored
+    }
+}
+
+/// The scalars of a step, as a number's update takes them.
+#[derive(Clone, Copy)]
+struct Scalars {
+    over_scale: f32,
+    kept: f32,
+    beta1: f32,
+    beta2: f32,
+    step_size: f32,
+    over_root: f32,
+    eps: f32,
+}
+
+fn on_threads(update: &Update, config: AdamW, step: u64, scale: Option<f64>) {
+    let correction = |beta: f64| 1.0 - beta.powf(step as f64);
+    let scalars = Scalars {
+        over_scale: scale.map_or(1.0, |scale| 1.0 / scale) as f32,
+        kept: (1.0 - config.lr * config.weight_decay) as f32,
+        beta1: config.beta1 as f32,
+        beta2: config.beta2 as f32,
+        step_size: (config.lr / correction(config.beta1)) as f32,
+        over_root: (1.0 / correction(config.beta2).sqrt()) as f32,
+        eps: config.eps as f32,
+    };
+    let count = update.master.numel();
+    // SAFETY: `is_here` has said so of all.
+    let [master, gradient, average, square] = unsafe {
+        [&update.master, &update.gradient, &update.exp_avg, &update.exp_avg_sq].map(|x| Numbers::<f32>::of(x))
+    };
+    // SAFETY: likewise.
+    let stored = update.stored.as_ref().map(|stored| unsafe { Numbers::<Bf16>::of(stored) });
+    for_rows(count.div_ceil(WIDTH), WIDTH, |_, rows| {
+        let place = rows.start * WIDTH..(rows.end * WIDTH).min(count);
+        // SAFETY: parts of threads do not overlap.
+        unsafe {
+            let moments = (average.part_mut(&place, 1), square.part_mut(&place, 1));
+            let master = master.part_mut(&place, 1);
+            move_on(master, gradient.part(&place, 1), moments, scalars);
+            if let Some(stored) = &stored {
+                round(master, stored.part_mut(&place, 1));
+            }
+        }
+    });
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+fn move_on(master: &mut [f32], gradient: &[f32], (averages, squares): (&mut [f32], &mut [f32]), scalars: Scalars) {
+    let Scalars { over_scale, kept, beta1, beta2, step_size, over_root, eps } = scalars;
+    for (((x, g), m), v) in master.iter_mut().zip(gradient).zip(averages).zip(squares) {
+        let g = g * over_scale;
+        *m += (g - *m) * (1.0 - beta1);
+        *v = *v * beta2 + g * g * (1.0 - beta2);
+        *x = *x * kept - step_size * *m / (v.sqrt() * over_root + eps);
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
+fn round(master: &[f32], stored: &mut [Bf16]) {
+    stored.iter_mut().zip(master).for_each(|(stored, x)| *stored = Bf16::narrow(*x));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use tch::Device;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(100))]
+        #[test]
+        fn it_is_libtorchs_update(
+            count in 0i64..20_000, bf16: bool, scaled: bool, decays: bool, steps in 1u64..4, seed in 0i64..1000,
+        ) {
+            tch::set_num_threads(2);
+            tch::manual_seed(seed);
+            let random = || Tensor::randn([count], (Kind::Float, Device::Cpu));
+            let (master, zeros) = (random(), random().zeros_like());
+            let update = Update {
+                master: master.copy(),
+                gradient: random(),
+                exp_avg: zeros.copy(),
+                exp_avg_sq: zeros.copy(),
+                stored: bf16.then(|| master.to_kind(Kind::BFloat16)),
+            };
+            let (average, square) = (zeros.copy(), zeros);
+            let weight_decay = if decays { 0.1 } else { 0.0 };
+            let config = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, weight_decay, eps: 1e-8 };
+            let scale = scaled.then_some(3.0);
+            for step in 1..=steps {
+                let gradient = random();
+                update.gradient.shallow_clone().copy_(&gradient);
+                adamw(std::slice::from_ref(&update), config, step, scale).unwrap();
+                let scalar = |x: f64| Tensor::from(x).to_kind(Kind::Float);
+                let one = |x: &Tensor| vec![x.shallow_clone()];
+                let count = vec![scalar(step as f64)];
+                let by = scale.map(scalar);
+                fused_adamw(&one(&master), &one(&gradient), &one(&average), &one(&square), &count, config, by.as_ref()).unwrap();
+            }
+            for (ours, theirs) in [(&update.master, &master), (&update.exp_avg, &average), (&update.exp_avg_sq, &square)] {
+                prop_assert!(ours.allclose(theirs, 1e-5, 1e-6, false));
+            }
+            if let Some(stored) = &update.stored {
+                prop_assert!(stored.equal(&update.master.to_kind(Kind::BFloat16)));
+            }
+        }
+    }
+}
