@@ -9,6 +9,24 @@ use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::net::UnixStream;
+use tch::{Device, Tensor};
+
+/// Calls `write` with the bytes of a tensor in host memory without gaps.
+///
+/// # Panics
+/// When it is none.
+pub(crate) fn fill<T>(tensor: &Tensor, write: impl FnOnce(&mut [u8]) -> T) -> T {
+    assert!(
+        tensor.device() == Device::Cpu && tensor.is_contiguous(),
+        "bytes of a tensor that lies elsewhere, or apart"
+    );
+    let len = tensor.numel() * tensor.kind().elt_size_in_bytes();
+    if len == 0 {
+        return write(&mut []);
+    }
+    // SAFETY: so many bytes, of numbers that may have any bits, which live as long as the tensor; whoever has a tensor may write it.
+    write(unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), len) })
+}
 
 /// A piece of shared memory.
 ///

@@ -1,7 +1,8 @@
 //! Reading: the manifest, and tensors by their global names.
 
 use crate::image::Head;
-use crate::manifest::{FORMAT, FileEntry, Manifest};
+use crate::manifest::{FORMAT, FileEntry, Manifest, PieceEntry};
+use crate::memory::fill;
 use crate::write::{Shard, assemble};
 use crate::{Error, Place};
 use safetensors::tensor::{Dtype, Metadata};
@@ -10,7 +11,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// An open checkpoint, on disk or in the memory of keepers.
 pub struct Checkpoint {
@@ -110,6 +111,37 @@ impl Checkpoint {
     /// # Errors
     /// When there is no such tensor, its shape differs, or its file is damaged.
     pub fn tensor(&mut self, place: &Place) -> Result<Tensor, Error> {
+        let mut whole: Option<Tensor> = None;
+        for (file, saved, begin, size) in self.overlaps(place)? {
+            let part = self.part(file, &saved, &begin, &size, None)?;
+            if size == place.shape {
+                return Ok(part);
+            }
+            let whole = whole.get_or_insert_with(|| Tensor::zeros(&place.shape, (part.kind(), part.device())));
+            place_of(whole, place, &begin, &size).copy_(&part);
+        }
+        // A tensor without values has no pieces that overlap anything.
+        Ok(whole.unwrap_or_else(|| Tensor::zeros(&place.shape, (Kind::Float, tch::Device::Cpu))))
+    }
+
+    /// The same box to `into`, of its shape: read to where it stays, if dtypes agree and rows lie together there.
+    ///
+    /// # Errors
+    /// As for [`Checkpoint::tensor`]; `into` may have changed in part.
+    pub fn tensor_into(&mut self, place: &Place, into: &Tensor) -> Result<(), Error> {
+        for (file, saved, begin, size) in self.overlaps(place)? {
+            let mut target = place_of(into, place, &begin, &size);
+            let part = self.part(file, &saved, &begin, &size, Some(&target))?;
+            if part.data_ptr() != target.data_ptr() {
+                tch::no_grad(|| target.copy_(&part));
+            }
+        }
+        Ok(())
+    }
+
+    /// The pieces that have something of `place`: file, what was saved, and where in the global tensor the common box begins and how
+    /// large it is.
+    fn overlaps(&self, place: &Place) -> Result<Vec<Overlap>, Error> {
         let Place { name, global, offset, shape } = place;
         let Some(entry) = self.manifest.tensors.get(name) else {
             return Err(Error::mismatch(&self.path, format!("there is no tensor {name} in it")));
@@ -118,28 +150,25 @@ impl Checkpoint {
             let reason = format!("{name} has shape {:?}, the model's is {global:?}", entry.shape);
             return Err(Error::mismatch(&self.path, reason));
         }
-        let pieces = entry.pieces.clone();
-        let mut whole: Option<Tensor> = None;
-        for piece in pieces {
-            let saved = Place { name: name.clone(), global: global.clone(), offset: piece.offset, shape: piece.shape };
-            let Some((begin, size)) = saved.overlap(offset, shape) else { continue };
-            let part = self.part(piece.file, &saved, &begin, &size)?;
-            if size == *shape {
-                return Ok(part);
-            }
-            let whole = whole.get_or_insert_with(|| Tensor::zeros(shape, (part.kind(), part.device())));
-            let mut into = whole.shallow_clone();
-            for (dim, (&begin, &size)) in begin.iter().zip(&size).enumerate() {
-                into = into.narrow(dim as i64, begin - offset[dim], size);
-            }
-            into.copy_(&part);
-        }
-        // A tensor without values has no pieces that overlap anything.
-        Ok(whole.unwrap_or_else(|| Tensor::zeros(shape, (Kind::Float, tch::Device::Cpu))))
+        let of = |piece: &PieceEntry| {
+            let (offset_of_piece, shape_of_piece) = (piece.offset.clone(), piece.shape.clone());
+            let saved =
+                Place { name: name.clone(), global: global.clone(), offset: offset_of_piece, shape: shape_of_piece };
+            let (begin, size) = saved.overlap(offset, shape)?;
+            Some((piece.file, saved, begin, size))
+        };
+        Ok(entry.pieces.iter().filter_map(of).collect())
     }
 
-    /// The box at `begin` of size `size` of the global tensor, out of the piece `saved`.
-    fn part(&mut self, file: usize, saved: &Place, begin: &[i64], size: &[i64]) -> Result<Tensor, Error> {
+    /// The box at `begin` of size `size` of the global tensor, out of the piece `saved`: in `target`, where it can be read to that.
+    fn part(
+        &mut self,
+        file: usize,
+        saved: &Place,
+        begin: &[i64],
+        size: &[i64],
+        target: Option<&Tensor>,
+    ) -> Result<Tensor, Error> {
         let path = self.path.join(&self.manifest.files[file].name);
         let shard = match self.shards.entry(file) {
             std::collections::btree_map::Entry::Occupied(open) => open.into_mut(),
@@ -174,16 +203,36 @@ impl Checkpoint {
             len = size[0] as usize * row;
             *rows = size[0];
         }
-        let mut bytes = vec![0u8; len];
-        shard
-            .file
-            .read_exact_at(&mut bytes, shard.data_start + from as u64)
-            .map_err(Error::io("cannot read", &path))?;
-        let rows = Tensor::f_from_data_size(&bytes, &shape, kind)
-            .map_err(|e| Error::damaged(&path, format!("{name}: {e}")))?;
+        let fits = |target: &&Tensor| {
+            target.device() == Device::Cpu
+                && target.kind() == kind
+                && target.is_contiguous()
+                && target.size() == shape
+                && shape == size
+        };
+        let rows = match target.filter(fits) {
+            Some(target) => target.shallow_clone(),
+            None => Tensor::f_empty(&shape, (kind, Device::Cpu)).map_err(|e| Error::damaged(&path, e.to_string()))?,
+        };
+        if rows.numel() * kind.elt_size_in_bytes() != len {
+            return Err(Error::damaged(&path, format!("{name} has {len} bytes, which is not its shape")));
+        }
+        let from = shard.data_start + from as u64;
+        fill(&rows, |bytes| shard.file.read_exact_at(bytes, from)).map_err(Error::io("cannot read", &path))?;
         let narrow = |tensor: Tensor, dim: usize| tensor.narrow(dim as i64, begin[dim] - saved.offset[dim], size[dim]);
         Ok((1..shape.len()).fold(rows, narrow))
     }
+}
+
+/// See [`Checkpoint::overlaps`].
+type Overlap = (usize, Place, Vec<i64>, Vec<i64>);
+
+/// The part of `whole`, which is the box `place` of a tensor, that is the box at `begin` of size `size`.
+fn place_of(whole: &Tensor, place: &Place, begin: &[i64], size: &[i64]) -> Tensor {
+    let narrow = |part: Tensor, (dim, (&begin, &size)): (usize, (&i64, &i64))| {
+        part.narrow(dim as i64, begin - place.offset[dim], size)
+    };
+    begin.iter().zip(size).enumerate().fold(whole.shallow_clone(), narrow)
 }
 
 fn open_shard(path: &Path) -> Result<OpenShard, Error> {
@@ -264,6 +313,7 @@ mod tests {
         #[test]
         fn any_box_comes_back_from_any_boxes(
             rows in 1i64..7, columns in 1i64..7, cuts in (0i64..7, 0i64..7), wanted in (0i64..6, 0i64..6, 1i64..6, 1i64..6),
+            narrow in 0i64..2,
         ) {
             let root = tempfile::tempdir().unwrap();
             let global = vec![rows, columns];
@@ -288,7 +338,16 @@ mod tests {
             let shape = vec![wanted.2.min(rows - offset[0]), wanted.3.min(columns - offset[1])];
             let expected = all.narrow(0, offset[0], shape[0]).narrow(1, offset[1], shape[1]);
             let place = Place { name: "w".into(), global, offset, shape };
-            prop_assert_eq!(Checkpoint::open(&path).unwrap().tensor(&place).unwrap(), expected);
+            let mut checkpoint = Checkpoint::open(&path).unwrap();
+            let into = Tensor::zeros([place.shape[0] + 2, place.shape[1] + narrow], (Kind::Float, tch::Device::Cpu));
+            let target = into.narrow(0, 1, place.shape[0]).narrow(1, 0, place.shape[1]);
+            checkpoint.tensor_into(&place, &target).unwrap();
+            prop_assert_eq!(&target, &expected);
+            prop_assert_eq!(into.sum(Kind::Float), expected.sum(Kind::Float), "nothing beside it was written");
+            let other = target.to_kind(Kind::Double).zeros_like();
+            checkpoint.tensor_into(&place, &other).unwrap();
+            prop_assert_eq!(other.to_kind(Kind::Float), expected.copy());
+            prop_assert_eq!(checkpoint.tensor(&place).unwrap(), expected);
         }
     }
 

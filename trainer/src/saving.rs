@@ -276,9 +276,7 @@ pub(crate) fn state_of(checkpoint: &Checkpoint) -> Result<RunState, Error> {
 }
 
 fn copy(checkpoint: &mut Checkpoint, place: &Place, into: &Tensor) -> Result<(), Error> {
-    let saved = checkpoint.tensor(place)?;
-    tch::no_grad(|| into.shallow_clone().f_copy_(&saved))?;
-    Ok(())
+    Ok(checkpoint.tensor_into(place, into)?)
 }
 
 /// An error of any rank becomes everyone's: the lowest rank's, by name.

@@ -1,7 +1,7 @@
 //! What a step's products with weights take by themselves: no step that makes them so can be faster.
 
 use std::time::Instant;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 use trainer::Shape;
 
 /// Seconds of all of them.
@@ -12,17 +12,24 @@ pub(super) struct Floor {
     pub(super) by_ours: f64,
 }
 
+/// Seconds after which a shape has been measured enough: libtorch has no kernels of some processors for bf16, and takes minutes.
+const ENOUGH: f64 = 2.0;
+
 /// The shortest of a few turns, which alternate. Operands stay in the cache where they fit, which a step's do not.
 pub(super) fn measure(shape: Shape, kind: Kind) -> Floor {
     let mut floor = Floor { by_libtorch: 0.0, by_ours: 0.0 };
     for ([rows, inner, outer], times) in shape.products() {
-        let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, tch::Device::Cpu)).to_kind(kind);
+        let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
         let (x, weight, grad) = (random(&[rows, inner]), random(&[outer, inner]), random(&[rows, outer]));
         let (y, of_x) = (grad.empty_like(), x.empty_like());
         // Gradients are added up in fp32; libtorch's products have the dtype of what they multiply.
         let (of_weight, sum) = (weight.empty_like(), weight.to_kind(Kind::Float));
         let mut fastest = [f64::INFINITY; 2];
+        let began = Instant::now();
         for turn in 0..5 {
+            if began.elapsed().as_secs_f64() > ENOUGH {
+                break;
+            }
             for side in [turn % 2, 1 - turn % 2] {
                 let started = Instant::now();
                 match side {
@@ -44,4 +51,26 @@ pub(super) fn measure(shape: Shape, kind: Kind) -> Floor {
         floor.by_ours += fastest[1] * times as f64;
     }
     floor
+}
+
+/// Rows and columns of the products that a processor, and any other device, is measured with.
+const SQUARE: [i64; 2] = [1024, 8192];
+
+/// Floating-point operations a second of the fastest large product of this dtype: the peak in "model FLOPs utilization", which is
+/// measured, as makers promise none for most processors.
+pub(super) fn peak(kind: Kind, device: Device) -> f64 {
+    let size = SQUARE[usize::from(device != Device::Cpu)];
+    let random = || Tensor::randn([size, size], (Kind::Float, device)).to_kind(kind);
+    let (left, right, out) = (random(), random(), random());
+    // A number that comes back says that the device has ended.
+    let wait = || out.narrow(0, 0, 1).narrow(1, 0, 1).to_kind(Kind::Double).double_value(&[0, 0]);
+    let mut fastest = f64::INFINITY;
+    for _ in 0..6 {
+        wait();
+        let started = Instant::now();
+        kernels::product_into(&out, &left, &right);
+        wait();
+        fastest = fastest.min(started.elapsed().as_secs_f64());
+    }
+    2.0 * (size as f64).powi(3) / fastest
 }

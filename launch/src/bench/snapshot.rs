@@ -4,11 +4,12 @@ use super::{in_a_folder, last_line, median, round, train, write_tokens};
 use crate::cli::SnapshotBenchArgs;
 use anyhow::{Result, anyhow, bail};
 use checkpoint::keeper::{CHUNK, Node, Peer, Secret, Topology, serve};
-use checkpoint::{Code, Redundancy};
+use checkpoint::{Checkpoint, Code, Place, Redundancy, Staging};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
+use tch::{Device, Kind, Tensor};
 use trainer::{CopyTimer, KeeperAccess};
 
 /// Tokens of a step of the runs.
@@ -19,7 +20,8 @@ pub(crate) fn run(args: &SnapshotBenchArgs) -> Result<ExitCode> {
         bail!("--rounds and --mib must be at least 1");
     }
     let wanted = |case: &str| args.case.is_empty() || args.case.iter().any(|other| other == case);
-    let known = ["copy", "encode-4+1", "encode-4+2", "encode-8+2", "decode-4+2", "stall", "every-10", "every-1"];
+    let known =
+        ["copy", "encode-4+1", "encode-4+2", "encode-8+2", "decode-4+2", "load", "stall", "every-10", "every-1"];
     if let Some(unknown) = args.case.iter().find(|case| !known.contains(&case.as_str())) {
         bail!("there is no case {unknown}; there are {}", known.join(", "));
     }
@@ -33,6 +35,12 @@ pub(crate) fn run(args: &SnapshotBenchArgs) -> Result<ExitCode> {
     }
     if wanted("decode-4+2") {
         println!("{}", code(args, "decode-4+2", 4, 2, true)?);
+    }
+    if wanted("load") {
+        in_a_folder(|folder| {
+            println!("{}", load(args, folder)?);
+            Ok(ExitCode::SUCCESS)
+        })?;
     }
     if wanted("stall") || wanted("every-10") || wanted("every-1") {
         return in_a_folder(|folder| runs(args, folder, &wanted));
@@ -106,6 +114,40 @@ fn copy(args: &SnapshotBenchArgs) -> Result<Value> {
     peer.stop().map_err(|e| anyhow!("{e}"))?;
     let result = line("copy", "gb_per_s", median(ours), Some((median(plain), "memcpy")), true);
     Ok(with(result, json!({"mib": args.mib, "rounds": args.rounds, "threads": 1})))
+}
+
+/// A checkpoint out of the page cache into tensors that are there, beside a plain copy of as many bytes.
+fn load(args: &SnapshotBenchArgs, folder: &Path) -> Result<Value> {
+    const NUMBERS: i64 = 4 << 20;
+    let count = args.mib.div_ceil(16);
+    let name = |index: usize| Place::whole(format!("tensor {index}"), &[NUMBERS]);
+    let random = || Tensor::rand([NUMBERS], (Kind::Float, Device::Cpu));
+    let staging = Staging::new(folder, 1);
+    staging.begin()?;
+    let shard = staging.write_shard(0, (0..count).map(|index| (name(index), random())).collect())?;
+    let path = staging.commit(vec![shard], count, Value::Null)?;
+    let into: Vec<Tensor> = (0..count).map(|_| random()).collect();
+    let bytes = count << 24;
+    let (from, mut to) = (vec![7u8; bytes], vec![1u8; bytes]);
+    let (mut ours, mut checked, mut plain) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..args.rounds {
+        let rate = |begun: Instant| bytes as f64 / begun.elapsed().as_secs_f64() / 1e9;
+        let begun = Instant::now();
+        to.copy_from_slice(std::hint::black_box(&from));
+        std::hint::black_box(&to);
+        plain.push(rate(begun));
+        let begun = Instant::now();
+        let mut checkpoint = Checkpoint::open(&path)?;
+        for (index, into) in into.iter().enumerate() {
+            checkpoint.tensor_into(&name(index), into)?;
+        }
+        ours.push(rate(begun));
+        checkpoint.verify_file(0)?;
+        checked.push(rate(begun));
+    }
+    let result = line("load", "gb_per_s", median(ours), Some((median(plain), "memcpy")), true);
+    let with_checksum = round(median(checked), 3);
+    Ok(with(result, json!({"with_checksum": with_checksum, "mib": bytes >> 20, "rounds": args.rounds, "threads": 1})))
 }
 
 /// GB/s of data on one core, chunks of a snapshot at a time.

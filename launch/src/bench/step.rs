@@ -32,13 +32,18 @@ pub(crate) fn run(args: BenchArgs) -> Result<ExitCode> {
 
 fn measure_step(args: &BenchArgs, case: BenchCase) -> Result<Value> {
     tch::set_num_threads(args.threads as i32);
-    let dtype = if case == BenchCase::Bf16 { Dtype::Bf16 } else { Dtype::Fp32 };
+    let (dtype, kind) = match case {
+        BenchCase::Bf16 => (Dtype::Bf16, Kind::BFloat16),
+        BenchCase::Fp32 => (Dtype::Fp32, Kind::Float),
+    };
     let shape = match args.shape {
         StepShape::Reference => Shape::REFERENCE,
         StepShape::Long => Shape::LONG,
         StepShape::Wide => Shape::WIDE,
     };
-    let mut step = ReferenceStep::new(shape, dtype, parallel::accelerator(&args.device, 0)?)?;
+    let accelerator = parallel::accelerator(&args.device, 0)?;
+    let device = accelerator.zeros(&[1], Kind::Float).device();
+    let mut step = ReferenceStep::new(shape, dtype, accelerator)?;
     if let Some(path) = &args.start {
         step.write(path)?;
     }
@@ -46,6 +51,7 @@ fn measure_step(args: &BenchArgs, case: BenchCase) -> Result<Value> {
     let profiled = args.profile.as_ref().map(|path| profile(&mut step, path)).transpose()?;
     drop(step);
     let seconds = median(times.seconds);
+    let (model_flops, peak) = (shape.model_flops(), floor::peak(kind, device));
     let mut line = json!({
         "bench": "step",
         "case": case.name(),
@@ -53,6 +59,10 @@ fn measure_step(args: &BenchArgs, case: BenchCase) -> Result<Value> {
         "device": args.device,
         "tokens_per_s": round(times.tokens as f64 / seconds, 1),
         "step_ms": round(seconds * 1e3, 1),
+        "tokens": times.tokens,
+        "model_gflop_s": round(model_flops / seconds * 1e-9, 1),
+        "peak_gflop_s": round(peak * 1e-9, 1),
+        "mfu": round(model_flops / seconds / peak, 3),
         "peak_rss_mib": times.peak_memory >> 20,
         "peak_tensors_mib": times.peak_tensors >> 20,
         "runs": args.runs,
@@ -62,12 +72,14 @@ fn measure_step(args: &BenchArgs, case: BenchCase) -> Result<Value> {
         "losses": times.losses.iter().take(COMPARED).map(|loss| round(*loss, 5)).collect::<Vec<_>>(),
     });
     if args.device == "cpu" {
-        let floor = floor::measure(shape, if case == BenchCase::Bf16 { Kind::BFloat16 } else { Kind::Float });
+        let floor = floor::measure(shape, kind);
         line["products_ms"] = json!(round(floor.by_ours * 1e3, 1));
         line["libtorch_products_ms"] = json!(round(floor.by_libtorch * 1e3, 1));
     }
-    if let Some(parts) = profiled {
+    if let Some((parts, flops)) = profiled {
         line["parts"] = parts;
+        line["executed_gflop_s"] = json!(round(flops / seconds * 1e-9, 1));
+        line["executed_of_peak"] = json!(round(flops / seconds / peak, 3));
     }
     Ok(line)
 }
@@ -75,8 +87,9 @@ fn measure_step(args: &BenchArgs, case: BenchCase) -> Result<Value> {
 /// Steps that are profiled.
 const PROFILED: usize = 3;
 
-/// What a step is made of, the longest part first: the mean of some steps, which are written to a file, too.
-fn profile(step: &mut ReferenceStep, path: &Path) -> Result<Value> {
+/// What a step is made of, the longest part first, and its floating-point operations: the mean of some steps, which are written to a
+/// file, too.
+fn profile(step: &mut ReferenceStep, path: &Path) -> Result<(Value, f64)> {
     profile::begin();
     let mut seconds = 0.0;
     for _ in 0..PROFILED {
@@ -88,6 +101,7 @@ fn profile(step: &mut ReferenceStep, path: &Path) -> Result<Value> {
     parts.sort_by(|a, b| b.1.seconds.total_cmp(&a.1.seconds));
     let named: f64 = parts.iter().map(|(_, total)| total.seconds).sum();
     let each = PROFILED as f64;
+    let executed = parts.iter().map(|(_, total)| total.cost.flops).sum::<f64>() / each;
     let line = |((kind, name), total): ((&str, &str), profile::Total)| {
         let (flops, bytes) = (total.cost.flops, total.cost.bytes);
         let mut line = json!({
@@ -108,7 +122,7 @@ fn profile(step: &mut ReferenceStep, path: &Path) -> Result<Value> {
     };
     let mut lines: Vec<Value> = parts.into_iter().map(line).collect();
     lines.push(json!({"part": "not named", "ms": round((seconds - named) / each * 1e3, 2), "share": round(1.0 - named / seconds, 4)}));
-    Ok(json!(lines))
+    Ok((json!(lines), executed))
 }
 
 /// Steps whose losses are compared.
@@ -155,6 +169,8 @@ fn take_turns(args: &BenchArgs, case: BenchCase, folder: &Path) -> Result<Value>
         baselines.iter().max_by(|a, b| rate(&a.1).total_cmp(&rate(&b.1))).expect("there is a baseline");
     let all: Vec<Value> =
         baselines.iter().map(|(name, lines)| json!({"name": name, "tokens_per_s": round(rate(lines), 1)})).collect();
+    let tokens = ours[0]["tokens"].as_f64();
+    let kib_per_token = |lines: &[Value]| Some(round(memory(lines)? as f64 * 1024.0 / tokens?, 1));
     let products = |key: &str| {
         let shares = ours.iter().filter_map(|line| Some(line[key].as_f64()? / line["step_ms"].as_f64()?)).collect();
         round(median(shares), 3)
@@ -174,6 +190,9 @@ fn take_turns(args: &BenchArgs, case: BenchCase, folder: &Path) -> Result<Value>
         "threads": args.threads,
         "peak_rss_mib": memory(&ours),
         "baseline_peak_rss_mib": memory(lines),
+        "kib_per_token": kib_per_token(&ours),
+        "baseline_kib_per_token": kib_per_token(lines),
+        "mfu": ours.iter().filter_map(|line| line["mfu"].as_f64()).reduce(f64::max),
         "baselines": all,
         "of_libtorch_products": (args.device == "cpu").then(|| products("libtorch_products_ms")),
         "of_own_products": (args.device == "cpu").then(|| products("products_ms")),
