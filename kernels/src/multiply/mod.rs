@@ -25,6 +25,9 @@ use tch::{Kind, Tensor};
 
 /// Columns that a thread packs at once: of whole panels.
 const CHUNK: usize = 64;
+/// The inner dimension of which right matrices are packed at once, where sums are added to: gradients sum up over all tokens, and what
+/// is packed is kept.
+const SLAB: i64 = 1 << 14;
 /// Panels whose sums are kept in fp32 until they can be rounded.
 const ROUNDED_PANELS: usize = 64;
 
@@ -92,6 +95,23 @@ unsafe impl Sync for Job {}
 /// Computes `out = left right` of all of them, or `out += left right`, by instructions that this processor has, of operands in
 /// fp32 or bf16. They have a contiguous dimension; `out` has contiguous rows, in their dtype or fp32. (`fits` of the caller says so.)
 pub(crate) fn multiply(products: &[Product], adds: bool, instructions: Instructions) {
+    let deepest = products.iter().map(|(_, left, _)| left.size()[1]).max().unwrap_or(0);
+    let splits = adds && deepest > SLAB && products.iter().all(|(out, ..)| out.kind() == Kind::Float);
+    if !splits {
+        return whole(products, adds, instructions);
+    }
+    for start in (0..deepest).step_by(SLAB as usize) {
+        let slab = |(out, left, right): &Product| {
+            let len = (left.size()[1] - start).min(SLAB);
+            (len > 0).then(|| (out.shallow_clone(), left.narrow(1, start, len), right.narrow(0, start, len)))
+        };
+        let slabs: Vec<_> = products.iter().filter_map(slab).collect();
+        let borrowed: Vec<Product> = slabs.iter().map(|(out, left, right)| (out, left, right)).collect();
+        whole(&borrowed, adds, instructions);
+    }
+}
+
+fn whole(products: &[Product], adds: bool, instructions: Instructions) {
     let Some(first) = products.first() else { return };
     match (instructions, first.1.kind() == Kind::BFloat16) {
         (Instructions::Avx512, true) => multiply_by::<Avx512<true>>(products, adds),
@@ -168,7 +188,7 @@ fn pack_wave<K: Kernel>(jobs: &[Job], wave: &Wave, buffer: &mut Vec<Line>) -> Pa
         }
     }
     let packed = Packed { data: room(buffer, lines * LANES), starts };
-    on_threads(&chunks, |Chunk { block: index, units, columns }| {
+    let pack = |Chunk { block: index, units, columns }: &Chunk| {
         let block = &wave.blocks[*index];
         let before = units.start * block.padded() + units.len() * (columns.start - block.columns.start);
         // SAFETY: inside the matrix and the buffer, by their sizes: chunks begin with whole lines.
@@ -176,7 +196,11 @@ fn pack_wave<K: Kernel>(jobs: &[Job], wave: &Wave, buffer: &mut Vec<Line>) -> Pa
             let to = packed.of(*index).add(before / LANES);
             K::right(&jobs[block.product].right, units.clone(), columns.clone(), to);
         }
-    });
+    };
+    match wave.parts.len() {
+        1 => chunks.iter().for_each(pack),
+        _ => on_threads(&chunks, pack),
+    }
     packed
 }
 
@@ -340,12 +364,11 @@ mod tests {
     use tch::Device;
 
     fn random(rows: i64, columns: i64, transposed: bool, kind: Kind) -> Tensor {
-        let all = Tensor::randn([rows.max(columns) + 3; 2], (Kind::Float, Device::Cpu)).to_kind(kind);
+        let (outer, inner) = if transposed { (columns, rows) } else { (rows, columns) };
         // A part of a larger matrix.
-        match transposed {
-            true => all.narrow(0, 1, columns).narrow(1, 2, rows).tr(),
-            false => all.narrow(0, 1, rows).narrow(1, 2, columns),
-        }
+        let all = Tensor::randn([outer + 3, inner + 3], (Kind::Float, Device::Cpu)).to_kind(kind);
+        let part = all.narrow(0, 1, outer).narrow(1, 2, inner);
+        if transposed { part.tr() } else { part }
     }
 
     proptest! {
@@ -377,6 +400,20 @@ mod tests {
                 multiply(&[(&alone, &left, &right)], adds, by);
                 tch::set_num_threads(threads);
                 prop_assert!(alone.equal(&out));
+            }
+        }
+    }
+
+    #[test]
+    fn gradients_of_very_many_tokens() {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let (left, right) = (random(9, 40_000, true, kind), random(40_000, 20, false, kind));
+            let plain = left.to_kind(Kind::Double).matmul(&right.to_kind(Kind::Double)) + 1.0;
+            for by in Instructions::here() {
+                let sum = Tensor::ones([9, 20], (Kind::Float, Device::Cpu));
+                multiply(&[(&sum, &left, &right)], true, by);
+                let off = (sum.to_kind(Kind::Double) - &plain).norm().double_value(&[]);
+                assert!(off < 1e-5 * plain.norm().double_value(&[]), "{by:?} {kind:?}: {off}");
             }
         }
     }
