@@ -5,6 +5,7 @@
 //! bytes an element, `F` FLOP/s and a link of `W` bytes/s: `(b + 4) F / (6 W)`, whatever the expert's size.
 
 use crate::foreign::Lending;
+use kernels::product;
 use parallel::{Accelerator, Communicator, Work};
 use std::sync::Arc;
 use std::time::Instant;
@@ -41,8 +42,8 @@ pub fn break_even(lending: &Arc<dyn Communicator>, expert: ExpertSize, device: &
     let random = |shape: &[i64]| device.zeros(shape, kind).uniform_(-1.0, 1.0);
     let (x, gate_up, down) = (random(&[ROWS, hidden]), random(&[2 * ffn, hidden]), random(&[hidden, ffn]));
     let work = least(|| {
-        let product = x.matmul(&gate_up.tr());
-        let _ = product.narrow(1, 0, ffn).matmul(&down.tr());
+        let inside = product(&x, &gate_up.tr());
+        let _ = product(&inside.narrow(1, 0, ffn), &down.tr());
         device.synchronize()
     })?;
     // All that lending one expert takes, from packing its weights to adding up its gradients.

@@ -92,10 +92,14 @@ impl Shape {
     /// Floating-point operations that the model has by the usual formula (arXiv 2204.02311, appendix B): six for each weight that a
     /// token meets, and attention as if every position saw every other.
     pub fn model_flops(&self) -> f64 {
-        let by_weights =
-            |([rows, inner, outer], times): ([i64; 3], usize)| 6.0 * (rows * inner * outer) as f64 * times as f64;
         let attention = 12.0 * (self.layers * self.hidden) as f64 * (self.sequence * self.tokens()) as f64;
-        self.products().into_iter().map(by_weights).sum::<f64>() + attention
+        self.product_flops() + attention
+    }
+
+    /// Those of products with weights: forward, and backward twice as many.
+    pub fn product_flops(&self) -> f64 {
+        let of = |([rows, inner, outer], times): ([i64; 3], usize)| 6.0 * (rows * inner * outer) as f64 * times as f64;
+        self.products().into_iter().map(of).sum()
     }
 }
 

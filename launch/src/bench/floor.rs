@@ -55,6 +55,8 @@ pub(super) fn measure(shape: Shape, kind: Kind) -> Floor {
 
 /// Rows and columns of the products that a processor, and any other device, is measured with.
 const SQUARE: [i64; 2] = [1024, 8192];
+/// How often: others may be using the machine.
+const TURNS: usize = 20;
 
 /// Floating-point operations a second of the fastest large product of this dtype: the peak in "model FLOPs utilization", which is
 /// measured, as makers promise none for most processors.
@@ -65,7 +67,7 @@ pub(super) fn peak(kind: Kind, device: Device) -> f64 {
     // A number that comes back says that the device has ended.
     let wait = || out.narrow(0, 0, 1).narrow(1, 0, 1).to_kind(Kind::Double).double_value(&[0, 0]);
     let mut fastest = f64::INFINITY;
-    for _ in 0..6 {
+    for _ in 0..TURNS {
         wait();
         let started = Instant::now();
         kernels::product_into(&out, &left, &right);

@@ -51,7 +51,11 @@ fn measure_step(args: &BenchArgs, case: BenchCase) -> Result<Value> {
     let profiled = args.profile.as_ref().map(|path| profile(&mut step, path)).transpose()?;
     drop(step);
     let seconds = median(times.seconds);
-    let (model_flops, peak) = (shape.model_flops(), floor::peak(kind, device));
+    let (model_flops, mut peak) = (shape.model_flops(), floor::peak(kind, device));
+    let floor = (args.device == "cpu").then(|| floor::measure(shape, kind));
+    if let Some(floor) = &floor {
+        peak = peak.max(shape.product_flops() / floor.by_ours.min(floor.by_libtorch));
+    }
     let mut line = json!({
         "bench": "step",
         "case": case.name(),
@@ -71,8 +75,7 @@ fn measure_step(args: &BenchArgs, case: BenchCase) -> Result<Value> {
         "parameters": times.parameters,
         "losses": times.losses.iter().take(COMPARED).map(|loss| round(*loss, 5)).collect::<Vec<_>>(),
     });
-    if args.device == "cpu" {
-        let floor = floor::measure(shape, kind);
+    if let Some(floor) = floor {
         line["products_ms"] = json!(round(floor.by_ours * 1e3, 1));
         line["libtorch_products_ms"] = json!(round(floor.by_libtorch * 1e3, 1));
     }
@@ -192,7 +195,7 @@ fn take_turns(args: &BenchArgs, case: BenchCase, folder: &Path) -> Result<Value>
         "baseline_peak_rss_mib": memory(lines),
         "kib_per_token": kib_per_token(&ours),
         "baseline_kib_per_token": kib_per_token(lines),
-        "mfu": ours.iter().filter_map(|line| line["mfu"].as_f64()).reduce(f64::max),
+        "mfu": median(ours.iter().filter_map(|line| line["mfu"].as_f64()).collect()),
         "baselines": all,
         "of_libtorch_products": (args.device == "cpu").then(|| products("libtorch_products_ms")),
         "of_own_products": (args.device == "cpu").then(|| products("products_ms")),

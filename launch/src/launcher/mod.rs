@@ -448,10 +448,15 @@ impl<'a> Launcher<'a> {
     /// A keeper is gone. If its ranks live, another takes its place and training goes on; otherwise the node is lost, which the
     /// ranks' end will tell.
     fn replace_keeper(&mut self, tracker: &mut Tracker, place: usize, reason: &str) {
-        std::thread::sleep(SETTLING / 4);
+        // A process with much memory ends some time after it was killed.
+        let heard = Instant::now();
+        let ends = |machines: &mut Machines| !machines.failed().is_empty() || machines.running() == 0;
+        while !ends(&mut self.machines) && heard.elapsed() < SETTLING {
+            std::thread::sleep(SETTLING / 40);
+        }
         let Some(keepers) = &mut self.keepers else { return };
         keepers.lose(place);
-        if !self.machines.failed().is_empty() || self.machines.running() == 0 {
+        if ends(&mut self.machines) {
             return;
         }
         eprintln!("warning: the keeper of node {place} is gone ({reason}); another is started, and training goes on");
