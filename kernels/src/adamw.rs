@@ -29,19 +29,25 @@ pub struct Update {
 /// # Errors
 /// libtorch's message, when shapes, dtypes or devices differ.
 pub fn adamw(updates: &[Update], config: AdamW, step: u64, scale: Option<f64>) -> Result<(), Error> {
-    let (here, elsewhere): (Vec<_>, Vec<_>) = updates.iter().partition(|update| update.is_here());
-    let cost = || here.iter().map(|update| Cost::passes(7.0, &update.master)).fold(Cost::default(), Cost::and);
-    part("optimizer", "AdamW", cost, || here.iter().for_each(|update| on_threads(update, config, step, scale)));
-    let Some(first) = elsewhere.first() else { return Ok(()) };
+    let cost = || updates.iter().map(|update| Cost::passes(7.0, &update.master)).fold(Cost::default(), Cost::and);
+    part("optimizer", "AdamW", cost, || {
+        let (here, elsewhere): (Vec<_>, Vec<_>) = updates.iter().partition(|update| update.is_here());
+        here.iter().for_each(|update| on_threads(update, config, step, scale));
+        by_libtorch(&elsewhere, config, step, scale)
+    })
+}
+
+fn by_libtorch(updates: &[&Update], config: AdamW, step: u64, scale: Option<f64>) -> Result<(), Error> {
+    let Some(first) = updates.first() else { return Ok(()) };
     let scalar = |x: f64| Tensor::from(x).to_kind(Kind::Float).to_device(first.master.device());
-    let of = |tensor: fn(&Update) -> &Tensor| elsewhere.iter().map(|u| tensor(u).shallow_clone()).collect::<Vec<_>>();
+    let of = |tensor: fn(&Update) -> &Tensor| updates.iter().map(|u| tensor(u).shallow_clone()).collect::<Vec<_>>();
     let count = scalar(step as f64);
-    let steps: Vec<Tensor> = elsewhere.iter().map(|_| count.shallow_clone()).collect();
+    let steps: Vec<Tensor> = updates.iter().map(|_| count.shallow_clone()).collect();
     let (masters, gradients) = (of(|u| &u.master), of(|u| &u.gradient));
     let (averages, squares) = (of(|u| &u.exp_avg), of(|u| &u.exp_avg_sq));
     let scale = scale.map(scalar);
     fused_adamw(&masters, &gradients, &averages, &squares, &steps, config, scale.as_ref())?;
-    for update in elsewhere {
+    for update in updates {
         if let Some(stored) = &update.stored {
             tch::no_grad(|| stored.shallow_clone().copy_(&update.master));
         }
