@@ -29,7 +29,9 @@ fn every_collective_is_measured_beside_gloo() {
             _ => &["moerun", "gloo composed"],
         };
         assert_eq!(sides, expected, "{operation}");
-        assert!(line["of_fastest_other"].as_f64().unwrap() > 0.0);
+        // Others may be held up for as long as makes ours nothing beside it.
+        assert!(line["of_fastest_other"].as_f64().is_some_and(|ratio| ratio >= 0.0), "{operation}");
+        assert!(line["us"]["moerun"].as_f64().is_some_and(|us| us > 0.0), "{operation}");
     }
     let wrong = finish(&mut experiment.moerun(&["bench", "collectives", "--operation", "sum"]));
     assert!(
