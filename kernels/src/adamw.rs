@@ -7,8 +7,8 @@ use multiversion::multiversion;
 use tch::{Kind, Tensor};
 use torch_ext::{AdamW, Error, fused_adamw};
 
-/// Numbers that are a row here: vectors, and few of them.
-const WIDTH: usize = 64;
+/// Numbers that are rounded while they are still in the first cache.
+const WIDTH: usize = 1024;
 
 /// A parameter to update.
 pub struct Update {
@@ -98,14 +98,16 @@ fn on_threads(update: &Update, config: AdamW, step: u64, scale: Option<f64>) {
     // SAFETY: likewise.
     let stored = update.stored.as_ref().map(|stored| unsafe { Numbers::<Bf16>::of(stored) });
     for_rows(count.div_ceil(WIDTH), WIDTH, |_, rows| {
-        let place = rows.start * WIDTH..(rows.end * WIDTH).min(count);
-        // SAFETY: parts of threads do not overlap.
-        unsafe {
-            let moments = (average.part_mut(&place, 1), square.part_mut(&place, 1));
-            let master = master.part_mut(&place, 1);
-            move_on(master, gradient.part(&place, 1), moments, scalars);
-            if let Some(stored) = &stored {
-                round(master, stored.part_mut(&place, 1));
+        for start in rows.map(|row| row * WIDTH) {
+            let place = start..(start + WIDTH).min(count);
+            // SAFETY: parts of threads do not overlap.
+            unsafe {
+                let moments = (average.part_mut(&place, 1), square.part_mut(&place, 1));
+                let master = master.part_mut(&place, 1);
+                move_on(master, gradient.part(&place, 1), moments, scalars);
+                if let Some(stored) = &stored {
+                    round(master, stored.part_mut(&place, 1));
+                }
             }
         }
     });

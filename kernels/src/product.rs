@@ -168,18 +168,17 @@ fn fits(out: &Tensor, left: &Tensor, right: &Tensor, adds: bool) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
     use tch::Device;
 
-    fn random(rows: i64, columns: i64, transposed: bool, kind: Kind) -> Tensor {
-        let all = Tensor::randn([rows.max(columns) + 3; 2], (Kind::Float, Device::Cpu)).to_kind(kind);
+    pub(crate) fn random(rows: i64, columns: i64, transposed: bool, kind: Kind) -> Tensor {
+        let (outer, inner) = if transposed { (columns, rows) } else { (rows, columns) };
         // A part of a larger matrix.
-        match transposed {
-            true => all.narrow(0, 1, columns).narrow(1, 2, rows).tr(),
-            false => all.narrow(0, 1, rows).narrow(1, 2, columns),
-        }
+        let all = Tensor::randn([outer + 3, inner + 3], (Kind::Float, Device::Cpu)).to_kind(kind);
+        let part = all.narrow(0, 1, outer).narrow(1, 2, inner);
+        if transposed { part.tr() } else { part }
     }
 
     fn wide(x: &Tensor) -> Tensor {

@@ -360,16 +360,9 @@ unsafe fn widen(job: &Job, columns: &Range<usize>, panels: &Range<usize>, sums: 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::product::tests::random;
     use proptest::prelude::*;
     use tch::Device;
-
-    fn random(rows: i64, columns: i64, transposed: bool, kind: Kind) -> Tensor {
-        let (outer, inner) = if transposed { (columns, rows) } else { (rows, columns) };
-        // A part of a larger matrix.
-        let all = Tensor::randn([outer + 3, inner + 3], (Kind::Float, Device::Cpu)).to_kind(kind);
-        let part = all.narrow(0, 1, outer).narrow(1, 2, inner);
-        if transposed { part.tr() } else { part }
-    }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(400))]
