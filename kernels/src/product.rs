@@ -2,7 +2,7 @@
 //! own do it ([`multiply`](crate::multiply)), elsewhere libtorch does.
 
 #[cfg(target_arch = "x86_64")]
-use crate::multiply::{instructions_of_products, multiply};
+use crate::multiply::{instructions, multiply};
 use crate::profile::{Cost, part};
 use tch::{Kind, Tensor};
 
@@ -137,7 +137,7 @@ fn ours(products: &[(&Tensor, &Tensor, &Tensor)], adds: bool) -> bool {
     let fit = |&(out, left, right): &(&Tensor, &Tensor, &Tensor)| fits(out, left, right, adds);
     // Few rows do not pay for packing what they meet.
     let enough = adds || products.iter().any(|(out, _, _)| out.size()[0] > SMALL);
-    let Some(by) = products.first().and_then(|(_, left, _)| instructions_of_products(left.kind())) else {
+    let Some(by) = products.first().and_then(|(_, left, _)| instructions(left.kind())) else {
         return false;
     };
     if !enough || !products.iter().all(fit) {

@@ -1,7 +1,7 @@
 //! For processors with AVX2 and FMA, which have no instructions for bf16: bf16 becomes fp32 where it is packed, so that rows of a left
 //! matrix are packed, too. A tile is 6 x 16, whose row of two vectors meets six broadcast numbers: 12 of 16 registers.
 
-use super::kernel::{Kernel, LANES, Layout, Line, Operand, Out, ROWS, Store};
+use super::kernel::{Kernel, LANES, Layout, Line, Operand, Out, ROWS, Store, fetch};
 use crate::number::{Bf16, Number};
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
@@ -88,6 +88,8 @@ unsafe fn right_of_rows<T: Number>(from: &Operand, units: Range<usize>, columns:
     for first in columns.clone().step_by(COLUMNS) {
         let end = columns.end.min(first + COLUMNS);
         for (index, unit) in units.clone().enumerate() {
+            let row = from.data.wrapping_add(unit * from.inner + first * from.outer);
+            fetch(row.wrapping_add(AHEAD * from.inner), (end - first) * size_of::<T>());
             for column in (first..end).step_by(LANES) {
                 let here = (end - column).min(LANES);
                 // SAFETY: as the caller promises.
@@ -123,6 +125,7 @@ unsafe fn right_of_columns<T: Number>(from: &Operand, units: Range<usize>, colum
                     let mut rows = [_mm256_setzero_ps(); WIDTH];
                     for (column, row) in rows.iter_mut().enumerate().take(there.saturating_sub(half)) {
                         let at = from.data.add(unit * from.inner + (first + half + column) * from.outer).cast::<T>();
+                        fetch(at.wrapping_add(AHEAD * WIDTH).cast(), 1);
                         *row = match here {
                             WIDTH => eight(at),
                             _ => some(at, here),
@@ -165,16 +168,8 @@ unsafe fn left_of_rows<T: Number>(from: &Operand, units: Range<usize>, first: us
 unsafe fn left_of_columns<T: Number>(from: &Operand, units: Range<usize>, first: usize, rows: usize, to: *mut f32) {
     let count = units.len();
     for (index, unit) in units.enumerate() {
-        // SAFETY: as the caller promises; fetching asks for nothing.
-        let at = unsafe {
-            let at = from.data.add(unit * from.inner + first * from.outer);
-            // Rows may be pages apart, which a processor does not follow by itself.
-            let ahead = at.wrapping_add(AHEAD * from.inner);
-            for line in (0..rows * size_of::<T>()).step_by(64) {
-                _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line).cast());
-            }
-            at
-        };
+        let at = from.data.wrapping_add(unit * from.inner + first * from.outer);
+        fetch(at.wrapping_add(AHEAD * from.inner), rows * size_of::<T>());
         for (panel, row) in (0..rows).step_by(ROWS).enumerate() {
             // SAFETY: as the caller promises. What is written beyond six numbers, the next unit's are written over.
             unsafe {
@@ -261,6 +256,7 @@ fn transposed(a: [__m256; WIDTH]) -> [__m256; WIDTH] {
 unsafe fn tile(units: usize, left: [*const u8; ROWS], step: usize, right: *const f32, out: Out) {
     // SAFETY: as the caller promises.
     unsafe {
+        out.fetch(1);
         let mut sums = [[_mm256_setzero_ps(); 2]; ROWS];
         let mut at = 0;
         for unit in 0..units {

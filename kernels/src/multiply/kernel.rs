@@ -1,5 +1,6 @@
 //! What kernels of different processors have in common: operands, units, tiles and where those go.
 
+use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch};
 use std::ops::Range;
 
 /// Rows of a tile.
@@ -46,6 +47,22 @@ pub(crate) struct Out {
     /// Columns of the last vector that there are, a bit each.
     pub(crate) mask: u16,
     pub(crate) store: Store,
+}
+
+impl Out {
+    /// Has the numbers that are added to, `lines` lines a row, fetched while the product is made.
+    #[inline(always)]
+    pub(crate) fn fetch(&self, lines: usize) {
+        if self.store == Store::Add {
+            for i in 0..self.rows {
+                for line in 0..lines {
+                    let at = self.data.wrapping_add(i * self.row + line * size_of::<Line>());
+                    // SAFETY: fetching asks for nothing.
+                    unsafe { _mm_prefetch::<_MM_HINT_ET0>(at.cast()) }
+                }
+            }
+        }
+    }
 }
 
 /// What becomes of the numbers that are there.
@@ -115,6 +132,15 @@ pub(crate) fn room(buffer: &mut Vec<Line>, units: usize) -> *mut Line {
         buffer.resize(lines, Line([0; LANES]));
     }
     buffer.as_mut_ptr()
+}
+
+/// Has bytes fetched that will be read. Rows may be pages apart, which a processor does not follow by itself.
+#[inline(always)]
+pub(crate) fn fetch(at: *const u8, bytes: usize) {
+    for line in (0..bytes).step_by(size_of::<Line>()) {
+        // SAFETY: fetching asks for nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(line).cast()) }
+    }
 }
 
 /// A bit for each number of a line that is there.

@@ -41,7 +41,7 @@ pub(crate) enum Instructions {
     Avx2,
 }
 
-/// Those of this processor that attend to numbers of `kind` faster than libtorch, if any do.
+/// Those of this processor that make products of numbers of `kind`, and attend to them, faster than libtorch, if any do.
 pub(crate) fn instructions(kind: Kind) -> Option<Instructions> {
     static BEST: OnceLock<(Option<Instructions>, bool)> = OnceLock::new();
     let (best, intel) = *BEST.get_or_init(|| {
@@ -57,12 +57,6 @@ pub(crate) fn instructions(kind: Kind) -> Option<Instructions> {
         (Instructions::Avx2, Kind::BFloat16) if !std::is_x86_feature_detected!("avx512bw") => best,
         _ => None,
     }
-}
-
-/// Those that make products of numbers of `kind` faster.
-pub(crate) fn instructions_of_products(kind: Kind) -> Option<Instructions> {
-    // In fp32 MKL's kernel of 256 bits, which is what AMD's get of it, is as fast as ours.
-    instructions(kind).filter(|by| kind == Kind::BFloat16 || *by != Instructions::Avx2)
 }
 
 impl Instructions {

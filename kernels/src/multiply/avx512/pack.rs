@@ -2,11 +2,13 @@
 //! numbers that follow each other along the inner dimension), in the order in which they are read.
 
 use super::{VECTORS, per_unit, size};
-use crate::multiply::kernel::{LANES, Line, Operand, ROWS, mask};
+use crate::multiply::kernel::{LANES, Line, Operand, ROWS, fetch, mask};
 use std::arch::x86_64::*;
 
 /// Units from what is read to what is fetched meanwhile.
 const AHEAD: usize = 8;
+/// The same, of lines along a row.
+const LINES_AHEAD: usize = 4;
 
 impl Operand {
     /// Up to 16 neighbours' units, where neighbours lie beside each other.
@@ -70,6 +72,10 @@ unsafe fn panel<const BF16: bool>(
     unsafe {
         if from.outer == size(BF16) {
             for (index, unit) in units.enumerate() {
+                let ahead = (unit + AHEAD) * per_unit(BF16) * from.inner + first * from.outer;
+                for number in 0..per_unit(BF16) {
+                    fetch(from.data.wrapping_add(ahead + number * from.inner), columns * size(BF16));
+                }
                 for line in 0..lines {
                     let mask = mask(columns - line * LANES);
                     let values = from.neighbours::<BF16>(unit, first + line * LANES, mask);
@@ -84,7 +90,11 @@ unsafe fn panel<const BF16: bool>(
                 let there = (columns - line * LANES).min(LANES);
                 let at = from.data.add(unit * 4 + (first + line * LANES) * from.outer);
                 let rows: [__m512i; LANES] = std::array::from_fn(|column| match column < there {
-                    true => _mm512_maskz_loadu_epi32(mask(here), at.add(column * from.outer).cast()),
+                    true => {
+                        let at = at.add(column * from.outer);
+                        fetch(at.wrapping_add(LINES_AHEAD * size_of::<Line>()), 1);
+                        _mm512_maskz_loadu_epi32(mask(here), at.cast())
+                    }
                     false => _mm512_setzero_si512(),
                 });
                 for (step, values) in transposed(rows).into_iter().enumerate().take(here) {
@@ -114,12 +124,9 @@ pub(super) unsafe fn left<const BF16: bool>(
     unsafe {
         for (index, unit) in units.enumerate() {
             let at = from.data.add(unit * per_unit(BF16) * from.inner + first * from.outer);
-            // Rows may be pages apart, which a processor does not follow by itself.
             let ahead = at.wrapping_add(AHEAD * per_unit(BF16) * from.inner);
             for number in 0..per_unit(BF16) {
-                for line in (0..rows * size(BF16)).step_by(64) {
-                    _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(number * from.inner + line).cast());
-                }
+                fetch(ahead.wrapping_add(number * from.inner), rows * size(BF16));
             }
             // After an odd number comes nothing.
             let other = 2 * unit + 1 < from.len;

@@ -18,6 +18,7 @@ unsafe fn tile<const BF16: bool, const N: usize>(
 ) {
     // SAFETY: as the caller promises.
     unsafe {
+        out.fetch(N);
         let mut sums = [[_mm512_setzero_ps(); N]; ROWS];
         for unit in 0..units {
             let right: [__m512; N] = std::array::from_fn(|j| _mm512_load_ps(right.add(unit * N + j).cast()));
