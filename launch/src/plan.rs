@@ -5,6 +5,7 @@ use crate::config_file::{load, refuse_problems};
 use anyhow::{Context, Result, anyhow, bail};
 use parallel::pipeline::check::check;
 use parallel::pipeline::communication::with_communication;
+use parallel::pipeline::refine::refined;
 use parallel::pipeline::schedules::ScheduleKind;
 use parallel::pipeline::simulate::{Costs, VocabularyCosts, simulate};
 use parallel::pipeline::vocabulary::with_vocabulary;
@@ -14,7 +15,7 @@ use trainer::RankMemory;
 
 /// `moerun plan schedule`.
 pub(crate) fn schedule(args: &ScheduleArgs) -> Result<ExitCode> {
-    let order = order(args)?;
+    let (order, known) = order(args)?;
     let (forward, backward_input, backward_weight, output) = match args.times[..] {
         // A large vocabulary's output layer takes about as long as a stage.
         [f, b, w] => (f, b, w, if args.vocabulary.is_some() { f } else { 0.0 }),
@@ -28,7 +29,6 @@ pub(crate) fn schedule(args: &ScheduleArgs) -> Result<ExitCode> {
     let (ranks, chunks) = (order.ranks.len(), order.chunks as f64);
     let mut costs = Costs::uniform(order.stages(), forward / chunks, backward_input / chunks, backward_weight / chunks);
     let share = output / ranks as f64;
-    let shared = VocabularyCosts { logits: 2.0 * share, logits_backward: share, ..VocabularyCosts::default() };
     let order = match args.vocabulary {
         Some(algorithm) => {
             let algorithm = match algorithm {
@@ -37,7 +37,7 @@ pub(crate) fn schedule(args: &ScheduleArgs) -> Result<ExitCode> {
                 VocabularyName::Vocab1 => Vocabulary::Vocab1,
                 VocabularyName::Vocab2 => Vocabulary::Vocab2,
             };
-            costs.vocabulary = vec![shared; ranks];
+            costs.vocabulary = vec![VocabularyCosts::of(algorithm, share); ranks];
             with_vocabulary(&order, algorithm, &costs)
         }
         None => {
@@ -50,6 +50,7 @@ pub(crate) fn schedule(args: &ScheduleArgs) -> Result<ExitCode> {
             order
         }
     };
+    let order = if known { refined(&order, &costs) } else { order };
     if args.yaml {
         print!("{}", serde_saphyr::to_string(&OrderFile::from(&order)).context("cannot write the schedule")?);
         return Ok(ExitCode::SUCCESS);
@@ -83,11 +84,12 @@ pub(crate) fn schedule(args: &ScheduleArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A known schedule, or the one in a file.
-fn order(args: &ScheduleArgs) -> Result<Order> {
+/// A known schedule, or the one in a file; and whether it is a known one.
+fn order(args: &ScheduleArgs) -> Result<(Order, bool)> {
     let kind: Result<ScheduleKind, _> = serde_json::from_value(args.schedule.clone().into());
     if let Ok(kind) = kind {
-        return kind.order(args.ranks, args.microbatches, args.chunks).map_err(|error| anyhow!(error));
+        let order = kind.order(args.ranks, args.microbatches, args.chunks).map_err(|error| anyhow!(error))?;
+        return Ok((order, true));
     }
     let text = std::fs::read_to_string(&args.schedule).with_context(|| {
         format!(
@@ -97,7 +99,8 @@ fn order(args: &ScheduleArgs) -> Result<Order> {
         )
     })?;
     let file: OrderFile = serde_saphyr::from_str(&text).map_err(|error| anyhow!("{}: {error}", args.schedule))?;
-    file.parse().map_err(|error| anyhow!("{}: {error}", args.schedule))
+    let order = file.parse().map_err(|error| anyhow!("{}: {error}", args.schedule))?;
+    Ok((order, false))
 }
 
 /// `moerun plan mesh`.

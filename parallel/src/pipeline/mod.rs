@@ -2,6 +2,7 @@
 //!
 //! - [`schedules`] generates the known orders; a person's own can be parsed from text;
 //! - [`vocabulary`] inserts the passes of vocabulary parallelism into any order;
+//! - [`refine`] moves passes to where they shorten the step;
 //! - [`communication`] inserts sends, receives and collectives;
 //! - [`check`] proves that a schedule can run; [`simulate`] says how long it takes and what it holds; [`draw`] draws it.
 //!
@@ -12,6 +13,7 @@ pub mod communication;
 pub mod draw;
 mod execute;
 mod lane;
+pub mod refine;
 pub mod schedules;
 pub mod simulate;
 mod text;

@@ -1,7 +1,7 @@
 //! How long a schedule takes, and what each rank holds, from the times of its passes.
 
 use super::communication::{Need, only_takes};
-use super::{Collective, Message, Order, Pass, PassKind, Schedule, Step};
+use super::{Collective, Message, Order, Pass, PassKind, Schedule, Step, Vocabulary};
 use std::collections::HashMap;
 
 /// Times of passes and of communication, in any one unit.
@@ -34,6 +34,15 @@ pub struct VocabularyCosts {
     pub embed: f64,
     /// IB.
     pub embed_backward: f64,
+}
+
+impl VocabularyCosts {
+    /// Those by `vocabulary`, of a rank whose part of the logits takes `logits` to compute: three products of the same size, of which S
+    /// has that one, and T those for both gradients, unless S has the input's.
+    pub fn of(vocabulary: Vocabulary, logits: f64) -> VocabularyCosts {
+        let (of_s, of_t) = if vocabulary.gradient_after_t() { (1.0, 2.0) } else { (2.0, 1.0) };
+        VocabularyCosts { logits: of_s * logits, logits_backward: of_t * logits, ..VocabularyCosts::default() }
+    }
 }
 
 impl Costs {

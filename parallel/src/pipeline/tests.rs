@@ -1,5 +1,6 @@
 use super::check::{ScheduleError, check};
 use super::communication::with_communication;
+use super::refine::refined;
 use super::schedules::ScheduleKind;
 use super::simulate::{Costs, Timeline, VocabularyCosts, simulate};
 use super::vocabulary::with_vocabulary;
@@ -186,6 +187,43 @@ fn measured_iterations_of_the_papers_authors_are_predicted() {
         checked += 1;
     }
     assert_eq!(checked, 32);
+}
+
+#[test]
+fn refined_orders_take_less_time_and_hold_no_more() {
+    let mut shorter = 0;
+    for (p, m) in sizes().filter(|(p, m)| p * m <= 32) {
+        for (kind, order) in orders(p, m) {
+            for vocabulary in [None, Some(Vocabulary::Vocab1), Some(Vocabulary::Vocab2)] {
+                for (f, b, w, x) in [(1.0, 1.0, 1.0, 2.0), (1.0, 1.3, 0.8, 3.0), (0.6, 1.5, 1.1, 0.7)] {
+                    let mut costs = Costs::uniform(order.stages(), f, b, w);
+                    (costs.send, costs.collective) = (0.05 * f, 0.1 * f);
+                    costs.vocabulary = vec![VocabularyCosts::of(Vocabulary::Vocab1, x / 3.0); p];
+                    let order = vocabulary.map_or(order.clone(), |which| with_vocabulary(&order, which, &costs));
+                    let better = refined(&order, &costs);
+                    let case = format!("{} {vocabulary:?} {p} x {m}, {f} {b} {w} {x}", kind.name());
+                    check(&with_communication(better.clone())).unwrap_or_else(|error| panic!("{case}: {error}"));
+                    let (before, after) = (run(order.clone(), &costs), run(better.clone(), &costs));
+                    assert!(after.total <= before.total * (1.0 + 1e-9), "{case}: {} to {}", before.total, after.total);
+                    let held = |of: fn(&Timeline) -> &Vec<f64>| {
+                        of(&after).iter().zip(of(&before)).all(|(after, before)| after <= before)
+                    };
+                    assert!(held(|timeline| &timeline.held), "{case}");
+                    assert!(held(|timeline| &timeline.held_until_input_gradient), "{case}");
+                    // What has no freedom is left alone.
+                    let split = order.ranks.iter().flatten().any(|pass| pass.kind == PassKind::BackwardWeight);
+                    assert!(split || vocabulary.is_some() || better == order, "{case}");
+                    shorter += usize::from(after.total < 0.99 * before.total);
+                }
+            }
+        }
+    }
+    // Neither nothing nor everything: where F, B and W take the same, known orders are as short as orders get.
+    assert!(shorter > 100, "{shorter}");
+    let uniform = Costs { send: 0.05, collective: 0.1, ..Costs::uniform(8, 1.0, 1.0, 1.0) };
+    let order = ScheduleKind::ZbV.order(4, 16, None).unwrap();
+    let [before, after] = [order.clone(), refined(&order, &uniform)].map(|order| run(order, &uniform).total);
+    assert!(after > 0.97 * before, "{before} to {after}");
 }
 
 fn broken(change: impl Fn(&mut Schedule)) -> ScheduleError {

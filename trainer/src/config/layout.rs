@@ -5,6 +5,7 @@ use crate::model::split_layers;
 use parallel::context::ContextKind;
 use parallel::pipeline::check::check;
 use parallel::pipeline::communication::with_communication;
+use parallel::pipeline::refine::refined;
 use parallel::pipeline::schedules::ScheduleKind;
 use parallel::pipeline::simulate::{Costs, VocabularyCosts};
 use parallel::pipeline::vocabulary::with_vocabulary;
@@ -288,9 +289,15 @@ impl Config {
                 self.model.layers
             ));
         }
+        let costs = self.costs(&order, &layers);
         let order = match vocabulary.algorithm() {
-            Some(algorithm) => with_vocabulary(&order, algorithm, &self.costs(&order, &layers)),
+            Some(algorithm) => with_vocabulary(&order, algorithm, &costs),
             None => order,
+        };
+        // Who wrote an order wants that one.
+        let order = match schedule {
+            ScheduleChoice::Known(_) => refined(&order, &costs),
+            ScheduleChoice::File { .. } => order,
         };
         let schedule = with_communication(order);
         check(&schedule).map_err(|error| key(error.to_string()))?;
@@ -301,9 +308,10 @@ impl Config {
     pub fn costs(&self, order: &Order, layers: &[usize]) -> Costs {
         let (_, head) = self.model.ends_in_layers();
         let ranks = order.ranks.len();
-        // S has two of the three matrix products, the input's gradient among them with `vocab-2`.
-        let share = head / ranks as f64;
-        let vocabulary = VocabularyCosts { logits: 2.0 * share, logits_backward: share, ..VocabularyCosts::default() };
+        let vocabulary = match self.parallel.vocabulary.algorithm() {
+            Some(algorithm) => VocabularyCosts::of(algorithm, head / ranks as f64),
+            None => VocabularyCosts::default(),
+        };
         let of_stage: Vec<f64> = layers.iter().map(|&layers| layers as f64).collect();
         Costs {
             forward: of_stage.clone(),

@@ -1,0 +1,228 @@
+//! Moves passes of an order to where they shorten the step, by the times of its passes. The orders of the papers suppose that F, B and
+//! W take equal times and hardly any of them is shared out with the vocabulary; arXiv 2401.10241, section 3, looks for orders by times,
+//! as this does, but anew.
+
+use super::communication::Need;
+use super::simulate::Costs;
+use super::{Collective, Order, Pass, PassKind, Payload, Vocabulary};
+use std::collections::HashMap;
+
+/// How many places a pass is moved at most, at once.
+const REACH: usize = 6;
+/// How long a message takes at least, and a collective, in parts of a mean F: without room an order that is right on paper waits for
+/// whatever is late.
+const ROOM: [f64; 2] = [0.05, 0.1];
+/// Passes that are gone through before the best order so far is taken: a tenth of a second.
+const BUDGET: usize = 4_000_000;
+/// Gains below this part of a step are none.
+const GAIN: f64 = 1e-6;
+
+/// `order`, or one that takes less time by `costs` and holds no more, on any rank, of microbatches and of logits. Passes of one kind
+/// and chunk stay in their order.
+///
+/// Left as they are: orders that neither split the backward nor share the vocabulary out, which are what their names say; those with
+/// `naive` and `interlaced`, which are there to compare with; those that cannot run.
+///
+/// A pure function: all ranks find the same.
+pub fn refined(order: &Order, costs: &Costs) -> Order {
+    let splits = order.ranks.iter().flatten().any(|pass| pass.kind == PassKind::BackwardWeight);
+    match order.vocabulary {
+        Some(Vocabulary::Naive | Vocabulary::Interlaced) => return order.clone(),
+        None if !splits => return order.clone(),
+        _ => {}
+    }
+    let graph = Graph::new(order, costs);
+    let mut lists = graph.lists.clone();
+    let limits: Vec<Held> = lists.iter().map(|list| graph.held(list)).collect();
+    let Some(mut best) = graph.run(&lists) else { return order.clone() };
+    let mut left = BUDGET / graph.passes.len().max(1);
+    // Only what lies on the longest way through a step can shorten it.
+    while let Some((shorter, run)) = graph.longest_way(&lists, &best).into_iter().find_map(|(rank, at)| {
+        places(at, lists[rank].len()).find_map(|to| {
+            let list = graph.moved(&lists[rank], at, to)?;
+            if left == 0 || !graph.held(&list).within(&limits[rank]) {
+                return None;
+            }
+            left -= 1;
+            let mut lists = lists.clone();
+            lists[rank] = list;
+            let run = graph.run(&lists)?;
+            (run.total < best.total * (1.0 - GAIN)).then_some((lists, run))
+        })
+    }) {
+        (lists, best) = (shorter, run);
+    }
+    let passes = |list: Vec<usize>| list.into_iter().map(|pass| graph.passes[pass].1).collect();
+    Order { ranks: lists.into_iter().map(passes).collect(), ..order.clone() }
+}
+
+/// Places near `at` in a list of `len`, the nearest first.
+fn places(at: usize, len: usize) -> impl Iterator<Item = usize> {
+    let around = move |far: usize| [at.checked_sub(far), Some(at + far).filter(|&to| to < len)];
+    (1..=REACH).flat_map(around).flatten()
+}
+
+/// What passes wait for. They are known by numbers.
+struct Graph {
+    /// Rank and pass.
+    passes: Vec<(usize, Pass)>,
+    times: Vec<f64>,
+    /// For each pass, those that it waits for, and how long after their end it can begin.
+    needs: Vec<Vec<(usize, f64)>>,
+    lists: Vec<Vec<usize>>,
+}
+
+/// When passes end, and the whole.
+struct Ends {
+    ends: Vec<f64>,
+    total: f64,
+}
+
+/// The most that a rank holds: chunks' activations until their weights' gradients are made, and until their inputs' are, and logits.
+#[derive(Default, Clone, Copy)]
+struct Held {
+    until_weights: usize,
+    until_inputs: usize,
+    logits: usize,
+}
+
+impl Held {
+    fn within(self, limit: &Held) -> bool {
+        self.until_weights <= limit.until_weights
+            && self.until_inputs <= limit.until_inputs
+            && self.logits <= limit.logits
+    }
+}
+
+impl Graph {
+    fn new(order: &Order, costs: &Costs) -> Graph {
+        let forward = costs.forward.iter().sum::<f64>() / costs.forward.len().max(1) as f64;
+        let [send, collective] = [costs.send, costs.collective];
+        let (send, collective) = (send.max(ROOM[0] * forward), collective.max(ROOM[1] * forward));
+        let mut graph = Graph { passes: Vec::new(), times: Vec::new(), needs: Vec::new(), lists: Vec::new() };
+        let mut numbers = HashMap::new();
+        let mut givers: HashMap<Collective, Vec<usize>> = HashMap::new();
+        for (rank, passes) in order.ranks.iter().enumerate() {
+            let first = graph.passes.len();
+            for &pass in passes {
+                let number = graph.passes.len();
+                numbers.insert((rank, pass), number);
+                order.gives(rank, pass).into_iter().for_each(|to| givers.entry(to).or_default().push(number));
+                graph.passes.push((rank, pass));
+                graph.times.push(costs.of(order, rank, pass));
+            }
+            graph.lists.push((first..graph.passes.len()).collect());
+        }
+        // A backward that gives the input's gradient, whether or not its other part is split off.
+        let number_of = |rank: usize, pass: Pass| {
+            let split = Pass { kind: PassKind::BackwardInput, ..pass };
+            let whole = numbers.get(&(rank, pass));
+            whole.or_else(|| numbers.get(&(rank, split)).filter(|_| pass.kind == PassKind::Backward)).copied()
+        };
+        let needs_of = |&(rank, pass): &(usize, Pass)| {
+            let of_need = |need| match need {
+                Need::Pass(other) => number_of(rank, other).map(|number| (number, 0.0)).into_iter().collect(),
+                Need::Message(message) => {
+                    let (maker, kind) = match message.payload {
+                        Payload::Activation => (message.stage - 1, PassKind::Forward),
+                        Payload::Gradient => (message.stage + 1, PassKind::Backward),
+                    };
+                    let (peer, chunk) = order.place(maker);
+                    let number = number_of(peer, Pass::new(kind, chunk, message.microbatch));
+                    number.map(|number| (number, send)).into_iter().collect()
+                }
+                Need::Collective(of) => {
+                    let givers = givers.get(&of).into_iter().flatten();
+                    givers.map(|&giver| (giver, collective)).collect::<Vec<_>>()
+                }
+            };
+            order.needs(rank, pass).into_iter().flat_map(of_need).collect()
+        };
+        graph.needs = graph.passes.iter().map(needs_of).collect();
+        graph
+    }
+
+    /// When passes end, if they can all run in this order.
+    fn run(&self, lists: &[Vec<usize>]) -> Option<Ends> {
+        let mut ends = vec![f64::NAN; self.passes.len()];
+        let (mut at, mut clock) = (vec![0; lists.len()], vec![0.0f64; lists.len()]);
+        let mut left = self.passes.len();
+        while left > 0 {
+            let before = left;
+            for (rank, list) in lists.iter().enumerate() {
+                while let Some(&pass) = list.get(at[rank]) {
+                    let mut needs = self.needs[pass].iter();
+                    // What has not ended is not a number.
+                    let ready = needs.try_fold(clock[rank], |ready, &(other, after)| {
+                        let opens = ends[other] + after;
+                        (!opens.is_nan()).then_some(f64::max(ready, opens))
+                    });
+                    let Some(ready) = ready else { break };
+                    clock[rank] = ready + self.times[pass];
+                    ends[pass] = clock[rank];
+                    at[rank] += 1;
+                    left -= 1;
+                }
+            }
+            if left == before {
+                return None;
+            }
+        }
+        Some(Ends { ends, total: clock.into_iter().fold(0.0, f64::max) })
+    }
+
+    /// The passes of which each ends when the next begins, from the last one on: ranks, and places in their lists.
+    fn longest_way(&self, lists: &[Vec<usize>], run: &Ends) -> Vec<(usize, usize)> {
+        let mut place = vec![0; self.passes.len()];
+        lists.iter().for_each(|list| list.iter().enumerate().for_each(|(at, &pass)| place[pass] = at));
+        let mut way = Vec::new();
+        let mut next = (0..self.passes.len()).max_by(|&a, &b| run.ends[a].total_cmp(&run.ends[b]));
+        while let Some(pass) = next {
+            let (rank, at) = (self.passes[pass].0, place[pass]);
+            way.push((rank, at));
+            let before = at.checked_sub(1).map(|before| (lists[rank][before], 0.0));
+            let all = self.needs[pass].iter().copied().chain(before);
+            let latest = all.max_by(|a, b| (run.ends[a.0] + a.1).total_cmp(&(run.ends[b.0] + b.1)));
+            next = latest.map(|(other, _)| other);
+        }
+        way
+    }
+
+    /// `list` with what is at `at` moved to `to`, unless it would pass another one of its kind and chunk.
+    fn moved(&self, list: &[usize], at: usize, to: usize) -> Option<Vec<usize>> {
+        let (_, pass) = self.passes[list[at]];
+        let over = if to < at { &list[to..at] } else { &list[at + 1..=to] };
+        let alike = |&other: &usize| {
+            let (_, other) = self.passes[other];
+            let both = pass.kind.gives_input_gradient() && other.kind.gives_input_gradient();
+            other.chunk == pass.chunk && (other.kind == pass.kind || both)
+        };
+        if over.iter().any(alike) {
+            return None;
+        }
+        let mut list = list.to_vec();
+        let pass = list.remove(at);
+        list.insert(to, pass);
+        Some(list)
+    }
+
+    fn held(&self, list: &[usize]) -> Held {
+        let (mut weights, mut inputs, mut logits) = (0usize, 0usize, 0usize);
+        let mut most = Held::default();
+        for &pass in list {
+            match self.passes[pass].1.kind {
+                PassKind::Forward => (weights, inputs) = (weights + 1, inputs + 1),
+                PassKind::Backward => (weights, inputs) = (weights.saturating_sub(1), inputs.saturating_sub(1)),
+                PassKind::BackwardInput => inputs = inputs.saturating_sub(1),
+                PassKind::BackwardWeight => weights = weights.saturating_sub(1),
+                PassKind::Logits => logits += 1,
+                PassKind::LogitsBackward => logits = logits.saturating_sub(1),
+                PassKind::Normalize | PassKind::Embed | PassKind::EmbedBackward => {}
+            }
+            most.until_weights = most.until_weights.max(weights);
+            most.until_inputs = most.until_inputs.max(inputs);
+            most.logits = most.logits.max(logits);
+        }
+        most
+    }
+}
