@@ -19,6 +19,7 @@ pub mod profile;
 mod rotary;
 mod rows;
 mod softmax;
+mod squares;
 mod swiglu;
 
 pub use adamw::{Update, adamw};
@@ -29,4 +30,5 @@ pub use norm::{rms_norm, rms_norm_backward};
 pub use product::{add_grouped_product, add_product, grouped_product, product, product_into};
 pub use rotary::rotate;
 pub use softmax::{softmax, softmax_gradient};
+pub use squares::sum_of_squares;
 pub use swiglu::{swiglu, swiglu_backward};

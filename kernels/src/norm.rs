@@ -2,7 +2,7 @@
 
 use crate::number::Number;
 use crate::profile::{Cost, part};
-use crate::rows::{Numbers, for_kind, for_rows, kind_on_host};
+use crate::rows::{Numbers, for_kind, for_rows, kind_on_host, parts};
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
 
@@ -41,8 +41,8 @@ pub fn rms_norm_backward(grad: &Tensor, x: &Tensor, scale: &Tensor, weight: &Ten
         };
         let width = weight.numel();
         let out = x.empty_like();
-        // Threads add up for themselves, and their sums are added in order.
-        let parts = torch_ext::parallel_parts();
+        // Parts add up for themselves, and their sums are added in order.
+        let parts = parts(scale.numel(), width);
         let sums = Tensor::zeros([parts as i64, width as i64], (Kind::Float, x.device()));
         for_kind!(kind, backward_on_threads([grad, x, scale, weight], &out, &sums, width));
         (out, sums.sum_dim_intlist([0i64].as_slice(), false, Kind::Float))

@@ -1,11 +1,13 @@
 //! Rows of tensors in host memory, shared out over threads.
 
-use crate::number::Number;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use tch::{Device, Kind, Tensor};
 
 /// Numbers that are worth a thread.
 const GRAIN: usize = 8192;
+/// Parts for each thread: one that was held up leaves the rest of its parts to others.
+const PARTS: usize = 4;
 
 /// The dtype of tensors that loops here can go through: in host memory, each without gaps, all of the same dtype.
 pub(crate) fn kind_on_host(tensors: &[&Tensor]) -> Option<Kind> {
@@ -14,9 +16,39 @@ pub(crate) fn kind_on_host(tensors: &[&Tensor]) -> Option<Kind> {
     (matches!(kind, Kind::Float | Kind::BFloat16) && tensors.iter().all(fits)).then_some(kind)
 }
 
-/// Goes through `count` rows of about `width` numbers, on as many threads as that is worth: `body` gets the number of its part.
+/// Calls `body` for each number below `count`, on whichever thread is free.
+pub(crate) fn on_threads(count: usize, body: impl Fn(usize) + Sync) {
+    let next = AtomicUsize::new(0);
+    torch_ext::parallel_for(count, 1, |_, _| {
+        loop {
+            let item = next.fetch_add(1, Ordering::Relaxed);
+            if item >= count {
+                return;
+            }
+            body(item);
+        }
+    });
+}
+
+/// How many parts [`for_rows`] makes.
+pub(crate) fn parts(count: usize, width: usize) -> usize {
+    let worth = (count * width).div_ceil(GRAIN).min(count).max(1);
+    match torch_ext::parallel_parts() {
+        1 => 1,
+        threads => worth.min(threads * PARTS),
+    }
+}
+
+/// Goes through `count` rows of about `width` numbers, on as many threads as that is worth, in [`parts`]: `body` gets the number of
+/// its part, and its rows.
 pub(crate) fn for_rows(count: usize, width: usize, body: impl Fn(usize, Range<usize>) + Sync) {
-    torch_ext::parallel_for(count, (GRAIN / width.max(1)).max(1), body);
+    let parts = parts(count, width);
+    on_threads(parts, |part| {
+        let rows = count * part / parts..count * (part + 1) / parts;
+        if !rows.is_empty() {
+            body(part, rows);
+        }
+    });
 }
 
 /// A tensor's numbers.
@@ -26,9 +58,9 @@ pub(crate) struct Numbers<T> {
 }
 
 // SAFETY: threads get parts of it that do not overlap where they write (`Numbers::part_mut`).
-unsafe impl<T: Number> Sync for Numbers<T> {}
+unsafe impl<T: Send + Sync> Sync for Numbers<T> {}
 
-impl<T: Number> Numbers<T> {
+impl<T> Numbers<T> {
     /// # Safety
     /// The tensor is in host memory, without gaps, holds numbers of type T, and outlives this.
     pub(crate) unsafe fn of(tensor: &Tensor) -> Numbers<T> {

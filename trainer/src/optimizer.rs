@@ -3,7 +3,7 @@
 use crate::Error;
 use crate::config::OptimizerConfig;
 use crate::parameters::Parameters;
-use kernels::{Update, adamw};
+use kernels::{Update, adamw, sum_of_squares};
 use parallel::{Accelerator, Communicator, GradientBuckets, ReduceOp};
 use std::sync::Arc;
 use tch::{Kind, Tensor};
@@ -63,12 +63,12 @@ impl Optimizer {
     /// When a collective fails.
     pub fn grad_norm(&self, parameters: &Parameters, gradients: &GradientBuckets) -> Result<f64, Error> {
         let counted = parameters.iter().enumerate().filter(|(_, parameter)| parameter.counted);
-        let norms: Vec<Tensor> = counted.map(|(index, _)| gradients.gradient(index).norm()).collect();
-        let norms = match norms.is_empty() {
+        let squares: Vec<Tensor> = counted.map(|(index, _)| sum_of_squares(&gradients.gradient(index))).collect();
+        let squares = match squares.is_empty() {
             true => Vec::new(),
-            false => Vec::<f64>::try_from(Tensor::stack(&norms, 0).to_kind(Kind::Double))?,
+            false => Vec::<f64>::try_from(Tensor::stack(&squares, 0))?,
         };
-        let total = Tensor::from_slice(&[norms.iter().map(|norm| norm * norm).sum::<f64>()]);
+        let total = Tensor::from_slice(&[squares.iter().sum::<f64>()]);
         self.world.all_reduce(&total, ReduceOp::Sum)?.wait()?;
         Ok(total.double_value(&[0]).sqrt())
     }

@@ -8,6 +8,7 @@ use crate::exponential::exp;
 use crate::multiply::kernel::{Kernel, LANES, Line, Operand, Out, ROWS, Store, mask, room};
 use crate::multiply::{Avx2, Avx512, Instructions, instructions};
 use crate::number::{Bf16, Number};
+use crate::rows::on_threads;
 use std::cell::RefCell;
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
@@ -179,12 +180,8 @@ impl Job {
 
     /// Calls `body` for every sequence and key head.
     fn on_threads(&self, body: impl Fn((usize, usize), &mut Buffers) + Sync) {
-        torch_ext::parallel_for(self.batch * self.kv_heads, 1, |_, range| {
-            BUFFERS.with_borrow_mut(|buffers| {
-                for item in range {
-                    body((item / self.kv_heads, item % self.kv_heads), buffers);
-                }
-            });
+        on_threads(self.batch * self.kv_heads, |item| {
+            BUFFERS.with_borrow_mut(|buffers| body((item / self.kv_heads, item % self.kv_heads), buffers));
         });
     }
 

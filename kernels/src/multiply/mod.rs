@@ -13,6 +13,7 @@ pub(crate) mod kernel;
 mod share;
 
 use crate::number::{Bf16, Number};
+use crate::rows::on_threads;
 pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
 use kernel::{Kernel, LANES, Layout, Line, Operand, Out, ROWS, Store, mask, room};
@@ -20,7 +21,6 @@ use share::{Wave, share};
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use tch::{Kind, Tensor};
 
 /// Columns that a thread packs at once: of whole panels.
@@ -121,9 +121,9 @@ fn multiply_by<K: Kernel>(products: &[Product], adds: bool) {
     PACKED_RIGHT.with_borrow_mut(|buffer| {
         for wave in share(&sizes, torch_ext::parallel_parts()) {
             let packed = pack_wave::<K>(&jobs, &wave, buffer);
-            on_threads(&wave.parts, |pieces| {
+            on_threads(wave.parts.len(), |part| {
                 BUFFERS.with_borrow_mut(|buffers| {
-                    for piece in pieces {
+                    for piece in &wave.parts[part] {
                         let block = &wave.blocks[piece.block];
                         let right = packed.of(piece.block);
                         // SAFETY: the processor was asked, sizes were compared in `job`, what is needed of the right matrix is packed, and
@@ -132,16 +132,6 @@ fn multiply_by<K: Kernel>(products: &[Product], adds: bool) {
                     }
                 });
             });
-        }
-    });
-}
-
-/// Calls `body` for each of `items`, on whichever thread is free.
-fn on_threads<T: Sync>(items: &[T], body: impl Fn(&T) + Sync) {
-    let next = AtomicUsize::new(0);
-    torch_ext::parallel_for(items.len(), 1, |_, _| {
-        while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
-            body(item);
         }
     });
 }
@@ -193,7 +183,7 @@ fn pack_wave<K: Kernel>(jobs: &[Job], wave: &Wave, buffer: &mut Vec<Line>) -> Pa
     };
     match wave.parts.len() {
         1 => chunks.iter().for_each(pack),
-        _ => on_threads(&chunks, pack),
+        _ => on_threads(chunks.len(), |chunk| pack(&chunks[chunk])),
     }
     packed
 }

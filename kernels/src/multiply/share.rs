@@ -8,7 +8,7 @@ const WIDTH: usize = 256;
 /// Multiplications that are worth a thread.
 const GRAIN: usize = 1 << 18;
 /// Parts for each thread: one that was held up leaves the rest of its parts to others.
-const PARTS: usize = 4;
+const PARTS: usize = 8;
 /// Numbers of right matrices that are packed before they are used.
 const PACKED: usize = 1 << 20;
 
