@@ -11,6 +11,8 @@ use std::ops::Range;
 const WIDTH: usize = 8;
 /// Columns of which a row is read at once.
 const COLUMNS: usize = 4 * LANES;
+/// Bytes of a page.
+const PAGE: usize = 4096;
 /// Steps from what is read to what is fetched meanwhile.
 const AHEAD: usize = 8;
 
@@ -25,8 +27,12 @@ impl<T: Number> Kernel for Avx2<T> {
     const RIGHT_STAYS: bool = true;
 
     fn layout(left: &Operand) -> Layout {
-        // Rows that are whole pages apart would share few places of the cache, where they lie.
-        if left.inner == Self::SIZE { Layout::Rows } else { Layout::Units }
+        match left.inner == Self::SIZE {
+            // bf16 has to be made fp32, and rows that are whole pages apart would share few places of the cache.
+            true if Self::SIZE == 4 && !left.outer.is_multiple_of(PAGE) => Layout::InPlace,
+            true => Layout::Rows,
+            false => Layout::Units,
+        }
     }
 
     fn panels(_: Layout) -> usize {
