@@ -149,7 +149,8 @@ impl Default for ParallelConfig {
     }
 }
 
-/// A known schedule by its name, or a file with one.
+/// A known schedule by its name, or a file with one. Known ones that split the backward, or share the vocabulary out, are refined by
+/// the times of their passes; a file's stays as it is.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "gpipe, 1f1b, interleaved, zb-h1, zb-v, v-half, v-min, dualpipe-v, or {file: PATH}")]
 pub enum ScheduleChoice {
