@@ -82,6 +82,16 @@ impl Order {
         (peer != rank).then_some((Message { payload, stage: neighbour, microbatch: pass.microbatch }, peer))
     }
 
+    /// The rank that makes `message`, and the pass that does, a backward whether or not its weights' part is split off.
+    pub(super) fn maker(&self, message: Message) -> (usize, Pass) {
+        let (stage, kind) = match message.payload {
+            Payload::Activation => (message.stage - 1, PassKind::Forward),
+            Payload::Gradient => (message.stage + 1, PassKind::Backward),
+        };
+        let (rank, chunk) = self.place(stage);
+        (rank, Pass::new(kind, chunk, message.microbatch))
+    }
+
     /// The collective that `pass` on rank `rank` gives something to: the rank enters it right after the pass.
     pub fn gives(&self, rank: usize, pass: Pass) -> Option<Collective> {
         let vocabulary = self.vocabulary?;
@@ -194,10 +204,7 @@ fn of_rank(order: &Order, rank: usize, passes: &[Pass]) -> Vec<Step> {
 /// What has to be started for `pass`: receives, and collectives that this rank gives nothing to.
 fn starts(order: &Order, rank: usize, pass: Pass) -> Vec<Step> {
     let start = |need| match need {
-        Need::Message(message) => {
-            let maker = if message.payload == Payload::Activation { message.stage - 1 } else { message.stage + 1 };
-            Some(Step::Receive(message, order.place(maker).0))
-        }
+        Need::Message(message) => Some(Step::Receive(message, order.maker(message).0)),
         Need::Collective(collective) if only_takes(order, rank, collective.kind) => Some(Step::Collect(collective)),
         Need::Collective(_) | Need::Pass(_) => None,
     };

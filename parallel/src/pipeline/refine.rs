@@ -1,10 +1,10 @@
 //! Moves passes of an order to where they shorten the step, by the times of its passes. The orders of the papers suppose that F, B and
-//! W take equal times and hardly any of them is shared out with the vocabulary; arXiv 2401.10241, section 3, looks for orders by times,
-//! as this does, but anew.
+//! W take equal times, and most know nothing of the vocabulary's passes. (arXiv 2401.10241, section 3, makes an order anew by times; this
+//! goes on from one that is there.)
 
 use super::communication::Need;
 use super::simulate::Costs;
-use super::{Collective, Order, Pass, PassKind, Payload, Vocabulary};
+use super::{Collective, Order, Pass, PassKind, Vocabulary};
 use std::collections::HashMap;
 
 /// How many places a pass is moved at most, at once.
@@ -123,12 +123,8 @@ impl Graph {
             let of_need = |need| match need {
                 Need::Pass(other) => number_of(rank, other).map(|number| (number, 0.0)).into_iter().collect(),
                 Need::Message(message) => {
-                    let (maker, kind) = match message.payload {
-                        Payload::Activation => (message.stage - 1, PassKind::Forward),
-                        Payload::Gradient => (message.stage + 1, PassKind::Backward),
-                    };
-                    let (peer, chunk) = order.place(maker);
-                    let number = number_of(peer, Pass::new(kind, chunk, message.microbatch));
+                    let (peer, maker) = order.maker(message);
+                    let number = number_of(peer, maker);
                     number.map(|number| (number, send)).into_iter().collect()
                 }
                 Need::Collective(of) => {

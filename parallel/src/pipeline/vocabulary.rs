@@ -9,7 +9,7 @@
 
 use super::communication::Need;
 use super::simulate::Costs;
-use super::{Order, Pass, PassKind, Payload, Vocabulary};
+use super::{Order, Pass, PassKind, Vocabulary};
 use std::collections::HashMap;
 
 /// `order` with the vocabulary's layers on all its ranks. `costs` say where slots fall; the result is right, if not best,
@@ -121,12 +121,8 @@ impl Progress<'_> {
             let end = match need {
                 Need::Pass(other) => end_of(&self.ended, rank, other)?,
                 Need::Message(message) => {
-                    let (maker, kind) = match message.payload {
-                        Payload::Activation => (message.stage - 1, PassKind::Forward),
-                        Payload::Gradient => (message.stage + 1, PassKind::Backward),
-                    };
-                    let (peer, chunk) = self.base.place(maker);
-                    end_of(&self.ended, peer, Pass::new(kind, chunk, message.microbatch))? + self.costs.send
+                    let (peer, maker) = self.base.maker(message);
+                    end_of(&self.ended, peer, maker)? + self.costs.send
                 }
                 Need::Collective(_) => 0.0, // of the vocabulary: below
             };
