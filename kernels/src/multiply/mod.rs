@@ -4,32 +4,32 @@
 //! The usual way (Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008), except that of the left matrix rows
 //! are read where they lie, if they lie as a tile reads them. What a tile is and how it is fed is a processor's [`Kernel`].
 //!
+//! Threads make whole blocks of columns where there are enough of them ([`alone`]), and parts of blocks otherwise ([`together`]).
+//!
 //! A number of the result is summed up in an order that the inner dimension's length decides alone: neither threads nor the
 //! other products change a bit of it.
 
+mod ahead;
+mod alone;
 mod avx2;
 mod avx512;
 pub(crate) mod kernel;
 mod share;
+mod together;
+mod work;
 
-use crate::number::{Bf16, Number};
-use crate::rows::on_threads;
+use crate::number::Bf16;
 pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
-use kernel::{Kernel, LANES, Layout, Line, Operand, Out, ROWS, Store, mask, room};
-use share::{Wave, share};
-use std::cell::RefCell;
-use std::ops::Range;
+use kernel::{Kernel, Operand};
+use share::{Shared, share};
 use std::sync::OnceLock;
 use tch::{Kind, Tensor};
+use work::Job;
 
-/// Columns that a thread packs at once: of whole panels.
-const CHUNK: usize = 64;
-/// The inner dimension of which right matrices are packed at once, where sums are added to: gradients sum up over all tokens, and what
-/// is packed is kept.
+/// The inner dimension of which right matrices are packed at once, where sums are added to: gradients sum up over all tokens, and the
+/// buffer is kept.
 const SLAB: i64 = 1 << 14;
-/// Panels whose sums are kept in fp32 until they can be rounded.
-const ROUNDED_PANELS: usize = 64;
 
 /// The place of the result, the left matrix and the right one.
 pub(crate) type Product<'a> = (&'a Tensor, &'a Tensor, &'a Tensor);
@@ -73,19 +73,6 @@ impl Instructions {
     }
 }
 
-struct Job {
-    out: *mut u8,
-    out_row: usize,
-    rounds: bool,
-    adds: bool,
-    left: Operand,
-    right: Operand,
-    size: share::Size,
-}
-
-// SAFETY: threads read operands, and write parts of `out` that do not overlap.
-unsafe impl Sync for Job {}
-
 /// Computes `out = left right` of all of them, or `out += left right`, by instructions that this processor has, of operands in
 /// fp32 or bf16. They have a contiguous dimension; `out` has contiguous rows, in their dtype or fp32. (`fits` of the caller says so.)
 pub(crate) fn multiply(products: &[Product], adds: bool, instructions: Instructions) {
@@ -118,74 +105,10 @@ fn whole(products: &[Product], adds: bool, instructions: Instructions) {
 fn multiply_by<K: Kernel>(products: &[Product], adds: bool) {
     let jobs: Vec<Job> = products.iter().map(|product| job(product, adds)).collect();
     let sizes: Vec<share::Size> = jobs.iter().map(|job| job.size).collect();
-    PACKED_RIGHT.with_borrow_mut(|buffer| {
-        for wave in share(&sizes, torch_ext::parallel_parts()) {
-            let packed = pack_wave::<K>(&jobs, &wave, buffer);
-            on_threads(wave.parts.len(), |part| {
-                BUFFERS.with_borrow_mut(|buffers| {
-                    for piece in &wave.parts[part] {
-                        let block = &wave.blocks[piece.block];
-                        let right = packed.of(piece.block);
-                        // SAFETY: the processor was asked, sizes were compared in `job`, what is needed of the right matrix is packed, and
-                        // a piece is this thread's alone.
-                        unsafe { work::<K>(&jobs[block.product], &block.columns, right, piece.panels.clone(), buffers) }
-                    }
-                });
-            });
-        }
-    });
-}
-
-/// Right matrices of a wave's blocks, packed: each block's lines from its start on, depth after depth.
-struct Packed {
-    data: *mut Line,
-    starts: Vec<usize>,
-}
-
-// SAFETY: threads write parts that do not overlap, and read when all are written.
-unsafe impl Sync for Packed {}
-
-impl Packed {
-    fn of(&self, block: usize) -> *mut Line {
-        self.data.wrapping_add(self.starts[block])
+    match share(&sizes, torch_ext::parallel_parts()) {
+        Shared::Alone(blocks) => alone::multiply::<K>(&jobs, &blocks),
+        Shared::Together(waves) => together::multiply::<K>(&jobs, &waves),
     }
-}
-
-/// Some columns of a block, some units deep.
-struct Chunk {
-    block: usize,
-    units: Range<usize>,
-    columns: Range<usize>,
-}
-
-fn pack_wave<K: Kernel>(jobs: &[Job], wave: &Wave, buffer: &mut Vec<Line>) -> Packed {
-    let (mut starts, mut chunks, mut lines) = (Vec::new(), Vec::new(), 0);
-    for (index, block) in wave.blocks.iter().enumerate() {
-        let units = jobs[block.product].size.1.div_ceil(K::PER_UNIT);
-        starts.push(lines);
-        lines += units * block.padded() / LANES;
-        for unit in (0..units).step_by(K::DEPTH) {
-            for column in block.columns.clone().step_by(CHUNK) {
-                let columns = column..(column + CHUNK).min(block.columns.end);
-                chunks.push(Chunk { block: index, units: unit..(unit + K::DEPTH).min(units), columns });
-            }
-        }
-    }
-    let packed = Packed { data: room(buffer, lines * LANES), starts };
-    let pack = |Chunk { block: index, units, columns }: &Chunk| {
-        let block = &wave.blocks[*index];
-        let before = units.start * block.padded() + units.len() * (columns.start - block.columns.start);
-        // SAFETY: inside the matrix and the buffer, by their sizes: chunks begin with whole lines.
-        unsafe {
-            let to = packed.of(*index).add(before / LANES);
-            K::right(&jobs[block.product].right, units.clone(), columns.clone(), to);
-        }
-    };
-    match wave.parts.len() {
-        1 => chunks.iter().for_each(pack),
-        _ => on_threads(chunks.len(), |chunk| pack(&chunks[chunk])),
-    }
-    packed
 }
 
 fn job(&(out, left, right): &Product, adds: bool) -> Job {
@@ -218,126 +141,6 @@ fn job(&(out, left, right): &Product, adds: bool) -> Job {
         left: operand(left, 1),
         right: operand(right, 0),
         size: (m, k, n),
-    }
-}
-
-/// What a thread needs, and keeps.
-struct Buffers {
-    left: Vec<Line>,
-    sums: Vec<Line>,
-}
-
-thread_local! {
-    static BUFFERS: RefCell<Buffers> = const { RefCell::new(Buffers { left: Vec::new(), sums: Vec::new() }) };
-    /// Of a thread that asks for products.
-    static PACKED_RIGHT: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Some panels of some columns of a product, of whose right matrix `right` is what was packed.
-///
-/// # Safety
-/// The processor has the features, the job's tensors live, and nobody else works on these.
-unsafe fn work<K: Kernel>(
-    job: &Job,
-    columns: &Range<usize>,
-    right: *const Line,
-    panels: Range<usize>,
-    buffers: &mut Buffers,
-) {
-    let (m, k, _) = job.size;
-    let (units, width) = (k.div_ceil(K::PER_UNIT), columns.len());
-    // Sums that are added to are kept in fp32.
-    let kept = job.rounds && (job.adds || units > K::DEPTH);
-    let padded = width.next_multiple_of(LANES);
-    let sums =
-        if kept { room(&mut buffers.sums, ROUNDED_PANELS * ROWS * padded).cast::<f32>() } else { std::ptr::null_mut() };
-    let some = if kept { ROUNDED_PANELS } else { panels.len().max(1) };
-    let layout = K::layout(&job.left);
-    let at_once = K::panels(layout);
-    let packed_left = match layout {
-        Layout::InPlace => std::ptr::null_mut(),
-        _ => room(&mut buffers.left, at_once * ROWS * K::DEPTH.min(units)).cast::<u32>(),
-    };
-    for start in panels.clone().step_by(some) {
-        let panels = start..(start + some).min(panels.end);
-        if kept && job.adds {
-            // SAFETY: rows of this part of `out`, and as many of the buffer.
-            unsafe { widen(job, columns, &panels, sums, padded) };
-        }
-        for unit in (0..units).step_by(K::DEPTH) {
-            let block = unit..(unit + K::DEPTH).min(units);
-            let right = right.wrapping_add(unit * padded / LANES);
-            for group in panels.clone().step_by(at_once) {
-                let group = group..(group + at_once).min(panels.end);
-                if layout != Layout::InPlace {
-                    let rows = (group.end * ROWS).min(m) - group.start * ROWS;
-                    // SAFETY: the left matrix has these, and the buffer room.
-                    unsafe { K::left(&job.left, block.clone(), group.start * ROWS, rows, packed_left) };
-                }
-                let tile = |panel: usize, column: usize| {
-                    let rows = (m - panel * ROWS).min(ROWS);
-                    let first = packed_left.wrapping_add((panel - group.start) * block.len() * ROWS).cast_const();
-                    let row = |i: usize| match layout {
-                        Layout::InPlace => {
-                            let at = (panel * ROWS + i.min(rows - 1)) * job.left.outer + block.start * 4;
-                            job.left.data.wrapping_add(at)
-                        }
-                        Layout::Rows => first.wrapping_add(i.min(rows - 1) * block.len()).cast(),
-                        Layout::Units => first.wrapping_add(i).cast(),
-                    };
-                    let (left, step) = (std::array::from_fn(row), if layout == Layout::Units { 4 * ROWS } else { 4 });
-                    let (data, row) = if kept {
-                        (sums.wrapping_add((panel - panels.start) * ROWS * padded).cast::<u8>(), padded * 4)
-                    } else {
-                        let column = columns.start * if job.rounds { 2 } else { 4 };
-                        (job.out.wrapping_add(panel * ROWS * job.out_row + column), job.out_row)
-                    };
-                    let store = match job.rounds && !kept {
-                        true => Store::Round,
-                        false if job.adds || unit > 0 => Store::Add,
-                        false => Store::Set,
-                    };
-                    let here = (width - column).min(K::LINES * LANES);
-                    let lines = here.div_ceil(LANES);
-                    let bytes = if store == Store::Round { 2 } else { 4 };
-                    let mask = mask(here - (lines - 1) * LANES);
-                    let out = Out { data: data.wrapping_add(column * bytes), row, rows, mask, store };
-                    // SAFETY: what was packed, rows that the left matrix has, and a place in `out` that is this piece's; columns before
-                    // this one fill whole tiles.
-                    unsafe {
-                        let right = right.add(block.len() * (column / LANES));
-                        K::tile(lines, block.len(), left, step, right, out);
-                    }
-                };
-                let all_columns = || (0..width).step_by(K::LINES * LANES);
-                match K::RIGHT_STAYS {
-                    true => all_columns().for_each(|column| group.clone().for_each(|panel| tile(panel, column))),
-                    false => group.clone().for_each(|panel| all_columns().for_each(|column| tile(panel, column))),
-                }
-            }
-        }
-        if kept {
-            let rows = (panels.end * ROWS).min(m) - panels.start * ROWS;
-            let place = panels.start * ROWS * job.out_row + columns.start * 2;
-            // SAFETY: as above.
-            unsafe { K::round(sums, padded, width, job.out.add(place), job.out_row, rows) };
-        }
-    }
-}
-
-/// What `out` has of some rows and columns, in bf16, to `sums`, fp32 with rows `padded` apart.
-///
-/// # Safety
-/// It can be read, and `sums` written.
-unsafe fn widen(job: &Job, columns: &Range<usize>, panels: &Range<usize>, sums: *mut f32, padded: usize) {
-    for row in panels.start * ROWS..(panels.end * ROWS).min(job.size.0) {
-        // SAFETY: as the caller promises.
-        let (from, to) = unsafe {
-            let from = job.out.add(row * job.out_row).cast::<Bf16>().add(columns.start);
-            let to = sums.add((row - panels.start * ROWS) * padded);
-            (std::slice::from_raw_parts(from, columns.len()), std::slice::from_raw_parts_mut(to, columns.len()))
-        };
-        to.iter_mut().zip(from).for_each(|(to, x)| *to = x.wide());
     }
 }
 

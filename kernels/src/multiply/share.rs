@@ -7,6 +7,8 @@ use std::ops::Range;
 const WIDTH: usize = 256;
 /// Multiplications that are worth a thread.
 const GRAIN: usize = 1 << 18;
+/// Blocks for each thread that are enough to make them whole.
+const BLOCKS: usize = 4;
 /// Parts for each thread: one that was held up leaves the rest of its parts to others.
 const PARTS: usize = 8;
 /// Numbers of right matrices that are packed before they are used.
@@ -45,11 +47,48 @@ pub(super) struct Wave {
     pub(super) parts: Vec<Vec<Piece>>,
 }
 
-/// The waves in which `threads` threads make all products.
-pub(super) fn share(sizes: &[Size], threads: usize) -> Vec<Wave> {
-    let total: usize = sizes.iter().map(|(m, k, n)| m * k * n).sum();
+/// Who makes what.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Shared {
+    /// Whole blocks, for whoever is free.
+    Alone(Vec<Block>),
+    /// Parts of blocks, one wave after another.
+    Together(Vec<Wave>),
+}
+
+/// How `threads` threads make all products.
+pub(super) fn share(sizes: &[Size], threads: usize) -> Shared {
+    let total: usize = sizes.iter().map(cost).sum();
     let threads = threads.min(total.div_ceil(GRAIN)).max(1);
-    let count = if threads == 1 { 1 } else { (threads * PARTS).min(total / GRAIN).max(threads) };
+    let limit = if threads == 1 { total } else { total / (threads * BLOCKS) };
+    let small = |blocks: &Vec<Block>| {
+        blocks.iter().all(|Block { product, columns }| {
+            let (m, k, _) = sizes[*product];
+            cost(&(m, k, columns.len())) <= limit
+        })
+    };
+    match [WIDTH, WIDTH / 2].map(|width| blocks(sizes, width)).into_iter().find(small) {
+        Some(blocks) => Shared::Alone(blocks),
+        None => Shared::Together(waves(sizes, threads, total)),
+    }
+}
+
+/// Multiplications.
+fn cost((m, k, n): &Size) -> usize {
+    m * k * n
+}
+
+fn blocks(sizes: &[Size], width: usize) -> Vec<Block> {
+    let there = sizes.iter().enumerate().filter(|(_, (m, _, n))| m * n > 0);
+    let of = |(product, &(_, _, n)): (usize, &Size)| {
+        (0..n).step_by(width).map(move |start| Block { product, columns: start..(start + width).min(n) })
+    };
+    there.flat_map(of).collect()
+}
+
+/// For several threads.
+fn waves(sizes: &[Size], threads: usize, total: usize) -> Vec<Wave> {
+    let count = (threads * PARTS).min(total / GRAIN).max(threads);
     let (mut waves, mut blocks, mut packed) = (Vec::new(), Vec::new(), 0);
     for (product, &(m, k, n)) in sizes.iter().enumerate().filter(|(_, (m, _, n))| m * n > 0) {
         // Few columns in all are divided so that every thread has some.
@@ -106,27 +145,42 @@ mod tests {
             sizes in proptest::collection::vec((0usize..700, 0usize..3000, 0usize..900), 0..9), threads in 1usize..9,
         ) {
             let mut seen: Vec<Vec<u8>> = sizes.iter().map(|(m, _, n)| vec![0; m.div_ceil(ROWS) * n]).collect();
-            for Wave { blocks, parts } in share(&sizes, threads) {
-                let mut work = Vec::new();
-                for pieces in &parts {
-                    let mut here = 0;
-                    for Piece { block, panels } in pieces {
-                        let Block { product, columns } = &blocks[*block];
-                        let (_, k, n) = sizes[*product];
-                        here += (k * columns.len()).max(1) * panels.len();
-                        for panel in panels.clone() {
-                            columns.clone().for_each(|column| seen[*product][panel * n + column] += 1);
-                        }
-                    }
-                    work.push(here);
+            let mut see = |block: &Block, panels: Range<usize>| {
+                let n = sizes[block.product].2;
+                for panel in panels {
+                    block.columns.clone().for_each(|column| seen[block.product][panel * n + column] += 1);
                 }
-                // Nobody has more than his share and a panel.
-                let panel = blocks.iter().map(|block| (sizes[block.product].1 * WIDTH).max(1)).max().unwrap_or(0);
-                let fair = work.iter().sum::<usize>().div_ceil(parts.len());
-                prop_assert!(work.iter().all(|&here| here <= fair + panel), "{:?}", work);
-                // No more is packed than is allowed, or one block needs.
-                let packed: Vec<usize> = blocks.iter().map(|block| sizes[block.product].1 * block.padded()).collect();
-                prop_assert!(packed.iter().sum::<usize>() <= PACKED || packed.iter().filter(|&&packed| packed > 0).count() == 1);
+            };
+            match share(&sizes, threads) {
+                Shared::Alone(blocks) => {
+                    let costs: Vec<usize> = blocks.iter().map(|block| {
+                        let (m, k, _) = sizes[block.product];
+                        see(block, 0..m.div_ceil(ROWS));
+                        m * k * block.columns.len()
+                    }).collect();
+                    // Nobody waits for long for whoever was last.
+                    let all: usize = costs.iter().sum();
+                    prop_assert!(all <= GRAIN || threads == 1 || costs.iter().all(|&cost| cost * 2 * BLOCKS <= all));
+                }
+                Shared::Together(waves) => for Wave { blocks, parts } in waves {
+                    let mut work = Vec::new();
+                    for pieces in &parts {
+                        let mut here = 0;
+                        for Piece { block, panels } in pieces {
+                            let block = &blocks[*block];
+                            see(block, panels.clone());
+                            here += (sizes[block.product].1 * block.columns.len()).max(1) * panels.len();
+                        }
+                        work.push(here);
+                    }
+                    // Nobody has more than his share and a panel.
+                    let panel = blocks.iter().map(|block| (sizes[block.product].1 * WIDTH).max(1)).max().unwrap_or(0);
+                    let fair = work.iter().sum::<usize>().div_ceil(parts.len());
+                    prop_assert!(work.iter().all(|&here| here <= fair + panel), "{:?}", work);
+                    // No more is packed than is allowed, or one block needs.
+                    let packed: Vec<usize> = blocks.iter().map(|block| sizes[block.product].1 * block.padded()).collect();
+                    prop_assert!(packed.iter().sum::<usize>() <= PACKED || packed.iter().filter(|&&packed| packed > 0).count() == 1);
+                },
             }
             prop_assert!(seen.iter().flatten().all(|&times| times == 1));
         }

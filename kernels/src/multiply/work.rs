@@ -1,0 +1,153 @@
+//! Some panels of some columns of a product, by one thread.
+
+use super::kernel::{Kernel, LANES, Layout, Line, Operand, Out, ROWS, Store, mask, room};
+use super::share::Size;
+use crate::number::{Bf16, Number};
+use std::cell::RefCell;
+use std::ops::Range;
+
+/// Panels whose sums are kept in fp32 until they can be rounded.
+const ROUNDED_PANELS: usize = 64;
+
+/// One of several products.
+pub(super) struct Job {
+    pub(super) out: *mut u8,
+    pub(super) out_row: usize,
+    pub(super) rounds: bool,
+    pub(super) adds: bool,
+    pub(super) left: Operand,
+    pub(super) right: Operand,
+    pub(super) size: Size,
+}
+
+// SAFETY: threads read operands, and write parts of `out` that do not overlap.
+unsafe impl Sync for Job {}
+
+impl Job {
+    /// Units of the inner dimension.
+    pub(super) fn units<K: Kernel>(&self) -> usize {
+        self.size.1.div_ceil(K::PER_UNIT)
+    }
+
+    /// Whether sums are kept in fp32 until all units are gone along, and rounded then.
+    pub(super) fn keeps<K: Kernel>(&self) -> bool {
+        self.rounds && (self.adds || self.units::<K>() > K::DEPTH)
+    }
+}
+
+thread_local! {
+    /// A right matrix, packed for this thread or for all.
+    pub(super) static PACKED: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+    /// Some panels of a left one.
+    static LEFT: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+    /// Sums that are not rounded yet.
+    static SUMS: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Some panels of some columns of a product, of whose right matrix `right` is what was packed: `units` of the inner dimension, depth
+/// after depth. (All of them, where sums are kept until they are rounded.) `between` is called before each tile.
+///
+/// # Safety
+/// The processor has the features, the job's tensors live, and nobody else works on these.
+pub(super) unsafe fn work<K: Kernel>(
+    job: &Job,
+    columns: &Range<usize>,
+    units: Range<usize>,
+    right: *const Line,
+    panels: Range<usize>,
+    mut between: impl FnMut(),
+) {
+    let (m, width) = (job.size.0, columns.len());
+    let kept = job.keeps::<K>();
+    let padded = width.next_multiple_of(LANES);
+    // Nobody else on this thread asks for the buffers while this runs.
+    let sums_room = if kept { ROUNDED_PANELS * ROWS * padded } else { 0 };
+    let sums = SUMS.with_borrow_mut(|buffer| room(buffer, sums_room)).cast::<f32>();
+    let some = if kept { ROUNDED_PANELS } else { panels.len().max(1) };
+    let layout = K::layout(&job.left);
+    let at_once = K::panels(layout);
+    let left_room = if layout == Layout::InPlace { 0 } else { at_once * ROWS * K::DEPTH.min(units.len()) };
+    let packed_left = LEFT.with_borrow_mut(|buffer| room(buffer, left_room)).cast::<u32>();
+    for start in panels.clone().step_by(some) {
+        let panels = start..(start + some).min(panels.end);
+        if kept && job.adds {
+            // SAFETY: rows of this part of `out`, and as many of the buffer.
+            unsafe { widen(job, columns, &panels, sums, padded) };
+        }
+        for unit in units.clone().step_by(K::DEPTH) {
+            let block = unit..(unit + K::DEPTH).min(units.end);
+            let right = right.wrapping_add((unit - units.start) * padded / LANES);
+            for group in panels.clone().step_by(at_once) {
+                let group = group..(group + at_once).min(panels.end);
+                if layout != Layout::InPlace {
+                    let rows = (group.end * ROWS).min(m) - group.start * ROWS;
+                    // SAFETY: the left matrix has these, and the buffer room.
+                    unsafe { K::left(&job.left, block.clone(), group.start * ROWS, rows, packed_left) };
+                }
+                let mut tile = |panel: usize, column: usize| {
+                    between();
+                    let rows = (m - panel * ROWS).min(ROWS);
+                    let first = packed_left.wrapping_add((panel - group.start) * block.len() * ROWS).cast_const();
+                    let row = |i: usize| match layout {
+                        Layout::InPlace => {
+                            let at = (panel * ROWS + i.min(rows - 1)) * job.left.outer + block.start * 4;
+                            job.left.data.wrapping_add(at)
+                        }
+                        Layout::Rows => first.wrapping_add(i.min(rows - 1) * block.len()).cast(),
+                        Layout::Units => first.wrapping_add(i).cast(),
+                    };
+                    let (left, step) = (std::array::from_fn(row), if layout == Layout::Units { 4 * ROWS } else { 4 });
+                    let (data, row) = if kept {
+                        (sums.wrapping_add((panel - panels.start) * ROWS * padded).cast::<u8>(), padded * 4)
+                    } else {
+                        let column = columns.start * if job.rounds { 2 } else { 4 };
+                        (job.out.wrapping_add(panel * ROWS * job.out_row + column), job.out_row)
+                    };
+                    let store = match job.rounds && !kept {
+                        true => Store::Round,
+                        false if job.adds || unit > 0 => Store::Add,
+                        false => Store::Set,
+                    };
+                    let here = (width - column).min(K::LINES * LANES);
+                    let lines = here.div_ceil(LANES);
+                    let bytes = if store == Store::Round { 2 } else { 4 };
+                    let mask = mask(here - (lines - 1) * LANES);
+                    let out = Out { data: data.wrapping_add(column * bytes), row, rows, mask, store };
+                    // SAFETY: what was packed, rows that the left matrix has, and a place in `out` that is this piece's; columns before
+                    // this one fill whole tiles.
+                    unsafe {
+                        let right = right.add(block.len() * (column / LANES));
+                        K::tile(lines, block.len(), left, step, right, out);
+                    }
+                };
+                let all_columns = || (0..width).step_by(K::LINES * LANES);
+                match K::RIGHT_STAYS {
+                    true => all_columns().for_each(|column| group.clone().for_each(|panel| tile(panel, column))),
+                    false => group.clone().for_each(|panel| all_columns().for_each(|column| tile(panel, column))),
+                }
+            }
+        }
+        if kept {
+            let rows = (panels.end * ROWS).min(m) - panels.start * ROWS;
+            let place = panels.start * ROWS * job.out_row + columns.start * 2;
+            // SAFETY: as above.
+            unsafe { K::round(sums, padded, width, job.out.add(place), job.out_row, rows) };
+        }
+    }
+}
+
+/// What `out` has of some rows and columns, in bf16, to `sums`, fp32 with rows `padded` apart.
+///
+/// # Safety
+/// It can be read, and `sums` written.
+unsafe fn widen(job: &Job, columns: &Range<usize>, panels: &Range<usize>, sums: *mut f32, padded: usize) {
+    for row in panels.start * ROWS..(panels.end * ROWS).min(job.size.0) {
+        // SAFETY: as the caller promises.
+        let (from, to) = unsafe {
+            let from = job.out.add(row * job.out_row).cast::<Bf16>().add(columns.start);
+            let to = sums.add((row - panels.start * ROWS) * padded);
+            (std::slice::from_raw_parts(from, columns.len()), std::slice::from_raw_parts_mut(to, columns.len()))
+        };
+        to.iter_mut().zip(from).for_each(|(to, x)| *to = x.wide());
+    }
+}
