@@ -24,20 +24,22 @@ pub fn swiglu(hidden: &Tensor) -> Tensor {
     })
 }
 
-/// The gradient of `hidden` `[R, 2F]`, given that of the result `[R, F]`.
-pub fn swiglu_backward(grad: &Tensor, hidden: &Tensor) -> Tensor {
-    let cost = || Cost::passes(2.5, hidden);
+/// The gradient of `hidden` `[R, 2F]`, given that of the result `[R, F]`; and the result, which gradients of what it meets next need.
+pub fn swiglu_backward(grad: &Tensor, hidden: &Tensor) -> (Tensor, Tensor) {
+    let cost = || Cost::passes(3.0, hidden);
     part("swiglu", "backward", cost, || {
-        let out = hidden.empty_like();
-        match kind_on_host(&[grad, hidden, &out]) {
-            Some(kind) => for_kind!(kind, backward_on_threads(grad, hidden, &out, grad.size()[1] as usize)),
+        let (out, result) = (hidden.empty_like(), grad.empty_like());
+        match kind_on_host(&[grad, hidden, &out, &result]) {
+            Some(kind) => for_kind!(kind, backward_on_threads(grad, hidden, &out, &result)),
             None => {
                 let (halves, parts) = (hidden.chunk(2, -1), out.chunk(2, -1));
+                let silu = halves[0].silu();
                 parts[0].shallow_clone().copy_(&halves[0].silu_backward(&(grad * &halves[1])));
-                parts[1].shallow_clone().copy_(&halves[0].silu().multiply_(grad));
+                let _ = silu.multiply_out(&parts[1], grad);
+                let _ = silu.multiply_out(&result, &halves[1]);
             }
         }
-        out
+        (out, result)
     })
 }
 
@@ -50,14 +52,14 @@ fn forward_on_threads<T: Number>(hidden: &Tensor, out: &Tensor, ffn: usize) {
     });
 }
 
-fn backward_on_threads<T: Number>(grad: &Tensor, hidden: &Tensor, out: &Tensor, ffn: usize) {
-    let count = grad.size()[0];
+fn backward_on_threads<T: Number>(grad: &Tensor, hidden: &Tensor, out: &Tensor, result: &Tensor) {
+    let (count, ffn) = (grad.size()[0] as usize, grad.size()[1] as usize);
     // SAFETY: as in forward.
-    let (grad, hidden, out) = unsafe { (Numbers::<T>::of(grad), Numbers::<T>::of(hidden), Numbers::<T>::of(out)) };
-    for_rows(count as usize, 2 * ffn, |_, rows| {
+    let [grad, hidden, out, result] = [grad, hidden, out, result].map(|x| unsafe { Numbers::<T>::of(x) });
+    for_rows(count, 2 * ffn, |_, rows| {
         // SAFETY: parts of threads do not overlap.
-        let out = unsafe { out.part_mut(&rows, 2 * ffn) };
-        backward(grad.part(&rows, ffn), hidden.part(&rows, 2 * ffn), out, ffn);
+        let (out, result) = unsafe { (out.part_mut(&rows, 2 * ffn), result.part_mut(&rows, ffn)) };
+        backward(grad.part(&rows, ffn), hidden.part(&rows, 2 * ffn), out, result, ffn);
     });
 }
 
@@ -73,16 +75,21 @@ fn forward<T: Number>(hidden: &[T], out: &mut [T], ffn: usize) {
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn backward<T: Number>(grad: &[T], hidden: &[T], out: &mut [T], ffn: usize) {
-    let rows = grad.chunks_exact(ffn).zip(hidden.chunks_exact(2 * ffn)).zip(out.chunks_exact_mut(2 * ffn));
-    for ((grad, hidden), out) in rows {
+fn backward<T: Number>(grad: &[T], hidden: &[T], out: &mut [T], result: &mut [T], ffn: usize) {
+    let inputs = grad.chunks_exact(ffn).zip(hidden.chunks_exact(2 * ffn));
+    for ((grad, hidden), (out, result)) in inputs.zip(out.chunks_exact_mut(2 * ffn).zip(result.chunks_exact_mut(ffn))) {
         let ((gate, up), (of_gate, of_up)) = (hidden.split_at(ffn), out.split_at_mut(ffn));
         let inputs = grad.iter().zip(gate).zip(up);
-        for (((grad, gate), up), (of_gate, of_up)) in inputs.zip(of_gate.iter_mut().zip(of_up)) {
-            let (grad, x) = (grad.wide(), gate.wide());
-            let sigmoid = 1.0 / (1.0 + exp(-x));
-            *of_up = T::narrow(grad * x * sigmoid);
-            *of_gate = T::narrow(grad * up.wide() * sigmoid * (1.0 + x * (1.0 - sigmoid)));
+        let outputs = of_gate.iter_mut().zip(of_up).zip(result);
+        for (((grad, gate), up), ((of_gate, of_up), result)) in inputs.zip(outputs) {
+            let (grad, x, up) = (grad.wide(), gate.wide(), up.wide());
+            let below = 1.0 + exp(-x);
+            // As forward computes it, to the bit.
+            let silu = x / below;
+            let sigmoid = 1.0 / below;
+            *result = T::narrow(silu * up);
+            *of_up = T::narrow(grad * silu);
+            *of_gate = T::narrow(grad * up * sigmoid * (1.0 + x * (1.0 - sigmoid)));
         }
     }
 }
@@ -106,8 +113,10 @@ mod tests {
                     assert_eq!(ours.kind(), kind);
                     assert!(ours.to_kind(Kind::Double).allclose(plain, tolerance, tolerance, false), "{kind:?} {rows}");
                 };
-                close(swiglu(&hidden), &plain.detach());
-                close(swiglu_backward(&grad, &hidden), &wide.grad());
+                let (of_hidden, again) = swiglu_backward(&grad, &hidden);
+                close(of_hidden, &wide.grad());
+                assert!(again.equal(&swiglu(&hidden)));
+                close(again, &plain.detach());
             }
         }
     }

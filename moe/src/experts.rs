@@ -103,12 +103,11 @@ pub(crate) fn grouped_swiglu_with(
             None => gemm.grouped(&x, |expert| here.gate_up(expert), &counts, true)?,
         };
         let grad_activation = gemm.grouped(&grad_out, |expert| here.down(expert), &counts, false)?;
-        let grad_hidden = swiglu_backward(&grad_activation, &hidden);
+        let (grad_hidden, activation) = swiglu_backward(&grad_activation, &hidden);
         let grad_x = gemm.grouped(&grad_hidden, |expert| here.gate_up(expert), &counts, false)?;
         let (borrowed, counts) = (borrowed.clone(), counts.clone());
         add_gradients(&[&down, &gate_up], move |sums| {
             let (of_down, of_gate_up) = (&sums[0], &sums[1]);
-            let activation = swiglu(&hidden);
             let (own, foreign) = counts.split_at(of_down.size()[0] as usize);
             let own_rows: i64 = own.iter().sum();
             // What helpers owe is on its way while this rank adds up its own.
