@@ -116,21 +116,29 @@ fn scaled<T: Number>(row: &mut [T], scale: f32) {
 #[inline(always)]
 pub(crate) fn exponentials<T: Number>(logits: &[T], wide: &mut [f32], inverse: f32) -> (f32, f32) {
     let mut highest = [f32::NEG_INFINITY; LANES];
-    for (wide, logits) in wide.chunks_mut(LANES).zip(logits.chunks(LANES)) {
-        for ((wide, logit), highest) in wide.iter_mut().zip(logits).zip(&mut highest) {
+    let scale = |wide: &mut [f32], logits: &[T], highest: &mut [f32; LANES]| {
+        for ((wide, logit), highest) in wide.iter_mut().zip(logits).zip(highest) {
             *wide = logit.wide() * inverse;
             // What is not a number stays out of it here, and comes back through the sum.
             *highest = if *wide > *highest { *wide } else { *highest };
         }
-    }
+    };
+    // Chunks of a known length become vectors.
+    let (whole, few) = logits.as_chunks::<LANES>();
+    let (to_whole, to_few) = wide.as_chunks_mut::<LANES>();
+    to_whole.iter_mut().zip(whole).for_each(|(wide, logits)| scale(wide, logits, &mut highest));
+    scale(to_few, few, &mut highest);
     let highest = highest.into_iter().fold(f32::NEG_INFINITY, f32::max);
     let mut sums = [0f32; LANES];
-    for wide in wide.chunks_mut(LANES) {
-        for (wide, sum) in wide.iter_mut().zip(&mut sums) {
+    let exponential = |wide: &mut [f32], sums: &mut [f32; LANES]| {
+        for (wide, sum) in wide.iter_mut().zip(sums) {
             *wide = exp(*wide - highest);
             *sum += *wide;
         }
-    }
+    };
+    let (whole, few) = wide.as_chunks_mut::<LANES>();
+    whole.iter_mut().for_each(|wide| exponential(wide, &mut sums));
+    exponential(few, &mut sums);
     (highest, sums.iter().sum())
 }
 
