@@ -144,7 +144,8 @@ impl Executor {
 
     /// Waits for the next collective of a kind; they end in the order of microbatches.
     fn next_result(&self, run: &mut Run, kind: CollectiveKind) -> Result<(), CommError> {
-        let result = self.lane(kind).next()?;
+        // The exchange itself goes on elsewhere; here is what it holds this rank up.
+        let result = part("communication", "wait", Cost::default, || self.lane(kind).next())?;
         let (_, ended) = run.lanes.get_mut(&kind).expect("it was entered");
         let collective = Collective { kind, microbatch: *ended };
         *ended += 1;
