@@ -67,7 +67,7 @@ pub(super) fn share(sizes: &[Size], threads: usize) -> Shared {
             cost(&(m, k, columns.len())) <= limit
         })
     };
-    match [WIDTH, WIDTH / 2].map(|width| blocks(sizes, width)).into_iter().find(small) {
+    match [WIDTH, WIDTH / 2].into_iter().map(|width| blocks(sizes, width)).find(small) {
         Some(blocks) => Shared::Alone(blocks),
         None => Shared::Together(waves(sizes, threads, total)),
     }
