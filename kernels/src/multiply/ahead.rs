@@ -8,7 +8,6 @@ use std::ops::Range;
 const LINE: usize = size_of::<Line>();
 
 /// Runs of memory, equally far apart, of which some lines are fetched at a time.
-#[derive(Default)]
 pub(super) struct Ahead {
     /// Where the run begins that is being fetched.
     start: usize,
