@@ -10,6 +10,7 @@ mod attention;
 mod combine;
 mod cross_entropy;
 mod exponential;
+mod matrix;
 #[cfg(target_arch = "x86_64")]
 mod multiply;
 mod norm;

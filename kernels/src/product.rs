@@ -1,16 +1,30 @@
 //! Matrix products. libtorch multiplies on some processors with half of what they can do (docs/performance.md): there loops of our
 //! own do it ([`multiply`](crate::multiply)), elsewhere libtorch does.
 
+use crate::matrix::Matrix;
 #[cfg(target_arch = "x86_64")]
 use crate::multiply::{instructions, multiply};
 use crate::profile::{Cost, part};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// A product of no more rows than this is libtorch's.
 #[cfg(target_arch = "x86_64")]
-const SMALL: i64 = 4;
+const SMALL: usize = 4;
 /// Rows that one product of a group in 16 bits has a multiple of, in libtorch.
 const BLOCK: i64 = 64;
+
+/// One of several products.
+pub(crate) struct Product<'a> {
+    pub(crate) out: Matrix<'a>,
+    pub(crate) left: Matrix<'a>,
+    pub(crate) right: Matrix<'a>,
+}
+
+impl Product<'_> {
+    pub(crate) fn of<'a>(out: &'a Tensor, left: &'a Tensor, right: &'a Tensor) -> Product<'a> {
+        Product { out: Matrix::of(out), left: Matrix::of(left), right: Matrix::of(right) }
+    }
+}
 
 /// `left right`, of matrices.
 pub fn product(left: &Tensor, right: &Tensor) -> Tensor {
@@ -24,9 +38,9 @@ pub fn product_into(out: &Tensor, left: &Tensor, right: &Tensor) {
     part(
         "product",
         "of activations",
-        || cost(&[(out, left, right)]),
+        || cost(out, left, right),
         || {
-            if !ours(&[(out, left, right)], false) {
+            if !ours([out, left, right], false, || vec![Product::of(out, left, right)]) {
                 tch::no_grad(|| drop(left.mm_out(out, right)));
             }
         },
@@ -38,89 +52,113 @@ pub fn add_product(sum: &Tensor, left: &Tensor, right: &Tensor) {
     part(
         "product",
         "for gradients",
-        || cost(&[(sum, left, right)]),
+        || cost(sum, left, right),
         || {
-            if !ours(&[(sum, left, right)], true) {
+            if !ours([sum, left, right], true, || vec![Product::of(sum, left, right)]) {
                 add_by_libtorch(sum, left, right);
             }
         },
     );
 }
 
-/// The first `counts[0]` rows of `rows` `[R, I]` times `matrix(0)`, the next `counts[1]` times `matrix(1)`, and so on: `[R, O]`.
-/// Matrices are `[I, O]`, however they lie in memory.
-pub fn grouped_product(rows: &Tensor, matrix: impl Fn(i64) -> Tensor, counts: &[i64]) -> Tensor {
-    let total = rows.size()[0];
-    let out = Tensor::empty([total, matrix(0).size()[1]], (rows.kind(), rows.device()));
+/// The first `counts[0]` rows of `rows` `[R, I]` times the first matrix, the next `counts[1]` times the next one, and so on: `[R, O]`.
+/// Matrices are those of the first of `matrices`, `[G, I, O]`, then those of the next; none more than there are counts, and they may lie
+/// in memory as they like.
+pub fn grouped_product(rows: &Tensor, matrices: &[Tensor], counts: &[i64]) -> Tensor {
+    let out = Tensor::empty([rows.size()[0], matrices[0].size()[2]], (rows.kind(), rows.device()));
     let groups = groups(counts);
-    let of =
-        |&(group, start, len): &(i64, i64, i64)| (out.narrow(0, start, len), rows.narrow(0, start, len), matrix(group));
-    let products: Vec<_> = groups.iter().map(of).collect();
-    let borrowed: Vec<_> = products.iter().map(|(out, rows, matrix)| (out, rows, matrix)).collect();
-    part(
-        "product",
-        "of experts",
-        || cost(&borrowed),
-        || {
-            if !ours(&borrowed, false) {
-                by_libtorch(&out, rows, &groups, &products);
-            }
-        },
-    );
+    let cost = || {
+        let used = groups.len() as f64 / matrices[0].size()[0] as f64;
+        let flops = (2 * out.numel()) as f64 * rows.size()[1] as f64;
+        Cost { flops, bytes: 0.0 }.and(through(rows)).and(through(&out)).and(Cost::passes(used, &matrices[0]))
+    };
+    let all = || {
+        let (out, rows) = (Matrix::of(&out), Matrix::of(rows));
+        let matrices: Vec<_> = matrices.iter().flat_map(Matrix::each_of).collect();
+        let of = |&Group { index, start, len }: &Group| Product {
+            out: out.some_rows(start, len),
+            left: rows.some_rows(start, len),
+            right: matrices[index],
+        };
+        groups.iter().map(of).collect()
+    };
+    part("product", "of experts", cost, || {
+        if !ours([&out, rows, &matrices[0]], false, all) {
+            grouped_by_libtorch(&out, rows, matrices, &groups);
+        }
+    });
     out
 }
 
-/// The place of a group's product, its rows and its matrix.
-type Grouped = (Tensor, Tensor, Tensor);
-
-fn by_libtorch(out: &Tensor, rows: &Tensor, groups: &[(i64, i64, i64)], products: &[Grouped]) {
+fn grouped_by_libtorch(out: &Tensor, rows: &Tensor, matrices: &[Tensor], groups: &[Group]) {
     let total = rows.size()[0];
+    let matrices: Vec<_> = matrices.iter().flat_map(|some| some.unbind(0)).collect();
     // oneDNN makes a kernel for each number of rows that it has not met, which takes longer than the product. So groups are rounded
     // up: what a product writes beyond its own group is the next group's place, which that one's product writes after it.
-    let rounds = rows.device() == tch::Device::Cpu && rows.kind() == Kind::BFloat16;
-    for ((_, start, len), (_, _, matrix)) in groups.iter().copied().zip(products) {
+    let rounds = rows.device() == Device::Cpu && rows.kind() == Kind::BFloat16;
+    for &Group { index, start, len } in groups {
+        let (start, len) = (start as i64, len as i64);
         let rounded = (len + BLOCK - 1) / BLOCK * BLOCK;
         let len = if rounds && start + rounded <= total { rounded } else { len };
-        tch::no_grad(|| drop(rows.narrow(0, start, len).mm_out(&out.narrow(0, start, len), matrix)));
+        tch::no_grad(|| drop(rows.narrow(0, start, len).mm_out(&out.narrow(0, start, len), &matrices[index])));
     }
 }
 
-/// Adds the product of each group's rows, `left^T right`, to its own matrix: `sum(g)` `[O, I]`, fp32, for groups of `counts[g]` rows
-/// of `left` `[R, O]` and `right` `[R, I]`.
-pub fn add_grouped_product(sum: impl Fn(i64) -> Tensor, left: &Tensor, right: &Tensor, counts: &[i64]) {
-    let of = |(group, start, len)| (sum(group), left.narrow(0, start, len).tr(), right.narrow(0, start, len));
-    let products: Vec<_> = groups(counts).into_iter().map(of).collect();
-    let borrowed: Vec<_> = products.iter().map(|(sum, left, right)| (sum, left, right)).collect();
-    part(
-        "product",
-        "for experts' gradients",
-        || cost(&borrowed),
-        || {
-            if !ours(&borrowed, true) {
-                borrowed.iter().for_each(|(sum, left, right)| add_by_libtorch(sum, left, right));
+/// Adds the product of each group's rows, `left^T right`, to its own matrix of `sums` `[G, O, I]`, fp32, for groups of `counts[g]`
+/// rows of `left` `[R, O]` and `right` `[R, I]`.
+pub fn add_grouped_product(sums: &Tensor, left: &Tensor, right: &Tensor, counts: &[i64]) {
+    let groups = groups(counts);
+    let cost = || {
+        let used = groups.len() as f64 / sums.size()[0] as f64;
+        let flops = (2 * left.numel()) as f64 * right.size()[1] as f64;
+        Cost { flops, bytes: 0.0 }.and(through(left)).and(through(right)).and(Cost::passes(used, sums))
+    };
+    let all = || {
+        let (left, right) = (Matrix::of(left), Matrix::of(right));
+        let sums: Vec<_> = Matrix::each_of(sums).collect();
+        let of = |&Group { index, start, len }: &Group| Product {
+            out: sums[index],
+            left: left.some_rows(start, len).transposed(),
+            right: right.some_rows(start, len),
+        };
+        groups.iter().map(of).collect()
+    };
+    part("product", "for experts' gradients", cost, || {
+        if !ours([sums, left, right], true, all) {
+            for &Group { index, start, len } in &groups {
+                let some = |rows: &Tensor| rows.narrow(0, start as i64, len as i64);
+                add_by_libtorch(&sums.get(index as i64), &some(left).tr(), &some(right));
             }
-        },
-    );
+        }
+    });
 }
 
-/// What products have to do.
-fn cost(products: &[(&Tensor, &Tensor, &Tensor)]) -> Cost {
-    let bytes = |x: &Tensor| Cost::passes(1.0, x).bytes;
-    let of = |(out, left, right): &(&Tensor, &Tensor, &Tensor)| {
-        let flops = (2 * out.numel()) as f64 * left.size()[1] as f64;
-        Cost { flops, bytes: bytes(out) + bytes(left) + bytes(right) }
-    };
-    products.iter().map(of).fold(Cost::default(), Cost::and)
+fn through(x: &Tensor) -> Cost {
+    Cost::passes(1.0, x)
 }
 
-/// Number, first row and length of each group that has rows.
-fn groups(counts: &[i64]) -> Vec<(i64, i64, i64)> {
+/// What a product has to do.
+fn cost(out: &Tensor, left: &Tensor, right: &Tensor) -> Cost {
+    let flops = (2 * out.numel()) as f64 * left.size()[1] as f64;
+    Cost { flops, bytes: 0.0 }.and(through(out)).and(through(left)).and(through(right))
+}
+
+/// Rows that meet a matrix of their own.
+struct Group {
+    index: usize,
+    start: usize,
+    len: usize,
+}
+
+/// The groups that have rows.
+fn groups(counts: &[i64]) -> Vec<Group> {
     let mut start = 0;
-    let place = |(group, &len): (usize, &i64)| {
+    let place = |(index, &len): (usize, &i64)| {
+        let len = len as usize;
         start += len;
-        (group as i64, start - len, len)
+        Group { index, start: start - len, len }
     };
-    counts.iter().enumerate().map(place).filter(|(_, _, len)| *len > 0).collect()
+    counts.iter().enumerate().map(place).filter(|group| group.len > 0).collect()
 }
 
 fn add_by_libtorch(sum: &Tensor, left: &Tensor, right: &Tensor) {
@@ -131,47 +169,47 @@ fn add_by_libtorch(sum: &Tensor, left: &Tensor, right: &Tensor) {
     });
 }
 
-/// Computes products here, if they are such as are computed here.
+/// Computes products here, if they are such as are computed here: of tensors like these (place, left, right).
 #[cfg(target_arch = "x86_64")]
-fn ours(products: &[(&Tensor, &Tensor, &Tensor)], adds: bool) -> bool {
-    let fit = |&(out, left, right): &(&Tensor, &Tensor, &Tensor)| fits(out, left, right, adds);
-    // Few rows do not pay for packing what they meet.
-    let enough = adds || products.iter().any(|(out, _, _)| out.size()[0] > SMALL);
-    let Some(by) = products.first().and_then(|(_, left, _)| instructions(left.kind())) else {
-        return false;
-    };
-    if !enough || !products.iter().all(fit) {
+fn ours<'a>(tensors: [&Tensor; 3], adds: bool, products: impl FnOnce() -> Vec<Product<'a>>) -> bool {
+    let Some(by) = instructions(tensors[1].kind()) else { return false };
+    if tensors.iter().any(|tensor| tensor.device() != Device::Cpu) {
         return false;
     }
-    multiply(products, adds, by);
+    let products = products();
+    // Few rows do not pay for packing what they meet.
+    let enough = adds || products.iter().any(|product| product.out.rows > SMALL);
+    if products.is_empty() || !enough || !products.iter().all(|product| fits(product, adds)) {
+        return false;
+    }
+    multiply(&products, adds, by);
     true
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn ours(_: &[(&Tensor, &Tensor, &Tensor)], _: bool) -> bool {
+fn ours<'a>(_: [&Tensor; 3], _: bool, _: impl FnOnce() -> Vec<Product<'a>>) -> bool {
     false
 }
 
 /// Whether a product is one for [`multiply`].
 #[cfg(target_arch = "x86_64")]
-fn fits(out: &Tensor, left: &Tensor, right: &Tensor, adds: bool) -> bool {
-    let kind = left.kind();
+fn fits(Product { out, left, right }: &Product, adds: bool) -> bool {
+    let kind = left.kind;
     let known = matches!(kind, Kind::Float | Kind::BFloat16)
-        && right.kind() == kind
-        && (out.kind() == kind || (adds && out.kind() == Kind::Float))
-        && [out, left, right].iter().all(|x| x.device() == tch::Device::Cpu && x.dim() == 2);
-    let step = |x: &Tensor, dim: i64| if x.size()[dim as usize] == 1 { 1 } else { x.stride()[dim as usize] };
+        && right.kind == kind
+        && (out.kind == kind || (adds && out.kind == Kind::Float));
     // Two numbers of 16 bits at a time along the inner dimension, if that is the contiguous one.
-    let whole = kind == Kind::Float || (known && left.size()[1] % 2 == 0);
-    let lies = |x: &Tensor, inner: i64| step(x, 1 - inner) == 1 || (step(x, inner) == 1 && whole);
-    known && step(out, 1) == 1 && lies(left, 1) && lies(right, 0)
+    let whole = kind == Kind::Float || left.columns.is_multiple_of(2);
+    known
+        && out.has_whole_rows()
+        && (left.has_whole_columns() || (left.has_whole_rows() && whole))
+        && (right.has_whole_rows() || (right.has_whole_columns() && whole))
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
-    use tch::Device;
 
     pub(crate) fn random(rows: i64, columns: i64, transposed: bool, kind: Kind) -> Tensor {
         let (outer, inner) = if transposed { (columns, rows) } else { (rows, columns) };
@@ -224,7 +262,7 @@ pub(crate) mod tests {
             let (rows, others) = (random(&[total, 24], kind), random(&[total, 40], kind));
             let (matrices, sums) = (random(&[groups, 24, 40], kind), random(&[groups, 40, 24], Kind::Float));
             tch::set_num_threads(threads);
-            let ours = grouped_product(&rows, |group| matrices.get(group), &counts);
+            let ours = grouped_product(&rows, &[matrices.shallow_clone()], &counts);
             let (mut parts, mut plain) = (vec![Tensor::empty([0, 40], (Kind::Double, Device::Cpu))], Vec::new());
             let mut start = 0;
             for (group, &len) in counts.iter().enumerate() {
@@ -234,7 +272,7 @@ pub(crate) mod tests {
                 start += len;
             }
             prop_assert!(close(&ours, &Tensor::cat(&parts, 0), kind));
-            add_grouped_product(|group| sums.get(group), &others, &rows, &counts);
+            add_grouped_product(&sums, &others, &rows, &counts);
             prop_assert!(close(&sums, &Tensor::stack(&plain, 0), kind));
         }
     }
@@ -251,6 +289,6 @@ pub(crate) mod tests {
         let [left, right] = [left, right].map(|x| x.set_requires_grad(true));
         assert!(!product(&left, &right).requires_grad());
         add_product(&sum, &left, &right);
-        let _ = grouped_product(&left, |_| right.shallow_clone(), &[4]);
+        let _ = grouped_product(&left, &[right.unsqueeze(0)], &[4]);
     }
 }

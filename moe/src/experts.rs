@@ -22,19 +22,16 @@ pub enum Gemm {
 }
 
 impl Gemm {
-    /// Each group of rows times its own matrix `[out, in]` (or `[in, out]` if not `transposed`).
-    fn grouped(
-        self,
-        rows: &Tensor,
-        matrix: impl Fn(i64) -> Tensor,
-        counts: &[i64],
-        transposed: bool,
-    ) -> Result<Tensor, Error> {
+    /// Each group of rows times its own matrix: those of the first of `matrices`, `[E, out, in]` (or `[E, in, out]` if not
+    /// `transposed`), then those of the next.
+    fn grouped(self, rows: &Tensor, matrices: &[Tensor], counts: &[i64], transposed: bool) -> Result<Tensor, Error> {
+        // libtorch's products take matrices `[in, out]`, those in 8 bits `[out, in]`.
+        let turned = transposed == (self == Gemm::Model);
+        let turn = |some: &Tensor| if turned { some.transpose(1, 2) } else { some.shallow_clone() };
+        let matrices: Vec<Tensor> = matrices.iter().map(turn).collect();
         match self {
-            Gemm::Model if transposed => Ok(grouped_product(rows, |expert| matrix(expert).tr(), counts)),
-            Gemm::Model => Ok(grouped_product(rows, matrix, counts)),
-            Gemm::Fp8 if transposed => fp8::grouped_matmul(rows, matrix, counts),
-            Gemm::Fp8 => fp8::grouped_matmul(rows, |expert| matrix(expert).tr(), counts),
+            Gemm::Model => Ok(grouped_product(rows, &matrices, counts)),
+            Gemm::Fp8 => fp8::grouped_matmul(rows, &Tensor::cat(&matrices, 0), counts),
         }
     }
 }
@@ -79,8 +76,8 @@ pub(crate) fn grouped_swiglu_with(
     let weights = borrowed.as_ref().map(|borrowed| borrowed.weights(gate_up_efd, down_edf)).transpose()?;
     let (out, hidden) = tch::no_grad(|| {
         let here = Here::new(gate_up_efd, down_edf, weights);
-        let hidden = gemm.grouped(&x_rd.value, |expert| here.gate_up(expert), counts, true)?;
-        let out = gemm.grouped(&swiglu(&hidden), |expert| here.down(expert), counts, true)?;
+        let hidden = gemm.grouped(&x_rd.value, &here.gate_up, counts, true)?;
+        let out = gemm.grouped(&swiglu(&hidden), &here.down, counts, true)?;
         Ok::<_, Error>((out, hidden))
     })?;
     let kept = keep.then_some(hidden);
@@ -100,11 +97,11 @@ pub(crate) fn grouped_swiglu_with(
         let here = Here::new(&gate_up, &down, weights);
         let hidden = match &kept {
             Some(hidden) => hidden.shallow_clone(),
-            None => gemm.grouped(&x, |expert| here.gate_up(expert), &counts, true)?,
+            None => gemm.grouped(&x, &here.gate_up, &counts, true)?,
         };
-        let grad_activation = gemm.grouped(&grad_out, |expert| here.down(expert), &counts, false)?;
+        let grad_activation = gemm.grouped(&grad_out, &here.down, &counts, false)?;
         let (grad_hidden, activation) = swiglu_backward(&grad_activation, &hidden);
-        let grad_x = gemm.grouped(&grad_hidden, |expert| here.gate_up(expert), &counts, false)?;
+        let grad_x = gemm.grouped(&grad_hidden, &here.gate_up, &counts, false)?;
         let (borrowed, counts) = (borrowed.clone(), counts.clone());
         add_gradients(&[&down, &gate_up], move |sums| {
             let (of_down, of_gate_up) = (&sums[0], &sums[1]);
@@ -116,16 +113,14 @@ pub(crate) fn grouped_swiglu_with(
                 Some(borrowed) => {
                     let rest = |rows: &Tensor| rows.narrow(0, own_rows, rows.size()[0] - own_rows);
                     borrowed.add_gradients(numel(of_gate_up) + numel(of_down), &x, |all| {
-                        let place = |expert: i64, part: usize| {
-                            parts(&all.get(expert), of_gate_up, of_down)[part].shallow_clone()
-                        };
-                        add_grouped_product(|expert| place(expert, 1), &rest(&grad_out), &rest(&activation), foreign);
-                        add_grouped_product(|expert| place(expert, 0), &rest(&grad_hidden), &rest(&x), foreign);
+                        let [of_gate_up, of_down] = parts(all, of_gate_up, of_down);
+                        add_grouped_product(&of_down, &rest(&grad_out), &rest(&activation), foreign);
+                        add_grouped_product(&of_gate_up, &rest(&grad_hidden), &rest(&x), foreign);
                     })?
                 }
             };
-            add_grouped_product(|expert| of_down.select(0, expert), &grad_out, &activation, own);
-            add_grouped_product(|expert| of_gate_up.select(0, expert), &grad_hidden, &x, own);
+            add_grouped_product(of_down, &grad_out, &activation, own);
+            add_grouped_product(of_gate_up, &grad_hidden, &x, own);
             returning.map_or(Ok(()), |returning| returning.add_to(of_gate_up, of_down))
         })?;
         Ok(vec![Some(grad_x), None, None])
@@ -135,33 +130,21 @@ pub(crate) fn grouped_swiglu_with(
 
 /// The matrices of the experts that a rank works on: its own, then borrowed ones.
 struct Here {
-    gate_up: Tensor,
-    down: Tensor,
-    borrowed: Option<Tensor>,
+    /// `[E, 2F, D]` each.
+    gate_up: Vec<Tensor>,
+    /// `[E, D, F]` each.
+    down: Vec<Tensor>,
 }
 
 impl Here {
     fn new(gate_up: &Weight, down: &Weight, borrowed: Option<Tensor>) -> Here {
-        Here { gate_up: gate_up.value(), down: down.value(), borrowed }
-    }
-
-    /// `[2F, D]`.
-    fn gate_up(&self, expert: i64) -> Tensor {
-        self.of(expert, &self.gate_up, 0)
-    }
-
-    /// `[D, F]`.
-    fn down(&self, expert: i64) -> Tensor {
-        self.of(expert, &self.down, 1)
-    }
-
-    fn of(&self, expert: i64, own: &Tensor, part: usize) -> Tensor {
-        match (&self.borrowed, expert - own.size()[0]) {
-            (Some(borrowed), after @ 0..) => {
-                parts(&borrowed.get(after), &self.gate_up, &self.down)[part].shallow_clone()
-            }
-            _ => own.select(0, expert),
+        let mut here = Here { gate_up: vec![gate_up.value()], down: vec![down.value()] };
+        if let Some(borrowed) = borrowed {
+            let [gate_up, down] = parts(&borrowed, &here.gate_up[0], &here.down[0]);
+            here.gate_up.push(gate_up);
+            here.down.push(down);
         }
+        here
     }
 }
 

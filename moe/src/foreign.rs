@@ -182,10 +182,10 @@ impl Returning {
             let (work, part) = self.under_way.pop_front().expect("two rounds are under way, or all that are left");
             work.wait()?;
             if let Some(part) = part {
+                let [of_gate_up, of_down] = parts(&part, gate_up, down);
                 for (row, &expert) in lending.lent[round].1.iter().enumerate() {
-                    let [of_gate_up, of_down] = parts(&part.get(row as i64), gate_up, down);
-                    let _ = gate_up.select(0, expert).g_add_(&of_gate_up);
-                    let _ = down.select(0, expert).g_add_(&of_down);
+                    let _ = gate_up.select(0, expert).g_add_(&of_gate_up.get(row as i64));
+                    let _ = down.select(0, expert).g_add_(&of_down.get(row as i64));
                 }
             }
             if round + 2 < lending.rounds {
@@ -196,10 +196,16 @@ impl Returning {
     }
 }
 
-/// One expert's elements as matrices of the shapes that `gate_up` `[L, 2F, D]` and `down` `[L, D, F]` have.
+/// Experts' elements, `[M, elements]`, as matrices: `[M, 2F, D]` and `[M, D, F]`, where `gate_up` is `[L, 2F, D]` and `down`
+/// `[L, D, F]`.
 pub(crate) fn parts(flat: &Tensor, gate_up: &Tensor, down: &Tensor) -> [Tensor; 2] {
-    let (first, second) = (numel(gate_up), numel(down));
-    [flat.narrow(0, 0, first).view(&gate_up.size()[1..]), flat.narrow(0, first, second).view(&down.size()[1..])]
+    let mut start = 0;
+    [gate_up, down].map(|like| {
+        let (elements, mut shape) = (numel(like), like.size());
+        shape[0] = flat.size()[0];
+        start += elements;
+        flat.narrow(1, start - elements, elements).view(shape.as_slice())
+    })
 }
 
 /// Elements of one expert.

@@ -20,15 +20,14 @@ fn quantize(x: &Tensor) -> (Tensor, Tensor) {
     (small, scale)
 }
 
-/// Each group of rows `[R, I]` times its own matrix, whose rows `matrix` gives as `[O, I]`: `[R, O]`.
+/// Each group of rows `[R, I]` times its own of the matrices `[E, O, I]`: `[R, O]`.
 ///
 /// # Errors
 /// On a GPU, what the kernel says: it takes bf16 models whose widths are multiples of 16, on Hopper and newer.
-pub(crate) fn grouped_matmul(rows: &Tensor, matrix: impl Fn(i64) -> Tensor, counts: &[i64]) -> Result<Tensor, Error> {
+pub(crate) fn grouped_matmul(rows: &Tensor, matrices: &Tensor, counts: &[i64]) -> Result<Tensor, Error> {
     let (small, scales) = quantize(rows);
     if let Device::Cuda(_) = rows.device() {
-        let matrices = Tensor::stack(&(0..counts.len() as i64).map(matrix).collect::<Vec<_>>(), 0);
-        let (matrices, of_matrices) = quantize(&matrices);
+        let (matrices, of_matrices) = quantize(matrices);
         let ends = counts.iter().scan(0i32, |end, &count| {
             *end += count as i32;
             Some(*end)
@@ -49,7 +48,7 @@ pub(crate) fn grouped_matmul(rows: &Tensor, matrix: impl Fn(i64) -> Tensor, coun
     }
     let (small, mut parts, mut start) = (small.to_kind(Kind::Float), Vec::new(), 0);
     for (expert, &len) in counts.iter().enumerate() {
-        let (matrix, of_matrix) = quantize(&matrix(expert as i64));
+        let (matrix, of_matrix) = quantize(&matrices.get(expert as i64));
         let part = small.narrow(0, start, len).matmul(&matrix.to_kind(Kind::Float).tr());
         parts.push(part * scales.narrow(0, start, len) * of_matrix.tr());
         start += len;
@@ -67,9 +66,10 @@ mod tests {
         // Rows whose largest number is 448 have the scale 1, and whole numbers up to 16 are numbers of E4M3.
         let rows = Tensor::from_slice(&[448f32, 3.0, -2.0, 16.0, 448.0, 0.0, 448.0, 7.0, 1.0]).view([3, 3]);
         let matrices = [[448f32, 1.0, 2.0, -448.0, 5.0, 0.0], [0.0, 448.0, -9.0, 448.0, 448.0, 448.0]];
-        let matrix = |expert: i64| Tensor::from_slice(&matrices[expert as usize]).view([2, 3]);
-        let ours = grouped_matmul(&rows, matrix, &[2, 1]).unwrap();
-        let plain = [rows.narrow(0, 0, 2).matmul(&matrix(0).tr()), rows.narrow(0, 2, 1).matmul(&matrix(1).tr())];
+        let matrices = Tensor::from_slice(&matrices.concat()).view([2, 2, 3]);
+        let ours = grouped_matmul(&rows, &matrices, &[2, 1]).unwrap();
+        let by = |expert: i64| matrices.get(expert).tr();
+        let plain = [rows.narrow(0, 0, 2).matmul(&by(0)), rows.narrow(0, 2, 1).matmul(&by(1))];
         assert_eq!(ours, Tensor::cat(&plain, 0));
     }
 
@@ -78,7 +78,7 @@ mod tests {
         let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
         let rows = random(&[32, 64]) * (random(&[32, 1]) * 20.0).exp();
         let matrix = random(&[48, 64]);
-        let ours = grouped_matmul(&rows, |_| matrix.shallow_clone(), &[32]).unwrap();
+        let ours = grouped_matmul(&rows, &matrix.unsqueeze(0), &[32]).unwrap();
         let plain = rows.matmul(&matrix.tr());
         let norm = |x: &Tensor| x.square().sum_dim_intlist([1i64].as_slice(), false, Kind::Float).sqrt();
         let off = (norm(&(ours - &plain)) / norm(&plain)).max().double_value(&[]);
@@ -88,7 +88,7 @@ mod tests {
     #[test]
     fn groups_without_rows_and_rows_of_zeros_are_fine() {
         let zeros = Tensor::zeros([2, 16], (Kind::BFloat16, Device::Cpu));
-        let out = grouped_matmul(&zeros, |_| zeros.shallow_clone(), &[0, 2, 0]).unwrap();
+        let out = grouped_matmul(&zeros, &Tensor::stack(&[&zeros, &zeros, &zeros], 0), &[0, 2, 0]).unwrap();
         assert_eq!((out.size(), out.kind()), (vec![2, 2], Kind::BFloat16));
         assert_eq!(out.abs().sum(Kind::Float).double_value(&[]), 0.0);
     }

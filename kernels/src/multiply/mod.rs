@@ -18,21 +18,20 @@ mod share;
 mod together;
 mod work;
 
+use crate::matrix::Matrix;
 use crate::number::Bf16;
+use crate::product::Product;
 pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
 use kernel::{Kernel, Operand};
 use share::{Shared, share};
 use std::sync::OnceLock;
-use tch::{Kind, Tensor};
+use tch::Kind;
 use work::Job;
 
 /// The inner dimension of which right matrices are packed at once, where sums are added to: gradients sum up over all tokens, and the
 /// buffer is kept.
-const SLAB: i64 = 1 << 14;
-
-/// The place of the result, the left matrix and the right one.
-pub(crate) type Product<'a> = (&'a Tensor, &'a Tensor, &'a Tensor);
+const SLAB: usize = 1 << 14;
 
 /// The instructions that loops of our own are written for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,25 +75,24 @@ impl Instructions {
 /// Computes `out = left right` of all of them, or `out += left right`, by instructions that this processor has, of operands in
 /// fp32 or bf16. They have a contiguous dimension; `out` has contiguous rows, in their dtype or fp32. (`fits` of the caller says so.)
 pub(crate) fn multiply(products: &[Product], adds: bool, instructions: Instructions) {
-    let deepest = products.iter().map(|(_, left, _)| left.size()[1]).max().unwrap_or(0);
-    let splits = adds && deepest > SLAB && products.iter().all(|(out, ..)| out.kind() == Kind::Float);
+    let deepest = products.iter().map(|product| product.left.columns).max().unwrap_or(0);
+    let splits = adds && deepest > SLAB && products.iter().all(|product| product.out.kind == Kind::Float);
     if !splits {
         return whole(products, adds, instructions);
     }
-    for start in (0..deepest).step_by(SLAB as usize) {
-        let slab = |(out, left, right): &Product| {
-            let len = (left.size()[1] - start).min(SLAB);
-            (len > 0).then(|| (out.shallow_clone(), left.narrow(1, start, len), right.narrow(0, start, len)))
+    for start in (0..deepest).step_by(SLAB) {
+        let slab = |&Product { out, left, right }| {
+            let len = left.columns.saturating_sub(start).min(SLAB);
+            (len > 0).then(|| Product { out, left: left.some_columns(start, len), right: right.some_rows(start, len) })
         };
-        let slabs: Vec<_> = products.iter().filter_map(slab).collect();
-        let borrowed: Vec<Product> = slabs.iter().map(|(out, left, right)| (out, left, right)).collect();
-        whole(&borrowed, adds, instructions);
+        let slabs: Vec<Product> = products.iter().filter_map(slab).collect();
+        whole(&slabs, adds, instructions);
     }
 }
 
 fn whole(products: &[Product], adds: bool, instructions: Instructions) {
     let Some(first) = products.first() else { return };
-    match (instructions, first.1.kind() == Kind::BFloat16) {
+    match (instructions, first.left.kind == Kind::BFloat16) {
         (Instructions::Avx512, true) => multiply_by::<Avx512<true>>(products, adds),
         (Instructions::Avx512, false) => multiply_by::<Avx512<false>>(products, adds),
         (Instructions::Avx2, true) => multiply_by::<Avx2<Bf16>>(products, adds),
@@ -111,35 +109,29 @@ fn multiply_by<K: Kernel>(products: &[Product], adds: bool) {
     }
 }
 
-fn job(&(out, left, right): &Product, adds: bool) -> Job {
-    let sizes = [out, left, right].map(|tensor| tensor.size());
-    let [m, k, n] = [sizes[1][0], sizes[1][1], sizes[2][1]].map(|size| size as usize);
+fn job(Product { out, left, right }: &Product, adds: bool) -> Job {
+    let (m, k, n) = (left.rows, left.columns, right.columns);
     assert!(
-        sizes[0] == [m as i64, n as i64] && sizes[2][0] == k as i64,
-        "{:?} x {:?} is not {:?}",
-        sizes[1],
-        sizes[2],
-        sizes[0]
+        [out.rows, out.columns, right.rows] == [m, n, k],
+        "{m} x {k} times {} x {n} is not {} x {}",
+        right.rows,
+        out.rows,
+        out.columns
     );
-    let operand = |tensor: &Tensor, inner: usize| {
-        let (stride, size) = (tensor.stride(), tensor.kind().elt_size_in_bytes());
-        let bytes = |dim: usize| match tensor.size()[dim] {
-            // Nobody steps along it.
-            1 => size,
-            _ => stride[dim] as usize * size,
-        };
-        Operand { data: tensor.data_ptr().cast(), inner: bytes(inner), outer: bytes(1 - inner), len: k }
-    };
+    let operand = |Matrix { data, row, column, .. }: Matrix| Operand { data, inner: column, outer: row, len: k };
     if k == 0 && !adds {
-        let _ = out.shallow_clone().zero_();
+        for row in 0..m {
+            // SAFETY: a row of the result, whose numbers lie beside each other.
+            unsafe { out.data.add(row * out.row).write_bytes(0, n * out.size()) }
+        }
     }
     Job {
-        out: out.data_ptr().cast(),
-        out_row: out.stride()[0] as usize * out.kind().elt_size_in_bytes(),
-        rounds: out.kind() == Kind::BFloat16,
+        out: out.data,
+        out_row: out.row,
+        rounds: out.kind == Kind::BFloat16,
         adds,
-        left: operand(left, 1),
-        right: operand(right, 0),
+        left: operand(*left),
+        right: operand(right.transposed()),
         size: (m, k, n),
     }
 }
@@ -149,7 +141,7 @@ mod tests {
     use super::*;
     use crate::product::tests::random;
     use proptest::prelude::*;
-    use tch::Device;
+    use tch::{Device, Tensor};
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(400))]
@@ -169,7 +161,7 @@ mod tests {
             for by in Instructions::here() {
                 let out = random(m, n, false, before.kind());
                 out.shallow_clone().copy_(&before);
-                multiply(&[(&out, &left, &right)], adds, by);
+                multiply(&[Product::of(&out, &left, &right)], adds, by);
                 let off = (out.to_kind(Kind::Double) - &plain).norm().double_value(&[]);
                 let tolerance = if bf16 { 5e-3 } else { 1e-6 };
                 prop_assert!(off <= tolerance * plain.norm().double_value(&[]), "{:?}: {}", by, off);
@@ -177,7 +169,7 @@ mod tests {
                 let alone = random(m, n, false, before.kind());
                 alone.shallow_clone().copy_(&before);
                 tch::set_num_threads(1);
-                multiply(&[(&alone, &left, &right)], adds, by);
+                multiply(&[Product::of(&alone, &left, &right)], adds, by);
                 tch::set_num_threads(threads);
                 prop_assert!(alone.equal(&out));
             }
@@ -191,7 +183,7 @@ mod tests {
             let plain = left.to_kind(Kind::Double).matmul(&right.to_kind(Kind::Double)) + 1.0;
             for by in Instructions::here() {
                 let sum = Tensor::ones([9, 20], (Kind::Float, Device::Cpu));
-                multiply(&[(&sum, &left, &right)], true, by);
+                multiply(&[Product::of(&sum, &left, &right)], true, by);
                 let off = (sum.to_kind(Kind::Double) - &plain).norm().double_value(&[]);
                 assert!(off < 1e-5 * plain.norm().double_value(&[]), "{by:?} {kind:?}: {off}");
             }
