@@ -10,6 +10,7 @@ mod attention;
 mod combine;
 mod cross_entropy;
 mod exponential;
+mod gate;
 mod matrix;
 #[cfg(target_arch = "x86_64")]
 mod multiply;
@@ -27,6 +28,7 @@ pub use adamw::{Update, adamw};
 pub use attention::{attention, attention_backward, join_heads, repeat_heads};
 pub use combine::{combine, combine_backward};
 pub use cross_entropy::cross_entropy;
+pub use gate::{Gate, Gated, choose, gate, gate_backward, gates};
 pub use norm::{rms_norm, rms_norm_backward};
 pub use product::{add_grouped_product, add_product, grouped_product, product, product_into};
 pub use rotary::rotate;

@@ -114,7 +114,10 @@ impl MoeLayer {
         let bias = self.weights.bias.as_ref().map(|bias| bias.lock().expect("nobody panics with it").shallow_clone());
         let before = replay.0.lock().expect("nobody panics with it").take();
         let (chosen, plan) = before.map_or((None, None), |(chosen, plan)| (Some(chosen), Some(plan)));
-        let routing = self.router.route(&logits_te, bias.as_ref(), chosen.as_ref());
+        let in_all = tokens * self.tensor.size();
+        let groups = if self.statistics == Statistics::Sequence { sequences } else { 1 };
+        let own = segments(self.tensor.rank() * tokens, tokens, in_all / groups, groups);
+        let routing = self.router.route(&logits_te, bias.as_ref(), chosen.as_ref(), &own)?;
         let experts = Vec::<i64>::try_from(routing.experts_tk.flatten(0, -1).contiguous())
             .map_err(|e| Error::new(e.to_string()))?;
         let Router { top_k, num_experts, .. } = self.router;
@@ -131,33 +134,23 @@ impl MoeLayer {
                 self.tensor.block(x_td, network).map(Some)
             }
         };
-        let Mixed { mut hidden_td, beside, seen } = self.mix(x_td, &routing, experts, &plan, shared)?;
+        let Mixed { mut hidden_td, beside, seen } = self.mix(x_td, &routing.weights_tk, experts, &plan, shared)?;
         if let Some(shared) = beside {
             hidden_td = hidden_td + shared;
         }
 
-        let in_all = tokens * self.tensor.size();
-        let groups = if self.statistics == Statistics::Sequence { sequences } else { 1 };
-        let own = segments(self.tensor.rank() * tokens, tokens, in_all / groups, groups);
         let counts = count_choices(&seen.experts, top_k, &own, num_experts);
         let counts_ge = Tensor::from_slice(&counts).view([groups as i64, num_experts as i64]);
         let counts_ge = counts_ge.to_device(x_td.value.device());
         let reduced = self.sequence.all_reduce(&counts_ge, ReduceOp::Sum).and_then(parallel::Work::wait);
         reduced.map_err(|e| Error::new(e.to_string()))?;
-        let sum_of = |tokens: &std::ops::Range<usize>| {
-            let probs = routing.probs_te.narrow(0, tokens.start as i64, tokens.len() as i64);
-            probs.sum_dim_intlist([0i64].as_slice(), false, Kind::Float)
-        };
-        let stats = RouterStats {
-            counts_ge,
-            prob_sums_ge: Tensor::stack(&own.iter().map(sum_of).collect::<Vec<_>>(), 0),
-            z_sum: logits_te.logsumexp([-1i64].as_slice(), false).square().sum(Kind::Float),
-        };
+        let Routing { prob_sums_ge, z_sum, .. } = routing;
+        let stats = RouterStats { counts_ge, prob_sums_ge, z_sum };
         Ok(MoeOutput { hidden_td, stats, seen })
     }
 
-    /// Dispatch, experts and the weighted sum for choices that are made and planned: `experts` `[T * K]` are those of
-    /// `routing`. While rows travel, `beside` is computed.
+    /// Dispatch, experts and the sum with weights `weights_tk` `[T, K]`, for choices `experts` `[T * K]` that are made and planned. While
+    /// rows travel, `beside` is computed.
     ///
     /// # Collective
     /// Every rank of the expert group.
@@ -167,7 +160,7 @@ impl MoeLayer {
     pub fn mix(
         &self,
         x_td: &Activation,
-        routing: &Routing,
+        weights_tk: &Tensor,
         experts: Vec<i64>,
         plan: &Plan,
         beside: impl FnOnce(&Activation) -> Result<Option<Tensor>, Error>,
@@ -179,8 +172,8 @@ impl MoeLayer {
         let ranges: Vec<_> = (0..parts).map(|part| part_of(experts.len() / top_k, part, parts)).collect();
         let sizes: Vec<i64> = ranges.iter().map(|range| range.len() as i64).collect();
         let (tokens, weights) = match parts {
-            1 => (vec![x_td.value.shallow_clone()], vec![routing.weights_tk.shallow_clone()]),
-            _ => (x_td.value.split_with_sizes(&sizes, 0), routing.weights_tk.split_with_sizes(&sizes, 0)),
+            1 => (vec![x_td.value.shallow_clone()], vec![weights_tk.shallow_clone()]),
+            _ => (x_td.value.split_with_sizes(&sizes, 0), weights_tk.split_with_sizes(&sizes, 0)),
         };
         let mut sending = Vec::new();
         for (part, (tokens, range)) in tokens.iter().zip(&ranges).enumerate() {

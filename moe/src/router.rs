@@ -1,9 +1,12 @@
 //! Routers: which experts a token goes to, and with what weight.
-// Shapes: T tokens, E experts, K chosen experts.
+// Shapes: T tokens, E experts, K chosen experts, G groups of tokens.
 
+use kernels::{Gate, Gated};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 use tch::{Kind, Tensor};
+use torch_ext::{Error, attach_backward};
 
 /// How logits become scores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -42,8 +45,11 @@ pub struct Routing {
     pub experts_tk: Tensor,
     /// `[T, K]` fp32, differentiable.
     pub weights_tk: Tensor,
-    /// `[T, E]` fp32, differentiable: scores that sum to one over the experts, for the load-balancing loss.
-    pub probs_te: Tensor,
+    /// `[G, E]` fp32, differentiable: over each group's tokens, the sum of scores that sum to one over the experts, for the
+    /// load-balancing loss.
+    pub prob_sums_ge: Tensor,
+    /// `[]` fp32, differentiable: the sum over all tokens of the square of their logits' log-sum-exp, for the z-loss.
+    pub z_sum: Tensor,
 }
 
 impl Router {
@@ -54,17 +60,41 @@ impl Router {
     }
 
     /// Chooses experts from `logits_te` `[T, E]`. `bias_e` `[E]` is added to the scores for choosing only, not to
-    /// the weights (loss-free balancing, arXiv 2408.15664). Choices `[T, K]` that have been made already stay.
-    pub fn route(&self, logits_te: &Tensor, bias_e: Option<&Tensor>, chosen_tk: Option<&Tensor>) -> Routing {
+    /// the weights (loss-free balancing, arXiv 2408.15664). Choices `[T, K]` that have been made already stay. `groups` are neighbouring
+    /// tokens, one group after another, that hold all of them.
+    ///
+    /// # Errors
+    /// libtorch's message.
+    pub fn route(
+        &self,
+        logits_te: &Tensor,
+        bias_e: Option<&Tensor>,
+        chosen_tk: Option<&Tensor>,
+        groups: &[Range<usize>],
+    ) -> Result<Routing, Error> {
         let logits_te = logits_te.to_kind(Kind::Float);
-        let scores_te = match self.score {
-            Score::Softmax => logits_te.softmax(-1, Kind::Float),
-            Score::Sigmoid => logits_te.sigmoid(),
-        };
+        let logits = logits_te.detach();
         let experts_tk = match chosen_tk {
             Some(chosen_tk) => chosen_tk.shallow_clone(),
-            None => tch::no_grad(|| self.choose(&scores_te.detach(), bias_e)),
+            None => tch::no_grad(|| self.choose(&logits, bias_e)),
         };
+        if !kernels::gates(&logits) {
+            return Ok(self.weigh(&logits_te, experts_tk, groups));
+        }
+        let gate = Gate { sigmoid: self.score == Score::Sigmoid, normalize: self.normalize, scale: self.scale };
+        let Gated { weights_tk, prob_sums_ge, z_sum } = kernels::gate(&logits, &experts_tk, gate, groups);
+        let (experts, groups) = (experts_tk.shallow_clone(), groups.to_vec());
+        let made = attach_backward(&[&logits_te], vec![weights_tk, prob_sums_ge, z_sum], move |grads| {
+            let grads = [0, 1, 2].map(|output| grads[output].as_ref());
+            Ok(vec![Some(kernels::gate_backward(&logits, &experts, gate, &groups, grads))])
+        })?;
+        let [weights_tk, prob_sums_ge, z_sum] = made.try_into().expect("three went in");
+        Ok(Routing { experts_tk, weights_tk, prob_sums_ge, z_sum })
+    }
+
+    /// The same by libtorch.
+    fn weigh(&self, logits_te: &Tensor, experts_tk: Tensor, groups: &[Range<usize>]) -> Routing {
+        let scores_te = self.scores(logits_te);
         let mut weights_tk = scores_te.gather(1, &experts_tk, false);
         if self.normalize {
             weights_tk = &weights_tk / (weights_tk.sum_dim_intlist([-1i64].as_slice(), true, Kind::Float) + 1e-20);
@@ -76,14 +106,31 @@ impl Router {
             Score::Softmax => scores_te,
             Score::Sigmoid => &scores_te / (scores_te.sum_dim_intlist([-1i64].as_slice(), true, Kind::Float) + 1e-20),
         };
-        Routing { experts_tk, weights_tk, probs_te }
+        let sum_of = |tokens: &Range<usize>| {
+            let probs = probs_te.narrow(0, tokens.start as i64, tokens.len() as i64);
+            probs.sum_dim_intlist([0i64].as_slice(), false, Kind::Float)
+        };
+        let prob_sums_ge = Tensor::stack(&groups.iter().map(sum_of).collect::<Vec<_>>(), 0);
+        let z_sum = logits_te.logsumexp([-1i64].as_slice(), false).square().sum(Kind::Float);
+        Routing { experts_tk, weights_tk, prob_sums_ge, z_sum }
     }
 
-    fn choose(&self, scores_te: &Tensor, bias_e: Option<&Tensor>) -> Tensor {
-        let mut scores_te = match bias_e {
-            Some(bias_e) => scores_te + bias_e,
-            None => scores_te.shallow_clone(),
-        };
+    fn scores(&self, logits_te: &Tensor) -> Tensor {
+        match self.score {
+            Score::Softmax => logits_te.softmax(-1, Kind::Float),
+            Score::Sigmoid => logits_te.sigmoid(),
+        }
+    }
+
+    fn choose(&self, logits_te: &Tensor, bias_e: Option<&Tensor>) -> Tensor {
+        let grouped = self.even_groups || self.top_groups < self.groups;
+        if !grouped && kernels::gates(logits_te) {
+            return kernels::choose(logits_te, bias_e, self.top_k, self.score == Score::Sigmoid);
+        }
+        let mut scores_te = self.scores(logits_te);
+        if let Some(bias_e) = bias_e {
+            scores_te += bias_e;
+        }
         if self.even_groups {
             let (groups, per_group) = (self.groups as i64, (self.num_experts / self.groups) as i64);
             let (_, within) = scores_te.view([-1, groups, per_group]).topk(self.top_k as i64 / groups, -1, true, true);
@@ -120,6 +167,11 @@ mod tests {
         Tensor::from_slice(values).view([-1, 4])
     }
 
+    fn route(router: &Router, logits: &Tensor, bias: Option<&Tensor>) -> Routing {
+        let all = 0..logits.size()[0] as usize;
+        router.route(logits, bias, None, std::slice::from_ref(&all)).unwrap()
+    }
+
     fn list<T: tch::kind::Element + Copy>(tensor: &Tensor) -> Vec<T> {
         Vec::try_from(tensor.flatten(0, -1)).unwrap()
     }
@@ -128,22 +180,48 @@ mod tests {
     fn softmax_top_two_by_hand() {
         // e^0 : e^ln3 : e^ln2 : e^0 = 1 : 3 : 2 : 1
         let logits = logits(&[0.0, 3f32.ln(), 2f32.ln(), 0.0]);
-        let routing = router(Score::Softmax).route(&logits, None, None);
+        let routing = route(&router(Score::Softmax), &logits, None);
         assert_eq!(list::<i64>(&routing.experts_tk), [1, 2]);
         let weights = list::<f32>(&routing.weights_tk);
         assert!((weights[0] - 0.6).abs() < 1e-6 && (weights[1] - 0.4).abs() < 1e-6);
-        let raw = Router { normalize: false, scale: 2.0, ..router(Score::Softmax) }.route(&logits, None, None);
+        let raw = route(&Router { normalize: false, scale: 2.0, ..router(Score::Softmax) }, &logits, None);
         assert!((list::<f32>(&raw.weights_tk)[0] - 6.0 / 7.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn loops_and_libtorch_agree() {
+        for score in [Score::Softmax, Score::Sigmoid] {
+            for normalize in [false, true] {
+                let router = Router { normalize, scale: 2.5, ..router(score) };
+                let logits = Tensor::randn([9, 4], (Kind::Float, tch::Device::Cpu)).set_requires_grad(true);
+                let groups = [0..3, 3..9];
+                let ours = router.route(&logits, None, None, &groups).unwrap();
+                let chosen = ours.experts_tk.shallow_clone();
+                let theirs = router.weigh(&logits, chosen, &groups);
+                let both = [&ours, &theirs].map(|Routing { weights_tk, prob_sums_ge, z_sum, .. }| {
+                    let outputs = [weights_tk, prob_sums_ge, z_sum];
+                    let [weights, sums, z] = outputs.map(|output| output.square().sum(Kind::Float));
+                    (weights + sums + z * 0.1).backward();
+                    let gradient = logits.grad().copy();
+                    let _ = logits.grad().zero_();
+                    let [weights, sums, z] = outputs.map(Tensor::detach);
+                    [weights, sums, z, gradient]
+                });
+                for (ours, theirs) in both[0].iter().zip(&both[1]) {
+                    assert!(ours.allclose(theirs, 1e-5, 1e-6, false), "{score:?} {normalize}: {ours} {theirs}");
+                }
+            }
+        }
     }
 
     #[test]
     fn the_bias_chooses_and_does_not_weigh() {
         let bias = Tensor::from_slice(&[10f32, 0., 0., 0.]);
-        let routing = router(Score::Sigmoid).route(&logits(&[-3., 2., 1., 0.]), Some(&bias), None);
+        let routing = route(&router(Score::Sigmoid), &logits(&[-3., 2., 1., 0.]), Some(&bias));
         assert_eq!(list::<i64>(&routing.experts_tk), [0, 1]);
         let (a, b) = (1.0 / (1.0 + 3f32.exp()), 1.0 / (1.0 + (-2f32).exp()));
         assert!((list::<f32>(&routing.weights_tk)[0] - a / (a + b)).abs() < 1e-6);
-        let total: f32 = list::<f32>(&routing.probs_te).iter().sum();
+        let total: f32 = list::<f32>(&routing.prob_sums_ge).iter().sum();
         assert!((total - 1.0).abs() < 1e-6);
     }
 
@@ -151,18 +229,18 @@ mod tests {
     fn only_the_best_groups_are_chosen_from() {
         let limited = Router { groups: 2, top_groups: 1, ..router(Score::Softmax) };
         // The best expert is 0, so group {0, 1} wins and expert 3, though better than 1, is not chosen.
-        let routing = limited.route(&logits(&[5., 1., 2., 4.]), None, None);
+        let routing = route(&limited, &logits(&[5., 1., 2., 4.]), None);
         assert_eq!(list::<i64>(&routing.experts_tk), [0, 1]);
         // With sigmoid scores the best two of a group count: here {2, 3} wins though 0 is the best.
         let limited = Router { score: Score::Sigmoid, ..limited };
-        let routing = limited.route(&logits(&[5., -5., 2., 2.]), None, None);
+        let routing = route(&limited, &logits(&[5., -5., 2., 2.]), None);
         assert_eq!(list::<i64>(&routing.experts_tk).iter().sum::<i64>(), 5);
     }
 
     #[test]
     fn with_even_groups_each_group_is_chosen_from_alike() {
         let even = Router { groups: 2, even_groups: true, ..router(Score::Softmax) };
-        let routing = even.route(&logits(&[5., 4., 2., 1., 0., 1., 2., 9.]), None, None);
+        let routing = route(&even, &logits(&[5., 4., 2., 1., 0., 1., 2., 9.]), None);
         assert_eq!(list::<i64>(&routing.experts_tk), [0, 2, 3, 1]);
     }
 }

@@ -6,11 +6,9 @@ use moe::dispatch::{Dispatcher, Hierarchy, LeastLoaded};
 use moe::experts::Gemm;
 use moe::least_loaded::{Imbalance, Planner};
 use moe::plan::Sites;
-use moe::{Keep, MoeLayer, MoeWeights, Router, Routing, Seen};
+use moe::{Keep, MoeLayer, MoeWeights, Router, Seen};
 use parallel::tensor::TensorParallel;
-use parallel::{
-    Accelerator, Activation, Communicator, Cpu, GradientBuckets, Local, Replication, Weight, World, on_threads,
-};
+use parallel::{Activation, Communicator, Cpu, GradientBuckets, Local, Replication, Weight, World, on_threads};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tch::{Kind, Tensor};
@@ -135,15 +133,9 @@ fn run(groups: &Groups, case: &Case, mode: Mode) -> Outcome {
     let experts = case.chosen[rank].clone();
     let tokens = (experts.len() / case.top_k) as i64;
     let x = numbers(10 + rank as i64, &[tokens, HIDDEN]).set_requires_grad(true);
-    let chosen = [tokens, case.top_k as i64];
-    let weights_tk = numbers(20 + rank as i64, &chosen).set_requires_grad(true);
-    let routing = Routing {
-        experts_tk: Tensor::from_slice(&experts).view(chosen),
-        weights_tk: weights_tk.shallow_clone(),
-        probs_te: Cpu.zeros(&[tokens, case.num_experts as i64], Kind::Float),
-    };
+    let weights_tk = numbers(20 + rank as i64, &[tokens, case.top_k as i64]).set_requires_grad(true);
     let plan = layer.dispatcher.plan(&experts, case.top_k).unwrap();
-    let mixed = layer.mix(&Activation::kept(&x), &routing, experts, &plan, |_| Ok(None)).unwrap();
+    let mixed = layer.mix(&Activation::kept(&x), &weights_tk, experts, &plan, |_| Ok(None)).unwrap();
     let probe = numbers(30 + rank as i64, &[tokens, HIDDEN]);
     (&mixed.hidden_td * probe).sum(Kind::Float).backward();
     gradients.finish().unwrap();

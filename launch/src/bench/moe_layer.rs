@@ -11,7 +11,7 @@ use moe::dispatch::{Dispatcher, LeastLoaded};
 use moe::experts::Gemm;
 use moe::least_loaded::Planner;
 use moe::plan::Sites;
-use moe::{Keep, MoeLayer, MoeWeights, Router, Routing, Seen};
+use moe::{Keep, MoeLayer, MoeWeights, Router, Seen};
 use parallel::tensor::TensorParallel;
 use parallel::{
     Accelerator, Activation, Communicator, Cpu, GradientBuckets, Local, RankEnv, ReduceOp, Replication, Weight,
@@ -268,16 +268,11 @@ impl LayerBench {
     }
 
     fn forward_backward(&self, which: usize, experts: &[i64]) -> Result<Seen> {
-        let (tokens, top_k) = (self.x.size()[0], self.workload.top_k() as i64);
-        let routing = Routing {
-            experts_tk: Tensor::from_slice(experts).view([tokens, top_k]),
-            weights_tk: self.weights_tk.shallow_clone(),
-            probs_te: Cpu.zeros(&[0], Kind::Float),
-        };
+        let top_k = self.workload.top_k();
         self.gradients.begin(1);
         let layer = &self.layers[which];
-        let plan = layer.dispatcher.plan(experts, top_k as usize)?;
-        let mixed = layer.mix(&Activation::kept(&self.x), &routing, experts.to_vec(), &plan, |_| Ok(None))?;
+        let plan = layer.dispatcher.plan(experts, top_k)?;
+        let mixed = layer.mix(&Activation::kept(&self.x), &self.weights_tk, experts.to_vec(), &plan, |_| Ok(None))?;
         mixed.hidden_td.sum(Kind::Float).f_backward()?;
         self.gradients.finish()?;
         for leaf in [&self.x, &self.weights_tk] {
