@@ -21,6 +21,8 @@ fn a_run_that_lends_and_moves_experts_says_so_goes_on_to_the_bit_and_can_be_insp
     assert!(whole.status.success(), "{}", text(&whole));
     assert!(text(&whole).contains("an expert is lent for 4 tokens or more (as configured)"), "{}", text(&whole));
     assert!(text(&whole).contains("spilled"), "the progress lines tell: {}", text(&whole));
+    // The last step moves experts; its checkpoint comes from the keepers' memory all the same, and ranks that write one themselves say so.
+    assert_eq!(text(&whole).matches("checkpoint whole/checkpoints/step-00000020").count(), 1, "{}", text(&whole));
     let lines = metrics(&experiment, "whole");
     let steps: Vec<&Value> = lines.iter().filter(|line| line["loss"].is_number()).collect();
     let sum =

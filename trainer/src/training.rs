@@ -316,6 +316,20 @@ impl Trainer {
         snapshots.plan(&holding, &tensors, &state, self.device.as_ref())
     }
 
+    /// Lays it out anew where experts have moved. A keeper that cannot be reached, or has too little memory, has no slot then.
+    fn plan_snapshots_again(&mut self) -> Result<(), Error> {
+        if !self.snapshots.as_ref().is_some_and(Snapshots::needs_plan) {
+            return Ok(());
+        }
+        match self.plan_snapshots() {
+            Err(Error::Data(reason)) => {
+                tracing::warn!("{reason}");
+                Ok(())
+            }
+            planned => planned,
+        }
+    }
+
     /// Hands the state of this moment over to the copying thread.
     fn take_snapshot(&mut self, slot: usize) -> Result<(), Error> {
         let begun = Instant::now();
@@ -342,6 +356,8 @@ impl Trainer {
         if sum(&self.world, copied)? as usize == self.world.size() {
             return Ok(true);
         }
+        // The last step may have moved experts.
+        self.plan_snapshots_again()?;
         let deadline = Instant::now() + Duration::from_secs(self.config.run.timeout_s);
         loop {
             let Some(snapshots) = &mut self.snapshots else { return Ok(false) };
@@ -519,8 +535,8 @@ impl Trainer {
         // One collective for all figures of the step.
         let checkpoint = self.checkpoint_due(self.step + 1);
         let snapshot = self.snapshots.as_ref().is_some_and(|snapshots| snapshots.due(self.step + 1, checkpoint));
-        if snapshot && self.snapshots.as_ref().is_some_and(Snapshots::needs_plan) {
-            self.plan_snapshots()?;
+        if snapshot {
+            self.plan_snapshots_again()?;
         }
         let slot = match &mut self.snapshots {
             Some(snapshots) if snapshot => snapshots.reserve(self.step + 1, checkpoint, self.device.as_ref()),
