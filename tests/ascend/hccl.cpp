@@ -1,12 +1,14 @@
 // HCCL on host memory, over Gloo. Signatures and numbers as in hccl.h and hccl_types.h; what those say is not supported is refused.
 #define USE_C10D_GLOO
 #include <ATen/ATen.h>
-#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
+#include <torch/csrc/distributed/c10d/FileStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
-#include <torch/csrc/distributed/c10d/TCPStore.hpp>
+#include <unistd.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <mutex>
 #include <thread>
 
@@ -158,15 +160,13 @@ Code HcclSetConfig(int, int32_t) { return SUCCESS; }
 
 Code HcclGetRootInfo(char* info) {
   return guarded([&] {
-    c10d::TCPStoreOptions options;
-    options.port = 0;
-    options.isServer = true;
-    options.waitWorkers = false;
-    options.timeout = PATIENCE;
-    // It serves as long as the process lives.
-    auto* server = new c10::intrusive_ptr<c10d::TCPStore>(c10::make_intrusive<c10d::TCPStore>("127.0.0.1", options));
+    // Ranks meet in a file in the folder that they run in: a store of c10d's that listens asks the network for names of addresses.
+    std::string path = (std::filesystem::current_path() / "hccl-XXXXXX").string();
+    int file = mkstemp(path.data());
+    TORCH_CHECK(file >= 0 && path.size() < ROOT_INFO_BYTES, "no place for a file like ", path);
+    close(file);
     std::memset(info, 0, ROOT_INFO_BYTES);
-    std::snprintf(info, ROOT_INFO_BYTES, "%d", static_cast<int>((*server)->getPort()));
+    std::memcpy(info, path.data(), path.size());
     return SUCCESS;
   });
 }
@@ -174,12 +174,8 @@ Code HcclGetRootInfo(char* info) {
 Code HcclCommInitRootInfo(uint32_t size, const char* info, uint32_t rank, void** out) {
   if (rank >= size) return E_PARA;
   return guarded([&] {
-    c10d::TCPStoreOptions options;
-    options.port = static_cast<uint16_t>(std::atoi(info));
-    options.isServer = false;
-    options.waitWorkers = false;
-    options.timeout = PATIENCE;
-    auto store = c10::make_intrusive<c10d::TCPStore>("127.0.0.1", options);
+    auto store = c10::make_intrusive<c10d::FileStore>(info, static_cast<int>(size));
+    store->setTimeout(PATIENCE);
     auto gloo = c10d::ProcessGroupGloo::Options::create(PATIENCE);
     gloo->devices.push_back(c10d::ProcessGroupGloo::createDeviceForHostname("127.0.0.1", false));
     auto group = c10::make_intrusive<c10d::ProcessGroupGloo>(store, static_cast<int>(rank), static_cast<int>(size), gloo);
