@@ -391,9 +391,8 @@ mod tests {
         second.sort_unstable();
         second.dedup();
         assert!(second.len() == 3 && second.iter().all(|expert| (0..4).contains(expert)));
-        let made = gate(&logits, &Tensor::zeros([2, 1], (Kind::Int64, Device::Cpu)), GATE, &[0..2]);
+        let plain = Gate { sigmoid: false, normalize: false, scale: 1.0 };
+        let made = gate(&logits, &Tensor::zeros([2, 1], (Kind::Int64, Device::Cpu)), plain, &[0..1, 1..2]);
         assert!(made.z_sum.double_value(&[]).is_nan() && made.weights_tk.double_value(&[1, 0]).is_nan());
     }
-
-    const GATE: Gate = Gate { sigmoid: false, normalize: false, scale: 1.0 };
 }
