@@ -25,7 +25,7 @@ impl Gemm {
     /// Each group of rows times its own matrix: those of the first of `matrices`, `[E, out, in]` (or `[E, in, out]` if not
     /// `transposed`), then those of the next.
     fn grouped(self, rows: &Tensor, matrices: &[Tensor], counts: &[i64], transposed: bool) -> Result<Tensor, Error> {
-        // libtorch's products take matrices `[in, out]`, those in 8 bits `[out, in]`.
+        // Products take matrices `[in, out]`, those in 8 bits `[out, in]`.
         let turned = transposed == (self == Gemm::Model);
         let turn = |some: &Tensor| if turned { some.transpose(1, 2) } else { some.shallow_clone() };
         let matrices: Vec<Tensor> = matrices.iter().map(turn).collect();
