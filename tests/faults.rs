@@ -359,10 +359,11 @@ fn a_spare_node_takes_over_and_without_one_the_run_shrinks() {
 #[test]
 fn flipped_bits_in_memory_are_mended_from_parity() {
     let experiment = Experiment::new();
-    let common = ["train.steps=300", "parallel.ranks_per_node=1", "snapshot.every=200", "checkpoint.every=0"];
+    // Between two snapshots there is time for three commands.
+    let common = ["train.steps=700", "parallel.ranks_per_node=1", "snapshot.every=300", "checkpoint.every=0"];
     assert!(finish(experiment.train(4, &common).args(["--set", "run.dir=unbroken"])).status.success());
     let run = start_talking(&experiment, 4, &common);
-    wait_for_step(&experiment, "run", 201);
+    wait_for_step(&experiment, "run", 301);
     wait_for_snapshot(&experiment, 4);
     let chaos = ["chaos", "run", "--kinds", "corrupt", "--faults", "1", "--gap", "0", "--step-ms", "0"];
     let chaos = finish(&mut experiment.moerun(&chaos));
