@@ -5,6 +5,7 @@
 use crate::exponential::exp;
 use crate::profile::{Cost, part};
 use crate::rows::{Indices, Numbers, for_rows, kind_on_host};
+use crate::softmax::exponentials;
 use multiversion::multiversion;
 use std::ops::Range;
 use tch::{Kind, Tensor};
@@ -71,7 +72,7 @@ pub fn choose(logits_te: &Tensor, bias_e: Option<&Tensor>, top_k: usize, sigmoid
 /// neighbouring tokens, one after another, that hold all of them.
 ///
 /// # Panics
-/// When the logits are not such as [`gates`] says, or an expert is not a column.
+/// When the logits are not such as [`gates`] says, the groups do not hold all tokens in order, or an expert is not a column.
 pub fn gate(logits_te: &Tensor, experts_tk: &Tensor, gate: Gate, groups: &[Range<usize>]) -> Gated {
     let all = Tokens::of(logits_te, experts_tk, groups);
     let (width, top_k) = (all.width, all.top_k);
@@ -188,13 +189,7 @@ impl<'a> Tokens<'a> {
 /// A token's softmax into `probs`: its logits' log-sum-exp.
 #[inline(always)]
 fn softmax(logits: &[f32], probs: &mut [f32]) -> f32 {
-    // NaN is what stays.
-    let largest = logits.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a || b.is_nan() { b } else { a });
-    let mut sum = 0.0;
-    for (prob, logit) in probs.iter_mut().zip(logits) {
-        *prob = exp(logit - largest);
-        sum += *prob;
-    }
+    let (largest, sum) = exponentials(logits, probs, 1.0);
     probs.iter_mut().for_each(|prob| *prob /= sum);
     largest + sum.ln()
 }

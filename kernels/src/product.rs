@@ -67,11 +67,7 @@ pub fn add_product(sum: &Tensor, left: &Tensor, right: &Tensor) {
 pub fn grouped_product(rows: &Tensor, matrices: &[Tensor], counts: &[i64]) -> Tensor {
     let out = Tensor::empty([rows.size()[0], matrices[0].size()[2]], (rows.kind(), rows.device()));
     let groups = groups(counts);
-    let cost = || {
-        let used = groups.len() as f64 / matrices[0].size()[0] as f64;
-        let flops = (2 * out.numel()) as f64 * rows.size()[1] as f64;
-        Cost { flops, bytes: 0.0 }.and(through(rows)).and(through(&out)).and(Cost::passes(used, &matrices[0]))
-    };
+    let cost = || grouped_cost(&groups, &matrices[0], rows.kind());
     let all = || {
         let (out, rows) = (Matrix::of(&out), Matrix::of(rows));
         let matrices: Vec<_> = matrices.iter().flat_map(Matrix::each_of).collect();
@@ -108,11 +104,7 @@ fn grouped_by_libtorch(out: &Tensor, rows: &Tensor, matrices: &[Tensor], groups:
 /// rows of `left` `[R, O]` and `right` `[R, I]`.
 pub fn add_grouped_product(sums: &Tensor, left: &Tensor, right: &Tensor, counts: &[i64]) {
     let groups = groups(counts);
-    let cost = || {
-        let used = groups.len() as f64 / sums.size()[0] as f64;
-        let flops = (2 * left.numel()) as f64 * right.size()[1] as f64;
-        Cost { flops, bytes: 0.0 }.and(through(left)).and(through(right)).and(Cost::passes(used, sums))
-    };
+    let cost = || grouped_cost(&groups, sums, left.kind());
     let all = || {
         let (left, right) = (Matrix::of(left), Matrix::of(right));
         let sums: Vec<_> = Matrix::each_of(sums).collect();
@@ -133,14 +125,19 @@ pub fn add_grouped_product(sums: &Tensor, left: &Tensor, right: &Tensor, counts:
     });
 }
 
-fn through(x: &Tensor) -> Cost {
-    Cost::passes(1.0, x)
-}
-
 /// What a product has to do.
 fn cost(out: &Tensor, left: &Tensor, right: &Tensor) -> Cost {
     let flops = (2 * out.numel()) as f64 * left.size()[1] as f64;
-    Cost { flops, bytes: 0.0 }.and(through(out)).and(through(left)).and(through(right))
+    [out, left, right].map(|x| Cost::passes(1.0, x)).into_iter().fold(Cost { flops, bytes: 0.0 }, Cost::and)
+}
+
+/// What groups have to do whose matrices are like those of `matrices` `[G, A, B]`, with rows of A and of B numbers of `kind`.
+fn grouped_cost(groups: &[Group], matrices: &Tensor, kind: Kind) -> Cost {
+    let [a, b] = [1, 2].map(|dim| matrices.size()[dim] as usize);
+    let rows: usize = groups.iter().map(|group| group.len).sum();
+    let sides = rows * (a + b) * kind.elt_size_in_bytes();
+    let bytes = sides + groups.len() * a * b * matrices.kind().elt_size_in_bytes();
+    Cost { flops: 2.0 * (rows * a * b) as f64, bytes: bytes as f64 }
 }
 
 /// Rows that meet a matrix of their own.
@@ -275,6 +272,14 @@ pub(crate) mod tests {
             add_grouped_product(&sums, &others, &rows, &counts);
             prop_assert!(close(&sums, &Tensor::stack(&plain, 0), kind));
         }
+    }
+
+    #[test]
+    fn groups_cost_what_their_rows_do() {
+        let matrices = Tensor::zeros([3, 5, 7], (Kind::Float, Device::Cpu));
+        let cost = grouped_cost(&groups(&[4, 0, 2]), &matrices, Kind::BFloat16);
+        assert_eq!(cost, Cost { flops: 2.0 * 6.0 * 35.0, bytes: 6.0 * 12.0 * 2.0 + 2.0 * 35.0 * 4.0 });
+        assert_eq!(grouped_cost(&[], &matrices.narrow(0, 0, 0), Kind::Float), Cost::default());
     }
 
     #[test]
