@@ -1,5 +1,6 @@
 //! AdamW (arXiv 1711.05101) over fp32 masters, with the rounding of the weights that are computed with, in one pass over memory.
 
+use crate::cuda;
 use crate::number::{Bf16, Number};
 use crate::profile::{Cost, part};
 use crate::rows::{Numbers, for_rows, kind_on_host};
@@ -31,8 +32,15 @@ pub struct Update {
 pub fn adamw(updates: &[Update], config: AdamW, step: u64, scale: Option<f64>) -> Result<(), Error> {
     let cost = || updates.iter().map(|update| Cost::passes(7.0, &update.master)).fold(Cost::default(), Cost::and);
     part("optimizer", "AdamW", cost, || {
-        let (here, elsewhere): (Vec<_>, Vec<_>) = updates.iter().partition(|update| update.is_here());
-        here.iter().for_each(|update| on_threads(update, config, step, scale));
+        let scalars = Scalars::of(config, step, scale);
+        let mut elsewhere = Vec::new();
+        for update in updates {
+            match update.place() {
+                Place::Host => on_threads(update, scalars),
+                Place::Gpu(gpu) => cuda::adamw(gpu, update, scalars),
+                Place::Elsewhere => elsewhere.push(update),
+            }
+        }
         by_libtorch(&elsewhere, config, step, scale)
     })
 }
@@ -55,43 +63,59 @@ fn by_libtorch(updates: &[&Update], config: AdamW, step: u64, scale: Option<f64>
     Ok(())
 }
 
+/// What goes through an update's numbers.
+enum Place {
+    Host,
+    Gpu(&'static dyn cuda::Gpu),
+    Elsewhere,
+}
+
 impl Update {
-    /// Whether loops here can go through it.
-    fn is_here(&self) -> bool {
+    fn place(&self) -> Place {
         let numbers = [&self.master, &self.gradient, &self.exp_avg, &self.exp_avg_sq];
-        let alike = numbers.iter().all(|x| x.numel() == self.master.numel());
-        let stored = self.stored.as_ref().is_none_or(|stored| {
-            kind_on_host(&[stored]) == Some(Kind::BFloat16) && stored.numel() == self.master.numel()
-        });
-        kind_on_host(&numbers) == Some(Kind::Float) && alike && stored
+        let alike = |x: &Tensor, kind| x.numel() == self.master.numel() && cuda::beside(&self.master, x, kind);
+        let stored = self.stored.as_ref().is_none_or(|stored| alike(stored, Kind::BFloat16));
+        if !stored || !numbers.iter().all(|x| alike(x, Kind::Float)) {
+            return Place::Elsewhere;
+        }
+        match cuda::gpu(&numbers) {
+            Some(gpu) => Place::Gpu(gpu),
+            None if kind_on_host(&numbers).is_some() => Place::Host,
+            None => Place::Elsewhere,
+        }
     }
 }
 
 /// The scalars of a step, as a number's update takes them.
 #[derive(Clone, Copy)]
-struct Scalars {
-    over_scale: f32,
-    kept: f32,
-    beta1: f32,
-    beta2: f32,
-    step_size: f32,
-    over_root: f32,
-    eps: f32,
+pub(crate) struct Scalars {
+    pub(crate) over_scale: f32,
+    pub(crate) kept: f32,
+    pub(crate) beta1: f32,
+    pub(crate) beta2: f32,
+    pub(crate) step_size: f32,
+    pub(crate) over_root: f32,
+    pub(crate) eps: f32,
 }
 
-fn on_threads(update: &Update, config: AdamW, step: u64, scale: Option<f64>) {
-    let correction = |beta: f64| 1.0 - beta.powf(step as f64);
-    let scalars = Scalars {
-        over_scale: scale.map_or(1.0, |scale| 1.0 / scale) as f32,
-        kept: (1.0 - config.lr * config.weight_decay) as f32,
-        beta1: config.beta1 as f32,
-        beta2: config.beta2 as f32,
-        step_size: (config.lr / correction(config.beta1)) as f32,
-        over_root: (1.0 / correction(config.beta2).sqrt()) as f32,
-        eps: config.eps as f32,
-    };
+impl Scalars {
+    pub(crate) fn of(config: AdamW, step: u64, scale: Option<f64>) -> Scalars {
+        let correction = |beta: f64| 1.0 - beta.powf(step as f64);
+        Scalars {
+            over_scale: scale.map_or(1.0, |scale| 1.0 / scale) as f32,
+            kept: (1.0 - config.lr * config.weight_decay) as f32,
+            beta1: config.beta1 as f32,
+            beta2: config.beta2 as f32,
+            step_size: (config.lr / correction(config.beta1)) as f32,
+            over_root: (1.0 / correction(config.beta2).sqrt()) as f32,
+            eps: config.eps as f32,
+        }
+    }
+}
+
+fn on_threads(update: &Update, scalars: Scalars) {
     let count = update.master.numel();
-    // SAFETY: `is_here` has said so of all.
+    // SAFETY: `place` has said so of all.
     let [master, gradient, average, square] = unsafe {
         [&update.master, &update.gradient, &update.exp_avg, &update.exp_avg_sq].map(|x| Numbers::<f32>::of(x))
     };

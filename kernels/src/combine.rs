@@ -1,6 +1,7 @@
 //! What a token's experts gave, added up: gathering rows, weighting and summing them in one pass over memory.
 // Shapes: T tokens, C choices of a token, N rows, D hidden.
 
+use crate::cuda;
 use crate::number::Number;
 use crate::profile::{Cost, part};
 use crate::rows::{Indices, Numbers, for_kind, for_rows, kind_on_host};
@@ -22,6 +23,9 @@ pub fn combine(rows: &Tensor, slots: &Tensor, weights: Option<&Tensor>) -> Tenso
         || Cost::passes(1.5, rows),
         || {
             let weights = weights.map(|weights| weights.to_kind(Kind::Float).contiguous());
+            if let Some(gpu) = on_gpu(&[rows], slots) {
+                return cuda::combine(gpu, rows, slots, weights.as_ref());
+            }
             let Some(kind) = on_host(&[rows], slots) else {
                 return combine_by_libtorch(rows, slots, weights.as_ref());
             };
@@ -43,6 +47,9 @@ pub fn combine_backward(grad: &Tensor, rows: &Tensor, slots: &Tensor, weights: &
         || Cost::passes(2.5, rows),
         || {
             let (grad, weights) = (grad.to_kind(rows.kind()).contiguous(), weights.to_kind(Kind::Float).contiguous());
+            if let Some(gpu) = on_gpu(&[&grad, rows], slots) {
+                return cuda::combine_backward(gpu, &grad, rows, slots, &weights);
+            }
             let Some(kind) = on_host(&[&grad, rows], slots) else {
                 return backward_by_libtorch(&grad, rows, slots, &weights);
             };
@@ -56,6 +63,10 @@ pub fn combine_backward(grad: &Tensor, rows: &Tensor, slots: &Tensor, weights: &
 fn on_host(tensors: &[&Tensor], slots: &Tensor) -> Option<Kind> {
     let indexed = slots.device() == Device::Cpu && slots.kind() == Kind::Int64 && slots.is_contiguous();
     kind_on_host(tensors).filter(|_| indexed)
+}
+
+fn on_gpu(tensors: &[&Tensor], slots: &Tensor) -> Option<&'static dyn cuda::Gpu> {
+    cuda::gpu(tensors).filter(|_| cuda::beside(tensors[0], slots, Kind::Int64))
 }
 
 /// Each choice's row, whichever where it has none: `[T, C, D]`.
@@ -73,12 +84,12 @@ fn factors(slots: &Tensor, weights: Option<&Tensor>, kind: Kind) -> Tensor {
     weights.map_or_else(|| there.shallow_clone(), |weights| weights * &there).to_kind(kind).unsqueeze(-1)
 }
 
-fn combine_by_libtorch(rows: &Tensor, slots: &Tensor, weights: Option<&Tensor>) -> Tensor {
+pub(crate) fn combine_by_libtorch(rows: &Tensor, slots: &Tensor, weights: Option<&Tensor>) -> Tensor {
     let by_choice = by_choice(rows, slots) * factors(slots, weights, rows.kind());
     by_choice.sum_dim_intlist([1i64].as_slice(), false, rows.kind())
 }
 
-fn backward_by_libtorch(grad: &Tensor, rows: &Tensor, slots: &Tensor, weights: &Tensor) -> (Tensor, Tensor) {
+pub(crate) fn backward_by_libtorch(grad: &Tensor, rows: &Tensor, slots: &Tensor, weights: &Tensor) -> (Tensor, Tensor) {
     let of_choices = grad.unsqueeze(1) * factors(slots, Some(weights), rows.kind());
     let there = slots.flatten(0, -1).ge(0).nonzero().squeeze_dim(-1);
     let places = slots.flatten(0, -1).index_select(0, &there);

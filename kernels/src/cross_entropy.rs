@@ -1,5 +1,6 @@
 //! Cross-entropy of logits that are at hand, with its gradient in their own memory.
 
+use crate::cuda;
 use crate::number::Number;
 use crate::profile::{Cost, part};
 use crate::rows::{Numbers, for_kind, for_rows, kind_on_host};
@@ -13,9 +14,12 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor, divisor: f64, factor: Opt
     let cost = || Cost::passes(2.0, logits);
     part("cross-entropy", "both", cost, || {
         let width = logits.size()[1];
+        let scales = (1.0 / divisor as f32, factor.map(|factor| (factor / divisor) as f32));
+        if let Some(gpu) = cuda::gpu(&[logits]).filter(|_| cuda::beside(logits, labels, Kind::Int64)) {
+            return cuda::cross_entropy(gpu, logits, labels, scales);
+        }
         if let Some(kind) = kind_on_host(&[logits]).filter(|_| labels.is_contiguous()) {
             let losses = Tensor::empty([labels.numel() as i64], (Kind::Float, logits.device()));
-            let scales = (1.0 / divisor as f32, factor.map(|factor| (factor / divisor) as f32));
             for_kind!(kind, on_threads(logits, labels, &losses, (width as usize, scales)));
             return losses;
         }

@@ -1,5 +1,6 @@
 //! RMSNorm (arXiv 1910.07467): `x / sqrt(mean(x^2) + eps) * weight` over the last dim.
 
+use crate::cuda;
 use crate::number::Number;
 use crate::profile::{Cost, part};
 use crate::rows::{Numbers, for_kind, for_rows, kind_on_host, parts};
@@ -13,6 +14,9 @@ const LANES: usize = 16;
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
     let cost = || Cost::passes(2.0, x);
     part("norm", "forward", cost, || {
+        if let Some(gpu) = cuda::gpu(&[x, weight]) {
+            return cuda::rms_norm(gpu, x, weight, eps);
+        }
         let Some(kind) = kind_on_host(&[x, weight]) else {
             let wide = x.to_kind(Kind::Float);
             let scale = (wide.square().mean_dim([-1i64].as_slice(), true, Kind::Float) + eps).rsqrt();
@@ -31,6 +35,9 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
 pub fn rms_norm_backward(grad: &Tensor, x: &Tensor, scale: &Tensor, weight: &Tensor) -> (Tensor, Tensor) {
     let cost = || Cost::passes(3.0, x);
     part("norm", "backward", cost, || {
+        if let Some(gpu) = cuda::gpu(&[grad, x, weight]).filter(|_| weight.numel() <= cuda::WIDEST_NORM) {
+            return cuda::rms_norm_backward(gpu, grad, x, scale, weight);
+        }
         let Some(kind) = kind_on_host(&[grad, x, weight]) else {
             let (wide, normed) = (grad.to_kind(Kind::Float), x.to_kind(Kind::Float) * scale);
             let rows: Vec<i64> = (0..grad.dim() as i64 - 1).collect();

@@ -1,6 +1,7 @@
 //! Rotary position embedding (arXiv 2104.09864) in the half-split form: element `i` of a head turns with element
 //! `i + head_dim / 2`.
 
+use crate::cuda;
 use crate::number::Number;
 use crate::profile::{Cost, part};
 use crate::rows::{Numbers, for_kind, for_rows, kind_on_host};
@@ -18,6 +19,10 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
             true => (x.shallow_clone(), 1),
             false => (x.transpose(1, 2), heads),
         };
+        let as_x = |out: Tensor| if between == 1 { out } else { out.transpose(1, 2) };
+        if let Some(gpu) = cuda::gpu(&[&flat, cos, sin]) {
+            return as_x(cuda::rotate(gpu, &flat, [cos, sin], between, positions));
+        }
         let Some(kind) = kind_on_host(&[&flat, cos, sin]) else {
             let halves = x.chunk(2, -1);
             let out = x.empty_like();
@@ -28,7 +33,7 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
         };
         let out = flat.empty_like();
         for_kind!(kind, on_threads(&flat, [cos, sin], &out, (between, positions)));
-        if between == 1 { out } else { out.transpose(1, 2) }
+        as_x(out)
     })
 }
 

@@ -1,5 +1,6 @@
 //! Softmax over the part of a vocabulary that is at hand, and what becomes of it when the others' parts are known.
 
+use crate::cuda;
 use crate::exponential::exp;
 use crate::number::Number;
 use crate::profile::{Cost, part};
@@ -16,6 +17,9 @@ pub fn softmax(logits: &Tensor, divisor: f64, out: &Tensor) -> (Tensor, Tensor) 
     let cost = || Cost::passes(2.0, logits);
     part("cross-entropy", "softmax", cost, || {
         let (count, width) = (logits.size()[0], logits.size()[1] as usize);
+        if let Some(gpu) = cuda::gpu(&[logits, out]) {
+            return cuda::softmax(gpu, logits, divisor, out);
+        }
         let Some(kind) = kind_on_host(&[logits, out]) else {
             let wide = logits.to_kind(Kind::Float) / divisor;
             let largest = wide.amax([-1i64].as_slice(), true);
@@ -40,6 +44,11 @@ pub fn softmax_gradient(probs: &Tensor, scale: &Tensor, labels: &Tensor, minus: 
     part("cross-entropy", "gradient", cost, || {
         let count = probs.size()[0] as usize;
         let whole = [scale, labels, minus].iter().all(|x| x.is_contiguous() && x.numel() == count);
+        let numbers = [(scale, Kind::Float), (labels, Kind::Int64), (minus, Kind::Float)];
+        let alike = whole && numbers.iter().all(|(x, kind)| cuda::beside(probs, x, *kind));
+        if let Some(gpu) = cuda::gpu(&[probs]).filter(|_| alike) {
+            return cuda::softmax_gradient(gpu, probs, scale, labels, minus);
+        }
         match kind_on_host(&[probs]).filter(|_| whole) {
             Some(kind) => for_kind!(kind, gradient_on_threads(probs, scale, labels, minus)),
             None => {

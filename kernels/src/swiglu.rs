@@ -1,5 +1,6 @@
 //! SwiGLU (GLU Variants, arXiv 2002.05202): `silu(gate) * up`.
 
+use crate::cuda;
 use crate::exponential::exp;
 use crate::number::Number;
 use crate::profile::{Cost, part};
@@ -10,17 +11,18 @@ use tch::Tensor;
 /// Of `[R, 2F]`, gate and then up in each row: `[R, F]`.
 pub fn swiglu(hidden: &Tensor) -> Tensor {
     let cost = || Cost::passes(1.5, hidden);
-    part("swiglu", "forward", cost, || match kind_on_host(&[hidden]) {
-        Some(kind) => {
-            let (rows, ffn) = (hidden.size()[0], hidden.size()[1] / 2);
-            let out = Tensor::empty([rows, ffn], (kind, hidden.device()));
-            for_kind!(kind, forward_on_threads(hidden, &out, ffn as usize));
-            out
+    part("swiglu", "forward", cost, || {
+        if let Some(gpu) = cuda::gpu(&[hidden]) {
+            return cuda::swiglu(gpu, hidden);
         }
-        None => {
+        let Some(kind) = kind_on_host(&[hidden]) else {
             let halves = hidden.chunk(2, -1);
-            halves[0].silu().multiply_(&halves[1])
-        }
+            return halves[0].silu().multiply_(&halves[1]);
+        };
+        let (rows, ffn) = (hidden.size()[0], hidden.size()[1] / 2);
+        let out = Tensor::empty([rows, ffn], (kind, hidden.device()));
+        for_kind!(kind, forward_on_threads(hidden, &out, ffn as usize));
+        out
     })
 }
 
@@ -28,6 +30,9 @@ pub fn swiglu(hidden: &Tensor) -> Tensor {
 pub fn swiglu_backward(grad: &Tensor, hidden: &Tensor) -> (Tensor, Tensor) {
     let cost = || Cost::passes(3.0, hidden);
     part("swiglu", "backward", cost, || {
+        if let Some(gpu) = cuda::gpu(&[grad, hidden]) {
+            return cuda::swiglu_backward(gpu, grad, hidden);
+        }
         let (out, result) = (hidden.empty_like(), grad.empty_like());
         match kind_on_host(&[grad, hidden, &out, &result]) {
             Some(kind) => for_kind!(kind, backward_on_threads(grad, hidden, &out, &result)),

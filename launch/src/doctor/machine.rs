@@ -138,7 +138,13 @@ pub(super) fn graphics(config: Option<&Config>) -> Finding {
         };
     };
     match parallel::accelerator("cuda", 0) {
-        Ok(_) => Finding::fine("GPU", format!("{} with {driver}", tch::Cuda::device_count())),
+        Ok(_) => {
+            let kernels = match kernels::gpu_kernels(0) {
+                Ok(architecture) => format!("kernels for {architecture}"),
+                Err(error) => format!("libtorch's operations instead of kernels of our own, which are faster: {error}"),
+            };
+            Finding::fine("GPU", format!("{} with {driver}; {kernels}", tch::Cuda::device_count()))
+        }
         Err(error) => Finding::fault(
             "GPU",
             format!("{driver}, but: {error}"),

@@ -1,0 +1,185 @@
+// Runs the kernels of source/ on the host, for tests: a block's threads are fibers that take turns at barriers and shuffles, in an
+// order that is drawn anew each time, some warps ahead of others, so that a missing barrier shows. What only a GPU can show, it cannot: alignment, and speed.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <ucontext.h>
+#include <utility>
+#include <vector>
+
+struct Place {
+    unsigned x, y;
+};
+static Place threadIdx, blockIdx, blockDim, gridDim;
+
+enum class State { runs, at_warp, at_block, done };
+struct Thread {
+    ucontext_t context;
+    State state;
+    unsigned long long given;
+    std::vector<char> stack;
+};
+static std::vector<Thread> threads;
+static ucontext_t scheduler;
+static size_t current;
+static const char* failed;
+static float* dynamic_shared;
+
+static void rest(State state) {
+    threads[current].state = state;
+    swapcontext(&threads[current].context, &scheduler);
+}
+static void fail(const char* why) {
+    failed = why;
+    rest(State::done);
+}
+
+static void __syncthreads() { rest(State::at_block); }
+static void __trap() { fail("trapped"); }
+
+template <class T> static T __shfl_xor_sync(unsigned, T x, int step) {
+    std::memcpy(&threads[current].given, &x, sizeof(T));
+    rest(State::at_warp);
+    Thread& other = threads[current ^ step];
+    if (other.state == State::done) {
+        fail("a shuffle with a thread that has ended");
+    }
+    T theirs;
+    std::memcpy(&theirs, &other.given, sizeof(T));
+    rest(State::at_warp);
+    return theirs;
+}
+static unsigned __float_as_uint(float x) {
+    unsigned bits;
+    std::memcpy(&bits, &x, 4);
+    return bits;
+}
+static float __uint_as_float(unsigned bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+#define KERNEL static
+#define __device__
+#define __forceinline__ inline
+#define __shared__ static
+#define DYNAMIC_SHARED(type, name) type* name = dynamic_shared
+// What the compiler for GPUs gets, too.
+#include "program.cu"
+
+template <class... A, size_t... I> static void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
+    kernel(*static_cast<A*>(arguments[I])...);
+}
+template <auto kernel> static void unpacked(void** arguments) {
+    [&]<class... A>(void (*function)(A...)) { call(function, arguments, std::index_sequence_for<A...>()); }(kernel);
+}
+struct Named {
+    const char* name;
+    void (*run)(void**);
+};
+#define NAMED(kernel) {#kernel, unpacked<kernel>}
+static const Named kernels[] = {
+    NAMED(adamw),          NAMED(combine), NAMED(combine_backward), NAMED(cross_entropy), NAMED(rms_norm), NAMED(rms_norm_backward), NAMED(rotate),
+    NAMED(softmax),        NAMED(softmax_gradient), NAMED(swiglu), NAMED(swiglu_backward),
+};
+
+static void (*body)(void**);
+static void** given;
+static void run_thread() {
+    body(given);
+    rest(State::done);
+}
+
+// Goes on with whatever can go on, until all threads of the block have ended.
+static void run_block(std::mt19937& random) {
+    size_t count = threads.size();
+    std::vector<size_t> order(count);
+    for (size_t i = 0; i < count; ++i) {
+        order[i] = i;
+    }
+    auto waits_or_is_done = [](size_t thread, State state) {
+        return threads[thread].state == state || threads[thread].state == State::done;
+    };
+    // Warps that stay where they are for a while.
+    unsigned behind = 0;
+    for (bool any = true, moved = false; any && !failed;) {
+        any = false;
+        std::shuffle(order.begin(), order.end(), random);
+        if (!moved || random() % 32 == 0) {
+            behind = random();
+        }
+        moved = false;
+        for (size_t thread : order) {
+            bool can = threads[thread].state == State::runs && !failed;
+            any |= can;
+            if (can && !(behind >> thread / 32 & 1)) {
+                moved = true;
+                current = thread;
+                threadIdx = {unsigned(thread % blockDim.x), unsigned(thread / blockDim.x)};
+                swapcontext(&scheduler, &threads[thread].context);
+            }
+        }
+        // Who waits for others that have all come goes on.
+        auto release = [&](size_t begin, size_t end, State state) {
+            for (size_t thread = begin; thread < end; ++thread) {
+                if (!waits_or_is_done(thread, state)) {
+                    return;
+                }
+            }
+            for (size_t thread = begin; thread < end; ++thread) {
+                if (threads[thread].state == state) {
+                    threads[thread].state = State::runs;
+                    any = true;
+                }
+            }
+        };
+        for (size_t warp = 0; warp < count; warp += 32) {
+            release(warp, std::min(warp + 32, count), State::at_warp);
+        }
+        release(0, count, State::at_block);
+    }
+    for (const Thread& thread : threads) {
+        if (!failed && thread.state != State::done) {
+            failed = "threads wait for each other";
+        }
+    }
+}
+
+// Runs a kernel; gives what went wrong, or nothing. One at a time.
+extern "C" const char* emulate(
+    const char* name, unsigned blocks, unsigned width, unsigned height, unsigned shared, unsigned seed, void** arguments) {
+    body = nullptr;
+    for (const Named& kernel : kernels) {
+        if (!std::strcmp(kernel.name, name)) {
+            body = kernel.run;
+        }
+    }
+    if (!body) {
+        return "there is no such kernel";
+    }
+    failed = nullptr;
+    given = arguments;
+    gridDim = {blocks, 1};
+    blockDim = {width, height};
+    std::mt19937 random(seed);
+    for (unsigned block = 0; block < blocks && !failed; ++block) {
+        blockIdx = {block, 0};
+        // A GPU clears nothing, either.
+        std::vector<float> memory(shared / 4 + 1, NAN);
+        dynamic_shared = memory.data();
+        threads.resize(width * height);
+        for (Thread& thread : threads) {
+            thread.stack.resize(64 << 10);
+            thread.state = State::runs;
+            getcontext(&thread.context);
+            thread.context.uc_stack.ss_sp = thread.stack.data();
+            thread.context.uc_stack.ss_size = thread.stack.size();
+            thread.context.uc_link = nullptr;
+            makecontext(&thread.context, run_thread, 0);
+        }
+        run_block(random);
+    }
+    return failed;
+}

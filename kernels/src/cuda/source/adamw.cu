@@ -1,0 +1,28 @@
+// AdamW (arXiv 1711.05101) over fp32 masters, with the rounding of the weights that are computed with (`stored`, which may be none).
+
+// Of fp32, which decides here.
+constexpr int FOUR = VECTOR == 1 ? 1 : 4;
+
+KERNEL void adamw(
+    float* master, const float* gradient, float* averages, float* squares, Number* stored, Long count, float over_scale, float kept,
+    float beta1, float beta2, float step_size, float over_root, float eps) {
+    Long thread = Long(blockIdx.x) * blockDim.x + threadIdx.x, threads = Long(gridDim.x) * blockDim.x;
+    for (Long i = thread * FOUR; i < count; i += threads * FOUR) {
+        Pack<float, FOUR> x = load<FOUR>(master + i), g = load<FOUR>(gradient + i);
+        Pack<float, FOUR> m = load<FOUR>(averages + i), v = load<FOUR>(squares + i);
+        Pack<Number, FOUR> rounded;
+        for (int e = 0; e < FOUR; ++e) {
+            float slope = g.x[e] * over_scale;
+            m.x[e] += (slope - m.x[e]) * (1.0f - beta1);
+            v.x[e] = v.x[e] * beta2 + slope * slope * (1.0f - beta2);
+            x.x[e] = x.x[e] * kept - step_size * m.x[e] / (sqrtf(v.x[e]) * over_root + eps);
+            rounded.x[e] = narrow<Number>(x.x[e]);
+        }
+        store<FOUR>(master + i, x);
+        store<FOUR>(averages + i, m);
+        store<FOUR>(squares + i, v);
+        if (stored) {
+            store<FOUR>(stored + i, rounded);
+        }
+    }
+}

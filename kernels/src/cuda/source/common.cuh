@@ -1,0 +1,66 @@
+// What the kernels share. They are compiled for one dtype at a time: NUMBER is float, or bf16. All arithmetic is in fp32. VECTOR is how
+// many numbers are read and written together: 16 bytes, where rows begin at multiples of them, else 1.
+
+struct alignas(2) bf16 {
+    unsigned short bits;
+};
+
+typedef NUMBER Number;
+typedef long long Long;
+
+#ifndef KERNEL
+#define KERNEL extern "C" __global__
+#define DYNAMIC_SHARED(type, name) extern __shared__ type name[]
+#endif
+
+__device__ __forceinline__ float wide(float x) { return x; }
+__device__ __forceinline__ float wide(bf16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
+
+// To the nearest, of two equally near to the even one.
+template <class T> __device__ __forceinline__ T narrow(float x);
+template <> __device__ __forceinline__ float narrow<float>(float x) { return x; }
+template <> __device__ __forceinline__ bf16 narrow<bf16>(float x) {
+    unsigned bits = __float_as_uint(x);
+    bool number = (bits & 0x7fffffff) <= 0x7f800000;
+    bf16 result;
+    result.bits = number ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fff;
+    return result;
+}
+
+// Neighbours that are read and written together.
+template <class T, int V> struct alignas(sizeof(T) * V) Pack {
+    T x[V];
+};
+typedef Pack<Number, VECTOR> Numbers;
+
+template <int V = VECTOR, class T> __device__ __forceinline__ Pack<T, V> load(const T* x) {
+    return *reinterpret_cast<const Pack<T, V>*>(x);
+}
+template <int V = VECTOR, class T> __device__ __forceinline__ void store(T* x, const Pack<T, V>& pack) {
+    *reinterpret_cast<Pack<T, V>*>(x) = pack;
+}
+
+// A block has blockDim.y rows of blockDim.x threads each: with which row of a matrix this thread begins, and how far it is to its next.
+__device__ __forceinline__ Long first_row() { return Long(blockIdx.x) * blockDim.y + threadIdx.y; }
+__device__ __forceinline__ Long all_rows() { return Long(gridDim.x) * blockDim.y; }
+
+// The sum of `x` over a row's threads, which are blockDim.x: a warp, or several and then the whole block; for all of them, the
+// same to the bit. `shared` holds 32 numbers.
+__device__ __forceinline__ float row_sum(float x, float* shared) {
+    for (int step = 16; step > 0; step /= 2) {
+        x += __shfl_xor_sync(~0u, x, step);
+    }
+    if (blockDim.x == 32) {
+        return x;
+    }
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) {
+        shared[threadIdx.x / 32] = x;
+    }
+    __syncthreads();
+    float sum = 0;
+    for (int warp = 0; warp < blockDim.x / 32; ++warp) {
+        sum += shared[warp];
+    }
+    return sum;
+}

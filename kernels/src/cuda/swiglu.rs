@@ -1,0 +1,53 @@
+//! SwiGLU, `source/swiglu.cu`.
+
+use super::{Call, Gpu, Variant, arguments};
+use tch::Tensor;
+
+/// As [`crate::swiglu`].
+pub(crate) fn swiglu(gpu: &dyn Gpu, hidden: &Tensor) -> Tensor {
+    let (rows, ffn) = (hidden.size()[0], hidden.size()[1] / 2);
+    let out = Tensor::empty([rows, ffn], (hidden.kind(), hidden.device()));
+    let (rows, ffn) = (rows as usize, ffn as usize);
+    let variant = Variant::of(&[hidden, &out], ffn);
+    let arguments = arguments![hidden, &out, rows, ffn];
+    gpu.run(&Call::by_rows("swiglu", gpu, variant, (rows, ffn), &arguments), hidden);
+    out
+}
+
+/// As [`crate::swiglu_backward`].
+pub(crate) fn swiglu_backward(gpu: &dyn Gpu, grad: &Tensor, hidden: &Tensor) -> (Tensor, Tensor) {
+    let (rows, ffn) = (grad.size()[0] as usize, grad.size()[1] as usize);
+    let (out, result) = (hidden.empty_like(), grad.empty_like());
+    let variant = Variant::of(&[grad, hidden, &out, &result], ffn);
+    let arguments = arguments![grad, hidden, &out, &result, rows, ffn];
+    gpu.run(&Call::by_rows("swiglu_backward", gpu, variant, (rows, ffn), &arguments), hidden);
+    (out, result)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::tests::{Numbers, close, gpu_of_tests};
+    use proptest::prelude::*;
+    use tch::Kind;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(60))]
+        #[test]
+        fn it_is_libtorchs_silu_and_product_with_its_gradient(
+            rows in 0i64..70, ffn in prop_oneof![1i64..50, (1i64..20).prop_map(|n| n * 8), Just(2200)], numbers: Numbers,
+        ) {
+            let (gpu, _) = gpu_of_tests();
+            let (hidden, grad) = (numbers.random(&[rows, 2 * ffn]), numbers.random(&[rows, ffn]));
+            let wide = hidden.to_kind(Kind::Double).set_requires_grad(true);
+            let halves = wide.chunk(2, -1);
+            let plain = halves[0].silu() * &halves[1];
+            (&plain * grad.to_kind(Kind::Double)).sum(Kind::Double).backward();
+            let tolerance = if numbers.bf16 { 8e-3 } else { 2e-6 };
+            let (of_hidden, again) = swiglu_backward(gpu, &grad, &hidden);
+            close(&of_hidden, &wide.grad(), tolerance)?;
+            close(&again, &plain, tolerance)?;
+            prop_assert!(again.equal(&swiglu(gpu, &hidden)));
+        }
+    }
+}
