@@ -1,7 +1,8 @@
-//! What a router makes of its logits, and their gradient: on the CPU one pass over tokens each way. It is a few numbers a token, so that
+//! What a router makes of its logits, and their gradient: one pass over tokens each way. It is a few numbers a token, so that
 //! some thirty operations of libtorch for them cost what calling them costs.
 // Shapes: T tokens, E experts, K choices of a token, G groups of tokens.
 
+use crate::cuda;
 use crate::exponential::exp;
 use crate::profile::{Cost, part};
 use crate::rows::{Indices, Numbers, for_rows, kind_on_host};
@@ -40,7 +41,12 @@ pub struct Gated {
 
 /// Whether [`choose`], [`gate`] and [`gate_backward`] go through such logits.
 pub fn gates(logits_te: &Tensor) -> bool {
-    kind_on_host(&[logits_te]) == Some(Kind::Float) && logits_te.dim() == 2 && logits_te.size()[1] > 0
+    let fits = logits_te.kind() == Kind::Float && logits_te.dim() == 2 && logits_te.size()[1] > 0;
+    fits && (kind_on_host(&[logits_te]).is_some() || gpu(logits_te).is_some())
+}
+
+fn gpu(logits_te: &Tensor) -> Option<&'static dyn cuda::Gpu> {
+    cuda::gpu(&[logits_te]).filter(|_| logits_te.size()[1] as usize <= cuda::MOST_EXPERTS)
 }
 
 /// The `top_k` experts with the highest scores, plus `bias_e` `[E]` fp32, of each token's logits `[T, E]`: `[T, K]` int64, the best
@@ -52,12 +58,16 @@ pub fn choose(logits_te: &Tensor, bias_e: Option<&Tensor>, top_k: usize, sigmoid
     assert!(gates(logits_te));
     let (count, width) = (logits_te.size()[0], logits_te.size()[1] as usize);
     assert!(top_k <= width, "{top_k} of {width} experts");
+    let cost = || Cost::passes(1.0, logits_te);
+    if let Some(gpu) = gpu(logits_te) {
+        let by_gpu = || cuda::choose(gpu, logits_te, bias_e, top_k, sigmoid);
+        return part("router", "choose", cost, by_gpu);
+    }
     let bias = bias_e.map(|bias| Vec::<f32>::try_from(bias).expect("the bias is fp32"));
     let bias = bias.unwrap_or_else(|| vec![0.0; width]);
     let chosen = Tensor::empty([count, top_k as i64], (Kind::Int64, logits_te.device()));
     // SAFETY: in host memory without gaps, of the types that are named.
     let (logits, to) = unsafe { (Numbers::<f32>::of(logits_te), Numbers::<i64>::of(&chosen)) };
-    let cost = || Cost::passes(1.0, logits_te);
     part("router", "choose", cost, || {
         for_rows(count as usize, COSTS * width, |_, rows| {
             // SAFETY: parts of threads do not overlap.
@@ -74,13 +84,17 @@ pub fn choose(logits_te: &Tensor, bias_e: Option<&Tensor>, top_k: usize, sigmoid
 /// # Panics
 /// When the logits are not such as [`gates`] says, the groups do not hold all tokens in order, or an expert is not a column.
 pub fn gate(logits_te: &Tensor, experts_tk: &Tensor, gate: Gate, groups: &[Range<usize>]) -> Gated {
+    let cost = || Cost::passes(1.0, logits_te);
+    if let Some(gpu) = gpu(logits_te) {
+        checked(logits_te, experts_tk, groups);
+        return part("router", "forward", cost, || cuda::gate(gpu, logits_te, experts_tk, gate, groups));
+    }
     let all = Tokens::of(logits_te, experts_tk, groups);
     let (width, top_k) = (all.width, all.top_k);
     let fresh = |shape: &[i64]| Tensor::empty(shape, (Kind::Float, logits_te.device()));
     let weights_tk = fresh(&experts_tk.size());
     let mut sums = vec![0f64; groups.len() * width];
     let mut z_sum = 0.0;
-    let cost = || Cost::passes(1.0, logits_te);
     part("router", "forward", cost, || {
         let partial = Tensor::empty([all.chunks.len() as i64, width as i64 + 1], (Kind::Double, logits_te.device()));
         // SAFETY: in host memory without gaps, of the types that are named.
@@ -113,6 +127,12 @@ pub fn gate_backward(
     groups: &[Range<usize>],
     [of_weights, of_sums, of_z]: [Option<&Tensor>; 3],
 ) -> Tensor {
+    let cost = || Cost::passes(2.0, logits_te);
+    if let Some(gpu) = gpu(logits_te) {
+        checked(logits_te, experts_tk, groups);
+        let of = [of_weights, of_sums, of_z];
+        return part("router", "backward", cost, || cuda::gate_backward(gpu, logits_te, experts_tk, gate, groups, of));
+    }
     let all = Tokens::of(logits_te, experts_tk, groups);
     let (width, top_k) = (all.width, all.top_k);
     let gradient = Tensor::empty(logits_te.size(), (Kind::Float, logits_te.device()));
@@ -120,7 +140,6 @@ pub fn gate_backward(
         Some(tensor) => Vec::<f32>::try_from(tensor.contiguous().view([-1])).expect("gradients are fp32"),
         None => vec![0.0; count],
     };
-    let cost = || Cost::passes(2.0, logits_te);
     part("router", "backward", cost, || {
         let of_weights = numbers(of_weights, experts_tk.numel());
         let of_sums = numbers(of_sums, groups.len() * width);
@@ -136,6 +155,14 @@ pub fn gate_backward(
         });
     });
     gradient
+}
+
+/// Panics unless choices are such as go with logits, and groups hold all tokens in order.
+fn checked(logits_te: &Tensor, experts_tk: &Tensor, groups: &[Range<usize>]) {
+    let count = logits_te.size()[0] as usize;
+    let in_order = groups.iter().try_fold(0, |end, group| (group.start == end).then_some(group.end));
+    assert!(gates(logits_te) && in_order == Some(count), "{groups:?} are not {count} tokens");
+    assert!(cuda::beside(logits_te, experts_tk, Kind::Int64) && experts_tk.size()[0] as usize == count);
 }
 
 /// Neighbouring tokens of a group.
@@ -155,12 +182,8 @@ struct Tokens<'a> {
 
 impl<'a> Tokens<'a> {
     fn of(logits_te: &'a Tensor, experts_tk: &'a Tensor, groups: &[Range<usize>]) -> Tokens<'a> {
-        let (count, width) = (logits_te.size()[0] as usize, logits_te.size()[1] as usize);
-        let in_order = groups.iter().try_fold(0, |end, group| (group.start == end).then_some(group.end));
-        assert!(gates(logits_te) && in_order == Some(count), "{groups:?} are not {count} tokens");
-        assert!(
-            experts_tk.kind() == Kind::Int64 && experts_tk.is_contiguous() && experts_tk.size()[0] as usize == count
-        );
+        checked(logits_te, experts_tk, groups);
+        let width = logits_te.size()[1] as usize;
         // SAFETY: in host memory without gaps, of the types that are named.
         let (logits, experts) = unsafe { (Numbers::<f32>::of(logits_te), Indices::of(experts_tk)) };
         let chunks = groups.iter().enumerate().flat_map(|(group, tokens)| {
@@ -304,12 +327,12 @@ fn backward(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
     use tch::Device;
 
-    fn plain(logits: &Tensor, experts: &Tensor, gate: Gate, groups: &[Range<usize>]) -> [Tensor; 3] {
+    pub(crate) fn plain(logits: &Tensor, experts: &Tensor, gate: Gate, groups: &[Range<usize>]) -> [Tensor; 3] {
         let sum = |x: &Tensor| x.sum_dim_intlist([-1i64].as_slice(), true, Kind::Double);
         let soft = logits.softmax(-1, Kind::Double);
         let scores = if gate.sigmoid { logits.sigmoid() } else { soft };

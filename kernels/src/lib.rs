@@ -13,6 +13,7 @@ mod cross_entropy;
 mod cuda;
 mod exponential;
 mod gate;
+mod grouped;
 mod matrix;
 #[cfg(target_arch = "x86_64")]
 mod multiply;

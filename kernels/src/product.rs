@@ -1,6 +1,7 @@
 //! Matrix products. libtorch multiplies on some processors with half of what they can do (docs/performance.md): there loops of our
-//! own do it ([`multiply`](crate::multiply)), elsewhere libtorch does.
+//! own do it ([`multiply`](crate::multiply)), elsewhere libtorch does; on some GPUs all groups at once ([`grouped`]).
 
+use crate::grouped;
 use crate::matrix::Matrix;
 #[cfg(target_arch = "x86_64")]
 use crate::multiply::{instructions, multiply};
@@ -79,7 +80,10 @@ pub fn grouped_product(rows: &Tensor, matrices: &[Tensor], counts: &[i64]) -> Te
         groups.iter().map(of).collect()
     };
     part("product", "of experts", cost, || {
-        if !ours([&out, rows, &matrices[0]], false, all) {
+        let operands: Vec<_> = matrices.iter().chain([rows]).collect();
+        if groups.len() > 1 && grouped::takes(&operands) {
+            grouped::product(&out, rows, matrices, counts);
+        } else if !ours([&out, rows, &matrices[0]], false, all) {
             grouped_by_libtorch(&out, rows, matrices, &groups);
         }
     });
@@ -116,7 +120,9 @@ pub fn add_grouped_product(sums: &Tensor, left: &Tensor, right: &Tensor, counts:
         groups.iter().map(of).collect()
     };
     part("product", "for experts' gradients", cost, || {
-        if !ours([sums, left, right], true, all) {
+        if groups.len() > 1 && grouped::takes(&[left, right]) {
+            grouped::add_product(sums, left, right, counts);
+        } else if !ours([sums, left, right], true, all) {
             for &Group { index, start, len } in &groups {
                 let some = |rows: &Tensor| rows.narrow(0, start as i64, len as i64);
                 add_by_libtorch(&sums.get(index as i64), &some(left).tr(), &some(right));

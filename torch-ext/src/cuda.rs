@@ -2,8 +2,9 @@
 
 use crate::{Error, load_library};
 use libloading::os::unix::Library;
+use std::collections::BTreeMap;
 use std::ffi::{c_char, c_int};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Registers libtorch's CUDA kernels in this process, once; later calls return the first answer.
 ///
@@ -38,6 +39,35 @@ pub fn pci_bus_id(index: usize) -> Result<String, Error> {
     }
     let end = text.iter().position(|&byte| byte == 0).unwrap_or(text.len());
     Ok(String::from_utf8_lossy(&text[..end]).into_owned())
+}
+
+/// The compute capability of GPU `index`, such as `(9, 0)`, asked for once. Not yet run on hardware.
+///
+/// # Errors
+/// As [`pci_bus_id`].
+pub fn capability(index: usize) -> Result<(i32, i32), Error> {
+    type GetAttribute = unsafe extern "C" fn(*mut c_int, c_int, c_int) -> c_int;
+    // `cudaDeviceAttr`: major, minor.
+    const ATTRIBUTES: [c_int; 2] = [75, 76];
+    static KNOWN: Mutex<BTreeMap<usize, (i32, i32)>> = Mutex::new(BTreeMap::new());
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(capability) = known.get(&index) {
+        return Ok(*capability);
+    }
+    load_cuda()?;
+    let mut numbers = [0; 2];
+    // SAFETY: the signature of cudaDeviceGetAttribute in cuda_runtime_api.h, and out-parameters.
+    let failed = unsafe {
+        let function = Library::this().get::<GetAttribute>(b"cudaDeviceGetAttribute\0");
+        let function = function.map_err(|error| Error::new(format!("CUDA's runtime: {error}")))?;
+        let ask = |(number, attribute): (&mut c_int, c_int)| function(number, attribute, index as c_int) != 0;
+        numbers.iter_mut().zip(ATTRIBUTES).any(ask)
+    };
+    if failed {
+        return Err(Error::new(format!("the driver does not know what GPU {index} is")));
+    }
+    known.insert(index, (numbers[0], numbers[1]));
+    Ok((numbers[0], numbers[1]))
 }
 
 #[cfg(test)]

@@ -40,6 +40,7 @@ pub(super) fn source() -> String {
         ("rows.cu", include_str!("source/rows.cu")),
         ("vocabulary.cu", include_str!("source/vocabulary.cu")),
         ("adamw.cu", include_str!("source/adamw.cu")),
+        ("router.cu", include_str!("source/router.cu")),
     ];
     parts.iter().map(|(name, text)| format!("#line 1 \"{name}\"\n{text}\n")).collect()
 }

@@ -110,7 +110,9 @@ pub(super) fn ready(index: usize, kind: Kind) -> Result<&'static Device, String>
     let gpu = of_device(&ready).unwrap_or_else(|| Device::open(index).map(|device| &*Box::leak(Box::new(device))));
     let gpu = gpu.and_then(|gpu| gpu.module(Variant { kind, vectors: true }).map(|_| gpu));
     if let Err(error) = &gpu {
-        tracing::warn!("GPU {index} gets libtorch's operations instead of kernels of our own, which are faster: {error}");
+        tracing::warn!(
+            "GPU {index} gets libtorch's operations instead of kernels of our own, which are faster: {error}"
+        );
     }
     ready.insert((index, kind), gpu.clone());
     gpu

@@ -36,6 +36,7 @@ static void fail(const char* why) {
 }
 
 static void __syncthreads() { rest(State::at_block); }
+static void __syncwarp() { rest(State::at_warp); }
 static void __trap() { fail("trapped"); }
 
 template <class T> static T __shfl_xor_sync(unsigned, T x, int step) {
@@ -81,8 +82,20 @@ struct Named {
 };
 #define NAMED(kernel) {#kernel, unpacked<kernel>}
 static const Named kernels[] = {
-    NAMED(adamw),          NAMED(combine), NAMED(combine_backward), NAMED(cross_entropy), NAMED(rms_norm), NAMED(rms_norm_backward), NAMED(rotate),
-    NAMED(softmax),        NAMED(softmax_gradient), NAMED(swiglu), NAMED(swiglu_backward),
+    NAMED(adamw),
+    NAMED(choose),
+    NAMED(combine),
+    NAMED(combine_backward),
+    NAMED(cross_entropy),
+    NAMED(gate),
+    NAMED(gate_backward),
+    NAMED(rms_norm),
+    NAMED(rms_norm_backward),
+    NAMED(rotate),
+    NAMED(softmax),
+    NAMED(softmax_gradient),
+    NAMED(swiglu),
+    NAMED(swiglu_backward),
 };
 
 static void (*body)(void**);

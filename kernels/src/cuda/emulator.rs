@@ -12,20 +12,14 @@ use tch::Tensor;
 /// The processor that runs the tests.
 pub(super) struct Host;
 
-type Emulate = unsafe extern "C" fn(
-    *const c_char,
-    c_uint,
-    c_uint,
-    c_uint,
-    c_uint,
-    c_uint,
-    *mut *mut c_void,
-) -> *const c_char;
+type Emulate =
+    unsafe extern "C" fn(*const c_char, c_uint, c_uint, c_uint, c_uint, c_uint, *mut *mut c_void) -> *const c_char;
 
 /// Compiles the kernels of a variant for the host.
 fn compiled(variant: Variant) -> Library {
     let folder = tempfile::tempdir().unwrap();
-    let [program, emulator, library] = ["program.cu", "emulator.cpp", "emulator.so"].map(|name| folder.path().join(name));
+    let [program, emulator, library] =
+        ["program.cu", "emulator.cpp", "emulator.so"].map(|name| folder.path().join(name));
     std::fs::write(&program, source()).unwrap();
     std::fs::write(&emulator, include_str!("emulator.cpp")).unwrap();
     let mut command = Command::new(std::env::var("CXX").unwrap_or("c++".into()));

@@ -9,6 +9,7 @@ mod driver;
 mod emulator;
 mod norm;
 mod rotation;
+mod router;
 mod rows;
 mod swiglu;
 mod vocabulary;
@@ -16,6 +17,7 @@ mod vocabulary;
 pub(crate) use adamw::adamw;
 pub(crate) use norm::{WIDEST_NORM, rms_norm, rms_norm_backward};
 pub(crate) use rotation::rotate;
+pub(crate) use router::{MOST_EXPERTS, choose, gate, gate_backward};
 pub(crate) use rows::{combine, combine_backward};
 pub(crate) use swiglu::{swiglu, swiglu_backward};
 pub(crate) use vocabulary::{cross_entropy, softmax, softmax_gradient};
@@ -169,7 +171,7 @@ pub fn gpu_kernels(index: usize) -> Result<String, String> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
     use proptest::test_runner::TestCaseError;

@@ -28,8 +28,7 @@ pub(crate) fn combine_backward(
     let variant = Variant::of(&[grad, rows, &of_rows], width);
     let block = (32, THREADS / 32);
     let blocks = (tokens * choices).div_ceil(block.1);
-    let arguments =
-        arguments![grad, rows, slots, weights, &of_rows, &of_weights, count, tokens, choices, width];
+    let arguments = arguments![grad, rows, slots, weights, &of_rows, &of_weights, count, tokens, choices, width];
     gpu.run(&Call { name: "combine_backward", variant, blocks, block, shared: 0, arguments: &arguments }, rows);
     (of_rows, of_weights)
 }

@@ -1,0 +1,113 @@
+//! One kernel for the products of all groups, where libtorch has it: `_grouped_mm`, in bf16 on NVIDIA's GPUs from Hopper on. Not yet run
+//! there; on the CPU libtorch does the same in a loop, which the tests compare.
+
+use tch::{Device, Kind, Tensor};
+
+/// Compute capability of the first GPUs that have it.
+const HOPPER: (i32, i32) = (9, 0);
+/// Bytes of which addresses and rows are multiples.
+const ALIGNED: usize = 16;
+
+/// Whether the kernel takes these, of any number of dims.
+pub(crate) fn takes(tensors: &[&Tensor]) -> bool {
+    let Device::Cuda(index) = tensors[0].device() else { return false };
+    tensors.iter().all(|tensor| fits(tensor)) && torch_ext::capability(index).is_ok_and(|of| of >= HOPPER)
+}
+
+fn fits(tensor: &Tensor) -> bool {
+    let aligned = |bytes: usize| bytes.is_multiple_of(ALIGNED);
+    let apart = |&stride: &i64| stride == 1 || aligned(stride as usize * tensor.kind().elt_size_in_bytes());
+    let strides = tensor.stride();
+    tensor.kind() == Kind::BFloat16
+        && aligned(tensor.data_ptr() as usize)
+        && strides.iter().all(apart)
+        && strides.iter().rev().take(2).any(|&stride| stride == 1)
+}
+
+/// Where each group's rows end, for `groups` groups of which the last may have no count: int32 `[groups]`.
+fn ends(counts: &[i64], groups: usize, device: Device) -> Tensor {
+    let none = std::iter::repeat_n(&0, groups.saturating_sub(counts.len()));
+    let mut end = 0;
+    let ends: Vec<i32> = counts.iter().chain(none).map(|&count| (end += count as i32, end).1).collect();
+    Tensor::from_slice(&ends).to_device(device)
+}
+
+/// As [`crate::grouped_product`], to `out`.
+pub(crate) fn product(out: &Tensor, rows: &Tensor, matrices: &[Tensor], counts: &[i64]) {
+    let (mut counts, mut start) = (counts, 0);
+    for some in matrices {
+        let groups = some.size()[0] as usize;
+        let (here, later) = counts.split_at(groups.min(counts.len()));
+        let len = here.iter().sum();
+        if len > 0 {
+            let ends = ends(here, groups, rows.device());
+            let product = rows.narrow(0, start, len).internal_grouped_mm(some, Some(ends), None, None);
+            out.narrow(0, start, len).copy_(&product);
+        }
+        (counts, start) = (later, start + len);
+    }
+}
+
+/// As [`crate::add_grouped_product`].
+pub(crate) fn add_product(sums: &Tensor, left: &Tensor, right: &Tensor, counts: &[i64]) {
+    if counts.iter().any(|&count| count > 0) {
+        let ends = ends(counts, sums.size()[0] as usize, left.device());
+        let products = left.tr().internal_grouped_mm(right, Some(ends), None, None);
+        let _ = sums.shallow_clone().g_add_(&products);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::tests::gpu_of_tests;
+    use crate::product::{add_grouped_product, grouped_product};
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(100))]
+        #[test]
+        fn it_is_the_products_one_by_one(
+            own in prop::collection::vec(0i64..20, 1..5), borrowed in prop::collection::vec(0i64..20, 0..4), swapped: bool,
+            (inner, outer) in (1i64..5, 1i64..5),
+        ) {
+            let (inner, outer) = (8 * inner, 8 * outer);
+            let device = gpu_of_tests().1;
+            let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16);
+            let (there, here) = (|x: &Tensor| x.to_device(device), |x: &Tensor| x.to_device(Device::Cpu));
+            let stack = |groups: usize| match swapped {
+                true => random(&[groups as i64, outer, inner]).transpose(1, 2),
+                false => random(&[groups as i64, inner, outer]),
+            };
+            let mut matrices = vec![stack(own.len())];
+            if !borrowed.is_empty() {
+                matrices.push(stack(borrowed.len()));
+            }
+            let counts = [own, borrowed].concat();
+            let total = counts.iter().sum::<i64>();
+            let (rows, grad) = (random(&[total, inner]), random(&[total, outer]));
+            prop_assert!(fits(&rows) && matrices.iter().all(fits) && fits(&grad.tr()));
+            let wide = |x: &Tensor| x.to_kind(Kind::Double);
+            let close = |ours: &Tensor, plain: &Tensor| {
+                let off = (wide(ours) - wide(plain)).norm().double_value(&[]);
+                off <= 1e-2 * wide(plain).norm().double_value(&[])
+            };
+            let out = there(&grad).empty_like();
+            product(&out, &there(&rows), &matrices.iter().map(there).collect::<Vec<_>>(), &counts);
+            prop_assert!(close(&here(&out), &grouped_product(&rows, &matrices, &counts)));
+            let sums = Tensor::randn([counts.len() as i64, outer, inner], (Kind::Float, Device::Cpu));
+            let ours = there(&sums).copy();
+            add_product(&ours, &there(&grad), &there(&rows), &counts);
+            add_grouped_product(&sums, &grad, &rows, &counts);
+            prop_assert!(close(&here(&ours), &sums));
+        }
+    }
+
+    #[test]
+    fn what_is_not_aligned_is_not_taken() {
+        let x = Tensor::zeros([6, 16], (Kind::BFloat16, Device::Cpu));
+        assert!(fits(&x) && fits(&x.tr()) && !takes(&[&x]));
+        assert!(!fits(&x.narrow(1, 1, 8)) && !fits(&x.to_kind(Kind::Float)));
+        assert!(!fits(&Tensor::zeros([6, 12], (Kind::BFloat16, Device::Cpu))));
+    }
+}
