@@ -504,9 +504,13 @@ pub(crate) struct BenchArgs {
     /// One case of it; all by default
     #[arg(long)]
     pub(crate) case: Option<BenchCase>,
-    /// Its size: reference, long (one sequence of 2048 tokens, 16 experts top-4) or wide (hidden 768, 2 layers)
+    /// Its size: reference, long (one sequence of 2048 tokens, 16 experts top-4), wide (hidden 768, 2 layers); for GPUs olmoe
+    /// (4 layers of OLMoE-1B-7B) and coarse (1 layer of Mixtral-8x7B)
     #[arg(long, default_value = "reference")]
     pub(crate) shape: StepShape,
+    /// Let tokens choose experts in turns, so that all have as much to do, instead of by their scores
+    #[arg(long)]
+    pub(crate) force_balance: bool,
     /// Write the first weights and the tokens to this file, and go on from them
     #[arg(long, value_name = "FILE", conflicts_with = "baseline")]
     pub(crate) start: Option<PathBuf>,
@@ -524,7 +528,8 @@ pub(crate) struct BenchArgs {
     #[arg(long, default_value = "cpu")]
     pub(crate) device: String,
     /// A command to measure in the same run, alternating; it prints a JSON line with `tokens_per_s`. {case}, {shape}, {runs},
-    /// {threads}, {device} and {start} (a file with our first weights and the tokens) are filled in. May be given many times: the fastest is the baseline
+    /// {threads}, {device}, {force_balance} (that option, or nothing) and {start} (a file with our first weights and the tokens) are
+    /// filled in. May be given many times: the fastest is the baseline
     #[arg(long, value_name = "COMMAND")]
     pub(crate) baseline: Vec<String>,
     /// How often ours and the baselines take turns
@@ -537,6 +542,8 @@ pub(crate) enum StepShape {
     Reference,
     Long,
     Wide,
+    Olmoe,
+    Coarse,
 }
 
 impl StepShape {
@@ -545,6 +552,8 @@ impl StepShape {
             StepShape::Reference => "reference",
             StepShape::Long => "long",
             StepShape::Wide => "wide",
+            StepShape::Olmoe => "olmoe",
+            StepShape::Coarse => "coarse",
         }
     }
 }

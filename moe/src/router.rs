@@ -37,11 +37,13 @@ pub struct Router {
     pub top_groups: usize,
     /// Whether a token chooses as many experts in each group (MoGE, arXiv 2505.21411, section 3.1): `top_k / groups`.
     pub even_groups: bool,
+    /// Whether experts are chosen in turns instead, whatever their scores are: a token's are neighbours, and all have as much to do.
+    pub force_balance: bool,
 }
 
 /// What a router decided for each token.
 pub struct Routing {
-    /// `[T, K]` int64, in descending order of score.
+    /// `[T, K]` int64, in descending order of score, if it is scores that decide.
     pub experts_tk: Tensor,
     /// `[T, K]` fp32, differentiable.
     pub weights_tk: Tensor,
@@ -56,7 +58,8 @@ impl Router {
     /// The best `top_k` of `num_experts`, by normalised softmax scores, without groups.
     pub fn new(num_experts: usize, top_k: usize) -> Router {
         let (score, normalize, scale) = (Score::Softmax, true, 1.0);
-        Router { num_experts, top_k, score, normalize, scale, groups: 1, top_groups: 1, even_groups: false }
+        let (groups, top_groups, even_groups, force_balance) = (1, 1, false, false);
+        Router { num_experts, top_k, score, normalize, scale, groups, top_groups, even_groups, force_balance }
     }
 
     /// Chooses experts from `logits_te` `[T, E]`. `bias_e` `[E]` is added to the scores for choosing only, not to
@@ -123,6 +126,11 @@ impl Router {
     }
 
     fn choose(&self, logits_te: &Tensor, bias_e: Option<&Tensor>) -> Tensor {
+        if self.force_balance {
+            let (tokens, top_k) = (logits_te.size()[0], self.top_k as i64);
+            let turns = Tensor::arange(tokens * top_k, (Kind::Int64, logits_te.device()));
+            return turns.remainder(self.num_experts as i64).view([tokens, top_k]);
+        }
         let grouped = self.even_groups || self.top_groups < self.groups;
         if !grouped && kernels::gates(logits_te) {
             return kernels::choose(logits_te, bias_e, self.top_k, self.score == Score::Sigmoid);
@@ -235,6 +243,17 @@ mod tests {
         let limited = Router { score: Score::Sigmoid, ..limited };
         let routing = route(&limited, &logits(&[5., -5., 2., 2.]), None);
         assert_eq!(list::<i64>(&routing.experts_tk).iter().sum::<i64>(), 5);
+    }
+
+    #[test]
+    fn forced_balance_takes_turns_and_weighs_by_scores() {
+        let forced = Router { force_balance: true, ..router(Score::Softmax) };
+        let logits = Tensor::randn([6, 4], (Kind::Float, tch::Device::Cpu));
+        let routing = route(&forced, &logits, None);
+        assert_eq!(list::<i64>(&routing.experts_tk), [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3]);
+        let scores = logits.softmax(-1, Kind::Float).gather(1, &routing.experts_tk, false);
+        let sums = scores.sum_dim_intlist([-1i64].as_slice(), true, Kind::Float);
+        assert!(routing.weights_tk.allclose(&(&scores / sums), 1e-5, 1e-6, false));
     }
 
     #[test]

@@ -18,22 +18,31 @@ import time
 import torch
 from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
-VOCABULARY, WARM_UP, COMPARED = 8192, 2, 20
-REFERENCE = dict(hidden=256, layers=4, heads=8, experts=8, top_k=2, ffn=512, batch=8, sequence=256)
+WARM_UP, COMPARED = 2, 20
+REFERENCE = dict(
+    hidden=256, layers=4, heads=8, kv_heads=4, experts=8, top_k=2, ffn=512, batch=8, sequence=256, vocabulary=8192
+)
 SHAPES = {
     "reference": REFERENCE,
     "long": {**REFERENCE, "experts": 16, "top_k": 4, "batch": 1, "sequence": 2048},
     "wide": {**REFERENCE, "hidden": 768, "layers": 2, "heads": 12, "ffn": 1536},
+    "olmoe": dict(
+        hidden=2048, layers=4, heads=16, kv_heads=16, experts=64, top_k=8, ffn=1024, batch=2, sequence=4096, vocabulary=50304
+    ),
+    "coarse": dict(
+        hidden=4096, layers=1, heads=32, kv_heads=8, experts=8, top_k=2, ffn=14336, batch=2, sequence=4096, vocabulary=32000
+    ),
 }
 
 
-def build(shape: dict, experts: str, dtype: torch.dtype) -> MixtralForCausalLM:
+def build(shape: dict, experts: str, dtype: torch.dtype, balance: float) -> MixtralForCausalLM:
     config = MixtralConfig(
-        vocab_size=VOCABULARY, hidden_size=shape["hidden"], intermediate_size=shape["ffn"],
-        num_hidden_layers=shape["layers"], num_attention_heads=shape["heads"], num_key_value_heads=4,
+        vocab_size=shape["vocabulary"], hidden_size=shape["hidden"], intermediate_size=shape["ffn"],
+        num_hidden_layers=shape["layers"], num_attention_heads=shape["heads"], num_key_value_heads=shape["kv_heads"],
         num_local_experts=shape["experts"], num_experts_per_tok=shape["top_k"],
-        max_position_embeddings=shape["sequence"], output_router_logits=True, router_aux_loss_coef=0.02,
+        max_position_embeddings=shape["sequence"], output_router_logits=True, router_aux_loss_coef=balance,
         use_cache=False, tie_word_embeddings=False, rms_norm_eps=1e-5, rope_theta=1e6,
     )
     config._experts_implementation = experts
@@ -63,6 +72,16 @@ def begin_with(model: MixtralForCausalLM, start: dict) -> None:
                 parameter.copy_(start[f"layers.{layer}.{inside[rest]}"])
 
 
+class InTurns(MixtralTopKRouter):
+    """Chooses experts in turns, whatever their scores are, and weighs them as always."""
+
+    def forward(self, hidden_states):
+        logits, _, best = super().forward(hidden_states)
+        turns = torch.arange(best.numel(), device=best.device).remainder(self.num_experts).view_as(best)
+        weights = logits.float().softmax(-1).gather(-1, turns)
+        return logits, weights / weights.sum(-1, keepdim=True), turns
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--experts", choices=["eager", "grouped_mm", "batched_mm"], default="grouped_mm")
@@ -72,14 +91,19 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--force-balance", action="store_true", help="choose experts in turns")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     shape = SHAPES[args.shape]
-    model = build(shape, args.experts, torch.bfloat16 if args.dtype == "bf16" else torch.float32).to(args.device)
-    tokens = torch.randint(0, VOCABULARY, (shape["batch"], shape["sequence"])).to(args.device)
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    model = build(shape, args.experts, dtype, 0.0 if args.force_balance else 0.02).to(args.device)
+    if args.force_balance:
+        for layer in model.model.layers:
+            layer.mlp.gate.__class__ = InTurns
+    tokens = torch.randint(0, shape["vocabulary"], (shape["batch"], shape["sequence"])).to(args.device)
     if args.start:
         start = load_file(args.start, device=args.device)
         begin_with(model, start)

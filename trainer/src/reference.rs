@@ -1,7 +1,7 @@
 //! Reference training steps: shapes of `MixtralForCausalLM` that peers measure, on random tokens.
 
 use crate::Error;
-use crate::config::{Dtype, ModelConfig, MoeConfig, OptimizerConfig, QkNorm};
+use crate::config::{Dtype, ModelConfig, MoeConfig, OptimizerConfig, QkNorm, RouterConfig};
 use crate::model::{Model, ModelPart, Setting};
 use crate::optimizer::Optimizer;
 use crate::ranks::Ranks;
@@ -53,19 +53,56 @@ pub struct Shape {
     ffn: usize,
     batch: i64,
     sequence: i64,
+    kv_heads: usize,
+    vocab: usize,
 }
-
-const KV_HEADS: usize = 4;
-const VOCAB: usize = 8192;
 
 impl Shape {
     /// Hidden 256, 4 layers, 8 heads over 4 key heads, 8 experts top-2 of width 512, vocabulary 8192, 8 x 256 tokens.
-    pub const REFERENCE: Shape =
-        Shape { hidden: 256, layers: 4, heads: 8, experts: 8, top_k: 2, ffn: 512, batch: 8, sequence: 256 };
+    pub const REFERENCE: Shape = Shape {
+        hidden: 256,
+        layers: 4,
+        heads: 8,
+        experts: 8,
+        top_k: 2,
+        ffn: 512,
+        batch: 8,
+        sequence: 256,
+        kv_heads: 4,
+        vocab: 8192,
+    };
     /// The same with one sequence of 2048 tokens, and 16 experts top-4.
     pub const LONG: Shape = Shape { experts: 16, top_k: 4, batch: 1, sequence: 2048, ..Shape::REFERENCE };
     /// The same with hidden 768, 2 layers, 12 heads and experts of width 1536.
     pub const WIDE: Shape = Shape { hidden: 768, layers: 2, heads: 12, ffn: 1536, ..Shape::REFERENCE };
+    /// OLMoE-1B-7B's widths (arXiv 2409.02060): hidden 2048, 64 experts top-8 of width 1024, vocabulary 50304, 2 x 4096 tokens; 4 of its
+    /// 16 layers, 1.8 billion parameters, so that a GPU of 80 GB holds them with masters and moments.
+    pub const OLMOE: Shape = Shape {
+        hidden: 2048,
+        layers: 4,
+        heads: 16,
+        experts: 64,
+        top_k: 8,
+        ffn: 1024,
+        batch: 2,
+        sequence: 4096,
+        kv_heads: 16,
+        vocab: 50304,
+    };
+    /// Mixtral-8x7B's widths (arXiv 2401.04088): hidden 4096, 8 experts top-2 of width 14336, vocabulary 32000, 2 x 4096 tokens; 1 of its
+    /// 32 layers, 1.7 billion parameters.
+    pub const COARSE: Shape = Shape {
+        hidden: 4096,
+        layers: 1,
+        heads: 32,
+        experts: 8,
+        top_k: 2,
+        ffn: 14336,
+        batch: 2,
+        sequence: 4096,
+        kv_heads: 8,
+        vocab: 32000,
+    };
 
     /// Tokens of a step.
     pub fn tokens(&self) -> i64 {
@@ -75,7 +112,8 @@ impl Shape {
     /// The products with weights that a forward makes, as rows, inner and outer width, and how often, when experts have as many
     /// rows each. Backward makes each twice more: for the input and for the weight.
     pub fn products(&self) -> Vec<([i64; 3], usize)> {
-        let [hidden, ffn, kv] = [self.hidden, self.ffn, self.hidden / self.heads * KV_HEADS].map(|size| size as i64);
+        let [hidden, ffn, kv] =
+            [self.hidden, self.ffn, self.hidden / self.heads * self.kv_heads].map(|size| size as i64);
         let rows = self.tokens() * self.top_k as i64 / self.experts as i64;
         let experts = self.layers * self.experts;
         vec![
@@ -83,7 +121,7 @@ impl Shape {
             ([self.tokens(), hidden, kv], 2 * self.layers),
             ([rows, hidden, 2 * ffn], experts),
             ([rows, ffn, hidden], experts),
-            ([self.tokens(), hidden, VOCAB as i64], 1),
+            ([self.tokens(), hidden, self.vocab as i64], 1),
         ]
     }
 }
@@ -104,24 +142,30 @@ impl Shape {
 }
 
 impl ReferenceStep {
-    /// The first weights are those of seed 0.
+    /// The first weights are those of seed 0. With `force_balance` experts are chosen in turns.
     ///
     /// # Errors
     /// libtorch's message.
-    pub fn new(shape: Shape, dtype: Dtype, device: Box<dyn Accelerator>) -> Result<ReferenceStep, Error> {
+    pub fn new(
+        shape: Shape,
+        dtype: Dtype,
+        force_balance: bool,
+        device: Box<dyn Accelerator>,
+    ) -> Result<ReferenceStep, Error> {
         let moe = MoeConfig {
-            // transformers counts a token once for each of its choices.
-            load_balance: 0.02 * shape.top_k as f64,
+            // transformers counts a token once for each of its choices. What is forced has nothing to learn.
+            load_balance: if force_balance { 0.0 } else { 0.02 * shape.top_k as f64 },
             load_balance_over: Statistics::Microbatch,
             load_balance_pool_layers: true,
+            router: RouterConfig { force_balance, ..RouterConfig::default() },
             ..MoeConfig::new(shape.experts, shape.top_k, shape.ffn)
         };
         let config = ModelConfig {
-            vocab_size: VOCAB,
+            vocab_size: shape.vocab,
             hidden: shape.hidden,
             layers: shape.layers,
             heads: shape.heads,
-            kv_heads: Some(KV_HEADS),
+            kv_heads: Some(shape.kv_heads),
             head_dim: None,
             ffn: None,
             dense_layers: 0,
@@ -143,7 +187,7 @@ impl ReferenceStep {
         let settings = OptimizerConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
         let optimizer = Optimizer::new(&settings, 1.0, &model.parameters, device.as_ref(), alone);
         tch::manual_seed(1);
-        let inputs = device.zeros(&[shape.batch, shape.sequence], Kind::Int64).random_to_(VOCAB as i64);
+        let inputs = device.zeros(&[shape.batch, shape.sequence], Kind::Int64).random_to_(shape.vocab as i64);
         // The next token, as a causal model is trained; the last position has none.
         let labels = inputs.roll([-1], [1]);
         let _ = labels.narrow(1, shape.sequence - 1, 1).fill_(crate::model::IGNORED);

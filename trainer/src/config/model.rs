@@ -207,6 +207,9 @@ pub struct RouterConfig {
     /// Choose as many experts in each group (MoGE, arXiv 2505.21411): then groups are evenly loaded, whatever tokens
     /// choose.
     pub even_groups: bool,
+    /// Choose experts in turns, whatever their scores are, so that all have as much to do: for measuring. It weighs them as always, but
+    /// the model learns nothing of use.
+    pub force_balance: bool,
 }
 
 impl Default for RouterConfig {
@@ -218,6 +221,7 @@ impl Default for RouterConfig {
             groups: 1,
             top_groups: 1,
             even_groups: false,
+            force_balance: false,
         }
     }
 }

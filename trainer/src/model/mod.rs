@@ -551,6 +551,7 @@ fn moe_layer(
         groups: config.router.groups,
         top_groups: config.router.top_groups,
         even_groups: config.router.even_groups,
+        force_balance: config.router.force_balance,
     };
     let (least_loaded, hierarchy, chunks) = (ranks.least_loaded.clone(), ranks.hierarchy.clone(), ranks.expert_chunks);
     let (gate_up, down) = (gate_up.used(chunks), down.used(chunks));
