@@ -1,9 +1,7 @@
 //! Ranks with Ascend NPUs, as far as that can be tried without one: CANN's and torch_npu's interfaces on host memory, built from
 //! `tests/ascend`.
 
-mod fixture;
-
-use fixture::{Experiment, assert_close, assert_stopped_rank_is_named, curve, finish, free_port, ranks, text};
+use crate::fixture::{Experiment, assert_close, assert_stopped_rank_is_named, curve, finish, free_port, ranks, text};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -1,8 +1,6 @@
 //! Runs that lend and move experts, as real processes; what they leave; and the commands that look at it.
 
-mod fixture;
-
-use fixture::{Experiment, finish, finish_child, text};
+use crate::fixture::{Experiment, finish, finish_child, text};
 use serde_json::Value;
 
 /// A gate that is as uneven as the start makes it: nothing evens it out.

@@ -1,8 +1,6 @@
 //! `moerun doctor`, with one thing after the other really broken.
 
-mod fixture;
-
-use fixture::{Experiment, finish, text};
+use crate::fixture::{Experiment, finish, text};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 

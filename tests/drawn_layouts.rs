@@ -3,9 +3,7 @@
 //! `MOERUN_LAYOUTS` says how many (40), `MOERUN_LAYOUT_SEED` which. A failure prints what to give as `MOERUN_LAYOUT` to
 //! repeat it.
 
-mod agreement;
-
-use agreement::{TIMEOUT, Trace, VOCAB, assert_same, sigmoid, softmax, trace_of, trainer_on, write_data};
+use crate::agreement::{TIMEOUT, Trace, VOCAB, assert_same, sigmoid, softmax, trace_of, trainer_on, write_data};
 use parallel::on_threads;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;

@@ -1,8 +1,6 @@
 //! Faults in the middle of a run, real ones: what was complete in memory is gone on from, to the bit.
 
-mod fixture;
-
-use fixture::{
+use crate::fixture::{
     Experiment, PATIENCE, curve, finish, finish_child, rank_process, signal, steps_done, text, wait_for_step,
 };
 use serde_json::Value;

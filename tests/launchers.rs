@@ -1,8 +1,6 @@
 //! Ranks that other launchers started: mpirun, srun's environment, and what they do when one of them stops.
 
-mod fixture;
-
-use fixture::{
+use crate::fixture::{
     Experiment, assert_stopped_rank_is_named, curve, finish, finish_child, free_port, rank_process, ranks, signal,
     text, wait_for_step,
 };
@@ -97,7 +95,7 @@ fn a_killed_rank_is_noticed_in_shared_memory_long_before_the_timeout() {
 #[cfg(feature = "mpi")]
 mod under_mpirun {
     use super::*;
-    use fixture::{assert_close, start};
+    use crate::fixture::{assert_close, start};
     use std::process::Command;
 
     /// `mpirun -n ranks` in the experiment's folder.

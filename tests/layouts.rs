@@ -1,9 +1,7 @@
 //! Layout changes nothing: losses, gradient norms, every gradient and the trained weights of one rank come out of every
 //! layout, and a layout run twice gives the same bits.
 
-mod agreement;
-
-use agreement::{
+use crate::agreement::{
     TIMEOUT, Trace, VOCAB, assert_same, distance, sigmoid, softmax, trace_of, trace_of_biased, trainer_on, values,
     write_data,
 };

@@ -1,9 +1,7 @@
 //! Runs over several machines: launchers and agents with addresses of their own, in network namespaces where this machine lets
 //! a test make them, else on one loopback device.
 
-mod fixture;
-
-use fixture::{Experiment, curve, finish, finish_child, signal, start, steps_done, text, wait_for_step};
+use crate::fixture::{Experiment, curve, finish, finish_child, signal, start, steps_done, text, wait_for_step};
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Command, Output};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -146,7 +144,7 @@ fn a_lost_rank_and_a_lost_machine_are_recovered() {
     };
     signal(&children_of(run[1].id()).into_iter().find(is_keeper).unwrap(), "KILL");
     wait_for_step(&experiment, "run", 25);
-    signal(&fixture::rank_process(&experiment, 3), "KILL");
+    signal(&crate::fixture::rank_process(&experiment, 3), "KILL");
     wait_for_step(&experiment, "run", 60);
     // Its ranks, its keeper and its agent; a scheduler starts it again.
     lose(&mut run[1]);

@@ -1,8 +1,6 @@
 //! What measures: benches print what they promise, and a traced step accounts for its time. (No time is judged.)
 
-mod fixture;
-
-use fixture::{Experiment, finish, text};
+use crate::fixture::{Experiment, finish, text};
 use serde_json::Value;
 use std::process::Output;
 

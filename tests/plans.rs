@@ -1,8 +1,6 @@
 //! `moerun plan` as a person uses it.
 
-mod fixture;
-
-use fixture::{Experiment, finish, text};
+use crate::fixture::{Experiment, finish, text};
 
 #[test]
 fn every_schedule_is_drawn_and_its_file_is_the_same_schedule() {

@@ -1,8 +1,8 @@
 //! Runs of real processes, and real faults: kill -9, signals, damaged and unwritable files, torchrun's environment.
 
-mod fixture;
-
-use fixture::{Experiment, curve, finish, finish_child, rank_process, signal, start, steps_done, text, wait_for_step};
+use crate::fixture::{
+    Experiment, curve, finish, finish_child, rank_process, signal, start, steps_done, text, wait_for_step,
+};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command};
 use std::time::SystemTime;

@@ -1,8 +1,6 @@
 //! What people get wrong: each mistake is one clear message, a non-zero status within seconds, and no process left.
 
-mod fixture;
-
-use fixture::{Experiment, finish, text};
+use crate::fixture::{Experiment, finish, text};
 use std::process::Command;
 use std::time::{Duration, Instant};
 

@@ -26,8 +26,5 @@ fn main() {
         .include("cpp/gloo-forward")
         .include(&include)
         .include(include.join("torch/csrc/api/include"));
-    for file in ["autograd.cpp", "ops.cpp", "c10d.cpp", "stream.cpp", "npu.cpp"] {
-        build.file(format!("cpp/{file}"));
-    }
-    build.compile("moerun_torch_ext");
+    build.file("cpp/edge.cpp").compile("moerun_torch_ext");
 }

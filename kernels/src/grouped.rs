@@ -48,27 +48,30 @@ pub(crate) fn product(out: &Tensor, rows: &Tensor, matrices: &[Tensor], counts: 
     }
 }
 
-/// As [`crate::add_grouped_product`].
-pub(crate) fn add_product(sums: &Tensor, left: &Tensor, right: &Tensor, counts: &[i64]) {
-    if counts.iter().any(|&count| count > 0) {
-        let ends = ends(counts, sums.size()[0] as usize, left.device());
-        let products = left.tr().internal_grouped_mm(right, Some(ends), None, None);
-        let _ = sums.shallow_clone().g_add_(&products);
+/// As [`crate::add_grouped_product`], or with `adds` false [`crate::set_grouped_product`].
+pub(crate) fn to_sums(sums: &Tensor, left: &Tensor, right: &Tensor, counts: &[i64], adds: bool) {
+    let ends = ends(counts, sums.size()[0] as usize, left.device());
+    let products = left.tr().internal_grouped_mm(right, Some(ends), None, None);
+    // What it makes of groups without rows, nobody says.
+    for (group, _) in counts.iter().enumerate().filter(|(_, count)| **count == 0) {
+        let _ = products.get(group as i64).zero_();
     }
+    let mut sums = sums.shallow_clone();
+    if adds { drop(sums.g_add_(&products)) } else { sums.copy_(&products) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::cuda::tests::gpu_of_tests;
-    use crate::product::{add_grouped_product, grouped_product};
+    use crate::product::{add_grouped_product, grouped_product, set_grouped_product};
     use proptest::prelude::*;
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(100))]
         #[test]
         fn it_is_the_products_one_by_one(
-            own in prop::collection::vec(0i64..20, 1..5), borrowed in prop::collection::vec(0i64..20, 0..4), swapped: bool,
+            own in prop::collection::vec(0i64..20, 1..5), borrowed in prop::collection::vec(0i64..20, 0..4), swapped: bool, adds: bool,
             (inner, outer) in (1i64..5, 1i64..5),
         ) {
             let (inner, outer) = (8 * inner, 8 * outer);
@@ -97,8 +100,8 @@ mod tests {
             prop_assert!(close(&here(&out), &grouped_product(&rows, &matrices, &counts)));
             let sums = Tensor::randn([counts.len() as i64, outer, inner], (Kind::Float, Device::Cpu));
             let ours = there(&sums).copy();
-            add_product(&ours, &there(&grad), &there(&rows), &counts);
-            add_grouped_product(&sums, &grad, &rows, &counts);
+            to_sums(&ours, &there(&grad), &there(&rows), &counts, adds);
+            if adds { add_grouped_product(&sums, &grad, &rows, &counts) } else { set_grouped_product(&sums, &grad, &rows, &counts) }
             prop_assert!(close(&here(&ours), &sums));
         }
     }

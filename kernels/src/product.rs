@@ -50,13 +50,22 @@ pub fn product_into(out: &Tensor, left: &Tensor, right: &Tensor) {
 
 /// `sum += left right`, of matrices; `sum` is fp32, or of the dtype of the others, and rounded once.
 pub fn add_product(sum: &Tensor, left: &Tensor, right: &Tensor) {
+    to_sum(sum, left, right, true);
+}
+
+/// As [`add_product`], of a sum in which nothing is yet, whatever its memory holds.
+pub fn set_product(sum: &Tensor, left: &Tensor, right: &Tensor) {
+    to_sum(sum, left, right, false);
+}
+
+fn to_sum(sum: &Tensor, left: &Tensor, right: &Tensor, adds: bool) {
     part(
         "product",
         "for gradients",
         || cost(sum, left, right),
         || {
-            if !ours([sum, left, right], true, || vec![Product::of(sum, left, right)]) {
-                add_by_libtorch(sum, left, right);
+            if !ours([sum, left, right], adds, || vec![Product::of(sum, left, right)]) {
+                by_libtorch(sum, left, right, adds);
             }
         },
     );
@@ -107,7 +116,19 @@ fn grouped_by_libtorch(out: &Tensor, rows: &Tensor, matrices: &[Tensor], groups:
 /// Adds the product of each group's rows, `left^T right`, to its own matrix of `sums` `[G, O, I]`, fp32, for groups of `counts[g]`
 /// rows of `left` `[R, O]` and `right` `[R, I]`.
 pub fn add_grouped_product(sums: &Tensor, left: &Tensor, right: &Tensor, counts: &[i64]) {
-    let groups = groups(counts);
+    to_sums(sums, left, right, counts, true);
+}
+
+/// As [`add_grouped_product`], of sums in which nothing is yet, whatever their memory holds: those of groups without rows become zero.
+pub fn set_grouped_product(sums: &Tensor, left: &Tensor, right: &Tensor, counts: &[i64]) {
+    for group in counts.len() as i64..sums.size()[0] {
+        let _ = tch::no_grad(|| sums.get(group).zero_());
+    }
+    to_sums(sums, left, right, counts, false);
+}
+
+fn to_sums(sums: &Tensor, left: &Tensor, right: &Tensor, counts: &[i64], adds: bool) {
+    let groups = all_groups(counts).filter(|group| group.len > 0 || !adds).collect::<Vec<_>>();
     let cost = || grouped_cost(&groups, sums, left.kind());
     let all = || {
         let (left, right) = (Matrix::of(left), Matrix::of(right));
@@ -121,11 +142,11 @@ pub fn add_grouped_product(sums: &Tensor, left: &Tensor, right: &Tensor, counts:
     };
     part("product", "for experts' gradients", cost, || {
         if groups.len() > 1 && grouped::takes(&[left, right]) {
-            grouped::add_product(sums, left, right, counts);
-        } else if !ours([sums, left, right], true, all) {
+            grouped::to_sums(sums, left, right, counts, adds);
+        } else if !ours([sums, left, right], adds, all) {
             for &Group { index, start, len } in &groups {
                 let some = |rows: &Tensor| rows.narrow(0, start as i64, len as i64);
-                add_by_libtorch(&sums.get(index as i64), &some(left).tr(), &some(right));
+                by_libtorch(&sums.get(index as i64), &some(left).tr(), &some(right), adds);
             }
         }
     });
@@ -155,20 +176,26 @@ struct Group {
 
 /// The groups that have rows.
 fn groups(counts: &[i64]) -> Vec<Group> {
+    all_groups(counts).filter(|group| group.len > 0).collect()
+}
+
+fn all_groups(counts: &[i64]) -> impl Iterator<Item = Group> {
     let mut start = 0;
-    let place = |(index, &len): (usize, &i64)| {
+    let place = move |(index, &len): (usize, &i64)| {
         let len = len as usize;
         start += len;
         Group { index, start: start - len, len }
     };
-    counts.iter().enumerate().map(place).filter(|group| group.len > 0).collect()
+    counts.iter().enumerate().map(place)
 }
 
-fn add_by_libtorch(sum: &Tensor, left: &Tensor, right: &Tensor) {
+fn by_libtorch(sum: &Tensor, left: &Tensor, right: &Tensor, adds: bool) {
     let mut sum = sum.shallow_clone();
-    tch::no_grad(|| match left.kind() == sum.kind() {
-        true => drop(sum.addmm_(left, right)),
-        false => drop(sum.g_add_(&left.matmul(right).to_kind(Kind::Float))),
+    tch::no_grad(|| match (left.kind() == sum.kind(), adds) {
+        (true, true) => drop(sum.addmm_(left, right)),
+        (true, false) => drop(left.mm_out(&sum, right)),
+        (false, true) => drop(sum.g_add_(&left.matmul(right).to_kind(Kind::Float))),
+        (false, false) => sum.copy_(&left.matmul(right)),
     });
 }
 
@@ -182,7 +209,7 @@ fn ours<'a>(tensors: [&Tensor; 3], adds: bool, products: impl FnOnce() -> Vec<Pr
     let products = products();
     // Few rows do not pay for packing what they meet.
     let enough = adds || products.iter().any(|product| product.out.rows > SMALL);
-    if products.is_empty() || !enough || !products.iter().all(|product| fits(product, adds)) {
+    if products.is_empty() || !enough || !products.iter().all(fits) {
         return false;
     }
     multiply(&products, adds, by);
@@ -196,11 +223,11 @@ fn ours<'a>(_: [&Tensor; 3], _: bool, _: impl FnOnce() -> Vec<Product<'a>>) -> b
 
 /// Whether a product is one for [`multiply`].
 #[cfg(target_arch = "x86_64")]
-fn fits(Product { out, left, right }: &Product, adds: bool) -> bool {
+fn fits(Product { out, left, right }: &Product) -> bool {
     let kind = left.kind;
     let known = matches!(kind, Kind::Float | Kind::BFloat16)
         && right.kind == kind
-        && (out.kind == kind || (adds && out.kind == Kind::Float));
+        && (out.kind == kind || out.kind == Kind::Float);
     // Two numbers of 16 bits at a time along the inner dimension, if that is the contiguous one.
     let whole = kind == Kind::Float || left.columns.is_multiple_of(2);
     known
@@ -237,7 +264,7 @@ pub(crate) mod tests {
         #![proptest_config(ProptestConfig::with_cases(400))]
         #[test]
         fn it_is_the_product_however_matrices_lie(
-            (m, k, n) in (0i64..150, 0i64..90, 0i64..300), lie in 0u8..8, threads in 1i32..4, adds: bool, bf16: bool,
+            (m, k, n) in (0i64..150, 0i64..90, 0i64..300), lie in 0u8..8, threads in 1i32..4, adds: bool, sets: bool, bf16: bool,
             deep in 0u8..8,
         ) {
             tch::set_num_threads(threads);
@@ -245,19 +272,21 @@ pub(crate) mod tests {
             // Now and then more than one block, and odd or even.
             let k = if deep == 0 { k + 1100 } else { k };
             let (left, right) = (random(m, k, lie & 1 > 0, kind), random(k, n, lie & 2 > 0, kind));
-            let out = random(m, n, lie & 4 > 0, if adds { Kind::Float } else { kind });
+            let out = random(m, n, lie & 4 > 0, if adds || sets { Kind::Float } else { kind });
             let before = if adds { wide(&out) } else { wide(&out).zeros_like() };
             let plain = before + wide(&left).matmul(&wide(&right));
-            match adds {
-                true => add_product(&out, &left, &right),
-                false => product_into(&out, &left, &right),
+            match (adds, sets) {
+                (true, _) => add_product(&out, &left, &right),
+                (_, true) => set_product(&out, &left, &right),
+                _ => product_into(&out, &left, &right),
             }
             prop_assert!(close(&out, &plain, kind));
         }
 
         #[test]
         fn each_group_meets_its_own_matrix(
-            counts in proptest::collection::vec(0i64..150, 1..9), bf16: bool, threads in 1i32..4,
+            counts in proptest::collection::vec(prop_oneof![Just(0i64), 0i64..150], 1..9), adds: bool, bf16: bool,
+            threads in 1i32..4,
         ) {
             let kind = if bf16 { Kind::BFloat16 } else { Kind::Float };
             let (total, groups) = (counts.iter().sum::<i64>(), counts.len() as i64);
@@ -271,11 +300,13 @@ pub(crate) mod tests {
             for (group, &len) in counts.iter().enumerate() {
                 let (rows, others) = (wide(&rows.narrow(0, start, len)), wide(&others.narrow(0, start, len)));
                 parts.push(rows.matmul(&wide(&matrices.get(group as i64))));
-                plain.push(wide(&sums.get(group as i64)) + others.tr().matmul(&rows));
+                let before = wide(&sums.get(group as i64)) * i64::from(adds);
+                plain.push(before + others.tr().matmul(&rows));
                 start += len;
             }
             prop_assert!(close(&ours, &Tensor::cat(&parts, 0), kind));
-            add_grouped_product(&sums, &others, &rows, &counts);
+            let to_sums = if adds { add_grouped_product } else { set_grouped_product };
+            to_sums(&sums, &others, &rows, &counts);
             prop_assert!(close(&sums, &Tensor::stack(&plain, 0), kind));
         }
     }
@@ -295,7 +326,9 @@ pub(crate) mod tests {
         assert_eq!(product(&left, &right), plain);
         let sum = Tensor::ones([4, 6], (Kind::Double, Device::Cpu));
         add_product(&sum, &left, &right);
-        assert!(sum.allclose(&(plain + 1.0), 1e-12, 1e-12, false));
+        assert!(sum.allclose(&(&plain + 1.0), 1e-12, 1e-12, false));
+        set_product(&sum, &left, &right);
+        assert_eq!(sum, plain);
         // Nor does a gradient that somebody wants of an operand stop them.
         let [left, right] = [left, right].map(|x| x.set_requires_grad(true));
         assert!(!product(&left, &right).requires_grad());

@@ -104,24 +104,25 @@ pub(crate) fn grouped_swiglu_with(
         let grad_x = gemm.grouped(&grad_hidden, &here.gate_up, &counts, false)?;
         let (borrowed, counts) = (borrowed.clone(), counts.clone());
         add_gradients(&[&down, &gate_up], move |sums| {
-            let (of_down, of_gate_up) = (&sums[0], &sums[1]);
-            let (own, foreign) = counts.split_at(of_down.size()[0] as usize);
+            let (of_down, of_gate_up) = (sums[0], sums[1]);
+            let (down, gate_up) = (of_down.size(), of_gate_up.size());
+            let (own, foreign) = counts.split_at(down[0] as usize);
             let own_rows: i64 = own.iter().sum();
             // What helpers owe is on its way while this rank adds up its own.
             let returning = match borrowed {
                 None => None,
                 Some(borrowed) => {
                     let rest = |rows: &Tensor| rows.narrow(0, own_rows, rows.size()[0] - own_rows);
-                    borrowed.add_gradients(numel(of_gate_up) + numel(of_down), &x, |all| {
-                        let [of_gate_up, of_down] = parts(all, of_gate_up, of_down);
+                    borrowed.add_gradients(numel(&gate_up) + numel(&down), &x, |all| {
+                        let [of_gate_up, of_down] = parts(all, &gate_up, &down);
                         add_grouped_product(&of_down, &rest(&grad_out), &rest(&activation), foreign);
                         add_grouped_product(&of_gate_up, &rest(&grad_hidden), &rest(&x), foreign);
                     })?
                 }
             };
-            add_grouped_product(of_down, &grad_out, &activation, own);
-            add_grouped_product(of_gate_up, &grad_hidden, &x, own);
-            returning.map_or(Ok(()), |returning| returning.add_to(of_gate_up, of_down))
+            of_down.add_grouped_product(&grad_out, &activation, own);
+            of_gate_up.add_grouped_product(&grad_hidden, &x, own);
+            returning.map_or(Ok(()), |returning| returning.add_to(of_gate_up.tensor(), of_down.tensor()))
         })?;
         Ok(vec![Some(grad_x), None, None])
     })?;
@@ -140,7 +141,7 @@ impl Here {
     fn new(gate_up: &Weight, down: &Weight, borrowed: Option<Tensor>) -> Here {
         let mut here = Here { gate_up: vec![gate_up.value()], down: vec![down.value()] };
         if let Some(borrowed) = borrowed {
-            let [gate_up, down] = parts(&borrowed, &here.gate_up[0], &here.down[0]);
+            let [gate_up, down] = parts(&borrowed, &here.gate_up[0].size(), &here.down[0].size());
             here.gate_up.push(gate_up);
             here.down.push(down);
         }

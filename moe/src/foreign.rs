@@ -121,7 +121,7 @@ impl Lending {
 
     /// Starts to send this rank's weights `[L, 2F, D]` and `[L, D, F]` to those that are lent them.
     pub(crate) fn fetch(&self, gate_up: &Tensor, down: &Tensor) -> Result<Fetching, Error> {
-        let elements = numel(gate_up) + numel(down);
+        let elements = numel(&gate_up.size()) + numel(&down.size());
         // Helpers with the same experts get the same buffer.
         let mut packed: HashMap<&[i64], Tensor> = HashMap::new();
         for (_, experts) in &self.lent {
@@ -182,7 +182,7 @@ impl Returning {
             let (work, part) = self.under_way.pop_front().expect("two rounds are under way, or all that are left");
             work.wait()?;
             if let Some(part) = part {
-                let [of_gate_up, of_down] = parts(&part, gate_up, down);
+                let [of_gate_up, of_down] = parts(&part, &gate_up.size(), &down.size());
                 for (row, &expert) in lending.lent[round].1.iter().enumerate() {
                     let _ = gate_up.select(0, expert).g_add_(&of_gate_up.get(row as i64));
                     let _ = down.select(0, expert).g_add_(&of_down.get(row as i64));
@@ -196,19 +196,19 @@ impl Returning {
     }
 }
 
-/// Experts' elements, `[M, elements]`, as matrices: `[M, 2F, D]` and `[M, D, F]`, where `gate_up` is `[L, 2F, D]` and `down`
+/// Experts' elements, `[M, elements]`, as matrices: `[M, 2F, D]` and `[M, D, F]`, where `gate_up` is the shape `[L, 2F, D]` and `down`
 /// `[L, D, F]`.
-pub(crate) fn parts(flat: &Tensor, gate_up: &Tensor, down: &Tensor) -> [Tensor; 2] {
+pub(crate) fn parts(flat: &Tensor, gate_up: &[i64], down: &[i64]) -> [Tensor; 2] {
     let mut start = 0;
     [gate_up, down].map(|like| {
-        let (elements, mut shape) = (numel(like), like.size());
+        let (elements, mut shape) = (numel(like), like.to_vec());
         shape[0] = flat.size()[0];
         start += elements;
         flat.narrow(1, start - elements, elements).view(shape.as_slice())
     })
 }
 
-/// Elements of one expert.
-pub(crate) fn numel(weights: &Tensor) -> i64 {
-    weights.size()[1..].iter().product()
+/// Elements of one expert, of weights of such a shape.
+pub(crate) fn numel(shape: &[i64]) -> i64 {
+    shape[1..].iter().product()
 }

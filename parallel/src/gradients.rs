@@ -1,7 +1,8 @@
 //! Gradients summed over replicas, in buckets, while backward still runs.
 //!
 //! Every weight's gradient lives in an fp32 flat buffer, a *bucket*: weights in reverse order of use, so that a bucket is
-//! complete early in backward. Layers add each contribution to its place as they compute it ([`Weight::add_gradient`]).
+//! complete early in backward. Layers add each contribution to its place as they compute it ([`Weight::add_gradient`]); nobody
+//! clears it before, and the first contribution is written there.
 //! When the last contribution of a step has come, the bucket starts an asynchronous all-reduce, or, where ranks share the
 //! sum out (ZeRO, arXiv 1910.02054), a reduce-scatter by rows. Where whole gradients are not kept (ZeRO-2), that happens
 //! after every microbatch, and the bucket's memory is given back.
@@ -76,6 +77,8 @@ struct Member {
     offset: i64,
     own_offset: i64,
     own: std::ops::Range<i64>,
+    /// Whether nothing has been added to it since the step began, or memory was taken for it: it holds whatever was there.
+    fresh: bool,
 }
 
 struct Bucket {
@@ -99,6 +102,7 @@ struct Bucket {
 impl Bucket {
     fn reduce(&mut self, keep: bool) -> Result<(), CommError> {
         self.settle()?;
+        self.clear_fresh();
         if self.own.is_none() {
             let whole = self.whole.as_ref().expect("a bucket that is not shared out is kept");
             self.work = Some((self.replication.across.all_reduce(whole, ReduceOp::Sum)?, None));
@@ -125,6 +129,15 @@ impl Bucket {
         let part = Tensor::empty([self.share], options);
         self.work = Some((group.reduce_scatter(&part, &shares.view([-1]), ReduceOp::Sum)?, Some(part)));
         Ok(())
+    }
+
+    /// Gradients to which nothing was added are zero.
+    fn clear_fresh(&mut self) {
+        let Some(whole) = &self.whole else { return };
+        for member in self.members.iter_mut().filter(|member| member.fresh) {
+            let _ = tch::no_grad(|| whole.narrow(0, member.offset, member.rows * member.cols).zero_());
+            member.fresh = false;
+        }
     }
 
     /// Waits for the reduction under way.
@@ -171,14 +184,18 @@ impl State {
         }
     }
 
-    /// The whole fp32 gradient of weight `index` so far, flat.
-    pub(crate) fn sum(&mut self, index: usize) -> Tensor {
+    /// The whole fp32 gradient of weight `index` so far, flat; and whether nothing was added to it yet, so that it is to be written, as
+    /// the caller will.
+    pub(crate) fn sum(&mut self, index: usize) -> (Tensor, bool) {
         let (bucket, member) = self.places[index];
         let (device, bucket) = (self.device, &mut self.buckets[bucket]);
+        if bucket.whole.is_none() {
+            bucket.members.iter_mut().for_each(|member| member.fresh = true);
+        }
         let len = bucket.len;
-        let whole = bucket.whole.get_or_insert_with(|| Tensor::zeros([len], (Kind::Float, device)));
-        let member = &bucket.members[member];
-        whole.narrow(0, member.offset, member.rows * member.cols)
+        let whole = bucket.whole.get_or_insert_with(|| Tensor::empty([len], (Kind::Float, device)));
+        let member = &mut bucket.members[member];
+        (whole.narrow(0, member.offset, member.rows * member.cols), std::mem::take(&mut member.fresh))
     }
 
     /// A contribution to weight `index` is there.
@@ -261,7 +278,7 @@ impl GradientBuckets {
                 places[member] = (buckets.len(), members.len());
                 let (rows, cols) = matrix(weights[member].0.shape());
                 let own = own_rows(rows, rank, ranks);
-                members.push(Member { rows, cols, offset, own_offset: share, own });
+                members.push(Member { rows, cols, offset, own_offset: share, own, fresh: true });
                 offset += rows * cols;
                 share += own_rows(rows, 0, ranks).end * cols;
             }
@@ -296,14 +313,15 @@ impl GradientBuckets {
         Ok(GradientBuckets { state })
     }
 
-    /// Sets all gradients to zero and begins a step of `microbatches` backwards through every weight.
+    /// Forgets all gradients and begins a step of `microbatches` backwards through every weight.
     pub fn begin(&self, microbatches: usize) {
         let mut state = self.lock();
         let keep = state.keep;
         tch::no_grad(|| {
             for bucket in &mut state.buckets {
-                for tensor in [&mut bucket.whole, &mut bucket.own].into_iter().flatten() {
-                    let _ = tensor.zero_();
+                bucket.members.iter_mut().for_each(|member| member.fresh = true);
+                if let Some(own) = &mut bucket.own {
+                    let _ = own.zero_();
                 }
                 bucket.pending = bucket.uses * if bucket.in_turn(keep) { microbatches } else { 1 };
             }
@@ -356,10 +374,11 @@ impl GradientBuckets {
 
     /// The fp32 gradient of this rank's rows of weight `index`: `[rows, columns]`, all dims but the last as one.
     pub fn gradient(&self, index: usize) -> Tensor {
-        let state = self.lock();
+        let mut state = self.lock();
         let (bucket, member) = state.places[index];
-        let bucket = &state.buckets[bucket];
-        let Member { rows, cols, offset, own_offset, ref own } = bucket.members[member];
+        let bucket = &mut state.buckets[bucket];
+        bucket.clear_fresh();
+        let Member { rows, cols, offset, own_offset, ref own, .. } = bucket.members[member];
         match (&bucket.own, &bucket.whole) {
             (Some(share), _) => {
                 let rows = own.end - own.start;
@@ -486,7 +505,7 @@ mod tests {
                     gradients.begin(3);
                     for _ in 0..3 {
                         let contribution = weight.contribution().unwrap();
-                        let _ = contribution.sum().shallow_clone().g_add_scalar_(rank as f64);
+                        let _ = contribution.sum().tensor().shallow_clone().g_add_scalar_(rank as f64);
                         contribution.finish().unwrap();
                     }
                     gradients.finish().unwrap();

@@ -19,6 +19,7 @@ mod mesh;
 pub mod pipeline;
 pub mod recompute;
 pub mod sharding;
+mod sum;
 pub mod tensor;
 mod weight;
 mod world;
@@ -31,5 +32,6 @@ pub use device::{Accelerator, Attached, Copier, Cpu, MemoryUse, accelerator, pea
 pub use gradients::{BucketPlan, Deferred, GradientBuckets, Replication, matrix, plan_buckets};
 pub use mesh::{Coordinates, Group, Mesh, MeshError, MeshShape};
 pub use recompute::Activation;
+pub use sum::GradientSum;
 pub use weight::{Contribution, Weight, add_gradients, linear, linears};
 pub use world::{ByMpi, Meeting, RankEnv, World, on_threads};

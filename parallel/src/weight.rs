@@ -6,6 +6,7 @@
 
 use crate::gradients::State;
 use crate::recompute::Activation;
+use crate::sum::GradientSum;
 use kernels::{add_product, product};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -126,15 +127,15 @@ impl Weight {
         self.rows.map_or_else(|| whole.shallow_clone(), |(start, len)| whole.narrow(0, start, len))
     }
 
-    /// Adds one layer's contribution of one backward to the gradient: `add` gets the fp32 sum, of the weight's shape.
+    /// Adds one layer's contribution of one backward to the gradient.
     ///
     /// # Errors
     /// Those of `add`, and when nothing collects the gradient.
     pub fn add_gradient<F>(&self, add: F) -> Result<(), Error>
     where
-        F: FnOnce(&Tensor) -> Result<(), Error> + Send + 'static,
+        F: FnOnce(&GradientSum) -> Result<(), Error> + Send + 'static,
     {
-        add_gradients(&[self], |sums| add(&sums[0]))
+        add_gradients(&[self], |sums| add(sums[0]))
     }
 
     fn state(&self) -> Result<Arc<Mutex<State>>, Error> {
@@ -151,7 +152,13 @@ impl Weight {
     pub fn contribution(&self) -> Result<Contribution, Error> {
         let state = self.state()?;
         let index = locked(&self.shared.sink).as_ref().map_or(0, |sink| sink.index);
-        let sum = self.part(&locked(&state).sum(index).view(self.shape()));
+        let (whole, fresh) = locked(&state).sum(index);
+        let whole = GradientSum::new(whole.view(self.shape()), fresh);
+        let sum = match self.rows {
+            None => whole,
+            // Others' rows would stay as they are.
+            Some(_) => GradientSum::new(self.part(whole.tensor()), false),
+        };
         Ok(Contribution { sum, index, state })
     }
 
@@ -170,16 +177,15 @@ impl Weight {
 /// Those of `add`, and when nothing collects the gradients.
 pub fn add_gradients<F>(weights: &[&Weight], add: F) -> Result<(), Error>
 where
-    F: FnOnce(&[Tensor]) -> Result<(), Error> + Send + 'static,
+    F: FnOnce(&[&GradientSum]) -> Result<(), Error> + Send + 'static,
 {
     let Some(first) = weights.first() else { return Ok(()) };
     let state = first.state()?;
     let weights: Vec<Weight> = weights.iter().map(|&weight| weight.clone()).collect();
     let now = locked(&state).defer(Box::new(move || {
         let contributions = weights.iter().map(Weight::contribution).collect::<Result<Vec<_>, _>>()?;
-        let sums: Vec<Tensor> = contributions.iter().map(|c| c.sum().shallow_clone()).collect();
+        let sums: Vec<_> = contributions.iter().map(Contribution::sum).collect();
         tch::no_grad(|| add(&sums))?;
-        drop(sums);
         contributions.into_iter().try_for_each(Contribution::finish)
     }));
     now.map_or(Ok(()), |contribution| contribution())
@@ -188,14 +194,14 @@ where
 /// A contribution under way.
 #[must_use = "the gradient is not complete before every contribution is finished"]
 pub struct Contribution {
-    sum: Tensor,
+    sum: GradientSum,
     index: usize,
     state: Arc<Mutex<State>>,
 }
 
 impl Contribution {
-    /// The fp32 sum to add to, of the weight's shape.
-    pub fn sum(&self) -> &Tensor {
+    /// The sum to add to.
+    pub fn sum(&self) -> &GradientSum {
         &self.sum
     }
 
@@ -204,6 +210,8 @@ impl Contribution {
     /// # Errors
     /// When the gradient is complete by this and its reduction cannot be started.
     pub fn finish(self) -> Result<(), Error> {
+        // Who had nothing to add has added nothing.
+        self.sum.tensor();
         drop(self.sum);
         locked(&self.state).ready(self.index).map_err(|e| Error::new(e.to_string()))
     }
@@ -245,7 +253,7 @@ pub fn linears(x: &Activation, weights: &[&Weight]) -> Result<Vec<Tensor>, Error
             }
             let (grad, x) = (grad.shallow_clone(), x.shallow_clone());
             weight.add_gradient(move |sum| {
-                add_product(sum, &grad.tr(), &x);
+                sum.add_product(&grad.tr(), &x);
                 Ok(())
             })?;
         }

@@ -305,7 +305,7 @@ impl Stages for StepStages<'_> {
                 let tokens = self.tokens(microbatch)?;
                 let (embedding, rows) = self.model.own_embedding();
                 let contribution = embedding.contribution()?;
-                tch::no_grad(|| vocabulary::add_rows(&tokens, &inputs[0], contribution.sum(), rows));
+                tch::no_grad(|| vocabulary::add_rows(&tokens, &inputs[0], contribution.sum().tensor(), rows));
                 contribution.finish()?;
                 self.of_vocabulary.remove(&microbatch);
             }

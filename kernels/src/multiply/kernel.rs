@@ -50,16 +50,16 @@ pub(crate) struct Out {
 }
 
 impl Out {
-    /// Has the numbers that are added to, `lines` lines a row, fetched while the product is made.
+    /// Has the place, of `lines` vectors of columns, fetched while the product is made: to write to memory that is far away takes as long
+    /// as to read it.
     #[inline(always)]
     pub(crate) fn fetch(&self, lines: usize) {
-        if self.store == Store::Add {
-            for i in 0..self.rows {
-                for line in 0..lines {
-                    let at = self.data.wrapping_add(i * self.row + line * size_of::<Line>());
-                    // SAFETY: fetching asks for nothing.
-                    unsafe { _mm_prefetch::<_MM_HINT_ET0>(at.cast()) }
-                }
+        let bytes = lines * LANES * if self.store == Store::Round { 2 } else { 4 };
+        for i in 0..self.rows {
+            for at in (0..bytes).step_by(size_of::<Line>()) {
+                let at = self.data.wrapping_add(i * self.row + at);
+                // SAFETY: fetching asks for nothing.
+                unsafe { _mm_prefetch::<_MM_HINT_ET0>(at.cast()) }
             }
         }
     }

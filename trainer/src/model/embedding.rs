@@ -25,7 +25,7 @@ pub(crate) fn embed(
         let Some(grad) = &grads[0] else { return Ok(vec![None]) };
         let (tokens, grad, rows) = (tokens.shallow_clone(), grad.shallow_clone(), rows.clone());
         used.add_gradient(move |sum| {
-            add_rows(&tokens, &grad, sum, &rows);
+            add_rows(&tokens, &grad, sum.tensor(), &rows);
             Ok(())
         })?;
         Ok(vec![None])

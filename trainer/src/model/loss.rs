@@ -2,7 +2,7 @@
 //! exist at once, and the gradients of a chunk are taken while its logits are at hand.
 // Shapes: T tokens, D hidden, V vocabulary.
 
-use kernels::{add_product, product, product_into, softmax, softmax_gradient};
+use kernels::{product, product_into, softmax, softmax_gradient};
 use parallel::{Communicator, Contribution, Weight};
 use std::ops::Range;
 use std::sync::Arc;
@@ -87,7 +87,7 @@ fn chunks(
         loss += sum;
         if let (Some(grad_x), Some(contribution)) = (&grad_x, &contribution) {
             product_into(&grad_x.narrow(0, start, len), &grad, &weight);
-            add_product(contribution.sum(), &grad.tr(), &x);
+            contribution.sum().add_product(&grad.tr(), &x);
         }
         start += len;
     }

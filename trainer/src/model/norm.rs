@@ -21,7 +21,7 @@ pub(crate) fn rms_norm(x: &Tensor, weight: &Weight, eps: f64) -> Result<Tensor, 
 
 fn add(weight: &Weight, gradient: Tensor) -> Result<(), Error> {
     weight.add_gradient(move |sum| {
-        let _ = sum.shallow_clone().g_add_(&gradient);
+        let _ = sum.tensor().shallow_clone().g_add_(&gradient);
         Ok(())
     })
 }

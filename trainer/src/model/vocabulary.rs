@@ -8,7 +8,7 @@
 // Shapes: T tokens, D hidden, V vocabulary, v rows of it on this rank.
 
 use super::loss::IGNORED;
-use kernels::{add_product, product_into, softmax, softmax_gradient};
+use kernels::{product_into, softmax, softmax_gradient};
 use parallel::pipeline::{Exchange, Vocabulary};
 use parallel::{CommError, Communicator, ReduceOp, Weight};
 use std::ops::Range;
@@ -181,7 +181,7 @@ impl LocalSoftmax {
             let of_logits = part(&self.probs);
             softmax_gradient(&of_logits, &scale, &part(&self.target), &minus);
             let of_logits = of_logits.to_kind(kind);
-            add_product(contribution.sum(), &of_logits.tr(), &self.hidden.narrow(0, start, len));
+            contribution.sum().add_product(&of_logits.tr(), &self.hidden.narrow(0, start, len));
             if let Some(gradient) = &gradient {
                 product_into(&gradient.narrow(0, start, len), &of_logits, &matrix);
             }
