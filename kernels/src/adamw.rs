@@ -45,7 +45,7 @@ pub fn adamw(updates: &[Update], config: AdamW, step: u64, scale: Option<f64>) -
     })
 }
 
-fn by_libtorch(updates: &[&Update], config: AdamW, step: u64, scale: Option<f64>) -> Result<(), Error> {
+pub(crate) fn by_libtorch(updates: &[&Update], config: AdamW, step: u64, scale: Option<f64>) -> Result<(), Error> {
     let Some(first) = updates.first() else { return Ok(()) };
     let scalar = |x: f64| Tensor::from(x).to_kind(Kind::Float).to_device(first.master.device());
     let of = |tensor: fn(&Update) -> &Tensor| updates.iter().map(|u| tensor(u).shallow_clone()).collect::<Vec<_>>();
@@ -176,21 +176,28 @@ mod tests {
                 exp_avg_sq: zeros.copy(),
                 stored: bf16.then(|| master.to_kind(Kind::BFloat16)),
             };
-            let (average, square) = (zeros.copy(), zeros);
+            let theirs = Update {
+                master,
+                gradient: random(),
+                exp_avg: zeros.copy(),
+                exp_avg_sq: zeros,
+                stored: None,
+            };
             let weight_decay = if decays { 0.1 } else { 0.0 };
             let config = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, weight_decay, eps: 1e-8 };
             let scale = scaled.then_some(3.0);
             for step in 1..=steps {
                 let gradient = random();
-                update.gradient.shallow_clone().copy_(&gradient);
+                [&update, &theirs].iter().for_each(|side| side.gradient.shallow_clone().copy_(&gradient));
                 adamw(std::slice::from_ref(&update), config, step, scale).unwrap();
-                let scalar = |x: f64| Tensor::from(x).to_kind(Kind::Float);
-                let one = |x: &Tensor| vec![x.shallow_clone()];
-                let count = vec![scalar(step as f64)];
-                let by = scale.map(scalar);
-                fused_adamw(&one(&master), &one(&gradient), &one(&average), &one(&square), &count, config, by.as_ref()).unwrap();
+                by_libtorch(&[&theirs], config, step, scale).unwrap();
             }
-            for (ours, theirs) in [(&update.master, &master), (&update.exp_avg, &average), (&update.exp_avg_sq, &square)] {
+            let pairs = [
+                (&update.master, &theirs.master),
+                (&update.exp_avg, &theirs.exp_avg),
+                (&update.exp_avg_sq, &theirs.exp_avg_sq),
+            ];
+            for (ours, theirs) in pairs {
                 prop_assert!(ours.allclose(theirs, 1e-5, 1e-6, false));
             }
             if let Some(stored) = &update.stored {

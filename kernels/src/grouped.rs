@@ -24,11 +24,10 @@ fn fits(tensor: &Tensor) -> bool {
         && strides.iter().rev().take(2).any(|&stride| stride == 1)
 }
 
-/// Where each group's rows end, for `groups` groups of which the last may have no count: int32 `[groups]`.
-fn ends(counts: &[i64], groups: usize, device: Device) -> Tensor {
-    let none = std::iter::repeat_n(&0, groups.saturating_sub(counts.len()));
+/// Where each group's rows end: int32 `[groups]`.
+fn ends(counts: &[i64], device: Device) -> Tensor {
     let mut end = 0;
-    let ends: Vec<i32> = counts.iter().chain(none).map(|&count| (end += count as i32, end).1).collect();
+    let ends: Vec<i32> = counts.iter().map(|&count| (end += count as i32, end).1).collect();
     Tensor::from_slice(&ends).to_device(device)
 }
 
@@ -36,11 +35,10 @@ fn ends(counts: &[i64], groups: usize, device: Device) -> Tensor {
 pub(crate) fn product(out: &Tensor, rows: &Tensor, matrices: &[Tensor], counts: &[i64]) {
     let (mut counts, mut start) = (counts, 0);
     for some in matrices {
-        let groups = some.size()[0] as usize;
-        let (here, later) = counts.split_at(groups.min(counts.len()));
+        let (here, later) = counts.split_at(some.size()[0] as usize);
         let len = here.iter().sum();
         if len > 0 {
-            let ends = ends(here, groups, rows.device());
+            let ends = ends(here, rows.device());
             let product = rows.narrow(0, start, len).internal_grouped_mm(some, Some(ends), None, None);
             out.narrow(0, start, len).copy_(&product);
         }
@@ -50,7 +48,7 @@ pub(crate) fn product(out: &Tensor, rows: &Tensor, matrices: &[Tensor], counts: 
 
 /// As [`crate::add_grouped_product`], or with `adds` false [`crate::set_grouped_product`].
 pub(crate) fn to_sums(sums: &Tensor, left: &Tensor, right: &Tensor, counts: &[i64], adds: bool) {
-    let ends = ends(counts, sums.size()[0] as usize, left.device());
+    let ends = ends(counts, left.device());
     let products = left.tr().internal_grouped_mm(right, Some(ends), None, None);
     // What it makes of groups without rows, nobody says.
     for (group, _) in counts.iter().enumerate().filter(|(_, count)| **count == 0) {

@@ -120,10 +120,11 @@ pub fn add_grouped_product(sums: &Tensor, left: &Tensor, right: &Tensor, counts:
 }
 
 /// As [`add_grouped_product`], of sums in which nothing is yet, whatever their memory holds: those of groups without rows become zero.
+///
+/// # Panics
+/// When there are not as many counts as sums.
 pub fn set_grouped_product(sums: &Tensor, left: &Tensor, right: &Tensor, counts: &[i64]) {
-    for group in counts.len() as i64..sums.size()[0] {
-        let _ = tch::no_grad(|| sums.get(group).zero_());
-    }
+    assert_eq!(counts.len() as i64, sums.size()[0], "each sum is set");
     to_sums(sums, left, right, counts, false);
 }
 

@@ -37,10 +37,11 @@ pub(crate) fn adamw(gpu: &dyn Gpu, update: &Update, scalars: Scalars) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::adamw::by_libtorch;
     use crate::cuda::tests::{close, gpu_of_tests};
     use proptest::prelude::*;
     use tch::Tensor;
-    use torch_ext::{AdamW, fused_adamw};
+    use torch_ext::AdamW;
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
@@ -52,23 +53,27 @@ mod tests {
             let (gpu, device) = gpu_of_tests();
             tch::manual_seed(seed);
             let random = || Tensor::randn([count], (Kind::Float, device));
-            let (master, average, square) = (random(), random().zeros_like(), random().zeros_like());
-            let stored = bf16.then(|| master.to_kind(Kind::BFloat16));
-            let [copied, exp_avg, exp_avg_sq] = [&master, &average, &square].map(Tensor::copy);
-            let update = Update { master: copied, gradient: random(), exp_avg, exp_avg_sq, stored };
+            let (master, zeros) = (random(), random().zeros_like());
+            let begin = |stored| {
+                let [exp_avg, exp_avg_sq] = [(); 2].map(|()| zeros.copy());
+                Update { master: master.copy(), gradient: random(), exp_avg, exp_avg_sq, stored }
+            };
+            let (update, theirs) = (begin(bf16.then(|| master.to_kind(Kind::BFloat16))), begin(None));
             let weight_decay = if decays { 0.1 } else { 0.0 };
             let config = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, weight_decay, eps: 1e-8 };
             let scale = scaled.then_some(3.0);
             for step in 1..=steps {
                 let gradient = random();
-                update.gradient.shallow_clone().copy_(&gradient);
+                [&update, &theirs].iter().for_each(|side| side.gradient.shallow_clone().copy_(&gradient));
                 adamw(gpu, &update, Scalars::of(config, step, scale));
-                let scalar = |x: f64| Tensor::from(x).to_kind(Kind::Float).to_device(device);
-                let one = |x: &Tensor| vec![x.shallow_clone()];
-                let (count, by) = (vec![scalar(step as f64)], scale.map(scalar));
-                fused_adamw(&one(&master), &one(&gradient), &one(&average), &one(&square), &count, config, by.as_ref()).unwrap();
+                by_libtorch(&[&theirs], config, step, scale).unwrap();
             }
-            for (ours, theirs) in [(&update.master, &master), (&update.exp_avg, &average), (&update.exp_avg_sq, &square)] {
+            let pairs = [
+                (&update.master, &theirs.master),
+                (&update.exp_avg, &theirs.exp_avg),
+                (&update.exp_avg_sq, &theirs.exp_avg_sq),
+            ];
+            for (ours, theirs) in pairs {
                 close(ours, theirs, 1e-5)?;
             }
             if let Some(stored) = &update.stored {

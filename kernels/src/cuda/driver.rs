@@ -1,7 +1,7 @@
 //! CUDA's driver: it holds compiled kernels, and queues them. Types come from cudarc; the functions are looked up here, as NVRTC's.
 
 use super::compiler::Compiler;
-use super::{Call, Gpu, Variant};
+use super::{Call, Gpu, Variant, pointers};
 use cudarc::driver::sys::{CUcontext, CUfunction, CUmodule, CUstream};
 use libloading::os::unix::Library;
 use std::collections::HashMap;
@@ -13,10 +13,8 @@ use torch_ext::Stream;
 /// `CUresult`, as a number: a newer library has values that an older list does not.
 type Code = c_int;
 
-// `CUdevice_attribute`.
+/// `CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT`.
 const MULTIPROCESSORS: c_int = 16;
-const MAJOR: c_int = 75;
-const MINOR: c_int = 76;
 
 /// The functions that are used; signatures as in cuda.h 13.0.
 struct Driver {
@@ -126,17 +124,15 @@ impl Device {
         let library = torch_ext::load_library("libcaffe2_nvrtc.so", "MOERUN_TORCH_LIB", REMEDY);
         let library = library.map_err(|error| error.to_string())?;
         let (driver, compiler) = (Driver::of(library)?, Compiler::of(library)?);
-        let (mut device, mut context, mut numbers) = (0, std::ptr::null_mut(), [0; 3]);
+        let (major, minor) = torch_ext::capability(index).map_err(|error| error.to_string())?;
+        let (mut device, mut context, mut multiprocessors) = (0, std::ptr::null_mut(), 0);
         // SAFETY: out-parameters; the context that libtorch uses is held for good.
         unsafe {
             driver.check((driver.init)(0))?;
             driver.check((driver.device)(&mut device, index as c_int))?;
             driver.check((driver.primary_context)(&mut context, device))?;
-            for (number, attribute) in numbers.iter_mut().zip([MULTIPROCESSORS, MAJOR, MINOR]) {
-                driver.check((driver.attribute)(number, attribute, device))?;
-            }
+            driver.check((driver.attribute)(&mut multiprocessors, MULTIPROCESSORS, device))?;
         }
-        let [multiprocessors, major, minor] = numbers;
         Ok(Device {
             driver,
             compiler,
@@ -195,9 +191,8 @@ impl Device {
         let function = self.function(call.variant, call.name)?;
         let stream = Stream::current(like).and_then(|stream| stream.handle()).map_err(|error| error.to_string())?;
         let mut words = call.words();
-        let mut arguments: Vec<*mut c_void> = words.iter_mut().map(|word| std::ptr::from_mut(word).cast()).collect();
-        let [blocks, width, height, shared] =
-            [call.blocks, call.block.0, call.block.1, call.shared].map(|number| number as c_uint);
+        let mut arguments = pointers(&mut words);
+        let [blocks, width, height, shared] = call.sizes();
         // SAFETY: the arguments are the kernel's, as each call says beside it; their memory is libtorch's, which gives it to others on
         // this stream alone.
         self.driver.check(unsafe {

@@ -1,7 +1,7 @@
 //! Kernels on the host, for tests: see emulator.cpp.
 
 use super::compiler::{definitions, source};
-use super::{Call, Gpu, Variant};
+use super::{Call, Gpu, Variant, pointers};
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_uint, c_void};
@@ -40,9 +40,8 @@ impl Gpu for Host {
         let library = libraries.entry(call.variant).or_insert_with(|| compiled(call.variant));
         let name = CString::new(call.name).unwrap();
         let mut words = call.words();
-        let mut arguments: Vec<*mut c_void> = words.iter_mut().map(|word| std::ptr::from_mut(word).cast()).collect();
-        let [blocks, width, height, shared] =
-            [call.blocks, call.block.0, call.block.1, call.shared].map(|number| number as c_uint);
+        let mut arguments = pointers(&mut words);
+        let [blocks, width, height, shared] = call.sizes();
         // SAFETY: the signature is emulator.cpp's; the arguments are the kernel's, as each call says beside it.
         let failed = unsafe {
             let emulate = library.get::<Emulate>(b"emulate\0").unwrap();

@@ -22,7 +22,7 @@ pub(crate) use rows::{combine, combine_backward};
 pub(crate) use swiglu::{swiglu, swiglu_backward};
 pub(crate) use vocabulary::{cross_entropy, softmax, softmax_gradient};
 
-use std::ffi::c_void;
+use std::ffi::{c_uint, c_void};
 use tch::{Device, Kind, Tensor};
 
 /// Threads of a block, where nothing else decides.
@@ -94,7 +94,12 @@ impl<'a> Call<'a> {
         Call { name, variant, blocks, block: (threads, of_block), shared: 0, arguments }
     }
 
-    /// The bits of the arguments, each in a word: kernels get pointers to them.
+    /// Blocks, threads of a row, rows of a block, and bytes that a block has for itself.
+    fn sizes(&self) -> [c_uint; 4] {
+        [self.blocks, self.block.0, self.block.1, self.shared].map(|size| size as c_uint)
+    }
+
+    /// The bits of the arguments, each in a word: kernels get [`pointers`] to them.
     fn words(&self) -> Vec<u64> {
         let word = |argument: &Argument| match *argument {
             Argument::Data(data) => data as u64,
@@ -103,6 +108,10 @@ impl<'a> Call<'a> {
         };
         self.arguments.iter().map(word).collect()
     }
+}
+
+fn pointers(words: &mut [u64]) -> Vec<*mut c_void> {
+    words.iter_mut().map(|word| std::ptr::from_mut(word).cast()).collect()
 }
 
 /// An argument of a kernel.
