@@ -20,7 +20,8 @@ fn assert_same_curve(experiment: &Experiment, broken: &str, unbroken: &str) {
 
 /// Processes of each node's ranks, and its keeper's.
 fn nodes(experiment: &Experiment) -> Vec<(Vec<String>, String)> {
-    let status = finish(&mut experiment.moerun(&["snapshot", "status", "run", "--json"]));
+    let status = || finish(&mut experiment.moerun(&["snapshot", "status", "run", "--json"]));
+    let status = experiment.while_ranks_stand(status);
     let lines = String::from_utf8(status.stdout).unwrap();
     let node = |line: &str| {
         let status = serde_json::from_str::<Value>(line).unwrap()["status"].clone();
@@ -113,7 +114,7 @@ fn ranks_killed_at_any_moment_again_and_again() {
 #[test]
 fn stopped_aborted_and_delayed_ranks() {
     let experiment = Experiment::new();
-    let common = ["train.steps=150", "checkpoint.every=0", OFTEN, "restart.heartbeat_timeout_s=1.5"];
+    let common = ["train.steps=300", "checkpoint.every=0", OFTEN, "restart.heartbeat_timeout_s=1.5"];
     assert!(finish(experiment.train(4, &common).args(["--set", "run.dir=unbroken"])).status.success());
     let run = start_talking(&experiment, 4, &common);
     wait_for_step(&experiment, "run", 3);
@@ -170,7 +171,7 @@ fn a_killed_launcher_is_taken_up_from_the_keepers_memory() {
     let mut run = start_talking(&experiment, 4, &common);
     wait_for_step(&experiment, "run", 20);
     // Another launcher does not get in its way.
-    let second = finish(&mut experiment.train(4, &common));
+    let second = experiment.while_ranks_stand(|| finish(&mut experiment.train(4, &common)));
     assert!(!second.status.success() && text(&second).contains("another moerun works in run"), "{}", text(&second));
     run.kill().unwrap();
     run.wait().unwrap();
@@ -203,7 +204,7 @@ fn a_killed_launcher_is_taken_up_from_the_keepers_memory() {
 #[test]
 fn a_keeper_that_dies_alone_is_replaced_and_training_goes_on() {
     let experiment = Experiment::new();
-    let common = ["train.steps=200", "checkpoint.every=50", "snapshot.every=2", "parallel.ranks_per_node=2"];
+    let common = ["train.steps=400", "checkpoint.every=50", "snapshot.every=2", "parallel.ranks_per_node=2"];
     assert!(finish(experiment.train(4, &common).args(["--set", "run.dir=unbroken"])).status.success());
     let run = start_talking(&experiment, 4, &common);
     wait_for_step(&experiment, "run", 10);
@@ -357,7 +358,7 @@ fn a_spare_node_takes_over_and_without_one_the_run_shrinks() {
 #[test]
 fn flipped_bits_in_memory_are_mended_from_parity() {
     let experiment = Experiment::new();
-    // Between two snapshots there is time for three commands.
+    // Between two snapshots there is time for two commands.
     let common = ["train.steps=700", "parallel.ranks_per_node=1", "snapshot.every=300", "checkpoint.every=0"];
     assert!(finish(experiment.train(4, &common).args(["--set", "run.dir=unbroken"])).status.success());
     let run = start_talking(&experiment, 4, &common);
@@ -366,7 +367,8 @@ fn flipped_bits_in_memory_are_mended_from_parity() {
     let chaos = ["chaos", "run", "--kinds", "corrupt", "--faults", "1", "--gap", "0", "--step-ms", "0"];
     let chaos = finish(&mut experiment.moerun(&chaos));
     assert!(text(&chaos).contains("snapshot changes"), "{}", text(&chaos));
-    let verified = finish(&mut experiment.moerun(&["snapshot", "verify", "run"]));
+    let verify = || finish(&mut experiment.moerun(&["snapshot", "verify", "run"]));
+    let verified = experiment.while_ranks_stand(verify);
     signal(&rank_process(&experiment, 0), "KILL");
     assert!(run.wait_with_output().unwrap().status.success(), "{}", said(&experiment));
     let words = said(&experiment);

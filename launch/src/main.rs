@@ -34,6 +34,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 fn main() -> ExitCode {
+    torch_ext::leave_tables_at_end();
     let cli = Cli::parse();
     let alone = |command: &Command| {
         !matches!(

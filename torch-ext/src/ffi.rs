@@ -65,6 +65,10 @@ unsafe extern "C" {
     pub(crate) fn mtx_use_private_device(index: c_int) -> c_int;
 
     pub(crate) fn malloc(size: usize) -> *mut c_void;
+    // The C library's; the last one is glibc's, which libtorch's Linux builds need.
+    pub(crate) fn fflush(stream: *mut c_void) -> c_int;
+    pub(crate) fn _exit(status: c_int) -> !;
+    pub(crate) fn on_exit(handler: unsafe extern "C" fn(c_int, *mut c_void), argument: *mut c_void) -> c_int;
     #[cfg(target_env = "gnu")]
     pub(crate) fn mallopt(parameter: c_int, value: c_int) -> c_int;
 }

@@ -5,6 +5,7 @@
 //! - [`fused_adamw`]: the optimizer step in one pass over memory;
 //! - [`generator_state`], [`allocator_bytes`], [`synchronize`], [`keep_freed_memory`]: per-device state;
 //! - [`Stream`] and [`Event`]: queues of work on devices that have them;
+//! - [`leave_tables_at_end`]: a process that ends soon;
 //! - [`parallel_for`]: loops on libtorch's own threads;
 //! - [`load_cuda`], [`load_npu`]: bring libtorch's kernels for a device into the running program.
 //!
@@ -17,6 +18,7 @@ mod autograd;
 mod c10d;
 mod cuda;
 mod device;
+mod end;
 mod error;
 mod ffi;
 mod library;
@@ -32,6 +34,7 @@ pub use device::{
     allocator_bytes, count_host_memory, generator_state, keep_freed_memory, pinned, reset_peak, set_generator_state,
     synchronize,
 };
+pub use end::leave_tables_at_end;
 pub use error::Error;
 pub use library::load_library;
 pub use npu::{ASCEND_FOLDER, load_npu, use_npu};

@@ -3,6 +3,14 @@
 use crate::Error;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+static LOADED: AtomicBool = AtomicBool::new(false);
+
+/// Whether [`load_library`] has loaded one.
+pub(crate) fn any_loaded() -> bool {
+    LOADED.load(Ordering::SeqCst)
+}
 
 /// Loads `file` for good: from the folder that `variable` names, from beside the libtorch this program runs on, or from the
 /// loader's path, in that order.
@@ -20,7 +28,10 @@ pub fn load_library(file: &str, variable: &str, remedy: &str) -> Result<&'static
         // SAFETY: loading runs the library's initialisers, which register kernels with the dispatcher; the handle
         // is leaked on purpose, since registered kernels must stay.
         match unsafe { Library::open(Some(&candidate), RTLD_NOW | RTLD_GLOBAL) } {
-            Ok(library) => return Ok(Box::leak(Box::new(library))),
+            Ok(library) => {
+                LOADED.store(true, Ordering::SeqCst);
+                return Ok(Box::leak(Box::new(library)));
+            }
             Err(error) => tried.push(reason(&candidate, &error)),
         }
     }
