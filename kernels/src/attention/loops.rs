@@ -262,7 +262,7 @@ impl Packed {
                 // SAFETY: columns before this one fill whole panels.
                 unsafe {
                     let right = self.data.add(self.units * (column / LANES) + units.start * lines);
-                    K::tile(lines, units.len(), left, step, right, out);
+                    K::tile(lines, units.len(), &left, step, right, &out);
                 }
             }
         }

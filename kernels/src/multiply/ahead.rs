@@ -51,8 +51,8 @@ impl Ahead {
             let (first, end) = (self.start / LINE * LINE, self.start.wrapping_add(self.run));
             while left > 0 && first.wrapping_add(self.done) < end {
                 fetch(first.wrapping_add(self.done));
-                self.done += LINE;
-                left -= 1;
+                self.done = self.done.wrapping_add(LINE);
+                left = left.wrapping_sub(1);
             }
             if first.wrapping_add(self.done) >= end {
                 self.start = self.start.wrapping_add(self.step);

@@ -59,7 +59,7 @@ impl<T: Number> Kernel for Avx2<T> {
         }
     }
 
-    unsafe fn tile(_: usize, units: usize, left: [*const u8; ROWS], step: usize, right: *const Line, out: Out) {
+    unsafe fn tile(_: usize, units: usize, left: &[*const u8; ROWS], step: usize, right: *const Line, out: &Out) {
         // SAFETY: the same promises; a step has as many lines as a tile.
         unsafe { tile(units, left, step, right.cast(), out) }
     }
@@ -259,37 +259,52 @@ fn transposed(a: [__m256; WIDTH]) -> [__m256; WIDTH] {
 /// # Safety
 /// As for [`Kernel::tile`].
 #[target_feature(enable = "avx2,fma")]
-unsafe fn tile(units: usize, left: [*const u8; ROWS], step: usize, right: *const f32, out: Out) {
+unsafe fn tile(units: usize, left: &[*const u8; ROWS], step: usize, mut right: *const f32, out: &Out) {
     // SAFETY: as the caller promises.
     unsafe {
-        out.fetch(1);
+        out.fetch::<1>();
         let mut sums = [[_mm256_setzero_ps(); 2]; ROWS];
-        let mut at = 0;
-        for unit in 0..units {
-            let right = right.add(unit * LANES);
-            let right = [_mm256_load_ps(right), _mm256_load_ps(right.add(WIDTH))];
+        let mut at = 0usize;
+        for _ in 0..units {
+            let line = [_mm256_load_ps(right), _mm256_load_ps(right.add(WIDTH))];
             for i in 0..ROWS {
                 let left = _mm256_broadcast_ss(&*left[i].add(at).cast());
                 for j in 0..2 {
-                    sums[i][j] = _mm256_fmadd_ps(left, right[j], sums[i][j]);
+                    sums[i][j] = _mm256_fmadd_ps(left, line[j], sums[i][j]);
                 }
             }
-            at = at.wrapping_add(step);
+            (at, right) = (at.wrapping_add(step), right.add(LANES));
         }
-        let columns = out.mask.count_ones() as usize;
-        for (i, &[first, second]) in sums.iter().enumerate().take(out.rows) {
-            let row = out.data.add(i * out.row);
-            let place = row.cast::<f32>();
-            if columns == LANES && out.store != Store::Round {
-                let (mut first, mut second) = (first, second);
-                if out.store == Store::Add {
-                    first = _mm256_add_ps(_mm256_loadu_ps(place), first);
-                    second = _mm256_add_ps(_mm256_loadu_ps(place.add(WIDTH)), second);
-                }
-                _mm256_storeu_ps(place, first);
-                _mm256_storeu_ps(place.add(WIDTH), second);
-                continue;
+        if !out.is_whole() || out.store == Store::Round {
+            // By a copy: what is passed on lies in memory, and the sums are to stay in registers.
+            let sums = sums;
+            return some_of(&sums, out);
+        }
+        let mut place = out.data.cast::<f32>();
+        for [mut first, mut second] in sums {
+            if out.store == Store::Add {
+                first = _mm256_add_ps(_mm256_loadu_ps(place), first);
+                second = _mm256_add_ps(_mm256_loadu_ps(place.add(WIDTH)), second);
             }
+            _mm256_storeu_ps(place, first);
+            _mm256_storeu_ps(place.add(WIDTH), second);
+            place = place.wrapping_byte_add(out.row);
+        }
+    }
+}
+
+/// The numbers of a tile that are there, or all, rounded.
+///
+/// # Safety
+/// As for [`Kernel::tile`].
+#[inline(never)]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn some_of(sums: &[[__m256; 2]; ROWS], out: &Out) {
+    let columns = out.mask.count_ones() as usize;
+    for (i, &[first, second]) in sums.iter().enumerate().take(out.rows) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let row = out.data.add(i * out.row);
             let mut sums = [0f32; LANES];
             _mm256_storeu_ps(sums.as_mut_ptr(), first);
             _mm256_storeu_ps(sums.as_mut_ptr().add(WIDTH), second);
@@ -298,7 +313,7 @@ unsafe fn tile(units: usize, left: [*const u8; ROWS], step: usize, right: *const
                 place.iter_mut().zip(sums).for_each(|(place, sum)| *place = Bf16::narrow(sum));
                 continue;
             }
-            for (place, sum) in std::slice::from_raw_parts_mut(place, columns).iter_mut().zip(sums) {
+            for (place, sum) in std::slice::from_raw_parts_mut(row.cast::<f32>(), columns).iter_mut().zip(sums) {
                 *place = if out.store == Store::Add { *place + sum } else { sum };
             }
         }

@@ -50,18 +50,26 @@ pub(crate) struct Out {
 }
 
 impl Out {
-    /// Has the place, of `lines` vectors of columns, fetched while the product is made: to write to memory that is far away takes as long
-    /// as to read it.
+    /// Has the place, of N vectors of columns, fetched while the product is made: to write to memory that is far away takes as long as to
+    /// read it.
     #[inline(always)]
-    pub(crate) fn fetch(&self, lines: usize) {
-        let bytes = lines * LANES * if self.store == Store::Round { 2 } else { 4 };
-        for i in 0..self.rows {
-            for at in (0..bytes).step_by(size_of::<Line>()) {
-                let at = self.data.wrapping_add(i * self.row + at);
+    pub(crate) fn fetch<const N: usize>(&self) {
+        let lines = if self.store == Store::Round { N.div_ceil(2) } else { N };
+        let mut row = self.data;
+        for i in 1..=ROWS {
+            for line in (0..N).take_while(|&line| line < lines) {
                 // SAFETY: fetching asks for nothing.
-                unsafe { _mm_prefetch::<_MM_HINT_ET0>(at.cast()) }
+                unsafe { _mm_prefetch::<_MM_HINT_ET0>(row.wrapping_add(line * size_of::<Line>()).cast()) }
             }
+            // Where rows are missing, the last one again.
+            row = row.wrapping_add(if i < self.rows { self.row } else { 0 });
         }
+    }
+
+    /// Whether no row is missing, nor a column.
+    #[inline(always)]
+    pub(crate) fn is_whole(&self) -> bool {
+        self.rows == ROWS && self.mask == u16::MAX
     }
 }
 
@@ -116,7 +124,7 @@ pub(crate) trait Kernel {
     ///
     /// # Safety
     /// The processor has the features. All of `left` and `right` can be read, and what `out` tells be written.
-    unsafe fn tile(lines: usize, units: usize, left: [*const u8; ROWS], step: usize, right: *const Line, out: Out);
+    unsafe fn tile(lines: usize, units: usize, left: &[*const u8; ROWS], step: usize, right: *const Line, out: &Out);
 
     /// Rounds rows of `width` fp32 numbers at `from`, `from_row` numbers apart, to bf16 in `out`.
     ///

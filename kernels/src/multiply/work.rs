@@ -8,6 +8,8 @@ use std::ops::Range;
 
 /// Panels whose sums are kept in fp32 until they can be rounded.
 const ROUNDED_PANELS: usize = 64;
+/// The most panels of a left matrix that are packed at once.
+const GROUP: usize = 16;
 
 /// One of several products.
 pub(super) struct Job {
@@ -84,46 +86,58 @@ pub(super) unsafe fn work<K: Kernel>(
                     // SAFETY: the left matrix has these, and the buffer room.
                     unsafe { K::left(&job.left, block.clone(), group.start * ROWS, rows, packed_left) };
                 }
-                let mut tile = |panel: usize, column: usize| {
-                    between();
+                // Where rows of the panels begin, of the left matrix and of the result: the same for all columns. From here on sums are
+                // not checked, as that would take as long as some steps of a tile; sizes were compared where the job was made.
+                let mut lefts = [[std::ptr::null(); ROWS]; GROUP];
+                for (panel, left) in group.clone().zip(&mut lefts) {
                     let rows = (m - panel * ROWS).min(ROWS);
                     let first = packed_left.wrapping_add((panel - group.start) * block.len() * ROWS).cast_const();
-                    let row = |i: usize| match layout {
+                    *left = std::array::from_fn(|i| match layout {
                         Layout::InPlace => {
                             let at = (panel * ROWS + i.min(rows - 1)) * job.left.outer + block.start * 4;
                             job.left.data.wrapping_add(at)
                         }
                         Layout::Rows => first.wrapping_add(i.min(rows - 1) * block.len()).cast(),
                         Layout::Units => first.wrapping_add(i).cast(),
-                    };
-                    let (left, step) = (std::array::from_fn(row), if layout == Layout::Units { 4 * ROWS } else { 4 });
-                    let (data, row) = if kept {
-                        (sums.wrapping_add((panel - panels.start) * ROWS * padded).cast::<u8>(), padded * 4)
-                    } else {
-                        let column = columns.start * if job.rounds { 2 } else { 4 };
-                        (job.out.wrapping_add(panel * ROWS * job.out_row + column), job.out_row)
-                    };
-                    let store = match job.rounds && !kept {
-                        true => Store::Round,
-                        false if job.adds || unit > 0 => Store::Add,
-                        false => Store::Set,
-                    };
-                    let here = (width - column).min(K::LINES * LANES);
+                    });
+                }
+                let step = if layout == Layout::Units { 4 * ROWS } else { 4 };
+                let (data, row) = if kept {
+                    (sums.wrapping_add((group.start - panels.start) * ROWS * padded).cast::<u8>(), padded * 4)
+                } else {
+                    let column = columns.start * if job.rounds { 2 } else { 4 };
+                    (job.out.wrapping_add(group.start * ROWS * job.out_row + column), job.out_row)
+                };
+                let store = match job.rounds && !kept {
+                    true => Store::Round,
+                    false if job.adds || unit > 0 => Store::Add,
+                    false => Store::Set,
+                };
+                let bytes = if store == Store::Round { 2 } else { 4 };
+                let last = (m - (group.end - 1) * ROWS).min(ROWS);
+                let mut tile = |index: usize, column: usize| {
+                    between();
+                    let here = width.wrapping_sub(column).min(K::LINES * LANES);
                     let lines = here.div_ceil(LANES);
-                    let bytes = if store == Store::Round { 2 } else { 4 };
-                    let mask = mask(here - (lines - 1) * LANES);
-                    let out = Out { data: data.wrapping_add(column * bytes), row, rows, mask, store };
+                    let data = data.wrapping_add(index.wrapping_mul(row).wrapping_mul(ROWS));
+                    let out = Out {
+                        data: data.wrapping_add(column.wrapping_mul(bytes)),
+                        row,
+                        rows: if index.wrapping_add(1) == group.len() { last } else { ROWS },
+                        mask: mask(here.wrapping_sub(lines.wrapping_sub(1).wrapping_mul(LANES))),
+                        store,
+                    };
                     // SAFETY: what was packed, rows that the left matrix has, and a place in `out` that is this piece's; columns before
                     // this one fill whole tiles.
                     unsafe {
-                        let right = right.add(block.len() * (column / LANES));
-                        K::tile(lines, block.len(), left, step, right, out);
+                        let right = right.add(block.len().wrapping_mul(column / LANES));
+                        K::tile(lines, block.len(), &lefts[index], step, right, &out);
                     }
                 };
                 let all_columns = || (0..width).step_by(K::LINES * LANES);
                 match K::RIGHT_STAYS {
-                    true => all_columns().for_each(|column| group.clone().for_each(|panel| tile(panel, column))),
-                    false => group.clone().for_each(|panel| all_columns().for_each(|column| tile(panel, column))),
+                    true => all_columns().for_each(|column| (0..group.len()).for_each(|index| tile(index, column))),
+                    false => (0..group.len()).for_each(|index| all_columns().for_each(|column| tile(index, column))),
                 }
             }
         }

@@ -11,32 +11,65 @@ use std::arch::x86_64::*;
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 unsafe fn tile<const BF16: bool, const N: usize>(
     units: usize,
-    left: [*const u8; ROWS],
+    left: &[*const u8; ROWS],
     step: usize,
-    right: *const Line,
-    out: Out,
+    mut right: *const Line,
+    out: &Out,
 ) {
     // SAFETY: as the caller promises.
     unsafe {
-        out.fetch(N);
+        out.fetch::<N>();
         let mut sums = [[_mm512_setzero_ps(); N]; ROWS];
-        for unit in 0..units {
-            let right: [__m512; N] = std::array::from_fn(|j| _mm512_load_ps(right.add(unit * N + j).cast()));
+        let mut at = 0usize;
+        for _ in 0..units {
+            let line: [__m512; N] = std::array::from_fn(|j| _mm512_load_ps(right.add(j).cast()));
             for i in 0..ROWS {
-                let left =
-                    _mm512_castsi512_ps(_mm512_set1_epi32(left[i].add(unit * step).cast::<i32>().read_unaligned()));
+                let left = _mm512_castsi512_ps(_mm512_set1_epi32(left[i].add(at).cast::<i32>().read_unaligned()));
                 for j in 0..N {
                     sums[i][j] = match BF16 {
-                        true => _mm512_dpbf16_ps(sums[i][j], pairs(left), pairs(right[j])),
-                        false => _mm512_fmadd_ps(left, right[j], sums[i][j]),
+                        true => _mm512_dpbf16_ps(sums[i][j], pairs(left), pairs(line[j])),
+                        false => _mm512_fmadd_ps(left, line[j], sums[i][j]),
                     };
                 }
             }
+            (at, right) = (at.wrapping_add(step), right.add(N));
         }
-        for (i, sums) in sums.iter().enumerate().take(out.rows) {
-            let row = out.data.add(i * out.row);
-            for (j, &sum) in sums.iter().enumerate() {
-                let mask = if j + 1 == N { out.mask } else { u16::MAX };
+        if !out.is_whole() {
+            // By a copy: what is passed on lies in memory, and the sums are to stay in registers.
+            let sums = sums;
+            return some_of(&sums, out);
+        }
+        let mut row = out.data;
+        for sums in sums {
+            let place = row.cast::<f32>();
+            for (j, sum) in sums.into_iter().enumerate() {
+                match out.store {
+                    Store::Set => _mm512_storeu_ps(place.add(j * LANES), sum),
+                    Store::Add => {
+                        let place = place.add(j * LANES);
+                        _mm512_storeu_ps(place, _mm512_add_ps(_mm512_loadu_ps(place), sum));
+                    }
+                    Store::Round => _mm256_storeu_si256(row.cast::<i16>().add(j * LANES).cast(), rounded(sum)),
+                }
+            }
+            row = row.wrapping_add(out.row);
+        }
+    }
+}
+
+/// The numbers of a tile that are there.
+///
+/// # Safety
+/// As for [`tile`].
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+unsafe fn some_of<const N: usize>(sums: &[[__m512; N]; ROWS], out: &Out) {
+    for (i, sums) in sums.iter().enumerate().take(out.rows) {
+        for (j, &sum) in sums.iter().enumerate() {
+            let mask = if j + 1 == N { out.mask } else { u16::MAX };
+            // SAFETY: as the caller promises.
+            unsafe {
+                let row = out.data.add(i * out.row);
                 let place = row.cast::<f32>().add(j * LANES);
                 match out.store {
                     Store::Set => _mm512_mask_storeu_ps(place, mask, sum),
@@ -59,10 +92,10 @@ unsafe fn tile<const BF16: bool, const N: usize>(
 pub(super) unsafe fn tile_of<const BF16: bool>(
     lines: usize,
     units: usize,
-    left: [*const u8; ROWS],
+    left: &[*const u8; ROWS],
     step: usize,
     right: *const Line,
-    out: Out,
+    out: &Out,
 ) {
     // SAFETY: as the caller promises.
     unsafe {
