@@ -45,7 +45,7 @@ pub fn adamw(updates: &[Update], config: AdamW, step: u64, scale: Option<f64>) -
     })
 }
 
-pub(crate) fn by_libtorch(updates: &[&Update], config: AdamW, step: u64, scale: Option<f64>) -> Result<(), Error> {
+fn by_libtorch(updates: &[&Update], config: AdamW, step: u64, scale: Option<f64>) -> Result<(), Error> {
     let Some(first) = updates.first() else { return Ok(()) };
     let scalar = |x: f64| Tensor::from(x).to_kind(Kind::Float).to_device(first.master.device());
     let of = |tensor: fn(&Update) -> &Tensor| updates.iter().map(|u| tensor(u).shallow_clone()).collect::<Vec<_>>();
@@ -154,50 +154,67 @@ fn round(master: &[f32], stored: &mut [Bf16]) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
     use tch::Device;
 
+    /// Some steps of a parameter.
+    #[derive(Debug, Clone, Copy)]
+    pub(crate) struct Case {
+        bf16: bool,
+        scaled: bool,
+        decays: bool,
+        steps: u64,
+        seed: i64,
+    }
+
+    pub(crate) fn cases() -> impl Strategy<Value = Case> {
+        let drawn = (any::<bool>(), any::<bool>(), any::<bool>(), 1u64..4, 0i64..1000);
+        drawn.prop_map(|(bf16, scaled, decays, steps, seed)| Case { bf16, scaled, decays, steps, seed })
+    }
+
+    /// The same `count` numbers after the case's steps by `step_by`, and by libtorch.
+    pub(crate) fn both_ways(
+        case: Case,
+        count: i64,
+        device: Device,
+        step_by: impl Fn(&Update, AdamW, u64, Option<f64>),
+    ) -> [Update; 2] {
+        tch::manual_seed(case.seed);
+        let random = || Tensor::randn([count], (Kind::Float, device));
+        let (master, zeros) = (random(), random().zeros_like());
+        let begin = |stored| {
+            let [exp_avg, exp_avg_sq] = [(); 2].map(|()| zeros.copy());
+            Update { master: master.copy(), gradient: random(), exp_avg, exp_avg_sq, stored }
+        };
+        let sides = [begin(case.bf16.then(|| master.to_kind(Kind::BFloat16))), begin(None)];
+        let weight_decay = if case.decays { 0.1 } else { 0.0 };
+        let config = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, weight_decay, eps: 1e-8 };
+        let scale = case.scaled.then_some(3.0);
+        for step in 1..=case.steps {
+            let gradient = random();
+            sides.iter().for_each(|side| side.gradient.shallow_clone().copy_(&gradient));
+            step_by(&sides[0], config, step, scale);
+            by_libtorch(&[&sides[1]], config, step, scale).unwrap();
+        }
+        sides
+    }
+
+    /// What steps change.
+    pub(crate) fn state(update: &Update) -> [&Tensor; 3] {
+        [&update.master, &update.exp_avg, &update.exp_avg_sq]
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(100))]
         #[test]
-        fn it_is_libtorchs_update(
-            count in 0i64..20_000, bf16: bool, scaled: bool, decays: bool, steps in 1u64..4, seed in 0i64..1000,
-        ) {
+        fn it_is_libtorchs_update(case in cases(), count in 0i64..20_000) {
             tch::set_num_threads(2);
-            tch::manual_seed(seed);
-            let random = || Tensor::randn([count], (Kind::Float, Device::Cpu));
-            let (master, zeros) = (random(), random().zeros_like());
-            let update = Update {
-                master: master.copy(),
-                gradient: random(),
-                exp_avg: zeros.copy(),
-                exp_avg_sq: zeros.copy(),
-                stored: bf16.then(|| master.to_kind(Kind::BFloat16)),
-            };
-            let theirs = Update {
-                master,
-                gradient: random(),
-                exp_avg: zeros.copy(),
-                exp_avg_sq: zeros,
-                stored: None,
-            };
-            let weight_decay = if decays { 0.1 } else { 0.0 };
-            let config = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, weight_decay, eps: 1e-8 };
-            let scale = scaled.then_some(3.0);
-            for step in 1..=steps {
-                let gradient = random();
-                [&update, &theirs].iter().for_each(|side| side.gradient.shallow_clone().copy_(&gradient));
-                adamw(std::slice::from_ref(&update), config, step, scale).unwrap();
-                by_libtorch(&[&theirs], config, step, scale).unwrap();
-            }
-            let pairs = [
-                (&update.master, &theirs.master),
-                (&update.exp_avg, &theirs.exp_avg),
-                (&update.exp_avg_sq, &theirs.exp_avg_sq),
-            ];
-            for (ours, theirs) in pairs {
+            let [update, theirs] = both_ways(case, count, Device::Cpu, |update, config, step, scale| {
+                adamw(std::slice::from_ref(update), config, step, scale).unwrap();
+            });
+            for (ours, theirs) in state(&update).into_iter().zip(state(&theirs)) {
                 prop_assert!(ours.allclose(theirs, 1e-5, 1e-6, false));
             }
             if let Some(stored) = &update.stored {

@@ -37,43 +37,21 @@ pub(crate) fn adamw(gpu: &dyn Gpu, update: &Update, scalars: Scalars) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::adamw::by_libtorch;
+    use crate::adamw::tests::{both_ways, cases, state};
     use crate::cuda::tests::{close, gpu_of_tests};
     use proptest::prelude::*;
-    use tch::Tensor;
-    use torch_ext::AdamW;
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
         #[test]
         fn it_is_libtorchs_update(
-            count in prop_oneof![0i64..5000, (0i64..2000).prop_map(|n| n * 8)],
-            bf16: bool, scaled: bool, decays: bool, steps in 1u64..4, seed in 0i64..1000,
+            case in cases(), count in prop_oneof![0i64..5000, (0i64..2000).prop_map(|n| n * 8)],
         ) {
             let (gpu, device) = gpu_of_tests();
-            tch::manual_seed(seed);
-            let random = || Tensor::randn([count], (Kind::Float, device));
-            let (master, zeros) = (random(), random().zeros_like());
-            let begin = |stored| {
-                let [exp_avg, exp_avg_sq] = [(); 2].map(|()| zeros.copy());
-                Update { master: master.copy(), gradient: random(), exp_avg, exp_avg_sq, stored }
-            };
-            let (update, theirs) = (begin(bf16.then(|| master.to_kind(Kind::BFloat16))), begin(None));
-            let weight_decay = if decays { 0.1 } else { 0.0 };
-            let config = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, weight_decay, eps: 1e-8 };
-            let scale = scaled.then_some(3.0);
-            for step in 1..=steps {
-                let gradient = random();
-                [&update, &theirs].iter().for_each(|side| side.gradient.shallow_clone().copy_(&gradient));
-                adamw(gpu, &update, Scalars::of(config, step, scale));
-                by_libtorch(&[&theirs], config, step, scale).unwrap();
-            }
-            let pairs = [
-                (&update.master, &theirs.master),
-                (&update.exp_avg, &theirs.exp_avg),
-                (&update.exp_avg_sq, &theirs.exp_avg_sq),
-            ];
-            for (ours, theirs) in pairs {
+            let [update, theirs] = both_ways(case, count, device, |update, config, step, scale| {
+                adamw(gpu, update, Scalars::of(config, step, scale));
+            });
+            for (ours, theirs) in state(&update).into_iter().zip(state(&theirs)) {
                 close(ours, theirs, 1e-5)?;
             }
             if let Some(stored) = &update.stored {

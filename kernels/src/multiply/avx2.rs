@@ -1,7 +1,7 @@
 //! For processors with AVX2 and FMA, which have no instructions for bf16: bf16 becomes fp32 where it is packed, so that rows of a left
 //! matrix are packed, too. A tile is 6 x 16, whose row of two vectors meets six broadcast numbers: 12 of 16 registers.
 
-use super::kernel::{Kernel, LANES, Layout, Line, Operand, Out, ROWS, Store, fetch};
+use super::kernel::{GROUP, Kernel, LANES, Layout, Line, Operand, Out, ROWS, Store, fetch};
 use crate::number::{Bf16, Number};
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
@@ -36,7 +36,7 @@ impl<T: Number> Kernel for Avx2<T> {
     }
 
     fn panels(_: Layout) -> usize {
-        16
+        GROUP
     }
 
     unsafe fn right(from: &Operand, units: Range<usize>, columns: Range<usize>, to: *mut Line) {

@@ -8,6 +8,9 @@ pub(crate) const ROWS: usize = 6;
 /// Numbers of a [`Line`].
 pub(crate) const LANES: usize = 16;
 
+/// The most panels of a left matrix, each of [`ROWS`] rows, that are packed at once.
+pub(crate) const GROUP: usize = 16;
+
 /// 64 bytes.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -102,7 +105,7 @@ pub(crate) trait Kernel {
     /// How rows of a left matrix are read.
     fn layout(left: &Operand) -> Layout;
 
-    /// How many panels of a left matrix are packed at once.
+    /// How many panels of a left matrix are packed at once, at most [`GROUP`].
     fn panels(layout: Layout) -> usize;
 
     /// Packs the units `units` of the columns `columns` of a right matrix: panels of as many as a tile has, or the rest, each unit

@@ -1,6 +1,6 @@
 //! Some panels of some columns of a product, by one thread.
 
-use super::kernel::{Kernel, LANES, Layout, Line, Operand, Out, ROWS, Store, mask, room};
+use super::kernel::{GROUP, Kernel, LANES, Layout, Line, Operand, Out, ROWS, Store, mask, room};
 use super::share::Size;
 use crate::number::{Bf16, Number};
 use std::cell::RefCell;
@@ -8,8 +8,6 @@ use std::ops::Range;
 
 /// Panels whose sums are kept in fp32 until they can be rounded.
 const ROUNDED_PANELS: usize = 64;
-/// The most panels of a left matrix that are packed at once.
-const GROUP: usize = 16;
 
 /// One of several products.
 pub(super) struct Job {
@@ -60,6 +58,7 @@ pub(super) unsafe fn work<K: Kernel>(
     mut between: impl FnMut(),
 ) {
     let (m, width) = (job.size.0, columns.len());
+    let rows_of = |panel: usize| (m - panel * ROWS).min(ROWS);
     let kept = job.keeps::<K>();
     let padded = width.next_multiple_of(LANES);
     // Nobody else on this thread asks for the buffers while this runs.
@@ -90,7 +89,7 @@ pub(super) unsafe fn work<K: Kernel>(
                 // not checked, as that would take as long as some steps of a tile; sizes were compared where the job was made.
                 let mut lefts = [[std::ptr::null(); ROWS]; GROUP];
                 for (panel, left) in group.clone().zip(&mut lefts) {
-                    let rows = (m - panel * ROWS).min(ROWS);
+                    let rows = rows_of(panel);
                     let first = packed_left.wrapping_add((panel - group.start) * block.len() * ROWS).cast_const();
                     *left = std::array::from_fn(|i| match layout {
                         Layout::InPlace => {
@@ -114,7 +113,7 @@ pub(super) unsafe fn work<K: Kernel>(
                     false => Store::Set,
                 };
                 let bytes = if store == Store::Round { 2 } else { 4 };
-                let last = (m - (group.end - 1) * ROWS).min(ROWS);
+                let last = rows_of(group.end - 1);
                 let mut tile = |index: usize, column: usize| {
                     between();
                     let here = width.wrapping_sub(column).min(K::LINES * LANES);
