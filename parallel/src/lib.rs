@@ -8,6 +8,7 @@
 //! - Collectives inside a model are the differentiable functions of [`collectives`].
 #![deny(missing_docs)]
 
+mod beside;
 mod binding;
 pub mod collectives;
 mod comm;

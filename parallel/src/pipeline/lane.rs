@@ -1,6 +1,7 @@
 //! Where collectives go on beside a rank's passes: a thread where they are waited for on the host, a queue where a device does them.
 
 use super::Exchange;
+use crate::beside;
 use crate::{Accelerator, CommError, Communicator};
 use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -35,7 +36,7 @@ impl Lane {
         }
         let (jobs, inbox) = channel::<Exchange>();
         let (outbox, results) = channel();
-        std::thread::spawn(move || {
+        beside::spawn("lane", move || {
             // What little is computed here must not take cores from the passes.
             tch::set_num_threads(1);
             if on_device && torch_ext::use_device(&like).is_err() {

@@ -1,8 +1,8 @@
 //! Shared memory: the communicator of ranks that are on one machine, whose tensors are in its memory.
 //!
 //! A rank copies what others need into rings that they read; while the ring is short enough for the processor's cache, the
-//! second copy costs little. Nothing waits for a thread of another rank but for bytes: whoever waits for an operation of a group
-//! gets on with all operations of it, and a thread of the process looks after those that nobody waits for.
+//! second copy costs little. Nothing waits for a thread of another rank but for bytes: whoever begins an operation of a group or waits
+//! for one gets on with all operations of it, and a thread of the group looks after those that nobody waits for.
 
 mod collective;
 mod messages;
@@ -11,8 +11,10 @@ mod reduce;
 mod segment;
 
 use super::{CommError, Communicator, Membership, ReduceOp, Staged, Work, check_splits};
+use crate::beside;
 use collective::{Collective, Rings};
 use messages::Messages;
+use progress::Attendant;
 use segment::{Ring, Segment};
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
@@ -23,8 +25,11 @@ use std::time::{Duration, Instant};
 use tch::Tensor;
 use torch_ext::Store;
 
-/// How often a waiting thread looks before it lets others have the processor, and before it sleeps.
+/// How often a waiting thread looks before it lets others have the processor, and before it sleeps, where nothing is computed
+/// meanwhile.
 const LOOKS: (usize, usize) = (50, 100);
+/// Pieces with which whoever begins an operation gets on himself: as many as a ring holds. More would keep it from what it computes.
+const AT_ONCE: usize = 8;
 /// A sleeping thread looks whether the others are still there.
 const NAP: Duration = Duration::from_millis(200);
 
@@ -42,6 +47,7 @@ struct Shared {
     waiters: AtomicUsize,
     /// Operations under way.
     pending: AtomicUsize,
+    attendant: Attendant,
 }
 
 /// What is under way in a group. Collectives are done one after the other, messages beside them.
@@ -217,7 +223,8 @@ impl Shm {
         let engine = Mutex::new(Engine { rings, collectives: VecDeque::new(), messages, given_up: None });
         let membership = membership.clone();
         let (waiters, pending) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        let shared = Arc::new(Shared { membership, timeout, segment, engine, waiters, pending });
+        let attendant = Attendant::default();
+        let shared = Arc::new(Shared { membership, timeout, segment, engine, waiters, pending, attendant });
         progress::look_after(&shared);
         Ok(Some(Shm { shared }))
     }
@@ -246,8 +253,13 @@ impl Shm {
             let before = engine.under_way();
             start(&mut engine, &buffers, done.clone()).map_err(error)?;
             shared.pending.fetch_add(engine.under_way() - before, Ordering::SeqCst);
+            // The rest when another rank has done something.
+            let mut at_once = (0..AT_ONCE).map(|_| engine.get_on(&shared.segment, &shared.pending, true));
+            at_once.all(|moved| moved);
         }
-        progress::wake();
+        if shared.is_left_alone() {
+            shared.attendant.call();
+        }
         Ok(Work::new(move || {
             shared.wait(&done).map_err(|reason| shared.membership.error(operation, reason))?;
             staged.finish();
@@ -310,11 +322,20 @@ impl Shared {
         self.waiters.fetch_add(1, Ordering::SeqCst);
         let result = self.drive(done);
         self.waiters.fetch_sub(1, Ordering::SeqCst);
+        if self.is_left_alone() {
+            self.attendant.call();
+        }
         result
+    }
+
+    /// Whether something is under way that nobody waits for.
+    fn is_left_alone(&self) -> bool {
+        self.pending.load(Ordering::SeqCst) > 0 && self.waiters.load(Ordering::SeqCst) == 0
     }
 
     fn drive(&self, done: &Done) -> Result<(), String> {
         let rank = self.membership.position;
+        let looks = if beside::is_beside() { (0, 0) } else { LOOKS };
         let mut idle = 0;
         let mut began = None;
         let mut gone = None;
@@ -336,18 +357,24 @@ impl Shared {
                 self.give_up(&format!("rank {gone} of the group has ended"));
                 continue;
             }
-            idle = if moved { 0 } else { idle + 1 };
+            if moved {
+                idle = 0;
+                continue;
+            }
+            idle += 1;
             match idle {
-                _ if idle < LOOKS.0 => std::hint::spin_loop(),
-                _ if idle < LOOKS.1 => std::thread::yield_now(),
+                _ if idle < looks.0 => std::hint::spin_loop(),
+                _ if idle < looks.1 => std::thread::yield_now(),
                 _ => {
                     let began = *began.get_or_insert_with(Instant::now);
                     self.segment.sleep(rank, seen, NAP);
                     if began.elapsed() > self.timeout {
                         self.give_up(&format!("timed out after {:.1?}", self.timeout));
                     }
-                    // What it has left behind is taken first.
-                    gone = self.gone();
+                    if self.segment.rung(rank) == seen {
+                        // What it has left behind is taken first.
+                        gone = self.gone();
+                    }
                 }
             }
         }

@@ -1,79 +1,68 @@
-//! Operations that nobody waits for get on, too: a thread of the process looks after them.
+//! Operations that nobody waits for get on, too: each group has a thread that looks after them when another rank has done something.
 
 use super::{Shared, lock};
+use crate::beside;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::thread::Thread;
 use std::time::Duration;
 
-/// Between two looks: after one that was of use, and at most.
-const PAUSE: (Duration, Duration) = (Duration::from_micros(50), Duration::from_micros(800));
-/// Looks in vain after which the thread sleeps until an operation begins.
-const PATIENCE: usize = 50;
+/// The longest sleep of the thread, after which it looks whether the group is still there.
+const NAP: Duration = Duration::from_millis(200);
 
-static GROUPS: Mutex<Vec<Weak<Shared>>> = Mutex::new(Vec::new());
-static LOOKER: OnceLock<Thread> = OnceLock::new();
-static ASLEEP: AtomicBool = AtomicBool::new(false);
+/// The thread of a group.
+#[derive(Default)]
+pub(super) struct Attendant {
+    thread: OnceLock<Thread>,
+    /// It has nothing to look after, and sleeps until it is called.
+    idle: AtomicBool,
+}
+
+impl Attendant {
+    /// Something may be under way that nobody waits for, or the group is no more.
+    pub(super) fn call(&self) {
+        if self.idle.load(Ordering::SeqCst)
+            && self.idle.swap(false, Ordering::SeqCst)
+            && let Some(thread) = self.thread.get()
+        {
+            thread.unpark();
+        }
+    }
+}
+
+impl Drop for Attendant {
+    fn drop(&mut self) {
+        self.call();
+    }
+}
 
 /// Looks after a group as long as it is used.
 pub(super) fn look_after(group: &Arc<Shared>) {
-    GROUPS.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(group));
-    LOOKER.get_or_init(|| std::thread::spawn(look).thread().clone());
+    let weak = Arc::downgrade(group);
+    group.attendant.thread.get_or_init(|| beside::spawn("shm", move || attend(&weak)));
 }
 
-/// An operation has begun.
-pub(super) fn wake() {
-    if ASLEEP.load(Ordering::SeqCst)
-        && ASLEEP.swap(false, Ordering::SeqCst)
-        && let Some(looker) = LOOKER.get()
-    {
-        looker.unpark();
-    }
-}
-
-fn look() {
-    let (mut pause, mut in_vain) = (PAUSE.1, 0);
-    loop {
-        let (any, moved) = look_at_all();
-        pause = if moved { PAUSE.0 } else { (pause * 2).min(PAUSE.1) };
-        in_vain = if any { 0 } else { in_vain + 1 };
-        if in_vain < PATIENCE {
-            std::thread::sleep(pause);
-            continue;
-        }
-        ASLEEP.store(true, Ordering::SeqCst);
-        // What began before that has not woken this thread.
-        if !look_at_all().0 {
-            while ASLEEP.load(Ordering::SeqCst) {
+fn attend(group: &Weak<Shared>) {
+    while let Some(group) = group.upgrade() {
+        let idle = &group.attendant.idle;
+        if !group.is_left_alone() {
+            idle.store(true, Ordering::SeqCst);
+            // What has begun before that has not called this thread.
+            if !group.is_left_alone() {
+                drop(group);
                 std::thread::park();
             }
-        }
-        ASLEEP.store(false, Ordering::SeqCst);
-        in_vain = 0;
-    }
-}
-
-/// Gets on with what nobody waits for: whether anything is under way, and whether anything was possible.
-fn look_at_all() -> (bool, bool) {
-    let groups: Vec<Arc<Shared>> = {
-        let mut groups = GROUPS.lock().unwrap_or_else(PoisonError::into_inner);
-        groups.retain(|group| group.strong_count() > 0);
-        groups.iter().filter_map(Weak::upgrade).collect()
-    };
-    let (mut any, mut moved) = (false, false);
-    for group in groups {
-        if group.pending.load(Ordering::SeqCst) == 0 {
             continue;
         }
-        any = true;
-        // Whoever waits gets on by himself.
-        while group.waiters.load(Ordering::SeqCst) == 0
-            && lock(&group.engine).get_on(&group.segment, &group.pending, true)
-        {
-            moved = true;
+        idle.store(false, Ordering::SeqCst);
+        let rank = group.membership.position;
+        let seen = group.segment.rung(rank);
+        if !lock(&group.engine).get_on(&group.segment, &group.pending, true) {
+            let segment = group.segment.clone();
+            drop(group);
+            segment.sleep(rank, seen, NAP);
         }
     }
-    (any, moved)
 }
 
 /// This process and when it began, in one number.
