@@ -14,12 +14,11 @@ use super::{CommError, Communicator, Membership, ReduceOp, Staged, Work, check_s
 use crate::beside;
 use collective::{Collective, Rings};
 use messages::Messages;
-use progress::Attendant;
-use segment::{Ring, Segment};
+use segment::{Bell, Ring, Segment};
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use tch::Tensor;
@@ -43,11 +42,6 @@ struct Shared {
     timeout: Duration,
     segment: Arc<Segment>,
     engine: Mutex<Engine>,
-    /// Threads that wait for operations.
-    waiters: AtomicUsize,
-    /// Operations under way.
-    pending: AtomicUsize,
-    attendant: Attendant,
 }
 
 /// What is under way in a group. Collectives are done one after the other, messages beside them.
@@ -135,7 +129,7 @@ impl Buffer {
 
 impl Engine {
     /// Gets on with everything by a piece: whether anything was possible. Tells those whom it concerns.
-    fn get_on(&mut self, segment: &Segment, pending: &AtomicUsize, others_wait: bool) -> bool {
+    fn get_on(&mut self, segment: &Segment, others_wait: bool) -> bool {
         let before = self.under_way();
         let mut moved = false;
         if let Some((collective, done)) = self.collectives.front_mut() {
@@ -154,7 +148,7 @@ impl Engine {
         }
         let done = before - self.under_way();
         if done > 0 {
-            pending.fetch_sub(done, Ordering::SeqCst);
+            segment.pending(self.rings.rank).fetch_sub(done as u32, Ordering::SeqCst);
             if others_wait {
                 segment.ring_doorbell(self.rings.rank);
             }
@@ -222,9 +216,7 @@ impl Shm {
         let (rings, messages) = (Rings::new(rank, size, ring), Messages::new(rank, size, ring));
         let engine = Mutex::new(Engine { rings, collectives: VecDeque::new(), messages, given_up: None });
         let membership = membership.clone();
-        let (waiters, pending) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        let attendant = Attendant::default();
-        let shared = Arc::new(Shared { membership, timeout, segment, engine, waiters, pending, attendant });
+        let shared = Arc::new(Shared { membership, timeout, segment, engine });
         progress::look_after(&shared);
         Ok(Some(Shm { shared }))
     }
@@ -245,6 +237,7 @@ impl Shm {
         let staged = Staged::new(tensors, writes);
         let buffers: Vec<Buffer> = staged.host.iter().map(Buffer::new).collect();
         let done = Done::default();
+        let rank = shared.membership.position;
         {
             let mut engine = lock(&shared.engine);
             if let Some(reason) = &engine.given_up {
@@ -252,13 +245,14 @@ impl Shm {
             }
             let before = engine.under_way();
             start(&mut engine, &buffers, done.clone()).map_err(error)?;
-            shared.pending.fetch_add(engine.under_way() - before, Ordering::SeqCst);
-            // The rest when another rank has done something.
-            let mut at_once = (0..AT_ONCE).map(|_| engine.get_on(&shared.segment, &shared.pending, true));
-            at_once.all(|moved| moved);
-        }
-        if shared.is_left_alone() {
-            shared.attendant.call();
+            let begun = engine.under_way() - before;
+            shared.segment.pending(rank).fetch_add(begun as u32, Ordering::SeqCst);
+            fence(Ordering::SeqCst);
+            // The rest when another rank has done something, or by the thread that looks after it.
+            let mut at_once = (0..AT_ONCE).map(|_| engine.get_on(&shared.segment, true));
+            if at_once.all(|moved| moved) {
+                shared.segment.ring_doorbell(rank);
+            }
         }
         Ok(Work::new(move || {
             shared.wait(&done).map_err(|reason| shared.membership.error(operation, reason))?;
@@ -319,18 +313,16 @@ impl Offer {
 impl Shared {
     /// Gets on with everything until `done` is.
     fn wait(&self, done: &Done) -> Result<(), String> {
-        self.waiters.fetch_add(1, Ordering::SeqCst);
+        let rank = self.membership.position;
+        let waiters = self.segment.waiters(rank);
+        waiters.fetch_add(1, Ordering::SeqCst);
         let result = self.drive(done);
-        self.waiters.fetch_sub(1, Ordering::SeqCst);
-        if self.is_left_alone() {
-            self.attendant.call();
+        waiters.fetch_sub(1, Ordering::SeqCst);
+        // Who looks after the rest was not told meanwhile.
+        if self.segment.is_left_alone(rank) {
+            self.segment.ring_doorbell(rank);
         }
         result
-    }
-
-    /// Whether something is under way that nobody waits for.
-    fn is_left_alone(&self) -> bool {
-        self.pending.load(Ordering::SeqCst) > 0 && self.waiters.load(Ordering::SeqCst) == 0
     }
 
     fn drive(&self, done: &Done) -> Result<(), String> {
@@ -340,10 +332,10 @@ impl Shared {
         let mut began = None;
         let mut gone = None;
         loop {
-            let seen = self.segment.rung(rank);
+            let seen = self.segment.rung(rank, Bell::Waiting);
             let moved = {
                 let mut engine = lock(&self.engine);
-                let moved = engine.get_on(&self.segment, &self.pending, self.waiters.load(Ordering::SeqCst) > 1);
+                let moved = engine.get_on(&self.segment, self.segment.waiters(rank).load(Ordering::SeqCst) > 1);
                 if let Some(result) = done.0.get() {
                     return result.clone();
                 }
@@ -367,11 +359,11 @@ impl Shared {
                 _ if idle < looks.1 => std::thread::yield_now(),
                 _ => {
                     let began = *began.get_or_insert_with(Instant::now);
-                    self.segment.sleep(rank, seen, NAP);
+                    self.segment.sleep(rank, Bell::Waiting, seen, Some(NAP));
                     if began.elapsed() > self.timeout {
                         self.give_up(&format!("timed out after {:.1?}", self.timeout));
                     }
-                    if self.segment.rung(rank) == seen {
+                    if self.segment.rung(rank, Bell::Waiting) == seen {
                         // What it has left behind is taken first.
                         gone = self.gone();
                     }
@@ -397,9 +389,15 @@ impl Shared {
         engine.given_up.get_or_insert_with(|| reason.to_string());
         engine.collectives.clear();
         engine.messages.clear();
-        self.pending.store(0, Ordering::SeqCst);
+        self.segment.pending(self.membership.position).store(0, Ordering::SeqCst);
         drop(engine);
         self.segment.ring_doorbell(self.membership.position);
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.segment.dismiss(self.membership.position);
     }
 }
 

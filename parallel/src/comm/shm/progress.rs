@@ -1,66 +1,24 @@
 //! Operations that nobody waits for get on, too: each group has a thread that looks after them when another rank has done something.
 
+use super::segment::Bell;
 use super::{Shared, lock};
 use crate::beside;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock, Weak};
-use std::thread::Thread;
-use std::time::Duration;
-
-/// The longest sleep of the thread, after which it looks whether the group is still there.
-const NAP: Duration = Duration::from_millis(200);
-
-/// The thread of a group.
-#[derive(Default)]
-pub(super) struct Attendant {
-    thread: OnceLock<Thread>,
-    /// It has nothing to look after, and sleeps until it is called.
-    idle: AtomicBool,
-}
-
-impl Attendant {
-    /// Something may be under way that nobody waits for, or the group is no more.
-    pub(super) fn call(&self) {
-        if self.idle.load(Ordering::SeqCst)
-            && self.idle.swap(false, Ordering::SeqCst)
-            && let Some(thread) = self.thread.get()
-        {
-            thread.unpark();
-        }
-    }
-}
-
-impl Drop for Attendant {
-    fn drop(&mut self) {
-        self.call();
-    }
-}
+use std::sync::{Arc, Weak};
 
 /// Looks after a group as long as it is used.
 pub(super) fn look_after(group: &Arc<Shared>) {
-    let weak = Arc::downgrade(group);
-    group.attendant.thread.get_or_init(|| beside::spawn("shm", move || attend(&weak)));
+    let group = Arc::downgrade(group);
+    beside::spawn("shm", move || attend(&group));
 }
 
 fn attend(group: &Weak<Shared>) {
     while let Some(group) = group.upgrade() {
-        let idle = &group.attendant.idle;
-        if !group.is_left_alone() {
-            idle.store(true, Ordering::SeqCst);
-            // What has begun before that has not called this thread.
-            if !group.is_left_alone() {
-                drop(group);
-                std::thread::park();
-            }
-            continue;
-        }
-        idle.store(false, Ordering::SeqCst);
         let rank = group.membership.position;
-        let seen = group.segment.rung(rank);
-        if !lock(&group.engine).get_on(&group.segment, &group.pending, true) {
+        let seen = group.segment.rung(rank, Bell::Attending);
+        if !group.segment.is_left_alone(rank) || !lock(&group.engine).get_on(&group.segment, true) {
             let segment = group.segment.clone();
             drop(group);
-            segment.sleep(rank, seen, NAP);
+            segment.sleep(rank, Bell::Attending, seen, None);
         }
     }
 }

@@ -7,7 +7,7 @@ use rustix::thread::futex;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use std::time::Duration;
 
 /// A cache line: what different ranks write lies on different ones, and messages begin on one.
@@ -114,13 +114,12 @@ impl Segment {
         unsafe { &*self.map.as_mut_ptr().add(offset).cast::<AtomicU64>() }
     }
 
-    /// The line of a rank: its doorbell, and how many threads sleep by it.
-    fn doorbell(&self, member: usize) -> (&AtomicU32, &AtomicU32) {
+    /// A number in the line of a rank.
+    fn of(&self, member: usize, what: Word) -> &AtomicU32 {
         assert!(member < self.layout.members);
-        let offset = (1 + member) * LINE;
+        let offset = (1 + member) * LINE + what as usize;
         // SAFETY: as above.
-        let at = |offset: usize| unsafe { &*self.map.as_mut_ptr().add(offset).cast::<AtomicU32>() };
-        (at(offset), at(offset + 4))
+        unsafe { &*self.map.as_mut_ptr().add(offset).cast::<AtomicU32>() }
     }
 
     /// The process and the moment it began, by which others see that it is gone.
@@ -129,29 +128,91 @@ impl Segment {
         self.number((1 + member) * LINE + 8)
     }
 
-    /// Tells a rank that something has changed.
+    /// How many threads of a rank wait for operations.
+    pub(super) fn waiters(&self, member: usize) -> &AtomicU32 {
+        self.of(member, Word::Waiters)
+    }
+
+    /// How many operations of a rank are under way.
+    pub(super) fn pending(&self, member: usize) -> &AtomicU32 {
+        self.of(member, Word::Pending)
+    }
+
+    /// Whether operations of a rank are under way and none of its threads waits.
+    pub(super) fn is_left_alone(&self, member: usize) -> bool {
+        // What was written to rings before is seen by who begins or waits after.
+        fence(Ordering::SeqCst);
+        self.pending(member).load(Ordering::SeqCst) > 0 && self.waiters(member).load(Ordering::SeqCst) == 0
+    }
+
+    /// Tells a rank that something has changed: those of its threads that wait, or the one that looks after what nobody waits for.
     pub(super) fn ring_doorbell(&self, member: usize) {
-        let (bell, sleepers) = self.doorbell(member);
-        bell.fetch_add(1, Ordering::SeqCst);
-        if sleepers.load(Ordering::SeqCst) > 0 {
-            let _ = futex::wake(bell, futex::Flags::empty(), i32::MAX as u32);
+        self.ring(member, Bell::Waiting);
+        if self.is_left_alone(member) {
+            self.ring(member, Bell::Attending);
         }
     }
 
-    /// How often that was rung.
-    pub(super) fn rung(&self, member: usize) -> u32 {
-        self.doorbell(member).0.load(Ordering::SeqCst)
+    /// Lets the thread that looks after a rank's operations see that the rank has left the group.
+    pub(super) fn dismiss(&self, member: usize) {
+        self.ring(member, Bell::Attending);
     }
 
-    /// Sleeps until it has been rung more often than `seen` times, at most `longest`.
-    pub(super) fn sleep(&self, member: usize, seen: u32, longest: Duration) {
-        let (bell, sleepers) = self.doorbell(member);
-        let longest = futex::Timespec { tv_sec: longest.as_secs() as i64, tv_nsec: longest.subsec_nanos().into() };
+    fn ring(&self, member: usize, bell: Bell) {
+        let [rung, sleepers] = bell.words().map(|word| self.of(member, word));
+        rung.fetch_add(1, Ordering::SeqCst);
+        if sleepers.load(Ordering::SeqCst) > 0 {
+            let _ = futex::wake(rung, futex::Flags::empty(), i32::MAX as u32);
+        }
+    }
+
+    /// How often a bell of a rank was rung.
+    pub(super) fn rung(&self, member: usize, bell: Bell) -> u32 {
+        self.of(member, bell.words()[0]).load(Ordering::SeqCst)
+    }
+
+    /// Sleeps until a bell has been rung more often than `seen` times, at most `longest`.
+    pub(super) fn sleep(&self, member: usize, bell: Bell, seen: u32, longest: Option<Duration>) {
+        let [rung, sleepers] = bell.words().map(|word| self.of(member, word));
+        let nanos = |longest: Duration| longest.subsec_nanos().into();
+        let longest =
+            longest.map(|longest| futex::Timespec { tv_sec: longest.as_secs() as i64, tv_nsec: nanos(longest) });
         sleepers.fetch_add(1, Ordering::SeqCst);
         // Whatever ends it, the caller looks.
-        let _ = futex::wait(bell, futex::Flags::empty(), seen, Some(&longest));
+        let _ = futex::wait(rung, futex::Flags::empty(), seen, longest.as_ref());
         sleepers.fetch_sub(1, Ordering::SeqCst);
     }
+}
+
+/// For whom a bell of a rank is.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Bell {
+    /// Threads that wait for an operation.
+    Waiting,
+    /// The thread that looks after operations that nobody waits for.
+    Attending,
+}
+
+impl Bell {
+    /// How often it was rung, and how many threads sleep by it.
+    fn words(self) -> [Word; 2] {
+        match self {
+            Bell::Waiting => [Word::Rung, Word::Sleepers],
+            Bell::Attending => [Word::AttendantRung, Word::AttendantSleeps],
+        }
+    }
+}
+
+/// What the line of a rank holds, and where.
+#[derive(Clone, Copy)]
+enum Word {
+    Rung = 0,
+    Sleepers = 4,
+    // The process has 8 to 15.
+    Waiters = 16,
+    AttendantRung = 20,
+    AttendantSleeps = 24,
+    Pending = 28,
 }
 
 /// One end of a ring of bytes. Positions count bytes since the beginning.
