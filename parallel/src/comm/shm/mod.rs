@@ -29,7 +29,7 @@ use torch_ext::Store;
 const LOOKS: (usize, usize) = (50, 100);
 /// Pieces with which whoever begins an operation gets on himself: as many as a ring holds. More would keep it from what it computes.
 const AT_ONCE: usize = 8;
-/// A sleeping thread looks whether the others are still there.
+/// How often a sleeping thread looks whether the others are still there.
 const NAP: Duration = Duration::from_millis(200);
 
 /// A group of ranks on one machine.
@@ -329,7 +329,7 @@ impl Shared {
         let rank = self.membership.position;
         let looks = if beside::is_beside() { (0, 0) } else { LOOKS };
         let mut idle = 0;
-        let mut began = None;
+        let (mut began, mut looked) = (None, None);
         let mut gone = None;
         loop {
             let seen = self.segment.rung(rank, Bell::Waiting);
@@ -363,7 +363,8 @@ impl Shared {
                     if began.elapsed() > self.timeout {
                         self.give_up(&format!("timed out after {:.1?}", self.timeout));
                     }
-                    if self.segment.rung(rank, Bell::Waiting) == seen {
+                    if looked.get_or_insert(began).elapsed() >= NAP {
+                        looked = Some(Instant::now());
                         // What it has left behind is taken first.
                         gone = self.gone();
                     }
