@@ -19,7 +19,7 @@ import torch.distributed as distributed
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from transformers_step import REFERENCE, VOCABULARY, build
+from transformers_step import REFERENCE, build
 
 WARM_UP = 1
 
@@ -36,13 +36,13 @@ def main() -> None:
     distributed.broadcast_object_list(place)
     if rank == 0:
         torch.manual_seed(0)
-        build(REFERENCE, "grouped_mm", torch.float32).save_pretrained(place[0])
+        build(REFERENCE, "grouped_mm", torch.float32, balance=0.02).save_pretrained(place[0])
     distributed.barrier()
     parallel = DistributedConfig(tp_size=ranks, ep_size=ranks)
     model = AutoModelForCausalLM.from_pretrained(place[0], dtype=torch.float32, distributed_config=parallel)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, foreach=False)
     draw = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, VOCABULARY, (REFERENCE["batch"], REFERENCE["sequence"]), generator=draw)
+    tokens = torch.randint(0, REFERENCE["vocabulary"], (REFERENCE["batch"], REFERENCE["sequence"]), generator=draw)
     seconds, losses = [], []
     for index in range(WARM_UP + args.runs):
         distributed.barrier()
