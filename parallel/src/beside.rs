@@ -2,7 +2,7 @@
 
 use nix::libc;
 use std::cell::Cell;
-use std::thread::{Builder, Thread};
+use std::thread::Builder;
 
 /// Nanoseconds for which such a thread asks to run at a time; what computes has milliseconds.
 const SLICE: u64 = 100_000;
@@ -12,14 +12,13 @@ thread_local! {
 }
 
 /// Starts one, called `name` where threads are listed.
-pub(crate) fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Thread {
+pub(crate) fn spawn(name: &str, body: impl FnOnce() + Send + 'static) {
     let body = || {
         BESIDE.set(true);
         take_short_slices();
         body();
     };
-    let thread = Builder::new().name(name.into()).spawn(body).expect("the system starts another thread");
-    thread.thread().clone()
+    Builder::new().name(name.into()).spawn(body).expect("the system starts another thread");
 }
 
 /// Whether this thread is one: where it has to wait it sleeps at once, for another one computes meanwhile.
@@ -58,9 +57,9 @@ mod tests {
             unsafe { (libc::sched_getscheduler(0), libc::getpriority(libc::PRIO_PROCESS, 0)) }
         };
         let (say, hear) = channel();
-        let thread = spawn("carrier", move || say.send((is_beside(), of_this_thread())).expect("it is heard"));
-        assert_eq!(hear.recv(), Ok((true, of_this_thread())));
-        assert_eq!(thread.name(), Some("carrier"));
+        let name = || std::thread::current().name().map(str::to_string);
+        spawn("carrier", move || say.send((is_beside(), name(), of_this_thread())).expect("it is heard"));
+        assert_eq!(hear.recv(), Ok((true, Some("carrier".into()), of_this_thread())));
         assert!(!is_beside());
     }
 }

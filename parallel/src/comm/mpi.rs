@@ -4,6 +4,7 @@
 //! then, so that an operation that nobody waits for yet does not stand still (MPI 3.1, section 3.7.4 lets it).
 
 use super::{CommError, Communicator, Membership, ReduceOp, Staged, Work, check_splits};
+use crate::beside;
 use half::{bf16, f16};
 use mpi::ffi;
 use std::ffi::{c_int, c_void};
@@ -65,7 +66,7 @@ pub(crate) fn universe() -> Result<&'static Universe, String> {
     });
     let universe = universe.as_ref().map_err(Clone::clone)?;
     static PROGRESS: OnceLock<()> = OnceLock::new();
-    PROGRESS.get_or_init(|| drop(std::thread::spawn(|| look_in(universe))));
+    PROGRESS.get_or_init(|| beside::spawn("mpi", || look_in(universe)));
     Ok(universe)
 }
 

@@ -27,7 +27,8 @@ use torch_ext::Store;
 /// How often a waiting thread looks before it lets others have the processor, and before it sleeps, where nothing is computed
 /// meanwhile.
 const LOOKS: (usize, usize) = (50, 100);
-/// Pieces with which whoever begins an operation gets on himself: as many as a ring holds. More would keep it from what it computes.
+/// Pieces with which whoever begins an operation, or has waited for one, gets on himself: as many as a ring holds. More would keep it
+/// from what it computes.
 const AT_ONCE: usize = 8;
 /// How often a sleeping thread looks whether the others are still there.
 const NAP: Duration = Duration::from_millis(200);
@@ -246,13 +247,9 @@ impl Shm {
             let before = engine.under_way();
             start(&mut engine, &buffers, done.clone()).map_err(error)?;
             let begun = engine.under_way() - before;
+            shared.segment.waiters(rank).fetch_add(1, Ordering::SeqCst);
             shared.segment.pending(rank).fetch_add(begun as u32, Ordering::SeqCst);
-            fence(Ordering::SeqCst);
-            // The rest when another rank has done something, or by the thread that looks after it.
-            let mut at_once = (0..AT_ONCE).map(|_| engine.get_on(&shared.segment, true));
-            if at_once.all(|moved| moved) {
-                shared.segment.ring_doorbell(rank);
-            }
+            shared.let_go(&mut engine);
         }
         Ok(Work::new(move || {
             shared.wait(&done).map_err(|reason| shared.membership.error(operation, reason))?;
@@ -313,16 +310,35 @@ impl Offer {
 impl Shared {
     /// Gets on with everything until `done` is.
     fn wait(&self, done: &Done) -> Result<(), String> {
-        let rank = self.membership.position;
-        let waiters = self.segment.waiters(rank);
-        waiters.fetch_add(1, Ordering::SeqCst);
+        if let Some(result) = done.0.get() {
+            return result.clone();
+        }
+        self.segment.waiters(self.membership.position).fetch_add(1, Ordering::SeqCst);
         let result = self.drive(done);
-        waiters.fetch_sub(1, Ordering::SeqCst);
-        // Who looks after the rest was not told meanwhile.
-        if self.segment.is_left_alone(rank) {
+        self.let_go(&mut lock(&self.engine));
+        result
+    }
+
+    /// Whoever calls it was counted among those who wait, and is not any more. What is possible at once is done before: to wake the
+    /// thread that looks after the rest takes as long as a small operation, and most are waited for as soon as they are begun.
+    fn let_go(&self, engine: &mut Engine) {
+        let rank = self.membership.position;
+        let rung = || self.segment.rung(rank, Bell::Waiting);
+        // What was written to rings before this rank was counted is seen here.
+        fence(Ordering::SeqCst);
+        let (mut seen, mut moved) = (rung(), true);
+        for _ in 0..AT_ONCE {
+            seen = rung();
+            moved = engine.get_on(&self.segment, true);
+            if !moved && rung() == seen {
+                break;
+            }
+        }
+        self.segment.waiters(rank).fetch_sub(1, Ordering::SeqCst);
+        // Others have rung for those who wait, perhaps for this one alone.
+        if moved || rung() != seen {
             self.segment.ring_doorbell(rank);
         }
-        result
     }
 
     fn drive(&self, done: &Done) -> Result<(), String> {
