@@ -59,6 +59,36 @@ fn a_profiled_step_is_the_sum_of_its_parts() {
 }
 
 #[test]
+fn what_recomputing_costs_is_measured_and_what_fits_is_found() {
+    let experiment = Experiment::new();
+    let bench = |more: &[&str]| {
+        let mut bench =
+            experiment.moerun(&["bench", "recompute", "small.yaml", "-n", "2", "--rounds", "1", "--steps", "4"]);
+        for change in ["train.micro_batch=4", "data.sequence_length=256", "parallel.pipeline=2", "parallel.expert=1"] {
+            bench.args(["--set", change]);
+        }
+        finish(bench.args(more))
+    };
+    let mib = |line: &Value| line["measured_mib"].as_f64().unwrap();
+    let measured = lines(&bench(&[]));
+    let cases: Vec<&str> = measured.iter().map(|line| line["case"].as_str().unwrap()).collect();
+    assert_eq!(cases, ["none", "norm", "attention", "router", "experts", "all layers"]);
+    let (none, all) = (mib(&measured[0]), mib(&measured[5]));
+    assert!(all < none && mib(&measured[4]) < none, "{measured:?}");
+
+    let fit = (none + all) / 2.0;
+    let chosen = lines(&bench(&["--fit-mib", &fit.to_string()])).pop().unwrap();
+    assert!(
+        chosen["case"] == "fit" && mib(&chosen) <= fit && chosen["recompute"] != measured[0]["recompute"],
+        "{chosen}"
+    );
+
+    let tight = bench(&["--fit-mib", "0.5"]);
+    let says = text(&tight);
+    assert!(!tight.status.success() && says.contains("--fit-mib 0.5: with all layers computed again"), "{says}");
+}
+
+#[test]
 fn each_rank_traces_the_step_that_is_asked_for() {
     let experiment = Experiment::new();
     let output = finish(&mut experiment.train(2, &["train.steps=3", "run.trace_step=2", "parallel.expert=2"]));

@@ -267,6 +267,8 @@ pub(crate) enum BenchCommand {
     Pipeline(PipelineArgs),
     /// What ranks hold in many layouts, beside what `plan mesh` says
     Memory(MemoryArgs),
+    /// What it saves and costs an experiment, on this machine, to compute activations again; and the cheapest way that fits
+    Recompute(RecomputeArgs),
     /// A mixture-of-experts layer, or a whole step, whose ranks are loaded unevenly: least-loaded beside standard dispatch
     MoeLayer(MoeLayerArgs),
     /// Snapshots in memory: what they cost a run, and how fast they are copied and protected
@@ -368,6 +370,27 @@ pub(crate) struct MemoryArgs {
     /// One layout, by the name in its line; all by default
     #[arg(long)]
     pub(crate) case: Option<String>,
+}
+
+#[derive(Args)]
+pub(crate) struct RecomputeArgs {
+    #[command(flatten)]
+    pub(crate) config: ConfigArgs,
+    /// Ranks to start on this machine
+    #[arg(short = 'n', long, default_value_t = 1, value_name = "N")]
+    pub(crate) nproc_per_node: usize,
+    /// Also choose what to compute again so that the fullest rank's tensors take at most so much, and measure that
+    #[arg(long, value_name = "MIB")]
+    pub(crate) fit_mib: Option<f64>,
+    /// Threads of a rank; by default its share of the processors
+    #[arg(long)]
+    pub(crate) threads: Option<usize>,
+    /// How often the ways take turns; medians over all steps are reported
+    #[arg(long, default_value_t = 2)]
+    pub(crate) rounds: usize,
+    /// Steps of each turn; the first two do not count
+    #[arg(long, default_value_t = 8)]
+    pub(crate) steps: u64,
 }
 
 #[derive(Args)]

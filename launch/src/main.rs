@@ -70,6 +70,7 @@ fn main() -> ExitCode {
         Command::Bench(BenchCommand::Step(args)) => bench::step::run(args),
         Command::Bench(BenchCommand::Pipeline(args)) => bench::pipeline::run(&args),
         Command::Bench(BenchCommand::Memory(args)) => bench::memory::run(&args),
+        Command::Bench(BenchCommand::Recompute(args)) => bench::recompute::run(&args),
         Command::Bench(BenchCommand::MoeLayer(args)) => bench::moe_layer::run(&args),
         Command::Bench(BenchCommand::Layouts(args)) => bench::layouts::run(&args),
         Command::Bench(BenchCommand::Collectives(args)) => bench::collectives::run(&args),

@@ -186,9 +186,9 @@ impl World {
             _ if loopback => GlooAddress::Host("127.0.0.1".into()),
             _ => GlooAddress::Default,
         };
-        let recorder = FlightRecorder::begin(env.rank, (!launcher_serves).then_some(0), timeout, move || {
-            Store::tcp(&host, port, false, meeting)?.prefixed(&prefix)
-        });
+        let own =
+            Store::tcp(&host, port, false, meeting).and_then(|store| store.prefixed(&prefix)).map_err(unreachable)?;
+        let recorder = FlightRecorder::begin(env.rank, (!launcher_serves).then_some(0), timeout, own);
         let (rank, size, per_node) = (env.rank, env.world_size, env.local_world_size.clamp(1, env.world_size));
         let joined = Some(Joined { store, carriers, like, even_alone, address, recorder });
         Ok(World { rank, size, per_node, timeout, joined })

@@ -7,6 +7,7 @@ pub(crate) mod memory;
 pub(crate) mod moe_layer;
 mod moe_step;
 pub(crate) mod pipeline;
+pub(crate) mod recompute;
 pub(crate) mod snapshot;
 pub(crate) mod step;
 mod workload;

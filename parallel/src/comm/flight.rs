@@ -130,13 +130,8 @@ type WhenStuck = Box<dyn Fn(&CommError) + Send>;
 pub(crate) struct FlightRecorder(Arc<Shared>);
 
 impl FlightRecorder {
-    /// Begins, with a connection of its own from `connect`: whoever waits on another one cannot hold it up.
-    pub(crate) fn begin(
-        rank: usize,
-        serves: Option<usize>,
-        timeout: Duration,
-        connect: impl FnOnce() -> Result<Store, torch_ext::Error> + Send + 'static,
-    ) -> FlightRecorder {
+    /// Begins, with a connection of its own: whoever waits on another one cannot hold it up.
+    pub(crate) fn begin(rank: usize, serves: Option<usize>, timeout: Duration, store: Store) -> FlightRecorder {
         let (questions, inbox) = channel();
         let (log, dump, queued, failure) = (Mutex::default(), Mutex::default(), Mutex::default(), Mutex::default());
         let (began, when_stuck) = (Instant::now(), Mutex::default());
@@ -144,7 +139,6 @@ impl FlightRecorder {
             Arc::new(Shared { rank, began, timeout, log, dump, questions, queued, failure, when_stuck, serves });
         let watched = Arc::downgrade(&shared);
         std::thread::spawn(move || {
-            let Ok(store) = connect() else { return };
             let mut beats = 0;
             let mut pause = Duration::ZERO;
             loop {

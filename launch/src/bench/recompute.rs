@@ -1,0 +1,272 @@
+//! `moerun bench recompute`: what it saves and costs an experiment, on this machine, to compute activations again; and the cheapest
+//! way to do so that fits into so much memory.
+
+use super::{in_a_folder, largest, median, round, train, write_tokens};
+use crate::cli::RecomputeArgs;
+use crate::config_file::{load, refuse_problems};
+use anyhow::{Context, Result, anyhow, bail};
+use serde_json::{Value, json};
+use std::path::Path;
+use std::process::ExitCode;
+use trainer::config::Config;
+
+const PARTS: [&str; 4] = ["norm", "attention", "router", "experts"];
+
+/// What is computed again: these of the parts, and so many whole layers.
+#[derive(Debug, Clone, PartialEq)]
+struct Way {
+    parts: Vec<usize>,
+    layers: usize,
+}
+
+/// What a step takes: time, and tensors of the fullest rank at their peak.
+#[derive(Debug, Clone, Copy)]
+struct Cost {
+    step_ms: f64,
+    mib: f64,
+}
+
+/// What was measured of a model: with nothing computed again, with each part in all layers, and with all layers.
+struct Measured {
+    none: Cost,
+    parts: Vec<Cost>,
+    all: Cost,
+    layers: usize,
+}
+
+impl Way {
+    /// Every one there is, for a model of so many layers.
+    fn every(layers: usize) -> impl Iterator<Item = Way> {
+        let subsets = (0..1usize << PARTS.len())
+            .map(|bits| (0..PARTS.len()).filter(|part| bits >> part & 1 == 1).collect::<Vec<usize>>());
+        let some = subsets.flat_map(move |parts| (0..layers).map(move |layers| Way { parts: parts.clone(), layers }));
+        some.chain([Way { parts: Vec::new(), layers }])
+    }
+
+    /// As `parallel.recompute` has it; `order` says which layers come first.
+    fn setting(&self, order: &[usize]) -> Value {
+        let parts: Vec<&str> = self.parts.iter().map(|&part| PARTS[part]).collect();
+        let layers = match self.layers {
+            0 => json!("none"),
+            all if all == order.len() => json!("all"),
+            some => {
+                let mut chosen = order[..some].to_vec();
+                chosen.sort_unstable();
+                json!(chosen)
+            }
+        };
+        json!({"layers": layers, "parts": parts})
+    }
+}
+
+impl Measured {
+    /// What a way is expected to take: savings and costs add up, and each layer has its share of them.
+    fn expected(&self, way: &Way) -> Cost {
+        let whole = way.layers as f64 / self.layers as f64;
+        let shares = way.parts.iter().map(|&part| (1.0 - whole, self.parts[part])).chain([(whole, self.all)]);
+        // What seems to make a step faster is noise.
+        shares.fold(self.none, |sum, (share, cost)| Cost {
+            step_ms: sum.step_ms + share * (cost.step_ms - self.none.step_ms).max(0.0),
+            mib: sum.mib - share * (self.none.mib - cost.mib),
+        })
+    }
+
+    /// The fastest way that is expected to fit into `mib`, without those that did not; of equally fast ones that which does least.
+    fn fastest(&self, mib: f64, without: &[Way]) -> Option<(Way, Cost)> {
+        let ways = Way::every(self.layers).map(|way| (self.expected(&way), way));
+        let fitting = ways.filter(|(cost, way)| cost.mib <= mib && !without.contains(way));
+        let does = |way: &Way| (way.layers, way.parts.len());
+        let fastest = fitting
+            .min_by(|(a, one), (b, other)| a.step_ms.total_cmp(&b.step_ms).then_with(|| does(one).cmp(&does(other))));
+        fastest.map(|(cost, way)| (way, cost))
+    }
+}
+
+/// All layers, so that every stage has about as many among the first ones: stages wait for each other. `stages` are how many each has.
+fn in_turns(stages: &[usize]) -> Vec<usize> {
+    let mut layers: Vec<(usize, usize)> = Vec::new();
+    for &stage in stages {
+        let start = layers.len();
+        layers.extend((0..stage).map(|within| (within, start + within)));
+    }
+    layers.sort_unstable();
+    layers.into_iter().map(|(_, layer)| layer).collect()
+}
+
+pub(crate) fn run(args: &RecomputeArgs) -> Result<ExitCode> {
+    if args.rounds == 0 || args.steps < 4 {
+        bail!("--rounds must be at least 1 and --steps at least 4");
+    }
+    in_a_folder(|folder| measure(args, folder))
+}
+
+fn measure(args: &RecomputeArgs, folder: &Path) -> Result<ExitCode> {
+    let experiment = experiment(args, folder)?;
+    let config: Config = serde_json::from_value(experiment.clone()).context("the experiment, as it is measured")?;
+    refuse_problems(&args.config, &config, args.nproc_per_node)?;
+    write_tokens(folder, config.model.vocab_size)?;
+    let mesh = config.mesh(0, args.nproc_per_node).map_err(|error| anyhow!(error))?;
+    let microbatches = config.train.global_batch / (config.train.micro_batch * mesh.shape().data);
+    let order = in_turns(&config.pipeline_plan(microbatches).map_err(|error| anyhow!(error))?.layers);
+
+    let mut ways = vec![("none", Way { parts: Vec::new(), layers: 0 })];
+    ways.extend(PARTS.iter().enumerate().map(|(part, name)| (*name, Way { parts: vec![part], layers: 0 })));
+    ways.push(("all layers", Way { parts: Vec::new(), layers: order.len() }));
+    let settings: Vec<Value> = ways.iter().map(|(_, way)| way.setting(&order)).collect();
+    let costs = take_turns(args, folder, &experiment, &settings)?;
+    let measured = Measured {
+        none: costs[0],
+        parts: costs[1..=PARTS.len()].to_vec(),
+        all: costs[PARTS.len() + 1],
+        layers: order.len(),
+    };
+    for (((name, _), setting), cost) in ways.iter().zip(&settings).zip(&costs) {
+        println!("{}", line(args, name, setting, *cost, measured.none));
+    }
+    let Some(fit) = args.fit_mib else { return Ok(ExitCode::SUCCESS) };
+
+    // Peaks do not quite add up: what is chosen has to show that it fits.
+    let mut without = Vec::new();
+    while let Some((way, expected)) = measured.fastest(fit, &without) {
+        let setting = way.setting(&order);
+        eprintln!("trying recompute: {setting}");
+        // Times of another minute are no measure.
+        let turns = take_turns(args, folder, &experiment, &[settings[0].clone(), setting.clone()])?;
+        let (none, cost) = (turns[0], turns[1]);
+        if cost.mib <= fit {
+            let mut line = line(args, "fit", &setting, cost, none);
+            line["fit_mib"] = json!(fit);
+            line["expected_step_ms"] = json!(round(expected.step_ms, 1));
+            line["expected_mib"] = json!(round(expected.mib, 1));
+            println!("{line}");
+            return Ok(ExitCode::SUCCESS);
+        }
+        without.push(way);
+    }
+    bail!(
+        "--fit-mib {fit}: with all layers computed again the fullest rank's tensors still take {:.1} MiB. Share out more \
+         (parallel.expert, tensor, pipeline, zero), or make train.micro_batch or data.sequence_length smaller",
+        measured.all.mib
+    )
+}
+
+/// One line of what was measured.
+fn line(args: &RecomputeArgs, case: &str, setting: &Value, cost: Cost, none: Cost) -> Value {
+    let (saved, lost_ms) = (none.mib - cost.mib, cost.step_ms - none.step_ms);
+    json!({
+        "bench": "recompute",
+        "case": case,
+        "recompute": setting,
+        "ranks": args.nproc_per_node,
+        "step_ms": round(cost.step_ms, 1),
+        "of_none": round(cost.step_ms / none.step_ms, 3),
+        "measured_mib": round(cost.mib, 1),
+        "saved_mib": round(saved.max(0.0), 1),
+        // Of what saves nothing there is no price.
+        "ms_per_saved_mib": (saved >= 0.1).then(|| round(lost_ms / saved, 3)),
+        "rounds": args.rounds,
+        "steps": args.steps,
+    })
+}
+
+/// What steps take with each of `settings`, which take turns.
+fn take_turns(args: &RecomputeArgs, folder: &Path, experiment: &Value, settings: &[Value]) -> Result<Vec<Cost>> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = args.threads.unwrap_or((cores / args.nproc_per_node.max(1)).max(1));
+    let mut experiment = experiment.clone();
+    let mut taken: Vec<(Vec<f64>, f64)> = vec![Default::default(); settings.len()];
+    for turn in 1..=args.rounds {
+        eprintln!("round {turn} of {}", args.rounds);
+        for (setting, (step_ms, bytes)) in settings.iter().zip(&mut taken) {
+            experiment["parallel"]["recompute"] = setting.clone();
+            let steps = train(folder, &experiment, args.nproc_per_node, threads)?;
+            step_ms.extend(steps[2..].iter().filter_map(|step| step["step_ms"].as_f64()));
+            *bytes = steps.iter().map(|step| largest(&step["rank_peak_memory"])).fold(*bytes, f64::max);
+        }
+    }
+    let cost = |(times, bytes)| Cost { step_ms: median(times), mib: bytes / f64::from(1 << 20) };
+    Ok(taken.into_iter().map(cost).collect())
+}
+
+/// The experiment on tokens without order, and nothing beside its steps.
+fn experiment(args: &RecomputeArgs, folder: &Path) -> Result<Value> {
+    let mut value = serde_json::to_value(load(&args.config)?)?;
+    value["run"]["dir"] = json!(folder.join("run"));
+    value["run"]["trace_step"] = Value::Null;
+    value["data"]["train"] = json!([{"path": folder.join("tokens")}]);
+    value["data"]["validation"] = json!([]);
+    value["data"]["tokenizer"] = Value::Null;
+    value["train"]["steps"] = json!(args.steps);
+    value["schedule"] = json!({"constant": {"lr": 1e-4}});
+    value["checkpoint"]["every"] = json!(0);
+    value["snapshot"]["every"] = json!(0);
+    value["restart"]["max_restarts"] = json!(0);
+    value["validation"] = Value::Null;
+    Ok(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn cost() -> impl Strategy<Value = Cost> {
+        (1.0..100.0f64, 1.0..100.0f64).prop_map(|(step_ms, mib)| Cost { step_ms, mib })
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_chosen_fits_and_nothing_that_fits_is_faster(
+            none in cost(), parts in prop::collection::vec(cost(), PARTS.len()), all in cost(), layers in 1..9usize, mib in 0.0..120.0f64,
+        ) {
+            let measured = Measured { none, parts, all, layers };
+            let fitting: Vec<f64> = Way::every(layers)
+                .map(|way| measured.expected(&way))
+                .filter(|cost| cost.mib <= mib)
+                .map(|cost| cost.step_ms)
+                .collect();
+            match measured.fastest(mib, &[]) {
+                Some((way, cost)) => {
+                    prop_assert!(cost.mib <= mib && fitting.iter().all(|&ms| ms >= cost.step_ms));
+                    // Without it another one is found, if there is one.
+                    let next = measured.fastest(mib, std::slice::from_ref(&way));
+                    prop_assert_eq!(next.is_some(), fitting.len() > 1);
+                    prop_assert!(next.is_none_or(|(other, slower)| other != way && slower.step_ms >= cost.step_ms));
+                }
+                None => prop_assert!(fitting.is_empty()),
+            }
+        }
+
+        #[test]
+        fn what_was_measured_is_what_is_expected(
+            none in cost(), parts in prop::collection::vec(cost(), PARTS.len()), all in cost(), layers in 1..9usize,
+        ) {
+            let measured = Measured { none, parts, all, layers };
+            let near = |a: f64, b: f64| (a - b).abs() < 1e-9;
+            let of = |parts, layers| measured.expected(&Way { parts, layers });
+            prop_assert!(near(of(vec![], 0).mib, none.mib) && near(of(vec![], layers).mib, all.mib));
+            for (part, cost) in measured.parts.iter().enumerate() {
+                prop_assert!(near(of(vec![part], 0).mib, cost.mib));
+                prop_assert!(near(of(vec![part], 0).step_ms, cost.step_ms.max(none.step_ms)));
+            }
+        }
+
+        #[test]
+        fn stages_take_turns_and_every_layer_comes_once(stages in prop::collection::vec(1..6usize, 1..5), some in 0..20usize) {
+            let order = in_turns(&stages);
+            let mut sorted = order.clone();
+            sorted.sort_unstable();
+            prop_assert!(sorted.into_iter().eq(0..stages.iter().sum::<usize>()));
+            // Of any number of first ones, stages that have enough have as many, give or take one.
+            let first = &order[..some.min(order.len())];
+            let mut end = 0;
+            let counts: Vec<usize> = stages.iter().map(|&layers| {
+                let stage = end..end + layers;
+                end = stage.end;
+                first.iter().filter(|layer| stage.contains(layer)).count()
+            }).collect();
+            let most = counts.iter().copied().max().unwrap_or(0);
+            prop_assert!(counts.iter().zip(&stages).all(|(&count, &layers)| count + 1 >= most.min(layers)));
+        }
+    }
+}
