@@ -131,10 +131,12 @@ impl Sizes<'_> {
         let stream = self.own_tokens * hidden * b;
         // Inputs of both norms, and their outputs.
         let mut kept = 2 * stream + if keeps(RecomputedPart::Norm) { 2 * stream } else { 0 };
-        let ring = shape.context > 1;
+        // libtorch's own attention keeps keys and values once for every query head.
+        let (ring, on_host) = (shape.context > 1, self.config.run.device == "cpu");
+        let repeated = !(ring || on_host && self.config.data.document_end.is_none());
         kept += match keeps(RecomputedPart::Attention) {
-            // Keys and values once for every query head; the output; log-sum-exps.
-            true if !ring => 4 * queries + self.tokens * heads * 4,
+            // The output, too, and log-sum-exps.
+            true if repeated => 4 * queries + self.tokens * heads * 4,
             true => 2 * queries + 2 * keys + self.tokens * heads * 4,
             false => 2 * queries + 2 * keys,
         };
