@@ -223,16 +223,18 @@ impl State {
     }
 
     fn reduce(&mut self, number: usize) -> Result<(), CommError> {
+        let shared_out = self.buckets[number].own.is_some();
+        // What travels needs memory of its own: not more than two at a time.
+        if shared_out
+            && self.under_way.len() == 2
+            && let Some(oldest) = self.under_way.pop_front()
+            && !self.under_way.contains(&oldest)
+        {
+            self.buckets[oldest].settle()?;
+        }
         self.buckets[number].reduce(self.keep)?;
-        if self.buckets[number].own.is_some() {
-            // What travels needs memory of its own: not more than two at a time.
+        if shared_out {
             self.under_way.push_back(number);
-            if self.under_way.len() > 2
-                && let Some(oldest) = self.under_way.pop_front()
-                && !self.under_way.contains(&oldest)
-            {
-                self.buckets[oldest].settle()?;
-            }
         }
         Ok(())
     }

@@ -9,7 +9,7 @@ use crate::parameters::Replicas;
 use crate::ranks::replica_ranks;
 use parallel::pipeline::simulate::simulate;
 use parallel::sharding::own_rows;
-use parallel::{Coordinates, Group, Mesh, plan_buckets};
+use parallel::{BucketPlan, Coordinates, Group, Mesh, plan_buckets};
 
 /// fp32 logits of the output layer's loss that exist at once take up to this many bytes.
 const LOGITS: u64 = 16 << 20;
@@ -257,11 +257,16 @@ impl Config {
             0 => all * 4,
             1 => (all + shapes.iter().filter(is_shared).map(own).sum::<u64>()) * 4,
             _ => {
+                let shared: Vec<&Shape> = shapes.iter().filter(is_shared).collect();
                 let lengths: Vec<(usize, usize)> =
-                    shapes.iter().filter(is_shared).map(|s| (whole(s) as usize, s.replicas as usize)).collect();
+                    shared.iter().map(|s| (whole(s) as usize, s.replicas as usize)).collect();
                 let buckets = plan_buckets(&lengths, (parallel.bucket_mib * 262144.0) as usize);
-                // One that is added to, one as it is sent and as it arrives.
-                moment += 4 * buckets.iter().map(|bucket| bucket.len as u64).max().unwrap_or(0) * 4;
+                // One that is added to; two as they are sent, and a rank's share of each as it arrives.
+                let travelling = |bucket: &BucketPlan| {
+                    let (_, ranks) = sharing(shared[bucket.members[0]].replicas);
+                    3 * bucket.len as u64 + 2 * (bucket.len / ranks) as u64
+                };
+                moment += buckets.iter().map(travelling).max().unwrap_or(0) * 4;
                 shapes.iter().map(|s| if is_shared(&s) { own(s) } else { whole(s) }).sum::<u64>() * 4
             }
         };
