@@ -2,7 +2,8 @@
 //!
 //! Moving `c` choices to a rank with time to spare saves their work there, forward and backward, three times the forward's
 //! matrix products; it costs one transfer of weights and one of their gradients in fp32. In figures, for weights of `b`
-//! bytes an element, `F` FLOP/s and a link of `W` bytes/s: `(b + 4) F / (6 W)`, whatever the expert's size.
+//! bytes an element, `F` FLOP/s and a link of `W` bytes/s: `(b + 4) F / (6 W)`, whatever the expert's size. Besides, the other rank
+//! has one more expert, whose weights it reads, and on a CPU packs, however few its rows are.
 
 use crate::foreign::Lending;
 use kernels::product;
@@ -12,8 +13,8 @@ use std::time::Instant;
 use tch::{Kind, Tensor};
 use torch_ext::Error;
 
-/// Rows that a matrix product is timed with.
-const ROWS: i64 = 256;
+/// Rows that matrix products are timed with: so few that what they take is what any number takes, and many.
+const ROWS: (i64, i64) = (16, 256);
 /// How often each is timed; the least counts: others may be using the machine.
 const TIMES: usize = 7;
 
@@ -40,12 +41,16 @@ pub struct ExpertSize {
 pub fn break_even(lending: &Arc<dyn Communicator>, expert: ExpertSize, device: &dyn Accelerator) -> Result<f64, Error> {
     let ExpertSize { hidden, ffn, kind, fetched_twice } = expert;
     let random = |shape: &[i64]| device.zeros(shape, kind).uniform_(-1.0, 1.0);
-    let (x, gate_up, down) = (random(&[ROWS, hidden]), random(&[2 * ffn, hidden]), random(&[hidden, ffn]));
-    let work = least(|| {
-        let inside = product(&x, &gate_up.tr());
-        let _ = product(&inside.narrow(1, 0, ffn), &down.tr());
-        device.synchronize()
-    })?;
+    let (gate_up, down) = (random(&[2 * ffn, hidden]), random(&[hidden, ffn]));
+    let work = |rows: i64| {
+        let x = random(&[rows, hidden]);
+        least(|| {
+            let inside = product(&x, &gate_up.tr());
+            let _ = product(&inside.narrow(1, 0, ffn), &down.tr());
+            device.synchronize()
+        })
+    };
+    let (each, besides) = line([work(ROWS.0)?, work(ROWS.1)?]);
     // All that lending one expert takes, from packing its weights to adding up its gradients.
     let held = [gate_up.unsqueeze(0), down.unsqueeze(0)];
     let sums = [device.zeros(&held[0].size(), Kind::Float), device.zeros(&held[1].size(), Kind::Float)];
@@ -58,7 +63,18 @@ pub fn break_even(lending: &Arc<dyn Communicator>, expert: ExpertSize, device: &
         lending.give_back(&gradients)?.add_to(&sums[0], &sums[1])?;
         device.synchronize()
     })?;
-    Ok(transfer / (3.0 * work / ROWS as f64))
+    Ok((transfer + 3.0 * besides) / (3.0 * each))
+}
+
+/// What each row takes, and what all take besides, of the times that both numbers of rows have taken.
+fn line([few, many]: [f64; 2]) -> (f64, f64) {
+    let each = (many - few) / (ROWS.1 - ROWS.0) as f64;
+    let besides = few - ROWS.0 as f64 * each;
+    // Where many rows seem to take no longer than few, or few less than their share, that is noise.
+    match each > 0.0 && besides > 0.0 {
+        true => (each, besides),
+        false => (many / ROWS.1 as f64, 0.0),
+    }
 }
 
 fn least(mut body: impl FnMut() -> Result<(), Error>) -> Result<f64, Error> {
@@ -94,6 +110,15 @@ mod tests {
     use super::*;
     use parallel::{Cpu, on_threads};
     use std::time::Duration;
+
+    #[test]
+    fn times_are_parted_into_rows_and_the_rest() {
+        let near = |(a, b): (f64, f64), (c, d): (f64, f64)| (a - c).abs() < 1e-9 && (b - d).abs() < 1e-9;
+        assert!(near(line([2.0 + 16.0 * 0.5, 2.0 + 256.0 * 0.5]), (0.5, 2.0)));
+        for noise in [[1.0, 512.0], [600.0, 512.0]] {
+            assert!(near(line(noise), (2.0, 0.0)));
+        }
+    }
 
     #[test]
     fn ranks_measure_and_agree() {
