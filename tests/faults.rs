@@ -1,7 +1,8 @@
 //! Faults in the middle of a run, real ones: what was complete in memory is gone on from, to the bit.
 
 use crate::fixture::{
-    Experiment, PATIENCE, curve, finish, finish_child, rank_process, signal, steps_done, text, wait_for_step,
+    Experiment, PATIENCE, curve, finish, finish_child, rank_process, said, signal, start_talking, steps_done, text,
+    wait_for_step, wait_for_words,
 };
 use serde_json::Value;
 use std::process::{Child, Command};
@@ -52,27 +53,6 @@ fn kill_nodes(experiment: &Experiment, lost: &[usize]) {
     Command::new("kill").arg("-KILL").args(pids).output().unwrap();
 }
 
-/// Until the launcher has said `what` so often.
-fn wait_for_words(experiment: &Experiment, what: &str, times: usize) {
-    let started = Instant::now();
-    let said = || std::fs::read_to_string(experiment.path("said")).unwrap_or_default();
-    while said().matches(what).count() < times {
-        assert!(started.elapsed() < PATIENCE, "{what:?} was not said {times} times: {}", said());
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
-/// A run whose words go to a file, so that they can be read while it goes on.
-fn start_talking(experiment: &Experiment, ranks: usize, changes: &[&str]) -> Child {
-    let said = std::fs::File::create(experiment.path("said")).unwrap();
-    let mut command = experiment.train(ranks, changes);
-    command.stdout(said.try_clone().unwrap()).stderr(said).spawn().unwrap()
-}
-
-fn said(experiment: &Experiment) -> String {
-    std::fs::read_to_string(experiment.path("said")).unwrap()
-}
-
 fn stop(child: Child) {
     signal(&child.id().to_string(), "TERM");
     finish_child(child);
@@ -87,7 +67,7 @@ fn ranks_killed_at_any_moment_again_and_again() {
     let common = [steps.as_str(), "snapshot.every=1", "validation.every=7", "checkpoint.every=25", OFTEN];
     let unbroken = experiment.train(4, &common).args(["--set", "run.dir=unbroken"]).output().unwrap();
     assert!(unbroken.status.success(), "{}", text(&unbroken));
-    let run = start_talking(&experiment, 4, &common);
+    let run = start_talking(&experiment, &mut experiment.train(4, &common));
     wait_for_step(&experiment, "run", 3);
     let kills = kills.to_string();
     let chaos = ["chaos", "run", "--faults", &kills, "--gap", "3", "--seed", "11", "--patience-s", "60"];
@@ -116,7 +96,7 @@ fn stopped_aborted_and_delayed_ranks() {
     let experiment = Experiment::new();
     let common = ["train.steps=300", "checkpoint.every=0", OFTEN, "restart.heartbeat_timeout_s=1.5"];
     assert!(finish(experiment.train(4, &common).args(["--set", "run.dir=unbroken"])).status.success());
-    let run = start_talking(&experiment, 4, &common);
+    let run = start_talking(&experiment, &mut experiment.train(4, &common));
     wait_for_step(&experiment, "run", 3);
     for kind in ["stop", "abort", "delay", "stop"] {
         let chaos = finish(&mut experiment.moerun(&["chaos", "run", "--faults", "1", "--gap", "4", "--kinds", kind]));
@@ -150,7 +130,7 @@ fn a_rank_that_runs_out_of_memory() {
         eprintln!("this machine does not let a test limit memory; SIGKILL stands for it in the other tests");
         return;
     };
-    let run = start_talking(&experiment, 2, &common);
+    let run = start_talking(&experiment, &mut experiment.train(2, &common));
     wait_for_step(&experiment, "run", 5);
     let rank = rank_process(&experiment, 1);
     std::fs::write(group.join("cgroup.procs"), &rank).unwrap();
@@ -168,7 +148,7 @@ fn a_killed_launcher_is_taken_up_from_the_keepers_memory() {
     let experiment = Experiment::new();
     let common = ["train.steps=60", "checkpoint.every=0", "snapshot.every=1"];
     assert!(finish(experiment.train(4, &common).args(["--set", "run.dir=unbroken"])).status.success());
-    let mut run = start_talking(&experiment, 4, &common);
+    let mut run = start_talking(&experiment, &mut experiment.train(4, &common));
     wait_for_step(&experiment, "run", 20);
     // Another launcher does not get in its way.
     let second = experiment.while_ranks_stand(|| finish(&mut experiment.train(4, &common)));
@@ -188,7 +168,7 @@ fn a_killed_launcher_is_taken_up_from_the_keepers_memory() {
 
     // On another number of ranks it goes by way of the disk.
     let more = ["train.steps=120", "checkpoint.every=0", "snapshot.every=1"];
-    let mut run = start_talking(&experiment, 4, &more);
+    let mut run = start_talking(&experiment, &mut experiment.train(4, &more));
     wait_for_step(&experiment, "run", 80);
     run.kill().unwrap();
     run.wait().unwrap();
@@ -206,7 +186,7 @@ fn a_keeper_that_dies_alone_is_replaced_and_training_goes_on() {
     let experiment = Experiment::new();
     let common = ["train.steps=400", "checkpoint.every=50", "snapshot.every=2", "parallel.ranks_per_node=2"];
     assert!(finish(experiment.train(4, &common).args(["--set", "run.dir=unbroken"])).status.success());
-    let run = start_talking(&experiment, 4, &common);
+    let run = start_talking(&experiment, &mut experiment.train(4, &common));
     wait_for_step(&experiment, "run", 10);
     signal(&nodes(&experiment)[1].1, "KILL");
     wait_for_words(&experiment, "the keeper of node 1 is gone", 1);
@@ -243,7 +223,7 @@ fn every_pattern(data: usize, parity: usize, too_many: bool) {
         .map(|pattern| (0..nodes).filter(|node| pattern & 1 << node != 0).collect())
         .collect();
     common.push("train.steps=100000");
-    let run = start_talking(&experiment, nodes, &common);
+    let run = start_talking(&experiment, &mut experiment.train(nodes, &common));
     for (index, lost) in patterns.iter().enumerate() {
         let step = steps_done(&experiment, "run");
         wait_for_step(&experiment, "run", step + 2);
@@ -295,7 +275,7 @@ fn one_lost_node_too_many_is_gone_on_from_the_checkpoint() {
     let experiment = Experiment::new();
     let common = ["train.steps=80", "parallel.ranks_per_node=1", "snapshot.every=1", "checkpoint.every=5"];
     assert!(finish(experiment.train(4, &common).args(["--set", "run.dir=unbroken"])).status.success());
-    let run = start_talking(&experiment, 4, &common);
+    let run = start_talking(&experiment, &mut experiment.train(4, &common));
     wait_for_step(&experiment, "run", 23);
     kill_nodes(&experiment, &[1, 2]);
     assert!(run.wait_with_output().unwrap().status.success(), "{}", said(&experiment));
@@ -361,7 +341,7 @@ fn flipped_bits_in_memory_are_mended_from_parity() {
     // Between two snapshots there is time for two commands.
     let common = ["train.steps=700", "parallel.ranks_per_node=1", "snapshot.every=300", "checkpoint.every=0"];
     assert!(finish(experiment.train(4, &common).args(["--set", "run.dir=unbroken"])).status.success());
-    let run = start_talking(&experiment, 4, &common);
+    let run = start_talking(&experiment, &mut experiment.train(4, &common));
     wait_for_step(&experiment, "run", 301);
     wait_for_snapshot(&experiment, 4);
     let chaos = ["chaos", "run", "--kinds", "corrupt", "--faults", "1", "--gap", "0", "--step-ms", "0"];
@@ -381,7 +361,7 @@ fn flipped_bits_in_memory_are_mended_from_parity() {
 fn a_poisoned_snapshot_is_not_tried_for_ever() {
     let experiment = Experiment::new();
     let common = ["train.steps=900", "snapshot.every=300", "checkpoint.every=0", "parallel.expert=1"];
-    let run = start_talking(&experiment, 1, &common);
+    let run = start_talking(&experiment, &mut experiment.train(1, &common));
     wait_for_step(&experiment, "run", 602);
     let chaos = finish(&mut experiment.moerun(&[
         "chaos",

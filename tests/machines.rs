@@ -1,7 +1,10 @@
 //! Runs over several machines: launchers and agents with addresses of their own, in network namespaces where this machine lets
 //! a test make them, else on one loopback device.
 
-use crate::fixture::{Experiment, curve, finish, finish_child, signal, start, steps_done, text, wait_for_step};
+use crate::fixture::{
+    Experiment, curve, finish, finish_child, said, signal, start, start_talking, steps_done, text, wait_for_step,
+    wait_for_words,
+};
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Command, Output};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -134,27 +137,31 @@ fn a_run_over_two_machines_is_that_of_one_to_the_bit() {
 fn a_lost_rank_and_a_lost_machine_are_recovered() {
     let experiment = Experiment::new();
     let network = Network::new(2);
-    let common = ["train.steps=200", "checkpoint.every=0", "snapshot.every=1", "run.timeout_s=30"];
+    let common = ["train.steps=400", "checkpoint.every=0", "snapshot.every=1", "run.timeout_s=30"];
     let alone = finish(experiment.train(4, &common).args(["--set", "run.dir=alone"]));
     assert!(alone.status.success(), "{}", text(&alone));
-    let mut run = all(&network, &experiment, 2, &common);
+    let agent = || start(&mut network.machine(&experiment, 1, 2, &common));
+    let mut first = agent();
+    let head = start_talking(&experiment, &mut network.machine(&experiment, 0, 2, &common));
     wait_for_step(&experiment, "run", 10);
     let is_keeper = |pid: &String| {
         std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.ends_with(b"keeper\0serve\0"))
     };
-    signal(&children_of(run[1].id()).into_iter().find(is_keeper).unwrap(), "KILL");
-    wait_for_step(&experiment, "run", 25);
+    signal(&children_of(first.id()).into_iter().find(is_keeper).unwrap(), "KILL");
+    wait_for_words(&experiment, "the keeper of node 1 is gone", 1);
+    let step = steps_done(&experiment, "run");
+    wait_for_step(&experiment, "run", step + 30);
     signal(&crate::fixture::rank_process(&experiment, 3), "KILL");
-    wait_for_step(&experiment, "run", 60);
+    wait_for_words(&experiment, "going on from the snapshot of step", 1);
+    let step = steps_done(&experiment, "run");
+    wait_for_step(&experiment, "run", step + 35);
     // Its ranks, its keeper and its agent; a scheduler starts it again.
-    lose(&mut run[1]);
-    run[1] = start(&mut network.machine(&experiment, 1, 2, &common));
-    let outputs = ended(run);
-    let said = text(&outputs[0]);
-    assert!(said.contains("the keeper of node 1 is gone") && said.contains("training goes on"), "{said}");
-    assert!(said.contains("rank 3 failed: it was ended by SIGKILL"), "{said}");
-    assert!(said.contains("machine 1 is gone; node 1 is lost"), "{said}");
-    assert!(said.contains("going on from the snapshot of step") && said.contains("rebuilt from"), "{said}");
+    lose(&mut first);
+    ended(vec![head, agent()]);
+    let said = said(&experiment);
+    assert!(said.contains("training goes on") && said.contains("rank 3 failed: it was ended by SIGKILL"), "{said}");
+    assert!(said.contains("machine 1 is gone; node 1 is lost") && said.contains("rebuilt from"), "{said}");
+    assert_eq!(said.matches("going on from the snapshot of step").count(), 2, "{said}");
     assert_eq!(curve(&experiment, "run"), curve(&experiment, "alone"));
 }
 

@@ -7,6 +7,10 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command};
 use std::time::SystemTime;
 
+/// Steps take milliseconds here: where each has a snapshot, a checkpoint that is due finds no free slot and is written a few
+/// steps later.
+const EACH_ITS_SLOT: &str = "snapshot.every=5";
+
 #[test]
 fn killed_at_any_moment_it_goes_on_to_the_bit() {
     let experiment = Experiment::new();
@@ -97,7 +101,7 @@ fn sigterm_and_sigint_write_a_checkpoint() {
 #[test]
 fn a_truncated_checkpoint_is_refused_by_name_and_the_one_before_is_used() {
     let experiment = Experiment::new();
-    assert!(finish(&mut experiment.train(4, &["train.steps=10"])).status.success());
+    assert!(finish(&mut experiment.train(4, &["train.steps=10", EACH_ITS_SLOT])).status.success());
     let shard = experiment.path("run/checkpoints/step-00000010/shard-00001.safetensors");
     let bytes = std::fs::read(&shard).unwrap();
     std::fs::write(&shard, &bytes[..bytes.len() / 2]).unwrap();
@@ -126,7 +130,7 @@ fn a_checkpoint_that_cannot_be_written_does_not_end_the_run() {
     std::fs::create_dir_all(experiment.path("run/checkpoints")).unwrap();
     std::fs::write(experiment.path("run/checkpoints/step-00000005.writing"), "in the way").unwrap();
     std::fs::write(experiment.path("run/checkpoints/step-00000042.writing"), "in the way").unwrap();
-    let output = finish(&mut experiment.train(2, &["train.steps=42"]));
+    let output = finish(&mut experiment.train(2, &["train.steps=42", EACH_ITS_SLOT]));
     let said = text(&output);
     assert!(said.contains("warning: no checkpoint at step 5") && said.contains("training goes on"), "{said}");
     assert_eq!(steps_done(&experiment, "run"), 42);

@@ -411,6 +411,8 @@ impl<'a> Launcher<'a> {
                         if durable {
                             self.disk.is_due(snapshot.id);
                         }
+                        // Before a newer one is complete, which may have been told already.
+                        self.disk.begin(keepers, snapshot.id, &tracker.homes());
                     }
                     Todo::Abandon(id, reason) => {
                         tracing::warn!("the snapshot of step {} was given up: {reason}", id.step);
@@ -439,9 +441,7 @@ impl<'a> Launcher<'a> {
             }
         }
         if let Some(newest) = tracker.newest {
-            let holder = |rank: usize| tracker.topology.node_of(rank).unwrap_or(0);
-            let holders: Vec<usize> = (0..tracker.topology.ranks()).map(holder).collect();
-            self.disk.begin(keepers, newest, &holders);
+            self.disk.begin(keepers, newest, &tracker.homes());
         }
     }
 

@@ -11,13 +11,14 @@ const LATE: Duration = Duration::from_secs(60);
 struct Pending {
     parts: BTreeMap<usize, PartInfo>,
     protected: BTreeSet<usize>,
-    durable: bool,
 }
 
 /// One generation's snapshots and ranks.
 pub(super) struct Tracker {
     pub(super) topology: Topology,
     pending: BTreeMap<SnapshotId, (Pending, Instant)>,
+    /// Snapshots that ranks want on disk: each, or else the next one that becomes complete.
+    wanted: BTreeSet<SnapshotId>,
     /// The newest complete snapshot.
     pub(super) newest: Option<SnapshotId>,
     ranks: BTreeMap<usize, (RankPulse, Instant)>,
@@ -42,6 +43,7 @@ impl Tracker {
         Tracker {
             topology,
             pending: BTreeMap::new(),
+            wanted: BTreeSet::new(),
             newest: None,
             ranks: BTreeMap::new(),
             moved: (Instant::now(), 0),
@@ -66,8 +68,10 @@ impl Tracker {
         let (pending, _) = self.pending.entry(id).or_insert_with(|| (Pending::default(), Instant::now()));
         match event {
             Event::Complete { part, durable, .. } => {
-                pending.durable |= durable;
                 pending.parts.insert(part.rank, part);
+                if durable {
+                    self.wanted.insert(id);
+                }
             }
             Event::Protected { .. } => {
                 pending.protected.insert(node);
@@ -84,8 +88,16 @@ impl Tracker {
         }
         let Some((pending, _)) = self.pending.remove(&id) else { return Todo::Nothing };
         self.newest = Some(id);
+        // Also in place of older ones, which were given up or overtaken.
+        let durable = self.wanted.first().is_some_and(|&wanted| wanted <= id);
+        self.wanted.retain(|&wanted| wanted > id);
         let parts = pending.parts.into_values().collect();
-        Todo::Commit(Snapshot { id, topology: self.topology.clone(), parts }, pending.durable)
+        Todo::Commit(Snapshot { id, topology: self.topology.clone(), parts }, durable)
+    }
+
+    /// The node of each rank.
+    pub(super) fn homes(&self) -> Vec<usize> {
+        (0..self.topology.ranks()).map(|rank| self.topology.node_of(rank).unwrap_or(0)).collect()
     }
 
     /// A snapshot for which a rank or a keeper has taken too long.
@@ -134,5 +146,56 @@ impl Tracker {
         };
         let still = self.moved.0.elapsed();
         (self.moved.1 > 0 && still > limit).then_some(still)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Todo, Tracker};
+    use checkpoint::keeper::{Event, Node, PartInfo, SnapshotId, Topology};
+    use checkpoint::stripes::Redundancy;
+
+    /// Of two nodes with a rank each.
+    fn tracker() -> Tracker {
+        let node = |rank: usize| Node { address: ([127, 0, 0, 1], 1).into(), ranks: vec![rank] };
+        let redundancy = Redundancy::Parity { data: 1, parity: 1 };
+        let (nodes, groups) = (vec![node(0), node(1)], vec![vec![0, 1]]);
+        Tracker::new(Topology { generation: 1, nodes, redundancy, groups, chunk: 4096 })
+    }
+
+    fn id(step: u64) -> SnapshotId {
+        SnapshotId { generation: 1, step }
+    }
+
+    fn complete(tracker: &mut Tracker, rank: usize, step: u64, durable: bool) {
+        let part = PartInfo { rank, bytes: 1, crcs: vec![0] };
+        assert_eq!(tracker.hear(rank, Event::Complete { id: id(step), part, durable }), Todo::Nothing);
+    }
+
+    /// Which step is committed when all keepers have made the parity of `step`, and whether it is to be written.
+    fn protected(tracker: &mut Tracker, step: u64) -> Option<(u64, bool)> {
+        let heard = [0, 1].map(|node| tracker.hear(node, Event::Protected { id: id(step) }));
+        heard.into_iter().find_map(|todo| match todo {
+            Todo::Commit(snapshot, durable) => Some((snapshot.id.step, durable)),
+            _ => None,
+        })
+    }
+
+    #[test]
+    fn what_is_to_be_written_is_not_forgotten_when_it_is_overtaken_or_given_up() {
+        let mut tracker = tracker();
+        for (step, durable) in [(4, false), (5, true), (6, false)] {
+            (0..2).for_each(|rank| complete(&mut tracker, rank, step, durable));
+        }
+        assert_eq!(protected(&mut tracker, 4), Some((4, false)), "nothing was to be written so far");
+        assert_eq!(protected(&mut tracker, 6), Some((6, true)), "it is written in place of 5");
+        assert_eq!(protected(&mut tracker, 5), None);
+        for (step, durable) in [(7, true), (8, false), (9, false)] {
+            (0..2).for_each(|rank| complete(&mut tracker, rank, step, durable));
+        }
+        let lost = Event::Unprotected { id: id(7), reason: "a keeper is gone".into() };
+        assert!(matches!(tracker.hear(1, lost), Todo::Abandon(given_up, _) if given_up == id(7)));
+        assert_eq!(protected(&mut tracker, 8), Some((8, true)));
+        assert_eq!(protected(&mut tracker, 9), Some((9, false)), "once is enough");
     }
 }
