@@ -152,8 +152,8 @@ impl Tracker {
 #[cfg(test)]
 mod tests {
     use super::{Todo, Tracker};
+    use checkpoint::Redundancy;
     use checkpoint::keeper::{Event, Node, PartInfo, SnapshotId, Topology};
-    use checkpoint::stripes::Redundancy;
 
     /// Of two nodes with a rank each.
     fn tracker() -> Tracker {
