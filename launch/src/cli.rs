@@ -382,7 +382,7 @@ pub(crate) struct RecomputeArgs {
     /// Also choose what to compute again so that the fullest rank's tensors take at most so much, and measure that
     #[arg(long, value_name = "MIB")]
     pub(crate) fit_mib: Option<f64>,
-    /// Threads of a rank; by default its share of the processors
+    /// Threads of a rank; by default OMP_NUM_THREADS, else its share of the processors
     #[arg(long)]
     pub(crate) threads: Option<usize>,
     /// How often the ways take turns; medians over all steps are reported

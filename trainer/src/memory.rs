@@ -179,8 +179,7 @@ impl Config {
     /// When the configuration cannot run on them.
     pub fn memory(&self, ranks: usize) -> Result<Vec<RankMemory>, String> {
         let mesh = self.mesh(0, ranks)?;
-        let microbatches = self.train.global_batch / (self.train.micro_batch * mesh.shape().data);
-        let plan = self.pipeline_plan(microbatches)?;
+        let plan = self.pipeline_plan(self.microbatches(&mesh))?;
         let order = &plan.schedule.order;
         let timeline = simulate(&plan.schedule, &self.costs(order, &plan.layers));
         (0..ranks)
@@ -257,13 +256,13 @@ impl Config {
             0 => all * 4,
             1 => (all + shapes.iter().filter(is_shared).map(own).sum::<u64>()) * 4,
             _ => {
-                let shared: Vec<&Shape> = shapes.iter().filter(is_shared).collect();
+                let divided: Vec<&Shape> = shapes.iter().filter(is_shared).collect();
                 let lengths: Vec<(usize, usize)> =
-                    shared.iter().map(|s| (whole(s) as usize, s.replicas as usize)).collect();
+                    divided.iter().map(|s| (whole(s) as usize, s.replicas as usize)).collect();
                 let buckets = plan_buckets(&lengths, (parallel.bucket_mib * 262144.0) as usize);
                 // One that is added to; two as they are sent, and a rank's share of each as it arrives.
                 let travelling = |bucket: &BucketPlan| {
-                    let (_, ranks) = sharing(shared[bucket.members[0]].replicas);
+                    let (_, ranks) = sharing(divided[bucket.members[0]].replicas);
                     3 * bucket.len as u64 + 2 * (bucket.len / ranks) as u64
                 };
                 moment += buckets.iter().map(travelling).max().unwrap_or(0) * 4;

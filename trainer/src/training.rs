@@ -108,7 +108,7 @@ impl Trainer {
             None => None,
         };
         let all = world.all("world")?;
-        let accumulation = accumulation(&config, &mesh);
+        let accumulation = config.microbatches(&mesh);
         let plan = config.pipeline_plan(accumulation).map_err(Error::Config)?;
         let order = &plan.schedule.order;
         let stages = mesh.group(Group::Pipeline);
@@ -811,11 +811,6 @@ impl Trainer {
 
 fn locked(planner: &Mutex<Planner>) -> MutexGuard<'_, Planner> {
     planner.lock().expect("nobody panics with it")
-}
-
-/// Microbatches of a rank in a step.
-fn accumulation(config: &Config, mesh: &Mesh) -> usize {
-    config.train.global_batch / (config.train.micro_batch * mesh.shape().data)
 }
 
 /// The collectives of a pipeline that shares the vocabulary out, with the names of their groups.

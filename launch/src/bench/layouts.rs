@@ -87,9 +87,9 @@ fn measure(args: &LayoutsArgs, folder: &Path) -> Result<ExitCode> {
     let mut baseline = Vec::new();
     for turn in 1..=args.rounds {
         eprintln!("round {turn} of {}", args.rounds);
-        alone.add(&train(folder, &experiment(args, folder, &json!({}), 8), 1, 2)?, folder)?;
+        alone.add(&train(folder, &experiment(args, folder, &json!({}), 8), 1, Some(2))?, folder)?;
         for ((_, parallel, micro_batch), into) in chosen.iter().zip(&mut measured) {
-            into.add(&train(folder, &experiment(args, folder, parallel, *micro_batch), 2, 1)?, folder)?;
+            into.add(&train(folder, &experiment(args, folder, parallel, *micro_batch), 2, Some(1))?, folder)?;
         }
         if let Some(text) = &args.baseline {
             let mut command = Command::new("sh");

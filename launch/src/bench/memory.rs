@@ -47,7 +47,7 @@ fn measure(args: &MemoryArgs, folder: &Path) -> Result<ExitCode> {
         let parsed: Config = serde_json::from_value(config.clone()).context("the bench's own experiment")?;
         let planned = parsed.memory(ranks).map_err(|error| anyhow!(error))?;
         let fullest = planned.iter().map(trainer::RankMemory::total).max().unwrap_or(0) as f64;
-        let steps = train(folder, &config, ranks, 1)?;
+        let steps = train(folder, &config, ranks, Some(1))?;
         let last = steps.last().expect("there are two");
         let (measured, resident) = (largest(&last["rank_peak_memory"]), largest(&last["rank_peak_resident"]));
         let mib = |bytes: f64| round(bytes / f64::from(1 << 20), 1);

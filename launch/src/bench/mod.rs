@@ -42,8 +42,9 @@ fn write_tokens(folder: &Path, vocab: usize) -> Result<()> {
     Ok(())
 }
 
-/// Trains what `config` describes, whose run is the folder `run`, on `ranks` ranks of `threads` threads: its steps' metrics.
-fn train(folder: &Path, config: &Value, ranks: usize, threads: usize) -> Result<Vec<Value>> {
+/// Trains what `config` describes, whose run is the folder `run`, on `ranks` ranks of `threads` threads, or as many as ranks take by
+/// themselves: its steps' metrics.
+fn train(folder: &Path, config: &Value, ranks: usize, threads: Option<usize>) -> Result<Vec<Value>> {
     let run = folder.join("run");
     let _ = std::fs::remove_dir_all(&run);
     let path = folder.join("bench.yaml");
@@ -54,7 +55,7 @@ fn train(folder: &Path, config: &Value, ranks: usize, threads: usize) -> Result<
         .arg("train")
         .arg(&path)
         .args(["-n", &ranks.to_string()])
-        .env("OMP_NUM_THREADS", threads.to_string())
+        .envs(threads.map(|threads| ("OMP_NUM_THREADS", threads.to_string())))
         .output()
         .context("cannot start moerun train")?;
     if !output.status.success() {

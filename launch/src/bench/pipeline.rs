@@ -48,7 +48,7 @@ fn measure(args: &PipelineArgs, folder: &Path) -> Result<ExitCode> {
             let plan: trainer::config::Config = serde_json::from_value(config.clone())?;
             let schedule = plan.pipeline_plan(plan.train.global_batch).map_err(|error| anyhow!(error))?.schedule;
             // The first step also makes the memory that later ones use again.
-            for step in &train(folder, &config, 2, 1)?[1..] {
+            for step in &train(folder, &config, 2, Some(1))?[1..] {
                 into.step_ms.extend(step["step_ms"].as_f64());
                 into.memory.push(largest(&step["rank_peak_memory"]) / f64::from(1 << 20));
                 into.resident.push(largest(&step["rank_peak_resident"]) / f64::from(1 << 20));

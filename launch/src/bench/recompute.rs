@@ -106,8 +106,8 @@ fn measure(args: &RecomputeArgs, folder: &Path) -> Result<ExitCode> {
     refuse_problems(&args.config, &config, args.nproc_per_node)?;
     write_tokens(folder, config.model.vocab_size)?;
     let mesh = config.mesh(0, args.nproc_per_node).map_err(|error| anyhow!(error))?;
-    let microbatches = config.train.global_batch / (config.train.micro_batch * mesh.shape().data);
-    let order = in_turns(&config.pipeline_plan(microbatches).map_err(|error| anyhow!(error))?.layers);
+    let plan = config.pipeline_plan(config.microbatches(&mesh)).map_err(|error| anyhow!(error))?;
+    let order = in_turns(&plan.layers);
 
     let mut ways = vec![("none", Way { parts: Vec::new(), layers: 0 })];
     ways.extend(PARTS.iter().enumerate().map(|(part, name)| (*name, Way { parts: vec![part], layers: 0 })));
@@ -171,15 +171,13 @@ fn line(args: &RecomputeArgs, case: &str, setting: &Value, cost: Cost, none: Cos
 
 /// What steps take with each of `settings`, which take turns.
 fn take_turns(args: &RecomputeArgs, folder: &Path, experiment: &Value, settings: &[Value]) -> Result<Vec<Cost>> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = args.threads.unwrap_or((cores / args.nproc_per_node.max(1)).max(1));
     let mut experiment = experiment.clone();
     let mut taken: Vec<(Vec<f64>, f64)> = vec![Default::default(); settings.len()];
     for turn in 1..=args.rounds {
         eprintln!("round {turn} of {}", args.rounds);
         for (setting, (step_ms, bytes)) in settings.iter().zip(&mut taken) {
             experiment["parallel"]["recompute"] = setting.clone();
-            let steps = train(folder, &experiment, args.nproc_per_node, threads)?;
+            let steps = train(folder, &experiment, args.nproc_per_node, args.threads)?;
             step_ms.extend(steps[2..].iter().filter_map(|step| step["step_ms"].as_f64()));
             *bytes = steps.iter().map(|step| largest(&step["rank_peak_memory"])).fold(*bytes, f64::max);
         }

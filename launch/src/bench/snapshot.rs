@@ -222,7 +222,7 @@ fn runs(args: &SnapshotBenchArgs, folder: &Path, wanted: &dyn Fn(&str) -> bool) 
     for turn in 1..=args.rounds {
         eprintln!("snapshots in a run: round {turn} of {}", args.rounds);
         // One after every second step, so that both kinds of steps meet the same machine. The first steps are slow.
-        let steps = train(folder, &config(folder, args.mib, 2, 25), 1, args.threads)?.split_off(4);
+        let steps = train(folder, &config(folder, args.mib, 2, 25), 1, Some(args.threads))?.split_off(4);
         for pair in steps.windows(2) {
             let after = pair[1]["step_ms"].as_f64().unwrap_or_default();
             let figure = |key: &str| pair[0]["snapshot"][key].as_f64();
@@ -236,7 +236,7 @@ fn runs(args: &SnapshotBenchArgs, folder: &Path, wanted: &dyn Fn(&str) -> bool) 
                 _ => plain.push(after),
             }
         }
-        let steps = train(folder, &config(folder, args.mib, 0, 14), 1, args.threads)?.split_off(4);
+        let steps = train(folder, &config(folder, args.mib, 0, 14), 1, Some(args.threads))?.split_off(4);
         without.extend(steps.iter().filter_map(|step| step["step_ms"].as_f64()));
         if let Some(text) = &args.baseline {
             let mut command = Command::new("sh");

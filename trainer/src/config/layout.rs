@@ -232,6 +232,11 @@ impl PipelinePlan {
 }
 
 impl Config {
+    /// Microbatches of a rank in a step.
+    pub fn microbatches(&self, mesh: &Mesh) -> usize {
+        self.train.global_batch / (self.train.micro_batch * mesh.shape().data)
+    }
+
     /// The mesh of `ranks` ranks as `rank` sees it.
     ///
     /// # Errors
