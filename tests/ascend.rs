@@ -2,6 +2,7 @@
 //! `tests/ascend`.
 
 use crate::fixture::{Experiment, assert_close, assert_stopped_rank_is_named, curve, finish, free_port, ranks, text};
+use serde_json::Value;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -77,6 +78,89 @@ fn npus_train_as_processors_do() {
         assert_close(&run("cpu", "cpu"), &npu, 1e-5);
         assert_eq!(npu, run("npu", "npu"), "{layout:?}: the same layout twice");
     }
+}
+
+/// The most that any rank's tensors took of its device, in bytes.
+fn peak_memory(experiment: &Experiment, run: &str) -> u64 {
+    let lines = std::fs::read_to_string(experiment.path(run).join("metrics.jsonl")).unwrap();
+    let steps = lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let peaks = steps.filter_map(|step| step["rank_peak_memory"].as_array()?.iter().filter_map(Value::as_u64).max());
+    peaks.max().unwrap()
+}
+
+#[test]
+fn an_optimizers_state_on_the_host_changes_nothing_but_memory() {
+    let experiment = Experiment::new();
+    let train = |changes: &[&str]| {
+        let output = finish(with_npus(experiment.train(4, changes).args(["--set", "run.device=npu"])));
+        assert!(output.status.success(), "{changes:?}: {}", text(&output));
+        text(&output)
+    };
+    for (number, (layout, bytes, tolerance)) in [
+        (
+            [
+                "parallel.zero=0",
+                "train.dtype=fp32",
+                "model.moe={experts: 8, top_k: 2, ffn: 32, placement: {every: 1, min_gain: 0}}",
+            ],
+            8,
+            1e-5,
+        ),
+        (["parallel.zero=3", "train.dtype=fp32", "parallel.tensor=2"], 8, 1e-5),
+        (["parallel.zero=1", "train.dtype=bf16", "parallel.expert=4"], 12, 1e-3),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let folders = ["device", "host", "resumed"].map(|name| format!("{name}{number}"));
+        let [device, host, resumed] = folders.each_ref().map(|name| format!("run.dir={name}"));
+        let run =
+            |changes: &[&str]| train(&[&layout[..], &["snapshot.every=5", "validation.every=5"], changes].concat());
+        run(&["train.steps=10", &device]);
+        run(&["train.steps=10", &host, "optimizer.offload=true"]);
+        // Whose first half had it elsewhere goes on, too.
+        let begun = if number == 1 { "optimizer.offload=false" } else { "optimizer.offload=true" };
+        run(&["train.steps=5", &resumed, begun]);
+        let said = run(&["train.steps=10", &resumed, "optimizer.offload=true"]);
+        assert!(said.contains("going on from the checkpoint of step 5"), "{said}");
+        let [device, host, resumed] = folders;
+        assert_close(&curve(&experiment, &device), &curve(&experiment, &host), tolerance);
+        assert_close(&curve(&experiment, &host), &curve(&experiment, &resumed), if number == 1 { 1e-5 } else { 0.0 });
+        let moved = curve(&experiment, &host).iter().filter_map(|step| step["moved_experts"].as_u64()).sum::<u64>();
+        assert_eq!(moved > 0, number == 0, "{layout:?}: {moved} experts moved");
+        let mut plan = experiment.moerun(&["plan", "mesh", "small.yaml", "-n", "4"]);
+        for change in layout.iter().chain(&["run.device=npu", "optimizer.offload=true"]) {
+            plan.args(["--set", change]);
+        }
+        let plan = text(&finish(&mut plan));
+        let kept = plan.lines().skip(3).filter_map(|line| line.split_whitespace().nth(8)?.parse::<u64>().ok());
+        let (kept, saved) = (kept.min().unwrap(), peak_memory(&experiment, &device) - peak_memory(&experiment, &host));
+        assert!(saved * 100 >= kept * bytes * 95, "{layout:?}: {saved} bytes saved of {kept} parameters");
+        assert!(plan.contains("With optimizer.offload each rank's moments"), "{plan}");
+    }
+}
+
+#[test]
+fn what_an_optimizers_state_on_the_host_saves_is_measured() {
+    let experiment = Experiment::new();
+    let bench = |more: &[&str]| {
+        let args = ["bench", "recompute", "small.yaml", "-n", "2", "--rounds", "1", "--steps", "4"];
+        let mut bench = experiment.moerun(&args);
+        bench.args(["--set", "run.device=npu", "--set", "train.micro_batch=4"]).args(more);
+        let output = finish(with_npus(&mut bench));
+        assert!(output.status.success(), "{}", text(&output));
+        let lines = String::from_utf8(output.stdout).unwrap();
+        lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()).collect::<Vec<_>>()
+    };
+    let mib = |line: &Value| line["measured_mib"].as_f64().unwrap();
+    let measured = bench(&[]);
+    let (all, offload) = (&measured[5], &measured[6]);
+    assert_eq!((&all["case"], &offload["case"]), (&Value::from("all layers"), &Value::from("offload")));
+    assert!(offload["offload"] == true && mib(offload) < mib(&measured[0]), "{measured:?}");
+    // No recomputation alone saves so much.
+    let fit = (mib(all) - 0.1).to_string();
+    let chosen = bench(&["--fit-mib", &fit]).pop().unwrap();
+    assert!(chosen["case"] == "fit" && chosen["offload"] == true && mib(&chosen) < mib(all), "{chosen}");
 }
 
 #[test]

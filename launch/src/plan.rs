@@ -148,6 +148,12 @@ pub(crate) fn mesh(args: &MeshArgs) -> Result<ExitCode> {
         );
     }
     println!();
+    if let Some(host) = memory.iter().map(|rank| rank.host).max().filter(|&host| host > 0) {
+        println!(
+            "With optimizer.offload each rank's moments and fp32 weights are in the host's memory: at most {:.1} MiB of a rank.",
+            host as f64 / f64::from(1 << 20)
+        );
+    }
     if config.takes_snapshots() {
         let (redundancy, _) = config.protection(config.nodes(args.ranks).len()).map_err(|error| anyhow!(error))?;
         println!(

@@ -19,6 +19,12 @@ pub trait Copier: Send {
     /// # Errors
     /// libtorch's message.
     fn copy(&mut self, tensor: &Tensor, into: &mut [u8]) -> Result<(), Error>;
+
+    /// Copies a contiguous tensor into one of its shape and dtype in memory that [`Accelerator::staging`] gave.
+    ///
+    /// # Errors
+    /// libtorch's message.
+    fn fetch(&mut self, tensor: &Tensor, into: &Tensor) -> Result<(), Error>;
 }
 
 /// One device of one rank.
@@ -71,11 +77,28 @@ pub trait Accelerator: Send + Sync + std::fmt::Debug {
     /// When there is no memory for it.
     fn copier(&self) -> Result<Box<dyn Copier>, Error>;
 
+    /// `[elements]` of host memory by way of which values come and go at full speed; they are not set.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    fn staging(&self, elements: i64, kind: Kind) -> Result<Tensor, Error>;
+
     /// The NUMA node that it is at, where it is at one and the system says so.
     fn numa_node(&self) -> Option<usize>;
 
     /// Whether copying takes processors that would compute.
     fn computes_on_host(&self) -> bool;
+}
+
+/// What `auto` is on this machine: `cuda` or `npu` where there is one, else `cpu`. Other kinds are what they are.
+pub fn device_kind(kind: &str) -> &str {
+    let there = |file: &str| std::path::Path::new(file).exists();
+    match kind {
+        "auto" if there("/dev/nvidiactl") => "cuda",
+        "auto" if there("/dev/davinci_manager") => "npu",
+        "auto" => "cpu",
+        other => other,
+    }
 }
 
 /// The device a rank uses: `cpu`, `cuda` or `npu` (the rank's local one), or `auto` (a GPU or NPU where there is one).
@@ -84,8 +107,7 @@ pub trait Accelerator: Send + Sync + std::fmt::Debug {
 /// When a GPU or NPU was asked for and cannot be used: why, and what to do.
 pub fn accelerator(kind: &str, local_rank: usize) -> Result<Box<dyn Accelerator>, Error> {
     let own = |variable: &str| visible_index(local_rank, std::env::var(variable).ok().as_deref());
-    let there = |file: &str| std::path::Path::new(file).exists();
-    match kind {
+    match device_kind(kind) {
         "cpu" => {
             torch_ext::keep_freed_memory();
             torch_ext::count_host_memory()?;
@@ -93,9 +115,6 @@ pub fn accelerator(kind: &str, local_rank: usize) -> Result<Box<dyn Accelerator>
         }
         "cuda" => Ok(Box::new(Attached::cuda(own("CUDA_VISIBLE_DEVICES"))?)),
         "npu" => Ok(Box::new(Attached::npu(own("ASCEND_RT_VISIBLE_DEVICES"))?)),
-        "auto" if there("/dev/nvidiactl") => accelerator("cuda", local_rank),
-        "auto" if there("/dev/davinci_manager") => accelerator("npu", local_rank),
-        "auto" => accelerator("cpu", local_rank),
         other => Err(Error::new(format!("unknown device {other:?}: use cpu, cuda, npu or auto"))),
     }
 }
@@ -146,6 +165,9 @@ impl Accelerator for Cpu {
     fn copier(&self) -> Result<Box<dyn Copier>, Error> {
         Ok(Box::new(HostCopier))
     }
+    fn staging(&self, elements: i64, kind: Kind) -> Result<Tensor, Error> {
+        Ok(self.empty(&[elements], kind))
+    }
     fn numa_node(&self) -> Option<usize> {
         None
     }
@@ -159,6 +181,9 @@ struct HostCopier;
 impl Copier for HostCopier {
     fn copy(&mut self, tensor: &Tensor, into: &mut [u8]) -> Result<(), Error> {
         tensor.f_copy_data_u8(into, tensor.numel()).map_err(|e| Error::new(e.to_string()))
+    }
+    fn fetch(&mut self, tensor: &Tensor, into: &Tensor) -> Result<(), Error> {
+        tch::no_grad(|| into.shallow_clone().f_copy_(tensor)).map(drop).map_err(|e| Error::new(e.to_string()))
     }
 }
 
@@ -246,7 +271,11 @@ impl Accelerator for Attached {
         torch_ext::reset_peak(self.device())
     }
     fn copier(&self) -> Result<Box<dyn Copier>, Error> {
-        Ok(Box::new(PinnedCopier { pinned: torch_ext::pinned(PINNED)?, on_side_stream: false }))
+        Ok(Box::new(PinnedCopier { pinned: None, on_side_stream: false }))
+    }
+    fn staging(&self, elements: i64, kind: Kind) -> Result<Tensor, Error> {
+        let bytes = torch_ext::pinned(elements * kind.elt_size_in_bytes() as i64)?;
+        bytes.f_view_dtype(kind).map_err(|e| Error::new(e.to_string()))
     }
     fn numa_node(&self) -> Option<usize> {
         if self.device == NPU {
@@ -266,27 +295,47 @@ const PINNED: i64 = 4 << 20;
 /// By way of pinned memory, on a stream beside the one that computes. Its caller hands over tensors whose values are final:
 /// the trainer waits for the device at the end of each step.
 struct PinnedCopier {
-    pinned: Tensor,
+    pinned: Option<Tensor>,
     on_side_stream: bool,
 }
 
-impl Copier for PinnedCopier {
-    fn copy(&mut self, tensor: &Tensor, into: &mut [u8]) -> Result<(), Error> {
+impl PinnedCopier {
+    fn leave_the_computing_stream(&mut self, tensor: &Tensor) -> Result<(), Error> {
         if !self.on_side_stream {
             torch_ext::use_device(tensor)?;
             Stream::beside(tensor)?.use_here()?;
             self.on_side_stream = true;
         }
+        Ok(())
+    }
+}
+
+impl Copier for PinnedCopier {
+    fn copy(&mut self, tensor: &Tensor, into: &mut [u8]) -> Result<(), Error> {
+        if tensor.device() == Device::Cpu {
+            return HostCopier.copy(tensor, into);
+        }
+        self.leave_the_computing_stream(tensor)?;
+        let pinned = match self.pinned.take() {
+            Some(pinned) => pinned,
+            None => torch_ext::pinned(PINNED)?,
+        };
         let failed = |e: tch::TchError| Error::new(e.to_string());
         let bytes = tensor.f_view_dtype(Kind::Uint8).map_err(failed)?;
         for (index, part) in into.chunks_mut(PINNED as usize).enumerate() {
             let len = part.len() as i64;
-            let mut staged = self.pinned.narrow(0, 0, len);
+            let mut staged = pinned.narrow(0, 0, len);
             // A blocking copy waits for this thread's stream only.
             staged.f_copy_(&bytes.f_narrow(0, index as i64 * PINNED, len).map_err(failed)?).map_err(failed)?;
             staged.f_copy_data_u8(part, part.len()).map_err(failed)?;
         }
+        self.pinned = Some(pinned);
         Ok(())
+    }
+
+    fn fetch(&mut self, tensor: &Tensor, into: &Tensor) -> Result<(), Error> {
+        self.leave_the_computing_stream(tensor)?;
+        HostCopier.fetch(tensor, into)
     }
 }
 

@@ -16,6 +16,7 @@ mod loaded;
 mod memory;
 mod metrics;
 mod model;
+mod offload;
 mod optimizer;
 mod parameters;
 mod placing;

@@ -29,8 +29,10 @@ pub struct RankMemory {
     pub weights: u64,
     /// Gradients during a step.
     pub gradients: u64,
-    /// Moments, and fp32 masters where the model is bf16.
+    /// Moments, and fp32 masters where the model is bf16; none with `optimizer.offload`.
     pub optimizer: u64,
+    /// Moments and fp32 masters in the host's memory, beside a device that has its own: not part of [`RankMemory::total`].
+    pub host: u64,
     /// Microbatches whose activations exist at once, and what they are.
     pub held: f64,
     /// Kept from forward to backward.
@@ -269,7 +271,13 @@ impl Config {
                 shapes.iter().map(|s| if is_shared(&s) { own(s) } else { whole(s) }).sum::<u64>() * 4
             }
         };
-        let masters = if element == 2 { 4 * kept } else { 0 };
+        // In fp32 the weights are the masters, but where those are on the host.
+        let offloaded = self.optimizer.offload && self.run.device != "cpu";
+        let (optimizer, host) = match (offloaded, element) {
+            (true, _) => (0, 12 * kept),
+            (false, 2) => (12 * kept, 0),
+            (false, _) => (8 * kept, 0),
+        };
 
         let mut activations = 0;
         let mut largest = 0;
@@ -297,7 +305,8 @@ impl Config {
             parameters: kept,
             weights,
             gradients: of_gradients,
-            optimizer: 8 * kept + masters,
+            optimizer,
+            host,
             held,
             activations: (activations as f64 * held) as u64,
             moment: moment + largest,

@@ -2,11 +2,12 @@
 
 use crate::Error;
 use crate::config::OptimizerConfig;
+use crate::offload::Offload;
 use crate::parameters::Parameters;
 use kernels::{Update, adamw, sum_of_squares};
 use parallel::{Accelerator, Communicator, GradientBuckets, ReduceOp};
 use std::sync::Arc;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 use torch_ext::AdamW;
 
 /// The optimizer's state on this rank.
@@ -17,6 +18,8 @@ pub struct Optimizer {
     exp_avg_sqs: Vec<Tensor>,
     /// Parameters that share weight decay and learning-rate factor.
     groups: Vec<Group>,
+    /// Where masters are in the host's memory.
+    offload: Option<Offload>,
     /// All ranks: the squares of what each counts add up in the norm.
     world: Arc<dyn Communicator>,
 }
@@ -28,15 +31,18 @@ struct Group {
 }
 
 impl Optimizer {
-    /// State for `parameters`, all zero.
+    /// State for `parameters`, all zero, where their masters are.
+    ///
+    /// # Errors
+    /// When there is no memory by way of which gradients could come to the host.
     pub fn new(
         config: &OptimizerConfig,
         grad_clip: f64,
         parameters: &Parameters,
         device: &dyn Accelerator,
         world: Arc<dyn Communicator>,
-    ) -> Optimizer {
-        let zeros = || parameters.iter().map(|p| device.zeros(&p.master.size(), Kind::Float)).collect::<Vec<_>>();
+    ) -> Result<Optimizer, Error> {
+        let zeros = || parameters.iter().map(|parameter| parameter.master.zeros_like()).collect::<Vec<_>>();
         let mut groups: Vec<Group> = Vec::new();
         for (index, parameter) in parameters.iter().enumerate() {
             let (decay, lr_scale) = (parameter.decay, parameter.lr_scale);
@@ -45,8 +51,11 @@ impl Optimizer {
                 None => groups.push(Group { decay, lr_scale, members: vec![index] }),
             }
         }
+        let largest = parameters.iter().map(|parameter| parameter.master.numel() as i64).max().unwrap_or(0);
+        let offload = || Offload::new(device, largest, parameters.kind());
+        let offload = parameters.are_offloaded().then(offload).transpose()?;
         let config = config.clone();
-        Optimizer { config, grad_clip, exp_avgs: zeros(), exp_avg_sqs: zeros(), groups, world }
+        Ok(Optimizer { config, grad_clip, exp_avgs: zeros(), exp_avg_sqs: zeros(), groups, offload, world })
     }
 
     /// First and second moments of parameter `index`.
@@ -73,7 +82,7 @@ impl Optimizer {
         Ok(total.double_value(&[0]).sqrt())
     }
 
-    /// Step number `step` (1 is the first) with learning rate `lr`, gradients clipped by their norm.
+    /// Step number `step` (1 is the first) with learning rate `lr`, gradients clipped by their norm, of what `device` computes with.
     ///
     /// # Errors
     /// libtorch's message.
@@ -84,6 +93,7 @@ impl Optimizer {
         step: u64,
         lr: f64,
         grad_norm: f64,
+        device: &dyn Accelerator,
     ) -> Result<(), Error> {
         // Clipping as torch.nn.utils.clip_grad_norm_ does it; the kernel divides by the scale in its own pass.
         let clipped = self.grad_clip > 0.0 && grad_norm > self.grad_clip;
@@ -107,7 +117,10 @@ impl Optimizer {
                 weight_decay: if group.decay { self.config.weight_decay } else { 0.0 },
                 eps: self.config.eps,
             };
-            adamw(&updates, config, step, scale)?;
+            match &self.offload {
+                Some(offload) => offload.update(device, &updates, config, step, scale)?,
+                None => adamw(&updates, config, step, scale)?,
+            }
         }
         Ok(())
     }

@@ -62,8 +62,11 @@ pub struct Parameter {
     pub own: Range<i64>,
     /// They, in the model's dtype: memory of the weight where that is whole.
     stored: Tensor,
-    /// They, in fp32, `[rows, columns]`: what the optimizer updates. In fp32 the same memory.
+    /// They, in fp32, `[rows, columns]`: what the optimizer updates. The same memory, but for bf16 and with `optimizer.offload`,
+    /// where it is the host's.
     pub master: Tensor,
+    /// Whether `stored` is other memory than `master`.
+    apart: bool,
     /// Who else holds it.
     pub replicas: Replicas,
     /// Whether the gradient of its own rows counts in the norm here, and not on another rank that has them too.
@@ -94,13 +97,13 @@ impl Parameter {
     /// Takes over what the master has become.
     pub(crate) fn store(&self) {
         if let Some(mut rounded) = self.rounded() {
-            tch::no_grad(|| rounded.copy_(&self.master));
+            tch::no_grad(|| rounded.copy_(&self.master.to_kind(rounded.kind())));
         }
     }
 
-    /// What has the master's rounded values, where it is not the master itself.
+    /// What has the master's values in the model's dtype, where it is not the master itself.
     pub(crate) fn rounded(&self) -> Option<Tensor> {
-        (self.stored.kind() != Kind::Float).then(|| self.stored.shallow_clone())
+        self.apart.then(|| self.stored.shallow_clone())
     }
 }
 
@@ -145,12 +148,24 @@ pub struct Parameters {
     zero: u8,
     /// By the number of [`Replicas`].
     replications: Vec<Replication>,
+    offloaded: bool,
 }
 
 impl Parameters {
-    /// For ranks that share out, by ZeRO stage `zero`: nothing, the optimizer's state, gradients too, weights too.
-    pub(crate) fn new(kind: Kind, seed: u64, zero: u8, replications: Vec<Replication>) -> Parameters {
-        Parameters { list: Vec::new(), kind, seed, zero, replications }
+    /// For ranks that share out, by ZeRO stage `zero`: nothing, the optimizer's state, gradients too, weights too. `offloaded`:
+    /// masters stay in the host's memory.
+    pub(crate) fn new(kind: Kind, seed: u64, zero: u8, replications: Vec<Replication>, offloaded: bool) -> Parameters {
+        Parameters { list: Vec::new(), kind, seed, zero, replications, offloaded }
+    }
+
+    /// Whether masters, and so moments, are in the host's memory, and weights in that of a device.
+    pub(crate) fn are_offloaded(&self) -> bool {
+        self.offloaded
+    }
+
+    /// The dtype that the model computes in.
+    pub(crate) fn kind(&self) -> Kind {
+        self.kind
     }
 
     /// All of them.
@@ -204,23 +219,31 @@ impl Parameters {
                     })
                     .collect(),
             };
-            device.upload(&Tensor::from_slice(&values).view([rows.end - rows.start, cols]))
+            Tensor::from_slice(&values).view([rows.end - rows.start, cols])
         };
+        let (kind, offloaded) = (self.kind, self.offloaded);
+        // In the model's dtype, and the masters.
+        let place = |drawn: Tensor| match offloaded {
+            true => (device.upload(&drawn.to_kind(kind)), drawn),
+            false => {
+                let drawn = device.upload(&drawn);
+                (drawn.to_kind(kind), drawn)
+            }
+        };
+        let apart = offloaded || kind != Kind::Float;
         let (weight, stored, master) = if self.zero == 3 && ranks > 1 {
-            let master = draw(&own);
-            let stored = if self.kind == Kind::Float { master.shallow_clone() } else { master.to_kind(self.kind) };
-            (Weight::elsewhere(shape, self.kind, master.device()), stored, master)
+            let (stored, master) = place(draw(&own));
+            (Weight::elsewhere(shape, kind, stored.device()), stored, master)
         } else {
-            let drawn = draw(&(0..rows));
-            let value = if self.kind == Kind::Float { drawn.shallow_clone() } else { drawn.to_kind(self.kind) };
+            let (value, all) = place(draw(&(0..rows)));
             let own_of = |tensor: &Tensor| tensor.narrow(0, own.start, count);
-            let master = if self.kind == Kind::Float || ranks == 1 { own_of(&drawn) } else { own_of(&drawn).copy() };
+            let master = if !apart || ranks == 1 { own_of(&all) } else { own_of(&all).copy() };
             (Weight::new(value.view(shape)), own_of(&value), master)
         };
         let handle = weight.clone();
         let Traits { decay, lr_scale, .. } = traits;
         let pieces = Mutex::new(pieces);
-        self.list.push(Parameter { pieces, weight, own, stored, master, replicas, counted, decay, lr_scale });
+        self.list.push(Parameter { pieces, weight, own, stored, master, apart, replicas, counted, decay, lr_scale });
         handle
     }
 

@@ -184,8 +184,8 @@ impl ReferenceStep {
         let model = Model::new(&config, ModelPart::whole(config.layers), &setting);
         let leaves: Vec<_> = model.parameters.iter().map(|p| (p.weight.clone(), 0)).collect();
         let gradients = GradientBuckets::new(&leaves, &[Replication::alone()], 25 << 20, true, device.as_ref())?;
-        let settings = OptimizerConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
-        let optimizer = Optimizer::new(&settings, 1.0, &model.parameters, device.as_ref(), alone);
+        let settings = OptimizerConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, offload: false };
+        let optimizer = Optimizer::new(&settings, 1.0, &model.parameters, device.as_ref(), alone)?;
         tch::manual_seed(1);
         let inputs = device.zeros(&[shape.batch, shape.sequence], Kind::Int64).random_to_(shape.vocab as i64);
         // The next token, as a causal model is trained; the last position has none.
@@ -224,7 +224,7 @@ impl ReferenceStep {
         self.gradients.finish()?;
         let norm = self.optimizer.grad_norm(&self.model.parameters, &self.gradients)?;
         self.step += 1;
-        self.optimizer.step(&self.model.parameters, &self.gradients, self.step, 3e-4, norm)?;
+        self.optimizer.step(&self.model.parameters, &self.gradients, self.step, 3e-4, norm, self.device.as_ref())?;
         let loss = f64::try_from(&losses.total)?;
         self.device.synchronize()?;
         Ok((started.elapsed().as_secs_f64(), loss))

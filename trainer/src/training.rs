@@ -158,7 +158,7 @@ impl Trainer {
             None => None,
         };
         let (settings, clip) = (&config.optimizer, config.train.grad_clip);
-        let optimizer = Optimizer::new(settings, clip, parameters, device.as_ref(), all.clone());
+        let optimizer = Optimizer::new(settings, clip, parameters, device.as_ref(), all.clone())?;
         Ok(Trainer {
             config,
             mesh,
@@ -577,7 +577,14 @@ impl Trainer {
             }
         }
         let lr = learning_rate(&self.config.schedule, self.step, self.config.train.steps, self.tokens_per_step());
-        self.optimizer.step(&self.model.parameters, &self.gradients, self.step + 1, lr, grad_norm)?;
+        self.optimizer.step(
+            &self.model.parameters,
+            &self.gradients,
+            self.step + 1,
+            lr,
+            grad_norm,
+            self.device.as_ref(),
+        )?;
         self.model.changed();
         let experts = sums.mixtures.first().map_or(1, |mixture| mixture.choices.len().max(1));
         let choices: Vec<&[f64]> = figures[choices_at..moved_at].chunks(experts).collect();

@@ -100,8 +100,8 @@ fn check(name: &str, config: ModelConfig) {
 
     let leaves: Vec<_> = model.parameters.iter().map(|p| (p.weight.clone(), 0)).collect();
     let gradients = GradientBuckets::new(&leaves, &[Replication::alone()], 1 << 20, true, device).unwrap();
-    let settings = OptimizerConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
-    let mut optimizer = Optimizer::new(&settings, 1.0, &model.parameters, device, alone);
+    let settings = OptimizerConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, offload: false };
+    let mut optimizer = Optimizer::new(&settings, 1.0, &model.parameters, device, alone).unwrap();
     let ids = device.upload(&golden.tensor("input_ids"));
     let (batch, length) = ids.size2().unwrap();
     let labels = ids.roll([-1], [1]);
@@ -135,7 +135,7 @@ fn check(name: &str, config: ModelConfig) {
                 }
             }
         }
-        optimizer.step(&model.parameters, &gradients, step, 1e-2, norm).unwrap();
+        optimizer.step(&model.parameters, &gradients, step, 1e-2, norm, device).unwrap();
     }
     if config.mup.is_some() {
         return; // Learning rates differ by parameter there; transformers has no such optimizer.

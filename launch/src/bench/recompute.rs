@@ -1,5 +1,5 @@
-//! `moerun bench recompute`: what it saves and costs an experiment, on this machine, to compute activations again; and the cheapest
-//! way to do so that fits into so much memory.
+//! `moerun bench recompute`: what it saves and costs an experiment, on this machine, to compute activations again, and to keep the
+//! optimizer's state in the host's memory where there is a device beside it; and the cheapest way that fits into so much memory.
 
 use super::{in_a_folder, largest, median, round, train, write_tokens};
 use crate::cli::RecomputeArgs;
@@ -12,11 +12,12 @@ use trainer::config::Config;
 
 const PARTS: [&str; 4] = ["norm", "attention", "router", "experts"];
 
-/// What is computed again: these of the parts, and so many whole layers.
+/// What is computed again, these of the parts and so many whole layers; and whether the optimizer's state is on the host.
 #[derive(Debug, Clone, PartialEq)]
 struct Way {
     parts: Vec<usize>,
     layers: usize,
+    offload: bool,
 }
 
 /// What a step takes: time, and tensors of the fullest rank at their peak.
@@ -26,24 +27,30 @@ struct Cost {
     mib: f64,
 }
 
-/// What was measured of a model: with nothing computed again, with each part in all layers, and with all layers.
+/// What was measured of a model: with nothing computed again, with each part in all layers, with all layers, and with the optimizer's
+/// state on the host, where that is something else.
 struct Measured {
     none: Cost,
     parts: Vec<Cost>,
     all: Cost,
+    offload: Option<Cost>,
     layers: usize,
 }
 
 impl Way {
-    /// Every one there is, for a model of so many layers.
-    fn every(layers: usize) -> impl Iterator<Item = Way> {
+    /// Every one there is, for a model of so many layers; with the optimizer's state on the host too, if it `can_offload`.
+    fn every(layers: usize, can_offload: bool) -> impl Iterator<Item = Way> {
         let subsets = (0..1usize << PARTS.len())
             .map(|bits| (0..PARTS.len()).filter(|part| bits >> part & 1 == 1).collect::<Vec<usize>>());
-        let some = subsets.flat_map(move |parts| (0..layers).map(move |layers| Way { parts: parts.clone(), layers }));
-        some.chain([Way { parts: Vec::new(), layers }])
+        let some = subsets.flat_map(move |parts| (0..layers).map(move |layers| (parts.clone(), layers)));
+        let recomputed = some.chain([(Vec::new(), layers)]);
+        recomputed.flat_map(move |(parts, layers)| {
+            let ways = [false, true].map(|offload| Way { parts: parts.clone(), layers, offload });
+            ways.into_iter().filter(move |way| can_offload || !way.offload)
+        })
     }
 
-    /// As `parallel.recompute` has it; `order` says which layers come first.
+    /// As `parallel.recompute` and `optimizer.offload` have it; `order` says which layers come first.
     fn setting(&self, order: &[usize]) -> Value {
         let parts: Vec<&str> = self.parts.iter().map(|&part| PARTS[part]).collect();
         let layers = match self.layers {
@@ -55,7 +62,7 @@ impl Way {
                 json!(chosen)
             }
         };
-        json!({"layers": layers, "parts": parts})
+        json!({"recompute": {"layers": layers, "parts": parts}, "offload": self.offload})
     }
 }
 
@@ -63,7 +70,9 @@ impl Measured {
     /// What a way is expected to take: savings and costs add up, and each layer has its share of them.
     fn expected(&self, way: &Way) -> Cost {
         let whole = way.layers as f64 / self.layers as f64;
-        let shares = way.parts.iter().map(|&part| (1.0 - whole, self.parts[part])).chain([(whole, self.all)]);
+        let offload = self.offload.filter(|_| way.offload).map(|cost| (1.0, cost));
+        let parts = way.parts.iter().map(|&part| (1.0 - whole, self.parts[part]));
+        let shares = parts.chain([(whole, self.all)]).chain(offload);
         // What seems to make a step faster is noise.
         shares.fold(self.none, |sum, (share, cost)| Cost {
             step_ms: sum.step_ms + share * (cost.step_ms - self.none.step_ms).max(0.0),
@@ -73,9 +82,9 @@ impl Measured {
 
     /// The fastest way that is expected to fit into `mib`, without those that did not; of equally fast ones that which does least.
     fn fastest(&self, mib: f64, without: &[Way]) -> Option<(Way, Cost)> {
-        let ways = Way::every(self.layers).map(|way| (self.expected(&way), way));
+        let ways = Way::every(self.layers, self.offload.is_some()).map(|way| (self.expected(&way), way));
         let fitting = ways.filter(|(cost, way)| cost.mib <= mib && !without.contains(way));
-        let does = |way: &Way| (way.layers, way.parts.len());
+        let does = |way: &Way| (way.layers, way.parts.len(), way.offload);
         let fastest = fitting
             .min_by(|(a, one), (b, other)| a.step_ms.total_cmp(&b.step_ms).then_with(|| does(one).cmp(&does(other))));
         fastest.map(|(cost, way)| (way, cost))
@@ -109,15 +118,21 @@ fn measure(args: &RecomputeArgs, folder: &Path) -> Result<ExitCode> {
     let plan = config.pipeline_plan(config.microbatches(&mesh)).map_err(|error| anyhow!(error))?;
     let order = in_turns(&plan.layers);
 
-    let mut ways = vec![("none", Way { parts: Vec::new(), layers: 0 })];
-    ways.extend(PARTS.iter().enumerate().map(|(part, name)| (*name, Way { parts: vec![part], layers: 0 })));
-    ways.push(("all layers", Way { parts: Vec::new(), layers: order.len() }));
+    let can_offload = parallel::device_kind(&config.run.device) != "cpu";
+    let way = |parts: &[usize], layers, offload| Way { parts: parts.to_vec(), layers, offload };
+    let mut ways = vec![("none", way(&[], 0, false))];
+    ways.extend(PARTS.iter().enumerate().map(|(part, name)| (*name, way(&[part], 0, false))));
+    ways.push(("all layers", way(&[], order.len(), false)));
+    if can_offload {
+        ways.push(("offload", way(&[], 0, true)));
+    }
     let settings: Vec<Value> = ways.iter().map(|(_, way)| way.setting(&order)).collect();
     let costs = take_turns(args, folder, &experiment, &settings)?;
     let measured = Measured {
         none: costs[0],
         parts: costs[1..=PARTS.len()].to_vec(),
         all: costs[PARTS.len() + 1],
+        offload: costs.get(PARTS.len() + 2).copied(),
         layers: order.len(),
     };
     for (((name, _), setting), cost) in ways.iter().zip(&settings).zip(&costs) {
@@ -129,7 +144,7 @@ fn measure(args: &RecomputeArgs, folder: &Path) -> Result<ExitCode> {
     let mut without = Vec::new();
     while let Some((way, expected)) = measured.fastest(fit, &without) {
         let setting = way.setting(&order);
-        eprintln!("trying recompute: {setting}");
+        eprintln!("trying {setting}");
         // Times of another minute are no measure.
         let turns = take_turns(args, folder, &experiment, &[settings[0].clone(), setting.clone()])?;
         let (none, cost) = (turns[0], turns[1]);
@@ -143,10 +158,11 @@ fn measure(args: &RecomputeArgs, folder: &Path) -> Result<ExitCode> {
         }
         without.push(way);
     }
+    let most = if can_offload { " and the optimizer's state on the host" } else { "" };
     bail!(
-        "--fit-mib {fit}: with all layers computed again the fullest rank's tensors still take {:.1} MiB. Share out more \
+        "--fit-mib {fit}: with all layers computed again{most} the fullest rank's tensors still take {:.1} MiB. Share out more \
          (parallel.expert, tensor, pipeline, zero), or make train.micro_batch or data.sequence_length smaller",
-        measured.all.mib
+        measured.expected(&way(&[], order.len(), can_offload)).mib
     )
 }
 
@@ -156,7 +172,8 @@ fn line(args: &RecomputeArgs, case: &str, setting: &Value, cost: Cost, none: Cos
     json!({
         "bench": "recompute",
         "case": case,
-        "recompute": setting,
+        "recompute": setting["recompute"],
+        "offload": setting["offload"],
         "ranks": args.nproc_per_node,
         "step_ms": round(cost.step_ms, 1),
         "of_none": round(cost.step_ms / none.step_ms, 3),
@@ -176,7 +193,8 @@ fn take_turns(args: &RecomputeArgs, folder: &Path, experiment: &Value, settings:
     for turn in 1..=args.rounds {
         eprintln!("round {turn} of {}", args.rounds);
         for (setting, (step_ms, bytes)) in settings.iter().zip(&mut taken) {
-            experiment["parallel"]["recompute"] = setting.clone();
+            experiment["parallel"]["recompute"] = setting["recompute"].clone();
+            experiment["optimizer"]["offload"] = setting["offload"].clone();
             let steps = train(folder, &experiment, args.nproc_per_node, args.threads)?;
             step_ms.extend(steps[2..].iter().filter_map(|step| step["step_ms"].as_f64()));
             *bytes = steps.iter().map(|step| largest(&step["rank_peak_memory"])).fold(*bytes, f64::max);
@@ -215,10 +233,11 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_chosen_fits_and_nothing_that_fits_is_faster(
-            none in cost(), parts in prop::collection::vec(cost(), PARTS.len()), all in cost(), layers in 1..9usize, mib in 0.0..120.0f64,
+            none in cost(), parts in prop::collection::vec(cost(), PARTS.len()), all in cost(), offload in prop::option::of(cost()),
+            layers in 1..9usize, mib in 0.0..120.0f64,
         ) {
-            let measured = Measured { none, parts, all, layers };
-            let fitting: Vec<f64> = Way::every(layers)
+            let measured = Measured { none, parts, all, offload, layers };
+            let fitting: Vec<f64> = Way::every(layers, offload.is_some())
                 .map(|way| measured.expected(&way))
                 .filter(|cost| cost.mib <= mib)
                 .map(|cost| cost.step_ms)
@@ -237,12 +256,14 @@ mod tests {
 
         #[test]
         fn what_was_measured_is_what_is_expected(
-            none in cost(), parts in prop::collection::vec(cost(), PARTS.len()), all in cost(), layers in 1..9usize,
+            none in cost(), parts in prop::collection::vec(cost(), PARTS.len()), all in cost(), offload in cost(), layers in 1..9usize,
         ) {
-            let measured = Measured { none, parts, all, layers };
+            let measured = Measured { none, parts, all, offload: Some(offload), layers };
             let near = |a: f64, b: f64| (a - b).abs() < 1e-9;
-            let of = |parts, layers| measured.expected(&Way { parts, layers });
+            let of = |parts, layers| measured.expected(&Way { parts, layers, offload: false });
             prop_assert!(near(of(vec![], 0).mib, none.mib) && near(of(vec![], layers).mib, all.mib));
+            let offloaded = measured.expected(&Way { parts: vec![], layers, offload: true });
+            prop_assert!(near(offloaded.mib, all.mib + offload.mib - none.mib));
             for (part, cost) in measured.parts.iter().enumerate() {
                 prop_assert!(near(of(vec![part], 0).mib, cost.mib));
                 prop_assert!(near(of(vec![part], 0).step_ms, cost.step_ms.max(none.step_ms)));

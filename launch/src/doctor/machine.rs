@@ -7,6 +7,7 @@ use parallel::Backend;
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::Command;
+use trainer::RankMemory;
 use trainer::config::Config;
 
 const MIB: u64 = 1 << 20;
@@ -53,15 +54,15 @@ pub(super) fn memory(config: Option<&Config>, local: usize, total: usize) -> Fin
     let Some(available) = available_memory() else {
         return Finding::warning("memory", "/proc/meminfo says nothing", "mount /proc");
     };
-    let on_host = config.filter(|config| match config.run.device.as_str() {
-        "auto" => !Path::new("/dev/nvidiactl").exists(),
-        device => device == "cpu",
-    });
-    let needed = on_host.and_then(|config| {
+    let needed = config.and_then(|config| {
+        let mut config = config.clone();
+        config.run.device = parallel::device_kind(&config.run.device).to_string();
+        let on_host = config.run.device == "cpu";
         let ranks = config.memory(total).ok()?;
-        let mut bytes: Vec<u64> = ranks.iter().map(|rank| rank.total()).collect();
+        let held = |rank: &RankMemory| rank.host + if on_host { rank.total() } else { 0 };
+        let mut bytes: Vec<u64> = ranks.iter().map(held).collect();
         bytes.sort_unstable_by(|a, b| b.cmp(a));
-        Some(bytes.iter().take(local).sum::<u64>())
+        Some(bytes.iter().take(local).sum::<u64>()).filter(|&bytes| bytes > 0)
     });
     let have = available / MIB;
     match needed.map(|needed| needed / MIB) {

@@ -101,11 +101,16 @@ fn copier(device: &dyn Accelerator) -> Verdict {
     let tensor = device.upload(&host);
     device.synchronize().map_err(text)?;
     let mut copier = device.copier().map_err(text)?;
+    let staging = device.staging(host.numel() as i64, Kind::Int).map_err(text)?;
     let copied = std::thread::spawn(move || {
         let mut bytes = vec![0u8; tensor.numel() * 4];
-        copier.copy(&tensor, &mut bytes).map(|()| bytes)
+        copier.copy(&tensor, &mut bytes)?;
+        copier.fetch(&tensor, &staging)?;
+        Ok::<_, torch_ext::Error>((bytes, staging))
     });
-    let bytes = copied.join().map_err(|_| "the copying thread panicked")?.map_err(text)?;
-    let right = bytes.chunks_exact(4).enumerate().all(|(n, four)| four == (n as i32).to_ne_bytes());
+    let (bytes, staging) = copied.join().map_err(|_| "the copying thread panicked")?.map_err(text)?;
+    let right = bytes.chunks_exact(4).enumerate().all(|(n, four)| four == (n as i32).to_ne_bytes())
+        && staging.device() == Device::Cpu
+        && staging.equal(&host);
     if right { Ok(()) } else { Err("other bytes came out".into()) }
 }

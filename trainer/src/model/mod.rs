@@ -58,6 +58,8 @@ pub struct Setting<'a> {
     pub context_attention: ContextKind,
     /// What backward computes again.
     pub recompute: RecomputeConfig,
+    /// Whether the optimizer's state, fp32 masters among it, is in the host's memory and not on the device.
+    pub offload: bool,
 }
 
 impl<'a> Setting<'a> {
@@ -72,14 +74,15 @@ impl<'a> Setting<'a> {
             ranks,
             context_attention: config.parallel.context_attention,
             recompute: config.parallel.recompute.clone(),
+            offload: config.optimizer.offload && !device.computes_on_host(),
         }
     }
 
     /// One rank that keeps everything.
     pub fn alone(sequence_length: usize, dtype: Dtype, device: &'a dyn Accelerator, ranks: &'a Ranks) -> Setting<'a> {
         let (context_attention, recompute) = (ContextKind::Ring, RecomputeConfig::default());
-        let expert_gemm = Gemm::Model;
-        Setting { sequence_length, dtype, expert_gemm, seed: 0, device, ranks, context_attention, recompute }
+        let (expert_gemm, offload) = (Gemm::Model, false);
+        Setting { sequence_length, dtype, expert_gemm, seed: 0, device, ranks, context_attention, recompute, offload }
     }
 }
 
@@ -155,7 +158,8 @@ impl Model {
     pub fn new(config: &ModelConfig, part: ModelPart, setting: &Setting) -> Model {
         let Setting { device, ranks, .. } = *setting;
         let kind = setting.dtype.kind();
-        let mut parameters = Parameters::new(kind, setting.seed, ranks.zero, ranks.replications.clone());
+        let mut parameters =
+            Parameters::new(kind, setting.seed, ranks.zero, ranks.replications.clone(), setting.offload);
         let hidden = config.hidden as i64;
         let width = config.mup.as_ref().map_or(1.0, |mup| mup.width);
         let normal = |std: f64, lr_scale: f64| Traits { init: Init::Normal(std), decay: true, lr_scale };
