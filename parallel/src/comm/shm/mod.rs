@@ -326,17 +326,18 @@ impl Shared {
         let rung = || self.segment.rung(rank, Bell::Waiting);
         // What was written to rings before this rank was counted is seen here.
         fence(Ordering::SeqCst);
-        let (mut seen, mut moved) = (rung(), true);
+        // The bell as it was when nothing more was possible.
+        let mut still = None;
         for _ in 0..AT_ONCE {
-            seen = rung();
-            moved = engine.get_on(&self.segment, true);
-            if !moved && rung() == seen {
+            let seen = rung();
+            if !engine.get_on(&self.segment, true) && rung() == seen {
+                still = Some(seen);
                 break;
             }
         }
         self.segment.waiters(rank).fetch_sub(1, Ordering::SeqCst);
         // Others have rung for those who wait, perhaps for this one alone.
-        if moved || rung() != seen {
+        if still != Some(rung()) {
             self.segment.ring_doorbell(rank);
         }
     }
