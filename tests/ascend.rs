@@ -117,7 +117,8 @@ fn an_optimizers_state_on_the_host_changes_nothing_but_memory() {
         let run =
             |changes: &[&str]| train(&[&layout[..], &["snapshot.every=5", "validation.every=5"], changes].concat());
         run(&["train.steps=10", &device]);
-        run(&["train.steps=10", &host, "optimizer.offload=true"]);
+        let said = run(&["train.steps=10", &host, "optimizer.offload=true"]);
+        assert!(said.contains("the optimizer's state is in the host's memory"), "{said}");
         // Whose first half had it elsewhere goes on, too.
         let begun = if number == 1 { "optimizer.offload=false" } else { "optimizer.offload=true" };
         run(&["train.steps=5", &resumed, begun]);

@@ -803,8 +803,12 @@ impl Trainer {
             }
             _ => String::new(),
         };
+        let state = match self.model.parameters.are_offloaded() {
+            true => "; the optimizer's state is in the host's memory",
+            false => "",
+        };
         format!(
-            "{} on {}; {:.1}M parameters ({:.1}M active), {}; {} tokens of text, {} a step{lending}",
+            "{} on {}; {:.1}M parameters ({:.1}M active), {}; {} tokens of text, {} a step{state}{lending}",
             self.mesh,
             self.device.name(),
             total as f64 / 1e6,
