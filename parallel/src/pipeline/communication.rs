@@ -1,7 +1,7 @@
 //! Inserts into an order what its passes exchange.
 //!
 //! A tensor is sent right after the pass that makes it; a receive, and a collective, is started one pass before the
-//! one that needs it, so that it runs beside a computation.
+//! one that needs it, so that it runs beside a computation: lookups in the embedding and their gradients are none.
 
 use super::{Collective, CollectiveKind, Message, Order, Pass, PassKind, Payload, Schedule, Step, Vocabulary};
 use std::collections::HashMap;
@@ -186,19 +186,25 @@ fn with_finishes(mut schedule: Schedule) -> Schedule {
 
 fn of_rank(order: &Order, rank: usize, passes: &[Pass]) -> Vec<Step> {
     let mut list = Vec::new();
+    let mut started = 0;
     for (index, &pass) in passes.iter().enumerate() {
-        if index == 0 {
-            list.extend(starts(order, rank, pass));
+        // Under way while this pass computes: what the next computation needs, and lookups before it.
+        let next = passes[index + 1..].iter().position(|&pass| !is_lookup(pass));
+        let until = next.map_or(passes.len(), |next| index + 2 + next);
+        for &coming in &passes[started..until] {
+            list.extend(starts(order, rank, coming));
         }
-        // Under way while this pass computes.
-        if let Some(&next) = passes.get(index + 1) {
-            list.extend(starts(order, rank, next));
-        }
+        started = until;
         list.push(Step::Compute(pass));
         list.extend(order.makes(rank, pass).map(|(message, peer)| Step::Send(message, peer)));
         list.extend(order.gives(rank, pass).map(Step::Collect));
     }
     list
+}
+
+/// Whether `pass` takes next to no time.
+fn is_lookup(pass: Pass) -> bool {
+    matches!(pass.kind, PassKind::Embed | PassKind::EmbedBackward)
 }
 
 /// What has to be started for `pass`: receives, and collectives that this rank gives nothing to.
