@@ -1,7 +1,9 @@
 //! Ranks with Ascend NPUs, as far as that can be tried without one: CANN's and torch_npu's interfaces on host memory, built from
 //! `tests/ascend`.
 
-use crate::fixture::{Experiment, assert_close, assert_stopped_rank_is_named, curve, finish, free_port, ranks, text};
+use crate::fixture::{
+    Experiment, assert_close, assert_stopped_rank_is_named, curve, finish, free_port, ranks, text,
+};
 use serde_json::Value;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -17,11 +19,17 @@ fn libraries() -> &'static Path {
         for name in ["build.sh", "acl.h", "acl.cpp", "hccl.cpp", "torch_npu.cpp"] {
             std::fs::read(sources.join(name)).unwrap().hash(&mut hasher);
         }
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("ascend-{:016x}", hasher.finish()));
+        let folder =
+            Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("ascend-{:016x}", hasher.finish()));
         if !folder.exists() {
-            let include = std::env::var("MOERUN_TORCH_INCLUDE").expect("cargo sets it: see ./scripts/setup");
+            let include =
+                std::env::var("MOERUN_TORCH_INCLUDE").expect("cargo sets it: see ./scripts/setup");
             let unfinished = folder.with_extension(std::process::id().to_string());
-            let built = Command::new(sources.join("build.sh")).arg(include).arg(&unfinished).output().unwrap();
+            let built = Command::new(sources.join("build.sh"))
+                .arg(include)
+                .arg(&unfinished)
+                .output()
+                .unwrap();
             assert!(built.status.success(), "{}", text(&built));
             std::fs::rename(&unfinished, &folder).unwrap();
         }
@@ -32,17 +40,32 @@ fn libraries() -> &'static Path {
 /// Makes the libraries those that `command` finds.
 fn with_npus(command: &mut Command) -> &mut Command {
     // Gloo works twice in these processes, as itself and as HCCL, and c10d's own recorder is not made for that.
-    command.env("MOERUN_ASCEND_LIB", libraries()).env("TORCH_FR_BUFFER_SIZE", "0")
+    command
+        .env("MOERUN_ASCEND_LIB", libraries())
+        .env("TORCH_FR_BUFFER_SIZE", "0")
 }
 
 #[test]
 fn hccl_conforms() {
     let experiment = Experiment::new();
     for ranks in ["1", "2", "3", "4", "8"] {
-        let args = ["conformance", "--device", "npu", "--communicator", "hccl", "-n", ranks];
+        let args = [
+            "conformance",
+            "--device",
+            "npu",
+            "--communicator",
+            "hccl",
+            "-n",
+            ranks,
+        ];
         let output = finish(with_npus(&mut experiment.moerun(&args)));
         assert!(output.status.success(), "{ranks} ranks: {}", text(&output));
-        assert_eq!(text(&output).matches("ok ").count(), 20, "{}", text(&output));
+        assert_eq!(
+            text(&output).matches("ok ").count(),
+            20,
+            "{}",
+            text(&output)
+        );
     }
 }
 
@@ -51,9 +74,21 @@ fn npus_train_as_processors_do() {
     let experiment = Experiment::new();
     let layouts: [&[&str]; 5] = [
         &["parallel.zero=2"],
-        &["parallel.pipeline=2", "parallel.expert=1", "parallel.tensor=2"],
-        &["parallel.pipeline=2", "parallel.vocabulary=vocab-2", "train.micro_batch=1"],
-        &["parallel.context=2", "parallel.expert=4", "model.moe.dispatch=least_loaded"],
+        &[
+            "parallel.pipeline=2",
+            "parallel.expert=1",
+            "parallel.tensor=2",
+        ],
+        &[
+            "parallel.pipeline=2",
+            "parallel.vocabulary=vocab-2",
+            "train.micro_batch=1",
+        ],
+        &[
+            "parallel.context=2",
+            "parallel.expert=4",
+            "model.moe.dispatch=least_loaded",
+        ],
         &[
             "parallel.expert=4",
             "model.moe.dispatch=least_loaded",
@@ -65,11 +100,19 @@ fn npus_train_as_processors_do() {
         let run = |dir: &str, device: &str| {
             let set = [format!("run.dir={dir}"), format!("run.device={device}")];
             let mut command = experiment.train(4, &["train.steps=5"]);
-            layout.iter().map(|change| change.to_string()).chain(set).for_each(|change| {
-                command.args(["--set", &change]);
-            });
+            layout
+                .iter()
+                .map(|change| change.to_string())
+                .chain(set)
+                .for_each(|change| {
+                    command.args(["--set", &change]);
+                });
             let output = finish(with_npus(&mut command));
-            assert!(output.status.success(), "{layout:?} on {device}: {}", text(&output));
+            assert!(
+                output.status.success(),
+                "{layout:?} on {device}: {}",
+                text(&output)
+            );
             let curve = curve(&experiment, dir);
             std::fs::remove_dir_all(experiment.path(dir)).unwrap();
             curve
@@ -83,8 +126,16 @@ fn npus_train_as_processors_do() {
 /// The most that any rank's tensors took of its device, in bytes.
 fn peak_memory(experiment: &Experiment, run: &str) -> u64 {
     let lines = std::fs::read_to_string(experiment.path(run).join("metrics.jsonl")).unwrap();
-    let steps = lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-    let peaks = steps.filter_map(|step| step["rank_peak_memory"].as_array()?.iter().filter_map(Value::as_u64).max());
+    let steps = lines
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let peaks = steps.filter_map(|step| {
+        step["rank_peak_memory"]
+            .as_array()?
+            .iter()
+            .filter_map(Value::as_u64)
+            .max()
+    });
     peaks.max().unwrap()
 }
 
@@ -92,7 +143,11 @@ fn peak_memory(experiment: &Experiment, run: &str) -> u64 {
 fn an_optimizers_state_on_the_host_changes_nothing_but_memory() {
     let experiment = Experiment::new();
     let train = |changes: &[&str]| {
-        let output = finish(with_npus(experiment.train(4, changes).args(["--set", "run.device=npu"])));
+        let output = finish(with_npus(
+            experiment
+                .train(4, changes)
+                .args(["--set", "run.device=npu"]),
+        ));
         assert!(output.status.success(), "{changes:?}: {}", text(&output));
         text(&output)
     };
@@ -106,38 +161,90 @@ fn an_optimizers_state_on_the_host_changes_nothing_but_memory() {
             8,
             1e-5,
         ),
-        (["parallel.zero=3", "train.dtype=fp32", "parallel.tensor=2"], 8, 1e-5),
-        (["parallel.zero=1", "train.dtype=bf16", "parallel.expert=4"], 12, 1e-3),
+        (
+            ["parallel.zero=3", "train.dtype=fp32", "parallel.tensor=2"],
+            8,
+            1e-5,
+        ),
+        (
+            ["parallel.zero=1", "train.dtype=bf16", "parallel.expert=4"],
+            12,
+            1e-3,
+        ),
     ]
     .into_iter()
     .enumerate()
     {
         let folders = ["device", "host", "resumed"].map(|name| format!("{name}{number}"));
         let [device, host, resumed] = folders.each_ref().map(|name| format!("run.dir={name}"));
-        let run =
-            |changes: &[&str]| train(&[&layout[..], &["snapshot.every=5", "validation.every=5"], changes].concat());
+        let run = |changes: &[&str]| {
+            train(
+                &[
+                    &layout[..],
+                    &["snapshot.every=5", "validation.every=5"],
+                    changes,
+                ]
+                .concat(),
+            )
+        };
         run(&["train.steps=10", &device]);
         let said = run(&["train.steps=10", &host, "optimizer.offload=true"]);
-        assert!(said.contains("the optimizer's state is in the host's memory"), "{said}");
+        assert!(
+            said.contains("the optimizer's state is in the host's memory"),
+            "{said}"
+        );
         // Whose first half had it elsewhere goes on, too.
-        let begun = if number == 1 { "optimizer.offload=false" } else { "optimizer.offload=true" };
+        let begun = if number == 1 {
+            "optimizer.offload=false"
+        } else {
+            "optimizer.offload=true"
+        };
         run(&["train.steps=5", &resumed, begun]);
         let said = run(&["train.steps=10", &resumed, "optimizer.offload=true"]);
-        assert!(said.contains("going on from the checkpoint of step 5"), "{said}");
+        assert!(
+            said.contains("going on from the checkpoint of step 5"),
+            "{said}"
+        );
         let [device, host, resumed] = folders;
-        assert_close(&curve(&experiment, &device), &curve(&experiment, &host), tolerance);
-        assert_close(&curve(&experiment, &host), &curve(&experiment, &resumed), if number == 1 { 1e-5 } else { 0.0 });
-        let moved = curve(&experiment, &host).iter().filter_map(|step| step["moved_experts"].as_u64()).sum::<u64>();
+        assert_close(
+            &curve(&experiment, &device),
+            &curve(&experiment, &host),
+            tolerance,
+        );
+        assert_close(
+            &curve(&experiment, &host),
+            &curve(&experiment, &resumed),
+            if number == 1 { 1e-5 } else { 0.0 },
+        );
+        let moved = curve(&experiment, &host)
+            .iter()
+            .filter_map(|step| step["moved_experts"].as_u64())
+            .sum::<u64>();
         assert_eq!(moved > 0, number == 0, "{layout:?}: {moved} experts moved");
         let mut plan = experiment.moerun(&["plan", "mesh", "small.yaml", "-n", "4"]);
-        for change in layout.iter().chain(&["run.device=npu", "optimizer.offload=true"]) {
+        for change in layout
+            .iter()
+            .chain(&["run.device=npu", "optimizer.offload=true"])
+        {
             plan.args(["--set", change]);
         }
         let plan = text(&finish(&mut plan));
-        let kept = plan.lines().skip(3).filter_map(|line| line.split_whitespace().nth(8)?.parse::<u64>().ok());
-        let (kept, saved) = (kept.min().unwrap(), peak_memory(&experiment, &device) - peak_memory(&experiment, &host));
-        assert!(saved * 100 >= kept * bytes * 95, "{layout:?}: {saved} bytes saved of {kept} parameters");
-        assert!(plan.contains("With optimizer.offload each rank's moments"), "{plan}");
+        let kept = plan
+            .lines()
+            .skip(3)
+            .filter_map(|line| line.split_whitespace().nth(8)?.parse::<u64>().ok());
+        let (kept, saved) = (
+            kept.min().unwrap(),
+            peak_memory(&experiment, &device) - peak_memory(&experiment, &host),
+        );
+        assert!(
+            saved * 100 >= kept * bytes * 95,
+            "{layout:?}: {saved} bytes saved of {kept} parameters"
+        );
+        assert!(
+            plan.contains("With optimizer.offload each rank's moments"),
+            "{plan}"
+        );
     }
 }
 
@@ -145,34 +252,82 @@ fn an_optimizers_state_on_the_host_changes_nothing_but_memory() {
 fn what_an_optimizers_state_on_the_host_saves_is_measured() {
     let experiment = Experiment::new();
     let bench = |more: &[&str]| {
-        let args = ["bench", "recompute", "small.yaml", "-n", "2", "--rounds", "1", "--steps", "4"];
+        let args = [
+            "bench",
+            "recompute",
+            "small.yaml",
+            "-n",
+            "2",
+            "--rounds",
+            "1",
+            "--steps",
+            "4",
+        ];
         let mut bench = experiment.moerun(&args);
-        bench.args(["--set", "run.device=npu", "--set", "train.micro_batch=4"]).args(more);
+        bench
+            .args(["--set", "run.device=npu", "--set", "train.micro_batch=4"])
+            .args(more);
         let output = finish(with_npus(&mut bench));
         assert!(output.status.success(), "{}", text(&output));
         let lines = String::from_utf8(output.stdout).unwrap();
-        lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()).collect::<Vec<_>>()
+        lines
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap())
+            .collect::<Vec<_>>()
     };
     let mib = |line: &Value| line["measured_mib"].as_f64().unwrap();
     let measured = bench(&[]);
     let (all, offload) = (&measured[5], &measured[6]);
-    assert_eq!((&all["case"], &offload["case"]), (&Value::from("all layers"), &Value::from("offload")));
-    assert!(offload["offload"] == true && mib(offload) < mib(&measured[0]), "{measured:?}");
+    assert_eq!(
+        (&all["case"], &offload["case"]),
+        (&Value::from("all layers"), &Value::from("offload"))
+    );
+    assert!(
+        offload["offload"] == true && mib(offload) < mib(&measured[0]),
+        "{measured:?}"
+    );
     // No recomputation alone saves so much.
     let fit = (mib(all) - 0.1).to_string();
     let chosen = bench(&["--fit-mib", &fit]).pop().unwrap();
-    assert!(chosen["case"] == "fit" && chosen["offload"] == true && mib(&chosen) < mib(all), "{chosen}");
+    assert!(
+        chosen["case"] == "fit" && chosen["offload"] == true && mib(&chosen) < mib(all),
+        "{chosen}"
+    );
 }
 
 #[test]
 fn npus_without_hccl_go_by_the_hosts_memory() {
     let experiment = Experiment::new();
-    let args = ["conformance", "--device", "npu", "--communicator", "gloo", "-n", "2"];
+    let args = [
+        "conformance",
+        "--device",
+        "npu",
+        "--communicator",
+        "gloo",
+        "-n",
+        "2",
+    ];
     let output = finish(with_npus(&mut experiment.moerun(&args)));
     assert!(output.status.success(), "{}", text(&output));
-    let layout = ["train.steps=3", "parallel.pipeline=2", "parallel.vocabulary=vocab-2", "train.micro_batch=1"];
-    assert!(finish(experiment.train(4, &layout).args(["--set", "run.dir=cpu"])).status.success());
-    let changes = ["--set", "run.dir=npu", "--set", "run.device=npu", "--set", "run.communicator=gloo"];
+    let layout = [
+        "train.steps=3",
+        "parallel.pipeline=2",
+        "parallel.vocabulary=vocab-2",
+        "train.micro_batch=1",
+    ];
+    assert!(
+        finish(experiment.train(4, &layout).args(["--set", "run.dir=cpu"]))
+            .status
+            .success()
+    );
+    let changes = [
+        "--set",
+        "run.dir=npu",
+        "--set",
+        "run.device=npu",
+        "--set",
+        "run.communicator=gloo",
+    ];
     let output = finish(with_npus(experiment.train(4, &layout).args(changes)));
     assert!(output.status.success(), "{}", text(&output));
     assert_close(&curve(&experiment, "cpu"), &curve(&experiment, "npu"), 1e-5);
@@ -185,7 +340,9 @@ fn a_stopped_rank_is_named_over_hccl() {
     let changes = ["train.steps=100000", "run.timeout_s=6", "run.device=npu"];
     let run = ranks(&experiment, 4, &changes, |command, rank| {
         with_npus(command);
-        format!("RANK={rank} LOCAL_RANK={rank} WORLD_SIZE=4 MASTER_ADDR=127.0.0.1 MASTER_PORT={port}")
+        format!(
+            "RANK={rank} LOCAL_RANK={rank} WORLD_SIZE=4 MASTER_ADDR=127.0.0.1 MASTER_PORT={port}"
+        )
     });
     assert_stopped_rank_is_named(&experiment, 2, run);
 }
@@ -196,12 +353,21 @@ fn what_is_missing_is_said_in_one_sentence() {
     let refused = |changes: &[&str], expected: &str| {
         let output = finish(experiment.train(2, changes).env_remove("MOERUN_ASCEND_LIB"));
         let said = text(&output);
-        assert!(!output.status.success() && said.contains(expected), "{said}");
+        assert!(
+            !output.status.success() && said.contains(expected),
+            "{said}"
+        );
         assert!(!said.contains("panic"), "{said}");
     };
     refused(&["run.device=npu"], "libtorch_npu.so could not be loaded");
-    refused(&["run.communicator=hccl"], "run.communicator is hccl, which carries tensors of npu alone");
-    refused(&["run.communicator=nccl"], "run.communicator is nccl, which carries tensors of cuda alone");
+    refused(
+        &["run.communicator=hccl"],
+        "run.communicator is hccl, which carries tensors of npu alone",
+    );
+    refused(
+        &["run.communicator=nccl"],
+        "run.communicator is nccl, which carries tensors of cuda alone",
+    );
     if !Path::new("/dev/nvidiactl").exists() {
         refused(&["run.device=cuda"], "libtorch_cuda.so could not be loaded");
     }

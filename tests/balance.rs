@@ -9,7 +9,9 @@ const UNEVEN: &str = "model.moe={experts: 8, top_k: 1, ffn: 32, load_balance: 0.
 
 fn metrics(experiment: &Experiment, run: &str) -> Vec<Value> {
     let text = std::fs::read_to_string(experiment.path(run).join("metrics.jsonl")).unwrap();
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
 }
 
 #[test]
@@ -17,58 +19,154 @@ fn a_run_that_lends_and_moves_experts_says_so_goes_on_to_the_bit_and_can_be_insp
     let experiment = Experiment::new();
     let whole = finish(&mut experiment.train(4, &[UNEVEN, "run.dir=whole"]));
     assert!(whole.status.success(), "{}", text(&whole));
-    assert!(text(&whole).contains("an expert is lent for 4 tokens or more (as configured)"), "{}", text(&whole));
-    assert!(text(&whole).contains("spilled"), "the progress lines tell: {}", text(&whole));
+    assert!(
+        text(&whole).contains("an expert is lent for 4 tokens or more (as configured)"),
+        "{}",
+        text(&whole)
+    );
+    assert!(
+        text(&whole).contains("spilled"),
+        "the progress lines tell: {}",
+        text(&whole)
+    );
     // The last step moves experts; its checkpoint comes from the keepers' memory all the same, and ranks that write one themselves say so.
-    assert_eq!(text(&whole).matches("checkpoint whole/checkpoints/step-00000020").count(), 1, "{}", text(&whole));
+    assert_eq!(
+        text(&whole)
+            .matches("checkpoint whole/checkpoints/step-00000020")
+            .count(),
+        1,
+        "{}",
+        text(&whole)
+    );
     let lines = metrics(&experiment, "whole");
-    let steps: Vec<&Value> = lines.iter().filter(|line| line["loss"].is_number()).collect();
-    let sum =
-        |key: &str| -> u64 { steps.iter().flat_map(|s| s[key].as_array().unwrap()).map(|n| n.as_u64().unwrap()).sum() };
+    let steps: Vec<&Value> = lines
+        .iter()
+        .filter(|line| line["loss"].is_number())
+        .collect();
+    let sum = |key: &str| -> u64 {
+        steps
+            .iter()
+            .flat_map(|s| s[key].as_array().unwrap())
+            .map(|n| n.as_u64().unwrap())
+            .sum()
+    };
     assert!(sum("spilled_rows") > 0 && sum("lent_bytes") > 0 && sum("node_bytes") == 0);
-    assert!(steps.iter().map(|step| step["moved_experts"].as_u64().unwrap()).sum::<u64>() > 0);
+    assert!(
+        steps
+            .iter()
+            .map(|step| step["moved_experts"].as_u64().unwrap())
+            .sum::<u64>()
+            > 0
+    );
     let percentiles = steps[0]["rank_imbalance_percentiles"].as_array().unwrap();
-    assert!(percentiles.windows(2).all(|pair| pair[0].as_f64() <= pair[1].as_f64()));
+    assert!(
+        percentiles
+            .windows(2)
+            .all(|pair| pair[0].as_f64() <= pair[1].as_f64())
+    );
 
     // In two halves, by the same command.
     for steps in ["train.steps=10", "train.steps=20"] {
         let half = finish(&mut experiment.train(4, &[UNEVEN, "run.dir=halves", steps]));
         assert!(half.status.success(), "{}", text(&half));
     }
-    let losses =
-        |run: &str| -> Vec<Value> { metrics(&experiment, run).iter().map(|line| line["loss"].clone()).collect() };
-    let of = |losses: Vec<Value>| losses.into_iter().filter(Value::is_number).collect::<Vec<_>>();
+    let losses = |run: &str| -> Vec<Value> {
+        metrics(&experiment, run)
+            .iter()
+            .map(|line| line["loss"].clone())
+            .collect()
+    };
+    let of = |losses: Vec<Value>| {
+        losses
+            .into_iter()
+            .filter(Value::is_number)
+            .collect::<Vec<_>>()
+    };
     assert_eq!(of(losses("halves")), of(losses("whole")));
 
-    let mut inspect = experiment.moerun(&["inspect", "routing", "whole", "--slices", "2", "--svg", "heat.svg"]);
+    let mut inspect = experiment.moerun(&[
+        "inspect", "routing", "whole", "--slices", "2", "--svg", "heat.svg",
+    ]);
     let inspected = finish(inspect.args(["--segment", "8", "--tokens", "512"]));
     let said = text(&inspected);
     assert!(inspected.status.success(), "{said}");
-    for words in ["steps 1 to", "layer 1 |", "times the mean", "SRP", "of step 20 on 512 validation tokens"] {
+    for words in [
+        "steps 1 to",
+        "layer 1 |",
+        "times the mean",
+        "SRP",
+        "of step 20 on 512 validation tokens",
+    ] {
         assert!(said.contains(words), "{words:?} is not in:\n{said}");
     }
-    assert!(std::fs::read_to_string(experiment.path("heat.svg")).unwrap().starts_with("<svg"));
+    assert!(
+        std::fs::read_to_string(experiment.path("heat.svg"))
+            .unwrap()
+            .starts_with("<svg")
+    );
     let mut unread = experiment.moerun(&["inspect", "routing", "whole"]);
-    let mut unread = unread.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let mut unread = unread
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
     drop(unread.stdout.take());
     let said = text(&finish_child(unread));
     assert!(!said.contains("panicked"), "as with `| head`: {said}");
     let nowhere = finish(&mut experiment.moerun(&["inspect", "routing", "nowhere"]));
-    assert!(!nowhere.status.success() && text(&nowhere).contains("cannot read nowhere/routing.jsonl"));
+    assert!(
+        !nowhere.status.success() && text(&nowhere).contains("cannot read nowhere/routing.jsonl")
+    );
 }
 
 #[test]
 fn the_layer_bench_prints_a_line_a_case_and_refuses_what_makes_no_sense() {
     let experiment = Experiment::new();
-    let small = ["bench", "moe-layer", "--tokens", "256", "--hidden", "32", "--ffn", "32", "--rounds", "1"];
-    let bench = finish(experiment.moerun(&small).args(["--min-tokens", "4", "--case", "95:1", "--case", "w4"]));
+    let small = [
+        "bench",
+        "moe-layer",
+        "--tokens",
+        "256",
+        "--hidden",
+        "32",
+        "--ffn",
+        "32",
+        "--rounds",
+        "1",
+    ];
+    let bench = finish(experiment.moerun(&small).args([
+        "--min-tokens",
+        "4",
+        "--case",
+        "95:1",
+        "--case",
+        "w4",
+    ]));
     assert!(bench.status.success(), "{}", text(&bench));
-    let lines: Vec<Value> =
-        String::from_utf8_lossy(&bench.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    assert_eq!(lines.iter().map(|line| line["case"].as_str().unwrap()).collect::<Vec<_>>(), ["95:1", "w4"]);
+    let lines: Vec<Value> = String::from_utf8_lossy(&bench.stdout)
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(
+        lines
+            .iter()
+            .map(|line| line["case"].as_str().unwrap())
+            .collect::<Vec<_>>(),
+        ["95:1", "w4"]
+    );
     for line in &lines {
-        assert!(line["ratio"].is_number() && line["ideal"].as_f64() >= Some(1.0), "{line}");
-        let rows = |key: &str| -> f64 { line[key].as_array().unwrap().iter().map(|rows| rows.as_f64().unwrap()).sum() };
+        assert!(
+            line["ratio"].is_number() && line["ideal"].as_f64() >= Some(1.0),
+            "{line}"
+        );
+        let rows = |key: &str| -> f64 {
+            line[key]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|rows| rows.as_f64().unwrap())
+                .sum()
+        };
         assert_eq!(rows("gemm_rows"), rows("baseline_gemm_rows"));
         assert_ne!(line["gemm_rows"], line["baseline_gemm_rows"], "{line}");
     }
@@ -78,13 +176,26 @@ fn the_layer_bench_prints_a_line_a_case_and_refuses_what_makes_no_sense() {
     assert!(line["loss_difference"].as_f64() < Some(1e-5), "{line}");
     let wrong: [(&[&str], &str); 4] = [
         (&["--case", "95"], "SHARE:EXPERTS"),
-        (&["--case", "95:9", "--experts", "16"], "rank 0 has 8 of 16 experts, not 9"),
-        (&["--ranks", "0"], "--ranks, --rounds, --tokens, --hidden and --ffn must be at least 1"),
-        (&["--experts", "7"], "7 experts cannot be shared out over 2 ranks"),
+        (
+            &["--case", "95:9", "--experts", "16"],
+            "rank 0 has 8 of 16 experts, not 9",
+        ),
+        (
+            &["--ranks", "0"],
+            "--ranks, --rounds, --tokens, --hidden and --ffn must be at least 1",
+        ),
+        (
+            &["--experts", "7"],
+            "7 experts cannot be shared out over 2 ranks",
+        ),
     ];
     for (args, words) in wrong {
         let refused = finish(experiment.moerun(&small).args(args));
-        assert!(!refused.status.success() && text(&refused).contains(words), "{args:?}: {}", text(&refused));
+        assert!(
+            !refused.status.success() && text(&refused).contains(words),
+            "{args:?}: {}",
+            text(&refused)
+        );
     }
     experiment.assert_no_orphans();
 }

@@ -4,8 +4,15 @@ use std::path::Path;
 use std::process::Command;
 
 fn moerun(args: &[&str]) -> String {
-    let output = Command::new(env!("CARGO_BIN_EXE_moerun")).args(args).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let output = Command::new(env!("CARGO_BIN_EXE_moerun"))
+        .args(args)
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     String::from_utf8(output.stdout).unwrap()
 }
 
@@ -45,5 +52,8 @@ fn every_configuration_is_fine_and_so_is_its_printed_form() {
 fn the_schema_is_current() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/schema.json");
     let kept = std::fs::read_to_string(path).unwrap();
-    assert!(kept == moerun(&["config", "schema"]), "run: moerun config schema > configs/schema.json");
+    assert!(
+        kept == moerun(&["config", "schema"]),
+        "run: moerun config schema > configs/schema.json"
+    );
 }

@@ -28,10 +28,13 @@ fn without(experiment: &Experiment, library: &str) -> PathBuf {
     let core = own.with_file_name("moerun-core");
     let mut bytes = std::fs::read(&core).unwrap();
     let name = format!("{library}.so");
-    let places: Vec<usize> =
-        (0..bytes.len() - name.len()).filter(|&at| bytes[at..].starts_with(name.as_bytes())).collect();
+    let places: Vec<usize> = (0..bytes.len() - name.len())
+        .filter(|&at| bytes[at..].starts_with(name.as_bytes()))
+        .collect();
     assert!(!places.is_empty(), "{library} is not needed");
-    places.into_iter().for_each(|at| bytes[at + library.len() + 1] = b'_');
+    places
+        .into_iter()
+        .for_each(|at| bytes[at + library.len() + 1] = b'_');
     std::fs::copy(&core, experiment.path("moerun-core")).unwrap();
     std::fs::write(experiment.path("moerun-core"), bytes).unwrap();
     copy
@@ -64,18 +67,37 @@ fn missing_libraries_are_named() {
         command.arg("doctor");
         command
     };
-    assert_fault(&mut broken("libtorch_cpu"), &["FAULT libtorch_cpu._o cannot be found", "mend: run ./scripts/setup"]);
+    assert_fault(
+        &mut broken("libtorch_cpu"),
+        &[
+            "FAULT libtorch_cpu._o cannot be found",
+            "mend: run ./scripts/setup",
+        ],
+    );
     #[cfg(feature = "mpi")]
-    assert_fault(&mut broken("libmpi"), &["FAULT libmpi._o", "./scripts/setup --mpi"]);
+    assert_fault(
+        &mut broken("libmpi"),
+        &["FAULT libmpi._o", "./scripts/setup --mpi"],
+    );
     std::fs::remove_file(experiment.path("moerun-core")).unwrap();
-    assert_fault(Command::new(experiment.path("moerun")).arg("doctor"), &["moerun-core is missing"]);
+    assert_fault(
+        Command::new(experiment.path("moerun")).arg("doctor"),
+        &["moerun-core is missing"],
+    );
 }
 
 #[test]
 fn missing_mpi_is_named() {
     let experiment = Experiment::new();
-    let mut command = doctor(&experiment, &["small.yaml", "--set", "run.communicator=mpi"]);
-    let expected = if cfg!(feature = "mpi") { "no mpirun in PATH" } else { "built without it" };
+    let mut command = doctor(
+        &experiment,
+        &["small.yaml", "--set", "run.communicator=mpi"],
+    );
+    let expected = if cfg!(feature = "mpi") {
+        "no mpirun in PATH"
+    } else {
+        "built without it"
+    };
     assert_fault(
         command.env("MOERUN_MPIRUN", "/nowhere/mpirun"),
         &["FAULT MPI: ", expected, "mend: ", "scripts/setup --mpi"],
@@ -87,16 +109,22 @@ fn a_port_in_use_is_named() {
     let experiment = Experiment::new();
     let taken = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
-    let expected = [&format!("FAULT port: {port} cannot be used"), "choose another --master-port", "1 fault to mend"];
-    assert_fault(&mut doctor(&experiment, &["--master-port", &port]), &expected);
+    let expected = [
+        &format!("FAULT port: {port} cannot be used"),
+        "choose another --master-port",
+        "1 fault to mend",
+    ];
+    assert_fault(
+        &mut doctor(&experiment, &["--master-port", &port]),
+        &expected,
+    );
 }
 
 #[test]
 fn a_full_dev_shm_is_named() {
     let experiment = Experiment::new();
     // In a mount namespace of its own.
-    let script =
-        "mount -t tmpfs -o size=1m tmpfs /dev/shm && (dd if=/dev/zero of=/dev/shm/full bs=1k || true) && exec \"$@\"";
+    let script = "mount -t tmpfs -o size=1m tmpfs /dev/shm && (dd if=/dev/zero of=/dev/shm/full bs=1k || true) && exec \"$@\"";
     let moerun = experiment.moerun(&[]);
     let mut command = Command::new("unshare");
     command
@@ -104,13 +132,21 @@ fn a_full_dev_shm_is_named() {
         .arg(moerun.get_program())
         .arg("doctor")
         .current_dir(experiment.path(""));
-    if !Command::new("unshare").args(["-m", "true"]).status().is_ok_and(|status| status.success()) {
+    if !Command::new("unshare")
+        .args(["-m", "true"])
+        .status()
+        .is_ok_and(|status| status.success())
+    {
         eprintln!("this machine does not let a test mount anything");
         return;
     }
     assert_fault(
         &mut command,
-        &["FAULT shared memory: 0 MiB are free in /dev/shm", "mount -o remount,size=", "--shm-size"],
+        &[
+            "FAULT shared memory: 0 MiB are free in /dev/shm",
+            "mount -o remount,size=",
+            "--shm-size",
+        ],
     );
 }
 
@@ -122,11 +158,21 @@ fn ranks_of_other_versions_are_named() {
     let store = torch_ext::Store::tcp("127.0.0.1", 0, true, soon).unwrap();
     store.set("moerun/0/version", b"0.0.9").unwrap();
     let mut command = doctor(&experiment, &[]);
-    for (name, value) in [("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")] {
+    for (name, value) in [
+        ("RANK", "1"),
+        ("LOCAL_RANK", "1"),
+        ("WORLD_SIZE", "2"),
+        ("MASTER_ADDR", "127.0.0.1"),
+    ] {
         command.env(name, value);
     }
-    command.env("MASTER_PORT", store.port().unwrap().to_string()).env("TORCHELASTIC_USE_AGENT_STORE", "True");
-    let expected = ["rank 0 runs moerun 0.0.9 and rank 1 runs", "install the same version on every machine"];
+    command
+        .env("MASTER_PORT", store.port().unwrap().to_string())
+        .env("TORCHELASTIC_USE_AGENT_STORE", "True");
+    let expected = [
+        "rank 0 runs moerun 0.0.9 and rank 1 runs",
+        "install the same version on every machine",
+    ];
     assert_fault(&mut command, &expected);
 }
 
@@ -134,5 +180,11 @@ fn ranks_of_other_versions_are_named() {
 fn a_run_folder_that_cannot_be_written_is_named() {
     let experiment = Experiment::new();
     let mut command = doctor(&experiment, &["small.yaml", "--set", "run.dir=/proc/none"]);
-    assert_fault(&mut command, &["FAULT disk: /proc/none cannot be written", "choose another run.dir"]);
+    assert_fault(
+        &mut command,
+        &[
+            "FAULT disk: /proc/none cannot be written",
+            "choose another run.dir",
+        ],
+    );
 }

@@ -3,7 +3,9 @@
 //! `MOERUN_LAYOUTS` says how many (40), `MOERUN_LAYOUT_SEED` which. A failure prints what to give as `MOERUN_LAYOUT` to
 //! repeat it.
 
-use crate::agreement::{TIMEOUT, Trace, VOCAB, assert_same, sigmoid, softmax, trace_of, trainer_on, write_data};
+use crate::agreement::{
+    TIMEOUT, Trace, VOCAB, assert_same, sigmoid, softmax, trace_of, trainer_on, write_data,
+};
 use parallel::on_threads;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
@@ -43,17 +45,46 @@ fn layouts() -> impl Strategy<Value = (usize, Value)> {
     let sizes = sizes.prop_filter("at most 8 ranks", |(data, tensor, context, pipeline)| {
         (2..=8).contains(&(data * tensor * context * pipeline))
     });
-    let schedules = ["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "v-half", "v-min", "dualpipe-v"];
+    let schedules = [
+        "gpipe",
+        "1f1b",
+        "interleaved",
+        "zb-h1",
+        "zb-v",
+        "v-half",
+        "v-min",
+        "dualpipe-v",
+    ];
     let pipelines = (
         prop::sample::select(schedules.to_vec()),
-        prop::sample::select(vec!["baseline", "redis", "naive", "interlaced", "vocab-1", "vocab-2"]),
+        prop::sample::select(vec![
+            "baseline",
+            "redis",
+            "naive",
+            "interlaced",
+            "vocab-1",
+            "vocab-2",
+        ]),
     );
     let parts = prop::sample::subsequence(vec!["norm", "attention", "router", "experts"], 0..=4);
     let whole = prop::sample::select(vec![json!("none"), json!("all"), json!([0, 2])]);
-    let sharding = (0u8..4, any::<prop::sample::Index>(), any::<prop::sample::Index>());
-    let dispatch = prop::sample::select(vec!["standard", "least_loaded", "hierarchical", "hierarchical_least_loaded"]);
+    let sharding = (
+        0u8..4,
+        any::<prop::sample::Index>(),
+        any::<prop::sample::Index>(),
+    );
+    let dispatch = prop::sample::select(vec![
+        "standard",
+        "least_loaded",
+        "hierarchical",
+        "hierarchical_least_loaded",
+    ]);
     let nodes = prop::option::of(1usize..5);
-    let rest = (prop::sample::select(vec!["ring", "ulysses"]), 1usize..4, prop::sample::select(vec![0.01, 25.0]));
+    let rest = (
+        prop::sample::select(vec!["ring", "ulysses"]),
+        1usize..4,
+        prop::sample::select(vec![0.01, 25.0]),
+    );
     let rest = (rest, dispatch, nodes, any::<bool>(), 1usize..4);
     (sizes, pipelines, parts, whole, sharding, rest).prop_map(
         |((data, tensor, context, pipeline), (schedule, vocabulary), parts, whole, (zero, fold, block), rest)| {
@@ -109,14 +140,19 @@ fn config(folder: &Path, model: &Value, parallel: &Value) -> Config {
 }
 
 fn number(name: &str, default: u64) -> u64 {
-    std::env::var(name)
-        .map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name} is not a number: {text}")))
+    std::env::var(name).map_or(default, |text| {
+        text.parse()
+            .unwrap_or_else(|_| panic!("{name} is not a number: {text}"))
+    })
 }
 
 fn runner(salt: u8) -> TestRunner {
     let mut seed = [salt; 32];
     seed[..8].copy_from_slice(&number("MOERUN_LAYOUT_SEED", 1).to_le_bytes());
-    TestRunner::new_with_rng(RunnerConfig::default(), TestRng::from_seed(RngAlgorithm::ChaCha, &seed))
+    TestRunner::new_with_rng(
+        RunnerConfig::default(),
+        TestRng::from_seed(RngAlgorithm::ChaCha, &seed),
+    )
 }
 
 /// The next layout that can run `model`.
@@ -137,7 +173,9 @@ fn drawn_layouts_agree_with_one_rank() {
     let mut singles: HashMap<String, Trace> = HashMap::new();
     let count = number("MOERUN_LAYOUTS", 40);
     let mut seen = HashMap::new();
-    let given: Option<Value> = std::env::var("MOERUN_LAYOUT").ok().map(|text| serde_json::from_str(&text).unwrap());
+    let given: Option<Value> = std::env::var("MOERUN_LAYOUT")
+        .ok()
+        .map(|text| serde_json::from_str(&text).unwrap());
     for _ in 0..count {
         let drawn = given.clone().unwrap_or_else(|| {
             let model = models().new_tree(&mut runner).unwrap().current();
@@ -146,12 +184,20 @@ fn drawn_layouts_agree_with_one_rank() {
         });
         eprintln!("MOERUN_LAYOUT='{drawn}'");
         let (model, parallel, one) = (&drawn["model"], &drawn["parallel"], json!({}));
-        let single =
-            singles.entry(model.to_string()).or_insert_with(|| trace_of(1, config(folder.path(), model, &one)));
+        let single = singles
+            .entry(model.to_string())
+            .or_insert_with(|| trace_of(1, config(folder.path(), model, &one)));
         let ranks = drawn["ranks"].as_u64().unwrap() as usize;
         let ours = trace_of(ranks, config(folder.path(), model, parallel));
         assert_same(&format!("MOERUN_LAYOUT='{drawn}'"), &ours, single);
-        for axis in ["tensor", "context", "pipeline", "expert", "expert_tensor", "zero"] {
+        for axis in [
+            "tensor",
+            "context",
+            "pipeline",
+            "expert",
+            "expert_tensor",
+            "zero",
+        ] {
             if parallel[axis].as_u64() > Some(1) {
                 *seen.entry(axis).or_insert(0) += 1;
             }
@@ -160,7 +206,10 @@ fn drawn_layouts_agree_with_one_rank() {
         *seen.entry("moved").or_insert(0) += ours.moved;
     }
     let drawn = seen.values().filter(|&&count| count > 0).count();
-    assert!(given.is_some() || count < 40 || drawn == 8, "an axis was never drawn: {seen:?}");
+    assert!(
+        given.is_some() || count < 40 || drawn == 8,
+        "an axis was never drawn: {seen:?}"
+    );
 }
 
 #[test]
@@ -177,8 +226,14 @@ fn a_checkpoint_of_any_layout_goes_on_in_any_other() {
             config
         };
         let single = trace_of(1, run("single", &json!({})));
-        let (from, to) = (draw(&mut runner, folder.path(), &model), draw(&mut runner, folder.path(), &model));
-        let what = format!("from {} ranks {} to {} ranks {}, {model}", from.0, from.1, to.0, to.1);
+        let (from, to) = (
+            draw(&mut runner, folder.path(), &model),
+            draw(&mut runner, folder.path(), &model),
+        );
+        let what = format!(
+            "from {} ranks {} to {} ranks {}, {model}",
+            from.0, from.1, to.0, to.1
+        );
         eprintln!("{what}");
         let first = run("pair", &from.1);
         on_threads(from.0, TIMEOUT, move |world| {
@@ -189,8 +244,14 @@ fn a_checkpoint_of_any_layout_goes_on_in_any_other() {
         let second = run("pair", &to.1);
         let steps = on_threads(to.0, TIMEOUT, move |world| {
             let mut trainer = trainer_on(world, second.clone());
-            assert_eq!(trainer.resume(&mut |warning| panic!("{warning}")).unwrap(), trainer::Resumed::Checkpoint);
-            (2..STEPS).map(|_| trainer.train_step(false).unwrap().0).map(|r| [r.loss, r.grad_norm]).collect::<Vec<_>>()
+            assert_eq!(
+                trainer.resume(&mut |warning| panic!("{warning}")).unwrap(),
+                trainer::Resumed::Checkpoint
+            );
+            (2..STEPS)
+                .map(|_| trainer.train_step(false).unwrap().0)
+                .map(|r| [r.loss, r.grad_norm])
+                .collect::<Vec<_>>()
         });
         for (ours, reference) in steps[0].iter().zip(&single.steps[2..]) {
             for (a, b) in ours.iter().zip([reference[0], reference[3]]) {

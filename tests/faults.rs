@@ -1,8 +1,8 @@
 //! Faults in the middle of a run, real ones: what was complete in memory is gone on from, to the bit.
 
 use crate::fixture::{
-    Experiment, PATIENCE, curve, finish, finish_child, rank_process, said, signal, start_talking, steps_done, text,
-    wait_for_step, wait_for_words,
+    Experiment, PATIENCE, curve, finish, finish_child, rank_process, said, signal, start_talking,
+    steps_done, text, wait_for_step, wait_for_words,
 };
 use serde_json::Value;
 use std::process::{Child, Command};
@@ -27,7 +27,10 @@ fn nodes(experiment: &Experiment) -> Vec<(Vec<String>, String)> {
     let node = |line: &str| {
         let status = serde_json::from_str::<Value>(line).unwrap()["status"].clone();
         let ranks = status["ranks"].as_array().cloned().unwrap_or_default();
-        (ranks.iter().map(|rank| rank["pid"].to_string()).collect(), status["pid"].to_string())
+        (
+            ranks.iter().map(|rank| rank["pid"].to_string()).collect(),
+            status["pid"].to_string(),
+        )
     };
     lines.lines().map(node).collect()
 }
@@ -36,8 +39,12 @@ fn nodes(experiment: &Experiment) -> Vec<(Vec<String>, String)> {
 fn wait_for_snapshot(experiment: &Experiment, ranks: usize) {
     let started = Instant::now();
     loop {
-        let status = text(&finish(&mut experiment.moerun(&["snapshot", "status", "run"])));
-        let whole = |line: &str| line.starts_with("snapshot of step") && line.contains(&format!("{ranks} parts"));
+        let status = text(&finish(
+            &mut experiment.moerun(&["snapshot", "status", "run"]),
+        ));
+        let whole = |line: &str| {
+            line.starts_with("snapshot of step") && line.contains(&format!("{ranks} parts"))
+        };
         if status.lines().any(whole) {
             return;
         }
@@ -49,8 +56,14 @@ fn wait_for_snapshot(experiment: &Experiment, ranks: usize) {
 fn kill_nodes(experiment: &Experiment, lost: &[usize]) {
     let nodes = nodes(experiment);
     // All at once: the launcher may be quicker than we with what is left of a run.
-    let pids = lost.iter().flat_map(|&node| nodes[node].0.iter().chain([&nodes[node].1]));
-    Command::new("kill").arg("-KILL").args(pids).output().unwrap();
+    let pids = lost
+        .iter()
+        .flat_map(|&node| nodes[node].0.iter().chain([&nodes[node].1]));
+    Command::new("kill")
+        .arg("-KILL")
+        .args(pids)
+        .output()
+        .unwrap();
 }
 
 fn stop(child: Child) {
@@ -61,30 +74,70 @@ fn stop(child: Child) {
 /// `MOERUN_KILLS=200` for a long soak.
 #[test]
 fn ranks_killed_at_any_moment_again_and_again() {
-    let kills: usize = std::env::var("MOERUN_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(12);
+    let kills: usize = std::env::var("MOERUN_KILLS")
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(12);
     let experiment = Experiment::new();
     let steps = format!("train.steps={}", 60 + 14 * kills);
-    let common = [steps.as_str(), "snapshot.every=1", "validation.every=7", "checkpoint.every=25", OFTEN];
-    let unbroken = experiment.train(4, &common).args(["--set", "run.dir=unbroken"]).output().unwrap();
+    let common = [
+        steps.as_str(),
+        "snapshot.every=1",
+        "validation.every=7",
+        "checkpoint.every=25",
+        OFTEN,
+    ];
+    let unbroken = experiment
+        .train(4, &common)
+        .args(["--set", "run.dir=unbroken"])
+        .output()
+        .unwrap();
     assert!(unbroken.status.success(), "{}", text(&unbroken));
     let run = start_talking(&experiment, &mut experiment.train(4, &common));
     wait_for_step(&experiment, "run", 3);
     let kills = kills.to_string();
-    let chaos = ["chaos", "run", "--faults", &kills, "--gap", "3", "--seed", "11", "--patience-s", "60"];
+    let chaos = [
+        "chaos",
+        "run",
+        "--faults",
+        &kills,
+        "--gap",
+        "3",
+        "--seed",
+        "11",
+        "--patience-s",
+        "60",
+    ];
     // As long as it takes: each recovery has its own limit.
     let chaos = experiment.moerun(&chaos).output().unwrap();
-    assert!(chaos.status.success(), "{}{}", text(&chaos), said(&experiment));
+    assert!(
+        chaos.status.success(),
+        "{}{}",
+        text(&chaos),
+        said(&experiment)
+    );
     let ended = run.wait_with_output().unwrap();
     let said = said(&experiment);
     assert!(ended.status.success(), "{said}");
     eprintln!("{}", text(&chaos).lines().last().unwrap_or_default());
-    assert_eq!(said.matches("; going on from the snapshot of step").count().to_string(), kills, "{said}");
+    assert_eq!(
+        said.matches("; going on from the snapshot of step")
+            .count()
+            .to_string(),
+        kills,
+        "{said}"
+    );
     assert!(!said.contains("is of no use"), "{said}");
     let restarts = std::fs::read_to_string(experiment.path("run/restarts.jsonl")).unwrap();
     let redone = restarts
         .lines()
         .map(|line| serde_json::from_str::<Value>(line).unwrap())
-        .map(|line| line["steps_done"].as_u64().unwrap().saturating_sub(line["snapshot_step"].as_u64().unwrap()));
+        .map(|line| {
+            line["steps_done"]
+                .as_u64()
+                .unwrap()
+                .saturating_sub(line["snapshot_step"].as_u64().unwrap())
+        });
     // One that is being copied, and one that is complete but not yet said to be.
     assert!(redone.max().unwrap_or(0) <= 3, "{restarts}");
     assert_same_curve(&experiment, "run", "unbroken");
@@ -94,18 +147,48 @@ fn ranks_killed_at_any_moment_again_and_again() {
 #[test]
 fn stopped_aborted_and_delayed_ranks() {
     let experiment = Experiment::new();
-    let common = ["train.steps=300", "checkpoint.every=0", OFTEN, "restart.heartbeat_timeout_s=1.5"];
-    assert!(finish(experiment.train(4, &common).args(["--set", "run.dir=unbroken"])).status.success());
+    let common = [
+        "train.steps=300",
+        "checkpoint.every=0",
+        OFTEN,
+        "restart.heartbeat_timeout_s=1.5",
+    ];
+    assert!(
+        finish(
+            experiment
+                .train(4, &common)
+                .args(["--set", "run.dir=unbroken"])
+        )
+        .status
+        .success()
+    );
     let run = start_talking(&experiment, &mut experiment.train(4, &common));
     wait_for_step(&experiment, "run", 3);
     for kind in ["stop", "abort", "delay", "stop"] {
-        let chaos = finish(&mut experiment.moerun(&["chaos", "run", "--faults", "1", "--gap", "4", "--kinds", kind]));
-        assert!(chaos.status.success(), "{}{}", text(&chaos), said(&experiment));
+        let chaos = finish(&mut experiment.moerun(&[
+            "chaos", "run", "--faults", "1", "--gap", "4", "--kinds", kind,
+        ]));
+        assert!(
+            chaos.status.success(),
+            "{}{}",
+            text(&chaos),
+            said(&experiment)
+        );
     }
-    assert!(run.wait_with_output().unwrap().status.success(), "{}", said(&experiment));
+    assert!(
+        run.wait_with_output().unwrap().status.success(),
+        "{}",
+        said(&experiment)
+    );
     let said = said(&experiment);
-    assert!(said.contains("it hangs (no sign of life for 1.5 s); going on from the snapshot of step"), "{said}");
-    assert!(said.contains("it was ended by SIGABRT; going on from the snapshot of step"), "{said}");
+    assert!(
+        said.contains("it hangs (no sign of life for 1.5 s); going on from the snapshot of step"),
+        "{said}"
+    );
+    assert!(
+        said.contains("it was ended by SIGABRT; going on from the snapshot of step"),
+        "{said}"
+    );
     assert_same_curve(&experiment, "run", "unbroken");
 }
 
@@ -114,9 +197,20 @@ fn stopped_aborted_and_delayed_ranks() {
 fn a_rank_that_runs_out_of_memory() {
     let experiment = Experiment::new();
     let common = ["train.steps=120", "checkpoint.every=0"];
-    assert!(finish(experiment.train(2, &common).args(["--set", "run.dir=unbroken"])).status.success());
+    assert!(
+        finish(
+            experiment
+                .train(2, &common)
+                .args(["--set", "run.dir=unbroken"])
+        )
+        .status
+        .success()
+    );
     // Control groups of version 2, or of version 1.
-    let groups = [("/sys/fs/cgroup", "memory.max"), ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")];
+    let groups = [
+        ("/sys/fs/cgroup", "memory.max"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+    ];
     let group = groups.into_iter().find_map(|(root, limit)| {
         let group = std::path::Path::new(root).join(format!("moerun-test-{}", std::process::id()));
         std::fs::create_dir(&group).ok()?;
@@ -127,7 +221,9 @@ fn a_rank_that_runs_out_of_memory() {
         limit.exists().then_some((group, limit))
     });
     let Some((group, limit)) = group else {
-        eprintln!("this machine does not let a test limit memory; SIGKILL stands for it in the other tests");
+        eprintln!(
+            "this machine does not let a test limit memory; SIGKILL stands for it in the other tests"
+        );
         return;
     };
     let run = start_talking(&experiment, &mut experiment.train(2, &common));
@@ -139,7 +235,10 @@ fn a_rank_that_runs_out_of_memory() {
     let ended = run.wait_with_output().unwrap();
     let said = said(&experiment);
     let _ = std::fs::remove_dir(&group);
-    assert!(ended.status.success() && said.contains("rank 1 failed: it was ended by SIGKILL"), "{said}");
+    assert!(
+        ended.status.success() && said.contains("rank 1 failed: it was ended by SIGKILL"),
+        "{said}"
+    );
     assert_same_curve(&experiment, "run", "unbroken");
 }
 
@@ -147,12 +246,24 @@ fn a_rank_that_runs_out_of_memory() {
 fn a_killed_launcher_is_taken_up_from_the_keepers_memory() {
     let experiment = Experiment::new();
     let common = ["train.steps=60", "checkpoint.every=0", "snapshot.every=1"];
-    assert!(finish(experiment.train(4, &common).args(["--set", "run.dir=unbroken"])).status.success());
+    assert!(
+        finish(
+            experiment
+                .train(4, &common)
+                .args(["--set", "run.dir=unbroken"])
+        )
+        .status
+        .success()
+    );
     let mut run = start_talking(&experiment, &mut experiment.train(4, &common));
     wait_for_step(&experiment, "run", 20);
     // Another launcher does not get in its way.
     let second = experiment.while_ranks_stand(|| finish(&mut experiment.train(4, &common)));
-    assert!(!second.status.success() && text(&second).contains("another moerun works in run"), "{}", text(&second));
+    assert!(
+        !second.status.success() && text(&second).contains("another moerun works in run"),
+        "{}",
+        text(&second)
+    );
     run.kill().unwrap();
     run.wait().unwrap();
     experiment.assert_only_keepers();
@@ -160,7 +271,9 @@ fn a_killed_launcher_is_taken_up_from_the_keepers_memory() {
     let words = text(&again);
     assert!(
         again.status.success()
-            && words.contains("keepers of an earlier launcher are still there; going on from the snapshot of step"),
+            && words.contains(
+                "keepers of an earlier launcher are still there; going on from the snapshot of step"
+            ),
         "{words}"
     );
     assert_same_curve(&experiment, "run", "unbroken");
@@ -173,10 +286,15 @@ fn a_killed_launcher_is_taken_up_from_the_keepers_memory() {
     run.kill().unwrap();
     run.wait().unwrap();
     experiment.assert_only_keepers();
-    let changes = ["train.steps=90", "parallel.expert=1", "parallel.ranks_per_node=1"];
+    let changes = [
+        "train.steps=90",
+        "parallel.expert=1",
+        "parallel.ranks_per_node=1",
+    ];
     let words = text(&finish(&mut experiment.train(2, &changes)));
     assert!(
-        words.contains("in memory: it is a checkpoint now") && words.contains("going on from the checkpoint of step"),
+        words.contains("in memory: it is a checkpoint now")
+            && words.contains("going on from the checkpoint of step"),
         "{words}"
     );
 }
@@ -184,8 +302,21 @@ fn a_killed_launcher_is_taken_up_from_the_keepers_memory() {
 #[test]
 fn a_keeper_that_dies_alone_is_replaced_and_training_goes_on() {
     let experiment = Experiment::new();
-    let common = ["train.steps=400", "checkpoint.every=50", "snapshot.every=2", "parallel.ranks_per_node=2"];
-    assert!(finish(experiment.train(4, &common).args(["--set", "run.dir=unbroken"])).status.success());
+    let common = [
+        "train.steps=400",
+        "checkpoint.every=50",
+        "snapshot.every=2",
+        "parallel.ranks_per_node=2",
+    ];
+    assert!(
+        finish(
+            experiment
+                .train(4, &common)
+                .args(["--set", "run.dir=unbroken"])
+        )
+        .status
+        .success()
+    );
     let run = start_talking(&experiment, &mut experiment.train(4, &common));
     wait_for_step(&experiment, "run", 10);
     signal(&nodes(&experiment)[1].1, "KILL");
@@ -194,9 +325,16 @@ fn a_keeper_that_dies_alone_is_replaced_and_training_goes_on() {
     wait_for_step(&experiment, "run", step + 60);
     // The new one has snapshots: a rank that dies now costs nothing but time.
     signal(&rank_process(&experiment, 3), "KILL");
-    assert!(run.wait_with_output().unwrap().status.success(), "{}", said(&experiment));
+    assert!(
+        run.wait_with_output().unwrap().status.success(),
+        "{}",
+        said(&experiment)
+    );
     let words = said(&experiment);
-    assert!(words.contains("rank 3 failed") && words.contains("going on from the snapshot of step"), "{words}");
+    assert!(
+        words.contains("rank 3 failed") && words.contains("going on from the snapshot of step"),
+        "{words}"
+    );
     assert_same_curve(&experiment, "run", "unbroken");
     experiment.assert_no_orphans();
 }
@@ -229,12 +367,29 @@ fn every_pattern(data: usize, parity: usize, too_many: bool) {
         wait_for_step(&experiment, "run", step + 2);
         wait_for_snapshot(&experiment, nodes);
         kill_nodes(&experiment, lost);
-        wait_for_words(&experiment, "; going on from the snapshot of step", index + 1);
+        wait_for_words(
+            &experiment,
+            "; going on from the snapshot of step",
+            index + 1,
+        );
     }
     let words = said(&experiment);
-    assert_eq!(words.matches("is lost: its ranks start anew in its place").count(), patterns.len(), "{words}");
-    assert_eq!(words.matches("rebuilt from erasure coding").count(), patterns.len(), "{words}");
-    assert!(!experiment.path("run/checkpoints").exists(), "nothing was on disk");
+    assert_eq!(
+        words
+            .matches("is lost: its ranks start anew in its place")
+            .count(),
+        patterns.len(),
+        "{words}"
+    );
+    assert_eq!(
+        words.matches("rebuilt from erasure coding").count(),
+        patterns.len(),
+        "{words}"
+    );
+    assert!(
+        !experiment.path("run/checkpoints").exists(),
+        "nothing was on disk"
+    );
     if too_many {
         let step = steps_done(&experiment, "run");
         wait_for_step(&experiment, "run", step + 2);
@@ -253,10 +408,18 @@ fn every_pattern(data: usize, parity: usize, too_many: bool) {
     let steps = format!("train.steps={done}");
     common.pop();
     common.extend([steps.as_str(), "run.dir=unbroken"]);
-    assert!(finish(&mut experiment.train(nodes, &common)).status.success());
+    assert!(
+        finish(&mut experiment.train(nodes, &common))
+            .status
+            .success()
+    );
     // The one that was stopped did not validate at its end.
-    let steps =
-        |run: &str| curve(&experiment, run).into_iter().filter(|line| line["loss"].is_f64()).collect::<Vec<_>>();
+    let steps = |run: &str| {
+        curve(&experiment, run)
+            .into_iter()
+            .filter(|line| line["loss"].is_f64())
+            .collect::<Vec<_>>()
+    };
     assert_eq!(steps("run"), steps("unbroken"));
 }
 
@@ -273,18 +436,39 @@ fn every_two_lost_nodes_of_four_and_two() {
 #[test]
 fn one_lost_node_too_many_is_gone_on_from_the_checkpoint() {
     let experiment = Experiment::new();
-    let common = ["train.steps=80", "parallel.ranks_per_node=1", "snapshot.every=1", "checkpoint.every=5"];
-    assert!(finish(experiment.train(4, &common).args(["--set", "run.dir=unbroken"])).status.success());
+    let common = [
+        "train.steps=80",
+        "parallel.ranks_per_node=1",
+        "snapshot.every=1",
+        "checkpoint.every=5",
+    ];
+    assert!(
+        finish(
+            experiment
+                .train(4, &common)
+                .args(["--set", "run.dir=unbroken"])
+        )
+        .status
+        .success()
+    );
     let run = start_talking(&experiment, &mut experiment.train(4, &common));
     wait_for_step(&experiment, "run", 23);
     kill_nodes(&experiment, &[1, 2]);
-    assert!(run.wait_with_output().unwrap().status.success(), "{}", said(&experiment));
+    assert!(
+        run.wait_with_output().unwrap().status.success(),
+        "{}",
+        said(&experiment)
+    );
     let words = said(&experiment);
     assert!(
-        words.contains("node 1, 2 is lost") && words.contains("going on from checkpoint run/checkpoints/step-"),
+        words.contains("node 1, 2 is lost")
+            && words.contains("going on from checkpoint run/checkpoints/step-"),
         "{words}"
     );
-    assert!(words.contains("no snapshot in memory can be put together"), "{words}");
+    assert!(
+        words.contains("no snapshot in memory can be put together"),
+        "{words}"
+    );
     assert_same_curve(&experiment, "run", "unbroken");
 }
 
@@ -299,14 +483,29 @@ fn a_spare_node_takes_over_and_without_one_the_run_shrinks() {
         "parallel.expert=1",
         "restart.without_spare=shrink",
     ];
-    assert!(finish(experiment.train(4, &common).args(["--set", "run.dir=unbroken"])).status.success());
+    assert!(
+        finish(
+            experiment
+                .train(4, &common)
+                .args(["--set", "run.dir=unbroken"])
+        )
+        .status
+        .success()
+    );
     let said_to = std::fs::File::create(experiment.path("said")).unwrap();
     let mut command = experiment.train(4, &common);
-    command.args(["--spare-nodes", "1"]).stdout(said_to.try_clone().unwrap()).stderr(said_to);
+    command
+        .args(["--spare-nodes", "1"])
+        .stdout(said_to.try_clone().unwrap())
+        .stderr(said_to);
     let run = command.spawn().unwrap();
     wait_for_step(&experiment, "run", 10);
     kill_nodes(&experiment, &[2]);
-    wait_for_words(&experiment, "node 2 is lost: 1 spare node took over; going on from the snapshot of step", 1);
+    wait_for_words(
+        &experiment,
+        "node 2 is lost: 1 spare node took over; going on from the snapshot of step",
+        1,
+    );
     let step = steps_done(&experiment, "run");
     wait_for_step(&experiment, "run", step + 10);
     let before = steps_done(&experiment, "run");
@@ -318,19 +517,35 @@ fn a_spare_node_takes_over_and_without_one_the_run_shrinks() {
         "node 0 is lost: going on with 2 ranks, others idle, the same global batch; going on from the snapshot",
         1,
     );
-    assert!(run.wait_with_output().unwrap().status.success(), "{}", said(&experiment));
+    assert!(
+        run.wait_with_output().unwrap().status.success(),
+        "{}",
+        said(&experiment)
+    );
     let (shrunk, unbroken) = (curve(&experiment, "run"), curve(&experiment, "unbroken"));
     assert_eq!(shrunk.len(), unbroken.len());
     for (shrunk, unbroken) in shrunk.iter().zip(&unbroken) {
-        let (step, key) =
-            (unbroken["step"].as_u64().unwrap(), if unbroken["loss"].is_null() { "validation_loss" } else { "loss" });
-        let (ours, theirs) = (shrunk[key].as_f64().unwrap(), unbroken[key].as_f64().unwrap());
+        let (step, key) = (
+            unbroken["step"].as_u64().unwrap(),
+            if unbroken["loss"].is_null() {
+                "validation_loss"
+            } else {
+                "loss"
+            },
+        );
+        let (ours, theirs) = (
+            shrunk[key].as_f64().unwrap(),
+            unbroken[key].as_f64().unwrap(),
+        );
         // With the same ranks the same bits; with fewer the same sum in another order, whose rounding grows with the steps.
         if step > before + 80 {
             break;
         }
         let tolerance = if step <= before { 0.0 } else { 1e-4 };
-        assert!((ours - theirs).abs() <= tolerance * theirs, "step {step}: {ours} and {theirs}");
+        assert!(
+            (ours - theirs).abs() <= tolerance * theirs,
+            "step {step}: {ours} and {theirs}"
+        );
     }
     experiment.assert_no_orphans();
 }
@@ -339,28 +554,72 @@ fn a_spare_node_takes_over_and_without_one_the_run_shrinks() {
 fn flipped_bits_in_memory_are_mended_from_parity() {
     let experiment = Experiment::new();
     // Between two snapshots there is time for two commands.
-    let common = ["train.steps=700", "parallel.ranks_per_node=1", "snapshot.every=300", "checkpoint.every=0"];
-    assert!(finish(experiment.train(4, &common).args(["--set", "run.dir=unbroken"])).status.success());
+    let common = [
+        "train.steps=700",
+        "parallel.ranks_per_node=1",
+        "snapshot.every=300",
+        "checkpoint.every=0",
+    ];
+    assert!(
+        finish(
+            experiment
+                .train(4, &common)
+                .args(["--set", "run.dir=unbroken"])
+        )
+        .status
+        .success()
+    );
     let run = start_talking(&experiment, &mut experiment.train(4, &common));
     wait_for_step(&experiment, "run", 301);
     wait_for_snapshot(&experiment, 4);
-    let chaos = ["chaos", "run", "--kinds", "corrupt", "--faults", "1", "--gap", "0", "--step-ms", "0"];
+    let chaos = [
+        "chaos",
+        "run",
+        "--kinds",
+        "corrupt",
+        "--faults",
+        "1",
+        "--gap",
+        "0",
+        "--step-ms",
+        "0",
+    ];
     let chaos = finish(&mut experiment.moerun(&chaos));
-    assert!(text(&chaos).contains("snapshot changes"), "{}", text(&chaos));
+    assert!(
+        text(&chaos).contains("snapshot changes"),
+        "{}",
+        text(&chaos)
+    );
     let verify = || finish(&mut experiment.moerun(&["snapshot", "verify", "run"]));
     let verified = experiment.while_ranks_stand(verify);
     signal(&rank_process(&experiment, 0), "KILL");
-    assert!(run.wait_with_output().unwrap().status.success(), "{}", said(&experiment));
+    assert!(
+        run.wait_with_output().unwrap().status.success(),
+        "{}",
+        said(&experiment)
+    );
     let words = said(&experiment);
-    assert!(!verified.status.success() && text(&verified).contains("is damaged"), "{}", text(&verified));
-    assert!(words.contains("1 damaged chunks mended from parity"), "{words}");
+    assert!(
+        !verified.status.success() && text(&verified).contains("is damaged"),
+        "{}",
+        text(&verified)
+    );
+    assert!(
+        words.contains("1 damaged chunks mended from parity"),
+        "{words}"
+    );
     assert_same_curve(&experiment, "run", "unbroken");
 }
 
 #[test]
 fn a_poisoned_snapshot_is_not_tried_for_ever() {
     let experiment = Experiment::new();
-    let common = ["train.steps=900", "snapshot.every=300", "checkpoint.every=0", "parallel.expert=1"];
+    let common = [
+        "train.steps=900",
+        "snapshot.every=300",
+        "checkpoint.every=0",
+        "parallel.expert=1",
+    ];
     let run = start_talking(&experiment, &mut experiment.train(1, &common));
     wait_for_step(&experiment, "run", 602);
     let chaos = finish(&mut experiment.moerun(&[
@@ -381,21 +640,43 @@ fn a_poisoned_snapshot_is_not_tried_for_ever() {
     let words = said(&experiment);
     assert!(ended.status.success(), "{words}");
     assert!(words.contains("1 newer state did not help"), "{words}");
-    assert!(words.contains("going on from the snapshot of step 300"), "{words}");
+    assert!(
+        words.contains("going on from the snapshot of step 300"),
+        "{words}"
+    );
     assert_eq!(steps_done(&experiment, "run"), 900);
 }
 
 #[test]
 fn a_run_that_diverges_whatever_is_tried_ends_and_says_so() {
     let experiment = Experiment::new();
-    let common = ["schedule={constant: {lr: 1e30}}", "snapshot.every=1", "parallel.expert=1", "train.grad_clip=0"];
+    let common = [
+        "schedule={constant: {lr: 1e30}}",
+        "snapshot.every=1",
+        "parallel.expert=1",
+        "train.grad_clip=0",
+    ];
     let output = finish(&mut experiment.train(1, &common));
     let words = text(&output);
-    assert!(!output.status.success() && words.contains("fails again and again (5 times now)"), "{words}");
-    assert!(words.contains("is left out") && words.contains("lower the learning rate"), "{words}");
-    let stop =
-        finish(experiment.train(1, &common).args(["--set", "run.dir=stop", "--set", "restart.on_divergence=stop"]));
-    assert!(!stop.status.success() && text(&stop).contains("restart.on_divergence is stop"), "{}", text(&stop));
+    assert!(
+        !output.status.success() && words.contains("fails again and again (5 times now)"),
+        "{words}"
+    );
+    assert!(
+        words.contains("is left out") && words.contains("lower the learning rate"),
+        "{words}"
+    );
+    let stop = finish(experiment.train(1, &common).args([
+        "--set",
+        "run.dir=stop",
+        "--set",
+        "restart.on_divergence=stop",
+    ]));
+    assert!(
+        !stop.status.success() && text(&stop).contains("restart.on_divergence is stop"),
+        "{}",
+        text(&stop)
+    );
     experiment.assert_no_orphans();
 }
 
@@ -405,13 +686,26 @@ fn too_little_memory_is_told() {
     let common = ["train.steps=6", "snapshot.memory_gib=0.0005"];
     let output = finish(&mut experiment.train(2, &common));
     let words = text(&output);
-    assert!(output.status.success() && words.contains("warning: no snapshots in memory: "), "{words}");
+    assert!(
+        output.status.success() && words.contains("warning: no snapshots in memory: "),
+        "{words}"
+    );
     assert!(words.contains("that snapshot.memory_gib leaves"), "{words}");
-    assert!(experiment.path("run/checkpoints/step-00000006/manifest.json").exists());
-    let refused = finish(experiment.train(2, &common).args(["--set", "snapshot.every=2", "--set", "run.dir=other"]));
+    assert!(
+        experiment
+            .path("run/checkpoints/step-00000006/manifest.json")
+            .exists()
+    );
+    let refused = finish(experiment.train(2, &common).args([
+        "--set",
+        "snapshot.every=2",
+        "--set",
+        "run.dir=other",
+    ]));
     let words = text(&refused);
     assert!(
-        !refused.status.success() && words.contains("a larger snapshot.memory_gib, or snapshot.every: 0"),
+        !refused.status.success()
+            && words.contains("a larger snapshot.memory_gib, or snapshot.every: 0"),
         "{words}"
     );
 }

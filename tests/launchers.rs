@@ -1,30 +1,42 @@
 //! Ranks that other launchers started: mpirun, srun's environment, and what they do when one of them stops.
 
 use crate::fixture::{
-    Experiment, assert_stopped_rank_is_named, curve, finish, finish_child, free_port, rank_process, ranks, signal,
-    text, wait_for_step,
+    Experiment, assert_stopped_rank_is_named, curve, finish, finish_child, free_port, rank_process,
+    ranks, signal, text, wait_for_step,
 };
 use std::time::{Duration, Instant};
 
 #[test]
 fn slurms_environment_of_two_nodes_is_enough() {
     let experiment = Experiment::new();
-    assert!(finish(&mut experiment.train(4, &["train.steps=6", "run.dir=ours"])).status.success());
+    assert!(
+        finish(&mut experiment.train(4, &["train.steps=6", "run.dir=ours"]))
+            .status
+            .success()
+    );
     let job = free_port();
-    let run = ranks(&experiment, 4, &["train.steps=6", "run.dir=theirs"], |_, rank| {
-        format!(
-            "SLURM_PROCID={rank} SLURM_LOCALID={} SLURM_NODEID={} SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=4 SLURM_JOB_ID={job} \
+    let run = ranks(
+        &experiment,
+        4,
+        &["train.steps=6", "run.dir=theirs"],
+        |_, rank| {
+            format!(
+                "SLURM_PROCID={rank} SLURM_LOCALID={} SLURM_NODEID={} SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=4 SLURM_JOB_ID={job} \
              SLURM_STEP_TASKS_PER_NODE=2(x2) SLURM_STEP_NODELIST=127.0.0.[1-2]",
-            rank % 2,
-            rank / 2
-        )
-    });
+                rank % 2,
+                rank / 2
+            )
+        },
+    );
     for (rank, child) in run.into_iter().enumerate() {
         let output = finish_child(child);
         assert!(output.status.success(), "{}", text(&output));
         if rank == 0 {
             let said = text(&output);
-            assert!(said.contains("rank 0 of 4, started by srun, communicator gloo"), "{said}");
+            assert!(
+                said.contains("rank 0 of 4, started by srun, communicator gloo"),
+                "{said}"
+            );
         }
     }
     assert_eq!(curve(&experiment, "ours"), curve(&experiment, "theirs"));
@@ -40,29 +52,65 @@ fn contradictions_are_refused() {
             command.env(name, value);
         }
         let output = finish(&mut command);
-        assert!(!output.status.success() && text(&output).contains(expected), "{}", text(&output));
+        assert!(
+            !output.status.success() && text(&output).contains(expected),
+            "{}",
+            text(&output)
+        );
     };
     let torch = "RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=1";
-    refused(torch, 3, "-n 3 was given, and RANK, WORLD_SIZE and MASTER_ADDR started this process as rank 0 of 2");
+    refused(
+        torch,
+        3,
+        "-n 3 was given, and RANK, WORLD_SIZE and MASTER_ADDR started this process as rank 0 of 2",
+    );
     let both = format!("{torch} OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2");
-    refused(&both, 1, "RANK=0 and OMPI_COMM_WORLD_RANK=1 contradict each other");
+    refused(
+        &both,
+        1,
+        "RANK=0 and OMPI_COMM_WORLD_RANK=1 contradict each other",
+    );
     refused("WORLD_SIZE=4", 1, "WORLD_SIZE=4 is set and RANK is not");
     let slurm = "SLURM_PROCID=0 SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=4";
-    refused(slurm, 1, "neither SLURM_STEP_TASKS_PER_NODE nor SLURM_TASKS_PER_NODE is");
+    refused(
+        slurm,
+        1,
+        "neither SLURM_STEP_TASKS_PER_NODE nor SLURM_TASKS_PER_NODE is",
+    );
     let wish = finish(&mut experiment.train(2, &["run.communicator=mpi"]));
-    let expected = if cfg!(feature = "mpi") { "were not started by MPI" } else { "built without MPI" };
-    assert!(!wish.status.success() && text(&wish).contains(expected), "{}", text(&wish));
+    let expected = if cfg!(feature = "mpi") {
+        "were not started by MPI"
+    } else {
+        "built without MPI"
+    };
+    assert!(
+        !wish.status.success() && text(&wish).contains(expected),
+        "{}",
+        text(&wish)
+    );
 }
 
 /// Three ranks as torchrun starts them, with nobody who ends all when one fails.
 fn three_ranks(experiment: &Experiment, communicator: &str) -> Vec<std::process::Child> {
     let port = free_port();
     let communicator = format!("run.communicator={communicator}");
-    let changes =
-        ["train.steps=100000", "run.timeout_s=6", "parallel.expert=3", "model.moe.experts=6", "train.global_batch=6"];
-    ranks(experiment, 3, &[&changes[..], &[&communicator]].concat(), |_, rank| {
-        format!("RANK={rank} LOCAL_RANK={rank} WORLD_SIZE=3 MASTER_ADDR=127.0.0.1 MASTER_PORT={port}")
-    })
+    let changes = [
+        "train.steps=100000",
+        "run.timeout_s=6",
+        "parallel.expert=3",
+        "model.moe.experts=6",
+        "train.global_batch=6",
+    ];
+    ranks(
+        experiment,
+        3,
+        &[&changes[..], &[&communicator]].concat(),
+        |_, rank| {
+            format!(
+                "RANK={rank} LOCAL_RANK={rank} WORLD_SIZE=3 MASTER_ADDR=127.0.0.1 MASTER_PORT={port}"
+            )
+        },
+    )
 }
 
 #[test]
@@ -87,9 +135,16 @@ fn a_killed_rank_is_noticed_in_shared_memory_long_before_the_timeout() {
     for (rank, child) in run.into_iter().enumerate().take(2) {
         let output = finish_child(child);
         let said = text(&output);
-        assert!(!output.status.success() && said.contains("of the group has ended"), "rank {rank}: {said}");
+        assert!(
+            !output.status.success() && said.contains("of the group has ended"),
+            "rank {rank}: {said}"
+        );
     }
-    assert!(killed.elapsed() < Duration::from_secs(5), "{:.1?}", killed.elapsed());
+    assert!(
+        killed.elapsed() < Duration::from_secs(5),
+        "{:.1?}",
+        killed.elapsed()
+    );
 }
 
 #[cfg(feature = "mpi")]
@@ -102,10 +157,18 @@ mod under_mpirun {
     fn mpirun(experiment: &Experiment, ranks: usize, args: &[&str]) -> Command {
         let moerun = experiment.moerun(&[]);
         let mut command = Command::new(std::env::var("MOERUN_MPIRUN").unwrap_or("mpirun".into()));
-        command.current_dir(experiment.path("")).env("OMP_NUM_THREADS", "1");
+        command
+            .current_dir(experiment.path(""))
+            .env("OMP_NUM_THREADS", "1");
         // CI may be root; it has fewer processors than ranks.
-        command.envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")]);
-        command.args(["--oversubscribe", "-n", &ranks.to_string()]).arg(moerun.get_program()).args(args);
+        command.envs([
+            ("OMPI_ALLOW_RUN_AS_ROOT", "1"),
+            ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"),
+        ]);
+        command
+            .args(["--oversubscribe", "-n", &ranks.to_string()])
+            .arg(moerun.get_program())
+            .args(args);
         command
     }
 
@@ -113,9 +176,18 @@ mod under_mpirun {
     fn mpi_conforms() {
         let experiment = Experiment::new();
         for ranks in [2, 3, 4, 8] {
-            let output = finish(&mut mpirun(&experiment, ranks, &["conformance", "--communicator", "mpi"]));
+            let output = finish(&mut mpirun(
+                &experiment,
+                ranks,
+                &["conformance", "--communicator", "mpi"],
+            ));
             assert!(output.status.success(), "{ranks} ranks: {}", text(&output));
-            assert_eq!(text(&output).matches("ok ").count(), 20, "{}", text(&output));
+            assert_eq!(
+                text(&output).matches("ok ").count(),
+                20,
+                "{}",
+                text(&output)
+            );
         }
     }
 
@@ -123,13 +195,26 @@ mod under_mpirun {
     fn mpirun_needs_no_option_and_changes_nothing() {
         let experiment = Experiment::new();
         let changes = ["train.steps=8", "parallel.tensor=2", "parallel.zero=2"];
-        assert!(finish(experiment.train(4, &changes).args(["--set", "run.dir=ours"])).status.success());
+        assert!(
+            finish(
+                experiment
+                    .train(4, &changes)
+                    .args(["--set", "run.dir=ours"])
+            )
+            .status
+            .success()
+        );
         let mut args = vec!["train", "small.yaml", "--set", "run.dir=theirs"];
-        changes.iter().for_each(|change| args.extend(["--set", change]));
+        changes
+            .iter()
+            .for_each(|change| args.extend(["--set", change]));
         let output = finish(&mut mpirun(&experiment, 4, &args));
         assert!(output.status.success(), "{}", text(&output));
         let said = text(&output);
-        assert!(said.contains("rank 0 of 4, started by mpirun (Open MPI), communicator mpi"), "{said}");
+        assert!(
+            said.contains("rank 0 of 4, started by mpirun (Open MPI), communicator mpi"),
+            "{said}"
+        );
         let (ours, theirs) = (curve(&experiment, "ours"), curve(&experiment, "theirs"));
         assert_close(&ours, &theirs, 1e-5);
         // The same layout twice is the same to the bit; and MPI's ranks go on from what Gloo's left.
@@ -139,13 +224,24 @@ mod under_mpirun {
         args[3] = "run.dir=ours";
         args.extend(["--set", "train.steps=10"]);
         let output = finish(&mut mpirun(&experiment, 4, &args));
-        assert!(text(&output).contains("going on from the checkpoint of step 8"), "{}", text(&output));
+        assert!(
+            text(&output).contains("going on from the checkpoint of step 8"),
+            "{}",
+            text(&output)
+        );
     }
 
     #[test]
     fn a_stopped_rank_is_named_over_mpi() {
         let experiment = Experiment::new();
-        let args = ["train", "small.yaml", "--set", "train.steps=100000", "--set", "run.timeout_s=6"];
+        let args = [
+            "train",
+            "small.yaml",
+            "--set",
+            "train.steps=100000",
+            "--set",
+            "run.timeout_s=6",
+        ];
         let run = start(&mut mpirun(&experiment, 4, &args));
         assert_stopped_rank_is_named(&experiment, 2, vec![run]);
     }

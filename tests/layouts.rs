@@ -2,8 +2,8 @@
 //! layout, and a layout run twice gives the same bits.
 
 use crate::agreement::{
-    TIMEOUT, Trace, VOCAB, assert_same, distance, sigmoid, softmax, trace_of, trace_of_biased, trainer_on, values,
-    write_data,
+    TIMEOUT, Trace, VOCAB, assert_same, distance, sigmoid, softmax, trace_of, trace_of_biased,
+    trainer_on, values, write_data,
 };
 use parallel::on_threads;
 use serde_json::{Value, json};
@@ -43,7 +43,11 @@ fn layouts_agree(moe: &Value) {
     let folder = tempfile::tempdir().unwrap();
     write_data(folder.path());
     let single = trace(folder.path(), 1, &experts(1), 2, moe);
-    assert!(single.steps[STEPS as usize - 1][0] < single.steps[0][0] - 0.1, "it learns: {:?}", single.steps);
+    assert!(
+        single.steps[STEPS as usize - 1][0] < single.steps[0][0] - 0.1,
+        "it learns: {:?}",
+        single.steps
+    );
     let layouts = [
         (2, experts(1)),
         (2, experts(2)),
@@ -91,18 +95,50 @@ fn every_schedule_and_every_vocabulary_layout() {
     for tied in [false, true] {
         let single = trace_of(1, odd(folder.path(), &experts(1), 1, tied));
         let mut layouts = vec![
-            (3, json!({"pipeline": 3, "schedule": "1f1b", "stage_layers": [1, 4, 0]})),
-            (4, json!({"pipeline": 2, "schedule": "v-half", "vocabulary": "vocab-2", "expert": 2})),
-            (4, json!({"pipeline": 4, "schedule": "interleaved", "vocabulary": "vocab-1"})),
+            (
+                3,
+                json!({"pipeline": 3, "schedule": "1f1b", "stage_layers": [1, 4, 0]}),
+            ),
+            (
+                4,
+                json!({"pipeline": 2, "schedule": "v-half", "vocabulary": "vocab-2", "expert": 2}),
+            ),
+            (
+                4,
+                json!({"pipeline": 4, "schedule": "interleaved", "vocabulary": "vocab-1"}),
+            ),
         ];
-        for schedule in ["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "v-half", "v-min", "dualpipe-v"] {
-            for vocabulary in ["baseline", "redis", "naive", "interlaced", "vocab-1", "vocab-2"] {
-                layouts.push((2, json!({"pipeline": 2, "schedule": schedule, "vocabulary": vocabulary})));
+        for schedule in [
+            "gpipe",
+            "1f1b",
+            "interleaved",
+            "zb-h1",
+            "zb-v",
+            "v-half",
+            "v-min",
+            "dualpipe-v",
+        ] {
+            for vocabulary in [
+                "baseline",
+                "redis",
+                "naive",
+                "interlaced",
+                "vocab-1",
+                "vocab-2",
+            ] {
+                layouts.push((
+                    2,
+                    json!({"pipeline": 2, "schedule": schedule, "vocabulary": vocabulary}),
+                ));
             }
         }
         for (ranks, parallel) in layouts {
             let ours = trace_of(ranks, odd(folder.path(), &parallel, 1, tied));
-            assert_same(&format!("{ranks} ranks, tied {tied}, {parallel}"), &ours, &single);
+            assert_same(
+                &format!("{ranks} ranks, tied {tied}, {parallel}"),
+                &ours,
+                &single,
+            );
         }
     }
 }
@@ -124,10 +160,22 @@ fn every_axis_alone_and_some_together() {
         (2, json!({"zero": 3})),
         (4, json!({"zero": 3, "zero_ranks": 2, "expert": 2})),
         (1, json!({"recompute": {"layers": "all"}})),
-        (2, json!({"expert": 2, "recompute": {"layers": [1], "parts": ["norm", "attention", "router", "experts"]}})),
-        (4, json!({"pipeline": 2, "tensor": 2, "vocabulary": "vocab-2", "schedule": "zb-h1", "expert": 2})),
-        (4, json!({"pipeline": 2, "tensor": 2, "vocabulary": "redis"})),
-        (8, json!({"pipeline": 2, "context": 2, "zero": 3, "vocabulary": "vocab-1", "recompute": {"layers": "all"}})),
+        (
+            2,
+            json!({"expert": 2, "recompute": {"layers": [1], "parts": ["norm", "attention", "router", "experts"]}}),
+        ),
+        (
+            4,
+            json!({"pipeline": 2, "tensor": 2, "vocabulary": "vocab-2", "schedule": "zb-h1", "expert": 2}),
+        ),
+        (
+            4,
+            json!({"pipeline": 2, "tensor": 2, "vocabulary": "redis"}),
+        ),
+        (
+            8,
+            json!({"pipeline": 2, "context": 2, "zero": 3, "vocabulary": "vocab-1", "recompute": {"layers": "all"}}),
+        ),
     ];
     for (ranks, parallel) in layouts {
         let ours = trace_of(ranks, odd(folder.path(), &parallel, 2, true));
@@ -163,11 +211,26 @@ fn lent_experts_and_ways_by_node_change_nothing() {
         (2, json!({"expert": 2})),
         (4, json!({"expert": 4, "ranks_per_node": 2})),
         (4, json!({"expert": 2, "zero": 3, "ranks_per_node": 1})),
-        (4, json!({"tensor": 2, "expert": 2, "expert_tensor": 2, "zero": 2})),
-        (4, json!({"pipeline": 2, "expert": 2, "schedule": "zb-h1", "vocabulary": "vocab-2", "expert_chunks": 2})),
-        (4, json!({"expert": 4, "ranks_per_node": 2, "recompute": {"layers": "all"}, "expert_chunks": 3})),
-        (2, json!({"expert": 2, "recompute": {"parts": ["norm", "router", "experts"]}})),
-        (4, json!({"context": 2, "tensor": 2, "expert": 4, "zero": 1, "ranks_per_node": 2})),
+        (
+            4,
+            json!({"tensor": 2, "expert": 2, "expert_tensor": 2, "zero": 2}),
+        ),
+        (
+            4,
+            json!({"pipeline": 2, "expert": 2, "schedule": "zb-h1", "vocabulary": "vocab-2", "expert_chunks": 2}),
+        ),
+        (
+            4,
+            json!({"expert": 4, "ranks_per_node": 2, "recompute": {"layers": "all"}, "expert_chunks": 3}),
+        ),
+        (
+            2,
+            json!({"expert": 2, "recompute": {"parts": ["norm", "router", "experts"]}}),
+        ),
+        (
+            4,
+            json!({"context": 2, "tensor": 2, "expert": 4, "zero": 1, "ranks_per_node": 2}),
+        ),
     ];
     for (ranks, parallel) in layouts {
         let nodes = parallel.get("ranks_per_node").is_some();
@@ -176,11 +239,25 @@ fn lent_experts_and_ways_by_node_change_nothing() {
                 continue;
             }
             let ours = trace_of_biased(ranks, skewed(folder.path(), &parallel, dispatch), biased);
-            assert_same(&format!("{ranks} ranks, {dispatch}, {parallel}"), &ours, &single);
-            assert_eq!(ours.spilled > 0, dispatch.contains("least_loaded"), "{dispatch}, {parallel}");
+            assert_same(
+                &format!("{ranks} ranks, {dispatch}, {parallel}"),
+                &ours,
+                &single,
+            );
+            assert_eq!(
+                ours.spilled > 0,
+                dispatch.contains("least_loaded"),
+                "{dispatch}, {parallel}"
+            );
         }
     }
-    let twice = || trace_of_biased(4, skewed(folder.path(), &experts(4), "least_loaded"), biased);
+    let twice = || {
+        trace_of_biased(
+            4,
+            skewed(folder.path(), &experts(4), "least_loaded"),
+            biased,
+        )
+    };
     assert_eq!(twice(), twice());
 }
 
@@ -192,15 +269,32 @@ fn experts_that_move_change_nothing() {
     let layouts = [
         (2, json!({"expert": 2}), "standard"),
         (4, json!({"expert": 2, "zero": 3}), "standard"),
-        (4, json!({"expert": 2, "zero": 2, "zero_ranks": 2}), "least_loaded"),
-        (4, json!({"tensor": 2, "expert": 2, "expert_tensor": 2, "zero": 1}), "standard"),
-        (4, json!({"pipeline": 2, "expert": 2, "schedule": "zb-h1"}), "least_loaded"),
+        (
+            4,
+            json!({"expert": 2, "zero": 2, "zero_ranks": 2}),
+            "least_loaded",
+        ),
+        (
+            4,
+            json!({"tensor": 2, "expert": 2, "expert_tensor": 2, "zero": 1}),
+            "standard",
+        ),
+        (
+            4,
+            json!({"pipeline": 2, "expert": 2, "schedule": "zb-h1"}),
+            "least_loaded",
+        ),
     ];
     for (ranks, parallel, dispatch) in layouts {
         let mut config = skewed(folder.path(), &parallel, dispatch);
-        config.model.moe.as_mut().unwrap().placement = Some(serde_json::from_value(json!({"every": 2})).unwrap());
+        config.model.moe.as_mut().unwrap().placement =
+            Some(serde_json::from_value(json!({"every": 2})).unwrap());
         let ours = trace_of_biased(ranks, config, biased);
-        assert_same(&format!("{ranks} ranks, {dispatch}, {parallel}"), &ours, &single);
+        assert_same(
+            &format!("{ranks} ranks, {dispatch}, {parallel}"),
+            &ours,
+            &single,
+        );
         assert!(ours.moved > 0, "{parallel}");
     }
 }
@@ -210,10 +304,16 @@ fn a_run_whose_experts_move_goes_on_to_the_bit() {
     tch::set_num_threads(1);
     let folder = tempfile::tempdir().unwrap();
     write_data(folder.path());
-    let mut config = skewed(folder.path(), &json!({"expert": 2, "zero": 1}), "least_loaded");
+    let mut config = skewed(
+        folder.path(),
+        &json!({"expert": 2, "zero": 1}),
+        "least_loaded",
+    );
     let moe = config.model.moe.as_mut().unwrap();
-    (moe.placement, moe.least_loaded) =
-        (Some(serde_json::from_value(json!({"every": 2})).unwrap()), config::LeastLoadedConfig::default());
+    (moe.placement, moe.least_loaded) = (
+        Some(serde_json::from_value(json!({"every": 2})).unwrap()),
+        config::LeastLoadedConfig::default(),
+    );
     let run = |config: Config, resumes: bool| {
         on_threads(4, TIMEOUT, move |world| {
             let mut trainer = trainer_on(world, config.clone());
@@ -221,7 +321,9 @@ fn a_run_whose_experts_move_goes_on_to_the_bit() {
             let resumed = trainer.resume(&mut |warning| panic!("{warning}")).unwrap();
             assert_eq!(resumed == trainer::Resumed::Checkpoint, resumes);
             let steps = |trainer: &mut trainer::Trainer, count| {
-                (0..count).map(|_| trainer.train_step(false).unwrap().0.loss).collect::<Vec<_>>()
+                (0..count)
+                    .map(|_| trainer.train_step(false).unwrap().0.loss)
+                    .collect::<Vec<_>>()
             };
             if !resumes {
                 steps(&mut trainer, 3);
@@ -250,15 +352,33 @@ fn a_run_that_lends_experts_leaves_the_checkpoint_of_one_that_does_not() {
         checkpoint::Checkpoint::open(&paths[0]).unwrap()
     };
     let (mut standard, mut ours) = (saved("standard"), saved("least_loaded"));
-    let tensors: Vec<_> = standard.manifest().tensors.iter().map(|(name, t)| (name.clone(), t.shape.clone())).collect();
-    assert!(tensors.iter().any(|(name, _)| name.starts_with("exp_avg_sq/layers.1.moe.experts.1.")));
-    for (name, shape) in tensors.iter().filter(|(name, _)| !name.starts_with("generator")) {
+    let tensors: Vec<_> = standard
+        .manifest()
+        .tensors
+        .iter()
+        .map(|(name, t)| (name.clone(), t.shape.clone()))
+        .collect();
+    assert!(
+        tensors
+            .iter()
+            .any(|(name, _)| name.starts_with("exp_avg_sq/layers.1.moe.experts.1."))
+    );
+    for (name, shape) in tensors
+        .iter()
+        .filter(|(name, _)| !name.starts_with("generator"))
+    {
         let place = checkpoint::Place::whole(name.clone(), shape);
-        let (a, b) = (ours.tensor(&place).unwrap(), standard.tensor(&place).unwrap());
+        let (a, b) = (
+            ours.tensor(&place).unwrap(),
+            standard.tensor(&place).unwrap(),
+        );
         let far = distance(&values(&a), &values(&b));
         assert!(far <= 1e-5, "{name} is {far} away");
     }
-    assert_eq!(ours.manifest().tensors.len(), standard.manifest().tensors.len());
+    assert_eq!(
+        ours.manifest().tensors.len(),
+        standard.manifest().tensors.len()
+    );
 }
 
 #[test]
@@ -271,7 +391,11 @@ fn accumulation_in_place_of_data() {
             let ours = trace(folder.path(), 1, &experts(1), micro_batch, &moe);
             assert_same(&format!("microbatches of {micro_batch}"), &ours, &whole);
         }
-        assert_same("2 ranks with microbatches of 4", &trace(folder.path(), 2, &experts(2), 4, &moe), &whole);
+        assert_same(
+            "2 ranks with microbatches of 4",
+            &trace(folder.path(), 2, &experts(2), 4, &moe),
+            &whole,
+        );
     }
 }
 
@@ -295,17 +419,23 @@ fn a_checkpoint_of_four_ranks_goes_on_in_any_layout() {
         let mut trainer = trainer_on(world, four.clone());
         (0..5).for_each(|_| drop(trainer.train_step(false).unwrap()));
         trainer.save().unwrap();
-        (0..5).map(|_| trainer.train_step(false).unwrap().0.loss).collect::<Vec<_>>()
+        (0..5)
+            .map(|_| trainer.train_step(false).unwrap().0.loss)
+            .collect::<Vec<_>>()
     });
     for (ranks, expert) in [(4, 2), (4, 4), (2, 2), (2, 1), (1, 1)] {
         let other = of(expert);
         let resumed = on_threads(ranks, TIMEOUT, move |world| {
             let mut trainer = trainer_on(world, other.clone());
             let mut warnings = Vec::new();
-            let resumed = trainer.resume(&mut |warning| warnings.push(warning.to_string())).unwrap();
+            let resumed = trainer
+                .resume(&mut |warning| warnings.push(warning.to_string()))
+                .unwrap();
             assert_eq!(resumed, trainer::Resumed::Checkpoint);
             assert_eq!((trainer.step(), warnings), (5, vec![]));
-            (0..5).map(|_| trainer.train_step(false).unwrap().0.loss).collect::<Vec<_>>()
+            (0..5)
+                .map(|_| trainer.train_step(false).unwrap().0.loss)
+                .collect::<Vec<_>>()
         });
         for (a, b) in resumed[0].iter().zip(&unbroken[0]) {
             assert!((a - b).abs() <= 1e-5 * b, "{ranks} ranks: {a} and {b}");
@@ -323,10 +453,19 @@ fn ranks_and_experts_without_tokens_train_on() {
     write_data(folder.path());
     let moe = json!({"experts": 64, "top_k": 1, "ffn": 8, "load_balance": 0.0, "router": {"normalize": false}});
     let single = trace(folder.path(), 1, &experts(1), 1, &moe);
-    let unused =
-        single.first_gradients.iter().filter(|(name, g)| name.contains("experts") && g.iter().all(|&g| g == 0.0));
-    assert!(unused.count() > 2, "some experts are without tokens over the whole batch");
-    assert_same("experts over 4", &trace(folder.path(), 4, &experts(4), 1, &moe), &single);
+    let unused = single
+        .first_gradients
+        .iter()
+        .filter(|(name, g)| name.contains("experts") && g.iter().all(|&g| g == 0.0));
+    assert!(
+        unused.count() > 2,
+        "some experts are without tokens over the whole batch"
+    );
+    assert_same(
+        "experts over 4",
+        &trace(folder.path(), 4, &experts(4), 1, &moe),
+        &single,
+    );
 }
 
 #[test]
@@ -338,16 +477,25 @@ fn bf16_keeps_fp32_masters_and_learns() {
     bf16.train.dtype = config::Dtype::Bf16;
     let losses = on_threads(2, TIMEOUT, move |world| {
         let mut trainer = trainer_on(world, bf16.clone());
-        let losses: Vec<f64> = (0..STEPS).map(|_| trainer.train_step(false).unwrap().0.loss).collect();
+        let losses: Vec<f64> = (0..STEPS)
+            .map(|_| trainer.train_step(false).unwrap().0.loss)
+            .collect();
         for parameter in trainer.model().parameters.iter() {
             assert_eq!(parameter.master.kind(), tch::Kind::Float);
-            let master = parameter.master.to_kind(tch::Kind::BFloat16).view(parameter.weight.shape());
+            let master = parameter
+                .master
+                .to_kind(tch::Kind::BFloat16)
+                .view(parameter.weight.shape());
             assert_eq!(parameter.weight.value(), master);
         }
         losses
     });
     let fp32 = trace(folder.path(), 1, &experts(1), 2, &softmax("sequence"));
     for (bf16, fp32) in losses[0].iter().zip(&fp32.steps) {
-        assert!((bf16 - fp32[0]).abs() < 0.02 * fp32[0], "{bf16} and {}", fp32[0]);
+        assert!(
+            (bf16 - fp32[0]).abs() < 0.02 * fp32[0],
+            "{bf16} and {}",
+            fp32[0]
+        );
     }
 }

@@ -2,8 +2,8 @@
 //! a test make them, else on one loopback device.
 
 use crate::fixture::{
-    Experiment, curve, finish, finish_child, said, signal, start, start_talking, steps_done, text, wait_for_step,
-    wait_for_words,
+    Experiment, curve, finish, finish_child, said, signal, start, start_talking, steps_done, text,
+    wait_for_step, wait_for_words,
 };
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Command, Output};
@@ -18,7 +18,10 @@ struct Network {
 }
 
 fn ip(args: &str) -> bool {
-    Command::new("ip").args(args.split(' ')).output().is_ok_and(|output| output.status.success())
+    Command::new("ip")
+        .args(args.split(' '))
+        .output()
+        .is_ok_and(|output| output.status.success())
 }
 
 impl Network {
@@ -27,16 +30,24 @@ impl Network {
         let number = NUMBER.fetch_add(1, Ordering::SeqCst);
         let id = format!("mr{}x{number}", std::process::id());
         let hub = format!("{id}h");
-        let names: Vec<String> = (0..machines).map(|machine| format!("{id}n{machine}")).collect();
+        let names: Vec<String> = (0..machines)
+            .map(|machine| format!("{id}n{machine}"))
+            .collect();
         // Each has a link to a namespace that forwards, so nothing of it is seen outside.
-        let mut made =
-            ip(&format!("netns add {hub}")) && ip(&format!("netns exec {hub} sysctl -q -w net.ipv4.ip_forward=1"));
+        let mut made = ip(&format!("netns add {hub}"))
+            && ip(&format!(
+                "netns exec {hub} sysctl -q -w net.ipv4.ip_forward=1"
+            ));
         for (machine, name) in names.iter().enumerate() {
-            let (its, hubs) =
-                (format!("10.77.{number}.{}", 4 * machine + 2), format!("10.77.{number}.{}", 4 * machine + 1));
+            let (its, hubs) = (
+                format!("10.77.{number}.{}", 4 * machine + 2),
+                format!("10.77.{number}.{}", 4 * machine + 1),
+            );
             made = made
                 && ip(&format!("netns add {name}"))
-                && ip(&format!("-n {name} link add eth type veth peer name m{machine} netns {hub}"))
+                && ip(&format!(
+                    "-n {name} link add eth type veth peer name m{machine} netns {hub}"
+                ))
                 && ip(&format!("-n {hub} addr add {hubs}/30 dev m{machine}"))
                 && ip(&format!("-n {hub} link set m{machine} up"))
                 && ip(&format!("-n {name} addr add {its}/30 dev eth"))
@@ -44,26 +55,53 @@ impl Network {
                 && ip(&format!("-n {name} link set lo up"))
                 && ip(&format!("-n {name} route add default via {hubs}"));
         }
-        let mut network = Network { namespaces: names, rdzv: format!("10.77.{number}.2:29400") };
+        let mut network = Network {
+            namespaces: names,
+            rdzv: format!("10.77.{number}.2:29400"),
+        };
         network.namespaces.push(hub);
         if !made {
             eprintln!("no network namespaces here: the machines share the loopback device");
             network.remove();
-            let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+            let port = std::net::TcpListener::bind("127.0.0.1:0")
+                .unwrap()
+                .local_addr()
+                .unwrap()
+                .port();
             network.rdzv = format!("127.0.0.1:{port}");
         }
         network
     }
 
     /// `moerun train` of two ranks on a machine.
-    fn machine(&self, experiment: &Experiment, machine: usize, machines: usize, changes: &[&str]) -> Command {
+    fn machine(
+        &self,
+        experiment: &Experiment,
+        machine: usize,
+        machines: usize,
+        changes: &[&str],
+    ) -> Command {
         let mut train = experiment.train(2, changes);
         let (rank, count) = (machine.to_string(), machines.to_string());
-        train.args(["--nnodes", &count, "--node-rank", &rank, "--rdzv", &self.rdzv]);
-        let Some(namespace) = self.namespaces.get(machine) else { return train };
+        train.args([
+            "--nnodes",
+            &count,
+            "--node-rank",
+            &rank,
+            "--rdzv",
+            &self.rdzv,
+        ]);
+        let Some(namespace) = self.namespaces.get(machine) else {
+            return train;
+        };
         let mut inside = Command::new("ip");
-        inside.args(["netns", "exec", namespace]).arg(train.get_program()).args(train.get_args());
-        inside.current_dir(experiment.path("")).env("OMP_NUM_THREADS", "1");
+        inside
+            .args(["netns", "exec", namespace])
+            .arg(train.get_program())
+            .args(train.get_args());
+        inside
+            .current_dir(experiment.path(""))
+            .env("OMP_NUM_THREADS", "1");
         inside
     }
 
@@ -79,15 +117,24 @@ impl Drop for Network {
         // Keepers outlive their launchers, and nobody outside reaches those in a namespace.
         for name in &self.namespaces {
             let inside = Command::new("ip").args(["netns", "pids", name]).output();
-            let inside = inside.map_or(String::new(), |output| String::from_utf8_lossy(&output.stdout).into_owned());
-            inside.split_whitespace().for_each(|pid| drop(Command::new("kill").args(["-KILL", pid]).status()));
+            let inside = inside.map_or(String::new(), |output| {
+                String::from_utf8_lossy(&output.stdout).into_owned()
+            });
+            inside
+                .split_whitespace()
+                .for_each(|pid| drop(Command::new("kill").args(["-KILL", pid]).status()));
         }
         self.remove();
     }
 }
 
 /// Starts all machines of a run, the head last: agents wait for it.
-fn all(network: &Network, experiment: &Experiment, machines: usize, changes: &[&str]) -> Vec<Child> {
+fn all(
+    network: &Network,
+    experiment: &Experiment,
+    machines: usize,
+    changes: &[&str],
+) -> Vec<Child> {
     let start = |machine| start(&mut network.machine(experiment, machine, machines, changes));
     let mut children: Vec<Child> = (1..machines).map(start).collect();
     children.insert(0, start(0));
@@ -97,7 +144,10 @@ fn all(network: &Network, experiment: &Experiment, machines: usize, changes: &[&
 fn ended(children: Vec<Child>) -> Vec<Output> {
     let outputs: Vec<Output> = children.into_iter().map(finish_child).collect();
     let said: Vec<String> = outputs.iter().map(text).collect();
-    assert!(outputs.iter().all(|output| output.status.success()), "{said:#?}");
+    assert!(
+        outputs.iter().all(|output| output.status.success()),
+        "{said:#?}"
+    );
     outputs
 }
 
@@ -110,7 +160,10 @@ fn children_of(pid: u32) -> Vec<String> {
         let after = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
         after.split_whitespace().nth(1) == Some(&pid.to_string())
     };
-    numbers.filter(is_child).map(|child| child.to_string()).collect()
+    numbers
+        .filter(is_child)
+        .map(|child| child.to_string())
+        .collect()
 }
 
 /// The whole of a machine goes at once.
@@ -126,9 +179,22 @@ fn lose(agent: &mut Child) {
 fn a_run_over_two_machines_is_that_of_one_to_the_bit() {
     let experiment = Experiment::new();
     let network = Network::new(2);
-    assert!(finish(&mut experiment.train(4, &["train.steps=20", "run.dir=ours"])).status.success());
-    let outputs = ended(all(&network, &experiment, 2, &["train.steps=20", "run.dir=theirs"]));
-    assert!(text(&outputs[1]).contains("machine 1 ("), "{}", text(&outputs[1]));
+    assert!(
+        finish(&mut experiment.train(4, &["train.steps=20", "run.dir=ours"]))
+            .status
+            .success()
+    );
+    let outputs = ended(all(
+        &network,
+        &experiment,
+        2,
+        &["train.steps=20", "run.dir=theirs"],
+    ));
+    assert!(
+        text(&outputs[1]).contains("machine 1 ("),
+        "{}",
+        text(&outputs[1])
+    );
     assert_eq!(curve(&experiment, "ours"), curve(&experiment, "theirs"));
     experiment.assert_no_orphans();
 }
@@ -137,17 +203,33 @@ fn a_run_over_two_machines_is_that_of_one_to_the_bit() {
 fn a_lost_rank_and_a_lost_machine_are_recovered() {
     let experiment = Experiment::new();
     let network = Network::new(2);
-    let common = ["train.steps=400", "checkpoint.every=0", "snapshot.every=1", "run.timeout_s=30"];
-    let alone = finish(experiment.train(4, &common).args(["--set", "run.dir=alone"]));
+    let common = [
+        "train.steps=400",
+        "checkpoint.every=0",
+        "snapshot.every=1",
+        "run.timeout_s=30",
+    ];
+    let alone = finish(
+        experiment
+            .train(4, &common)
+            .args(["--set", "run.dir=alone"]),
+    );
     assert!(alone.status.success(), "{}", text(&alone));
     let agent = || start(&mut network.machine(&experiment, 1, 2, &common));
     let mut first = agent();
-    let head = start_talking(&experiment, &mut network.machine(&experiment, 0, 2, &common));
+    let head = start_talking(
+        &experiment,
+        &mut network.machine(&experiment, 0, 2, &common),
+    );
     wait_for_step(&experiment, "run", 10);
     let is_keeper = |pid: &String| {
-        std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.ends_with(b"keeper\0serve\0"))
+        std::fs::read(format!("/proc/{pid}/cmdline"))
+            .is_ok_and(|line| line.ends_with(b"keeper\0serve\0"))
     };
-    signal(&children_of(first.id()).into_iter().find(is_keeper).unwrap(), "KILL");
+    signal(
+        &children_of(first.id()).into_iter().find(is_keeper).unwrap(),
+        "KILL",
+    );
     wait_for_words(&experiment, "the keeper of node 1 is gone", 1);
     let step = steps_done(&experiment, "run");
     wait_for_step(&experiment, "run", step + 30);
@@ -159,9 +241,20 @@ fn a_lost_rank_and_a_lost_machine_are_recovered() {
     lose(&mut first);
     ended(vec![head, agent()]);
     let said = said(&experiment);
-    assert!(said.contains("training goes on") && said.contains("rank 3 failed: it was ended by SIGKILL"), "{said}");
-    assert!(said.contains("machine 1 is gone; node 1 is lost") && said.contains("rebuilt from"), "{said}");
-    assert_eq!(said.matches("going on from the snapshot of step").count(), 2, "{said}");
+    assert!(
+        said.contains("training goes on")
+            && said.contains("rank 3 failed: it was ended by SIGKILL"),
+        "{said}"
+    );
+    assert!(
+        said.contains("machine 1 is gone; node 1 is lost") && said.contains("rebuilt from"),
+        "{said}"
+    );
+    assert_eq!(
+        said.matches("going on from the snapshot of step").count(),
+        2,
+        "{said}"
+    );
     assert_eq!(curve(&experiment, "run"), curve(&experiment, "alone"));
 }
 
@@ -169,8 +262,21 @@ fn a_lost_rank_and_a_lost_machine_are_recovered() {
 fn a_spare_machine_takes_the_place_of_a_lost_one() {
     let experiment = Experiment::new();
     let network = Network::new(3);
-    let common = ["train.steps=150", "checkpoint.every=0", "snapshot.every=1", "run.timeout_s=30"];
-    assert!(finish(experiment.train(4, &common).args(["--set", "run.dir=alone"])).status.success());
+    let common = [
+        "train.steps=150",
+        "checkpoint.every=0",
+        "snapshot.every=1",
+        "run.timeout_s=30",
+    ];
+    assert!(
+        finish(
+            experiment
+                .train(4, &common)
+                .args(["--set", "run.dir=alone"])
+        )
+        .status
+        .success()
+    );
     let machine = |number| {
         let mut command = network.machine(&experiment, number, 3, &common);
         start(command.args(["--spare-nodes", "1"]))
@@ -181,7 +287,10 @@ fn a_spare_machine_takes_the_place_of_a_lost_one() {
     let spare = run.pop().unwrap();
     let outputs = ended(vec![run.remove(0), spare]);
     let said = text(&outputs[0]);
-    assert!(said.contains("node 1 is lost: 1 spare node took over"), "{said}");
+    assert!(
+        said.contains("node 1 is lost: 1 spare node took over"),
+        "{said}"
+    );
     assert_eq!(curve(&experiment, "run"), curve(&experiment, "alone"));
 }
 
@@ -197,13 +306,21 @@ fn a_signal_to_the_launcher_stops_every_machine_with_a_checkpoint() {
         assert_eq!(output.status.code(), Some(143), "{}", text(&output));
     }
     let step = steps_done(&experiment, "run");
-    assert!(experiment.path(&format!("run/checkpoints/step-{step:08}")).exists());
+    assert!(
+        experiment
+            .path(&format!("run/checkpoints/step-{step:08}"))
+            .exists()
+    );
     // And a launcher that is killed takes everything with it.
     let mut run = all(&network, &experiment, 2, &["train.steps=100000"]);
     wait_for_step(&experiment, "run", step + 5);
     run[0].kill().unwrap();
     let agent = finish_child(run.pop().unwrap());
-    assert!(!agent.status.success() && text(&agent).contains("is gone"), "{}", text(&agent));
+    assert!(
+        !agent.status.success() && text(&agent).contains("is gone"),
+        "{}",
+        text(&agent)
+    );
     run.pop().unwrap().wait().unwrap();
     experiment.assert_only_keepers();
 }
@@ -211,16 +328,31 @@ fn a_signal_to_the_launcher_stops_every_machine_with_a_checkpoint() {
 #[test]
 fn a_hostfile_starts_the_other_machines() {
     let experiment = Experiment::new();
-    assert!(finish(&mut experiment.train(4, &["train.steps=6", "run.dir=ours"])).status.success());
-    std::fs::write(experiment.path("hosts"), "127.0.0.1 slots=2\nelsewhere slots=2\n").unwrap();
+    assert!(
+        finish(&mut experiment.train(4, &["train.steps=6", "run.dir=ours"]))
+            .status
+            .success()
+    );
+    std::fs::write(
+        experiment.path("hosts"),
+        "127.0.0.1 slots=2\nelsewhere slots=2\n",
+    )
+    .unwrap();
     // What ssh does, without a network: the host's name, then a command for its shell.
     let ssh = experiment.path("ssh");
-    std::fs::write(&ssh, "#!/bin/sh\necho \"to $1\" >> asked\ncd / && exec sh -c \"$2\"\n").unwrap();
+    std::fs::write(
+        &ssh,
+        "#!/bin/sh\necho \"to $1\" >> asked\ncd / && exec sh -c \"$2\"\n",
+    )
+    .unwrap();
     std::fs::set_permissions(&ssh, std::fs::Permissions::from_mode(0o755)).unwrap();
     let mut train = experiment.train(1, &["train.steps=6", "run.dir=theirs"]);
     let output = finish(train.args(["--hostfile", "hosts", "--ssh"]).arg(&ssh));
     assert!(output.status.success(), "{}", text(&output));
-    assert_eq!(std::fs::read_to_string(experiment.path("asked")).unwrap(), "to elsewhere\n");
+    assert_eq!(
+        std::fs::read_to_string(experiment.path("asked")).unwrap(),
+        "to elsewhere\n"
+    );
     assert_eq!(curve(&experiment, "ours"), curve(&experiment, "theirs"));
     experiment.assert_no_orphans();
 }
@@ -228,18 +360,44 @@ fn a_hostfile_starts_the_other_machines() {
 #[test]
 fn wrong_machines_are_refused() {
     let experiment = Experiment::new();
-    let network = Network { namespaces: Vec::new(), rdzv: Network::new(0).rdzv.replace("10.77.", "127.77.") };
+    let network = Network {
+        namespaces: Vec::new(),
+        rdzv: Network::new(0).rdzv.replace("10.77.", "127.77."),
+    };
     let refused = |command: &mut Command, expected: &str| {
         let output = finish(command);
-        assert!(!output.status.success() && text(&output).contains(expected), "{expected}: {}", text(&output));
+        assert!(
+            !output.status.success() && text(&output).contains(expected),
+            "{expected}: {}",
+            text(&output)
+        );
     };
-    refused(experiment.train(2, &[]).args(["--nnodes", "2"]), "--nnodes 2 needs --rdzv HOST:PORT");
-    refused(&mut network.machine(&experiment, 3, 2, &[]), "--node-rank 3 is not below --nnodes 2");
-    refused(experiment.train(2, &[]).args(["--nnodes", "2", "--rdzv", "nowhere"]), "it has the form HOST:PORT");
+    refused(
+        experiment.train(2, &[]).args(["--nnodes", "2"]),
+        "--nnodes 2 needs --rdzv HOST:PORT",
+    );
+    refused(
+        &mut network.machine(&experiment, 3, 2, &[]),
+        "--node-rank 3 is not below --nnodes 2",
+    );
+    refused(
+        experiment
+            .train(2, &[])
+            .args(["--nnodes", "2", "--rdzv", "nowhere"]),
+        "it has the form HOST:PORT",
+    );
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let rdzv = taken.local_addr().unwrap().to_string();
-    refused(experiment.train(2, &[]).args(["--nnodes", "2", "--rdzv", &rdzv]), "cannot listen at 127.0.0.1:");
-    refused(&mut network.machine(&experiment, 0, 2, &["run.timeout_s=1"]), "machines 1 did not join within 1s");
+    refused(
+        experiment
+            .train(2, &[])
+            .args(["--nnodes", "2", "--rdzv", &rdzv]),
+        "cannot listen at 127.0.0.1:",
+    );
+    refused(
+        &mut network.machine(&experiment, 0, 2, &["run.timeout_s=1"]),
+        "machines 1 did not join within 1s",
+    );
     // While a launcher waits: another number of ranks, a number that is none, one that is taken.
     let mut head = start(&mut network.machine(&experiment, 0, 2, &[]));
     let mut other = experiment.train(3, &[]);
@@ -247,13 +405,21 @@ fn wrong_machines_are_refused() {
         other.args(["--nnodes", "2", "--node-rank", "1", "--rdzv", &network.rdzv]),
         "it was started with -n 3, and the launcher with -n 2",
     );
-    refused(&mut network.machine(&experiment, 2, 3, &[]), "--node-rank 2 is none of 1 to 1 that may join");
+    refused(
+        &mut network.machine(&experiment, 2, 3, &[]),
+        "--node-rank 2 is none of 1 to 1 that may join",
+    );
     let mut first = start(&mut network.machine(&experiment, 1, 2, &["train.steps=100000"]));
     let began = Instant::now();
-    while std::fs::metadata(experiment.path("run/keepers.json")).is_err() && began.elapsed() < Duration::from_secs(20) {
+    while std::fs::metadata(experiment.path("run/keepers.json")).is_err()
+        && began.elapsed() < Duration::from_secs(20)
+    {
         std::thread::sleep(Duration::from_millis(20));
     }
-    refused(&mut network.machine(&experiment, 1, 2, &[]), "there is a machine with --node-rank 1 already");
+    refused(
+        &mut network.machine(&experiment, 1, 2, &[]),
+        "there is a machine with --node-rank 1 already",
+    );
     head.kill().unwrap();
     head.wait().unwrap();
     first.wait().unwrap();

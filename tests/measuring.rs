@@ -6,7 +6,10 @@ use std::process::Output;
 
 fn lines(output: &Output) -> Vec<Value> {
     assert!(output.status.success(), "{}", text(output));
-    String::from_utf8_lossy(&output.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
 }
 
 fn read(path: std::path::PathBuf) -> Value {
@@ -16,20 +19,42 @@ fn read(path: std::path::PathBuf) -> Value {
 #[test]
 fn every_collective_is_measured_beside_gloo() {
     let experiment = Experiment::new();
-    let bench = ["bench", "collectives", "-n", "2", "--kib", "4,600", "--rounds", "1"];
+    let bench = [
+        "bench",
+        "collectives",
+        "-n",
+        "2",
+        "--kib",
+        "4,600",
+        "--rounds",
+        "1",
+    ];
     let lines = lines(&finish(&mut experiment.moerun(&bench)));
     assert_eq!(lines.len(), 6 * 2);
     for line in &lines {
         let operation = line["operation"].as_str().unwrap();
-        let sides: Vec<&str> = line["us"].as_object().unwrap().keys().map(String::as_str).collect();
+        let sides: Vec<&str> = line["us"]
+            .as_object()
+            .unwrap()
+            .keys()
+            .map(String::as_str)
+            .collect();
         let expected: &[&str] = match operation {
             "all_gather" | "reduce_scatter" => &["moerun", "gloo composed", "gloo"],
             _ => &["moerun", "gloo composed"],
         };
         assert_eq!(sides, expected, "{operation}");
         // Others may be held up for as long as makes ours nothing beside it.
-        assert!(line["of_fastest_other"].as_f64().is_some_and(|ratio| ratio >= 0.0), "{operation}");
-        assert!(line["us"]["moerun"].as_f64().is_some_and(|us| us > 0.0), "{operation}");
+        assert!(
+            line["of_fastest_other"]
+                .as_f64()
+                .is_some_and(|ratio| ratio >= 0.0),
+            "{operation}"
+        );
+        assert!(
+            line["us"]["moerun"].as_f64().is_some_and(|us| us > 0.0),
+            "{operation}"
+        );
     }
     let wrong = finish(&mut experiment.moerun(&["bench", "collectives", "--operation", "sum"]));
     assert!(
@@ -42,63 +67,141 @@ fn every_collective_is_measured_beside_gloo() {
 #[test]
 fn a_profiled_step_is_the_sum_of_its_parts() {
     let experiment = Experiment::new();
-    let (trace, start) = (experiment.path("trace.json"), experiment.path("start.safetensors"));
-    let mut bench = experiment.moerun(&["bench", "step", "--case", "fp32", "--runs", "1", "--threads", "1"]);
-    let lines = lines(&finish(bench.arg("--profile").arg(&trace).arg("--start").arg(&start)));
+    let (trace, start) = (
+        experiment.path("trace.json"),
+        experiment.path("start.safetensors"),
+    );
+    let mut bench = experiment.moerun(&[
+        "bench",
+        "step",
+        "--case",
+        "fp32",
+        "--runs",
+        "1",
+        "--threads",
+        "1",
+    ]);
+    let lines = lines(&finish(
+        bench
+            .arg("--profile")
+            .arg(&trace)
+            .arg("--start")
+            .arg(&start),
+    ));
     let parts = lines[0]["parts"].as_array().unwrap();
     let share = |part: &Value| part["share"].as_f64().unwrap();
-    assert!((parts.iter().map(share).sum::<f64>() - 1.0).abs() < 0.01, "{parts:?}");
+    assert!(
+        (parts.iter().map(share).sum::<f64>() - 1.0).abs() < 0.01,
+        "{parts:?}"
+    );
     assert!(parts.iter().all(|part| share(part) >= 0.0), "{parts:?}");
-    let gflop = |name: &str| parts.iter().find(|part| part["part"] == name).unwrap()["gflop"].as_f64().unwrap();
+    let gflop = |name: &str| {
+        parts.iter().find(|part| part["part"] == name).unwrap()["gflop"]
+            .as_f64()
+            .unwrap()
+    };
     // 2 x 2048 tokens x 2 choices x 3 matrices of 256 x 512 in 4 layers, forward and for the inputs' gradients; and the weights'.
     let once = 2.0 * 2048.0 * 2.0 * 3.0 * 256.0 * 512.0 * 4.0 * 1e-9;
-    assert!((gflop("product of experts") / (2.0 * once) - 1.0).abs() < 1e-3, "{parts:?}");
-    assert!((gflop("product for experts' gradients") / once - 1.0).abs() < 1e-3, "{parts:?}");
+    assert!(
+        (gflop("product of experts") / (2.0 * once) - 1.0).abs() < 1e-3,
+        "{parts:?}"
+    );
+    assert!(
+        (gflop("product for experts' gradients") / once - 1.0).abs() < 1e-3,
+        "{parts:?}"
+    );
     assert!(read(trace)["traceEvents"].as_array().unwrap().len() > 100);
-    assert!(std::fs::metadata(start).unwrap().len() > 4 * 17_000_000, "weights in fp32");
+    assert!(
+        std::fs::metadata(start).unwrap().len() > 4 * 17_000_000,
+        "weights in fp32"
+    );
 }
 
 #[test]
 fn what_recomputing_costs_is_measured_and_what_fits_is_found() {
     let experiment = Experiment::new();
     let bench = |more: &[&str]| {
-        let mut bench =
-            experiment.moerun(&["bench", "recompute", "small.yaml", "-n", "2", "--rounds", "1", "--steps", "4"]);
-        for change in ["train.micro_batch=4", "data.sequence_length=256", "parallel.pipeline=2", "parallel.expert=1"] {
+        let mut bench = experiment.moerun(&[
+            "bench",
+            "recompute",
+            "small.yaml",
+            "-n",
+            "2",
+            "--rounds",
+            "1",
+            "--steps",
+            "4",
+        ]);
+        for change in [
+            "train.micro_batch=4",
+            "data.sequence_length=256",
+            "parallel.pipeline=2",
+            "parallel.expert=1",
+        ] {
             bench.args(["--set", change]);
         }
         finish(bench.args(more))
     };
     let mib = |line: &Value| line["measured_mib"].as_f64().unwrap();
     let measured = lines(&bench(&[]));
-    let cases: Vec<&str> = measured.iter().map(|line| line["case"].as_str().unwrap()).collect();
-    assert_eq!(cases, ["none", "norm", "attention", "router", "experts", "all layers"]);
+    let cases: Vec<&str> = measured
+        .iter()
+        .map(|line| line["case"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        cases,
+        [
+            "none",
+            "norm",
+            "attention",
+            "router",
+            "experts",
+            "all layers"
+        ]
+    );
     let (none, all) = (mib(&measured[0]), mib(&measured[5]));
     assert!(all < none && mib(&measured[4]) < none, "{measured:?}");
 
     let fit = (none + all) / 2.0;
-    let chosen = lines(&bench(&["--fit-mib", &fit.to_string()])).pop().unwrap();
+    let chosen = lines(&bench(&["--fit-mib", &fit.to_string()]))
+        .pop()
+        .unwrap();
     assert!(
-        chosen["case"] == "fit" && mib(&chosen) <= fit && chosen["recompute"] != measured[0]["recompute"],
+        chosen["case"] == "fit"
+            && mib(&chosen) <= fit
+            && chosen["recompute"] != measured[0]["recompute"],
         "{chosen}"
     );
 
     let tight = bench(&["--fit-mib", "0.5"]);
     let says = text(&tight);
-    assert!(!tight.status.success() && says.contains("--fit-mib 0.5: with all layers computed again"), "{says}");
+    assert!(
+        !tight.status.success() && says.contains("--fit-mib 0.5: with all layers computed again"),
+        "{says}"
+    );
 }
 
 #[test]
 fn each_rank_traces_the_step_that_is_asked_for() {
     let experiment = Experiment::new();
-    let output = finish(&mut experiment.train(2, &["train.steps=3", "run.trace_step=2", "parallel.expert=2"]));
+    let output = finish(&mut experiment.train(
+        2,
+        &["train.steps=3", "run.trace_step=2", "parallel.expert=2"],
+    ));
     assert!(output.status.success(), "{}", text(&output));
     for rank in 0..2 {
         let trace = read(experiment.path(&format!("run/logs/rank-{rank}.trace.json")));
         let events = trace["traceEvents"].as_array().unwrap();
         for kind in ["product", "attention", "communication", "optimizer"] {
-            assert!(events.iter().any(|event| event["cat"] == kind), "rank {rank} has no {kind}");
+            assert!(
+                events.iter().any(|event| event["cat"] == kind),
+                "rank {rank} has no {kind}"
+            );
         }
-        assert!(events.iter().all(|event| event["pid"] == rank && event["dur"].as_f64().unwrap() >= 0.0));
+        assert!(
+            events
+                .iter()
+                .all(|event| event["pid"] == rank && event["dur"].as_f64().unwrap() >= 0.0)
+        );
     }
 }

@@ -10,15 +10,34 @@ fn every_schedule_is_drawn_and_its_file_is_the_same_schedule() {
         assert!(output.status.success(), "{args:?}: {}", text(&output));
         String::from_utf8(output.stdout).unwrap()
     };
-    for schedule in ["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "v-half", "v-min", "dualpipe-v"] {
-        for vocabulary in [&[][..], &["--vocabulary", "vocab-1"], &["--vocabulary", "vocab-2"]] {
+    for schedule in [
+        "gpipe",
+        "1f1b",
+        "interleaved",
+        "zb-h1",
+        "zb-v",
+        "v-half",
+        "v-min",
+        "dualpipe-v",
+    ] {
+        for vocabulary in [
+            &[][..],
+            &["--vocabulary", "vocab-1"],
+            &["--vocabulary", "vocab-2"],
+        ] {
             let args = [&[schedule, "-n", "3", "-m", "6"], vocabulary].concat();
             let drawn = plan(&args);
-            assert!(drawn.contains("rank 2 |") && drawn.contains("microbatches held"), "{drawn}");
+            assert!(
+                drawn.contains("rank 2 |") && drawn.contains("microbatches held"),
+                "{drawn}"
+            );
         }
         let file = plan(&[schedule, "-n", "3", "-m", "6", "--yaml"]);
         std::fs::write(experiment.path("own.yaml"), file).unwrap();
-        let (known, own) = (plan(&[schedule, "-n", "3", "-m", "6"]), plan(&["own.yaml", "--svg", "own.svg"]));
+        let (known, own) = (
+            plan(&[schedule, "-n", "3", "-m", "6"]),
+            plan(&["own.yaml", "--svg", "own.svg"]),
+        );
         assert_eq!(known.lines().next(), own.lines().next());
         let svg = std::fs::read_to_string(experiment.path("own.svg")).unwrap();
         assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
@@ -32,7 +51,11 @@ fn every_schedule_is_drawn_and_its_file_is_the_same_schedule() {
         (vec!["1f1b", "-n", "0"], "rank"),
     ] {
         let output = finish(&mut experiment.moerun(&[&["plan", "schedule"][..], &args].concat()));
-        assert!(!output.status.success() && text(&output).contains(words), "{args:?}: {}", text(&output));
+        assert!(
+            !output.status.success() && text(&output).contains(words),
+            "{args:?}: {}",
+            text(&output)
+        );
         assert!(!text(&output).contains("panicked"), "{}", text(&output));
     }
 }
@@ -42,7 +65,15 @@ fn a_mesh_names_every_rank_and_shares_out_every_parameter() {
     let experiment = Experiment::new();
     let plan = |ranks: &str, parallel: &str| {
         let set = format!("parallel={parallel}");
-        let output = finish(&mut experiment.moerun(&["plan", "mesh", "small.yaml", "-n", ranks, "--set", &set]));
+        let output = finish(&mut experiment.moerun(&[
+            "plan",
+            "mesh",
+            "small.yaml",
+            "-n",
+            ranks,
+            "--set",
+            &set,
+        ]));
         assert!(output.status.success(), "{}", text(&output));
         let printed = text(&output);
         let rows = printed.lines().skip(3).map_while(|line| {
@@ -51,20 +82,34 @@ fn a_mesh_names_every_rank_and_shares_out_every_parameter() {
         });
         rows.collect::<Vec<_>>()
     };
-    let parameters = |rows: &[Vec<String>]| rows.iter().map(|row| row[8].parse::<u64>().unwrap()).sum::<u64>();
+    let parameters = |rows: &[Vec<String>]| {
+        rows.iter()
+            .map(|row| row[8].parse::<u64>().unwrap())
+            .sum::<u64>()
+    };
     let one = parameters(&plan("1", "{}"));
     for (ranks, parallel) in [
         ("2", "{pipeline: 2}"),
         ("4", "{zero: 3}"),
         ("4", "{expert: 2, zero: 1}"),
-        ("4", "{pipeline: 2, tensor: 2, expert: 2, zero: 1, vocabulary: vocab-1}"),
+        (
+            "4",
+            "{pipeline: 2, tensor: 2, expert: 2, zero: 1, vocabulary: vocab-1}",
+        ),
     ] {
         let rows = plan(ranks, parallel);
         assert_eq!(rows.len().to_string(), ranks);
         let held = parameters(&rows);
         // Norms and routers are on every tensor rank.
-        assert!(held >= one && held < one + one / 20, "{parallel}: {held} and {one}");
+        assert!(
+            held >= one && held < one + one / 20,
+            "{parallel}: {held} and {one}"
+        );
     }
     let output = finish(&mut experiment.moerun(&["plan", "mesh", "small.yaml", "-n", "3"]));
-    assert!(!output.status.success() && text(&output).contains("cannot run on 3 rank(s)"), "{}", text(&output));
+    assert!(
+        !output.status.success() && text(&output).contains("cannot run on 3 rank(s)"),
+        "{}",
+        text(&output)
+    );
 }

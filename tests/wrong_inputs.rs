@@ -10,12 +10,20 @@ fn refused(experiment: &Experiment, command: &mut Command, words: &[&str]) {
     let output = finish(command);
     let said = text(&output);
     assert!(!output.status.success(), "it was accepted: {said}");
-    assert!(started.elapsed() < Duration::from_secs(20), "it took {:?}", started.elapsed());
+    assert!(
+        started.elapsed() < Duration::from_secs(20),
+        "it took {:?}",
+        started.elapsed()
+    );
     for word in words {
         assert!(said.contains(word), "{word:?} is not in:\n{said}");
     }
     assert!(!said.contains("panicked"), "{said}");
-    assert_eq!(said.matches("error: ").count(), 1, "one error, once:\n{said}");
+    assert_eq!(
+        said.matches("error: ").count(),
+        1,
+        "one error, once:\n{said}"
+    );
     experiment.assert_no_orphans();
 }
 
@@ -31,11 +39,36 @@ fn configurations() {
     let experiment = Experiment::new();
     let original = std::fs::read(experiment.path("small.yaml")).unwrap();
     for (from, to, words) in [
-        ("steps: 20", "stebs: 20", vec!["small.yaml", "line 14", "unknown field `stebs`", "did you mean steps?"]),
-        ("hidden: 32", "hidden: wide", vec!["small.yaml", "line 5", "hidden: wide"]),
-        ("constant:", "constnat:", vec!["line 15", "did you mean constant?"]),
-        ("heads: 4", "heads: 4\n  heads: 8", vec!["line 8", "duplicate"]),
-        ("vocab_size: 512", "# vocab_size: 512", vec!["missing field `vocab_size`"]),
+        (
+            "steps: 20",
+            "stebs: 20",
+            vec![
+                "small.yaml",
+                "line 14",
+                "unknown field `stebs`",
+                "did you mean steps?",
+            ],
+        ),
+        (
+            "hidden: 32",
+            "hidden: wide",
+            vec!["small.yaml", "line 5", "hidden: wide"],
+        ),
+        (
+            "constant:",
+            "constnat:",
+            vec!["line 15", "did you mean constant?"],
+        ),
+        (
+            "heads: 4",
+            "heads: 4\n  heads: 8",
+            vec!["line 8", "duplicate"],
+        ),
+        (
+            "vocab_size: 512",
+            "# vocab_size: 512",
+            vec!["missing field `vocab_size`"],
+        ),
         ("run:", "run: [", vec!["small.yaml", "line"]),
     ] {
         changed(&experiment, from, to);
@@ -43,33 +76,71 @@ fn configurations() {
         std::fs::write(experiment.path("small.yaml"), &original).unwrap();
     }
     let mut missing = experiment.moerun(&["train", "nowhere.yaml"]);
-    refused(&experiment, &mut missing, &["cannot open the configuration nowhere.yaml"]);
+    refused(
+        &experiment,
+        &mut missing,
+        &["cannot open the configuration nowhere.yaml"],
+    );
 }
 
 #[test]
 fn snapshots_and_restarts() {
     let experiment = Experiment::new();
     for (change, words) in [
-        ("snapshot.every=often", vec!["snapshot.every", "a number of steps, or auto"]),
+        (
+            "snapshot.every=often",
+            vec!["snapshot.every", "a number of steps, or auto"],
+        ),
         (
             "snapshot.redundancy={copies: 1}",
-            vec!["snapshot.redundancy: a copy on another node needs at least 2 nodes, and there is 1"],
+            vec![
+                "snapshot.redundancy: a copy on another node needs at least 2 nodes, and there is 1",
+            ],
         ),
-        ("snapshot.redundancy={parity: {data: 0, parity: 1}}", vec!["snapshot.redundancy.parity.data is 0"]),
-        ("snapshot.memory_gib=-1", vec!["snapshot.memory_gib is -1; it must be above 0"]),
-        ("restart.heartbeat_timeout_s=0", vec!["restart.heartbeat_timeout_s is 0; it must be above 0"]),
+        (
+            "snapshot.redundancy={parity: {data: 0, parity: 1}}",
+            vec!["snapshot.redundancy.parity.data is 0"],
+        ),
+        (
+            "snapshot.memory_gib=-1",
+            vec!["snapshot.memory_gib is -1; it must be above 0"],
+        ),
+        (
+            "restart.heartbeat_timeout_s=0",
+            vec!["restart.heartbeat_timeout_s is 0; it must be above 0"],
+        ),
         ("restart.on_divergence=pray", vec!["pray"]),
     ] {
         refused(&experiment, &mut experiment.train(2, &[change]), &words);
     }
-    for command in [&["snapshot", "status", "nowhere"][..], &["snapshot", "verify", "nowhere"], &["chaos", "nowhere"]] {
-        refused(&experiment, &mut experiment.moerun(command), &["nowhere has no keepers"]);
+    for command in [
+        &["snapshot", "status", "nowhere"][..],
+        &["snapshot", "verify", "nowhere"],
+        &["chaos", "nowhere"],
+    ] {
+        refused(
+            &experiment,
+            &mut experiment.moerun(command),
+            &["nowhere has no keepers"],
+        );
     }
-    refused(&experiment, &mut experiment.moerun(&["plan", "survival", "--mtbf-h", "0"]), &["--mtbf-h is 0"]);
-    refused(&experiment, &mut experiment.moerun(&["bench", "snapshot", "--case", "fast"]), &["there is no case fast"]);
+    refused(
+        &experiment,
+        &mut experiment.moerun(&["plan", "survival", "--mtbf-h", "0"]),
+        &["--mtbf-h is 0"],
+    );
+    refused(
+        &experiment,
+        &mut experiment.moerun(&["bench", "snapshot", "--case", "fast"]),
+        &["there is no case fast"],
+    );
     std::fs::create_dir_all(experiment.path("run")).unwrap();
     std::fs::write(experiment.path("run/keepers.json"), "{").unwrap();
-    refused(&experiment, &mut experiment.train(2, &[]), &["keepers.json is damaged; remove it"]);
+    refused(
+        &experiment,
+        &mut experiment.train(2, &[]),
+        &["keepers.json is damaged; remove it"],
+    );
 }
 
 #[test]
@@ -85,7 +156,10 @@ fn nodes_that_do_not_divide() {
     refused(
         &experiment,
         &mut train,
-        &["nodes of 3 ranks do not have as many each of the ranks [0, 1, 2, 3]", "parallel.expert"],
+        &[
+            "nodes of 3 ranks do not have as many each of the ranks [0, 1, 2, 3]",
+            "parallel.expert",
+        ],
     );
 }
 
@@ -93,27 +167,125 @@ fn nodes_that_do_not_divide() {
 fn numbers_that_do_not_divide() {
     let experiment = Experiment::new();
     for (ranks, change, words) in [
-        (4, "train.global_batch=12", vec!["train.global_batch 12 is not a multiple of", "2 x data 4 = 8"]),
-        (2, "model.moe.experts=5", vec!["model.moe.experts 5 is not a multiple of parallel.expert 2"]),
-        (2, "model.hidden=30", vec!["model.hidden 30 is not a multiple of model.heads 4"]),
-        (2, "model.kv_heads=3", vec!["model.heads 4 is not a multiple of model.kv_heads 3"]),
-        (2, "model.moe.top_k=9", vec!["model.moe.top_k 9 is more than the 4 experts"]),
-        (3, "train.steps=1", vec!["expert 2 x expert_tensor 1 does not divide the 3 ranks", "--nproc-per-node"]),
-        (2, "parallel.data=4", vec!["= 4 ranks, but 2 were started", "nearest that fits: {data: 2,"]),
-        (3, "parallel.pipeline=2", vec!["3 ranks are not a multiple of tensor 1", "use 2 or 4 ranks"]),
-        (3, "parallel={tensor: 3}", vec!["model.heads 4 is not a multiple of parallel.tensor 3", "divides: 2 or 4"]),
-        (2, "parallel={context: 2, context_attention: ulysses, tensor: 1, zero: 4}", vec!["parallel.zero is 4"]),
-        (3, "parallel={context: 3}", vec!["data.sequence_length 32 is not a multiple of 6", "nearest: 30 or 36"]),
-        (2, "parallel={expert_tensor: 4}", vec!["expert 1 x expert_tensor 4 does not divide the 2 ranks", "nearest"]),
-        (2, "parallel={zero: 1, zero_ranks: 3}", vec!["data x context = 2 is not a multiple of parallel.zero_ranks 3"]),
-        (2, "parallel={zero_ranks: 2}", vec!["parallel.zero is 0: give 1, 2 or 3"]),
-        (1, "parallel={recompute: {layers: [5]}}", vec!["names layer 5; the model has 0 to 1"]),
-        (1, "parallel={recompute: {parts: [gelu]}}", vec!["unknown variant `gelu`", "norm"]),
-        (2, "parallel={pipeline: 2, schedule: zb-x}", vec!["zb-v", "v-half"]),
-        (2, "parallel={pipeline: 2, stage_layers: [3, 0]}", vec!["the model has 2 layers"]),
-        (2, "data.document_end=512", vec!["data.document_end 512 is outside of model.vocab_size 512"]),
+        (
+            4,
+            "train.global_batch=12",
+            vec![
+                "train.global_batch 12 is not a multiple of",
+                "2 x data 4 = 8",
+            ],
+        ),
+        (
+            2,
+            "model.moe.experts=5",
+            vec!["model.moe.experts 5 is not a multiple of parallel.expert 2"],
+        ),
+        (
+            2,
+            "model.hidden=30",
+            vec!["model.hidden 30 is not a multiple of model.heads 4"],
+        ),
+        (
+            2,
+            "model.kv_heads=3",
+            vec!["model.heads 4 is not a multiple of model.kv_heads 3"],
+        ),
+        (
+            2,
+            "model.moe.top_k=9",
+            vec!["model.moe.top_k 9 is more than the 4 experts"],
+        ),
+        (
+            3,
+            "train.steps=1",
+            vec![
+                "expert 2 x expert_tensor 1 does not divide the 3 ranks",
+                "--nproc-per-node",
+            ],
+        ),
+        (
+            2,
+            "parallel.data=4",
+            vec![
+                "= 4 ranks, but 2 were started",
+                "nearest that fits: {data: 2,",
+            ],
+        ),
+        (
+            3,
+            "parallel.pipeline=2",
+            vec!["3 ranks are not a multiple of tensor 1", "use 2 or 4 ranks"],
+        ),
+        (
+            3,
+            "parallel={tensor: 3}",
+            vec![
+                "model.heads 4 is not a multiple of parallel.tensor 3",
+                "divides: 2 or 4",
+            ],
+        ),
+        (
+            2,
+            "parallel={context: 2, context_attention: ulysses, tensor: 1, zero: 4}",
+            vec!["parallel.zero is 4"],
+        ),
+        (
+            3,
+            "parallel={context: 3}",
+            vec![
+                "data.sequence_length 32 is not a multiple of 6",
+                "nearest: 30 or 36",
+            ],
+        ),
+        (
+            2,
+            "parallel={expert_tensor: 4}",
+            vec![
+                "expert 1 x expert_tensor 4 does not divide the 2 ranks",
+                "nearest",
+            ],
+        ),
+        (
+            2,
+            "parallel={zero: 1, zero_ranks: 3}",
+            vec!["data x context = 2 is not a multiple of parallel.zero_ranks 3"],
+        ),
+        (
+            2,
+            "parallel={zero_ranks: 2}",
+            vec!["parallel.zero is 0: give 1, 2 or 3"],
+        ),
+        (
+            1,
+            "parallel={recompute: {layers: [5]}}",
+            vec!["names layer 5; the model has 0 to 1"],
+        ),
+        (
+            1,
+            "parallel={recompute: {parts: [gelu]}}",
+            vec!["unknown variant `gelu`", "norm"],
+        ),
+        (
+            2,
+            "parallel={pipeline: 2, schedule: zb-x}",
+            vec!["zb-v", "v-half"],
+        ),
+        (
+            2,
+            "parallel={pipeline: 2, stage_layers: [3, 0]}",
+            vec!["the model has 2 layers"],
+        ),
+        (
+            2,
+            "data.document_end=512",
+            vec!["data.document_end 512 is outside of model.vocab_size 512"],
+        ),
         (2, "train.micro_batch=0", vec!["train.micro_batch is 0"]),
-        (2, "model.moe.dispatch=least", vec!["unknown variant `least`", "least_loaded", "hierarchical"]),
+        (
+            2,
+            "model.moe.dispatch=least",
+            vec!["unknown variant `least`", "least_loaded", "hierarchical"],
+        ),
         (
             2,
             "model.moe={experts: 4, top_k: 2, ffn: 32, dispatch: least_loaded, least_loaded: {capacity: 0.5}}",
@@ -127,19 +299,29 @@ fn numbers_that_do_not_divide() {
         (
             2,
             "model.moe={experts: 4, top_k: 2, ffn: 32, least_loaded: {threshold: 2.0}}",
-            vec!["model.moe.least_loaded has no effect", "use least_loaded or"],
+            vec![
+                "model.moe.least_loaded has no effect",
+                "use least_loaded or",
+            ],
         ),
         (
             2,
             "model.moe={experts: 4, top_k: 2, ffn: 32, placement: {every: 0, smoothing: 1.5}}",
-            vec!["model.moe.placement.every is 0", "model.moe.placement.smoothing is 1.5"],
+            vec![
+                "model.moe.placement.every is 0",
+                "model.moe.placement.smoothing is 1.5",
+            ],
         ),
         (
             2,
             "model.moe={experts: 6, top_k: 3, ffn: 32, router: {groups: 2, even_groups: true}}",
             vec!["model.moe.top_k 3 is not a multiple of model.moe.router.groups 2"],
         ),
-        (2, "model.dense_layers=1", vec!["model.ffn (their inner width) is needed"]),
+        (
+            2,
+            "model.dense_layers=1",
+            vec!["model.ffn (their inner width) is needed"],
+        ),
         (
             2,
             "schedule={wsd: {lr: 1e-3, warmup_steps: 15, decay_steps: 10}}",
@@ -148,35 +330,75 @@ fn numbers_that_do_not_divide() {
     ] {
         refused(&experiment, &mut experiment.train(ranks, &[change]), &words);
     }
-    refused(&experiment, &mut experiment.train(0, &[]), &["at least one rank"]);
-    refused(&experiment, &mut experiment.train(2, &["train.stebs=1"]), &["no key stebs", "did you mean steps?"]);
-    refused(&experiment, &mut experiment.train(2, &["train.steps=lots"]), &["--set train.steps: invalid type"]);
+    refused(
+        &experiment,
+        &mut experiment.train(0, &[]),
+        &["at least one rank"],
+    );
+    refused(
+        &experiment,
+        &mut experiment.train(2, &["train.stebs=1"]),
+        &["no key stebs", "did you mean steps?"],
+    );
+    refused(
+        &experiment,
+        &mut experiment.train(2, &["train.steps=lots"]),
+        &["--set train.steps: invalid type"],
+    );
     refused(
         &experiment,
         &mut experiment.train(2, &["run.device=gpu"]),
         &["run.device is \"gpu\"; use auto, cpu, cuda or npu"],
     );
     let fp8 = |also: &str, words: &str| {
-        refused(&experiment, &mut experiment.train(2, &["train.fp8_experts=true", also]), &[words]);
+        refused(
+            &experiment,
+            &mut experiment.train(2, &["train.fp8_experts=true", also]),
+            &[words],
+        );
     };
-    fp8("train.steps=20", "train.fp8_experts needs train.dtype: bf16");
-    fp8("model.moe.ffn=40", "each rank's part of model.moe.ffn are [32, 40]");
+    fp8(
+        "train.steps=20",
+        "train.fp8_experts needs train.dtype: bf16",
+    );
+    fp8(
+        "model.moe.ffn=40",
+        "each rank's part of model.moe.ffn are [32, 40]",
+    );
 }
 
 #[test]
 fn data_files() {
     let experiment = Experiment::new();
     let train = || experiment.train(2, &[]);
-    let (bin, idx) = (experiment.path("data/train.bin"), experiment.path("data/train.idx"));
+    let (bin, idx) = (
+        experiment.path("data/train.bin"),
+        experiment.path("data/train.idx"),
+    );
     let (tokens, index) = (std::fs::read(&bin).unwrap(), std::fs::read(&idx).unwrap());
 
     std::fs::write(&bin, &tokens[..tokens.len() - 7]).unwrap();
-    refused(&experiment, &mut train(), &["data/train.bin has", "it is truncated or belongs to another index"]);
+    refused(
+        &experiment,
+        &mut train(),
+        &[
+            "data/train.bin has",
+            "it is truncated or belongs to another index",
+        ],
+    );
     std::fs::write(&bin, &tokens).unwrap();
     std::fs::write(&idx, &index[..20]).unwrap();
-    refused(&experiment, &mut train(), &["data/train.idx is damaged: 20 bytes"]);
+    refused(
+        &experiment,
+        &mut train(),
+        &["data/train.idx is damaged: 20 bytes"],
+    );
     std::fs::write(&idx, vec![b'x'; 200]).unwrap();
-    refused(&experiment, &mut train(), &["data/train.idx is damaged", "no Megatron index"]);
+    refused(
+        &experiment,
+        &mut train(),
+        &["data/train.idx is damaged", "no Megatron index"],
+    );
     std::fs::remove_file(&idx).unwrap();
     refused(&experiment, &mut train(), &["cannot open data/train.idx"]);
     std::fs::write(&idx, &index).unwrap();
@@ -184,11 +406,23 @@ fn data_files() {
     let mut damaged = tokens.clone();
     damaged.fill(0xFF);
     std::fs::write(&bin, &damaged).unwrap();
-    refused(&experiment, &mut train(), &["token 65535 at position", "outside of model.vocab_size 512"]);
+    refused(
+        &experiment,
+        &mut train(),
+        &["token 65535 at position", "outside of model.vocab_size 512"],
+    );
     std::fs::write(&bin, &tokens).unwrap();
     let long = format!("data.sequence_length={}", tokens.len());
-    refused(&experiment, &mut experiment.train(2, &[&long]), &["fewer than one sample of data.sequence_length"]);
-    refused(&experiment, &mut experiment.train(2, &["data.train=[]"]), &["data.train lists no source"]);
+    refused(
+        &experiment,
+        &mut experiment.train(2, &[&long]),
+        &["fewer than one sample of data.sequence_length"],
+    );
+    refused(
+        &experiment,
+        &mut experiment.train(2, &["data.train=[]"]),
+        &["data.train lists no source"],
+    );
 }
 
 #[test]
@@ -197,7 +431,11 @@ fn places_and_ports() {
     let taken = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
     let mut busy = experiment.train(2, &[]);
-    refused(&experiment, busy.args(["--master-port", &port]), &["cannot serve on port", &port, "choose another"]);
+    refused(
+        &experiment,
+        busy.args(["--master-port", &port]),
+        &["cannot serve on port", &port, "choose another"],
+    );
 
     std::fs::write(experiment.path("occupied"), "a file").unwrap();
     refused(
@@ -207,12 +445,25 @@ fn places_and_ports() {
     );
 
     let mut alone = experiment.train(1, &[]);
-    refused(&experiment, alone.env("RANK", "0"), &["RANK is set but", "unset RANK, or set both"]);
+    refused(
+        &experiment,
+        alone.env("RANK", "0"),
+        &["RANK is set but", "unset RANK, or set both"],
+    );
     let mut beyond = experiment.train(1, &[]);
-    for (name, value) in [("RANK", "2"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")] {
+    for (name, value) in [
+        ("RANK", "2"),
+        ("WORLD_SIZE", "2"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "1"),
+    ] {
         beyond.env(name, value);
     }
-    refused(&experiment, &mut beyond, &["RANK=2 is not below WORLD_SIZE=2"]);
+    refused(
+        &experiment,
+        &mut beyond,
+        &["RANK=2 is not below WORLD_SIZE=2"],
+    );
 
     if !std::path::Path::new("/dev/nvidiactl").exists() {
         refused(
@@ -226,20 +477,53 @@ fn places_and_ports() {
 #[test]
 fn runs_that_do_not_fit_their_checkpoints_or_diverge() {
     let experiment = Experiment::new();
-    assert!(finish(&mut experiment.train(2, &["train.steps=5"])).status.success());
+    assert!(
+        finish(&mut experiment.train(2, &["train.steps=5"]))
+            .status
+            .success()
+    );
     let mut wider = experiment.train(2, &["train.steps=6", "model.hidden=64"]);
-    refused(&experiment, &mut wider, &["embedding has shape [512, 32], the model's is [512, 64]"]);
+    refused(
+        &experiment,
+        &mut wider,
+        &["embedding has shape [512, 32], the model's is [512, 64]"],
+    );
     let mut deeper = experiment.train(2, &["train.steps=6", "model.layers=3"]);
-    refused(&experiment, &mut deeper, &["there is no tensor model/layers.2.attention_norm in it"]);
-    let mut wild = experiment.train(2, &["schedule={constant: {lr: 1e30}}", "train.grad_clip=0", "run.dir=wild"]);
-    refused(&experiment, &mut wild, &["the loss is", "at step", "lower the learning rate"]);
+    refused(
+        &experiment,
+        &mut deeper,
+        &["there is no tensor model/layers.2.attention_norm in it"],
+    );
+    let mut wild = experiment.train(
+        2,
+        &[
+            "schedule={constant: {lr: 1e30}}",
+            "train.grad_clip=0",
+            "run.dir=wild",
+        ],
+    );
+    refused(
+        &experiment,
+        &mut wild,
+        &["the loss is", "at step", "lower the learning rate"],
+    );
     refused(
         &experiment,
         &mut experiment.moerun(&["generate", "--checkpoint", "data"]),
         &["there is no checkpoint in data"],
     );
-    let mut foreign = experiment.moerun(&["generate", "--checkpoint", "run", "--tokenizer", "small.yaml"]);
-    refused(&experiment, &mut foreign, &["cannot read the tokenizer small.yaml"]);
+    let mut foreign = experiment.moerun(&[
+        "generate",
+        "--checkpoint",
+        "run",
+        "--tokenizer",
+        "small.yaml",
+    ]);
+    refused(
+        &experiment,
+        &mut foreign,
+        &["cannot read the tokenizer small.yaml"],
+    );
 }
 
 #[test]
@@ -251,16 +535,40 @@ fn corpora() {
         command.arg(input);
         command
     };
-    refused(&experiment, &mut prepare("empty"), &["empty hold no text (0 files with the extensions txt, md"]);
-    refused(&experiment, &mut prepare("nowhere"), &["cannot open nowhere"]);
-    refused(&experiment, prepare("small.yaml").args(["--tokenizer", "small.yaml"]), &["cannot read the tokenizer"]);
+    refused(
+        &experiment,
+        &mut prepare("empty"),
+        &["empty hold no text (0 files with the extensions txt, md"],
+    );
+    refused(
+        &experiment,
+        &mut prepare("nowhere"),
+        &["cannot open nowhere"],
+    );
+    refused(
+        &experiment,
+        prepare("small.yaml").args(["--tokenizer", "small.yaml"]),
+        &["cannot read the tokenizer"],
+    );
     refused(
         &experiment,
         prepare("small.yaml").args(["--vocab-size", "9"]),
         &["--vocab-size 9 is less than the 256 bytes"],
     );
-    std::fs::write(experiment.path("bad.jsonl"), "{\"text\": \"fine\"}\nnot json\n").unwrap();
-    refused(&experiment, &mut prepare("bad.jsonl"), &["bad.jsonl:2: not JSON"]);
+    std::fs::write(
+        experiment.path("bad.jsonl"),
+        "{\"text\": \"fine\"}\nnot json\n",
+    )
+    .unwrap();
+    refused(
+        &experiment,
+        &mut prepare("bad.jsonl"),
+        &["bad.jsonl:2: not JSON"],
+    );
     std::fs::write(experiment.path("bad.parquet"), "PAR0").unwrap();
-    refused(&experiment, &mut prepare("bad.parquet"), &["bad.parquet: not a Parquet file"]);
+    refused(
+        &experiment,
+        &mut prepare("bad.parquet"),
+        &["bad.parquet: not a Parquet file"],
+    );
 }

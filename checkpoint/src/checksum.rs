@@ -41,6 +41,12 @@ mod tests {
         let mut running = Running::new();
         running.add(b"1234");
         running.add(b"56789");
-        assert_eq!((running.value(), combine(crc32c(b"1234"), crc32c(b"56789"), 5)), (0xe306_9283, 0xe306_9283));
+        assert_eq!(
+            (
+                running.value(),
+                combine(crc32c(b"1234"), crc32c(b"56789"), 5)
+            ),
+            (0xe306_9283, 0xe306_9283)
+        );
     }
 }

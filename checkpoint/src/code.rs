@@ -33,7 +33,9 @@ impl Code {
             _ => {
                 let matrix = Matrix::cauchy(data, parity);
                 let coder = matrix.and_then(rusty_erasure::coder);
-                Kind::ReedSolomon(coder.map_err(|e| format!("erasure coding {data} + {parity}: {e}"))?)
+                Kind::ReedSolomon(
+                    coder.map_err(|e| format!("erasure coding {data} + {parity}: {e}"))?,
+                )
             }
         };
         Ok(Code { data, parity, kind })
@@ -41,16 +43,26 @@ impl Code {
 
     /// Parities of `data` chunks of equal length.
     pub fn encode(&self, data: &[&[u8]], parity: &mut [&mut [u8]]) {
-        assert!(data.len() == self.data && parity.len() == self.parity, "a stripe of this code");
+        assert!(
+            data.len() == self.data && parity.len() == self.parity,
+            "a stripe of this code"
+        );
         match &self.kind {
-            Kind::Copies => parity.iter_mut().for_each(|parity| parity.copy_from_slice(data[0])),
+            Kind::Copies => parity
+                .iter_mut()
+                .for_each(|parity| parity.copy_from_slice(data[0])),
             Kind::Xor => xor(data, parity[0]),
             Kind::ReedSolomon(coder) => {
                 for start in (0..data[0].len()).step_by(BLOCK) {
                     let end = (start + BLOCK).min(data[0].len());
                     let data: Vec<&[u8]> = data.iter().map(|chunk| &chunk[start..end]).collect();
-                    let mut parity: Vec<&mut [u8]> = parity.iter_mut().map(|chunk| &mut chunk[start..end]).collect();
-                    coder.encode(&data, &mut parity).expect("shapes are checked above");
+                    let mut parity: Vec<&mut [u8]> = parity
+                        .iter_mut()
+                        .map(|chunk| &mut chunk[start..end])
+                        .collect();
+                    coder
+                        .encode(&data, &mut parity)
+                        .expect("shapes are checked above");
                 }
             }
         }
@@ -60,14 +72,26 @@ impl Code {
     ///
     /// # Errors
     /// When too few are left.
-    pub fn rebuild(&self, chunks: &[Option<&[u8]>], wanted: usize, out: &mut [u8]) -> Result<(), String> {
+    pub fn rebuild(
+        &self,
+        chunks: &[Option<&[u8]>],
+        wanted: usize,
+        out: &mut [u8],
+    ) -> Result<(), String> {
         if let Some(there) = chunks[wanted] {
             out.copy_from_slice(there);
             return Ok(());
         }
-        let present: Vec<usize> = (0..chunks.len()).filter(|&index| chunks[index].is_some()).collect();
+        let present: Vec<usize> = (0..chunks.len())
+            .filter(|&index| chunks[index].is_some())
+            .collect();
         if present.len() < self.data {
-            return Err(format!("{} of {} chunks are left, and {} are needed", present.len(), chunks.len(), self.data));
+            return Err(format!(
+                "{} of {} chunks are left, and {} are needed",
+                present.len(),
+                chunks.len(),
+                self.data
+            ));
         }
         let chunk = |index: usize| chunks[index].expect("it is present");
         match &self.kind {
@@ -75,11 +99,18 @@ impl Code {
             Kind::Xor => xor(&present.iter().map(|&i| chunk(i)).collect::<Vec<_>>(), out),
             Kind::ReedSolomon(coder) => {
                 let there: Vec<bool> = chunks.iter().map(Option::is_some).collect();
-                let plan = coder.decode_plan(&there, &[wanted]).map_err(|e| e.to_string())?;
+                let plan = coder
+                    .decode_plan(&there, &[wanted])
+                    .map_err(|e| e.to_string())?;
                 for start in (0..out.len()).step_by(BLOCK) {
                     let end = (start + BLOCK).min(out.len());
-                    let chunks: Vec<_> = chunks.iter().map(|chunk| chunk.map(|chunk| &chunk[start..end])).collect();
-                    coder.recover_with(&plan, &chunks, &mut [&mut out[start..end]]).map_err(|e| e.to_string())?;
+                    let chunks: Vec<_> = chunks
+                        .iter()
+                        .map(|chunk| chunk.map(|chunk| &chunk[start..end]))
+                        .collect();
+                    coder
+                        .recover_with(&plan, &chunks, &mut [&mut out[start..end]])
+                        .map_err(|e| e.to_string())?;
                 }
             }
         }
@@ -90,7 +121,10 @@ impl Code {
 /// The XOR of all `sources`, in one pass over memory: four at a time into a block of `out` that stays in the first cache.
 pub fn xor(sources: &[&[u8]], out: &mut [u8]) {
     const BLOCK: usize = 4 << 10;
-    assert!(sources.iter().all(|source| source.len() == out.len()), "chunks of one length");
+    assert!(
+        sources.iter().all(|source| source.len() == out.len()),
+        "chunks of one length"
+    );
     for (index, out) in out.chunks_mut(BLOCK).enumerate() {
         let len = out.len();
         out.fill(0);
@@ -100,13 +134,20 @@ pub fn xor(sources: &[&[u8]], out: &mut [u8]) {
                 4 => {
                     let ((a, b), (c, d)) = ((part(0), part(1)), (part(2), part(3)));
                     let values = a.iter().zip(b).zip(c).zip(d);
-                    out.iter_mut().zip(values).for_each(|(out, (((a, b), c), d))| *out ^= a ^ b ^ c ^ d);
+                    out.iter_mut()
+                        .zip(values)
+                        .for_each(|(out, (((a, b), c), d))| *out ^= a ^ b ^ c ^ d);
                 }
                 3 => {
                     let values = part(0).iter().zip(part(1)).zip(part(2));
-                    out.iter_mut().zip(values).for_each(|(out, ((a, b), c))| *out ^= a ^ b ^ c);
+                    out.iter_mut()
+                        .zip(values)
+                        .for_each(|(out, ((a, b), c))| *out ^= a ^ b ^ c);
                 }
-                2 => out.iter_mut().zip(part(0).iter().zip(part(1))).for_each(|(out, (a, b))| *out ^= a ^ b),
+                2 => out
+                    .iter_mut()
+                    .zip(part(0).iter().zip(part(1)))
+                    .for_each(|(out, (a, b))| *out ^= a ^ b),
                 _ => out.iter_mut().zip(part(0)).for_each(|(out, a)| *out ^= a),
             }
         }
@@ -161,7 +202,13 @@ mod tests {
     #[test]
     fn too_few_chunks_are_an_error() {
         let code = Code::new(Redundancy::Parity { data: 4, parity: 2 }, 4, 2).unwrap();
-        let error = code.rebuild(&[Some(&[1]), None, None, None, Some(&[2]), Some(&[3])], 1, &mut [0]).unwrap_err();
+        let error = code
+            .rebuild(
+                &[Some(&[1]), None, None, None, Some(&[2]), Some(&[3])],
+                1,
+                &mut [0],
+            )
+            .unwrap_err();
         assert_eq!(error, "3 of 6 chunks are left, and 4 are needed");
     }
 }

@@ -36,14 +36,24 @@ pub enum Error {
 impl Error {
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.display().to_string();
-        move |source| Error::Io { action, path, source }
+        move |source| Error::Io {
+            action,
+            path,
+            source,
+        }
     }
 
     pub(crate) fn damaged(path: &Path, reason: impl Into<String>) -> Error {
-        Error::Damaged { path: path.display().to_string(), reason: reason.into() }
+        Error::Damaged {
+            path: path.display().to_string(),
+            reason: reason.into(),
+        }
     }
 
     pub(crate) fn mismatch(path: &Path, reason: impl Into<String>) -> Error {
-        Error::Mismatch { path: path.display().to_string(), reason: reason.into() }
+        Error::Mismatch {
+            path: path.display().to_string(),
+            reason: reason.into(),
+        }
     }
 }

@@ -36,7 +36,11 @@ impl Image {
     ///
     /// # Errors
     /// When a dtype is not one that is saved.
-    pub fn plan(held: &[(Place, Kind)], tensors: usize, state: &serde_json::Value) -> Result<Image, Error> {
+    pub fn plan(
+        held: &[(Place, Kind)],
+        tensors: usize,
+        state: &serde_json::Value,
+    ) -> Result<Image, Error> {
         let mut order: Vec<usize> = (0..held.len()).collect();
         // Wide values first: then all are aligned.
         order.sort_by_key(|&index| std::cmp::Reverse(held[index].1.elt_size_in_bytes()));
@@ -45,22 +49,46 @@ impl Image {
         for index in order {
             let (place, kind) = &held[index];
             let dtype = crate::write::dtype_of(*kind).ok_or_else(|| {
-                Error::mismatch(Path::new(&place.name), format!("it has a dtype that is not saved: {kind:?}"))
+                Error::mismatch(
+                    Path::new(&place.name),
+                    format!("it has a dtype that is not saved: {kind:?}"),
+                )
             })?;
             let len = place.shape.iter().product::<i64>() as u64 * kind.elt_size_in_bytes() as u64;
             offsets[index] = next;
-            let entry = Entry { dtype, shape: place.shape.clone(), data_offsets: (next, next + len) };
-            entries.push(format!("{}:{}", json!(place.key()), serde_json::to_string(&entry).expect("plain data")));
+            let entry = Entry {
+                dtype,
+                shape: place.shape.clone(),
+                data_offsets: (next, next + len),
+            };
+            entries.push(format!(
+                "{}:{}",
+                json!(place.key()),
+                serde_json::to_string(&entry).expect("plain data")
+            ));
             places.push(place);
             next += len;
         }
-        let entries: String = entries.into_iter().flat_map(|entry| [",".to_string(), entry]).collect();
+        let entries: String = entries
+            .into_iter()
+            .flat_map(|entry| [",".to_string(), entry])
+            .collect();
         let places = serde_json::to_string(&places).expect("plain data");
-        let mut image = Image { entries, places, tensors, head: 0, offsets, bytes: next };
+        let mut image = Image {
+            entries,
+            places,
+            tensors,
+            head: 0,
+            offsets,
+            bytes: next,
+        };
         let len = image.header(state).len();
         // The state's numbers grow by some digits.
         image.head = (8 + len + len / 4 + 4096).next_multiple_of(4096);
-        image.offsets.iter_mut().for_each(|offset| *offset += image.head as u64);
+        image
+            .offsets
+            .iter_mut()
+            .for_each(|offset| *offset += image.head as u64);
         image.bytes += image.head as u64;
         Ok(image)
     }
@@ -90,7 +118,11 @@ impl Image {
         if head.len() > self.head {
             return Err(Error::mismatch(
                 Path::new("snapshot"),
-                format!("its header of {} bytes does not fit into {}", head.len(), self.head),
+                format!(
+                    "its header of {} bytes does not fit into {}",
+                    head.len(),
+                    self.head
+                ),
             ));
         }
         head.resize(self.head, b' ');
@@ -119,14 +151,21 @@ impl Head {
     /// When it is something else.
     pub fn read(bytes: &[u8], what: &Path) -> Result<Head, Error> {
         let damaged = |reason: String| Error::damaged(what, reason);
-        let header = bytes.get(8..).ok_or_else(|| damaged("it has no header".into()))?;
+        let header = bytes
+            .get(8..)
+            .ok_or_else(|| damaged("it has no header".into()))?;
         let metadata = metadata_of(header, what)?;
         let text = |key: &str| {
-            let value = metadata.metadata().as_ref().and_then(|values| values.get(key));
+            let value = metadata
+                .metadata()
+                .as_ref()
+                .and_then(|values| values.get(key));
             value.ok_or_else(|| damaged(format!("its header has no {key}")))
         };
         let json = |e: serde_json::Error| damaged(e.to_string());
-        let tensors = text("tensors")?.parse().map_err(|_| damaged("its number of tensors is none".into()))?;
+        let tensors = text("tensors")?
+            .parse()
+            .map_err(|_| damaged("its number of tensors is none".into()))?;
         Ok(Head {
             state: serde_json::from_str(text("state")?).map_err(json)?,
             places: serde_json::from_str(text("places")?).map_err(json)?,
@@ -147,19 +186,39 @@ mod tests {
 
     #[test]
     fn a_header_keeps_its_room() {
-        let held = [(Place::whole("bytes", &[3]), Kind::Uint8), (Place::whole("model/w", &[2, 2]), Kind::Float)];
+        let held = [
+            (Place::whole("bytes", &[3]), Kind::Uint8),
+            (Place::whole("model/w", &[2, 2]), Kind::Float),
+        ];
         let image = Image::plan(&held, 2, &json!({"step": 9})).unwrap();
-        let head = image.head(&json!({"step": 1000000, "note": "\"quoted\""})).unwrap();
-        assert_eq!((image.offsets()[1], image.offsets()[0]), (head.len() as u64, head.len() as u64 + 16));
+        let head = image
+            .head(&json!({"step": 1000000, "note": "\"quoted\""}))
+            .unwrap();
+        assert_eq!(
+            (image.offsets()[1], image.offsets()[0]),
+            (head.len() as u64, head.len() as u64 + 16)
+        );
         assert_eq!(image.bytes(), head.len() as u64 + 19);
         let read = Head::read(&head, Path::new("x")).unwrap();
         assert_eq!(
             (read.state["note"].as_str(), read.tensors, read.data_start),
             (Some("\"quoted\""), 2, head.len() as u64)
         );
-        assert_eq!(read.places.iter().map(|place| place.name.as_str()).collect::<Vec<_>>(), ["model/w", "bytes"]);
+        assert_eq!(
+            read.places
+                .iter()
+                .map(|place| place.name.as_str())
+                .collect::<Vec<_>>(),
+            ["model/w", "bytes"]
+        );
         let long = "x".repeat(9000);
-        assert!(image.head(&json!({"step": 1, "long": long})).unwrap_err().to_string().contains("does not fit"));
+        assert!(
+            image
+                .head(&json!({"step": 1, "long": long}))
+                .unwrap_err()
+                .to_string()
+                .contains("does not fit")
+        );
         assert!(Head::read(b"12345678{}", Path::new("x")).is_err());
     }
 }

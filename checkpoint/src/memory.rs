@@ -44,7 +44,10 @@ impl Region {
     /// # Errors
     /// When there is not so much.
     pub fn create(name: &str, len: usize) -> io::Result<Region> {
-        let file = File::from(memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
+        let file = File::from(memfd_create(
+            name,
+            MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING,
+        )?);
         let len = len.max(1);
         file.set_len(len as u64)?;
         // Without this a full machine would be a signal at the first write instead of an error here.
@@ -61,7 +64,10 @@ impl Region {
     pub fn open(file: File) -> io::Result<Region> {
         let seals = SealFlag::from_bits_truncate(fcntl(&file, FcntlArg::F_GET_SEALS)?);
         if !seals.contains(SealFlag::F_SEAL_SHRINK) {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "shared memory that could shrink"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "shared memory that could shrink",
+            ));
         }
         Region::map(file)
     }
@@ -91,10 +97,21 @@ impl Region {
     /// # Panics
     /// When they lie outside.
     pub fn copy_out(&self, offset: usize, into: &mut [u8]) {
-        assert!(offset.checked_add(into.len()).is_some_and(|end| end <= self.len()), "bytes of the region");
+        assert!(
+            offset
+                .checked_add(into.len())
+                .is_some_and(|end| end <= self.len()),
+            "bytes of the region"
+        );
         // SAFETY: the range is inside the mapping, which lives as long as `self` and cannot shrink (it is sealed);
         // `into` is memory of this process alone.
-        unsafe { std::ptr::copy_nonoverlapping(self.map.as_ptr().add(offset), into.as_mut_ptr(), into.len()) }
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                self.map.as_ptr().add(offset),
+                into.as_mut_ptr(),
+                into.len(),
+            )
+        }
     }
 
     /// Copies bytes into it.
@@ -110,7 +127,10 @@ impl Region {
     /// # Panics
     /// When they lie outside.
     pub fn write<T>(&self, offset: usize, len: usize, fill: impl FnOnce(&mut [u8]) -> T) -> T {
-        assert!(offset.checked_add(len).is_some_and(|end| end <= self.len()), "bytes of the region");
+        assert!(
+            offset.checked_add(len).is_some_and(|end| end <= self.len()),
+            "bytes of the region"
+        );
         // SAFETY: as in `copy_out`; the slot is this writer's until it has said that it is full, so no other reference
         // to these bytes exists in this process, and the other process does not read them yet.
         fill(unsafe { std::slice::from_raw_parts_mut(self.map.as_mut_ptr().add(offset), len) })
@@ -124,7 +144,13 @@ impl Region {
 pub(crate) fn send_file(stream: &UnixStream, file: &File) -> io::Result<()> {
     let files = [file.as_raw_fd()];
     let byte = [IoSlice::new(b"f")];
-    sendmsg::<()>(stream.as_raw_fd(), &byte, &[ControlMessage::ScmRights(&files)], MsgFlags::MSG_NOSIGNAL, None)?;
+    sendmsg::<()>(
+        stream.as_raw_fd(),
+        &byte,
+        &[ControlMessage::ScmRights(&files)],
+        MsgFlags::MSG_NOSIGNAL,
+        None,
+    )?;
     Ok(())
 }
 
@@ -142,10 +168,19 @@ pub(crate) fn receive_file(stream: &UnixStream) -> io::Result<File> {
     for control in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(descriptors) = control {
             // SAFETY: the kernel has just made these descriptors for this process; nobody else owns them.
-            files.extend(descriptors.into_iter().map(|fd| unsafe { File::from_raw_fd(fd) }));
+            files.extend(
+                descriptors
+                    .into_iter()
+                    .map(|fd| unsafe { File::from_raw_fd(fd) }),
+            );
         }
     }
-    files.pop().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a file was to come with the message"))
+    files.pop().ok_or_else(|| {
+        io::Error::new(
+            io::ErrorKind::InvalidData,
+            "a file was to come with the message",
+        )
+    })
 }
 
 #[cfg(test)]
@@ -161,7 +196,9 @@ mod tests {
         region.copy_out(4000, &mut bytes);
         assert_eq!(&bytes, b"hello");
         assert!(region.file().set_len(10).is_err(), "it is sealed");
-        let loose = File::from(memfd_create("loose", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).unwrap());
+        let loose = File::from(
+            memfd_create("loose", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).unwrap(),
+        );
         loose.set_len(100).unwrap();
         assert!(Region::open(loose).is_err());
     }

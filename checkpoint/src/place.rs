@@ -18,7 +18,12 @@ pub struct Place {
 impl Place {
     /// All of a tensor.
     pub fn whole(name: impl Into<String>, shape: &[i64]) -> Place {
-        Place { name: name.into(), global: shape.to_vec(), offset: vec![0; shape.len()], shape: shape.to_vec() }
+        Place {
+            name: name.into(),
+            global: shape.to_vec(),
+            offset: vec![0; shape.len()],
+            shape: shape.to_vec(),
+        }
     }
 
     /// The name of the box in a file: the tensor's, with the offset where it is not the whole.
@@ -58,11 +63,22 @@ mod tests {
 
     #[test]
     fn boxes_overlap_in_every_dim_or_not_at_all() {
-        let place = Place { name: "w".into(), global: vec![4, 6], offset: vec![2, 0], shape: vec![2, 3] };
+        let place = Place {
+            name: "w".into(),
+            global: vec![4, 6],
+            offset: vec![2, 0],
+            shape: vec![2, 3],
+        };
         assert_eq!(place.key(), "w@2,0");
-        assert_eq!(place.overlap(&[0, 2], &[3, 4]), Some((vec![2, 2], vec![1, 1])));
+        assert_eq!(
+            place.overlap(&[0, 2], &[3, 4]),
+            Some((vec![2, 2], vec![1, 1]))
+        );
         assert_eq!(place.overlap(&[0, 0], &[2, 6]), None);
         let whole = Place::whole("s", &[]);
-        assert_eq!((whole.key().as_str(), whole.overlap(&[], &[])), ("s", Some((vec![], vec![]))));
+        assert_eq!(
+            (whole.key().as_str(), whole.overlap(&[], &[])),
+            ("s", Some((vec![], vec![])))
+        );
     }
 }

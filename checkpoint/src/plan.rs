@@ -12,7 +12,10 @@ pub fn assign_owners(tensors: &[(u64, Vec<usize>)], num_ranks: usize) -> Vec<usi
     let mut owners = vec![0; tensors.len()];
     for index in order {
         let (bytes, holders) = &tensors[index];
-        let owner = holders.iter().copied().min_by_key(|&rank| (load[rank], rank));
+        let owner = holders
+            .iter()
+            .copied()
+            .min_by_key(|&rank| (load[rank], rank));
         owners[index] = owner.expect("every tensor is held by a rank");
         load[owners[index]] += bytes;
     }

@@ -49,7 +49,12 @@ pub fn list(root: &Path) -> Result<Vec<PathBuf>, Error> {
     let mut found: Vec<(u64, PathBuf)> = entries
         .filter_map(|entry| {
             let path = entry.ok()?.path();
-            let step = path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()?;
+            let step = path
+                .file_name()?
+                .to_str()?
+                .strip_prefix("step-")?
+                .parse()
+                .ok()?;
             path.join("manifest.json").exists().then_some((step, path))
         })
         .collect();
@@ -67,15 +72,27 @@ impl Checkpoint {
         let text = std::fs::read(&file).map_err(Error::io("cannot open", &file))?;
         let damaged = |error: serde_json::Error| Error::damaged(&file, error.to_string());
         let value: serde_json::Value = serde_json::from_slice(&text).map_err(damaged)?;
-        if let Some(format) = value["format"].as_u64().filter(|&format| format != u64::from(FORMAT)) {
-            let age = if format > u64::from(FORMAT) { "newer" } else { "older" };
+        if let Some(format) = value["format"]
+            .as_u64()
+            .filter(|&format| format != u64::from(FORMAT))
+        {
+            let age = if format > u64::from(FORMAT) {
+                "newer"
+            } else {
+                "older"
+            };
             return Err(Error::mismatch(
                 &file,
                 format!("format {format} is {age} than {FORMAT}, which this moerun reads"),
             ));
         }
         let manifest: Manifest = serde_json::from_value(value).map_err(damaged)?;
-        Ok(Checkpoint { path: path.to_path_buf(), manifest, shards: BTreeMap::new(), parts: None })
+        Ok(Checkpoint {
+            path: path.to_path_buf(),
+            manifest,
+            shards: BTreeMap::new(),
+            parts: None,
+        })
     }
 
     /// The checkpoint whose shards are images with these headers, which `open` opens when they are needed. `name` is what
@@ -83,17 +100,40 @@ impl Checkpoint {
     ///
     /// # Errors
     /// When a tensor is missing or doubled.
-    pub fn of_parts(name: &str, step: u64, heads: Vec<Head>, open: OpenPart) -> Result<Checkpoint, Error> {
+    pub fn of_parts(
+        name: &str,
+        step: u64,
+        heads: Vec<Head>,
+        open: OpenPart,
+    ) -> Result<Checkpoint, Error> {
         let path = PathBuf::from(name);
-        let state = heads.first().map(|head| head.state.clone()).unwrap_or_default();
+        let state = heads
+            .first()
+            .map(|head| head.state.clone())
+            .unwrap_or_default();
         let expected = heads.first().map_or(0, |head| head.tensors);
         let shards = heads.iter().enumerate().map(|(part, head)| {
-            let file = FileEntry { name: format!("part {part}"), bytes: 0, crc32c: 0 };
+            let file = FileEntry {
+                name: format!("part {part}"),
+                bytes: 0,
+                crc32c: 0,
+            };
             Shard::new(file, head.places.clone())
         });
         let (files, tensors) = assemble(&path, shards.collect(), expected)?;
-        let manifest = Manifest { format: FORMAT, step, state, files, tensors };
-        Ok(Checkpoint { path, manifest, shards: BTreeMap::new(), parts: Some(Parts { heads, open }) })
+        let manifest = Manifest {
+            format: FORMAT,
+            step,
+            state,
+            files,
+            tensors,
+        };
+        Ok(Checkpoint {
+            path,
+            manifest,
+            shards: BTreeMap::new(),
+            parts: Some(Parts { heads, open }),
+        })
     }
 
     /// Its folder.
@@ -117,7 +157,8 @@ impl Checkpoint {
             if size == place.shape {
                 return Ok(part);
             }
-            let whole = whole.get_or_insert_with(|| Tensor::zeros(&place.shape, (part.kind(), part.device())));
+            let whole = whole
+                .get_or_insert_with(|| Tensor::zeros(&place.shape, (part.kind(), part.device())));
             place_of(whole, place, &begin, &size).copy_(&part);
         }
         // A tensor without values has no pieces that overlap anything.
@@ -142,18 +183,33 @@ impl Checkpoint {
     /// The pieces that have something of `place`: file, what was saved, and where in the global tensor the common box begins and how
     /// large it is.
     fn overlaps(&self, place: &Place) -> Result<Vec<Overlap>, Error> {
-        let Place { name, global, offset, shape } = place;
+        let Place {
+            name,
+            global,
+            offset,
+            shape,
+        } = place;
         let Some(entry) = self.manifest.tensors.get(name) else {
-            return Err(Error::mismatch(&self.path, format!("there is no tensor {name} in it")));
+            return Err(Error::mismatch(
+                &self.path,
+                format!("there is no tensor {name} in it"),
+            ));
         };
         if entry.shape != *global {
-            let reason = format!("{name} has shape {:?}, the model's is {global:?}", entry.shape);
+            let reason = format!(
+                "{name} has shape {:?}, the model's is {global:?}",
+                entry.shape
+            );
             return Err(Error::mismatch(&self.path, reason));
         }
         let of = |piece: &PieceEntry| {
             let (offset_of_piece, shape_of_piece) = (piece.offset.clone(), piece.shape.clone());
-            let saved =
-                Place { name: name.clone(), global: global.clone(), offset: offset_of_piece, shape: shape_of_piece };
+            let saved = Place {
+                name: name.clone(),
+                global: global.clone(),
+                offset: offset_of_piece,
+                shape: shape_of_piece,
+            };
             let (begin, size) = saved.overlap(offset, shape)?;
             Some((piece.file, saved, begin, size))
         };
@@ -172,27 +228,49 @@ impl Checkpoint {
         let path = self.path.join(&self.manifest.files[file].name);
         let shard = match self.shards.entry(file) {
             std::collections::btree_map::Entry::Occupied(open) => open.into_mut(),
-            std::collections::btree_map::Entry::Vacant(slot) => slot.insert(match &mut self.parts {
-                None => open_shard(&path)?,
-                Some(parts) => {
-                    let head = &parts.heads[file];
-                    let (metadata, data_start) = (head.metadata.clone(), head.data_start);
-                    OpenShard { file: (parts.open)(file)?, metadata, data_start }
-                }
-            }),
+            std::collections::btree_map::Entry::Vacant(slot) => {
+                slot.insert(match &mut self.parts {
+                    None => open_shard(&path)?,
+                    Some(parts) => {
+                        let head = &parts.heads[file];
+                        let (metadata, data_start) = (head.metadata.clone(), head.data_start);
+                        OpenShard {
+                            file: (parts.open)(file)?,
+                            metadata,
+                            data_start,
+                        }
+                    }
+                })
+            }
         };
         let name = saved.key();
-        let info = shard.metadata.info(&name).ok_or_else(|| Error::damaged(&path, format!("{name} is not in it")))?;
+        let info = shard
+            .metadata
+            .info(&name)
+            .ok_or_else(|| Error::damaged(&path, format!("{name} is not in it")))?;
         let kind = match info.dtype {
             Dtype::F32 => Kind::Float,
             Dtype::BF16 => Kind::BFloat16,
             Dtype::I64 => Kind::Int64,
             Dtype::U8 => Kind::Uint8,
-            other => return Err(Error::damaged(&path, format!("{name} has the dtype {other:?}"))),
+            other => {
+                return Err(Error::damaged(
+                    &path,
+                    format!("{name} has the dtype {other:?}"),
+                ));
+            }
         };
         let (start, end) = info.data_offsets;
-        if info.shape.iter().map(|&n| n as i64).ne(saved.shape.iter().copied()) {
-            return Err(Error::damaged(&path, format!("{name} is not of the shape in the manifest")));
+        if info
+            .shape
+            .iter()
+            .map(|&n| n as i64)
+            .ne(saved.shape.iter().copied())
+        {
+            return Err(Error::damaged(
+                &path,
+                format!("{name} is not of the shape in the manifest"),
+            ));
         }
         // Only the rows that are wanted are read: they lie together.
         let mut shape = saved.shape.clone();
@@ -212,14 +290,21 @@ impl Checkpoint {
         };
         let rows = match target.filter(fits) {
             Some(target) => target.shallow_clone(),
-            None => Tensor::f_empty(&shape, (kind, Device::Cpu)).map_err(|e| Error::damaged(&path, e.to_string()))?,
+            None => Tensor::f_empty(&shape, (kind, Device::Cpu))
+                .map_err(|e| Error::damaged(&path, e.to_string()))?,
         };
         if rows.numel() * kind.elt_size_in_bytes() != len {
-            return Err(Error::damaged(&path, format!("{name} has {len} bytes, which is not its shape")));
+            return Err(Error::damaged(
+                &path,
+                format!("{name} has {len} bytes, which is not its shape"),
+            ));
         }
         let from = shard.data_start + from as u64;
-        fill(&rows, |bytes| shard.file.read_exact_at(bytes, from)).map_err(Error::io("cannot read", &path))?;
-        let narrow = |tensor: Tensor, dim: usize| tensor.narrow(dim as i64, begin[dim] - saved.offset[dim], size[dim]);
+        fill(&rows, |bytes| shard.file.read_exact_at(bytes, from))
+            .map_err(Error::io("cannot read", &path))?;
+        let narrow = |tensor: Tensor, dim: usize| {
+            tensor.narrow(dim as i64, begin[dim] - saved.offset[dim], size[dim])
+        };
         Ok((1..shape.len()).fold(rows, narrow))
     }
 }
@@ -232,12 +317,20 @@ fn place_of(whole: &Tensor, place: &Place, begin: &[i64], size: &[i64]) -> Tenso
     let narrow = |part: Tensor, (dim, (&begin, &size)): (usize, (&i64, &i64))| {
         part.narrow(dim as i64, begin - place.offset[dim], size)
     };
-    begin.iter().zip(size).enumerate().fold(whole.shallow_clone(), narrow)
+    begin
+        .iter()
+        .zip(size)
+        .enumerate()
+        .fold(whole.shallow_clone(), narrow)
 }
 
 fn open_shard(path: &Path) -> Result<OpenShard, Error> {
     let (metadata, data_start) = parse_header(path)?;
-    Ok(OpenShard { file: File::open(path).map_err(Error::io("cannot open", path))?, metadata, data_start })
+    Ok(OpenShard {
+        file: File::open(path).map_err(Error::io("cannot open", path))?,
+        metadata,
+        data_start,
+    })
 }
 
 /// The header of a safetensors file, and where its data begins.
@@ -246,7 +339,10 @@ pub(crate) fn parse_header(path: &Path) -> Result<(Metadata, u64), Error> {
     let metadata = metadata_of(&head[8..], path)?;
     let announced = (metadata.data_len() + head.len()) as u64;
     if announced != file_len {
-        return Err(Error::damaged(path, format!("{file_len} bytes where its header announces {announced}")));
+        return Err(Error::damaged(
+            path,
+            format!("{file_len} bytes where its header announces {announced}"),
+        ));
     }
     Ok((metadata, head.len() as u64))
 }
@@ -255,14 +351,22 @@ pub(crate) fn parse_header(path: &Path) -> Result<(Metadata, u64), Error> {
 pub(crate) fn read_header(path: &Path) -> Result<(Vec<u8>, u64), Error> {
     let mut file = File::open(path).map_err(Error::io("cannot open", path))?;
     let mut head = vec![0u8; 8];
-    file.read_exact(&mut head).map_err(Error::io("cannot read", path))?;
+    file.read_exact(&mut head)
+        .map_err(Error::io("cannot read", path))?;
     let header_len = u64::from_le_bytes(head[..].try_into().expect("eight bytes"));
-    let file_len = file.metadata().map_err(Error::io("cannot read", path))?.len();
+    let file_len = file
+        .metadata()
+        .map_err(Error::io("cannot read", path))?
+        .len();
     if header_len.checked_add(8).is_none_or(|end| end > file_len) {
-        return Err(Error::damaged(path, format!("its header of {header_len} bytes does not fit into {file_len}")));
+        return Err(Error::damaged(
+            path,
+            format!("its header of {header_len} bytes does not fit into {file_len}"),
+        ));
     }
     head.resize(header_len as usize + 8, 0);
-    file.read_exact(&mut head[8..]).map_err(Error::io("cannot read", path))?;
+    file.read_exact(&mut head[8..])
+        .map_err(Error::io("cannot read", path))?;
     Ok((head, file_len))
 }
 
@@ -278,18 +382,29 @@ mod tests {
 
     fn shards(staging: &Staging) -> Vec<Shard> {
         staging.begin().unwrap();
-        let first = vec![(Place::whole("a", &[2, 2]), Tensor::from_slice(&[1f32, 2., 3., 4.]).view([2, 2]))];
+        let first = vec![(
+            Place::whole("a", &[2, 2]),
+            Tensor::from_slice(&[1f32, 2., 3., 4.]).view([2, 2]),
+        )];
         let second = vec![
             (Place::whole("b", &[1]), Tensor::from_slice(&[7i64])),
-            (Place::whole("c", &[2]), Tensor::from_slice(&[0.5f32, 1.5]).to_kind(Kind::BFloat16)),
+            (
+                Place::whole("c", &[2]),
+                Tensor::from_slice(&[0.5f32, 1.5]).to_kind(Kind::BFloat16),
+            ),
         ];
-        vec![staging.write_shard(0, first).unwrap(), staging.write_shard(1, second).unwrap()]
+        vec![
+            staging.write_shard(0, first).unwrap(),
+            staging.write_shard(1, second).unwrap(),
+        ]
     }
 
     fn save(root: &Path, step: u64) -> PathBuf {
         let staging = Staging::new(root, step);
         let shards = shards(&staging);
-        staging.commit(shards, 3, serde_json::json!({"note": step})).unwrap()
+        staging
+            .commit(shards, 3, serde_json::json!({"note": step}))
+            .unwrap()
     }
 
     #[test]
@@ -300,11 +415,24 @@ mod tests {
         (0..2).for_each(|file| checkpoint.verify_file(file).unwrap());
         assert_eq!(checkpoint.manifest().state["note"], 5);
         let mut get = |name: &str, shape: &[i64]| checkpoint.tensor(&Place::whole(name, shape));
-        assert_eq!(Vec::<f32>::try_from(get("a", &[2, 2]).unwrap().flatten(0, -1)).unwrap(), [1., 2., 3., 4.]);
+        assert_eq!(
+            Vec::<f32>::try_from(get("a", &[2, 2]).unwrap().flatten(0, -1)).unwrap(),
+            [1., 2., 3., 4.]
+        );
         assert_eq!(get("b", &[1]).unwrap().int64_value(&[0]), 7);
         assert_eq!(get("c", &[2]).unwrap().kind(), Kind::BFloat16);
-        assert!(get("d", &[1]).unwrap_err().to_string().contains("there is no tensor d"));
-        assert!(get("a", &[4]).unwrap_err().to_string().contains("[2, 2], the model's is [4]"));
+        assert!(
+            get("d", &[1])
+                .unwrap_err()
+                .to_string()
+                .contains("there is no tensor d")
+        );
+        assert!(
+            get("a", &[4])
+                .unwrap_err()
+                .to_string()
+                .contains("[2, 2], the model's is [4]")
+        );
     }
 
     proptest! {
@@ -356,10 +484,23 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let staging = Staging::new(root.path(), 1);
         staging.begin().unwrap();
-        let half = Place { name: "w".into(), global: vec![4], offset: vec![2], shape: vec![2] };
-        let shard = staging.write_shard(0, vec![(half, Tensor::from_slice(&[1f32, 2.]))]).unwrap();
-        let error = staging.commit(vec![shard], 1, serde_json::Value::Null).unwrap_err().to_string();
-        assert!(error.contains("of the 4 values of w only 2 were written"), "{error}");
+        let half = Place {
+            name: "w".into(),
+            global: vec![4],
+            offset: vec![2],
+            shape: vec![2],
+        };
+        let shard = staging
+            .write_shard(0, vec![(half, Tensor::from_slice(&[1f32, 2.]))])
+            .unwrap();
+        let error = staging
+            .commit(vec![shard], 1, serde_json::Value::Null)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("of the 4 values of w only 2 were written"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -370,7 +511,11 @@ mod tests {
         }
         Staging::new(root.path(), 200).begin().unwrap();
         let steps = |root: &Path| {
-            list(root).unwrap().iter().map(|p| Checkpoint::open(p).unwrap().manifest().step).collect::<Vec<_>>()
+            list(root)
+                .unwrap()
+                .iter()
+                .map(|p| Checkpoint::open(p).unwrap().manifest().step)
+                .collect::<Vec<_>>()
         };
         assert_eq!(steps(root.path()), [100, 20, 3]);
         retain(root.path(), 2).unwrap();
@@ -387,7 +532,10 @@ mod tests {
         let staging = Staging::new(root.path(), 1);
         let written = shards(&staging);
         let commit = |shards: Vec<Shard>, expected: usize| {
-            staging.commit(shards, expected, serde_json::Value::Null).unwrap_err().to_string()
+            staging
+                .commit(shards, expected, serde_json::Value::Null)
+                .unwrap_err()
+                .to_string()
         };
         assert!(commit(written.clone(), 4).contains("3 tensors were written, 4 are expected"));
         assert!(commit(written.clone(), 2).contains("3 tensors were written, 2 are expected"));
@@ -407,22 +555,38 @@ mod tests {
             checkpoint.verify_file(0).unwrap_err().to_string()
         };
         std::fs::write(&shard, &good[..good.len() - 3]).unwrap();
-        assert!(message().contains("shard-00000.safetensors is damaged") && message().contains("bytes where"));
+        assert!(
+            message().contains("shard-00000.safetensors is damaged")
+                && message().contains("bytes where")
+        );
         let mut flipped = good.clone();
         *flipped.last_mut().unwrap() ^= 1;
         std::fs::write(&shard, &flipped).unwrap();
         assert!(message().contains("checksum"));
         std::fs::write(path.join("manifest.json"), "{\"format\": 2,").unwrap();
-        assert!(Checkpoint::open(&path).err().unwrap().to_string().contains("manifest.json is damaged"));
+        assert!(
+            Checkpoint::open(&path)
+                .err()
+                .unwrap()
+                .to_string()
+                .contains("manifest.json is damaged")
+        );
     }
 
     #[test]
     fn a_newer_format_is_refused() {
         let root = tempfile::tempdir().unwrap();
         let path = save(root.path(), 1);
-        let text =
-            std::fs::read_to_string(path.join("manifest.json")).unwrap().replace("\"format\": 2", "\"format\": 9");
+        let text = std::fs::read_to_string(path.join("manifest.json"))
+            .unwrap()
+            .replace("\"format\": 2", "\"format\": 9");
         std::fs::write(path.join("manifest.json"), text).unwrap();
-        assert!(Checkpoint::open(&path).err().unwrap().to_string().contains("format 9 is newer"));
+        assert!(
+            Checkpoint::open(&path)
+                .err()
+                .unwrap()
+                .to_string()
+                .contains("format 9 is newer")
+        );
     }
 }

@@ -65,14 +65,26 @@ pub fn deal_groups(domains: &[usize], redundancy: Redundancy) -> Result<Vec<Vec<
         return Err(format!(
             "{redundancy} needs at least {} nodes, and there {}",
             survives + 1,
-            if nodes == 1 { "is 1".into() } else { format!("are {nodes}") }
+            if nodes == 1 {
+                "is 1".into()
+            } else {
+                format!("are {nodes}")
+            }
         ));
     }
     // Fewer groups where the last would be too small to lose `survives` nodes.
-    let count = nodes.div_ceil(redundancy.group_size()).min(nodes / (survives + 1));
+    let count = nodes
+        .div_ceil(redundancy.group_size())
+        .min(nodes / (survives + 1));
     let mut order: Vec<usize> = (0..nodes).collect();
     let members = |domain: usize| domains.iter().filter(|&&other| other == domain).count();
-    order.sort_by_key(|&node| (std::cmp::Reverse(members(domains[node])), domains[node], node));
+    order.sort_by_key(|&node| {
+        (
+            std::cmp::Reverse(members(domains[node])),
+            domains[node],
+            node,
+        )
+    });
     let mut groups = vec![Vec::new(); count];
     for (place, node) in order.into_iter().enumerate() {
         groups[place % count].push(node);
@@ -81,7 +93,10 @@ pub fn deal_groups(domains: &[usize], redundancy: Redundancy) -> Result<Vec<Vec<
     let apart = domains.iter().any(|&domain| domain != domains[0]);
     for group in groups.iter().filter(|_| survives > 0 && apart) {
         for &node in group {
-            let together = group.iter().filter(|&&other| domains[other] == domains[node]).count();
+            let together = group
+                .iter()
+                .filter(|&&other| domains[other] == domains[node])
+                .count();
             if together > survives {
                 return Err(format!(
                     "{together} nodes of failure domain {} would be in one group, and {redundancy} survives {survives}: \
@@ -125,9 +140,11 @@ impl Stripes {
     /// Which chunk of `position` is in `stripe`; None where it has parity.
     pub fn chunk(&self, position: usize, stripe: u64) -> Option<u64> {
         let nodes = self.nodes as u64;
-        let before =
-            (stripe / nodes * nodes..stripe).filter(|&earlier| self.has_data(position, earlier)).count() as u64;
-        self.has_data(position, stripe).then(|| stripe / nodes * self.data() as u64 + before)
+        let before = (stripe / nodes * nodes..stripe)
+            .filter(|&earlier| self.has_data(position, earlier))
+            .count() as u64;
+        self.has_data(position, stripe)
+            .then(|| stripe / nodes * self.data() as u64 + before)
     }
 
     /// In which stripe `chunk` of `position` is.
@@ -135,7 +152,9 @@ impl Stripes {
         let (nodes, data) = (self.nodes as u64, self.data() as u64);
         let round = chunk / data * nodes;
         let mut stripes = (round..round + nodes).filter(|&stripe| self.has_data(position, stripe));
-        stripes.nth((chunk % data) as usize).expect("a node has data in k stripes of n")
+        stripes
+            .nth((chunk % data) as usize)
+            .expect("a node has data in k stripes of n")
     }
 
     /// Stripes that cover parts of up to `chunks` chunks.
@@ -157,7 +176,14 @@ mod tests {
     fn shape() -> impl Strategy<Value = (Stripes, u64)> {
         (2usize..10, 1usize..4, 0usize..20, 0u64..40).prop_map(|(nodes, parity, turn, chunks)| {
             let parity = parity.min(nodes - 1);
-            (Stripes { nodes, parity, turn: turn % nodes }, chunks)
+            (
+                Stripes {
+                    nodes,
+                    parity,
+                    turn: turn % nodes,
+                },
+                chunks,
+            )
         })
     }
 
@@ -226,11 +252,29 @@ mod tests {
 
     #[test]
     fn the_printed_layout_of_four_and_two() {
-        let stripes = Stripes { nodes: 6, parity: 2, turn: 0 };
+        let stripes = Stripes {
+            nodes: 6,
+            parity: 2,
+            turn: 0,
+        };
         assert_eq!(stripes.data_at(0).collect::<Vec<_>>(), [2, 3, 4, 5]);
         assert_eq!(stripes.data_at(5).collect::<Vec<_>>(), [1, 2, 3, 4]);
-        assert_eq!((stripes.chunk(2, 0), stripes.chunk(2, 3), stripes.chunk(2, 2)), (Some(0), Some(1), None));
-        assert_eq!(deal_groups(&[0, 0, 1, 1], Redundancy::Copies(1)).unwrap(), [[0, 2], [1, 3]]);
-        assert!(deal_groups(&[0], Redundancy::Copies(1)).unwrap_err().contains("at least 2 nodes, and there is 1"));
+        assert_eq!(
+            (
+                stripes.chunk(2, 0),
+                stripes.chunk(2, 3),
+                stripes.chunk(2, 2)
+            ),
+            (Some(0), Some(1), None)
+        );
+        assert_eq!(
+            deal_groups(&[0, 0, 1, 1], Redundancy::Copies(1)).unwrap(),
+            [[0, 2], [1, 3]]
+        );
+        assert!(
+            deal_groups(&[0], Redundancy::Copies(1))
+                .unwrap_err()
+                .contains("at least 2 nodes, and there is 1")
+        );
     }
 }

@@ -35,7 +35,11 @@ impl Cluster {
         let fails = self.node_fails();
         let group = |&nodes: &usize| -> f64 {
             (0..=self.survives.min(nodes))
-                .map(|lost| choose(nodes, lost) * fails.powi(lost as i32) * (1.0 - fails).powi((nodes - lost) as i32))
+                .map(|lost| {
+                    choose(nodes, lost)
+                        * fails.powi(lost as i32)
+                        * (1.0 - fails).powi((nodes - lost) as i32)
+                })
                 .sum()
         };
         self.groups.iter().map(group).product()
@@ -82,7 +86,10 @@ fn gamma(x: f64) -> f64 {
         1.505_632_735_149_311_6e-7,
     ];
     let x = x - 1.0;
-    let sum = TERMS[1..].iter().enumerate().fold(TERMS[0], |sum, (i, term)| sum + term / (x + (i + 1) as f64));
+    let sum = TERMS[1..]
+        .iter()
+        .enumerate()
+        .fold(TERMS[0], |sum, (i, term)| sum + term / (x + (i + 1) as f64));
     let t = x + 7.5;
     (2.0 * std::f64::consts::PI).sqrt() * t.powf(x + 0.5) * (-t).exp() * sum
 }
@@ -93,13 +100,21 @@ mod tests {
     use proptest::prelude::*;
 
     fn cluster(nodes: usize, group: usize, survives: usize, window_h: f64) -> Cluster {
-        Cluster { groups: vec![group; nodes / group], survives, mtbf_h: 67.6 * 24.0, shape: 1.0, window_h }
+        Cluster {
+            groups: vec![group; nodes / group],
+            survives,
+            mtbf_h: 67.6 * 24.0,
+            shape: 1.0,
+            window_h,
+        }
     }
 
     /// Worked values for a node MTBF of 67.6 days (OPT-175B's logbook: 124 nodes, about 110 failures in 60 days).
     #[test]
     fn worked_values() {
-        let near = |value: f64, expected: f64| assert!((value - expected).abs() < 1e-3, "{value} is not {expected}");
+        let near = |value: f64, expected: f64| {
+            assert!((value - expected).abs() < 1e-3, "{value} is not {expected}")
+        };
         near(cluster(128, 1, 0, 6.0).window(), 0.623);
         near(cluster(128, 8, 1, 6.0).window(), 0.9940);
         near(cluster(128, 4, 1, 6.0).window(), 0.9974);
@@ -110,7 +125,12 @@ mod tests {
 
     #[test]
     fn gamma_is_the_factorial() {
-        for (x, value) in [(1.0, 1.0), (2.0, 1.0), (5.0, 24.0), (1.5, 0.886_226_925_452_758)] {
+        for (x, value) in [
+            (1.0, 1.0),
+            (2.0, 1.0),
+            (5.0, 24.0),
+            (1.5, 0.886_226_925_452_758),
+        ] {
             assert!((gamma(x) / value - 1.0).abs() < 1e-12, "gamma({x})");
         }
     }

@@ -81,7 +81,11 @@ impl Staging {
     /// The place for step `step` under `root`. Makes nothing.
     pub fn new(root: &Path, step: u64) -> Staging {
         let target = root.join(format!("step-{step:08}"));
-        Staging { folder: target.with_extension("writing"), target, step }
+        Staging {
+            folder: target.with_extension("writing"),
+            target,
+            step,
+        }
     }
 
     /// Makes the folder, empty. One rank does it before any writes.
@@ -111,13 +115,25 @@ impl Staging {
         for (place, tensor) in tensors {
             let name = place.key();
             let dtype = dtype_of(tensor.kind()).ok_or_else(|| {
-                Error::mismatch(&path, format!("{name} has a dtype that is not saved: {:?}", tensor.kind()))
+                Error::mismatch(
+                    &path,
+                    format!("{name} has a dtype that is not saved: {:?}", tensor.kind()),
+                )
             })?;
             let shape = tensor.size().iter().map(|&n| n as usize).collect();
-            views.push((name, Bytes { dtype, shape, tensor }));
+            views.push((
+                name,
+                Bytes {
+                    dtype,
+                    shape,
+                    tensor,
+                },
+            ));
         }
         safetensors::serialize_to_file(views, None, &path).map_err(|error| match error {
-            safetensors::SafeTensorError::IoError(source) => Error::io("cannot write", &path)(source),
+            safetensors::SafeTensorError::IoError(source) => {
+                Error::io("cannot write", &path)(source)
+            }
             other => Error::mismatch(&path, other.to_string()),
         })?;
         let file = File::open(&path).map_err(Error::io("cannot open", &path))?;
@@ -125,7 +141,14 @@ impl Staging {
         let (bytes, crc32c) = checksum(&path)?;
         // A header that reads back proves that the lengths in it fit the file.
         parse_header(&path)?;
-        Ok(Shard { file: FileEntry { name, bytes, crc32c }, places })
+        Ok(Shard {
+            file: FileEntry {
+                name,
+                bytes,
+                crc32c,
+            },
+            places,
+        })
     }
 
     /// Writes the manifest, makes everything durable and gives the checkpoint its name. One rank does it, after all
@@ -133,9 +156,20 @@ impl Staging {
     ///
     /// # Errors
     /// When a tensor is missing or doubled, or the file system refuses.
-    pub fn commit(&self, shards: Vec<Shard>, tensors: usize, state: serde_json::Value) -> Result<PathBuf, Error> {
+    pub fn commit(
+        &self,
+        shards: Vec<Shard>,
+        tensors: usize,
+        state: serde_json::Value,
+    ) -> Result<PathBuf, Error> {
         let (files, tensors) = assemble(&self.folder, shards, tensors)?;
-        let manifest = Manifest { format: FORMAT, step: self.step, state, files, tensors };
+        let manifest = Manifest {
+            format: FORMAT,
+            step: self.step,
+            state,
+            files,
+            tensors,
+        };
         let path = self.folder.join("manifest.json");
         let text = serde_json::to_vec_pretty(&manifest).expect("plain data");
         std::fs::write(&path, text).map_err(Error::io("cannot write", &path))?;
@@ -143,9 +177,11 @@ impl Staging {
         sync(&self.folder)?;
         if self.target.exists() {
             // The same step again, after a resume from an older one: the new one takes its place.
-            std::fs::remove_dir_all(&self.target).map_err(Error::io("cannot replace", &self.target))?;
+            std::fs::remove_dir_all(&self.target)
+                .map_err(Error::io("cannot replace", &self.target))?;
         }
-        std::fs::rename(&self.folder, &self.target).map_err(Error::io("cannot name", &self.target))?;
+        std::fs::rename(&self.folder, &self.target)
+            .map_err(Error::io("cannot name", &self.target))?;
         if let Some(parent) = self.target.parent() {
             sync(parent)?;
         }
@@ -159,7 +195,9 @@ impl Staging {
     /// # Errors
     /// As [`Staging::commit`].
     pub fn commit_images(&self, shards: Vec<Shard>) -> Result<PathBuf, Error> {
-        let first = shards.first().ok_or_else(|| Error::mismatch(&self.folder, "no shard was written"))?;
+        let first = shards
+            .first()
+            .ok_or_else(|| Error::mismatch(&self.folder, "no shard was written"))?;
         let head = Head::of_file(&self.folder.join(&first.file.name))?;
         self.commit(shards, head.tensors, head.state)
     }
@@ -175,12 +213,22 @@ pub(crate) fn assemble(
     let mut files = Vec::new();
     let refuse = |reason| Err(Error::mismatch(what, reason));
     for (file, shard) in shards.into_iter().enumerate() {
-        for Place { name, global, offset, shape } in shard.places {
-            let entry = tensors
-                .entry(name.clone())
-                .or_insert_with(|| TensorEntry { shape: global.clone(), pieces: Vec::new() });
+        for Place {
+            name,
+            global,
+            offset,
+            shape,
+        } in shard.places
+        {
+            let entry = tensors.entry(name.clone()).or_insert_with(|| TensorEntry {
+                shape: global.clone(),
+                pieces: Vec::new(),
+            });
             if entry.shape != global {
-                return refuse(format!("{name} has shape {global:?} in shard {file}, {:?} in others", entry.shape));
+                return refuse(format!(
+                    "{name} has shape {global:?} in shard {file}, {:?} in others",
+                    entry.shape
+                ));
             }
             for piece in &entry.pieces {
                 let other = Place {
@@ -190,22 +238,38 @@ pub(crate) fn assemble(
                     shape: piece.shape.clone(),
                 };
                 if other.overlap(&offset, &shape).is_some() {
-                    return refuse(format!("{name} is in two shards, {} and {file}", piece.file));
+                    return refuse(format!(
+                        "{name} is in two shards, {} and {file}",
+                        piece.file
+                    ));
                 }
             }
-            entry.pieces.push(PieceEntry { file, offset, shape });
+            entry.pieces.push(PieceEntry {
+                file,
+                offset,
+                shape,
+            });
         }
         files.push(shard.file);
     }
     for (name, entry) in &tensors {
-        let written: i64 = entry.pieces.iter().map(|piece| piece.shape.iter().product::<i64>()).sum();
+        let written: i64 = entry
+            .pieces
+            .iter()
+            .map(|piece| piece.shape.iter().product::<i64>())
+            .sum();
         let whole: i64 = entry.shape.iter().product();
         if written != whole {
-            return refuse(format!("of the {whole} values of {name} only {written} were written"));
+            return refuse(format!(
+                "of the {whole} values of {name} only {written} were written"
+            ));
         }
     }
     if tensors.len() != expected {
-        return refuse(format!("{} tensors were written, {expected} are expected", tensors.len()));
+        return refuse(format!(
+            "{} tensors were written, {expected} are expected",
+            tensors.len()
+        ));
     }
     Ok((files, tensors))
 }
@@ -231,13 +295,21 @@ impl Checkpoint {
     pub fn verify_file(&self, number: usize) -> Result<(), Error> {
         let entry = &self.manifest().files[number];
         let path = self.path().join(&entry.name);
-        let found = std::fs::metadata(&path).map_err(Error::io("cannot open", &path))?.len();
+        let found = std::fs::metadata(&path)
+            .map_err(Error::io("cannot open", &path))?
+            .len();
         if found != entry.bytes {
-            return Err(Error::damaged(&path, format!("{found} bytes where the manifest says {}", entry.bytes)));
+            return Err(Error::damaged(
+                &path,
+                format!("{found} bytes where the manifest says {}", entry.bytes),
+            ));
         }
         let (_, crc32c) = checksum(&path)?;
         if crc32c != entry.crc32c {
-            let reason = format!("checksum {crc32c:08x} where the manifest says {:08x}", entry.crc32c);
+            let reason = format!(
+                "checksum {crc32c:08x} where the manifest says {:08x}",
+                entry.crc32c
+            );
             return Err(Error::damaged(&path, reason));
         }
         Ok(())
@@ -245,7 +317,9 @@ impl Checkpoint {
 }
 
 fn sync(path: &Path) -> Result<(), Error> {
-    File::open(path).and_then(|file| file.sync_all()).map_err(Error::io("cannot write", path))
+    File::open(path)
+        .and_then(|file| file.sync_all())
+        .map_err(Error::io("cannot write", path))
 }
 
 /// Length and CRC-32C of a file.
@@ -254,7 +328,9 @@ pub(crate) fn checksum(path: &Path) -> Result<(u64, u32), Error> {
     let mut buffer = vec![0u8; 1 << 20];
     let (mut bytes, mut crc) = (0u64, Running::new());
     loop {
-        let read = file.read(&mut buffer).map_err(Error::io("cannot read", path))?;
+        let read = file
+            .read(&mut buffer)
+            .map_err(Error::io("cannot read", path))?;
         if read == 0 {
             return Ok((bytes, crc.value()));
         }

@@ -3,7 +3,8 @@
 use checkpoint::keeper::recover::{Candidate, Rebuild, candidates};
 use checkpoint::keeper::serve::{Settings, run};
 use checkpoint::keeper::{
-    Error, Event, Fault, Filler, Link, Node, PartInfo, Peer, Secret, SlotMemory, Snapshot, SnapshotId, Topology,
+    Error, Event, Fault, Filler, Link, Node, PartInfo, Peer, Secret, SlotMemory, Snapshot,
+    SnapshotId, Topology,
 };
 use checkpoint::{Redundancy, deal_groups};
 use std::io::{Read, Write};
@@ -24,7 +25,11 @@ struct Cluster {
 impl Cluster {
     fn new(keepers: usize, memory: Option<u64>) -> Cluster {
         let secret = Secret::random().unwrap();
-        let mut cluster = Cluster { secret: secret.clone(), sockets: Vec::new(), addresses: Vec::new() };
+        let mut cluster = Cluster {
+            secret: secret.clone(),
+            sockets: Vec::new(),
+            addresses: Vec::new(),
+        };
         for keeper in 0..keepers {
             let socket = format!("moerun-test/{}/{keeper}", &secret.to_hex()[..16]);
             let settings = Settings {
@@ -35,7 +40,9 @@ impl Cluster {
                 lonely: Duration::from_secs(60),
             };
             let (ready, address) = channel();
-            std::thread::spawn(move || run(settings, |address| ready.send(address).unwrap()).unwrap());
+            std::thread::spawn(move || {
+                run(settings, |address| ready.send(address).unwrap()).unwrap()
+            });
             cluster.sockets.push(socket);
             cluster.addresses.push(address.recv().unwrap());
         }
@@ -83,7 +90,9 @@ fn bytes_of(rank: usize, step: u64) -> Vec<u8> {
     let len = 3 * CHUNK + rank * 700 + step as usize * 13;
     let mut state = (rank as u64 + 1).wrapping_mul(step + 77);
     let byte = |_| {
-        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        state = state
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
         (state >> 56) as u8
     };
     let mut bytes: Vec<u8> = (0..len).map(byte).collect();
@@ -105,16 +114,25 @@ impl Rank {
         let mut link = Link::connect(socket, &cluster.secret, rank).unwrap();
         let filler = Filler::connect(socket, &cluster.secret, rank).unwrap();
         let slots = link.allocate(1 << 16, slots).unwrap();
-        Rank { rank, link, filler, slots }
+        Rank {
+            rank,
+            link,
+            filler,
+            slots,
+        }
     }
 
     fn take(&mut self, id: SnapshotId) -> bool {
         let bytes = bytes_of(self.rank, id.step);
-        let Some(slot) = self.link.reserve(id, bytes.len() as u64, false).unwrap() else { return false };
+        let Some(slot) = self.link.reserve(id, bytes.len() as u64, false).unwrap() else {
+            return false;
+        };
         for (chunk, part) in bytes.chunks(CHUNK).enumerate() {
             self.slots[slot].copy_in(chunk * CHUNK, part);
             let upto = (chunk * CHUNK + part.len()) as u64;
-            self.filler.filled(slot, upto, vec![checkpoint::crc32c(part)]).unwrap();
+            self.filler
+                .filled(slot, upto, vec![checkpoint::crc32c(part)])
+                .unwrap();
         }
         true
     }
@@ -135,16 +153,26 @@ fn snapshot(
     let begun = Instant::now();
     while parts.len() < ranks.len() || protected < topology.nodes.len() {
         // Keepers always have something to say.
-        assert!(begun.elapsed() < PATIENCE, "{} parts, {protected} protected", parts.len());
+        assert!(
+            begun.elapsed() < PATIENCE,
+            "{} parts, {protected} protected",
+            parts.len()
+        );
         match events.recv_timeout(PATIENCE).unwrap() {
-            Event::Complete { id: other, part, .. } if other == id => parts.push(part),
+            Event::Complete {
+                id: other, part, ..
+            } if other == id => parts.push(part),
             Event::Protected { id: other } if other == id => protected += 1,
             Event::Unprotected { reason, .. } => panic!("{reason}"),
             _ => {}
         }
     }
     parts.sort_by_key(|part| part.rank);
-    let snapshot = Snapshot { id, topology: topology.clone(), parts };
+    let snapshot = Snapshot {
+        id,
+        topology: topology.clone(),
+        parts,
+    };
     for keeper in 0..topology.nodes.len() {
         cluster.peer(keeper).commit(&snapshot).unwrap();
     }
@@ -153,7 +181,10 @@ fn snapshot(
 
 /// Makes everything be there again that `lost` nodes had, on the keepers that are left and `spare` ones; who has what.
 fn recover(cluster: &Cluster, left: &[usize], found: &Candidate) -> Result<Vec<SocketAddr>, Error> {
-    let addresses: Vec<SocketAddr> = left.iter().map(|&keeper| cluster.addresses[keeper]).collect();
+    let addresses: Vec<SocketAddr> = left
+        .iter()
+        .map(|&keeper| cluster.addresses[keeper])
+        .collect();
     let mut holders = Vec::new();
     for rank in 0..found.holders.len() {
         let keeper = match found.holders[rank] {
@@ -161,7 +192,12 @@ fn recover(cluster: &Cluster, left: &[usize], found: &Candidate) -> Result<Vec<S
             None => {
                 let keeper = left[rank % left.len()];
                 let sources = found.sources(rank, &addresses);
-                let rebuild = Rebuild { snapshot: found.snapshot.clone(), rank, chunks: None, sources };
+                let rebuild = Rebuild {
+                    snapshot: found.snapshot.clone(),
+                    rank,
+                    chunks: None,
+                    sources,
+                };
                 cluster.peer(keeper).rebuild(rebuild)?;
                 keeper
             }
@@ -169,13 +205,18 @@ fn recover(cluster: &Cluster, left: &[usize], found: &Candidate) -> Result<Vec<S
         holders.push(cluster.addresses[keeper]);
     }
     for &keeper in left {
-        cluster.peer(keeper).keep(Some(&found.snapshot), &holders).unwrap();
+        cluster
+            .peer(keeper)
+            .keep(Some(&found.snapshot), &holders)
+            .unwrap();
     }
     Ok(holders)
 }
 
 fn inventories(cluster: &Cluster, left: &[usize]) -> Vec<checkpoint::keeper::Inventory> {
-    left.iter().map(|&keeper| cluster.peer(keeper).inventory().unwrap()).collect()
+    left.iter()
+        .map(|&keeper| cluster.peer(keeper).inventory().unwrap())
+        .collect()
 }
 
 /// Every part as a rank on keeper `keeper` reads it.
@@ -185,7 +226,10 @@ fn assert_restored(cluster: &Cluster, keeper: usize, snapshot: &Snapshot) {
         let expected = bytes_of(part.rank, snapshot.id.step);
         assert_eq!(link.head(part.rank).unwrap(), expected[..24]);
         let mut bytes = vec![0; expected.len()];
-        link.open(part.rank).unwrap().read_exact_at(&mut bytes, 0).unwrap();
+        link.open(part.rank)
+            .unwrap()
+            .read_exact_at(&mut bytes, 0)
+            .unwrap();
         assert!(bytes == expected, "rank {}", part.rank);
     }
 }
@@ -201,14 +245,28 @@ fn every_pattern(data: usize, parity: usize, redundancy: Redundancy) {
         let topology = cluster.topology(nodes, 2, redundancy);
         (0..nodes).for_each(|node| cluster.peer(node).set_up(&topology, node).unwrap());
         let events = cluster.events(nodes);
-        let mut ranks: Vec<Rank> = (0..2 * nodes).map(|rank| Rank::new(&cluster, &topology, rank, 2)).collect();
+        let mut ranks: Vec<Rank> = (0..2 * nodes)
+            .map(|rank| Rank::new(&cluster, &topology, rank, 2))
+            .collect();
         for step in [4, 5] {
-            snapshot(&cluster, &topology, &mut ranks, &events, SnapshotId { generation: 1, step });
+            snapshot(
+                &cluster,
+                &topology,
+                &mut ranks,
+                &events,
+                SnapshotId {
+                    generation: 1,
+                    step,
+                },
+            );
         }
         let left: Vec<usize> = (0..nodes).filter(|node| pattern & 1 << node == 0).collect();
         let found = candidates(&inventories(&cluster, &left));
         if lost > parity {
-            assert!(found.is_empty(), "{lost} of {data} + {parity} nodes are too many");
+            assert!(
+                found.is_empty(),
+                "{lost} of {data} + {parity} nodes are too many"
+            );
             continue;
         }
         assert_eq!(found[0].snapshot.id.step, 5);
@@ -238,24 +296,49 @@ fn a_flipped_bit_is_found_and_mended_and_two_losses_are_mended_around_it() {
     let topology = cluster.topology(5, 1, Redundancy::Parity { data: 3, parity: 2 });
     (0..5).for_each(|node| cluster.peer(node).set_up(&topology, node).unwrap());
     let events = cluster.events(5);
-    let mut ranks: Vec<Rank> = (0..5).map(|rank| Rank::new(&cluster, &topology, rank, 2)).collect();
-    let id = SnapshotId { generation: 1, step: 3 };
+    let mut ranks: Vec<Rank> = (0..5)
+        .map(|rank| Rank::new(&cluster, &topology, rank, 2))
+        .collect();
+    let id = SnapshotId {
+        generation: 1,
+        step: 3,
+    };
     let snapshot = snapshot(&cluster, &topology, &mut ranks, &events, id);
-    cluster.peer(2).inject(Fault::Corrupt { rank: 2, at: 2100 }).unwrap();
+    cluster
+        .peer(2)
+        .inject(Fault::Corrupt { rank: 2, at: 2100 })
+        .unwrap();
     let bad = cluster.peer(2).verify(id).unwrap().chunks;
     assert_eq!(bad, [(2, 2)]);
-    let sources: Vec<_> = cluster.addresses.iter().map(|&address| Some(address)).collect();
-    let rebuild = |chunks| Rebuild { snapshot: snapshot.clone(), rank: 2, chunks, sources: sources.clone() };
+    let sources: Vec<_> = cluster
+        .addresses
+        .iter()
+        .map(|&address| Some(address))
+        .collect();
+    let rebuild = |chunks| Rebuild {
+        snapshot: snapshot.clone(),
+        rank: 2,
+        chunks,
+        sources: sources.clone(),
+    };
     cluster.peer(2).rebuild(rebuild(Some(vec![2]))).unwrap();
     assert!(cluster.peer(2).verify(id).unwrap().chunks.is_empty());
     // A damaged chunk elsewhere in the stripe counts as one more loss.
-    cluster.peer(3).inject(Fault::Corrupt { rank: 3, at: 2100 }).unwrap();
+    cluster
+        .peer(3)
+        .inject(Fault::Corrupt { rank: 3, at: 2100 })
+        .unwrap();
     let left = [0, 1, 3, 4];
     let found = candidates(&inventories(&cluster, &left));
     let bad = cluster.peer(3).verify(id).unwrap().chunks;
     let mut with_hole: Vec<_> = sources.clone();
     with_hole[2] = None;
-    let mend = Rebuild { chunks: Some(vec![bad[0].1]), rank: 3, sources: with_hole, snapshot: snapshot.clone() };
+    let mend = Rebuild {
+        chunks: Some(vec![bad[0].1]),
+        rank: 3,
+        sources: with_hole,
+        snapshot: snapshot.clone(),
+    };
     cluster.peer(3).rebuild(mend).unwrap();
     recover(&cluster, &left, &found[0]).unwrap();
     assert_restored(&cluster, 0, &snapshot);
@@ -263,7 +346,10 @@ fn a_flipped_bit_is_found_and_mended_and_two_losses_are_mended_around_it() {
     let sources = found[0].sources(2, &left.map(|keeper| cluster.addresses[keeper]));
     let mut all = sources.clone();
     all[2] = Some(cluster.addresses[left[2 % left.len()]]);
-    cluster.peer(left[2 % left.len()]).protect(&snapshot, 2, &all).unwrap();
+    cluster
+        .peer(left[2 % left.len()])
+        .protect(&snapshot, 2, &all)
+        .unwrap();
 }
 
 #[test]
@@ -273,7 +359,10 @@ fn a_rank_without_a_free_slot_skips_and_one_that_dies_leaves_nothing_half_writte
     cluster.peer(0).set_up(&topology, 0).unwrap();
     let events = cluster.events(1);
     let mut ranks = vec![Rank::new(&cluster, &topology, 0, 2)];
-    let id = |step| SnapshotId { generation: 1, step };
+    let id = |step| SnapshotId {
+        generation: 1,
+        step,
+    };
     snapshot(&cluster, &topology, &mut ranks, &events, id(1));
     // Nobody has said that this one is complete: the other slot is not free.
     assert!(ranks[0].take(id(2)));
@@ -284,14 +373,23 @@ fn a_rank_without_a_free_slot_skips_and_one_that_dies_leaves_nothing_half_writte
     ranks[0].filler.filled(slot, 1024, vec![0]).unwrap();
     drop(ranks);
     let begun = Instant::now();
-    let whole = || inventories(&cluster, &[0])[0].parts.iter().map(|(id, _)| id.step).collect::<Vec<_>>();
+    let whole = || {
+        inventories(&cluster, &[0])[0]
+            .parts
+            .iter()
+            .map(|(id, _)| id.step)
+            .collect::<Vec<_>>()
+    };
     while !cluster.peer(0).status().unwrap().filling.is_empty() {
         assert!(begun.elapsed() < PATIENCE);
         std::thread::sleep(Duration::from_millis(5));
     }
     assert_eq!(whole(), [1]);
     assert_eq!(cluster.peer(0).status().unwrap().skipped, 1);
-    assert_eq!(candidates(&inventories(&cluster, &[0]))[0].snapshot.id, id(1));
+    assert_eq!(
+        candidates(&inventories(&cluster, &[0]))[0].snapshot.id,
+        id(1)
+    );
 }
 
 /// A disk that takes nothing for a while (a pipe that nobody reads) holds nobody up.
@@ -302,11 +400,20 @@ fn a_disk_that_hangs_slows_no_snapshot() {
     cluster.peer(0).set_up(&topology, 0).unwrap();
     let events = cluster.events(1);
     let mut ranks = vec![Rank::new(&cluster, &topology, 0, 3)];
-    let id = |step| SnapshotId { generation: 1, step };
+    let id = |step| SnapshotId {
+        generation: 1,
+        step,
+    };
     snapshot(&cluster, &topology, &mut ranks, &events, id(1));
     let folder = tempfile::tempdir().unwrap();
     let pipe = folder.path().join("shard-00000.safetensors");
-    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    assert!(
+        std::process::Command::new("mkfifo")
+            .arg(&pipe)
+            .status()
+            .unwrap()
+            .success()
+    );
     cluster.peer(0).pin(id(1)).unwrap();
     let (mut peer, to) = (cluster.peer(0), folder.path().to_path_buf());
     let writing = std::thread::spawn(move || peer.persist(id(1), &[0], &to));
@@ -320,7 +427,12 @@ fn a_disk_that_hangs_slows_no_snapshot() {
     // A pipe is no disk, and the keeper notices.
     assert!(writing.join().unwrap().is_err());
     cluster.peer(0).unpin().unwrap();
-    assert!(snapshot(&cluster, &topology, &mut ranks, &events, id(30)).parts.len() == 1);
+    assert!(
+        snapshot(&cluster, &topology, &mut ranks, &events, id(30))
+            .parts
+            .len()
+            == 1
+    );
 }
 
 #[test]
@@ -332,13 +444,19 @@ fn strangers_garbage_and_silence_change_nothing() {
     assert!(Peer::connect(address, &Secret::random().unwrap(), PATIENCE).is_err());
     let socket = &cluster.sockets[0];
     assert!(Link::connect(socket, &Secret::random().unwrap(), 0).is_err());
-    for garbage in [b"GET / HTTP/1.1\r\n\r\n".to_vec(), vec![0xff; 4096], vec![0; 72]] {
+    for garbage in [
+        b"GET / HTTP/1.1\r\n\r\n".to_vec(),
+        vec![0xff; 4096],
+        vec![0; 72],
+    ] {
         let mut stream = TcpStream::connect(address).unwrap();
         let _ = stream.write_all(&garbage);
         let _ = stream.read_to_end(&mut Vec::new());
     }
     // Connections that say nothing, more than there is room for.
-    let silent: Vec<TcpStream> = (0..80).map(|_| TcpStream::connect(address).unwrap()).collect();
+    let silent: Vec<TcpStream> = (0..80)
+        .map(|_| TcpStream::connect(address).unwrap())
+        .collect();
     drop(silent);
     std::thread::sleep(Duration::from_millis(50));
     assert_eq!(cluster.peer(0).inventory().unwrap().seats.len(), 1);
@@ -346,7 +464,9 @@ fn strangers_garbage_and_silence_change_nothing() {
     let mut link = Link::connect(socket, &cluster.secret, 0).unwrap();
     let refused = link.allocate(1 << 19, 3).err().unwrap().to_string();
     assert!(
-        refused.contains("3 slots of 0.5 MiB do not fit into the 1.0 MiB that snapshot.memory_gib leaves"),
+        refused.contains(
+            "3 slots of 0.5 MiB do not fit into the 1.0 MiB that snapshot.memory_gib leaves"
+        ),
         "{refused}"
     );
     assert_eq!(link.allocate(1 << 18, 2).unwrap().len(), 2);

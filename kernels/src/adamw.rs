@@ -29,8 +29,18 @@ pub struct Update {
 ///
 /// # Errors
 /// libtorch's message, when shapes, dtypes or devices differ.
-pub fn adamw(updates: &[Update], config: AdamW, step: u64, scale: Option<f64>) -> Result<(), Error> {
-    let cost = || updates.iter().map(|update| Cost::passes(7.0, &update.master)).fold(Cost::default(), Cost::and);
+pub fn adamw(
+    updates: &[Update],
+    config: AdamW,
+    step: u64,
+    scale: Option<f64>,
+) -> Result<(), Error> {
+    let cost = || {
+        updates
+            .iter()
+            .map(|update| Cost::passes(7.0, &update.master))
+            .fold(Cost::default(), Cost::and)
+    };
     part("optimizer", "AdamW", cost, || {
         let scalars = Scalars::of(config, step, scale);
         let mut elsewhere = Vec::new();
@@ -45,16 +55,40 @@ pub fn adamw(updates: &[Update], config: AdamW, step: u64, scale: Option<f64>) -
     })
 }
 
-fn by_libtorch(updates: &[&Update], config: AdamW, step: u64, scale: Option<f64>) -> Result<(), Error> {
-    let Some(first) = updates.first() else { return Ok(()) };
-    let scalar = |x: f64| Tensor::from(x).to_kind(Kind::Float).to_device(first.master.device());
-    let of = |tensor: fn(&Update) -> &Tensor| updates.iter().map(|u| tensor(u).shallow_clone()).collect::<Vec<_>>();
+fn by_libtorch(
+    updates: &[&Update],
+    config: AdamW,
+    step: u64,
+    scale: Option<f64>,
+) -> Result<(), Error> {
+    let Some(first) = updates.first() else {
+        return Ok(());
+    };
+    let scalar = |x: f64| {
+        Tensor::from(x)
+            .to_kind(Kind::Float)
+            .to_device(first.master.device())
+    };
+    let of = |tensor: fn(&Update) -> &Tensor| {
+        updates
+            .iter()
+            .map(|u| tensor(u).shallow_clone())
+            .collect::<Vec<_>>()
+    };
     let count = scalar(step as f64);
     let steps: Vec<Tensor> = updates.iter().map(|_| count.shallow_clone()).collect();
     let (masters, gradients) = (of(|u| &u.master), of(|u| &u.gradient));
     let (averages, squares) = (of(|u| &u.exp_avg), of(|u| &u.exp_avg_sq));
     let scale = scale.map(scalar);
-    fused_adamw(&masters, &gradients, &averages, &squares, &steps, config, scale.as_ref())?;
+    fused_adamw(
+        &masters,
+        &gradients,
+        &averages,
+        &squares,
+        &steps,
+        config,
+        scale.as_ref(),
+    )?;
     for update in updates {
         if let Some(stored) = &update.stored {
             tch::no_grad(|| stored.shallow_clone().copy_(&update.master));
@@ -72,9 +106,19 @@ enum Place {
 
 impl Update {
     fn place(&self) -> Place {
-        let numbers = [&self.master, &self.gradient, &self.exp_avg, &self.exp_avg_sq];
-        let alike = |x: &Tensor, kind| x.numel() == self.master.numel() && cuda::beside(&self.master, x, kind);
-        let stored = self.stored.as_ref().is_none_or(|stored| alike(stored, Kind::BFloat16));
+        let numbers = [
+            &self.master,
+            &self.gradient,
+            &self.exp_avg,
+            &self.exp_avg_sq,
+        ];
+        let alike = |x: &Tensor, kind| {
+            x.numel() == self.master.numel() && cuda::beside(&self.master, x, kind)
+        };
+        let stored = self
+            .stored
+            .as_ref()
+            .is_none_or(|stored| alike(stored, Kind::BFloat16));
         if !stored || !numbers.iter().all(|x| alike(x, Kind::Float)) {
             return Place::Elsewhere;
         }
@@ -117,10 +161,19 @@ fn on_threads(update: &Update, scalars: Scalars) {
     let count = update.master.numel();
     // SAFETY: `place` has said so of all.
     let [master, gradient, average, square] = unsafe {
-        [&update.master, &update.gradient, &update.exp_avg, &update.exp_avg_sq].map(|x| Numbers::<f32>::of(x))
+        [
+            &update.master,
+            &update.gradient,
+            &update.exp_avg,
+            &update.exp_avg_sq,
+        ]
+        .map(|x| Numbers::<f32>::of(x))
     };
     // SAFETY: likewise.
-    let stored = update.stored.as_ref().map(|stored| unsafe { Numbers::<Bf16>::of(stored) });
+    let stored = update
+        .stored
+        .as_ref()
+        .map(|stored| unsafe { Numbers::<Bf16>::of(stored) });
     for_rows(count.div_ceil(WIDTH), WIDTH, |_, rows| {
         for start in rows.map(|row| row * WIDTH) {
             let place = start..(start + WIDTH).min(count);
@@ -138,8 +191,21 @@ fn on_threads(update: &Update, scalars: Scalars) {
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn move_on(master: &mut [f32], gradient: &[f32], (averages, squares): (&mut [f32], &mut [f32]), scalars: Scalars) {
-    let Scalars { over_scale, kept, beta1, beta2, step_size, over_root, eps } = scalars;
+fn move_on(
+    master: &mut [f32],
+    gradient: &[f32],
+    (averages, squares): (&mut [f32], &mut [f32]),
+    scalars: Scalars,
+) {
+    let Scalars {
+        over_scale,
+        kept,
+        beta1,
+        beta2,
+        step_size,
+        over_root,
+        eps,
+    } = scalars;
     for (((x, g), m), v) in master.iter_mut().zip(gradient).zip(averages).zip(squares) {
         let g = g * over_scale;
         *m += (g - *m) * (1.0 - beta1);
@@ -150,7 +216,10 @@ fn move_on(master: &mut [f32], gradient: &[f32], (averages, squares): (&mut [f32
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 fn round(master: &[f32], stored: &mut [Bf16]) {
-    stored.iter_mut().zip(master).for_each(|(stored, x)| *stored = Bf16::narrow(*x));
+    stored
+        .iter_mut()
+        .zip(master)
+        .for_each(|(stored, x)| *stored = Bf16::narrow(*x));
 }
 
 #[cfg(test)]
@@ -170,8 +239,20 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn cases() -> impl Strategy<Value = Case> {
-        let drawn = (any::<bool>(), any::<bool>(), any::<bool>(), 1u64..4, 0i64..1000);
-        drawn.prop_map(|(bf16, scaled, decays, steps, seed)| Case { bf16, scaled, decays, steps, seed })
+        let drawn = (
+            any::<bool>(),
+            any::<bool>(),
+            any::<bool>(),
+            1u64..4,
+            0i64..1000,
+        );
+        drawn.prop_map(|(bf16, scaled, decays, steps, seed)| Case {
+            bf16,
+            scaled,
+            decays,
+            steps,
+            seed,
+        })
     }
 
     /// The same `count` numbers after the case's steps by `step_by`, and by libtorch.
@@ -186,15 +267,32 @@ pub(crate) mod tests {
         let (master, zeros) = (random(), random().zeros_like());
         let begin = |stored| {
             let [exp_avg, exp_avg_sq] = [(); 2].map(|()| zeros.copy());
-            Update { master: master.copy(), gradient: random(), exp_avg, exp_avg_sq, stored }
+            Update {
+                master: master.copy(),
+                gradient: random(),
+                exp_avg,
+                exp_avg_sq,
+                stored,
+            }
         };
-        let sides = [begin(case.bf16.then(|| master.to_kind(Kind::BFloat16))), begin(None)];
+        let sides = [
+            begin(case.bf16.then(|| master.to_kind(Kind::BFloat16))),
+            begin(None),
+        ];
         let weight_decay = if case.decays { 0.1 } else { 0.0 };
-        let config = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, weight_decay, eps: 1e-8 };
+        let config = AdamW {
+            lr: 1e-2,
+            beta1: 0.9,
+            beta2: 0.95,
+            weight_decay,
+            eps: 1e-8,
+        };
         let scale = case.scaled.then_some(3.0);
         for step in 1..=case.steps {
             let gradient = random();
-            sides.iter().for_each(|side| side.gradient.shallow_clone().copy_(&gradient));
+            sides
+                .iter()
+                .for_each(|side| side.gradient.shallow_clone().copy_(&gradient));
             step_by(&sides[0], config, step, scale);
             by_libtorch(&[&sides[1]], config, step, scale).unwrap();
         }

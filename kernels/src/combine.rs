@@ -30,7 +30,10 @@ pub fn combine(rows: &Tensor, slots: &Tensor, weights: Option<&Tensor>) -> Tenso
                 return combine_by_libtorch(rows, slots, weights.as_ref());
             };
             let out = Tensor::empty([slots.size()[0], rows.size()[1]], (kind, Device::Cpu));
-            for_kind!(kind, combine_on_threads(rows, slots, weights.as_ref(), &out));
+            for_kind!(
+                kind,
+                combine_on_threads(rows, slots, weights.as_ref(), &out)
+            );
             out
         },
     )
@@ -40,13 +43,21 @@ pub fn combine(rows: &Tensor, slots: &Tensor, weights: Option<&Tensor>) -> Tenso
 ///
 /// # Panics
 /// When a choice's row is not there.
-pub fn combine_backward(grad: &Tensor, rows: &Tensor, slots: &Tensor, weights: &Tensor) -> (Tensor, Tensor) {
+pub fn combine_backward(
+    grad: &Tensor,
+    rows: &Tensor,
+    slots: &Tensor,
+    weights: &Tensor,
+) -> (Tensor, Tensor) {
     part(
         "rows",
         "combined, backward",
         || Cost::passes(2.5, rows),
         || {
-            let (grad, weights) = (grad.to_kind(rows.kind()).contiguous(), weights.to_kind(Kind::Float).contiguous());
+            let (grad, weights) = (
+                grad.to_kind(rows.kind()).contiguous(),
+                weights.to_kind(Kind::Float).contiguous(),
+            );
             if let Some(gpu) = on_gpu(&[&grad, rows], slots) {
                 return cuda::combine_backward(gpu, &grad, rows, slots, &weights);
             }
@@ -54,14 +65,18 @@ pub fn combine_backward(grad: &Tensor, rows: &Tensor, slots: &Tensor, weights: &
                 return backward_by_libtorch(&grad, rows, slots, &weights);
             };
             let (of_rows, of_weights) = (rows.empty_like(), weights.zeros_like());
-            for_kind!(kind, backward_on_threads([&grad, rows, slots, &weights], &of_rows, &of_weights));
+            for_kind!(
+                kind,
+                backward_on_threads([&grad, rows, slots, &weights], &of_rows, &of_weights)
+            );
             (of_rows, of_weights)
         },
     )
 }
 
 fn on_host(tensors: &[&Tensor], slots: &Tensor) -> Option<Kind> {
-    let indexed = slots.device() == Device::Cpu && slots.kind() == Kind::Int64 && slots.is_contiguous();
+    let indexed =
+        slots.device() == Device::Cpu && slots.kind() == Kind::Int64 && slots.is_contiguous();
     kind_on_host(tensors).filter(|_| indexed)
 }
 
@@ -74,22 +89,36 @@ fn by_choice(rows: &Tensor, slots: &Tensor) -> Tensor {
     let shape = [slots.size()[0], slots.size()[1], rows.size()[1]];
     match rows.size()[0] {
         0 => Tensor::zeros(shape, (rows.kind(), rows.device())),
-        _ => rows.index_select(0, &slots.clamp_min(0).flatten(0, -1)).view(shape),
+        _ => rows
+            .index_select(0, &slots.clamp_min(0).flatten(0, -1))
+            .view(shape),
     }
 }
 
 /// `weights` of the choices that have a row, and nothing of the others: `[T, C, 1]` of `kind`.
 fn factors(slots: &Tensor, weights: Option<&Tensor>, kind: Kind) -> Tensor {
     let there = slots.ge(0).to_kind(Kind::Float);
-    weights.map_or_else(|| there.shallow_clone(), |weights| weights * &there).to_kind(kind).unsqueeze(-1)
+    weights
+        .map_or_else(|| there.shallow_clone(), |weights| weights * &there)
+        .to_kind(kind)
+        .unsqueeze(-1)
 }
 
-pub(crate) fn combine_by_libtorch(rows: &Tensor, slots: &Tensor, weights: Option<&Tensor>) -> Tensor {
+pub(crate) fn combine_by_libtorch(
+    rows: &Tensor,
+    slots: &Tensor,
+    weights: Option<&Tensor>,
+) -> Tensor {
     let by_choice = by_choice(rows, slots) * factors(slots, weights, rows.kind());
     by_choice.sum_dim_intlist([1i64].as_slice(), false, rows.kind())
 }
 
-pub(crate) fn backward_by_libtorch(grad: &Tensor, rows: &Tensor, slots: &Tensor, weights: &Tensor) -> (Tensor, Tensor) {
+pub(crate) fn backward_by_libtorch(
+    grad: &Tensor,
+    rows: &Tensor,
+    slots: &Tensor,
+    weights: &Tensor,
+) -> (Tensor, Tensor) {
     let of_choices = grad.unsqueeze(1) * factors(slots, Some(weights), rows.kind());
     let there = slots.flatten(0, -1).ge(0).nonzero().squeeze_dim(-1);
     let places = slots.flatten(0, -1).index_select(0, &there);
@@ -100,10 +129,25 @@ pub(crate) fn backward_by_libtorch(grad: &Tensor, rows: &Tensor, slots: &Tensor,
     (of_rows, of_weights)
 }
 
-fn combine_on_threads<T: Number>(rows: &Tensor, slots: &Tensor, weights: Option<&Tensor>, out: &Tensor) {
-    let (tokens, choices, width) = (slots.size()[0] as usize, slots.size()[1] as usize, rows.size()[1] as usize);
+fn combine_on_threads<T: Number>(
+    rows: &Tensor,
+    slots: &Tensor,
+    weights: Option<&Tensor>,
+    out: &Tensor,
+) {
+    let (tokens, choices, width) = (
+        slots.size()[0] as usize,
+        slots.size()[1] as usize,
+        rows.size()[1] as usize,
+    );
     // SAFETY: all were checked, or made, to be in host memory without gaps, of the type that is named.
-    let (rows, slots, out) = unsafe { (Numbers::<T>::of(rows), Indices::of(slots), Numbers::<T>::of(out)) };
+    let (rows, slots, out) = unsafe {
+        (
+            Numbers::<T>::of(rows),
+            Indices::of(slots),
+            Numbers::<T>::of(out),
+        )
+    };
     // SAFETY: likewise.
     let weights = weights.map(|weights| unsafe { Numbers::<f32>::of(weights) });
     for_rows(tokens, width * choices, |_, range| {
@@ -133,28 +177,58 @@ fn sum<T: Number>(rows: &[(&[T], f32)], out: &mut [T]) {
                 *sum += weight * x.wide();
             }
         }
-        out.iter_mut().zip(sums).for_each(|(out, sum)| *out = T::narrow(sum));
+        out.iter_mut()
+            .zip(sums)
+            .for_each(|(out, sum)| *out = T::narrow(sum));
     }
 }
 
-fn backward_on_threads<T: Number>([grad, rows, slots, weights]: [&Tensor; 4], of_rows: &Tensor, of_weights: &Tensor) {
-    let (tokens, choices, width) = (slots.size()[0] as usize, slots.size()[1] as usize, rows.size()[1] as usize);
+fn backward_on_threads<T: Number>(
+    [grad, rows, slots, weights]: [&Tensor; 4],
+    of_rows: &Tensor,
+    of_weights: &Tensor,
+) {
+    let (tokens, choices, width) = (
+        slots.size()[0] as usize,
+        slots.size()[1] as usize,
+        rows.size()[1] as usize,
+    );
     // SAFETY: as in forward.
-    let (grad, rows, of_rows) = unsafe { (Numbers::<T>::of(grad), Numbers::<T>::of(rows), Numbers::<T>::of(of_rows)) };
+    let (grad, rows, of_rows) = unsafe {
+        (
+            Numbers::<T>::of(grad),
+            Numbers::<T>::of(rows),
+            Numbers::<T>::of(of_rows),
+        )
+    };
     // SAFETY: likewise.
-    let (slots, weights, of_weights) =
-        unsafe { (Indices::of(slots), Numbers::<f32>::of(weights), Numbers::<f32>::of(of_weights)) };
+    let (slots, weights, of_weights) = unsafe {
+        (
+            Indices::of(slots),
+            Numbers::<f32>::of(weights),
+            Numbers::<f32>::of(of_weights),
+        )
+    };
     for_rows(tokens, width * choices, |_, range| {
         for token in range {
             let one = token..token + 1;
             let (grad, weights) = (grad.part(&one, width), weights.part(&one, choices));
             // SAFETY: a token's weights are one thread's.
             let of_weights = unsafe { of_weights.part_mut(&one, choices) };
-            for ((slot, weight), of_weight) in slots.part(&one, choices).iter().zip(weights).zip(of_weights) {
-                let Ok(slot) = usize::try_from(*slot) else { continue };
+            for ((slot, weight), of_weight) in slots
+                .part(&one, choices)
+                .iter()
+                .zip(weights)
+                .zip(of_weights)
+            {
+                let Ok(slot) = usize::try_from(*slot) else {
+                    continue;
+                };
                 let place = slot..slot + 1;
                 // SAFETY: a row is one choice's, as the caller promises.
-                *of_weight = scale(grad, rows.part(&place, width), *weight, unsafe { of_rows.part_mut(&place, width) });
+                *of_weight = scale(grad, rows.part(&place, width), *weight, unsafe {
+                    of_rows.part_mut(&place, width)
+                });
             }
         }
     });
@@ -164,7 +238,11 @@ fn backward_on_threads<T: Number>([grad, rows, slots, weights]: [&Tensor; 4], of
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 fn scale<T: Number>(grad: &[T], row: &[T], weight: f32, of_row: &mut [T]) -> f32 {
     let mut lanes = [0f32; CHUNK];
-    for ((grad, row), of_row) in grad.chunks(CHUNK).zip(row.chunks(CHUNK)).zip(of_row.chunks_mut(CHUNK)) {
+    for ((grad, row), of_row) in grad
+        .chunks(CHUNK)
+        .zip(row.chunks(CHUNK))
+        .zip(of_row.chunks_mut(CHUNK))
+    {
         for (((grad, row), of_row), lane) in grad.iter().zip(row).zip(of_row).zip(&mut lanes) {
             let grad = grad.wide();
             *lane += grad * row.wide();

@@ -23,7 +23,11 @@ pub(crate) fn exp(x: f32) -> f32 {
     let p = p.mul_add(r, 0.166_666_66);
     let p = p.mul_add(r, 0.5);
     let y = p.mul_add(r * r, r) + 1.0;
-    let power = shifted.to_bits().wrapping_sub(WHOLE.to_bits()).wrapping_add(127) << 23;
+    let power = shifted
+        .to_bits()
+        .wrapping_sub(WHOLE.to_bits())
+        .wrapping_add(127)
+        << 23;
     y * f32::from_bits(power)
 }
 

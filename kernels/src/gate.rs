@@ -87,7 +87,9 @@ pub fn gate(logits_te: &Tensor, experts_tk: &Tensor, gate: Gate, groups: &[Range
     let cost = || Cost::passes(1.0, logits_te);
     if let Some(gpu) = gpu(logits_te) {
         checked(logits_te, experts_tk, groups);
-        return part("router", "forward", cost, || cuda::gate(gpu, logits_te, experts_tk, gate, groups));
+        return part("router", "forward", cost, || {
+            cuda::gate(gpu, logits_te, experts_tk, gate, groups)
+        });
     }
     let all = Tokens::of(logits_te, experts_tk, groups);
     let (width, top_k) = (all.width, all.top_k);
@@ -96,24 +98,47 @@ pub fn gate(logits_te: &Tensor, experts_tk: &Tensor, gate: Gate, groups: &[Range
     let mut sums = vec![0f64; groups.len() * width];
     let mut z_sum = 0.0;
     part("router", "forward", cost, || {
-        let partial = Tensor::empty([all.chunks.len() as i64, width as i64 + 1], (Kind::Double, logits_te.device()));
+        let partial = Tensor::empty(
+            [all.chunks.len() as i64, width as i64 + 1],
+            (Kind::Double, logits_te.device()),
+        );
         // SAFETY: in host memory without gaps, of the types that are named.
-        let (weights, partial) = unsafe { (Numbers::<f32>::of(&weights_tk), Numbers::<f64>::of(&partial)) };
+        let (weights, partial) = unsafe {
+            (
+                Numbers::<f32>::of(&weights_tk),
+                Numbers::<f64>::of(&partial),
+            )
+        };
         all.for_chunks(|index, Chunk { tokens, .. }| {
             let place = index..index + 1;
             // SAFETY: a chunk's are one part's.
-            let (weights, sums) = unsafe { (weights.part_mut(tokens, top_k), partial.part_mut(&place, width + 1)) };
+            let (weights, sums) = unsafe {
+                (
+                    weights.part_mut(tokens, top_k),
+                    partial.part_mut(&place, width + 1),
+                )
+            };
             forward(all.logits(tokens), all.experts(tokens), gate, weights, sums);
         });
         for (index, chunk) in all.chunks.iter().enumerate() {
-            let (z, here) = partial.part(&(index..index + 1), width + 1).split_last().expect("there is one more");
-            sums[chunk.group * width..].iter_mut().zip(here).for_each(|(sum, x)| *sum += x);
+            let (z, here) = partial
+                .part(&(index..index + 1), width + 1)
+                .split_last()
+                .expect("there is one more");
+            sums[chunk.group * width..]
+                .iter_mut()
+                .zip(here)
+                .for_each(|(sum, x)| *sum += x);
             z_sum += z;
         }
     });
     let sums: Vec<f32> = sums.into_iter().map(|sum| sum as f32).collect();
     let prob_sums_ge = Tensor::from_slice(&sums).view([groups.len() as i64, width as i64]);
-    Gated { weights_tk, prob_sums_ge, z_sum: Tensor::from(z_sum as f32) }
+    Gated {
+        weights_tk,
+        prob_sums_ge,
+        z_sum: Tensor::from(z_sum as f32),
+    }
 }
 
 /// The gradient of logits `[T, E]`, from those of what [`gate`] made of them; of each that has one.
@@ -131,13 +156,17 @@ pub fn gate_backward(
     if let Some(gpu) = gpu(logits_te) {
         checked(logits_te, experts_tk, groups);
         let of = [of_weights, of_sums, of_z];
-        return part("router", "backward", cost, || cuda::gate_backward(gpu, logits_te, experts_tk, gate, groups, of));
+        return part("router", "backward", cost, || {
+            cuda::gate_backward(gpu, logits_te, experts_tk, gate, groups, of)
+        });
     }
     let all = Tokens::of(logits_te, experts_tk, groups);
     let (width, top_k) = (all.width, all.top_k);
     let gradient = Tensor::empty(logits_te.size(), (Kind::Float, logits_te.device()));
     let numbers = |tensor: Option<&Tensor>, count: usize| match tensor {
-        Some(tensor) => Vec::<f32>::try_from(tensor.contiguous().view([-1])).expect("gradients are fp32"),
+        Some(tensor) => {
+            Vec::<f32>::try_from(tensor.contiguous().view([-1])).expect("gradients are fp32")
+        }
         None => vec![0.0; count],
     };
     part("router", "backward", cost, || {
@@ -151,7 +180,13 @@ pub fn gate_backward(
             let of_probs = &of_sums[group * width..(group + 1) * width];
             // SAFETY: a chunk's are one part's.
             let to = unsafe { to.part_mut(tokens, width) };
-            backward(all.logits(tokens), all.experts(tokens), gate, (of_weights, of_probs, of_z), to);
+            backward(
+                all.logits(tokens),
+                all.experts(tokens),
+                gate,
+                (of_weights, of_probs, of_z),
+                to,
+            );
         });
     });
     gradient
@@ -160,9 +195,16 @@ pub fn gate_backward(
 /// Panics unless choices are such as go with logits, and groups hold all tokens in order.
 fn checked(logits_te: &Tensor, experts_tk: &Tensor, groups: &[Range<usize>]) {
     let count = logits_te.size()[0] as usize;
-    let in_order = groups.iter().try_fold(0, |end, group| (group.start == end).then_some(group.end));
-    assert!(gates(logits_te) && in_order == Some(count), "{groups:?} are not {count} tokens");
-    assert!(cuda::beside(logits_te, experts_tk, Kind::Int64) && experts_tk.size()[0] as usize == count);
+    let in_order = groups
+        .iter()
+        .try_fold(0, |end, group| (group.start == end).then_some(group.end));
+    assert!(
+        gates(logits_te) && in_order == Some(count),
+        "{groups:?} are not {count} tokens"
+    );
+    assert!(
+        cuda::beside(logits_te, experts_tk, Kind::Int64) && experts_tk.size()[0] as usize == count
+    );
 }
 
 /// Neighbouring tokens of a group.
@@ -188,9 +230,18 @@ impl<'a> Tokens<'a> {
         let (logits, experts) = unsafe { (Numbers::<f32>::of(logits_te), Indices::of(experts_tk)) };
         let chunks = groups.iter().enumerate().flat_map(|(group, tokens)| {
             let end = tokens.end;
-            tokens.clone().step_by(CHUNK).map(move |start| Chunk { group, tokens: start..(start + CHUNK).min(end) })
+            tokens.clone().step_by(CHUNK).map(move |start| Chunk {
+                group,
+                tokens: start..(start + CHUNK).min(end),
+            })
         });
-        Tokens { logits, experts, width, top_k: experts_tk.size()[1] as usize, chunks: chunks.collect() }
+        Tokens {
+            logits,
+            experts,
+            width,
+            top_k: experts_tk.size()[1] as usize,
+            chunks: chunks.collect(),
+        }
     }
 
     fn logits(&self, tokens: &Range<usize>) -> &[f32] {
@@ -203,9 +254,13 @@ impl<'a> Tokens<'a> {
 
     /// Calls `body` for each chunk, and its number, on as many threads as that is worth.
     fn for_chunks(&self, body: impl Fn(usize, &Chunk) + Sync) {
-        for_rows(self.chunks.len(), CHUNK * COSTS * self.width, |_, chunks| {
-            chunks.for_each(|index| body(index, &self.chunks[index]));
-        });
+        for_rows(
+            self.chunks.len(),
+            CHUNK * COSTS * self.width,
+            |_, chunks| {
+                chunks.for_each(|index| body(index, &self.chunks[index]));
+            },
+        );
     }
 }
 
@@ -219,27 +274,37 @@ fn softmax(logits: &[f32], probs: &mut [f32]) -> f32 {
 
 #[inline(always)]
 fn sigmoid(logits: &[f32], scores: &mut [f32]) {
-    scores.iter_mut().zip(logits).for_each(|(score, logit)| *score = 1.0 / (1.0 + exp(-logit)));
+    scores
+        .iter_mut()
+        .zip(logits)
+        .for_each(|(score, logit)| *score = 1.0 / (1.0 + exp(-logit)));
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 fn choose_rows(logits: &[f32], bias: &[f32], by_sigmoid: bool, to: &mut [i64], top_k: usize) {
     let width = bias.len();
     let mut scores = vec![0f32; width];
-    for (logits, to) in logits.chunks_exact(width).zip(to.chunks_exact_mut(top_k.max(1))) {
+    for (logits, to) in logits
+        .chunks_exact(width)
+        .zip(to.chunks_exact_mut(top_k.max(1)))
+    {
         match by_sigmoid {
             true => sigmoid(logits, &mut scores),
             false => {
                 softmax(logits, &mut scores);
             }
         }
-        scores.iter_mut().zip(bias).for_each(|(score, bias)| *score += bias);
+        scores
+            .iter_mut()
+            .zip(bias)
+            .for_each(|(score, bias)| *score += bias);
         for place in 0..to.len() {
             let (taken, rest) = to.split_at_mut(place);
             // What is not a number is never better, but somebody is chosen all the same.
             let mut best: Option<usize> = None;
             for (expert, &score) in scores.iter().enumerate() {
-                if best.is_none_or(|best| score > scores[best]) && !taken.contains(&(expert as i64)) {
+                if best.is_none_or(|best| score > scores[best]) && !taken.contains(&(expert as i64))
+                {
                     best = Some(expert);
                 }
             }
@@ -261,18 +326,28 @@ fn forward(logits: &[f32], experts: &[i64], gate: Gate, weights: &mut [f32], sum
         if gate.sigmoid {
             sigmoid(logits, &mut scores);
             let all = scores.iter().sum::<f32>() + TINY;
-            probs.iter_mut().zip(&scores).for_each(|(prob, score)| *prob = score / all);
+            probs
+                .iter_mut()
+                .zip(&scores)
+                .for_each(|(prob, score)| *prob = score / all);
         }
         let scores = if gate.sigmoid { &scores } else { &probs };
         let place = token * top_k..(token + 1) * top_k;
         let mut chosen = 0.0;
-        for (weight, &expert) in weights[place.clone()].iter_mut().zip(&experts[place.clone()]) {
+        for (weight, &expert) in weights[place.clone()]
+            .iter_mut()
+            .zip(&experts[place.clone()])
+        {
             *weight = scores[expert as usize];
             chosen += *weight;
         }
         let factor = gate.scale as f32 / if gate.normalize { chosen + TINY } else { 1.0 };
-        weights[place].iter_mut().for_each(|weight| *weight *= factor);
-        sums.iter_mut().zip(&probs).for_each(|(sum, prob)| *sum += f64::from(*prob));
+        weights[place]
+            .iter_mut()
+            .for_each(|weight| *weight *= factor);
+        sums.iter_mut()
+            .zip(&probs)
+            .for_each(|(sum, prob)| *sum += f64::from(*prob));
     }
 }
 
@@ -285,16 +360,29 @@ fn backward(
     to: &mut [f32],
 ) {
     let width = of_probs.len();
-    let (mut softened, mut sigmoids, mut of_scores) = (vec![0f32; width], vec![0f32; width], vec![0f32; width]);
+    let (mut softened, mut sigmoids, mut of_scores) =
+        (vec![0f32; width], vec![0f32; width], vec![0f32; width]);
     let top_k = experts.len() * width / logits.len();
-    for (token, (logits, to)) in logits.chunks_exact(width).zip(to.chunks_exact_mut(width)).enumerate() {
+    for (token, (logits, to)) in logits
+        .chunks_exact(width)
+        .zip(to.chunks_exact_mut(width))
+        .enumerate()
+    {
         let normalizer = softmax(logits, &mut softened);
         if gate.sigmoid {
             sigmoid(logits, &mut sigmoids);
             // A probability is a score over the sum of all.
             let all = sigmoids.iter().sum::<f32>() + TINY;
-            let mean = sigmoids.iter().zip(of_probs).map(|(score, of)| score * of).sum::<f32>() / all;
-            of_scores.iter_mut().zip(of_probs).for_each(|(to, of)| *to = (of - mean) / all);
+            let mean = sigmoids
+                .iter()
+                .zip(of_probs)
+                .map(|(score, of)| score * of)
+                .sum::<f32>()
+                / all;
+            of_scores
+                .iter_mut()
+                .zip(of_probs)
+                .for_each(|(to, of)| *to = (of - mean) / all);
         } else {
             of_scores.copy_from_slice(of_probs);
         }
@@ -304,9 +392,17 @@ fn backward(
         let (mut factor, mut mean) = (gate.scale as f32, 0.0);
         if gate.normalize {
             // A weight is a score over the sum of those that were chosen.
-            let chosen = experts.iter().map(|&expert| scores[expert as usize]).sum::<f32>() + TINY;
-            mean =
-                experts.iter().zip(of_weights).map(|(&expert, of)| scores[expert as usize] * of).sum::<f32>() / chosen;
+            let chosen = experts
+                .iter()
+                .map(|&expert| scores[expert as usize])
+                .sum::<f32>()
+                + TINY;
+            mean = experts
+                .iter()
+                .zip(of_weights)
+                .map(|(&expert, of)| scores[expert as usize] * of)
+                .sum::<f32>()
+                / chosen;
             factor /= chosen;
         }
         for (&expert, of) in experts.iter().zip(of_weights) {
@@ -314,11 +410,18 @@ fn backward(
         }
         let of_normalizer = 2.0 * of_z * normalizer;
         if gate.sigmoid {
-            for (to, ((of, score), soft)) in to.iter_mut().zip(of_scores.iter().zip(&sigmoids).zip(&softened)) {
+            for (to, ((of, score), soft)) in to
+                .iter_mut()
+                .zip(of_scores.iter().zip(&sigmoids).zip(&softened))
+            {
                 *to = of * score * (1.0 - score) + of_normalizer * soft;
             }
         } else {
-            let mean = of_scores.iter().zip(&softened).map(|(of, soft)| of * soft).sum::<f32>();
+            let mean = of_scores
+                .iter()
+                .zip(&softened)
+                .map(|(of, soft)| of * soft)
+                .sum::<f32>();
             for (to, (of, soft)) in to.iter_mut().zip(of_scores.iter().zip(&softened)) {
                 *to = soft * (of - mean + of_normalizer);
             }
@@ -332,19 +435,35 @@ pub(crate) mod tests {
     use proptest::prelude::*;
     use tch::Device;
 
-    pub(crate) fn plain(logits: &Tensor, experts: &Tensor, gate: Gate, groups: &[Range<usize>]) -> [Tensor; 3] {
+    pub(crate) fn plain(
+        logits: &Tensor,
+        experts: &Tensor,
+        gate: Gate,
+        groups: &[Range<usize>],
+    ) -> [Tensor; 3] {
         let sum = |x: &Tensor| x.sum_dim_intlist([-1i64].as_slice(), true, Kind::Double);
         let soft = logits.softmax(-1, Kind::Double);
         let scores = if gate.sigmoid { logits.sigmoid() } else { soft };
         let chosen = scores.gather(1, experts, false);
-        let weights = if gate.normalize { &chosen / sum(&chosen) } else { chosen } * gate.scale;
+        let weights = if gate.normalize {
+            &chosen / sum(&chosen)
+        } else {
+            chosen
+        } * gate.scale;
         let probs = &scores / sum(&scores);
         let of = |group: &Range<usize>| {
             let probs = probs.narrow(0, group.start as i64, group.len() as i64);
             probs.sum_dim_intlist([0i64].as_slice(), false, Kind::Double)
         };
         let sums = Tensor::stack(&groups.iter().map(of).collect::<Vec<_>>(), 0);
-        [weights, sums, logits.logsumexp([-1i64].as_slice(), false).square().sum(Kind::Double)]
+        [
+            weights,
+            sums,
+            logits
+                .logsumexp([-1i64].as_slice(), false)
+                .square()
+                .sum(Kind::Double),
+        ]
     }
 
     proptest! {
@@ -402,15 +521,27 @@ pub(crate) mod tests {
 
     #[test]
     fn of_equals_the_first_is_chosen_and_of_what_is_no_number_somebody() {
-        let logits = Tensor::from_slice(&[1f32, 2.0, 2.0, 2.0, f32::NAN, 0.0, 1.0, 0.0]).view([2, 4]);
+        let logits =
+            Tensor::from_slice(&[1f32, 2.0, 2.0, 2.0, f32::NAN, 0.0, 1.0, 0.0]).view([2, 4]);
         let chosen: Vec<i64> = Vec::try_from(choose(&logits, None, 3, false).view([-1])).unwrap();
         assert_eq!(chosen[..3], [1, 2, 3]);
         let mut second = chosen[3..].to_vec();
         second.sort_unstable();
         second.dedup();
         assert!(second.len() == 3 && second.iter().all(|expert| (0..4).contains(expert)));
-        let plain = Gate { sigmoid: false, normalize: false, scale: 1.0 };
-        let made = gate(&logits, &Tensor::zeros([2, 1], (Kind::Int64, Device::Cpu)), plain, &[0..1, 1..2]);
-        assert!(made.z_sum.double_value(&[]).is_nan() && made.weights_tk.double_value(&[1, 0]).is_nan());
+        let plain = Gate {
+            sigmoid: false,
+            normalize: false,
+            scale: 1.0,
+        };
+        let made = gate(
+            &logits,
+            &Tensor::zeros([2, 1], (Kind::Int64, Device::Cpu)),
+            plain,
+            &[0..1, 1..2],
+        );
+        assert!(
+            made.z_sum.double_value(&[]).is_nan() && made.weights_tk.double_value(&[1, 0]).is_nan()
+        );
     }
 }

@@ -10,13 +10,17 @@ const ALIGNED: usize = 16;
 
 /// Whether the kernel takes these, of any number of dims.
 pub(crate) fn takes(tensors: &[&Tensor]) -> bool {
-    let Device::Cuda(index) = tensors[0].device() else { return false };
-    tensors.iter().all(|tensor| fits(tensor)) && torch_ext::capability(index).is_ok_and(|of| of >= HOPPER)
+    let Device::Cuda(index) = tensors[0].device() else {
+        return false;
+    };
+    tensors.iter().all(|tensor| fits(tensor))
+        && torch_ext::capability(index).is_ok_and(|of| of >= HOPPER)
 }
 
 fn fits(tensor: &Tensor) -> bool {
     let aligned = |bytes: usize| bytes.is_multiple_of(ALIGNED);
-    let apart = |&stride: &i64| stride == 1 || aligned(stride as usize * tensor.kind().elt_size_in_bytes());
+    let apart =
+        |&stride: &i64| stride == 1 || aligned(stride as usize * tensor.kind().elt_size_in_bytes());
     let strides = tensor.stride();
     tensor.kind() == Kind::BFloat16
         && aligned(tensor.data_ptr() as usize)
@@ -27,7 +31,10 @@ fn fits(tensor: &Tensor) -> bool {
 /// Where each group's rows end: int32 `[groups]`.
 fn ends(counts: &[i64], device: Device) -> Tensor {
     let mut end = 0;
-    let ends: Vec<i32> = counts.iter().map(|&count| (end += count as i32, end).1).collect();
+    let ends: Vec<i32> = counts
+        .iter()
+        .map(|&count| (end += count as i32, end).1)
+        .collect();
     Tensor::from_slice(&ends).to_device(device)
 }
 
@@ -39,7 +46,9 @@ pub(crate) fn product(out: &Tensor, rows: &Tensor, matrices: &[Tensor], counts: 
         let len = here.iter().sum();
         if len > 0 {
             let ends = ends(here, rows.device());
-            let product = rows.narrow(0, start, len).internal_grouped_mm(some, Some(ends), None, None);
+            let product =
+                rows.narrow(0, start, len)
+                    .internal_grouped_mm(some, Some(ends), None, None);
             out.narrow(0, start, len).copy_(&product);
         }
         (counts, start) = (later, start + len);
@@ -55,7 +64,11 @@ pub(crate) fn to_sums(sums: &Tensor, left: &Tensor, right: &Tensor, counts: &[i6
         let _ = products.get(group as i64).zero_();
     }
     let mut sums = sums.shallow_clone();
-    if adds { drop(sums.g_add_(&products)) } else { sums.copy_(&products) }
+    if adds {
+        drop(sums.g_add_(&products))
+    } else {
+        sums.copy_(&products)
+    }
 }
 
 #[cfg(test)]
@@ -109,6 +122,9 @@ mod tests {
         let x = Tensor::zeros([6, 16], (Kind::BFloat16, Device::Cpu));
         assert!(fits(&x) && fits(&x.tr()) && !takes(&[&x]));
         assert!(!fits(&x.narrow(1, 1, 8)) && !fits(&x.to_kind(Kind::Float)));
-        assert!(!fits(&Tensor::zeros([6, 12], (Kind::BFloat16, Device::Cpu))));
+        assert!(!fits(&Tensor::zeros(
+            [6, 12],
+            (Kind::BFloat16, Device::Cpu)
+        )));
     }
 }

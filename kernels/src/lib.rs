@@ -35,7 +35,8 @@ pub use cuda::gpu_kernels;
 pub use gate::{Gate, Gated, choose, gate, gate_backward, gates};
 pub use norm::{rms_norm, rms_norm_backward};
 pub use product::{
-    add_grouped_product, add_product, grouped_product, product, product_into, set_grouped_product, set_product,
+    add_grouped_product, add_product, grouped_product, product, product_into, set_grouped_product,
+    set_product,
 };
 pub use rotary::rotate;
 pub use softmax::{softmax, softmax_gradient};

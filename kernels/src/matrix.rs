@@ -25,7 +25,12 @@ impl<'a> Matrix<'a> {
             panic!("{:?} is no matrix", tensor.size())
         };
         let stride = tensor.stride();
-        Matrix::at(tensor.data_ptr().cast(), tensor.kind(), [rows, columns], [stride[0], stride[1]])
+        Matrix::at(
+            tensor.data_ptr().cast(),
+            tensor.kind(),
+            [rows, columns],
+            [stride[0], stride[1]],
+        )
     }
 
     /// Those of a tensor `[N, R, C]`.
@@ -33,7 +38,11 @@ impl<'a> Matrix<'a> {
         let Ok([count, rows, columns]) = <[i64; 3]>::try_from(tensor.size()) else {
             panic!("{:?} are no matrices", tensor.size())
         };
-        let (stride, kind, data) = (tensor.stride(), tensor.kind(), tensor.data_ptr().cast::<u8>());
+        let (stride, kind, data) = (
+            tensor.stride(),
+            tensor.kind(),
+            tensor.data_ptr().cast::<u8>(),
+        );
         let apart = stride[0] as usize * kind.elt_size_in_bytes();
         (0..count as usize).map(move |index| {
             let data = data.wrapping_add(index * apart);
@@ -44,14 +53,36 @@ impl<'a> Matrix<'a> {
     fn at(data: *mut u8, kind: Kind, sizes: [i64; 2], strides: [i64; 2]) -> Matrix<'a> {
         let [rows, columns] = sizes.map(|size| size as usize);
         let size = kind.elt_size_in_bytes();
-        let bytes = |dim: usize| if sizes[dim] == 1 { size } else { strides[dim] as usize * size };
-        Matrix { data, kind, rows, columns, row: bytes(0), column: bytes(1), tensor: PhantomData }
+        let bytes = |dim: usize| {
+            if sizes[dim] == 1 {
+                size
+            } else {
+                strides[dim] as usize * size
+            }
+        };
+        Matrix {
+            data,
+            kind,
+            rows,
+            columns,
+            row: bytes(0),
+            column: bytes(1),
+            tensor: PhantomData,
+        }
     }
 
     /// `len` rows from `start` on.
     pub(crate) fn some_rows(self, start: usize, len: usize) -> Matrix<'a> {
-        assert!(start + len <= self.rows, "{start} and {len} of {} rows", self.rows);
-        Matrix { data: self.data.wrapping_add(start * self.row), rows: len, ..self }
+        assert!(
+            start + len <= self.rows,
+            "{start} and {len} of {} rows",
+            self.rows
+        );
+        Matrix {
+            data: self.data.wrapping_add(start * self.row),
+            rows: len,
+            ..self
+        }
     }
 
     /// `len` columns from `start` on.
@@ -60,7 +91,13 @@ impl<'a> Matrix<'a> {
     }
 
     pub(crate) fn transposed(self) -> Matrix<'a> {
-        Matrix { rows: self.columns, columns: self.rows, row: self.column, column: self.row, ..self }
+        Matrix {
+            rows: self.columns,
+            columns: self.rows,
+            row: self.column,
+            column: self.row,
+            ..self
+        }
     }
 
     /// Bytes of a number.
@@ -88,11 +125,15 @@ mod tests {
     /// The numbers of an fp32 matrix, row by row.
     fn read(matrix: &Matrix) -> Vec<f32> {
         let at = |row: usize, column: usize| {
-            let at = matrix.data.wrapping_add(row * matrix.row + column * matrix.column);
+            let at = matrix
+                .data
+                .wrapping_add(row * matrix.row + column * matrix.column);
             // SAFETY: inside the tensor, which is what is tested.
             unsafe { at.cast::<f32>().read() }
         };
-        (0..matrix.rows).flat_map(|row| (0..matrix.columns).map(move |column| at(row, column))).collect()
+        (0..matrix.rows)
+            .flat_map(|row| (0..matrix.columns).map(move |column| at(row, column)))
+            .collect()
     }
 
     fn numbers(tensor: &Tensor) -> Vec<f32> {

@@ -19,23 +19,40 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
         }
         let Some(kind) = kind_on_host(&[x, weight]) else {
             let wide = x.to_kind(Kind::Float);
-            let scale = (wide.square().mean_dim([-1i64].as_slice(), true, Kind::Float) + eps).rsqrt();
+            let scale = (wide
+                .square()
+                .mean_dim([-1i64].as_slice(), true, Kind::Float)
+                + eps)
+                .rsqrt();
             return ((&wide * &scale).to_kind(x.kind()) * weight, scale);
         };
         let mut shape = x.size();
         let width = shape.pop().unwrap_or(1) as usize;
         shape.push(1);
-        let (out, scale) = (x.empty_like(), Tensor::empty(shape.as_slice(), (Kind::Float, x.device())));
-        for_kind!(kind, forward_on_threads(x, weight, &out, &scale, (width, eps as f32)));
+        let (out, scale) = (
+            x.empty_like(),
+            Tensor::empty(shape.as_slice(), (Kind::Float, x.device())),
+        );
+        for_kind!(
+            kind,
+            forward_on_threads(x, weight, &out, &scale, (width, eps as f32))
+        );
         (out, scale)
     })
 }
 
 /// The gradients of `x`, of its dtype, and of `weight`, fp32, given that of the result; `scale` as [`rms_norm`] gave it.
-pub fn rms_norm_backward(grad: &Tensor, x: &Tensor, scale: &Tensor, weight: &Tensor) -> (Tensor, Tensor) {
+pub fn rms_norm_backward(
+    grad: &Tensor,
+    x: &Tensor,
+    scale: &Tensor,
+    weight: &Tensor,
+) -> (Tensor, Tensor) {
     let cost = || Cost::passes(3.0, x);
     part("norm", "backward", cost, || {
-        if let Some(gpu) = cuda::gpu(&[grad, x, weight]).filter(|_| weight.numel() <= cuda::WIDEST_NORM) {
+        if let Some(gpu) =
+            cuda::gpu(&[grad, x, weight]).filter(|_| weight.numel() <= cuda::WIDEST_NORM)
+        {
             return cuda::rms_norm_backward(gpu, grad, x, scale, weight);
         }
         let Some(kind) = kind_on_host(&[grad, x, weight]) else {
@@ -44,15 +61,24 @@ pub fn rms_norm_backward(grad: &Tensor, x: &Tensor, scale: &Tensor, weight: &Ten
             let of_weight = (&wide * &normed).sum_dim_intlist(rows.as_slice(), false, Kind::Float);
             let of_normed = wide * weight.to_kind(Kind::Float);
             let along = (&of_normed * &normed).mean_dim([-1i64].as_slice(), true, Kind::Float);
-            return (((of_normed - normed * along) * scale).to_kind(x.kind()), of_weight);
+            return (
+                ((of_normed - normed * along) * scale).to_kind(x.kind()),
+                of_weight,
+            );
         };
         let width = weight.numel();
         let out = x.empty_like();
         // Parts add up for themselves, and their sums are added in order.
         let parts = parts(scale.numel(), width);
         let sums = Tensor::zeros([parts as i64, width as i64], (Kind::Float, x.device()));
-        for_kind!(kind, backward_on_threads([grad, x, scale, weight], &out, &sums, width));
-        (out, sums.sum_dim_intlist([0i64].as_slice(), false, Kind::Float))
+        for_kind!(
+            kind,
+            backward_on_threads([grad, x, scale, weight], &out, &sums, width)
+        );
+        (
+            out,
+            sums.sum_dim_intlist([0i64].as_slice(), false, Kind::Float),
+        )
     })
 }
 
@@ -65,27 +91,62 @@ fn forward_on_threads<T: Number>(
 ) {
     let count = scale.numel();
     // SAFETY: all were checked, or made, to be in host memory without gaps, of the type that is named.
-    let (x, weight, out, scale) =
-        unsafe { (Numbers::<T>::of(x), Numbers::<T>::of(weight), Numbers::<T>::of(out), Numbers::<f32>::of(scale)) };
+    let (x, weight, out, scale) = unsafe {
+        (
+            Numbers::<T>::of(x),
+            Numbers::<T>::of(weight),
+            Numbers::<T>::of(out),
+            Numbers::<f32>::of(scale),
+        )
+    };
     for_rows(count, width, |_, rows| {
         // SAFETY: parts of threads do not overlap.
         let (out, scale) = unsafe { (out.part_mut(&rows, width), scale.part_mut(&rows, 1)) };
-        forward(x.part(&rows, width), weight.part(&(0..1), width), out, scale, eps);
+        forward(
+            x.part(&rows, width),
+            weight.part(&(0..1), width),
+            out,
+            scale,
+            eps,
+        );
     });
 }
 
-fn backward_on_threads<T: Number>([grad, x, scale, weight]: [&Tensor; 4], out: &Tensor, sums: &Tensor, width: usize) {
+fn backward_on_threads<T: Number>(
+    [grad, x, scale, weight]: [&Tensor; 4],
+    out: &Tensor,
+    sums: &Tensor,
+    width: usize,
+) {
     let count = scale.numel();
     // SAFETY: as in forward; `scale` is what forward made.
-    let (grad, x, weight, out) =
-        unsafe { (Numbers::<T>::of(grad), Numbers::<T>::of(x), Numbers::<T>::of(weight), Numbers::<T>::of(out)) };
+    let (grad, x, weight, out) = unsafe {
+        (
+            Numbers::<T>::of(grad),
+            Numbers::<T>::of(x),
+            Numbers::<T>::of(weight),
+            Numbers::<T>::of(out),
+        )
+    };
     // SAFETY: likewise.
     let (scale, sums) = unsafe { (Numbers::<f32>::of(scale), Numbers::<f32>::of(sums)) };
     for_rows(count, width, |part, rows| {
         // SAFETY: parts of threads do not overlap.
-        let (out, sum) = unsafe { (out.part_mut(&rows, width), sums.part_mut(&(part..part + 1), width)) };
+        let (out, sum) = unsafe {
+            (
+                out.part_mut(&rows, width),
+                sums.part_mut(&(part..part + 1), width),
+            )
+        };
         let (grad, x) = (grad.part(&rows, width), x.part(&rows, width));
-        backward(grad, x, scale.part(&rows, 1), weight.part(&(0..1), width), out, sum);
+        backward(
+            grad,
+            x,
+            scale.part(&rows, 1),
+            weight.part(&(0..1), width),
+            out,
+            sum,
+        );
     });
 }
 
@@ -106,7 +167,11 @@ fn sum(width: usize, of: impl Fn(usize) -> f32) -> f32 {
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 fn forward<T: Number>(x: &[T], weight: &[T], out: &mut [T], scale: &mut [f32], eps: f32) {
     let width = weight.len();
-    for ((x, out), scale) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)).zip(scale) {
+    for ((x, out), scale) in x
+        .chunks_exact(width)
+        .zip(out.chunks_exact_mut(width))
+        .zip(scale)
+    {
         let squares = sum(width, |i| x[i].wide() * x[i].wide());
         *scale = 1.0 / (squares / width as f32 + eps).sqrt();
         for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
@@ -116,12 +181,28 @@ fn forward<T: Number>(x: &[T], weight: &[T], out: &mut [T], scale: &mut [f32], e
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn backward<T: Number>(grad: &[T], x: &[T], scale: &[f32], weight: &[T], out: &mut [T], of_weight: &mut [f32]) {
+fn backward<T: Number>(
+    grad: &[T],
+    x: &[T],
+    scale: &[f32],
+    weight: &[T],
+    out: &mut [T],
+    of_weight: &mut [f32],
+) {
     let width = weight.len();
-    let rows = grad.chunks_exact(width).zip(x.chunks_exact(width)).zip(out.chunks_exact_mut(width)).zip(scale);
+    let rows = grad
+        .chunks_exact(width)
+        .zip(x.chunks_exact(width))
+        .zip(out.chunks_exact_mut(width))
+        .zip(scale);
     for (((grad, x), out), &scale) in rows {
-        let along = sum(width, |i| grad[i].wide() * weight[i].wide() * x[i].wide()) * scale / width as f32;
-        let columns = grad.iter().zip(x).zip(weight).zip(out.iter_mut().zip(of_weight.iter_mut()));
+        let along =
+            sum(width, |i| grad[i].wide() * weight[i].wide() * x[i].wide()) * scale / width as f32;
+        let columns = grad
+            .iter()
+            .zip(x)
+            .zip(weight)
+            .zip(out.iter_mut().zip(of_weight.iter_mut()));
         for (((grad, x), weight), (out, of_weight)) in columns {
             let (grad, normed) = (grad.wide(), x.wide() * scale);
             *of_weight += grad * normed;
@@ -138,22 +219,40 @@ mod tests {
     #[test]
     fn it_is_the_norm_with_its_gradients() {
         for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 2e-2)] {
-            for shape in [&[0i64, 8] as &[i64], &[1, 1], &[5, 33], &[3, 4, 96], &[300, 64]] {
-                let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
+            for shape in [
+                &[0i64, 8] as &[i64],
+                &[1, 1],
+                &[5, 33],
+                &[3, 4, 96],
+                &[300, 64],
+            ] {
+                let random =
+                    |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
                 let width = shape[shape.len() - 1];
                 let (x, weight, grad) = (random(shape), random(&[width]), random(shape));
                 let wide = |x: &Tensor| x.to_kind(Kind::Double).set_requires_grad(true);
                 let (wide_x, wide_weight) = (wide(&x), wide(&weight));
-                let scale = (wide_x.square().mean_dim([-1i64].as_slice(), true, Kind::Double) + 1e-5).rsqrt();
+                let scale = (wide_x
+                    .square()
+                    .mean_dim([-1i64].as_slice(), true, Kind::Double)
+                    + 1e-5)
+                    .rsqrt();
                 let plain = &wide_x * &scale * &wide_weight;
-                (&plain * grad.to_kind(Kind::Double)).sum(Kind::Double).backward();
+                (&plain * grad.to_kind(Kind::Double))
+                    .sum(Kind::Double)
+                    .backward();
                 let (out, scale) = rms_norm(&x, &weight, 1e-5);
                 let (grad_x, grad_weight) = rms_norm_backward(&grad, &x, &scale, &weight);
-                for (ours, plain) in
-                    [(&out, &plain.detach()), (&grad_x, &wide_x.grad()), (&grad_weight, &wide_weight.grad())]
-                {
+                for (ours, plain) in [
+                    (&out, &plain.detach()),
+                    (&grad_x, &wide_x.grad()),
+                    (&grad_weight, &wide_weight.grad()),
+                ] {
                     let ours = ours.to_kind(Kind::Double);
-                    assert!(ours.allclose(plain, tolerance, tolerance * 4.0, false), "{kind:?} {shape:?}");
+                    assert!(
+                        ours.allclose(plain, tolerance, tolerance * 4.0, false),
+                        "{kind:?} {shape:?}"
+                    );
                 }
             }
         }

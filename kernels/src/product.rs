@@ -23,13 +23,20 @@ pub(crate) struct Product<'a> {
 
 impl Product<'_> {
     pub(crate) fn of<'a>(out: &'a Tensor, left: &'a Tensor, right: &'a Tensor) -> Product<'a> {
-        Product { out: Matrix::of(out), left: Matrix::of(left), right: Matrix::of(right) }
+        Product {
+            out: Matrix::of(out),
+            left: Matrix::of(left),
+            right: Matrix::of(right),
+        }
     }
 }
 
 /// `left right`, of matrices.
 pub fn product(left: &Tensor, right: &Tensor) -> Tensor {
-    let out = Tensor::empty([left.size()[0], right.size()[1]], (left.kind(), left.device()));
+    let out = Tensor::empty(
+        [left.size()[0], right.size()[1]],
+        (left.kind(), left.device()),
+    );
     product_into(&out, left, right);
     out
 }
@@ -41,7 +48,9 @@ pub fn product_into(out: &Tensor, left: &Tensor, right: &Tensor) {
         "of activations",
         || cost(out, left, right),
         || {
-            if !ours([out, left, right], false, || vec![Product::of(out, left, right)]) {
+            if !ours([out, left, right], false, || {
+                vec![Product::of(out, left, right)]
+            }) {
                 tch::no_grad(|| drop(left.mm_out(out, right)));
             }
         },
@@ -64,7 +73,9 @@ fn to_sum(sum: &Tensor, left: &Tensor, right: &Tensor, adds: bool) {
         "for gradients",
         || cost(sum, left, right),
         || {
-            if !ours([sum, left, right], adds, || vec![Product::of(sum, left, right)]) {
+            if !ours([sum, left, right], adds, || {
+                vec![Product::of(sum, left, right)]
+            }) {
                 by_libtorch(sum, left, right, adds);
             }
         },
@@ -75,7 +86,10 @@ fn to_sum(sum: &Tensor, left: &Tensor, right: &Tensor, adds: bool) {
 /// Matrices are those of the first of `matrices`, `[G, I, O]`, then those of the next; none more than there are counts, and they may lie
 /// in memory as they like.
 pub fn grouped_product(rows: &Tensor, matrices: &[Tensor], counts: &[i64]) -> Tensor {
-    let out = Tensor::empty([rows.size()[0], matrices[0].size()[2]], (rows.kind(), rows.device()));
+    let out = Tensor::empty(
+        [rows.size()[0], matrices[0].size()[2]],
+        (rows.kind(), rows.device()),
+    );
     let groups = groups(counts);
     let cost = || grouped_cost(&groups, &matrices[0], rows.kind());
     let all = || {
@@ -108,8 +122,17 @@ fn grouped_by_libtorch(out: &Tensor, rows: &Tensor, matrices: &[Tensor], groups:
     for &Group { index, start, len } in groups {
         let (start, len) = (start as i64, len as i64);
         let rounded = (len + BLOCK - 1) / BLOCK * BLOCK;
-        let len = if rounds && start + rounded <= total { rounded } else { len };
-        tch::no_grad(|| drop(rows.narrow(0, start, len).mm_out(&out.narrow(0, start, len), &matrices[index])));
+        let len = if rounds && start + rounded <= total {
+            rounded
+        } else {
+            len
+        };
+        tch::no_grad(|| {
+            drop(
+                rows.narrow(0, start, len)
+                    .mm_out(&out.narrow(0, start, len), &matrices[index]),
+            )
+        });
     }
 }
 
@@ -129,7 +152,9 @@ pub fn set_grouped_product(sums: &Tensor, left: &Tensor, right: &Tensor, counts:
 }
 
 fn to_sums(sums: &Tensor, left: &Tensor, right: &Tensor, counts: &[i64], adds: bool) {
-    let groups = all_groups(counts).filter(|group| group.len > 0 || !adds).collect::<Vec<_>>();
+    let groups = all_groups(counts)
+        .filter(|group| group.len > 0 || !adds)
+        .collect::<Vec<_>>();
     let cost = || grouped_cost(&groups, sums, left.kind());
     let all = || {
         let (left, right) = (Matrix::of(left), Matrix::of(right));
@@ -147,7 +172,12 @@ fn to_sums(sums: &Tensor, left: &Tensor, right: &Tensor, counts: &[i64], adds: b
         } else if !ours([sums, left, right], adds, all) {
             for &Group { index, start, len } in &groups {
                 let some = |rows: &Tensor| rows.narrow(0, start as i64, len as i64);
-                by_libtorch(&sums.get(index as i64), &some(left).tr(), &some(right), adds);
+                by_libtorch(
+                    &sums.get(index as i64),
+                    &some(left).tr(),
+                    &some(right),
+                    adds,
+                );
             }
         }
     });
@@ -156,7 +186,10 @@ fn to_sums(sums: &Tensor, left: &Tensor, right: &Tensor, counts: &[i64], adds: b
 /// What a product has to do.
 fn cost(out: &Tensor, left: &Tensor, right: &Tensor) -> Cost {
     let flops = (2 * out.numel()) as f64 * left.size()[1] as f64;
-    [out, left, right].map(|x| Cost::passes(1.0, x)).into_iter().fold(Cost { flops, bytes: 0.0 }, Cost::and)
+    [out, left, right]
+        .map(|x| Cost::passes(1.0, x))
+        .into_iter()
+        .fold(Cost { flops, bytes: 0.0 }, Cost::and)
 }
 
 /// What groups have to do whose matrices are like those of `matrices` `[G, A, B]`, with rows of A and of B numbers of `kind`.
@@ -165,7 +198,10 @@ fn grouped_cost(groups: &[Group], matrices: &Tensor, kind: Kind) -> Cost {
     let rows: usize = groups.iter().map(|group| group.len).sum();
     let sides = rows * (a + b) * kind.elt_size_in_bytes();
     let bytes = sides + groups.len() * a * b * matrices.kind().elt_size_in_bytes();
-    Cost { flops: 2.0 * (rows * a * b) as f64, bytes: bytes as f64 }
+    Cost {
+        flops: 2.0 * (rows * a * b) as f64,
+        bytes: bytes as f64,
+    }
 }
 
 /// Rows that meet a matrix of their own.
@@ -185,7 +221,11 @@ fn all_groups(counts: &[i64]) -> impl Iterator<Item = Group> {
     let place = move |(index, &len): (usize, &i64)| {
         let len = len as usize;
         start += len;
-        Group { index, start: start - len, len }
+        Group {
+            index,
+            start: start - len,
+            len,
+        }
     };
     counts.iter().enumerate().map(place)
 }
@@ -202,8 +242,14 @@ fn by_libtorch(sum: &Tensor, left: &Tensor, right: &Tensor, adds: bool) {
 
 /// Computes products here, if they are such as are computed here: of tensors like these (place, left, right).
 #[cfg(target_arch = "x86_64")]
-fn ours<'a>(tensors: [&Tensor; 3], adds: bool, products: impl FnOnce() -> Vec<Product<'a>>) -> bool {
-    let Some(by) = instructions(tensors[1].kind()) else { return false };
+fn ours<'a>(
+    tensors: [&Tensor; 3],
+    adds: bool,
+    products: impl FnOnce() -> Vec<Product<'a>>,
+) -> bool {
+    let Some(by) = instructions(tensors[1].kind()) else {
+        return false;
+    };
     if tensors.iter().any(|tensor| tensor.device() != Device::Cpu) {
         return false;
     }
@@ -243,7 +289,11 @@ pub(crate) mod tests {
     use proptest::prelude::*;
 
     pub(crate) fn random(rows: i64, columns: i64, transposed: bool, kind: Kind) -> Tensor {
-        let (outer, inner) = if transposed { (columns, rows) } else { (rows, columns) };
+        let (outer, inner) = if transposed {
+            (columns, rows)
+        } else {
+            (rows, columns)
+        };
         // A part of a larger matrix.
         let all = Tensor::randn([outer + 3, inner + 3], (Kind::Float, Device::Cpu)).to_kind(kind);
         let part = all.narrow(0, 1, outer).narrow(1, 2, inner);
@@ -316,13 +366,23 @@ pub(crate) mod tests {
     fn groups_cost_what_their_rows_do() {
         let matrices = Tensor::zeros([3, 5, 7], (Kind::Float, Device::Cpu));
         let cost = grouped_cost(&groups(&[4, 0, 2]), &matrices, Kind::BFloat16);
-        assert_eq!(cost, Cost { flops: 2.0 * 6.0 * 35.0, bytes: 6.0 * 12.0 * 2.0 + 2.0 * 35.0 * 4.0 });
-        assert_eq!(grouped_cost(&[], &matrices.narrow(0, 0, 0), Kind::Float), Cost::default());
+        assert_eq!(
+            cost,
+            Cost {
+                flops: 2.0 * 6.0 * 35.0,
+                bytes: 6.0 * 12.0 * 2.0 + 2.0 * 35.0 * 4.0
+            }
+        );
+        assert_eq!(
+            grouped_cost(&[], &matrices.narrow(0, 0, 0), Kind::Float),
+            Cost::default()
+        );
     }
 
     #[test]
     fn what_others_multiply_goes_to_them() {
-        let [left, right] = [(4, 5), (5, 6)].map(|(rows, columns)| random(rows, columns, false, Kind::Double));
+        let [left, right] =
+            [(4, 5), (5, 6)].map(|(rows, columns)| random(rows, columns, false, Kind::Double));
         let plain = left.matmul(&right);
         assert_eq!(product(&left, &right), plain);
         let sum = Tensor::ones([4, 6], (Kind::Double, Device::Cpu));

@@ -28,12 +28,18 @@ pub struct Cost {
 impl Cost {
     /// Of going through `x`, or as much memory, so many times.
     pub fn passes(times: f64, x: &Tensor) -> Cost {
-        Cost { flops: 0.0, bytes: times * (x.numel() * x.kind().elt_size_in_bytes()) as f64 }
+        Cost {
+            flops: 0.0,
+            bytes: times * (x.numel() * x.kind().elt_size_in_bytes()) as f64,
+        }
     }
 
     /// Both together.
     pub fn and(self, other: Cost) -> Cost {
-        Cost { flops: self.flops + other.flops, bytes: self.bytes + other.bytes }
+        Cost {
+            flops: self.flops + other.flops,
+            bytes: self.bytes + other.bytes,
+        }
     }
 }
 
@@ -74,21 +80,41 @@ pub fn begin() {
 /// Ends it: what was done since.
 pub fn end() -> Vec<Event> {
     ON.store(false, Ordering::SeqCst);
-    EVENTS.lock().unwrap_or_else(PoisonError::into_inner).take().map_or(Vec::new(), |(_, events)| events)
+    EVENTS
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .take()
+        .map_or(Vec::new(), |(_, events)| events)
 }
 
 /// Calls `body`, which is a part of the step.
-pub fn part<T>(kind: &'static str, name: &'static str, cost: impl FnOnce() -> Cost, body: impl FnOnce() -> T) -> T {
+pub fn part<T>(
+    kind: &'static str,
+    name: &'static str,
+    cost: impl FnOnce() -> Cost,
+    body: impl FnOnce() -> T,
+) -> T {
     if !ON.load(Ordering::Relaxed) {
         return body();
     }
     let started = Instant::now();
     let result = body();
     let ended = Instant::now();
-    if let Some((began, events)) = EVENTS.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+    if let Some((began, events)) = EVENTS
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .as_mut()
+    {
         let since = |at: Instant| at.saturating_duration_since(*began).as_secs_f64();
         let thread = THREAD.with(|thread| *thread);
-        events.push(Event { kind, name, thread, start: since(started), end: since(ended), cost: cost() });
+        events.push(Event {
+            kind,
+            name,
+            thread,
+            start: since(started),
+            end: since(ended),
+            cost: cost(),
+        });
     }
     result
 }
@@ -106,7 +132,9 @@ fn own_seconds(events: &[Event]) -> Vec<f64> {
         };
         // The shortest one around it.
         let parent = (0..events.len()).filter(|&other| around(&events[other]));
-        if let Some(parent) = parent.min_by(|&a, &b| length(&events[a]).total_cmp(&length(&events[b]))) {
+        if let Some(parent) =
+            parent.min_by(|&a, &b| length(&events[a]).total_cmp(&length(&events[b])))
+        {
             own[parent] -= length(event);
         }
     }
@@ -164,7 +192,10 @@ mod tests {
             thread,
             start,
             end,
-            cost: Cost { flops: 2.0, bytes: 1.0 },
+            cost: Cost {
+                flops: 2.0,
+                bytes: 1.0,
+            },
         };
         let events = [
             event("inner", 0, 1.0, 2.0),

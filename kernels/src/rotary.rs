@@ -19,7 +19,13 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
             true => (x.shallow_clone(), 1),
             false => (x.transpose(1, 2), heads),
         };
-        let as_x = |out: Tensor| if between == 1 { out } else { out.transpose(1, 2) };
+        let as_x = |out: Tensor| {
+            if between == 1 {
+                out
+            } else {
+                out.transpose(1, 2)
+            }
+        };
         if let Some(gpu) = cuda::gpu(&[&flat, cos, sin]) {
             return as_x(cuda::rotate(gpu, &flat, [cos, sin], between, positions));
         }
@@ -27,12 +33,19 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
             let halves = x.chunk(2, -1);
             let out = x.empty_like();
             let parts = out.chunk(2, -1);
-            parts[0].shallow_clone().copy_(&(&halves[0] * cos - &halves[1] * sin));
-            parts[1].shallow_clone().copy_(&(&halves[1] * cos + &halves[0] * sin));
+            parts[0]
+                .shallow_clone()
+                .copy_(&(&halves[0] * cos - &halves[1] * sin));
+            parts[1]
+                .shallow_clone()
+                .copy_(&(&halves[1] * cos + &halves[0] * sin));
             return out;
         };
         let out = flat.empty_like();
-        for_kind!(kind, on_threads(&flat, [cos, sin], &out, (between, positions)));
+        for_kind!(
+            kind,
+            on_threads(&flat, [cos, sin], &out, (between, positions))
+        );
         as_x(out)
     })
 }
@@ -40,21 +53,41 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
 /// Rows of a thread that are turned at a time.
 const ROWS: usize = 16;
 
-fn on_threads<T: Number>(x: &Tensor, [cos, sin]: [&Tensor; 2], out: &Tensor, (between, positions): (usize, usize)) {
+fn on_threads<T: Number>(
+    x: &Tensor,
+    [cos, sin]: [&Tensor; 2],
+    out: &Tensor,
+    (between, positions): (usize, usize),
+) {
     let width = x.size()[3] as usize;
     let count = x.numel().checked_div(width).unwrap_or(0);
     let [cos, sin] = [cos, sin].map(|table| table.to_kind(Kind::Float));
     // SAFETY: all were checked, or made, to be in host memory without gaps, of the type that is named.
-    let (x, out, cos, sin) =
-        unsafe { (Numbers::<T>::of(x), Numbers::<T>::of(out), Numbers::<f32>::of(&cos), Numbers::<f32>::of(&sin)) };
-    let (cos, sin) = (cos.part(&(0..positions), width / 2), sin.part(&(0..positions), width / 2));
+    let (x, out, cos, sin) = unsafe {
+        (
+            Numbers::<T>::of(x),
+            Numbers::<T>::of(out),
+            Numbers::<f32>::of(&cos),
+            Numbers::<f32>::of(&sin),
+        )
+    };
+    let (cos, sin) = (
+        cos.part(&(0..positions), width / 2),
+        sin.part(&(0..positions), width / 2),
+    );
     for_rows(count, width, |_, rows| {
         let mut wide = vec![0.0; ROWS * width];
         for start in rows.clone().step_by(ROWS) {
             let rows = start..(start + ROWS).min(rows.end);
             // SAFETY: parts of threads do not overlap.
             let out = unsafe { out.part_mut(&rows, width) };
-            turn(x.part(&rows, width), (start, between, positions), [cos, sin], &mut wide[..out.len()], out);
+            turn(
+                x.part(&rows, width),
+                (start, between, positions),
+                [cos, sin],
+                &mut wide[..out.len()],
+                out,
+            );
         }
     });
 }
@@ -69,16 +102,23 @@ fn turn<T: Number>(
     out: &mut [T],
 ) {
     let half = cos.len() / positions;
-    wide.iter_mut().zip(x).for_each(|(wide, x)| *wide = x.wide());
+    wide.iter_mut()
+        .zip(x)
+        .for_each(|(wide, x)| *wide = x.wide());
     for (row, pair) in wide.chunks_exact_mut(2 * half).enumerate() {
         let position = (start + row) / between % positions * half;
-        let (cos, sin) = (&cos[position..position + half], &sin[position..position + half]);
+        let (cos, sin) = (
+            &cos[position..position + half],
+            &sin[position..position + half],
+        );
         let (first, second) = pair.split_at_mut(half);
         for ((first, second), (cos, sin)) in first.iter_mut().zip(second).zip(cos.iter().zip(sin)) {
             (*first, *second) = (*first * cos - *second * sin, *second * cos + *first * sin);
         }
     }
-    out.iter_mut().zip(&*wide).for_each(|(out, wide)| *out = T::narrow(*wide));
+    out.iter_mut()
+        .zip(&*wide)
+        .for_each(|(out, wide)| *out = T::narrow(*wide));
 }
 
 #[cfg(test)]
@@ -89,7 +129,8 @@ mod tests {
     #[test]
     fn pairs_turn_by_the_angles_of_their_position() {
         for (kind, tolerance) in [(Kind::Float, 1e-6), (Kind::BFloat16, 2e-2)] {
-            let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
+            let random =
+                |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
             let (cos, sin) = (random(&[5, 3]), random(&[5, 3]));
             // As a projection leaves it; as it says; and with gaps.
             let layouts = [
@@ -101,8 +142,14 @@ mod tests {
                 let ours = rotate(&x, &cos, &sin).to_kind(Kind::Double);
                 let wide = |x: &Tensor| x.to_kind(Kind::Double);
                 let (halves, cos, sin) = (wide(&x).chunk(2, -1), wide(&cos), wide(&sin));
-                let plain = [&halves[0] * &cos - &halves[1] * &sin, &halves[1] * &cos + &halves[0] * &sin];
-                assert!(ours.allclose(&Tensor::cat(&plain, -1), tolerance, tolerance, false), "{kind:?}");
+                let plain = [
+                    &halves[0] * &cos - &halves[1] * &sin,
+                    &halves[1] * &cos + &halves[0] * &sin,
+                ];
+                assert!(
+                    ours.allclose(&Tensor::cat(&plain, -1), tolerance, tolerance, false),
+                    "{kind:?}"
+                );
             }
         }
     }

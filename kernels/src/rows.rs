@@ -12,7 +12,9 @@ const PARTS: usize = 4;
 /// The dtype of tensors that loops here can go through: in host memory, each without gaps, all of the same dtype.
 pub(crate) fn kind_on_host(tensors: &[&Tensor]) -> Option<Kind> {
     let kind = tensors[0].kind();
-    let fits = |tensor: &&Tensor| tensor.device() == Device::Cpu && tensor.kind() == kind && tensor.is_contiguous();
+    let fits = |tensor: &&Tensor| {
+        tensor.device() == Device::Cpu && tensor.kind() == kind && tensor.is_contiguous()
+    };
     (matches!(kind, Kind::Float | Kind::BFloat16) && tensors.iter().all(fits)).then_some(kind)
 }
 
@@ -64,7 +66,10 @@ impl<T> Numbers<T> {
     /// # Safety
     /// The tensor is in host memory, without gaps, holds numbers of type T, and outlives this.
     pub(crate) unsafe fn of(tensor: &Tensor) -> Numbers<T> {
-        Numbers { data: tensor.data_ptr().cast(), len: tensor.numel() }
+        Numbers {
+            data: tensor.data_ptr().cast(),
+            len: tensor.numel(),
+        }
     }
 
     /// Rows of `width` numbers.

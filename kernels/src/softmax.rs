@@ -28,8 +28,12 @@ pub fn softmax(logits: &Tensor, divisor: f64, out: &Tensor) -> (Tensor, Tensor) 
             out.shallow_clone().copy_(&exponentials.divide_(&sum));
             return (largest.squeeze_dim(1), sum.squeeze_dim(1));
         };
-        let [largest, sum] = [(); 2].map(|()| Tensor::empty([count], (Kind::Float, logits.device())));
-        for_kind!(kind, softmax_on_threads(logits, out, &largest, &sum, (width, 1.0 / divisor as f32)));
+        let [largest, sum] =
+            [(); 2].map(|()| Tensor::empty([count], (Kind::Float, logits.device())));
+        for_kind!(
+            kind,
+            softmax_on_threads(logits, out, &largest, &sum, (width, 1.0 / divisor as f32))
+        );
         (largest, sum)
     })
 }
@@ -43,9 +47,18 @@ pub fn softmax_gradient(probs: &Tensor, scale: &Tensor, labels: &Tensor, minus: 
     let cost = || Cost::passes(2.0, probs);
     part("cross-entropy", "gradient", cost, || {
         let count = probs.size()[0] as usize;
-        let whole = [scale, labels, minus].iter().all(|x| x.is_contiguous() && x.numel() == count);
-        let numbers = [(scale, Kind::Float), (labels, Kind::Int64), (minus, Kind::Float)];
-        let alike = whole && numbers.iter().all(|(x, kind)| cuda::beside(probs, x, *kind));
+        let whole = [scale, labels, minus]
+            .iter()
+            .all(|x| x.is_contiguous() && x.numel() == count);
+        let numbers = [
+            (scale, Kind::Float),
+            (labels, Kind::Int64),
+            (minus, Kind::Float),
+        ];
+        let alike = whole
+            && numbers
+                .iter()
+                .all(|(x, kind)| cuda::beside(probs, x, *kind));
         if let Some(gpu) = cuda::gpu(&[probs]).filter(|_| alike) {
             return cuda::softmax_gradient(gpu, probs, scale, labels, minus);
         }
@@ -78,8 +91,13 @@ fn softmax_on_threads<T: Number>(
             let place = row..row + 1;
             let (highest, total) = exponentials_of(logits.part(&place, width), &mut wide, inverse);
             // SAFETY: parts of threads do not overlap, and nobody reads this row's logits any more.
-            let (out, largest, sum) =
-                unsafe { (out.part_mut(&place, width), largest.part_mut(&place, 1), sum.part_mut(&place, 1)) };
+            let (out, largest, sum) = unsafe {
+                (
+                    out.part_mut(&place, width),
+                    largest.part_mut(&place, 1),
+                    sum.part_mut(&place, 1),
+                )
+            };
             (largest[0], sum[0]) = (highest, total);
             narrow(&wide, 1.0 / total, out);
         }
@@ -113,12 +131,15 @@ fn exponentials_of<T: Number>(logits: &[T], wide: &mut [f32], inverse: f32) -> (
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 fn narrow<T: Number>(wide: &[f32], scale: f32, out: &mut [T]) {
-    out.iter_mut().zip(wide).for_each(|(out, wide)| *out = T::narrow(wide * scale));
+    out.iter_mut()
+        .zip(wide)
+        .for_each(|(out, wide)| *out = T::narrow(wide * scale));
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 fn scaled<T: Number>(row: &mut [T], scale: f32) {
-    row.iter_mut().for_each(|x| *x = T::narrow(x.wide() * scale));
+    row.iter_mut()
+        .for_each(|x| *x = T::narrow(x.wide() * scale));
 }
 
 /// Makes of `wide` the exponentials of `logits`, times `inverse`, less the largest; gives the largest and their sum.
@@ -135,7 +156,10 @@ pub(crate) fn exponentials<T: Number>(logits: &[T], wide: &mut [f32], inverse: f
     // Chunks of a known length become vectors.
     let (whole, few) = logits.as_chunks::<LANES>();
     let (to_whole, to_few) = wide.as_chunks_mut::<LANES>();
-    to_whole.iter_mut().zip(whole).for_each(|(wide, logits)| scale(wide, logits, &mut highest));
+    to_whole
+        .iter_mut()
+        .zip(whole)
+        .for_each(|(wide, logits)| scale(wide, logits, &mut highest));
     scale(to_few, few, &mut highest);
     let highest = highest.into_iter().fold(f32::NEG_INFINITY, f32::max);
     let mut sums = [0f32; LANES];
@@ -146,7 +170,9 @@ pub(crate) fn exponentials<T: Number>(logits: &[T], wide: &mut [f32], inverse: f
         }
     };
     let (whole, few) = wide.as_chunks_mut::<LANES>();
-    whole.iter_mut().for_each(|wide| exponential(wide, &mut sums));
+    whole
+        .iter_mut()
+        .for_each(|wide| exponential(wide, &mut sums));
     exponential(few, &mut sums);
     (highest, sums.iter().sum())
 }
@@ -160,26 +186,42 @@ mod tests {
     fn parts_of_a_vocabulary_make_the_whole_softmax_and_its_gradient() {
         for (kind, tolerance) in [(Kind::Float, 2e-6), (Kind::BFloat16, 1e-2)] {
             for (tokens, own, other) in [(0, 3, 2), (1, 1, 4), (9, 40, 7), (30, 500, 800)] {
-                let all = (Tensor::randn([tokens, own + other], (Kind::Float, Device::Cpu)) * 4.0).to_kind(kind);
+                let all = (Tensor::randn([tokens, own + other], (Kind::Float, Device::Cpu)) * 4.0)
+                    .to_kind(kind);
                 let wide = all.to_kind(Kind::Double) / 1.5;
                 let whole = wide.softmax(-1, Kind::Double).narrow(1, 0, own);
                 let logits = all.narrow(1, 0, own).contiguous();
                 let (largest, sum) = softmax(&logits, 1.5, &logits);
-                let own_sum = (wide.narrow(1, 0, own) - largest.unsqueeze(1)).exp().sum_dim_intlist(
-                    [-1i64].as_slice(),
-                    false,
-                    Kind::Double,
+                let own_sum = (wide.narrow(1, 0, own) - largest.unsqueeze(1))
+                    .exp()
+                    .sum_dim_intlist([-1i64].as_slice(), false, Kind::Double);
+                assert!(
+                    sum.to_kind(Kind::Double)
+                        .allclose(&own_sum, 1e-5, 1e-6, false)
                 );
-                assert!(sum.to_kind(Kind::Double).allclose(&own_sum, 1e-5, 1e-6, false));
                 // Of this part's weight in the whole, and a gradient's.
-                let share =
-                    (largest.to_kind(Kind::Double) + own_sum.log() - wide.logsumexp([-1i64].as_slice(), false)).exp();
+                let share = (largest.to_kind(Kind::Double) + own_sum.log()
+                    - wide.logsumexp([-1i64].as_slice(), false))
+                .exp();
                 let labels = Tensor::randint(own, [tokens], (Kind::Int64, Device::Cpu));
                 let minus = Tensor::rand([tokens], (Kind::Float, Device::Cpu));
-                softmax_gradient(&logits, &(share * 0.5).to_kind(Kind::Float), &labels, &minus);
-                let plain =
-                    (whole * 0.5).scatter_add(1, &labels.unsqueeze(1), &-minus.to_kind(Kind::Double).unsqueeze(1));
-                assert!(logits.to_kind(Kind::Double).allclose(&plain, tolerance, tolerance, false), "{kind:?}");
+                softmax_gradient(
+                    &logits,
+                    &(share * 0.5).to_kind(Kind::Float),
+                    &labels,
+                    &minus,
+                );
+                let plain = (whole * 0.5).scatter_add(
+                    1,
+                    &labels.unsqueeze(1),
+                    &-minus.to_kind(Kind::Double).unsqueeze(1),
+                );
+                assert!(
+                    logits
+                        .to_kind(Kind::Double)
+                        .allclose(&plain, tolerance, tolerance, false),
+                    "{kind:?}"
+                );
             }
         }
     }

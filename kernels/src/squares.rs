@@ -45,7 +45,10 @@ fn squares(x: &[f32]) -> f64 {
     for x in whole {
         lanes.iter_mut().zip(x).for_each(|(sum, x)| *sum += x * x);
     }
-    lanes.iter_mut().zip(rest).for_each(|(sum, x)| *sum += x * x);
+    lanes
+        .iter_mut()
+        .zip(rest)
+        .for_each(|(sum, x)| *sum += x * x);
     lanes.iter().map(|&sum| f64::from(sum)).sum()
 }
 

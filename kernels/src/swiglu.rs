@@ -39,7 +39,9 @@ pub fn swiglu_backward(grad: &Tensor, hidden: &Tensor) -> (Tensor, Tensor) {
             None => {
                 let (halves, parts) = (hidden.chunk(2, -1), out.chunk(2, -1));
                 let silu = halves[0].silu();
-                parts[0].shallow_clone().copy_(&halves[0].silu_backward(&(grad * &halves[1])));
+                parts[0]
+                    .shallow_clone()
+                    .copy_(&halves[0].silu_backward(&(grad * &halves[1])));
                 let _ = silu.multiply_out(&parts[1], grad);
                 let _ = silu.multiply_out(&result, &halves[1]);
             }
@@ -50,21 +52,38 @@ pub fn swiglu_backward(grad: &Tensor, hidden: &Tensor) -> (Tensor, Tensor) {
 
 fn forward_on_threads<T: Number>(hidden: &Tensor, out: &Tensor, ffn: usize) {
     // SAFETY: both were checked, or made, to be in host memory without gaps, of the type T.
-    let (hidden, out, count) = unsafe { (Numbers::<T>::of(hidden), Numbers::<T>::of(out), out.size()[0]) };
+    let (hidden, out, count) = unsafe {
+        (
+            Numbers::<T>::of(hidden),
+            Numbers::<T>::of(out),
+            out.size()[0],
+        )
+    };
     for_rows(count as usize, 2 * ffn, |_, rows| {
         // SAFETY: parts of threads do not overlap.
-        forward(hidden.part(&rows, 2 * ffn), unsafe { out.part_mut(&rows, ffn) }, ffn);
+        forward(
+            hidden.part(&rows, 2 * ffn),
+            unsafe { out.part_mut(&rows, ffn) },
+            ffn,
+        );
     });
 }
 
 fn backward_on_threads<T: Number>(grad: &Tensor, hidden: &Tensor, out: &Tensor, result: &Tensor) {
     let (count, ffn) = (grad.size()[0] as usize, grad.size()[1] as usize);
     // SAFETY: as in forward.
-    let [grad, hidden, out, result] = [grad, hidden, out, result].map(|x| unsafe { Numbers::<T>::of(x) });
+    let [grad, hidden, out, result] =
+        [grad, hidden, out, result].map(|x| unsafe { Numbers::<T>::of(x) });
     for_rows(count, 2 * ffn, |_, rows| {
         // SAFETY: parts of threads do not overlap.
         let (out, result) = unsafe { (out.part_mut(&rows, 2 * ffn), result.part_mut(&rows, ffn)) };
-        backward(grad.part(&rows, ffn), hidden.part(&rows, 2 * ffn), out, result, ffn);
+        backward(
+            grad.part(&rows, ffn),
+            hidden.part(&rows, 2 * ffn),
+            out,
+            result,
+            ffn,
+        );
     });
 }
 
@@ -82,7 +101,10 @@ fn forward<T: Number>(hidden: &[T], out: &mut [T], ffn: usize) {
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 fn backward<T: Number>(grad: &[T], hidden: &[T], out: &mut [T], result: &mut [T], ffn: usize) {
     let inputs = grad.chunks_exact(ffn).zip(hidden.chunks_exact(2 * ffn));
-    for ((grad, hidden), (out, result)) in inputs.zip(out.chunks_exact_mut(2 * ffn).zip(result.chunks_exact_mut(ffn))) {
+    for ((grad, hidden), (out, result)) in inputs.zip(
+        out.chunks_exact_mut(2 * ffn)
+            .zip(result.chunks_exact_mut(ffn)),
+    ) {
         let ((gate, up), (of_gate, of_up)) = (hidden.split_at(ffn), out.split_at_mut(ffn));
         let inputs = grad.iter().zip(gate).zip(up);
         let outputs = of_gate.iter_mut().zip(of_up).zip(result);
@@ -108,15 +130,23 @@ mod tests {
     fn it_is_libtorchs_silu_and_product_with_its_gradient() {
         for (kind, tolerance) in [(Kind::Float, 2e-6), (Kind::BFloat16, 8e-3)] {
             for (rows, ffn) in [(0, 4), (1, 1), (3, 7), (67, 96)] {
-                let random = |shape: &[i64]| (Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 3.0).to_kind(kind);
+                let random = |shape: &[i64]| {
+                    (Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 3.0).to_kind(kind)
+                };
                 let (hidden, grad) = (random(&[rows, 2 * ffn]), random(&[rows, ffn]));
                 let wide = hidden.to_kind(Kind::Double).set_requires_grad(true);
                 let halves = wide.chunk(2, -1);
                 let plain = halves[0].silu() * &halves[1];
-                (&plain * grad.to_kind(Kind::Double)).sum(Kind::Double).backward();
+                (&plain * grad.to_kind(Kind::Double))
+                    .sum(Kind::Double)
+                    .backward();
                 let close = |ours: Tensor, plain: &Tensor| {
                     assert_eq!(ours.kind(), kind);
-                    assert!(ours.to_kind(Kind::Double).allclose(plain, tolerance, tolerance, false), "{kind:?} {rows}");
+                    assert!(
+                        ours.to_kind(Kind::Double)
+                            .allclose(plain, tolerance, tolerance, false),
+                        "{kind:?} {rows}"
+                    );
                 };
                 let (of_hidden, again) = swiglu_backward(&grad, &hidden);
                 close(of_hidden, &wide.grad());

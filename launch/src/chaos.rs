@@ -80,15 +80,27 @@ struct Moment {
 }
 
 fn look(args: &ChaosArgs) -> Result<Moment> {
-    let register = Register::load(&args.run)?
-        .ok_or_else(|| anyhow!("{} has no keepers: is it running, with snapshots?", args.run.display()))?;
+    let register = Register::load(&args.run)?.ok_or_else(|| {
+        anyhow!(
+            "{} has no keepers: is it running, with snapshots?",
+            args.run.display()
+        )
+    })?;
     let statuses: Vec<Option<Status>> = ask_all(&register).into_iter().map(Result::ok).collect();
     let there = || statuses.iter().flatten();
-    let generation = there().flat_map(|s| s.inventory.seats.iter().map(|(t, _)| t.generation)).max().unwrap_or(0);
+    let generation = there()
+        .flat_map(|s| s.inventory.seats.iter().map(|(t, _)| t.generation))
+        .max()
+        .unwrap_or(0);
     // A rank that has not done a step in this attempt says 0.
     let steps = there().flat_map(|status| status.ranks.iter().map(|rank| rank.step));
     let step = steps.max().unwrap_or(0);
-    Ok(Moment { generation, step, register, statuses })
+    Ok(Moment {
+        generation,
+        step,
+        register,
+        statuses,
+    })
 }
 
 /// Waits until the run is where `is_there` says.
@@ -100,7 +112,11 @@ fn wait(args: &ChaosArgs, what: &str, is_there: impl Fn(&Moment) -> bool) -> Res
             return Ok(moment);
         }
         if begun.elapsed() > Duration::from_secs(args.patience_s) {
-            bail!("{what} did not come within {} s: the run is at step {}", args.patience_s, moment.step);
+            bail!(
+                "{what} did not come within {} s: the run is at step {}",
+                args.patience_s,
+                moment.step
+            );
         }
         std::thread::sleep(LOOK);
     }
@@ -125,7 +141,9 @@ pub(crate) fn run(args: &ChaosArgs) -> Result<ExitCode> {
             .iter()
             .enumerate()
             .flat_map(|(node, status)| {
-                status.iter().flat_map(move |status| status.ranks.iter().map(move |r| (node, r.rank)))
+                status
+                    .iter()
+                    .flat_map(move |status| status.ranks.iter().map(move |r| (node, r.rank)))
             })
             .collect();
         if ranks.is_empty() {
@@ -133,16 +151,26 @@ pub(crate) fn run(args: &ChaosArgs) -> Result<ExitCode> {
             continue;
         }
         let (mut node, rank) = ranks[(fault.target % ranks.len() as u64) as usize];
-        let signal = |signal: Signal| Fault::Signal { rank, signal: signal as i32 };
+        let signal = |signal: Signal| Fault::Signal {
+            rank,
+            signal: signal as i32,
+        };
         let (order, what) = match fault.kind {
             Kind::Kill => (signal(Signal::SIGKILL), format!("rank {rank} is killed")),
             Kind::Stop => (signal(Signal::SIGSTOP), format!("rank {rank} is stopped")),
             Kind::Abort => (signal(Signal::SIGABRT), format!("rank {rank} aborts")),
-            Kind::Delay => (Fault::Delay { rank, ms: 1000 }, format!("rank {rank} is delayed by a second")),
-            Kind::Corrupt => {
-                (Fault::Corrupt { rank, at: fault.at }, format!("a bit of rank {rank}'s snapshot changes"))
-            }
-            Kind::Poison => (Fault::Poison { rank }, format!("rank {rank}'s snapshot is poisoned")),
+            Kind::Delay => (
+                Fault::Delay { rank, ms: 1000 },
+                format!("rank {rank} is delayed by a second"),
+            ),
+            Kind::Corrupt => (
+                Fault::Corrupt { rank, at: fault.at },
+                format!("a bit of rank {rank}'s snapshot changes"),
+            ),
+            Kind::Poison => (
+                Fault::Poison { rank },
+                format!("rank {rank}'s snapshot is poisoned"),
+            ),
             Kind::KillNode => {
                 let nodes: Vec<usize> = ranks.iter().map(|(node, _)| *node).collect();
                 node = nodes[(fault.target % nodes.len() as u64) as usize];
@@ -150,13 +178,16 @@ pub(crate) fn run(args: &ChaosArgs) -> Result<ExitCode> {
             }
         };
         let begun = Instant::now();
-        let made = moment.register.connect(node, Duration::from_secs(5)).and_then(|mut peer| {
-            // A keeper that kills itself does not answer.
-            match peer.inject(order) {
-                Err(error) if fault.kind != Kind::KillNode => Err(anyhow!("{error}")),
-                _ => Ok(()),
-            }
-        });
+        let made = moment
+            .register
+            .connect(node, Duration::from_secs(5))
+            .and_then(|mut peer| {
+                // A keeper that kills itself does not answer.
+                match peer.inject(order) {
+                    Err(error) if fault.kind != Kind::KillNode => Err(anyhow!("{error}")),
+                    _ => Ok(()),
+                }
+            });
         if let Err(error) = made {
             println!("step {}: {what}: not made: {error:#}", moment.step);
             from = moment;
@@ -168,10 +199,15 @@ pub(crate) fn run(args: &ChaosArgs) -> Result<ExitCode> {
             continue;
         }
         let generation = moment.generation;
-        let next = wait(args, "the next step", |moment| moment.generation > generation && moment.step > 0);
+        let next = wait(args, "the next step", |moment| {
+            moment.generation > generation && moment.step > 0
+        });
         let next = next.with_context(|| format!("step {}: {what}", moment.step))?;
         let seconds = begun.elapsed().as_secs_f64();
-        println!("step {}: {what}; step {} was done {seconds:.2} s later", moment.step, next.step);
+        println!(
+            "step {}: {what}; step {} was done {seconds:.2} s later",
+            moment.step, next.step
+        );
         recoveries.push(seconds);
         from = next;
     }
@@ -196,7 +232,11 @@ mod tests {
         assert_eq!(plan(7, 50, &kinds, 3), plan(7, 50, &kinds, 3));
         assert_ne!(plan(7, 50, &kinds, 3), plan(8, 50, &kinds, 3));
         let planned = plan(7, 500, &kinds, 3);
-        assert!(planned.iter().all(|fault| (1..=6).contains(&fault.after) && kinds.contains(&fault.kind)));
+        assert!(
+            planned
+                .iter()
+                .all(|fault| (1..=6).contains(&fault.after) && kinds.contains(&fault.kind))
+        );
         assert!(planned.iter().any(|fault| fault.kind == Kind::Corrupt));
     }
 }

@@ -226,7 +226,12 @@ pub(crate) struct ScheduleArgs {
     #[arg(long, value_name = "ALGORITHM")]
     pub(crate) vocabulary: Option<VocabularyName>,
     /// Times of F, B and W of a rank's layers, and, if it counts, of the whole output layer's forward
-    #[arg(long, value_delimiter = ',', default_value = "1,1,1", value_name = "F,B,W[,O]")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "1,1,1",
+        value_name = "F,B,W[,O]"
+    )]
     pub(crate) times: Vec<f64>,
     /// Also draw it here
     #[arg(long, value_name = "FILE")]
@@ -302,7 +307,12 @@ pub(crate) struct CollectivesArgs {
     #[arg(long, value_name = "NAME")]
     pub(crate) operation: Vec<String>,
     /// Size of the tensor that holds every rank's part
-    #[arg(long, value_delimiter = ',', default_value = "64,1024,16384", value_name = "KIB")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "64,1024,16384",
+        value_name = "KIB"
+    )]
     pub(crate) kib: Vec<usize>,
     /// Ranks, of one thread each; ranks that mpirun started are counted by it
     #[arg(short = 'n', long, default_value_t = 2, value_name = "N")]
@@ -435,7 +445,13 @@ pub(crate) struct TrainArgs {
     #[command(flatten)]
     pub(crate) config: ConfigArgs,
     /// Ranks to start on this machine
-    #[arg(short = 'n', long, default_value_t = 1, value_name = "N", alias = "nproc_per_node")]
+    #[arg(
+        short = 'n',
+        long,
+        default_value_t = 1,
+        value_name = "N",
+        alias = "nproc_per_node"
+    )]
     pub(crate) nproc_per_node: usize,
     /// Port that ranks meet at; 0 takes any free one
     #[arg(long, default_value_t = 0, value_name = "PORT", alias = "master_port")]
@@ -444,10 +460,21 @@ pub(crate) struct TrainArgs {
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub(crate) nnodes: usize,
     /// Which of them this is, from 0
-    #[arg(long, default_value_t = 0, value_name = "R", alias = "node_rank", requires = "rdzv")]
+    #[arg(
+        long,
+        default_value_t = 0,
+        value_name = "R",
+        alias = "node_rank",
+        requires = "rdzv"
+    )]
     pub(crate) node_rank: usize,
     /// Where they meet: machine 0 and a free port there
-    #[arg(long, value_name = "HOST:PORT", alias = "rdzv-endpoint", alias = "rdzv_endpoint")]
+    #[arg(
+        long,
+        value_name = "HOST:PORT",
+        alias = "rdzv-endpoint",
+        alias = "rdzv_endpoint"
+    )]
     pub(crate) rdzv: Option<String>,
     /// Start the other machines from here, over ssh: a line for each, 'host' or 'host slots=N', this one first
     #[arg(long, value_name = "FILE", conflicts_with_all = ["nnodes", "node_rank"])]

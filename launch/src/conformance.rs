@@ -10,7 +10,11 @@ pub(crate) fn run(args: &ConformanceArgs) -> Result<ExitCode> {
     on_ranks(args.nproc_per_node, |env| {
         let device = accelerator(&args.device, env.local_rank)?;
         let mut outcomes = conformance::accelerator(device.as_ref());
-        outcomes.extend(conformance::communicator(env, args.communicator, device.as_ref())?);
+        outcomes.extend(conformance::communicator(
+            env,
+            args.communicator,
+            device.as_ref(),
+        )?);
         let mut failed = 0;
         for outcome in &outcomes {
             match &outcome.problem {

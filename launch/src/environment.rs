@@ -24,7 +24,10 @@ pub(crate) struct Started {
 /// # Errors
 /// When variables are missing, wrong, or contradict each other: which.
 pub(crate) fn rank() -> Result<Option<Started>> {
-    detect(&|name| std::env::var(name).ok().filter(|value| !value.is_empty()), cfg!(feature = "mpi"))
+    detect(
+        &|name| std::env::var(name).ok().filter(|value| !value.is_empty()),
+        cfg!(feature = "mpi"),
+    )
 }
 
 /// The variables that [`rank`] reads, in torchrun's form.
@@ -36,11 +39,19 @@ pub(crate) fn variables(env: &RankEnv) -> Vec<(&'static str, String)> {
         ("LOCAL_WORLD_SIZE", env.local_world_size.to_string()),
         ("TORCHELASTIC_RESTART_COUNT", env.attempt.to_string()),
     ];
-    if let Meeting::Store { host, port, launcher_serves } = &env.meeting {
+    if let Meeting::Store {
+        host,
+        port,
+        launcher_serves,
+    } = &env.meeting
+    {
         variables.extend([
             ("MASTER_ADDR", host.clone()),
             ("MASTER_PORT", port.to_string()),
-            ("TORCHELASTIC_USE_AGENT_STORE", if *launcher_serves { "True" } else { "False" }.to_string()),
+            (
+                "TORCHELASTIC_USE_AGENT_STORE",
+                if *launcher_serves { "True" } else { "False" }.to_string(),
+            ),
         ]);
     }
     variables
@@ -55,11 +66,17 @@ fn detect(var: &dyn Fn(&str) -> Option<String>, has_mpi: bool) -> Result<Option<
     }
     for name in ["WORLD_SIZE", "LOCAL_RANK"] {
         if let Some(value) = var(name) {
-            bail!("{name}={value} is set and RANK is not: set RANK, MASTER_ADDR and MASTER_PORT too, or unset {name}");
+            bail!(
+                "{name}={value} is set and RANK is not: set RANK, MASTER_ADDR and MASTER_PORT too, or unset {name}"
+            );
         }
     }
-    let open_mpi =
-        ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"];
+    let open_mpi = [
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ];
     let pmi = ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"];
     let in_step = env.has("SLURM_PROCID") && env.has("SLURM_STEP_ID");
     if env.has(open_mpi[0]) {
@@ -85,11 +102,16 @@ impl Variables<'_> {
         let Some(text) = self.0(name) else {
             bail!("{because} is set but {name} is not: unset {because}, or set both")
         };
-        text.parse().or_else(|_| bail!("{name}={text} is not a number that fits"))
+        text.parse()
+            .or_else(|_| bail!("{name}={text} is not a number that fits"))
     }
 
     fn number_or<T: std::str::FromStr>(&self, name: &str, default: T) -> Result<T> {
-        if self.has(name) { self.number(name, name) } else { Ok(default) }
+        if self.has(name) {
+            self.number(name, name)
+        } else {
+            Ok(default)
+        }
     }
 
     fn interface(&self) -> Option<String> {
@@ -99,14 +121,24 @@ impl Variables<'_> {
     /// The store that `MASTER_ADDR` and `MASTER_PORT` name.
     fn store(&self, because: &str) -> Result<Meeting> {
         let Some(host) = self.0("MASTER_ADDR") else {
-            bail!("{because} is set but MASTER_ADDR is not: unset {because}, or set what torchrun sets");
+            bail!(
+                "{because} is set but MASTER_ADDR is not: unset {because}, or set what torchrun sets"
+            );
         };
-        let launcher_serves = self.0("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|value| value == "True");
-        Ok(Meeting::Store { host, port: self.number("MASTER_PORT", "MASTER_ADDR")?, launcher_serves })
+        let launcher_serves =
+            self.0("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|value| value == "True");
+        Ok(Meeting::Store {
+            host,
+            port: self.number("MASTER_PORT", "MASTER_ADDR")?,
+            launcher_serves,
+        })
     }
 
     fn torchrun(&self) -> Result<Started> {
-        let (rank, world_size) = (self.number("RANK", "RANK")?, self.number("WORLD_SIZE", "RANK")?);
+        let (rank, world_size) = (
+            self.number("RANK", "RANK")?,
+            self.number("WORLD_SIZE", "RANK")?,
+        );
         let env = RankEnv {
             rank,
             world_size,
@@ -119,21 +151,38 @@ impl Variables<'_> {
             address: None,
         };
         // With as many ranks, mpirun's variables speak of the same ranks; else torchrun runs once on each of its places.
-        if let (Some(theirs), Ok(size)) =
-            (self.0("OMPI_COMM_WORLD_RANK"), self.number::<usize>("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
-            && size == world_size
+        if let (Some(theirs), Ok(size)) = (
+            self.0("OMPI_COMM_WORLD_RANK"),
+            self.number::<usize>("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+        ) && size == world_size
             && theirs != rank.to_string()
         {
             bail!(
                 "RANK={rank} and OMPI_COMM_WORLD_RANK={theirs} contradict each other: unset RANK to run under mpirun"
             );
         }
-        let by = if self.has("TORCHELASTIC_RUN_ID") { "torchrun" } else { "RANK, WORLD_SIZE and MASTER_ADDR" };
-        consistent(env, ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]).map(|env| Started { env, by })
+        let by = if self.has("TORCHELASTIC_RUN_ID") {
+            "torchrun"
+        } else {
+            "RANK, WORLD_SIZE and MASTER_ADDR"
+        };
+        consistent(
+            env,
+            ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"],
+        )
+        .map(|env| Started { env, by })
     }
 
-    fn mpi(&self, by: &'static str, names: [&'static str; 4], has_mpi: bool) -> Result<Option<Started>> {
-        let (rank, world_size) = (self.number(names[0], names[0])?, self.number(names[1], names[0])?);
+    fn mpi(
+        &self,
+        by: &'static str,
+        names: [&'static str; 4],
+        has_mpi: bool,
+    ) -> Result<Option<Started>> {
+        let (rank, world_size) = (
+            self.number(names[0], names[0])?,
+            self.number(names[1], names[0])?,
+        );
         if world_size == 1 {
             return Ok(None);
         }
@@ -158,36 +207,54 @@ impl Variables<'_> {
             interface: self.interface(),
             address: None,
         };
-        Ok(Some(Started { env: consistent(env, names)?, by }))
+        Ok(Some(Started {
+            env: consistent(env, names)?,
+            by,
+        }))
     }
 
     /// Slurm's variables of a step (srun): <https://slurm.schedmd.com/srun.html>, "Output environment variables".
     fn slurm(&self) -> Result<Option<Started>> {
         let because = "SLURM_PROCID";
-        let total = if self.has("SLURM_STEP_NUM_TASKS") { "SLURM_STEP_NUM_TASKS" } else { "SLURM_NTASKS" };
+        let total = if self.has("SLURM_STEP_NUM_TASKS") {
+            "SLURM_STEP_NUM_TASKS"
+        } else {
+            "SLURM_NTASKS"
+        };
         let (rank, world_size) = (self.number(because, because)?, self.number(total, because)?);
         // A step of one task is a shell, or a launcher of its own.
         if world_size == 1 {
             return Ok(None);
         }
-        let either = |step: &'static str, job: &'static str| match self.0(step).or_else(|| self.0(job)) {
-            Some(value) => Ok((if self.has(step) { step } else { job }, value)),
-            None => bail!("{because} is set but neither {step} nor {job} is: start the ranks by srun"),
-        };
+        let either =
+            |step: &'static str, job: &'static str| match self.0(step).or_else(|| self.0(job)) {
+                Some(value) => Ok((if self.has(step) { step } else { job }, value)),
+                None => bail!(
+                    "{because} is set but neither {step} nor {job} is: start the ranks by srun"
+                ),
+            };
         let (tasks_name, tasks) = either("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")?;
         let node: usize = self.number("SLURM_NODEID", because)?;
         let local_world_size = match tasks_per_node(&tasks) {
             Some(tasks) if tasks.iter().sum::<usize>() != world_size => {
-                bail!("{tasks_name}={tasks:?} has {} tasks and {total}={world_size}", tasks.iter().sum::<usize>())
+                bail!(
+                    "{tasks_name}={tasks:?} has {} tasks and {total}={world_size}",
+                    tasks.iter().sum::<usize>()
+                )
             }
             Some(tasks) => match tasks.get(node) {
                 Some(&count) => count,
-                None => bail!("SLURM_NODEID={node}, and {tasks_name} has {} nodes", tasks.len()),
+                None => bail!(
+                    "SLURM_NODEID={node}, and {tasks_name} has {} nodes",
+                    tasks.len()
+                ),
             },
             None => bail!("{tasks_name}={tasks} is not of the form 2(x3),1"),
         };
         let (nodes_name, nodes) = either("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")?;
-        let Some(nodes) = hosts(&nodes) else { bail!("{nodes_name}={nodes} is not a list of nodes that can be read") };
+        let Some(nodes) = hosts(&nodes) else {
+            bail!("{nodes_name}={nodes} is not a list of nodes that can be read")
+        };
         let host = self.0("MASTER_ADDR").unwrap_or_else(|| nodes[0].clone());
         // Steps of one job, and jobs that share a machine, keep apart.
         let job: u64 = self.number_or("SLURM_JOB_ID", 0)?;
@@ -198,27 +265,51 @@ impl Variables<'_> {
             world_size,
             local_rank: self.number("SLURM_LOCALID", because)?,
             local_world_size,
-            meeting: Meeting::Store { host, port, launcher_serves: false },
-            by_mpi: if self.has("PMIX_RANK") || self.has("PMI_RANK") { ByMpi::Perhaps } else { ByMpi::No },
+            meeting: Meeting::Store {
+                host,
+                port,
+                launcher_serves: false,
+            },
+            by_mpi: if self.has("PMIX_RANK") || self.has("PMI_RANK") {
+                ByMpi::Perhaps
+            } else {
+                ByMpi::No
+            },
             attempt: 0,
             interface: self.interface(),
             address: None,
         };
         let names = [because, total, "SLURM_LOCALID", tasks_name];
-        Ok(Some(Started { env: consistent(env, names)?, by: "srun" }))
+        Ok(Some(Started {
+            env: consistent(env, names)?,
+            by: "srun",
+        }))
     }
 }
 
 /// Refuses ranks that cannot be; `names` are the variables of rank, ranks, rank and ranks of this machine.
 fn consistent(env: RankEnv, names: [&str; 4]) -> Result<RankEnv> {
     for (part, whole) in [(0, 1), (2, 3)] {
-        let (rank, size) = [(env.rank, env.world_size), (env.local_rank, env.local_world_size)][part / 2];
+        let (rank, size) = [
+            (env.rank, env.world_size),
+            (env.local_rank, env.local_world_size),
+        ][part / 2];
         if rank >= size {
-            bail!("{}={rank} is not below {}={size}", names[part], names[whole]);
+            bail!(
+                "{}={rank} is not below {}={size}",
+                names[part],
+                names[whole]
+            );
         }
     }
     if env.local_world_size > env.world_size {
-        bail!("{}={} is more than {}={}", names[3], env.local_world_size, names[1], env.world_size);
+        bail!(
+            "{}={} is more than {}={}",
+            names[3],
+            env.local_world_size,
+            names[1],
+            env.world_size
+        );
     }
     Ok(env)
 }
@@ -260,7 +351,11 @@ fn expand(name: &str) -> Option<Vec<String>> {
         return (!name.is_empty() && !name.contains(']')).then(|| vec![name.to_string()]);
     };
     let (ranges, after) = rest.split_once(']')?;
-    let tails = if after.is_empty() { vec![String::new()] } else { expand(after)? };
+    let tails = if after.is_empty() {
+        vec![String::new()]
+    } else {
+        expand(after)?
+    };
     let mut found = Vec::new();
     for range in ranges.split(',') {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
@@ -284,13 +379,21 @@ mod tests {
     use std::collections::BTreeMap;
 
     fn of(text: &str) -> Result<Option<Started>> {
-        let pairs: BTreeMap<&str, &str> = text.split_whitespace().map(|pair| pair.split_once('=').unwrap()).collect();
+        let pairs: BTreeMap<&str, &str> = text
+            .split_whitespace()
+            .map(|pair| pair.split_once('=').unwrap())
+            .collect();
         detect(&|name| pairs.get(name).map(|value| value.to_string()), true)
     }
 
     fn place(started: &Started) -> (usize, usize, usize, usize) {
         let env = &started.env;
-        (env.rank, env.world_size, env.local_rank, env.local_world_size)
+        (
+            env.rank,
+            env.world_size,
+            env.local_rank,
+            env.local_world_size,
+        )
     }
 
     const SLURM: &str = "SLURM_PROCID=3 SLURM_STEP_ID=2 SLURM_STEP_NUM_TASKS=5 SLURM_LOCALID=0 SLURM_NODEID=1 \
@@ -298,65 +401,159 @@ mod tests {
 
     #[test]
     fn each_launcher_is_known_by_its_variables() {
-        assert_eq!(of("HOME=/root SLURM_PROCID=0 SLURM_NTASKS=4").unwrap(), None, "a batch script is no step");
+        assert_eq!(
+            of("HOME=/root SLURM_PROCID=0 SLURM_NTASKS=4").unwrap(),
+            None,
+            "a batch script is no step"
+        );
         let torch = "RANK=5 WORLD_SIZE=8 LOCAL_RANK=1 LOCAL_WORLD_SIZE=4 MASTER_ADDR=head MASTER_PORT=29500";
         let started = of(torch).unwrap().unwrap();
-        assert_eq!((place(&started), started.by), ((5, 8, 1, 4), "RANK, WORLD_SIZE and MASTER_ADDR"));
-        assert_eq!(of(&format!("{torch} TORCHELASTIC_RUN_ID=x")).unwrap().unwrap().by, "torchrun");
-        let mpi =
-            "OMPI_COMM_WORLD_RANK=2 OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_LOCAL_RANK=0 OMPI_COMM_WORLD_LOCAL_SIZE=2";
+        assert_eq!(
+            (place(&started), started.by),
+            ((5, 8, 1, 4), "RANK, WORLD_SIZE and MASTER_ADDR")
+        );
+        assert_eq!(
+            of(&format!("{torch} TORCHELASTIC_RUN_ID=x"))
+                .unwrap()
+                .unwrap()
+                .by,
+            "torchrun"
+        );
+        let mpi = "OMPI_COMM_WORLD_RANK=2 OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_LOCAL_RANK=0 OMPI_COMM_WORLD_LOCAL_SIZE=2";
         let started = of(&format!("{mpi} {SLURM}")).unwrap().unwrap();
-        assert_eq!((place(&started), started.by), ((2, 4, 0, 2), "mpirun (Open MPI)"), "mpirun in a Slurm job");
-        assert_eq!((started.env.meeting, started.env.by_mpi), (Meeting::Mpi, ByMpi::Yes));
-        let started = of("PMI_RANK=1 PMI_SIZE=3 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=3").unwrap().unwrap();
-        assert_eq!((place(&started), started.by), ((1, 3, 1, 3), "mpiexec (PMI)"));
+        assert_eq!(
+            (place(&started), started.by),
+            ((2, 4, 0, 2), "mpirun (Open MPI)"),
+            "mpirun in a Slurm job"
+        );
+        assert_eq!(
+            (started.env.meeting, started.env.by_mpi),
+            (Meeting::Mpi, ByMpi::Yes)
+        );
+        let started = of("PMI_RANK=1 PMI_SIZE=3 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=3")
+            .unwrap()
+            .unwrap();
+        assert_eq!(
+            (place(&started), started.by),
+            ((1, 3, 1, 3), "mpiexec (PMI)")
+        );
         let started = of(SLURM).unwrap().unwrap();
         assert_eq!((place(&started), started.by), ((3, 5, 0, 2), "srun"));
         let port = 20_000 + 77 * 13 + 2;
-        assert_eq!(started.env.meeting, Meeting::Store { host: "gpu09".into(), port, launcher_serves: false });
-        let started = of(&format!("{SLURM} PMIX_RANK=3 MASTER_PORT=5 MASTER_ADDR=other")).unwrap().unwrap();
-        assert_eq!(started.env.meeting, Meeting::Store { host: "other".into(), port: 5, launcher_serves: false });
+        assert_eq!(
+            started.env.meeting,
+            Meeting::Store {
+                host: "gpu09".into(),
+                port,
+                launcher_serves: false
+            }
+        );
+        let started = of(&format!(
+            "{SLURM} PMIX_RANK=3 MASTER_PORT=5 MASTER_ADDR=other"
+        ))
+        .unwrap()
+        .unwrap();
+        assert_eq!(
+            started.env.meeting,
+            Meeting::Store {
+                host: "other".into(),
+                port: 5,
+                launcher_serves: false
+            }
+        );
         assert_eq!(started.env.by_mpi, ByMpi::Perhaps);
         // torchrun once on each of two places of mpirun.
         assert_eq!(
-            place(&of(&format!("{torch} OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2")).unwrap().unwrap()).0,
+            place(
+                &of(&format!(
+                    "{torch} OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2"
+                ))
+                .unwrap()
+                .unwrap()
+            )
+            .0,
             5
         );
     }
 
     #[test]
     fn one_process_is_no_group() {
-        assert_eq!(of("OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=1").unwrap(), None);
-        assert_eq!(of("SLURM_PROCID=0 SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=1").unwrap(), None);
+        assert_eq!(
+            of("OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=1").unwrap(),
+            None
+        );
+        assert_eq!(
+            of("SLURM_PROCID=0 SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=1").unwrap(),
+            None
+        );
     }
 
     #[test]
     fn what_is_wrong_is_named() {
         for (text, expected) in [
             ("RANK=0 WORLD_SIZE=2", "RANK is set but MASTER_ADDR is not"),
-            ("RANK=0 MASTER_ADDR=a MASTER_PORT=1", "RANK is set but WORLD_SIZE is not"),
-            ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a", "MASTER_ADDR is set but MASTER_PORT is not"),
-            ("RANK=x WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", "RANK=x is not a number"),
-            ("RANK=2 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", "RANK=2 is not below WORLD_SIZE=2"),
-            ("RANK=1 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=99999", "MASTER_PORT=99999 is not a number that fits"),
+            (
+                "RANK=0 MASTER_ADDR=a MASTER_PORT=1",
+                "RANK is set but WORLD_SIZE is not",
+            ),
+            (
+                "RANK=0 WORLD_SIZE=2 MASTER_ADDR=a",
+                "MASTER_ADDR is set but MASTER_PORT is not",
+            ),
+            (
+                "RANK=x WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1",
+                "RANK=x is not a number",
+            ),
+            (
+                "RANK=2 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1",
+                "RANK=2 is not below WORLD_SIZE=2",
+            ),
+            (
+                "RANK=1 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=99999",
+                "MASTER_PORT=99999 is not a number that fits",
+            ),
             ("WORLD_SIZE=2", "WORLD_SIZE=2 is set and RANK is not"),
-            ("OMPI_COMM_WORLD_RANK=1", "OMPI_COMM_WORLD_RANK is set but OMPI_COMM_WORLD_SIZE is not"),
+            (
+                "OMPI_COMM_WORLD_RANK=1",
+                "OMPI_COMM_WORLD_RANK is set but OMPI_COMM_WORLD_SIZE is not",
+            ),
             (
                 "RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1 OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2",
                 "RANK=0 and OMPI_COMM_WORLD_RANK=1 contradict each other",
             ),
-            (&SLURM.replace("3,2", "3,3"), "SLURM_TASKS_PER_NODE=[3, 3] has 6 tasks and SLURM_STEP_NUM_TASKS=5"),
-            (&SLURM.replace("NODEID=1", "NODEID=2"), "SLURM_NODEID=2, and SLURM_TASKS_PER_NODE has 2 nodes"),
-            (&SLURM.replace("gpu[09-10]", "gpu[09"), "SLURM_JOB_NODELIST=gpu[09 is not a list"),
-            (&SLURM.replace("LOCALID=0", "LOCALID=2"), "SLURM_LOCALID=2 is not below SLURM_TASKS_PER_NODE=2"),
+            (
+                &SLURM.replace("3,2", "3,3"),
+                "SLURM_TASKS_PER_NODE=[3, 3] has 6 tasks and SLURM_STEP_NUM_TASKS=5",
+            ),
+            (
+                &SLURM.replace("NODEID=1", "NODEID=2"),
+                "SLURM_NODEID=2, and SLURM_TASKS_PER_NODE has 2 nodes",
+            ),
+            (
+                &SLURM.replace("gpu[09-10]", "gpu[09"),
+                "SLURM_JOB_NODELIST=gpu[09 is not a list",
+            ),
+            (
+                &SLURM.replace("LOCALID=0", "LOCALID=2"),
+                "SLURM_LOCALID=2 is not below SLURM_TASKS_PER_NODE=2",
+            ),
         ] {
             let error = of(text).expect_err(text).to_string();
             assert!(error.contains(expected), "{text}: {error}");
         }
         let mpi = |_: &str| Some("2".to_string());
-        let only = |name: &str| if name.starts_with("OMPI") { mpi(name) } else { None };
+        let only = |name: &str| {
+            if name.starts_with("OMPI") {
+                mpi(name)
+            } else {
+                None
+            }
+        };
         let error = detect(&only, false).unwrap_err().to_string();
-        assert!(error.contains("built without MPI") && error.contains("MASTER_ADDR"), "{error}");
+        assert!(
+            error.contains("built without MPI") && error.contains("MASTER_ADDR"),
+            "{error}"
+        );
     }
 
     #[test]

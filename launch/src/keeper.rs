@@ -30,12 +30,19 @@ pub(crate) struct Ready {
 
 pub(crate) fn serve() -> Result<ExitCode> {
     let mut line = String::new();
-    std::io::stdin().lock().read_line(&mut line).context("cannot read the orders")?;
-    let orders: Orders =
-        serde_json::from_str(&line).context("a keeper is started by 'moerun train', which tells it what to do")?;
+    std::io::stdin()
+        .lock()
+        .read_line(&mut line)
+        .context("cannot read the orders")?;
+    let orders: Orders = serde_json::from_str(&line)
+        .context("a keeper is started by 'moerun train', which tells it what to do")?;
     // Neither the launcher's end nor a key on its terminal is this process's; where it leads a session already, fine.
     let _ = nix::unistd::setsid();
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_target(false)
+        .init();
     let settings = serve::Settings {
         socket: orders.socket,
         secret: orders.secret,
@@ -59,7 +66,10 @@ pub(crate) fn stop(args: &RunArgs) -> Result<ExitCode> {
     };
     let mut stopped = 0;
     for number in 0..register.keepers.len() {
-        match register.connect(number, Duration::from_secs(5)).map(|mut peer| peer.stop()) {
+        match register
+            .connect(number, Duration::from_secs(5))
+            .map(|mut peer| peer.stop())
+        {
             Ok(_) => {
                 stopped += 1;
                 wait_for_end(register.keepers[number].pid);
@@ -68,7 +78,10 @@ pub(crate) fn stop(args: &RunArgs) -> Result<ExitCode> {
         }
     }
     Register::remove(&args.run);
-    println!("{stopped} of {} keepers were stopped; what was in their memory only is gone", register.keepers.len());
+    println!(
+        "{stopped} of {} keepers were stopped; what was in their memory only is gone",
+        register.keepers.len()
+    );
     Ok(ExitCode::SUCCESS)
 }
 

@@ -13,7 +13,10 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Runs `body` on `count` ranks of one thread: this process only starts them, or is one of them. Under torchrun's
 /// environment it is a rank in any case.
-pub(crate) fn on_ranks(count: usize, body: impl FnOnce(&RankEnv) -> Result<()>) -> Result<ExitCode> {
+pub(crate) fn on_ranks(
+    count: usize,
+    body: impl FnOnce(&RankEnv) -> Result<()>,
+) -> Result<ExitCode> {
     match environment::rank()? {
         Some(Started { env, .. }) => {
             crate::rank::end_with_launcher()?;
@@ -43,18 +46,31 @@ pub(crate) fn join(env: &RankEnv, number: usize) -> Result<World> {
 }
 
 fn start(count: usize) -> Result<ExitCode> {
-    let store = Store::tcp("127.0.0.1", 0, true, Duration::from_secs(10)).map_err(|e| anyhow!("cannot serve: {e}"))?;
+    let store = Store::tcp("127.0.0.1", 0, true, Duration::from_secs(10))
+        .map_err(|e| anyhow!("cannot serve: {e}"))?;
     let master_port = store.port()?;
     let this = std::env::current_exe().context("cannot find this program's own file")?;
     let mut children = Vec::new();
     for rank in 0..count {
         let env = RankEnv::on_this_machine(rank, count, master_port);
         let mut command = Command::new(&this);
-        command.args(std::env::args_os().skip(1)).envs(environment::variables(&env));
-        command.env(environment::LAUNCHER_PID, std::process::id().to_string()).env("OMP_NUM_THREADS", "1");
+        command
+            .args(std::env::args_os().skip(1))
+            .envs(environment::variables(&env));
+        command
+            .env(environment::LAUNCHER_PID, std::process::id().to_string())
+            .env("OMP_NUM_THREADS", "1");
         // One of them prints.
-        command.stdin(Stdio::null()).stdout(if rank == 0 { Stdio::inherit() } else { Stdio::null() });
-        children.push(command.spawn().with_context(|| format!("cannot start rank {rank}"))?);
+        command.stdin(Stdio::null()).stdout(if rank == 0 {
+            Stdio::inherit()
+        } else {
+            Stdio::null()
+        });
+        children.push(
+            command
+                .spawn()
+                .with_context(|| format!("cannot start rank {rank}"))?,
+        );
     }
     let failed = wait(&mut children)?;
     children.iter_mut().for_each(|child| {

@@ -25,7 +25,8 @@ mod survival;
 
 use clap::Parser;
 use cli::{
-    BenchCommand, Cli, Command, ConfigCommand, DataCommand, InspectCommand, KeeperCommand, PlanCommand, SnapshotCommand,
+    BenchCommand, Cli, Command, ConfigCommand, DataCommand, InspectCommand, KeeperCommand,
+    PlanCommand, SnapshotCommand,
 };
 use environment::Started;
 use signal_hook::consts::SIGPIPE;
@@ -89,7 +90,8 @@ fn main() -> ExitCode {
 /// peer that is gone closes connections too.)
 fn end_with_reader() {
     // Where it cannot be registered, printing fails as it would have.
-    let _ = signal_hook::flag::register_conditional_default(SIGPIPE, Arc::new(AtomicBool::new(true)));
+    let _ =
+        signal_hook::flag::register_conditional_default(SIGPIPE, Arc::new(AtomicBool::new(true)));
 }
 
 /// Where a launcher started this process it is one rank; otherwise it starts the ranks.
@@ -98,7 +100,11 @@ fn train(args: cli::TrainArgs) -> anyhow::Result<ExitCode> {
         return rank::run_launched(&args);
     }
     // Who says how many machines there are starts ranks by moerun itself, whatever started this process.
-    let by_others = if args.nnodes > 1 || args.hostfile.is_some() { None } else { environment::rank()? };
+    let by_others = if args.nnodes > 1 || args.hostfile.is_some() {
+        None
+    } else {
+        environment::rank()?
+    };
     match by_others {
         Some(Started { env, by }) if args.nproc_per_node > 1 => anyhow::bail!(
             "-n {} was given, and {by} started this process as rank {} of {}: leave -n out, or start moerun without {by}",

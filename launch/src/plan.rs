@@ -22,12 +22,25 @@ pub(crate) fn schedule(args: &ScheduleArgs) -> Result<ExitCode> {
         [f, b, w, output] => (f, b, w, output),
         _ => bail!("--times {:?}: give F,B,W or F,B,W,O", args.times),
     };
-    if args.times.iter().any(|&time| !time.is_finite() || time < 0.0) || forward + backward_input <= 0.0 {
-        bail!("--times {:?}: times are not negative, and F or B takes some", args.times);
+    if args
+        .times
+        .iter()
+        .any(|&time| !time.is_finite() || time < 0.0)
+        || forward + backward_input <= 0.0
+    {
+        bail!(
+            "--times {:?}: times are not negative, and F or B takes some",
+            args.times
+        );
     }
     // Times are of a rank's layers: stages of a rank share them.
     let (ranks, chunks) = (order.ranks.len(), order.chunks as f64);
-    let mut costs = Costs::uniform(order.stages(), forward / chunks, backward_input / chunks, backward_weight / chunks);
+    let mut costs = Costs::uniform(
+        order.stages(),
+        forward / chunks,
+        backward_input / chunks,
+        backward_weight / chunks,
+    );
     let share = output / ranks as f64;
     let order = match args.vocabulary {
         Some(algorithm) => {
@@ -42,7 +55,11 @@ pub(crate) fn schedule(args: &ScheduleArgs) -> Result<ExitCode> {
         }
         None => {
             // The output layer is part of the last stage.
-            for times in [&mut costs.forward, &mut costs.backward_input, &mut costs.backward_weight] {
+            for times in [
+                &mut costs.forward,
+                &mut costs.backward_input,
+                &mut costs.backward_weight,
+            ] {
                 if let Some(time) = times.last_mut() {
                     *time += output;
                 }
@@ -50,16 +67,26 @@ pub(crate) fn schedule(args: &ScheduleArgs) -> Result<ExitCode> {
             order
         }
     };
-    let order = if known { refined(&order, &costs) } else { order };
+    let order = if known {
+        refined(&order, &costs)
+    } else {
+        order
+    };
     if args.yaml {
-        print!("{}", serde_saphyr::to_string(&OrderFile::from(&order)).context("cannot write the schedule")?);
+        print!(
+            "{}",
+            serde_saphyr::to_string(&OrderFile::from(&order))
+                .context("cannot write the schedule")?
+        );
         return Ok(ExitCode::SUCCESS);
     }
     let schedule = with_communication(order);
     check(&schedule).map_err(|error| anyhow!("{}: {error}", args.schedule))?;
     let timeline = simulate(&schedule, &costs);
     print!("{}", draw::text(&timeline));
-    let busiest = (0..ranks).map(|rank| timeline.busy(rank)).fold(0.0, f64::max);
+    let busiest = (0..ranks)
+        .map(|rank| timeline.busy(rank))
+        .fold(0.0, f64::max);
     println!();
     println!(
         "{} on {ranks} ranks, {} microbatches: step {:.2}, of which the busiest rank computes {busiest:.2} ({:.0} %); \
@@ -72,11 +99,20 @@ pub(crate) fn schedule(args: &ScheduleArgs) -> Result<ExitCode> {
     );
     println!("rank   computes   microbatches held (until W, until B)");
     for rank in 0..ranks {
-        let (held, until_b) = (timeline.held[rank], timeline.held_until_input_gradient[rank]);
-        println!("{rank:>4}   {:>8.2}   {held:>6.2} {until_b:>6.2}", timeline.busy(rank));
+        let (held, until_b) = (
+            timeline.held[rank],
+            timeline.held_until_input_gradient[rank],
+        );
+        println!(
+            "{rank:>4}   {:>8.2}   {held:>6.2} {until_b:>6.2}",
+            timeline.busy(rank)
+        );
     }
     if let Some(path) = &args.svg {
-        let title = format!("{}, {ranks} ranks, {} microbatches", args.schedule, schedule.order.microbatches);
+        let title = format!(
+            "{}, {ranks} ranks, {} microbatches",
+            args.schedule, schedule.order.microbatches
+        );
         std::fs::write(path, draw::svg(&timeline, &title))
             .with_context(|| format!("cannot write {}", path.display()))?;
         println!("drawn in {}", path.display());
@@ -88,7 +124,9 @@ pub(crate) fn schedule(args: &ScheduleArgs) -> Result<ExitCode> {
 fn order(args: &ScheduleArgs) -> Result<(Order, bool)> {
     let kind: Result<ScheduleKind, _> = serde_json::from_value(args.schedule.clone().into());
     if let Ok(kind) = kind {
-        let order = kind.order(args.ranks, args.microbatches, args.chunks).map_err(|error| anyhow!(error))?;
+        let order = kind
+            .order(args.ranks, args.microbatches, args.chunks)
+            .map_err(|error| anyhow!(error))?;
         return Ok((order, true));
     }
     let text = std::fs::read_to_string(&args.schedule).with_context(|| {
@@ -98,8 +136,11 @@ fn order(args: &ScheduleArgs) -> Result<(Order, bool)> {
             args.schedule
         )
     })?;
-    let file: OrderFile = serde_saphyr::from_str(&text).map_err(|error| anyhow!("{}: {error}", args.schedule))?;
-    let order = file.parse().map_err(|error| anyhow!("{}: {error}", args.schedule))?;
+    let file: OrderFile =
+        serde_saphyr::from_str(&text).map_err(|error| anyhow!("{}: {error}", args.schedule))?;
+    let order = file
+        .parse()
+        .map_err(|error| anyhow!("{}: {error}", args.schedule))?;
     Ok((order, false))
 }
 
@@ -122,7 +163,10 @@ pub(crate) fn mesh(args: &MeshArgs) -> Result<ExitCode> {
             .stages
             .iter()
             .map(|stage| {
-                let (first, last) = (if stage.first { "in+" } else { "" }, if stage.last { "+out" } else { "" });
+                let (first, last) = (
+                    if stage.first { "in+" } else { "" },
+                    if stage.last { "+out" } else { "" },
+                );
                 format!("{first}{}..{}{last}", stage.layers.start, stage.layers.end)
             })
             .collect();
@@ -148,14 +192,21 @@ pub(crate) fn mesh(args: &MeshArgs) -> Result<ExitCode> {
         );
     }
     println!();
-    if let Some(host) = memory.iter().map(|rank| rank.host).max().filter(|&host| host > 0) {
+    if let Some(host) = memory
+        .iter()
+        .map(|rank| rank.host)
+        .max()
+        .filter(|&host| host > 0)
+    {
         println!(
             "With optimizer.offload each rank's moments and fp32 weights are in the host's memory: at most {:.1} MiB of a rank.",
             host as f64 / f64::from(1 << 20)
         );
     }
     if config.takes_snapshots() {
-        let (redundancy, _) = config.protection(config.nodes(args.ranks).len()).map_err(|error| anyhow!(error))?;
+        let (redundancy, _) = config
+            .protection(config.nodes(args.ranks).len())
+            .map_err(|error| anyhow!(error))?;
         println!(
             "Besides, each node's keeper holds three snapshots of its ranks' share of the state (fp32 weights and moments, what \
              replicas share counted once), and parity of two: {redundancy}."

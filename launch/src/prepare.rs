@@ -9,7 +9,11 @@ use trainer::data::{Prepare, prepare};
 pub(crate) fn run(args: PrepareArgs) -> Result<ExitCode> {
     let job = Prepare {
         inputs: args.inputs,
-        extensions: args.extensions.iter().map(|e| e.trim_start_matches('.').to_lowercase()).collect(),
+        extensions: args
+            .extensions
+            .iter()
+            .map(|e| e.trim_start_matches('.').to_lowercase())
+            .collect(),
         text_key: args.text_key,
         output: args.output,
         tokenizer: args.tokenizer,

@@ -22,7 +22,12 @@ impl TrainingView {
             bar.enable_steady_tick(Duration::from_millis(200));
             bar
         });
-        TrainingView { bar, log_every, started: Instant::now(), first_step: None }
+        TrainingView {
+            bar,
+            log_every,
+            started: Instant::now(),
+            first_step: None,
+        }
     }
 
     fn line(&self, text: &str) {
@@ -51,7 +56,11 @@ impl Progress for TrainingView {
         let paced = record.step - first;
         let left = match paced {
             0 => "-".to_string(),
-            _ => duration(self.started.elapsed().mul_f64((steps - record.step) as f64 / paced as f64)),
+            _ => duration(
+                self.started
+                    .elapsed()
+                    .mul_f64((steps - record.step) as f64 / paced as f64),
+            ),
         };
         let text = format!(
             "loss {:.4}  lr {:.2e}  grad norm {:.3}  {:.0} tokens/s{}  left {left}",
@@ -67,7 +76,10 @@ impl Progress for TrainingView {
                 bar.set_position(record.step);
                 bar.set_message(text);
             }
-            None if record.step == first || record.step.is_multiple_of(self.log_every) || record.step == steps => {
+            None if record.step == first
+                || record.step.is_multiple_of(self.log_every)
+                || record.step == steps =>
+            {
                 eprintln!("step {}/{steps}  {text}", record.step);
             }
             None => {}
@@ -75,7 +87,10 @@ impl Progress for TrainingView {
     }
 
     fn validation(&mut self, step: u64, loss: f64) {
-        self.line(&format!("step {step}  validation loss {loss:.4}  perplexity {:.1}", loss.exp()));
+        self.line(&format!(
+            "step {step}  validation loss {loss:.4}  perplexity {:.1}",
+            loss.exp()
+        ));
     }
 
     fn note(&mut self, message: &str) {
@@ -89,9 +104,14 @@ impl Progress for TrainingView {
 
 /// How evenly experts and ranks are used, in the worst layer: the fullest over the mean.
 fn balance(record: &Record) -> String {
-    let Some([_, _, experts]) = record.expert_imbalance_percentiles else { return String::new() };
+    let Some([_, _, experts]) = record.expert_imbalance_percentiles else {
+        return String::new();
+    };
     let mut text = format!("  imbalance {experts:.2}");
-    if let Some([_, _, ranks]) = record.rank_imbalance_percentiles.filter(|_| record.rank_rows[0].len() > 1) {
+    if let Some([_, _, ranks]) = record
+        .rank_imbalance_percentiles
+        .filter(|_| record.rank_rows[0].len() > 1)
+    {
         text += &format!(", ranks {ranks:.2}");
     }
     if record.spilled() > 0.0 {
@@ -118,7 +138,9 @@ impl Preparation {
     pub(crate) fn new() -> Preparation {
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::new(0);
-            bar.set_style(ProgressStyle::with_template("{bar:24.cyan/blue} {msg}").expect("a fixed template"));
+            bar.set_style(
+                ProgressStyle::with_template("{bar:24.cyan/blue} {msg}").expect("a fixed template"),
+            );
             bar
         });
         Preparation { bar }

@@ -79,7 +79,10 @@ pub(crate) fn run_launched(args: &TrainArgs) -> Result<ExitCode> {
     // When memory runs out, ranks go before keepers. Some systems do not allow it.
     let _ = std::fs::write("/proc/self/oom_score_adj", "300");
     let mut line = String::new();
-    std::io::stdin().lock().read_line(&mut line).context("cannot read what the launcher says")?;
+    std::io::stdin()
+        .lock()
+        .read_line(&mut line)
+        .context("cannot read what the launcher says")?;
     if line.is_empty() {
         // It ended, or needs nobody.
         return Ok(ExitCode::SUCCESS);
@@ -90,25 +93,40 @@ pub(crate) fn run_launched(args: &TrainArgs) -> Result<ExitCode> {
 }
 
 /// One rank, from its beginning to the end of the process; `by` started it.
-pub(crate) fn run(args: &TrainArgs, env: &RankEnv, by: &str, assignment: Option<&Assignment>) -> Result<ExitCode> {
+pub(crate) fn run(
+    args: &TrainArgs,
+    env: &RankEnv,
+    by: &str,
+    assignment: Option<&Assignment>,
+) -> Result<ExitCode> {
     let config = config_file::load(&args.config)?;
     if let Err(problems) = config_file::refuse_problems(&args.config, &config, env.world_size) {
         // The same for all ranks: one of them says it.
-        return if env.rank == 0 { Err(problems) } else { Ok(ExitCode::FAILURE) };
+        return if env.rank == 0 {
+            Err(problems)
+        } else {
+            Ok(ExitCode::FAILURE)
+        };
     }
     let dir = config.run.dir.clone();
     log_to_file(&dir, env.rank, assignment.is_some())?;
     let failure = failure_path(&dir, env.rank);
     let _ = std::fs::remove_file(&failure);
     // A panic is a bug of ours; it still ends as a message, not as a stack of frames on the terminal.
-    std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}\n{}", std::backtrace::Backtrace::force_capture())));
+    std::panic::set_hook(Box::new(|panic| {
+        tracing::error!("{panic}\n{}", std::backtrace::Backtrace::force_capture())
+    }));
     let steps = AtomicU64::new(0);
-    let result = std::panic::catch_unwind(AssertUnwindSafe(|| train(config, env, by, assignment, &steps)))
-        .unwrap_or_else(|panic| {
-            let text =
-                panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string()));
-            Err(anyhow!("internal error: {}", text.unwrap_or_default()))
-        });
+    let result = std::panic::catch_unwind(AssertUnwindSafe(|| {
+        train(config, env, by, assignment, &steps)
+    }))
+    .unwrap_or_else(|panic| {
+        let text = panic
+            .downcast_ref::<String>()
+            .cloned()
+            .or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string()));
+        Err(anyhow!("internal error: {}", text.unwrap_or_default()))
+    });
     let code = match result {
         Ok(()) => {
             leave();
@@ -119,9 +137,13 @@ pub(crate) fn run(args: &TrainArgs, env: &RankEnv, by: &str, assignment: Option<
             tracing::error!("{message}");
             let kind = match error.downcast_ref::<trainer::Error>() {
                 Some(trainer::Error::Comm(_)) => FailureKind::Peer,
-                Some(trainer::Error::Diverged { step, .. }) => FailureKind::Diverged { step: *step },
+                Some(trainer::Error::Diverged { step, .. }) => {
+                    FailureKind::Diverged { step: *step }
+                }
                 _ if error.is::<NotRestored>() => FailureKind::Restore,
-                _ => FailureKind::Own { steps: steps.load(Ordering::Relaxed) },
+                _ => FailureKind::Own {
+                    steps: steps.load(Ordering::Relaxed),
+                },
             };
             report(&dir, env.rank, message, kind);
             1
@@ -133,10 +155,14 @@ pub(crate) fn run(args: &TrainArgs, env: &RankEnv, by: &str, assignment: Option<
 
 /// Leaves word of why a rank ends, for the launcher, or whoever reads the terminal.
 fn report(dir: &Path, rank: usize, message: String, kind: FailureKind) {
-    let at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64);
+    let at = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |time| time.as_nanos() as u64);
     let failure = Failure { at, message, kind };
     let text = serde_json::to_vec(&failure).expect("plain data");
-    if std::fs::write(failure_path(dir, rank), text).is_err() || std::env::var(environment::LAUNCHER_PID).is_err() {
+    if std::fs::write(failure_path(dir, rank), text).is_err()
+        || std::env::var(environment::LAUNCHER_PID).is_err()
+    {
         eprintln!("error: rank {rank}: {}", failure.message);
     }
 }
@@ -149,7 +175,9 @@ pub(crate) fn leave() {
 
 /// A rank that `moerun` started is killed when the launcher ends, however that happens.
 pub(crate) fn end_with_launcher() -> Result<()> {
-    let Ok(launcher) = std::env::var(environment::LAUNCHER_PID) else { return Ok(()) };
+    let Ok(launcher) = std::env::var(environment::LAUNCHER_PID) else {
+        return Ok(());
+    };
     set_pdeathsig(Signal::SIGKILL).context("cannot ask to end with the launcher")?;
     // It may have ended before the request.
     if nix::unistd::getppid().to_string() != launcher {
@@ -171,11 +199,21 @@ fn log_to_file(dir: &Path, rank: usize, launched: bool) -> Result<()> {
             nix::unistd::dup2_stderr(&file).context("cannot share the log")?;
         }
     }
-    tracing_subscriber::fmt().with_writer(Arc::new(file)).with_ansi(false).with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_writer(Arc::new(file))
+        .with_ansi(false)
+        .with_target(false)
+        .init();
     Ok(())
 }
 
-fn train(config: Config, env: &RankEnv, by: &str, assignment: Option<&Assignment>, done: &AtomicU64) -> Result<()> {
+fn train(
+    config: Config,
+    env: &RankEnv,
+    by: &str,
+    assignment: Option<&Assignment>,
+    done: &AtomicU64,
+) -> Result<()> {
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
         signal_hook::flag::register(signal, stop.clone()).context("cannot handle signals")?;
@@ -193,7 +231,14 @@ fn train(config: Config, env: &RankEnv, by: &str, assignment: Option<&Assignment
         report(&dir, rank, error.to_string(), FailureKind::Peer);
         signal_hook::low_level::exit(1)
     });
-    let begun = Begun { env, by, assignment, done, stop: &stop, world: &world };
+    let begun = Begun {
+        env,
+        by,
+        assignment,
+        done,
+        stop: &stop,
+        world: &world,
+    };
     let result = std::panic::catch_unwind(AssertUnwindSafe(|| begun.go(config, device)));
     // What a device says when another rank has failed looks like a failure of its own.
     world.check().map_err(trainer::Error::from)?;
@@ -212,12 +257,27 @@ struct Begun<'a> {
 
 impl Begun<'_> {
     fn go(&self, config: Config, device: Box<dyn Accelerator>) -> Result<()> {
-        let Begun { env, by, assignment, done, stop, world } = *self;
+        let Begun {
+            env,
+            by,
+            assignment,
+            done,
+            stop,
+            world,
+        } = *self;
         let dir = config.run.dir.clone();
-        let (steps, log_every, validates) = (config.train.steps, config.run.log_every, config.validation.is_some());
+        let (steps, log_every, validates) = (
+            config.train.steps,
+            config.run.log_every,
+            config.validation.is_some(),
+        );
         let unigram = unigram_entropy(&config);
-        let place =
-            format!("rank {} of {}, started by {by}, communicator {}", env.rank, env.world_size, world.backend());
+        let place = format!(
+            "rank {} of {}, started by {by}, communicator {}",
+            env.rank,
+            env.world_size,
+            world.backend()
+        );
         if env.rank == 0 {
             keep_tokenizer(&config);
         }
@@ -235,25 +295,39 @@ impl Begun<'_> {
             eprintln!("{place}");
         }
         // Those who watch a run have read it when the run began.
-        let again =
-            assignment.and_then(|assignment| assignment.keeper.as_ref()).is_some_and(|keeper| keeper.restore.is_some());
+        let again = assignment
+            .and_then(|assignment| assignment.keeper.as_ref())
+            .is_some_and(|keeper| keeper.restore.is_some());
         if again {
             tracing::info!("{}", trainer.summary());
         } else {
             say(trainer.summary());
         }
         if let Some(assignment) = assignment {
-            assignment.keeper.iter().for_each(|keeper| trainer.use_keeper(keeper.clone()));
+            assignment
+                .keeper
+                .iter()
+                .for_each(|keeper| trainer.use_keeper(keeper.clone()));
             trainer.skip_batches(assignment.skips.clone());
         }
         let warn = &mut |warning: &str| say(format!("warning: {warning}"));
         let resumed = trainer.resume(warn);
-        let resumed = if again { resumed.context(NotRestored) } else { resumed.map_err(Into::into) };
+        let resumed = if again {
+            resumed.context(NotRestored)
+        } else {
+            resumed.map_err(Into::into)
+        };
         match resumed? {
             Resumed::Nothing => {}
-            Resumed::Snapshot => tracing::info!("going on from the snapshot of step {}", trainer.step()),
+            Resumed::Snapshot => {
+                tracing::info!("going on from the snapshot of step {}", trainer.step())
+            }
             Resumed::Checkpoint => {
-                say(format!("going on from the checkpoint of step {} in {}", trainer.step(), dir.display()));
+                say(format!(
+                    "going on from the checkpoint of step {} in {}",
+                    trainer.step(),
+                    dir.display()
+                ));
             }
         }
         if trainer.step() >= steps {
@@ -264,7 +338,9 @@ impl Begun<'_> {
         }
         trainer.begin_snapshots(warn)?;
         if let Some(entropy) = unigram.filter(|_| !again) {
-            say(format!("unigram entropy of the training tokens: {entropy:.4} nats a token"));
+            say(format!(
+                "unigram entropy of the training tokens: {entropy:.4} nats a token"
+            ));
         }
         let mut view = TrainingView::new(steps, trainer.step(), log_every);
         let first = trainer.step();
@@ -273,7 +349,10 @@ impl Begun<'_> {
         view.finish();
         let outcome = outcome?;
         if outcome.stopped {
-            say(format!("stopped at step {} of {steps}; the same command goes on from there", outcome.step));
+            say(format!(
+                "stopped at step {} of {steps}; the same command goes on from there",
+                outcome.step
+            ));
         } else if rank0 {
             match (outcome.validation_loss.filter(|_| validates), unigram) {
             (Some(loss), Some(entropy)) => view.note(&format!(
@@ -290,17 +369,26 @@ impl Begun<'_> {
 /// Keeps this rank, and all threads that it starts from here on, on its processors.
 fn bind(bind: Bind, env: &RankEnv, device: Option<usize>) {
     let own = Pid::from_raw(0);
-    let Ok(allowed) = sched_getaffinity(own) else { return };
-    let allowed = (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap_or(false)).collect();
+    let Ok(allowed) = sched_getaffinity(own) else {
+        return;
+    };
+    let allowed = (0..CpuSet::count())
+        .filter(|&cpu| allowed.is_set(cpu).unwrap_or(false))
+        .collect();
     let processors = Processors::of_this_machine(allowed);
     let Some(cpus) = processors.of_rank(bind, env.local_rank, env.local_world_size, device) else {
         if bind == Bind::Cores {
-            tracing::warn!("run.bind is cores, and this machine has fewer processors than ranks: none is bound");
+            tracing::warn!(
+                "run.bind is cores, and this machine has fewer processors than ranks: none is bound"
+            );
         }
         return;
     };
     let mut set = CpuSet::new();
-    let bound = cpus.iter().try_for_each(|&cpu| set.set(cpu)).and_then(|()| sched_setaffinity(own, &set));
+    let bound = cpus
+        .iter()
+        .try_for_each(|&cpu| set.set(cpu))
+        .and_then(|()| sched_setaffinity(own, &set));
     match bound {
         Ok(()) => tracing::info!("bound to processors {cpus:?}"),
         Err(error) => tracing::warn!("cannot be bound to processors {cpus:?}: {error}"),
@@ -310,21 +398,39 @@ fn bind(bind: Bind, env: &RankEnv, device: Option<usize>) {
 /// Threads of this rank: `OMP_NUM_THREADS`, else its share of the processors.
 fn threads(env: &RankEnv) -> usize {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let asked = std::env::var("OMP_NUM_THREADS").ok().and_then(|n| n.parse().ok());
+    let asked = std::env::var("OMP_NUM_THREADS")
+        .ok()
+        .and_then(|n| n.parse().ok());
     asked.unwrap_or((cores / env.local_world_size.max(1)).max(1))
 }
 
 /// The unigram entropy that `moerun data prepare` wrote beside the first source, where it did.
 fn unigram_entropy(config: &Config) -> Option<f64> {
-    let path = config.data.train.first()?.path.parent()?.join("dataset.json");
+    let path = config
+        .data
+        .train
+        .first()?
+        .path
+        .parent()?
+        .join("dataset.json");
     let prepared: Prepared = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
     Some(prepared.unigram_entropy)
 }
 
 /// Puts the data's tokenizer beside the checkpoints, so that the run's folder is enough to generate with.
 fn keep_tokenizer(config: &Config) {
-    let beside = config.data.train.first().and_then(|source| source.path.parent()).map(|f| f.join("tokenizer.json"));
-    if let Some(path) = config.data.tokenizer.clone().or(beside).filter(|path| path.exists())
+    let beside = config
+        .data
+        .train
+        .first()
+        .and_then(|source| source.path.parent())
+        .map(|f| f.join("tokenizer.json"));
+    if let Some(path) = config
+        .data
+        .tokenizer
+        .clone()
+        .or(beside)
+        .filter(|path| path.exists())
         && let Err(error) = std::fs::copy(&path, config.run.dir.join("tokenizer.json"))
     {
         tracing::warn!("cannot copy {}: {error}", path.display());

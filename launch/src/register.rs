@@ -44,7 +44,13 @@ fn path(run: &Path) -> PathBuf {
 impl Register {
     pub(crate) fn new(secret: &Secret) -> Register {
         let (keepers, skips) = (Vec::new(), BTreeMap::new());
-        Register { secret: secret.clone(), generation: 0, skips, keepers, spares: 0 }
+        Register {
+            secret: secret.clone(),
+            generation: 0,
+            skips,
+            keepers,
+            spares: 0,
+        }
     }
 
     /// What an earlier launcher left; None where it left nothing.
@@ -53,10 +59,17 @@ impl Register {
         let text = match std::fs::read(&path) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot read {}", path.display()));
+            }
         };
         let read = serde_json::from_slice(&text);
-        read.map(Some).with_context(|| format!("{} is damaged; remove it to start without keepers", path.display()))
+        read.map(Some).with_context(|| {
+            format!(
+                "{} is damaged; remove it to start without keepers",
+                path.display()
+            )
+        })
     }
 
     /// Writes it, for this user's eyes only.
@@ -64,7 +77,11 @@ impl Register {
         let (path, fresh) = (path(run), run.join("keepers.json.new"));
         let write = || -> std::io::Result<()> {
             let _ = std::fs::remove_file(&fresh);
-            let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&fresh)?;
+            let mut file = OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&fresh)?;
             file.write_all(&serde_json::to_vec_pretty(self).expect("plain data"))?;
             std::fs::rename(&fresh, &path)
         };
@@ -79,8 +96,12 @@ impl Register {
     /// A connection to keeper number `number`.
     pub(crate) fn connect(&self, number: usize, patience: Duration) -> Result<Peer> {
         let keeper = &self.keepers[number];
-        Peer::connect(keeper.address, &self.secret, patience)
-            .map_err(|e| anyhow!("the keeper of node {number} at {} cannot be reached: {e}", keeper.address))
+        Peer::connect(keeper.address, &self.secret, patience).map_err(|e| {
+            anyhow!(
+                "the keeper of node {number} at {} cannot be reached: {e}",
+                keeper.address
+            )
+        })
     }
 }
 
@@ -88,6 +109,10 @@ impl Register {
 pub(crate) fn lock(run: &Path) -> Result<nix::fcntl::Flock<File>> {
     let path = run.join("lock");
     let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
-    nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock)
-        .map_err(|_| anyhow!("another moerun works in {}: wait for its end, or choose another run.dir", run.display()))
+    nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock).map_err(|_| {
+        anyhow!(
+            "another moerun works in {}: wait for its end, or choose another run.dir",
+            run.display()
+        )
+    })
 }

@@ -13,7 +13,10 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 fn known(run: &Path) -> Result<Register> {
     Register::load(run)?.ok_or_else(|| {
-        anyhow!("{} has no keepers: they are there while 'moerun train' runs, and after it was killed", run.display())
+        anyhow!(
+            "{} has no keepers: they are there while 'moerun train' runs, and after it was killed",
+            run.display()
+        )
     })
 }
 
@@ -21,7 +24,8 @@ fn known(run: &Path) -> Result<Register> {
 pub(crate) fn ask_all(register: &Register) -> Vec<Result<Status>> {
     let ask = |number| {
         let mut peer = register.connect(number, PATIENCE)?;
-        peer.status().map_err(|e| anyhow!("the keeper of node {number}: {e}"))
+        peer.status()
+            .map_err(|e| anyhow!("the keeper of node {number}: {e}"))
     };
     (0..register.keepers.len()).map(ask).collect()
 }
@@ -40,7 +44,10 @@ pub(crate) fn status(args: &SnapshotStatusArgs) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let nodes = register.keepers.len() - register.spares;
-    println!("attempt {}; {nodes} nodes, {} spare", register.generation, register.spares);
+    println!(
+        "attempt {}; {nodes} nodes, {} spare",
+        register.generation, register.spares
+    );
     for (node, answer) in answers.iter().enumerate() {
         let spare = if node >= nodes { " (spare)" } else { "" };
         match answer {
@@ -64,7 +71,11 @@ pub(crate) fn status(args: &SnapshotStatusArgs) -> Result<ExitCode> {
             Err(error) => println!("node {node}{spare}: {error:#}"),
         }
     }
-    let inventories: Vec<Inventory> = answers.iter().flatten().map(|status| status.inventory.clone()).collect();
+    let inventories: Vec<Inventory> = answers
+        .iter()
+        .flatten()
+        .map(|status| status.inventory.clone())
+        .collect();
     let found = candidates(&inventories);
     if found.is_empty() {
         println!("no snapshot can be put together");
@@ -72,10 +83,16 @@ pub(crate) fn status(args: &SnapshotStatusArgs) -> Result<ExitCode> {
     for candidate in found {
         let snapshot = &candidate.snapshot;
         let bytes: u64 = snapshot.parts.iter().map(|part| part.bytes).sum();
-        let protected = inventories.iter().filter(|inventory| inventory.protected.contains(&snapshot.id)).count();
+        let protected = inventories
+            .iter()
+            .filter(|inventory| inventory.protected.contains(&snapshot.id))
+            .count();
         let parity = match snapshot.topology.redundancy.survives() {
             0 => String::new(),
-            _ => format!(", parity on {protected} of {} nodes", snapshot.topology.nodes.len()),
+            _ => format!(
+                ", parity on {protected} of {} nodes",
+                snapshot.topology.nodes.len()
+            ),
         };
         let lost = match candidate.lost().as_slice() {
             [] => String::new(),
@@ -106,7 +123,12 @@ pub(crate) fn verify(args: &RunArgs) -> Result<ExitCode> {
             }
         })
         .collect();
-    let found = candidates(&inventories.iter().map(|(_, inventory)| inventory.clone()).collect::<Vec<_>>());
+    let found = candidates(
+        &inventories
+            .iter()
+            .map(|(_, inventory)| inventory.clone())
+            .collect::<Vec<_>>(),
+    );
     let mut damaged = found.is_empty();
     for candidate in &found {
         let id = candidate.snapshot.id;
@@ -114,7 +136,9 @@ pub(crate) fn verify(args: &RunArgs) -> Result<ExitCode> {
         for (node, inventory) in &inventories {
             let here = inventory.parts.iter().filter(|(other, _)| *other == id);
             chunks += here.map(|(_, part)| part.crcs.len()).sum::<usize>();
-            let damage = register.connect(*node, Duration::from_secs(3600))?.verify(id);
+            let damage = register
+                .connect(*node, Duration::from_secs(3600))?
+                .verify(id);
             let damage = match damage {
                 Ok(damage) => damage,
                 // It has been written over since: the run goes on.
@@ -124,18 +148,31 @@ pub(crate) fn verify(args: &RunArgs) -> Result<ExitCode> {
                 }
             };
             for (rank, chunk) in &damage.chunks {
-                println!("step {}: chunk {chunk} of rank {rank}'s part on node {node} is damaged", id.step);
+                println!(
+                    "step {}: chunk {chunk} of rank {rank}'s part on node {node} is damaged",
+                    id.step
+                );
             }
             if damage.parities > 0 {
-                println!("step {}: {} parities on node {node} are damaged", id.step, damage.parities);
+                println!(
+                    "step {}: {} parities on node {node} are damaged",
+                    id.step, damage.parities
+                );
             }
             bad += damage.chunks.len() as u64 + damage.parities;
         }
-        println!("snapshot of step {} (attempt {}): {chunks} chunks checked, {bad} damaged", id.step, id.generation);
+        println!(
+            "snapshot of step {} (attempt {}): {chunks} chunks checked, {bad} damaged",
+            id.step, id.generation
+        );
         damaged |= bad > 0;
     }
     if found.is_empty() {
         println!("no snapshot can be put together");
     }
-    Ok(if damaged { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    Ok(if damaged {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
 }

@@ -18,9 +18,17 @@ pub(crate) fn run(args: &SurvivalArgs) -> Result<ExitCode> {
             bail!("{option} is {value}; it must be above 0");
         }
     }
-    let mut schemes = vec![Redundancy::None, Redundancy::Copies(1), Redundancy::Copies(2)];
+    let mut schemes = vec![
+        Redundancy::None,
+        Redundancy::Copies(1),
+        Redundancy::Copies(2),
+    ];
     for &parity in &args.parity {
-        schemes.extend(args.data.iter().map(|&data| Redundancy::Parity { data, parity }));
+        schemes.extend(
+            args.data
+                .iter()
+                .map(|&data| Redundancy::Parity { data, parity }),
+        );
     }
     let failures = args.nodes as f64 * args.days * 24.0 / args.mtbf_h;
     println!(
@@ -35,7 +43,13 @@ pub(crate) fn run(args: &SurvivalArgs) -> Result<ExitCode> {
         failures * (args.interval_s / 2.0 + args.restart_s) / (args.days * 864.0)
     );
     let simulated = if args.simulate > 0 { "  simulated" } else { "" };
-    println!("{:28}{:>9}{:>16}{simulated}{:>16}", "", "memory", "one window", format!("{} days", args.days));
+    println!(
+        "{:28}{:>9}{:>16}{simulated}{:>16}",
+        "",
+        "memory",
+        "one window",
+        format!("{} days", args.days)
+    );
     for redundancy in schemes {
         let groups = match deal_groups(&vec![0; args.nodes], redundancy) {
             Ok(groups) => groups,
@@ -47,10 +61,18 @@ pub(crate) fn run(args: &SurvivalArgs) -> Result<ExitCode> {
         let groups: Vec<usize> = groups.iter().map(Vec::len).collect();
         let survives = redundancy.survives();
         // What a node keeps of others, in sizes of its own state.
-        let extra: f64 =
-            groups.iter().map(|&n| (n * survives) as f64 / (n - survives) as f64).sum::<f64>() / args.nodes as f64;
-        let cluster =
-            Cluster { groups, survives, mtbf_h: args.mtbf_h, shape: args.shape, window_h: args.window_s / 3600.0 };
+        let extra: f64 = groups
+            .iter()
+            .map(|&n| (n * survives) as f64 / (n - survives) as f64)
+            .sum::<f64>()
+            / args.nodes as f64;
+        let cluster = Cluster {
+            groups,
+            survives,
+            mtbf_h: args.mtbf_h,
+            shape: args.shape,
+            window_h: args.window_s / 3600.0,
+        };
         let simulated = match args.simulate {
             0 => String::new(),
             trials => format!("{:>11.6}", cluster.simulate(trials, args.seed)),

@@ -54,8 +54,16 @@ impl Assignment {
     /// Every expert's home works on all of its choices.
     pub fn standard(loads: &[i64], owners: usize) -> Assignment {
         let experts = loads.len();
-        let share = |(expert, &choices)| Share { expert, owner: home(expert, experts, owners), choices };
-        Assignment::new(experts, owners, loads.iter().enumerate().map(share).collect())
+        let share = |(expert, &choices)| Share {
+            expert,
+            owner: home(expert, experts, owners),
+            choices,
+        };
+        Assignment::new(
+            experts,
+            owners,
+            loads.iter().enumerate().map(share).collect(),
+        )
     }
 
     /// From shares in any order; those of the same expert and owner are added up, empty ones left out.
@@ -70,13 +78,21 @@ impl Assignment {
                 first.push(merged.len());
             }
             let start = first[share.expert];
-            match merged[start..].iter_mut().find(|known| known.owner == share.owner) {
+            match merged[start..]
+                .iter_mut()
+                .find(|known| known.owner == share.owner)
+            {
                 Some(known) => known.choices += share.choices,
                 None => merged.push(share),
             }
         }
         first.resize(experts + 1, merged.len());
-        Assignment { experts, owners, shares: merged, first }
+        Assignment {
+            experts,
+            owners,
+            shares: merged,
+            first,
+        }
     }
 
     /// How many experts there are.
@@ -107,15 +123,23 @@ impl Assignment {
     /// Choices that each owner works on.
     pub fn loads(&self) -> Vec<i64> {
         let mut loads = vec![0; self.owners];
-        self.shares.iter().for_each(|share| loads[share.owner] += share.choices);
+        self.shares
+            .iter()
+            .for_each(|share| loads[share.owner] += share.choices);
         loads
     }
 
     /// The weights that helpers need, by sender and then receiver: each once.
     pub fn transfers(&self) -> Vec<Transfer> {
-        let away = self.shares.iter().filter(|share| share.owner != self.home(share.expert));
-        let transfer =
-            |share: &Share| Transfer { from: self.home(share.expert), to: share.owner, expert: share.expert };
+        let away = self
+            .shares
+            .iter()
+            .filter(|share| share.owner != self.home(share.expert));
+        let transfer = |share: &Share| Transfer {
+            from: self.home(share.expert),
+            to: share.owner,
+            expert: share.expert,
+        };
         let mut transfers: Vec<Transfer> = away.map(transfer).collect();
         transfers.sort_unstable();
         transfers
@@ -123,7 +147,11 @@ impl Assignment {
 
     /// Choices that are worked on away from home.
     pub fn spilled(&self) -> i64 {
-        self.shares.iter().filter(|share| share.owner != self.home(share.expert)).map(|share| share.choices).sum()
+        self.shares
+            .iter()
+            .filter(|share| share.owner != self.home(share.expert))
+            .map(|share| share.choices)
+            .sum()
     }
 }
 
@@ -139,7 +167,8 @@ pub fn split(by_source: &[(Place, i64)], shares: &[(Place, i64)]) -> Vec<(usize,
     for near in [Place::owner as fn(&Place) -> usize, Place::node, |_| 0] {
         // Both sides by where they are; then each meets the next one of the same place.
         let order = |places: &[(Place, i64)], left: &[i64]| {
-            let mut order: Vec<usize> = (0..places.len()).filter(|&index| left[index] > 0).collect();
+            let mut order: Vec<usize> =
+                (0..places.len()).filter(|&index| left[index] > 0).collect();
             order.sort_by_key(|&index| near(&places[index].0));
             order
         };
@@ -201,13 +230,33 @@ mod tests {
 
     #[test]
     fn shares_of_one_owner_are_one() {
-        let share = |expert, owner, choices| Share { expert, owner, choices };
-        let assignment =
-            Assignment::new(4, 2, vec![share(2, 0, 3), share(0, 0, 5), share(2, 1, 1), share(2, 0, 4), share(3, 1, 0)]);
+        let share = |expert, owner, choices| Share {
+            expert,
+            owner,
+            choices,
+        };
+        let assignment = Assignment::new(
+            4,
+            2,
+            vec![
+                share(2, 0, 3),
+                share(0, 0, 5),
+                share(2, 1, 1),
+                share(2, 0, 4),
+                share(3, 1, 0),
+            ],
+        );
         assert_eq!(assignment.of_expert(0), [share(0, 0, 5)]);
         assert_eq!(assignment.of_expert(1), []);
         assert_eq!(assignment.of_expert(2), [share(2, 0, 7), share(2, 1, 1)]);
-        assert_eq!(assignment.transfers(), [Transfer { from: 1, to: 0, expert: 2 }]);
+        assert_eq!(
+            assignment.transfers(),
+            [Transfer {
+                from: 1,
+                to: 0,
+                expert: 2
+            }]
+        );
         assert_eq!((assignment.loads(), assignment.spilled()), (vec![12, 1], 7));
     }
 

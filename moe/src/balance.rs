@@ -45,8 +45,15 @@ pub struct BatchTotals<'a> {
 
 /// This forward's contribution to the load-balancing loss, a scalar: summed over layers, or with `pool_layers`
 /// computed once from statistics averaged over layers, as HF transformers does.
-pub fn load_balance_loss(stats: &[RouterStats], top_k: usize, pool_layers: bool, totals: &BatchTotals) -> Tensor {
-    let stack = |part: fn(&RouterStats) -> &Tensor| Tensor::stack(&stats.iter().map(part).collect::<Vec<_>>(), 0);
+pub fn load_balance_loss(
+    stats: &[RouterStats],
+    top_k: usize,
+    pool_layers: bool,
+    totals: &BatchTotals,
+) -> Tensor {
+    let stack = |part: fn(&RouterStats) -> &Tensor| {
+        Tensor::stack(&stats.iter().map(part).collect::<Vec<_>>(), 0)
+    };
     let probs_lge = stack(|s| &s.prob_sums_ge);
     let (counts_lge, tokens, weight) = match totals.counts_le {
         // One group, the step: counts are the step's, probabilities this forward's part of its mean.
@@ -77,7 +84,8 @@ fn tokens_per_group(stats: &RouterStats, top_k: usize) -> f64 {
 
 /// This forward's contribution to the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5), summed over layers.
 pub fn z_loss(stats: &[RouterStats], totals: &BatchTotals) -> Tensor {
-    Tensor::stack(&stats.iter().map(|s| &s.z_sum).collect::<Vec<_>>(), 0).sum(Kind::Float) / totals.tokens
+    Tensor::stack(&stats.iter().map(|s| &s.z_sum).collect::<Vec<_>>(), 0).sum(Kind::Float)
+        / totals.tokens
 }
 
 /// Moves the loss-free bias `[E]` by `rate` towards the experts used less than the mean, given the choices
@@ -86,7 +94,9 @@ pub fn update_bias(bias_e: &mut Tensor, counts_e: &Tensor, rate: f64) {
     tch::no_grad(|| {
         let counts_e = counts_e.to_kind(Kind::Float);
         let below = (counts_e.mean(Kind::Float) - &counts_e).sign();
-        let _ = bias_e.f_add_(&(below * rate)).expect("bias and counts have one number an expert");
+        let _ = bias_e
+            .f_add_(&(below * rate))
+            .expect("bias and counts have one number an expert");
     });
 }
 
@@ -103,25 +113,56 @@ mod tests {
     }
 
     fn totals(groups: f64, tokens: f64) -> BatchTotals<'static> {
-        BatchTotals { groups, tokens, counts_le: None }
+        BatchTotals {
+            groups,
+            tokens,
+            counts_le: None,
+        }
     }
 
     #[test]
     fn balanced_is_one_and_collapsed_is_the_number_of_experts() {
         let balanced = stats(&[2., 2., 2., 2.], &[1., 1., 1., 1.], 1);
-        assert!((load_balance_loss(&[balanced], 2, false, &totals(1.0, 4.0)).double_value(&[]) - 1.0).abs() < 1e-6);
+        assert!(
+            (load_balance_loss(&[balanced], 2, false, &totals(1.0, 4.0)).double_value(&[]) - 1.0)
+                .abs()
+                < 1e-6
+        );
         let collapsed = stats(&[4., 0., 0., 0.], &[4., 0., 0., 0.], 1);
-        assert!((load_balance_loss(&[collapsed], 1, false, &totals(1.0, 4.0)).double_value(&[]) - 4.0).abs() < 1e-6);
+        assert!(
+            (load_balance_loss(&[collapsed], 1, false, &totals(1.0, 4.0)).double_value(&[]) - 4.0)
+                .abs()
+                < 1e-6
+        );
     }
 
     #[test]
     fn contributions_of_two_microbatches_add_up_to_the_batch() {
-        let (a, b) = (stats(&[3., 1.], &[2.5, 1.5], 1), stats(&[1., 3.], &[2., 2.], 1));
+        let (a, b) = (
+            stats(&[3., 1.], &[2.5, 1.5], 1),
+            stats(&[1., 3.], &[2., 2.], 1),
+        );
         let whole = Tensor::from_slice(&[4f32, 4.]).view([1, 2]);
-        let totals = BatchTotals { groups: 2.0, tokens: 8.0, counts_le: Some(&whole) };
-        let parts: f64 = [a, b].map(|s| load_balance_loss(&[s], 1, false, &totals).double_value(&[])).iter().sum();
+        let totals = BatchTotals {
+            groups: 2.0,
+            tokens: 8.0,
+            counts_le: Some(&whole),
+        };
+        let parts: f64 = [a, b]
+            .map(|s| load_balance_loss(&[s], 1, false, &totals).double_value(&[]))
+            .iter()
+            .sum();
         let once = stats(&[4., 4.], &[4.5, 3.5], 1);
-        let expected = load_balance_loss(&[once], 1, false, &BatchTotals { groups: 1.0, tokens: 8.0, counts_le: None });
+        let expected = load_balance_loss(
+            &[once],
+            1,
+            false,
+            &BatchTotals {
+                groups: 1.0,
+                tokens: 8.0,
+                counts_le: None,
+            },
+        );
         assert!((parts - expected.double_value(&[])).abs() < 1e-6);
     }
 
@@ -129,7 +170,10 @@ mod tests {
     fn sequences_are_balanced_one_by_one() {
         let two = stats(&[2., 0., 0., 2.], &[2., 0., 0., 2.], 2);
         // Each sequence is collapsed although the batch is balanced.
-        assert!((load_balance_loss(&[two], 1, false, &totals(2.0, 4.0)).double_value(&[]) - 2.0).abs() < 1e-6);
+        assert!(
+            (load_balance_loss(&[two], 1, false, &totals(2.0, 4.0)).double_value(&[]) - 2.0).abs()
+                < 1e-6
+        );
     }
 
     #[test]

@@ -25,9 +25,21 @@ struct Held {
 
 impl Borrowed {
     /// For tokens in `parts` parts. With `keep` the weights stay until backward; otherwise they are fetched again then.
-    pub(crate) fn new(lending: Arc<Lending>, weights: Tensor, keep: bool, parts: usize) -> Borrowed {
+    pub(crate) fn new(
+        lending: Arc<Lending>,
+        weights: Tensor,
+        keep: bool,
+        parts: usize,
+    ) -> Borrowed {
         let count = weights.size()[0];
-        let held = Held { lending, weights: Some(weights), count, keep, gradients: None, pending: parts };
+        let held = Held {
+            lending,
+            weights: Some(weights),
+            count,
+            keep,
+            gradients: None,
+            pending: parts,
+        };
         Borrowed(Arc::new(Mutex::new(held)))
     }
 
@@ -52,9 +64,17 @@ impl Borrowed {
     pub(crate) fn weights(&self, gate_up: &Weight, down: &Weight) -> Result<Tensor, Error> {
         let mut held = self.lock();
         if held.weights.is_none() {
-            held.weights = Some(held.lending.fetch(&gate_up.value(), &down.value())?.arrive()?);
+            held.weights = Some(
+                held.lending
+                    .fetch(&gate_up.value(), &down.value())?
+                    .arrive()?,
+            );
         }
-        Ok(held.weights.as_ref().expect("they have been fetched").shallow_clone())
+        Ok(held
+            .weights
+            .as_ref()
+            .expect("they have been fetched")
+            .shallow_clone())
     }
 
     /// Adds one part's contribution `[M, elements]`, fp32; the last one sends all of them home.
@@ -66,13 +86,18 @@ impl Borrowed {
     ) -> Result<Option<Returning>, Error> {
         let mut held = self.lock();
         let count = held.count;
-        let sum = held.gradients.get_or_insert_with(|| Tensor::zeros([count, elements], (Kind::Float, like.device())));
+        let sum = held
+            .gradients
+            .get_or_insert_with(|| Tensor::zeros([count, elements], (Kind::Float, like.device())));
         add(sum);
         held.pending -= 1;
         if held.pending > 0 {
             return Ok(None);
         }
         held.weights = None;
-        held.gradients.take().map(|all| held.lending.give_back(&all)).transpose()
+        held.gradients
+            .take()
+            .map(|all| held.lending.give_back(&all))
+            .transpose()
     }
 }

@@ -38,8 +38,17 @@ pub struct ExpertSize {
 ///
 /// # Errors
 /// When a collective fails.
-pub fn break_even(lending: &Arc<dyn Communicator>, expert: ExpertSize, device: &dyn Accelerator) -> Result<f64, Error> {
-    let ExpertSize { hidden, ffn, kind, fetched_twice } = expert;
+pub fn break_even(
+    lending: &Arc<dyn Communicator>,
+    expert: ExpertSize,
+    device: &dyn Accelerator,
+) -> Result<f64, Error> {
+    let ExpertSize {
+        hidden,
+        ffn,
+        kind,
+        fetched_twice,
+    } = expert;
     let random = |shape: &[i64]| device.zeros(shape, kind).uniform_(-1.0, 1.0);
     let (gate_up, down) = (random(&[2 * ffn, hidden]), random(&[hidden, ffn]));
     let work = |rows: i64| {
@@ -53,7 +62,10 @@ pub fn break_even(lending: &Arc<dyn Communicator>, expert: ExpertSize, device: &
     let (each, besides) = line([work(ROWS.0)?, work(ROWS.1)?]);
     // All that lending one expert takes, from packing its weights to adding up its gradients.
     let held = [gate_up.unsqueeze(0), down.unsqueeze(0)];
-    let sums = [device.zeros(&held[0].size(), Kind::Float), device.zeros(&held[1].size(), Kind::Float)];
+    let sums = [
+        device.zeros(&held[0].size(), Kind::Float),
+        device.zeros(&held[1].size(), Kind::Float),
+    ];
     let lending = Lending::ring(lending);
     let transfer = least(|| {
         for _ in 0..if fetched_twice { 2 } else { 1 } {
@@ -100,8 +112,12 @@ fn least(mut body: impl FnMut() -> Result<(), Error>) -> Result<f64, Error> {
 /// When the collective fails.
 pub fn agree(world: &Arc<dyn Communicator>, measured: f64) -> Result<i64, Error> {
     let sum = Tensor::from_slice(&[measured.max(1.0).log2()]);
-    world.all_reduce(&sum, parallel::ReduceOp::Sum).and_then(Work::wait)?;
-    let exponent = (sum.double_value(&[0]) / world.size() as f64).round().clamp(0.0, 20.0);
+    world
+        .all_reduce(&sum, parallel::ReduceOp::Sum)
+        .and_then(Work::wait)?;
+    let exponent = (sum.double_value(&[0]) / world.size() as f64)
+        .round()
+        .clamp(0.0, 20.0);
     Ok(1 << exponent as i64)
 }
 
@@ -113,8 +129,12 @@ mod tests {
 
     #[test]
     fn times_are_parted_into_rows_and_the_rest() {
-        let near = |(a, b): (f64, f64), (c, d): (f64, f64)| (a - c).abs() < 1e-9 && (b - d).abs() < 1e-9;
-        assert!(near(line([2.0 + 16.0 * 0.5, 2.0 + 256.0 * 0.5]), (0.5, 2.0)));
+        let near =
+            |(a, b): (f64, f64), (c, d): (f64, f64)| (a - c).abs() < 1e-9 && (b - d).abs() < 1e-9;
+        assert!(near(
+            line([2.0 + 16.0 * 0.5, 2.0 + 256.0 * 0.5]),
+            (0.5, 2.0)
+        ));
         for noise in [[1.0, 512.0], [600.0, 512.0]] {
             assert!(near(line(noise), (2.0, 0.0)));
         }
@@ -124,7 +144,12 @@ mod tests {
     fn ranks_measure_and_agree() {
         let agreed = on_threads(2, Duration::from_secs(60), |world| {
             let group = world.all("lending").unwrap();
-            let expert = ExpertSize { hidden: 64, ffn: 64, kind: Kind::Float, fetched_twice: false };
+            let expert = ExpertSize {
+                hidden: 64,
+                ffn: 64,
+                kind: Kind::Float,
+                fetched_twice: false,
+            };
             let measured = break_even(&group, expert, &Cpu).unwrap();
             assert!(measured > 0.0 && measured.is_finite(), "{measured}");
             agree(&group, [10.0, 90.0][group.rank()]).unwrap()

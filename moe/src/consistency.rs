@@ -3,12 +3,20 @@
 
 /// How often each expert is active in each segment of `segment` tokens of sequences of `sequence` tokens, from `experts`
 /// `[T * K]`; what is left over at the end of a sequence is not counted.
-fn counts(experts: &[i64], top_k: usize, num_experts: usize, sequence: usize, segment: usize) -> Vec<Vec<usize>> {
+fn counts(
+    experts: &[i64],
+    top_k: usize,
+    num_experts: usize,
+    sequence: usize,
+    segment: usize,
+) -> Vec<Vec<usize>> {
     let sequences = experts.chunks_exact(sequence * top_k);
     let segments = sequences.flat_map(|sequence| sequence.chunks_exact(segment * top_k));
     let count = |segment: &[i64]| {
         let mut counts = vec![0; num_experts];
-        segment.iter().for_each(|&expert| counts[expert as usize] += 1);
+        segment
+            .iter()
+            .for_each(|&expert| counts[expert as usize] += 1);
         counts
     };
     segments.map(count).collect()

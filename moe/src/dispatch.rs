@@ -120,9 +120,12 @@ impl Hop {
         let slots = self.slots.gather(x_td)?;
         Ok(match &self.exchange {
             None => Moving::Here(slots),
-            Some(Exchange { group, rows_to, rows_from, .. }) => {
-                Moving::Travelling(start_all_to_all(&slots, group, rows_from, rows_to)?)
-            }
+            Some(Exchange {
+                group,
+                rows_to,
+                rows_from,
+                ..
+            }) => Moving::Travelling(start_all_to_all(&slots, group, rows_from, rows_to)?),
         })
     }
 
@@ -131,7 +134,11 @@ impl Hop {
             Moving::Here(rows) => return Ok(rows),
             Moving::Travelling(travelling) => travelling.arrive()?,
         };
-        match self.exchange.as_ref().and_then(|exchange| exchange.order.as_ref()) {
+        match self
+            .exchange
+            .as_ref()
+            .and_then(|exchange| exchange.order.as_ref())
+        {
             Some((order, place)) => permute_rows(&rows, order, place),
             None => Ok(rows),
         }
@@ -143,14 +150,22 @@ impl Hop {
 
     /// Starts to send rows back.
     fn start_back(&self, y_rd: &Tensor) -> Result<Moving, Error> {
-        let Some(Exchange { group, rows_to, rows_from, order }) = &self.exchange else {
+        let Some(Exchange {
+            group,
+            rows_to,
+            rows_from,
+            order,
+        }) = &self.exchange
+        else {
             return Ok(Moving::Here(y_rd.shallow_clone()));
         };
         let mut rows = y_rd.shallow_clone();
         if let Some((order, place)) = order {
             rows = permute_rows(&rows, place, order)?;
         }
-        Ok(Moving::Travelling(start_all_to_all(&rows, group, rows_to, rows_from)?))
+        Ok(Moving::Travelling(start_all_to_all(
+            &rows, group, rows_to, rows_from,
+        )?))
     }
 
     /// Waits for them, and sums each token's with `weights_tc`, or as they are.
@@ -170,9 +185,15 @@ impl Hop {
             group: exchange.group.clone(),
             rows_to: exchange.rows_to.clone(),
             rows_from: exchange.rows_from.clone(),
-            order: exchange.order.as_ref().map(|(order, place)| (order.shallow_clone(), place.shallow_clone())),
+            order: exchange
+                .order
+                .as_ref()
+                .map(|(order, place)| (order.shallow_clone(), place.shallow_clone())),
         });
-        Hop { slots: self.slots.copy(), exchange }
+        Hop {
+            slots: self.slots.copy(),
+            exchange,
+        }
     }
 }
 
@@ -193,7 +214,10 @@ impl Way {
 impl Plan {
     /// Starts to send borrowed weights to those that work on them; None where nobody borrows any.
     pub(crate) fn fetch(&self, gate_up: &Weight, down: &Weight) -> Result<Option<Fetching>, Error> {
-        self.lending.as_ref().map(|lending| lending.fetch(&gate_up.value(), &down.value())).transpose()
+        self.lending
+            .as_ref()
+            .map(|lending| lending.fetch(&gate_up.value(), &down.value()))
+            .transpose()
     }
 }
 
@@ -208,12 +232,22 @@ impl Dispatcher {
         parts: usize,
     ) -> Dispatcher {
         let positions = Mutex::new(Arc::new((0..num_experts as i64).collect()));
-        Dispatcher { group, sites, least_loaded, hierarchy, parts, positions }
+        Dispatcher {
+            group,
+            sites,
+            least_loaded,
+            hierarchy,
+            parts,
+            positions,
+        }
     }
 
     /// For each expert its position: the first owner holds the first positions, and so on.
     pub fn positions(&self) -> Arc<Vec<i64>> {
-        self.positions.lock().expect("nobody panics with it").clone()
+        self.positions
+            .lock()
+            .expect("nobody panics with it")
+            .clone()
     }
 
     /// Says that experts have moved.
@@ -235,21 +269,50 @@ impl Dispatcher {
         let num_experts = positions.len();
         let of_part = |part: usize| {
             let tokens = part_of(experts.len() / top_k, part, self.parts);
-            count(&placed(&experts[tokens.start * top_k..tokens.end * top_k], &positions), num_experts)
+            count(
+                &placed(
+                    &experts[tokens.start * top_k..tokens.end * top_k],
+                    &positions,
+                ),
+                num_experts,
+            )
         };
         let own: Vec<i64> = (0..self.parts).flat_map(of_part).collect();
-        let counts = if self.group.size() == 1 { own } else { gather(&self.group, &own)? };
+        let counts = if self.group.size() == 1 {
+            own
+        } else {
+            gather(&self.group, &own)?
+        };
         let started = Instant::now();
-        let loads: Vec<i64> = (0..num_experts).map(|e| counts.iter().skip(e).step_by(num_experts).sum()).collect();
+        let loads: Vec<i64> = (0..num_experts)
+            .map(|e| counts.iter().skip(e).step_by(num_experts).sum())
+            .collect();
         let owners = self.sites.owners();
         let assignment = match &self.least_loaded {
-            Some(LeastLoaded { planner, .. }) => planner.lock().expect("nobody panics with it").plan(&loads, owners),
+            Some(LeastLoaded { planner, .. }) => planner
+                .lock()
+                .expect("nobody panics with it")
+                .plan(&loads, owners),
             None => crate::assignment::Assignment::standard(&loads, owners),
         };
-        let route = route(&counts, self.parts, &assignment, &self.sites, self.group.rank());
+        let route = route(
+            &counts,
+            self.parts,
+            &assignment,
+            &self.sites,
+            self.group.rank(),
+        );
         let seconds = started.elapsed().as_secs_f64();
-        let lending = self.least_loaded.as_ref().and_then(|ll| Lending::new(&route, &self.sites, &ll.lending));
-        Ok(Plan { positions, route: Arc::new(route), lending, seconds })
+        let lending = self
+            .least_loaded
+            .as_ref()
+            .and_then(|ll| Lending::new(&route, &self.sites, &ll.lending));
+        Ok(Plan {
+            positions,
+            route: Arc::new(route),
+            lending,
+            seconds,
+        })
     }
 
     /// Starts to send each of the tokens `x_td` `[T, D]`, of part `part`, to its experts; `experts` are their choices,
@@ -273,69 +336,110 @@ impl Dispatcher {
         let choices: Vec<Option<(usize, usize)>> = experts
             .iter()
             .zip(owners)
-            .flat_map(|(&expert, owner)| (0..slices).map(move |slice| Some((owner * slices + slice, expert as usize))))
+            .flat_map(|(&expert, owner)| {
+                (0..slices).map(move |slice| Some((owner * slices + slice, expert as usize)))
+            })
             .collect();
         let (per_token, device) = (top_k * slices, x_td.device());
         let (way, counts) = match &self.hierarchy {
-            Some(hierarchy) => {
-                hierarchy::way(hierarchy, &self.sites.nodes, &choices, per_token, num_experts, &route.work, device)?
-            }
+            Some(hierarchy) => hierarchy::way(
+                hierarchy,
+                &self.sites.nodes,
+                &choices,
+                per_token,
+                num_experts,
+                &route.work,
+                device,
+            )?,
             None => {
                 let send = plan_send(&choices, per_token, ranks, num_experts);
-                let hop = |exchange| Hop { slots: Slots::new(&send, per_token, device), exchange };
+                let hop = |exchange| Hop {
+                    slots: Slots::new(&send, per_token, device),
+                    exchange,
+                };
                 if ranks == 1 {
                     (Way(vec![hop(None)]), send.counts)
                 } else {
-                    let receive = plan_receive(&route.parts[part].incoming, &route.work, ranks, num_experts);
+                    let receive =
+                        plan_receive(&route.parts[part].incoming, &route.work, ranks, num_experts);
                     let exchange = Exchange {
                         group: self.group.clone(),
                         rows_to: send.rows_to.clone(),
                         rows_from: receive.rows_from,
-                        order: Some((upload(&receive.order, device), upload(&receive.place, device))),
+                        order: Some((
+                            upload(&receive.order, device),
+                            upload(&receive.place, device),
+                        )),
                     };
                     (Way(vec![hop(Some(exchange))]), receive.counts)
                 }
             }
         };
         let moving = way.0[0].start(x_td)?;
-        Ok(Sending { way, counts, moving })
+        Ok(Sending {
+            way,
+            counts,
+            moving,
+        })
     }
 
     /// Starts to bring the experts' results `y_rd` `[R, D]` back to their tokens, whose choices weigh `weights_tk` `[T, K]`.
     ///
     /// # Errors
     /// When a collective fails.
-    pub fn start_back(&self, y_rd: &Tensor, dispatched: Dispatched, weights_tk: &Tensor) -> Result<Returning, Error> {
+    pub fn start_back(
+        &self,
+        y_rd: &Tensor,
+        dispatched: Dispatched,
+        weights_tk: &Tensor,
+    ) -> Result<Returning, Error> {
         let mut weights_tc = weights_tk.shallow_clone();
         if self.sites.slices > 1 {
             // The slices' results are summed with the same weight.
             let (tokens, choices) = weights_tc.size2().map_err(|e| Error::new(e.to_string()))?;
             let slices = self.sites.slices as i64;
-            weights_tc = weights_tc.unsqueeze(-1).expand([tokens, choices, slices], false);
+            weights_tc = weights_tc
+                .unsqueeze(-1)
+                .expand([tokens, choices, slices], false);
             weights_tc = weights_tc.reshape([tokens, choices * slices]);
         }
         let mut hops = dispatched.way.0;
-        let last = hops.pop().ok_or_else(|| Error::new("a way without a hop"))?;
+        let last = hops
+            .pop()
+            .ok_or_else(|| Error::new("a way without a hop"))?;
         let moving = last.start_back(y_rd)?;
         let Some(first) = hops.pop() else {
-            return Ok(Returning { hop: last, moving, weights_tc: Some(weights_tc) });
+            return Ok(Returning {
+                hop: last,
+                moving,
+                weights_tc: Some(weights_tc),
+            });
         };
         // A node's results are summed there, and come back as one row.
         let summed = last.arrive_back(moving, Some(&first.there(&weights_tc)?))?;
         let moving = first.start_back(&summed)?;
-        Ok(Returning { hop: first, moving, weights_tc: None })
+        Ok(Returning {
+            hop: first,
+            moving,
+            weights_tc: None,
+        })
     }
 
     /// Bytes of rows that this rank sent to other nodes on their way to experts, without indices and weights. (So many
     /// again come back, and twice as many in backward.)
     pub fn bytes_across(&self, dispatched: &Dispatched) -> i64 {
-        let Some(Exchange { rows_to, .. }) = &dispatched.way.0[0].exchange else { return 0 };
+        let Some(Exchange { rows_to, .. }) = &dispatched.way.0[0].exchange else {
+            return 0;
+        };
         let node = self.sites.nodes[self.group.rank()];
         let rows: i64 = match &self.hierarchy {
             Some(hierarchy) => rows_to.iter().sum::<i64>() - rows_to[hierarchy.across.rank()],
-            None => {
-                rows_to.iter().zip(&self.sites.nodes).filter(|(_, other)| **other != node).map(|(rows, _)| rows).sum()
-            }
+            None => rows_to
+                .iter()
+                .zip(&self.sites.nodes)
+                .filter(|(_, other)| **other != node)
+                .map(|(rows, _)| rows)
+                .sum(),
         };
         let value = &dispatched.rows_rd.value;
         rows * value.size()[1] * value.kind().elt_size_in_bytes() as i64
@@ -353,7 +457,11 @@ impl Sending {
         saved: impl Fn() -> Result<Tensor, Error> + Send + 'static,
         keep: bool,
     ) -> Result<Dispatched, Error> {
-        let Sending { way, counts, moving } = self;
+        let Sending {
+            way,
+            counts,
+            moving,
+        } = self;
         let mut rows = way.0[0].arrive(moving)?;
         for hop in &way.0[1..] {
             rows = hop.there(&rows)?;
@@ -364,13 +472,20 @@ impl Sending {
             let again = way.copy();
             Activation::again(rows, move || again.there(&saved()?))
         };
-        Ok(Dispatched { rows_rd, counts, way })
+        Ok(Dispatched {
+            rows_rd,
+            counts,
+            way,
+        })
     }
 }
 
 /// The positions of chosen experts.
 fn placed(experts: &[i64], positions: &[i64]) -> Vec<i64> {
-    experts.iter().map(|&expert| positions[expert as usize]).collect()
+    experts
+        .iter()
+        .map(|&expert| positions[expert as usize])
+        .collect()
 }
 
 pub(crate) fn upload(numbers: &[i64], device: Device) -> Tensor {
@@ -380,8 +495,13 @@ pub(crate) fn upload(numbers: &[i64], device: Device) -> Tensor {
 /// Every rank's numbers, rank after rank. They are counts of rows, so 32 bits do.
 fn gather(group: &Arc<dyn Communicator>, numbers: &[i64]) -> Result<Vec<i64>, Error> {
     let own: Vec<i32> = numbers.iter().map(|&number| number as i32).collect();
-    let all = Tensor::empty([(own.len() * group.size()) as i64], (Kind::Int, Device::Cpu));
-    group.all_gather(&all, &Tensor::from_slice(&own)).and_then(Work::wait)?;
+    let all = Tensor::empty(
+        [(own.len() * group.size()) as i64],
+        (Kind::Int, Device::Cpu),
+    );
+    group
+        .all_gather(&all, &Tensor::from_slice(&own))
+        .and_then(Work::wait)?;
     let all = Vec::<i32>::try_from(all).map_err(|e| Error::new(e.to_string()))?;
     Ok(all.into_iter().map(i64::from).collect())
 }

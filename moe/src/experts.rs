@@ -24,10 +24,22 @@ pub enum Gemm {
 impl Gemm {
     /// Each group of rows times its own matrix: those of the first of `matrices`, `[E, out, in]` (or `[E, in, out]` if not
     /// `transposed`), then those of the next.
-    fn grouped(self, rows: &Tensor, matrices: &[Tensor], counts: &[i64], transposed: bool) -> Result<Tensor, Error> {
+    fn grouped(
+        self,
+        rows: &Tensor,
+        matrices: &[Tensor],
+        counts: &[i64],
+        transposed: bool,
+    ) -> Result<Tensor, Error> {
         // Products take matrices `[in, out]`, those in 8 bits `[out, in]`.
         let turned = transposed == (self == Gemm::Model);
-        let turn = |some: &Tensor| if turned { some.transpose(1, 2) } else { some.shallow_clone() };
+        let turn = |some: &Tensor| {
+            if turned {
+                some.transpose(1, 2)
+            } else {
+                some.shallow_clone()
+            }
+        };
         let matrices: Vec<Tensor> = matrices.iter().map(turn).collect();
         match self {
             Gemm::Model => Ok(grouped_product(rows, &matrices, counts)),
@@ -71,9 +83,14 @@ pub(crate) fn grouped_swiglu_with(
     let held = gate_up_efd.shape()[0];
     let experts = held + borrowed.as_ref().map_or(0, |borrowed| borrowed.count());
     if counts.iter().sum::<i64>() != rows || counts.len() as i64 != experts {
-        return Err(Error::new(format!("{experts} experts were given {rows} rows in groups {counts:?}")));
+        return Err(Error::new(format!(
+            "{experts} experts were given {rows} rows in groups {counts:?}"
+        )));
     }
-    let weights = borrowed.as_ref().map(|borrowed| borrowed.weights(gate_up_efd, down_edf)).transpose()?;
+    let weights = borrowed
+        .as_ref()
+        .map(|borrowed| borrowed.weights(gate_up_efd, down_edf))
+        .transpose()?;
     let (out, hidden) = tch::no_grad(|| {
         let here = Here::new(gate_up_efd, down_edf, weights);
         let hidden = gemm.grouped(&x_rd.value, &here.gate_up, counts, true)?;
@@ -81,51 +98,76 @@ pub(crate) fn grouped_swiglu_with(
         Ok::<_, Error>((out, hidden))
     })?;
     let kept = keep.then_some(hidden);
-    let (saved, gate_up, down, counts) = (x_rd.saved(), gate_up_efd.clone(), down_edf.clone(), counts.to_vec());
+    let (saved, gate_up, down, counts) = (
+        x_rd.saved(),
+        gate_up_efd.clone(),
+        down_edf.clone(),
+        counts.to_vec(),
+    );
     let (of_gate_up, of_down) = (gate_up_efd.tracker(), down_edf.tracker());
     let grad_shape = out.size();
     let options = (out.kind(), out.device());
-    let mut out = attach_backward(&[&x_rd.value, &of_gate_up, &of_down], vec![out], move |grads| {
-        let grad_out = match &grads[0] {
-            Some(grad) => grad.contiguous(),
-            // Others may wait for what this rank lends or borrowed.
-            None if borrowed.is_some() => Tensor::zeros(grad_shape.as_slice(), options),
-            None => return Ok(vec![None, None, None]),
-        };
-        let weights = borrowed.as_ref().map(|borrowed| borrowed.weights(&gate_up, &down)).transpose()?;
-        let x = saved.get()?;
-        let here = Here::new(&gate_up, &down, weights);
-        let hidden = match &kept {
-            Some(hidden) => hidden.shallow_clone(),
-            None => gemm.grouped(&x, &here.gate_up, &counts, true)?,
-        };
-        let grad_activation = gemm.grouped(&grad_out, &here.down, &counts, false)?;
-        let (grad_hidden, activation) = swiglu_backward(&grad_activation, &hidden);
-        let grad_x = gemm.grouped(&grad_hidden, &here.gate_up, &counts, false)?;
-        let (borrowed, counts) = (borrowed.clone(), counts.clone());
-        add_gradients(&[&down, &gate_up], move |sums| {
-            let (of_down, of_gate_up) = (sums[0], sums[1]);
-            let (down, gate_up) = (of_down.size(), of_gate_up.size());
-            let (own, foreign) = counts.split_at(down[0] as usize);
-            let own_rows: i64 = own.iter().sum();
-            // What helpers owe is on its way while this rank adds up its own.
-            let returning = match borrowed {
-                None => None,
-                Some(borrowed) => {
-                    let rest = |rows: &Tensor| rows.narrow(0, own_rows, rows.size()[0] - own_rows);
-                    borrowed.add_gradients(numel(&gate_up) + numel(&down), &x, |all| {
-                        let [of_gate_up, of_down] = parts(all, &gate_up, &down);
-                        add_grouped_product(&of_down, &rest(&grad_out), &rest(&activation), foreign);
-                        add_grouped_product(&of_gate_up, &rest(&grad_hidden), &rest(&x), foreign);
-                    })?
-                }
+    let mut out = attach_backward(
+        &[&x_rd.value, &of_gate_up, &of_down],
+        vec![out],
+        move |grads| {
+            let grad_out = match &grads[0] {
+                Some(grad) => grad.contiguous(),
+                // Others may wait for what this rank lends or borrowed.
+                None if borrowed.is_some() => Tensor::zeros(grad_shape.as_slice(), options),
+                None => return Ok(vec![None, None, None]),
             };
-            of_down.add_grouped_product(&grad_out, &activation, own);
-            of_gate_up.add_grouped_product(&grad_hidden, &x, own);
-            returning.map_or(Ok(()), |returning| returning.add_to(of_gate_up.tensor(), of_down.tensor()))
-        })?;
-        Ok(vec![Some(grad_x), None, None])
-    })?;
+            let weights = borrowed
+                .as_ref()
+                .map(|borrowed| borrowed.weights(&gate_up, &down))
+                .transpose()?;
+            let x = saved.get()?;
+            let here = Here::new(&gate_up, &down, weights);
+            let hidden = match &kept {
+                Some(hidden) => hidden.shallow_clone(),
+                None => gemm.grouped(&x, &here.gate_up, &counts, true)?,
+            };
+            let grad_activation = gemm.grouped(&grad_out, &here.down, &counts, false)?;
+            let (grad_hidden, activation) = swiglu_backward(&grad_activation, &hidden);
+            let grad_x = gemm.grouped(&grad_hidden, &here.gate_up, &counts, false)?;
+            let (borrowed, counts) = (borrowed.clone(), counts.clone());
+            add_gradients(&[&down, &gate_up], move |sums| {
+                let (of_down, of_gate_up) = (sums[0], sums[1]);
+                let (down, gate_up) = (of_down.size(), of_gate_up.size());
+                let (own, foreign) = counts.split_at(down[0] as usize);
+                let own_rows: i64 = own.iter().sum();
+                // What helpers owe is on its way while this rank adds up its own.
+                let returning = match borrowed {
+                    None => None,
+                    Some(borrowed) => {
+                        let rest =
+                            |rows: &Tensor| rows.narrow(0, own_rows, rows.size()[0] - own_rows);
+                        borrowed.add_gradients(numel(&gate_up) + numel(&down), &x, |all| {
+                            let [of_gate_up, of_down] = parts(all, &gate_up, &down);
+                            add_grouped_product(
+                                &of_down,
+                                &rest(&grad_out),
+                                &rest(&activation),
+                                foreign,
+                            );
+                            add_grouped_product(
+                                &of_gate_up,
+                                &rest(&grad_hidden),
+                                &rest(&x),
+                                foreign,
+                            );
+                        })?
+                    }
+                };
+                of_down.add_grouped_product(&grad_out, &activation, own);
+                of_gate_up.add_grouped_product(&grad_hidden, &x, own);
+                returning.map_or(Ok(()), |returning| {
+                    returning.add_to(of_gate_up.tensor(), of_down.tensor())
+                })
+            })?;
+            Ok(vec![Some(grad_x), None, None])
+        },
+    )?;
     Ok(out.remove(0))
 }
 
@@ -139,7 +181,10 @@ struct Here {
 
 impl Here {
     fn new(gate_up: &Weight, down: &Weight, borrowed: Option<Tensor>) -> Here {
-        let mut here = Here { gate_up: vec![gate_up.value()], down: vec![down.value()] };
+        let mut here = Here {
+            gate_up: vec![gate_up.value()],
+            down: vec![down.value()],
+        };
         if let Some(borrowed) = borrowed {
             let [gate_up, down] = parts(&borrowed, &here.gate_up[0].size(), &here.down[0].size());
             here.gate_up.push(gate_up);
@@ -157,7 +202,14 @@ mod tests {
 
     fn collect(weights: [&Weight; 2]) -> GradientBuckets {
         let alone = [Replication::alone()];
-        let gradients = GradientBuckets::new(&weights.map(|w| (w.clone(), 0)), &alone, 1 << 20, true, &Cpu).unwrap();
+        let gradients = GradientBuckets::new(
+            &weights.map(|w| (w.clone(), 0)),
+            &alone,
+            1 << 20,
+            true,
+            &Cpu,
+        )
+        .unwrap();
         gradients.begin(1);
         gradients
     }
@@ -167,34 +219,68 @@ mod tests {
         let (hidden, ffn, counts) = (6i64, 5i64, [3i64, 0, 2]);
         let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
         let values = [random(&[3, 2 * ffn, hidden]), random(&[3, hidden, ffn])];
-        let (mut x, probe) = (random(&[5, hidden]).set_requires_grad(true), random(&[5, hidden]));
+        let (mut x, probe) = (
+            random(&[5, hidden]).set_requires_grad(true),
+            random(&[5, hidden]),
+        );
         let [gate_up, down] = values.each_ref().map(|value| Weight::new(value.copy()));
         let gradients = collect([&gate_up, &down]);
         let mut run = |keep| {
             gradients.begin(1);
-            let ours = grouped_swiglu(&Activation::kept(&x), &gate_up, &down, &counts, keep).unwrap();
+            let ours =
+                grouped_swiglu(&Activation::kept(&x), &gate_up, &down, &counts, keep).unwrap();
             (&ours * &probe).sum(Kind::Float).backward();
             let grad_x = x.grad().copy();
             x.zero_grad();
-            (ours.detach(), grad_x, gradients.gradient(0).copy(), gradients.gradient(1).copy())
+            (
+                ours.detach(),
+                grad_x,
+                gradients.gradient(0).copy(),
+                gradients.gradient(1).copy(),
+            )
         };
         let (ours, grad_x, of_gate_up, of_down) = run(true);
-        assert_eq!(run(false), (ours.copy(), grad_x.copy(), of_gate_up.copy(), of_down.copy()));
+        assert_eq!(
+            run(false),
+            (
+                ours.copy(),
+                grad_x.copy(),
+                of_gate_up.copy(),
+                of_down.copy()
+            )
+        );
         let [gate_up, down] = values.map(|value| value.set_requires_grad(true));
         let mut outs = Vec::new();
         for (expert, start, len) in [(0, 0, 3), (2, 3, 2)] {
-            let h = x.narrow(0, start, len).matmul(&gate_up.select(0, expert).tr());
+            let h = x
+                .narrow(0, start, len)
+                .matmul(&gate_up.select(0, expert).tr());
             let halves = h.chunk(2, -1);
             outs.push((halves[0].silu() * &halves[1]).matmul(&down.select(0, expert).tr()));
         }
         let plain = Tensor::cat(&outs, 0);
         (&plain * &probe).sum(Kind::Float).backward();
         assert!(ours.allclose(&plain, 1e-5, 1e-6, false));
-        for (grad, plain) in [(&grad_x, x.grad()), (&of_gate_up, gate_up.grad()), (&of_down, down.grad())] {
+        for (grad, plain) in [
+            (&grad_x, x.grad()),
+            (&of_gate_up, gate_up.grad()),
+            (&of_down, down.grad()),
+        ] {
             let plain = plain.view_as(grad);
-            assert!(grad.allclose(&plain, 1e-5, 1e-6, false), "{:?}", plain.size());
+            assert!(
+                grad.allclose(&plain, 1e-5, 1e-6, false),
+                "{:?}",
+                plain.size()
+            );
         }
-        assert_eq!(of_gate_up.narrow(0, 2 * ffn, 2 * ffn).abs().sum(Kind::Float).double_value(&[]), 0.0);
+        assert_eq!(
+            of_gate_up
+                .narrow(0, 2 * ffn, 2 * ffn)
+                .abs()
+                .sum(Kind::Float)
+                .double_value(&[]),
+            0.0
+        );
     }
 
     #[test]
@@ -203,19 +289,40 @@ mod tests {
         let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
         let weights = [random(&[3, 2 * ffn, hidden]), random(&[3, hidden, ffn])].map(Weight::new);
         let gradients = collect([&weights[0], &weights[1]]);
-        let (mut x, probe) = (random(&[48, hidden]).set_requires_grad(true), random(&[48, hidden]));
+        let (mut x, probe) = (
+            random(&[48, hidden]).set_requires_grad(true),
+            random(&[48, hidden]),
+        );
         let mut run = |gemm| {
             gradients.begin(1);
             let activation = Activation::kept(&x);
-            let out = grouped_swiglu_with(&activation, &weights[0], &weights[1], None, &counts, gemm, true).unwrap();
+            let out = grouped_swiglu_with(
+                &activation,
+                &weights[0],
+                &weights[1],
+                None,
+                &counts,
+                gemm,
+                true,
+            )
+            .unwrap();
             (&out * &probe).sum(Kind::Float).backward();
             let grad_x = x.grad().copy();
             x.zero_grad();
-            [out.detach(), grad_x, gradients.gradient(0).copy(), gradients.gradient(1).copy()]
+            [
+                out.detach(),
+                grad_x,
+                gradients.gradient(0).copy(),
+                gradients.gradient(1).copy(),
+            ]
         };
         for (plain, fp8) in run(Gemm::Model).iter().zip(&run(Gemm::Fp8)) {
             let off = ((fp8 - plain).norm() / plain.norm()).double_value(&[]);
-            assert!(off > 1e-4 && off < 0.08, "{:?} is off by {off}", plain.size());
+            assert!(
+                off > 1e-4 && off < 0.08,
+                "{:?} is off by {off}",
+                plain.size()
+            );
         }
     }
 
@@ -228,7 +335,14 @@ mod tests {
         let out = grouped_swiglu(&rows(0), &gate_up, &down, &[0, 0], true).unwrap();
         out.sum(Kind::Float).backward();
         gradients.finish().unwrap();
-        assert_eq!(gradients.gradient(0).abs().sum(Kind::Float).double_value(&[]), 0.0);
+        assert_eq!(
+            gradients
+                .gradient(0)
+                .abs()
+                .sum(Kind::Float)
+                .double_value(&[]),
+            0.0
+        );
         assert!(grouped_swiglu(&rows(1), &gate_up, &down, &[0, 0], true).is_err());
     }
 }

@@ -58,20 +58,36 @@ pub(crate) struct Returning {
 
 impl Lending {
     /// None where no weight is lent to anyone.
-    pub(crate) fn new(route: &Route, sites: &Sites, group: &Arc<dyn Communicator>) -> Option<Arc<Lending>> {
+    pub(crate) fn new(
+        route: &Route,
+        sites: &Sites,
+        group: &Arc<dyn Communicator>,
+    ) -> Option<Arc<Lending>> {
         if route.transfers.is_empty() {
             return None;
         }
         let (owner, slice) = (group.rank() / sites.slices, group.rank() % sites.slices);
         let first = route.work.first().copied().unwrap_or(0);
-        let mut lending = Lending { group: group.clone(), lent: Vec::new(), borrowed: Vec::new(), rounds: 0 };
+        let mut lending = Lending {
+            group: group.clone(),
+            lent: Vec::new(),
+            borrowed: Vec::new(),
+            rounds: 0,
+        };
         // The last sender and receiver, and which of the sender's helpers that receiver is.
         let (mut last, mut round) = (None, 0);
         // They come by sender, receiver and expert; weights go between ranks with the same slice.
         for transfer in &route.transfers {
-            let (from, to) = (transfer.from * sites.slices + slice, transfer.to * sites.slices + slice);
+            let (from, to) = (
+                transfer.from * sites.slices + slice,
+                transfer.to * sites.slices + slice,
+            );
             if last != Some((transfer.from, transfer.to)) {
-                round = if last.is_some_and(|(from, _)| from == transfer.from) { round + 1 } else { 0 };
+                round = if last.is_some_and(|(from, _)| from == transfer.from) {
+                    round + 1
+                } else {
+                    0
+                };
                 last = Some((transfer.from, transfer.to));
                 lending.rounds = lending.rounds.max(round + 1);
             }
@@ -83,9 +99,17 @@ impl Lending {
                 }
             }
             if transfer.to == owner {
-                match lending.borrowed.last_mut().filter(|borrowed| borrowed.lender == from) {
+                match lending
+                    .borrowed
+                    .last_mut()
+                    .filter(|borrowed| borrowed.lender == from)
+                {
                     Some(borrowed) => borrowed.experts += 1,
-                    None => lending.borrowed.push(Borrowed { lender: from, experts: 1, round }),
+                    None => lending.borrowed.push(Borrowed {
+                        lender: from,
+                        experts: 1,
+                        round,
+                    }),
                 }
             }
         }
@@ -96,13 +120,25 @@ impl Lending {
     pub(crate) fn ring(group: &Arc<dyn Communicator>) -> Arc<Lending> {
         let (rank, ranks) = (group.rank(), group.size());
         let (next, previous) = ((rank + 1) % ranks, (rank + ranks - 1) % ranks);
-        let borrowed = vec![Borrowed { lender: previous, experts: 1, round: 0 }];
-        Arc::new(Lending { group: group.clone(), lent: vec![(next, vec![0])], borrowed, rounds: 1 })
+        let borrowed = vec![Borrowed {
+            lender: previous,
+            experts: 1,
+            round: 0,
+        }];
+        Arc::new(Lending {
+            group: group.clone(),
+            lent: vec![(next, vec![0])],
+            borrowed,
+            rounds: 1,
+        })
     }
 
     /// How many experts this rank lends, counted once for each helper.
     pub(crate) fn num_lent(&self) -> i64 {
-        self.lent.iter().map(|(_, experts)| experts.len() as i64).sum()
+        self.lent
+            .iter()
+            .map(|(_, experts)| experts.len() as i64)
+            .sum()
     }
 
     fn num_borrowed(&self) -> i64 {
@@ -114,7 +150,10 @@ impl Lending {
         let mut first = 0;
         let part = |borrowed: &'a Borrowed| {
             first += borrowed.experts;
-            (all.narrow(0, first - borrowed.experts, borrowed.experts), borrowed)
+            (
+                all.narrow(0, first - borrowed.experts, borrowed.experts),
+                borrowed,
+            )
         };
         self.borrowed.iter().map(part).collect()
     }
@@ -126,15 +165,26 @@ impl Lending {
         let mut packed: HashMap<&[i64], Tensor> = HashMap::new();
         for (_, experts) in &self.lent {
             packed.entry(experts).or_insert_with(|| {
-                let parts =
-                    experts.iter().flat_map(|&e| [gate_up, down].map(|weights| weights.select(0, e).view([-1])));
+                let parts = experts
+                    .iter()
+                    .flat_map(|&e| [gate_up, down].map(|weights| weights.select(0, e).view([-1])));
                 tch::no_grad(|| Tensor::cat(&parts.collect::<Vec<_>>(), 0))
             });
         }
-        let sends: Vec<_> = self.lent.iter().map(|(rank, experts)| (&packed[experts.as_slice()], *rank)).collect();
-        let weights = Tensor::empty([self.num_borrowed(), elements], (gate_up.kind(), gate_up.device()));
+        let sends: Vec<_> = self
+            .lent
+            .iter()
+            .map(|(rank, experts)| (&packed[experts.as_slice()], *rank))
+            .collect();
+        let weights = Tensor::empty(
+            [self.num_borrowed(), elements],
+            (gate_up.kind(), gate_up.device()),
+        );
         let parts = self.by_lender(&weights);
-        let receives: Vec<_> = parts.iter().map(|(part, borrowed)| (part, borrowed.lender)).collect();
+        let receives: Vec<_> = parts
+            .iter()
+            .map(|(part, borrowed)| (part, borrowed.lender))
+            .collect();
         let work = self.group.exchange(&sends, &receives, WEIGHTS)?;
         Ok(Fetching { work, weights })
     }
@@ -142,7 +192,11 @@ impl Lending {
     /// Starts to send the gradients `[M, elements]` of borrowed weights home.
     pub(crate) fn give_back(self: &Arc<Lending>, gradients: &Tensor) -> Result<Returning, Error> {
         let under_way = VecDeque::new();
-        let mut returning = Returning { lending: self.clone(), gradients: gradients.shallow_clone(), under_way };
+        let mut returning = Returning {
+            lending: self.clone(),
+            gradients: gradients.shallow_clone(),
+            under_way,
+        };
         for round in 0..self.rounds.min(2) {
             returning.start(round)?;
         }
@@ -163,15 +217,24 @@ impl Returning {
         let Lending { group, lent, .. } = &*self.lending;
         let parts = self.lending.by_lender(&self.gradients);
         let of_now = parts.iter().filter(|(_, borrowed)| borrowed.round == round);
-        let sends: Vec<_> = of_now.map(|(part, borrowed)| (part, borrowed.lender)).collect();
+        let sends: Vec<_> = of_now
+            .map(|(part, borrowed)| (part, borrowed.lender))
+            .collect();
         let elements = self.gradients.size()[1];
         let helper = lent.get(round).map(|(helper, experts)| {
             let options = (Kind::Float, self.gradients.device());
-            (Tensor::empty([experts.len() as i64, elements], options), *helper)
+            (
+                Tensor::empty([experts.len() as i64, elements], options),
+                *helper,
+            )
         });
-        let receives: Vec<_> = helper.iter().map(|(part, helper)| (part, *helper)).collect();
+        let receives: Vec<_> = helper
+            .iter()
+            .map(|(part, helper)| (part, *helper))
+            .collect();
         let work = group.exchange(&sends, &receives, GRADIENTS)?;
-        self.under_way.push_back((work, helper.map(|(part, _)| part)));
+        self.under_way
+            .push_back((work, helper.map(|(part, _)| part)));
         Ok(())
     }
 
@@ -179,12 +242,17 @@ impl Returning {
     pub(crate) fn add_to(mut self, gate_up: &Tensor, down: &Tensor) -> Result<(), Error> {
         let lending = self.lending.clone();
         for round in 0..lending.rounds {
-            let (work, part) = self.under_way.pop_front().expect("two rounds are under way, or all that are left");
+            let (work, part) = self
+                .under_way
+                .pop_front()
+                .expect("two rounds are under way, or all that are left");
             work.wait()?;
             if let Some(part) = part {
                 let [of_gate_up, of_down] = parts(&part, &gate_up.size(), &down.size());
                 for (row, &expert) in lending.lent[round].1.iter().enumerate() {
-                    let _ = gate_up.select(0, expert).g_add_(&of_gate_up.get(row as i64));
+                    let _ = gate_up
+                        .select(0, expert)
+                        .g_add_(&of_gate_up.get(row as i64));
                     let _ = down.select(0, expert).g_add_(&of_down.get(row as i64));
                 }
             }
@@ -204,7 +272,8 @@ pub(crate) fn parts(flat: &Tensor, gate_up: &[i64], down: &[i64]) -> [Tensor; 2]
         let (elements, mut shape) = (numel(like), like.to_vec());
         shape[0] = flat.size()[0];
         start += elements;
-        flat.narrow(1, start - elements, elements).view(shape.as_slice())
+        flat.narrow(1, start - elements, elements)
+            .view(shape.as_slice())
     })
 }
 

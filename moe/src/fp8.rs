@@ -16,7 +16,9 @@ fn quantize(x: &Tensor) -> (Tensor, Tensor) {
     let x = x.to_kind(Kind::Float);
     // Rows of zeros keep a scale that can be divided by.
     let scale = (x.abs().amax([-1i64].as_slice(), true) / LARGEST).clamp_min(1e-12);
-    let small = (x / &scale).clamp(-LARGEST, LARGEST).to_kind(Kind::Float8e4m3fn);
+    let small = (x / &scale)
+        .clamp(-LARGEST, LARGEST)
+        .to_kind(Kind::Float8e4m3fn);
     (small, scale)
 }
 
@@ -24,7 +26,11 @@ fn quantize(x: &Tensor) -> (Tensor, Tensor) {
 ///
 /// # Errors
 /// On a GPU, what the kernel says: it takes bf16 models whose widths are multiples of 16, on Hopper and newer.
-pub(crate) fn grouped_matmul(rows: &Tensor, matrices: &Tensor, counts: &[i64]) -> Result<Tensor, Error> {
+pub(crate) fn grouped_matmul(
+    rows: &Tensor,
+    matrices: &Tensor,
+    counts: &[i64],
+) -> Result<Tensor, Error> {
     let (small, scales) = quantize(rows);
     if let Device::Cuda(_) = rows.device() {
         let (matrices, of_matrices) = quantize(matrices);
@@ -49,7 +55,9 @@ pub(crate) fn grouped_matmul(rows: &Tensor, matrices: &Tensor, counts: &[i64]) -
     let (small, mut parts, mut start) = (small.to_kind(Kind::Float), Vec::new(), 0);
     for (expert, &len) in counts.iter().enumerate() {
         let (matrix, of_matrix) = quantize(&matrices.get(expert as i64));
-        let part = small.narrow(0, start, len).matmul(&matrix.to_kind(Kind::Float).tr());
+        let part = small
+            .narrow(0, start, len)
+            .matmul(&matrix.to_kind(Kind::Float).tr());
         parts.push(part * scales.narrow(0, start, len) * of_matrix.tr());
         start += len;
     }
@@ -64,12 +72,19 @@ mod tests {
     #[test]
     fn numbers_that_fit_are_multiplied_exactly() {
         // Rows whose largest number is 448 have the scale 1, and whole numbers up to 16 are numbers of E4M3.
-        let rows = Tensor::from_slice(&[448f32, 3.0, -2.0, 16.0, 448.0, 0.0, 448.0, 7.0, 1.0]).view([3, 3]);
-        let matrices = [[448f32, 1.0, 2.0, -448.0, 5.0, 0.0], [0.0, 448.0, -9.0, 448.0, 448.0, 448.0]];
+        let rows = Tensor::from_slice(&[448f32, 3.0, -2.0, 16.0, 448.0, 0.0, 448.0, 7.0, 1.0])
+            .view([3, 3]);
+        let matrices = [
+            [448f32, 1.0, 2.0, -448.0, 5.0, 0.0],
+            [0.0, 448.0, -9.0, 448.0, 448.0, 448.0],
+        ];
         let matrices = Tensor::from_slice(&matrices.concat()).view([2, 2, 3]);
         let ours = grouped_matmul(&rows, &matrices, &[2, 1]).unwrap();
         let by = |expert: i64| matrices.get(expert).tr();
-        let plain = [rows.narrow(0, 0, 2).matmul(&by(0)), rows.narrow(0, 2, 1).matmul(&by(1))];
+        let plain = [
+            rows.narrow(0, 0, 2).matmul(&by(0)),
+            rows.narrow(0, 2, 1).matmul(&by(1)),
+        ];
         assert_eq!(ours, Tensor::cat(&plain, 0));
     }
 
@@ -80,15 +95,26 @@ mod tests {
         let matrix = random(&[48, 64]);
         let ours = grouped_matmul(&rows, &matrix.unsqueeze(0), &[32]).unwrap();
         let plain = rows.matmul(&matrix.tr());
-        let norm = |x: &Tensor| x.square().sum_dim_intlist([1i64].as_slice(), false, Kind::Float).sqrt();
-        let off = (norm(&(ours - &plain)) / norm(&plain)).max().double_value(&[]);
+        let norm = |x: &Tensor| {
+            x.square()
+                .sum_dim_intlist([1i64].as_slice(), false, Kind::Float)
+                .sqrt()
+        };
+        let off = (norm(&(ours - &plain)) / norm(&plain))
+            .max()
+            .double_value(&[]);
         assert!(off > 1e-3 && off < 0.06, "{off}");
     }
 
     #[test]
     fn groups_without_rows_and_rows_of_zeros_are_fine() {
         let zeros = Tensor::zeros([2, 16], (Kind::BFloat16, Device::Cpu));
-        let out = grouped_matmul(&zeros, &Tensor::stack(&[&zeros, &zeros, &zeros], 0), &[0, 2, 0]).unwrap();
+        let out = grouped_matmul(
+            &zeros,
+            &Tensor::stack(&[&zeros, &zeros, &zeros], 0),
+            &[0, 2, 0],
+        )
+        .unwrap();
         assert_eq!((out.size(), out.kind()), (vec![2, 2], Kind::BFloat16));
         assert_eq!(out.abs().sum(Kind::Float).double_value(&[]), 0.0);
     }

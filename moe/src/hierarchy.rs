@@ -43,7 +43,10 @@ pub(crate) fn way(
     let num_nodes = across.size();
     let tokens = choices.len() / per_token;
     let mut crossing = vec![None; tokens * num_nodes];
-    let at: Vec<_> = choices.iter().map(|to| to.map(|(rank, expert)| (place(rank, nodes), expert))).collect();
+    let at: Vec<_> = choices
+        .iter()
+        .map(|to| to.map(|(rank, expert)| (place(rank, nodes), expert)))
+        .collect();
     for (choice, to) in at.iter().enumerate() {
         if let Some(((node, _), _)) = to {
             crossing[choice / per_token * num_nodes + node] = Some((*node, 0));
@@ -63,11 +66,18 @@ pub(crate) fn way(
     let received = exchange(across, &numbers, &send.rows_to, &rows_from, width)?;
     let first = Hop {
         slots: Slots::new(&send, num_nodes, device),
-        exchange: Some(Exchange { group: across.clone(), rows_to: send.rows_to, rows_from, order: None }),
+        exchange: Some(Exchange {
+            group: across.clone(),
+            rows_to: send.rows_to,
+            rows_from,
+            order: None,
+        }),
     };
 
-    let spread =
-        |&number: &i32| (number != ELSEWHERE).then(|| (number as usize / num_experts, number as usize % num_experts));
+    let spread = |&number: &i32| {
+        (number != ELSEWHERE)
+            .then(|| (number as usize / num_experts, number as usize % num_experts))
+    };
     let spread: Vec<_> = received.iter().map(spread).collect();
     let send = plan_send(&spread, per_token, inside.size(), num_experts);
     let slots = Slots::new(&send, per_token, device);
@@ -83,16 +93,35 @@ pub(crate) fn way(
         group: inside.clone(),
         rows_to: send.rows_to,
         rows_from: receive.rows_from,
-        order: Some((upload(&receive.order, device), upload(&receive.place, device))),
+        order: Some((
+            upload(&receive.order, device),
+            upload(&receive.place, device),
+        )),
     };
-    Ok((Way(vec![first, Hop { slots, exchange: Some(exchange) }]), receive.counts))
+    Ok((
+        Way(vec![
+            first,
+            Hop {
+                slots,
+                exchange: Some(exchange),
+            },
+        ]),
+        receive.counts,
+    ))
 }
 
 /// `each` numbers for every rank: those that every rank has for this one.
-fn exchange_numbers(group: &Arc<dyn Communicator>, numbers: &[i64], each: usize) -> Result<Vec<i64>, Error> {
+fn exchange_numbers(
+    group: &Arc<dyn Communicator>,
+    numbers: &[i64],
+    each: usize,
+) -> Result<Vec<i64>, Error> {
     let numbers: Vec<i32> = numbers.iter().map(|&number| number as i32).collect();
     let splits = vec![1; group.size()];
-    Ok(exchange(group, &numbers, &splits, &splits, each as i64)?.into_iter().map(i64::from).collect())
+    Ok(exchange(group, &numbers, &splits, &splits, each as i64)?
+        .into_iter()
+        .map(i64::from)
+        .collect())
 }
 
 /// Rows of `width` numbers.
@@ -104,7 +133,12 @@ fn exchange(
     width: i64,
 ) -> Result<Vec<i32>, Error> {
     let sent = Tensor::from_slice(rows).view([-1, width]);
-    let received = Tensor::empty([rows_from.iter().sum::<i64>(), width], (sent.kind(), sent.device()));
-    group.all_to_all(&received, &sent, rows_from, rows_to).and_then(Work::wait)?;
+    let received = Tensor::empty(
+        [rows_from.iter().sum::<i64>(), width],
+        (sent.kind(), sent.device()),
+    );
+    group
+        .all_to_all(&received, &sent, rows_from, rows_to)
+        .and_then(Work::wait)?;
     Vec::<i32>::try_from(received.view([-1])).map_err(|e| Error::new(e.to_string()))
 }

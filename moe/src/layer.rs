@@ -108,33 +108,59 @@ impl MoeLayer {
     ///
     /// # Errors
     /// When a collective fails.
-    pub fn forward(&self, x_td: &Activation, sequences: usize, replay: &Replay) -> Result<MoeOutput, Error> {
+    pub fn forward(
+        &self,
+        x_td: &Activation,
+        sequences: usize,
+        replay: &Replay,
+    ) -> Result<MoeOutput, Error> {
         let tokens = x_td.value.size()[0] as usize;
-        let logits_te = linears(x_td, &[&self.weights.gate])?.remove(0).to_kind(Kind::Float);
-        let bias = self.weights.bias.as_ref().map(|bias| bias.lock().expect("nobody panics with it").shallow_clone());
+        let logits_te = linears(x_td, &[&self.weights.gate])?
+            .remove(0)
+            .to_kind(Kind::Float);
+        let bias = self
+            .weights
+            .bias
+            .as_ref()
+            .map(|bias| bias.lock().expect("nobody panics with it").shallow_clone());
         let before = replay.0.lock().expect("nobody panics with it").take();
-        let (chosen, plan) = before.map_or((None, None), |(chosen, plan)| (Some(chosen), Some(plan)));
+        let (chosen, plan) =
+            before.map_or((None, None), |(chosen, plan)| (Some(chosen), Some(plan)));
         let in_all = tokens * self.tensor.size();
-        let groups = if self.statistics == Statistics::Sequence { sequences } else { 1 };
+        let groups = if self.statistics == Statistics::Sequence {
+            sequences
+        } else {
+            1
+        };
         let own = segments(self.tensor.rank() * tokens, tokens, in_all / groups, groups);
-        let routing = self.router.route(&logits_te, bias.as_ref(), chosen.as_ref(), &own)?;
+        let routing = self
+            .router
+            .route(&logits_te, bias.as_ref(), chosen.as_ref(), &own)?;
         let experts = Vec::<i64>::try_from(routing.experts_tk.flatten(0, -1).contiguous())
             .map_err(|e| Error::new(e.to_string()))?;
-        let Router { top_k, num_experts, .. } = self.router;
+        let Router {
+            top_k, num_experts, ..
+        } = self.router;
         let plan = match plan {
             Some(plan) => plan,
             None => self.dispatcher.plan(&experts, top_k)?,
         };
-        *replay.0.lock().expect("nobody panics with it") = Some((routing.experts_tk.shallow_clone(), plan.clone()));
+        *replay.0.lock().expect("nobody panics with it") =
+            Some((routing.experts_tk.shallow_clone(), plan.clone()));
         let shared = |x_td: &Activation| match &self.weights.shared {
             None => Ok(None),
             Some((gate_up, down)) => {
-                let network =
-                    |x: &Activation| grouped_swiglu(x, gate_up, down, &[x.value.size()[0]], self.keep.experts);
+                let network = |x: &Activation| {
+                    grouped_swiglu(x, gate_up, down, &[x.value.size()[0]], self.keep.experts)
+                };
                 self.tensor.block(x_td, network).map(Some)
             }
         };
-        let Mixed { mut hidden_td, beside, seen } = self.mix(x_td, &routing.weights_tk, experts, &plan, shared)?;
+        let Mixed {
+            mut hidden_td,
+            beside,
+            seen,
+        } = self.mix(x_td, &routing.weights_tk, experts, &plan, shared)?;
         if let Some(shared) = beside {
             hidden_td = hidden_td + shared;
         }
@@ -142,11 +168,26 @@ impl MoeLayer {
         let counts = count_choices(&seen.experts, top_k, &own, num_experts);
         let counts_ge = Tensor::from_slice(&counts).view([groups as i64, num_experts as i64]);
         let counts_ge = counts_ge.to_device(x_td.value.device());
-        let reduced = self.sequence.all_reduce(&counts_ge, ReduceOp::Sum).and_then(parallel::Work::wait);
+        let reduced = self
+            .sequence
+            .all_reduce(&counts_ge, ReduceOp::Sum)
+            .and_then(parallel::Work::wait);
         reduced.map_err(|e| Error::new(e.to_string()))?;
-        let Routing { prob_sums_ge, z_sum, .. } = routing;
-        let stats = RouterStats { counts_ge, prob_sums_ge, z_sum };
-        Ok(MoeOutput { hidden_td, stats, seen })
+        let Routing {
+            prob_sums_ge,
+            z_sum,
+            ..
+        } = routing;
+        let stats = RouterStats {
+            counts_ge,
+            prob_sums_ge,
+            z_sum,
+        };
+        Ok(MoeOutput {
+            hidden_td,
+            stats,
+            seen,
+        })
     }
 
     /// Dispatch, experts and the sum with weights `weights_tk` `[T, K]`, for choices `experts` `[T * K]` that are made and planned. While
@@ -165,15 +206,28 @@ impl MoeLayer {
         plan: &Plan,
         beside: impl FnOnce(&Activation) -> Result<Option<Tensor>, Error>,
     ) -> Result<Mixed, Error> {
-        let (Router { top_k, num_experts, .. }, MoeWeights { gate_up, down, .. }) = (&self.router, &self.weights);
+        let (
+            Router {
+                top_k, num_experts, ..
+            },
+            MoeWeights { gate_up, down, .. },
+        ) = (&self.router, &self.weights);
         let parts = self.dispatcher.parts();
         let mut fetching = plan.fetch(gate_up, down)?;
         // All parts are on their way before the first is worked on; its results are while the next one is.
-        let ranges: Vec<_> = (0..parts).map(|part| part_of(experts.len() / top_k, part, parts)).collect();
+        let ranges: Vec<_> = (0..parts)
+            .map(|part| part_of(experts.len() / top_k, part, parts))
+            .collect();
         let sizes: Vec<i64> = ranges.iter().map(|range| range.len() as i64).collect();
         let (tokens, weights) = match parts {
-            1 => (vec![x_td.value.shallow_clone()], vec![weights_tk.shallow_clone()]),
-            _ => (x_td.value.split_with_sizes(&sizes, 0), weights_tk.split_with_sizes(&sizes, 0)),
+            1 => (
+                vec![x_td.value.shallow_clone()],
+                vec![weights_tk.shallow_clone()],
+            ),
+            _ => (
+                x_td.value.split_with_sizes(&sizes, 0),
+                weights_tk.split_with_sizes(&sizes, 0),
+            ),
         };
         let mut sending = Vec::new();
         for (part, (tokens, range)) in tokens.iter().zip(&ranges).enumerate() {
@@ -186,23 +240,52 @@ impl MoeLayer {
         let (mut rows, mut borrowed_rows, mut bytes_across) = (0, 0, 0);
         for ((sending, range), weights) in sending.into_iter().zip(&ranges).zip(&weights) {
             let (saved, start, len) = (x_td.saved(), range.start as i64, range.len() as i64);
-            let dispatched = sending.arrive(move || Ok(saved.get()?.narrow(0, start, len)), self.keep.rows)?;
+            let dispatched = sending.arrive(
+                move || Ok(saved.get()?.narrow(0, start, len)),
+                self.keep.rows,
+            )?;
             if let (Some(fetching), Some(lending)) = (fetching.take(), &plan.lending) {
-                borrowed = Some(Borrowed::new(lending.clone(), fetching.arrive()?, self.keep.rows, parts));
+                borrowed = Some(Borrowed::new(
+                    lending.clone(),
+                    fetching.arrive()?,
+                    self.keep.rows,
+                    parts,
+                ));
             }
             let counts = &dispatched.counts;
             rows += counts.iter().sum::<i64>();
             borrowed_rows += counts[plan.route.held..].iter().sum::<i64>();
             bytes_across += self.dispatcher.bytes_across(&dispatched);
             let (rows_rd, borrowed) = (&dispatched.rows_rd, borrowed.clone());
-            let y_rd = grouped_swiglu_with(rows_rd, gate_up, down, borrowed, counts, self.gemm, self.keep.experts)?;
+            let y_rd = grouped_swiglu_with(
+                rows_rd,
+                gate_up,
+                down,
+                borrowed,
+                counts,
+                self.gemm,
+                self.keep.experts,
+            )?;
             returning.push(self.dispatcher.start_back(&y_rd, dispatched, weights)?);
         }
         borrowed.iter().for_each(Borrowed::forget);
-        let mut hidden_td = returning.into_iter().map(Returning::arrive).collect::<Result<Vec<_>, _>>()?;
-        let hidden_td = if parts == 1 { hidden_td.remove(0) } else { Tensor::cat(&hidden_td, 0) };
-        let elements: i64 = [gate_up, down].iter().map(|weight| weight.shape()[1..].iter().product::<i64>()).sum();
-        let lent = plan.lending.as_ref().map_or(0, |lending| lending.num_lent());
+        let mut hidden_td = returning
+            .into_iter()
+            .map(Returning::arrive)
+            .collect::<Result<Vec<_>, _>>()?;
+        let hidden_td = if parts == 1 {
+            hidden_td.remove(0)
+        } else {
+            Tensor::cat(&hidden_td, 0)
+        };
+        let elements: i64 = [gate_up, down]
+            .iter()
+            .map(|weight| weight.shape()[1..].iter().product::<i64>())
+            .sum();
+        let lent = plan
+            .lending
+            .as_ref()
+            .map_or(0, |lending| lending.num_lent());
         let seen = Seen {
             choices: count(&experts, *num_experts),
             experts,
@@ -212,6 +295,10 @@ impl MoeLayer {
             bytes_across,
             plan_seconds: plan.seconds,
         };
-        Ok(Mixed { hidden_td, beside, seen })
+        Ok(Mixed {
+            hidden_td,
+            beside,
+            seen,
+        })
     }
 }

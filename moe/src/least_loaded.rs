@@ -64,10 +64,17 @@ impl Planner {
             return Assignment::standard(loads, owners);
         }
         if self.strict_paper {
-            let share =
-                |entry: Entry| Share { expert: entry.expert, owner: entry.owner, choices: entry.end - entry.start };
+            let share = |entry: Entry| Share {
+                expert: entry.expert,
+                owner: entry.owner,
+                choices: entry.end - entry.start,
+            };
             let entries = paper(loads, owners, self.capacity, self.min_tokens);
-            return Assignment::new(loads.len(), owners, entries.into_iter().map(share).collect());
+            return Assignment::new(
+                loads.len(),
+                owners,
+                entries.into_iter().map(share).collect(),
+            );
         }
         let standard = home_loads(loads, owners);
         let order = heaviest_first(loads);
@@ -106,12 +113,21 @@ impl Planner {
             Imbalance::Device => &of_owners,
             Imbalance::Expert => loads,
         };
-        let (total, largest) = (measured.iter().sum::<i64>(), measured.iter().copied().max().unwrap_or(0));
+        let (total, largest) = (
+            measured.iter().sum::<i64>(),
+            measured.iter().copied().max().unwrap_or(0),
+        );
         total == 0 || largest as f64 * (measured.len() as f64) < self.threshold * total as f64
     }
 
     /// Experts in `order`, nobody above `capacity` times the mean if it can be.
-    fn spread(&self, loads: &[i64], standard: &[i64], order: &[usize], capacity: f64) -> Vec<Share> {
+    fn spread(
+        &self,
+        loads: &[i64],
+        standard: &[i64],
+        order: &[usize],
+        capacity: f64,
+    ) -> Vec<Share> {
         let (experts, owners) = (loads.len(), standard.len());
         let total: i64 = standard.iter().sum();
         let capacity = (capacity * total as f64 / owners as f64).ceil() as i64;
@@ -139,20 +155,38 @@ impl Planner {
                 if chunk == 0 {
                     break;
                 }
-                shares.push(Share { expert, owner: helper, choices: chunk });
+                shares.push(Share {
+                    expert,
+                    owner: helper,
+                    choices: chunk,
+                });
                 loaded.set(helper, loaded.of(helper) + chunk);
                 rest -= chunk;
             }
             kept += rest;
             loaded.set(at_home, others + kept);
-            shares.push(Share { expert, owner: at_home, choices: kept });
+            shares.push(Share {
+                expert,
+                owner: at_home,
+                choices: kept,
+            });
         }
         shares
     }
 
     /// The helper to ask next, and its room under the capacity; 0 where that is not enough for a chunk that pays.
-    fn helper(&self, loaded: &LeastFirst, at_home: usize, capacity: i64, least: i64) -> (usize, i64) {
-        let room = |owner: usize| Some(capacity - loaded.of(owner)).filter(|&room| room >= least).unwrap_or(0);
+    fn helper(
+        &self,
+        loaded: &LeastFirst,
+        at_home: usize,
+        capacity: i64,
+        least: i64,
+    ) -> (usize, i64) {
+        let room = |owner: usize| {
+            Some(capacity - loaded.of(owner))
+                .filter(|&room| room >= least)
+                .unwrap_or(0)
+        };
         if let Some(&node) = self.nodes.get(at_home) {
             // Nodes are ranges of owners.
             let start = self.nodes.partition_point(|&other| other < node);
@@ -182,7 +216,12 @@ pub fn paper(loads: &[i64], owners: usize, capacity: f64, min_tokens: i64) -> Ve
         let kept = (capacity - others).clamp(0, load);
         let mut start = 0;
         let mut give = |owner, choices| {
-            entries.push(Entry { expert, owner, start, end: start + choices });
+            entries.push(Entry {
+                expert,
+                owner,
+                start,
+                end: start + choices,
+            });
             start += choices;
         };
         if kept > 0 {
@@ -194,7 +233,11 @@ pub fn paper(loads: &[i64], owners: usize, capacity: f64, min_tokens: i64) -> Ve
             let helper = loaded.least(0..owners);
             let chunk = rest.min(capacity - loaded.of(helper));
             // The least loaded has the most room: where its chunk is too small, all are.
-            let taken = if chunk > 0 && (chunk >= min_tokens || chunk == rest) { chunk } else { rest };
+            let taken = if chunk > 0 && (chunk >= min_tokens || chunk == rest) {
+                chunk
+            } else {
+                rest
+            };
             give(helper, taken);
             loaded.set(helper, loaded.of(helper) + taken);
             rest -= taken;
@@ -206,7 +249,9 @@ pub fn paper(loads: &[i64], owners: usize, capacity: f64, min_tokens: i64) -> Ve
 
 /// The experts with load, from the heaviest; of equal ones the first first.
 fn heaviest_first(loads: &[i64]) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..loads.len()).filter(|&expert| loads[expert] > 0).collect();
+    let mut order: Vec<usize> = (0..loads.len())
+        .filter(|&expert| loads[expert] > 0)
+        .collect();
     order.sort_by_key(|&expert| std::cmp::Reverse(loads[expert]));
     order
 }
@@ -225,8 +270,15 @@ impl LeastFirst {
         let width = loads.len().next_power_of_two();
         let mut tree = vec![usize::MAX; 2 * width];
         (0..loads.len()).for_each(|owner| tree[width + owner] = owner);
-        let mut new = LeastFirst { loads: loads.to_vec(), tree, width, hidden: usize::MAX };
-        (1..width).rev().for_each(|node| new.tree[node] = new.better(new.tree[2 * node], new.tree[2 * node + 1]));
+        let mut new = LeastFirst {
+            loads: loads.to_vec(),
+            tree,
+            width,
+            hidden: usize::MAX,
+        };
+        (1..width).rev().for_each(|node| {
+            new.tree[node] = new.better(new.tree[2 * node], new.tree[2 * node + 1])
+        });
         new
     }
 
@@ -240,7 +292,14 @@ impl LeastFirst {
 
     /// The less loaded; of equal ones the first. One that is not there or hidden is worse than any.
     fn better(&self, a: usize, b: usize) -> usize {
-        let key = |owner: usize| (owner == usize::MAX, owner == self.hidden, self.loads.get(owner), owner);
+        let key = |owner: usize| {
+            (
+                owner == usize::MAX,
+                owner == self.hidden,
+                self.loads.get(owner),
+                owner,
+            )
+        };
         if key(a) <= key(b) { a } else { b }
     }
 

@@ -11,11 +11,15 @@ pub fn replace(loads: &[f64], positions: &[i64], owners: usize, min_gain: f64) -
     let mut positions = positions.to_vec();
     let owner = |position: i64| position as usize / local;
     let mut of_owners = vec![0.0; owners];
-    positions.iter().zip(loads).for_each(|(&position, load)| of_owners[owner(position)] += load);
+    positions
+        .iter()
+        .zip(loads)
+        .for_each(|(&position, load)| of_owners[owner(position)] += load);
     let before = largest(&of_owners);
     // Each exchange makes the sum of squares smaller; there are seldom more than a few for each owner.
     for _ in 0..4 * experts {
-        let fullest = (0..owners).max_by(|&a, &b| of_owners[a].total_cmp(&of_owners[b]).then(b.cmp(&a)))?;
+        let fullest =
+            (0..owners).max_by(|&a, &b| of_owners[a].total_cmp(&of_owners[b]).then(b.cmp(&a)))?;
         let on_fullest = (0..experts).filter(|&expert| owner(positions[expert]) == fullest);
         let mut best: Option<(f64, usize, usize)> = None;
         for expert in on_fullest {
@@ -29,13 +33,17 @@ pub fn replace(loads: &[f64], positions: &[i64], owners: usize, min_gain: f64) -
                 }
             }
         }
-        let Some((_, expert, other)) = best else { break };
+        let Some((_, expert, other)) = best else {
+            break;
+        };
         let less = loads[expert] - loads[other];
         of_owners[fullest] -= less;
         of_owners[owner(positions[other])] += less;
         positions.swap(expert, other);
     }
-    (before > 0.0 && largest(&of_owners) < before && largest(&of_owners) <= before * (1.0 - min_gain))
+    (before > 0.0
+        && largest(&of_owners) < before
+        && largest(&of_owners) <= before * (1.0 - min_gain))
         .then_some(positions)
 }
 
@@ -51,7 +59,10 @@ mod tests {
     fn of_owners(loads: &[f64], positions: &[i64], owners: usize) -> Vec<f64> {
         let mut sums = vec![0.0; owners];
         let local = loads.len() / owners;
-        positions.iter().zip(loads).for_each(|(&position, load)| sums[position as usize / local] += load);
+        positions
+            .iter()
+            .zip(loads)
+            .for_each(|(&position, load)| sums[position as usize / local] += load);
         sums
     }
 
@@ -80,9 +91,20 @@ mod tests {
     fn two_hot_experts_of_one_owner_are_parted_and_no_others_move() {
         let loads = [10.0, 9.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0];
         let positions = replace(&loads, &[0, 1, 2, 3, 4, 5, 6, 7], 4, 0.05).unwrap();
-        assert_eq!(positions.iter().enumerate().filter(|&(expert, &at)| expert as i64 != at).count(), 2);
+        assert_eq!(
+            positions
+                .iter()
+                .enumerate()
+                .filter(|&(expert, &at)| expert as i64 != at)
+                .count(),
+            2
+        );
         assert_ne!(positions[0] / 2, positions[1] / 2);
-        assert_eq!(replace(&[1.0; 8], &[0, 1, 2, 3, 4, 5, 6, 7], 4, 0.0), None, "even loads move nothing");
+        assert_eq!(
+            replace(&[1.0; 8], &[0, 1, 2, 3, 4, 5, 6, 7], 4, 0.0),
+            None,
+            "even loads move nothing"
+        );
         assert_eq!(replace(&[0.0; 8], &[0, 1, 2, 3, 4, 5, 6, 7], 4, 0.0), None);
     }
 }

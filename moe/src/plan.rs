@@ -19,7 +19,10 @@ pub struct Sites {
 impl Sites {
     /// Ranks that are all on one node.
     pub fn on_one_node(ranks: usize, slices: usize) -> Sites {
-        Sites { slices, nodes: vec![0; ranks] }
+        Sites {
+            slices,
+            nodes: vec![0; ranks],
+        }
     }
 
     /// How many ranks there are.
@@ -68,10 +71,19 @@ pub fn part_of(tokens: usize, part: usize, parts: usize) -> Range<usize> {
 
 /// Where rank `rank` sends its choices, and what it works on, from the choices of each expert in each of `parts` parts of
 /// every rank's tokens, `counts` `[ranks * parts * E]`, and who works on them.
-pub fn route(counts: &[i64], parts: usize, assignment: &Assignment, sites: &Sites, rank: usize) -> Route {
+pub fn route(
+    counts: &[i64],
+    parts: usize,
+    assignment: &Assignment,
+    sites: &Sites,
+    rank: usize,
+) -> Route {
     let (ranks, experts) = (sites.ranks(), assignment.experts());
     let nodes = sites.owner_nodes();
-    let place = |owner: usize| Place { owner, node: nodes[owner] };
+    let place = |owner: usize| Place {
+        owner,
+        node: nodes[owner],
+    };
     let own = rank / sites.slices;
     let mut routed = vec![Part::default(); parts];
     for expert in 0..experts {
@@ -87,13 +99,20 @@ pub fn route(counts: &[i64], parts: usize, assignment: &Assignment, sites: &Site
         match assignment.of_expert(expert) {
             [] => {}
             [only] if only.owner == own => {
-                (0..ranks).for_each(|source| (0..parts).for_each(|part| add(part, source, own, of(source, part))));
+                (0..ranks).for_each(|source| {
+                    (0..parts).for_each(|part| add(part, source, own, of(source, part)))
+                });
             }
             [only] => (0..parts).for_each(|part| add(part, rank, only.owner, of(rank, part))),
             shares => {
                 let total = |rank: usize| (0..parts).map(|part| of(rank, part)).sum::<i64>();
-                let sources: Vec<_> = (0..ranks).map(|rank| (place(rank / sites.slices), total(rank))).collect();
-                let places: Vec<_> = shares.iter().map(|share| (place(share.owner), share.choices)).collect();
+                let sources: Vec<_> = (0..ranks)
+                    .map(|rank| (place(rank / sites.slices), total(rank)))
+                    .collect();
+                let places: Vec<_> = shares
+                    .iter()
+                    .map(|share| (place(share.owner), share.choices))
+                    .collect();
                 // A rank's choices in order, part after part, go to its shares in order.
                 let mut start = 0;
                 let mut before = usize::MAX;
@@ -112,12 +131,28 @@ pub fn route(counts: &[i64], parts: usize, assignment: &Assignment, sites: &Site
             }
         }
     }
-    routed.iter_mut().for_each(|part| part.incoming.sort_unstable());
-    let mut work: Vec<usize> = (0..experts).filter(|&expert| assignment.home(expert) == own).collect();
+    routed
+        .iter_mut()
+        .for_each(|part| part.incoming.sort_unstable());
+    let mut work: Vec<usize> = (0..experts)
+        .filter(|&expert| assignment.home(expert) == own)
+        .collect();
     let held = work.len();
-    let foreign = assignment.shares().iter().filter(|share| share.owner == own);
-    work.extend(foreign.map(|share| share.expert).filter(|&expert| assignment.home(expert) != own));
-    Route { parts: routed, work, held, transfers: assignment.transfers() }
+    let foreign = assignment
+        .shares()
+        .iter()
+        .filter(|share| share.owner == own);
+    work.extend(
+        foreign
+            .map(|share| share.expert)
+            .filter(|&expert| assignment.home(expert) != own),
+    );
+    Route {
+        parts: routed,
+        work,
+        held,
+        transfers: assignment.transfers(),
+    }
 }
 
 impl Part {
@@ -155,13 +190,21 @@ pub struct SendPlan {
 }
 
 /// Sorts choices, `per_token` for each token, by where they go: (rank, expert), or None for a choice that goes nowhere.
-pub fn plan_send(choices: &[Option<(usize, usize)>], per_token: usize, ranks: usize, num_experts: usize) -> SendPlan {
+pub fn plan_send(
+    choices: &[Option<(usize, usize)>],
+    per_token: usize,
+    ranks: usize,
+    num_experts: usize,
+) -> SendPlan {
     let mut counts = vec![0i64; ranks * num_experts];
     for (rank, expert) in choices.iter().flatten() {
         counts[rank * num_experts + expert] += 1;
     }
     let mut next = exclusive_sum(&counts);
-    let rows_to: Vec<i64> = counts.chunks(num_experts).map(|rank| rank.iter().sum()).collect();
+    let rows_to: Vec<i64> = counts
+        .chunks(num_experts)
+        .map(|rank| rank.iter().sum())
+        .collect();
     let mut token_of_slot = vec![0i64; rows_to.iter().sum::<i64>() as usize];
     let mut slot_of_choice = vec![-1i64; choices.len()];
     for (choice, to) in choices.iter().enumerate() {
@@ -171,7 +214,12 @@ pub fn plan_send(choices: &[Option<(usize, usize)>], per_token: usize, ranks: us
         slot_of_choice[choice] = *slot;
         *slot += 1;
     }
-    SendPlan { token_of_slot, slot_of_choice, rows_to, counts }
+    SendPlan {
+        token_of_slot,
+        slot_of_choice,
+        rows_to,
+        counts,
+    }
 }
 
 /// How received rows, which come rank by rank and for each rank expert by expert, are laid out as they are worked on.
@@ -188,9 +236,16 @@ pub struct ReceivePlan {
 }
 
 /// From what comes, (rank, expert, rows) by rank and then expert, and the experts that are worked on.
-pub fn plan_receive(incoming: &[(usize, usize, i64)], work: &[usize], ranks: usize, num_experts: usize) -> ReceivePlan {
+pub fn plan_receive(
+    incoming: &[(usize, usize, i64)],
+    work: &[usize],
+    ranks: usize,
+    num_experts: usize,
+) -> ReceivePlan {
     let mut position = vec![usize::MAX; num_experts];
-    work.iter().enumerate().for_each(|(index, &expert)| position[expert] = index);
+    work.iter()
+        .enumerate()
+        .for_each(|(index, &expert)| position[expert] = index);
     let mut rows_from = vec![0; ranks];
     let mut counts = vec![0; work.len()];
     // Where each part begins as received, by (place in the work, rank).
@@ -211,24 +266,38 @@ pub fn plan_receive(incoming: &[(usize, usize, i64)], work: &[usize], ranks: usi
             order.push(row);
         }
     }
-    ReceivePlan { rows_from, order, place, counts }
+    ReceivePlan {
+        rows_from,
+        order,
+        place,
+        counts,
+    }
 }
 
 /// Choices of each expert.
 pub fn count(experts: &[i64], num_experts: usize) -> Vec<i64> {
     let mut counts = vec![0; num_experts];
-    experts.iter().for_each(|&expert| counts[expert as usize] += 1);
+    experts
+        .iter()
+        .for_each(|&expert| counts[expert as usize] += 1);
     counts
 }
 
 /// Which of a rank's rows belong to each of `groups` groups of `per_group` rows, where its `rows` rows begin at `start`.
 pub fn segments(start: usize, rows: usize, per_group: usize, groups: usize) -> Vec<Range<usize>> {
     let inside = |row: usize| row.clamp(start, start + rows) - start;
-    (0..groups).map(|group| inside(group * per_group)..inside((group + 1) * per_group)).collect()
+    (0..groups)
+        .map(|group| inside(group * per_group)..inside((group + 1) * per_group))
+        .collect()
 }
 
 /// Choices of each expert among the tokens of each group, group-major `[G * E]`.
-pub fn count_choices(experts: &[i64], top_k: usize, groups: &[Range<usize>], num_experts: usize) -> Vec<f32> {
+pub fn count_choices(
+    experts: &[i64],
+    top_k: usize,
+    groups: &[Range<usize>],
+    num_experts: usize,
+) -> Vec<f32> {
     let mut counts = vec![0f32; groups.len() * num_experts];
     for (group, tokens) in groups.iter().enumerate() {
         for &expert in &experts[tokens.start * top_k..tokens.end * top_k] {
@@ -266,14 +335,25 @@ mod tests {
     }
 
     fn cases() -> impl Strategy<Value = Case> {
-        let sizes = (1usize..5, 1usize..3, 1usize..4, 1usize..4, 0usize..3, any::<bool>());
+        let sizes = (
+            1usize..5,
+            1usize..3,
+            1usize..4,
+            1usize..4,
+            0usize..3,
+            any::<bool>(),
+        );
         sizes.prop_flat_map(|(owners, slices, local, per_node, hot, least_loaded)| {
             let (ranks, num_experts) = (owners * slices, owners * local);
             (1..=num_experts.min(4)).prop_flat_map(move |top_k| {
                 let expert = prop_oneof![2 => 0..num_experts, 3 => Just(hot % num_experts)];
                 let token = prop::collection::vec(expert, 8).prop_map(move |drawn| {
                     let mut token: Vec<i64> = Vec::new();
-                    for expert in drawn.into_iter().chain(0..num_experts).map(|expert| expert as i64) {
+                    for expert in drawn
+                        .into_iter()
+                        .chain(0..num_experts)
+                        .map(|expert| expert as i64)
+                    {
                         if !token.contains(&expert) && token.len() < top_k {
                             token.push(expert);
                         }
@@ -282,7 +362,10 @@ mod tests {
                 });
                 let rank = prop::collection::vec(token, 0..20).prop_map(|tokens| tokens.concat());
                 prop::collection::vec(rank, ranks).prop_map(move |chosen| Case {
-                    sites: Sites { slices, nodes: (0..ranks).map(|rank| rank / slices / per_node).collect() },
+                    sites: Sites {
+                        slices,
+                        nodes: (0..ranks).map(|rank| rank / slices / per_node).collect(),
+                    },
                     num_experts,
                     top_k,
                     chosen,

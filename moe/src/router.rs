@@ -59,7 +59,17 @@ impl Router {
     pub fn new(num_experts: usize, top_k: usize) -> Router {
         let (score, normalize, scale) = (Score::Softmax, true, 1.0);
         let (groups, top_groups, even_groups, force_balance) = (1, 1, false, false);
-        Router { num_experts, top_k, score, normalize, scale, groups, top_groups, even_groups, force_balance }
+        Router {
+            num_experts,
+            top_k,
+            score,
+            normalize,
+            scale,
+            groups,
+            top_groups,
+            even_groups,
+            force_balance,
+        }
     }
 
     /// Chooses experts from `logits_te` `[T, E]`. `bias_e` `[E]` is added to the scores for choosing only, not to
@@ -84,15 +94,34 @@ impl Router {
         if !kernels::gates(&logits) {
             return Ok(self.weigh(&logits_te, experts_tk, groups));
         }
-        let gate = Gate { sigmoid: self.score == Score::Sigmoid, normalize: self.normalize, scale: self.scale };
-        let Gated { weights_tk, prob_sums_ge, z_sum } = kernels::gate(&logits, &experts_tk, gate, groups);
+        let gate = Gate {
+            sigmoid: self.score == Score::Sigmoid,
+            normalize: self.normalize,
+            scale: self.scale,
+        };
+        let Gated {
+            weights_tk,
+            prob_sums_ge,
+            z_sum,
+        } = kernels::gate(&logits, &experts_tk, gate, groups);
         let (experts, groups) = (experts_tk.shallow_clone(), groups.to_vec());
-        let made = attach_backward(&[&logits_te], vec![weights_tk, prob_sums_ge, z_sum], move |grads| {
-            let grads = [0, 1, 2].map(|output| grads[output].as_ref());
-            Ok(vec![Some(kernels::gate_backward(&logits, &experts, gate, &groups, grads))])
-        })?;
+        let made = attach_backward(
+            &[&logits_te],
+            vec![weights_tk, prob_sums_ge, z_sum],
+            move |grads| {
+                let grads = [0, 1, 2].map(|output| grads[output].as_ref());
+                Ok(vec![Some(kernels::gate_backward(
+                    &logits, &experts, gate, &groups, grads,
+                ))])
+            },
+        )?;
         let [weights_tk, prob_sums_ge, z_sum] = made.try_into().expect("three went in");
-        Ok(Routing { experts_tk, weights_tk, prob_sums_ge, z_sum })
+        Ok(Routing {
+            experts_tk,
+            weights_tk,
+            prob_sums_ge,
+            z_sum,
+        })
     }
 
     /// The same by libtorch.
@@ -100,22 +129,34 @@ impl Router {
         let scores_te = self.scores(logits_te);
         let mut weights_tk = scores_te.gather(1, &experts_tk, false);
         if self.normalize {
-            weights_tk = &weights_tk / (weights_tk.sum_dim_intlist([-1i64].as_slice(), true, Kind::Float) + 1e-20);
+            weights_tk = &weights_tk
+                / (weights_tk.sum_dim_intlist([-1i64].as_slice(), true, Kind::Float) + 1e-20);
         }
         if self.scale != 1.0 {
             weights_tk = weights_tk * self.scale;
         }
         let probs_te = match self.score {
             Score::Softmax => scores_te,
-            Score::Sigmoid => &scores_te / (scores_te.sum_dim_intlist([-1i64].as_slice(), true, Kind::Float) + 1e-20),
+            Score::Sigmoid => {
+                &scores_te
+                    / (scores_te.sum_dim_intlist([-1i64].as_slice(), true, Kind::Float) + 1e-20)
+            }
         };
         let sum_of = |tokens: &Range<usize>| {
             let probs = probs_te.narrow(0, tokens.start as i64, tokens.len() as i64);
             probs.sum_dim_intlist([0i64].as_slice(), false, Kind::Float)
         };
         let prob_sums_ge = Tensor::stack(&groups.iter().map(sum_of).collect::<Vec<_>>(), 0);
-        let z_sum = logits_te.logsumexp([-1i64].as_slice(), false).square().sum(Kind::Float);
-        Routing { experts_tk, weights_tk, prob_sums_ge, z_sum }
+        let z_sum = logits_te
+            .logsumexp([-1i64].as_slice(), false)
+            .square()
+            .sum(Kind::Float);
+        Routing {
+            experts_tk,
+            weights_tk,
+            prob_sums_ge,
+            z_sum,
+        }
     }
 
     fn scores(&self, logits_te: &Tensor) -> Tensor {
@@ -129,7 +170,9 @@ impl Router {
         if self.force_balance {
             let (tokens, top_k) = (logits_te.size()[0], self.top_k as i64);
             let turns = Tensor::arange(tokens * top_k, (Kind::Int64, logits_te.device()));
-            return turns.remainder(self.num_experts as i64).view([tokens, top_k]);
+            return turns
+                .remainder(self.num_experts as i64)
+                .view([tokens, top_k]);
         }
         let grouped = self.even_groups || self.top_groups < self.groups;
         if !grouped && kernels::gates(logits_te) {
@@ -141,23 +184,40 @@ impl Router {
         }
         if self.even_groups {
             let (groups, per_group) = (self.groups as i64, (self.num_experts / self.groups) as i64);
-            let (_, within) = scores_te.view([-1, groups, per_group]).topk(self.top_k as i64 / groups, -1, true, true);
+            let (_, within) = scores_te.view([-1, groups, per_group]).topk(
+                self.top_k as i64 / groups,
+                -1,
+                true,
+                true,
+            );
             let first = Tensor::arange(groups, (Kind::Int64, scores_te.device())) * per_group;
             let chosen_tk = (within + first.unsqueeze(-1)).flatten(1, -1);
             // All of them, in descending order of score.
-            let order = scores_te.gather(1, &chosen_tk, false).sort_stable(true, -1, true).1;
+            let order = scores_te
+                .gather(1, &chosen_tk, false)
+                .sort_stable(true, -1, true)
+                .1;
             return chosen_tk.gather(1, &order, false);
         }
         if self.top_groups < self.groups {
             let (groups, per_group) = (self.groups as i64, (self.num_experts / self.groups) as i64);
             let grouped = scores_te.view([-1, groups, per_group]);
             // A group counts as much as its best expert (DeepSeek-V2) or, with sigmoid scores, its best two (V3).
-            let counted = if self.score == Score::Sigmoid { 2.min(per_group) } else { 1 };
+            let counted = if self.score == Score::Sigmoid {
+                2.min(per_group)
+            } else {
+                1
+            };
             let (best, _) = grouped.topk(counted, -1, true, false);
             let group_scores = best.sum_dim_intlist([-1i64].as_slice(), false, Kind::Float);
             let (_, chosen) = group_scores.topk(self.top_groups as i64, -1, true, false);
-            let open = group_scores.zeros_like().scatter_value(1, &chosen, 1.0).unsqueeze(-1);
-            scores_te = grouped.masked_fill(&open.eq(0.0), f64::NEG_INFINITY).view_as(&scores_te);
+            let open = group_scores
+                .zeros_like()
+                .scatter_value(1, &chosen, 1.0)
+                .unsqueeze(-1);
+            scores_te = grouped
+                .masked_fill(&open.eq(0.0), f64::NEG_INFINITY)
+                .view_as(&scores_te);
         }
         scores_te.topk(self.top_k as i64, -1, true, true).1
     }
@@ -168,7 +228,10 @@ mod tests {
     use super::*;
 
     fn router(score: Score) -> Router {
-        Router { score, ..Router::new(4, 2) }
+        Router {
+            score,
+            ..Router::new(4, 2)
+        }
     }
 
     fn logits(values: &[f32]) -> Tensor {
@@ -177,7 +240,9 @@ mod tests {
 
     fn route(router: &Router, logits: &Tensor, bias: Option<&Tensor>) -> Routing {
         let all = 0..logits.size()[0] as usize;
-        router.route(logits, bias, None, std::slice::from_ref(&all)).unwrap()
+        router
+            .route(logits, bias, None, std::slice::from_ref(&all))
+            .unwrap()
     }
 
     fn list<T: tch::kind::Element + Copy>(tensor: &Tensor) -> Vec<T> {
@@ -192,7 +257,15 @@ mod tests {
         assert_eq!(list::<i64>(&routing.experts_tk), [1, 2]);
         let weights = list::<f32>(&routing.weights_tk);
         assert!((weights[0] - 0.6).abs() < 1e-6 && (weights[1] - 0.4).abs() < 1e-6);
-        let raw = route(&Router { normalize: false, scale: 2.0, ..router(Score::Softmax) }, &logits, None);
+        let raw = route(
+            &Router {
+                normalize: false,
+                scale: 2.0,
+                ..router(Score::Softmax)
+            },
+            &logits,
+            None,
+        );
         assert!((list::<f32>(&raw.weights_tk)[0] - 6.0 / 7.0).abs() < 1e-6);
     }
 
@@ -200,23 +273,39 @@ mod tests {
     fn loops_and_libtorch_agree() {
         for score in [Score::Softmax, Score::Sigmoid] {
             for normalize in [false, true] {
-                let router = Router { normalize, scale: 2.5, ..router(score) };
-                let logits = Tensor::randn([9, 4], (Kind::Float, tch::Device::Cpu)).set_requires_grad(true);
+                let router = Router {
+                    normalize,
+                    scale: 2.5,
+                    ..router(score)
+                };
+                let logits =
+                    Tensor::randn([9, 4], (Kind::Float, tch::Device::Cpu)).set_requires_grad(true);
                 let groups = [0..3, 3..9];
                 let ours = router.route(&logits, None, None, &groups).unwrap();
                 let chosen = ours.experts_tk.shallow_clone();
                 let theirs = router.weigh(&logits, chosen, &groups);
-                let both = [&ours, &theirs].map(|Routing { weights_tk, prob_sums_ge, z_sum, .. }| {
-                    let outputs = [weights_tk, prob_sums_ge, z_sum];
-                    let [weights, sums, z] = outputs.map(|output| output.square().sum(Kind::Float));
-                    (weights + sums + z * 0.1).backward();
-                    let gradient = logits.grad().copy();
-                    let _ = logits.grad().zero_();
-                    let [weights, sums, z] = outputs.map(Tensor::detach);
-                    [weights, sums, z, gradient]
-                });
+                let both = [&ours, &theirs].map(
+                    |Routing {
+                         weights_tk,
+                         prob_sums_ge,
+                         z_sum,
+                         ..
+                     }| {
+                        let outputs = [weights_tk, prob_sums_ge, z_sum];
+                        let [weights, sums, z] =
+                            outputs.map(|output| output.square().sum(Kind::Float));
+                        (weights + sums + z * 0.1).backward();
+                        let gradient = logits.grad().copy();
+                        let _ = logits.grad().zero_();
+                        let [weights, sums, z] = outputs.map(Tensor::detach);
+                        [weights, sums, z, gradient]
+                    },
+                );
                 for (ours, theirs) in both[0].iter().zip(&both[1]) {
-                    assert!(ours.allclose(theirs, 1e-5, 1e-6, false), "{score:?} {normalize}: {ours} {theirs}");
+                    assert!(
+                        ours.allclose(theirs, 1e-5, 1e-6, false),
+                        "{score:?} {normalize}: {ours} {theirs}"
+                    );
                 }
             }
         }
@@ -225,7 +314,11 @@ mod tests {
     #[test]
     fn the_bias_chooses_and_does_not_weigh() {
         let bias = Tensor::from_slice(&[10f32, 0., 0., 0.]);
-        let routing = route(&router(Score::Sigmoid), &logits(&[-3., 2., 1., 0.]), Some(&bias));
+        let routing = route(
+            &router(Score::Sigmoid),
+            &logits(&[-3., 2., 1., 0.]),
+            Some(&bias),
+        );
         assert_eq!(list::<i64>(&routing.experts_tk), [0, 1]);
         let (a, b) = (1.0 / (1.0 + 3f32.exp()), 1.0 / (1.0 + (-2f32).exp()));
         assert!((list::<f32>(&routing.weights_tk)[0] - a / (a + b)).abs() < 1e-6);
@@ -235,30 +328,53 @@ mod tests {
 
     #[test]
     fn only_the_best_groups_are_chosen_from() {
-        let limited = Router { groups: 2, top_groups: 1, ..router(Score::Softmax) };
+        let limited = Router {
+            groups: 2,
+            top_groups: 1,
+            ..router(Score::Softmax)
+        };
         // The best expert is 0, so group {0, 1} wins and expert 3, though better than 1, is not chosen.
         let routing = route(&limited, &logits(&[5., 1., 2., 4.]), None);
         assert_eq!(list::<i64>(&routing.experts_tk), [0, 1]);
         // With sigmoid scores the best two of a group count: here {2, 3} wins though 0 is the best.
-        let limited = Router { score: Score::Sigmoid, ..limited };
+        let limited = Router {
+            score: Score::Sigmoid,
+            ..limited
+        };
         let routing = route(&limited, &logits(&[5., -5., 2., 2.]), None);
         assert_eq!(list::<i64>(&routing.experts_tk).iter().sum::<i64>(), 5);
     }
 
     #[test]
     fn forced_balance_takes_turns_and_weighs_by_scores() {
-        let forced = Router { force_balance: true, ..router(Score::Softmax) };
+        let forced = Router {
+            force_balance: true,
+            ..router(Score::Softmax)
+        };
         let logits = Tensor::randn([6, 4], (Kind::Float, tch::Device::Cpu));
         let routing = route(&forced, &logits, None);
-        assert_eq!(list::<i64>(&routing.experts_tk), [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3]);
-        let scores = logits.softmax(-1, Kind::Float).gather(1, &routing.experts_tk, false);
+        assert_eq!(
+            list::<i64>(&routing.experts_tk),
+            [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3]
+        );
+        let scores = logits
+            .softmax(-1, Kind::Float)
+            .gather(1, &routing.experts_tk, false);
         let sums = scores.sum_dim_intlist([-1i64].as_slice(), true, Kind::Float);
-        assert!(routing.weights_tk.allclose(&(&scores / sums), 1e-5, 1e-6, false));
+        assert!(
+            routing
+                .weights_tk
+                .allclose(&(&scores / sums), 1e-5, 1e-6, false)
+        );
     }
 
     #[test]
     fn with_even_groups_each_group_is_chosen_from_alike() {
-        let even = Router { groups: 2, even_groups: true, ..router(Score::Softmax) };
+        let even = Router {
+            groups: 2,
+            even_groups: true,
+            ..router(Score::Softmax)
+        };
         let routing = route(&even, &logits(&[5., 4., 2., 1., 0., 1., 2., 9.]), None);
         assert_eq!(list::<i64>(&routing.experts_tk), [0, 2, 3, 1]);
     }

@@ -20,11 +20,17 @@ impl Slots {
         let upload = |numbers: &[i64]| Tensor::from_slice(numbers).to_device(device);
         let tokens = plan.slot_of_choice.len() / per_token;
         let slot_of_choice = upload(&plan.slot_of_choice).view([tokens as i64, per_token as i64]);
-        Slots { token_of_slot: upload(&plan.token_of_slot), slot_of_choice }
+        Slots {
+            token_of_slot: upload(&plan.token_of_slot),
+            slot_of_choice,
+        }
     }
 
     pub(crate) fn copy(&self) -> Slots {
-        Slots { token_of_slot: self.token_of_slot.shallow_clone(), slot_of_choice: self.slot_of_choice.shallow_clone() }
+        Slots {
+            token_of_slot: self.token_of_slot.shallow_clone(),
+            slot_of_choice: self.slot_of_choice.shallow_clone(),
+        }
     }
 
     /// `x_td` `[T, D]` to slots `[N, D]`. The gradient of a token is the sum over its slots.
@@ -32,7 +38,9 @@ impl Slots {
         let out = tch::no_grad(|| x_td.index_select(0, &self.token_of_slot));
         let slot_of_choice = self.slot_of_choice.shallow_clone();
         let mut out = attach_backward(&[x_td], vec![out], move |grads| {
-            Ok(vec![grads[0].as_ref().map(|grad_nd| combine(&grad_nd.contiguous(), &slot_of_choice, None))])
+            Ok(vec![grads[0].as_ref().map(|grad_nd| {
+                combine(&grad_nd.contiguous(), &slot_of_choice, None)
+            })])
         })?;
         Ok(out.remove(0))
     }
@@ -42,17 +50,31 @@ impl Slots {
         let out = tch::no_grad(|| combine(&y_nd.detach(), &self.slot_of_choice, None));
         let token_of_slot = self.token_of_slot.shallow_clone();
         let mut out = attach_backward(&[y_nd], vec![out], move |grads| {
-            Ok(vec![grads[0].as_ref().map(|grad_td| grad_td.index_select(0, &token_of_slot))])
+            Ok(vec![
+                grads[0]
+                    .as_ref()
+                    .map(|grad_td| grad_td.index_select(0, &token_of_slot)),
+            ])
         })?;
         Ok(out.remove(0))
     }
 
     /// The same sum, each choice with its weight of `weights_tc` `[T, C]`.
-    pub(crate) fn combine_weighted(&self, y_nd: &Tensor, weights_tc: &Tensor) -> Result<Tensor, Error> {
-        let (y, weights, slots) = (y_nd.detach(), weights_tc.detach(), self.slot_of_choice.shallow_clone());
+    pub(crate) fn combine_weighted(
+        &self,
+        y_nd: &Tensor,
+        weights_tc: &Tensor,
+    ) -> Result<Tensor, Error> {
+        let (y, weights, slots) = (
+            y_nd.detach(),
+            weights_tc.detach(),
+            self.slot_of_choice.shallow_clone(),
+        );
         let out = tch::no_grad(|| combine(&y, &slots, Some(&weights)));
         let mut out = attach_backward(&[y_nd, weights_tc], vec![out], move |grads| {
-            let Some(grad_td) = &grads[0] else { return Ok(vec![None, None]) };
+            let Some(grad_td) = &grads[0] else {
+                return Ok(vec![None, None]);
+            };
             let (of_y, of_weights) = combine_backward(grad_td, &y, &slots, &weights);
             Ok(vec![Some(of_y), Some(of_weights.to_kind(weights.kind()))])
         })?;
@@ -65,7 +87,9 @@ pub(crate) fn permute_rows(x: &Tensor, order: &Tensor, place: &Tensor) -> Result
     let out = tch::no_grad(|| x.index_select(0, order));
     let place = place.shallow_clone();
     let mut out = attach_backward(&[x], vec![out], move |grads| {
-        Ok(vec![grads[0].as_ref().map(|grad| grad.index_select(0, &place))])
+        Ok(vec![
+            grads[0].as_ref().map(|grad| grad.index_select(0, &place)),
+        ])
     })?;
     Ok(out.remove(0))
 }
@@ -81,10 +105,26 @@ mod tests {
     fn gathering_and_combining_have_the_gradients_of_plain_indexing() {
         // The second time one token has one choice less.
         for missing in [false, true] {
-            let experts = [Some(2), Some(0), Some(1), Some(2), Some(0), Some(1).filter(|_| !missing)];
-            let plan = plan_send(&experts.map(|expert| expert.map(|expert| (0, expert))), 2, 1, 3);
+            let experts = [
+                Some(2),
+                Some(0),
+                Some(1),
+                Some(2),
+                Some(0),
+                Some(1).filter(|_| !missing),
+            ];
+            let plan = plan_send(
+                &experts.map(|expert| expert.map(|expert| (0, expert))),
+                2,
+                1,
+                3,
+            );
             let slots = Slots::new(&plan, 2, Device::Cpu);
-            let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0).set_requires_grad(true);
+            let random = |shape: &[i64]| {
+                Cpu.empty(shape, Kind::Float)
+                    .uniform_(-1.0, 1.0)
+                    .set_requires_grad(true)
+            };
             let (x, w) = (random(&[3, 4]), random(&[3, 2]));
             let (probe, second) = (random(&[3, 4]).detach(), random(&[3, 4]).detach());
 
@@ -100,11 +140,18 @@ mod tests {
 
             // Every choice's row is its token's.
             let there =
-                Tensor::from_slice(&experts.map(|expert| f32::from(u8::from(expert.is_some())))).view([3, 2, 1]);
+                Tensor::from_slice(&experts.map(|expert| f32::from(u8::from(expert.is_some()))))
+                    .view([3, 2, 1]);
             let by_token = (&x * &x).unsqueeze(1) * there;
-            let plain = (&by_token * w.unsqueeze(-1)).sum_dim_intlist([1i64].as_slice(), false, Kind::Float);
+            let plain = (&by_token * w.unsqueeze(-1)).sum_dim_intlist(
+                [1i64].as_slice(),
+                false,
+                Kind::Float,
+            );
             let plain_sum = by_token.sum_dim_intlist([1i64].as_slice(), false, Kind::Float);
-            (&plain * &probe + &plain_sum * &second).sum(Kind::Float).backward();
+            (&plain * &probe + &plain_sum * &second)
+                .sum(Kind::Float)
+                .backward();
             assert!(out.allclose(&plain, 1e-6, 1e-6, false));
             assert!(sum.allclose(&plain_sum, 1e-6, 1e-6, false));
             assert!(grad_x.allclose(&x.grad(), 1e-6, 1e-6, false));
@@ -116,7 +163,9 @@ mod tests {
     fn no_token_and_no_slot_at_all() {
         let x = Cpu.zeros(&[0, 4], Kind::Float).set_requires_grad(true);
         let slots = Slots::new(&plan_send(&[], 2, 1, 3), 2, Device::Cpu);
-        let out = slots.combine_weighted(&slots.gather(&x).unwrap(), &Cpu.zeros(&[0, 2], Kind::Float)).unwrap();
+        let out = slots
+            .combine_weighted(&slots.gather(&x).unwrap(), &Cpu.zeros(&[0, 2], Kind::Float))
+            .unwrap();
         out.sum(Kind::Float).backward();
         assert_eq!((out.size(), x.grad().size()), (vec![0, 4], vec![0, 4]));
     }

@@ -8,7 +8,9 @@ use moe::least_loaded::{Imbalance, Planner};
 use moe::plan::Sites;
 use moe::{Keep, MoeLayer, MoeWeights, Router, Seen};
 use parallel::tensor::TensorParallel;
-use parallel::{Activation, Communicator, Cpu, GradientBuckets, Local, Replication, Weight, World, on_threads};
+use parallel::{
+    Activation, Communicator, Cpu, GradientBuckets, Local, Replication, Weight, World, on_threads,
+};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tch::{Kind, Tensor};
@@ -39,7 +41,13 @@ struct Mode {
     parts: usize,
 }
 
-const STANDARD: Mode = Mode { least_loaded: false, strict_paper: false, ranks_per_node: None, keep: true, parts: 1 };
+const STANDARD: Mode = Mode {
+    least_loaded: false,
+    strict_paper: false,
+    ranks_per_node: None,
+    keep: true,
+    parts: 1,
+};
 
 struct Outcome {
     hidden: Tensor,
@@ -53,7 +61,9 @@ struct Outcome {
 /// The same numbers for the same name, whatever the rank.
 fn numbers(seed: i64, shape: &[i64]) -> Tensor {
     let count: i64 = shape.iter().product();
-    let values = (Tensor::arange(count, (Kind::Double, tch::Device::Cpu)) * 0.7391 + seed as f64 * 1.313).sin();
+    let values = (Tensor::arange(count, (Kind::Double, tch::Device::Cpu)) * 0.7391
+        + seed as f64 * 1.313)
+        .sin();
     (values * 0.7).to_kind(Kind::Float).view(shape)
 }
 
@@ -73,12 +83,18 @@ impl Groups {
             let inside: Vec<usize> = (node * per_node..(node + 1) * per_node).collect();
             let across: Vec<usize> = (place..ranks).step_by(per_node).collect();
             Hierarchy {
-                inside: world.group(&format!("inside of {per_node}"), &inside).unwrap(),
+                inside: world
+                    .group(&format!("inside of {per_node}"), &inside)
+                    .unwrap(),
                 across: world.group(&format!("across {per_node}"), &across).unwrap(),
             }
         };
         let by_node = vec![by_node(1), by_node(2)];
-        Groups { all: world.all("all").unwrap(), lending: world.all("lending").unwrap(), by_node }
+        Groups {
+            all: world.all("all").unwrap(),
+            lending: world.all("lending").unwrap(),
+            by_node,
+        }
     }
 }
 
@@ -86,7 +102,10 @@ fn run(groups: &Groups, case: &Case, mode: Mode) -> Outcome {
     let group = groups.all.clone();
     let rank = group.rank();
     let per_node = mode.ranks_per_node.unwrap_or(group.size());
-    let sites = Sites { slices: case.slices, nodes: (0..group.size()).map(|rank| rank / per_node).collect() };
+    let sites = Sites {
+        slices: case.slices,
+        nodes: (0..group.size()).map(|rank| rank / per_node).collect(),
+    };
     let least_loaded = mode.least_loaded.then(|| LeastLoaded {
         planner: Arc::new(Mutex::new(Planner {
             capacity: 1.0,
@@ -94,34 +113,55 @@ fn run(groups: &Groups, case: &Case, mode: Mode) -> Outcome {
             threshold: 1.0,
             over: Imbalance::Device,
             strict_paper: mode.strict_paper,
-            nodes: if mode.ranks_per_node.is_some() { sites.owner_nodes() } else { vec![] },
+            nodes: if mode.ranks_per_node.is_some() {
+                sites.owner_nodes()
+            } else {
+                vec![]
+            },
         })),
         lending: groups.lending.clone(),
     });
-    let hierarchy = mode.ranks_per_node.map(|per_node| groups.by_node[per_node - 1].clone());
+    let hierarchy = mode
+        .ranks_per_node
+        .map(|per_node| groups.by_node[per_node - 1].clone());
     let local = (case.num_experts / sites.owners()) as i64;
     let (owner, slice) = ((rank / case.slices) as i64, (rank % case.slices) as i64);
     let ffn = FFN / case.slices as i64;
     // This rank's slice of its experts.
     let gate_up = numbers(1, &[case.num_experts as i64, 2, FFN, HIDDEN]);
-    let gate_up = gate_up.narrow(0, owner * local, local).narrow(2, slice * ffn, ffn);
+    let gate_up = gate_up
+        .narrow(0, owner * local, local)
+        .narrow(2, slice * ffn, ffn);
     let down = numbers(2, &[case.num_experts as i64, HIDDEN, FFN]);
-    let down = down.narrow(0, owner * local, local).narrow(2, slice * ffn, ffn);
+    let down = down
+        .narrow(0, owner * local, local)
+        .narrow(2, slice * ffn, ffn);
     let gate_up = Weight::new(gate_up.contiguous().view([local, 2 * ffn, HIDDEN]));
     let down = Weight::new(down.contiguous());
     let alone: Arc<dyn Communicator> = Arc::new(Local::new(rank, "alone"));
     let (gate_up, down) = (gate_up.used(mode.parts), down.used(mode.parts));
     let weights = [(gate_up.clone(), 0), (down.clone(), 0)];
-    let gradients = GradientBuckets::new(&weights, &[Replication::alone()], 1 << 20, true, &Cpu).unwrap();
+    let gradients =
+        GradientBuckets::new(&weights, &[Replication::alone()], 1 << 20, true, &Cpu).unwrap();
     gradients.begin(1);
     let layer = MoeLayer {
         router: Router::new(case.num_experts, case.top_k),
-        dispatcher: Dispatcher::new(group, case.num_experts, sites, least_loaded, hierarchy, mode.parts),
+        dispatcher: Dispatcher::new(
+            group,
+            case.num_experts,
+            sites,
+            least_loaded,
+            hierarchy,
+            mode.parts,
+        ),
         statistics: Statistics::Sequence,
         tensor: TensorParallel::new(alone.clone(), 1),
         sequence: alone,
         gemm: Gemm::Model,
-        keep: Keep { rows: mode.keep, experts: mode.keep },
+        keep: Keep {
+            rows: mode.keep,
+            experts: mode.keep,
+        },
         weights: MoeWeights {
             gate: Weight::new(numbers(3, &[case.num_experts as i64, HIDDEN])),
             bias: None,
@@ -133,9 +173,14 @@ fn run(groups: &Groups, case: &Case, mode: Mode) -> Outcome {
     let experts = case.chosen[rank].clone();
     let tokens = (experts.len() / case.top_k) as i64;
     let x = numbers(10 + rank as i64, &[tokens, HIDDEN]).set_requires_grad(true);
-    let weights_tk = numbers(20 + rank as i64, &[tokens, case.top_k as i64]).set_requires_grad(true);
+    let weights_tk =
+        numbers(20 + rank as i64, &[tokens, case.top_k as i64]).set_requires_grad(true);
     let plan = layer.dispatcher.plan(&experts, case.top_k).unwrap();
-    let mixed = layer.mix(&Activation::kept(&x), &weights_tk, experts, &plan, |_| Ok(None)).unwrap();
+    let mixed = layer
+        .mix(&Activation::kept(&x), &weights_tk, experts, &plan, |_| {
+            Ok(None)
+        })
+        .unwrap();
     let probe = numbers(30 + rank as i64, &[tokens, HIDDEN]);
     (&mixed.hidden_td * probe).sum(Kind::Float).backward();
     gradients.finish().unwrap();
@@ -157,21 +202,37 @@ fn run_all(runs: &[(Case, Mode)]) -> Vec<Vec<Outcome>> {
         let own: Vec<(Case, Mode)> = runs.iter().filter(of_ranks).cloned().collect();
         let parts = on_threads(ranks, SOON, move |world| {
             let groups = Groups::join(world);
-            own.iter().map(|(case, mode)| run(&groups, case, *mode)).collect::<Vec<_>>()
+            own.iter()
+                .map(|(case, mode)| run(&groups, case, *mode))
+                .collect::<Vec<_>>()
         });
         for part in parts {
-            let places = runs.iter().zip(&mut outcomes).filter(|(run, _)| of_ranks(run));
-            places.zip(part).for_each(|((_, place), outcome)| place.push(outcome));
+            let places = runs
+                .iter()
+                .zip(&mut outcomes)
+                .filter(|(run, _)| of_ranks(run));
+            places
+                .zip(part)
+                .for_each(|((_, place), outcome)| place.push(outcome));
         }
     }
     outcomes
 }
 
 /// Choices of a small generator: `share` of the tokens choose `hot` first, the rest of the choices are drawn.
-fn drawn(seed: u64, tokens: usize, num_experts: usize, top_k: usize, hot: &[i64], share: f64) -> Vec<i64> {
+fn drawn(
+    seed: u64,
+    tokens: usize,
+    num_experts: usize,
+    top_k: usize,
+    hot: &[i64],
+    share: f64,
+) -> Vec<i64> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     let mut next = |below: usize| {
-        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        state = state
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
         ((state >> 33) % below as u64) as usize
     };
     let mut chosen = Vec::new();
@@ -192,19 +253,63 @@ fn drawn(seed: u64, tokens: usize, num_experts: usize, top_k: usize, hot: &[i64]
 }
 
 fn cases() -> Vec<Case> {
-    let on = |name, num_experts, top_k, slices, chosen| Case { name, num_experts, top_k, slices, chosen };
+    let on = |name, num_experts, top_k, slices, chosen| Case {
+        name,
+        num_experts,
+        top_k,
+        slices,
+        chosen,
+    };
     let each = |ranks: u64, tokens: usize, experts, top_k, hot: &[i64], share| {
-        (0..ranks).map(|rank| drawn(rank + 1, tokens, experts, top_k, hot, share)).collect::<Vec<_>>()
+        (0..ranks)
+            .map(|rank| drawn(rank + 1, tokens, experts, top_k, hot, share))
+            .collect::<Vec<_>>()
     };
     vec![
         on("even", 8, 2, 1, each(4, 30, 8, 2, &[], 0.0)),
         on("all to one expert", 8, 1, 1, vec![vec![5; 23]; 4]),
-        on("most to one rank's", 8, 2, 1, each(4, 40, 8, 2, &[2, 3], 0.9)),
-        on("a hot expert on each rank", 8, 2, 1, each(4, 40, 8, 2, &[0, 2, 4, 6], 0.9)),
-        on("experts without tokens", 16, 1, 1, each(4, 9, 3, 1, &[], 0.0)),
-        on("fewer tokens than ranks", 4, 1, 1, vec![vec![3], vec![], vec![], vec![]]),
-        on("no token at all", 4, 2, 1, vec![vec![], vec![], vec![], vec![]]),
-        on("tokens on one rank", 8, 2, 1, vec![vec![], drawn(3, 50, 8, 2, &[7], 0.9), vec![], vec![]]),
+        on(
+            "most to one rank's",
+            8,
+            2,
+            1,
+            each(4, 40, 8, 2, &[2, 3], 0.9),
+        ),
+        on(
+            "a hot expert on each rank",
+            8,
+            2,
+            1,
+            each(4, 40, 8, 2, &[0, 2, 4, 6], 0.9),
+        ),
+        on(
+            "experts without tokens",
+            16,
+            1,
+            1,
+            each(4, 9, 3, 1, &[], 0.0),
+        ),
+        on(
+            "fewer tokens than ranks",
+            4,
+            1,
+            1,
+            vec![vec![3], vec![], vec![], vec![]],
+        ),
+        on(
+            "no token at all",
+            4,
+            2,
+            1,
+            vec![vec![], vec![], vec![], vec![]],
+        ),
+        on(
+            "tokens on one rank",
+            8,
+            2,
+            1,
+            vec![vec![], drawn(3, 50, 8, 2, &[7], 0.9), vec![], vec![]],
+        ),
         // 100 + 101 tokens with alpha 1: here the published planner names a helper twice, and its backward hangs.
         on("ragged", 2, 1, 1, vec![vec![0; 100], vec![0; 101]]),
         on(
@@ -225,17 +330,35 @@ fn cases() -> Vec<Case> {
 
 fn distance(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!(a.size(), b.size());
-    let norm = |x: &Tensor| x.to_kind(Kind::Double).square().sum(Kind::Double).sqrt().double_value(&[]);
+    let norm = |x: &Tensor| {
+        x.to_kind(Kind::Double)
+            .square()
+            .sum(Kind::Double)
+            .sqrt()
+            .double_value(&[])
+    };
     let (difference, size) = (norm(&(a - b)), norm(b));
-    if difference == 0.0 { 0.0 } else { difference / size }
+    if difference == 0.0 {
+        0.0
+    } else {
+        difference / size
+    }
 }
 
 fn assert_same(what: &str, ours: &Outcome, standard: &Outcome) {
     for (part, a, b) in [
         ("output", &ours.hidden, &standard.hidden),
         ("gradient of tokens", &ours.of_tokens, &standard.of_tokens),
-        ("gradient of routing weights", &ours.of_weights, &standard.of_weights),
-        ("gradient of gate-up", &ours.of_gate_up, &standard.of_gate_up),
+        (
+            "gradient of routing weights",
+            &ours.of_weights,
+            &standard.of_weights,
+        ),
+        (
+            "gradient of gate-up",
+            &ours.of_gate_up,
+            &standard.of_gate_up,
+        ),
         ("gradient of down", &ours.of_down, &standard.of_down),
     ] {
         let far = distance(a, b);
@@ -248,12 +371,28 @@ fn modes(case: &Case) -> Vec<Mode> {
     for least_loaded in [false, true] {
         for ranks_per_node in [None, Some(1), Some(2)] {
             for keep in [true, false] {
-                modes.push(Mode { least_loaded, strict_paper: false, ranks_per_node, keep, parts: 1 });
-                modes.push(Mode { least_loaded, strict_paper: false, ranks_per_node, keep, parts: 3 });
+                modes.push(Mode {
+                    least_loaded,
+                    strict_paper: false,
+                    ranks_per_node,
+                    keep,
+                    parts: 1,
+                });
+                modes.push(Mode {
+                    least_loaded,
+                    strict_paper: false,
+                    ranks_per_node,
+                    keep,
+                    parts: 3,
+                });
             }
         }
     }
-    modes.push(Mode { least_loaded: true, strict_paper: true, ..STANDARD });
+    modes.push(Mode {
+        least_loaded: true,
+        strict_paper: true,
+        ..STANDARD
+    });
     // A node holds whole owners.
     modes.retain(|mode| mode.ranks_per_node.is_none_or(|ranks| ranks >= case.slices));
     modes
@@ -261,8 +400,10 @@ fn modes(case: &Case) -> Vec<Mode> {
 
 #[test]
 fn every_way_computes_what_standard_dispatch_computes() {
-    let runs: Vec<(Case, Mode)> =
-        cases().iter().flat_map(|case| modes(case).into_iter().map(|mode| (case.clone(), mode))).collect();
+    let runs: Vec<(Case, Mode)> = cases()
+        .iter()
+        .flat_map(|case| modes(case).into_iter().map(|mode| (case.clone(), mode)))
+        .collect();
     let outcomes = run_all(&runs);
     let mut standard: &[Outcome] = &[];
     let mut lent = 0;
@@ -271,16 +412,27 @@ fn every_way_computes_what_standard_dispatch_computes() {
             standard = ours;
         }
         for (rank, (ours, standard)) in ours.iter().zip(standard).enumerate() {
-            assert_same(&format!("{} on rank {rank}, {mode:?}", case.name), ours, standard);
+            assert_same(
+                &format!("{} on rank {rank}, {mode:?}", case.name),
+                ours,
+                standard,
+            );
         }
         let rows: Vec<i64> = ours.iter().map(|outcome| outcome.seen.rows).collect();
         let borrowed: i64 = ours.iter().map(|outcome| outcome.seen.borrowed_rows).sum();
-        lent += ours.iter().map(|outcome| outcome.seen.lent_bytes).sum::<i64>();
+        lent += ours
+            .iter()
+            .map(|outcome| outcome.seen.lent_bytes)
+            .sum::<i64>();
         if mode.least_loaded && !mode.strict_paper {
             // Nobody works on more than its share, rounded up.
             let total = rows.iter().sum::<i64>() as u64;
             let capacity = total.div_ceil(rows.len() as u64) as i64;
-            assert!(rows.iter().all(|&rows| rows <= capacity), "{}: {rows:?}", case.name);
+            assert!(
+                rows.iter().all(|&rows| rows <= capacity),
+                "{}: {rows:?}",
+                case.name
+            );
         } else if !mode.least_loaded {
             assert_eq!(borrowed, 0);
         }
@@ -292,11 +444,23 @@ fn every_way_computes_what_standard_dispatch_computes() {
 fn the_same_way_twice_is_the_same_to_the_bit() {
     let case = &cases()[2];
     let modes = [
-        Mode { least_loaded: true, ..STANDARD },
-        Mode { least_loaded: true, ranks_per_node: Some(2), keep: false, ..STANDARD },
+        Mode {
+            least_loaded: true,
+            ..STANDARD
+        },
+        Mode {
+            least_loaded: true,
+            ranks_per_node: Some(2),
+            keep: false,
+            ..STANDARD
+        },
     ];
     let runs = modes.map(|mode| (case.clone(), mode));
-    for (first, second) in run_all(&runs).iter().flatten().zip(run_all(&runs).iter().flatten()) {
+    for (first, second) in run_all(&runs)
+        .iter()
+        .flatten()
+        .zip(run_all(&runs).iter().flatten())
+    {
         assert!(first.hidden == second.hidden && first.of_tokens == second.of_tokens);
         assert!(first.of_weights == second.of_weights && first.of_gate_up == second.of_gate_up);
         assert!(first.of_down == second.of_down && first.seen.lent_bytes == second.seen.lent_bytes);
@@ -306,15 +470,36 @@ fn the_same_way_twice_is_the_same_to_the_bit() {
 #[test]
 fn a_token_crosses_to_a_node_once() {
     for top_k in [4, 6] {
-        let chosen: Vec<Vec<i64>> = (0..4).map(|rank| drawn(rank + 9, 37, 16, top_k, &[1], 0.5)).collect();
-        let case = Case { name: "many experts", num_experts: 16, top_k, slices: 1, chosen };
-        let by_node = Mode { ranks_per_node: Some(2), ..STANDARD };
+        let chosen: Vec<Vec<i64>> = (0..4)
+            .map(|rank| drawn(rank + 9, 37, 16, top_k, &[1], 0.5))
+            .collect();
+        let case = Case {
+            name: "many experts",
+            num_experts: 16,
+            top_k,
+            slices: 1,
+            chosen,
+        };
+        let by_node = Mode {
+            ranks_per_node: Some(2),
+            ..STANDARD
+        };
         for (rank, outcome) in run_all(&[(case.clone(), by_node)])[0].iter().enumerate() {
             // Ranks 0 and 1, with experts 0 to 7, are one node; 2 and 3 the other.
             let other = |&expert: &i64| (expert / 8) as usize != rank / 2;
-            let distinct = case.chosen[rank].chunks(top_k).filter(|token| token.iter().any(other)).count() as i64;
-            assert_eq!(outcome.seen.bytes_across, distinct * HIDDEN * 4, "rank {rank}");
-            let choices = case.chosen[rank].iter().filter(|&expert| other(expert)).count() as i64;
+            let distinct = case.chosen[rank]
+                .chunks(top_k)
+                .filter(|token| token.iter().any(other))
+                .count() as i64;
+            assert_eq!(
+                outcome.seen.bytes_across,
+                distinct * HIDDEN * 4,
+                "rank {rank}"
+            );
+            let choices = case.chosen[rank]
+                .iter()
+                .filter(|&expert| other(expert))
+                .count() as i64;
             assert!(choices > distinct, "there is something to save");
         }
     }

@@ -18,7 +18,10 @@ pub(crate) fn spawn(name: &str, body: impl FnOnce() + Send + 'static) {
         take_short_slices();
         body();
     };
-    Builder::new().name(name.into()).spawn(body).expect("the system starts another thread");
+    Builder::new()
+        .name(name.into())
+        .spawn(body)
+        .expect("the system starts another thread");
 }
 
 /// Whether this thread is one: where it has to wait it sleeps at once, for another one computes meanwhile.
@@ -54,12 +57,23 @@ mod tests {
     fn a_thread_beside_has_a_name_and_keeps_policy_and_nice_value() {
         let of_this_thread = || {
             // SAFETY: they take numbers, and give one.
-            unsafe { (libc::sched_getscheduler(0), libc::getpriority(libc::PRIO_PROCESS, 0)) }
+            unsafe {
+                (
+                    libc::sched_getscheduler(0),
+                    libc::getpriority(libc::PRIO_PROCESS, 0),
+                )
+            }
         };
         let (say, hear) = channel();
         let name = || std::thread::current().name().map(str::to_string);
-        spawn("carrier", move || say.send((is_beside(), name(), of_this_thread())).expect("it is heard"));
-        assert_eq!(hear.recv(), Ok((true, Some("carrier".into()), of_this_thread())));
+        spawn("carrier", move || {
+            say.send((is_beside(), name(), of_this_thread()))
+                .expect("it is heard")
+        });
+        assert_eq!(
+            hear.recv(),
+            Ok((true, Some("carrier".into()), of_this_thread()))
+        );
         assert!(!is_beside());
     }
 }

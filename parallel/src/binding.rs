@@ -33,18 +33,38 @@ impl Processors {
     pub fn of_this_machine(allowed: Vec<usize>) -> Processors {
         let text = |path: &Path| std::fs::read_to_string(path).ok();
         let folder = Path::new("/sys/devices/system/node");
-        let online = text(&folder.join("online")).and_then(|list| numbers(&list)).unwrap_or_default();
-        let nodes = online.iter().filter_map(|node| numbers(&text(&folder.join(format!("node{node}/cpulist")))?));
+        let online = text(&folder.join("online"))
+            .and_then(|list| numbers(&list))
+            .unwrap_or_default();
+        let nodes = online
+            .iter()
+            .filter_map(|node| numbers(&text(&folder.join(format!("node{node}/cpulist")))?));
         let nodes: Vec<Vec<usize>> = nodes.filter(|cpus| !cpus.is_empty()).collect();
-        Processors { nodes: if nodes.is_empty() { vec![allowed.clone()] } else { nodes }, allowed }
+        Processors {
+            nodes: if nodes.is_empty() {
+                vec![allowed.clone()]
+            } else {
+                nodes
+            },
+            allowed,
+        }
     }
 
     /// The processors for rank `local` of the `ranks` of this machine, whose device is at NUMA node `device`, where that is
     /// known; None: all that it may use.
-    pub fn of_rank(&self, bind: Bind, local: usize, ranks: usize, device: Option<usize>) -> Option<Vec<usize>> {
+    pub fn of_rank(
+        &self,
+        bind: Bind,
+        local: usize,
+        ranks: usize,
+        device: Option<usize>,
+    ) -> Option<Vec<usize>> {
         let may = |cpu: &usize| self.allowed.contains(cpu);
         // Those that may be used, node by node.
-        let nodes = self.nodes.iter().map(|node| node.iter().copied().filter(may).collect::<Vec<_>>());
+        let nodes = self
+            .nodes
+            .iter()
+            .map(|node| node.iter().copied().filter(may).collect::<Vec<_>>());
         let nodes: Vec<Vec<usize>> = nodes.filter(|node| !node.is_empty()).collect();
         let restricted = self.allowed.len() < self.nodes.iter().map(Vec::len).sum();
         match bind {
@@ -82,23 +102,45 @@ mod tests {
     use proptest::prelude::*;
 
     fn two_nodes() -> Processors {
-        Processors { nodes: vec![vec![0, 1, 2, 3, 8, 9], vec![4, 5, 6, 7, 10, 11]], allowed: (0..12).collect() }
+        Processors {
+            nodes: vec![vec![0, 1, 2, 3, 8, 9], vec![4, 5, 6, 7, 10, 11]],
+            allowed: (0..12).collect(),
+        }
     }
 
     #[test]
     fn ranks_sit_where_their_device_is() {
         let machine = two_nodes();
         assert_eq!(machine.of_rank(Bind::None, 0, 4, None), None);
-        assert_eq!(machine.of_rank(Bind::Auto, 1, 4, None).unwrap(), machine.nodes[0]);
-        assert_eq!(machine.of_rank(Bind::Auto, 2, 4, None).unwrap(), machine.nodes[1]);
-        assert_eq!(machine.of_rank(Bind::Numa, 0, 4, Some(1)).unwrap(), machine.nodes[1]);
+        assert_eq!(
+            machine.of_rank(Bind::Auto, 1, 4, None).unwrap(),
+            machine.nodes[0]
+        );
+        assert_eq!(
+            machine.of_rank(Bind::Auto, 2, 4, None).unwrap(),
+            machine.nodes[1]
+        );
+        assert_eq!(
+            machine.of_rank(Bind::Numa, 0, 4, Some(1)).unwrap(),
+            machine.nodes[1]
+        );
         assert_eq!(machine.of_rank(Bind::Cores, 1, 4, None).unwrap(), [3, 8, 9]);
         // srun has bound it already.
-        let bound = Processors { allowed: vec![4, 5], ..machine };
+        let bound = Processors {
+            allowed: vec![4, 5],
+            ..machine
+        };
         assert_eq!(bound.of_rank(Bind::Auto, 1, 4, None), None);
         assert_eq!(bound.of_rank(Bind::Numa, 1, 4, None).unwrap(), [4, 5]);
-        assert_eq!(bound.of_rank(Bind::Cores, 0, 4, None), None, "fewer processors than ranks");
-        let one = Processors { nodes: vec![vec![0, 1]], allowed: vec![0, 1] };
+        assert_eq!(
+            bound.of_rank(Bind::Cores, 0, 4, None),
+            None,
+            "fewer processors than ranks"
+        );
+        let one = Processors {
+            nodes: vec![vec![0, 1]],
+            allowed: vec![0, 1],
+        };
         assert_eq!(one.of_rank(Bind::Auto, 0, 2, None), None);
     }
 

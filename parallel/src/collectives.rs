@@ -27,7 +27,10 @@ pub(crate) fn fill(slot: &Slot, work: Work, tensor: Tensor) {
 }
 
 pub(crate) fn take(slot: &Slot) -> Result<Tensor, Error> {
-    let filled = slot.lock().expect("no thread panics while it holds a slot").take();
+    let filled = slot
+        .lock()
+        .expect("no thread panics while it holds a slot")
+        .take();
     let (work, tensor) = filled.ok_or_else(|| Error::new("a part that nobody sent"))?;
     work.wait()?;
     Ok(tensor)
@@ -71,7 +74,9 @@ fn scattered(tensor: &Tensor, group: &Shared) -> Result<Tensor, CommError> {
     let mut shape = tensor.size();
     shape[0] /= group.size() as i64;
     let output = Tensor::empty(shape.as_slice(), (tensor.kind(), tensor.device()));
-    group.reduce_scatter(&output, tensor, ReduceOp::Sum)?.wait()?;
+    group
+        .reduce_scatter(&output, tensor, ReduceOp::Sum)?
+        .wait()?;
     Ok(output)
 }
 
@@ -81,7 +86,11 @@ fn scattered(tensor: &Tensor, group: &Shared) -> Result<Tensor, CommError> {
 /// When a collective fails.
 pub fn copy_to_group(input: &Tensor, group: &Shared) -> Result<Tensor, Error> {
     let group = group.clone();
-    one_to_one(input, |x| Ok(x.shallow_clone()), move |grad| reduced(grad, &group))
+    one_to_one(
+        input,
+        |x| Ok(x.shallow_clone()),
+        move |grad| reduced(grad, &group),
+    )
 }
 
 /// The sum of all ranks' inputs; the gradient passes as it is.
@@ -89,7 +98,11 @@ pub fn copy_to_group(input: &Tensor, group: &Shared) -> Result<Tensor, Error> {
 /// # Errors
 /// When a collective fails.
 pub fn reduce_from_group(input: &Tensor, group: &Shared) -> Result<Tensor, Error> {
-    one_to_one(input, |x| reduced(x, group), |grad| Ok(grad.shallow_clone()))
+    one_to_one(
+        input,
+        |x| reduced(x, group),
+        |grad| Ok(grad.shallow_clone()),
+    )
 }
 
 /// The ranks' inputs `[n, ...]` one after another: `[size * n, ...]`.
@@ -98,7 +111,11 @@ pub fn reduce_from_group(input: &Tensor, group: &Shared) -> Result<Tensor, Error
 /// When a collective fails.
 pub fn gather_from_group(input: &Tensor, group: &Shared) -> Result<Tensor, Error> {
     let back = group.clone();
-    one_to_one(input, |x| gathered(x, group), move |grad| scattered(grad, &back))
+    one_to_one(
+        input,
+        |x| gathered(x, group),
+        move |grad| scattered(grad, &back),
+    )
 }
 
 /// This rank's part `[n, ...]` of the sum of all ranks' inputs `[size * n, ...]`.
@@ -107,14 +124,23 @@ pub fn gather_from_group(input: &Tensor, group: &Shared) -> Result<Tensor, Error
 /// When a collective fails.
 pub fn scatter_to_group(input: &Tensor, group: &Shared) -> Result<Tensor, Error> {
     let back = group.clone();
-    one_to_one(input, |x| scattered(x, group), move |grad| gathered(grad, &back))
+    one_to_one(
+        input,
+        |x| scattered(x, group),
+        move |grad| gathered(grad, &back),
+    )
 }
 
 /// Sends `send[r]` rows to rank `r`, and returns the `receive[r]` rows that come from it, in rank order.
 ///
 /// # Errors
 /// When the splits do not fit the input, or the collective fails.
-pub fn all_to_all(input: &Tensor, group: &Shared, receive: &[i64], send: &[i64]) -> Result<Tensor, Error> {
+pub fn all_to_all(
+    input: &Tensor,
+    group: &Shared,
+    receive: &[i64],
+    send: &[i64],
+) -> Result<Tensor, Error> {
     start_all_to_all(input, group, receive, send)?.arrive()
 }
 
@@ -131,7 +157,12 @@ pub struct Travelling {
     send: Vec<i64>,
 }
 
-fn exchange(input: &Tensor, group: &Shared, receive: &[i64], send: &[i64]) -> Result<(Work, Tensor), Error> {
+fn exchange(
+    input: &Tensor,
+    group: &Shared,
+    receive: &[i64],
+    send: &[i64],
+) -> Result<(Work, Tensor), Error> {
     let mut shape = input.size();
     shape[0] = receive.iter().sum();
     let output = Tensor::empty(shape.as_slice(), (input.kind(), input.device()));
@@ -144,14 +175,30 @@ fn exchange(input: &Tensor, group: &Shared, receive: &[i64], send: &[i64]) -> Re
 ///
 /// # Errors
 /// As [`all_to_all`].
-pub fn start_all_to_all(input: &Tensor, group: &Shared, receive: &[i64], send: &[i64]) -> Result<Travelling, Error> {
-    let (work, output) = tch::no_grad(|| exchange(&input.detach().contiguous(), group, receive, send))?;
+pub fn start_all_to_all(
+    input: &Tensor,
+    group: &Shared,
+    receive: &[i64],
+    send: &[i64],
+) -> Result<Travelling, Error> {
+    let (work, output) =
+        tch::no_grad(|| exchange(&input.detach().contiguous(), group, receive, send))?;
     let slot = Slot::default();
     let arrived = slot.clone();
     let link = Tensor::zeros([0], (Kind::Float, input.device()));
-    let mut link = attach_backward(&[input], vec![link], move |_| Ok(vec![Some(take(&arrived)?)]))?;
+    let mut link = attach_backward(&[input], vec![link], move |_| {
+        Ok(vec![Some(take(&arrived)?)])
+    })?;
     let (receive, send) = (receive.to_vec(), send.to_vec());
-    Ok(Travelling { work, output, link: link.remove(0), slot, group: group.clone(), receive, send })
+    Ok(Travelling {
+        work,
+        output,
+        link: link.remove(0),
+        slot,
+        group: group.clone(),
+        receive,
+        send,
+    })
 }
 
 impl Travelling {
@@ -160,7 +207,15 @@ impl Travelling {
     /// # Errors
     /// When the collective failed.
     pub fn arrive(self) -> Result<Tensor, Error> {
-        let Travelling { work, output, link, slot, group, receive, send } = self;
+        let Travelling {
+            work,
+            output,
+            link,
+            slot,
+            group,
+            receive,
+            send,
+        } = self;
         work.wait()?;
         let (shape, options) = (output.size(), (output.kind(), output.device()));
         let mut out = attach_backward(&[&link], vec![output], move |grads| {

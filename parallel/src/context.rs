@@ -28,10 +28,14 @@ pub enum ContextKind {
 
 /// The positions of a sequence of `length` that rank `rank` of `ranks` has, in its order.
 pub fn positions(kind: ContextKind, length: usize, rank: usize, ranks: usize) -> Vec<i64> {
-    let range = |part: usize, parts: usize| (length * part / parts) as i64..(length * (part + 1) / parts) as i64;
+    let range = |part: usize, parts: usize| {
+        (length * part / parts) as i64..(length * (part + 1) / parts) as i64
+    };
     match kind {
         _ if ranks == 1 => range(0, 1).collect(),
-        ContextKind::Ring => range(rank, 2 * ranks).chain(range(2 * ranks - 1 - rank, 2 * ranks)).collect(),
+        ContextKind::Ring => range(rank, 2 * ranks)
+            .chain(range(2 * ranks - 1 - rank, 2 * ranks))
+            .collect(),
         ContextKind::Ulysses => range(rank, ranks).collect(),
     }
 }
@@ -83,7 +87,8 @@ impl Ring {
         let (rank, ranks) = (self.group.rank(), self.group.size());
         let at = |rank: usize, (start, len): (i64, i64)| {
             let all = positions(ContextKind::Ring, self.length, rank, ranks);
-            Tensor::from_slice(&all[start as usize..(start + len) as usize]).to_device(documents.device())
+            Tensor::from_slice(&all[start as usize..(start + len) as usize])
+                .to_device(documents.device())
         };
         let (queries, keys) = block.parts((self.length / ranks) as i64);
         let (queries, keys) = (at(rank, queries), at(keys_of, keys));
@@ -92,7 +97,10 @@ impl Ring {
         let causal = queries.unsqueeze(1).ge_tensor(&keys.unsqueeze(0));
         let seen = own.eq_tensor(&theirs).logical_and(&causal).unsqueeze(1);
         // Finite, so that a query that sees nothing of a block has a log-sum-exp; it weighs nothing in the whole.
-        Some(Tensor::zeros(seen.size().as_slice(), (kind, seen.device())).masked_fill(&seen.logical_not(), -1e9))
+        Some(
+            Tensor::zeros(seen.size().as_slice(), (kind, seen.device()))
+                .masked_fill(&seen.logical_not(), -1e9),
+        )
     }
 
     /// Goes through the blocks, this rank's own first: `visit` gets each with its keys and values `[2, B, G, s, d]`, while
@@ -114,10 +122,18 @@ impl Ring {
                 works.push(self.group.send(&keys_values, next, 0)?);
                 works.push(self.group.recv(&arriving, previous, 0)?);
             }
-            visit(Block::of(rank, keys_of), keys_of, &keys_values, travels.as_ref());
+            visit(
+                Block::of(rank, keys_of),
+                keys_of,
+                &keys_values,
+                travels.as_ref(),
+            );
             if let Some(sum) = &travels {
                 let theirs = sum.empty_like();
-                let (sent, received) = (self.group.send(sum, next, 1)?, self.group.recv(&theirs, previous, 1)?);
+                let (sent, received) = (
+                    self.group.send(sum, next, 1)?,
+                    self.group.recv(&theirs, previous, 1)?,
+                );
                 sent.wait()?;
                 received.wait()?;
                 travels = Some(theirs);
@@ -156,17 +172,30 @@ pub fn ring_attention(
         length: own as usize * group.size(),
     };
     let times = heads / key.size()[1];
-    let (q, kv) = tch::no_grad(|| (query.detach().contiguous(), Tensor::stack(&[key, value], 0).contiguous()));
+    let (q, kv) = tch::no_grad(|| {
+        (
+            query.detach().contiguous(),
+            Tensor::stack(&[key, value], 0).contiguous(),
+        )
+    });
     let out = Tensor::zeros([batch, heads, own, width], (Kind::Float, q.device()));
-    let lse = Tensor::full([batch, heads, own], f64::NEG_INFINITY, (Kind::Float, q.device()));
+    let lse = Tensor::full(
+        [batch, heads, own],
+        f64::NEG_INFINITY,
+        (Kind::Float, q.device()),
+    );
     tch::no_grad(|| {
         ring.round(&kv, None, |block, keys_of, kv, _| {
             let (queries, keys) = block.parts(own);
             let part = |t: &Tensor, (start, len): (i64, i64)| t.narrow(2, start, len);
             let mask = ring.mask(block, keys_of, q.kind());
-            let (k, v) = (repeat_heads(&part(&kv.get(0), keys), times), repeat_heads(&part(&kv.get(1), keys), times));
+            let (k, v) = (
+                repeat_heads(&part(&kv.get(0), keys), times),
+                repeat_heads(&part(&kv.get(1), keys), times),
+            );
             let causal = block == Block::Own && mask.is_none();
-            let (of_block, lse_of_block) = attend(&part(&q, queries), &k, &v, mask.as_ref(), causal, scale);
+            let (of_block, lse_of_block) =
+                attend(&part(&q, queries), &k, &v, mask.as_ref(), causal, scale);
             // Both are averages of values; their weights are exp(lse).
             let (mut out, mut lse) = (part(&out, queries), part(&lse, queries));
             let joined = lse.logaddexp(&lse_of_block);
@@ -180,7 +209,9 @@ pub fn ring_attention(
     let out = tch::no_grad(|| out.to_kind(q.kind()));
     let kept = out.shallow_clone();
     let mut outputs = attach_backward(&[query, key, value], vec![out], move |grads| {
-        let Some(grad) = &grads[0] else { return Err(Error::new("attention without a gradient")) };
+        let Some(grad) = &grads[0] else {
+            return Err(Error::new("attention without a gradient"));
+        };
         let grad = grad.contiguous();
         let grad_q = Tensor::zeros([batch, heads, own, width], (Kind::Float, q.device()));
         let grad_kv = Tensor::zeros(kv.size().as_slice(), (Kind::Float, q.device()));
@@ -189,8 +220,10 @@ pub fn ring_attention(
                 let (queries, keys) = block.parts(own);
                 let part = |t: &Tensor, (start, len): (i64, i64)| t.narrow(2, start, len);
                 let mask = ring.mask(block, keys_of, q.kind());
-                let (k, v) =
-                    (repeat_heads(&part(&kv.get(0), keys), times), repeat_heads(&part(&kv.get(1), keys), times));
+                let (k, v) = (
+                    repeat_heads(&part(&kv.get(0), keys), times),
+                    repeat_heads(&part(&kv.get(1), keys), times),
+                );
                 let causal = block == Block::Own && mask.is_none();
                 let (dq, dk, dv) = attend_backward(
                     &part(&grad, queries),
@@ -211,7 +244,11 @@ pub fn ring_attention(
             })
             .map_err(failed)?;
         let home = home.expect("what travels comes home").to_kind(q.kind());
-        Ok(vec![Some(grad_q.to_kind(q.kind())), Some(home.get(0)), Some(home.get(1))])
+        Ok(vec![
+            Some(grad_q.to_kind(q.kind())),
+            Some(home.get(0)),
+            Some(home.get(1)),
+        ])
     })?;
     Ok(outputs.remove(0))
 }
@@ -220,15 +257,29 @@ pub fn ring_attention(
 const QUERIES: i64 = 512;
 
 /// Attention of one block, and its log-sum-exps `[B, H, queries]` fp32.
-fn attend(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, causal: bool, scale: f64) -> (Tensor, Tensor) {
+fn attend(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    mask: Option<&Tensor>,
+    causal: bool,
+    scale: f64,
+) -> (Tensor, Tensor) {
     if q.device() == Device::Cpu {
-        return Tensor::internal_scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, mask, scale);
+        return Tensor::internal_scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, mask, scale,
+        );
     }
     let (mut outs, mut lses) = (Vec::new(), Vec::new());
     for_queries(q.size()[2], |start, len| {
         let scores = scores(&q.narrow(2, start, len), k, mask, causal, scale, start);
         let lse = scores.logsumexp([-1i64].as_slice(), false);
-        outs.push((scores - lse.unsqueeze(-1)).exp().to_kind(v.kind()).matmul(v));
+        outs.push(
+            (scores - lse.unsqueeze(-1))
+                .exp()
+                .to_kind(v.kind())
+                .matmul(v),
+        );
         lses.push(lse);
     });
     (Tensor::cat(&outs, 2), Tensor::cat(&lses, 2))
@@ -262,24 +313,41 @@ fn by_hand_backward(
     scale: f64,
 ) -> (Tensor, Tensor, Tensor) {
     let mut dqs = Vec::new();
-    let (mut dk, mut dv) = (k.to_kind(Kind::Float).zeros_like(), v.to_kind(Kind::Float).zeros_like());
-    let along =
-        (grad.to_kind(Kind::Float) * out.to_kind(Kind::Float)).sum_dim_intlist([-1i64].as_slice(), true, Kind::Float);
+    let (mut dk, mut dv) = (
+        k.to_kind(Kind::Float).zeros_like(),
+        v.to_kind(Kind::Float).zeros_like(),
+    );
+    let along = (grad.to_kind(Kind::Float) * out.to_kind(Kind::Float)).sum_dim_intlist(
+        [-1i64].as_slice(),
+        true,
+        Kind::Float,
+    );
     for_queries(q.size()[2], |start, len| {
         let part = |t: &Tensor| t.narrow(2, start, len);
-        let weights = (scores(&part(q), k, mask, causal, scale, start) - part(lse).unsqueeze(-1)).exp();
+        let weights =
+            (scores(&part(q), k, mask, causal, scale, start) - part(lse).unsqueeze(-1)).exp();
         let grad = part(grad);
         dv += weights.transpose(2, 3).matmul(&grad.to_kind(Kind::Float));
         let of_weights = grad.matmul(&v.transpose(2, 3)).to_kind(Kind::Float);
         let of_scores = (weights * (of_weights - part(&along)) * scale).to_kind(q.kind());
         dqs.push(of_scores.matmul(k));
-        dk += of_scores.transpose(2, 3).matmul(&part(q)).to_kind(Kind::Float);
+        dk += of_scores
+            .transpose(2, 3)
+            .matmul(&part(q))
+            .to_kind(Kind::Float);
     });
     (Tensor::cat(&dqs, 2), dk, dv)
 }
 
 /// `[B, H, queries, keys]` fp32 of queries that begin at `start` of the block.
-fn scores(q: &Tensor, k: &Tensor, mask: Option<&Tensor>, causal: bool, scale: f64, start: i64) -> Tensor {
+fn scores(
+    q: &Tensor,
+    k: &Tensor,
+    mask: Option<&Tensor>,
+    causal: bool,
+    scale: f64,
+    start: i64,
+) -> Tensor {
     let scores = q.matmul(&k.transpose(2, 3)).to_kind(Kind::Float) * scale;
     let (queries, keys) = (q.size()[2], k.size()[2]);
     match mask {
@@ -311,10 +379,15 @@ fn for_queries(queries: i64, mut body: impl FnMut(i64, i64)) {
 pub fn heads_out(x: &Tensor, group: &Arc<dyn Communicator>) -> Result<Tensor, Error> {
     let (size, ranks) = (x.size(), group.size() as i64);
     let (batch, heads, own, width) = (size[0], size[1], size[2], size[3]);
-    let by_head = x.contiguous().view([batch, ranks, heads / ranks, own, width]).permute([1, 0, 2, 3, 4]);
+    let by_head = x
+        .contiguous()
+        .view([batch, ranks, heads / ranks, own, width])
+        .permute([1, 0, 2, 3, 4]);
     let splits = vec![1; ranks as usize];
     let by_position = all_to_all(&by_head.contiguous(), group, &splits, &splits)?;
-    Ok(by_position.permute([1, 2, 0, 3, 4]).reshape([batch, heads / ranks, ranks * own, width]))
+    Ok(by_position
+        .permute([1, 2, 0, 3, 4])
+        .reshape([batch, heads / ranks, ranks * own, width]))
 }
 
 /// This rank's positions of all heads: `[B, H / R, S, d]` to `[B, H, s, d]`.
@@ -324,10 +397,15 @@ pub fn heads_out(x: &Tensor, group: &Arc<dyn Communicator>) -> Result<Tensor, Er
 pub fn heads_home(x: &Tensor, group: &Arc<dyn Communicator>) -> Result<Tensor, Error> {
     let (size, ranks) = (x.size(), group.size() as i64);
     let (batch, heads, length, width) = (size[0], size[1], size[2], size[3]);
-    let by_position = x.contiguous().view([batch, heads, ranks, length / ranks, width]).permute([2, 0, 1, 3, 4]);
+    let by_position = x
+        .contiguous()
+        .view([batch, heads, ranks, length / ranks, width])
+        .permute([2, 0, 1, 3, 4]);
     let splits = vec![1; ranks as usize];
     let by_head = all_to_all(&by_position.contiguous(), group, &splits, &splits)?;
-    Ok(by_head.permute([1, 0, 2, 3, 4]).reshape([batch, ranks * heads, length / ranks, width]))
+    Ok(by_head
+        .permute([1, 0, 2, 3, 4])
+        .reshape([batch, ranks * heads, length / ranks, width]))
 }
 
 #[cfg(test)]
@@ -379,13 +457,18 @@ mod tests {
         let length = q.size()[2];
         let causal = Tensor::ones([length, length], (Kind::Bool, Device::Cpu)).tril(0);
         let seen = match documents {
-            Some(documents) => {
-                documents.unsqueeze(2).eq_tensor(&documents.unsqueeze(1)).unsqueeze(1).logical_and(&causal)
-            }
+            Some(documents) => documents
+                .unsqueeze(2)
+                .eq_tensor(&documents.unsqueeze(1))
+                .unsqueeze(1)
+                .logical_and(&causal),
             None => causal,
         };
         let scores = q.matmul(&repeat_heads(k, 2).transpose(2, 3)) * 0.3;
-        scores.masked_fill(&seen.logical_not(), f64::NEG_INFINITY).softmax(-1, Kind::Float).matmul(&repeat_heads(v, 2))
+        scores
+            .masked_fill(&seen.logical_not(), f64::NEG_INFINITY)
+            .softmax(-1, Kind::Float)
+            .matmul(&repeat_heads(v, 2))
     }
 
     #[test]
@@ -393,38 +476,65 @@ mod tests {
         let (ranks, length) = (3usize, 12usize);
         let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
         for packed in [false, true] {
-            let documents =
-                packed.then(|| Tensor::from_slice(&[0i64, 0, 0, 0, 1, 2, 2, 2, 2, 2, 3, 3].repeat(2)).view([2, 12]));
-            let all = [random(&[2, 6, 12, 4]), random(&[2, 3, 12, 4]), random(&[2, 3, 12, 4]), random(&[2, 6, 12, 4])];
-            let leaves: Vec<Tensor> = all[..3].iter().map(|t| t.copy().set_requires_grad(true)).collect();
+            let documents = packed.then(|| {
+                Tensor::from_slice(&[0i64, 0, 0, 0, 1, 2, 2, 2, 2, 2, 3, 3].repeat(2)).view([2, 12])
+            });
+            let all = [
+                random(&[2, 6, 12, 4]),
+                random(&[2, 3, 12, 4]),
+                random(&[2, 3, 12, 4]),
+                random(&[2, 6, 12, 4]),
+            ];
+            let leaves: Vec<Tensor> = all[..3]
+                .iter()
+                .map(|t| t.copy().set_requires_grad(true))
+                .collect();
             let expected = plain(&leaves[0], &leaves[1], &leaves[2], documents.as_ref());
             (&expected * &all[3]).sum(Kind::Float).backward();
             for kind in [ContextKind::Ring, ContextKind::Ulysses] {
-                let shared = Mutex::new((all.each_ref().map(Tensor::copy), documents.as_ref().map(Tensor::copy)));
+                let shared = Mutex::new((
+                    all.each_ref().map(Tensor::copy),
+                    documents.as_ref().map(Tensor::copy),
+                ));
                 let parts = on_threads(ranks, Duration::from_secs(20), move |world| {
                     let (all, documents) = {
                         let shared = shared.lock().unwrap();
-                        (shared.0.each_ref().map(Tensor::copy), shared.1.as_ref().map(Tensor::copy))
+                        (
+                            shared.0.each_ref().map(Tensor::copy),
+                            shared.1.as_ref().map(Tensor::copy),
+                        )
                     };
                     let group = world.all("context").unwrap();
                     let at = Tensor::from_slice(&positions(kind, length, world.rank(), ranks));
                     let own = |t: &Tensor| t.index_select(2, &at).set_requires_grad(true);
                     let [q, k, v] = [0, 1, 2].map(|index| own(&all[index]));
                     let out = match kind {
-                        ContextKind::Ring => ring_attention(&q, &k, &v, documents.as_ref(), 0.3, &group).unwrap(),
+                        ContextKind::Ring => {
+                            ring_attention(&q, &k, &v, documents.as_ref(), 0.3, &group).unwrap()
+                        }
                         ContextKind::Ulysses => {
                             let [q, k, v] = [&q, &k, &v].map(|t| heads_out(t, &group).unwrap());
                             heads_home(&plain(&q, &k, &v, documents.as_ref()), &group).unwrap()
                         }
                     };
-                    (&out * all[3].index_select(2, &at)).sum(Kind::Float).backward();
+                    (&out * all[3].index_select(2, &at))
+                        .sum(Kind::Float)
+                        .backward();
                     (at, [out.detach(), q.grad(), k.grad(), v.grad()])
                 });
-                let whole = [&expected.detach(), &leaves[0].grad(), &leaves[1].grad(), &leaves[2].grad()];
+                let whole = [
+                    &expected.detach(),
+                    &leaves[0].grad(),
+                    &leaves[1].grad(),
+                    &leaves[2].grad(),
+                ];
                 for (at, of_rank) in parts {
                     for (part, whole) in of_rank.iter().zip(whole) {
                         let whole = whole.index_select(2, &at);
-                        assert!(part.allclose(&whole, 1e-4, 1e-5, false), "{kind:?}, packed {packed}");
+                        assert!(
+                            part.allclose(&whole, 1e-4, 1e-5, false),
+                            "{kind:?}, packed {packed}"
+                        );
                     }
                 }
             }
@@ -437,7 +547,12 @@ mod tests {
         let [q, k, v, grad] = [0; 4].map(|_| random(&[2, 3, 600, 8]));
         let (out, lse) = attend(&q, &k, &v, None, true, 0.4);
         let scores = scores(&q, &k, None, true, 0.4, 0);
-        assert!(lse.allclose(&scores.logsumexp([-1i64].as_slice(), false), 1e-4, 1e-5, false));
+        assert!(lse.allclose(
+            &scores.logsumexp([-1i64].as_slice(), false),
+            1e-4,
+            1e-5,
+            false
+        ));
         let (a, b, c) = attend_backward(&grad, [&q, &k, &v], &out, &lse, None, true, 0.4);
         let (d, e, f) = by_hand_backward(&grad, [&q, &k, &v], &out, &lse, None, true, 0.4);
         for (kernel, formula) in [(a, d), (b, e), (c, f)] {

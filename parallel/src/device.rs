@@ -115,14 +115,20 @@ pub fn accelerator(kind: &str, local_rank: usize) -> Result<Box<dyn Accelerator>
         }
         "cuda" => Ok(Box::new(Attached::cuda(own("CUDA_VISIBLE_DEVICES"))?)),
         "npu" => Ok(Box::new(Attached::npu(own("ASCEND_RT_VISIBLE_DEVICES"))?)),
-        other => Err(Error::new(format!("unknown device {other:?}: use cpu, cuda, npu or auto"))),
+        other => Err(Error::new(format!(
+            "unknown device {other:?}: use cpu, cuda, npu or auto"
+        ))),
     }
 }
 
 /// Which of the GPUs or NPUs that a rank sees is its own: the one, where its launcher shows it no other (srun --gpus-per-task), else
 /// the one with its local number.
 fn visible_index(local_rank: usize, visible: Option<&str>) -> usize {
-    match visible.map(|list| list.split(',').filter(|name| !name.trim().is_empty()).count()) {
+    match visible.map(|list| {
+        list.split(',')
+            .filter(|name| !name.trim().is_empty())
+            .count()
+    }) {
         Some(1) => 0,
         _ => local_rank,
     }
@@ -157,7 +163,10 @@ impl Accelerator for Cpu {
     fn memory(&self) -> Result<MemoryUse, Error> {
         torch_ext::count_host_memory()?;
         let (current, peak) = torch_ext::allocator_bytes(Device::Cpu)?;
-        Ok(MemoryUse { current: current.max(0) as u64, peak: peak.max(0) as u64 })
+        Ok(MemoryUse {
+            current: current.max(0) as u64,
+            peak: peak.max(0) as u64,
+        })
     }
     fn reset_peak(&self) -> Result<(), Error> {
         torch_ext::reset_peak(Device::Cpu)
@@ -180,10 +189,14 @@ struct HostCopier;
 
 impl Copier for HostCopier {
     fn copy(&mut self, tensor: &Tensor, into: &mut [u8]) -> Result<(), Error> {
-        tensor.f_copy_data_u8(into, tensor.numel()).map_err(|e| Error::new(e.to_string()))
+        tensor
+            .f_copy_data_u8(into, tensor.numel())
+            .map_err(|e| Error::new(e.to_string()))
     }
     fn fetch(&mut self, tensor: &Tensor, into: &Tensor) -> Result<(), Error> {
-        tch::no_grad(|| into.shallow_clone().f_copy_(tensor)).map(drop).map_err(|e| Error::new(e.to_string()))
+        tch::no_grad(|| into.shallow_clone().f_copy_(tensor))
+            .map(drop)
+            .map_err(|e| Error::new(e.to_string()))
     }
 }
 
@@ -192,10 +205,12 @@ impl Copier for HostCopier {
 /// # Errors
 /// When the kernel does not say.
 pub fn peak_resident() -> Result<u64, Error> {
-    let status = std::fs::read_to_string("/proc/self/status").map_err(|e| Error::new(e.to_string()))?;
+    let status =
+        std::fs::read_to_string("/proc/self/status").map_err(|e| Error::new(e.to_string()))?;
     let line = status.lines().find(|line| line.starts_with("VmHWM:"));
     let kib = line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
-    kib.map(|kib| kib * 1024).ok_or_else(|| Error::new("/proc/self/status has no VmHWM"))
+    kib.map(|kib| kib * 1024)
+        .ok_or_else(|| Error::new("/proc/self/status has no VmHWM"))
 }
 
 /// How `tch` reads an NPU, and asks for one: see [`torch_ext::load_npu`].
@@ -218,7 +233,10 @@ impl Attached {
         torch_ext::load_cuda()?;
         let count = tch::Cuda::device_count();
         if (index as i64) < count {
-            Ok(Attached { device: Device::Cuda(index), index })
+            Ok(Attached {
+                device: Device::Cuda(index),
+                index,
+            })
         } else {
             Err(Error::new(format!(
                 "GPU {index} was asked for and the driver shows {count}: start at most {count} ranks on this machine, \
@@ -265,24 +283,36 @@ impl Accelerator for Attached {
     }
     fn memory(&self) -> Result<MemoryUse, Error> {
         let (current, peak) = torch_ext::allocator_bytes(self.device())?;
-        Ok(MemoryUse { current: current.max(0) as u64, peak: peak.max(0) as u64 })
+        Ok(MemoryUse {
+            current: current.max(0) as u64,
+            peak: peak.max(0) as u64,
+        })
     }
     fn reset_peak(&self) -> Result<(), Error> {
         torch_ext::reset_peak(self.device())
     }
     fn copier(&self) -> Result<Box<dyn Copier>, Error> {
-        Ok(Box::new(PinnedCopier { pinned: None, on_side_stream: false }))
+        Ok(Box::new(PinnedCopier {
+            pinned: None,
+            on_side_stream: false,
+        }))
     }
     fn staging(&self, elements: i64, kind: Kind) -> Result<Tensor, Error> {
         let bytes = torch_ext::pinned(elements * kind.elt_size_in_bytes() as i64)?;
-        bytes.f_view_dtype(kind).map_err(|e| Error::new(e.to_string()))
+        bytes
+            .f_view_dtype(kind)
+            .map_err(|e| Error::new(e.to_string()))
     }
     fn numa_node(&self) -> Option<usize> {
         if self.device == NPU {
             return None;
         }
         let at = torch_ext::pci_bus_id(self.index).ok()?.to_lowercase();
-        std::fs::read_to_string(format!("/sys/bus/pci/devices/{at}/numa_node")).ok()?.trim().parse().ok()
+        std::fs::read_to_string(format!("/sys/bus/pci/devices/{at}/numa_node"))
+            .ok()?
+            .trim()
+            .parse()
+            .ok()
     }
     fn computes_on_host(&self) -> bool {
         false
@@ -326,7 +356,13 @@ impl Copier for PinnedCopier {
             let len = part.len() as i64;
             let mut staged = pinned.narrow(0, 0, len);
             // A blocking copy waits for this thread's stream only.
-            staged.f_copy_(&bytes.f_narrow(0, index as i64 * PINNED, len).map_err(failed)?).map_err(failed)?;
+            staged
+                .f_copy_(
+                    &bytes
+                        .f_narrow(0, index as i64 * PINNED, len)
+                        .map_err(failed)?,
+                )
+                .map_err(failed)?;
             staged.f_copy_data_u8(part, part.len()).map_err(failed)?;
         }
         self.pinned = Some(pinned);
@@ -348,7 +384,10 @@ mod tests {
         Cpu.memory().unwrap();
         let _held = Cpu.zeros(&[1 << 20], Kind::Float);
         let memory = Cpu.memory().unwrap();
-        assert!(memory.current >= 4 << 20 && memory.peak >= memory.current, "{memory:?}");
+        assert!(
+            memory.current >= 4 << 20 && memory.peak >= memory.current,
+            "{memory:?}"
+        );
         assert!(peak_resident().unwrap() > 16 << 20);
     }
 
@@ -359,8 +398,16 @@ mod tests {
         if std::env::var_os(INSIDE).is_none() {
             let own = std::env::current_exe().unwrap();
             let mut again = std::process::Command::new(own);
-            let output = again.args(["--exact", "device::tests::the_cpu_conforms"]).env(INSIDE, "1").output().unwrap();
-            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+            let output = again
+                .args(["--exact", "device::tests::the_cpu_conforms"])
+                .env(INSIDE, "1")
+                .output()
+                .unwrap();
+            assert!(
+                output.status.success(),
+                "{}",
+                String::from_utf8_lossy(&output.stdout)
+            );
             return;
         }
         let device = accelerator("cpu", 0).unwrap();
@@ -379,6 +426,11 @@ mod tests {
 
     #[test]
     fn an_unknown_device_is_refused() {
-        assert!(accelerator("tpu", 0).unwrap_err().to_string().contains("use cpu, cuda, npu or auto"));
+        assert!(
+            accelerator("tpu", 0)
+                .unwrap_err()
+                .to_string()
+                .contains("use cpu, cuda, npu or auto")
+        );
     }
 }

@@ -31,7 +31,10 @@ impl Replication {
     /// A rank that holds its weights alone.
     pub fn alone() -> Replication {
         let local: Arc<dyn Communicator> = Arc::new(Local::new(0, "alone"));
-        Replication { shard: local.clone(), across: local }
+        Replication {
+            shard: local.clone(),
+            across: local,
+        }
     }
 }
 
@@ -60,7 +63,11 @@ pub fn plan_buckets(parameters: &[(usize, usize)], capacity: usize) -> Vec<Bucke
             }
             done.push(open.remove(position));
         }
-        open.push(BucketPlan { group, members: vec![index], len });
+        open.push(BucketPlan {
+            group,
+            members: vec![index],
+            len,
+        });
     }
     done.extend(open);
     // In the order in which their last gradient comes: the lower the least parameter, the later.
@@ -104,12 +111,21 @@ impl Bucket {
         self.settle()?;
         self.clear_fresh();
         if self.own.is_none() {
-            let whole = self.whole.as_ref().expect("a bucket that is not shared out is kept");
-            self.work = Some((self.replication.across.all_reduce(whole, ReduceOp::Sum)?, None));
+            let whole = self
+                .whole
+                .as_ref()
+                .expect("a bucket that is not shared out is kept");
+            self.work = Some((
+                self.replication.across.all_reduce(whole, ReduceOp::Sum)?,
+                None,
+            ));
             return Ok(());
         }
-        let Some(whole) = (if keep { self.whole.as_ref().map(Tensor::shallow_clone) } else { self.whole.take() })
-        else {
+        let Some(whole) = (if keep {
+            self.whole.as_ref().map(Tensor::shallow_clone)
+        } else {
+            self.whole.take()
+        }) else {
             return Ok(());
         };
         let group = &self.replication.shard;
@@ -117,17 +133,27 @@ impl Bucket {
         let shares = Tensor::zeros([group.size() as i64, self.share], options);
         tch::no_grad(|| {
             for member in &self.members {
-                let rows = whole.narrow(0, member.offset, member.rows * member.cols).view([member.rows, member.cols]);
+                let rows = whole
+                    .narrow(0, member.offset, member.rows * member.cols)
+                    .view([member.rows, member.cols]);
                 for rank in 0..group.size() {
                     let theirs = own_rows(member.rows, rank, group.size());
                     let len = theirs.end - theirs.start;
-                    let place = shares.get(rank as i64).narrow(0, member.own_offset, len * member.cols);
-                    place.view([len, member.cols]).copy_(&rows.narrow(0, theirs.start, len));
+                    let place =
+                        shares
+                            .get(rank as i64)
+                            .narrow(0, member.own_offset, len * member.cols);
+                    place
+                        .view([len, member.cols])
+                        .copy_(&rows.narrow(0, theirs.start, len));
                 }
             }
         });
         let part = Tensor::empty([self.share], options);
-        self.work = Some((group.reduce_scatter(&part, &shares.view([-1]), ReduceOp::Sum)?, Some(part)));
+        self.work = Some((
+            group.reduce_scatter(&part, &shares.view([-1]), ReduceOp::Sum)?,
+            Some(part),
+        ));
         Ok(())
     }
 
@@ -135,7 +161,11 @@ impl Bucket {
     fn clear_fresh(&mut self) {
         let Some(whole) = &self.whole else { return };
         for member in self.members.iter_mut().filter(|member| member.fresh) {
-            let _ = tch::no_grad(|| whole.narrow(0, member.offset, member.rows * member.cols).zero_());
+            let _ = tch::no_grad(|| {
+                whole
+                    .narrow(0, member.offset, member.rows * member.cols)
+                    .zero_()
+            });
             member.fresh = false;
         }
     }
@@ -190,12 +220,20 @@ impl State {
         let (bucket, member) = self.places[index];
         let (device, bucket) = (self.device, &mut self.buckets[bucket]);
         if bucket.whole.is_none() {
-            bucket.members.iter_mut().for_each(|member| member.fresh = true);
+            bucket
+                .members
+                .iter_mut()
+                .for_each(|member| member.fresh = true);
         }
         let len = bucket.len;
-        let whole = bucket.whole.get_or_insert_with(|| Tensor::empty([len], (Kind::Float, device)));
+        let whole = bucket
+            .whole
+            .get_or_insert_with(|| Tensor::empty([len], (Kind::Float, device)));
         let member = &mut bucket.members[member];
-        (whole.narrow(0, member.offset, member.rows * member.cols), std::mem::take(&mut member.fresh))
+        (
+            whole.narrow(0, member.offset, member.rows * member.cols),
+            std::mem::take(&mut member.fresh),
+        )
     }
 
     /// A contribution to weight `index` is there.
@@ -210,7 +248,12 @@ impl State {
             }
             return Ok(());
         }
-        while self.reducing && self.buckets.get(self.next).is_some_and(|b| !b.in_turn(self.keep) || b.pending == 0) {
+        while self.reducing
+            && self
+                .buckets
+                .get(self.next)
+                .is_some_and(|b| !b.in_turn(self.keep) || b.pending == 0)
+        {
             self.reduce_next()?;
         }
         Ok(())
@@ -219,7 +262,11 @@ impl State {
     fn reduce_next(&mut self) -> Result<(), CommError> {
         let number = self.next;
         self.next += 1;
-        if self.buckets[number].in_turn(self.keep) { self.reduce(number) } else { Ok(()) }
+        if self.buckets[number].in_turn(self.keep) {
+            self.reduce(number)
+        } else {
+            Ok(())
+        }
     }
 
     fn reduce(&mut self, number: usize) -> Result<(), CommError> {
@@ -266,8 +313,10 @@ impl GradientBuckets {
         keep: bool,
         accelerator: &dyn Accelerator,
     ) -> Result<GradientBuckets, Error> {
-        let sizes: Vec<_> =
-            weights.iter().map(|(weight, group)| (weight.shape().iter().product::<i64>() as usize, *group)).collect();
+        let sizes: Vec<_> = weights
+            .iter()
+            .map(|(weight, group)| (weight.shape().iter().product::<i64>() as usize, *group))
+            .collect();
         let plans = plan_buckets(&sizes, bucket_bytes / 4);
         let mut places = vec![(0, 0); weights.len()];
         let mut buckets = Vec::new();
@@ -280,7 +329,14 @@ impl GradientBuckets {
                 places[member] = (buckets.len(), members.len());
                 let (rows, cols) = matrix(weights[member].0.shape());
                 let own = own_rows(rows, rank, ranks);
-                members.push(Member { rows, cols, offset, own_offset: share, own, fresh: true });
+                members.push(Member {
+                    rows,
+                    cols,
+                    offset,
+                    own_offset: share,
+                    own,
+                    fresh: true,
+                });
                 offset += rows * cols;
                 share += own_rows(rows, 0, ranks).end * cols;
             }
@@ -292,7 +348,11 @@ impl GradientBuckets {
                 whole: (keep || !shared_out).then(|| accelerator.zeros(&[offset], Kind::Float)),
                 own: shared_out.then(|| accelerator.zeros(&[share], Kind::Float)),
                 replication,
-                uses: plan.members.iter().map(|&member| weights[member].0.uses()).sum(),
+                uses: plan
+                    .members
+                    .iter()
+                    .map(|&member| weights[member].0.uses())
+                    .sum(),
                 pending: 0,
                 work: None,
             });
@@ -321,11 +381,19 @@ impl GradientBuckets {
         let keep = state.keep;
         tch::no_grad(|| {
             for bucket in &mut state.buckets {
-                bucket.members.iter_mut().for_each(|member| member.fresh = true);
+                bucket
+                    .members
+                    .iter_mut()
+                    .for_each(|member| member.fresh = true);
                 if let Some(own) = &mut bucket.own {
                     let _ = own.zero_();
                 }
-                bucket.pending = bucket.uses * if bucket.in_turn(keep) { microbatches } else { 1 };
+                bucket.pending = bucket.uses
+                    * if bucket.in_turn(keep) {
+                        microbatches
+                    } else {
+                        1
+                    };
             }
         });
         (state.reducing, state.next) = (true, 0);
@@ -336,7 +404,10 @@ impl GradientBuckets {
     ///
     /// # Errors
     /// Those of `backward`.
-    pub fn without_weights<T, E>(&self, backward: impl FnOnce() -> Result<T, E>) -> Result<(T, Vec<Deferred>), E> {
+    pub fn without_weights<T, E>(
+        &self,
+        backward: impl FnOnce() -> Result<T, E>,
+    ) -> Result<(T, Vec<Deferred>), E> {
         self.lock().deferred = Some(Vec::new());
         let result = backward();
         let deferred = self.lock().deferred.take().unwrap_or_default();
@@ -365,7 +436,11 @@ impl GradientBuckets {
         state.buckets.iter_mut().try_for_each(Bucket::settle)?;
         let mut works = Vec::new();
         for bucket in &state.buckets {
-            if let Some(own) = bucket.own.as_ref().filter(|_| bucket.replication.across.size() > 1) {
+            if let Some(own) = bucket
+                .own
+                .as_ref()
+                .filter(|_| bucket.replication.across.size() > 1)
+            {
                 works.push(bucket.replication.across.all_reduce(own, ReduceOp::Sum)?);
             }
         }
@@ -380,7 +455,14 @@ impl GradientBuckets {
         let (bucket, member) = state.places[index];
         let bucket = &mut state.buckets[bucket];
         bucket.clear_fresh();
-        let Member { rows, cols, offset, own_offset, ref own, .. } = bucket.members[member];
+        let Member {
+            rows,
+            cols,
+            offset,
+            own_offset,
+            ref own,
+            ..
+        } = bucket.members[member];
         match (&bucket.own, &bucket.whole) {
             (Some(share), _) => {
                 let rows = own.end - own.start;
@@ -392,7 +474,9 @@ impl GradientBuckets {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state.lock().expect("no thread panics while it holds the gradients")
+        self.state
+            .lock()
+            .expect("no thread panics while it holds the gradients")
     }
 }
 
@@ -441,7 +525,14 @@ mod tests {
         let new = |n: i64| Weight::new(Cpu.zeros(&[n, 1], kind).fill_(2.0));
         let (a, b) = (new(2), new(3));
         let alone = [Replication::alone()];
-        let gradients = GradientBuckets::new(&[(a.clone(), 0), (b.clone(), 0)], &alone, 1 << 20, true, &Cpu).unwrap();
+        let gradients = GradientBuckets::new(
+            &[(a.clone(), 0), (b.clone(), 0)],
+            &alone,
+            1 << 20,
+            true,
+            &Cpu,
+        )
+        .unwrap();
         (a, b, gradients)
     }
 
@@ -457,7 +548,8 @@ mod tests {
                 gradients.begin(2);
                 for x in [1.0, 3.0] {
                     let x = Cpu.zeros(&[1, 1], kind).fill_(x);
-                    (linear(&x, &a).unwrap().sum(kind) + linear(&x, &b).unwrap().sum(kind) * 2.0).backward();
+                    (linear(&x, &a).unwrap().sum(kind) + linear(&x, &b).unwrap().sum(kind) * 2.0)
+                        .backward();
                 }
                 gradients.finish().unwrap();
                 assert_eq!(gradients.gradient(0).kind(), Kind::Float);
@@ -471,10 +563,16 @@ mod tests {
     fn weights_gradients_can_be_put_off() {
         let (a, _b, gradients) = weights(Kind::Float);
         gradients.begin(1);
-        let x = Cpu.zeros(&[1, 1], Kind::Float).fill_(5.0).set_requires_grad(true);
+        let x = Cpu
+            .zeros(&[1, 1], Kind::Float)
+            .fill_(5.0)
+            .set_requires_grad(true);
         let loss = linear(&x, &a).unwrap().sum(Kind::Float);
         let ((), deferred) = gradients.without_weights(|| loss.f_backward()).unwrap();
-        assert_eq!((list(&x.grad()), list(&gradients.gradient(0))), (vec![4.], vec![0., 0.]));
+        assert_eq!(
+            (list(&x.grad()), list(&gradients.gradient(0))),
+            (vec![4.], vec![0., 0.])
+        );
         for contribution in deferred {
             contribution().unwrap();
         }
@@ -486,7 +584,10 @@ mod tests {
     fn a_weight_outside_of_the_loss_has_a_zero_gradient() {
         let (a, _b, gradients) = weights(Kind::Float);
         gradients.begin(1);
-        linear(&Cpu.zeros(&[1, 1], Kind::Float), &a).unwrap().sum(Kind::Float).backward();
+        linear(&Cpu.zeros(&[1, 1], Kind::Float), &a)
+            .unwrap()
+            .sum(Kind::Float)
+            .backward();
         gradients.finish().unwrap();
         assert_eq!(list(&gradients.gradient(1)), [0., 0., 0.]);
     }
@@ -497,17 +598,29 @@ mod tests {
         for keep in [true, false] {
             let ranks = on_threads(4, Duration::from_secs(20), move |world| {
                 let rank = world.rank();
-                let shard = world.group("shard", &[rank / 2 * 2, rank / 2 * 2 + 1]).unwrap();
+                let shard = world
+                    .group("shard", &[rank / 2 * 2, rank / 2 * 2 + 1])
+                    .unwrap();
                 let across = world.group("across", &[rank % 2, rank % 2 + 2]).unwrap();
                 let weight = Weight::new(Cpu.zeros(&[5, 2], Kind::Float));
                 let replication = Replication { shard, across };
-                let gradients =
-                    GradientBuckets::new(&[(weight.clone(), 0)], &[replication], 1 << 20, keep, &Cpu).unwrap();
+                let gradients = GradientBuckets::new(
+                    &[(weight.clone(), 0)],
+                    &[replication],
+                    1 << 20,
+                    keep,
+                    &Cpu,
+                )
+                .unwrap();
                 for _ in 0..2 {
                     gradients.begin(3);
                     for _ in 0..3 {
                         let contribution = weight.contribution().unwrap();
-                        let _ = contribution.sum().tensor().shallow_clone().g_add_scalar_(rank as f64);
+                        let _ = contribution
+                            .sum()
+                            .tensor()
+                            .shallow_clone()
+                            .g_add_scalar_(rank as f64);
                         contribution.finish().unwrap();
                     }
                     gradients.finish().unwrap();
@@ -515,7 +628,11 @@ mod tests {
                 list(&gradients.gradient(0))
             });
             for (rank, values) in ranks.iter().enumerate() {
-                assert_eq!(*values, vec![18.0; if rank % 2 == 0 { 6 } else { 4 }], "rank {rank}");
+                assert_eq!(
+                    *values,
+                    vec![18.0; if rank % 2 == 0 { 6 } else { 4 }],
+                    "rank {rank}"
+                );
             }
         }
     }

@@ -29,7 +29,9 @@ pub use binding::{Bind, Processors};
 #[cfg(feature = "mpi")]
 pub use comm::finalize;
 pub use comm::{Backend, CommError, Communicator, Gloo, Local, ReduceOp, Work, mpi_library};
-pub use device::{Accelerator, Attached, Copier, Cpu, MemoryUse, accelerator, device_kind, peak_resident};
+pub use device::{
+    Accelerator, Attached, Copier, Cpu, MemoryUse, accelerator, device_kind, peak_resident,
+};
 pub use gradients::{BucketPlan, Deferred, GradientBuckets, Replication, matrix, plan_buckets};
 pub use mesh::{Coordinates, Group, Mesh, MeshError, MeshShape};
 pub use recompute::Activation;

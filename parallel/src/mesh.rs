@@ -146,7 +146,14 @@ impl Mesh {
     /// # Errors
     /// When the axes do not multiply to the number of ranks, or the expert axis does not fold into a stage.
     pub fn new(shape: MeshShape, rank: usize, ranks: usize) -> Result<Mesh, MeshError> {
-        let MeshShape { data, tensor, pipeline, context, expert, expert_tensor } = shape;
+        let MeshShape {
+            data,
+            tensor,
+            pipeline,
+            context,
+            expert,
+            expert_tensor,
+        } = shape;
         let named = [
             ("data", data),
             ("tensor", tensor),
@@ -161,10 +168,24 @@ impl Mesh {
         let stage = data * context * tensor;
         if stage * pipeline != ranks {
             let product = stage * pipeline;
-            return Err(MeshError::WrongProduct { data, context, tensor, pipeline, product, ranks });
+            return Err(MeshError::WrongProduct {
+                data,
+                context,
+                tensor,
+                pipeline,
+                product,
+                ranks,
+            });
         }
         if !stage.is_multiple_of(expert * expert_tensor) {
-            return Err(MeshError::ExpertDoesNotDivide { expert, expert_tensor, data, context, tensor, stage });
+            return Err(MeshError::ExpertDoesNotDivide {
+                expert,
+                expert_tensor,
+                data,
+                context,
+                tensor,
+                stage,
+            });
         }
         assert!(rank < ranks, "rank {rank} of {ranks}");
         Ok(Mesh { shape, rank })
@@ -197,7 +218,13 @@ impl Mesh {
 
     /// Where `rank` sits.
     pub fn coordinates_of(&self, rank: usize) -> Coordinates {
-        let MeshShape { tensor, context, expert, expert_tensor, .. } = self.shape;
+        let MeshShape {
+            tensor,
+            context,
+            expert,
+            expert_tensor,
+            ..
+        } = self.shape;
         let (pipeline, in_stage) = (rank / self.stage(), rank % self.stage());
         Coordinates {
             tensor: in_stage % tensor,
@@ -213,7 +240,9 @@ impl Mesh {
     /// The ranks, in order, of this rank's group of the given kind.
     pub fn group(&self, group: Group) -> Vec<usize> {
         let own = self.key(self.rank, group);
-        (0..self.size()).filter(|&rank| self.key(rank, group) == own).collect()
+        (0..self.size())
+            .filter(|&rank| self.key(rank, group) == own)
+            .collect()
     }
 
     /// The replicas of this rank's dense layers, and the ranks that sit like them in the pipeline stages `stages`.
@@ -228,21 +257,39 @@ impl Mesh {
 
     /// The node of each rank of the group `group`, where every node has `per_node` ranks.
     pub fn nodes(&self, group: Group, per_node: usize) -> Vec<usize> {
-        self.group(group).into_iter().map(|rank| rank / per_node).collect()
+        self.group(group)
+            .into_iter()
+            .map(|rank| rank / per_node)
+            .collect()
     }
 
     /// Of the group `group` the ranks on this rank's node, and those with this rank's number among them on the other
     /// nodes; None where not every node has as many of the group, or whole owners of experts.
     pub fn by_node(&self, group: Group, per_node: usize) -> Option<(Vec<usize>, Vec<usize>)> {
         let members = self.group(group);
-        let on = |node: usize| members.iter().copied().filter(move |rank| rank / per_node == node);
+        let on = |node: usize| {
+            members
+                .iter()
+                .copied()
+                .filter(move |rank| rank / per_node == node)
+        };
         let inside: Vec<usize> = on(self.rank / per_node).collect();
         let place = inside.iter().position(|&rank| rank == self.rank)?;
         let mut nodes = self.nodes(group, per_node);
         nodes.dedup();
         let even = nodes.iter().all(|&node| on(node).count() == inside.len());
         let whole = inside.len().is_multiple_of(self.shape.expert_tensor);
-        (even && whole).then(|| (inside.clone(), members.iter().copied().skip(place).step_by(inside.len()).collect()))
+        (even && whole).then(|| {
+            (
+                inside.clone(),
+                members
+                    .iter()
+                    .copied()
+                    .skip(place)
+                    .step_by(inside.len())
+                    .collect(),
+            )
+        })
     }
 
     /// What the ranks of one group have in common.
@@ -270,15 +317,35 @@ impl Mesh {
 
 impl std::fmt::Display for Mesh {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let MeshShape { data, tensor, pipeline, context, expert, expert_tensor } = self.shape;
-        write!(f, "{} rank{}: data {data}", self.size(), if self.size() == 1 { "" } else { "s" })?;
-        for (name, size) in [("context", context), ("tensor", tensor), ("pipeline", pipeline)] {
+        let MeshShape {
+            data,
+            tensor,
+            pipeline,
+            context,
+            expert,
+            expert_tensor,
+        } = self.shape;
+        write!(
+            f,
+            "{} rank{}: data {data}",
+            self.size(),
+            if self.size() == 1 { "" } else { "s" }
+        )?;
+        for (name, size) in [
+            ("context", context),
+            ("tensor", tensor),
+            ("pipeline", pipeline),
+        ] {
             if size > 1 {
                 write!(f, " x {name} {size}")?;
             }
         }
         if expert * expert_tensor > 1 {
-            let slices = if expert_tensor > 1 { format!(" x tensor {expert_tensor}") } else { String::new() };
+            let slices = if expert_tensor > 1 {
+                format!(" x tensor {expert_tensor}")
+            } else {
+                String::new()
+            };
             write!(
                 f,
                 "; experts over {expert} ranks{slices} x {} replica{}",
@@ -296,16 +363,31 @@ mod tests {
     use proptest::prelude::*;
 
     fn shapes() -> impl Strategy<Value = MeshShape> {
-        (1usize..5, 1usize..4, 1usize..4, 1usize..4, any::<prop::sample::Index>()).prop_map(
-            |(data, tensor, pipeline, context, pick)| {
+        (
+            1usize..5,
+            1usize..4,
+            1usize..4,
+            1usize..4,
+            any::<prop::sample::Index>(),
+        )
+            .prop_map(|(data, tensor, pipeline, context, pick)| {
                 let stage = data * tensor * context;
                 let folds = |expert: usize, slices: usize| stage.is_multiple_of(expert * slices);
-                let all = (1..=stage).flat_map(|expert| (1..=stage).map(move |slices| (expert, slices)));
-                let folding: Vec<_> = all.filter(|&(expert, slices)| folds(expert, slices)).collect();
+                let all =
+                    (1..=stage).flat_map(|expert| (1..=stage).map(move |slices| (expert, slices)));
+                let folding: Vec<_> = all
+                    .filter(|&(expert, slices)| folds(expert, slices))
+                    .collect();
                 let (expert, expert_tensor) = folding[pick.index(folding.len())];
-                MeshShape { data, tensor, pipeline, context, expert, expert_tensor }
-            },
-        )
+                MeshShape {
+                    data,
+                    tensor,
+                    pipeline,
+                    context,
+                    expert,
+                    expert_tensor,
+                }
+            })
     }
 
     fn ranks(shape: MeshShape) -> usize {
@@ -373,34 +455,83 @@ mod tests {
 
     #[test]
     fn an_expert_group_by_node() {
-        let shape = MeshShape { data: 8, tensor: 1, pipeline: 1, context: 1, expert: 8, expert_tensor: 1 };
+        let shape = MeshShape {
+            data: 8,
+            tensor: 1,
+            pipeline: 1,
+            context: 1,
+            expert: 8,
+            expert_tensor: 1,
+        };
         let mesh = Mesh::new(shape, 5, 8).unwrap();
         assert_eq!(mesh.nodes(Group::Expert, 4), [0, 0, 0, 0, 1, 1, 1, 1]);
-        assert_eq!(mesh.by_node(Group::Expert, 4), Some((vec![4, 5, 6, 7], vec![1, 5])));
-        assert_eq!(mesh.by_node(Group::Expert, 8), Some(((0..8).collect(), vec![5])));
+        assert_eq!(
+            mesh.by_node(Group::Expert, 4),
+            Some((vec![4, 5, 6, 7], vec![1, 5]))
+        );
+        assert_eq!(
+            mesh.by_node(Group::Expert, 8),
+            Some(((0..8).collect(), vec![5]))
+        );
         assert_eq!(mesh.by_node(Group::Expert, 3), None, "3, 3 and 2 ranks");
-        let split = Mesh::new(MeshShape { expert: 4, expert_tensor: 2, ..shape }, 0, 8).unwrap();
+        let split = Mesh::new(
+            MeshShape {
+                expert: 4,
+                expert_tensor: 2,
+                ..shape
+            },
+            0,
+            8,
+        )
+        .unwrap();
         assert_eq!(split.by_node(Group::Expert, 1), None, "half an owner");
     }
 
     #[test]
     fn four_ranks_with_two_expert_slices() {
-        let shape = MeshShape { data: 4, tensor: 1, pipeline: 1, context: 1, expert: 2, expert_tensor: 1 };
+        let shape = MeshShape {
+            data: 4,
+            tensor: 1,
+            pipeline: 1,
+            context: 1,
+            expert: 2,
+            expert_tensor: 1,
+        };
         let mesh = Mesh::new(shape, 2, 4).unwrap();
         assert_eq!(mesh.group(Group::Expert), [2, 3]);
         assert_eq!(mesh.group(Group::ExpertReplicas), [0, 2]);
         assert_eq!(mesh.group(Group::DenseReplicas), [0, 1, 2, 3]);
-        assert_eq!(mesh.to_string(), "4 ranks: data 4; experts over 2 ranks x 2 replicas");
+        assert_eq!(
+            mesh.to_string(),
+            "4 ranks: data 4; experts over 2 ranks x 2 replicas"
+        );
     }
 
     #[test]
     fn shapes_that_do_not_fit_show_the_arithmetic() {
-        let shape = MeshShape { data: 2, tensor: 1, pipeline: 1, context: 1, expert: 1, expert_tensor: 1 };
+        let shape = MeshShape {
+            data: 2,
+            tensor: 1,
+            pipeline: 1,
+            context: 1,
+            expert: 1,
+            expert_tensor: 1,
+        };
         let error = Mesh::new(shape, 0, 3).unwrap_err().to_string();
-        assert_eq!(error, "data 2 x context 1 x tensor 1 x pipeline 1 = 2 ranks, but 3 were started");
-        let error = Mesh::new(MeshShape { expert: 3, ..shape }, 0, 2).unwrap_err().to_string();
-        assert!(error.contains("expert 3 x expert_tensor 1 does not divide the 2 ranks"), "{error}");
-        let error = Mesh::new(MeshShape { data: 0, ..shape }, 0, 2).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "data 2 x context 1 x tensor 1 x pipeline 1 = 2 ranks, but 3 were started"
+        );
+        let error = Mesh::new(MeshShape { expert: 3, ..shape }, 0, 2)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("expert 3 x expert_tensor 1 does not divide the 2 ranks"),
+            "{error}"
+        );
+        let error = Mesh::new(MeshShape { data: 0, ..shape }, 0, 2)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("data axis has size 0"), "{error}");
     }
 }

@@ -34,7 +34,9 @@ impl Saved {
         match &self.0 {
             How::Kept(tensor) => Ok(tensor.shallow_clone()),
             How::Again(make) => {
-                let make = make.lock().expect("no thread panics while it computes again");
+                let make = make
+                    .lock()
+                    .expect("no thread panics while it computes again");
                 tch::no_grad(&*make)
             }
         }
@@ -51,12 +53,21 @@ pub struct Activation {
 impl Activation {
     /// One that is kept until backward.
     pub fn kept(value: &Tensor) -> Activation {
-        Activation { value: value.shallow_clone(), saved: Saved(How::Kept(value.detach())) }
+        Activation {
+            value: value.shallow_clone(),
+            saved: Saved(How::Kept(value.detach())),
+        }
     }
 
     /// One that `make` makes again, without gradient, as often as backward asks.
-    pub fn again(value: Tensor, make: impl Fn() -> Result<Tensor, Error> + Send + 'static) -> Activation {
-        Activation { value, saved: Saved(How::Again(Arc::new(Mutex::new(make)))) }
+    pub fn again(
+        value: Tensor,
+        make: impl Fn() -> Result<Tensor, Error> + Send + 'static,
+    ) -> Activation {
+        Activation {
+            value,
+            saved: Saved(How::Again(Arc::new(Mutex::new(make)))),
+        }
     }
 
     /// For backward.
@@ -80,7 +91,10 @@ where
     let outputs = tch::no_grad(|| compute(&kept))?;
     attach_backward(inputs, outputs, move |grads| {
         tch::with_grad(|| {
-            let leaves: Vec<Tensor> = kept.iter().map(|input| input.detach().set_requires_grad(true)).collect();
+            let leaves: Vec<Tensor> = kept
+                .iter()
+                .map(|input| input.detach().set_requires_grad(true))
+                .collect();
             let outputs = compute(&leaves)?;
             // A scalar whose gradient with respect to each output is the one that came.
             let (reached, given): (Vec<&Tensor>, Vec<Tensor>) = outputs
@@ -92,9 +106,14 @@ where
             if let Some(first) = reached.first() {
                 let root = Tensor::zeros([], (Kind::Float, first.device()));
                 let root = attach_backward(&reached, vec![root], move |_| {
-                    Ok(given.iter().map(|grad| Some(grad.shallow_clone())).collect())
+                    Ok(given
+                        .iter()
+                        .map(|grad| Some(grad.shallow_clone()))
+                        .collect())
                 })?;
-                root[0].f_backward().map_err(|e| Error::new(e.to_string()))?;
+                root[0]
+                    .f_backward()
+                    .map_err(|e| Error::new(e.to_string()))?;
             }
             let of_input = |leaf: &Tensor| {
                 let grad = leaf.grad();
@@ -117,7 +136,8 @@ mod tests {
         let run = |how: usize| {
             let weight = Weight::new(value.copy());
             let alone = [Replication::alone()];
-            let gradients = GradientBuckets::new(&[(weight.clone(), 0)], &alone, 1 << 20, true, &Cpu).unwrap();
+            let gradients =
+                GradientBuckets::new(&[(weight.clone(), 0)], &alone, 1 << 20, true, &Cpu).unwrap();
             gradients.begin(1);
             let x = x.copy().set_requires_grad(true);
             let layer = move |x: &[Tensor]| {

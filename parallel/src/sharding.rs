@@ -37,9 +37,22 @@ struct State {
 impl ShardedWeights {
     /// Weights with the rows `[own rows, columns]` that this rank keeps of each; the ranks of `group` have the others. With
     /// `keep` the values are there from the beginning and stay.
-    pub fn new(members: Vec<(Weight, Tensor)>, group: Arc<dyn Communicator>, keep: bool) -> ShardedWeights {
-        let state = State { members, current: keep, users: 0, gathering: None };
-        ShardedWeights { group, keep, state: Mutex::new(state) }
+    pub fn new(
+        members: Vec<(Weight, Tensor)>,
+        group: Arc<dyn Communicator>,
+        keep: bool,
+    ) -> ShardedWeights {
+        let state = State {
+            members,
+            current: keep,
+            users: 0,
+            gathering: None,
+        };
+        ShardedWeights {
+            group,
+            keep,
+            state: Mutex::new(state),
+        }
     }
 
     /// Says that ranks have changed their rows.
@@ -87,12 +100,17 @@ impl ShardedWeights {
         state.users = state.users.saturating_sub(1);
         if state.users == 0 && !self.keep {
             state.current = false;
-            state.members.iter().for_each(|(weight, _)| weight.set_value(None));
+            state
+                .members
+                .iter()
+                .for_each(|(weight, _)| weight.set_value(None));
         }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state.lock().expect("no thread panics while it gathers")
+        self.state
+            .lock()
+            .expect("no thread panics while it gathers")
     }
 
     /// Elements that each rank sends of a weight.
@@ -104,12 +122,15 @@ impl ShardedWeights {
     fn start(&self, members: &[(Weight, Tensor)]) -> Result<(Work, Tensor), CommError> {
         tch::no_grad(|| {
             let total: i64 = members.iter().map(|(weight, _)| self.share(weight)).sum();
-            let Some((first, _)) = members.first() else { return Ok((Work::done(), Tensor::new())) };
+            let Some((first, _)) = members.first() else {
+                return Ok((Work::done(), Tensor::new()));
+            };
             let options = (first.kind(), first.device());
             let own = Tensor::zeros([total], options);
             let mut offset = 0;
             for (weight, rows) in members {
-                own.narrow(0, offset, rows.numel() as i64).copy_(&rows.reshape([-1]));
+                own.narrow(0, offset, rows.numel() as i64)
+                    .copy_(&rows.reshape([-1]));
                 offset += self.share(weight);
             }
             let all = Tensor::empty([total * self.group.size() as i64], options);
@@ -128,7 +149,9 @@ impl ShardedWeights {
                 let part = |rank: usize| {
                     let own = own_rows(rows, rank, ranks);
                     let len = own.end - own.start;
-                    all.get(rank as i64).narrow(0, offset, len * cols).view([len, cols])
+                    all.get(rank as i64)
+                        .narrow(0, offset, len * cols)
+                        .view([len, cols])
                 };
                 let parts: Vec<Tensor> = (0..ranks).map(part).collect();
                 if self.keep {

@@ -13,12 +13,19 @@ pub struct GradientSum {
 
 impl GradientSum {
     pub(crate) fn new(sum: Tensor, fresh: bool) -> GradientSum {
-        GradientSum { sum, fresh: Cell::new(fresh) }
+        GradientSum {
+            sum,
+            fresh: Cell::new(fresh),
+        }
     }
 
     /// Adds `left right`, of matrices.
     pub fn add_product(&self, left: &Tensor, right: &Tensor) {
-        if self.fresh.take() { set_product(&self.sum, left, right) } else { add_product(&self.sum, left, right) }
+        if self.fresh.take() {
+            set_product(&self.sum, left, right)
+        } else {
+            add_product(&self.sum, left, right)
+        }
     }
 
     /// Adds the product of each group's rows, see [`kernels::add_grouped_product`].

@@ -83,7 +83,10 @@ impl TensorParallel {
                 parts.push(output.view([ranks, -1, width]));
             }
         }
-        Ok(parts.iter().map(|parts| Tensor::cat(parts, 1).flatten(0, 1)).collect())
+        Ok(parts
+            .iter()
+            .map(|parts| Tensor::cat(parts, 1).flatten(0, 1))
+            .collect())
     }
 
     /// This rank's rows `[n, D]` of the sum over ranks of `compute` on all rows `x` `[R * n, ...]`. (A row-parallel layer.)
@@ -104,7 +107,9 @@ impl TensorParallel {
         let mut sum = Scatter::new(self.group.clone());
         for index in 0..self.chunks {
             let (start, len) = self.chunk(rows, index);
-            sum.add(&compute(&by_rank.narrow(1, start, len).reshape([ranks * len, width]))?)?;
+            sum.add(&compute(
+                &by_rank.narrow(1, start, len).reshape([ranks * len, width]),
+            )?)?;
         }
         sum.finish()
     }
@@ -132,7 +137,10 @@ impl TensorParallel {
     /// Starts to gather the chunks of every rank's rows; calling one waits for it.
     ///
     /// Only this rank's rows are kept for backward; what it needs of the others' is gathered again.
-    fn gather(&self, x: &Activation) -> Result<Vec<impl FnOnce() -> Result<Activation, Error> + use<>>, Error> {
+    fn gather(
+        &self,
+        x: &Activation,
+    ) -> Result<Vec<impl FnOnce() -> Result<Activation, Error> + use<>>, Error> {
         let x_nd = &x.value;
         let ranks = self.size() as i64;
         let (rows, width) = x_nd.size2().map_err(|e| Error::new(e.to_string()))?;
@@ -151,31 +159,37 @@ impl TensorParallel {
             let parts: Vec<Tensor> = ends.iter().map(take).collect::<Result<_, _>>()?;
             Ok(vec![Some(Tensor::cat(&parts, 0))])
         })?;
-        let chunks = outputs.into_iter().zip(works).zip(slots).enumerate().map(|(index, ((all, work), slot))| {
-            let (group, again, saved) = (self.group.clone(), self.group.clone(), x.saved());
-            let (start, len) = self.chunk(rows, index);
-            move || {
-                work.wait()?;
-                let (shape, options) = (all.size(), (all.kind(), all.device()));
-                let mut out = attach_backward(&[&all], vec![all.detach()], move |grads| {
-                    let grad = match &grads[0] {
-                        Some(grad) => grad.contiguous(),
-                        None => Tensor::zeros(shape.as_slice(), options),
-                    };
-                    let part = Tensor::empty([shape[0] / group.size() as i64, shape[1]], options);
-                    let work = group.reduce_scatter(&part, &grad, ReduceOp::Sum)?;
-                    fill(&slot, work, part);
-                    // It goes on through the slot.
-                    Ok(vec![None])
-                })?;
-                Ok(Activation::again(out.remove(0), move || {
-                    let own = saved.get()?.narrow(0, start, len).contiguous();
-                    let all = Tensor::empty([len * again.size() as i64, width], (own.kind(), own.device()));
-                    again.all_gather(&all, &own).and_then(Work::wait)?;
-                    Ok(all)
-                }))
-            }
-        });
+        let chunks = outputs.into_iter().zip(works).zip(slots).enumerate().map(
+            |(index, ((all, work), slot))| {
+                let (group, again, saved) = (self.group.clone(), self.group.clone(), x.saved());
+                let (start, len) = self.chunk(rows, index);
+                move || {
+                    work.wait()?;
+                    let (shape, options) = (all.size(), (all.kind(), all.device()));
+                    let mut out = attach_backward(&[&all], vec![all.detach()], move |grads| {
+                        let grad = match &grads[0] {
+                            Some(grad) => grad.contiguous(),
+                            None => Tensor::zeros(shape.as_slice(), options),
+                        };
+                        let part =
+                            Tensor::empty([shape[0] / group.size() as i64, shape[1]], options);
+                        let work = group.reduce_scatter(&part, &grad, ReduceOp::Sum)?;
+                        fill(&slot, work, part);
+                        // It goes on through the slot.
+                        Ok(vec![None])
+                    })?;
+                    Ok(Activation::again(out.remove(0), move || {
+                        let own = saved.get()?.narrow(0, start, len).contiguous();
+                        let all = Tensor::empty(
+                            [len * again.size() as i64, width],
+                            (own.kind(), own.device()),
+                        );
+                        again.all_gather(&all, &own).and_then(Work::wait)?;
+                        Ok(all)
+                    }))
+                }
+            },
+        );
         Ok(chunks.collect())
     }
 }
@@ -191,20 +205,29 @@ struct Scatter {
 
 impl Scatter {
     fn new(group: Arc<dyn Communicator>) -> Scatter {
-        Scatter { group, parts: Vec::new(), links: Vec::new() }
+        Scatter {
+            group,
+            parts: Vec::new(),
+            links: Vec::new(),
+        }
     }
 
     /// A chunk `[R * n, D]`: rank after rank.
     fn add(&mut self, chunk: &Tensor) -> Result<(), Error> {
         let (rows, width) = chunk.size2().map_err(|e| Error::new(e.to_string()))?;
-        let part = Tensor::empty([rows / self.group.size() as i64, width], (chunk.kind(), chunk.device()));
+        let part = Tensor::empty(
+            [rows / self.group.size() as i64, width],
+            (chunk.kind(), chunk.device()),
+        );
         let own = tch::no_grad(|| chunk.detach().contiguous());
         let work = self.group.reduce_scatter(&part, &own, ReduceOp::Sum)?;
         self.parts.push((work, part));
         let slot = Slot::default();
         let arrived = slot.clone();
         let link = Tensor::zeros([0], (Kind::Float, chunk.device()));
-        let mut link = attach_backward(&[chunk], vec![link], move |_| Ok(vec![Some(take(&arrived)?)]))?;
+        let mut link = attach_backward(&[chunk], vec![link], move |_| {
+            Ok(vec![Some(take(&arrived)?)])
+        })?;
         self.links.push((link.remove(0), slot));
         Ok(())
     }
@@ -252,7 +275,12 @@ mod tests {
     #[test]
     fn a_split_block_has_the_values_and_gradients_of_the_whole() {
         let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
-        let (x, a, b, probe) = (random(&[6, 4]), random(&[4, 8]), random(&[8, 4]), random(&[6, 4]));
+        let (x, a, b, probe) = (
+            random(&[6, 4]),
+            random(&[4, 8]),
+            random(&[8, 4]),
+            random(&[6, 4]),
+        );
         let whole_x = x.copy().set_requires_grad(true);
         let whole = whole_x.matmul(&a).silu().matmul(&b);
         (&whole * &probe).sum(Kind::Float).backward();
@@ -270,23 +298,41 @@ mod tests {
                 let x = x.narrow(0, rows.start, 3).copy().set_requires_grad(true);
                 let (a, b) = (a.narrow(1, columns.start, 4), b.narrow(0, columns.start, 4));
                 let kept = Activation::kept(&x);
-                let in_one = tensor.block(&kept, |x| Ok(x.value.matmul(&a).silu().matmul(&b))).unwrap();
-                let hidden = tensor.on_all_rows(&kept, |x| Ok(vec![x.value.matmul(&a).silu()])).unwrap().remove(0);
-                let in_two = tensor.own_rows_of(&hidden, |hidden| Ok(hidden.matmul(&b))).unwrap();
+                let in_one = tensor
+                    .block(&kept, |x| Ok(x.value.matmul(&a).silu().matmul(&b)))
+                    .unwrap();
+                let hidden = tensor
+                    .on_all_rows(&kept, |x| Ok(vec![x.value.matmul(&a).silu()]))
+                    .unwrap()
+                    .remove(0);
+                let in_two = tensor
+                    .own_rows_of(&hidden, |hidden| Ok(hidden.matmul(&b)))
+                    .unwrap();
                 let probe = probe.narrow(0, rows.start, 3);
                 (&in_one * &probe).sum(Kind::Float).backward();
                 let first = x.grad().copy();
                 (&in_two * &probe).sum(Kind::Float).backward();
-                (in_one.detach(), in_two.detach(), first.copy(), x.grad() - first)
+                (
+                    in_one.detach(),
+                    in_two.detach(),
+                    first.copy(),
+                    x.grad() - first,
+                )
             });
             let all = |pick: fn(&(Tensor, Tensor, Tensor, Tensor)) -> &Tensor| {
                 Tensor::cat(&parts.iter().map(pick).collect::<Vec<_>>(), 0)
             };
             for out in [all(|p| &p.0), all(|p| &p.1)] {
-                assert!(out.allclose(&expected.0, 1e-5, 1e-6, false), "{chunks} chunks");
+                assert!(
+                    out.allclose(&expected.0, 1e-5, 1e-6, false),
+                    "{chunks} chunks"
+                );
             }
             for grad in [all(|p| &p.2), all(|p| &p.3)] {
-                assert!(grad.allclose(&expected.1, 1e-5, 1e-6, false), "{chunks} chunks");
+                assert!(
+                    grad.allclose(&expected.1, 1e-5, 1e-6, false),
+                    "{chunks} chunks"
+                );
             }
         }
     }

@@ -39,7 +39,10 @@ struct Sink {
 
 impl Clone for Weight {
     fn clone(&self) -> Weight {
-        Weight { shared: self.shared.clone(), rows: self.rows }
+        Weight {
+            shared: self.shared.clone(),
+            rows: self.rows,
+        }
     }
 }
 
@@ -63,7 +66,10 @@ impl Weight {
             uses: AtomicUsize::new(1),
             sink: Mutex::new(None),
         };
-        Weight { shared: Arc::new(shared), rows: None }
+        Weight {
+            shared: Arc::new(shared),
+            rows: None,
+        }
     }
 
     /// The same weight for another layer: its gradient then has one more contribution.
@@ -80,7 +86,10 @@ impl Weight {
 
     /// `len` rows from `start` on, for a layer that uses no others.
     pub fn rows(&self, start: i64, len: i64) -> Weight {
-        Weight { rows: Some((start, len)), ..self.clone() }
+        Weight {
+            rows: Some((start, len)),
+            ..self.clone()
+        }
     }
 
     /// Layers that use it.
@@ -94,7 +103,9 @@ impl Weight {
     /// When other ranks keep it and nobody gathered it: a layer's mistake.
     pub fn value(&self) -> Tensor {
         let value = locked(&self.shared.value);
-        let value = value.as_ref().expect("a layer's weights are gathered before it works");
+        let value = value
+            .as_ref()
+            .expect("a layer's weights are gathered before it works");
         self.part(value)
     }
 
@@ -124,7 +135,10 @@ impl Weight {
     }
 
     fn part(&self, whole: &Tensor) -> Tensor {
-        self.rows.map_or_else(|| whole.shallow_clone(), |(start, len)| whole.narrow(0, start, len))
+        self.rows.map_or_else(
+            || whole.shallow_clone(),
+            |(start, len)| whole.narrow(0, start, len),
+        )
     }
 
     /// Adds one layer's contribution of one backward to the gradient.
@@ -151,7 +165,9 @@ impl Weight {
     /// When nothing collects the gradient.
     pub fn contribution(&self) -> Result<Contribution, Error> {
         let state = self.state()?;
-        let index = locked(&self.shared.sink).as_ref().map_or(0, |sink| sink.index);
+        let index = locked(&self.shared.sink)
+            .as_ref()
+            .map_or(0, |sink| sink.index);
         let (whole, fresh) = locked(&state).sum(index);
         let whole = GradientSum::new(whole.view(self.shape()), fresh);
         let sum = match self.rows {
@@ -179,11 +195,16 @@ pub fn add_gradients<F>(weights: &[&Weight], add: F) -> Result<(), Error>
 where
     F: FnOnce(&[&GradientSum]) -> Result<(), Error> + Send + 'static,
 {
-    let Some(first) = weights.first() else { return Ok(()) };
+    let Some(first) = weights.first() else {
+        return Ok(());
+    };
     let state = first.state()?;
     let weights: Vec<Weight> = weights.iter().map(|&weight| weight.clone()).collect();
     let now = locked(&state).defer(Box::new(move || {
-        let contributions = weights.iter().map(Weight::contribution).collect::<Result<Vec<_>, _>>()?;
+        let contributions = weights
+            .iter()
+            .map(Weight::contribution)
+            .collect::<Result<Vec<_>, _>>()?;
         let sums: Vec<_> = contributions.iter().map(Contribution::sum).collect();
         tch::no_grad(|| add(&sums))?;
         contributions.into_iter().try_for_each(Contribution::finish)
@@ -213,12 +234,16 @@ impl Contribution {
         // Who had nothing to add has added nothing.
         self.sum.tensor();
         drop(self.sum);
-        locked(&self.state).ready(self.index).map_err(|e| Error::new(e.to_string()))
+        locked(&self.state)
+            .ready(self.index)
+            .map_err(|e| Error::new(e.to_string()))
     }
 }
 
 fn locked<T>(state: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    state.lock().expect("no thread panics while it holds the gradients")
+    state
+        .lock()
+        .expect("no thread panics while it holds the gradients")
 }
 
 /// `x` `[N, in]` times the transpose of `weight` `[out, in]`: `[N, out]`.
@@ -235,7 +260,12 @@ pub fn linear(x: &Tensor, weight: &Weight) -> Result<Tensor, Error> {
 /// libtorch's message, and that of making the input again.
 pub fn linears(x: &Activation, weights: &[&Weight]) -> Result<Vec<Tensor>, Error> {
     let value = &x.value;
-    let outputs = tch::no_grad(|| weights.iter().map(|weight| product(value, &weight.value().tr())).collect());
+    let outputs = tch::no_grad(|| {
+        weights
+            .iter()
+            .map(|weight| product(value, &weight.value().tr()))
+            .collect()
+    });
     let used: Vec<Weight> = weights.iter().map(|&weight| weight.clone()).collect();
     let trackers: Vec<Tensor> = weights.iter().map(|weight| weight.tracker()).collect();
     let inputs: Vec<&Tensor> = std::iter::once(value).chain(&trackers).collect();
@@ -257,6 +287,8 @@ pub fn linears(x: &Activation, weights: &[&Weight]) -> Result<Vec<Tensor>, Error
                 Ok(())
             })?;
         }
-        Ok(std::iter::once(grad_x).chain(used.iter().map(|_| None)).collect())
+        Ok(std::iter::once(grad_x)
+            .chain(used.iter().map(|_| None))
+            .collect())
     })
 }

@@ -2,7 +2,9 @@
 
 #[cfg(feature = "mpi")]
 use crate::comm::Mpi;
-use crate::comm::{ByDevice, Carriers, FlightRecorder, Hccl, Membership, Nccl, OnDevice, OnHost, Queued, Shm};
+use crate::comm::{
+    ByDevice, Carriers, FlightRecorder, Hccl, Membership, Nccl, OnDevice, OnHost, Queued, Shm,
+};
 use crate::{Accelerator, Backend, CommError, Communicator, Cpu, Gloo, Local};
 use std::path::Path;
 use std::sync::Arc;
@@ -68,7 +70,11 @@ impl RankEnv {
             world_size: size,
             local_rank: rank,
             local_world_size: size,
-            meeting: Meeting::Store { host: "127.0.0.1".into(), port, launcher_serves: true },
+            meeting: Meeting::Store {
+                host: "127.0.0.1".into(),
+                port,
+                launcher_serves: true,
+            },
             by_mpi: ByMpi::No,
             attempt: 0,
             interface: None,
@@ -83,7 +89,10 @@ impl RankEnv {
     pub fn again(&self, number: usize) -> RankEnv {
         let mut env = self.clone();
         env.attempt = self.attempt * 16 + number;
-        if let Meeting::Store { launcher_serves, .. } = &mut env.meeting {
+        if let Meeting::Store {
+            launcher_serves, ..
+        } = &mut env.meeting
+        {
             *launcher_serves = true;
         }
         env
@@ -121,7 +130,13 @@ struct Joined {
 impl World {
     /// A run of one rank, which needs no rendezvous.
     pub fn single() -> World {
-        World { rank: 0, size: 1, per_node: 1, timeout: Duration::ZERO, joined: None }
+        World {
+            rank: 0,
+            size: 1,
+            per_node: 1,
+            timeout: Duration::ZERO,
+            joined: None,
+        }
     }
 
     /// Meets the other ranks, whose tensors are on `device` or the host. Every operation of every group made from this world then
@@ -162,9 +177,14 @@ impl World {
             return Ok(World::single());
         }
         let (server, host, port, launcher_serves) = match &env.meeting {
-            Meeting::Store { host, port, launcher_serves } => (None, host.clone(), *port, *launcher_serves),
+            Meeting::Store {
+                host,
+                port,
+                launcher_serves,
+            } => (None, host.clone(), *port, *launcher_serves),
             Meeting::Mpi => {
-                let (server, host, port) = meet_in_mpi(env).map_err(|e| failed("meeting in MPI", e))?;
+                let (server, host, port) =
+                    meet_in_mpi(env).map_err(|e| failed("meeting in MPI", e))?;
                 (server, host, port, false)
             }
         };
@@ -175,9 +195,15 @@ impl World {
             Some(server) => Ok(server),
             None => Store::tcp(&host, port, serves, meeting),
         };
-        let operation = if serves { "serving the store" } else { "reaching the store" };
+        let operation = if serves {
+            "serving the store"
+        } else {
+            "reaching the store"
+        };
         let unreachable = |error| failed(operation, format!("{host}:{port}: {error}"));
-        let store = store.and_then(|store| store.prefixed(&prefix)).map_err(unreachable)?;
+        let store = store
+            .and_then(|store| store.prefixed(&prefix))
+            .map_err(unreachable)?;
         same_version(&store, env.rank).map_err(|e| failed("comparing versions", e))?;
         let loopback = matches!(host.as_str(), "localhost" | "::1") || host.starts_with("127.");
         let address = match (&env.interface, &env.address) {
@@ -186,12 +212,31 @@ impl World {
             _ if loopback => GlooAddress::Host("127.0.0.1".into()),
             _ => GlooAddress::Default,
         };
-        let own =
-            Store::tcp(&host, port, false, meeting).and_then(|store| store.prefixed(&prefix)).map_err(unreachable)?;
-        let recorder = FlightRecorder::begin(env.rank, (!launcher_serves).then_some(0), timeout, own);
-        let (rank, size, per_node) = (env.rank, env.world_size, env.local_world_size.clamp(1, env.world_size));
-        let joined = Some(Joined { store, carriers, like, even_alone, address, recorder });
-        Ok(World { rank, size, per_node, timeout, joined })
+        let own = Store::tcp(&host, port, false, meeting)
+            .and_then(|store| store.prefixed(&prefix))
+            .map_err(unreachable)?;
+        let recorder =
+            FlightRecorder::begin(env.rank, (!launcher_serves).then_some(0), timeout, own);
+        let (rank, size, per_node) = (
+            env.rank,
+            env.world_size,
+            env.local_world_size.clamp(1, env.world_size),
+        );
+        let joined = Some(Joined {
+            store,
+            carriers,
+            like,
+            even_alone,
+            address,
+            recorder,
+        });
+        Ok(World {
+            rank,
+            size,
+            per_node,
+            timeout,
+            joined,
+        })
     }
 
     /// A file for the last calls of this rank, written when one of them fails.
@@ -213,12 +258,16 @@ impl World {
     /// # Errors
     /// The first failure.
     pub fn check(&self) -> Result<(), CommError> {
-        self.joined.as_ref().map_or(Ok(()), |joined| joined.recorder.check())
+        self.joined
+            .as_ref()
+            .map_or(Ok(()), |joined| joined.recorder.check())
     }
 
     /// What carries the groups' operations.
     pub fn backend(&self) -> &'static str {
-        self.joined.as_ref().map_or("local", |joined| joined.carriers.name())
+        self.joined
+            .as_ref()
+            .map_or("local", |joined| joined.carriers.name())
     }
 
     /// This rank.
@@ -256,7 +305,12 @@ impl World {
         self.make(name, members, true)
     }
 
-    fn make(&self, name: &str, members: &[usize], chain: bool) -> Result<Arc<dyn Communicator>, CommError> {
+    fn make(
+        &self,
+        name: &str,
+        members: &[usize],
+        chain: bool,
+    ) -> Result<Arc<dyn Communicator>, CommError> {
         let needed = |joined: &&Joined| members.len() > 1 || joined.even_alone;
         let Some(joined) = self.joined.as_ref().filter(needed) else {
             return Ok(Arc::new(Local::new(self.rank, name)));
@@ -270,17 +324,29 @@ impl World {
         };
         let store = |side: &str| {
             let prefix = format!("{side}{name}/{members:?}");
-            joined.store.prefixed(&prefix).map_err(|error| failed(error.to_string()))
+            joined
+                .store
+                .prefixed(&prefix)
+                .map_err(|error| failed(error.to_string()))
         };
         let membership = Membership::new(name, members, self.rank)?;
         // Ranks that are alone in a group have a communicator only for their device.
         let shares = joined.carriers.shares && members.len() > 1;
-        let shared = if shares { Shm::join(&store("")?, &membership, self.timeout)? } else { None };
+        let shared = if shares {
+            Shm::join(&store("")?, &membership, self.timeout)?
+        } else {
+            None
+        };
         let host: Arc<dyn Communicator> = match (shared, joined.carriers.host) {
             (Some(shared), _) => Arc::new(shared),
-            (None, OnHost::Gloo) => {
-                Arc::new(Gloo::join(&store("")?, name, members, self.rank, self.timeout, &joined.address)?)
-            }
+            (None, OnHost::Gloo) => Arc::new(Gloo::join(
+                &store("")?,
+                name,
+                members,
+                self.rank,
+                self.timeout,
+                &joined.address,
+            )?),
             #[cfg(feature = "mpi")]
             (None, OnHost::Mpi) => Arc::new(Mpi::join(name, members, self.timeout)?),
             #[cfg(not(feature = "mpi"))]
@@ -290,11 +356,25 @@ impl World {
         let device: Option<Arc<dyn Communicator>> = match joined.carriers.device {
             Some(OnDevice::Nccl) => {
                 let library = Nccl::load().map_err(failed)?;
-                Some(Arc::new(Queued::join(library, membership, &store("device/")?, timeout, like, chain)?))
+                Some(Arc::new(Queued::join(
+                    library,
+                    membership,
+                    &store("device/")?,
+                    timeout,
+                    like,
+                    chain,
+                )?))
             }
             Some(OnDevice::Hccl) => {
                 let library = Hccl::load().map_err(failed)?;
-                Some(Arc::new(Queued::join(library, membership, &store("device/")?, timeout, like, chain)?))
+                Some(Arc::new(Queued::join(
+                    library,
+                    membership,
+                    &store("device/")?,
+                    timeout,
+                    like,
+                    chain,
+                )?))
             }
             None => None,
         };
@@ -313,7 +393,9 @@ impl World {
     /// # Errors
     /// When one does not come within the timeout.
     pub fn plain_gloo(&self, name: &str) -> Result<Option<torch_ext::Gloo>, torch_ext::Error> {
-        let Some(joined) = &self.joined else { return Ok(None) };
+        let Some(joined) = &self.joined else {
+            return Ok(None);
+        };
         let store = joined.store.prefixed(&format!("plain/{name}"))?;
         torch_ext::Gloo::new(&store, self.rank, self.size, self.timeout, &joined.address).map(Some)
     }
@@ -330,9 +412,13 @@ impl World {
 /// Rank 0 says which version it is, and the others compare.
 fn same_version(store: &Store, rank: usize) -> Result<(), String> {
     if rank == 0 {
-        return store.set("version", VERSION.as_bytes()).map_err(|e| e.to_string());
+        return store
+            .set("version", VERSION.as_bytes())
+            .map_err(|e| e.to_string());
     }
-    let theirs = store.get("version").map_err(|e| format!("rank 0 does not say which version it is: {e}"))?;
+    let theirs = store
+        .get("version")
+        .map_err(|e| format!("rank 0 does not say which version it is: {e}"))?;
     match theirs == VERSION.as_bytes() {
         true => Ok(()),
         false => Err(format!(
@@ -369,9 +455,10 @@ fn meet_in_mpi(env: &RankEnv) -> Result<(Option<Store>, String, u16), String> {
         let alone = env.local_world_size == env.world_size;
         let host = match alone {
             true => "127.0.0.1".to_string(),
-            false => {
-                std::fs::read_to_string("/proc/sys/kernel/hostname").map_err(|e| e.to_string())?.trim().to_string()
-            }
+            false => std::fs::read_to_string("/proc/sys/kernel/hostname")
+                .map_err(|e| e.to_string())?
+                .trim()
+                .to_string(),
         };
         // Port 0: the server cannot connect to itself by it before it knows which one it is.
         let store = Store::tcp("127.0.0.1", 0, true, MEETING).map_err(|e| e.to_string())?;
@@ -379,8 +466,14 @@ fn meet_in_mpi(env: &RankEnv) -> Result<(Option<Store>, String, u16), String> {
         server = Some(store);
     }
     let place = String::from_utf8(crate::comm::share(place)?).map_err(|e| e.to_string())?;
-    let (host, port) = place.rsplit_once(':').ok_or("rank 0 did not say where it serves")?;
-    Ok((server, host.to_string(), port.parse().map_err(|_| format!("{place} is no address"))?))
+    let (host, port) = place
+        .rsplit_once(':')
+        .ok_or("rank 0 did not say where it serves")?;
+    Ok((
+        server,
+        host.to_string(),
+        port.parse().map_err(|_| format!("{place} is no address"))?,
+    ))
 }
 
 #[cfg(not(feature = "mpi"))]
@@ -408,9 +501,15 @@ where
                 // The number is a thread's own.
                 tch::set_num_threads(1);
                 let env = RankEnv::on_this_machine(rank, size, master_port);
-                body(&World::join(&env, timeout, Backend::Auto, &Cpu).expect("ranks on loopback meet"))
+                body(
+                    &World::join(&env, timeout, Backend::Auto, &Cpu)
+                        .expect("ranks on loopback meet"),
+                )
             })
         })
         .collect();
-    ranks.into_iter().map(|rank| rank.join().expect("a rank panicked")).collect()
+    ranks
+        .into_iter()
+        .map(|rank| rank.join().expect("a rank panicked"))
+        .collect()
 }

@@ -6,8 +6,14 @@ use std::time::Duration;
 use tch::{Device, Kind, Tensor};
 
 /// Ranks that are threads of this process, with the communicator of all of them.
-fn on_ranks<T: Send + 'static>(size: usize, timeout: Duration, body: fn(&World, Arc<dyn Communicator>) -> T) -> Vec<T> {
-    on_threads(size, timeout, move |world| body(world, world.all("all").unwrap()))
+fn on_ranks<T: Send + 'static>(
+    size: usize,
+    timeout: Duration,
+    body: fn(&World, Arc<dyn Communicator>) -> T,
+) -> Vec<T> {
+    on_threads(size, timeout, move |world| {
+        body(world, world.all("all").unwrap())
+    })
 }
 
 const SOON: Duration = Duration::from_secs(30);
@@ -44,7 +50,10 @@ fn gradients_of_collectives_are_those_of_the_whole() {
         assert_eq!(floats(&y), [0., 1., 2., 3.]);
         (y * &weight).sum(Kind::Float).backward();
         let both = [1., 3., 5., 7.];
-        assert_eq!(floats(&x.grad()), both[rank as usize * 2..rank as usize * 2 + 2]);
+        assert_eq!(
+            floats(&x.grad()),
+            both[rank as usize * 2..rank as usize * 2 + 2]
+        );
 
         let x = leaf();
         let y = collectives::scatter_to_group(&x, &group).unwrap();
@@ -53,10 +62,21 @@ fn gradients_of_collectives_are_those_of_the_whole() {
 
         // Rank 0 sends 1 row to itself and 3 to rank 1; rank 1 sends all 4 to rank 0.
         let x = leaf();
-        let (receive, send) = if rank == 0 { ([1, 4], [1, 3]) } else { ([3, 0], [4, 0]) };
+        let (receive, send) = if rank == 0 {
+            ([1, 4], [1, 3])
+        } else {
+            ([3, 0], [4, 0])
+        };
         let y = collectives::all_to_all(&x, &group, &receive, &send).unwrap();
         (y * (rank as f64 + 1.0)).sum(Kind::Float).backward();
-        assert_eq!(floats(&x.grad()), if rank == 0 { [1., 2., 2., 2.] } else { [1., 1., 1., 1.] });
+        assert_eq!(
+            floats(&x.grad()),
+            if rank == 0 {
+                [1., 2., 2., 2.]
+            } else {
+                [1., 1., 1., 1.]
+            }
+        );
     });
 }
 
@@ -72,15 +92,28 @@ fn shared_memory_conforms() {
 
 fn conforms(backend: Backend) {
     for size in [1, 2, 3, 4, 8] {
-        let outcomes = on_envs(size, move |env| conformance::communicator(env, backend, &Cpu).unwrap());
-        for (rank, outcome) in outcomes.iter().enumerate().flat_map(|(rank, all)| all.iter().map(move |o| (rank, o))) {
-            assert_eq!(outcome.problem, None, "{size} ranks, rank {rank}: {}", outcome.name);
+        let outcomes = on_envs(size, move |env| {
+            conformance::communicator(env, backend, &Cpu).unwrap()
+        });
+        for (rank, outcome) in outcomes
+            .iter()
+            .enumerate()
+            .flat_map(|(rank, all)| all.iter().map(move |o| (rank, o)))
+        {
+            assert_eq!(
+                outcome.problem, None,
+                "{size} ranks, rank {rank}: {}",
+                outcome.name
+            );
         }
     }
 }
 
 /// The same with ranks that have not met yet.
-fn on_envs<T: Send + 'static>(size: usize, body: impl Fn(&RankEnv) -> T + Copy + Send + 'static) -> Vec<T> {
+fn on_envs<T: Send + 'static>(
+    size: usize,
+    body: impl Fn(&RankEnv) -> T + Copy + Send + 'static,
+) -> Vec<T> {
     let server = torch_ext::Store::tcp("127.0.0.1", 0, true, SOON).unwrap();
     let port = server.port().unwrap();
     let run = |rank| std::thread::spawn(move || body(&RankEnv::on_this_machine(rank, size, port)));

@@ -22,7 +22,9 @@ pub(crate) fn write_data(folder: &Path) {
     let (mut state, mut token) = (1u64, 0u64);
     let tokens: Vec<u32> = (0..6000)
         .map(|_| {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            state = state
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
             token = (token * 5 + 1 + (state >> 62)) % VOCAB as u64;
             token as u32
         })
@@ -69,8 +71,17 @@ type Gathered = BTreeMap<String, Tensor>;
 
 /// Puts a rank's box in its place. What several ranks hold is equal to the bit.
 pub(crate) fn gather(into: &mut Gathered, place: &Place, part: &Tensor) {
-    let unknown = || Tensor::full(place.global.as_slice(), f64::NAN, (tch::Kind::Float, part.device()));
-    let mut known = into.entry(place.name.clone()).or_insert_with(unknown).shallow_clone();
+    let unknown = || {
+        Tensor::full(
+            place.global.as_slice(),
+            f64::NAN,
+            (tch::Kind::Float, part.device()),
+        )
+    };
+    let mut known = into
+        .entry(place.name.clone())
+        .or_insert_with(unknown)
+        .shallow_clone();
     for (dim, (&offset, &size)) in place.offset.iter().zip(&place.shape).enumerate() {
         known = known.narrow(dim as i64, offset, size);
     }
@@ -92,8 +103,17 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
     let parts = on_threads(ranks, TIMEOUT, move |world| {
         let mut trainer = trainer_on(world, config.clone());
         change(&trainer);
-        let held = trainer.model().parameters.iter().map(|parameter| parameter.master.numel() as u64).sum::<u64>();
-        assert_eq!(config.memory(ranks).unwrap()[world.rank()].parameters, held, "as planned");
+        let held = trainer
+            .model()
+            .parameters
+            .iter()
+            .map(|parameter| parameter.master.numel() as u64)
+            .sum::<u64>();
+        assert_eq!(
+            config.memory(ranks).unwrap()[world.rank()].parameters,
+            held,
+            "as planned"
+        );
         let first_norm = trainer.forward_backward().unwrap();
         let mut first_gradients = Vec::new();
         for (index, parameter) in trainer.model().parameters.iter().enumerate() {
@@ -107,7 +127,12 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
                 let (record, _) = trainer.train_step(false).unwrap();
                 spilled += record.spilled_rows.iter().sum::<u64>();
                 moved += record.moved_experts.unwrap_or(0);
-                [record.loss, record.load_balance_loss, record.z_loss, record.grad_norm]
+                [
+                    record.loss,
+                    record.load_balance_loss,
+                    record.z_loss,
+                    record.grad_norm,
+                ]
             })
             .collect();
         assert_eq!(first_norm, steps[0][3]);
@@ -125,10 +150,19 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
     let (mut first_gradients, mut weights) = (Gathered::new(), Gathered::new());
     for (steps, of_rank, weights_of_rank, _) in &parts {
         assert_eq!(*steps, parts[0].0, "every rank reports the same figures");
-        of_rank.iter().for_each(|(place, part)| gather(&mut first_gradients, place, part));
-        weights_of_rank.iter().for_each(|(place, part)| gather(&mut weights, place, part));
+        of_rank
+            .iter()
+            .for_each(|(place, part)| gather(&mut first_gradients, place, part));
+        weights_of_rank
+            .iter()
+            .for_each(|(place, part)| gather(&mut weights, place, part));
     }
-    let by_name = |gathered: Gathered| gathered.into_iter().map(|(name, tensor)| (name, values(&tensor))).collect();
+    let by_name = |gathered: Gathered| {
+        gathered
+            .into_iter()
+            .map(|(name, tensor)| (name, values(&tensor)))
+            .collect()
+    };
     Trace {
         steps: parts[0].0.clone(),
         first_gradients: by_name(first_gradients),
@@ -147,14 +181,25 @@ pub(crate) fn distance(a: &[f32], b: &[f32]) -> f64 {
 
 pub(crate) fn assert_same(what: &str, trace: &Trace, single: &Trace) {
     for (step, (ours, reference)) in trace.steps.iter().zip(&single.steps).enumerate() {
-        for (figure, (a, b)) in ["loss", "load balance", "z", "grad norm"].iter().zip(ours.iter().zip(reference)) {
-            assert!((a - b).abs() <= 1e-5 * b.abs(), "{what}: {figure} at step {}: {a} and {b}", step + 1);
+        for (figure, (a, b)) in ["loss", "load balance", "z", "grad norm"]
+            .iter()
+            .zip(ours.iter().zip(reference))
+        {
+            assert!(
+                (a - b).abs() <= 1e-5 * b.abs(),
+                "{what}: {figure} at step {}: {a} and {b}",
+                step + 1
+            );
         }
     }
-    for (kind, ours, reference) in
-        [("gradient", &trace.first_gradients, &single.first_gradients), ("weight", &trace.weights, &single.weights)]
-    {
-        assert!(ours.keys().eq(reference.keys()), "{what}: the {kind}s have other names");
+    for (kind, ours, reference) in [
+        ("gradient", &trace.first_gradients, &single.first_gradients),
+        ("weight", &trace.weights, &single.weights),
+    ] {
+        assert!(
+            ours.keys().eq(reference.keys()),
+            "{what}: the {kind}s have other names"
+        );
         for (name, values) in ours {
             let far = distance(values, &reference[name]);
             assert!(far <= 1e-5, "{what}: {kind} of {name} is {far} away");

@@ -6,7 +6,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use tch::Tensor;
 use torch_sys::C_tensor;
 
-type BackwardClosure = Box<dyn FnMut(&[Option<Tensor>]) -> Result<Vec<Option<Tensor>>, Error> + Send>;
+type BackwardClosure =
+    Box<dyn FnMut(&[Option<Tensor>]) -> Result<Vec<Option<Tensor>>, Error> + Send>;
 
 /// Makes `outputs`, computed from `inputs` outside of autograd, part of the graph: their gradients are handed
 /// to `backward`, which returns one gradient (or none) for each input.
@@ -17,7 +18,11 @@ type BackwardClosure = Box<dyn FnMut(&[Option<Tensor>]) -> Result<Vec<Option<Ten
 ///
 /// # Errors
 /// libtorch's message, when the outputs cannot be given a history.
-pub fn attach_backward<F>(inputs: &[&Tensor], outputs: Vec<Tensor>, backward: F) -> Result<Vec<Tensor>, Error>
+pub fn attach_backward<F>(
+    inputs: &[&Tensor],
+    outputs: Vec<Tensor>,
+    backward: F,
+) -> Result<Vec<Tensor>, Error>
 where
     F: FnMut(&[Option<Tensor>]) -> Result<Vec<Option<Tensor>>, Error> + Send + 'static,
 {
@@ -28,7 +33,10 @@ where
     }
     let closure: Box<BackwardClosure> = Box::new(Box::new(backward));
     let inputs: Vec<_> = inputs.iter().map(|t| t.as_ptr() as *mut C_tensor).collect();
-    let pointers: Vec<_> = outputs.iter().map(|t| t.as_ptr() as *mut C_tensor).collect();
+    let pointers: Vec<_> = outputs
+        .iter()
+        .map(|t| t.as_ptr() as *mut C_tensor)
+        .collect();
     // SAFETY: all pointers are live tensors for the duration of the call; the node takes ownership of the closure
     // and frees it exactly once through `drop_backward`.
     ffi::check(unsafe {
@@ -77,8 +85,9 @@ unsafe extern "C" fn run_backward(
         }
         for (slot, result) in out.iter_mut().zip(results) {
             // The pointer's owner is the caller from here on.
-            *slot = result
-                .map_or(std::ptr::null_mut(), |tensor| std::mem::ManuallyDrop::new(tensor).as_ptr() as *mut C_tensor);
+            *slot = result.map_or(std::ptr::null_mut(), |tensor| {
+                std::mem::ManuallyDrop::new(tensor).as_ptr() as *mut C_tensor
+            });
         }
         Ok(())
     })
@@ -152,26 +161,52 @@ mod tests {
         for panics in [false, true] {
             let a = leaf(&[1.]);
             let out = attach_backward(&[&a], vec![a.detach() * 2.0], move |_| {
-                if panics { panic!("the closure panicked") } else { Err(Error::new("the closure failed")) }
+                if panics {
+                    panic!("the closure panicked")
+                } else {
+                    Err(Error::new("the closure failed"))
+                }
             })
             .unwrap();
-            let error = out[0].sum(Kind::Float).f_backward().unwrap_err().to_string();
-            assert!(error.contains(if panics { "the closure panicked" } else { "the closure failed" }), "{error}");
+            let error = out[0]
+                .sum(Kind::Float)
+                .f_backward()
+                .unwrap_err()
+                .to_string();
+            assert!(
+                error.contains(if panics {
+                    "the closure panicked"
+                } else {
+                    "the closure failed"
+                }),
+                "{error}"
+            );
         }
     }
 
     #[test]
     fn a_second_backward_is_refused() {
         let a = leaf(&[1.]);
-        let out = attach_backward(&[&a], vec![a.detach() * 2.0], |g| Ok(vec![g[0].as_ref().map(|g| g * 2.0)])).unwrap();
+        let out = attach_backward(&[&a], vec![a.detach() * 2.0], |g| {
+            Ok(vec![g[0].as_ref().map(|g| g * 2.0)])
+        })
+        .unwrap();
         out[0].backward();
-        assert!(out[0].f_backward().unwrap_err().to_string().contains("ran twice"));
+        assert!(
+            out[0]
+                .f_backward()
+                .unwrap_err()
+                .to_string()
+                .contains("ran twice")
+        );
     }
 
     #[test]
     fn without_grad_mode_nothing_is_recorded() {
         let a = leaf(&[1.]);
-        let out = tch::no_grad(|| attach_backward(&[&a], vec![a.detach() * 2.0], |_| Ok(vec![None]))).unwrap();
+        let out =
+            tch::no_grad(|| attach_backward(&[&a], vec![a.detach() * 2.0], |_| Ok(vec![None])))
+                .unwrap();
         assert!(!out[0].requires_grad());
     }
 }

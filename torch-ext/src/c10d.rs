@@ -23,7 +23,9 @@ impl Store {
         let host = ffi::c_string(host)?;
         let mut out = std::ptr::null_mut();
         // SAFETY: `host` outlives the call; `out` receives an owned handle.
-        ffi::check(unsafe { ffi::mtx_store_tcp(host.as_ptr(), port, is_server, millis(timeout), &mut out) })?;
+        ffi::check(unsafe {
+            ffi::mtx_store_tcp(host.as_ptr(), port, is_server, millis(timeout), &mut out)
+        })?;
         Ok(Store(out))
     }
 
@@ -69,7 +71,12 @@ impl Store {
         let (mut data, mut size) = (std::ptr::null_mut(), 0);
         // SAFETY: on success `data` is a buffer of `size` bytes, copied here and freed.
         unsafe {
-            ffi::check(ffi::mtx_store_get(self.0, key.as_ptr(), &mut data, &mut size))?;
+            ffi::check(ffi::mtx_store_get(
+                self.0,
+                key.as_ptr(),
+                &mut data,
+                &mut size,
+            ))?;
             let value = std::slice::from_raw_parts(data, size).to_vec();
             ffi::mtx_free(data);
             Ok(value)
@@ -154,7 +161,13 @@ impl Gloo {
     ///
     /// # Errors
     /// When a rank does not come within `timeout`, or the address is not this machine's.
-    pub fn new(store: &Store, rank: usize, size: usize, timeout: Duration, at: &GlooAddress) -> Result<Gloo, Error> {
+    pub fn new(
+        store: &Store,
+        rank: usize,
+        size: usize,
+        timeout: Duration,
+        at: &GlooAddress,
+    ) -> Result<Gloo, Error> {
         let (address, interface) = match at {
             GlooAddress::Host(host) => (host.as_str(), ""),
             GlooAddress::Interface(name) => ("", name.as_str()),
@@ -205,8 +218,19 @@ impl Gloo {
     ///
     /// # Errors
     /// As [`Gloo::all_reduce`].
-    pub fn reduce_scatter(&self, output: &Tensor, input: &Tensor, op: ReduceOp) -> Result<Work, Error> {
-        start!(mtx_gloo_reduce_scatter, self.0, raw(output), raw(input), op as u8)
+    pub fn reduce_scatter(
+        &self,
+        output: &Tensor,
+        input: &Tensor,
+        op: ReduceOp,
+    ) -> Result<Work, Error> {
+        start!(
+            mtx_gloo_reduce_scatter,
+            self.0,
+            raw(output),
+            raw(input),
+            op as u8
+        )
     }
 
     /// Sends `input_splits[r]` rows to rank `r` and receives `output_splits[r]` rows from it; zero is allowed.
@@ -220,7 +244,11 @@ impl Gloo {
         output_splits: &[i64],
         input_splits: &[i64],
     ) -> Result<Work, Error> {
-        assert_eq!(output_splits.len(), input_splits.len(), "one split for each rank on both sides");
+        assert_eq!(
+            output_splits.len(),
+            input_splits.len(),
+            "one split for each rank on both sides"
+        );
         start!(
             mtx_gloo_all_to_all,
             self.0,
@@ -299,7 +327,9 @@ impl Work {
                 Ok(()) => return Ok(()),
                 // It may have ended well between the end of the slice and this question: ask for its own result.
                 // SAFETY: live handle.
-                Err(_) if self.is_completed()? => return ffi::check(unsafe { ffi::mtx_work_wait(self.0, 0) }),
+                Err(_) if self.is_completed()? => {
+                    return ffi::check(unsafe { ffi::mtx_work_wait(self.0, 0) });
+                }
                 Err(error) if started.elapsed() < SLICE => return Err(error),
                 Err(_) if given_up() => return Err(Error::new("the group was aborted")),
                 Err(_) => {}
@@ -355,14 +385,31 @@ mod tests {
         assert_eq!(client.add("n", 2).unwrap() + client.add("n", 3).unwrap(), 7);
         let inner = client.prefixed("inner").unwrap();
         assert!(!inner.contains("a").unwrap() && client.contains("a").unwrap());
-        assert!(inner.get("missing").unwrap_err().to_string().to_lowercase().contains("time"));
+        assert!(
+            inner
+                .get("missing")
+                .unwrap_err()
+                .to_string()
+                .to_lowercase()
+                .contains("time")
+        );
     }
 
     #[test]
     fn a_taken_port_is_an_error() {
         let server = Store::tcp("127.0.0.1", 0, true, Duration::from_secs(1)).unwrap();
-        let error = Store::tcp("127.0.0.1", server.port().unwrap(), true, Duration::from_secs(1)).err().unwrap();
-        assert!(error.to_string().contains("address already in use"), "{error}");
+        let error = Store::tcp(
+            "127.0.0.1",
+            server.port().unwrap(),
+            true,
+            Duration::from_secs(1),
+        )
+        .err()
+        .unwrap();
+        assert!(
+            error.to_string().contains("address already in use"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -377,10 +424,22 @@ mod tests {
                     let at = GlooAddress::Host("127.0.0.1".into());
                     let group = Gloo::new(&store, rank, 2, timeout, &at).unwrap();
                     // Rank 0 holds [0 1 2] and sends [0] to itself, [1 2] to rank 1; rank 1 sends all to rank 0.
-                    let input = Tensor::from_slice(if rank == 0 { &[0i64, 1, 2] } else { &[3i64, 4] });
-                    let output = Tensor::zeros([if rank == 0 { 3 } else { 2 }], (tch::Kind::Int64, tch::Device::Cpu));
-                    let (out, inp): (&[i64], &[i64]) = if rank == 0 { (&[1, 2], &[1, 2]) } else { (&[2, 0], &[2, 0]) };
-                    group.all_to_all(&output, &input, out, inp).unwrap().wait(|| false).unwrap();
+                    let input =
+                        Tensor::from_slice(if rank == 0 { &[0i64, 1, 2] } else { &[3i64, 4] });
+                    let output = Tensor::zeros(
+                        [if rank == 0 { 3 } else { 2 }],
+                        (tch::Kind::Int64, tch::Device::Cpu),
+                    );
+                    let (out, inp): (&[i64], &[i64]) = if rank == 0 {
+                        (&[1, 2], &[1, 2])
+                    } else {
+                        (&[2, 0], &[2, 0])
+                    };
+                    group
+                        .all_to_all(&output, &input, out, inp)
+                        .unwrap()
+                        .wait(|| false)
+                        .unwrap();
                     Vec::<i64>::try_from(output).unwrap()
                 })
             })

@@ -17,7 +17,9 @@ pub fn load_cuda() -> Result<(), Error> {
     static LOADED: OnceLock<Result<(), Error>> = OnceLock::new();
     const REMEDY: &str = "Point MOERUN_TORCH_LIB at the torch/lib folder of a torch 2.11.0 installed with CUDA, or run \
                           ./scripts/setup --cuda";
-    LOADED.get_or_init(|| load_library("libtorch_cuda.so", "MOERUN_TORCH_LIB", REMEDY).map(|_| ())).clone()
+    LOADED
+        .get_or_init(|| load_library("libtorch_cuda.so", "MOERUN_TORCH_LIB", REMEDY).map(|_| ()))
+        .clone()
 }
 
 /// Where GPU `index` sits on the machine's bus, such as `0000:3b:00.0`. Not yet run on hardware.
@@ -32,12 +34,21 @@ pub fn pci_bus_id(index: usize) -> Result<String, Error> {
     let failed = unsafe {
         let function = Library::this().get::<GetPciBusId>(b"cudaDeviceGetPCIBusId\0");
         let function = function.map_err(|error| Error::new(format!("CUDA's runtime: {error}")))?;
-        function(text.as_mut_ptr().cast(), text.len() as c_int, index as c_int) != 0
+        function(
+            text.as_mut_ptr().cast(),
+            text.len() as c_int,
+            index as c_int,
+        ) != 0
     };
     if failed {
-        return Err(Error::new(format!("the driver does not know where GPU {index} is")));
+        return Err(Error::new(format!(
+            "the driver does not know where GPU {index} is"
+        )));
     }
-    let end = text.iter().position(|&byte| byte == 0).unwrap_or(text.len());
+    let end = text
+        .iter()
+        .position(|&byte| byte == 0)
+        .unwrap_or(text.len());
     Ok(String::from_utf8_lossy(&text[..end]).into_owned())
 }
 
@@ -60,11 +71,15 @@ pub fn capability(index: usize) -> Result<(i32, i32), Error> {
     let failed = unsafe {
         let function = Library::this().get::<GetAttribute>(b"cudaDeviceGetAttribute\0");
         let function = function.map_err(|error| Error::new(format!("CUDA's runtime: {error}")))?;
-        let ask = |(number, attribute): (&mut c_int, c_int)| function(number, attribute, index as c_int) != 0;
+        let ask = |(number, attribute): (&mut c_int, c_int)| {
+            function(number, attribute, index as c_int) != 0
+        };
         numbers.iter_mut().zip(ATTRIBUTES).any(ask)
     };
     if failed {
-        return Err(Error::new(format!("the driver does not know what GPU {index} is")));
+        return Err(Error::new(format!(
+            "the driver does not know what GPU {index} is"
+        )));
     }
     known.insert(index, (numbers[0], numbers[1]));
     Ok((numbers[0], numbers[1]))
@@ -78,7 +93,10 @@ mod tests {
     fn a_missing_library_names_the_places_and_the_remedy() {
         if let Err(error) = load_cuda() {
             let text = error.to_string();
-            assert!(text.contains("libtorch_cuda.so") && text.contains("setup --cuda"), "{text}");
+            assert!(
+                text.contains("libtorch_cuda.so") && text.contains("setup --cuda"),
+                "{text}"
+            );
         }
     }
 }

@@ -38,7 +38,9 @@ pub fn generator_state(device: Device) -> Result<Tensor, Error> {
 pub fn set_generator_state(device: Device, state: &Tensor) -> Result<(), Error> {
     let (kind, index) = code(device);
     // SAFETY: `state` is a live tensor.
-    ffi::check(unsafe { ffi::mtx_set_generator_state(kind, index, state.as_ptr() as *mut C_tensor) })
+    ffi::check(unsafe {
+        ffi::mtx_set_generator_state(kind, index, state.as_ptr() as *mut C_tensor)
+    })
 }
 
 /// Host memory of a fixed place, `[bytes]` uint8, from and to which the process's GPU or NPU copies by itself.
@@ -71,7 +73,8 @@ pub fn synchronize(device: Device) -> Result<(), Error> {
 pub fn count_host_memory() -> Result<(), Error> {
     static ONCE: OnceLock<Result<(), Error>> = OnceLock::new();
     // SAFETY: installs an allocator that lives as long as the process.
-    ONCE.get_or_init(|| ffi::check(unsafe { ffi::mtx_count_host_memory() })).clone()
+    ONCE.get_or_init(|| ffi::check(unsafe { ffi::mtx_count_host_memory() }))
+        .clone()
 }
 
 /// Bytes that tensors hold on the device now, and held at most: by its caching allocator, on the CPU as counted since
@@ -135,7 +138,10 @@ mod tests {
         let tensor = Tensor::zeros([1 << 22], (Kind::Float, Device::Cpu));
         let (during, peak) = allocator_bytes(Device::Cpu).unwrap();
         // Other tests have small tensors at the same time.
-        assert!((during - before - (16 << 20)).abs() < 1 << 20 && peak >= during, "{before} {during} {peak}");
+        assert!(
+            (during - before - (16 << 20)).abs() < 1 << 20 && peak >= during,
+            "{before} {during} {peak}"
+        );
         drop(tensor);
         reset_peak(Device::Cpu).unwrap();
         let (after, peak) = allocator_bytes(Device::Cpu).unwrap();

@@ -13,7 +13,10 @@ impl Error {
 
     /// Keeps the sentence and drops the C++ stack trace that c10 appends.
     pub(crate) fn from_cpp(message: &str) -> Error {
-        let sentence = message.split("\nException raised from").next().unwrap_or(message);
+        let sentence = message
+            .split("\nException raised from")
+            .next()
+            .unwrap_or(message);
         Error(sentence.trim().to_string())
     }
 }

@@ -5,8 +5,13 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use torch_sys::C_tensor;
 
 pub(crate) type Handle = *mut c_void;
-pub(crate) type Backward =
-    unsafe extern "C" fn(Handle, *const *mut C_tensor, usize, *mut *mut C_tensor, usize) -> *mut c_char;
+pub(crate) type Backward = unsafe extern "C" fn(
+    Handle,
+    *const *mut C_tensor,
+    usize,
+    *mut *mut C_tensor,
+    usize,
+) -> *mut c_char;
 pub(crate) type Drop = unsafe extern "C" fn(Handle);
 
 #[rustfmt::skip]

@@ -31,8 +31,8 @@ pub use autograd::attach_backward;
 pub use c10d::{Gloo, GlooAddress, ReduceOp, Store, Work};
 pub use cuda::{capability, load_cuda, pci_bus_id};
 pub use device::{
-    allocator_bytes, count_host_memory, generator_state, keep_freed_memory, pinned, reset_peak, set_generator_state,
-    synchronize,
+    allocator_bytes, count_host_memory, generator_state, keep_freed_memory, pinned, reset_peak,
+    set_generator_state, synchronize,
 };
 pub use end::leave_tables_at_end;
 pub use error::Error;

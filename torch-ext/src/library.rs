@@ -35,19 +35,29 @@ pub fn load_library(file: &str, variable: &str, remedy: &str) -> Result<&'static
             Err(error) => tried.push(reason(&candidate, &error)),
         }
     }
-    Err(Error::new(format!("{file} could not be loaded ({}). {remedy}", tried.join("; "))))
+    Err(Error::new(format!(
+        "{file} could not be loaded ({}). {remedy}",
+        tried.join("; ")
+    )))
 }
 
 /// The loader's own words: it names the file that is missing, which may be one that the library needs.
 fn reason(candidate: &Path, error: &libloading::Error) -> String {
-    let words = std::error::Error::source(error).map_or(error.to_string(), |source| source.to_string());
-    if words.contains(&*candidate.to_string_lossy()) { words } else { format!("{}: {words}", candidate.display()) }
+    let words =
+        std::error::Error::source(error).map_or(error.to_string(), |source| source.to_string());
+    if words.contains(&*candidate.to_string_lossy()) {
+        words
+    } else {
+        format!("{}: {words}", candidate.display())
+    }
 }
 
 /// The real folder of the libtorch_cpu this process runs on, links resolved.
 fn folder_of_libtorch() -> Option<PathBuf> {
     let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
-    let line = maps.lines().find(|line| line.ends_with("/libtorch_cpu.so"))?;
+    let line = maps
+        .lines()
+        .find(|line| line.ends_with("/libtorch_cpu.so"))?;
     let path = PathBuf::from(&line[line.find('/')?..]);
     Some(path.canonicalize().ok()?.parent()?.to_path_buf())
 }

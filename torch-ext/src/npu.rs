@@ -18,7 +18,10 @@ static DEVICE: OnceLock<Result<c_int, Error>> = OnceLock::new();
 /// # Errors
 /// When the library cannot be loaded, or there is no such NPU.
 pub fn load_npu(index: usize) -> Result<(), Error> {
-    DEVICE.get_or_init(|| load(index as c_int).map(|()| index as c_int)).clone().map(|_| ())
+    DEVICE
+        .get_or_init(|| load(index as c_int).map(|()| index as c_int))
+        .clone()
+        .map(|_| ())
 }
 
 /// The NPU of this process.
@@ -48,7 +51,11 @@ fn load(index: c_int) -> Result<(), Error> {
     // SAFETY: the signature above; it reports what goes wrong on the log only, so the devices are counted after it.
     unsafe {
         let init = library.get::<Init>(b"_ZN9torch_npu8init_npuEa\0");
-        init.map_err(|error| Error::new(format!("libtorch_npu.so has no init_npu ({error}). {remedy}")))?(number);
+        init.map_err(|error| {
+            Error::new(format!(
+                "libtorch_npu.so has no init_npu ({error}). {remedy}"
+            ))
+        })?(number);
     }
     let mut devices = 0;
     // SAFETY: an out-parameter.
@@ -72,7 +79,10 @@ mod tests {
     fn a_missing_library_names_the_places_and_the_remedy() {
         if std::env::var_os(ASCEND_FOLDER).is_none() {
             let text = load_npu(0).unwrap_err().to_string();
-            assert!(text.contains("libtorch_npu.so") && text.contains("set_env.sh"), "{text}");
+            assert!(
+                text.contains("libtorch_npu.so") && text.contains("set_env.sh"),
+                "{text}"
+            );
             assert!(use_npu().is_err());
         }
     }

@@ -37,11 +37,18 @@ pub fn fused_adamw(
     grad_scale: Option<&Tensor>,
 ) -> Result<(), Error> {
     let lists = [params, grads, exp_avgs, exp_avg_sqs, steps];
-    assert!(lists.iter().all(|list| list.len() == params.len()), "AdamW's lists differ in length");
+    assert!(
+        lists.iter().all(|list| list.len() == params.len()),
+        "AdamW's lists differ in length"
+    );
     if params.is_empty() {
         return Ok(());
     }
-    let pointers = lists.map(|list| list.iter().map(|t| t.as_ptr() as *mut C_tensor).collect::<Vec<_>>());
+    let pointers = lists.map(|list| {
+        list.iter()
+            .map(|t| t.as_ptr() as *mut C_tensor)
+            .collect::<Vec<_>>()
+    });
     let scale = grad_scale.map_or(std::ptr::null_mut(), |t| t.as_ptr() as *mut C_tensor);
     // SAFETY: five arrays of live tensors of the same length, and a live tensor or null.
     ffi::check(unsafe {
@@ -71,10 +78,25 @@ mod tests {
     fn one_step_is_adamw_by_hand() {
         let new = |v: f32| Tensor::from_slice(&[v]);
         let (param, grad, m, v, step) = (new(1.0), new(1.0), new(0.0), new(0.0), new(1.0));
-        let config = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.95, weight_decay: 0.5, eps: 0.0 };
+        let config = AdamW {
+            lr: 0.1,
+            beta1: 0.9,
+            beta2: 0.95,
+            weight_decay: 0.5,
+            eps: 0.0,
+        };
         let scale = Tensor::full([1], 2.0, (Kind::Float, Device::Cpu));
         let one = |t: &Tensor| vec![t.shallow_clone()];
-        fused_adamw(&one(&param), &one(&grad), &one(&m), &one(&v), &one(&step), config, Some(&scale)).unwrap();
+        fused_adamw(
+            &one(&param),
+            &one(&grad),
+            &one(&m),
+            &one(&v),
+            &one(&step),
+            config,
+            Some(&scale),
+        )
+        .unwrap();
         // The gradient is 0.5 after scaling; at the first step the update is lr * sign(grad) after decay.
         assert!((param.double_value(&[0]) - (1.0 - 0.1 * 0.5 - 0.1)).abs() < 1e-6);
         assert!((m.double_value(&[0]) - 0.05).abs() < 1e-7);

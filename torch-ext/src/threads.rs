@@ -52,10 +52,18 @@ pub fn parallel_for(count: usize, grain: usize, body: impl Fn(usize, Range<usize
             }
         }
         Some(runtime) => {
-            let mut all = Loop { count, body: &body, runtime, panicked: AtomicBool::new(false) };
+            let mut all = Loop {
+                count,
+                body: &body,
+                runtime,
+                panicked: AtomicBool::new(false),
+            };
             // SAFETY: `run` gets what it expects, which outlives the call: it returns when all threads are done.
             unsafe { (runtime.parallel)(run, (&raw mut all).cast(), threads as c_uint, 0) };
-            assert!(!all.panicked.load(Ordering::SeqCst), "a thread of a loop panicked");
+            assert!(
+                !all.panicked.load(Ordering::SeqCst),
+                "a thread of a loop panicked"
+            );
         }
     }
 }
@@ -71,8 +79,16 @@ unsafe extern "C" fn run(all: *mut c_void) {
     // SAFETY: as the caller promises; threads only read it.
     let all = unsafe { &*all.cast::<Loop>() };
     // SAFETY: no arguments. Inside another loop there is one thread, whatever was asked for.
-    let (thread, threads) = unsafe { ((all.runtime.thread)() as usize, (all.runtime.threads)().max(1) as usize) };
-    let (start, end) = (all.count * thread / threads, all.count * (thread + 1) / threads);
+    let (thread, threads) = unsafe {
+        (
+            (all.runtime.thread)() as usize,
+            (all.runtime.threads)().max(1) as usize,
+        )
+    };
+    let (start, end) = (
+        all.count * thread / threads,
+        all.count * (thread + 1) / threads,
+    );
     // Nothing unwinds into the runtime.
     if start < end && catch_unwind(AssertUnwindSafe(|| (all.body)(thread, start..end))).is_err() {
         all.panicked.store(true, Ordering::SeqCst);
@@ -95,7 +111,10 @@ mod tests {
                     seen[index].fetch_add(1, Ordering::SeqCst);
                 }
             });
-            assert!(seen.iter().all(|times| times.load(Ordering::SeqCst) == 1), "{count}");
+            assert!(
+                seen.iter().all(|times| times.load(Ordering::SeqCst) == 1),
+                "{count}"
+            );
         }
     }
 

@@ -33,14 +33,23 @@ pub struct Generation {
 /// # Errors
 /// When there is no usable checkpoint or tokenizer.
 pub fn generate(job: &Generation, write: &mut dyn FnMut(&str)) -> Result<(), Error> {
-    let Loaded { path, config, model, .. } = Loaded::open(&job.checkpoint)?;
+    let Loaded {
+        path,
+        config,
+        model,
+        ..
+    } = Loaded::open(&job.checkpoint)?;
     let tokenizer = crate::data::load_tokenizer(&find_tokenizer(job, &config, &path)?)?;
     let length = config.data.sequence_length;
     tch::manual_seed(job.seed);
 
     let failed = |e: tokenizers::Error| Error::Data(format!("the tokenizer failed: {e}"));
     let end = tokenizer.token_to_id(END_OF_DOCUMENT);
-    let mut tokens: Vec<u32> = tokenizer.encode(job.prompt.as_str(), false).map_err(failed)?.get_ids().to_vec();
+    let mut tokens: Vec<u32> = tokenizer
+        .encode(job.prompt.as_str(), false)
+        .map_err(failed)?
+        .get_ids()
+        .to_vec();
     if tokens.is_empty() {
         // An empty prompt is the start of a document.
         tokens.push(end.unwrap_or(0));
@@ -49,7 +58,9 @@ pub fn generate(job: &Generation, write: &mut dyn FnMut(&str)) -> Result<(), Err
     write(&job.prompt);
     let mut written = String::new();
     for _ in 0..job.max_tokens {
-        let next = tch::no_grad(|| next_token(&model, &tokens[tokens.len().saturating_sub(length)..], job))?;
+        let next = tch::no_grad(|| {
+            next_token(&model, &tokens[tokens.len().saturating_sub(length)..], job)
+        })?;
         if Some(next) == end {
             break;
         }
@@ -68,7 +79,9 @@ fn next_token(model: &Model, tokens: &[u32], job: &Generation) -> Result<u32, Er
     let ids: Vec<i64> = tokens.iter().map(|&token| i64::from(token)).collect();
     let input = Cpu.upload(&Tensor::from_slice(&ids).view([1, -1]));
     let hidden = model.forward(&input)?.hidden_td;
-    let logits = model.logits(&hidden.narrow(0, ids.len() as i64 - 1, 1)).view([-1]);
+    let logits = model
+        .logits(&hidden.narrow(0, ids.len() as i64 - 1, 1))
+        .view([-1]);
     if job.temperature <= 0.0 {
         return Ok(logits.argmax(-1, false).int64_value(&[]) as u32);
     }
@@ -78,19 +91,42 @@ fn next_token(model: &Model, tokens: &[u32], job: &Generation) -> Result<u32, Er
         let least = logits.topk(job.top_k as i64, -1, true, true).0.min();
         logits = logits.masked_fill(&logits.lt_tensor(&least), f64::NEG_INFINITY);
     }
-    Ok(logits.softmax(-1, Kind::Float).multinomial(1, false).int64_value(&[0]) as u32)
+    Ok(logits
+        .softmax(-1, Kind::Float)
+        .multinomial(1, false)
+        .int64_value(&[0]) as u32)
 }
 
 fn find_tokenizer(job: &Generation, config: &Config, checkpoint: &Path) -> Result<PathBuf, Error> {
-    let beside_data =
-        config.data.train.first().and_then(|source| source.path.parent()).map(|f| f.join("tokenizer.json"));
-    let with_run = checkpoint.ancestors().nth(2).map(|folder| folder.join("tokenizer.json"));
+    let beside_data = config
+        .data
+        .train
+        .first()
+        .and_then(|source| source.path.parent())
+        .map(|f| f.join("tokenizer.json"));
+    let with_run = checkpoint
+        .ancestors()
+        .nth(2)
+        .map(|folder| folder.join("tokenizer.json"));
     let places: Vec<PathBuf> = match &job.tokenizer {
         Some(path) => vec![path.clone()],
-        None => [with_run, config.data.tokenizer.clone(), beside_data].into_iter().flatten().collect(),
+        None => [with_run, config.data.tokenizer.clone(), beside_data]
+            .into_iter()
+            .flatten()
+            .collect(),
     };
-    places.iter().find(|path| path.exists()).cloned().ok_or_else(|| {
-        let places: Vec<_> = places.iter().map(|path| path.display().to_string()).collect();
-        Error::Data(format!("no tokenizer at {}: name one with --tokenizer", places.join(", ")))
-    })
+    places
+        .iter()
+        .find(|path| path.exists())
+        .cloned()
+        .ok_or_else(|| {
+            let places: Vec<_> = places
+                .iter()
+                .map(|path| path.display().to_string())
+                .collect();
+            Error::Data(format!(
+                "no tokenizer at {}: name one with --tokenizer",
+                places.join(", ")
+            ))
+        })
 }

@@ -33,7 +33,9 @@ pub use error::Error;
 pub use generate::{Generation, generate};
 pub use memory::RankMemory;
 pub use metrics::{Metrics, Progress, Record, RoutingLine, SnapshotFigures};
-pub use model::{ForwardOutput, Model, ModelPart, Setting, StagePart, VocabularyShard, split_layers};
+pub use model::{
+    ForwardOutput, Model, ModelPart, Setting, StagePart, VocabularyShard, split_layers,
+};
 pub use optimizer::Optimizer;
 pub use parameters::{Parameter, Parameters, Replicas};
 pub use ranks::Ranks;

@@ -24,13 +24,31 @@ impl Loaded {
         let mut checkpoint = open(path)?;
         let state = state_of(&checkpoint)?;
         let path = checkpoint.path().to_path_buf();
-        let config: Config = serde_json::from_value(state.config)
-            .map_err(|e| Error::Data(format!("{}: its configuration cannot be read: {e}", path.display())))?;
+        let config: Config = serde_json::from_value(state.config).map_err(|e| {
+            Error::Data(format!(
+                "{}: its configuration cannot be read: {e}",
+                path.display()
+            ))
+        })?;
         let alone = Ranks::alone();
-        let setting = Setting::alone(config.data.sequence_length, config.train.dtype, &Cpu, &alone);
-        let model = Model::new(&config.model, ModelPart::whole(config.model.layers), &setting);
+        let setting = Setting::alone(
+            config.data.sequence_length,
+            config.train.dtype,
+            &Cpu,
+            &alone,
+        );
+        let model = Model::new(
+            &config.model,
+            ModelPart::whole(config.model.layers),
+            &setting,
+        );
         restore_weights(&mut checkpoint, &model)?;
-        Ok(Loaded { path, step: state.step, config, model })
+        Ok(Loaded {
+            path,
+            step: state.step,
+            config,
+            model,
+        })
     }
 }
 
@@ -49,8 +67,15 @@ fn open(path: &Path) -> Result<Checkpoint, Error> {
         }
     }
     Err(Error::Data(match reasons.is_empty() {
-        true => format!("there is no checkpoint in {}: name a run's folder or a step-NNNNNNNN folder", path.display()),
-        false => format!("no checkpoint in {} can be used: {}", path.display(), reasons.join("; ")),
+        true => format!(
+            "there is no checkpoint in {}: name a run's folder or a step-NNNNNNNN folder",
+            path.display()
+        ),
+        false => format!(
+            "no checkpoint in {} can be used: {}",
+            path.display(),
+            reasons.join("; ")
+        ),
     }))
 }
 

@@ -73,7 +73,11 @@ impl Sizes<'_> {
         let (model, tensor) = (&self.config.model, self.mesh.shape().tensor);
         let own = model.heads / tensor;
         let kv = model.kv_heads();
-        let held = if kv.is_multiple_of(tensor) { kv / tensor } else { kv };
+        let held = if kv.is_multiple_of(tensor) {
+            kv / tensor
+        } else {
+            kv
+        };
         (own as u64, held as u64)
     }
 
@@ -82,10 +86,21 @@ impl Sizes<'_> {
         let (model, shape) = (&self.config.model, self.mesh.shape());
         let (hidden, width) = (model.hidden as u64, model.head_dim() as u64);
         let (heads, kv) = self.heads();
-        let of_kv = if model.kv_heads().is_multiple_of(shape.tensor) { Replicas::Dense } else { Replicas::Stage };
+        let of_kv = if model.kv_heads().is_multiple_of(shape.tensor) {
+            Replicas::Dense
+        } else {
+            Replicas::Stage
+        };
         let tensor = shape.tensor as u64;
         let mut shapes = Vec::new();
-        let mut add = |rows: u64, cols: u64, replicas| shapes.push(Shape { rows, cols, replicas, unit });
+        let mut add = |rows: u64, cols: u64, replicas| {
+            shapes.push(Shape {
+                rows,
+                cols,
+                replicas,
+                unit,
+            })
+        };
         add(hidden, 1, Replicas::Stage);
         add(heads * width, hidden, Replicas::Dense);
         add(kv * width, hidden, of_kv);
@@ -107,9 +122,17 @@ impl Sizes<'_> {
         match model.moe_of(index) {
             None => swiglu(1, model.ffn.unwrap_or(0) as u64 / tensor, Replicas::Dense),
             Some(moe) => {
-                swiglu((moe.experts / shape.expert) as u64, (moe.ffn / shape.expert_tensor) as u64, Replicas::Expert);
+                swiglu(
+                    (moe.experts / shape.expert) as u64,
+                    (moe.ffn / shape.expert_tensor) as u64,
+                    Replicas::Expert,
+                );
                 if moe.shared_experts > 0 {
-                    swiglu(1, (moe.shared_experts * moe.ffn) as u64 / tensor, Replicas::Dense);
+                    swiglu(
+                        1,
+                        (moe.shared_experts * moe.ffn) as u64 / tensor,
+                        Replicas::Dense,
+                    );
                 }
                 add(moe.experts as u64, hidden, Replicas::Stage);
             }
@@ -129,10 +152,18 @@ impl Sizes<'_> {
         let keeps = |part| recompute.keeps(part);
         let (hidden, width, b) = (model.hidden as u64, model.head_dim() as u64, self.element);
         let (heads, kv) = self.heads();
-        let (queries, keys) = (self.tokens * heads * width * b, self.tokens * kv * width * b);
+        let (queries, keys) = (
+            self.tokens * heads * width * b,
+            self.tokens * kv * width * b,
+        );
         let stream = self.own_tokens * hidden * b;
         // Inputs of both norms, and their outputs.
-        let mut kept = 2 * stream + if keeps(RecomputedPart::Norm) { 2 * stream } else { 0 };
+        let mut kept = 2 * stream
+            + if keeps(RecomputedPart::Norm) {
+                2 * stream
+            } else {
+                0
+            };
         // libtorch's own attention keeps keys and values once for every query head.
         let (ring, on_host) = (shape.context > 1, self.config.run.device == "cpu");
         let repeated = !(ring || on_host && self.config.data.document_end.is_none());
@@ -149,7 +180,11 @@ impl Sizes<'_> {
         let mut moment = 4 * queries + 4 * self.own_tokens * hidden * 4;
         let mut swiglu = |rows: u64, ffn: u64| {
             let (product, half) = (rows * 2 * ffn * b, rows * ffn * b);
-            kept += if keeps(RecomputedPart::Experts) { product } else { 0 };
+            kept += if keeps(RecomputedPart::Experts) {
+                product
+            } else {
+                0
+            };
             // Gradients of the product and of the activation, the activation, the rows' gradient.
             moment = moment.max(product + 3 * half + 3 * rows * hidden * b);
         };
@@ -163,8 +198,13 @@ impl Sizes<'_> {
                     swiglu(self.tokens, (moe.shared_experts * moe.ffn) as u64 / tensor);
                 }
                 // Rows at the experts and back, router scores, indices.
-                kept += if keeps(RecomputedPart::Router) { rows * hidden * b } else { 0 };
-                kept += rows * hidden * b + 3 * self.own_tokens * moe.experts as u64 * 4 + 4 * rows * 8;
+                kept += if keeps(RecomputedPart::Router) {
+                    rows * hidden * b
+                } else {
+                    0
+                };
+                kept +=
+                    rows * hidden * b + 3 * self.own_tokens * moe.experts as u64 * 4 + 4 * rows * 8;
             }
         }
         match recompute.whole(index) {
@@ -191,7 +231,13 @@ impl Config {
                 let (shape, shared) = (mesh.shape(), order.vocabulary.is_some());
                 let tensor = (at.tensor, shape.tensor);
                 let stages = mesh.group(Group::Pipeline).len();
-                let part = ModelPart::of_rank((at.pipeline, stages), order.placement, &plan.layers, shared, tensor);
+                let part = ModelPart::of_rank(
+                    (at.pipeline, stages),
+                    order.placement,
+                    &plan.layers,
+                    shared,
+                    tensor,
+                );
                 Ok(self.of_rank(mesh, part, timeline.held[at.pipeline]))
             })
             .collect()
@@ -202,22 +248,44 @@ impl Config {
         let (model, parallel) = (&self.model, &self.parallel);
         let tokens = (self.train.micro_batch * self.data.sequence_length / shape.context) as u64;
         let own_tokens = tokens / shape.tensor as u64;
-        let element = if self.train.dtype == Dtype::Bf16 { 2 } else { 4 };
-        let sizes = Sizes { config: self, mesh, tokens, own_tokens, element };
+        let element = if self.train.dtype == Dtype::Bf16 {
+            2
+        } else {
+            4
+        };
+        let sizes = Sizes {
+            config: self,
+            mesh,
+            tokens,
+            own_tokens,
+            element,
+        };
         let hidden = model.hidden as u64;
 
         // Parameters, in the model's order.
         let at = mesh.coordinates();
-        let shard = part.vocabulary.unwrap_or(VocabularyShard { rank: at.tensor, ranks: shape.tensor });
+        let shard = part.vocabulary.unwrap_or(VocabularyShard {
+            rank: at.tensor,
+            ranks: shape.tensor,
+        });
         let rows = shard.rows(model.vocab_size).len() as u64;
         let shared = part.vocabulary.is_some();
         let two_ends = model.tie_embeddings && !shared && part.has_first() != part.has_last();
-        let of_ends = if two_ends { Replicas::Ends } else { Replicas::Dense };
+        let of_ends = if two_ends {
+            Replicas::Ends
+        } else {
+            Replicas::Dense
+        };
         let mut unit = 0;
         let mut shapes = Vec::new();
         let has_embedding = shared || part.has_first();
         if has_embedding {
-            shapes.push(Shape { rows, cols: hidden, replicas: of_ends, unit });
+            shapes.push(Shape {
+                rows,
+                cols: hidden,
+                replicas: of_ends,
+                unit,
+            });
         }
         for layer in part.stages.iter().flat_map(|stage| stage.layers.clone()) {
             unit += 1;
@@ -225,11 +293,21 @@ impl Config {
         }
         if part.has_last() {
             unit += 1;
-            shapes.push(Shape { rows: hidden, cols: 1, replicas: Replicas::Stage, unit });
+            shapes.push(Shape {
+                rows: hidden,
+                cols: 1,
+                replicas: Replicas::Stage,
+                unit,
+            });
         }
         if (shared || part.has_last()) && !(model.tie_embeddings && has_embedding) {
             unit += 1;
-            shapes.push(Shape { rows, cols: hidden, replicas: of_ends, unit });
+            shapes.push(Shape {
+                rows,
+                cols: hidden,
+                replicas: of_ends,
+                unit,
+            });
         }
 
         // Of each, what is kept here, and what a rank sends when it is gathered.
@@ -247,10 +325,24 @@ impl Config {
         let weights = match parallel.zero {
             3 => {
                 // A layer's weights and the next one's, as they arrive and as they are used.
-                let of_unit =
-                    |unit: usize| shapes.iter().filter(is_shared).filter(|s| s.unit == unit).map(whole).sum::<u64>();
-                moment += (0..=unit).map(|unit| of_unit(unit) * element).max().unwrap_or(0) * 3;
-                shapes.iter().map(|s| if is_shared(&s) { own(s) } else { whole(s) }).sum::<u64>() * element
+                let of_unit = |unit: usize| {
+                    shapes
+                        .iter()
+                        .filter(is_shared)
+                        .filter(|s| s.unit == unit)
+                        .map(whole)
+                        .sum::<u64>()
+                };
+                moment += (0..=unit)
+                    .map(|unit| of_unit(unit) * element)
+                    .max()
+                    .unwrap_or(0)
+                    * 3;
+                shapes
+                    .iter()
+                    .map(|s| if is_shared(&s) { own(s) } else { whole(s) })
+                    .sum::<u64>()
+                    * element
             }
             _ => all * element,
         };
@@ -259,8 +351,10 @@ impl Config {
             1 => (all + shapes.iter().filter(is_shared).map(own).sum::<u64>()) * 4,
             _ => {
                 let divided: Vec<&Shape> = shapes.iter().filter(is_shared).collect();
-                let lengths: Vec<(usize, usize)> =
-                    divided.iter().map(|s| (whole(s) as usize, s.replicas as usize)).collect();
+                let lengths: Vec<(usize, usize)> = divided
+                    .iter()
+                    .map(|s| (whole(s) as usize, s.replicas as usize))
+                    .collect();
                 let buckets = plan_buckets(&lengths, (parallel.bucket_mib * 262144.0) as usize);
                 // One that is added to; two as they are sent, and a rank's share of each as it arrives.
                 let travelling = |bucket: &BucketPlan| {
@@ -268,7 +362,11 @@ impl Config {
                     3 * bucket.len as u64 + 2 * (bucket.len / ranks) as u64
                 };
                 moment += buckets.iter().map(travelling).max().unwrap_or(0) * 4;
-                shapes.iter().map(|s| if is_shared(&s) { own(s) } else { whole(s) }).sum::<u64>() * 4
+                shapes
+                    .iter()
+                    .map(|s| if is_shared(&s) { own(s) } else { whole(s) })
+                    .sum::<u64>()
+                    * 4
             }
         };
         // In fp32 the weights are the masters, but where those are on the host.
@@ -291,7 +389,11 @@ impl Config {
             }
             if stage.last {
                 activations += 2 * own_tokens * hidden * element;
-                largest = largest.max(if shared { 0 } else { 3 * logits + 2 * tokens * hidden * element });
+                largest = largest.max(if shared {
+                    0
+                } else {
+                    3 * logits + 2 * tokens * hidden * element
+                });
             }
         }
         if shared {

@@ -151,8 +151,15 @@ impl Metrics {
             std::fs::write(&fresh, kept).map_err(Error::io("cannot write", &fresh))?;
             std::fs::rename(&fresh, path).map_err(Error::io("cannot write", path))?;
         }
-        let file = OpenOptions::new().create(true).append(true).open(path).map_err(Error::io("cannot write", path))?;
-        Ok(Metrics { path: path.to_path_buf(), file })
+        let file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(path)
+            .map_err(Error::io("cannot write", path))?;
+        Ok(Metrics {
+            path: path.to_path_buf(),
+            file,
+        })
     }
 
     /// Appends one line.
@@ -162,7 +169,9 @@ impl Metrics {
     pub fn write(&mut self, line: &impl Serialize) -> Result<(), Error> {
         let mut text = serde_json::to_string(line).expect("plain data");
         text.push('\n');
-        self.file.write_all(text.as_bytes()).map_err(Error::io("cannot write", &self.path))
+        self.file
+            .write_all(text.as_bytes())
+            .map_err(Error::io("cannot write", &self.path))
     }
 }
 
@@ -178,9 +187,17 @@ mod tests {
         for step in 1..=4 {
             metrics.write(&serde_json::json!({"step": step})).unwrap();
         }
-        std::fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"step\": 5, \"lo").unwrap();
+        std::fs::OpenOptions::new()
+            .append(true)
+            .open(&path)
+            .unwrap()
+            .write_all(b"{\"step\": 5, \"lo")
+            .unwrap();
         let mut metrics = Metrics::resume(&path, 2).unwrap();
         metrics.write(&serde_json::json!({"step": 3})).unwrap();
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n");
+        assert_eq!(
+            std::fs::read_to_string(&path).unwrap(),
+            "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n"
+        );
     }
 }

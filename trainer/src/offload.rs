@@ -33,18 +33,28 @@ impl Offload {
     ///
     /// # Errors
     /// When there is no pinned memory.
-    pub(crate) fn new(device: &dyn Accelerator, largest: i64, kind: Kind) -> Result<Offload, Error> {
+    pub(crate) fn new(
+        device: &dyn Accelerator,
+        largest: i64,
+        kind: Kind,
+    ) -> Result<Offload, Error> {
         let elements = largest.min(CHUNK);
         let rounded = device.staging(elements, kind)?;
         let (wanted, to_fetch) = channel();
         let (done, fetched) = channel();
         let (free, memory) = channel();
         for _ in 0..STAGED {
-            free.send(device.staging(elements, Kind::Float)?).expect("its other end is here");
+            free.send(device.staging(elements, Kind::Float)?)
+                .expect("its other end is here");
         }
         let copier = device.copier()?;
         std::thread::spawn(move || fetch(copier, &to_fetch, &memory, &done));
-        Ok(Offload { wanted, fetched, free, rounded })
+        Ok(Offload {
+            wanted,
+            fetched,
+            free,
+            rounded,
+        })
     }
 
     /// Carries `updates` out, whose gradients and stored weights are on `device`, and all else here.
@@ -59,21 +69,36 @@ impl Offload {
         step: u64,
         scale: Option<f64>,
     ) -> Result<(), Error> {
-        let ended = || Error::Torch(torch_ext::Error::new("the thread that fetches gradients has ended"));
-        let lengths: Vec<i64> = updates.iter().map(|update| update.master.numel() as i64).collect();
+        let ended = || {
+            Error::Torch(torch_ext::Error::new(
+                "the thread that fetches gradients has ended",
+            ))
+        };
+        let lengths: Vec<i64> = updates
+            .iter()
+            .map(|update| update.master.numel() as i64)
+            .collect();
         let chunks = chunks(&lengths, self.rounded.numel() as i64);
         // The thread's stream does not wait for the one that computed them.
         device.synchronize()?;
-        let wanted = chunks.iter().map(|(index, range)| within(&updates[*index].gradient, range));
+        let wanted = chunks
+            .iter()
+            .map(|(index, range)| within(&updates[*index].gradient, range));
         self.wanted.send(wanted.collect()).map_err(|_| ended())?;
         for (index, range) in &chunks {
             let update = &updates[*index];
-            let staged = part("optimizer", "gradients from the device", Cost::default, || self.fetched.recv());
+            let staged = part(
+                "optimizer",
+                "gradients from the device",
+                Cost::default,
+                || self.fetched.recv(),
+            );
             let staged = staged.map_err(|_| ended())??;
             let here = |tensor: &Tensor| within(tensor, range);
             let len = range.end - range.start;
             let master = here(&update.master);
-            let rounded = (self.rounded.kind() != Kind::Float).then(|| self.rounded.narrow(0, 0, len));
+            let rounded =
+                (self.rounded.kind() != Kind::Float).then(|| self.rounded.narrow(0, 0, len));
             let chunk = Update {
                 master: master.shallow_clone(),
                 gradient: staged.narrow(0, 0, len),
@@ -98,7 +123,9 @@ impl Offload {
 
 /// A part of a tensor, seen as one row.
 fn within(tensor: &Tensor, range: &Range<i64>) -> Tensor {
-    tensor.view([-1]).narrow(0, range.start, range.end - range.start)
+    tensor
+        .view([-1])
+        .narrow(0, range.start, range.end - range.start)
 }
 
 /// Chunks of at most `largest` elements, in order: of which of the lists, and which of its elements.

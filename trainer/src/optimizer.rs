@@ -42,20 +42,44 @@ impl Optimizer {
         device: &dyn Accelerator,
         world: Arc<dyn Communicator>,
     ) -> Result<Optimizer, Error> {
-        let zeros = || parameters.iter().map(|parameter| parameter.master.zeros_like()).collect::<Vec<_>>();
+        let zeros = || {
+            parameters
+                .iter()
+                .map(|parameter| parameter.master.zeros_like())
+                .collect::<Vec<_>>()
+        };
         let mut groups: Vec<Group> = Vec::new();
         for (index, parameter) in parameters.iter().enumerate() {
             let (decay, lr_scale) = (parameter.decay, parameter.lr_scale);
-            match groups.iter_mut().find(|group| group.decay == decay && group.lr_scale == lr_scale) {
+            match groups
+                .iter_mut()
+                .find(|group| group.decay == decay && group.lr_scale == lr_scale)
+            {
                 Some(group) => group.members.push(index),
-                None => groups.push(Group { decay, lr_scale, members: vec![index] }),
+                None => groups.push(Group {
+                    decay,
+                    lr_scale,
+                    members: vec![index],
+                }),
             }
         }
-        let largest = parameters.iter().map(|parameter| parameter.master.numel() as i64).max().unwrap_or(0);
+        let largest = parameters
+            .iter()
+            .map(|parameter| parameter.master.numel() as i64)
+            .max()
+            .unwrap_or(0);
         let offload = || Offload::new(device, largest, parameters.kind());
         let offload = parameters.are_offloaded().then(offload).transpose()?;
         let config = config.clone();
-        Ok(Optimizer { config, grad_clip, exp_avgs: zeros(), exp_avg_sqs: zeros(), groups, offload, world })
+        Ok(Optimizer {
+            config,
+            grad_clip,
+            exp_avgs: zeros(),
+            exp_avg_sqs: zeros(),
+            groups,
+            offload,
+            world,
+        })
     }
 
     /// First and second moments of parameter `index`.
@@ -70,9 +94,18 @@ impl Optimizer {
     ///
     /// # Errors
     /// When a collective fails.
-    pub fn grad_norm(&self, parameters: &Parameters, gradients: &GradientBuckets) -> Result<f64, Error> {
-        let counted = parameters.iter().enumerate().filter(|(_, parameter)| parameter.counted);
-        let squares: Vec<Tensor> = counted.map(|(index, _)| sum_of_squares(&gradients.gradient(index))).collect();
+    pub fn grad_norm(
+        &self,
+        parameters: &Parameters,
+        gradients: &GradientBuckets,
+    ) -> Result<f64, Error> {
+        let counted = parameters
+            .iter()
+            .enumerate()
+            .filter(|(_, parameter)| parameter.counted);
+        let squares: Vec<Tensor> = counted
+            .map(|(index, _)| sum_of_squares(&gradients.gradient(index)))
+            .collect();
         let squares = match squares.is_empty() {
             true => Vec::new(),
             false => Vec::<f64>::try_from(Tensor::stack(&squares, 0))?,
@@ -114,7 +147,11 @@ impl Optimizer {
                 lr: lr * group.lr_scale,
                 beta1: self.config.beta1,
                 beta2: self.config.beta2,
-                weight_decay: if group.decay { self.config.weight_decay } else { 0.0 },
+                weight_decay: if group.decay {
+                    self.config.weight_decay
+                } else {
+                    0.0
+                },
                 eps: self.config.eps,
             };
             match &self.offload {

@@ -42,7 +42,12 @@ pub enum Replicas {
 
 impl Replicas {
     /// Every kind, in the order of its number.
-    pub const ALL: [Replicas; 4] = [Replicas::Dense, Replicas::Stage, Replicas::Expert, Replicas::Ends];
+    pub const ALL: [Replicas; 4] = [
+        Replicas::Dense,
+        Replicas::Stage,
+        Replicas::Expert,
+        Replicas::Ends,
+    ];
 }
 
 /// Rows of a tensor that are a box of a global one.
@@ -154,8 +159,21 @@ pub struct Parameters {
 impl Parameters {
     /// For ranks that share out, by ZeRO stage `zero`: nothing, the optimizer's state, gradients too, weights too. `offloaded`:
     /// masters stay in the host's memory.
-    pub(crate) fn new(kind: Kind, seed: u64, zero: u8, replications: Vec<Replication>, offloaded: bool) -> Parameters {
-        Parameters { list: Vec::new(), kind, seed, zero, replications, offloaded }
+    pub(crate) fn new(
+        kind: Kind,
+        seed: u64,
+        zero: u8,
+        replications: Vec<Replication>,
+        offloaded: bool,
+    ) -> Parameters {
+        Parameters {
+            list: Vec::new(),
+            kind,
+            seed,
+            zero,
+            replications,
+            offloaded,
+        }
     }
 
     /// Whether masters, and so moments, are in the host's memory, and weights in that of a device.
@@ -189,7 +207,13 @@ impl Parameters {
     }
 
     /// Adds a parameter that is one box of a global one; returns the weight to compute with.
-    pub(crate) fn one(&mut self, device: &dyn Accelerator, place: Place, replicas: Replicas, traits: Traits) -> Weight {
+    pub(crate) fn one(
+        &mut self,
+        device: &dyn Accelerator,
+        place: Place,
+        replicas: Replicas,
+        traits: Traits,
+    ) -> Weight {
         let shape = place.shape.clone();
         self.add(device, &shape, vec![place], replicas, traits)
     }
@@ -205,7 +229,11 @@ impl Parameters {
     ) -> Weight {
         let pieces = pieces(places);
         let (rows, cols) = matrix(shape);
-        debug_assert_eq!(rows, pieces.last().map_or(0, |piece| piece.rows.end), "every row is of some piece");
+        debug_assert_eq!(
+            rows,
+            pieces.last().map_or(0, |piece| piece.rows.end),
+            "every row is of some piece"
+        );
         let replication = &self.replications[replicas as usize];
         let (rank, ranks) = (replication.shard.rank(), replication.shard.size());
         let (own, counted) = (own_rows(rows, rank, ranks), replication.across.rank() == 0);
@@ -215,7 +243,14 @@ impl Parameters {
                 Init::Ones => vec![1.0; ((rows.end - rows.start) * cols) as usize],
                 Init::Normal(std) => boxes(&pieces, rows)
                     .flat_map(|(place, _)| {
-                        normal(self.seed, &place.name, &place.global, &place.offset, &place.shape, std)
+                        normal(
+                            self.seed,
+                            &place.name,
+                            &place.global,
+                            &place.offset,
+                            &place.shape,
+                            std,
+                        )
                     })
                     .collect(),
             };
@@ -233,17 +268,38 @@ impl Parameters {
         let apart = offloaded || kind != Kind::Float;
         let (weight, stored, master) = if self.zero == 3 && ranks > 1 {
             let (stored, master) = place(draw(&own));
-            (Weight::elsewhere(shape, kind, stored.device()), stored, master)
+            (
+                Weight::elsewhere(shape, kind, stored.device()),
+                stored,
+                master,
+            )
         } else {
             let (value, all) = place(draw(&(0..rows)));
             let own_of = |tensor: &Tensor| tensor.narrow(0, own.start, count);
-            let master = if !apart || ranks == 1 { own_of(&all) } else { own_of(&all).copy() };
+            let master = if !apart || ranks == 1 {
+                own_of(&all)
+            } else {
+                own_of(&all).copy()
+            };
             (Weight::new(value.view(shape)), own_of(&value), master)
         };
         let handle = weight.clone();
-        let Traits { decay, lr_scale, .. } = traits;
+        let Traits {
+            decay, lr_scale, ..
+        } = traits;
         let pieces = Mutex::new(pieces);
-        self.list.push(Parameter { pieces, weight, own, stored, master, apart, replicas, counted, decay, lr_scale });
+        self.list.push(Parameter {
+            pieces,
+            weight,
+            own,
+            stored,
+            master,
+            apart,
+            replicas,
+            counted,
+            decay,
+            lr_scale,
+        });
         handle
     }
 

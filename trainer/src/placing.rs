@@ -36,8 +36,16 @@ impl Placing {
         stage: Arc<dyn Communicator>,
     ) -> Placing {
         let positions = vec![(0..experts as i64).collect(); mixtures];
-        let state = PlacementState { positions, loads: vec![vec![0.0; experts]; mixtures] };
-        Placing { config: config.clone(), owners, stage, state }
+        let state = PlacementState {
+            positions,
+            loads: vec![vec![0.0; experts]; mixtures],
+        };
+        Placing {
+            config: config.clone(),
+            owners,
+            stage,
+            state,
+        }
     }
 
     /// For a checkpoint.
@@ -47,7 +55,8 @@ impl Placing {
 
     /// Whether what a checkpoint says is about the same experts.
     pub(crate) fn fits(&self, state: &PlacementState) -> bool {
-        let sizes = |state: &PlacementState| state.positions.iter().map(Vec::len).collect::<Vec<_>>();
+        let sizes =
+            |state: &PlacementState| state.positions.iter().map(Vec::len).collect::<Vec<_>>();
         sizes(state) == sizes(&self.state)
     }
 
@@ -70,23 +79,40 @@ impl Placing {
         optimizer: &Optimizer,
     ) -> Result<u64, Error> {
         for (loads, choices) in self.state.loads.iter_mut().zip(choices) {
-            let keep = if loads.iter().all(|&load| load == 0.0) { 0.0 } else { self.config.smoothing };
-            loads.iter_mut().zip(*choices).for_each(|(load, &now)| *load = keep * *load + (1.0 - keep) * now);
+            let keep = if loads.iter().all(|&load| load == 0.0) {
+                0.0
+            } else {
+                self.config.smoothing
+            };
+            loads
+                .iter_mut()
+                .zip(*choices)
+                .for_each(|(load, &now)| *load = keep * *load + (1.0 - keep) * now);
         }
         if !step.is_multiple_of(self.config.every) {
             return Ok(0);
         }
         // The same on every rank, also for layers of other stages.
-        let better =
-            |(loads, positions): (&Vec<f64>, &Vec<i64>)| replace(loads, positions, self.owners, self.config.min_gain);
-        let better: Vec<_> = self.state.loads.iter().zip(&self.state.positions).map(better).collect();
+        let better = |(loads, positions): (&Vec<f64>, &Vec<i64>)| {
+            replace(loads, positions, self.owners, self.config.min_gain)
+        };
+        let better: Vec<_> = self
+            .state
+            .loads
+            .iter()
+            .zip(&self.state.positions)
+            .map(better)
+            .collect();
         for (mixture, moe, held) in model.held_mixtures() {
             if let Some(positions) = &better[mixture] {
                 let before = &self.state.positions[mixture];
                 let moved = |expert: &usize| before[*expert] != positions[*expert];
                 let names: BTreeSet<String> = (0..positions.len())
                     .filter(moved)
-                    .flat_map(|expert| ["gate_up", "down"].map(|part| format!("{}.experts.{expert}.{part}", held.name)))
+                    .flat_map(|expert| {
+                        ["gate_up", "down"]
+                            .map(|part| format!("{}.experts.{expert}.{part}", held.name))
+                    })
                     .collect();
                 self.exchange(model, optimizer, held, &names, || {
                     held.place(&model.parameters, &moe.dispatcher, positions);
@@ -96,7 +122,11 @@ impl Placing {
         let mut moved = 0;
         for (positions, better) in self.state.positions.iter_mut().zip(better) {
             if let Some(better) = better {
-                moved += positions.iter().zip(&better).filter(|(before, after)| before != after).count() as u64;
+                moved += positions
+                    .iter()
+                    .zip(&better)
+                    .filter(|(before, after)| before != after)
+                    .count() as u64;
                 *positions = better;
             }
         }
@@ -121,7 +151,8 @@ impl Placing {
             for index in [held.gate_up, held.down] {
                 let parameter = model.parameters.get(index);
                 let (exp_avg, exp_avg_sq) = optimizer.moments(index);
-                let [masters, first, second] = [&parameter.master, exp_avg, exp_avg_sq].map(|t| parameter.parts(t));
+                let [masters, first, second] =
+                    [&parameter.master, exp_avg, exp_avg_sq].map(|t| parameter.parts(t));
                 for ((place, master), ((_, first), (_, second))) in
                     masters.into_iter().zip(first.into_iter().zip(second))
                 {
@@ -164,7 +195,9 @@ impl Placing {
 fn part_of(boxes: &[(Place, Vec<Tensor>)], kind: usize, rows: &Place) -> Result<Tensor, Error> {
     let has = |place: &Place| {
         let (start, end) = (place.offset[0], place.offset[0] + place.shape[0]);
-        place.name == rows.name && (start..end).contains(&rows.offset[0]) && place.offset[1..] == rows.offset[1..]
+        place.name == rows.name
+            && (start..end).contains(&rows.offset[0])
+            && place.offset[1..] == rows.offset[1..]
     };
     let (place, tensors) = boxes
         .iter()
@@ -199,13 +232,15 @@ pub(crate) fn plan_moves(before: &[Vec<Place>], after: &[Vec<Place>]) -> Result<
                         let rows = held.offset[0]..held.offset[0] + held.shape[0];
                         held.name == place.name
                             && rows.contains(&row)
-                            && (&held.offset[1..], &held.shape[1..]) == (&place.offset[1..], &place.shape[1..])
+                            && (&held.offset[1..], &held.shape[1..])
+                                == (&place.offset[1..], &place.shape[1..])
                     })?;
                     Some(box_of.offset[0] + box_of.shape[0])
                 };
                 let holders = (0..before.len()).filter_map(|rank| Some((rank, holds(rank)?)));
                 let chosen = holders.min_by_key(|&(rank, _)| (rank != to, sent[rank], rank));
-                let (from, until) = chosen.ok_or_else(|| format!("no rank holds row {row} of {}", place.name))?;
+                let (from, until) =
+                    chosen.ok_or_else(|| format!("no rank holds row {row} of {}", place.name))?;
                 let mut rows = place.clone();
                 rows.offset[0] = row;
                 rows.shape[0] = until.min(end) - row;
@@ -235,10 +270,16 @@ pub(crate) fn carry_out(
     let (rank, ranks) = (group.rank(), group.size());
     let elements = |to_or_from: &dyn Fn(&&Move) -> bool| {
         let rows = moves.iter().filter(to_or_from);
-        rows.map(|m| m.rows.shape.iter().product::<i64>()).sum::<i64>() * kinds as i64
+        rows.map(|m| m.rows.shape.iter().product::<i64>())
+            .sum::<i64>()
+            * kinds as i64
     };
-    let rows_to: Vec<i64> = (0..ranks).map(|to| elements(&|m| m.from == rank && m.to == to)).collect();
-    let rows_from: Vec<i64> = (0..ranks).map(|from| elements(&|m| m.to == rank && m.from == from)).collect();
+    let rows_to: Vec<i64> = (0..ranks)
+        .map(|to| elements(&|m| m.from == rank && m.to == to))
+        .collect();
+    let rows_from: Vec<i64> = (0..ranks)
+        .map(|from| elements(&|m| m.to == rank && m.from == from))
+        .collect();
     let mut sent = vec![Tensor::empty([0], (Kind::Float, tch::Device::Cpu))];
     // By receiver, as the plan is.
     for Move { rows, .. } in moves.iter().filter(|m| m.from == rank) {
@@ -247,15 +288,24 @@ pub(crate) fn carry_out(
         }
     }
     let sent = tch::no_grad(|| Tensor::cat(&sent, 0));
-    let received = Tensor::empty([rows_from.iter().sum::<i64>()], (Kind::Float, tch::Device::Cpu));
-    group.all_to_all(&received, &sent, &rows_from, &rows_to).and_then(Work::wait)?;
+    let received = Tensor::empty(
+        [rows_from.iter().sum::<i64>()],
+        (Kind::Float, tch::Device::Cpu),
+    );
+    group
+        .all_to_all(&received, &sent, &rows_from, &rows_to)
+        .and_then(Work::wait)?;
     // By sender, each with its own in the order of the plan.
     let mut next = 0;
     for from in 0..ranks {
         for Move { rows, .. } in moves.iter().filter(|m| m.to == rank && m.from == from) {
             for kind in 0..kinds {
                 let len: i64 = rows.shape.iter().product();
-                receive(kind, rows, &received.narrow(0, next, len).view(rows.shape.as_slice()))?;
+                receive(
+                    kind,
+                    rows,
+                    &received.narrow(0, next, len).view(rows.shape.as_slice()),
+                )?;
                 next += len;
             }
         }
@@ -277,8 +327,14 @@ mod tests {
     #[test]
     fn rows_come_from_those_who_have_them_and_stay_where_they_can() {
         // Two replicas, each of whose ranks has half of an expert's rows; the experts change places.
-        let before = [("a", 0), ("a", 4), ("b", 0), ("b", 4)].map(|(name, start)| vec![rows(name, start, 4)]);
-        let after = vec![vec![rows("b", 0, 8)], vec![rows("a", 2, 4)], vec![], vec![rows("b", 4, 4), rows("a", 0, 1)]];
+        let before = [("a", 0), ("a", 4), ("b", 0), ("b", 4)]
+            .map(|(name, start)| vec![rows(name, start, 4)]);
+        let after = vec![
+            vec![rows("b", 0, 8)],
+            vec![rows("a", 2, 4)],
+            vec![],
+            vec![rows("b", 4, 4), rows("a", 0, 1)],
+        ];
         let moves = plan_moves(&before, &after).unwrap();
         let step = |from, to, rows| Move { from, to, rows };
         assert_eq!(
@@ -292,14 +348,22 @@ mod tests {
                 step(0, 3, rows("a", 0, 1)),
             ]
         );
-        assert!(plan_moves(&before, &[vec![rows("c", 0, 1)]]).unwrap_err().contains("row 0 of c"));
+        assert!(
+            plan_moves(&before, &[vec![rows("c", 0, 1)]])
+                .unwrap_err()
+                .contains("row 0 of c")
+        );
     }
 
     #[test]
     fn replicas_share_the_sending() {
         let before = vec![vec![rows("a", 0, 8)], vec![rows("a", 0, 8)], vec![], vec![]];
         let after = vec![vec![], vec![], vec![rows("a", 0, 8)], vec![rows("a", 0, 8)]];
-        let senders: HashSet<usize> = plan_moves(&before, &after).unwrap().iter().map(|m| m.from).collect();
+        let senders: HashSet<usize> = plan_moves(&before, &after)
+            .unwrap()
+            .iter()
+            .map(|m| m.from)
+            .collect();
         assert_eq!(senders, HashSet::from([0, 1]));
     }
 }

@@ -58,7 +58,12 @@ impl Ranks {
     ///
     /// # Errors
     /// When they cannot be joined, or nodes do not divide them.
-    pub fn join(world: &World, mesh: &Mesh, config: &Config, ends: &[usize]) -> Result<Ranks, Error> {
+    pub fn join(
+        world: &World,
+        mesh: &Mesh,
+        config: &Config,
+        ends: &[usize],
+    ) -> Result<Ranks, Error> {
         let (moe, per_node) = (config.model.moe.as_ref(), config.parallel.ranks_per_node);
         let per_node = per_node.unwrap_or(world.ranks_per_node());
         let config = &config.parallel;
@@ -70,24 +75,47 @@ impl Ranks {
             ("stage gradients", Group::Stage, Replicas::Stage),
             ("expert gradients", Group::ExpertReplicas, Replicas::Expert),
         ] {
-            replications.push(replication(world, name, &mesh.group(kind), zero_ranks(mesh, config, replicas))?);
+            replications.push(replication(
+                world,
+                name,
+                &mesh.group(kind),
+                zero_ranks(mesh, config, replicas),
+            )?);
         }
         // On ranks that have neither end nobody uses it.
         let at_end = ends.contains(&mesh.coordinates().pipeline) && ends.len() > 1;
         replications.push(match at_end {
             true => {
                 let size = zero_ranks(mesh, config, Replicas::Ends);
-                replication(world, "tied embedding", &mesh.dense_replicas_of_stages(ends), size)?
+                replication(
+                    world,
+                    "tied embedding",
+                    &mesh.dense_replicas_of_stages(ends),
+                    size,
+                )?
             }
             false => Replication::alone(),
         });
-        let sites = Sites { slices: shape.expert_tensor, nodes: mesh.nodes(Group::Expert, per_node) };
-        let (alone, nodes) = (sites.ranks() == 1, sites.nodes.first() != sites.nodes.last());
+        let sites = Sites {
+            slices: shape.expert_tensor,
+            nodes: mesh.nodes(Group::Expert, per_node),
+        };
+        let (alone, nodes) = (
+            sites.ranks() == 1,
+            sites.nodes.first() != sites.nodes.last(),
+        );
         let least_loaded = match moe.filter(|moe| moe.dispatch.least_loaded() && !alone) {
             Some(moe) => {
-                let nodes = if nodes { sites.owner_nodes() } else { Vec::new() };
+                let nodes = if nodes {
+                    sites.owner_nodes()
+                } else {
+                    Vec::new()
+                };
                 let planner = Arc::new(Mutex::new(moe.least_loaded.planner(nodes)));
-                Some(LeastLoaded { planner, lending: group("lent experts", Group::Expert)? })
+                Some(LeastLoaded {
+                    planner,
+                    lending: group("lent experts", Group::Expert)?,
+                })
             }
             None => None,
         };
@@ -95,7 +123,10 @@ impl Ranks {
             Some(_) => {
                 let (inside, across) = nodes_divide(mesh, per_node).map_err(Error::Config)?;
                 let inside = world.group("experts of a node", &inside)?;
-                Some(Hierarchy { inside, across: world.group("experts across nodes", &across)? })
+                Some(Hierarchy {
+                    inside,
+                    across: world.group("experts across nodes", &across)?,
+                })
             }
             None => None,
         };
@@ -127,29 +158,56 @@ fn zero_ranks(mesh: &Mesh, config: &ParallelConfig, replicas: Replicas) -> usize
     match replicas {
         Replicas::Dense | Replicas::Ends => dense,
         Replicas::Stage => block,
-        Replicas::Expert => gcd(mesh.expert_replicas(), (block / (shape.expert * shape.expert_tensor)).max(1)),
+        Replicas::Expert => gcd(
+            mesh.expert_replicas(),
+            (block / (shape.expert * shape.expert_tensor)).max(1),
+        ),
     }
 }
 
 /// This rank among those that share out the rows of a parameter, and how many they are.
-pub(crate) fn replica_ranks(mesh: &Mesh, config: &ParallelConfig, replicas: Replicas) -> (usize, usize) {
+pub(crate) fn replica_ranks(
+    mesh: &Mesh,
+    config: &ParallelConfig,
+    replicas: Replicas,
+) -> (usize, usize) {
     let kind = match replicas {
         Replicas::Dense | Replicas::Ends => Group::DenseReplicas,
         Replicas::Stage => Group::Stage,
         Replicas::Expert => Group::ExpertReplicas,
     };
     let size = zero_ranks(mesh, config, replicas);
-    let position = mesh.group(kind).iter().position(|&rank| rank == mesh.rank()).unwrap_or(0);
+    let position = mesh
+        .group(kind)
+        .iter()
+        .position(|&rank| rank == mesh.rank())
+        .unwrap_or(0);
     (position % size, size)
 }
 
 /// Of `members`, which hold the same parameters, each `size` neighbours share out the rows.
-fn replication(world: &World, name: &str, members: &[usize], size: usize) -> Result<Replication, CommError> {
-    let position = members.iter().position(|&rank| rank == world.rank()).expect("a rank is its own replica");
+fn replication(
+    world: &World,
+    name: &str,
+    members: &[usize],
+    size: usize,
+) -> Result<Replication, CommError> {
+    let position = members
+        .iter()
+        .position(|&rank| rank == world.rank())
+        .expect("a rank is its own replica");
     let block = position / size * size;
-    let across: Vec<usize> = members.iter().copied().skip(position % size).step_by(size).collect();
+    let across: Vec<usize> = members
+        .iter()
+        .copied()
+        .skip(position % size)
+        .step_by(size)
+        .collect();
     Ok(Replication {
-        shard: world.group(&format!("{name}, shared out"), &members[block..block + size])?,
+        shard: world.group(
+            &format!("{name}, shared out"),
+            &members[block..block + size],
+        )?,
         across: world.group(name, &across)?,
     })
 }

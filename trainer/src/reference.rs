@@ -72,9 +72,21 @@ impl Shape {
         vocab: 8192,
     };
     /// The same with one sequence of 2048 tokens, and 16 experts top-4.
-    pub const LONG: Shape = Shape { experts: 16, top_k: 4, batch: 1, sequence: 2048, ..Shape::REFERENCE };
+    pub const LONG: Shape = Shape {
+        experts: 16,
+        top_k: 4,
+        batch: 1,
+        sequence: 2048,
+        ..Shape::REFERENCE
+    };
     /// The same with hidden 768, 2 layers, 12 heads and experts of width 1536.
-    pub const WIDE: Shape = Shape { hidden: 768, layers: 2, heads: 12, ffn: 1536, ..Shape::REFERENCE };
+    pub const WIDE: Shape = Shape {
+        hidden: 768,
+        layers: 2,
+        heads: 12,
+        ffn: 1536,
+        ..Shape::REFERENCE
+    };
     /// OLMoE-1B-7B's widths (arXiv 2409.02060): hidden 2048, 64 experts top-8 of width 1024, vocabulary 50304, 2 x 4096 tokens; 4 of its
     /// 16 layers, 1.8 billion parameters, so that a GPU of 80 GB holds them with masters and moments.
     pub const OLMOE: Shape = Shape {
@@ -112,8 +124,12 @@ impl Shape {
     /// The products with weights that a forward makes, as rows, inner and outer width, and how often, when experts have as many
     /// rows each. Backward makes each twice more: for the input and for the weight.
     pub fn products(&self) -> Vec<([i64; 3], usize)> {
-        let [hidden, ffn, kv] =
-            [self.hidden, self.ffn, self.hidden / self.heads * self.kv_heads].map(|size| size as i64);
+        let [hidden, ffn, kv] = [
+            self.hidden,
+            self.ffn,
+            self.hidden / self.heads * self.kv_heads,
+        ]
+        .map(|size| size as i64);
         let rows = self.tokens() * self.top_k as i64 / self.experts as i64;
         let experts = self.layers * self.experts;
         vec![
@@ -130,13 +146,16 @@ impl Shape {
     /// Floating-point operations that the model has by the usual formula (arXiv 2204.02311, appendix B): six for each weight that a
     /// token meets, and attention as if every position saw every other.
     pub fn model_flops(&self) -> f64 {
-        let attention = 12.0 * (self.layers * self.hidden) as f64 * (self.sequence * self.tokens()) as f64;
+        let attention =
+            12.0 * (self.layers * self.hidden) as f64 * (self.sequence * self.tokens()) as f64;
         self.product_flops() + attention
     }
 
     /// Those of products with weights: forward, and backward twice as many.
     pub fn product_flops(&self) -> f64 {
-        let of = |([rows, inner, outer], times): ([i64; 3], usize)| 6.0 * (rows * inner * outer) as f64 * times as f64;
+        let of = |([rows, inner, outer], times): ([i64; 3], usize)| {
+            6.0 * (rows * inner * outer) as f64 * times as f64
+        };
         self.products().into_iter().map(of).sum()
     }
 }
@@ -154,10 +173,17 @@ impl ReferenceStep {
     ) -> Result<ReferenceStep, Error> {
         let moe = MoeConfig {
             // transformers counts a token once for each of its choices. What is forced has nothing to learn.
-            load_balance: if force_balance { 0.0 } else { 0.02 * shape.top_k as f64 },
+            load_balance: if force_balance {
+                0.0
+            } else {
+                0.02 * shape.top_k as f64
+            },
             load_balance_over: Statistics::Microbatch,
             load_balance_pool_layers: true,
-            router: RouterConfig { force_balance, ..RouterConfig::default() },
+            router: RouterConfig {
+                force_balance,
+                ..RouterConfig::default()
+            },
             ..MoeConfig::new(shape.experts, shape.top_k, shape.ffn)
         };
         let config = ModelConfig {
@@ -182,16 +208,45 @@ impl ReferenceStep {
         let ranks = Ranks::alone();
         let setting = Setting::alone(shape.sequence as usize, dtype, device.as_ref(), &ranks);
         let model = Model::new(&config, ModelPart::whole(config.layers), &setting);
-        let leaves: Vec<_> = model.parameters.iter().map(|p| (p.weight.clone(), 0)).collect();
-        let gradients = GradientBuckets::new(&leaves, &[Replication::alone()], 25 << 20, true, device.as_ref())?;
-        let settings = OptimizerConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, offload: false };
+        let leaves: Vec<_> = model
+            .parameters
+            .iter()
+            .map(|p| (p.weight.clone(), 0))
+            .collect();
+        let gradients = GradientBuckets::new(
+            &leaves,
+            &[Replication::alone()],
+            25 << 20,
+            true,
+            device.as_ref(),
+        )?;
+        let settings = OptimizerConfig {
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+            offload: false,
+        };
         let optimizer = Optimizer::new(&settings, 1.0, &model.parameters, device.as_ref(), alone)?;
         tch::manual_seed(1);
-        let inputs = device.zeros(&[shape.batch, shape.sequence], Kind::Int64).random_to_(shape.vocab as i64);
+        let inputs = device
+            .zeros(&[shape.batch, shape.sequence], Kind::Int64)
+            .random_to_(shape.vocab as i64);
         // The next token, as a causal model is trained; the last position has none.
         let labels = inputs.roll([-1], [1]);
-        let _ = labels.narrow(1, shape.sequence - 1, 1).fill_(crate::model::IGNORED);
-        Ok(ReferenceStep { model, gradients, optimizer, inputs, labels, step: 0, device, shape })
+        let _ = labels
+            .narrow(1, shape.sequence - 1, 1)
+            .fill_(crate::model::IGNORED);
+        Ok(ReferenceStep {
+            model,
+            gradients,
+            optimizer,
+            inputs,
+            labels,
+            step: 0,
+            device,
+            shape,
+        })
     }
 
     /// Writes the weights as they are, by their global names, in fp32, and the tokens as `tokens`, so that another
@@ -203,7 +258,11 @@ impl ReferenceStep {
         let mut all = vec![("tokens".to_string(), self.inputs.shallow_clone())];
         for parameter in self.model.parameters.iter() {
             let parts = parameter.parts(&parameter.master);
-            all.extend(parts.into_iter().map(|(place, part)| (place.name, part.contiguous())));
+            all.extend(
+                parts
+                    .into_iter()
+                    .map(|(place, part)| (place.name, part.contiguous())),
+            );
         }
         Tensor::write_safetensors(&all, path)?;
         Ok(())
@@ -216,15 +275,36 @@ impl ReferenceStep {
     pub fn run(&mut self) -> Result<(f64, f64), Error> {
         let started = Instant::now();
         let tokens = (self.shape.batch * (self.shape.sequence - 1)) as f64;
-        part("phase", "zero gradients", Cost::default, || self.gradients.begin(1));
-        let output = part("phase", "forward", Cost::default, || self.model.forward(&self.inputs))?;
-        let totals = BatchTotals { groups: 1.0, tokens, counts_le: None };
-        let losses = part("phase", "loss", Cost::default, || self.model.losses(&output, &self.labels, &totals))?;
-        part("phase", "backward", Cost::default, || losses.total.f_backward())?;
+        part("phase", "zero gradients", Cost::default, || {
+            self.gradients.begin(1)
+        });
+        let output = part("phase", "forward", Cost::default, || {
+            self.model.forward(&self.inputs)
+        })?;
+        let totals = BatchTotals {
+            groups: 1.0,
+            tokens,
+            counts_le: None,
+        };
+        let losses = part("phase", "loss", Cost::default, || {
+            self.model.losses(&output, &self.labels, &totals)
+        })?;
+        part("phase", "backward", Cost::default, || {
+            losses.total.f_backward()
+        })?;
         self.gradients.finish()?;
-        let norm = self.optimizer.grad_norm(&self.model.parameters, &self.gradients)?;
+        let norm = self
+            .optimizer
+            .grad_norm(&self.model.parameters, &self.gradients)?;
         self.step += 1;
-        self.optimizer.step(&self.model.parameters, &self.gradients, self.step, 3e-4, norm, self.device.as_ref())?;
+        self.optimizer.step(
+            &self.model.parameters,
+            &self.gradients,
+            self.step,
+            3e-4,
+            norm,
+            self.device.as_ref(),
+        )?;
         let loss = f64::try_from(&losses.total)?;
         self.device.synchronize()?;
         Ok((started.elapsed().as_secs_f64(), loss))
@@ -243,9 +323,21 @@ impl ReferenceStep {
                 seconds.push(time);
             }
         }
-        let parameters = self.model.parameters.iter().map(|p| p.master.numel() as i64).sum();
+        let parameters = self
+            .model
+            .parameters
+            .iter()
+            .map(|p| p.master.numel() as i64)
+            .sum();
         let peak_memory = parallel::peak_resident()?;
         let peak_tensors = self.device.memory()?.peak;
-        Ok(StepTimes { seconds, losses, parameters, peak_memory, peak_tensors, tokens: self.shape.tokens() })
+        Ok(StepTimes {
+            seconds,
+            losses,
+            parameters,
+            peak_memory,
+            peak_tensors,
+            tokens: self.shape.tokens(),
+        })
     }
 }

@@ -29,18 +29,41 @@ pub struct RoutingSample {
 /// # Errors
 /// When there is no usable checkpoint, no data, or no mixture of experts.
 pub fn sample_routing(folder: &Path, tokens: usize) -> Result<RoutingSample, Error> {
-    let Loaded { step, config, model, .. } = Loaded::open(folder)?;
-    let moe = config.model.moe.as_ref().ok_or_else(|| Error::Data("the model has no mixture of experts".into()))?;
+    let Loaded {
+        step,
+        config,
+        model,
+        ..
+    } = Loaded::open(folder)?;
+    let moe = config
+        .model
+        .moe
+        .as_ref()
+        .ok_or_else(|| Error::Data("the model has no mixture of experts".into()))?;
     let sequence = config.data.sequence_length;
     let unseen = !config.data.validation.is_empty();
-    let sources = if unseen { &config.data.validation } else { &config.data.train };
+    let sources = if unseen {
+        &config.data.validation
+    } else {
+        &config.data.train
+    };
     let data = Dataset::open(sources, sequence, config.model.vocab_size, config.run.seed)?;
     let windows = ((tokens / sequence).max(1) as u64).min(data.num_windows());
     let mut experts = vec![Vec::new(); config.model.num_moe_layers()];
     for window in 0..windows {
         let (inputs, _) = data.windows(window..window + 1)?;
         let output = tch::no_grad(|| model.forward(&Cpu.upload(&inputs)))?;
-        experts.iter_mut().zip(output.seen).for_each(|(all, seen)| all.extend(seen.experts));
+        experts
+            .iter_mut()
+            .zip(output.seen)
+            .for_each(|(all, seen)| all.extend(seen.experts));
     }
-    Ok(RoutingSample { step, experts, top_k: moe.top_k, num_experts: moe.experts, sequence, unseen })
+    Ok(RoutingSample {
+        step,
+        experts,
+        top_k: moe.top_k,
+        num_experts: moe.experts,
+        sequence,
+        unseen,
+    })
 }

@@ -66,7 +66,10 @@ fn key(kind: &str, name: impl std::fmt::Display) -> String {
 
 /// The same box of the saved tensor of this kind.
 fn saved_as(kind: &str, place: &Place) -> Place {
-    Place { name: key(kind, &place.name), ..place.clone() }
+    Place {
+        name: key(kind, &place.name),
+        ..place.clone()
+    }
 }
 
 impl Stateful<'_> {
@@ -75,14 +78,25 @@ impl Stateful<'_> {
         let mut tensors = Vec::new();
         for (index, parameter) in self.model.parameters.iter().enumerate() {
             let (exp_avg, exp_avg_sq) = self.optimizer.moments(index);
-            for (kind, tensor) in [(MASTER, &parameter.master), (FIRST_MOMENT, exp_avg), (SECOND_MOMENT, exp_avg_sq)] {
+            for (kind, tensor) in [
+                (MASTER, &parameter.master),
+                (FIRST_MOMENT, exp_avg),
+                (SECOND_MOMENT, exp_avg_sq),
+            ] {
                 let parts = parameter.parts(tensor).into_iter();
                 tensors.extend(parts.map(|(place, part)| (saved_as(kind, &place), part)));
             }
         }
         let whole = |name: String, tensor: Tensor| (Place::whole(name, &tensor.size()), tensor);
-        tensors.extend(self.model.biases().map(|(_, name, tensor)| whole(key(BIAS, name), tensor)));
-        tensors.push(whole(key(GENERATOR, self.rank), self.device.generator_state()?));
+        tensors.extend(
+            self.model
+                .biases()
+                .map(|(_, name, tensor)| whole(key(BIAS, name), tensor)),
+        );
+        tensors.push(whole(
+            key(GENERATOR, self.rank),
+            self.device.generator_state()?,
+        ));
         Ok(tensors)
     }
 }
@@ -96,26 +110,49 @@ pub(crate) struct Holding {
 }
 
 /// Shares out what several ranks hold: the same plan on every rank.
-pub(crate) fn share_out(tensors: &[(Place, Tensor)], world: &Arc<dyn Communicator>) -> Result<Holding, Error> {
+pub(crate) fn share_out(
+    tensors: &[(Place, Tensor)],
+    world: &Arc<dyn Communicator>,
+) -> Result<Holding, Error> {
     let held: Vec<(&Place, u64)> = tensors
         .iter()
-        .map(|(place, tensor)| (place, (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64))
+        .map(|(place, tensor)| {
+            (
+                place,
+                (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64,
+            )
+        })
         .collect();
     // Who holds what, then who writes what.
     let mut holders: BTreeMap<Place, (u64, Vec<usize>)> = BTreeMap::new();
-    for (rank, bytes) in gather(world, &serde_json::to_vec(&held).expect("plain data"))?.iter().enumerate() {
+    for (rank, bytes) in gather(world, &serde_json::to_vec(&held).expect("plain data"))?
+        .iter()
+        .enumerate()
+    {
         let held: Vec<(Place, u64)> = from_peer(bytes)?;
         for (place, bytes) in held {
-            holders.entry(place).or_insert((bytes, Vec::new())).1.push(rank);
+            holders
+                .entry(place)
+                .or_insert((bytes, Vec::new()))
+                .1
+                .push(rank);
         }
     }
     let places: Vec<Place> = holders.keys().cloned().collect();
     let names: BTreeSet<&str> = places.iter().map(|place| place.name.as_str()).collect();
     let owners = assign_owners(&holders.into_values().collect::<Vec<_>>(), world.size());
     let owner: BTreeMap<&Place, usize> = places.iter().zip(owners).collect();
-    let own = tensors.iter().enumerate().filter(|(_, (place, _))| owner[place] == world.rank());
-    let own = own.map(|(index, (place, tensor))| (index, place.clone(), tensor.kind())).collect();
-    Ok(Holding { own, tensors: names.len() })
+    let own = tensors
+        .iter()
+        .enumerate()
+        .filter(|(_, (place, _))| owner[place] == world.rank());
+    let own = own
+        .map(|(index, (place, tensor))| (index, place.clone(), tensor.kind()))
+        .collect();
+    Ok(Holding {
+        own,
+        tensors: names.len(),
+    })
 }
 
 /// Saves step `state.step` under `root`.
@@ -130,13 +167,24 @@ pub(crate) fn save(
 ) -> Result<PathBuf, Error> {
     let tensors = run.tensors()?;
     let holding = share_out(&tensors, world)?;
-    let mine = holding.own.iter().map(|(index, place, _)| (place.clone(), tensors[*index].1.shallow_clone())).collect();
+    let mine = holding
+        .own
+        .iter()
+        .map(|(index, place, _)| (place.clone(), tensors[*index].1.shallow_clone()))
+        .collect();
 
     let staging = Staging::new(root, state.step);
-    let begun = if world.rank() == 0 { staging.begin() } else { Ok(()) };
+    let begun = if world.rank() == 0 {
+        staging.begin()
+    } else {
+        Ok(())
+    };
     agree(world, begun.map_err(Error::from))?;
     let written = staging.write_shard(world.rank(), mine);
-    let reports = gather(world, &serde_json::to_vec(&written.map_err(|e| e.to_string())).expect("plain data"))?;
+    let reports = gather(
+        world,
+        &serde_json::to_vec(&written.map_err(|e| e.to_string())).expect("plain data"),
+    )?;
     let shards = reports.iter().enumerate().map(|(rank, report)| {
         let report: Result<Shard, String> = from_peer(report)?;
         report.map_err(|error| Error::Data(format!("rank {rank}: {error}")))
@@ -145,7 +193,10 @@ pub(crate) fn save(
     let committed = match (shards, world.rank()) {
         (Ok(shards), 0) => {
             let state = serde_json::to_value(state).expect("plain data");
-            staging.commit(shards, holding.tensors, state).map(|_| ()).map_err(Error::from)
+            staging
+                .commit(shards, holding.tensors, state)
+                .map(|_| ())
+                .map_err(Error::from)
         }
         (Ok(_), _) => Ok(()),
         (Err(error), _) => Err(error),
@@ -170,20 +221,34 @@ pub(crate) fn resume(
     prepare: &dyn Fn(&RunState),
     warn: &mut dyn FnMut(&str),
 ) -> Result<Option<RunState>, Error> {
-    let listed = if world.rank() == 0 { checkpoint::list(root) } else { Ok(Vec::new()) };
+    let listed = if world.rank() == 0 {
+        checkpoint::list(root)
+    } else {
+        Ok(Vec::new())
+    };
     let failure = listed.as_ref().err().map(ToString::to_string);
     let listed = serde_json::to_vec(&listed.unwrap_or_default()).expect("paths are UTF-8");
-    agree(world, failure.map_or(Ok(()), |reason| Err(Error::Data(reason))))?;
+    agree(
+        world,
+        failure.map_or(Ok(()), |reason| Err(Error::Data(reason))),
+    )?;
     let candidates: Vec<PathBuf> = from_peer(&share(world, listed)?)?;
     let mut refusals = Vec::new();
     for path in &candidates {
         match agree(world, check(path, world)) {
             Ok(()) => {
                 let restored = Checkpoint::open(path).map_err(Error::from);
-                return agreed(world, restored.and_then(|mut open| restore(&mut open, run, prepare))).map(Some);
+                return agreed(
+                    world,
+                    restored.and_then(|mut open| restore(&mut open, run, prepare)),
+                )
+                .map(Some);
             }
             Err(error) => {
-                warn(&format!("checkpoint {} is refused: {error}", path.display()));
+                warn(&format!(
+                    "checkpoint {} is refused: {error}",
+                    path.display()
+                ));
                 refusals.push(error.to_string());
             }
         }
@@ -210,9 +275,16 @@ pub(crate) fn resume_snapshot(
     prepare: &dyn Fn(&RunState),
 ) -> Result<Option<RunState>, Error> {
     let state = restored.and_then(|parts| {
-        let Some((id, heads, open)) = parts else { return Ok(None) };
+        let Some((id, heads, open)) = parts else {
+            return Ok(None);
+        };
         let name = format!("the snapshot of step {}", id.step);
-        restore(&mut Checkpoint::of_parts(&name, id.step, heads, open)?, run, prepare).map(Some)
+        restore(
+            &mut Checkpoint::of_parts(&name, id.step, heads, open)?,
+            run,
+            prepare,
+        )
+        .map(Some)
     });
     agreed(world, state)
 }
@@ -234,7 +306,11 @@ fn check(path: &Path, world: &Arc<dyn Communicator>) -> Result<(), Error> {
 }
 
 /// Copies a verified checkpoint into the run.
-fn restore(checkpoint: &mut Checkpoint, run: &Stateful, prepare: &dyn Fn(&RunState)) -> Result<RunState, Error> {
+fn restore(
+    checkpoint: &mut Checkpoint,
+    run: &Stateful,
+    prepare: &dyn Fn(&RunState),
+) -> Result<RunState, Error> {
     prepare(&state_of(checkpoint)?);
     let state = restore_weights(checkpoint, run.model)?;
     for (index, parameter) in run.model.parameters.iter().enumerate() {
@@ -249,13 +325,17 @@ fn restore(checkpoint: &mut Checkpoint, run: &Stateful, prepare: &dyn Fn(&RunSta
     let name = key(GENERATOR, run.rank);
     if let Some(entry) = checkpoint.manifest().tensors.get(&name) {
         let place = Place::whole(name, &entry.shape);
-        run.device.set_generator_state(&checkpoint.tensor(&place)?)?;
+        run.device
+            .set_generator_state(&checkpoint.tensor(&place)?)?;
     }
     Ok(state)
 }
 
 /// Copies only what the model computes with.
-pub(crate) fn restore_weights(checkpoint: &mut Checkpoint, model: &Model) -> Result<RunState, Error> {
+pub(crate) fn restore_weights(
+    checkpoint: &mut Checkpoint,
+    model: &Model,
+) -> Result<RunState, Error> {
     for parameter in model.parameters.iter() {
         for (place, part) in parameter.parts(&parameter.master) {
             copy(checkpoint, &saved_as(MASTER, &place), &part)?;
@@ -264,15 +344,23 @@ pub(crate) fn restore_weights(checkpoint: &mut Checkpoint, model: &Model) -> Res
     }
     model.changed();
     for (_, name, tensor) in model.biases() {
-        copy(checkpoint, &Place::whole(key(BIAS, name), &tensor.size()), &tensor)?;
+        copy(
+            checkpoint,
+            &Place::whole(key(BIAS, name), &tensor.size()),
+            &tensor,
+        )?;
     }
     state_of(checkpoint)
 }
 
 /// What a checkpoint says about its run.
 pub(crate) fn state_of(checkpoint: &Checkpoint) -> Result<RunState, Error> {
-    serde_json::from_value(checkpoint.manifest().state.clone())
-        .map_err(|e| Error::Data(format!("{}: the manifest's state cannot be read: {e}", checkpoint.path().display())))
+    serde_json::from_value(checkpoint.manifest().state.clone()).map_err(|e| {
+        Error::Data(format!(
+            "{}: the manifest's state cannot be read: {e}",
+            checkpoint.path().display()
+        ))
+    })
 }
 
 fn copy(checkpoint: &mut Checkpoint, place: &Place, into: &Tensor) -> Result<(), Error> {
@@ -281,28 +369,44 @@ fn copy(checkpoint: &mut Checkpoint, place: &Place, into: &Tensor) -> Result<(),
 
 /// An error of any rank becomes everyone's: the lowest rank's, by name.
 pub(crate) fn agree(world: &Arc<dyn Communicator>, own: Result<(), Error>) -> Result<(), Error> {
-    let text = own.as_ref().err().map(ToString::to_string).unwrap_or_default();
+    let text = own
+        .as_ref()
+        .err()
+        .map(ToString::to_string)
+        .unwrap_or_default();
     let texts = gather(world, text.as_bytes())?;
     own?;
     match texts.iter().position(|text| !text.is_empty()) {
         None => Ok(()),
-        Some(rank) => Err(Error::Data(format!("rank {rank}: {}", String::from_utf8_lossy(&texts[rank])))),
+        Some(rank) => Err(Error::Data(format!(
+            "rank {rank}: {}",
+            String::from_utf8_lossy(&texts[rank])
+        ))),
     }
 }
 
 /// The bytes of every rank of a group, in rank order.
-pub(crate) fn gather(world: &Arc<dyn Communicator>, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
+pub(crate) fn gather(
+    world: &Arc<dyn Communicator>,
+    bytes: &[u8],
+) -> Result<Vec<Vec<u8>>, CommError> {
     let lengths = Cpu.zeros(&[world.size() as i64], Kind::Int64);
-    world.all_gather(&lengths, &Tensor::from_slice(&[bytes.len() as i64]))?.wait()?;
+    world
+        .all_gather(&lengths, &Tensor::from_slice(&[bytes.len() as i64]))?
+        .wait()?;
     let lengths: Vec<i64> = lengths.iter::<i64>().expect("a list of numbers").collect();
     let longest = lengths.iter().copied().max().unwrap_or(0);
     let mut padded = bytes.to_vec();
     padded.resize(longest as usize, 0);
     let all = Cpu.zeros(&[longest * world.size() as i64], Kind::Uint8);
-    world.all_gather(&all, &Tensor::from_slice(&padded))?.wait()?;
+    world
+        .all_gather(&all, &Tensor::from_slice(&padded))?
+        .wait()?;
     let all: Vec<u8> = Vec::try_from(all).expect("a list of bytes");
-    let parts =
-        all.chunks(longest.max(1) as usize).zip(&lengths).map(|(part, &length)| part[..length as usize].to_vec());
+    let parts = all
+        .chunks(longest.max(1) as usize)
+        .zip(&lengths)
+        .map(|(part, &length)| part[..length as usize].to_vec());
     let mut parts: Vec<Vec<u8>> = parts.collect();
     parts.resize(world.size(), Vec::new());
     Ok(parts)
@@ -314,11 +418,15 @@ fn share(world: &Arc<dyn Communicator>, bytes: Vec<u8>) -> Result<Vec<u8>, CommE
 }
 
 pub(crate) fn from_peer<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
-    serde_json::from_slice(bytes).map_err(|e| Error::Data(format!("a rank sent something else than expected: {e}")))
+    serde_json::from_slice(bytes)
+        .map_err(|e| Error::Data(format!("a rank sent something else than expected: {e}")))
 }
 
 /// Sums `values` over all ranks.
-pub(crate) fn sum_over_ranks(world: &Arc<dyn Communicator>, values: &[f64]) -> Result<Vec<f64>, Error> {
+pub(crate) fn sum_over_ranks(
+    world: &Arc<dyn Communicator>,
+    values: &[f64],
+) -> Result<Vec<f64>, Error> {
     let tensor = Tensor::from_slice(values);
     world.all_reduce(&tensor, ReduceOp::Sum)?.wait()?;
     Ok(Vec::try_from(tensor)?)

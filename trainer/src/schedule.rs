@@ -10,7 +10,13 @@ const POWER_SEQUENCE: f64 = 4096.0;
 /// Tokens seen count this step's own, so that the first step's rate is not zero.
 pub fn learning_rate(config: &ScheduleConfig, step: u64, steps: u64, tokens_per_step: u64) -> f64 {
     let at = step + 1;
-    let warmup = |warmup: u64| if at < warmup { at as f64 / warmup as f64 } else { 1.0 };
+    let warmup = |warmup: u64| {
+        if at < warmup {
+            at as f64 / warmup as f64
+        } else {
+            1.0
+        }
+    };
     let progress = |warmup: u64| {
         let span = steps.saturating_sub(warmup).max(1) as f64;
         (step.saturating_sub(warmup) as f64 / span).min(1.0)
@@ -18,7 +24,15 @@ pub fn learning_rate(config: &ScheduleConfig, step: u64, steps: u64, tokens_per_
     match config {
         ScheduleConfig::Power(power) => {
             let tokens = |step: u64| step as f64 * tokens_per_step as f64;
-            let law = |tokens: f64| power_law(power.a, power.b, power.max_lr, tokens_per_step as f64, tokens);
+            let law = |tokens: f64| {
+                power_law(
+                    power.a,
+                    power.b,
+                    power.max_lr,
+                    tokens_per_step as f64,
+                    tokens,
+                )
+            };
             let decay_from = steps.saturating_sub(power.decay_steps);
             if at < power.warmup_steps {
                 warmup(power.warmup_steps) * law(tokens(power.warmup_steps))
@@ -32,7 +46,9 @@ pub fn learning_rate(config: &ScheduleConfig, step: u64, steps: u64, tokens_per_
         ScheduleConfig::Wsd(wsd) => {
             let decay_from = steps.saturating_sub(wsd.decay_steps);
             let decay = if wsd.decay_steps > 0 && at > decay_from {
-                1.0 - ((at - decay_from) as f64 / wsd.decay_steps as f64).min(1.0).sqrt()
+                1.0 - ((at - decay_from) as f64 / wsd.decay_steps as f64)
+                    .min(1.0)
+                    .sqrt()
             } else {
                 1.0
             };
@@ -40,11 +56,15 @@ pub fn learning_rate(config: &ScheduleConfig, step: u64, steps: u64, tokens_per_
         }
         ScheduleConfig::Cosine(ramp) => {
             let half = (1.0 + (std::f64::consts::PI * progress(ramp.warmup_steps)).cos()) / 2.0;
-            ramp.lr * warmup(ramp.warmup_steps) * (ramp.final_ratio + (1.0 - ramp.final_ratio) * half)
+            ramp.lr
+                * warmup(ramp.warmup_steps)
+                * (ramp.final_ratio + (1.0 - ramp.final_ratio) * half)
         }
         ScheduleConfig::Linear(ramp) => {
             let left = 1.0 - progress(ramp.warmup_steps);
-            ramp.lr * warmup(ramp.warmup_steps) * (ramp.final_ratio + (1.0 - ramp.final_ratio) * left)
+            ramp.lr
+                * warmup(ramp.warmup_steps)
+                * (ramp.final_ratio + (1.0 - ramp.final_ratio) * left)
         }
         ScheduleConfig::Constant(constant) => constant.lr * warmup(constant.warmup_steps),
     }
@@ -92,8 +112,12 @@ mod tests {
 
     #[test]
     fn power_warms_up_to_the_law_and_decays_to_zero() {
-        let config =
-            ScheduleConfig::Power(PowerConfig { warmup_steps: 10, decay_steps: 20, max_lr: 1.0, ..Default::default() });
+        let config = ScheduleConfig::Power(PowerConfig {
+            warmup_steps: 10,
+            decay_steps: 20,
+            max_lr: 1.0,
+            ..Default::default()
+        });
         let rate = |step| learning_rate(&config, step, 100, 4096);
         let law = |steps: f64| power_law(4.0, -0.51, 1.0, 4096.0, steps * 4096.0);
         close(rate(0), law(10.0) / 10.0);
@@ -107,20 +131,33 @@ mod tests {
 
     #[test]
     fn the_other_schedules_by_hand() {
-        let wsd = ScheduleConfig::Wsd(WsdConfig { lr: 1.0, warmup_steps: 4, decay_steps: 4 });
-        let rates: Vec<f64> = [0, 3, 10, 16, 19].map(|s| learning_rate(&wsd, s, 20, 1)).to_vec();
+        let wsd = ScheduleConfig::Wsd(WsdConfig {
+            lr: 1.0,
+            warmup_steps: 4,
+            decay_steps: 4,
+        });
+        let rates: Vec<f64> = [0, 3, 10, 16, 19]
+            .map(|s| learning_rate(&wsd, s, 20, 1))
+            .to_vec();
         close(rates[0], 0.25);
         assert_eq!(rates[1..3], [1.0, 1.0]);
         close(rates[3], 0.5);
         assert_eq!(rates[4], 0.0);
-        let ramp = RampConfig { lr: 2.0, warmup_steps: 0, final_ratio: 0.1 };
+        let ramp = RampConfig {
+            lr: 2.0,
+            warmup_steps: 0,
+            final_ratio: 0.1,
+        };
         let cosine = ScheduleConfig::Cosine(ramp.clone());
         close(learning_rate(&cosine, 0, 10, 1), 2.0);
         close(learning_rate(&cosine, 5, 10, 1), 1.1);
         close(learning_rate(&cosine, 10, 10, 1), 0.2);
         let linear = ScheduleConfig::Linear(ramp);
         close(learning_rate(&linear, 5, 10, 1), 1.1);
-        let constant = ScheduleConfig::Constant(ConstantConfig { lr: 3.0, warmup_steps: 3 });
+        let constant = ScheduleConfig::Constant(ConstantConfig {
+            lr: 3.0,
+            warmup_steps: 3,
+        });
         close(learning_rate(&constant, 0, 10, 1), 1.0);
         close(learning_rate(&constant, 7, 10, 1), 3.0);
     }

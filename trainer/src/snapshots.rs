@@ -127,7 +127,11 @@ struct Mailbox {
 impl Mailbox {
     /// Whether the copying thread is there to take it.
     fn put(mailbox: &Arc<Mailbox>, work: Work) -> bool {
-        mailbox.work.lock().expect("nobody panics with it").push_back(work);
+        mailbox
+            .work
+            .lock()
+            .expect("nobody panics with it")
+            .push_back(work);
         Arc::strong_count(mailbox) > 1
     }
 
@@ -138,7 +142,10 @@ impl Mailbox {
 
     fn take(&self) -> Option<Work> {
         let work = self.work.lock().expect("nobody panics with it");
-        let (mut work, _) = self.hurry.wait_timeout_while(work, LOOK, |work| work.is_empty()).expect("as above");
+        let (mut work, _) = self
+            .hurry
+            .wait_timeout_while(work, LOOK, |work| work.is_empty())
+            .expect("as above");
         work.pop_front()
     }
 }
@@ -166,7 +173,12 @@ struct Plan {
 
 impl Snapshots {
     /// Connects. Slots come with [`Snapshots::plan`].
-    pub(crate) fn new(access: KeeperAccess, rank: usize, every: SnapshotEvery, device: &dyn Accelerator) -> Snapshots {
+    pub(crate) fn new(
+        access: KeeperAccess,
+        rank: usize,
+        every: SnapshotEvery,
+        device: &dyn Accelerator,
+    ) -> Snapshots {
         Snapshots {
             access,
             rank,
@@ -188,12 +200,20 @@ impl Snapshots {
 
     /// The parts of the snapshot to restore: headers, and what opens them.
     pub(crate) fn restored(&self) -> Result<Option<(SnapshotId, Vec<Head>, OpenPart)>, Error> {
-        let Some((id, parts)) = self.access.restore else { return Ok(None) };
-        let failed = |e: checkpoint::keeper::Error| Error::Data(format!("the snapshot of step {}: {e}", id.step));
-        let mut link = Link::connect(&self.access.socket, &self.access.secret, self.rank).map_err(failed)?;
+        let Some((id, parts)) = self.access.restore else {
+            return Ok(None);
+        };
+        let failed = |e: checkpoint::keeper::Error| {
+            Error::Data(format!("the snapshot of step {}: {e}", id.step))
+        };
+        let mut link =
+            Link::connect(&self.access.socket, &self.access.secret, self.rank).map_err(failed)?;
         let head = |part: usize| {
             let bytes = link.head(part).map_err(failed)?;
-            Ok(Head::read(&bytes, Path::new(&format!("part {part} of the snapshot of step {}", id.step)))?)
+            Ok(Head::read(
+                &bytes,
+                Path::new(&format!("part {part} of the snapshot of step {}", id.step)),
+            )?)
         };
         let heads = (0..parts).map(head).collect::<Result<Vec<_>, Error>>()?;
         let open: OpenPart = Box::new(move |part| {
@@ -214,11 +234,16 @@ impl Snapshots {
         device: &dyn Accelerator,
     ) -> Result<(), Error> {
         let state = serde_json::to_value(state).expect("plain data");
-        let held: Vec<_> = holding.own.iter().map(|(_, place, kind)| (place.clone(), *kind)).collect();
+        let held: Vec<_> = holding
+            .own
+            .iter()
+            .map(|(_, place, kind)| (place.clone(), *kind))
+            .collect();
         let image = Image::plan(&held, holding.tensors, &state)?;
         let own = holding.own.iter().zip(image.offsets());
-        let mut tensors: Vec<(u64, Tensor)> =
-            own.map(|((index, _, _), &offset)| (offset, tensors[*index].1.shallow_clone())).collect();
+        let mut tensors: Vec<(u64, Tensor)> = own
+            .map(|((index, _, _), &offset)| (offset, tensors[*index].1.shallow_clone()))
+            .collect();
         tensors.sort_by_key(|(offset, _)| *offset);
         self.bytes = Some(image.bytes());
         self.cost.bytes = image.bytes();
@@ -239,8 +264,11 @@ impl Snapshots {
 
     fn connect(&mut self, device: &dyn Accelerator) -> Result<(), Error> {
         self.tried = Instant::now();
-        let (Some(bytes), Some(plan)) = (self.bytes, self.plan.clone()) else { return Ok(()) };
-        let failed = |e: checkpoint::keeper::Error| Error::Data(format!("the keeper of this node: {e}"));
+        let (Some(bytes), Some(plan)) = (self.bytes, self.plan.clone()) else {
+            return Ok(());
+        };
+        let failed =
+            |e: checkpoint::keeper::Error| Error::Data(format!("the keeper of this node: {e}"));
         if let Some(open) = &self.open
             && open.slots.iter().all(|slot| slot.len() as u64 >= bytes)
             && Mailbox::put(&open.jobs, Work::Plan(plan.clone()))
@@ -248,7 +276,12 @@ impl Snapshots {
             return Ok(());
         }
         self.open = None;
-        let KeeperAccess { socket, secret, chunk, .. } = &self.access;
+        let KeeperAccess {
+            socket,
+            secret,
+            chunk,
+            ..
+        } = &self.access;
         let mut link = Link::connect(socket, secret, self.rank).map_err(failed)?;
         let filler = Filler::connect(socket, secret, self.rank).map_err(failed)?;
         let slots = link.allocate(bytes, SLOTS).map_err(failed)?;
@@ -256,9 +289,21 @@ impl Snapshots {
         let todo = jobs.clone();
         let (done, copied) = channel();
         let copier = device.copier()?;
-        let worker = Worker { filler, copier, chunk: *chunk, progress: self.progress.clone(), plan };
+        let worker = Worker {
+            filler,
+            copier,
+            chunk: *chunk,
+            progress: self.progress.clone(),
+            plan,
+        };
         std::thread::spawn(move || worker.run(todo, &done));
-        self.open = Some(Open { link, slots, jobs, copied, copying: false });
+        self.open = Some(Open {
+            link,
+            slots,
+            jobs,
+            copied,
+            copying: false,
+        });
         Ok(())
     }
 
@@ -272,14 +317,22 @@ impl Snapshots {
     }
 
     /// A slot for the snapshot of step `step`, if there is one.
-    pub(crate) fn reserve(&mut self, step: u64, durable: bool, device: &dyn Accelerator) -> Option<usize> {
+    pub(crate) fn reserve(
+        &mut self,
+        step: u64,
+        durable: bool,
+        device: &dyn Accelerator,
+    ) -> Option<usize> {
         if self.open.is_none() && self.tried.elapsed() > Duration::from_secs(1) {
             // A keeper that was started anew; where it is not there yet, the next snapshot tries again.
             if let Err(error) = self.connect(device) {
                 tracing::warn!("{error}");
             }
         }
-        let id = SnapshotId { generation: self.access.generation, step };
+        let id = SnapshotId {
+            generation: self.access.generation,
+            step,
+        };
         let bytes = self.bytes?;
         let durable = durable || self.owed.is_some();
         match self.open.as_mut()?.link.reserve(id, bytes, durable) {
@@ -312,7 +365,9 @@ impl Snapshots {
             return false;
         }
         // The keeper answers what the copying thread asks after all that it has reported.
-        let Some(open) = &mut self.open else { return false };
+        let Some(open) = &mut self.open else {
+            return false;
+        };
         let (sender, known) = channel();
         Mailbox::put(&open.jobs, Work::Sync(sender));
         open.jobs.hurry();
@@ -347,7 +402,12 @@ impl Snapshots {
         self.last = Some(state.step);
         self.copied = false;
         let Some(open) = &mut self.open else { return };
-        let job = Job { slot, memory: open.slots[slot].clone(), state, generator };
+        let job = Job {
+            slot,
+            memory: open.slots[slot].clone(),
+            state,
+            generator,
+        };
         if Mailbox::put(&open.jobs, Work::Copy(Box::new(job))) {
             open.copying = true;
         } else {
@@ -358,7 +418,9 @@ impl Snapshots {
     /// Waits until what was handed over is copied: its values may change then.
     /// Whether it was copied.
     pub(crate) fn wait(&mut self) -> bool {
-        let Some(open) = self.open.as_mut().filter(|open| open.copying) else { return false };
+        let Some(open) = self.open.as_mut().filter(|open| open.copying) else {
+            return false;
+        };
         let begun = Instant::now();
         open.copying = false;
         open.jobs.hurry();
@@ -431,7 +493,11 @@ impl Worker {
             if busy || beaten.elapsed() > BEAT {
                 beaten = Instant::now();
                 let (step, times) = (&self.progress.step, &self.progress.times);
-                if self.filler.beat(step.load(Ordering::Relaxed), times.load(Ordering::Relaxed)).is_err() {
+                if self
+                    .filler
+                    .beat(step.load(Ordering::Relaxed), times.load(Ordering::Relaxed))
+                    .is_err()
+                {
                     return;
                 }
             }
@@ -446,12 +512,16 @@ impl Worker {
         let state = serde_json::to_value(&job.state).expect("plain data");
         let head = plan.image.head(&state).map_err(|e| e.to_string())?;
         // The generator's state is the one tensor of bytes, and so the last.
-        let fixed = plan.tensors.iter().map(|(offset, tensor)| match tensor.kind() {
-            Kind::Uint8 => (*offset, &job.generator),
-            _ => (*offset, tensor),
-        });
-        let flat: Vec<(u64, Tensor, usize)> =
-            fixed.map(|(offset, tensor)| (offset, tensor.view(-1), tensor.kind().elt_size_in_bytes())).collect();
+        let fixed = plan
+            .tensors
+            .iter()
+            .map(|(offset, tensor)| match tensor.kind() {
+                Kind::Uint8 => (*offset, &job.generator),
+                _ => (*offset, tensor),
+            });
+        let flat: Vec<(u64, Tensor, usize)> = fixed
+            .map(|(offset, tensor)| (offset, tensor.view(-1), tensor.kind().elt_size_in_bytes()))
+            .collect();
         self.fill(job.slot, &job.memory, &head, &flat, plan.image.bytes())?;
         Ok(begun.elapsed().as_secs_f64())
     }
@@ -465,7 +535,8 @@ impl Worker {
         flat: &[(u64, Tensor, usize)],
         bytes: u64,
     ) -> Result<(), String> {
-        let ends = |(offset, tensor, size): &(u64, Tensor, usize)| offset + (tensor.numel() * size) as u64;
+        let ends =
+            |(offset, tensor, size): &(u64, Tensor, usize)| offset + (tensor.numel() * size) as u64;
         let (mut next, mut crcs) = (0, Vec::new());
         let chunks = bytes.div_ceil(self.chunk as u64);
         for chunk in 0..chunks {
@@ -480,18 +551,29 @@ impl Worker {
                 while next < flat.len() && ends(&flat[next]) <= start {
                     next += 1;
                 }
-                for (offset, tensor, size) in flat[next..].iter().take_while(|(offset, _, _)| *offset < end) {
+                for (offset, tensor, size) in flat[next..]
+                    .iter()
+                    .take_while(|(offset, _, _)| *offset < end)
+                {
                     let from = start.max(*offset);
                     let to = end.min(offset + (tensor.numel() * size) as u64);
-                    let part =
-                        tensor.narrow(0, (from - offset) as i64 / *size as i64, (to - from) as i64 / *size as i64);
-                    copier.copy(&part, &mut into[(from - start) as usize..(to - start) as usize])?;
+                    let part = tensor.narrow(
+                        0,
+                        (from - offset) as i64 / *size as i64,
+                        (to - from) as i64 / *size as i64,
+                    );
+                    copier.copy(
+                        &part,
+                        &mut into[(from - start) as usize..(to - start) as usize],
+                    )?;
                 }
                 Ok::<u32, torch_ext::Error>(checkpoint::crc32c(into))
             });
             crcs.push(crc.map_err(|e| e.to_string())?);
             if crcs.len() == REPORTED || chunk + 1 == chunks {
-                self.filler.filled(slot, end, std::mem::take(&mut crcs)).map_err(|e| e.to_string())?;
+                self.filler
+                    .filled(slot, end, std::mem::take(&mut crcs))
+                    .map_err(|e| e.to_string())?;
             }
         }
         Ok(())
@@ -511,18 +593,38 @@ impl CopyTimer {
     ///
     /// # Errors
     /// When the keeper is not there, or has too little memory.
-    pub fn new(access: KeeperAccess, device: &dyn Accelerator, mib: usize) -> Result<CopyTimer, Error> {
+    pub fn new(
+        access: KeeperAccess,
+        device: &dyn Accelerator,
+        mib: usize,
+    ) -> Result<CopyTimer, Error> {
         let failed = |e: checkpoint::keeper::Error| Error::Data(format!("the keeper: {e}"));
         let mut link = Link::connect(&access.socket, &access.secret, 0).map_err(failed)?;
         let filler = Filler::connect(&access.socket, &access.secret, 0).map_err(failed)?;
         let slots = link.allocate((mib as u64) << 20, SLOTS).map_err(failed)?;
         let progress = Progressing::default();
         let image = Image::plan(&[], 0, &serde_json::Value::Null)?;
-        let plan = Arc::new(Mutex::new(Plan { image, tensors: Vec::new() }));
-        let worker = Worker { filler, copier: device.copier()?, chunk: access.chunk, progress, plan };
+        let plan = Arc::new(Mutex::new(Plan {
+            image,
+            tensors: Vec::new(),
+        }));
+        let worker = Worker {
+            filler,
+            copier: device.copier()?,
+            chunk: access.chunk,
+            progress,
+            plan,
+        };
         let values = (mib << 20) as i64 / 64;
-        let tensors = (0..16).map(|value| device.zeros(&[values], tch::Kind::Float) + value).collect();
-        Ok(CopyTimer { link, worker, slots, tensors })
+        let tensors = (0..16)
+            .map(|value| device.zeros(&[values], tch::Kind::Float) + value)
+            .collect();
+        Ok(CopyTimer {
+            link,
+            worker,
+            slots,
+            tensors,
+        })
     }
 
     /// Copies all of it as the snapshot of step `step`: seconds.
@@ -538,11 +640,16 @@ impl CopyTimer {
             (at, tensor.shallow_clone(), 4)
         };
         let tensors: Vec<(u64, Tensor, usize)> = self.tensors.iter().map(place).collect();
-        let id = SnapshotId { generation: 1, step };
+        let id = SnapshotId {
+            generation: 1,
+            step,
+        };
         let slot = self.link.reserve(id, offset, false).map_err(failed)?;
         let slot = slot.ok_or_else(|| Error::Data("the keeper has no free slot".into()))?;
         let begun = Instant::now();
-        self.worker.fill(slot, &self.slots[slot], &[], &tensors, offset).map_err(Error::Data)?;
+        self.worker
+            .fill(slot, &self.slots[slot], &[], &tensors, offset)
+            .map_err(Error::Data)?;
         let seconds = begun.elapsed().as_secs_f64();
         self.worker.filler.sync().map_err(failed)?;
         self.link.release(slot).map_err(failed)?;

@@ -6,7 +6,9 @@ use crate::model::{Documents, Model, with_gradient};
 use moe::Seen;
 use moe::balance::BatchTotals;
 use parallel::pipeline::simulate::Span;
-use parallel::pipeline::{Collective, CollectiveKind, Exchange, Pass, PassKind, Stages, Vocabulary};
+use parallel::pipeline::{
+    Collective, CollectiveKind, Exchange, Pass, PassKind, Stages, Vocabulary,
+};
 use parallel::{Accelerator, Deferred, GradientBuckets};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -41,10 +43,21 @@ impl MixtureSums {
     pub(crate) const MOVED: usize = 4;
 
     fn add(&mut self, seen: &Seen) {
-        self.choices.iter_mut().zip(&seen.choices).for_each(|(sum, &choices)| *sum += choices as f64);
+        self.choices
+            .iter_mut()
+            .zip(&seen.choices)
+            .for_each(|(sum, &choices)| *sum += choices as f64);
         self.rows += seen.rows as f64;
-        let moved = [seen.borrowed_rows as f64, seen.lent_bytes as f64, seen.bytes_across as f64, seen.plan_seconds];
-        self.moved.iter_mut().zip(moved).for_each(|(sum, moved)| *sum += moved);
+        let moved = [
+            seen.borrowed_rows as f64,
+            seen.lent_bytes as f64,
+            seen.bytes_across as f64,
+            seen.plan_seconds,
+        ];
+        self.moved
+            .iter_mut()
+            .zip(moved)
+            .for_each(|(sum, moved)| *sum += moved);
     }
 }
 
@@ -56,7 +69,10 @@ impl Sums {
         self.waiting = if total > 0.0 { 1.0 - busy / total } else { 0.0 };
         self.passes = vec![(0.0, 0.0); PassKind::NAMES.len() * chunks];
         for Span { pass, start, end } in spans {
-            let kind = PassKind::NAMES.iter().position(|(kind, _)| *kind == pass.kind).expect("all kinds are listed");
+            let kind = PassKind::NAMES
+                .iter()
+                .position(|(kind, _)| *kind == pass.kind)
+                .expect("all kinds are listed");
             let (seconds, count) = &mut self.passes[kind * chunks + pass.chunk];
             (*seconds, *count) = (*seconds + end - start, *count + 1.0);
         }
@@ -125,8 +141,23 @@ pub(crate) struct StepInputs<'a> {
 
 impl<'a> StepStages<'a> {
     pub(crate) fn new(inputs: StepInputs<'a>) -> StepStages<'a> {
-        let StepInputs { model, device, gradients, batch, totals, algorithm, .. } = inputs;
-        let StepInputs { last_rank, document_end, sequences, positions, kind, .. } = inputs;
+        let StepInputs {
+            model,
+            device,
+            gradients,
+            batch,
+            totals,
+            algorithm,
+            ..
+        } = inputs;
+        let StepInputs {
+            last_rank,
+            document_end,
+            sequences,
+            positions,
+            kind,
+            ..
+        } = inputs;
         let experts = model.config().moe.as_ref().map_or(0, |moe| moe.experts);
         let mixtures = model.config().num_moe_layers();
         StepStages {
@@ -139,7 +170,10 @@ impl<'a> StepStages<'a> {
             last_rank,
             document_end,
             whole: [sequences * positions, model.config().hidden as i64],
-            shape: [sequences * positions / model.tensor().size() as i64, model.config().hidden as i64],
+            shape: [
+                sequences * positions / model.tensor().size() as i64,
+                model.config().hidden as i64,
+            ],
             kind,
             sequences,
             in_flight: HashMap::new(),
@@ -150,7 +184,11 @@ impl<'a> StepStages<'a> {
                 load_balance: 0.0,
                 z: 0.0,
                 mixtures: vec![
-                    MixtureSums { choices: vec![0.0; experts], rows: 0.0, moved: [0.0; MixtureSums::MOVED] };
+                    MixtureSums {
+                        choices: vec![0.0; experts],
+                        rows: 0.0,
+                        moved: [0.0; MixtureSums::MOVED]
+                    };
                     mixtures
                 ],
                 waiting: 0.0,
@@ -159,7 +197,12 @@ impl<'a> StepStages<'a> {
         }
     }
 
-    fn forward(&mut self, chunk: usize, microbatch: usize, input: Option<Tensor>) -> Result<Option<Tensor>, Error> {
+    fn forward(
+        &mut self,
+        chunk: usize,
+        microbatch: usize,
+        input: Option<Tensor>,
+    ) -> Result<Option<Tensor>, Error> {
         let (model, learning) = (self.model, self.gradients.is_some());
         let part = &model.part().stages[chunk];
         // What comes from elsewhere is where this stage's backward ends.
@@ -195,18 +238,38 @@ impl<'a> StepStages<'a> {
         }
         let sent = (!part.last).then(|| output.detach());
         if learning {
-            self.in_flight.insert((chunk, microbatch), InFlight { input, output, loss });
+            self.in_flight.insert(
+                (chunk, microbatch),
+                InFlight {
+                    input,
+                    output,
+                    loss,
+                },
+            );
         }
         Ok(sent)
     }
 
     /// Backward of a stage from the gradient of its output; `split` keeps the weights' gradients for a later pass.
     fn backward(&mut self, pass: Pass, gradient: Option<Tensor>) -> Result<Option<Tensor>, Error> {
-        let Pass { kind, chunk, microbatch } = pass;
+        let Pass {
+            kind,
+            chunk,
+            microbatch,
+        } = pass;
         let (model, part) = (self.model, &self.model.part().stages[chunk]);
-        let gradients = self.gradients.expect("a schedule with backward passes learns");
-        let in_flight = self.in_flight.remove(&(chunk, microbatch)).expect("forward comes first");
-        let InFlight { input, output, mut loss } = in_flight;
+        let gradients = self
+            .gradients
+            .expect("a schedule with backward passes learns");
+        let in_flight = self
+            .in_flight
+            .remove(&(chunk, microbatch))
+            .expect("forward comes first");
+        let InFlight {
+            input,
+            output,
+            mut loss,
+        } = in_flight;
         if let Some(gradient) = gradient {
             let zero = self.device.zeros(&[], Kind::Float);
             let root = with_gradient(zero, &output, gradient)?;
@@ -216,7 +279,8 @@ impl<'a> StepStages<'a> {
         if let Some(loss) = loss.filter(Tensor::requires_grad) {
             match kind {
                 PassKind::BackwardInput => {
-                    let ((), deferred) = gradients.without_weights(|| loss.f_backward().map_err(Error::from))?;
+                    let ((), deferred) =
+                        gradients.without_weights(|| loss.f_backward().map_err(Error::from))?;
                     self.deferred.insert((chunk, microbatch), deferred);
                 }
                 _ => loss.f_backward()?,
@@ -235,11 +299,17 @@ impl<'a> StepStages<'a> {
     }
 
     fn labels(&self, microbatch: usize) -> Result<Tensor, Error> {
-        Ok(self.model.own_positions(&(self.batch)(microbatch)?.1).flatten(0, -1))
+        Ok(self
+            .model
+            .own_positions(&(self.batch)(microbatch)?.1)
+            .flatten(0, -1))
     }
 
     fn tokens(&self, microbatch: usize) -> Result<Tensor, Error> {
-        Ok(self.model.own_positions(&(self.batch)(microbatch)?.0).flatten(0, -1))
+        Ok(self
+            .model
+            .own_positions(&(self.batch)(microbatch)?.0)
+            .flatten(0, -1))
     }
 }
 
@@ -247,7 +317,11 @@ impl Stages for StepStages<'_> {
     type Error = Error;
 
     fn compute(&mut self, pass: Pass, mut inputs: Vec<Tensor>) -> Result<Option<Tensor>, Error> {
-        let Pass { kind, chunk, microbatch } = pass;
+        let Pass {
+            kind,
+            chunk,
+            microbatch,
+        } = pass;
         match kind {
             PassKind::Forward => {
                 let input = inputs.pop();
@@ -261,7 +335,11 @@ impl Stages for StepStages<'_> {
                 return self.backward(pass, inputs.pop());
             }
             PassKind::BackwardWeight => {
-                for contribution in self.deferred.remove(&(chunk, microbatch)).unwrap_or_default() {
+                for contribution in self
+                    .deferred
+                    .remove(&(chunk, microbatch))
+                    .unwrap_or_default()
+                {
                     contribution()?;
                 }
             }
@@ -272,12 +350,18 @@ impl Stages for StepStages<'_> {
                 let divisor = self.model.logits_divisor();
                 let softmax = self.model.with_head(|head, rows| {
                     let hidden = &inputs[0];
-                    Ok(tch::no_grad(|| vocabulary::logits(hidden, head, rows, &labels, factor, divisor, algorithm)))
+                    Ok(tch::no_grad(|| {
+                        vocabulary::logits(hidden, head, rows, &labels, factor, divisor, algorithm)
+                    }))
                 })?;
                 self.vocabulary_of(microbatch).softmax = Some(softmax);
             }
             PassKind::Normalize => {
-                let softmax = self.vocabulary_of(microbatch).softmax.as_mut().expect("S comes first");
+                let softmax = self
+                    .vocabulary_of(microbatch)
+                    .softmax
+                    .as_mut()
+                    .expect("S comes first");
                 tch::no_grad(|| softmax.normalize(&inputs[0]));
             }
             PassKind::LogitsBackward => {
@@ -285,19 +369,27 @@ impl Stages for StepStages<'_> {
                 if self.model.part().has_last() && self.model.tensor().rank() == 0 {
                     self.sums.cross_entropy += inputs[0].double_value(&[]);
                 }
-                let softmax = self.vocabulary_of(microbatch).softmax.take().expect("S comes first");
+                let softmax = self
+                    .vocabulary_of(microbatch)
+                    .softmax
+                    .take()
+                    .expect("S comes first");
                 if self.gradients.is_some() {
                     let input_too = self.algorithm.is_some_and(Vocabulary::gradient_after_t);
-                    let gradient = self
-                        .model
-                        .with_head(|head, _| Ok(tch::no_grad(|| softmax.backward(head, &inputs[1], input_too))?))?;
+                    let gradient = self.model.with_head(|head, _| {
+                        Ok(tch::no_grad(|| {
+                            softmax.backward(head, &inputs[1], input_too)
+                        })?)
+                    })?;
                     self.vocabulary_of(microbatch).hidden_gradient = gradient;
                 }
             }
             PassKind::Embed => {
                 let tokens = self.tokens(microbatch)?;
                 let embedded = self.model.with_embedding(|embedding, rows| {
-                    Ok(tch::no_grad(|| vocabulary::rows_of(&tokens, embedding, rows)))
+                    Ok(tch::no_grad(|| {
+                        vocabulary::rows_of(&tokens, embedding, rows)
+                    }))
                 })?;
                 self.vocabulary_of(microbatch).embedded = Some(embedded);
             }
@@ -305,7 +397,9 @@ impl Stages for StepStages<'_> {
                 let tokens = self.tokens(microbatch)?;
                 let (embedding, rows) = self.model.own_embedding();
                 let contribution = embedding.contribution()?;
-                tch::no_grad(|| vocabulary::add_rows(&tokens, &inputs[0], contribution.sum().tensor(), rows));
+                tch::no_grad(|| {
+                    vocabulary::add_rows(&tokens, &inputs[0], contribution.sum().tensor(), rows)
+                });
                 contribution.finish()?;
                 self.of_vocabulary.remove(&microbatch);
             }
@@ -317,7 +411,10 @@ impl Stages for StepStages<'_> {
         let (part, tensor) = (self.model.part(), self.model.tensor());
         let whole = self.device.empty(&self.whole, self.kind);
         let rows = tensor.part(self.whole[0]);
-        let (of_first, of_last) = (part.has_first().then(|| rows.clone()), part.has_last().then_some(rows));
+        let (of_first, of_last) = (
+            part.has_first().then(|| rows.clone()),
+            part.has_last().then_some(rows),
+        );
         let roots = |rank: usize| rank * tensor.size()..(rank + 1) * tensor.size();
         let (first, last) = (roots(0), roots(self.last_rank));
         let divisor = self.model.logits_divisor();
@@ -325,14 +422,28 @@ impl Stages for StepStages<'_> {
         let of = self.vocabulary_of(collective.microbatch);
         Ok(match collective.kind {
             CollectiveKind::Hidden => vocabulary::collect(whole, of.hidden.take(), last),
-            CollectiveKind::Maximum => vocabulary::maximum(of.softmax.as_ref().expect("S comes first").largest()),
-            CollectiveKind::Statistics if naive => of.softmax.as_ref().expect("S comes first").sum_over_ranks(divisor),
-            CollectiveKind::Statistics => of.softmax.as_ref().expect("S comes first").exchange(divisor, of_last),
+            CollectiveKind::Maximum => {
+                vocabulary::maximum(of.softmax.as_ref().expect("S comes first").largest())
+            }
+            CollectiveKind::Statistics if naive => of
+                .softmax
+                .as_ref()
+                .expect("S comes first")
+                .sum_over_ranks(divisor),
+            CollectiveKind::Statistics => of
+                .softmax
+                .as_ref()
+                .expect("S comes first")
+                .exchange(divisor, of_last),
             CollectiveKind::HiddenGradient => {
                 vocabulary::sum(of.hidden_gradient.take().expect("T comes first"), of_last)
             }
-            CollectiveKind::Embedding => vocabulary::sum(of.embedded.take().expect("IF comes first"), of_first),
-            CollectiveKind::EmbeddingGradient => vocabulary::collect(whole, of.embedding_gradient.take(), first),
+            CollectiveKind::Embedding => {
+                vocabulary::sum(of.embedded.take().expect("IF comes first"), of_first)
+            }
+            CollectiveKind::EmbeddingGradient => {
+                vocabulary::collect(whole, of.embedding_gradient.take(), first)
+            }
         })
     }
 

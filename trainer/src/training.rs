@@ -98,10 +98,18 @@ impl Trainer {
     ///
     /// # Errors
     /// When data is missing, the device cannot be used, or the ranks cannot be joined.
-    pub fn new(config: Config, world: &World, device: Box<dyn Accelerator>) -> Result<Trainer, Error> {
-        let mesh = config.mesh(world.rank(), world.size()).map_err(Error::Config)?;
+    pub fn new(
+        config: Config,
+        world: &World,
+        device: Box<dyn Accelerator>,
+    ) -> Result<Trainer, Error> {
+        let mesh = config
+            .mesh(world.rank(), world.size())
+            .map_err(Error::Config)?;
         let data = &config.data;
-        let open = |sources, seed| Dataset::open(sources, data.sequence_length, config.model.vocab_size, seed);
+        let open = |sources, seed| {
+            Dataset::open(sources, data.sequence_length, config.model.vocab_size, seed)
+        };
         let train = open(&data.train, config.run.seed)?;
         let validation = match &config.validation {
             Some(_) => Some(open(&data.validation, config.run.seed)?),
@@ -116,11 +124,19 @@ impl Trainer {
         let part = |rank| {
             let (placement, shared) = (order.placement, order.vocabulary.is_some());
             let tensor = (at.tensor, mesh.shape().tensor);
-            ModelPart::of_rank((rank, stages.len()), placement, &plan.layers, shared, tensor)
+            ModelPart::of_rank(
+                (rank, stages.len()),
+                placement,
+                &plan.layers,
+                shared,
+                tensor,
+            )
         };
         let own = part(at.pipeline);
         let ends: Vec<usize> = match config.model.tie_embeddings && own.vocabulary.is_none() {
-            true => (0..stages.len()).filter(|&rank| part(rank).has_first() || part(rank).has_last()).collect(),
+            true => (0..stages.len())
+                .filter(|&rank| part(rank).has_first() || part(rank).has_last())
+                .collect(),
             false => Vec::new(),
         };
         let ranks = Ranks::join(world, &mesh, &config, &ends)?;
@@ -130,14 +146,33 @@ impl Trainer {
             lanes.push((kind, world.group(name, &vocabulary)?));
         }
         let pipeline = Executor::new(world.chain("pipeline", &stages)?, lanes, device.as_ref())?;
-        let model = Model::new(&config.model, own, &Setting::of(&config, device.as_ref(), &ranks));
+        let model = Model::new(
+            &config.model,
+            own,
+            &Setting::of(&config, device.as_ref(), &ranks),
+        );
         let parameters = &model.parameters;
-        let weights: Vec<(Weight, usize)> =
-            parameters.iter().map(|p| (p.weight.clone(), p.replicas as usize)).collect();
-        let (bytes, keep) = ((config.parallel.bucket_mib * 1048576.0) as usize, parameters.keep_gradients());
-        let gradients = GradientBuckets::new(&weights, parameters.replications(), bytes, keep, device.as_ref())?;
-        let planner = ranks.least_loaded.as_ref().map(|least_loaded| least_loaded.planner.clone());
-        if let Some((moe, least_loaded)) = config.model.moe.as_ref().zip(ranks.least_loaded.as_ref())
+        let weights: Vec<(Weight, usize)> = parameters
+            .iter()
+            .map(|p| (p.weight.clone(), p.replicas as usize))
+            .collect();
+        let (bytes, keep) = (
+            (config.parallel.bucket_mib * 1048576.0) as usize,
+            parameters.keep_gradients(),
+        );
+        let gradients = GradientBuckets::new(
+            &weights,
+            parameters.replications(),
+            bytes,
+            keep,
+            device.as_ref(),
+        )?;
+        let planner = ranks
+            .least_loaded
+            .as_ref()
+            .map(|least_loaded| least_loaded.planner.clone());
+        if let Some((moe, least_loaded)) =
+            config.model.moe.as_ref().zip(ranks.least_loaded.as_ref())
             && matches!(moe.least_loaded.min_tokens, MinTokens::Measured(_))
         {
             let size = ExpertSize {
@@ -149,7 +184,12 @@ impl Trainer {
             let measured = break_even(&least_loaded.lending, size, device.as_ref())?;
             locked(&least_loaded.planner).min_tokens = agree(&all, measured)?;
         }
-        let placing = match config.model.moe.as_ref().and_then(|moe| Some((moe.experts, moe.placement.as_ref()?))) {
+        let placing = match config
+            .model
+            .moe
+            .as_ref()
+            .and_then(|moe| Some((moe.experts, moe.placement.as_ref()?)))
+        {
             Some((experts, placement)) => {
                 let stage = world.group("experts on the move", &mesh.group(Group::Stage))?;
                 let (mixtures, owners) = (config.model.num_moe_layers(), mesh.shape().expert);
@@ -202,7 +242,9 @@ impl Trainer {
 
     /// Choices for which an expert is lent, where experts are.
     pub fn min_tokens(&self) -> Option<i64> {
-        self.planner.as_ref().map(|planner| locked(planner).min_tokens)
+        self.planner
+            .as_ref()
+            .map(|planner| locked(planner).min_tokens)
     }
 
     /// Where this rank sits.
@@ -245,20 +287,37 @@ impl Trainer {
     pub fn resume(&mut self, warn: &mut dyn FnMut(&str)) -> Result<Resumed, Error> {
         // Experts are named as they were before their values are read.
         let prepare = |state: &RunState| {
-            let (Some(placing), Some(placement)) = (&self.placing, &state.placement) else { return };
+            let (Some(placing), Some(placement)) = (&self.placing, &state.placement) else {
+                return;
+            };
             if placing.fits(placement) {
                 for (mixture, moe, held) in self.model.held_mixtures() {
-                    held.place(&self.model.parameters, &moe.dispatcher, &placement.positions[mixture]);
+                    held.place(
+                        &self.model.parameters,
+                        &moe.dispatcher,
+                        &placement.positions[mixture],
+                    );
                 }
             }
         };
         let snapshot = match &self.snapshots {
-            Some(snapshots) => saving::resume_snapshot(snapshots.restored(), &self.stateful(), &self.world, &prepare)?,
+            Some(snapshots) => saving::resume_snapshot(
+                snapshots.restored(),
+                &self.stateful(),
+                &self.world,
+                &prepare,
+            )?,
             None => None,
         };
         let (state, resumed) = match snapshot {
             Some(state) => (state, Resumed::Snapshot),
-            None => match saving::resume(&self.checkpoints(), &self.stateful(), &self.world, &prepare, warn)? {
+            None => match saving::resume(
+                &self.checkpoints(),
+                &self.stateful(),
+                &self.world,
+                &prepare,
+                warn,
+            )? {
                 Some(state) => (state, Resumed::Checkpoint),
                 None => return Ok(Resumed::Nothing),
             },
@@ -268,14 +327,18 @@ impl Trainer {
         }
         (self.step, self.samples, self.tokens) = (state.step, state.samples, state.tokens);
         // What was measured when the run began: the same plans, and so the same bits, as without a break.
-        if let (Some(planner), Some(min_tokens), true) = (&self.planner, state.min_tokens, self.measures()) {
+        if let (Some(planner), Some(min_tokens), true) =
+            (&self.planner, state.min_tokens, self.measures())
+        {
             locked(planner).min_tokens = min_tokens;
         }
         for key in ["/run/seed", "/data", "/train/global_batch"] {
             let now = serde_json::to_value(&self.config).expect("plain data");
             if now.pointer(key) != state.config.pointer(key) {
                 let key = key[1..].replace('/', ".");
-                warn(&format!("{key} is not what the checkpoint was made with: the data goes on in another order"));
+                warn(&format!(
+                    "{key} is not what the checkpoint was made with: the data goes on in another order"
+                ));
             }
         }
         Ok(resumed)
@@ -296,11 +359,15 @@ impl Trainer {
         match saving::agree(&self.world, planned) {
             Ok(()) => Ok(()),
             Err(Error::Comm(error)) => Err(error.into()),
-            Err(error) if matches!(self.config.snapshot.every, SnapshotEvery::Steps(_)) => Err(Error::Config(format!(
-                "{error}; use more memory or nodes, a larger snapshot.memory_gib, or snapshot.every: 0"
-            ))),
+            Err(error) if matches!(self.config.snapshot.every, SnapshotEvery::Steps(_)) => {
+                Err(Error::Config(format!(
+                    "{error}; use more memory or nodes, a larger snapshot.memory_gib, or snapshot.every: 0"
+                )))
+            }
             Err(error) => {
-                warn(&format!("no snapshots in memory: {error}; after a failure only checkpoints are left"));
+                warn(&format!(
+                    "no snapshots in memory: {error}; after a failure only checkpoints are left"
+                ));
                 self.snapshots = None;
                 Ok(())
             }
@@ -347,7 +414,9 @@ impl Trainer {
     /// # Collective
     /// All ranks.
     fn last_snapshot(&mut self) -> Result<bool, Error> {
-        let Some(snapshots) = &mut self.snapshots else { return Ok(false) };
+        let Some(snapshots) = &mut self.snapshots else {
+            return Ok(false);
+        };
         let sum = |world: &Arc<dyn Communicator>, fact: bool| {
             Ok::<f64, Error>(sum_over_ranks(world, &[f64::from(u8::from(fact))])?[0])
         };
@@ -360,11 +429,16 @@ impl Trainer {
         self.plan_snapshots_again()?;
         let deadline = Instant::now() + Duration::from_secs(self.config.run.timeout_s);
         loop {
-            let Some(snapshots) = &mut self.snapshots else { return Ok(false) };
+            let Some(snapshots) = &mut self.snapshots else {
+                return Ok(false);
+            };
             let slot = snapshots.reserve(self.step, true, self.device.as_ref());
             if sum(&self.world, slot.is_none())? == 0.0 {
                 self.take_snapshot(slot.expect("every rank has one"))?;
-                let copied = self.snapshots.as_mut().is_some_and(|snapshots| snapshots.settle(self.step));
+                let copied = self
+                    .snapshots
+                    .as_mut()
+                    .is_some_and(|snapshots| snapshots.settle(self.step));
                 return Ok(sum(&self.world, copied)? as usize == self.world.size());
             }
             snapshots.skip(slot, true);
@@ -397,7 +471,12 @@ impl Trainer {
     /// # Errors
     /// When it cannot be written; older ones are untouched.
     pub fn save(&self) -> Result<PathBuf, Error> {
-        let path = saving::save(&self.checkpoints(), &self.state(), &self.stateful(), &self.world)?;
+        let path = saving::save(
+            &self.checkpoints(),
+            &self.state(),
+            &self.stateful(),
+            &self.world,
+        )?;
         if self.world.rank() == 0 {
             checkpoint::retain(&self.checkpoints(), self.config.checkpoint.keep)?;
         }
@@ -430,7 +509,13 @@ impl Trainer {
 
     fn groups_per_step(&self) -> f64 {
         let train = &self.config.train;
-        match self.config.model.moe.as_ref().map(|moe| moe.load_balance_over) {
+        match self
+            .config
+            .model
+            .moe
+            .as_ref()
+            .map(|moe| moe.load_balance_over)
+        {
             Some(Statistics::Sequence) => train.global_batch as f64,
             Some(Statistics::Microbatch) => (train.global_batch / train.micro_batch) as f64,
             Some(Statistics::Batch) | None => 1.0,
@@ -476,15 +561,27 @@ impl Trainer {
         if self.model.counts_whole_batch() {
             // The first backward already needs the choices of the last forward: count first.
             let sums = self.pass(&self.forward_schedule, None, &batch, totals(None))?;
-            let experts = sums.mixtures.first().map_or(0, |mixture| mixture.choices.len()) as i64;
+            let experts = sums
+                .mixtures
+                .first()
+                .map_or(0, |mixture| mixture.choices.len()) as i64;
             let choices = sums.mixtures.iter().flat_map(|mixture| &mixture.choices);
             let choices: Vec<f32> = choices.map(|&choices| choices as f32).collect();
-            let own = self.device.upload(&Tensor::from_slice(&choices).view([-1, experts]));
-            self.world.all_reduce(&own, parallel::ReduceOp::Sum)?.wait()?;
+            let own = self
+                .device
+                .upload(&Tensor::from_slice(&choices).view([-1, experts]));
+            self.world
+                .all_reduce(&own, parallel::ReduceOp::Sum)?
+                .wait()?;
             counts = Some(own);
         }
         self.gradients.begin(self.accumulation());
-        let sums = self.pass(&self.schedule, Some(&self.gradients), &batch, totals(counts.as_ref()))?;
+        let sums = self.pass(
+            &self.schedule,
+            Some(&self.gradients),
+            &batch,
+            totals(counts.as_ref()),
+        )?;
         self.gradients.finish()?;
         Ok(sums)
     }
@@ -499,13 +596,19 @@ impl Trainer {
     /// When data cannot be read or a collective fails.
     pub fn forward_backward(&self) -> Result<f64, Error> {
         self.accumulate()?;
-        self.optimizer.grad_norm(&self.model.parameters, &self.gradients)
+        self.optimizer
+            .grad_norm(&self.model.parameters, &self.gradients)
     }
 
     /// Writes what the step was made of. It is worth less than the step.
     fn write_trace(&self) {
         let rank = self.world.rank();
-        let path = self.config.run.dir.join("logs").join(format!("rank-{rank}.trace.json"));
+        let path = self
+            .config
+            .run
+            .dir
+            .join("logs")
+            .join(format!("rank-{rank}.trace.json"));
         let made = path.parent().map_or(Ok(()), std::fs::create_dir_all);
         match made.and_then(|()| profile::write(&profile::end(), rank, &path)) {
             Ok(()) => tracing::info!("step {} is traced in {}", self.step, path.display()),
@@ -530,21 +633,33 @@ impl Trainer {
             self.samples += batches * self.config.train.global_batch as u64;
         }
         let sums = self.accumulate()?;
-        let grad_norm = self.optimizer.grad_norm(&self.model.parameters, &self.gradients)?;
+        let grad_norm = self
+            .optimizer
+            .grad_norm(&self.model.parameters, &self.gradients)?;
         let (layers, ranks) = (sums.mixtures.len(), self.world.size());
         // One collective for all figures of the step.
         let checkpoint = self.checkpoint_due(self.step + 1);
-        let snapshot = self.snapshots.as_ref().is_some_and(|snapshots| snapshots.due(self.step + 1, checkpoint));
+        let snapshot = self
+            .snapshots
+            .as_ref()
+            .is_some_and(|snapshots| snapshots.due(self.step + 1, checkpoint));
         if snapshot {
             self.plan_snapshots_again()?;
         }
         let slot = match &mut self.snapshots {
-            Some(snapshots) if snapshot => snapshots.reserve(self.step + 1, checkpoint, self.device.as_ref()),
+            Some(snapshots) if snapshot => {
+                snapshots.reserve(self.step + 1, checkpoint, self.device.as_ref())
+            }
             _ => None,
         };
         let lacks = f64::from(u8::from(snapshot && slot.is_none()));
         let cost = self.snapshots.as_ref().map_or(0.0, Snapshots::seconds);
-        let mut figures = vec![sums.cross_entropy, sums.load_balance, sums.z, f64::from(u8::from(stop))];
+        let mut figures = vec![
+            sums.cross_entropy,
+            sums.load_balance,
+            sums.z,
+            f64::from(u8::from(stop)),
+        ];
         figures.extend([lacks, cost, self.seconds]);
         let choices_at = figures.len();
         figures.extend(sums.mixtures.iter().flat_map(|mixture| &mixture.choices));
@@ -554,7 +669,11 @@ impl Trainer {
         let own_at = rows_at + layers * ranks;
         let passes_at = own_at + 3 * ranks;
         // Times of passes are told apart where there is a pipeline.
-        let passes = if self.mesh.shape().pipeline > 1 { 2 * sums.passes.len() } else { 0 };
+        let passes = if self.mesh.shape().pipeline > 1 {
+            2 * sums.passes.len()
+        } else {
+            0
+        };
         figures.resize(passes_at + passes * ranks, 0.0);
         for (layer, mixture) in sums.mixtures.iter().enumerate() {
             figures[rows_at + layer * ranks + self.world.rank()] = mixture.rows;
@@ -563,11 +682,17 @@ impl Trainer {
         figures[own_at + ranks + self.world.rank()] = parallel::peak_resident()? as f64;
         figures[own_at + 2 * ranks + self.world.rank()] = sums.waiting;
         let own_passes = &mut figures[passes_at + passes * self.world.rank()..][..passes];
-        own_passes.iter_mut().zip(sums.passes.iter().flat_map(|&(s, n)| [s, n])).for_each(|(to, from)| *to = from);
+        own_passes
+            .iter_mut()
+            .zip(sums.passes.iter().flat_map(|&(s, n)| [s, n]))
+            .for_each(|(to, from)| *to = from);
         let figures = sum_over_ranks(&self.world, &figures)?;
         let loss = figures[0];
         if !loss.is_finite() || !grad_norm.is_finite() {
-            return Err(Error::Diverged { step: self.step + 1, loss });
+            return Err(Error::Diverged {
+                step: self.step + 1,
+                loss,
+            });
         }
         if let Some(snapshots) = &mut self.snapshots {
             // What is being copied is about to change.
@@ -576,7 +701,12 @@ impl Trainer {
                 snapshots.choose_interval(figures[5] / ranks as f64, figures[6] / ranks as f64);
             }
         }
-        let lr = learning_rate(&self.config.schedule, self.step, self.config.train.steps, self.tokens_per_step());
+        let lr = learning_rate(
+            &self.config.schedule,
+            self.step,
+            self.config.train.steps,
+            self.tokens_per_step(),
+        );
         self.optimizer.step(
             &self.model.parameters,
             &self.gradients,
@@ -586,15 +716,27 @@ impl Trainer {
             self.device.as_ref(),
         )?;
         self.model.changed();
-        let experts = sums.mixtures.first().map_or(1, |mixture| mixture.choices.len().max(1));
+        let experts = sums
+            .mixtures
+            .first()
+            .map_or(1, |mixture| mixture.choices.len().max(1));
         let choices: Vec<&[f64]> = figures[choices_at..moved_at].chunks(experts).collect();
-        if let Some(MoeConfig { bias_update_rate, .. }) = &self.config.model.moe {
+        if let Some(MoeConfig {
+            bias_update_rate, ..
+        }) = &self.config.model.moe
+        {
             for (mixture, _, mut bias) in self.model.biases() {
-                update_bias(&mut bias, &self.device.upload(&Tensor::from_slice(choices[mixture])), *bias_update_rate);
+                update_bias(
+                    &mut bias,
+                    &self.device.upload(&Tensor::from_slice(choices[mixture])),
+                    *bias_update_rate,
+                );
             }
         }
         let moved_experts = match &mut self.placing {
-            Some(placing) => Some(placing.step(self.step + 1, &choices, &self.model, &self.optimizer)?),
+            Some(placing) => {
+                Some(placing.step(self.step + 1, &choices, &self.model, &self.optimizer)?)
+            }
             None => None,
         };
         let synchronized = self.device.synchronize();
@@ -610,15 +752,24 @@ impl Trainer {
                 snapshots.forget_plan();
             }
         }
-        self.reserved = snapshot.then_some(Reserved { slot, by_all: figures[4] == 0.0, checkpoint });
+        self.reserved = snapshot.then_some(Reserved {
+            slot,
+            by_all: figures[4] == 0.0,
+            checkpoint,
+        });
         let seconds = started.elapsed().as_secs_f64();
         self.seconds = seconds;
         if traced {
             self.write_trace();
         }
         let rows: Vec<&[f64]> = figures[rows_at..own_at].chunks(ranks).collect();
-        let moved: Vec<&[f64]> = figures[moved_at..rows_at].chunks(MixtureSums::MOVED).collect();
-        let expert_imbalance: Vec<f64> = choices.iter().map(|choices| imbalance(choices.iter().copied())).collect();
+        let moved: Vec<&[f64]> = figures[moved_at..rows_at]
+            .chunks(MixtureSums::MOVED)
+            .collect();
+        let expert_imbalance: Vec<f64> = choices
+            .iter()
+            .map(|choices| imbalance(choices.iter().copied()))
+            .collect();
         let rank_imbalance: Vec<f64> = rows.iter().map(|rows| self.rank_imbalance(rows)).collect();
         let record = Record {
             step: self.step,
@@ -634,23 +785,45 @@ impl Trainer {
             rank_imbalance_percentiles: percentiles(&rank_imbalance),
             expert_imbalance,
             rank_imbalance,
-            rank_rows: rows.iter().map(|rows| rows.iter().map(|&rows| rows as u64).collect()).collect(),
+            rank_rows: rows
+                .iter()
+                .map(|rows| rows.iter().map(|&rows| rows as u64).collect())
+                .collect(),
             spilled_rows: moved.iter().map(|moved| moved[0] as u64).collect(),
             lent_bytes: moved.iter().map(|moved| moved[1] as u64).collect(),
             node_bytes: moved.iter().map(|moved| moved[2] as u64).collect(),
-            plan_ms: moved.iter().map(|moved| moved[3] * 1e3 / self.stage_ranks() as f64).collect(),
+            plan_ms: moved
+                .iter()
+                .map(|moved| moved[3] * 1e3 / self.stage_ranks() as f64)
+                .collect(),
             moved_experts,
-            snapshot: self.snapshots.as_ref().filter(|_| snapshot).map(|snapshots| SnapshotFigures {
-                stall_ms: snapshots.cost.stall * 1e3,
-                copy_ms: snapshots.cost.copy * 1e3,
-                bytes: snapshots.cost.bytes,
-                skipped: snapshots.skipped,
-            }),
-            expert_choices: choices.iter().map(|choices| choices.iter().map(|&c| c as u64).collect()).collect(),
-            rank_peak_memory: figures[own_at..own_at + ranks].iter().map(|&bytes| bytes as u64).collect(),
-            rank_peak_resident: figures[own_at + ranks..own_at + 2 * ranks].iter().map(|&b| b as u64).collect(),
+            snapshot: self
+                .snapshots
+                .as_ref()
+                .filter(|_| snapshot)
+                .map(|snapshots| SnapshotFigures {
+                    stall_ms: snapshots.cost.stall * 1e3,
+                    copy_ms: snapshots.cost.copy * 1e3,
+                    bytes: snapshots.cost.bytes,
+                    skipped: snapshots.skipped,
+                }),
+            expert_choices: choices
+                .iter()
+                .map(|choices| choices.iter().map(|&c| c as u64).collect())
+                .collect(),
+            rank_peak_memory: figures[own_at..own_at + ranks]
+                .iter()
+                .map(|&bytes| bytes as u64)
+                .collect(),
+            rank_peak_resident: figures[own_at + ranks..own_at + 2 * ranks]
+                .iter()
+                .map(|&b| b as u64)
+                .collect(),
             rank_waiting: figures[own_at + 2 * ranks..passes_at].to_vec(),
-            rank_pass_ms: figures[passes_at..].chunks(passes.max(1)).map(|p| self.pass_times(p)).collect(),
+            rank_pass_ms: figures[passes_at..]
+                .chunks(passes.max(1))
+                .map(|p| self.pass_times(p))
+                .collect(),
         };
         Ok((record, figures[3] > 0.0))
     }
@@ -664,8 +837,17 @@ impl Trainer {
     /// Takes the snapshot of the last step, for which [`Trainer::train_step`] has reserved slots: after all that the step
     /// leaves on disk, so that nothing of it is missing when a run goes on from here.
     fn take_reserved(&mut self) -> Result<(), Error> {
-        let Some(Reserved { slot, by_all, checkpoint }) = self.reserved.take() else { return Ok(()) };
-        let Some(snapshots) = &mut self.snapshots else { return Ok(()) };
+        let Some(Reserved {
+            slot,
+            by_all,
+            checkpoint,
+        }) = self.reserved.take()
+        else {
+            return Ok(());
+        };
+        let Some(snapshots) = &mut self.snapshots else {
+            return Ok(());
+        };
         match slot {
             // Where experts have just moved, the slot was for what they were called before.
             Some(slot) if by_all && !snapshots.needs_plan() => self.take_snapshot(slot),
@@ -686,17 +868,30 @@ impl Trainer {
         // Ranks of other stages have none.
         let stage = |rank: usize| self.mesh.coordinates_of(rank).pipeline;
         let busy = rows.iter().position(|&rows| rows > 0.0).map_or(0, stage);
-        imbalance(rows.iter().enumerate().filter(|&(rank, _)| stage(rank) == busy).map(|(_, &rows)| rows))
+        imbalance(
+            rows.iter()
+                .enumerate()
+                .filter(|&(rank, _)| stage(rank) == busy)
+                .map(|(_, &rows)| rows),
+        )
     }
 
     /// The mean milliseconds of each pass that ran, by its name, from seconds and counts.
     fn pass_times(&self, passes: &[f64]) -> BTreeMap<String, f64> {
         let chunks = self.schedule.order.chunks;
-        let named = passes.chunks(2).enumerate().filter(|(_, figures)| figures[1] > 0.0).map(|(index, figures)| {
-            let ((_, kind), chunk) = (PassKind::NAMES[index / chunks], index % chunks);
-            let name = if chunk == 0 { kind.to_string() } else { format!("{kind}.{chunk}") };
-            (name, figures[0] / figures[1] * 1e3)
-        });
+        let named = passes
+            .chunks(2)
+            .enumerate()
+            .filter(|(_, figures)| figures[1] > 0.0)
+            .map(|(index, figures)| {
+                let ((_, kind), chunk) = (PassKind::NAMES[index / chunks], index % chunks);
+                let name = if chunk == 0 {
+                    kind.to_string()
+                } else {
+                    format!("{kind}.{chunk}")
+                };
+                (name, figures[0] / figures[1] * 1e3)
+            });
         named.collect()
     }
 
@@ -708,10 +903,15 @@ impl Trainer {
     /// # Errors
     /// When data cannot be read or a collective fails.
     pub fn validate(&self) -> Result<Option<f64>, Error> {
-        let (Some(config), Some(data)) = (&self.config.validation, &self.validation) else { return Ok(None) };
+        let (Some(config), Some(data)) = (&self.config.validation, &self.validation) else {
+            return Ok(None);
+        };
         let total = (config.sequences as u64).min(data.num_windows());
         let tokens = total * self.config.data.sequence_length as u64;
-        let (size, ranks) = (self.config.train.micro_batch as u64, self.mesh.shape().data as u64);
+        let (size, ranks) = (
+            self.config.train.micro_batch as u64,
+            self.mesh.shape().data as u64,
+        );
         let mut loss = 0.0;
         // Every rank makes the same number of forwards; places past the end are read again and do not count.
         for round in 0..total.div_ceil(size * ranks) {
@@ -720,13 +920,22 @@ impl Trainer {
             }
             let first = (round * ranks + self.mesh.coordinates().data as u64) * size;
             let batch = |_| {
-                let (inputs, labels) = data.windows((first..first + size).map(|number| number.min(total - 1)))?;
+                let (inputs, labels) =
+                    data.windows((first..first + size).map(|number| number.min(total - 1)))?;
                 let beyond = (first + size).saturating_sub(total).min(size) as i64;
-                let _ = labels.narrow(0, size as i64 - beyond, beyond).fill_(IGNORED);
+                let _ = labels
+                    .narrow(0, size as i64 - beyond, beyond)
+                    .fill_(IGNORED);
                 Ok((self.device.upload(&inputs), self.device.upload(&labels)))
             };
-            let totals = BatchTotals { groups: 1.0, tokens: tokens as f64, counts_le: None };
-            loss += self.pass(&self.single_forward, None, &batch, totals)?.cross_entropy;
+            let totals = BatchTotals {
+                groups: 1.0,
+                tokens: tokens as f64,
+                counts_le: None,
+            };
+            loss += self
+                .pass(&self.single_forward, None, &batch, totals)?
+                .cross_entropy;
         }
         Ok(Some(sum_over_ranks(&self.world, &[loss])?[0]))
     }
@@ -739,30 +948,56 @@ impl Trainer {
     /// # Errors
     /// When a step fails, or the last checkpoint cannot be written. A checkpoint that fails on the way is told to
     /// `progress`, and training goes on.
-    pub fn run(&mut self, stop: &dyn Fn() -> bool, progress: &mut dyn Progress) -> Result<Outcome, Error> {
+    pub fn run(
+        &mut self,
+        stop: &dyn Fn() -> bool,
+        progress: &mut dyn Progress,
+    ) -> Result<Outcome, Error> {
         let rank0 = self.world.rank() == 0;
-        let open = |name: &str| rank0.then(|| Metrics::resume(&self.config.run.dir.join(name), self.step)).transpose();
+        let open = |name: &str| {
+            rank0
+                .then(|| Metrics::resume(&self.config.run.dir.join(name), self.step))
+                .transpose()
+        };
         let (mut metrics, mut routing) = (open("metrics.jsonl")?, open("routing.jsonl")?);
         let steps = self.config.train.steps;
-        let mut outcome = Outcome { step: self.step, stopped: false, validation_loss: None };
+        let mut outcome = Outcome {
+            step: self.step,
+            stopped: false,
+            validation_loss: None,
+        };
         while self.step < steps && !outcome.stopped {
             let (record, stopped) = self.train_step(stop())?;
             outcome.stopped = stopped && self.step < steps;
             if rank0 {
                 keep(&mut metrics, &record, progress);
-                let shown = self.step == 1 || self.step == steps || self.step.is_multiple_of(self.config.run.log_every);
+                let shown = self.step == 1
+                    || self.step == steps
+                    || self.step.is_multiple_of(self.config.run.log_every);
                 if shown && !record.expert_choices.is_empty() {
-                    let line = RoutingLine { step: self.step, choices: record.expert_choices.clone() };
+                    let line = RoutingLine {
+                        step: self.step,
+                        choices: record.expert_choices.clone(),
+                    };
                     keep(&mut routing, &line, progress);
                 }
                 progress.step(&record, steps);
             }
             let last = self.step == steps || outcome.stopped;
             let due = |every: u64| every > 0 && self.step.is_multiple_of(every);
-            if self.config.validation.as_ref().is_some_and(|v| (due(v.every) || last) && !outcome.stopped) {
+            if self
+                .config
+                .validation
+                .as_ref()
+                .is_some_and(|v| (due(v.every) || last) && !outcome.stopped)
+            {
                 outcome.validation_loss = self.validate()?;
                 if let Some(loss) = outcome.validation_loss.filter(|_| rank0) {
-                    keep(&mut metrics, &serde_json::json!({"step": self.step, "validation_loss": loss}), progress);
+                    keep(
+                        &mut metrics,
+                        &serde_json::json!({"step": self.step, "validation_loss": loss}),
+                        progress,
+                    );
                     progress.validation(self.step, loss);
                 }
             }
@@ -775,12 +1010,17 @@ impl Trainer {
             };
             if !written && (self.snapshots.is_some() || self.checkpoint_due(self.step) || last) {
                 match self.save() {
-                    Ok(path) if rank0 && last => progress.note(&format!("checkpoint {}", path.display())),
+                    Ok(path) if rank0 && last => {
+                        progress.note(&format!("checkpoint {}", path.display()))
+                    }
                     Ok(_) => {}
                     Err(Error::Comm(error)) => return Err(error.into()),
                     Err(error) if last => return Err(error),
                     Err(error) if rank0 => {
-                        progress.warn(&format!("no checkpoint at step {}: {error}; training goes on", self.step));
+                        progress.warn(&format!(
+                            "no checkpoint at step {}: {error}; training goes on",
+                            self.step
+                        ));
                     }
                     Err(_) => {}
                 }
@@ -795,11 +1035,19 @@ impl Trainer {
         let (total, active) = self.config.model.num_parameters();
         let lending = match (&self.planner, &self.config.model.moe) {
             (Some(planner), _) => {
-                let how = if self.measures() { "measured" } else { "as configured" };
-                format!("; an expert is lent for {} tokens or more ({how})", locked(planner).min_tokens)
+                let how = if self.measures() {
+                    "measured"
+                } else {
+                    "as configured"
+                };
+                format!(
+                    "; an expert is lent for {} tokens or more ({how})",
+                    locked(planner).min_tokens
+                )
             }
             (None, Some(moe)) if moe.dispatch.least_loaded() || moe.placement.is_some() => {
-                "; each rank has all experts (parallel.expert is 1), so none is lent or moves".to_string()
+                "; each rank has all experts (parallel.expert is 1), so none is lent or moves"
+                    .to_string()
             }
             _ => String::new(),
         };
@@ -813,7 +1061,11 @@ impl Trainer {
             self.device.name(),
             total as f64 / 1e6,
             active as f64 / 1e6,
-            if self.config.train.dtype == Dtype::Bf16 { "bf16" } else { "fp32" },
+            if self.config.train.dtype == Dtype::Bf16 {
+                "bf16"
+            } else {
+                "fp32"
+            },
             self.train.num_tokens(),
             self.tokens_per_step()
         )
@@ -854,5 +1106,9 @@ fn keep(metrics: &mut Option<Metrics>, line: &impl serde::Serialize, progress: &
 /// The largest over the mean; 1 where there is nothing.
 fn imbalance(loads: impl Iterator<Item = f64> + Clone) -> f64 {
     let mean = loads.clone().sum::<f64>() / loads.clone().count().max(1) as f64;
-    if mean == 0.0 { 1.0 } else { loads.fold(0.0, f64::max) / mean }
+    if mean == 0.0 {
+        1.0
+    } else {
+        loads.fold(0.0, f64::max) / mean
+    }
 }

@@ -7,7 +7,9 @@ use parallel::{Communicator, GradientBuckets, Local, Replication};
 use std::path::Path;
 use std::sync::Arc;
 use tch::Tensor;
-use trainer::config::{Dtype, ModelConfig, MoeConfig, MupConfig, OptimizerConfig, QkNorm, RouterConfig};
+use trainer::config::{
+    Dtype, ModelConfig, MoeConfig, MupConfig, OptimizerConfig, QkNorm, RouterConfig,
+};
 use trainer::{Model, ModelPart, Optimizer, Ranks, Setting};
 
 struct Golden {
@@ -19,12 +21,16 @@ impl Golden {
         let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
         let folder = std::env::var_os("MOERUN_GOLDEN").map_or(here, Into::into);
         let path = folder.join(format!("{name}.safetensors"));
-        Golden { bytes: std::fs::read(path).unwrap() }
+        Golden {
+            bytes: std::fs::read(path).unwrap(),
+        }
     }
 
     fn tensor(&self, name: &str) -> Tensor {
         let file = safetensors::SafeTensors::deserialize(&self.bytes).unwrap();
-        let view = file.tensor(name).unwrap_or_else(|_| panic!("the golden file has no {name}"));
+        let view = file
+            .tensor(name)
+            .unwrap_or_else(|_| panic!("the golden file has no {name}"));
         let shape: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
         let kind = match view.dtype() {
             safetensors::Dtype::F32 => tch::Kind::Float,
@@ -36,7 +42,10 @@ impl Golden {
 
     fn names(&self, kind: &str) -> Vec<String> {
         let file = safetensors::SafeTensors::deserialize(&self.bytes).unwrap();
-        file.names().iter().filter_map(|name| Some(name.strip_prefix(kind)?.to_string())).collect()
+        file.names()
+            .iter()
+            .filter_map(|name| Some(name.strip_prefix(kind)?.to_string()))
+            .collect()
     }
 }
 
@@ -63,7 +72,11 @@ fn config(moe: MoeConfig, kv_heads: usize) -> ModelConfig {
 
 fn experts(experts: usize, top_k: usize, ffn: usize, normalize: bool) -> MoeConfig {
     MoeConfig {
-        router: RouterConfig { score: Score::Softmax, normalize, ..RouterConfig::default() },
+        router: RouterConfig {
+            score: Score::Softmax,
+            normalize,
+            ..RouterConfig::default()
+        },
         // HF's loss is top_k times ours, taken once over all layers.
         load_balance: 0.01 * top_k as f64,
         load_balance_over: Statistics::Microbatch,
@@ -92,21 +105,43 @@ fn check(name: &str, config: ModelConfig) {
     let mut loaded = 0;
     for parameter in model.parameters.iter() {
         for (place, part) in parameter.parts(&parameter.master) {
-            tch::no_grad(|| part.shallow_clone().copy_(&golden.tensor(&format!("weight/{}", place.name))));
+            tch::no_grad(|| {
+                part.shallow_clone()
+                    .copy_(&golden.tensor(&format!("weight/{}", place.name)))
+            });
             loaded += 1;
         }
     }
-    assert_eq!(loaded, golden.names("weight/").len(), "every golden weight has a place");
+    assert_eq!(
+        loaded,
+        golden.names("weight/").len(),
+        "every golden weight has a place"
+    );
 
-    let leaves: Vec<_> = model.parameters.iter().map(|p| (p.weight.clone(), 0)).collect();
-    let gradients = GradientBuckets::new(&leaves, &[Replication::alone()], 1 << 20, true, device).unwrap();
-    let settings = OptimizerConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, offload: false };
+    let leaves: Vec<_> = model
+        .parameters
+        .iter()
+        .map(|p| (p.weight.clone(), 0))
+        .collect();
+    let gradients =
+        GradientBuckets::new(&leaves, &[Replication::alone()], 1 << 20, true, device).unwrap();
+    let settings = OptimizerConfig {
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        weight_decay: 0.1,
+        offload: false,
+    };
     let mut optimizer = Optimizer::new(&settings, 1.0, &model.parameters, device, alone).unwrap();
     let ids = device.upload(&golden.tensor("input_ids"));
     let (batch, length) = ids.size2().unwrap();
     let labels = ids.roll([-1], [1]);
     let _ = labels.narrow(1, length - 1, 1).fill_(-100);
-    let totals = BatchTotals { groups: 1.0, tokens: (batch * (length - 1)) as f64, counts_le: None };
+    let totals = BatchTotals {
+        groups: 1.0,
+        tokens: (batch * (length - 1)) as f64,
+        counts_le: None,
+    };
 
     for step in 1..=3 {
         gradients.begin(1);
@@ -126,7 +161,10 @@ fn check(name: &str, config: ModelConfig) {
                 ("grad_norm", norm),
             ] {
                 let theirs = golden.tensor(figure).double_value(&[0]);
-                assert!((ours - theirs).abs() < 1e-5 * theirs, "{figure}: {ours} and {theirs}");
+                assert!(
+                    (ours - theirs).abs() < 1e-5 * theirs,
+                    "{figure}: {ours} and {theirs}"
+                );
             }
             for (index, parameter) in model.parameters.iter().enumerate() {
                 for (place, grad) in parameter.parts(&gradients.gradient(index)) {
@@ -135,7 +173,9 @@ fn check(name: &str, config: ModelConfig) {
                 }
             }
         }
-        optimizer.step(&model.parameters, &gradients, step, 1e-2, norm, device).unwrap();
+        optimizer
+            .step(&model.parameters, &gradients, step, 1e-2, norm, device)
+            .unwrap();
     }
     if config.mup.is_some() {
         return; // Learning rates differ by parameter there; transformers has no such optimizer.
@@ -155,13 +195,21 @@ fn mixtral() {
 
 #[test]
 fn olmoe() {
-    let config = ModelConfig { qk_norm: QkNorm::Full, rope_theta: 10_000.0, ..config(experts(8, 3, 24, false), 4) };
+    let config = ModelConfig {
+        qk_norm: QkNorm::Full,
+        rope_theta: 10_000.0,
+        ..config(experts(8, 3, 24, false), 4)
+    };
     check("olmoe", config);
 }
 
 #[test]
 fn granite_with_mup_multipliers() {
-    let mup = MupConfig { width: 2.0, embedding: 12.0, residual: 0.22 };
+    let mup = MupConfig {
+        width: 2.0,
+        embedding: 12.0,
+        residual: 0.22,
+    };
     let config = ModelConfig {
         rope_theta: 10_000.0,
         tie_embeddings: true,

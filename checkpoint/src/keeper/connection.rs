@@ -2,8 +2,8 @@
 
 use super::serve::PATIENCE;
 use super::{
-    Damage, Error, Event, Fault, Inventory, Reply, Request, Secret, Snapshot, SnapshotId, Status, Topology, recover,
-    wire,
+    Damage, Error, Event, Fault, Inventory, Reply, Request, Secret, Snapshot, SnapshotId, Status,
+    Topology, recover, wire,
 };
 use crate::Shard;
 use std::collections::HashMap;
@@ -23,8 +23,15 @@ impl Peer {
     ///
     /// # Errors
     /// When no keeper of this run is there.
-    pub fn connect(address: SocketAddr, secret: &Secret, patience: Duration) -> Result<Peer, Error> {
-        Ok(Peer { stream: wire::connect(address, secret, patience)?, address })
+    pub fn connect(
+        address: SocketAddr,
+        secret: &Secret,
+        patience: Duration,
+    ) -> Result<Peer, Error> {
+        Ok(Peer {
+            stream: wire::connect(address, secret, patience)?,
+            address,
+        })
     }
 
     pub(crate) fn send(&mut self, request: &Request) -> Result<(), Error> {
@@ -62,7 +69,10 @@ impl Peer {
     /// # Errors
     /// As all of these: when the keeper is gone, does not answer in time, or refuses.
     pub fn set_up(&mut self, topology: &Topology, node: usize) -> Result<(), Error> {
-        self.order(&Request::Setup { topology: topology.clone(), node })
+        self.order(&Request::Setup {
+            topology: topology.clone(),
+            node,
+        })
     }
 
     /// What it has.
@@ -107,8 +117,15 @@ impl Peer {
     ///
     /// # Errors
     /// As [`Peer::set_up`].
-    pub fn keep(&mut self, snapshot: Option<&Snapshot>, holders: &[SocketAddr]) -> Result<(), Error> {
-        self.order(&Request::Keep { snapshot: snapshot.cloned(), holders: holders.to_vec() })
+    pub fn keep(
+        &mut self,
+        snapshot: Option<&Snapshot>,
+        holders: &[SocketAddr],
+    ) -> Result<(), Error> {
+        self.order(&Request::Keep {
+            snapshot: snapshot.cloned(),
+            holders: holders.to_vec(),
+        })
     }
 
     /// What of a snapshot here is damaged.
@@ -135,8 +152,17 @@ impl Peer {
     ///
     /// # Errors
     /// As [`Peer::set_up`].
-    pub fn protect(&mut self, snapshot: &Snapshot, node: usize, sources: &[Option<SocketAddr>]) -> Result<(), Error> {
-        self.order(&Request::Protect { snapshot: snapshot.clone(), node, sources: sources.to_vec() })
+    pub fn protect(
+        &mut self,
+        snapshot: &Snapshot,
+        node: usize,
+        sources: &[Option<SocketAddr>],
+    ) -> Result<(), Error> {
+        self.order(&Request::Protect {
+            snapshot: snapshot.clone(),
+            node,
+            sources: sources.to_vec(),
+        })
     }
 
     /// Keeps the parts of a complete snapshot until they are written to disk; one snapshot at a time.
@@ -159,8 +185,17 @@ impl Peer {
     ///
     /// # Errors
     /// As [`Peer::set_up`], and when the disk is full.
-    pub fn persist(&mut self, id: SnapshotId, ranks: &[usize], folder: &Path) -> Result<Vec<Shard>, Error> {
-        match self.ask(&Request::Persist { id, ranks: ranks.to_vec(), folder: folder.to_path_buf() })? {
+    pub fn persist(
+        &mut self,
+        id: SnapshotId,
+        ranks: &[usize],
+        folder: &Path,
+    ) -> Result<Vec<Shard>, Error> {
+        match self.ask(&Request::Persist {
+            id,
+            ranks: ranks.to_vec(),
+            folder: folder.to_path_buf(),
+        })? {
             Reply::Shards(shards) => Ok(shards),
             other => Err(unexpected(&other)),
         }
@@ -220,7 +255,11 @@ pub(crate) struct Peers {
 
 impl Peers {
     pub(crate) fn new(secret: Secret) -> Peers {
-        Peers { secret, idle: Mutex::default(), fetching: Mutex::default() }
+        Peers {
+            secret,
+            idle: Mutex::default(),
+            fetching: Mutex::default(),
+        }
     }
 
     /// Held by the one who brings parts here.
@@ -230,7 +269,12 @@ impl Peers {
 
     /// A connection, old or new.
     pub(crate) fn get(&self, address: SocketAddr) -> Result<Peer, Error> {
-        let idle = self.idle.lock().expect("nobody panics with it").get_mut(&address).and_then(Vec::pop);
+        let idle = self
+            .idle
+            .lock()
+            .expect("nobody panics with it")
+            .get_mut(&address)
+            .and_then(Vec::pop);
         match idle {
             Some(peer) => Ok(peer),
             None => Peer::connect(address, &self.secret, 2 * PATIENCE),
@@ -239,6 +283,11 @@ impl Peers {
 
     /// Takes a connection back on which no reply is due.
     pub(crate) fn put(&self, peer: Peer) {
-        self.idle.lock().expect("nobody panics with it").entry(peer.address).or_default().push(peer);
+        self.idle
+            .lock()
+            .expect("nobody panics with it")
+            .entry(peer.address)
+            .or_default()
+            .push(peer);
     }
 }

@@ -46,7 +46,9 @@ impl Link {
     /// # Errors
     /// When no keeper of this run is there.
     pub fn connect(socket: &str, secret: &Secret, rank: usize) -> Result<Link, Error> {
-        Ok(Link { stream: connect(socket, secret, rank)? })
+        Ok(Link {
+            stream: connect(socket, secret, rank)?,
+        })
     }
 
     fn ask(&mut self, request: &RankRequest, patience: Duration) -> Result<RankReply, Error> {
@@ -67,15 +69,25 @@ impl Link {
             RankReply::Slots(count) => count,
             other => return Err(unexpected(other)),
         };
-        let files = (0..count).map(|_| receive_file(&self.stream)).collect::<Result<Vec<_>, _>>()?;
-        Ok(files.into_iter().map(|file| Region::open(file).map(Arc::new)).collect::<Result<_, _>>()?)
+        let files = (0..count)
+            .map(|_| receive_file(&self.stream))
+            .collect::<Result<Vec<_>, _>>()?;
+        Ok(files
+            .into_iter()
+            .map(|file| Region::open(file).map(Arc::new))
+            .collect::<Result<_, _>>()?)
     }
 
     /// Takes a free slot for a snapshot of `bytes` bytes, if there is one.
     ///
     /// # Errors
     /// When the keeper is gone or does not answer at once.
-    pub fn reserve(&mut self, id: SnapshotId, bytes: u64, durable: bool) -> Result<Option<usize>, Error> {
+    pub fn reserve(
+        &mut self,
+        id: SnapshotId,
+        bytes: u64,
+        durable: bool,
+    ) -> Result<Option<usize>, Error> {
         match self.ask(&RankRequest::Reserve { id, bytes, durable }, PATIENCE)? {
             RankReply::Slot(slot) => Ok(slot),
             other => Err(unexpected(other)),

@@ -6,11 +6,17 @@ use std::path::Path;
 pub(crate) fn available() -> Option<u64> {
     let read = |path: &Path| std::fs::read_to_string(path).ok();
     let text = read(Path::new("/proc/meminfo"))?;
-    let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
+    let line = text
+        .lines()
+        .find(|line| line.starts_with("MemAvailable:"))?;
     let machine = line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024;
     let group = read(Path::new("/proc/self/cgroup")).and_then(|groups| {
         // Control groups of version 2 have one line, `0::PATH`.
-        let path = groups.lines().find_map(|line| line.strip_prefix("0::"))?.trim_start_matches('/').to_string();
+        let path = groups
+            .lines()
+            .find_map(|line| line.strip_prefix("0::"))?
+            .trim_start_matches('/')
+            .to_string();
         let folder = Path::new("/sys/fs/cgroup").join(path);
         let number = |name: &str| read(&folder.join(name))?.trim().parse::<u64>().ok();
         Some(number("memory.max")?.saturating_sub(number("memory.current")?))

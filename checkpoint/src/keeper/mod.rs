@@ -89,31 +89,51 @@ impl Topology {
 
     /// The node of a rank.
     pub fn node_of(&self, rank: usize) -> Option<usize> {
-        self.nodes.iter().position(|node| node.ranks.contains(&rank))
+        self.nodes
+            .iter()
+            .position(|node| node.ranks.contains(&rank))
     }
 
     /// Group and position in it of a node.
     pub(crate) fn position(&self, node: usize) -> Option<(usize, usize)> {
         let found = self.groups.iter().enumerate();
-        found.filter_map(|(group, nodes)| Some((group, nodes.iter().position(|&other| other == node)?))).next()
+        found
+            .filter_map(|(group, nodes)| {
+                Some((group, nodes.iter().position(|&other| other == node)?))
+            })
+            .next()
     }
 
     pub(crate) fn seat(&self, rank: usize) -> Option<Seat> {
         let node = self.node_of(rank)?;
         let (group, position) = self.position(node)?;
-        let local = self.nodes[node].ranks.iter().position(|&other| other == rank)?;
-        Some(Seat { group, position, local })
+        let local = self.nodes[node]
+            .ranks
+            .iter()
+            .position(|&other| other == rank)?;
+        Some(Seat {
+            group,
+            position,
+            local,
+        })
     }
 
     /// The rank at a position of a group, with this local number.
     pub(crate) fn rank_at(&self, group: usize, position: usize, local: usize) -> Option<usize> {
-        self.nodes[self.groups[group][position]].ranks.get(local).copied()
+        self.nodes[self.groups[group][position]]
+            .ranks
+            .get(local)
+            .copied()
     }
 
     /// The stripes of a group's ranks with one local number; None where nothing is protected.
     pub(crate) fn stripes(&self, group: usize, local: usize) -> Option<Stripes> {
         let (nodes, parity) = (self.groups[group].len(), self.redundancy.survives());
-        (parity > 0).then(|| Stripes { nodes, parity, turn: local % nodes })
+        (parity > 0).then(|| Stripes {
+            nodes,
+            parity,
+            turn: local % nodes,
+        })
     }
 }
 
@@ -345,11 +365,19 @@ pub(crate) enum RankRequest {
     /// Slots of this many bytes: [`RankReply::Slots`], then as many files.
     Allocate { bytes: u64, slots: usize },
     /// A slot for a snapshot: [`RankReply::Slot`].
-    Reserve { id: SnapshotId, bytes: u64, durable: bool },
+    Reserve {
+        id: SnapshotId,
+        bytes: u64,
+        durable: bool,
+    },
     /// It is not needed. No reply.
     Release { slot: usize },
     /// Bytes are there. No reply.
-    Filled { slot: usize, upto: u64, crcs: Vec<u32> },
+    Filled {
+        slot: usize,
+        upto: u64,
+        crcs: Vec<u32>,
+    },
     /// It lives, has done so many steps, and got on so often. No reply.
     Beat { step: u64, progress: u64 },
     /// Has all been heard? [`RankReply::Welcome`].

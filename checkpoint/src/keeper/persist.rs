@@ -12,17 +12,30 @@ use std::io::Write;
 use std::path::Path;
 
 /// Writes parts of `id` that are here into `folder`, makes them durable and reads them back.
-pub(crate) fn write(keeper: &Keeper, id: SnapshotId, ranks: &[usize], folder: &Path) -> Result<Vec<Shard>, Error> {
+pub(crate) fn write(
+    keeper: &Keeper,
+    id: SnapshotId,
+    ranks: &[usize],
+    folder: &Path,
+) -> Result<Vec<Shard>, Error> {
     let size = chunk_size(keeper, id)?;
     let mut shards = Vec::new();
     for &rank in ranks {
         let name = format!("shard-{rank:05}.safetensors");
         let path = folder.join(&name);
         // The slot stays pinned, so nobody writes over it.
-        let written =
-            keeper.read(id, rank, u64::MAX, |region, info| write_part(region, info.bytes, &info.crcs, size, &path));
+        let written = keeper.read(id, rank, u64::MAX, |region, info| {
+            write_part(region, info.bytes, &info.crcs, size, &path)
+        });
         let (bytes, crc32c, places) = written?.map_err(Error::Refused)?;
-        shards.push(Shard::new(FileEntry { name, bytes, crc32c }, places));
+        shards.push(Shard::new(
+            FileEntry {
+                name,
+                bytes,
+                crc32c,
+            },
+            places,
+        ));
     }
     Ok(shards)
 }
@@ -42,7 +55,10 @@ fn write_part(
         let len = chunk_len(bytes, size, chunk as u64);
         region.copy_out(chunk * size, &mut buffer[..len]);
         if crate::checksum::crc32c(&buffer[..len]) != crc {
-            return Err(format!("memory for {} is damaged at chunk {chunk}", path.display()));
+            return Err(format!(
+                "memory for {} is damaged at chunk {chunk}",
+                path.display()
+            ));
         }
         whole = crate::checksum::combine(whole, crc, len);
         file.write_all(&buffer[..len]).map_err(failed)?;
@@ -51,7 +67,14 @@ fn write_part(
     drop(file);
     let (found, crc) = checksum(path).map_err(|e| e.to_string())?;
     if (found, crc) != (bytes, whole) {
-        return Err(format!("{} gives back other bytes than were written", path.display()));
+        return Err(format!(
+            "{} gives back other bytes than were written",
+            path.display()
+        ));
     }
-    Ok((bytes, whole, Head::of_file(path).map_err(|e| e.to_string())?.places))
+    Ok((
+        bytes,
+        whole,
+        Head::of_file(path).map_err(|e| e.to_string())?.places,
+    ))
 }

@@ -19,7 +19,12 @@ use std::time::Duration;
 const WINDOW: usize = 4;
 
 /// Bytes of `rank`'s part in chunk number `chunk`.
-pub(crate) fn chunk(keeper: &Keeper, id: SnapshotId, rank: usize, chunk: u64) -> Result<Vec<u8>, Error> {
+pub(crate) fn chunk(
+    keeper: &Keeper,
+    id: SnapshotId,
+    rank: usize,
+    chunk: u64,
+) -> Result<Vec<u8>, Error> {
     let size = chunk_size(keeper, id)?;
     keeper.read(id, rank, (chunk + 1) * size as u64, |region, info| {
         let mut bytes = vec![0; chunk_len(info.bytes, size, chunk)];
@@ -32,8 +37,15 @@ pub(crate) fn chunk(keeper: &Keeper, id: SnapshotId, rank: usize, chunk: u64) ->
 pub(crate) fn chunk_size(keeper: &Keeper, id: SnapshotId) -> Result<usize, Error> {
     let state = keeper.lock();
     let topology = state.complete.get(&id).map(|snapshot| &snapshot.topology);
-    let topology = topology.or_else(|| state.seats.get(&id.generation).map(|(topology, _)| topology));
-    topology.map(|topology| topology.chunk).ok_or_else(|| Error::Refused("that generation is not known here".into()))
+    let topology = topology.or_else(|| {
+        state
+            .seats
+            .get(&id.generation)
+            .map(|(topology, _)| topology)
+    });
+    topology
+        .map(|topology| topology.chunk)
+        .ok_or_else(|| Error::Refused("that generation is not known here".into()))
 }
 
 /// Length of chunk number `chunk` of a part of `bytes` bytes.
@@ -43,17 +55,26 @@ pub(crate) fn chunk_len(bytes: u64, size: usize, chunk: u64) -> usize {
 
 /// Bytes that a stripe's parities have: the longest of its chunks; `lengths` are those of the parts, by position.
 pub(crate) fn stripe_len(stripes: &Stripes, stripe: u64, lengths: &[u64], size: usize) -> usize {
-    let chunk =
-        |position: usize| stripes.chunk(position, stripe).map_or(0, |chunk| chunk_len(lengths[position], size, chunk));
+    let chunk = |position: usize| {
+        stripes
+            .chunk(position, stripe)
+            .map_or(0, |chunk| chunk_len(lengths[position], size, chunk))
+    };
     (0..stripes.nodes).map(chunk).max().unwrap_or(0)
 }
 
 /// Makes the parity of a new snapshot that this node encodes.
 pub(crate) fn encode(keeper: &Keeper, id: SnapshotId) -> Result<(), Error> {
     let seat = keeper.lock().seats.get(&id.generation).cloned();
-    let (topology, node) = seat.ok_or_else(|| Error::Refused("this generation was not begun here".into()))?;
-    let Some((group, _)) = topology.position(node) else { return Ok(()) };
-    let sources: Vec<_> = topology.groups[group].iter().map(|&node| Some(topology.nodes[node].address)).collect();
+    let (topology, node) =
+        seat.ok_or_else(|| Error::Refused("this generation was not begun here".into()))?;
+    let Some((group, _)) = topology.position(node) else {
+        return Ok(());
+    };
+    let sources: Vec<_> = topology.groups[group]
+        .iter()
+        .map(|&node| Some(topology.nodes[node].address))
+        .collect();
     make(keeper, &topology, id, node, &sources, true)
 }
 
@@ -64,8 +85,18 @@ pub(crate) fn again(
     node: usize,
     sources: &[Option<SocketAddr>],
 ) -> Result<(), Error> {
-    keeper.lock().seats.insert(snapshot.id.generation, (snapshot.topology.clone(), node));
-    make(keeper, &snapshot.topology, snapshot.id, node, sources, false)?;
+    keeper
+        .lock()
+        .seats
+        .insert(snapshot.id.generation, (snapshot.topology.clone(), node));
+    make(
+        keeper,
+        &snapshot.topology,
+        snapshot.id,
+        node,
+        sources,
+        false,
+    )?;
     keeper.lock().protected.insert(snapshot.id);
     Ok(())
 }
@@ -81,34 +112,61 @@ fn make(
     encoder: bool,
 ) -> Result<(), Error> {
     let began = thread_time();
-    let Some((group, position)) = topology.position(node) else { return Ok(()) };
+    let Some((group, position)) = topology.position(node) else {
+        return Ok(());
+    };
     let nodes = &topology.groups[group];
-    let mut peers = Connections { keeper, sources, open: BTreeMap::new() };
-    for local in 0..nodes.iter().map(|&node| topology.nodes[node].ranks.len()).max().unwrap_or(0) {
-        let Some(stripes) = topology.stripes(group, local) else { return Ok(()) };
-        let code = Code::new(topology.redundancy, stripes.data(), stripes.parity).map_err(Error::Refused)?;
+    let mut peers = Connections {
+        keeper,
+        sources,
+        open: BTreeMap::new(),
+    };
+    for local in 0..nodes
+        .iter()
+        .map(|&node| topology.nodes[node].ranks.len())
+        .max()
+        .unwrap_or(0)
+    {
+        let Some(stripes) = topology.stripes(group, local) else {
+            return Ok(());
+        };
+        let code = Code::new(topology.redundancy, stripes.data(), stripes.parity)
+            .map_err(Error::Refused)?;
         let rank = |position: usize| topology.rank_at(group, position, local);
         let mut lengths = vec![0; stripes.nodes];
         for (position, length) in lengths.iter_mut().enumerate() {
             if let Some(rank) = rank(position) {
                 *length = match peers.at(position, 0)?.ask(&Request::Length { id, rank })? {
                     Reply::Length(bytes) => bytes,
-                    other => return Err(Error::Protocol(format!("a length was asked for, not {other:?}"))),
+                    other => {
+                        return Err(Error::Protocol(format!(
+                            "a length was asked for, not {other:?}"
+                        )));
+                    }
                 };
             }
         }
         let size = topology.chunk;
-        let chunks = lengths.iter().map(|bytes| bytes.div_ceil(size as u64)).max().unwrap_or(0);
+        let chunks = lengths
+            .iter()
+            .map(|bytes| bytes.div_ceil(size as u64))
+            .max()
+            .unwrap_or(0);
         let own = |stripe: u64| {
             let limit = if encoder { 1 } else { stripes.parity };
             (0..limit).find(|&index| stripes.parity_at(stripe, index) == position)
         };
-        let todo: Vec<(u64, usize)> =
-            (0..stripes.count(chunks)).filter_map(|stripe| Some((stripe, own(stripe)?))).collect();
+        let todo: Vec<(u64, usize)> = (0..stripes.count(chunks))
+            .filter_map(|stripe| Some((stripe, own(stripe)?)))
+            .collect();
         let needs = |stripe: u64| {
-            stripes.data_at(stripe).filter_map(move |at| Some((at, stripes.chunk(at, stripe)?))).collect::<Vec<_>>()
+            stripes
+                .data_at(stripe)
+                .filter_map(move |at| Some((at, stripes.chunk(at, stripe)?)))
+                .collect::<Vec<_>>()
         };
-        let exists = |at: usize, chunk: u64, lengths: &[u64]| chunk_len(lengths[at], size, chunk) > 0;
+        let exists =
+            |at: usize, chunk: u64, lengths: &[u64]| chunk_len(lengths[at], size, chunk) > 0;
         let mut asked = 0;
         let mut pushed: VecDeque<usize> = VecDeque::new();
         for (number, &(stripe, index)) in todo.iter().enumerate() {
@@ -130,18 +188,32 @@ fn make(
                 bytes.resize(len, 0);
                 data.push(bytes);
             }
-            let mut parity: Vec<Vec<u8>> =
-                (0..stripes.parity).map(|_| keeper.lock().spare.pop().unwrap_or_default()).collect();
+            let mut parity: Vec<Vec<u8>> = (0..stripes.parity)
+                .map(|_| keeper.lock().spare.pop().unwrap_or_default())
+                .collect();
             parity.iter_mut().for_each(|bytes| bytes.resize(len, 0));
             let views: Vec<&[u8]> = data.iter().map(Vec::as_slice).collect();
-            code.encode(&views, &mut parity.iter_mut().map(Vec::as_mut_slice).collect::<Vec<_>>());
+            code.encode(
+                &views,
+                &mut parity.iter_mut().map(Vec::as_mut_slice).collect::<Vec<_>>(),
+            );
             for (number, bytes) in parity.into_iter().enumerate() {
                 if number == index {
                     let crc = crate::checksum::crc32c(&bytes);
-                    keeper.lock().parity.entry(id).or_default().insert((local, stripe), (bytes, crc));
+                    keeper
+                        .lock()
+                        .parity
+                        .entry(id)
+                        .or_default()
+                        .insert((local, stripe), (bytes, crc));
                 } else if encoder && number > 0 {
                     let at = stripes.parity_at(stripe, number);
-                    peers.at(at, 1)?.send(&Request::PutParity { id, local, stripe, bytes })?;
+                    peers.at(at, 1)?.send(&Request::PutParity {
+                        id,
+                        local,
+                        stripe,
+                        bytes,
+                    })?;
                     pushed.push_back(at);
                 } else {
                     keeper.lock().spare.push(bytes);
@@ -173,11 +245,15 @@ struct Connections<'a> {
 impl Connections<'_> {
     fn at(&mut self, position: usize, lane: usize) -> Result<&mut Peer, Error> {
         if !self.open.contains_key(&(position, lane)) {
-            let address =
-                self.sources[position].ok_or_else(|| Error::Refused(format!("position {position} is lost")))?;
-            self.open.insert((position, lane), self.keeper.peers.get(address)?);
+            let address = self.sources[position]
+                .ok_or_else(|| Error::Refused(format!("position {position} is lost")))?;
+            self.open
+                .insert((position, lane), self.keeper.peers.get(address)?);
         }
-        Ok(self.open.get_mut(&(position, lane)).expect("it was just put there"))
+        Ok(self
+            .open
+            .get_mut(&(position, lane))
+            .expect("it was just put there"))
     }
 }
 

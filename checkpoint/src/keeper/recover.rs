@@ -20,15 +20,22 @@ impl Candidate {
     /// The nodes whose parts are to be rebuilt.
     pub fn lost(&self) -> Vec<usize> {
         let lost = (0..self.holders.len()).filter(|&rank| self.holders[rank].is_none());
-        let nodes: BTreeSet<usize> = lost.filter_map(|rank| self.snapshot.topology.node_of(rank)).collect();
+        let nodes: BTreeSet<usize> = lost
+            .filter_map(|rank| self.snapshot.topology.node_of(rank))
+            .collect();
         nodes.into_iter().collect()
     }
 
     /// The keepers of the positions in `rank`'s group.
     pub fn sources(&self, rank: usize, addresses: &[SocketAddr]) -> Vec<Option<SocketAddr>> {
         let topology = &self.snapshot.topology;
-        let Some(seat) = topology.seat(rank) else { return Vec::new() };
-        topology.groups[seat.group].iter().map(|&node| self.seats[node].map(|keeper| addresses[keeper])).collect()
+        let Some(seat) = topology.seat(rank) else {
+            return Vec::new();
+        };
+        topology.groups[seat.group]
+            .iter()
+            .map(|&node| self.seats[node].map(|keeper| addresses[keeper]))
+            .collect()
     }
 }
 
@@ -51,10 +58,23 @@ pub fn candidates(inventories: &[Inventory]) -> Vec<Candidate> {
     let mut topologies: BTreeMap<u64, &Topology> = BTreeMap::new();
     let mut parts: BTreeMap<SnapshotId, BTreeMap<usize, PartInfo>> = BTreeMap::new();
     for inventory in inventories {
-        complete.extend(inventory.complete.iter().map(|snapshot| (snapshot.id, snapshot.clone())));
-        topologies.extend(inventory.seats.iter().map(|(topology, _)| (topology.generation, topology)));
+        complete.extend(
+            inventory
+                .complete
+                .iter()
+                .map(|snapshot| (snapshot.id, snapshot.clone())),
+        );
+        topologies.extend(
+            inventory
+                .seats
+                .iter()
+                .map(|(topology, _)| (topology.generation, topology)),
+        );
         for (id, part) in &inventory.parts {
-            parts.entry(*id).or_default().insert(part.rank, part.clone());
+            parts
+                .entry(*id)
+                .or_default()
+                .insert(part.rank, part.clone());
         }
     }
     // Complete on every rank, though nobody lived to say so.
@@ -63,38 +83,74 @@ pub fn candidates(inventories: &[Inventory]) -> Vec<Candidate> {
             && parts.keys().copied().eq(0..topology.ranks())
         {
             let parts = parts.into_values().collect();
-            complete.entry(id).or_insert_with(|| Snapshot { id, topology: topology.clone(), parts });
+            complete.entry(id).or_insert_with(|| Snapshot {
+                id,
+                topology: topology.clone(),
+                parts,
+            });
         }
     }
-    complete.into_values().rev().filter_map(|snapshot| candidate(snapshot, inventories)).collect()
+    complete
+        .into_values()
+        .rev()
+        .filter_map(|snapshot| candidate(snapshot, inventories))
+        .collect()
 }
 
 fn candidate(snapshot: Snapshot, inventories: &[Inventory]) -> Option<Candidate> {
     let (id, topology) = (snapshot.id, &snapshot.topology);
     let holds = |inventory: &Inventory, rank: usize| {
-        inventory.parts.iter().any(|(other, part)| *other == id && part.rank == rank)
+        inventory
+            .parts
+            .iter()
+            .any(|(other, part)| *other == id && part.rank == rank)
     };
-    let holder = |rank: usize| inventories.iter().position(|inventory| holds(inventory, rank));
+    let holder = |rank: usize| {
+        inventories
+            .iter()
+            .position(|inventory| holds(inventory, rank))
+    };
     let holders: Vec<Option<usize>> = (0..topology.ranks()).map(holder).collect();
     let sits = |inventory: &Inventory, node: usize| {
-        inventory.seats.iter().any(|(other, seat)| other.generation == id.generation && *seat == node)
-            && topology.nodes[node].ranks.iter().all(|&rank| holds(inventory, rank))
+        inventory
+            .seats
+            .iter()
+            .any(|(other, seat)| other.generation == id.generation && *seat == node)
+            && topology.nodes[node]
+                .ranks
+                .iter()
+                .all(|&rank| holds(inventory, rank))
     };
-    let seats: Vec<Option<usize>> =
-        (0..topology.nodes.len()).map(|node| inventories.iter().position(|inventory| sits(inventory, node))).collect();
+    let seats: Vec<Option<usize>> = (0..topology.nodes.len())
+        .map(|node| {
+            inventories
+                .iter()
+                .position(|inventory| sits(inventory, node))
+        })
+        .collect();
     let whole = holders.iter().all(Option::is_some);
     // Parity is only relied on where the keeper says that it is all there.
-    let usable = |node: usize| seats[node].is_some_and(|keeper| inventories[keeper].protected.contains(&id));
+    let usable =
+        |node: usize| seats[node].is_some_and(|keeper| inventories[keeper].protected.contains(&id));
     let recoverable = |group: &Vec<usize>| {
         let lost = group.iter().filter(|&&node| !usable(node)).count();
         lost <= topology.redundancy.survives()
     };
     let needed = topology.groups.iter().filter(|group| {
-        let ranks = |&node: &usize| topology.nodes[node].ranks.iter().any(|&rank| holders[rank].is_none());
+        let ranks = |&node: &usize| {
+            topology.nodes[node]
+                .ranks
+                .iter()
+                .any(|&rank| holders[rank].is_none())
+        };
         group.iter().any(ranks)
     });
     let possible = whole || needed.into_iter().all(recoverable);
-    possible.then_some(Candidate { snapshot, holders, seats })
+    possible.then_some(Candidate {
+        snapshot,
+        holders,
+        seats,
+    })
 }
 
 #[cfg(test)]
@@ -114,26 +170,55 @@ mod tests {
             ranks: (node * per_node..(node + 1) * per_node).collect(),
         };
         let groups = deal_groups(&vec![0; nodes], redundancy).unwrap();
-        Topology { generation: 3, nodes: (0..nodes).map(node).collect(), redundancy, groups, chunk: 8 }
+        Topology {
+            generation: 3,
+            nodes: (0..nodes).map(node).collect(),
+            redundancy,
+            groups,
+            chunk: 8,
+        }
     }
 
     fn part(rank: usize) -> PartInfo {
-        PartInfo { rank, bytes: 20, crcs: vec![1, 2, 3] }
+        PartInfo {
+            rank,
+            bytes: 20,
+            crcs: vec![1, 2, 3],
+        }
     }
 
     fn inventories(topology: &Topology, steps: &[u64], committed: bool) -> Vec<Inventory> {
-        let ids: Vec<SnapshotId> = steps.iter().map(|&step| SnapshotId { generation: 3, step }).collect();
+        let ids: Vec<SnapshotId> = steps
+            .iter()
+            .map(|&step| SnapshotId {
+                generation: 3,
+                step,
+            })
+            .collect();
         let parts: Vec<PartInfo> = (0..topology.ranks()).map(part).collect();
-        let snapshot = |&id: &SnapshotId| Snapshot { id, topology: topology.clone(), parts: parts.clone() };
+        let snapshot = |&id: &SnapshotId| Snapshot {
+            id,
+            topology: topology.clone(),
+            parts: parts.clone(),
+        };
         (0..topology.nodes.len())
             .map(|node| Inventory {
                 seats: vec![(topology.clone(), node)],
                 parts: ids
                     .iter()
-                    .flat_map(|&id| topology.nodes[node].ranks.iter().map(move |&r| (id, part(r))))
+                    .flat_map(|&id| {
+                        topology.nodes[node]
+                            .ranks
+                            .iter()
+                            .map(move |&r| (id, part(r)))
+                    })
                     .collect(),
                 protected: ids.clone(),
-                complete: if committed { ids.iter().map(snapshot).collect() } else { Vec::new() },
+                complete: if committed {
+                    ids.iter().map(snapshot).collect()
+                } else {
+                    Vec::new()
+                },
             })
             .collect()
     }

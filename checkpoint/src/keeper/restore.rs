@@ -17,8 +17,15 @@ pub(crate) fn damaged(keeper: &Keeper, id: SnapshotId) -> Result<Damage, Error> 
     let size = chunk_size(keeper, id)?;
     let ranks: Vec<usize> = {
         let state = keeper.lock();
-        let parts = state.slots.slots.iter().filter_map(|slot| slot.part.as_ref());
-        parts.filter(|part| part.id == id && part.is_complete()).map(|part| part.info.rank).collect()
+        let parts = state
+            .slots
+            .slots
+            .iter()
+            .filter_map(|slot| slot.part.as_ref());
+        parts
+            .filter(|part| part.id == id && part.is_complete())
+            .map(|part| part.info.rank)
+            .collect()
     };
     let mut bad = Vec::new();
     for rank in ranks {
@@ -34,9 +41,18 @@ pub(crate) fn damaged(keeper: &Keeper, id: SnapshotId) -> Result<Damage, Error> 
         })?;
     }
     let state = keeper.lock();
-    let parities = state.parity.get(&id).into_iter().flat_map(|parity| parity.values());
-    let parities = parities.filter(|(bytes, crc)| crate::checksum::crc32c(bytes) != *crc).count() as u64;
-    Ok(Damage { chunks: bad, parities })
+    let parities = state
+        .parity
+        .get(&id)
+        .into_iter()
+        .flat_map(|parity| parity.values());
+    let parities = parities
+        .filter(|(bytes, crc)| crate::checksum::crc32c(bytes) != *crc)
+        .count() as u64;
+    Ok(Damage {
+        chunks: bad,
+        parities,
+    })
 }
 
 /// Spoils a rank's newest complete part without breaking it: see [`super::Fault::Poison`].
@@ -75,7 +91,9 @@ pub(crate) fn own_head(keeper: &Keeper, id: SnapshotId, rank: usize) -> Result<V
         region.copy_out(0, &mut length);
         let end = u64::from_le_bytes(length).saturating_add(8);
         if end > info.bytes {
-            return Err(Error::Refused(format!("the header of rank {rank}'s part is damaged")));
+            return Err(Error::Refused(format!(
+                "the header of rank {rank}'s part is damaged"
+            )));
         }
         let mut head = vec![0; end as usize];
         region.copy_out(0, &mut head);
@@ -85,9 +103,13 @@ pub(crate) fn own_head(keeper: &Keeper, id: SnapshotId, rank: usize) -> Result<V
 
 fn restoring(keeper: &Keeper, rank: usize) -> Result<(Snapshot, SocketAddr, bool), Error> {
     let state = keeper.lock();
-    let (snapshot, holders) =
-        state.restoring.as_ref().ok_or_else(|| Error::Refused("nothing is to be restored".into()))?;
-    let holder = holders.get(rank).ok_or_else(|| Error::Refused(format!("the snapshot has no rank {rank}")))?;
+    let (snapshot, holders) = state
+        .restoring
+        .as_ref()
+        .ok_or_else(|| Error::Refused("nothing is to be restored".into()))?;
+    let holder = holders
+        .get(rank)
+        .ok_or_else(|| Error::Refused(format!("the snapshot has no rank {rank}")))?;
     let here = state.slots.find(snapshot.id, rank).is_some();
     Ok((snapshot.clone(), *holder, here))
 }
@@ -99,7 +121,10 @@ pub(crate) fn head(keeper: &Keeper, rank: usize) -> Result<Vec<u8>, Error> {
         return own_head(keeper, snapshot.id, rank);
     }
     let mut peer = keeper.peers.get(holder)?;
-    peer.send(&Request::Head { id: snapshot.id, rank })?;
+    peer.send(&Request::Head {
+        id: snapshot.id,
+        rank,
+    })?;
     let head = peer.receive_bytes()?;
     keeper.peers.put(peer);
     Ok(head)
@@ -118,13 +143,19 @@ pub(crate) fn fetch(keeper: &Keeper, rank: usize) -> Result<Arc<Region>, Error> 
         let mut asked = 0;
         for chunk in 0..chunks {
             while asked < chunks.min(chunk + WINDOW) {
-                peer.send(&Request::Chunk { id: snapshot.id, rank, chunk: asked })?;
+                peer.send(&Request::Chunk {
+                    id: snapshot.id,
+                    rank,
+                    chunk: asked,
+                })?;
                 asked += 1;
             }
             let bytes = peer.receive_bytes()?;
             let right = bytes.len() == chunk_len(info.bytes, size, chunk);
             if !right || crate::checksum::crc32c(&bytes) != info.crcs[chunk as usize] {
-                return Err(Error::Refused(format!("chunk {chunk} of rank {rank}'s part came damaged from {holder}")));
+                return Err(Error::Refused(format!(
+                    "chunk {chunk} of rank {rank}'s part came damaged from {holder}"
+                )));
             }
             region.copy_in(chunk as usize * size, &bytes);
         }
@@ -133,29 +164,42 @@ pub(crate) fn fetch(keeper: &Keeper, rank: usize) -> Result<Arc<Region>, Error> 
     }
     let state = keeper.lock();
     let slot = state.slots.find(snapshot.id, rank);
-    slot.and_then(|slot| state.regions[slot].clone()).ok_or_else(|| Error::Refused("the part is gone again".into()))
+    slot.and_then(|slot| state.regions[slot].clone())
+        .ok_or_else(|| Error::Refused("the part is gone again".into()))
 }
 
 /// Makes a part, or the chunks of it that are damaged, out of what other positions of its group have.
 pub(crate) fn rebuild(keeper: &Keeper, wanted: &Rebuild) -> Result<(), Error> {
-    let Rebuild { snapshot, rank, chunks, sources } = wanted;
+    let Rebuild {
+        snapshot,
+        rank,
+        chunks,
+        sources,
+    } = wanted;
     let (topology, id) = (&snapshot.topology, snapshot.id);
     let refused = || Error::Refused(format!("rank {rank} has no place in the code"));
     let seat = topology.seat(*rank).ok_or_else(refused)?;
-    let stripes = topology.stripes(seat.group, seat.local).ok_or_else(refused)?;
-    let code = Code::new(topology.redundancy, stripes.data(), stripes.parity).map_err(Error::Refused)?;
+    let stripes = topology
+        .stripes(seat.group, seat.local)
+        .ok_or_else(refused)?;
+    let code =
+        Code::new(topology.redundancy, stripes.data(), stripes.parity).map_err(Error::Refused)?;
     let own = &snapshot.parts[*rank];
     let here = {
         let state = keeper.lock();
-        state.slots.find(id, *rank).and_then(|slot| state.regions[slot].clone())
+        state
+            .slots
+            .find(id, *rank)
+            .and_then(|slot| state.regions[slot].clone())
     };
     let region = match (&here, chunks) {
         (Some(region), Some(_)) => region.clone(),
         _ => keeper.allocate(own.bytes, 1)?.remove(0),
     };
     let rank_at = |position: usize| topology.rank_at(seat.group, position, seat.local);
-    let lengths: Vec<u64> =
-        (0..stripes.nodes).map(|position| rank_at(position).map_or(0, |rank| snapshot.parts[rank].bytes)).collect();
+    let lengths: Vec<u64> = (0..stripes.nodes)
+        .map(|position| rank_at(position).map_or(0, |rank| snapshot.parts[rank].bytes))
+        .collect();
     let size = topology.chunk;
     let all: Vec<u64> = (0..own.crcs.len() as u64).collect();
     for &chunk in chunks.as_ref().unwrap_or(&all) {
@@ -168,13 +212,19 @@ pub(crate) fn rebuild(keeper: &Keeper, wanted: &Rebuild) -> Result<(), Error> {
             Some(parity) => stripes.parity_at(stripe, parity),
         };
         let number = |index: usize| stripes.chunk(position(index), stripe).unwrap_or(0);
-        let target = data.iter().position(|&at| at == seat.position).expect("a node's chunk is data");
+        let target = data
+            .iter()
+            .position(|&at| at == seat.position)
+            .expect("a node's chunk is data");
         let mut got: Vec<Option<Vec<u8>>> = vec![None; stripes.nodes];
         let mut lost = vec![false; stripes.nodes];
         lost[target] = true;
         loop {
             let missing = data.len() - got.iter().flatten().count();
-            let next: Vec<usize> = (0..stripes.nodes).filter(|&i| got[i].is_none() && !lost[i]).take(missing).collect();
+            let next: Vec<usize> = (0..stripes.nodes)
+                .filter(|&i| got[i].is_none() && !lost[i])
+                .take(missing)
+                .collect();
             if missing == 0 {
                 break;
             }
@@ -195,10 +245,19 @@ pub(crate) fn rebuild(keeper: &Keeper, wanted: &Rebuild) -> Result<(), Error> {
                     continue;
                 }
                 let request = match is_data {
-                    true => Request::Chunk { id, rank: rank_at(position(index)).expect("it has bytes"), chunk },
-                    false => Request::Parity { id, local: seat.local, stripe },
+                    true => Request::Chunk {
+                        id,
+                        rank: rank_at(position(index)).expect("it has bytes"),
+                        chunk,
+                    },
+                    false => Request::Parity {
+                        id,
+                        local: seat.local,
+                        stripe,
+                    },
                 };
-                let peer = sources[position(index)].and_then(|address| keeper.peers.get(address).ok());
+                let peer =
+                    sources[position(index)].and_then(|address| keeper.peers.get(address).ok());
                 match peer.map(|mut peer| peer.send(&request).map(|()| peer)) {
                     Some(Ok(peer)) => asked.push((index, peer)),
                     Some(Err(_)) | None => lost[index] = true,
@@ -211,8 +270,10 @@ pub(crate) fn rebuild(keeper: &Keeper, wanted: &Rebuild) -> Result<(), Error> {
                     Ok(Reply::Bytes(mut bytes)) => {
                         let right = match index < data.len() {
                             true => {
-                                let info = &snapshot.parts[rank_at(position(index)).expect("it has bytes")];
-                                info.crcs.get(number(index) as usize) == Some(&crate::checksum::crc32c(&bytes))
+                                let info = &snapshot.parts
+                                    [rank_at(position(index)).expect("it has bytes")];
+                                info.crcs.get(number(index) as usize)
+                                    == Some(&crate::checksum::crc32c(&bytes))
                             }
                             false => bytes.len() == len,
                         };
@@ -230,10 +291,13 @@ pub(crate) fn rebuild(keeper: &Keeper, wanted: &Rebuild) -> Result<(), Error> {
         }
         let mut out = vec![0; len];
         let views: Vec<Option<&[u8]>> = got.iter().map(Option::as_deref).collect();
-        code.rebuild(&views, target, &mut out).map_err(Error::Refused)?;
+        code.rebuild(&views, target, &mut out)
+            .map_err(Error::Refused)?;
         out.truncate(chunk_len(own.bytes, size, chunk));
         if own.crcs.get(chunk as usize) != Some(&crate::checksum::crc32c(&out)) {
-            return Err(Error::Refused(format!("chunk {chunk} of rank {rank}'s part was rebuilt to something else")));
+            return Err(Error::Refused(format!(
+                "chunk {chunk} of rank {rank}'s part was rebuilt to something else"
+            )));
         }
         region.copy_in(chunk as usize * size, &out);
     }

@@ -5,8 +5,8 @@ use super::memory_limit::{available, mib};
 use super::slots::Slots;
 use super::wire::{self, Timed};
 use super::{
-    Error, Event, Fault, Inventory, RankPulse, RankReply, RankRequest, Reply, Request, Secret, Snapshot, SnapshotId,
-    Status, Topology, persist, protect, restore,
+    Error, Event, Fault, Inventory, RankPulse, RankReply, RankRequest, Reply, Request, Secret,
+    Snapshot, SnapshotId, Status, Topology, persist, protect, restore,
 };
 use crate::memory::{Region, send_file};
 use nix::sys::signal::{Signal, kill};
@@ -86,7 +86,8 @@ pub(crate) struct State {
 
 impl State {
     fn tell(&mut self, event: &Event) {
-        self.watchers.retain(|watcher| watcher.send(event.clone()).is_ok());
+        self.watchers
+            .retain(|watcher| watcher.send(event.clone()).is_ok());
     }
 
     /// What was kept for the disk need not be kept any longer.
@@ -100,8 +101,18 @@ impl State {
     }
 
     fn bytes(&self) -> (u64, u64) {
-        let slots = self.regions.iter().flatten().map(|region| region.len() as u64).sum();
-        let parity = self.parity.values().flat_map(BTreeMap::values).map(|(bytes, _)| bytes.len() as u64).sum();
+        let slots = self
+            .regions
+            .iter()
+            .flatten()
+            .map(|region| region.len() as u64)
+            .sum();
+        let parity = self
+            .parity
+            .values()
+            .flat_map(BTreeMap::values)
+            .map(|(bytes, _)| bytes.len() as u64)
+            .sum();
         (slots, parity)
     }
 
@@ -112,10 +123,20 @@ impl State {
     }
 
     fn free_parity(&mut self, keep: impl Fn(SnapshotId) -> bool) {
-        let gone: Vec<SnapshotId> = self.parity.keys().copied().filter(|&id| !keep(id)).collect();
+        let gone: Vec<SnapshotId> = self
+            .parity
+            .keys()
+            .copied()
+            .filter(|&id| !keep(id))
+            .collect();
         for id in gone {
-            self.spare
-                .extend(self.parity.remove(&id).into_iter().flat_map(BTreeMap::into_values).map(|(bytes, _)| bytes));
+            self.spare.extend(
+                self.parity
+                    .remove(&id)
+                    .into_iter()
+                    .flat_map(BTreeMap::into_values)
+                    .map(|(bytes, _)| bytes),
+            );
         }
         self.protected.retain(|&id| keep(id));
         self.encoding.retain(|&id| keep(id));
@@ -137,7 +158,12 @@ impl State {
         if slot == self.regions.len() {
             self.regions.push(None);
         }
-        self.slots.slots[slot].part = Some(super::slots::Part { id, filled: info.bytes, info, durable: false });
+        self.slots.slots[slot].part = Some(super::slots::Part {
+            id,
+            filled: info.bytes,
+            info,
+            durable: false,
+        });
         self.regions[slot] = Some(region);
     }
 }
@@ -202,7 +228,12 @@ pub fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), Err
             return Ok(());
         }
         // Woken by changes as well: stopping is one.
-        drop(keeper.changed.wait_timeout(state, PULSE).expect("nobody panics with the state"));
+        drop(
+            keeper
+                .changed
+                .wait_timeout(state, PULSE)
+                .expect("nobody panics with the state"),
+        );
     }
 }
 
@@ -219,8 +250,15 @@ impl State {
     }
 
     fn inventory(&self) -> Inventory {
-        let parts = self.slots.slots.iter().filter_map(|slot| slot.part.as_ref());
-        let complete = parts.filter(|part| part.is_complete()).map(|part| (part.id, part.info.clone())).collect();
+        let parts = self
+            .slots
+            .slots
+            .iter()
+            .filter_map(|slot| slot.part.as_ref());
+        let complete = parts
+            .filter(|part| part.is_complete())
+            .map(|part| (part.id, part.info.clone()))
+            .collect();
         Inventory {
             seats: self.seats.values().cloned().collect(),
             parts: complete,
@@ -272,9 +310,15 @@ impl Keeper {
         let mut state = self.lock();
         loop {
             if let Some(slot) = state.slots.find(id, rank) {
-                let part = state.slots.slots[slot].part.as_ref().expect("found by its part");
+                let part = state.slots.slots[slot]
+                    .part
+                    .as_ref()
+                    .expect("found by its part");
                 if part.filled >= upto.min(part.info.bytes) {
-                    let (info, region) = (part.info.clone(), state.regions[slot].clone().expect("a slot with a part"));
+                    let (info, region) = (
+                        part.info.clone(),
+                        state.regions[slot].clone().expect("a slot with a part"),
+                    );
                     state.slots.slots[slot].pins += 1;
                     drop(state);
                     let result = read(&region, &info);
@@ -282,12 +326,25 @@ impl Keeper {
                     return Ok(result);
                 }
             } else if !state.may_come(id) {
-                return Err(Error::Refused(format!("rank {rank}'s part of step {} is not here", id.step)));
+                return Err(Error::Refused(format!(
+                    "rank {rank}'s part of step {} is not here",
+                    id.step
+                )));
             }
-            let Some(left) = deadline.checked_duration_since(Instant::now()).filter(|_| !state.stopping) else {
-                return Err(Error::Refused(format!("rank {rank}'s part of step {} did not come", id.step)));
+            let Some(left) = deadline
+                .checked_duration_since(Instant::now())
+                .filter(|_| !state.stopping)
+            else {
+                return Err(Error::Refused(format!(
+                    "rank {rank}'s part of step {} did not come",
+                    id.step
+                )));
             };
-            state = self.changed.wait_timeout(state, left).expect("nobody panics with the state").0;
+            state = self
+                .changed
+                .wait_timeout(state, left)
+                .expect("nobody panics with the state")
+                .0;
         }
     }
 
@@ -311,7 +368,10 @@ impl Keeper {
                 match known {
                     Ok(()) => keeper.attend(stream),
                     Err(error) => {
-                        tracing::warn!("a connection from {:?} was refused: {error}", stream.peer_addr().ok())
+                        tracing::warn!(
+                            "a connection from {:?} was refused: {error}",
+                            stream.peer_addr().ok()
+                        )
                     }
                 }
             });
@@ -327,7 +387,9 @@ impl Keeper {
             if matches!(request, Request::Watch) {
                 return self.watch(stream);
             }
-            let reply = self.answer(request).unwrap_or_else(|error| Reply::Refused(error.to_string()));
+            let reply = self
+                .answer(request)
+                .unwrap_or_else(|error| Reply::Refused(error.to_string()));
             if wire::send(&mut stream, &reply).is_err() {
                 return;
             }
@@ -356,28 +418,45 @@ impl Keeper {
                 let generation = topology.generation;
                 // Ranks that are elsewhere now write nothing here any more; what they wrote is only to be read.
                 for slot in &mut state.slots.slots {
-                    if slot.writer.is_some_and(|rank| topology.node_of(rank) != Some(node)) {
+                    if slot
+                        .writer
+                        .is_some_and(|rank| topology.node_of(rank) != Some(node))
+                    {
                         slot.writer = None;
                     }
                 }
                 state.free_regions();
                 state.seats.retain(|&older, _| older < generation);
                 state.seats.insert(generation, (topology, node));
-                let wanted: BTreeSet<u64> = state.complete.keys().map(|id| id.generation).chain([generation]).collect();
-                state.seats.retain(|generation, _| wanted.contains(generation));
+                let wanted: BTreeSet<u64> = state
+                    .complete
+                    .keys()
+                    .map(|id| id.generation)
+                    .chain([generation])
+                    .collect();
+                state
+                    .seats
+                    .retain(|generation, _| wanted.contains(generation));
             }
             Request::Watch => unreachable!("handled by the caller"),
             Request::Inventory => return Ok(Reply::Inventory(state.inventory())),
             Request::Status => {
                 let (slot_bytes, parity_bytes) = state.bytes();
-                let unfinished = state.slots.slots.iter().filter_map(|slot| slot.part.as_ref());
+                let unfinished = state
+                    .slots
+                    .slots
+                    .iter()
+                    .filter_map(|slot| slot.part.as_ref());
                 return Ok(Reply::Status(Status {
                     pid: std::process::id() as i32,
                     ranks: state.pulses(),
                     slot_bytes,
                     parity_bytes,
                     inventory: state.inventory(),
-                    filling: unfinished.filter(|part| !part.is_complete()).map(|part| part.id).collect(),
+                    filling: unfinished
+                        .filter(|part| !part.is_complete())
+                        .map(|part| part.id)
+                        .collect(),
                     skipped: state.skipped,
                     coding_ms: state.coding.as_millis() as u64,
                 }));
@@ -390,7 +469,11 @@ impl Keeper {
                     state.complete.pop_first();
                 }
                 // What was brought here to be restored is not needed any more.
-                if state.restoring.as_ref().is_some_and(|(restored, _)| restored.id < id) {
+                if state
+                    .restoring
+                    .as_ref()
+                    .is_some_and(|(restored, _)| restored.id < id)
+                {
                     state.restoring = None;
                 }
                 let guests: Vec<usize> = (0..state.slots.slots.len())
@@ -399,10 +482,13 @@ impl Keeper {
                         slot.writer.is_none() && slot.part.as_ref().is_some_and(|part| part.id < id)
                     })
                     .collect();
-                guests.into_iter().for_each(|slot| state.slots.release(slot));
+                guests
+                    .into_iter()
+                    .for_each(|slot| state.slots.release(slot));
                 state.free_regions();
                 // Parity of the two newest: the one before stays until the newest could be needed.
-                let kept: BTreeSet<SnapshotId> = state.complete.keys().rev().take(2).copied().collect();
+                let kept: BTreeSet<SnapshotId> =
+                    state.complete.keys().rev().take(2).copied().collect();
                 state.free_parity(|other| kept.contains(&other) || other > id);
             }
             Request::Abandon(id) => {
@@ -415,9 +501,15 @@ impl Keeper {
                 state.unpin();
                 let id = snapshot.as_ref().map(|snapshot| snapshot.id);
                 // An older complete one stays too: it is next, should this one turn out to be of no use.
-                let older: BTreeSet<SnapshotId> =
-                    state.complete.keys().copied().filter(|&other| id.is_some_and(|id| other <= id)).collect();
-                state.slots.retain(|part| older.contains(&part.id) || Some(part.id) == id);
+                let older: BTreeSet<SnapshotId> = state
+                    .complete
+                    .keys()
+                    .copied()
+                    .filter(|&other| id.is_some_and(|id| other <= id))
+                    .collect();
+                state
+                    .slots
+                    .retain(|part| older.contains(&part.id) || Some(part.id) == id);
                 state.free_parity(|other| older.contains(&other) || Some(other) == id);
                 state.complete.retain(|other, _| older.contains(other));
                 state.slots.newest = id;
@@ -445,25 +537,42 @@ impl Keeper {
                 return Ok(Reply::Bytes(restore::own_head(self, id, rank)?));
             }
             Request::Parity { id, local, stripe } => {
-                let held = state.parity.get(&id).and_then(|parity| parity.get(&(local, stripe)));
-                let (bytes, crc) = held.ok_or_else(|| Error::Refused("there is no such parity here".into()))?;
+                let held = state
+                    .parity
+                    .get(&id)
+                    .and_then(|parity| parity.get(&(local, stripe)));
+                let (bytes, crc) =
+                    held.ok_or_else(|| Error::Refused("there is no such parity here".into()))?;
                 if crate::checksum::crc32c(bytes) != *crc {
                     return Err(Error::Refused("the parity here is damaged".into()));
                 }
                 return Ok(Reply::Bytes(bytes.clone()));
             }
-            Request::PutParity { id, local, stripe, bytes } => {
+            Request::PutParity {
+                id,
+                local,
+                stripe,
+                bytes,
+            } => {
                 if !state.may_come(id) && !state.complete.contains_key(&id) {
                     return Err(Error::Refused(format!("step {} is given up", id.step)));
                 }
                 let crc = crate::checksum::crc32c(&bytes);
-                state.parity.entry(id).or_default().insert((local, stripe), (bytes, crc));
+                state
+                    .parity
+                    .entry(id)
+                    .or_default()
+                    .insert((local, stripe), (bytes, crc));
             }
             Request::Rebuild(rebuild) => {
                 drop(state);
                 restore::rebuild(self, &rebuild)?;
             }
-            Request::Protect { snapshot, node, sources } => {
+            Request::Protect {
+                snapshot,
+                node,
+                sources,
+            } => {
                 drop(state);
                 protect::again(self, &snapshot, node, &sources)?;
             }
@@ -493,12 +602,13 @@ impl Keeper {
     fn inject(self: &Arc<Keeper>, state: MutexGuard<'_, State>, fault: Fault) -> Result<(), Error> {
         let pid = |state: &State, rank: usize| {
             let view = state.ranks.get(&rank);
-            view.map(|view| Pid::from_raw(view.pid)).ok_or_else(|| Error::Refused(format!("rank {rank} is not here")))
+            view.map(|view| Pid::from_raw(view.pid))
+                .ok_or_else(|| Error::Refused(format!("rank {rank} is not here")))
         };
         match fault {
             Fault::Signal { rank, signal } => {
-                let signal =
-                    Signal::try_from(signal).map_err(|_| Error::Refused(format!("there is no signal {signal}")))?;
+                let signal = Signal::try_from(signal)
+                    .map_err(|_| Error::Refused(format!("there is no signal {signal}")))?;
                 kill(pid(&state, rank)?, signal)?;
             }
             Fault::Delay { rank, ms } => {
@@ -512,13 +622,19 @@ impl Keeper {
             }
             Fault::Corrupt { rank, at } => {
                 let newest = state.slots.newest.and_then(|id| state.slots.find(id, rank));
-                let slot =
-                    newest.ok_or_else(|| Error::Refused(format!("there is no complete part of rank {rank} here")))?;
+                let slot = newest.ok_or_else(|| {
+                    Error::Refused(format!("there is no complete part of rank {rank} here"))
+                })?;
                 let (bytes, region) = (
-                    state.slots.slots[slot].part.as_ref().map_or(1, |part| part.info.bytes),
+                    state.slots.slots[slot]
+                        .part
+                        .as_ref()
+                        .map_or(1, |part| part.info.bytes),
                     state.regions[slot].clone().expect("a slot with a part"),
                 );
-                region.write((at % bytes.max(1)) as usize, 1, |byte| byte[0] ^= 1 << (at % 8));
+                region.write((at % bytes.max(1)) as usize, 1, |byte| {
+                    byte[0] ^= 1 << (at % 8)
+                });
             }
             Fault::Poison { rank } => {
                 drop(state);
@@ -541,7 +657,10 @@ impl Keeper {
                     self.lock().protected.insert(id);
                     Event::Protected { id }
                 }
-                Err(error) => Event::Unprotected { id, reason: error.to_string() },
+                Err(error) => Event::Unprotected {
+                    id,
+                    reason: error.to_string(),
+                },
             };
             self.lock().tell(&event);
         }
@@ -552,13 +671,15 @@ impl Keeper {
             let keeper = self.clone();
             std::thread::spawn(move || {
                 let mut stream = stream;
-                let known = getsockopt(&stream, PeerCredentials).map_err(Error::from).and_then(|peer| {
-                    if peer.uid() != Uid::effective().as_raw() {
-                        return Err(Error::Stranger);
-                    }
-                    wire::accept(&mut stream, &keeper.secret)?;
-                    Ok(peer.pid())
-                });
+                let known = getsockopt(&stream, PeerCredentials)
+                    .map_err(Error::from)
+                    .and_then(|peer| {
+                        if peer.uid() != Uid::effective().as_raw() {
+                            return Err(Error::Stranger);
+                        }
+                        wire::accept(&mut stream, &keeper.secret)?;
+                        Ok(peer.pid())
+                    });
                 match known {
                     Ok(pid) => keeper.attend_rank(stream, pid),
                     Err(error) => tracing::warn!("a local connection was refused: {error}"),
@@ -571,13 +692,27 @@ impl Keeper {
         if stream.deadline(None, Some(PATIENCE)).is_err() {
             return;
         }
-        let Ok(RankRequest::Hello { rank }) = wire::receive(&mut stream) else { return };
+        let Ok(RankRequest::Hello { rank }) = wire::receive(&mut stream) else {
+            return;
+        };
         {
             let mut state = self.lock();
-            let fresh = RankView { pid, step: 0, progress: 0, heard: Instant::now(), connections: 0 };
+            let fresh = RankView {
+                pid,
+                step: 0,
+                progress: 0,
+                heard: Instant::now(),
+                connections: 0,
+            };
             let view = state.ranks.entry(rank).or_insert(fresh);
             if view.pid != pid {
-                *view = RankView { pid, step: 0, progress: 0, heard: Instant::now(), connections: 0 };
+                *view = RankView {
+                    pid,
+                    step: 0,
+                    progress: 0,
+                    heard: Instant::now(),
+                    connections: 0,
+                };
             }
             view.connections += 1;
         }
@@ -613,7 +748,9 @@ impl Keeper {
             view.heard = Instant::now();
         }
         match request {
-            RankRequest::Hello { .. } => return Err(Error::Protocol("it has said who it is".into())),
+            RankRequest::Hello { .. } => {
+                return Err(Error::Protocol("it has said who it is".into()));
+            }
             RankRequest::Allocate { bytes, slots } => {
                 drop(state);
                 let regions = self.slots_for(rank, bytes, slots)?;
@@ -623,12 +760,18 @@ impl Keeper {
                 }
             }
             RankRequest::Reserve { id, bytes, durable } => {
-                let fits = state
-                    .slots
-                    .of(rank)
-                    .all(|slot| state.regions[slot].as_ref().is_some_and(|region| region.len() as u64 >= bytes));
-                let slot = if fits { state.slots.reserve(rank, id, bytes, durable) } else { None };
-                let number = slot.and_then(|slot| state.slots.of(rank).position(|other| other == slot));
+                let fits = state.slots.of(rank).all(|slot| {
+                    state.regions[slot]
+                        .as_ref()
+                        .is_some_and(|region| region.len() as u64 >= bytes)
+                });
+                let slot = if fits {
+                    state.slots.reserve(rank, id, bytes, durable)
+                } else {
+                    None
+                };
+                let number =
+                    slot.and_then(|slot| state.slots.of(rank).position(|other| other == slot));
                 state.skipped += u64::from(number.is_none());
                 drop(state);
                 wire::send(stream, &RankReply::Slot(number))?;
@@ -641,12 +784,24 @@ impl Keeper {
             RankRequest::Filled { slot, upto, crcs } => {
                 let slot = state.slots.of(rank).nth(slot);
                 let slot = slot.ok_or_else(|| Error::Protocol("there is no such slot".into()))?;
-                let part = state.slots.fill(slot, upto, &crcs).map_err(Error::Protocol)?.clone();
+                let part = state
+                    .slots
+                    .fill(slot, upto, &crcs)
+                    .map_err(Error::Protocol)?
+                    .clone();
                 if state.encoding.insert(part.id) {
-                    let _ = self.encode.lock().expect("nobody panics with it").send(part.id);
+                    let _ = self
+                        .encode
+                        .lock()
+                        .expect("nobody panics with it")
+                        .send(part.id);
                 }
                 if part.is_complete() {
-                    state.tell(&Event::Complete { id: part.id, part: part.info, durable: part.durable });
+                    state.tell(&Event::Complete {
+                        id: part.id,
+                        part: part.info,
+                        durable: part.durable,
+                    });
                 }
                 self.changed.notify_all();
             }
@@ -678,10 +833,13 @@ impl Keeper {
         let mut state = self.lock();
         let own: Vec<usize> = state.slots.of(rank).collect();
         let fits = |state: &State, slot: usize| {
-            let len = state.regions[slot].as_ref().map_or(0, |region| region.len() as u64);
+            let len = state.regions[slot]
+                .as_ref()
+                .map_or(0, |region| region.len() as u64);
             len >= bytes && len <= bytes + bytes / 4 + (1 << 20)
         };
-        let (kept, others): (Vec<usize>, Vec<usize>) = own.into_iter().partition(|&slot| fits(&state, slot));
+        let (kept, others): (Vec<usize>, Vec<usize>) =
+            own.into_iter().partition(|&slot| fits(&state, slot));
         for slot in others.into_iter().chain(kept.iter().skip(count).copied()) {
             state.slots.slots[slot].writer = None;
         }
@@ -695,7 +853,10 @@ impl Keeper {
             state.regions.resize(slot + 1, None);
             state.regions[slot] = Some(region);
         }
-        let regions = state.slots.of(rank).map(|slot| state.regions[slot].clone().expect("it was just made"));
+        let regions = state
+            .slots
+            .of(rank)
+            .map(|slot| state.regions[slot].clone().expect("it was just made"));
         Ok(regions.collect())
     }
 }

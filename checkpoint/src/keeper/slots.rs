@@ -60,22 +60,42 @@ impl Slots {
     }
 
     pub(crate) fn add(&mut self, writer: Option<usize>) -> usize {
-        self.slots.push(Slot { writer, part: None, pins: 0 });
+        self.slots.push(Slot {
+            writer,
+            part: None,
+            pins: 0,
+        });
         self.slots.len() - 1
     }
 
     /// Takes a free slot for `rank`'s part of `id`: an empty one, else the oldest that a newer complete snapshot has
     /// superseded. None where there is none.
-    pub(crate) fn reserve(&mut self, rank: usize, id: SnapshotId, bytes: u64, durable: bool) -> Option<usize> {
+    pub(crate) fn reserve(
+        &mut self,
+        rank: usize,
+        id: SnapshotId,
+        bytes: u64,
+        durable: bool,
+    ) -> Option<usize> {
         let free = |slot: &Slot| match &slot.part {
             _ if slot.pins > 0 => false,
             None => true,
             Some(part) => self.newest.is_some_and(|newest| part.id < newest),
         };
         let candidates = self.of(rank).filter(|&slot| free(&self.slots[slot]));
-        let slot = candidates.min_by_key(|&slot| self.slots[slot].part.as_ref().map(|part| part.id))?;
-        let info = PartInfo { rank, bytes, crcs: Vec::new() };
-        self.slots[slot].part = Some(Part { id, info, filled: 0, durable });
+        let slot =
+            candidates.min_by_key(|&slot| self.slots[slot].part.as_ref().map(|part| part.id))?;
+        let info = PartInfo {
+            rank,
+            bytes,
+            crcs: Vec::new(),
+        };
+        self.slots[slot].part = Some(Part {
+            id,
+            info,
+            filled: 0,
+            durable,
+        });
         Some(slot)
     }
 
@@ -84,7 +104,10 @@ impl Slots {
         let part = self.slots.get_mut(slot).and_then(|slot| slot.part.as_mut());
         let part = part.ok_or("a slot that is not reserved was filled")?;
         if filled < part.filled || filled > part.info.bytes {
-            return Err(format!("{filled} bytes filled after {} of {}", part.filled, part.info.bytes));
+            return Err(format!(
+                "{filled} bytes filled after {} of {}",
+                part.filled, part.info.bytes
+            ));
         }
         part.filled = filled;
         part.info.crcs.extend(crcs);
@@ -105,7 +128,11 @@ impl Slots {
 
     /// Forgets what a rank that has died left half-written.
     pub(crate) fn drop_unfinished(&mut self, rank: usize) {
-        for slot in self.slots.iter_mut().filter(|slot| slot.writer == Some(rank)) {
+        for slot in self
+            .slots
+            .iter_mut()
+            .filter(|slot| slot.writer == Some(rank))
+        {
             if slot.part.as_ref().is_some_and(|part| !part.is_complete()) {
                 slot.part = None;
             }
@@ -128,9 +155,11 @@ impl Slots {
 
     /// The slot that holds `rank`'s part of `id`, whole or not.
     pub(crate) fn find(&self, id: SnapshotId, rank: usize) -> Option<usize> {
-        self.slots
-            .iter()
-            .position(|slot| slot.part.as_ref().is_some_and(|part| part.id == id && part.info.rank == rank))
+        self.slots.iter().position(|slot| {
+            slot.part
+                .as_ref()
+                .is_some_and(|part| part.id == id && part.info.rank == rank)
+        })
     }
 }
 

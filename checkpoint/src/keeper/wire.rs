@@ -46,7 +46,10 @@ impl Secret {
     /// What [`Secret::to_hex`] gave.
     pub fn from_hex(text: &str) -> Option<Secret> {
         let bytes: Option<Vec<u8>> = (0..text.len() / 2)
-            .map(|i| text.get(2 * i..2 * i + 2).and_then(|pair| u8::from_str_radix(pair, 16).ok()))
+            .map(|i| {
+                text.get(2 * i..2 * i + 2)
+                    .and_then(|pair| u8::from_str_radix(pair, 16).ok())
+            })
             .collect();
         Some(Secret(bytes?.try_into().ok()?))
     }
@@ -106,7 +109,9 @@ pub(crate) fn receive<T: DeserializeOwned>(stream: &mut impl Read) -> Result<T, 
     stream.read_exact(&mut head)?;
     let len = u32::from_le_bytes(head[..4].try_into().expect("four bytes"));
     if len > LONGEST {
-        return Err(Error::Protocol(format!("a message of {len} bytes was announced")));
+        return Err(Error::Protocol(format!(
+            "a message of {len} bytes was announced"
+        )));
     }
     // Memory grows with what really comes.
     let mut body = Vec::new();
@@ -118,7 +123,8 @@ pub(crate) fn receive<T: DeserializeOwned>(stream: &mut impl Read) -> Result<T, 
         return Err(Error::Protocol("a message was changed on its way".into()));
     }
     let decoded = bincode::serde::decode_from_slice(&body, bincode::config::standard());
-    let (message, _) = decoded.map_err(|e| Error::Protocol(format!("a message cannot be understood: {e}")))?;
+    let (message, _) =
+        decoded.map_err(|e| Error::Protocol(format!("a message cannot be understood: {e}")))?;
     Ok(message)
 }
 
@@ -154,7 +160,9 @@ pub(crate) fn accept(stream: &mut impl Timed, secret: &Secret) -> Result<(), Err
     let theirs: [u8; 32] = hello[8..40].try_into().expect("32 bytes");
     let proof: [u8; 32] = hello[40..].try_into().expect("32 bytes");
     // The comparison of hashes takes the same time wherever they differ.
-    if &hello[..8] != MAGIC || secret.proof("client", &own, &theirs) != blake3::Hash::from_bytes(proof) {
+    if &hello[..8] != MAGIC
+        || secret.proof("client", &own, &theirs) != blake3::Hash::from_bytes(proof)
+    {
         return Err(Error::Stranger);
     }
     stream.write_all(secret.proof("keeper", &theirs, &own).as_bytes())?;
@@ -188,7 +196,11 @@ pub(crate) fn introduce(stream: &mut impl Timed, secret: &Secret) -> Result<(), 
 ///
 /// # Errors
 /// When nobody is there, or it is of another run.
-pub(crate) fn connect(address: SocketAddr, secret: &Secret, patience: Duration) -> Result<TcpStream, Error> {
+pub(crate) fn connect(
+    address: SocketAddr,
+    secret: &Secret,
+    patience: Duration,
+) -> Result<TcpStream, Error> {
     let mut stream = TcpStream::connect_timeout(&address, patience.min(HANDSHAKE))?;
     stream.set_nodelay(true)?;
     introduce(&mut stream, secret)?;
@@ -229,9 +241,17 @@ mod tests {
         for index in 0..frame.len() {
             let mut changed = frame.clone();
             changed[index] ^= 4;
-            assert!(receive::<(String, u64)>(&mut changed.as_slice()).is_err(), "byte {index}");
+            assert!(
+                receive::<(String, u64)>(&mut changed.as_slice()).is_err(),
+                "byte {index}"
+            );
         }
         assert!(receive::<(String, u64)>(&mut &frame[..frame.len() - 1]).is_err());
-        assert!(receive::<String>(&mut [0xff; 64].as_slice()).unwrap_err().to_string().contains("was announced"));
+        assert!(
+            receive::<String>(&mut [0xff; 64].as_slice())
+                .unwrap_err()
+                .to_string()
+                .contains("was announced")
+        );
     }
 }

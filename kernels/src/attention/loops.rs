@@ -48,8 +48,12 @@ pub(super) fn attention(inputs: [&Tensor; 3], scale: f64, by: Instructions) -> (
         // SAFETY: `attends` has asked the processor, and the caller compared the sizes; a key head is this thread's alone.
         unsafe {
             match (by, kind) {
-                (Instructions::Avx2, _) => forward_avx2::<Avx2<f32>, f32>(&job, &sides, lses, at, buffers),
-                (_, Kind::BFloat16) => forward_avx512::<Avx512<true>, Bf16>(&job, &sides, lses, at, buffers),
+                (Instructions::Avx2, _) => {
+                    forward_avx2::<Avx2<f32>, f32>(&job, &sides, lses, at, buffers)
+                }
+                (_, Kind::BFloat16) => {
+                    forward_avx512::<Avx512<true>, Bf16>(&job, &sides, lses, at, buffers)
+                }
                 _ => forward_avx512::<Avx512<false>, f32>(&job, &sides, lses, at, buffers),
             }
         }
@@ -70,19 +74,27 @@ pub(super) fn attention_backward(
     if let Some(wide) = widened(inputs, by) {
         let [query, key, value] = &wide;
         let [grad, out] = [grad, out].map(|x| x.to_kind(Kind::Float));
-        return attention_backward(&grad, [query, key, value], &out, lse, scale, by).map(|grad| grad.to_kind(kind));
+        return attention_backward(&grad, [query, key, value], &out, lse, scale, by)
+            .map(|grad| grad.to_kind(kind));
     }
     let [query, key, value] = inputs;
     let grads = inputs.map(like);
     let job = Job::new(query, key, scale);
-    let sides = [query, key, value, out, grad, &grads[0], &grads[1], &grads[2]].map(Side::new);
+    let sides = [
+        query, key, value, out, grad, &grads[0], &grads[1], &grads[2],
+    ]
+    .map(Side::new);
     let lses = job.lses(lse);
     job.on_threads(|at, buffers| {
         // SAFETY: as in forward.
         unsafe {
             match (by, kind) {
-                (Instructions::Avx2, _) => backward_avx2::<Avx2<f32>, f32>(&job, &sides, lses, at, buffers),
-                (_, Kind::BFloat16) => backward_avx512::<Avx512<true>, Bf16>(&job, &sides, lses, at, buffers),
+                (Instructions::Avx2, _) => {
+                    backward_avx2::<Avx2<f32>, f32>(&job, &sides, lses, at, buffers)
+                }
+                (_, Kind::BFloat16) => {
+                    backward_avx512::<Avx512<true>, Bf16>(&job, &sides, lses, at, buffers)
+                }
                 _ => backward_avx512::<Avx512<false>, f32>(&job, &sides, lses, at, buffers),
             }
         }
@@ -99,7 +111,11 @@ fn widened(inputs: [&Tensor; 3], by: Instructions) -> Option<[Tensor; 3]> {
 /// A tensor of the same shape, in memory `[B, S, H, d]`: what follows goes on with rows of all heads.
 fn like(x: &Tensor) -> Tensor {
     let size = x.size();
-    Tensor::empty([size[0], size[2], size[1], size[3]], (x.kind(), Device::Cpu)).transpose(1, 2)
+    Tensor::empty(
+        [size[0], size[2], size[1], size[3]],
+        (x.kind(), Device::Cpu),
+    )
+    .transpose(1, 2)
 }
 
 /// One of the tensors: where it is, and bytes from one sequence, head and position to the next.
@@ -117,13 +133,23 @@ unsafe impl Sync for Side {}
 impl Side {
     fn new(x: &Tensor) -> Side {
         let bytes = x.kind().elt_size_in_bytes();
-        let stride: Vec<usize> = x.stride().iter().map(|&stride| stride as usize * bytes).collect();
-        Side { data: x.data_ptr().cast(), batch: stride[0], head: stride[1], row: stride[2] }
+        let stride: Vec<usize> = x
+            .stride()
+            .iter()
+            .map(|&stride| stride as usize * bytes)
+            .collect();
+        Side {
+            data: x.data_ptr().cast(),
+            batch: stride[0],
+            head: stride[1],
+            row: stride[2],
+        }
     }
 
     /// Where a row is.
     fn at(&self, batch: usize, head: usize, row: usize) -> *mut u8 {
-        self.data.wrapping_add(batch * self.batch + head * self.head + row * self.row)
+        self.data
+            .wrapping_add(batch * self.batch + head * self.head + row * self.row)
     }
 
     /// The numbers of a row.
@@ -131,7 +157,11 @@ impl Side {
     /// # Safety
     /// There are so many of type T, and nobody else writes them.
     #[allow(clippy::mut_from_ref)]
-    unsafe fn numbers<T>(&self, (batch, head, row): (usize, usize, usize), width: usize) -> &mut [T] {
+    unsafe fn numbers<T>(
+        &self,
+        (batch, head, row): (usize, usize, usize),
+        width: usize,
+    ) -> &mut [T] {
         // SAFETY: as the caller promises.
         unsafe { std::slice::from_raw_parts_mut(self.at(batch, head, row).cast(), width) }
     }
@@ -168,20 +198,34 @@ impl Job {
     fn new(query: &Tensor, key: &Tensor, scale: f64) -> Job {
         let size: Vec<usize> = query.size().iter().map(|&size| size as usize).collect();
         let kv_heads = key.size()[1] as usize;
-        Job { batch: size[0], heads: size[1], kv_heads, length: size[2], width: size[3], scale: scale as f32 }
+        Job {
+            batch: size[0],
+            heads: size[1],
+            kv_heads,
+            length: size[2],
+            width: size[3],
+            scale: scale as f32,
+        }
     }
 
     /// The log-sum-exps `[B, H, S]` fp32.
     fn lses(&self, lse: &Tensor) -> Side {
         let row = size_of::<f32>();
         let head = self.length * row;
-        Side { data: lse.data_ptr().cast(), batch: self.heads * head, head, row }
+        Side {
+            data: lse.data_ptr().cast(),
+            batch: self.heads * head,
+            head,
+            row,
+        }
     }
 
     /// Calls `body` for every sequence and key head.
     fn on_threads(&self, body: impl Fn((usize, usize), &mut Buffers) + Sync) {
         on_threads(self.batch * self.kv_heads, |item| {
-            BUFFERS.with_borrow_mut(|buffers| body((item / self.kv_heads, item % self.kv_heads), buffers));
+            BUFFERS.with_borrow_mut(|buffers| {
+                body((item / self.kv_heads, item % self.kv_heads), buffers)
+            });
         });
     }
 
@@ -205,8 +249,19 @@ impl Packed {
     ///
     /// # Safety
     /// They can be read, and the processor has the features.
-    unsafe fn natural<K: Kernel>(from: *const u8, row: usize, rows: usize, width: usize, to: &mut Vec<Line>) -> Packed {
-        let from = Operand { data: from, inner: row, outer: K::SIZE, len: rows };
+    unsafe fn natural<K: Kernel>(
+        from: *const u8,
+        row: usize,
+        rows: usize,
+        width: usize,
+        to: &mut Vec<Line>,
+    ) -> Packed {
+        let from = Operand {
+            data: from,
+            inner: row,
+            outer: K::SIZE,
+            len: rows,
+        };
         // SAFETY: as the caller promises.
         unsafe { Packed::new::<K>(&from, width, to) }
     }
@@ -222,7 +277,12 @@ impl Packed {
         width: usize,
         to: &mut Vec<Line>,
     ) -> Packed {
-        let from = Operand { data: from, inner: K::SIZE, outer: row, len: width };
+        let from = Operand {
+            data: from,
+            inner: K::SIZE,
+            outer: row,
+            len: width,
+        };
         // SAFETY: as above.
         unsafe { Packed::new::<K>(&from, rows, to) }
     }
@@ -232,7 +292,11 @@ impl Packed {
         let data = room(to, units * columns.next_multiple_of(LANES));
         // SAFETY: `room` has made enough of it; the rest is the caller's promise.
         unsafe { K::right(from, 0..units, 0..columns, data) };
-        Packed { data, units, columns }
+        Packed {
+            data,
+            units,
+            columns,
+        }
     }
 
     /// Multiplies `rows` rows, `step` bytes from one of their units to the next, by steps `units` and columns `columns` of this:
@@ -257,11 +321,21 @@ impl Packed {
                 // Whole panels: of scores that nobody asked for there is room, too.
                 let there = (self.columns - column).min(wide);
                 let lines = there.div_ceil(LANES);
-                let place = out.wrapping_add(first * out_row / 4 + (column - columns.start)).cast();
-                let out = Out { data: place, row: out_row, rows: here, mask: mask(there - (lines - 1) * LANES), store };
+                let place = out
+                    .wrapping_add(first * out_row / 4 + (column - columns.start))
+                    .cast();
+                let out = Out {
+                    data: place,
+                    row: out_row,
+                    rows: here,
+                    mask: mask(there - (lines - 1) * LANES),
+                    store,
+                };
                 // SAFETY: columns before this one fill whole panels.
                 unsafe {
-                    let right = self.data.add(self.units * (column / LANES) + units.start * lines);
+                    let right = self
+                        .data
+                        .add(self.units * (column / LANES) + units.start * lines);
                     K::tile(lines, units.len(), &left, step, right, &out);
                 }
             }
@@ -293,9 +367,19 @@ macro_rules! made_for {
     };
 }
 
-made_for!(forward_avx512, "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma", forward, 4);
+made_for!(
+    forward_avx512,
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma",
+    forward,
+    4
+);
 made_for!(forward_avx2, "avx2,fma", forward, 4);
-made_for!(backward_avx512, "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma", backward, 8);
+made_for!(
+    backward_avx512,
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma",
+    backward,
+    8
+);
 made_for!(backward_avx2, "avx2,fma", backward, 8);
 
 /// # Safety
@@ -308,15 +392,32 @@ unsafe fn forward<K: Kernel, T: Number>(
     (batch, kv_head): (usize, usize),
     buffers: &mut Buffers,
 ) {
-    let Job { length, width, scale, .. } = *job;
+    let Job {
+        length,
+        width,
+        scale,
+        ..
+    } = *job;
     let (bf16, steps) = (K::PER_UNIT == 2, width / K::PER_UNIT);
     let sums = floats(&mut buffers.sums[0], QUERIES, width);
     let scores = floats(&mut buffers.scores, QUERIES, ROW);
     let rounded = room(&mut buffers.rounded[0], QUERIES * ROW / 2).cast::<Bf16>();
     // SAFETY: as the caller promises; buffers have the sizes that are named here.
     unsafe {
-        let keys = Packed::transposed::<K>(key.at(batch, kv_head, 0), key.row, length, width, &mut buffers.keys);
-        let values = Packed::natural::<K>(value.at(batch, kv_head, 0), value.row, length, width, &mut buffers.values);
+        let keys = Packed::transposed::<K>(
+            key.at(batch, kv_head, 0),
+            key.row,
+            length,
+            width,
+            &mut buffers.keys,
+        );
+        let values = Packed::natural::<K>(
+            value.at(batch, kv_head, 0),
+            value.row,
+            length,
+            width,
+            &mut buffers.values,
+        );
         for head in job.served(kv_head) {
             for start in (0..length).step_by(QUERIES) {
                 let rows = (length - start).min(QUERIES);
@@ -337,8 +438,11 @@ unsafe fn forward<K: Kernel, T: Number>(
                             sums.iter_mut().for_each(|x| *x *= factor);
                         }
                         if bf16 {
-                            let to = std::slice::from_raw_parts_mut(rounded.add(row * ROW), here + 1);
-                            to.iter_mut().zip(&*all).for_each(|(to, x)| *to = Bf16::narrow(*x));
+                            let to =
+                                std::slice::from_raw_parts_mut(rounded.add(row * ROW), here + 1);
+                            to.iter_mut()
+                                .zip(&*all)
+                                .for_each(|(to, x)| *to = Bf16::narrow(*x));
                             // The other one of a pair.
                             to[here] = Bf16::narrow(0.0);
                         }
@@ -348,7 +452,14 @@ unsafe fn forward<K: Kernel, T: Number>(
                         false => scores.add(row * ROW).cast::<u8>().cast_const(),
                     };
                     let units = first / K::PER_UNIT..(first + here).div_ceil(K::PER_UNIT);
-                    values.multiply::<K>(units, 0..width, rows, left, 4, (sums, width * 4, Store::Add));
+                    values.multiply::<K>(
+                        units,
+                        0..width,
+                        rows,
+                        left,
+                        4,
+                        (sums, width * 4, Store::Add),
+                    );
                 }
                 let lse = lses.numbers::<f32>((batch, head, start), rows);
                 for row in 0..rows {
@@ -356,7 +467,9 @@ unsafe fn forward<K: Kernel, T: Number>(
                     lse[row] = most[row] + sum[row].ln();
                     let to = out.numbers::<T>((batch, head, start + row), width);
                     let sums = std::slice::from_raw_parts(sums.add(row * width), width);
-                    to.iter_mut().zip(sums).for_each(|(to, x)| *to = T::narrow(x * over));
+                    to.iter_mut()
+                        .zip(sums)
+                        .for_each(|(to, x)| *to = T::narrow(x * over));
                 }
             }
         }
@@ -375,12 +488,25 @@ fn weights(scores: &mut [f32], valid: usize, scale: f32, most: &mut f32, sum: &m
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let (whole, few) = valid.as_chunks::<LANES>();
     for chunk in whole {
-        lanes.iter_mut().zip(chunk).for_each(|(most, &x)| *most = if x > *most { x } else { *most });
+        lanes
+            .iter_mut()
+            .zip(chunk)
+            .for_each(|(most, &x)| *most = if x > *most { x } else { *most });
     }
-    lanes.iter_mut().zip(few).for_each(|(most, &x)| *most = if x > *most { x } else { *most });
-    let largest = lanes.iter().fold(f32::NEG_INFINITY, |most, &x| if x > most { x } else { most }) * scale;
+    lanes
+        .iter_mut()
+        .zip(few)
+        .for_each(|(most, &x)| *most = if x > *most { x } else { *most });
+    let largest = lanes.iter().fold(
+        f32::NEG_INFINITY,
+        |most, &x| if x > most { x } else { most },
+    ) * scale;
     let new = if largest > *most { largest } else { *most };
-    let factor = if *most == f32::NEG_INFINITY { 0.0 } else { exp(*most - new) };
+    let factor = if *most == f32::NEG_INFINITY {
+        0.0
+    } else {
+        exp(*most - new)
+    };
     let mut lanes = [0f32; LANES];
     let (whole, few) = valid.as_chunks_mut::<LANES>();
     for chunk in whole {
@@ -408,21 +534,33 @@ unsafe fn backward<K: Kernel, T: Number>(
     (batch, kv_head): (usize, usize),
     buffers: &mut Buffers,
 ) {
-    let Job { length, width, scale, .. } = *job;
+    let Job {
+        length,
+        width,
+        scale,
+        ..
+    } = *job;
     let (bf16, steps) = (K::PER_UNIT == 2, width / K::PER_UNIT);
     let [sums, key_sums, value_sums] = &mut buffers.sums;
     let sums = floats(sums, QUERIES, width);
-    let (key_sums, value_sums) = (floats(key_sums, length, width), floats(value_sums, length, width));
+    let (key_sums, value_sums) = (
+        floats(key_sums, length, width),
+        floats(value_sums, length, width),
+    );
     let scores = floats(&mut buffers.scores, QUERIES, ROW);
     let others = floats(&mut buffers.others, QUERIES, ROW);
     let [weights, pairs, rows_of] = &mut buffers.rounded;
-    let (weights, pairs) = (floats(weights, QUERIES / 2, ROW), floats(pairs, QUERIES / 2, ROW));
+    let (weights, pairs) = (
+        floats(weights, QUERIES / 2, ROW),
+        floats(pairs, QUERIES / 2, ROW),
+    );
     let rows_of = room(rows_of, QUERIES * ROW / 2).cast::<Bf16>();
     // SAFETY: as the caller promises; buffers have the sizes that are named here.
     unsafe {
         let (of_head, of_values) = (key.at(batch, kv_head, 0), value.at(batch, kv_head, 0));
         let keys = Packed::transposed::<K>(of_head, key.row, length, width, &mut buffers.keys);
-        let values = Packed::transposed::<K>(of_values, value.row, length, width, &mut buffers.values);
+        let values =
+            Packed::transposed::<K>(of_values, value.row, length, width, &mut buffers.values);
         let natural = Packed::natural::<K>(of_head, key.row, length, width, &mut buffers.natural);
         std::slice::from_raw_parts_mut(key_sums, length * width).fill(0.0);
         std::slice::from_raw_parts_mut(value_sums, length * width).fill(0.0);
@@ -431,7 +569,8 @@ unsafe fn backward<K: Kernel, T: Number>(
                 let rows = (length - start).min(QUERIES);
                 let seen = start + rows;
                 let queries = query.at(batch, head, start);
-                let queries = Packed::natural::<K>(queries, query.row, rows, width, &mut buffers.queries);
+                let queries =
+                    Packed::natural::<K>(queries, query.row, rows, width, &mut buffers.queries);
                 let grads = grad.at(batch, head, start);
                 let grads = Packed::natural::<K>(grads, grad.row, rows, width, &mut buffers.grads);
                 let lse = lses.numbers::<f32>((batch, head, start), rows);
@@ -457,8 +596,11 @@ unsafe fn backward<K: Kernel, T: Number>(
                         let valid = (start + row + 1).saturating_sub(first).min(here);
                         gradients(scores, others, valid, (scale, lse[row], along[row]));
                         if bf16 {
-                            let to = std::slice::from_raw_parts_mut(rows_of.add(row * ROW), here + 1);
-                            to.iter_mut().zip(&*others).for_each(|(to, x)| *to = Bf16::narrow(*x));
+                            let to =
+                                std::slice::from_raw_parts_mut(rows_of.add(row * ROW), here + 1);
+                            to.iter_mut()
+                                .zip(&*others)
+                                .for_each(|(to, x)| *to = Bf16::narrow(*x));
                             to[here] = Bf16::narrow(0.0);
                         }
                     }
@@ -467,15 +609,26 @@ unsafe fn backward<K: Kernel, T: Number>(
                         in_pairs(others, rows, here, pairs);
                     }
                     // The first operands of the three products: rows of scores' gradients, and columns of both.
-                    let (of_rows, of_weights, of_scores): (*const u8, *const f32, *const f32) = match bf16 {
-                        true => (rows_of.cast::<u8>(), weights, pairs),
-                        false => (others.cast::<u8>(), scores, others),
-                    };
+                    let (of_rows, of_weights, of_scores): (*const u8, *const f32, *const f32) =
+                        match bf16 {
+                            true => (rows_of.cast::<u8>(), weights, pairs),
+                            false => (others.cast::<u8>(), scores, others),
+                        };
                     let units = first / K::PER_UNIT..(first + here).div_ceil(K::PER_UNIT);
                     let row = |row: usize| of_rows.add(row * ROW * K::SIZE);
-                    natural.multiply::<K>(units, 0..width, rows, row, 4, (sums, width * 4, Store::Add));
+                    natural.multiply::<K>(
+                        units,
+                        0..width,
+                        rows,
+                        row,
+                        4,
+                        (sums, width * 4, Store::Add),
+                    );
                     let units = 0..rows.div_ceil(K::PER_UNIT);
-                    for (from, by, to) in [(of_weights, &grads, value_sums), (of_scores, &queries, key_sums)] {
+                    for (from, by, to) in [
+                        (of_weights, &grads, value_sums),
+                        (of_scores, &queries, key_sums),
+                    ] {
                         let column = |key: usize| from.add(key).cast::<u8>();
                         let to = (to.add(first * width), width * 4, Store::Add);
                         by.multiply::<K>(units.clone(), 0..width, here, column, ROW * 4, to);
@@ -489,15 +642,26 @@ unsafe fn backward<K: Kernel, T: Number>(
         }
         for row in 0..length {
             let at = (batch, kv_head, row);
-            narrow(std::slice::from_raw_parts(key_sums.add(row * width), width), of_key.numbers::<T>(at, width));
-            narrow(std::slice::from_raw_parts(value_sums.add(row * width), width), of_value.numbers::<T>(at, width));
+            narrow(
+                std::slice::from_raw_parts(key_sums.add(row * width), width),
+                of_key.numbers::<T>(at, width),
+            );
+            narrow(
+                std::slice::from_raw_parts(value_sums.add(row * width), width),
+                of_value.numbers::<T>(at, width),
+            );
         }
     }
 }
 
 /// Makes weights of scores, and of the weights' gradients those of the scores: of the first `valid`, and nothing of the others.
 #[inline(always)]
-fn gradients(scores: &mut [f32], others: &mut [f32], valid: usize, (scale, lse, along): (f32, f32, f32)) {
+fn gradients(
+    scores: &mut [f32],
+    others: &mut [f32],
+    valid: usize,
+    (scale, lse, along): (f32, f32, f32),
+) {
     for (score, other) in scores[..valid].iter_mut().zip(&mut others[..valid]) {
         *score = exp(score.mul_add(scale, -lse));
         *other = *score * (*other - along) * scale;
@@ -516,7 +680,10 @@ unsafe fn in_pairs(from: *const f32, rows: usize, width: usize, to: *mut f32) {
         // SAFETY: as the caller promises.
         let (first, to) = unsafe {
             let first = std::slice::from_raw_parts(from.add(row * ROW), width);
-            (first, std::slice::from_raw_parts_mut(to.add(row / 2 * ROW).cast::<u32>(), width))
+            (
+                first,
+                std::slice::from_raw_parts_mut(to.add(row / 2 * ROW).cast::<u32>(), width),
+            )
         };
         if row + 1 < rows {
             // SAFETY: as above.
@@ -525,7 +692,9 @@ unsafe fn in_pairs(from: *const f32, rows: usize, width: usize, to: *mut f32) {
                 *to = rounded(*a) >> 16 | rounded(*b) & 0xffff_0000;
             }
         } else {
-            to.iter_mut().zip(first).for_each(|(to, a)| *to = rounded(*a) >> 16);
+            to.iter_mut()
+                .zip(first)
+                .for_each(|(to, a)| *to = rounded(*a) >> 16);
         }
     }
 }
@@ -550,5 +719,7 @@ fn dot<T: Number>(a: &[T], b: &[T]) -> f32 {
 
 #[inline(always)]
 fn narrow<T: Number>(from: &[f32], to: &mut [T]) {
-    to.iter_mut().zip(from).for_each(|(to, x)| *to = T::narrow(*x));
+    to.iter_mut()
+        .zip(from)
+        .for_each(|(to, x)| *to = T::narrow(*x));
 }

@@ -15,7 +15,12 @@ use tch::{Device, Kind, Tensor};
 /// When the shapes do not fit each other.
 pub fn attention(query: &Tensor, key: &Tensor, value: &Tensor, scale: f64) -> (Tensor, Tensor) {
     check(query, key, value);
-    part("attention", "forward", || cost(query, key, 2.0), || forward(query, key, value, scale))
+    part(
+        "attention",
+        "forward",
+        || cost(query, key, 2.0),
+        || forward(query, key, value, scale),
+    )
 }
 
 fn forward(query: &Tensor, key: &Tensor, value: &Tensor, scale: f64) -> (Tensor, Tensor) {
@@ -25,7 +30,15 @@ fn forward(query: &Tensor, key: &Tensor, value: &Tensor, scale: f64) -> (Tensor,
     }
     let times = query.size()[1] / key.size()[1];
     let [key, value] = [key, value].map(|x| repeat_heads(x, times));
-    Tensor::internal_scaled_dot_product_flash_attention_for_cpu(query, &key, &value, 0.0, true, None::<&Tensor>, scale)
+    Tensor::internal_scaled_dot_product_flash_attention_for_cpu(
+        query,
+        &key,
+        &value,
+        0.0,
+        true,
+        None::<&Tensor>,
+        scale,
+    )
 }
 
 /// The gradients of queries, keys and values, of their dtype, given that of the result; `out` and `lse` are what [`attention`] gave.
@@ -40,48 +53,83 @@ pub fn attention_backward(
     scale: f64,
 ) -> [Tensor; 3] {
     check(query, key, value);
-    assert!(grad.size() == query.size() && out.size() == query.size(), "gradients of {:?}", query.size());
+    assert!(
+        grad.size() == query.size() && out.size() == query.size(),
+        "gradients of {:?}",
+        query.size()
+    );
     let grad = grad.to_kind(query.kind());
-    let grad = if grad.stride()[3] == 1 { grad } else { grad.contiguous() };
+    let grad = if grad.stride()[3] == 1 {
+        grad
+    } else {
+        grad.contiguous()
+    };
     let inputs = [query, key, value];
-    part("attention", "backward", || cost(query, key, 5.0), || backward(&grad, inputs, out, lse, scale))
+    part(
+        "attention",
+        "backward",
+        || cost(query, key, 5.0),
+        || backward(&grad, inputs, out, lse, scale),
+    )
 }
 
 /// What it has to do: so many products of queries and keys, half of which see each other.
 fn cost(query: &Tensor, key: &Tensor, products: f64) -> Cost {
     let pairs = query.numel() as f64 * query.size()[2] as f64 / 2.0;
     let bytes = (query.numel() + key.numel()) as f64 * query.kind().elt_size_in_bytes() as f64;
-    Cost { flops: products * 2.0 * pairs, bytes: products * bytes }
+    Cost {
+        flops: products * 2.0 * pairs,
+        bytes: products * bytes,
+    }
 }
 
-fn backward(grad: &Tensor, [query, key, value]: [&Tensor; 3], out: &Tensor, lse: &Tensor, scale: f64) -> [Tensor; 3] {
+fn backward(
+    grad: &Tensor,
+    [query, key, value]: [&Tensor; 3],
+    out: &Tensor,
+    lse: &Tensor,
+    scale: f64,
+) -> [Tensor; 3] {
     #[cfg(target_arch = "x86_64")]
-    if let Some(by) = loops::attends(query, key, value).filter(|_| lse.is_contiguous() && out.stride()[3] == 1) {
+    if let Some(by) =
+        loops::attends(query, key, value).filter(|_| lse.is_contiguous() && out.stride()[3] == 1)
+    {
         return loops::attention_backward(grad, [query, key, value], out, lse, scale, by);
     }
     let times = query.size()[1] / key.size()[1];
     let [key, value] = [key, value].map(|x| repeat_heads(x, times));
-    let (of_query, of_key, of_value) = Tensor::internal_scaled_dot_product_flash_attention_for_cpu_backward(
-        grad,
-        query,
-        &key,
-        &value,
-        out,
-        lse,
-        0.0,
-        true,
-        None::<&Tensor>,
-        scale,
-    );
-    let joined = |grad: Tensor| if times == 1 { grad } else { join_heads(&grad, times).to_kind(grad.kind()) };
+    let (of_query, of_key, of_value) =
+        Tensor::internal_scaled_dot_product_flash_attention_for_cpu_backward(
+            grad,
+            query,
+            &key,
+            &value,
+            out,
+            lse,
+            0.0,
+            true,
+            None::<&Tensor>,
+            scale,
+        );
+    let joined = |grad: Tensor| {
+        if times == 1 {
+            grad
+        } else {
+            join_heads(&grad, times).to_kind(grad.kind())
+        }
+    };
     [of_query, joined(of_key), joined(of_value)]
 }
 
 fn check(query: &Tensor, key: &Tensor, value: &Tensor) {
     let (q, k) = (query.size(), key.size());
     let fits = k == value.size() && q.len() == 4 && (q[0], q[2], q[3]) == (k[0], k[2], k[3]);
-    let kinds = query.kind() == key.kind() && query.kind() == value.kind() && query.device() == Device::Cpu;
-    assert!(fits && kinds && k[1] > 0 && q[1] % k[1] == 0, "attention of {q:?} over {k:?}");
+    let kinds =
+        query.kind() == key.kind() && query.kind() == value.kind() && query.device() == Device::Cpu;
+    assert!(
+        fits && kinds && k[1] > 0 && q[1] % k[1] == 0,
+        "attention of {q:?} over {k:?}"
+    );
 }
 
 /// Each key or value head once for every query head it serves: `[B, G, s, d]` to `[B, G * times, s, d]`.
@@ -91,7 +139,9 @@ pub fn repeat_heads(x: &Tensor, times: i64) -> Tensor {
     }
     let size = x.size();
     let (batch, heads, length, width) = (size[0], size[1], size[2], size[3]);
-    let wide = x.unsqueeze(2).expand([batch, heads, times, length, width], false);
+    let wide = x
+        .unsqueeze(2)
+        .expand([batch, heads, times, length, width], false);
     wide.reshape([batch, heads * times, length, width])
 }
 
@@ -99,7 +149,9 @@ pub fn repeat_heads(x: &Tensor, times: i64) -> Tensor {
 pub fn join_heads(grad: &Tensor, times: i64) -> Tensor {
     let size = grad.size();
     let (batch, heads, length, width) = (size[0], size[1], size[2], size[3]);
-    let apart = grad.to_kind(Kind::Float).view([batch, heads / times, times, length, width]);
+    let apart = grad
+        .to_kind(Kind::Float)
+        .view([batch, heads / times, times, length, width]);
     apart.sum_dim_intlist([2i64].as_slice(), false, Kind::Float)
 }
 
@@ -111,10 +163,16 @@ mod tests {
     /// In fp64.
     fn plain(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> (Tensor, Tensor) {
         let times = q.size()[1] / k.size()[1];
-        let (k, v) = (k.repeat_interleave_self_int(times, 1, None), v.repeat_interleave_self_int(times, 1, None));
+        let (k, v) = (
+            k.repeat_interleave_self_int(times, 1, None),
+            v.repeat_interleave_self_int(times, 1, None),
+        );
         let later = Tensor::ones([q.size()[2]; 2], (Kind::Bool, Device::Cpu)).triu(1);
         let scores = (q.matmul(&k.transpose(2, 3)) * scale).masked_fill(&later, f64::NEG_INFINITY);
-        (scores.softmax(-1, Kind::Double).matmul(&v), scores.logsumexp([-1i64].as_slice(), false))
+        (
+            scores.softmax(-1, Kind::Double).matmul(&v),
+            scores.logsumexp([-1i64].as_slice(), false),
+        )
     }
 
     /// The largest difference, over the largest number or that of what cancels in it: one key alone leaves scores no gradient.

@@ -6,16 +6,35 @@ use tch::Kind;
 
 /// One update, of tensors that lie without gaps, `stored` bf16; see [`crate::adamw`].
 pub(crate) fn adamw(gpu: &dyn Gpu, update: &Update, scalars: Scalars) {
-    let Update { master, gradient, exp_avg, exp_avg_sq, stored } = update;
+    let Update {
+        master,
+        gradient,
+        exp_avg,
+        exp_avg_sq,
+        stored,
+    } = update;
     let count = master.numel();
     // Four of fp32 are read together, and as many of bf16.
     let four = Variant::of(&[master, gradient, exp_avg, exp_avg_sq], count);
-    let aligned = stored.as_ref().is_none_or(|stored| (stored.data_ptr() as usize).is_multiple_of(8));
+    let aligned = stored
+        .as_ref()
+        .is_none_or(|stored| (stored.data_ptr() as usize).is_multiple_of(8));
     let kind = stored.as_ref().map_or(Kind::Float, |stored| stored.kind());
-    let variant = Variant { kind, vectors: four.vectors && aligned };
+    let variant = Variant {
+        kind,
+        vectors: four.vectors && aligned,
+    };
     let packs = count / if variant.vectors { 4 } else { 1 };
     let blocks = packs.div_ceil(THREADS).min(BLOCKS * gpu.multiprocessors());
-    let Scalars { over_scale, kept, beta1, beta2, step_size, over_root, eps } = scalars;
+    let Scalars {
+        over_scale,
+        kept,
+        beta1,
+        beta2,
+        step_size,
+        over_root,
+        eps,
+    } = scalars;
     let arguments = arguments![
         master,
         gradient,
@@ -31,7 +50,17 @@ pub(crate) fn adamw(gpu: &dyn Gpu, update: &Update, scalars: Scalars) {
         over_root,
         eps,
     ];
-    gpu.run(&Call { name: "adamw", variant, blocks, block: (THREADS, 1), shared: 0, arguments: &arguments }, master);
+    gpu.run(
+        &Call {
+            name: "adamw",
+            variant,
+            blocks,
+            block: (THREADS, 1),
+            shared: 0,
+            arguments: &arguments,
+        },
+        master,
+    );
 }
 
 #[cfg(test)]

@@ -42,13 +42,23 @@ pub(super) fn source() -> String {
         ("adamw.cu", include_str!("source/adamw.cu")),
         ("router.cu", include_str!("source/router.cu")),
     ];
-    parts.iter().map(|(name, text)| format!("#line 1 \"{name}\"\n{text}\n")).collect()
+    parts
+        .iter()
+        .map(|(name, text)| format!("#line 1 \"{name}\"\n{text}\n"))
+        .collect()
 }
 
 /// What the source is told of a variant.
 pub(super) fn definitions(variant: Variant) -> [String; 2] {
-    let number = if variant.kind == Kind::Float { "float" } else { "bf16" };
-    [format!("-DNUMBER={number}"), format!("-DVECTOR={}", variant.vector())]
+    let number = if variant.kind == Kind::Float {
+        "float"
+    } else {
+        "bf16"
+    };
+    [
+        format!("-DNUMBER={number}"),
+        format!("-DVECTOR={}", variant.vector()),
+    ]
 }
 
 impl Compiler {
@@ -83,24 +93,42 @@ impl Compiler {
     /// What the compiler says.
     pub(super) fn compile(&self, variant: Variant, architecture: &str) -> Result<Vec<u8>, String> {
         let source = CString::new(source()).expect("source has no NUL");
-        let mut options = vec![format!("--gpu-architecture={architecture}"), "--std=c++17".to_owned()];
+        let mut options = vec![
+            format!("--gpu-architecture={architecture}"),
+            "--std=c++17".to_owned(),
+        ];
         options.extend(definitions(variant));
-        let options: Vec<CString> =
-            options.into_iter().map(|option| CString::new(option).expect("options have no NUL")).collect();
+        let options: Vec<CString> = options
+            .into_iter()
+            .map(|option| CString::new(option).expect("options have no NUL"))
+            .collect();
         let options: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
         let mut program = std::ptr::null_mut();
         // SAFETY: an out-parameter, and text that lives through the call, of which it keeps a copy.
         self.check(unsafe {
             let none = std::ptr::null();
-            (self.create)(&mut program, source.as_ptr(), c"kernels".as_ptr(), 0, none, none)
+            (self.create)(
+                &mut program,
+                source.as_ptr(),
+                c"kernels".as_ptr(),
+                0,
+                none,
+                none,
+            )
         })?;
         // SAFETY: a live program, and options that live through the call.
-        let compiled = self.check(unsafe { (self.compile)(program, options.len() as c_int, options.as_ptr()) });
+        let compiled = self
+            .check(unsafe { (self.compile)(program, options.len() as c_int, options.as_ptr()) });
         let result = match compiled {
             Ok(()) => self.text(program, self.cubin_size, self.cubin),
             Err(error) => {
-                let log = self.text(program, self.log_size, self.log).unwrap_or_default();
-                Err(format!("{error}: {}", String::from_utf8_lossy(&log).trim_end_matches('\0')))
+                let log = self
+                    .text(program, self.log_size, self.log)
+                    .unwrap_or_default();
+                Err(format!(
+                    "{error}: {}",
+                    String::from_utf8_lossy(&log).trim_end_matches('\0')
+                ))
             }
         };
         // SAFETY: a live program, ended once.
@@ -136,10 +164,24 @@ impl Compiler {
 /// NVRTC loads a library of its own by name, though nothing says where it is: beside it.
 fn preload_builtins() {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
-    let Some(line) = maps.lines().find(|line| line.contains("/libnvrtc")) else { return };
-    let folder = line.find('/').map(|at| PathBuf::from(&line[at..])).and_then(|path| Some(path.parent()?.to_owned()));
-    for file in folder.into_iter().flat_map(std::fs::read_dir).flatten().flatten() {
-        if file.file_name().to_string_lossy().starts_with("libnvrtc-builtins.so") {
+    let Some(line) = maps.lines().find(|line| line.contains("/libnvrtc")) else {
+        return;
+    };
+    let folder = line
+        .find('/')
+        .map(|at| PathBuf::from(&line[at..]))
+        .and_then(|path| Some(path.parent()?.to_owned()));
+    for file in folder
+        .into_iter()
+        .flat_map(std::fs::read_dir)
+        .flatten()
+        .flatten()
+    {
+        if file
+            .file_name()
+            .to_string_lossy()
+            .starts_with("libnvrtc-builtins.so")
+        {
             // SAFETY: a library of NVIDIA's, without initialisers of consequence; it stays. Where it fails, NVRTC says so.
             let library = unsafe { Library::open(Some(file.path()), RTLD_NOW | RTLD_GLOBAL) };
             std::mem::forget(library);
@@ -153,17 +195,35 @@ mod tests {
 
     #[test]
     fn kernels_compile_for_gpus_of_the_last_years() {
-        let path = std::env::var_os("MOERUN_NVRTC").expect("MOERUN_NVRTC is not set: run ./scripts/setup --nvrtc");
+        let path = std::env::var_os("MOERUN_NVRTC")
+            .expect("MOERUN_NVRTC is not set: run ./scripts/setup --nvrtc");
         // SAFETY: NVIDIA's compiler, which stays.
         let library = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) }.unwrap();
         let compiler = Compiler::of(Box::leak(Box::new(library))).unwrap();
         for architecture in ["sm_80", "sm_90", "sm_100"] {
-            for (kind, vectors) in [(Kind::Float, true), (Kind::BFloat16, true), (Kind::BFloat16, false)] {
-                let code = compiler.compile(Variant { kind, vectors }, architecture).unwrap();
+            for (kind, vectors) in [
+                (Kind::Float, true),
+                (Kind::BFloat16, true),
+                (Kind::BFloat16, false),
+            ] {
+                let code = compiler
+                    .compile(Variant { kind, vectors }, architecture)
+                    .unwrap();
                 assert_eq!(&code[..4], b"\x7fELF");
             }
         }
-        let error = compiler.compile(Variant { kind: Kind::Float, vectors: true }, "sm_1").unwrap_err();
-        assert!(error.contains("NVRTC") && error.contains("architecture"), "{error}");
+        let error = compiler
+            .compile(
+                Variant {
+                    kind: Kind::Float,
+                    vectors: true,
+                },
+                "sm_1",
+            )
+            .unwrap_err();
+        assert!(
+            error.contains("NVRTC") && error.contains("architecture"),
+            "{error}"
+        );
     }
 }

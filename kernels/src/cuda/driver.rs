@@ -74,7 +74,11 @@ impl Driver {
         // SAFETY: an out-parameter; the text is never freed.
         let known = unsafe { (self.error_string)(code, &mut text) } == 0 && !text.is_null();
         // SAFETY: as above.
-        let text = if known { unsafe { CStr::from_ptr(text) }.to_string_lossy() } else { "an unknown error".into() };
+        let text = if known {
+            unsafe { CStr::from_ptr(text) }.to_string_lossy()
+        } else {
+            "an unknown error".into()
+        };
         Err(format!("CUDA's driver: {text} ({code})"))
     }
 }
@@ -100,13 +104,28 @@ unsafe impl Sync for Device {}
 pub(super) fn ready(index: usize, kind: Kind) -> Result<&'static Device, String> {
     type Ready = HashMap<(usize, Kind), Result<&'static Device, String>>;
     static READY: OnceLock<Mutex<Ready>> = OnceLock::new();
-    let mut ready = READY.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
-    let of_device = |ready: &Ready| ready.iter().find(|((other, _), _)| *other == index).map(|(_, gpu)| gpu.clone());
+    let mut ready = READY
+        .get_or_init(Mutex::default)
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
+    let of_device = |ready: &Ready| {
+        ready
+            .iter()
+            .find(|((other, _), _)| *other == index)
+            .map(|(_, gpu)| gpu.clone())
+    };
     if let Some(gpu) = ready.get(&(index, kind)) {
         return gpu.clone();
     }
-    let gpu = of_device(&ready).unwrap_or_else(|| Device::open(index).map(|device| &*Box::leak(Box::new(device))));
-    let gpu = gpu.and_then(|gpu| gpu.module(Variant { kind, vectors: true }).map(|_| gpu));
+    let gpu = of_device(&ready)
+        .unwrap_or_else(|| Device::open(index).map(|device| &*Box::leak(Box::new(device))));
+    let gpu = gpu.and_then(|gpu| {
+        gpu.module(Variant {
+            kind,
+            vectors: true,
+        })
+        .map(|_| gpu)
+    });
     if let Err(error) = &gpu {
         tracing::warn!(
             "GPU {index} gets libtorch's operations instead of kernels of our own, which are faster: {error}"
@@ -131,7 +150,11 @@ impl Device {
             driver.check((driver.init)(0))?;
             driver.check((driver.device)(&mut device, index as c_int))?;
             driver.check((driver.primary_context)(&mut context, device))?;
-            driver.check((driver.attribute)(&mut multiprocessors, MULTIPROCESSORS, device))?;
+            driver.check((driver.attribute)(
+                &mut multiprocessors,
+                MULTIPROCESSORS,
+                device,
+            ))?;
         }
         Ok(Device {
             driver,
@@ -158,20 +181,28 @@ impl Device {
         self.enter()?;
         let mut module = std::ptr::null_mut();
         // SAFETY: an out-parameter, and machine code that is copied.
-        self.driver.check(unsafe { (self.driver.load)(&mut module, code.as_ptr().cast()) })?;
+        self.driver
+            .check(unsafe { (self.driver.load)(&mut module, code.as_ptr().cast()) })?;
         modules.insert(variant, module);
         Ok(module)
     }
 
     fn function(&self, variant: Variant, name: &'static str) -> Result<CUfunction, String> {
-        let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut functions = self
+            .functions
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if let Some(function) = functions.get(&(variant, name)) {
             return Ok(*function);
         }
-        let (module, symbol) = (self.module(variant)?, CString::new(name).expect("names have no NUL"));
+        let (module, symbol) = (
+            self.module(variant)?,
+            CString::new(name).expect("names have no NUL"),
+        );
         let mut function = std::ptr::null_mut();
         // SAFETY: an out-parameter, a live module, and text that lives through the call.
-        self.driver.check(unsafe { (self.driver.function)(&mut function, module, symbol.as_ptr()) })?;
+        self.driver
+            .check(unsafe { (self.driver.function)(&mut function, module, symbol.as_ptr()) })?;
         functions.insert((variant, name), function);
         Ok(function)
     }
@@ -181,15 +212,22 @@ impl Device {
         let mut current = std::ptr::null_mut();
         // SAFETY: an out-parameter, and a context that lives as long as the process.
         unsafe {
-            self.driver.check((self.driver.current_context)(&mut current))?;
-            if current == self.context { Ok(()) } else { self.driver.check((self.driver.set_context)(self.context)) }
+            self.driver
+                .check((self.driver.current_context)(&mut current))?;
+            if current == self.context {
+                Ok(())
+            } else {
+                self.driver.check((self.driver.set_context)(self.context))
+            }
         }
     }
 
     fn queue(&self, call: &Call, like: &Tensor) -> Result<(), String> {
         self.enter()?;
         let function = self.function(call.variant, call.name)?;
-        let stream = Stream::current(like).and_then(|stream| stream.handle()).map_err(|error| error.to_string())?;
+        let stream = Stream::current(like)
+            .and_then(|stream| stream.handle())
+            .map_err(|error| error.to_string())?;
         let mut words = call.words();
         let mut arguments = pointers(&mut words);
         let [blocks, width, height, shared] = call.sizes();
@@ -198,7 +236,19 @@ impl Device {
         self.driver.check(unsafe {
             let none = std::ptr::null_mut();
             let arguments = arguments.as_mut_ptr();
-            (self.driver.launch)(function, blocks, 1, 1, width, height, 1, shared, stream.cast(), arguments, none)
+            (self.driver.launch)(
+                function,
+                blocks,
+                1,
+                1,
+                width,
+                height,
+                1,
+                shared,
+                stream.cast(),
+                arguments,
+                none,
+            )
         })
     }
 }
@@ -206,7 +256,8 @@ impl Device {
 impl Gpu for Device {
     fn run(&self, call: &Call, like: &Tensor) {
         if call.blocks > 0 {
-            self.queue(call, like).unwrap_or_else(|error| panic!("kernel {}: {error}", call.name));
+            self.queue(call, like)
+                .unwrap_or_else(|error| panic!("kernel {}: {error}", call.name));
         }
     }
 

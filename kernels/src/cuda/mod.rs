@@ -56,13 +56,18 @@ impl Variant {
     fn of(tensors: &[&Tensor], width: usize) -> Variant {
         let kind = tensors[0].kind();
         let aligned = |tensor: &&Tensor| (tensor.data_ptr() as usize).is_multiple_of(16);
-        let vectors = (width * kind.elt_size_in_bytes()).is_multiple_of(16) && tensors.iter().all(aligned);
+        let vectors =
+            (width * kind.elt_size_in_bytes()).is_multiple_of(16) && tensors.iter().all(aligned);
         Variant { kind, vectors }
     }
 
     /// Numbers that are read together.
     fn vector(self) -> usize {
-        if self.vectors { 16 / self.kind.elt_size_in_bytes() } else { 1 }
+        if self.vectors {
+            16 / self.kind.elt_size_in_bytes()
+        } else {
+            1
+        }
     }
 }
 
@@ -88,10 +93,23 @@ impl<'a> Call<'a> {
         (rows, width): (usize, usize),
         arguments: &'a [Argument],
     ) -> Call<'a> {
-        let threads = (width / variant.vector()).clamp(1, THREADS).next_power_of_two();
+        let threads = (width / variant.vector())
+            .clamp(1, THREADS)
+            .next_power_of_two();
         let of_block = THREADS / threads;
-        let blocks = if width == 0 { 0 } else { rows.div_ceil(of_block).min(BLOCKS * gpu.multiprocessors()) };
-        Call { name, variant, blocks, block: (threads, of_block), shared: 0, arguments }
+        let blocks = if width == 0 {
+            0
+        } else {
+            rows.div_ceil(of_block).min(BLOCKS * gpu.multiprocessors())
+        };
+        Call {
+            name,
+            variant,
+            blocks,
+            block: (threads, of_block),
+            shared: 0,
+            arguments,
+        }
     }
 
     /// Blocks, threads of a row, rows of a block, and bytes that a block has for itself.
@@ -111,7 +129,10 @@ impl<'a> Call<'a> {
 }
 
 fn pointers(words: &mut [u64]) -> Vec<*mut c_void> {
-    words.iter_mut().map(|word| std::ptr::from_mut(word).cast()).collect()
+    words
+        .iter_mut()
+        .map(|word| std::ptr::from_mut(word).cast())
+        .collect()
 }
 
 /// An argument of a kernel.
@@ -157,8 +178,12 @@ use arguments;
 /// What runs kernels for such tensors: all on one GPU, without gaps, and of one dtype, fp32 or bf16. Nothing, where there are none.
 pub(crate) fn gpu(tensors: &[&Tensor]) -> Option<&'static dyn Gpu> {
     let (device, kind) = (tensors[0].device(), tensors[0].kind());
-    let Device::Cuda(index) = device else { return None };
-    let fits = |tensor: &&Tensor| tensor.device() == device && tensor.kind() == kind && tensor.is_contiguous();
+    let Device::Cuda(index) = device else {
+        return None;
+    };
+    let fits = |tensor: &&Tensor| {
+        tensor.device() == device && tensor.kind() == kind && tensor.is_contiguous()
+    };
     if !matches!(kind, Kind::Float | Kind::BFloat16) || !tensors.iter().all(fits) {
         return None;
     }
@@ -199,14 +224,20 @@ pub(crate) mod tests {
 
         fn arbitrary_with((): ()) -> BoxedStrategy<Numbers> {
             let drawn = (any::<bool>(), proptest::bool::weighted(0.2));
-            drawn.prop_map(|(bf16, shifted)| Numbers { bf16, shifted }).boxed()
+            drawn
+                .prop_map(|(bf16, shifted)| Numbers { bf16, shifted })
+                .boxed()
         }
     }
 
     impl Numbers {
         /// Normally distributed ones, where kernels of tests find them.
         pub(crate) fn random(&self, shape: &[i64]) -> Tensor {
-            let kind = if self.bf16 { Kind::BFloat16 } else { Kind::Float };
+            let kind = if self.bf16 {
+                Kind::BFloat16
+            } else {
+                Kind::Float
+            };
             let count: i64 = shape.iter().product();
             let all = Tensor::randn([count + 1], (Kind::Float, gpu_of_tests().1)).to_kind(kind);
             all.narrow(0, i64::from(self.shifted), count).view(shape)
@@ -214,12 +245,25 @@ pub(crate) mod tests {
     }
 
     /// Whether `ours` is `plain` up to a tolerance, relative and absolute.
-    pub(crate) fn close(ours: &Tensor, plain: &Tensor, tolerance: f64) -> Result<(), TestCaseError> {
+    pub(crate) fn close(
+        ours: &Tensor,
+        plain: &Tensor,
+        tolerance: f64,
+    ) -> Result<(), TestCaseError> {
         let [ours, plain] = [ours, plain].map(|x| x.detach().to_kind(Kind::Double));
         prop_assert_eq!(ours.size(), plain.size());
         let off = ((&ours - &plain).abs() - plain.abs() * tolerance).flatten(0, -1);
-        let most = if off.numel() == 0 { 0.0 } else { off.max().double_value(&[]) };
-        prop_assert!(most <= tolerance, "off by {} where {} is allowed", most, tolerance);
+        let most = if off.numel() == 0 {
+            0.0
+        } else {
+            off.max().double_value(&[])
+        };
+        prop_assert!(
+            most <= tolerance,
+            "off by {} where {} is allowed",
+            most,
+            tolerance
+        );
         Ok(())
     }
 

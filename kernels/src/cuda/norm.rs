@@ -10,7 +10,11 @@ pub(crate) const WIDEST_NORM: usize = 12288;
 
 /// Threads of a row, and rows of a block.
 fn block(variant: Variant, width: usize) -> (usize, usize) {
-    if width / variant.vector() <= PACKS_OF_WARP { (32, THREADS / 32) } else { (THREADS, 1) }
+    if width / variant.vector() <= PACKS_OF_WARP {
+        (32, THREADS / 32)
+    } else {
+        (THREADS, 1)
+    }
 }
 
 /// As [`crate::rms_norm`].
@@ -20,12 +24,25 @@ pub(crate) fn rms_norm(gpu: &dyn Gpu, x: &Tensor, weight: &Tensor, eps: f64) -> 
     let mut shape = x.size();
     shape.pop();
     shape.push(1);
-    let (out, scale) = (x.empty_like(), Tensor::empty(shape.as_slice(), (Kind::Float, x.device())));
+    let (out, scale) = (
+        x.empty_like(),
+        Tensor::empty(shape.as_slice(), (Kind::Float, x.device())),
+    );
     let variant = Variant::of(&[x, weight, &out], width);
     let block = block(variant, width);
     let arguments = arguments![x, weight, &out, &scale, rows, width, eps as f32];
     let blocks = rows.div_ceil(block.1);
-    gpu.run(&Call { name: "rms_norm", variant, blocks, block, shared: 0, arguments: &arguments }, x);
+    gpu.run(
+        &Call {
+            name: "rms_norm",
+            variant,
+            blocks,
+            block,
+            shared: 0,
+            arguments: &arguments,
+        },
+        x,
+    );
     (out, scale)
 }
 
@@ -46,8 +63,21 @@ pub(crate) fn rms_norm_backward(
     let partial = Tensor::empty([blocks as i64, width as i64], (Kind::Float, x.device()));
     let arguments = arguments![grad, x, scale, weight, &out, &partial, rows, width];
     let shared = block.1 * width * size_of::<f32>();
-    gpu.run(&Call { name: "rms_norm_backward", variant, blocks, block, shared, arguments: &arguments }, x);
-    (out, partial.sum_dim_intlist([0i64].as_slice(), false, Kind::Float))
+    gpu.run(
+        &Call {
+            name: "rms_norm_backward",
+            variant,
+            blocks,
+            block,
+            shared,
+            arguments: &arguments,
+        },
+        x,
+    );
+    (
+        out,
+        partial.sum_dim_intlist([0i64].as_slice(), false, Kind::Float),
+    )
 }
 
 #[cfg(test)]

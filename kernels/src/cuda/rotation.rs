@@ -5,13 +5,22 @@ use tch::Tensor;
 
 /// Turns the rows of `x` `[.., d]` by `cos` and `sin` `[positions, d / 2]`: a row's position is its number over `between`, modulo
 /// `positions`.
-pub(crate) fn rotate(gpu: &dyn Gpu, x: &Tensor, [cos, sin]: [&Tensor; 2], between: usize, positions: usize) -> Tensor {
+pub(crate) fn rotate(
+    gpu: &dyn Gpu,
+    x: &Tensor,
+    [cos, sin]: [&Tensor; 2],
+    between: usize,
+    positions: usize,
+) -> Tensor {
     let half = x.size()[x.dim() - 1] as usize / 2;
     let rows = x.numel().checked_div(2 * half).unwrap_or(0);
     let out = x.empty_like();
     let variant = Variant::of(&[x, cos, sin, &out], half);
     let arguments = arguments![x, cos, sin, &out, rows, half, between, positions];
-    gpu.run(&Call::by_rows("rotate", gpu, variant, (rows, half), &arguments), x);
+    gpu.run(
+        &Call::by_rows("rotate", gpu, variant, (rows, half), &arguments),
+        x,
+    );
     out
 }
 

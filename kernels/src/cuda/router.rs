@@ -12,23 +12,69 @@ const OF_BLOCK: usize = 64;
 /// A thread remembers in 32 bits which of its experts are taken, one of 32 threads.
 pub(crate) const MOST_EXPERTS: usize = 1024;
 /// Logits are fp32, and read one by one.
-const VARIANT: Variant = Variant { kind: Kind::Float, vectors: true };
+const VARIANT: Variant = Variant {
+    kind: Kind::Float,
+    vectors: true,
+};
 
-fn call<'a>(name: &'static str, blocks: usize, shared: usize, arguments: &'a [super::Argument]) -> Call<'a> {
-    Call { name, variant: VARIANT, blocks, block: (32, WARPS), shared: shared * size_of::<f32>(), arguments }
+fn call<'a>(
+    name: &'static str,
+    blocks: usize,
+    shared: usize,
+    arguments: &'a [super::Argument],
+) -> Call<'a> {
+    Call {
+        name,
+        variant: VARIANT,
+        blocks,
+        block: (32, WARPS),
+        shared: shared * size_of::<f32>(),
+        arguments,
+    }
 }
 
 /// As [`crate::choose`], of at most [`MOST_EXPERTS`].
-pub(crate) fn choose(gpu: &dyn Gpu, logits: &Tensor, bias: Option<&Tensor>, top_k: usize, sigmoid: bool) -> Tensor {
+pub(crate) fn choose(
+    gpu: &dyn Gpu,
+    logits: &Tensor,
+    bias: Option<&Tensor>,
+    top_k: usize,
+    sigmoid: bool,
+) -> Tensor {
     let [tokens, experts] = [0, 1].map(|dim| logits.size()[dim] as usize);
-    let chosen = Tensor::empty([tokens as i64, top_k as i64], (Kind::Int64, logits.device()));
-    let arguments = arguments![logits, bias, &chosen, tokens, experts, top_k, usize::from(sigmoid)];
-    gpu.run(&call("choose", tokens.div_ceil(WARPS), WARPS * experts, &arguments), logits);
+    let chosen = Tensor::empty(
+        [tokens as i64, top_k as i64],
+        (Kind::Int64, logits.device()),
+    );
+    let arguments = arguments![
+        logits,
+        bias,
+        &chosen,
+        tokens,
+        experts,
+        top_k,
+        usize::from(sigmoid)
+    ];
+    gpu.run(
+        &call(
+            "choose",
+            tokens.div_ceil(WARPS),
+            WARPS * experts,
+            &arguments,
+        ),
+        logits,
+    );
     chosen
 }
 
 /// As [`crate::gate`], likewise.
-pub(crate) fn gate(gpu: &dyn Gpu, logits: &Tensor, chosen: &Tensor, gate: Gate, groups: &[Range<usize>]) -> Gated {
+pub(crate) fn gate(
+    gpu: &dyn Gpu,
+    logits: &Tensor,
+    chosen: &Tensor,
+    gate: Gate,
+    groups: &[Range<usize>],
+) -> Gated {
     let (experts, choices) = (logits.size()[1] as usize, chosen.size()[1] as usize);
     let weights_tk = Tensor::empty(chosen.size(), (Kind::Float, logits.device()));
     let mut sums = Vec::new();
@@ -36,7 +82,10 @@ pub(crate) fn gate(gpu: &dyn Gpu, logits: &Tensor, chosen: &Tensor, gate: Gate, 
         let part = |tensor: &Tensor| tensor.narrow(0, group.start as i64, group.len() as i64);
         let [of_logits, of_chosen, of_weights] = [logits, chosen, &weights_tk].map(part);
         let blocks = group.len().div_ceil(OF_BLOCK);
-        let partial = Tensor::empty([blocks as i64, experts as i64 + 1], (Kind::Float, logits.device()));
+        let partial = Tensor::empty(
+            [blocks as i64, experts as i64 + 1],
+            (Kind::Float, logits.device()),
+        );
         let (sigmoid, normalize) = (usize::from(gate.sigmoid), usize::from(gate.normalize));
         let arguments = arguments![
             &of_logits,
@@ -51,13 +100,20 @@ pub(crate) fn gate(gpu: &dyn Gpu, logits: &Tensor, chosen: &Tensor, gate: Gate, 
             normalize,
             gate.scale as f32,
         ];
-        gpu.run(&call("gate", blocks, WARPS * (2 * experts + 1), &arguments), logits);
+        gpu.run(
+            &call("gate", blocks, WARPS * (2 * experts + 1), &arguments),
+            logits,
+        );
         sums.push(partial.sum_dim_intlist([0i64].as_slice(), false, Kind::Float));
     }
     let sums = Tensor::stack(&sums, 0);
     let prob_sums_ge = sums.narrow(1, 0, experts as i64).contiguous();
     let z_sum = sums.select(1, experts as i64).sum(Kind::Float);
-    Gated { weights_tk, prob_sums_ge, z_sum }
+    Gated {
+        weights_tk,
+        prob_sums_ge,
+        z_sum,
+    }
 }
 
 /// As [`crate::gate_backward`], likewise.
@@ -93,7 +149,10 @@ pub(crate) fn gate_backward(
             gate.scale as f32,
         ];
         let blocks = group.len().div_ceil(WARPS);
-        gpu.run(&call("gate_backward", blocks, 3 * WARPS * experts, &arguments), logits);
+        gpu.run(
+            &call("gate_backward", blocks, 3 * WARPS * experts, &arguments),
+            logits,
+        );
     }
     out
 }
@@ -150,7 +209,9 @@ mod tests {
     #[test]
     fn of_equals_the_first_is_chosen_and_of_what_is_no_number_somebody() {
         let (gpu, device) = gpu_of_tests();
-        let logits = Tensor::from_slice(&[1f32, 2.0, 2.0, 2.0, f32::NAN, 0.0, 1.0, 0.0]).view([2, 4]).to_device(device);
+        let logits = Tensor::from_slice(&[1f32, 2.0, 2.0, 2.0, f32::NAN, 0.0, 1.0, 0.0])
+            .view([2, 4])
+            .to_device(device);
         let chosen = Vec::<i64>::try_from(choose(gpu, &logits, None, 3, false).view([-1])).unwrap();
         assert_eq!(chosen, [1, 2, 3, 0, 1, 2]);
     }

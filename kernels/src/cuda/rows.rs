@@ -4,13 +4,22 @@ use super::{Call, Gpu, THREADS, Variant, arguments};
 use tch::{Kind, Tensor};
 
 /// As [`crate::combine`], with weights in fp32 and without gaps; a row that is not there stops the GPU, as libtorch's indices do.
-pub(crate) fn combine(gpu: &dyn Gpu, rows: &Tensor, slots: &Tensor, weights: Option<&Tensor>) -> Tensor {
+pub(crate) fn combine(
+    gpu: &dyn Gpu,
+    rows: &Tensor,
+    slots: &Tensor,
+    weights: Option<&Tensor>,
+) -> Tensor {
     let (tokens, width) = (slots.size()[0], rows.size()[1]);
     let out = Tensor::empty([tokens, width], (rows.kind(), rows.device()));
-    let [count, tokens, choices, width] = [rows.size()[0], tokens, slots.size()[1], width].map(|size| size as usize);
+    let [count, tokens, choices, width] =
+        [rows.size()[0], tokens, slots.size()[1], width].map(|size| size as usize);
     let variant = Variant::of(&[rows, &out], width);
     let arguments = arguments![rows, slots, weights, &out, count, tokens, choices, width];
-    gpu.run(&Call::by_rows("combine", gpu, variant, (tokens, width), &arguments), rows);
+    gpu.run(
+        &Call::by_rows("combine", gpu, variant, (tokens, width), &arguments),
+        rows,
+    );
     out
 }
 
@@ -22,14 +31,43 @@ pub(crate) fn combine_backward(
     slots: &Tensor,
     weights: &Tensor,
 ) -> (Tensor, Tensor) {
-    let (of_rows, of_weights) = (rows.empty_like(), Tensor::empty(slots.size(), (Kind::Float, rows.device())));
-    let [count, tokens, choices, width] =
-        [rows.size()[0], slots.size()[0], slots.size()[1], rows.size()[1]].map(|size| size as usize);
+    let (of_rows, of_weights) = (
+        rows.empty_like(),
+        Tensor::empty(slots.size(), (Kind::Float, rows.device())),
+    );
+    let [count, tokens, choices, width] = [
+        rows.size()[0],
+        slots.size()[0],
+        slots.size()[1],
+        rows.size()[1],
+    ]
+    .map(|size| size as usize);
     let variant = Variant::of(&[grad, rows, &of_rows], width);
     let block = (32, THREADS / 32);
     let blocks = (tokens * choices).div_ceil(block.1);
-    let arguments = arguments![grad, rows, slots, weights, &of_rows, &of_weights, count, tokens, choices, width];
-    gpu.run(&Call { name: "combine_backward", variant, blocks, block, shared: 0, arguments: &arguments }, rows);
+    let arguments = arguments![
+        grad,
+        rows,
+        slots,
+        weights,
+        &of_rows,
+        &of_weights,
+        count,
+        tokens,
+        choices,
+        width
+    ];
+    gpu.run(
+        &Call {
+            name: "combine_backward",
+            variant,
+            blocks,
+            block,
+            shared: 0,
+            arguments: &arguments,
+        },
+        rows,
+    );
     (of_rows, of_weights)
 }
 
@@ -70,6 +108,11 @@ mod tests {
     fn a_row_that_is_not_there_is_not_read() {
         // On a GPU it would end every test's context.
         let rows = Tensor::zeros([2, 4], (Kind::Float, tch::Device::Cpu));
-        let _ = combine(&super::super::emulator::Host, &rows, &Tensor::from_slice(&[2i64]).view([1, 1]), None);
+        let _ = combine(
+            &super::super::emulator::Host,
+            &rows,
+            &Tensor::from_slice(&[2i64]).view([1, 1]),
+            None,
+        );
     }
 }

@@ -10,7 +10,10 @@ pub(crate) fn swiglu(gpu: &dyn Gpu, hidden: &Tensor) -> Tensor {
     let (rows, ffn) = (rows as usize, ffn as usize);
     let variant = Variant::of(&[hidden, &out], ffn);
     let arguments = arguments![hidden, &out, rows, ffn];
-    gpu.run(&Call::by_rows("swiglu", gpu, variant, (rows, ffn), &arguments), hidden);
+    gpu.run(
+        &Call::by_rows("swiglu", gpu, variant, (rows, ffn), &arguments),
+        hidden,
+    );
     out
 }
 
@@ -20,7 +23,10 @@ pub(crate) fn swiglu_backward(gpu: &dyn Gpu, grad: &Tensor, hidden: &Tensor) -> 
     let (out, result) = (hidden.empty_like(), grad.empty_like());
     let variant = Variant::of(&[grad, hidden, &out, &result], ffn);
     let arguments = arguments![grad, hidden, &out, &result, rows, ffn];
-    gpu.run(&Call::by_rows("swiglu_backward", gpu, variant, (rows, ffn), &arguments), hidden);
+    gpu.run(
+        &Call::by_rows("swiglu_backward", gpu, variant, (rows, ffn), &arguments),
+        hidden,
+    );
     (out, result)
 }
 

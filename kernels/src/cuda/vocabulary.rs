@@ -12,26 +12,52 @@ fn call<'a>(
     (tokens, width): (usize, usize),
     arguments: &'a [super::Argument],
 ) -> Call<'a> {
-    let threads = (width / variant.vector()).clamp(32, MOST).next_power_of_two();
-    Call { name, variant, blocks: tokens, block: (threads, 1), shared: 0, arguments }
+    let threads = (width / variant.vector())
+        .clamp(32, MOST)
+        .next_power_of_two();
+    Call {
+        name,
+        variant,
+        blocks: tokens,
+        block: (threads, 1),
+        shared: 0,
+        arguments,
+    }
 }
 
 /// As [`crate::softmax`].
-pub(crate) fn softmax(gpu: &dyn Gpu, logits: &Tensor, divisor: f64, out: &Tensor) -> (Tensor, Tensor) {
+pub(crate) fn softmax(
+    gpu: &dyn Gpu,
+    logits: &Tensor,
+    divisor: f64,
+    out: &Tensor,
+) -> (Tensor, Tensor) {
     let (tokens, width) = (logits.size()[0], logits.size()[1] as usize);
     let [largest, sum] = [(); 2].map(|()| Tensor::empty([tokens], (Kind::Float, logits.device())));
     let variant = Variant::of(&[logits, out], width);
     let arguments = arguments![logits, out, &largest, &sum, width, 1.0 / divisor as f32];
-    gpu.run(&call("softmax", variant, (tokens as usize, width), &arguments), logits);
+    gpu.run(
+        &call("softmax", variant, (tokens as usize, width), &arguments),
+        logits,
+    );
     (largest, sum)
 }
 
 /// As [`crate::softmax_gradient`], with everything beside without gaps; a label that is no column stops the GPU.
-pub(crate) fn softmax_gradient(gpu: &dyn Gpu, probs: &Tensor, scale: &Tensor, labels: &Tensor, minus: &Tensor) {
+pub(crate) fn softmax_gradient(
+    gpu: &dyn Gpu,
+    probs: &Tensor,
+    scale: &Tensor,
+    labels: &Tensor,
+    minus: &Tensor,
+) {
     let (tokens, width) = (probs.size()[0] as usize, probs.size()[1] as usize);
     let variant = Variant::of(&[probs], width);
     let arguments = arguments![probs, scale, labels, minus, width];
-    gpu.run(&call("softmax_gradient", variant, (tokens, width), &arguments), probs);
+    gpu.run(
+        &call("softmax_gradient", variant, (tokens, width), &arguments),
+        probs,
+    );
 }
 
 /// As [`crate::cross_entropy`], with `scales` for logits and, where gradients are wanted, for them; a label that is no column stops the
@@ -47,7 +73,15 @@ pub(crate) fn cross_entropy(
     let variant = Variant::of(&[logits], width);
     let (wanted, factor) = (usize::from(factor.is_some()), factor.unwrap_or(0.0));
     let arguments = arguments![logits, labels, &losses, width, inverse, factor, wanted];
-    gpu.run(&call("cross_entropy", variant, (tokens as usize, width), &arguments), logits);
+    gpu.run(
+        &call(
+            "cross_entropy",
+            variant,
+            (tokens as usize, width),
+            &arguments,
+        ),
+        logits,
+    );
     losses
 }
 
@@ -59,7 +93,12 @@ mod tests {
     use tch::Reduction;
 
     fn width() -> impl Strategy<Value = i64> {
-        prop_oneof![1i64..80, (1i64..40).prop_map(|n| n * 8), Just(5000), Just(5003)]
+        prop_oneof![
+            1i64..80,
+            (1i64..40).prop_map(|n| n * 8),
+            Just(5000),
+            Just(5003)
+        ]
     }
 
     proptest! {
@@ -110,9 +149,15 @@ mod tests {
     #[test]
     fn what_is_not_a_number_stays_so() {
         let (gpu, device) = gpu_of_tests();
-        let logits = Tensor::from_slice(&[1f32, f32::NAN, 2.0]).view([1, 3]).to_device(device);
+        let logits = Tensor::from_slice(&[1f32, f32::NAN, 2.0])
+            .view([1, 3])
+            .to_device(device);
         let labels = Tensor::from_slice(&[0i64]).to_device(device);
-        assert!(cross_entropy(gpu, &logits, &labels, (1.0, Some(1.0))).double_value(&[0]).is_nan());
+        assert!(
+            cross_entropy(gpu, &logits, &labels, (1.0, Some(1.0)))
+                .double_value(&[0])
+                .is_nan()
+        );
         assert!(logits.double_value(&[0, 2]).is_nan());
     }
 }

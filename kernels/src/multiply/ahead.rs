@@ -25,8 +25,15 @@ pub(super) struct Ahead {
 
 impl Ahead {
     /// Some of a right matrix, `size` bytes a number, in `times` times.
-    pub(super) fn of(from: &Operand, size: usize, inner: Range<usize>, columns: Range<usize>, times: usize) -> Ahead {
-        let start = (from.data as usize).wrapping_add(inner.start * from.inner + columns.start * from.outer);
+    pub(super) fn of(
+        from: &Operand,
+        size: usize,
+        inner: Range<usize>,
+        columns: Range<usize>,
+        times: usize,
+    ) -> Ahead {
+        let start = (from.data as usize)
+            .wrapping_add(inner.start * from.inner + columns.start * from.outer);
         let (run, runs, step) = match from.inner == size {
             true => (inner.len() * size, columns.len(), from.outer),
             false => (columns.len() * size, inner.len(), from.inner),
@@ -34,7 +41,14 @@ impl Ahead {
         // Of nothing no line; and a run may begin within one.
         let runs = if run == 0 { 0 } else { runs };
         let lines = runs * (run.div_ceil(LINE) + 1);
-        Ahead { start, done: 0, run, runs, step, each: lines.div_ceil(times.max(1)) }
+        Ahead {
+            start,
+            done: 0,
+            run,
+            runs,
+            step,
+            each: lines.div_ceil(times.max(1)),
+        }
     }
 
     /// Fetches the next lines.

@@ -35,7 +35,9 @@ fn make<K: Kernel>(jobs: &[Job], block: &Block, next: Option<&Block>, buffer: &m
             false => Some((block, rest.clone())),
             true => next.map(|next| (next, first::<K>(&jobs[next.product]))),
         };
-        let tiles = panels * block.columns.len().div_ceil(K::LINES * LANES) * units.len().div_ceil(K::DEPTH);
+        let tiles = panels
+            * block.columns.len().div_ceil(K::LINES * LANES)
+            * units.len().div_ceil(K::DEPTH);
         let mut ahead = next.map(|(block, units)| {
             let right = &jobs[block.product].right;
             let inner = units.start * K::PER_UNIT..(units.end * K::PER_UNIT).min(right.len);
@@ -52,5 +54,9 @@ fn make<K: Kernel>(jobs: &[Job], block: &Block, next: Option<&Block>, buffer: &m
 /// The units that are packed first: all, where sums are rounded when all are summed up.
 fn first<K: Kernel>(job: &Job) -> Range<usize> {
     let units = job.units::<K>();
-    0..if job.keeps::<K>() { units } else { units.min(K::DEPTH) }
+    0..if job.keeps::<K>() {
+        units
+    } else {
+        units.min(K::DEPTH)
+    }
 }

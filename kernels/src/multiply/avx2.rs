@@ -59,12 +59,26 @@ impl<T: Number> Kernel for Avx2<T> {
         }
     }
 
-    unsafe fn tile(_: usize, units: usize, left: &[*const u8; ROWS], step: usize, right: *const Line, out: &Out) {
+    unsafe fn tile(
+        _: usize,
+        units: usize,
+        left: &[*const u8; ROWS],
+        step: usize,
+        right: *const Line,
+        out: &Out,
+    ) {
         // SAFETY: the same promises; a step has as many lines as a tile.
         unsafe { tile(units, left, step, right.cast(), out) }
     }
 
-    unsafe fn round(from: *const f32, from_row: usize, width: usize, out: *mut u8, out_row: usize, rows: usize) {
+    unsafe fn round(
+        from: *const f32,
+        from_row: usize,
+        width: usize,
+        out: *mut u8,
+        out_row: usize,
+        rows: usize,
+    ) {
         // SAFETY: the same promises.
         unsafe { round(from, from_row, width, out, out_row, rows) }
     }
@@ -78,7 +92,10 @@ impl<T: Number> Kernel for Avx2<T> {
 unsafe fn widen<T: Number>(from: *const T, to: *mut f32, count: usize) {
     // SAFETY: as the caller promises.
     unsafe {
-        let (from, to) = (std::slice::from_raw_parts(from, count), std::slice::from_raw_parts_mut(to, count));
+        let (from, to) = (
+            std::slice::from_raw_parts(from, count),
+            std::slice::from_raw_parts_mut(to, count),
+        );
         to.iter_mut().zip(from).for_each(|(to, x)| *to = x.wide());
     }
 }
@@ -88,23 +105,41 @@ unsafe fn widen<T: Number>(from: *const T, to: *mut f32, count: usize) {
 /// # Safety
 /// As for [`Kernel::right`].
 #[target_feature(enable = "avx2,fma")]
-unsafe fn right_of_rows<T: Number>(from: &Operand, units: Range<usize>, columns: Range<usize>, to: *mut Line) {
+unsafe fn right_of_rows<T: Number>(
+    from: &Operand,
+    units: Range<usize>,
+    columns: Range<usize>,
+    to: *mut Line,
+) {
     let count = units.len();
     // Many panels at once would be written to few places of the cache.
     for first in columns.clone().step_by(COLUMNS) {
         let end = columns.end.min(first + COLUMNS);
         for (index, unit) in units.clone().enumerate() {
-            let row = from.data.wrapping_add(unit * from.inner + first * from.outer);
-            fetch(row.wrapping_add(AHEAD * from.inner), (end - first) * size_of::<T>());
+            let row = from
+                .data
+                .wrapping_add(unit * from.inner + first * from.outer);
+            fetch(
+                row.wrapping_add(AHEAD * from.inner),
+                (end - first) * size_of::<T>(),
+            );
             for column in (first..end).step_by(LANES) {
                 let here = (end - column).min(LANES);
                 // SAFETY: as the caller promises.
                 unsafe {
-                    let at = from.data.add(unit * from.inner + column * from.outer).cast::<T>();
-                    let to = to.add((column - columns.start) / LANES * count + index).cast::<f32>();
+                    let at = from
+                        .data
+                        .add(unit * from.inner + column * from.outer)
+                        .cast::<T>();
+                    let to = to
+                        .add((column - columns.start) / LANES * count + index)
+                        .cast::<f32>();
                     let (first, second) = match here {
                         LANES => (eight(at), eight(at.add(WIDTH))),
-                        _ => (some(at, here.min(WIDTH)), some(at.add(here.min(WIDTH)), here.saturating_sub(WIDTH))),
+                        _ => (
+                            some(at, here.min(WIDTH)),
+                            some(at.add(here.min(WIDTH)), here.saturating_sub(WIDTH)),
+                        ),
                     };
                     _mm256_store_ps(to, first);
                     _mm256_store_ps(to.add(WIDTH), second);
@@ -119,7 +154,12 @@ unsafe fn right_of_rows<T: Number>(from: &Operand, units: Range<usize>, columns:
 /// # Safety
 /// As for [`Kernel::right`].
 #[target_feature(enable = "avx2,fma")]
-unsafe fn right_of_columns<T: Number>(from: &Operand, units: Range<usize>, columns: Range<usize>, to: *mut Line) {
+unsafe fn right_of_columns<T: Number>(
+    from: &Operand,
+    units: Range<usize>,
+    columns: Range<usize>,
+    to: *mut Line,
+) {
     let count = units.len();
     for (panel, first) in columns.clone().step_by(LANES).enumerate() {
         let there = (columns.end - first).min(LANES);
@@ -129,8 +169,13 @@ unsafe fn right_of_columns<T: Number>(from: &Operand, units: Range<usize>, colum
                 // SAFETY: as the caller promises.
                 unsafe {
                     let mut rows = [_mm256_setzero_ps(); WIDTH];
-                    for (column, row) in rows.iter_mut().enumerate().take(there.saturating_sub(half)) {
-                        let at = from.data.add(unit * from.inner + (first + half + column) * from.outer).cast::<T>();
+                    for (column, row) in
+                        rows.iter_mut().enumerate().take(there.saturating_sub(half))
+                    {
+                        let at = from
+                            .data
+                            .add(unit * from.inner + (first + half + column) * from.outer)
+                            .cast::<T>();
                         fetch(at.wrapping_add(AHEAD * WIDTH).cast(), 1);
                         *row = match here {
                             WIDTH => eight(at),
@@ -138,7 +183,10 @@ unsafe fn right_of_columns<T: Number>(from: &Operand, units: Range<usize>, colum
                         };
                     }
                     for (step, values) in transposed(rows).into_iter().enumerate().take(here) {
-                        _mm256_store_ps(to.add(panel * count + index + step).cast::<f32>().add(half), values);
+                        _mm256_store_ps(
+                            to.add(panel * count + index + step).cast::<f32>().add(half),
+                            values,
+                        );
                     }
                 }
             }
@@ -151,12 +199,21 @@ unsafe fn right_of_columns<T: Number>(from: &Operand, units: Range<usize>, colum
 /// # Safety
 /// As for [`Kernel::left`].
 #[target_feature(enable = "avx2,fma")]
-unsafe fn left_of_rows<T: Number>(from: &Operand, units: Range<usize>, first: usize, rows: usize, to: *mut f32) {
+unsafe fn left_of_rows<T: Number>(
+    from: &Operand,
+    units: Range<usize>,
+    first: usize,
+    rows: usize,
+    to: *mut f32,
+) {
     let whole = units.len() / WIDTH * WIDTH;
     for row in 0..rows {
         // SAFETY: as the caller promises.
         unsafe {
-            let at = from.data.add(units.start * from.inner + (first + row) * from.outer).cast::<T>();
+            let at = from
+                .data
+                .add(units.start * from.inner + (first + row) * from.outer)
+                .cast::<T>();
             let to = to.add(row * units.len());
             for unit in (0..whole).step_by(WIDTH) {
                 _mm256_storeu_ps(to.add(unit), eight(at.add(unit)));
@@ -171,15 +228,26 @@ unsafe fn left_of_rows<T: Number>(from: &Operand, units: Range<usize>, first: us
 /// # Safety
 /// As for [`Kernel::left`].
 #[target_feature(enable = "avx2,fma")]
-unsafe fn left_of_columns<T: Number>(from: &Operand, units: Range<usize>, first: usize, rows: usize, to: *mut f32) {
+unsafe fn left_of_columns<T: Number>(
+    from: &Operand,
+    units: Range<usize>,
+    first: usize,
+    rows: usize,
+    to: *mut f32,
+) {
     let count = units.len();
     for (index, unit) in units.enumerate() {
-        let at = from.data.wrapping_add(unit * from.inner + first * from.outer);
+        let at = from
+            .data
+            .wrapping_add(unit * from.inner + first * from.outer);
         fetch(at.wrapping_add(AHEAD * from.inner), rows * size_of::<T>());
         for (panel, row) in (0..rows).step_by(ROWS).enumerate() {
             // SAFETY: as the caller promises. What is written beyond six numbers, the next unit's are written over.
             unsafe {
-                let (at, to) = (at.cast::<T>().add(row), to.add((panel * count + index) * ROWS));
+                let (at, to) = (
+                    at.cast::<T>().add(row),
+                    to.add((panel * count + index) * ROWS),
+                );
                 match rows - row {
                     WIDTH.. if index + 1 < count => _mm256_storeu_ps(to, eight(at)),
                     ROWS.. => six(at, to),
@@ -199,7 +267,9 @@ unsafe fn eight<T: Number>(at: *const T) -> __m256 {
     unsafe {
         match size_of::<T>() {
             4 => _mm256_loadu_ps(at.cast()),
-            _ => _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(at.cast())))),
+            _ => _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(
+                _mm_loadu_si128(at.cast()),
+            ))),
         }
     }
 }
@@ -212,12 +282,16 @@ unsafe fn six<T: Number>(at: *const T, to: *mut f32) {
     // SAFETY: as the caller promises.
     unsafe {
         if size_of::<T>() == 4 {
-            to.cast::<[f32; ROWS]>().write_unaligned(at.cast::<[f32; ROWS]>().read_unaligned());
+            to.cast::<[f32; ROWS]>()
+                .write_unaligned(at.cast::<[f32; ROWS]>().read_unaligned());
             return;
         }
         let wide = |x| _mm_slli_epi32::<16>(_mm_cvtepu16_epi32(x));
         _mm_storeu_si128(to.cast(), wide(_mm_loadl_epi64(at.cast())));
-        _mm_storel_epi64(to.add(4).cast(), wide(_mm_cvtsi32_si128(at.add(4).cast::<i32>().read_unaligned())));
+        _mm_storel_epi64(
+            to.add(4).cast(),
+            wide(_mm_cvtsi32_si128(at.add(4).cast::<i32>().read_unaligned())),
+        );
     }
 }
 
@@ -259,7 +333,13 @@ fn transposed(a: [__m256; WIDTH]) -> [__m256; WIDTH] {
 /// # Safety
 /// As for [`Kernel::tile`].
 #[target_feature(enable = "avx2,fma")]
-unsafe fn tile(units: usize, left: &[*const u8; ROWS], step: usize, mut right: *const f32, out: &Out) {
+unsafe fn tile(
+    units: usize,
+    left: &[*const u8; ROWS],
+    step: usize,
+    mut right: *const f32,
+    out: &Out,
+) {
     // SAFETY: as the caller promises.
     unsafe {
         out.fetch::<1>();
@@ -310,11 +390,21 @@ unsafe fn some_of(sums: &[[__m256; 2]; ROWS], out: &Out) {
             _mm256_storeu_ps(sums.as_mut_ptr().add(WIDTH), second);
             if out.store == Store::Round {
                 let place = std::slice::from_raw_parts_mut(row.cast::<Bf16>(), columns);
-                place.iter_mut().zip(sums).for_each(|(place, sum)| *place = Bf16::narrow(sum));
+                place
+                    .iter_mut()
+                    .zip(sums)
+                    .for_each(|(place, sum)| *place = Bf16::narrow(sum));
                 continue;
             }
-            for (place, sum) in std::slice::from_raw_parts_mut(row.cast::<f32>(), columns).iter_mut().zip(sums) {
-                *place = if out.store == Store::Add { *place + sum } else { sum };
+            for (place, sum) in std::slice::from_raw_parts_mut(row.cast::<f32>(), columns)
+                .iter_mut()
+                .zip(sums)
+            {
+                *place = if out.store == Store::Add {
+                    *place + sum
+                } else {
+                    sum
+                };
             }
         }
     }
@@ -323,13 +413,25 @@ unsafe fn some_of(sums: &[[__m256; 2]; ROWS], out: &Out) {
 /// # Safety
 /// As for [`Kernel::round`].
 #[target_feature(enable = "avx2,fma")]
-unsafe fn round(from: *const f32, from_row: usize, width: usize, out: *mut u8, out_row: usize, rows: usize) {
+unsafe fn round(
+    from: *const f32,
+    from_row: usize,
+    width: usize,
+    out: *mut u8,
+    out_row: usize,
+    rows: usize,
+) {
     for row in 0..rows {
         // SAFETY: as the caller promises.
         let (from, to) = unsafe {
             let to = out.add(row * out_row).cast::<Bf16>();
-            (std::slice::from_raw_parts(from.add(row * from_row), width), std::slice::from_raw_parts_mut(to, width))
+            (
+                std::slice::from_raw_parts(from.add(row * from_row), width),
+                std::slice::from_raw_parts_mut(to, width),
+            )
         };
-        to.iter_mut().zip(from).for_each(|(to, x)| *to = Bf16::narrow(*x));
+        to.iter_mut()
+            .zip(from)
+            .for_each(|(to, x)| *to = Bf16::narrow(*x));
     }
 }

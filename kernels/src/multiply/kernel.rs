@@ -57,12 +57,18 @@ impl Out {
     /// read it.
     #[inline(always)]
     pub(crate) fn fetch<const N: usize>(&self) {
-        let lines = if self.store == Store::Round { N.div_ceil(2) } else { N };
+        let lines = if self.store == Store::Round {
+            N.div_ceil(2)
+        } else {
+            N
+        };
         let mut row = self.data;
         for i in 1..=ROWS {
             for line in (0..N).take_while(|&line| line < lines) {
                 // SAFETY: fetching asks for nothing.
-                unsafe { _mm_prefetch::<_MM_HINT_ET0>(row.wrapping_add(line * size_of::<Line>()).cast()) }
+                unsafe {
+                    _mm_prefetch::<_MM_HINT_ET0>(row.wrapping_add(line * size_of::<Line>()).cast())
+                }
             }
             // Where rows are missing, the last one again.
             row = row.wrapping_add(if i < self.rows { self.row } else { 0 });
@@ -127,13 +133,27 @@ pub(crate) trait Kernel {
     ///
     /// # Safety
     /// The processor has the features. All of `left` and `right` can be read, and what `out` tells be written.
-    unsafe fn tile(lines: usize, units: usize, left: &[*const u8; ROWS], step: usize, right: *const Line, out: &Out);
+    unsafe fn tile(
+        lines: usize,
+        units: usize,
+        left: &[*const u8; ROWS],
+        step: usize,
+        right: *const Line,
+        out: &Out,
+    );
 
     /// Rounds rows of `width` fp32 numbers at `from`, `from_row` numbers apart, to bf16 in `out`.
     ///
     /// # Safety
     /// As for a tile.
-    unsafe fn round(from: *const f32, from_row: usize, width: usize, out: *mut u8, out_row: usize, rows: usize);
+    unsafe fn round(
+        from: *const f32,
+        from_row: usize,
+        width: usize,
+        out: *mut u8,
+        out_row: usize,
+        rows: usize,
+    );
 }
 
 /// Room for `units` units.
@@ -156,5 +176,9 @@ pub(crate) fn fetch(at: *const u8, bytes: usize) {
 
 /// A bit for each number of a line that is there.
 pub(crate) fn mask(there: usize) -> u16 {
-    if there >= LANES { u16::MAX } else { (1 << there) - 1 }
+    if there >= LANES {
+        u16::MAX
+    } else {
+        (1 << there) - 1
+    }
 }

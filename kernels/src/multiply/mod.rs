@@ -45,8 +45,14 @@ pub(crate) fn instructions(kind: Kind) -> Option<Instructions> {
     static BEST: OnceLock<(Option<Instructions>, bool)> = OnceLock::new();
     let (best, intel) = *BEST.get_or_init(|| {
         let id = std::arch::x86_64::__cpuid(0);
-        let vendor: Vec<u8> = [id.ebx, id.edx, id.ecx].iter().flat_map(|part| part.to_le_bytes()).collect();
-        (Instructions::here().first().copied(), vendor == b"GenuineIntel")
+        let vendor: Vec<u8> = [id.ebx, id.edx, id.ecx]
+            .iter()
+            .flat_map(|part| part.to_le_bytes())
+            .collect();
+        (
+            Instructions::here().first().copied(),
+            vendor == b"GenuineIntel",
+        )
     });
     match (best?, kind) {
         // Intel's have kernels of all widths in MKL, and a unit for tiles that oneDNN uses.
@@ -68,22 +74,36 @@ impl Instructions {
             && std::is_x86_feature_detected!("avx512bf16");
         let avx2 = std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma");
         let all = [(Instructions::Avx512, avx512), (Instructions::Avx2, avx2)];
-        all.into_iter().filter_map(|(instructions, there)| there.then_some(instructions)).collect()
+        all.into_iter()
+            .filter_map(|(instructions, there)| there.then_some(instructions))
+            .collect()
     }
 }
 
 /// Computes `out = left right` of all of them, or `out += left right`, by instructions that this processor has, of operands in
 /// fp32 or bf16. They have a contiguous dimension; `out` has contiguous rows, in their dtype or fp32. (`fits` of the caller says so.)
 pub(crate) fn multiply(products: &[Product], adds: bool, instructions: Instructions) {
-    let deepest = products.iter().map(|product| product.left.columns).max().unwrap_or(0);
-    let splits = adds && deepest > SLAB && products.iter().all(|product| product.out.kind == Kind::Float);
+    let deepest = products
+        .iter()
+        .map(|product| product.left.columns)
+        .max()
+        .unwrap_or(0);
+    let splits = adds
+        && deepest > SLAB
+        && products
+            .iter()
+            .all(|product| product.out.kind == Kind::Float);
     if !splits {
         return whole(products, adds, instructions);
     }
     for start in (0..deepest).step_by(SLAB) {
         let slab = |&Product { out, left, right }| {
             let len = left.columns.saturating_sub(start).min(SLAB);
-            (len > 0).then(|| Product { out, left: left.some_columns(start, len), right: right.some_rows(start, len) })
+            (len > 0).then(|| Product {
+                out,
+                left: left.some_columns(start, len),
+                right: right.some_rows(start, len),
+            })
         };
         let slabs: Vec<Product> = products.iter().filter_map(slab).collect();
         whole(&slabs, adds, instructions);
@@ -91,7 +111,9 @@ pub(crate) fn multiply(products: &[Product], adds: bool, instructions: Instructi
 }
 
 fn whole(products: &[Product], adds: bool, instructions: Instructions) {
-    let Some(first) = products.first() else { return };
+    let Some(first) = products.first() else {
+        return;
+    };
     match (instructions, first.left.kind == Kind::BFloat16) {
         (Instructions::Avx512, true) => multiply_by::<Avx512<true>>(products, adds),
         (Instructions::Avx512, false) => multiply_by::<Avx512<false>>(products, adds),
@@ -118,7 +140,14 @@ fn job(Product { out, left, right }: &Product, adds: bool) -> Job {
         out.rows,
         out.columns
     );
-    let operand = |Matrix { data, row, column, .. }: Matrix| Operand { data, inner: column, outer: row, len: k };
+    let operand = |Matrix {
+                       data, row, column, ..
+                   }: Matrix| Operand {
+        data,
+        inner: column,
+        outer: row,
+        len: k,
+    };
     if k == 0 && !adds {
         for row in 0..m {
             // SAFETY: a row of the result, whose numbers lie beside each other.
@@ -179,13 +208,24 @@ mod tests {
     #[test]
     fn gradients_of_very_many_tokens() {
         for kind in [Kind::Float, Kind::BFloat16] {
-            let (left, right) = (random(9, 40_000, true, kind), random(40_000, 20, false, kind));
-            let plain = left.to_kind(Kind::Double).matmul(&right.to_kind(Kind::Double)) + 1.0;
+            let (left, right) = (
+                random(9, 40_000, true, kind),
+                random(40_000, 20, false, kind),
+            );
+            let plain = left
+                .to_kind(Kind::Double)
+                .matmul(&right.to_kind(Kind::Double))
+                + 1.0;
             for by in Instructions::here() {
                 let sum = Tensor::ones([9, 20], (Kind::Float, Device::Cpu));
                 multiply(&[Product::of(&sum, &left, &right)], true, by);
-                let off = (sum.to_kind(Kind::Double) - &plain).norm().double_value(&[]);
-                assert!(off < 1e-5 * plain.norm().double_value(&[]), "{by:?} {kind:?}: {off}");
+                let off = (sum.to_kind(Kind::Double) - &plain)
+                    .norm()
+                    .double_value(&[]);
+                assert!(
+                    off < 1e-5 * plain.norm().double_value(&[]),
+                    "{by:?} {kind:?}: {off}"
+                );
             }
         }
     }

@@ -60,14 +60,22 @@ pub(super) enum Shared {
 pub(super) fn share(sizes: &[Size], threads: usize) -> Shared {
     let total: usize = sizes.iter().map(cost).sum();
     let threads = threads.min(total.div_ceil(GRAIN)).max(1);
-    let limit = if threads == 1 { total } else { total / (threads * BLOCKS) };
+    let limit = if threads == 1 {
+        total
+    } else {
+        total / (threads * BLOCKS)
+    };
     let small = |blocks: &Vec<Block>| {
         blocks.iter().all(|Block { product, columns }| {
             let (m, k, _) = sizes[*product];
             cost(&(m, k, columns.len())) <= limit
         })
     };
-    match [WIDTH, WIDTH / 2].into_iter().map(|width| blocks(sizes, width)).find(small) {
+    match [WIDTH, WIDTH / 2]
+        .into_iter()
+        .map(|width| blocks(sizes, width))
+        .find(small)
+    {
         Some(blocks) => Shared::Alone(blocks),
         None => Shared::Together(waves(sizes, threads, total)),
     }
@@ -81,7 +89,10 @@ fn cost((m, k, n): &Size) -> usize {
 fn blocks(sizes: &[Size], width: usize) -> Vec<Block> {
     let there = sizes.iter().enumerate().filter(|(_, (m, _, n))| m * n > 0);
     let of = |(product, &(_, _, n)): (usize, &Size)| {
-        (0..n).step_by(width).map(move |start| Block { product, columns: start..(start + width).min(n) })
+        (0..n).step_by(width).map(move |start| Block {
+            product,
+            columns: start..(start + width).min(n),
+        })
     };
     there.flat_map(of).collect()
 }
@@ -92,9 +103,16 @@ fn waves(sizes: &[Size], threads: usize, total: usize) -> Vec<Wave> {
     let (mut waves, mut blocks, mut packed) = (Vec::new(), Vec::new(), 0);
     for (product, &(m, k, n)) in sizes.iter().enumerate().filter(|(_, (m, _, n))| m * n > 0) {
         // Few columns in all are divided so that every thread has some.
-        let width = if m.div_ceil(ROWS) * n.div_ceil(WIDTH) < count { WIDTH / 4 } else { WIDTH };
+        let width = if m.div_ceil(ROWS) * n.div_ceil(WIDTH) < count {
+            WIDTH / 4
+        } else {
+            WIDTH
+        };
         for start in (0..n).step_by(width) {
-            let block = Block { product, columns: start..(start + width).min(n) };
+            let block = Block {
+                product,
+                columns: start..(start + width).min(n),
+            };
             let here = k * block.padded();
             if packed > 0 && packed + here > PACKED {
                 waves.push(wave(std::mem::take(&mut blocks), sizes, count));
@@ -116,7 +134,11 @@ fn wave(blocks: Vec<Block>, sizes: &[Size], count: usize) -> Wave {
         let (m, k, _) = sizes[block.product];
         (m.div_ceil(ROWS), (k * block.columns.len()).max(1))
     };
-    let all: usize = blocks.iter().map(work).map(|(panels, cost)| panels * cost).sum();
+    let all: usize = blocks
+        .iter()
+        .map(work)
+        .map(|(panels, cost)| panels * cost)
+        .sum();
     let mut parts = vec![Vec::new(); count];
     let mut before = 0;
     for (block, (panels, cost)) in blocks.iter().map(work).enumerate() {

@@ -43,7 +43,16 @@ pub(super) fn multiply<K: Kernel>(jobs: &[Job], waves: &[Wave]) {
                     let units = 0..job.units::<K>();
                     // SAFETY: the processor was asked, sizes were compared where the job was made, what is needed of the right matrix
                     // is packed, and a piece is this thread's alone.
-                    unsafe { work::<K>(job, &block.columns, units, right, piece.panels.clone(), || {}) }
+                    unsafe {
+                        work::<K>(
+                            job,
+                            &block.columns,
+                            units,
+                            right,
+                            piece.panels.clone(),
+                            || {},
+                        )
+                    }
                 }
             });
         }
@@ -59,19 +68,36 @@ fn pack<K: Kernel>(jobs: &[Job], wave: &Wave, buffer: &mut Vec<Line>) -> Packed 
         for unit in (0..units).step_by(K::DEPTH) {
             for column in block.columns.clone().step_by(CHUNK) {
                 let columns = column..(column + CHUNK).min(block.columns.end);
-                chunks.push(Chunk { block: index, units: unit..(unit + K::DEPTH).min(units), columns });
+                chunks.push(Chunk {
+                    block: index,
+                    units: unit..(unit + K::DEPTH).min(units),
+                    columns,
+                });
             }
         }
     }
-    let packed = Packed { data: room(buffer, lines * LANES), starts };
+    let packed = Packed {
+        data: room(buffer, lines * LANES),
+        starts,
+    };
     on_threads(chunks.len(), |chunk| {
-        let Chunk { block: index, units, columns } = &chunks[chunk];
+        let Chunk {
+            block: index,
+            units,
+            columns,
+        } = &chunks[chunk];
         let block = &wave.blocks[*index];
-        let before = units.start * block.padded() + units.len() * (columns.start - block.columns.start);
+        let before =
+            units.start * block.padded() + units.len() * (columns.start - block.columns.start);
         // SAFETY: inside the matrix and the buffer, by their sizes: chunks begin with whole lines.
         unsafe {
             let to = packed.of(*index).add(before / LANES);
-            K::right(&jobs[block.product].right, units.clone(), columns.clone(), to);
+            K::right(
+                &jobs[block.product].right,
+                units.clone(),
+                columns.clone(),
+                to,
+            );
         }
     });
     packed

@@ -62,13 +62,29 @@ pub(super) unsafe fn work<K: Kernel>(
     let kept = job.keeps::<K>();
     let padded = width.next_multiple_of(LANES);
     // Nobody else on this thread asks for the buffers while this runs.
-    let sums_room = if kept { ROUNDED_PANELS * ROWS * padded } else { 0 };
-    let sums = SUMS.with_borrow_mut(|buffer| room(buffer, sums_room)).cast::<f32>();
-    let some = if kept { ROUNDED_PANELS } else { panels.len().max(1) };
+    let sums_room = if kept {
+        ROUNDED_PANELS * ROWS * padded
+    } else {
+        0
+    };
+    let sums = SUMS
+        .with_borrow_mut(|buffer| room(buffer, sums_room))
+        .cast::<f32>();
+    let some = if kept {
+        ROUNDED_PANELS
+    } else {
+        panels.len().max(1)
+    };
     let layout = K::layout(&job.left);
     let at_once = K::panels(layout);
-    let left_room = if layout == Layout::InPlace { 0 } else { at_once * ROWS * K::DEPTH.min(units.len()) };
-    let packed_left = LEFT.with_borrow_mut(|buffer| room(buffer, left_room)).cast::<u32>();
+    let left_room = if layout == Layout::InPlace {
+        0
+    } else {
+        at_once * ROWS * K::DEPTH.min(units.len())
+    };
+    let packed_left = LEFT
+        .with_borrow_mut(|buffer| room(buffer, left_room))
+        .cast::<u32>();
     for start in panels.clone().step_by(some) {
         let panels = start..(start + some).min(panels.end);
         if kept && job.adds {
@@ -83,17 +99,28 @@ pub(super) unsafe fn work<K: Kernel>(
                 if layout != Layout::InPlace {
                     let rows = (group.end * ROWS).min(m) - group.start * ROWS;
                     // SAFETY: the left matrix has these, and the buffer room.
-                    unsafe { K::left(&job.left, block.clone(), group.start * ROWS, rows, packed_left) };
+                    unsafe {
+                        K::left(
+                            &job.left,
+                            block.clone(),
+                            group.start * ROWS,
+                            rows,
+                            packed_left,
+                        )
+                    };
                 }
                 // Where rows of the panels begin, of the left matrix and of the result: the same for all columns. From here on sums are
                 // not checked, as that would take as long as some steps of a tile; sizes were compared where the job was made.
                 let mut lefts = [[std::ptr::null(); ROWS]; GROUP];
                 for (panel, left) in group.clone().zip(&mut lefts) {
                     let rows = rows_of(panel);
-                    let first = packed_left.wrapping_add((panel - group.start) * block.len() * ROWS).cast_const();
+                    let first = packed_left
+                        .wrapping_add((panel - group.start) * block.len() * ROWS)
+                        .cast_const();
                     *left = std::array::from_fn(|i| match layout {
                         Layout::InPlace => {
-                            let at = (panel * ROWS + i.min(rows - 1)) * job.left.outer + block.start * 4;
+                            let at =
+                                (panel * ROWS + i.min(rows - 1)) * job.left.outer + block.start * 4;
                             job.left.data.wrapping_add(at)
                         }
                         Layout::Rows => first.wrapping_add(i.min(rows - 1) * block.len()).cast(),
@@ -102,10 +129,18 @@ pub(super) unsafe fn work<K: Kernel>(
                 }
                 let step = if layout == Layout::Units { 4 * ROWS } else { 4 };
                 let (data, row) = if kept {
-                    (sums.wrapping_add((group.start - panels.start) * ROWS * padded).cast::<u8>(), padded * 4)
+                    (
+                        sums.wrapping_add((group.start - panels.start) * ROWS * padded)
+                            .cast::<u8>(),
+                        padded * 4,
+                    )
                 } else {
                     let column = columns.start * if job.rounds { 2 } else { 4 };
-                    (job.out.wrapping_add(group.start * ROWS * job.out_row + column), job.out_row)
+                    (
+                        job.out
+                            .wrapping_add(group.start * ROWS * job.out_row + column),
+                        job.out_row,
+                    )
                 };
                 let store = match job.rounds && !kept {
                     true => Store::Round,
@@ -122,7 +157,11 @@ pub(super) unsafe fn work<K: Kernel>(
                     let out = Out {
                         data: data.wrapping_add(column.wrapping_mul(bytes)),
                         row,
-                        rows: if index.wrapping_add(1) == group.len() { last } else { ROWS },
+                        rows: if index.wrapping_add(1) == group.len() {
+                            last
+                        } else {
+                            ROWS
+                        },
                         mask: mask(here.wrapping_sub(lines.wrapping_sub(1).wrapping_mul(LANES))),
                         store,
                     };
@@ -135,8 +174,10 @@ pub(super) unsafe fn work<K: Kernel>(
                 };
                 let all_columns = || (0..width).step_by(K::LINES * LANES);
                 match K::RIGHT_STAYS {
-                    true => all_columns().for_each(|column| (0..group.len()).for_each(|index| tile(index, column))),
-                    false => (0..group.len()).for_each(|index| all_columns().for_each(|column| tile(index, column))),
+                    true => all_columns()
+                        .for_each(|column| (0..group.len()).for_each(|index| tile(index, column))),
+                    false => (0..group.len())
+                        .for_each(|index| all_columns().for_each(|column| tile(index, column))),
                 }
             }
         }
@@ -153,13 +194,26 @@ pub(super) unsafe fn work<K: Kernel>(
 ///
 /// # Safety
 /// It can be read, and `sums` written.
-unsafe fn widen(job: &Job, columns: &Range<usize>, panels: &Range<usize>, sums: *mut f32, padded: usize) {
+unsafe fn widen(
+    job: &Job,
+    columns: &Range<usize>,
+    panels: &Range<usize>,
+    sums: *mut f32,
+    padded: usize,
+) {
     for row in panels.start * ROWS..(panels.end * ROWS).min(job.size.0) {
         // SAFETY: as the caller promises.
         let (from, to) = unsafe {
-            let from = job.out.add(row * job.out_row).cast::<Bf16>().add(columns.start);
+            let from = job
+                .out
+                .add(row * job.out_row)
+                .cast::<Bf16>()
+                .add(columns.start);
             let to = sums.add((row - panels.start * ROWS) * padded);
-            (std::slice::from_raw_parts(from, columns.len()), std::slice::from_raw_parts_mut(to, columns.len()))
+            (
+                std::slice::from_raw_parts(from, columns.len()),
+                std::slice::from_raw_parts_mut(to, columns.len()),
+            )
         };
         to.iter_mut().zip(from).for_each(|(to, x)| *to = x.wide());
     }

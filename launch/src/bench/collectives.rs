@@ -12,13 +12,24 @@ use std::time::Instant;
 use tch::{Device, Kind, Tensor};
 
 /// What is measured.
-const OPERATIONS: [&str; 6] = ["all_reduce", "broadcast", "all_gather", "reduce_scatter", "all_to_all", "send_recv"];
+const OPERATIONS: [&str; 6] = [
+    "all_reduce",
+    "broadcast",
+    "all_gather",
+    "reduce_scatter",
+    "all_to_all",
+    "send_recv",
+];
 
 pub(crate) fn run(args: &CollectivesArgs) -> Result<ExitCode> {
     if args.rounds == 0 || args.ranks < 2 {
         bail!("--rounds must be at least 1 and --ranks at least 2");
     }
-    if let Some(wrong) = args.operation.iter().find(|name| !OPERATIONS.contains(&name.as_str())) {
+    if let Some(wrong) = args
+        .operation
+        .iter()
+        .find(|name| !OPERATIONS.contains(&name.as_str()))
+    {
         bail!("--operation {wrong}: there are {}", OPERATIONS.join(", "));
     }
     on_ranks(args.ranks, |env| measure(args, env))
@@ -41,26 +52,44 @@ struct Tensors {
 
 fn measure(args: &CollectivesArgs, env: &RankEnv) -> Result<()> {
     let world = |number: usize, backend: Backend| {
-        World::join(&env.again(number), PATIENCE, backend, &Cpu).context("the ranks cannot be joined")
+        World::join(&env.again(number), PATIENCE, backend, &Cpu)
+            .context("the ranks cannot be joined")
     };
     let auto = world(1, Backend::Auto)?;
     let gloo = world(2, Backend::Gloo)?;
-    let mut sides = vec![("moerun", Side::Ours(auto.all("all")?)), ("gloo composed", Side::Ours(gloo.all("all")?))];
+    let mut sides = vec![
+        ("moerun", Side::Ours(auto.all("all")?)),
+        ("gloo composed", Side::Ours(gloo.all("all")?)),
+    ];
     if let Some(own) = gloo.plain_gloo("plain")? {
         sides.push(("gloo", Side::Gloo(own)));
     }
     let by_mpi = parallel::mpi_library().filter(|_| env.by_mpi != parallel::ByMpi::No);
     // The world has to live as long as its groups.
-    let mpi = by_mpi.is_some().then(|| world(3, Backend::Mpi)).transpose()?;
+    let mpi = by_mpi
+        .is_some()
+        .then(|| world(3, Backend::Mpi))
+        .transpose()?;
     if let Some(mpi) = &mpi {
         sides.push(("mpi", Side::Ours(mpi.all("all")?)));
     }
-    let Side::Ours(all) = &sides[0].1 else { bail!("the first side is ours") };
+    let Side::Ours(all) = &sides[0].1 else {
+        bail!("the first side is ours")
+    };
     let (all, size) = (all.clone(), auto.size());
     if auto.rank() == 0 {
-        eprintln!("{size} ranks; sides: {}", sides.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", "));
+        eprintln!(
+            "{size} ranks; sides: {}",
+            sides
+                .iter()
+                .map(|(name, _)| *name)
+                .collect::<Vec<_>>()
+                .join(", ")
+        );
     }
-    let chosen = |name: &&&str| args.operation.is_empty() || args.operation.iter().any(|asked| asked == **name);
+    let chosen = |name: &&&str| {
+        args.operation.is_empty() || args.operation.iter().any(|asked| asked == **name)
+    };
     for &operation in OPERATIONS.iter().filter(chosen) {
         for &kib in &args.kib {
             let tensors = Tensors::new(kib * 1024, size);
@@ -80,7 +109,8 @@ fn measure(args: &CollectivesArgs, env: &RankEnv) -> Result<()> {
                     for _ in 0..repeat {
                         side.run(operation, &tensors)?;
                     }
-                    let seconds = Tensor::from_slice(&[started.elapsed().as_secs_f64() / repeat as f64]);
+                    let seconds =
+                        Tensor::from_slice(&[started.elapsed().as_secs_f64() / repeat as f64]);
                     all.all_reduce(&seconds, ReduceOp::Max)?.wait()?;
                     // The first round warms caches.
                     if turn > 0 {
@@ -95,9 +125,14 @@ fn measure(args: &CollectivesArgs, env: &RankEnv) -> Result<()> {
                     .filter(|(_, times)| !times.is_empty())
                     .map(|((name, _), times)| (*name, median(times) * 1e6))
                     .collect();
-                let others = medians[1..].iter().map(|(_, us)| *us).fold(f64::INFINITY, f64::min);
-                let us: serde_json::Map<_, _> =
-                    medians.iter().map(|(name, us)| (name.to_string(), json!(round(*us, 1)))).collect();
+                let others = medians[1..]
+                    .iter()
+                    .map(|(_, us)| *us)
+                    .fold(f64::INFINITY, f64::min);
+                let us: serde_json::Map<_, _> = medians
+                    .iter()
+                    .map(|(name, us)| (name.to_string(), json!(round(*us, 1))))
+                    .collect();
                 println!(
                     "{}",
                     json!({
@@ -117,7 +152,11 @@ impl Tensors {
         let part = (bytes / 4 / ranks).max(1) as i64;
         // Sums of zeros stay zeros, however often they are made; not of pages that nobody has written.
         let zeros = |count: i64| Tensor::ones([count], (Kind::Float, Device::Cpu)) * 0.0;
-        Tensors { whole: zeros(part * ranks as i64), part: zeros(part), other: zeros(part * ranks as i64) }
+        Tensors {
+            whole: zeros(part * ranks as i64),
+            part: zeros(part),
+            other: zeros(part * ranks as i64),
+        }
     }
 }
 

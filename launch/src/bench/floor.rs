@@ -17,10 +17,17 @@ const ENOUGH: f64 = 2.0;
 
 /// The shortest of a few turns, which alternate. Operands stay in the cache where they fit, which a step's do not.
 pub(super) fn measure(shape: Shape, kind: Kind) -> Floor {
-    let mut floor = Floor { by_libtorch: 0.0, by_ours: 0.0 };
+    let mut floor = Floor {
+        by_libtorch: 0.0,
+        by_ours: 0.0,
+    };
     for ([rows, inner, outer], times) in shape.products() {
         let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
-        let (x, weight, grad) = (random(&[rows, inner]), random(&[outer, inner]), random(&[rows, outer]));
+        let (x, weight, grad) = (
+            random(&[rows, inner]),
+            random(&[outer, inner]),
+            random(&[rows, outer]),
+        );
         let (y, of_x) = (grad.empty_like(), x.empty_like());
         // Gradients are added up in fp32; libtorch's products have the dtype of what they multiply.
         let (of_weight, sum) = (weight.empty_like(), weight.to_kind(Kind::Float));
@@ -65,7 +72,12 @@ pub(super) fn peak(kind: Kind, device: Device) -> f64 {
     let random = || Tensor::randn([size, size], (Kind::Float, device)).to_kind(kind);
     let (left, right, out) = (random(), random(), random());
     // A number that comes back says that the device has ended.
-    let wait = || out.narrow(0, 0, 1).narrow(1, 0, 1).to_kind(Kind::Double).double_value(&[0, 0]);
+    let wait = || {
+        out.narrow(0, 0, 1)
+            .narrow(1, 0, 1)
+            .to_kind(Kind::Double)
+            .double_value(&[0, 0])
+    };
     let mut fastest = f64::INFINITY;
     for _ in 0..TURNS {
         wait();

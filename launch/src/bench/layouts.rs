@@ -16,7 +16,11 @@ fn layouts() -> [(&'static str, Value, usize); 3] {
     [
         ("data", json!({}), 4),
         ("expert", json!({"expert": 2}), 4),
-        ("pipeline", json!({"pipeline": 2, "schedule": "zb-v", "vocabulary": "vocab-1"}), 2),
+        (
+            "pipeline",
+            json!({"pipeline": 2, "schedule": "zb-v", "vocabulary": "vocab-1"}),
+            2,
+        ),
     ]
 }
 
@@ -46,12 +50,17 @@ impl Measured {
         }
         self.loss = steps[0]["loss"].as_f64().unwrap_or(f64::NAN);
         let path = folder.join("run/logs/rank-0.trace.json");
-        let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let trace: Value = serde_json::from_str(&text).with_context(|| format!("{} is no trace", path.display()))?;
+        let text = std::fs::read_to_string(&path)
+            .with_context(|| format!("cannot read {}", path.display()))?;
+        let trace: Value = serde_json::from_str(&text)
+            .with_context(|| format!("{} is no trace", path.display()))?;
         let mut sums: BTreeMap<String, f64> = BTreeMap::new();
         let events = trace["traceEvents"].as_array().into_iter().flatten();
         // The thread that computes; what goes on beside it takes none of its time.
-        let computes = events.clone().find(|event| event["cat"] == "optimizer").map(|event| event["tid"].clone());
+        let computes = events
+            .clone()
+            .find(|event| event["cat"] == "optimizer")
+            .map(|event| event["tid"].clone());
         let events = events.filter(|event| Some(&event["tid"]) == computes.as_ref());
         for event in events.filter(|event| event["cat"] != "pass") {
             let kind = event["cat"].as_str().unwrap_or_default().to_string();
@@ -77,19 +86,35 @@ impl Measured {
 
 fn measure(args: &LayoutsArgs, folder: &Path) -> Result<ExitCode> {
     write_tokens(folder, VOCAB)?;
-    let chosen: Vec<_> =
-        layouts().into_iter().filter(|(name, ..)| args.case.as_ref().is_none_or(|case| case == name)).collect();
+    let chosen: Vec<_> = layouts()
+        .into_iter()
+        .filter(|(name, ..)| args.case.as_ref().is_none_or(|case| case == name))
+        .collect();
     if chosen.is_empty() {
-        bail!("--case {}: there are data, expert and pipeline", args.case.as_deref().unwrap_or_default());
+        bail!(
+            "--case {}: there are data, expert and pipeline",
+            args.case.as_deref().unwrap_or_default()
+        );
     }
     let mut alone = Measured::default();
     let mut measured: Vec<Measured> = chosen.iter().map(|_| Measured::default()).collect();
     let mut baseline = Vec::new();
     for turn in 1..=args.rounds {
         eprintln!("round {turn} of {}", args.rounds);
-        alone.add(&train(folder, &experiment(args, folder, &json!({}), 8), 1, Some(2))?, folder)?;
+        alone.add(
+            &train(folder, &experiment(args, folder, &json!({}), 8), 1, Some(2))?,
+            folder,
+        )?;
         for ((_, parallel, micro_batch), into) in chosen.iter().zip(&mut measured) {
-            into.add(&train(folder, &experiment(args, folder, parallel, *micro_batch), 2, Some(1))?, folder)?;
+            into.add(
+                &train(
+                    folder,
+                    &experiment(args, folder, parallel, *micro_batch),
+                    2,
+                    Some(1),
+                )?,
+                folder,
+            )?;
         }
         if let Some(text) = &args.baseline {
             let mut command = Command::new("sh");

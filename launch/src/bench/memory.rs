@@ -29,7 +29,10 @@ fn layouts() -> Vec<(usize, Value)> {
         (4, json!({"context": 4, "expert": 4})),
         (2, json!({"pipeline": 2})),
         (4, json!({"pipeline": 4, "vocabulary": "vocab-2"})),
-        (4, json!({"pipeline": 2, "tensor": 2, "expert": 2, "schedule": "v-half"})),
+        (
+            4,
+            json!({"pipeline": 2, "tensor": 2, "expert": 2, "schedule": "v-half"}),
+        ),
         (1, json!({"recompute": {"parts": ["norm"]}})),
         (1, json!({"recompute": {"parts": ["attention"]}})),
         (1, json!({"recompute": {"parts": ["router", "experts"]}})),
@@ -40,16 +43,28 @@ fn layouts() -> Vec<(usize, Value)> {
 fn measure(args: &MemoryArgs, folder: &Path) -> Result<ExitCode> {
     write_tokens(folder, VOCAB)?;
     for (ranks, parallel) in layouts() {
-        if args.case.as_ref().is_some_and(|case| *case != name(ranks, &parallel)) {
+        if args
+            .case
+            .as_ref()
+            .is_some_and(|case| *case != name(ranks, &parallel))
+        {
             continue;
         }
         let config = experiment(folder, &parallel);
-        let parsed: Config = serde_json::from_value(config.clone()).context("the bench's own experiment")?;
+        let parsed: Config =
+            serde_json::from_value(config.clone()).context("the bench's own experiment")?;
         let planned = parsed.memory(ranks).map_err(|error| anyhow!(error))?;
-        let fullest = planned.iter().map(trainer::RankMemory::total).max().unwrap_or(0) as f64;
+        let fullest = planned
+            .iter()
+            .map(trainer::RankMemory::total)
+            .max()
+            .unwrap_or(0) as f64;
         let steps = train(folder, &config, ranks, Some(1))?;
         let last = steps.last().expect("there are two");
-        let (measured, resident) = (largest(&last["rank_peak_memory"]), largest(&last["rank_peak_resident"]));
+        let (measured, resident) = (
+            largest(&last["rank_peak_memory"]),
+            largest(&last["rank_peak_resident"]),
+        );
         let mib = |bytes: f64| round(bytes / f64::from(1 << 20), 1);
         let line = json!({
             "bench": "memory",

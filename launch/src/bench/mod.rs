@@ -21,7 +21,8 @@ use trainer::data::TokenWriter;
 /// Gives `body` a folder of its own, and takes it away afterwards.
 fn in_a_folder(body: impl FnOnce(&Path) -> Result<ExitCode>) -> Result<ExitCode> {
     let folder = std::env::temp_dir().join(format!("moerun-bench-{}", std::process::id()));
-    std::fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    std::fs::create_dir_all(&folder)
+        .with_context(|| format!("cannot make {}", folder.display()))?;
     let outcome = body(&folder);
     let _ = std::fs::remove_dir_all(&folder);
     outcome
@@ -33,7 +34,9 @@ fn write_tokens(folder: &Path, vocab: usize) -> Result<()> {
     let mut state = 1u64;
     let tokens: Vec<u32> = (0..100_000)
         .map(|_| {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            state = state
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
             ((state >> 33) % vocab as u64) as u32
         })
         .collect();
@@ -44,7 +47,12 @@ fn write_tokens(folder: &Path, vocab: usize) -> Result<()> {
 
 /// Trains what `config` describes, whose run is the folder `run`, on `ranks` ranks of `threads` threads, or as many as ranks take by
 /// themselves: its steps' metrics.
-fn train(folder: &Path, config: &Value, ranks: usize, threads: Option<usize>) -> Result<Vec<Value>> {
+fn train(
+    folder: &Path,
+    config: &Value,
+    ranks: usize,
+    threads: Option<usize>,
+) -> Result<Vec<Value>> {
     let run = folder.join("run");
     let _ = std::fs::remove_dir_all(&run);
     let path = folder.join("bench.yaml");
@@ -59,11 +67,18 @@ fn train(folder: &Path, config: &Value, ranks: usize, threads: Option<usize>) ->
         .output()
         .context("cannot start moerun train")?;
     if !output.status.success() {
-        bail!("moerun train ended with {}:\n{}", output.status, String::from_utf8_lossy(&output.stderr).trim_end());
+        bail!(
+            "moerun train ended with {}:\n{}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim_end()
+        );
     }
     let metrics = run.join("metrics.jsonl");
-    let text = std::fs::read_to_string(&metrics).with_context(|| format!("cannot read {}", metrics.display()))?;
-    let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let text = std::fs::read_to_string(&metrics)
+        .with_context(|| format!("cannot read {}", metrics.display()))?;
+    let lines = text
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let steps: Vec<Value> = lines.filter(|line| line["step_ms"].is_number()).collect();
     if steps.len() < 2 {
         bail!("{} has fewer than two steps", metrics.display());
@@ -80,17 +95,28 @@ fn last_line(mut command: Command, name: &str, key: &str) -> Result<Value> {
         .with_context(|| format!("cannot start `{name}`"))?;
     let errors = String::from_utf8_lossy(&output.stderr);
     if !output.status.success() {
-        bail!("`{name}` ended with {}:\n{}", output.status, errors.trim_end());
+        bail!(
+            "`{name}` ended with {}:\n{}",
+            output.status,
+            errors.trim_end()
+        );
     }
     let text = String::from_utf8_lossy(&output.stdout);
-    let line: Option<Value> = text.lines().last().and_then(|line| serde_json::from_str(line).ok());
+    let line: Option<Value> = text
+        .lines()
+        .last()
+        .and_then(|line| serde_json::from_str(line).ok());
     line.filter(|line| line[key].is_number())
         .with_context(|| format!("`{name}` has to end with a JSON line that has a number `{key}`"))
 }
 
 /// The largest number of a list.
 fn largest(values: &Value) -> f64 {
-    let numbers = values.as_array().into_iter().flatten().filter_map(Value::as_f64);
+    let numbers = values
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_f64);
     numbers.fold(0.0, f64::max)
 }
 

@@ -14,7 +14,8 @@ use moe::plan::Sites;
 use moe::{Keep, MoeLayer, MoeWeights, Router, Seen};
 use parallel::tensor::TensorParallel;
 use parallel::{
-    Accelerator, Activation, Communicator, Cpu, GradientBuckets, Local, RankEnv, ReduceOp, Replication, Weight,
+    Accelerator, Activation, Communicator, Cpu, GradientBuckets, Local, RankEnv, ReduceOp,
+    Replication, Weight,
 };
 use serde_json::json;
 use std::process::ExitCode;
@@ -24,8 +25,10 @@ use tch::{Kind, Tensor};
 use trainer::config::LeastLoadedConfig;
 
 /// The paper's table, and the field's workloads.
-const SHARES: [&str; 12] =
-    ["30:16", "50:16", "80:16", "95:16", "30:4", "50:4", "80:4", "95:4", "30:1", "50:1", "80:1", "95:1"];
+const SHARES: [&str; 12] = [
+    "30:16", "50:16", "80:16", "95:16", "30:4", "50:4", "80:4", "95:4", "30:1", "50:1", "80:1",
+    "95:1",
+];
 
 pub(crate) fn run(args: &MoeLayerArgs) -> Result<ExitCode> {
     if [args.ranks, args.rounds, args.tokens, args.hidden, args.ffn].contains(&0) {
@@ -34,18 +37,29 @@ pub(crate) fn run(args: &MoeLayerArgs) -> Result<ExitCode> {
     let mut cases: Vec<String> = args.case.clone();
     if cases.is_empty() {
         cases = NAMED.iter().map(|(name, _)| name.to_string()).collect();
-        cases.extend(SHARES.iter().filter(|_| !args.step).map(|share| share.to_string()));
+        cases.extend(
+            SHARES
+                .iter()
+                .filter(|_| !args.step)
+                .map(|share| share.to_string()),
+        );
     }
     for case in &cases {
         let workload = parse(case)?;
-        let (experts, ranks) = (args.experts.unwrap_or(workload.experts(args.ranks)), args.ranks);
+        let (experts, ranks) = (
+            args.experts.unwrap_or(workload.experts(args.ranks)),
+            args.ranks,
+        );
         if experts < 4 || !experts.is_multiple_of(ranks) {
             bail!("{experts} experts cannot be shared out over {ranks} ranks, as many each");
         }
         if let Workload::Share { hot, .. } = workload
             && hot > experts / ranks
         {
-            bail!("--case {case}: rank 0 has {} of {experts} experts, not {hot}", experts / ranks);
+            bail!(
+                "--case {case}: rank 0 has {} of {experts} experts, not {hot}",
+                experts / ranks
+            );
         }
         if args.step && !moe_step::has(workload) {
             bail!(
@@ -99,15 +113,32 @@ pub(super) struct Measured {
 
 fn measure(args: &MoeLayerArgs, cases: &[String], env: &RankEnv) -> Result<()> {
     let world = join(env, 0)?;
-    let group = Group { all: world.all("all")?, device: parallel::accelerator("cpu", 0)? };
+    let group = Group {
+        all: world.all("all")?,
+        device: parallel::accelerator("cpu", 0)?,
+    };
     let lending = world.all("lending")?;
-    let size = ExpertSize { hidden: args.hidden as i64, ffn: args.ffn as i64, kind: Kind::Float, fetched_twice: false };
+    let size = ExpertSize {
+        hidden: args.hidden as i64,
+        ffn: args.ffn as i64,
+        kind: Kind::Float,
+        fetched_twice: false,
+    };
     let min_tokens = match args.min_tokens {
         Some(tokens) => i64::from(tokens),
-        None => agree(&group.all, break_even(&lending, size, group.device.as_ref())?)?,
+        None => agree(
+            &group.all,
+            break_even(&lending, size, group.device.as_ref())?,
+        )?,
     };
-    let planner = Planner { min_tokens, ..LeastLoadedConfig::default().planner(Vec::new()) };
-    let least_loaded = LeastLoaded { planner: Arc::new(Mutex::new(planner)), lending };
+    let planner = Planner {
+        min_tokens,
+        ..LeastLoadedConfig::default().planner(Vec::new())
+    };
+    let least_loaded = LeastLoaded {
+        planner: Arc::new(Mutex::new(planner)),
+        lending,
+    };
     for case in cases {
         let workload = parse(case)?;
         let experts = args.experts.unwrap_or(workload.experts(args.ranks));
@@ -136,8 +167,15 @@ fn measure(args: &MoeLayerArgs, cases: &[String], env: &RankEnv) -> Result<()> {
             }
         }
         if world.rank() == 0 {
-            let tokens: usize = (0..args.ranks).map(|rank| workload.tokens(args.tokens, rank, args.ranks)).sum();
-            let size = Size { experts, tokens, min_tokens, cycle: workload.cycle() };
+            let tokens: usize = (0..args.ranks)
+                .map(|rank| workload.tokens(args.tokens, rank, args.ranks))
+                .sum();
+            let size = Size {
+                experts,
+                tokens,
+                min_tokens,
+                cycle: workload.cycle(),
+            };
             let mut line = line("moe-layer", case, args, &size, &measured);
             for (key, measured) in ["baseline_sent_mib", "sent_mib"].iter().zip(&measured) {
                 line[key] = measured.sent.iter().map(|&bytes| mib(bytes)).collect();
@@ -167,11 +205,19 @@ pub(super) fn line(
     bench: &str,
     case: &str,
     args: &MoeLayerArgs,
-    &Size { experts, tokens, min_tokens, cycle }: &Size,
+    &Size {
+        experts,
+        tokens,
+        min_tokens,
+        cycle,
+    }: &Size,
     [standard, ours]: &[Measured; 2],
 ) -> serde_json::Value {
     let rate = |measured: &Measured| {
-        let seconds = measured.seconds.chunks(cycle).map(|rounds| rounds.iter().sum::<f64>() / rounds.len() as f64);
+        let seconds = measured
+            .seconds
+            .chunks(cycle)
+            .map(|rounds| rounds.iter().sum::<f64>() / rounds.len() as f64);
         tokens as f64 / median(seconds.collect())
     };
     let largest = |values: &[f64]| values.iter().copied().fold(0.0, f64::max);
@@ -225,11 +271,22 @@ impl LayerBench {
     ) -> Result<LayerBench> {
         let (rank, ranks) = (group.all.rank(), group.all.size());
         tch::manual_seed(rank as i64 + 1);
-        let (hidden, ffn, local) = (args.hidden as i64, args.ffn as i64, (experts / ranks) as i64);
+        let (hidden, ffn, local) = (
+            args.hidden as i64,
+            args.ffn as i64,
+            (experts / ranks) as i64,
+        );
         let random = |shape: &[i64]| group.device.zeros(shape, Kind::Float).uniform_(-0.05, 0.05);
-        let [gate_up, down] = [[local, 2 * ffn, hidden], [local, hidden, ffn]].map(|shape| Weight::new(random(&shape)));
+        let [gate_up, down] = [[local, 2 * ffn, hidden], [local, hidden, ffn]]
+            .map(|shape| Weight::new(random(&shape)));
         let held = [(down.clone(), 0), (gate_up.clone(), 0)];
-        let gradients = GradientBuckets::new(&held, &[Replication::alone()], 25 << 20, true, group.device.as_ref())?;
+        let gradients = GradientBuckets::new(
+            &held,
+            &[Replication::alone()],
+            25 << 20,
+            true,
+            group.device.as_ref(),
+        )?;
         let alone: Arc<dyn Communicator> = Arc::new(Local::new(rank, "alone"));
         let top_k = workload.top_k();
         let layer = |least_loaded: Option<LeastLoaded>| MoeLayer {
@@ -237,7 +294,10 @@ impl LayerBench {
             dispatcher: Dispatcher::new(
                 group.all.clone(),
                 experts,
-                Sites { slices: 1, nodes: (0..ranks).collect() },
+                Sites {
+                    slices: 1,
+                    nodes: (0..ranks).collect(),
+                },
                 least_loaded,
                 None,
                 1,
@@ -246,7 +306,10 @@ impl LayerBench {
             tensor: TensorParallel::new(alone.clone(), 1),
             sequence: alone.clone(),
             gemm: Gemm::Model,
-            keep: Keep { rows: true, experts: true },
+            keep: Keep {
+                rows: true,
+                experts: true,
+            },
             weights: MoeWeights {
                 gate: Weight::new(Cpu.zeros(&[0, hidden], Kind::Float)),
                 bias: None,
@@ -259,12 +322,21 @@ impl LayerBench {
         let tokens = workload.tokens(args.tokens, rank, ranks) as i64;
         let x = random(&[tokens, hidden]).set_requires_grad(true);
         let weights_tk = random(&[tokens, top_k as i64]).set_requires_grad(true);
-        Ok(LayerBench { layers, gradients, workload, experts, x, weights_tk, place: (rank, ranks) })
+        Ok(LayerBench {
+            layers,
+            gradients,
+            workload,
+            experts,
+            x,
+            weights_tk,
+            place: (rank, ranks),
+        })
     }
 
     /// What this rank's tokens choose in round `round`.
     fn choices(&self, round: usize) -> Vec<i64> {
-        self.workload.choices(self.x.size()[0] as usize, self.experts, self.place, round)
+        self.workload
+            .choices(self.x.size()[0] as usize, self.experts, self.place, round)
     }
 
     fn forward_backward(&self, which: usize, experts: &[i64]) -> Result<Seen> {
@@ -272,7 +344,13 @@ impl LayerBench {
         self.gradients.begin(1);
         let layer = &self.layers[which];
         let plan = layer.dispatcher.plan(experts, top_k)?;
-        let mixed = layer.mix(&Activation::kept(&self.x), &self.weights_tk, experts.to_vec(), &plan, |_| Ok(None))?;
+        let mixed = layer.mix(
+            &Activation::kept(&self.x),
+            &self.weights_tk,
+            experts.to_vec(),
+            &plan,
+            |_| Ok(None),
+        )?;
         mixed.hidden_td.sum(Kind::Float).f_backward()?;
         self.gradients.finish()?;
         for leaf in [&self.x, &self.weights_tk] {

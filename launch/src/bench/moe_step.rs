@@ -23,22 +23,40 @@ pub(super) fn has(workload: Workload) -> bool {
 
 pub(super) fn measure(args: &MoeLayerArgs, cases: &[String], env: &RankEnv) -> Result<()> {
     let world = join(env, 0)?;
-    let group = Group { all: world.all("bench")?, device: parallel::accelerator("cpu", 0)? };
-    let folder = std::env::temp_dir().join(format!("moerun-bench-step-{}-{}", std::process::id(), env.rank));
-    std::fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    let group = Group {
+        all: world.all("bench")?,
+        device: parallel::accelerator("cpu", 0)?,
+    };
+    let folder = std::env::temp_dir().join(format!(
+        "moerun-bench-step-{}-{}",
+        std::process::id(),
+        env.rank
+    ));
+    std::fs::create_dir_all(&folder)
+        .with_context(|| format!("cannot make {}", folder.display()))?;
     let outcome = in_folder(args, cases, env, &group, &folder);
     let _ = std::fs::remove_dir_all(&folder);
     outcome
 }
 
-fn in_folder(args: &MoeLayerArgs, cases: &[String], env: &RankEnv, group: &Group, folder: &Path) -> Result<()> {
+fn in_folder(
+    args: &MoeLayerArgs,
+    cases: &[String],
+    env: &RankEnv,
+    group: &Group,
+    folder: &Path,
+) -> Result<()> {
     write_tokens(folder, VOCAB)?;
     let (ranks, rank) = (group.all.size(), group.all.rank());
     let experts = args.experts.unwrap_or(Workload::Balanced.experts(ranks));
     // Each in a world of its own: names of groups are used once.
     let trainer = |number: usize, dispatch: &str| -> Result<Trainer> {
         let config = experiment(args, folder, experts, dispatch)?;
-        Ok(Trainer::new(config, &join(env, number)?, parallel::accelerator("cpu", 0)?)?)
+        Ok(Trainer::new(
+            config,
+            &join(env, number)?,
+            parallel::accelerator("cpu", 0)?,
+        )?)
     };
     let mut trainers = [trainer(1, "standard")?, trainer(2, "least_loaded")?];
     let tokens = args.tokens / SEQUENCE * SEQUENCE * ranks;
@@ -60,7 +78,8 @@ fn in_folder(args: &MoeLayerArgs, cases: &[String], env: &RankEnv, group: &Group
                 losses[which] = record.as_ref().map_or(f64::NAN, |record| record.loss);
                 if let Some(record) = record.filter(|_| round > 0) {
                     measured.seconds.push(seconds);
-                    let rows = |rank: usize| record.rank_rows.iter().map(|rows| rows[rank] as f64).sum();
+                    let rows =
+                        |rank: usize| record.rank_rows.iter().map(|rows| rows[rank] as f64).sum();
                     measured.rows = (0..ranks).map(rows).collect();
                     measured.peak = group.gather(group.device.memory()?.peak as f64)?;
                     measured.lent = record.lent_bytes.iter().sum::<u64>() as f64;
@@ -70,7 +89,12 @@ fn in_folder(args: &MoeLayerArgs, cases: &[String], env: &RankEnv, group: &Group
         }
         if rank == 0 {
             let min_tokens = trainers[1].min_tokens().unwrap_or(0);
-            let size = Size { experts, tokens, min_tokens, cycle: workload.cycle() };
+            let size = Size {
+                experts,
+                tokens,
+                min_tokens,
+                cycle: workload.cycle(),
+            };
             let mut line = line("moe-step", case, args, &size, &measured);
             // Both learn the same from the same tokens.
             line["loss_difference"] = json!(apart);
@@ -83,13 +107,21 @@ fn in_folder(args: &MoeLayerArgs, cases: &[String], env: &RankEnv, group: &Group
 /// Biases every gate: with scores from 0 to 1, a bias of `log2(weight / mean)`, limited, makes the choices about so.
 fn bias(trainer: &Trainer, weights: &[f64]) {
     let mean = weights.iter().sum::<f64>() / weights.len() as f64;
-    let bias: Vec<f32> = weights.iter().map(|weight| ((weight / mean).log2() * 0.05).clamp(-2.0, 2.0) as f32).collect();
+    let bias: Vec<f32> = weights
+        .iter()
+        .map(|weight| ((weight / mean).log2() * 0.05).clamp(-2.0, 2.0) as f32)
+        .collect();
     for (_, _, of_layer) in trainer.model().biases() {
         tch::no_grad(|| of_layer.shallow_clone().copy_(&Tensor::from_slice(&bias)));
     }
 }
 
-fn experiment(args: &MoeLayerArgs, folder: &Path, experts: usize, dispatch: &str) -> Result<Config> {
+fn experiment(
+    args: &MoeLayerArgs,
+    folder: &Path,
+    experts: usize,
+    dispatch: &str,
+) -> Result<Config> {
     let mut least_loaded = json!({});
     if let Some(tokens) = args.min_tokens.filter(|_| dispatch == "least_loaded") {
         least_loaded = json!({"min_tokens": tokens});

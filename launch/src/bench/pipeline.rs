@@ -9,7 +9,14 @@ use serde_json::{Value, json};
 use std::path::Path;
 use std::process::ExitCode;
 
-const LAYOUTS: [&str; 6] = ["baseline", "redis", "interlaced", "naive", "vocab-1", "vocab-2"];
+const LAYOUTS: [&str; 6] = [
+    "baseline",
+    "redis",
+    "interlaced",
+    "naive",
+    "vocab-1",
+    "vocab-2",
+];
 
 /// What one layout did in its turns.
 #[derive(Default)]
@@ -46,12 +53,17 @@ fn measure(args: &PipelineArgs, folder: &Path) -> Result<ExitCode> {
             let mut config = config.clone();
             config["parallel"]["vocabulary"] = json!(layout);
             let plan: trainer::config::Config = serde_json::from_value(config.clone())?;
-            let schedule = plan.pipeline_plan(plan.train.global_batch).map_err(|error| anyhow!(error))?.schedule;
+            let schedule = plan
+                .pipeline_plan(plan.train.global_batch)
+                .map_err(|error| anyhow!(error))?
+                .schedule;
             // The first step also makes the memory that later ones use again.
             for step in &train(folder, &config, 2, Some(1))?[1..] {
                 into.step_ms.extend(step["step_ms"].as_f64());
-                into.memory.push(largest(&step["rank_peak_memory"]) / f64::from(1 << 20));
-                into.resident.push(largest(&step["rank_peak_resident"]) / f64::from(1 << 20));
+                into.memory
+                    .push(largest(&step["rank_peak_memory"]) / f64::from(1 << 20));
+                into.resident
+                    .push(largest(&step["rank_peak_resident"]) / f64::from(1 << 20));
                 into.waiting.push(largest(&step["rank_waiting"]));
                 let (measured, predicted) = passes(&schedule, step);
                 into.passes_ms.push(measured);
@@ -109,10 +121,22 @@ fn experiment(args: &PipelineArgs, folder: &Path) -> Value {
 /// long as they did on average.
 fn passes(schedule: &Schedule, step: &Value) -> (f64, f64) {
     let order = &schedule.order;
-    let time = |rank: usize, kind: PassKind| step["rank_pass_ms"][rank][kind.name()].as_f64().unwrap_or(0.0);
+    let time = |rank: usize, kind: PassKind| {
+        step["rank_pass_ms"][rank][kind.name()]
+            .as_f64()
+            .unwrap_or(0.0)
+    };
     let ranks = 0..order.ranks.len();
-    let of_stage = |kind: PassKind| ranks.clone().map(|rank| time(rank, kind)).collect::<Vec<_>>();
-    let half: Vec<f64> = of_stage(PassKind::Backward).iter().map(|time| time / 2.0).collect();
+    let of_stage = |kind: PassKind| {
+        ranks
+            .clone()
+            .map(|rank| time(rank, kind))
+            .collect::<Vec<_>>()
+    };
+    let half: Vec<f64> = of_stage(PassKind::Backward)
+        .iter()
+        .map(|time| time / 2.0)
+        .collect();
     let vocabulary = ranks.clone().map(|rank| VocabularyCosts {
         logits: time(rank, PassKind::Logits),
         normalize: time(rank, PassKind::Normalize),
@@ -130,8 +154,14 @@ fn passes(schedule: &Schedule, step: &Value) -> (f64, f64) {
     };
     // A rank is busy as long as its passes take, and waits the rest.
     let measured = ranks.map(|rank| {
-        let busy: f64 = order.ranks[rank].iter().map(|pass| time(rank, pass.kind)).sum();
+        let busy: f64 = order.ranks[rank]
+            .iter()
+            .map(|pass| time(rank, pass.kind))
+            .sum();
         busy / (1.0 - step["rank_waiting"][rank].as_f64().unwrap_or(0.0))
     });
-    (measured.fold(0.0, f64::max), simulate(schedule, &costs).total)
+    (
+        measured.fold(0.0, f64::max),
+        simulate(schedule, &costs).total,
+    )
 }

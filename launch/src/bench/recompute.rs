@@ -40,13 +40,22 @@ struct Measured {
 impl Way {
     /// Every one there is, for a model of so many layers; with the optimizer's state on the host too, if it `can_offload`.
     fn every(layers: usize, can_offload: bool) -> impl Iterator<Item = Way> {
-        let subsets = (0..1usize << PARTS.len())
-            .map(|bits| (0..PARTS.len()).filter(|part| bits >> part & 1 == 1).collect::<Vec<usize>>());
-        let some = subsets.flat_map(move |parts| (0..layers).map(move |layers| (parts.clone(), layers)));
+        let subsets = (0..1usize << PARTS.len()).map(|bits| {
+            (0..PARTS.len())
+                .filter(|part| bits >> part & 1 == 1)
+                .collect::<Vec<usize>>()
+        });
+        let some =
+            subsets.flat_map(move |parts| (0..layers).map(move |layers| (parts.clone(), layers)));
         let recomputed = some.chain([(Vec::new(), layers)]);
         recomputed.flat_map(move |(parts, layers)| {
-            let ways = [false, true].map(|offload| Way { parts: parts.clone(), layers, offload });
-            ways.into_iter().filter(move |way| can_offload || !way.offload)
+            let ways = [false, true].map(|offload| Way {
+                parts: parts.clone(),
+                layers,
+                offload,
+            });
+            ways.into_iter()
+                .filter(move |way| can_offload || !way.offload)
         })
     }
 
@@ -71,7 +80,10 @@ impl Measured {
     fn expected(&self, way: &Way) -> Cost {
         let whole = way.layers as f64 / self.layers as f64;
         let offload = self.offload.filter(|_| way.offload).map(|cost| (1.0, cost));
-        let parts = way.parts.iter().map(|&part| (1.0 - whole, self.parts[part]));
+        let parts = way
+            .parts
+            .iter()
+            .map(|&part| (1.0 - whole, self.parts[part]));
         let shares = parts.chain([(whole, self.all)]).chain(offload);
         // What seems to make a step faster is noise.
         shares.fold(self.none, |sum, (share, cost)| Cost {
@@ -82,11 +94,15 @@ impl Measured {
 
     /// The fastest way that is expected to fit into `mib`, without those that did not; of equally fast ones that which does least.
     fn fastest(&self, mib: f64, without: &[Way]) -> Option<(Way, Cost)> {
-        let ways = Way::every(self.layers, self.offload.is_some()).map(|way| (self.expected(&way), way));
+        let ways =
+            Way::every(self.layers, self.offload.is_some()).map(|way| (self.expected(&way), way));
         let fitting = ways.filter(|(cost, way)| cost.mib <= mib && !without.contains(way));
         let does = |way: &Way| (way.layers, way.parts.len(), way.offload);
-        let fastest = fitting
-            .min_by(|(a, one), (b, other)| a.step_ms.total_cmp(&b.step_ms).then_with(|| does(one).cmp(&does(other))));
+        let fastest = fitting.min_by(|(a, one), (b, other)| {
+            a.step_ms
+                .total_cmp(&b.step_ms)
+                .then_with(|| does(one).cmp(&does(other)))
+        });
         fastest.map(|(cost, way)| (way, cost))
     }
 }
@@ -111,17 +127,31 @@ pub(crate) fn run(args: &RecomputeArgs) -> Result<ExitCode> {
 
 fn measure(args: &RecomputeArgs, folder: &Path) -> Result<ExitCode> {
     let experiment = experiment(args, folder)?;
-    let config: Config = serde_json::from_value(experiment.clone()).context("the experiment, as it is measured")?;
+    let config: Config =
+        serde_json::from_value(experiment.clone()).context("the experiment, as it is measured")?;
     refuse_problems(&args.config, &config, args.nproc_per_node)?;
     write_tokens(folder, config.model.vocab_size)?;
-    let mesh = config.mesh(0, args.nproc_per_node).map_err(|error| anyhow!(error))?;
-    let plan = config.pipeline_plan(config.microbatches(&mesh)).map_err(|error| anyhow!(error))?;
+    let mesh = config
+        .mesh(0, args.nproc_per_node)
+        .map_err(|error| anyhow!(error))?;
+    let plan = config
+        .pipeline_plan(config.microbatches(&mesh))
+        .map_err(|error| anyhow!(error))?;
     let order = in_turns(&plan.layers);
 
     let can_offload = parallel::device_kind(&config.run.device) != "cpu";
-    let way = |parts: &[usize], layers, offload| Way { parts: parts.to_vec(), layers, offload };
+    let way = |parts: &[usize], layers, offload| Way {
+        parts: parts.to_vec(),
+        layers,
+        offload,
+    };
     let mut ways = vec![("none", way(&[], 0, false))];
-    ways.extend(PARTS.iter().enumerate().map(|(part, name)| (*name, way(&[part], 0, false))));
+    ways.extend(
+        PARTS
+            .iter()
+            .enumerate()
+            .map(|(part, name)| (*name, way(&[part], 0, false))),
+    );
     ways.push(("all layers", way(&[], order.len(), false)));
     if can_offload {
         ways.push(("offload", way(&[], 0, true)));
@@ -138,7 +168,9 @@ fn measure(args: &RecomputeArgs, folder: &Path) -> Result<ExitCode> {
     for (((name, _), setting), cost) in ways.iter().zip(&settings).zip(&costs) {
         println!("{}", line(args, name, setting, *cost, measured.none));
     }
-    let Some(fit) = args.fit_mib else { return Ok(ExitCode::SUCCESS) };
+    let Some(fit) = args.fit_mib else {
+        return Ok(ExitCode::SUCCESS);
+    };
 
     // Peaks do not quite add up: what is chosen has to show that it fits.
     let mut without = Vec::new();
@@ -146,7 +178,12 @@ fn measure(args: &RecomputeArgs, folder: &Path) -> Result<ExitCode> {
         let setting = way.setting(&order);
         eprintln!("trying {setting}");
         // Times of another minute are no measure.
-        let turns = take_turns(args, folder, &experiment, &[settings[0].clone(), setting.clone()])?;
+        let turns = take_turns(
+            args,
+            folder,
+            &experiment,
+            &[settings[0].clone(), setting.clone()],
+        )?;
         let (none, cost) = (turns[0], turns[1]);
         if cost.mib <= fit {
             let mut line = line(args, "fit", &setting, cost, none);
@@ -158,7 +195,11 @@ fn measure(args: &RecomputeArgs, folder: &Path) -> Result<ExitCode> {
         }
         without.push(way);
     }
-    let most = if can_offload { " and the optimizer's state on the host" } else { "" };
+    let most = if can_offload {
+        " and the optimizer's state on the host"
+    } else {
+        ""
+    };
     bail!(
         "--fit-mib {fit}: with all layers computed again{most} the fullest rank's tensors still take {:.1} MiB. Share out more \
          (parallel.expert, tensor, pipeline, zero), or make train.micro_batch or data.sequence_length smaller",
@@ -187,7 +228,12 @@ fn line(args: &RecomputeArgs, case: &str, setting: &Value, cost: Cost, none: Cos
 }
 
 /// What steps take with each of `settings`, which take turns.
-fn take_turns(args: &RecomputeArgs, folder: &Path, experiment: &Value, settings: &[Value]) -> Result<Vec<Cost>> {
+fn take_turns(
+    args: &RecomputeArgs,
+    folder: &Path,
+    experiment: &Value,
+    settings: &[Value],
+) -> Result<Vec<Cost>> {
     let mut experiment = experiment.clone();
     let mut taken: Vec<(Vec<f64>, f64)> = vec![Default::default(); settings.len()];
     for turn in 1..=args.rounds {
@@ -196,11 +242,21 @@ fn take_turns(args: &RecomputeArgs, folder: &Path, experiment: &Value, settings:
             experiment["parallel"]["recompute"] = setting["recompute"].clone();
             experiment["optimizer"]["offload"] = setting["offload"].clone();
             let steps = train(folder, &experiment, args.nproc_per_node, args.threads)?;
-            step_ms.extend(steps[2..].iter().filter_map(|step| step["step_ms"].as_f64()));
-            *bytes = steps.iter().map(|step| largest(&step["rank_peak_memory"])).fold(*bytes, f64::max);
+            step_ms.extend(
+                steps[2..]
+                    .iter()
+                    .filter_map(|step| step["step_ms"].as_f64()),
+            );
+            *bytes = steps
+                .iter()
+                .map(|step| largest(&step["rank_peak_memory"]))
+                .fold(*bytes, f64::max);
         }
     }
-    let cost = |(times, bytes)| Cost { step_ms: median(times), mib: bytes / f64::from(1 << 20) };
+    let cost = |(times, bytes)| Cost {
+        step_ms: median(times),
+        mib: bytes / f64::from(1 << 20),
+    };
     Ok(taken.into_iter().map(cost).collect())
 }
 

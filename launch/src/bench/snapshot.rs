@@ -20,15 +20,32 @@ pub(crate) fn run(args: &SnapshotBenchArgs) -> Result<ExitCode> {
         bail!("--rounds and --mib must be at least 1");
     }
     let wanted = |case: &str| args.case.is_empty() || args.case.iter().any(|other| other == case);
-    let known =
-        ["copy", "encode-4+1", "encode-4+2", "encode-8+2", "decode-4+2", "load", "stall", "every-10", "every-1"];
-    if let Some(unknown) = args.case.iter().find(|case| !known.contains(&case.as_str())) {
+    let known = [
+        "copy",
+        "encode-4+1",
+        "encode-4+2",
+        "encode-8+2",
+        "decode-4+2",
+        "load",
+        "stall",
+        "every-10",
+        "every-1",
+    ];
+    if let Some(unknown) = args
+        .case
+        .iter()
+        .find(|case| !known.contains(&case.as_str()))
+    {
         bail!("there is no case {unknown}; there are {}", known.join(", "));
     }
     if wanted("copy") {
         println!("{}", copy(args)?);
     }
-    for (case, data, parity) in [("encode-4+1", 4, 1), ("encode-4+2", 4, 2), ("encode-8+2", 8, 2)] {
+    for (case, data, parity) in [
+        ("encode-4+1", 4, 1),
+        ("encode-4+2", 4, 2),
+        ("encode-8+2", 8, 2),
+    ] {
         if wanted(case) {
             println!("{}", code(args, case, data, parity, false)?);
         }
@@ -48,8 +65,20 @@ pub(crate) fn run(args: &SnapshotBenchArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn line(case: &str, metric: &str, ours: f64, baseline: Option<(f64, &str)>, higher_is_better: bool) -> Value {
-    let ratio = baseline.map(|(theirs, _)| if higher_is_better { ours / theirs } else { theirs / ours });
+fn line(
+    case: &str,
+    metric: &str,
+    ours: f64,
+    baseline: Option<(f64, &str)>,
+    higher_is_better: bool,
+) -> Value {
+    let ratio = baseline.map(|(theirs, _)| {
+        if higher_is_better {
+            ours / theirs
+        } else {
+            theirs / ours
+        }
+    });
     json!({
         "bench": "snapshot",
         "case": case,
@@ -81,18 +110,32 @@ fn copy(args: &SnapshotBenchArgs) -> Result<Value> {
         lonely: Duration::from_secs(600),
     };
     let (ready, address) = std::sync::mpsc::channel();
-    std::thread::spawn(move || serve::run(settings, |address| ready.send(address).expect("its asker waits")));
+    std::thread::spawn(move || {
+        serve::run(settings, |address| {
+            ready.send(address).expect("its asker waits")
+        })
+    });
     let address = address.recv()?;
-    let mut peer = Peer::connect(address, &secret, Duration::from_secs(60)).map_err(|e| anyhow!("{e}"))?;
+    let mut peer =
+        Peer::connect(address, &secret, Duration::from_secs(60)).map_err(|e| anyhow!("{e}"))?;
     let topology = Topology {
         generation: 1,
-        nodes: vec![Node { address, ranks: vec![0] }],
+        nodes: vec![Node {
+            address,
+            ranks: vec![0],
+        }],
         redundancy: Redundancy::None,
         groups: vec![vec![0]],
         chunk: CHUNK,
     };
     peer.set_up(&topology, 0).map_err(|e| anyhow!("{e}"))?;
-    let access = KeeperAccess { socket, secret, generation: 1, chunk: CHUNK, restore: None };
+    let access = KeeperAccess {
+        socket,
+        secret,
+        generation: 1,
+        chunk: CHUNK,
+        restore: None,
+    };
     let device = parallel::accelerator("cpu", 0)?;
     let mut timer = CopyTimer::new(access, device.as_ref(), args.mib)?;
     let bytes = args.mib << 20;
@@ -112,8 +155,17 @@ fn copy(args: &SnapshotBenchArgs) -> Result<Value> {
     }
     drop(timer);
     peer.stop().map_err(|e| anyhow!("{e}"))?;
-    let result = line("copy", "gb_per_s", median(ours), Some((median(plain), "memcpy")), true);
-    Ok(with(result, json!({"mib": args.mib, "rounds": args.rounds, "threads": 1})))
+    let result = line(
+        "copy",
+        "gb_per_s",
+        median(ours),
+        Some((median(plain), "memcpy")),
+        true,
+    );
+    Ok(with(
+        result,
+        json!({"mib": args.mib, "rounds": args.rounds, "threads": 1}),
+    ))
 }
 
 /// A checkpoint out of the page cache into tensors that are there, beside a plain copy of as many bytes.
@@ -124,7 +176,8 @@ fn load(args: &SnapshotBenchArgs, folder: &Path) -> Result<Value> {
     let random = || Tensor::rand([NUMBERS], (Kind::Float, Device::Cpu));
     let staging = Staging::new(folder, 1);
     staging.begin()?;
-    let shard = staging.write_shard(0, (0..count).map(|index| (name(index), random())).collect())?;
+    let shard =
+        staging.write_shard(0, (0..count).map(|index| (name(index), random())).collect())?;
     let path = staging.commit(vec![shard], count, Value::Null)?;
     let into: Vec<Tensor> = (0..count).map(|_| random()).collect();
     let bytes = count << 24;
@@ -145,19 +198,43 @@ fn load(args: &SnapshotBenchArgs, folder: &Path) -> Result<Value> {
         checkpoint.verify_file(0)?;
         checked.push(rate(begun));
     }
-    let result = line("load", "gb_per_s", median(ours), Some((median(plain), "memcpy")), true);
+    let result = line(
+        "load",
+        "gb_per_s",
+        median(ours),
+        Some((median(plain), "memcpy")),
+        true,
+    );
     let with_checksum = round(median(checked), 3);
-    Ok(with(result, json!({"with_checksum": with_checksum, "mib": bytes >> 20, "rounds": args.rounds, "threads": 1})))
+    Ok(with(
+        result,
+        json!({"with_checksum": with_checksum, "mib": bytes >> 20, "rounds": args.rounds, "threads": 1}),
+    ))
 }
 
 /// GB/s of data on one core, chunks of a snapshot at a time.
-fn code(args: &SnapshotBenchArgs, case: &str, data: usize, parity: usize, decode: bool) -> Result<Value> {
-    let code = Code::new(Redundancy::Parity { data, parity }, data, parity).map_err(|e| anyhow!(e))?;
+fn code(
+    args: &SnapshotBenchArgs,
+    case: &str,
+    data: usize,
+    parity: usize,
+    decode: bool,
+) -> Result<Value> {
+    let code =
+        Code::new(Redundancy::Parity { data, parity }, data, parity).map_err(|e| anyhow!(e))?;
     let shard = (args.mib << 20) / data / CHUNK * CHUNK;
     if shard == 0 {
-        bail!("--mib {} is too little for {data} chunks of {} KiB", args.mib, CHUNK >> 10);
+        bail!(
+            "--mib {} is too little for {data} chunks of {} KiB",
+            args.mib,
+            CHUNK >> 10
+        );
     }
-    let bytes = |i: usize| (0..shard).map(|at| (at * 31 + i * 7 + (at >> 8)) as u8).collect::<Vec<u8>>();
+    let bytes = |i: usize| {
+        (0..shard)
+            .map(|at| (at * 31 + i * 7 + (at >> 8)) as u8)
+            .collect::<Vec<u8>>()
+    };
     let chunks: Vec<Vec<u8>> = (0..data).map(bytes).collect();
     let mut parities = vec![vec![1u8; shard]; parity];
     let mut copied = vec![1u8; shard];
@@ -170,18 +247,28 @@ fn code(args: &SnapshotBenchArgs, case: &str, data: usize, parity: usize, decode
         let memcpy = begun.elapsed().as_secs_f64();
         let begun = Instant::now();
         for start in (0..shard).step_by(CHUNK) {
-            let data: Vec<&[u8]> = chunks.iter().map(|chunk| &chunk[start..start + CHUNK]).collect();
+            let data: Vec<&[u8]> = chunks
+                .iter()
+                .map(|chunk| &chunk[start..start + CHUNK])
+                .collect();
             if decode {
                 // Two are lost: one is made out of the others and both parities.
                 let (first, second) = parities.split_at_mut(1);
                 let left: Vec<Option<&[u8]>> = (2..data.len())
                     .map(|i| Some(data[i]))
-                    .chain([Some(&first[0][start..start + CHUNK]), Some(&second[0][start..start + CHUNK])])
+                    .chain([
+                        Some(&first[0][start..start + CHUNK]),
+                        Some(&second[0][start..start + CHUNK]),
+                    ])
                     .collect();
                 let shards: Vec<Option<&[u8]>> = [None, None].into_iter().chain(left).collect();
-                code.rebuild(&shards, 0, &mut copied[start..start + CHUNK]).map_err(|e| anyhow!(e))?;
+                code.rebuild(&shards, 0, &mut copied[start..start + CHUNK])
+                    .map_err(|e| anyhow!(e))?;
             } else {
-                let mut out: Vec<&mut [u8]> = parities.iter_mut().map(|p| &mut p[start..start + CHUNK]).collect();
+                let mut out: Vec<&mut [u8]> = parities
+                    .iter_mut()
+                    .map(|p| &mut p[start..start + CHUNK])
+                    .collect();
                 code.encode(&data, &mut out);
             }
         }
@@ -191,14 +278,25 @@ fn code(args: &SnapshotBenchArgs, case: &str, data: usize, parity: usize, decode
             plain.push((shard * data) as f64 / memcpy / 1e9);
         }
     }
-    let result = line(case, "gb_per_s", median(ours), Some((median(plain), "memcpy")), true);
-    Ok(with(result, json!({"mib": args.mib, "chunk_kib": CHUNK >> 10, "rounds": args.rounds, "threads": 1})))
+    let result = line(
+        case,
+        "gb_per_s",
+        median(ours),
+        Some((median(plain), "memcpy")),
+        true,
+    );
+    Ok(with(
+        result,
+        json!({"mib": args.mib, "chunk_kib": CHUNK >> 10, "rounds": args.rounds, "threads": 1}),
+    ))
 }
 
 /// A model whose parameters and moments are about as large as asked for.
 fn config(folder: &Path, mib: usize, every: u64, steps: u64) -> Value {
     // 12 bytes of state a parameter; embedding and output 5.2 million, a layer 3.4 million.
-    let layers = ((mib as f64 * 1048576.0 / 12.0 - 5.24e6) / 3.42e6).round().max(1.0);
+    let layers = ((mib as f64 * 1048576.0 / 12.0 - 5.24e6) / 3.42e6)
+        .round()
+        .max(1.0);
     json!({
         "run": {"dir": folder.join("run"), "device": "cpu"},
         "model": {
@@ -214,15 +312,26 @@ fn config(folder: &Path, mib: usize, every: u64, steps: u64) -> Value {
     })
 }
 
-fn runs(args: &SnapshotBenchArgs, folder: &Path, wanted: &dyn Fn(&str) -> bool) -> Result<ExitCode> {
+fn runs(
+    args: &SnapshotBenchArgs,
+    folder: &Path,
+    wanted: &dyn Fn(&str) -> bool,
+) -> Result<ExitCode> {
     write_tokens(folder, 10240)?;
-    let (mut stalls, mut copies, mut bytes, mut baseline) = (Vec::new(), Vec::new(), 0.0f64, Vec::new());
+    let (mut stalls, mut copies, mut bytes, mut baseline) =
+        (Vec::new(), Vec::new(), 0.0f64, Vec::new());
     // Milliseconds of steps beside which a snapshot is copied, of the others, and of a run without keepers.
     let (mut copying, mut plain, mut without) = (Vec::new(), Vec::new(), Vec::new());
     for turn in 1..=args.rounds {
         eprintln!("snapshots in a run: round {turn} of {}", args.rounds);
         // One after every second step, so that both kinds of steps meet the same machine. The first steps are slow.
-        let steps = train(folder, &config(folder, args.mib, 2, 25), 1, Some(args.threads))?.split_off(4);
+        let steps = train(
+            folder,
+            &config(folder, args.mib, 2, 25),
+            1,
+            Some(args.threads),
+        )?
+        .split_off(4);
         for pair in steps.windows(2) {
             let after = pair[1]["step_ms"].as_f64().unwrap_or_default();
             let figure = |key: &str| pair[0]["snapshot"][key].as_f64();
@@ -236,12 +345,22 @@ fn runs(args: &SnapshotBenchArgs, folder: &Path, wanted: &dyn Fn(&str) -> bool) 
                 _ => plain.push(after),
             }
         }
-        let steps = train(folder, &config(folder, args.mib, 0, 14), 1, Some(args.threads))?.split_off(4);
+        let steps = train(
+            folder,
+            &config(folder, args.mib, 0, 14),
+            1,
+            Some(args.threads),
+        )?
+        .split_off(4);
         without.extend(steps.iter().filter_map(|step| step["step_ms"].as_f64()));
         if let Some(text) = &args.baseline {
             let mut command = Command::new("sh");
             command.args(["-c", &text.replace("{mib}", &args.mib.to_string())]);
-            baseline.push(last_line(command, text, "stall_ms")?["stall_ms"].as_f64().unwrap_or(f64::NAN));
+            baseline.push(
+                last_line(command, text, "stall_ms")?["stall_ms"]
+                    .as_f64()
+                    .unwrap_or(f64::NAN),
+            );
         }
     }
     let more = |line: Value| {
@@ -249,17 +368,38 @@ fn runs(args: &SnapshotBenchArgs, folder: &Path, wanted: &dyn Fn(&str) -> bool) 
         with(line, sizes)
     };
     if wanted("stall") {
-        let theirs = args.baseline.as_deref().map(|name| (median(baseline), name));
+        let theirs = args
+            .baseline
+            .as_deref()
+            .map(|name| (median(baseline), name));
         let line = line("stall", "stall_ms", median(stalls.clone()), theirs, false);
-        println!("{}", with(more(line), json!({"copy_ms": round(median(copies), 2), "snapshots": stalls.len()})));
+        println!(
+            "{}",
+            with(
+                more(line),
+                json!({"copy_ms": round(median(copies), 2), "snapshots": stalls.len()})
+            )
+        );
     }
     let (copying, plain, without) = (median(copying), median(plain), median(without));
     for (case, every) in [("every-10", 10.0), ("every-1", 1.0)] {
         if wanted(case) {
             let rate = |step_ms: f64| TOKENS / step_ms * 1e3;
             let mixed = ((every - 1.0) * plain + copying) / every;
-            let line = line(case, "tokens_per_s", rate(mixed), Some((rate(plain), "steps without a snapshot")), true);
-            println!("{}", with(more(line), json!({"without_keepers": round(rate(without), 1)})));
+            let line = line(
+                case,
+                "tokens_per_s",
+                rate(mixed),
+                Some((rate(plain), "steps without a snapshot")),
+                true,
+            );
+            println!(
+                "{}",
+                with(
+                    more(line),
+                    json!({"without_keepers": round(rate(without), 1)})
+                )
+            );
         }
     }
     Ok(ExitCode::SUCCESS)

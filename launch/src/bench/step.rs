@@ -50,7 +50,11 @@ fn measure_step(args: &BenchArgs, case: BenchCase) -> Result<Value> {
         step.write(path)?;
     }
     let times = step.measure(2, args.runs)?;
-    let profiled = args.profile.as_ref().map(|path| profile(&mut step, path)).transpose()?;
+    let profiled = args
+        .profile
+        .as_ref()
+        .map(|path| profile(&mut step, path))
+        .transpose()?;
     drop(step);
     let seconds = median(times.seconds);
     let (model_flops, mut peak) = (shape.model_flops(), floor::peak(kind, device));
@@ -139,9 +143,21 @@ const COMPARED: usize = 20;
 
 /// The largest difference of two implementations' losses, over the loss.
 fn off(ours: &Value, theirs: &Value) -> Option<f64> {
-    let numbers = |line: &Value| Some(line["losses"].as_array()?.iter().filter_map(Value::as_f64).collect::<Vec<_>>());
+    let numbers = |line: &Value| {
+        Some(
+            line["losses"]
+                .as_array()?
+                .iter()
+                .filter_map(Value::as_f64)
+                .collect::<Vec<_>>(),
+        )
+    };
     let pairs = numbers(ours)?.into_iter().zip(numbers(theirs)?);
-    Some(pairs.map(|(ours, theirs)| (ours / theirs - 1.0).abs()).fold(0.0, f64::max))
+    Some(
+        pairs
+            .map(|(ours, theirs)| (ours / theirs - 1.0).abs())
+            .fold(0.0, f64::max),
+    )
 }
 
 /// Ours and the baselines, each in a process of its own, one after the other, round after round: what else the machine
@@ -152,7 +168,11 @@ fn take_turns(args: &BenchArgs, case: BenchCase, folder: &Path) -> Result<Value>
     let start = folder.join("start.safetensors");
     // A large model's weights are gigabytes: they are written for who reads them.
     let starts_alike = args.baseline.iter().any(|text| text.contains("{start}"));
-    let forced = if args.force_balance { FORCE_BALANCE } else { "" };
+    let forced = if args.force_balance {
+        FORCE_BALANCE
+    } else {
+        ""
+    };
     let fill = |text: &str| {
         text.replace("{case}", case.name())
             .replace("{shape}", args.shape.name())
@@ -163,11 +183,24 @@ fn take_turns(args: &BenchArgs, case: BenchCase, folder: &Path) -> Result<Value>
             .replace("{force_balance}", forced)
     };
     let mut ours = Vec::new();
-    let mut baselines: Vec<(String, Vec<Value>)> = args.baseline.iter().map(|text| (fill(text), Vec::new())).collect();
+    let mut baselines: Vec<(String, Vec<Value>)> = args
+        .baseline
+        .iter()
+        .map(|text| (fill(text), Vec::new()))
+        .collect();
     for round in 1..=args.rounds {
         eprintln!("{}: round {round} of {}", case.name(), args.rounds);
         let mut command = Command::new(&this);
-        command.args(["bench", "step", "--case", case.name(), "--runs", &runs, "--threads", &threads]);
+        command.args([
+            "bench",
+            "step",
+            "--case",
+            case.name(),
+            "--runs",
+            &runs,
+            "--threads",
+            &threads,
+        ]);
         command.args(["--device", &args.device, "--shape", args.shape.name()]);
         command.args(args.force_balance.then_some(FORCE_BALANCE));
         if starts_alike {
@@ -180,16 +213,35 @@ fn take_turns(args: &BenchArgs, case: BenchCase, folder: &Path) -> Result<Value>
             lines.push(last_line(command, text, "tokens_per_s")?);
         }
     }
-    let rate = |lines: &[Value]| median(lines.iter().filter_map(|line| line["tokens_per_s"].as_f64()).collect());
-    let memory = |lines: &[Value]| lines.iter().filter_map(|line| line["peak_rss_mib"].as_u64()).max();
-    let (fastest, lines) =
-        baselines.iter().max_by(|a, b| rate(&a.1).total_cmp(&rate(&b.1))).expect("there is a baseline");
-    let all: Vec<Value> =
-        baselines.iter().map(|(name, lines)| json!({"name": name, "tokens_per_s": round(rate(lines), 1)})).collect();
+    let rate = |lines: &[Value]| {
+        median(
+            lines
+                .iter()
+                .filter_map(|line| line["tokens_per_s"].as_f64())
+                .collect(),
+        )
+    };
+    let memory = |lines: &[Value]| {
+        lines
+            .iter()
+            .filter_map(|line| line["peak_rss_mib"].as_u64())
+            .max()
+    };
+    let (fastest, lines) = baselines
+        .iter()
+        .max_by(|a, b| rate(&a.1).total_cmp(&rate(&b.1)))
+        .expect("there is a baseline");
+    let all: Vec<Value> = baselines
+        .iter()
+        .map(|(name, lines)| json!({"name": name, "tokens_per_s": round(rate(lines), 1)}))
+        .collect();
     let tokens = ours[0]["tokens"].as_f64();
     let kib_per_token = |lines: &[Value]| Some(round(memory(lines)? as f64 * 1024.0 / tokens?, 1));
     let products = |key: &str| {
-        let shares = ours.iter().filter_map(|line| Some(line[key].as_f64()? / line["step_ms"].as_f64()?)).collect();
+        let shares = ours
+            .iter()
+            .filter_map(|line| Some(line[key].as_f64()? / line["step_ms"].as_f64()?))
+            .collect();
         round(median(shares), 3)
     };
     Ok(json!({

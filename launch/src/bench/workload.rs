@@ -49,7 +49,10 @@ pub(super) fn parse(case: &str) -> Result<Workload> {
         && (0.0..=100.0).contains(&share)
         && hot > 0
     {
-        return Ok(Workload::Share { share: share / 100.0, hot });
+        return Ok(Workload::Share {
+            share: share / 100.0,
+            hot,
+        });
     }
     bail!("--case {case}: give balanced, w0 to w7, or SHARE:EXPERTS such as 95:1")
 }
@@ -126,7 +129,9 @@ impl Workload {
         let (top_k, weights) = (self.top_k(), self.weights(experts, ranks, round));
         let mut state = ((rank + ranks * round) as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
         let mut random = || {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            state = state
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
             (state >> 11) as f64 / (1u64 << 53) as f64
         };
         let mut draw = |weights: &[f64]| {
@@ -135,7 +140,12 @@ impl Workload {
                 left -= weight;
                 left < 0.0
             });
-            chosen.unwrap_or_else(|| weights.iter().rposition(|&weight| weight > 0.0).unwrap_or(0))
+            chosen.unwrap_or_else(|| {
+                weights
+                    .iter()
+                    .rposition(|&weight| weight > 0.0)
+                    .unwrap_or(0)
+            })
         };
         let mut chosen = Vec::with_capacity(tokens * top_k);
         for _ in 0..tokens {
@@ -144,7 +154,9 @@ impl Workload {
             let mut rest = weights.clone();
             if let Workload::Share { hot, .. } = self {
                 let same = |expert: usize| (expert < hot) == (first < hot);
-                (0..experts).filter(|&expert| !same(expert)).for_each(|expert| rest[expert] = 0.0);
+                (0..experts)
+                    .filter(|&expert| !same(expert))
+                    .for_each(|expert| rest[expert] = 0.0);
             }
             rest[first] = 0.0;
             for _ in 1..top_k {
@@ -170,7 +182,12 @@ mod tests {
             let share = chosen.iter().filter(|&&e| e < hot).count() as f64 / chosen.len() as f64;
             assert!((share - expected).abs() < 0.03, "{case}: {share}");
             for token in chosen.chunks(workload.top_k()) {
-                assert!(token.iter().enumerate().all(|(at, expert)| !token[..at].contains(expert)));
+                assert!(
+                    token
+                        .iter()
+                        .enumerate()
+                        .all(|(at, expert)| !token[..at].contains(expert))
+                );
             }
         }
         assert_eq!(parse("w5").unwrap(), Workload::Unused);
@@ -186,14 +203,22 @@ mod tests {
             let tokens = workload.tokens(2000, rank, 4);
             let chosen = workload.choices(tokens, 16, (rank, 4), round);
             let mut counts = vec![0usize; 16];
-            chosen.iter().for_each(|&expert| counts[expert as usize] += 1);
+            chosen
+                .iter()
+                .for_each(|&expert| counts[expert as usize] += 1);
             counts
         };
         let of_rank = |counts: &[usize], rank: usize| counts[rank * 4..][..4].iter().sum::<usize>();
         assert!(of_rank(&counts("w2", 0, 0), 0) > 2400);
         let spread = counts("w3", 0, 0);
-        assert!((0..4).all(|rank| of_rank(&spread, rank).abs_diff(1000) < 120 && spread[rank * 4] > 350));
-        assert_eq!(counts("w4", 0, 0).iter().sum::<usize>() * 4, counts("w4", 3, 0).iter().sum::<usize>());
+        assert!(
+            (0..4)
+                .all(|rank| of_rank(&spread, rank).abs_diff(1000) < 120 && spread[rank * 4] > 350)
+        );
+        assert_eq!(
+            counts("w4", 0, 0).iter().sum::<usize>() * 4,
+            counts("w4", 3, 0).iter().sum::<usize>()
+        );
         assert_eq!(of_rank(&counts("w5", 0, 0), 3), 0);
         assert_ne!(counts("w6", 0, 0), counts("w6", 0, 1));
         assert!(counts("w7", 0, 4)[0] > 1800 && counts("w7", 0, 5)[0] < 400);

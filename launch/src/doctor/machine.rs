@@ -21,13 +21,20 @@ pub(super) fn libtorch() -> Finding {
         .and_then(|line| line.find('/').map(|at| &line[at..]));
     Finding::fine(
         "libtorch",
-        format!("{} (moerun {} is built against 2.11.0)", path.unwrap_or("loaded"), env!("CARGO_PKG_VERSION")),
+        format!(
+            "{} (moerun {} is built against 2.11.0)",
+            path.unwrap_or("loaded"),
+            env!("CARGO_PKG_VERSION")
+        ),
     )
 }
 
 pub(super) fn processors(ranks: usize) -> Finding {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let seen = format!("{cores} for {ranks} rank{} of this machine", if ranks == 1 { "" } else { "s" });
+    let seen = format!(
+        "{cores} for {ranks} rank{} of this machine",
+        if ranks == 1 { "" } else { "s" }
+    );
     match cores < ranks {
         true => Finding::warning(
             "processors",
@@ -41,13 +48,24 @@ pub(super) fn processors(ranks: usize) -> Finding {
 /// Bytes that `/proc/meminfo` names, and the control group's limit where it is less.
 fn available_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
+    let line = text
+        .lines()
+        .find(|line| line.starts_with("MemAvailable:"))?;
     let available = line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024;
-    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-    let limit = number("/sys/fs/cgroup/memory.max").or_else(|| number("/sys/fs/cgroup/memory/memory.limit_in_bytes"));
-    let used =
-        number("/sys/fs/cgroup/memory.current").or_else(|| number("/sys/fs/cgroup/memory/memory.usage_in_bytes"));
-    Some(limit.map_or(available, |limit| available.min(limit.saturating_sub(used.unwrap_or(0)))))
+    let number = |path: &str| {
+        std::fs::read_to_string(path)
+            .ok()?
+            .trim()
+            .parse::<u64>()
+            .ok()
+    };
+    let limit = number("/sys/fs/cgroup/memory.max")
+        .or_else(|| number("/sys/fs/cgroup/memory/memory.limit_in_bytes"));
+    let used = number("/sys/fs/cgroup/memory.current")
+        .or_else(|| number("/sys/fs/cgroup/memory/memory.usage_in_bytes"));
+    Some(limit.map_or(available, |limit| {
+        available.min(limit.saturating_sub(used.unwrap_or(0)))
+    }))
 }
 
 pub(super) fn memory(config: Option<&Config>, local: usize, total: usize) -> Finding {
@@ -71,9 +89,10 @@ pub(super) fn memory(config: Option<&Config>, local: usize, total: usize) -> Fin
             format!("{have} MiB are available, and {local} ranks hold about {needed} MiB"),
             "use more machines, a smaller train.micro_batch, parallel.zero or recompute: see 'moerun plan mesh'",
         ),
-        Some(needed) => {
-            Finding::fine("memory", format!("{have} MiB available, about {needed} MiB held by {local} ranks"))
-        }
+        Some(needed) => Finding::fine(
+            "memory",
+            format!("{have} MiB available, about {needed} MiB held by {local} ranks"),
+        ),
         None => Finding::fine("memory", format!("{have} MiB available")),
     }
 }
@@ -81,8 +100,7 @@ pub(super) fn memory(config: Option<&Config>, local: usize, total: usize) -> Fin
 /// MPI and NCCL pass messages of one machine through `/dev/shm`.
 pub(super) fn shared_memory(ranks: usize) -> Finding {
     const EACH: u64 = 32 * MIB;
-    let mend =
-        "make room in /dev/shm, or more of it: 'mount -o remount,size=8g /dev/shm', in a container --shm-size=8g";
+    let mend = "make room in /dev/shm, or more of it: 'mount -o remount,size=8g /dev/shm', in a container --shm-size=8g";
     match statvfs("/dev/shm") {
         Err(error) => Finding::fault("shared memory", format!("/dev/shm: {error}"), mend),
         Ok(stat) => {
@@ -105,7 +123,11 @@ pub(super) fn open_files(ranks: usize) -> Finding {
     let needed = 256 + 32 * ranks as u64;
     let seen = format!("a process may have {soft} (at most {hard})");
     match soft < needed {
-        true => Finding::fault("open files", seen, format!("ulimit -n {}", hard.min(65536).max(needed))),
+        true => Finding::fault(
+            "open files",
+            seen,
+            format!("ulimit -n {}", hard.min(65536).max(needed)),
+        ),
         false => Finding::fine("open files", seen),
     }
 }
@@ -120,7 +142,9 @@ pub(super) fn port(port: u16) -> Option<Finding> {
         Err(error) => Finding::fault(
             "port",
             format!("{port} cannot be used: {error}"),
-            format!("end what holds it ('ss -ltnp sport = :{port}'), or choose another --master-port"),
+            format!(
+                "end what holds it ('ss -ltnp sport = :{port}'), or choose another --master-port"
+            ),
         ),
     })
 }
@@ -142,9 +166,14 @@ pub(super) fn graphics(config: Option<&Config>) -> Finding {
         Ok(_) => {
             let kernels = match kernels::gpu_kernels(0) {
                 Ok(architecture) => format!("kernels for {architecture}"),
-                Err(error) => format!("libtorch's operations instead of kernels of our own, which are faster: {error}"),
+                Err(error) => format!(
+                    "libtorch's operations instead of kernels of our own, which are faster: {error}"
+                ),
             };
-            Finding::fine("GPU", format!("{} with {driver}; {kernels}", tch::Cuda::device_count()))
+            Finding::fine(
+                "GPU",
+                format!("{} with {driver}; {kernels}", tch::Cuda::device_count()),
+            )
         }
         Err(error) => Finding::fault(
             "GPU",
@@ -156,13 +185,19 @@ pub(super) fn graphics(config: Option<&Config>) -> Finding {
 
 /// Only where they are wanted, or there: most machines have none.
 pub(super) fn npus(config: Option<&Config>) -> Option<Finding> {
-    let wanted = config.is_some_and(|config| config.run.device == "npu" || config.run.communicator == Backend::Hccl);
+    let wanted = config.is_some_and(|config| {
+        config.run.device == "npu" || config.run.communicator == Backend::Hccl
+    });
     if !wanted && !std::path::Path::new("/dev/davinci_manager").exists() {
         return None;
     }
     Some(match parallel::accelerator("npu", 0) {
         Ok(_) => Finding::fine("NPU", "libtorch_npu and its driver work"),
-        Err(error) => Finding::fault("NPU", error.to_string(), "docs/ascend.md has the steps; or use run.device: cpu"),
+        Err(error) => Finding::fault(
+            "NPU",
+            error.to_string(),
+            "docs/ascend.md has the steps; or use run.device: cpu",
+        ),
     })
 }
 
@@ -187,13 +222,23 @@ pub(super) fn mpi(config: Option<&Config>, by_mpi: bool) -> Finding {
     let output = Command::new(&program).arg("--version").output();
     let version = output.ok().filter(|output| output.status.success());
     let Some(version) = version.and_then(|output| String::from_utf8(output.stdout).ok()) else {
-        let mend = format!("add the bin folder of {library} to PATH (./scripts/setup --mpi says where its own is)");
+        let mend = format!(
+            "add the bin folder of {library} to PATH (./scripts/setup --mpi says where its own is)"
+        );
         let seen = format!("{library} is built in, and there is no mpirun in PATH");
-        return if wanted { Finding::fault("MPI", seen, mend) } else { Finding::warning("MPI", seen, mend) };
+        return if wanted {
+            Finding::fault("MPI", seen, mend)
+        } else {
+            Finding::warning("MPI", seen, mend)
+        };
     };
     let version = version.lines().next().unwrap_or_default().to_string();
     // "Open MPI v5.0.11, ..." and "mpirun (Open MPI) 5.0.11".
-    let number = |text: &str| text.split([' ', ',', 'v']).find(|word| word.contains('.')).map(str::to_string);
+    let number = |text: &str| {
+        text.split([' ', ',', 'v'])
+            .find(|word| word.contains('.'))
+            .map(str::to_string)
+    };
     match number(&library) == number(&version) {
         true => Finding::fine("MPI", format!("{library}; {version}")),
         false => Finding::fault(
@@ -213,9 +258,14 @@ pub(super) fn disk(config: &Config) -> Finding {
         .and_then(|()| std::fs::remove_file(&probe));
     if let Err(error) = written {
         let mend = "make room there, get the right to write there, or choose another run.dir";
-        return Finding::fault("disk", format!("{} cannot be written: {error}", dir.display()), mend);
+        return Finding::fault(
+            "disk",
+            format!("{} cannot be written: {error}", dir.display()),
+            mend,
+        );
     }
-    let free = statvfs(Path::new(dir)).map_or(0, |stat| stat.blocks_available() * stat.fragment_size());
+    let free =
+        statvfs(Path::new(dir)).map_or(0, |stat| stat.blocks_available() * stat.fragment_size());
     // fp32 weights and two moments; one checkpoint more than are kept exists while the next is written.
     let needed = config.model.num_parameters().0 * 12 * (config.checkpoint.keep as u64 + 1);
     let seen = format!(
@@ -226,7 +276,11 @@ pub(super) fn disk(config: &Config) -> Finding {
         needed / MIB
     );
     match free < needed {
-        true => Finding::fault("disk", seen, "make room, choose another run.dir, or a smaller checkpoint.keep"),
+        true => Finding::fault(
+            "disk",
+            seen,
+            "make room, choose another run.dir, or a smaller checkpoint.keep",
+        ),
         false => Finding::fine("disk", seen),
     }
 }

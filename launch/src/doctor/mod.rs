@@ -32,15 +32,27 @@ enum Verdict {
 
 impl Finding {
     fn fine(what: &'static str, seen: impl Into<String>) -> Finding {
-        Finding { what, seen: seen.into(), verdict: Verdict::Fine }
+        Finding {
+            what,
+            seen: seen.into(),
+            verdict: Verdict::Fine,
+        }
     }
 
     fn warning(what: &'static str, seen: impl Into<String>, mend: impl Into<String>) -> Finding {
-        Finding { what, seen: seen.into(), verdict: Verdict::Warning(mend.into()) }
+        Finding {
+            what,
+            seen: seen.into(),
+            verdict: Verdict::Warning(mend.into()),
+        }
     }
 
     fn fault(what: &'static str, seen: impl Into<String>, mend: impl Into<String>) -> Finding {
-        Finding { what, seen: seen.into(), verdict: Verdict::Fault(mend.into()) }
+        Finding {
+            what,
+            seen: seen.into(),
+            verdict: Verdict::Fault(mend.into()),
+        }
     }
 
     fn print(&self) {
@@ -50,7 +62,8 @@ impl Finding {
             Verdict::Fault(mend) => ("FAULT", Some(mend)),
         };
         println!("{mark} {}: {}", self.what, self.seen);
-        mend.into_iter().for_each(|mend| println!("      mend: {mend}"));
+        mend.into_iter()
+            .for_each(|mend| println!("      mend: {mend}"));
     }
 
     fn is_fault(&self) -> bool {
@@ -59,10 +72,12 @@ impl Finding {
 }
 
 pub(crate) fn run(args: &DoctorArgs) -> Result<ExitCode> {
-    let config = args
-        .config
-        .as_ref()
-        .map(|path| config_file::load(&crate::cli::ConfigArgs { config: path.clone(), set: args.set.clone() }));
+    let config = args.config.as_ref().map(|path| {
+        config_file::load(&crate::cli::ConfigArgs {
+            config: path.clone(),
+            set: args.set.clone(),
+        })
+    });
     let config = config.transpose()?;
     let started = environment::rank()?;
     // Ranks that this command itself started leave the machine to it.
@@ -70,9 +85,15 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<ExitCode> {
         None => true,
         Some(Started { env, .. }) => env.local_rank == 0 && !environment::is_launched(),
     };
-    let local = started.as_ref().map_or(args.nproc_per_node, |started| started.env.local_world_size);
-    let total = started.as_ref().map_or(args.nproc_per_node, |started| started.env.world_size);
-    let by_mpi = started.as_ref().is_some_and(|started| started.env.by_mpi == ByMpi::Yes);
+    let local = started
+        .as_ref()
+        .map_or(args.nproc_per_node, |started| started.env.local_world_size);
+    let total = started
+        .as_ref()
+        .map_or(args.nproc_per_node, |started| started.env.world_size);
+    let by_mpi = started
+        .as_ref()
+        .is_some_and(|started| started.env.by_mpi == ByMpi::Yes);
     let mut faults = 0;
     if looks {
         for finding in look(args, config.as_ref(), (local, total), by_mpi) {
@@ -80,26 +101,43 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<ExitCode> {
             faults += usize::from(finding.is_fault());
         }
     }
-    let backend = config.as_ref().map_or(parallel::Backend::Auto, |config| config.run.communicator);
+    let backend = config
+        .as_ref()
+        .map_or(parallel::Backend::Auto, |config| config.run.communicator);
     let device = config.as_ref().map_or("cpu", |config| &config.run.device);
-    let together = on_ranks(args.nproc_per_node, |env| ranks::measure(env, backend, device));
+    let together = on_ranks(args.nproc_per_node, |env| {
+        ranks::measure(env, backend, device)
+    });
     match together {
         Ok(code) if code == ExitCode::SUCCESS => {}
         Ok(_) => faults += 1,
         Err(error) => {
-            Finding::fault("ranks", format!("{error:#}"), "see the message of the rank above").print();
+            Finding::fault(
+                "ranks",
+                format!("{error:#}"),
+                "see the message of the rank above",
+            )
+            .print();
             faults += 1;
         }
     }
     if faults > 0 {
-        println!("{faults} fault{} to mend", if faults == 1 { "" } else { "s" });
+        println!(
+            "{faults} fault{} to mend",
+            if faults == 1 { "" } else { "s" }
+        );
         return Ok(ExitCode::FAILURE);
     }
     println!("nothing is in the way");
     Ok(ExitCode::SUCCESS)
 }
 
-fn look(args: &DoctorArgs, config: Option<&Config>, (local, total): (usize, usize), by_mpi: bool) -> Vec<Finding> {
+fn look(
+    args: &DoctorArgs,
+    config: Option<&Config>,
+    (local, total): (usize, usize),
+    by_mpi: bool,
+) -> Vec<Finding> {
     let mut findings = vec![
         machine::libtorch(),
         machine::processors(local),

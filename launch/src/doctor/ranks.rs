@@ -14,11 +14,17 @@ const CLOCKS: f64 = 1.0;
 
 pub(super) fn measure(env: &RankEnv, backend: Backend, device: &str) -> Result<()> {
     let device = parallel::accelerator(device, env.local_rank)?;
-    let world = World::join(env, PATIENCE, backend, device.as_ref()).context("the ranks do not come together")?;
+    let world = World::join(env, PATIENCE, backend, device.as_ref())
+        .context("the ranks do not come together")?;
     let all = world.all("doctor")?;
     let prints = env.rank == 0;
     if prints {
-        let versions = format!("{} of version {} over {}", world.size(), env!("CARGO_PKG_VERSION"), world.backend());
+        let versions = format!(
+            "{} of version {} over {}",
+            world.size(),
+            env!("CARGO_PKG_VERSION"),
+            world.backend()
+        );
         Finding::fine("ranks", versions).print();
     }
     let clocks = clocks(&all)?;
@@ -28,12 +34,23 @@ pub(super) fn measure(env: &RankEnv, backend: Backend, device: &str) -> Result<(
     if world.size() == 1 {
         return Ok(());
     }
-    for (name, operation) in [("all_reduce", reduce as Operation), ("all_to_all", exchange as Operation)] {
+    for (name, operation) in [
+        ("all_reduce", reduce as Operation),
+        ("all_to_all", exchange as Operation),
+    ] {
         let mut seen = Vec::new();
         for bytes in [64 << 10, 1 << 20, 16 << 20i64] {
             let seconds = median_time(&all, device.as_ref(), bytes, operation)?;
-            let size = if bytes < 1 << 20 { format!("{} KiB", bytes >> 10) } else { format!("{} MiB", bytes >> 20) };
-            seen.push(format!("{size} in {:.2} ms ({:.2} GB/s)", seconds * 1e3, bytes as f64 / seconds / 1e9));
+            let size = if bytes < 1 << 20 {
+                format!("{} KiB", bytes >> 10)
+            } else {
+                format!("{} MiB", bytes >> 20)
+            };
+            seen.push(format!(
+                "{size} in {:.2} ms ({:.2} GB/s)",
+                seconds * 1e3,
+                bytes as f64 / seconds / 1e9
+            ));
         }
         if prints {
             Finding::fine(name, seen.join(", ")).print();
@@ -48,15 +65,21 @@ pub(super) fn measure(env: &RankEnv, backend: Backend, device: &str) -> Result<(
 /// How far the ranks' clocks are apart, read right after they have all met.
 fn clocks(all: &Arc<dyn Communicator>) -> Result<Finding> {
     all.barrier()?.wait()?;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).context("the clock is before 1970")?.as_secs_f64();
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .context("the clock is before 1970")?
+        .as_secs_f64();
     let ranks = Tensor::zeros([all.size() as i64], (tch::Kind::Double, tch::Device::Cpu));
-    all.all_gather(&ranks, &Tensor::from_slice(&[now]))?.wait()?;
+    all.all_gather(&ranks, &Tensor::from_slice(&[now]))?
+        .wait()?;
     let apart = ranks.max().double_value(&[]) - ranks.min().double_value(&[]);
     let seen = format!("at most {:.0} ms apart", apart * 1e3);
     Ok(match apart > CLOCKS {
         true => {
             let slow = ranks.argmin(0, false).int64_value(&[]);
-            let mend = format!("set the clocks (chrony, or another NTP client); rank {slow} is behind the others");
+            let mend = format!(
+                "set the clocks (chrony, or another NTP client); rank {slow} is behind the others"
+            );
             Finding::fault("clocks", seen, mend)
         }
         false => Finding::fine("clocks", seen),
@@ -75,7 +98,12 @@ fn exchange(all: &Arc<dyn Communicator>, output: &Tensor, input: &Tensor) -> Res
 }
 
 /// Seconds for an operation on `bytes` of each rank, on the slowest of them.
-fn median_time(all: &Arc<dyn Communicator>, device: &dyn Accelerator, bytes: i64, operation: Operation) -> Result<f64> {
+fn median_time(
+    all: &Arc<dyn Communicator>,
+    device: &dyn Accelerator,
+    bytes: i64,
+    operation: Operation,
+) -> Result<f64> {
     let ranks = all.size() as i64;
     let numbers = bytes / 4 / ranks * ranks;
     let input = device.zeros(&[numbers], tch::Kind::Float);

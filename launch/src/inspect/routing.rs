@@ -15,8 +15,12 @@ pub(crate) fn run(args: &InspectRoutingArgs) -> Result<ExitCode> {
         bail!("--segment and --slices must be at least 1");
     }
     let path = args.run.join("routing.jsonl");
-    let lines = std::fs::read_to_string(&path)
-        .with_context(|| format!("cannot read {}: name the folder of a run that has done a step", path.display()))?;
+    let lines = std::fs::read_to_string(&path).with_context(|| {
+        format!(
+            "cannot read {}: name the folder of a run that has done a step",
+            path.display()
+        )
+    })?;
     // A line that a crash cut off is no line.
     let lines: Vec<(u64, Vec<Vec<u64>>)> = lines
         .lines()
@@ -30,11 +34,17 @@ pub(crate) fn run(args: &InspectRoutingArgs) -> Result<ExitCode> {
         );
     }
     let slices = slices(&lines, args.slices);
-    println!("load of each expert (columns) over the mean:  ' ' < 0.25 <= ░ < 0.75 <= ▒ < 1.25 <= ▓ < 2 <= █");
+    println!(
+        "load of each expert (columns) over the mean:  ' ' < 0.25 <= ░ < 0.75 <= ▒ < 1.25 <= ▓ < 2 <= █"
+    );
     print!("{}", text(&slices, WIDTH));
     if let Some(file) = &args.svg {
-        let picture = svg(&slices, &format!("Expert load over the mean, {}", args.run.display()));
-        std::fs::write(file, picture).with_context(|| format!("cannot write {}", file.display()))?;
+        let picture = svg(
+            &slices,
+            &format!("Expert load over the mean, {}", args.run.display()),
+        );
+        std::fs::write(file, picture)
+            .with_context(|| format!("cannot write {}", file.display()))?;
         println!("drawn in {}", file.display());
     }
     consistency(args)
@@ -48,8 +58,18 @@ fn consistency(args: &InspectRoutingArgs) -> Result<ExitCode> {
             return Ok(ExitCode::SUCCESS);
         }
     };
-    let RoutingSample { step, experts, top_k, num_experts, sequence, unseen } = sample;
-    let (segment, cache) = (args.segment, args.cache.unwrap_or(2 * top_k).min(num_experts));
+    let RoutingSample {
+        step,
+        experts,
+        top_k,
+        num_experts,
+        sequence,
+        unseen,
+    } = sample;
+    let (segment, cache) = (
+        args.segment,
+        args.cache.unwrap_or(2 * top_k).min(num_experts),
+    );
     let tokens = experts.first().map_or(0, Vec::len) / top_k.max(1);
     println!(
         "\nrouting consistency (arXiv 2505.16056) of step {step} on {tokens} {} tokens, in segments of {segment}:",
@@ -60,13 +80,9 @@ fn consistency(args: &InspectRoutingArgs) -> Result<ExitCode> {
     );
     let (mut sums, digits) = ([0.0; 2], experts.len().saturating_sub(1).to_string().len());
     for (layer, experts) in experts.iter().enumerate() {
-        let figures = segment_routing(experts, top_k, num_experts, sequence, segment).zip(segment_cache(
-            experts,
-            top_k,
-            num_experts,
-            sequence,
-            (segment, cache),
-        ));
+        let figures = segment_routing(experts, top_k, num_experts, sequence, segment).zip(
+            segment_cache(experts, top_k, num_experts, sequence, (segment, cache)),
+        );
         let Some((srp, sch)) = figures else {
             bail!("--segment {segment} is longer than the data's sequences of {sequence} tokens");
         };

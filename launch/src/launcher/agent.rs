@@ -42,7 +42,10 @@ pub(super) enum Welcome {
 #[derive(Serialize, Deserialize)]
 pub(super) enum Order {
     /// Start these ranks. Reports that carry a smaller number are of earlier ones.
-    Start { number: u64, assignments: Vec<Assignment> },
+    Start {
+        number: u64,
+        assignments: Vec<Assignment>,
+    },
     /// Have so many processes stand by.
     StandBy { count: usize },
     /// Send the ranks a signal.
@@ -50,7 +53,11 @@ pub(super) enum Order {
     /// End the ranks, and those who stand by too.
     Kill { number: u64, standby: bool },
     /// Start a keeper that logs as the one of `node`; its address is this machine's.
-    Keeper { number: u64, node: usize, orders: Orders },
+    Keeper {
+        number: u64,
+        node: usize,
+        orders: Orders,
+    },
     /// End a keeper.
     Bury { pid: i32 },
     /// All is done: end like the launcher.
@@ -61,9 +68,16 @@ pub(super) enum Order {
 #[derive(Serialize, Deserialize)]
 pub(super) enum Report {
     /// How the ranks are, since the order with this number.
-    Ranks { number: u64, running: usize, failed: Vec<Failed> },
+    Ranks {
+        number: u64,
+        running: usize,
+        failed: Vec<Failed>,
+    },
     /// A keeper has been started, or why it has not: the process and its answer.
-    Keeper { number: u64, started: Result<(i32, Ready), String> },
+    Keeper {
+        number: u64,
+        started: Result<(i32, Ready), String>,
+    },
 }
 
 /// How often ranks are looked at.
@@ -78,13 +92,25 @@ pub(crate) fn run(args: &TrainArgs, machine: usize, head: &str) -> Result<ExitCo
         .with_context(|| format!("cannot make the run's folder {}", dir.display()))?;
     let signals = Signals::register()?;
     let stream = connect(head, &signals)?;
-    let own = stream.local_addr().context("cannot see this machine's address")?.ip();
+    let own = stream
+        .local_addr()
+        .context("cannot see this machine's address")?
+        .ip();
     let mut writer = stream.try_clone().context("cannot share the connection")?;
     let mut reader = BufReader::new(stream);
     let version = env!("CARGO_PKG_VERSION").to_string();
-    say(&mut writer, &Hello { machine, ranks: args.nproc_per_node, version })?;
+    say(
+        &mut writer,
+        &Hello {
+            machine,
+            ranks: args.nproc_per_node,
+            version,
+        },
+    )?;
     let mut line = String::new();
-    reader.read_line(&mut line).with_context(|| format!("{head} said nothing"))?;
+    reader
+        .read_line(&mut line)
+        .with_context(|| format!("{head} said nothing"))?;
     match serde_json::from_str(&line).with_context(|| format!("{head} is no launcher of moerun"))? {
         Welcome::Yes => eprintln!("machine {machine} ({own}) has joined the launcher at {head}"),
         Welcome::No(reason) => bail!("the launcher at {head} refuses this machine: {reason}"),
@@ -92,7 +118,12 @@ pub(crate) fn run(args: &TrainArgs, machine: usize, head: &str) -> Result<ExitCo
     let (sender, orders) = channel();
     std::thread::spawn(move || {
         for line in reader.lines() {
-            let Some(order) = line.ok().and_then(|line| serde_json::from_str::<Order>(&line).ok()) else { return };
+            let Some(order) = line
+                .ok()
+                .and_then(|line| serde_json::from_str::<Order>(&line).ok())
+            else {
+                return;
+            };
             if sender.send(order).is_err() {
                 return;
             }
@@ -103,7 +134,10 @@ pub(crate) fn run(args: &TrainArgs, machine: usize, head: &str) -> Result<ExitCo
     let (mut number, mut told) = (0, None);
     loop {
         match orders.recv_timeout(TICK) {
-            Ok(Order::Start { number: order, assignments }) => {
+            Ok(Order::Start {
+                number: order,
+                assignments,
+            }) => {
                 number = order;
                 if let Err(error) = ranks.start(&assignments) {
                     // The launcher sees ranks that have ended, and starts again or gives up.
@@ -112,14 +146,28 @@ pub(crate) fn run(args: &TrainArgs, machine: usize, head: &str) -> Result<ExitCo
                 }
             }
             Ok(Order::StandBy { count }) => ranks.stand_by(count),
-            Ok(Order::Signal { signal }) => ranks.signal(Signal::try_from(signal).unwrap_or(Signal::SIGTERM)),
-            Ok(Order::Kill { number: order, standby }) => {
-                number = order;
-                if standby { ranks.kill_all() } else { ranks.kill() }
+            Ok(Order::Signal { signal }) => {
+                ranks.signal(Signal::try_from(signal).unwrap_or(Signal::SIGTERM))
             }
-            Ok(Order::Keeper { number, node, mut orders }) => {
+            Ok(Order::Kill {
+                number: order,
+                standby,
+            }) => {
+                number = order;
+                if standby {
+                    ranks.kill_all()
+                } else {
+                    ranks.kill()
+                }
+            }
+            Ok(Order::Keeper {
+                number,
+                node,
+                mut orders,
+            }) => {
                 orders.listen.set_ip(own);
-                let started = spawn_keeper(&dir, node, &orders).map_err(|error| format!("{error:#}"));
+                let started =
+                    spawn_keeper(&dir, node, &orders).map_err(|error| format!("{error:#}"));
                 let started = started.map(|(child, ready)| {
                     let pid = child.id() as i32;
                     keepers.push(child);
@@ -128,7 +176,10 @@ pub(crate) fn run(args: &TrainArgs, machine: usize, head: &str) -> Result<ExitCo
                 say(&mut writer, &Report::Keeper { number, started })?;
             }
             Ok(Order::Bury { pid }) => {
-                for keeper in keepers.iter_mut().filter(|keeper| keeper.id() as i32 == pid) {
+                for keeper in keepers
+                    .iter_mut()
+                    .filter(|keeper| keeper.id() as i32 == pid)
+                {
                     let _ = keeper.kill();
                     let _ = keeper.wait();
                 }
@@ -148,13 +199,22 @@ pub(crate) fn run(args: &TrainArgs, machine: usize, head: &str) -> Result<ExitCo
         if signals.count() > 0 {
             // The launcher takes this machine for lost.
             ranks.kill_all();
-            bail!("machine {machine} was stopped: stop the launcher instead for a checkpoint of this moment");
+            bail!(
+                "machine {machine} was stopped: stop the launcher instead for a checkpoint of this moment"
+            );
         }
         let state = (number, ranks.running(), ranks.failed());
         let key = (state.0, state.1, state.2.len());
         if told != Some(key) {
             let (number, running, failed) = state;
-            say(&mut writer, &Report::Ranks { number, running, failed })?;
+            say(
+                &mut writer,
+                &Report::Ranks {
+                    number,
+                    running,
+                    failed,
+                },
+            )?;
             told = Some(key);
         }
     }
@@ -166,11 +226,15 @@ fn connect(head: &str, signals: &Signals) -> Result<TcpStream> {
     loop {
         match TcpStream::connect(head) {
             Ok(stream) => {
-                stream.set_nodelay(true).context("cannot set up the connection")?;
+                stream
+                    .set_nodelay(true)
+                    .context("cannot set up the connection")?;
                 return Ok(stream);
             }
             Err(error) if began.elapsed() > MEETING => {
-                return Err(anyhow!("no launcher answers at {head} ({error}): start moerun with --node-rank 0 there"));
+                return Err(anyhow!(
+                    "no launcher answers at {head} ({error}): start moerun with --node-rank 0 there"
+                ));
             }
             Err(_) if signals.count() > 0 => bail!("stopped before a launcher answered at {head}"),
             Err(error) => {
@@ -188,5 +252,7 @@ fn connect(head: &str, signals: &Signals) -> Result<TcpStream> {
 pub(super) fn say(writer: &mut TcpStream, message: &impl Serialize) -> Result<()> {
     let mut line = serde_json::to_vec(message).expect("plain data");
     line.push(b'\n');
-    writer.write_all(&line).context("the connection to the launcher broke")
+    writer
+        .write_all(&line)
+        .context("the connection to the launcher broke")
 }

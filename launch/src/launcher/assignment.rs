@@ -31,7 +31,11 @@ impl Assignment {
         RankEnv {
             local_rank: self.local_rank,
             local_world_size: self.local_world_size,
-            meeting: Meeting::Store { host: self.host.clone(), port: self.port, launcher_serves: true },
+            meeting: Meeting::Store {
+                host: self.host.clone(),
+                port: self.port,
+                launcher_serves: true,
+            },
             address: self.address.map(|address| address.to_string()),
             attempt: self.generation as usize,
             ..RankEnv::on_this_machine(self.rank, self.world_size, self.port)

@@ -18,7 +18,12 @@ pub(super) struct Disk {
 
 impl Disk {
     pub(super) fn new(root: &Path, keep: usize) -> Disk {
-        Disk { root: root.to_path_buf(), keep, writing: None, due: None }
+        Disk {
+            root: root.to_path_buf(),
+            keep,
+            writing: None,
+            due: None,
+        }
     }
 
     /// A complete snapshot is to be written, or a newer one if the disk is busy for so long.
@@ -51,7 +56,9 @@ impl Disk {
         keepers.ask_all(|peer| peer.pin(newest));
         let mut tasks: Vec<(Result<Peer>, Vec<usize>)> = Vec::new();
         for place in 0..keepers.members.len() {
-            let ranks: Vec<usize> = (0..holders.len()).filter(|&rank| holders[rank] == place).collect();
+            let ranks: Vec<usize> = (0..holders.len())
+                .filter(|&rank| holders[rank] == place)
+                .collect();
             if !ranks.is_empty() {
                 tasks.push((keepers.long(place), ranks));
             }
@@ -60,7 +67,8 @@ impl Disk {
         let (root, keep) = (self.root.clone(), self.keep);
         std::thread::spawn(move || {
             let written = write(&root, newest, tasks);
-            let written = written.and_then(|path| Ok(checkpoint::retain(&root, keep).map(|()| path)?));
+            let written =
+                written.and_then(|path| Ok(checkpoint::retain(&root, keep).map(|()| path)?));
             let _ = sender.send(written);
         });
         self.writing = Some((newest, result));
@@ -76,13 +84,23 @@ fn write(root: &Path, id: SnapshotId, tasks: Vec<(Result<Peer>, Vec<usize>)>) ->
             let folder = &folder;
             let start = |(peer, ranks): (Result<Peer>, Vec<usize>)| {
                 scope.spawn(move || {
-                    let shards = peer?.persist(id, &ranks, folder).map_err(|e| anyhow!("{e}"))?;
+                    let shards = peer?
+                        .persist(id, &ranks, folder)
+                        .map_err(|e| anyhow!("{e}"))?;
                     Ok::<_, anyhow::Error>(ranks.into_iter().zip(shards).collect::<Vec<_>>())
                 })
             };
             let handles: Vec<_> = tasks.into_iter().map(start).collect();
-            let parts = handles.into_iter().map(|handle| handle.join().expect("no panic"));
-            Ok::<_, anyhow::Error>(parts.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
+            let parts = handles
+                .into_iter()
+                .map(|handle| handle.join().expect("no panic"));
+            Ok::<_, anyhow::Error>(
+                parts
+                    .collect::<Result<Vec<_>>>()?
+                    .into_iter()
+                    .flatten()
+                    .collect(),
+            )
         })?;
         shards.sort_by_key(|(rank, _)| *rank);
         Ok(staging.commit_images(shards.into_iter().map(|(_, shard)| shard).collect())?)

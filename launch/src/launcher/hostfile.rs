@@ -16,49 +16,89 @@ pub(super) struct Hosts {
 
 impl Hosts {
     pub(super) fn read(path: &Path) -> Result<Hosts> {
-        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read {}", path.display()))?;
         Hosts::parse(&text).map_err(|reason| anyhow!("{}: {reason}", path.display()))
     }
 
     fn parse(text: &str) -> Result<Hosts, String> {
-        let mut hosts = Hosts { names: Vec::new(), slots: None };
+        let mut hosts = Hosts {
+            names: Vec::new(),
+            slots: None,
+        };
         for (number, line) in text.lines().enumerate() {
             let number = number + 1;
-            let mut words = line.split('#').next().unwrap_or_default().split_whitespace();
+            let mut words = line
+                .split('#')
+                .next()
+                .unwrap_or_default()
+                .split_whitespace();
             let Some(name) = words.next() else { continue };
             if hosts.names.iter().any(|other| other == name) {
                 return Err(format!("line {number}: {name} is there twice"));
             }
             let mut slots = None;
             for word in words {
-                let count = word.strip_prefix("slots=").and_then(|count| count.parse().ok()).filter(|&count| count > 0);
-                slots = Some(count.ok_or_else(|| format!("line {number}: {word} is not of the form slots=N"))?);
+                let count = word
+                    .strip_prefix("slots=")
+                    .and_then(|count| count.parse().ok())
+                    .filter(|&count| count > 0);
+                slots =
+                    Some(count.ok_or_else(|| {
+                        format!("line {number}: {word} is not of the form slots=N")
+                    })?);
             }
             if !hosts.names.is_empty() && slots != hosts.slots {
-                return Err(format!("line {number}: every machine needs as many slots as the first one"));
+                return Err(format!(
+                    "line {number}: every machine needs as many slots as the first one"
+                ));
             }
             hosts.slots = slots;
             hosts.names.push(name.to_string());
         }
-        if hosts.names.is_empty() { Err("it names no machine".into()) } else { Ok(hosts) }
+        if hosts.names.is_empty() {
+            Err("it names no machine".into())
+        } else {
+            Ok(hosts)
+        }
     }
 
     /// Starts the same command on the other machines, in the same folder; they end with the sessions that are returned.
-    pub(super) fn start_agents(&self, args: &TrainArgs, head: &str, per_machine: usize) -> Result<Sessions> {
+    pub(super) fn start_agents(
+        &self,
+        args: &TrainArgs,
+        head: &str,
+        per_machine: usize,
+    ) -> Result<Sessions> {
         let program = std::env::current_exe().context("cannot find this program's own file")?;
         let folder = std::env::current_dir().context("cannot find this folder")?;
         let mut sessions = Sessions(Vec::new());
         for (machine, name) in self.names.iter().enumerate().skip(1) {
-            let mut words = vec!["cd".to_string(), quoted(&folder)?, "&&".into(), "exec".into(), quoted(&program)?];
+            let mut words = vec![
+                "cd".to_string(),
+                quoted(&folder)?,
+                "&&".into(),
+                "exec".into(),
+                quoted(&program)?,
+            ];
             words.extend(["train".into(), quoted(&args.config.config)?]);
             for change in &args.config.set {
                 words.extend(["--set".into(), quoted(Path::new(change))?]);
             }
-            words.push(format!("--nnodes {} --node-rank {machine} --rdzv {head} -n {per_machine}", self.names.len()));
+            words.push(format!(
+                "--nnodes {} --node-rank {machine} --rdzv {head} -n {per_machine}",
+                self.names.len()
+            ));
             let mut command = Command::new(&args.ssh);
             // Out of the terminal's group: Ctrl-C is the launcher's, which stops the machines in good order.
-            command.arg(name).arg(words.join(" ")).stdin(Stdio::null()).process_group(0);
-            let child = command.spawn().with_context(|| format!("cannot start {} for {name}", args.ssh.display()))?;
+            command
+                .arg(name)
+                .arg(words.join(" "))
+                .stdin(Stdio::null())
+                .process_group(0);
+            let child = command
+                .spawn()
+                .with_context(|| format!("cannot start {} for {name}", args.ssh.display()))?;
             sessions.0.push(child);
         }
         Ok(sessions)
@@ -79,7 +119,9 @@ impl Drop for Sessions {
 
 /// For a shell.
 fn quoted(path: &Path) -> Result<String> {
-    let Some(text) = path.to_str() else { bail!("{} is not text", path.display()) };
+    let Some(text) = path.to_str() else {
+        bail!("{} is not text", path.display())
+    };
     Ok(format!("'{}'", text.replace('\'', "'\\''")))
 }
 
@@ -90,7 +132,13 @@ mod tests {
     #[test]
     fn hostfiles_are_read_as_mpirun_reads_them() {
         let hosts = Hosts::parse("# two\nnode1 slots=4\n\nnode2 slots=4 # the other\n").unwrap();
-        assert_eq!(hosts, Hosts { names: vec!["node1".into(), "node2".into()], slots: Some(4) });
+        assert_eq!(
+            hosts,
+            Hosts {
+                names: vec!["node1".into(), "node2".into()],
+                slots: Some(4)
+            }
+        );
         assert_eq!(Hosts::parse("a\nb").unwrap().slots, None);
         for (text, expected) in [
             ("", "names no machine"),

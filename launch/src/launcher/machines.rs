@@ -82,7 +82,8 @@ impl<'a> Machines<'a> {
             anyhow!("cannot listen at {at}: {e}; --rdzv names a free port of the machine with --node-rank 0, which is this one")
         })?;
         let at = listener.local_addr().context("cannot see the port")?;
-        let agents: Arc<Mutex<Vec<Agent>>> = Arc::new(Mutex::new((0..others).map(|_| Agent::default()).collect()));
+        let agents: Arc<Mutex<Vec<Agent>>> =
+            Arc::new(Mutex::new((0..others).map(|_| Agent::default()).collect()));
         let joined = agents.clone();
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
@@ -125,15 +126,25 @@ impl<'a> Machines<'a> {
         loop {
             let missing: Vec<String> = {
                 let agents = self.agents();
-                let absent = |machine: &&usize| **machine > 0 && agents[**machine - 1].writer.is_none();
+                let absent =
+                    |machine: &&usize| **machine > 0 && agents[**machine - 1].writer.is_none();
                 // A machine is wanted once for each of its ranks.
-                wanted.iter().filter(absent).collect::<BTreeSet<_>>().into_iter().map(usize::to_string).collect()
+                wanted
+                    .iter()
+                    .filter(absent)
+                    .collect::<BTreeSet<_>>()
+                    .into_iter()
+                    .map(usize::to_string)
+                    .collect()
             };
             if missing.is_empty() {
                 return Ok(());
             }
             if self.signals.load(Ordering::SeqCst) > before {
-                bail!("stopped while machines {} had not joined", missing.join(", "));
+                bail!(
+                    "stopped while machines {} had not joined",
+                    missing.join(", ")
+                );
             }
             if began.elapsed() > self.patience {
                 bail!(
@@ -169,15 +180,25 @@ impl<'a> Machines<'a> {
     /// Starts ranks, each on a machine.
     pub(super) fn start(&mut self, assignments: Vec<(usize, Assignment)>) -> Result<()> {
         self.number += 1;
-        let mut by_machine: Vec<Vec<Assignment>> = (0..=self.agents().len()).map(|_| Vec::new()).collect();
+        let mut by_machine: Vec<Vec<Assignment>> =
+            (0..=self.agents().len()).map(|_| Vec::new()).collect();
         for (machine, assignment) in assignments {
             by_machine[machine].push(assignment);
         }
-        self.assigned = by_machine.iter().map(|list| list.iter().map(|a| a.rank).collect()).collect();
+        self.assigned = by_machine
+            .iter()
+            .map(|list| list.iter().map(|a| a.rank).collect())
+            .collect();
         for (machine, assignments) in by_machine.into_iter().enumerate() {
             match machine {
                 0 => self.here.start(&assignments)?,
-                other => self.order(other, &Order::Start { number: self.number, assignments }),
+                other => self.order(
+                    other,
+                    &Order::Start {
+                        number: self.number,
+                        assignments,
+                    },
+                ),
             }
         }
         Ok(())
@@ -211,7 +232,12 @@ impl<'a> Machines<'a> {
 
     pub(super) fn failed(&mut self) -> Vec<Failed> {
         let mut failed = self.here.failed();
-        for (index, (agent, ranks)) in self.agents().iter().zip(self.assigned.iter().skip(1)).enumerate() {
+        for (index, (agent, ranks)) in self
+            .agents()
+            .iter()
+            .zip(self.assigned.iter().skip(1))
+            .enumerate()
+        {
             match (&agent.writer, ranks.first()) {
                 (None, Some(&rank)) => failed.push(Failed {
                     rank,
@@ -219,7 +245,9 @@ impl<'a> Machines<'a> {
                     report: None,
                     lost: Some(format!("machine {} is gone", index + 1)),
                 }),
-                (Some(_), _) if agent.number == self.number => failed.extend(agent.failed.iter().cloned()),
+                (Some(_), _) if agent.number == self.number => {
+                    failed.extend(agent.failed.iter().cloned())
+                }
                 _ => {}
             }
         }
@@ -228,7 +256,9 @@ impl<'a> Machines<'a> {
 
     pub(super) fn signal(&self, signal: Signal) {
         self.here.signal(signal);
-        self.order_all(&Order::Signal { signal: signal as i32 });
+        self.order_all(&Order::Signal {
+            signal: signal as i32,
+        });
     }
 
     /// Ends every rank that still runs, everywhere.
@@ -243,7 +273,10 @@ impl<'a> Machines<'a> {
 
     fn end_ranks(&mut self, standby: bool) {
         self.number += 1;
-        self.order_all(&Order::Kill { number: self.number, standby });
+        self.order_all(&Order::Kill {
+            number: self.number,
+            standby,
+        });
         if standby {
             self.here.kill_all()
         } else {
@@ -254,7 +287,9 @@ impl<'a> Machines<'a> {
         loop {
             let number = self.number;
             let mut agents = self.agents();
-            let busy = |agent: &&mut Agent| agent.writer.is_some() && (agent.number != number || agent.running > 0);
+            let busy = |agent: &&mut Agent| {
+                agent.writer.is_some() && (agent.number != number || agent.running > 0)
+            };
             if agents.iter_mut().find(busy).is_none() {
                 break;
             }
@@ -285,12 +320,20 @@ impl<'a> Machines<'a> {
         self.wait_for(&[machine])?;
         self.keepers_asked += 1;
         let number = self.keepers_asked;
-        self.order(machine, &Order::Keeper { number, node, orders });
+        self.order(
+            machine,
+            &Order::Keeper {
+                number,
+                node,
+                orders,
+            },
+        );
         let began = Instant::now();
         loop {
             let mut agents = self.agents();
             if let Some(started) = agents[machine - 1].keepers.remove(&number) {
-                let (pid, ready) = started.map_err(|reason| anyhow!("machine {machine}: {reason}"))?;
+                let (pid, ready) =
+                    started.map_err(|reason| anyhow!("machine {machine}: {reason}"))?;
                 return Ok((pid, ready, None));
             }
             if agents[machine - 1].writer.is_none() || began.elapsed() > STARTING + TICK {
@@ -333,24 +376,31 @@ impl Agent {
 /// Hears one agent until it is gone.
 fn serve(mut stream: TcpStream, agents: &Mutex<Vec<Agent>>, per_machine: usize) {
     let _ = stream.set_nodelay(true);
-    let (Ok(reader), Ok(peer)) = (stream.try_clone(), stream.peer_addr()) else { return };
+    let (Ok(reader), Ok(peer)) = (stream.try_clone(), stream.peer_addr()) else {
+        return;
+    };
     let mut lines = BufReader::new(reader).lines();
-    let Some(Ok(first)) = lines.next() else { return };
-    let Ok(hello) = serde_json::from_str::<Hello>(&first) else { return };
+    let Some(Ok(first)) = lines.next() else {
+        return;
+    };
+    let Ok(hello) = serde_json::from_str::<Hello>(&first) else {
+        return;
+    };
     let lock = || agents.lock().unwrap_or_else(PoisonError::into_inner);
     {
         let mut agents = lock();
         let machines = agents.len() + 1;
         let refused = match &hello {
-            Hello { machine, .. } if *machine == 0 || *machine >= machines => {
-                Some(format!("--node-rank {machine} is none of 1 to {} that may join", machines - 1))
-            }
-            Hello { machine, .. } if agents[machine - 1].writer.is_some() => {
-                Some(format!("there is a machine with --node-rank {machine} already"))
-            }
-            Hello { ranks, .. } if *ranks != per_machine => {
-                Some(format!("it was started with -n {ranks}, and the launcher with -n {per_machine}"))
-            }
+            Hello { machine, .. } if *machine == 0 || *machine >= machines => Some(format!(
+                "--node-rank {machine} is none of 1 to {} that may join",
+                machines - 1
+            )),
+            Hello { machine, .. } if agents[machine - 1].writer.is_some() => Some(format!(
+                "there is a machine with --node-rank {machine} already"
+            )),
+            Hello { ranks, .. } if *ranks != per_machine => Some(format!(
+                "it was started with -n {ranks}, and the launcher with -n {per_machine}"
+            )),
             Hello { version, .. } if version != env!("CARGO_PKG_VERSION") => Some(format!(
                 "it runs moerun {version} and the launcher {}: install the same version on every machine",
                 env!("CARGO_PKG_VERSION")
@@ -365,14 +415,27 @@ fn serve(mut stream: TcpStream, agents: &Mutex<Vec<Agent>>, per_machine: usize) 
             return;
         }
         let agent = &mut agents[hello.machine - 1];
-        *agent = Agent { writer: Some(stream), address: Some(peer.ip()), ..Agent::default() };
+        *agent = Agent {
+            writer: Some(stream),
+            address: Some(peer.ip()),
+            ..Agent::default()
+        };
     }
     for line in lines {
-        let Some(report) = line.ok().and_then(|line| serde_json::from_str::<Report>(&line).ok()) else { break };
+        let Some(report) = line
+            .ok()
+            .and_then(|line| serde_json::from_str::<Report>(&line).ok())
+        else {
+            break;
+        };
         let mut agents = lock();
         let agent = &mut agents[hello.machine - 1];
         match report {
-            Report::Ranks { number, running, failed } => {
+            Report::Ranks {
+                number,
+                running,
+                failed,
+            } => {
                 (agent.number, agent.running, agent.failed) = (number, running, failed);
             }
             Report::Keeper { number, started } => drop(agent.keepers.insert(number, started)),

@@ -51,11 +51,17 @@ const SETTLING: Duration = Duration::from_millis(400);
 pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode> {
     let hosts = args.hostfile.as_deref().map(Hosts::read).transpose()?;
     let (machines, per_machine) = match &hosts {
-        Some(hosts) => (hosts.names.len(), hosts.slots.unwrap_or(args.nproc_per_node)),
+        Some(hosts) => (
+            hosts.names.len(),
+            hosts.slots.unwrap_or(args.nproc_per_node),
+        ),
         None => (args.nnodes, args.nproc_per_node),
     };
     if args.node_rank >= machines {
-        bail!("--node-rank {} is not below --nnodes {machines}", args.node_rank);
+        bail!(
+            "--node-rank {} is not below --nnodes {machines}",
+            args.node_rank
+        );
     }
     let rdzv = match (&args.rdzv, &hosts) {
         (Some(rdzv), _) => rdzv.clone(),
@@ -86,11 +92,16 @@ pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode> {
     config_file::refuse_problems(&args.config, &config, size)?;
     let dir = config.run.dir.clone();
     let logs = dir.join("logs");
-    std::fs::create_dir_all(&logs).with_context(|| format!("cannot make the run's folder {}", logs.display()))?;
+    std::fs::create_dir_all(&logs)
+        .with_context(|| format!("cannot make the run's folder {}", logs.display()))?;
     let _alone = register::lock(&dir)?;
-    let store = Store::tcp("127.0.0.1", args.master_port, true, Duration::from_secs(10)).map_err(|e| {
-        anyhow!("cannot serve on port {}: {e}; choose another with --master-port, or leave it out", args.master_port)
-    })?;
+    let store =
+        Store::tcp("127.0.0.1", args.master_port, true, Duration::from_secs(10)).map_err(|e| {
+            anyhow!(
+                "cannot serve on port {}: {e}; choose another with --master-port, or leave it out",
+                args.master_port
+            )
+        })?;
     let signals = Signals::register()?;
     let alone = Machines::alone(Ranks::new(args, &dir), &dir, signals.count.clone());
     let mut _sessions = None;
@@ -101,19 +112,34 @@ pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode> {
             let at = resolve(&rdzv)?;
             let (fleet, at) = Machines::listen(alone, at, machines - 1, per_machine, patience)?;
             if let Some(hosts) = &hosts {
-                let head = format!("{}:{}", rdzv.rsplit_once(':').map_or("", |(host, _)| host), at.port());
+                let head = format!(
+                    "{}:{}",
+                    rdzv.rsplit_once(':').map_or("", |(host, _)| host),
+                    at.port()
+                );
                 _sessions = Some(hosts.start_agents(args, &head, per_machine)?);
             }
             fleet
         }
     };
-    Launcher::new(args, &config, &dir, (store.port()?, size, per_machine), fleet).run(&signals)
+    Launcher::new(
+        args,
+        &config,
+        &dir,
+        (store.port()?, size, per_machine),
+        fleet,
+    )
+    .run(&signals)
 }
 
 /// An address of `HOST:PORT`.
 fn resolve(text: &str) -> Result<SocketAddr> {
-    let mut found = text.to_socket_addrs().map_err(|e| anyhow!("--rdzv {text}: {e}; it has the form HOST:PORT"))?;
-    found.next().ok_or_else(|| anyhow!("--rdzv {text}: that host has no address"))
+    let mut found = text
+        .to_socket_addrs()
+        .map_err(|e| anyhow!("--rdzv {text}: {e}; it has the form HOST:PORT"))?;
+    found
+        .next()
+        .ok_or_else(|| anyhow!("--rdzv {text}: that host has no address"))
 }
 
 /// Signals that a person or a scheduler sent, counted.
@@ -124,11 +150,15 @@ struct Signals {
 
 impl Signals {
     fn register() -> Result<Signals> {
-        let signals = Signals { count: Arc::default(), last: Arc::default() };
+        let signals = Signals {
+            count: Arc::default(),
+            last: Arc::default(),
+        };
         for signal in [SIGINT, SIGTERM, SIGHUP] {
             let (count, last) = (signals.count.clone(), signals.last.clone());
             std::thread::spawn({
-                let mut iterator = signal_hook::iterator::Signals::new([signal]).context("cannot handle signals")?;
+                let mut iterator = signal_hook::iterator::Signals::new([signal])
+                    .context("cannot handle signals")?;
                 move || {
                     for signal in iterator.forever() {
                         last.store(signal as usize, Ordering::SeqCst);
@@ -228,7 +258,11 @@ impl<'a> Launcher<'a> {
                 End::Done => {
                     self.finish(&mut tracker, signals)?;
                     let interrupted = signals.count() > 0;
-                    let code = if interrupted { 128 + signals.last() as u8 } else { 0 };
+                    let code = if interrupted {
+                        128 + signals.last() as u8
+                    } else {
+                        0
+                    };
                     self.machines.end(code);
                     return Ok(ExitCode::from(code));
                 }
@@ -248,23 +282,33 @@ impl<'a> Launcher<'a> {
                 End::Failed(failure) => {
                     self.machines.kill();
                     let now = self.started.elapsed().as_secs_f64();
-                    let done = tracker.step.max(restored.snapshot.map_or(0, |(id, _)| id.step));
+                    let done = tracker
+                        .step
+                        .max(restored.snapshot.map_or(0, |(id, _)| id.step));
                     let verdict = match self.keepers {
-                        Some(_) => self.history.decide(&failure.cause, done, now, &self.config.restart),
+                        Some(_) => {
+                            self.history
+                                .decide(&failure.cause, done, now, &self.config.restart)
+                        }
                         None => Verdict::GiveUp(String::new()),
                     };
                     match verdict {
                         Verdict::GiveUp(why) => {
                             self.machines.kill_all();
                             let rescued = self.rescued();
-                            let why = if why.is_empty() { why } else { format!("{why}\n") };
+                            let why = if why.is_empty() {
+                                why
+                            } else {
+                                format!("{why}\n")
+                            };
                             return Err(anyhow!("{why}{rescued}{}", failure.full));
                         }
                         Verdict::Restart { older, skipped } => {
                             restored = self.recover(older)?;
                             self.write_down(&failure, done, &restored, skipped);
-                            let skipped =
-                                skipped.map_or(String::new(), |step| format!("; the batch of step {step} is left out"));
+                            let skipped = skipped.map_or(String::new(), |step| {
+                                format!("; the batch of step {step} is left out")
+                            });
                             eprintln!("{}; {}{skipped}", failure.brief, restored.said);
                         }
                     }
@@ -275,9 +319,13 @@ impl<'a> Launcher<'a> {
 
     /// Starts keepers, or takes those over that an earlier launcher left: what to begin with.
     fn begin(&mut self) -> Result<Restored> {
-        let nothing = Restored { snapshot: None, said: String::new() };
+        let nothing = Restored {
+            snapshot: None,
+            said: String::new(),
+        };
         let left = match Register::load(self.dir)? {
-            Some(register) => Keepers::take_over(self.dir, self.config, &register)?.map(|keepers| (register, keepers)),
+            Some(register) => Keepers::take_over(self.dir, self.config, &register)?
+                .map(|keepers| (register, keepers)),
             None => None,
         };
         let nodes = self.config.nodes(self.size).len();
@@ -286,17 +334,25 @@ impl<'a> Launcher<'a> {
             self.history.skips = register.skips.clone();
             let same = self.config.takes_snapshots() && keepers.nodes == nodes;
             self.keepers = Some(keepers);
-            let newest = self.keepers.as_mut().and_then(|keepers| look(keepers).0.first().map(|c| c.snapshot.id));
+            let newest = self
+                .keepers
+                .as_mut()
+                .and_then(|keepers| look(keepers).0.first().map(|c| c.snapshot.id));
             if same && newest.is_some_and(|id| id.step < self.config.train.steps) {
                 self.register = Some(register);
                 self.mend_nodes()?;
                 let restored = self.recover(0)?;
-                eprintln!("keepers of an earlier launcher are still there; {}", restored.said);
+                eprintln!(
+                    "keepers of an earlier launcher are still there; {}",
+                    restored.said
+                );
                 return Ok(restored);
             }
             // Another number of nodes, or the run was at its end: by way of the disk.
             if let Some(step) = self.rescue()? {
-                eprintln!("keepers of an earlier launcher had step {step} in memory: it is a checkpoint now");
+                eprintln!(
+                    "keepers of an earlier launcher had step {step} in memory: it is a checkpoint now"
+                );
             }
         }
         if self.config.takes_snapshots() {
@@ -304,7 +360,13 @@ impl<'a> Launcher<'a> {
             // Spare ones are on the machines after those with ranks, where there are any.
             let (per_node, last) = (self.size.div_ceil(nodes), self.machines.count() - 1);
             let machine_of = |node: usize| (node * per_node / self.per_machine).min(last);
-            let keepers = Keepers::start(self.dir, self.config, (nodes, spares), &mut self.machines, machine_of)?;
+            let keepers = Keepers::start(
+                self.dir,
+                self.config,
+                (nodes, spares),
+                &mut self.machines,
+                machine_of,
+            )?;
             self.register = Some(Register::new(keepers.secret()));
             self.keepers = Some(keepers);
         }
@@ -315,15 +377,33 @@ impl<'a> Launcher<'a> {
     fn begin_generation(&mut self, restored: &Restored) -> Result<Tracker> {
         self.generation += u64::from(self.keepers.is_some());
         let nodes = self.config.nodes(self.size);
-        let (redundancy, groups) = self.config.protection(nodes.len()).unwrap_or_else(|reason| {
-            eprintln!("warning: {reason}: snapshots survive no loss of a node");
-            (Redundancy::None, (0..nodes.len()).map(|node| vec![node]).collect())
-        });
+        let (redundancy, groups) = self
+            .config
+            .protection(nodes.len())
+            .unwrap_or_else(|reason| {
+                eprintln!("warning: {reason}: snapshots survive no loss of a node");
+                (
+                    Redundancy::None,
+                    (0..nodes.len()).map(|node| vec![node]).collect(),
+                )
+            });
         let addresses = self.keepers.as_ref().map(Keepers::addresses);
-        let address = |node: usize| addresses.as_ref().map_or(([0, 0, 0, 0], 0).into(), |addresses| addresses[node]);
-        let nodes = nodes.into_iter().enumerate().map(|(node, ranks)| Node { address: address(node), ranks });
-        let topology =
-            Topology { generation: self.generation, nodes: nodes.collect(), redundancy, groups, chunk: CHUNK };
+        let address = |node: usize| {
+            addresses
+                .as_ref()
+                .map_or(([0, 0, 0, 0], 0).into(), |addresses| addresses[node])
+        };
+        let nodes = nodes.into_iter().enumerate().map(|(node, ranks)| Node {
+            address: address(node),
+            ranks,
+        });
+        let topology = Topology {
+            generation: self.generation,
+            nodes: nodes.collect(),
+            redundancy,
+            groups,
+            chunk: CHUNK,
+        };
         if let (Some(keepers), Some(register)) = (&mut self.keepers, &mut self.register) {
             register.generation = self.generation;
             register.skips = self.history.skips.clone();
@@ -338,25 +418,33 @@ impl<'a> Launcher<'a> {
         // A machine that was lost may have come back.
         self.machines.wait_for(&places)?;
         let assignments = places.iter().enumerate().map(|(rank, &machine)| {
-            let neighbours = |ranks: std::ops::Range<usize>| ranks.filter(|&other| places[other] == machine).count();
-            let assignment = Assignment {
-                rank,
-                world_size: self.size,
-                local_rank: neighbours(0..rank),
-                local_world_size: neighbours(0..self.size),
-                host: self.machines.address(0).map_or("127.0.0.1".into(), |address| address.to_string()),
-                port: self.port,
-                address: self.machines.address(machine),
-                generation: self.generation,
-                keeper: self.keepers.as_ref().zip(topology.node_of(rank)).map(|(keepers, node)| KeeperAccess {
-                    socket: keepers.members[node].keeper.socket.clone(),
-                    secret: keepers.secret().clone(),
-                    generation: self.generation,
-                    chunk: CHUNK,
-                    restore: restored.snapshot,
-                }),
-                skips: self.history.skips.clone(),
+            let neighbours = |ranks: std::ops::Range<usize>| {
+                ranks.filter(|&other| places[other] == machine).count()
             };
+            let assignment =
+                Assignment {
+                    rank,
+                    world_size: self.size,
+                    local_rank: neighbours(0..rank),
+                    local_world_size: neighbours(0..self.size),
+                    host: self
+                        .machines
+                        .address(0)
+                        .map_or("127.0.0.1".into(), |address| address.to_string()),
+                    port: self.port,
+                    address: self.machines.address(machine),
+                    generation: self.generation,
+                    keeper: self.keepers.as_ref().zip(topology.node_of(rank)).map(
+                        |(keepers, node)| KeeperAccess {
+                            socket: keepers.members[node].keeper.socket.clone(),
+                            secret: keepers.secret().clone(),
+                            generation: self.generation,
+                            chunk: CHUNK,
+                            restore: restored.snapshot,
+                        },
+                    ),
+                    skips: self.history.skips.clone(),
+                };
             (machine, assignment)
         });
         let assignments = assignments.collect();
@@ -378,11 +466,15 @@ impl<'a> Launcher<'a> {
             }
             match asked {
                 None if signals.count() > 0 => {
-                    eprintln!("stopping after this step, with a checkpoint; a second signal stops at once");
+                    eprintln!(
+                        "stopping after this step, with a checkpoint; a second signal stops at once"
+                    );
                     self.machines.signal(Signal::SIGTERM);
                     asked = Some(Instant::now());
                 }
-                Some(since) if signals.count() > 1 || since.elapsed() > patience => return End::Killed,
+                Some(since) if signals.count() > 1 || since.elapsed() > patience => {
+                    return End::Killed;
+                }
                 _ => {}
             }
             self.listen(tracker);
@@ -390,7 +482,11 @@ impl<'a> Launcher<'a> {
                 return End::Failed(failure);
             }
             // When the ranks are at work: before, they need the processors themselves.
-            if !self.stood_by && self.config.restart.standby && self.keepers.is_some() && tracker.step > 0 {
+            if !self.stood_by
+                && self.config.restart.standby
+                && self.keepers.is_some()
+                && tracker.step > 0
+            {
                 self.stood_by = true;
                 self.machines.stand_by();
             }
@@ -401,9 +497,13 @@ impl<'a> Launcher<'a> {
     fn listen(&mut self, tracker: &mut Tracker) {
         // Not in the channel's own wait, which spins for a while first: the processors are the ranks'.
         std::thread::sleep(TICK);
-        let Some(keepers) = &mut self.keepers else { return };
+        let Some(keepers) = &mut self.keepers else {
+            return;
+        };
         while let Ok((number, heard)) = keepers.heard.try_recv() {
-            let Some(place) = keepers.place(number) else { continue };
+            let Some(place) = keepers.place(number) else {
+                continue;
+            };
             match heard {
                 Heard::Event(event) => match tracker.hear(place, event) {
                     Todo::Commit(snapshot, durable) => {
@@ -435,7 +535,9 @@ impl<'a> Launcher<'a> {
                 Err(error) => {
                     self.unwritten = Some(anyhow!("no checkpoint at step {step}: {error:#}"));
                     if step < self.config.train.steps && self.machines.running() > 0 {
-                        eprintln!("warning: no checkpoint at step {step}: {error:#}; training goes on");
+                        eprintln!(
+                            "warning: no checkpoint at step {step}: {error:#}; training goes on"
+                        );
                     }
                 }
             }
@@ -450,16 +552,21 @@ impl<'a> Launcher<'a> {
     fn replace_keeper(&mut self, tracker: &mut Tracker, place: usize, reason: &str) {
         // A process with much memory ends some time after it was killed.
         let heard = Instant::now();
-        let ends = |machines: &mut Machines| !machines.failed().is_empty() || machines.running() == 0;
+        let ends =
+            |machines: &mut Machines| !machines.failed().is_empty() || machines.running() == 0;
         while !ends(&mut self.machines) && heard.elapsed() < SETTLING {
             std::thread::sleep(SETTLING / 40);
         }
-        let Some(keepers) = &mut self.keepers else { return };
+        let Some(keepers) = &mut self.keepers else {
+            return;
+        };
         keepers.lose(place);
         if ends(&mut self.machines) {
             return;
         }
-        eprintln!("warning: the keeper of node {place} is gone ({reason}); another is started, and training goes on");
+        eprintln!(
+            "warning: the keeper of node {place} is gone ({reason}); another is started, and training goes on"
+        );
         let given_up = tracker.give_up();
         let replaced = keepers.restart(place, &mut self.machines).and_then(|()| {
             tracker
@@ -468,9 +575,13 @@ impl<'a> Launcher<'a> {
                 .iter_mut()
                 .zip(keepers.addresses())
                 .for_each(|(node, address)| node.address = address);
-            given_up.iter().for_each(|&id| keepers.ask_all(|peer| peer.abandon(id)));
+            given_up
+                .iter()
+                .for_each(|&id| keepers.ask_all(|peer| peer.abandon(id)));
             keepers.set_up(&tracker.topology);
-            self.register.as_mut().map_or(Ok(()), |register| keepers.save(register))
+            self.register
+                .as_mut()
+                .map_or(Ok(()), |register| keepers.save(register))
         });
         if let Err(error) = replaced {
             eprintln!("warning: {error:#}; there are no snapshots on node {place}");
@@ -480,13 +591,24 @@ impl<'a> Launcher<'a> {
     fn hung(&self, tracker: &Tracker) -> Option<Failure> {
         let silence = Duration::from_secs_f64(self.config.restart.heartbeat_timeout_s);
         let brief = if let Some(rank) = tracker.hung(silence) {
-            format!("rank {rank} failed: it hangs (no sign of life for {:.1} s)", silence.as_secs_f64())
+            format!(
+                "rank {rank} failed: it hangs (no sign of life for {:.1} s)",
+                silence.as_secs_f64()
+            )
         } else if let Some(still) = tracker.stuck(self.config.restart.step_timeout_s) {
-            format!("the run hangs: no rank got on for {:.0} s after step {}", still.as_secs_f64(), tracker.step)
+            format!(
+                "the run hangs: no rank got on for {:.0} s after step {}",
+                still.as_secs_f64(),
+                tracker.step
+            )
         } else {
             return None;
         };
-        Some(Failure { cause: Cause::Fault, full: brief.clone(), brief })
+        Some(Failure {
+            cause: Cause::Fault,
+            full: brief.clone(),
+            brief,
+        })
     }
 
     /// The failure that came first.
@@ -498,7 +620,11 @@ impl<'a> Launcher<'a> {
         }
         let Some(first) = first_cause(&failed) else {
             let brief = "a rank failed without a word".to_string();
-            return Failure { cause: Cause::Fault, full: brief.clone(), brief };
+            return Failure {
+                cause: Cause::Fault,
+                full: brief.clone(),
+                brief,
+            };
         };
         let kind = first.report.as_ref().map(|report| report.kind.clone());
         let cause = match kind.filter(|_| first.signal().is_none()) {
@@ -508,7 +634,11 @@ impl<'a> Launcher<'a> {
         };
         let reason = first.reason();
         let reason = reason.lines().next().unwrap_or_default();
-        Failure { cause, brief: format!("rank {} failed: {reason}", first.rank), full: first.explain(self.dir) }
+        Failure {
+            cause,
+            brief: format!("rank {} failed: {reason}", first.rank),
+            full: first.explain(self.dir),
+        }
     }
 
     /// A line of `restarts.jsonl`. It is worth less than the run.
@@ -521,7 +651,10 @@ impl<'a> Launcher<'a> {
             "from": restored.said,
             "skipped_batch_of_step": skipped,
         });
-        let file = std::fs::File::options().create(true).append(true).open(self.dir.join("restarts.jsonl"));
+        let file = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.dir.join("restarts.jsonl"));
         if let Err(error) = file.and_then(|mut file| writeln!(file, "{line}")) {
             tracing::warn!("restarts.jsonl cannot be written: {error}");
         }
@@ -530,7 +663,12 @@ impl<'a> Launcher<'a> {
     /// Puts keepers where nodes were lost, or takes the nodes out; what ranks go on from.
     fn recover(&mut self, older: usize) -> Result<Restored> {
         let lost = self.mend_nodes()?;
-        let Some(keepers) = &mut self.keepers else { return Ok(Restored { snapshot: None, said: String::new() }) };
+        let Some(keepers) = &mut self.keepers else {
+            return Ok(Restored {
+                snapshot: None,
+                said: String::new(),
+            });
+        };
         let mut restored = recover(keepers, older, &self.checkpoints);
         if !lost.is_empty() {
             restored.said = format!("{lost}; {}", restored.said);
@@ -540,24 +678,45 @@ impl<'a> Launcher<'a> {
 
     /// What became of lost nodes, in words; nothing where none is.
     fn mend_nodes(&mut self) -> Result<String> {
-        let Some(keepers) = &mut self.keepers else { return Ok(String::new()) };
-        let lost: Vec<usize> = (0..keepers.nodes).filter(|&node| !keepers.is_alive(node)).collect();
+        let Some(keepers) = &mut self.keepers else {
+            return Ok(String::new());
+        };
+        let lost: Vec<usize> = (0..keepers.nodes)
+            .filter(|&node| !keepers.is_alive(node))
+            .collect();
         if lost.is_empty() {
             return Ok(String::new());
         }
-        let names = lost.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+        let names = lost
+            .iter()
+            .map(usize::to_string)
+            .collect::<Vec<_>>()
+            .join(", ");
         let spares = keepers.members.len() - keepers.nodes;
         if spares < lost.len() && self.config.restart.without_spare == WithoutSpare::Shrink {
-            let left = self.size - lost.iter().map(|&node| self.config.nodes(self.size)[node].len()).sum::<usize>();
+            let left = self.size
+                - lost
+                    .iter()
+                    .map(|&node| self.config.nodes(self.size)[node].len())
+                    .sum::<usize>();
             if let Some(size) = largest_layout(self.config, left) {
                 let nodes = self.config.nodes(size).len();
-                let surplus: Vec<usize> = (0..keepers.nodes).filter(|node| !lost.contains(node)).skip(nodes).collect();
+                let surplus: Vec<usize> = (0..keepers.nodes)
+                    .filter(|node| !lost.contains(node))
+                    .skip(nodes)
+                    .collect();
                 keepers.remove(&lost, &self.machines);
                 // Keepers without ranks still have what was in their memory.
                 keepers.nodes = nodes;
                 self.size = size;
-                let spare = if surplus.is_empty() { "" } else { ", others idle" };
-                return Ok(format!("node {names} is lost: going on with {size} ranks{spare}, the same global batch"));
+                let spare = if surplus.is_empty() {
+                    ""
+                } else {
+                    ", others idle"
+                };
+                return Ok(format!(
+                    "node {names} is lost: going on with {size} ranks{spare}, the same global batch"
+                ));
             }
         }
         let mut by_spare = 0;
@@ -566,7 +725,10 @@ impl<'a> Launcher<'a> {
         }
         let how = match by_spare {
             0 => "its ranks start anew in its place".to_string(),
-            _ => format!("{by_spare} spare node{} took over", if by_spare == 1 { "" } else { "s" }),
+            _ => format!(
+                "{by_spare} spare node{} took over",
+                if by_spare == 1 { "" } else { "s" }
+            ),
         };
         Ok(format!("node {names} is lost: {how}"))
     }
@@ -585,12 +747,19 @@ impl<'a> Launcher<'a> {
                     "stopped while the last checkpoint was written; the state is still in memory, and the same command goes on"
                 ));
             }
-            let Some(keepers) = &mut self.keepers else { break };
-            let newest = look(keepers).0.first().map(|candidate| candidate.snapshot.id);
+            let Some(keepers) = &mut self.keepers else {
+                break;
+            };
+            let newest = look(keepers)
+                .0
+                .first()
+                .map(|candidate| candidate.snapshot.id);
             let newest = newest.filter(|id| id.generation == self.generation);
             let whole = newest.is_none_or(|id| tracker.newest >= Some(id));
             if !whole && Instant::now() > deadline {
-                return Err(anyhow!("the last snapshot did not become complete; the same command tries again"));
+                return Err(anyhow!(
+                    "the last snapshot did not become complete; the same command tries again"
+                ));
             }
             if !whole || !self.disk.is_idle() {
                 // A disk that is slow is waited for.
@@ -604,7 +773,10 @@ impl<'a> Launcher<'a> {
                     self.disk.is_due(id);
                 }
                 Some(_) => {
-                    let why = self.unwritten.take().unwrap_or_else(|| anyhow!("the last checkpoint was not written"));
+                    let why = self
+                        .unwritten
+                        .take()
+                        .unwrap_or_else(|| anyhow!("the last checkpoint was not written"));
                     return Err(anyhow!(
                         "{why:#}\n  the state is still in memory: make room and start the same command again"
                     ));
@@ -626,8 +798,13 @@ impl<'a> Launcher<'a> {
     /// # Errors
     /// When it cannot be written: the keepers stay, and the same command tries again.
     fn rescue(&mut self) -> Result<Option<u64>> {
-        let Some(mut keepers) = self.keepers.take() else { return Ok(None) };
-        let newest = look(&mut keepers).0.first().map(|candidate| candidate.snapshot.id);
+        let Some(mut keepers) = self.keepers.take() else {
+            return Ok(None);
+        };
+        let newest = look(&mut keepers)
+            .0
+            .first()
+            .map(|candidate| candidate.snapshot.id);
         let newest = newest.filter(|id| step_on_disk(&self.checkpoints) < Some(id.step));
         let written = match newest {
             Some(_) => self.write_newest(&mut keepers)?,
@@ -639,13 +816,23 @@ impl<'a> Launcher<'a> {
 
     /// Puts the newest snapshot together and writes it: which step, None where it cannot be put together.
     fn write_newest(&mut self, keepers: &mut Keepers) -> Result<Option<u64>> {
-        let Some((id, _)) = recover(keepers, 0, &self.checkpoints).snapshot else { return Ok(None) };
+        let Some((id, _)) = recover(keepers, 0, &self.checkpoints).snapshot else {
+            return Ok(None);
+        };
         let (found, places) = look(keepers);
-        let candidate = found.into_iter().find(|candidate| candidate.snapshot.id == id);
+        let candidate = found
+            .into_iter()
+            .find(|candidate| candidate.snapshot.id == id);
         let holders = candidate.and_then(|candidate| {
-            candidate.holders.iter().map(|holder| Some(places[(*holder)?])).collect::<Option<Vec<usize>>>()
+            candidate
+                .holders
+                .iter()
+                .map(|holder| Some(places[(*holder)?]))
+                .collect::<Option<Vec<usize>>>()
         });
-        let Some(holders) = holders else { return Ok(None) };
+        let Some(holders) = holders else {
+            return Ok(None);
+        };
         self.disk.is_due(id);
         loop {
             self.disk.begin(keepers, id, &holders);
@@ -688,5 +875,7 @@ fn largest_layout(config: &Config, left: usize) -> Option<usize> {
     let mut config = config.clone();
     // How they protect one another is decided anew.
     config.snapshot.redundancy = trainer::config::RedundancyConfig::None;
-    (1..=left).rev().find(|&ranks| config.problems(ranks).is_empty())
+    (1..=left)
+        .rev()
+        .find(|&ranks| config.problems(ranks).is_empty())
 }

@@ -50,7 +50,10 @@ impl Keepers {
         Keepers {
             dir: dir.to_path_buf(),
             secret,
-            memory: config.snapshot.memory_gib.map(|gib| (gib * 1073741824.0) as u64),
+            memory: config
+                .snapshot
+                .memory_gib
+                .map(|gib| (gib * 1073741824.0) as u64),
             patience: Duration::from_secs_f64(config.restart.heartbeat_timeout_s),
             members: Vec::new(),
             nodes: 0,
@@ -79,11 +82,20 @@ impl Keepers {
     }
 
     /// Those that an earlier launcher left; where one is gone it counts as a lost node. None where all are gone.
-    pub(super) fn take_over(dir: &Path, config: &Config, register: &Register) -> Result<Option<Keepers>> {
+    pub(super) fn take_over(
+        dir: &Path,
+        config: &Config,
+        register: &Register,
+    ) -> Result<Option<Keepers>> {
         let mut keepers = Keepers::none(dir, config, register.secret.clone());
         keepers.nodes = register.keepers.len() - register.spares;
         for keeper in &register.keepers {
-            let mut member = Member { number: keepers.numbers, keeper: keeper.clone(), control: None, child: None };
+            let mut member = Member {
+                number: keepers.numbers,
+                keeper: keeper.clone(),
+                control: None,
+                child: None,
+            };
             keepers.numbers += 1;
             // It may be another's by now.
             if keepers.connect(&mut member).is_err() {
@@ -91,7 +103,11 @@ impl Keepers {
             }
             keepers.members.push(member);
         }
-        Ok(keepers.members.iter().any(|member| member.control.is_some()).then_some(keepers))
+        Ok(keepers
+            .members
+            .iter()
+            .any(|member| member.control.is_some())
+            .then_some(keepers))
     }
 
     /// Starts one that ranks reach by the name `socket`, if that is given, on a machine.
@@ -113,8 +129,18 @@ impl Keepers {
             lonely_s: LONELY.as_secs(),
         };
         let (pid, ready, child) = machines.keeper(machine, node, orders)?;
-        let keeper = register::Keeper { pid, machine, address: ready.address, socket };
-        let mut member = Member { number, keeper, control: None, child };
+        let keeper = register::Keeper {
+            pid,
+            machine,
+            address: ready.address,
+            socket,
+        };
+        let mut member = Member {
+            number,
+            keeper,
+            control: None,
+            child,
+        };
         self.connect(&mut member)?;
         Ok(member)
     }
@@ -122,10 +148,16 @@ impl Keepers {
     /// Opens the connection for requests and the one for events.
     fn connect(&self, member: &mut Member) -> Result<()> {
         let connect = |patience| {
-            Peer::connect(member.keeper.address, &self.secret, patience)
-                .map_err(|e| anyhow!("the keeper at {} cannot be reached: {e}", member.keeper.address))
+            Peer::connect(member.keeper.address, &self.secret, patience).map_err(|e| {
+                anyhow!(
+                    "the keeper at {} cannot be reached: {e}",
+                    member.keeper.address
+                )
+            })
         };
-        let events = connect(self.patience)?.watch().map_err(|e| anyhow!("the keeper tells no events: {e}"))?;
+        let events = connect(self.patience)?
+            .watch()
+            .map_err(|e| anyhow!("the keeper tells no events: {e}"))?;
         member.control = Some(connect(self.patience)?);
         let (sender, number) = (self.sender.clone(), member.number);
         std::thread::spawn(move || {
@@ -138,7 +170,9 @@ impl Keepers {
 
     /// The place of the keeper with this number; None for one that has been replaced.
     pub(super) fn place(&self, number: u64) -> Option<usize> {
-        self.members.iter().position(|member| member.number == number)
+        self.members
+            .iter()
+            .position(|member| member.number == number)
     }
 
     /// Whether the keeper answers.
@@ -170,7 +204,10 @@ impl Keepers {
     }
 
     /// Asks every keeper that is there.
-    pub(super) fn ask_all(&mut self, ask: impl Fn(&mut Peer) -> Result<(), checkpoint::keeper::Error>) {
+    pub(super) fn ask_all(
+        &mut self,
+        ask: impl Fn(&mut Peer) -> Result<(), checkpoint::keeper::Error>,
+    ) {
         for place in 0..self.members.len() {
             self.ask(place, &ask);
         }
@@ -180,11 +217,15 @@ impl Keepers {
     pub(super) fn long(&self, place: usize) -> Result<Peer> {
         const LONG: Duration = Duration::from_secs(3600);
         let address = self.members[place].keeper.address;
-        Peer::connect(address, &self.secret, LONG).map_err(|e| anyhow!("the keeper of node {place}: {e}"))
+        Peer::connect(address, &self.secret, LONG)
+            .map_err(|e| anyhow!("the keeper of node {place}: {e}"))
     }
 
     pub(super) fn addresses(&self) -> Vec<SocketAddr> {
-        self.members.iter().map(|member| member.keeper.address).collect()
+        self.members
+            .iter()
+            .map(|member| member.keeper.address)
+            .collect()
     }
 
     pub(super) fn secret(&self) -> &Secret {
@@ -228,7 +269,9 @@ impl Keepers {
     /// Starts a keeper anew whose ranks still live: under the name that they know.
     pub(super) fn restart(&mut self, place: usize, machines: &mut Machines) -> Result<()> {
         self.bury(place, machines);
-        let register::Keeper { socket, machine, .. } = self.members[place].keeper.clone();
+        let register::Keeper {
+            socket, machine, ..
+        } = self.members[place].keeper.clone();
         let member = self.spawn(place, Some(socket), (machines, machine))?;
         self.members[place] = member;
         Ok(())
@@ -252,7 +295,11 @@ impl Keepers {
 
     /// Writes down where they are.
     pub(super) fn save(&self, register: &mut Register) -> Result<()> {
-        register.keepers = self.members.iter().map(|member| member.keeper.clone()).collect();
+        register.keepers = self
+            .members
+            .iter()
+            .map(|member| member.keeper.clone())
+            .collect();
         register.spares = self.members.len() - self.nodes;
         register.save(&self.dir)
     }

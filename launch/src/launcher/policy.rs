@@ -37,7 +37,13 @@ pub(super) struct History {
 
 impl History {
     /// Decides about a failure at `now` seconds, with `done` steps done.
-    pub(super) fn decide(&mut self, cause: &Cause, done: u64, now: f64, config: &RestartConfig) -> Verdict {
+    pub(super) fn decide(
+        &mut self,
+        cause: &Cause,
+        done: u64,
+        now: f64,
+        config: &RestartConfig,
+    ) -> Verdict {
         if *cause == Cause::Hopeless || config.max_restarts == 0 {
             return Verdict::GiveUp(String::new());
         }
@@ -55,11 +61,18 @@ impl History {
             Some((step, times)) if failing <= step => times + 1,
             _ => 1,
         };
-        self.at = Some((self.at.map_or(failing, |(step, _)| if times > 1 { step } else { failing }), times));
+        self.at = Some((
+            self.at
+                .map_or(failing, |(step, _)| if times > 1 { step } else { failing }),
+            times,
+        ));
         if times >= AT_ONE_STEP {
-            return Verdict::GiveUp(format!("step {failing} fails again and again ({times} times now)"));
+            return Verdict::GiveUp(format!(
+                "step {failing} fails again and again ({times} times now)"
+            ));
         }
-        self.restarts.retain(|&at| now - at < config.window_s as f64);
+        self.restarts
+            .retain(|&at| now - at < config.window_s as f64);
         if self.restarts.len() >= config.max_restarts {
             return Verdict::GiveUp(format!(
                 "there were {} restarts in {} s, as many as restart.max_restarts allows",
@@ -76,7 +89,10 @@ impl History {
         if let Some(step) = skipped {
             *self.skips.entry(step).or_insert(0) += 1;
         }
-        Verdict::Restart { older: times - 1, skipped }
+        Verdict::Restart {
+            older: times - 1,
+            skipped,
+        }
     }
 }
 
@@ -85,7 +101,10 @@ mod tests {
     use super::*;
 
     fn restart(older: usize) -> Verdict {
-        Verdict::Restart { older, skipped: None }
+        Verdict::Restart {
+            older,
+            skipped: None,
+        }
     }
 
     #[test]
@@ -98,9 +117,14 @@ mod tests {
         // Progress: all is forgotten.
         assert_eq!(history.decide(&Cause::Fault, 8, 3.0, &config), restart(0));
         for older in 1..4 {
-            assert_eq!(history.decide(&Cause::Fault, 8, 4.0, &config), restart(older));
+            assert_eq!(
+                history.decide(&Cause::Fault, 8, 4.0, &config),
+                restart(older)
+            );
         }
-        let Verdict::GiveUp(reason) = history.decide(&Cause::Fault, 8, 5.0, &config) else { panic!("it goes on") };
+        let Verdict::GiveUp(reason) = history.decide(&Cause::Fault, 8, 5.0, &config) else {
+            panic!("it goes on")
+        };
         assert_eq!(reason, "step 9 fails again and again (5 times now)");
     }
 
@@ -108,24 +132,52 @@ mod tests {
     fn a_bad_batch_is_left_out_once_and_then_the_state_is_to_blame() {
         let (config, mut history) = (RestartConfig::default(), History::default());
         let cause = Cause::Diverged { step: 4 };
-        assert_eq!(history.decide(&cause, 3, 0.0, &config), Verdict::Restart { older: 0, skipped: Some(4) });
+        assert_eq!(
+            history.decide(&cause, 3, 0.0, &config),
+            Verdict::Restart {
+                older: 0,
+                skipped: Some(4)
+            }
+        );
         assert_eq!(history.decide(&cause, 3, 1.0, &config), restart(1));
         assert_eq!(history.skips, BTreeMap::from([(4, 1)]));
-        let stop = RestartConfig { on_divergence: OnDivergence::Stop, ..config };
-        assert!(matches!(History::default().decide(&cause, 3, 0.0, &stop), Verdict::GiveUp(_)));
+        let stop = RestartConfig {
+            on_divergence: OnDivergence::Stop,
+            ..config
+        };
+        assert!(matches!(
+            History::default().decide(&cause, 3, 0.0, &stop),
+            Verdict::GiveUp(_)
+        ));
     }
 
     #[test]
     fn restarts_are_counted_over_a_window() {
-        let config = RestartConfig { max_restarts: 2, window_s: 10, ..RestartConfig::default() };
+        let config = RestartConfig {
+            max_restarts: 2,
+            window_s: 10,
+            ..RestartConfig::default()
+        };
         let mut history = History::default();
-        let verdicts: Vec<Verdict> =
-            [(1, 0.0), (2, 1.0), (3, 2.0)].map(|(done, now)| history.decide(&Cause::Fault, done, now, &config)).into();
+        let verdicts: Vec<Verdict> = [(1, 0.0), (2, 1.0), (3, 2.0)]
+            .map(|(done, now)| history.decide(&Cause::Fault, done, now, &config))
+            .into();
         assert_eq!(verdicts[..2], [restart(0), restart(0)]);
-        assert!(matches!(&verdicts[2], Verdict::GiveUp(reason) if reason.starts_with("there were 2 restarts in 10 s")));
+        assert!(
+            matches!(&verdicts[2], Verdict::GiveUp(reason) if reason.starts_with("there were 2 restarts in 10 s"))
+        );
         assert_eq!(history.decide(&Cause::Fault, 9, 11.5, &config), restart(0));
-        let none = RestartConfig { max_restarts: 0, ..RestartConfig::default() };
-        assert_eq!(History::default().decide(&Cause::Fault, 1, 0.0, &none), Verdict::GiveUp(String::new()));
-        assert_eq!(History::default().decide(&Cause::Hopeless, 0, 0.0, &config), Verdict::GiveUp(String::new()));
+        let none = RestartConfig {
+            max_restarts: 0,
+            ..RestartConfig::default()
+        };
+        assert_eq!(
+            History::default().decide(&Cause::Fault, 1, 0.0, &none),
+            Verdict::GiveUp(String::new())
+        );
+        assert_eq!(
+            History::default().decide(&Cause::Hopeless, 0, 0.0, &config),
+            Verdict::GiveUp(String::new())
+        );
     }
 }

@@ -38,12 +38,20 @@ pub(super) struct Failed {
 
 impl<'a> Ranks<'a> {
     pub(super) fn new(args: &'a TrainArgs, dir: &'a Path) -> Ranks<'a> {
-        Ranks { args, dir, children: Vec::new(), standby: Vec::new() }
+        Ranks {
+            args,
+            dir,
+            children: Vec::new(),
+            standby: Vec::new(),
+        }
     }
 
     fn spawn(&self) -> Result<Child> {
         let mut command = Command::new(OWN_PROGRAM);
-        command.arg0("moerun").arg("train").arg(&self.args.config.config);
+        command
+            .arg0("moerun")
+            .arg("train")
+            .arg(&self.args.config.config);
         for change in &self.args.config.set {
             command.arg("--set").arg(change);
         }
@@ -65,9 +73,13 @@ impl<'a> Ranks<'a> {
                 None => self.spawn()?,
             };
             let line = serde_json::to_string(assignment).expect("plain data");
-            let told = child.stdin.take().map(|mut stdin| writeln!(stdin, "{line}"));
+            let told = child
+                .stdin
+                .take()
+                .map(|mut stdin| writeln!(stdin, "{line}"));
             self.children.push((assignment.rank, child));
-            told.transpose().with_context(|| format!("rank {} ended before it began", assignment.rank))?;
+            told.transpose()
+                .with_context(|| format!("rank {} ended before it began", assignment.rank))?;
         }
         Ok(())
     }
@@ -106,11 +118,25 @@ impl<'a> Ranks<'a> {
 
     pub(super) fn failed(&mut self) -> Vec<Failed> {
         let dir = self.dir;
-        let ended = self.children.iter_mut().map(|(rank, child)| (*rank, child.try_wait().ok().flatten()));
-        let failed = ended.filter_map(|(rank, status)| Some((rank, status?))).filter(|(_, status)| !status.success());
-        let report = |rank: usize| serde_json::from_slice(&std::fs::read(failure_path(dir, rank)).ok()?).ok();
+        let ended = self
+            .children
+            .iter_mut()
+            .map(|(rank, child)| (*rank, child.try_wait().ok().flatten()));
+        let failed = ended
+            .filter_map(|(rank, status)| Some((rank, status?)))
+            .filter(|(_, status)| !status.success());
+        let report = |rank: usize| {
+            serde_json::from_slice(&std::fs::read(failure_path(dir, rank)).ok()?).ok()
+        };
         let failed = failed.map(|(rank, status)| (rank, status.into_raw()));
-        failed.map(|(rank, status)| Failed { rank, status, report: report(rank), lost: None }).collect()
+        failed
+            .map(|(rank, status)| Failed {
+                rank,
+                status,
+                report: report(rank),
+                lost: None,
+            })
+            .collect()
     }
 
     pub(super) fn signal(&self, signal: Signal) {
@@ -150,9 +176,13 @@ fn end(mut children: Vec<Child>) {
 
 /// The failure that came first: a rank that was killed says nothing itself, and the others only that it is gone.
 pub(super) fn first_cause(failed: &[Failed]) -> Option<&Failed> {
-    let killed = failed.iter().find(|failed| failed.signal().is_some() && failed.report.is_none());
+    let killed = failed
+        .iter()
+        .find(|failed| failed.signal().is_some() && failed.report.is_none());
     let reported = failed.iter().filter(|failed| failed.report.is_some());
-    killed.or_else(|| reported.min_by_key(|failed| failed.report.as_ref().map(|report| report.at))).or(failed.first())
+    killed
+        .or_else(|| reported.min_by_key(|failed| failed.report.as_ref().map(|report| report.at)))
+        .or(failed.first())
 }
 
 impl Failed {
@@ -171,7 +201,12 @@ impl Failed {
     }
 
     pub(super) fn explain(&self, dir: &Path) -> String {
-        format!("rank {} failed: {}\n  its log: {}", self.rank, self.reason(), log_path(dir, self.rank).display())
+        format!(
+            "rank {} failed: {}\n  its log: {}",
+            self.rank,
+            self.reason(),
+            log_path(dir, self.rank).display()
+        )
     }
 }
 
@@ -179,9 +214,13 @@ impl Failed {
 fn ended(status: ExitStatus) -> String {
     match (status.signal(), status.code()) {
         (Some(number), _) => {
-            let name =
-                Signal::try_from(number).map_or_else(|_| format!("signal {number}"), |signal| signal.to_string());
-            let hint = if number == Signal::SIGKILL as i32 { " (by hand, or because memory ran out)" } else { "" };
+            let name = Signal::try_from(number)
+                .map_or_else(|_| format!("signal {number}"), |signal| signal.to_string());
+            let hint = if number == Signal::SIGKILL as i32 {
+                " (by hand, or because memory ran out)"
+            } else {
+                ""
+            };
             format!("it was ended by {name}{hint}")
         }
         (None, Some(code)) => format!("it ended with status {code}"),

@@ -26,12 +26,21 @@ pub(super) fn recover(keepers: &mut Keepers, older: usize, checkpoints: &Path) -
         match put_together(keepers, candidate, &places) {
             Ok(how) => {
                 if older > 0 {
-                    reasons.push(format!("{older} newer state{} did not help", if older == 1 { "" } else { "s" }));
+                    reasons.push(format!(
+                        "{older} newer state{} did not help",
+                        if older == 1 { "" } else { "s" }
+                    ));
                 }
                 let said = format!("going on from the snapshot of step {} ({how})", id.step);
-                return Restored { snapshot: Some((id, candidate.holders.len())), said: because(said, &reasons) };
+                return Restored {
+                    snapshot: Some((id, candidate.holders.len())),
+                    said: because(said, &reasons),
+                };
             }
-            Err(error) => reasons.push(format!("the snapshot of step {} is of no use: {error:#}", id.step)),
+            Err(error) => reasons.push(format!(
+                "the snapshot of step {} is of no use: {error:#}",
+                id.step
+            )),
         }
     }
     if found.is_empty() {
@@ -40,21 +49,32 @@ pub(super) fn recover(keepers: &mut Keepers, older: usize, checkpoints: &Path) -
         reasons.push("the snapshots in memory did not help".into());
     }
     keepers.ask_all(|peer| peer.keep(None, &[]));
-    let newest = checkpoint::list(checkpoints).ok().and_then(|list| list.into_iter().next());
+    let newest = checkpoint::list(checkpoints)
+        .ok()
+        .and_then(|list| list.into_iter().next());
     let said = match newest {
         Some(path) => format!("going on from checkpoint {}", path.display()),
         None => "there is no checkpoint: beginning again".into(),
     };
-    Restored { snapshot: None, said: because(said, &reasons) }
+    Restored {
+        snapshot: None,
+        said: because(said, &reasons),
+    }
 }
 
 fn because(said: String, reasons: &[String]) -> String {
-    if reasons.is_empty() { said } else { format!("{said}; {}", reasons.join("; ")) }
+    if reasons.is_empty() {
+        said
+    } else {
+        format!("{said}; {}", reasons.join("; "))
+    }
 }
 
 /// What can be restored, and which keeper each inventory is of.
 pub(super) fn look(keepers: &mut Keepers) -> (Vec<Candidate>, Vec<usize>) {
-    let found: Vec<_> = (0..keepers.members.len()).filter_map(|p| Some((p, keepers.inventory(p)?))).collect();
+    let found: Vec<_> = (0..keepers.members.len())
+        .filter_map(|p| Some((p, keepers.inventory(p)?)))
+        .collect();
     let (places, inventories): (Vec<usize>, Vec<_>) = found.into_iter().unzip();
     (candidates(&inventories), places)
 }
@@ -62,7 +82,10 @@ pub(super) fn look(keepers: &mut Keepers) -> (Vec<Candidate>, Vec<usize>) {
 /// Checks and rebuilds a snapshot, and tells every keeper who has what: how it was done.
 fn put_together(keepers: &mut Keepers, candidate: &Candidate, places: &[usize]) -> Result<String> {
     let snapshot = &candidate.snapshot;
-    let addresses: Vec<SocketAddr> = places.iter().map(|&place| keepers.addresses()[place]).collect();
+    let addresses: Vec<SocketAddr> = places
+        .iter()
+        .map(|&place| keepers.addresses()[place])
+        .collect();
     let spread = |tasks: BTreeMap<usize, Vec<Rebuild>>| rebuild_all(keepers, tasks);
     // Chunks that are not what they were.
     let mut damaged: BTreeMap<(usize, usize), Vec<u64>> = BTreeMap::new();
@@ -70,11 +93,15 @@ fn put_together(keepers: &mut Keepers, candidate: &Candidate, places: &[usize]) 
     let checked = std::thread::scope(|scope| {
         let check = |&holder: &usize| {
             let peer = keepers.long(places[holder]);
-            let handle = scope.spawn(move || Ok::<_, anyhow::Error>((holder, peer?.verify(snapshot.id)?.chunks)));
+            let handle = scope
+                .spawn(move || Ok::<_, anyhow::Error>((holder, peer?.verify(snapshot.id)?.chunks)));
             (holder, handle)
         };
         let handles: Vec<_> = holders.iter().map(check).collect();
-        handles.into_iter().map(|(_, handle)| handle.join().expect("no panic")).collect::<Result<Vec<_>>>()
+        handles
+            .into_iter()
+            .map(|(_, handle)| handle.join().expect("no panic"))
+            .collect::<Result<Vec<_>>>()
     })?;
     for (holder, bad) in checked {
         for (rank, chunk) in bad {
@@ -86,11 +113,17 @@ fn put_together(keepers: &mut Keepers, candidate: &Candidate, places: &[usize]) 
     let mut mend: BTreeMap<usize, Vec<Rebuild>> = BTreeMap::new();
     for ((holder, rank), chunks) in &damaged {
         let sources = candidate.sources(*rank, &addresses);
-        let rebuild = Rebuild { snapshot: snapshot.clone(), rank: *rank, chunks: Some(chunks.clone()), sources };
+        let rebuild = Rebuild {
+            snapshot: snapshot.clone(),
+            rank: *rank,
+            chunks: Some(chunks.clone()),
+            sources,
+        };
         mend.entry(places[*holder]).or_default().push(rebuild);
     }
     let mended: usize = damaged.values().map(Vec::len).sum();
-    spread(mend).map_err(|e| anyhow!("{mended} chunks are damaged, and cannot be mended: {e:#}"))?;
+    spread(mend)
+        .map_err(|e| anyhow!("{mended} chunks are damaged, and cannot be mended: {e:#}"))?;
     // Whole parts that are gone: to the keeper that has taken the node's place, else to any.
     let mut missing: BTreeMap<usize, Vec<Rebuild>> = BTreeMap::new();
     let mut holders = Vec::new();
@@ -99,16 +132,29 @@ fn put_together(keepers: &mut Keepers, candidate: &Candidate, places: &[usize]) 
             Some(holder) => places[*holder],
             None => {
                 let node = snapshot.topology.node_of(rank).unwrap_or(0);
-                let place = if places.contains(&node) { node } else { places[rank % places.len()] };
+                let place = if places.contains(&node) {
+                    node
+                } else {
+                    places[rank % places.len()]
+                };
                 let sources = candidate.sources(rank, &addresses);
-                let rebuild = Rebuild { snapshot: snapshot.clone(), rank, chunks: None, sources };
+                let rebuild = Rebuild {
+                    snapshot: snapshot.clone(),
+                    rank,
+                    chunks: None,
+                    sources,
+                };
                 missing.entry(place).or_default().push(rebuild);
                 place
             }
         };
         holders.push(keepers.addresses()[place]);
     }
-    let rebuilt: Vec<usize> = missing.values().flatten().map(|rebuild| rebuild.rank).collect();
+    let rebuilt: Vec<usize> = missing
+        .values()
+        .flatten()
+        .map(|rebuild| rebuild.rank)
+        .collect();
     let targets: Vec<usize> = missing.keys().copied().collect();
     spread(missing)?;
     keepers.ask_all(|peer| peer.keep(Some(snapshot), &holders));
@@ -119,7 +165,11 @@ fn put_together(keepers: &mut Keepers, candidate: &Candidate, places: &[usize]) 
     }
     if !rebuilt.is_empty() {
         let ranks: Vec<String> = rebuilt.iter().map(usize::to_string).collect();
-        how.push(format!("parts of ranks {} rebuilt from {}", ranks.join(", "), snapshot.topology.redundancy));
+        how.push(format!(
+            "parts of ranks {} rebuilt from {}",
+            ranks.join(", "),
+            snapshot.topology.redundancy
+        ));
     }
     Ok(how.join("; "))
 }
@@ -131,11 +181,15 @@ fn rebuild_all(keepers: &Keepers, tasks: BTreeMap<usize, Vec<Rebuild>>) -> Resul
             let peer = keepers.long(place);
             scope.spawn(move || {
                 let mut peer = peer?;
-                rebuilds.into_iter().try_for_each(|rebuild| Ok::<_, anyhow::Error>(peer.rebuild(rebuild)?))
+                rebuilds
+                    .into_iter()
+                    .try_for_each(|rebuild| Ok::<_, anyhow::Error>(peer.rebuild(rebuild)?))
             })
         };
         let handles: Vec<_> = tasks.into_iter().map(start).collect();
-        handles.into_iter().try_for_each(|handle| handle.join().expect("no panic"))
+        handles
+            .into_iter()
+            .try_for_each(|handle| handle.join().expect("no panic"))
     })
 }
 
@@ -153,17 +207,24 @@ fn protect_again(
         if !targets.contains(&node) || !places.contains(&node) {
             continue;
         }
-        let Some(&rank) = topology.nodes[node].ranks.first() else { continue };
+        let Some(&rank) = topology.nodes[node].ranks.first() else {
+            continue;
+        };
         let mut sources = candidate.sources(rank, addresses);
         let group = topology.groups.iter().find(|group| group.contains(&node));
-        if let Some(position) = group.and_then(|group| group.iter().position(|&other| other == node)) {
+        if let Some(position) =
+            group.and_then(|group| group.iter().position(|&other| other == node))
+        {
             sources[position] = Some(keepers.addresses()[node]);
         }
         let (peer, snapshot) = (keepers.long(node), candidate.snapshot.clone());
         std::thread::spawn(move || {
             let made = peer.and_then(|mut peer| Ok(peer.protect(&snapshot, node, &sources)?));
             if let Err(error) = made {
-                tracing::warn!("node {node} has no parity of step {} yet: {error:#}", snapshot.id.step);
+                tracing::warn!(
+                    "node {node} has no parity of step {} yet: {error:#}",
+                    snapshot.id.step
+                );
             }
         });
     }

@@ -19,9 +19,16 @@ pub(super) fn spawn_keeper(dir: &Path, node: usize, orders: &Orders) -> Result<(
     let file = File::options().create(true).append(true).open(&log);
     let file = file.with_context(|| format!("cannot write {}", log.display()))?;
     let mut command = Command::new(OWN_PROGRAM);
-    command.arg0("moerun").args(["keeper", "serve"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(file);
+    command
+        .arg0("moerun")
+        .args(["keeper", "serve"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(file);
     let mut child = command.spawn().context("cannot start a keeper")?;
-    match tell(&mut child, orders).with_context(|| format!("the keeper of node {node}: see {}", log.display())) {
+    match tell(&mut child, orders)
+        .with_context(|| format!("the keeper of node {node}: see {}", log.display()))
+    {
         Ok(ready) => Ok((child, ready)),
         Err(error) => {
             let _ = child.kill();
@@ -33,14 +40,24 @@ pub(super) fn spawn_keeper(dir: &Path, node: usize, orders: &Orders) -> Result<(
 
 fn tell(child: &mut Child, orders: &Orders) -> Result<Ready> {
     let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
-    let (mut stdin, stdout) = stdin.zip(stdout).context("it has no standard input and output")?;
-    writeln!(stdin, "{}", serde_json::to_string(orders).expect("plain data")).context("it ended at once")?;
+    let (mut stdin, stdout) = stdin
+        .zip(stdout)
+        .context("it has no standard input and output")?;
+    writeln!(
+        stdin,
+        "{}",
+        serde_json::to_string(orders).expect("plain data")
+    )
+    .context("it ended at once")?;
     let (sender, line) = crossbeam_channel::bounded(1);
     std::thread::spawn(move || {
         let mut line = String::new();
         let read = BufReader::new(stdout).read_line(&mut line);
         let _ = sender.send(read.map(|_| line));
     });
-    let line = line.recv_timeout(STARTING).context("it did not start in time")?.context("it said nothing")?;
+    let line = line
+        .recv_timeout(STARTING)
+        .context("it did not start in time")?
+        .context("it said nothing")?;
     serde_json::from_str(&line).context("it did not start")
 }

@@ -59,13 +59,18 @@ impl Tracker {
                 self.pulse(ranks);
                 return Todo::Nothing;
             }
-            Event::Complete { id, .. } | Event::Protected { id } | Event::Unprotected { id, .. } => id,
+            Event::Complete { id, .. }
+            | Event::Protected { id }
+            | Event::Unprotected { id, .. } => id,
         };
         // Of an earlier generation, or given up.
         if id.generation != self.topology.generation || self.newest >= Some(id) {
             return Todo::Nothing;
         }
-        let (pending, _) = self.pending.entry(id).or_insert_with(|| (Pending::default(), Instant::now()));
+        let (pending, _) = self
+            .pending
+            .entry(id)
+            .or_insert_with(|| (Pending::default(), Instant::now()));
         match event {
             Event::Complete { part, durable, .. } => {
                 pending.parts.insert(part.rank, part);
@@ -86,23 +91,38 @@ impl Tracker {
         if !complete || pending.protected.len() < self.topology.nodes.len() {
             return Todo::Nothing;
         }
-        let Some((pending, _)) = self.pending.remove(&id) else { return Todo::Nothing };
+        let Some((pending, _)) = self.pending.remove(&id) else {
+            return Todo::Nothing;
+        };
         self.newest = Some(id);
         // Also in place of older ones, which were given up or overtaken.
         let durable = self.wanted.first().is_some_and(|&wanted| wanted <= id);
         self.wanted.retain(|&wanted| wanted > id);
         let parts = pending.parts.into_values().collect();
-        Todo::Commit(Snapshot { id, topology: self.topology.clone(), parts }, durable)
+        Todo::Commit(
+            Snapshot {
+                id,
+                topology: self.topology.clone(),
+                parts,
+            },
+            durable,
+        )
     }
 
     /// The node of each rank.
     pub(super) fn homes(&self) -> Vec<usize> {
-        (0..self.topology.ranks()).map(|rank| self.topology.node_of(rank).unwrap_or(0)).collect()
+        (0..self.topology.ranks())
+            .map(|rank| self.topology.node_of(rank).unwrap_or(0))
+            .collect()
     }
 
     /// A snapshot for which a rank or a keeper has taken too long.
     pub(super) fn late(&mut self) -> Option<SnapshotId> {
-        let late = self.pending.iter().find(|(_, (_, since))| since.elapsed() > LATE).map(|(&id, _)| id)?;
+        let late = self
+            .pending
+            .iter()
+            .find(|(_, (_, since))| since.elapsed() > LATE)
+            .map(|(&id, _)| id)?;
         self.pending.remove(&late);
         Some(late)
     }
@@ -135,7 +155,9 @@ impl Tracker {
         };
         // The one that is silent for longest was the first.
         let silent = self.ranks.values().filter(|rank| silent(rank));
-        silent.max_by_key(|(rank, _)| rank.silent_ms).map(|(rank, _)| rank.rank)
+        silent
+            .max_by_key(|(rank, _)| rank.silent_ms)
+            .map(|(rank, _)| rank.rank)
     }
 
     /// For how long no rank has got on, if that is too long.
@@ -157,19 +179,45 @@ mod tests {
 
     /// Of two nodes with a rank each.
     fn tracker() -> Tracker {
-        let node = |rank: usize| Node { address: ([127, 0, 0, 1], 1).into(), ranks: vec![rank] };
+        let node = |rank: usize| Node {
+            address: ([127, 0, 0, 1], 1).into(),
+            ranks: vec![rank],
+        };
         let redundancy = Redundancy::Parity { data: 1, parity: 1 };
         let (nodes, groups) = (vec![node(0), node(1)], vec![vec![0, 1]]);
-        Tracker::new(Topology { generation: 1, nodes, redundancy, groups, chunk: 4096 })
+        Tracker::new(Topology {
+            generation: 1,
+            nodes,
+            redundancy,
+            groups,
+            chunk: 4096,
+        })
     }
 
     fn id(step: u64) -> SnapshotId {
-        SnapshotId { generation: 1, step }
+        SnapshotId {
+            generation: 1,
+            step,
+        }
     }
 
     fn complete(tracker: &mut Tracker, rank: usize, step: u64, durable: bool) {
-        let part = PartInfo { rank, bytes: 1, crcs: vec![0] };
-        assert_eq!(tracker.hear(rank, Event::Complete { id: id(step), part, durable }), Todo::Nothing);
+        let part = PartInfo {
+            rank,
+            bytes: 1,
+            crcs: vec![0],
+        };
+        assert_eq!(
+            tracker.hear(
+                rank,
+                Event::Complete {
+                    id: id(step),
+                    part,
+                    durable
+                }
+            ),
+            Todo::Nothing
+        );
     }
 
     /// Which step is committed when all keepers have made the parity of `step`, and whether it is to be written.
@@ -187,15 +235,30 @@ mod tests {
         for (step, durable) in [(4, false), (5, true), (6, false)] {
             (0..2).for_each(|rank| complete(&mut tracker, rank, step, durable));
         }
-        assert_eq!(protected(&mut tracker, 4), Some((4, false)), "nothing was to be written so far");
-        assert_eq!(protected(&mut tracker, 6), Some((6, true)), "it is written in place of 5");
+        assert_eq!(
+            protected(&mut tracker, 4),
+            Some((4, false)),
+            "nothing was to be written so far"
+        );
+        assert_eq!(
+            protected(&mut tracker, 6),
+            Some((6, true)),
+            "it is written in place of 5"
+        );
         assert_eq!(protected(&mut tracker, 5), None);
         for (step, durable) in [(7, true), (8, false), (9, false)] {
             (0..2).for_each(|rank| complete(&mut tracker, rank, step, durable));
         }
-        let lost = Event::Unprotected { id: id(7), reason: "a keeper is gone".into() };
+        let lost = Event::Unprotected {
+            id: id(7),
+            reason: "a keeper is gone".into(),
+        };
         assert!(matches!(tracker.hear(1, lost), Todo::Abandon(given_up, _) if given_up == id(7)));
         assert_eq!(protected(&mut tracker, 8), Some((8, true)));
-        assert_eq!(protected(&mut tracker, 9), Some((9, false)), "once is enough");
+        assert_eq!(
+            protected(&mut tracker, 9),
+            Some((9, false)),
+            "once is enough"
+        );
     }
 }

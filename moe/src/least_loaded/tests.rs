@@ -26,12 +26,22 @@ fn transcription(loads: &[i64], owners: usize, alpha: f64, m: i64) -> Vec<Entry>
         let mut offset = 0;
         let mut r = e;
         if na >= e {
-            plan.push(Entry { expert: i, owner: ng, start: 0, end: e });
+            plan.push(Entry {
+                expert: i,
+                owner: ng,
+                start: 0,
+                end: e,
+            });
             g_a[ng] += e;
             continue;
         }
         if na > 0 {
-            plan.push(Entry { expert: i, owner: ng, start: 0, end: na });
+            plan.push(Entry {
+                expert: i,
+                owner: ng,
+                start: 0,
+                end: na,
+            });
             g_a[ng] += na;
             offset = na;
             r = e - na;
@@ -45,7 +55,12 @@ fn transcription(loads: &[i64], owners: usize, alpha: f64, m: i64) -> Vec<Entry>
                 if c <= 0 || (c < m && r > c) {
                     continue;
                 }
-                plan.push(Entry { expert: i, owner: o, start: offset, end: offset + c });
+                plan.push(Entry {
+                    expert: i,
+                    owner: o,
+                    start: offset,
+                    end: offset + c,
+                });
                 g_a[o] += c;
                 offset += c;
                 r -= c;
@@ -53,7 +68,12 @@ fn transcription(loads: &[i64], owners: usize, alpha: f64, m: i64) -> Vec<Entry>
                 break;
             }
             if !assigned {
-                plan.push(Entry { expert: i, owner: others[0], start: offset, end: offset + r });
+                plan.push(Entry {
+                    expert: i,
+                    owner: others[0],
+                    start: offset,
+                    end: offset + r,
+                });
                 g_a[others[0]] += r;
                 r = 0;
             }
@@ -63,7 +83,14 @@ fn transcription(loads: &[i64], owners: usize, alpha: f64, m: i64) -> Vec<Entry>
 }
 
 fn planner(min_tokens: i64) -> Planner {
-    Planner { capacity: 1.0, min_tokens, threshold: 1.0, over: Imbalance::Device, strict_paper: false, nodes: vec![] }
+    Planner {
+        capacity: 1.0,
+        min_tokens,
+        threshold: 1.0,
+        over: Imbalance::Device,
+        strict_paper: false,
+        nodes: vec![],
+    }
 }
 
 /// Loads of every kind: even, skewed, one expert, empty ones; fewer choices than ranks.
@@ -178,19 +205,31 @@ fn a_minimum_above_the_mean_does_not_undo_the_balance() {
     let mut loads = [0i64; 64];
     loads[0] = 8 * 512;
     let largest = |loads: Vec<i64>| loads.into_iter().max().unwrap();
-    let strict = Planner { strict_paper: true, ..planner(1024) };
+    let strict = Planner {
+        strict_paper: true,
+        ..planner(1024)
+    };
     assert!(largest(strict.plan(&loads, 8).loads()) >= 7 * 512);
     let shares = planner(1024).spread(&loads, &home_loads(&loads, 8), &heaviest_first(&loads), 1.0);
     assert_eq!(largest(Assignment::new(64, 8, shares).loads()), 512);
     // Where a transfer really costs as much as 1024 choices, it stays as it was.
-    assert_eq!(planner(1024).plan(&loads, 8), Assignment::standard(&loads, 8));
+    assert_eq!(
+        planner(1024).plan(&loads, 8),
+        Assignment::standard(&loads, 8)
+    );
 }
 
 #[test]
 fn a_small_excess_stays_at_home() {
     // Trap: a rest below m is sent all the same.
     let loads = [1016, 984];
-    assert_eq!(paper(&loads, 2, 1.0, 64).iter().filter(|entry| entry.expert == 0).count(), 2);
+    assert_eq!(
+        paper(&loads, 2, 1.0, 64)
+            .iter()
+            .filter(|entry| entry.expert == 0)
+            .count(),
+        2
+    );
     assert_eq!(planner(64).plan(&loads, 2), Assignment::standard(&loads, 2));
 }
 
@@ -199,9 +238,16 @@ fn nearly_even_loads_move_nothing() {
     // Trap: with one idle expert of 128 and everything else even, the published planner moves whole experts.
     let mut loads = [1024i64; 128];
     loads[5] = 0;
-    assert!(paper(&loads, 8, 1.0, 1024).iter().any(|entry| entry.owner != entry.expert / 16));
+    assert!(
+        paper(&loads, 8, 1.0, 1024)
+            .iter()
+            .any(|entry| entry.owner != entry.expert / 16)
+    );
     assert!(planner(1024).plan(&loads, 8).transfers().is_empty());
-    let paper_default = Planner { threshold: 1.3, ..planner(1) };
+    let paper_default = Planner {
+        threshold: 1.3,
+        ..planner(1)
+    };
     assert!(paper_default.plan(&loads, 8).transfers().is_empty());
 }
 
@@ -209,9 +255,23 @@ fn nearly_even_loads_move_nothing() {
 fn imbalance_is_measured_over_ranks_or_over_experts() {
     // Four hot experts of 128 get 15 % of the choices: 1.86 over 8 ranks, 4.8 over experts (figure 7a).
     let total = 1_000_000i64;
-    let loads: Vec<i64> =
-        (0..128).map(|expert| if expert < 4 { total * 15 / 400 } else { total * 85 / 12400 }).collect();
-    let with = |threshold, over| Planner { threshold, over, ..planner(1) }.plan(&loads, 8);
+    let loads: Vec<i64> = (0..128)
+        .map(|expert| {
+            if expert < 4 {
+                total * 15 / 400
+            } else {
+                total * 85 / 12400
+            }
+        })
+        .collect();
+    let with = |threshold, over| {
+        Planner {
+            threshold,
+            over,
+            ..planner(1)
+        }
+        .plan(&loads, 8)
+    };
     assert!(with(2.0, Imbalance::Device).transfers().is_empty());
     assert!(!with(1.8, Imbalance::Device).transfers().is_empty());
     assert!(!with(2.0, Imbalance::Expert).transfers().is_empty());

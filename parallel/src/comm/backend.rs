@@ -41,9 +41,17 @@ impl std::str::FromStr for Backend {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Backend, String> {
-        let all = [Backend::Auto, Backend::Gloo, Backend::Mpi, Backend::Nccl, Backend::Hccl];
+        let all = [
+            Backend::Auto,
+            Backend::Gloo,
+            Backend::Mpi,
+            Backend::Nccl,
+            Backend::Hccl,
+        ];
         let found = all.into_iter().find(|backend| backend.name() == text);
-        found.ok_or_else(|| format!("there is no backend {text:?}: use auto, gloo, mpi, nccl or hccl"))
+        found.ok_or_else(|| {
+            format!("there is no backend {text:?}: use auto, gloo, mpi, nccl or hccl")
+        })
     }
 }
 
@@ -94,19 +102,28 @@ impl Backend {
     ///
     /// # Errors
     /// When the wish cannot be fulfilled: why, and what to do.
-    pub(crate) fn decide(self, by_mpi: ByMpi, device: Device, has_mpi: bool) -> Result<Carriers, String> {
+    pub(crate) fn decide(
+        self,
+        by_mpi: ByMpi,
+        device: Device,
+        has_mpi: bool,
+    ) -> Result<Carriers, String> {
         let host = match (self, by_mpi, has_mpi) {
             (Backend::Gloo, ..) => OnHost::Gloo,
             (Backend::Mpi, ByMpi::Yes | ByMpi::Perhaps, true) => OnHost::Mpi,
             (Backend::Mpi, _, false) => {
-                return Err("this moerun was built without MPI: run ./scripts/setup --mpi and build with \
+                return Err(
+                    "this moerun was built without MPI: run ./scripts/setup --mpi and build with \
                             --features mpi, or use run.communicator: gloo"
-                    .into());
+                        .into(),
+                );
             }
             (Backend::Mpi, ByMpi::No, true) => {
-                return Err("run.communicator is mpi and these ranks were not started by MPI: start \
+                return Err(
+                    "run.communicator is mpi and these ranks were not started by MPI: start \
                             'mpirun -n N moerun train ...', or use run.communicator: auto"
-                    .into());
+                        .into(),
+                );
             }
             (_, ByMpi::Yes, true) => OnHost::Mpi,
             _ => OnHost::Gloo,
@@ -117,14 +134,22 @@ impl Backend {
             (Backend::Auto | Backend::Hccl, NPU) => Some(OnDevice::Hccl),
             (Backend::Auto, _) => None,
             (Backend::Nccl | Backend::Hccl, _) => {
-                let (name, device) = if self == Backend::Nccl { ("nccl", "cuda") } else { ("hccl", "npu") };
+                let (name, device) = if self == Backend::Nccl {
+                    ("nccl", "cuda")
+                } else {
+                    ("hccl", "npu")
+                };
                 return Err(format!(
                     "run.communicator is {name}, which carries tensors of {device} alone, and these ranks have none: use \
                      run.device: {device}, or run.communicator: auto"
                 ));
             }
         };
-        Ok(Carriers { host, shares: !matches!(self, Backend::Gloo | Backend::Mpi), device })
+        Ok(Carriers {
+            host,
+            shares: !matches!(self, Backend::Gloo | Backend::Mpi),
+            device,
+        })
     }
 }
 
@@ -142,29 +167,91 @@ mod tests {
 
     #[test]
     fn mpi_is_taken_where_it_started_the_ranks() {
-        let decide = |backend: Backend, by_mpi, has_mpi| backend.decide(by_mpi, Device::Cpu, has_mpi);
-        let of = |host, shares| Ok(Carriers { host, shares, device: None });
-        assert_eq!(decide(Backend::Auto, ByMpi::Yes, true), of(OnHost::Mpi, true));
-        assert_eq!(decide(Backend::Auto, ByMpi::Yes, false), of(OnHost::Gloo, true));
-        assert_eq!(decide(Backend::Auto, ByMpi::Perhaps, true), of(OnHost::Gloo, true));
-        assert_eq!(decide(Backend::Mpi, ByMpi::Perhaps, true), of(OnHost::Mpi, false));
-        assert_eq!(decide(Backend::Auto, ByMpi::No, true), of(OnHost::Gloo, true));
-        assert_eq!(decide(Backend::Gloo, ByMpi::Yes, true), of(OnHost::Gloo, false));
-        assert!(decide(Backend::Mpi, ByMpi::No, true).unwrap_err().contains("mpirun -n N"));
-        assert!(decide(Backend::Mpi, ByMpi::Yes, false).unwrap_err().contains("setup --mpi"));
+        let decide =
+            |backend: Backend, by_mpi, has_mpi| backend.decide(by_mpi, Device::Cpu, has_mpi);
+        let of = |host, shares| {
+            Ok(Carriers {
+                host,
+                shares,
+                device: None,
+            })
+        };
+        assert_eq!(
+            decide(Backend::Auto, ByMpi::Yes, true),
+            of(OnHost::Mpi, true)
+        );
+        assert_eq!(
+            decide(Backend::Auto, ByMpi::Yes, false),
+            of(OnHost::Gloo, true)
+        );
+        assert_eq!(
+            decide(Backend::Auto, ByMpi::Perhaps, true),
+            of(OnHost::Gloo, true)
+        );
+        assert_eq!(
+            decide(Backend::Mpi, ByMpi::Perhaps, true),
+            of(OnHost::Mpi, false)
+        );
+        assert_eq!(
+            decide(Backend::Auto, ByMpi::No, true),
+            of(OnHost::Gloo, true)
+        );
+        assert_eq!(
+            decide(Backend::Gloo, ByMpi::Yes, true),
+            of(OnHost::Gloo, false)
+        );
+        assert!(
+            decide(Backend::Mpi, ByMpi::No, true)
+                .unwrap_err()
+                .contains("mpirun -n N")
+        );
+        assert!(
+            decide(Backend::Mpi, ByMpi::Yes, false)
+                .unwrap_err()
+                .contains("setup --mpi")
+        );
     }
 
     #[test]
     fn a_device_has_its_vendors_library() {
         let decide = |backend: Backend, device| backend.decide(ByMpi::No, device, false);
-        let of = |device| Ok(Carriers { host: OnHost::Gloo, shares: true, device });
-        assert_eq!(decide(Backend::Auto, Device::Cuda(3)), of(Some(OnDevice::Nccl)));
-        assert_eq!(decide(Backend::Nccl, Device::Cuda(3)), of(Some(OnDevice::Nccl)));
-        let gloo = Carriers { host: OnHost::Gloo, shares: false, device: None };
+        let of = |device| {
+            Ok(Carriers {
+                host: OnHost::Gloo,
+                shares: true,
+                device,
+            })
+        };
+        assert_eq!(
+            decide(Backend::Auto, Device::Cuda(3)),
+            of(Some(OnDevice::Nccl))
+        );
+        assert_eq!(
+            decide(Backend::Nccl, Device::Cuda(3)),
+            of(Some(OnDevice::Nccl))
+        );
+        let gloo = Carriers {
+            host: OnHost::Gloo,
+            shares: false,
+            device: None,
+        };
         assert_eq!(decide(Backend::Gloo, Device::Cuda(3)), Ok(gloo));
         assert_eq!(decide(Backend::Auto, NPU), of(Some(OnDevice::Hccl)));
-        assert!(decide(Backend::Nccl, Device::Cpu).unwrap_err().contains("run.device: cuda"));
-        assert!(decide(Backend::Hccl, Device::Cuda(0)).unwrap_err().contains("run.device: npu"));
-        assert!("rccl".parse::<Backend>().unwrap_err().contains("nccl or hccl"));
+        assert!(
+            decide(Backend::Nccl, Device::Cpu)
+                .unwrap_err()
+                .contains("run.device: cuda")
+        );
+        assert!(
+            decide(Backend::Hccl, Device::Cuda(0))
+                .unwrap_err()
+                .contains("run.device: npu")
+        );
+        assert!(
+            "rccl"
+                .parse::<Backend>()
+                .unwrap_err()
+                .contains("nccl or hccl")
+        );
     }
 }

@@ -12,7 +12,11 @@ pub(crate) struct ByDevice {
 
 impl ByDevice {
     fn of(&self, tensor: &Tensor) -> &dyn Communicator {
-        if tensor.device() == Device::Cpu { self.host.as_ref() } else { self.device.as_ref() }
+        if tensor.device() == Device::Cpu {
+            self.host.as_ref()
+        } else {
+            self.device.as_ref()
+        }
     }
 }
 
@@ -38,7 +42,12 @@ impl Communicator for ByDevice {
     fn all_gather(&self, output: &Tensor, input: &Tensor) -> Result<Work, CommError> {
         self.of(input).all_gather(output, input)
     }
-    fn reduce_scatter(&self, output: &Tensor, input: &Tensor, op: ReduceOp) -> Result<Work, CommError> {
+    fn reduce_scatter(
+        &self,
+        output: &Tensor,
+        input: &Tensor,
+        op: ReduceOp,
+    ) -> Result<Work, CommError> {
         self.of(input).reduce_scatter(output, input, op)
     }
     fn all_to_all(
@@ -48,7 +57,8 @@ impl Communicator for ByDevice {
         output_splits: &[i64],
         input_splits: &[i64],
     ) -> Result<Work, CommError> {
-        self.of(input).all_to_all(output, input, output_splits, input_splits)
+        self.of(input)
+            .all_to_all(output, input, output_splits, input_splits)
     }
     fn send(&self, tensor: &Tensor, to: usize, tag: i32) -> Result<Work, CommError> {
         self.of(tensor).send(tensor, to, tag)
@@ -56,7 +66,12 @@ impl Communicator for ByDevice {
     fn recv(&self, tensor: &Tensor, from: usize, tag: i32) -> Result<Work, CommError> {
         self.of(tensor).recv(tensor, from, tag)
     }
-    fn exchange(&self, sends: &[(&Tensor, usize)], receives: &[(&Tensor, usize)], tag: i32) -> Result<Work, CommError> {
+    fn exchange(
+        &self,
+        sends: &[(&Tensor, usize)],
+        receives: &[(&Tensor, usize)],
+        tag: i32,
+    ) -> Result<Work, CommError> {
         match sends.iter().chain(receives).next() {
             Some((tensor, _)) => self.of(tensor).exchange(sends, receives, tag),
             None => Ok(Work::done()),

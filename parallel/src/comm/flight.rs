@@ -51,7 +51,9 @@ struct Call {
 
 impl Call {
     fn name(&self) -> String {
-        let number = self.number.map_or(String::new(), |number| format!("call {number}, "));
+        let number = self
+            .number
+            .map_or(String::new(), |number| format!("call {number}, "));
         let peer = match (self.operation, self.peer) {
             ("send", Some(peer)) => format!(" to rank {peer}"),
             (_, Some(peer)) => format!(" from rank {peer}"),
@@ -131,12 +133,32 @@ pub(crate) struct FlightRecorder(Arc<Shared>);
 
 impl FlightRecorder {
     /// Begins, with a connection of its own: whoever waits on another one cannot hold it up.
-    pub(crate) fn begin(rank: usize, serves: Option<usize>, timeout: Duration, store: Store) -> FlightRecorder {
+    pub(crate) fn begin(
+        rank: usize,
+        serves: Option<usize>,
+        timeout: Duration,
+        store: Store,
+    ) -> FlightRecorder {
         let (questions, inbox) = channel();
-        let (log, dump, queued, failure) = (Mutex::default(), Mutex::default(), Mutex::default(), Mutex::default());
+        let (log, dump, queued, failure) = (
+            Mutex::default(),
+            Mutex::default(),
+            Mutex::default(),
+            Mutex::default(),
+        );
         let (began, when_stuck) = (Instant::now(), Mutex::default());
-        let shared =
-            Arc::new(Shared { rank, began, timeout, log, dump, questions, queued, failure, when_stuck, serves });
+        let shared = Arc::new(Shared {
+            rank,
+            began,
+            timeout,
+            log,
+            dump,
+            questions,
+            queued,
+            failure,
+            when_stuck,
+            serves,
+        });
         let watched = Arc::downgrade(&shared);
         std::thread::spawn(move || {
             let mut beats = 0;
@@ -144,17 +166,26 @@ impl FlightRecorder {
             loop {
                 let question = inbox.recv_timeout(pause);
                 pause = BEAT;
-                let Some(shared) = watched.upgrade() else { return };
+                let Some(shared) = watched.upgrade() else {
+                    return;
+                };
                 let mut beat = || {
                     beats += 1;
-                    store.set(&sign_key(shared.rank), &shared.sign(beats)).is_ok()
+                    store
+                        .set(&sign_key(shared.rank), &shared.sign(beats))
+                        .is_ok()
                 };
                 if !beat() {
                     // Without the store the run is at its end anyway.
                     return;
                 }
                 match question {
-                    Ok(question) => drop(question.answer.send(missing(&store, shared.rank, &question.call, &mut beat))),
+                    Ok(question) => drop(question.answer.send(missing(
+                        &store,
+                        shared.rank,
+                        &question.call,
+                        &mut beat,
+                    ))),
                     Err(RecvTimeoutError::Timeout) => {
                         shared.look(&store, &mut beat);
                         shared.follow_up(&store, &mut beat);
@@ -188,15 +219,29 @@ impl FlightRecorder {
     }
 
     /// The same group, with its calls written down.
-    pub(crate) fn follow(&self, inner: Arc<dyn Communicator>, group: &str, members: &[usize]) -> Arc<dyn Communicator> {
+    pub(crate) fn follow(
+        &self,
+        inner: Arc<dyn Communicator>,
+        group: &str,
+        members: &[usize],
+    ) -> Arc<dyn Communicator> {
         let key = format!("{group}/{members:?}").into();
-        Arc::new(Recorded { inner, recorder: self.clone(), group: group.into(), members: members.into(), key })
+        Arc::new(Recorded {
+            inner,
+            recorder: self.clone(),
+            group: group.into(),
+            members: members.into(),
+            key,
+        })
     }
 
     fn started(&self, mut call: Call, counts: bool) -> u64 {
         let mut log = lock(&self.0.log);
         if counts {
-            let begun = log.begun.entry(call.key.clone()).or_insert((0, call.operation));
+            let begun = log
+                .begun
+                .entry(call.key.clone())
+                .or_insert((0, call.operation));
             *begun = (begun.0 + 1, call.operation);
             call.number = Some(begun.0);
         }
@@ -222,7 +267,8 @@ impl FlightRecorder {
     /// Adds who is missing to the error of a call that took too long.
     fn failed(&self, id: u64, mut error: CommError) -> CommError {
         let call = lock(&self.0.log).get(id).cloned();
-        if let Some(call) = call.filter(|call| call.began.elapsed() >= self.0.timeout.mul_f64(0.8)) {
+        if let Some(call) = call.filter(|call| call.began.elapsed() >= self.0.timeout.mul_f64(0.8))
+        {
             let missing = call.missing.clone().unwrap_or_else(|| self.ask(&call));
             error.reason = format!("{missing} ({})", error.reason);
             self.change(id, |call| call.missing = Some(missing));
@@ -233,12 +279,24 @@ impl FlightRecorder {
 
     fn ask(&self, call: &Call) -> String {
         let (answer, answered) = channel();
-        let asked = self.0.questions.send(Question { call: call.clone(), answer });
-        match asked.ok().and_then(|()| answered.recv_timeout(Duration::from_secs(5)).ok()) {
+        let asked = self.0.questions.send(Question {
+            call: call.clone(),
+            answer,
+        });
+        match asked
+            .ok()
+            .and_then(|()| answered.recv_timeout(Duration::from_secs(5)).ok())
+        {
             Some(missing) => missing,
             None => match self.0.serves {
-                Some(rank) => format!("{}: rank {rank}, which serves the store, does not answer", call.name()),
-                None => format!("{}: who is missing cannot be found out: the store does not answer", call.name()),
+                Some(rank) => format!(
+                    "{}: rank {rank}, which serves the store, does not answer",
+                    call.name()
+                ),
+                None => format!(
+                    "{}: who is missing cannot be found out: the store does not answer",
+                    call.name()
+                ),
             },
         }
     }
@@ -263,10 +321,20 @@ fn sign_key(rank: usize) -> String {
 impl Shared {
     fn sign(&self, beat: u64) -> Vec<u8> {
         let log = lock(&self.log);
-        let waits = log.calls.iter().find(|call| call.waited_for && call.ended_s.is_none()).map(Call::name);
-        let begun =
-            log.begun.iter().map(|(group, (count, operation))| (group.to_string(), (*count, operation.to_string())));
-        serde_json::to_vec(&Sign { beat, begun: begun.collect(), waits }).expect("plain data")
+        let waits = log
+            .calls
+            .iter()
+            .find(|call| call.waited_for && call.ended_s.is_none())
+            .map(Call::name);
+        let begun = log.begun.iter().map(|(group, (count, operation))| {
+            (group.to_string(), (*count, operation.to_string()))
+        });
+        serde_json::to_vec(&Sign {
+            beat,
+            begun: begun.collect(),
+            waits,
+        })
+        .expect("plain data")
     }
 
     /// Looks at what devices were given: what is done, what failed, what takes too long.
@@ -276,7 +344,9 @@ impl Shared {
         lock(&self.queued).retain(|queued| {
             let result = (queued.progress)();
             let call = lock(&self.log).get(queued.id).cloned();
-            let late = call.as_ref().is_some_and(|call| call.began.elapsed() > self.timeout);
+            let late = call
+                .as_ref()
+                .is_some_and(|call| call.began.elapsed() > self.timeout);
             match result {
                 Ok(true) => {
                     if let Some(call) = lock(&self.log).get(queued.id) {
@@ -293,26 +363,45 @@ impl Shared {
         if let Some((Some(call), reason)) = failed {
             let reason = match reason {
                 Some(reason) => reason,
-                None => format!("{} (not done after {:.1?})", missing(store, self.rank, &call, beat), self.timeout),
+                None => format!(
+                    "{} (not done after {:.1?})",
+                    missing(store, self.rank, &call, beat),
+                    self.timeout
+                ),
             };
             let (group, members) = (call.group.to_string(), call.members.to_vec());
-            let error = CommError { rank: self.rank, group, members, operation: call.operation, reason };
+            let error = CommError {
+                rank: self.rank,
+                group,
+                members,
+                operation: call.operation,
+                reason,
+            };
             tracing::error!("{error}");
-            lock(&self.failure).get_or_insert(Failure { error, since: Instant::now(), told: false });
+            lock(&self.failure).get_or_insert(Failure {
+                error,
+                since: Instant::now(),
+                told: false,
+            });
             // The host may wait for any of them.
             let given_up = std::mem::take(&mut *lock(&self.queued));
             given_up.iter().for_each(|queued| queued.inner.abort());
             self.write();
         }
         let stuck = |failure: &&Failure| !failure.told && failure.since.elapsed() > PATIENCE;
-        if let (Some(failure), Some(act)) = (lock(&self.failure).as_ref().filter(stuck), &*lock(&self.when_stuck)) {
+        if let (Some(failure), Some(act)) = (
+            lock(&self.failure).as_ref().filter(stuck),
+            &*lock(&self.when_stuck),
+        ) {
             act(&failure.error);
         }
     }
 
     /// Writes all calls down. It is worth less than the error that is being told.
     fn write(&self) {
-        let Some(path) = lock(&self.dump).clone() else { return };
+        let Some(path) = lock(&self.dump).clone() else {
+            return;
+        };
         let log = lock(&self.log);
         let all = serde_json::json!({ "rank": self.rank, "calls": log.calls });
         if let Err(error) = std::fs::write(&path, all.to_string()) {
@@ -324,13 +413,17 @@ impl Shared {
     fn look(&self, store: &Store, beat: &mut dyn FnMut() -> bool) {
         let patience = (self.timeout / 2).min(Duration::from_secs(30));
         let slow = |call: &&Call| {
-            call.waited_for && call.ended_s.is_none() && call.missing.is_none() && call.began.elapsed() > patience
+            call.waited_for
+                && call.ended_s.is_none()
+                && call.missing.is_none()
+                && call.began.elapsed() > patience
         };
         let stalled = lock(&self.log).calls.iter().find(slow).cloned();
         let Some(stalled) = stalled else { return };
         let missing = missing(store, self.rank, &stalled, beat);
         tracing::warn!("{missing}; waiting for {:.0?}", stalled.began.elapsed());
-        let same = |call: &&mut Call| call.began == stalled.began && call.operation == stalled.operation;
+        let same =
+            |call: &&mut Call| call.began == stalled.began && call.operation == stalled.operation;
         if let Some(call) = lock(&self.log).calls.iter_mut().find(same) {
             call.missing = Some(missing);
         }
@@ -341,11 +434,20 @@ impl Shared {
 fn missing(store: &Store, own: usize, call: &Call, beat: &mut dyn FnMut() -> bool) -> String {
     let others: Vec<usize> = match call.peer {
         Some(peer) => vec![peer],
-        None => call.members.iter().copied().filter(|&rank| rank != own).collect(),
+        None => call
+            .members
+            .iter()
+            .copied()
+            .filter(|&rank| rank != own)
+            .collect(),
     };
     let read = |rank: usize| -> Option<Sign> {
         let key = sign_key(rank);
-        store.contains(&key).ok()?.then(|| store.get(&key).ok())?.and_then(|text| serde_json::from_slice(&text).ok())
+        store
+            .contains(&key)
+            .ok()?
+            .then(|| store.get(&key).ok())?
+            .and_then(|text| serde_json::from_slice(&text).ok())
     };
     let before: Vec<Option<Sign>> = others.iter().map(|&rank| read(rank)).collect();
     let began = Instant::now();
@@ -360,7 +462,10 @@ fn missing(store: &Store, own: usize, call: &Call, beat: &mut dyn FnMut() -> boo
         absent.extend(describe(rank, silent, now.unwrap_or_default(), call));
     }
     match absent.is_empty() {
-        true => format!("{}: every rank has come to it and is alive; the network may be slow or cut", call.name()),
+        true => format!(
+            "{}: every rank has come to it and is alive; the network may be slow or cut",
+            call.name()
+        ),
         false => format!("{}: {}", call.name(), absent.join("; ")),
     }
 }
@@ -376,16 +481,22 @@ fn describe(rank: usize, silent: bool, sign: Sign, call: &Call) -> Option<String
     };
     match call.number {
         _ if silent && sign.beat == 0 => Some(format!("rank {rank} has never been heard of")),
-        Some(number) if silent && count >= number => Some(format!("rank {rank} has stopped inside this call")),
+        Some(number) if silent && count >= number => {
+            Some(format!("rank {rank} has stopped inside this call"))
+        }
         _ if silent => Some(format!("rank {rank} has stopped; {at}")),
         Some(number) if count < number => {
-            let waits = sign.waits.map_or(String::new(), |waits| format!(", and it waits for {waits}"));
+            let waits = sign
+                .waits
+                .map_or(String::new(), |waits| format!(", and it waits for {waits}"));
             Some(format!("rank {rank} is missing; {at}{waits}"))
         }
         Some(_) => None,
-        None => {
-            Some(format!("rank {rank} is alive{}", sign.waits.map_or(String::new(), |w| format!(" and waits for {w}"))))
-        }
+        None => Some(format!(
+            "rank {rank} is alive{}",
+            sign.waits
+                .map_or(String::new(), |w| format!(" and waits for {w}"))
+        )),
     }
 }
 
@@ -413,7 +524,9 @@ impl Recorded {
             number: None,
             operation,
             peer: peer.and_then(|peer| self.members.get(peer).copied()),
-            tensor: tensor.map_or(String::new(), |tensor| format!("{:?} {:?}", tensor.kind(), tensor.size())),
+            tensor: tensor.map_or(String::new(), |tensor| {
+                format!("{:?} {:?}", tensor.kind(), tensor.size())
+            }),
             started_s: self.recorder.0.began.elapsed().as_secs_f64(),
             ended_s: None,
             began: Instant::now(),
@@ -421,14 +534,20 @@ impl Recorded {
             missing: None,
         };
         self.recorder.check()?;
-        let moved = tensor.map_or(profile::Cost::default(), |tensor| profile::Cost::passes(1.0, tensor));
+        let moved = tensor.map_or(profile::Cost::default(), |tensor| {
+            profile::Cost::passes(1.0, tensor)
+        });
         let id = self.recorder.started(call, peer.is_none());
         let mut work = start().map_err(|error| self.recorder.failed(id, error))?;
         let recorder = self.recorder.clone();
         let progress = work.progress.take();
         let on_device = progress.is_some();
         if let Some(progress) = progress {
-            lock(&recorder.0.queued).push(OnDevice { id, progress, inner: self.inner.clone() });
+            lock(&recorder.0.queued).push(OnDevice {
+                id,
+                progress,
+                inner: self.inner.clone(),
+            });
         }
         Ok(Work::new(move || {
             recorder.change(id, |call| call.waited_for = true);
@@ -456,16 +575,29 @@ impl Communicator for Recorded {
         self.inner.size()
     }
     fn all_reduce(&self, tensor: &Tensor, op: ReduceOp) -> Result<Work, CommError> {
-        self.call("all_reduce", Some(tensor), None, || self.inner.all_reduce(tensor, op))
+        self.call("all_reduce", Some(tensor), None, || {
+            self.inner.all_reduce(tensor, op)
+        })
     }
     fn broadcast(&self, tensor: &Tensor, root: usize) -> Result<Work, CommError> {
-        self.call("broadcast", Some(tensor), None, || self.inner.broadcast(tensor, root))
+        self.call("broadcast", Some(tensor), None, || {
+            self.inner.broadcast(tensor, root)
+        })
     }
     fn all_gather(&self, output: &Tensor, input: &Tensor) -> Result<Work, CommError> {
-        self.call("all_gather", Some(input), None, || self.inner.all_gather(output, input))
+        self.call("all_gather", Some(input), None, || {
+            self.inner.all_gather(output, input)
+        })
     }
-    fn reduce_scatter(&self, output: &Tensor, input: &Tensor, op: ReduceOp) -> Result<Work, CommError> {
-        self.call("reduce_scatter", Some(input), None, || self.inner.reduce_scatter(output, input, op))
+    fn reduce_scatter(
+        &self,
+        output: &Tensor,
+        input: &Tensor,
+        op: ReduceOp,
+    ) -> Result<Work, CommError> {
+        self.call("reduce_scatter", Some(input), None, || {
+            self.inner.reduce_scatter(output, input, op)
+        })
     }
     fn all_to_all(
         &self,
@@ -474,18 +606,36 @@ impl Communicator for Recorded {
         output_splits: &[i64],
         input_splits: &[i64],
     ) -> Result<Work, CommError> {
-        let start = || self.inner.all_to_all(output, input, output_splits, input_splits);
+        let start = || {
+            self.inner
+                .all_to_all(output, input, output_splits, input_splits)
+        };
         self.call("all_to_all", Some(input), None, start)
     }
     fn send(&self, tensor: &Tensor, to: usize, tag: i32) -> Result<Work, CommError> {
-        self.call("send", Some(tensor), Some(to), || self.inner.send(tensor, to, tag))
+        self.call("send", Some(tensor), Some(to), || {
+            self.inner.send(tensor, to, tag)
+        })
     }
     fn recv(&self, tensor: &Tensor, from: usize, tag: i32) -> Result<Work, CommError> {
-        self.call("recv", Some(tensor), Some(from), || self.inner.recv(tensor, from, tag))
+        self.call("recv", Some(tensor), Some(from), || {
+            self.inner.recv(tensor, from, tag)
+        })
     }
-    fn exchange(&self, sends: &[(&Tensor, usize)], receives: &[(&Tensor, usize)], tag: i32) -> Result<Work, CommError> {
-        let first = sends.iter().chain(receives).next().map(|(tensor, _)| *tensor);
-        self.call("exchange", first, None, || self.inner.exchange(sends, receives, tag))
+    fn exchange(
+        &self,
+        sends: &[(&Tensor, usize)],
+        receives: &[(&Tensor, usize)],
+        tag: i32,
+    ) -> Result<Work, CommError> {
+        let first = sends
+            .iter()
+            .chain(receives)
+            .next()
+            .map(|(tensor, _)| *tensor);
+        self.call("exchange", first, None, || {
+            self.inner.exchange(sends, receives, tag)
+        })
     }
     fn barrier(&self) -> Result<Work, CommError> {
         self.call("barrier", None, None, || self.inner.barrier())
@@ -520,8 +670,16 @@ mod tests {
     }
 
     fn sign(count: u64, waits: Option<&str>) -> Sign {
-        let begun = [("experts/[0, 1, 2]".to_string(), (count, "all_gather".to_string()))].into();
-        Sign { beat: 7, begun, waits: waits.map(str::to_string) }
+        let begun = [(
+            "experts/[0, 1, 2]".to_string(),
+            (count, "all_gather".to_string()),
+        )]
+        .into();
+        Sign {
+            beat: 7,
+            begun,
+            waits: waits.map(str::to_string),
+        }
     }
 
     #[test]
@@ -534,16 +692,31 @@ mod tests {
         let expected = "rank 1 is missing; its last call here is 6, all_gather, and it waits for recv from rank 2";
         assert!(text.starts_with(expected), "{text}");
         let text = describe(1, true, sign(6, None), &seven).unwrap();
-        assert_eq!(text, "rank 1 has stopped; when last heard of its last call here was 6, all_gather");
-        assert_eq!(describe(1, true, sign(7, None), &seven).unwrap(), "rank 1 has stopped inside this call");
-        assert_eq!(describe(2, true, Sign::default(), &seven).unwrap(), "rank 2 has never been heard of");
+        assert_eq!(
+            text,
+            "rank 1 has stopped; when last heard of its last call here was 6, all_gather"
+        );
+        assert_eq!(
+            describe(1, true, sign(7, None), &seven).unwrap(),
+            "rank 1 has stopped inside this call"
+        );
+        assert_eq!(
+            describe(2, true, Sign::default(), &seven).unwrap(),
+            "rank 2 has never been heard of"
+        );
         let text = describe(2, false, sign(6, None), &call(None, Some(2))).unwrap();
         assert_eq!(text, "rank 2 is alive");
     }
 
     #[test]
     fn calls_are_named_as_people_would() {
-        assert_eq!(call(Some(3), None).name(), "call 3, all_to_all in group 'experts'");
-        assert_eq!(call(None, Some(2)).name(), "recv from rank 2 in group 'experts'");
+        assert_eq!(
+            call(Some(3), None).name(),
+            "call 3, all_to_all in group 'experts'"
+        );
+        assert_eq!(
+            call(None, Some(2)).name(),
+            "recv from rank 2 in group 'experts'"
+        );
     }
 }

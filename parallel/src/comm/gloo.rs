@@ -43,7 +43,13 @@ impl Gloo {
         let membership = Membership::new(name, members, rank)?;
         let group = torch_ext::Gloo::new(store, membership.position, members.len(), timeout, at)
             .map_err(|e| membership.error("joining", e))?;
-        Ok(Gloo { shared: Arc::new(Shared { group, membership, aborted: AtomicBool::new(false) }) })
+        Ok(Gloo {
+            shared: Arc::new(Shared {
+                group,
+                membership,
+                aborted: AtomicBool::new(false),
+            }),
+        })
     }
 
     /// Starts a collective on host memory, which goes on in the background. The first of `tensors` is what it writes.
@@ -60,7 +66,8 @@ impl Gloo {
         let staged = Staged::new(tensors, true);
         let work = start(&shared.group, &staged.host).map_err(|e| shared.error(operation, e))?;
         Ok(Work::new(move || {
-            work.wait(|| shared.aborted.load(Ordering::SeqCst)).map_err(|e| shared.error(operation, e))?;
+            work.wait(|| shared.aborted.load(Ordering::SeqCst))
+                .map_err(|e| shared.error(operation, e))?;
             staged.finish();
             Ok(())
         }))
@@ -72,10 +79,14 @@ impl Gloo {
         tensor: &Tensor,
         start: impl FnOnce(&torch_ext::Gloo, &Tensor) -> Result<torch_ext::Work, torch_ext::Error>,
     ) -> Result<Work, CommError> {
-        let (shared, staged) = (self.shared.clone(), Staged::new(&[tensor], operation == "recv"));
+        let (shared, staged) = (
+            self.shared.clone(),
+            Staged::new(&[tensor], operation == "recv"),
+        );
         let work = start(&shared.group, &staged.host[0]).map_err(|e| shared.error(operation, e))?;
         Ok(Work::new(move || {
-            work.wait_point_to_point().map_err(|e| shared.error(operation, e))?;
+            work.wait_point_to_point()
+                .map_err(|e| shared.error(operation, e))?;
             staged.finish();
             Ok(())
         }))
@@ -93,21 +104,34 @@ impl Communicator for Gloo {
         self.shared.membership.members.len()
     }
     fn all_reduce(&self, tensor: &Tensor, op: ReduceOp) -> Result<Work, CommError> {
-        self.run("all_reduce", &[tensor], |group, host| group.all_reduce(&host[0], op))
+        self.run("all_reduce", &[tensor], |group, host| {
+            group.all_reduce(&host[0], op)
+        })
     }
     fn broadcast(&self, tensor: &Tensor, root: usize) -> Result<Work, CommError> {
-        self.run("broadcast", &[tensor], |group, host| group.broadcast(&host[0], root))
+        self.run("broadcast", &[tensor], |group, host| {
+            group.broadcast(&host[0], root)
+        })
     }
     fn all_gather(&self, output: &Tensor, input: &Tensor) -> Result<Work, CommError> {
         let rows = vec![input.size().first().copied().unwrap_or(0); self.size()];
         let copies = Tensor::cat(&vec![input; self.size()], 0);
-        check_splits(output, &copies, &rows, &rows, self.size()).map_err(|e| self.shared.error("all_gather", e))?;
-        self.run("all_gather", &[output, &copies], |group, host| group.all_to_all(&host[0], &host[1], &rows, &rows))
+        check_splits(output, &copies, &rows, &rows, self.size())
+            .map_err(|e| self.shared.error("all_gather", e))?;
+        self.run("all_gather", &[output, &copies], |group, host| {
+            group.all_to_all(&host[0], &host[1], &rows, &rows)
+        })
     }
-    fn reduce_scatter(&self, output: &Tensor, input: &Tensor, op: ReduceOp) -> Result<Work, CommError> {
+    fn reduce_scatter(
+        &self,
+        output: &Tensor,
+        input: &Tensor,
+        op: ReduceOp,
+    ) -> Result<Work, CommError> {
         let rows = vec![output.size().first().copied().unwrap_or(0); self.size()];
         let parts = input.empty_like();
-        check_splits(&parts, input, &rows, &rows, self.size()).map_err(|e| self.shared.error("reduce_scatter", e))?;
+        check_splits(&parts, input, &rows, &rows, self.size())
+            .map_err(|e| self.shared.error("reduce_scatter", e))?;
         let work = self.run("reduce_scatter", &[&parts, input], |group, host| {
             group.all_to_all(&host[0], &host[1], &rows, &rows)
         })?;

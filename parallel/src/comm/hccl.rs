@@ -75,18 +75,25 @@ impl Hccl {
     /// When one cannot be loaded: why, and what to do.
     pub(crate) fn load() -> Result<&'static Hccl, String> {
         static LOADED: OnceLock<Result<Hccl, String>> = OnceLock::new();
-        LOADED.get_or_init(Hccl::look_up).as_ref().map_err(Clone::clone)
+        LOADED
+            .get_or_init(Hccl::look_up)
+            .as_ref()
+            .map_err(Clone::clone)
     }
 
     fn look_up() -> Result<Hccl, String> {
-        const REMEDY: &str =
-            "HCCL carries tensors of Ascend NPUs: source CANN's set_env.sh, or use run.communicator: auto";
-        let open = |file| torch_ext::load_library(file, torch_ext::ASCEND_FOLDER, REMEDY).map_err(|e| e.to_string());
+        const REMEDY: &str = "HCCL carries tensors of Ascend NPUs: source CANN's set_env.sh, or use run.communicator: auto";
+        let open = |file| {
+            torch_ext::load_library(file, torch_ext::ASCEND_FOLDER, REMEDY)
+                .map_err(|e| e.to_string())
+        };
         let (acl, hccl) = (open("libascendcl.so")?, open("libhccl.so")?);
         let old = |e: libloading::Error| format!("CANN is too old: {e}");
         // SAFETY: the types of the fields are those of the headers above; HcclConfigValue is a union of one int32.
         unsafe {
-            let set_config = hccl.get::<unsafe extern "C" fn(c_int, i32) -> Code>(b"HcclSetConfig\0").map_err(old)?;
+            let set_config = hccl
+                .get::<unsafe extern "C" fn(c_int, i32) -> Code>(b"HcclSetConfig\0")
+                .map_err(old)?;
             set_config(DETERMINISTIC, 1);
             Ok(Hccl {
                 get_root_info: *hccl.get(b"HcclGetRootInfo\0").map_err(old)?,
@@ -102,7 +109,10 @@ impl Hccl {
                 recv: *hccl.get(b"HcclRecv\0").map_err(old)?,
                 batch: *hccl.get(b"HcclBatchSendRecv\0").map_err(old)?,
                 recent_error: *acl.get(b"aclGetRecentErrMsg\0").map_err(old)?,
-                stream_abort: acl.get(b"aclrtStreamAbort\0").ok().map(|function| *function),
+                stream_abort: acl
+                    .get(b"aclrtStreamAbort\0")
+                    .ok()
+                    .map(|function| *function),
             })
         }
     }
@@ -114,11 +124,18 @@ impl Hccl {
         let text = |pointer: *const c_char| match pointer.is_null() {
             true => String::new(),
             // SAFETY: strings of the library, which live until this thread's next error.
-            false => unsafe { CStr::from_ptr(pointer) }.to_string_lossy().trim().to_string(),
+            false => unsafe { CStr::from_ptr(pointer) }
+                .to_string_lossy()
+                .trim()
+                .to_string(),
         };
         // SAFETY: both may be called at any time.
-        let (name, more) = unsafe { (text((self.error_string)(code)), text((self.recent_error)())) };
-        Err(format!("HCCL: error {code}, {name}{}{more}", if more.is_empty() { "" } else { ": " }))
+        let (name, more) =
+            unsafe { (text((self.error_string)(code)), text((self.recent_error)())) };
+        Err(format!(
+            "HCCL: error {code}, {name}{}{more}",
+            if more.is_empty() { "" } else { ": " }
+        ))
     }
 }
 
@@ -155,7 +172,12 @@ fn reduction(op: ReduceOp) -> Op {
 
 /// Where each rank's part begins.
 fn begins(counts: &[u64]) -> Vec<u64> {
-    counts.iter().scan(0, |begin, count| Some(std::mem::replace(begin, *begin + count))).collect()
+    counts
+        .iter()
+        .scan(0, |begin, count| {
+            Some(std::mem::replace(begin, *begin + count))
+        })
+        .collect()
 }
 
 impl Library for Hccl {
@@ -172,11 +194,16 @@ impl Library for Hccl {
 
     fn join(&self, id: &[u8], rank: usize, size: usize) -> Result<HcclComm, String> {
         if id.len() != ROOT_INFO {
-            return Err(format!("an id of {} bytes came instead of {ROOT_INFO}", id.len()));
+            return Err(format!(
+                "an id of {} bytes came instead of {ROOT_INFO}",
+                id.len()
+            ));
         }
         let mut comm = std::ptr::null_mut();
         // SAFETY: a structure of the right size and an out-parameter; the thread is on the rank's device.
-        self.check(unsafe { (self.init_root_info)(size as u32, id.as_ptr().cast(), rank as u32, &mut comm) })?;
+        self.check(unsafe {
+            (self.init_root_info)(size as u32, id.as_ptr().cast(), rank as u32, &mut comm)
+        })?;
         Ok(HcclComm(comm))
     }
 
@@ -203,19 +230,41 @@ impl Library for Hccl {
         }
     }
 
-    unsafe fn all_reduce(&self, to: &To<Self>, data: Data, run: Run, op: ReduceOp) -> Result<(), String> {
+    unsafe fn all_reduce(
+        &self,
+        to: &To<Self>,
+        data: Data,
+        run: Run,
+        op: ReduceOp,
+    ) -> Result<(), String> {
         let (count, kind) = (run.count as u64, element(run.kind)?);
         // SAFETY: the caller's promise; in place is allowed.
-        self.check(unsafe { (self.all_reduce)(data, data, count, kind, reduction(op), to.comm.0, to.stream) })
+        self.check(unsafe {
+            (self.all_reduce)(data, data, count, kind, reduction(op), to.comm.0, to.stream)
+        })
     }
 
-    unsafe fn broadcast(&self, to: &To<Self>, data: Data, run: Run, root: usize) -> Result<(), String> {
+    unsafe fn broadcast(
+        &self,
+        to: &To<Self>,
+        data: Data,
+        run: Run,
+        root: usize,
+    ) -> Result<(), String> {
         let (count, kind) = (run.count as u64, element(run.kind)?);
         // SAFETY: the caller's promise.
-        self.check(unsafe { (self.broadcast)(data, count, kind, root as u32, to.comm.0, to.stream) })
+        self.check(unsafe {
+            (self.broadcast)(data, count, kind, root as u32, to.comm.0, to.stream)
+        })
     }
 
-    unsafe fn all_gather(&self, to: &To<Self>, out: Data, data: Data, run: Run) -> Result<(), String> {
+    unsafe fn all_gather(
+        &self,
+        to: &To<Self>,
+        out: Data,
+        data: Data,
+        run: Run,
+    ) -> Result<(), String> {
         let (count, kind) = (run.count as u64, element(run.kind)?);
         // SAFETY: the caller's promise.
         self.check(unsafe { (self.all_gather)(data, out, count, kind, to.comm.0, to.stream) })
@@ -231,7 +280,9 @@ impl Library for Hccl {
     ) -> Result<(), String> {
         let (count, kind) = (run.count as u64, element(run.kind)?);
         // SAFETY: the caller's promise.
-        self.check(unsafe { (self.reduce_scatter)(data, out, count, kind, reduction(op), to.comm.0, to.stream) })
+        self.check(unsafe {
+            (self.reduce_scatter)(data, out, count, kind, reduction(op), to.comm.0, to.stream)
+        })
     }
 
     unsafe fn all_to_all(
@@ -263,14 +314,35 @@ impl Library for Hccl {
 
     unsafe fn messages(&self, to: &To<Self>, messages: &[Message]) -> Result<(), String> {
         let (comm, stream) = (to.comm.0, to.stream);
-        if let [Message { sends, data, run, peer }] = messages {
+        if let [
+            Message {
+                sends,
+                data,
+                run,
+                peer,
+            },
+        ] = messages
+        {
             let call = if *sends { self.send } else { self.recv };
             // SAFETY: the caller's promise.
-            return self
-                .check(unsafe { call(*data, run.count as u64, element(run.kind)?, *peer as u32, comm, stream) });
+            return self.check(unsafe {
+                call(
+                    *data,
+                    run.count as u64,
+                    element(run.kind)?,
+                    *peer as u32,
+                    comm,
+                    stream,
+                )
+            });
         }
         let item = |message: &Message| {
-            let Message { sends, data, run, peer } = *message;
+            let Message {
+                sends,
+                data,
+                run,
+                peer,
+            } = *message;
             Ok(Item {
                 direction: c_int::from(!sends),
                 data,
@@ -279,7 +351,10 @@ impl Library for Hccl {
                 peer: peer as u32,
             })
         };
-        let mut items = messages.iter().map(item).collect::<Result<Vec<Item>, String>>()?;
+        let mut items = messages
+            .iter()
+            .map(item)
+            .collect::<Result<Vec<Item>, String>>()?;
         // SAFETY: the caller's promise; the list is read before the call returns.
         self.check(unsafe { (self.batch)(items.as_mut_ptr(), items.len() as u32, comm, stream) })
     }
@@ -293,7 +368,10 @@ mod tests {
     fn without_the_library_it_says_what_to_do() {
         if std::env::var_os(torch_ext::ASCEND_FOLDER).is_none() {
             let text = Hccl::load().err().unwrap();
-            assert!(text.contains("libascendcl.so") && text.contains("set_env.sh"), "{text}");
+            assert!(
+                text.contains("libascendcl.so") && text.contains("set_env.sh"),
+                "{text}"
+            );
         }
     }
 

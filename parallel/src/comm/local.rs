@@ -13,14 +13,28 @@ pub struct Local {
 impl Local {
     /// The group `group` whose only member is the global rank `rank`.
     pub fn new(rank: usize, group: &str) -> Local {
-        Local { rank, group: group.to_string() }
+        Local {
+            rank,
+            group: group.to_string(),
+        }
     }
 
     fn error(&self, operation: &'static str, reason: String) -> CommError {
-        CommError { rank: self.rank, group: self.group.clone(), members: vec![self.rank], operation, reason }
+        CommError {
+            rank: self.rank,
+            group: self.group.clone(),
+            members: vec![self.rank],
+            operation,
+            reason,
+        }
     }
 
-    fn copy(&self, operation: &'static str, output: &Tensor, input: &Tensor) -> Result<Work, CommError> {
+    fn copy(
+        &self,
+        operation: &'static str,
+        output: &Tensor,
+        input: &Tensor,
+    ) -> Result<Work, CommError> {
         let copied = tch::no_grad(|| output.shallow_clone().f_copy_(input));
         copied.map_err(|error| self.error(operation, error.to_string()))?;
         Ok(Work::done())
@@ -46,7 +60,12 @@ impl Communicator for Local {
     fn all_gather(&self, output: &Tensor, input: &Tensor) -> Result<Work, CommError> {
         self.copy("all_gather", output, input)
     }
-    fn reduce_scatter(&self, output: &Tensor, input: &Tensor, _op: ReduceOp) -> Result<Work, CommError> {
+    fn reduce_scatter(
+        &self,
+        output: &Tensor,
+        input: &Tensor,
+        _op: ReduceOp,
+    ) -> Result<Work, CommError> {
         self.copy("reduce_scatter", output, input)
     }
     fn all_to_all(
@@ -56,7 +75,8 @@ impl Communicator for Local {
         output_splits: &[i64],
         input_splits: &[i64],
     ) -> Result<Work, CommError> {
-        check_splits(output, input, output_splits, input_splits, 1).map_err(|e| self.error("all_to_all", e))?;
+        check_splits(output, input, output_splits, input_splits, 1)
+            .map_err(|e| self.error("all_to_all", e))?;
         self.copy("all_to_all", output, input)
     }
     fn send(&self, _tensor: &Tensor, to: usize, _tag: i32) -> Result<Work, CommError> {

@@ -17,10 +17,17 @@ impl Membership {
     /// # Errors
     /// When `rank` is none of the members.
     pub(crate) fn new(name: &str, members: &[usize], rank: usize) -> Result<Membership, CommError> {
-        let membership =
-            Membership { name: name.to_string(), members: members.to_vec(), global_rank: rank, position: 0 };
+        let membership = Membership {
+            name: name.to_string(),
+            members: members.to_vec(),
+            global_rank: rank,
+            position: 0,
+        };
         match members.iter().position(|&member| member == rank) {
-            Some(position) => Ok(Membership { position, ..membership }),
+            Some(position) => Ok(Membership {
+                position,
+                ..membership
+            }),
             None => Err(membership.error("joining", "this rank is not a member")),
         }
     }

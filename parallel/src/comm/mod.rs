@@ -73,12 +73,18 @@ pub struct Work {
 impl Work {
     /// An operation that is already complete.
     pub fn done() -> Work {
-        Work { finish: None, progress: None }
+        Work {
+            finish: None,
+            progress: None,
+        }
     }
 
     /// An operation that `finish` waits for.
     pub fn new(finish: impl FnOnce() -> Result<(), CommError> + Send + 'static) -> Work {
-        Work { finish: Some(Box::new(finish)), progress: None }
+        Work {
+            finish: Some(Box::new(finish)),
+            progress: None,
+        }
     }
 
     /// An operation that is queued on a device: after `finish` what this thread queues there comes after it.
@@ -86,7 +92,10 @@ impl Work {
         finish: impl FnOnce() -> Result<(), CommError> + Send + 'static,
         progress: impl Fn() -> Result<bool, String> + Send + 'static,
     ) -> Work {
-        Work { finish: Some(Box::new(finish)), progress: Some(Box::new(progress)) }
+        Work {
+            finish: Some(Box::new(finish)),
+            progress: Some(Box::new(progress)),
+        }
     }
 
     /// Waits until the operation is complete; where a device does it, until whatever is queued from here on comes after it.
@@ -140,7 +149,12 @@ pub trait Communicator: Send + Sync {
     ///
     /// # Errors
     /// As [`Communicator::all_reduce`].
-    fn reduce_scatter(&self, output: &Tensor, input: &Tensor, op: ReduceOp) -> Result<Work, CommError>;
+    fn reduce_scatter(
+        &self,
+        output: &Tensor,
+        input: &Tensor,
+        op: ReduceOp,
+    ) -> Result<Work, CommError>;
 
     /// Sends `input_splits[r]` rows of `input` to rank `r` and receives `output_splits[r]` rows from it.
     ///
@@ -171,7 +185,12 @@ pub trait Communicator: Send + Sync {
     ///
     /// # Errors
     /// As [`Communicator::all_reduce`].
-    fn exchange(&self, sends: &[(&Tensor, usize)], receives: &[(&Tensor, usize)], tag: i32) -> Result<Work, CommError> {
+    fn exchange(
+        &self,
+        sends: &[(&Tensor, usize)],
+        receives: &[(&Tensor, usize)],
+        tag: i32,
+    ) -> Result<Work, CommError> {
         let mut works = Vec::with_capacity(sends.len() + receives.len());
         for (tensor, from) in receives {
             works.push(self.recv(tensor, *from, tag)?);
@@ -179,7 +198,9 @@ pub trait Communicator: Send + Sync {
         for (tensor, to) in sends {
             works.push(self.send(tensor, *to, tag)?);
         }
-        Ok(Work::new(move || works.into_iter().try_for_each(Work::wait)))
+        Ok(Work::new(move || {
+            works.into_iter().try_for_each(Work::wait)
+        }))
     }
 
     /// Is complete when every rank has called it.
@@ -210,12 +231,24 @@ fn check_splits(
     size: usize,
 ) -> Result<(), String> {
     if output.kind() != input.kind() {
-        return Err(format!("the output is {:?} and the input {:?}", output.kind(), input.kind()));
+        return Err(format!(
+            "the output is {:?} and the input {:?}",
+            output.kind(),
+            input.kind()
+        ));
     }
-    for (name, tensor, splits) in [("output", output, output_splits), ("input", input, input_splits)] {
+    for (name, tensor, splits) in [
+        ("output", output, output_splits),
+        ("input", input, input_splits),
+    ] {
         let rows = tensor.size().first().copied().unwrap_or(0);
-        if splits.len() != size || splits.iter().any(|&s| s < 0) || splits.iter().sum::<i64>() != rows {
-            return Err(format!("{name} splits {splits:?} do not divide {rows} rows among {size} ranks"));
+        if splits.len() != size
+            || splits.iter().any(|&s| s < 0)
+            || splits.iter().sum::<i64>() != rows
+        {
+            return Err(format!(
+                "{name} splits {splits:?} do not divide {rows} rows among {size} ranks"
+            ));
         }
         if !tensor.is_contiguous() {
             return Err(format!("the {name} tensor is not contiguous"));

@@ -75,7 +75,11 @@ pub fn finalize() {
     let (mut begun, mut ended) = (0, 0);
     // SAFETY: these three may be called at any time; nothing of MPI is used afterwards, since the process ends.
     unsafe {
-        if ffi::MPI_Initialized(&mut begun) == 0 && begun != 0 && ffi::MPI_Finalized(&mut ended) == 0 && ended == 0 {
+        if ffi::MPI_Initialized(&mut begun) == 0
+            && begun != 0
+            && ffi::MPI_Finalized(&mut ended) == 0
+            && ended == 0
+        {
             FINALIZING.store(true, Ordering::SeqCst);
             let _looks_in = LOOKING.lock();
             ffi::MPI_Finalize();
@@ -90,7 +94,11 @@ static LOOKING: Mutex<()> = Mutex::new(());
 fn look_in(universe: &Universe) {
     loop {
         let idle = universe.under_way.load(Ordering::Relaxed) == 0;
-        std::thread::sleep(if idle { Duration::from_millis(2) } else { Duration::from_micros(200) });
+        std::thread::sleep(if idle {
+            Duration::from_millis(2)
+        } else {
+            Duration::from_micros(200)
+        });
         let Ok(_looking) = LOOKING.lock() else { return };
         if FINALIZING.load(Ordering::SeqCst) {
             return;
@@ -100,7 +108,13 @@ fn look_in(universe: &Universe) {
             // SAFETY: asks for messages to this process from itself, of which there are none; MPI gets on meanwhile.
             unsafe {
                 let any = (ffi::RSMPI_ANY_SOURCE, ffi::RSMPI_ANY_TAG);
-                ffi::MPI_Iprobe(any.0, any.1, ffi::RSMPI_COMM_SELF, &mut flag, ffi::RSMPI_STATUS_IGNORE);
+                ffi::MPI_Iprobe(
+                    any.0,
+                    any.1,
+                    ffi::RSMPI_COMM_SELF,
+                    &mut flag,
+                    ffi::RSMPI_STATUS_IGNORE,
+                );
             }
         }
     }
@@ -109,7 +123,11 @@ fn look_in(universe: &Universe) {
 /// What the library calls itself, without what it adds about its making.
 pub(crate) fn library() -> String {
     let text = mpi::environment::library_version().unwrap_or_default();
-    text.split(',').next().unwrap_or_default().trim().to_string()
+    text.split(',')
+        .next()
+        .unwrap_or_default()
+        .trim()
+        .to_string()
 }
 
 /// Shares `bytes` of rank 0 with every rank.
@@ -122,11 +140,23 @@ pub(crate) fn share(bytes: Vec<u8>) -> Result<Vec<u8>, String> {
     let mut all = bytes;
     // SAFETY: buffers of the sizes that are named.
     unsafe {
-        check(ffi::MPI_Bcast((&raw mut length).cast(), 1, ffi::RSMPI_UINT64_T, 0, ffi::RSMPI_COMM_WORLD))?;
+        check(ffi::MPI_Bcast(
+            (&raw mut length).cast(),
+            1,
+            ffi::RSMPI_UINT64_T,
+            0,
+            ffi::RSMPI_COMM_WORLD,
+        ))?;
         if universe.rank != 0 {
             all = vec![0; length as usize];
         }
-        check(ffi::MPI_Bcast(all.as_mut_ptr().cast(), length as c_int, ffi::RSMPI_UINT8_T, 0, ffi::RSMPI_COMM_WORLD))?;
+        check(ffi::MPI_Bcast(
+            all.as_mut_ptr().cast(),
+            length as c_int,
+            ffi::RSMPI_UINT8_T,
+            0,
+            ffi::RSMPI_COMM_WORLD,
+        ))?;
     }
     Ok(all)
 }
@@ -169,25 +199,48 @@ type Combine = unsafe extern "C" fn(*mut c_void, *mut c_void, *mut c_int, *mut f
 
 /// # Safety
 /// MPI calls it with two arrays of `length` numbers.
-unsafe fn combine<T: Small>(from: *mut c_void, into: *mut c_void, length: *mut c_int, with: fn(f32, f32) -> f32) {
+unsafe fn combine<T: Small>(
+    from: *mut c_void,
+    into: *mut c_void,
+    length: *mut c_int,
+    with: fn(f32, f32) -> f32,
+) {
     // SAFETY: as the caller promises.
     let (from, into) = unsafe {
         let length = *length as usize;
-        (std::slice::from_raw_parts(from.cast::<T>(), length), std::slice::from_raw_parts_mut(into.cast::<T>(), length))
+        (
+            std::slice::from_raw_parts(from.cast::<T>(), length),
+            std::slice::from_raw_parts_mut(into.cast::<T>(), length),
+        )
     };
     for (into, from) in into.iter_mut().zip(from) {
         *into = T::narrow(with(into.widen(), from.widen()));
     }
 }
-unsafe extern "C" fn sum<T: Small>(a: *mut c_void, b: *mut c_void, n: *mut c_int, _: *mut ffi::MPI_Datatype) {
+unsafe extern "C" fn sum<T: Small>(
+    a: *mut c_void,
+    b: *mut c_void,
+    n: *mut c_int,
+    _: *mut ffi::MPI_Datatype,
+) {
     // SAFETY: MPI's promise.
     unsafe { combine::<T>(a, b, n, |x, y| x + y) }
 }
-unsafe extern "C" fn min<T: Small>(a: *mut c_void, b: *mut c_void, n: *mut c_int, _: *mut ffi::MPI_Datatype) {
+unsafe extern "C" fn min<T: Small>(
+    a: *mut c_void,
+    b: *mut c_void,
+    n: *mut c_int,
+    _: *mut ffi::MPI_Datatype,
+) {
     // SAFETY: MPI's promise.
     unsafe { combine::<T>(a, b, n, f32::min) }
 }
-unsafe extern "C" fn max<T: Small>(a: *mut c_void, b: *mut c_void, n: *mut c_int, _: *mut ffi::MPI_Datatype) {
+unsafe extern "C" fn max<T: Small>(
+    a: *mut c_void,
+    b: *mut c_void,
+    n: *mut c_int,
+    _: *mut ffi::MPI_Datatype,
+) {
     // SAFETY: MPI's promise.
     unsafe { combine::<T>(a, b, n, f32::max) }
 }
@@ -253,13 +306,17 @@ impl Mpi {
     /// When MPI was not begun or refuses.
     pub(crate) fn join(name: &str, members: &[usize], timeout: Duration) -> Result<Mpi, CommError> {
         let universe = universe();
-        let rank = universe.as_ref().map_or(members[0], |universe| universe.rank);
+        let rank = universe
+            .as_ref()
+            .map_or(members[0], |universe| universe.rank);
         let membership = Membership::new(name, members, rank)?;
         let failed = |reason: String| membership.error("joining", reason);
         let universe = universe.map_err(failed)?;
         let ranks: Vec<c_int> = members.iter().map(|&rank| rank as c_int).collect();
         // Groups that are made at the same time are told apart by their names.
-        let digest = name.bytes().fold(0u32, |sum, byte| sum.wrapping_mul(31).wrapping_add(u32::from(byte)));
+        let digest = name.bytes().fold(0u32, |sum, byte| {
+            sum.wrapping_mul(31).wrapping_add(u32::from(byte))
+        });
         let tag = (digest % 32000) as c_int;
         let mut comm = MaybeUninit::uninit();
         // SAFETY: handles are made here and freed here; arrays have the lengths that are named.
@@ -272,16 +329,31 @@ impl Mpi {
                     ranks.as_ptr(),
                     group.as_mut_ptr(),
                 ))?;
-                check(ffi::MPI_Comm_create_group(ffi::RSMPI_COMM_WORLD, group.assume_init(), tag, comm.as_mut_ptr()))?;
-                check(ffi::MPI_Comm_set_errhandler(comm.assume_init(), ffi::RSMPI_ERRORS_RETURN))?;
+                check(ffi::MPI_Comm_create_group(
+                    ffi::RSMPI_COMM_WORLD,
+                    group.assume_init(),
+                    tag,
+                    comm.as_mut_ptr(),
+                ))?;
+                check(ffi::MPI_Comm_set_errhandler(
+                    comm.assume_init(),
+                    ffi::RSMPI_ERRORS_RETURN,
+                ))?;
                 ffi::MPI_Group_free(group.as_mut_ptr());
                 ffi::MPI_Group_free(all.as_mut_ptr());
                 Ok(comm.assume_init())
             })
         };
-        let shared =
-            Shared { comm: made.map_err(failed)?, membership, timeout, aborted: AtomicBool::new(false), universe };
-        Ok(Mpi { shared: Arc::new(shared) })
+        let shared = Shared {
+            comm: made.map_err(failed)?,
+            membership,
+            timeout,
+            aborted: AtomicBool::new(false),
+            universe,
+        };
+        Ok(Mpi {
+            shared: Arc::new(shared),
+        })
     }
 
     /// Starts an operation on host memory. `tensors[0]` is what it writes, if anything.
@@ -290,21 +362,31 @@ impl Mpi {
         operation: &'static str,
         tensors: &[&Tensor],
         writes: bool,
-        start: impl FnOnce(&Shared, &[Tensor], *mut ffi::MPI_Request) -> Result<Option<Arguments>, String>,
+        start: impl FnOnce(
+            &Shared,
+            &[Tensor],
+            *mut ffi::MPI_Request,
+        ) -> Result<Option<Arguments>, String>,
     ) -> Result<Work, CommError> {
         let shared = self.shared.clone();
         if shared.aborted.load(Ordering::SeqCst) {
             return Err(shared.error(operation, "the group was aborted"));
         }
         if let Some(tensor) = tensors.iter().find(|tensor| !tensor.is_contiguous()) {
-            return Err(shared.error(operation, format!("a tensor of shape {:?} is not contiguous", tensor.size())));
+            return Err(shared.error(
+                operation,
+                format!("a tensor of shape {:?} is not contiguous", tensor.size()),
+            ));
         }
         let staged = Staged::new(tensors, writes);
         let mut request = MaybeUninit::uninit();
         let more = start(&shared, &staged.host, request.as_mut_ptr());
         let more = more.map_err(|reason| shared.error(operation, reason))?;
         // SAFETY: MPI has set it, since the call succeeded.
-        let request = Request { request: unsafe { request.assume_init() }, kept: ManuallyDrop::new((staged, more)) };
+        let request = Request {
+            request: unsafe { request.assume_init() },
+            kept: ManuallyDrop::new((staged, more)),
+        };
         shared.universe.under_way.fetch_add(1, Ordering::Relaxed);
         Ok(Work::new(move || {
             shared.finish(operation, request)?.finish();
@@ -324,13 +406,18 @@ impl Shared {
         let result = loop {
             let mut done = 0;
             // SAFETY: a live request.
-            let tested = unsafe { ffi::MPI_Test(&mut request.request, &mut done, ffi::RSMPI_STATUS_IGNORE) };
+            let tested =
+                unsafe { ffi::MPI_Test(&mut request.request, &mut done, ffi::RSMPI_STATUS_IGNORE) };
             let waited = began.elapsed();
             match check(tested) {
                 Err(reason) => break Err(reason),
                 Ok(()) if done != 0 => break Ok(()),
-                Ok(()) if self.aborted.load(Ordering::SeqCst) => break Err("the group was aborted".into()),
-                Ok(()) if waited > self.timeout => break Err(format!("not done after {:.1?}", self.timeout)),
+                Ok(()) if self.aborted.load(Ordering::SeqCst) => {
+                    break Err("the group was aborted".into());
+                }
+                Ok(()) if waited > self.timeout => {
+                    break Err(format!("not done after {:.1?}", self.timeout));
+                }
                 // Others may need the processor to get here.
                 Ok(()) if waited < Duration::from_millis(2) => std::thread::yield_now(),
                 Ok(()) => std::thread::sleep(Duration::from_micros(50)),
@@ -342,7 +429,11 @@ impl Shared {
     }
 
     /// MPI's type of an element, and its reduction.
-    fn element(&self, kind: Kind, op: ReduceOp) -> Result<(ffi::MPI_Datatype, ffi::MPI_Op), String> {
+    fn element(
+        &self,
+        kind: Kind,
+        op: ReduceOp,
+    ) -> Result<(ffi::MPI_Datatype, ffi::MPI_Op), String> {
         let index = match op {
             ReduceOp::Sum => 0,
             ReduceOp::Min => 1,
@@ -376,11 +467,16 @@ fn count(elements: usize) -> Result<c_int, String> {
 
 /// A type for one row of `tensor`, so that counts are rows.
 fn row_of(tensor: &Tensor) -> Result<Row, String> {
-    let bytes = tensor.size().iter().skip(1).product::<i64>() as usize * tensor.kind().elt_size_in_bytes();
+    let bytes =
+        tensor.size().iter().skip(1).product::<i64>() as usize * tensor.kind().elt_size_in_bytes();
     let mut row = MaybeUninit::uninit();
     // SAFETY: a type made of bytes, committed before use.
     unsafe {
-        check(ffi::MPI_Type_contiguous(count(bytes)?, ffi::RSMPI_UINT8_T, row.as_mut_ptr()))?;
+        check(ffi::MPI_Type_contiguous(
+            count(bytes)?,
+            ffi::RSMPI_UINT8_T,
+            row.as_mut_ptr(),
+        ))?;
         let mut row = row.assume_init();
         check(ffi::MPI_Type_commit(&mut row))?;
         Ok(Row(row))
@@ -389,9 +485,14 @@ fn row_of(tensor: &Tensor) -> Result<Row, String> {
 
 /// Rows for each rank, and where they begin.
 fn counts(splits: &[i64]) -> Result<(Vec<c_int>, Vec<c_int>), String> {
-    let rows: Vec<c_int> = splits.iter().map(|&rows| count(rows as usize)).collect::<Result<_, _>>()?;
+    let rows: Vec<c_int> = splits
+        .iter()
+        .map(|&rows| count(rows as usize))
+        .collect::<Result<_, _>>()?;
     count(splits.iter().sum::<i64>() as usize)?;
-    let begins = rows.iter().scan(0, |begin, rows| Some(std::mem::replace(begin, *begin + rows)));
+    let begins = rows.iter().scan(0, |begin, rows| {
+        Some(std::mem::replace(begin, *begin + rows))
+    });
     let begins = begins.collect();
     Ok((rows, begins))
 }
@@ -409,50 +510,117 @@ impl Communicator for Mpi {
     fn all_reduce(&self, tensor: &Tensor, op: ReduceOp) -> Result<Work, CommError> {
         // A copy, since MPI_IN_PLACE is a macro that bindings do not have.
         let input = tch::no_grad(|| tensor.copy());
-        self.run("all_reduce", &[tensor, &input], true, |shared, host, request| {
-            let (kind, op) = shared.element(host[0].kind(), op)?;
-            let (input, output, number) = (host[1].data_ptr(), host[0].data_ptr(), count(host[0].numel())?);
-            // SAFETY: both tensors are contiguous, have as many elements, and live until the request is done.
-            check(unsafe { ffi::MPI_Iallreduce(input, output, number, kind, op, shared.comm, request) })?;
-            Ok(None)
-        })
+        self.run(
+            "all_reduce",
+            &[tensor, &input],
+            true,
+            |shared, host, request| {
+                let (kind, op) = shared.element(host[0].kind(), op)?;
+                let (input, output, number) = (
+                    host[1].data_ptr(),
+                    host[0].data_ptr(),
+                    count(host[0].numel())?,
+                );
+                // SAFETY: both tensors are contiguous, have as many elements, and live until the request is done.
+                check(unsafe {
+                    ffi::MPI_Iallreduce(input, output, number, kind, op, shared.comm, request)
+                })?;
+                Ok(None)
+            },
+        )
     }
     fn broadcast(&self, tensor: &Tensor, root: usize) -> Result<Work, CommError> {
         self.run("broadcast", &[tensor], true, |shared, host, request| {
             let (kind, _) = shared.element(host[0].kind(), ReduceOp::Sum)?;
             let (data, number) = (host[0].data_ptr(), count(host[0].numel())?);
             // SAFETY: the tensor lives until the request is done.
-            check(unsafe { ffi::MPI_Ibcast(data, number, kind, root as c_int, shared.comm, request) })?;
+            check(unsafe {
+                ffi::MPI_Ibcast(data, number, kind, root as c_int, shared.comm, request)
+            })?;
             Ok(None)
         })
     }
     fn all_gather(&self, output: &Tensor, input: &Tensor) -> Result<Work, CommError> {
         let fits = output.numel() == input.numel() * self.size() && output.kind() == input.kind();
         if !fits {
-            let shapes = format!("{:?} does not hold {:?} of {} ranks", output.size(), input.size(), self.size());
+            let shapes = format!(
+                "{:?} does not hold {:?} of {} ranks",
+                output.size(),
+                input.size(),
+                self.size()
+            );
             return Err(self.shared.error("all_gather", shapes));
         }
-        self.run("all_gather", &[output, input], true, |shared, host, request| {
-            let (kind, _) = shared.element(host[0].kind(), ReduceOp::Sum)?;
-            let (input, output, number) = (host[1].data_ptr(), host[0].data_ptr(), count(host[1].numel())?);
-            // SAFETY: contiguous tensors of fitting sizes, which live until the request is done.
-            check(unsafe { ffi::MPI_Iallgather(input, number, kind, output, number, kind, shared.comm, request) })?;
-            Ok(None)
-        })
+        self.run(
+            "all_gather",
+            &[output, input],
+            true,
+            |shared, host, request| {
+                let (kind, _) = shared.element(host[0].kind(), ReduceOp::Sum)?;
+                let (input, output, number) = (
+                    host[1].data_ptr(),
+                    host[0].data_ptr(),
+                    count(host[1].numel())?,
+                );
+                // SAFETY: contiguous tensors of fitting sizes, which live until the request is done.
+                check(unsafe {
+                    ffi::MPI_Iallgather(
+                        input,
+                        number,
+                        kind,
+                        output,
+                        number,
+                        kind,
+                        shared.comm,
+                        request,
+                    )
+                })?;
+                Ok(None)
+            },
+        )
     }
-    fn reduce_scatter(&self, output: &Tensor, input: &Tensor, op: ReduceOp) -> Result<Work, CommError> {
+    fn reduce_scatter(
+        &self,
+        output: &Tensor,
+        input: &Tensor,
+        op: ReduceOp,
+    ) -> Result<Work, CommError> {
         let fits = input.numel() == output.numel() * self.size() && output.kind() == input.kind();
         if !fits {
-            let shapes = format!("{:?} of {} ranks is not {:?}", output.size(), self.size(), input.size());
+            let shapes = format!(
+                "{:?} of {} ranks is not {:?}",
+                output.size(),
+                self.size(),
+                input.size()
+            );
             return Err(self.shared.error("reduce_scatter", shapes));
         }
-        self.run("reduce_scatter", &[output, input], true, |shared, host, request| {
-            let (kind, op) = shared.element(host[0].kind(), op)?;
-            let (input, output, number) = (host[1].data_ptr(), host[0].data_ptr(), count(host[0].numel())?);
-            // SAFETY: contiguous tensors of fitting sizes, which live until the request is done.
-            check(unsafe { ffi::MPI_Ireduce_scatter_block(input, output, number, kind, op, shared.comm, request) })?;
-            Ok(None)
-        })
+        self.run(
+            "reduce_scatter",
+            &[output, input],
+            true,
+            |shared, host, request| {
+                let (kind, op) = shared.element(host[0].kind(), op)?;
+                let (input, output, number) = (
+                    host[1].data_ptr(),
+                    host[0].data_ptr(),
+                    count(host[0].numel())?,
+                );
+                // SAFETY: contiguous tensors of fitting sizes, which live until the request is done.
+                check(unsafe {
+                    ffi::MPI_Ireduce_scatter_block(
+                        input,
+                        output,
+                        number,
+                        kind,
+                        op,
+                        shared.comm,
+                        request,
+                    )
+                })?;
+                Ok(None)
+            },
+        )
     }
     fn all_to_all(
         &self,
@@ -463,35 +631,50 @@ impl Communicator for Mpi {
     ) -> Result<Work, CommError> {
         check_splits(output, input, output_splits, input_splits, self.size())
             .map_err(|e| self.shared.error("all_to_all", e))?;
-        self.run("all_to_all", &[output, input], true, |shared, host, request| {
-            let (sent, received) = (counts(input_splits)?, counts(output_splits)?);
-            let arguments = Arguments { row: row_of(&host[1])?, sent, received };
-            let Arguments { row, sent, received } = &arguments;
-            // SAFETY: the splits were checked against the tensors; both, and the arguments (whose vectors do not move with
-            // them), live until the request is done.
-            check(unsafe {
-                ffi::MPI_Ialltoallv(
-                    host[1].data_ptr(),
-                    sent.0.as_ptr(),
-                    sent.1.as_ptr(),
-                    row.0,
-                    host[0].data_ptr(),
-                    received.0.as_ptr(),
-                    received.1.as_ptr(),
-                    row.0,
-                    shared.comm,
-                    request,
-                )
-            })?;
-            Ok(Some(arguments))
-        })
+        self.run(
+            "all_to_all",
+            &[output, input],
+            true,
+            |shared, host, request| {
+                let (sent, received) = (counts(input_splits)?, counts(output_splits)?);
+                let arguments = Arguments {
+                    row: row_of(&host[1])?,
+                    sent,
+                    received,
+                };
+                let Arguments {
+                    row,
+                    sent,
+                    received,
+                } = &arguments;
+                // SAFETY: the splits were checked against the tensors; both, and the arguments (whose vectors do not move with
+                // them), live until the request is done.
+                check(unsafe {
+                    ffi::MPI_Ialltoallv(
+                        host[1].data_ptr(),
+                        sent.0.as_ptr(),
+                        sent.1.as_ptr(),
+                        row.0,
+                        host[0].data_ptr(),
+                        received.0.as_ptr(),
+                        received.1.as_ptr(),
+                        row.0,
+                        shared.comm,
+                        request,
+                    )
+                })?;
+                Ok(Some(arguments))
+            },
+        )
     }
     fn send(&self, tensor: &Tensor, to: usize, tag: i32) -> Result<Work, CommError> {
         self.run("send", &[tensor], false, |shared, host, request| {
             let (kind, _) = shared.element(host[0].kind(), ReduceOp::Sum)?;
             let (data, number) = (host[0].data_ptr(), count(host[0].numel())?);
             // SAFETY: the tensor lives until the request is done.
-            check(unsafe { ffi::MPI_Isend(data, number, kind, to as c_int, tag, shared.comm, request) })?;
+            check(unsafe {
+                ffi::MPI_Isend(data, number, kind, to as c_int, tag, shared.comm, request)
+            })?;
             Ok(None)
         })
     }
@@ -500,7 +683,9 @@ impl Communicator for Mpi {
             let (kind, _) = shared.element(host[0].kind(), ReduceOp::Sum)?;
             let (data, number) = (host[0].data_ptr(), count(host[0].numel())?);
             // SAFETY: the tensor lives until the request is done.
-            check(unsafe { ffi::MPI_Irecv(data, number, kind, from as c_int, tag, shared.comm, request) })?;
+            check(unsafe {
+                ffi::MPI_Irecv(data, number, kind, from as c_int, tag, shared.comm, request)
+            })?;
             Ok(None)
         })
     }

@@ -34,7 +34,8 @@ pub(crate) struct Nccl {
     all_reduce: unsafe extern "C" fn(Data, Data, usize, Type, ncclRedOp_t, Comm, OnStream) -> Code,
     broadcast: unsafe extern "C" fn(Data, Data, usize, Type, c_int, Comm, OnStream) -> Code,
     all_gather: unsafe extern "C" fn(Data, Data, usize, Type, Comm, OnStream) -> Code,
-    reduce_scatter: unsafe extern "C" fn(Data, Data, usize, Type, ncclRedOp_t, Comm, OnStream) -> Code,
+    reduce_scatter:
+        unsafe extern "C" fn(Data, Data, usize, Type, ncclRedOp_t, Comm, OnStream) -> Code,
     send: unsafe extern "C" fn(Data, usize, Type, c_int, Comm, OnStream) -> Code,
     recv: unsafe extern "C" fn(Data, usize, Type, c_int, Comm, OnStream) -> Code,
 }
@@ -86,11 +87,21 @@ impl Nccl {
         let text = |pointer: *const c_char| match pointer.is_null() {
             true => String::new(),
             // SAFETY: strings of the library, which live until the next error of the communicator.
-            false => unsafe { CStr::from_ptr(pointer) }.to_string_lossy().into_owned(),
+            false => unsafe { CStr::from_ptr(pointer) }
+                .to_string_lossy()
+                .into_owned(),
         };
         // SAFETY: both take any code and any live communicator, or none.
-        let (name, more) = unsafe { (text((self.error_string)(code)), text((self.last_error)(comm))) };
-        Err(format!("NCCL: {name}{}{more}", if more.is_empty() { "" } else { ": " }))
+        let (name, more) = unsafe {
+            (
+                text((self.error_string)(code)),
+                text((self.last_error)(comm)),
+            )
+        };
+        Err(format!(
+            "NCCL: {name}{}{more}",
+            if more.is_empty() { "" } else { ": " }
+        ))
     }
 
     /// Calls between the two count as one operation.
@@ -145,7 +156,10 @@ impl Library for Nccl {
     fn new_id(&self) -> Result<Vec<u8>, String> {
         let mut id = ncclUniqueId { internal: [0; 128] };
         // SAFETY: an out-parameter.
-        self.check(unsafe { (self.get_unique_id)(&mut id) }, std::ptr::null_mut())?;
+        self.check(
+            unsafe { (self.get_unique_id)(&mut id) },
+            std::ptr::null_mut(),
+        )?;
         Ok(id.internal.iter().map(|&byte| byte as u8).collect())
     }
 
@@ -161,7 +175,10 @@ impl Library for Nccl {
         // SAFETY: an out-parameter; the thread is on the rank's device.
         let code = unsafe { (self.init_rank)(&mut comm, size as c_int, unique, rank as c_int) };
         self.check(code, std::ptr::null_mut())?;
-        Ok(NcclComm { comm, aborted: AtomicBool::new(false) })
+        Ok(NcclComm {
+            comm,
+            aborted: AtomicBool::new(false),
+        })
     }
 
     fn abort(&self, comm: &NcclComm, _stream: *mut c_void) {
@@ -179,29 +196,60 @@ impl Library for Nccl {
         // SAFETY: a live communicator and an out-parameter.
         let code = unsafe { (self.async_error)(comm.comm, &mut error) };
         let found = if code == SUCCESS { error } else { code };
-        if found == IN_PROGRESS { None } else { self.check(found, comm.comm).err() }
+        if found == IN_PROGRESS {
+            None
+        } else {
+            self.check(found, comm.comm).err()
+        }
     }
 
     fn reduces(&self, kind: Kind, _operation: &str) -> bool {
         element(kind).is_ok()
     }
 
-    unsafe fn all_reduce(&self, to: &To<Self>, data: Data, run: Run, op: ReduceOp) -> Result<(), String> {
+    unsafe fn all_reduce(
+        &self,
+        to: &To<Self>,
+        data: Data,
+        run: Run,
+        op: ReduceOp,
+    ) -> Result<(), String> {
         let (kind, comm, stream) = (element(run.kind)?, to.comm.comm, to.stream.cast());
         // SAFETY: the caller's promise; in place is allowed.
-        self.check(unsafe { (self.all_reduce)(data, data, run.count, kind, reduction(op), comm, stream) }, comm)
+        self.check(
+            unsafe { (self.all_reduce)(data, data, run.count, kind, reduction(op), comm, stream) },
+            comm,
+        )
     }
 
-    unsafe fn broadcast(&self, to: &To<Self>, data: Data, run: Run, root: usize) -> Result<(), String> {
+    unsafe fn broadcast(
+        &self,
+        to: &To<Self>,
+        data: Data,
+        run: Run,
+        root: usize,
+    ) -> Result<(), String> {
         let (kind, comm, stream) = (element(run.kind)?, to.comm.comm, to.stream.cast());
         // SAFETY: the caller's promise; in place is allowed.
-        self.check(unsafe { (self.broadcast)(data, data, run.count, kind, root as c_int, comm, stream) }, comm)
+        self.check(
+            unsafe { (self.broadcast)(data, data, run.count, kind, root as c_int, comm, stream) },
+            comm,
+        )
     }
 
-    unsafe fn all_gather(&self, to: &To<Self>, out: Data, data: Data, run: Run) -> Result<(), String> {
+    unsafe fn all_gather(
+        &self,
+        to: &To<Self>,
+        out: Data,
+        data: Data,
+        run: Run,
+    ) -> Result<(), String> {
         let (kind, comm, stream) = (element(run.kind)?, to.comm.comm, to.stream.cast());
         // SAFETY: the caller's promise.
-        self.check(unsafe { (self.all_gather)(data, out, run.count, kind, comm, stream) }, comm)
+        self.check(
+            unsafe { (self.all_gather)(data, out, run.count, kind, comm, stream) },
+            comm,
+        )
     }
 
     unsafe fn reduce_scatter(
@@ -214,7 +262,12 @@ impl Library for Nccl {
     ) -> Result<(), String> {
         let (kind, comm, stream) = (element(run.kind)?, to.comm.comm, to.stream.cast());
         // SAFETY: the caller's promise.
-        self.check(unsafe { (self.reduce_scatter)(data, out, run.count, kind, reduction(op), comm, stream) }, comm)
+        self.check(
+            unsafe {
+                (self.reduce_scatter)(data, out, run.count, kind, reduction(op), comm, stream)
+            },
+            comm,
+        )
     }
 
     unsafe fn all_to_all(
@@ -229,9 +282,19 @@ impl Library for Nccl {
             let part = |(peer, &count): (usize, &usize)| {
                 let data = begin.wrapping_byte_add(at * kind.elt_size_in_bytes());
                 at += count;
-                Message { sends, data, run: Run { count, kind }, peer }
+                Message {
+                    sends,
+                    data,
+                    run: Run { count, kind },
+                    peer,
+                }
             };
-            counts.iter().enumerate().map(part).filter(|message| message.run.count > 0).collect()
+            counts
+                .iter()
+                .enumerate()
+                .map(part)
+                .filter(|message| message.run.count > 0)
+                .collect()
         };
         let mut all = runs(true, data, send);
         all.extend(runs(false, out, receive));
@@ -243,10 +306,17 @@ impl Library for Nccl {
         let (comm, stream) = (to.comm.comm, to.stream.cast());
         self.grouped(comm, || {
             messages.iter().try_for_each(|message| {
-                let (kind, count, peer) = (element(message.run.kind)?, message.run.count, message.peer as c_int);
+                let (kind, count, peer) = (
+                    element(message.run.kind)?,
+                    message.run.count,
+                    message.peer as c_int,
+                );
                 let call = if message.sends { self.send } else { self.recv };
                 // SAFETY: the caller's promise.
-                self.check(unsafe { call(message.data, count, kind, peer, comm, stream) }, comm)
+                self.check(
+                    unsafe { call(message.data, count, kind, peer, comm, stream) },
+                    comm,
+                )
             })
         })
     }
@@ -259,7 +329,10 @@ mod tests {
     #[test]
     fn without_the_library_it_says_what_to_do() {
         if let Err(text) = Nccl::load() {
-            assert!(text.contains("libnccl.so.2") && text.contains("setup --cuda"), "{text}");
+            assert!(
+                text.contains("libnccl.so.2") && text.contains("setup --cuda"),
+                "{text}"
+            );
         }
     }
 }

@@ -41,12 +41,30 @@ pub(crate) trait Library: Send + Sync + 'static {
     /// Whether the library sums (or else compares) such elements in such an operation.
     fn reduces(&self, kind: Kind, operation: &str) -> bool;
 
-    unsafe fn all_reduce(&self, to: &To<Self>, data: *mut c_void, run: Run, op: ReduceOp) -> Result<(), String>;
+    unsafe fn all_reduce(
+        &self,
+        to: &To<Self>,
+        data: *mut c_void,
+        run: Run,
+        op: ReduceOp,
+    ) -> Result<(), String>;
 
-    unsafe fn broadcast(&self, to: &To<Self>, data: *mut c_void, run: Run, root: usize) -> Result<(), String>;
+    unsafe fn broadcast(
+        &self,
+        to: &To<Self>,
+        data: *mut c_void,
+        run: Run,
+        root: usize,
+    ) -> Result<(), String>;
 
     /// `run` counts what each rank gives.
-    unsafe fn all_gather(&self, to: &To<Self>, out: *mut c_void, data: *mut c_void, run: Run) -> Result<(), String>;
+    unsafe fn all_gather(
+        &self,
+        to: &To<Self>,
+        out: *mut c_void,
+        data: *mut c_void,
+        run: Run,
+    ) -> Result<(), String>;
 
     /// `run` counts what each rank gets.
     unsafe fn reduce_scatter(
@@ -103,12 +121,15 @@ enum Party {
 /// The pairs of a rank with its neighbours in the ring of the group, in an order that all ranks of the group agree on, so that none
 /// waits for another in a circle while they are made.
 fn ring_pairs(rank: usize, size: usize) -> Vec<Party> {
-    let mut all: Vec<(usize, usize)> =
-        (0..size).flat_map(|from| [(from, (from + 1) % size), ((from + 1) % size, from)]).collect();
+    let mut all: Vec<(usize, usize)> = (0..size)
+        .flat_map(|from| [(from, (from + 1) % size), ((from + 1) % size, from)])
+        .collect();
     all.sort_by_key(|&(from, to)| (from.min(to), from.max(to), from));
     all.dedup();
     all.retain(|&(from, to)| from != to && (from == rank || to == rank));
-    all.into_iter().map(|(from, to)| Party::Pair { from, to }).collect()
+    all.into_iter()
+        .map(|(from, to)| Party::Pair { from, to })
+        .collect()
 }
 
 /// A vendor's communicator and the stream that its operations go to.
@@ -177,10 +198,23 @@ impl<L: Library> Queued<L> {
         let failed = |reason: String| membership.error("joining", reason);
         torch_ext::use_device(&like).map_err(|e| failed(e.to_string()))?;
         let mut lanes = BTreeMap::new();
-        for party in std::iter::once(Party::All).chain(if chain { ring_pairs(rank, size) } else { Vec::new() }) {
-            lanes.insert(party, Lane::make(library, party, &membership, store, timeout, &like).map_err(failed)?);
+        for party in std::iter::once(Party::All).chain(if chain {
+            ring_pairs(rank, size)
+        } else {
+            Vec::new()
+        }) {
+            lanes.insert(
+                party,
+                Lane::make(library, party, &membership, store, timeout, &like).map_err(failed)?,
+            );
         }
-        Ok(Queued(Arc::new(Shared { library, membership, like: Mutex::new(like), lanes, aborted: false.into() })))
+        Ok(Queued(Arc::new(Shared {
+            library,
+            membership,
+            like: Mutex::new(like),
+            lanes,
+            aborted: false.into(),
+        })))
     }
 
     /// Queues an operation on `tensors` for `party`; `after` is run by [`Work::wait`].
@@ -196,7 +230,10 @@ impl<L: Library> Queued<L> {
         let failed = |reason: String| shared.membership.error(operation, reason);
         let torch = |error: torch_ext::Error| shared.membership.error(operation, error);
         if let Some(tensor) = tensors.iter().find(|tensor| !tensor.is_contiguous()) {
-            return Err(failed(format!("a tensor of shape {:?} is not contiguous", tensor.size())));
+            return Err(failed(format!(
+                "a tensor of shape {:?} is not contiguous",
+                tensor.size()
+            )));
         }
         let like = shared.like();
         torch_ext::use_device(&like).map_err(torch)?;
@@ -207,15 +244,28 @@ impl<L: Library> Queued<L> {
             return Err(failed("the group was aborted".into()));
         }
         let queueing = lane.queueing.lock().unwrap_or_else(PoisonError::into_inner);
-        let so_far = Stream::current(&like).and_then(|stream| stream.record()).map_err(torch)?;
+        let so_far = Stream::current(&like)
+            .and_then(|stream| stream.record())
+            .map_err(torch)?;
         lane.stream.wait_for(&so_far).map_err(torch)?;
         // Asked for each time: torch_npu hands queued work over to the stream before it gives it away.
         let stream = lane.stream.handle().map_err(torch)?;
-        enqueue(shared.library, &To { comm: &lane.comm, stream }).map_err(failed)?;
+        enqueue(
+            shared.library,
+            &To {
+                comm: &lane.comm,
+                stream,
+            },
+        )
+        .map_err(failed)?;
         let done = Arc::new(lane.stream.record().map_err(torch)?);
         drop(queueing);
         tensors.push(like);
-        let mut pending = Pending { done: done.clone(), tensors, settled: false };
+        let mut pending = Pending {
+            done: done.clone(),
+            tensors,
+            settled: false,
+        };
         let watched = shared.clone();
         let progress = move || match watched.library.failure(&watched.lanes[&party].comm) {
             // Whoever aborted knows.
@@ -225,7 +275,9 @@ impl<L: Library> Queued<L> {
         };
         let shared = shared.clone();
         let finish = move || {
-            pending.settle().map_err(|error| shared.membership.error(operation, error))?;
+            pending
+                .settle()
+                .map_err(|error| shared.membership.error(operation, error))?;
             if let Some(after) = after {
                 after();
             }
@@ -236,19 +288,39 @@ impl<L: Library> Queued<L> {
 
     /// Room for as much as `own` of every rank.
     fn parts(&self, own: &Tensor) -> Tensor {
-        Tensor::empty([&[self.size() as i64], &*own.size()].concat(), (own.kind(), own.device()))
+        Tensor::empty(
+            [&[self.size() as i64], &*own.size()].concat(),
+            (own.kind(), own.device()),
+        )
     }
 
-    fn same_kind(&self, operation: &'static str, output: &Tensor, input: &Tensor, fits: bool) -> Result<(), CommError> {
+    fn same_kind(
+        &self,
+        operation: &'static str,
+        output: &Tensor,
+        input: &Tensor,
+        fits: bool,
+    ) -> Result<(), CommError> {
         if fits && output.kind() == input.kind() {
             return Ok(());
         }
         let of = |tensor: &Tensor| format!("{:?} {:?}", tensor.kind(), tensor.size());
-        let reason = format!("{} and {} do not fit for {} ranks", of(output), of(input), self.size());
+        let reason = format!(
+            "{} and {} do not fit for {} ranks",
+            of(output),
+            of(input),
+            self.size()
+        );
         Err(self.0.membership.error(operation, reason))
     }
 
-    fn message(&self, operation: &'static str, tensor: &Tensor, peer: usize, sends: bool) -> Result<Work, CommError> {
+    fn message(
+        &self,
+        operation: &'static str,
+        tensor: &Tensor,
+        peer: usize,
+        sends: bool,
+    ) -> Result<Work, CommError> {
         let own = self.rank();
         if peer >= self.size() || peer == own {
             let reason = format!("rank {peer} of {} is no other rank", self.size());
@@ -258,7 +330,12 @@ impl<L: Library> Queued<L> {
             return Ok(Work::done());
         }
         let (from, to) = if sends { (own, peer) } else { (peer, own) };
-        let message = Message { sends, data: tensor.data_ptr(), run: run(tensor), peer: usize::from(sends) };
+        let message = Message {
+            sends,
+            data: tensor.data_ptr(),
+            run: run(tensor),
+            peer: usize::from(sends),
+        };
         self.queue(
             operation,
             Party::Pair { from, to },
@@ -272,7 +349,10 @@ impl<L: Library> Queued<L> {
 
 impl<L: Library> Shared<L> {
     fn like(&self) -> Tensor {
-        self.like.lock().unwrap_or_else(PoisonError::into_inner).shallow_clone()
+        self.like
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .shallow_clone()
     }
 }
 
@@ -286,12 +366,22 @@ impl<L: Library> Lane<L> {
         like: &Tensor,
     ) -> Result<Lane<L>, String> {
         let (rank, size, name) = match party {
-            Party::All => (membership.position, membership.members.len(), "all".to_string()),
-            Party::Pair { from, to } => (usize::from(to == membership.position), 2, format!("{from}-{to}")),
+            Party::All => (
+                membership.position,
+                membership.members.len(),
+                "all".to_string(),
+            ),
+            Party::Pair { from, to } => (
+                usize::from(to == membership.position),
+                2,
+                format!("{from}-{to}"),
+            ),
         };
         let text = |e: torch_ext::Error| e.to_string();
         if rank == 0 {
-            store.set(&format!("{name}/id"), &library.new_id()?).map_err(text)?;
+            store
+                .set(&format!("{name}/id"), &library.new_id()?)
+                .map_err(text)?;
         }
         // A vendor's library would wait for a rank that is missing, and could not be told to stop.
         let here = format!("{name}/here");
@@ -299,7 +389,9 @@ impl<L: Library> Lane<L> {
         let mut present = store.add(&here, 1).map_err(text)?;
         while present < size as i64 {
             if began.elapsed() > timeout {
-                return Err(format!("{present} of {size} ranks came within {timeout:.1?}"));
+                return Err(format!(
+                    "{present} of {size} ranks came within {timeout:.1?}"
+                ));
             }
             std::thread::sleep(Duration::from_millis(2));
             present = store.add(&here, 0).map_err(text)?;
@@ -307,12 +399,19 @@ impl<L: Library> Lane<L> {
         let id = store.get(&format!("{name}/id")).map_err(text)?;
         let stream = Stream::beside(like).map_err(text)?;
         let comm = library.join(&id, rank, size)?;
-        Ok(Lane { comm, stream, queueing: Mutex::default() })
+        Ok(Lane {
+            comm,
+            stream,
+            queueing: Mutex::default(),
+        })
     }
 }
 
 fn run(tensor: &Tensor) -> Run {
-    Run { count: tensor.numel(), kind: tensor.kind() }
+    Run {
+        count: tensor.numel(),
+        kind: tensor.kind(),
+    }
 }
 
 type After = Option<Box<dyn FnOnce() + Send>>;
@@ -353,14 +452,24 @@ impl<L: Library> Communicator for Queued<L> {
         if self.0.library.reduces(run.kind, "all_reduce") {
             let kept = vec![tensor.shallow_clone()];
             // SAFETY: the tensor is kept until the operation is done.
-            let enqueue = |library: &L, to: &To<L>| unsafe { library.all_reduce(to, data, run, op) };
+            let enqueue =
+                |library: &L, to: &To<L>| unsafe { library.all_reduce(to, data, run, op) };
             return self.queue("all_reduce", Party::All, kept, enqueue, None);
         }
         let parts = self.parts(tensor);
-        let (all, kept) = (parts.data_ptr(), vec![tensor.shallow_clone(), parts.shallow_clone()]);
+        let (all, kept) = (
+            parts.data_ptr(),
+            vec![tensor.shallow_clone(), parts.shallow_clone()],
+        );
         // SAFETY: as above; the parts have room for all.
         let enqueue = |library: &L, to: &To<L>| unsafe { library.all_gather(to, all, data, run) };
-        self.queue("all_reduce", Party::All, kept, enqueue, combined(parts, tensor, op))
+        self.queue(
+            "all_reduce",
+            Party::All,
+            kept,
+            enqueue,
+            combined(parts, tensor, op),
+        )
     }
     fn broadcast(&self, tensor: &Tensor, root: usize) -> Result<Work, CommError> {
         if tensor.numel() == 0 {
@@ -369,20 +478,47 @@ impl<L: Library> Communicator for Queued<L> {
         let (data, run) = (tensor.data_ptr(), run(tensor));
         // SAFETY: the tensor is kept until the operation is done.
         let enqueue = |library: &L, to: &To<L>| unsafe { library.broadcast(to, data, run, root) };
-        self.queue("broadcast", Party::All, vec![tensor.shallow_clone()], enqueue, None)
+        self.queue(
+            "broadcast",
+            Party::All,
+            vec![tensor.shallow_clone()],
+            enqueue,
+            None,
+        )
     }
     fn all_gather(&self, output: &Tensor, input: &Tensor) -> Result<Work, CommError> {
-        self.same_kind("all_gather", output, input, output.numel() == input.numel() * self.size())?;
+        self.same_kind(
+            "all_gather",
+            output,
+            input,
+            output.numel() == input.numel() * self.size(),
+        )?;
         if input.numel() == 0 {
             return Ok(Work::done());
         }
         let (out, data, run) = (output.data_ptr(), input.data_ptr(), run(input));
         // SAFETY: the tensors are kept until the operation is done, and their sizes were compared.
         let enqueue = |library: &L, to: &To<L>| unsafe { library.all_gather(to, out, data, run) };
-        self.queue("all_gather", Party::All, vec![output.shallow_clone(), input.shallow_clone()], enqueue, None)
+        self.queue(
+            "all_gather",
+            Party::All,
+            vec![output.shallow_clone(), input.shallow_clone()],
+            enqueue,
+            None,
+        )
     }
-    fn reduce_scatter(&self, output: &Tensor, input: &Tensor, op: ReduceOp) -> Result<Work, CommError> {
-        self.same_kind("reduce_scatter", output, input, input.numel() == output.numel() * self.size())?;
+    fn reduce_scatter(
+        &self,
+        output: &Tensor,
+        input: &Tensor,
+        op: ReduceOp,
+    ) -> Result<Work, CommError> {
+        self.same_kind(
+            "reduce_scatter",
+            output,
+            input,
+            input.numel() == output.numel() * self.size(),
+        )?;
         if output.numel() == 0 {
             return Ok(Work::done());
         }
@@ -390,17 +526,28 @@ impl<L: Library> Communicator for Queued<L> {
         if self.0.library.reduces(run.kind, "reduce_scatter") {
             let out = output.data_ptr();
             // SAFETY: the tensors are kept until the operation is done, and their sizes were compared.
-            let enqueue = |library: &L, to: &To<L>| unsafe { library.reduce_scatter(to, out, data, run, op) };
+            let enqueue =
+                |library: &L, to: &To<L>| unsafe { library.reduce_scatter(to, out, data, run, op) };
             let kept = vec![output.shallow_clone(), input.shallow_clone()];
             return self.queue("reduce_scatter", Party::All, kept, enqueue, None);
         }
         let parts = self.parts(output);
-        let (all, kept) = (parts.data_ptr(), vec![parts.shallow_clone(), input.shallow_clone()]);
+        let (all, kept) = (
+            parts.data_ptr(),
+            vec![parts.shallow_clone(), input.shallow_clone()],
+        );
         let counts = vec![run.count; self.size()];
         // SAFETY: as above; the parts have room for all.
-        let enqueue =
-            |library: &L, to: &To<L>| unsafe { library.all_to_all(to, (all, &counts), (data, &counts), run.kind) };
-        self.queue("reduce_scatter", Party::All, kept, enqueue, combined(parts, output, op))
+        let enqueue = |library: &L, to: &To<L>| unsafe {
+            library.all_to_all(to, (all, &counts), (data, &counts), run.kind)
+        };
+        self.queue(
+            "reduce_scatter",
+            Party::All,
+            kept,
+            enqueue,
+            combined(parts, output, op),
+        )
     }
     fn all_to_all(
         &self,
@@ -418,11 +565,25 @@ impl<L: Library> Communicator for Queued<L> {
         let (receive, send) = (counts(output, output_splits), counts(input, input_splits));
         // Memory of a tensor without elements is nowhere, which libraries refuse.
         let somewhere = self.0.like();
-        let place = |tensor: &Tensor| if tensor.numel() == 0 { somewhere.data_ptr() } else { tensor.data_ptr() };
+        let place = |tensor: &Tensor| {
+            if tensor.numel() == 0 {
+                somewhere.data_ptr()
+            } else {
+                tensor.data_ptr()
+            }
+        };
         let (out, data, kind) = (place(output), place(input), input.kind());
         // SAFETY: the tensors are kept until the operation is done; the splits were checked against them.
-        let enqueue = |library: &L, to: &To<L>| unsafe { library.all_to_all(to, (out, &receive), (data, &send), kind) };
-        self.queue("all_to_all", Party::All, vec![output.shallow_clone(), input.shallow_clone()], enqueue, None)
+        let enqueue = |library: &L, to: &To<L>| unsafe {
+            library.all_to_all(to, (out, &receive), (data, &send), kind)
+        };
+        self.queue(
+            "all_to_all",
+            Party::All,
+            vec![output.shallow_clone(), input.shallow_clone()],
+            enqueue,
+            None,
+        )
     }
     /// Messages from one rank to another arrive in the order in which they were sent, whatever their tags: both sides name the
     /// same messages in the same order. (The schedules of a pipeline are checked for that.)
@@ -440,11 +601,23 @@ impl<L: Library> Communicator for Queued<L> {
     ) -> Result<Work, CommError> {
         let of = |sends: bool| {
             move |&(tensor, peer): &(&Tensor, usize)| {
-                (Message { sends, data: tensor.data_ptr(), run: run(tensor), peer }, tensor.shallow_clone())
+                (
+                    Message {
+                        sends,
+                        data: tensor.data_ptr(),
+                        run: run(tensor),
+                        peer,
+                    },
+                    tensor.shallow_clone(),
+                )
             }
         };
-        let all = sends.iter().map(of(true)).chain(receives.iter().map(of(false)));
-        let (messages, tensors): (Vec<Message>, Vec<Tensor>) = all.filter(|(message, _)| message.run.count > 0).unzip();
+        let all = sends
+            .iter()
+            .map(of(true))
+            .chain(receives.iter().map(of(false)));
+        let (messages, tensors): (Vec<Message>, Vec<Tensor>) =
+            all.filter(|(message, _)| message.run.count > 0).unzip();
         let enqueue = |library: &L, to: &To<L>| match messages.is_empty() {
             true => Ok(()),
             // SAFETY: the tensors are kept until the operation is done.
@@ -458,7 +631,10 @@ impl<L: Library> Communicator for Queued<L> {
     }
     fn check(&self) -> Result<(), CommError> {
         match self.0.aborted.load(Ordering::SeqCst) {
-            true => Err(self.0.membership.error("an operation on the device", "the group was aborted")),
+            true => Err(self
+                .0
+                .membership
+                .error("an operation on the device", "the group was aborted")),
             false => Ok(()),
         }
     }
@@ -489,7 +665,9 @@ mod tests {
                 }
                 _ => None,
             };
-            let Some((one, other)) = (0..size).find_map(|rank| ready(rank, &left)) else { break };
+            let Some((one, other)) = (0..size).find_map(|rank| ready(rank, &left)) else {
+                break;
+            };
             left[one].remove(0);
             left[other].remove(0);
         }
@@ -499,7 +677,13 @@ mod tests {
     #[test]
     fn neighbours_make_their_communicators_without_waiting_in_a_circle() {
         assert_eq!(ring_pairs(0, 1), []);
-        assert_eq!(ring_pairs(0, 2), [Party::Pair { from: 0, to: 1 }, Party::Pair { from: 1, to: 0 }]);
+        assert_eq!(
+            ring_pairs(0, 2),
+            [
+                Party::Pair { from: 0, to: 1 },
+                Party::Pair { from: 1, to: 0 }
+            ]
+        );
         assert_eq!(ring_pairs(1, 4).len(), 4);
         for size in 1..40 {
             assert!(all_are_made(size), "{size} ranks");

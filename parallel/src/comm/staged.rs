@@ -13,8 +13,13 @@ pub(crate) struct Staged {
 impl Staged {
     /// Of `tensors`, the first of which the operation may write.
     pub(crate) fn new(tensors: &[&Tensor], writes: bool) -> Staged {
-        let back = tensors.first().filter(|first| writes && first.device() != Device::Cpu);
-        Staged { host: tensors.iter().map(|tensor| on_host(tensor)).collect(), back: back.map(|x| x.shallow_clone()) }
+        let back = tensors
+            .first()
+            .filter(|first| writes && first.device() != Device::Cpu);
+        Staged {
+            host: tensors.iter().map(|tensor| on_host(tensor)).collect(),
+            back: back.map(|x| x.shallow_clone()),
+        }
     }
 
     /// Brings the result to where it belongs. The operation is done.
@@ -31,8 +36,12 @@ fn on_host(tensor: &Tensor) -> Tensor {
         return tensor.shallow_clone();
     }
     let pinned = || {
-        let bytes = torch_ext::pinned((tensor.numel() * tensor.kind().elt_size_in_bytes()) as i64).ok()?;
-        let mut host = bytes.f_view_dtype(tensor.kind()).ok()?.view(tensor.size().as_slice());
+        let bytes =
+            torch_ext::pinned((tensor.numel() * tensor.kind().elt_size_in_bytes()) as i64).ok()?;
+        let mut host = bytes
+            .f_view_dtype(tensor.kind())
+            .ok()?
+            .view(tensor.size().as_slice());
         tch::no_grad(|| host.copy_(tensor));
         Some(host)
     };

@@ -15,10 +15,23 @@ pub fn accelerator(device: &dyn Accelerator) -> Vec<Outcome> {
         ("memory is counted, and its peak anew", memory),
         ("a copier brings bytes out on a thread of its own", copier),
     ];
-    cases.map(|(name, case)| Outcome { name, problem: case(device).err() }).to_vec()
+    cases
+        .map(|(name, case)| Outcome {
+            name,
+            problem: case(device).err(),
+        })
+        .to_vec()
 }
 
-const KINDS: [Kind; 7] = [Kind::Float, Kind::Double, Kind::BFloat16, Kind::Half, Kind::Int64, Kind::Int, Kind::Uint8];
+const KINDS: [Kind; 7] = [
+    Kind::Float,
+    Kind::Double,
+    Kind::BFloat16,
+    Kind::Half,
+    Kind::Int64,
+    Kind::Int,
+    Kind::Uint8,
+];
 
 fn text(error: impl ToString) -> String {
     error.to_string()
@@ -28,10 +41,18 @@ fn tensors(device: &dyn Accelerator) -> Verdict {
     for kind in KINDS {
         for shape in [&[0i64] as &[i64], &[], &[3], &[2, 0, 4], &[5, 7]] {
             let zeros = device.zeros(shape, kind);
-            expect(&format!("zeros of {kind:?} {shape:?}"), &zeros, &vec![0.0; zeros.numel()])?;
+            expect(
+                &format!("zeros of {kind:?} {shape:?}"),
+                &zeros,
+                &vec![0.0; zeros.numel()],
+            )?;
             let empty = device.empty(shape, kind);
             if (empty.size().as_slice(), empty.kind()) != (shape, kind) || !empty.is_contiguous() {
-                return Err(format!("an empty {kind:?} {shape:?} came as {:?} {:?}", empty.kind(), empty.size()));
+                return Err(format!(
+                    "an empty {kind:?} {shape:?} came as {:?} {:?}",
+                    empty.kind(),
+                    empty.size()
+                ));
             }
         }
     }
@@ -40,7 +61,9 @@ fn tensors(device: &dyn Accelerator) -> Verdict {
 
 fn round_trip(device: &dyn Accelerator) -> Verdict {
     for kind in KINDS {
-        let host = Tensor::arange(60, (Kind::Int64, Device::Cpu)).to_kind(kind).view([3, 20]);
+        let host = Tensor::arange(60, (Kind::Int64, Device::Cpu))
+            .to_kind(kind)
+            .view([3, 20]);
         let expected: Vec<f64> = (0..60).map(f64::from).collect();
         expect(&format!("{kind:?}"), &device.upload(&host), &expected)?;
     }
@@ -91,7 +114,9 @@ fn memory(device: &dyn Accelerator) -> Verdict {
     let after = device.memory().map_err(text)?;
     match after.peak + BYTES / 2 < during.peak {
         true => Ok(()),
-        false => Err(format!("after the end of the tensor the peak is {after:?}, and was {during:?}")),
+        false => Err(format!(
+            "after the end of the tensor the peak is {after:?}, and was {during:?}"
+        )),
     }
 }
 
@@ -101,16 +126,28 @@ fn copier(device: &dyn Accelerator) -> Verdict {
     let tensor = device.upload(&host);
     device.synchronize().map_err(text)?;
     let mut copier = device.copier().map_err(text)?;
-    let staging = device.staging(host.numel() as i64, Kind::Int).map_err(text)?;
+    let staging = device
+        .staging(host.numel() as i64, Kind::Int)
+        .map_err(text)?;
     let copied = std::thread::spawn(move || {
         let mut bytes = vec![0u8; tensor.numel() * 4];
         copier.copy(&tensor, &mut bytes)?;
         copier.fetch(&tensor, &staging)?;
         Ok::<_, torch_ext::Error>((bytes, staging))
     });
-    let (bytes, staging) = copied.join().map_err(|_| "the copying thread panicked")?.map_err(text)?;
-    let right = bytes.chunks_exact(4).enumerate().all(|(n, four)| four == (n as i32).to_ne_bytes())
+    let (bytes, staging) = copied
+        .join()
+        .map_err(|_| "the copying thread panicked")?
+        .map_err(text)?;
+    let right = bytes
+        .chunks_exact(4)
+        .enumerate()
+        .all(|(n, four)| four == (n as i32).to_ne_bytes())
         && staging.device() == Device::Cpu
         && staging.equal(&host);
-    if right { Ok(()) } else { Err("other bytes came out".into()) }
+    if right {
+        Ok(())
+    } else {
+        Err("other bytes came out".into())
+    }
 }

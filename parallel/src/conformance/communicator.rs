@@ -29,29 +29,56 @@ struct Bench<'a> {
 ///
 /// # Errors
 /// When the ranks cannot be joined.
-pub fn communicator(env: &RankEnv, backend: Backend, device: &dyn Accelerator) -> Result<Vec<Outcome>, CommError> {
+pub fn communicator(
+    env: &RankEnv,
+    backend: Backend,
+    device: &dyn Accelerator,
+) -> Result<Vec<Outcome>, CommError> {
     let world = World::join(env, PATIENCE, backend, device)?;
     let hasty = World::join(&env.again(1), SHORT, backend, device)?;
     let everyone: Vec<usize> = (0..world.size()).collect();
-    let bench = Bench { world: &world, hasty: &hasty, all: world.chain("conformance", &everyone)?, device };
+    let bench = Bench {
+        world: &world,
+        hasty: &hasty,
+        all: world.chain("conformance", &everyone)?,
+        device,
+    };
     type Case = fn(&Bench) -> Verdict;
     let cases: [(&str, Case); 14] = [
         ("all_reduce: every dtype, operation and shape", all_reduce),
         ("broadcast from every rank", broadcast),
-        ("all_gather and reduce_scatter are each other's reverse", gather_and_scatter),
+        (
+            "all_gather and reduce_scatter are each other's reverse",
+            gather_and_scatter,
+        ),
         ("all_to_all: uneven parts, empty ones too", all_to_all),
         ("send and recv: in order, by tag, any size", point_to_point),
         ("exchange: several messages as one operation", exchange),
-        ("operations under way side by side, waited for in any order", side_by_side),
+        (
+            "operations under way side by side, waited for in any order",
+            side_by_side,
+        ),
         ("groups beside one another", groups),
         ("what one group made another takes at once", chained),
-        ("tensors that are dropped after a wait were sent whole", dropped),
+        (
+            "tensors that are dropped after a wait were sent whole",
+            dropped,
+        ),
         ("the same sums twice are equal to the bit", repeatable),
-        ("wrong arguments are refused before anything is sent", refusals),
-        ("a rank that does not come is named, with the call, within the timeout", timeout),
+        (
+            "wrong arguments are refused before anything is sent",
+            refusals,
+        ),
+        (
+            "a rank that does not come is named, with the call, within the timeout",
+            timeout,
+        ),
         ("an abort from another thread ends a wait", abort),
     ];
-    let outcomes = cases.map(|(name, case)| Outcome { name, problem: case(&bench).err() });
+    let outcomes = cases.map(|(name, case)| Outcome {
+        name,
+        problem: case(&bench).err(),
+    });
     // Nobody leaves while others may still need it.
     bench.all.barrier()?.wait()?;
     Ok(outcomes.to_vec())
@@ -72,7 +99,8 @@ impl Bench<'_> {
     }
 
     fn done_in(&self, group: &Shared, work: Result<crate::Work, CommError>) -> Verdict {
-        work.and_then(crate::Work::wait).map_err(|e| e.to_string())?;
+        work.and_then(crate::Work::wait)
+            .map_err(|e| e.to_string())?;
         // A device that gave an operation up may say so here; the group knows more.
         let synchronized = self.device.synchronize();
         group.check().map_err(|e| e.to_string())?;
@@ -80,23 +108,44 @@ impl Bench<'_> {
     }
 
     fn full(&self, shape: &[i64], value: i64, kind: Kind) -> Tensor {
-        self.device.upload(&Tensor::full(shape, value, (kind, Device::Cpu)))
+        self.device
+            .upload(&Tensor::full(shape, value, (kind, Device::Cpu)))
     }
 
     /// `from..from + count` in rows of `width`.
     fn rows(&self, from: i64, count: i64, width: i64, kind: Kind) -> Tensor {
         let numbers = Tensor::arange_start(from, from + count * width, (Kind::Int64, Device::Cpu));
-        self.device.upload(&numbers.to_kind(kind).view([count, width]))
+        self.device
+            .upload(&numbers.to_kind(kind).view([count, width]))
     }
 }
 
-const KINDS: [Kind; 6] = [Kind::Float, Kind::Double, Kind::BFloat16, Kind::Half, Kind::Int64, Kind::Int];
+const KINDS: [Kind; 6] = [
+    Kind::Float,
+    Kind::Double,
+    Kind::BFloat16,
+    Kind::Half,
+    Kind::Int64,
+    Kind::Int,
+];
 
 fn all_reduce(bench: &Bench) -> Verdict {
     let (rank, size) = (bench.rank(), bench.size());
     for kind in KINDS.into_iter().chain([Kind::Uint8]) {
-        for shape in [&[0i64] as &[i64], &[], &[1], &[17], &[3, 0, 2], &[5, 7], &[1 << 14]] {
-            for (op, result) in [(ReduceOp::Sum, size * (size + 1) / 2), (ReduceOp::Min, 1), (ReduceOp::Max, size)] {
+        for shape in [
+            &[0i64] as &[i64],
+            &[],
+            &[1],
+            &[17],
+            &[3, 0, 2],
+            &[5, 7],
+            &[1 << 14],
+        ] {
+            for (op, result) in [
+                (ReduceOp::Sum, size * (size + 1) / 2),
+                (ReduceOp::Min, 1),
+                (ReduceOp::Max, size),
+            ] {
                 let x = bench.full(shape, rank + 1, kind);
                 bench.done(bench.all.all_reduce(&x, op))?;
                 let expected = vec![result as f64; x.numel()];
@@ -107,17 +156,29 @@ fn all_reduce(bench: &Bench) -> Verdict {
     // Large enough for every library's ways with large messages.
     let x = bench.full(&[3 << 20], rank, Kind::Float);
     bench.done(bench.all.all_reduce(&x, ReduceOp::Sum))?;
-    expect("a sum of 12 MiB", &x.narrow(0, (3 << 20) - 2, 2), &[(size * (size - 1) / 2) as f64; 2])
+    expect(
+        "a sum of 12 MiB",
+        &x.narrow(0, (3 << 20) - 2, 2),
+        &[(size * (size - 1) / 2) as f64; 2],
+    )
 }
 
 fn broadcast(bench: &Bench) -> Verdict {
     for root in 0..bench.size() {
         for kind in KINDS.into_iter().chain([Kind::Uint8, Kind::Bool]) {
-            let value = if kind == Kind::Bool { i64::from(bench.rank() == root) } else { bench.rank() + 3 };
+            let value = if kind == Kind::Bool {
+                i64::from(bench.rank() == root)
+            } else {
+                bench.rank() + 3
+            };
             let x = bench.full(&[2, 3], value, kind);
             bench.done(bench.all.broadcast(&x, root as usize))?;
             let expected = if kind == Kind::Bool { 1 } else { root + 3 };
-            expect(&format!("{kind:?} of rank {root}"), &x, &[expected as f64; 6])?;
+            expect(
+                &format!("{kind:?} of rank {root}"),
+                &x,
+                &[expected as f64; 6],
+            )?;
         }
     }
     Ok(())
@@ -137,7 +198,9 @@ fn gather_and_scatter(bench: &Bench) -> Verdict {
                 bench.done(bench.all.reduce_scatter(&part, &all, op))?;
                 let times = if op == ReduceOp::Sum { size } else { 1 };
                 let first = rank * rows * 2;
-                let expected: Vec<f64> = (first..first + rows * 2).map(|n| (n * times) as f64).collect();
+                let expected: Vec<f64> = (first..first + rows * 2)
+                    .map(|n| (n * times) as f64)
+                    .collect();
                 expect(&format!("{op:?} of {kind:?}, scattered"), &part, &expected)?;
             }
         }
@@ -149,8 +212,11 @@ fn all_to_all(bench: &Bench) -> Verdict {
     let (rank, size) = (bench.rank(), bench.size());
     // Rank r sends (2r + s) mod 4 rows to s: some none, some others more than they receive. Then rank 0 sends nothing at
     // all, then nobody does.
-    let patterns: [fn(i64, i64) -> i64; 3] =
-        [|from, to| (2 * from + to) % 4, |from, to| if from == 0 { 0 } else { from + to }, |_, _| 0];
+    let patterns: [fn(i64, i64) -> i64; 3] = [
+        |from, to| (2 * from + to) % 4,
+        |from, to| if from == 0 { 0 } else { from + to },
+        |_, _| 0,
+    ];
     for kind in KINDS {
         for width in [1, 5] {
             for rows in patterns {
@@ -158,18 +224,28 @@ fn all_to_all(bench: &Bench) -> Verdict {
                 let receive: Vec<i64> = (0..size).map(|from| rows(from, rank)).collect();
                 // Each row says from whom it comes, to whom it goes and which it is.
                 let value = |from: i64, to: i64, row: i64| from * 64 + to * 8 + row % 8;
-                let parts = (0..size).flat_map(|to| (0..send[to as usize]).map(move |row| value(rank, to, row)));
-                let parts: Vec<i64> = parts.flat_map(|v| std::iter::repeat_n(v, width as usize)).collect();
-                let input = Tensor::from_slice(&parts).to_kind(kind).view([send.iter().sum::<i64>(), width]);
+                let parts = (0..size)
+                    .flat_map(|to| (0..send[to as usize]).map(move |row| value(rank, to, row)));
+                let parts: Vec<i64> = parts
+                    .flat_map(|v| std::iter::repeat_n(v, width as usize))
+                    .collect();
+                let input = Tensor::from_slice(&parts)
+                    .to_kind(kind)
+                    .view([send.iter().sum::<i64>(), width]);
                 let input = bench.device.upload(&input);
-                let output = bench.device.zeros(&[receive.iter().sum::<i64>(), width], kind);
+                let output = bench
+                    .device
+                    .zeros(&[receive.iter().sum::<i64>(), width], kind);
                 bench.done(bench.all.all_to_all(&output, &input, &receive, &send))?;
-                let expected =
-                    (0..size).flat_map(|from| (0..receive[from as usize]).map(move |r| value(from, rank, r)));
+                let expected = (0..size).flat_map(|from| {
+                    (0..receive[from as usize]).map(move |r| value(from, rank, r))
+                });
                 let expected = expected.flat_map(|v| std::iter::repeat_n(v as f64, width as usize));
                 // bf16 holds whole numbers up to 256 exactly: beyond, what it makes of them.
                 let expected: Vec<f64> = expected.collect();
-                let rounded = Tensor::from_slice(&expected).to_kind(kind).to_kind(Kind::Double);
+                let rounded = Tensor::from_slice(&expected)
+                    .to_kind(kind)
+                    .to_kind(Kind::Double);
                 let expected = Vec::<f64>::try_from(rounded).map_err(|e| e.to_string())?;
                 expect(&format!("{kind:?} in rows of {width}"), &output, &expected)?;
             }
@@ -183,12 +259,19 @@ fn point_to_point(bench: &Bench) -> Verdict {
     if size == 1 {
         return Ok(());
     }
-    let (next, previous) = (((rank + 1) % size) as usize, ((rank + size - 1) % size) as usize);
+    let (next, previous) = (
+        ((rank + 1) % size) as usize,
+        ((rank + size - 1) % size) as usize,
+    );
     for elements in [0, 1, 1000, 1 << 18] {
         // Received before they are sent, three under way, two of one tag.
         let tags = [7, 7, 3];
-        let messages: Vec<Tensor> = (0..3).map(|n| bench.full(&[elements], rank * 10 + n, Kind::Float)).collect();
-        let buffers: Vec<Tensor> = (0..3).map(|_| bench.device.zeros(&[elements], Kind::Float)).collect();
+        let messages: Vec<Tensor> = (0..3)
+            .map(|n| bench.full(&[elements], rank * 10 + n, Kind::Float))
+            .collect();
+        let buffers: Vec<Tensor> = (0..3)
+            .map(|_| bench.device.zeros(&[elements], Kind::Float))
+            .collect();
         let mut works = Vec::new();
         for (buffer, tag) in buffers.iter().zip(tags) {
             works.push(bench.all.recv(buffer, previous, tag));
@@ -199,7 +282,11 @@ fn point_to_point(bench: &Bench) -> Verdict {
         works.into_iter().try_for_each(|work| bench.done(work))?;
         for (n, buffer) in buffers.iter().enumerate() {
             let expected = vec![(previous * 10 + n) as f64; elements as usize];
-            expect(&format!("message {n} of {elements} elements"), buffer, &expected)?;
+            expect(
+                &format!("message {n} of {elements} elements"),
+                buffer,
+                &expected,
+            )?;
         }
     }
     Ok(())
@@ -209,14 +296,27 @@ fn exchange(bench: &Bench) -> Verdict {
     let (rank, size) = (bench.rank(), bench.size());
     let others: Vec<i64> = (0..size).filter(|&other| other != rank).collect();
     // As many elements as the sum of both ranks: each pair has a size of its own.
-    let sends: Vec<Tensor> =
-        others.iter().map(|other| bench.full(&[rank + other], rank * 10 + other, Kind::Float)).collect();
-    let receives: Vec<Tensor> = others.iter().map(|other| bench.device.zeros(&[rank + other], Kind::Float)).collect();
+    let sends: Vec<Tensor> = others
+        .iter()
+        .map(|other| bench.full(&[rank + other], rank * 10 + other, Kind::Float))
+        .collect();
+    let receives: Vec<Tensor> = others
+        .iter()
+        .map(|other| bench.device.zeros(&[rank + other], Kind::Float))
+        .collect();
     let pair = |tensors: &'_ [Tensor]| -> Vec<(usize, usize)> {
-        (0..tensors.len()).map(|n| (n, others[n] as usize)).collect()
+        (0..tensors.len())
+            .map(|n| (n, others[n] as usize))
+            .collect()
     };
-    let out: Vec<_> = pair(&sends).into_iter().map(|(n, other)| (&sends[n], other)).collect();
-    let inp: Vec<_> = pair(&receives).into_iter().map(|(n, other)| (&receives[n], other)).collect();
+    let out: Vec<_> = pair(&sends)
+        .into_iter()
+        .map(|(n, other)| (&sends[n], other))
+        .collect();
+    let inp: Vec<_> = pair(&receives)
+        .into_iter()
+        .map(|(n, other)| (&receives[n], other))
+        .collect();
     bench.done(bench.all.exchange(&out, &inp, 11))?;
     for (tensor, other) in receives.iter().zip(&others) {
         let expected = vec![(other * 10 + rank) as f64; (rank + other) as usize];
@@ -227,9 +327,17 @@ fn exchange(bench: &Bench) -> Verdict {
 
 fn side_by_side(bench: &Bench) -> Verdict {
     let (rank, size) = (bench.rank(), bench.size());
-    let tensors: Vec<Tensor> = (0..6).map(|n| bench.full(&[1 << (2 * n)], rank + n, Kind::Float)).collect();
-    let works: Vec<_> = tensors.iter().map(|x| bench.all.all_reduce(x, ReduceOp::Sum)).collect();
-    works.into_iter().rev().try_for_each(|work| bench.done(work))?;
+    let tensors: Vec<Tensor> = (0..6)
+        .map(|n| bench.full(&[1 << (2 * n)], rank + n, Kind::Float))
+        .collect();
+    let works: Vec<_> = tensors
+        .iter()
+        .map(|x| bench.all.all_reduce(x, ReduceOp::Sum))
+        .collect();
+    works
+        .into_iter()
+        .rev()
+        .try_for_each(|work| bench.done(work))?;
     for (n, x) in tensors.iter().enumerate() {
         let sum = size * (size - 1) / 2 + size * n as i64;
         expect("one of several sums", x, &vec![sum as f64; x.numel()])?;
@@ -240,34 +348,72 @@ fn side_by_side(bench: &Bench) -> Verdict {
 fn groups(bench: &Bench) -> Verdict {
     let (rank, size) = (bench.rank(), bench.size());
     // Even and odd ranks; and each with its neighbour, in the opposite order of making.
-    let members: Vec<usize> = (0..size).filter(|other| other % 2 == rank % 2).map(|other| other as usize).collect();
-    let pair: Vec<usize> = (rank / 2 * 2..(rank / 2 * 2 + 2).min(size)).map(|other| other as usize).collect();
-    let make = |name: &str, members: &[usize]| bench.world.group(name, members).map_err(|e| e.to_string());
+    let members: Vec<usize> = (0..size)
+        .filter(|other| other % 2 == rank % 2)
+        .map(|other| other as usize)
+        .collect();
+    let pair: Vec<usize> = (rank / 2 * 2..(rank / 2 * 2 + 2).min(size))
+        .map(|other| other as usize)
+        .collect();
+    let make =
+        |name: &str, members: &[usize]| bench.world.group(name, members).map_err(|e| e.to_string());
     let (half, pair_group) = (make("every second", &members)?, make("neighbours", &pair)?);
-    let (x, y) = (bench.full(&[4], rank, Kind::Int64), bench.full(&[4], rank, Kind::Int64));
-    let (first, second) = (half.all_reduce(&x, ReduceOp::Sum), pair_group.all_reduce(&y, ReduceOp::Sum));
+    let (x, y) = (
+        bench.full(&[4], rank, Kind::Int64),
+        bench.full(&[4], rank, Kind::Int64),
+    );
+    let (first, second) = (
+        half.all_reduce(&x, ReduceOp::Sum),
+        pair_group.all_reduce(&y, ReduceOp::Sum),
+    );
     bench.done(second)?;
     bench.done(first)?;
-    expect("every second rank's sum", &x, &[members.iter().sum::<usize>() as f64; 4])?;
-    expect("the neighbours' sum", &y, &[pair.iter().sum::<usize>() as f64; 4])
+    expect(
+        "every second rank's sum",
+        &x,
+        &[members.iter().sum::<usize>() as f64; 4],
+    )?;
+    expect(
+        "the neighbours' sum",
+        &y,
+        &[pair.iter().sum::<usize>() as f64; 4],
+    )
 }
 
 fn chained(bench: &Bench) -> Verdict {
     let (rank, size) = (bench.rank(), bench.size());
-    let pair: Vec<usize> = (rank / 2 * 2..(rank / 2 * 2 + 2).min(size)).map(|other| other as usize).collect();
-    let group = bench.world.group("takers", &pair).map_err(|e| e.to_string())?;
+    let pair: Vec<usize> = (rank / 2 * 2..(rank / 2 * 2 + 2).min(size))
+        .map(|other| other as usize)
+        .collect();
+    let group = bench
+        .world
+        .group("takers", &pair)
+        .map_err(|e| e.to_string())?;
     let text = |e: CommError| e.to_string();
     for elements in [1, 1 << 20] {
         let x = bench.full(&[elements], rank, Kind::Float);
         for group in [&bench.all, &group, &bench.all] {
             // Nothing but the order of what is queued keeps one after the other.
-            group.all_reduce(&x, ReduceOp::Sum).and_then(crate::Work::wait).map_err(text)?;
+            group
+                .all_reduce(&x, ReduceOp::Sum)
+                .and_then(crate::Work::wait)
+                .map_err(text)?;
         }
         bench.done(bench.all.barrier())?;
-        let of_pair = |first: i64| if (first + 2).min(size) - first == 2 { 2 } else { 1 };
+        let of_pair = |first: i64| {
+            if (first + 2).min(size) - first == 2 {
+                2
+            } else {
+                1
+            }
+        };
         let sum = size * (size - 1) / 2;
         let expected: i64 = (0..size).map(|other| sum * of_pair(other / 2 * 2)).sum();
-        expect("a sum of sums of sums", &x.narrow(0, elements - 1, 1), &[expected as f64])?;
+        expect(
+            "a sum of sums of sums",
+            &x.narrow(0, elements - 1, 1),
+            &[expected as f64],
+        )?;
     }
     Ok(())
 }
@@ -279,11 +425,15 @@ fn dropped(bench: &Bench) -> Verdict {
         let all = bench.device.empty(&[elements * size], Kind::Float);
         let own = bench.full(&[elements], rank + round, Kind::Float);
         let work = bench.all.all_gather(&all, &own);
-        work.and_then(crate::Work::wait).map_err(|e| e.to_string())?;
+        work.and_then(crate::Work::wait)
+            .map_err(|e| e.to_string())?;
         drop(own);
         // Takes the memory where it is given away.
         let _other = bench.full(&[elements], -1, Kind::Float);
-        let last = all.view([size, elements]).narrow(1, elements - 1, 1).contiguous();
+        let last = all
+            .view([size, elements])
+            .narrow(1, elements - 1, 1)
+            .contiguous();
         let expected: Vec<f64> = (0..size).map(|other| (other + round) as f64).collect();
         expect("what was gathered", &last, &expected)?;
     }
@@ -299,7 +449,11 @@ fn repeatable(bench: &Bench) -> Verdict {
         Ok(x.to_device(Device::Cpu))
     };
     let (first, second) = (sum()?, sum()?);
-    if first.equal(&second) { Ok(()) } else { Err("two sums of the same numbers differ".into()) }
+    if first.equal(&second) {
+        Ok(())
+    } else {
+        Err("two sums of the same numbers differ".into())
+    }
 }
 
 fn refusals(bench: &Bench) -> Verdict {
@@ -308,13 +462,26 @@ fn refusals(bench: &Bench) -> Verdict {
     let output = x.empty_like();
     let mut splits = vec![1; rows as usize];
     splits[0] = 2;
-    match bench.all.all_to_all(&output, &x, &vec![1; rows as usize], &splits) {
+    match bench
+        .all
+        .all_to_all(&output, &x, &vec![1; rows as usize], &splits)
+    {
         Ok(_) => return Err("splits that do not add up were taken".into()),
-        Err(error) if error.to_string().contains(&format!("rank {}: all_to_all in group", bench.rank())) => {}
-        Err(error) => return Err(format!("the refusal does not name rank, call and group: {error}")),
+        Err(error)
+            if error
+                .to_string()
+                .contains(&format!("rank {}: all_to_all in group", bench.rank())) => {}
+        Err(error) => {
+            return Err(format!(
+                "the refusal does not name rank, call and group: {error}"
+            ));
+        }
     }
     let other = bench.device.zeros(&[rows, 1], Kind::Double);
-    match bench.all.all_to_all(&other, &x, &vec![1; rows as usize], &vec![1; rows as usize]) {
+    match bench
+        .all
+        .all_to_all(&other, &x, &vec![1; rows as usize], &vec![1; rows as usize])
+    {
         Ok(_) => Err("two dtypes were taken".into()),
         Err(_) => Ok(()),
     }
@@ -325,10 +492,18 @@ fn timeout(bench: &Bench) -> Verdict {
     if size == 1 {
         return Ok(());
     }
-    let group = bench.hasty.all("somebody is late").map_err(|e| e.to_string())?;
+    let group = bench
+        .hasty
+        .all("somebody is late")
+        .map_err(|e| e.to_string())?;
     let x = bench.full(&[4], 1, Kind::Float);
     bench.done_in(&group, group.all_reduce(&x, ReduceOp::Sum))?;
-    let gather = || bench.done_in(&group, group.all_gather(&bench.device.zeros(&[4 * size], Kind::Float), &x));
+    let gather = || {
+        bench.done_in(
+            &group,
+            group.all_gather(&bench.device.zeros(&[4 * size], Kind::Float), &x),
+        )
+    };
     let late = size - 1;
     let mut verdict = Ok(());
     if bench.rank() != late {
@@ -339,7 +514,9 @@ fn timeout(bench: &Bench) -> Verdict {
             "call 2, all_gather in group 'somebody is late': rank {late} is missing; its last call here is 1, all_reduce"
         );
         if !error.contains(&expected) {
-            verdict = Err(format!("the error is {error:?} and does not say: {expected}"));
+            verdict = Err(format!(
+                "the error is {error:?} and does not say: {expected}"
+            ));
         } else if took > SHORT + Duration::from_secs(3) {
             verdict = Err(format!("it took {took:.1?} where the timeout is {SHORT:?}"));
         }
@@ -358,7 +535,10 @@ fn abort(bench: &Bench) -> Verdict {
     if bench.size() == 1 {
         return Ok(());
     }
-    let group = bench.world.all("to be aborted").map_err(|e| e.to_string())?;
+    let group = bench
+        .world
+        .all("to be aborted")
+        .map_err(|e| e.to_string())?;
     let x = bench.full(&[4], 1, Kind::Float);
     // The communicator is made by all, before one of them gives up.
     bench.done_in(&group, group.all_reduce(&x, ReduceOp::Sum))?;
@@ -376,8 +556,12 @@ fn abort(bench: &Bench) -> Verdict {
         let began = Instant::now();
         verdict = match sum() {
             Ok(()) => Err("an aborted operation ended well".into()),
-            Err(_) if began.elapsed() > Duration::from_secs(10) => Err("the abort came late".into()),
-            Err(_) if group.all_reduce(&x, ReduceOp::Sum).is_ok() => Err("an aborted group works again".into()),
+            Err(_) if began.elapsed() > Duration::from_secs(10) => {
+                Err("the abort came late".into())
+            }
+            Err(_) if group.all_reduce(&x, ReduceOp::Sum).is_ok() => {
+                Err("an aborted group works again".into())
+            }
             Err(_) => Ok(()),
         };
         aborter.join().map_err(|_| "the aborting thread panicked")?;

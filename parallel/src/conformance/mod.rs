@@ -24,13 +24,20 @@ type Verdict = Result<(), String>;
 
 /// Compares a tensor on any device with numbers.
 fn expect(what: &str, tensor: &Tensor, expected: &[f64]) -> Verdict {
-    let host = tensor.to_device(Device::Cpu).to_kind(Kind::Double).flatten(0, -1);
+    let host = tensor
+        .to_device(Device::Cpu)
+        .to_kind(Kind::Double)
+        .flatten(0, -1);
     let got = Vec::<f64>::try_from(host).map_err(|e| e.to_string())?;
     match got == expected {
         true => Ok(()),
         false => {
             let short = |values: &[f64]| format!("{:?}", &values[..values.len().min(8)]);
-            Err(format!("{what}: got {} and not {}", short(&got), short(expected)))
+            Err(format!(
+                "{what}: got {} and not {}",
+                short(&got),
+                short(expected)
+            ))
         }
     }
 }

@@ -78,11 +78,23 @@ fn check_passes(order: &Order, rank: usize, passes: &[Pass]) -> Result<(), Sched
     use PassKind::*;
     let mut seen = HashSet::new();
     for &pass in passes {
-        let wrong = |problem| Err(ScheduleError::Wrong { rank, pass, problem });
+        let wrong = |problem| {
+            Err(ScheduleError::Wrong {
+                rank,
+                pass,
+                problem,
+            })
+        };
         if pass.microbatch >= order.microbatches {
             return wrong("is of a microbatch that does not exist");
         }
-        if pass.chunk >= if pass.kind.is_vocabulary() { 1 } else { order.chunks } {
+        if pass.chunk
+            >= if pass.kind.is_vocabulary() {
+                1
+            } else {
+                order.chunks
+            }
+        {
             return wrong("is of a chunk that does not exist");
         }
         if pass.kind.is_vocabulary() && order.vocabulary.is_none() {
@@ -92,13 +104,21 @@ fn check_passes(order: &Order, rank: usize, passes: &[Pass]) -> Result<(), Sched
             return wrong("is there twice");
         }
     }
-    let need = |pass: Pass| if seen.contains(&pass) { Ok(()) } else { Err(ScheduleError::Missing { rank, pass }) };
+    let need = |pass: Pass| {
+        if seen.contains(&pass) {
+            Ok(())
+        } else {
+            Err(ScheduleError::Missing { rank, pass })
+        }
+    };
     for microbatch in 0..order.microbatches {
         for chunk in 0..order.chunks {
             need(Pass::new(Forward, chunk, microbatch))?;
             let whole = Pass::new(Backward, chunk, microbatch);
-            let (input, weight) =
-                (Pass::new(BackwardInput, chunk, microbatch), Pass::new(BackwardWeight, chunk, microbatch));
+            let (input, weight) = (
+                Pass::new(BackwardInput, chunk, microbatch),
+                Pass::new(BackwardWeight, chunk, microbatch),
+            );
             if seen.contains(&whole) {
                 for part in [input, weight] {
                     if seen.contains(&part) {
@@ -133,12 +153,22 @@ fn check_rank(order: &Order, rank: usize, steps: &[Step]) -> Result<(), Schedule
             Step::Compute(pass) => {
                 for need in order.needs(rank, *pass) {
                     let problem = match need {
-                        Need::Message(message) if !received.contains(&message) => format!("{message} is not received"),
-                        Need::Collective(c) if !entered.contains(&c) => format!("{c} is not entered"),
-                        Need::Pass(other) if !done_either(&done, other) => format!("{other} is not before it"),
+                        Need::Message(message) if !received.contains(&message) => {
+                            format!("{message} is not received")
+                        }
+                        Need::Collective(c) if !entered.contains(&c) => {
+                            format!("{c} is not entered")
+                        }
+                        Need::Pass(other) if !done_either(&done, other) => {
+                            format!("{other} is not before it")
+                        }
                         _ => continue,
                     };
-                    return Err(ScheduleError::Unmet { rank, pass: *pass, problem });
+                    return Err(ScheduleError::Unmet {
+                        rank,
+                        pass: *pass,
+                        problem,
+                    });
                 }
                 done.insert(*pass);
                 computed.push(*pass);
@@ -152,23 +182,40 @@ fn check_rank(order: &Order, rank: usize, steps: &[Step]) -> Result<(), Schedule
             Step::Finish(message) => {
                 if !sent.remove(message) {
                     let problem = "is waited for before it is sent".to_string();
-                    return Err(ScheduleError::Unanswered { rank, what: message.to_string(), problem });
+                    return Err(ScheduleError::Unanswered {
+                        rank,
+                        what: message.to_string(),
+                        problem,
+                    });
                 }
             }
             Step::Send(message, _) => {
                 sent.insert(*message);
-                let made = done.iter().any(|&pass| order.makes(rank, pass).is_some_and(|(m, _)| m == *message));
+                let made = done
+                    .iter()
+                    .any(|&pass| order.makes(rank, pass).is_some_and(|(m, _)| m == *message));
                 if !made {
                     let problem = "is sent before the pass that makes it".to_string();
-                    return Err(ScheduleError::Unanswered { rank, what: message.to_string(), problem });
+                    return Err(ScheduleError::Unanswered {
+                        rank,
+                        what: message.to_string(),
+                        problem,
+                    });
                 }
             }
         }
     }
     if computed != order.ranks[rank] {
-        let pass = order.ranks[rank].iter().find(|pass| !done.contains(pass)).copied();
+        let pass = order.ranks[rank]
+            .iter()
+            .find(|pass| !done.contains(pass))
+            .copied();
         let pass = pass.unwrap_or(computed[0]);
-        return Err(ScheduleError::Wrong { rank, pass, problem: "is not where the order has it" });
+        return Err(ScheduleError::Wrong {
+            rank,
+            pass,
+            problem: "is not where the order has it",
+        });
     }
     Ok(())
 }
@@ -178,7 +225,8 @@ fn done_either(done: &HashSet<Pass>, pass: Pass) -> bool {
     let split = |kind| Pass { kind, ..pass };
     done.contains(&pass)
         || (pass.kind.gives_input_gradient()
-            && (done.contains(&split(PassKind::Backward)) || done.contains(&split(PassKind::BackwardInput))))
+            && (done.contains(&split(PassKind::Backward))
+                || done.contains(&split(PassKind::BackwardInput))))
 }
 
 /// Messages of one payload, stage and pair of ranks travel in one order on both sides.
@@ -189,26 +237,48 @@ fn check_messages(schedule: &Schedule) -> Result<(), ScheduleError> {
     for (rank, steps) in schedule.ranks.iter().enumerate() {
         for step in steps {
             match step {
-                Step::Send(m, to) => sent.entry((rank, *to, m.payload, m.stage)).or_default().push(*m),
-                Step::Receive(m, from) => received.entry((*from, rank, m.payload, m.stage)).or_default().push(*m),
+                Step::Send(m, to) => sent
+                    .entry((rank, *to, m.payload, m.stage))
+                    .or_default()
+                    .push(*m),
+                Step::Receive(m, from) => received
+                    .entry((*from, rank, m.payload, m.stage))
+                    .or_default()
+                    .push(*m),
                 Step::Compute(_) | Step::Collect(_) | Step::Finish(_) => {}
             }
         }
     }
-    let channels: std::collections::BTreeSet<Channel> = sent.keys().chain(received.keys()).copied().collect();
+    let channels: std::collections::BTreeSet<Channel> =
+        sent.keys().chain(received.keys()).copied().collect();
     for channel @ (from, to, ..) in channels {
-        let (out, into) = (sent.remove(&channel).unwrap_or_default(), received.remove(&channel).unwrap_or_default());
+        let (out, into) = (
+            sent.remove(&channel).unwrap_or_default(),
+            received.remove(&channel).unwrap_or_default(),
+        );
         if let Some(message) = out.iter().find(|m| !into.contains(m)) {
             let problem = format!("rank {to} does not receive it");
-            return Err(ScheduleError::Unanswered { rank: from, what: format!("sending {message}"), problem });
+            return Err(ScheduleError::Unanswered {
+                rank: from,
+                what: format!("sending {message}"),
+                problem,
+            });
         }
         if let Some(message) = into.iter().find(|m| !out.contains(m)) {
             let problem = format!("rank {from} does not send it");
-            return Err(ScheduleError::Unanswered { rank: to, what: format!("receiving {message}"), problem });
+            return Err(ScheduleError::Unanswered {
+                rank: to,
+                what: format!("receiving {message}"),
+                problem,
+            });
         }
         if let Some((message, _)) = out.iter().zip(&into).find(|(a, b)| a != b) {
             let problem = format!("rank {to} receives in another order");
-            return Err(ScheduleError::Unanswered { rank: from, what: format!("sending {message}"), problem });
+            return Err(ScheduleError::Unanswered {
+                rank: from,
+                what: format!("sending {message}"),
+                problem,
+            });
         }
     }
     Ok(())
@@ -219,18 +289,32 @@ fn check_collectives(schedule: &Schedule) -> Result<(), ScheduleError> {
     for (rank, steps) in schedule.ranks.iter().enumerate() {
         let mut next: HashMap<_, usize> = HashMap::new();
         for step in steps {
-            let Step::Collect(collective) = step else { continue };
+            let Step::Collect(collective) = step else {
+                continue;
+            };
             let expected = next.entry(collective.kind).or_insert(0);
             if collective.microbatch != *expected {
                 let problem = format!("microbatch {expected} is next for this collective");
-                return Err(ScheduleError::Unanswered { rank, what: collective.to_string(), problem });
+                return Err(ScheduleError::Unanswered {
+                    rank,
+                    what: collective.to_string(),
+                    problem,
+                });
             }
             *expected += 1;
         }
         for (kind, count) in next {
             if count != schedule.order.microbatches {
-                let what = Collective { kind, microbatch: count }.to_string();
-                return Err(ScheduleError::Unanswered { rank, what, problem: "is never entered".into() });
+                let what = Collective {
+                    kind,
+                    microbatch: count,
+                }
+                .to_string();
+                return Err(ScheduleError::Unanswered {
+                    rank,
+                    what,
+                    problem: "is never entered".into(),
+                });
             }
         }
     }
@@ -286,7 +370,7 @@ fn stuck(schedule: &Schedule) -> Option<Vec<(usize, Pass)>> {
 
 /// Whether a collective can complete once `entered` have entered it: a broadcast when its root has, others when all have.
 fn complete(order: &Order, collective: Collective, entered: Option<&HashSet<usize>>) -> bool {
-    let mut givers =
-        (0..order.ranks.len()).filter(|&rank| !super::communication::only_takes(order, rank, collective.kind));
+    let mut givers = (0..order.ranks.len())
+        .filter(|&rank| !super::communication::only_takes(order, rank, collective.kind));
     entered.is_some_and(|entered| givers.all(|rank| entered.contains(&rank)))
 }

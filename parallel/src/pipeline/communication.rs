@@ -3,7 +3,9 @@
 //! A tensor is sent right after the pass that makes it; a receive, and a collective, is started one pass before the
 //! one that needs it, so that it runs beside a computation: lookups in the embedding and their gradients are none.
 
-use super::{Collective, CollectiveKind, Message, Order, Pass, PassKind, Payload, Schedule, Step, Vocabulary};
+use super::{
+    Collective, CollectiveKind, Message, Order, Pass, PassKind, Payload, Schedule, Step, Vocabulary,
+};
 use std::collections::HashMap;
 
 /// What a pass waits for on its own rank.
@@ -21,14 +23,27 @@ impl Order {
     /// What `pass` on rank `rank` waits for.
     pub fn needs(&self, rank: usize, pass: Pass) -> Vec<Need> {
         use PassKind::*;
-        let Pass { kind, chunk, microbatch } = pass;
+        let Pass {
+            kind,
+            chunk,
+            microbatch,
+        } = pass;
         let collective = |kind| Need::Collective(Collective { kind, microbatch });
         let stage = self.stage(rank, chunk);
         let last = self.stages() - 1;
         match kind {
-            Forward if stage == 0 && self.vocabulary.is_some() => vec![collective(CollectiveKind::Embedding)],
+            Forward if stage == 0 && self.vocabulary.is_some() => {
+                vec![collective(CollectiveKind::Embedding)]
+            }
             Forward if stage == 0 => vec![],
-            Forward => vec![self.neighbours_tensor(rank, stage - 1, Forward, Payload::Activation, stage, microbatch)],
+            Forward => vec![self.neighbours_tensor(
+                rank,
+                stage - 1,
+                Forward,
+                Payload::Activation,
+                stage,
+                microbatch,
+            )],
             Backward | BackwardInput if stage == last => {
                 let mut needs = vec![Need::Pass(Pass::new(Forward, chunk, microbatch))];
                 needs.extend(self.vocabulary.map(|algorithm| {
@@ -40,7 +55,14 @@ impl Order {
                 needs
             }
             Backward | BackwardInput => {
-                let from = self.neighbours_tensor(rank, stage + 1, Backward, Payload::Gradient, stage, microbatch);
+                let from = self.neighbours_tensor(
+                    rank,
+                    stage + 1,
+                    Backward,
+                    Payload::Gradient,
+                    stage,
+                    microbatch,
+                );
                 vec![Need::Pass(Pass::new(Forward, chunk, microbatch)), from]
             }
             BackwardWeight => vec![Need::Pass(Pass::new(BackwardInput, chunk, microbatch))],
@@ -66,7 +88,11 @@ impl Order {
         if peer == rank {
             Need::Pass(Pass::new(maker, chunk, microbatch))
         } else {
-            Need::Message(Message { payload, stage, microbatch })
+            Need::Message(Message {
+                payload,
+                stage,
+                microbatch,
+            })
         }
     }
 
@@ -79,7 +105,14 @@ impl Order {
             _ => return None,
         };
         let (peer, _) = self.place(neighbour);
-        (peer != rank).then_some((Message { payload, stage: neighbour, microbatch: pass.microbatch }, peer))
+        (peer != rank).then_some((
+            Message {
+                payload,
+                stage: neighbour,
+                microbatch: pass.microbatch,
+            },
+            peer,
+        ))
     }
 
     /// The rank that makes `message`, and the pass that does, a backward whether or not its weights' part is split off.
@@ -100,18 +133,28 @@ impl Order {
             PassKind::Forward if stage + 1 == self.stages() => CollectiveKind::Hidden,
             PassKind::Logits if vocabulary == Vocabulary::Naive => CollectiveKind::Maximum,
             PassKind::Logits | PassKind::Normalize => CollectiveKind::Statistics,
-            PassKind::LogitsBackward if vocabulary.gradient_after_t() => CollectiveKind::HiddenGradient,
+            PassKind::LogitsBackward if vocabulary.gradient_after_t() => {
+                CollectiveKind::HiddenGradient
+            }
             PassKind::Embed => CollectiveKind::Embedding,
             kind if kind.gives_input_gradient() && stage == 0 => CollectiveKind::EmbeddingGradient,
             _ => return None,
         };
-        Some(Collective { kind, microbatch: pass.microbatch })
+        Some(Collective {
+            kind,
+            microbatch: pass.microbatch,
+        })
     }
 }
 
 /// The order with its sends, receives and collectives.
 pub fn with_communication(order: Order) -> Schedule {
-    let ranks = order.ranks.iter().enumerate().map(|(rank, passes)| of_rank(&order, rank, passes)).collect();
+    let ranks = order
+        .ranks
+        .iter()
+        .enumerate()
+        .map(|(rank, passes)| of_rank(&order, rank, passes))
+        .collect();
     with_finishes(Schedule { order, ranks })
 }
 
@@ -147,9 +190,14 @@ fn with_finishes(mut schedule: Schedule) -> Schedule {
                         Need::Message(message) => Some(with_message.get(message)),
                         Need::Collective(_) | Need::Pass(_) => None,
                     });
-                    let Some(clocks) = messages.collect::<Option<Vec<_>>>() else { break };
+                    let Some(clocks) = messages.collect::<Option<Vec<_>>>() else {
+                        break;
+                    };
                     for clock in clocks {
-                        known[rank].iter_mut().zip(clock).for_each(|(own, &theirs)| *own = (*own).max(theirs));
+                        known[rank]
+                            .iter_mut()
+                            .zip(clock)
+                            .for_each(|(own, &theirs)| *own = (*own).max(theirs));
                     }
                 }
                 at[rank] += 1;
@@ -163,9 +211,13 @@ fn with_finishes(mut schedule: Schedule) -> Schedule {
                     }
                     Step::Compute(_) => {
                         let arrived = |message: &Message| {
-                            used_at.get(message).is_some_and(|&(peer, index)| known[rank][peer] > index)
+                            used_at
+                                .get(message)
+                                .is_some_and(|&(peer, index)| known[rank][peer] > index)
                         };
-                        let (over, left) = outstanding[rank].iter().partition(|message| arrived(message));
+                        let (over, left) = outstanding[rank]
+                            .iter()
+                            .partition(|message| arrived(message));
                         outstanding[rank] = left;
                         let over: Vec<Message> = over;
                         lists[rank].extend(over.into_iter().map(Step::Finish));
@@ -189,14 +241,20 @@ fn of_rank(order: &Order, rank: usize, passes: &[Pass]) -> Vec<Step> {
     let mut started = 0;
     for (index, &pass) in passes.iter().enumerate() {
         // Under way while this pass computes: what the next computation needs, and lookups before it.
-        let next = passes[index + 1..].iter().position(|&pass| !is_lookup(pass));
+        let next = passes[index + 1..]
+            .iter()
+            .position(|&pass| !is_lookup(pass));
         let until = next.map_or(passes.len(), |next| index + 2 + next);
         for &coming in &passes[started..until] {
             list.extend(starts(order, rank, coming));
         }
         started = until;
         list.push(Step::Compute(pass));
-        list.extend(order.makes(rank, pass).map(|(message, peer)| Step::Send(message, peer)));
+        list.extend(
+            order
+                .makes(rank, pass)
+                .map(|(message, peer)| Step::Send(message, peer)),
+        );
         list.extend(order.gives(rank, pass).map(Step::Collect));
     }
     list
@@ -211,10 +269,16 @@ fn is_lookup(pass: Pass) -> bool {
 fn starts(order: &Order, rank: usize, pass: Pass) -> Vec<Step> {
     let start = |need| match need {
         Need::Message(message) => Some(Step::Receive(message, order.maker(message).0)),
-        Need::Collective(collective) if only_takes(order, rank, collective.kind) => Some(Step::Collect(collective)),
+        Need::Collective(collective) if only_takes(order, rank, collective.kind) => {
+            Some(Step::Collect(collective))
+        }
         Need::Collective(_) | Need::Pass(_) => None,
     };
-    order.needs(rank, pass).into_iter().filter_map(start).collect()
+    order
+        .needs(rank, pass)
+        .into_iter()
+        .filter_map(start)
+        .collect()
 }
 
 /// Whether `rank` enters collectives of this kind only to take something from them: broadcasts, on ranks other than

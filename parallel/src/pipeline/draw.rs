@@ -6,9 +6,20 @@ use std::fmt::Write;
 
 /// One line a rank; a pass is as wide as its time, and named.
 pub fn text(timeline: &Timeline) -> String {
-    let spans = || timeline.ranks.iter().flatten().filter(|span| span.end > span.start);
-    let shortest = spans().map(|span| span.end - span.start).fold(f64::INFINITY, f64::min);
-    let longest_name = spans().map(|span| span.pass.to_string().len()).max().unwrap_or(1);
+    let spans = || {
+        timeline
+            .ranks
+            .iter()
+            .flatten()
+            .filter(|span| span.end > span.start)
+    };
+    let shortest = spans()
+        .map(|span| span.end - span.start)
+        .fold(f64::INFINITY, f64::min);
+    let longest_name = spans()
+        .map(|span| span.pass.to_string().len())
+        .max()
+        .unwrap_or(1);
     // The shortest pass has room for the longest name and a space.
     let column = |time: f64| (time / shortest * (longest_name + 1) as f64).round() as usize;
     let digits = timeline.ranks.len().saturating_sub(1).to_string().len();
@@ -67,7 +78,11 @@ pub fn svg(timeline: &Timeline, title: &str) -> String {
     let top = row * 1.2;
     for (rank, spans) in timeline.ranks.iter().enumerate() {
         let y = top + row * rank as f64;
-        let _ = writeln!(out, "<text x=\"4\" y=\"{:.1}\">rank {rank}</text>", y + row * 0.65);
+        let _ = writeln!(
+            out,
+            "<text x=\"4\" y=\"{:.1}\">rank {rank}</text>",
+            y + row * 0.65
+        );
         for Span { pass, start, end } in spans.iter().filter(|span| span.end > span.start) {
             let (x, w) = (margin + start * scale, (end - start) * scale);
             let fill = colour(pass.kind, pass.chunk);
@@ -79,8 +94,11 @@ pub fn svg(timeline: &Timeline, title: &str) -> String {
             );
             if w > 11.0 {
                 let (tx, ty) = (x + w / 2.0, y + row * 0.6);
-                let _ =
-                    write!(out, "<text x=\"{tx:.1}\" y=\"{ty:.1}\" text-anchor=\"middle\">{}</text>", pass.microbatch);
+                let _ = write!(
+                    out,
+                    "<text x=\"{tx:.1}\" y=\"{ty:.1}\" text-anchor=\"middle\">{}</text>",
+                    pass.microbatch
+                );
             }
             out.push_str("</g>\n");
         }
@@ -88,7 +106,12 @@ pub fn svg(timeline: &Timeline, title: &str) -> String {
     let mut x = margin;
     let y = top + row * (timeline.ranks.len() as f64 + 0.4);
     for (kind, name) in PassKind::NAMES {
-        if timeline.ranks.iter().flatten().any(|span| span.pass.kind == kind) {
+        if timeline
+            .ranks
+            .iter()
+            .flatten()
+            .any(|span| span.pass.kind == kind)
+        {
             let fill = colour(kind, 0);
             let _ = writeln!(
                 out,
@@ -104,7 +127,9 @@ pub fn svg(timeline: &Timeline, title: &str) -> String {
 }
 
 fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
 }
 
 #[cfg(test)]
@@ -117,7 +142,10 @@ mod tests {
     #[test]
     fn two_ranks_two_microbatches() {
         let order = ScheduleKind::OneFOneB.order(2, 2, None).unwrap();
-        let timeline = simulate(&with_communication(order), &Costs::uniform(2, 1.0, 1.0, 1.0));
+        let timeline = simulate(
+            &with_communication(order),
+            &Costs::uniform(2, 1.0, 1.0, 1.0),
+        );
         let expected = "rank 0 |F0. F1.         BW0....     BW1....\n\
                         rank 1 |    F0. BW0.... F1. BW1....\n";
         assert_eq!(text(&timeline), expected);

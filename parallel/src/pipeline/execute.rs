@@ -73,8 +73,13 @@ impl Executor {
         collectives: impl IntoIterator<Item = (CollectiveKind, Arc<dyn Communicator>)>,
         device: &dyn Accelerator,
     ) -> Result<Executor, torch_ext::Error> {
-        let lanes = collectives.into_iter().map(|(kind, group)| Ok((kind, Lane::new(group, device)?)));
-        Ok(Executor { messages, lanes: lanes.collect::<Result<_, torch_ext::Error>>()? })
+        let lanes = collectives
+            .into_iter()
+            .map(|(kind, group)| Ok((kind, Lane::new(group, device)?)));
+        Ok(Executor {
+            messages,
+            lanes: lanes.collect::<Result<_, torch_ext::Error>>()?,
+        })
     }
 
     /// Goes through this rank's list; what was computed when, in seconds.
@@ -84,10 +89,17 @@ impl Executor {
     ///
     /// # Errors
     /// The first of a pass or a transfer.
-    pub fn run<S: Stages>(&self, schedule: &Schedule, stages: &mut S) -> Result<Vec<Span>, S::Error> {
+    pub fn run<S: Stages>(
+        &self,
+        schedule: &Schedule,
+        stages: &mut S,
+    ) -> Result<Vec<Span>, S::Error> {
         let rank = self.messages.rank();
         let mut users = HashMap::new();
-        for need in schedule.order.ranks[rank].iter().flat_map(|&pass| schedule.order.needs(rank, pass)) {
+        for need in schedule.order.ranks[rank]
+            .iter()
+            .flat_map(|&pass| schedule.order.needs(rank, pass))
+        {
             if let Need::Collective(collective) = need {
                 *users.entry(collective).or_insert(0) += 1;
             }
@@ -113,12 +125,19 @@ impl Executor {
                     run.received.insert(message, (buffer, work));
                 }
                 Step::Send(message, to) => {
-                    let tensor = run.local.remove(&message).expect("it was made right before").contiguous();
+                    let tensor = run
+                        .local
+                        .remove(&message)
+                        .expect("it was made right before")
+                        .contiguous();
                     let work = self.messages.send(&tensor, to, tag(schedule, message))?;
                     run.sent.insert(message, (tensor, work));
                 }
                 Step::Finish(message) => {
-                    let (_tensor, work) = run.sent.remove(&message).expect("a checked schedule finishes what it sent");
+                    let (_tensor, work) = run
+                        .sent
+                        .remove(&message)
+                        .expect("a checked schedule finishes what it sent");
                     work.wait()?;
                 }
                 Step::Collect(collective) => {
@@ -139,15 +158,22 @@ impl Executor {
     }
 
     fn lane(&self, kind: CollectiveKind) -> &Lane {
-        self.lanes.get(&kind).expect("there is a group for each kind of collective in the schedule")
+        self.lanes
+            .get(&kind)
+            .expect("there is a group for each kind of collective in the schedule")
     }
 
     /// Waits for the next collective of a kind; they end in the order of microbatches.
     fn next_result(&self, run: &mut Run, kind: CollectiveKind) -> Result<(), CommError> {
         // The exchange itself goes on elsewhere; here is what it holds this rank up.
-        let result = part("communication", "wait", Cost::default, || self.lane(kind).next())?;
+        let result = part("communication", "wait", Cost::default, || {
+            self.lane(kind).next()
+        })?;
         let (_, ended) = run.lanes.get_mut(&kind).expect("it was entered");
-        let collective = Collective { kind, microbatch: *ended };
+        let collective = Collective {
+            kind,
+            microbatch: *ended,
+        };
         *ended += 1;
         if run.users.get(&collective).is_some_and(|&users| users > 0) {
             run.collected.insert(collective, result);
@@ -155,31 +181,50 @@ impl Executor {
         Ok(())
     }
 
-    fn compute<S: Stages>(&self, run: &mut Run, stages: &mut S, pass: Pass) -> Result<(), S::Error> {
+    fn compute<S: Stages>(
+        &self,
+        run: &mut Run,
+        stages: &mut S,
+        pass: Pass,
+    ) -> Result<(), S::Error> {
         let order = &run.schedule.order;
         let mut inputs = Vec::new();
         for need in order.needs(run.rank, pass) {
             match need {
                 Need::Message(message) => {
-                    let (tensor, work) = run.received.remove(&message).expect("a checked schedule receives it first");
+                    let (tensor, work) = run
+                        .received
+                        .remove(&message)
+                        .expect("a checked schedule receives it first");
                     work.wait()?;
                     inputs.push(tensor);
                 }
                 // A stage of the same rank made it.
                 Need::Pass(other) if other.chunk != pass.chunk => {
                     let message = message_for(order.stage(run.rank, pass.chunk), pass);
-                    inputs.push(run.local.remove(&message).expect("a checked schedule makes it first"));
+                    inputs.push(
+                        run.local
+                            .remove(&message)
+                            .expect("a checked schedule makes it first"),
+                    );
                 }
                 Need::Pass(_) => {}
                 Need::Collective(collective) => inputs.extend(self.collected(run, collective)?),
             }
         }
         let start = run.began.elapsed().as_secs_f64();
-        let made = part("pass", pass.kind.name(), Cost::default, || stages.compute(pass, inputs))?;
-        run.spans.push(Span { pass, start, end: run.began.elapsed().as_secs_f64() });
-        if let (Some(tensor), Some(message)) =
-            (made, message_from(order.stages(), order.stage(run.rank, pass.chunk), pass))
-        {
+        let made = part("pass", pass.kind.name(), Cost::default, || {
+            stages.compute(pass, inputs)
+        })?;
+        run.spans.push(Span {
+            pass,
+            start,
+            end: run.began.elapsed().as_secs_f64(),
+        });
+        if let (Some(tensor), Some(message)) = (
+            made,
+            message_from(order.stages(), order.stage(run.rank, pass.chunk), pass),
+        ) {
             run.local.insert(message, tensor);
         }
         Ok(())
@@ -190,12 +235,17 @@ impl Executor {
         while !run.collected.contains_key(&wanted) {
             self.next_result(run, wanted.kind)?;
         }
-        let users = run.users.get_mut(&wanted).expect("this pass is one of them");
+        let users = run
+            .users
+            .get_mut(&wanted)
+            .expect("this pass is one of them");
         *users -= 1;
         let tensors = if *users == 0 {
             run.collected.remove(&wanted)
         } else {
-            run.collected.get(&wanted).map(|tensors| tensors.iter().map(Tensor::shallow_clone).collect())
+            run.collected
+                .get(&wanted)
+                .map(|tensors| tensors.iter().map(Tensor::shallow_clone).collect())
         };
         Ok(tensors.unwrap_or_default())
     }
@@ -203,8 +253,16 @@ impl Executor {
 
 /// The tensor from a neighbouring stage that `pass` of `stage` takes.
 fn message_for(stage: usize, pass: Pass) -> Message {
-    let payload = if pass.kind == PassKind::Forward { Payload::Activation } else { Payload::Gradient };
-    Message { payload, stage, microbatch: pass.microbatch }
+    let payload = if pass.kind == PassKind::Forward {
+        Payload::Activation
+    } else {
+        Payload::Gradient
+    };
+    Message {
+        payload,
+        stage,
+        microbatch: pass.microbatch,
+    }
 }
 
 /// The tensor for a neighbouring stage that `pass` of `stage` makes.

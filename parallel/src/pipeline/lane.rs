@@ -12,10 +12,18 @@ use torch_ext::{Event, Stream};
 /// Goes through the exchanges of one kind of collective, in order.
 pub(super) enum Lane {
     /// A thread that waits for each.
-    Thread { jobs: Sender<Exchange>, results: Receiver<Result<Vec<Tensor>, CommError>> },
+    Thread {
+        jobs: Sender<Exchange>,
+        results: Receiver<Result<Vec<Tensor>, CommError>>,
+    },
     /// A stream beside the passes' one. Were they on the passes' own, what this rank computes next would wait for other ranks, and
     /// theirs for it.
-    Queue { group: Arc<dyn Communicator>, like: Tensor, stream: Stream, queued: Mutex<VecDeque<Queued>> },
+    Queue {
+        group: Arc<dyn Communicator>,
+        like: Tensor,
+        stream: Stream,
+        queued: Mutex<VecDeque<Queued>>,
+    },
 }
 
 /// An exchange that a device was given.
@@ -27,12 +35,20 @@ pub(super) struct Queued {
 }
 
 impl Lane {
-    pub(super) fn new(group: Arc<dyn Communicator>, device: &dyn Accelerator) -> Result<Lane, torch_ext::Error> {
+    pub(super) fn new(
+        group: Arc<dyn Communicator>,
+        device: &dyn Accelerator,
+    ) -> Result<Lane, torch_ext::Error> {
         let like = device.zeros(&[1], Kind::Float);
         let on_device = !device.computes_on_host();
         if group.queues() {
             let stream = Stream::beside(&like)?;
-            return Ok(Lane::Queue { group, like, stream, queued: Mutex::default() });
+            return Ok(Lane::Queue {
+                group,
+                like,
+                stream,
+                queued: Mutex::default(),
+            });
         }
         let (jobs, inbox) = channel::<Exchange>();
         let (outbox, results) = channel();
@@ -43,7 +59,10 @@ impl Lane {
                 return;
             }
             while let Ok(exchange) = inbox.recv() {
-                if outbox.send(tch::no_grad(|| exchange(group.as_ref()))).is_err() {
+                if outbox
+                    .send(tch::no_grad(|| exchange(group.as_ref())))
+                    .is_err()
+                {
                     return;
                 }
             }
@@ -57,17 +76,34 @@ impl Lane {
     /// On a device, those of its operations.
     pub(super) fn enter(&self, exchange: Exchange) -> Result<(), CommError> {
         match self {
-            Lane::Thread { jobs, .. } => jobs.send(exchange).expect("the thread lives as long as this"),
-            Lane::Queue { group, like, stream, queued } => {
+            Lane::Thread { jobs, .. } => jobs
+                .send(exchange)
+                .expect("the thread lives as long as this"),
+            Lane::Queue {
+                group,
+                like,
+                stream,
+                queued,
+            } => {
                 let failed = |error| failed(group.as_ref(), &error);
                 let passes = Stream::current(like).map_err(failed)?;
-                passes.record().and_then(|so_far| stream.wait_for(&so_far)).map_err(failed)?;
+                passes
+                    .record()
+                    .and_then(|so_far| stream.wait_for(&so_far))
+                    .map_err(failed)?;
                 stream.use_here().map_err(failed)?;
                 let results = tch::no_grad(|| exchange(group.as_ref()));
                 let done = stream.record();
                 passes.use_here().map_err(failed)?;
-                let queued_now = Queued { results: results?, done: done.map_err(failed)?, _exchange: exchange };
-                queued.lock().unwrap_or_else(PoisonError::into_inner).push_back(queued_now);
+                let queued_now = Queued {
+                    results: results?,
+                    done: done.map_err(failed)?,
+                    _exchange: exchange,
+                };
+                queued
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .push_back(queued_now);
             }
         }
         Ok(())
@@ -79,14 +115,26 @@ impl Lane {
     /// Those of its operations.
     pub(super) fn next(&self) -> Result<Vec<Tensor>, CommError> {
         match self {
-            Lane::Thread { results, .. } => results.recv().expect("the thread lives as long as this"),
-            Lane::Queue { group, like, queued, .. } => {
-                let next = queued.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+            Lane::Thread { results, .. } => {
+                results.recv().expect("the thread lives as long as this")
+            }
+            Lane::Queue {
+                group,
+                like,
+                queued,
+                ..
+            } => {
+                let next = queued
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .pop_front();
                 let next = next.expect("as many are asked for as were begun");
                 let wait = || {
                     let passes = Stream::current(like)?;
                     passes.wait_for(&next.done)?;
-                    next.results.iter().try_for_each(|tensor| passes.uses(tensor))
+                    next.results
+                        .iter()
+                        .try_for_each(|tensor| passes.uses(tensor))
                 };
                 wait().map_err(|error| failed(group.as_ref(), &error))?;
                 Ok(next.results)

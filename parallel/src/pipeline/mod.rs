@@ -63,13 +63,19 @@ impl PassKind {
 
     /// Its name in text.
     pub fn name(self) -> &'static str {
-        PassKind::NAMES.iter().find(|(kind, _)| *kind == self).map_or("", |(_, name)| name)
+        PassKind::NAMES
+            .iter()
+            .find(|(kind, _)| *kind == self)
+            .map_or("", |(_, name)| name)
     }
 
     /// Whether every rank does it, not one stage.
     pub fn is_vocabulary(self) -> bool {
         use PassKind::*;
-        matches!(self, Logits | Normalize | LogitsBackward | Embed | EmbedBackward)
+        matches!(
+            self,
+            Logits | Normalize | LogitsBackward | Embed | EmbedBackward
+        )
     }
 
     /// Whether it gives the gradient of a stage's input.
@@ -92,7 +98,11 @@ pub struct Pass {
 impl Pass {
     /// A pass.
     pub fn new(kind: PassKind, chunk: usize, microbatch: usize) -> Pass {
-        Pass { kind, chunk, microbatch }
+        Pass {
+            kind,
+            chunk,
+            microbatch,
+        }
     }
 }
 
@@ -137,7 +147,11 @@ impl Vocabulary {
     /// What every rank does with the output layer for a microbatch, in order.
     pub fn passes(self) -> &'static [PassKind] {
         match self {
-            Vocabulary::Naive => &[PassKind::Logits, PassKind::Normalize, PassKind::LogitsBackward],
+            Vocabulary::Naive => &[
+                PassKind::Logits,
+                PassKind::Normalize,
+                PassKind::LogitsBackward,
+            ],
             _ => &[PassKind::Logits, PassKind::LogitsBackward],
         }
     }

@@ -25,7 +25,11 @@ const GAIN: f64 = 1e-6;
 ///
 /// A pure function: all ranks find the same.
 pub fn refined(order: &Order, costs: &Costs) -> Order {
-    let splits = order.ranks.iter().flatten().any(|pass| pass.kind == PassKind::BackwardWeight);
+    let splits = order
+        .ranks
+        .iter()
+        .flatten()
+        .any(|pass| pass.kind == PassKind::BackwardWeight);
     match order.vocabulary {
         Some(Vocabulary::Naive | Vocabulary::Interlaced) => return order.clone(),
         None if !splits => return order.clone(),
@@ -34,26 +38,36 @@ pub fn refined(order: &Order, costs: &Costs) -> Order {
     let graph = Graph::new(order, costs);
     let mut lists = graph.lists.clone();
     let limits: Vec<Held> = lists.iter().map(|list| graph.held(list)).collect();
-    let Some(mut best) = graph.run(&lists) else { return order.clone() };
+    let Some(mut best) = graph.run(&lists) else {
+        return order.clone();
+    };
     let mut left = BUDGET / graph.passes.len().max(1);
     // Only what lies on the longest way through a step can shorten it.
-    while let Some((shorter, run)) = graph.longest_way(&lists, &best).into_iter().find_map(|(rank, at)| {
-        places(at, lists[rank].len()).find_map(|to| {
-            let list = graph.moved(&lists[rank], at, to)?;
-            if left == 0 || !graph.held(&list).within(&limits[rank]) {
-                return None;
-            }
-            left -= 1;
-            let mut lists = lists.clone();
-            lists[rank] = list;
-            let run = graph.run(&lists)?;
-            (run.total < best.total * (1.0 - GAIN)).then_some((lists, run))
-        })
-    }) {
+    while let Some((shorter, run)) =
+        graph
+            .longest_way(&lists, &best)
+            .into_iter()
+            .find_map(|(rank, at)| {
+                places(at, lists[rank].len()).find_map(|to| {
+                    let list = graph.moved(&lists[rank], at, to)?;
+                    if left == 0 || !graph.held(&list).within(&limits[rank]) {
+                        return None;
+                    }
+                    left -= 1;
+                    let mut lists = lists.clone();
+                    lists[rank] = list;
+                    let run = graph.run(&lists)?;
+                    (run.total < best.total * (1.0 - GAIN)).then_some((lists, run))
+                })
+            })
+    {
         (lists, best) = (shorter, run);
     }
     let passes = |list: Vec<usize>| list.into_iter().map(|pass| graph.passes[pass].1).collect();
-    Order { ranks: lists.into_iter().map(passes).collect(), ..order.clone() }
+    Order {
+        ranks: lists.into_iter().map(passes).collect(),
+        ..order.clone()
+    }
 }
 
 /// Places near `at` in a list of `len`, the nearest first.
@@ -98,8 +112,16 @@ impl Graph {
     fn new(order: &Order, costs: &Costs) -> Graph {
         let forward = costs.forward.iter().sum::<f64>() / costs.forward.len().max(1) as f64;
         let [send, collective] = [costs.send, costs.collective];
-        let (send, collective) = (send.max(ROOM[0] * forward), collective.max(ROOM[1] * forward));
-        let mut graph = Graph { passes: Vec::new(), times: Vec::new(), needs: Vec::new(), lists: Vec::new() };
+        let (send, collective) = (
+            send.max(ROOM[0] * forward),
+            collective.max(ROOM[1] * forward),
+        );
+        let mut graph = Graph {
+            passes: Vec::new(),
+            times: Vec::new(),
+            needs: Vec::new(),
+            lists: Vec::new(),
+        };
         let mut numbers = HashMap::new();
         let mut givers: HashMap<Collective, Vec<usize>> = HashMap::new();
         for (rank, passes) in order.ranks.iter().enumerate() {
@@ -107,7 +129,10 @@ impl Graph {
             for &pass in passes {
                 let number = graph.passes.len();
                 numbers.insert((rank, pass), number);
-                order.gives(rank, pass).into_iter().for_each(|to| givers.entry(to).or_default().push(number));
+                order
+                    .gives(rank, pass)
+                    .into_iter()
+                    .for_each(|to| givers.entry(to).or_default().push(number));
                 graph.passes.push((rank, pass));
                 graph.times.push(costs.of(order, rank, pass));
             }
@@ -115,13 +140,25 @@ impl Graph {
         }
         // A backward that gives the input's gradient, whether or not its other part is split off.
         let number_of = |rank: usize, pass: Pass| {
-            let split = Pass { kind: PassKind::BackwardInput, ..pass };
+            let split = Pass {
+                kind: PassKind::BackwardInput,
+                ..pass
+            };
             let whole = numbers.get(&(rank, pass));
-            whole.or_else(|| numbers.get(&(rank, split)).filter(|_| pass.kind == PassKind::Backward)).copied()
+            whole
+                .or_else(|| {
+                    numbers
+                        .get(&(rank, split))
+                        .filter(|_| pass.kind == PassKind::Backward)
+                })
+                .copied()
         };
         let needs_of = |&(rank, pass): &(usize, Pass)| {
             let of_need = |need| match need {
-                Need::Pass(other) => number_of(rank, other).map(|number| (number, 0.0)).into_iter().collect(),
+                Need::Pass(other) => number_of(rank, other)
+                    .map(|number| (number, 0.0))
+                    .into_iter()
+                    .collect(),
                 Need::Message(message) => {
                     let (peer, maker) = order.maker(message);
                     let number = number_of(peer, maker);
@@ -132,7 +169,11 @@ impl Graph {
                     givers.map(|&giver| (giver, collective)).collect::<Vec<_>>()
                 }
             };
-            order.needs(rank, pass).into_iter().flat_map(of_need).collect()
+            order
+                .needs(rank, pass)
+                .into_iter()
+                .flat_map(of_need)
+                .collect()
         };
         graph.needs = graph.passes.iter().map(needs_of).collect();
         graph
@@ -164,13 +205,20 @@ impl Graph {
                 return None;
             }
         }
-        Some(Ends { ends, total: clock.into_iter().fold(0.0, f64::max) })
+        Some(Ends {
+            ends,
+            total: clock.into_iter().fold(0.0, f64::max),
+        })
     }
 
     /// The passes of which each ends when the next begins, from the last one on: ranks, and places in their lists.
     fn longest_way(&self, lists: &[Vec<usize>], run: &Ends) -> Vec<(usize, usize)> {
         let mut place = vec![0; self.passes.len()];
-        lists.iter().for_each(|list| list.iter().enumerate().for_each(|(at, &pass)| place[pass] = at));
+        lists.iter().for_each(|list| {
+            list.iter()
+                .enumerate()
+                .for_each(|(at, &pass)| place[pass] = at)
+        });
         let mut way = Vec::new();
         let mut next = (0..self.passes.len()).max_by(|&a, &b| run.ends[a].total_cmp(&run.ends[b]));
         while let Some(pass) = next {
@@ -187,7 +235,11 @@ impl Graph {
     /// `list` with what is at `at` moved to `to`, unless it would pass another one of its kind and chunk.
     fn moved(&self, list: &[usize], at: usize, to: usize) -> Option<Vec<usize>> {
         let (_, pass) = self.passes[list[at]];
-        let over = if to < at { &list[to..at] } else { &list[at + 1..=to] };
+        let over = if to < at {
+            &list[to..at]
+        } else {
+            &list[at + 1..=to]
+        };
         let alike = |&other: &usize| {
             let (_, other) = self.passes[other];
             let both = pass.kind.gives_input_gradient() && other.kind.gives_input_gradient();
@@ -208,7 +260,9 @@ impl Graph {
         for &pass in list {
             match self.passes[pass].1.kind {
                 PassKind::Forward => (weights, inputs) = (weights + 1, inputs + 1),
-                PassKind::Backward => (weights, inputs) = (weights.saturating_sub(1), inputs.saturating_sub(1)),
+                PassKind::Backward => {
+                    (weights, inputs) = (weights.saturating_sub(1), inputs.saturating_sub(1))
+                }
                 PassKind::BackwardInput => inputs = inputs.saturating_sub(1),
                 PassKind::BackwardWeight => weights = weights.saturating_sub(1),
                 PassKind::Logits => logits += 1,

@@ -40,14 +40,27 @@ impl VocabularyCosts {
     /// Those by `vocabulary`, of a rank whose part of the logits takes `logits` to compute: three products of the same size, of which S
     /// has that one, and T those for both gradients, unless S has the input's.
     pub fn of(vocabulary: Vocabulary, logits: f64) -> VocabularyCosts {
-        let (of_s, of_t) = if vocabulary.gradient_after_t() { (1.0, 2.0) } else { (2.0, 1.0) };
-        VocabularyCosts { logits: of_s * logits, logits_backward: of_t * logits, ..VocabularyCosts::default() }
+        let (of_s, of_t) = if vocabulary.gradient_after_t() {
+            (1.0, 2.0)
+        } else {
+            (2.0, 1.0)
+        };
+        VocabularyCosts {
+            logits: of_s * logits,
+            logits_backward: of_t * logits,
+            ..VocabularyCosts::default()
+        }
     }
 }
 
 impl Costs {
     /// The same F, B and W for every stage, nothing for communication.
-    pub fn uniform(stages: usize, forward: f64, backward_input: f64, backward_weight: f64) -> Costs {
+    pub fn uniform(
+        stages: usize,
+        forward: f64,
+        backward_input: f64,
+        backward_weight: f64,
+    ) -> Costs {
         Costs {
             forward: vec![forward; stages],
             backward_input: vec![backward_input; stages],
@@ -107,14 +120,21 @@ impl Timeline {
     pub fn bubble(&self) -> f64 {
         let idle = |spans: &Vec<Span>| {
             let (first, last) = spans.first().zip(spans.last())?;
-            Some(last.end - first.start - spans.iter().map(|span| span.end - span.start).sum::<f64>())
+            Some(
+                last.end
+                    - first.start
+                    - spans.iter().map(|span| span.end - span.start).sum::<f64>(),
+            )
         };
         self.ranks.iter().filter_map(idle).fold(0.0, f64::max)
     }
 
     /// Time in which `rank` computes.
     pub fn busy(&self, rank: usize) -> f64 {
-        self.ranks[rank].iter().map(|span| span.end - span.start).sum()
+        self.ranks[rank]
+            .iter()
+            .map(|span| span.end - span.start)
+            .sum()
     }
 }
 
@@ -138,23 +158,39 @@ pub fn simulate(schedule: &Schedule, costs: &Costs) -> Timeline {
             while let Some(step) = steps.get(at[rank]) {
                 match step {
                     Step::Compute(pass) => {
-                        let ready = order.needs(rank, *pass).iter().try_fold(clock[rank], |ready, need| {
-                            let at = match need {
-                                Need::Message(message) => *arrival.get(message)?,
-                                Need::Collective(c) => completion(order, *c, entered.get(c)?, costs.collective)?,
-                                Need::Pass(_) => 0.0, // earlier on this rank
-                            };
-                            Some(f64::max(ready, at))
-                        });
+                        let ready =
+                            order
+                                .needs(rank, *pass)
+                                .iter()
+                                .try_fold(clock[rank], |ready, need| {
+                                    let at = match need {
+                                        Need::Message(message) => *arrival.get(message)?,
+                                        Need::Collective(c) => completion(
+                                            order,
+                                            *c,
+                                            entered.get(c)?,
+                                            costs.collective,
+                                        )?,
+                                        Need::Pass(_) => 0.0, // earlier on this rank
+                                    };
+                                    Some(f64::max(ready, at))
+                                });
                         let Some(start) = ready else { break };
                         let end = start + costs.of(order, rank, *pass);
-                        spans[rank].push(Span { pass: *pass, start, end });
+                        spans[rank].push(Span {
+                            pass: *pass,
+                            start,
+                            end,
+                        });
                         clock[rank] = end;
                     }
                     Step::Send(message, _) => {
                         arrival.insert(*message, clock[rank] + costs.send);
                     }
-                    Step::Collect(collective) => entered.entry(*collective).or_default().push((rank, clock[rank])),
+                    Step::Collect(collective) => entered
+                        .entry(*collective)
+                        .or_default()
+                        .push((rank, clock[rank])),
                     Step::Receive(..) | Step::Finish(_) => {}
                 }
                 at[rank] += 1;
@@ -167,7 +203,8 @@ pub fn simulate(schedule: &Schedule, costs: &Costs) -> Timeline {
         "a schedule that stops cannot be simulated: check it first"
     );
     let total = clock.iter().copied().fold(0.0, f64::max);
-    let peak = |rank: usize, weights: bool| peak_held(&spans[rank], weights) as f64 / order.chunks as f64;
+    let peak =
+        |rank: usize, weights: bool| peak_held(&spans[rank], weights) as f64 / order.chunks as f64;
     Timeline {
         total,
         held: (0..ranks).map(|rank| peak(rank, true)).collect(),
@@ -177,7 +214,12 @@ pub fn simulate(schedule: &Schedule, costs: &Costs) -> Timeline {
 }
 
 /// When a collective is complete, if all whose part it needs have entered it.
-fn completion(order: &Order, collective: Collective, entered: &[(usize, f64)], cost: f64) -> Option<f64> {
+fn completion(
+    order: &Order,
+    collective: Collective,
+    entered: &[(usize, f64)],
+    cost: f64,
+) -> Option<f64> {
     let givers = (0..order.ranks.len()).filter(|&rank| !only_takes(order, rank, collective.kind));
     let mut last = 0.0f64;
     for giver in givers {
@@ -188,7 +230,9 @@ fn completion(order: &Order, collective: Collective, entered: &[(usize, f64)], c
 
 /// The most forwards whose backward has not ended.
 fn peak_held(spans: &[Span], until_weights: bool) -> usize {
-    let split = spans.iter().any(|span| span.pass.kind == PassKind::BackwardWeight);
+    let split = spans
+        .iter()
+        .any(|span| span.pass.kind == PassKind::BackwardWeight);
     let (mut held, mut peak) = (0usize, 0);
     let split_off: std::collections::HashSet<(usize, usize)> = spans
         .iter()

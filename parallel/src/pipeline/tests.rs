@@ -8,7 +8,12 @@ use super::*;
 use proptest::prelude::*;
 use std::collections::HashMap;
 
-const ALGORITHMS: [Vocabulary; 4] = [Vocabulary::Naive, Vocabulary::Interlaced, Vocabulary::Vocab1, Vocabulary::Vocab2];
+const ALGORITHMS: [Vocabulary; 4] = [
+    Vocabulary::Naive,
+    Vocabulary::Interlaced,
+    Vocabulary::Vocab1,
+    Vocabulary::Vocab2,
+];
 
 /// Ranks 2 to 16, microbatches from as many up to eight times as many.
 fn sizes() -> impl Iterator<Item = (usize, usize)> {
@@ -17,25 +22,36 @@ fn sizes() -> impl Iterator<Item = (usize, usize)> {
 
 /// All known orders of a size, and nothing where the size is refused for a good reason.
 fn orders(p: usize, m: usize) -> impl Iterator<Item = (ScheduleKind, Order)> {
-    ScheduleKind::NAMES.into_iter().filter_map(move |(kind, name)| match kind.order(p, m, None) {
-        Ok(order) => Some((kind, order)),
-        Err(error) => {
-            let allowed = match kind {
-                ScheduleKind::Interleaved => !m.is_multiple_of(m / p),
-                ScheduleKind::DualPipeV => m < 2 * p,
-                _ => false,
-            };
-            assert!(allowed, "{name} {p} x {m}: {error}");
-            None
-        }
-    })
+    ScheduleKind::NAMES
+        .into_iter()
+        .filter_map(move |(kind, name)| match kind.order(p, m, None) {
+            Ok(order) => Some((kind, order)),
+            Err(error) => {
+                let allowed = match kind {
+                    ScheduleKind::Interleaved => !m.is_multiple_of(m / p),
+                    ScheduleKind::DualPipeV => m < 2 * p,
+                    _ => false,
+                };
+                assert!(allowed, "{name} {p} x {m}: {error}");
+                None
+            }
+        })
 }
 
 /// F, B and W of 1 a stage, and `x` for all passes of the vocabulary of a microbatch, but for N.
 fn costs(order: &Order, x: f64) -> Costs {
     let (embed, embed_backward) = (x * 0.05, x * 0.05);
-    let one = VocabularyCosts { logits: x * 0.6, normalize: x * 0.1, logits_backward: x * 0.3, embed, embed_backward };
-    Costs { vocabulary: vec![one; order.ranks.len()], ..Costs::uniform(order.stages(), 1.0, 1.0, 1.0) }
+    let one = VocabularyCosts {
+        logits: x * 0.6,
+        normalize: x * 0.1,
+        logits_backward: x * 0.3,
+        embed,
+        embed_backward,
+    };
+    Costs {
+        vocabulary: vec![one; order.ranks.len()],
+        ..Costs::uniform(order.stages(), 1.0, 1.0, 1.0)
+    }
 }
 
 fn run(order: Order, costs: &Costs) -> Timeline {
@@ -56,12 +72,20 @@ fn assert_beside_computations(schedule: &Schedule) {
                     for need in schedule.order.needs(rank, pass) {
                         let began = match need {
                             Need::Message(message) => messages[&message],
-                            Need::Collective(collective) => collectives.get(&collective).copied().unwrap_or(0),
+                            Need::Collective(collective) => {
+                                collectives.get(&collective).copied().unwrap_or(0)
+                            }
                             Need::Pass(_) => 0,
                         };
-                        assert!(began < computed || computed == 0, "rank {rank}, {pass}: {need:?}");
+                        assert!(
+                            began < computed || computed == 0,
+                            "rank {rank}, {pass}: {need:?}"
+                        );
                     }
-                    computed += usize::from(!matches!(pass.kind, PassKind::Embed | PassKind::EmbedBackward));
+                    computed += usize::from(!matches!(
+                        pass.kind,
+                        PassKind::Embed | PassKind::EmbedBackward
+                    ));
                 }
                 _ => {}
             }
@@ -74,11 +98,13 @@ fn every_order_passes_the_check_with_and_without_the_vocabulary() {
     for (p, m) in sizes() {
         for (kind, order) in orders(p, m) {
             let name = kind.name();
-            check(&with_communication(order.clone())).unwrap_or_else(|error| panic!("{name} {p} x {m}: {error}"));
+            check(&with_communication(order.clone()))
+                .unwrap_or_else(|error| panic!("{name} {p} x {m}: {error}"));
             for algorithm in ALGORITHMS {
                 let order = with_vocabulary(&order, algorithm, &costs(&order, 2.0));
                 let schedule = with_communication(order);
-                check(&schedule).unwrap_or_else(|error| panic!("{name} {algorithm:?} {p} x {m}: {error}"));
+                check(&schedule)
+                    .unwrap_or_else(|error| panic!("{name} {algorithm:?} {p} x {m}: {error}"));
                 assert_beside_computations(&schedule);
             }
         }
@@ -101,21 +127,34 @@ fn bubbles_are_those_of_the_papers() {
                 ScheduleKind::ZbV if m >= 2 * p => 0.0,
                 // Half of 1F1B's, and 0.67 of it without reordering when there are few ranks; arXiv 2405.15362.
                 ScheduleKind::VHalf => {
-                    assert!(bubble <= 0.67 * before * 3.0 || p < 4, "{p} x {m}: {bubble}");
+                    assert!(
+                        bubble <= 0.67 * before * 3.0 || p < 4,
+                        "{p} x {m}: {bubble}"
+                    );
                     continue;
                 }
                 ScheduleKind::VMin => {
-                    assert!(bubble <= 0.75 * before * 3.0 || p < 4, "{p} x {m}: {bubble}");
+                    assert!(
+                        bubble <= 0.75 * before * 3.0 || p < 4,
+                        "{p} x {m}: {bubble}"
+                    );
                     continue;
                 }
                 ScheduleKind::DualPipeV => {
                     // At most (PP/2 - 1)(F&B + B - 3W) for PP = 2p stages, where F&B takes F + B + W.
-                    assert!(bubble <= before * (3.0 + 2.0 - 3.0) / 2.0, "{p} x {m}: {bubble}");
+                    assert!(
+                        bubble <= before * (3.0 + 2.0 - 3.0) / 2.0,
+                        "{p} x {m}: {bubble}"
+                    );
                     continue;
                 }
                 ScheduleKind::ZbV => continue,
             };
-            assert!((bubble - expected).abs() < 1e-9, "{} {p} x {m}: {bubble}, expected {expected}", kind.name());
+            assert!(
+                (bubble - expected).abs() < 1e-9,
+                "{} {p} x {m}: {bubble}, expected {expected}",
+                kind.name()
+            );
         }
     }
 }
@@ -127,7 +166,9 @@ fn held_microbatches_are_those_of_the_papers() {
             let costs = costs(&order, 2.0);
             for vocabulary in std::iter::once(None).chain(ALGORITHMS.map(Some)) {
                 let more = vocabulary.map_or(0.0, |algorithm| algorithm.more_held(p) as f64);
-                let order = vocabulary.map_or(order.clone(), |algorithm| with_vocabulary(&order, algorithm, &costs));
+                let order = vocabulary.map_or(order.clone(), |algorithm| {
+                    with_vocabulary(&order, algorithm, &costs)
+                });
                 let timeline = run(order, &costs);
                 let case = format!("{} {vocabulary:?} {p} x {m}: {timeline:?}", kind.name());
                 let pf = p as f64;
@@ -138,11 +179,19 @@ fn held_microbatches_are_those_of_the_papers() {
                     match kind {
                         ScheduleKind::GPipe => assert_eq!(held, m as f64),
                         ScheduleKind::OneFOneB => assert_eq!(held, below + more, "{case}"),
-                        ScheduleKind::Interleaved => assert_eq!(held, below + (pf - 1.0) / 2.0 + more, "{case}"),
-                        ScheduleKind::ZbH1 => assert_eq!((held, until_b), (pf + more, below + more), "{case}"),
+                        ScheduleKind::Interleaved => {
+                            assert_eq!(held, below + (pf - 1.0) / 2.0 + more, "{case}")
+                        }
+                        ScheduleKind::ZbH1 => {
+                            assert_eq!((held, until_b), (pf + more, below + more), "{case}")
+                        }
                         ScheduleKind::ZbV => assert!(until_b <= pf + more, "{case}"),
-                        ScheduleKind::VHalf => assert!(until_b <= (pf / 2.0).floor() + 1.0 + more, "{case}"),
-                        ScheduleKind::VMin => assert!(until_b <= (pf / 3.0).ceil() + 1.0 + more, "{case}"),
+                        ScheduleKind::VHalf => {
+                            assert!(until_b <= (pf / 2.0).floor() + 1.0 + more, "{case}")
+                        }
+                        ScheduleKind::VMin => {
+                            assert!(until_b <= (pf / 3.0).ceil() + 1.0 + more, "{case}")
+                        }
                         // PP + 1 chunks of PP = 2p stages.
                         ScheduleKind::DualPipeV => assert!(until_b <= pf + 0.5 + more, "{case}"),
                     }
@@ -160,9 +209,15 @@ fn the_vocabulary_costs_no_bubble_for_each_microbatch() {
             for algorithm in [Vocabulary::Vocab1, Vocabulary::Vocab2] {
                 for x in [0.3, 1.0, 4.0] {
                     let costs = costs(&few, x);
-                    let bubble = |order: &Order| run(with_vocabulary(order, algorithm, &costs), &costs).bubble();
+                    let bubble = |order: &Order| {
+                        run(with_vocabulary(order, algorithm, &costs), &costs).bubble()
+                    };
                     let (few, many) = (bubble(&few), bubble(&many));
-                    assert!(many <= few + 1e-9, "{} {algorithm:?} {p}, x {x}: {few} then {many}", kind.name());
+                    assert!(
+                        many <= few + 1e-9,
+                        "{} {algorithm:?} {p}, x {x}: {few} then {many}",
+                        kind.name()
+                    );
                 }
             }
         }
@@ -176,9 +231,13 @@ fn measured_iterations_of_the_papers_authors_are_predicted() {
     for line in text.lines().filter(|line| !line.starts_with('#')).skip(1) {
         let fields: Vec<&str> = line.split(',').collect();
         let times = |column: usize| -> Vec<f64> {
-            fields[column].split(' ').map(|time| time.parse::<f64>().unwrap() / 1e3).collect()
+            fields[column]
+                .split(' ')
+                .map(|time| time.parse::<f64>().unwrap() / 1e3)
+                .collect()
         };
-        let (microbatches, measured): (usize, f64) = (fields[3].parse().unwrap(), fields[4].parse().unwrap());
+        let (microbatches, measured): (usize, f64) =
+            (fields[3].parse().unwrap(), fields[4].parse().unwrap());
         let (forward, backward, logits) = (times(5), times(6), times(7));
         let (embed, embed_backward) = (times(8), times(9));
         let p = forward.len();
@@ -224,23 +283,45 @@ fn refined_orders_take_less_time_and_hold_no_more() {
     for (p, m) in sizes().filter(|(p, m)| p * m <= 32) {
         for (kind, order) in orders(p, m) {
             for vocabulary in [None, Some(Vocabulary::Vocab1), Some(Vocabulary::Vocab2)] {
-                for (f, b, w, x) in [(1.0, 1.0, 1.0, 2.0), (1.0, 1.3, 0.8, 3.0), (0.6, 1.5, 1.1, 0.7)] {
+                for (f, b, w, x) in [
+                    (1.0, 1.0, 1.0, 2.0),
+                    (1.0, 1.3, 0.8, 3.0),
+                    (0.6, 1.5, 1.1, 0.7),
+                ] {
                     let mut costs = Costs::uniform(order.stages(), f, b, w);
                     (costs.send, costs.collective) = (0.05 * f, 0.1 * f);
                     costs.vocabulary = vec![VocabularyCosts::of(Vocabulary::Vocab1, x / 3.0); p];
-                    let order = vocabulary.map_or(order.clone(), |which| with_vocabulary(&order, which, &costs));
+                    let order = vocabulary.map_or(order.clone(), |which| {
+                        with_vocabulary(&order, which, &costs)
+                    });
                     let better = refined(&order, &costs);
                     let case = format!("{} {vocabulary:?} {p} x {m}, {f} {b} {w} {x}", kind.name());
-                    check(&with_communication(better.clone())).unwrap_or_else(|error| panic!("{case}: {error}"));
+                    check(&with_communication(better.clone()))
+                        .unwrap_or_else(|error| panic!("{case}: {error}"));
                     let (before, after) = (run(order.clone(), &costs), run(better.clone(), &costs));
-                    assert!(after.total <= before.total * (1.0 + 1e-9), "{case}: {} to {}", before.total, after.total);
+                    assert!(
+                        after.total <= before.total * (1.0 + 1e-9),
+                        "{case}: {} to {}",
+                        before.total,
+                        after.total
+                    );
                     let held = |of: fn(&Timeline) -> &Vec<f64>| {
-                        of(&after).iter().zip(of(&before)).all(|(after, before)| after <= before)
+                        of(&after)
+                            .iter()
+                            .zip(of(&before))
+                            .all(|(after, before)| after <= before)
                     };
                     assert!(held(|timeline| &timeline.held), "{case}");
-                    assert!(held(|timeline| &timeline.held_until_input_gradient), "{case}");
+                    assert!(
+                        held(|timeline| &timeline.held_until_input_gradient),
+                        "{case}"
+                    );
                     // What has no freedom is left alone.
-                    let split = order.ranks.iter().flatten().any(|pass| pass.kind == PassKind::BackwardWeight);
+                    let split = order
+                        .ranks
+                        .iter()
+                        .flatten()
+                        .any(|pass| pass.kind == PassKind::BackwardWeight);
                     assert!(split || vocabulary.is_some() || better == order, "{case}");
                     shorter += usize::from(after.total < 0.99 * before.total);
                 }
@@ -249,9 +330,14 @@ fn refined_orders_take_less_time_and_hold_no_more() {
     }
     // Neither nothing nor everything: where F, B and W take the same, known orders are as short as orders get.
     assert!(shorter > 100, "{shorter}");
-    let uniform = Costs { send: 0.05, collective: 0.1, ..Costs::uniform(8, 1.0, 1.0, 1.0) };
+    let uniform = Costs {
+        send: 0.05,
+        collective: 0.1,
+        ..Costs::uniform(8, 1.0, 1.0, 1.0)
+    };
     let order = ScheduleKind::ZbV.order(4, 16, None).unwrap();
-    let [before, after] = [order.clone(), refined(&order, &uniform)].map(|order| run(order, &uniform).total);
+    let [before, after] =
+        [order.clone(), refined(&order, &uniform)].map(|order| run(order, &uniform).total);
     assert!(after > 0.97 * before, "{before} to {after}");
 }
 
@@ -263,14 +349,17 @@ fn broken(change: impl Fn(&mut Schedule)) -> ScheduleError {
 
 #[test]
 fn broken_lists_are_refused_with_the_pass_named() {
-    let error = broken(|s| s.ranks[1].retain(|step| !matches!(step, Step::Receive(m, 0) if m.microbatch == 2)));
+    let error = broken(|s| {
+        s.ranks[1].retain(|step| !matches!(step, Step::Receive(m, 0) if m.microbatch == 2))
+    });
     assert_eq!(
         error.to_string(),
         "rank 1 cannot compute F2: the activation of microbatch 2 for stage 1 is not received"
     );
     let error = broken(|s| {
         let of_third = |m: &Message| m.payload == Payload::Activation && m.microbatch == 2;
-        s.ranks[0].retain(|step| !matches!(step, Step::Send(m, _) | Step::Finish(m) if of_third(m)));
+        s.ranks[0]
+            .retain(|step| !matches!(step, Step::Send(m, _) | Step::Finish(m) if of_third(m)));
     });
     assert_eq!(
         error.to_string(),
@@ -282,17 +371,43 @@ fn broken_lists_are_refused_with_the_pass_named() {
         order.ranks[rank].reverse();
         check(&with_communication(order)).unwrap_err().to_string()
     };
-    assert_eq!(reversed(1), "rank 1 cannot compute BW3: F3 is not before it");
+    assert_eq!(
+        reversed(1),
+        "rank 1 cannot compute BW3: F3 is not before it"
+    );
     // Two ranks that each wait for what the other does later.
     let text = |lines: [&str; 2]| {
         let ranks = lines.map(String::from).to_vec();
-        let order = OrderFile { placement: Placement::V, chunks: 2, ranks }.parse().unwrap();
+        let order = OrderFile {
+            placement: Placement::V,
+            chunks: 2,
+            ranks,
+        }
+        .parse()
+        .unwrap();
         check(&with_communication(order))
     };
-    assert_eq!(text(["F0 F1 F0.1 F1.1 BW0.1 BW0 BW1.1 BW1", "F0 F0.1 F1 F1.1 BW0.1 BW0 BW1.1 BW1"]), Ok(()));
-    let error = text(["F0 F0.1 F1 F1.1 BW0.1 BW0 BW1.1 BW1", "F0 F1 F0.1 F1.1 BW0.1 BW0 BW1.1 BW1"]).unwrap_err();
-    assert_eq!(error.to_string(), "the schedule stops: rank 0 waits before F0.1, rank 1 waits before F1");
-    let error = text(["F0 F1 F0.1 F1.1 BW0.1 BW0 BW1.1", "F0 F0.1 F1 F1.1 BW0.1 BW0 BW1.1 BW1"]).unwrap_err();
+    assert_eq!(
+        text([
+            "F0 F1 F0.1 F1.1 BW0.1 BW0 BW1.1 BW1",
+            "F0 F0.1 F1 F1.1 BW0.1 BW0 BW1.1 BW1"
+        ]),
+        Ok(())
+    );
+    let error = text([
+        "F0 F0.1 F1 F1.1 BW0.1 BW0 BW1.1 BW1",
+        "F0 F1 F0.1 F1.1 BW0.1 BW0 BW1.1 BW1",
+    ])
+    .unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the schedule stops: rank 0 waits before F0.1, rank 1 waits before F1"
+    );
+    let error = text([
+        "F0 F1 F0.1 F1.1 BW0.1 BW0 BW1.1",
+        "F0 F0.1 F1 F1.1 BW0.1 BW0 BW1.1 BW1",
+    ])
+    .unwrap_err();
     assert_eq!(error.to_string(), "rank 0 never computes B1");
     let error = text(["F0 F0 F0.1 BW0.1 BW0", "F0 F0.1 BW0.1 BW0"]).unwrap_err();
     assert_eq!(error.to_string(), "rank 0: F0 is there twice");
@@ -303,7 +418,10 @@ fn sizes_that_do_not_exist_are_refused_with_the_arithmetic() {
     let refused = |kind: ScheduleKind, p, m, chunks| kind.order(p, m, chunks).unwrap_err();
     assert!(refused(ScheduleKind::Interleaved, 4, 11, None).contains("use 10 or 12"));
     assert!(refused(ScheduleKind::DualPipeV, 4, 7, None).contains("2 x 4 = 8 microbatches, not 7"));
-    assert_eq!(refused(ScheduleKind::ZbV, 4, 8, Some(3)), "zb-v has 2 chunks a rank, not 3");
+    assert_eq!(
+        refused(ScheduleKind::ZbV, 4, 8, Some(3)),
+        "zb-v has 2 chunks a rank, not 3"
+    );
     assert!(refused(ScheduleKind::Interleaved, 4, 8, Some(1)).contains("it is 1f1b"));
     assert!(refused(ScheduleKind::GPipe, 0, 8, None).contains("at least one rank"));
 }

@@ -8,7 +8,11 @@ use std::str::FromStr;
 impl fmt::Display for Pass {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}{}", self.kind.name(), self.microbatch)?;
-        if self.chunk > 0 { write!(f, ".{}", self.chunk) } else { Ok(()) }
+        if self.chunk > 0 {
+            write!(f, ".{}", self.chunk)
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -16,12 +20,21 @@ impl FromStr for Pass {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Pass, String> {
-        let letters = text.find(|c: char| c.is_ascii_digit()).unwrap_or(text.len());
+        let letters = text
+            .find(|c: char| c.is_ascii_digit())
+            .unwrap_or(text.len());
         let (name, numbers) = text.split_at(letters);
         let (microbatch, chunk) = numbers.split_once('.').unwrap_or((numbers, "0"));
-        let kind = PassKind::NAMES.iter().find(|(_, known)| *known == name).map(|(kind, _)| *kind);
+        let kind = PassKind::NAMES
+            .iter()
+            .find(|(_, known)| *known == name)
+            .map(|(kind, _)| *kind);
         match (kind, microbatch.parse(), chunk.parse()) {
-            (Some(kind), Ok(microbatch), Ok(chunk)) => Ok(Pass { kind, chunk, microbatch }),
+            (Some(kind), Ok(microbatch), Ok(chunk)) => Ok(Pass {
+                kind,
+                chunk,
+                microbatch,
+            }),
             _ => Err(format!(
                 "{text:?} is no pass: write F3, BW3, B3 or W3 for microbatch 3, and F3.1 for the rank's second chunk"
             )),
@@ -31,10 +44,18 @@ impl FromStr for Pass {
 
 impl fmt::Display for Message {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Message { stage, microbatch, .. } = self;
+        let Message {
+            stage, microbatch, ..
+        } = self;
         match self.payload {
-            Payload::Activation => write!(f, "the activation of microbatch {microbatch} for stage {stage}"),
-            Payload::Gradient => write!(f, "the gradient of microbatch {microbatch} for stage {stage}"),
+            Payload::Activation => write!(
+                f,
+                "the activation of microbatch {microbatch} for stage {stage}"
+            ),
+            Payload::Gradient => write!(
+                f,
+                "the gradient of microbatch {microbatch} for stage {stage}"
+            ),
         }
     }
 }
@@ -90,19 +111,41 @@ impl OrderFile {
     pub fn parse(&self) -> Result<Order, String> {
         let mut ranks = Vec::new();
         for (rank, line) in self.ranks.iter().enumerate() {
-            let passes: Result<Vec<Pass>, String> = line.split_whitespace().map(str::parse).collect();
+            let passes: Result<Vec<Pass>, String> =
+                line.split_whitespace().map(str::parse).collect();
             ranks.push(passes.map_err(|error| format!("rank {rank}: {error}"))?);
         }
-        let microbatches = ranks.iter().flatten().map(|pass: &Pass| pass.microbatch + 1).max().unwrap_or(0);
+        let microbatches = ranks
+            .iter()
+            .flatten()
+            .map(|pass: &Pass| pass.microbatch + 1)
+            .max()
+            .unwrap_or(0);
         let (chunks, placement) = (self.chunks.max(1), self.placement);
-        Ok(Order { microbatches, chunks, placement, vocabulary: None, ranks })
+        Ok(Order {
+            microbatches,
+            chunks,
+            placement,
+            vocabulary: None,
+            ranks,
+        })
     }
 }
 
 impl From<&Order> for OrderFile {
     fn from(order: &Order) -> OrderFile {
-        let line = |passes: &Vec<Pass>| passes.iter().map(Pass::to_string).collect::<Vec<_>>().join(" ");
-        OrderFile { placement: order.placement, chunks: order.chunks, ranks: order.ranks.iter().map(line).collect() }
+        let line = |passes: &Vec<Pass>| {
+            passes
+                .iter()
+                .map(Pass::to_string)
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
+        OrderFile {
+            placement: order.placement,
+            chunks: order.chunks,
+            ranks: order.ranks.iter().map(line).collect(),
+        }
     }
 }
 
@@ -114,18 +157,29 @@ mod tests {
     fn passes_read_as_they_are_written() {
         for (kind, _) in PassKind::NAMES {
             for (chunk, microbatch) in [(0, 0), (1, 12)] {
-                let pass = Pass { kind, chunk, microbatch };
+                let pass = Pass {
+                    kind,
+                    chunk,
+                    microbatch,
+                };
                 assert_eq!(pass.to_string().parse(), Ok(pass));
             }
         }
         for wrong in ["", "F", "X1", "F1.", "F-1", "3"] {
-            assert!(wrong.parse::<Pass>().unwrap_err().contains("is no pass"), "{wrong}");
+            assert!(
+                wrong.parse::<Pass>().unwrap_err().contains("is no pass"),
+                "{wrong}"
+            );
         }
     }
 
     #[test]
     fn a_wrong_word_is_named_with_its_rank() {
-        let file = OrderFile { placement: Placement::Loop, chunks: 1, ranks: vec!["F0 BW0".into(), "F0 Q0".into()] };
+        let file = OrderFile {
+            placement: Placement::Loop,
+            chunks: 1,
+            ranks: vec!["F0 BW0".into(), "F0 Q0".into()],
+        };
         assert_eq!(&file.parse().unwrap_err()[..12], "rank 1: \"Q0\"");
     }
 }

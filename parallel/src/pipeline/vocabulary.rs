@@ -18,20 +18,39 @@ use std::collections::HashMap;
 /// # Panics
 /// When `order` already has passes of the vocabulary, or cannot run.
 pub fn with_vocabulary(order: &Order, vocabulary: Vocabulary, costs: &Costs) -> Order {
-    assert!(order.vocabulary.is_none(), "the vocabulary's passes are already there");
+    assert!(
+        order.vocabulary.is_none(),
+        "the vocabulary's passes are already there"
+    );
     let ranks = order
         .ranks
         .iter()
-        .map(|passes| put_off(passes, vocabulary.more_held(order.ranks.len()) * order.chunks))
+        .map(|passes| {
+            put_off(
+                passes,
+                vocabulary.more_held(order.ranks.len()) * order.chunks,
+            )
+        })
         .collect();
-    let base = Order { ranks, vocabulary: None, ..order.clone() };
+    let base = Order {
+        ranks,
+        vocabulary: None,
+        ..order.clone()
+    };
     let lists = insert(&base, vocabulary, costs);
-    Order { vocabulary: Some(vocabulary), ranks: lists, ..base }
+    Order {
+        vocabulary: Some(vocabulary),
+        ranks: lists,
+        ..base
+    }
 }
 
 /// Every backward after `forwards` more forwards than before, as long as there are any.
 fn put_off(passes: &[Pass], forwards: usize) -> Vec<Pass> {
-    let total = passes.iter().filter(|pass| pass.kind == PassKind::Forward).count();
+    let total = passes
+        .iter()
+        .filter(|pass| pass.kind == PassKind::Forward)
+        .count();
     let mut placed: Vec<(usize, bool, usize, Pass)> = Vec::new();
     let mut seen = 0;
     for (index, &pass) in passes.iter().enumerate() {
@@ -79,7 +98,10 @@ fn sequence(vocabulary: Vocabulary, overlaps: &[usize]) -> Vec<Pass> {
     let mut slots: Vec<(usize, Pass)> = Vec::new();
     for (microbatch, &overlap) in overlaps.iter().enumerate() {
         for (behind, &kind) in kinds.iter().enumerate() {
-            slots.push((microbatch + behind.min(overlap), Pass::new(kind, 0, microbatch)));
+            slots.push((
+                microbatch + behind.min(overlap),
+                Pass::new(kind, 0, microbatch),
+            ));
         }
     }
     // Stable: within a slot older microbatches first.
@@ -93,18 +115,32 @@ impl Progress<'_> {
         let last = self.base.stages() - 1;
         let (rank, chunk) = self.base.place(last);
         let with_logits_of = |microbatch: usize| {
-            let end = self.ended.get(&(rank, Pass::new(PassKind::Forward, chunk, microbatch)))?;
+            let end = self
+                .ended
+                .get(&(rank, Pass::new(PassKind::Forward, chunk, microbatch)))?;
             // The rank of the last stage does a backward meanwhile, and so has the others' time to take theirs.
-            let wait = if of == rank { self.meanwhile[microbatch] } else { self.costs.collective };
+            let wait = if of == rank {
+                self.meanwhile[microbatch]
+            } else {
+                self.costs.collective
+            };
             Some(end + wait)
         };
         let kinds = self.vocabulary.passes();
-        let behind = kinds.iter().position(|&kind| kind == pass.kind).expect("it is one of the output layer's");
+        let behind = kinds
+            .iter()
+            .position(|&kind| kind == pass.kind)
+            .expect("it is one of the output layer's");
         match behind.checked_sub(1) {
             None => with_logits_of(pass.microbatch),
             // It goes with a later S, unless its own backward comes before that.
-            Some(_) if self.overlaps[pass.microbatch] >= behind => with_logits_of(pass.microbatch + behind),
-            Some(before) => self.complete(Pass { kind: kinds[before], ..pass }),
+            Some(_) if self.overlaps[pass.microbatch] >= behind => {
+                with_logits_of(pass.microbatch + behind)
+            }
+            Some(before) => self.complete(Pass {
+                kind: kinds[before],
+                ..pass
+            }),
         }
     }
 
@@ -128,8 +164,14 @@ impl Progress<'_> {
             };
             ready = ready.max(end);
         }
-        if pass.kind.gives_input_gradient() && self.base.stage(rank, pass.chunk) + 1 == self.base.stages() {
-            let kind = if self.vocabulary.gradient_after_t() { PassKind::LogitsBackward } else { PassKind::Logits };
+        if pass.kind.gives_input_gradient()
+            && self.base.stage(rank, pass.chunk) + 1 == self.base.stages()
+        {
+            let kind = if self.vocabulary.gradient_after_t() {
+                PassKind::LogitsBackward
+            } else {
+                PassKind::Logits
+            };
             ready = ready.max(self.complete(Pass::new(kind, 0, pass.microbatch))?);
         }
         Some(ready)
@@ -139,27 +181,59 @@ impl Progress<'_> {
 fn insert(base: &Order, vocabulary: Vocabulary, costs: &Costs) -> Vec<Vec<Pass>> {
     let ranks = base.ranks.len();
     let together = vocabulary == Vocabulary::Interlaced;
-    let overlaps = if together { vec![0; base.microbatches] } else { overlaps(base) };
-    let meanwhile = if together { vec![0.0; base.microbatches] } else { meanwhile(base, costs) };
+    let overlaps = if together {
+        vec![0; base.microbatches]
+    } else {
+        overlaps(base)
+    };
+    let meanwhile = if together {
+        vec![0.0; base.microbatches]
+    } else {
+        meanwhile(base, costs)
+    };
     let sequence = sequence(vocabulary, &overlaps);
-    let mut states: Vec<Rank> = (0..ranks).map(|_| Rank { at: 0, output: 0, clock: 0.0, list: Vec::new() }).collect();
+    let mut states: Vec<Rank> = (0..ranks)
+        .map(|_| Rank {
+            at: 0,
+            output: 0,
+            clock: 0.0,
+            list: Vec::new(),
+        })
+        .collect();
     let outputs = sequence.iter().map(|&pass| (pass, (ranks, 0.0))).collect();
-    let mut progress =
-        Progress { base, vocabulary, costs, ended: HashMap::new(), sequence: &sequence, outputs, overlaps, meanwhile };
+    let mut progress = Progress {
+        base,
+        vocabulary,
+        costs,
+        ended: HashMap::new(),
+        sequence: &sequence,
+        outputs,
+        overlaps,
+        meanwhile,
+    };
     loop {
         // Of all that can start, the earliest; on one rank the output layer before a pass of the same time.
         let mut best: Option<(f64, usize, Pass)> = None;
         for (rank, state) in states.iter().enumerate() {
-            let output = progress.sequence.get(state.output).map(|&pass| (progress.output_opens(rank, pass), pass));
-            let own = base.ranks[rank].get(state.at).map(|&pass| (progress.ready(rank, pass), pass));
+            let output = progress
+                .sequence
+                .get(state.output)
+                .map(|&pass| (progress.output_opens(rank, pass), pass));
+            let own = base.ranks[rank]
+                .get(state.at)
+                .map(|&pass| (progress.ready(rank, pass), pass));
             for (opens, pass) in output.into_iter().chain(own) {
-                let Some(start) = opens.map(|opens| state.clock.max(opens)) else { continue };
+                let Some(start) = opens.map(|opens| state.clock.max(opens)) else {
+                    continue;
+                };
                 if best.is_none_or(|(time, ..)| start < time) {
                     best = Some((start, rank, pass));
                 }
             }
         }
-        let Some((start, rank, pass)) = best else { break };
+        let Some((start, rank, pass)) = best else {
+            break;
+        };
         let state = &mut states[rank];
         state.list.push(pass);
         state.clock = start + costs.of(base, rank, pass);
@@ -168,7 +242,10 @@ fn insert(base: &Order, vocabulary: Vocabulary, costs: &Costs) -> Vec<Vec<Pass>>
                 // The embedding passes that will lie beside it.
                 state.clock += costs.vocabulary[rank].embed + costs.vocabulary[rank].embed_backward;
             }
-            let (left, end) = progress.outputs.get_mut(&pass).expect("it is one of the output layer's");
+            let (left, end) = progress
+                .outputs
+                .get_mut(&pass)
+                .expect("it is one of the output layer's");
             (*left, *end) = (*left - 1, end.max(state.clock));
             state.output += 1;
         } else {
@@ -176,8 +253,14 @@ fn insert(base: &Order, vocabulary: Vocabulary, costs: &Costs) -> Vec<Vec<Pass>>
             progress.ended.insert((rank, pass), state.clock);
         }
     }
-    let complete = states.iter().zip(&base.ranks).all(|(s, passes)| s.at == passes.len() && s.output == sequence.len());
-    assert!(complete, "an order that stops cannot take in the vocabulary: check it first");
+    let complete = states
+        .iter()
+        .zip(&base.ranks)
+        .all(|(s, passes)| s.at == passes.len() && s.output == sequence.len());
+    assert!(
+        complete,
+        "an order that stops cannot take in the vocabulary: check it first"
+    );
     let lists: Vec<Vec<Pass>> = states.into_iter().map(|state| state.list).collect();
     let embedding = Embedding::new(base, &lists);
     lists.iter().map(|list| embedding.insert(list)).collect()
@@ -187,7 +270,10 @@ fn meanwhile(base: &Order, costs: &Costs) -> Vec<f64> {
     let (rank, chunk) = base.place(base.stages() - 1);
     let mut times = vec![0.0; base.microbatches];
     for pair in base.ranks[rank].windows(2) {
-        if pair[0].kind == PassKind::Forward && pair[0].chunk == chunk && pair[1].kind.gives_input_gradient() {
+        if pair[0].kind == PassKind::Forward
+            && pair[0].chunk == chunk
+            && pair[1].kind.gives_input_gradient()
+        {
             times[pair[0].microbatch] = costs.of(base, rank, pair[1]);
         }
     }
@@ -211,8 +297,18 @@ fn overlaps(base: &Order) -> Vec<usize> {
 
 fn end_of(ended: &HashMap<(usize, Pass), f64>, rank: usize, pass: Pass) -> Option<f64> {
     let whole = ended.get(&(rank, pass));
-    let part = || ended.get(&(rank, Pass { kind: PassKind::BackwardInput, ..pass }));
-    whole.or_else(|| part().filter(|_| pass.kind == PassKind::Backward)).copied()
+    let part = || {
+        ended.get(&(
+            rank,
+            Pass {
+                kind: PassKind::BackwardInput,
+                ..pass
+            },
+        ))
+    };
+    whole
+        .or_else(|| part().filter(|_| pass.kind == PassKind::Backward))
+        .copied()
 }
 
 /// Beside which S each microbatch's embedding is looked up (None: before everything), and its gradient taken (None:
@@ -226,15 +322,21 @@ impl Embedding {
     fn new(base: &Order, lists: &[Vec<Pass>]) -> Embedding {
         let m = base.microbatches;
         let (rank, chunk) = base.place(0);
-        let mut embedding = Embedding { lookup: vec![None; m], gradient: vec![None; m] };
+        let mut embedding = Embedding {
+            lookup: vec![None; m],
+            gradient: vec![None; m],
+        };
         let mut logits = 0usize;
         for pass in &lists[rank] {
             match pass.kind {
                 PassKind::Logits => logits += 1,
                 // One S lies between the lookup and its use, for the sum over ranks.
-                PassKind::Forward if pass.chunk == chunk => embedding.lookup[pass.microbatch] = logits.checked_sub(2),
+                PassKind::Forward if pass.chunk == chunk => {
+                    embedding.lookup[pass.microbatch] = logits.checked_sub(2)
+                }
                 kind if kind.gives_input_gradient() && pass.chunk == chunk => {
-                    embedding.gradient[pass.microbatch] = Some(logits + 1).filter(|&beside| beside < m);
+                    embedding.gradient[pass.microbatch] =
+                        Some(logits + 1).filter(|&beside| beside < m);
                 }
                 _ => {}
             }
@@ -245,8 +347,15 @@ impl Embedding {
     /// A rank's passes with those of the embedding.
     fn insert(&self, list: &[Pass]) -> Vec<Pass> {
         let of = |kind: PassKind, beside: Option<usize>| {
-            let places = if kind == PassKind::Embed { &self.lookup } else { &self.gradient };
-            let chosen = places.iter().enumerate().filter(move |(_, place)| **place == beside);
+            let places = if kind == PassKind::Embed {
+                &self.lookup
+            } else {
+                &self.gradient
+            };
+            let chosen = places
+                .iter()
+                .enumerate()
+                .filter(move |(_, place)| **place == beside);
             chosen.map(move |(microbatch, _)| Pass::new(kind, 0, microbatch))
         };
         let mut passes: Vec<Pass> = of(PassKind::Embed, None).collect();

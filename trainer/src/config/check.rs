@@ -1,7 +1,8 @@
 //! What types cannot say: numbers that must divide others, and values that must be there.
 
 use super::{
-    Config, Dtype, LeastLoadedConfig, MoeConfig, ParityConfig, RecomputedLayers, RedundancyConfig, ScheduleConfig,
+    Config, Dtype, LeastLoadedConfig, MoeConfig, ParityConfig, RecomputedLayers, RedundancyConfig,
+    ScheduleConfig,
 };
 use parallel::context::ContextKind;
 use parallel::{Group, Mesh, MeshShape};
@@ -51,7 +52,11 @@ impl Config {
                         self.check_nodes(moe, per_node, ranks, &mut problems);
                     }
                 } else if mesh.shape().expert * mesh.shape().expert_tensor > 1 {
-                    let MeshShape { expert, expert_tensor, .. } = mesh.shape();
+                    let MeshShape {
+                        expert,
+                        expert_tensor,
+                        ..
+                    } = mesh.shape();
                     problems.add(format!(
                         "parallel.expert is {expert} and expert_tensor {expert_tensor}, but the model has no moe section"
                     ));
@@ -69,21 +74,38 @@ impl Config {
             return;
         }
         let meshes = (0..ranks).filter_map(|rank| self.mesh(rank, ranks).ok());
-        let error = meshes.map(|mesh| nodes_divide(&mesh, per_node)).find_map(Result::err);
+        let error = meshes
+            .map(|mesh| nodes_divide(&mesh, per_node))
+            .find_map(Result::err);
         problems.0.extend(error);
     }
 
     /// What tensor, context and sharded data parallelism divide.
     fn check_sharding(&self, shape: &MeshShape, problems: &mut Problems) {
         let (model, data, parallel) = (&self.model, &self.data, &self.parallel);
-        let (tensor, context) = (("parallel.tensor", shape.tensor), ("parallel.context", shape.context));
-        problems.divides(("model.heads", model.heads), tensor, "every rank has as many heads");
+        let (tensor, context) = (
+            ("parallel.tensor", shape.tensor),
+            ("parallel.context", shape.context),
+        );
+        problems.divides(
+            ("model.heads", model.heads),
+            tensor,
+            "every rank has as many heads",
+        );
         if model.has_dense_layers() {
-            problems.divides(("model.ffn", model.ffn.unwrap_or(0)), tensor, "every rank has as much of a layer");
+            problems.divides(
+                ("model.ffn", model.ffn.unwrap_or(0)),
+                tensor,
+                "every rank has as much of a layer",
+            );
         }
         if let Some(moe) = model.moe.as_ref().filter(|moe| moe.shared_experts > 0) {
             let width = moe.shared_experts * moe.ffn;
-            problems.divides(("model.moe.shared_experts x ffn", width), tensor, "every rank has as much of a layer");
+            problems.divides(
+                ("model.moe.shared_experts x ffn", width),
+                tensor,
+                "every rank has as much of a layer",
+            );
         }
         let parts = match parallel.context_attention {
             _ if shape.context == 1 => 1,
@@ -116,18 +138,30 @@ impl Config {
             );
         }
         if model.vocab_size < shape.tensor {
-            problems
-                .add(format!("parallel.tensor {} is more than model.vocab_size {}", shape.tensor, model.vocab_size));
+            problems.add(format!(
+                "parallel.tensor {} is more than model.vocab_size {}",
+                shape.tensor, model.vocab_size
+            ));
         }
         problems.positive("parallel.tensor_chunks", parallel.tensor_chunks);
         problems.positive("parallel.expert_chunks", parallel.expert_chunks);
         if parallel.zero > 3 {
-            problems.add(format!("parallel.zero is {}; it is 0, 1, 2 or 3", parallel.zero));
+            problems.add(format!(
+                "parallel.zero is {}; it is 0, 1, 2 or 3",
+                parallel.zero
+            ));
         }
         if let Some(ranks) = parallel.zero_ranks {
             problems.positive("parallel.zero_ranks", ranks);
-            let replicas = ("the replicas of dense layers, data x context =", shape.data * shape.context);
-            problems.divides(replicas, ("parallel.zero_ranks", ranks), "groups have the same size");
+            let replicas = (
+                "the replicas of dense layers, data x context =",
+                shape.data * shape.context,
+            );
+            problems.divides(
+                replicas,
+                ("parallel.zero_ranks", ranks),
+                "groups have the same size",
+            );
             if parallel.zero == 0 {
                 problems.add("parallel.zero_ranks says who shares out, but parallel.zero is 0: give 1, 2 or 3".into());
             }
@@ -140,8 +174,14 @@ impl Config {
                 model.layers.saturating_sub(1)
             ));
         }
-        if let Some(end) = data.document_end.filter(|&end| end as usize >= model.vocab_size) {
-            problems.add(format!("data.document_end {end} is outside of model.vocab_size {}", model.vocab_size));
+        if let Some(end) = data
+            .document_end
+            .filter(|&end| end as usize >= model.vocab_size)
+        {
+            problems.add(format!(
+                "data.document_end {end} is outside of model.vocab_size {}",
+                model.vocab_size
+            ));
         }
     }
 
@@ -150,13 +190,21 @@ impl Config {
             problems.add(error);
         }
         let (pipeline, tensor) = (self.parallel.pipeline, self.parallel.tensor);
-        if self.parallel.vocabulary.algorithm().is_some() && self.model.vocab_size < pipeline * tensor {
+        if self.parallel.vocabulary.algorithm().is_some()
+            && self.model.vocab_size < pipeline * tensor
+        {
             problems.add(format!(
                 "parallel.vocabulary shares {} tokens out over pipeline {pipeline} x tensor {tensor} ranks: each needs one",
                 self.model.vocab_size
             ));
         }
-        if pipeline > 1 && self.model.moe.as_ref().is_some_and(|moe| moe.load_balance_pool_layers) {
+        if pipeline > 1
+            && self
+                .model
+                .moe
+                .as_ref()
+                .is_some_and(|moe| moe.load_balance_pool_layers)
+        {
             problems.add(
                 "model.moe.load_balance_pool_layers averages over layers that parallel.pipeline puts on different ranks: \
                  turn one of them off"
@@ -174,7 +222,11 @@ impl Config {
         problems.positive("model.heads", model.heads);
         problems.positive("model.kv_heads", model.kv_heads());
         if model.head_dim.is_none() {
-            problems.divides(("model.hidden", model.hidden), ("model.heads", model.heads), "or give model.head_dim");
+            problems.divides(
+                ("model.hidden", model.hidden),
+                ("model.heads", model.heads),
+                "or give model.head_dim",
+            );
         }
         problems.divides(
             ("model.heads", model.heads),
@@ -182,14 +234,21 @@ impl Config {
             "each key head serves as many query heads as the others",
         );
         if model.heads > 0 && !model.head_dim().is_multiple_of(2) {
-            problems.add(format!("the head width {} is odd; rotary embedding turns pairs", model.head_dim()));
+            problems.add(format!(
+                "the head width {} is odd; rotary embedding turns pairs",
+                model.head_dim()
+            ));
         }
         if model.has_dense_layers() && model.ffn.is_none_or(|ffn| ffn == 0) {
-            problems.add("the model has dense layers, so model.ffn (their inner width) is needed".into());
+            problems.add(
+                "the model has dense layers, so model.ffn (their inner width) is needed".into(),
+            );
         }
         if model.dense_layers > model.layers {
-            problems
-                .add(format!("model.dense_layers {} is more than model.layers {}", model.dense_layers, model.layers));
+            problems.add(format!(
+                "model.dense_layers {} is more than model.layers {}",
+                model.dense_layers, model.layers
+            ));
         }
         if let Some(moe) = &model.moe {
             check_moe(moe, problems);
@@ -197,7 +256,10 @@ impl Config {
         if let Some(mup) = &model.mup
             && mup.width <= 0.0
         {
-            problems.add(format!("model.mup.width is {}; it must be above 0", mup.width));
+            problems.add(format!(
+                "model.mup.width is {}; it must be above 0",
+                mup.width
+            ));
         }
     }
 
@@ -205,12 +267,18 @@ impl Config {
         let data = &self.data;
         problems.positive("data.sequence_length", data.sequence_length);
         if data.train.is_empty() {
-            problems.add("data.train lists no source: prepare one with 'moerun data prepare' and name it".into());
+            problems.add(
+                "data.train lists no source: prepare one with 'moerun data prepare' and name it"
+                    .into(),
+            );
         }
         for (key, sources) in [("train", &data.train), ("validation", &data.validation)] {
             for (index, source) in sources.iter().enumerate() {
                 if source.weight.is_nan() || source.weight <= 0.0 {
-                    problems.add(format!("data.{key}[{index}].weight is {}; it must be above 0", source.weight));
+                    problems.add(format!(
+                        "data.{key}[{index}].weight is {}; it must be above 0",
+                        source.weight
+                    ));
                 }
             }
         }
@@ -218,7 +286,9 @@ impl Config {
             problems.positive("validation.sequences", validation.sequences);
             problems.positive("validation.every", validation.every as usize);
             if data.validation.is_empty() {
-                problems.add("there is a validation section, but data.validation lists no source".into());
+                problems.add(
+                    "there is a validation section, but data.validation lists no source".into(),
+                );
             }
         }
     }
@@ -229,15 +299,23 @@ impl Config {
         problems.positive("restart.window_s", restart.window_s as usize);
         for (key, value) in [
             ("snapshot.memory_gib", snapshot.memory_gib),
-            ("restart.heartbeat_timeout_s", Some(restart.heartbeat_timeout_s)),
+            (
+                "restart.heartbeat_timeout_s",
+                Some(restart.heartbeat_timeout_s),
+            ),
             ("restart.step_timeout_s", restart.step_timeout_s),
         ] {
             if value.is_some_and(|value| value.is_nan() || value <= 0.0) {
-                problems.add(format!("{key} is {}; it must be above 0", value.unwrap_or_default()));
+                problems.add(format!(
+                    "{key} is {}; it must be above 0",
+                    value.unwrap_or_default()
+                ));
             }
         }
         match snapshot.redundancy {
-            RedundancyConfig::Copies(copies) => problems.positive("snapshot.redundancy.copies", copies),
+            RedundancyConfig::Copies(copies) => {
+                problems.positive("snapshot.redundancy.copies", copies)
+            }
             RedundancyConfig::Parity(ParityConfig { data, parity }) => {
                 problems.positive("snapshot.redundancy.parity.data", data);
                 problems.positive("snapshot.redundancy.parity.parity", parity);
@@ -258,30 +336,50 @@ impl Config {
         problems.positive("train.micro_batch", self.train.micro_batch);
         problems.positive("checkpoint.keep", self.checkpoint.keep);
         if self.parallel.bucket_mib.is_nan() || self.parallel.bucket_mib <= 0.0 {
-            problems.add(format!("parallel.bucket_mib is {}; it must be above 0", self.parallel.bucket_mib));
+            problems.add(format!(
+                "parallel.bucket_mib is {}; it must be above 0",
+                self.parallel.bucket_mib
+            ));
         }
         problems.positive("run.timeout_s", self.run.timeout_s as usize);
         problems.positive("run.log_every", self.run.log_every as usize);
         if !["auto", "cpu", "cuda", "npu"].contains(&self.run.device.as_str()) {
-            problems.add(format!("run.device is {:?}; use auto, cpu, cuda or npu", self.run.device));
+            problems.add(format!(
+                "run.device is {:?}; use auto, cpu, cuda or npu",
+                self.run.device
+            ));
         }
         if self.train.grad_clip.is_nan() || self.train.grad_clip < 0.0 {
-            problems.add(format!("train.grad_clip is {}; use 0 for no limit", self.train.grad_clip));
+            problems.add(format!(
+                "train.grad_clip is {}; use 0 for no limit",
+                self.train.grad_clip
+            ));
         }
         let steps = self.train.steps;
         let (lr, warmup, decay) = match &self.schedule {
             ScheduleConfig::Power(power) => {
                 if power.b.is_nan() || power.b >= 0.0 {
-                    problems.add(format!("schedule.power.b is {}; the exponent must be below 0", power.b));
+                    problems.add(format!(
+                        "schedule.power.b is {}; the exponent must be below 0",
+                        power.b
+                    ));
                 }
-                (power.a.min(power.max_lr), power.warmup_steps, power.decay_steps)
+                (
+                    power.a.min(power.max_lr),
+                    power.warmup_steps,
+                    power.decay_steps,
+                )
             }
             ScheduleConfig::Wsd(wsd) => (wsd.lr, wsd.warmup_steps, wsd.decay_steps),
-            ScheduleConfig::Cosine(ramp) | ScheduleConfig::Linear(ramp) => (ramp.lr, ramp.warmup_steps, 0),
+            ScheduleConfig::Cosine(ramp) | ScheduleConfig::Linear(ramp) => {
+                (ramp.lr, ramp.warmup_steps, 0)
+            }
             ScheduleConfig::Constant(constant) => (constant.lr, constant.warmup_steps, 0),
         };
         if lr.is_nan() || lr <= 0.0 {
-            problems.add(format!("the schedule's learning rate is {lr}; it must be above 0"));
+            problems.add(format!(
+                "the schedule's learning rate is {lr}; it must be above 0"
+            ));
         }
         if warmup + decay > steps {
             problems.add(format!(
@@ -290,8 +388,12 @@ impl Config {
             ));
         }
         if self.train.fp8_experts {
-            let widths =
-                self.model.moe.as_ref().map(|moe| [self.model.hidden, moe.ffn / self.parallel.expert_tensor.max(1)]);
+            let widths = self.model.moe.as_ref().map(|moe| {
+                [
+                    self.model.hidden,
+                    moe.ffn / self.parallel.expert_tensor.max(1),
+                ]
+            });
             match widths {
                 None => problems.add("train.fp8_experts needs experts: give model.moe, or leave it out".into()),
                 Some(widths) if widths.iter().any(|width| width % 16 != 0) => problems.add(format!(
@@ -305,7 +407,10 @@ impl Config {
             }
         }
         if self.train.dtype == Dtype::Bf16 && self.optimizer.eps < 1e-12 {
-            problems.add(format!("optimizer.eps is {}; with bf16 gradients use at least 1e-12", self.optimizer.eps));
+            problems.add(format!(
+                "optimizer.eps is {}; with bf16 gradients use at least 1e-12",
+                self.optimizer.eps
+            ));
         }
     }
 }
@@ -314,7 +419,10 @@ impl Config {
 ///
 /// # Errors
 /// When nodes of `per_node` ranks do not divide the ranks that share experts out.
-pub(crate) fn nodes_divide(mesh: &Mesh, per_node: usize) -> Result<(Vec<usize>, Vec<usize>), String> {
+pub(crate) fn nodes_divide(
+    mesh: &Mesh,
+    per_node: usize,
+) -> Result<(Vec<usize>, Vec<usize>), String> {
     mesh.by_node(Group::Expert, per_node).ok_or_else(|| {
         format!(
             "model.moe.dispatch goes by way of nodes, but nodes of {per_node} ranks do not have as many each of the ranks {:?} \
@@ -339,9 +447,14 @@ fn check_moe(moe: &MoeConfig, problems: &mut Problems) {
         "groups have the same size",
     );
     let least_loaded = &moe.least_loaded;
-    for (key, value) in [("capacity", least_loaded.capacity), ("threshold", least_loaded.threshold)] {
+    for (key, value) in [
+        ("capacity", least_loaded.capacity),
+        ("threshold", least_loaded.threshold),
+    ] {
         if value.is_nan() || value < 1.0 {
-            problems.add(format!("model.moe.least_loaded.{key} is {value}; 1 is even, and it must not be below"));
+            problems.add(format!(
+                "model.moe.least_loaded.{key} is {value}; 1 is even, and it must not be below"
+            ));
         }
     }
     if least_loaded != &LeastLoadedConfig::default() && !moe.dispatch.least_loaded() {
@@ -353,9 +466,14 @@ fn check_moe(moe: &MoeConfig, problems: &mut Problems) {
     }
     if let Some(placement) = &moe.placement {
         problems.positive("model.moe.placement.every", placement.every as usize);
-        for (key, value) in [("smoothing", placement.smoothing), ("min_gain", placement.min_gain)] {
+        for (key, value) in [
+            ("smoothing", placement.smoothing),
+            ("min_gain", placement.min_gain),
+        ] {
             if !(0.0..1.0).contains(&value) {
-                problems.add(format!("model.moe.placement.{key} is {value}; it must be from 0 to below 1"));
+                problems.add(format!(
+                    "model.moe.placement.{key} is {value}; it must be from 0 to below 1"
+                ));
             }
         }
     }
@@ -372,7 +490,10 @@ fn check_moe(moe: &MoeConfig, problems: &mut Problems) {
             ));
         }
         if router.groups > 0 && moe.top_k > moe.experts {
-            problems.add(format!("model.moe.top_k {} is more than model.moe.experts {}", moe.top_k, moe.experts));
+            problems.add(format!(
+                "model.moe.top_k {} is more than model.moe.experts {}",
+                moe.top_k, moe.experts
+            ));
         }
         return;
     }
@@ -412,8 +533,15 @@ impl Problems {
             return;
         }
         let divides = |size: &usize| whole.1.is_multiple_of(*size);
-        let (less, more) = ((1..part.1).rev().find(divides), (part.1..=whole.1).find(divides));
-        let nearest: Vec<String> = less.into_iter().chain(more).map(|size| size.to_string()).collect();
+        let (less, more) = (
+            (1..part.1).rev().find(divides),
+            (part.1..=whole.1).find(divides),
+        );
+        let nearest: Vec<String> = less
+            .into_iter()
+            .chain(more)
+            .map(|size| size.to_string())
+            .collect();
         self.add(format!(
             "{} {} is not a multiple of {} {} (remainder {}; nearest that divides: {}): {why}",
             whole.0,

@@ -22,12 +22,18 @@ pub enum Dispatch {
 impl Dispatch {
     /// Whether ranks lend experts.
     pub fn least_loaded(self) -> bool {
-        matches!(self, Dispatch::LeastLoaded | Dispatch::HierarchicalLeastLoaded)
+        matches!(
+            self,
+            Dispatch::LeastLoaded | Dispatch::HierarchicalLeastLoaded
+        )
     }
 
     /// Whether tokens go by way of nodes.
     pub fn hierarchical(self) -> bool {
-        matches!(self, Dispatch::Hierarchical | Dispatch::HierarchicalLeastLoaded)
+        matches!(
+            self,
+            Dispatch::Hierarchical | Dispatch::HierarchicalLeastLoaded
+        )
     }
 }
 
@@ -81,12 +87,25 @@ impl Default for LeastLoadedConfig {
 impl LeastLoadedConfig {
     /// Decides for owners on `nodes`; what is to be measured is the paper's 1024 until it is.
     pub fn planner(&self, nodes: Vec<usize>) -> Planner {
-        let LeastLoadedConfig { capacity, threshold, over, strict_paper, .. } = *self;
+        let LeastLoadedConfig {
+            capacity,
+            threshold,
+            over,
+            strict_paper,
+            ..
+        } = *self;
         let min_tokens = match self.min_tokens {
             MinTokens::Tokens(tokens) => i64::from(tokens),
             MinTokens::Measured(_) => 1024,
         };
-        Planner { capacity, min_tokens, threshold, over, strict_paper, nodes }
+        Planner {
+            capacity,
+            min_tokens,
+            threshold,
+            over,
+            strict_paper,
+            nodes,
+        }
     }
 }
 

@@ -152,7 +152,10 @@ impl Default for ParallelConfig {
 /// A known schedule by its name, or a file with one. Known ones that split the backward, or share the vocabulary out, are refined by
 /// the times of their passes; a file's stays as it is.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(untagged, expecting = "gpipe, 1f1b, interleaved, zb-h1, zb-v, v-half, v-min, dualpipe-v, or {file: PATH}")]
+#[serde(
+    untagged,
+    expecting = "gpipe, 1f1b, interleaved, zb-h1, zb-v, v-half, v-min, dualpipe-v, or {file: PATH}"
+)]
 pub enum ScheduleChoice {
     /// By name.
     Known(ScheduleKind),
@@ -216,7 +219,9 @@ impl PipelinePlan {
             for microbatch in 0..microbatches {
                 let shared = base.vocabulary.is_some();
                 passes.extend(shared.then(|| Pass::new(PassKind::Embed, 0, microbatch)));
-                passes.extend((0..base.chunks).map(|chunk| Pass::new(PassKind::Forward, chunk, microbatch)));
+                passes.extend(
+                    (0..base.chunks).map(|chunk| Pass::new(PassKind::Forward, chunk, microbatch)),
+                );
                 if shared {
                     passes.push(Pass::new(PassKind::Logits, 0, microbatch));
                     passes.push(Pass::new(PassKind::LogitsBackward, 0, microbatch));
@@ -227,7 +232,12 @@ impl PipelinePlan {
         let ranks = (0..base.ranks.len()).map(of_rank).collect();
         // Without backwards there is nothing for a second barrier.
         let vocabulary = base.vocabulary.map(|_| Vocabulary::Vocab2);
-        with_communication(Order { microbatches, vocabulary, ranks, ..base.clone() })
+        with_communication(Order {
+            microbatches,
+            vocabulary,
+            ranks,
+            ..base.clone()
+        })
     }
 }
 
@@ -242,7 +252,15 @@ impl Config {
     /// # Errors
     /// When the axes do not fit the ranks: which keys, and the arithmetic.
     pub fn mesh(&self, rank: usize, ranks: usize) -> Result<Mesh, String> {
-        let ParallelConfig { data, tensor, context, expert, expert_tensor, pipeline, .. } = self.parallel;
+        let ParallelConfig {
+            data,
+            tensor,
+            context,
+            expert,
+            expert_tensor,
+            pipeline,
+            ..
+        } = self.parallel;
         let others = tensor * context * pipeline;
         let data = match data {
             AxisSize::Size(size) => size,
@@ -259,7 +277,14 @@ impl Config {
             }
             AxisSize::Auto(_) => ranks / others.max(1),
         };
-        let shape = MeshShape { data, tensor, pipeline, context, expert, expert_tensor };
+        let shape = MeshShape {
+            data,
+            tensor,
+            pipeline,
+            context,
+            expert,
+            expert_tensor,
+        };
         Mesh::new(shape, rank, ranks).map_err(|error| {
             let nearest = nearest(shape, ranks);
             format!(
@@ -273,10 +298,19 @@ impl Config {
     /// # Errors
     /// When the schedule does not exist for these sizes, or a file's cannot run.
     pub fn pipeline_plan(&self, microbatches: usize) -> Result<PipelinePlan, String> {
-        let ParallelConfig { pipeline, schedule, chunks, stage_layers, vocabulary, .. } = &self.parallel;
+        let ParallelConfig {
+            pipeline,
+            schedule,
+            chunks,
+            stage_layers,
+            vocabulary,
+            ..
+        } = &self.parallel;
         let key = |error: String| format!("parallel.schedule: {error}");
         let order = match schedule {
-            ScheduleChoice::Known(kind) => kind.order(*pipeline, microbatches, *chunks).map_err(key)?,
+            ScheduleChoice::Known(kind) => {
+                kind.order(*pipeline, microbatches, *chunks).map_err(key)?
+            }
             ScheduleChoice::File { file } => read_order(file, *pipeline, microbatches)?,
         };
         let stages = order.stages();
@@ -343,7 +377,9 @@ impl ModelConfig {
         let attention = hidden * head_dim * 2.0 * (self.heads + self.kv_heads()) as f64;
         let layer = |index: usize| {
             let feed_forward = match self.moe_of(index) {
-                Some(moe) => 3.0 * (moe.ffn * (moe.top_k + moe.shared_experts)) as f64 + moe.experts as f64,
+                Some(moe) => {
+                    3.0 * (moe.ffn * (moe.top_k + moe.shared_experts)) as f64 + moe.experts as f64
+                }
                 None => 3.0 * self.ffn.unwrap_or(0) as f64,
             };
             attention + hidden * feed_forward
@@ -355,7 +391,8 @@ impl ModelConfig {
 
 /// The layout most like `shape` that fits `ranks` ranks, in words.
 fn nearest(shape: MeshShape, ranks: usize) -> String {
-    let divisors = |number: usize| (1..=number).filter(move |divisor| number.is_multiple_of(*divisor));
+    let divisors =
+        |number: usize| (1..=number).filter(move |divisor| number.is_multiple_of(*divisor));
     let far = |a: usize, b: usize| (a.max(1) as f64 / b.max(1) as f64).ln().abs();
     let mut best: Option<(f64, MeshShape)> = None;
     for pipeline in divisors(ranks) {
@@ -364,7 +401,14 @@ fn nearest(shape: MeshShape, ranks: usize) -> String {
                 let data = ranks / pipeline / tensor / context;
                 for expert in divisors(data * tensor * context) {
                     for expert_tensor in divisors(data * tensor * context / expert) {
-                        let other = MeshShape { data, tensor, pipeline, context, expert, expert_tensor };
+                        let other = MeshShape {
+                            data,
+                            tensor,
+                            pipeline,
+                            context,
+                            expert,
+                            expert_tensor,
+                        };
                         // Data is the axis that people mind least.
                         let distance = 0.5 * far(data, shape.data)
                             + far(tensor, shape.tensor)
@@ -380,7 +424,17 @@ fn nearest(shape: MeshShape, ranks: usize) -> String {
             }
         }
     }
-    let (_, MeshShape { data, tensor, pipeline, context, expert, expert_tensor }) = best.unwrap_or((0.0, shape));
+    let (
+        _,
+        MeshShape {
+            data,
+            tensor,
+            pipeline,
+            context,
+            expert,
+            expert_tensor,
+        },
+    ) = best.unwrap_or((0.0, shape));
     format!(
         "{{data: {data}, tensor: {tensor}, context: {context}, pipeline: {pipeline}, expert: {expert}, expert_tensor: \
          {expert_tensor}}}"
@@ -389,8 +443,10 @@ fn nearest(shape: MeshShape, ranks: usize) -> String {
 
 fn read_order(file: &std::path::Path, ranks: usize, microbatches: usize) -> Result<Order, String> {
     let failed = |reason: String| format!("parallel.schedule.file {}: {reason}", file.display());
-    let text = std::fs::read_to_string(file).map_err(|error| failed(format!("cannot be opened: {error}")))?;
-    let order: OrderFile = serde_saphyr::from_str(&text).map_err(|error| failed(error.to_string()))?;
+    let text = std::fs::read_to_string(file)
+        .map_err(|error| failed(format!("cannot be opened: {error}")))?;
+    let order: OrderFile =
+        serde_saphyr::from_str(&text).map_err(|error| failed(error.to_string()))?;
     let order = order.parse().map_err(failed)?;
     if order.ranks.len() != ranks || order.microbatches != microbatches {
         return Err(failed(format!(

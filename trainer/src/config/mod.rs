@@ -9,12 +9,13 @@ mod snapshot;
 pub(crate) use check::nodes_divide;
 pub use dispatch::{Dispatch, LeastLoadedConfig, Measured, MinTokens, PlacementConfig};
 pub use layout::{
-    NoneOrAll, ParallelConfig, PipelinePlan, RecomputeConfig, RecomputedLayers, RecomputedPart, ScheduleChoice,
-    VocabularyLayout,
+    NoneOrAll, ParallelConfig, PipelinePlan, RecomputeConfig, RecomputedLayers, RecomputedPart,
+    ScheduleChoice, VocabularyLayout,
 };
 pub use model::{ModelConfig, MoeConfig, MupConfig, QkNorm, RouterConfig};
 pub use snapshot::{
-    OnDivergence, ParityConfig, RedundancyConfig, RestartConfig, SnapshotConfig, SnapshotEvery, WithoutSpare,
+    OnDivergence, ParityConfig, RedundancyConfig, RestartConfig, SnapshotConfig, SnapshotEvery,
+    WithoutSpare,
 };
 
 use schemars::JsonSchema;
@@ -200,7 +201,13 @@ pub struct OptimizerConfig {
 
 impl Default for OptimizerConfig {
     fn default() -> OptimizerConfig {
-        OptimizerConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, offload: false }
+        OptimizerConfig {
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+            offload: false,
+        }
     }
 }
 
@@ -245,7 +252,13 @@ pub struct PowerConfig {
 
 impl Default for PowerConfig {
     fn default() -> PowerConfig {
-        PowerConfig { a: 4.0, b: -0.51, max_lr: 0.02, warmup_steps: 100, decay_steps: 0 }
+        PowerConfig {
+            a: 4.0,
+            b: -0.51,
+            max_lr: 0.02,
+            warmup_steps: 100,
+            decay_steps: 0,
+        }
     }
 }
 
@@ -299,7 +312,10 @@ pub struct CheckpointConfig {
 
 impl Default for CheckpointConfig {
     fn default() -> CheckpointConfig {
-        CheckpointConfig { every: 100, keep: 2 }
+        CheckpointConfig {
+            every: 100,
+            keep: 2,
+        }
     }
 }
 

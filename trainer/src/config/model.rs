@@ -70,7 +70,9 @@ impl ModelConfig {
     /// The mixture of layer `layer`, or None where it is dense.
     pub fn moe_of(&self, layer: usize) -> Option<&MoeConfig> {
         let after = layer.checked_sub(self.dense_layers)?;
-        self.moe.as_ref().filter(|_| after.is_multiple_of(self.moe_every.max(1)))
+        self.moe
+            .as_ref()
+            .filter(|_| after.is_multiple_of(self.moe_every.max(1)))
     }
 
     /// Whether any layer is dense.
@@ -88,7 +90,8 @@ impl ModelConfig {
             QkNorm::Head => 2 * head_dim,
         };
         let attention = 2 * (heads + kv_heads) * head_dim * hidden + qk_norm;
-        let vocabulary = (self.vocab_size * self.hidden) as u64 * if self.tie_embeddings { 1 } else { 2 };
+        let vocabulary =
+            (self.vocab_size * self.hidden) as u64 * if self.tie_embeddings { 1 } else { 2 };
         let (mut total, mut active) = (vocabulary + hidden, vocabulary + hidden);
         for layer in 0..self.layers {
             let (all, working) = match self.moe_of(layer) {
@@ -97,7 +100,10 @@ impl ModelConfig {
                     let ffn = |experts: usize| (experts * moe.ffn) as u64;
                     let gate = moe.experts as u64 * hidden;
                     (total, active) = (total + gate, active + gate);
-                    (ffn(moe.experts + moe.shared_experts), ffn(moe.top_k + moe.shared_experts))
+                    (
+                        ffn(moe.experts + moe.shared_experts),
+                        ffn(moe.top_k + moe.shared_experts),
+                    )
                 }
             };
             let rest = attention + 2 * hidden;
@@ -109,7 +115,9 @@ impl ModelConfig {
 
     /// How many layers are mixtures.
     pub fn num_moe_layers(&self) -> usize {
-        (0..self.layers).filter(|&layer| self.moe_of(layer).is_some()).count()
+        (0..self.layers)
+            .filter(|&layer| self.moe_of(layer).is_some())
+            .count()
     }
 }
 

@@ -69,10 +69,15 @@ impl RedundancyConfig {
     /// For a run on `nodes` nodes.
     pub fn on(self, nodes: usize) -> Redundancy {
         match self {
-            RedundancyConfig::Auto if nodes > 1 => Redundancy::Parity { data: 7.min(nodes - 1), parity: 1 },
+            RedundancyConfig::Auto if nodes > 1 => Redundancy::Parity {
+                data: 7.min(nodes - 1),
+                parity: 1,
+            },
             RedundancyConfig::Auto | RedundancyConfig::None => Redundancy::None,
             RedundancyConfig::Copies(copies) => Redundancy::Copies(copies),
-            RedundancyConfig::Parity(ParityConfig { data, parity }) => Redundancy::Parity { data, parity },
+            RedundancyConfig::Parity(ParityConfig { data, parity }) => {
+                Redundancy::Parity { data, parity }
+            }
         }
     }
 }
@@ -141,7 +146,11 @@ impl Config {
     /// The ranks of each node of a run of `ranks` ranks.
     pub fn nodes(&self, ranks: usize) -> Vec<Vec<usize>> {
         let per_node = self.parallel.ranks_per_node.unwrap_or(ranks).max(1);
-        (0..ranks).collect::<Vec<_>>().chunks(per_node).map(<[usize]>::to_vec).collect()
+        (0..ranks)
+            .collect::<Vec<_>>()
+            .chunks(per_node)
+            .map(<[usize]>::to_vec)
+            .collect()
     }
 
     /// How `nodes` nodes protect one another, and the groups in which they do.
@@ -150,11 +159,18 @@ impl Config {
     /// When there are too few, or too many of a group fail together.
     pub fn protection(&self, nodes: usize) -> Result<(Redundancy, Vec<Vec<usize>>), String> {
         let redundancy = self.snapshot.redundancy.on(nodes);
-        let domains: Vec<usize> = (0..nodes).map(|node| node / self.snapshot.nodes_per_domain.max(1)).collect();
+        let domains: Vec<usize> = (0..nodes)
+            .map(|node| node / self.snapshot.nodes_per_domain.max(1))
+            .collect();
         match self.snapshot.redundancy {
             // What nobody asked for is left out where it cannot be.
             RedundancyConfig::Auto => Ok(deal_groups(&domains, redundancy).map_or_else(
-                |_| (Redundancy::None, (0..nodes).map(|node| vec![node]).collect()),
+                |_| {
+                    (
+                        Redundancy::None,
+                        (0..nodes).map(|node| vec![node]).collect(),
+                    )
+                },
                 |groups| (redundancy, groups),
             )),
             _ => Ok((redundancy, deal_groups(&domains, redundancy)?)),

@@ -10,7 +10,11 @@ pub(super) fn files(inputs: &[PathBuf], extensions: &[String]) -> Result<Vec<Pat
     let mut found = Vec::new();
     for input in inputs {
         let kind = std::fs::metadata(input).map_err(Error::io("cannot open", input))?;
-        if kind.is_dir() { walk(input, extensions, &mut found)? } else { found.push(input.clone()) }
+        if kind.is_dir() {
+            walk(input, extensions, &mut found)?
+        } else {
+            found.push(input.clone())
+        }
     }
     Ok(found)
 }
@@ -48,9 +52,10 @@ pub(super) fn read(
         #[cfg(feature = "parquet")]
         Some("parquet") => parquet_rows::read(path, text_key, take),
         #[cfg(not(feature = "parquet"))]
-        Some("parquet") => {
-            Err(Error::Data(format!("{}: this moerun was built without the feature parquet", path.display())))
-        }
+        Some("parquet") => Err(Error::Data(format!(
+            "{}: this moerun was built without the feature parquet",
+            path.display()
+        ))),
         _ => {
             let bytes = std::fs::read(path).map_err(Error::io("cannot read", path))?;
             // Text that is not UTF-8 is still text to most of its length.
@@ -59,7 +64,11 @@ pub(super) fn read(
     }
 }
 
-fn read_jsonl(path: &Path, text_key: &str, take: &mut dyn FnMut(String) -> Result<(), Error>) -> Result<(), Error> {
+fn read_jsonl(
+    path: &Path,
+    text_key: &str,
+    take: &mut dyn FnMut(String) -> Result<(), Error>,
+) -> Result<(), Error> {
     let file = File::open(path).map_err(Error::io("cannot open", path))?;
     for (number, line) in BufReader::new(file).lines().enumerate() {
         let line = line.map_err(Error::io("cannot read", path))?;
@@ -67,11 +76,16 @@ fn read_jsonl(path: &Path, text_key: &str, take: &mut dyn FnMut(String) -> Resul
             continue;
         }
         let at = |what: String| Error::Data(format!("{}:{}: {what}", path.display(), number + 1));
-        let value: serde_json::Value = serde_json::from_str(&line).map_err(|e| at(format!("not JSON: {e}")))?;
+        let value: serde_json::Value =
+            serde_json::from_str(&line).map_err(|e| at(format!("not JSON: {e}")))?;
         let text = value.get(text_key).and_then(|text| text.as_str());
         take(
-            text.ok_or_else(|| at(format!("no text under the key {text_key:?} (choose another with --text-key)")))?
-                .into(),
+            text.ok_or_else(|| {
+                at(format!(
+                    "no text under the key {text_key:?} (choose another with --text-key)"
+                ))
+            })?
+            .into(),
         )?;
     }
     Ok(())
@@ -90,15 +104,33 @@ mod parquet_rows {
     ) -> Result<(), Error> {
         let bad = |what: String| Error::Data(format!("{}: {what}", path.display()));
         let file = File::open(path).map_err(Error::io("cannot open", path))?;
-        let reader = SerializedFileReader::new(file).map_err(|e| bad(format!("not a Parquet file: {e}")))?;
+        let reader =
+            SerializedFileReader::new(file).map_err(|e| bad(format!("not a Parquet file: {e}")))?;
         let schema = reader.metadata().file_metadata().schema_descr();
-        let names: Vec<_> = schema.root_schema().get_fields().iter().map(|field| field.name().to_string()).collect();
-        let position = names.iter().position(|name| name == column).ok_or_else(|| {
-            bad(format!("no column {column:?}; there are {} (choose one with --text-key)", names.join(", ")))
-        })?;
-        for (number, row) in reader.get_row_iter(None).map_err(|e| bad(e.to_string()))?.enumerate() {
+        let names: Vec<_> = schema
+            .root_schema()
+            .get_fields()
+            .iter()
+            .map(|field| field.name().to_string())
+            .collect();
+        let position = names
+            .iter()
+            .position(|name| name == column)
+            .ok_or_else(|| {
+                bad(format!(
+                    "no column {column:?}; there are {} (choose one with --text-key)",
+                    names.join(", ")
+                ))
+            })?;
+        for (number, row) in reader
+            .get_row_iter(None)
+            .map_err(|e| bad(e.to_string()))?
+            .enumerate()
+        {
             let row = row.map_err(|e| bad(format!("row {number}: {e}")))?;
-            let text = row.get_string(position).map_err(|e| bad(format!("row {number}: {e}")))?;
+            let text = row
+                .get_string(position)
+                .map_err(|e| bad(format!("row {number}: {e}")))?;
             take(text.clone())?;
         }
         Ok(())
@@ -129,7 +161,12 @@ mod tests {
         }
         assert_eq!(texts, ["first", "second", "third", "fourth"]);
         std::fs::write(&lines, "{\"text\": \"good\"}\n{\"body\": 1}\n").unwrap();
-        let error = read(&lines, "text", &mut |_| Ok(())).unwrap_err().to_string();
-        assert!(error.contains("lines.jsonl:2: no text under the key \"text\""), "{error}");
+        let error = read(&lines, "text", &mut |_| Ok(()))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("lines.jsonl:2: no text under the key \"text\""),
+            "{error}"
+        );
     }
 }

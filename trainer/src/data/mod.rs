@@ -36,7 +36,10 @@ impl Dataset {
         vocab_size: usize,
         seed: u64,
     ) -> Result<Dataset, Error> {
-        let files = sources.iter().map(|source| TokenFile::open(&source.path)).collect::<Result<Vec<_>, _>>()?;
+        let files = sources
+            .iter()
+            .map(|source| TokenFile::open(&source.path))
+            .collect::<Result<Vec<_>, _>>()?;
         let mut windows = Vec::new();
         for file in &files {
             let count = file.len().saturating_sub(1) / sequence_length as u64;
@@ -51,7 +54,12 @@ impl Dataset {
         }
         let weights: Vec<f64> = sources.iter().map(|source| source.weight).collect();
         let sampler = Sampler::new(&windows, &weights, seed).map_err(Error::Data)?;
-        Ok(Dataset { files, sampler, sequence_length, vocab_size })
+        Ok(Dataset {
+            files,
+            sampler,
+            sequence_length,
+            vocab_size,
+        })
     }
 
     /// Samples there are before the smallest period is over: all windows of all sources, unweighted.
@@ -87,7 +95,10 @@ impl Dataset {
             let file = &self.files[draw.source];
             let start = draw.window * length as u64;
             let tokens = file.read(start, length + 1)?;
-            if let Some(at) = tokens.iter().position(|&token| token < 0 || token >= self.vocab_size as i64) {
+            if let Some(at) = tokens
+                .iter()
+                .position(|&token| token < 0 || token >= self.vocab_size as i64)
+            {
                 return Err(Error::Data(format!(
                     "{}: token {} at position {} is outside of model.vocab_size {}; the data was made with another \
                      tokenizer, or is damaged",
@@ -101,6 +112,9 @@ impl Dataset {
             labels.extend_from_slice(&tokens[1..]);
         }
         let shape = [-1, length as i64];
-        Ok((Tensor::from_slice(&inputs).view(shape), Tensor::from_slice(&labels).view(shape)))
+        Ok((
+            Tensor::from_slice(&inputs).view(shape),
+            Tensor::from_slice(&labels).view(shape),
+        ))
     }
 }

@@ -54,7 +54,10 @@ pub struct Prepared {
 /// When an input cannot be read, holds no text, or the output cannot be written.
 pub fn prepare(job: &Prepare, progress: &dyn Fn(&str, u64, u64)) -> Result<Prepared, Error> {
     if !(0.0..1.0).contains(&job.validation_fraction) {
-        return Err(Error::Config(format!("--validation-fraction {} is not between 0 and 1", job.validation_fraction)));
+        return Err(Error::Config(format!(
+            "--validation-fraction {} is not between 0 and 1",
+            job.validation_fraction
+        )));
     }
     let files = documents::files(&job.inputs, &job.extensions)?;
     let mut texts = Vec::new();
@@ -76,7 +79,11 @@ pub fn prepare(job: &Prepare, progress: &dyn Fn(&str, u64, u64)) -> Result<Prepa
     if texts.is_empty() {
         return Err(Error::Data(format!(
             "{} hold no text ({} files with the extensions {} were read)",
-            job.inputs.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", "),
+            job.inputs
+                .iter()
+                .map(|path| path.display().to_string())
+                .collect::<Vec<_>>()
+                .join(", "),
             files.len(),
             job.extensions.join(", ")
         )));
@@ -88,13 +95,20 @@ pub fn prepare(job: &Prepare, progress: &dyn Fn(&str, u64, u64)) -> Result<Prepa
         None => train_tokenizer(&texts, job.vocab_size)?,
     };
     progress("tokenizer", 1, 1);
-    let end = tokenizer.token_to_id(END_OF_DOCUMENT).or_else(|| tokenizer.token_to_id("</s>")).ok_or_else(|| {
-        Error::Data(format!("the tokenizer has no token {END_OF_DOCUMENT} or </s> to end documents with"))
-    })?;
+    let end = tokenizer
+        .token_to_id(END_OF_DOCUMENT)
+        .or_else(|| tokenizer.token_to_id("</s>"))
+        .ok_or_else(|| {
+            Error::Data(format!(
+                "the tokenizer has no token {END_OF_DOCUMENT} or </s> to end documents with"
+            ))
+        })?;
     let vocab_size = tokenizer.get_vocab_size(true);
     let prepared = write(job, &tokenizer, &texts, end, vocab_size, bytes, progress)?;
     let path = job.output.join("tokenizer.json");
-    tokenizer.save(&path, false).map_err(|e| Error::Data(format!("cannot write {}: {e}", path.display())))?;
+    tokenizer
+        .save(&path, false)
+        .map_err(|e| Error::Data(format!("cannot write {}: {e}", path.display())))?;
     let path = job.output.join("dataset.json");
     let text = serde_json::to_string_pretty(&prepared).expect("plain numbers");
     std::fs::write(&path, text + "\n").map_err(Error::io("cannot write", &path))?;
@@ -106,7 +120,8 @@ pub fn prepare(job: &Prepare, progress: &dyn Fn(&str, u64, u64)) -> Result<Prepa
 /// # Errors
 /// When the file is missing or not a tokenizer.
 pub(crate) fn load_tokenizer(path: &Path) -> Result<Tokenizer, Error> {
-    Tokenizer::from_file(path).map_err(|e| Error::Data(format!("cannot read the tokenizer {}: {e}", path.display())))
+    Tokenizer::from_file(path)
+        .map_err(|e| Error::Data(format!("cannot read the tokenizer {}: {e}", path.display())))
 }
 
 /// A byte-level BPE (as GPT-2's), so any text can be encoded.
@@ -133,7 +148,9 @@ fn train_tokenizer(texts: &[String], vocab_size: usize) -> Result<Tokenizer, Err
         .with_decoder(Some(byte_level))
         .build()
         .map_err(failed)?;
-    tokenizer.train(&mut trainer, texts.iter().map(String::as_str)).map_err(failed)?;
+    tokenizer
+        .train(&mut trainer, texts.iter().map(String::as_str))
+        .map_err(failed)?;
     // From the statically typed form to the one that every other function uses.
     let json = tokenizer.to_string(false).map_err(failed)?;
     json.parse().map_err(failed)
@@ -164,7 +181,8 @@ fn write(
             .par_iter()
             .map(|text| {
                 let encoding = tokenizer.encode_fast(text.as_str(), false);
-                let encoding = encoding.map_err(|e| Error::Data(format!("a document cannot be encoded: {e}")))?;
+                let encoding = encoding
+                    .map_err(|e| Error::Data(format!("a document cannot be encoded: {e}")))?;
                 Ok([encoding.get_ids(), &[end]].concat())
             })
             .collect::<Result<_, Error>>()?;
@@ -180,7 +198,11 @@ fn write(
                 }
             }
         }
-        progress("tokenizing", (batch * BATCH + chunk.len()) as u64, texts.len() as u64);
+        progress(
+            "tokenizing",
+            (batch * BATCH + chunk.len()) as u64,
+            texts.len() as u64,
+        );
     }
     train.finish()?;
     valid.finish()?;
@@ -201,7 +223,11 @@ fn entropy(counts: &[u64]) -> f64 {
         let share = count as f64 / total;
         -share * share.ln()
     };
-    counts.iter().filter(|&&count| count > 0).map(|&count| of(count)).sum()
+    counts
+        .iter()
+        .filter(|&&count| count > 0)
+        .map(|&count| of(count))
+        .sum()
 }
 
 #[cfg(test)]
@@ -230,18 +256,31 @@ mod tests {
     #[test]
     fn documents_come_back_out_of_the_tokens() {
         let folder = tempfile::tempdir().unwrap();
-        let texts = ["the cat sat on the mat, the cat", "héllo \u{1F600} wörld", "  indented\n\ttabs", "held out"];
+        let texts = [
+            "the cat sat on the mat, the cat",
+            "héllo \u{1F600} wörld",
+            "  indented\n\ttabs",
+            "held out",
+        ];
         let prepared = prepare(&job(folder.path(), &texts), &|_, _, _| {}).unwrap();
         assert_eq!((prepared.documents, prepared.vocab_size <= 300), (4, true));
         let tokenizer = load_tokenizer(&folder.path().join("out/tokenizer.json")).unwrap();
         let decode = |name: &str| {
             let file = TokenFile::open(&folder.path().join("out").join(name)).unwrap();
-            let ids: Vec<u32> = file.read(0, file.len() as usize).unwrap().iter().map(|&t| t as u32).collect();
+            let ids: Vec<u32> = file
+                .read(0, file.len() as usize)
+                .unwrap()
+                .iter()
+                .map(|&t| t as u32)
+                .collect();
             tokenizer.decode(&ids, false).unwrap()
         };
         assert_eq!(
             decode("train"),
-            texts[..3].iter().map(|text| format!("{text}{END_OF_DOCUMENT}")).collect::<String>()
+            texts[..3]
+                .iter()
+                .map(|text| format!("{text}{END_OF_DOCUMENT}"))
+                .collect::<String>()
         );
         assert_eq!(decode("valid"), format!("held out{END_OF_DOCUMENT}"));
         assert!(prepared.unigram_entropy > 1.0 && prepared.unigram_entropy < 300f64.ln());
@@ -250,10 +289,23 @@ mod tests {
     #[test]
     fn nothing_to_read_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
-        let error = prepare(&job(folder.path(), &["   \n"]), &|_, _, _| {}).unwrap_err().to_string();
-        assert!(error.contains("hold no text (1 files with the extensions txt were read)"), "{error}");
-        let small = Prepare { vocab_size: 100, ..job(folder.path(), &["text"]) };
-        assert!(prepare(&small, &|_, _, _| {}).unwrap_err().to_string().contains("--vocab-size 100"));
+        let error = prepare(&job(folder.path(), &["   \n"]), &|_, _, _| {})
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("hold no text (1 files with the extensions txt were read)"),
+            "{error}"
+        );
+        let small = Prepare {
+            vocab_size: 100,
+            ..job(folder.path(), &["text"])
+        };
+        assert!(
+            prepare(&small, &|_, _, _| {})
+                .unwrap_err()
+                .to_string()
+                .contains("--vocab-size 100")
+        );
     }
 
     #[test]

@@ -32,11 +32,19 @@ impl Sampler {
     /// When a weight is too small a part of the whole to be drawn.
     pub fn new(windows: &[u64], weights: &[f64], seed: u64) -> Result<Sampler, String> {
         let total: f64 = weights.iter().sum();
-        let exact: Vec<f64> = weights.iter().map(|weight| weight / total * BLOCK as f64).collect();
+        let exact: Vec<f64> = weights
+            .iter()
+            .map(|weight| weight / total * BLOCK as f64)
+            .collect();
         let mut shares: Vec<u64> = exact.iter().map(|share| share.floor() as u64).collect();
         // Largest remainders get what rounding left.
         let mut order: Vec<usize> = (0..shares.len()).collect();
-        order.sort_by(|&a, &b| exact[b].fract().total_cmp(&exact[a].fract()).then(a.cmp(&b)));
+        order.sort_by(|&a, &b| {
+            exact[b]
+                .fract()
+                .total_cmp(&exact[a].fract())
+                .then(a.cmp(&b))
+        });
         let missing = BLOCK - shares.iter().sum::<u64>();
         for &source in order.iter().cycle().take(missing as usize) {
             shares[source] += 1;
@@ -47,7 +55,11 @@ impl Sampler {
                 weights[source]
             ));
         }
-        Ok(Sampler { windows: windows.to_vec(), shares, seed })
+        Ok(Sampler {
+            windows: windows.to_vec(),
+            shares,
+            seed,
+        })
     }
 
     /// Sample number `number`.
@@ -62,7 +74,10 @@ impl Sampler {
         let within = block * self.shares[source] + place;
         let (epoch, index) = (within / self.windows[source], within % self.windows[source]);
         let key = mix(self.seed ^ mix(mix(source as u64 + 1) ^ epoch));
-        Draw { source, window: permute(index, self.windows[source], key) }
+        Draw {
+            source,
+            window: permute(index, self.windows[source], key),
+        }
     }
 
     /// Window number `number` when the sources are read one after another, again from the start at the end.
@@ -145,16 +160,25 @@ mod tests {
     fn shares_are_exact_in_each_block() {
         let sampler = Sampler::new(&[1000, 50], &[3.0, 1.0], 7).unwrap();
         for block in 0..3 {
-            let second = (block * BLOCK..(block + 1) * BLOCK).filter(|&n| sampler.draw(n).source == 1).count();
+            let second = (block * BLOCK..(block + 1) * BLOCK)
+                .filter(|&n| sampler.draw(n).source == 1)
+                .count();
             assert_eq!(second as u64, BLOCK / 4);
         }
-        assert!(Sampler::new(&[10, 10], &[1.0, 1e-9], 0).unwrap_err().contains("weight"));
+        assert!(
+            Sampler::new(&[10, 10], &[1.0, 1e-9], 0)
+                .unwrap_err()
+                .contains("weight")
+        );
     }
 
     #[test]
     fn windows_in_file_order() {
         let sampler = Sampler::new(&[2, 3], &[1.0, 1.0], 0).unwrap();
-        let windows: Vec<_> = (0..6).map(|n| sampler.nth_window(n)).map(|d| (d.source, d.window)).collect();
+        let windows: Vec<_> = (0..6)
+            .map(|n| sampler.nth_window(n))
+            .map(|d| (d.source, d.window))
+            .collect();
         assert_eq!(windows, [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (0, 0)]);
     }
 

@@ -63,7 +63,12 @@ impl Width {
 
     fn decode(self, bytes: &[u8]) -> Vec<i64> {
         fn each<const N: usize>(bytes: &[u8], value: impl Fn([u8; N]) -> i64) -> Vec<i64> {
-            bytes.as_chunks::<N>().0.iter().map(|chunk| value(*chunk)).collect()
+            bytes
+                .as_chunks::<N>()
+                .0
+                .iter()
+                .map(|chunk| value(*chunk))
+                .collect()
         }
         match self {
             Width::U8 => each(bytes, |b: [u8; 1]| i64::from(b[0])),
@@ -98,40 +103,60 @@ impl TokenFile {
     /// When one is missing or damaged: which, and what is wrong with it.
     pub fn open(prefix: &Path) -> Result<TokenFile, Error> {
         let (index_path, path) = (with_extension(prefix, "idx"), with_extension(prefix, "bin"));
-        let damaged = |what: String| Error::Data(format!("{} is damaged: {what}", index_path.display()));
+        let damaged =
+            |what: String| Error::Data(format!("{} is damaged: {what}", index_path.display()));
         let mut index = File::open(&index_path).map_err(Error::io("cannot open", &index_path))?;
-        let index_len = index.metadata().map_err(Error::io("cannot read", &index_path))?.len();
+        let index_len = index
+            .metadata()
+            .map_err(Error::io("cannot read", &index_path))?
+            .len();
         let mut header = [0u8; HEADER as usize];
         if index_len < HEADER {
-            return Err(damaged(format!("{index_len} bytes are less than its header of {HEADER}")));
+            return Err(damaged(format!(
+                "{index_len} bytes are less than its header of {HEADER}"
+            )));
         }
-        index.read_exact(&mut header).map_err(Error::io("cannot read", &index_path))?;
+        index
+            .read_exact(&mut header)
+            .map_err(Error::io("cannot read", &index_path))?;
         if &header[..9] != MAGIC {
-            return Err(damaged("it does not begin with MMIDIDX; it is no Megatron index".into()));
+            return Err(damaged(
+                "it does not begin with MMIDIDX; it is no Megatron index".into(),
+            ));
         }
-        let number = |at: usize| u64::from_le_bytes(header[at..at + 8].try_into().expect("eight bytes"));
+        let number =
+            |at: usize| u64::from_le_bytes(header[at..at + 8].try_into().expect("eight bytes"));
         let (version, sequences, documents) = (number(9), number(18), number(26));
         if version != 1 {
-            return Err(damaged(format!("its version is {version}; only 1 is known")));
+            return Err(damaged(format!(
+                "its version is {version}; only 1 is known"
+            )));
         }
         let width = Width::from_code(header[17])
             .ok_or_else(|| damaged(format!("dtype code {} is not an integer type", header[17])))?;
-        let expected =
-            sequences.checked_mul(12).and_then(|n| n.checked_add(documents.checked_mul(8)?)?.checked_add(HEADER));
+        let expected = sequences.checked_mul(12).and_then(|n| {
+            n.checked_add(documents.checked_mul(8)?)?
+                .checked_add(HEADER)
+        });
         if expected.is_none_or(|expected| index_len < expected) {
             return Err(damaged(format!(
                 "{index_len} bytes do not hold the {sequences} sequences and {documents} document boundaries it announces"
             )));
         }
         let mut lengths = vec![0u8; sequences as usize * 4];
-        index.read_exact(&mut lengths).map_err(Error::io("cannot read", &index_path))?;
+        index
+            .read_exact(&mut lengths)
+            .map_err(Error::io("cannot read", &index_path))?;
         let lengths = Width::I32.decode(&lengths);
         if lengths.iter().any(|&length| length < 0) {
             return Err(damaged("a sequence has a negative length".into()));
         }
         let len = lengths.iter().sum::<i64>() as u64;
         let file = File::open(&path).map_err(Error::io("cannot open", &path))?;
-        let bytes = file.metadata().map_err(Error::io("cannot read", &path))?.len();
+        let bytes = file
+            .metadata()
+            .map_err(Error::io("cannot read", &path))?
+            .len();
         if bytes != len * width.bytes() as u64 {
             return Err(Error::Data(format!(
                 "{} has {bytes} bytes where its index announces {len} tokens of {} bytes = {}: it is truncated or \
@@ -141,7 +166,12 @@ impl TokenFile {
                 len * width.bytes() as u64
             )));
         }
-        Ok(TokenFile { path, file, width, len })
+        Ok(TokenFile {
+            path,
+            file,
+            width,
+            len,
+        })
     }
 
     /// Tokens in the file.
@@ -166,7 +196,9 @@ impl TokenFile {
     pub fn read(&self, start: u64, count: usize) -> Result<Vec<i64>, Error> {
         let mut bytes = vec![0u8; count * self.width.bytes()];
         let offset = start * self.width.bytes() as u64;
-        self.file.read_exact_at(&mut bytes, offset).map_err(Error::io("cannot read", &self.path))?;
+        self.file
+            .read_exact_at(&mut bytes, offset)
+            .map_err(Error::io("cannot read", &self.path))?;
         Ok(self.width.decode(&bytes))
     }
 }
@@ -187,8 +219,17 @@ impl TokenWriter {
     pub fn create(prefix: &Path, vocab_size: usize) -> Result<TokenWriter, Error> {
         let path = with_extension(prefix, "bin");
         let bin = BufWriter::new(File::create(&path).map_err(Error::io("cannot write", &path))?);
-        let width = if vocab_size <= 1 << 16 { Width::U16 } else { Width::I32 };
-        Ok(TokenWriter { prefix: prefix.to_path_buf(), bin, width, lengths: Vec::new() })
+        let width = if vocab_size <= 1 << 16 {
+            Width::U16
+        } else {
+            Width::I32
+        };
+        Ok(TokenWriter {
+            prefix: prefix.to_path_buf(),
+            bin,
+            width,
+            lengths: Vec::new(),
+        })
     }
 
     /// Appends one document.
@@ -198,13 +239,25 @@ impl TokenWriter {
     pub fn push(&mut self, tokens: &[u32]) -> Result<(), Error> {
         let path = with_extension(&self.prefix, "bin");
         let length = i32::try_from(tokens.len()).map_err(|_| {
-            Error::Data(format!("a document of {} tokens is too long for {}", tokens.len(), path.display()))
+            Error::Data(format!(
+                "a document of {} tokens is too long for {}",
+                tokens.len(),
+                path.display()
+            ))
         })?;
         let bytes: Vec<u8> = match self.width {
-            Width::U16 => tokens.iter().flat_map(|&token| (token as u16).to_le_bytes()).collect(),
-            _ => tokens.iter().flat_map(|&token| token.to_le_bytes()).collect(),
+            Width::U16 => tokens
+                .iter()
+                .flat_map(|&token| (token as u16).to_le_bytes())
+                .collect(),
+            _ => tokens
+                .iter()
+                .flat_map(|&token| token.to_le_bytes())
+                .collect(),
         };
-        self.bin.write_all(&bytes).map_err(Error::io("cannot write", &path))?;
+        self.bin
+            .write_all(&bytes)
+            .map_err(Error::io("cannot write", &path))?;
         self.lengths.push(length);
         Ok(())
     }
@@ -215,7 +268,10 @@ impl TokenWriter {
     /// When the disk is full.
     pub fn finish(self) -> Result<(), Error> {
         let path = with_extension(&self.prefix, "bin");
-        let bin = self.bin.into_inner().map_err(|e| Error::io("cannot write", &path)(e.into_error()))?;
+        let bin = self
+            .bin
+            .into_inner()
+            .map_err(|e| Error::io("cannot write", &path)(e.into_error()))?;
         bin.sync_all().map_err(Error::io("cannot write", &path))?;
         let path = with_extension(&self.prefix, "idx");
         let mut index = Vec::with_capacity(HEADER as usize + self.lengths.len() * 20);
@@ -236,7 +292,9 @@ impl TokenWriter {
             index.extend_from_slice(&document.to_le_bytes());
         }
         let mut file = File::create(&path).map_err(Error::io("cannot write", &path))?;
-        file.write_all(&index).and_then(|()| file.sync_all()).map_err(Error::io("cannot write", &path))
+        file.write_all(&index)
+            .and_then(|()| file.sync_all())
+            .map_err(Error::io("cannot write", &path))
     }
 }
 
@@ -284,16 +342,26 @@ mod tests {
     #[test]
     fn damage_is_named() {
         let (_folder, prefix) = written(1000);
-        let (bin, idx) = (with_extension(&prefix, "bin"), with_extension(&prefix, "idx"));
+        let (bin, idx) = (
+            with_extension(&prefix, "bin"),
+            with_extension(&prefix, "idx"),
+        );
         let message = |prefix: &Path| TokenFile::open(prefix).err().unwrap().to_string();
         let good = (std::fs::read(&bin).unwrap(), std::fs::read(&idx).unwrap());
         std::fs::write(&bin, &good.0[..9]).unwrap();
-        assert!(message(&prefix).contains("text.v1.bin has 9 bytes where its index announces 5 tokens"));
+        assert!(
+            message(&prefix).contains("text.v1.bin has 9 bytes where its index announces 5 tokens")
+        );
         std::fs::write(&idx, &good.1[..40]).unwrap();
-        assert!(message(&prefix).contains("text.v1.idx is damaged: 40 bytes do not hold the 3 sequences"));
+        assert!(
+            message(&prefix)
+                .contains("text.v1.idx is damaged: 40 bytes do not hold the 3 sequences")
+        );
         std::fs::write(&idx, b"nonsense that is long enough to be a header").unwrap();
         assert!(message(&prefix).contains("it is no Megatron index"));
         std::fs::remove_file(&idx).unwrap();
-        assert!(message(&prefix).contains("cannot open") && message(&prefix).contains("text.v1.idx"));
+        assert!(
+            message(&prefix).contains("cannot open") && message(&prefix).contains("text.v1.idx")
+        );
     }
 }

@@ -31,11 +31,17 @@ impl Documents {
     pub(crate) fn of(tokens_bs: &Tensor, end: u32) -> Documents {
         let ends = tokens_bs.eq(i64::from(end)).to_kind(tch::Kind::Int64);
         // The token that ends a document is its last.
-        Documents { numbers: Mutex::new(ends.cumsum(1, tch::Kind::Int64) - ends), seen: Mutex::new(None) }
+        Documents {
+            numbers: Mutex::new(ends.cumsum(1, tch::Kind::Int64) - ends),
+            seen: Mutex::new(None),
+        }
     }
 
     fn numbers(&self) -> Tensor {
-        self.numbers.lock().expect("nobody panics with it").shallow_clone()
+        self.numbers
+            .lock()
+            .expect("nobody panics with it")
+            .shallow_clone()
     }
 
     fn seen(&self) -> Tensor {
@@ -94,30 +100,55 @@ impl Attention {
         let wide = |range: &Range<i64>| range.start * head_dim..range.end * head_dim;
         let mut one = |part: &str, shape: &[i64], dim, along: &Range<i64>, replicas, traits| {
             let place = slice(&format!("{name}.{part}"), shape, dim, along);
-            parameters.one(*device, place, replicas, traits).used(match part.ends_with("norm") {
-                true => 1,
-                false => tensor.uses(),
-            })
+            parameters
+                .one(*device, place, replicas, traits)
+                .used(match part.ends_with("norm") {
+                    true => 1,
+                    false => tensor.uses(),
+                })
         };
         let (of_query, of_key) = ([heads * head_dim, hidden], [kv_heads * head_dim, hidden]);
         let query = one("query", &of_query, 0, &wide(&own), Replicas::Dense, matrix);
         let key = one("key", &of_key, 0, &wide(&held), of_kv, matrix);
         let value = one("value", &of_key, 0, &wide(&held), of_kv, matrix);
-        let norm = Traits { init: Init::Ones, decay: false, lr_scale: 1.0 };
+        let norm = Traits {
+            init: Init::Ones,
+            decay: false,
+            lr_scale: 1.0,
+        };
         let norms = match config.qk_norm {
             QkNorm::None => None,
             QkNorm::Full => Some((
-                one("query_norm", &of_query[..1], 0, &wide(&own), Replicas::Dense, norm),
+                one(
+                    "query_norm",
+                    &of_query[..1],
+                    0,
+                    &wide(&own),
+                    Replicas::Dense,
+                    norm,
+                ),
                 one("key_norm", &of_key[..1], 0, &wide(&held), of_kv, norm),
             )),
             QkNorm::Head => {
-                let mut whole = |part| one(part, &[head_dim], 0, &(0..head_dim), Replicas::Stage, norm);
+                let mut whole =
+                    |part| one(part, &[head_dim], 0, &(0..head_dim), Replicas::Stage, norm);
                 Some((whole("query_norm"), whole("key_norm")))
             }
         };
-        let output = one("output", &[hidden, heads * head_dim], 1, &wide(&own), Replicas::Dense, output);
+        let output = one(
+            "output",
+            &[hidden, heads * head_dim],
+            1,
+            &wide(&own),
+            Replicas::Dense,
+            output,
+        );
         // A norm over all key heads needs them all.
-        let computed = if config.qk_norm == QkNorm::Full { held.clone() } else { needed.clone() };
+        let computed = if config.qk_norm == QkNorm::Full {
+            held.clone()
+        } else {
+            needed.clone()
+        };
         let (key, value) = match computed == held {
             true => (key, value),
             false => {
@@ -127,9 +158,18 @@ impl Attention {
             }
         };
         // Maximal update parameterisation scales by the width itself, not its root.
-        let scale = if config.mup.is_some() { 1.0 / head_dim as f64 } else { 1.0 / (head_dim as f64).sqrt() };
+        let scale = if config.mup.is_some() {
+            1.0 / head_dim as f64
+        } else {
+            1.0 / (head_dim as f64).sqrt()
+        };
         let served: Vec<i64> = own.map(|head| head / per_kv - needed.start).collect();
-        let core = Core { scale, served, context: ranks.context.clone(), kind: setting.context_attention };
+        let core = Core {
+            scale,
+            served,
+            context: ranks.context.clone(),
+            kind: setting.context_attention,
+        };
         Attention {
             query,
             key,
@@ -157,8 +197,14 @@ impl Attention {
         rope: &Rope,
         documents: Option<&Arc<Documents>>,
     ) -> Result<Tensor, Error> {
-        let mut projected = self.tensor.on_all_rows(x, |x| linears(x, &[&self.query, &self.key, &self.value]))?;
-        let (value, mut key, mut query) = (projected.remove(2), projected.remove(1), projected.remove(0));
+        let mut projected = self
+            .tensor
+            .on_all_rows(x, |x| linears(x, &[&self.query, &self.key, &self.value]))?;
+        let (value, mut key, mut query) = (
+            projected.remove(2),
+            projected.remove(1),
+            projected.remove(0),
+        );
         if let (QkNorm::Full, Some((query_norm, key_norm))) = (self.norm_over, &self.norms) {
             query = split_rms_norm(&query, query_norm, self.norm_eps, self.tensor.group())?;
             key = match self.split {
@@ -166,7 +212,10 @@ impl Attention {
                 false => rms_norm(&key, key_norm, self.norm_eps)?,
             };
         }
-        let (mut query, mut key) = (self.heads(&query, batch, self.heads), self.heads(&key, batch, self.kv_heads));
+        let (mut query, mut key) = (
+            self.heads(&query, batch, self.heads),
+            self.heads(&key, batch, self.kv_heads),
+        );
         if let (QkNorm::Head, Some((query_norm, key_norm))) = (self.norm_over, &self.norms) {
             query = rms_norm(&query, query_norm, self.norm_eps)?;
             key = rms_norm(&key, key_norm, self.norm_eps)?;
@@ -178,15 +227,25 @@ impl Attention {
         let (query, key) = (rope.apply(&query)?, rope.apply(&used(&key))?);
         let value = used(&self.heads(&value, batch, self.kv_heads));
         let mixed = if self.keep {
-            self.core.attend(&query, &key, &value, documents.map(Arc::as_ref))?
+            self.core
+                .attend(&query, &key, &value, documents.map(Arc::as_ref))?
         } else {
             let (core, documents) = (self.core.clone(), documents.cloned());
-            let attend =
-                move |x: &[Tensor]| Ok(vec![core.attend(&x[0], &x[1], &x[2], documents.as_ref().map(Arc::as_ref))?]);
+            let attend = move |x: &[Tensor]| {
+                Ok(vec![core.attend(
+                    &x[0],
+                    &x[1],
+                    &x[2],
+                    documents.as_ref().map(Arc::as_ref),
+                )?])
+            };
             recomputed(&[&query, &key, &value], attend)?.remove(0)
         };
-        let merged = mixed.transpose(1, 2).reshape([-1, self.heads * self.head_dim]);
-        self.tensor.own_rows_of(&merged, |merged| linear(merged, &self.output))
+        let merged = mixed
+            .transpose(1, 2)
+            .reshape([-1, self.heads * self.head_dim]);
+        self.tensor
+            .own_rows_of(&merged, |merged| linear(merged, &self.output))
     }
 
     /// `[T, heads * d]` to `[B, heads, s, d]`.
@@ -217,16 +276,30 @@ impl Core {
         let kv_heads = key.size()[1];
         let times = self.served.len() as i64 / kv_heads;
         // Key heads serve neighbours; where ranks split those of one, some serve fewer.
-        let even = self.served.iter().enumerate().all(|(head, &kv)| head as i64 / times == kv);
+        let even = self
+            .served
+            .iter()
+            .enumerate()
+            .all(|(head, &kv)| head as i64 / times == kv);
         let serve = |x: &Tensor| match even {
             true => repeat_heads(x, times),
             false => x.index_select(1, &Tensor::from_slice(&self.served).to_device(x.device())),
         };
         if self.context.size() > 1 && self.kind == ContextKind::Ring {
             let numbers = documents.map(Documents::numbers);
-            let (key, value) =
-                if even { (key.shallow_clone(), value.shallow_clone()) } else { (serve(key), serve(value)) };
-            return ring_attention(query, &key, &value, numbers.as_ref(), self.scale, &self.context);
+            let (key, value) = if even {
+                (key.shallow_clone(), value.shallow_clone())
+            } else {
+                (serve(key), serve(value))
+            };
+            return ring_attention(
+                query,
+                &key,
+                &value,
+                numbers.as_ref(),
+                self.scale,
+                &self.context,
+            );
         }
         let whole = |query: &Tensor, key: &Tensor, value: &Tensor| {
             if documents.is_none() && query.device() == Device::Cpu {
@@ -236,7 +309,16 @@ impl Core {
             let (key, value) = (repeat_heads(key, times), repeat_heads(value, times));
             let seen = documents.map(Documents::seen);
             let causal = seen.is_none();
-            Ok(Tensor::scaled_dot_product_attention(query, &key, &value, seen.as_ref(), 0.0, causal, self.scale, false))
+            Ok(Tensor::scaled_dot_product_attention(
+                query,
+                &key,
+                &value,
+                seen.as_ref(),
+                0.0,
+                causal,
+                self.scale,
+                false,
+            ))
         };
         if self.context.size() == 1 {
             return match even {
@@ -260,8 +342,14 @@ fn causal(query: &Tensor, key: &Tensor, value: &Tensor, scale: f64) -> Result<Te
     let (out, lse) = tch::no_grad(|| kernels::attention(query, key, value, scale));
     let result = out.detach();
     let mut outputs = attach_backward(&[query, key, value], vec![out], move |grads| {
-        let Some(grad) = &grads[0] else { return Err(Error::new("attention without a gradient")) };
-        Ok(kernels::attention_backward(grad, kept.each_ref(), &result, &lse, scale).map(Some).into())
+        let Some(grad) = &grads[0] else {
+            return Err(Error::new("attention without a gradient"));
+        };
+        Ok(
+            kernels::attention_backward(grad, kept.each_ref(), &result, &lse, scale)
+                .map(Some)
+                .into(),
+        )
     })?;
     Ok(outputs.remove(0))
 }

@@ -22,7 +22,9 @@ pub(crate) fn embed(
     let out = tch::no_grad(|| rows_of(tokens_t, weight, rows));
     let (tokens, used, rows) = (tokens_t.shallow_clone(), weight.clone(), rows.clone());
     let mut out = attach_backward(&[&weight.tracker()], vec![out], move |grads| {
-        let Some(grad) = &grads[0] else { return Ok(vec![None]) };
+        let Some(grad) = &grads[0] else {
+            return Ok(vec![None]);
+        };
         let (tokens, grad, rows) = (tokens.shallow_clone(), grad.shallow_clone(), rows.clone());
         used.add_gradient(move |sum| {
             add_rows(&tokens, &grad, sum.tensor(), &rows);
@@ -30,5 +32,9 @@ pub(crate) fn embed(
         })?;
         Ok(vec![None])
     })?;
-    if tensor.size() == 1 { Ok(out.remove(0)) } else { scatter_to_group(&out[0], tensor.group()) }
+    if tensor.size() == 1 {
+        Ok(out.remove(0))
+    } else {
+        scatter_to_group(&out[0], tensor.group())
+    }
 }

@@ -30,24 +30,42 @@ impl ExpertShape {
     /// The boxes of `[L, 2F, D]`: of each of the `experts` the rows of gate, then those of up.
     pub(crate) fn gate_up(&self, name: &str, experts: &[usize]) -> Vec<Place> {
         let name = |e: &usize| format!("{name}.experts.{e}.gate_up");
-        experts.iter().flat_map(|e| gate_up_boxes(&name(e), self.ffn, self.hidden, &self.part)).collect()
+        experts
+            .iter()
+            .flat_map(|e| gate_up_boxes(&name(e), self.ffn, self.hidden, &self.part))
+            .collect()
     }
 
     /// The boxes of `[L, D, F]`.
     pub(crate) fn down(&self, name: &str, experts: &[usize]) -> Vec<Place> {
         let name = |e: &usize| format!("{name}.experts.{e}.down");
-        experts.iter().map(|e| slice(&name(e), &[self.hidden, self.ffn], 1, &self.part)).collect()
+        experts
+            .iter()
+            .map(|e| slice(&name(e), &[self.hidden, self.ffn], 1, &self.part))
+            .collect()
     }
 }
 
 impl HeldExperts {
     /// Says that experts are at `positions`, for choices and for the names of this rank's rows. Values are not touched.
-    pub(crate) fn place(&self, parameters: &Parameters, dispatcher: &Dispatcher, positions: &[i64]) {
+    pub(crate) fn place(
+        &self,
+        parameters: &Parameters,
+        dispatcher: &Dispatcher,
+        positions: &[i64],
+    ) {
         let mut experts = vec![0; positions.len()];
-        positions.iter().enumerate().for_each(|(expert, &position)| experts[position as usize] = expert);
+        positions
+            .iter()
+            .enumerate()
+            .for_each(|(expert, &position)| experts[position as usize] = expert);
         let own = &experts[self.own.clone()];
-        parameters.get(self.gate_up).rename(self.shape.gate_up(&self.name, own));
-        parameters.get(self.down).rename(self.shape.down(&self.name, own));
+        parameters
+            .get(self.gate_up)
+            .rename(self.shape.gate_up(&self.name, own));
+        parameters
+            .get(self.down)
+            .rename(self.shape.down(&self.name, own));
         dispatcher.place(positions.to_vec());
     }
 }
@@ -57,6 +75,8 @@ pub(crate) fn gate_up_boxes(name: &str, ffn: i64, hidden: i64, part: &Range<i64>
     let shape = [2 * ffn, hidden];
     match *part == (0..ffn) {
         true => vec![Place::whole(name, &shape)],
-        false => [0, ffn].map(|start| slice(name, &shape, 0, &(start + part.start..start + part.end))).to_vec(),
+        false => [0, ffn]
+            .map(|start| slice(name, &shape, 0, &(start + part.start..start + part.end)))
+            .to_vec(),
     }
 }

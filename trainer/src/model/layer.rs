@@ -57,11 +57,26 @@ impl Layer {
         }
         // What is not differentiable comes out beside the graph.
         let beside = Arc::new(Mutex::new(None));
-        let (layer, rope, documents, told) = (self.clone(), rope.clone(), documents.cloned(), beside.clone());
+        let (layer, rope, documents, told) = (
+            self.clone(),
+            rope.clone(),
+            documents.cloned(),
+            beside.clone(),
+        );
         let replay = Replay::default();
         let mut outputs = recomputed(&[x], move |x| {
             let (out, seen) = layer.compute(&x[0], batch, &rope, documents.as_ref(), &replay)?;
-            let Some((RouterStats { counts_ge, prob_sums_ge, z_sum }, seen)) = seen else { return Ok(vec![out]) };
+            let Some((
+                RouterStats {
+                    counts_ge,
+                    prob_sums_ge,
+                    z_sum,
+                },
+                seen,
+            )) = seen
+            else {
+                return Ok(vec![out]);
+            };
             *told.lock().expect("nobody panics with it") = Some((counts_ge, seen));
             Ok(vec![out, prob_sums_ge, z_sum])
         })?;
@@ -69,7 +84,14 @@ impl Layer {
         let beside = beside.lock().expect("nobody panics with it").take();
         let seen = beside.map(|(counts_ge, seen)| {
             let (prob_sums_ge, z_sum) = (outputs.remove(0), outputs.remove(0));
-            (RouterStats { counts_ge, prob_sums_ge, z_sum }, seen)
+            (
+                RouterStats {
+                    counts_ge,
+                    prob_sums_ge,
+                    z_sum,
+                },
+                seen,
+            )
         });
         Ok((out, seen))
     }
@@ -90,13 +112,23 @@ impl Layer {
         let x = join(x, self.attention.forward(&normed, batch, rope, documents)?);
         let normed = self.normed(&x, &self.feed_forward_norm)?;
         match &self.feed_forward {
-            FeedForward::Dense { gate_up, down, tensor, keep } => {
-                let branch =
-                    tensor.block(&normed, |x| grouped_swiglu(x, gate_up, down, &[x.value.size()[0]], *keep))?;
+            FeedForward::Dense {
+                gate_up,
+                down,
+                tensor,
+                keep,
+            } => {
+                let branch = tensor.block(&normed, |x| {
+                    grouped_swiglu(x, gate_up, down, &[x.value.size()[0]], *keep)
+                })?;
                 Ok((join(&x, branch), None))
             }
             FeedForward::Moe(moe, _) => {
-                let MoeOutput { hidden_td, stats, seen } = moe.forward(&normed, batch as usize, replay)?;
+                let MoeOutput {
+                    hidden_td,
+                    stats,
+                    seen,
+                } = moe.forward(&normed, batch as usize, replay)?;
                 Ok((join(&x, hidden_td), Some((stats, seen))))
             }
         }
@@ -136,7 +168,9 @@ pub(crate) fn with_weights<T>(
     let (unit, previous) = (unit.clone(), previous.cloned());
     let out = before_backward(&out, move || {
         unit.gather()?;
-        previous.as_ref().map_or(Ok(()), |previous| previous.prefetch())
+        previous
+            .as_ref()
+            .map_or(Ok(()), |previous| previous.prefetch())
     })?;
     Ok((out, beside))
 }

@@ -39,7 +39,8 @@ pub(crate) fn cross_entropy(
     logits_divisor: f64,
     own: &VocabularyRows,
 ) -> Result<Tensor, Error> {
-    let (loss, grad) = tch::no_grad(|| chunks(x_td, weight_vd, labels_t, factor, logits_divisor, own))?;
+    let (loss, grad) =
+        tch::no_grad(|| chunks(x_td, weight_vd, labels_t, factor, logits_divisor, own))?;
     match grad {
         Some(grad) => with_gradient(loss, x_td, grad),
         None => Ok(loss),
@@ -48,8 +49,9 @@ pub(crate) fn cross_entropy(
 
 /// `scalar` as something whose gradient with respect to `x` is `grad`, when it enters the total loss as it is.
 pub(crate) fn with_gradient(scalar: Tensor, x: &Tensor, grad: Tensor) -> Result<Tensor, Error> {
-    let mut out =
-        attach_backward(&[x], vec![scalar], move |grads| Ok(vec![grads[0].as_ref().map(|_| grad.shallow_clone())]))?;
+    let mut out = attach_backward(&[x], vec![scalar], move |grads| {
+        Ok(vec![grads[0].as_ref().map(|_| grad.shallow_clone())])
+    })?;
     Ok(out.remove(0))
 }
 
@@ -69,7 +71,10 @@ fn chunks(
     let chunk = (CHUNK_BYTES / row).clamp(1, tokens.max(1) as usize) as i64;
     let mut loss = Tensor::zeros([], (Kind::Float, x.device()));
     let grad_x = x_td.requires_grad().then(|| x.empty_like());
-    let contribution = grad_x.is_some().then(|| weight_vd.contribution()).transpose()?;
+    let contribution = grad_x
+        .is_some()
+        .then(|| weight_vd.contribution())
+        .transpose()?;
     let mut start = 0;
     while start < tokens {
         let len = chunk.min(tokens - start);
@@ -79,7 +84,12 @@ fn chunks(
         let wanted = grad_x.is_some();
         let (sum, grad) = match own.group.size() {
             1 => {
-                let losses = kernels::cross_entropy(&logits, &labels, logits_divisor, wanted.then_some(factor));
+                let losses = kernels::cross_entropy(
+                    &logits,
+                    &labels,
+                    logits_divisor,
+                    wanted.then_some(factor),
+                );
                 (losses.sum(Kind::Float), logits)
             }
             _ => part(logits, &labels, (factor, logits_divisor), own, wanted)?,
@@ -107,9 +117,17 @@ fn part(
     let counted = labels_t.not_equal(IGNORED).to_kind(Kind::Float);
     // Labels of other ranks' rows: the first row, counted as nothing.
     let shifted = labels_t - own.rows.start as i64;
-    let inside = shifted.ge(0).logical_and(&shifted.lt(vocab)).to_kind(Kind::Float);
+    let inside = shifted
+        .ge(0)
+        .logical_and(&shifted.lt(vocab))
+        .to_kind(Kind::Float);
     let targets = shifted.clamp(0, vocab - 1);
-    let picked = logits.gather(1, &targets.unsqueeze(1), false).squeeze_dim(1).to_kind(Kind::Float) * &inside / divisor;
+    let picked = logits
+        .gather(1, &targets.unsqueeze(1), false)
+        .squeeze_dim(1)
+        .to_kind(Kind::Float)
+        * &inside
+        / divisor;
     // Softmax over this rank's rows, in the logits' own memory.
     let (largest, sum) = softmax(&logits, divisor, &logits);
     let own_normalizer = largest + sum.log();
@@ -117,13 +135,22 @@ fn part(
     let loss = ((&normalizer - picked) * &counted).sum(Kind::Float);
     if wanted {
         let weight = counted * (factor / divisor);
-        softmax_gradient(&logits, &((own_normalizer - normalizer).exp() * &weight), &targets, &(inside * weight));
+        softmax_gradient(
+            &logits,
+            &((own_normalizer - normalizer).exp() * &weight),
+            &targets,
+            &(inside * weight),
+        );
     }
     Ok((loss, logits))
 }
 
 /// The log-sum-exp over all ranks' logits and the label's logit, `[T]` each, from this rank's.
-fn over_ranks(normalizer: &Tensor, picked: &Tensor, group: &Arc<dyn Communicator>) -> Result<(Tensor, Tensor), Error> {
+fn over_ranks(
+    normalizer: &Tensor,
+    picked: &Tensor,
+    group: &Arc<dyn Communicator>,
+) -> Result<(Tensor, Tensor), Error> {
     let own = Tensor::stack(&[normalizer, picked], 0);
     let ranks = group.size() as i64;
     let all = Tensor::empty([2 * ranks, own.size()[1]], (own.kind(), own.device()));
@@ -132,7 +159,11 @@ fn over_ranks(normalizer: &Tensor, picked: &Tensor, group: &Arc<dyn Communicator
     let all = all.view([ranks, 2, -1]);
     let first = [0i64];
     let normalizer = all.select(1, 0).logsumexp(first.as_slice(), false);
-    Ok((normalizer, all.select(1, 1).sum_dim_intlist(first.as_slice(), false, Kind::Float)))
+    Ok((
+        normalizer,
+        all.select(1, 1)
+            .sum_dim_intlist(first.as_slice(), false, Kind::Float),
+    ))
 }
 
 #[cfg(test)]
@@ -147,7 +178,10 @@ mod tests {
         // A vocabulary so large that a chunk holds 41 of the 100 tokens.
         let (tokens, hidden, vocab) = (100i64, 6i64, 100_000i64);
         let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
-        let (x, value) = (random(&[tokens, hidden]).set_requires_grad(true), random(&[vocab, hidden]));
+        let (x, value) = (
+            random(&[tokens, hidden]).set_requires_grad(true),
+            random(&[vocab, hidden]),
+        );
         let mut labels: Vec<i64> = (0..tokens).map(|t| t * 997 % vocab).collect();
         labels[3] = IGNORED;
         let labels = Tensor::from_slice(&labels);
@@ -157,16 +191,27 @@ mod tests {
             on_threads(ranks, Duration::from_secs(20), move |world| {
                 let (x, value, labels) = {
                     let all = shared.lock().unwrap();
-                    (all.0.copy().set_requires_grad(true), all.1.copy(), all.2.copy())
+                    (
+                        all.0.copy().set_requires_grad(true),
+                        all.1.copy(),
+                        all.2.copy(),
+                    )
                 };
                 let rank = world.rank();
                 let rows = vocab as usize * rank / ranks..vocab as usize * (rank + 1) / ranks;
-                let weight = Weight::new(value.narrow(0, rows.start as i64, rows.len() as i64).copy());
+                let weight =
+                    Weight::new(value.narrow(0, rows.start as i64, rows.len() as i64).copy());
                 let alone = [Replication::alone()];
-                let gradients = GradientBuckets::new(&[(weight.clone(), 0)], &alone, 1 << 20, true, &Cpu).unwrap();
+                let gradients =
+                    GradientBuckets::new(&[(weight.clone(), 0)], &alone, 1 << 20, true, &Cpu)
+                        .unwrap();
                 gradients.begin(1);
                 let group = world.all("vocabulary").unwrap();
-                let own = VocabularyRows { rows, total: vocab as usize, group: &group };
+                let own = VocabularyRows {
+                    rows,
+                    total: vocab as usize,
+                    group: &group,
+                };
                 let loss = cross_entropy(&x, &weight, &labels, 0.5, 2.0, &own).unwrap();
                 loss.backward();
                 let gradients = (x.grad().copy(), gradients.gradient(0).copy());
@@ -176,7 +221,9 @@ mod tests {
         };
         let weight_leaf = value.set_requires_grad(true);
         let logits = x.matmul(&weight_leaf.tr()) / 2.0;
-        let plain = logits.cross_entropy_loss(&labels, None::<Tensor>, tch::Reduction::Sum, IGNORED, 0.0) * 0.5;
+        let plain =
+            logits.cross_entropy_loss(&labels, None::<Tensor>, tch::Reduction::Sum, IGNORED, 0.0)
+                * 0.5;
         plain.backward();
         let grad_x = x.grad();
         for ranks in [1, 3] {
@@ -188,10 +235,19 @@ mod tests {
             let sum_of_inputs = parts.iter().fold(x.zeros_like(), |sum, part| sum + &part.2);
             let of_weight = Tensor::cat(&parts.iter().map(|part| &part.3).collect::<Vec<_>>(), 0);
             for (ours, without, _, _) in &parts {
-                assert!(ours.allclose(&plain, 1e-5, 1e-5, false) && without.allclose(&plain, 1e-5, 1e-5, false));
+                assert!(
+                    ours.allclose(&plain, 1e-5, 1e-5, false)
+                        && without.allclose(&plain, 1e-5, 1e-5, false)
+                );
             }
-            assert!(sum_of_inputs.allclose(&grad_x, 1e-4, 1e-6, false), "{ranks} ranks");
-            assert!(of_weight.allclose(&weight_leaf.grad(), 1e-4, 1e-6, false), "{ranks} ranks");
+            assert!(
+                sum_of_inputs.allclose(&grad_x, 1e-4, 1e-6, false),
+                "{ranks} ranks"
+            );
+            assert!(
+                of_weight.allclose(&weight_leaf.grad(), 1e-4, 1e-6, false),
+                "{ranks} ranks"
+            );
         }
     }
 }

@@ -68,7 +68,11 @@ impl<'a> Setting<'a> {
         Setting {
             sequence_length: config.data.sequence_length,
             dtype: config.train.dtype,
-            expert_gemm: if config.train.fp8_experts { Gemm::Fp8 } else { Gemm::Model },
+            expert_gemm: if config.train.fp8_experts {
+                Gemm::Fp8
+            } else {
+                Gemm::Model
+            },
             seed: config.run.seed,
             device,
             ranks,
@@ -79,10 +83,25 @@ impl<'a> Setting<'a> {
     }
 
     /// One rank that keeps everything.
-    pub fn alone(sequence_length: usize, dtype: Dtype, device: &'a dyn Accelerator, ranks: &'a Ranks) -> Setting<'a> {
+    pub fn alone(
+        sequence_length: usize,
+        dtype: Dtype,
+        device: &'a dyn Accelerator,
+        ranks: &'a Ranks,
+    ) -> Setting<'a> {
         let (context_attention, recompute) = (ContextKind::Ring, RecomputeConfig::default());
         let (expert_gemm, offload) = (Gemm::Model, false);
-        Setting { sequence_length, dtype, expert_gemm, seed: 0, device, ranks, context_attention, recompute, offload }
+        Setting {
+            sequence_length,
+            dtype,
+            expert_gemm,
+            seed: 0,
+            device,
+            ranks,
+            context_attention,
+            recompute,
+            offload,
+        }
     }
 }
 
@@ -158,65 +177,132 @@ impl Model {
     pub fn new(config: &ModelConfig, part: ModelPart, setting: &Setting) -> Model {
         let Setting { device, ranks, .. } = *setting;
         let kind = setting.dtype.kind();
-        let mut parameters =
-            Parameters::new(kind, setting.seed, ranks.zero, ranks.replications.clone(), setting.offload);
+        let mut parameters = Parameters::new(
+            kind,
+            setting.seed,
+            ranks.zero,
+            ranks.replications.clone(),
+            setting.offload,
+        );
         let hidden = config.hidden as i64;
         let width = config.mup.as_ref().map_or(1.0, |mup| mup.width);
-        let normal = |std: f64, lr_scale: f64| Traits { init: Init::Normal(std), decay: true, lr_scale };
+        let normal = |std: f64, lr_scale: f64| Traits {
+            init: Init::Normal(std),
+            decay: true,
+            lr_scale,
+        };
         let ends = normal(config.init_std, 1.0);
         let matrix = normal(config.init_std / width.sqrt(), 1.0 / width);
-        let norm = Traits { init: Init::Ones, decay: false, lr_scale: 1.0 };
+        let norm = Traits {
+            init: Init::Ones,
+            decay: false,
+            lr_scale: 1.0,
+        };
         // Matrices that write to the residual stream start smaller by its depth (GPT-2; also Granite's code).
-        let writes = normal(config.init_std / width.sqrt() / (2.0 * config.layers as f64).sqrt(), 1.0 / width);
+        let writes = normal(
+            config.init_std / width.sqrt() / (2.0 * config.layers as f64).sqrt(),
+            1.0 / width,
+        );
 
-        let shard =
-            part.vocabulary.unwrap_or(VocabularyShard { rank: ranks.tensor.rank(), ranks: ranks.tensor.size() });
+        let shard = part.vocabulary.unwrap_or(VocabularyShard {
+            rank: ranks.tensor.rank(),
+            ranks: ranks.tensor.size(),
+        });
         let rows = shard.rows(config.vocab_size);
         let end = |parameters: &mut Parameters, name: &str, replicas| {
             let along = rows.start as i64..rows.end as i64;
             let place = slice(name, &[config.vocab_size as i64, hidden], 0, &along);
             let first = parameters.len();
             let weight = parameters.one(device, place, replicas, ends);
-            End { weight, unit: Arc::new(parameters.unit(first)) }
+            End {
+                weight,
+                unit: Arc::new(parameters.unit(first)),
+            }
         };
         let shared = part.vocabulary.is_some();
         // A tied embedding whose ends are on different ranks.
         let two_ends = config.tie_embeddings && !shared && part.has_first() != part.has_last();
-        let of_ends = if two_ends { Replicas::Ends } else { Replicas::Dense };
-        let embedding = (shared || part.has_first()).then(|| end(&mut parameters, "embedding", of_ends));
+        let of_ends = if two_ends {
+            Replicas::Ends
+        } else {
+            Replicas::Dense
+        };
+        let embedding =
+            (shared || part.has_first()).then(|| end(&mut parameters, "embedding", of_ends));
         let mut layer = |index: usize| {
             let first = parameters.len();
             let layer = layer(&mut parameters, setting, config, index, matrix, writes);
             (Arc::new(layer), Arc::new(parameters.unit(first)))
         };
-        let mixtures_before = |layer: usize| (0..layer).filter(|&index| config.moe_of(index).is_some()).count();
+        let mixtures_before = |layer: usize| {
+            (0..layer)
+                .filter(|&index| config.moe_of(index).is_some())
+                .count()
+        };
         let mut stages: Vec<Stage> = Vec::new();
         for stage in &part.stages {
             let layers = stage.layers.clone().map(&mut layer).collect();
             let mixtures = mixtures_before(stage.layers.start)..mixtures_before(stage.layers.end);
-            stages.push(Stage { layers, mixtures, norm: None });
+            stages.push(Stage {
+                layers,
+                mixtures,
+                norm: None,
+            });
         }
         if let Some(last) = part.stages.iter().position(|stage| stage.last) {
             let first = parameters.len();
-            let weight = parameters.one(device, Place::whole("norm", &[hidden]), Replicas::Stage, norm);
+            let weight = parameters.one(
+                device,
+                Place::whole("norm", &[hidden]),
+                Replicas::Stage,
+                norm,
+            );
             stages[last].norm = Some((weight, Arc::new(parameters.unit(first))));
         }
         let head = (shared || part.has_last()).then(|| match &embedding {
-            Some(End { weight, unit }) if config.tie_embeddings => End { weight: weight.shared(), unit: unit.clone() },
+            Some(End { weight, unit }) if config.tie_embeddings => End {
+                weight: weight.shared(),
+                unit: unit.clone(),
+            },
             None if config.tie_embeddings => end(&mut parameters, "embedding", of_ends),
             _ => end(&mut parameters, "head", Replicas::Dense),
         });
         let (context, length) = (&ranks.context, setting.sequence_length);
-        let positions = positions(setting.context_attention, length, context.rank(), context.size());
-        let rope = Arc::new(Rope::new(device, &positions, config.head_dim(), config.rope_theta));
-        let positions = (context.size() > 1).then(|| device.upload(&Tensor::from_slice(&positions)));
+        let positions = positions(
+            setting.context_attention,
+            length,
+            context.rank(),
+            context.size(),
+        );
+        let rope = Arc::new(Rope::new(
+            device,
+            &positions,
+            config.head_dim(),
+            config.rope_theta,
+        ));
+        let positions =
+            (context.size() > 1).then(|| device.upload(&Tensor::from_slice(&positions)));
         let (config, tensor) = (config.clone(), ranks.tensor.clone());
-        Model { config, part, parameters, embedding, stages, head, rope, tensor, rows, positions }
+        Model {
+            config,
+            part,
+            parameters,
+            embedding,
+            stages,
+            head,
+            rope,
+            tensor,
+            rows,
+            positions,
+        }
     }
 
     /// Of `x_bs` `[B, S]` the positions that this rank has.
     pub(crate) fn own_positions(&self, x_bs: &Tensor) -> Tensor {
-        self.positions.as_ref().map_or_else(|| x_bs.shallow_clone(), |positions| x_bs.index_select(1, positions))
+        self.positions.as_ref().map_or_else(
+            || x_bs.shallow_clone(),
+            |positions| x_bs.index_select(1, positions),
+        )
     }
 
     /// The ranks that split matrices.
@@ -268,13 +354,18 @@ impl Model {
         let stage = &self.stages[chunk];
         let embedding = self.config.mup.as_ref().map_or(1.0, |mup| mup.embedding);
         let scaled = self.part.stages[chunk].first && embedding != 1.0;
-        let mut x = if scaled { x_td * embedding } else { x_td.shallow_clone() };
+        let mut x = if scaled {
+            x_td * embedding
+        } else {
+            x_td.shallow_clone()
+        };
         let (mut stats, mut seen) = (vec![], vec![]);
         let unit = |index: usize| stage.layers.get(index).map(|(_, unit)| unit);
         for (index, (layer, own)) in stage.layers.iter().enumerate() {
             let previous = index.checked_sub(1).and_then(unit);
-            let (out, beside) =
-                with_weights(&x, own, previous, unit(index + 1), |x| layer.forward(x, batch, &self.rope, documents))?;
+            let (out, beside) = with_weights(&x, own, previous, unit(index + 1), |x| {
+                layer.forward(x, batch, &self.rope, documents)
+            })?;
             x = out;
             if let Some((of_layer, did)) = beside {
                 stats.push(of_layer);
@@ -284,21 +375,41 @@ impl Model {
         if let Some((norm, own)) = &stage.norm {
             let previous = stage.layers.len().checked_sub(1).and_then(unit);
             let eps = self.config.norm_eps;
-            (x, ()) = with_weights(&x, own, previous, None, |x| Ok((rms_norm(x, norm, eps)?, ())))?;
+            (x, ()) = with_weights(&x, own, previous, None, |x| {
+                Ok((rms_norm(x, norm, eps)?, ()))
+            })?;
         }
-        Ok(ForwardOutput { hidden_td: x, stats, seen })
+        Ok(ForwardOutput {
+            hidden_td: x,
+            stats,
+            seen,
+        })
     }
 
     /// A whole model's part of the step's losses for one microbatch, against `labels_bs` `[B, S]` int64.
     ///
     /// # Errors
     /// libtorch's message.
-    pub fn losses(&self, output: &ForwardOutput, labels_bs: &Tensor, totals: &BatchTotals) -> Result<Losses, Error> {
+    pub fn losses(
+        &self,
+        output: &ForwardOutput,
+        labels_bs: &Tensor,
+        totals: &BatchTotals,
+    ) -> Result<Losses, Error> {
         let loss = self.cross_entropy(&output.hidden_td, labels_bs, totals)?;
         let cross_entropy = loss.double_value(&[]);
-        let Auxiliary { total, load_balance, z } = self.auxiliary(0, &output.stats, totals);
+        let Auxiliary {
+            total,
+            load_balance,
+            z,
+        } = self.auxiliary(0, &output.stats, totals);
         let total = total.map_or(loss.shallow_clone(), |auxiliary| loss + auxiliary);
-        Ok(Losses { total, cross_entropy, load_balance, z })
+        Ok(Losses {
+            total,
+            cross_entropy,
+            load_balance,
+            z,
+        })
     }
 
     /// The cross-entropy of the last stage's output `[T, D]` against `labels_bs` `[B, s]` int64: the same on all ranks of the
@@ -321,22 +432,49 @@ impl Model {
             1 => hidden_td.shallow_clone(),
             _ => gather_from_group(hidden_td, group)?,
         };
-        let own = VocabularyRows { rows: self.rows.clone(), total: self.config.vocab_size, group };
+        let own = VocabularyRows {
+            rows: self.rows.clone(),
+            total: self.config.vocab_size,
+            group,
+        };
         unit.gather()?;
         let labels_t = labels_bs.flatten(0, -1);
-        let loss = cross_entropy(&hidden_td, weight, &labels_t, 1.0 / totals.tokens, self.logits_divisor(), &own)?;
+        let loss = cross_entropy(
+            &hidden_td,
+            weight,
+            &labels_t,
+            1.0 / totals.tokens,
+            self.logits_divisor(),
+            &own,
+        )?;
         unit.release();
         Ok(loss)
     }
 
     /// Stage number `chunk`'s auxiliary losses.
-    pub(crate) fn auxiliary(&self, chunk: usize, stats: &[RouterStats], totals: &BatchTotals) -> Auxiliary {
-        let mut out = Auxiliary { total: None, load_balance: 0.0, z: 0.0 };
-        let Some(moe) = self.config.moe.as_ref().filter(|_| !stats.is_empty()) else { return out };
+    pub(crate) fn auxiliary(
+        &self,
+        chunk: usize,
+        stats: &[RouterStats],
+        totals: &BatchTotals,
+    ) -> Auxiliary {
+        let mut out = Auxiliary {
+            total: None,
+            load_balance: 0.0,
+            z: 0.0,
+        };
+        let Some(moe) = self.config.moe.as_ref().filter(|_| !stats.is_empty()) else {
+            return out;
+        };
         // Counts of the whole batch are there for all layers.
         let mixtures = &self.stages[chunk].mixtures;
-        let counts = totals.counts_le.map(|counts| counts.narrow(0, mixtures.start as i64, mixtures.len() as i64));
-        let totals = BatchTotals { counts_le: counts.as_ref(), ..*totals };
+        let counts = totals
+            .counts_le
+            .map(|counts| counts.narrow(0, mixtures.start as i64, mixtures.len() as i64));
+        let totals = BatchTotals {
+            counts_le: counts.as_ref(),
+            ..*totals
+        };
         let loss = load_balance_loss(stats, moe.top_k, moe.load_balance_pool_layers, &totals);
         out.load_balance = loss.double_value(&[]);
         let mut total = loss * moe.load_balance;
@@ -352,14 +490,21 @@ impl Model {
     /// Logits `[T, V]` fp32 of a whole model's hidden states `[T, D]`.
     pub fn logits(&self, hidden_td: &Tensor) -> Tensor {
         let head = self.head.as_ref().expect("the last stage is here");
-        kernels::product(hidden_td, &head.weight.value().tr()).to_kind(Kind::Float) / self.logits_divisor()
+        kernels::product(hidden_td, &head.weight.value().tr()).to_kind(Kind::Float)
+            / self.logits_divisor()
     }
 
     /// The loss-free balancing biases where the model has them: number among the model's mixture layers, global name,
     /// `[E]`.
     pub fn biases(&self) -> impl Iterator<Item = (usize, String, Tensor)> {
         self.held_mixtures().filter_map(|(number, moe, held)| {
-            let bias = moe.weights.bias.as_ref()?.lock().expect("nobody panics with it").shallow_clone();
+            let bias = moe
+                .weights
+                .bias
+                .as_ref()?
+                .lock()
+                .expect("nobody panics with it")
+                .shallow_clone();
             Some((number, format!("{}.bias", held.name), bias))
         })
     }
@@ -367,11 +512,18 @@ impl Model {
     /// The mixture layers that are here, with their numbers among the model's.
     pub(crate) fn held_mixtures(&self) -> impl Iterator<Item = (usize, &MoeLayer, &HeldExperts)> {
         self.stages.iter().flat_map(|stage| {
-            let mixtures = stage.layers.iter().filter_map(|(layer, _)| match &layer.feed_forward {
-                FeedForward::Moe(moe, held) => Some((moe.as_ref(), held)),
-                FeedForward::Dense { .. } => None,
-            });
-            stage.mixtures.clone().zip(mixtures).map(|(number, (moe, held))| (number, moe, held))
+            let mixtures = stage
+                .layers
+                .iter()
+                .filter_map(|(layer, _)| match &layer.feed_forward {
+                    FeedForward::Moe(moe, held) => Some((moe.as_ref(), held)),
+                    FeedForward::Dense { .. } => None,
+                });
+            stage
+                .mixtures
+                .clone()
+                .zip(mixtures)
+                .map(|(number, (moe, held))| (number, moe, held))
         })
     }
 
@@ -406,7 +558,10 @@ impl Model {
 
     /// The same where only gradients are added, so that no rows need be gathered.
     pub(crate) fn own_embedding(&self) -> (&Weight, &Range<usize>) {
-        let end = self.embedding.as_ref().expect("a schedule with passes of the vocabulary shares it out");
+        let end = self
+            .embedding
+            .as_ref()
+            .expect("a schedule with passes of the vocabulary shares it out");
         (&end.weight, &self.rows)
     }
 
@@ -423,7 +578,9 @@ impl Model {
         end: &Option<End>,
         body: impl FnOnce(&Weight, &Range<usize>) -> Result<T, Error>,
     ) -> Result<T, Error> {
-        let End { weight, unit } = end.as_ref().expect("a schedule with passes of the vocabulary shares it out");
+        let End { weight, unit } = end
+            .as_ref()
+            .expect("a schedule with passes of the vocabulary shares it out");
         unit.gather()?;
         let out = body(weight, &self.rows);
         unit.release();
@@ -432,7 +589,10 @@ impl Model {
 
     /// Says that ranks have changed the rows of weights that they keep.
     pub(crate) fn changed(&self) {
-        self.embedding.iter().chain(&self.head).for_each(|end| end.unit.changed());
+        self.embedding
+            .iter()
+            .chain(&self.head)
+            .for_each(|end| end.unit.changed());
         for stage in &self.stages {
             stage.layers.iter().for_each(|(_, unit)| unit.changed());
             stage.norm.iter().for_each(|(_, unit)| unit.changed());
@@ -453,22 +613,56 @@ fn layer(
     matrix: Traits,
     writes: Traits,
 ) -> Layer {
-    let Setting { device, ranks, recompute, .. } = setting;
+    let Setting {
+        device,
+        ranks,
+        recompute,
+        ..
+    } = setting;
     let hidden = config.hidden as i64;
     let name = format!("layers.{index}");
     let norm = |parameters: &mut Parameters, part: &str| {
-        let traits = Traits { init: Init::Ones, decay: false, lr_scale: 1.0 };
-        parameters.one(*device, Place::whole(format!("{name}.{part}"), &[hidden]), Replicas::Stage, traits)
+        let traits = Traits {
+            init: Init::Ones,
+            decay: false,
+            lr_scale: 1.0,
+        };
+        parameters.one(
+            *device,
+            Place::whole(format!("{name}.{part}"), &[hidden]),
+            Replicas::Stage,
+            traits,
+        )
     };
     let attention_norm = norm(parameters, "attention_norm");
-    let attention = Attention::new(parameters, setting, config, &format!("{name}.attention"), matrix, writes);
+    let attention = Attention::new(
+        parameters,
+        setting,
+        config,
+        &format!("{name}.attention"),
+        matrix,
+        writes,
+    );
     let feed_forward_norm = norm(parameters, "feed_forward_norm");
     let feed_forward = match config.moe_of(index) {
         None => {
             let ffn = config.ffn.unwrap_or(0) as i64;
-            let (gate_up, down) = swiglu(parameters, setting, &format!("{name}.mlp"), hidden, ffn, matrix, writes);
+            let (gate_up, down) = swiglu(
+                parameters,
+                setting,
+                &format!("{name}.mlp"),
+                hidden,
+                ffn,
+                matrix,
+                writes,
+            );
             let keep = recompute.keeps(RecomputedPart::Experts);
-            FeedForward::Dense { gate_up, down, tensor: ranks.tensor.clone(), keep }
+            FeedForward::Dense {
+                gate_up,
+                down,
+                tensor: ranks.tensor.clone(),
+                keep,
+            }
         }
         Some(moe) => {
             let name = format!("{name}.moe");
@@ -502,7 +696,13 @@ fn swiglu(
     let part = tensor.part(ffn);
     let own = part.end - part.start;
     let boxes = gate_up_boxes(&format!("{name}.gate_up"), ffn, hidden, &part);
-    let gate_up = parameters.add(device, &[1, 2 * own, hidden], boxes, Replicas::Dense, matrix);
+    let gate_up = parameters.add(
+        device,
+        &[1, 2 * own, hidden],
+        boxes,
+        Replicas::Dense,
+        matrix,
+    );
     let boxes = vec![slice(&format!("{name}.down"), &[hidden, ffn], 1, &part)];
     let down = parameters.add(device, &[1, hidden, own], boxes, Replicas::Dense, writes);
     (gate_up.used(tensor.uses()), down.used(tensor.uses()))
@@ -517,7 +717,12 @@ fn moe_layer(
     matrix: Traits,
     writes: Traits,
 ) -> (MoeLayer, HeldExperts) {
-    let Setting { device, ranks, recompute, .. } = setting;
+    let Setting {
+        device,
+        ranks,
+        recompute,
+        ..
+    } = setting;
     let num_experts = config.experts;
     let place = Place::whole(format!("{name}.gate"), &[num_experts as i64, hidden]);
     let gate = parameters.one(*device, place, Replicas::Stage, matrix);
@@ -538,14 +743,35 @@ fn moe_layer(
     };
     let experts: Vec<usize> = own.collect();
     let shape = [local as i64, 2 * each, hidden];
-    let gate_up = parameters.add(*device, &shape, held.shape.gate_up(name, &experts), Replicas::Expert, matrix);
+    let gate_up = parameters.add(
+        *device,
+        &shape,
+        held.shape.gate_up(name, &experts),
+        Replicas::Expert,
+        matrix,
+    );
     let shape = [local as i64, hidden, each];
-    let down = parameters.add(*device, &shape, held.shape.down(name, &experts), Replicas::Expert, writes);
+    let down = parameters.add(
+        *device,
+        &shape,
+        held.shape.down(name, &experts),
+        Replicas::Expert,
+        writes,
+    );
     let shared = (config.shared_experts > 0).then(|| {
         let ffn = (config.shared_experts * config.ffn) as i64;
-        swiglu(parameters, setting, &format!("{name}.shared"), hidden, ffn, matrix, writes)
+        swiglu(
+            parameters,
+            setting,
+            &format!("{name}.shared"),
+            hidden,
+            ffn,
+            matrix,
+            writes,
+        )
     });
-    let bias = (config.bias_update_rate > 0.0).then(|| Mutex::new(device.zeros(&[num_experts as i64], Kind::Float)));
+    let bias = (config.bias_update_rate > 0.0)
+        .then(|| Mutex::new(device.zeros(&[num_experts as i64], Kind::Float)));
     let router = Router {
         num_experts,
         top_k: config.top_k,
@@ -557,7 +783,11 @@ fn moe_layer(
         even_groups: config.router.even_groups,
         force_balance: config.router.force_balance,
     };
-    let (least_loaded, hierarchy, chunks) = (ranks.least_loaded.clone(), ranks.hierarchy.clone(), ranks.expert_chunks);
+    let (least_loaded, hierarchy, chunks) = (
+        ranks.least_loaded.clone(),
+        ranks.hierarchy.clone(),
+        ranks.expert_chunks,
+    );
     let (gate_up, down) = (gate_up.used(chunks), down.used(chunks));
     let layer = MoeLayer {
         router,
@@ -573,8 +803,17 @@ fn moe_layer(
         tensor: ranks.tensor.clone(),
         sequence: ranks.sequence.clone(),
         gemm: setting.expert_gemm,
-        keep: Keep { rows: recompute.keeps(RecomputedPart::Router), experts: recompute.keeps(RecomputedPart::Experts) },
-        weights: MoeWeights { gate, bias, gate_up, down, shared },
+        keep: Keep {
+            rows: recompute.keeps(RecomputedPart::Router),
+            experts: recompute.keeps(RecomputedPart::Experts),
+        },
+        weights: MoeWeights {
+            gate,
+            bias,
+            gate_up,
+            down,
+            shared,
+        },
     };
     (layer, held)
 }

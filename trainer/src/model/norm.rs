@@ -11,8 +11,11 @@ pub(crate) fn rms_norm(x: &Tensor, weight: &Weight, eps: f64) -> Result<Tensor, 
     let (out, scale) = tch::no_grad(|| kernels::rms_norm(&x.detach(), &weight.value(), eps));
     let (saved, used) = (x.detach(), weight.clone());
     let mut out = attach_backward(&[x, &weight.tracker()], vec![out], move |grads| {
-        let Some(grad) = &grads[0] else { return Ok(vec![None, None]) };
-        let (grad_x, grad_weight) = kernels::rms_norm_backward(&grad.contiguous(), &saved, &scale, &used.value());
+        let Some(grad) = &grads[0] else {
+            return Ok(vec![None, None]);
+        };
+        let (grad_x, grad_weight) =
+            kernels::rms_norm_backward(&grad.contiguous(), &saved, &scale, &used.value());
         add(&used, grad_weight)?;
         Ok(vec![Some(grad_x), None])
     })?;
@@ -47,11 +50,16 @@ pub(crate) fn split_rms_norm(
     })?;
     let (saved, used, group) = (x.detach(), weight.clone(), group.clone());
     let mut out = attach_backward(&[x, &weight.tracker()], vec![out], move |grads| {
-        let Some(grad) = &grads[0] else { return Ok(vec![None, None]) };
+        let Some(grad) = &grads[0] else {
+            return Ok(vec![None, None]);
+        };
         let grad = grad.to_kind(Kind::Float);
         let normed = saved.to_kind(Kind::Float) * &scale;
         let rows: Vec<i64> = (0..grad.dim() as i64 - 1).collect();
-        add(&used, (&grad * &normed).sum_dim_intlist(rows.as_slice(), false, Kind::Float))?;
+        add(
+            &used,
+            (&grad * &normed).sum_dim_intlist(rows.as_slice(), false, Kind::Float),
+        )?;
         let grad_normed = grad * used.value().to_kind(Kind::Float);
         let along = mean(&(&grad_normed * &normed), &group)?;
         let grad_x = (grad_normed - normed * along) * &scale;
@@ -63,7 +71,9 @@ pub(crate) fn split_rms_norm(
 /// The mean over the last dim of all ranks.
 fn mean(x: &Tensor, group: &Arc<dyn Communicator>) -> Result<Tensor, Error> {
     let mut mean = x.mean_dim([-1i64].as_slice(), true, Kind::Float);
-    group.all_reduce(&mean, ReduceOp::Sum).and_then(parallel::Work::wait)?;
+    group
+        .all_reduce(&mean, ReduceOp::Sum)
+        .and_then(parallel::Work::wait)?;
     mean /= group.size() as f64;
     Ok(mean)
 }
@@ -76,10 +86,15 @@ mod tests {
     #[test]
     fn the_gradients_are_those_of_the_formula() {
         let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
-        let (mut x, value, probe) = (random(&[2, 3, 8]).set_requires_grad(true), random(&[8]), random(&[2, 3, 8]));
+        let (mut x, value, probe) = (
+            random(&[2, 3, 8]).set_requires_grad(true),
+            random(&[8]),
+            random(&[2, 3, 8]),
+        );
         let weight = Weight::new(value.copy());
         let alone = [Replication::alone()];
-        let gradients = GradientBuckets::new(&[(weight.clone(), 0)], &alone, 1 << 20, true, &Cpu).unwrap();
+        let gradients =
+            GradientBuckets::new(&[(weight.clone(), 0)], &alone, 1 << 20, true, &Cpu).unwrap();
         gradients.begin(1);
         let ours = rms_norm(&x, &weight, 1e-5).unwrap();
         (&ours * &probe).sum(Kind::Float).backward();
@@ -91,6 +106,11 @@ mod tests {
         (&plain * &probe).sum(Kind::Float).backward();
         assert!(ours.allclose(&plain, 1e-6, 1e-6, false));
         assert!(grad_x.allclose(&x.grad(), 1e-5, 1e-6, false));
-        assert!(gradients.gradient(0).flatten(0, -1).allclose(&weight.grad(), 1e-5, 1e-6, false));
+        assert!(
+            gradients
+                .gradient(0)
+                .flatten(0, -1)
+                .allclose(&weight.grad(), 1e-5, 1e-6, false)
+        );
     }
 }

@@ -43,7 +43,14 @@ pub struct ModelPart {
 impl ModelPart {
     /// A whole model on one rank.
     pub fn whole(layers: usize) -> ModelPart {
-        ModelPart { stages: vec![StagePart { layers: 0..layers, first: true, last: true }], vocabulary: None }
+        ModelPart {
+            stages: vec![StagePart {
+                layers: 0..layers,
+                first: true,
+                last: true,
+            }],
+            vocabulary: None,
+        }
     }
 
     /// Rank `rank` of a pipeline whose stages have `layers` layers each. A vocabulary that is shared out is so over the
@@ -58,11 +65,21 @@ impl ModelPart {
         let stage = |chunk| {
             let stage = stage_at(placement, ranks, rank, chunk);
             let start = layers[..stage].iter().sum::<usize>();
-            StagePart { layers: start..start + layers[stage], first: stage == 0, last: stage + 1 == layers.len() }
+            StagePart {
+                layers: start..start + layers[stage],
+                first: stage == 0,
+                last: stage + 1 == layers.len(),
+            }
         };
         let stages = (0..layers.len() / ranks).map(stage).collect();
-        let shard = VocabularyShard { rank: rank * tensor.1 + tensor.0, ranks: ranks * tensor.1 };
-        ModelPart { stages, vocabulary: vocabulary_shared.then_some(shard) }
+        let shard = VocabularyShard {
+            rank: rank * tensor.1 + tensor.0,
+            ranks: ranks * tensor.1,
+        };
+        ModelPart {
+            stages,
+            vocabulary: vocabulary_shared.then_some(shard),
+        }
     }
 
     /// Whether it begins the model.
@@ -79,7 +96,9 @@ impl ModelPart {
 /// Layers of each stage so that the longest stage is as short as possible, where the first stage has `first` layers' worth
 /// of work besides and the last `last`; of equal solutions the one with the fewest layers at the end.
 pub fn split_layers(layers: usize, stages: usize, first: f64, last: f64) -> Vec<usize> {
-    let extra = |stage: usize| (if stage == 0 { first } else { 0.0 }) + if stage + 1 == stages { last } else { 0.0 };
+    let extra = |stage: usize| {
+        (if stage == 0 { first } else { 0.0 }) + if stage + 1 == stages { last } else { 0.0 }
+    };
     let mut split = vec![0; stages];
     for _ in 0..layers {
         // One layer more to the stage that is then the shortest.

@@ -14,15 +14,26 @@ pub(crate) struct Rope {
 }
 
 impl Rope {
-    pub(crate) fn new(device: &dyn Accelerator, positions: &[i64], head_dim: usize, theta: f64) -> Rope {
+    pub(crate) fn new(
+        device: &dyn Accelerator,
+        positions: &[i64],
+        head_dim: usize,
+        theta: f64,
+    ) -> Rope {
         let half = head_dim / 2;
         // Single precision, as HF transformers computes its frequencies.
-        let frequencies: Vec<f32> =
-            (0..half).map(|i| (1.0 / theta.powf(2.0 * i as f64 / head_dim as f64)) as f32).collect();
-        let angles: Vec<f32> =
-            positions.iter().flat_map(|&position| frequencies.iter().map(move |f| position as f32 * f)).collect();
-        let angles = device.upload(&Tensor::from_slice(&angles).view([positions.len() as i64, half as i64]));
-        Rope { tables: Mutex::new((angles.cos(), angles.sin())) }
+        let frequencies: Vec<f32> = (0..half)
+            .map(|i| (1.0 / theta.powf(2.0 * i as f64 / head_dim as f64)) as f32)
+            .collect();
+        let angles: Vec<f32> = positions
+            .iter()
+            .flat_map(|&position| frequencies.iter().map(move |f| position as f32 * f))
+            .collect();
+        let angles =
+            device.upload(&Tensor::from_slice(&angles).view([positions.len() as i64, half as i64]));
+        Rope {
+            tables: Mutex::new((angles.cos(), angles.sin())),
+        }
     }
 
     /// Turns `x` `[batch, heads, sequence, head_dim]` by the first positions.
@@ -36,7 +47,9 @@ impl Rope {
         let out = tch::no_grad(|| rotate(x, &cos, &sin));
         let mut out = attach_backward(&[x], vec![out], move |grads| {
             // The gradient turns back.
-            Ok(vec![grads[0].as_ref().map(|grad| rotate(grad, &cos, &sin.neg()))])
+            Ok(vec![
+                grads[0].as_ref().map(|grad| rotate(grad, &cos, &sin.neg())),
+            ])
         })?;
         Ok(out.remove(0))
     }
@@ -51,15 +64,27 @@ mod tests {
     #[test]
     fn turning_keeps_lengths_and_turns_back_in_the_gradient() {
         let rope = Rope::new(&Cpu, &[3, 4, 5, 6, 7], 4, 10_000.0);
-        let x = Cpu.empty(&[1, 2, 5, 4], Kind::Float).uniform_(-1.0, 1.0).set_requires_grad(true);
+        let x = Cpu
+            .empty(&[1, 2, 5, 4], Kind::Float)
+            .uniform_(-1.0, 1.0)
+            .set_requires_grad(true);
         let y = rope.apply(&x).unwrap();
-        assert!((y.square().sum(Kind::Float) - x.square().sum(Kind::Float)).double_value(&[]).abs() < 1e-4);
+        assert!(
+            (y.square().sum(Kind::Float) - x.square().sum(Kind::Float))
+                .double_value(&[])
+                .abs()
+                < 1e-4
+        );
         // For y = R x, the gradient of |y|^2 / 2 is R^T R x = x.
         (y.square().sum(Kind::Float) / 2.0).backward();
         assert!(x.grad().allclose(&x, 1e-5, 1e-6, false));
         // Position 0 is not turned; element 0 turns with element 2 by one radian a position.
         let unit = Tensor::from_slice(&[1f32, 0., 0., 0.]).view([1, 1, 1, 4]);
-        let at = |position| Rope::new(&Cpu, &[position], 4, 10_000.0).apply(&unit).unwrap();
+        let at = |position| {
+            Rope::new(&Cpu, &[position], 4, 10_000.0)
+                .apply(&unit)
+                .unwrap()
+        };
         assert_eq!(at(0), unit);
         let turned = Vec::<f32>::try_from(at(1).flatten(0, -1)).unwrap();
         assert!((turned[0] - 1f32.cos()).abs() < 1e-6 && (turned[2] - 1f32.sin()).abs() < 1e-6);

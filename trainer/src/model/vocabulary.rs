@@ -38,7 +38,9 @@ pub(crate) struct LocalSoftmax {
 /// Chunks of `tokens` whose logits over `rows` rows fit.
 fn chunks(tokens: i64, rows: i64) -> impl Iterator<Item = (i64, i64)> {
     let chunk = (CHUNK_BYTES / 4 / rows.max(1) as usize).clamp(1, tokens.max(1) as usize) as i64;
-    (0..tokens).step_by(chunk as usize).map(move |start| (start, chunk.min(tokens - start)))
+    (0..tokens)
+        .step_by(chunk as usize)
+        .map(move |start| (start, chunk.min(tokens - start)))
 }
 
 /// S of hidden states `[T, D]` and labels `[T]`: rows `rows` of the output layer are `weight`. The loss of each token enters
@@ -62,7 +64,10 @@ pub(crate) fn logits(
     let statistics = Tensor::zeros([3, tokens], float);
     let naive = algorithm == Some(Vocabulary::Naive);
     let kept = if naive { Kind::Float } else { kind };
-    let probs = Tensor::empty([if algorithm.is_some() { tokens } else { 0 }, own], (kept, hidden.device()));
+    let probs = Tensor::empty(
+        [if algorithm.is_some() { tokens } else { 0 }, own],
+        (kept, hidden.device()),
+    );
     let parts = (algorithm == Some(Vocabulary::Vocab2)).then(|| {
         let of_target = matrix.index_select(0, &target) * owned.unsqueeze(1).to_kind(kind);
         (hidden.empty_like(), of_target)
@@ -76,7 +81,9 @@ pub(crate) fn logits(
             false => Tensor::empty([len, own], (kind, hidden.device())),
         };
         product_into(&logits, &x, &matrix.tr());
-        let of_target = logits.gather(1, &target.narrow(0, start, len).unsqueeze(1), false).squeeze_dim(1);
+        let of_target = logits
+            .gather(1, &target.narrow(0, start, len).unsqueeze(1), false)
+            .squeeze_dim(1);
         part(2).copy_(&(of_target.to_kind(Kind::Float) * owned.narrow(0, start, len) / divisor));
         if naive {
             let logits = logits.to_kind(Kind::Float) / divisor;
@@ -114,7 +121,9 @@ impl LocalSoftmax {
         self.statistics.get(0).copy_(largest);
         for (start, len) in chunks(self.probs.size()[0], self.probs.size()[1]) {
             let mut chunk = self.probs.narrow(0, start, len);
-            let exponentials = chunk.subtract_(&largest.narrow(0, start, len).unsqueeze(1)).exp_();
+            let exponentials = chunk
+                .subtract_(&largest.narrow(0, start, len).unsqueeze(1))
+                .exp_();
             let sum = exponentials.sum_dim_intlist([1i64].as_slice(), false, Kind::Float);
             self.statistics.get(1).narrow(0, start, len).copy_(&sum);
         }
@@ -136,10 +145,16 @@ impl LocalSoftmax {
     /// with `vocab-2` the rows `takes` of the input's gradient.
     pub(crate) fn exchange(&self, divisor: f64, takes: Option<Range<i64>>) -> Exchange {
         let (own, weight) = (self.statistics.shallow_clone(), self.weight.shallow_clone());
-        let parts = self.parts.as_ref().map(|(mixed, target)| (mixed.shallow_clone(), target.shallow_clone()));
+        let parts = self
+            .parts
+            .as_ref()
+            .map(|(mixed, target)| (mixed.shallow_clone(), target.shallow_clone()));
         Box::new(move |group: &dyn Communicator| {
             let tokens = own.size()[1];
-            let all = Tensor::empty([3 * group.size() as i64, tokens], (own.kind(), own.device()));
+            let all = Tensor::empty(
+                [3 * group.size() as i64, tokens],
+                (own.kind(), own.device()),
+            );
             group.all_gather(&all, &own)?.wait()?;
             let all = all.view([group.size() as i64, 3, tokens]);
             let (largest, sums, targets) = (all.select(1, 0), all.select(1, 1), all.select(1, 2));
@@ -177,11 +192,16 @@ impl LocalSoftmax {
         let contribution = weight.contribution()?;
         for (start, len) in chunks(self.hidden.size()[0], self.probs.size()[1]) {
             let part = |t: &Tensor| t.narrow(0, start, len);
-            let (scale, minus) = (part(correction) * part(&self.weight), part(&self.owned) * part(&self.weight));
+            let (scale, minus) = (
+                part(correction) * part(&self.weight),
+                part(&self.owned) * part(&self.weight),
+            );
             let of_logits = part(&self.probs);
             softmax_gradient(&of_logits, &scale, &part(&self.target), &minus);
             let of_logits = of_logits.to_kind(kind);
-            contribution.sum().add_product(&of_logits.tr(), &self.hidden.narrow(0, start, len));
+            contribution
+                .sum()
+                .add_product(&of_logits.tr(), &self.hidden.narrow(0, start, len));
             if let Some(gradient) = &gradient {
                 product_into(&gradient.narrow(0, start, len), &of_logits, &matrix);
             }
@@ -238,12 +258,17 @@ pub(crate) fn rows_of(tokens_t: &Tensor, weight: &Weight, rows: &Range<usize>) -
 /// IB: adds to `sum` the gradient of this rank's rows, given that of the embedded tokens `[T, D]`.
 pub(crate) fn add_rows(tokens_t: &Tensor, gradient: &Tensor, sum: &Tensor, rows: &Range<usize>) {
     let (index, inside) = own_rows(tokens_t, rows);
-    let _ = sum.shallow_clone().index_add_(0, &index, &(gradient.to_kind(Kind::Float) * inside));
+    let _ = sum
+        .shallow_clone()
+        .index_add_(0, &index, &(gradient.to_kind(Kind::Float) * inside));
 }
 
 /// The row of each token on this rank, and a column of ones where it has one, zeros elsewhere (fp32).
 fn own_rows(tokens_t: &Tensor, rows: &Range<usize>) -> (Tensor, Tensor) {
     let shifted = tokens_t - rows.start as i64;
     let inside = shifted.ge(0).logical_and(&shifted.lt(rows.len() as i64));
-    (shifted.clamp(0, rows.len() as i64 - 1), inside.to_kind(Kind::Float).unsqueeze(1))
+    (
+        shifted.clamp(0, rows.len() as i64 - 1),
+        inside.to_kind(Kind::Float).unsqueeze(1),
+    )
 }

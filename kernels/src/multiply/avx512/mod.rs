@@ -55,12 +55,26 @@ impl<const BF16: bool> Kernel for Avx512<BF16> {
         unsafe { pack::left::<BF16>(from, units, first, rows, to) }
     }
 
-    unsafe fn tile(lines: usize, units: usize, left: &[*const u8; ROWS], step: usize, right: *const Line, out: &Out) {
+    unsafe fn tile(
+        lines: usize,
+        units: usize,
+        left: &[*const u8; ROWS],
+        step: usize,
+        right: *const Line,
+        out: &Out,
+    ) {
         // SAFETY: the same promises.
         unsafe { tile::tile_of::<BF16>(lines, units, left, step, right, out) }
     }
 
-    unsafe fn round(from: *const f32, from_row: usize, width: usize, out: *mut u8, out_row: usize, rows: usize) {
+    unsafe fn round(
+        from: *const f32,
+        from_row: usize,
+        width: usize,
+        out: *mut u8,
+        out_row: usize,
+        rows: usize,
+    ) {
         // SAFETY: the same promises.
         unsafe { tile::round(from, from_row, width, out, out_row, rows) }
     }

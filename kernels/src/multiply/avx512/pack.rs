@@ -20,7 +20,9 @@ impl Operand {
     unsafe fn neighbours<const BF16: bool>(&self, unit: usize, first: usize, mask: u16) -> __m512i {
         // SAFETY: as the caller promises; what is masked is not touched.
         unsafe {
-            let at = self.data.add(unit * per_unit(BF16) * self.inner + first * self.outer);
+            let at = self
+                .data
+                .add(unit * per_unit(BF16) * self.inner + first * self.outer);
             if !BF16 {
                 return _mm512_maskz_loadu_epi32(mask, at.cast());
             }
@@ -74,7 +76,10 @@ unsafe fn panel<const BF16: bool>(
             for (index, unit) in units.enumerate() {
                 let ahead = (unit + AHEAD) * per_unit(BF16) * from.inner + first * from.outer;
                 for number in 0..per_unit(BF16) {
-                    fetch(from.data.wrapping_add(ahead + number * from.inner), columns * size(BF16));
+                    fetch(
+                        from.data.wrapping_add(ahead + number * from.inner),
+                        columns * size(BF16),
+                    );
                 }
                 for line in 0..lines {
                     let mask = mask(columns - line * LANES);
@@ -88,7 +93,9 @@ unsafe fn panel<const BF16: bool>(
             let here = (units.end - unit).min(LANES);
             for line in 0..lines {
                 let there = (columns - line * LANES).min(LANES);
-                let at = from.data.add(unit * 4 + (first + line * LANES) * from.outer);
+                let at = from
+                    .data
+                    .add(unit * 4 + (first + line * LANES) * from.outer);
                 let rows: [__m512i; LANES] = std::array::from_fn(|column| match column < there {
                     true => {
                         let at = at.add(column * from.outer);
@@ -123,7 +130,9 @@ pub(super) unsafe fn left<const BF16: bool>(
     // so the last one of a panel writes six.
     unsafe {
         for (index, unit) in units.enumerate() {
-            let at = from.data.add(unit * per_unit(BF16) * from.inner + first * from.outer);
+            let at = from
+                .data
+                .add(unit * per_unit(BF16) * from.inner + first * from.outer);
             let ahead = at.wrapping_add(AHEAD * per_unit(BF16) * from.inner);
             for number in 0..per_unit(BF16) {
                 fetch(ahead.wrapping_add(number * from.inner), rows * size(BF16));
@@ -170,9 +179,14 @@ fn transposed(rows: [__m512i; LANES]) -> [__m512i; LANES] {
     }
     // Each quarter of a[4 q + c] is column c + 4 * quarter of rows 4 q to 4 q + 3.
     for c in 0..4 {
-        let (low, high) = (_mm512_shuffle_i32x4::<0x44>(a[c], a[4 + c]), _mm512_shuffle_i32x4::<0xee>(a[c], a[4 + c]));
-        let (low2, high2) =
-            (_mm512_shuffle_i32x4::<0x44>(a[8 + c], a[12 + c]), _mm512_shuffle_i32x4::<0xee>(a[8 + c], a[12 + c]));
+        let (low, high) = (
+            _mm512_shuffle_i32x4::<0x44>(a[c], a[4 + c]),
+            _mm512_shuffle_i32x4::<0xee>(a[c], a[4 + c]),
+        );
+        let (low2, high2) = (
+            _mm512_shuffle_i32x4::<0x44>(a[8 + c], a[12 + c]),
+            _mm512_shuffle_i32x4::<0xee>(a[8 + c], a[12 + c]),
+        );
         b[c] = _mm512_shuffle_i32x4::<0x88>(low, low2);
         b[4 + c] = _mm512_shuffle_i32x4::<0xdd>(low, low2);
         b[8 + c] = _mm512_shuffle_i32x4::<0x88>(high, high2);

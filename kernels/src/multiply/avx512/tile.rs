@@ -24,7 +24,9 @@ unsafe fn tile<const BF16: bool, const N: usize>(
         for _ in 0..units {
             let line: [__m512; N] = std::array::from_fn(|j| _mm512_load_ps(right.add(j).cast()));
             for i in 0..ROWS {
-                let left = _mm512_castsi512_ps(_mm512_set1_epi32(left[i].add(at).cast::<i32>().read_unaligned()));
+                let left = _mm512_castsi512_ps(_mm512_set1_epi32(
+                    left[i].add(at).cast::<i32>().read_unaligned(),
+                ));
                 for j in 0..N {
                     sums[i][j] = match BF16 {
                         true => _mm512_dpbf16_ps(sums[i][j], pairs(left), pairs(line[j])),
@@ -49,7 +51,9 @@ unsafe fn tile<const BF16: bool, const N: usize>(
                         let place = place.add(j * LANES);
                         _mm512_storeu_ps(place, _mm512_add_ps(_mm512_loadu_ps(place), sum));
                     }
-                    Store::Round => _mm256_storeu_si256(row.cast::<i16>().add(j * LANES).cast(), rounded(sum)),
+                    Store::Round => {
+                        _mm256_storeu_si256(row.cast::<i16>().add(j * LANES).cast(), rounded(sum))
+                    }
                 }
             }
             row = row.wrapping_add(out.row);
@@ -74,10 +78,18 @@ unsafe fn some_of<const N: usize>(sums: &[[__m512; N]; ROWS], out: &Out) {
                 match out.store {
                     Store::Set => _mm512_mask_storeu_ps(place, mask, sum),
                     Store::Add => {
-                        _mm512_mask_storeu_ps(place, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, place), sum));
+                        _mm512_mask_storeu_ps(
+                            place,
+                            mask,
+                            _mm512_add_ps(_mm512_maskz_loadu_ps(mask, place), sum),
+                        );
                     }
                     Store::Round => {
-                        _mm256_mask_storeu_epi16(row.cast::<i16>().add(j * LANES), mask, rounded(sum));
+                        _mm256_mask_storeu_epi16(
+                            row.cast::<i16>().add(j * LANES),
+                            mask,
+                            rounded(sum),
+                        );
                     }
                 }
             }
@@ -127,14 +139,25 @@ fn rounded(x: __m512) -> __m256i {
 /// # Safety
 /// As for [`tile`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-pub(super) unsafe fn round(from: *const f32, from_row: usize, width: usize, out: *mut u8, out_row: usize, rows: usize) {
+pub(super) unsafe fn round(
+    from: *const f32,
+    from_row: usize,
+    width: usize,
+    out: *mut u8,
+    out_row: usize,
+    rows: usize,
+) {
     // SAFETY: as the caller promises.
     unsafe {
         for i in 0..rows {
             for column in (0..width).step_by(LANES) {
                 let mask = mask(width - column);
                 let sum = _mm512_maskz_loadu_ps(mask, from.add(i * from_row + column));
-                _mm256_mask_storeu_epi16(out.add(i * out_row).cast::<i16>().add(column), mask, rounded(sum));
+                _mm256_mask_storeu_epi16(
+                    out.add(i * out_row).cast::<i16>().add(column),
+                    mask,
+                    rounded(sum),
+                );
             }
         }
     }

@@ -153,66 +153,151 @@ const FEW: usize = 16 << 10;
 impl Collective {
     pub(super) fn all_reduce(rings: &Rings, data: &Buffer, kind: Kind, op: ReduceOp) -> Collective {
         let (rank, size) = (rings.rank, rings.size);
-        let writing = |to, bytes, when_combined| Writing { to, bytes, at: 0, when_combined };
+        let writing = |to, bytes, when_combined| Writing {
+            to,
+            bytes,
+            at: 0,
+            when_combined,
+        };
         let combining = |from: fn(usize) -> From, out, when_written| {
-            let from = (0..size).map(|other| (other != rank).then_some(from(other))).collect();
-            Some(Combining { from, own: None, out, kind, op, at: 0, when_written })
+            let from = (0..size)
+                .map(|other| (other != rank).then_some(from(other)))
+                .collect();
+            Some(Combining {
+                from,
+                own: None,
+                out,
+                kind,
+                op,
+                at: 0,
+                when_written,
+            })
         };
         if data.len() <= FEW {
             let writing = vec![writing(To::All, data.clone(), false)];
             let combining = combining(From::All, data.clone(), true);
-            return Collective { writing, combining, ..Collective::default() };
+            return Collective {
+                writing,
+                combining,
+                ..Collective::default()
+            };
         }
         let of = |rank| {
             let (start, len) = part(data.len(), rank, size);
             data.part(start, len)
         };
-        let mut all: Vec<Writing> = rings.others().map(|to| writing(To::One(to), of(to), false)).collect();
+        let mut all: Vec<Writing> = rings
+            .others()
+            .map(|to| writing(To::One(to), of(to), false))
+            .collect();
         all.push(writing(To::All, of(rank), true));
-        let reading = rings.others().map(|from| Reading { from: From::All(from), bytes: of(from), at: 0 }).collect();
-        Collective { writing: all, combining: combining(From::One, of(rank), false), reading, own: None }
+        let reading = rings
+            .others()
+            .map(|from| Reading {
+                from: From::All(from),
+                bytes: of(from),
+                at: 0,
+            })
+            .collect();
+        Collective {
+            writing: all,
+            combining: combining(From::One, of(rank), false),
+            reading,
+            own: None,
+        }
     }
 
     pub(super) fn broadcast(rings: &Rings, data: &Buffer, root: usize) -> Collective {
         let bytes = data.clone();
         match rings.rank == root {
             true => Collective {
-                writing: vec![Writing { to: To::All, bytes, at: 0, when_combined: false }],
+                writing: vec![Writing {
+                    to: To::All,
+                    bytes,
+                    at: 0,
+                    when_combined: false,
+                }],
                 ..Collective::default()
             },
-            false => {
-                Collective { reading: vec![Reading { from: From::All(root), bytes, at: 0 }], ..Collective::default() }
-            }
+            false => Collective {
+                reading: vec![Reading {
+                    from: From::All(root),
+                    bytes,
+                    at: 0,
+                }],
+                ..Collective::default()
+            },
         }
     }
 
     pub(super) fn all_gather(rings: &Rings, out: &Buffer, input: &Buffer) -> Collective {
         let part = |rank| out.part(rank * input.len(), input.len());
         Collective {
-            writing: vec![Writing { to: To::All, bytes: input.clone(), at: 0, when_combined: false }],
-            reading: rings.others().map(|rank| Reading { from: From::All(rank), bytes: part(rank), at: 0 }).collect(),
+            writing: vec![Writing {
+                to: To::All,
+                bytes: input.clone(),
+                at: 0,
+                when_combined: false,
+            }],
+            reading: rings
+                .others()
+                .map(|rank| Reading {
+                    from: From::All(rank),
+                    bytes: part(rank),
+                    at: 0,
+                })
+                .collect(),
             own: Some((part(rings.rank), input.clone())),
             combining: None,
         }
     }
 
-    pub(super) fn reduce_scatter(rings: &Rings, out: &Buffer, input: &Buffer, kind: Kind, op: ReduceOp) -> Collective {
+    pub(super) fn reduce_scatter(
+        rings: &Rings,
+        out: &Buffer,
+        input: &Buffer,
+        kind: Kind,
+        op: ReduceOp,
+    ) -> Collective {
         let part = |rank| input.part(rank * out.len(), out.len());
-        let from = (0..rings.size).map(|other| (other != rings.rank).then_some(From::One(other))).collect();
+        let from = (0..rings.size)
+            .map(|other| (other != rings.rank).then_some(From::One(other)))
+            .collect();
         let own = Some(part(rings.rank));
-        let writing =
-            rings.others().map(|to| Writing { to: To::One(to), bytes: part(to), at: 0, when_combined: false });
+        let writing = rings.others().map(|to| Writing {
+            to: To::One(to),
+            bytes: part(to),
+            at: 0,
+            when_combined: false,
+        });
         Collective {
             writing: writing.collect(),
-            combining: Some(Combining { from, own, out: out.clone(), kind, op, at: 0, when_written: false }),
+            combining: Some(Combining {
+                from,
+                own,
+                out: out.clone(),
+                kind,
+                op,
+                at: 0,
+                when_written: false,
+            }),
             ..Collective::default()
         }
     }
 
     /// `outputs` and `inputs` are bytes from and for each rank.
     pub(super) fn all_to_all(rings: &Rings, outputs: &[Buffer], inputs: &[Buffer]) -> Collective {
-        let writing = |to: usize| Writing { to: To::One(to), bytes: inputs[to].clone(), at: 0, when_combined: false };
-        let reading = |from: usize| Reading { from: From::One(from), bytes: outputs[from].clone(), at: 0 };
+        let writing = |to: usize| Writing {
+            to: To::One(to),
+            bytes: inputs[to].clone(),
+            at: 0,
+            when_combined: false,
+        };
+        let reading = |from: usize| Reading {
+            from: From::One(from),
+            bytes: outputs[from].clone(),
+            at: 0,
+        };
         Collective {
             writing: rings.others().map(writing).collect(),
             reading: rings.others().map(reading).collect(),
@@ -229,7 +314,11 @@ impl Collective {
         }
         let combined = self.combining.as_ref().map_or(0, |combining| combining.at);
         self.writing.retain_mut(|writing| {
-            let until = if writing.when_combined { combined } else { writing.bytes.len() };
+            let until = if writing.when_combined {
+                combined
+            } else {
+                writing.bytes.len()
+            };
             if until > writing.at {
                 // SAFETY: nobody writes there before `at` is past it.
                 let bytes = &unsafe { writing.bytes.bytes() }[writing.at..until];
@@ -241,7 +330,10 @@ impl Collective {
         });
         if let Some(combining) = &mut self.combining {
             let until = match combining.when_written {
-                true => self.writing.first().map_or(combining.out.len(), |writing| writing.at),
+                true => self
+                    .writing
+                    .first()
+                    .map_or(combining.out.len(), |writing| writing.at),
                 false => combining.out.len(),
             };
             moved |= combining.get_on(rings, until);
@@ -268,14 +360,29 @@ impl Collective {
             To::All => true,
             To::One(to) => to == rank,
         };
-        let combining = self.combining.as_ref().filter(|combining| combining.at < combining.out.len());
+        let combining = self
+            .combining
+            .as_ref()
+            .filter(|combining| combining.at < combining.out.len());
         self.writing.iter().any(to)
-            || self.reading.iter().any(|reading| reading.from.rank() == rank)
-            || combining.is_some_and(|combining| combining.from.iter().flatten().any(|from| from.rank() == rank))
+            || self
+                .reading
+                .iter()
+                .any(|reading| reading.from.rank() == rank)
+            || combining.is_some_and(|combining| {
+                combining
+                    .from
+                    .iter()
+                    .flatten()
+                    .any(|from| from.rank() == rank)
+            })
     }
 
     pub(super) fn is_done(&self) -> bool {
-        let combined = self.combining.as_ref().is_none_or(|combining| combining.at == combining.out.len());
+        let combined = self
+            .combining
+            .as_ref()
+            .is_none_or(|combining| combining.at == combining.out.len());
         combined && self.own.is_none() && self.writing.is_empty() && self.reading.is_empty()
     }
 }
@@ -294,7 +401,10 @@ impl Combining {
         // SAFETY: this operation alone uses these bytes meanwhile.
         let out = &mut unsafe { self.out.bytes_mut() }[self.at..][..count];
         // SAFETY: nobody writes these during the operation.
-        let own = self.own.as_ref().map(|own| &unsafe { own.bytes() }[self.at..][..count]);
+        let own = self
+            .own
+            .as_ref()
+            .map(|own| &unsafe { own.bytes() }[self.at..][..count]);
         let given = self.from.iter().map(|from| match *from {
             Some(From::All(rank)) => Some(&rings.from_all[rank].readable()[..count]),
             Some(From::One(rank)) => Some(&rings.from[rank].readable()[..count]),

@@ -62,7 +62,12 @@ impl Messages {
             arriving: None,
             early: VecDeque::new(),
         };
-        Messages { rank, peers: (0..size).map(|other| (other != rank).then(|| peer(other))).collect() }
+        Messages {
+            rank,
+            peers: (0..size)
+                .map(|other| (other != rank).then(|| peer(other)))
+                .collect(),
+        }
     }
 
     fn peer(&mut self, rank: usize) -> Result<&mut Peer, String> {
@@ -75,8 +80,20 @@ impl Messages {
     ///
     /// # Errors
     /// When there is no such rank.
-    pub(super) fn send(&mut self, to: usize, tag: i32, bytes: Buffer, done: Done) -> Result<(), String> {
-        self.peer(to)?.sending.push_back(Sending { tag, bytes, at: 0, announced: false, done });
+    pub(super) fn send(
+        &mut self,
+        to: usize,
+        tag: i32,
+        bytes: Buffer,
+        done: Done,
+    ) -> Result<(), String> {
+        self.peer(to)?.sending.push_back(Sending {
+            tag,
+            bytes,
+            at: 0,
+            announced: false,
+            done,
+        });
         Ok(())
     }
 
@@ -84,7 +101,13 @@ impl Messages {
     ///
     /// # Errors
     /// When there is no such rank.
-    pub(super) fn receive(&mut self, from: usize, tag: i32, bytes: Buffer, done: Done) -> Result<(), String> {
+    pub(super) fn receive(
+        &mut self,
+        from: usize,
+        tag: i32,
+        bytes: Buffer,
+        done: Done,
+    ) -> Result<(), String> {
         let peer = self.peer(from)?;
         let wanted = Wanted { tag, bytes, done };
         let early = peer.early.iter().position(|early| early.tag == tag);
@@ -111,15 +134,27 @@ impl Messages {
     pub(super) fn needs(&self, rank: usize) -> bool {
         let peer = self.peers.get(rank).and_then(Option::as_ref);
         peer.is_some_and(|peer| {
-            let arriving = peer.arriving.as_ref().is_some_and(|arriving| arriving.wanted.is_some());
+            let arriving = peer
+                .arriving
+                .as_ref()
+                .is_some_and(|arriving| arriving.wanted.is_some());
             arriving || !peer.sending.is_empty() || !peer.wanted.is_empty()
         })
     }
 
     /// How many are under way.
     pub(super) fn under_way(&self) -> usize {
-        let arriving = |peer: &Peer| peer.arriving.iter().filter(|arriving| arriving.wanted.is_some()).count();
-        self.peers.iter().flatten().map(|peer| peer.sending.len() + peer.wanted.len() + arriving(peer)).sum()
+        let arriving = |peer: &Peer| {
+            peer.arriving
+                .iter()
+                .filter(|arriving| arriving.wanted.is_some())
+                .count()
+        };
+        self.peers
+            .iter()
+            .flatten()
+            .map(|peer| peer.sending.len() + peer.wanted.len() + arriving(peer))
+            .sum()
     }
 
     /// Gives up whatever is under way.
@@ -134,7 +169,9 @@ impl Messages {
 
 impl Peer {
     fn write(&mut self) -> bool {
-        let Some(sending) = self.sending.front_mut() else { return false };
+        let Some(sending) = self.sending.front_mut() else {
+            return false;
+        };
         let free = self.to.free([self.rank]);
         let mut moved = false;
         if !sending.announced {
@@ -149,7 +186,9 @@ impl Peer {
         }
         // SAFETY: nobody writes there before the message is sent.
         let bytes = &unsafe { sending.bytes.bytes() }[sending.at..];
-        let count = self.to.write(&bytes[..bytes.len().min(PIECE)], self.to.free([self.rank]));
+        let count = self
+            .to
+            .write(&bytes[..bytes.len().min(PIECE)], self.to.free([self.rank]));
         sending.at += count;
         if sending.at == sending.bytes.len() {
             self.to.end_written();
@@ -174,9 +213,17 @@ impl Peer {
             let wanted = self.wanted.iter().position(|wanted| wanted.tag == tag);
             let wanted = wanted.filter(|&at| self.wanted[at].bytes.len() == len);
             let wanted = wanted.and_then(|at| self.wanted.remove(at));
-            self.arriving = Some(Arriving { tag, len, kept: Vec::new(), wanted, at: 0 });
+            self.arriving = Some(Arriving {
+                tag,
+                len,
+                kept: Vec::new(),
+                wanted,
+                at: 0,
+            });
         }
-        let Some(arriving) = &mut self.arriving else { return moved };
+        let Some(arriving) = &mut self.arriving else {
+            return moved;
+        };
         let from = self.from.readable();
         let count = from.len().min(arriving.len - arriving.at).min(PIECE);
         match &arriving.wanted {
@@ -192,7 +239,10 @@ impl Peer {
         if arriving.at == arriving.len {
             self.from.end_read(own);
             if let Some(mut arrived) = self.arriving.take() {
-                let later = self.wanted.iter().position(|wanted| wanted.tag == arrived.tag);
+                let later = self
+                    .wanted
+                    .iter()
+                    .position(|wanted| wanted.tag == arrived.tag);
                 match arrived.wanted.take() {
                     Some(wanted) => wanted.done.set(Ok(())),
                     None => match later.and_then(|at| self.wanted.remove(at)) {
@@ -212,7 +262,9 @@ impl Arriving {
         let expected = wanted.bytes.len();
         if expected != self.len {
             let sent = self.len;
-            wanted.done.set(Err(format!("the message has {sent} bytes and this rank receives {expected}")));
+            wanted.done.set(Err(format!(
+                "the message has {sent} bytes and this rank receives {expected}"
+            )));
             return;
         }
         // SAFETY: the one who receives leaves these bytes alone until it is done.

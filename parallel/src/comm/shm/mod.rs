@@ -81,7 +81,11 @@ impl Done {
 impl Buffer {
     fn new(tensor: &Tensor) -> Buffer {
         let len = tensor.numel() * tensor.kind().elt_size_in_bytes();
-        Buffer { tensor: Arc::new(Kept(tensor.shallow_clone())), start: 0, len }
+        Buffer {
+            tensor: Arc::new(Kept(tensor.shallow_clone())),
+            start: 0,
+            len,
+        }
     }
 
     fn len(&self) -> usize {
@@ -90,7 +94,11 @@ impl Buffer {
 
     fn part(&self, start: usize, len: usize) -> Buffer {
         assert!(start + len <= self.len, "bytes of the tensor");
-        Buffer { tensor: self.tensor.clone(), start: self.start + start, len }
+        Buffer {
+            tensor: self.tensor.clone(),
+            start: self.start + start,
+            len,
+        }
     }
 
     fn data(&self) -> *mut u8 {
@@ -149,7 +157,9 @@ impl Engine {
         }
         let done = before - self.under_way();
         if done > 0 {
-            segment.pending(self.rings.rank).fetch_sub(done as u32, Ordering::SeqCst);
+            segment
+                .pending(self.rings.rank)
+                .fetch_sub(done as u32, Ordering::SeqCst);
             if others_wait {
                 segment.ring_doorbell(self.rings.rank);
             }
@@ -180,7 +190,11 @@ impl Shm {
     ///
     /// # Errors
     /// When the others do not come to the store.
-    pub(crate) fn join(store: &Store, membership: &Membership, timeout: Duration) -> Result<Option<Shm>, CommError> {
+    pub(crate) fn join(
+        store: &Store,
+        membership: &Membership,
+        timeout: Duration,
+    ) -> Result<Option<Shm>, CommError> {
         let (rank, size) = (membership.position, membership.members.len());
         let failed = |error: torch_ext::Error| membership.error("joining", error);
         let mut file = None;
@@ -189,35 +203,62 @@ impl Shm {
                 let mark = getrandom::u64().unwrap_or_else(|_| u64::from(std::process::id()));
                 let made = Segment::create(size, mark).ok().map(|(segment, memory)| {
                     let memory = file.insert(memory);
-                    let offer = Offer { process: std::process::id(), file: memory.as_raw_fd(), mark };
+                    let offer = Offer {
+                        process: std::process::id(),
+                        file: memory.as_raw_fd(),
+                        mark,
+                    };
                     (segment, serde_json::to_vec(&offer).unwrap_or_default())
                 });
                 let (segment, offer) = made.unzip();
-                store.set("shm", &offer.unwrap_or_default()).map_err(failed)?;
+                store
+                    .set("shm", &offer.unwrap_or_default())
+                    .map_err(failed)?;
                 segment
             }
             _ => {
                 let offer = store.get("shm").map_err(failed)?;
-                serde_json::from_slice::<Offer>(&offer).ok().and_then(|offer| offer.open(size))
+                serde_json::from_slice::<Offer>(&offer)
+                    .ok()
+                    .and_then(|offer| offer.open(size))
             }
         };
         if let Some(segment) = &segment {
-            segment.process(rank).store(progress::this_process(), Ordering::SeqCst);
+            segment
+                .process(rank)
+                .store(progress::this_process(), Ordering::SeqCst);
         }
-        store.set(&format!("shm/{rank}"), &[segment.is_some().into()]).map_err(failed)?;
+        store
+            .set(&format!("shm/{rank}"), &[segment.is_some().into()])
+            .map_err(failed)?;
         let mut all = true;
         for other in 0..size {
             all &= store.get(&format!("shm/{other}")).map_err(failed)? == [1];
         }
         // All have opened it.
         drop::<Option<File>>(file);
-        let Some(segment) = segment.filter(|_| all) else { return Ok(None) };
+        let Some(segment) = segment.filter(|_| all) else {
+            return Ok(None);
+        };
         let segment = Arc::new(segment);
         let ring = |writer, lane| Ring::new(&segment, writer, lane);
-        let (rings, messages) = (Rings::new(rank, size, ring), Messages::new(rank, size, ring));
-        let engine = Mutex::new(Engine { rings, collectives: VecDeque::new(), messages, given_up: None });
+        let (rings, messages) = (
+            Rings::new(rank, size, ring),
+            Messages::new(rank, size, ring),
+        );
+        let engine = Mutex::new(Engine {
+            rings,
+            collectives: VecDeque::new(),
+            messages,
+            given_up: None,
+        });
         let membership = membership.clone();
-        let shared = Arc::new(Shared { membership, timeout, segment, engine });
+        let shared = Arc::new(Shared {
+            membership,
+            timeout,
+            segment,
+            engine,
+        });
         progress::look_after(&shared);
         Ok(Some(Shm { shared }))
     }
@@ -248,11 +289,16 @@ impl Shm {
             start(&mut engine, &buffers, done.clone()).map_err(error)?;
             let begun = engine.under_way() - before;
             shared.segment.waiters(rank).fetch_add(1, Ordering::SeqCst);
-            shared.segment.pending(rank).fetch_add(begun as u32, Ordering::SeqCst);
+            shared
+                .segment
+                .pending(rank)
+                .fetch_add(begun as u32, Ordering::SeqCst);
             shared.let_go(&mut engine);
         }
         Ok(Work::new(move || {
-            shared.wait(&done).map_err(|reason| shared.membership.error(operation, reason))?;
+            shared
+                .wait(&done)
+                .map_err(|reason| shared.membership.error(operation, reason))?;
             staged.finish();
             Ok(())
         }))
@@ -276,7 +322,12 @@ impl Shm {
     }
 
     /// Refuses what does not fit together: `whole` has one `part` for each rank.
-    fn check_parts(&self, operation: &'static str, whole: &Tensor, part: &Tensor) -> Result<(), CommError> {
+    fn check_parts(
+        &self,
+        operation: &'static str,
+        whole: &Tensor,
+        part: &Tensor,
+    ) -> Result<(), CommError> {
         if whole.kind() != part.kind() || whole.numel() != part.numel() * self.size() {
             let (a, b) = (whole.size(), part.size());
             let text = format!(
@@ -293,7 +344,10 @@ impl Shm {
     fn check_kind(&self, operation: &'static str, tensor: &Tensor) -> Result<(), CommError> {
         match reduce::combines(tensor.kind()) {
             true => Ok(()),
-            false => Err(self.refuse(operation, format!("numbers of {:?} cannot be combined", tensor.kind()))),
+            false => Err(self.refuse(
+                operation,
+                format!("numbers of {:?} cannot be combined", tensor.kind()),
+            )),
         }
     }
 }
@@ -313,7 +367,9 @@ impl Shared {
         if let Some(result) = done.0.get() {
             return result.clone();
         }
-        self.segment.waiters(self.membership.position).fetch_add(1, Ordering::SeqCst);
+        self.segment
+            .waiters(self.membership.position)
+            .fetch_add(1, Ordering::SeqCst);
         let result = self.drive(done);
         self.let_go(&mut lock(&self.engine));
         result
@@ -352,7 +408,10 @@ impl Shared {
             let seen = self.segment.rung(rank, Bell::Waiting);
             let moved = {
                 let mut engine = lock(&self.engine);
-                let moved = engine.get_on(&self.segment, self.segment.waiters(rank).load(Ordering::SeqCst) > 1);
+                let moved = engine.get_on(
+                    &self.segment,
+                    self.segment.waiters(rank).load(Ordering::SeqCst) > 1,
+                );
                 if let Some(result) = done.0.get() {
                     return result.clone();
                 }
@@ -394,11 +453,17 @@ impl Shared {
     fn gone(&self) -> Option<usize> {
         let engine = lock(&self.engine);
         let needed = |rank: &usize| {
-            let collective = engine.collectives.front().is_some_and(|(collective, _)| collective.needs(*rank));
+            let collective = engine
+                .collectives
+                .front()
+                .is_some_and(|(collective, _)| collective.needs(*rank));
             collective || engine.messages.needs(*rank)
         };
-        let is_gone = |rank: &usize| !progress::is_there(self.segment.process(*rank).load(Ordering::SeqCst));
-        (0..self.membership.members.len()).filter(needed).find(is_gone)
+        let is_gone =
+            |rank: &usize| !progress::is_there(self.segment.process(*rank).load(Ordering::SeqCst));
+        (0..self.membership.members.len())
+            .filter(needed)
+            .find(is_gone)
     }
 
     /// Nothing goes on in this group, and nothing is written any more to tensors that were given to it.
@@ -407,7 +472,9 @@ impl Shared {
         engine.given_up.get_or_insert_with(|| reason.to_string());
         engine.collectives.clear();
         engine.messages.clear();
-        self.segment.pending(self.membership.position).store(0, Ordering::SeqCst);
+        self.segment
+            .pending(self.membership.position)
+            .store(0, Ordering::SeqCst);
         drop(engine);
         self.segment.ring_doorbell(self.membership.position);
     }
@@ -432,13 +499,17 @@ impl Communicator for Shm {
     fn all_reduce(&self, tensor: &Tensor, op: ReduceOp) -> Result<Work, CommError> {
         self.check_kind("all_reduce", tensor)?;
         let kind = tensor.kind();
-        self.collective("all_reduce", &[tensor], |rings, data| Ok(Collective::all_reduce(rings, &data[0], kind, op)))
+        self.collective("all_reduce", &[tensor], |rings, data| {
+            Ok(Collective::all_reduce(rings, &data[0], kind, op))
+        })
     }
     fn broadcast(&self, tensor: &Tensor, root: usize) -> Result<Work, CommError> {
         if root >= self.size() {
             return Err(self.refuse("broadcast", format!("there is no rank {root} in the group")));
         }
-        self.collective("broadcast", &[tensor], |rings, data| Ok(Collective::broadcast(rings, &data[0], root)))
+        self.collective("broadcast", &[tensor], |rings, data| {
+            Ok(Collective::broadcast(rings, &data[0], root))
+        })
     }
     fn all_gather(&self, output: &Tensor, input: &Tensor) -> Result<Work, CommError> {
         self.check_parts("all_gather", output, input)?;
@@ -446,12 +517,19 @@ impl Communicator for Shm {
             Ok(Collective::all_gather(rings, &data[0], &data[1]))
         })
     }
-    fn reduce_scatter(&self, output: &Tensor, input: &Tensor, op: ReduceOp) -> Result<Work, CommError> {
+    fn reduce_scatter(
+        &self,
+        output: &Tensor,
+        input: &Tensor,
+        op: ReduceOp,
+    ) -> Result<Work, CommError> {
         self.check_parts("reduce_scatter", input, output)?;
         self.check_kind("reduce_scatter", output)?;
         let kind = output.kind();
         self.collective("reduce_scatter", &[output, input], |rings, data| {
-            Ok(Collective::reduce_scatter(rings, &data[0], &data[1], kind, op))
+            Ok(Collective::reduce_scatter(
+                rings, &data[0], &data[1], kind, op,
+            ))
         })
     }
     fn all_to_all(
@@ -475,15 +553,22 @@ impl Communicator for Shm {
                 };
                 splits.iter().map(part).collect::<Vec<Buffer>>()
             };
-            let (outputs, inputs) = (parts(&data[0], output_splits), parts(&data[1], input_splits));
+            let (outputs, inputs) = (
+                parts(&data[0], output_splits),
+                parts(&data[1], input_splits),
+            );
             if outputs[own].len() != inputs[own].len() {
-                return Err(format!("rank {own} of the group sends itself another number of rows than it receives"));
+                return Err(format!(
+                    "rank {own} of the group sends itself another number of rows than it receives"
+                ));
             }
             Ok(Collective::all_to_all(rings, &outputs, &inputs))
         })
     }
     fn send(&self, tensor: &Tensor, to: usize, tag: i32) -> Result<Work, CommError> {
-        self.start("send", &[tensor], false, |engine, data, done| engine.messages.send(to, tag, data[0].clone(), done))
+        self.start("send", &[tensor], false, |engine, data, done| {
+            engine.messages.send(to, tag, data[0].clone(), done)
+        })
     }
     fn recv(&self, tensor: &Tensor, from: usize, tag: i32) -> Result<Work, CommError> {
         self.start("recv", &[tensor], true, |engine, data, done| {
@@ -491,8 +576,13 @@ impl Communicator for Shm {
         })
     }
     fn barrier(&self) -> Result<Work, CommError> {
-        let (one, all) = (Tensor::from_slice(&[1u8]), Tensor::from_slice(&vec![0u8; self.size()]));
-        self.collective("barrier", &[&all, &one], |rings, data| Ok(Collective::all_gather(rings, &data[0], &data[1])))
+        let (one, all) = (
+            Tensor::from_slice(&[1u8]),
+            Tensor::from_slice(&vec![0u8; self.size()]),
+        );
+        self.collective("barrier", &[&all, &one], |rings, data| {
+            Ok(Collective::all_gather(rings, &data[0], &data[1]))
+        })
     }
     fn abort(&self) {
         self.shared.give_up("the group was aborted");

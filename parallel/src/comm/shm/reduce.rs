@@ -74,33 +74,53 @@ fn all<T: Element>(op: ReduceOp, ranks: &[Option<&[u8]>], out: &mut [u8]) {
 }
 
 #[inline(always)]
-fn each<T: Element>(with: impl Fn(T::Wide, T::Wide) -> T::Wide, ranks: &[Option<&[u8]>], out: &mut [u8]) {
+fn each<T: Element>(
+    with: impl Fn(T::Wide, T::Wide) -> T::Wide,
+    ranks: &[Option<&[u8]>],
+    out: &mut [u8],
+) {
     let mut sums = [T::ZERO; BLOCK];
     let block = BLOCK * size_of::<T>();
     for start in (0..out.len()).step_by(block) {
         let range = start..(start + block).min(out.len());
         for (at, rank) in ranks.iter().enumerate() {
-            let given = numbers::<T>(rank.map_or(&out[range.clone()], |bytes| &bytes[range.clone()]));
+            let given =
+                numbers::<T>(rank.map_or(&out[range.clone()], |bytes| &bytes[range.clone()]));
             match at {
-                0 => sums.iter_mut().zip(given).for_each(|(sum, x)| *sum = x.widen()),
-                _ => sums.iter_mut().zip(given).for_each(|(sum, x)| *sum = with(*sum, x.widen())),
+                0 => sums
+                    .iter_mut()
+                    .zip(given)
+                    .for_each(|(sum, x)| *sum = x.widen()),
+                _ => sums
+                    .iter_mut()
+                    .zip(given)
+                    .for_each(|(sum, x)| *sum = with(*sum, x.widen())),
             }
         }
-        numbers_mut::<T>(&mut out[range]).iter_mut().zip(&sums).for_each(|(x, sum)| *x = T::narrow(*sum));
+        numbers_mut::<T>(&mut out[range])
+            .iter_mut()
+            .zip(&sums)
+            .for_each(|(x, sum)| *x = T::narrow(*sum));
     }
 }
 
 fn numbers<T: Element>(bytes: &[u8]) -> &[T] {
     // SAFETY: every pattern of bits is a number of these types.
     let (before, numbers, after) = unsafe { bytes.align_to::<T>() };
-    assert!(before.is_empty() && after.is_empty(), "whole and aligned elements");
+    assert!(
+        before.is_empty() && after.is_empty(),
+        "whole and aligned elements"
+    );
     numbers
 }
 
 fn numbers_mut<T: Element>(bytes: &mut [u8]) -> &mut [T] {
     // SAFETY: as above.
     let (before, numbers, after) = unsafe { bytes.align_to_mut::<T>() };
-    assert!(before.is_empty() && after.is_empty(), "whole and aligned elements");
+    assert!(
+        before.is_empty() && after.is_empty(),
+        "whole and aligned elements"
+    );
     numbers
 }
 

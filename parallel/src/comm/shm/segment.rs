@@ -83,12 +83,23 @@ pub(super) struct Segment {
 impl Segment {
     /// New memory for `members` ranks, known by `mark`, and the file by which others get at it.
     pub(super) fn create(members: usize, mark: u64) -> io::Result<(Segment, File)> {
-        let file = File::from(memfd_create("moerun-group", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
+        let file = File::from(memfd_create(
+            "moerun-group",
+            MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING,
+        )?);
         let layout = Layout::new(members);
         file.set_len(layout.len() as u64)?;
         // A file that could shrink would make a signal of a read.
-        fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL))?;
-        let segment = Segment { layout, map: MmapOptions::new().map_raw(&file)? };
+        fcntl(
+            &file,
+            FcntlArg::F_ADD_SEALS(
+                SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL,
+            ),
+        )?;
+        let segment = Segment {
+            layout,
+            map: MmapOptions::new().map_raw(&file)?,
+        };
         segment.number(0).store(mark, Ordering::SeqCst);
         Ok((segment, file))
     }
@@ -100,11 +111,21 @@ impl Segment {
     pub(super) fn open(file: &File, members: usize, mark: u64) -> io::Result<Segment> {
         let layout = Layout::new(members);
         let seals = SealFlag::from_bits_truncate(fcntl(file, FcntlArg::F_GET_SEALS)?);
-        let fits = seals.contains(SealFlag::F_SEAL_SHRINK) && file.metadata()?.len() == layout.len() as u64;
+        let fits = seals.contains(SealFlag::F_SEAL_SHRINK)
+            && file.metadata()?.len() == layout.len() as u64;
         let other = || io::Error::new(io::ErrorKind::InvalidData, "other memory than the group's");
-        let segment = fits.then(|| MmapOptions::new().map_raw(file)).ok_or_else(other)??;
-        let segment = Segment { layout, map: segment };
-        if segment.number(0).load(Ordering::SeqCst) == mark { Ok(segment) } else { Err(other()) }
+        let segment = fits
+            .then(|| MmapOptions::new().map_raw(file))
+            .ok_or_else(other)??;
+        let segment = Segment {
+            layout,
+            map: segment,
+        };
+        if segment.number(0).load(Ordering::SeqCst) == mark {
+            Ok(segment)
+        } else {
+            Err(other())
+        }
     }
 
     fn number(&self, offset: usize) -> &AtomicU64 {
@@ -142,7 +163,8 @@ impl Segment {
     pub(super) fn is_left_alone(&self, member: usize) -> bool {
         // What was written to rings before is seen by who begins or waits after.
         fence(Ordering::SeqCst);
-        self.pending(member).load(Ordering::SeqCst) > 0 && self.waiters(member).load(Ordering::SeqCst) == 0
+        self.pending(member).load(Ordering::SeqCst) > 0
+            && self.waiters(member).load(Ordering::SeqCst) == 0
     }
 
     /// Tells a rank that something has changed: those of its threads that wait, or the one that looks after what nobody waits for.
@@ -175,8 +197,10 @@ impl Segment {
     pub(super) fn sleep(&self, member: usize, bell: Bell, seen: u32, longest: Option<Duration>) {
         let [rung, sleepers] = bell.words().map(|word| self.of(member, word));
         let nanos = |longest: Duration| longest.subsec_nanos().into();
-        let longest =
-            longest.map(|longest| futex::Timespec { tv_sec: longest.as_secs() as i64, tv_nsec: nanos(longest) });
+        let longest = longest.map(|longest| futex::Timespec {
+            tv_sec: longest.as_secs() as i64,
+            tv_nsec: nanos(longest),
+        });
         sleepers.fetch_add(1, Ordering::SeqCst);
         // Whatever ends it, the caller looks.
         let _ = futex::wait(rung, futex::Flags::empty(), seen, longest.as_ref());
@@ -225,15 +249,21 @@ pub(super) struct Ring {
 
 impl Ring {
     pub(super) fn new(segment: &Arc<Segment>, writer: usize, lane: Lane) -> Ring {
-        Ring { segment: segment.clone(), number: segment.layout.number(writer, lane), at: 0 }
+        Ring {
+            segment: segment.clone(),
+            number: segment.layout.number(writer, lane),
+            at: 0,
+        }
     }
 
     fn head(&self) -> &AtomicU64 {
-        self.segment.number(self.segment.layout.positions(self.number))
+        self.segment
+            .number(self.segment.layout.positions(self.number))
     }
 
     fn tail(&self, reader: usize) -> &AtomicU64 {
-        self.segment.number(self.segment.layout.positions(self.number) + (1 + reader) * LINE)
+        self.segment
+            .number(self.segment.layout.positions(self.number) + (1 + reader) * LINE)
     }
 
     /// The bytes from this end's position on, up to where the ring begins again.
@@ -241,12 +271,23 @@ impl Ring {
         let layout = &self.segment.layout;
         let within = self.at as usize % layout.ring;
         // SAFETY: inside the mapping: `within` is less than the ring's length.
-        (unsafe { self.segment.map.as_mut_ptr().add(layout.data(self.number) + within) }, layout.ring - within)
+        (
+            unsafe {
+                self.segment
+                    .map
+                    .as_mut_ptr()
+                    .add(layout.data(self.number) + within)
+            },
+            layout.ring - within,
+        )
     }
 
     /// How many bytes may be written, with `readers` that have to read all.
     pub(super) fn free(&self, readers: impl IntoIterator<Item = usize>) -> usize {
-        let read = readers.into_iter().map(|reader| self.tail(reader).load(Ordering::Acquire)).min();
+        let read = readers
+            .into_iter()
+            .map(|reader| self.tail(reader).load(Ordering::Acquire))
+            .min();
         let unread = self.at.saturating_sub(read.unwrap_or(self.at));
         self.segment.layout.ring.saturating_sub(unread as usize)
     }

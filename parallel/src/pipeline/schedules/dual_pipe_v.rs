@@ -11,8 +11,16 @@ pub(super) fn order(ranks: usize, microbatches: usize) -> Result<Order, String> 
             2 * ranks
         ));
     }
-    let ranks = (0..ranks).map(|rank| of_rank(rank, ranks, microbatches)).collect();
-    Ok(Order { microbatches, chunks: 2, placement: Placement::V, vocabulary: None, ranks })
+    let ranks = (0..ranks)
+        .map(|rank| of_rank(rank, ranks, microbatches))
+        .collect();
+    Ok(Order {
+        microbatches,
+        chunks: 2,
+        placement: Placement::V,
+        vocabulary: None,
+        ranks,
+    })
 }
 
 #[derive(Default)]
@@ -25,17 +33,25 @@ struct List {
 
 impl List {
     fn forward(&mut self, chunk: usize) {
-        self.passes.push(Pass::new(PassKind::Forward, chunk, self.forwards[chunk]));
+        self.passes
+            .push(Pass::new(PassKind::Forward, chunk, self.forwards[chunk]));
         self.forwards[chunk] += 1;
     }
 
     fn backward(&mut self, chunk: usize, split: bool) {
-        let kind = if split { PassKind::BackwardInput } else { PassKind::Backward };
+        let kind = if split {
+            PassKind::BackwardInput
+        } else {
+            PassKind::Backward
+        };
         let pass = Pass::new(kind, chunk, self.backwards[chunk]);
         self.passes.push(pass);
         self.backwards[chunk] += 1;
         if split {
-            self.waiting.push_back(Pass { kind: PassKind::BackwardWeight, ..pass });
+            self.waiting.push_back(Pass {
+                kind: PassKind::BackwardWeight,
+                ..pass
+            });
         }
     }
 
@@ -72,8 +88,11 @@ fn of_rank(rank: usize, ranks: usize, microbatches: usize) -> Vec<Pass> {
     // The second half of these splits, so that the drain has weight gradients to fill in.
     let middle = rank.div_ceil(2);
     for step in 0..=rank {
-        let (split1, split0) =
-            if rank % 2 == 1 { (step >= middle, step >= middle) } else { (step > middle, step >= middle) };
+        let (split1, split0) = if rank % 2 == 1 {
+            (step >= middle, step >= middle)
+        } else {
+            (step > middle, step >= middle)
+        };
         list.backward(1, split1);
         list.backward(0, split0);
     }

@@ -32,10 +32,20 @@ pub(super) fn order(ranks: usize, microbatches: usize, chunks: usize) -> Result<
                 list.push(forward_pass(warm_up + n));
             }
             let (chunk, microbatch) = forward(n);
-            list.push(Pass::new(PassKind::Backward, chunks - 1 - chunk, microbatch));
+            list.push(Pass::new(
+                PassKind::Backward,
+                chunks - 1 - chunk,
+                microbatch,
+            ));
         }
         list
     };
     let ranks = (0..ranks).map(of_rank).collect();
-    Ok(Order { microbatches, chunks, placement: Placement::Loop, vocabulary: None, ranks })
+    Ok(Order {
+        microbatches,
+        chunks,
+        placement: Placement::Loop,
+        vocabulary: None,
+        ranks,
+    })
 }

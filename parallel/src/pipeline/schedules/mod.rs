@@ -56,7 +56,10 @@ impl ScheduleKind {
 
     /// Its name.
     pub fn name(self) -> &'static str {
-        ScheduleKind::NAMES.iter().find(|(kind, _)| *kind == self).map_or("", |(_, name)| name)
+        ScheduleKind::NAMES
+            .iter()
+            .find(|(kind, _)| *kind == self)
+            .map_or("", |(_, name)| name)
     }
 
     /// Chunks of a rank, where `wanted` is what a person asked for.
@@ -69,7 +72,9 @@ impl ScheduleKind {
             GPipe | OneFOneB | ZbH1 => fixed(self, 1, wanted),
             ZbV | VHalf | VMin | DualPipeV => fixed(self, 2, wanted),
             Interleaved => match wanted.unwrap_or(2) {
-                0 | 1 => Err("interleaved needs at least 2 chunks a rank; with 1 it is 1f1b".into()),
+                0 | 1 => {
+                    Err("interleaved needs at least 2 chunks a rank; with 1 it is 1f1b".into())
+                }
                 chunks => Ok(chunks),
             },
         }
@@ -79,9 +84,17 @@ impl ScheduleKind {
     ///
     /// # Errors
     /// When the order does not exist for these sizes: the arithmetic, and the nearest size for which it does.
-    pub fn order(self, ranks: usize, microbatches: usize, chunks: Option<usize>) -> Result<Order, String> {
+    pub fn order(
+        self,
+        ranks: usize,
+        microbatches: usize,
+        chunks: Option<usize>,
+    ) -> Result<Order, String> {
         if ranks == 0 || microbatches == 0 {
-            return Err(format!("{} needs at least one rank and one microbatch", self.name()));
+            return Err(format!(
+                "{} needs at least one rank and one microbatch",
+                self.name()
+            ));
         }
         let chunks = self.chunks(chunks)?;
         Ok(match self {
@@ -101,7 +114,10 @@ fn fixed(kind: ScheduleKind, chunks: usize, wanted: Option<usize>) -> Result<usi
     match wanted {
         Some(other) if other != chunks => {
             let plural = if chunks == 1 { "" } else { "s" };
-            Err(format!("{} has {chunks} chunk{plural} a rank, not {other}", kind.name()))
+            Err(format!(
+                "{} has {chunks} chunk{plural} a rank, not {other}",
+                kind.name()
+            ))
         }
         _ => Ok(chunks),
     }

@@ -5,7 +5,9 @@ use crate::pipeline::{Order, Pass, PassKind, Placement};
 pub(super) fn order(ranks: usize, microbatches: usize) -> Order {
     let of_rank = |rank: usize| {
         let warm_up = (ranks - 1 - rank).min(microbatches);
-        let mut list: Vec<Pass> = (0..warm_up).map(|k| Pass::new(PassKind::Forward, 0, k)).collect();
+        let mut list: Vec<Pass> = (0..warm_up)
+            .map(|k| Pass::new(PassKind::Forward, 0, k))
+            .collect();
         for k in 0..microbatches {
             if warm_up + k < microbatches {
                 list.push(Pass::new(PassKind::Forward, 0, warm_up + k));
@@ -15,5 +17,11 @@ pub(super) fn order(ranks: usize, microbatches: usize) -> Order {
         list
     };
     let ranks = (0..ranks).map(of_rank).collect();
-    Order { microbatches, chunks: 1, placement: Placement::Loop, vocabulary: None, ranks }
+    Order {
+        microbatches,
+        chunks: 1,
+        placement: Placement::Loop,
+        vocabulary: None,
+        ranks,
+    }
 }

@@ -38,7 +38,12 @@ pub(super) fn min(p: usize) -> Block {
 pub(super) fn order(block: Block, ranks: usize, microbatches: usize) -> Order {
     let of_rank = |rank: usize| {
         use PassKind::{BackwardInput as B, Forward as F};
-        let starts = [(F, 0, block.f0[rank]), (F, 1, block.f1[rank]), (B, 1, block.b1[rank]), (B, 0, block.b0[rank])];
+        let starts = [
+            (F, 0, block.f0[rank]),
+            (F, 1, block.f1[rank]),
+            (B, 1, block.b1[rank]),
+            (B, 0, block.b0[rank]),
+        ];
         let mut timed: Vec<(usize, Pass)> = starts
             .iter()
             .flat_map(|&(kind, chunk, start)| {
@@ -56,12 +61,21 @@ pub(super) fn order(block: Block, ranks: usize, microbatches: usize) -> Order {
             list.push(pass);
             slot = start + 1;
             if pass.kind == B {
-                waiting.push_back(Pass { kind: PassKind::BackwardWeight, ..pass });
+                waiting.push_back(Pass {
+                    kind: PassKind::BackwardWeight,
+                    ..pass
+                });
             }
         }
         list.extend(waiting);
         list
     };
     let ranks = (0..ranks).map(of_rank).collect();
-    Order { microbatches, chunks: 2, placement: Placement::V, vocabulary: None, ranks }
+    Order {
+        microbatches,
+        chunks: 2,
+        placement: Placement::V,
+        vocabulary: None,
+        ranks,
+    }
 }

@@ -14,8 +14,14 @@ pub(super) fn order(ranks: usize, microbatches: usize) -> Order {
                 split.push(*pass);
                 continue;
             }
-            split.push(Pass { kind: PassKind::BackwardInput, ..*pass });
-            waiting.push_back(Pass { kind: PassKind::BackwardWeight, ..*pass });
+            split.push(Pass {
+                kind: PassKind::BackwardInput,
+                ..*pass
+            });
+            waiting.push_back(Pass {
+                kind: PassKind::BackwardWeight,
+                ..*pass
+            });
             if waiting.len() > rank {
                 split.extend(waiting.pop_front());
             }

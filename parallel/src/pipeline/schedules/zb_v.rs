@@ -5,8 +5,16 @@
 use crate::pipeline::{Order, Pass, PassKind, Placement};
 
 pub(super) fn order(ranks: usize, microbatches: usize) -> Order {
-    let ranks = (0..ranks).map(|rank| of_rank(rank, ranks, microbatches)).collect();
-    Order { microbatches, chunks: 2, placement: Placement::V, vocabulary: None, ranks }
+    let ranks = (0..ranks)
+        .map(|rank| of_rank(rank, ranks, microbatches))
+        .collect();
+    Order {
+        microbatches,
+        chunks: 2,
+        placement: Placement::V,
+        vocabulary: None,
+        ranks,
+    }
 }
 
 fn of_rank(rank: usize, ranks: usize, microbatches: usize) -> Vec<Pass> {
