@@ -233,10 +233,8 @@ fn an_optimizers_state_on_the_host_changes_nothing_but_memory() {
             .lines()
             .skip(3)
             .filter_map(|line| line.split_whitespace().nth(8)?.parse::<u64>().ok());
-        let (kept, saved) = (
-            kept.min().unwrap(),
-            peak_memory(&experiment, &device) - peak_memory(&experiment, &host),
-        );
+        let kept = kept.min().unwrap();
+        let saved = peak_memory(&experiment, &device) - peak_memory(&experiment, &host);
         assert!(
             saved * 100 >= kept * bytes * 95,
             "{layout:?}: {saved} bytes saved of {kept} parameters"
@@ -277,7 +275,8 @@ fn what_an_optimizers_state_on_the_host_saves_is_measured() {
     };
     let mib = |line: &Value| line["measured_mib"].as_f64().unwrap();
     let measured = bench(&[]);
-    let (all, offload) = (&measured[5], &measured[6]);
+    let all = &measured[5];
+    let offload = &measured[6];
     assert_eq!(
         (&all["case"], &offload["case"]),
         (&Value::from("all layers"), &Value::from("offload"))

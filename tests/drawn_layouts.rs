@@ -115,7 +115,8 @@ fn layouts() -> impl Strategy<Value = (usize, Value)> {
 
 /// `parallel` has beside its own keys the dispatch, and whether experts move.
 fn config(folder: &Path, model: &Value, parallel: &Value) -> Config {
-    let (mut model, mut parallel) = (model.clone(), parallel.clone());
+    let mut model = model.clone();
+    let mut parallel = parallel.clone();
     if let Some(dispatch) = parallel.as_object_mut().unwrap().remove("dispatch") {
         if dispatch.as_str().unwrap().contains("least_loaded") {
             // So that experts are lent although there are few tokens.
@@ -183,7 +184,9 @@ fn drawn_layouts_agree_with_one_rank() {
             json!({"ranks": ranks, "parallel": parallel, "model": model})
         });
         eprintln!("MOERUN_LAYOUT='{drawn}'");
-        let (model, parallel, one) = (&drawn["model"], &drawn["parallel"], json!({}));
+        let model = &drawn["model"];
+        let parallel = &drawn["parallel"];
+        let one = json!({});
         let single = singles
             .entry(model.to_string())
             .or_insert_with(|| trace_of(1, config(folder.path(), model, &one)));
@@ -226,10 +229,8 @@ fn a_checkpoint_of_any_layout_goes_on_in_any_other() {
             config
         };
         let single = trace_of(1, run("single", &json!({})));
-        let (from, to) = (
-            draw(&mut runner, folder.path(), &model),
-            draw(&mut runner, folder.path(), &model),
-        );
+        let from = draw(&mut runner, folder.path(), &model);
+        let to = draw(&mut runner, folder.path(), &model);
         let what = format!(
             "from {} ranks {} to {} ranks {}, {model}",
             from.0, from.1, to.0, to.1

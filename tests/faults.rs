@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 const OFTEN: &str = "restart.max_restarts=10000";
 
 fn assert_same_curve(experiment: &Experiment, broken: &str, unbroken: &str) {
-    let (broken, unbroken) = (curve(experiment, broken), curve(experiment, unbroken));
+    let broken = curve(experiment, broken);
+    let unbroken = curve(experiment, unbroken);
     for (line, (broken, unbroken)) in broken.iter().zip(&unbroken).enumerate() {
         assert_eq!(broken, unbroken, "line {line}");
     }
@@ -522,21 +523,18 @@ fn a_spare_node_takes_over_and_without_one_the_run_shrinks() {
         "{}",
         said(&experiment)
     );
-    let (shrunk, unbroken) = (curve(&experiment, "run"), curve(&experiment, "unbroken"));
+    let shrunk = curve(&experiment, "run");
+    let unbroken = curve(&experiment, "unbroken");
     assert_eq!(shrunk.len(), unbroken.len());
     for (shrunk, unbroken) in shrunk.iter().zip(&unbroken) {
-        let (step, key) = (
-            unbroken["step"].as_u64().unwrap(),
-            if unbroken["loss"].is_null() {
-                "validation_loss"
-            } else {
-                "loss"
-            },
-        );
-        let (ours, theirs) = (
-            shrunk[key].as_f64().unwrap(),
-            unbroken[key].as_f64().unwrap(),
-        );
+        let step = unbroken["step"].as_u64().unwrap();
+        let key = if unbroken["loss"].is_null() {
+            "validation_loss"
+        } else {
+            "loss"
+        };
+        let ours = shrunk[key].as_f64().unwrap();
+        let theirs = unbroken[key].as_f64().unwrap();
         // With the same ranks the same bits; with fewer the same sum in another order, whose rounding grows with the steps.
         if step > before + 80 {
             break;

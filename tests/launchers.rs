@@ -215,7 +215,8 @@ mod under_mpirun {
             said.contains("rank 0 of 4, started by mpirun (Open MPI), communicator mpi"),
             "{said}"
         );
-        let (ours, theirs) = (curve(&experiment, "ours"), curve(&experiment, "theirs"));
+        let ours = curve(&experiment, "ours");
+        let theirs = curve(&experiment, "theirs");
         assert_close(&ours, &theirs, 1e-5);
         // The same layout twice is the same to the bit; and MPI's ranks go on from what Gloo's left.
         args[3] = "run.dir=again";

@@ -351,7 +351,8 @@ fn a_run_that_lends_experts_leaves_the_checkpoint_of_one_that_does_not() {
         });
         checkpoint::Checkpoint::open(&paths[0]).unwrap()
     };
-    let (mut standard, mut ours) = (saved("standard"), saved("least_loaded"));
+    let mut standard = saved("standard");
+    let mut ours = saved("least_loaded");
     let tensors: Vec<_> = standard
         .manifest()
         .tensors
@@ -368,10 +369,8 @@ fn a_run_that_lends_experts_leaves_the_checkpoint_of_one_that_does_not() {
         .filter(|(name, _)| !name.starts_with("generator"))
     {
         let place = checkpoint::Place::whole(name.clone(), shape);
-        let (a, b) = (
-            ours.tensor(&place).unwrap(),
-            standard.tensor(&place).unwrap(),
-        );
+        let a = ours.tensor(&place).unwrap();
+        let b = standard.tensor(&place).unwrap();
         let far = distance(&values(&a), &values(&b));
         assert!(far <= 1e-5, "{name} is {far} away");
     }

@@ -39,10 +39,8 @@ impl Network {
                 "netns exec {hub} sysctl -q -w net.ipv4.ip_forward=1"
             ));
         for (machine, name) in names.iter().enumerate() {
-            let (its, hubs) = (
-                format!("10.77.{number}.{}", 4 * machine + 2),
-                format!("10.77.{number}.{}", 4 * machine + 1),
-            );
+            let its = format!("10.77.{number}.{}", 4 * machine + 2);
+            let hubs = format!("10.77.{number}.{}", 4 * machine + 1);
             made = made
                 && ip(&format!("netns add {name}"))
                 && ip(&format!(
@@ -82,7 +80,8 @@ impl Network {
         changes: &[&str],
     ) -> Command {
         let mut train = experiment.train(2, changes);
-        let (rank, count) = (machine.to_string(), machines.to_string());
+        let rank = machine.to_string();
+        let count = machines.to_string();
         train.args([
             "--nnodes",
             &count,

@@ -67,10 +67,8 @@ fn every_collective_is_measured_beside_gloo() {
 #[test]
 fn a_profiled_step_is_the_sum_of_its_parts() {
     let experiment = Experiment::new();
-    let (trace, start) = (
-        experiment.path("trace.json"),
-        experiment.path("start.safetensors"),
-    );
+    let trace = experiment.path("trace.json");
+    let start = experiment.path("start.safetensors");
     let mut bench = experiment.moerun(&[
         "bench",
         "step",
@@ -159,7 +157,8 @@ fn what_recomputing_costs_is_measured_and_what_fits_is_found() {
             "all layers"
         ]
     );
-    let (none, all) = (mib(&measured[0]), mib(&measured[5]));
+    let none = mib(&measured[0]);
+    let all = mib(&measured[5]);
     assert!(all < none && mib(&measured[4]) < none, "{measured:?}");
 
     let fit = (none + all) / 2.0;

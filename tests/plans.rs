@@ -34,10 +34,8 @@ fn every_schedule_is_drawn_and_its_file_is_the_same_schedule() {
         }
         let file = plan(&[schedule, "-n", "3", "-m", "6", "--yaml"]);
         std::fs::write(experiment.path("own.yaml"), file).unwrap();
-        let (known, own) = (
-            plan(&[schedule, "-n", "3", "-m", "6"]),
-            plan(&["own.yaml", "--svg", "own.svg"]),
-        );
+        let known = plan(&[schedule, "-n", "3", "-m", "6"]);
+        let own = plan(&["own.yaml", "--svg", "own.svg"]);
         assert_eq!(known.lines().next(), own.lines().next());
         let svg = std::fs::read_to_string(experiment.path("own.svg")).unwrap();
         assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));

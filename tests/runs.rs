@@ -49,7 +49,8 @@ fn killed_at_any_moment_it_goes_on_to_the_bit() {
         "{}",
         text(&resumed)
     );
-    let (broken, unbroken) = (curve(&experiment, "broken"), curve(&experiment, "unbroken"));
+    let broken = curve(&experiment, "broken");
+    let unbroken = curve(&experiment, "unbroken");
     assert_eq!(unbroken.len(), 60 + 6, "60 steps and 6 validations");
     assert_eq!(broken, unbroken, "killed at steps {killed_at:?}");
 }

@@ -371,11 +371,10 @@ fn numbers_that_do_not_divide() {
 fn data_files() {
     let experiment = Experiment::new();
     let train = || experiment.train(2, &[]);
-    let (bin, idx) = (
-        experiment.path("data/train.bin"),
-        experiment.path("data/train.idx"),
-    );
-    let (tokens, index) = (std::fs::read(&bin).unwrap(), std::fs::read(&idx).unwrap());
+    let bin = experiment.path("data/train.bin");
+    let idx = experiment.path("data/train.idx");
+    let tokens = std::fs::read(&bin).unwrap();
+    let index = std::fs::read(&idx).unwrap();
 
     std::fs::write(&bin, &tokens[..tokens.len() - 7]).unwrap();
     refused(

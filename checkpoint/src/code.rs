@@ -132,7 +132,10 @@ pub fn xor(sources: &[&[u8]], out: &mut [u8]) {
             let part = |number: usize| &four[number][index * BLOCK..][..len];
             match four.len() {
                 4 => {
-                    let ((a, b), (c, d)) = ((part(0), part(1)), (part(2), part(3)));
+                    let a = part(0);
+                    let b = part(1);
+                    let c = part(2);
+                    let d = part(3);
                     let values = a.iter().zip(b).zip(c).zip(d);
                     out.iter_mut()
                         .zip(values)

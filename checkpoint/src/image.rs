@@ -44,8 +44,10 @@ impl Image {
         let mut order: Vec<usize> = (0..held.len()).collect();
         // Wide values first: then all are aligned.
         order.sort_by_key(|&index| std::cmp::Reverse(held[index].1.elt_size_in_bytes()));
-        let (mut next, mut offsets) = (0u64, vec![0; held.len()]);
-        let (mut entries, mut places) = (Vec::new(), Vec::new());
+        let mut next = 0u64;
+        let mut offsets = vec![0; held.len()];
+        let mut entries = Vec::new();
+        let mut places = Vec::new();
         for index in order {
             let (place, kind) = &held[index];
             let dtype = crate::write::dtype_of(*kind).ok_or_else(|| {

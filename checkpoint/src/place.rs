@@ -34,7 +34,8 @@ impl Place {
     /// The box that this one and the one at `offset` of size `shape` have in common: where it begins in the global
     /// tensor, and its size. None where they have nothing in common.
     pub(crate) fn overlap(&self, offset: &[i64], shape: &[i64]) -> Option<(Vec<i64>, Vec<i64>)> {
-        let (mut begin, mut size) = (Vec::new(), Vec::new());
+        let mut begin = Vec::new();
+        let mut size = Vec::new();
         for dim in 0..self.offset.len() {
             let from = self.offset[dim].max(offset[dim]);
             let to = (self.offset[dim] + self.shape[dim]).min(offset[dim] + shape[dim]);

@@ -203,7 +203,8 @@ impl Checkpoint {
             return Err(Error::mismatch(&self.path, reason));
         }
         let of = |piece: &PieceEntry| {
-            let (offset_of_piece, shape_of_piece) = (piece.offset.clone(), piece.shape.clone());
+            let offset_of_piece = piece.offset.clone();
+            let shape_of_piece = piece.shape.clone();
             let saved = Place {
                 name: name.clone(),
                 global: global.clone(),
@@ -233,7 +234,8 @@ impl Checkpoint {
                     None => open_shard(&path)?,
                     Some(parts) => {
                         let head = &parts.heads[file];
-                        let (metadata, data_start) = (head.metadata.clone(), head.data_start);
+                        let metadata = head.metadata.clone();
+                        let data_start = head.data_start;
                         OpenShard {
                             file: (parts.open)(file)?,
                             metadata,
@@ -274,7 +276,8 @@ impl Checkpoint {
         }
         // Only the rows that are wanted are read: they lie together.
         let mut shape = saved.shape.clone();
-        let (mut from, mut len) = (start, end - start);
+        let mut from = start;
+        let mut len = end - start;
         if let (Some(rows), Some(first)) = (shape.first_mut(), begin.first()) {
             let row = len / (*rows).max(1) as usize;
             from += (first - saved.offset[0]) as usize * row;

@@ -60,7 +60,8 @@ impl std::fmt::Display for Redundancy {
 /// # Errors
 /// When there are too few nodes, or a group would have more nodes of one domain than it can lose.
 pub fn deal_groups(domains: &[usize], redundancy: Redundancy) -> Result<Vec<Vec<usize>>, String> {
-    let (nodes, survives) = (domains.len(), redundancy.survives());
+    let nodes = domains.len();
+    let survives = redundancy.survives();
     if nodes <= survives {
         return Err(format!(
             "{redundancy} needs at least {} nodes, and there {}",
@@ -133,7 +134,8 @@ impl Stripes {
 
     /// The positions whose data is in a stripe, in the order of the code.
     pub fn data_at(&self, stripe: u64) -> impl Iterator<Item = usize> + use<> {
-        let (stripes, first) = (*self, self.parity_at(stripe, 0));
+        let stripes = *self;
+        let first = self.parity_at(stripe, 0);
         (stripes.parity..stripes.nodes).map(move |after| (first + after) % stripes.nodes)
     }
 
@@ -149,7 +151,8 @@ impl Stripes {
 
     /// In which stripe `chunk` of `position` is.
     pub fn stripe_of(&self, position: usize, chunk: u64) -> u64 {
-        let (nodes, data) = (self.nodes as u64, self.data() as u64);
+        let nodes = self.nodes as u64;
+        let data = self.data() as u64;
         let round = chunk / data * nodes;
         let mut stripes = (round..round + nodes).filter(|&stripe| self.has_data(position, stripe));
         stripes

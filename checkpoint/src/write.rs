@@ -326,7 +326,8 @@ fn sync(path: &Path) -> Result<(), Error> {
 pub(crate) fn checksum(path: &Path) -> Result<(u64, u32), Error> {
     let mut file = File::open(path).map_err(Error::io("cannot open", path))?;
     let mut buffer = vec![0u8; 1 << 20];
-    let (mut bytes, mut crc) = (0u64, Running::new());
+    let mut bytes = 0u64;
+    let mut crc = Running::new();
     loop {
         let read = file
             .read(&mut buffer)

@@ -70,7 +70,8 @@ impl Cluster {
     fn events(&self, keepers: usize) -> Receiver<Event> {
         let (sender, events) = channel();
         for keeper in 0..keepers {
-            let (events, sender) = (self.peer(keeper).watch().unwrap(), sender.clone());
+            let events = self.peer(keeper).watch().unwrap();
+            let sender = sender.clone();
             std::thread::spawn(move || events.hear(|event| drop(sender.send(event))));
         }
         events
@@ -149,7 +150,8 @@ fn snapshot(
     for rank in ranks.iter_mut() {
         assert!(rank.take(id));
     }
-    let (mut parts, mut protected) = (Vec::<PartInfo>::new(), 0);
+    let mut parts = Vec::<PartInfo>::new();
+    let mut protected = 0;
     let begun = Instant::now();
     while parts.len() < ranks.len() || protected < topology.nodes.len() {
         // Keepers always have something to say.
@@ -415,7 +417,8 @@ fn a_disk_that_hangs_slows_no_snapshot() {
             .success()
     );
     cluster.peer(0).pin(id(1)).unwrap();
-    let (mut peer, to) = (cluster.peer(0), folder.path().to_path_buf());
+    let mut peer = cluster.peer(0);
+    let to = folder.path().to_path_buf();
     let writing = std::thread::spawn(move || peer.persist(id(1), &[0], &to));
     for step in 2..30 {
         snapshot(&cluster, &topology, &mut ranks, &events, id(step));

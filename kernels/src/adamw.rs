@@ -77,8 +77,10 @@ fn by_libtorch(
     };
     let count = scalar(step as f64);
     let steps: Vec<Tensor> = updates.iter().map(|_| count.shallow_clone()).collect();
-    let (masters, gradients) = (of(|u| &u.master), of(|u| &u.gradient));
-    let (averages, squares) = (of(|u| &u.exp_avg), of(|u| &u.exp_avg_sq));
+    let masters = of(|u| &u.master);
+    let gradients = of(|u| &u.gradient);
+    let averages = of(|u| &u.exp_avg);
+    let squares = of(|u| &u.exp_avg_sq);
     let scale = scale.map(scalar);
     fused_adamw(
         &masters,
@@ -264,7 +266,8 @@ pub(crate) mod tests {
     ) -> [Update; 2] {
         tch::manual_seed(case.seed);
         let random = || Tensor::randn([count], (Kind::Float, device));
-        let (master, zeros) = (random(), random().zeros_like());
+        let master = random();
+        let zeros = random().zeros_like();
         let begin = |stored| {
             let [exp_avg, exp_avg_sq] = [(); 2].map(|()| zeros.copy());
             Update {

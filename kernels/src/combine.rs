@@ -54,17 +54,16 @@ pub fn combine_backward(
         "combined, backward",
         || Cost::passes(2.5, rows),
         || {
-            let (grad, weights) = (
-                grad.to_kind(rows.kind()).contiguous(),
-                weights.to_kind(Kind::Float).contiguous(),
-            );
+            let grad = grad.to_kind(rows.kind()).contiguous();
+            let weights = weights.to_kind(Kind::Float).contiguous();
             if let Some(gpu) = on_gpu(&[&grad, rows], slots) {
                 return cuda::combine_backward(gpu, &grad, rows, slots, &weights);
             }
             let Some(kind) = on_host(&[&grad, rows], slots) else {
                 return backward_by_libtorch(&grad, rows, slots, &weights);
             };
-            let (of_rows, of_weights) = (rows.empty_like(), weights.zeros_like());
+            let of_rows = rows.empty_like();
+            let of_weights = weights.zeros_like();
             for_kind!(
                 kind,
                 backward_on_threads([&grad, rows, slots, &weights], &of_rows, &of_weights)
@@ -135,11 +134,9 @@ fn combine_on_threads<T: Number>(
     weights: Option<&Tensor>,
     out: &Tensor,
 ) {
-    let (tokens, choices, width) = (
-        slots.size()[0] as usize,
-        slots.size()[1] as usize,
-        rows.size()[1] as usize,
-    );
+    let tokens = slots.size()[0] as usize;
+    let choices = slots.size()[1] as usize;
+    let width = rows.size()[1] as usize;
     // SAFETY: all were checked, or made, to be in host memory without gaps, of the type that is named.
     let (rows, slots, out) = unsafe {
         (
@@ -171,7 +168,8 @@ fn combine_on_threads<T: Number>(
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 fn sum<T: Number>(rows: &[(&[T], f32)], out: &mut [T]) {
     for (index, out) in out.chunks_mut(CHUNK).enumerate() {
-        let (start, mut sums) = (index * CHUNK, [0f32; CHUNK]);
+        let start = index * CHUNK;
+        let mut sums = [0f32; CHUNK];
         for (row, weight) in rows {
             for (sum, x) in sums.iter_mut().zip(&row[start..start + out.len()]) {
                 *sum += weight * x.wide();
@@ -188,11 +186,9 @@ fn backward_on_threads<T: Number>(
     of_rows: &Tensor,
     of_weights: &Tensor,
 ) {
-    let (tokens, choices, width) = (
-        slots.size()[0] as usize,
-        slots.size()[1] as usize,
-        rows.size()[1] as usize,
-    );
+    let tokens = slots.size()[0] as usize;
+    let choices = slots.size()[1] as usize;
+    let width = rows.size()[1] as usize;
     // SAFETY: as in forward.
     let (grad, rows, of_rows) = unsafe {
         (
@@ -212,7 +208,8 @@ fn backward_on_threads<T: Number>(
     for_rows(tokens, width * choices, |_, range| {
         for token in range {
             let one = token..token + 1;
-            let (grad, weights) = (grad.part(&one, width), weights.part(&one, choices));
+            let grad = grad.part(&one, width);
+            let weights = weights.part(&one, choices);
             // SAFETY: a token's weights are one thread's.
             let of_weights = unsafe { of_weights.part_mut(&one, choices) };
             for ((slot, weight), of_weight) in slots

@@ -56,7 +56,8 @@ fn gpu(logits_te: &Tensor) -> Option<&'static dyn cuda::Gpu> {
 /// When there are fewer experts, or the logits are not such as [`gates`] says.
 pub fn choose(logits_te: &Tensor, bias_e: Option<&Tensor>, top_k: usize, sigmoid: bool) -> Tensor {
     assert!(gates(logits_te));
-    let (count, width) = (logits_te.size()[0], logits_te.size()[1] as usize);
+    let count = logits_te.size()[0];
+    let width = logits_te.size()[1] as usize;
     assert!(top_k <= width, "{top_k} of {width} experts");
     let cost = || Cost::passes(1.0, logits_te);
     if let Some(gpu) = gpu(logits_te) {
@@ -92,7 +93,8 @@ pub fn gate(logits_te: &Tensor, experts_tk: &Tensor, gate: Gate, groups: &[Range
         });
     }
     let all = Tokens::of(logits_te, experts_tk, groups);
-    let (width, top_k) = (all.width, all.top_k);
+    let width = all.width;
+    let top_k = all.top_k;
     let fresh = |shape: &[i64]| Tensor::empty(shape, (Kind::Float, logits_te.device()));
     let weights_tk = fresh(&experts_tk.size());
     let mut sums = vec![0f64; groups.len() * width];
@@ -161,7 +163,8 @@ pub fn gate_backward(
         });
     }
     let all = Tokens::of(logits_te, experts_tk, groups);
-    let (width, top_k) = (all.width, all.top_k);
+    let width = all.width;
+    let top_k = all.top_k;
     let gradient = Tensor::empty(logits_te.size(), (Kind::Float, logits_te.device()));
     let numbers = |tensor: Option<&Tensor>, count: usize| match tensor {
         Some(tensor) => {
@@ -288,11 +291,10 @@ fn choose_rows(logits: &[f32], bias: &[f32], by_sigmoid: bool, to: &mut [i64], t
         .chunks_exact(width)
         .zip(to.chunks_exact_mut(top_k.max(1)))
     {
-        match by_sigmoid {
-            true => sigmoid(logits, &mut scores),
-            false => {
-                softmax(logits, &mut scores);
-            }
+        if by_sigmoid {
+            sigmoid(logits, &mut scores)
+        } else {
+            softmax(logits, &mut scores);
         }
         scores
             .iter_mut()
@@ -317,7 +319,8 @@ fn choose_rows(logits: &[f32], bias: &[f32], by_sigmoid: bool, to: &mut [i64], t
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 fn forward(logits: &[f32], experts: &[i64], gate: Gate, weights: &mut [f32], sums: &mut [f64]) {
     let width = sums.len() - 1;
-    let (mut probs, mut scores) = (vec![0f32; width], vec![0f32; width]);
+    let mut probs = vec![0f32; width];
+    let mut scores = vec![0f32; width];
     let top_k = experts.len() * width / logits.len();
     sums.fill(0.0);
     for (token, logits) in logits.chunks_exact(width).enumerate() {
@@ -360,8 +363,9 @@ fn backward(
     to: &mut [f32],
 ) {
     let width = of_probs.len();
-    let (mut softened, mut sigmoids, mut of_scores) =
-        (vec![0f32; width], vec![0f32; width], vec![0f32; width]);
+    let mut softened = vec![0f32; width];
+    let mut sigmoids = vec![0f32; width];
+    let mut of_scores = vec![0f32; width];
     let top_k = experts.len() * width / logits.len();
     for (token, (logits, to)) in logits
         .chunks_exact(width)
@@ -388,8 +392,10 @@ fn backward(
         }
         let scores = if gate.sigmoid { &sigmoids } else { &softened };
         let place = token * top_k..(token + 1) * top_k;
-        let (experts, of_weights) = (&experts[place.clone()], &of_weights[place]);
-        let (mut factor, mut mean) = (gate.scale as f32, 0.0);
+        let experts = &experts[place.clone()];
+        let of_weights = &of_weights[place];
+        let mut factor = gate.scale as f32;
+        let mut mean = 0.0;
         if gate.normalize {
             // A weight is a score over the sum of those that were chosen.
             let chosen = experts

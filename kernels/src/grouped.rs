@@ -40,7 +40,8 @@ fn ends(counts: &[i64], device: Device) -> Tensor {
 
 /// As [`crate::grouped_product`], to `out`.
 pub(crate) fn product(out: &Tensor, rows: &Tensor, matrices: &[Tensor], counts: &[i64]) {
-    let (mut counts, mut start) = (counts, 0);
+    let mut counts = counts;
+    let mut start = 0;
     for some in matrices {
         let (here, later) = counts.split_at(some.size()[0] as usize);
         let len = here.iter().sum();

@@ -4,7 +4,6 @@
 //! tensors' dtype, so each is the others' test.
 //!
 //! Nothing here is differentiable: layers call forward and backward inside nodes of their own.
-#![deny(missing_docs)]
 
 mod adamw;
 mod attention;

@@ -38,11 +38,9 @@ impl<'a> Matrix<'a> {
         let Ok([count, rows, columns]) = <[i64; 3]>::try_from(tensor.size()) else {
             panic!("{:?} are no matrices", tensor.size())
         };
-        let (stride, kind, data) = (
-            tensor.stride(),
-            tensor.kind(),
-            tensor.data_ptr().cast::<u8>(),
-        );
+        let stride = tensor.stride();
+        let kind = tensor.kind();
+        let data = tensor.data_ptr().cast::<u8>();
         let apart = stride[0] as usize * kind.elt_size_in_bytes();
         (0..count as usize).map(move |index| {
             let data = data.wrapping_add(index * apart);

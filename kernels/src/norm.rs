@@ -29,10 +29,8 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
         let mut shape = x.size();
         let width = shape.pop().unwrap_or(1) as usize;
         shape.push(1);
-        let (out, scale) = (
-            x.empty_like(),
-            Tensor::empty(shape.as_slice(), (Kind::Float, x.device())),
-        );
+        let out = x.empty_like();
+        let scale = Tensor::empty(shape.as_slice(), (Kind::Float, x.device()));
         for_kind!(
             kind,
             forward_on_threads(x, weight, &out, &scale, (width, eps as f32))
@@ -56,7 +54,8 @@ pub fn rms_norm_backward(
             return cuda::rms_norm_backward(gpu, grad, x, scale, weight);
         }
         let Some(kind) = kind_on_host(&[grad, x, weight]) else {
-            let (wide, normed) = (grad.to_kind(Kind::Float), x.to_kind(Kind::Float) * scale);
+            let wide = grad.to_kind(Kind::Float);
+            let normed = x.to_kind(Kind::Float) * scale;
             let rows: Vec<i64> = (0..grad.dim() as i64 - 1).collect();
             let of_weight = (&wide * &normed).sum_dim_intlist(rows.as_slice(), false, Kind::Float);
             let of_normed = wide * weight.to_kind(Kind::Float);
@@ -138,7 +137,8 @@ fn backward_on_threads<T: Number>(
                 sums.part_mut(&(part..part + 1), width),
             )
         };
-        let (grad, x) = (grad.part(&rows, width), x.part(&rows, width));
+        let grad = grad.part(&rows, width);
+        let x = x.part(&rows, width);
         backward(
             grad,
             x,
@@ -204,7 +204,8 @@ fn backward<T: Number>(
             .zip(weight)
             .zip(out.iter_mut().zip(of_weight.iter_mut()));
         for (((grad, x), weight), (out, of_weight)) in columns {
-            let (grad, normed) = (grad.wide(), x.wide() * scale);
+            let grad = grad.wide();
+            let normed = x.wide() * scale;
             *of_weight += grad * normed;
             *out = T::narrow((grad * weight.wide() - normed * along) * scale);
         }
@@ -229,9 +230,12 @@ mod tests {
                 let random =
                     |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
                 let width = shape[shape.len() - 1];
-                let (x, weight, grad) = (random(shape), random(&[width]), random(shape));
+                let x = random(shape);
+                let weight = random(&[width]);
+                let grad = random(shape);
                 let wide = |x: &Tensor| x.to_kind(Kind::Double).set_requires_grad(true);
-                let (wide_x, wide_weight) = (wide(&x), wide(&weight));
+                let wide_x = wide(&x);
+                let wide_weight = wide(&weight);
                 let scale = (wide_x
                     .square()
                     .mean_dim([-1i64].as_slice(), true, Kind::Double)

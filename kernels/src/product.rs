@@ -93,7 +93,8 @@ pub fn grouped_product(rows: &Tensor, matrices: &[Tensor], counts: &[i64]) -> Te
     let groups = groups(counts);
     let cost = || grouped_cost(&groups, &matrices[0], rows.kind());
     let all = || {
-        let (out, rows) = (Matrix::of(&out), Matrix::of(rows));
+        let out = Matrix::of(&out);
+        let rows = Matrix::of(rows);
         let matrices: Vec<_> = matrices.iter().flat_map(Matrix::each_of).collect();
         let of = |&Group { index, start, len }: &Group| Product {
             out: out.some_rows(start, len),
@@ -120,7 +121,8 @@ fn grouped_by_libtorch(out: &Tensor, rows: &Tensor, matrices: &[Tensor], groups:
     // up: what a product writes beyond its own group is the next group's place, which that one's product writes after it.
     let rounds = rows.device() == Device::Cpu && rows.kind() == Kind::BFloat16;
     for &Group { index, start, len } in groups {
-        let (start, len) = (start as i64, len as i64);
+        let start = start as i64;
+        let len = len as i64;
         let rounded = (len + BLOCK - 1) / BLOCK * BLOCK;
         let len = if rounds && start + rounded <= total {
             rounded
@@ -157,7 +159,8 @@ fn to_sums(sums: &Tensor, left: &Tensor, right: &Tensor, counts: &[i64], adds: b
         .collect::<Vec<_>>();
     let cost = || grouped_cost(&groups, sums, left.kind());
     let all = || {
-        let (left, right) = (Matrix::of(left), Matrix::of(right));
+        let left = Matrix::of(left);
+        let right = Matrix::of(right);
         let sums: Vec<_> = Matrix::each_of(sums).collect();
         let of = |&Group { index, start, len }: &Group| Product {
             out: sums[index],

@@ -1,10 +1,10 @@
 //! Where a step's time goes: named parts with their operations and bytes, of every thread that calls them, while somebody asks for
 //! it; written as a Chrome trace, too (<https://ui.perfetto.dev> opens it). When nobody asks, a part costs one read of a flag.
 
+use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 use tch::Tensor;
 
@@ -73,7 +73,7 @@ pub struct Total {
 
 /// Begins to write parts down.
 pub fn begin() {
-    *EVENTS.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), Vec::new()));
+    *EVENTS.lock() = Some((Instant::now(), Vec::new()));
     ON.store(true, Ordering::SeqCst);
 }
 
@@ -82,7 +82,6 @@ pub fn end() -> Vec<Event> {
     ON.store(false, Ordering::SeqCst);
     EVENTS
         .lock()
-        .unwrap_or_else(PoisonError::into_inner)
         .take()
         .map_or(Vec::new(), |(_, events)| events)
 }
@@ -100,11 +99,7 @@ pub fn part<T>(
     let started = Instant::now();
     let result = body();
     let ended = Instant::now();
-    if let Some((began, events)) = EVENTS
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .as_mut()
-    {
+    if let Some((began, events)) = EVENTS.lock().as_mut() {
         let since = |at: Instant| at.saturating_duration_since(*began).as_secs_f64();
         let thread = THREAD.with(|thread| *thread);
         events.push(Event {

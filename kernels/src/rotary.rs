@@ -13,11 +13,13 @@ use tch::{Kind, Tensor};
 pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
     let cost = || Cost::passes(2.0, x);
     part("rotation", "both", cost, || {
-        let (heads, positions) = (x.size()[1] as usize, x.size()[2] as usize);
+        let heads = x.size()[1] as usize;
+        let positions = x.size()[2] as usize;
         // In memory `[batch, sequence, heads, d]`, as a projection leaves it, or as it says.
-        let (flat, between) = match x.is_contiguous() {
-            true => (x.shallow_clone(), 1),
-            false => (x.transpose(1, 2), heads),
+        let (flat, between) = if x.is_contiguous() {
+            (x.shallow_clone(), 1)
+        } else {
+            (x.transpose(1, 2), heads)
         };
         let as_x = |out: Tensor| {
             if between == 1 {
@@ -71,10 +73,8 @@ fn on_threads<T: Number>(
             Numbers::<f32>::of(&sin),
         )
     };
-    let (cos, sin) = (
-        cos.part(&(0..positions), width / 2),
-        sin.part(&(0..positions), width / 2),
-    );
+    let cos = cos.part(&(0..positions), width / 2);
+    let sin = sin.part(&(0..positions), width / 2);
     for_rows(count, width, |_, rows| {
         let mut wide = vec![0.0; ROWS * width];
         for start in rows.clone().step_by(ROWS) {
@@ -107,10 +107,8 @@ fn turn<T: Number>(
         .for_each(|(wide, x)| *wide = x.wide());
     for (row, pair) in wide.chunks_exact_mut(2 * half).enumerate() {
         let position = (start + row) / between % positions * half;
-        let (cos, sin) = (
-            &cos[position..position + half],
-            &sin[position..position + half],
-        );
+        let cos = &cos[position..position + half];
+        let sin = &sin[position..position + half];
         let (first, second) = pair.split_at_mut(half);
         for ((first, second), (cos, sin)) in first.iter_mut().zip(second).zip(cos.iter().zip(sin)) {
             (*first, *second) = (*first * cos - *second * sin, *second * cos + *first * sin);
@@ -131,7 +129,8 @@ mod tests {
         for (kind, tolerance) in [(Kind::Float, 1e-6), (Kind::BFloat16, 2e-2)] {
             let random =
                 |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
-            let (cos, sin) = (random(&[5, 3]), random(&[5, 3]));
+            let cos = random(&[5, 3]);
+            let sin = random(&[5, 3]);
             // As a projection leaves it; as it says; and with gaps.
             let layouts = [
                 random(&[2, 5, 4, 6]).transpose(1, 2),
@@ -141,7 +140,9 @@ mod tests {
             for x in layouts {
                 let ours = rotate(&x, &cos, &sin).to_kind(Kind::Double);
                 let wide = |x: &Tensor| x.to_kind(Kind::Double);
-                let (halves, cos, sin) = (wide(&x).chunk(2, -1), wide(&cos), wide(&sin));
+                let halves = wide(&x).chunk(2, -1);
+                let cos = wide(&cos);
+                let sin = wide(&sin);
                 let plain = [
                     &halves[0] * &cos - &halves[1] * &sin,
                     &halves[1] * &cos + &halves[0] * &sin,

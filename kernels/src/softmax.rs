@@ -16,7 +16,8 @@ const LANES: usize = 16;
 pub fn softmax(logits: &Tensor, divisor: f64, out: &Tensor) -> (Tensor, Tensor) {
     let cost = || Cost::passes(2.0, logits);
     part("cross-entropy", "softmax", cost, || {
-        let (count, width) = (logits.size()[0], logits.size()[1] as usize);
+        let count = logits.size()[0];
+        let width = logits.size()[1] as usize;
         if let Some(gpu) = cuda::gpu(&[logits, out]) {
             return cuda::softmax(gpu, logits, divisor, out);
         }
@@ -105,7 +106,8 @@ fn softmax_on_threads<T: Number>(
 }
 
 fn gradient_on_threads<T: Number>(probs: &Tensor, scale: &Tensor, labels: &Tensor, minus: &Tensor) {
-    let (count, width) = (probs.size()[0] as usize, probs.size()[1] as usize);
+    let count = probs.size()[0] as usize;
+    let width = probs.size()[1] as usize;
     // SAFETY: all are in host memory without gaps, of the type that is named.
     let (probs, labels) = unsafe { (Numbers::<T>::of(probs), Indices::of(labels)) };
     // SAFETY: likewise.
@@ -115,7 +117,8 @@ fn gradient_on_threads<T: Number>(probs: &Tensor, scale: &Tensor, labels: &Tenso
             let place = row..row + 1;
             // SAFETY: parts of threads do not overlap.
             let probs = unsafe { probs.part_mut(&place, width) };
-            let (scale, minus) = (scale.part(&place, 1)[0], minus.part(&place, 1)[0]);
+            let scale = scale.part(&place, 1)[0];
+            let minus = minus.part(&place, 1)[0];
             let label = labels.part(&place, 1)[0] as usize;
             let of_label = probs[label].wide() * scale - minus;
             scaled(probs, scale);

@@ -19,7 +19,8 @@ pub fn swiglu(hidden: &Tensor) -> Tensor {
             let halves = hidden.chunk(2, -1);
             return halves[0].silu().multiply_(&halves[1]);
         };
-        let (rows, ffn) = (hidden.size()[0], hidden.size()[1] / 2);
+        let rows = hidden.size()[0];
+        let ffn = hidden.size()[1] / 2;
         let out = Tensor::empty([rows, ffn], (kind, hidden.device()));
         for_kind!(kind, forward_on_threads(hidden, &out, ffn as usize));
         out
@@ -33,11 +34,13 @@ pub fn swiglu_backward(grad: &Tensor, hidden: &Tensor) -> (Tensor, Tensor) {
         if let Some(gpu) = cuda::gpu(&[grad, hidden]) {
             return cuda::swiglu_backward(gpu, grad, hidden);
         }
-        let (out, result) = (hidden.empty_like(), grad.empty_like());
+        let out = hidden.empty_like();
+        let result = grad.empty_like();
         match kind_on_host(&[grad, hidden, &out, &result]) {
             Some(kind) => for_kind!(kind, backward_on_threads(grad, hidden, &out, &result)),
             None => {
-                let (halves, parts) = (hidden.chunk(2, -1), out.chunk(2, -1));
+                let halves = hidden.chunk(2, -1);
+                let parts = out.chunk(2, -1);
                 let silu = halves[0].silu();
                 parts[0]
                     .shallow_clone()
@@ -70,7 +73,8 @@ fn forward_on_threads<T: Number>(hidden: &Tensor, out: &Tensor, ffn: usize) {
 }
 
 fn backward_on_threads<T: Number>(grad: &Tensor, hidden: &Tensor, out: &Tensor, result: &Tensor) {
-    let (count, ffn) = (grad.size()[0] as usize, grad.size()[1] as usize);
+    let count = grad.size()[0] as usize;
+    let ffn = grad.size()[1] as usize;
     // SAFETY: as in forward.
     let [grad, hidden, out, result] =
         [grad, hidden, out, result].map(|x| unsafe { Numbers::<T>::of(x) });
@@ -105,11 +109,14 @@ fn backward<T: Number>(grad: &[T], hidden: &[T], out: &mut [T], result: &mut [T]
         out.chunks_exact_mut(2 * ffn)
             .zip(result.chunks_exact_mut(ffn)),
     ) {
-        let ((gate, up), (of_gate, of_up)) = (hidden.split_at(ffn), out.split_at_mut(ffn));
+        let (gate, up) = hidden.split_at(ffn);
+        let (of_gate, of_up) = out.split_at_mut(ffn);
         let inputs = grad.iter().zip(gate).zip(up);
         let outputs = of_gate.iter_mut().zip(of_up).zip(result);
         for (((grad, gate), up), ((of_gate, of_up), result)) in inputs.zip(outputs) {
-            let (grad, x, up) = (grad.wide(), gate.wide(), up.wide());
+            let grad = grad.wide();
+            let x = gate.wide();
+            let up = up.wide();
             let below = 1.0 + exp(-x);
             // As forward computes it, to the bit.
             let silu = x / below;
@@ -133,7 +140,8 @@ mod tests {
                 let random = |shape: &[i64]| {
                     (Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 3.0).to_kind(kind)
                 };
-                let (hidden, grad) = (random(&[rows, 2 * ffn]), random(&[rows, ffn]));
+                let hidden = random(&[rows, 2 * ffn]);
+                let grad = random(&[rows, ffn]);
                 let wide = hidden.to_kind(Kind::Double).set_requires_grad(true);
                 let halves = wide.chunk(2, -1);
                 let plain = halves[0].silu() * &halves[1];

@@ -135,10 +135,8 @@ impl Variables<'_> {
     }
 
     fn torchrun(&self) -> Result<Started> {
-        let (rank, world_size) = (
-            self.number("RANK", "RANK")?,
-            self.number("WORLD_SIZE", "RANK")?,
-        );
+        let rank = self.number("RANK", "RANK")?;
+        let world_size = self.number("WORLD_SIZE", "RANK")?;
         let env = RankEnv {
             rank,
             world_size,
@@ -179,10 +177,8 @@ impl Variables<'_> {
         names: [&'static str; 4],
         has_mpi: bool,
     ) -> Result<Option<Started>> {
-        let (rank, world_size) = (
-            self.number(names[0], names[0])?,
-            self.number(names[1], names[0])?,
-        );
+        let rank = self.number(names[0], names[0])?;
+        let world_size = self.number(names[1], names[0])?;
         if world_size == 1 {
             return Ok(None);
         }
@@ -221,7 +217,8 @@ impl Variables<'_> {
         } else {
             "SLURM_NTASKS"
         };
-        let (rank, world_size) = (self.number(because, because)?, self.number(total, because)?);
+        let rank = self.number(because, because)?;
+        let world_size = self.number(total, because)?;
         // A step of one task is a shell, or a launcher of its own.
         if world_size == 1 {
             return Ok(None);
@@ -359,7 +356,8 @@ fn expand(name: &str) -> Option<Vec<String>> {
     let mut found = Vec::new();
     for range in ranges.split(',') {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
-        let (low, high): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
+        let low: u64 = first.parse().ok()?;
+        let high: u64 = last.parse().ok()?;
         if high < low || high - low > 1 << 20 {
             return None;
         }

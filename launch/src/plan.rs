@@ -34,7 +34,8 @@ pub(crate) fn schedule(args: &ScheduleArgs) -> Result<ExitCode> {
         );
     }
     // Times are of a rank's layers: stages of a rank share them.
-    let (ranks, chunks) = (order.ranks.len(), order.chunks as f64);
+    let ranks = order.ranks.len();
+    let chunks = order.chunks as f64;
     let mut costs = Costs::uniform(
         order.stages(),
         forward / chunks,
@@ -99,10 +100,8 @@ pub(crate) fn schedule(args: &ScheduleArgs) -> Result<ExitCode> {
     );
     println!("rank   computes   microbatches held (until W, until B)");
     for rank in 0..ranks {
-        let (held, until_b) = (
-            timeline.held[rank],
-            timeline.held_until_input_gradient[rank],
-        );
+        let held = timeline.held[rank];
+        let until_b = timeline.held_until_input_gradient[rank];
         println!(
             "{rank:>4}   {:>8.2}   {held:>6.2} {until_b:>6.2}",
             timeline.busy(rank)
@@ -163,10 +162,8 @@ pub(crate) fn mesh(args: &MeshArgs) -> Result<ExitCode> {
             .stages
             .iter()
             .map(|stage| {
-                let (first, last) = (
-                    if stage.first { "in+" } else { "" },
-                    if stage.last { "+out" } else { "" },
-                );
+                let first = if stage.first { "in+" } else { "" };
+                let last = if stage.last { "+out" } else { "" };
                 format!("{first}{}..{}{last}", stage.layers.start, stage.layers.end)
             })
             .collect();

@@ -224,7 +224,8 @@ fn train(
     bind(config.run.bind, env, device.numa_node());
     let timeout = Duration::from_secs(config.run.timeout_s);
     let world = World::join(env, timeout, config.run.communicator, device.as_ref())?;
-    let (dir, rank) = (config.run.dir.clone(), env.rank);
+    let dir = config.run.dir.clone();
+    let rank = env.rank;
     world.record_to(&flight_path(&dir, rank));
     // It cannot end in the ordinary way.
     world.when_stuck(move |error| {
@@ -266,11 +267,9 @@ impl Begun<'_> {
             world,
         } = *self;
         let dir = config.run.dir.clone();
-        let (steps, log_every, validates) = (
-            config.train.steps,
-            config.run.log_every,
-            config.validation.is_some(),
-        );
+        let steps = config.train.steps;
+        let log_every = config.run.log_every;
+        let validates = config.validation.is_some();
         let unigram = unigram_entropy(&config);
         let place = format!(
             "rank {} of {}, started by {by}, communicator {}",

@@ -43,7 +43,8 @@ fn path(run: &Path) -> PathBuf {
 
 impl Register {
     pub(crate) fn new(secret: &Secret) -> Register {
-        let (keepers, skips) = (Vec::new(), BTreeMap::new());
+        let keepers = Vec::new();
+        let skips = BTreeMap::new();
         Register {
             secret: secret.clone(),
             generation: 0,
@@ -74,7 +75,8 @@ impl Register {
 
     /// Writes it, for this user's eyes only.
     pub(crate) fn save(&self, run: &Path) -> Result<()> {
-        let (path, fresh) = (path(run), run.join("keepers.json.new"));
+        let path = path(run);
+        let fresh = run.join("keepers.json.new");
         let write = || -> std::io::Result<()> {
             let _ = std::fs::remove_file(&fresh);
             let mut file = OpenOptions::new()

@@ -132,7 +132,8 @@ pub(crate) fn verify(args: &RunArgs) -> Result<ExitCode> {
     let mut damaged = found.is_empty();
     for candidate in &found {
         let id = candidate.snapshot.id;
-        let (mut chunks, mut bad) = (0, 0);
+        let mut chunks = 0;
+        let mut bad = 0;
         for (node, inventory) in &inventories {
             let here = inventory.parts.iter().filter(|(other, _)| *other == id);
             chunks += here.map(|(_, part)| part.crcs.len()).sum::<usize>();

@@ -172,10 +172,13 @@ pub fn split(by_source: &[(Place, i64)], shares: &[(Place, i64)]) -> Vec<(usize,
             order.sort_by_key(|&index| near(&places[index].0));
             order
         };
-        let (sources, targets) = (order(by_source, &left), order(shares, &room));
-        let (mut source, mut target) = (0, 0);
+        let sources = order(by_source, &left);
+        let targets = order(shares, &room);
+        let mut source = 0;
+        let mut target = 0;
         while source < sources.len() && target < targets.len() {
-            let (from, to) = (sources[source], targets[target]);
+            let from = sources[source];
+            let to = targets[target];
             let taken = match near(&by_source[from].0).cmp(&near(&shares[to].0)) {
                 std::cmp::Ordering::Equal => left[from].min(room[to]),
                 std::cmp::Ordering::Less => {

@@ -138,10 +138,8 @@ mod tests {
 
     #[test]
     fn contributions_of_two_microbatches_add_up_to_the_batch() {
-        let (a, b) = (
-            stats(&[3., 1.], &[2.5, 1.5], 1),
-            stats(&[1., 3.], &[2., 2.], 1),
-        );
+        let a = stats(&[3., 1.], &[2.5, 1.5], 1);
+        let b = stats(&[1., 3.], &[2., 2.], 1);
         let whole = Tensor::from_slice(&[4f32, 4.]).view([1, 2]);
         let totals = BatchTotals {
             groups: 2.0,

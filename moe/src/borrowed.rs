@@ -4,7 +4,8 @@
 
 use crate::foreign::{Lending, Returning};
 use parallel::Weight;
-use std::sync::{Arc, Mutex, MutexGuard};
+use parking_lot::{Mutex, MutexGuard};
+use std::sync::Arc;
 use tch::{Kind, Tensor};
 use torch_ext::Error;
 
@@ -49,7 +50,7 @@ impl Borrowed {
     }
 
     fn lock(&self) -> MutexGuard<'_, Held> {
-        self.0.lock().expect("nobody panics with it")
+        self.0.lock()
     }
 
     /// After forward.

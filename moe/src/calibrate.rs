@@ -50,7 +50,8 @@ pub fn break_even(
         fetched_twice,
     } = expert;
     let random = |shape: &[i64]| device.zeros(shape, kind).uniform_(-1.0, 1.0);
-    let (gate_up, down) = (random(&[2 * ffn, hidden]), random(&[hidden, ffn]));
+    let gate_up = random(&[2 * ffn, hidden]);
+    let down = random(&[hidden, ffn]);
     let work = |rows: i64| {
         let x = random(&[rows, hidden]);
         least(|| {
@@ -83,9 +84,10 @@ fn line([few, many]: [f64; 2]) -> (f64, f64) {
     let each = (many - few) / (ROWS.1 - ROWS.0) as f64;
     let besides = few - ROWS.0 as f64 * each;
     // Where many rows seem to take no longer than few, or few less than their share, that is noise.
-    match each > 0.0 && besides > 0.0 {
-        true => (each, besides),
-        false => (many / ROWS.1 as f64, 0.0),
+    if each > 0.0 && besides > 0.0 {
+        (each, besides)
+    } else {
+        (many / ROWS.1 as f64, 0.0)
     }
 }
 

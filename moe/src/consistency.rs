@@ -35,7 +35,9 @@ pub fn segment_routing(
 ) -> Option<f64> {
     let counts = counts(experts, top_k, num_experts, sequence, segment);
     let f1 = |least: usize| {
-        let (mut covered, mut in_vain, mut missed) = (0, 0, 0);
+        let mut covered = 0;
+        let mut in_vain = 0;
+        let mut missed = 0;
         for &count in counts.iter().flatten() {
             if count >= least {
                 covered += count;
@@ -60,7 +62,8 @@ pub fn segment_cache(
     (segment, cache): (usize, usize),
 ) -> Option<f64> {
     let counts = counts(experts, top_k, num_experts, sequence, segment);
-    let (mut hits, all) = (0, counts.len() * segment * top_k);
+    let mut hits = 0;
+    let all = counts.len() * segment * top_k;
     for mut counts in counts {
         counts.sort_unstable_by(|a, b| b.cmp(a));
         hits += counts.iter().take(cache).sum::<usize>();

@@ -15,7 +15,8 @@ use crate::plan::{Route, Sites, count, part_of, plan_receive, plan_send, route};
 use crate::rows::{Slots, permute_rows};
 use parallel::collectives::{Travelling, start_all_to_all};
 use parallel::{Activation, Communicator, Weight, Work};
-use std::sync::{Arc, Mutex};
+use parking_lot::Mutex;
+use std::sync::Arc;
 use std::time::Instant;
 use tch::{Device, Kind, Tensor};
 use torch_ext::Error;
@@ -244,15 +245,12 @@ impl Dispatcher {
 
     /// For each expert its position: the first owner holds the first positions, and so on.
     pub fn positions(&self) -> Arc<Vec<i64>> {
-        self.positions
-            .lock()
-            .expect("nobody panics with it")
-            .clone()
+        self.positions.lock().clone()
     }
 
     /// Says that experts have moved.
     pub fn place(&self, positions: Vec<i64>) {
-        *self.positions.lock().expect("nobody panics with it") = Arc::new(positions);
+        *self.positions.lock() = Arc::new(positions);
     }
 
     /// In how many parts tokens travel.
@@ -289,10 +287,7 @@ impl Dispatcher {
             .collect();
         let owners = self.sites.owners();
         let assignment = match &self.least_loaded {
-            Some(LeastLoaded { planner, .. }) => planner
-                .lock()
-                .expect("nobody panics with it")
-                .plan(&loads, owners),
+            Some(LeastLoaded { planner, .. }) => planner.lock().plan(&loads, owners),
             None => crate::assignment::Assignment::standard(&loads, owners),
         };
         let route = route(
@@ -328,7 +323,9 @@ impl Dispatcher {
         plan: &Plan,
         part: usize,
     ) -> Result<Sending, Error> {
-        let (route, slices, ranks) = (&plan.route, self.sites.slices, self.group.size());
+        let route = &plan.route;
+        let slices = self.sites.slices;
+        let ranks = self.group.size();
         let num_experts = plan.positions.len();
         let experts = placed(experts, &plan.positions);
         let owners = route.parts[part].owners(&experts, num_experts);
@@ -340,7 +337,8 @@ impl Dispatcher {
                 (0..slices).map(move |slice| Some((owner * slices + slice, expert as usize)))
             })
             .collect();
-        let (per_token, device) = (top_k * slices, x_td.device());
+        let per_token = top_k * slices;
+        let device = x_td.device();
         let (way, counts) = match &self.hierarchy {
             Some(hierarchy) => hierarchy::way(
                 hierarchy,

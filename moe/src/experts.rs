@@ -98,13 +98,12 @@ pub(crate) fn grouped_swiglu_with(
         Ok::<_, Error>((out, hidden))
     })?;
     let kept = keep.then_some(hidden);
-    let (saved, gate_up, down, counts) = (
-        x_rd.saved(),
-        gate_up_efd.clone(),
-        down_edf.clone(),
-        counts.to_vec(),
-    );
-    let (of_gate_up, of_down) = (gate_up_efd.tracker(), down_edf.tracker());
+    let saved = x_rd.saved();
+    let gate_up = gate_up_efd.clone();
+    let down = down_edf.clone();
+    let counts = counts.to_vec();
+    let of_gate_up = gate_up_efd.tracker();
+    let of_down = down_edf.tracker();
     let grad_shape = out.size();
     let options = (out.kind(), out.device());
     let mut out = attach_backward(
@@ -130,10 +129,13 @@ pub(crate) fn grouped_swiglu_with(
             let grad_activation = gemm.grouped(&grad_out, &here.down, &counts, false)?;
             let (grad_hidden, activation) = swiglu_backward(&grad_activation, &hidden);
             let grad_x = gemm.grouped(&grad_hidden, &here.gate_up, &counts, false)?;
-            let (borrowed, counts) = (borrowed.clone(), counts.clone());
+            let borrowed = borrowed.clone();
+            let counts = counts.clone();
             add_gradients(&[&down, &gate_up], move |sums| {
-                let (of_down, of_gate_up) = (sums[0], sums[1]);
-                let (down, gate_up) = (of_down.size(), of_gate_up.size());
+                let of_down = sums[0];
+                let of_gate_up = sums[1];
+                let down = of_down.size();
+                let gate_up = of_gate_up.size();
                 let (own, foreign) = counts.split_at(down[0] as usize);
                 let own_rows: i64 = own.iter().sum();
                 // What helpers owe is on its way while this rank adds up its own.
@@ -216,13 +218,13 @@ mod tests {
 
     #[test]
     fn the_gradients_are_those_of_autograd_expert_by_expert() {
-        let (hidden, ffn, counts) = (6i64, 5i64, [3i64, 0, 2]);
+        let hidden = 6i64;
+        let ffn = 5i64;
+        let counts = [3i64, 0, 2];
         let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
         let values = [random(&[3, 2 * ffn, hidden]), random(&[3, hidden, ffn])];
-        let (mut x, probe) = (
-            random(&[5, hidden]).set_requires_grad(true),
-            random(&[5, hidden]),
-        );
+        let mut x = random(&[5, hidden]).set_requires_grad(true);
+        let probe = random(&[5, hidden]);
         let [gate_up, down] = values.each_ref().map(|value| Weight::new(value.copy()));
         let gradients = collect([&gate_up, &down]);
         let mut run = |keep| {
@@ -285,14 +287,14 @@ mod tests {
 
     #[test]
     fn fp8_trains_on_nearly_the_same_gradients() {
-        let (hidden, ffn, counts) = (32i64, 16i64, [30i64, 0, 18]);
+        let hidden = 32i64;
+        let ffn = 16i64;
+        let counts = [30i64, 0, 18];
         let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
         let weights = [random(&[3, 2 * ffn, hidden]), random(&[3, hidden, ffn])].map(Weight::new);
         let gradients = collect([&weights[0], &weights[1]]);
-        let (mut x, probe) = (
-            random(&[48, hidden]).set_requires_grad(true),
-            random(&[48, hidden]),
-        );
+        let mut x = random(&[48, hidden]).set_requires_grad(true);
+        let probe = random(&[48, hidden]);
         let mut run = |gemm| {
             gradients.begin(1);
             let activation = Activation::kept(&x);
@@ -329,7 +331,8 @@ mod tests {
     #[test]
     fn no_rows_at_all_trains_on() {
         let weight = |shape: &[i64]| Weight::new(Cpu.zeros(shape, Kind::Float).fill_(1.0));
-        let (gate_up, down) = (weight(&[2, 4, 3]), weight(&[2, 3, 2]));
+        let gate_up = weight(&[2, 4, 3]);
+        let down = weight(&[2, 3, 2]);
         let gradients = collect([&gate_up, &down]);
         let rows = |count| Activation::kept(&Cpu.zeros(&[count, 3], Kind::Float));
         let out = grouped_swiglu(&rows(0), &gate_up, &down, &[0, 0], true).unwrap();

@@ -66,7 +66,8 @@ impl Lending {
         if route.transfers.is_empty() {
             return None;
         }
-        let (owner, slice) = (group.rank() / sites.slices, group.rank() % sites.slices);
+        let owner = group.rank() / sites.slices;
+        let slice = group.rank() % sites.slices;
         let first = route.work.first().copied().unwrap_or(0);
         let mut lending = Lending {
             group: group.clone(),
@@ -75,13 +76,12 @@ impl Lending {
             rounds: 0,
         };
         // The last sender and receiver, and which of the sender's helpers that receiver is.
-        let (mut last, mut round) = (None, 0);
+        let mut last = None;
+        let mut round = 0;
         // They come by sender, receiver and expert; weights go between ranks with the same slice.
         for transfer in &route.transfers {
-            let (from, to) = (
-                transfer.from * sites.slices + slice,
-                transfer.to * sites.slices + slice,
-            );
+            let from = transfer.from * sites.slices + slice;
+            let to = transfer.to * sites.slices + slice;
             if last != Some((transfer.from, transfer.to)) {
                 round = if last.is_some_and(|(from, _)| from == transfer.from) {
                     round + 1
@@ -118,8 +118,10 @@ impl Lending {
 
     /// Every rank of `group` lends its first expert to the next.
     pub(crate) fn ring(group: &Arc<dyn Communicator>) -> Arc<Lending> {
-        let (rank, ranks) = (group.rank(), group.size());
-        let (next, previous) = ((rank + 1) % ranks, (rank + ranks - 1) % ranks);
+        let rank = group.rank();
+        let ranks = group.size();
+        let next = (rank + 1) % ranks;
+        let previous = (rank + ranks - 1) % ranks;
         let borrowed = vec![Borrowed {
             lender: previous,
             experts: 1,
@@ -269,7 +271,8 @@ impl Returning {
 pub(crate) fn parts(flat: &Tensor, gate_up: &[i64], down: &[i64]) -> [Tensor; 2] {
     let mut start = 0;
     [gate_up, down].map(|like| {
-        let (elements, mut shape) = (numel(like), like.to_vec());
+        let elements = numel(like);
+        let mut shape = like.to_vec();
         shape[0] = flat.size()[0];
         start += elements;
         flat.narrow(1, start - elements, elements)

@@ -52,7 +52,9 @@ pub(crate) fn grouped_matmul(
         );
         return out.map_err(|e| Error::new(format!("experts in fp8: {e}")));
     }
-    let (small, mut parts, mut start) = (small.to_kind(Kind::Float), Vec::new(), 0);
+    let small = small.to_kind(Kind::Float);
+    let mut parts = Vec::new();
+    let mut start = 0;
     for (expert, &len) in counts.iter().enumerate() {
         let (matrix, of_matrix) = quantize(&matrices.get(expert as i64));
         let part = small

@@ -8,7 +8,8 @@ use crate::plan::{count, count_choices, part_of, segments};
 use crate::router::{Router, Routing};
 use parallel::tensor::TensorParallel;
 use parallel::{Activation, Communicator, ReduceOp, Weight, linears};
-use std::sync::{Arc, Mutex};
+use parking_lot::Mutex;
+use std::sync::Arc;
 use tch::{Kind, Tensor};
 use torch_ext::Error;
 
@@ -122,8 +123,8 @@ impl MoeLayer {
             .weights
             .bias
             .as_ref()
-            .map(|bias| bias.lock().expect("nobody panics with it").shallow_clone());
-        let before = replay.0.lock().expect("nobody panics with it").take();
+            .map(|bias| bias.lock().shallow_clone());
+        let before = replay.0.lock().take();
         let (chosen, plan) =
             before.map_or((None, None), |(chosen, plan)| (Some(chosen), Some(plan)));
         let in_all = tokens * self.tensor.size();
@@ -145,8 +146,7 @@ impl MoeLayer {
             Some(plan) => plan,
             None => self.dispatcher.plan(&experts, top_k)?,
         };
-        *replay.0.lock().expect("nobody panics with it") =
-            Some((routing.experts_tk.shallow_clone(), plan.clone()));
+        *replay.0.lock() = Some((routing.experts_tk.shallow_clone(), plan.clone()));
         let shared = |x_td: &Activation| match &self.weights.shared {
             None => Ok(None),
             Some((gate_up, down)) => {
@@ -206,12 +206,10 @@ impl MoeLayer {
         plan: &Plan,
         beside: impl FnOnce(&Activation) -> Result<Option<Tensor>, Error>,
     ) -> Result<Mixed, Error> {
-        let (
-            Router {
-                top_k, num_experts, ..
-            },
-            MoeWeights { gate_up, down, .. },
-        ) = (&self.router, &self.weights);
+        let Router {
+            top_k, num_experts, ..
+        } = &self.router;
+        let MoeWeights { gate_up, down, .. } = &self.weights;
         let parts = self.dispatcher.parts();
         let mut fetching = plan.fetch(gate_up, down)?;
         // All parts are on their way before the first is worked on; its results are while the next one is.
@@ -237,9 +235,13 @@ impl MoeLayer {
         let beside = beside(x_td)?;
         let mut borrowed = None;
         let mut returning = Vec::new();
-        let (mut rows, mut borrowed_rows, mut bytes_across) = (0, 0, 0);
+        let mut rows = 0;
+        let mut borrowed_rows = 0;
+        let mut bytes_across = 0;
         for ((sending, range), weights) in sending.into_iter().zip(&ranges).zip(&weights) {
-            let (saved, start, len) = (x_td.saved(), range.start as i64, range.len() as i64);
+            let saved = x_td.saved();
+            let start = range.start as i64;
+            let len = range.len() as i64;
             let dispatched = sending.arrive(
                 move || Ok(saved.get()?.narrow(0, start, len)),
                 self.keep.rows,
@@ -256,7 +258,8 @@ impl MoeLayer {
             rows += counts.iter().sum::<i64>();
             borrowed_rows += counts[plan.route.held..].iter().sum::<i64>();
             bytes_across += self.dispatcher.bytes_across(&dispatched);
-            let (rows_rd, borrowed) = (&dispatched.rows_rd, borrowed.clone());
+            let rows_rd = &dispatched.rows_rd;
+            let borrowed = borrowed.clone();
             let y_rd = grouped_swiglu_with(
                 rows_rd,
                 gate_up,

@@ -113,10 +113,8 @@ impl Planner {
             Imbalance::Device => &of_owners,
             Imbalance::Expert => loads,
         };
-        let (total, largest) = (
-            measured.iter().sum::<i64>(),
-            measured.iter().copied().max().unwrap_or(0),
-        );
+        let total = measured.iter().sum::<i64>();
+        let largest = measured.iter().copied().max().unwrap_or(0);
         total == 0 || largest as f64 * (measured.len() as f64) < self.threshold * total as f64
     }
 
@@ -128,7 +126,8 @@ impl Planner {
         order: &[usize],
         capacity: f64,
     ) -> Vec<Share> {
-        let (experts, owners) = (loads.len(), standard.len());
+        let experts = loads.len();
+        let owners = standard.len();
         let total: i64 = standard.iter().sum();
         let capacity = (capacity * total as f64 / owners as f64).ceil() as i64;
         // Finer than this, chunks are not worth more balance; coarser, and full ranks cannot be emptied.
@@ -137,7 +136,8 @@ impl Planner {
         // What each owner has been given, and what of its own experts is still to be decided.
         let mut loaded = LeastFirst::new(standard);
         for &expert in order {
-            let (load, at_home) = (loads[expert], home(expert, experts, owners));
+            let load = loads[expert];
+            let at_home = home(expert, experts, owners);
             let others = loaded.of(at_home) - load;
             let mut kept = (capacity - others).clamp(0, load);
             let mut rest = load - kept;
@@ -211,7 +211,8 @@ pub fn paper(loads: &[i64], owners: usize, capacity: f64, min_tokens: i64) -> Ve
     let mut loaded = LeastFirst::new(&home_loads(loads, owners));
     let mut entries = Vec::new();
     for expert in heaviest_first(loads) {
-        let (load, at_home) = (loads[expert], home(expert, loads.len(), owners));
+        let load = loads[expert];
+        let at_home = home(expert, loads.len(), owners);
         let others = loaded.of(at_home) - load;
         let kept = (capacity - others).clamp(0, load);
         let mut start = 0;
@@ -327,7 +328,8 @@ impl LeastFirst {
 
     /// The least loaded owner in `range`.
     fn least(&self, range: std::ops::Range<usize>) -> usize {
-        let (mut start, mut end) = (self.width + range.start, self.width + range.end);
+        let mut start = self.width + range.start;
+        let mut end = self.width + range.end;
         let mut best = usize::MAX;
         while start < end {
             if start % 2 == 1 {

@@ -78,7 +78,8 @@ pub fn route(
     sites: &Sites,
     rank: usize,
 ) -> Route {
-    let (ranks, experts) = (sites.ranks(), assignment.experts());
+    let ranks = sites.ranks();
+    let experts = assignment.experts();
     let nodes = sites.owner_nodes();
     let place = |owner: usize| Place {
         owner,
@@ -344,7 +345,8 @@ mod tests {
             any::<bool>(),
         );
         sizes.prop_flat_map(|(owners, slices, local, per_node, hot, least_loaded)| {
-            let (ranks, num_experts) = (owners * slices, owners * local);
+            let ranks = owners * slices;
+            let num_experts = owners * local;
             (1..=num_experts.min(4)).prop_flat_map(move |top_k| {
                 let expert = prop_oneof![2 => 0..num_experts, 3 => Just(hot % num_experts)];
                 let token = prop::collection::vec(expert, 8).prop_map(move |drawn| {

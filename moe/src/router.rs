@@ -57,8 +57,13 @@ pub struct Routing {
 impl Router {
     /// The best `top_k` of `num_experts`, by normalised softmax scores, without groups.
     pub fn new(num_experts: usize, top_k: usize) -> Router {
-        let (score, normalize, scale) = (Score::Softmax, true, 1.0);
-        let (groups, top_groups, even_groups, force_balance) = (1, 1, false, false);
+        let score = Score::Softmax;
+        let normalize = true;
+        let scale = 1.0;
+        let groups = 1;
+        let top_groups = 1;
+        let even_groups = false;
+        let force_balance = false;
         Router {
             num_experts,
             top_k,
@@ -104,7 +109,8 @@ impl Router {
             prob_sums_ge,
             z_sum,
         } = kernels::gate(&logits, &experts_tk, gate, groups);
-        let (experts, groups) = (experts_tk.shallow_clone(), groups.to_vec());
+        let experts = experts_tk.shallow_clone();
+        let groups = groups.to_vec();
         let made = attach_backward(
             &[&logits_te],
             vec![weights_tk, prob_sums_ge, z_sum],
@@ -168,7 +174,8 @@ impl Router {
 
     fn choose(&self, logits_te: &Tensor, bias_e: Option<&Tensor>) -> Tensor {
         if self.force_balance {
-            let (tokens, top_k) = (logits_te.size()[0], self.top_k as i64);
+            let tokens = logits_te.size()[0];
+            let top_k = self.top_k as i64;
             let turns = Tensor::arange(tokens * top_k, (Kind::Int64, logits_te.device()));
             return turns
                 .remainder(self.num_experts as i64)
@@ -183,7 +190,8 @@ impl Router {
             scores_te += bias_e;
         }
         if self.even_groups {
-            let (groups, per_group) = (self.groups as i64, (self.num_experts / self.groups) as i64);
+            let groups = self.groups as i64;
+            let per_group = (self.num_experts / self.groups) as i64;
             let (_, within) = scores_te.view([-1, groups, per_group]).topk(
                 self.top_k as i64 / groups,
                 -1,
@@ -200,7 +208,8 @@ impl Router {
             return chosen_tk.gather(1, &order, false);
         }
         if self.top_groups < self.groups {
-            let (groups, per_group) = (self.groups as i64, (self.num_experts / self.groups) as i64);
+            let groups = self.groups as i64;
+            let per_group = (self.num_experts / self.groups) as i64;
             let grouped = scores_te.view([-1, groups, per_group]);
             // A group counts as much as its best expert (DeepSeek-V2) or, with sigmoid scores, its best two (V3).
             let counted = if self.score == Score::Sigmoid {
@@ -320,7 +329,8 @@ mod tests {
             Some(&bias),
         );
         assert_eq!(list::<i64>(&routing.experts_tk), [0, 1]);
-        let (a, b) = (1.0 / (1.0 + 3f32.exp()), 1.0 / (1.0 + (-2f32).exp()));
+        let a = 1.0 / (1.0 + 3f32.exp());
+        let b = 1.0 / (1.0 + (-2f32).exp());
         assert!((list::<f32>(&routing.weights_tk)[0] - a / (a + b)).abs() < 1e-6);
         let total: f32 = list::<f32>(&routing.prob_sums_ge).iter().sum();
         assert!((total - 1.0).abs() < 1e-6);

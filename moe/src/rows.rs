@@ -65,11 +65,9 @@ impl Slots {
         y_nd: &Tensor,
         weights_tc: &Tensor,
     ) -> Result<Tensor, Error> {
-        let (y, weights, slots) = (
-            y_nd.detach(),
-            weights_tc.detach(),
-            self.slot_of_choice.shallow_clone(),
-        );
+        let y = y_nd.detach();
+        let weights = weights_tc.detach();
+        let slots = self.slot_of_choice.shallow_clone();
         let out = tch::no_grad(|| combine(&y, &slots, Some(&weights)));
         let mut out = attach_backward(&[y_nd, weights_tc], vec![out], move |grads| {
             let Some(grad_td) = &grads[0] else {
@@ -125,16 +123,20 @@ mod tests {
                     .uniform_(-1.0, 1.0)
                     .set_requires_grad(true)
             };
-            let (x, w) = (random(&[3, 4]), random(&[3, 2]));
-            let (probe, second) = (random(&[3, 4]).detach(), random(&[3, 4]).detach());
+            let x = random(&[3, 4]);
+            let w = random(&[3, 2]);
+            let probe = random(&[3, 4]).detach();
+            let second = random(&[3, 4]).detach();
 
             let rows = slots.gather(&x).unwrap();
             let squares = &rows * &rows;
             let out = slots.combine_weighted(&squares, &w).unwrap();
             let sum = slots.combine(&squares).unwrap();
             (&out * &probe + &sum * &second).sum(Kind::Float).backward();
-            let (grad_x, grad_w) = (x.grad().copy(), w.grad().copy());
-            let (mut x, mut w) = (x, w);
+            let grad_x = x.grad().copy();
+            let grad_w = w.grad().copy();
+            let mut x = x;
+            let mut w = w;
             x.zero_grad();
             w.zero_grad();
 

@@ -11,7 +11,8 @@ use parallel::tensor::TensorParallel;
 use parallel::{
     Activation, Communicator, Cpu, GradientBuckets, Local, Replication, Weight, World, on_threads,
 };
-use std::sync::{Arc, Mutex};
+use parking_lot::Mutex;
+use std::sync::Arc;
 use std::time::Duration;
 use tch::{Kind, Tensor};
 
@@ -77,9 +78,11 @@ struct Groups {
 
 impl Groups {
     fn join(world: &World) -> Groups {
-        let (rank, ranks) = (world.rank(), world.size());
+        let rank = world.rank();
+        let ranks = world.size();
         let by_node = |per_node: usize| {
-            let (node, place) = (rank / per_node, rank % per_node);
+            let node = rank / per_node;
+            let place = rank % per_node;
             let inside: Vec<usize> = (node * per_node..(node + 1) * per_node).collect();
             let across: Vec<usize> = (place..ranks).step_by(per_node).collect();
             Hierarchy {
@@ -125,7 +128,8 @@ fn run(groups: &Groups, case: &Case, mode: Mode) -> Outcome {
         .ranks_per_node
         .map(|per_node| groups.by_node[per_node - 1].clone());
     let local = (case.num_experts / sites.owners()) as i64;
-    let (owner, slice) = ((rank / case.slices) as i64, (rank % case.slices) as i64);
+    let owner = (rank / case.slices) as i64;
+    let slice = (rank % case.slices) as i64;
     let ffn = FFN / case.slices as i64;
     // This rank's slice of its experts.
     let gate_up = numbers(1, &[case.num_experts as i64, 2, FFN, HIDDEN]);
@@ -139,7 +143,8 @@ fn run(groups: &Groups, case: &Case, mode: Mode) -> Outcome {
     let gate_up = Weight::new(gate_up.contiguous().view([local, 2 * ffn, HIDDEN]));
     let down = Weight::new(down.contiguous());
     let alone: Arc<dyn Communicator> = Arc::new(Local::new(rank, "alone"));
-    let (gate_up, down) = (gate_up.used(mode.parts), down.used(mode.parts));
+    let gate_up = gate_up.used(mode.parts);
+    let down = down.used(mode.parts);
     let weights = [(gate_up.clone(), 0), (down.clone(), 0)];
     let gradients =
         GradientBuckets::new(&weights, &[Replication::alone()], 1 << 20, true, &Cpu).unwrap();
@@ -337,7 +342,8 @@ fn distance(a: &Tensor, b: &Tensor) -> f64 {
             .sqrt()
             .double_value(&[])
     };
-    let (difference, size) = (norm(&(a - b)), norm(b));
+    let difference = norm(&(a - b));
+    let size = norm(b);
     if difference == 0.0 {
         0.0
     } else {

@@ -13,7 +13,8 @@
 //! Every rank of the group calls forward and backward, in the same order.
 
 use crate::{CommError, Communicator, ReduceOp, Work};
-use std::sync::{Arc, Mutex};
+use parking_lot::Mutex;
+use std::sync::Arc;
 use tch::{Kind, Tensor};
 use torch_ext::{Error, attach_backward};
 
@@ -23,14 +24,11 @@ type Shared = Arc<dyn Communicator>;
 pub(crate) type Slot = Arc<Mutex<Option<(Work, Tensor)>>>;
 
 pub(crate) fn fill(slot: &Slot, work: Work, tensor: Tensor) {
-    *slot.lock().expect("no thread panics while it holds a slot") = Some((work, tensor));
+    *slot.lock() = Some((work, tensor));
 }
 
 pub(crate) fn take(slot: &Slot) -> Result<Tensor, Error> {
-    let filled = slot
-        .lock()
-        .expect("no thread panics while it holds a slot")
-        .take();
+    let filled = slot.lock().take();
     let (work, tensor) = filled.ok_or_else(|| Error::new("a part that nobody sent"))?;
     work.wait()?;
     Ok(tensor)
@@ -189,7 +187,8 @@ pub fn start_all_to_all(
     let mut link = attach_backward(&[input], vec![link], move |_| {
         Ok(vec![Some(take(&arrived)?)])
     })?;
-    let (receive, send) = (receive.to_vec(), send.to_vec());
+    let receive = receive.to_vec();
+    let send = send.to_vec();
     Ok(Travelling {
         work,
         output,
@@ -217,7 +216,8 @@ impl Travelling {
             send,
         } = self;
         work.wait()?;
-        let (shape, options) = (output.size(), (output.kind(), output.device()));
+        let shape = output.size();
+        let options = (output.kind(), output.device());
         let mut out = attach_backward(&[&link], vec![output], move |grads| {
             // A rank whose rows nobody used still takes part, with zeros.
             let grad = match &grads[0] {

@@ -84,14 +84,16 @@ impl Ring {
     /// The additive mask `[B, 1, queries, keys]` of a block, where documents are kept apart.
     fn mask(&self, block: Block, keys_of: usize, kind: Kind) -> Option<Tensor> {
         let documents = self.documents.as_ref()?;
-        let (rank, ranks) = (self.group.rank(), self.group.size());
+        let rank = self.group.rank();
+        let ranks = self.group.size();
         let at = |rank: usize, (start, len): (i64, i64)| {
             let all = positions(ContextKind::Ring, self.length, rank, ranks);
             Tensor::from_slice(&all[start as usize..(start + len) as usize])
                 .to_device(documents.device())
         };
         let (queries, keys) = block.parts((self.length / ranks) as i64);
-        let (queries, keys) = (at(rank, queries), at(keys_of, keys));
+        let queries = at(rank, queries);
+        let keys = at(keys_of, keys);
         let own = documents.index_select(1, &queries).unsqueeze(2);
         let theirs = documents.index_select(1, &keys).unsqueeze(1);
         let causal = queries.unsqueeze(1).ge_tensor(&keys.unsqueeze(0));
@@ -111,8 +113,10 @@ impl Ring {
         mut travels: Option<Tensor>,
         mut visit: impl FnMut(Block, usize, &Tensor, Option<&Tensor>),
     ) -> Result<Option<Tensor>, CommError> {
-        let (rank, ranks) = (self.group.rank(), self.group.size());
-        let (next, previous) = ((rank + 1) % ranks, (rank + ranks - 1) % ranks);
+        let rank = self.group.rank();
+        let ranks = self.group.size();
+        let next = (rank + 1) % ranks;
+        let previous = (rank + ranks - 1) % ranks;
         let mut keys_values = own.shallow_clone();
         for step in 0..ranks {
             let keys_of = (rank + ranks - step) % ranks;
@@ -130,10 +134,8 @@ impl Ring {
             );
             if let Some(sum) = &travels {
                 let theirs = sum.empty_like();
-                let (sent, received) = (
-                    self.group.send(sum, next, 1)?,
-                    self.group.recv(&theirs, previous, 1)?,
-                );
+                let sent = self.group.send(sum, next, 1)?;
+                let received = self.group.recv(&theirs, previous, 1)?;
                 sent.wait()?;
                 received.wait()?;
                 travels = Some(theirs);
@@ -164,7 +166,10 @@ pub fn ring_attention(
 ) -> Result<Tensor, Error> {
     let failed = |e: CommError| Error::new(e.to_string());
     let size = query.size();
-    let (batch, heads, own, width) = (size[0], size[1], size[2], size[3]);
+    let batch = size[0];
+    let heads = size[1];
+    let own = size[2];
+    let width = size[3];
     let ring = Ring {
         group: group.clone(),
         scale,
@@ -189,15 +194,14 @@ pub fn ring_attention(
             let (queries, keys) = block.parts(own);
             let part = |t: &Tensor, (start, len): (i64, i64)| t.narrow(2, start, len);
             let mask = ring.mask(block, keys_of, q.kind());
-            let (k, v) = (
-                repeat_heads(&part(&kv.get(0), keys), times),
-                repeat_heads(&part(&kv.get(1), keys), times),
-            );
+            let k = repeat_heads(&part(&kv.get(0), keys), times);
+            let v = repeat_heads(&part(&kv.get(1), keys), times);
             let causal = block == Block::Own && mask.is_none();
             let (of_block, lse_of_block) =
                 attend(&part(&q, queries), &k, &v, mask.as_ref(), causal, scale);
             // Both are averages of values; their weights are exp(lse).
-            let (mut out, mut lse) = (part(&out, queries), part(&lse, queries));
+            let mut out = part(&out, queries);
+            let mut lse = part(&lse, queries);
             let joined = lse.logaddexp(&lse_of_block);
             let weight = |lse: &Tensor| (lse - &joined).exp().unsqueeze(-1);
             let both = &out * weight(&lse) + of_block.to_kind(Kind::Float) * weight(&lse_of_block);
@@ -220,10 +224,8 @@ pub fn ring_attention(
                 let (queries, keys) = block.parts(own);
                 let part = |t: &Tensor, (start, len): (i64, i64)| t.narrow(2, start, len);
                 let mask = ring.mask(block, keys_of, q.kind());
-                let (k, v) = (
-                    repeat_heads(&part(&kv.get(0), keys), times),
-                    repeat_heads(&part(&kv.get(1), keys), times),
-                );
+                let k = repeat_heads(&part(&kv.get(0), keys), times);
+                let v = repeat_heads(&part(&kv.get(1), keys), times);
                 let causal = block == Block::Own && mask.is_none();
                 let (dq, dk, dv) = attend_backward(
                     &part(&grad, queries),
@@ -270,7 +272,8 @@ fn attend(
             q, k, v, 0.0, causal, mask, scale,
         );
     }
-    let (mut outs, mut lses) = (Vec::new(), Vec::new());
+    let mut outs = Vec::new();
+    let mut lses = Vec::new();
     for_queries(q.size()[2], |start, len| {
         let scores = scores(&q.narrow(2, start, len), k, mask, causal, scale, start);
         let lse = scores.logsumexp([-1i64].as_slice(), false);
@@ -313,10 +316,8 @@ fn by_hand_backward(
     scale: f64,
 ) -> (Tensor, Tensor, Tensor) {
     let mut dqs = Vec::new();
-    let (mut dk, mut dv) = (
-        k.to_kind(Kind::Float).zeros_like(),
-        v.to_kind(Kind::Float).zeros_like(),
-    );
+    let mut dk = k.to_kind(Kind::Float).zeros_like();
+    let mut dv = v.to_kind(Kind::Float).zeros_like();
     let along = (grad.to_kind(Kind::Float) * out.to_kind(Kind::Float)).sum_dim_intlist(
         [-1i64].as_slice(),
         true,
@@ -349,7 +350,8 @@ fn scores(
     start: i64,
 ) -> Tensor {
     let scores = q.matmul(&k.transpose(2, 3)).to_kind(Kind::Float) * scale;
-    let (queries, keys) = (q.size()[2], k.size()[2]);
+    let queries = q.size()[2];
+    let keys = k.size()[2];
     match mask {
         Some(mask) => scores + mask.narrow(2, start, queries).to_kind(Kind::Float),
         None if causal => {
@@ -377,8 +379,12 @@ fn for_queries(queries: i64, mut body: impl FnMut(i64, i64)) {
 /// # Errors
 /// When the transfer fails.
 pub fn heads_out(x: &Tensor, group: &Arc<dyn Communicator>) -> Result<Tensor, Error> {
-    let (size, ranks) = (x.size(), group.size() as i64);
-    let (batch, heads, own, width) = (size[0], size[1], size[2], size[3]);
+    let ranks = group.size() as i64;
+    let size = x.size();
+    let batch = size[0];
+    let heads = size[1];
+    let own = size[2];
+    let width = size[3];
     let by_head = x
         .contiguous()
         .view([batch, ranks, heads / ranks, own, width])
@@ -395,8 +401,12 @@ pub fn heads_out(x: &Tensor, group: &Arc<dyn Communicator>) -> Result<Tensor, Er
 /// # Errors
 /// When the transfer fails.
 pub fn heads_home(x: &Tensor, group: &Arc<dyn Communicator>) -> Result<Tensor, Error> {
-    let (size, ranks) = (x.size(), group.size() as i64);
-    let (batch, heads, length, width) = (size[0], size[1], size[2], size[3]);
+    let ranks = group.size() as i64;
+    let size = x.size();
+    let batch = size[0];
+    let heads = size[1];
+    let length = size[2];
+    let width = size[3];
     let by_position = x
         .contiguous()
         .view([batch, heads, ranks, length / ranks, width])
@@ -412,8 +422,8 @@ pub fn heads_home(x: &Tensor, group: &Arc<dyn Communicator>) -> Result<Tensor, E
 mod tests {
     use super::*;
     use crate::{Accelerator, Cpu, on_threads};
+    use parking_lot::Mutex;
     use proptest::prelude::*;
-    use std::sync::Mutex;
     use std::time::Duration;
 
     proptest! {
@@ -473,7 +483,8 @@ mod tests {
 
     #[test]
     fn both_kinds_are_attention_over_the_whole_sequence() {
-        let (ranks, length) = (3usize, 12usize);
+        let ranks = 3usize;
+        let length = 12usize;
         let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
         for packed in [false, true] {
             let documents = packed.then(|| {
@@ -498,7 +509,7 @@ mod tests {
                 ));
                 let parts = on_threads(ranks, Duration::from_secs(20), move |world| {
                     let (all, documents) = {
-                        let shared = shared.lock().unwrap();
+                        let shared = shared.lock();
                         (
                             shared.0.each_ref().map(Tensor::copy),
                             shared.1.as_ref().map(Tensor::copy),

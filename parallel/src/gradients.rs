@@ -13,8 +13,9 @@
 
 use crate::sharding::own_rows;
 use crate::{Accelerator, CommError, Communicator, Local, ReduceOp, Weight, Work};
+use parking_lot::Mutex;
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 use torch_ext::Error;
 
@@ -218,7 +219,8 @@ impl State {
     /// the caller will.
     pub(crate) fn sum(&mut self, index: usize) -> (Tensor, bool) {
         let (bucket, member) = self.places[index];
-        let (device, bucket) = (self.device, &mut self.buckets[bucket]);
+        let device = self.device;
+        let bucket = &mut self.buckets[bucket];
         if bucket.whole.is_none() {
             bucket
                 .members
@@ -322,8 +324,10 @@ impl GradientBuckets {
         let mut buckets = Vec::new();
         for plan in &plans {
             let replication = replications[plan.group].clone();
-            let (rank, ranks) = (replication.shard.rank(), replication.shard.size());
-            let (mut offset, mut share) = (0, 0);
+            let rank = replication.shard.rank();
+            let ranks = replication.shard.size();
+            let mut offset = 0;
+            let mut share = 0;
             let mut members = Vec::new();
             for &member in &plan.members {
                 places[member] = (buckets.len(), members.len());
@@ -473,10 +477,8 @@ impl GradientBuckets {
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state
-            .lock()
-            .expect("no thread panics while it holds the gradients")
+    fn lock(&self) -> parking_lot::MutexGuard<'_, State> {
+        self.state.lock()
     }
 }
 
@@ -523,7 +525,8 @@ mod tests {
 
     fn weights(kind: Kind) -> (Weight, Weight, GradientBuckets) {
         let new = |n: i64| Weight::new(Cpu.zeros(&[n, 1], kind).fill_(2.0));
-        let (a, b) = (new(2), new(3));
+        let a = new(2);
+        let b = new(3);
         let alone = [Replication::alone()];
         let gradients = GradientBuckets::new(
             &[(a.clone(), 0), (b.clone(), 0)],

@@ -6,7 +6,6 @@
 //! - Communicators are made in one place, [`World::group`], so every one has the same timeout.
 //! - A weight's gradient is added up by [`Weight::add_gradient`] alone, never by autograd.
 //! - Collectives inside a model are the differentiable functions of [`collectives`].
-#![deny(missing_docs)]
 
 mod beside;
 mod binding;

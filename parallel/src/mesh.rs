@@ -225,7 +225,8 @@ impl Mesh {
             expert_tensor,
             ..
         } = self.shape;
-        let (pipeline, in_stage) = (rank / self.stage(), rank % self.stage());
+        let pipeline = rank / self.stage();
+        let in_stage = rank % self.stage();
         Coordinates {
             tensor: in_stage % tensor,
             context: in_stage / tensor % context,

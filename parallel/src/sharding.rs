@@ -5,8 +5,9 @@
 
 use crate::gradients::matrix;
 use crate::{CommError, Communicator, Weight, Work};
+use parking_lot::Mutex;
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use tch::Tensor;
 use torch_ext::{Error, attach_backward};
 
@@ -107,10 +108,8 @@ impl ShardedWeights {
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state
-            .lock()
-            .expect("no thread panics while it gathers")
+    fn lock(&self) -> parking_lot::MutexGuard<'_, State> {
+        self.state.lock()
     }
 
     /// Elements that each rank sends of a weight.

@@ -52,8 +52,10 @@ impl TensorParallel {
     }
 
     fn chunk(&self, rows: i64, index: usize) -> (i64, i64) {
-        let (chunks, index) = (self.chunks as i64, index as i64);
-        let (start, end) = (rows * index / chunks, rows * (index + 1) / chunks);
+        let chunks = self.chunks as i64;
+        let index = index as i64;
+        let start = rows * index / chunks;
+        let end = rows * (index + 1) / chunks;
         (start, end - start)
     }
 
@@ -101,7 +103,8 @@ impl TensorParallel {
         if self.size() == 1 {
             return compute(x);
         }
-        let (ranks, width) = (self.size() as i64, x.size()[1]);
+        let ranks = self.size() as i64;
+        let width = x.size()[1];
         let by_rank = x.view([ranks, -1, width]);
         let rows = by_rank.size()[1];
         let mut sum = Scatter::new(self.group.clone());
@@ -144,7 +147,8 @@ impl TensorParallel {
         let x_nd = &x.value;
         let ranks = self.size() as i64;
         let (rows, width) = x_nd.size2().map_err(|e| Error::new(e.to_string()))?;
-        let (mut outputs, mut works) = (Vec::new(), Vec::new());
+        let mut outputs = Vec::new();
+        let mut works = Vec::new();
         for index in 0..self.chunks {
             let (start, len) = self.chunk(rows, index);
             let all = Tensor::empty([ranks * len, width], (x_nd.kind(), x_nd.device()));
@@ -161,11 +165,14 @@ impl TensorParallel {
         })?;
         let chunks = outputs.into_iter().zip(works).zip(slots).enumerate().map(
             |(index, ((all, work), slot))| {
-                let (group, again, saved) = (self.group.clone(), self.group.clone(), x.saved());
+                let saved = x.saved();
+                let again = self.group.clone();
+                let group = self.group.clone();
                 let (start, len) = self.chunk(rows, index);
                 move || {
                     work.wait()?;
-                    let (shape, options) = (all.size(), (all.kind(), all.device()));
+                    let shape = all.size();
+                    let options = (all.kind(), all.device());
                     let mut out = attach_backward(&[&all], vec![all.detach()], move |grads| {
                         let grad = match &grads[0] {
                             Some(grad) => grad.contiguous(),
@@ -242,7 +249,8 @@ impl Scatter {
         let sum = tch::no_grad(|| Tensor::cat(&parts, 0));
         let (links, slots): (Vec<Tensor>, Vec<Slot>) = self.links.into_iter().unzip();
         let inputs: Vec<&Tensor> = links.iter().collect();
-        let (shape, options) = (sum.size(), (sum.kind(), sum.device()));
+        let shape = sum.size();
+        let options = (sum.kind(), sum.device());
         let group = self.group;
         let mut out = attach_backward(&inputs, vec![sum], move |grads| {
             let grad = match &grads[0] {
@@ -268,19 +276,17 @@ impl Scatter {
 mod tests {
     use super::*;
     use crate::{Accelerator, Cpu, on_threads};
-    use std::sync::Mutex;
+    use parking_lot::Mutex;
     use std::time::Duration;
 
     /// `silu(x a) b` with `a` split by columns and `b` by rows.
     #[test]
     fn a_split_block_has_the_values_and_gradients_of_the_whole() {
         let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
-        let (x, a, b, probe) = (
-            random(&[6, 4]),
-            random(&[4, 8]),
-            random(&[8, 4]),
-            random(&[6, 4]),
-        );
+        let x = random(&[6, 4]);
+        let a = random(&[4, 8]);
+        let b = random(&[8, 4]);
+        let probe = random(&[6, 4]);
         let whole_x = x.copy().set_requires_grad(true);
         let whole = whole_x.matmul(&a).silu().matmul(&b);
         (&whole * &probe).sum(Kind::Float).backward();
@@ -288,15 +294,17 @@ mod tests {
         let shared = Mutex::new((x, a, b, probe));
         for chunks in [1, 2, 5] {
             let shared = {
-                let all = shared.lock().unwrap();
+                let all = shared.lock();
                 Mutex::new([&all.0, &all.1, &all.2, &all.3].map(Tensor::copy))
             };
             let parts = on_threads(2, Duration::from_secs(20), move |world| {
-                let [x, a, b, probe] = shared.lock().unwrap().each_ref().map(Tensor::copy);
+                let [x, a, b, probe] = shared.lock().each_ref().map(Tensor::copy);
                 let tensor = TensorParallel::new(world.all("tensor").unwrap(), chunks);
-                let (rows, columns) = (tensor.part(6), tensor.part(8));
+                let rows = tensor.part(6);
+                let columns = tensor.part(8);
                 let x = x.narrow(0, rows.start, 3).copy().set_requires_grad(true);
-                let (a, b) = (a.narrow(1, columns.start, 4), b.narrow(0, columns.start, 4));
+                let a = a.narrow(1, columns.start, 4);
+                let b = b.narrow(0, columns.start, 4);
                 let kept = Activation::kept(&x);
                 let in_one = tensor
                     .block(&kept, |x| Ok(x.value.matmul(&a).silu().matmul(&b)))

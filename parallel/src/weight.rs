@@ -8,8 +8,9 @@ use crate::gradients::State;
 use crate::recompute::Activation;
 use crate::sum::GradientSum;
 use kernels::{add_product, product};
+use parking_lot::Mutex;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use tch::{Device, Kind, Tensor};
 use torch_ext::{Error, attach_backward};
 
@@ -240,10 +241,8 @@ impl Contribution {
     }
 }
 
-fn locked<T>(state: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    state
-        .lock()
-        .expect("no thread panics while it holds the gradients")
+fn locked<T>(state: &Mutex<T>) -> parking_lot::MutexGuard<'_, T> {
+    state.lock()
 }
 
 /// `x` `[N, in]` times the transpose of `weight` `[out, in]`: `[N, out]`.
@@ -269,7 +268,8 @@ pub fn linears(x: &Activation, weights: &[&Weight]) -> Result<Vec<Tensor>, Error
     let used: Vec<Weight> = weights.iter().map(|&weight| weight.clone()).collect();
     let trackers: Vec<Tensor> = weights.iter().map(|weight| weight.tracker()).collect();
     let inputs: Vec<&Tensor> = std::iter::once(value).chain(&trackers).collect();
-    let (saved, needs_grad) = (x.saved(), value.requires_grad());
+    let saved = x.saved();
+    let needs_grad = value.requires_grad();
     attach_backward(&inputs, outputs, move |grads| {
         let x = saved.get()?;
         let mut grad_x: Option<Tensor> = None;
@@ -281,7 +281,8 @@ pub fn linears(x: &Activation, weights: &[&Weight]) -> Result<Vec<Tensor>, Error
                     None => grad_x = Some(product(grad, &weight.value())),
                 }
             }
-            let (grad, x) = (grad.shallow_clone(), x.shallow_clone());
+            let grad = grad.shallow_clone();
+            let x = x.shallow_clone();
             weight.add_gradient(move |sum| {
                 sum.add_product(&grad.tr(), &x);
                 Ok(())

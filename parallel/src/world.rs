@@ -217,11 +217,9 @@ impl World {
             .map_err(unreachable)?;
         let recorder =
             FlightRecorder::begin(env.rank, (!launcher_serves).then_some(0), timeout, own);
-        let (rank, size, per_node) = (
-            env.rank,
-            env.world_size,
-            env.local_world_size.clamp(1, env.world_size),
-        );
+        let rank = env.rank;
+        let size = env.world_size;
+        let per_node = env.local_world_size.clamp(1, env.world_size);
         let joined = Some(Joined {
             store,
             carriers,
@@ -352,7 +350,8 @@ impl World {
             #[cfg(not(feature = "mpi"))]
             (None, OnHost::Mpi) => unreachable!("it is not chosen where it is not built in"),
         };
-        let (timeout, like) = (self.timeout, joined.like.shallow_clone());
+        let timeout = self.timeout;
+        let like = joined.like.shallow_clone();
         let device: Option<Arc<dyn Communicator>> = match joined.carriers.device {
             Some(OnDevice::Nccl) => {
                 let library = Nccl::load().map_err(failed)?;
@@ -419,12 +418,13 @@ fn same_version(store: &Store, rank: usize) -> Result<(), String> {
     let theirs = store
         .get("version")
         .map_err(|e| format!("rank 0 does not say which version it is: {e}"))?;
-    match theirs == VERSION.as_bytes() {
-        true => Ok(()),
-        false => Err(format!(
+    if theirs == VERSION.as_bytes() {
+        Ok(())
+    } else {
+        Err(format!(
             "rank 0 runs moerun {} and rank {rank} runs {VERSION}: install the same version on every machine",
             String::from_utf8_lossy(&theirs)
-        )),
+        ))
     }
 }
 
@@ -453,12 +453,13 @@ fn meet_in_mpi(env: &RankEnv) -> Result<(Option<Store>, String, u16), String> {
     let mut place = Vec::new();
     if env.rank == 0 {
         let alone = env.local_world_size == env.world_size;
-        let host = match alone {
-            true => "127.0.0.1".to_string(),
-            false => std::fs::read_to_string("/proc/sys/kernel/hostname")
+        let host = if alone {
+            "127.0.0.1".to_string()
+        } else {
+            std::fs::read_to_string("/proc/sys/kernel/hostname")
                 .map_err(|e| e.to_string())?
                 .trim()
-                .to_string(),
+                .to_string()
         };
         // Port 0: the server cannot connect to itself by it before it knows which one it is.
         let store = Store::tcp("127.0.0.1", 0, true, MEETING).map_err(|e| e.to_string())?;

@@ -19,7 +19,8 @@ pub(crate) const TIMEOUT: Duration = Duration::from_secs(60);
 /// Tokens with some order in them: each depends on the one before, with noise from a small generator.
 pub(crate) fn write_data(folder: &Path) {
     let mut writer = TokenWriter::create(&folder.join("tokens"), VOCAB).unwrap();
-    let (mut state, mut token) = (1u64, 0u64);
+    let mut state = 1u64;
+    let mut token = 0u64;
     let tokens: Vec<u32> = (0..6000)
         .map(|_| {
             state = state
@@ -121,7 +122,8 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
                 first_gradients.push((place.clone(), part.copy()));
             }
         }
-        let (mut spilled, mut moved) = (0, 0);
+        let mut spilled = 0;
+        let mut moved = 0;
         let steps: Vec<[f64; 4]> = (0..steps)
             .map(|_| {
                 let (record, _) = trainer.train_step(false).unwrap();
@@ -147,7 +149,8 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
         }
         (steps, first_gradients, weights, (spilled, moved))
     });
-    let (mut first_gradients, mut weights) = (Gathered::new(), Gathered::new());
+    let mut first_gradients = Gathered::new();
+    let mut weights = Gathered::new();
     for (steps, of_rank, weights_of_rank, _) in &parts {
         assert_eq!(*steps, parts[0].0, "every rank reports the same figures");
         of_rank

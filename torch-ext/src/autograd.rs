@@ -140,7 +140,8 @@ mod tests {
         }
         let dropped = Arc::new(AtomicUsize::new(0));
         let counted = Counted(dropped.clone());
-        let (a, b) = (leaf(&[1., 2.]), leaf(&[3., 4.]));
+        let a = leaf(&[1., 2.]);
+        let b = leaf(&[3., 4.]);
         let product = tch::no_grad(|| &a * &b);
         let saved = (a.detach(), b.detach());
         let out = attach_backward(&[&a, &b], vec![product], move |grads| {

@@ -68,7 +68,8 @@ impl Store {
     /// When the key does not appear within the store's timeout, or the server is gone.
     pub fn get(&self, key: &str) -> Result<Vec<u8>, Error> {
         let key = ffi::c_string(key)?;
-        let (mut data, mut size) = (std::ptr::null_mut(), 0);
+        let mut data = std::ptr::null_mut();
+        let mut size = 0;
         // SAFETY: on success `data` is a buffer of `size` bytes, copied here and freed.
         unsafe {
             ffi::check(ffi::mtx_store_get(
@@ -173,7 +174,8 @@ impl Gloo {
             GlooAddress::Interface(name) => ("", name.as_str()),
             GlooAddress::Default => ("", ""),
         };
-        let (address, interface) = (ffi::c_string(address)?, ffi::c_string(interface)?);
+        let address = ffi::c_string(address)?;
+        let interface = ffi::c_string(interface)?;
         let mut out = std::ptr::null_mut();
         // SAFETY: live store and strings; `out` receives an owned handle.
         ffi::check(unsafe {

@@ -2,9 +2,10 @@
 
 use crate::{Error, load_library};
 use libloading::os::unix::Library;
+use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::ffi::{c_char, c_int};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::OnceLock;
 
 /// Registers libtorch's CUDA kernels in this process, once; later calls return the first answer.
 ///
@@ -61,7 +62,7 @@ pub fn capability(index: usize) -> Result<(i32, i32), Error> {
     // `cudaDeviceAttr`: major, minor.
     const ATTRIBUTES: [c_int; 2] = [75, 76];
     static KNOWN: Mutex<BTreeMap<usize, (i32, i32)>> = Mutex::new(BTreeMap::new());
-    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut known = KNOWN.lock();
     if let Some(capability) = known.get(&index) {
         return Ok(*capability);
     }

@@ -84,7 +84,8 @@ pub fn count_host_memory() -> Result<(), Error> {
 /// Where the device is not there.
 pub fn allocator_bytes(device: Device) -> Result<(i64, i64), Error> {
     let (kind, index) = code(device);
-    let (mut current, mut peak) = (0, 0);
+    let mut current = 0;
+    let mut peak = 0;
     // SAFETY: two out-parameters that live through the call.
     ffi::check(unsafe { ffi::mtx_allocator_bytes(kind, index, &mut current, &mut peak) })?;
     Ok((current, peak))

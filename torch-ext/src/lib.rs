@@ -12,7 +12,6 @@
 //! Invariant: C++ exceptions become [`Error`] with their message, Rust panics inside callbacks become C++
 //! exceptions, and nothing unwinds across the edge. `unsafe` for libtorch lives here and in the backends of
 //! `parallel` alone.
-#![deny(missing_docs)]
 
 mod autograd;
 mod c10d;

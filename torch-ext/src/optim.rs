@@ -77,7 +77,11 @@ mod tests {
     #[test]
     fn one_step_is_adamw_by_hand() {
         let new = |v: f32| Tensor::from_slice(&[v]);
-        let (param, grad, m, v, step) = (new(1.0), new(1.0), new(0.0), new(0.0), new(1.0));
+        let param = new(1.0);
+        let grad = new(1.0);
+        let m = new(0.0);
+        let v = new(0.0);
+        let step = new(1.0);
         let config = AdamW {
             lr: 0.1,
             beta1: 0.9,

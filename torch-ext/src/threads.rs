@@ -85,10 +85,8 @@ unsafe extern "C" fn run(all: *mut c_void) {
             (all.runtime.threads)().max(1) as usize,
         )
     };
-    let (start, end) = (
-        all.count * thread / threads,
-        all.count * (thread + 1) / threads,
-    );
+    let start = all.count * thread / threads;
+    let end = all.count * (thread + 1) / threads;
     // Nothing unwinds into the runtime.
     if start < end && catch_unwind(AssertUnwindSafe(|| (all.body)(thread, start..end))).is_err() {
         all.panicked.store(true, Ordering::SeqCst);

@@ -66,16 +66,17 @@ fn open(path: &Path) -> Result<Checkpoint, Error> {
             Err(error) => reasons.push(error.to_string()),
         }
     }
-    Err(Error::Data(match reasons.is_empty() {
-        true => format!(
+    Err(Error::Data(if reasons.is_empty() {
+        format!(
             "there is no checkpoint in {}: name a run's folder or a step-NNNNNNNN folder",
             path.display()
-        ),
-        false => format!(
+        )
+    } else {
+        format!(
             "no checkpoint in {} can be used: {}",
             path.display(),
             reasons.join("; ")
-        ),
+        )
     }))
 }
 

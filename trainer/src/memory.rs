@@ -70,7 +70,8 @@ struct Sizes<'a> {
 
 impl Sizes<'_> {
     fn heads(&self) -> (u64, u64) {
-        let (model, tensor) = (&self.config.model, self.mesh.shape().tensor);
+        let model = &self.config.model;
+        let tensor = self.mesh.shape().tensor;
         let own = model.heads / tensor;
         let kv = model.kv_heads();
         let held = if kv.is_multiple_of(tensor) {
@@ -83,8 +84,10 @@ impl Sizes<'_> {
 
     /// The shapes of layer `index`, in order.
     fn layer(&self, index: usize, unit: usize) -> Vec<Shape> {
-        let (model, shape) = (&self.config.model, self.mesh.shape());
-        let (hidden, width) = (model.hidden as u64, model.head_dim() as u64);
+        let model = &self.config.model;
+        let shape = self.mesh.shape();
+        let hidden = model.hidden as u64;
+        let width = model.head_dim() as u64;
         let (heads, kv) = self.heads();
         let of_kv = if model.kv_heads().is_multiple_of(shape.tensor) {
             Replicas::Dense
@@ -147,15 +150,16 @@ impl Sizes<'_> {
 
     /// Bytes of layer `index` from forward to backward, and of its backward's own tensors.
     fn activations(&self, index: usize) -> (u64, u64) {
-        let (model, recompute) = (&self.config.model, &self.config.parallel.recompute);
+        let model = &self.config.model;
+        let recompute = &self.config.parallel.recompute;
         let shape = self.mesh.shape();
         let keeps = |part| recompute.keeps(part);
-        let (hidden, width, b) = (model.hidden as u64, model.head_dim() as u64, self.element);
+        let hidden = model.hidden as u64;
+        let width = model.head_dim() as u64;
+        let b = self.element;
         let (heads, kv) = self.heads();
-        let (queries, keys) = (
-            self.tokens * heads * width * b,
-            self.tokens * kv * width * b,
-        );
+        let queries = self.tokens * heads * width * b;
+        let keys = self.tokens * kv * width * b;
         let stream = self.own_tokens * hidden * b;
         // Inputs of both norms, and their outputs.
         let mut kept = 2 * stream
@@ -165,7 +169,8 @@ impl Sizes<'_> {
                 0
             };
         // libtorch's own attention keeps keys and values once for every query head.
-        let (ring, on_host) = (shape.context > 1, self.config.run.device == "cpu");
+        let ring = shape.context > 1;
+        let on_host = self.config.run.device == "cpu";
         let repeated = !(ring || on_host && self.config.data.document_end.is_none());
         kept += match keeps(RecomputedPart::Attention) {
             // The output, too, and log-sum-exps.
@@ -179,7 +184,8 @@ impl Sizes<'_> {
         // Backward of attention: gradients of what it keeps; of a norm, four rows in fp32.
         let mut moment = 4 * queries + 4 * self.own_tokens * hidden * 4;
         let mut swiglu = |rows: u64, ffn: u64| {
-            let (product, half) = (rows * 2 * ffn * b, rows * ffn * b);
+            let product = rows * 2 * ffn * b;
+            let half = rows * ffn * b;
             kept += if keeps(RecomputedPart::Experts) {
                 product
             } else {
@@ -207,9 +213,10 @@ impl Sizes<'_> {
                     rows * hidden * b + 3 * self.own_tokens * moe.experts as u64 * 4 + 4 * rows * 8;
             }
         }
-        match recompute.whole(index) {
-            true => (stream, moment + kept),
-            false => (kept, moment),
+        if recompute.whole(index) {
+            (stream, moment + kept)
+        } else {
+            (kept, moment)
         }
     }
 }
@@ -228,7 +235,8 @@ impl Config {
             .map(|rank| {
                 let mesh = self.mesh(rank, ranks)?;
                 let at = mesh.coordinates();
-                let (shape, shared) = (mesh.shape(), order.vocabulary.is_some());
+                let shape = mesh.shape();
+                let shared = order.vocabulary.is_some();
                 let tensor = (at.tensor, shape.tensor);
                 let stages = mesh.group(Group::Pipeline).len();
                 let part = ModelPart::of_rank(
@@ -245,7 +253,8 @@ impl Config {
 
     fn of_rank(&self, mesh: Mesh, part: ModelPart, held: f64) -> RankMemory {
         let shape = mesh.shape();
-        let (model, parallel) = (&self.model, &self.parallel);
+        let model = &self.model;
+        let parallel = &self.parallel;
         let tokens = (self.train.micro_batch * self.data.sequence_length / shape.context) as u64;
         let own_tokens = tokens / shape.tensor as u64;
         let element = if self.train.dtype == Dtype::Bf16 {

@@ -50,7 +50,8 @@ impl Optimizer {
         };
         let mut groups: Vec<Group> = Vec::new();
         for (index, parameter) in parameters.iter().enumerate() {
-            let (decay, lr_scale) = (parameter.decay, parameter.lr_scale);
+            let decay = parameter.decay;
+            let lr_scale = parameter.lr_scale;
             match groups
                 .iter_mut()
                 .find(|group| group.decay == decay && group.lr_scale == lr_scale)
@@ -106,9 +107,10 @@ impl Optimizer {
         let squares: Vec<Tensor> = counted
             .map(|(index, _)| sum_of_squares(&gradients.gradient(index)))
             .collect();
-        let squares = match squares.is_empty() {
-            true => Vec::new(),
-            false => Vec::<f64>::try_from(Tensor::stack(&squares, 0))?,
+        let squares = if squares.is_empty() {
+            Vec::new()
+        } else {
+            Vec::<f64>::try_from(Tensor::stack(&squares, 0))?
         };
         let total = Tensor::from_slice(&[squares.iter().sum::<f64>()]);
         self.world.all_reduce(&total, ReduceOp::Sum)?.wait()?;

@@ -4,8 +4,8 @@ use crate::init::normal;
 use checkpoint::Place;
 use parallel::sharding::{ShardedWeights, own_rows};
 use parallel::{Accelerator, CommError, Replication, Weight, matrix};
+use parking_lot::Mutex;
 use std::ops::Range;
-use std::sync::Mutex;
 use tch::{Kind, Tensor};
 
 /// How a parameter starts.
@@ -85,7 +85,7 @@ pub struct Parameter {
 impl Parameter {
     /// Which boxes of global tensors the rows of `tensor` are, which has this rank's rows: the master, a moment, a gradient.
     pub fn parts(&self, tensor: &Tensor) -> Vec<(Place, Tensor)> {
-        let pieces = self.pieces.lock().expect("nobody panics with it");
+        let pieces = self.pieces.lock();
         let parts = boxes(&pieces, &self.own).map(|(place, rows)| {
             let part = tensor.narrow(0, rows.start - self.own.start, rows.end - rows.start);
             let part = part.view(place.shape.as_slice());
@@ -96,7 +96,7 @@ impl Parameter {
 
     /// Says that its rows are now those of `places`; their values are not touched.
     pub(crate) fn rename(&self, places: Vec<Place>) {
-        *self.pieces.lock().expect("nobody panics with it") = pieces(places);
+        *self.pieces.lock() = pieces(places);
     }
 
     /// Takes over what the master has become.
@@ -235,8 +235,10 @@ impl Parameters {
             "every row is of some piece"
         );
         let replication = &self.replications[replicas as usize];
-        let (rank, ranks) = (replication.shard.rank(), replication.shard.size());
-        let (own, counted) = (own_rows(rows, rank, ranks), replication.across.rank() == 0);
+        let rank = replication.shard.rank();
+        let ranks = replication.shard.size();
+        let own = own_rows(rows, rank, ranks);
+        let counted = replication.across.rank() == 0;
         let count = own.end - own.start;
         let draw = |rows: &Range<i64>| {
             let values: Vec<f32> = match traits.init {
@@ -256,11 +258,13 @@ impl Parameters {
             };
             Tensor::from_slice(&values).view([rows.end - rows.start, cols])
         };
-        let (kind, offloaded) = (self.kind, self.offloaded);
+        let kind = self.kind;
+        let offloaded = self.offloaded;
         // In the model's dtype, and the masters.
-        let place = |drawn: Tensor| match offloaded {
-            true => (device.upload(&drawn.to_kind(kind)), drawn),
-            false => {
+        let place = |drawn: Tensor| {
+            if offloaded {
+                (device.upload(&drawn.to_kind(kind)), drawn)
+            } else {
                 let drawn = device.upload(&drawn);
                 (drawn.to_kind(kind), drawn)
             }

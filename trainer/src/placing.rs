@@ -194,7 +194,8 @@ impl Placing {
 /// The rows `rows`, of kind `kind`, in the box that has them.
 fn part_of(boxes: &[(Place, Vec<Tensor>)], kind: usize, rows: &Place) -> Result<Tensor, Error> {
     let has = |place: &Place| {
-        let (start, end) = (place.offset[0], place.offset[0] + place.shape[0]);
+        let start = place.offset[0];
+        let end = place.offset[0] + place.shape[0];
         place.name == rows.name
             && (start..end).contains(&rows.offset[0])
             && place.offset[1..] == rows.offset[1..]
@@ -224,7 +225,8 @@ pub(crate) fn plan_moves(before: &[Vec<Place>], after: &[Vec<Place>]) -> Result<
     let mut sent = vec![0; before.len()];
     for (to, wanted) in after.iter().enumerate() {
         for place in wanted {
-            let (mut row, end) = (place.offset[0], place.offset[0] + place.shape[0]);
+            let mut row = place.offset[0];
+            let end = place.offset[0] + place.shape[0];
             while row < end {
                 // Who holds this row, and how far its box goes on.
                 let holds = |rank: usize| {
@@ -267,7 +269,8 @@ pub(crate) fn carry_out(
     held: impl Fn(usize, &Place) -> Result<Tensor, Error>,
     receive: impl Fn(usize, &Place, &Tensor) -> Result<(), Error>,
 ) -> Result<(), Error> {
-    let (rank, ranks) = (group.rank(), group.size());
+    let rank = group.rank();
+    let ranks = group.size();
     let elements = |to_or_from: &dyn Fn(&&Move) -> bool| {
         let rows = moves.iter().filter(to_or_from);
         rows.map(|m| m.rows.shape.iter().product::<i64>())

@@ -7,7 +7,8 @@ use moe::dispatch::{Hierarchy, LeastLoaded};
 use moe::plan::Sites;
 use parallel::tensor::TensorParallel;
 use parallel::{CommError, Communicator, Group, Local, Mesh, Replication, World};
-use std::sync::{Arc, Mutex};
+use parking_lot::Mutex;
+use std::sync::Arc;
 
 /// Those that the layers of one stage need.
 pub struct Ranks {
@@ -64,7 +65,8 @@ impl Ranks {
         config: &Config,
         ends: &[usize],
     ) -> Result<Ranks, Error> {
-        let (moe, per_node) = (config.model.moe.as_ref(), config.parallel.ranks_per_node);
+        let moe = config.model.moe.as_ref();
+        let per_node = config.parallel.ranks_per_node;
         let per_node = per_node.unwrap_or(world.ranks_per_node());
         let config = &config.parallel;
         let group = |name: &str, kind| world.group(name, &mesh.group(kind));
@@ -84,26 +86,23 @@ impl Ranks {
         }
         // On ranks that have neither end nobody uses it.
         let at_end = ends.contains(&mesh.coordinates().pipeline) && ends.len() > 1;
-        replications.push(match at_end {
-            true => {
-                let size = zero_ranks(mesh, config, Replicas::Ends);
-                replication(
-                    world,
-                    "tied embedding",
-                    &mesh.dense_replicas_of_stages(ends),
-                    size,
-                )?
-            }
-            false => Replication::alone(),
+        replications.push(if at_end {
+            let size = zero_ranks(mesh, config, Replicas::Ends);
+            replication(
+                world,
+                "tied embedding",
+                &mesh.dense_replicas_of_stages(ends),
+                size,
+            )?
+        } else {
+            Replication::alone()
         });
         let sites = Sites {
             slices: shape.expert_tensor,
             nodes: mesh.nodes(Group::Expert, per_node),
         };
-        let (alone, nodes) = (
-            sites.ranks() == 1,
-            sites.nodes.first() != sites.nodes.last(),
-        );
+        let alone = sites.ranks() == 1;
+        let nodes = sites.nodes.first() != sites.nodes.last();
         let least_loaded = match moe.filter(|moe| moe.dispatch.least_loaded() && !alone) {
             Some(moe) => {
                 let nodes = if nodes {

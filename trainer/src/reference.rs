@@ -315,7 +315,8 @@ impl ReferenceStep {
     /// # Errors
     /// libtorch's message.
     pub fn measure(&mut self, warmup: usize, steps: usize) -> Result<StepTimes, Error> {
-        let (mut seconds, mut losses) = (Vec::new(), Vec::new());
+        let mut seconds = Vec::new();
+        let mut losses = Vec::new();
         for index in 0..warmup + steps {
             let (time, loss) = self.run()?;
             losses.push(loss);

@@ -11,12 +11,13 @@ use crate::saving::{Holding, RunState};
 use checkpoint::keeper::{Filler, Link, Secret, SlotMemory, SnapshotId};
 use checkpoint::{Head, Image, OpenPart, Place};
 use parallel::{Accelerator, Copier};
+use parking_lot::{Condvar, Mutex};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 use tch::{Kind, Tensor};
 
@@ -127,11 +128,7 @@ struct Mailbox {
 impl Mailbox {
     /// Whether the copying thread is there to take it.
     fn put(mailbox: &Arc<Mailbox>, work: Work) -> bool {
-        mailbox
-            .work
-            .lock()
-            .expect("nobody panics with it")
-            .push_back(work);
+        mailbox.work.lock().push_back(work);
         Arc::strong_count(mailbox) > 1
     }
 
@@ -141,11 +138,9 @@ impl Mailbox {
     }
 
     fn take(&self) -> Option<Work> {
-        let work = self.work.lock().expect("nobody panics with it");
-        let (mut work, _) = self
-            .hurry
-            .wait_timeout_while(work, LOOK, |work| work.is_empty())
-            .expect("as above");
+        let mut work = self.work.lock();
+        self.hurry
+            .wait_while_for(&mut work, |work| work.is_empty(), LOOK);
         work.pop_front()
     }
 }
@@ -492,7 +487,8 @@ impl Worker {
             }
             if busy || beaten.elapsed() > BEAT {
                 beaten = Instant::now();
-                let (step, times) = (&self.progress.step, &self.progress.times);
+                let step = &self.progress.step;
+                let times = &self.progress.times;
                 if self
                     .filler
                     .beat(step.load(Ordering::Relaxed), times.load(Ordering::Relaxed))
@@ -508,7 +504,7 @@ impl Worker {
     fn copy(&mut self, job: &Job) -> Result<f64, String> {
         let begun = Instant::now();
         let plan = self.plan.clone();
-        let plan = plan.lock().expect("nobody panics with it");
+        let plan = plan.lock();
         let state = serde_json::to_value(&job.state).expect("plain data");
         let head = plan.image.head(&state).map_err(|e| e.to_string())?;
         // The generator's state is the one tensor of bytes, and so the last.
@@ -537,7 +533,8 @@ impl Worker {
     ) -> Result<(), String> {
         let ends =
             |(offset, tensor, size): &(u64, Tensor, usize)| offset + (tensor.numel() * size) as u64;
-        let (mut next, mut crcs) = (0, Vec::new());
+        let mut next = 0;
+        let mut crcs = Vec::new();
         let chunks = bytes.div_ceil(self.chunk as u64);
         for chunk in 0..chunks {
             let start = chunk * self.chunk as u64;

@@ -203,7 +203,8 @@ impl<'a> StepStages<'a> {
         microbatch: usize,
         input: Option<Tensor>,
     ) -> Result<Option<Tensor>, Error> {
-        let (model, learning) = (self.model, self.gradients.is_some());
+        let model = self.model;
+        let learning = self.gradients.is_some();
         let part = &model.part().stages[chunk];
         // What comes from elsewhere is where this stage's backward ends.
         let input = input.map(|input| input.set_requires_grad(learning));
@@ -257,7 +258,8 @@ impl<'a> StepStages<'a> {
             chunk,
             microbatch,
         } = pass;
-        let (model, part) = (self.model, &self.model.part().stages[chunk]);
+        let part = &self.model.part().stages[chunk];
+        let model = self.model;
         let gradients = self
             .gradients
             .expect("a schedule with backward passes learns");
@@ -408,15 +410,15 @@ impl Stages for StepStages<'_> {
     }
 
     fn exchange(&mut self, collective: Collective) -> Result<Exchange, Error> {
-        let (part, tensor) = (self.model.part(), self.model.tensor());
+        let part = self.model.part();
+        let tensor = self.model.tensor();
         let whole = self.device.empty(&self.whole, self.kind);
         let rows = tensor.part(self.whole[0]);
-        let (of_first, of_last) = (
-            part.has_first().then(|| rows.clone()),
-            part.has_last().then_some(rows),
-        );
+        let of_first = part.has_first().then(|| rows.clone());
+        let of_last = part.has_last().then_some(rows);
         let roots = |rank: usize| rank * tensor.size()..(rank + 1) * tensor.size();
-        let (first, last) = (roots(0), roots(self.last_rank));
+        let first = roots(0);
+        let last = roots(self.last_rank);
         let divisor = self.model.logits_divisor();
         let naive = self.algorithm == Some(Vocabulary::Naive);
         let of = self.vocabulary_of(collective.microbatch);

@@ -18,9 +18,10 @@ use moe::calibrate::{ExpertSize, agree, break_even};
 use moe::least_loaded::Planner;
 use parallel::pipeline::{CollectiveKind, Executor, PassKind, Schedule, Vocabulary};
 use parallel::{Accelerator, Communicator, GradientBuckets, Group, Mesh, Weight, World};
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tch::Tensor;
 
@@ -122,7 +123,8 @@ impl Trainer {
         let stages = mesh.group(Group::Pipeline);
         let at = mesh.coordinates();
         let part = |rank| {
-            let (placement, shared) = (order.placement, order.vocabulary.is_some());
+            let placement = order.placement;
+            let shared = order.vocabulary.is_some();
             let tensor = (at.tensor, mesh.shape().tensor);
             ModelPart::of_rank(
                 (rank, stages.len()),
@@ -133,11 +135,12 @@ impl Trainer {
             )
         };
         let own = part(at.pipeline);
-        let ends: Vec<usize> = match config.model.tie_embeddings && own.vocabulary.is_none() {
-            true => (0..stages.len())
+        let ends: Vec<usize> = if config.model.tie_embeddings && own.vocabulary.is_none() {
+            (0..stages.len())
                 .filter(|&rank| part(rank).has_first() || part(rank).has_last())
-                .collect(),
-            false => Vec::new(),
+                .collect()
+        } else {
+            Vec::new()
         };
         let ranks = Ranks::join(world, &mesh, &config, &ends)?;
         let vocabulary = mesh.group(Group::Vocabulary);
@@ -156,10 +159,8 @@ impl Trainer {
             .iter()
             .map(|p| (p.weight.clone(), p.replicas as usize))
             .collect();
-        let (bytes, keep) = (
-            (config.parallel.bucket_mib * 1048576.0) as usize,
-            parameters.keep_gradients(),
-        );
+        let bytes = (config.parallel.bucket_mib * 1048576.0) as usize;
+        let keep = parameters.keep_gradients();
         let gradients = GradientBuckets::new(
             &weights,
             parameters.replications(),
@@ -192,12 +193,14 @@ impl Trainer {
         {
             Some((experts, placement)) => {
                 let stage = world.group("experts on the move", &mesh.group(Group::Stage))?;
-                let (mixtures, owners) = (config.model.num_moe_layers(), mesh.shape().expert);
+                let mixtures = config.model.num_moe_layers();
+                let owners = mesh.shape().expert;
                 Some(Placing::new(placement, mixtures, experts, owners, stage))
             }
             None => None,
         };
-        let (settings, clip) = (&config.optimizer, config.train.grad_clip);
+        let settings = &config.optimizer;
+        let clip = config.train.grad_clip;
         let optimizer = Optimizer::new(settings, clip, parameters, device.as_ref(), all.clone())?;
         Ok(Trainer {
             config,
@@ -267,7 +270,8 @@ impl Trainer {
 
     /// Takes snapshots with the keeper of this node from here on, and resumes from what it was told to.
     pub fn use_keeper(&mut self, access: KeeperAccess) {
-        let (rank, every) = (self.world.rank(), self.config.snapshot.every);
+        let rank = self.world.rank();
+        let every = self.config.snapshot.every;
         self.snapshots = Some(Snapshots::new(access, rank, every, self.device.as_ref()));
     }
 
@@ -400,7 +404,8 @@ impl Trainer {
     /// Hands the state of this moment over to the copying thread.
     fn take_snapshot(&mut self, slot: usize) -> Result<(), Error> {
         let begun = Instant::now();
-        let (state, generator) = (self.state(), self.device.generator_state()?);
+        let state = self.state();
+        let generator = self.device.generator_state()?;
         if let Some(snapshots) = &mut self.snapshots {
             snapshots.take(slot, state, generator);
             snapshots.cost.stall = begun.elapsed().as_secs_f64();
@@ -636,7 +641,8 @@ impl Trainer {
         let grad_norm = self
             .optimizer
             .grad_norm(&self.model.parameters, &self.gradients)?;
-        let (layers, ranks) = (sums.mixtures.len(), self.world.size());
+        let layers = sums.mixtures.len();
+        let ranks = self.world.size();
         // One collective for all figures of the step.
         let checkpoint = self.checkpoint_due(self.step + 1);
         let snapshot = self
@@ -884,7 +890,8 @@ impl Trainer {
             .enumerate()
             .filter(|(_, figures)| figures[1] > 0.0)
             .map(|(index, figures)| {
-                let ((_, kind), chunk) = (PassKind::NAMES[index / chunks], index % chunks);
+                let (_, kind) = PassKind::NAMES[index / chunks];
+                let chunk = index % chunks;
                 let name = if chunk == 0 {
                     kind.to_string()
                 } else {
@@ -908,10 +915,8 @@ impl Trainer {
         };
         let total = (config.sequences as u64).min(data.num_windows());
         let tokens = total * self.config.data.sequence_length as u64;
-        let (size, ranks) = (
-            self.config.train.micro_batch as u64,
-            self.mesh.shape().data as u64,
-        );
+        let size = self.config.train.micro_batch as u64;
+        let ranks = self.mesh.shape().data as u64;
         let mut loss = 0.0;
         // Every rank makes the same number of forwards; places past the end are read again and do not count.
         for round in 0..total.div_ceil(size * ranks) {
@@ -959,7 +964,8 @@ impl Trainer {
                 .then(|| Metrics::resume(&self.config.run.dir.join(name), self.step))
                 .transpose()
         };
-        let (mut metrics, mut routing) = (open("metrics.jsonl")?, open("routing.jsonl")?);
+        let mut metrics = open("metrics.jsonl")?;
+        let mut routing = open("routing.jsonl")?;
         let steps = self.config.train.steps;
         let mut outcome = Outcome {
             step: self.step,
@@ -1051,9 +1057,10 @@ impl Trainer {
             }
             _ => String::new(),
         };
-        let state = match self.model.parameters.are_offloaded() {
-            true => "; the optimizer's state is in the host's memory",
-            false => "",
+        let state = if self.model.parameters.are_offloaded() {
+            "; the optimizer's state is in the host's memory"
+        } else {
+            ""
         };
         format!(
             "{} on {}; {:.1}M parameters ({:.1}M active), {}; {} tokens of text, {} a step{state}{lending}",
@@ -1073,7 +1080,7 @@ impl Trainer {
 }
 
 fn locked(planner: &Mutex<Planner>) -> MutexGuard<'_, Planner> {
-    planner.lock().expect("nobody panics with it")
+    planner.lock()
 }
 
 /// The collectives of a pipeline that shares the vocabulary out, with the names of their groups.

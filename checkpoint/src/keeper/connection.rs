@@ -6,10 +6,10 @@ use super::{
     Topology, recover, wire,
 };
 use crate::Shard;
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 /// A connection to a keeper.
@@ -264,17 +264,12 @@ impl Peers {
 
     /// Held by the one who brings parts here.
     pub(crate) fn alone(&self) -> MutexGuard<'_, ()> {
-        self.fetching.lock().expect("nobody panics with it")
+        self.fetching.lock()
     }
 
     /// A connection, old or new.
     pub(crate) fn get(&self, address: SocketAddr) -> Result<Peer, Error> {
-        let idle = self
-            .idle
-            .lock()
-            .expect("nobody panics with it")
-            .get_mut(&address)
-            .and_then(Vec::pop);
+        let idle = self.idle.lock().get_mut(&address).and_then(Vec::pop);
         match idle {
             Some(peer) => Ok(peer),
             None => Peer::connect(address, &self.secret, 2 * PATIENCE),
@@ -283,11 +278,6 @@ impl Peers {
 
     /// Takes a connection back on which no reply is due.
     pub(crate) fn put(&self, peer: Peer) {
-        self.idle
-            .lock()
-            .expect("nobody panics with it")
-            .entry(peer.address)
-            .or_default()
-            .push(peer);
+        self.idle.lock().entry(peer.address).or_default().push(peer);
     }
 }

@@ -128,7 +128,8 @@ impl Topology {
 
     /// The stripes of a group's ranks with one local number; None where nothing is protected.
     pub(crate) fn stripes(&self, group: usize, local: usize) -> Option<Stripes> {
-        let (nodes, parity) = (self.groups[group].len(), self.redundancy.survives());
+        let nodes = self.groups[group].len();
+        let parity = self.redundancy.survives();
         (parity > 0).then(|| Stripes {
             nodes,
             parity,

@@ -181,9 +181,10 @@ fn make(
             let len = stripe_len(&stripes, stripe, &lengths, size);
             let mut data = Vec::with_capacity(stripes.data());
             for (at, chunk) in needs(stripe) {
-                let mut bytes = match exists(at, chunk, &lengths) {
-                    true => peers.at(at, 0)?.receive_bytes()?,
-                    false => Vec::new(),
+                let mut bytes = if exists(at, chunk, &lengths) {
+                    peers.at(at, 0)?.receive_bytes()?
+                } else {
+                    Vec::new()
                 };
                 bytes.resize(len, 0);
                 data.push(bytes);

@@ -98,7 +98,8 @@ pub fn candidates(inventories: &[Inventory]) -> Vec<Candidate> {
 }
 
 fn candidate(snapshot: Snapshot, inventories: &[Inventory]) -> Option<Candidate> {
-    let (id, topology) = (snapshot.id, &snapshot.topology);
+    let id = snapshot.id;
+    let topology = &snapshot.topology;
     let holds = |inventory: &Inventory, rank: usize| {
         inventory
             .parts

@@ -59,7 +59,8 @@ pub(crate) fn damaged(keeper: &Keeper, id: SnapshotId) -> Result<Damage, Error> 
 pub(crate) fn poison(keeper: &Keeper, rank: usize) -> Result<(), Error> {
     let newest = keeper.lock().slots.newest;
     let id = newest.ok_or_else(|| Error::Refused("there is no complete snapshot here".into()))?;
-    let (start, size) = (own_head(keeper, id, rank)?.len(), chunk_size(keeper, id)?);
+    let start = own_head(keeper, id, rank)?.len();
+    let size = chunk_size(keeper, id)?;
     let crcs = keeper.read(id, rank, u64::MAX, |region, info| {
         let end = (start + 256).min(info.bytes as usize) / 4 * 4;
         for at in (start..end).step_by(4) {
@@ -139,7 +140,8 @@ pub(crate) fn fetch(keeper: &Keeper, rank: usize) -> Result<Arc<Region>, Error> 
         let info = &snapshot.parts[rank];
         let region = keeper.allocate(info.bytes, 1)?.remove(0);
         let mut peer = keeper.peers.get(holder)?;
-        let (chunks, size) = (info.crcs.len() as u64, snapshot.topology.chunk);
+        let chunks = info.crcs.len() as u64;
+        let size = snapshot.topology.chunk;
         let mut asked = 0;
         for chunk in 0..chunks {
             while asked < chunks.min(chunk + WINDOW) {
@@ -176,7 +178,8 @@ pub(crate) fn rebuild(keeper: &Keeper, wanted: &Rebuild) -> Result<(), Error> {
         chunks,
         sources,
     } = wanted;
-    let (topology, id) = (&snapshot.topology, snapshot.id);
+    let topology = &snapshot.topology;
+    let id = snapshot.id;
     let refused = || Error::Refused(format!("rank {rank} has no place in the code"));
     let seat = topology.seat(*rank).ok_or_else(refused)?;
     let stripes = topology
@@ -244,17 +247,18 @@ pub(crate) fn rebuild(keeper: &Keeper, wanted: &Rebuild) -> Result<(), Error> {
                     got[index] = Some(vec![0; len]);
                     continue;
                 }
-                let request = match is_data {
-                    true => Request::Chunk {
+                let request = if is_data {
+                    Request::Chunk {
                         id,
                         rank: rank_at(position(index)).expect("it has bytes"),
                         chunk,
-                    },
-                    false => Request::Parity {
+                    }
+                } else {
+                    Request::Parity {
                         id,
                         local: seat.local,
                         stripe,
-                    },
+                    }
                 };
                 let peer =
                     sources[position(index)].and_then(|address| keeper.peers.get(address).ok());
@@ -268,14 +272,13 @@ pub(crate) fn rebuild(keeper: &Keeper, wanted: &Rebuild) -> Result<(), Error> {
                 let connected = matches!(&reply, Ok(_) | Err(Error::Refused(_)));
                 let bytes = match reply {
                     Ok(Reply::Bytes(mut bytes)) => {
-                        let right = match index < data.len() {
-                            true => {
-                                let info = &snapshot.parts
-                                    [rank_at(position(index)).expect("it has bytes")];
-                                info.crcs.get(number(index) as usize)
-                                    == Some(&crate::checksum::crc32c(&bytes))
-                            }
-                            false => bytes.len() == len,
+                        let right = if index < data.len() {
+                            let info =
+                                &snapshot.parts[rank_at(position(index)).expect("it has bytes")];
+                            info.crcs.get(number(index) as usize)
+                                == Some(&crate::checksum::crc32c(&bytes))
+                        } else {
+                            bytes.len() == len
                         };
                         bytes.resize(len, 0);
                         right.then_some(bytes)

@@ -12,13 +12,14 @@ use crate::memory::{Region, send_file};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::{Pid, Uid};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// How often the launcher hears of the ranks.
@@ -210,7 +211,8 @@ pub fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), Err
         let keeper = keeper.clone();
         move || keeper.encode_all(&to_encode)
     });
-    let (mut watched, mut pulsed) = (Instant::now(), Instant::now());
+    let mut watched = Instant::now();
+    let mut pulsed = Instant::now();
     loop {
         let mut state = keeper.lock();
         if state.stopping {
@@ -228,12 +230,7 @@ pub fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), Err
             return Ok(());
         }
         // Woken by changes as well: stopping is one.
-        drop(
-            keeper
-                .changed
-                .wait_timeout(state, PULSE)
-                .expect("nobody panics with the state"),
-        );
+        keeper.changed.wait_for(&mut state, PULSE);
     }
 }
 
@@ -270,7 +267,7 @@ impl State {
 
 impl Keeper {
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().expect("nobody panics with the state")
+        self.state.lock()
     }
 
     /// New memory, where there is so much.
@@ -315,10 +312,8 @@ impl Keeper {
                     .as_ref()
                     .expect("found by its part");
                 if part.filled >= upto.min(part.info.bytes) {
-                    let (info, region) = (
-                        part.info.clone(),
-                        state.regions[slot].clone().expect("a slot with a part"),
-                    );
+                    let info = part.info.clone();
+                    let region = state.regions[slot].clone().expect("a slot with a part");
                     state.slots.slots[slot].pins += 1;
                     drop(state);
                     let result = read(&region, &info);
@@ -340,11 +335,7 @@ impl Keeper {
                     id.step
                 )));
             };
-            state = self
-                .changed
-                .wait_timeout(state, left)
-                .expect("nobody panics with the state")
-                .0;
+            self.changed.wait_for(&mut state, left);
         }
     }
 
@@ -625,13 +616,11 @@ impl Keeper {
                 let slot = newest.ok_or_else(|| {
                     Error::Refused(format!("there is no complete part of rank {rank} here"))
                 })?;
-                let (bytes, region) = (
-                    state.slots.slots[slot]
-                        .part
-                        .as_ref()
-                        .map_or(1, |part| part.info.bytes),
-                    state.regions[slot].clone().expect("a slot with a part"),
-                );
+                let bytes = state.slots.slots[slot]
+                    .part
+                    .as_ref()
+                    .map_or(1, |part| part.info.bytes);
+                let region = state.regions[slot].clone().expect("a slot with a part");
                 region.write((at % bytes.max(1)) as usize, 1, |byte| {
                     byte[0] ^= 1 << (at % 8)
                 });
@@ -790,11 +779,7 @@ impl Keeper {
                     .map_err(Error::Protocol)?
                     .clone();
                 if state.encoding.insert(part.id) {
-                    let _ = self
-                        .encode
-                        .lock()
-                        .expect("nobody panics with it")
-                        .send(part.id);
+                    let _ = self.encode.lock().send(part.id);
                 }
                 if part.is_complete() {
                     state.tell(&Event::Complete {

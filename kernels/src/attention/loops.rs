@@ -398,7 +398,8 @@ unsafe fn forward<K: Kernel, T: Number>(
         scale,
         ..
     } = *job;
-    let (bf16, steps) = (K::PER_UNIT == 2, width / K::PER_UNIT);
+    let bf16 = K::PER_UNIT == 2;
+    let steps = width / K::PER_UNIT;
     let sums = floats(&mut buffers.sums[0], QUERIES, width);
     let scores = floats(&mut buffers.scores, QUERIES, ROW);
     let rounded = room(&mut buffers.rounded[0], QUERIES * ROW / 2).cast::<Bf16>();
@@ -422,7 +423,8 @@ unsafe fn forward<K: Kernel, T: Number>(
             for start in (0..length).step_by(QUERIES) {
                 let rows = (length - start).min(QUERIES);
                 let seen = start + rows;
-                let (mut most, mut sum) = ([f32::NEG_INFINITY; QUERIES], [0f32; QUERIES]);
+                let mut most = [f32::NEG_INFINITY; QUERIES];
+                let mut sum = [0f32; QUERIES];
                 std::slice::from_raw_parts_mut(sums, rows * width).fill(0.0);
                 for first in (0..seen).step_by(KEYS) {
                     let here = (seen - first).min(KEYS);
@@ -447,9 +449,12 @@ unsafe fn forward<K: Kernel, T: Number>(
                             to[here] = Bf16::narrow(0.0);
                         }
                     }
-                    let left = |row: usize| match bf16 {
-                        true => rounded.add(row * ROW).cast::<u8>().cast_const(),
-                        false => scores.add(row * ROW).cast::<u8>().cast_const(),
+                    let left = |row: usize| {
+                        if bf16 {
+                            rounded.add(row * ROW).cast::<u8>().cast_const()
+                        } else {
+                            scores.add(row * ROW).cast::<u8>().cast_const()
+                        }
                     };
                     let units = first / K::PER_UNIT..(first + here).div_ceil(K::PER_UNIT);
                     values.multiply::<K>(
@@ -540,24 +545,22 @@ unsafe fn backward<K: Kernel, T: Number>(
         scale,
         ..
     } = *job;
-    let (bf16, steps) = (K::PER_UNIT == 2, width / K::PER_UNIT);
+    let bf16 = K::PER_UNIT == 2;
+    let steps = width / K::PER_UNIT;
     let [sums, key_sums, value_sums] = &mut buffers.sums;
     let sums = floats(sums, QUERIES, width);
-    let (key_sums, value_sums) = (
-        floats(key_sums, length, width),
-        floats(value_sums, length, width),
-    );
+    let key_sums = floats(key_sums, length, width);
+    let value_sums = floats(value_sums, length, width);
     let scores = floats(&mut buffers.scores, QUERIES, ROW);
     let others = floats(&mut buffers.others, QUERIES, ROW);
     let [weights, pairs, rows_of] = &mut buffers.rounded;
-    let (weights, pairs) = (
-        floats(weights, QUERIES / 2, ROW),
-        floats(pairs, QUERIES / 2, ROW),
-    );
+    let weights = floats(weights, QUERIES / 2, ROW);
+    let pairs = floats(pairs, QUERIES / 2, ROW);
     let rows_of = room(rows_of, QUERIES * ROW / 2).cast::<Bf16>();
     // SAFETY: as the caller promises; buffers have the sizes that are named here.
     unsafe {
-        let (of_head, of_values) = (key.at(batch, kv_head, 0), value.at(batch, kv_head, 0));
+        let of_head = key.at(batch, kv_head, 0);
+        let of_values = value.at(batch, kv_head, 0);
         let keys = Packed::transposed::<K>(of_head, key.row, length, width, &mut buffers.keys);
         let values =
             Packed::transposed::<K>(of_values, value.row, length, width, &mut buffers.values);
@@ -574,12 +577,13 @@ unsafe fn backward<K: Kernel, T: Number>(
                 let grads = grad.at(batch, head, start);
                 let grads = Packed::natural::<K>(grads, grad.row, rows, width, &mut buffers.grads);
                 let lse = lses.numbers::<f32>((batch, head, start), rows);
-                let along: [f32; QUERIES] = std::array::from_fn(|row| match row < rows {
-                    true => {
+                let along: [f32; QUERIES] = std::array::from_fn(|row| {
+                    if row < rows {
                         let at = (batch, head, start + row);
                         dot(out.numbers::<T>(at, width), grad.numbers::<T>(at, width))
+                    } else {
+                        0.0
                     }
-                    false => 0.0,
                 });
                 std::slice::from_raw_parts_mut(sums, rows * width).fill(0.0);
                 for first in (0..seen).step_by(KEYS) {
@@ -610,9 +614,10 @@ unsafe fn backward<K: Kernel, T: Number>(
                     }
                     // The first operands of the three products: rows of scores' gradients, and columns of both.
                     let (of_rows, of_weights, of_scores): (*const u8, *const f32, *const f32) =
-                        match bf16 {
-                            true => (rows_of.cast::<u8>(), weights, pairs),
-                            false => (others.cast::<u8>(), scores, others),
+                        if bf16 {
+                            (rows_of.cast::<u8>(), weights, pairs)
+                        } else {
+                            (others.cast::<u8>(), scores, others)
                         };
                     let units = first / K::PER_UNIT..(first + here).div_ceil(K::PER_UNIT);
                     let row = |row: usize| of_rows.add(row * ROW * K::SIZE);

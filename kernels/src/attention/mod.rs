@@ -122,7 +122,8 @@ fn backward(
 }
 
 fn check(query: &Tensor, key: &Tensor, value: &Tensor) {
-    let (q, k) = (query.size(), key.size());
+    let q = query.size();
+    let k = key.size();
     let fits = k == value.size() && q.len() == 4 && (q[0], q[2], q[3]) == (k[0], k[2], k[3]);
     let kinds =
         query.kind() == key.kind() && query.kind() == value.kind() && query.device() == Device::Cpu;
@@ -138,7 +139,10 @@ pub fn repeat_heads(x: &Tensor, times: i64) -> Tensor {
         return x.shallow_clone();
     }
     let size = x.size();
-    let (batch, heads, length, width) = (size[0], size[1], size[2], size[3]);
+    let batch = size[0];
+    let heads = size[1];
+    let length = size[2];
+    let width = size[3];
     let wide = x
         .unsqueeze(2)
         .expand([batch, heads, times, length, width], false);
@@ -148,7 +152,10 @@ pub fn repeat_heads(x: &Tensor, times: i64) -> Tensor {
 /// The gradient of [`repeat_heads`], in fp32.
 pub fn join_heads(grad: &Tensor, times: i64) -> Tensor {
     let size = grad.size();
-    let (batch, heads, length, width) = (size[0], size[1], size[2], size[3]);
+    let batch = size[0];
+    let heads = size[1];
+    let length = size[2];
+    let width = size[3];
     let apart = grad
         .to_kind(Kind::Float)
         .view([batch, heads / times, times, length, width]);
@@ -163,10 +170,8 @@ mod tests {
     /// In fp64.
     fn plain(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> (Tensor, Tensor) {
         let times = q.size()[1] / k.size()[1];
-        let (k, v) = (
-            k.repeat_interleave_self_int(times, 1, None),
-            v.repeat_interleave_self_int(times, 1, None),
-        );
+        let k = k.repeat_interleave_self_int(times, 1, None);
+        let v = v.repeat_interleave_self_int(times, 1, None);
         let later = Tensor::ones([q.size()[2]; 2], (Kind::Bool, Device::Cpu)).triu(1);
         let scores = (q.matmul(&k.transpose(2, 3)) * scale).masked_fill(&later, f64::NEG_INFINITY);
         (

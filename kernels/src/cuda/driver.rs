@@ -4,9 +4,10 @@ use super::compiler::Compiler;
 use super::{Call, Gpu, Variant, pointers};
 use cudarc::driver::sys::{CUcontext, CUfunction, CUmodule, CUstream};
 use libloading::os::unix::Library;
+use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::OnceLock;
 use tch::{Kind, Tensor};
 use torch_ext::Stream;
 
@@ -104,10 +105,7 @@ unsafe impl Sync for Device {}
 pub(super) fn ready(index: usize, kind: Kind) -> Result<&'static Device, String> {
     type Ready = HashMap<(usize, Kind), Result<&'static Device, String>>;
     static READY: OnceLock<Mutex<Ready>> = OnceLock::new();
-    let mut ready = READY
-        .get_or_init(Mutex::default)
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner);
+    let mut ready = READY.get_or_init(Mutex::default).lock();
     let of_device = |ready: &Ready| {
         ready
             .iter()
@@ -142,9 +140,12 @@ impl Device {
         // libtorch's own way to both libraries: it is linked with them, whatever their version.
         let library = torch_ext::load_library("libcaffe2_nvrtc.so", "MOERUN_TORCH_LIB", REMEDY);
         let library = library.map_err(|error| error.to_string())?;
-        let (driver, compiler) = (Driver::of(library)?, Compiler::of(library)?);
+        let driver = Driver::of(library)?;
+        let compiler = Compiler::of(library)?;
         let (major, minor) = torch_ext::capability(index).map_err(|error| error.to_string())?;
-        let (mut device, mut context, mut multiprocessors) = (0, std::ptr::null_mut(), 0);
+        let mut device = 0;
+        let mut context = std::ptr::null_mut();
+        let mut multiprocessors = 0;
         // SAFETY: out-parameters; the context that libtorch uses is held for good.
         unsafe {
             driver.check((driver.init)(0))?;
@@ -173,7 +174,7 @@ impl Device {
 
     /// The compiled kernels of a variant.
     fn module(&self, variant: Variant) -> Result<CUmodule, String> {
-        let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut modules = self.modules.lock();
         if let Some(module) = modules.get(&variant) {
             return Ok(*module);
         }
@@ -188,17 +189,12 @@ impl Device {
     }
 
     fn function(&self, variant: Variant, name: &'static str) -> Result<CUfunction, String> {
-        let mut functions = self
-            .functions
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut functions = self.functions.lock();
         if let Some(function) = functions.get(&(variant, name)) {
             return Ok(*function);
         }
-        let (module, symbol) = (
-            self.module(variant)?,
-            CString::new(name).expect("names have no NUL"),
-        );
+        let module = self.module(variant)?;
+        let symbol = CString::new(name).expect("names have no NUL");
         let mut function = std::ptr::null_mut();
         // SAFETY: an out-parameter, a live module, and text that lives through the call.
         self.driver

@@ -3,10 +3,11 @@
 use super::compiler::{definitions, source};
 use super::{Call, Gpu, Variant, pointers};
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
+use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_uint, c_void};
 use std::process::Command;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::OnceLock;
 use tch::Tensor;
 
 /// The processor that runs the tests.
@@ -47,10 +48,7 @@ impl Gpu for Host {
     fn run(&self, call: &Call, _like: &Tensor) {
         static LIBRARIES: OnceLock<Mutex<(HashMap<Variant, Library>, u32)>> = OnceLock::new();
         // One kernel at a time: what a block's threads share is static.
-        let mut all = LIBRARIES
-            .get_or_init(Mutex::default)
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut all = LIBRARIES.get_or_init(Mutex::default).lock();
         let (libraries, seed) = &mut *all;
         *seed += 1;
         let library = libraries

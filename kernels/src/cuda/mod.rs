@@ -177,7 +177,8 @@ use arguments;
 
 /// What runs kernels for such tensors: all on one GPU, without gaps, and of one dtype, fp32 or bf16. Nothing, where there are none.
 pub(crate) fn gpu(tensors: &[&Tensor]) -> Option<&'static dyn Gpu> {
-    let (device, kind) = (tensors[0].device(), tensors[0].kind());
+    let device = tensors[0].device();
+    let kind = tensors[0].kind();
     let Device::Cuda(index) = device else {
         return None;
     };

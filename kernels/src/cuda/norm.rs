@@ -24,10 +24,8 @@ pub(crate) fn rms_norm(gpu: &dyn Gpu, x: &Tensor, weight: &Tensor, eps: f64) -> 
     let mut shape = x.size();
     shape.pop();
     shape.push(1);
-    let (out, scale) = (
-        x.empty_like(),
-        Tensor::empty(shape.as_slice(), (Kind::Float, x.device())),
-    );
+    let out = x.empty_like();
+    let scale = Tensor::empty(shape.as_slice(), (Kind::Float, x.device()));
     let variant = Variant::of(&[x, weight, &out], width);
     let block = block(variant, width);
     let arguments = arguments![x, weight, &out, &scale, rows, width, eps as f32];
@@ -54,7 +52,8 @@ pub(crate) fn rms_norm_backward(
     scale: &Tensor,
     weight: &Tensor,
 ) -> (Tensor, Tensor) {
-    let (rows, width) = (scale.numel(), weight.numel());
+    let rows = scale.numel();
+    let width = weight.numel();
     let out = x.empty_like();
     let variant = Variant::of(&[grad, x, weight, &out], width);
     let block = block(variant, width);

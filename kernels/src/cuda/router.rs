@@ -75,7 +75,8 @@ pub(crate) fn gate(
     gate: Gate,
     groups: &[Range<usize>],
 ) -> Gated {
-    let (experts, choices) = (logits.size()[1] as usize, chosen.size()[1] as usize);
+    let experts = logits.size()[1] as usize;
+    let choices = chosen.size()[1] as usize;
     let weights_tk = Tensor::empty(chosen.size(), (Kind::Float, logits.device()));
     let mut sums = Vec::new();
     for group in groups {
@@ -86,7 +87,8 @@ pub(crate) fn gate(
             [blocks as i64, experts as i64 + 1],
             (Kind::Float, logits.device()),
         );
-        let (sigmoid, normalize) = (usize::from(gate.sigmoid), usize::from(gate.normalize));
+        let sigmoid = usize::from(gate.sigmoid);
+        let normalize = usize::from(gate.normalize);
         let arguments = arguments![
             &of_logits,
             &of_chosen,
@@ -125,7 +127,8 @@ pub(crate) fn gate_backward(
     groups: &[Range<usize>],
     of: [Option<&Tensor>; 3],
 ) -> Tensor {
-    let (experts, choices) = (logits.size()[1] as usize, chosen.size()[1] as usize);
+    let experts = logits.size()[1] as usize;
+    let choices = chosen.size()[1] as usize;
     let out = logits.empty_like();
     let [of_weights, of_sums, of_z] = of.map(|of| of.map(Tensor::contiguous));
     for (index, group) in groups.iter().enumerate() {
@@ -133,7 +136,8 @@ pub(crate) fn gate_backward(
         let [of_logits, of_chosen, to] = [logits, chosen, &out].map(part);
         let of_weights = of_weights.as_ref().map(part);
         let of_sums = of_sums.as_ref().map(|sums| sums.get(index as i64));
-        let (sigmoid, normalize) = (usize::from(gate.sigmoid), usize::from(gate.normalize));
+        let sigmoid = usize::from(gate.sigmoid);
+        let normalize = usize::from(gate.normalize);
         let arguments = arguments![
             &of_logits,
             &of_chosen,

@@ -10,7 +10,8 @@ pub(crate) fn combine(
     slots: &Tensor,
     weights: Option<&Tensor>,
 ) -> Tensor {
-    let (tokens, width) = (slots.size()[0], rows.size()[1]);
+    let tokens = slots.size()[0];
+    let width = rows.size()[1];
     let out = Tensor::empty([tokens, width], (rows.kind(), rows.device()));
     let [count, tokens, choices, width] =
         [rows.size()[0], tokens, slots.size()[1], width].map(|size| size as usize);
@@ -31,10 +32,8 @@ pub(crate) fn combine_backward(
     slots: &Tensor,
     weights: &Tensor,
 ) -> (Tensor, Tensor) {
-    let (of_rows, of_weights) = (
-        rows.empty_like(),
-        Tensor::empty(slots.size(), (Kind::Float, rows.device())),
-    );
+    let of_rows = rows.empty_like();
+    let of_weights = Tensor::empty(slots.size(), (Kind::Float, rows.device()));
     let [count, tokens, choices, width] = [
         rows.size()[0],
         slots.size()[0],

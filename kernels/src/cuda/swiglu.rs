@@ -5,9 +5,11 @@ use tch::Tensor;
 
 /// As [`crate::swiglu`].
 pub(crate) fn swiglu(gpu: &dyn Gpu, hidden: &Tensor) -> Tensor {
-    let (rows, ffn) = (hidden.size()[0], hidden.size()[1] / 2);
+    let rows = hidden.size()[0];
+    let ffn = hidden.size()[1] / 2;
     let out = Tensor::empty([rows, ffn], (hidden.kind(), hidden.device()));
-    let (rows, ffn) = (rows as usize, ffn as usize);
+    let rows = rows as usize;
+    let ffn = ffn as usize;
     let variant = Variant::of(&[hidden, &out], ffn);
     let arguments = arguments![hidden, &out, rows, ffn];
     gpu.run(
@@ -19,8 +21,10 @@ pub(crate) fn swiglu(gpu: &dyn Gpu, hidden: &Tensor) -> Tensor {
 
 /// As [`crate::swiglu_backward`].
 pub(crate) fn swiglu_backward(gpu: &dyn Gpu, grad: &Tensor, hidden: &Tensor) -> (Tensor, Tensor) {
-    let (rows, ffn) = (grad.size()[0] as usize, grad.size()[1] as usize);
-    let (out, result) = (hidden.empty_like(), grad.empty_like());
+    let rows = grad.size()[0] as usize;
+    let ffn = grad.size()[1] as usize;
+    let out = hidden.empty_like();
+    let result = grad.empty_like();
     let variant = Variant::of(&[grad, hidden, &out, &result], ffn);
     let arguments = arguments![grad, hidden, &out, &result, rows, ffn];
     gpu.run(

@@ -32,7 +32,8 @@ pub(crate) fn softmax(
     divisor: f64,
     out: &Tensor,
 ) -> (Tensor, Tensor) {
-    let (tokens, width) = (logits.size()[0], logits.size()[1] as usize);
+    let tokens = logits.size()[0];
+    let width = logits.size()[1] as usize;
     let [largest, sum] = [(); 2].map(|()| Tensor::empty([tokens], (Kind::Float, logits.device())));
     let variant = Variant::of(&[logits, out], width);
     let arguments = arguments![logits, out, &largest, &sum, width, 1.0 / divisor as f32];
@@ -51,7 +52,8 @@ pub(crate) fn softmax_gradient(
     labels: &Tensor,
     minus: &Tensor,
 ) {
-    let (tokens, width) = (probs.size()[0] as usize, probs.size()[1] as usize);
+    let tokens = probs.size()[0] as usize;
+    let width = probs.size()[1] as usize;
     let variant = Variant::of(&[probs], width);
     let arguments = arguments![probs, scale, labels, minus, width];
     gpu.run(
@@ -68,10 +70,12 @@ pub(crate) fn cross_entropy(
     labels: &Tensor,
     (inverse, factor): (f32, Option<f32>),
 ) -> Tensor {
-    let (tokens, width) = (logits.size()[0], logits.size()[1] as usize);
+    let tokens = logits.size()[0];
+    let width = logits.size()[1] as usize;
     let losses = Tensor::empty([tokens], (Kind::Float, logits.device()));
     let variant = Variant::of(&[logits], width);
-    let (wanted, factor) = (usize::from(factor.is_some()), factor.unwrap_or(0.0));
+    let wanted = usize::from(factor.is_some());
+    let factor = factor.unwrap_or(0.0);
     let arguments = arguments![logits, labels, &losses, width, inverse, factor, wanted];
     gpu.run(
         &call(

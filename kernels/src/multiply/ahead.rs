@@ -34,9 +34,10 @@ impl Ahead {
     ) -> Ahead {
         let start = (from.data as usize)
             .wrapping_add(inner.start * from.inner + columns.start * from.outer);
-        let (run, runs, step) = match from.inner == size {
-            true => (inner.len() * size, columns.len(), from.outer),
-            false => (columns.len() * size, inner.len(), from.inner),
+        let (run, runs, step) = if from.inner == size {
+            (inner.len() * size, columns.len(), from.outer)
+        } else {
+            (columns.len() * size, inner.len(), from.inner)
         };
         // Of nothing no line; and a run may begin within one.
         let runs = if run == 0 { 0 } else { runs };
@@ -62,7 +63,8 @@ impl Ahead {
     fn lines(&mut self, mut fetch: impl FnMut(usize)) {
         let mut left = self.each;
         while left > 0 && self.runs > 0 {
-            let (first, end) = (self.start / LINE * LINE, self.start.wrapping_add(self.run));
+            let first = self.start / LINE * LINE;
+            let end = self.start.wrapping_add(self.run);
             while left > 0 && first.wrapping_add(self.done) < end {
                 fetch(first.wrapping_add(self.done));
                 self.done = self.done.wrapping_add(LINE);

@@ -20,7 +20,8 @@ pub(super) fn multiply<K: Kernel>(jobs: &[Job], blocks: &[Block]) {
 
 fn make<K: Kernel>(jobs: &[Job], block: &Block, next: Option<&Block>, buffer: &mut Vec<Line>) {
     let job = &jobs[block.product];
-    let (panels, padded) = (job.size.0.div_ceil(ROWS), block.padded());
+    let panels = job.size.0.div_ceil(ROWS);
+    let padded = block.padded();
     let mut units = first::<K>(job);
     while !units.is_empty() {
         let packed = room(buffer, units.len() * padded);
@@ -31,9 +32,10 @@ fn make<K: Kernel>(jobs: &[Job], block: &Block, next: Option<&Block>, buffer: &m
             unsafe { K::right(&job.right, deep, block.columns.clone(), to) }
         }
         let rest = units.end..(units.end + K::DEPTH).min(job.units::<K>());
-        let next = match rest.is_empty() {
-            false => Some((block, rest.clone())),
-            true => next.map(|next| (next, first::<K>(&jobs[next.product]))),
+        let next = if rest.is_empty() {
+            next.map(|next| (next, first::<K>(&jobs[next.product])))
+        } else {
+            Some((block, rest.clone()))
         };
         let tiles = panels
             * block.columns.len().div_ceil(K::LINES * LANES)

@@ -42,9 +42,10 @@ impl<T: Number> Kernel for Avx2<T> {
     unsafe fn right(from: &Operand, units: Range<usize>, columns: Range<usize>, to: *mut Line) {
         // SAFETY: the same promises.
         unsafe {
-            match from.outer == Self::SIZE {
-                true => right_of_rows::<T>(from, units, columns, to),
-                false => right_of_columns::<T>(from, units, columns, to),
+            if from.outer == Self::SIZE {
+                right_of_rows::<T>(from, units, columns, to)
+            } else {
+                right_of_columns::<T>(from, units, columns, to)
             }
         }
     }
@@ -92,10 +93,8 @@ impl<T: Number> Kernel for Avx2<T> {
 unsafe fn widen<T: Number>(from: *const T, to: *mut f32, count: usize) {
     // SAFETY: as the caller promises.
     unsafe {
-        let (from, to) = (
-            std::slice::from_raw_parts(from, count),
-            std::slice::from_raw_parts_mut(to, count),
-        );
+        let from = std::slice::from_raw_parts(from, count);
+        let to = std::slice::from_raw_parts_mut(to, count);
         to.iter_mut().zip(from).for_each(|(to, x)| *to = x.wide());
     }
 }
@@ -244,10 +243,8 @@ unsafe fn left_of_columns<T: Number>(
         for (panel, row) in (0..rows).step_by(ROWS).enumerate() {
             // SAFETY: as the caller promises. What is written beyond six numbers, the next unit's are written over.
             unsafe {
-                let (at, to) = (
-                    at.cast::<T>().add(row),
-                    to.add((panel * count + index) * ROWS),
-                );
+                let at = at.cast::<T>().add(row);
+                let to = to.add((panel * count + index) * ROWS);
                 match rows - row {
                     WIDTH.. if index + 1 < count => _mm256_storeu_ps(to, eight(at)),
                     ROWS.. => six(at, to),

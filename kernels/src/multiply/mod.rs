@@ -132,7 +132,9 @@ fn multiply_by<K: Kernel>(products: &[Product], adds: bool) {
 }
 
 fn job(Product { out, left, right }: &Product, adds: bool) -> Job {
-    let (m, k, n) = (left.rows, left.columns, right.columns);
+    let m = left.rows;
+    let k = left.columns;
+    let n = right.columns;
     assert!(
         [out.rows, out.columns, right.rows] == [m, n, k],
         "{m} x {k} times {} x {n} is not {} x {}",
@@ -208,10 +210,8 @@ mod tests {
     #[test]
     fn gradients_of_very_many_tokens() {
         for kind in [Kind::Float, Kind::BFloat16] {
-            let (left, right) = (
-                random(9, 40_000, true, kind),
-                random(40_000, 20, false, kind),
-            );
+            let left = random(9, 40_000, true, kind);
+            let right = random(40_000, 20, false, kind);
             let plain = left
                 .to_kind(Kind::Double)
                 .matmul(&right.to_kind(Kind::Double))

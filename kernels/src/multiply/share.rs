@@ -100,7 +100,9 @@ fn blocks(sizes: &[Size], width: usize) -> Vec<Block> {
 /// For several threads.
 fn waves(sizes: &[Size], threads: usize, total: usize) -> Vec<Wave> {
     let count = (threads * PARTS).min(total / GRAIN).max(threads);
-    let (mut waves, mut blocks, mut packed) = (Vec::new(), Vec::new(), 0);
+    let mut waves = Vec::new();
+    let mut blocks = Vec::new();
+    let mut packed = 0;
     for (product, &(m, k, n)) in sizes.iter().enumerate().filter(|(_, (m, _, n))| m * n > 0) {
         // Few columns in all are divided so that every thread has some.
         let width = if m.div_ceil(ROWS) * n.div_ceil(WIDTH) < count {

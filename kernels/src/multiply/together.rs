@@ -39,7 +39,8 @@ pub(super) fn multiply<K: Kernel>(jobs: &[Job], waves: &[Wave]) {
             on_threads(wave.parts.len(), |part| {
                 for piece in &wave.parts[part] {
                     let block = &wave.blocks[piece.block];
-                    let (job, right) = (&jobs[block.product], packed.of(piece.block));
+                    let job = &jobs[block.product];
+                    let right = packed.of(piece.block);
                     let units = 0..job.units::<K>();
                     // SAFETY: the processor was asked, sizes were compared where the job was made, what is needed of the right matrix
                     // is packed, and a piece is this thread's alone.
@@ -60,7 +61,9 @@ pub(super) fn multiply<K: Kernel>(jobs: &[Job], waves: &[Wave]) {
 }
 
 fn pack<K: Kernel>(jobs: &[Job], wave: &Wave, buffer: &mut Vec<Line>) -> Packed {
-    let (mut starts, mut chunks, mut lines) = (Vec::new(), Vec::new(), 0);
+    let mut starts = Vec::new();
+    let mut chunks = Vec::new();
+    let mut lines = 0;
     for (index, block) in wave.blocks.iter().enumerate() {
         let units = jobs[block.product].units::<K>();
         starts.push(lines);

@@ -57,7 +57,8 @@ pub(super) unsafe fn work<K: Kernel>(
     panels: Range<usize>,
     mut between: impl FnMut(),
 ) {
-    let (m, width) = (job.size.0, columns.len());
+    let m = job.size.0;
+    let width = columns.len();
     let rows_of = |panel: usize| (m - panel * ROWS).min(ROWS);
     let kept = job.keeps::<K>();
     let padded = width.next_multiple_of(LANES);
@@ -173,11 +174,12 @@ pub(super) unsafe fn work<K: Kernel>(
                     }
                 };
                 let all_columns = || (0..width).step_by(K::LINES * LANES);
-                match K::RIGHT_STAYS {
-                    true => all_columns()
-                        .for_each(|column| (0..group.len()).for_each(|index| tile(index, column))),
-                    false => (0..group.len())
-                        .for_each(|index| all_columns().for_each(|column| tile(index, column))),
+                if K::RIGHT_STAYS {
+                    all_columns()
+                        .for_each(|column| (0..group.len()).for_each(|index| tile(index, column)))
+                } else {
+                    (0..group.len())
+                        .for_each(|index| all_columns().for_each(|column| tile(index, column)))
                 }
             }
         }

@@ -76,7 +76,8 @@ fn measure(args: &CollectivesArgs, env: &RankEnv) -> Result<()> {
     let Side::Ours(all) = &sides[0].1 else {
         bail!("the first side is ours")
     };
-    let (all, size) = (all.clone(), auto.size());
+    let all = all.clone();
+    let size = auto.size();
     if auto.rank() == 0 {
         eprintln!(
             "{size} ranks; sides: {}",
@@ -176,7 +177,8 @@ impl Side {
                 work.wait(|| false)?;
             }
             Side::Ours(group) => {
-                let (rank, size) = (group.rank(), group.size());
+                let rank = group.rank();
+                let size = group.size();
                 let rows = vec![part.size()[0]; size];
                 match operation {
                     "all_reduce" => group.all_reduce(whole, ReduceOp::Sum)?.wait()?,

@@ -23,14 +23,14 @@ pub(super) fn measure(shape: Shape, kind: Kind) -> Floor {
     };
     for ([rows, inner, outer], times) in shape.products() {
         let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
-        let (x, weight, grad) = (
-            random(&[rows, inner]),
-            random(&[outer, inner]),
-            random(&[rows, outer]),
-        );
-        let (y, of_x) = (grad.empty_like(), x.empty_like());
+        let x = random(&[rows, inner]);
+        let weight = random(&[outer, inner]);
+        let grad = random(&[rows, outer]);
+        let y = grad.empty_like();
+        let of_x = x.empty_like();
         // Gradients are added up in fp32; libtorch's products have the dtype of what they multiply.
-        let (of_weight, sum) = (weight.empty_like(), weight.to_kind(Kind::Float));
+        let of_weight = weight.empty_like();
+        let sum = weight.to_kind(Kind::Float);
         let mut fastest = [f64::INFINITY; 2];
         let began = Instant::now();
         for turn in 0..5 {
@@ -70,7 +70,9 @@ const TURNS: usize = 20;
 pub(super) fn peak(kind: Kind, device: Device) -> f64 {
     let size = SQUARE[usize::from(device != Device::Cpu)];
     let random = || Tensor::randn([size, size], (Kind::Float, device)).to_kind(kind);
-    let (left, right, out) = (random(), random(), random());
+    let left = random();
+    let right = random();
+    let out = random();
     // A number that comes back says that the device has ended.
     let wait = || {
         out.narrow(0, 0, 1)

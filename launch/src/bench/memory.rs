@@ -61,10 +61,8 @@ fn measure(args: &MemoryArgs, folder: &Path) -> Result<ExitCode> {
             .unwrap_or(0) as f64;
         let steps = train(folder, &config, ranks, Some(1))?;
         let last = steps.last().expect("there are two");
-        let (measured, resident) = (
-            largest(&last["rank_peak_memory"]),
-            largest(&last["rank_peak_resident"]),
-        );
+        let measured = largest(&last["rank_peak_memory"]);
+        let resident = largest(&last["rank_peak_resident"]);
         let mib = |bytes: f64| round(bytes / f64::from(1 << 20), 1);
         let line = json!({
             "bench": "memory",

@@ -17,9 +17,10 @@ use parallel::{
     Accelerator, Activation, Communicator, Cpu, GradientBuckets, Local, RankEnv, ReduceOp,
     Replication, Weight,
 };
+use parking_lot::Mutex;
 use serde_json::json;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Instant;
 use tch::{Kind, Tensor};
 use trainer::config::LeastLoadedConfig;
@@ -46,10 +47,8 @@ pub(crate) fn run(args: &MoeLayerArgs) -> Result<ExitCode> {
     }
     for case in &cases {
         let workload = parse(case)?;
-        let (experts, ranks) = (
-            args.experts.unwrap_or(workload.experts(args.ranks)),
-            args.ranks,
-        );
+        let experts = args.experts.unwrap_or(workload.experts(args.ranks));
+        let ranks = args.ranks;
         if experts < 4 || !experts.is_multiple_of(ranks) {
             bail!("{experts} experts cannot be shared out over {ranks} ranks, as many each");
         }
@@ -269,13 +268,12 @@ impl LayerBench {
         group: &Group,
         least_loaded: &LeastLoaded,
     ) -> Result<LayerBench> {
-        let (rank, ranks) = (group.all.rank(), group.all.size());
+        let rank = group.all.rank();
+        let ranks = group.all.size();
         tch::manual_seed(rank as i64 + 1);
-        let (hidden, ffn, local) = (
-            args.hidden as i64,
-            args.ffn as i64,
-            (experts / ranks) as i64,
-        );
+        let hidden = args.hidden as i64;
+        let ffn = args.ffn as i64;
+        let local = (experts / ranks) as i64;
         let random = |shape: &[i64]| group.device.zeros(shape, Kind::Float).uniform_(-0.05, 0.05);
         let [gate_up, down] = [[local, 2 * ffn, hidden], [local, hidden, ffn]]
             .map(|shape| Weight::new(random(&shape)));

@@ -47,7 +47,8 @@ fn in_folder(
     folder: &Path,
 ) -> Result<()> {
     write_tokens(folder, VOCAB)?;
-    let (ranks, rank) = (group.all.size(), group.all.rank());
+    let ranks = group.all.size();
+    let rank = group.all.rank();
     let experts = args.experts.unwrap_or(Workload::Balanced.experts(ranks));
     // Each in a world of its own: names of groups are used once.
     let trainer = |number: usize, dispatch: &str| -> Result<Trainer> {
@@ -63,11 +64,13 @@ fn in_folder(
     for case in cases {
         let workload = parse(case)?;
         let mut measured = [Measured::default(), Measured::default()];
-        let (mut losses, mut apart) = ([0.0; 2], 0.0f64);
+        let mut losses = [0.0; 2];
+        let mut apart = 0.0f64;
         for round in 0..args.rounds * workload.cycle() + 1 {
             // Who comes first changes each round.
             for which in [round % 2, 1 - round % 2] {
-                let (trainer, measured) = (&mut trainers[which], &mut measured[which]);
+                let trainer = &mut trainers[which];
+                let measured = &mut measured[which];
                 bias(trainer, &workload.weights(experts, ranks, round));
                 group.device.reset_peak()?;
                 let mut record = None;

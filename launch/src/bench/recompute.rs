@@ -184,7 +184,8 @@ fn measure(args: &RecomputeArgs, folder: &Path) -> Result<ExitCode> {
             &experiment,
             &[settings[0].clone(), setting.clone()],
         )?;
-        let (none, cost) = (turns[0], turns[1]);
+        let none = turns[0];
+        let cost = turns[1];
         if cost.mib <= fit {
             let mut line = line(args, "fit", &setting, cost, none);
             line["fit_mib"] = json!(fit);
@@ -209,7 +210,8 @@ fn measure(args: &RecomputeArgs, folder: &Path) -> Result<ExitCode> {
 
 /// One line of what was measured.
 fn line(args: &RecomputeArgs, case: &str, setting: &Value, cost: Cost, none: Cost) -> Value {
-    let (saved, lost_ms) = (none.mib - cost.mib, cost.step_ms - none.step_ms);
+    let saved = none.mib - cost.mib;
+    let lost_ms = cost.step_ms - none.step_ms;
     json!({
         "bench": "recompute",
         "case": case,

@@ -139,8 +139,10 @@ fn copy(args: &SnapshotBenchArgs) -> Result<Value> {
     let device = parallel::accelerator("cpu", 0)?;
     let mut timer = CopyTimer::new(access, device.as_ref(), args.mib)?;
     let bytes = args.mib << 20;
-    let (from, mut to) = (vec![7u8; bytes], vec![1u8; bytes]);
-    let (mut ours, mut plain) = (Vec::new(), Vec::new());
+    let from = vec![7u8; bytes];
+    let mut to = vec![1u8; bytes];
+    let mut ours = Vec::new();
+    let mut plain = Vec::new();
     for step in 0..=args.rounds {
         let begun = Instant::now();
         to.copy_from_slice(std::hint::black_box(&from));
@@ -181,8 +183,11 @@ fn load(args: &SnapshotBenchArgs, folder: &Path) -> Result<Value> {
     let path = staging.commit(vec![shard], count, Value::Null)?;
     let into: Vec<Tensor> = (0..count).map(|_| random()).collect();
     let bytes = count << 24;
-    let (from, mut to) = (vec![7u8; bytes], vec![1u8; bytes]);
-    let (mut ours, mut checked, mut plain) = (Vec::new(), Vec::new(), Vec::new());
+    let from = vec![7u8; bytes];
+    let mut to = vec![1u8; bytes];
+    let mut ours = Vec::new();
+    let mut checked = Vec::new();
+    let mut plain = Vec::new();
     for _ in 0..args.rounds {
         let rate = |begun: Instant| bytes as f64 / begun.elapsed().as_secs_f64() / 1e9;
         let begun = Instant::now();
@@ -238,7 +243,8 @@ fn code(
     let chunks: Vec<Vec<u8>> = (0..data).map(bytes).collect();
     let mut parities = vec![vec![1u8; shard]; parity];
     let mut copied = vec![1u8; shard];
-    let (mut ours, mut plain) = (Vec::new(), Vec::new());
+    let mut ours = Vec::new();
+    let mut plain = Vec::new();
     for turn in 0..=args.rounds {
         let begun = Instant::now();
         for chunk in &chunks {
@@ -318,10 +324,14 @@ fn runs(
     wanted: &dyn Fn(&str) -> bool,
 ) -> Result<ExitCode> {
     write_tokens(folder, 10240)?;
-    let (mut stalls, mut copies, mut bytes, mut baseline) =
-        (Vec::new(), Vec::new(), 0.0f64, Vec::new());
+    let mut stalls = Vec::new();
+    let mut copies = Vec::new();
+    let mut bytes = 0.0f64;
+    let mut baseline = Vec::new();
     // Milliseconds of steps beside which a snapshot is copied, of the others, and of a run without keepers.
-    let (mut copying, mut plain, mut without) = (Vec::new(), Vec::new(), Vec::new());
+    let mut copying = Vec::new();
+    let mut plain = Vec::new();
+    let mut without = Vec::new();
     for turn in 1..=args.rounds {
         eprintln!("snapshots in a run: round {turn} of {}", args.rounds);
         // One after every second step, so that both kinds of steps meet the same machine. The first steps are slow.
@@ -381,7 +391,9 @@ fn runs(
             )
         );
     }
-    let (copying, plain, without) = (median(copying), median(plain), median(without));
+    let copying = median(copying);
+    let plain = median(plain);
+    let without = median(without);
     for (case, every) in [("every-10", 10.0), ("every-1", 1.0)] {
         if wanted(case) {
             let rate = |step_ms: f64| TOKENS / step_ms * 1e3;

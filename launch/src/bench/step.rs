@@ -19,12 +19,13 @@ pub(crate) fn run(args: BenchArgs) -> Result<ExitCode> {
         if args.case.is_some_and(|wanted| wanted != case) {
             continue;
         }
-        match args.baseline.is_empty() {
-            true => println!("{}", measure_step(&args, case)?),
-            false => drop(in_a_folder(|folder| {
+        if args.baseline.is_empty() {
+            println!("{}", measure_step(&args, case)?)
+        } else {
+            drop(in_a_folder(|folder| {
                 println!("{}", take_turns(&args, case, folder)?);
                 Ok(ExitCode::SUCCESS)
-            })?),
+            })?)
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -57,7 +58,8 @@ fn measure_step(args: &BenchArgs, case: BenchCase) -> Result<Value> {
         .transpose()?;
     drop(step);
     let seconds = median(times.seconds);
-    let (model_flops, mut peak) = (shape.model_flops(), floor::peak(kind, device));
+    let model_flops = shape.model_flops();
+    let mut peak = floor::peak(kind, device);
     let floor = (args.device == "cpu").then(|| floor::measure(shape, kind));
     if let Some(floor) = &floor {
         peak = peak.max(shape.product_flops() / floor.by_ours.min(floor.by_libtorch));
@@ -113,7 +115,8 @@ fn profile(step: &mut ReferenceStep, path: &Path) -> Result<(Value, f64)> {
     let each = PROFILED as f64;
     let executed = parts.iter().map(|(_, total)| total.cost.flops).sum::<f64>() / each;
     let line = |((kind, name), total): ((&str, &str), profile::Total)| {
-        let (flops, bytes) = (total.cost.flops, total.cost.bytes);
+        let flops = total.cost.flops;
+        let bytes = total.cost.bytes;
         let mut line = json!({
             "part": format!("{kind} {name}"),
             "ms": round(total.seconds / each * 1e3, 2),
@@ -164,7 +167,8 @@ fn off(ours: &Value, theirs: &Value) -> Option<f64> {
 /// does meets all of them alike.
 fn take_turns(args: &BenchArgs, case: BenchCase, folder: &Path) -> Result<Value> {
     let this = std::env::current_exe().context("cannot find this program's own file")?;
-    let (runs, threads) = (args.runs.to_string(), args.threads.to_string());
+    let runs = args.runs.to_string();
+    let threads = args.threads.to_string();
     let start = folder.join("start.safetensors");
     // A large model's weights are gigabytes: they are written for who reads them.
     let starts_alike = args.baseline.iter().any(|text| text.contains("{start}"));

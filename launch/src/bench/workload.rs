@@ -89,9 +89,12 @@ impl Workload {
         let even = 1.0 / experts as f64;
         let hot = |is_hot: &dyn Fn(usize) -> bool, share: f64| {
             let count = (0..experts).filter(|&expert| is_hot(expert)).count();
-            let weight = |expert| match is_hot(expert) {
-                true => share / count as f64,
-                false => (1.0 - share) / (experts - count).max(1) as f64,
+            let weight = |expert| {
+                if is_hot(expert) {
+                    share / count as f64
+                } else {
+                    (1.0 - share) / (experts - count).max(1) as f64
+                }
             };
             (0..experts).map(weight).collect::<Vec<f64>>()
         };
@@ -126,7 +129,8 @@ impl Workload {
         (rank, ranks): (usize, usize),
         round: usize,
     ) -> Vec<i64> {
-        let (top_k, weights) = (self.top_k(), self.weights(experts, ranks, round));
+        let top_k = self.top_k();
+        let weights = self.weights(experts, ranks, round);
         let mut state = ((rank + ranks * round) as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
         let mut random = || {
             state = state

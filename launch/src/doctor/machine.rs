@@ -35,13 +35,14 @@ pub(super) fn processors(ranks: usize) -> Finding {
         "{cores} for {ranks} rank{} of this machine",
         if ranks == 1 { "" } else { "s" }
     );
-    match cores < ranks {
-        true => Finding::warning(
+    if cores < ranks {
+        Finding::warning(
             "processors",
             seen,
             "start fewer ranks: they take turns on the processors and wait for each other",
-        ),
-        false => Finding::fine("processors", seen),
+        )
+    } else {
+        Finding::fine("processors", seen)
     }
 }
 
@@ -106,9 +107,10 @@ pub(super) fn shared_memory(ranks: usize) -> Finding {
         Ok(stat) => {
             let free = stat.blocks_available() * stat.fragment_size();
             let seen = format!("{} MiB are free in /dev/shm", free / MIB);
-            match free < EACH * ranks as u64 {
-                true => Finding::fault("shared memory", seen, mend),
-                false => Finding::fine("shared memory", seen),
+            if free < EACH * ranks as u64 {
+                Finding::fault("shared memory", seen, mend)
+            } else {
+                Finding::fine("shared memory", seen)
             }
         }
     }
@@ -122,13 +124,14 @@ pub(super) fn open_files(ranks: usize) -> Finding {
     // Connections to every other rank, in several groups.
     let needed = 256 + 32 * ranks as u64;
     let seen = format!("a process may have {soft} (at most {hard})");
-    match soft < needed {
-        true => Finding::fault(
+    if soft < needed {
+        Finding::fault(
             "open files",
             seen,
             format!("ulimit -n {}", hard.min(65536).max(needed)),
-        ),
-        false => Finding::fine("open files", seen),
+        )
+    } else {
+        Finding::fine("open files", seen)
     }
 }
 
@@ -153,13 +156,14 @@ pub(super) fn graphics(config: Option<&Config>) -> Finding {
     let wanted = config.is_some_and(|config| config.run.device == "cuda");
     let driver = std::fs::read_to_string("/proc/driver/nvidia/version").ok();
     let Some(driver) = driver.as_deref().and_then(|text| text.lines().next()) else {
-        return match wanted {
-            true => Finding::fault(
+        return if wanted {
+            Finding::fault(
                 "GPU",
                 "run.device is cuda, and there is no NVIDIA driver",
                 "install the driver (nvidia-smi must list the GPUs), give the container its devices, or use run.device: cpu",
-            ),
-            false => Finding::fine("GPU", "none"),
+            )
+        } else {
+            Finding::fine("GPU", "none")
         };
     };
     match parallel::accelerator("cuda", 0) {
@@ -206,13 +210,14 @@ pub(super) fn mpi(config: Option<&Config>, by_mpi: bool) -> Finding {
     let wanted = config.is_some_and(|config| config.run.communicator == Backend::Mpi);
     let Some(library) = parallel::mpi_library() else {
         let seen = "this moerun was built without it";
-        return match wanted {
-            true => Finding::fault(
+        return if wanted {
+            Finding::fault(
                 "MPI",
                 format!("run.communicator is mpi, and {seen}"),
                 "run ./scripts/setup --mpi and build with 'cargo build --release --features mpi'",
-            ),
-            false => Finding::fine("MPI", seen),
+            )
+        } else {
+            Finding::fine("MPI", seen)
         };
     };
     if by_mpi {
@@ -239,13 +244,14 @@ pub(super) fn mpi(config: Option<&Config>, by_mpi: bool) -> Finding {
             .find(|word| word.contains('.'))
             .map(str::to_string)
     };
-    match number(&library) == number(&version) {
-        true => Finding::fine("MPI", format!("{library}; {version}")),
-        false => Finding::fault(
+    if number(&library) == number(&version) {
+        Finding::fine("MPI", format!("{library}; {version}"))
+    } else {
+        Finding::fault(
             "MPI",
             format!("{library} is built in, and mpirun in PATH is {version}"),
             "use the mpirun of the library that moerun was built with, or build again with MPICC of the other",
-        ),
+        )
     }
 }
 
@@ -275,12 +281,13 @@ pub(super) fn disk(config: &Config) -> Finding {
         config.checkpoint.keep + 1,
         needed / MIB
     );
-    match free < needed {
-        true => Finding::fault(
+    if free < needed {
+        Finding::fault(
             "disk",
             seen,
             "make room, choose another run.dir, or a smaller checkpoint.keep",
-        ),
-        false => Finding::fine("disk", seen),
+        )
+    } else {
+        Finding::fine("disk", seen)
     }
 }

@@ -74,15 +74,14 @@ fn clocks(all: &Arc<dyn Communicator>) -> Result<Finding> {
         .wait()?;
     let apart = ranks.max().double_value(&[]) - ranks.min().double_value(&[]);
     let seen = format!("at most {:.0} ms apart", apart * 1e3);
-    Ok(match apart > CLOCKS {
-        true => {
-            let slow = ranks.argmin(0, false).int64_value(&[]);
-            let mend = format!(
-                "set the clocks (chrony, or another NTP client); rank {slow} is behind the others"
-            );
-            Finding::fault("clocks", seen, mend)
-        }
-        false => Finding::fine("clocks", seen),
+    Ok(if apart > CLOCKS {
+        let slow = ranks.argmin(0, false).int64_value(&[]);
+        let mend = format!(
+            "set the clocks (chrony, or another NTP client); rank {slow} is behind the others"
+        );
+        Finding::fault("clocks", seen, mend)
+    } else {
+        Finding::fine("clocks", seen)
     })
 }
 

@@ -96,12 +96,12 @@ pub(super) fn svg(slices: &[Slice], title: &str) -> String {
         .unwrap_or(0)
         .max(1);
     let cell = (240.0 / experts as f64).clamp(2.0, 16.0);
-    let (row, margin, top) = (18.0, 64.0, 48.0);
+    let row = 18.0;
+    let margin = 64.0;
+    let top = 48.0;
     let panel = cell * experts as f64 + 16.0;
-    let (width, height) = (
-        margin + panel * slices.len() as f64,
-        top + row * layers as f64 + 36.0,
-    );
+    let width = margin + panel * slices.len() as f64;
+    let height = top + row * layers as f64 + 36.0;
     let mut out = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width:.0}\" height=\"{height:.0}\" font-family=\"sans-serif\" \
          font-size=\"11\">\n<rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n<text x=\"8\" y=\"18\" \
@@ -128,7 +128,8 @@ pub(super) fn svg(slices: &[Slice], title: &str) -> String {
         );
         for (layer, experts) in heat.iter().enumerate() {
             for (expert, heat) in experts.iter().enumerate() {
-                let (x, y) = (left + cell * expert as f64, top + row * layer as f64);
+                let x = left + cell * expert as f64;
+                let y = top + row * layer as f64;
                 let _ = writeln!(
                     out,
                     "<rect x=\"{x:.1}\" y=\"{y:.1}\" width=\"{cell:.1}\" height=\"{:.1}\" fill=\"{}\"><title>layer {layer}, \
@@ -169,7 +170,8 @@ fn colour(heat: f64) -> String {
         .position(|(at, _)| heat <= *at)
         .unwrap_or(stops.len() - 1)
         .max(1);
-    let ((from, a), (to, b)) = (stops[after - 1], stops[after]);
+    let (from, a) = stops[after - 1];
+    let (to, b) = stops[after];
     let share = (heat - from) / (to - from);
     let mix = |channel: usize| {
         (f64::from(a[channel]) + share * f64::from(b[channel] - a[channel])).round() as u8

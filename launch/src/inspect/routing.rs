@@ -66,10 +66,8 @@ fn consistency(args: &InspectRoutingArgs) -> Result<ExitCode> {
         sequence,
         unseen,
     } = sample;
-    let (segment, cache) = (
-        args.segment,
-        args.cache.unwrap_or(2 * top_k).min(num_experts),
-    );
+    let segment = args.segment;
+    let cache = args.cache.unwrap_or(2 * top_k).min(num_experts);
     let tokens = experts.first().map_or(0, Vec::len) / top_k.max(1);
     println!(
         "\nrouting consistency (arXiv 2505.16056) of step {step} on {tokens} {} tokens, in segments of {segment}:",
@@ -78,7 +76,8 @@ fn consistency(args: &InspectRoutingArgs) -> Result<ExitCode> {
     println!(
         "  SRP: best F1 of one set of experts a segment; SCH: best hit rate of a cache of {cache} of {num_experts}"
     );
-    let (mut sums, digits) = ([0.0; 2], experts.len().saturating_sub(1).to_string().len());
+    let mut sums = [0.0; 2];
+    let digits = experts.len().saturating_sub(1).to_string().len();
     for (layer, experts) in experts.iter().enumerate() {
         let figures = segment_routing(experts, top_k, num_experts, sequence, segment).zip(
             segment_cache(experts, top_k, num_experts, sequence, (segment, cache)),

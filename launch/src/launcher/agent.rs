@@ -131,7 +131,8 @@ pub(crate) fn run(args: &TrainArgs, machine: usize, head: &str) -> Result<ExitCo
     });
     let mut ranks = Ranks::new(args, &dir);
     let mut keepers: Vec<Child> = Vec::new();
-    let (mut number, mut told) = (0, None);
+    let mut number = 0;
+    let mut told = None;
     loop {
         match orders.recv_timeout(TICK) {
             Ok(Order::Start {

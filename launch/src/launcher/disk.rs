@@ -39,7 +39,8 @@ impl Disk {
     /// What was written has come to an end: which step, and the folder or why not.
     pub(super) fn ended(&mut self, keepers: &mut Keepers) -> Option<(u64, Result<PathBuf>)> {
         let (id, result) = self.writing.as_ref()?;
-        let (step, result) = (id.step, result.try_recv().ok()?);
+        let step = id.step;
+        let result = result.try_recv().ok()?;
         self.writing = None;
         keepers.ask_all(|peer| peer.unpin());
         Some((step, result))
@@ -64,7 +65,8 @@ impl Disk {
             }
         }
         let (sender, result) = bounded(1);
-        let (root, keep) = (self.root.clone(), self.keep);
+        let root = self.root.clone();
+        let keep = self.keep;
         std::thread::spawn(move || {
             let written = write(&root, newest, tasks);
             let written =

@@ -7,13 +7,14 @@ use super::spawn::{STARTING, spawn_keeper};
 use crate::keeper::{Orders, Ready};
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::signal::Signal;
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Child;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How often answers are looked for.
@@ -99,7 +100,7 @@ impl<'a> Machines<'a> {
     }
 
     fn agents(&self) -> MutexGuard<'_, Vec<Agent>> {
-        self.agents.lock().unwrap_or_else(PoisonError::into_inner)
+        self.agents.lock()
     }
 
     /// How many there are.
@@ -386,7 +387,7 @@ fn serve(mut stream: TcpStream, agents: &Mutex<Vec<Agent>>, per_machine: usize) 
     let Ok(hello) = serde_json::from_str::<Hello>(&first) else {
         return;
     };
-    let lock = || agents.lock().unwrap_or_else(PoisonError::into_inner);
+    let lock = || agents.lock();
     {
         let mut agents = lock();
         let machines = agents.len() + 1;

@@ -155,7 +155,8 @@ impl Signals {
             last: Arc::default(),
         };
         for signal in [SIGINT, SIGTERM, SIGHUP] {
-            let (count, last) = (signals.count.clone(), signals.last.clone());
+            let count = signals.count.clone();
+            let last = signals.last.clone();
             std::thread::spawn({
                 let mut iterator = signal_hook::iterator::Signals::new([signal])
                     .context("cannot handle signals")?;
@@ -358,7 +359,8 @@ impl<'a> Launcher<'a> {
         if self.config.takes_snapshots() {
             let spares = self.args.spare_nodes;
             // Spare ones are on the machines after those with ranks, where there are any.
-            let (per_node, last) = (self.size.div_ceil(nodes), self.machines.count() - 1);
+            let per_node = self.size.div_ceil(nodes);
+            let last = self.machines.count() - 1;
             let machine_of = |node: usize| (node * per_node / self.per_machine).min(last);
             let keepers = Keepers::start(
                 self.dir,
@@ -739,7 +741,8 @@ impl<'a> Launcher<'a> {
     /// When it cannot be: it is still in the keepers' memory then.
     fn finish(&mut self, tracker: &mut Tracker, signals: &Signals) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(self.config.run.timeout_s);
-        let (mut tried, asked) = (false, signals.count());
+        let mut tried = false;
+        let asked = signals.count();
         while self.keepers.is_some() {
             self.listen(tracker);
             if signals.count() > asked {

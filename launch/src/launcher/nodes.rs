@@ -159,7 +159,8 @@ impl Keepers {
             .watch()
             .map_err(|e| anyhow!("the keeper tells no events: {e}"))?;
         member.control = Some(connect(self.patience)?);
-        let (sender, number) = (self.sender.clone(), member.number);
+        let sender = self.sender.clone();
+        let number = member.number;
         std::thread::spawn(move || {
             // Nobody listens when the launcher ends.
             let error = events.hear(|event| drop(sender.send((number, Heard::Event(event)))));

@@ -109,7 +109,8 @@ mod tests {
 
     #[test]
     fn a_step_that_fails_again_is_tried_from_older_states_and_then_given_up() {
-        let (config, mut history) = (RestartConfig::default(), History::default());
+        let config = RestartConfig::default();
+        let mut history = History::default();
         assert_eq!(history.decide(&Cause::Fault, 7, 0.0, &config), restart(0));
         assert_eq!(history.decide(&Cause::Fault, 7, 1.0, &config), restart(1));
         // Back at an older state, it does not even come so far.
@@ -130,7 +131,8 @@ mod tests {
 
     #[test]
     fn a_bad_batch_is_left_out_once_and_then_the_state_is_to_blame() {
-        let (config, mut history) = (RestartConfig::default(), History::default());
+        let config = RestartConfig::default();
+        let mut history = History::default();
         let cause = Cause::Diverged { step: 4 };
         assert_eq!(
             history.decide(&cause, 3, 0.0, &config),

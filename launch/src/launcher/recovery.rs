@@ -217,7 +217,8 @@ fn protect_again(
         {
             sources[position] = Some(keepers.addresses()[node]);
         }
-        let (peer, snapshot) = (keepers.long(node), candidate.snapshot.clone());
+        let peer = keepers.long(node);
+        let snapshot = candidate.snapshot.clone();
         std::thread::spawn(move || {
             let made = peer.and_then(|mut peer| Ok(peer.protect(&snapshot, node, &sources)?));
             if let Err(error) = made {

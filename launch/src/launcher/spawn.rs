@@ -39,7 +39,8 @@ pub(super) fn spawn_keeper(dir: &Path, node: usize, orders: &Orders) -> Result<(
 }
 
 fn tell(child: &mut Child, orders: &Orders) -> Result<Ready> {
-    let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
+    let stdin = child.stdin.take();
+    let stdout = child.stdout.take();
     let (mut stdin, stdout) = stdin
         .zip(stdout)
         .context("it has no standard input and output")?;

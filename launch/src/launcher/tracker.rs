@@ -184,7 +184,8 @@ mod tests {
             ranks: vec![rank],
         };
         let redundancy = Redundancy::Parity { data: 1, parity: 1 };
-        let (nodes, groups) = (vec![node(0), node(1)], vec![vec![0, 1]]);
+        let nodes = vec![node(0), node(1)];
+        let groups = vec![vec![0, 1]];
         Tracker::new(Topology {
             generation: 1,
             nodes,

@@ -4,7 +4,8 @@ use std::collections::HashSet;
 
 /// Algorithms 2 and 3 as they are printed: lists are sorted anew in every round.
 fn transcription(loads: &[i64], owners: usize, alpha: f64, m: i64) -> Vec<Entry> {
-    let (n, p) = (loads.len(), owners);
+    let n = loads.len();
+    let p = owners;
     let m_alpha = (alpha * loads.iter().sum::<i64>() as f64 / p as f64).floor() as i64;
     let owner_of = |expert: usize| expert / (n / p);
     let mut g_p = vec![0i64; p];

@@ -4,11 +4,12 @@
 
 use super::{CommError, Communicator, Progress, ReduceOp, Work};
 use kernels::profile::{self, part};
+use parking_lot::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tch::Tensor;
 use torch_ext::Store;
@@ -140,13 +141,12 @@ impl FlightRecorder {
         store: Store,
     ) -> FlightRecorder {
         let (questions, inbox) = channel();
-        let (log, dump, queued, failure) = (
-            Mutex::default(),
-            Mutex::default(),
-            Mutex::default(),
-            Mutex::default(),
-        );
-        let (began, when_stuck) = (Instant::now(), Mutex::default());
+        let log = Mutex::default();
+        let dump = Mutex::default();
+        let queued = Mutex::default();
+        let failure = Mutex::default();
+        let began = Instant::now();
+        let when_stuck = Mutex::default();
         let shared = Arc::new(Shared {
             rank,
             began,
@@ -303,7 +303,7 @@ impl FlightRecorder {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    mutex.lock()
 }
 
 fn as_list<S: serde::Serializer>(ranks: &Arc<[usize]>, serializer: S) -> Result<S::Ok, S::Error> {
@@ -369,7 +369,8 @@ impl Shared {
                     self.timeout
                 ),
             };
-            let (group, members) = (call.group.to_string(), call.members.to_vec());
+            let group = call.group.to_string();
+            let members = call.members.to_vec();
             let error = CommError {
                 rank: self.rank,
                 group,
@@ -461,12 +462,13 @@ fn missing(store: &Store, own: usize, call: &Call, beat: &mut dyn FnMut() -> boo
         let silent = now.as_ref().map(|sign| sign.beat) == before.as_ref().map(|sign| sign.beat);
         absent.extend(describe(rank, silent, now.unwrap_or_default(), call));
     }
-    match absent.is_empty() {
-        true => format!(
+    if absent.is_empty() {
+        format!(
             "{}: every rank has come to it and is alive; the network may be slow or cut",
             call.name()
-        ),
-        false => format!("{}: {}", call.name(), absent.join("; ")),
+        )
+    } else {
+        format!("{}: {}", call.name(), absent.join("; "))
     }
 }
 

@@ -79,10 +79,8 @@ impl Gloo {
         tensor: &Tensor,
         start: impl FnOnce(&torch_ext::Gloo, &Tensor) -> Result<torch_ext::Work, torch_ext::Error>,
     ) -> Result<Work, CommError> {
-        let (shared, staged) = (
-            self.shared.clone(),
-            Staged::new(&[tensor], operation == "recv"),
-        );
+        let shared = self.shared.clone();
+        let staged = Staged::new(&[tensor], operation == "recv");
         let work = start(&shared.group, &staged.host[0]).map_err(|e| shared.error(operation, e))?;
         Ok(Work::new(move || {
             work.wait_point_to_point()

@@ -87,7 +87,8 @@ impl Hccl {
             torch_ext::load_library(file, torch_ext::ASCEND_FOLDER, REMEDY)
                 .map_err(|e| e.to_string())
         };
-        let (acl, hccl) = (open("libascendcl.so")?, open("libhccl.so")?);
+        let acl = open("libascendcl.so")?;
+        let hccl = open("libhccl.so")?;
         let old = |e: libloading::Error| format!("CANN is too old: {e}");
         // SAFETY: the types of the fields are those of the headers above; HcclConfigValue is a union of one int32.
         unsafe {
@@ -121,13 +122,16 @@ impl Hccl {
         if code == 0 {
             return Ok(());
         }
-        let text = |pointer: *const c_char| match pointer.is_null() {
-            true => String::new(),
-            // SAFETY: strings of the library, which live until this thread's next error.
-            false => unsafe { CStr::from_ptr(pointer) }
-                .to_string_lossy()
-                .trim()
-                .to_string(),
+        let text = |pointer: *const c_char| {
+            if pointer.is_null() {
+                String::new()
+            } else {
+                // SAFETY: strings of the library, which live until this thread's next error.
+                unsafe { CStr::from_ptr(pointer) }
+                    .to_string_lossy()
+                    .trim()
+                    .to_string()
+            }
         };
         // SAFETY: both may be called at any time.
         let (name, more) =
@@ -237,7 +241,8 @@ impl Library for Hccl {
         run: Run,
         op: ReduceOp,
     ) -> Result<(), String> {
-        let (count, kind) = (run.count as u64, element(run.kind)?);
+        let count = run.count as u64;
+        let kind = element(run.kind)?;
         // SAFETY: the caller's promise; in place is allowed.
         self.check(unsafe {
             (self.all_reduce)(data, data, count, kind, reduction(op), to.comm.0, to.stream)
@@ -251,7 +256,8 @@ impl Library for Hccl {
         run: Run,
         root: usize,
     ) -> Result<(), String> {
-        let (count, kind) = (run.count as u64, element(run.kind)?);
+        let count = run.count as u64;
+        let kind = element(run.kind)?;
         // SAFETY: the caller's promise.
         self.check(unsafe {
             (self.broadcast)(data, count, kind, root as u32, to.comm.0, to.stream)
@@ -265,7 +271,8 @@ impl Library for Hccl {
         data: Data,
         run: Run,
     ) -> Result<(), String> {
-        let (count, kind) = (run.count as u64, element(run.kind)?);
+        let count = run.count as u64;
+        let kind = element(run.kind)?;
         // SAFETY: the caller's promise.
         self.check(unsafe { (self.all_gather)(data, out, count, kind, to.comm.0, to.stream) })
     }
@@ -278,7 +285,8 @@ impl Library for Hccl {
         run: Run,
         op: ReduceOp,
     ) -> Result<(), String> {
-        let (count, kind) = (run.count as u64, element(run.kind)?);
+        let count = run.count as u64;
+        let kind = element(run.kind)?;
         // SAFETY: the caller's promise.
         self.check(unsafe {
             (self.reduce_scatter)(data, out, count, kind, reduction(op), to.comm.0, to.stream)
@@ -293,8 +301,11 @@ impl Library for Hccl {
         kind: Kind,
     ) -> Result<(), String> {
         let counts = |of: &[usize]| -> Vec<u64> { of.iter().map(|&count| count as u64).collect() };
-        let (receive, send, kind) = (counts(receive), counts(send), element(kind)?);
-        let (receive_at, send_at) = (begins(&receive), begins(&send));
+        let receive = counts(receive);
+        let send = counts(send);
+        let kind = element(kind)?;
+        let receive_at = begins(&receive);
+        let send_at = begins(&send);
         // SAFETY: the caller's promise; the four lists are read before the call returns.
         self.check(unsafe {
             (self.all_to_all_v)(
@@ -313,7 +324,8 @@ impl Library for Hccl {
     }
 
     unsafe fn messages(&self, to: &To<Self>, messages: &[Message]) -> Result<(), String> {
-        let (comm, stream) = (to.comm.0, to.stream);
+        let comm = to.comm.0;
+        let stream = to.stream;
         if let [
             Message {
                 sends,

@@ -7,10 +7,11 @@ use super::{CommError, Communicator, Membership, ReduceOp, Staged, Work, check_s
 use crate::beside;
 use half::{bf16, f16};
 use mpi::ffi;
+use parking_lot::Mutex;
 use std::ffi::{c_int, c_void};
 use std::mem::{ManuallyDrop, MaybeUninit};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tch::{Kind, Tensor};
 
@@ -51,7 +52,8 @@ pub(crate) fn universe() -> Result<&'static Universe, String> {
                  with it"
             ));
         }
-        let (mut rank, mut size) = (0, 0);
+        let mut rank = 0;
+let mut size = 0;
         // SAFETY: MPI is begun; out-parameters live through the calls. Errors are returned instead of ending the process.
         unsafe {
             check(ffi::MPI_Comm_set_errhandler(ffi::RSMPI_COMM_WORLD, ffi::RSMPI_ERRORS_RETURN))?;
@@ -72,7 +74,8 @@ pub(crate) fn universe() -> Result<&'static Universe, String> {
 
 /// Ends MPI, where it was begun: without that, mpirun takes the end of a rank for a failure. All ranks call it.
 pub fn finalize() {
-    let (mut begun, mut ended) = (0, 0);
+    let mut begun = 0;
+    let mut ended = 0;
     // SAFETY: these three may be called at any time; nothing of MPI is used afterwards, since the process ends.
     unsafe {
         if ffi::MPI_Initialized(&mut begun) == 0
@@ -99,7 +102,7 @@ fn look_in(universe: &Universe) {
         } else {
             Duration::from_micros(200)
         });
-        let Ok(_looking) = LOOKING.lock() else { return };
+        let _looking = LOOKING.lock();
         if FINALIZING.load(Ordering::SeqCst) {
             return;
         }
@@ -321,7 +324,8 @@ impl Mpi {
         let mut comm = MaybeUninit::uninit();
         // SAFETY: handles are made here and freed here; arrays have the lengths that are named.
         let made = unsafe {
-            let (mut all, mut group) = (MaybeUninit::uninit(), MaybeUninit::uninit());
+            let mut all = MaybeUninit::uninit();
+            let mut group = MaybeUninit::uninit();
             check(ffi::MPI_Comm_group(ffi::RSMPI_COMM_WORLD, all.as_mut_ptr())).and_then(|()| {
                 check(ffi::MPI_Group_incl(
                     all.assume_init(),
@@ -516,11 +520,9 @@ impl Communicator for Mpi {
             true,
             |shared, host, request| {
                 let (kind, op) = shared.element(host[0].kind(), op)?;
-                let (input, output, number) = (
-                    host[1].data_ptr(),
-                    host[0].data_ptr(),
-                    count(host[0].numel())?,
-                );
+                let input = host[1].data_ptr();
+                let output = host[0].data_ptr();
+                let number = count(host[0].numel())?;
                 // SAFETY: both tensors are contiguous, have as many elements, and live until the request is done.
                 check(unsafe {
                     ffi::MPI_Iallreduce(input, output, number, kind, op, shared.comm, request)
@@ -532,7 +534,8 @@ impl Communicator for Mpi {
     fn broadcast(&self, tensor: &Tensor, root: usize) -> Result<Work, CommError> {
         self.run("broadcast", &[tensor], true, |shared, host, request| {
             let (kind, _) = shared.element(host[0].kind(), ReduceOp::Sum)?;
-            let (data, number) = (host[0].data_ptr(), count(host[0].numel())?);
+            let data = host[0].data_ptr();
+            let number = count(host[0].numel())?;
             // SAFETY: the tensor lives until the request is done.
             check(unsafe {
                 ffi::MPI_Ibcast(data, number, kind, root as c_int, shared.comm, request)
@@ -557,11 +560,9 @@ impl Communicator for Mpi {
             true,
             |shared, host, request| {
                 let (kind, _) = shared.element(host[0].kind(), ReduceOp::Sum)?;
-                let (input, output, number) = (
-                    host[1].data_ptr(),
-                    host[0].data_ptr(),
-                    count(host[1].numel())?,
-                );
+                let input = host[1].data_ptr();
+                let output = host[0].data_ptr();
+                let number = count(host[1].numel())?;
                 // SAFETY: contiguous tensors of fitting sizes, which live until the request is done.
                 check(unsafe {
                     ffi::MPI_Iallgather(
@@ -601,11 +602,9 @@ impl Communicator for Mpi {
             true,
             |shared, host, request| {
                 let (kind, op) = shared.element(host[0].kind(), op)?;
-                let (input, output, number) = (
-                    host[1].data_ptr(),
-                    host[0].data_ptr(),
-                    count(host[0].numel())?,
-                );
+                let input = host[1].data_ptr();
+                let output = host[0].data_ptr();
+                let number = count(host[0].numel())?;
                 // SAFETY: contiguous tensors of fitting sizes, which live until the request is done.
                 check(unsafe {
                     ffi::MPI_Ireduce_scatter_block(
@@ -636,7 +635,8 @@ impl Communicator for Mpi {
             &[output, input],
             true,
             |shared, host, request| {
-                let (sent, received) = (counts(input_splits)?, counts(output_splits)?);
+                let sent = counts(input_splits)?;
+                let received = counts(output_splits)?;
                 let arguments = Arguments {
                     row: row_of(&host[1])?,
                     sent,
@@ -670,7 +670,8 @@ impl Communicator for Mpi {
     fn send(&self, tensor: &Tensor, to: usize, tag: i32) -> Result<Work, CommError> {
         self.run("send", &[tensor], false, |shared, host, request| {
             let (kind, _) = shared.element(host[0].kind(), ReduceOp::Sum)?;
-            let (data, number) = (host[0].data_ptr(), count(host[0].numel())?);
+            let data = host[0].data_ptr();
+            let number = count(host[0].numel())?;
             // SAFETY: the tensor lives until the request is done.
             check(unsafe {
                 ffi::MPI_Isend(data, number, kind, to as c_int, tag, shared.comm, request)
@@ -681,7 +682,8 @@ impl Communicator for Mpi {
     fn recv(&self, tensor: &Tensor, from: usize, tag: i32) -> Result<Work, CommError> {
         self.run("recv", &[tensor], true, |shared, host, request| {
             let (kind, _) = shared.element(host[0].kind(), ReduceOp::Sum)?;
-            let (data, number) = (host[0].data_ptr(), count(host[0].numel())?);
+            let data = host[0].data_ptr();
+            let number = count(host[0].numel())?;
             // SAFETY: the tensor lives until the request is done.
             check(unsafe {
                 ffi::MPI_Irecv(data, number, kind, from as c_int, tag, shared.comm, request)

@@ -84,12 +84,15 @@ impl Nccl {
         if code == SUCCESS {
             return Ok(());
         }
-        let text = |pointer: *const c_char| match pointer.is_null() {
-            true => String::new(),
-            // SAFETY: strings of the library, which live until the next error of the communicator.
-            false => unsafe { CStr::from_ptr(pointer) }
-                .to_string_lossy()
-                .into_owned(),
+        let text = |pointer: *const c_char| {
+            if pointer.is_null() {
+                String::new()
+            } else {
+                // SAFETY: strings of the library, which live until the next error of the communicator.
+                unsafe { CStr::from_ptr(pointer) }
+                    .to_string_lossy()
+                    .into_owned()
+            }
         };
         // SAFETY: both take any code and any live communicator, or none.
         let (name, more) = unsafe {
@@ -214,7 +217,9 @@ impl Library for Nccl {
         run: Run,
         op: ReduceOp,
     ) -> Result<(), String> {
-        let (kind, comm, stream) = (element(run.kind)?, to.comm.comm, to.stream.cast());
+        let kind = element(run.kind)?;
+        let comm = to.comm.comm;
+        let stream = to.stream.cast();
         // SAFETY: the caller's promise; in place is allowed.
         self.check(
             unsafe { (self.all_reduce)(data, data, run.count, kind, reduction(op), comm, stream) },
@@ -229,7 +234,9 @@ impl Library for Nccl {
         run: Run,
         root: usize,
     ) -> Result<(), String> {
-        let (kind, comm, stream) = (element(run.kind)?, to.comm.comm, to.stream.cast());
+        let kind = element(run.kind)?;
+        let comm = to.comm.comm;
+        let stream = to.stream.cast();
         // SAFETY: the caller's promise; in place is allowed.
         self.check(
             unsafe { (self.broadcast)(data, data, run.count, kind, root as c_int, comm, stream) },
@@ -244,7 +251,9 @@ impl Library for Nccl {
         data: Data,
         run: Run,
     ) -> Result<(), String> {
-        let (kind, comm, stream) = (element(run.kind)?, to.comm.comm, to.stream.cast());
+        let kind = element(run.kind)?;
+        let comm = to.comm.comm;
+        let stream = to.stream.cast();
         // SAFETY: the caller's promise.
         self.check(
             unsafe { (self.all_gather)(data, out, run.count, kind, comm, stream) },
@@ -260,7 +269,9 @@ impl Library for Nccl {
         run: Run,
         op: ReduceOp,
     ) -> Result<(), String> {
-        let (kind, comm, stream) = (element(run.kind)?, to.comm.comm, to.stream.cast());
+        let kind = element(run.kind)?;
+        let comm = to.comm.comm;
+        let stream = to.stream.cast();
         // SAFETY: the caller's promise.
         self.check(
             unsafe {
@@ -303,14 +314,13 @@ impl Library for Nccl {
     }
 
     unsafe fn messages(&self, to: &To<Self>, messages: &[Message]) -> Result<(), String> {
-        let (comm, stream) = (to.comm.comm, to.stream.cast());
+        let comm = to.comm.comm;
+        let stream = to.stream.cast();
         self.grouped(comm, || {
             messages.iter().try_for_each(|message| {
-                let (kind, count, peer) = (
-                    element(message.run.kind)?,
-                    message.run.count,
-                    message.peer as c_int,
-                );
+                let kind = element(message.run.kind)?;
+                let count = message.run.count;
+                let peer = message.peer as c_int;
                 let call = if message.sends { self.send } else { self.recv };
                 // SAFETY: the caller's promise.
                 self.check(

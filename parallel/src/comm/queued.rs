@@ -7,10 +7,11 @@
 //! A failure can therefore only come later: the flight recorder looks for it, and [`Communicator::check`] tells it.
 
 use super::{CommError, Communicator, Membership, ReduceOp, Work, check_splits};
+use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::ffi::c_void;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tch::{Kind, Tensor};
 use torch_ext::{Event, Store, Stream};
@@ -194,7 +195,8 @@ impl<L: Library> Queued<L> {
         like: Tensor,
         chain: bool,
     ) -> Result<Queued<L>, CommError> {
-        let (rank, size) = (membership.position, membership.members.len());
+        let rank = membership.position;
+        let size = membership.members.len();
         let failed = |reason: String| membership.error("joining", reason);
         torch_ext::use_device(&like).map_err(|e| failed(e.to_string()))?;
         let mut lanes = BTreeMap::new();
@@ -243,7 +245,7 @@ impl<L: Library> Queued<L> {
         if shared.aborted.load(Ordering::SeqCst) {
             return Err(failed("the group was aborted".into()));
         }
-        let queueing = lane.queueing.lock().unwrap_or_else(PoisonError::into_inner);
+        let queueing = lane.queueing.lock();
         let so_far = Stream::current(&like)
             .and_then(|stream| stream.record())
             .map_err(torch)?;
@@ -349,10 +351,7 @@ impl<L: Library> Queued<L> {
 
 impl<L: Library> Shared<L> {
     fn like(&self) -> Tensor {
-        self.like
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .shallow_clone()
+        self.like.lock().shallow_clone()
     }
 }
 
@@ -448,7 +447,8 @@ impl<L: Library> Communicator for Queued<L> {
         if tensor.numel() == 0 {
             return Ok(Work::done());
         }
-        let (data, run) = (tensor.data_ptr(), run(tensor));
+        let data = tensor.data_ptr();
+        let run = run(tensor);
         if self.0.library.reduces(run.kind, "all_reduce") {
             let kept = vec![tensor.shallow_clone()];
             // SAFETY: the tensor is kept until the operation is done.
@@ -457,10 +457,8 @@ impl<L: Library> Communicator for Queued<L> {
             return self.queue("all_reduce", Party::All, kept, enqueue, None);
         }
         let parts = self.parts(tensor);
-        let (all, kept) = (
-            parts.data_ptr(),
-            vec![tensor.shallow_clone(), parts.shallow_clone()],
-        );
+        let all = parts.data_ptr();
+        let kept = vec![tensor.shallow_clone(), parts.shallow_clone()];
         // SAFETY: as above; the parts have room for all.
         let enqueue = |library: &L, to: &To<L>| unsafe { library.all_gather(to, all, data, run) };
         self.queue(
@@ -475,7 +473,8 @@ impl<L: Library> Communicator for Queued<L> {
         if tensor.numel() == 0 {
             return Ok(Work::done());
         }
-        let (data, run) = (tensor.data_ptr(), run(tensor));
+        let data = tensor.data_ptr();
+        let run = run(tensor);
         // SAFETY: the tensor is kept until the operation is done.
         let enqueue = |library: &L, to: &To<L>| unsafe { library.broadcast(to, data, run, root) };
         self.queue(
@@ -496,7 +495,9 @@ impl<L: Library> Communicator for Queued<L> {
         if input.numel() == 0 {
             return Ok(Work::done());
         }
-        let (out, data, run) = (output.data_ptr(), input.data_ptr(), run(input));
+        let out = output.data_ptr();
+        let data = input.data_ptr();
+        let run = run(input);
         // SAFETY: the tensors are kept until the operation is done, and their sizes were compared.
         let enqueue = |library: &L, to: &To<L>| unsafe { library.all_gather(to, out, data, run) };
         self.queue(
@@ -522,7 +523,8 @@ impl<L: Library> Communicator for Queued<L> {
         if output.numel() == 0 {
             return Ok(Work::done());
         }
-        let (data, run) = (input.data_ptr(), run(output));
+        let data = input.data_ptr();
+        let run = run(output);
         if self.0.library.reduces(run.kind, "reduce_scatter") {
             let out = output.data_ptr();
             // SAFETY: the tensors are kept until the operation is done, and their sizes were compared.
@@ -532,10 +534,8 @@ impl<L: Library> Communicator for Queued<L> {
             return self.queue("reduce_scatter", Party::All, kept, enqueue, None);
         }
         let parts = self.parts(output);
-        let (all, kept) = (
-            parts.data_ptr(),
-            vec![parts.shallow_clone(), input.shallow_clone()],
-        );
+        let all = parts.data_ptr();
+        let kept = vec![parts.shallow_clone(), input.shallow_clone()];
         let counts = vec![run.count; self.size()];
         // SAFETY: as above; the parts have room for all.
         let enqueue = |library: &L, to: &To<L>| unsafe {
@@ -562,7 +562,8 @@ impl<L: Library> Communicator for Queued<L> {
             let row = tensor.size().iter().skip(1).product::<i64>();
             splits.iter().map(|rows| (rows * row) as usize).collect()
         };
-        let (receive, send) = (counts(output, output_splits), counts(input, input_splits));
+        let receive = counts(output, output_splits);
+        let send = counts(input, input_splits);
         // Memory of a tensor without elements is nowhere, which libraries refuse.
         let somewhere = self.0.like();
         let place = |tensor: &Tensor| {
@@ -572,7 +573,9 @@ impl<L: Library> Communicator for Queued<L> {
                 tensor.data_ptr()
             }
         };
-        let (out, data, kind) = (place(output), place(input), input.kind());
+        let out = place(output);
+        let data = place(input);
+        let kind = input.kind();
         // SAFETY: the tensors are kept until the operation is done; the splits were checked against them.
         let enqueue = |library: &L, to: &To<L>| unsafe {
             library.all_to_all(to, (out, &receive), (data, &send), kind)
@@ -618,10 +621,13 @@ impl<L: Library> Communicator for Queued<L> {
             .chain(receives.iter().map(of(false)));
         let (messages, tensors): (Vec<Message>, Vec<Tensor>) =
             all.filter(|(message, _)| message.run.count > 0).unzip();
-        let enqueue = |library: &L, to: &To<L>| match messages.is_empty() {
-            true => Ok(()),
-            // SAFETY: the tensors are kept until the operation is done.
-            false => unsafe { library.messages(to, &messages) },
+        let enqueue = |library: &L, to: &To<L>| {
+            if messages.is_empty() {
+                Ok(())
+            } else {
+                // SAFETY: the tensors are kept until the operation is done.
+                unsafe { library.messages(to, &messages) }
+            }
         };
         self.queue("exchange", Party::All, tensors, enqueue, None)
     }
@@ -630,12 +636,13 @@ impl<L: Library> Communicator for Queued<L> {
         Err(self.0.membership.error("barrier", "a device has none"))
     }
     fn check(&self) -> Result<(), CommError> {
-        match self.0.aborted.load(Ordering::SeqCst) {
-            true => Err(self
+        if self.0.aborted.load(Ordering::SeqCst) {
+            Err(self
                 .0
                 .membership
-                .error("an operation on the device", "the group was aborted")),
-            false => Ok(()),
+                .error("an operation on the device", "the group was aborted"))
+        } else {
+            Ok(())
         }
     }
     fn abort(&self) {

@@ -112,11 +112,12 @@ fn memory(device: &dyn Accelerator) -> Verdict {
     drop(tensor);
     device.reset_peak().map_err(text)?;
     let after = device.memory().map_err(text)?;
-    match after.peak + BYTES / 2 < during.peak {
-        true => Ok(()),
-        false => Err(format!(
+    if after.peak + BYTES / 2 < during.peak {
+        Ok(())
+    } else {
+        Err(format!(
             "after the end of the tensor the peak is {after:?}, and was {during:?}"
-        )),
+        ))
     }
 }
 

@@ -130,7 +130,8 @@ const KINDS: [Kind; 6] = [
 ];
 
 fn all_reduce(bench: &Bench) -> Verdict {
-    let (rank, size) = (bench.rank(), bench.size());
+    let rank = bench.rank();
+    let size = bench.size();
     for kind in KINDS.into_iter().chain([Kind::Uint8]) {
         for shape in [
             &[0i64] as &[i64],
@@ -185,7 +186,8 @@ fn broadcast(bench: &Bench) -> Verdict {
 }
 
 fn gather_and_scatter(bench: &Bench) -> Verdict {
-    let (rank, size) = (bench.rank(), bench.size());
+    let rank = bench.rank();
+    let size = bench.size();
     for kind in KINDS {
         for rows in [0, 1, 3] {
             let own = bench.rows(rank * rows * 2, rows, 2, kind);
@@ -209,7 +211,8 @@ fn gather_and_scatter(bench: &Bench) -> Verdict {
 }
 
 fn all_to_all(bench: &Bench) -> Verdict {
-    let (rank, size) = (bench.rank(), bench.size());
+    let rank = bench.rank();
+    let size = bench.size();
     // Rank r sends (2r + s) mod 4 rows to s: some none, some others more than they receive. Then rank 0 sends nothing at
     // all, then nobody does.
     let patterns: [fn(i64, i64) -> i64; 3] = [
@@ -255,14 +258,13 @@ fn all_to_all(bench: &Bench) -> Verdict {
 }
 
 fn point_to_point(bench: &Bench) -> Verdict {
-    let (rank, size) = (bench.rank(), bench.size());
+    let rank = bench.rank();
+    let size = bench.size();
     if size == 1 {
         return Ok(());
     }
-    let (next, previous) = (
-        ((rank + 1) % size) as usize,
-        ((rank + size - 1) % size) as usize,
-    );
+    let next = ((rank + 1) % size) as usize;
+    let previous = ((rank + size - 1) % size) as usize;
     for elements in [0, 1, 1000, 1 << 18] {
         // Received before they are sent, three under way, two of one tag.
         let tags = [7, 7, 3];
@@ -293,7 +295,8 @@ fn point_to_point(bench: &Bench) -> Verdict {
 }
 
 fn exchange(bench: &Bench) -> Verdict {
-    let (rank, size) = (bench.rank(), bench.size());
+    let rank = bench.rank();
+    let size = bench.size();
     let others: Vec<i64> = (0..size).filter(|&other| other != rank).collect();
     // As many elements as the sum of both ranks: each pair has a size of its own.
     let sends: Vec<Tensor> = others
@@ -326,7 +329,8 @@ fn exchange(bench: &Bench) -> Verdict {
 }
 
 fn side_by_side(bench: &Bench) -> Verdict {
-    let (rank, size) = (bench.rank(), bench.size());
+    let rank = bench.rank();
+    let size = bench.size();
     let tensors: Vec<Tensor> = (0..6)
         .map(|n| bench.full(&[1 << (2 * n)], rank + n, Kind::Float))
         .collect();
@@ -346,7 +350,8 @@ fn side_by_side(bench: &Bench) -> Verdict {
 }
 
 fn groups(bench: &Bench) -> Verdict {
-    let (rank, size) = (bench.rank(), bench.size());
+    let rank = bench.rank();
+    let size = bench.size();
     // Even and odd ranks; and each with its neighbour, in the opposite order of making.
     let members: Vec<usize> = (0..size)
         .filter(|other| other % 2 == rank % 2)
@@ -357,15 +362,12 @@ fn groups(bench: &Bench) -> Verdict {
         .collect();
     let make =
         |name: &str, members: &[usize]| bench.world.group(name, members).map_err(|e| e.to_string());
-    let (half, pair_group) = (make("every second", &members)?, make("neighbours", &pair)?);
-    let (x, y) = (
-        bench.full(&[4], rank, Kind::Int64),
-        bench.full(&[4], rank, Kind::Int64),
-    );
-    let (first, second) = (
-        half.all_reduce(&x, ReduceOp::Sum),
-        pair_group.all_reduce(&y, ReduceOp::Sum),
-    );
+    let half = make("every second", &members)?;
+    let pair_group = make("neighbours", &pair)?;
+    let x = bench.full(&[4], rank, Kind::Int64);
+    let y = bench.full(&[4], rank, Kind::Int64);
+    let first = half.all_reduce(&x, ReduceOp::Sum);
+    let second = pair_group.all_reduce(&y, ReduceOp::Sum);
     bench.done(second)?;
     bench.done(first)?;
     expect(
@@ -381,7 +383,8 @@ fn groups(bench: &Bench) -> Verdict {
 }
 
 fn chained(bench: &Bench) -> Verdict {
-    let (rank, size) = (bench.rank(), bench.size());
+    let rank = bench.rank();
+    let size = bench.size();
     let pair: Vec<usize> = (rank / 2 * 2..(rank / 2 * 2 + 2).min(size))
         .map(|other| other as usize)
         .collect();
@@ -419,7 +422,8 @@ fn chained(bench: &Bench) -> Verdict {
 }
 
 fn dropped(bench: &Bench) -> Verdict {
-    let (rank, size) = (bench.rank(), bench.size());
+    let rank = bench.rank();
+    let size = bench.size();
     let elements = 1 << 18;
     for round in 0..4 {
         let all = bench.device.empty(&[elements * size], Kind::Float);
@@ -448,7 +452,8 @@ fn repeatable(bench: &Bench) -> Verdict {
         bench.done(bench.all.all_reduce(&x, ReduceOp::Sum))?;
         Ok(x.to_device(Device::Cpu))
     };
-    let (first, second) = (sum()?, sum()?);
+    let first = sum()?;
+    let second = sum()?;
     if first.equal(&second) {
         Ok(())
     } else {

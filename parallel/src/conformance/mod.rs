@@ -29,15 +29,14 @@ fn expect(what: &str, tensor: &Tensor, expected: &[f64]) -> Verdict {
         .to_kind(Kind::Double)
         .flatten(0, -1);
     let got = Vec::<f64>::try_from(host).map_err(|e| e.to_string())?;
-    match got == expected {
-        true => Ok(()),
-        false => {
-            let short = |values: &[f64]| format!("{:?}", &values[..values.len().min(8)]);
-            Err(format!(
-                "{what}: got {} and not {}",
-                short(&got),
-                short(expected)
-            ))
-        }
+    if got == expected {
+        Ok(())
+    } else {
+        let short = |values: &[f64]| format!("{:?}", &values[..values.len().min(8)]);
+        Err(format!(
+            "{what}: got {} and not {}",
+            short(&got),
+            short(expected)
+        ))
     }
 }

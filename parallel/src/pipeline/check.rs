@@ -115,10 +115,8 @@ fn check_passes(order: &Order, rank: usize, passes: &[Pass]) -> Result<(), Sched
         for chunk in 0..order.chunks {
             need(Pass::new(Forward, chunk, microbatch))?;
             let whole = Pass::new(Backward, chunk, microbatch);
-            let (input, weight) = (
-                Pass::new(BackwardInput, chunk, microbatch),
-                Pass::new(BackwardWeight, chunk, microbatch),
-            );
+            let input = Pass::new(BackwardInput, chunk, microbatch);
+            let weight = Pass::new(BackwardWeight, chunk, microbatch);
             if seen.contains(&whole) {
                 for part in [input, weight] {
                     if seen.contains(&part) {
@@ -145,7 +143,9 @@ fn check_passes(order: &Order, rank: usize, passes: &[Pass]) -> Result<(), Sched
 
 /// Whether everything a pass needs on its own rank comes before it.
 fn check_rank(order: &Order, rank: usize, steps: &[Step]) -> Result<(), ScheduleError> {
-    let (mut done, mut received, mut entered) = (HashSet::new(), HashSet::new(), HashSet::new());
+    let mut done = HashSet::new();
+    let mut received = HashSet::new();
+    let mut entered = HashSet::new();
     let mut sent = HashSet::new();
     let mut computed = Vec::new();
     for step in steps {
@@ -252,10 +252,8 @@ fn check_messages(schedule: &Schedule) -> Result<(), ScheduleError> {
     let channels: std::collections::BTreeSet<Channel> =
         sent.keys().chain(received.keys()).copied().collect();
     for channel @ (from, to, ..) in channels {
-        let (out, into) = (
-            sent.remove(&channel).unwrap_or_default(),
-            received.remove(&channel).unwrap_or_default(),
-        );
+        let out = sent.remove(&channel).unwrap_or_default();
+        let into = received.remove(&channel).unwrap_or_default();
         if let Some(message) = out.iter().find(|m| !into.contains(m)) {
             let problem = format!("rank {to} does not receive it");
             return Err(ScheduleError::Unanswered {

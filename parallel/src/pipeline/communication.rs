@@ -47,9 +47,10 @@ impl Order {
             Backward | BackwardInput if stage == last => {
                 let mut needs = vec![Need::Pass(Pass::new(Forward, chunk, microbatch))];
                 needs.extend(self.vocabulary.map(|algorithm| {
-                    collective(match algorithm.gradient_after_t() {
-                        true => CollectiveKind::HiddenGradient,
-                        false => CollectiveKind::Statistics,
+                    collective(if algorithm.gradient_after_t() {
+                        CollectiveKind::HiddenGradient
+                    } else {
+                        CollectiveKind::Statistics
                     })
                 }));
                 needs

@@ -28,7 +28,8 @@ pub fn text(timeline: &Timeline) -> String {
         let mut line = format!("rank {rank:digits$} |");
         let margin = line.len();
         for Span { pass, start, end } in spans {
-            let (from, to) = (margin + column(*start), margin + column(*end));
+            let from = margin + column(*start);
+            let to = margin + column(*end);
             if to > from {
                 let name = pass.to_string();
                 let _ = write!(
@@ -65,7 +66,9 @@ fn colour(kind: PassKind, chunk: usize) -> &'static str {
 
 /// A picture with a row for each rank and a legend.
 pub fn svg(timeline: &Timeline, title: &str) -> String {
-    let (row, margin, width) = (24.0, 56.0, 1400.0);
+    let row = 24.0;
+    let margin = 56.0;
+    let width = 1400.0;
     let scale = width / timeline.total.max(f64::MIN_POSITIVE);
     let height = row * (timeline.ranks.len() as f64 + 3.5);
     let mut out = format!(
@@ -84,7 +87,8 @@ pub fn svg(timeline: &Timeline, title: &str) -> String {
             y + row * 0.65
         );
         for Span { pass, start, end } in spans.iter().filter(|span| span.end > span.start) {
-            let (x, w) = (margin + start * scale, (end - start) * scale);
+            let x = margin + start * scale;
+            let w = (end - start) * scale;
             let fill = colour(pass.kind, pass.chunk);
             let _ = write!(
                 out,
@@ -93,7 +97,8 @@ pub fn svg(timeline: &Timeline, title: &str) -> String {
                 row * 0.9
             );
             if w > 11.0 {
-                let (tx, ty) = (x + w / 2.0, y + row * 0.6);
+                let tx = x + w / 2.0;
+                let ty = y + row * 0.6;
                 let _ = write!(
                     out,
                     "<text x=\"{tx:.1}\" y=\"{ty:.1}\" text-anchor=\"middle\">{}</text>",

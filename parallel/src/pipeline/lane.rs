@@ -3,9 +3,10 @@
 use super::Exchange;
 use crate::beside;
 use crate::{Accelerator, CommError, Communicator};
+use parking_lot::Mutex;
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
 use tch::{Kind, Tensor};
 use torch_ext::{Event, Stream};
 
@@ -100,10 +101,7 @@ impl Lane {
                     done: done.map_err(failed)?,
                     _exchange: exchange,
                 };
-                queued
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .push_back(queued_now);
+                queued.lock().push_back(queued_now);
             }
         }
         Ok(())
@@ -124,10 +122,7 @@ impl Lane {
                 queued,
                 ..
             } => {
-                let next = queued
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .pop_front();
+                let next = queued.lock().pop_front();
                 let next = next.expect("as many are asked for as were begun");
                 let wait = || {
                     let passes = Stream::current(like)?;

@@ -191,7 +191,8 @@ impl Order {
     /// The rank and chunk of stage `stage`.
     pub fn place(&self, stage: usize) -> (usize, usize) {
         let ranks = self.ranks.len();
-        let (chunk, at) = (stage / ranks, stage % ranks);
+        let chunk = stage / ranks;
+        let at = stage % ranks;
         let turned = self.placement == Placement::V && chunk % 2 == 1;
         (if turned { ranks - 1 - at } else { at }, chunk)
     }

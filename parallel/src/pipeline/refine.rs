@@ -112,10 +112,8 @@ impl Graph {
     fn new(order: &Order, costs: &Costs) -> Graph {
         let forward = costs.forward.iter().sum::<f64>() / costs.forward.len().max(1) as f64;
         let [send, collective] = [costs.send, costs.collective];
-        let (send, collective) = (
-            send.max(ROOM[0] * forward),
-            collective.max(ROOM[1] * forward),
-        );
+        let send = send.max(ROOM[0] * forward);
+        let collective = collective.max(ROOM[1] * forward);
         let mut graph = Graph {
             passes: Vec::new(),
             times: Vec::new(),
@@ -182,7 +180,8 @@ impl Graph {
     /// When passes end, if they can all run in this order.
     fn run(&self, lists: &[Vec<usize>]) -> Option<Ends> {
         let mut ends = vec![f64::NAN; self.passes.len()];
-        let (mut at, mut clock) = (vec![0; lists.len()], vec![0.0f64; lists.len()]);
+        let mut at = vec![0; lists.len()];
+        let mut clock = vec![0.0f64; lists.len()];
         let mut left = self.passes.len();
         while left > 0 {
             let before = left;
@@ -222,7 +221,8 @@ impl Graph {
         let mut way = Vec::new();
         let mut next = (0..self.passes.len()).max_by(|&a, &b| run.ends[a].total_cmp(&run.ends[b]));
         while let Some(pass) = next {
-            let (rank, at) = (self.passes[pass].0, place[pass]);
+            let rank = self.passes[pass].0;
+            let at = place[pass];
             way.push((rank, at));
             let before = at.checked_sub(1).map(|before| (lists[rank][before], 0.0));
             let all = self.needs[pass].iter().copied().chain(before);
@@ -255,7 +255,9 @@ impl Graph {
     }
 
     fn held(&self, list: &[usize]) -> Held {
-        let (mut weights, mut inputs, mut logits) = (0usize, 0usize, 0usize);
+        let mut weights = 0usize;
+        let mut inputs = 0usize;
+        let mut logits = 0usize;
         let mut most = Held::default();
         for &pass in list {
             match self.passes[pass].1.kind {

@@ -233,7 +233,8 @@ fn peak_held(spans: &[Span], until_weights: bool) -> usize {
     let split = spans
         .iter()
         .any(|span| span.pass.kind == PassKind::BackwardWeight);
-    let (mut held, mut peak) = (0usize, 0);
+    let mut held = 0usize;
+    let mut peak = 0;
     let split_off: std::collections::HashSet<(usize, usize)> = spans
         .iter()
         .filter(|span| split && span.pass.kind == PassKind::BackwardInput)

@@ -40,7 +40,8 @@ fn orders(p: usize, m: usize) -> impl Iterator<Item = (ScheduleKind, Order)> {
 
 /// F, B and W of 1 a stage, and `x` for all passes of the vocabulary of a microbatch, but for N.
 fn costs(order: &Order, x: f64) -> Costs {
-    let (embed, embed_backward) = (x * 0.05, x * 0.05);
+    let embed = x * 0.05;
+    let embed_backward = x * 0.05;
     let one = VocabularyCosts {
         logits: x * 0.6,
         normalize: x * 0.1,
@@ -61,7 +62,9 @@ fn run(order: Order, costs: &Costs) -> Timeline {
 /// What a rank only takes is under way while it computes something, unless it has nothing to compute before.
 fn assert_beside_computations(schedule: &Schedule) {
     for (rank, steps) in schedule.ranks.iter().enumerate() {
-        let (mut computed, mut messages, mut collectives) = (0, HashMap::new(), HashMap::new());
+        let mut computed = 0;
+        let mut messages = HashMap::new();
+        let mut collectives = HashMap::new();
         for step in steps {
             match *step {
                 Step::Receive(message, _) => drop(messages.insert(message, computed)),
@@ -212,7 +215,8 @@ fn the_vocabulary_costs_no_bubble_for_each_microbatch() {
                     let bubble = |order: &Order| {
                         run(with_vocabulary(order, algorithm, &costs), &costs).bubble()
                     };
-                    let (few, many) = (bubble(&few), bubble(&many));
+                    let few = bubble(&few);
+                    let many = bubble(&many);
                     assert!(
                         many <= few + 1e-9,
                         "{} {algorithm:?} {p}, x {x}: {few} then {many}",
@@ -236,10 +240,13 @@ fn measured_iterations_of_the_papers_authors_are_predicted() {
                 .map(|time| time.parse::<f64>().unwrap() / 1e3)
                 .collect()
         };
-        let (microbatches, measured): (usize, f64) =
-            (fields[3].parse().unwrap(), fields[4].parse().unwrap());
-        let (forward, backward, logits) = (times(5), times(6), times(7));
-        let (embed, embed_backward) = (times(8), times(9));
+        let microbatches: usize = fields[3].parse().unwrap();
+        let measured: f64 = fields[4].parse().unwrap();
+        let forward = times(5);
+        let backward = times(6);
+        let logits = times(7);
+        let embed = times(8);
+        let embed_backward = times(9);
         let p = forward.len();
         // S and T were timed as one; S has two of the three matrix products.
         let vocabulary = (0..p).map(|rank| VocabularyCosts {
@@ -298,7 +305,8 @@ fn refined_orders_take_less_time_and_hold_no_more() {
                     let case = format!("{} {vocabulary:?} {p} x {m}, {f} {b} {w} {x}", kind.name());
                     check(&with_communication(better.clone()))
                         .unwrap_or_else(|error| panic!("{case}: {error}"));
-                    let (before, after) = (run(order.clone(), &costs), run(better.clone(), &costs));
+                    let before = run(order.clone(), &costs);
+                    let after = run(better.clone(), &costs);
                     assert!(
                         after.total <= before.total * (1.0 + 1e-9),
                         "{case}: {} to {}",

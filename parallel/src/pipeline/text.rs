@@ -121,7 +121,8 @@ impl OrderFile {
             .map(|pass: &Pass| pass.microbatch + 1)
             .max()
             .unwrap_or(0);
-        let (chunks, placement) = (self.chunks.max(1), self.placement);
+        let chunks = self.chunks.max(1);
+        let placement = self.placement;
         Ok(Order {
             microbatches,
             chunks,

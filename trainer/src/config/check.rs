@@ -82,11 +82,11 @@ impl Config {
 
     /// What tensor, context and sharded data parallelism divide.
     fn check_sharding(&self, shape: &MeshShape, problems: &mut Problems) {
-        let (model, data, parallel) = (&self.model, &self.data, &self.parallel);
-        let (tensor, context) = (
-            ("parallel.tensor", shape.tensor),
-            ("parallel.context", shape.context),
-        );
+        let model = &self.model;
+        let data = &self.data;
+        let parallel = &self.parallel;
+        let tensor = ("parallel.tensor", shape.tensor);
+        let context = ("parallel.context", shape.context);
         problems.divides(
             ("model.heads", model.heads),
             tensor,
@@ -113,7 +113,8 @@ impl Config {
             ContextKind::Ulysses => shape.context,
         };
         if !data.sequence_length.is_multiple_of(parts) {
-            let (less, parts_of) = (data.sequence_length / parts * parts, parts / shape.context);
+            let less = data.sequence_length / parts * parts;
+            let parts_of = parts / shape.context;
             problems.add(format!(
                 "data.sequence_length {} is not a multiple of {parts} (parallel.context {} x {parts_of}); nearest: {} or {}",
                 data.sequence_length,
@@ -189,7 +190,8 @@ impl Config {
         if let Err(error) = self.pipeline_plan(microbatches) {
             problems.add(error);
         }
-        let (pipeline, tensor) = (self.parallel.pipeline, self.parallel.tensor);
+        let pipeline = self.parallel.pipeline;
+        let tensor = self.parallel.tensor;
         if self.parallel.vocabulary.algorithm().is_some()
             && self.model.vocab_size < pipeline * tensor
         {
@@ -294,7 +296,8 @@ impl Config {
     }
 
     fn check_snapshots(&self, ranks: usize, problems: &mut Problems) {
-        let (snapshot, restart) = (&self.snapshot, &self.restart);
+        let snapshot = &self.snapshot;
+        let restart = &self.restart;
         problems.positive("snapshot.nodes_per_domain", snapshot.nodes_per_domain);
         problems.positive("restart.window_s", restart.window_s as usize);
         for (key, value) in [
@@ -533,10 +536,8 @@ impl Problems {
             return;
         }
         let divides = |size: &usize| whole.1.is_multiple_of(*size);
-        let (less, more) = (
-            (1..part.1).rev().find(divides),
-            (part.1..=whole.1).find(divides),
-        );
+        let less = (1..part.1).rev().find(divides);
+        let more = (part.1..=whole.1).find(divides);
         let nearest: Vec<String> = less
             .into_iter()
             .chain(more)

@@ -373,7 +373,8 @@ impl ModelConfig {
 
     /// The work of the output layer's forward, in units of a mean layer's matrix products.
     pub fn output_in_layers(&self) -> f64 {
-        let (hidden, head_dim) = (self.hidden as f64, self.head_dim() as f64);
+        let hidden = self.hidden as f64;
+        let head_dim = self.head_dim() as f64;
         let attention = hidden * head_dim * 2.0 * (self.heads + self.kv_heads()) as f64;
         let layer = |index: usize| {
             let feed_forward = match self.moe_of(index) {

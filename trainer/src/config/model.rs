@@ -82,8 +82,10 @@ impl ModelConfig {
 
     /// Parameters of the model, and those of them that work on any one token.
     pub fn num_parameters(&self) -> (u64, u64) {
-        let (hidden, head_dim) = (self.hidden as u64, self.head_dim() as u64);
-        let (heads, kv_heads) = (self.heads as u64, self.kv_heads() as u64);
+        let hidden = self.hidden as u64;
+        let head_dim = self.head_dim() as u64;
+        let heads = self.heads as u64;
+        let kv_heads = self.kv_heads() as u64;
         let qk_norm = match self.qk_norm {
             QkNorm::None => 0,
             QkNorm::Full => (heads + kv_heads) * head_dim,
@@ -92,7 +94,8 @@ impl ModelConfig {
         let attention = 2 * (heads + kv_heads) * head_dim * hidden + qk_norm;
         let vocabulary =
             (self.vocab_size * self.hidden) as u64 * if self.tie_embeddings { 1 } else { 2 };
-        let (mut total, mut active) = (vocabulary + hidden, vocabulary + hidden);
+        let mut total = vocabulary + hidden;
+        let mut active = vocabulary + hidden;
         for layer in 0..self.layers {
             let (all, working) = match self.moe_of(layer) {
                 None => (self.ffn.unwrap_or(0) as u64, self.ffn.unwrap_or(0) as u64),

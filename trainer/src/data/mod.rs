@@ -90,7 +90,8 @@ impl Dataset {
 
     fn read(&self, draws: impl Iterator<Item = Draw>) -> Result<(Tensor, Tensor), Error> {
         let length = self.sequence_length;
-        let (mut inputs, mut labels) = (Vec::new(), Vec::new());
+        let mut inputs = Vec::new();
+        let mut labels = Vec::new();
         for draw in draws {
             let file = &self.files[draw.source];
             let start = draw.window * length as u64;

@@ -168,7 +168,8 @@ fn write(
     let mut train = TokenWriter::create(&job.output.join("train"), vocab_size)?;
     let mut valid = TokenWriter::create(&job.output.join("valid"), vocab_size)?;
     let mut counts = vec![0u64; vocab_size];
-    let (mut train_tokens, mut validation_tokens) = (0u64, 0u64);
+    let mut train_tokens = 0u64;
+    let mut validation_tokens = 0u64;
     // Every n-th document, so that the same inputs always give the same split.
     let every = if job.validation_fraction > 0.0 {
         (1.0 / job.validation_fraction).round().max(2.0) as usize

@@ -64,7 +64,8 @@ impl Sampler {
 
     /// Sample number `number`.
     pub fn draw(&self, number: u64) -> Draw {
-        let (block, place) = (number / BLOCK, number % BLOCK);
+        let block = number / BLOCK;
+        let place = number % BLOCK;
         let mut place = permute(place, BLOCK, mix(self.seed ^ mix(block)));
         let mut source = 0;
         while place >= self.shares[source] {
@@ -72,7 +73,8 @@ impl Sampler {
             source += 1;
         }
         let within = block * self.shares[source] + place;
-        let (epoch, index) = (within / self.windows[source], within % self.windows[source]);
+        let epoch = within / self.windows[source];
+        let index = within % self.windows[source];
         let key = mix(self.seed ^ mix(mix(source as u64 + 1) ^ epoch));
         Draw {
             source,
@@ -103,7 +105,8 @@ fn permute(index: u64, len: u64, key: u64) -> u64 {
     let mask = (1u64 << half_bits) - 1;
     let mut value = index;
     loop {
-        let (mut left, mut right) = (value >> half_bits, value & mask);
+        let mut left = value >> half_bits;
+        let mut right = value & mask;
         for round in 0..4 {
             (left, right) = (right, left ^ (mix(key ^ mix(right ^ (round << 56))) & mask));
         }

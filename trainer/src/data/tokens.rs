@@ -102,7 +102,8 @@ impl TokenFile {
     /// # Errors
     /// When one is missing or damaged: which, and what is wrong with it.
     pub fn open(prefix: &Path) -> Result<TokenFile, Error> {
-        let (index_path, path) = (with_extension(prefix, "idx"), with_extension(prefix, "bin"));
+        let index_path = with_extension(prefix, "idx");
+        let path = with_extension(prefix, "bin");
         let damaged =
             |what: String| Error::Data(format!("{} is damaged: {what}", index_path.display()));
         let mut index = File::open(&index_path).map_err(Error::io("cannot open", &index_path))?;
@@ -126,7 +127,9 @@ impl TokenFile {
         }
         let number =
             |at: usize| u64::from_le_bytes(header[at..at + 8].try_into().expect("eight bytes"));
-        let (version, sequences, documents) = (number(9), number(18), number(26));
+        let version = number(9);
+        let sequences = number(18);
+        let documents = number(26);
         if version != 1 {
             return Err(damaged(format!(
                 "its version is {version}; only 1 is known"
@@ -342,10 +345,8 @@ mod tests {
     #[test]
     fn damage_is_named() {
         let (_folder, prefix) = written(1000);
-        let (bin, idx) = (
-            with_extension(&prefix, "bin"),
-            with_extension(&prefix, "idx"),
-        );
+        let bin = with_extension(&prefix, "bin");
+        let idx = with_extension(&prefix, "idx");
         let message = |prefix: &Path| TokenFile::open(prefix).err().unwrap().to_string();
         let good = (std::fs::read(&bin).unwrap(), std::fs::read(&idx).unwrap());
         std::fs::write(&bin, &good.0[..9]).unwrap();

@@ -13,8 +13,9 @@ use parallel::context::{ContextKind, heads_home, heads_out, ring_attention};
 use parallel::recompute::recomputed;
 use parallel::tensor::TensorParallel;
 use parallel::{Activation, Communicator, Weight, linear, linears};
+use parking_lot::Mutex;
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use tch::{Device, Tensor};
 use torch_ext::{Error, attach_backward};
 
@@ -38,14 +39,11 @@ impl Documents {
     }
 
     fn numbers(&self) -> Tensor {
-        self.numbers
-            .lock()
-            .expect("nobody panics with it")
-            .shallow_clone()
+        self.numbers.lock().shallow_clone()
     }
 
     fn seen(&self) -> Tensor {
-        let mut seen = self.seen.lock().expect("nobody panics with it");
+        let mut seen = self.seen.lock();
         let make = || {
             let numbers = self.numbers();
             let same = numbers.unsqueeze(2).eq_tensor(&numbers.unsqueeze(1));
@@ -86,28 +84,33 @@ impl Attention {
     ) -> Attention {
         let Setting { device, ranks, .. } = setting;
         let tensor = ranks.tensor.clone();
-        let (heads, kv_heads) = (config.heads as i64, config.kv_heads() as i64);
-        let (head_dim, hidden) = (config.head_dim() as i64, config.hidden as i64);
+        let heads = config.heads as i64;
+        let kv_heads = config.kv_heads() as i64;
+        let head_dim = config.head_dim() as i64;
+        let hidden = config.hidden as i64;
         let own = tensor.part(heads);
         // Of fewer key heads than ranks, or a number that does not divide, every rank holds all and uses what it needs.
         let split = kv_heads % tensor.size() as i64 == 0;
         let per_kv = heads / kv_heads;
         let needed = own.start / per_kv..(own.end - 1) / per_kv + 1;
-        let (held, of_kv) = match split {
-            true => (needed.clone(), Replicas::Dense),
-            false => (0..kv_heads, Replicas::Stage),
+        let (held, of_kv) = if split {
+            (needed.clone(), Replicas::Dense)
+        } else {
+            (0..kv_heads, Replicas::Stage)
         };
         let wide = |range: &Range<i64>| range.start * head_dim..range.end * head_dim;
         let mut one = |part: &str, shape: &[i64], dim, along: &Range<i64>, replicas, traits| {
             let place = slice(&format!("{name}.{part}"), shape, dim, along);
             parameters
                 .one(*device, place, replicas, traits)
-                .used(match part.ends_with("norm") {
-                    true => 1,
-                    false => tensor.uses(),
+                .used(if part.ends_with("norm") {
+                    1
+                } else {
+                    tensor.uses()
                 })
         };
-        let (of_query, of_key) = ([heads * head_dim, hidden], [kv_heads * head_dim, hidden]);
+        let of_query = [heads * head_dim, hidden];
+        let of_key = [kv_heads * head_dim, hidden];
         let query = one("query", &of_query, 0, &wide(&own), Replicas::Dense, matrix);
         let key = one("key", &of_key, 0, &wide(&held), of_kv, matrix);
         let value = one("value", &of_key, 0, &wide(&held), of_kv, matrix);
@@ -149,13 +152,12 @@ impl Attention {
         } else {
             needed.clone()
         };
-        let (key, value) = match computed == held {
-            true => (key, value),
-            false => {
-                let rows = wide(&computed);
-                let part = |weight: &Weight| weight.rows(rows.start, rows.end - rows.start);
-                (part(&key), part(&value))
-            }
+        let (key, value) = if computed == held {
+            (key, value)
+        } else {
+            let rows = wide(&computed);
+            let part = |weight: &Weight| weight.rows(rows.start, rows.end - rows.start);
+            (part(&key), part(&value))
         };
         // Maximal update parameterisation scales by the width itself, not its root.
         let scale = if config.mup.is_some() {
@@ -200,37 +202,39 @@ impl Attention {
         let mut projected = self
             .tensor
             .on_all_rows(x, |x| linears(x, &[&self.query, &self.key, &self.value]))?;
-        let (value, mut key, mut query) = (
-            projected.remove(2),
-            projected.remove(1),
-            projected.remove(0),
-        );
+        let value = projected.remove(2);
+        let mut key = projected.remove(1);
+        let mut query = projected.remove(0);
         if let (QkNorm::Full, Some((query_norm, key_norm))) = (self.norm_over, &self.norms) {
             query = split_rms_norm(&query, query_norm, self.norm_eps, self.tensor.group())?;
-            key = match self.split {
-                true => split_rms_norm(&key, key_norm, self.norm_eps, self.tensor.group())?,
-                false => rms_norm(&key, key_norm, self.norm_eps)?,
+            key = if self.split {
+                split_rms_norm(&key, key_norm, self.norm_eps, self.tensor.group())?
+            } else {
+                rms_norm(&key, key_norm, self.norm_eps)?
             };
         }
-        let (mut query, mut key) = (
-            self.heads(&query, batch, self.heads),
-            self.heads(&key, batch, self.kv_heads),
-        );
+        let mut query = self.heads(&query, batch, self.heads);
+        let mut key = self.heads(&key, batch, self.kv_heads);
         if let (QkNorm::Head, Some((query_norm, key_norm))) = (self.norm_over, &self.norms) {
             query = rms_norm(&query, query_norm, self.norm_eps)?;
             key = rms_norm(&key, key_norm, self.norm_eps)?;
         }
-        let used = |x: &Tensor| match self.used.end - self.used.start == self.kv_heads {
-            true => x.shallow_clone(),
-            false => x.narrow(1, self.used.start, self.used.end - self.used.start),
+        let used = |x: &Tensor| {
+            if self.used.end - self.used.start == self.kv_heads {
+                x.shallow_clone()
+            } else {
+                x.narrow(1, self.used.start, self.used.end - self.used.start)
+            }
         };
-        let (query, key) = (rope.apply(&query)?, rope.apply(&used(&key))?);
+        let query = rope.apply(&query)?;
+        let key = rope.apply(&used(&key))?;
         let value = used(&self.heads(&value, batch, self.kv_heads));
         let mixed = if self.keep {
             self.core
                 .attend(&query, &key, &value, documents.map(Arc::as_ref))?
         } else {
-            let (core, documents) = (self.core.clone(), documents.cloned());
+            let core = self.core.clone();
+            let documents = documents.cloned();
             let attend = move |x: &[Tensor]| {
                 Ok(vec![core.attend(
                     &x[0],
@@ -281,9 +285,12 @@ impl Core {
             .iter()
             .enumerate()
             .all(|(head, &kv)| head as i64 / times == kv);
-        let serve = |x: &Tensor| match even {
-            true => repeat_heads(x, times),
-            false => x.index_select(1, &Tensor::from_slice(&self.served).to_device(x.device())),
+        let serve = |x: &Tensor| {
+            if even {
+                repeat_heads(x, times)
+            } else {
+                x.index_select(1, &Tensor::from_slice(&self.served).to_device(x.device()))
+            }
         };
         if self.context.size() > 1 && self.kind == ContextKind::Ring {
             let numbers = documents.map(Documents::numbers);
@@ -306,7 +313,8 @@ impl Core {
                 return causal(query, key, value, self.scale);
             }
             let times = query.size()[1] / key.size()[1];
-            let (key, value) = (repeat_heads(key, times), repeat_heads(value, times));
+            let key = repeat_heads(key, times);
+            let value = repeat_heads(value, times);
             let seen = documents.map(Documents::seen);
             let causal = seen.is_none();
             Ok(Tensor::scaled_dot_product_attention(
@@ -321,9 +329,10 @@ impl Core {
             ))
         };
         if self.context.size() == 1 {
-            return match even {
-                true => whole(query, key, value),
-                false => whole(query, &serve(key), &serve(value)),
+            return if even {
+                whole(query, key, value)
+            } else {
+                whole(query, &serve(key), &serve(value))
             };
         }
         // Key heads travel as they are where they can be shared out, too.

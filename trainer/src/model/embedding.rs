@@ -20,12 +20,16 @@ pub(crate) fn embed(
     tensor: &TensorParallel,
 ) -> Result<Tensor, Error> {
     let out = tch::no_grad(|| rows_of(tokens_t, weight, rows));
-    let (tokens, used, rows) = (tokens_t.shallow_clone(), weight.clone(), rows.clone());
+    let tokens = tokens_t.shallow_clone();
+    let used = weight.clone();
+    let rows = rows.clone();
     let mut out = attach_backward(&[&weight.tracker()], vec![out], move |grads| {
         let Some(grad) = &grads[0] else {
             return Ok(vec![None]);
         };
-        let (tokens, grad, rows) = (tokens.shallow_clone(), grad.shallow_clone(), rows.clone());
+        let tokens = tokens.shallow_clone();
+        let grad = grad.shallow_clone();
+        let rows = rows.clone();
         used.add_gradient(move |sum| {
             add_rows(&tokens, &grad, sum.tensor(), &rows);
             Ok(())

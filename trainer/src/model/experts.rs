@@ -73,10 +73,11 @@ impl HeldExperts {
 /// The boxes of a gate-up matrix `[2F, D]` with the columns `part` of F: those of gate, then those of up.
 pub(crate) fn gate_up_boxes(name: &str, ffn: i64, hidden: i64, part: &Range<i64>) -> Vec<Place> {
     let shape = [2 * ffn, hidden];
-    match *part == (0..ffn) {
-        true => vec![Place::whole(name, &shape)],
-        false => [0, ffn]
+    if *part == (0..ffn) {
+        vec![Place::whole(name, &shape)]
+    } else {
+        [0, ffn]
             .map(|start| slice(name, &shape, 0, &(start + part.start..start + part.end)))
-            .to_vec(),
+            .to_vec()
     }
 }

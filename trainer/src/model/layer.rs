@@ -14,7 +14,8 @@ use parallel::recompute::recomputed;
 use parallel::sharding::before_backward;
 use parallel::tensor::TensorParallel;
 use parallel::{Activation, Weight};
-use std::sync::{Arc, Mutex};
+use parking_lot::Mutex;
+use std::sync::Arc;
 use tch::Tensor;
 
 pub(crate) struct Layer {
@@ -57,12 +58,10 @@ impl Layer {
         }
         // What is not differentiable comes out beside the graph.
         let beside = Arc::new(Mutex::new(None));
-        let (layer, rope, documents, told) = (
-            self.clone(),
-            rope.clone(),
-            documents.cloned(),
-            beside.clone(),
-        );
+        let layer = self.clone();
+        let rope = rope.clone();
+        let documents = documents.cloned();
+        let told = beside.clone();
         let replay = Replay::default();
         let mut outputs = recomputed(&[x], move |x| {
             let (out, seen) = layer.compute(&x[0], batch, &rope, documents.as_ref(), &replay)?;
@@ -77,13 +76,14 @@ impl Layer {
             else {
                 return Ok(vec![out]);
             };
-            *told.lock().expect("nobody panics with it") = Some((counts_ge, seen));
+            *told.lock() = Some((counts_ge, seen));
             Ok(vec![out, prob_sums_ge, z_sum])
         })?;
         let out = outputs.remove(0);
-        let beside = beside.lock().expect("nobody panics with it").take();
+        let beside = beside.lock().take();
         let seen = beside.map(|(counts_ge, seen)| {
-            let (prob_sums_ge, z_sum) = (outputs.remove(0), outputs.remove(0));
+            let prob_sums_ge = outputs.remove(0);
+            let z_sum = outputs.remove(0);
             (
                 RouterStats {
                     counts_ge,
@@ -139,7 +139,9 @@ impl Layer {
         if self.keep_norms {
             return Ok(Activation::kept(&out));
         }
-        let (x, weight, eps) = (x.detach(), weight.clone(), self.norm_eps);
+        let x = x.detach();
+        let weight = weight.clone();
+        let eps = self.norm_eps;
         Ok(Activation::again(out, move || rms_norm(&x, &weight, eps)))
     }
 }
@@ -165,7 +167,8 @@ pub(crate) fn with_weights<T>(
     })?;
     let (out, beside) = compute(&x)?;
     unit.release();
-    let (unit, previous) = (unit.clone(), previous.cloned());
+    let unit = unit.clone();
+    let previous = previous.cloned();
     let out = before_backward(&out, move || {
         unit.gather()?;
         previous

@@ -64,7 +64,8 @@ fn chunks(
     logits_divisor: f64,
     own: &VocabularyRows,
 ) -> Result<(Tensor, Option<Tensor>), Error> {
-    let (x, weight) = (x_td.detach(), weight_vd.value());
+    let x = x_td.detach();
+    let weight = weight_vd.value();
     let tokens = x.size()[0];
     // The same on every rank, although some have a row less.
     let row = own.total.div_ceil(own.group.size()) * x.kind().elt_size_in_bytes();
@@ -170,18 +171,18 @@ fn over_ranks(
 mod tests {
     use super::*;
     use parallel::{Accelerator, Cpu, GradientBuckets, Replication, on_threads};
-    use std::sync::Mutex;
+    use parking_lot::Mutex;
     use std::time::Duration;
 
     #[test]
     fn chunks_give_the_loss_and_gradients_of_plain_cross_entropy() {
         // A vocabulary so large that a chunk holds 41 of the 100 tokens.
-        let (tokens, hidden, vocab) = (100i64, 6i64, 100_000i64);
+        let tokens = 100i64;
+        let hidden = 6i64;
+        let vocab = 100_000i64;
         let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
-        let (x, value) = (
-            random(&[tokens, hidden]).set_requires_grad(true),
-            random(&[vocab, hidden]),
-        );
+        let x = random(&[tokens, hidden]).set_requires_grad(true);
+        let value = random(&[vocab, hidden]);
         let mut labels: Vec<i64> = (0..tokens).map(|t| t * 997 % vocab).collect();
         labels[3] = IGNORED;
         let labels = Tensor::from_slice(&labels);
@@ -190,7 +191,7 @@ mod tests {
         let run = move |ranks: usize, shared: Mutex<(Tensor, Tensor, Tensor)>| {
             on_threads(ranks, Duration::from_secs(20), move |world| {
                 let (x, value, labels) = {
-                    let all = shared.lock().unwrap();
+                    let all = shared.lock();
                     (
                         all.0.copy().set_requires_grad(true),
                         all.1.copy(),
@@ -228,7 +229,7 @@ mod tests {
         let grad_x = x.grad();
         for ranks in [1, 3] {
             let (x, value, labels) = {
-                let all = shared.lock().unwrap();
+                let all = shared.lock();
                 (all.0.copy(), all.1.copy(), all.2.copy())
             };
             let parts = run(ranks, Mutex::new((x.copy(), value, labels)));

@@ -30,9 +30,10 @@ use parallel::collectives::gather_from_group;
 use parallel::context::{ContextKind, positions};
 use parallel::tensor::TensorParallel;
 use parallel::{Accelerator, Weight};
+use parking_lot::Mutex;
 use rope::Rope;
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use tch::{Kind, Tensor};
 
 pub(crate) use attention::Documents;
@@ -89,8 +90,10 @@ impl<'a> Setting<'a> {
         device: &'a dyn Accelerator,
         ranks: &'a Ranks,
     ) -> Setting<'a> {
-        let (context_attention, recompute) = (ContextKind::Ring, RecomputeConfig::default());
-        let (expert_gemm, offload) = (Gemm::Model, false);
+        let context_attention = ContextKind::Ring;
+        let recompute = RecomputeConfig::default();
+        let expert_gemm = Gemm::Model;
+        let offload = false;
         Setting {
             sequence_length,
             dtype,
@@ -267,7 +270,8 @@ impl Model {
             None if config.tie_embeddings => end(&mut parameters, "embedding", of_ends),
             _ => end(&mut parameters, "head", Replicas::Dense),
         });
-        let (context, length) = (&ranks.context, setting.sequence_length);
+        let context = &ranks.context;
+        let length = setting.sequence_length;
         let positions = positions(
             setting.context_attention,
             length,
@@ -282,7 +286,8 @@ impl Model {
         ));
         let positions =
             (context.size() > 1).then(|| device.upload(&Tensor::from_slice(&positions)));
-        let (config, tensor) = (config.clone(), ranks.tensor.clone());
+        let config = config.clone();
+        let tensor = ranks.tensor.clone();
         Model {
             config,
             part,
@@ -359,7 +364,8 @@ impl Model {
         } else {
             x_td.shallow_clone()
         };
-        let (mut stats, mut seen) = (vec![], vec![]);
+        let mut stats = vec![];
+        let mut seen = vec![];
         let unit = |index: usize| stage.layers.get(index).map(|(_, unit)| unit);
         for (index, (layer, own)) in stage.layers.iter().enumerate() {
             let previous = index.checked_sub(1).and_then(unit);
@@ -498,13 +504,7 @@ impl Model {
     /// `[E]`.
     pub fn biases(&self) -> impl Iterator<Item = (usize, String, Tensor)> {
         self.held_mixtures().filter_map(|(number, moe, held)| {
-            let bias = moe
-                .weights
-                .bias
-                .as_ref()?
-                .lock()
-                .expect("nobody panics with it")
-                .shallow_clone();
+            let bias = moe.weights.bias.as_ref()?.lock().shallow_clone();
             Some((number, format!("{}.bias", held.name), bias))
         })
     }
@@ -692,7 +692,8 @@ fn swiglu(
     matrix: Traits,
     writes: Traits,
 ) -> (Weight, Weight) {
-    let (device, tensor) = (setting.device, &setting.ranks.tensor);
+    let device = setting.device;
+    let tensor = &setting.ranks.tensor;
     let part = tensor.part(ffn);
     let own = part.end - part.start;
     let boxes = gate_up_boxes(&format!("{name}.gate_up"), ffn, hidden, &part);
@@ -728,7 +729,8 @@ fn moe_layer(
     let gate = parameters.one(*device, place, Replicas::Stage, matrix);
     // Neighbours split the same experts.
     let slices = ranks.sites.slices;
-    let (owner, slice_of) = (ranks.experts.rank() / slices, ranks.experts.rank() % slices);
+    let owner = ranks.experts.rank() / slices;
+    let slice_of = ranks.experts.rank() % slices;
     let local = num_experts * slices / ranks.experts.size();
     let ffn = config.ffn as i64;
     let each = ffn / slices as i64;
@@ -783,12 +785,11 @@ fn moe_layer(
         even_groups: config.router.even_groups,
         force_balance: config.router.force_balance,
     };
-    let (least_loaded, hierarchy, chunks) = (
-        ranks.least_loaded.clone(),
-        ranks.hierarchy.clone(),
-        ranks.expert_chunks,
-    );
-    let (gate_up, down) = (gate_up.used(chunks), down.used(chunks));
+    let least_loaded = ranks.least_loaded.clone();
+    let hierarchy = ranks.hierarchy.clone();
+    let chunks = ranks.expert_chunks;
+    let gate_up = gate_up.used(chunks);
+    let down = down.used(chunks);
     let layer = MoeLayer {
         router,
         dispatcher: Dispatcher::new(

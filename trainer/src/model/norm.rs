@@ -9,7 +9,8 @@ use torch_ext::{Error, attach_backward};
 /// `x` `[..., D]` and `weight` `[D]`: `[..., D]` of the dtype of `x`.
 pub(crate) fn rms_norm(x: &Tensor, weight: &Weight, eps: f64) -> Result<Tensor, Error> {
     let (out, scale) = tch::no_grad(|| kernels::rms_norm(&x.detach(), &weight.value(), eps));
-    let (saved, used) = (x.detach(), weight.clone());
+    let saved = x.detach();
+    let used = weight.clone();
     let mut out = attach_backward(&[x, &weight.tracker()], vec![out], move |grads| {
         let Some(grad) = &grads[0] else {
             return Ok(vec![None, None]);
@@ -48,7 +49,9 @@ pub(crate) fn split_rms_norm(
         let scale = (mean(&wide.square(), group)? + eps).rsqrt();
         Ok::<_, Error>((((&wide * &scale).to_kind(kind)) * weight.value(), scale))
     })?;
-    let (saved, used, group) = (x.detach(), weight.clone(), group.clone());
+    let saved = x.detach();
+    let used = weight.clone();
+    let group = group.clone();
     let mut out = attach_backward(&[x, &weight.tracker()], vec![out], move |grads| {
         let Some(grad) = &grads[0] else {
             return Ok(vec![None, None]);
@@ -86,11 +89,9 @@ mod tests {
     #[test]
     fn the_gradients_are_those_of_the_formula() {
         let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
-        let (mut x, value, probe) = (
-            random(&[2, 3, 8]).set_requires_grad(true),
-            random(&[8]),
-            random(&[2, 3, 8]),
-        );
+        let mut x = random(&[2, 3, 8]).set_requires_grad(true);
+        let value = random(&[8]);
+        let probe = random(&[2, 3, 8]);
         let weight = Weight::new(value.copy());
         let alone = [Replication::alone()];
         let gradients =

@@ -3,7 +3,7 @@
 
 use kernels::rotate;
 use parallel::Accelerator;
-use std::sync::Mutex;
+use parking_lot::Mutex;
 use tch::Tensor;
 use torch_ext::{Error, attach_backward};
 
@@ -40,7 +40,7 @@ impl Rope {
     pub(crate) fn apply(&self, x: &Tensor) -> Result<Tensor, Error> {
         let length = x.size()[2];
         let (cos, sin) = {
-            let tables = self.tables.lock().expect("nobody panics with the tables");
+            let tables = self.tables.lock();
             let first = |table: &Tensor| table.narrow(0, 0, length).to_kind(x.kind());
             (first(&tables.0), first(&tables.1))
         };

@@ -54,8 +54,10 @@ pub(crate) fn logits(
     divisor: f64,
     algorithm: Option<Vocabulary>,
 ) -> LocalSoftmax {
-    let (kind, matrix) = (hidden.kind(), weight.value());
-    let (tokens, own) = (hidden.size()[0], rows.len() as i64);
+    let kind = hidden.kind();
+    let matrix = weight.value();
+    let tokens = hidden.size()[0];
+    let own = rows.len() as i64;
     let float = (Kind::Float, hidden.device());
     let shifted = labels_t - rows.start as i64;
     let inside = shifted.ge(0).logical_and(&shifted.lt(own));
@@ -76,9 +78,10 @@ pub(crate) fn logits(
         let x = hidden.narrow(0, start, len);
         let part = |index: i64| statistics.get(index).narrow(0, start, len);
         // The logits become the softmax in the memory that keeps it.
-        let logits = match algorithm.is_some() && !naive {
-            true => probs.narrow(0, start, len),
-            false => Tensor::empty([len, own], (kind, hidden.device())),
+        let logits = if algorithm.is_some() && !naive {
+            probs.narrow(0, start, len)
+        } else {
+            Tensor::empty([len, own], (kind, hidden.device()))
         };
         product_into(&logits, &x, &matrix.tr());
         let of_target = logits
@@ -131,11 +134,13 @@ impl LocalSoftmax {
 
     /// After N: the loss, summed over tokens and weighted, and one over the sum of all ranks' exponentials `[T]`.
     pub(crate) fn sum_over_ranks(&self, divisor: f64) -> Exchange {
-        let (largest, weight) = (self.statistics.get(0).copy(), self.weight.shallow_clone());
+        let largest = self.statistics.get(0).copy();
+        let weight = self.weight.shallow_clone();
         let sums = self.statistics.narrow(0, 1, 2).copy();
         Box::new(move |group: &dyn Communicator| {
             group.all_reduce(&sums, ReduceOp::Sum)?.wait()?;
-            let (total, of_target) = (sums.get(0), sums.get(1));
+            let total = sums.get(0);
+            let of_target = sums.get(1);
             let loss = ((total.log() + &largest - of_target) * &weight).sum(Kind::Float) * divisor;
             Ok(vec![loss, total.reciprocal()])
         })
@@ -144,7 +149,8 @@ impl LocalSoftmax {
     /// C1: the loss, summed over tokens and weighted, then the factor `[T]` that makes this rank's softmax the true one, and
     /// with `vocab-2` the rows `takes` of the input's gradient.
     pub(crate) fn exchange(&self, divisor: f64, takes: Option<Range<i64>>) -> Exchange {
-        let (own, weight) = (self.statistics.shallow_clone(), self.weight.shallow_clone());
+        let own = self.statistics.shallow_clone();
+        let weight = self.weight.shallow_clone();
         let parts = self
             .parts
             .as_ref()
@@ -157,7 +163,9 @@ impl LocalSoftmax {
             );
             group.all_gather(&all, &own)?.wait()?;
             let all = all.view([group.size() as i64, 3, tokens]);
-            let (largest, sums, targets) = (all.select(1, 0), all.select(1, 1), all.select(1, 2));
+            let largest = all.select(1, 0);
+            let sums = all.select(1, 1);
+            let targets = all.select(1, 2);
             let first = [0i64];
             let highest = largest.amax(first.as_slice(), false);
             let scaled = sums * (largest - &highest).exp();
@@ -187,15 +195,14 @@ impl LocalSoftmax {
         correction: &Tensor,
         input_too: bool,
     ) -> Result<Option<Tensor>, Error> {
-        let (kind, matrix) = (self.hidden.kind(), weight.value());
+        let kind = self.hidden.kind();
+        let matrix = weight.value();
         let gradient = input_too.then(|| self.hidden.empty_like());
         let contribution = weight.contribution()?;
         for (start, len) in chunks(self.hidden.size()[0], self.probs.size()[1]) {
             let part = |t: &Tensor| t.narrow(0, start, len);
-            let (scale, minus) = (
-                part(correction) * part(&self.weight),
-                part(&self.owned) * part(&self.weight),
-            );
+            let scale = part(correction) * part(&self.weight);
+            let minus = part(&self.owned) * part(&self.weight);
             let of_logits = part(&self.probs);
             softmax_gradient(&of_logits, &scale, &part(&self.target), &minus);
             let of_logits = of_logits.to_kind(kind);

@@ -31,9 +31,10 @@ impl<const BF16: bool> Kernel for Avx512<BF16> {
     const RIGHT_STAYS: bool = false;
 
     fn layout(left: &Operand) -> Layout {
-        match left.inner == size(BF16) && left.len.is_multiple_of(per_unit(BF16)) {
-            true => Layout::InPlace,
-            false => Layout::Units,
+        if left.inner == size(BF16) && left.len.is_multiple_of(per_unit(BF16)) {
+            Layout::InPlace
+        } else {
+            Layout::Units
         }
     }
 

@@ -96,13 +96,14 @@ unsafe fn panel<const BF16: bool>(
                 let at = from
                     .data
                     .add(unit * 4 + (first + line * LANES) * from.outer);
-                let rows: [__m512i; LANES] = std::array::from_fn(|column| match column < there {
-                    true => {
+                let rows: [__m512i; LANES] = std::array::from_fn(|column| {
+                    if column < there {
                         let at = at.add(column * from.outer);
                         fetch(at.wrapping_add(LINES_AHEAD * size_of::<Line>()), 1);
                         _mm512_maskz_loadu_epi32(mask(here), at.cast())
+                    } else {
+                        _mm512_setzero_si512()
                     }
-                    false => _mm512_setzero_si512(),
                 });
                 for (step, values) in transposed(rows).into_iter().enumerate().take(here) {
                     _mm512_store_si512(to.add((index + step) * lines + line).cast(), values);
@@ -179,14 +180,10 @@ fn transposed(rows: [__m512i; LANES]) -> [__m512i; LANES] {
     }
     // Each quarter of a[4 q + c] is column c + 4 * quarter of rows 4 q to 4 q + 3.
     for c in 0..4 {
-        let (low, high) = (
-            _mm512_shuffle_i32x4::<0x44>(a[c], a[4 + c]),
-            _mm512_shuffle_i32x4::<0xee>(a[c], a[4 + c]),
-        );
-        let (low2, high2) = (
-            _mm512_shuffle_i32x4::<0x44>(a[8 + c], a[12 + c]),
-            _mm512_shuffle_i32x4::<0xee>(a[8 + c], a[12 + c]),
-        );
+        let low = _mm512_shuffle_i32x4::<0x44>(a[c], a[4 + c]);
+        let high = _mm512_shuffle_i32x4::<0xee>(a[c], a[4 + c]);
+        let low2 = _mm512_shuffle_i32x4::<0x44>(a[8 + c], a[12 + c]);
+        let high2 = _mm512_shuffle_i32x4::<0xee>(a[8 + c], a[12 + c]);
         b[c] = _mm512_shuffle_i32x4::<0x88>(low, low2);
         b[4 + c] = _mm512_shuffle_i32x4::<0xdd>(low, low2);
         b[8 + c] = _mm512_shuffle_i32x4::<0x88>(high, high2);

@@ -28,9 +28,10 @@ unsafe fn tile<const BF16: bool, const N: usize>(
                     left[i].add(at).cast::<i32>().read_unaligned(),
                 ));
                 for j in 0..N {
-                    sums[i][j] = match BF16 {
-                        true => _mm512_dpbf16_ps(sums[i][j], pairs(left), pairs(line[j])),
-                        false => _mm512_fmadd_ps(left, line[j], sums[i][j]),
+                    sums[i][j] = if BF16 {
+                        _mm512_dpbf16_ps(sums[i][j], pairs(left), pairs(line[j]))
+                    } else {
+                        _mm512_fmadd_ps(left, line[j], sums[i][j])
                     };
                 }
             }

@@ -152,7 +152,8 @@ const FEW: usize = 16 << 10;
 
 impl Collective {
     pub(super) fn all_reduce(rings: &Rings, data: &Buffer, kind: Kind, op: ReduceOp) -> Collective {
-        let (rank, size) = (rings.rank, rings.size);
+        let rank = rings.rank;
+        let size = rings.size;
         let writing = |to, bytes, when_combined| Writing {
             to,
             bytes,
@@ -209,8 +210,8 @@ impl Collective {
 
     pub(super) fn broadcast(rings: &Rings, data: &Buffer, root: usize) -> Collective {
         let bytes = data.clone();
-        match rings.rank == root {
-            true => Collective {
+        if rings.rank == root {
+            Collective {
                 writing: vec![Writing {
                     to: To::All,
                     bytes,
@@ -218,15 +219,16 @@ impl Collective {
                     when_combined: false,
                 }],
                 ..Collective::default()
-            },
-            false => Collective {
+            }
+        } else {
+            Collective {
                 reading: vec![Reading {
                     from: From::All(root),
                     bytes,
                     at: 0,
                 }],
                 ..Collective::default()
-            },
+            }
         }
     }
 
@@ -329,12 +331,12 @@ impl Collective {
             writing.at < writing.bytes.len()
         });
         if let Some(combining) = &mut self.combining {
-            let until = match combining.when_written {
-                true => self
-                    .writing
+            let until = if combining.when_written {
+                self.writing
                     .first()
-                    .map_or(combining.out.len(), |writing| writing.at),
-                false => combining.out.len(),
+                    .map_or(combining.out.len(), |writing| writing.at)
+            } else {
+                combining.out.len()
             };
             moved |= combining.get_on(rings, until);
         }

@@ -14,12 +14,13 @@ use super::{CommError, Communicator, Membership, ReduceOp, Staged, Work, check_s
 use crate::beside;
 use collective::{Collective, Rings};
 use messages::Messages;
+use parking_lot::{Mutex, MutexGuard};
 use segment::{Bell, Ring, Segment};
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{Ordering, fence};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tch::Tensor;
 use torch_ext::Store;
@@ -173,7 +174,7 @@ impl Engine {
 }
 
 fn lock(engine: &Mutex<Engine>) -> MutexGuard<'_, Engine> {
-    engine.lock().unwrap_or_else(PoisonError::into_inner)
+    engine.lock()
 }
 
 /// What the first rank of a group offers the others.
@@ -195,7 +196,8 @@ impl Shm {
         membership: &Membership,
         timeout: Duration,
     ) -> Result<Option<Shm>, CommError> {
-        let (rank, size) = (membership.position, membership.members.len());
+        let rank = membership.position;
+        let size = membership.members.len();
         let failed = |error: torch_ext::Error| membership.error("joining", error);
         let mut file = None;
         let segment = match rank {
@@ -242,10 +244,8 @@ impl Shm {
         };
         let segment = Arc::new(segment);
         let ring = |writer, lane| Ring::new(&segment, writer, lane);
-        let (rings, messages) = (
-            Rings::new(rank, size, ring),
-            Messages::new(rank, size, ring),
-        );
+        let rings = Rings::new(rank, size, ring);
+        let messages = Messages::new(rank, size, ring);
         let engine = Mutex::new(Engine {
             rings,
             collectives: VecDeque::new(),
@@ -329,7 +329,8 @@ impl Shm {
         part: &Tensor,
     ) -> Result<(), CommError> {
         if whole.kind() != part.kind() || whole.numel() != part.numel() * self.size() {
-            let (a, b) = (whole.size(), part.size());
+            let a = whole.size();
+            let b = part.size();
             let text = format!(
                 "a tensor {a:?} of {:?} is not one {b:?} of {:?} for each of {} ranks",
                 whole.kind(),
@@ -342,12 +343,13 @@ impl Shm {
     }
 
     fn check_kind(&self, operation: &'static str, tensor: &Tensor) -> Result<(), CommError> {
-        match reduce::combines(tensor.kind()) {
-            true => Ok(()),
-            false => Err(self.refuse(
+        if reduce::combines(tensor.kind()) {
+            Ok(())
+        } else {
+            Err(self.refuse(
                 operation,
                 format!("numbers of {:?} cannot be combined", tensor.kind()),
-            )),
+            ))
         }
     }
 }
@@ -402,7 +404,8 @@ impl Shared {
         let rank = self.membership.position;
         let looks = if beside::is_beside() { (0, 0) } else { LOOKS };
         let mut idle = 0;
-        let (mut began, mut looked) = (None, None);
+        let mut began = None;
+        let mut looked = None;
         let mut gone = None;
         loop {
             let seen = self.segment.rung(rank, Bell::Waiting);
@@ -553,10 +556,8 @@ impl Communicator for Shm {
                 };
                 splits.iter().map(part).collect::<Vec<Buffer>>()
             };
-            let (outputs, inputs) = (
-                parts(&data[0], output_splits),
-                parts(&data[1], input_splits),
-            );
+            let outputs = parts(&data[0], output_splits);
+            let inputs = parts(&data[1], input_splits);
             if outputs[own].len() != inputs[own].len() {
                 return Err(format!(
                     "rank {own} of the group sends itself another number of rows than it receives"
@@ -576,10 +577,8 @@ impl Communicator for Shm {
         })
     }
     fn barrier(&self) -> Result<Work, CommError> {
-        let (one, all) = (
-            Tensor::from_slice(&[1u8]),
-            Tensor::from_slice(&vec![0u8; self.size()]),
-        );
+        let one = Tensor::from_slice(&[1u8]);
+        let all = Tensor::from_slice(&vec![0u8; self.size()]);
         self.collective("barrier", &[&all, &one], |rings, data| {
             Ok(Collective::all_gather(rings, &data[0], &data[1]))
         })

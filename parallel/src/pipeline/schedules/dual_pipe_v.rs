@@ -61,7 +61,8 @@ impl List {
 }
 
 fn of_rank(rank: usize, ranks: usize, microbatches: usize) -> Vec<Pass> {
-    let (after, mut list) = (ranks - 1 - rank, List::default());
+    let after = ranks - 1 - rank;
+    let mut list = List::default();
     for _ in 0..2 * after {
         list.forward(0);
     }

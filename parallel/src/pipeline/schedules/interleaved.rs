@@ -16,7 +16,8 @@ pub(super) fn order(ranks: usize, microbatches: usize, chunks: usize) -> Result<
     let size = microbatches / groups;
     // The n-th forward of every rank; backwards take the chunks in reverse.
     let forward = |n: usize| {
-        let (group, within) = (n / (size * chunks), n % (size * chunks));
+        let group = n / (size * chunks);
+        let within = n % (size * chunks);
         (within / size, group * size + within % size)
     };
     let total = microbatches * chunks;

@@ -51,7 +51,9 @@ pub(super) fn order(block: Block, ranks: usize, microbatches: usize) -> Order {
             })
             .collect();
         timed.sort();
-        let (mut list, mut waiting, mut slot) = (Vec::new(), VecDeque::new(), 0);
+        let mut list = Vec::new();
+        let mut waiting = VecDeque::new();
+        let mut slot = 0;
         for (start, pass) in timed {
             // Slots before this pass are free.
             while slot < start {

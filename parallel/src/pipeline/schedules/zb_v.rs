@@ -32,7 +32,8 @@ fn of_rank(rank: usize, ranks: usize, microbatches: usize) -> Vec<Pass> {
         *microbatch
     };
     use PassKind::{BackwardInput as B, BackwardWeight as W, Forward as F};
-    let (mut forwards0, mut forwards1) = (0, 0);
+    let mut forwards0 = 0;
+    let mut forwards1 = 0;
     for _ in 0..2 * (ranks - rank) - 1 {
         forwards0 = push(F, 0);
     }
