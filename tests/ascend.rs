@@ -53,7 +53,7 @@ fn hccl_conforms() {
             "conformance",
             "--device",
             "npu",
-            "--communicator",
+            "--backend",
             "hccl",
             "-n",
             ranks,
@@ -301,7 +301,7 @@ fn npus_without_hccl_go_by_the_hosts_memory() {
         "conformance",
         "--device",
         "npu",
-        "--communicator",
+        "--backend",
         "gloo",
         "-n",
         "2",
@@ -325,7 +325,7 @@ fn npus_without_hccl_go_by_the_hosts_memory() {
         "--set",
         "run.device=npu",
         "--set",
-        "run.communicator=gloo",
+        "run.backend=gloo",
     ];
     let output = finish(with_npus(experiment.train(4, &layout).args(changes)));
     assert!(output.status.success(), "{}", text(&output));
@@ -360,12 +360,12 @@ fn what_is_missing_is_said_in_one_sentence() {
     };
     refused(&["run.device=npu"], "libtorch_npu.so could not be loaded");
     refused(
-        &["run.communicator=hccl"],
-        "run.communicator is hccl, which carries tensors of npu alone",
+        &["run.backend=hccl"],
+        "run.backend is hccl, which carries tensors of npu alone",
     );
     refused(
-        &["run.communicator=nccl"],
-        "run.communicator is nccl, which carries tensors of cuda alone",
+        &["run.backend=nccl"],
+        "run.backend is nccl, which carries tensors of cuda alone",
     );
     if !Path::new("/dev/nvidiactl").exists() {
         refused(&["run.device=cuda"], "libtorch_cuda.so could not be loaded");

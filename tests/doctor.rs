@@ -53,7 +53,7 @@ fn where_nothing_is_wrong_it_says_so_and_measures() {
         "all_reduce: 64 KiB in",
         "all_to_all: ",
         "GB/s",
-        "nothing is in the way",
+        "no problems found",
     ] {
         assert!(said.contains(expected), "{expected:?} is not in {said}");
     }
@@ -70,14 +70,14 @@ fn missing_libraries_are_named() {
     assert_fault(
         &mut broken("libtorch_cpu"),
         &[
-            "FAULT libtorch_cpu._o cannot be found",
-            "mend: run ./scripts/setup",
+            "fail libtorch_cpu._o cannot be found",
+            "fix: run ./scripts/setup",
         ],
     );
     #[cfg(feature = "mpi")]
     assert_fault(
         &mut broken("libmpi"),
-        &["FAULT libmpi._o", "./scripts/setup --mpi"],
+        &["fail libmpi._o", "./scripts/setup --mpi"],
     );
     std::fs::remove_file(experiment.path("moerun-core")).unwrap();
     assert_fault(
@@ -89,10 +89,7 @@ fn missing_libraries_are_named() {
 #[test]
 fn missing_mpi_is_named() {
     let experiment = Experiment::new();
-    let mut command = doctor(
-        &experiment,
-        &["small.yaml", "--set", "run.communicator=mpi"],
-    );
+    let mut command = doctor(&experiment, &["small.yaml", "--set", "run.backend=mpi"]);
     let expected = if cfg!(feature = "mpi") {
         "no mpirun in PATH"
     } else {
@@ -100,7 +97,7 @@ fn missing_mpi_is_named() {
     };
     assert_fault(
         command.env("MOERUN_MPIRUN", "/nowhere/mpirun"),
-        &["FAULT MPI: ", expected, "mend: ", "scripts/setup --mpi"],
+        &["fail MPI: ", expected, "fix: ", "scripts/setup --mpi"],
     );
 }
 
@@ -110,9 +107,9 @@ fn a_port_in_use_is_named() {
     let taken = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
     let expected = [
-        &format!("FAULT port: {port} cannot be used"),
+        &format!("fail port: {port} cannot be used"),
         "choose another --master-port",
-        "1 fault to mend",
+        "1 problem found",
     ];
     assert_fault(
         &mut doctor(&experiment, &["--master-port", &port]),
@@ -143,7 +140,7 @@ fn a_full_dev_shm_is_named() {
     assert_fault(
         &mut command,
         &[
-            "FAULT shared memory: 0 MiB are free in /dev/shm",
+            "fail shared memory: 0 MiB are free in /dev/shm",
             "mount -o remount,size=",
             "--shm-size",
         ],
@@ -183,7 +180,7 @@ fn a_run_folder_that_cannot_be_written_is_named() {
     assert_fault(
         &mut command,
         &[
-            "FAULT disk: /proc/none cannot be written",
+            "fail disk: /proc/none cannot be written",
             "choose another run.dir",
         ],
     );

@@ -1,12 +1,12 @@
 //! Layouts drawn at random over up to 8 ranks and all axes agree with one rank, and a checkpoint of any is one for any.
 //!
-//! `MOERUN_LAYOUTS` says how many (40), `MOERUN_LAYOUT_SEED` which. A failure prints what to give as `MOERUN_LAYOUT` to
+//! `MOERUN_TEST_LAYOUTS` says how many (40), `MOERUN_TEST_LAYOUT_SEED` which. A failure prints what to give as `MOERUN_TEST_LAYOUT` to
 //! repeat it.
 
 use crate::agreement::{
     TIMEOUT, Trace, VOCAB, assert_same, sigmoid, softmax, trace_of, trainer_on, write_data,
 };
-use parallel::on_threads;
+use parallel::run_on_threads;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config as RunnerConfig, RngAlgorithm, TestRng, TestRunner};
@@ -33,7 +33,7 @@ fn models() -> impl Strategy<Value = Value> {
                           "head_dim": 4, "ffn": 48, "dense_layers": dense_layers, "moe": moe, "init_std": 0.1,
                           "qk_norm": qk_norm, "tie_embeddings": tied},
                 "micro_batch": micro_batch,
-                "document_end": documents,
+                "eod_token": documents,
             })
         },
     )
@@ -66,7 +66,7 @@ fn layouts() -> impl Strategy<Value = (usize, Value)> {
             "vocab-2",
         ]),
     );
-    let parts = prop::sample::subsequence(vec!["norm", "attention", "router", "experts"], 0..=4);
+    let parts = prop::sample::subsequence(vec!["norm", "attention", "dispatch", "experts"], 0..=4);
     let whole = prop::sample::select(vec![json!("none"), json!("all"), json!([0, 2])]);
     let sharding = (
         0u8..4,
@@ -106,7 +106,7 @@ fn layouts() -> impl Strategy<Value = (usize, Value)> {
                 (parallel["schedule"], parallel["vocabulary"]) = (json!(schedule), json!(vocabulary));
             }
             if zero > 0 {
-                parallel["zero_ranks"] = json!(blocks[block.index(blocks.len())]);
+                parallel["zero_group_size"] = json!(blocks[block.index(blocks.len())]);
             }
             (stage * pipeline, parallel)
         },
@@ -131,7 +131,7 @@ fn config(folder: &Path, model: &Value, parallel: &Value) -> Config {
         "run": {"dir": folder.join("run"), "device": "cpu", "seed": 5},
         "parallel": parallel,
         "model": model["model"],
-        "data": {"train": [{"path": folder.join("tokens")}], "sequence_length": 24, "document_end": model["document_end"]},
+        "data": {"train": [{"path": folder.join("tokens")}], "sequence_length": 24, "eod_token": model["eod_token"]},
         "train": {"steps": STEPS, "global_batch": 12, "micro_batch": model["micro_batch"], "grad_clip": 0.5},
         "optimizer": {"eps": 1e-4},
         "schedule": {"constant": {"lr": 3e-3}},
@@ -149,7 +149,7 @@ fn number(name: &str, default: u64) -> u64 {
 
 fn runner(salt: u8) -> TestRunner {
     let mut seed = [salt; 32];
-    seed[..8].copy_from_slice(&number("MOERUN_LAYOUT_SEED", 1).to_le_bytes());
+    seed[..8].copy_from_slice(&number("MOERUN_TEST_LAYOUT_SEED", 1).to_le_bytes());
     TestRunner::new_with_rng(
         RunnerConfig::default(),
         TestRng::from_seed(RngAlgorithm::ChaCha, &seed),
@@ -172,9 +172,9 @@ fn drawn_layouts_agree_with_one_rank() {
     write_data(folder.path());
     let mut runner = runner(1);
     let mut singles: HashMap<String, Trace> = HashMap::new();
-    let count = number("MOERUN_LAYOUTS", 40);
+    let count = number("MOERUN_TEST_LAYOUTS", 40);
     let mut seen = HashMap::new();
-    let given: Option<Value> = std::env::var("MOERUN_LAYOUT")
+    let given: Option<Value> = std::env::var("MOERUN_TEST_LAYOUT")
         .ok()
         .map(|text| serde_json::from_str(&text).unwrap());
     for _ in 0..count {
@@ -183,7 +183,7 @@ fn drawn_layouts_agree_with_one_rank() {
             let (ranks, parallel) = draw(&mut runner, folder.path(), &model);
             json!({"ranks": ranks, "parallel": parallel, "model": model})
         });
-        eprintln!("MOERUN_LAYOUT='{drawn}'");
+        eprintln!("MOERUN_TEST_LAYOUT='{drawn}'");
         let model = &drawn["model"];
         let parallel = &drawn["parallel"];
         let one = json!({});
@@ -192,7 +192,7 @@ fn drawn_layouts_agree_with_one_rank() {
             .or_insert_with(|| trace_of(1, config(folder.path(), model, &one)));
         let ranks = drawn["ranks"].as_u64().unwrap() as usize;
         let ours = trace_of(ranks, config(folder.path(), model, parallel));
-        assert_same(&format!("MOERUN_LAYOUT='{drawn}'"), &ours, single);
+        assert_same(&format!("MOERUN_TEST_LAYOUT='{drawn}'"), &ours, single);
         for axis in [
             "tensor",
             "context",
@@ -205,7 +205,7 @@ fn drawn_layouts_agree_with_one_rank() {
                 *seen.entry(axis).or_insert(0) += 1;
             }
         }
-        *seen.entry("lent").or_insert(0) += ours.spilled;
+        *seen.entry("lent").or_insert(0) += ours.lent_tokens;
         *seen.entry("moved").or_insert(0) += ours.moved;
     }
     let drawn = seen.values().filter(|&&count| count > 0).count();
@@ -216,7 +216,7 @@ fn drawn_layouts_agree_with_one_rank() {
 }
 
 #[test]
-fn a_checkpoint_of_any_layout_goes_on_in_any_other() {
+fn a_checkpoint_of_any_layout_resumes_in_any_other() {
     tch::set_num_threads(1);
     let folder = tempfile::tempdir().unwrap();
     write_data(folder.path());
@@ -237,17 +237,17 @@ fn a_checkpoint_of_any_layout_goes_on_in_any_other() {
         );
         eprintln!("{what}");
         let first = run("pair", &from.1);
-        on_threads(from.0, TIMEOUT, move |world| {
+        run_on_threads(from.0, TIMEOUT, move |world| {
             let mut trainer = trainer_on(world, first.clone());
             (0..2).for_each(|_| drop(trainer.train_step(false).unwrap()));
             trainer.save().unwrap();
         });
         let second = run("pair", &to.1);
-        let steps = on_threads(to.0, TIMEOUT, move |world| {
+        let steps = run_on_threads(to.0, TIMEOUT, move |world| {
             let mut trainer = trainer_on(world, second.clone());
             assert_eq!(
                 trainer.resume(&mut |warning| panic!("{warning}")).unwrap(),
-                trainer::Resumed::Checkpoint
+                trainer::ResumeSource::Checkpoint
             );
             (2..STEPS)
                 .map(|_| trainer.train_step(false).unwrap().0)

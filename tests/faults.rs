@@ -1,15 +1,15 @@
 //! Faults in the middle of a run, real ones: what was complete in memory is gone on from, to the bit.
 
 use crate::fixture::{
-    Experiment, PATIENCE, curve, finish, finish_child, rank_process, said, signal, start_talking,
-    steps_done, text, wait_for_step, wait_for_words,
+    COMMAND_TIMEOUT, Experiment, curve, finish, finish_child, rank_process, said, signal,
+    start_with_output_file, steps_done, text, wait_for_output, wait_for_step,
 };
 use serde_json::Value;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 /// Restarts are what these tests are about; the budget for them is another's.
-const OFTEN: &str = "restart.max_restarts=10000";
+const MANY_RESTARTS: &str = "restart.max_restarts=10000";
 
 fn assert_same_curve(experiment: &Experiment, broken: &str, unbroken: &str) {
     let broken = curve(experiment, broken);
@@ -23,7 +23,7 @@ fn assert_same_curve(experiment: &Experiment, broken: &str, unbroken: &str) {
 /// Processes of each node's ranks, and its keeper's.
 fn nodes(experiment: &Experiment) -> Vec<(Vec<String>, String)> {
     let status = || finish(&mut experiment.moerun(&["snapshot", "status", "run", "--json"]));
-    let status = experiment.while_ranks_stand(status);
+    let status = experiment.with_ranks_stopped(status);
     let lines = String::from_utf8(status.stdout).unwrap();
     let node = |line: &str| {
         let status = serde_json::from_str::<Value>(line).unwrap()["status"].clone();
@@ -49,7 +49,7 @@ fn wait_for_snapshot(experiment: &Experiment, ranks: usize) {
         if status.lines().any(whole) {
             return;
         }
-        assert!(started.elapsed() < PATIENCE, "no snapshot: {status}");
+        assert!(started.elapsed() < COMMAND_TIMEOUT, "no snapshot: {status}");
         std::thread::sleep(Duration::from_millis(20));
     }
 }
@@ -72,10 +72,10 @@ fn stop(child: Child) {
     finish_child(child);
 }
 
-/// `MOERUN_KILLS=200` for a long soak.
+/// `MOERUN_TEST_KILLS=200` for a long soak.
 #[test]
 fn ranks_killed_at_any_moment_again_and_again() {
-    let kills: usize = std::env::var("MOERUN_KILLS")
+    let kills: usize = std::env::var("MOERUN_TEST_KILLS")
         .ok()
         .and_then(|n| n.parse().ok())
         .unwrap_or(12);
@@ -86,7 +86,7 @@ fn ranks_killed_at_any_moment_again_and_again() {
         "snapshot.every=1",
         "validation.every=7",
         "checkpoint.every=25",
-        OFTEN,
+        MANY_RESTARTS,
     ];
     let unbroken = experiment
         .train(4, &common)
@@ -94,7 +94,7 @@ fn ranks_killed_at_any_moment_again_and_again() {
         .output()
         .unwrap();
     assert!(unbroken.status.success(), "{}", text(&unbroken));
-    let run = start_talking(&experiment, &mut experiment.train(4, &common));
+    let run = start_with_output_file(&experiment, &mut experiment.train(4, &common));
     wait_for_step(&experiment, "run", 3);
     let kills = kills.to_string();
     let chaos = [
@@ -106,7 +106,7 @@ fn ranks_killed_at_any_moment_again_and_again() {
         "3",
         "--seed",
         "11",
-        "--patience-s",
+        "--timeout-s",
         "60",
     ];
     // As long as it takes: each recovery has its own limit.
@@ -151,7 +151,7 @@ fn stopped_aborted_and_delayed_ranks() {
     let common = [
         "train.steps=300",
         "checkpoint.every=0",
-        OFTEN,
+        MANY_RESTARTS,
         "restart.heartbeat_timeout_s=1.5",
     ];
     assert!(
@@ -163,7 +163,7 @@ fn stopped_aborted_and_delayed_ranks() {
         .status
         .success()
     );
-    let run = start_talking(&experiment, &mut experiment.train(4, &common));
+    let run = start_with_output_file(&experiment, &mut experiment.train(4, &common));
     wait_for_step(&experiment, "run", 3);
     for kind in ["stop", "abort", "delay", "stop"] {
         let chaos = finish(&mut experiment.moerun(&[
@@ -227,7 +227,7 @@ fn a_rank_that_runs_out_of_memory() {
         );
         return;
     };
-    let run = start_talking(&experiment, &mut experiment.train(2, &common));
+    let run = start_with_output_file(&experiment, &mut experiment.train(2, &common));
     wait_for_step(&experiment, "run", 5);
     let rank = rank_process(&experiment, 1);
     std::fs::write(group.join("cgroup.procs"), &rank).unwrap();
@@ -256,10 +256,10 @@ fn a_killed_launcher_is_taken_up_from_the_keepers_memory() {
         .status
         .success()
     );
-    let mut run = start_talking(&experiment, &mut experiment.train(4, &common));
+    let mut run = start_with_output_file(&experiment, &mut experiment.train(4, &common));
     wait_for_step(&experiment, "run", 20);
     // Another launcher does not get in its way.
-    let second = experiment.while_ranks_stand(|| finish(&mut experiment.train(4, &common)));
+    let second = experiment.with_ranks_stopped(|| finish(&mut experiment.train(4, &common)));
     assert!(
         !second.status.success() && text(&second).contains("another moerun works in run"),
         "{}",
@@ -282,7 +282,7 @@ fn a_killed_launcher_is_taken_up_from_the_keepers_memory() {
 
     // On another number of ranks it goes by way of the disk.
     let more = ["train.steps=120", "checkpoint.every=0", "snapshot.every=1"];
-    let mut run = start_talking(&experiment, &mut experiment.train(4, &more));
+    let mut run = start_with_output_file(&experiment, &mut experiment.train(4, &more));
     wait_for_step(&experiment, "run", 80);
     run.kill().unwrap();
     run.wait().unwrap();
@@ -301,7 +301,7 @@ fn a_killed_launcher_is_taken_up_from_the_keepers_memory() {
 }
 
 #[test]
-fn a_keeper_that_dies_alone_is_replaced_and_training_goes_on() {
+fn a_keeper_that_dies_alone_is_replaced_and_training_continues() {
     let experiment = Experiment::new();
     let common = [
         "train.steps=400",
@@ -318,10 +318,10 @@ fn a_keeper_that_dies_alone_is_replaced_and_training_goes_on() {
         .status
         .success()
     );
-    let run = start_talking(&experiment, &mut experiment.train(4, &common));
+    let run = start_with_output_file(&experiment, &mut experiment.train(4, &common));
     wait_for_step(&experiment, "run", 10);
     signal(&nodes(&experiment)[1].1, "KILL");
-    wait_for_words(&experiment, "the keeper of node 1 is gone", 1);
+    wait_for_output(&experiment, "the keeper of node 1 is gone", 1);
     let step = steps_done(&experiment, "run");
     wait_for_step(&experiment, "run", step + 60);
     // The new one has snapshots: a rank that dies now costs nothing but time.
@@ -355,20 +355,20 @@ fn every_pattern(data: usize, parity: usize, too_many: bool) {
         "snapshot.every=1",
         "checkpoint.every=0",
         "validation.every=1000000",
-        OFTEN,
+        MANY_RESTARTS,
     ];
     let patterns: Vec<Vec<usize>> = (1u32..1 << nodes)
         .filter(|pattern| pattern.count_ones() as usize <= parity)
         .map(|pattern| (0..nodes).filter(|node| pattern & 1 << node != 0).collect())
         .collect();
     common.push("train.steps=100000");
-    let run = start_talking(&experiment, &mut experiment.train(nodes, &common));
+    let run = start_with_output_file(&experiment, &mut experiment.train(nodes, &common));
     for (index, lost) in patterns.iter().enumerate() {
         let step = steps_done(&experiment, "run");
         wait_for_step(&experiment, "run", step + 2);
         wait_for_snapshot(&experiment, nodes);
         kill_nodes(&experiment, lost);
-        wait_for_words(
+        wait_for_output(
             &experiment,
             "; going on from the snapshot of step",
             index + 1,
@@ -395,7 +395,7 @@ fn every_pattern(data: usize, parity: usize, too_many: bool) {
         let step = steps_done(&experiment, "run");
         wait_for_step(&experiment, "run", step + 2);
         kill_nodes(&experiment, &(0..=parity).collect::<Vec<_>>());
-        wait_for_words(
+        wait_for_output(
             &experiment,
             "there is no checkpoint: beginning again; no snapshot in memory can be put together",
             1,
@@ -435,7 +435,7 @@ fn every_two_lost_nodes_of_four_and_two() {
 }
 
 #[test]
-fn one_lost_node_too_many_is_gone_on_from_the_checkpoint() {
+fn one_lost_node_too_many_resumes_from_the_checkpoint() {
     let experiment = Experiment::new();
     let common = [
         "train.steps=80",
@@ -452,7 +452,7 @@ fn one_lost_node_too_many_is_gone_on_from_the_checkpoint() {
         .status
         .success()
     );
-    let run = start_talking(&experiment, &mut experiment.train(4, &common));
+    let run = start_with_output_file(&experiment, &mut experiment.train(4, &common));
     wait_for_step(&experiment, "run", 23);
     kill_nodes(&experiment, &[1, 2]);
     assert!(
@@ -502,7 +502,7 @@ fn a_spare_node_takes_over_and_without_one_the_run_shrinks() {
     let run = command.spawn().unwrap();
     wait_for_step(&experiment, "run", 10);
     kill_nodes(&experiment, &[2]);
-    wait_for_words(
+    wait_for_output(
         &experiment,
         "node 2 is lost: 1 spare node took over; going on from the snapshot of step",
         1,
@@ -513,7 +513,7 @@ fn a_spare_node_takes_over_and_without_one_the_run_shrinks() {
     wait_for_snapshot(&experiment, 4);
     kill_nodes(&experiment, &[0]);
     // Three ranks do not divide the batch; two do.
-    wait_for_words(
+    wait_for_output(
         &experiment,
         "node 0 is lost: going on with 2 ranks, others idle, the same global batch; going on from the snapshot",
         1,
@@ -549,7 +549,7 @@ fn a_spare_node_takes_over_and_without_one_the_run_shrinks() {
 }
 
 #[test]
-fn flipped_bits_in_memory_are_mended_from_parity() {
+fn flipped_bits_in_memory_are_repaired_from_parity() {
     let experiment = Experiment::new();
     // Between two snapshots there is time for two commands.
     let common = [
@@ -567,7 +567,7 @@ fn flipped_bits_in_memory_are_mended_from_parity() {
         .status
         .success()
     );
-    let run = start_talking(&experiment, &mut experiment.train(4, &common));
+    let run = start_with_output_file(&experiment, &mut experiment.train(4, &common));
     wait_for_step(&experiment, "run", 301);
     wait_for_snapshot(&experiment, 4);
     let chaos = [
@@ -589,7 +589,7 @@ fn flipped_bits_in_memory_are_mended_from_parity() {
         text(&chaos)
     );
     let verify = || finish(&mut experiment.moerun(&["snapshot", "verify", "run"]));
-    let verified = experiment.while_ranks_stand(verify);
+    let verified = experiment.with_ranks_stopped(verify);
     signal(&rank_process(&experiment, 0), "KILL");
     assert!(
         run.wait_with_output().unwrap().status.success(),
@@ -603,7 +603,7 @@ fn flipped_bits_in_memory_are_mended_from_parity() {
         text(&verified)
     );
     assert!(
-        words.contains("1 damaged chunks mended from parity"),
+        words.contains("1 damaged chunks repaired from parity"),
         "{words}"
     );
     assert_same_curve(&experiment, "run", "unbroken");
@@ -618,7 +618,7 @@ fn a_poisoned_snapshot_is_not_tried_for_ever() {
         "checkpoint.every=0",
         "parallel.expert=1",
     ];
-    let run = start_talking(&experiment, &mut experiment.train(1, &common));
+    let run = start_with_output_file(&experiment, &mut experiment.train(1, &common));
     wait_for_step(&experiment, "run", 602);
     let chaos = finish(&mut experiment.moerun(&[
         "chaos",

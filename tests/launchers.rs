@@ -34,7 +34,7 @@ fn slurms_environment_of_two_nodes_is_enough() {
         if rank == 0 {
             let said = text(&output);
             assert!(
-                said.contains("rank 0 of 4, started by srun, communicator gloo"),
+                said.contains("rank 0 of 4, started by srun, backend gloo"),
                 "{said}"
             );
         }
@@ -77,7 +77,7 @@ fn contradictions_are_refused() {
         1,
         "neither SLURM_STEP_TASKS_PER_NODE nor SLURM_TASKS_PER_NODE is",
     );
-    let wish = finish(&mut experiment.train(2, &["run.communicator=mpi"]));
+    let wish = finish(&mut experiment.train(2, &["run.backend=mpi"]));
     let expected = if cfg!(feature = "mpi") {
         "were not started by MPI"
     } else {
@@ -91,9 +91,9 @@ fn contradictions_are_refused() {
 }
 
 /// Three ranks as torchrun starts them, with nobody who ends all when one fails.
-fn three_ranks(experiment: &Experiment, communicator: &str) -> Vec<std::process::Child> {
+fn three_ranks(experiment: &Experiment, backend: &str) -> Vec<std::process::Child> {
     let port = free_port();
-    let communicator = format!("run.communicator={communicator}");
+    let backend = format!("run.backend={backend}");
     let changes = [
         "train.steps=100000",
         "run.timeout_s=6",
@@ -104,7 +104,7 @@ fn three_ranks(experiment: &Experiment, communicator: &str) -> Vec<std::process:
     ranks(
         experiment,
         3,
-        &[&changes[..], &[&communicator]].concat(),
+        &[&changes[..], &[&backend]].concat(),
         |_, rank| {
             format!(
                 "RANK={rank} LOCAL_RANK={rank} WORLD_SIZE=3 MASTER_ADDR=127.0.0.1 MASTER_PORT={port}"
@@ -179,7 +179,7 @@ mod under_mpirun {
             let output = finish(&mut mpirun(
                 &experiment,
                 ranks,
-                &["conformance", "--communicator", "mpi"],
+                &["conformance", "--backend", "mpi"],
             ));
             assert!(output.status.success(), "{ranks} ranks: {}", text(&output));
             assert_eq!(
@@ -212,7 +212,7 @@ mod under_mpirun {
         assert!(output.status.success(), "{}", text(&output));
         let said = text(&output);
         assert!(
-            said.contains("rank 0 of 4, started by mpirun (Open MPI), communicator mpi"),
+            said.contains("rank 0 of 4, started by mpirun (Open MPI), backend mpi"),
             "{said}"
         );
         let ours = curve(&experiment, "ours");

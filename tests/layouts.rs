@@ -5,7 +5,7 @@ use crate::agreement::{
     TIMEOUT, Trace, VOCAB, assert_same, distance, sigmoid, softmax, trace_of, trace_of_biased,
     trainer_on, values, write_data,
 };
-use parallel::on_threads;
+use parallel::run_on_threads;
 use serde_json::{Value, json};
 use std::path::Path;
 use trainer::config::{self, Config};
@@ -158,11 +158,11 @@ fn every_axis_alone_and_some_together() {
         (2, json!({"zero": 1})),
         (2, json!({"zero": 2})),
         (2, json!({"zero": 3})),
-        (4, json!({"zero": 3, "zero_ranks": 2, "expert": 2})),
+        (4, json!({"zero": 3, "zero_group_size": 2, "expert": 2})),
         (1, json!({"recompute": {"layers": "all"}})),
         (
             2,
-            json!({"expert": 2, "recompute": {"layers": [1], "parts": ["norm", "attention", "router", "experts"]}}),
+            json!({"expert": 2, "recompute": {"layers": [1], "parts": ["norm", "attention", "dispatch", "experts"]}}),
         ),
         (
             4,
@@ -183,7 +183,7 @@ fn every_axis_alone_and_some_together() {
     }
 }
 
-/// A gate that is biased: most tokens choose experts 1 and 2 of 12, whatever they are.
+/// A router that is biased: most tokens choose experts 1 and 2 of 12, whatever they are.
 fn biased(trainer: &trainer::Trainer) {
     for (_, _, bias) in trainer.model().biases() {
         let _ = bias.narrow(0, 1, 2).fill_(0.5);
@@ -203,7 +203,7 @@ fn skewed(folder: &Path, parallel: &Value, dispatch: &str) -> Config {
 }
 
 #[test]
-fn lent_experts_and_ways_by_node_change_nothing() {
+fn expert_lending_and_hierarchical_dispatch_change_nothing() {
     let folder = tempfile::tempdir().unwrap();
     write_data(folder.path());
     let single = trace_of_biased(1, skewed(folder.path(), &experts(1), "standard"), biased);
@@ -225,7 +225,7 @@ fn lent_experts_and_ways_by_node_change_nothing() {
         ),
         (
             2,
-            json!({"expert": 2, "recompute": {"parts": ["norm", "router", "experts"]}}),
+            json!({"expert": 2, "recompute": {"parts": ["norm", "dispatch", "experts"]}}),
         ),
         (
             4,
@@ -245,7 +245,7 @@ fn lent_experts_and_ways_by_node_change_nothing() {
                 &single,
             );
             assert_eq!(
-                ours.spilled > 0,
+                ours.lent_tokens > 0,
                 dispatch.contains("least_loaded"),
                 "{dispatch}, {parallel}"
             );
@@ -271,7 +271,7 @@ fn experts_that_move_change_nothing() {
         (4, json!({"expert": 2, "zero": 3}), "standard"),
         (
             4,
-            json!({"expert": 2, "zero": 2, "zero_ranks": 2}),
+            json!({"expert": 2, "zero": 2, "zero_group_size": 2}),
             "least_loaded",
         ),
         (
@@ -300,7 +300,7 @@ fn experts_that_move_change_nothing() {
 }
 
 #[test]
-fn a_run_whose_experts_move_goes_on_to_the_bit() {
+fn a_run_whose_experts_move_resumes_bit_for_bit() {
     tch::set_num_threads(1);
     let folder = tempfile::tempdir().unwrap();
     write_data(folder.path());
@@ -315,11 +315,11 @@ fn a_run_whose_experts_move_goes_on_to_the_bit() {
         config::LeastLoadedConfig::default(),
     );
     let run = |config: Config, resumes: bool| {
-        on_threads(4, TIMEOUT, move |world| {
+        run_on_threads(4, TIMEOUT, move |world| {
             let mut trainer = trainer_on(world, config.clone());
             biased(&trainer);
             let resumed = trainer.resume(&mut |warning| panic!("{warning}")).unwrap();
-            assert_eq!(resumed == trainer::Resumed::Checkpoint, resumes);
+            assert_eq!(resumed == trainer::ResumeSource::Checkpoint, resumes);
             let steps = |trainer: &mut trainer::Trainer, count| {
                 (0..count)
                     .map(|_| trainer.train_step(false).unwrap().0.loss)
@@ -343,7 +343,7 @@ fn a_run_that_lends_experts_leaves_the_checkpoint_of_one_that_does_not() {
     let saved = |dispatch: &str| {
         let mut config = skewed(folder.path(), &json!({"expert": 4, "zero": 1}), dispatch);
         config.run.dir = folder.path().join(dispatch);
-        let paths = on_threads(4, TIMEOUT, move |world| {
+        let paths = run_on_threads(4, TIMEOUT, move |world| {
             let mut trainer = trainer_on(world, config.clone());
             biased(&trainer);
             (0..6).for_each(|_| drop(trainer.train_step(false).unwrap()));
@@ -368,9 +368,9 @@ fn a_run_that_lends_experts_leaves_the_checkpoint_of_one_that_does_not() {
         .iter()
         .filter(|(name, _)| !name.starts_with("generator"))
     {
-        let place = checkpoint::Place::whole(name.clone(), shape);
-        let a = ours.tensor(&place).unwrap();
-        let b = standard.tensor(&place).unwrap();
+        let slice = checkpoint::TensorSlice::whole(name.clone(), shape);
+        let a = ours.tensor(&slice).unwrap();
+        let b = standard.tensor(&slice).unwrap();
         let far = distance(&values(&a), &values(&b));
         assert!(far <= 1e-5, "{name} is {far} away");
     }
@@ -407,14 +407,14 @@ fn the_same_layout_twice_is_the_same_to_the_bit() {
 }
 
 #[test]
-fn a_checkpoint_of_four_ranks_goes_on_in_any_layout() {
+fn a_checkpoint_of_four_ranks_resumes_in_any_layout() {
     tch::set_num_threads(1);
     let folder = tempfile::tempdir().unwrap();
     write_data(folder.path());
     let moe = sigmoid("sequence");
     let of = |expert| config(folder.path(), &experts(expert), 2, &moe);
     let four = of(2);
-    let unbroken = on_threads(4, TIMEOUT, move |world| {
+    let unbroken = run_on_threads(4, TIMEOUT, move |world| {
         let mut trainer = trainer_on(world, four.clone());
         (0..5).for_each(|_| drop(trainer.train_step(false).unwrap()));
         trainer.save().unwrap();
@@ -424,13 +424,13 @@ fn a_checkpoint_of_four_ranks_goes_on_in_any_layout() {
     });
     for (ranks, expert) in [(4, 2), (4, 4), (2, 2), (2, 1), (1, 1)] {
         let other = of(expert);
-        let resumed = on_threads(ranks, TIMEOUT, move |world| {
+        let resumed = run_on_threads(ranks, TIMEOUT, move |world| {
             let mut trainer = trainer_on(world, other.clone());
             let mut warnings = Vec::new();
             let resumed = trainer
                 .resume(&mut |warning| warnings.push(warning.to_string()))
                 .unwrap();
-            assert_eq!(resumed, trainer::Resumed::Checkpoint);
+            assert_eq!(resumed, trainer::ResumeSource::Checkpoint);
             assert_eq!((trainer.step(), warnings), (5, vec![]));
             (0..5)
                 .map(|_| trainer.train_step(false).unwrap().0.loss)
@@ -474,7 +474,7 @@ fn bf16_keeps_fp32_masters_and_learns() {
     write_data(folder.path());
     let mut bf16 = config(folder.path(), &experts(2), 2, &softmax("sequence"));
     bf16.train.dtype = config::Dtype::Bf16;
-    let losses = on_threads(2, TIMEOUT, move |world| {
+    let losses = run_on_threads(2, TIMEOUT, move |world| {
         let mut trainer = trainer_on(world, bf16.clone());
         let losses: Vec<f64> = (0..STEPS)
             .map(|_| trainer.train_step(false).unwrap().0.loss)

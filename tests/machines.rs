@@ -2,8 +2,8 @@
 //! a test make them, else on one loopback device.
 
 use crate::fixture::{
-    Experiment, curve, finish, finish_child, said, signal, start, start_talking, steps_done, text,
-    wait_for_step, wait_for_words,
+    Experiment, curve, finish, finish_child, said, signal, start, start_with_output_file,
+    steps_done, text, wait_for_output, wait_for_step,
 };
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Command, Output};
@@ -216,7 +216,7 @@ fn a_lost_rank_and_a_lost_machine_are_recovered() {
     assert!(alone.status.success(), "{}", text(&alone));
     let agent = || start(&mut network.machine(&experiment, 1, 2, &common));
     let mut first = agent();
-    let head = start_talking(
+    let head = start_with_output_file(
         &experiment,
         &mut network.machine(&experiment, 0, 2, &common),
     );
@@ -229,11 +229,11 @@ fn a_lost_rank_and_a_lost_machine_are_recovered() {
         &children_of(first.id()).into_iter().find(is_keeper).unwrap(),
         "KILL",
     );
-    wait_for_words(&experiment, "the keeper of node 1 is gone", 1);
+    wait_for_output(&experiment, "the keeper of node 1 is gone", 1);
     let step = steps_done(&experiment, "run");
     wait_for_step(&experiment, "run", step + 30);
     signal(&crate::fixture::rank_process(&experiment, 3), "KILL");
-    wait_for_words(&experiment, "going on from the snapshot of step", 1);
+    wait_for_output(&experiment, "going on from the snapshot of step", 1);
     let step = steps_done(&experiment, "run");
     wait_for_step(&experiment, "run", step + 35);
     // Its ranks, its keeper and its agent; a scheduler starts it again.

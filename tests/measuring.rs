@@ -17,7 +17,7 @@ fn read(path: std::path::PathBuf) -> Value {
 }
 
 #[test]
-fn every_collective_is_measured_beside_gloo() {
+fn every_collective_is_measured_against_gloo() {
     let experiment = Experiment::new();
     let bench = [
         "bench",
@@ -46,7 +46,7 @@ fn every_collective_is_measured_beside_gloo() {
         assert_eq!(sides, expected, "{operation}");
         // Others may be held up for as long as makes ours nothing beside it.
         assert!(
-            line["of_fastest_other"]
+            line["vs_fastest_other"]
                 .as_f64()
                 .is_some_and(|ratio| ratio >= 0.0),
             "{operation}"
@@ -74,7 +74,7 @@ fn a_profiled_step_is_the_sum_of_its_parts() {
         "step",
         "--case",
         "fp32",
-        "--runs",
+        "--steps",
         "1",
         "--threads",
         "1",
@@ -101,11 +101,11 @@ fn a_profiled_step_is_the_sum_of_its_parts() {
     // 2 x 2048 tokens x 2 choices x 3 matrices of 256 x 512 in 4 layers, forward and for the inputs' gradients; and the weights'.
     let once = 2.0 * 2048.0 * 2.0 * 3.0 * 256.0 * 512.0 * 4.0 * 1e-9;
     assert!(
-        (gflop("product of experts") / (2.0 * once) - 1.0).abs() < 1e-3,
+        (gflop("gemm of experts") / (2.0 * once) - 1.0).abs() < 1e-3,
         "{parts:?}"
     );
     assert!(
-        (gflop("product for experts' gradients") / once - 1.0).abs() < 1e-3,
+        (gflop("gemm for experts' gradients") / once - 1.0).abs() < 1e-3,
         "{parts:?}"
     );
     assert!(read(trace)["traceEvents"].as_array().unwrap().len() > 100);
@@ -152,7 +152,7 @@ fn what_recomputing_costs_is_measured_and_what_fits_is_found() {
             "none",
             "norm",
             "attention",
-            "router",
+            "dispatch",
             "experts",
             "all layers"
         ]
@@ -191,7 +191,7 @@ fn each_rank_traces_the_step_that_is_asked_for() {
     for rank in 0..2 {
         let trace = read(experiment.path(&format!("run/logs/rank-{rank}.trace.json")));
         let events = trace["traceEvents"].as_array().unwrap();
-        for kind in ["product", "attention", "communication", "optimizer"] {
+        for kind in ["gemm", "attention", "communication", "optimizer"] {
             assert!(
                 events.iter().any(|event| event["cat"] == kind),
                 "rank {rank} has no {kind}"

@@ -10,10 +10,10 @@ use std::time::SystemTime;
 
 /// Steps take milliseconds here: where each has a snapshot, a checkpoint that is due finds no free slot and is written a few
 /// steps later.
-const EACH_ITS_SLOT: &str = "snapshot.every=5";
+const SNAPSHOT_EVERY_5: &str = "snapshot.every=5";
 
 #[test]
-fn killed_at_any_moment_it_goes_on_to_the_bit() {
+fn killed_at_any_moment_it_resumes_bit_for_bit() {
     let experiment = Experiment::new();
     let steps = "train.steps=60";
     let unbroken = finish(&mut experiment.train(4, &[steps, "run.dir=unbroken"]));
@@ -153,7 +153,7 @@ fn sigterm_and_sigint_write_a_checkpoint() {
 fn a_truncated_checkpoint_is_refused_by_name_and_the_one_before_is_used() {
     let experiment = Experiment::new();
     assert!(
-        finish(&mut experiment.train(4, &["train.steps=10", EACH_ITS_SLOT]))
+        finish(&mut experiment.train(4, &["train.steps=10", SNAPSHOT_EVERY_5]))
             .status
             .success()
     );
@@ -211,7 +211,7 @@ fn a_checkpoint_that_cannot_be_written_does_not_end_the_run() {
         "in the way",
     )
     .unwrap();
-    let output = finish(&mut experiment.train(2, &["train.steps=42", EACH_ITS_SLOT]));
+    let output = finish(&mut experiment.train(2, &["train.steps=42", SNAPSHOT_EVERY_5]));
     let said = text(&output);
     assert!(
         said.contains("warning: no checkpoint at step 5") && said.contains("training goes on"),
@@ -358,7 +358,8 @@ fn torchruns_environment_is_enough() {
 #[test]
 fn ranks_are_bound_to_their_processors() {
     let experiment = Experiment::new();
-    let mut launcher = start(&mut experiment.train(2, &["train.steps=100000", "run.bind=cores"]));
+    let mut launcher =
+        start(&mut experiment.train(2, &["train.steps=100000", "run.cpu_affinity=cores"]));
     wait_for_step(&experiment, "run", 2);
     let allowed = |rank| {
         let status = format!("/proc/{}/status", rank_process(&experiment, rank));

@@ -247,12 +247,12 @@ fn numbers_that_do_not_divide() {
         ),
         (
             2,
-            "parallel={zero: 1, zero_ranks: 3}",
-            vec!["data x context = 2 is not a multiple of parallel.zero_ranks 3"],
+            "parallel={zero: 1, zero_group_size: 3}",
+            vec!["data x context = 2 is not a multiple of parallel.zero_group_size 3"],
         ),
         (
             2,
-            "parallel={zero_ranks: 2}",
+            "parallel={zero_group_size: 2}",
             vec!["parallel.zero is 0: give 1, 2 or 3"],
         ),
         (
@@ -277,8 +277,8 @@ fn numbers_that_do_not_divide() {
         ),
         (
             2,
-            "data.document_end=512",
-            vec!["data.document_end 512 is outside of model.vocab_size 512"],
+            "data.eod_token=512",
+            vec!["data.eod_token 512 is outside of model.vocab_size 512"],
         ),
         (2, "train.micro_batch=0", vec!["train.micro_batch is 0"]),
         (

@@ -1,4 +1,4 @@
-//! Compiles the C++ edge against the headers of the libtorch that torch-sys links.
+//! Compiles the C++ ffi against the headers of the libtorch that torch-sys links.
 use std::{env, path::PathBuf};
 
 fn include_folder() -> PathBuf {
@@ -26,5 +26,5 @@ fn main() {
         .include("cpp/gloo-forward")
         .include(&include)
         .include(include.join("torch/csrc/api/include"));
-    build.file("cpp/edge.cpp").compile("moerun_torch_ext");
+    build.file("cpp/ffi.cpp").compile("moerun_torch_ext");
 }

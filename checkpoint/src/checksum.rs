@@ -14,11 +14,11 @@ pub(crate) fn combine(first: u32, second: u32, len: usize) -> u32 {
 }
 
 /// The CRC-32C of bytes that come piece by piece.
-pub(crate) struct Running(Digest);
+pub(crate) struct RunningCrc(Digest);
 
-impl Running {
-    pub(crate) fn new() -> Running {
-        Running(Digest::new(Crc32Iscsi))
+impl RunningCrc {
+    pub(crate) fn new() -> RunningCrc {
+        RunningCrc(Digest::new(Crc32Iscsi))
     }
 
     pub(crate) fn add(&mut self, bytes: &[u8]) {
@@ -38,7 +38,7 @@ mod tests {
     fn pieces_have_the_checksum_of_the_whole() {
         // The check value of CRC-32C (iSCSI, RFC 3720).
         assert_eq!(crc32c(b"123456789"), 0xe306_9283);
-        let mut running = Running::new();
+        let mut running = RunningCrc::new();
         running.add(b"1234");
         running.add(b"56789");
         assert_eq!(

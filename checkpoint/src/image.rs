@@ -1,10 +1,10 @@
 //! The image of a rank's state: a safetensors file in memory, planned once and filled again and again.
 //!
-//! The header has a fixed room, so that tensors keep their places from snapshot to snapshot. In its metadata are what the
-//! run wants to know again (`state`), which box each tensor is (`places`), and how many tensors all ranks have (`tensors`).
+//! The header has a fixed room, so that tensors keep their slices from snapshot to snapshot. In its metadata are what the
+//! run wants to know again (`state`), which slice each tensor is (`slices`), and how many tensors all ranks have (`tensors`).
 
-use crate::read::{metadata_of, read_header};
-use crate::{Error, Place};
+use crate::read::{parse_metadata, read_header};
+use crate::{Error, TensorSlice};
 use safetensors::tensor::Metadata;
 use serde::Serialize;
 use serde_json::json;
@@ -12,10 +12,10 @@ use std::path::Path;
 use tch::Kind;
 
 /// Where everything is in an image.
-pub struct Image {
+pub struct ImageLayout {
     /// `"name": {...}, ...` of all tensors.
     entries: String,
-    places: String,
+    slices: String,
     /// Names in the whole checkpoint.
     tensors: usize,
     /// Length of the header with its padding, and eight bytes for its length.
@@ -31,54 +31,54 @@ struct Entry {
     data_offsets: (u64, u64),
 }
 
-impl Image {
+impl ImageLayout {
     /// Lays `held` out, whose state is now `state`; all ranks together have `tensors` tensors.
     ///
     /// # Errors
     /// When a dtype is not one that is saved.
     pub fn plan(
-        held: &[(Place, Kind)],
+        held: &[(TensorSlice, Kind)],
         tensors: usize,
         state: &serde_json::Value,
-    ) -> Result<Image, Error> {
+    ) -> Result<ImageLayout, Error> {
         let mut order: Vec<usize> = (0..held.len()).collect();
         // Wide values first: then all are aligned.
         order.sort_by_key(|&index| std::cmp::Reverse(held[index].1.elt_size_in_bytes()));
         let mut next = 0u64;
         let mut offsets = vec![0; held.len()];
         let mut entries = Vec::new();
-        let mut places = Vec::new();
+        let mut slices = Vec::new();
         for index in order {
-            let (place, kind) = &held[index];
+            let (slice, kind) = &held[index];
             let dtype = crate::write::dtype_of(*kind).ok_or_else(|| {
                 Error::mismatch(
-                    Path::new(&place.name),
+                    Path::new(&slice.name),
                     format!("it has a dtype that is not saved: {kind:?}"),
                 )
             })?;
-            let len = place.shape.iter().product::<i64>() as u64 * kind.elt_size_in_bytes() as u64;
+            let len = slice.shape.iter().product::<i64>() as u64 * kind.elt_size_in_bytes() as u64;
             offsets[index] = next;
             let entry = Entry {
                 dtype,
-                shape: place.shape.clone(),
+                shape: slice.shape.clone(),
                 data_offsets: (next, next + len),
             };
             entries.push(format!(
                 "{}:{}",
-                json!(place.key()),
+                json!(slice.key()),
                 serde_json::to_string(&entry).expect("plain data")
             ));
-            places.push(place);
+            slices.push(slice);
             next += len;
         }
         let entries: String = entries
             .into_iter()
             .flat_map(|entry| [",".to_string(), entry])
             .collect();
-        let places = serde_json::to_string(&places).expect("plain data");
-        let mut image = Image {
+        let slices = serde_json::to_string(&slices).expect("plain data");
+        let mut image = ImageLayout {
             entries,
-            places,
+            slices,
             tensors,
             head: 0,
             offsets,
@@ -106,7 +106,7 @@ impl Image {
     }
 
     fn header(&self, state: &serde_json::Value) -> String {
-        let metadata = json!({"state": state.to_string(), "places": self.places, "tensors": self.tensors.to_string()});
+        let metadata = json!({"state": state.to_string(), "slices": self.slices, "tensors": self.tensors.to_string()});
         format!("{{\"__metadata__\":{metadata}{}}}", self.entries)
     }
 
@@ -133,11 +133,11 @@ impl Image {
 }
 
 /// What an image's header says.
-pub struct Head {
+pub struct ImageHeader {
     /// What the run wants to know again.
     pub state: serde_json::Value,
-    /// Which box each tensor is.
-    pub places: Vec<Place>,
+    /// Which slice each tensor is.
+    pub slices: Vec<TensorSlice>,
     /// How many tensors there are in the whole checkpoint.
     pub tensors: usize,
     /// Where each is.
@@ -146,17 +146,17 @@ pub struct Head {
     pub(crate) data_start: u64,
 }
 
-impl Head {
-    /// Reads what [`Image::head`] gave.
+impl ImageHeader {
+    /// Reads what [`ImageLayout::head`] gave.
     ///
     /// # Errors
     /// When it is something else.
-    pub fn read(bytes: &[u8], what: &Path) -> Result<Head, Error> {
+    pub fn read(bytes: &[u8], what: &Path) -> Result<ImageHeader, Error> {
         let damaged = |reason: String| Error::damaged(what, reason);
         let header = bytes
             .get(8..)
             .ok_or_else(|| damaged("it has no header".into()))?;
-        let metadata = metadata_of(header, what)?;
+        let metadata = parse_metadata(header, what)?;
         let text = |key: &str| {
             let value = metadata
                 .metadata()
@@ -168,17 +168,18 @@ impl Head {
         let tensors = text("tensors")?
             .parse()
             .map_err(|_| damaged("its number of tensors is none".into()))?;
-        Ok(Head {
+        Ok(ImageHeader {
             state: serde_json::from_str(text("state")?).map_err(json)?,
-            places: serde_json::from_str(text("places")?).map_err(json)?,
+            slices: serde_json::from_str(text("slices").or_else(|_| text("places"))?)
+                .map_err(json)?,
             tensors,
             metadata,
             data_start: bytes.len() as u64,
         })
     }
 
-    pub(crate) fn of_file(path: &Path) -> Result<Head, Error> {
-        Head::read(&read_header(path)?.0, path)
+    pub(crate) fn from_file(path: &Path) -> Result<ImageHeader, Error> {
+        ImageHeader::read(&read_header(path)?.0, path)
     }
 }
 
@@ -189,10 +190,10 @@ mod tests {
     #[test]
     fn a_header_keeps_its_room() {
         let held = [
-            (Place::whole("bytes", &[3]), Kind::Uint8),
-            (Place::whole("model/w", &[2, 2]), Kind::Float),
+            (TensorSlice::whole("bytes", &[3]), Kind::Uint8),
+            (TensorSlice::whole("model/w", &[2, 2]), Kind::Float),
         ];
-        let image = Image::plan(&held, 2, &json!({"step": 9})).unwrap();
+        let image = ImageLayout::plan(&held, 2, &json!({"step": 9})).unwrap();
         let head = image
             .head(&json!({"step": 1000000, "note": "\"quoted\""}))
             .unwrap();
@@ -201,15 +202,15 @@ mod tests {
             (head.len() as u64, head.len() as u64 + 16)
         );
         assert_eq!(image.bytes(), head.len() as u64 + 19);
-        let read = Head::read(&head, Path::new("x")).unwrap();
+        let read = ImageHeader::read(&head, Path::new("x")).unwrap();
         assert_eq!(
             (read.state["note"].as_str(), read.tensors, read.data_start),
             (Some("\"quoted\""), 2, head.len() as u64)
         );
         assert_eq!(
-            read.places
+            read.slices
                 .iter()
-                .map(|place| place.name.as_str())
+                .map(|slice| slice.name.as_str())
                 .collect::<Vec<_>>(),
             ["model/w", "bytes"]
         );
@@ -221,6 +222,6 @@ mod tests {
                 .to_string()
                 .contains("does not fit")
         );
-        assert!(Head::read(b"12345678{}", Path::new("x")).is_err());
+        assert!(ImageHeader::read(b"12345678{}", Path::new("x")).is_err());
     }
 }

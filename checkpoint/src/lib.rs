@@ -10,27 +10,27 @@
 //! - Nothing is believed without its checksum; a damaged checkpoint is refused by name, and an older one is used.
 
 mod checksum;
-mod code;
+mod erasure;
 mod error;
 mod image;
 pub mod keeper;
 mod manifest;
 mod memory;
-mod place;
 mod plan;
 mod read;
+mod slice;
 mod stripes;
 pub mod survival;
 mod write;
 
 pub use checksum::crc32c;
-pub use code::{Code, xor};
+pub use erasure::{ErasureCode, xor};
 pub use error::Error;
-pub use image::{Head, Image};
-pub use manifest::{FileEntry, Manifest, PieceEntry, TensorEntry};
+pub use image::{ImageHeader, ImageLayout};
+pub use manifest::{FileEntry, Manifest, SliceEntry, TensorEntry};
 pub use memory::Region;
-pub use place::Place;
 pub use plan::assign_owners;
-pub use read::{Checkpoint, OpenPart, list};
-pub use stripes::{Redundancy, Stripes, deal_groups};
+pub use read::{Checkpoint, PartOpener, list};
+pub use slice::TensorSlice;
+pub use stripes::{Redundancy, Stripes, redundancy_groups};
 pub use write::{Shard, Staging, retain};

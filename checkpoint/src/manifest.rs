@@ -26,16 +26,17 @@ pub struct Manifest {
 pub struct TensorEntry {
     /// Its shape.
     pub shape: Vec<i64>,
-    /// The boxes it consists of.
-    pub pieces: Vec<PieceEntry>,
+    /// The slices it consists of.
+    #[serde(rename = "pieces")]
+    pub slices: Vec<SliceEntry>,
 }
 
-/// A box of a tensor, in one file.
+/// A slice of a tensor, in one file.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct PieceEntry {
+pub struct SliceEntry {
     /// Number of the shard.
     pub file: usize,
-    /// Where the box begins in the tensor.
+    /// Where the slice begins in the tensor.
     pub offset: Vec<i64>,
     /// Its size.
     pub shape: Vec<i64>,

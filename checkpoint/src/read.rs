@@ -1,10 +1,10 @@
 //! Reading: the manifest, and tensors by their global names.
 
-use crate::image::Head;
-use crate::manifest::{FORMAT, FileEntry, Manifest, PieceEntry};
+use crate::image::ImageHeader;
+use crate::manifest::{FORMAT, FileEntry, Manifest, SliceEntry};
 use crate::memory::fill;
 use crate::write::{Shard, assemble};
-use crate::{Error, Place};
+use crate::{Error, TensorSlice};
 use safetensors::tensor::{Dtype, Metadata};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -18,17 +18,17 @@ pub struct Checkpoint {
     path: PathBuf,
     manifest: Manifest,
     shards: BTreeMap<usize, OpenShard>,
-    parts: Option<Parts>,
+    parts: Option<SnapshotParts>,
 }
 
 /// Shards that are not files of the folder.
-struct Parts {
-    heads: Vec<Head>,
-    open: OpenPart,
+struct SnapshotParts {
+    heads: Vec<ImageHeader>,
+    open: PartOpener,
 }
 
 /// Gives the file of a part, by number.
-pub type OpenPart = Box<dyn FnMut(usize) -> Result<File, Error>>;
+pub type PartOpener = Box<dyn FnMut(usize) -> Result<File, Error>>;
 
 struct OpenShard {
     file: File,
@@ -100,11 +100,11 @@ impl Checkpoint {
     ///
     /// # Errors
     /// When a tensor is missing or doubled.
-    pub fn of_parts(
+    pub fn from_parts(
         name: &str,
         step: u64,
-        heads: Vec<Head>,
-        open: OpenPart,
+        heads: Vec<ImageHeader>,
+        open: PartOpener,
     ) -> Result<Checkpoint, Error> {
         let path = PathBuf::from(name);
         let state = heads
@@ -118,7 +118,7 @@ impl Checkpoint {
                 bytes: 0,
                 crc32c: 0,
             };
-            Shard::new(file, head.places.clone())
+            Shard::new(file, head.slices.clone())
         });
         let (files, tensors) = assemble(&path, shards.collect(), expected)?;
         let manifest = Manifest {
@@ -132,7 +132,7 @@ impl Checkpoint {
             path,
             manifest,
             shards: BTreeMap::new(),
-            parts: Some(Parts { heads, open }),
+            parts: Some(SnapshotParts { heads, open }),
         })
     }
 
@@ -146,32 +146,32 @@ impl Checkpoint {
         &self.manifest
     }
 
-    /// The box `place` of a tensor, in host memory, whatever boxes it was saved in.
+    /// The slice `slice` of a tensor, in host memory, whatever slices it was saved in.
     ///
     /// # Errors
     /// When there is no such tensor, its shape differs, or its file is damaged.
-    pub fn tensor(&mut self, place: &Place) -> Result<Tensor, Error> {
+    pub fn tensor(&mut self, slice: &TensorSlice) -> Result<Tensor, Error> {
         let mut whole: Option<Tensor> = None;
-        for (file, saved, begin, size) in self.overlaps(place)? {
+        for (file, saved, begin, size) in self.overlaps(slice)? {
             let part = self.part(file, &saved, &begin, &size, None)?;
-            if size == place.shape {
+            if size == slice.shape {
                 return Ok(part);
             }
             let whole = whole
-                .get_or_insert_with(|| Tensor::zeros(&place.shape, (part.kind(), part.device())));
-            place_of(whole, place, &begin, &size).copy_(&part);
+                .get_or_insert_with(|| Tensor::zeros(&slice.shape, (part.kind(), part.device())));
+            narrow_to(whole, slice, &begin, &size).copy_(&part);
         }
-        // A tensor without values has no pieces that overlap anything.
-        Ok(whole.unwrap_or_else(|| Tensor::zeros(&place.shape, (Kind::Float, tch::Device::Cpu))))
+        // A tensor without values has no slices that overlap anything.
+        Ok(whole.unwrap_or_else(|| Tensor::zeros(&slice.shape, (Kind::Float, tch::Device::Cpu))))
     }
 
-    /// The same box to `into`, of its shape: read to where it stays, if dtypes agree and rows lie together there.
+    /// The same slice to `into`, of its shape: read to where it stays, if dtypes agree and rows lie together there.
     ///
     /// # Errors
     /// As for [`Checkpoint::tensor`]; `into` may have changed in part.
-    pub fn tensor_into(&mut self, place: &Place, into: &Tensor) -> Result<(), Error> {
-        for (file, saved, begin, size) in self.overlaps(place)? {
-            let mut target = place_of(into, place, &begin, &size);
+    pub fn tensor_into(&mut self, slice: &TensorSlice, into: &Tensor) -> Result<(), Error> {
+        for (file, saved, begin, size) in self.overlaps(slice)? {
+            let mut target = narrow_to(into, slice, &begin, &size);
             let part = self.part(file, &saved, &begin, &size, Some(&target))?;
             if part.data_ptr() != target.data_ptr() {
                 tch::no_grad(|| target.copy_(&part));
@@ -180,15 +180,15 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// The pieces that have something of `place`: file, what was saved, and where in the global tensor the common box begins and how
+    /// The slices that have something of `slice`: file, what was saved, and where in the global tensor the common slice begins and how
     /// large it is.
-    fn overlaps(&self, place: &Place) -> Result<Vec<Overlap>, Error> {
-        let Place {
+    fn overlaps(&self, slice: &TensorSlice) -> Result<Vec<Overlap>, Error> {
+        let TensorSlice {
             name,
             global,
             offset,
             shape,
-        } = place;
+        } = slice;
         let Some(entry) = self.manifest.tensors.get(name) else {
             return Err(Error::mismatch(
                 &self.path,
@@ -202,10 +202,10 @@ impl Checkpoint {
             );
             return Err(Error::mismatch(&self.path, reason));
         }
-        let of = |piece: &PieceEntry| {
+        let of = |piece: &SliceEntry| {
             let offset_of_piece = piece.offset.clone();
             let shape_of_piece = piece.shape.clone();
-            let saved = Place {
+            let saved = TensorSlice {
                 name: name.clone(),
                 global: global.clone(),
                 offset: offset_of_piece,
@@ -214,14 +214,14 @@ impl Checkpoint {
             let (begin, size) = saved.overlap(offset, shape)?;
             Some((piece.file, saved, begin, size))
         };
-        Ok(entry.pieces.iter().filter_map(of).collect())
+        Ok(entry.slices.iter().filter_map(of).collect())
     }
 
-    /// The box at `begin` of size `size` of the global tensor, out of the piece `saved`: in `target`, where it can be read to that.
+    /// The slice at `begin` of size `size` of the global tensor, out of the piece `saved`: in `target`, where it can be read to that.
     fn part(
         &mut self,
         file: usize,
-        saved: &Place,
+        saved: &TensorSlice,
         begin: &[i64],
         size: &[i64],
         target: Option<&Tensor>,
@@ -313,12 +313,12 @@ impl Checkpoint {
 }
 
 /// See [`Checkpoint::overlaps`].
-type Overlap = (usize, Place, Vec<i64>, Vec<i64>);
+type Overlap = (usize, TensorSlice, Vec<i64>, Vec<i64>);
 
-/// The part of `whole`, which is the box `place` of a tensor, that is the box at `begin` of size `size`.
-fn place_of(whole: &Tensor, place: &Place, begin: &[i64], size: &[i64]) -> Tensor {
+/// The part of `whole`, which is the slice `slice` of a tensor, that is the slice at `begin` of size `size`.
+fn narrow_to(whole: &Tensor, slice: &TensorSlice, begin: &[i64], size: &[i64]) -> Tensor {
     let narrow = |part: Tensor, (dim, (&begin, &size)): (usize, (&i64, &i64))| {
-        part.narrow(dim as i64, begin - place.offset[dim], size)
+        part.narrow(dim as i64, begin - slice.offset[dim], size)
     };
     begin
         .iter()
@@ -339,7 +339,7 @@ fn open_shard(path: &Path) -> Result<OpenShard, Error> {
 /// The header of a safetensors file, and where its data begins.
 pub(crate) fn parse_header(path: &Path) -> Result<(Metadata, u64), Error> {
     let (head, file_len) = read_header(path)?;
-    let metadata = metadata_of(&head[8..], path)?;
+    let metadata = parse_metadata(&head[8..], path)?;
     let announced = (metadata.data_len() + head.len()) as u64;
     if announced != file_len {
         return Err(Error::damaged(
@@ -373,7 +373,7 @@ pub(crate) fn read_header(path: &Path) -> Result<(Vec<u8>, u64), Error> {
     Ok((head, file_len))
 }
 
-pub(crate) fn metadata_of(header: &[u8], path: &Path) -> Result<Metadata, Error> {
+pub(crate) fn parse_metadata(header: &[u8], path: &Path) -> Result<Metadata, Error> {
     serde_json::from_slice(header).map_err(|e| Error::damaged(path, e.to_string()))
 }
 
@@ -386,13 +386,13 @@ mod tests {
     fn shards(staging: &Staging) -> Vec<Shard> {
         staging.begin().unwrap();
         let first = vec![(
-            Place::whole("a", &[2, 2]),
+            TensorSlice::whole("a", &[2, 2]),
             Tensor::from_slice(&[1f32, 2., 3., 4.]).view([2, 2]),
         )];
         let second = vec![
-            (Place::whole("b", &[1]), Tensor::from_slice(&[7i64])),
+            (TensorSlice::whole("b", &[1]), Tensor::from_slice(&[7i64])),
             (
-                Place::whole("c", &[2]),
+                TensorSlice::whole("c", &[2]),
                 Tensor::from_slice(&[0.5f32, 1.5]).to_kind(Kind::BFloat16),
             ),
         ];
@@ -417,7 +417,8 @@ mod tests {
         let mut checkpoint = Checkpoint::open(&path).unwrap();
         (0..2).for_each(|file| checkpoint.verify_file(file).unwrap());
         assert_eq!(checkpoint.manifest().state["note"], 5);
-        let mut get = |name: &str, shape: &[i64]| checkpoint.tensor(&Place::whole(name, shape));
+        let mut get =
+            |name: &str, shape: &[i64]| checkpoint.tensor(&TensorSlice::whole(name, shape));
         assert_eq!(
             Vec::<f32>::try_from(get("a", &[2, 2]).unwrap().flatten(0, -1)).unwrap(),
             [1., 2., 3., 4.]
@@ -442,7 +443,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(100))]
 
         #[test]
-        fn any_box_comes_back_from_any_boxes(
+        fn any_slice_comes_back_from_any_slices(
             rows in 1i64..7, columns in 1i64..7, cuts in (0i64..7, 0i64..7), wanted in (0i64..6, 0i64..6, 1i64..6, 1i64..6),
             narrow in 0i64..2,
         ) {
@@ -460,25 +461,25 @@ mod tests {
                         continue;
                     }
                     let part = all.narrow(0, from_row, shape[0]).narrow(1, from_column, shape[1]);
-                    let place = Place { name: "w".into(), global: global.clone(), offset: vec![from_row, from_column], shape };
-                    shards.push(staging.write_shard(shards.len(), vec![(place, part)]).unwrap());
+                    let slice = TensorSlice { name: "w".into(), global: global.clone(), offset: vec![from_row, from_column], shape };
+                    shards.push(staging.write_shard(shards.len(), vec![(slice, part)]).unwrap());
                 }
             }
             let path = staging.commit(shards, 1, serde_json::Value::Null).unwrap();
             let offset = vec![wanted.0.min(rows - 1), wanted.1.min(columns - 1)];
             let shape = vec![wanted.2.min(rows - offset[0]), wanted.3.min(columns - offset[1])];
             let expected = all.narrow(0, offset[0], shape[0]).narrow(1, offset[1], shape[1]);
-            let place = Place { name: "w".into(), global, offset, shape };
+            let slice = TensorSlice { name: "w".into(), global, offset, shape };
             let mut checkpoint = Checkpoint::open(&path).unwrap();
-            let into = Tensor::zeros([place.shape[0] + 2, place.shape[1] + narrow], (Kind::Float, tch::Device::Cpu));
-            let target = into.narrow(0, 1, place.shape[0]).narrow(1, 0, place.shape[1]);
-            checkpoint.tensor_into(&place, &target).unwrap();
+            let into = Tensor::zeros([slice.shape[0] + 2, slice.shape[1] + narrow], (Kind::Float, tch::Device::Cpu));
+            let target = into.narrow(0, 1, slice.shape[0]).narrow(1, 0, slice.shape[1]);
+            checkpoint.tensor_into(&slice, &target).unwrap();
             prop_assert_eq!(&target, &expected);
             prop_assert_eq!(into.sum(Kind::Float), expected.sum(Kind::Float), "nothing beside it was written");
             let other = target.to_kind(Kind::Double).zeros_like();
-            checkpoint.tensor_into(&place, &other).unwrap();
+            checkpoint.tensor_into(&slice, &other).unwrap();
             prop_assert_eq!(other.to_kind(Kind::Float), expected.copy());
-            prop_assert_eq!(checkpoint.tensor(&place).unwrap(), expected);
+            prop_assert_eq!(checkpoint.tensor(&slice).unwrap(), expected);
         }
     }
 
@@ -487,7 +488,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let staging = Staging::new(root.path(), 1);
         staging.begin().unwrap();
-        let half = Place {
+        let half = TensorSlice {
             name: "w".into(),
             global: vec![4],
             offset: vec![2],

@@ -59,7 +59,10 @@ impl std::fmt::Display for Redundancy {
 ///
 /// # Errors
 /// When there are too few nodes, or a group would have more nodes of one domain than it can lose.
-pub fn deal_groups(domains: &[usize], redundancy: Redundancy) -> Result<Vec<Vec<usize>>, String> {
+pub fn redundancy_groups(
+    domains: &[usize],
+    redundancy: Redundancy,
+) -> Result<Vec<Vec<usize>>, String> {
     let nodes = domains.len();
     let survives = redundancy.survives();
     if nodes <= survives {
@@ -118,7 +121,7 @@ pub struct Stripes {
     /// Parities of a stripe.
     pub parity: usize,
     /// Where the first parity of the first stripe is: other for each rank of a node, so that small parts spread too.
-    pub turn: usize,
+    pub rotation: usize,
 }
 
 impl Stripes {
@@ -128,14 +131,14 @@ impl Stripes {
     }
 
     /// The position of parity `index` of a stripe. That of parity 0 encodes.
-    pub fn parity_at(&self, stripe: u64, index: usize) -> usize {
-        ((stripe % self.nodes as u64) as usize + self.turn + index) % self.nodes
+    pub fn parity_position(&self, stripe: u64, index: usize) -> usize {
+        ((stripe % self.nodes as u64) as usize + self.rotation + index) % self.nodes
     }
 
     /// The positions whose data is in a stripe, in the order of the code.
-    pub fn data_at(&self, stripe: u64) -> impl Iterator<Item = usize> + use<> {
+    pub fn data_positions(&self, stripe: u64) -> impl Iterator<Item = usize> + use<> {
         let stripes = *self;
-        let first = self.parity_at(stripe, 0);
+        let first = self.parity_position(stripe, 0);
         (stripes.parity..stripes.nodes).map(move |after| (first + after) % stripes.nodes)
     }
 
@@ -166,7 +169,7 @@ impl Stripes {
     }
 
     fn has_data(&self, position: usize, stripe: u64) -> bool {
-        (0..self.parity).all(|index| self.parity_at(stripe, index) != position)
+        (0..self.parity).all(|index| self.parity_position(stripe, index) != position)
     }
 }
 
@@ -177,17 +180,19 @@ mod tests {
     use std::collections::BTreeSet;
 
     fn shape() -> impl Strategy<Value = (Stripes, u64)> {
-        (2usize..10, 1usize..4, 0usize..20, 0u64..40).prop_map(|(nodes, parity, turn, chunks)| {
-            let parity = parity.min(nodes - 1);
-            (
-                Stripes {
-                    nodes,
-                    parity,
-                    turn: turn % nodes,
-                },
-                chunks,
-            )
-        })
+        (2usize..10, 1usize..4, 0usize..20, 0u64..40).prop_map(
+            |(nodes, parity, rotation, chunks)| {
+                let parity = parity.min(nodes - 1);
+                (
+                    Stripes {
+                        nodes,
+                        parity,
+                        rotation: rotation % nodes,
+                    },
+                    chunks,
+                )
+            },
+        )
     }
 
     proptest! {
@@ -197,8 +202,8 @@ mod tests {
         fn every_chunk_is_in_one_stripe_whose_parity_is_elsewhere((stripes, chunks) in shape()) {
             let mut seen = BTreeSet::new();
             for stripe in 0..stripes.count(chunks) {
-                let parities: Vec<usize> = (0..stripes.parity).map(|index| stripes.parity_at(stripe, index)).collect();
-                let data: Vec<usize> = stripes.data_at(stripe).collect();
+                let parities: Vec<usize> = (0..stripes.parity).map(|index| stripes.parity_position(stripe, index)).collect();
+                let data: Vec<usize> = stripes.data_positions(stripe).collect();
                 let all: BTreeSet<usize> = parities.iter().chain(&data).copied().collect();
                 prop_assert_eq!(all.len(), stripes.nodes, "every node has one part of a stripe");
                 for &position in &data {
@@ -217,7 +222,7 @@ mod tests {
         fn parity_is_spread_evenly((stripes, chunks) in shape()) {
             let mut held = vec![0u64; stripes.nodes];
             for stripe in 0..stripes.count(chunks) {
-                (0..stripes.parity).for_each(|index| held[stripes.parity_at(stripe, index)] += 1);
+                (0..stripes.parity).for_each(|index| held[stripes.parity_position(stripe, index)] += 1);
             }
             let even = stripes.count(chunks) * stripes.parity as u64 / stripes.nodes as u64;
             prop_assert!(held.iter().all(|&parities| parities == even));
@@ -229,7 +234,7 @@ mod tests {
         ) {
             let domains: Vec<usize> = (0..nodes).map(|node| node / per_domain).collect();
             let redundancy = Redundancy::Parity { data, parity };
-            match deal_groups(&domains, redundancy) {
+            match redundancy_groups(&domains, redundancy) {
                 Ok(groups) => {
                     let all: BTreeSet<usize> = groups.iter().flatten().copied().collect();
                     prop_assert_eq!(all.len(), nodes);
@@ -258,10 +263,10 @@ mod tests {
         let stripes = Stripes {
             nodes: 6,
             parity: 2,
-            turn: 0,
+            rotation: 0,
         };
-        assert_eq!(stripes.data_at(0).collect::<Vec<_>>(), [2, 3, 4, 5]);
-        assert_eq!(stripes.data_at(5).collect::<Vec<_>>(), [1, 2, 3, 4]);
+        assert_eq!(stripes.data_positions(0).collect::<Vec<_>>(), [2, 3, 4, 5]);
+        assert_eq!(stripes.data_positions(5).collect::<Vec<_>>(), [1, 2, 3, 4]);
         assert_eq!(
             (
                 stripes.chunk(2, 0),
@@ -271,11 +276,11 @@ mod tests {
             (Some(0), Some(1), None)
         );
         assert_eq!(
-            deal_groups(&[0, 0, 1, 1], Redundancy::Copies(1)).unwrap(),
+            redundancy_groups(&[0, 0, 1, 1], Redundancy::Copies(1)).unwrap(),
             [[0, 2], [1, 3]]
         );
         assert!(
-            deal_groups(&[0], Redundancy::Copies(1))
+            redundancy_groups(&[0], Redundancy::Copies(1))
                 .unwrap_err()
                 .contains("at least 2 nodes, and there is 1")
         );

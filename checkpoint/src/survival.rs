@@ -24,7 +24,7 @@ pub struct Cluster {
 
 impl Cluster {
     /// Probability that a node fails within one window.
-    pub fn node_fails(&self) -> f64 {
+    pub fn node_failure_probability(&self) -> f64 {
         // The scale for which the mean life is the MTBF.
         let scale = self.mtbf_h / gamma(1.0 + 1.0 / self.shape);
         1.0 - (-(self.window_h / scale).powf(self.shape)).exp()
@@ -32,7 +32,7 @@ impl Cluster {
 
     /// Probability that every group survives one window: binomial over each group's nodes.
     pub fn window(&self) -> f64 {
-        let fails = self.node_fails();
+        let fails = self.node_failure_probability();
         let group = |&nodes: &usize| -> f64 {
             (0..=self.survives.min(nodes))
                 .map(|lost| {

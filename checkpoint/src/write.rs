@@ -1,10 +1,10 @@
 //! Writing: every rank its shard, then one rank the manifest and the name.
 
-use crate::checksum::Running;
-use crate::image::Head;
-use crate::manifest::{FORMAT, FileEntry, Manifest, PieceEntry, TensorEntry};
+use crate::checksum::RunningCrc;
+use crate::image::ImageHeader;
+use crate::manifest::{FORMAT, FileEntry, Manifest, SliceEntry, TensorEntry};
 use crate::read::{list, parse_header};
-use crate::{Checkpoint, Error, Place};
+use crate::{Checkpoint, Error, TensorSlice};
 use safetensors::tensor::{Dtype, View};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
@@ -26,17 +26,17 @@ pub struct Staging {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Shard {
     file: FileEntry,
-    places: Vec<Place>,
+    slices: Vec<TensorSlice>,
 }
 
 /// A tensor as safetensors wants to see it.
-struct Bytes {
+struct TensorBytes {
     dtype: Dtype,
     shape: Vec<usize>,
     tensor: Tensor,
 }
 
-impl View for Bytes {
+impl View for TensorBytes {
     fn dtype(&self) -> Dtype {
         self.dtype
     }
@@ -67,8 +67,8 @@ pub(crate) fn dtype_of(kind: Kind) -> Option<Dtype> {
 }
 
 impl Shard {
-    pub(crate) fn new(file: FileEntry, places: Vec<Place>) -> Shard {
-        Shard { file, places }
+    pub(crate) fn new(file: FileEntry, slices: Vec<TensorSlice>) -> Shard {
+        Shard { file, slices }
     }
 }
 
@@ -107,10 +107,14 @@ impl Staging {
     ///
     /// # Errors
     /// When the disk is full or gives back other bytes.
-    pub fn write_shard(&self, rank: usize, tensors: Vec<(Place, Tensor)>) -> Result<Shard, Error> {
+    pub fn write_shard(
+        &self,
+        rank: usize,
+        tensors: Vec<(TensorSlice, Tensor)>,
+    ) -> Result<Shard, Error> {
         let name = format!("shard-{rank:05}.safetensors");
         let path = self.folder.join(&name);
-        let places: Vec<Place> = tensors.iter().map(|(place, _)| place.clone()).collect();
+        let slices: Vec<TensorSlice> = tensors.iter().map(|(place, _)| place.clone()).collect();
         let mut views = Vec::with_capacity(tensors.len());
         for (place, tensor) in tensors {
             let name = place.key();
@@ -123,7 +127,7 @@ impl Staging {
             let shape = tensor.size().iter().map(|&n| n as usize).collect();
             views.push((
                 name,
-                Bytes {
+                TensorBytes {
                     dtype,
                     shape,
                     tensor,
@@ -147,7 +151,7 @@ impl Staging {
                 bytes,
                 crc32c,
             },
-            places,
+            slices,
         })
     }
 
@@ -198,7 +202,7 @@ impl Staging {
         let first = shards
             .first()
             .ok_or_else(|| Error::mismatch(&self.folder, "no shard was written"))?;
-        let head = Head::of_file(&self.folder.join(&first.file.name))?;
+        let head = ImageHeader::from_file(&self.folder.join(&first.file.name))?;
         self.commit(shards, head.tensors, head.state)
     }
 }
@@ -213,16 +217,16 @@ pub(crate) fn assemble(
     let mut files = Vec::new();
     let refuse = |reason| Err(Error::mismatch(what, reason));
     for (file, shard) in shards.into_iter().enumerate() {
-        for Place {
+        for TensorSlice {
             name,
             global,
             offset,
             shape,
-        } in shard.places
+        } in shard.slices
         {
             let entry = tensors.entry(name.clone()).or_insert_with(|| TensorEntry {
                 shape: global.clone(),
-                pieces: Vec::new(),
+                slices: Vec::new(),
             });
             if entry.shape != global {
                 return refuse(format!(
@@ -230,21 +234,21 @@ pub(crate) fn assemble(
                     entry.shape
                 ));
             }
-            for piece in &entry.pieces {
-                let other = Place {
+            for slice in &entry.slices {
+                let other = TensorSlice {
                     name: name.clone(),
                     global: global.clone(),
-                    offset: piece.offset.clone(),
-                    shape: piece.shape.clone(),
+                    offset: slice.offset.clone(),
+                    shape: slice.shape.clone(),
                 };
                 if other.overlap(&offset, &shape).is_some() {
                     return refuse(format!(
                         "{name} is in two shards, {} and {file}",
-                        piece.file
+                        slice.file
                     ));
                 }
             }
-            entry.pieces.push(PieceEntry {
+            entry.slices.push(SliceEntry {
                 file,
                 offset,
                 shape,
@@ -254,9 +258,9 @@ pub(crate) fn assemble(
     }
     for (name, entry) in &tensors {
         let written: i64 = entry
-            .pieces
+            .slices
             .iter()
-            .map(|piece| piece.shape.iter().product::<i64>())
+            .map(|slice| slice.shape.iter().product::<i64>())
             .sum();
         let whole: i64 = entry.shape.iter().product();
         if written != whole {
@@ -327,7 +331,7 @@ pub(crate) fn checksum(path: &Path) -> Result<(u64, u32), Error> {
     let mut file = File::open(path).map_err(Error::io("cannot open", path))?;
     let mut buffer = vec![0u8; 1 << 20];
     let mut bytes = 0u64;
-    let mut crc = Running::new();
+    let mut crc = RunningCrc::new();
     loop {
         let read = file
             .read(&mut buffer)

@@ -3,10 +3,10 @@
 use checkpoint::keeper::recover::{Candidate, Rebuild, candidates};
 use checkpoint::keeper::serve::{Settings, run};
 use checkpoint::keeper::{
-    Error, Event, Fault, Filler, Link, Node, PartInfo, Peer, Secret, SlotMemory, Snapshot,
-    SnapshotId, Topology,
+    Error, Event, Fault, FillReporter, KeeperClient, Node, PartInfo, Peer, Secret, SlotMemory,
+    Snapshot, SnapshotId, Topology,
 };
-use checkpoint::{Redundancy, deal_groups};
+use checkpoint::{Redundancy, redundancy_groups};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::FileExt;
@@ -14,7 +14,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 const CHUNK: usize = 1 << 10;
-const PATIENCE: Duration = Duration::from_secs(20);
+const TEST_TIMEOUT: Duration = Duration::from_secs(20);
 
 struct Cluster {
     secret: Secret,
@@ -37,7 +37,7 @@ impl Cluster {
                 secret: secret.clone(),
                 listen: "127.0.0.1:0".parse().unwrap(),
                 memory,
-                lonely: Duration::from_secs(60),
+                orphan_timeout: Duration::from_secs(60),
             };
             let (ready, address) = channel();
             std::thread::spawn(move || {
@@ -50,7 +50,7 @@ impl Cluster {
     }
 
     fn peer(&self, keeper: usize) -> Peer {
-        Peer::connect(self.addresses[keeper], &self.secret, PATIENCE).unwrap()
+        Peer::connect(self.addresses[keeper], &self.secret, TEST_TIMEOUT).unwrap()
     }
 
     fn topology(&self, nodes: usize, per_node: usize, redundancy: Redundancy) -> Topology {
@@ -62,7 +62,7 @@ impl Cluster {
             generation: 1,
             nodes: (0..nodes).map(node).collect(),
             redundancy,
-            groups: deal_groups(&vec![0; nodes], redundancy).unwrap(),
+            groups: redundancy_groups(&vec![0; nodes], redundancy).unwrap(),
             chunk: CHUNK,
         }
     }
@@ -72,7 +72,7 @@ impl Cluster {
         for keeper in 0..keepers {
             let events = self.peer(keeper).watch().unwrap();
             let sender = sender.clone();
-            std::thread::spawn(move || events.hear(|event| drop(sender.send(event))));
+            std::thread::spawn(move || events.for_each_event(|event| drop(sender.send(event))));
         }
         events
     }
@@ -81,7 +81,8 @@ impl Cluster {
 impl Drop for Cluster {
     fn drop(&mut self) {
         for &address in &self.addresses {
-            let _ = Peer::connect(address, &self.secret, PATIENCE).and_then(|mut peer| peer.stop());
+            let _ =
+                Peer::connect(address, &self.secret, TEST_TIMEOUT).and_then(|mut peer| peer.stop());
         }
     }
 }
@@ -104,16 +105,16 @@ fn bytes_of(rank: usize, step: u64) -> Vec<u8> {
 
 struct Rank {
     rank: usize,
-    link: Link,
-    filler: Filler,
+    link: KeeperClient,
+    filler: FillReporter,
     slots: Vec<SlotMemory>,
 }
 
 impl Rank {
     fn new(cluster: &Cluster, topology: &Topology, rank: usize, slots: usize) -> Rank {
         let socket = &cluster.sockets[topology.node_of(rank).unwrap()];
-        let mut link = Link::connect(socket, &cluster.secret, rank).unwrap();
-        let filler = Filler::connect(socket, &cluster.secret, rank).unwrap();
+        let mut link = KeeperClient::connect(socket, &cluster.secret, rank).unwrap();
+        let filler = FillReporter::connect(socket, &cluster.secret, rank).unwrap();
         let slots = link.allocate(1 << 16, slots).unwrap();
         Rank {
             rank,
@@ -130,9 +131,9 @@ impl Rank {
         };
         for (chunk, part) in bytes.chunks(CHUNK).enumerate() {
             self.slots[slot].copy_in(chunk * CHUNK, part);
-            let upto = (chunk * CHUNK + part.len()) as u64;
+            let filled_to = (chunk * CHUNK + part.len()) as u64;
             self.filler
-                .filled(slot, upto, vec![checkpoint::crc32c(part)])
+                .filled(slot, filled_to, vec![checkpoint::crc32c(part)])
                 .unwrap();
         }
         true
@@ -156,11 +157,11 @@ fn snapshot(
     while parts.len() < ranks.len() || protected < topology.nodes.len() {
         // Keepers always have something to say.
         assert!(
-            begun.elapsed() < PATIENCE,
+            begun.elapsed() < TEST_TIMEOUT,
             "{} parts, {protected} protected",
             parts.len()
         );
-        match events.recv_timeout(PATIENCE).unwrap() {
+        match events.recv_timeout(TEST_TIMEOUT).unwrap() {
             Event::Complete {
                 id: other, part, ..
             } if other == id => parts.push(part),
@@ -223,7 +224,8 @@ fn inventories(cluster: &Cluster, left: &[usize]) -> Vec<checkpoint::keeper::Inv
 
 /// Every part as a rank on keeper `keeper` reads it.
 fn assert_restored(cluster: &Cluster, keeper: usize, snapshot: &Snapshot) {
-    let mut link = Link::connect(&cluster.sockets[keeper], &cluster.secret, 1000 + keeper).unwrap();
+    let mut link =
+        KeeperClient::connect(&cluster.sockets[keeper], &cluster.secret, 1000 + keeper).unwrap();
     for part in &snapshot.parts {
         let expected = bytes_of(part.rank, snapshot.id.step);
         assert_eq!(link.head(part.rank).unwrap(), expected[..24]);
@@ -293,7 +295,7 @@ fn every_pattern_of_lost_nodes_of_copies() {
 }
 
 #[test]
-fn a_flipped_bit_is_found_and_mended_and_two_losses_are_mended_around_it() {
+fn a_flipped_bit_is_found_and_fixed_and_two_losses_are_rebuilt_around_it() {
     let cluster = Cluster::new(5, None);
     let topology = cluster.topology(5, 1, Redundancy::Parity { data: 3, parity: 2 });
     (0..5).for_each(|node| cluster.peer(node).set_up(&topology, node).unwrap());
@@ -335,13 +337,13 @@ fn a_flipped_bit_is_found_and_mended_and_two_losses_are_mended_around_it() {
     let bad = cluster.peer(3).verify(id).unwrap().chunks;
     let mut with_hole: Vec<_> = sources.clone();
     with_hole[2] = None;
-    let mend = Rebuild {
+    let fix = Rebuild {
         chunks: Some(vec![bad[0].1]),
         rank: 3,
         sources: with_hole,
         snapshot: snapshot.clone(),
     };
-    cluster.peer(3).rebuild(mend).unwrap();
+    cluster.peer(3).rebuild(fix).unwrap();
     recover(&cluster, &left, &found[0]).unwrap();
     assert_restored(&cluster, 0, &snapshot);
     // The node that took the lost one's place gets its parity again, and another loss is survived.
@@ -383,7 +385,7 @@ fn a_rank_without_a_free_slot_skips_and_one_that_dies_leaves_nothing_half_writte
             .collect::<Vec<_>>()
     };
     while !cluster.peer(0).status().unwrap().filling.is_empty() {
-        assert!(begun.elapsed() < PATIENCE);
+        assert!(begun.elapsed() < TEST_TIMEOUT);
         std::thread::sleep(Duration::from_millis(5));
     }
     assert_eq!(whole(), [1]);
@@ -444,9 +446,9 @@ fn strangers_garbage_and_silence_change_nothing() {
     let topology = cluster.topology(1, 1, Redundancy::None);
     cluster.peer(0).set_up(&topology, 0).unwrap();
     let address = cluster.addresses[0];
-    assert!(Peer::connect(address, &Secret::random().unwrap(), PATIENCE).is_err());
+    assert!(Peer::connect(address, &Secret::random().unwrap(), TEST_TIMEOUT).is_err());
     let socket = &cluster.sockets[0];
-    assert!(Link::connect(socket, &Secret::random().unwrap(), 0).is_err());
+    assert!(KeeperClient::connect(socket, &Secret::random().unwrap(), 0).is_err());
     for garbage in [
         b"GET / HTTP/1.1\r\n\r\n".to_vec(),
         vec![0xff; 4096],
@@ -462,9 +464,9 @@ fn strangers_garbage_and_silence_change_nothing() {
         .collect();
     drop(silent);
     std::thread::sleep(Duration::from_millis(50));
-    assert_eq!(cluster.peer(0).inventory().unwrap().seats.len(), 1);
+    assert_eq!(cluster.peer(0).inventory().unwrap().memberships.len(), 1);
     // Memory has a limit, and the refusal says which.
-    let mut link = Link::connect(socket, &cluster.secret, 0).unwrap();
+    let mut link = KeeperClient::connect(socket, &cluster.secret, 0).unwrap();
     let refused = link.allocate(1 << 19, 3).err().unwrap().to_string();
     assert!(
         refused.contains(

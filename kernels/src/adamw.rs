@@ -3,7 +3,7 @@
 use crate::cuda;
 use crate::number::{Bf16, Number};
 use crate::profile::{Cost, part};
-use crate::rows::{Numbers, for_rows, kind_on_host};
+use crate::rows::{Numbers, for_rows, host_kind};
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
 use torch_ext::{AdamW, Error, fused_adamw};
@@ -12,7 +12,7 @@ use torch_ext::{AdamW, Error, fused_adamw};
 const WIDTH: usize = 1024;
 
 /// A parameter to update.
-pub struct Update {
+pub struct AdamWUpdate {
     /// fp32.
     pub master: Tensor,
     /// fp32.
@@ -30,7 +30,7 @@ pub struct Update {
 /// # Errors
 /// libtorch's message, when shapes, dtypes or devices differ.
 pub fn adamw(
-    updates: &[Update],
+    updates: &[AdamWUpdate],
     config: AdamW,
     step: u64,
     scale: Option<f64>,
@@ -46,9 +46,9 @@ pub fn adamw(
         let mut elsewhere = Vec::new();
         for update in updates {
             match update.place() {
-                Place::Host => on_threads(update, scalars),
-                Place::Gpu(gpu) => cuda::adamw(gpu, update, scalars),
-                Place::Elsewhere => elsewhere.push(update),
+                Backend::OwnLoops => on_threads(update, scalars),
+                Backend::Gpu(gpu) => cuda::adamw(gpu, update, scalars),
+                Backend::Libtorch => elsewhere.push(update),
             }
         }
         by_libtorch(&elsewhere, config, step, scale)
@@ -56,7 +56,7 @@ pub fn adamw(
 }
 
 fn by_libtorch(
-    updates: &[&Update],
+    updates: &[&AdamWUpdate],
     config: AdamW,
     step: u64,
     scale: Option<f64>,
@@ -69,7 +69,7 @@ fn by_libtorch(
             .to_kind(Kind::Float)
             .to_device(first.master.device())
     };
-    let of = |tensor: fn(&Update) -> &Tensor| {
+    let of = |tensor: fn(&AdamWUpdate) -> &Tensor| {
         updates
             .iter()
             .map(|u| tensor(u).shallow_clone())
@@ -100,14 +100,14 @@ fn by_libtorch(
 }
 
 /// What goes through an update's numbers.
-enum Place {
-    Host,
+enum Backend {
+    OwnLoops,
     Gpu(&'static dyn cuda::Gpu),
-    Elsewhere,
+    Libtorch,
 }
 
-impl Update {
-    fn place(&self) -> Place {
+impl AdamWUpdate {
+    fn place(&self) -> Backend {
         let numbers = [
             &self.master,
             &self.gradient,
@@ -115,19 +115,19 @@ impl Update {
             &self.exp_avg_sq,
         ];
         let alike = |x: &Tensor, kind| {
-            x.numel() == self.master.numel() && cuda::beside(&self.master, x, kind)
+            x.numel() == self.master.numel() && cuda::same_device_contiguous(&self.master, x, kind)
         };
         let stored = self
             .stored
             .as_ref()
             .is_none_or(|stored| alike(stored, Kind::BFloat16));
         if !stored || !numbers.iter().all(|x| alike(x, Kind::Float)) {
-            return Place::Elsewhere;
+            return Backend::Libtorch;
         }
         match cuda::gpu(&numbers) {
-            Some(gpu) => Place::Gpu(gpu),
-            None if kind_on_host(&numbers).is_some() => Place::Host,
-            None => Place::Elsewhere,
+            Some(gpu) => Backend::Gpu(gpu),
+            None if host_kind(&numbers).is_some() => Backend::OwnLoops,
+            None => Backend::Libtorch,
         }
     }
 }
@@ -135,12 +135,12 @@ impl Update {
 /// The scalars of a step, as a number's update takes them.
 #[derive(Clone, Copy)]
 pub(crate) struct Scalars {
-    pub(crate) over_scale: f32,
-    pub(crate) kept: f32,
+    pub(crate) inverse_scale: f32,
+    pub(crate) decay_factor: f32,
     pub(crate) beta1: f32,
     pub(crate) beta2: f32,
     pub(crate) step_size: f32,
-    pub(crate) over_root: f32,
+    pub(crate) inverse_root_correction: f32,
     pub(crate) eps: f32,
 }
 
@@ -148,18 +148,18 @@ impl Scalars {
     pub(crate) fn of(config: AdamW, step: u64, scale: Option<f64>) -> Scalars {
         let correction = |beta: f64| 1.0 - beta.powf(step as f64);
         Scalars {
-            over_scale: scale.map_or(1.0, |scale| 1.0 / scale) as f32,
-            kept: (1.0 - config.lr * config.weight_decay) as f32,
+            inverse_scale: scale.map_or(1.0, |scale| 1.0 / scale) as f32,
+            decay_factor: (1.0 - config.lr * config.weight_decay) as f32,
             beta1: config.beta1 as f32,
             beta2: config.beta2 as f32,
             step_size: (config.lr / correction(config.beta1)) as f32,
-            over_root: (1.0 / correction(config.beta2).sqrt()) as f32,
+            inverse_root_correction: (1.0 / correction(config.beta2).sqrt()) as f32,
             eps: config.eps as f32,
         }
     }
 }
 
-fn on_threads(update: &Update, scalars: Scalars) {
+fn on_threads(update: &AdamWUpdate, scalars: Scalars) {
     let count = update.master.numel();
     // SAFETY: `place` has said so of all.
     let [master, gradient, average, square] = unsafe {
@@ -183,7 +183,7 @@ fn on_threads(update: &Update, scalars: Scalars) {
             unsafe {
                 let moments = (average.part_mut(&place, 1), square.part_mut(&place, 1));
                 let master = master.part_mut(&place, 1);
-                move_on(master, gradient.part(&place, 1), moments, scalars);
+                update_chunk(master, gradient.part(&place, 1), moments, scalars);
                 if let Some(stored) = &stored {
                     round(master, stored.part_mut(&place, 1));
                 }
@@ -193,26 +193,26 @@ fn on_threads(update: &Update, scalars: Scalars) {
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn move_on(
+fn update_chunk(
     master: &mut [f32],
     gradient: &[f32],
     (averages, squares): (&mut [f32], &mut [f32]),
     scalars: Scalars,
 ) {
     let Scalars {
-        over_scale,
-        kept,
+        inverse_scale,
+        decay_factor,
         beta1,
         beta2,
         step_size,
-        over_root,
+        inverse_root_correction,
         eps,
     } = scalars;
     for (((x, g), m), v) in master.iter_mut().zip(gradient).zip(averages).zip(squares) {
-        let g = g * over_scale;
+        let g = g * inverse_scale;
         *m += (g - *m) * (1.0 - beta1);
         *v = *v * beta2 + g * g * (1.0 - beta2);
-        *x = *x * kept - step_size * *m / (v.sqrt() * over_root + eps);
+        *x = *x * decay_factor - step_size * *m / (v.sqrt() * inverse_root_correction + eps);
     }
 }
 
@@ -258,19 +258,19 @@ pub(crate) mod tests {
     }
 
     /// The same `count` numbers after the case's steps by `step_by`, and by libtorch.
-    pub(crate) fn both_ways(
+    pub(crate) fn ours_and_libtorch(
         case: Case,
         count: i64,
         device: Device,
-        step_by: impl Fn(&Update, AdamW, u64, Option<f64>),
-    ) -> [Update; 2] {
+        step_by: impl Fn(&AdamWUpdate, AdamW, u64, Option<f64>),
+    ) -> [AdamWUpdate; 2] {
         tch::manual_seed(case.seed);
         let random = || Tensor::randn([count], (Kind::Float, device));
         let master = random();
         let zeros = random().zeros_like();
         let begin = |stored| {
             let [exp_avg, exp_avg_sq] = [(); 2].map(|()| zeros.copy());
-            Update {
+            AdamWUpdate {
                 master: master.copy(),
                 gradient: random(),
                 exp_avg,
@@ -303,7 +303,7 @@ pub(crate) mod tests {
     }
 
     /// What steps change.
-    pub(crate) fn state(update: &Update) -> [&Tensor; 3] {
+    pub(crate) fn state(update: &AdamWUpdate) -> [&Tensor; 3] {
         [&update.master, &update.exp_avg, &update.exp_avg_sq]
     }
 
@@ -312,7 +312,7 @@ pub(crate) mod tests {
         #[test]
         fn it_is_libtorchs_update(case in cases(), count in 0i64..20_000) {
             tch::set_num_threads(2);
-            let [update, theirs] = both_ways(case, count, Device::Cpu, |update, config, step, scale| {
+            let [update, theirs] = ours_and_libtorch(case, count, Device::Cpu, |update, config, step, scale| {
                 adamw(std::slice::from_ref(update), config, step, scale).unwrap();
             });
             for (ours, theirs) in state(&update).into_iter().zip(state(&theirs)) {

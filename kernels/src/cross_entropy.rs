@@ -3,7 +3,7 @@
 use crate::cuda;
 use crate::number::Number;
 use crate::profile::{Cost, part};
-use crate::rows::{Numbers, for_kind, for_rows, kind_on_host};
+use crate::rows::{Numbers, for_kind, for_rows, host_kind};
 use crate::softmax::exponentials;
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
@@ -23,12 +23,12 @@ pub fn cross_entropy(
             1.0 / divisor as f32,
             factor.map(|factor| (factor / divisor) as f32),
         );
-        if let Some(gpu) =
-            cuda::gpu(&[logits]).filter(|_| cuda::beside(logits, labels, Kind::Int64))
+        if let Some(gpu) = cuda::gpu(&[logits])
+            .filter(|_| cuda::same_device_contiguous(logits, labels, Kind::Int64))
         {
             return cuda::cross_entropy(gpu, logits, labels, scales);
         }
-        if let Some(kind) = kind_on_host(&[logits]).filter(|_| labels.is_contiguous()) {
+        if let Some(kind) = host_kind(&[logits]).filter(|_| labels.is_contiguous()) {
             let losses = Tensor::empty([labels.numel() as i64], (Kind::Float, logits.device()));
             for_kind!(
                 kind,
@@ -89,7 +89,7 @@ fn one<T: Number>(
         }
         return 0.0;
     }
-    let of_label = logits[label as usize].wide() * inverse;
+    let label_logit = logits[label as usize].wide() * inverse;
     let (highest, sum) = exponentials(logits, wide, inverse);
     if let Some(factor) = factor {
         let scale = factor / sum;
@@ -98,7 +98,7 @@ fn one<T: Number>(
         }
         logits[label as usize] = T::narrow(wide[label as usize] * scale - factor);
     }
-    sum.ln() + highest - of_label
+    sum.ln() + highest - label_logit
 }
 
 #[cfg(test)]

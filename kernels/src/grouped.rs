@@ -1,4 +1,4 @@
-//! One kernel for the products of all groups, where libtorch has it: `_grouped_mm`, in bf16 on NVIDIA's GPUs from Hopper on. Not yet run
+//! One kernel for the gemms of all groups, where libtorch has it: `_grouped_mm`, in bf16 on NVIDIA's GPUs from Hopper on. Not yet run
 //! there; on the CPU libtorch does the same in a loop, which the tests compare.
 
 use tch::{Device, Kind, Tensor};
@@ -29,65 +29,73 @@ fn fits(tensor: &Tensor) -> bool {
 }
 
 /// Where each group's rows end: int32 `[groups]`.
-fn ends(counts: &[i64], device: Device) -> Tensor {
+fn offsets(counts: &[i64], device: Device) -> Tensor {
     let mut end = 0;
-    let ends: Vec<i32> = counts
+    let offsets: Vec<i32> = counts
         .iter()
         .map(|&count| (end += count as i32, end).1)
         .collect();
-    Tensor::from_slice(&ends).to_device(device)
+    Tensor::from_slice(&offsets).to_device(device)
 }
 
-/// As [`crate::grouped_product`], to `out`.
-pub(crate) fn product(out: &Tensor, rows: &Tensor, matrices: &[Tensor], counts: &[i64]) {
+/// As [`crate::grouped_gemm`], to `out`.
+pub(crate) fn gemm(out: &Tensor, rows: &Tensor, matrices: &[Tensor], counts: &[i64]) {
     let mut counts = counts;
     let mut start = 0;
     for some in matrices {
         let (here, later) = counts.split_at(some.size()[0] as usize);
         let len = here.iter().sum();
         if len > 0 {
-            let ends = ends(here, rows.device());
+            let offsets = offsets(here, rows.device());
             let product =
                 rows.narrow(0, start, len)
-                    .internal_grouped_mm(some, Some(ends), None, None);
+                    .internal_grouped_mm(some, Some(offsets), None, None);
             out.narrow(0, start, len).copy_(&product);
         }
         (counts, start) = (later, start + len);
     }
 }
 
-/// As [`crate::add_grouped_product`], or with `adds` false [`crate::set_grouped_product`].
-pub(crate) fn to_sums(sums: &Tensor, left: &Tensor, right: &Tensor, counts: &[i64], adds: bool) {
-    let ends = ends(counts, left.device());
-    let products = left.tr().internal_grouped_mm(right, Some(ends), None, None);
+/// As [`crate::grouped_gemm_accumulate`], or with `accumulate` false [`crate::grouped_gemm_overwrite`].
+pub(crate) fn grouped_gemm_to_sums(
+    sums: &Tensor,
+    left: &Tensor,
+    right: &Tensor,
+    counts: &[i64],
+    accumulate: bool,
+) {
+    let offsets = offsets(counts, left.device());
+    let gemms = left
+        .tr()
+        .internal_grouped_mm(right, Some(offsets), None, None);
     // What it makes of groups without rows, nobody says.
     for (group, _) in counts.iter().enumerate().filter(|(_, count)| **count == 0) {
-        let _ = products.get(group as i64).zero_();
+        let _ = gemms.get(group as i64).zero_();
     }
     let mut sums = sums.shallow_clone();
-    if adds {
-        drop(sums.g_add_(&products))
+    if accumulate {
+        drop(sums.g_add_(&gemms))
     } else {
-        sums.copy_(&products)
+        sums.copy_(&gemms)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::tests::gpu_of_tests;
-    use crate::product::{add_grouped_product, grouped_product, set_grouped_product};
+    use crate::cuda::tests::test_gpu;
+    use crate::matmul::{grouped_gemm, grouped_gemm_accumulate, grouped_gemm_overwrite};
     use proptest::prelude::*;
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(100))]
         #[test]
         fn it_is_the_products_one_by_one(
-            own in prop::collection::vec(0i64..20, 1..5), borrowed in prop::collection::vec(0i64..20, 0..4), swapped: bool, adds: bool,
+            own in prop::collection::vec(0i64..20, 1..5), borrowed in prop::collection::vec(0i64..20, 0..4), swapped: bool, accumulate: bool,
             (inner, outer) in (1i64..5, 1i64..5),
         ) {
             let (inner, outer) = (8 * inner, 8 * outer);
-            let device = gpu_of_tests().1;
+            let device = test_gpu().1;
             let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16);
             let (there, here) = (|x: &Tensor| x.to_device(device), |x: &Tensor| x.to_device(Device::Cpu));
             let stack = |groups: usize| match swapped {
@@ -108,12 +116,12 @@ mod tests {
                 off <= 1e-2 * wide(plain).norm().double_value(&[])
             };
             let out = there(&grad).empty_like();
-            product(&out, &there(&rows), &matrices.iter().map(there).collect::<Vec<_>>(), &counts);
-            prop_assert!(close(&here(&out), &grouped_product(&rows, &matrices, &counts)));
+            gemm(&out, &there(&rows), &matrices.iter().map(there).collect::<Vec<_>>(), &counts);
+            prop_assert!(close(&here(&out), &grouped_gemm(&rows, &matrices, &counts)));
             let sums = Tensor::randn([counts.len() as i64, outer, inner], (Kind::Float, Device::Cpu));
             let ours = there(&sums).copy();
-            to_sums(&ours, &there(&grad), &there(&rows), &counts, adds);
-            if adds { add_grouped_product(&sums, &grad, &rows, &counts) } else { set_grouped_product(&sums, &grad, &rows, &counts) }
+            grouped_gemm_to_sums(&ours, &there(&grad), &there(&rows), &counts, accumulate);
+            if accumulate { grouped_gemm_accumulate(&sums, &grad, &rows, &counts) } else { grouped_gemm_overwrite(&sums, &grad, &rows, &counts) }
             prop_assert!(close(&here(&ours), &sums));
         }
     }

@@ -11,33 +11,35 @@ mod combine;
 mod cross_entropy;
 mod cuda;
 mod exponential;
-mod gate;
-mod grouped;
-mod matrix;
 #[cfg(target_arch = "x86_64")]
-mod multiply;
+mod gemm;
+mod grouped;
+mod matmul;
+mod matrix;
 mod norm;
 mod number;
-mod product;
 pub mod profile;
 mod rotary;
+mod router;
 mod rows;
 mod softmax;
 mod squares;
 mod swiglu;
 
-pub use adamw::{Update, adamw};
-pub use attention::{attention, attention_backward, join_heads, repeat_heads};
+pub use adamw::{AdamWUpdate, adamw};
+pub use attention::{attention, attention_backward, repeat_heads, sum_repeated_heads};
 pub use combine::{combine, combine_backward};
 pub use cross_entropy::cross_entropy;
-pub use cuda::gpu_kernels;
-pub use gate::{Gate, Gated, choose, gate, gate_backward, gates};
-pub use norm::{rms_norm, rms_norm_backward};
-pub use product::{
-    add_grouped_product, add_product, grouped_product, product, product_into, set_grouped_product,
-    set_product,
+pub use cuda::compile_gpu_kernels;
+pub use matmul::{
+    gemm, gemm_accumulate, gemm_into, gemm_overwrite, grouped_gemm, grouped_gemm_accumulate,
+    grouped_gemm_overwrite,
 };
-pub use rotary::rotate;
+pub use norm::{rms_norm, rms_norm_backward};
+pub use rotary::apply_rotary;
+pub use router::{
+    RouterOutput, RouterScoring, router, router_backward, select_experts, supports_router,
+};
 pub use softmax::{softmax, softmax_gradient};
 pub use squares::sum_of_squares;
 pub use swiglu::{swiglu, swiglu_backward};

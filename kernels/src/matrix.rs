@@ -70,7 +70,7 @@ impl<'a> Matrix<'a> {
     }
 
     /// `len` rows from `start` on.
-    pub(crate) fn some_rows(self, start: usize, len: usize) -> Matrix<'a> {
+    pub(crate) fn slice_rows(self, start: usize, len: usize) -> Matrix<'a> {
         assert!(
             start + len <= self.rows,
             "{start} and {len} of {} rows",
@@ -84,8 +84,8 @@ impl<'a> Matrix<'a> {
     }
 
     /// `len` columns from `start` on.
-    pub(crate) fn some_columns(self, start: usize, len: usize) -> Matrix<'a> {
-        self.transposed().some_rows(start, len).transposed()
+    pub(crate) fn slice_columns(self, start: usize, len: usize) -> Matrix<'a> {
+        self.transposed().slice_rows(start, len).transposed()
     }
 
     pub(crate) fn transposed(self) -> Matrix<'a> {
@@ -104,12 +104,12 @@ impl<'a> Matrix<'a> {
     }
 
     /// Whether the numbers of a row lie beside each other.
-    pub(crate) fn has_whole_rows(&self) -> bool {
+    pub(crate) fn has_contiguous_rows(&self) -> bool {
         self.column == self.size()
     }
 
     /// Whether those of a column do.
-    pub(crate) fn has_whole_columns(&self) -> bool {
+    pub(crate) fn has_contiguous_columns(&self) -> bool {
         self.row == self.size()
     }
 }
@@ -156,7 +156,7 @@ mod tests {
             for (index, matrix) in Matrix::each_of(&all).enumerate() {
                 let plain = all.get(index as i64);
                 prop_assert_eq!(read(&Matrix::of(&plain)), numbers(&plain));
-                let part = matrix.some_rows(rows.0, rows.1).some_columns(columns.0, columns.1).transposed();
+                let part = matrix.slice_rows(rows.0, rows.1).slice_columns(columns.0, columns.1).transposed();
                 let plain = plain.narrow(0, rows.0 as i64, rows.1 as i64).narrow(1, columns.0 as i64, columns.1 as i64);
                 prop_assert_eq!(read(&part), numbers(&plain.tr()));
             }

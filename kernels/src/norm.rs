@@ -3,7 +3,7 @@
 use crate::cuda;
 use crate::number::Number;
 use crate::profile::{Cost, part};
-use crate::rows::{Numbers, for_kind, for_rows, kind_on_host, parts};
+use crate::rows::{Numbers, for_kind, for_rows, host_kind, parts};
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
 
@@ -17,7 +17,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
         if let Some(gpu) = cuda::gpu(&[x, weight]) {
             return cuda::rms_norm(gpu, x, weight, eps);
         }
-        let Some(kind) = kind_on_host(&[x, weight]) else {
+        let Some(kind) = host_kind(&[x, weight]) else {
             let wide = x.to_kind(Kind::Float);
             let scale = (wide
                 .square()
@@ -49,20 +49,21 @@ pub fn rms_norm_backward(
     let cost = || Cost::passes(3.0, x);
     part("norm", "backward", cost, || {
         if let Some(gpu) =
-            cuda::gpu(&[grad, x, weight]).filter(|_| weight.numel() <= cuda::WIDEST_NORM)
+            cuda::gpu(&[grad, x, weight]).filter(|_| weight.numel() <= cuda::MAX_NORM_WIDTH)
         {
             return cuda::rms_norm_backward(gpu, grad, x, scale, weight);
         }
-        let Some(kind) = kind_on_host(&[grad, x, weight]) else {
+        let Some(kind) = host_kind(&[grad, x, weight]) else {
             let wide = grad.to_kind(Kind::Float);
             let normed = x.to_kind(Kind::Float) * scale;
             let rows: Vec<i64> = (0..grad.dim() as i64 - 1).collect();
-            let of_weight = (&wide * &normed).sum_dim_intlist(rows.as_slice(), false, Kind::Float);
-            let of_normed = wide * weight.to_kind(Kind::Float);
-            let along = (&of_normed * &normed).mean_dim([-1i64].as_slice(), true, Kind::Float);
+            let grad_weight =
+                (&wide * &normed).sum_dim_intlist(rows.as_slice(), false, Kind::Float);
+            let grad_normed = wide * weight.to_kind(Kind::Float);
+            let along = (&grad_normed * &normed).mean_dim([-1i64].as_slice(), true, Kind::Float);
             return (
-                ((of_normed - normed * along) * scale).to_kind(x.kind()),
-                of_weight,
+                ((grad_normed - normed * along) * scale).to_kind(x.kind()),
+                grad_weight,
             );
         };
         let width = weight.numel();
@@ -187,7 +188,7 @@ fn backward<T: Number>(
     scale: &[f32],
     weight: &[T],
     out: &mut [T],
-    of_weight: &mut [f32],
+    grad_weight: &mut [f32],
 ) {
     let width = weight.len();
     let rows = grad
@@ -202,11 +203,11 @@ fn backward<T: Number>(
             .iter()
             .zip(x)
             .zip(weight)
-            .zip(out.iter_mut().zip(of_weight.iter_mut()));
-        for (((grad, x), weight), (out, of_weight)) in columns {
+            .zip(out.iter_mut().zip(grad_weight.iter_mut()));
+        for (((grad, x), weight), (out, grad_weight)) in columns {
             let grad = grad.wide();
             let normed = x.wide() * scale;
-            *of_weight += grad * normed;
+            *grad_weight += grad * normed;
             *out = T::narrow((grad * weight.wide() - normed * along) * scale);
         }
     }

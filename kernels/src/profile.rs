@@ -115,7 +115,7 @@ pub fn part<T>(
 }
 
 /// Seconds of each part without those of parts of its thread inside of it.
-fn own_seconds(events: &[Event]) -> Vec<f64> {
+fn self_seconds(events: &[Event]) -> Vec<f64> {
     let length = |event: &Event| event.end - event.start;
     let mut own: Vec<f64> = events.iter().map(length).collect();
     for event in events {
@@ -139,7 +139,7 @@ fn own_seconds(events: &[Event]) -> Vec<f64> {
 /// Parts of one kind and name added up; each counts for itself, without parts inside of it.
 pub fn totals(events: &[Event]) -> BTreeMap<(&'static str, &'static str), Total> {
     let mut totals: BTreeMap<_, Total> = BTreeMap::new();
-    for (event, seconds) in events.iter().zip(own_seconds(events)) {
+    for (event, seconds) in events.iter().zip(self_seconds(events)) {
         let total = totals.entry((event.kind, event.name)).or_default();
         total.calls += 1;
         total.seconds += seconds;
@@ -155,11 +155,11 @@ pub fn totals(events: &[Event]) -> BTreeMap<(&'static str, &'static str), Total>
 /// When the file cannot be written.
 pub fn write(events: &[Event], rank: usize, path: &Path) -> std::io::Result<()> {
     let mut text = String::from("{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n");
-    for (number, (event, own)) in events.iter().zip(own_seconds(events)).enumerate() {
+    for (number, (event, own)) in events.iter().zip(self_seconds(events)).enumerate() {
         // Names are words of this program: nothing in them has to be escaped.
         text += &format!(
             "{}{{\"ph\":\"X\",\"pid\":{rank},\"tid\":{},\"cat\":\"{}\",\"name\":\"{}\",\"ts\":{:.3},\"dur\":{:.3},\
-             \"args\":{{\"own_ms\":{:.4},\"gflop\":{:.4},\"mb\":{:.3}}}}}",
+             \"args\":{{\"self_ms\":{:.4},\"gflop\":{:.4},\"mb\":{:.3}}}}}",
             if number == 0 { "" } else { ",\n" },
             event.thread,
             event.kind,

@@ -4,13 +4,13 @@
 use crate::cuda;
 use crate::number::Number;
 use crate::profile::{Cost, part};
-use crate::rows::{Numbers, for_kind, for_rows, kind_on_host};
+use crate::rows::{Numbers, for_kind, for_rows, host_kind};
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
 
 /// `x` `[batch, heads, sequence, d]` turned by `cos` and `sin` `[sequence, d / 2]` of its dtype, laid out in memory as `x` is:
 /// heads before positions, or after them.
-pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
+pub fn apply_rotary(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
     let cost = || Cost::passes(2.0, x);
     part("rotation", "both", cost, || {
         let heads = x.size()[1] as usize;
@@ -29,9 +29,15 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
             }
         };
         if let Some(gpu) = cuda::gpu(&[&flat, cos, sin]) {
-            return as_x(cuda::rotate(gpu, &flat, [cos, sin], between, positions));
+            return as_x(cuda::apply_rotary(
+                gpu,
+                &flat,
+                [cos, sin],
+                between,
+                positions,
+            ));
         }
-        let Some(kind) = kind_on_host(&[&flat, cos, sin]) else {
+        let Some(kind) = host_kind(&[&flat, cos, sin]) else {
             let halves = x.chunk(2, -1);
             let out = x.empty_like();
             let parts = out.chunk(2, -1);
@@ -81,7 +87,7 @@ fn on_threads<T: Number>(
             let rows = start..(start + ROWS).min(rows.end);
             // SAFETY: parts of threads do not overlap.
             let out = unsafe { out.part_mut(&rows, width) };
-            turn(
+            rotate_rows(
                 x.part(&rows, width),
                 (start, between, positions),
                 [cos, sin],
@@ -94,7 +100,7 @@ fn on_threads<T: Number>(
 
 /// Turns rows from `start` on, by way of `wide`: loops over a short row alone would not become vectors in 16 bits.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn turn<T: Number>(
+fn rotate_rows<T: Number>(
     x: &[T],
     (start, between, positions): (usize, usize, usize),
     [cos, sin]: [&[f32]; 2],
@@ -138,7 +144,7 @@ mod tests {
                 random(&[2, 5, 8, 6]).narrow(2, 1, 4).transpose(1, 2),
             ];
             for x in layouts {
-                let ours = rotate(&x, &cos, &sin).to_kind(Kind::Double);
+                let ours = apply_rotary(&x, &cos, &sin).to_kind(Kind::Double);
                 let wide = |x: &Tensor| x.to_kind(Kind::Double);
                 let halves = wide(&x).chunk(2, -1);
                 let cos = wide(&cos);

@@ -7,10 +7,10 @@ use tch::{Device, Kind, Tensor};
 /// Numbers that are worth a thread.
 const GRAIN: usize = 8192;
 /// Parts for each thread: one that was held up leaves the rest of its parts to others.
-const PARTS: usize = 4;
+const PARTS_PER_THREAD: usize = 4;
 
 /// The dtype of tensors that loops here can go through: in host memory, each without gaps, all of the same dtype.
-pub(crate) fn kind_on_host(tensors: &[&Tensor]) -> Option<Kind> {
+pub(crate) fn host_kind(tensors: &[&Tensor]) -> Option<Kind> {
     let kind = tensors[0].kind();
     let fits = |tensor: &&Tensor| {
         tensor.device() == Device::Cpu && tensor.kind() == kind && tensor.is_contiguous()
@@ -35,9 +35,9 @@ pub(crate) fn on_threads(count: usize, body: impl Fn(usize) + Sync) {
 /// How many parts [`for_rows`] makes.
 pub(crate) fn parts(count: usize, width: usize) -> usize {
     let worth = (count * width).div_ceil(GRAIN).min(count).max(1);
-    match torch_ext::parallel_parts() {
+    match torch_ext::max_parallel_ranges() {
         1 => 1,
-        threads => worth.min(threads * PARTS),
+        threads => worth.min(threads * PARTS_PER_THREAD),
     }
 }
 

@@ -4,7 +4,7 @@ use crate::cuda;
 use crate::exponential::exp;
 use crate::number::Number;
 use crate::profile::{Cost, part};
-use crate::rows::{Indices, Numbers, for_kind, for_rows, kind_on_host};
+use crate::rows::{Indices, Numbers, for_kind, for_rows, host_kind};
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
 
@@ -21,7 +21,7 @@ pub fn softmax(logits: &Tensor, divisor: f64, out: &Tensor) -> (Tensor, Tensor) 
         if let Some(gpu) = cuda::gpu(&[logits, out]) {
             return cuda::softmax(gpu, logits, divisor, out);
         }
-        let Some(kind) = kind_on_host(&[logits, out]) else {
+        let Some(kind) = host_kind(&[logits, out]) else {
             let wide = logits.to_kind(Kind::Float) / divisor;
             let largest = wide.amax([-1i64].as_slice(), true);
             let mut exponentials = (wide - &largest).exp_();
@@ -59,11 +59,11 @@ pub fn softmax_gradient(probs: &Tensor, scale: &Tensor, labels: &Tensor, minus: 
         let alike = whole
             && numbers
                 .iter()
-                .all(|(x, kind)| cuda::beside(probs, x, *kind));
+                .all(|(x, kind)| cuda::same_device_contiguous(probs, x, *kind));
         if let Some(gpu) = cuda::gpu(&[probs]).filter(|_| alike) {
             return cuda::softmax_gradient(gpu, probs, scale, labels, minus);
         }
-        match kind_on_host(&[probs]).filter(|_| whole) {
+        match host_kind(&[probs]).filter(|_| whole) {
             Some(kind) => for_kind!(kind, gradient_on_threads(probs, scale, labels, minus)),
             None => {
                 let mut grad = probs.to_kind(Kind::Float) * scale.unsqueeze(1);
@@ -120,9 +120,9 @@ fn gradient_on_threads<T: Number>(probs: &Tensor, scale: &Tensor, labels: &Tenso
             let scale = scale.part(&place, 1)[0];
             let minus = minus.part(&place, 1)[0];
             let label = labels.part(&place, 1)[0] as usize;
-            let of_label = probs[label].wide() * scale - minus;
+            let label_grad = probs[label].wide() * scale - minus;
             scaled(probs, scale);
-            probs[label] = T::narrow(of_label);
+            probs[label] = T::narrow(label_grad);
         }
     });
 }

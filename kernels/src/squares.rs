@@ -1,7 +1,7 @@
 //! The sum of a tensor's squares, for the norm of gradients.
 
 use crate::profile::{Cost, part};
-use crate::rows::{Numbers, for_rows, kind_on_host};
+use crate::rows::{Numbers, for_rows, host_kind};
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
 
@@ -15,7 +15,7 @@ pub fn sum_of_squares(x: &Tensor) -> Tensor {
         "norm",
         "of gradients",
         || Cost::passes(1.0, x),
-        || match kind_on_host(&[x]) {
+        || match host_kind(&[x]) {
             Some(Kind::Float) => Tensor::from(on_threads(x)),
             _ => x.norm().to_kind(Kind::Double).square(),
         },

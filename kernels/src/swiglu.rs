@@ -4,7 +4,7 @@ use crate::cuda;
 use crate::exponential::exp;
 use crate::number::Number;
 use crate::profile::{Cost, part};
-use crate::rows::{Numbers, for_kind, for_rows, kind_on_host};
+use crate::rows::{Numbers, for_kind, for_rows, host_kind};
 use multiversion::multiversion;
 use tch::Tensor;
 
@@ -15,7 +15,7 @@ pub fn swiglu(hidden: &Tensor) -> Tensor {
         if let Some(gpu) = cuda::gpu(&[hidden]) {
             return cuda::swiglu(gpu, hidden);
         }
-        let Some(kind) = kind_on_host(&[hidden]) else {
+        let Some(kind) = host_kind(&[hidden]) else {
             let halves = hidden.chunk(2, -1);
             return halves[0].silu().multiply_(&halves[1]);
         };
@@ -36,7 +36,7 @@ pub fn swiglu_backward(grad: &Tensor, hidden: &Tensor) -> (Tensor, Tensor) {
         }
         let out = hidden.empty_like();
         let result = grad.empty_like();
-        match kind_on_host(&[grad, hidden, &out, &result]) {
+        match host_kind(&[grad, hidden, &out, &result]) {
             Some(kind) => for_kind!(kind, backward_on_threads(grad, hidden, &out, &result)),
             None => {
                 let halves = hidden.chunk(2, -1);
@@ -110,10 +110,10 @@ fn backward<T: Number>(grad: &[T], hidden: &[T], out: &mut [T], result: &mut [T]
             .zip(result.chunks_exact_mut(ffn)),
     ) {
         let (gate, up) = hidden.split_at(ffn);
-        let (of_gate, of_up) = out.split_at_mut(ffn);
+        let (grad_gate, grad_up) = out.split_at_mut(ffn);
         let inputs = grad.iter().zip(gate).zip(up);
-        let outputs = of_gate.iter_mut().zip(of_up).zip(result);
-        for (((grad, gate), up), ((of_gate, of_up), result)) in inputs.zip(outputs) {
+        let outputs = grad_gate.iter_mut().zip(grad_up).zip(result);
+        for (((grad, gate), up), ((grad_gate, grad_up), result)) in inputs.zip(outputs) {
             let grad = grad.wide();
             let x = gate.wide();
             let up = up.wide();
@@ -122,8 +122,8 @@ fn backward<T: Number>(grad: &[T], hidden: &[T], out: &mut [T], result: &mut [T]
             let silu = x / below;
             let sigmoid = 1.0 / below;
             *result = T::narrow(silu * up);
-            *of_up = T::narrow(grad * silu);
-            *of_gate = T::narrow(grad * up * sigmoid * (1.0 + x * (1.0 - sigmoid)));
+            *grad_up = T::narrow(grad * silu);
+            *grad_gate = T::narrow(grad * up * sigmoid * (1.0 + x * (1.0 - sigmoid)));
         }
     }
 }

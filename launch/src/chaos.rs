@@ -3,7 +3,7 @@
 //! Faults are carried out by the keeper of the node that they concern, so this works on whatever machines the run is.
 
 use crate::cli::ChaosArgs;
-use crate::register::Register;
+use crate::registry::KeeperRegistry;
 use crate::snapshot::ask_all;
 use anyhow::{Context, Result, anyhow, bail};
 use checkpoint::keeper::{Fault, Status};
@@ -15,11 +15,11 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 /// How often the run is looked at.
-const LOOK: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A kind of fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Kind {
+pub(crate) enum FaultKind {
     /// SIGKILL for a rank
     Kill,
     /// SIGSTOP for a rank: it hangs
@@ -36,106 +36,109 @@ pub(crate) enum Kind {
     KillNode,
 }
 
-impl Kind {
+impl FaultKind {
     /// Whether the run has to be restarted after it.
     fn is_fatal(self) -> bool {
-        matches!(self, Kind::Kill | Kind::Stop | Kind::Abort | Kind::KillNode)
+        matches!(
+            self,
+            FaultKind::Kill | FaultKind::Stop | FaultKind::Abort | FaultKind::KillNode
+        )
     }
 }
 
 /// A fault, a number of steps after the one before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Planned {
-    kind: Kind,
+struct PlannedFault {
+    kind: FaultKind,
     /// A rank, or for `kill-node` a node, modulo how many there are.
     target: u64,
     /// Steps after the last recovery.
     after: u64,
     /// How far into the next step, in thousandths of a step's time.
-    into: u64,
+    offset_per_mille: u64,
     /// Which byte.
     at: u64,
 }
 
 /// The same faults for the same seed.
-fn plan(seed: u64, faults: usize, kinds: &[Kind], gap: u64) -> Vec<Planned> {
+fn plan(seed: u64, faults: usize, kinds: &[FaultKind], gap: u64) -> Vec<PlannedFault> {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     (0..faults)
-        .map(|_| Planned {
+        .map(|_| PlannedFault {
             kind: kinds[(random.next_u64() % kinds.len() as u64) as usize],
             target: random.next_u64(),
             after: 1 + random.next_u64() % (2 * gap).max(1),
-            into: random.next_u64() % 1000,
+            offset_per_mille: random.next_u64() % 1000,
             at: random.next_u64(),
         })
         .collect()
 }
 
 /// A run at one moment.
-struct Moment {
-    register: Register,
+struct RunState {
+    registry: KeeperRegistry,
     statuses: Vec<Option<Status>>,
     generation: u64,
     step: u64,
 }
 
-fn look(args: &ChaosArgs) -> Result<Moment> {
-    let register = Register::load(&args.run)?.ok_or_else(|| {
+fn observe(args: &ChaosArgs) -> Result<RunState> {
+    let registry = KeeperRegistry::load(&args.run)?.ok_or_else(|| {
         anyhow!(
             "{} has no keepers: is it running, with snapshots?",
             args.run.display()
         )
     })?;
-    let statuses: Vec<Option<Status>> = ask_all(&register).into_iter().map(Result::ok).collect();
+    let statuses: Vec<Option<Status>> = ask_all(&registry).into_iter().map(Result::ok).collect();
     let there = || statuses.iter().flatten();
     let generation = there()
-        .flat_map(|s| s.inventory.seats.iter().map(|(t, _)| t.generation))
+        .flat_map(|s| s.inventory.memberships.iter().map(|(t, _)| t.generation))
         .max()
         .unwrap_or(0);
     // A rank that has not done a step in this attempt says 0.
     let steps = there().flat_map(|status| status.ranks.iter().map(|rank| rank.step));
     let step = steps.max().unwrap_or(0);
-    Ok(Moment {
+    Ok(RunState {
         generation,
         step,
-        register,
+        registry,
         statuses,
     })
 }
 
 /// Waits until the run is where `is_there` says.
-fn wait(args: &ChaosArgs, what: &str, is_there: impl Fn(&Moment) -> bool) -> Result<Moment> {
+fn wait(args: &ChaosArgs, what: &str, is_there: impl Fn(&RunState) -> bool) -> Result<RunState> {
     let begun = Instant::now();
     loop {
-        let moment = look(args)?;
+        let moment = observe(args)?;
         if is_there(&moment) {
             return Ok(moment);
         }
-        if begun.elapsed() > Duration::from_secs(args.patience_s) {
+        if begun.elapsed() > Duration::from_secs(args.timeout_s) {
             bail!(
                 "{what} did not come within {} s: the run is at step {}",
-                args.patience_s,
+                args.timeout_s,
                 moment.step
             );
         }
-        std::thread::sleep(LOOK);
+        std::thread::sleep(POLL_INTERVAL);
     }
 }
 
 pub(crate) fn run(args: &ChaosArgs) -> Result<ExitCode> {
     let planned = plan(args.seed, args.faults, &args.kinds, args.gap);
     let mut recoveries = Vec::new();
-    let mut from = look(args)?;
+    let mut from = observe(args)?;
     for fault in &planned {
         let due = from.step + fault.after;
         let reached = wait(args, &format!("step {due}"), |moment| moment.step >= due);
         let moment = match reached {
             Ok(moment) => moment,
             // The run has come to its end.
-            Err(_) if Register::load(&args.run)?.is_none() => break,
+            Err(_) if KeeperRegistry::load(&args.run)?.is_none() => break,
             Err(error) => return Err(error),
         };
-        std::thread::sleep(Duration::from_micros(fault.into * args.step_ms));
+        std::thread::sleep(Duration::from_micros(fault.offset_per_mille * args.step_ms));
         let ranks: Vec<(usize, usize)> = moment
             .statuses
             .iter()
@@ -156,22 +159,22 @@ pub(crate) fn run(args: &ChaosArgs) -> Result<ExitCode> {
             signal: signal as i32,
         };
         let (order, what) = match fault.kind {
-            Kind::Kill => (signal(Signal::SIGKILL), format!("rank {rank} is killed")),
-            Kind::Stop => (signal(Signal::SIGSTOP), format!("rank {rank} is stopped")),
-            Kind::Abort => (signal(Signal::SIGABRT), format!("rank {rank} aborts")),
-            Kind::Delay => (
+            FaultKind::Kill => (signal(Signal::SIGKILL), format!("rank {rank} is killed")),
+            FaultKind::Stop => (signal(Signal::SIGSTOP), format!("rank {rank} is stopped")),
+            FaultKind::Abort => (signal(Signal::SIGABRT), format!("rank {rank} aborts")),
+            FaultKind::Delay => (
                 Fault::Delay { rank, ms: 1000 },
                 format!("rank {rank} is delayed by a second"),
             ),
-            Kind::Corrupt => (
+            FaultKind::Corrupt => (
                 Fault::Corrupt { rank, at: fault.at },
                 format!("a bit of rank {rank}'s snapshot changes"),
             ),
-            Kind::Poison => (
+            FaultKind::Poison => (
                 Fault::Poison { rank },
                 format!("rank {rank}'s snapshot is poisoned"),
             ),
-            Kind::KillNode => {
+            FaultKind::KillNode => {
                 let nodes: Vec<usize> = ranks.iter().map(|(node, _)| *node).collect();
                 node = nodes[(fault.target % nodes.len() as u64) as usize];
                 (Fault::KillNode, format!("node {node} dies"))
@@ -179,12 +182,12 @@ pub(crate) fn run(args: &ChaosArgs) -> Result<ExitCode> {
         };
         let begun = Instant::now();
         let made = moment
-            .register
+            .registry
             .connect(node, Duration::from_secs(5))
             .and_then(|mut peer| {
                 // A keeper that kills itself does not answer.
                 match peer.inject(order) {
-                    Err(error) if fault.kind != Kind::KillNode => Err(anyhow!("{error}")),
+                    Err(error) if fault.kind != FaultKind::KillNode => Err(anyhow!("{error}")),
                     _ => Ok(()),
                 }
             });
@@ -228,7 +231,7 @@ mod tests {
 
     #[test]
     fn a_seed_says_it_all() {
-        let kinds = [Kind::Kill, Kind::Corrupt];
+        let kinds = [FaultKind::Kill, FaultKind::Corrupt];
         assert_eq!(plan(7, 50, &kinds, 3), plan(7, 50, &kinds, 3));
         assert_ne!(plan(7, 50, &kinds, 3), plan(8, 50, &kinds, 3));
         let planned = plan(7, 500, &kinds, 3);
@@ -237,6 +240,6 @@ mod tests {
                 .iter()
                 .all(|fault| (1..=6).contains(&fault.after) && kinds.contains(&fault.kind))
         );
-        assert!(planned.iter().any(|fault| fault.kind == Kind::Corrupt));
+        assert!(planned.iter().any(|fault| fault.kind == FaultKind::Corrupt));
     }
 }

@@ -86,7 +86,7 @@ pub(crate) struct ChaosArgs {
     pub(crate) faults: usize,
     /// Which kinds, at random
     #[arg(long, value_delimiter = ',', default_value = "kill")]
-    pub(crate) kinds: Vec<crate::chaos::Kind>,
+    pub(crate) kinds: Vec<crate::chaos::FaultKind>,
     /// Steps between faults, in the mean
     #[arg(long, default_value_t = 5)]
     pub(crate) gap: u64,
@@ -95,7 +95,7 @@ pub(crate) struct ChaosArgs {
     pub(crate) step_ms: u64,
     /// Give up when the run does not get on for so long
     #[arg(long, default_value_t = 60)]
-    pub(crate) patience_s: u64,
+    pub(crate) timeout_s: u64,
 }
 
 #[derive(Args)]
@@ -120,7 +120,7 @@ pub(crate) struct ConformanceArgs {
     pub(crate) nproc_per_node: usize,
     /// auto, gloo, mpi, nccl or hccl
     #[arg(long, default_value = "auto", value_name = "BACKEND")]
-    pub(crate) communicator: parallel::Backend,
+    pub(crate) backend: parallel::Backend,
     /// cpu, cuda, npu or auto
     #[arg(long, default_value = "auto")]
     pub(crate) device: String,
@@ -267,18 +267,18 @@ pub(crate) struct MeshArgs {
 #[derive(Subcommand)]
 pub(crate) enum BenchCommand {
     /// One training step of a small Mixtral on random tokens
-    Step(BenchArgs),
+    Step(StepArgs),
     /// A two-stage pipeline with a large vocabulary: where its embedding and output layer are
     Pipeline(PipelineArgs),
     /// What ranks hold in many layouts, beside what `plan mesh` says
     Memory(MemoryArgs),
     /// What it saves and costs an experiment, on this machine, to compute activations again; and the cheapest way that fits
     Recompute(RecomputeArgs),
-    /// A mixture-of-experts layer, or a whole step, whose ranks are loaded unevenly: least-loaded beside standard dispatch
+    /// An MoE layer, or a whole step, whose ranks are loaded unevenly: least-loaded beside standard dispatch
     MoeLayer(MoeLayerArgs),
     /// Snapshots in memory: what they cost a run, and how fast they are copied and protected
     Snapshot(SnapshotBenchArgs),
-    /// Every collective among ranks of this machine, by the road that training takes beside Gloo's and (under mpirun) MPI's
+    /// Every collective among ranks of this machine, by the path that training takes beside Gloo's and (under mpirun) MPI's
     Collectives(CollectivesArgs),
     /// The reference step on two ranks of one thread: data, expert or pipeline parallel, beside one process with two threads
     Layouts(LayoutsArgs),
@@ -370,7 +370,7 @@ pub(crate) struct MoeLayerArgs {
     /// Choices for which an expert is lent; by default measured
     #[arg(long, value_name = "TOKENS")]
     pub(crate) min_tokens: Option<u32>,
-    /// A whole training step of a small model, its gate biased as the workload says (balanced and w0 to w7)
+    /// A whole training step of a small model, its router biased as the workload says (balanced and w0 to w7)
     #[arg(long)]
     pub(crate) step: bool,
 }
@@ -389,7 +389,7 @@ pub(crate) struct RecomputeArgs {
     /// Ranks to start on this machine
     #[arg(short = 'n', long, default_value_t = 1, value_name = "N")]
     pub(crate) nproc_per_node: usize,
-    /// Also choose what to compute again so that the fullest rank's tensors take at most so much, and measure that
+    /// Also choose what to compute again so that the most loaded rank's tensors take at most so much, and measure that
     #[arg(long, value_name = "MIB")]
     pub(crate) fit_mib: Option<f64>,
     /// Threads of a rank; by default OMP_NUM_THREADS, else its share of the processors
@@ -550,15 +550,15 @@ pub(crate) struct PrepareArgs {
 }
 
 #[derive(Args)]
-pub(crate) struct BenchArgs {
+pub(crate) struct StepArgs {
     /// One case of it; all by default
     #[arg(long)]
-    pub(crate) case: Option<BenchCase>,
+    pub(crate) case: Option<StepCase>,
     /// Its size: reference, long (one sequence of 2048 tokens, 16 experts top-4), wide (hidden 768, 2 layers); for GPUs olmoe
     /// (4 layers of OLMoE-1B-7B) and coarse (1 layer of Mixtral-8x7B)
     #[arg(long, default_value = "reference")]
     pub(crate) shape: StepShape,
-    /// Let tokens choose experts in turns, so that all have as much to do, instead of by their scores
+    /// Let tokens choose experts round-robin, so that all have as much to do, instead of by their scores
     #[arg(long)]
     pub(crate) force_balance: bool,
     /// Write the first weights and the tokens to this file, and go on from them
@@ -570,14 +570,14 @@ pub(crate) struct BenchArgs {
     pub(crate) profile: Option<PathBuf>,
     /// Measured steps; their median is reported
     #[arg(long, default_value_t = 8)]
-    pub(crate) runs: usize,
+    pub(crate) steps: usize,
     /// Threads
     #[arg(long, default_value_t = 2)]
     pub(crate) threads: usize,
     /// cpu, cuda, npu or auto
     #[arg(long, default_value = "cpu")]
     pub(crate) device: String,
-    /// A command to measure in the same run, alternating; it prints a JSON line with `tokens_per_s`. {case}, {shape}, {runs},
+    /// A command to measure in the same run, alternating; it prints a JSON line with `tokens_per_s`. {case}, {shape}, {steps},
     /// {threads}, {device}, {force_balance} (that option, or nothing) and {start} (a file with our first weights and the tokens) are
     /// filled in. May be given many times: the fastest is the baseline
     #[arg(long, value_name = "COMMAND")]
@@ -609,16 +609,16 @@ impl StepShape {
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
-pub(crate) enum BenchCase {
+pub(crate) enum StepCase {
     Fp32,
     Bf16,
 }
 
-impl BenchCase {
+impl StepCase {
     pub(crate) fn name(self) -> &'static str {
         match self {
-            BenchCase::Fp32 => "fp32",
-            BenchCase::Bf16 => "bf16",
+            StepCase::Fp32 => "fp32",
+            StepCase::Bf16 => "bf16",
         }
     }
 }

@@ -1,18 +1,18 @@
 //! `moerun conformance`: the suites that every device and every communicator passes, on the hardware at hand.
 
 use crate::cli::ConformanceArgs;
-use crate::local_ranks::on_ranks;
+use crate::local_ranks::run_on_ranks;
 use anyhow::{Result, bail};
 use parallel::{accelerator, conformance};
 use std::process::ExitCode;
 
 pub(crate) fn run(args: &ConformanceArgs) -> Result<ExitCode> {
-    on_ranks(args.nproc_per_node, |env| {
+    run_on_ranks(args.nproc_per_node, |env| {
         let device = accelerator(&args.device, env.local_rank)?;
         let mut outcomes = conformance::accelerator(device.as_ref());
         outcomes.extend(conformance::communicator(
             env,
-            args.communicator,
+            args.backend,
             device.as_ref(),
         )?);
         let mut failed = 0;
@@ -20,7 +20,7 @@ pub(crate) fn run(args: &ConformanceArgs) -> Result<ExitCode> {
             match &outcome.problem {
                 Some(problem) => {
                     failed += 1;
-                    eprintln!("rank {}: FAILED {}: {problem}", env.rank, outcome.name);
+                    eprintln!("rank {}: fail {}: {problem}", env.rank, outcome.name);
                 }
                 None if env.rank == 0 => println!("ok {}", outcome.name),
                 None => {}

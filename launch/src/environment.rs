@@ -1,19 +1,19 @@
 //! The only reader of the launchers' environment variables: which launcher started this process, and as which rank.
 
 use anyhow::{Result, bail};
-use parallel::{ByMpi, Meeting, RankEnv};
+use parallel::{MpiLaunch, RankEnv, Rendezvous};
 
 /// Tells a rank that `moerun` itself started it, and with which process id, so that it can end with the launcher.
 pub(crate) const LAUNCHER_PID: &str = "MOERUN_LAUNCHER_PID";
 
 /// Whether `moerun` itself started this process; it then says on standard input what the process is to do.
-pub(crate) fn is_launched() -> bool {
+pub(crate) fn launched_by_moerun() -> bool {
     std::env::var(LAUNCHER_PID).is_ok()
 }
 
 /// A rank, and who started it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Started {
+pub(crate) struct DetectedRank {
     pub(crate) env: RankEnv,
     /// For people.
     pub(crate) by: &'static str,
@@ -23,15 +23,15 @@ pub(crate) struct Started {
 ///
 /// # Errors
 /// When variables are missing, wrong, or contradict each other: which.
-pub(crate) fn rank() -> Result<Option<Started>> {
+pub(crate) fn detect_rank() -> Result<Option<DetectedRank>> {
     detect(
         &|name| std::env::var(name).ok().filter(|value| !value.is_empty()),
         cfg!(feature = "mpi"),
     )
 }
 
-/// The variables that [`rank`] reads, in torchrun's form.
-pub(crate) fn variables(env: &RankEnv) -> Vec<(&'static str, String)> {
+/// The variables that [`detect_rank`] reads, in torchrun's form.
+pub(crate) fn torchrun_variables(env: &RankEnv) -> Vec<(&'static str, String)> {
     let mut variables = vec![
         ("RANK", env.rank.to_string()),
         ("WORLD_SIZE", env.world_size.to_string()),
@@ -39,11 +39,11 @@ pub(crate) fn variables(env: &RankEnv) -> Vec<(&'static str, String)> {
         ("LOCAL_WORLD_SIZE", env.local_world_size.to_string()),
         ("TORCHELASTIC_RESTART_COUNT", env.attempt.to_string()),
     ];
-    if let Meeting::Store {
+    if let Rendezvous::Store {
         host,
         port,
         launcher_serves,
-    } = &env.meeting
+    } = &env.rendezvous
     {
         variables.extend([
             ("MASTER_ADDR", host.clone()),
@@ -59,7 +59,7 @@ pub(crate) fn variables(env: &RankEnv) -> Vec<(&'static str, String)> {
 
 /// Decides by the variables that `var` finds. The launcher nearest to the process comes first: torchrun may run under mpirun or
 /// srun, and mpirun in a Slurm job, whose variables are still there.
-fn detect(var: &dyn Fn(&str) -> Option<String>, has_mpi: bool) -> Result<Option<Started>> {
+fn detect(var: &dyn Fn(&str) -> Option<String>, has_mpi: bool) -> Result<Option<DetectedRank>> {
     let env = Variables(var);
     if env.has("RANK") {
         return env.torchrun().map(Some);
@@ -119,7 +119,7 @@ impl Variables<'_> {
     }
 
     /// The store that `MASTER_ADDR` and `MASTER_PORT` name.
-    fn store(&self, because: &str) -> Result<Meeting> {
+    fn store(&self, because: &str) -> Result<Rendezvous> {
         let Some(host) = self.0("MASTER_ADDR") else {
             bail!(
                 "{because} is set but MASTER_ADDR is not: unset {because}, or set what torchrun sets"
@@ -127,14 +127,14 @@ impl Variables<'_> {
         };
         let launcher_serves =
             self.0("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|value| value == "True");
-        Ok(Meeting::Store {
+        Ok(Rendezvous::Store {
             host,
             port: self.number("MASTER_PORT", "MASTER_ADDR")?,
             launcher_serves,
         })
     }
 
-    fn torchrun(&self) -> Result<Started> {
+    fn torchrun(&self) -> Result<DetectedRank> {
         let rank = self.number("RANK", "RANK")?;
         let world_size = self.number("WORLD_SIZE", "RANK")?;
         let env = RankEnv {
@@ -142,8 +142,8 @@ impl Variables<'_> {
             world_size,
             local_rank: self.number_or("LOCAL_RANK", rank)?,
             local_world_size: self.number_or("LOCAL_WORLD_SIZE", world_size)?,
-            meeting: self.store("RANK")?,
-            by_mpi: ByMpi::No,
+            rendezvous: self.store("RANK")?,
+            mpi_launch: MpiLaunch::No,
             attempt: self.number_or("TORCHELASTIC_RESTART_COUNT", 0)?,
             interface: self.interface(),
             address: None,
@@ -164,11 +164,11 @@ impl Variables<'_> {
         } else {
             "RANK, WORLD_SIZE and MASTER_ADDR"
         };
-        consistent(
+        check_ranks(
             env,
             ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"],
         )
-        .map(|env| Started { env, by })
+        .map(|env| DetectedRank { env, by })
     }
 
     fn mpi(
@@ -176,15 +176,15 @@ impl Variables<'_> {
         by: &'static str,
         names: [&'static str; 4],
         has_mpi: bool,
-    ) -> Result<Option<Started>> {
+    ) -> Result<Option<DetectedRank>> {
         let rank = self.number(names[0], names[0])?;
         let world_size = self.number(names[1], names[0])?;
         if world_size == 1 {
             return Ok(None);
         }
-        let meeting = match (self.has("MASTER_ADDR"), has_mpi) {
+        let rendezvous = match (self.has("MASTER_ADDR"), has_mpi) {
             (true, _) => self.store("MASTER_ADDR")?,
-            (false, true) => Meeting::Mpi,
+            (false, true) => Rendezvous::Mpi,
             (false, false) => bail!(
                 "{by} started this process ({}={rank}), and this moerun was built without MPI: run ./scripts/setup --mpi and build \
                  with --features mpi, or let the ranks meet over TCP: set MASTER_ADDR to the machine of rank 0 and MASTER_PORT \
@@ -197,20 +197,20 @@ impl Variables<'_> {
             world_size,
             local_rank: self.number_or(names[2], rank)?,
             local_world_size: self.number_or(names[3], world_size)?,
-            meeting,
-            by_mpi: ByMpi::Yes,
+            rendezvous,
+            mpi_launch: MpiLaunch::Yes,
             attempt: 0,
             interface: self.interface(),
             address: None,
         };
-        Ok(Some(Started {
-            env: consistent(env, names)?,
+        Ok(Some(DetectedRank {
+            env: check_ranks(env, names)?,
             by,
         }))
     }
 
     /// Slurm's variables of a step (srun): <https://slurm.schedmd.com/srun.html>, "Output environment variables".
-    fn slurm(&self) -> Result<Option<Started>> {
+    fn slurm(&self) -> Result<Option<DetectedRank>> {
         let because = "SLURM_PROCID";
         let total = if self.has("SLURM_STEP_NUM_TASKS") {
             "SLURM_STEP_NUM_TASKS"
@@ -249,7 +249,7 @@ impl Variables<'_> {
             None => bail!("{tasks_name}={tasks} is not of the form 2(x3),1"),
         };
         let (nodes_name, nodes) = either("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")?;
-        let Some(nodes) = hosts(&nodes) else {
+        let Some(nodes) = expand_node_list(&nodes) else {
             bail!("{nodes_name}={nodes} is not a list of nodes that can be read")
         };
         let host = self.0("MASTER_ADDR").unwrap_or_else(|| nodes[0].clone());
@@ -262,30 +262,30 @@ impl Variables<'_> {
             world_size,
             local_rank: self.number("SLURM_LOCALID", because)?,
             local_world_size,
-            meeting: Meeting::Store {
+            rendezvous: Rendezvous::Store {
                 host,
                 port,
                 launcher_serves: false,
             },
-            by_mpi: if self.has("PMIX_RANK") || self.has("PMI_RANK") {
-                ByMpi::Perhaps
+            mpi_launch: if self.has("PMIX_RANK") || self.has("PMI_RANK") {
+                MpiLaunch::Possible
             } else {
-                ByMpi::No
+                MpiLaunch::No
             },
             attempt: 0,
             interface: self.interface(),
             address: None,
         };
         let names = [because, total, "SLURM_LOCALID", tasks_name];
-        Ok(Some(Started {
-            env: consistent(env, names)?,
+        Ok(Some(DetectedRank {
+            env: check_ranks(env, names)?,
             by: "srun",
         }))
     }
 }
 
 /// Refuses ranks that cannot be; `names` are the variables of rank, ranks, rank and ranks of this machine.
-fn consistent(env: RankEnv, names: [&str; 4]) -> Result<RankEnv> {
+fn check_ranks(env: RankEnv, names: [&str; 4]) -> Result<RankEnv> {
     for (part, whole) in [(0, 1), (2, 3)] {
         let (rank, size) = [
             (env.rank, env.world_size),
@@ -325,7 +325,7 @@ fn tasks_per_node(text: &str) -> Option<Vec<usize>> {
 }
 
 /// `gpu[01-03,07],login`: the nodes of a Slurm node list, in order.
-fn hosts(text: &str) -> Option<Vec<String>> {
+fn expand_node_list(text: &str) -> Option<Vec<String>> {
     let mut found = Vec::new();
     let mut rest = text;
     while !rest.is_empty() {
@@ -336,14 +336,14 @@ fn hosts(text: &str) -> Option<Vec<String>> {
             c == ',' && depth == 0
         });
         let end = end.map_or(rest.len(), |(end, _)| end);
-        found.extend(expand(&rest[..end])?);
+        found.extend(expand_brackets(&rest[..end])?);
         rest = rest[end..].strip_prefix(',').unwrap_or("");
     }
     (!found.is_empty()).then_some(found)
 }
 
 /// One name with any number of brackets.
-fn expand(name: &str) -> Option<Vec<String>> {
+fn expand_brackets(name: &str) -> Option<Vec<String>> {
     let Some((before, rest)) = name.split_once('[') else {
         return (!name.is_empty() && !name.contains(']')).then(|| vec![name.to_string()]);
     };
@@ -351,7 +351,7 @@ fn expand(name: &str) -> Option<Vec<String>> {
     let tails = if after.is_empty() {
         vec![String::new()]
     } else {
-        expand(after)?
+        expand_brackets(after)?
     };
     let mut found = Vec::new();
     for range in ranges.split(',') {
@@ -376,7 +376,7 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::BTreeMap;
 
-    fn of(text: &str) -> Result<Option<Started>> {
+    fn of(text: &str) -> Result<Option<DetectedRank>> {
         let pairs: BTreeMap<&str, &str> = text
             .split_whitespace()
             .map(|pair| pair.split_once('=').unwrap())
@@ -384,7 +384,7 @@ mod tests {
         detect(&|name| pairs.get(name).map(|value| value.to_string()), true)
     }
 
-    fn place(started: &Started) -> (usize, usize, usize, usize) {
+    fn place(started: &DetectedRank) -> (usize, usize, usize, usize) {
         let env = &started.env;
         (
             env.rank,
@@ -425,8 +425,8 @@ mod tests {
             "mpirun in a Slurm job"
         );
         assert_eq!(
-            (started.env.meeting, started.env.by_mpi),
-            (Meeting::Mpi, ByMpi::Yes)
+            (started.env.rendezvous, started.env.mpi_launch),
+            (Rendezvous::Mpi, MpiLaunch::Yes)
         );
         let started = of("PMI_RANK=1 PMI_SIZE=3 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=3")
             .unwrap()
@@ -439,8 +439,8 @@ mod tests {
         assert_eq!((place(&started), started.by), ((3, 5, 0, 2), "srun"));
         let port = 20_000 + 77 * 13 + 2;
         assert_eq!(
-            started.env.meeting,
-            Meeting::Store {
+            started.env.rendezvous,
+            Rendezvous::Store {
                 host: "gpu09".into(),
                 port,
                 launcher_serves: false
@@ -452,14 +452,14 @@ mod tests {
         .unwrap()
         .unwrap();
         assert_eq!(
-            started.env.meeting,
-            Meeting::Store {
+            started.env.rendezvous,
+            Rendezvous::Store {
                 host: "other".into(),
                 port: 5,
                 launcher_serves: false
             }
         );
-        assert_eq!(started.env.by_mpi, ByMpi::Perhaps);
+        assert_eq!(started.env.mpi_launch, MpiLaunch::Possible);
         // torchrun once on each of two places of mpirun.
         assert_eq!(
             place(
@@ -556,7 +556,7 @@ mod tests {
 
     #[test]
     fn node_lists_are_expanded_as_slurm_writes_them() {
-        let all = |text| hosts(text).unwrap().join(" ");
+        let all = |text| expand_node_list(text).unwrap().join(" ");
         assert_eq!(all("login"), "login");
         assert_eq!(all("a,b[1-2,5],c"), "a b1 b2 b5 c");
         assert_eq!(all("gpu[098-101]"), "gpu098 gpu099 gpu100 gpu101");
@@ -565,7 +565,7 @@ mod tests {
             "rack1node01.site rack1node02.site rack2node01.site rack2node02.site"
         );
         for wrong in ["", "a[1", "a]1", "a[3-1]", "a[x]", ",a"] {
-            assert_eq!(hosts(wrong), None, "{wrong}");
+            assert_eq!(expand_node_list(wrong), None, "{wrong}");
         }
         assert_eq!(tasks_per_node("2(x3),1").unwrap(), [2, 2, 2, 1]);
         assert_eq!(tasks_per_node("2(x"), None);

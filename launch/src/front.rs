@@ -25,8 +25,8 @@ fn main() -> ExitCode {
     if !missing.is_empty() {
         for library in &missing {
             eprintln!(
-                "FAULT {library} cannot be found\n      mend: {}",
-                mend(library)
+                "fail {library} cannot be found\n      fix: {}",
+                fix(library)
             );
         }
         eprintln!("error: moerun cannot start without {}", missing.join(", "));
@@ -54,7 +54,7 @@ fn missing_libraries(program: &Path) -> Vec<String> {
         .collect()
 }
 
-fn mend(library: &str) -> &'static str {
+fn fix(library: &str) -> &'static str {
     if library.starts_with("libmpi") {
         "this moerun was built with --features mpi: run ./scripts/setup --mpi, or add the folder of your MPI's libmpi to \
          LD_LIBRARY_PATH, or build without the feature"

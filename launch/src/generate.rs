@@ -4,10 +4,10 @@ use crate::cli::GenerateArgs;
 use anyhow::Result;
 use std::io::Write;
 use std::process::ExitCode;
-use trainer::Generation;
+use trainer::GenerateOptions;
 
 pub(crate) fn run(args: GenerateArgs) -> Result<ExitCode> {
-    let job = Generation {
+    let job = GenerateOptions {
         checkpoint: args.checkpoint,
         prompt: args.prompt,
         max_tokens: args.max_tokens,

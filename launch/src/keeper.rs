@@ -1,7 +1,7 @@
 //! `moerun keeper`: the keeper's process, and its end.
 
 use crate::cli::RunArgs;
-use crate::register::Register;
+use crate::registry::KeeperRegistry;
 use anyhow::{Context, Result, anyhow};
 use checkpoint::keeper::{Secret, serve};
 use nix::sys::signal::kill;
@@ -14,12 +14,12 @@ use std::time::{Duration, Instant};
 
 /// What the launcher tells a keeper, as a line on its standard input.
 #[derive(Serialize, Deserialize)]
-pub(crate) struct Orders {
+pub(crate) struct KeeperSettings {
     pub(crate) socket: String,
     pub(crate) secret: Secret,
     pub(crate) listen: SocketAddr,
     pub(crate) memory: Option<u64>,
-    pub(crate) lonely_s: u64,
+    pub(crate) orphan_timeout_s: u64,
 }
 
 /// What it answers on standard output.
@@ -33,8 +33,8 @@ pub(crate) fn serve() -> Result<ExitCode> {
     std::io::stdin()
         .lock()
         .read_line(&mut line)
-        .context("cannot read the orders")?;
-    let orders: Orders = serde_json::from_str(&line)
+        .context("cannot read the settings")?;
+    let settings: KeeperSettings = serde_json::from_str(&line)
         .context("a keeper is started by 'moerun train', which tells it what to do")?;
     // Neither the launcher's end nor a key on its terminal is this process's; where it leads a session already, fine.
     let _ = nix::unistd::setsid();
@@ -44,11 +44,11 @@ pub(crate) fn serve() -> Result<ExitCode> {
         .with_target(false)
         .init();
     let settings = serve::Settings {
-        socket: orders.socket,
-        secret: orders.secret,
-        listen: orders.listen,
-        memory: orders.memory,
-        lonely: Duration::from_secs(orders.lonely_s),
+        socket: settings.socket,
+        secret: settings.secret,
+        listen: settings.listen,
+        memory: settings.memory,
+        orphan_timeout: Duration::from_secs(settings.orphan_timeout_s),
     };
     let ready = |address| {
         let line = serde_json::to_string(&Ready { address }).expect("plain data");
@@ -60,27 +60,27 @@ pub(crate) fn serve() -> Result<ExitCode> {
 }
 
 pub(crate) fn stop(args: &RunArgs) -> Result<ExitCode> {
-    let Some(register) = Register::load(&args.run)? else {
+    let Some(registry) = KeeperRegistry::load(&args.run)? else {
         println!("no keepers are known in {}", args.run.display());
         return Ok(ExitCode::SUCCESS);
     };
     let mut stopped = 0;
-    for number in 0..register.keepers.len() {
-        match register
+    for number in 0..registry.keepers.len() {
+        match registry
             .connect(number, Duration::from_secs(5))
             .map(|mut peer| peer.stop())
         {
             Ok(_) => {
                 stopped += 1;
-                wait_for_end(register.keepers[number].pid);
+                wait_for_end(registry.keepers[number].pid);
             }
             Err(error) => eprintln!("warning: {error:#}"),
         }
     }
-    Register::remove(&args.run);
+    KeeperRegistry::remove(&args.run);
     println!(
         "{stopped} of {} keepers were stopped; what was in their memory only is gone",
-        register.keepers.len()
+        registry.keepers.len()
     );
     Ok(ExitCode::SUCCESS)
 }

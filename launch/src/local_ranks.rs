@@ -1,7 +1,7 @@
 //! Something that several ranks do besides training, such as a bench: this program once more for each, or the ranks that a
 //! launcher started.
 
-use crate::environment::{self, Started};
+use crate::environment::{self, DetectedRank};
 use anyhow::{Context, Result, anyhow, bail};
 use parallel::{Backend, Cpu, RankEnv, World};
 use std::process::{Child, Command, ExitCode, Stdio};
@@ -9,17 +9,17 @@ use std::time::Duration;
 use torch_ext::Store;
 
 /// No operation among the ranks takes longer.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
+pub(crate) const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Runs `body` on `count` ranks of one thread: this process only starts them, or is one of them. Under torchrun's
 /// environment it is a rank in any case.
-pub(crate) fn on_ranks(
+pub(crate) fn run_on_ranks(
     count: usize,
     body: impl FnOnce(&RankEnv) -> Result<()>,
 ) -> Result<ExitCode> {
-    match environment::rank()? {
-        Some(Started { env, .. }) => {
-            crate::rank::end_with_launcher()?;
+    match environment::detect_rank()? {
+        Some(DetectedRank { env, .. }) => {
+            crate::rank::exit_with_launcher()?;
             tch::set_num_threads(1);
             let code = match body(&env) {
                 Ok(()) => 0,
@@ -29,7 +29,7 @@ pub(crate) fn on_ranks(
                 }
             };
             if code == 0 {
-                crate::rank::leave();
+                crate::rank::finalize_mpi();
             }
             // Without destructors: a communicator whose peers are gone would wait for them.
             signal_hook::low_level::exit(code)
@@ -39,10 +39,10 @@ pub(crate) fn on_ranks(
 }
 
 /// Joins the other ranks, with tensors on the host; worlds with different numbers have nothing to do with each other.
-pub(crate) fn join(env: &RankEnv, number: usize) -> Result<World> {
+pub(crate) fn join_world(env: &RankEnv, number: usize) -> Result<World> {
     let again = env.again(number);
     let env = if number == 0 { env } else { &again };
-    World::join(env, PATIENCE, Backend::Auto, &Cpu).context("the ranks cannot be joined")
+    World::join(env, COLLECTIVE_TIMEOUT, Backend::Auto, &Cpu).context("the ranks cannot be joined")
 }
 
 fn start(count: usize) -> Result<ExitCode> {
@@ -52,11 +52,11 @@ fn start(count: usize) -> Result<ExitCode> {
     let this = std::env::current_exe().context("cannot find this program's own file")?;
     let mut children = Vec::new();
     for rank in 0..count {
-        let env = RankEnv::on_this_machine(rank, count, master_port);
+        let env = RankEnv::single_node(rank, count, master_port);
         let mut command = Command::new(&this);
         command
             .args(std::env::args_os().skip(1))
-            .envs(environment::variables(&env));
+            .envs(environment::torchrun_variables(&env));
         command
             .env(environment::LAUNCHER_PID, std::process::id().to_string())
             .env("OMP_NUM_THREADS", "1");

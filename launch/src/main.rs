@@ -19,7 +19,7 @@ mod plan;
 mod prepare;
 mod progress;
 mod rank;
-mod register;
+mod registry;
 mod snapshot;
 mod survival;
 
@@ -28,16 +28,16 @@ use cli::{
     BenchCommand, Cli, Command, ConfigCommand, DataCommand, InspectCommand, KeeperCommand,
     PlanCommand, SnapshotCommand,
 };
-use environment::Started;
+use environment::DetectedRank;
 use signal_hook::consts::SIGPIPE;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 fn main() -> ExitCode {
-    torch_ext::leave_tables_at_end();
+    torch_ext::skip_teardown_at_exit();
     let cli = Cli::parse();
-    let alone = |command: &Command| {
+    let only_reports = |command: &Command| {
         !matches!(
             command,
             Command::Train(_)
@@ -48,8 +48,8 @@ fn main() -> ExitCode {
                 | Command::Doctor(_)
         )
     };
-    if alone(&cli.command) {
-        end_with_reader();
+    if only_reports(&cli.command) {
+        exit_on_broken_pipe();
     }
     let result = match cli.command {
         Command::Train(args) => train(args),
@@ -88,7 +88,7 @@ fn main() -> ExitCode {
 
 /// `moerun inspect ... | head` ends quietly when head has read enough, as other programs do. (Not where ranks are at work: a
 /// peer that is gone closes connections too.)
-fn end_with_reader() {
+fn exit_on_broken_pipe() {
     // Where it cannot be registered, printing fails as it would have.
     let _ =
         signal_hook::flag::register_conditional_default(SIGPIPE, Arc::new(AtomicBool::new(true)));
@@ -96,23 +96,23 @@ fn end_with_reader() {
 
 /// Where a launcher started this process it is one rank; otherwise it starts the ranks.
 fn train(args: cli::TrainArgs) -> anyhow::Result<ExitCode> {
-    if environment::is_launched() {
-        return rank::run_launched(&args);
+    if environment::launched_by_moerun() {
+        return rank::run_assigned(&args);
     }
     // Who says how many machines there are starts ranks by moerun itself, whatever started this process.
-    let by_others = if args.nnodes > 1 || args.hostfile.is_some() {
+    let launched_by_others = if args.nnodes > 1 || args.hostfile.is_some() {
         None
     } else {
-        environment::rank()?
+        environment::detect_rank()?
     };
-    match by_others {
-        Some(Started { env, by }) if args.nproc_per_node > 1 => anyhow::bail!(
+    match launched_by_others {
+        Some(DetectedRank { env, by }) if args.nproc_per_node > 1 => anyhow::bail!(
             "-n {} was given, and {by} started this process as rank {} of {}: leave -n out, or start moerun without {by}",
             args.nproc_per_node,
             env.rank,
             env.world_size
         ),
-        Some(Started { env, by }) => rank::run(&args, &env, by, None),
+        Some(DetectedRank { env, by }) => rank::run(&args, &env, by, None),
         None => launcher::run(&args),
     }
 }

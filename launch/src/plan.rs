@@ -100,8 +100,8 @@ pub(crate) fn schedule(args: &ScheduleArgs) -> Result<ExitCode> {
     );
     println!("rank   computes   microbatches held (until W, until B)");
     for rank in 0..ranks {
-        let held = timeline.held[rank];
-        let until_b = timeline.held_until_input_gradient[rank];
+        let held = timeline.peak_microbatches[rank];
+        let until_b = timeline.peak_microbatches_until_b[rank];
         println!(
             "{rank:>4}   {:>8.2}   {held:>6.2} {until_b:>6.2}",
             timeline.busy(rank)
@@ -184,7 +184,7 @@ pub(crate) fn mesh(args: &MeshArgs) -> Result<ExitCode> {
             mib(rank.optimizer),
             mib(rank.activations),
             format!("({:.1})", rank.held),
-            mib(rank.moment),
+            mib(rank.transient),
             mib(rank.total()),
         );
     }

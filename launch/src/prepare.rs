@@ -4,10 +4,10 @@ use crate::cli::PrepareArgs;
 use crate::progress;
 use anyhow::Result;
 use std::process::ExitCode;
-use trainer::data::{Prepare, prepare};
+use trainer::data::{PrepareOptions, prepare};
 
 pub(crate) fn run(args: PrepareArgs) -> Result<ExitCode> {
-    let job = Prepare {
+    let job = PrepareOptions {
         inputs: args.inputs,
         extensions: args
             .extensions

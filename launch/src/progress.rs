@@ -3,7 +3,7 @@
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
-use trainer::{Progress, Record};
+use trainer::{Progress, StepMetrics};
 
 /// Rank 0's view of a run.
 pub(crate) struct TrainingView {
@@ -47,7 +47,7 @@ impl TrainingView {
 }
 
 impl Progress for TrainingView {
-    fn step(&mut self, record: &Record, steps: u64) {
+    fn step(&mut self, record: &StepMetrics, steps: u64) {
         let first = *self.first_step.get_or_insert(record.step);
         // The first step warms caches; the pace is that of the others.
         if record.step == first {
@@ -102,20 +102,20 @@ impl Progress for TrainingView {
     }
 }
 
-/// How evenly experts and ranks are used, in the worst layer: the fullest over the mean.
-fn balance(record: &Record) -> String {
+/// How evenly experts and ranks are used, in the worst layer: the most loaded over the mean.
+fn balance(record: &StepMetrics) -> String {
     let Some([_, _, experts]) = record.expert_imbalance_percentiles else {
         return String::new();
     };
     let mut text = format!("  imbalance {experts:.2}");
     if let Some([_, _, ranks]) = record
         .rank_imbalance_percentiles
-        .filter(|_| record.rank_rows[0].len() > 1)
+        .filter(|_| record.tokens_per_rank[0].len() > 1)
     {
         text += &format!(", ranks {ranks:.2}");
     }
-    if record.spilled() > 0.0 {
-        text += &format!(", spilled {:.0}%", record.spilled() * 100.0);
+    if record.lent_fraction() > 0.0 {
+        text += &format!(", spilled {:.0}%", record.lent_fraction() * 100.0);
     }
     text
 }

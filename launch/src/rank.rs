@@ -9,7 +9,7 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
-use parallel::{Accelerator, Bind, Processors, RankEnv, World};
+use parallel::{Accelerator, CpuAffinity, CpuTopology, RankEnv, World};
 use serde::{Deserialize, Serialize};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::fs::File;
@@ -21,12 +21,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use trainer::config::Config;
-use trainer::data::Prepared;
-use trainer::{Progress, Resumed, Trainer};
+use trainer::data::DatasetInfo;
+use trainer::{Progress, ResumeSource, Trainer};
 
 /// What a failing rank leaves for the launcher.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Failure {
+pub(crate) struct FailureReport {
     /// Nanoseconds since the epoch: the first to fail is the one to show.
     pub(crate) at: u64,
     /// The error.
@@ -74,8 +74,8 @@ pub(crate) fn failure_path(run: &Path, rank: usize) -> PathBuf {
 }
 
 /// A rank that `moerun` started: gets ready, and waits to be told which one it is.
-pub(crate) fn run_launched(args: &TrainArgs) -> Result<ExitCode> {
-    end_with_launcher()?;
+pub(crate) fn run_assigned(args: &TrainArgs) -> Result<ExitCode> {
+    exit_with_launcher()?;
     // When memory runs out, ranks go before keepers. Some systems do not allow it.
     let _ = std::fs::write("/proc/self/oom_score_adj", "300");
     let mut line = String::new();
@@ -129,7 +129,7 @@ pub(crate) fn run(
     });
     let code = match result {
         Ok(()) => {
-            leave();
+            finalize_mpi();
             0
         }
         Err(error) => {
@@ -149,7 +149,7 @@ pub(crate) fn run(
             1
         }
     };
-    // Without destructors: a communicator whose peers are gone would wait for them.
+    // Without destructors: a process group whose peers are gone would wait for them.
     signal_hook::low_level::exit(code)
 }
 
@@ -158,7 +158,7 @@ fn report(dir: &Path, rank: usize, message: String, kind: FailureKind) {
     let at = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |time| time.as_nanos() as u64);
-    let failure = Failure { at, message, kind };
+    let failure = FailureReport { at, message, kind };
     let text = serde_json::to_vec(&failure).expect("plain data");
     if std::fs::write(failure_path(dir, rank), text).is_err()
         || std::env::var(environment::LAUNCHER_PID).is_err()
@@ -168,13 +168,13 @@ fn report(dir: &Path, rank: usize, message: String, kind: FailureKind) {
 }
 
 /// What has to happen before a rank may end well: mpirun takes one that says nothing for a failure.
-pub(crate) fn leave() {
+pub(crate) fn finalize_mpi() {
     #[cfg(feature = "mpi")]
     parallel::finalize();
 }
 
 /// A rank that `moerun` started is killed when the launcher ends, however that happens.
-pub(crate) fn end_with_launcher() -> Result<()> {
+pub(crate) fn exit_with_launcher() -> Result<()> {
     let Ok(launcher) = std::env::var(environment::LAUNCHER_PID) else {
         return Ok(());
     };
@@ -221,18 +221,18 @@ fn train(
     // Counted before this rank sees its own processors only.
     tch::set_num_threads(threads(env) as i32);
     let device = parallel::accelerator(&config.run.device, env.local_rank)?;
-    bind(config.run.bind, env, device.numa_node());
+    bind(config.run.cpu_affinity, env, device.numa_node());
     let timeout = Duration::from_secs(config.run.timeout_s);
-    let world = World::join(env, timeout, config.run.communicator, device.as_ref())?;
+    let world = World::join(env, timeout, config.run.backend, device.as_ref())?;
     let dir = config.run.dir.clone();
     let rank = env.rank;
-    world.record_to(&flight_path(&dir, rank));
+    world.dump_calls_to(&flight_path(&dir, rank));
     // It cannot end in the ordinary way.
-    world.when_stuck(move |error| {
+    world.on_stuck(move |error| {
         report(&dir, rank, error.to_string(), FailureKind::Peer);
         signal_hook::low_level::exit(1)
     });
-    let begun = Begun {
+    let joined = JoinedRank {
         env,
         by,
         assignment,
@@ -240,14 +240,14 @@ fn train(
         stop: &stop,
         world: &world,
     };
-    let result = std::panic::catch_unwind(AssertUnwindSafe(|| begun.go(config, device)));
+    let result = std::panic::catch_unwind(AssertUnwindSafe(|| joined.run(config, device)));
     // What a device says when another rank has failed looks like a failure of its own.
     world.check().map_err(trainer::Error::from)?;
     result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 /// A rank that has met the others.
-struct Begun<'a> {
+struct JoinedRank<'a> {
     env: &'a RankEnv,
     by: &'a str,
     assignment: Option<&'a Assignment>,
@@ -256,9 +256,9 @@ struct Begun<'a> {
     world: &'a World,
 }
 
-impl Begun<'_> {
-    fn go(&self, config: Config, device: Box<dyn Accelerator>) -> Result<()> {
-        let Begun {
+impl JoinedRank<'_> {
+    fn run(&self, config: Config, device: Box<dyn Accelerator>) -> Result<()> {
+        let JoinedRank {
             env,
             by,
             assignment,
@@ -272,13 +272,13 @@ impl Begun<'_> {
         let validates = config.validation.is_some();
         let unigram = unigram_entropy(&config);
         let place = format!(
-            "rank {} of {}, started by {by}, communicator {}",
+            "rank {} of {}, started by {by}, backend {}",
             env.rank,
             env.world_size,
             world.backend()
         );
         if env.rank == 0 {
-            keep_tokenizer(&config);
+            copy_tokenizer(&config);
         }
         let mut trainer = Trainer::new(config, world, device)?;
         let rank0 = env.rank == 0;
@@ -307,7 +307,7 @@ impl Begun<'_> {
                 .keeper
                 .iter()
                 .for_each(|keeper| trainer.use_keeper(keeper.clone()));
-            trainer.skip_batches(assignment.skips.clone());
+            trainer.skip_batches(assignment.skipped_batches.clone());
         }
         let warn = &mut |warning: &str| say(format!("warning: {warning}"));
         let resumed = trainer.resume(warn);
@@ -317,11 +317,11 @@ impl Begun<'_> {
             resumed.map_err(Into::into)
         };
         match resumed? {
-            Resumed::Nothing => {}
-            Resumed::Snapshot => {
+            ResumeSource::Nothing => {}
+            ResumeSource::Snapshot => {
                 tracing::info!("going on from the snapshot of step {}", trainer.step())
             }
-            Resumed::Checkpoint => {
+            ResumeSource::Checkpoint => {
                 say(format!(
                     "going on from the checkpoint of step {} in {}",
                     trainer.step(),
@@ -366,7 +366,7 @@ impl Begun<'_> {
 }
 
 /// Keeps this rank, and all threads that it starts from here on, on its processors.
-fn bind(bind: Bind, env: &RankEnv, device: Option<usize>) {
+fn bind(bind: CpuAffinity, env: &RankEnv, device: Option<usize>) {
     let own = Pid::from_raw(0);
     let Ok(allowed) = sched_getaffinity(own) else {
         return;
@@ -374,11 +374,12 @@ fn bind(bind: Bind, env: &RankEnv, device: Option<usize>) {
     let allowed = (0..CpuSet::count())
         .filter(|&cpu| allowed.is_set(cpu).unwrap_or(false))
         .collect();
-    let processors = Processors::of_this_machine(allowed);
-    let Some(cpus) = processors.of_rank(bind, env.local_rank, env.local_world_size, device) else {
-        if bind == Bind::Cores {
+    let processors = CpuTopology::detect(allowed);
+    let Some(cpus) = processors.cpus_for_rank(bind, env.local_rank, env.local_world_size, device)
+    else {
+        if bind == CpuAffinity::Cores {
             tracing::warn!(
-                "run.bind is cores, and this machine has fewer processors than ranks: none is bound"
+                "run.cpu_affinity is cores, and this machine has fewer processors than ranks: none is bound"
             );
         }
         return;
@@ -412,12 +413,12 @@ fn unigram_entropy(config: &Config) -> Option<f64> {
         .path
         .parent()?
         .join("dataset.json");
-    let prepared: Prepared = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
+    let prepared: DatasetInfo = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
     Some(prepared.unigram_entropy)
 }
 
 /// Puts the data's tokenizer beside the checkpoints, so that the run's folder is enough to generate with.
-fn keep_tokenizer(config: &Config) {
+fn copy_tokenizer(config: &Config) {
     let beside = config
         .data
         .train

@@ -1,18 +1,18 @@
 //! `moerun snapshot`: what is in the memory of a run's keepers, and whether it is right.
 
 use crate::cli::{RunArgs, SnapshotStatusArgs};
-use crate::register::Register;
+use crate::registry::KeeperRegistry;
 use anyhow::{Result, anyhow};
 use checkpoint::keeper::recover::candidates;
-use checkpoint::keeper::{Inventory, Status, mib};
+use checkpoint::keeper::{Inventory, Status, format_mib};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 
-fn known(run: &Path) -> Result<Register> {
-    Register::load(run)?.ok_or_else(|| {
+fn load_registry(run: &Path) -> Result<KeeperRegistry> {
+    KeeperRegistry::load(run)?.ok_or_else(|| {
         anyhow!(
             "{} has no keepers: they are there while 'moerun train' runs, and after it was killed",
             run.display()
@@ -21,18 +21,18 @@ fn known(run: &Path) -> Result<Register> {
 }
 
 /// Each keeper's answer, or why there is none.
-pub(crate) fn ask_all(register: &Register) -> Vec<Result<Status>> {
+pub(crate) fn ask_all(registry: &KeeperRegistry) -> Vec<Result<Status>> {
     let ask = |number| {
-        let mut peer = register.connect(number, PATIENCE)?;
+        let mut peer = registry.connect(number, REPLY_TIMEOUT)?;
         peer.status()
             .map_err(|e| anyhow!("the keeper of node {number}: {e}"))
     };
-    (0..register.keepers.len()).map(ask).collect()
+    (0..registry.keepers.len()).map(ask).collect()
 }
 
 pub(crate) fn status(args: &SnapshotStatusArgs) -> Result<ExitCode> {
-    let register = known(&args.run)?;
-    let answers = ask_all(&register);
+    let registry = load_registry(&args.run)?;
+    let answers = ask_all(&registry);
     if args.json {
         for (node, answer) in answers.iter().enumerate() {
             let line = match answer {
@@ -43,10 +43,10 @@ pub(crate) fn status(args: &SnapshotStatusArgs) -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let nodes = register.keepers.len() - register.spares;
+    let nodes = registry.keepers.len() - registry.spares;
     println!(
         "attempt {}; {nodes} nodes, {} spare",
-        register.generation, register.spares
+        registry.generation, registry.spares
     );
     for (node, answer) in answers.iter().enumerate() {
         let spare = if node >= nodes { " (spare)" } else { "" };
@@ -55,9 +55,9 @@ pub(crate) fn status(args: &SnapshotStatusArgs) -> Result<ExitCode> {
                 println!(
                     "node {node}{spare}: keeper is process {} at {}; slots {}, parity {}; {} snapshots skipped; {:.1} s of coding",
                     status.pid,
-                    register.keepers[node].address,
-                    mib(status.slot_bytes),
-                    mib(status.parity_bytes),
+                    registry.keepers[node].address,
+                    format_mib(status.slot_bytes),
+                    format_mib(status.parity_bytes),
                     status.skipped,
                     status.coding_ms as f64 / 1e3
                 );
@@ -103,7 +103,7 @@ pub(crate) fn status(args: &SnapshotStatusArgs) -> Result<ExitCode> {
             snapshot.id.step,
             snapshot.id.generation,
             snapshot.parts.len(),
-            mib(bytes),
+            format_mib(bytes),
             snapshot.topology.redundancy,
         );
     }
@@ -111,8 +111,8 @@ pub(crate) fn status(args: &SnapshotStatusArgs) -> Result<ExitCode> {
 }
 
 pub(crate) fn verify(args: &RunArgs) -> Result<ExitCode> {
-    let register = known(&args.run)?;
-    let inventories: Vec<(usize, Inventory)> = ask_all(&register)
+    let registry = load_registry(&args.run)?;
+    let inventories: Vec<(usize, Inventory)> = ask_all(&registry)
         .into_iter()
         .enumerate()
         .filter_map(|(node, answer)| match answer {
@@ -137,7 +137,7 @@ pub(crate) fn verify(args: &RunArgs) -> Result<ExitCode> {
         for (node, inventory) in &inventories {
             let here = inventory.parts.iter().filter(|(other, _)| *other == id);
             chunks += here.map(|(_, part)| part.crcs.len()).sum::<usize>();
-            let damage = register
+            let damage = registry
                 .connect(*node, Duration::from_secs(3600))?
                 .verify(id);
             let damage = match damage {

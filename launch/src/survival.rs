@@ -3,7 +3,7 @@
 use crate::cli::SurvivalArgs;
 use anyhow::{Result, bail};
 use checkpoint::survival::Cluster;
-use checkpoint::{Redundancy, deal_groups};
+use checkpoint::{Redundancy, redundancy_groups};
 use std::process::ExitCode;
 
 pub(crate) fn run(args: &SurvivalArgs) -> Result<ExitCode> {
@@ -51,7 +51,7 @@ pub(crate) fn run(args: &SurvivalArgs) -> Result<ExitCode> {
         format!("{} days", args.days)
     );
     for redundancy in schemes {
-        let groups = match deal_groups(&vec![0; args.nodes], redundancy) {
+        let groups = match redundancy_groups(&vec![0; args.nodes], redundancy) {
             Ok(groups) => groups,
             Err(reason) => {
                 println!("{:28}{reason}", redundancy.to_string());

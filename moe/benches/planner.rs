@@ -1,7 +1,7 @@
 //! Time of least-loaded plans, which is spent in every layer of every step: `cargo bench -p moe`.
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use moe::least_loaded::{Imbalance, Planner};
+use moe::lending::least_loaded::{Imbalance, Planner};
 use std::hint::black_box;
 
 /// Loads as trained routers have them: the `i`-th busiest of the experts has `1 / (i + 1)` of the busiest one's, in no order.
@@ -36,7 +36,7 @@ fn plans(criterion: &mut Criterion) {
         ];
         for (name, planner) in kinds {
             assert!(
-                planner.plan(&loads, owners).spilled() > 0,
+                planner.plan(&loads, owners).lent_tokens() > 0,
                 "there is something to plan"
             );
             criterion.bench_function(

@@ -1,8 +1,8 @@
 //! Load balancing: the auxiliary loss over chosen statistics, the z-loss, and the loss-free bias.
 //!
-//! For a group of `n` tokens with `c_e` choices of expert `e` and mean router probability `p_e`, the loss is
-//! `E / (K n) * sum_e c_e p_e`, 1 when balanced (Switch Transformer, arXiv 2101.03961, eq. 4, over K choices). What
-//! a group is, is [`Statistics`]. All losses are *contributions*: summed over microbatches and ranks they give the
+//! For a group of `n` tokens with `c_e` routed tokens of expert `e` and mean router probability `p_e`, the loss is
+//! `E / (K n) * sum_e c_e p_e`, 1 when balanced (Switch Transformer, arXiv 2101.03961, eq. 4, over K routed tokens). What
+//! a group is, is [`BalanceScope`]. All losses are *contributions*: summed over microbatches and ranks they give the
 //! value for the whole batch, the same in every layout.
 // Shapes: L layers, G groups of tokens, E experts.
 
@@ -13,7 +13,7 @@ use tch::{Kind, Tensor};
 /// The tokens over which expert use is balanced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum Statistics {
+pub enum BalanceScope {
     /// Each sequence by itself.
     Sequence,
     /// Each microbatch: changes with the microbatch's size, as in most trainers.
@@ -25,7 +25,7 @@ pub enum Statistics {
 
 /// What one layer's router did in one forward.
 pub struct RouterStats {
-    /// `[G, E]` fp32, no gradient: choices of each expert by all tokens of the group, on whatever rank.
+    /// `[G, E]` fp32, no gradient: routed tokens of each expert by all tokens of the group, on whatever rank.
     pub counts_ge: Tensor,
     /// `[G, E]` fp32, differentiable: router probabilities summed over the group's tokens on this rank.
     pub prob_sums_ge: Tensor,
@@ -39,7 +39,7 @@ pub struct BatchTotals<'a> {
     pub groups: f64,
     /// Tokens in the whole step.
     pub tokens: f64,
-    /// `[L, E]` fp32: choices in the whole step, for [`Statistics::Batch`].
+    /// `[L, E]` fp32: routed tokens in the whole step, for [`BalanceScope::Batch`].
     pub counts_le: Option<&'a Tensor>,
 }
 
@@ -78,8 +78,8 @@ pub fn load_balance_loss(
 }
 
 fn tokens_per_group(stats: &RouterStats, top_k: usize) -> f64 {
-    let choices = stats.counts_ge.sum(Kind::Double).double_value(&[]);
-    choices / top_k as f64 / stats.counts_ge.size()[0] as f64
+    let routed_tokens = stats.counts_ge.sum(Kind::Double).double_value(&[]);
+    routed_tokens / top_k as f64 / stats.counts_ge.size()[0] as f64
 }
 
 /// This forward's contribution to the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5), summed over layers.
@@ -88,7 +88,7 @@ pub fn z_loss(stats: &[RouterStats], totals: &BatchTotals) -> Tensor {
         / totals.tokens
 }
 
-/// Moves the loss-free bias `[E]` by `rate` towards the experts used less than the mean, given the choices
+/// Moves the loss-free bias `[E]` by `rate` towards the experts used less than the mean, given the routed tokens
 /// `counts_e` `[E]` of the whole step (arXiv 2408.15664, algorithm 1).
 pub fn update_bias(bias_e: &mut Tensor, counts_e: &Tensor, rate: f64) {
     tch::no_grad(|| {

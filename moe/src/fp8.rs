@@ -9,15 +9,15 @@ use tch::{Device, Kind, Tensor};
 use torch_ext::Error;
 
 /// The largest number of E4M3.
-const LARGEST: f64 = 448.0;
+const E4M3_MAX: f64 = 448.0;
 
 /// `[.., I]` as 8-bit numbers and the scale of each row, `[.., 1]` fp32.
 fn quantize(x: &Tensor) -> (Tensor, Tensor) {
     let x = x.to_kind(Kind::Float);
     // Rows of zeros keep a scale that can be divided by.
-    let scale = (x.abs().amax([-1i64].as_slice(), true) / LARGEST).clamp_min(1e-12);
+    let scale = (x.abs().amax([-1i64].as_slice(), true) / E4M3_MAX).clamp_min(1e-12);
     let small = (x / &scale)
-        .clamp(-LARGEST, LARGEST)
+        .clamp(-E4M3_MAX, E4M3_MAX)
         .to_kind(Kind::Float8e4m3fn);
     (small, scale)
 }
@@ -33,7 +33,7 @@ pub(crate) fn grouped_matmul(
 ) -> Result<Tensor, Error> {
     let (small, scales) = quantize(rows);
     if let Device::Cuda(_) = rows.device() {
-        let (matrices, of_matrices) = quantize(matrices);
+        let (matrices, matrix_scales) = quantize(matrices);
         let ends = counts.iter().scan(0i32, |end, &count| {
             *end += count as i32;
             Some(*end)
@@ -43,7 +43,7 @@ pub(crate) fn grouped_matmul(
         let out = small.f_internal_scaled_grouped_mm(
             &matrices.transpose(-2, -1),
             &scales.squeeze_dim(-1),
-            &of_matrices.squeeze_dim(-1),
+            &matrix_scales.squeeze_dim(-1),
             Some(ends),
             none.as_ref().map(Tensor::shallow_clone),
             none,
@@ -56,11 +56,11 @@ pub(crate) fn grouped_matmul(
     let mut parts = Vec::new();
     let mut start = 0;
     for (expert, &len) in counts.iter().enumerate() {
-        let (matrix, of_matrix) = quantize(&matrices.get(expert as i64));
+        let (matrix, matrix_scale) = quantize(&matrices.get(expert as i64));
         let part = small
             .narrow(0, start, len)
             .matmul(&matrix.to_kind(Kind::Float).tr());
-        parts.push(part * scales.narrow(0, start, len) * of_matrix.tr());
+        parts.push(part * scales.narrow(0, start, len) * matrix_scale.tr());
         start += len;
     }
     Ok(Tensor::cat(&parts, 0).to_kind(rows.kind()))

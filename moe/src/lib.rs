@@ -2,7 +2,7 @@
 //!
 //! - [`Router`] chooses experts for every token;
 //! - [`balance`] keeps them evenly used;
-//! - [`assignment`] says who works on which of an expert's choices: its home, or as [`least_loaded`] plans it;
+//! - [`lending::assignment`] says who works on which of an expert's choices: its home, or as [`lending::least_loaded`] plans it;
 //! - [`plan`] says, as plain numbers, which row goes where; [`dispatch`] carries it out;
 //! - [`experts`] computes; [`MoeLayer`] puts the parts together.
 //!
@@ -11,22 +11,20 @@
 //! - Plans are pure functions of plain data; they know no tensors.
 //! - A rank, an expert or a whole group without tokens still takes part in every collective and in backward.
 
-pub mod assignment;
 pub mod balance;
-mod borrowed;
-pub mod calibrate;
 pub mod consistency;
 pub mod dispatch;
 pub mod experts;
-mod foreign;
 mod fp8;
 mod hierarchy;
 mod layer;
-pub mod least_loaded;
+pub mod lending;
+mod permute;
 pub mod placement;
 pub mod plan;
 mod router;
-mod rows;
 
-pub use layer::{Keep, Mixed, MoeLayer, MoeOutput, MoeWeights, Replay, Seen};
+pub use layer::{
+    MoeLayer, MoeOutput, MoeStats, MoeWeights, RoutedOutput, RoutingReplay, SavePolicy,
+};
 pub use router::{Router, Routing, Score};

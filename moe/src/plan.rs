@@ -1,25 +1,25 @@
 //! Dispatch plans: which row goes where, as pure functions of plain numbers.
 //!
-//! A *slot* is one (token, choice) pair on its way. Slots are ordered by the rank they go to, within it by expert, and
+//! A *slot* is one (token, choice) pair in flight. Slots are ordered by the rank they go to, within it by expert, and
 //! within an expert by token. So the counts of all ranks and an [`Assignment`] say what every row is: no expert's number
 //! travels.
 
-use crate::assignment::{Assignment, Place, Transfer, split};
+use crate::lending::assignment::{Assignment, Location, Transfer, split};
 use std::ops::Range;
 
 /// Who the ranks are that share a layer's experts out.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Sites {
+pub struct ExpertTopology {
     /// Neighbours that split the same experts: together they are an owner.
     pub slices: usize,
     /// The node of each rank; ranks of a node are neighbours.
     pub nodes: Vec<usize>,
 }
 
-impl Sites {
+impl ExpertTopology {
     /// Ranks that are all on one node.
-    pub fn on_one_node(ranks: usize, slices: usize) -> Sites {
-        Sites {
+    pub fn on_one_node(ranks: usize, slices: usize) -> ExpertTopology {
+        ExpertTopology {
             slices,
             nodes: vec![0; ranks],
         }
@@ -41,137 +41,138 @@ impl Sites {
     }
 }
 
-/// Where the choices of a layer go, as one rank sees it.
+/// Where the routed tokens of a layer go, as one rank sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Route {
-    /// Tokens travel in so many parts, one while another is worked on.
-    pub parts: Vec<Part>,
+pub struct RankPlan {
+    /// Tokens travel in so many chunks, one while another is worked on.
+    pub chunks: Vec<ChunkPlan>,
     /// The experts that this rank works on: those that it holds, then others.
-    pub work: Vec<usize>,
+    pub computed_experts: Vec<usize>,
     /// How many of them it holds.
-    pub held: usize,
+    pub num_local: usize,
     /// Which weights go where, between owners.
     pub transfers: Vec<Transfer>,
 }
 
-/// Part of a rank's tokens.
+/// Routing of one chunk of a rank's tokens.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Part {
-    /// (expert, owner, choices): where this rank's choices go, by expert. Of one expert, the first choices go to the first
+pub struct ChunkPlan {
+    /// (expert, owner, routed tokens): where this rank's routed tokens go, by expert. Of one expert, the first routed tokens go to the first
     /// owner.
-    pub ways: Vec<(usize, usize, i64)>,
-    /// (rank, expert, choices): what this rank works on, by rank and then expert.
+    pub destinations: Vec<(usize, usize, i64)>,
+    /// (rank, expert, routed tokens): what this rank works on, by rank and then expert.
     pub incoming: Vec<(usize, usize, i64)>,
 }
 
-/// The tokens, of `tokens`, of part `part` of `parts`.
-pub fn part_of(tokens: usize, part: usize, parts: usize) -> Range<usize> {
-    tokens * part / parts..tokens * (part + 1) / parts
+/// The tokens, of `tokens`, of chunk `chunk` of `chunks`.
+pub fn chunk_range(tokens: usize, chunk: usize, chunks: usize) -> Range<usize> {
+    tokens * chunk / chunks..tokens * (chunk + 1) / chunks
 }
 
-/// Where rank `rank` sends its choices, and what it works on, from the choices of each expert in each of `parts` parts of
-/// every rank's tokens, `counts` `[ranks * parts * E]`, and who works on them.
-pub fn route(
+/// Where rank `rank` sends its routed tokens, and what it works on, from the routed tokens of each expert in each of `chunks` chunks of
+/// every rank's tokens, `counts` `[ranks * chunks * E]`, and who works on them.
+pub fn rank_plan(
     counts: &[i64],
-    parts: usize,
+    chunks: usize,
     assignment: &Assignment,
-    sites: &Sites,
+    topology: &ExpertTopology,
     rank: usize,
-) -> Route {
-    let ranks = sites.ranks();
+) -> RankPlan {
+    let ranks = topology.ranks();
     let experts = assignment.experts();
-    let nodes = sites.owner_nodes();
-    let place = |owner: usize| Place {
+    let nodes = topology.owner_nodes();
+    let location = |owner: usize| Location {
         owner,
         node: nodes[owner],
     };
-    let own = rank / sites.slices;
-    let mut routed = vec![Part::default(); parts];
+    let own = rank / topology.slices;
+    let mut routed = vec![ChunkPlan::default(); chunks];
     for expert in 0..experts {
-        let of = |rank: usize, part: usize| counts[(rank * parts + part) * experts + expert];
-        let mut add = |part: usize, source: usize, owner: usize, choices: i64| {
-            if source == rank && choices > 0 {
-                routed[part].ways.push((expert, owner, choices));
+        let of = |rank: usize, chunk: usize| counts[(rank * chunks + chunk) * experts + expert];
+        let mut add = |chunk: usize, source: usize, owner: usize, routed_tokens: i64| {
+            if source == rank && routed_tokens > 0 {
+                routed[chunk]
+                    .destinations
+                    .push((expert, owner, routed_tokens));
             }
-            if owner == own && choices > 0 {
-                routed[part].incoming.push((source, expert, choices));
+            if owner == own && routed_tokens > 0 {
+                routed[chunk].incoming.push((source, expert, routed_tokens));
             }
         };
-        match assignment.of_expert(expert) {
+        match assignment.expert_shares(expert) {
             [] => {}
             [only] if only.owner == own => {
                 (0..ranks).for_each(|source| {
-                    (0..parts).for_each(|part| add(part, source, own, of(source, part)))
+                    (0..chunks).for_each(|chunk| add(chunk, source, own, of(source, chunk)))
                 });
             }
-            [only] => (0..parts).for_each(|part| add(part, rank, only.owner, of(rank, part))),
+            [only] => (0..chunks).for_each(|chunk| add(chunk, rank, only.owner, of(rank, chunk))),
             shares => {
-                let total = |rank: usize| (0..parts).map(|part| of(rank, part)).sum::<i64>();
+                let total = |rank: usize| (0..chunks).map(|chunk| of(rank, chunk)).sum::<i64>();
                 let sources: Vec<_> = (0..ranks)
-                    .map(|rank| (place(rank / sites.slices), total(rank)))
+                    .map(|rank| (location(rank / topology.slices), total(rank)))
                     .collect();
-                let places: Vec<_> = shares
+                let locations: Vec<_> = shares
                     .iter()
-                    .map(|share| (place(share.owner), share.choices))
+                    .map(|share| (location(share.owner), share.routed_tokens))
                     .collect();
-                // A rank's choices in order, part after part, go to its shares in order.
+                // A rank's routed tokens in order, chunk after chunk, go to its shares in order.
                 let mut start = 0;
                 let mut before = usize::MAX;
-                for (source, share, choices) in split(&sources, &places) {
+                for (source, share, routed_tokens) in split(&sources, &locations) {
                     start = if source == before { start } else { 0 };
                     before = source;
                     let mut first = 0;
-                    for part in 0..parts {
-                        let end = first + of(source, part);
-                        let common = end.min(start + choices) - first.max(start);
-                        add(part, source, shares[share].owner, common.max(0));
+                    for chunk in 0..chunks {
+                        let end = first + of(source, chunk);
+                        let common = end.min(start + routed_tokens) - first.max(start);
+                        add(chunk, source, shares[share].owner, common.max(0));
                         first = end;
                     }
-                    start += choices;
+                    start += routed_tokens;
                 }
             }
         }
     }
     routed
         .iter_mut()
-        .for_each(|part| part.incoming.sort_unstable());
-    let mut work: Vec<usize> = (0..experts)
+        .for_each(|chunk| chunk.incoming.sort_unstable());
+    let mut computed_experts: Vec<usize> = (0..experts)
         .filter(|&expert| assignment.home(expert) == own)
         .collect();
-    let held = work.len();
-    let foreign = assignment
+    let num_local = computed_experts.len();
+    let lent = assignment
         .shares()
         .iter()
         .filter(|share| share.owner == own);
-    work.extend(
-        foreign
-            .map(|share| share.expert)
+    computed_experts.extend(
+        lent.map(|share| share.expert)
             .filter(|&expert| assignment.home(expert) != own),
     );
-    Route {
-        parts: routed,
-        work,
-        held,
+    RankPlan {
+        chunks: routed,
+        computed_experts,
+        num_local,
         transfers: assignment.transfers(),
     }
 }
 
-impl Part {
-    /// The owner that works on each of `experts`, this rank's choices in order.
+impl ChunkPlan {
+    /// The owner that works on each of `experts`, this rank's routed tokens in order.
     pub fn owners(&self, experts: &[i64], num_experts: usize) -> Vec<usize> {
-        // For each expert, the way that its next choice goes, and how many more go there.
+        // For each expert, the destination of its next routed token, and how many more go there.
         let mut next = vec![(0, 0); num_experts];
-        for (index, &(expert, _, choices)) in self.ways.iter().enumerate().rev() {
-            next[expert] = (index, choices);
+        for (index, &(expert, _, routed_tokens)) in self.destinations.iter().enumerate().rev() {
+            next[expert] = (index, routed_tokens);
         }
         let owner = |&expert: &i64| {
-            let (way, left) = &mut next[expert as usize];
+            let (destination, left) = &mut next[expert as usize];
             if *left == 0 {
-                *way += 1;
-                *left = self.ways[*way].2;
+                *destination += 1;
+                *left = self.destinations[*destination].2;
             }
             *left -= 1;
-            self.ways[*way].1
+            self.destinations[*destination].1
         };
         experts.iter().map(owner).collect()
     }
@@ -181,44 +182,44 @@ impl Part {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SendPlan {
     /// The token of each slot, `[N]`.
-    pub token_of_slot: Vec<i64>,
+    pub token_of_row: Vec<i64>,
     /// The slot of each (token, choice), token-major, `[T * C]`; -1 where there is none.
-    pub slot_of_choice: Vec<i64>,
+    pub row_of_routed_token: Vec<i64>,
     /// Rows for each rank.
-    pub rows_to: Vec<i64>,
+    pub input_splits: Vec<i64>,
     /// Rows for each rank and expert, `[ranks * E]`.
     pub counts: Vec<i64>,
 }
 
-/// Sorts choices, `per_token` for each token, by where they go: (rank, expert), or None for a choice that goes nowhere.
+/// Sorts routed tokens, `per_token` for each token, by where they go: (rank, expert), or None for a choice that goes nowhere.
 pub fn plan_send(
-    choices: &[Option<(usize, usize)>],
+    routed_tokens: &[Option<(usize, usize)>],
     per_token: usize,
     ranks: usize,
     num_experts: usize,
 ) -> SendPlan {
     let mut counts = vec![0i64; ranks * num_experts];
-    for (rank, expert) in choices.iter().flatten() {
+    for (rank, expert) in routed_tokens.iter().flatten() {
         counts[rank * num_experts + expert] += 1;
     }
     let mut next = exclusive_sum(&counts);
-    let rows_to: Vec<i64> = counts
+    let input_splits: Vec<i64> = counts
         .chunks(num_experts)
         .map(|rank| rank.iter().sum())
         .collect();
-    let mut token_of_slot = vec![0i64; rows_to.iter().sum::<i64>() as usize];
-    let mut slot_of_choice = vec![-1i64; choices.len()];
-    for (choice, to) in choices.iter().enumerate() {
+    let mut token_of_row = vec![0i64; input_splits.iter().sum::<i64>() as usize];
+    let mut row_of_routed_token = vec![-1i64; routed_tokens.len()];
+    for (choice, to) in routed_tokens.iter().enumerate() {
         let Some((rank, expert)) = to else { continue };
         let slot = &mut next[rank * num_experts + expert];
-        token_of_slot[*slot as usize] = (choice / per_token) as i64;
-        slot_of_choice[choice] = *slot;
+        token_of_row[*slot as usize] = (choice / per_token) as i64;
+        row_of_routed_token[choice] = *slot;
         *slot += 1;
     }
     SendPlan {
-        token_of_slot,
-        slot_of_choice,
-        rows_to,
+        token_of_row,
+        row_of_routed_token,
+        input_splits,
         counts,
     }
 }
@@ -227,56 +228,57 @@ pub fn plan_send(
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReceivePlan {
     /// Rows from each rank.
-    pub rows_from: Vec<i64>,
-    /// For each place in the order of work, the received row that belongs there.
+    pub output_splits: Vec<i64>,
+    /// For each place in the order of computed experts, the received row that belongs there.
     pub order: Vec<i64>,
-    /// For each received row, its place in the order of work.
-    pub place: Vec<i64>,
-    /// Rows of each expert of `work`.
+    /// For each received row, its place in the order of computed experts.
+    pub inverse: Vec<i64>,
+    /// Rows of each expert of `computed_experts`.
     pub counts: Vec<i64>,
 }
 
 /// From what comes, (rank, expert, rows) by rank and then expert, and the experts that are worked on.
 pub fn plan_receive(
     incoming: &[(usize, usize, i64)],
-    work: &[usize],
+    computed_experts: &[usize],
     ranks: usize,
     num_experts: usize,
 ) -> ReceivePlan {
     let mut position = vec![usize::MAX; num_experts];
-    work.iter()
+    computed_experts
+        .iter()
         .enumerate()
         .for_each(|(index, &expert)| position[expert] = index);
-    let mut rows_from = vec![0; ranks];
-    let mut counts = vec![0; work.len()];
-    // Where each part begins as received, by (place in the work, rank).
-    let mut parts = Vec::with_capacity(incoming.len());
+    let mut output_splits = vec![0; ranks];
+    let mut counts = vec![0; computed_experts.len()];
+    // Where each run begins as received, by (place in the computed experts, rank).
+    let mut chunks = Vec::with_capacity(incoming.len());
     let mut start = 0;
     for &(rank, expert, rows) in incoming {
-        rows_from[rank] += rows;
+        output_splits[rank] += rows;
         counts[position[expert]] += rows;
-        parts.push((position[expert], rank, start, rows));
+        chunks.push((position[expert], rank, start, rows));
         start += rows;
     }
-    parts.sort_unstable();
+    chunks.sort_unstable();
     let mut order = Vec::with_capacity(start as usize);
-    let mut place = vec![0i64; start as usize];
-    for (_, _, start, rows) in parts {
+    let mut inverse = vec![0i64; start as usize];
+    for (_, _, start, rows) in chunks {
         for row in start..start + rows {
-            place[row as usize] = order.len() as i64;
+            inverse[row as usize] = order.len() as i64;
             order.push(row);
         }
     }
     ReceivePlan {
-        rows_from,
+        output_splits,
         order,
-        place,
+        inverse,
         counts,
     }
 }
 
 /// Choices of each expert.
-pub fn count(experts: &[i64], num_experts: usize) -> Vec<i64> {
+pub fn count_tokens_per_expert(experts: &[i64], num_experts: usize) -> Vec<i64> {
     let mut counts = vec![0; num_experts];
     experts
         .iter()
@@ -285,7 +287,12 @@ pub fn count(experts: &[i64], num_experts: usize) -> Vec<i64> {
 }
 
 /// Which of a rank's rows belong to each of `groups` groups of `per_group` rows, where its `rows` rows begin at `start`.
-pub fn segments(start: usize, rows: usize, per_group: usize, groups: usize) -> Vec<Range<usize>> {
+pub fn group_ranges(
+    start: usize,
+    rows: usize,
+    per_group: usize,
+    groups: usize,
+) -> Vec<Range<usize>> {
     let inside = |row: usize| row.clamp(start, start + rows) - start;
     (0..groups)
         .map(|group| inside(group * per_group)..inside((group + 1) * per_group))
@@ -293,7 +300,7 @@ pub fn segments(start: usize, rows: usize, per_group: usize, groups: usize) -> V
 }
 
 /// Choices of each expert among the tokens of each group, group-major `[G * E]`.
-pub fn count_choices(
+pub fn count_tokens_by_group(
     experts: &[i64],
     top_k: usize,
     groups: &[Range<usize>],
@@ -322,13 +329,13 @@ fn exclusive_sum(counts: &[i64]) -> Vec<i64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::least_loaded::{Imbalance, Planner};
+    use crate::lending::least_loaded::{Imbalance, Planner};
     use proptest::prelude::*;
 
     /// Experts chosen on each rank: so many tokens a rank, skewed, `top_k` distinct ones each.
     #[derive(Debug, Clone)]
     struct Case {
-        sites: Sites,
+        topology: ExpertTopology,
         num_experts: usize,
         top_k: usize,
         chosen: Vec<Vec<i64>>,
@@ -364,7 +371,7 @@ mod tests {
                 });
                 let rank = prop::collection::vec(token, 0..20).prop_map(|tokens| tokens.concat());
                 prop::collection::vec(rank, ranks).prop_map(move |chosen| Case {
-                    sites: Sites {
+                    topology: ExpertTopology {
                         slices,
                         nodes: (0..ranks).map(|rank| rank / slices / per_node).collect(),
                     },
@@ -388,66 +395,66 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(3000))]
 
         #[test]
-        fn every_choice_reaches_a_rank_with_its_expert_once(case in cases(), parts in 1usize..4) {
-            let Case { sites, num_experts, top_k, chosen, planner } = case;
-            let ranks = sites.ranks();
-            let part = |experts: &Vec<i64>, part: usize| {
-                let tokens = part_of(experts.len() / top_k, part, parts);
+        fn every_choice_reaches_a_rank_with_its_expert_once(case in cases(), chunks in 1usize..4) {
+            let Case { topology, num_experts, top_k, chosen, planner } = case;
+            let ranks = topology.ranks();
+            let chunk = |experts: &Vec<i64>, chunk: usize| {
+                let tokens = chunk_range(experts.len() / top_k, chunk, chunks);
                 experts[tokens.start * top_k..tokens.end * top_k].to_vec()
             };
             let all: Vec<Vec<i64>> =
-                chosen.iter().flat_map(|experts| (0..parts).map(move |number| part(experts, number))).collect();
-            let counts: Vec<i64> = all.iter().flat_map(|experts| count(experts, num_experts)).collect();
+                chosen.iter().flat_map(|experts| (0..chunks).map(move |number| chunk(experts, number))).collect();
+            let counts: Vec<i64> = all.iter().flat_map(|experts| count_tokens_per_expert(experts, num_experts)).collect();
             let loads: Vec<i64> =
                 (0..num_experts).map(|e| counts.iter().skip(e).step_by(num_experts).sum()).collect();
-            let assignment = planner.plan(&loads, sites.owners());
-            let routes: Vec<Route> = (0..ranks).map(|rank| route(&counts, parts, &assignment, &sites, rank)).collect();
-            let of_owners: Vec<i64> = (0..ranks).map(|rank| {
-                routes[rank].parts.iter().flat_map(|part| &part.incoming).map(|incoming| incoming.2).sum()
+            let assignment = planner.plan(&loads, topology.owners());
+            let rank_plans: Vec<RankPlan> = (0..ranks).map(|rank| rank_plan(&counts, chunks, &assignment, &topology, rank)).collect();
+            let owner_loads: Vec<i64> = (0..ranks).map(|rank| {
+                rank_plans[rank].chunks.iter().flat_map(|chunk| &chunk.incoming).map(|incoming| incoming.2).sum()
             }).collect();
-            prop_assert_eq!(of_owners.iter().step_by(sites.slices).copied().collect::<Vec<_>>(), assignment.loads());
-            for number in 0..parts {
-                let chosen: Vec<Vec<i64>> = chosen.iter().map(|experts| part(experts, number)).collect();
-                let sends: Vec<SendPlan> = chosen.iter().zip(&routes).map(|(experts, route)| {
-                    let owners = route.parts[number].owners(experts, num_experts);
+            prop_assert_eq!(owner_loads.iter().step_by(topology.slices).copied().collect::<Vec<_>>(), assignment.loads());
+            for number in 0..chunks {
+                let chosen: Vec<Vec<i64>> = chosen.iter().map(|experts| chunk(experts, number)).collect();
+                let sends: Vec<SendPlan> = chosen.iter().zip(&rank_plans).map(|(experts, rank_plan)| {
+                    let owners = rank_plan.chunks[number].owners(experts, num_experts);
                     let to = experts.iter().zip(owners).flat_map(|(&expert, owner)| {
-                        (0..sites.slices).map(move |slice| Some((owner * sites.slices + slice, expert as usize)))
+                        (0..topology.slices).map(move |slice| Some((owner * topology.slices + slice, expert as usize)))
                     });
-                    plan_send(&to.collect::<Vec<_>>(), top_k * sites.slices, ranks, num_experts)
+                    plan_send(&to.collect::<Vec<_>>(), top_k * topology.slices, ranks, num_experts)
                 }).collect();
-                for (rank, route) in routes.iter().enumerate() {
-                    prop_assert_eq!(&route.transfers, &routes[0].transfers);
-                    let receive = plan_receive(&route.parts[number].incoming, &route.work, ranks, num_experts);
-                    // What arrives, as (place in the work, rank, token).
+                for (rank, rank_plan) in rank_plans.iter().enumerate() {
+                    prop_assert_eq!(&rank_plan.transfers, &rank_plans[0].transfers);
+                    let receive = plan_receive(&rank_plan.chunks[number].incoming, &rank_plan.computed_experts, ranks, num_experts);
+                    // What arrives, as (place in the computed experts, rank, token).
                     let mut arrived = Vec::new();
                     for (source, send) in sends.iter().enumerate() {
-                        prop_assert_eq!(send.rows_to[rank], receive.rows_from[source]);
-                        let first: i64 = send.rows_to[..rank].iter().sum();
+                        prop_assert_eq!(send.input_splits[rank], receive.output_splits[source]);
+                        let first: i64 = send.input_splits[..rank].iter().sum();
                         let mut slot = first as usize;
                         for expert in 0..num_experts {
                             for _ in 0..send.counts[rank * num_experts + expert] {
-                                let work = route.work.iter().position(|&e| e == expert);
-                                prop_assert!(work.is_some(), "rank {rank} has no weights of expert {expert}");
-                                let token = send.token_of_slot[slot];
+                                let computed_experts = rank_plan.computed_experts.iter().position(|&e| e == expert);
+                                prop_assert!(computed_experts.is_some(), "rank {rank} has no weights of expert {expert}");
+                                let token = send.token_of_row[slot];
                                 let own = &chosen[source][token as usize * top_k..][..top_k];
                                 prop_assert!(own.contains(&(expert as i64)));
-                                arrived.push((work.unwrap(), source, token));
+                                arrived.push((computed_experts.unwrap(), source, token));
                                 slot += 1;
                             }
                         }
                     }
                     let ordered: Vec<_> = receive.order.iter().map(|&row| arrived[row as usize]).collect();
                     prop_assert!(ordered.is_sorted());
-                    for (row, &place) in receive.place.iter().enumerate() {
-                        prop_assert_eq!(receive.order[place as usize], row as i64);
+                    for (row, &index) in receive.inverse.iter().enumerate() {
+                        prop_assert_eq!(receive.order[index as usize], row as i64);
                     }
                     prop_assert_eq!(receive.counts.iter().sum::<i64>() as usize, arrived.len());
-                    prop_assert!(route.work[route.held..].is_sorted());
+                    prop_assert!(rank_plan.computed_experts[rank_plan.num_local..].is_sorted());
                 }
                 for (experts, send) in chosen.iter().zip(&sends) {
-                    let mut slots: Vec<i64> = send.slot_of_choice.clone();
+                    let mut slots: Vec<i64> = send.row_of_routed_token.clone();
                     slots.sort_unstable();
-                    prop_assert_eq!(slots, (0..(experts.len() * sites.slices) as i64).collect::<Vec<_>>());
+                    prop_assert_eq!(slots, (0..(experts.len() * topology.slices) as i64).collect::<Vec<_>>());
                 }
             }
         }
@@ -455,17 +462,17 @@ mod tests {
         #[test]
         fn choices_that_go_nowhere_have_no_slot(
             per_token in 1usize..5,
-            choices in prop::collection::vec(prop::option::of((0usize..3, 0usize..4)), 0..60),
+            routed_tokens in prop::collection::vec(prop::option::of((0usize..3, 0usize..4)), 0..60),
         ) {
-            let choices = &choices[..choices.len() / per_token * per_token];
-            let plan = plan_send(choices, per_token, 3, 4);
-            prop_assert_eq!(plan.token_of_slot.len(), choices.iter().flatten().count());
-            let mut by_slot = vec![None; plan.token_of_slot.len()];
-            for (choice, &slot) in plan.slot_of_choice.iter().enumerate() {
-                prop_assert_eq!(slot >= 0, choices[choice].is_some());
+            let routed_tokens = &routed_tokens[..routed_tokens.len() / per_token * per_token];
+            let plan = plan_send(routed_tokens, per_token, 3, 4);
+            prop_assert_eq!(plan.token_of_row.len(), routed_tokens.iter().flatten().count());
+            let mut by_slot = vec![None; plan.token_of_row.len()];
+            for (choice, &slot) in plan.row_of_routed_token.iter().enumerate() {
+                prop_assert_eq!(slot >= 0, routed_tokens[choice].is_some());
                 if slot >= 0 {
-                    prop_assert_eq!(plan.token_of_slot[slot as usize] as usize, choice / per_token);
-                    prop_assert!(by_slot[slot as usize].replace(choices[choice].unwrap()).is_none());
+                    prop_assert_eq!(plan.token_of_row[slot as usize] as usize, choice / per_token);
+                    prop_assert!(by_slot[slot as usize].replace(routed_tokens[choice].unwrap()).is_none());
                 }
             }
             prop_assert!(by_slot.is_sorted());
@@ -478,13 +485,13 @@ mod tests {
             let tokens = experts.len() / top_k / (per_group * ranks) * (per_group * ranks);
             let groups = tokens / per_group;
             let all = &experts[..tokens * top_k];
-            let whole = count_choices(all, top_k, &segments(0, tokens, per_group, groups), 7);
+            let whole = count_tokens_by_group(all, top_k, &group_ranges(0, tokens, per_group, groups), 7);
             prop_assert_eq!(whole.iter().sum::<f32>() as usize, all.len());
             let mut summed = vec![0f32; whole.len()];
             for rank in 0..ranks {
                 let (start, len) = (rank * tokens / ranks, tokens / ranks);
                 let own = &all[start * top_k..(start + len) * top_k];
-                let counts = count_choices(own, top_k, &segments(start, len, per_group, groups), 7);
+                let counts = count_tokens_by_group(own, top_k, &group_ranges(start, len, per_group, groups), 7);
                 summed.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
             }
             prop_assert_eq!(whole, summed);

@@ -1,7 +1,7 @@
 //! Routers: which experts a token goes to, and with what weight.
 // Shapes: T tokens, E experts, K chosen experts, G groups of tokens.
 
-use kernels::{Gate, Gated};
+use kernels::{RouterOutput, RouterScoring};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
@@ -94,21 +94,21 @@ impl Router {
         let logits = logits_te.detach();
         let experts_tk = match chosen_tk {
             Some(chosen_tk) => chosen_tk.shallow_clone(),
-            None => tch::no_grad(|| self.choose(&logits, bias_e)),
+            None => tch::no_grad(|| self.select_experts(&logits, bias_e)),
         };
-        if !kernels::gates(&logits) {
-            return Ok(self.weigh(&logits_te, experts_tk, groups));
+        if !kernels::supports_router(&logits) {
+            return Ok(self.route_with_libtorch(&logits_te, experts_tk, groups));
         }
-        let gate = Gate {
+        let router = RouterScoring {
             sigmoid: self.score == Score::Sigmoid,
             normalize: self.normalize,
             scale: self.scale,
         };
-        let Gated {
+        let RouterOutput {
             weights_tk,
             prob_sums_ge,
             z_sum,
-        } = kernels::gate(&logits, &experts_tk, gate, groups);
+        } = kernels::router(&logits, &experts_tk, router, groups);
         let experts = experts_tk.shallow_clone();
         let groups = groups.to_vec();
         let made = attach_backward(
@@ -116,8 +116,8 @@ impl Router {
             vec![weights_tk, prob_sums_ge, z_sum],
             move |grads| {
                 let grads = [0, 1, 2].map(|output| grads[output].as_ref());
-                Ok(vec![Some(kernels::gate_backward(
-                    &logits, &experts, gate, &groups, grads,
+                Ok(vec![Some(kernels::router_backward(
+                    &logits, &experts, router, &groups, grads,
                 ))])
             },
         )?;
@@ -131,7 +131,12 @@ impl Router {
     }
 
     /// The same by libtorch.
-    fn weigh(&self, logits_te: &Tensor, experts_tk: Tensor, groups: &[Range<usize>]) -> Routing {
+    fn route_with_libtorch(
+        &self,
+        logits_te: &Tensor,
+        experts_tk: Tensor,
+        groups: &[Range<usize>],
+    ) -> Routing {
         let scores_te = self.scores(logits_te);
         let mut weights_tk = scores_te.gather(1, &experts_tk, false);
         if self.normalize {
@@ -172,7 +177,7 @@ impl Router {
         }
     }
 
-    fn choose(&self, logits_te: &Tensor, bias_e: Option<&Tensor>) -> Tensor {
+    fn select_experts(&self, logits_te: &Tensor, bias_e: Option<&Tensor>) -> Tensor {
         if self.force_balance {
             let tokens = logits_te.size()[0];
             let top_k = self.top_k as i64;
@@ -182,8 +187,13 @@ impl Router {
                 .view([tokens, top_k]);
         }
         let grouped = self.even_groups || self.top_groups < self.groups;
-        if !grouped && kernels::gates(logits_te) {
-            return kernels::choose(logits_te, bias_e, self.top_k, self.score == Score::Sigmoid);
+        if !grouped && kernels::supports_router(logits_te) {
+            return kernels::select_experts(
+                logits_te,
+                bias_e,
+                self.top_k,
+                self.score == Score::Sigmoid,
+            );
         }
         let mut scores_te = self.scores(logits_te);
         if let Some(bias_e) = bias_e {
@@ -292,7 +302,7 @@ mod tests {
                 let groups = [0..3, 3..9];
                 let ours = router.route(&logits, None, None, &groups).unwrap();
                 let chosen = ours.experts_tk.shallow_clone();
-                let theirs = router.weigh(&logits, chosen, &groups);
+                let theirs = router.route_with_libtorch(&logits, chosen, &groups);
                 let both = [&ours, &theirs].map(
                     |Routing {
                          weights_tk,

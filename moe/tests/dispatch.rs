@@ -1,15 +1,16 @@
 //! Every way to dispatch computes what the standard one computes: outputs, gradients of tokens, of routing weights and of
 //! experts, for loads of every kind, with other tokens on every rank. Ranks are threads, joined over loopback.
 
-use moe::balance::Statistics;
+use moe::balance::BalanceScope;
 use moe::dispatch::{Dispatcher, Hierarchy, LeastLoaded};
-use moe::experts::Gemm;
-use moe::least_loaded::{Imbalance, Planner};
-use moe::plan::Sites;
-use moe::{Keep, MoeLayer, MoeWeights, Router, Seen};
+use moe::experts::GemmPrecision;
+use moe::lending::least_loaded::{Imbalance, Planner};
+use moe::plan::ExpertTopology;
+use moe::{MoeLayer, MoeStats, MoeWeights, Router, SavePolicy};
 use parallel::tensor::TensorParallel;
 use parallel::{
-    Activation, Communicator, Cpu, GradientBuckets, Local, Replication, Weight, World, on_threads,
+    Activation, Communicator, Cpu, GradientBuckets, Local, Replication, Weight, World,
+    run_on_threads,
 };
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -52,11 +53,11 @@ const STANDARD: Mode = Mode {
 
 struct Outcome {
     hidden: Tensor,
-    of_tokens: Tensor,
-    of_weights: Tensor,
-    of_gate_up: Tensor,
-    of_down: Tensor,
-    seen: Seen,
+    grad_tokens: Tensor,
+    grad_routing_weights: Tensor,
+    grad_gate_up: Tensor,
+    grad_down: Tensor,
+    moe_stats: MoeStats,
 }
 
 /// The same numbers for the same name, whatever the rank.
@@ -73,30 +74,32 @@ struct Groups {
     all: Arc<dyn Communicator>,
     lending: Arc<dyn Communicator>,
     /// For nodes of one rank, and of two.
-    by_node: Vec<Hierarchy>,
+    split_by_node: Vec<Hierarchy>,
 }
 
 impl Groups {
     fn join(world: &World) -> Groups {
         let rank = world.rank();
         let ranks = world.size();
-        let by_node = |per_node: usize| {
+        let split_by_node = |per_node: usize| {
             let node = rank / per_node;
             let place = rank % per_node;
-            let inside: Vec<usize> = (node * per_node..(node + 1) * per_node).collect();
-            let across: Vec<usize> = (place..ranks).step_by(per_node).collect();
+            let intra_node: Vec<usize> = (node * per_node..(node + 1) * per_node).collect();
+            let inter_node: Vec<usize> = (place..ranks).step_by(per_node).collect();
             Hierarchy {
-                inside: world
-                    .group(&format!("inside of {per_node}"), &inside)
+                intra_node: world
+                    .group(&format!("intra_node of {per_node}"), &intra_node)
                     .unwrap(),
-                across: world.group(&format!("across {per_node}"), &across).unwrap(),
+                inter_node: world
+                    .group(&format!("inter_node {per_node}"), &inter_node)
+                    .unwrap(),
             }
         };
-        let by_node = vec![by_node(1), by_node(2)];
+        let split_by_node = vec![split_by_node(1), split_by_node(2)];
         Groups {
             all: world.all("all").unwrap(),
             lending: world.all("lending").unwrap(),
-            by_node,
+            split_by_node,
         }
     }
 }
@@ -105,7 +108,7 @@ fn run(groups: &Groups, case: &Case, mode: Mode) -> Outcome {
     let group = groups.all.clone();
     let rank = group.rank();
     let per_node = mode.ranks_per_node.unwrap_or(group.size());
-    let sites = Sites {
+    let topology = ExpertTopology {
         slices: case.slices,
         nodes: (0..group.size()).map(|rank| rank / per_node).collect(),
     };
@@ -117,7 +120,7 @@ fn run(groups: &Groups, case: &Case, mode: Mode) -> Outcome {
             over: Imbalance::Device,
             strict_paper: mode.strict_paper,
             nodes: if mode.ranks_per_node.is_some() {
-                sites.owner_nodes()
+                topology.owner_nodes()
             } else {
                 vec![]
             },
@@ -126,26 +129,26 @@ fn run(groups: &Groups, case: &Case, mode: Mode) -> Outcome {
     });
     let hierarchy = mode
         .ranks_per_node
-        .map(|per_node| groups.by_node[per_node - 1].clone());
-    let local = (case.num_experts / sites.owners()) as i64;
+        .map(|per_node| groups.split_by_node[per_node - 1].clone());
+    let local = (case.num_experts / topology.owners()) as i64;
     let owner = (rank / case.slices) as i64;
     let slice = (rank % case.slices) as i64;
     let ffn = FFN / case.slices as i64;
     // This rank's slice of its experts.
-    let gate_up = numbers(1, &[case.num_experts as i64, 2, FFN, HIDDEN]);
-    let gate_up = gate_up
+    let gate_up_proj = numbers(1, &[case.num_experts as i64, 2, FFN, HIDDEN]);
+    let gate_up_proj = gate_up_proj
         .narrow(0, owner * local, local)
         .narrow(2, slice * ffn, ffn);
-    let down = numbers(2, &[case.num_experts as i64, HIDDEN, FFN]);
-    let down = down
+    let down_proj = numbers(2, &[case.num_experts as i64, HIDDEN, FFN]);
+    let down_proj = down_proj
         .narrow(0, owner * local, local)
         .narrow(2, slice * ffn, ffn);
-    let gate_up = Weight::new(gate_up.contiguous().view([local, 2 * ffn, HIDDEN]));
-    let down = Weight::new(down.contiguous());
+    let gate_up_proj = Weight::new(gate_up_proj.contiguous().view([local, 2 * ffn, HIDDEN]));
+    let down_proj = Weight::new(down_proj.contiguous());
     let alone: Arc<dyn Communicator> = Arc::new(Local::new(rank, "alone"));
-    let gate_up = gate_up.used(mode.parts);
-    let down = down.used(mode.parts);
-    let weights = [(gate_up.clone(), 0), (down.clone(), 0)];
+    let gate_up_proj = gate_up_proj.scale_uses(mode.parts);
+    let down_proj = down_proj.scale_uses(mode.parts);
+    let weights = [(gate_up_proj.clone(), 0), (down_proj.clone(), 0)];
     let gradients =
         GradientBuckets::new(&weights, &[Replication::alone()], 1 << 20, true, &Cpu).unwrap();
     gradients.begin(1);
@@ -154,24 +157,24 @@ fn run(groups: &Groups, case: &Case, mode: Mode) -> Outcome {
         dispatcher: Dispatcher::new(
             group,
             case.num_experts,
-            sites,
+            topology,
             least_loaded,
             hierarchy,
             mode.parts,
         ),
-        statistics: Statistics::Sequence,
+        balance_scope: BalanceScope::Sequence,
         tensor: TensorParallel::new(alone.clone(), 1),
         sequence: alone,
-        gemm: Gemm::Model,
-        keep: Keep {
-            rows: mode.keep,
+        gemm: GemmPrecision::Model,
+        keep: SavePolicy {
+            dispatched: mode.keep,
             experts: mode.keep,
         },
         weights: MoeWeights {
-            gate: Weight::new(numbers(3, &[case.num_experts as i64, HIDDEN])),
+            router: Weight::new(numbers(3, &[case.num_experts as i64, HIDDEN])),
             bias: None,
-            gate_up,
-            down,
+            gate_up_proj,
+            down_proj,
             shared: None,
         },
     };
@@ -181,21 +184,21 @@ fn run(groups: &Groups, case: &Case, mode: Mode) -> Outcome {
     let weights_tk =
         numbers(20 + rank as i64, &[tokens, case.top_k as i64]).set_requires_grad(true);
     let plan = layer.dispatcher.plan(&experts, case.top_k).unwrap();
-    let mixed = layer
-        .mix(&Activation::kept(&x), &weights_tk, experts, &plan, |_| {
+    let routed = layer
+        .forward_routed(&Activation::kept(&x), &weights_tk, experts, &plan, |_| {
             Ok(None)
         })
         .unwrap();
     let probe = numbers(30 + rank as i64, &[tokens, HIDDEN]);
-    (&mixed.hidden_td * probe).sum(Kind::Float).backward();
+    (&routed.hidden_td * probe).sum(Kind::Float).backward();
     gradients.finish().unwrap();
     Outcome {
-        hidden: mixed.hidden_td.detach(),
-        of_tokens: x.grad().copy(),
-        of_weights: weights_tk.grad().copy(),
-        of_gate_up: gradients.gradient(0).copy(),
-        of_down: gradients.gradient(1).copy(),
-        seen: mixed.seen,
+        hidden: routed.hidden_td.detach(),
+        grad_tokens: x.grad().copy(),
+        grad_routing_weights: weights_tk.grad().copy(),
+        grad_gate_up: gradients.gradient(0).copy(),
+        grad_down: gradients.gradient(1).copy(),
+        moe_stats: routed.moe_stats,
     }
 }
 
@@ -205,7 +208,7 @@ fn run_all(runs: &[(Case, Mode)]) -> Vec<Vec<Outcome>> {
     for ranks in [2, 4] {
         let of_ranks = |(case, _): &&(Case, Mode)| case.chosen.len() == ranks;
         let own: Vec<(Case, Mode)> = runs.iter().filter(of_ranks).cloned().collect();
-        let parts = on_threads(ranks, SOON, move |world| {
+        let parts = run_on_threads(ranks, SOON, move |world| {
             let groups = Groups::join(world);
             own.iter()
                 .map(|(case, mode)| run(&groups, case, *mode))
@@ -354,18 +357,26 @@ fn distance(a: &Tensor, b: &Tensor) -> f64 {
 fn assert_same(what: &str, ours: &Outcome, standard: &Outcome) {
     for (part, a, b) in [
         ("output", &ours.hidden, &standard.hidden),
-        ("gradient of tokens", &ours.of_tokens, &standard.of_tokens),
+        (
+            "gradient of tokens",
+            &ours.grad_tokens,
+            &standard.grad_tokens,
+        ),
         (
             "gradient of routing weights",
-            &ours.of_weights,
-            &standard.of_weights,
+            &ours.grad_routing_weights,
+            &standard.grad_routing_weights,
         ),
         (
             "gradient of gate-up",
-            &ours.of_gate_up,
-            &standard.of_gate_up,
+            &ours.grad_gate_up,
+            &standard.grad_gate_up,
         ),
-        ("gradient of down", &ours.of_down, &standard.of_down),
+        (
+            "gradient of down_proj",
+            &ours.grad_down,
+            &standard.grad_down,
+        ),
     ] {
         let far = distance(a, b);
         assert!(far < 1e-6, "{what}: {part} is {far} away");
@@ -424,11 +435,17 @@ fn every_way_computes_what_standard_dispatch_computes() {
                 standard,
             );
         }
-        let rows: Vec<i64> = ours.iter().map(|outcome| outcome.seen.rows).collect();
-        let borrowed: i64 = ours.iter().map(|outcome| outcome.seen.borrowed_rows).sum();
+        let rows: Vec<i64> = ours
+            .iter()
+            .map(|outcome| outcome.moe_stats.computed_tokens)
+            .collect();
+        let lent_tokens: i64 = ours
+            .iter()
+            .map(|outcome| outcome.moe_stats.lent_tokens)
+            .sum();
         lent += ours
             .iter()
-            .map(|outcome| outcome.seen.lent_bytes)
+            .map(|outcome| outcome.moe_stats.lent_bytes)
             .sum::<i64>();
         if mode.least_loaded && !mode.strict_paper {
             // Nobody works on more than its share, rounded up.
@@ -440,7 +457,7 @@ fn every_way_computes_what_standard_dispatch_computes() {
                 case.name
             );
         } else if !mode.least_loaded {
-            assert_eq!(borrowed, 0);
+            assert_eq!(lent_tokens, 0);
         }
     }
     assert!(lent > 0);
@@ -467,9 +484,15 @@ fn the_same_way_twice_is_the_same_to_the_bit() {
         .flatten()
         .zip(run_all(&runs).iter().flatten())
     {
-        assert!(first.hidden == second.hidden && first.of_tokens == second.of_tokens);
-        assert!(first.of_weights == second.of_weights && first.of_gate_up == second.of_gate_up);
-        assert!(first.of_down == second.of_down && first.seen.lent_bytes == second.seen.lent_bytes);
+        assert!(first.hidden == second.hidden && first.grad_tokens == second.grad_tokens);
+        assert!(
+            first.grad_routing_weights == second.grad_routing_weights
+                && first.grad_gate_up == second.grad_gate_up
+        );
+        assert!(
+            first.grad_down == second.grad_down
+                && first.moe_stats.lent_bytes == second.moe_stats.lent_bytes
+        );
     }
 }
 
@@ -486,11 +509,14 @@ fn a_token_crosses_to_a_node_once() {
             slices: 1,
             chosen,
         };
-        let by_node = Mode {
+        let split_by_node = Mode {
             ranks_per_node: Some(2),
             ..STANDARD
         };
-        for (rank, outcome) in run_all(&[(case.clone(), by_node)])[0].iter().enumerate() {
+        for (rank, outcome) in run_all(&[(case.clone(), split_by_node)])[0]
+            .iter()
+            .enumerate()
+        {
             // Ranks 0 and 1, with experts 0 to 7, are one node; 2 and 3 the other.
             let other = |&expert: &i64| (expert / 8) as usize != rank / 2;
             let distinct = case.chosen[rank]
@@ -498,7 +524,7 @@ fn a_token_crosses_to_a_node_once() {
                 .filter(|token| token.iter().any(other))
                 .count() as i64;
             assert_eq!(
-                outcome.seen.bytes_across,
+                outcome.moe_stats.internode_bytes,
                 distinct * HIDDEN * 4,
                 "rank {rank}"
             );

@@ -18,16 +18,16 @@ use std::sync::Arc;
 use tch::{Kind, Tensor};
 use torch_ext::{Error, attach_backward};
 
-type Shared = Arc<dyn Communicator>;
+type SharedComm = Arc<dyn Communicator>;
 
 /// Where an operation under way leaves its result: one node of the graph starts it in backward, an earlier one waits.
-pub(crate) type Slot = Arc<Mutex<Option<(Work, Tensor)>>>;
+pub(crate) type PendingGradient = Arc<Mutex<Option<(Work, Tensor)>>>;
 
-pub(crate) fn fill(slot: &Slot, work: Work, tensor: Tensor) {
+pub(crate) fn fill(slot: &PendingGradient, work: Work, tensor: Tensor) {
     *slot.lock() = Some((work, tensor));
 }
 
-pub(crate) fn take(slot: &Slot) -> Result<Tensor, Error> {
+pub(crate) fn take(slot: &PendingGradient) -> Result<Tensor, Error> {
     let filled = slot.lock().take();
     let (work, tensor) = filled.ok_or_else(|| Error::new("a part that nobody sent"))?;
     work.wait()?;
@@ -35,7 +35,7 @@ pub(crate) fn take(slot: &Slot) -> Result<Tensor, Error> {
 }
 
 /// A function of one tensor and its gradient, both made of collectives.
-fn one_to_one<F, B>(input: &Tensor, forward: F, backward: B) -> Result<Tensor, Error>
+fn differentiable<F, B>(input: &Tensor, forward: F, backward: B) -> Result<Tensor, Error>
 where
     F: FnOnce(&Tensor) -> Result<Tensor, CommError>,
     B: Fn(&Tensor) -> Result<Tensor, CommError> + Send + 'static,
@@ -54,13 +54,13 @@ where
     Ok(outputs.remove(0))
 }
 
-fn reduced(tensor: &Tensor, group: &Shared) -> Result<Tensor, CommError> {
+fn reduced(tensor: &Tensor, group: &SharedComm) -> Result<Tensor, CommError> {
     let sum = tensor.copy();
     group.all_reduce(&sum, ReduceOp::Sum)?.wait()?;
     Ok(sum)
 }
 
-fn gathered(tensor: &Tensor, group: &Shared) -> Result<Tensor, CommError> {
+fn gathered(tensor: &Tensor, group: &SharedComm) -> Result<Tensor, CommError> {
     let mut shape = tensor.size();
     shape[0] *= group.size() as i64;
     let output = Tensor::empty(shape.as_slice(), (tensor.kind(), tensor.device()));
@@ -68,7 +68,7 @@ fn gathered(tensor: &Tensor, group: &Shared) -> Result<Tensor, CommError> {
     Ok(output)
 }
 
-fn scattered(tensor: &Tensor, group: &Shared) -> Result<Tensor, CommError> {
+fn scattered(tensor: &Tensor, group: &SharedComm) -> Result<Tensor, CommError> {
     let mut shape = tensor.size();
     shape[0] /= group.size() as i64;
     let output = Tensor::empty(shape.as_slice(), (tensor.kind(), tensor.device()));
@@ -82,9 +82,9 @@ fn scattered(tensor: &Tensor, group: &Shared) -> Result<Tensor, CommError> {
 ///
 /// # Errors
 /// When a collective fails.
-pub fn copy_to_group(input: &Tensor, group: &Shared) -> Result<Tensor, Error> {
+pub fn copy_to_group(input: &Tensor, group: &SharedComm) -> Result<Tensor, Error> {
     let group = group.clone();
-    one_to_one(
+    differentiable(
         input,
         |x| Ok(x.shallow_clone()),
         move |grad| reduced(grad, &group),
@@ -95,8 +95,8 @@ pub fn copy_to_group(input: &Tensor, group: &Shared) -> Result<Tensor, Error> {
 ///
 /// # Errors
 /// When a collective fails.
-pub fn reduce_from_group(input: &Tensor, group: &Shared) -> Result<Tensor, Error> {
-    one_to_one(
+pub fn reduce_from_group(input: &Tensor, group: &SharedComm) -> Result<Tensor, Error> {
+    differentiable(
         input,
         |x| reduced(x, group),
         |grad| Ok(grad.shallow_clone()),
@@ -107,9 +107,9 @@ pub fn reduce_from_group(input: &Tensor, group: &Shared) -> Result<Tensor, Error
 ///
 /// # Errors
 /// When a collective fails.
-pub fn gather_from_group(input: &Tensor, group: &Shared) -> Result<Tensor, Error> {
+pub fn gather_from_group(input: &Tensor, group: &SharedComm) -> Result<Tensor, Error> {
     let back = group.clone();
-    one_to_one(
+    differentiable(
         input,
         |x| gathered(x, group),
         move |grad| scattered(grad, &back),
@@ -120,9 +120,9 @@ pub fn gather_from_group(input: &Tensor, group: &Shared) -> Result<Tensor, Error
 ///
 /// # Errors
 /// When a collective fails.
-pub fn scatter_to_group(input: &Tensor, group: &Shared) -> Result<Tensor, Error> {
+pub fn scatter_to_group(input: &Tensor, group: &SharedComm) -> Result<Tensor, Error> {
     let back = group.clone();
-    one_to_one(
+    differentiable(
         input,
         |x| scattered(x, group),
         move |grad| gathered(grad, &back),
@@ -135,29 +135,29 @@ pub fn scatter_to_group(input: &Tensor, group: &Shared) -> Result<Tensor, Error>
 /// When the splits do not fit the input, or the collective fails.
 pub fn all_to_all(
     input: &Tensor,
-    group: &Shared,
+    group: &SharedComm,
     receive: &[i64],
     send: &[i64],
 ) -> Result<Tensor, Error> {
-    start_all_to_all(input, group, receive, send)?.arrive()
+    start_all_to_all(input, group, receive, send)?.wait()
 }
 
 /// Rows on their way.
 #[must_use = "rows that nobody waits for may not have arrived"]
-pub struct Travelling {
+pub struct PendingAllToAll {
     work: Work,
     output: Tensor,
     /// Makes the node of the start come after that of the arrival in backward.
     link: Tensor,
-    slot: Slot,
-    group: Shared,
+    slot: PendingGradient,
+    group: SharedComm,
     receive: Vec<i64>,
     send: Vec<i64>,
 }
 
 fn exchange(
     input: &Tensor,
-    group: &Shared,
+    group: &SharedComm,
     receive: &[i64],
     send: &[i64],
 ) -> Result<(Work, Tensor), Error> {
@@ -168,20 +168,20 @@ fn exchange(
     Ok((work, output))
 }
 
-/// As [`all_to_all`], for a caller that computes something else before [`Travelling::arrive`]. In backward, what it computed
+/// As [`all_to_all`], for a caller that computes something else before [`PendingAllToAll::wait`]. In backward, what it computed
 /// is what the gradients travel beside.
 ///
 /// # Errors
 /// As [`all_to_all`].
 pub fn start_all_to_all(
     input: &Tensor,
-    group: &Shared,
+    group: &SharedComm,
     receive: &[i64],
     send: &[i64],
-) -> Result<Travelling, Error> {
+) -> Result<PendingAllToAll, Error> {
     let (work, output) =
         tch::no_grad(|| exchange(&input.detach().contiguous(), group, receive, send))?;
-    let slot = Slot::default();
+    let slot = PendingGradient::default();
     let arrived = slot.clone();
     let link = Tensor::zeros([0], (Kind::Float, input.device()));
     let mut link = attach_backward(&[input], vec![link], move |_| {
@@ -189,7 +189,7 @@ pub fn start_all_to_all(
     })?;
     let receive = receive.to_vec();
     let send = send.to_vec();
-    Ok(Travelling {
+    Ok(PendingAllToAll {
         work,
         output,
         link: link.remove(0),
@@ -200,13 +200,13 @@ pub fn start_all_to_all(
     })
 }
 
-impl Travelling {
+impl PendingAllToAll {
     /// Waits for the rows.
     ///
     /// # Errors
     /// When the collective failed.
-    pub fn arrive(self) -> Result<Tensor, Error> {
-        let Travelling {
+    pub fn wait(self) -> Result<Tensor, Error> {
+        let PendingAllToAll {
             work,
             output,
             link,

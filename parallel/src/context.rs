@@ -8,7 +8,7 @@
 
 use crate::collectives::all_to_all;
 use crate::{CommError, Communicator};
-use kernels::{join_heads, repeat_heads};
+use kernels::{repeat_heads, sum_repeated_heads};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -42,7 +42,7 @@ pub fn positions(kind: ContextKind, length: usize, rank: usize, ranks: usize) ->
 
 /// Which queries and keys of a block see each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Block {
+enum CausalBlock {
     /// The rank's own: causal.
     Own,
     /// Keys of an earlier rank: all queries see the first half.
@@ -51,12 +51,12 @@ enum Block {
     Later,
 }
 
-impl Block {
-    fn of(rank: usize, keys_of: usize) -> Block {
-        match keys_of.cmp(&rank) {
-            std::cmp::Ordering::Equal => Block::Own,
-            std::cmp::Ordering::Less => Block::Earlier,
-            std::cmp::Ordering::Greater => Block::Later,
+impl CausalBlock {
+    fn of(rank: usize, key_rank: usize) -> CausalBlock {
+        match key_rank.cmp(&rank) {
+            std::cmp::Ordering::Equal => CausalBlock::Own,
+            std::cmp::Ordering::Less => CausalBlock::Earlier,
+            std::cmp::Ordering::Greater => CausalBlock::Later,
         }
     }
 
@@ -64,15 +64,15 @@ impl Block {
     fn parts(self, length: i64) -> ((i64, i64), (i64, i64)) {
         let half = length / 2;
         match self {
-            Block::Own => ((0, length), (0, length)),
-            Block::Earlier => ((0, length), (0, half)),
-            Block::Later => ((half, half), (0, length)),
+            CausalBlock::Own => ((0, length), (0, length)),
+            CausalBlock::Earlier => ((0, length), (0, half)),
+            CausalBlock::Later => ((half, half), (0, length)),
         }
     }
 }
 
 /// What ring attention keeps for a block.
-struct Ring {
+struct RingAttention {
     group: Arc<dyn Communicator>,
     scale: f64,
     /// `[B, S]`: the document of each position, where tokens see only their own.
@@ -80,9 +80,9 @@ struct Ring {
     length: usize,
 }
 
-impl Ring {
+impl RingAttention {
     /// The additive mask `[B, 1, queries, keys]` of a block, where documents are kept apart.
-    fn mask(&self, block: Block, keys_of: usize, kind: Kind) -> Option<Tensor> {
+    fn mask(&self, block: CausalBlock, key_rank: usize, kind: Kind) -> Option<Tensor> {
         let documents = self.documents.as_ref()?;
         let rank = self.group.rank();
         let ranks = self.group.size();
@@ -93,7 +93,7 @@ impl Ring {
         };
         let (queries, keys) = block.parts((self.length / ranks) as i64);
         let queries = at(rank, queries);
-        let keys = at(keys_of, keys);
+        let keys = at(key_rank, keys);
         let own = documents.index_select(1, &queries).unsqueeze(2);
         let theirs = documents.index_select(1, &keys).unsqueeze(1);
         let causal = queries.unsqueeze(1).ge_tensor(&keys.unsqueeze(0));
@@ -106,12 +106,12 @@ impl Ring {
     }
 
     /// Goes through the blocks, this rank's own first: `visit` gets each with its keys and values `[2, B, G, s, d]`, while
-    /// those of the next are on their way. `travels` goes along with the keys and values, and comes home.
-    fn round(
+    /// those of the next are on their way. `carried` goes along with the keys and values, and comes home.
+    fn rotate(
         &self,
         own: &Tensor,
-        mut travels: Option<Tensor>,
-        mut visit: impl FnMut(Block, usize, &Tensor, Option<&Tensor>),
+        mut carried: Option<Tensor>,
+        mut visit: impl FnMut(CausalBlock, usize, &Tensor, Option<&Tensor>),
     ) -> Result<Option<Tensor>, CommError> {
         let rank = self.group.rank();
         let ranks = self.group.size();
@@ -119,7 +119,7 @@ impl Ring {
         let previous = (rank + ranks - 1) % ranks;
         let mut keys_values = own.shallow_clone();
         for step in 0..ranks {
-            let keys_of = (rank + ranks - step) % ranks;
+            let key_rank = (rank + ranks - step) % ranks;
             let arriving = keys_values.empty_like();
             let mut works = Vec::new();
             if step + 1 < ranks {
@@ -127,23 +127,23 @@ impl Ring {
                 works.push(self.group.recv(&arriving, previous, 0)?);
             }
             visit(
-                Block::of(rank, keys_of),
-                keys_of,
+                CausalBlock::of(rank, key_rank),
+                key_rank,
                 &keys_values,
-                travels.as_ref(),
+                carried.as_ref(),
             );
-            if let Some(sum) = &travels {
+            if let Some(sum) = &carried {
                 let theirs = sum.empty_like();
                 let sent = self.group.send(sum, next, 1)?;
                 let received = self.group.recv(&theirs, previous, 1)?;
                 sent.wait()?;
                 received.wait()?;
-                travels = Some(theirs);
+                carried = Some(theirs);
             }
             works.into_iter().try_for_each(crate::Work::wait)?;
             keys_values = arriving;
         }
-        Ok(travels)
+        Ok(carried)
     }
 }
 
@@ -170,7 +170,7 @@ pub fn ring_attention(
     let heads = size[1];
     let own = size[2];
     let width = size[3];
-    let ring = Ring {
+    let ring = RingAttention {
         group: group.clone(),
         scale,
         documents: documents.map(Tensor::shallow_clone),
@@ -190,21 +190,21 @@ pub fn ring_attention(
         (Kind::Float, q.device()),
     );
     tch::no_grad(|| {
-        ring.round(&kv, None, |block, keys_of, kv, _| {
+        ring.rotate(&kv, None, |block, key_rank, kv, _| {
             let (queries, keys) = block.parts(own);
             let part = |t: &Tensor, (start, len): (i64, i64)| t.narrow(2, start, len);
-            let mask = ring.mask(block, keys_of, q.kind());
+            let mask = ring.mask(block, key_rank, q.kind());
             let k = repeat_heads(&part(&kv.get(0), keys), times);
             let v = repeat_heads(&part(&kv.get(1), keys), times);
-            let causal = block == Block::Own && mask.is_none();
-            let (of_block, lse_of_block) =
-                attend(&part(&q, queries), &k, &v, mask.as_ref(), causal, scale);
+            let causal = block == CausalBlock::Own && mask.is_none();
+            let (block_out, block_lse) =
+                block_attention(&part(&q, queries), &k, &v, mask.as_ref(), causal, scale);
             // Both are averages of values; their weights are exp(lse).
             let mut out = part(&out, queries);
             let mut lse = part(&lse, queries);
-            let joined = lse.logaddexp(&lse_of_block);
+            let joined = lse.logaddexp(&block_lse);
             let weight = |lse: &Tensor| (lse - &joined).exp().unsqueeze(-1);
-            let both = &out * weight(&lse) + of_block.to_kind(Kind::Float) * weight(&lse_of_block);
+            let both = &out * weight(&lse) + block_out.to_kind(Kind::Float) * weight(&block_lse);
             out.copy_(&both);
             lse.copy_(&joined);
         })
@@ -220,14 +220,14 @@ pub fn ring_attention(
         let grad_q = Tensor::zeros([batch, heads, own, width], (Kind::Float, q.device()));
         let grad_kv = Tensor::zeros(kv.size().as_slice(), (Kind::Float, q.device()));
         let home = ring
-            .round(&kv, Some(grad_kv), |block, keys_of, kv, travels| {
+            .rotate(&kv, Some(grad_kv), |block, key_rank, kv, carried| {
                 let (queries, keys) = block.parts(own);
                 let part = |t: &Tensor, (start, len): (i64, i64)| t.narrow(2, start, len);
-                let mask = ring.mask(block, keys_of, q.kind());
+                let mask = ring.mask(block, key_rank, q.kind());
                 let k = repeat_heads(&part(&kv.get(0), keys), times);
                 let v = repeat_heads(&part(&kv.get(1), keys), times);
-                let causal = block == Block::Own && mask.is_none();
-                let (dq, dk, dv) = attend_backward(
+                let causal = block == CausalBlock::Own && mask.is_none();
+                let (dq, dk, dv) = block_attention_backward(
                     &part(&grad, queries),
                     [&part(&q, queries), &k, &v],
                     &part(&kept, queries),
@@ -240,12 +240,12 @@ pub fn ring_attention(
                     let _ = to.shallow_clone().g_add_(&what);
                 };
                 add(part(&grad_q, queries), dq);
-                let travels = travels.expect("gradients travel with the keys and values");
-                add(part(&travels.get(0), keys), join_heads(&dk, times));
-                add(part(&travels.get(1), keys), join_heads(&dv, times));
+                let carried = carried.expect("gradients travel with the keys and values");
+                add(part(&carried.get(0), keys), sum_repeated_heads(&dk, times));
+                add(part(&carried.get(1), keys), sum_repeated_heads(&dv, times));
             })
             .map_err(failed)?;
-        let home = home.expect("what travels comes home").to_kind(q.kind());
+        let home = home.expect("what carried comes home").to_kind(q.kind());
         Ok(vec![
             Some(grad_q.to_kind(q.kind())),
             Some(home.get(0)),
@@ -256,10 +256,10 @@ pub fn ring_attention(
 }
 
 /// Queries that are worked on at once where no kernel does it.
-const QUERIES: i64 = 512;
+const QUERY_TILE: i64 = 512;
 
 /// Attention of one block, and its log-sum-exps `[B, H, queries]` fp32.
-fn attend(
+fn block_attention(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
@@ -274,7 +274,7 @@ fn attend(
     }
     let mut outs = Vec::new();
     let mut lses = Vec::new();
-    for_queries(q.size()[2], |start, len| {
+    for_each_query_tile(q.size()[2], |start, len| {
         let scores = scores(&q.narrow(2, start, len), k, mask, causal, scale, start);
         let lse = scores.logsumexp([-1i64].as_slice(), false);
         outs.push(
@@ -289,7 +289,7 @@ fn attend(
 }
 
 /// The gradients of queries, keys and values of one block, given the output and the log-sum-exps over all blocks.
-fn attend_backward(
+fn block_attention_backward(
     grad: &Tensor,
     [q, k, v]: [&Tensor; 3],
     out: &Tensor,
@@ -303,10 +303,10 @@ fn attend_backward(
             grad, q, k, v, out, lse, 0.0, causal, mask, scale,
         );
     }
-    by_hand_backward(grad, [q, k, v], out, lse, mask, causal, scale)
+    unfused_attention_backward(grad, [q, k, v], out, lse, mask, causal, scale)
 }
 
-fn by_hand_backward(
+fn unfused_attention_backward(
     grad: &Tensor,
     [q, k, v]: [&Tensor; 3],
     out: &Tensor,
@@ -318,21 +318,21 @@ fn by_hand_backward(
     let mut dqs = Vec::new();
     let mut dk = k.to_kind(Kind::Float).zeros_like();
     let mut dv = v.to_kind(Kind::Float).zeros_like();
-    let along = (grad.to_kind(Kind::Float) * out.to_kind(Kind::Float)).sum_dim_intlist(
+    let delta = (grad.to_kind(Kind::Float) * out.to_kind(Kind::Float)).sum_dim_intlist(
         [-1i64].as_slice(),
         true,
         Kind::Float,
     );
-    for_queries(q.size()[2], |start, len| {
+    for_each_query_tile(q.size()[2], |start, len| {
         let part = |t: &Tensor| t.narrow(2, start, len);
         let weights =
             (scores(&part(q), k, mask, causal, scale, start) - part(lse).unsqueeze(-1)).exp();
         let grad = part(grad);
         dv += weights.transpose(2, 3).matmul(&grad.to_kind(Kind::Float));
-        let of_weights = grad.matmul(&v.transpose(2, 3)).to_kind(Kind::Float);
-        let of_scores = (weights * (of_weights - part(&along)) * scale).to_kind(q.kind());
-        dqs.push(of_scores.matmul(k));
-        dk += of_scores
+        let grad_weights = grad.matmul(&v.transpose(2, 3)).to_kind(Kind::Float);
+        let grad_scores = (weights * (grad_weights - part(&delta)) * scale).to_kind(q.kind());
+        dqs.push(grad_scores.matmul(k));
+        dk += grad_scores
             .transpose(2, 3)
             .matmul(&part(q))
             .to_kind(Kind::Float);
@@ -362,10 +362,10 @@ fn scores(
     }
 }
 
-fn for_queries(queries: i64, mut body: impl FnMut(i64, i64)) {
+fn for_each_query_tile(queries: i64, mut body: impl FnMut(i64, i64)) {
     let mut start = 0;
     while start < queries {
-        let len = QUERIES.min(queries - start);
+        let len = QUERY_TILE.min(queries - start);
         body(start, len);
         start += len;
     }
@@ -374,11 +374,11 @@ fn for_queries(queries: i64, mut body: impl FnMut(i64, i64)) {
 /// All positions of this rank's heads from this rank's positions of all heads: `[B, H, s, d]` to `[B, H / R, S, d]`.
 ///
 /// # Collective
-/// All ranks of the group, forward and backward; so for [`heads_home`].
+/// All ranks of the group, forward and backward; so for [`heads_to_sequence`].
 ///
 /// # Errors
 /// When the transfer fails.
-pub fn heads_out(x: &Tensor, group: &Arc<dyn Communicator>) -> Result<Tensor, Error> {
+pub fn sequence_to_heads(x: &Tensor, group: &Arc<dyn Communicator>) -> Result<Tensor, Error> {
     let ranks = group.size() as i64;
     let size = x.size();
     let batch = size[0];
@@ -400,7 +400,7 @@ pub fn heads_out(x: &Tensor, group: &Arc<dyn Communicator>) -> Result<Tensor, Er
 ///
 /// # Errors
 /// When the transfer fails.
-pub fn heads_home(x: &Tensor, group: &Arc<dyn Communicator>) -> Result<Tensor, Error> {
+pub fn heads_to_sequence(x: &Tensor, group: &Arc<dyn Communicator>) -> Result<Tensor, Error> {
     let ranks = group.size() as i64;
     let size = x.size();
     let batch = size[0];
@@ -421,7 +421,7 @@ pub fn heads_home(x: &Tensor, group: &Arc<dyn Communicator>) -> Result<Tensor, E
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Accelerator, Cpu, on_threads};
+    use crate::{Accelerator, Cpu, run_on_threads};
     use parking_lot::Mutex;
     use proptest::prelude::*;
     use std::time::Duration;
@@ -441,13 +441,13 @@ mod tests {
             for rank in 0..ranks {
                 let mut seen = 0;
                 let own = positions(ContextKind::Ring, length, rank, ranks);
-                for keys_of in 0..ranks {
-                    let block = Block::of(rank, keys_of);
-                    let theirs = positions(ContextKind::Ring, length, keys_of, ranks);
+                for key_rank in 0..ranks {
+                    let block = CausalBlock::of(rank, key_rank);
+                    let theirs = positions(ContextKind::Ring, length, key_rank, ranks);
                     let ((q, queries), (k, keys)) = block.parts(own.len() as i64);
                     for query in &own[q as usize..(q + queries) as usize] {
                         for key in &theirs[k as usize..(k + keys) as usize] {
-                            prop_assert!(block == Block::Own || query > key);
+                            prop_assert!(block == CausalBlock::Own || query > key);
                             if query >= key {
                                 pairs.push((*query, *key));
                                 seen += 1;
@@ -507,7 +507,7 @@ mod tests {
                     all.each_ref().map(Tensor::copy),
                     documents.as_ref().map(Tensor::copy),
                 ));
-                let parts = on_threads(ranks, Duration::from_secs(20), move |world| {
+                let parts = run_on_threads(ranks, Duration::from_secs(20), move |world| {
                     let (all, documents) = {
                         let shared = shared.lock();
                         (
@@ -524,8 +524,10 @@ mod tests {
                             ring_attention(&q, &k, &v, documents.as_ref(), 0.3, &group).unwrap()
                         }
                         ContextKind::Ulysses => {
-                            let [q, k, v] = [&q, &k, &v].map(|t| heads_out(t, &group).unwrap());
-                            heads_home(&plain(&q, &k, &v, documents.as_ref()), &group).unwrap()
+                            let [q, k, v] =
+                                [&q, &k, &v].map(|t| sequence_to_heads(t, &group).unwrap());
+                            heads_to_sequence(&plain(&q, &k, &v, documents.as_ref()), &group)
+                                .unwrap()
                         }
                     };
                     (&out * all[3].index_select(2, &at))
@@ -556,7 +558,7 @@ mod tests {
     fn the_kernel_and_the_formula_have_the_same_gradients() {
         let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
         let [q, k, v, grad] = [0; 4].map(|_| random(&[2, 3, 600, 8]));
-        let (out, lse) = attend(&q, &k, &v, None, true, 0.4);
+        let (out, lse) = block_attention(&q, &k, &v, None, true, 0.4);
         let scores = scores(&q, &k, None, true, 0.4, 0);
         assert!(lse.allclose(
             &scores.logsumexp([-1i64].as_slice(), false),
@@ -564,8 +566,9 @@ mod tests {
             1e-5,
             false
         ));
-        let (a, b, c) = attend_backward(&grad, [&q, &k, &v], &out, &lse, None, true, 0.4);
-        let (d, e, f) = by_hand_backward(&grad, [&q, &k, &v], &out, &lse, None, true, 0.4);
+        let (a, b, c) = block_attention_backward(&grad, [&q, &k, &v], &out, &lse, None, true, 0.4);
+        let (d, e, f) =
+            unfused_attention_backward(&grad, [&q, &k, &v], &out, &lse, None, true, 0.4);
         for (kernel, formula) in [(a, d), (b, e), (c, f)] {
             assert!(kernel.allclose(&formula, 1e-3, 1e-4, false));
         }

@@ -113,8 +113,10 @@ pub fn accelerator(kind: &str, local_rank: usize) -> Result<Box<dyn Accelerator>
             torch_ext::count_host_memory()?;
             Ok(Box::new(Cpu))
         }
-        "cuda" => Ok(Box::new(Attached::cuda(own("CUDA_VISIBLE_DEVICES"))?)),
-        "npu" => Ok(Box::new(Attached::npu(own("ASCEND_RT_VISIBLE_DEVICES"))?)),
+        "cuda" => Ok(Box::new(DiscreteDevice::cuda(own("CUDA_VISIBLE_DEVICES"))?)),
+        "npu" => Ok(Box::new(DiscreteDevice::npu(own(
+            "ASCEND_RT_VISIBLE_DEVICES",
+        ))?)),
         other => Err(Error::new(format!(
             "unknown device {other:?}: use cpu, cuda, npu or auto"
         ))),
@@ -219,21 +221,21 @@ pub(crate) const NPU: Device = Device::Mps;
 /// A device with memory of its own, whose kernels libtorch loads at run time: an NVIDIA GPU, or an Ascend NPU. Neither has been
 /// run on hardware yet; the tests run an NPU's whole path against a library that has its interface on host memory.
 #[derive(Debug, Clone, Copy)]
-pub struct Attached {
+pub struct DiscreteDevice {
     device: Device,
     index: usize,
 }
 
-impl Attached {
+impl DiscreteDevice {
     /// Loads the CUDA library and takes GPU `index`.
     ///
     /// # Errors
     /// When the library cannot be loaded, or there is no such GPU.
-    pub fn cuda(index: usize) -> Result<Attached, Error> {
+    pub fn cuda(index: usize) -> Result<DiscreteDevice, Error> {
         torch_ext::load_cuda()?;
         let count = tch::Cuda::device_count();
         if (index as i64) < count {
-            Ok(Attached {
+            Ok(DiscreteDevice {
                 device: Device::Cuda(index),
                 index,
             })
@@ -249,16 +251,16 @@ impl Attached {
     ///
     /// # Errors
     /// When the library cannot be loaded, or there is no such NPU.
-    pub fn npu(index: usize) -> Result<Attached, Error> {
+    pub fn npu(index: usize) -> Result<DiscreteDevice, Error> {
         torch_ext::load_npu(index)?;
-        Ok(Attached { device: NPU, index })
+        Ok(DiscreteDevice { device: NPU, index })
     }
     fn device(&self) -> Device {
         self.device
     }
 }
 
-impl Accelerator for Attached {
+impl Accelerator for DiscreteDevice {
     fn name(&self) -> String {
         let kind = if self.device == NPU { "npu" } else { "cuda" };
         format!("{kind}:{}", self.index)
@@ -320,7 +322,7 @@ impl Accelerator for Attached {
 }
 
 /// Bytes of a pinned buffer.
-const PINNED: i64 = 4 << 20;
+const PINNED_BYTES: i64 = 4 << 20;
 
 /// By way of pinned memory, on a stream beside the one that computes. Its caller hands over tensors whose values are final:
 /// the trainer waits for the device at the end of each step.
@@ -330,10 +332,10 @@ struct PinnedCopier {
 }
 
 impl PinnedCopier {
-    fn leave_the_computing_stream(&mut self, tensor: &Tensor) -> Result<(), Error> {
+    fn use_side_stream(&mut self, tensor: &Tensor) -> Result<(), Error> {
         if !self.on_side_stream {
-            torch_ext::use_device(tensor)?;
-            Stream::beside(tensor)?.use_here()?;
+            torch_ext::set_device(tensor)?;
+            Stream::beside(tensor)?.make_current()?;
             self.on_side_stream = true;
         }
         Ok(())
@@ -345,21 +347,21 @@ impl Copier for PinnedCopier {
         if tensor.device() == Device::Cpu {
             return HostCopier.copy(tensor, into);
         }
-        self.leave_the_computing_stream(tensor)?;
+        self.use_side_stream(tensor)?;
         let pinned = match self.pinned.take() {
             Some(pinned) => pinned,
-            None => torch_ext::pinned(PINNED)?,
+            None => torch_ext::pinned(PINNED_BYTES)?,
         };
         let failed = |e: tch::TchError| Error::new(e.to_string());
         let bytes = tensor.f_view_dtype(Kind::Uint8).map_err(failed)?;
-        for (index, part) in into.chunks_mut(PINNED as usize).enumerate() {
+        for (index, part) in into.chunks_mut(PINNED_BYTES as usize).enumerate() {
             let len = part.len() as i64;
             let mut staged = pinned.narrow(0, 0, len);
             // A blocking copy waits for this thread's stream only.
             staged
                 .f_copy_(
                     &bytes
-                        .f_narrow(0, index as i64 * PINNED, len)
+                        .f_narrow(0, index as i64 * PINNED_BYTES, len)
                         .map_err(failed)?,
                 )
                 .map_err(failed)?;
@@ -370,7 +372,7 @@ impl Copier for PinnedCopier {
     }
 
     fn fetch(&mut self, tensor: &Tensor, into: &Tensor) -> Result<(), Error> {
-        self.leave_the_computing_stream(tensor)?;
+        self.use_side_stream(tensor)?;
         HostCopier.fetch(tensor, into)
     }
 }

@@ -23,9 +23,9 @@ use torch_ext::Error;
 #[derive(Clone)]
 pub struct Replication {
     /// Those that share out sums of gradients and what is computed from them, rows by rows; alone: each has all rows.
-    pub shard: Arc<dyn Communicator>,
+    pub shard_group: Arc<dyn Communicator>,
     /// Those that have the same rows.
-    pub across: Arc<dyn Communicator>,
+    pub replica_group: Arc<dyn Communicator>,
 }
 
 impl Replication {
@@ -33,8 +33,8 @@ impl Replication {
     pub fn alone() -> Replication {
         let local: Arc<dyn Communicator> = Arc::new(Local::new(0, "alone"));
         Replication {
-            shard: local.clone(),
-            across: local,
+            shard_group: local.clone(),
+            replica_group: local,
         }
     }
 }
@@ -86,7 +86,7 @@ struct Member {
     own_offset: i64,
     own: std::ops::Range<i64>,
     /// Whether nothing has been added to it since the step began, or memory was taken for it: it holds whatever was there.
-    fresh: bool,
+    unwritten: bool,
 }
 
 struct Bucket {
@@ -109,15 +109,17 @@ struct Bucket {
 
 impl Bucket {
     fn reduce(&mut self, keep: bool) -> Result<(), CommError> {
-        self.settle()?;
-        self.clear_fresh();
+        self.wait_reduction()?;
+        self.zero_unwritten();
         if self.own.is_none() {
             let whole = self
                 .whole
                 .as_ref()
                 .expect("a bucket that is not shared out is kept");
             self.work = Some((
-                self.replication.across.all_reduce(whole, ReduceOp::Sum)?,
+                self.replication
+                    .replica_group
+                    .all_reduce(whole, ReduceOp::Sum)?,
                 None,
             ));
             return Ok(());
@@ -129,7 +131,7 @@ impl Bucket {
         }) else {
             return Ok(());
         };
-        let group = &self.replication.shard;
+        let group = &self.replication.shard_group;
         let options = (Kind::Float, whole.device());
         let shares = Tensor::zeros([group.size() as i64, self.share], options);
         tch::no_grad(|| {
@@ -159,20 +161,20 @@ impl Bucket {
     }
 
     /// Gradients to which nothing was added are zero.
-    fn clear_fresh(&mut self) {
+    fn zero_unwritten(&mut self) {
         let Some(whole) = &self.whole else { return };
-        for member in self.members.iter_mut().filter(|member| member.fresh) {
+        for member in self.members.iter_mut().filter(|member| member.unwritten) {
             let _ = tch::no_grad(|| {
                 whole
                     .narrow(0, member.offset, member.rows * member.cols)
                     .zero_()
             });
-            member.fresh = false;
+            member.unwritten = false;
         }
     }
 
     /// Waits for the reduction under way.
-    fn settle(&mut self) -> Result<(), CommError> {
+    fn wait_reduction(&mut self) -> Result<(), CommError> {
         if let Some((work, part)) = self.work.take() {
             work.wait()?;
             if let (Some(part), Some(own)) = (part, &self.own) {
@@ -183,10 +185,10 @@ impl Bucket {
     }
 }
 
-pub(crate) struct State {
+pub(crate) struct BucketState {
     buckets: Vec<Bucket>,
     /// Bucket and number in it of each weight.
-    places: Vec<(usize, usize)>,
+    locations: Vec<(usize, usize)>,
     device: Device,
     /// Whether whole gradients stay until the step's end.
     keep: bool,
@@ -195,17 +197,17 @@ pub(crate) struct State {
     /// The next bucket to reduce.
     next: usize,
     /// Buckets whose shares are on their way, the oldest first.
-    under_way: VecDeque<usize>,
+    in_flight: VecDeque<usize>,
     /// Where contributions to weights' gradients are kept instead of being computed.
-    deferred: Option<Vec<Deferred>>,
+    deferred: Option<Vec<DeferredGradient>>,
 }
 
 /// A contribution to a weight's gradient that is still to be computed.
-pub type Deferred = Box<dyn FnOnce() -> Result<(), Error> + Send>;
+pub type DeferredGradient = Box<dyn FnOnce() -> Result<(), Error> + Send>;
 
-impl State {
+impl BucketState {
     /// Keeps `contribution` for later, or gives it back to be computed now.
-    pub(crate) fn defer(&mut self, contribution: Deferred) -> Option<Deferred> {
+    pub(crate) fn defer(&mut self, contribution: DeferredGradient) -> Option<DeferredGradient> {
         match &mut self.deferred {
             Some(list) => {
                 list.push(contribution);
@@ -218,14 +220,14 @@ impl State {
     /// The whole fp32 gradient of weight `index` so far, flat; and whether nothing was added to it yet, so that it is to be written, as
     /// the caller will.
     pub(crate) fn sum(&mut self, index: usize) -> (Tensor, bool) {
-        let (bucket, member) = self.places[index];
+        let (bucket, member) = self.locations[index];
         let device = self.device;
         let bucket = &mut self.buckets[bucket];
         if bucket.whole.is_none() {
             bucket
                 .members
                 .iter_mut()
-                .for_each(|member| member.fresh = true);
+                .for_each(|member| member.unwritten = true);
         }
         let len = bucket.len;
         let whole = bucket
@@ -234,16 +236,16 @@ impl State {
         let member = &mut bucket.members[member];
         (
             whole.narrow(0, member.offset, member.rows * member.cols),
-            std::mem::take(&mut member.fresh),
+            std::mem::take(&mut member.unwritten),
         )
     }
 
     /// A contribution to weight `index` is there.
     pub(crate) fn ready(&mut self, index: usize) -> Result<(), CommError> {
-        let number = self.places[index].0;
+        let number = self.locations[index].0;
         let bucket = &mut self.buckets[number];
         bucket.pending = bucket.pending.saturating_sub(1);
-        if !bucket.in_turn(self.keep) {
+        if !bucket.reduced_in_order(self.keep) {
             if self.reducing && bucket.pending == 0 {
                 bucket.pending = bucket.uses;
                 self.reduce(number)?;
@@ -254,7 +256,7 @@ impl State {
             && self
                 .buckets
                 .get(self.next)
-                .is_some_and(|b| !b.in_turn(self.keep) || b.pending == 0)
+                .is_some_and(|b| !b.reduced_in_order(self.keep) || b.pending == 0)
         {
             self.reduce_next()?;
         }
@@ -264,7 +266,7 @@ impl State {
     fn reduce_next(&mut self) -> Result<(), CommError> {
         let number = self.next;
         self.next += 1;
-        if self.buckets[number].in_turn(self.keep) {
+        if self.buckets[number].reduced_in_order(self.keep) {
             self.reduce(number)
         } else {
             Ok(())
@@ -275,15 +277,15 @@ impl State {
         let shared_out = self.buckets[number].own.is_some();
         // What travels needs memory of its own: not more than two at a time.
         if shared_out
-            && self.under_way.len() == 2
-            && let Some(oldest) = self.under_way.pop_front()
-            && !self.under_way.contains(&oldest)
+            && self.in_flight.len() == 2
+            && let Some(oldest) = self.in_flight.pop_front()
+            && !self.in_flight.contains(&oldest)
         {
-            self.buckets[oldest].settle()?;
+            self.buckets[oldest].wait_reduction()?;
         }
         self.buckets[number].reduce(self.keep)?;
         if shared_out {
-            self.under_way.push_back(number);
+            self.in_flight.push_back(number);
         }
         Ok(())
     }
@@ -291,14 +293,14 @@ impl State {
 
 impl Bucket {
     /// Whether it is reduced once, in the order of the plan.
-    fn in_turn(&self, keep: bool) -> bool {
+    fn reduced_in_order(&self, keep: bool) -> bool {
         keep || self.own.is_none()
     }
 }
 
 /// The gradients of a model's weights.
 pub struct GradientBuckets {
-    state: Arc<Mutex<State>>,
+    state: Arc<Mutex<BucketState>>,
 }
 
 impl GradientBuckets {
@@ -320,18 +322,18 @@ impl GradientBuckets {
             .map(|(weight, group)| (weight.shape().iter().product::<i64>() as usize, *group))
             .collect();
         let plans = plan_buckets(&sizes, bucket_bytes / 4);
-        let mut places = vec![(0, 0); weights.len()];
+        let mut locations = vec![(0, 0); weights.len()];
         let mut buckets = Vec::new();
         for plan in &plans {
             let replication = replications[plan.group].clone();
-            let rank = replication.shard.rank();
-            let ranks = replication.shard.size();
+            let rank = replication.shard_group.rank();
+            let ranks = replication.shard_group.size();
             let mut offset = 0;
             let mut share = 0;
             let mut members = Vec::new();
             for &member in &plan.members {
-                places[member] = (buckets.len(), members.len());
-                let (rows, cols) = matrix(weights[member].0.shape());
+                locations[member] = (buckets.len(), members.len());
+                let (rows, cols) = matrix_shape(weights[member].0.shape());
                 let own = own_rows(rows, rank, ranks);
                 members.push(Member {
                     rows,
@@ -339,7 +341,7 @@ impl GradientBuckets {
                     offset,
                     own_offset: share,
                     own,
-                    fresh: true,
+                    unwritten: true,
                 });
                 offset += rows * cols;
                 share += own_rows(rows, 0, ranks).end * cols;
@@ -362,19 +364,19 @@ impl GradientBuckets {
             });
         }
         let device = accelerator.zeros(&[0], Kind::Float).device();
-        let state = State {
+        let state = BucketState {
             buckets,
-            places,
+            locations,
             device,
             keep,
             reducing: false,
             next: 0,
-            under_way: VecDeque::new(),
+            in_flight: VecDeque::new(),
             deferred: None,
         };
         let state = Arc::new(Mutex::new(state));
         for (index, (weight, _)) in weights.iter().enumerate() {
-            weight.collect_in(index, state.clone())?;
+            weight.attach_sink(index, state.clone())?;
         }
         Ok(GradientBuckets { state })
     }
@@ -388,12 +390,12 @@ impl GradientBuckets {
                 bucket
                     .members
                     .iter_mut()
-                    .for_each(|member| member.fresh = true);
+                    .for_each(|member| member.unwritten = true);
                 if let Some(own) = &mut bucket.own {
                     let _ = own.zero_();
                 }
                 bucket.pending = bucket.uses
-                    * if bucket.in_turn(keep) {
+                    * if bucket.reduced_in_order(keep) {
                         microbatches
                     } else {
                         1
@@ -408,10 +410,10 @@ impl GradientBuckets {
     ///
     /// # Errors
     /// Those of `backward`.
-    pub fn without_weights<T, E>(
+    pub fn defer_weight_gradients<T, E>(
         &self,
         backward: impl FnOnce() -> Result<T, E>,
-    ) -> Result<(T, Vec<Deferred>), E> {
+    ) -> Result<(T, Vec<DeferredGradient>), E> {
         self.lock().deferred = Some(Vec::new());
         let result = backward();
         let deferred = self.lock().deferred.take().unwrap_or_default();
@@ -432,20 +434,28 @@ impl GradientBuckets {
             state.reduce_next()?;
         }
         for number in 0..state.buckets.len() {
-            if !state.buckets[number].in_turn(state.keep) {
+            if !state.buckets[number].reduced_in_order(state.keep) {
                 state.reduce(number)?;
             }
         }
-        state.under_way.clear();
-        state.buckets.iter_mut().try_for_each(Bucket::settle)?;
+        state.in_flight.clear();
+        state
+            .buckets
+            .iter_mut()
+            .try_for_each(Bucket::wait_reduction)?;
         let mut works = Vec::new();
         for bucket in &state.buckets {
             if let Some(own) = bucket
                 .own
                 .as_ref()
-                .filter(|_| bucket.replication.across.size() > 1)
+                .filter(|_| bucket.replication.replica_group.size() > 1)
             {
-                works.push(bucket.replication.across.all_reduce(own, ReduceOp::Sum)?);
+                works.push(
+                    bucket
+                        .replication
+                        .replica_group
+                        .all_reduce(own, ReduceOp::Sum)?,
+                );
             }
         }
         works.into_iter().try_for_each(Work::wait)?;
@@ -456,9 +466,9 @@ impl GradientBuckets {
     /// The fp32 gradient of this rank's rows of weight `index`: `[rows, columns]`, all dims but the last as one.
     pub fn gradient(&self, index: usize) -> Tensor {
         let mut state = self.lock();
-        let (bucket, member) = state.places[index];
+        let (bucket, member) = state.locations[index];
         let bucket = &mut state.buckets[bucket];
-        bucket.clear_fresh();
+        bucket.zero_unwritten();
         let Member {
             rows,
             cols,
@@ -477,13 +487,13 @@ impl GradientBuckets {
         }
     }
 
-    fn lock(&self) -> parking_lot::MutexGuard<'_, State> {
+    fn lock(&self) -> parking_lot::MutexGuard<'_, BucketState> {
         self.state.lock()
     }
 }
 
 /// Rows and columns of a weight: all dims but the last, and the last; a vector is one column.
-pub fn matrix(shape: &[i64]) -> (i64, i64) {
+pub fn matrix_shape(shape: &[i64]) -> (i64, i64) {
     match shape {
         [] => (1, 1),
         [len] => (*len, 1),
@@ -494,7 +504,7 @@ pub fn matrix(shape: &[i64]) -> (i64, i64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Cpu, linear, on_threads};
+    use crate::{Cpu, linear, run_on_threads};
     use proptest::prelude::*;
     use std::time::Duration;
 
@@ -571,7 +581,9 @@ mod tests {
             .fill_(5.0)
             .set_requires_grad(true);
         let loss = linear(&x, &a).unwrap().sum(Kind::Float);
-        let ((), deferred) = gradients.without_weights(|| loss.f_backward()).unwrap();
+        let ((), deferred) = gradients
+            .defer_weight_gradients(|| loss.f_backward())
+            .unwrap();
         assert_eq!(
             (list(&x.grad()), list(&gradients.gradient(0))),
             (vec![4.], vec![0., 0.])
@@ -599,14 +611,19 @@ mod tests {
     fn shared_out_sums_are_rows_of_the_whole_kept_or_not() {
         // 5 rows over 2 ranks and 2 replicas of them: every rank adds its number to each row, in each of 3 microbatches.
         for keep in [true, false] {
-            let ranks = on_threads(4, Duration::from_secs(20), move |world| {
+            let ranks = run_on_threads(4, Duration::from_secs(20), move |world| {
                 let rank = world.rank();
-                let shard = world
-                    .group("shard", &[rank / 2 * 2, rank / 2 * 2 + 1])
+                let shard_group = world
+                    .group("shard_group", &[rank / 2 * 2, rank / 2 * 2 + 1])
                     .unwrap();
-                let across = world.group("across", &[rank % 2, rank % 2 + 2]).unwrap();
+                let replica_group = world
+                    .group("replica_group", &[rank % 2, rank % 2 + 2])
+                    .unwrap();
                 let weight = Weight::new(Cpu.zeros(&[5, 2], Kind::Float));
-                let replication = Replication { shard, across };
+                let replication = Replication {
+                    shard_group,
+                    replica_group,
+                };
                 let gradients = GradientBuckets::new(
                     &[(weight.clone(), 0)],
                     &[replication],

@@ -7,8 +7,8 @@
 //! - A weight's gradient is added up by [`Weight::add_gradient`] alone, never by autograd.
 //! - Collectives inside a model are the differentiable functions of [`collectives`].
 
-mod beside;
-mod binding;
+mod affinity;
+mod background;
 pub mod collectives;
 mod comm;
 pub mod conformance;
@@ -24,16 +24,18 @@ pub mod tensor;
 mod weight;
 mod world;
 
-pub use binding::{Bind, Processors};
+pub use affinity::{CpuAffinity, CpuTopology};
 #[cfg(feature = "mpi")]
 pub use comm::finalize;
 pub use comm::{Backend, CommError, Communicator, Gloo, Local, ReduceOp, Work, mpi_library};
 pub use device::{
-    Accelerator, Attached, Copier, Cpu, MemoryUse, accelerator, device_kind, peak_resident,
+    Accelerator, Copier, Cpu, DiscreteDevice, MemoryUse, accelerator, device_kind, peak_resident,
 };
-pub use gradients::{BucketPlan, Deferred, GradientBuckets, Replication, matrix, plan_buckets};
-pub use mesh::{Coordinates, Group, Mesh, MeshError, MeshShape};
+pub use gradients::{
+    BucketPlan, DeferredGradient, GradientBuckets, Replication, matrix_shape, plan_buckets,
+};
+pub use mesh::{Coordinates, GroupKind, Mesh, MeshError, MeshShape};
 pub use recompute::Activation;
 pub use sum::GradientSum;
 pub use weight::{Contribution, Weight, add_gradients, linear, linears};
-pub use world::{ByMpi, Meeting, RankEnv, World, on_threads};
+pub use world::{MpiLaunch, RankEnv, Rendezvous, World, run_on_threads};

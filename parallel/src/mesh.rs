@@ -91,7 +91,7 @@ pub struct Coordinates {
 
 /// A kind of group that the ranks fall into.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Group {
+pub enum GroupKind {
     /// All ranks.
     World,
     /// Same stage, context and tensor coordinate: different data.
@@ -116,20 +116,20 @@ pub enum Group {
     ExpertReplicas,
 }
 
-impl Group {
+impl GroupKind {
     /// Every kind of group.
-    pub const ALL: [Group; 11] = [
-        Group::World,
-        Group::Data,
-        Group::Tensor,
-        Group::Pipeline,
-        Group::Context,
-        Group::DenseReplicas,
-        Group::Stage,
-        Group::Sequence,
-        Group::Vocabulary,
-        Group::Expert,
-        Group::ExpertReplicas,
+    pub const ALL: [GroupKind; 11] = [
+        GroupKind::World,
+        GroupKind::Data,
+        GroupKind::Tensor,
+        GroupKind::Pipeline,
+        GroupKind::Context,
+        GroupKind::DenseReplicas,
+        GroupKind::Stage,
+        GroupKind::Sequence,
+        GroupKind::Vocabulary,
+        GroupKind::Expert,
+        GroupKind::ExpertReplicas,
     ];
 }
 
@@ -239,7 +239,7 @@ impl Mesh {
     }
 
     /// The ranks, in order, of this rank's group of the given kind.
-    pub fn group(&self, group: Group) -> Vec<usize> {
+    pub fn group(&self, group: GroupKind) -> Vec<usize> {
         let own = self.key(self.rank, group);
         (0..self.size())
             .filter(|&rank| self.key(rank, group) == own)
@@ -247,7 +247,7 @@ impl Mesh {
     }
 
     /// The replicas of this rank's dense layers, and the ranks that sit like them in the pipeline stages `stages`.
-    pub fn dense_replicas_of_stages(&self, stages: &[usize]) -> Vec<usize> {
+    pub fn dense_replicas_in_stages(&self, stages: &[usize]) -> Vec<usize> {
         let tensor = self.coordinates().tensor;
         let member = |&rank: &usize| {
             let at = self.coordinates_of(rank);
@@ -257,7 +257,7 @@ impl Mesh {
     }
 
     /// The node of each rank of the group `group`, where every node has `per_node` ranks.
-    pub fn nodes(&self, group: Group, per_node: usize) -> Vec<usize> {
+    pub fn nodes(&self, group: GroupKind, per_node: usize) -> Vec<usize> {
         self.group(group)
             .into_iter()
             .map(|rank| rank / per_node)
@@ -266,7 +266,11 @@ impl Mesh {
 
     /// Of the group `group` the ranks on this rank's node, and those with this rank's number among them on the other
     /// nodes; None where not every node has as many of the group, or whole owners of experts.
-    pub fn by_node(&self, group: Group, per_node: usize) -> Option<(Vec<usize>, Vec<usize>)> {
+    pub fn split_by_node(
+        &self,
+        group: GroupKind,
+        per_node: usize,
+    ) -> Option<(Vec<usize>, Vec<usize>)> {
         let members = self.group(group);
         let on = |node: usize| {
             members
@@ -294,20 +298,20 @@ impl Mesh {
     }
 
     /// What the ranks of one group have in common.
-    fn key(&self, rank: usize, group: Group) -> [usize; 3] {
+    fn key(&self, rank: usize, group: GroupKind) -> [usize; 3] {
         let at = self.coordinates_of(rank);
         match group {
-            Group::World => [0, 0, 0],
-            Group::Data => [at.pipeline, at.context, at.tensor],
-            Group::Tensor => [at.pipeline, at.data, at.context],
-            Group::Pipeline => [at.data, at.context, at.tensor],
-            Group::Context => [at.pipeline, at.data, at.tensor],
-            Group::DenseReplicas => [at.pipeline, at.tensor, 0],
-            Group::Stage => [at.pipeline, 0, 0],
-            Group::Sequence => [at.pipeline, at.data, 0],
-            Group::Vocabulary => [at.data, at.context, 0],
-            Group::Expert => [at.pipeline, at.expert_replica, 0],
-            Group::ExpertReplicas => [at.pipeline, at.expert, at.expert_tensor],
+            GroupKind::World => [0, 0, 0],
+            GroupKind::Data => [at.pipeline, at.context, at.tensor],
+            GroupKind::Tensor => [at.pipeline, at.data, at.context],
+            GroupKind::Pipeline => [at.data, at.context, at.tensor],
+            GroupKind::Context => [at.pipeline, at.data, at.tensor],
+            GroupKind::DenseReplicas => [at.pipeline, at.tensor, 0],
+            GroupKind::Stage => [at.pipeline, 0, 0],
+            GroupKind::Sequence => [at.pipeline, at.data, 0],
+            GroupKind::Vocabulary => [at.data, at.context, 0],
+            GroupKind::Expert => [at.pipeline, at.expert_replica, 0],
+            GroupKind::ExpertReplicas => [at.pipeline, at.expert, at.expert_tensor],
         }
     }
 
@@ -395,20 +399,20 @@ mod tests {
         shape.data * shape.tensor * shape.pipeline * shape.context
     }
 
-    fn expected_size(shape: MeshShape, group: Group) -> usize {
+    fn expected_size(shape: MeshShape, group: GroupKind) -> usize {
         let stage = shape.data * shape.tensor * shape.context;
         match group {
-            Group::World => ranks(shape),
-            Group::Data => shape.data,
-            Group::Tensor => shape.tensor,
-            Group::Pipeline => shape.pipeline,
-            Group::Context => shape.context,
-            Group::DenseReplicas => shape.data * shape.context,
-            Group::Stage => stage,
-            Group::Sequence => shape.context * shape.tensor,
-            Group::Vocabulary => shape.pipeline * shape.tensor,
-            Group::Expert => shape.expert * shape.expert_tensor,
-            Group::ExpertReplicas => stage / (shape.expert * shape.expert_tensor),
+            GroupKind::World => ranks(shape),
+            GroupKind::Data => shape.data,
+            GroupKind::Tensor => shape.tensor,
+            GroupKind::Pipeline => shape.pipeline,
+            GroupKind::Context => shape.context,
+            GroupKind::DenseReplicas => shape.data * shape.context,
+            GroupKind::Stage => stage,
+            GroupKind::Sequence => shape.context * shape.tensor,
+            GroupKind::Vocabulary => shape.pipeline * shape.tensor,
+            GroupKind::Expert => shape.expert * shape.expert_tensor,
+            GroupKind::ExpertReplicas => stage / (shape.expert * shape.expert_tensor),
         }
     }
 
@@ -418,7 +422,7 @@ mod tests {
         #[test]
         fn every_kind_of_group_divides_the_ranks_evenly(shape in shapes()) {
             let ranks = ranks(shape);
-            for group in Group::ALL {
+            for group in GroupKind::ALL {
                 for rank in 0..ranks {
                     let members = Mesh::new(shape, rank, ranks).unwrap().group(group);
                     prop_assert!(members.contains(&rank));
@@ -447,8 +451,8 @@ mod tests {
             let ranks = ranks(shape);
             for rank in 0..ranks {
                 let mesh = Mesh::new(shape, rank, ranks).unwrap();
-                let replicas = mesh.group(Group::ExpertReplicas);
-                let common: Vec<_> = mesh.group(Group::Expert).into_iter().filter(|r| replicas.contains(r)).collect();
+                let replicas = mesh.group(GroupKind::ExpertReplicas);
+                let common: Vec<_> = mesh.group(GroupKind::Expert).into_iter().filter(|r| replicas.contains(r)).collect();
                 prop_assert_eq!(common, vec![rank]);
             }
         }
@@ -465,16 +469,20 @@ mod tests {
             expert_tensor: 1,
         };
         let mesh = Mesh::new(shape, 5, 8).unwrap();
-        assert_eq!(mesh.nodes(Group::Expert, 4), [0, 0, 0, 0, 1, 1, 1, 1]);
+        assert_eq!(mesh.nodes(GroupKind::Expert, 4), [0, 0, 0, 0, 1, 1, 1, 1]);
         assert_eq!(
-            mesh.by_node(Group::Expert, 4),
+            mesh.split_by_node(GroupKind::Expert, 4),
             Some((vec![4, 5, 6, 7], vec![1, 5]))
         );
         assert_eq!(
-            mesh.by_node(Group::Expert, 8),
+            mesh.split_by_node(GroupKind::Expert, 8),
             Some(((0..8).collect(), vec![5]))
         );
-        assert_eq!(mesh.by_node(Group::Expert, 3), None, "3, 3 and 2 ranks");
+        assert_eq!(
+            mesh.split_by_node(GroupKind::Expert, 3),
+            None,
+            "3, 3 and 2 ranks"
+        );
         let split = Mesh::new(
             MeshShape {
                 expert: 4,
@@ -485,7 +493,11 @@ mod tests {
             8,
         )
         .unwrap();
-        assert_eq!(split.by_node(Group::Expert, 1), None, "half an owner");
+        assert_eq!(
+            split.split_by_node(GroupKind::Expert, 1),
+            None,
+            "half an owner"
+        );
     }
 
     #[test]
@@ -499,9 +511,9 @@ mod tests {
             expert_tensor: 1,
         };
         let mesh = Mesh::new(shape, 2, 4).unwrap();
-        assert_eq!(mesh.group(Group::Expert), [2, 3]);
-        assert_eq!(mesh.group(Group::ExpertReplicas), [0, 2]);
-        assert_eq!(mesh.group(Group::DenseReplicas), [0, 1, 2, 3]);
+        assert_eq!(mesh.group(GroupKind::Expert), [2, 3]);
+        assert_eq!(mesh.group(GroupKind::ExpertReplicas), [0, 2]);
+        assert_eq!(mesh.group(GroupKind::DenseReplicas), [0, 1, 2, 3]);
         assert_eq!(
             mesh.to_string(),
             "4 ranks: data 4; experts over 2 ranks x 2 replicas"

@@ -6,35 +6,35 @@ use std::sync::Arc;
 use tch::{Kind, Tensor};
 use torch_ext::{Error, attach_backward};
 
-type Make = Arc<Mutex<dyn Fn() -> Result<Tensor, Error> + Send>>;
+type RecomputeFn = Arc<Mutex<dyn Fn() -> Result<Tensor, Error> + Send>>;
 
 /// How backward comes by a tensor of forward.
 #[derive(Clone)]
-pub struct Saved(How);
+pub struct SavedTensor(Source);
 
-enum How {
+enum Source {
     Kept(Tensor),
-    Again(Make),
+    Recompute(RecomputeFn),
 }
 
-impl Clone for How {
-    fn clone(&self) -> How {
+impl Clone for Source {
+    fn clone(&self) -> Source {
         match self {
-            How::Kept(tensor) => How::Kept(tensor.shallow_clone()),
-            How::Again(make) => How::Again(make.clone()),
+            Source::Kept(tensor) => Source::Kept(tensor.shallow_clone()),
+            Source::Recompute(make) => Source::Recompute(make.clone()),
         }
     }
 }
 
-impl Saved {
+impl SavedTensor {
     /// The tensor.
     ///
     /// # Errors
     /// That of making it again.
     pub fn get(&self) -> Result<Tensor, Error> {
         match &self.0 {
-            How::Kept(tensor) => Ok(tensor.shallow_clone()),
-            How::Again(make) => {
+            Source::Kept(tensor) => Ok(tensor.shallow_clone()),
+            Source::Recompute(make) => {
                 let make = make.lock();
                 tch::no_grad(&*make)
             }
@@ -46,7 +46,7 @@ impl Saved {
 pub struct Activation {
     /// The tensor, part of the graph.
     pub value: Tensor,
-    saved: Saved,
+    saved: SavedTensor,
 }
 
 impl Activation {
@@ -54,23 +54,23 @@ impl Activation {
     pub fn kept(value: &Tensor) -> Activation {
         Activation {
             value: value.shallow_clone(),
-            saved: Saved(How::Kept(value.detach())),
+            saved: SavedTensor(Source::Kept(value.detach())),
         }
     }
 
     /// One that `make` makes again, without gradient, as often as backward asks.
-    pub fn again(
+    pub fn recomputable(
         value: Tensor,
         make: impl Fn() -> Result<Tensor, Error> + Send + 'static,
     ) -> Activation {
         Activation {
             value,
-            saved: Saved(How::Again(Arc::new(Mutex::new(make)))),
+            saved: SavedTensor(Source::Recompute(Arc::new(Mutex::new(make)))),
         }
     }
 
     /// For backward.
-    pub fn saved(&self) -> Saved {
+    pub fn saved(&self) -> SavedTensor {
         self.saved.clone()
     }
 }

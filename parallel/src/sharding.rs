@@ -3,7 +3,7 @@
 //! A weight is seen as a matrix, all dims but the last as rows; ranks keep consecutive rows, as many each, the last ones
 //! fewer. Members of one [`ShardedWeights`] travel together, in one all-gather.
 
-use crate::gradients::matrix;
+use crate::gradients::matrix_shape;
 use crate::{CommError, Communicator, Weight, Work};
 use parking_lot::Mutex;
 use std::ops::Range;
@@ -22,10 +22,10 @@ pub struct ShardedWeights {
     group: Arc<dyn Communicator>,
     /// Whether values stay when no layer needs them (ZeRO-1 and 2).
     keep: bool,
-    state: Mutex<State>,
+    state: Mutex<GatherState>,
 }
 
-struct State {
+struct GatherState {
     /// With this rank's rows.
     members: Vec<(Weight, Tensor)>,
     /// Whether the values are there and as ranks keep them.
@@ -43,7 +43,7 @@ impl ShardedWeights {
         group: Arc<dyn Communicator>,
         keep: bool,
     ) -> ShardedWeights {
-        let state = State {
+        let state = GatherState {
             members,
             current: keep,
             users: 0,
@@ -57,7 +57,7 @@ impl ShardedWeights {
     }
 
     /// Says that ranks have changed their rows.
-    pub fn changed(&self) {
+    pub fn mark_stale(&self) {
         self.lock().current = false;
     }
 
@@ -108,13 +108,13 @@ impl ShardedWeights {
         }
     }
 
-    fn lock(&self) -> parking_lot::MutexGuard<'_, State> {
+    fn lock(&self) -> parking_lot::MutexGuard<'_, GatherState> {
         self.state.lock()
     }
 
     /// Elements that each rank sends of a weight.
     fn share(&self, weight: &Weight) -> i64 {
-        let (rows, cols) = matrix(weight.shape());
+        let (rows, cols) = matrix_shape(weight.shape());
         own_rows(rows, 0, self.group.size()).end * cols
     }
 
@@ -144,7 +144,7 @@ impl ShardedWeights {
             let mut offset = 0;
             let all = all.view([ranks as i64, -1]);
             for (weight, _) in members {
-                let (rows, cols) = matrix(weight.shape());
+                let (rows, cols) = matrix_shape(weight.shape());
                 let part = |rank: usize| {
                     let own = own_rows(rows, rank, ranks);
                     let len = own.end - own.start;

@@ -1,6 +1,6 @@
 //! The sum of contributions to a weight's gradient. It is not cleared before the first one comes: that one is written there.
 
-use kernels::{add_grouped_product, add_product, set_grouped_product, set_product};
+use kernels::{gemm_accumulate, gemm_overwrite, grouped_gemm_accumulate, grouped_gemm_overwrite};
 use std::cell::Cell;
 use tch::Tensor;
 
@@ -8,38 +8,38 @@ use tch::Tensor;
 pub struct GradientSum {
     sum: Tensor,
     /// Whether nothing has been added, so that the memory holds whatever it held.
-    fresh: Cell<bool>,
+    unwritten: Cell<bool>,
 }
 
 impl GradientSum {
-    pub(crate) fn new(sum: Tensor, fresh: bool) -> GradientSum {
+    pub(crate) fn new(sum: Tensor, unwritten: bool) -> GradientSum {
         GradientSum {
             sum,
-            fresh: Cell::new(fresh),
+            unwritten: Cell::new(unwritten),
         }
     }
 
     /// Adds `left right`, of matrices.
-    pub fn add_product(&self, left: &Tensor, right: &Tensor) {
-        if self.fresh.take() {
-            set_product(&self.sum, left, right)
+    pub fn gemm_accumulate(&self, left: &Tensor, right: &Tensor) {
+        if self.unwritten.take() {
+            gemm_overwrite(&self.sum, left, right)
         } else {
-            add_product(&self.sum, left, right)
+            gemm_accumulate(&self.sum, left, right)
         }
     }
 
-    /// Adds the product of each group's rows, see [`kernels::add_grouped_product`].
-    pub fn add_grouped_product(&self, left: &Tensor, right: &Tensor, counts: &[i64]) {
-        if self.fresh.take() {
-            set_grouped_product(&self.sum, left, right, counts);
+    /// Adds the product of each group's rows, see [`kernels::grouped_gemm_accumulate`].
+    pub fn grouped_gemm_accumulate(&self, left: &Tensor, right: &Tensor, counts: &[i64]) {
+        if self.unwritten.take() {
+            grouped_gemm_overwrite(&self.sum, left, right, counts);
         } else {
-            add_grouped_product(&self.sum, left, right, counts);
+            grouped_gemm_accumulate(&self.sum, left, right, counts);
         }
     }
 
     /// The sum, to be added to by other means.
     pub fn tensor(&self) -> &Tensor {
-        if self.fresh.take() {
+        if self.unwritten.take() {
             let _ = tch::no_grad(|| self.sum.shallow_clone().zero_());
         }
         &self.sum

@@ -5,7 +5,7 @@
 //! gathered and the last is summed, forward and backward.
 // Shapes: n rows of a rank, R ranks, D hidden.
 
-use crate::collectives::{Slot, fill, take};
+use crate::collectives::{PendingGradient, fill, take};
 use crate::{Activation, Communicator, ReduceOp, Work};
 use std::ops::Range;
 use std::sync::Arc;
@@ -41,12 +41,12 @@ impl TensorParallel {
     }
 
     /// How often a weight is used by a block's forward.
-    pub fn uses(&self) -> usize {
+    pub fn uses_per_forward(&self) -> usize {
         if self.size() == 1 { 1 } else { self.chunks }
     }
 
     /// This rank's part of `0..total`, where ranks have as many each.
-    pub fn part(&self, total: i64) -> Range<i64> {
+    pub fn local_range(&self, total: i64) -> Range<i64> {
         let each = total / self.size() as i64;
         each * self.rank() as i64..each * (self.rank() as i64 + 1)
     }
@@ -67,7 +67,7 @@ impl TensorParallel {
     ///
     /// # Errors
     /// Those of `compute`, and when a collective fails.
-    pub fn on_all_rows(
+    pub fn column_parallel(
         &self,
         x_nd: &Activation,
         mut compute: impl FnMut(&Activation) -> Result<Vec<Tensor>, Error>,
@@ -94,8 +94,8 @@ impl TensorParallel {
     /// This rank's rows `[n, D]` of the sum over ranks of `compute` on all rows `x` `[R * n, ...]`. (A row-parallel layer.)
     ///
     /// # Errors
-    /// As [`TensorParallel::on_all_rows`].
-    pub fn own_rows_of(
+    /// As [`TensorParallel::column_parallel`].
+    pub fn row_parallel(
         &self,
         x: &Tensor,
         mut compute: impl FnMut(&Tensor) -> Result<Tensor, Error>,
@@ -107,7 +107,7 @@ impl TensorParallel {
         let width = x.size()[1];
         let by_rank = x.view([ranks, -1, width]);
         let rows = by_rank.size()[1];
-        let mut sum = Scatter::new(self.group.clone());
+        let mut sum = ChunkedReduceScatter::new(self.group.clone());
         for index in 0..self.chunks {
             let (start, len) = self.chunk(rows, index);
             sum.add(&compute(
@@ -121,8 +121,8 @@ impl TensorParallel {
     /// column-parallel layer and the row-parallel one after it.)
     ///
     /// # Errors
-    /// As [`TensorParallel::on_all_rows`].
-    pub fn block(
+    /// As [`TensorParallel::column_parallel`].
+    pub fn column_row_parallel(
         &self,
         x_nd: &Activation,
         mut compute: impl FnMut(&Activation) -> Result<Tensor, Error>,
@@ -130,7 +130,7 @@ impl TensorParallel {
         if self.size() == 1 {
             return compute(x_nd);
         }
-        let mut sum = Scatter::new(self.group.clone());
+        let mut sum = ChunkedReduceScatter::new(self.group.clone());
         for chunk in self.gather(x_nd)? {
             sum.add(&compute(&chunk()?)?)?;
         }
@@ -157,7 +157,8 @@ impl TensorParallel {
             outputs.push(all);
         }
         // What each chunk's gradient becomes: this rank's rows of its sum.
-        let slots: Vec<Slot> = works.iter().map(|_| Slot::default()).collect();
+        let slots: Vec<PendingGradient> =
+            works.iter().map(|_| PendingGradient::default()).collect();
         let ends = slots.clone();
         let outputs = attach_backward(&[x_nd], outputs, move |_| {
             let parts: Vec<Tensor> = ends.iter().map(take).collect::<Result<_, _>>()?;
@@ -185,7 +186,7 @@ impl TensorParallel {
                         // It goes on through the slot.
                         Ok(vec![None])
                     })?;
-                    Ok(Activation::again(out.remove(0), move || {
+                    Ok(Activation::recomputable(out.remove(0), move || {
                         let own = saved.get()?.narrow(0, start, len).contiguous();
                         let all = Tensor::empty(
                             [len * again.size() as i64, width],
@@ -202,17 +203,17 @@ impl TensorParallel {
 }
 
 /// Chunks on their way to be summed.
-struct Scatter {
+struct ChunkedReduceScatter {
     group: Arc<dyn Communicator>,
     /// This rank's rows of each chunk.
     parts: Vec<(Work, Tensor)>,
     /// Makes the chunks' nodes come after the sum's in backward, and what brings them their gradients.
-    links: Vec<(Tensor, Slot)>,
+    links: Vec<(Tensor, PendingGradient)>,
 }
 
-impl Scatter {
-    fn new(group: Arc<dyn Communicator>) -> Scatter {
-        Scatter {
+impl ChunkedReduceScatter {
+    fn new(group: Arc<dyn Communicator>) -> ChunkedReduceScatter {
+        ChunkedReduceScatter {
             group,
             parts: Vec::new(),
             links: Vec::new(),
@@ -229,7 +230,7 @@ impl Scatter {
         let own = tch::no_grad(|| chunk.detach().contiguous());
         let work = self.group.reduce_scatter(&part, &own, ReduceOp::Sum)?;
         self.parts.push((work, part));
-        let slot = Slot::default();
+        let slot = PendingGradient::default();
         let arrived = slot.clone();
         let link = Tensor::zeros([0], (Kind::Float, chunk.device()));
         let mut link = attach_backward(&[chunk], vec![link], move |_| {
@@ -247,7 +248,7 @@ impl Scatter {
         }
         let sizes: Vec<i64> = parts.iter().map(|part| part.size()[0]).collect();
         let sum = tch::no_grad(|| Tensor::cat(&parts, 0));
-        let (links, slots): (Vec<Tensor>, Vec<Slot>) = self.links.into_iter().unzip();
+        let (links, slots): (Vec<Tensor>, Vec<PendingGradient>) = self.links.into_iter().unzip();
         let inputs: Vec<&Tensor> = links.iter().collect();
         let shape = sum.size();
         let options = (sum.kind(), sum.device());
@@ -275,7 +276,7 @@ impl Scatter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Accelerator, Cpu, on_threads};
+    use crate::{Accelerator, Cpu, run_on_threads};
     use parking_lot::Mutex;
     use std::time::Duration;
 
@@ -297,24 +298,24 @@ mod tests {
                 let all = shared.lock();
                 Mutex::new([&all.0, &all.1, &all.2, &all.3].map(Tensor::copy))
             };
-            let parts = on_threads(2, Duration::from_secs(20), move |world| {
+            let parts = run_on_threads(2, Duration::from_secs(20), move |world| {
                 let [x, a, b, probe] = shared.lock().each_ref().map(Tensor::copy);
                 let tensor = TensorParallel::new(world.all("tensor").unwrap(), chunks);
-                let rows = tensor.part(6);
-                let columns = tensor.part(8);
+                let rows = tensor.local_range(6);
+                let columns = tensor.local_range(8);
                 let x = x.narrow(0, rows.start, 3).copy().set_requires_grad(true);
                 let a = a.narrow(1, columns.start, 4);
                 let b = b.narrow(0, columns.start, 4);
                 let kept = Activation::kept(&x);
                 let in_one = tensor
-                    .block(&kept, |x| Ok(x.value.matmul(&a).silu().matmul(&b)))
+                    .column_row_parallel(&kept, |x| Ok(x.value.matmul(&a).silu().matmul(&b)))
                     .unwrap();
                 let hidden = tensor
-                    .on_all_rows(&kept, |x| Ok(vec![x.value.matmul(&a).silu()]))
+                    .column_parallel(&kept, |x| Ok(vec![x.value.matmul(&a).silu()]))
                     .unwrap()
                     .remove(0);
                 let in_two = tensor
-                    .own_rows_of(&hidden, |hidden| Ok(hidden.matmul(&b)))
+                    .row_parallel(&hidden, |hidden| Ok(hidden.matmul(&b)))
                     .unwrap();
                 let probe = probe.narrow(0, rows.start, 3);
                 (&in_one * &probe).sum(Kind::Float).backward();

@@ -4,10 +4,10 @@
 //! the one of their weight to [`Weight::add_gradient`], which adds it up in fp32, now or, in a pipeline that splits B
 //! from W, later.
 
-use crate::gradients::State;
+use crate::gradients::BucketState;
 use crate::recompute::Activation;
 use crate::sum::GradientSum;
-use kernels::{add_product, product};
+use kernels::{gemm, gemm_accumulate};
 use parking_lot::Mutex;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,12 +16,12 @@ use torch_ext::{Error, attach_backward};
 
 /// A weight. Clones are handles to the same one.
 pub struct Weight {
-    shared: Arc<Shared>,
+    shared: Arc<WeightState>,
     /// The part along dim 0 that this handle is about.
     rows: Option<(i64, i64)>,
 }
 
-struct Shared {
+struct WeightState {
     shape: Vec<i64>,
     kind: Kind,
     device: Device,
@@ -35,7 +35,7 @@ struct Shared {
 
 struct Sink {
     index: usize,
-    state: Arc<Mutex<State>>,
+    state: Arc<Mutex<BucketState>>,
 }
 
 impl Clone for Weight {
@@ -50,15 +50,15 @@ impl Clone for Weight {
 impl Weight {
     /// A weight that one layer uses.
     pub fn new(value: Tensor) -> Weight {
-        let weight = Weight::elsewhere(&value.size(), value.kind(), value.device());
+        let weight = Weight::without_value(&value.size(), value.kind(), value.device());
         weight.set_value(Some(value));
         weight
     }
 
     /// A weight whose value is not here yet.
-    pub fn elsewhere(shape: &[i64], kind: Kind, device: Device) -> Weight {
+    pub fn without_value(shape: &[i64], kind: Kind, device: Device) -> Weight {
         let tracker = Tensor::zeros([0], (Kind::Float, device)).set_requires_grad(true);
-        let shared = Shared {
+        let shared = WeightState {
             shape: shape.to_vec(),
             kind,
             device,
@@ -74,19 +74,19 @@ impl Weight {
     }
 
     /// The same weight for another layer: its gradient then has one more contribution.
-    pub fn shared(&self) -> Weight {
-        self.used(2)
+    pub fn tied(&self) -> Weight {
+        self.scale_uses(2)
     }
 
     /// The same weight, of which one forward makes `times` as many uses as before.
-    pub fn used(&self, times: usize) -> Weight {
+    pub fn scale_uses(&self, times: usize) -> Weight {
         let uses = self.shared.uses.load(Ordering::Relaxed);
         self.shared.uses.store(uses * times, Ordering::Relaxed);
         self.clone()
     }
 
     /// `len` rows from `start` on, for a layer that uses no others.
-    pub fn rows(&self, start: i64, len: i64) -> Weight {
+    pub fn narrow_rows(&self, start: i64, len: i64) -> Weight {
         Weight {
             rows: Some((start, len)),
             ..self.clone()
@@ -153,7 +153,7 @@ impl Weight {
         add_gradients(&[self], |sums| add(sums[0]))
     }
 
-    fn state(&self) -> Result<Arc<Mutex<State>>, Error> {
+    fn state(&self) -> Result<Arc<Mutex<BucketState>>, Error> {
         let sink = locked(&self.shared.sink);
         sink.as_ref()
             .map(|sink| sink.state.clone())
@@ -169,8 +169,8 @@ impl Weight {
         let index = locked(&self.shared.sink)
             .as_ref()
             .map_or(0, |sink| sink.index);
-        let (whole, fresh) = locked(&state).sum(index);
-        let whole = GradientSum::new(whole.view(self.shape()), fresh);
+        let (whole, unwritten) = locked(&state).sum(index);
+        let whole = GradientSum::new(whole.view(self.shape()), unwritten);
         let sum = match self.rows {
             None => whole,
             // Others' rows would stay as they are.
@@ -180,7 +180,11 @@ impl Weight {
     }
 
     /// Makes parameter `index` of `state` the place of the gradient.
-    pub(crate) fn collect_in(&self, index: usize, state: Arc<Mutex<State>>) -> Result<(), Error> {
+    pub(crate) fn attach_sink(
+        &self,
+        index: usize,
+        state: Arc<Mutex<BucketState>>,
+    ) -> Result<(), Error> {
         match locked(&self.shared.sink).replace(Sink { index, state }) {
             None => Ok(()),
             Some(_) => Err(Error::new("a weight's gradient already has a place")),
@@ -218,7 +222,7 @@ where
 pub struct Contribution {
     sum: GradientSum,
     index: usize,
-    state: Arc<Mutex<State>>,
+    state: Arc<Mutex<BucketState>>,
 }
 
 impl Contribution {
@@ -262,7 +266,7 @@ pub fn linears(x: &Activation, weights: &[&Weight]) -> Result<Vec<Tensor>, Error
     let outputs = tch::no_grad(|| {
         weights
             .iter()
-            .map(|weight| product(value, &weight.value().tr()))
+            .map(|weight| gemm(value, &weight.value().tr()))
             .collect()
     });
     let used: Vec<Weight> = weights.iter().map(|&weight| weight.clone()).collect();
@@ -277,14 +281,14 @@ pub fn linears(x: &Activation, weights: &[&Weight]) -> Result<Vec<Tensor>, Error
             let Some(grad) = grad else { continue };
             if needs_grad {
                 match &mut grad_x {
-                    Some(sum) => add_product(sum, grad, &weight.value()),
-                    None => grad_x = Some(product(grad, &weight.value())),
+                    Some(sum) => gemm_accumulate(sum, grad, &weight.value()),
+                    None => grad_x = Some(gemm(grad, &weight.value())),
                 }
             }
             let grad = grad.shallow_clone();
             let x = x.shallow_clone();
             weight.add_gradient(move |sum| {
-                sum.add_product(&grad.tr(), &x);
+                sum.gemm_accumulate(&grad.tr(), &x);
                 Ok(())
             })?;
         }

@@ -3,7 +3,8 @@
 #[cfg(feature = "mpi")]
 use crate::comm::Mpi;
 use crate::comm::{
-    ByDevice, Carriers, FlightRecorder, Hccl, Membership, Nccl, OnDevice, OnHost, Queued, Shm,
+    DeviceComm, DeviceTransport, FlightRecorder, Hccl, HostTransport, HybridComm, Membership, Nccl,
+    Shm, Transports,
 };
 use crate::{Accelerator, Backend, CommError, Communicator, Cpu, Gloo, Local};
 use std::path::Path;
@@ -24,9 +25,9 @@ pub struct RankEnv {
     /// How many ranks this machine has.
     pub local_world_size: usize,
     /// Where the ranks meet.
-    pub meeting: Meeting,
+    pub rendezvous: Rendezvous,
     /// Whether MPI started the ranks.
-    pub by_mpi: ByMpi,
+    pub mpi_launch: MpiLaunch,
     /// Which attempt of the launcher this is.
     pub attempt: usize,
     /// The network interface to use (`GLOO_SOCKET_IFNAME`).
@@ -37,18 +38,18 @@ pub struct RankEnv {
 
 /// Whether an MPI library will know the ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ByMpi {
+pub enum MpiLaunch {
     /// No.
     No,
     /// A scheduler started them in a way that fits some MPI libraries: for those who ask for it.
-    Perhaps,
+    Possible,
     /// Yes.
     Yes,
 }
 
 /// Where ranks meet.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Meeting {
+pub enum Rendezvous {
     /// At a c10d TCP store.
     Store {
         /// The machine that serves it.
@@ -64,18 +65,18 @@ pub enum Meeting {
 
 impl RankEnv {
     /// Rank `rank` of `size` that all are on this machine, whose launcher serves the store at `port`.
-    pub fn on_this_machine(rank: usize, size: usize, port: u16) -> RankEnv {
+    pub fn single_node(rank: usize, size: usize, port: u16) -> RankEnv {
         RankEnv {
             rank,
             world_size: size,
             local_rank: rank,
             local_world_size: size,
-            meeting: Meeting::Store {
+            rendezvous: Rendezvous::Store {
                 host: "127.0.0.1".into(),
                 port,
                 launcher_serves: true,
             },
-            by_mpi: ByMpi::No,
+            mpi_launch: MpiLaunch::No,
             attempt: 0,
             interface: None,
             address: None,
@@ -84,14 +85,14 @@ impl RankEnv {
 }
 
 impl RankEnv {
-    /// The same ranks, meeting once more while the first meeting goes on; those that meet under different numbers, from 1 to
+    /// The same ranks, rendezvous once more while the first rendezvous goes on; those that meet under different numbers, from 1 to
     /// 15, have nothing to do with each other.
     pub fn again(&self, number: usize) -> RankEnv {
         let mut env = self.clone();
         env.attempt = self.attempt * 16 + number;
-        if let Meeting::Store {
+        if let Rendezvous::Store {
             launcher_serves, ..
-        } = &mut env.meeting
+        } = &mut env.rendezvous
         {
             *launcher_serves = true;
         }
@@ -100,7 +101,7 @@ impl RankEnv {
 }
 
 /// Ranks that start at the same time come within this one of each other, however soon an operation times out.
-const MEETING: Duration = Duration::from_secs(60);
+const RENDEZVOUS_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Ranks of other versions do not work together.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -118,11 +119,11 @@ pub struct World {
 
 struct Joined {
     store: Store,
-    carriers: Carriers,
+    transports: Transports,
     /// A tensor of the ranks' device.
     like: Tensor,
     /// Groups of this rank alone are carried like all others: asked for by name, a library is tried even then.
-    even_alone: bool,
+    force_backend: bool,
     address: GlooAddress,
     recorder: FlightRecorder,
 }
@@ -158,42 +159,42 @@ impl World {
             reason,
         };
         let like = device.zeros(&[1], Kind::Float);
-        let carriers = backend.decide(env.by_mpi, like.device(), cfg!(feature = "mpi"));
-        let carriers = carriers.map_err(|e| failed("choosing a backend", e))?;
-        let even_alone = matches!(backend, Backend::Nccl | Backend::Hccl);
-        if env.world_size > 1 || even_alone {
+        let transports = backend.resolve(env.mpi_launch, like.device(), cfg!(feature = "mpi"));
+        let transports = transports.map_err(|e| failed("choosing a backend", e))?;
+        let force_backend = matches!(backend, Backend::Nccl | Backend::Hccl);
+        if env.world_size > 1 || force_backend {
             // Before anybody waits for this rank.
-            match carriers.device {
-                Some(OnDevice::Nccl) => Nccl::load().map(|_| ()),
-                Some(OnDevice::Hccl) => Hccl::load().map(|_| ()),
+            match transports.device {
+                Some(DeviceTransport::Nccl) => Nccl::load().map(|_| ()),
+                Some(DeviceTransport::Hccl) => Hccl::load().map(|_| ()),
                 None => Ok(()),
             }
             .map_err(|e| failed("choosing a backend", e))?;
         }
-        if carriers.host == OnHost::Mpi || env.meeting == Meeting::Mpi {
-            begin_mpi(env).map_err(|e| failed("beginning MPI", e))?;
+        if transports.host == HostTransport::Mpi || env.rendezvous == Rendezvous::Mpi {
+            init_mpi(env).map_err(|e| failed("beginning MPI", e))?;
         }
-        if env.world_size == 1 && !even_alone {
+        if env.world_size == 1 && !force_backend {
             return Ok(World::single());
         }
-        let (server, host, port, launcher_serves) = match &env.meeting {
-            Meeting::Store {
+        let (server, host, port, launcher_serves) = match &env.rendezvous {
+            Rendezvous::Store {
                 host,
                 port,
                 launcher_serves,
             } => (None, host.clone(), *port, *launcher_serves),
-            Meeting::Mpi => {
+            Rendezvous::Mpi => {
                 let (server, host, port) =
-                    meet_in_mpi(env).map_err(|e| failed("meeting in MPI", e))?;
+                    mpi_rendezvous(env).map_err(|e| failed("rendezvous in MPI", e))?;
                 (server, host, port, false)
             }
         };
         let serves = env.rank == 0 && !launcher_serves;
         let prefix = format!("moerun/{}", env.attempt);
-        let meeting = timeout.max(MEETING);
+        let rendezvous = timeout.max(RENDEZVOUS_TIMEOUT);
         let store = match server {
             Some(server) => Ok(server),
-            None => Store::tcp(&host, port, serves, meeting),
+            None => Store::tcp(&host, port, serves, rendezvous),
         };
         let operation = if serves {
             "serving the store"
@@ -204,7 +205,7 @@ impl World {
         let store = store
             .and_then(|store| store.prefixed(&prefix))
             .map_err(unreachable)?;
-        same_version(&store, env.rank).map_err(|e| failed("comparing versions", e))?;
+        check_versions(&store, env.rank).map_err(|e| failed("comparing versions", e))?;
         let loopback = matches!(host.as_str(), "localhost" | "::1") || host.starts_with("127.");
         let address = match (&env.interface, &env.address) {
             (Some(interface), _) => GlooAddress::Interface(interface.clone()),
@@ -212,7 +213,7 @@ impl World {
             _ if loopback => GlooAddress::Host("127.0.0.1".into()),
             _ => GlooAddress::Default,
         };
-        let own = Store::tcp(&host, port, false, meeting)
+        let own = Store::tcp(&host, port, false, rendezvous)
             .and_then(|store| store.prefixed(&prefix))
             .map_err(unreachable)?;
         let recorder =
@@ -222,9 +223,9 @@ impl World {
         let per_node = env.local_world_size.clamp(1, env.world_size);
         let joined = Some(Joined {
             store,
-            carriers,
+            transports,
             like,
-            even_alone,
+            force_backend,
             address,
             recorder,
         });
@@ -238,16 +239,16 @@ impl World {
     }
 
     /// A file for the last calls of this rank, written when one of them fails.
-    pub fn record_to(&self, path: &Path) {
+    pub fn dump_calls_to(&self, path: &Path) {
         if let Some(joined) = &self.joined {
             joined.recorder.dump_to(path);
         }
     }
 
     /// What is done about this rank if, after a failure on its device, it waits there and does not come back.
-    pub fn when_stuck(&self, act: impl Fn(&CommError) + Send + 'static) {
+    pub fn on_stuck(&self, act: impl Fn(&CommError) + Send + 'static) {
         if let Some(joined) = &self.joined {
-            joined.recorder.when_stuck(act);
+            joined.recorder.on_stuck(act);
         }
     }
 
@@ -265,7 +266,7 @@ impl World {
     pub fn backend(&self) -> &'static str {
         self.joined
             .as_ref()
-            .map_or("local", |joined| joined.carriers.name())
+            .map_or("local", |joined| joined.transports.name())
     }
 
     /// This rank.
@@ -309,7 +310,7 @@ impl World {
         members: &[usize],
         chain: bool,
     ) -> Result<Arc<dyn Communicator>, CommError> {
-        let needed = |joined: &&Joined| members.len() > 1 || joined.even_alone;
+        let needed = |joined: &&Joined| members.len() > 1 || joined.force_backend;
         let Some(joined) = self.joined.as_ref().filter(needed) else {
             return Ok(Arc::new(Local::new(self.rank, name)));
         };
@@ -329,15 +330,15 @@ impl World {
         };
         let membership = Membership::new(name, members, self.rank)?;
         // Ranks that are alone in a group have a communicator only for their device.
-        let shares = joined.carriers.shares && members.len() > 1;
-        let shared = if shares {
+        let shared_memory = joined.transports.shared_memory && members.len() > 1;
+        let shared = if shared_memory {
             Shm::join(&store("")?, &membership, self.timeout)?
         } else {
             None
         };
-        let host: Arc<dyn Communicator> = match (shared, joined.carriers.host) {
+        let host: Arc<dyn Communicator> = match (shared, joined.transports.host) {
             (Some(shared), _) => Arc::new(shared),
-            (None, OnHost::Gloo) => Arc::new(Gloo::join(
+            (None, HostTransport::Gloo) => Arc::new(Gloo::join(
                 &store("")?,
                 name,
                 members,
@@ -346,16 +347,16 @@ impl World {
                 &joined.address,
             )?),
             #[cfg(feature = "mpi")]
-            (None, OnHost::Mpi) => Arc::new(Mpi::join(name, members, self.timeout)?),
+            (None, HostTransport::Mpi) => Arc::new(Mpi::join(name, members, self.timeout)?),
             #[cfg(not(feature = "mpi"))]
-            (None, OnHost::Mpi) => unreachable!("it is not chosen where it is not built in"),
+            (None, HostTransport::Mpi) => unreachable!("it is not chosen where it is not built in"),
         };
         let timeout = self.timeout;
         let like = joined.like.shallow_clone();
-        let device: Option<Arc<dyn Communicator>> = match joined.carriers.device {
-            Some(OnDevice::Nccl) => {
+        let device: Option<Arc<dyn Communicator>> = match joined.transports.device {
+            Some(DeviceTransport::Nccl) => {
                 let library = Nccl::load().map_err(failed)?;
-                Some(Arc::new(Queued::join(
+                Some(Arc::new(DeviceComm::join(
                     library,
                     membership,
                     &store("device/")?,
@@ -364,9 +365,9 @@ impl World {
                     chain,
                 )?))
             }
-            Some(OnDevice::Hccl) => {
+            Some(DeviceTransport::Hccl) => {
                 let library = Hccl::load().map_err(failed)?;
-                Some(Arc::new(Queued::join(
+                Some(Arc::new(DeviceComm::join(
                     library,
                     membership,
                     &store("device/")?,
@@ -378,10 +379,10 @@ impl World {
             None => None,
         };
         let group = match device {
-            Some(device) => Arc::new(ByDevice { host, device }),
+            Some(device) => Arc::new(HybridComm { host, device }),
             None => host,
         };
-        Ok(joined.recorder.follow(group, name, members))
+        Ok(joined.recorder.wrap(group, name, members))
     }
 
     /// All ranks joined by Gloo as libtorch has it, to compare with; None for a rank that is alone.
@@ -391,7 +392,7 @@ impl World {
     ///
     /// # Errors
     /// When one does not come within the timeout.
-    pub fn plain_gloo(&self, name: &str) -> Result<Option<torch_ext::Gloo>, torch_ext::Error> {
+    pub fn libtorch_gloo(&self, name: &str) -> Result<Option<torch_ext::Gloo>, torch_ext::Error> {
         let Some(joined) = &self.joined else {
             return Ok(None);
         };
@@ -409,7 +410,7 @@ impl World {
 }
 
 /// Rank 0 says which version it is, and the others compare.
-fn same_version(store: &Store, rank: usize) -> Result<(), String> {
+fn check_versions(store: &Store, rank: usize) -> Result<(), String> {
     if rank == 0 {
         return store
             .set("version", VERSION.as_bytes())
@@ -429,7 +430,7 @@ fn same_version(store: &Store, rank: usize) -> Result<(), String> {
 }
 
 #[cfg(feature = "mpi")]
-fn begin_mpi(env: &RankEnv) -> Result<(), String> {
+fn init_mpi(env: &RankEnv) -> Result<(), String> {
     let universe = crate::comm::universe()?;
     if (universe.rank, universe.size) == (env.rank, env.world_size) {
         return Ok(());
@@ -442,13 +443,13 @@ fn begin_mpi(env: &RankEnv) -> Result<(), String> {
 }
 
 #[cfg(not(feature = "mpi"))]
-fn begin_mpi(_env: &RankEnv) -> Result<(), String> {
+fn init_mpi(_env: &RankEnv) -> Result<(), String> {
     Err("this moerun was built without MPI".into())
 }
 
 /// Rank 0 serves a store at any free port, and all learn of it: the store where it is served here, its host and port.
 #[cfg(feature = "mpi")]
-fn meet_in_mpi(env: &RankEnv) -> Result<(Option<Store>, String, u16), String> {
+fn mpi_rendezvous(env: &RankEnv) -> Result<(Option<Store>, String, u16), String> {
     let mut server = None;
     let mut place = Vec::new();
     if env.rank == 0 {
@@ -462,11 +463,13 @@ fn meet_in_mpi(env: &RankEnv) -> Result<(Option<Store>, String, u16), String> {
                 .to_string()
         };
         // Port 0: the server cannot connect to itself by it before it knows which one it is.
-        let store = Store::tcp("127.0.0.1", 0, true, MEETING).map_err(|e| e.to_string())?;
+        let store =
+            Store::tcp("127.0.0.1", 0, true, RENDEZVOUS_TIMEOUT).map_err(|e| e.to_string())?;
         place = format!("{host}:{}", store.port().map_err(|e| e.to_string())?).into_bytes();
         server = Some(store);
     }
-    let place = String::from_utf8(crate::comm::share(place)?).map_err(|e| e.to_string())?;
+    let place =
+        String::from_utf8(crate::comm::broadcast_bytes(place)?).map_err(|e| e.to_string())?;
     let (host, port) = place
         .rsplit_once(':')
         .ok_or("rank 0 did not say where it serves")?;
@@ -478,7 +481,7 @@ fn meet_in_mpi(env: &RankEnv) -> Result<(Option<Store>, String, u16), String> {
 }
 
 #[cfg(not(feature = "mpi"))]
-fn meet_in_mpi(_env: &RankEnv) -> Result<(Option<Store>, String, u16), String> {
+fn mpi_rendezvous(_env: &RankEnv) -> Result<(Option<Store>, String, u16), String> {
     Err("this moerun was built without MPI".into())
 }
 
@@ -487,7 +490,7 @@ fn meet_in_mpi(_env: &RankEnv) -> Result<(Option<Store>, String, u16), String> {
 ///
 /// # Panics
 /// When the ranks cannot be joined, or one of them panics.
-pub fn on_threads<T, F>(size: usize, timeout: Duration, body: F) -> Vec<T>
+pub fn run_on_threads<T, F>(size: usize, timeout: Duration, body: F) -> Vec<T>
 where
     T: Send + 'static,
     F: Fn(&World) -> T + Send + Sync + 'static,
@@ -501,7 +504,7 @@ where
             std::thread::spawn(move || {
                 // The number is a thread's own.
                 tch::set_num_threads(1);
-                let env = RankEnv::on_this_machine(rank, size, master_port);
+                let env = RankEnv::single_node(rank, size, master_port);
                 body(
                     &World::join(&env, timeout, Backend::Auto, &Cpu)
                         .expect("ranks on loopback meet"),

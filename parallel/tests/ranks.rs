@@ -1,22 +1,24 @@
 //! Collectives among real ranks: threads of this process, joined over loopback, with answers one can do by hand.
 
-use parallel::{Backend, Communicator, Cpu, RankEnv, World, collectives, conformance, on_threads};
+use parallel::{
+    Backend, Communicator, Cpu, RankEnv, World, collectives, conformance, run_on_threads,
+};
 use std::sync::Arc;
 use std::time::Duration;
 use tch::{Device, Kind, Tensor};
 
 /// Ranks that are threads of this process, with the communicator of all of them.
-fn on_ranks<T: Send + 'static>(
+fn run_with_group<T: Send + 'static>(
     size: usize,
     timeout: Duration,
     body: fn(&World, Arc<dyn Communicator>) -> T,
 ) -> Vec<T> {
-    on_threads(size, timeout, move |world| {
+    run_on_threads(size, timeout, move |world| {
         body(world, world.all("all").unwrap())
     })
 }
 
-const SOON: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 fn floats(tensor: &Tensor) -> Vec<f32> {
     Vec::try_from(tensor.flatten(0, -1).to_kind(Kind::Float)).unwrap()
@@ -29,7 +31,7 @@ fn range(from: i64, to: i64) -> Tensor {
 #[test]
 fn gradients_of_collectives_are_those_of_the_whole() {
     // y = sum over ranks of r-dependent functions; gradients are compared with the derivative done by hand.
-    on_ranks(2, SOON, |_, group| {
+    run_with_group(2, TIMEOUT, |_, group| {
         let rank = group.rank() as i64;
         let leaf = || range(0, 4).set_requires_grad(true);
         let weight = range(0, 4) + rank as f64; // w_r[i] = i + r
@@ -92,7 +94,7 @@ fn shared_memory_conforms() {
 
 fn conforms(backend: Backend) {
     for size in [1, 2, 3, 4, 8] {
-        let outcomes = on_envs(size, move |env| {
+        let outcomes = run_with_envs(size, move |env| {
             conformance::communicator(env, backend, &Cpu).unwrap()
         });
         for (rank, outcome) in outcomes
@@ -110,13 +112,13 @@ fn conforms(backend: Backend) {
 }
 
 /// The same with ranks that have not met yet.
-fn on_envs<T: Send + 'static>(
+fn run_with_envs<T: Send + 'static>(
     size: usize,
     body: impl Fn(&RankEnv) -> T + Copy + Send + 'static,
 ) -> Vec<T> {
-    let server = torch_ext::Store::tcp("127.0.0.1", 0, true, SOON).unwrap();
+    let server = torch_ext::Store::tcp("127.0.0.1", 0, true, TIMEOUT).unwrap();
     let port = server.port().unwrap();
-    let run = |rank| std::thread::spawn(move || body(&RankEnv::on_this_machine(rank, size, port)));
+    let run = |rank| std::thread::spawn(move || body(&RankEnv::single_node(rank, size, port)));
     let ranks: Vec<_> = (0..size).map(run).collect();
     ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
 }

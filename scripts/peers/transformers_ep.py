@@ -26,7 +26,7 @@ WARM_UP = 1
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4)
     args = parser.parse_args()
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
@@ -44,7 +44,7 @@ def main() -> None:
     draw = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, REFERENCE["vocabulary"], (REFERENCE["batch"], REFERENCE["sequence"]), generator=draw)
     seconds, losses = [], []
-    for index in range(WARM_UP + args.runs):
+    for index in range(WARM_UP + args.steps):
         distributed.barrier()
         start = time.perf_counter()
         loss = model(input_ids=tokens, labels=tokens).loss

@@ -50,7 +50,7 @@ def build(shape: dict, experts: str, dtype: torch.dtype, balance: float) -> Mixt
     return MixtralForCausalLM(config).to(dtype)
 
 
-def begin_with(model: MixtralForCausalLM, start: dict) -> None:
+def load_start(model: MixtralForCausalLM, start: dict) -> None:
     """Takes weights that have moerun's names."""
     top = {"model.embed_tokens.weight": "embedding", "model.norm.weight": "norm", "lm_head.weight": "head"}
     inside = {
@@ -72,8 +72,8 @@ def begin_with(model: MixtralForCausalLM, start: dict) -> None:
                 parameter.copy_(start[f"layers.{layer}.{inside[rest]}"])
 
 
-class InTurns(MixtralTopKRouter):
-    """Chooses experts in turns, whatever their scores are, and weighs them as always."""
+class RoundRobinRouter(MixtralTopKRouter):
+    """Chooses experts round-robin, whatever their scores are, and weighs them as always."""
 
     def forward(self, hidden_states):
         logits, _, best = super().forward(hidden_states)
@@ -88,10 +88,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--shape", choices=list(SHAPES), default="reference")
     parser.add_argument("--start", help="a file with the first weights and the tokens")
-    parser.add_argument("--runs", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--force-balance", action="store_true", help="choose experts in turns")
+    parser.add_argument("--force-balance", action="store_true", help="choose experts round-robin")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     args = parser.parse_args()
 
@@ -102,11 +102,11 @@ def main() -> None:
     model = build(shape, args.experts, dtype, 0.0 if args.force_balance else 0.02).to(args.device)
     if args.force_balance:
         for layer in model.model.layers:
-            layer.mlp.gate.__class__ = InTurns
+            layer.mlp.gate.__class__ = RoundRobinRouter
     tokens = torch.randint(0, shape["vocabulary"], (shape["batch"], shape["sequence"])).to(args.device)
     if args.start:
         start = load_file(args.start, device=args.device)
-        begin_with(model, start)
+        load_start(model, start)
         tokens = start["tokens"]
     if args.compile:
         model = torch.compile(model)
@@ -117,7 +117,7 @@ def main() -> None:
     ]
     optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
     seconds, losses = [], []
-    for index in range(WARM_UP + args.runs):
+    for index in range(WARM_UP + args.steps):
         start = time.perf_counter()
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()

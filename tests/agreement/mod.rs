@@ -1,7 +1,7 @@
 //! What it means that two layouts agree: losses, gradient norms, every gathered gradient and the trained weights.
 
-use checkpoint::Place;
-use parallel::{Cpu, World, on_threads};
+use checkpoint::TensorSlice;
+use parallel::{Cpu, World, run_on_threads};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -53,8 +53,8 @@ pub(crate) struct Trace {
     pub(crate) steps: Vec<[f64; 4]>,
     pub(crate) first_gradients: BTreeMap<String, Vec<f32>>,
     pub(crate) weights: BTreeMap<String, Vec<f32>>,
-    /// Rows that were worked on away from their expert's home.
-    pub(crate) spilled: u64,
+    /// Routed tokens that were computed by a helper.
+    pub(crate) lent_tokens: u64,
     /// Experts that moved.
     pub(crate) moved: u64,
 }
@@ -67,27 +67,27 @@ pub(crate) fn values(tensor: &Tensor) -> Vec<f32> {
     Vec::try_from(tensor.flatten(0, -1).contiguous()).unwrap()
 }
 
-/// A tensor that ranks hold boxes of, as far as it is known.
+/// A tensor that ranks hold slices of, as far as it is known.
 type Gathered = BTreeMap<String, Tensor>;
 
-/// Puts a rank's box in its place. What several ranks hold is equal to the bit.
-pub(crate) fn gather(into: &mut Gathered, place: &Place, part: &Tensor) {
+/// Writes a rank's slice into the gathered tensor. What several ranks hold is equal to the bit.
+pub(crate) fn gather(into: &mut Gathered, slice: &TensorSlice, part: &Tensor) {
     let unknown = || {
         Tensor::full(
-            place.global.as_slice(),
+            slice.global.as_slice(),
             f64::NAN,
             (tch::Kind::Float, part.device()),
         )
     };
     let mut known = into
-        .entry(place.name.clone())
+        .entry(slice.name.clone())
         .or_insert_with(unknown)
         .shallow_clone();
-    for (dim, (&offset, &size)) in place.offset.iter().zip(&place.shape).enumerate() {
+    for (dim, (&offset, &size)) in slice.offset.iter().zip(&slice.shape).enumerate() {
         known = known.narrow(dim as i64, offset, size);
     }
     if !known.isnan().any().int64_value(&[]).eq(&1) {
-        assert_eq!(known, *part, "{} differs between replicas", place.name);
+        assert_eq!(known, *part, "{} differs between replicas", slice.name);
     }
     tch::no_grad(|| known.copy_(part));
 }
@@ -101,7 +101,7 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
     tch::set_num_threads(1);
     let steps = config.train.steps;
     assert_eq!(config.problems(ranks), Vec::<String>::new());
-    let parts = on_threads(ranks, TIMEOUT, move |world| {
+    let parts = run_on_threads(ranks, TIMEOUT, move |world| {
         let mut trainer = trainer_on(world, config.clone());
         change(&trainer);
         let held = trainer
@@ -118,16 +118,16 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
         let first_norm = trainer.forward_backward().unwrap();
         let mut first_gradients = Vec::new();
         for (index, parameter) in trainer.model().parameters.iter().enumerate() {
-            for (place, part) in parameter.parts(&trainer.gradients().gradient(index)) {
-                first_gradients.push((place.clone(), part.copy()));
+            for (slice, part) in parameter.slices(&trainer.gradients().gradient(index)) {
+                first_gradients.push((slice.clone(), part.copy()));
             }
         }
-        let mut spilled = 0;
+        let mut lent_tokens = 0;
         let mut moved = 0;
         let steps: Vec<[f64; 4]> = (0..steps)
             .map(|_| {
                 let (record, _) = trainer.train_step(false).unwrap();
-                spilled += record.spilled_rows.iter().sum::<u64>();
+                lent_tokens += record.lent_tokens.iter().sum::<u64>();
                 moved += record.moved_experts.unwrap_or(0);
                 [
                     record.loss,
@@ -140,14 +140,14 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
         assert_eq!(first_norm, steps[0][3]);
         let mut weights = Vec::new();
         for parameter in trainer.model().parameters.iter() {
-            for (place, part) in parameter.parts(&parameter.master) {
-                weights.push((place.clone(), part.copy()));
+            for (slice, part) in parameter.slices(&parameter.master) {
+                weights.push((slice.clone(), part.copy()));
             }
         }
         for (_, name, bias) in trainer.model().biases() {
-            weights.push((Place::whole(name, &bias.size()), bias.copy()));
+            weights.push((TensorSlice::whole(name, &bias.size()), bias.copy()));
         }
-        (steps, first_gradients, weights, (spilled, moved))
+        (steps, first_gradients, weights, (lent_tokens, moved))
     });
     let mut first_gradients = Gathered::new();
     let mut weights = Gathered::new();
@@ -155,10 +155,10 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
         assert_eq!(*steps, parts[0].0, "every rank reports the same figures");
         of_rank
             .iter()
-            .for_each(|(place, part)| gather(&mut first_gradients, place, part));
+            .for_each(|(slice, part)| gather(&mut first_gradients, slice, part));
         weights_of_rank
             .iter()
-            .for_each(|(place, part)| gather(&mut weights, place, part));
+            .for_each(|(slice, part)| gather(&mut weights, slice, part));
     }
     let by_name = |gathered: Gathered| {
         gathered
@@ -170,7 +170,7 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
         steps: parts[0].0.clone(),
         first_gradients: by_name(first_gradients),
         weights: by_name(weights),
-        spilled: parts[0].3.0,
+        lent_tokens: parts[0].3.0,
         moved: parts[0].3.1,
     }
 }

@@ -18,7 +18,7 @@ namespace {
 using Code = int; // HcclResult
 constexpr Code SUCCESS = 0, E_PARA = 1, E_INTERNAL = 4, E_NOT_SUPPORT = 5;
 constexpr size_t ROOT_INFO_BYTES = 4108;
-constexpr auto PATIENCE = std::chrono::seconds(600);
+constexpr auto TIMEOUT = std::chrono::seconds(600);
 
 struct Comm {
   c10::intrusive_ptr<c10d::ProcessGroupGloo> group;
@@ -90,7 +90,7 @@ void queue(Comm* comm, aclrtStream stream, std::function<c10::intrusive_ptr<c10d
     }
     std::thread([work, outcome] {
       try {
-        work->wait(PATIENCE);
+        work->wait(TIMEOUT);
       } catch (const std::exception&) {
         outcome->failed = true;
       }
@@ -175,8 +175,8 @@ Code HcclCommInitRootInfo(uint32_t size, const char* info, uint32_t rank, void**
   if (rank >= size) return E_PARA;
   return guarded([&] {
     auto store = c10::make_intrusive<c10d::FileStore>(info, static_cast<int>(size));
-    store->setTimeout(PATIENCE);
-    auto gloo = c10d::ProcessGroupGloo::Options::create(PATIENCE);
+    store->setTimeout(TIMEOUT);
+    auto gloo = c10d::ProcessGroupGloo::Options::create(TIMEOUT);
     gloo->devices.push_back(c10d::ProcessGroupGloo::createDeviceForHostname("127.0.0.1", false));
     auto group = c10::make_intrusive<c10d::ProcessGroupGloo>(store, static_cast<int>(rank), static_cast<int>(size), gloo);
     auto* comm = new Comm;

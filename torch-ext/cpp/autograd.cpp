@@ -9,7 +9,7 @@
 #include <cstdlib>
 #include <mutex>
 
-#include "edge.h"
+#include "ffi.h"
 
 namespace {
 

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <mutex>
 
-#include "edge.h"
+#include "ffi.h"
 
 namespace {
 using StorePtr = c10::intrusive_ptr<c10d::Store>;

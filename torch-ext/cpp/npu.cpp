@@ -6,31 +6,31 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
-#include "edge.h"
+#include "ffi.h"
 
 namespace {
 using c10::Device;
 using c10::DeviceIndex;
 using c10::DeviceType;
 
-Device real(Device device) { return Device(DeviceType::PrivateUse1, device.index()); }
-Device named(Device device) { return Device(DeviceType::MPS, device.index()); }
+Device to_private_use1(Device device) { return Device(DeviceType::PrivateUse1, device.index()); }
+Device to_mps(Device device) { return Device(DeviceType::MPS, device.index()); }
 c10::impl::VirtualGuardImpl backend() { return c10::impl::VirtualGuardImpl(DeviceType::PrivateUse1); }
 
 // Who asks which device is the current one gets the backend's answer.
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   DeviceType type() const override { return DeviceType::MPS; }
-  Device exchangeDevice(Device device) const override { return named(backend().exchangeDevice(real(device))); }
-  Device getDevice() const override { return named(backend().getDevice()); }
-  void setDevice(Device device) const override { backend().setDevice(real(device)); }
-  void uncheckedSetDevice(Device device) const noexcept override { backend().uncheckedSetDevice(real(device)); }
+  Device exchangeDevice(Device device) const override { return to_mps(backend().exchangeDevice(to_private_use1(device))); }
+  Device getDevice() const override { return to_mps(backend().getDevice()); }
+  void setDevice(Device device) const override { backend().setDevice(to_private_use1(device)); }
+  void uncheckedSetDevice(Device device) const noexcept override { backend().uncheckedSetDevice(to_private_use1(device)); }
   c10::Stream getStream(Device device) const override {
-    auto stream = backend().getStream(real(device));
-    return c10::Stream(c10::Stream::UNSAFE, named(stream.device()), stream.id());
+    auto stream = backend().getStream(to_private_use1(device));
+    return c10::Stream(c10::Stream::UNSAFE, to_mps(stream.device()), stream.id());
   }
   c10::Stream exchangeStream(c10::Stream stream) const override {
-    auto before = backend().exchangeStream(c10::Stream(c10::Stream::UNSAFE, real(stream.device()), stream.id()));
-    return c10::Stream(c10::Stream::UNSAFE, named(before.device()), before.id());
+    auto before = backend().exchangeStream(c10::Stream(c10::Stream::UNSAFE, to_private_use1(stream.device()), stream.id()));
+    return c10::Stream(c10::Stream::UNSAFE, to_mps(before.device()), before.id());
   }
   DeviceIndex deviceCount() const noexcept override { return backend().deviceCount(); }
 };
@@ -65,12 +65,12 @@ int mtx_serve_as_mps() {
 }
 
 // How many devices the PrivateUse1 backend sees.
-int mtx_private_devices(int* out) {
+int mtx_private_device_count(int* out) {
   return mtx::guarded([&] { *out = backend().deviceCount(); });
 }
 
 // The calling thread works on that device from here on.
-int mtx_use_private_device(int index) {
+int mtx_set_private_device(int index) {
   return mtx::guarded([&] { backend().setDevice(Device(DeviceType::PrivateUse1, static_cast<DeviceIndex>(index))); });
 }
 }

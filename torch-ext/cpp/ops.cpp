@@ -13,7 +13,7 @@
 #include <atomic>
 #include <malloc.h>
 
-#include "edge.h"
+#include "ffi.h"
 
 namespace {
 // Host memory of tensors, as malloc gives it to them. (A resident set also has the gaps between them.)

@@ -5,7 +5,7 @@
 #include <c10/core/Stream.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
-#include "edge.h"
+#include "ffi.h"
 
 namespace {
 c10::impl::VirtualGuardImpl guard_of(c10::Device device) { return c10::impl::VirtualGuardImpl(device.type()); }
@@ -14,7 +14,7 @@ c10::impl::VirtualGuardImpl guard_of(c10::Device device) { return c10::impl::Vir
 extern "C" {
 
 // The calling thread works on the tensor's device from here on.
-int mtx_use_device(const at::Tensor* like) {
+int mtx_set_device(const at::Tensor* like) {
   return mtx::guarded([&] { guard_of(like->device()).setDevice(like->device()); });
 }
 
@@ -23,19 +23,19 @@ int mtx_stream_current(const at::Tensor* like, c10::Stream** out) {
 }
 
 // One of the backend's pool, before others where the device has priorities.
-int mtx_stream_of_pool(const at::Tensor* like, c10::Stream** out) {
+int mtx_stream_from_pool(const at::Tensor* like, c10::Stream** out) {
   return mtx::guarded([&] {
     auto device = like->device();
     *out = new c10::Stream(guard_of(device).getStreamFromGlobalPool(device, /*isHighPriority=*/true));
   });
 }
 
-int mtx_stream_use(const c10::Stream* stream) {
+int mtx_stream_make_current(const c10::Stream* stream) {
   return mtx::guarded([&] { guard_of(stream->device()).exchangeStream(*stream); });
 }
 
 // The tensor's memory, when it is freed, is given to nobody before what is queued on the stream now is done.
-int mtx_stream_uses(const c10::Stream* stream, const at::Tensor* tensor) {
+int mtx_stream_record_tensor(const c10::Stream* stream, const at::Tensor* tensor) {
   return mtx::guarded([&] {
     if (tensor->storage().nbytes()) guard_of(stream->device()).recordDataPtrOnStream(tensor->storage().data_ptr(), *stream);
   });

@@ -315,11 +315,11 @@ impl Work {
         Ok(out)
     }
 
-    /// Waits for the end, and gives up between operations when `given_up` says so.
+    /// Waits for the end, and gives up between operations when `aborted` says so.
     ///
     /// # Errors
     /// The operation's own failure (a peer gone, a timeout), or that it was given up.
-    pub fn wait(&self, given_up: impl Fn() -> bool) -> Result<(), Error> {
+    pub fn wait(&self, aborted: impl Fn() -> bool) -> Result<(), Error> {
         // Collectives can be waited for in slices, so that another thread's abort is seen soon.
         const SLICE: Duration = Duration::from_millis(200);
         loop {
@@ -333,7 +333,7 @@ impl Work {
                     return ffi::check(unsafe { ffi::mtx_work_wait(self.0, 0) });
                 }
                 Err(error) if started.elapsed() < SLICE => return Err(error),
-                Err(_) if given_up() => return Err(Error::new("the group was aborted")),
+                Err(_) if aborted() => return Err(Error::new("the group was aborted")),
                 Err(_) => {}
             }
         }

@@ -53,11 +53,11 @@ unsafe extern "C" {
     pub(crate) fn mtx_work_abort(work: Handle) -> c_int;
     pub(crate) fn mtx_work_free(work: Handle);
 
-    pub(crate) fn mtx_use_device(like: *mut C_tensor) -> c_int;
+    pub(crate) fn mtx_set_device(like: *mut C_tensor) -> c_int;
     pub(crate) fn mtx_stream_current(like: *mut C_tensor, out: *mut Handle) -> c_int;
-    pub(crate) fn mtx_stream_of_pool(like: *mut C_tensor, out: *mut Handle) -> c_int;
-    pub(crate) fn mtx_stream_use(stream: Handle) -> c_int;
-    pub(crate) fn mtx_stream_uses(stream: Handle, tensor: *mut C_tensor) -> c_int;
+    pub(crate) fn mtx_stream_from_pool(like: *mut C_tensor, out: *mut Handle) -> c_int;
+    pub(crate) fn mtx_stream_make_current(stream: Handle) -> c_int;
+    pub(crate) fn mtx_stream_record_tensor(stream: Handle, tensor: *mut C_tensor) -> c_int;
     pub(crate) fn mtx_stream_handle(stream: Handle, out: *mut *mut c_void) -> c_int;
     pub(crate) fn mtx_stream_free(stream: Handle);
     pub(crate) fn mtx_event_record(stream: Handle, out: *mut Handle) -> c_int;
@@ -66,8 +66,8 @@ unsafe extern "C" {
     pub(crate) fn mtx_event_free(event: Handle);
     pub(crate) fn mtx_pinned(bytes: i64, out: *mut *mut C_tensor) -> c_int;
     pub(crate) fn mtx_serve_as_mps() -> c_int;
-    pub(crate) fn mtx_private_devices(out: *mut c_int) -> c_int;
-    pub(crate) fn mtx_use_private_device(index: c_int) -> c_int;
+    pub(crate) fn mtx_private_device_count(out: *mut c_int) -> c_int;
+    pub(crate) fn mtx_set_private_device(index: c_int) -> c_int;
 
     pub(crate) fn malloc(size: usize) -> *mut c_void;
     // The C library's; the last one is glibc's, which libtorch's Linux builds need.

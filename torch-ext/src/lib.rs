@@ -5,7 +5,7 @@
 //! - [`fused_adamw`]: the optimizer step in one pass over memory;
 //! - [`generator_state`], [`allocator_bytes`], [`synchronize`], [`keep_freed_memory`]: per-device state;
 //! - [`Stream`] and [`Event`]: queues of work on devices that have them;
-//! - [`leave_tables_at_end`]: a process that ends soon;
+//! - [`skip_teardown_at_exit`]: a process that ends soon;
 //! - [`parallel_for`]: loops on libtorch's own threads;
 //! - [`load_cuda`], [`load_npu`]: bring libtorch's kernels for a device into the running program.
 //!
@@ -17,8 +17,8 @@ mod autograd;
 mod c10d;
 mod cuda;
 mod device;
-mod end;
 mod error;
+mod exit;
 mod ffi;
 mod library;
 mod npu;
@@ -33,10 +33,10 @@ pub use device::{
     allocator_bytes, count_host_memory, generator_state, keep_freed_memory, pinned, reset_peak,
     set_generator_state, synchronize,
 };
-pub use end::leave_tables_at_end;
 pub use error::Error;
+pub use exit::skip_teardown_at_exit;
 pub use library::load_library;
 pub use npu::{ASCEND_FOLDER, load_npu, use_npu};
 pub use optim::{AdamW, fused_adamw};
-pub use stream::{Event, Stream, use_device};
-pub use threads::{parallel_for, parallel_parts};
+pub use stream::{Event, Stream, set_device};
+pub use threads::{max_parallel_ranges, parallel_for};

@@ -36,7 +36,7 @@ pub(crate) fn npu_index() -> Option<c_int> {
 pub fn use_npu() -> Result<(), Error> {
     let index = npu_index().ok_or_else(|| Error::new("no NPU was loaded"))?;
     // SAFETY: a plain number.
-    ffi::check(unsafe { ffi::mtx_use_private_device(index) })
+    ffi::check(unsafe { ffi::mtx_set_private_device(index) })
 }
 
 fn load(index: c_int) -> Result<(), Error> {
@@ -59,7 +59,7 @@ fn load(index: c_int) -> Result<(), Error> {
     }
     let mut devices = 0;
     // SAFETY: an out-parameter.
-    ffi::check(unsafe { ffi::mtx_private_devices(&mut devices) })?;
+    ffi::check(unsafe { ffi::mtx_private_device_count(&mut devices) })?;
     if index >= devices {
         return Err(Error::new(format!(
             "NPU {index} was asked for and there are {devices}: start at most {devices} ranks on this machine, or use device: cpu"
@@ -68,7 +68,7 @@ fn load(index: c_int) -> Result<(), Error> {
     // SAFETY: registers kernels that live as long as the process.
     ffi::check(unsafe { ffi::mtx_serve_as_mps() })?;
     // SAFETY: a plain number.
-    ffi::check(unsafe { ffi::mtx_use_private_device(index) })
+    ffi::check(unsafe { ffi::mtx_set_private_device(index) })
 }
 
 #[cfg(test)]

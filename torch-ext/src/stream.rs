@@ -26,9 +26,9 @@ unsafe impl Sync for Event {}
 ///
 /// # Errors
 /// libtorch's message.
-pub fn use_device(like: &Tensor) -> Result<(), Error> {
+pub fn set_device(like: &Tensor) -> Result<(), Error> {
     // SAFETY: a live tensor.
-    ffi::check(unsafe { ffi::mtx_use_device(like.as_ptr() as *mut C_tensor) })
+    ffi::check(unsafe { ffi::mtx_set_device(like.as_ptr() as *mut C_tensor) })
 }
 
 impl Stream {
@@ -50,7 +50,7 @@ impl Stream {
     pub fn beside(like: &Tensor) -> Result<Stream, Error> {
         let mut out = std::ptr::null_mut();
         // SAFETY: a live tensor and an out-parameter.
-        ffi::check(unsafe { ffi::mtx_stream_of_pool(like.as_ptr() as *mut C_tensor, &mut out) })?;
+        ffi::check(unsafe { ffi::mtx_stream_from_pool(like.as_ptr() as *mut C_tensor, &mut out) })?;
         Ok(Stream(out))
     }
 
@@ -58,9 +58,9 @@ impl Stream {
     ///
     /// # Errors
     /// libtorch's message.
-    pub fn use_here(&self) -> Result<(), Error> {
+    pub fn make_current(&self) -> Result<(), Error> {
         // SAFETY: a live stream.
-        ffi::check(unsafe { ffi::mtx_stream_use(self.0) })
+        ffi::check(unsafe { ffi::mtx_stream_make_current(self.0) })
     }
 
     /// What is queued here uses `tensor`, which was made on another stream: when it is freed, nobody gets its memory before that is
@@ -70,7 +70,9 @@ impl Stream {
     /// libtorch's message.
     pub fn uses(&self, tensor: &Tensor) -> Result<(), Error> {
         // SAFETY: a live stream and a live tensor.
-        ffi::check(unsafe { ffi::mtx_stream_uses(self.0, tensor.as_ptr() as *mut C_tensor) })
+        ffi::check(unsafe {
+            ffi::mtx_stream_record_tensor(self.0, tensor.as_ptr() as *mut C_tensor)
+        })
     }
 
     /// The vendor's handle of it (`cudaStream_t`, `aclrtStream`), which lives as long as the process.

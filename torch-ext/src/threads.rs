@@ -31,7 +31,7 @@ fn open_mp() -> Option<OpenMp> {
     })
 }
 
-struct Loop<'a> {
+struct ParallelLoop<'a> {
     count: usize,
     body: &'a (dyn Fn(usize, Range<usize>) + Sync),
     runtime: OpenMp,
@@ -44,7 +44,7 @@ struct Loop<'a> {
 /// # Panics
 /// When `body` does.
 pub fn parallel_for(count: usize, grain: usize, body: impl Fn(usize, Range<usize>) + Sync) {
-    let threads = count.div_ceil(grain.max(1)).min(parallel_parts());
+    let threads = count.div_ceil(grain.max(1)).min(max_parallel_ranges());
     match open_mp().filter(|_| threads > 1) {
         None => {
             if count > 0 {
@@ -52,7 +52,7 @@ pub fn parallel_for(count: usize, grain: usize, body: impl Fn(usize, Range<usize
             }
         }
         Some(runtime) => {
-            let mut all = Loop {
+            let mut all = ParallelLoop {
                 count,
                 body: &body,
                 runtime,
@@ -69,15 +69,15 @@ pub fn parallel_for(count: usize, grain: usize, body: impl Fn(usize, Range<usize
 }
 
 /// The most ranges that [`parallel_for`] makes.
-pub fn parallel_parts() -> usize {
+pub fn max_parallel_ranges() -> usize {
     (tch::get_num_threads().max(1)) as usize
 }
 
 /// # Safety
-/// `all` is a [`Loop`] that outlives the call.
+/// `all` is a [`ParallelLoop`] that outlives the call.
 unsafe extern "C" fn run(all: *mut c_void) {
     // SAFETY: as the caller promises; threads only read it.
-    let all = unsafe { &*all.cast::<Loop>() };
+    let all = unsafe { &*all.cast::<ParallelLoop>() };
     // SAFETY: no arguments. Inside another loop there is one thread, whatever was asked for.
     let (thread, threads) = unsafe {
         (
@@ -104,7 +104,7 @@ mod tests {
         for count in [0, 1, 2, 7, 1000] {
             let seen: Vec<AtomicUsize> = (0..count).map(|_| AtomicUsize::new(0)).collect();
             parallel_for(count, 2, |part, range| {
-                assert!(part < parallel_parts());
+                assert!(part < max_parallel_ranges());
                 for index in range {
                     seen[index].fetch_add(1, Ordering::SeqCst);
                 }

@@ -9,36 +9,24 @@
 pub mod config;
 pub mod data;
 mod error;
-mod generate;
-mod init;
-mod loaded;
+mod inference;
 mod memory;
-mod metrics;
 mod model;
-mod offload;
-mod optimizer;
-mod parameters;
-mod placing;
-mod ranks;
-mod reference;
-mod routing;
-mod saving;
-pub mod schedule;
-mod snapshots;
-mod stages;
-mod training;
+mod optim;
+mod process_groups;
+mod train;
 
 pub use error::Error;
-pub use generate::{Generation, generate};
+pub use inference::generate::{GenerateOptions, generate};
+pub use inference::routing::{RoutingSample, sample_routing};
 pub use memory::RankMemory;
-pub use metrics::{Metrics, Progress, Record, RoutingLine, SnapshotFigures};
+pub use model::parameters::{Parameter, Parameters, Replicas};
 pub use model::{
-    ForwardOutput, Model, ModelPart, Setting, StagePart, VocabularyShard, split_layers,
+    BuildContext, ForwardOutput, Model, ModelPart, StagePart, VocabularyShard, split_layers,
 };
-pub use optimizer::Optimizer;
-pub use parameters::{Parameter, Parameters, Replicas};
-pub use ranks::Ranks;
-pub use reference::{ReferenceStep, Shape, StepTimes};
-pub use routing::{RoutingSample, sample_routing};
-pub use snapshots::{CopyTimer, KeeperAccess};
-pub use training::{Outcome, Resumed, Trainer};
+pub use optim::Optimizer;
+pub use process_groups::ProcessGroups;
+pub use train::metrics::{JsonLinesWriter, Progress, RoutingLine, SnapshotMetrics, StepMetrics};
+pub use train::reference::{ReferenceShape, ReferenceStep, StepTimes};
+pub use train::snapshots::{CopyTimer, KeeperAccess};
+pub use train::{Outcome, ResumeSource, Trainer};

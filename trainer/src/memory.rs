@@ -4,15 +4,15 @@
 //! holds at once; expert load is taken as even.
 
 use crate::config::{Config, Dtype, MoeConfig, QkNorm, RecomputedPart};
+use crate::model::parameters::Replicas;
 use crate::model::{ModelPart, StagePart, VocabularyShard};
-use crate::parameters::Replicas;
-use crate::ranks::replica_ranks;
+use crate::process_groups::zero_rank_and_size;
 use parallel::pipeline::simulate::simulate;
 use parallel::sharding::own_rows;
-use parallel::{BucketPlan, Coordinates, Group, Mesh, plan_buckets};
+use parallel::{BucketPlan, Coordinates, GroupKind, Mesh, plan_buckets};
 
 /// fp32 logits of the output layer's loss that exist at once take up to this many bytes.
-const LOGITS: u64 = 16 << 20;
+const LOGITS_CHUNK_BYTES: u64 = 16 << 20;
 
 /// What a rank holds, in bytes.
 #[derive(Debug, Clone)]
@@ -37,19 +37,19 @@ pub struct RankMemory {
     pub held: f64,
     /// Kept from forward to backward.
     pub activations: u64,
-    /// The largest of what exists for a moment: a layer's backward, the loss, gathered weights.
-    pub moment: u64,
+    /// The largest of what exists only briefly: a layer's backward, the loss, gathered weights.
+    pub transient: u64,
 }
 
 impl RankMemory {
     /// All of it.
     pub fn total(&self) -> u64 {
-        self.weights + self.gradients + self.optimizer + self.activations + self.moment
+        self.weights + self.gradients + self.optimizer + self.activations + self.transient
     }
 }
 
 /// One parameter of a rank.
-struct Shape {
+struct ParameterShape {
     rows: u64,
     cols: u64,
     replicas: Replicas,
@@ -83,7 +83,7 @@ impl Sizes<'_> {
     }
 
     /// The shapes of layer `index`, in order.
-    fn layer(&self, index: usize, unit: usize) -> Vec<Shape> {
+    fn layer(&self, index: usize, unit: usize) -> Vec<ParameterShape> {
         let model = &self.config.model;
         let shape = self.mesh.shape();
         let hidden = model.hidden as u64;
@@ -97,7 +97,7 @@ impl Sizes<'_> {
         let tensor = shape.tensor as u64;
         let mut shapes = Vec::new();
         let mut add = |rows: u64, cols: u64, replicas| {
-            shapes.push(Shape {
+            shapes.push(ParameterShape {
                 rows,
                 cols,
                 replicas,
@@ -122,7 +122,7 @@ impl Sizes<'_> {
             add(copies * 2 * ffn, hidden, replicas);
             add(copies * hidden, ffn, replicas);
         };
-        match model.moe_of(index) {
+        match model.moe_config(index) {
             None => swiglu(1, model.ffn.unwrap_or(0) as u64 / tensor, Replicas::Dense),
             Some(moe) => {
                 swiglu(
@@ -144,7 +144,7 @@ impl Sizes<'_> {
     }
 
     /// Rows at this rank's experts, and rows that it gets back.
-    fn rows(&self, moe: &MoeConfig) -> u64 {
+    fn routed_tokens(&self, moe: &MoeConfig) -> u64 {
         self.own_tokens * (moe.top_k * self.mesh.shape().expert_tensor) as u64
     }
 
@@ -171,7 +171,7 @@ impl Sizes<'_> {
         // libtorch's own attention keeps keys and values once for every query head.
         let ring = shape.context > 1;
         let on_host = self.config.run.device == "cpu";
-        let repeated = !(ring || on_host && self.config.data.document_end.is_none());
+        let repeated = !(ring || on_host && self.config.data.eod_token.is_none());
         kept += match keeps(RecomputedPart::Attention) {
             // The output, too, and log-sum-exps.
             true if repeated => 4 * queries + self.tokens * heads * 4,
@@ -182,7 +182,7 @@ impl Sizes<'_> {
             kept += queries + keys;
         }
         // Backward of attention: gradients of what it keeps; of a norm, four rows in fp32.
-        let mut moment = 4 * queries + 4 * self.own_tokens * hidden * 4;
+        let mut transient = 4 * queries + 4 * self.own_tokens * hidden * 4;
         let mut swiglu = |rows: u64, ffn: u64| {
             let product = rows * 2 * ffn * b;
             let half = rows * ffn * b;
@@ -192,19 +192,19 @@ impl Sizes<'_> {
                 0
             };
             // Gradients of the product and of the activation, the activation, the rows' gradient.
-            moment = moment.max(product + 3 * half + 3 * rows * hidden * b);
+            transient = transient.max(product + 3 * half + 3 * rows * hidden * b);
         };
         let tensor = shape.tensor as u64;
-        match model.moe_of(index) {
+        match model.moe_config(index) {
             None => swiglu(self.tokens, model.ffn.unwrap_or(0) as u64 / tensor),
             Some(moe) => {
-                let rows = self.rows(moe);
+                let rows = self.routed_tokens(moe);
                 swiglu(rows, (moe.ffn / shape.expert_tensor) as u64);
                 if moe.shared_experts > 0 {
                     swiglu(self.tokens, (moe.shared_experts * moe.ffn) as u64 / tensor);
                 }
                 // Rows at the experts and back, router scores, indices.
-                kept += if keeps(RecomputedPart::Router) {
+                kept += if keeps(RecomputedPart::Dispatch) {
                     rows * hidden * b
                 } else {
                     0
@@ -213,10 +213,10 @@ impl Sizes<'_> {
                     rows * hidden * b + 3 * self.own_tokens * moe.experts as u64 * 4 + 4 * rows * 8;
             }
         }
-        if recompute.whole(index) {
-            (stream, moment + kept)
+        if recompute.recomputes_layer(index) {
+            (stream, transient + kept)
         } else {
-            (kept, moment)
+            (kept, transient)
         }
     }
 }
@@ -238,20 +238,20 @@ impl Config {
                 let shape = mesh.shape();
                 let shared = order.vocabulary.is_some();
                 let tensor = (at.tensor, shape.tensor);
-                let stages = mesh.group(Group::Pipeline).len();
-                let part = ModelPart::of_rank(
+                let stages = mesh.group(GroupKind::Pipeline).len();
+                let part = ModelPart::for_rank(
                     (at.pipeline, stages),
                     order.placement,
                     &plan.layers,
                     shared,
                     tensor,
                 );
-                Ok(self.of_rank(mesh, part, timeline.held[at.pipeline]))
+                Ok(self.rank_memory(mesh, part, timeline.peak_microbatches[at.pipeline]))
             })
             .collect()
     }
 
-    fn of_rank(&self, mesh: Mesh, part: ModelPart, held: f64) -> RankMemory {
+    fn rank_memory(&self, mesh: Mesh, part: ModelPart, held: f64) -> RankMemory {
         let shape = mesh.shape();
         let model = &self.model;
         let parallel = &self.parallel;
@@ -279,9 +279,10 @@ impl Config {
         });
         let rows = shard.rows(model.vocab_size).len() as u64;
         let shared = part.vocabulary.is_some();
-        let two_ends = model.tie_embeddings && !shared && part.has_first() != part.has_last();
-        let of_ends = if two_ends {
-            Replicas::Ends
+        let split_tied_embedding =
+            model.tie_embeddings && !shared && part.has_first() != part.has_last();
+        let embedding_replicas = if split_tied_embedding {
+            Replicas::TiedEmbedding
         } else {
             Replicas::Dense
         };
@@ -289,10 +290,10 @@ impl Config {
         let mut shapes = Vec::new();
         let has_embedding = shared || part.has_first();
         if has_embedding {
-            shapes.push(Shape {
+            shapes.push(ParameterShape {
                 rows,
                 cols: hidden,
-                replicas: of_ends,
+                replicas: embedding_replicas,
                 unit,
             });
         }
@@ -302,7 +303,7 @@ impl Config {
         }
         if part.has_last() {
             unit += 1;
-            shapes.push(Shape {
+            shapes.push(ParameterShape {
                 rows: hidden,
                 cols: 1,
                 replicas: Replicas::Stage,
@@ -311,26 +312,26 @@ impl Config {
         }
         if (shared || part.has_last()) && !(model.tie_embeddings && has_embedding) {
             unit += 1;
-            shapes.push(Shape {
+            shapes.push(ParameterShape {
                 rows,
                 cols: hidden,
-                replicas: of_ends,
+                replicas: embedding_replicas,
                 unit,
             });
         }
 
         // Of each, what is kept here, and what a rank sends when it is gathered.
-        let sharing = |replicas| replica_ranks(&mesh, parallel, replicas);
-        let own = |shape: &Shape| {
+        let sharing = |replicas| zero_rank_and_size(&mesh, parallel, replicas);
+        let own = |shape: &ParameterShape| {
             let (rank, ranks) = sharing(shape.replicas);
             let own = own_rows(shape.rows as i64, rank, ranks);
             (own.end - own.start) as u64 * shape.cols
         };
-        let whole = |shape: &Shape| shape.rows * shape.cols;
+        let whole = |shape: &ParameterShape| shape.rows * shape.cols;
         let kept: u64 = shapes.iter().map(own).sum();
         let all: u64 = shapes.iter().map(whole).sum();
-        let is_shared = |shape: &&Shape| sharing(shape.replicas).1 > 1;
-        let mut moment = 0;
+        let is_shared = |shape: &&ParameterShape| sharing(shape.replicas).1 > 1;
+        let mut transient = 0;
         let weights = match parallel.zero {
             3 => {
                 // A layer's weights and the next one's, as they arrive and as they are used.
@@ -342,7 +343,7 @@ impl Config {
                         .map(whole)
                         .sum::<u64>()
                 };
-                moment += (0..=unit)
+                transient += (0..=unit)
                     .map(|unit| of_unit(unit) * element)
                     .max()
                     .unwrap_or(0)
@@ -359,7 +360,7 @@ impl Config {
             0 => all * 4,
             1 => (all + shapes.iter().filter(is_shared).map(own).sum::<u64>()) * 4,
             _ => {
-                let divided: Vec<&Shape> = shapes.iter().filter(is_shared).collect();
+                let divided: Vec<&ParameterShape> = shapes.iter().filter(is_shared).collect();
                 let lengths: Vec<(usize, usize)> = divided
                     .iter()
                     .map(|s| (whole(s) as usize, s.replicas as usize))
@@ -370,7 +371,7 @@ impl Config {
                     let (_, ranks) = sharing(divided[bucket.members[0]].replicas);
                     3 * bucket.len as u64 + 2 * (bucket.len / ranks) as u64
                 };
-                moment += buckets.iter().map(travelling).max().unwrap_or(0) * 4;
+                transient += buckets.iter().map(travelling).max().unwrap_or(0) * 4;
                 shapes
                     .iter()
                     .map(|s| if is_shared(&s) { own(s) } else { whole(s) })
@@ -389,7 +390,7 @@ impl Config {
         let mut activations = 0;
         let mut largest = 0;
         // A chunk of logits, and what is computed beside it.
-        let logits = LOGITS.min(tokens * rows * 4);
+        let logits = LOGITS_CHUNK_BYTES.min(tokens * rows * 4);
         for stage in &part.stages {
             for layer in stage.layers.clone() {
                 let (kept, backward) = sizes.activations(layer);
@@ -420,7 +421,7 @@ impl Config {
             host,
             held,
             activations: (activations as f64 * held) as u64,
-            moment: moment + largest,
+            transient: transient + largest,
         }
     }
 }

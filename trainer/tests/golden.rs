@@ -2,7 +2,7 @@
 //! files are made by scripts/golden/models.py.
 
 use moe::Score;
-use moe::balance::{BatchTotals, Statistics};
+use moe::balance::{BalanceScope, BatchTotals};
 use parallel::{Communicator, GradientBuckets, Local, Replication};
 use std::path::Path;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use tch::Tensor;
 use trainer::config::{
     Dtype, ModelConfig, MoeConfig, MupConfig, OptimizerConfig, QkNorm, RouterConfig,
 };
-use trainer::{Model, ModelPart, Optimizer, Ranks, Setting};
+use trainer::{BuildContext, Model, ModelPart, Optimizer, ProcessGroups};
 
 struct Golden {
     bytes: Vec<u8>,
@@ -19,7 +19,7 @@ struct Golden {
 impl Golden {
     fn open(name: &str) -> Golden {
         let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-        let folder = std::env::var_os("MOERUN_GOLDEN").map_or(here, Into::into);
+        let folder = std::env::var_os("MOERUN_TEST_GOLDEN").map_or(here, Into::into);
         let path = folder.join(format!("{name}.safetensors"));
         Golden {
             bytes: std::fs::read(path).unwrap(),
@@ -79,7 +79,7 @@ fn experts(experts: usize, top_k: usize, ffn: usize, normalize: bool) -> MoeConf
         },
         // HF's loss is top_k times ours, taken once over all layers.
         load_balance: 0.01 * top_k as f64,
-        load_balance_over: Statistics::Microbatch,
+        load_balance_over: BalanceScope::Microbatch,
         load_balance_pool_layers: true,
         ..MoeConfig::new(experts, top_k, ffn)
     }
@@ -95,16 +95,16 @@ fn difference(ours: &Tensor, golden: &Tensor) -> f64 {
 fn check(name: &str, config: ModelConfig) {
     let golden = Golden::open(name);
     let alone: Arc<dyn Communicator> = Arc::new(Local::new(0, "alone"));
-    let ranks = Ranks::alone();
+    let ranks = ProcessGroups::single_rank();
     // scripts/gpu-check has the same on a GPU.
     let device = std::env::var("MOERUN_TEST_DEVICE").unwrap_or("cpu".into());
     let device = parallel::accelerator(&device, 0).unwrap();
     let device = device.as_ref();
-    let setting = Setting::alone(64, Dtype::Fp32, device, &ranks);
-    let model = Model::new(&config, ModelPart::whole(config.layers), &setting);
+    let ctx = BuildContext::single_rank(64, Dtype::Fp32, device, &ranks);
+    let model = Model::new(&config, ModelPart::whole(config.layers), &ctx);
     let mut loaded = 0;
     for parameter in model.parameters.iter() {
-        for (place, part) in parameter.parts(&parameter.master) {
+        for (place, part) in parameter.slices(&parameter.master) {
             tch::no_grad(|| {
                 part.shallow_clone()
                     .copy_(&golden.tensor(&format!("weight/{}", place.name)))
@@ -167,7 +167,7 @@ fn check(name: &str, config: ModelConfig) {
                 );
             }
             for (index, parameter) in model.parameters.iter().enumerate() {
-                for (place, grad) in parameter.parts(&gradients.gradient(index)) {
+                for (place, grad) in parameter.slices(&gradients.gradient(index)) {
                     let worst = difference(&grad, &golden.tensor(&format!("grad/{}", place.name)));
                     assert!(worst < 1e-4, "the gradient of {place:?} differs by {worst}");
                 }
@@ -181,7 +181,7 @@ fn check(name: &str, config: ModelConfig) {
         return; // Learning rates differ by parameter there; transformers has no such optimizer.
     }
     for parameter in model.parameters.iter() {
-        for (place, part) in parameter.parts(&parameter.master) {
+        for (place, part) in parameter.slices(&parameter.master) {
             let worst = difference(&part, &golden.tensor(&format!("after/{}", place.name)));
             assert!(worst < 1e-3, "{place:?} after 3 steps differs by {worst}");
         }

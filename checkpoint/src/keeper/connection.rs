@@ -1,6 +1,6 @@
 //! Asking a keeper for something.
 
-use super::serve::PATIENCE;
+use super::serve::PEER_TIMEOUT;
 use super::{
     Damage, Error, Event, Fault, Inventory, Reply, Request, Secret, Snapshot, SnapshotId, Status,
     Topology, recover, wire,
@@ -19,17 +19,13 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// Connects; every answer then has to come within `patience`.
+    /// Connects; every answer then has to come within `timeout`.
     ///
     /// # Errors
     /// When no keeper of this run is there.
-    pub fn connect(
-        address: SocketAddr,
-        secret: &Secret,
-        patience: Duration,
-    ) -> Result<Peer, Error> {
+    pub fn connect(address: SocketAddr, secret: &Secret, timeout: Duration) -> Result<Peer, Error> {
         Ok(Peer {
-            stream: wire::connect(address, secret, patience)?,
+            stream: wire::connect(address, secret, timeout)?,
             address,
         })
     }
@@ -57,7 +53,7 @@ impl Peer {
         self.receive()
     }
 
-    fn order(&mut self, request: &Request) -> Result<(), Error> {
+    fn command(&mut self, request: &Request) -> Result<(), Error> {
         match self.ask(request)? {
             Reply::Done => Ok(()),
             other => Err(unexpected(&other)),
@@ -69,7 +65,7 @@ impl Peer {
     /// # Errors
     /// As all of these: when the keeper is gone, does not answer in time, or refuses.
     pub fn set_up(&mut self, topology: &Topology, node: usize) -> Result<(), Error> {
-        self.order(&Request::Setup {
+        self.command(&Request::Setup {
             topology: topology.clone(),
             node,
         })
@@ -102,7 +98,7 @@ impl Peer {
     /// # Errors
     /// As [`Peer::set_up`].
     pub fn commit(&mut self, snapshot: &Snapshot) -> Result<(), Error> {
-        self.order(&Request::Commit(snapshot.clone()))
+        self.command(&Request::Commit(snapshot.clone()))
     }
 
     /// Says that a snapshot never will be.
@@ -110,7 +106,7 @@ impl Peer {
     /// # Errors
     /// As [`Peer::set_up`].
     pub fn abandon(&mut self, id: SnapshotId) -> Result<(), Error> {
-        self.order(&Request::Abandon(id))
+        self.command(&Request::Abandon(id))
     }
 
     /// Says what ranks are to restore, and who has each rank's part; anything newer is forgotten.
@@ -122,7 +118,7 @@ impl Peer {
         snapshot: Option<&Snapshot>,
         holders: &[SocketAddr],
     ) -> Result<(), Error> {
-        self.order(&Request::Keep {
+        self.command(&Request::Keep {
             snapshot: snapshot.cloned(),
             holders: holders.to_vec(),
         })
@@ -144,7 +140,7 @@ impl Peer {
     /// # Errors
     /// As [`Peer::set_up`], and when too little is left.
     pub fn rebuild(&mut self, rebuild: recover::Rebuild) -> Result<(), Error> {
-        self.order(&Request::Rebuild(Box::new(rebuild)))
+        self.command(&Request::Rebuild(Box::new(rebuild)))
     }
 
     /// Makes anew the parity that `node` should have of a snapshot; `sources` are the keepers that have what the positions of
@@ -158,7 +154,7 @@ impl Peer {
         node: usize,
         sources: &[Option<SocketAddr>],
     ) -> Result<(), Error> {
-        self.order(&Request::Protect {
+        self.command(&Request::Protect {
             snapshot: snapshot.clone(),
             node,
             sources: sources.to_vec(),
@@ -170,7 +166,7 @@ impl Peer {
     /// # Errors
     /// As [`Peer::set_up`].
     pub fn pin(&mut self, id: SnapshotId) -> Result<(), Error> {
-        self.order(&Request::Pin(id))
+        self.command(&Request::Pin(id))
     }
 
     /// Ends what [`Peer::pin`] began.
@@ -178,7 +174,7 @@ impl Peer {
     /// # Errors
     /// As [`Peer::set_up`].
     pub fn unpin(&mut self) -> Result<(), Error> {
-        self.order(&Request::Unpin)
+        self.command(&Request::Unpin)
     }
 
     /// Writes the parts of these ranks as shards of a checkpoint.
@@ -206,7 +202,7 @@ impl Peer {
     /// # Errors
     /// As [`Peer::set_up`].
     pub fn inject(&mut self, fault: Fault) -> Result<(), Error> {
-        self.order(&Request::Inject(fault))
+        self.command(&Request::Inject(fault))
     }
 
     /// Ends the keeper.
@@ -214,28 +210,28 @@ impl Peer {
     /// # Errors
     /// As [`Peer::set_up`].
     pub fn stop(&mut self) -> Result<(), Error> {
-        self.order(&Request::Stop)
+        self.command(&Request::Stop)
     }
 
     /// Makes this connection one of events: of all from here on none is missed.
     ///
     /// # Errors
     /// As [`Peer::set_up`].
-    pub fn watch(mut self) -> Result<Watch, Error> {
-        self.order(&Request::Watch)?;
-        Ok(Watch(self.stream))
+    pub fn watch(mut self) -> Result<EventStream, Error> {
+        self.command(&Request::Subscribe)?;
+        Ok(EventStream(self.stream))
     }
 }
 
 /// A connection on which a keeper tells what happens.
-pub struct Watch(TcpStream);
+pub struct EventStream(TcpStream);
 
-impl Watch {
-    /// Hands each event to `heard`, until the keeper is gone or says nothing for the connection's patience; then why.
-    pub fn hear(mut self, mut heard: impl FnMut(Event)) -> Error {
+impl EventStream {
+    /// Hands each event to `on_event`, until the keeper is gone or says nothing for the connection's timeout; then why.
+    pub fn for_each_event(mut self, mut on_event: impl FnMut(Event)) -> Error {
         loop {
             match wire::receive(&mut self.0) {
-                Ok(event) => heard(event),
+                Ok(event) => on_event(event),
                 Err(error) => return error,
             }
         }
@@ -247,15 +243,15 @@ fn unexpected(reply: &Reply) -> Error {
 }
 
 /// Connections that can be used again.
-pub(crate) struct Peers {
+pub(crate) struct PeerPool {
     secret: Secret,
     idle: Mutex<HashMap<SocketAddr, Vec<Peer>>>,
     fetching: Mutex<()>,
 }
 
-impl Peers {
-    pub(crate) fn new(secret: Secret) -> Peers {
-        Peers {
+impl PeerPool {
+    pub(crate) fn new(secret: Secret) -> PeerPool {
+        PeerPool {
             secret,
             idle: Mutex::default(),
             fetching: Mutex::default(),
@@ -263,7 +259,7 @@ impl Peers {
     }
 
     /// Held by the one who brings parts here.
-    pub(crate) fn alone(&self) -> MutexGuard<'_, ()> {
+    pub(crate) fn lock_fetching(&self) -> MutexGuard<'_, ()> {
         self.fetching.lock()
     }
 
@@ -272,7 +268,7 @@ impl Peers {
         let idle = self.idle.lock().get_mut(&address).and_then(Vec::pop);
         match idle {
             Some(peer) => Ok(peer),
-            None => Peer::connect(address, &self.secret, 2 * PATIENCE),
+            None => Peer::connect(address, &self.secret, 2 * PEER_TIMEOUT),
         }
     }
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 /// Bytes that this machine, or the control group this process is in, has left.
-pub(crate) fn available() -> Option<u64> {
+pub(crate) fn available_bytes() -> Option<u64> {
     let read = |path: &Path| std::fs::read_to_string(path).ok();
     let text = read(Path::new("/proc/meminfo"))?;
     let line = text
@@ -25,7 +25,7 @@ pub(crate) fn available() -> Option<u64> {
 }
 
 /// Bytes as people read them.
-pub fn mib(bytes: u64) -> String {
+pub fn format_mib(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / 1048576.0)
 }
 
@@ -33,7 +33,7 @@ pub fn mib(bytes: u64) -> String {
 mod tests {
     #[test]
     fn this_machine_says_what_it_has() {
-        assert!(super::available().is_some_and(|bytes| bytes > 1 << 20));
-        assert_eq!(super::mib(3 << 19), "1.5 MiB");
+        assert!(super::available_bytes().is_some_and(|bytes| bytes > 1 << 20));
+        assert_eq!(super::format_mib(3 << 19), "1.5 MiB");
     }
 }

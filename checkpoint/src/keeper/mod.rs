@@ -5,7 +5,7 @@
 //! the ranks and the launcher. A part of a snapshot is a safetensors image, so a snapshot is a checkpoint in memory, read
 //! by the same code as one on disk, and written there by the keeper as it is.
 //!
-//! - [`serve`](serve::run): the process. [`Link`]: how a rank reaches it. [`Peer`]: how the launcher and other keepers do.
+//! - [`serve`](serve::run): the process. [`KeeperClient`]: how a rank reaches it. [`Peer`]: how the launcher and other keepers do.
 //! - [`recover`]: what can be restored from what is left, a pure function.
 //!
 //! Invariants:
@@ -13,8 +13,8 @@
 //! - A snapshot is used only if every rank's part is there with its checksums, or can be rebuilt.
 //! - Nobody is listened to who does not know the run's secret.
 
+mod client;
 mod connection;
-mod link;
 mod memory_limit;
 mod persist;
 mod protect;
@@ -24,9 +24,9 @@ pub mod serve;
 mod slots;
 mod wire;
 
-pub use connection::{Peer, Watch};
-pub use link::{Filler, Link, SlotMemory};
-pub use memory_limit::mib;
+pub use client::{FillReporter, KeeperClient, SlotMemory};
+pub use connection::{EventStream, Peer};
+pub use memory_limit::format_mib;
 pub use slots::PartInfo;
 pub use wire::Secret;
 
@@ -37,7 +37,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 /// Bytes of a chunk of a snapshot, where nobody asks for others: it stays in the cache while it is copied, checked and coded.
-pub const CHUNK: usize = 256 << 10;
+pub const DEFAULT_CHUNK_BYTES: usize = 256 << 10;
 
 /// Which snapshot: the attempt that made it, and the steps done. Ordered by age.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -66,7 +66,7 @@ pub struct Topology {
     pub nodes: Vec<Node>,
     /// How they protect one another.
     pub redundancy: Redundancy,
-    /// Groups of nodes ([`crate::deal_groups`]).
+    /// Groups of nodes ([`crate::redundancy_groups`]).
     pub groups: Vec<Vec<usize>>,
     /// Bytes of a chunk, the unit of checksums and of coding.
     pub chunk: usize,
@@ -74,7 +74,7 @@ pub struct Topology {
 
 /// Where a rank's part is in the code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Seat {
+pub(crate) struct CodePosition {
     pub(crate) group: usize,
     pub(crate) position: usize,
     /// The rank's number on its node: ranks of one number are coded with one another.
@@ -104,14 +104,14 @@ impl Topology {
             .next()
     }
 
-    pub(crate) fn seat(&self, rank: usize) -> Option<Seat> {
+    pub(crate) fn code_position(&self, rank: usize) -> Option<CodePosition> {
         let node = self.node_of(rank)?;
         let (group, position) = self.position(node)?;
         let local = self.nodes[node]
             .ranks
             .iter()
             .position(|&other| other == rank)?;
-        Some(Seat {
+        Some(CodePosition {
             group,
             position,
             local,
@@ -133,7 +133,7 @@ impl Topology {
         (parity > 0).then(|| Stripes {
             nodes,
             parity,
-            turn: local % nodes,
+            rotation: local % nodes,
         })
     }
 }
@@ -153,7 +153,7 @@ pub struct Snapshot {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Inventory {
     /// Which node it was in which generation.
-    pub seats: Vec<(Topology, usize)>,
+    pub memberships: Vec<(Topology, usize)>,
     /// Complete parts in its memory.
     pub parts: Vec<(SnapshotId, PartInfo)>,
     /// Snapshots of which it has all the parity that it should.
@@ -164,7 +164,7 @@ pub struct Inventory {
 
 /// A rank as its keeper sees it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RankPulse {
+pub struct RankStatus {
     /// Which.
     pub rank: usize,
     /// Its process.
@@ -202,9 +202,9 @@ pub enum Event {
         reason: String,
     },
     /// A sign of life, with what is known of the ranks.
-    Pulse {
+    Heartbeat {
         /// The ranks.
-        ranks: Vec<RankPulse>,
+        ranks: Vec<RankStatus>,
     },
 }
 
@@ -223,7 +223,7 @@ pub struct Status {
     /// Its process.
     pub pid: i32,
     /// Its ranks.
-    pub ranks: Vec<RankPulse>,
+    pub ranks: Vec<RankStatus>,
     /// Bytes of its slots.
     pub slot_bytes: u64,
     /// Bytes of parity.
@@ -280,7 +280,7 @@ pub(crate) enum Request {
         node: usize,
     },
     /// Events from here on; the launcher lives as long as this connection.
-    Watch,
+    Subscribe,
     Inventory,
     Status,
     /// A snapshot is complete on every rank.
@@ -306,7 +306,7 @@ pub(crate) enum Request {
         chunk: u64,
     },
     /// The first bytes of a part.
-    Head {
+    Header {
         id: SnapshotId,
         rank: usize,
     },
@@ -376,22 +376,22 @@ pub(crate) enum RankRequest {
     /// Bytes are there. No reply.
     Filled {
         slot: usize,
-        upto: u64,
+        filled_to: u64,
         crcs: Vec<u32>,
     },
     /// It lives, has done so many steps, and got on so often. No reply.
-    Beat { step: u64, progress: u64 },
-    /// Has all been heard? [`RankReply::Welcome`].
+    Heartbeat { step: u64, progress: u64 },
+    /// Has all been heard? [`RankReply::Ack`].
     Sync,
     /// The first bytes of a part of the snapshot to restore: [`RankReply::Bytes`].
-    Head { rank: usize },
+    Header { rank: usize },
     /// The whole part: [`RankReply::Part`], then a file.
     Open { rank: usize },
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum RankReply {
-    Welcome,
+    Ack,
     Slots(usize),
     Slot(Option<usize>),
     Bytes(#[serde(with = "serde_bytes")] Vec<u8>),
@@ -410,7 +410,7 @@ pub enum Error {
     Protocol(String),
     /// The peer does not know the run's secret.
     #[error("it is not of this run")]
-    Stranger,
+    Unauthenticated,
     /// The keeper cannot do what was asked.
     #[error("{0}")]
     Refused(String),

@@ -3,7 +3,7 @@
 use super::protect::{chunk_len, chunk_size};
 use super::serve::Keeper;
 use super::{Error, SnapshotId};
-use crate::image::Head;
+use crate::image::ImageHeader;
 use crate::manifest::FileEntry;
 use crate::memory::Region;
 use crate::write::{Shard, checksum};
@@ -27,14 +27,14 @@ pub(crate) fn write(
         let written = keeper.read(id, rank, u64::MAX, |region, info| {
             write_part(region, info.bytes, &info.crcs, size, &path)
         });
-        let (bytes, crc32c, places) = written?.map_err(Error::Refused)?;
+        let (bytes, crc32c, slices) = written?.map_err(Error::Refused)?;
         shards.push(Shard::new(
             FileEntry {
                 name,
                 bytes,
                 crc32c,
             },
-            places,
+            slices,
         ));
     }
     Ok(shards)
@@ -46,7 +46,7 @@ fn write_part(
     crcs: &[u32],
     size: usize,
     path: &Path,
-) -> Result<(u64, u32, Vec<crate::Place>), String> {
+) -> Result<(u64, u32, Vec<crate::TensorSlice>), String> {
     let failed = |error: std::io::Error| format!("cannot write {}: {error}", path.display());
     let mut file = File::create(path).map_err(failed)?;
     let mut buffer = vec![0; size];
@@ -75,6 +75,8 @@ fn write_part(
     Ok((
         bytes,
         whole,
-        Head::of_file(path).map_err(|e| e.to_string())?.places,
+        ImageHeader::from_file(path)
+            .map_err(|e| e.to_string())?
+            .slices,
     ))
 }

@@ -8,7 +8,7 @@
 use super::connection::Peer;
 use super::serve::Keeper;
 use super::{Error, Reply, Request, Snapshot, SnapshotId, Topology};
-use crate::code::Code;
+use crate::erasure::ErasureCode;
 use crate::stripes::Stripes;
 use nix::time::{ClockId, clock_gettime};
 use std::collections::{BTreeMap, VecDeque};
@@ -16,7 +16,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 /// Stripes that are asked for ahead.
-const WINDOW: usize = 4;
+const PREFETCH_STRIPES: usize = 4;
 
 /// Bytes of `rank`'s part in chunk number `chunk`.
 pub(crate) fn chunk(
@@ -39,7 +39,7 @@ pub(crate) fn chunk_size(keeper: &Keeper, id: SnapshotId) -> Result<usize, Error
     let topology = state.complete.get(&id).map(|snapshot| &snapshot.topology);
     let topology = topology.or_else(|| {
         state
-            .seats
+            .memberships
             .get(&id.generation)
             .map(|(topology, _)| topology)
     });
@@ -65,9 +65,9 @@ pub(crate) fn stripe_len(stripes: &Stripes, stripe: u64, lengths: &[u64], size: 
 
 /// Makes the parity of a new snapshot that this node encodes.
 pub(crate) fn encode(keeper: &Keeper, id: SnapshotId) -> Result<(), Error> {
-    let seat = keeper.lock().seats.get(&id.generation).cloned();
+    let membership = keeper.lock().memberships.get(&id.generation).cloned();
     let (topology, node) =
-        seat.ok_or_else(|| Error::Refused("this generation was not begun here".into()))?;
+        membership.ok_or_else(|| Error::Refused("this generation was not begun here".into()))?;
     let Some((group, _)) = topology.position(node) else {
         return Ok(());
     };
@@ -75,11 +75,11 @@ pub(crate) fn encode(keeper: &Keeper, id: SnapshotId) -> Result<(), Error> {
         .iter()
         .map(|&node| Some(topology.nodes[node].address))
         .collect();
-    make(keeper, &topology, id, node, &sources, true)
+    make_parity(keeper, &topology, id, node, &sources, true)
 }
 
 /// Makes anew all parity of a complete snapshot that `node` should have.
-pub(crate) fn again(
+pub(crate) fn reencode(
     keeper: &Keeper,
     snapshot: &Snapshot,
     node: usize,
@@ -87,9 +87,9 @@ pub(crate) fn again(
 ) -> Result<(), Error> {
     keeper
         .lock()
-        .seats
+        .memberships
         .insert(snapshot.id.generation, (snapshot.topology.clone(), node));
-    make(
+    make_parity(
         keeper,
         &snapshot.topology,
         snapshot.id,
@@ -103,7 +103,7 @@ pub(crate) fn again(
 
 /// `encoder`: the stripes whose first parity is here are encoded, and their other parities sent to where they belong.
 /// Otherwise every parity that belongs here is made, and nothing sent.
-fn make(
+fn make_parity(
     keeper: &Keeper,
     topology: &Topology,
     id: SnapshotId,
@@ -130,7 +130,7 @@ fn make(
         let Some(stripes) = topology.stripes(group, local) else {
             return Ok(());
         };
-        let code = Code::new(topology.redundancy, stripes.data(), stripes.parity)
+        let code = ErasureCode::new(topology.redundancy, stripes.data(), stripes.parity)
             .map_err(Error::Refused)?;
         let rank = |position: usize| topology.rank_at(group, position, local);
         let mut lengths = vec![0; stripes.nodes];
@@ -154,14 +154,14 @@ fn make(
             .unwrap_or(0);
         let own = |stripe: u64| {
             let limit = if encoder { 1 } else { stripes.parity };
-            (0..limit).find(|&index| stripes.parity_at(stripe, index) == position)
+            (0..limit).find(|&index| stripes.parity_position(stripe, index) == position)
         };
         let todo: Vec<(u64, usize)> = (0..stripes.count(chunks))
             .filter_map(|stripe| Some((stripe, own(stripe)?)))
             .collect();
         let needs = |stripe: u64| {
             stripes
-                .data_at(stripe)
+                .data_positions(stripe)
                 .filter_map(move |at| Some((at, stripes.chunk(at, stripe)?)))
                 .collect::<Vec<_>>()
         };
@@ -170,7 +170,7 @@ fn make(
         let mut asked = 0;
         let mut pushed: VecDeque<usize> = VecDeque::new();
         for (number, &(stripe, index)) in todo.iter().enumerate() {
-            while asked < todo.len().min(number + WINDOW) {
+            while asked < todo.len().min(number + PREFETCH_STRIPES) {
                 for (at, chunk) in needs(todo[asked].0) {
                     if let Some(rank) = rank(at).filter(|_| exists(at, chunk, &lengths)) {
                         peers.at(at, 0)?.send(&Request::Chunk { id, rank, chunk })?;
@@ -190,7 +190,7 @@ fn make(
                 data.push(bytes);
             }
             let mut parity: Vec<Vec<u8>> = (0..stripes.parity)
-                .map(|_| keeper.lock().spare.pop().unwrap_or_default())
+                .map(|_| keeper.lock().spare_buffers.pop().unwrap_or_default())
                 .collect();
             parity.iter_mut().for_each(|bytes| bytes.resize(len, 0));
             let views: Vec<&[u8]> = data.iter().map(Vec::as_slice).collect();
@@ -208,7 +208,7 @@ fn make(
                         .or_default()
                         .insert((local, stripe), (bytes, crc));
                 } else if encoder && number > 0 {
-                    let at = stripes.parity_at(stripe, number);
+                    let at = stripes.parity_position(stripe, number);
                     peers.at(at, 1)?.send(&Request::PutParity {
                         id,
                         local,
@@ -217,10 +217,10 @@ fn make(
                     })?;
                     pushed.push_back(at);
                 } else {
-                    keeper.lock().spare.push(bytes);
+                    keeper.lock().spare_buffers.push(bytes);
                 }
             }
-            while pushed.len() > WINDOW {
+            while pushed.len() > PREFETCH_STRIPES {
                 let at = pushed.pop_front().expect("it is not empty");
                 peers.at(at, 1)?.receive()?;
             }
@@ -232,11 +232,11 @@ fn make(
     for (_, peer) in std::mem::take(&mut peers.open) {
         keeper.peers.put(peer);
     }
-    keeper.lock().coding += thread_time().saturating_sub(began);
+    keeper.lock().coding_time += thread_time().saturating_sub(began);
     Ok(())
 }
 
-/// Connections to the positions of a group, each with a lane for what is pulled and one for what is pushed.
+/// Connections to the positions of a group, each with a direction for what is pulled and one for what is pushed.
 struct Connections<'a> {
     keeper: &'a Keeper,
     sources: &'a [Option<SocketAddr>],
@@ -244,16 +244,16 @@ struct Connections<'a> {
 }
 
 impl Connections<'_> {
-    fn at(&mut self, position: usize, lane: usize) -> Result<&mut Peer, Error> {
-        if !self.open.contains_key(&(position, lane)) {
+    fn at(&mut self, position: usize, direction: usize) -> Result<&mut Peer, Error> {
+        if !self.open.contains_key(&(position, direction)) {
             let address = self.sources[position]
                 .ok_or_else(|| Error::Refused(format!("position {position} is lost")))?;
             self.open
-                .insert((position, lane), self.keeper.peers.get(address)?);
+                .insert((position, direction), self.keeper.peers.get(address)?);
         }
         Ok(self
             .open
-            .get_mut(&(position, lane))
+            .get_mut(&(position, direction))
             .expect("it was just put there"))
     }
 }

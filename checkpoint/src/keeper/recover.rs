@@ -29,7 +29,7 @@ impl Candidate {
     /// The keepers of the positions in `rank`'s group.
     pub fn sources(&self, rank: usize, addresses: &[SocketAddr]) -> Vec<Option<SocketAddr>> {
         let topology = &self.snapshot.topology;
-        let Some(seat) = topology.seat(rank) else {
+        let Some(seat) = topology.code_position(rank) else {
             return Vec::new();
         };
         topology.groups[seat.group]
@@ -66,7 +66,7 @@ pub fn candidates(inventories: &[Inventory]) -> Vec<Candidate> {
         );
         topologies.extend(
             inventory
-                .seats
+                .memberships
                 .iter()
                 .map(|(topology, _)| (topology.generation, topology)),
         );
@@ -114,7 +114,7 @@ fn candidate(snapshot: Snapshot, inventories: &[Inventory]) -> Option<Candidate>
     let holders: Vec<Option<usize>> = (0..topology.ranks()).map(holder).collect();
     let sits = |inventory: &Inventory, node: usize| {
         inventory
-            .seats
+            .memberships
             .iter()
             .any(|(other, seat)| other.generation == id.generation && *seat == node)
             && topology.nodes[node]
@@ -158,7 +158,7 @@ fn candidate(snapshot: Snapshot, inventories: &[Inventory]) -> Option<Candidate>
 mod tests {
     use super::*;
     use crate::keeper::Node;
-    use crate::stripes::{Redundancy, deal_groups};
+    use crate::stripes::{Redundancy, redundancy_groups};
     use proptest::prelude::*;
 
     fn address(port: u16) -> SocketAddr {
@@ -170,7 +170,7 @@ mod tests {
             address: address(node as u16),
             ranks: (node * per_node..(node + 1) * per_node).collect(),
         };
-        let groups = deal_groups(&vec![0; nodes], redundancy).unwrap();
+        let groups = redundancy_groups(&vec![0; nodes], redundancy).unwrap();
         Topology {
             generation: 3,
             nodes: (0..nodes).map(node).collect(),
@@ -204,7 +204,7 @@ mod tests {
         };
         (0..topology.nodes.len())
             .map(|node| Inventory {
-                seats: vec![(topology.clone(), node)],
+                memberships: vec![(topology.clone(), node)],
                 parts: ids
                     .iter()
                     .flat_map(|&id| {

@@ -4,16 +4,16 @@ use super::protect::{chunk_len, chunk_size, stripe_len};
 use super::recover::Rebuild;
 use super::serve::Keeper;
 use super::{Damage, Error, Reply, Request, Snapshot, SnapshotId};
-use crate::code::Code;
+use crate::erasure::ErasureCode;
 use crate::memory::Region;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 /// Chunks that are asked for ahead.
-const WINDOW: u64 = 8;
+const PREFETCH_CHUNKS: u64 = 8;
 
 /// What of a snapshot here has another checksum than it had.
-pub(crate) fn damaged(keeper: &Keeper, id: SnapshotId) -> Result<Damage, Error> {
+pub(crate) fn find_damage(keeper: &Keeper, id: SnapshotId) -> Result<Damage, Error> {
     let size = chunk_size(keeper, id)?;
     let ranks: Vec<usize> = {
         let state = keeper.lock();
@@ -59,7 +59,7 @@ pub(crate) fn damaged(keeper: &Keeper, id: SnapshotId) -> Result<Damage, Error> 
 pub(crate) fn poison(keeper: &Keeper, rank: usize) -> Result<(), Error> {
     let newest = keeper.lock().slots.newest;
     let id = newest.ok_or_else(|| Error::Refused("there is no complete snapshot here".into()))?;
-    let start = own_head(keeper, id, rank)?.len();
+    let start = local_header(keeper, id, rank)?.len();
     let size = chunk_size(keeper, id)?;
     let crcs = keeper.read(id, rank, u64::MAX, |region, info| {
         let end = (start + 256).min(info.bytes as usize) / 4 * 4;
@@ -86,7 +86,7 @@ pub(crate) fn poison(keeper: &Keeper, rank: usize) -> Result<(), Error> {
 }
 
 /// The header of a part here: its length, then itself.
-pub(crate) fn own_head(keeper: &Keeper, id: SnapshotId, rank: usize) -> Result<Vec<u8>, Error> {
+pub(crate) fn local_header(keeper: &Keeper, id: SnapshotId, rank: usize) -> Result<Vec<u8>, Error> {
     keeper.read(id, rank, u64::MAX, |region, info| {
         let mut length = [0u8; 8];
         region.copy_out(0, &mut length);
@@ -119,10 +119,10 @@ fn restoring(keeper: &Keeper, rank: usize) -> Result<(Snapshot, SocketAddr, bool
 pub(crate) fn head(keeper: &Keeper, rank: usize) -> Result<Vec<u8>, Error> {
     let (snapshot, holder, here) = restoring(keeper, rank)?;
     if here {
-        return own_head(keeper, snapshot.id, rank);
+        return local_header(keeper, snapshot.id, rank);
     }
     let mut peer = keeper.peers.get(holder)?;
-    peer.send(&Request::Head {
+    peer.send(&Request::Header {
         id: snapshot.id,
         rank,
     })?;
@@ -134,7 +134,7 @@ pub(crate) fn head(keeper: &Keeper, rank: usize) -> Result<Vec<u8>, Error> {
 /// A part of the snapshot that is to be restored, brought here where it was not.
 pub(crate) fn fetch(keeper: &Keeper, rank: usize) -> Result<Arc<Region>, Error> {
     // One at a time: the second rank that wants the same part then finds it.
-    let _alone = keeper.peers.alone();
+    let _fetching = keeper.peers.lock_fetching();
     let (snapshot, holder, here) = restoring(keeper, rank)?;
     if !here {
         let info = &snapshot.parts[rank];
@@ -144,7 +144,7 @@ pub(crate) fn fetch(keeper: &Keeper, rank: usize) -> Result<Arc<Region>, Error> 
         let size = snapshot.topology.chunk;
         let mut asked = 0;
         for chunk in 0..chunks {
-            while asked < chunks.min(chunk + WINDOW) {
+            while asked < chunks.min(chunk + PREFETCH_CHUNKS) {
                 peer.send(&Request::Chunk {
                     id: snapshot.id,
                     rank,
@@ -162,7 +162,7 @@ pub(crate) fn fetch(keeper: &Keeper, rank: usize) -> Result<Arc<Region>, Error> 
             region.copy_in(chunk as usize * size, &bytes);
         }
         keeper.peers.put(peer);
-        keeper.lock().adopt(snapshot.id, info.clone(), region);
+        keeper.lock().insert_part(snapshot.id, info.clone(), region);
     }
     let state = keeper.lock();
     let slot = state.slots.find(snapshot.id, rank);
@@ -181,12 +181,12 @@ pub(crate) fn rebuild(keeper: &Keeper, wanted: &Rebuild) -> Result<(), Error> {
     let topology = &snapshot.topology;
     let id = snapshot.id;
     let refused = || Error::Refused(format!("rank {rank} has no place in the code"));
-    let seat = topology.seat(*rank).ok_or_else(refused)?;
+    let code_position = topology.code_position(*rank).ok_or_else(refused)?;
     let stripes = topology
-        .stripes(seat.group, seat.local)
+        .stripes(code_position.group, code_position.local)
         .ok_or_else(refused)?;
-    let code =
-        Code::new(topology.redundancy, stripes.data(), stripes.parity).map_err(Error::Refused)?;
+    let code = ErasureCode::new(topology.redundancy, stripes.data(), stripes.parity)
+        .map_err(Error::Refused)?;
     let own = &snapshot.parts[*rank];
     let here = {
         let state = keeper.lock();
@@ -199,25 +199,26 @@ pub(crate) fn rebuild(keeper: &Keeper, wanted: &Rebuild) -> Result<(), Error> {
         (Some(region), Some(_)) => region.clone(),
         _ => keeper.allocate(own.bytes, 1)?.remove(0),
     };
-    let rank_at = |position: usize| topology.rank_at(seat.group, position, seat.local);
+    let rank_at =
+        |position: usize| topology.rank_at(code_position.group, position, code_position.local);
     let lengths: Vec<u64> = (0..stripes.nodes)
         .map(|position| rank_at(position).map_or(0, |rank| snapshot.parts[rank].bytes))
         .collect();
     let size = topology.chunk;
     let all: Vec<u64> = (0..own.crcs.len() as u64).collect();
     for &chunk in chunks.as_ref().unwrap_or(&all) {
-        let stripe = stripes.stripe_of(seat.position, chunk);
+        let stripe = stripes.stripe_of(code_position.position, chunk);
         let len = stripe_len(&stripes, stripe, &lengths, size);
         // Data first, then parity: where each is, what to ask for, and what proves that it is right.
-        let data: Vec<usize> = stripes.data_at(stripe).collect();
+        let data: Vec<usize> = stripes.data_positions(stripe).collect();
         let position = |index: usize| match index.checked_sub(data.len()) {
             None => data[index],
-            Some(parity) => stripes.parity_at(stripe, parity),
+            Some(parity) => stripes.parity_position(stripe, parity),
         };
         let number = |index: usize| stripes.chunk(position(index), stripe).unwrap_or(0);
         let target = data
             .iter()
-            .position(|&at| at == seat.position)
+            .position(|&at| at == code_position.position)
             .expect("a node's chunk is data");
         let mut got: Vec<Option<Vec<u8>>> = vec![None; stripes.nodes];
         let mut lost = vec![false; stripes.nodes];
@@ -256,7 +257,7 @@ pub(crate) fn rebuild(keeper: &Keeper, wanted: &Rebuild) -> Result<(), Error> {
                 } else {
                     Request::Parity {
                         id,
-                        local: seat.local,
+                        local: code_position.local,
                         stripe,
                     }
                 };
@@ -309,7 +310,7 @@ pub(crate) fn rebuild(keeper: &Keeper, wanted: &Rebuild) -> Result<(), Error> {
         if let Some(slot) = state.slots.find(id, *rank) {
             state.slots.release(slot);
         }
-        state.adopt(id, own.clone(), region);
+        state.insert_part(id, own.clone(), region);
     }
     Ok(())
 }

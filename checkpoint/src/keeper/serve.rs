@@ -1,11 +1,11 @@
 //! The keeper's process: who may talk to it, and what it answers.
 
-use super::connection::Peers;
-use super::memory_limit::{available, mib};
+use super::connection::PeerPool;
+use super::memory_limit::{available_bytes, format_mib};
 use super::slots::Slots;
-use super::wire::{self, Timed};
+use super::wire::{self, TimeoutStream};
 use super::{
-    Error, Event, Fault, Inventory, RankPulse, RankReply, RankRequest, Reply, Request, Secret,
+    Error, Event, Fault, Inventory, RankReply, RankRequest, RankStatus, Reply, Request, Secret,
     Snapshot, SnapshotId, Status, Topology, persist, protect, restore,
 };
 use crate::memory::{Region, send_file};
@@ -23,13 +23,13 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 /// How often the launcher hears of the ranks.
-const PULSE: Duration = Duration::from_millis(100);
+const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(100);
 /// What another process is to answer within, and what is waited for on its behalf.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PEER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Connections that have not shown yet that they know the secret.
-const STRANGERS: usize = 64;
+const MAX_UNAUTHENTICATED: usize = 64;
 /// Complete snapshots that are remembered: those that two or three slots can hold.
-const REMEMBERED: usize = 3;
+const MAX_COMPLETE_SNAPSHOTS: usize = 3;
 
 /// What a keeper is started with.
 #[derive(Debug, Clone)]
@@ -43,11 +43,11 @@ pub struct Settings {
     /// The most memory to take for slots and parity, in bytes; by default what the machine has left.
     pub memory: Option<u64>,
     /// How long to stay without a launcher.
-    pub lonely: Duration,
+    pub orphan_timeout: Duration,
 }
 
 /// A rank, as it was last heard of.
-struct RankView {
+struct RankRecord {
     pid: i32,
     step: u64,
     progress: u64,
@@ -56,21 +56,21 @@ struct RankView {
 }
 
 /// Parity of one snapshot, by local number and stripe, with its checksum.
-pub(crate) type ParityOf = BTreeMap<(usize, u64), (Vec<u8>, u32)>;
+pub(crate) type SnapshotParity = BTreeMap<(usize, u64), (Vec<u8>, u32)>;
 
 #[derive(Default)]
-pub(crate) struct State {
+pub(crate) struct KeeperState {
     /// By generation: who was where, and which node this was.
-    pub(crate) seats: BTreeMap<u64, (Topology, usize)>,
+    pub(crate) memberships: BTreeMap<u64, (Topology, usize)>,
     pub(crate) slots: Slots,
     /// The slots' memory.
     pub(crate) regions: Vec<Option<Arc<Region>>>,
-    pub(crate) parity: BTreeMap<SnapshotId, ParityOf>,
+    pub(crate) parity: BTreeMap<SnapshotId, SnapshotParity>,
     pub(crate) protected: BTreeSet<SnapshotId>,
     pub(crate) complete: BTreeMap<SnapshotId, Snapshot>,
     /// What ranks are to restore, and who has the parts.
     pub(crate) restoring: Option<(Snapshot, Vec<SocketAddr>)>,
-    ranks: BTreeMap<usize, RankView>,
+    ranks: BTreeMap<usize, RankRecord>,
     watchers: Vec<Sender<Event>>,
     /// The newest snapshot that was given up.
     abandoned: Option<SnapshotId>,
@@ -79,14 +79,14 @@ pub(crate) struct State {
     /// The snapshot that is being written to disk.
     pinned: Option<SnapshotId>,
     skipped: u64,
-    pub(crate) coding: Duration,
+    pub(crate) coding_time: Duration,
     /// Buffers of parity that is not needed any more.
-    pub(crate) spare: Vec<Vec<u8>>,
+    pub(crate) spare_buffers: Vec<Vec<u8>>,
     stopping: bool,
 }
 
-impl State {
-    fn tell(&mut self, event: &Event) {
+impl KeeperState {
+    fn broadcast(&mut self, event: &Event) {
         self.watchers
             .retain(|watcher| watcher.send(event.clone()).is_ok());
     }
@@ -118,8 +118,8 @@ impl State {
     }
 
     /// Whether a snapshot that is not here may still come.
-    fn may_come(&self, id: SnapshotId) -> bool {
-        let current = self.seats.keys().next_back().copied();
+    fn may_arrive(&self, id: SnapshotId) -> bool {
+        let current = self.memberships.keys().next_back().copied();
         current.is_none_or(|current| id.generation >= current) && self.abandoned < Some(id)
     }
 
@@ -131,7 +131,7 @@ impl State {
             .filter(|&id| !keep(id))
             .collect();
         for id in gone {
-            self.spare.extend(
+            self.spare_buffers.extend(
                 self.parity
                     .remove(&id)
                     .into_iter()
@@ -153,7 +153,12 @@ impl State {
     }
 
     /// Puts a part of which all bytes are known to be right into memory of its own.
-    pub(crate) fn adopt(&mut self, id: SnapshotId, info: super::PartInfo, region: Arc<Region>) {
+    pub(crate) fn insert_part(
+        &mut self,
+        id: SnapshotId,
+        info: super::PartInfo,
+        region: Arc<Region>,
+    ) {
         let vacant = (0..self.regions.len()).find(|&slot| self.regions[slot].is_none());
         let slot = vacant.unwrap_or_else(|| self.slots.add(None));
         if slot == self.regions.len() {
@@ -172,12 +177,12 @@ impl State {
 pub(crate) struct Keeper {
     pub(crate) secret: Secret,
     memory: Option<u64>,
-    state: Mutex<State>,
+    state: Mutex<KeeperState>,
     /// Something was filled, given up or stopped.
     pub(crate) changed: Condvar,
     encode: Mutex<Sender<SnapshotId>>,
-    pub(crate) peers: Peers,
-    strangers: AtomicUsize,
+    pub(crate) peers: PeerPool,
+    unauthenticated: AtomicUsize,
 }
 
 /// Keeps until it is told to stop, or has been without a launcher for too long. `ready` is told where it listens.
@@ -190,22 +195,22 @@ pub fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), Err
     let ranks = UnixListener::bind_addr(&name)?;
     let (encode, to_encode) = channel();
     let keeper = Arc::new(Keeper {
-        peers: Peers::new(settings.secret.clone()),
+        peers: PeerPool::new(settings.secret.clone()),
         secret: settings.secret,
         memory: settings.memory,
         state: Mutex::default(),
         changed: Condvar::new(),
         encode: Mutex::new(encode),
-        strangers: AtomicUsize::new(0),
+        unauthenticated: AtomicUsize::new(0),
     });
     ready(listener.local_addr()?);
     std::thread::spawn({
         let keeper = keeper.clone();
-        move || keeper.admit(&listener)
+        move || keeper.accept_peers(&listener)
     });
     std::thread::spawn({
         let keeper = keeper.clone();
-        move || keeper.admit_ranks(&ranks)
+        move || keeper.accept_ranks(&ranks)
     });
     std::thread::spawn({
         let keeper = keeper.clone();
@@ -218,32 +223,35 @@ pub fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), Err
         if state.stopping {
             return Ok(());
         }
-        if pulsed.elapsed() >= PULSE {
+        if pulsed.elapsed() >= HEARTBEAT_INTERVAL {
             pulsed = Instant::now();
-            let ranks = state.pulses();
-            state.tell(&Event::Pulse { ranks });
+            let ranks = state.rank_statuses();
+            state.broadcast(&Event::Heartbeat { ranks });
         }
         if !state.watchers.is_empty() {
             watched = Instant::now();
-        } else if watched.elapsed() > settings.lonely {
-            tracing::warn!("no launcher for {:?}: this keeper ends", settings.lonely);
+        } else if watched.elapsed() > settings.orphan_timeout {
+            tracing::warn!(
+                "no launcher for {:?}: this keeper ends",
+                settings.orphan_timeout
+            );
             return Ok(());
         }
         // Woken by changes as well: stopping is one.
-        keeper.changed.wait_for(&mut state, PULSE);
+        keeper.changed.wait_for(&mut state, HEARTBEAT_INTERVAL);
     }
 }
 
-impl State {
-    fn pulses(&self) -> Vec<RankPulse> {
-        let pulse = |(&rank, view): (&usize, &RankView)| RankPulse {
+impl KeeperState {
+    fn rank_statuses(&self) -> Vec<RankStatus> {
+        let status = |(&rank, view): (&usize, &RankRecord)| RankStatus {
             rank,
             pid: view.pid,
             step: view.step,
             progress: view.progress,
             silent_ms: view.heard.elapsed().as_millis() as u64,
         };
-        self.ranks.iter().map(pulse).collect()
+        self.ranks.iter().map(status).collect()
     }
 
     fn inventory(&self) -> Inventory {
@@ -257,7 +265,7 @@ impl State {
             .map(|part| (part.id, part.info.clone()))
             .collect();
         Inventory {
-            seats: self.seats.values().cloned().collect(),
+            memberships: self.memberships.values().cloned().collect(),
             parts: complete,
             protected: self.protected.iter().copied().collect(),
             complete: self.complete.values().cloned().collect(),
@@ -266,7 +274,7 @@ impl State {
 }
 
 impl Keeper {
-    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, KeeperState> {
         self.state.lock()
     }
 
@@ -277,7 +285,7 @@ impl Keeper {
         let left = match self.memory {
             Some(limit) => limit.saturating_sub(slots + parity),
             // The other half is for what the ranks will need.
-            None => available().map_or(u64::MAX, |bytes| bytes / 2),
+            None => available_bytes().map_or(u64::MAX, |bytes| bytes / 2),
         };
         if wanted > left {
             let limit = if self.memory.is_some() {
@@ -287,23 +295,23 @@ impl Keeper {
             };
             return Err(Error::Refused(format!(
                 "{count} slots of {} do not fit into the {} {limit}",
-                mib(bytes),
-                mib(left)
+                format_mib(bytes),
+                format_mib(left)
             )));
         }
         let region = |_| Ok(Arc::new(Region::create("moerun snapshot", bytes as usize)?));
         (0..count).map(region).collect()
     }
 
-    /// Waits until `rank`'s part of `id` is filled up to `upto` (as far as it goes), and reads it.
+    /// Waits until `rank`'s part of `id` is filled up to `filled_to` (as far as it goes), and reads it.
     pub(crate) fn read<T>(
         &self,
         id: SnapshotId,
         rank: usize,
-        upto: u64,
+        filled_to: u64,
         read: impl FnOnce(&Region, &super::PartInfo) -> T,
     ) -> Result<T, Error> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + PEER_TIMEOUT;
         let mut state = self.lock();
         loop {
             if let Some(slot) = state.slots.find(id, rank) {
@@ -311,7 +319,7 @@ impl Keeper {
                     .part
                     .as_ref()
                     .expect("found by its part");
-                if part.filled >= upto.min(part.info.bytes) {
+                if part.filled >= filled_to.min(part.info.bytes) {
                     let info = part.info.clone();
                     let region = state.regions[slot].clone().expect("a slot with a part");
                     state.slots.slots[slot].pins += 1;
@@ -320,7 +328,7 @@ impl Keeper {
                     self.lock().slots.slots[slot].pins -= 1;
                     return Ok(result);
                 }
-            } else if !state.may_come(id) {
+            } else if !state.may_arrive(id) {
                 return Err(Error::Refused(format!(
                     "rank {rank}'s part of step {} is not here",
                     id.step
@@ -339,25 +347,25 @@ impl Keeper {
         }
     }
 
-    fn admit(self: &Arc<Keeper>, listener: &TcpListener) {
+    fn accept_peers(self: &Arc<Keeper>, listener: &TcpListener) {
         for stream in listener.incoming() {
             let Ok(stream) = stream else {
                 // Out of descriptors, for instance: not for ever.
                 std::thread::sleep(Duration::from_millis(20));
                 continue;
             };
-            if self.strangers.fetch_add(1, Ordering::SeqCst) >= STRANGERS {
-                self.strangers.fetch_sub(1, Ordering::SeqCst);
+            if self.unauthenticated.fetch_add(1, Ordering::SeqCst) >= MAX_UNAUTHENTICATED {
+                self.unauthenticated.fetch_sub(1, Ordering::SeqCst);
                 continue;
             }
             let keeper = self.clone();
             std::thread::spawn(move || {
                 let mut stream = stream;
                 let _ = stream.set_nodelay(true);
-                let known = wire::accept(&mut stream, &keeper.secret);
-                keeper.strangers.fetch_sub(1, Ordering::SeqCst);
+                let known = wire::server_handshake(&mut stream, &keeper.secret);
+                keeper.unauthenticated.fetch_sub(1, Ordering::SeqCst);
                 match known {
-                    Ok(()) => keeper.attend(stream),
+                    Ok(()) => keeper.serve_peer(stream),
                     Err(error) => {
                         tracing::warn!(
                             "a connection from {:?} was refused: {error}",
@@ -370,12 +378,12 @@ impl Keeper {
     }
 
     /// One connection of the launcher, of another keeper or of a tool.
-    fn attend(self: &Arc<Keeper>, mut stream: TcpStream) {
-        if stream.deadline(None, Some(PATIENCE)).is_err() {
+    fn serve_peer(self: &Arc<Keeper>, mut stream: TcpStream) {
+        if stream.set_timeouts(None, Some(PEER_TIMEOUT)).is_err() {
             return;
         }
         while let Ok(request) = wire::receive::<Request>(&mut stream) {
-            if matches!(request, Request::Watch) {
+            if matches!(request, Request::Subscribe) {
                 return self.watch(stream);
             }
             let reply = self
@@ -417,8 +425,8 @@ impl Keeper {
                     }
                 }
                 state.free_regions();
-                state.seats.retain(|&older, _| older < generation);
-                state.seats.insert(generation, (topology, node));
+                state.memberships.retain(|&older, _| older < generation);
+                state.memberships.insert(generation, (topology, node));
                 let wanted: BTreeSet<u64> = state
                     .complete
                     .keys()
@@ -426,10 +434,10 @@ impl Keeper {
                     .chain([generation])
                     .collect();
                 state
-                    .seats
+                    .memberships
                     .retain(|generation, _| wanted.contains(generation));
             }
-            Request::Watch => unreachable!("handled by the caller"),
+            Request::Subscribe => unreachable!("handled by the caller"),
             Request::Inventory => return Ok(Reply::Inventory(state.inventory())),
             Request::Status => {
                 let (slot_bytes, parity_bytes) = state.bytes();
@@ -440,7 +448,7 @@ impl Keeper {
                     .filter_map(|slot| slot.part.as_ref());
                 return Ok(Reply::Status(Status {
                     pid: std::process::id() as i32,
-                    ranks: state.pulses(),
+                    ranks: state.rank_statuses(),
                     slot_bytes,
                     parity_bytes,
                     inventory: state.inventory(),
@@ -449,14 +457,14 @@ impl Keeper {
                         .map(|part| part.id)
                         .collect(),
                     skipped: state.skipped,
-                    coding_ms: state.coding.as_millis() as u64,
+                    coding_ms: state.coding_time.as_millis() as u64,
                 }));
             }
             Request::Commit(snapshot) => {
                 let id = snapshot.id;
                 state.slots.commit(id);
                 state.complete.insert(id, snapshot);
-                while state.complete.len() > REMEMBERED {
+                while state.complete.len() > MAX_COMPLETE_SNAPSHOTS {
                     state.complete.pop_first();
                 }
                 // What was brought here to be restored is not needed any more.
@@ -513,7 +521,7 @@ impl Keeper {
             }
             Request::Verify(id) => {
                 drop(state);
-                return Ok(Reply::Damage(restore::damaged(self, id)?));
+                return Ok(Reply::Damage(restore::find_damage(self, id)?));
             }
             Request::Length { id, rank } => {
                 drop(state);
@@ -523,9 +531,9 @@ impl Keeper {
                 drop(state);
                 return Ok(Reply::Bytes(protect::chunk(self, id, rank, chunk)?));
             }
-            Request::Head { id, rank } => {
+            Request::Header { id, rank } => {
                 drop(state);
-                return Ok(Reply::Bytes(restore::own_head(self, id, rank)?));
+                return Ok(Reply::Bytes(restore::local_header(self, id, rank)?));
             }
             Request::Parity { id, local, stripe } => {
                 let held = state
@@ -545,7 +553,7 @@ impl Keeper {
                 stripe,
                 bytes,
             } => {
-                if !state.may_come(id) && !state.complete.contains_key(&id) {
+                if !state.may_arrive(id) && !state.complete.contains_key(&id) {
                     return Err(Error::Refused(format!("step {} is given up", id.step)));
                 }
                 let crc = crate::checksum::crc32c(&bytes);
@@ -565,7 +573,7 @@ impl Keeper {
                 sources,
             } => {
                 drop(state);
-                protect::again(self, &snapshot, node, &sources)?;
+                protect::reencode(self, &snapshot, node, &sources)?;
             }
             Request::Persist { id, ranks, folder } => {
                 drop(state);
@@ -590,8 +598,12 @@ impl Keeper {
         Ok(Reply::Done)
     }
 
-    fn inject(self: &Arc<Keeper>, state: MutexGuard<'_, State>, fault: Fault) -> Result<(), Error> {
-        let pid = |state: &State, rank: usize| {
+    fn inject(
+        self: &Arc<Keeper>,
+        state: MutexGuard<'_, KeeperState>,
+        fault: Fault,
+    ) -> Result<(), Error> {
+        let pid = |state: &KeeperState, rank: usize| {
             let view = state.ranks.get(&rank);
             view.map(|view| Pid::from_raw(view.pid))
                 .ok_or_else(|| Error::Refused(format!("rank {rank} is not here")))
@@ -651,11 +663,11 @@ impl Keeper {
                     reason: error.to_string(),
                 },
             };
-            self.lock().tell(&event);
+            self.lock().broadcast(&event);
         }
     }
 
-    fn admit_ranks(self: &Arc<Keeper>, listener: &UnixListener) {
+    fn accept_ranks(self: &Arc<Keeper>, listener: &UnixListener) {
         for stream in listener.incoming().flatten() {
             let keeper = self.clone();
             std::thread::spawn(move || {
@@ -664,21 +676,21 @@ impl Keeper {
                     .map_err(Error::from)
                     .and_then(|peer| {
                         if peer.uid() != Uid::effective().as_raw() {
-                            return Err(Error::Stranger);
+                            return Err(Error::Unauthenticated);
                         }
-                        wire::accept(&mut stream, &keeper.secret)?;
+                        wire::server_handshake(&mut stream, &keeper.secret)?;
                         Ok(peer.pid())
                     });
                 match known {
-                    Ok(pid) => keeper.attend_rank(stream, pid),
+                    Ok(pid) => keeper.serve_rank(stream, pid),
                     Err(error) => tracing::warn!("a local connection was refused: {error}"),
                 }
             });
         }
     }
 
-    fn attend_rank(self: &Arc<Keeper>, mut stream: UnixStream, pid: i32) {
-        if stream.deadline(None, Some(PATIENCE)).is_err() {
+    fn serve_rank(self: &Arc<Keeper>, mut stream: UnixStream, pid: i32) {
+        if stream.set_timeouts(None, Some(PEER_TIMEOUT)).is_err() {
             return;
         }
         let Ok(RankRequest::Hello { rank }) = wire::receive(&mut stream) else {
@@ -686,7 +698,7 @@ impl Keeper {
         };
         {
             let mut state = self.lock();
-            let fresh = RankView {
+            let fresh = RankRecord {
                 pid,
                 step: 0,
                 progress: 0,
@@ -695,7 +707,7 @@ impl Keeper {
             };
             let view = state.ranks.entry(rank).or_insert(fresh);
             if view.pid != pid {
-                *view = RankView {
+                *view = RankRecord {
                     pid,
                     step: 0,
                     progress: 0,
@@ -705,9 +717,9 @@ impl Keeper {
             }
             view.connections += 1;
         }
-        if wire::send(&mut stream, &RankReply::Welcome).is_ok() {
+        if wire::send(&mut stream, &RankReply::Ack).is_ok() {
             while let Ok(request) = wire::receive::<RankRequest>(&mut stream) {
-                if let Err(error) = self.answer_rank(&mut stream, rank, request) {
+                if let Err(error) = self.handle_rank_request(&mut stream, rank, request) {
                     tracing::warn!("rank {rank}: {error}");
                     if wire::send(&mut stream, &RankReply::Refused(error.to_string())).is_err() {
                         break;
@@ -726,7 +738,7 @@ impl Keeper {
         }
     }
 
-    fn answer_rank(
+    fn handle_rank_request(
         self: &Arc<Keeper>,
         stream: &mut UnixStream,
         rank: usize,
@@ -742,7 +754,7 @@ impl Keeper {
             }
             RankRequest::Allocate { bytes, slots } => {
                 drop(state);
-                let regions = self.slots_for(rank, bytes, slots)?;
+                let regions = self.allocate_slots(rank, bytes, slots)?;
                 wire::send(stream, &RankReply::Slots(regions.len()))?;
                 for region in regions {
                     send_file(stream, region.file())?;
@@ -770,19 +782,23 @@ impl Keeper {
                 slot.into_iter().for_each(|slot| state.slots.release(slot));
                 self.changed.notify_all();
             }
-            RankRequest::Filled { slot, upto, crcs } => {
+            RankRequest::Filled {
+                slot,
+                filled_to,
+                crcs,
+            } => {
                 let slot = state.slots.of(rank).nth(slot);
                 let slot = slot.ok_or_else(|| Error::Protocol("there is no such slot".into()))?;
                 let part = state
                     .slots
-                    .fill(slot, upto, &crcs)
+                    .fill(slot, filled_to, &crcs)
                     .map_err(Error::Protocol)?
                     .clone();
                 if state.encoding.insert(part.id) {
                     let _ = self.encode.lock().send(part.id);
                 }
                 if part.is_complete() {
-                    state.tell(&Event::Complete {
+                    state.broadcast(&Event::Complete {
                         id: part.id,
                         part: part.info,
                         durable: part.durable,
@@ -790,16 +806,16 @@ impl Keeper {
                 }
                 self.changed.notify_all();
             }
-            RankRequest::Beat { step, progress } => {
+            RankRequest::Heartbeat { step, progress } => {
                 if let Some(view) = state.ranks.get_mut(&rank) {
                     (view.step, view.progress) = (view.step.max(step), view.progress.max(progress));
                 }
             }
             RankRequest::Sync => {
                 drop(state);
-                wire::send(stream, &RankReply::Welcome)?;
+                wire::send(stream, &RankReply::Ack)?;
             }
-            RankRequest::Head { rank: wanted } => {
+            RankRequest::Header { rank: wanted } => {
                 drop(state);
                 wire::send(stream, &RankReply::Bytes(restore::head(self, wanted)?))?;
             }
@@ -814,10 +830,15 @@ impl Keeper {
     }
 
     /// This rank's slots: those it had, where they are large enough, and new ones.
-    fn slots_for(&self, rank: usize, bytes: u64, count: usize) -> Result<Vec<Arc<Region>>, Error> {
+    fn allocate_slots(
+        &self,
+        rank: usize,
+        bytes: u64,
+        count: usize,
+    ) -> Result<Vec<Arc<Region>>, Error> {
         let mut state = self.lock();
         let own: Vec<usize> = state.slots.of(rank).collect();
-        let fits = |state: &State, slot: usize| {
+        let fits = |state: &KeeperState, slot: usize| {
             let len = state.regions[slot]
                 .as_ref()
                 .map_or(0, |region| region.len() as u64);

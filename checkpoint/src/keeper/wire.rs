@@ -13,11 +13,11 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 /// No message is longer: a chunk and what surrounds it, or a header of a part with very many tensors.
-const LONGEST: u32 = 256 << 20;
+const MAX_FRAME_BYTES: u32 = 256 << 20;
 /// What each side of a connection says first.
 const MAGIC: &[u8; 8] = b"moerun\x00\x01";
 /// A handshake takes no longer.
-const HANDSHAKE: Duration = Duration::from_secs(5);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What the processes of a run have in common. Written down, it is text.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,7 +108,7 @@ pub(crate) fn receive<T: DeserializeOwned>(stream: &mut impl Read) -> Result<T, 
     let mut head = [0u8; 8];
     stream.read_exact(&mut head)?;
     let len = u32::from_le_bytes(head[..4].try_into().expect("four bytes"));
-    if len > LONGEST {
+    if len > MAX_FRAME_BYTES {
         return Err(Error::Protocol(format!(
             "a message of {len} bytes was announced"
         )));
@@ -129,19 +129,19 @@ pub(crate) fn receive<T: DeserializeOwned>(stream: &mut impl Read) -> Result<T, 
 }
 
 /// A stream with deadlines.
-pub(crate) trait Timed: Read + Write {
-    fn deadline(&self, read: Option<Duration>, write: Option<Duration>) -> std::io::Result<()>;
+pub(crate) trait TimeoutStream: Read + Write {
+    fn set_timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> std::io::Result<()>;
 }
 
-impl Timed for TcpStream {
-    fn deadline(&self, read: Option<Duration>, write: Option<Duration>) -> std::io::Result<()> {
+impl TimeoutStream for TcpStream {
+    fn set_timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> std::io::Result<()> {
         self.set_read_timeout(read)?;
         self.set_write_timeout(write)
     }
 }
 
-impl Timed for std::os::unix::net::UnixStream {
-    fn deadline(&self, read: Option<Duration>, write: Option<Duration>) -> std::io::Result<()> {
+impl TimeoutStream for std::os::unix::net::UnixStream {
+    fn set_timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> std::io::Result<()> {
         self.set_read_timeout(read)?;
         self.set_write_timeout(write)
     }
@@ -151,8 +151,11 @@ impl Timed for std::os::unix::net::UnixStream {
 ///
 /// # Errors
 /// When the other does not know the secret, or does not answer in time.
-pub(crate) fn accept(stream: &mut impl Timed, secret: &Secret) -> Result<(), Error> {
-    stream.deadline(Some(HANDSHAKE), Some(HANDSHAKE))?;
+pub(crate) fn server_handshake(
+    stream: &mut impl TimeoutStream,
+    secret: &Secret,
+) -> Result<(), Error> {
+    stream.set_timeouts(Some(HANDSHAKE_TIMEOUT), Some(HANDSHAKE_TIMEOUT))?;
     let own = nonce()?;
     stream.write_all(&[MAGIC.as_slice(), &own].concat())?;
     let mut hello = [0u8; 72];
@@ -163,7 +166,7 @@ pub(crate) fn accept(stream: &mut impl Timed, secret: &Secret) -> Result<(), Err
     if &hello[..8] != MAGIC
         || secret.proof("client", &own, &theirs) != blake3::Hash::from_bytes(proof)
     {
-        return Err(Error::Stranger);
+        return Err(Error::Unauthenticated);
     }
     stream.write_all(secret.proof("keeper", &theirs, &own).as_bytes())?;
     Ok(())
@@ -172,13 +175,16 @@ pub(crate) fn accept(stream: &mut impl Timed, secret: &Secret) -> Result<(), Err
 /// The side that made the connection.
 ///
 /// # Errors
-/// As [`accept`].
-pub(crate) fn introduce(stream: &mut impl Timed, secret: &Secret) -> Result<(), Error> {
-    stream.deadline(Some(HANDSHAKE), Some(HANDSHAKE))?;
+/// As [`server_handshake`].
+pub(crate) fn client_handshake(
+    stream: &mut impl TimeoutStream,
+    secret: &Secret,
+) -> Result<(), Error> {
+    stream.set_timeouts(Some(HANDSHAKE_TIMEOUT), Some(HANDSHAKE_TIMEOUT))?;
     let mut hello = [0u8; 40];
     stream.read_exact(&mut hello)?;
     if &hello[..8] != MAGIC {
-        return Err(Error::Stranger);
+        return Err(Error::Unauthenticated);
     }
     let theirs: [u8; 32] = hello[8..].try_into().expect("32 bytes");
     let own = nonce()?;
@@ -187,7 +193,7 @@ pub(crate) fn introduce(stream: &mut impl Timed, secret: &Secret) -> Result<(), 
     let mut answer = [0u8; 32];
     stream.read_exact(&mut answer)?;
     if secret.proof("keeper", &own, &theirs) != blake3::Hash::from_bytes(answer) {
-        return Err(Error::Stranger);
+        return Err(Error::Unauthenticated);
     }
     Ok(())
 }
@@ -199,12 +205,12 @@ pub(crate) fn introduce(stream: &mut impl Timed, secret: &Secret) -> Result<(), 
 pub(crate) fn connect(
     address: SocketAddr,
     secret: &Secret,
-    patience: Duration,
+    timeout: Duration,
 ) -> Result<TcpStream, Error> {
-    let mut stream = TcpStream::connect_timeout(&address, patience.min(HANDSHAKE))?;
+    let mut stream = TcpStream::connect_timeout(&address, timeout.min(HANDSHAKE_TIMEOUT))?;
     stream.set_nodelay(true)?;
-    introduce(&mut stream, secret)?;
-    stream.deadline(Some(patience), Some(patience))?;
+    client_handshake(&mut stream, secret)?;
+    stream.set_timeouts(Some(timeout), Some(timeout))?;
     Ok(stream)
 }
 
@@ -213,10 +219,10 @@ mod tests {
     use super::*;
     use std::os::unix::net::UnixStream;
 
-    fn meet(ours: Secret, theirs: Secret) -> (Result<(), Error>, Result<(), Error>) {
+    fn handshake(ours: Secret, theirs: Secret) -> (Result<(), Error>, Result<(), Error>) {
         let (mut a, mut b) = UnixStream::pair().unwrap();
-        let there = std::thread::spawn(move || accept(&mut a, &theirs));
-        let here = introduce(&mut b, &ours);
+        let there = std::thread::spawn(move || server_handshake(&mut a, &theirs));
+        let here = client_handshake(&mut b, &ours);
         drop(b);
         (here, there.join().unwrap())
     }
@@ -226,10 +232,10 @@ mod tests {
         let secret = Secret::random().unwrap();
         assert_eq!(Secret::from_hex(&secret.to_hex()), Some(secret.clone()));
         assert!(Secret::from_hex("12").is_none() && Secret::from_hex(&"é".repeat(32)).is_none());
-        let (here, there) = meet(secret.clone(), secret.clone());
+        let (here, there) = handshake(secret.clone(), secret.clone());
         assert!(here.is_ok() && there.is_ok());
-        let (here, there) = meet(secret, Secret::random().unwrap());
-        assert!(here.is_err() && matches!(there, Err(Error::Stranger)));
+        let (here, there) = handshake(secret, Secret::random().unwrap());
+        assert!(here.is_err() && matches!(there, Err(Error::Unauthenticated)));
     }
 
     #[test]

@@ -1,12 +1,12 @@
-//! The loops of causal attention, with the innermost ones of `multiply`.
+//! The loops of causal attention, with the innermost ones of `gemm`.
 //!
 //! A head's keys and values are packed once, for all the query heads that they serve. Queries come in blocks, keys in blocks of
 //! those; scores of a block of both live in a buffer that fits the cache. Threads work on key heads for themselves, so their number
 //! changes no bit.
 
 use crate::exponential::exp;
-use crate::multiply::kernel::{Kernel, LANES, Line, Operand, Out, ROWS, Store, mask, room};
-use crate::multiply::{Avx2, Avx512, Instructions, instructions};
+use crate::gemm::kernel::{CacheLine, Kernel, LANES, Operand, ROWS, Store, TileOutput, mask, room};
+use crate::gemm::{Avx2, Avx512, InstructionSet, instructions};
 use crate::number::{Bf16, Number};
 use crate::rows::on_threads;
 use std::cell::RefCell;
@@ -21,17 +21,21 @@ const KEYS: usize = 256;
 const ROW: usize = KEYS + LANES;
 
 /// By which instructions these loops attend on this processor, if they do: of queries `[B, H, S, d]`, keys and values `[B, G, S, d]`.
-pub(super) fn attends(query: &Tensor, key: &Tensor, value: &Tensor) -> Option<Instructions> {
+pub(super) fn supports_attention(
+    query: &Tensor,
+    key: &Tensor,
+    value: &Tensor,
+) -> Option<InstructionSet> {
     let kind = query.kind();
     let fits = |x: &Tensor| x.device() == Device::Cpu && x.kind() == kind && x.stride()[3] == 1;
     let fit = [query, key, value].into_iter().all(fits)
         && query.size()[3] % LANES as i64 == 0
-        && (key.size()[0] * key.size()[1]) as usize >= torch_ext::parallel_parts();
+        && (key.size()[0] * key.size()[1]) as usize >= torch_ext::max_parallel_ranges();
     instructions(kind).filter(|_| fit)
 }
 
-/// As [`attention`](super::attention), by what [`attends`] says.
-pub(super) fn attention(inputs: [&Tensor; 3], scale: f64, by: Instructions) -> (Tensor, Tensor) {
+/// As [`attention`](super::attention), by what [`supports_attention`] says.
+pub(super) fn attention(inputs: [&Tensor; 3], scale: f64, by: InstructionSet) -> (Tensor, Tensor) {
     let kind = inputs[0].kind();
     if let Some(wide) = widened(inputs, by) {
         let [query, key, value] = &wide;
@@ -41,34 +45,34 @@ pub(super) fn attention(inputs: [&Tensor; 3], scale: f64, by: Instructions) -> (
     let [query, key, value] = inputs;
     let out = like(query);
     let lse = Tensor::empty(&query.size()[..3], (Kind::Float, Device::Cpu));
-    let job = Job::new(query, key, scale);
-    let sides = [query, key, value, &out].map(Side::new);
-    let lses = job.lses(&lse);
-    job.on_threads(|at, buffers| {
-        // SAFETY: `attends` has asked the processor, and the caller compared the sizes; a key head is this thread's alone.
+    let task = AttentionTask::new(query, key, scale);
+    let views = [query, key, value, &out].map(HeadView::new);
+    let lses = task.lses(&lse);
+    task.on_threads(|at, buffers| {
+        // SAFETY: `supports_attention` has asked the processor, and the caller compared the sizes; a key head is this thread's alone.
         unsafe {
             match (by, kind) {
-                (Instructions::Avx2, _) => {
-                    forward_avx2::<Avx2<f32>, f32>(&job, &sides, lses, at, buffers)
+                (InstructionSet::Avx2, _) => {
+                    forward_avx2::<Avx2<f32>, f32>(&task, &views, lses, at, buffers)
                 }
                 (_, Kind::BFloat16) => {
-                    forward_avx512::<Avx512<true>, Bf16>(&job, &sides, lses, at, buffers)
+                    forward_avx512::<Avx512<true>, Bf16>(&task, &views, lses, at, buffers)
                 }
-                _ => forward_avx512::<Avx512<false>, f32>(&job, &sides, lses, at, buffers),
+                _ => forward_avx512::<Avx512<false>, f32>(&task, &views, lses, at, buffers),
             }
         }
     });
     (out, lse)
 }
 
-/// As [`attention_backward`](super::attention_backward), by what [`attends`] says.
+/// As [`attention_backward`](super::attention_backward), by what [`supports_attention`] says.
 pub(super) fn attention_backward(
     grad: &Tensor,
     inputs: [&Tensor; 3],
     out: &Tensor,
     lse: &Tensor,
     scale: f64,
-    by: Instructions,
+    by: InstructionSet,
 ) -> [Tensor; 3] {
     let kind = grad.kind();
     if let Some(wide) = widened(inputs, by) {
@@ -79,23 +83,23 @@ pub(super) fn attention_backward(
     }
     let [query, key, value] = inputs;
     let grads = inputs.map(like);
-    let job = Job::new(query, key, scale);
-    let sides = [
+    let task = AttentionTask::new(query, key, scale);
+    let views = [
         query, key, value, out, grad, &grads[0], &grads[1], &grads[2],
     ]
-    .map(Side::new);
-    let lses = job.lses(lse);
-    job.on_threads(|at, buffers| {
+    .map(HeadView::new);
+    let lses = task.lses(lse);
+    task.on_threads(|at, buffers| {
         // SAFETY: as in forward.
         unsafe {
             match (by, kind) {
-                (Instructions::Avx2, _) => {
-                    backward_avx2::<Avx2<f32>, f32>(&job, &sides, lses, at, buffers)
+                (InstructionSet::Avx2, _) => {
+                    backward_avx2::<Avx2<f32>, f32>(&task, &views, lses, at, buffers)
                 }
                 (_, Kind::BFloat16) => {
-                    backward_avx512::<Avx512<true>, Bf16>(&job, &sides, lses, at, buffers)
+                    backward_avx512::<Avx512<true>, Bf16>(&task, &views, lses, at, buffers)
                 }
-                _ => backward_avx512::<Avx512<false>, f32>(&job, &sides, lses, at, buffers),
+                _ => backward_avx512::<Avx512<false>, f32>(&task, &views, lses, at, buffers),
             }
         }
     });
@@ -103,8 +107,8 @@ pub(super) fn attention_backward(
 }
 
 /// In fp32, what these instructions do not read in bf16.
-fn widened(inputs: [&Tensor; 3], by: Instructions) -> Option<[Tensor; 3]> {
-    let narrow = by == Instructions::Avx2 && inputs[0].kind() == Kind::BFloat16;
+fn widened(inputs: [&Tensor; 3], by: InstructionSet) -> Option<[Tensor; 3]> {
+    let narrow = by == InstructionSet::Avx2 && inputs[0].kind() == Kind::BFloat16;
     narrow.then(|| inputs.map(|x| x.to_kind(Kind::Float)))
 }
 
@@ -120,7 +124,7 @@ fn like(x: &Tensor) -> Tensor {
 
 /// One of the tensors: where it is, and bytes from one sequence, head and position to the next.
 #[derive(Clone, Copy)]
-struct Side {
+struct HeadView {
     data: *mut u8,
     batch: usize,
     head: usize,
@@ -128,17 +132,17 @@ struct Side {
 }
 
 // SAFETY: threads write the rows of their own heads alone.
-unsafe impl Sync for Side {}
+unsafe impl Sync for HeadView {}
 
-impl Side {
-    fn new(x: &Tensor) -> Side {
+impl HeadView {
+    fn new(x: &Tensor) -> HeadView {
         let bytes = x.kind().elt_size_in_bytes();
         let stride: Vec<usize> = x
             .stride()
             .iter()
             .map(|&stride| stride as usize * bytes)
             .collect();
-        Side {
+        HeadView {
             data: x.data_ptr().cast(),
             batch: stride[0],
             head: stride[1],
@@ -167,7 +171,7 @@ impl Side {
     }
 }
 
-struct Job {
+struct AttentionTask {
     batch: usize,
     heads: usize,
     kv_heads: usize,
@@ -179,26 +183,26 @@ struct Job {
 /// What a thread needs, and keeps.
 #[derive(Default)]
 struct Buffers {
-    keys: Vec<Line>,
-    values: Vec<Line>,
-    natural: Vec<Line>,
-    queries: Vec<Line>,
-    grads: Vec<Line>,
-    scores: Vec<Line>,
-    others: Vec<Line>,
-    rounded: [Vec<Line>; 3],
-    sums: [Vec<Line>; 3],
+    keys: Vec<CacheLine>,
+    values: Vec<CacheLine>,
+    natural: Vec<CacheLine>,
+    queries: Vec<CacheLine>,
+    grads: Vec<CacheLine>,
+    scores: Vec<CacheLine>,
+    others: Vec<CacheLine>,
+    rounded: [Vec<CacheLine>; 3],
+    sums: [Vec<CacheLine>; 3],
 }
 
 thread_local! {
     static BUFFERS: RefCell<Buffers> = RefCell::default();
 }
 
-impl Job {
-    fn new(query: &Tensor, key: &Tensor, scale: f64) -> Job {
+impl AttentionTask {
+    fn new(query: &Tensor, key: &Tensor, scale: f64) -> AttentionTask {
         let size: Vec<usize> = query.size().iter().map(|&size| size as usize).collect();
         let kv_heads = key.size()[1] as usize;
-        Job {
+        AttentionTask {
             batch: size[0],
             heads: size[1],
             kv_heads,
@@ -209,10 +213,10 @@ impl Job {
     }
 
     /// The log-sum-exps `[B, H, S]` fp32.
-    fn lses(&self, lse: &Tensor) -> Side {
+    fn lses(&self, lse: &Tensor) -> HeadView {
         let row = size_of::<f32>();
         let head = self.length * row;
-        Side {
+        HeadView {
             data: lse.data_ptr().cast(),
             batch: self.heads * head,
             head,
@@ -230,21 +234,21 @@ impl Job {
     }
 
     /// The query heads that a key head serves.
-    fn served(&self, kv_head: usize) -> Range<usize> {
+    fn query_heads(&self, kv_head: usize) -> Range<usize> {
         let times = self.heads / self.kv_heads;
         kv_head * times..(kv_head + 1) * times
     }
 }
 
 /// A matrix `[rows, width]` packed to be the right one of a product.
-struct Packed {
-    data: *const Line,
+struct PackedMatrix {
+    data: *const CacheLine,
     units: usize,
     /// Columns in all.
     columns: usize,
 }
 
-impl Packed {
+impl PackedMatrix {
     /// Of `rows` rows at `from`, `row` bytes apart, each a step of the inner dimension.
     ///
     /// # Safety
@@ -254,8 +258,8 @@ impl Packed {
         row: usize,
         rows: usize,
         width: usize,
-        to: &mut Vec<Line>,
-    ) -> Packed {
+        to: &mut Vec<CacheLine>,
+    ) -> PackedMatrix {
         let from = Operand {
             data: from,
             inner: row,
@@ -263,7 +267,7 @@ impl Packed {
             len: rows,
         };
         // SAFETY: as the caller promises.
-        unsafe { Packed::new::<K>(&from, width, to) }
+        unsafe { PackedMatrix::new::<K>(&from, width, to) }
     }
 
     /// The transpose of that: each row a column.
@@ -275,8 +279,8 @@ impl Packed {
         row: usize,
         rows: usize,
         width: usize,
-        to: &mut Vec<Line>,
-    ) -> Packed {
+        to: &mut Vec<CacheLine>,
+    ) -> PackedMatrix {
         let from = Operand {
             data: from,
             inner: K::SIZE,
@@ -284,15 +288,19 @@ impl Packed {
             len: width,
         };
         // SAFETY: as above.
-        unsafe { Packed::new::<K>(&from, rows, to) }
+        unsafe { PackedMatrix::new::<K>(&from, rows, to) }
     }
 
-    unsafe fn new<K: Kernel>(from: &Operand, columns: usize, to: &mut Vec<Line>) -> Packed {
+    unsafe fn new<K: Kernel>(
+        from: &Operand,
+        columns: usize,
+        to: &mut Vec<CacheLine>,
+    ) -> PackedMatrix {
         let units = from.len.div_ceil(K::PER_UNIT);
         let data = room(to, units * columns.next_multiple_of(LANES));
         // SAFETY: `room` has made enough of it; the rest is the caller's promise.
         unsafe { K::right(from, 0..units, 0..columns, data) };
-        Packed {
+        PackedMatrix {
             data,
             units,
             columns,
@@ -304,7 +312,7 @@ impl Packed {
     ///
     /// # Safety
     /// All of it is there; `columns` begins at a multiple of a tile's.
-    unsafe fn multiply<K: Kernel>(
+    unsafe fn gemm<K: Kernel>(
         &self,
         units: Range<usize>,
         columns: Range<usize>,
@@ -324,7 +332,7 @@ impl Packed {
                 let place = out
                     .wrapping_add(first * out_row / 4 + (column - columns.start))
                     .cast();
-                let out = Out {
+                let out = TileOutput {
                     data: place,
                     row: out_row,
                     rows: here,
@@ -344,60 +352,60 @@ impl Packed {
 }
 
 /// Memory for `rows` rows of `width` numbers of four bytes.
-fn floats(buffer: &mut Vec<Line>, rows: usize, width: usize) -> *mut f32 {
+fn floats(buffer: &mut Vec<CacheLine>, rows: usize, width: usize) -> *mut f32 {
     room(buffer, rows * width).cast()
 }
 
 /// A function of all of a key head, made for the features of a processor.
-macro_rules! made_for {
-    ($name:ident, $features:literal, $function:ident, $sides:literal) => {
+macro_rules! with_target_features {
+    ($name:ident, $features:literal, $function:ident, $views:literal) => {
         /// # Safety
         /// The processor has the features; the rest as for the function itself.
         #[target_feature(enable = $features)]
         unsafe fn $name<K: Kernel, T: Number>(
-            job: &Job,
-            sides: &[Side; $sides],
-            lses: Side,
+            task: &AttentionTask,
+            views: &[HeadView; $views],
+            lses: HeadView,
             at: (usize, usize),
             buffers: &mut Buffers,
         ) {
             // SAFETY: as the caller promises.
-            unsafe { $function::<K, T>(job, sides, lses, at, buffers) }
+            unsafe { $function::<K, T>(task, views, lses, at, buffers) }
         }
     };
 }
 
-made_for!(
+with_target_features!(
     forward_avx512,
     "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma",
     forward,
     4
 );
-made_for!(forward_avx2, "avx2,fma", forward, 4);
-made_for!(
+with_target_features!(forward_avx2, "avx2,fma", forward, 4);
+with_target_features!(
     backward_avx512,
     "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma",
     backward,
     8
 );
-made_for!(backward_avx2, "avx2,fma", backward, 8);
+with_target_features!(backward_avx2, "avx2,fma", backward, 8);
 
 /// # Safety
-/// The processor has the features, sides are as `attends` says, and nobody else works on this key head.
+/// The processor has the features, views are as `supports_attention` says, and nobody else works on this key head.
 #[inline(always)]
 unsafe fn forward<K: Kernel, T: Number>(
-    job: &Job,
-    [query, key, value, out]: &[Side; 4],
-    lses: Side,
+    task: &AttentionTask,
+    [query, key, value, out]: &[HeadView; 4],
+    lses: HeadView,
     (batch, kv_head): (usize, usize),
     buffers: &mut Buffers,
 ) {
-    let Job {
+    let AttentionTask {
         length,
         width,
         scale,
         ..
-    } = *job;
+    } = *task;
     let bf16 = K::PER_UNIT == 2;
     let steps = width / K::PER_UNIT;
     let sums = floats(&mut buffers.sums[0], QUERIES, width);
@@ -405,21 +413,21 @@ unsafe fn forward<K: Kernel, T: Number>(
     let rounded = room(&mut buffers.rounded[0], QUERIES * ROW / 2).cast::<Bf16>();
     // SAFETY: as the caller promises; buffers have the sizes that are named here.
     unsafe {
-        let keys = Packed::transposed::<K>(
+        let keys = PackedMatrix::transposed::<K>(
             key.at(batch, kv_head, 0),
             key.row,
             length,
             width,
             &mut buffers.keys,
         );
-        let values = Packed::natural::<K>(
+        let values = PackedMatrix::natural::<K>(
             value.at(batch, kv_head, 0),
             value.row,
             length,
             width,
             &mut buffers.values,
         );
-        for head in job.served(kv_head) {
+        for head in task.query_heads(kv_head) {
             for start in (0..length).step_by(QUERIES) {
                 let rows = (length - start).min(QUERIES);
                 let seen = start + rows;
@@ -430,7 +438,7 @@ unsafe fn forward<K: Kernel, T: Number>(
                     let here = (seen - first).min(KEYS);
                     let left = |row: usize| query.at(batch, head, start + row).cast_const();
                     let to = (scores, ROW * 4, Store::Set);
-                    keys.multiply::<K>(0..steps, first..first + here, rows, left, 4, to);
+                    keys.gemm::<K>(0..steps, first..first + here, rows, left, 4, to);
                     for row in 0..rows {
                         let all = std::slice::from_raw_parts_mut(scores.add(row * ROW), here);
                         let valid = (start + row + 1).saturating_sub(first).min(here);
@@ -457,7 +465,7 @@ unsafe fn forward<K: Kernel, T: Number>(
                         }
                     };
                     let units = first / K::PER_UNIT..(first + here).div_ceil(K::PER_UNIT);
-                    values.multiply::<K>(
+                    values.gemm::<K>(
                         units,
                         0..width,
                         rows,
@@ -533,18 +541,27 @@ fn weights(scores: &mut [f32], valid: usize, scale: f32, most: &mut f32, sum: &m
 /// As for [`forward`].
 #[inline(always)]
 unsafe fn backward<K: Kernel, T: Number>(
-    job: &Job,
-    [query, key, value, out, grad, of_query, of_key, of_value]: &[Side; 8],
-    lses: Side,
+    task: &AttentionTask,
+    [
+        query,
+        key,
+        value,
+        out,
+        grad,
+        grad_query,
+        grad_key,
+        grad_value,
+    ]: &[HeadView; 8],
+    lses: HeadView,
     (batch, kv_head): (usize, usize),
     buffers: &mut Buffers,
 ) {
-    let Job {
+    let AttentionTask {
         length,
         width,
         scale,
         ..
-    } = *job;
+    } = *task;
     let bf16 = K::PER_UNIT == 2;
     let steps = width / K::PER_UNIT;
     let [sums, key_sums, value_sums] = &mut buffers.sums;
@@ -559,23 +576,36 @@ unsafe fn backward<K: Kernel, T: Number>(
     let rows_of = room(rows_of, QUERIES * ROW / 2).cast::<Bf16>();
     // SAFETY: as the caller promises; buffers have the sizes that are named here.
     unsafe {
-        let of_head = key.at(batch, kv_head, 0);
-        let of_values = value.at(batch, kv_head, 0);
-        let keys = Packed::transposed::<K>(of_head, key.row, length, width, &mut buffers.keys);
-        let values =
-            Packed::transposed::<K>(of_values, value.row, length, width, &mut buffers.values);
-        let natural = Packed::natural::<K>(of_head, key.row, length, width, &mut buffers.natural);
+        let key_rows = key.at(batch, kv_head, 0);
+        let value_rows = value.at(batch, kv_head, 0);
+        let keys =
+            PackedMatrix::transposed::<K>(key_rows, key.row, length, width, &mut buffers.keys);
+        let values = PackedMatrix::transposed::<K>(
+            value_rows,
+            value.row,
+            length,
+            width,
+            &mut buffers.values,
+        );
+        let natural =
+            PackedMatrix::natural::<K>(key_rows, key.row, length, width, &mut buffers.natural);
         std::slice::from_raw_parts_mut(key_sums, length * width).fill(0.0);
         std::slice::from_raw_parts_mut(value_sums, length * width).fill(0.0);
-        for head in job.served(kv_head) {
+        for head in task.query_heads(kv_head) {
             for start in (0..length).step_by(QUERIES) {
                 let rows = (length - start).min(QUERIES);
                 let seen = start + rows;
                 let queries = query.at(batch, head, start);
-                let queries =
-                    Packed::natural::<K>(queries, query.row, rows, width, &mut buffers.queries);
+                let queries = PackedMatrix::natural::<K>(
+                    queries,
+                    query.row,
+                    rows,
+                    width,
+                    &mut buffers.queries,
+                );
                 let grads = grad.at(batch, head, start);
-                let grads = Packed::natural::<K>(grads, grad.row, rows, width, &mut buffers.grads);
+                let grads =
+                    PackedMatrix::natural::<K>(grads, grad.row, rows, width, &mut buffers.grads);
                 let lse = lses.numbers::<f32>((batch, head, start), rows);
                 let along: [f32; QUERIES] = std::array::from_fn(|row| {
                     if row < rows {
@@ -590,10 +620,10 @@ unsafe fn backward<K: Kernel, T: Number>(
                     let here = (seen - first).min(KEYS);
                     let left = |row: usize| query.at(batch, head, start + row).cast_const();
                     let to = (scores, ROW * 4, Store::Set);
-                    keys.multiply::<K>(0..steps, first..first + here, rows, left, 4, to);
+                    keys.gemm::<K>(0..steps, first..first + here, rows, left, 4, to);
                     let left = |row: usize| grad.at(batch, head, start + row).cast_const();
                     let to = (others, ROW * 4, Store::Set);
-                    values.multiply::<K>(0..steps, first..first + here, rows, left, 4, to);
+                    values.gemm::<K>(0..steps, first..first + here, rows, left, 4, to);
                     for row in 0..rows {
                         let scores = std::slice::from_raw_parts_mut(scores.add(row * ROW), here);
                         let others = std::slice::from_raw_parts_mut(others.add(row * ROW), here);
@@ -609,8 +639,8 @@ unsafe fn backward<K: Kernel, T: Number>(
                         }
                     }
                     if bf16 {
-                        in_pairs(scores, rows, here, weights);
-                        in_pairs(others, rows, here, pairs);
+                        interleave_bf16_rows(scores, rows, here, weights);
+                        interleave_bf16_rows(others, rows, here, pairs);
                     }
                     // The first operands of the three products: rows of scores' gradients, and columns of both.
                     let (of_rows, of_weights, of_scores): (*const u8, *const f32, *const f32) =
@@ -621,14 +651,7 @@ unsafe fn backward<K: Kernel, T: Number>(
                         };
                     let units = first / K::PER_UNIT..(first + here).div_ceil(K::PER_UNIT);
                     let row = |row: usize| of_rows.add(row * ROW * K::SIZE);
-                    natural.multiply::<K>(
-                        units,
-                        0..width,
-                        rows,
-                        row,
-                        4,
-                        (sums, width * 4, Store::Add),
-                    );
+                    natural.gemm::<K>(units, 0..width, rows, row, 4, (sums, width * 4, Store::Add));
                     let units = 0..rows.div_ceil(K::PER_UNIT);
                     for (from, by, to) in [
                         (of_weights, &grads, value_sums),
@@ -636,11 +659,11 @@ unsafe fn backward<K: Kernel, T: Number>(
                     ] {
                         let column = |key: usize| from.add(key).cast::<u8>();
                         let to = (to.add(first * width), width * 4, Store::Add);
-                        by.multiply::<K>(units.clone(), 0..width, here, column, ROW * 4, to);
+                        by.gemm::<K>(units.clone(), 0..width, here, column, ROW * 4, to);
                     }
                 }
                 for row in 0..rows {
-                    let to = of_query.numbers::<T>((batch, head, start + row), width);
+                    let to = grad_query.numbers::<T>((batch, head, start + row), width);
                     narrow(std::slice::from_raw_parts(sums.add(row * width), width), to);
                 }
             }
@@ -649,11 +672,11 @@ unsafe fn backward<K: Kernel, T: Number>(
             let at = (batch, kv_head, row);
             narrow(
                 std::slice::from_raw_parts(key_sums.add(row * width), width),
-                of_key.numbers::<T>(at, width),
+                grad_key.numbers::<T>(at, width),
             );
             narrow(
                 std::slice::from_raw_parts(value_sums.add(row * width), width),
-                of_value.numbers::<T>(at, width),
+                grad_value.numbers::<T>(at, width),
             );
         }
     }
@@ -680,7 +703,7 @@ fn gradients(
 /// # Safety
 /// There are `rows` rows at `from` and half as many at `to`, of `width` numbers, [`ROW`] apart.
 #[inline(always)]
-unsafe fn in_pairs(from: *const f32, rows: usize, width: usize, to: *mut f32) {
+unsafe fn interleave_bf16_rows(from: *const f32, rows: usize, width: usize, to: *mut f32) {
     for row in (0..rows).step_by(2) {
         // SAFETY: as the caller promises.
         let (first, to) = unsafe {

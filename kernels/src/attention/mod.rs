@@ -25,7 +25,7 @@ pub fn attention(query: &Tensor, key: &Tensor, value: &Tensor, scale: f64) -> (T
 
 fn forward(query: &Tensor, key: &Tensor, value: &Tensor, scale: f64) -> (Tensor, Tensor) {
     #[cfg(target_arch = "x86_64")]
-    if let Some(by) = loops::attends(query, key, value) {
+    if let Some(by) = loops::supports_attention(query, key, value) {
         return loops::attention([query, key, value], scale, by);
     }
     let times = query.size()[1] / key.size()[1];
@@ -91,14 +91,14 @@ fn backward(
     scale: f64,
 ) -> [Tensor; 3] {
     #[cfg(target_arch = "x86_64")]
-    if let Some(by) =
-        loops::attends(query, key, value).filter(|_| lse.is_contiguous() && out.stride()[3] == 1)
+    if let Some(by) = loops::supports_attention(query, key, value)
+        .filter(|_| lse.is_contiguous() && out.stride()[3] == 1)
     {
         return loops::attention_backward(grad, [query, key, value], out, lse, scale, by);
     }
     let times = query.size()[1] / key.size()[1];
     let [key, value] = [key, value].map(|x| repeat_heads(x, times));
-    let (of_query, of_key, of_value) =
+    let (grad_query, grad_key, grad_value) =
         Tensor::internal_scaled_dot_product_flash_attention_for_cpu_backward(
             grad,
             query,
@@ -115,10 +115,10 @@ fn backward(
         if times == 1 {
             grad
         } else {
-            join_heads(&grad, times).to_kind(grad.kind())
+            sum_repeated_heads(&grad, times).to_kind(grad.kind())
         }
     };
-    [of_query, joined(of_key), joined(of_value)]
+    [grad_query, joined(grad_key), joined(grad_value)]
 }
 
 fn check(query: &Tensor, key: &Tensor, value: &Tensor) {
@@ -150,7 +150,7 @@ pub fn repeat_heads(x: &Tensor, times: i64) -> Tensor {
 }
 
 /// The gradient of [`repeat_heads`], in fp32.
-pub fn join_heads(grad: &Tensor, times: i64) -> Tensor {
+pub fn sum_repeated_heads(grad: &Tensor, times: i64) -> Tensor {
     let size = grad.size();
     let batch = size[0];
     let heads = size[1];

@@ -1,12 +1,12 @@
 //! AdamW, `source/adamw.cu`.
 
-use super::{BLOCKS, Call, Gpu, THREADS, Variant, arguments};
-use crate::adamw::{Scalars, Update};
+use super::{BLOCKS_PER_MULTIPROCESSOR, Gpu, KernelLaunch, THREADS, Variant, arguments};
+use crate::adamw::{AdamWUpdate, Scalars};
 use tch::Kind;
 
 /// One update, of tensors that lie without gaps, `stored` bf16; see [`crate::adamw`].
-pub(crate) fn adamw(gpu: &dyn Gpu, update: &Update, scalars: Scalars) {
-    let Update {
+pub(crate) fn adamw(gpu: &dyn Gpu, update: &AdamWUpdate, scalars: Scalars) {
+    let AdamWUpdate {
         master,
         gradient,
         exp_avg,
@@ -25,14 +25,16 @@ pub(crate) fn adamw(gpu: &dyn Gpu, update: &Update, scalars: Scalars) {
         vectors: four.vectors && aligned,
     };
     let packs = count / if variant.vectors { 4 } else { 1 };
-    let blocks = packs.div_ceil(THREADS).min(BLOCKS * gpu.multiprocessors());
+    let blocks = packs
+        .div_ceil(THREADS)
+        .min(BLOCKS_PER_MULTIPROCESSOR * gpu.multiprocessors());
     let Scalars {
-        over_scale,
-        kept,
+        inverse_scale,
+        decay_factor,
         beta1,
         beta2,
         step_size,
-        over_root,
+        inverse_root_correction,
         eps,
     } = scalars;
     let arguments = arguments![
@@ -42,16 +44,16 @@ pub(crate) fn adamw(gpu: &dyn Gpu, update: &Update, scalars: Scalars) {
         exp_avg_sq,
         stored.as_ref(),
         count,
-        over_scale,
-        kept,
+        inverse_scale,
+        decay_factor,
         beta1,
         beta2,
         step_size,
-        over_root,
+        inverse_root_correction,
         eps,
     ];
     gpu.run(
-        &Call {
+        &KernelLaunch {
             name: "adamw",
             variant,
             blocks,
@@ -66,8 +68,8 @@ pub(crate) fn adamw(gpu: &dyn Gpu, update: &Update, scalars: Scalars) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::adamw::tests::{both_ways, cases, state};
-    use crate::cuda::tests::{close, gpu_of_tests};
+    use crate::adamw::tests::{cases, ours_and_libtorch, state};
+    use crate::cuda::tests::{close, test_gpu};
     use proptest::prelude::*;
 
     proptest! {
@@ -76,8 +78,8 @@ mod tests {
         fn it_is_libtorchs_update(
             case in cases(), count in prop_oneof![0i64..5000, (0i64..2000).prop_map(|n| n * 8)],
         ) {
-            let (gpu, device) = gpu_of_tests();
-            let [update, theirs] = both_ways(case, count, device, |update, config, step, scale| {
+            let (gpu, device) = test_gpu();
+            let [update, theirs] = ours_and_libtorch(case, count, device, |update, config, step, scale| {
                 adamw(gpu, update, Scalars::of(config, step, scale));
             });
             for (ours, theirs) in state(&update).into_iter().zip(state(&theirs)) {

@@ -36,9 +36,9 @@ pub(super) fn source() -> String {
         ("common.cuh", include_str!("source/common.cuh")),
         ("norm.cu", include_str!("source/norm.cu")),
         ("swiglu.cu", include_str!("source/swiglu.cu")),
-        ("rotation.cu", include_str!("source/rotation.cu")),
+        ("rotary.cu", include_str!("source/rotary.cu")),
         ("rows.cu", include_str!("source/rows.cu")),
-        ("vocabulary.cu", include_str!("source/vocabulary.cu")),
+        ("cross_entropy.cu", include_str!("source/cross_entropy.cu")),
         ("adamw.cu", include_str!("source/adamw.cu")),
         ("router.cu", include_str!("source/router.cu")),
     ];

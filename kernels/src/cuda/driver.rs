@@ -1,7 +1,7 @@
 //! CUDA's driver: it holds compiled kernels, and queues them. Types come from cudarc; the functions are looked up here, as NVRTC's.
 
 use super::compiler::Compiler;
-use super::{Call, Gpu, Variant, pointers};
+use super::{Gpu, KernelLaunch, Variant, pointers};
 use cudarc::driver::sys::{CUcontext, CUfunction, CUmodule, CUstream};
 use libloading::os::unix::Library;
 use parking_lot::Mutex;
@@ -218,7 +218,7 @@ impl Device {
         }
     }
 
-    fn queue(&self, call: &Call, like: &Tensor) -> Result<(), String> {
+    fn queue(&self, call: &KernelLaunch, like: &Tensor) -> Result<(), String> {
         self.enter()?;
         let function = self.function(call.variant, call.name)?;
         let stream = Stream::current(like)
@@ -250,7 +250,7 @@ impl Device {
 }
 
 impl Gpu for Device {
-    fn run(&self, call: &Call, like: &Tensor) {
+    fn run(&self, call: &KernelLaunch, like: &Tensor) {
         if call.blocks > 0 {
             self.queue(call, like)
                 .unwrap_or_else(|error| panic!("kernel {}: {error}", call.name));

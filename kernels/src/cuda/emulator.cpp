@@ -8,10 +8,10 @@
 #include <utility>
 #include <vector>
 
-struct Place {
+struct Dim3 {
     unsigned x, y;
 };
-static Place threadIdx, blockIdx, blockDim, gridDim;
+static Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 enum class State { runs, at_warp, at_block, done };
 struct Thread {
@@ -26,29 +26,29 @@ static size_t current;
 static const char* failed;
 static float* dynamic_shared;
 
-static void rest(State state) {
+static void yield_thread(State state) {
     threads[current].state = state;
     swapcontext(&threads[current].context, &scheduler);
 }
 static void fail(const char* why) {
     failed = why;
-    rest(State::done);
+    yield_thread(State::done);
 }
 
-static void __syncthreads() { rest(State::at_block); }
-static void __syncwarp() { rest(State::at_warp); }
+static void __syncthreads() { yield_thread(State::at_block); }
+static void __syncwarp() { yield_thread(State::at_warp); }
 static void __trap() { fail("trapped"); }
 
 template <class T> static T __shfl_xor_sync(unsigned, T x, int step) {
     std::memcpy(&threads[current].given, &x, sizeof(T));
-    rest(State::at_warp);
+    yield_thread(State::at_warp);
     Thread& other = threads[current ^ step];
     if (other.state == State::done) {
         fail("a shuffle with a thread that has ended");
     }
     T theirs;
     std::memcpy(&theirs, &other.given, sizeof(T));
-    rest(State::at_warp);
+    yield_thread(State::at_warp);
     return theirs;
 }
 static unsigned __float_as_uint(float x) {
@@ -83,15 +83,15 @@ struct Named {
 #define NAMED(kernel) {#kernel, unpacked<kernel>}
 static const Named kernels[] = {
     NAMED(adamw),
-    NAMED(choose),
+    NAMED(select_experts),
     NAMED(combine),
     NAMED(combine_backward),
     NAMED(cross_entropy),
-    NAMED(gate),
-    NAMED(gate_backward),
+    NAMED(router),
+    NAMED(router_backward),
     NAMED(rms_norm),
     NAMED(rms_norm_backward),
-    NAMED(rotate),
+    NAMED(apply_rotary),
     NAMED(softmax),
     NAMED(softmax_gradient),
     NAMED(swiglu),
@@ -102,7 +102,7 @@ static void (*body)(void**);
 static void** given;
 static void run_thread() {
     body(given);
-    rest(State::done);
+    yield_thread(State::done);
 }
 
 // Goes on with whatever can go on, until all threads of the block have ended.
@@ -116,18 +116,18 @@ static void run_block(std::mt19937& random) {
         return threads[thread].state == state || threads[thread].state == State::done;
     };
     // Warps that stay where they are for a while.
-    unsigned behind = 0;
+    unsigned held_back_warps = 0;
     for (bool any = true, moved = false; any && !failed;) {
         any = false;
         std::shuffle(order.begin(), order.end(), random);
         if (!moved || random() % 32 == 0) {
-            behind = random();
+            held_back_warps = random();
         }
         moved = false;
         for (size_t thread : order) {
             bool can = threads[thread].state == State::runs && !failed;
             any |= can;
-            if (can && !(behind >> thread / 32 & 1)) {
+            if (can && !(held_back_warps >> thread / 32 & 1)) {
                 moved = true;
                 current = thread;
                 threadIdx = {unsigned(thread % blockDim.x), unsigned(thread / blockDim.x)};

@@ -1,7 +1,7 @@
 //! Kernels on the host, for tests: see emulator.cpp.
 
 use super::compiler::{definitions, source};
-use super::{Call, Gpu, Variant, pointers};
+use super::{Gpu, KernelLaunch, Variant, pointers};
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -45,7 +45,7 @@ fn compiled(variant: Variant) -> Library {
 }
 
 impl Gpu for Host {
-    fn run(&self, call: &Call, _like: &Tensor) {
+    fn run(&self, call: &KernelLaunch, _like: &Tensor) {
         static LIBRARIES: OnceLock<Mutex<(HashMap<Variant, Library>, u32)>> = OnceLock::new();
         // One kernel at a time: what a block's threads share is static.
         let mut all = LIBRARIES.get_or_init(Mutex::default).lock();

@@ -4,23 +4,23 @@
 
 mod adamw;
 mod compiler;
+mod cross_entropy;
 mod driver;
 #[cfg(test)]
 mod emulator;
 mod norm;
-mod rotation;
+mod rotary;
 mod router;
 mod rows;
 mod swiglu;
-mod vocabulary;
 
 pub(crate) use adamw::adamw;
-pub(crate) use norm::{WIDEST_NORM, rms_norm, rms_norm_backward};
-pub(crate) use rotation::rotate;
-pub(crate) use router::{MOST_EXPERTS, choose, gate, gate_backward};
+pub(crate) use cross_entropy::{cross_entropy, softmax, softmax_gradient};
+pub(crate) use norm::{MAX_NORM_WIDTH, rms_norm, rms_norm_backward};
+pub(crate) use rotary::apply_rotary;
+pub(crate) use router::{MAX_EXPERTS, router, router_backward, select_experts};
 pub(crate) use rows::{combine, combine_backward};
 pub(crate) use swiglu::{swiglu, swiglu_backward};
-pub(crate) use vocabulary::{cross_entropy, softmax, softmax_gradient};
 
 use std::ffi::{c_uint, c_void};
 use tch::{Device, Kind, Tensor};
@@ -28,7 +28,7 @@ use tch::{Device, Kind, Tensor};
 /// Threads of a block, where nothing else decides.
 const THREADS: usize = 256;
 /// Blocks that go through rows in turns, for each multiprocessor.
-const BLOCKS: usize = 8;
+const BLOCKS_PER_MULTIPROCESSOR: usize = 8;
 
 /// What runs kernels.
 pub(crate) trait Gpu: Sync {
@@ -36,7 +36,7 @@ pub(crate) trait Gpu: Sync {
     ///
     /// # Panics
     /// With CUDA's message, as operations of libtorch's.
-    fn run(&self, call: &Call, like: &Tensor);
+    fn run(&self, call: &KernelLaunch, like: &Tensor);
 
     /// How many multiprocessors it has.
     fn multiprocessors(&self) -> usize;
@@ -72,7 +72,7 @@ impl Variant {
 }
 
 /// A kernel with its arguments.
-pub(crate) struct Call<'a> {
+pub(crate) struct KernelLaunch<'a> {
     name: &'static str,
     variant: Variant,
     /// None: nothing happens.
@@ -84,29 +84,30 @@ pub(crate) struct Call<'a> {
     arguments: &'a [Argument],
 }
 
-impl<'a> Call<'a> {
+impl<'a> KernelLaunch<'a> {
     /// Of a kernel that goes through `rows` of `width` numbers, each independent of the others.
-    fn by_rows(
+    fn over_rows(
         name: &'static str,
         gpu: &dyn Gpu,
         variant: Variant,
         (rows, width): (usize, usize),
         arguments: &'a [Argument],
-    ) -> Call<'a> {
+    ) -> KernelLaunch<'a> {
         let threads = (width / variant.vector())
             .clamp(1, THREADS)
             .next_power_of_two();
-        let of_block = THREADS / threads;
+        let rows_per_block = THREADS / threads;
         let blocks = if width == 0 {
             0
         } else {
-            rows.div_ceil(of_block).min(BLOCKS * gpu.multiprocessors())
+            rows.div_ceil(rows_per_block)
+                .min(BLOCKS_PER_MULTIPROCESSOR * gpu.multiprocessors())
         };
-        Call {
+        KernelLaunch {
             name,
             variant,
             blocks,
-            block: (threads, of_block),
+            block: (threads, rows_per_block),
             shared: 0,
             arguments,
         }
@@ -121,7 +122,7 @@ impl<'a> Call<'a> {
     fn words(&self) -> Vec<u64> {
         let word = |argument: &Argument| match *argument {
             Argument::Data(data) => data as u64,
-            Argument::Whole(x) => x as u64,
+            Argument::Integer(x) => x as u64,
             Argument::Real(x) => u64::from(x.to_bits()),
         };
         self.arguments.iter().map(word).collect()
@@ -140,7 +141,7 @@ pub(crate) enum Argument {
     /// A tensor's memory, or nothing.
     Data(*mut c_void),
     /// `Long`.
-    Whole(usize),
+    Integer(usize),
     /// `float`.
     Real(f32),
 }
@@ -159,7 +160,7 @@ impl From<Option<&Tensor>> for Argument {
 
 impl From<usize> for Argument {
     fn from(x: usize) -> Argument {
-        Argument::Whole(x)
+        Argument::Integer(x)
     }
 }
 
@@ -193,7 +194,7 @@ pub(crate) fn gpu(tensors: &[&Tensor]) -> Option<&'static dyn Gpu> {
 }
 
 /// Whether `tensor` lies where `like` does, without gaps, and holds `kind`.
-pub(crate) fn beside(like: &Tensor, tensor: &Tensor, kind: Kind) -> bool {
+pub(crate) fn same_device_contiguous(like: &Tensor, tensor: &Tensor, kind: Kind) -> bool {
     tensor.device() == like.device() && tensor.kind() == kind && tensor.is_contiguous()
 }
 
@@ -201,7 +202,7 @@ pub(crate) fn beside(like: &Tensor, tensor: &Tensor, kind: Kind) -> bool {
 ///
 /// # Errors
 /// Why libtorch's operations are used there instead.
-pub fn gpu_kernels(index: usize) -> Result<String, String> {
+pub fn compile_gpu_kernels(index: usize) -> Result<String, String> {
     driver::ready(index, Kind::BFloat16).map(|gpu| gpu.architecture().to_owned())
 }
 
@@ -240,7 +241,7 @@ pub(crate) mod tests {
                 Kind::Float
             };
             let count: i64 = shape.iter().product();
-            let all = Tensor::randn([count + 1], (Kind::Float, gpu_of_tests().1)).to_kind(kind);
+            let all = Tensor::randn([count + 1], (Kind::Float, test_gpu().1)).to_kind(kind);
             all.narrow(0, i64::from(self.shifted), count).view(shape)
         }
     }
@@ -269,7 +270,7 @@ pub(crate) mod tests {
     }
 
     /// What tests run kernels on, and where their tensors are: the host, or with MOERUN_TEST_DEVICE=cuda the first GPU.
-    pub(crate) fn gpu_of_tests() -> (&'static dyn Gpu, Device) {
+    pub(crate) fn test_gpu() -> (&'static dyn Gpu, Device) {
         if std::env::var("MOERUN_TEST_DEVICE").is_ok_and(|device| device == "cuda") {
             torch_ext::load_cuda().unwrap();
             return (driver::ready(0, Kind::BFloat16).unwrap(), Device::Cuda(0));
@@ -281,7 +282,11 @@ pub(crate) mod tests {
     fn what_is_not_there_or_not_alike_is_not_run() {
         let x = Tensor::zeros([4, 4], (Kind::Float, Device::Cpu));
         assert!(gpu(&[&x]).is_none());
-        assert!(gpu_kernels(99).unwrap_err().contains("setup --cuda"));
+        assert!(
+            compile_gpu_kernels(99)
+                .unwrap_err()
+                .contains("setup --cuda")
+        );
     }
 
     #[test]

@@ -1,16 +1,16 @@
 //! RMSNorm, `source/norm.cu`.
 
-use super::{Call, Gpu, THREADS, Variant, arguments};
+use super::{Gpu, KernelLaunch, THREADS, Variant, arguments};
 use tch::{Kind, Tensor};
 
 /// Rows of so many packs of numbers are a warp's; longer ones are a block's.
-const PACKS_OF_WARP: usize = 128;
+const MAX_PACKS_PER_WARP: usize = 128;
 /// A block's sums of its rows' columns have to fit into what every GPU gives a block: 48 KB.
-pub(crate) const WIDEST_NORM: usize = 12288;
+pub(crate) const MAX_NORM_WIDTH: usize = 12288;
 
 /// Threads of a row, and rows of a block.
 fn block(variant: Variant, width: usize) -> (usize, usize) {
-    if width / variant.vector() <= PACKS_OF_WARP {
+    if width / variant.vector() <= MAX_PACKS_PER_WARP {
         (32, THREADS / 32)
     } else {
         (THREADS, 1)
@@ -31,7 +31,7 @@ pub(crate) fn rms_norm(gpu: &dyn Gpu, x: &Tensor, weight: &Tensor, eps: f64) -> 
     let arguments = arguments![x, weight, &out, &scale, rows, width, eps as f32];
     let blocks = rows.div_ceil(block.1);
     gpu.run(
-        &Call {
+        &KernelLaunch {
             name: "rms_norm",
             variant,
             blocks,
@@ -44,7 +44,7 @@ pub(crate) fn rms_norm(gpu: &dyn Gpu, x: &Tensor, weight: &Tensor, eps: f64) -> 
     (out, scale)
 }
 
-/// As [`crate::rms_norm_backward`]; of rows of at most [`WIDEST_NORM`] numbers.
+/// As [`crate::rms_norm_backward`]; of rows of at most [`MAX_NORM_WIDTH`] numbers.
 pub(crate) fn rms_norm_backward(
     gpu: &dyn Gpu,
     grad: &Tensor,
@@ -63,7 +63,7 @@ pub(crate) fn rms_norm_backward(
     let arguments = arguments![grad, x, scale, weight, &out, &partial, rows, width];
     let shared = block.1 * width * size_of::<f32>();
     gpu.run(
-        &Call {
+        &KernelLaunch {
             name: "rms_norm_backward",
             variant,
             blocks,
@@ -82,7 +82,7 @@ pub(crate) fn rms_norm_backward(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::tests::{Numbers, close, gpu_of_tests};
+    use crate::cuda::tests::{Numbers, close, test_gpu};
     use proptest::prelude::*;
 
     proptest! {
@@ -91,7 +91,7 @@ mod tests {
         fn it_is_the_norm_with_its_gradients(
             rows in 0i64..50, width in prop_oneof![1i64..100, (1i64..40).prop_map(|n| n * 8), Just(2048), Just(1500)], numbers: Numbers,
         ) {
-            let (gpu, _) = gpu_of_tests();
+            let (gpu, _) = test_gpu();
             let [x, grad] = [(); 2].map(|()| numbers.random(&[rows, width]));
             let weight = numbers.random(&[width]);
             let wide = |x: &Tensor| x.to_kind(Kind::Double).set_requires_grad(true);

@@ -1,6 +1,6 @@
 //! SwiGLU, `source/swiglu.cu`.
 
-use super::{Call, Gpu, Variant, arguments};
+use super::{Gpu, KernelLaunch, Variant, arguments};
 use tch::Tensor;
 
 /// As [`crate::swiglu`].
@@ -13,7 +13,7 @@ pub(crate) fn swiglu(gpu: &dyn Gpu, hidden: &Tensor) -> Tensor {
     let variant = Variant::of(&[hidden, &out], ffn);
     let arguments = arguments![hidden, &out, rows, ffn];
     gpu.run(
-        &Call::by_rows("swiglu", gpu, variant, (rows, ffn), &arguments),
+        &KernelLaunch::over_rows("swiglu", gpu, variant, (rows, ffn), &arguments),
         hidden,
     );
     out
@@ -28,7 +28,7 @@ pub(crate) fn swiglu_backward(gpu: &dyn Gpu, grad: &Tensor, hidden: &Tensor) -> 
     let variant = Variant::of(&[grad, hidden, &out, &result], ffn);
     let arguments = arguments![grad, hidden, &out, &result, rows, ffn];
     gpu.run(
-        &Call::by_rows("swiglu_backward", gpu, variant, (rows, ffn), &arguments),
+        &KernelLaunch::over_rows("swiglu_backward", gpu, variant, (rows, ffn), &arguments),
         hidden,
     );
     (out, result)
@@ -37,7 +37,7 @@ pub(crate) fn swiglu_backward(gpu: &dyn Gpu, grad: &Tensor, hidden: &Tensor) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::tests::{Numbers, close, gpu_of_tests};
+    use crate::cuda::tests::{Numbers, close, test_gpu};
     use proptest::prelude::*;
     use tch::Kind;
 
@@ -47,15 +47,15 @@ mod tests {
         fn it_is_libtorchs_silu_and_product_with_its_gradient(
             rows in 0i64..70, ffn in prop_oneof![1i64..50, (1i64..20).prop_map(|n| n * 8), Just(2200)], numbers: Numbers,
         ) {
-            let (gpu, _) = gpu_of_tests();
+            let (gpu, _) = test_gpu();
             let (hidden, grad) = (numbers.random(&[rows, 2 * ffn]), numbers.random(&[rows, ffn]));
             let wide = hidden.to_kind(Kind::Double).set_requires_grad(true);
             let halves = wide.chunk(2, -1);
             let plain = halves[0].silu() * &halves[1];
             (&plain * grad.to_kind(Kind::Double)).sum(Kind::Double).backward();
             let tolerance = if numbers.bf16 { 8e-3 } else { 2e-6 };
-            let (of_hidden, again) = swiglu_backward(gpu, &grad, &hidden);
-            close(&of_hidden, &wide.grad(), tolerance)?;
+            let (grad_hidden, again) = swiglu_backward(gpu, &grad, &hidden);
+            close(&grad_hidden, &wide.grad(), tolerance)?;
             close(&again, &plain, tolerance)?;
             prop_assert!(again.equal(&swiglu(gpu, &hidden)));
         }

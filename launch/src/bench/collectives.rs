@@ -1,8 +1,8 @@
-//! `moerun bench collectives`: every collective at several sizes, by the road that training takes and by all others there are.
+//! `moerun bench collectives`: every collective at several sizes, by the path that training takes and by all others there are.
 
 use super::{median, round};
 use crate::cli::CollectivesArgs;
-use crate::local_ranks::{PATIENCE, on_ranks};
+use crate::local_ranks::{COLLECTIVE_TIMEOUT, run_on_ranks};
 use anyhow::{Context, Result, bail};
 use parallel::{Backend, Communicator, Cpu, RankEnv, ReduceOp, World};
 use serde_json::json;
@@ -32,10 +32,10 @@ pub(crate) fn run(args: &CollectivesArgs) -> Result<ExitCode> {
     {
         bail!("--operation {wrong}: there are {}", OPERATIONS.join(", "));
     }
-    on_ranks(args.ranks, |env| measure(args, env))
+    run_on_ranks(args.ranks, |env| measure(args, env))
 }
 
-/// A road that an operation may take.
+/// A path that an operation may take.
 enum Side {
     /// A communicator of ours.
     Ours(Arc<dyn Communicator>),
@@ -52,7 +52,7 @@ struct Tensors {
 
 fn measure(args: &CollectivesArgs, env: &RankEnv) -> Result<()> {
     let world = |number: usize, backend: Backend| {
-        World::join(&env.again(number), PATIENCE, backend, &Cpu)
+        World::join(&env.again(number), COLLECTIVE_TIMEOUT, backend, &Cpu)
             .context("the ranks cannot be joined")
     };
     let auto = world(1, Backend::Auto)?;
@@ -61,12 +61,12 @@ fn measure(args: &CollectivesArgs, env: &RankEnv) -> Result<()> {
         ("moerun", Side::Ours(auto.all("all")?)),
         ("gloo composed", Side::Ours(gloo.all("all")?)),
     ];
-    if let Some(own) = gloo.plain_gloo("plain")? {
+    if let Some(own) = gloo.libtorch_gloo("plain")? {
         sides.push(("gloo", Side::Gloo(own)));
     }
-    let by_mpi = parallel::mpi_library().filter(|_| env.by_mpi != parallel::ByMpi::No);
+    let mpi_launch = parallel::mpi_library().filter(|_| env.mpi_launch != parallel::MpiLaunch::No);
     // The world has to live as long as its groups.
-    let mpi = by_mpi
+    let mpi = mpi_launch
         .is_some()
         .then(|| world(3, Backend::Mpi))
         .transpose()?;
@@ -102,7 +102,7 @@ fn measure(args: &CollectivesArgs, env: &RankEnv) -> Result<()> {
                     // Who comes first changes each round.
                     let at = (at + turn) % sides.len();
                     let side = &sides[at].1;
-                    if !side.has(operation) {
+                    if !side.supports(operation) {
                         continue;
                     }
                     all.barrier()?.wait()?;
@@ -138,7 +138,7 @@ fn measure(args: &CollectivesArgs, env: &RankEnv) -> Result<()> {
                     "{}",
                     json!({
                         "bench": "collectives", "operation": operation, "kib": kib, "ranks": size, "us": us,
-                        "of_fastest_other": round(medians[0].1 / others, 2), "rounds": args.rounds,
+                        "vs_fastest_other": round(medians[0].1 / others, 2), "rounds": args.rounds,
                     })
                 );
             }
@@ -162,7 +162,7 @@ impl Tensors {
 }
 
 impl Side {
-    fn has(&self, operation: &str) -> bool {
+    fn supports(&self, operation: &str) -> bool {
         matches!(self, Side::Ours(_)) || matches!(operation, "all_gather" | "reduce_scatter")
     }
 

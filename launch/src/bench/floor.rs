@@ -2,26 +2,26 @@
 
 use std::time::Instant;
 use tch::{Device, Kind, Tensor};
-use trainer::Shape;
+use trainer::ReferenceShape;
 
 /// Seconds of all of them.
-pub(super) struct Floor {
+pub(super) struct GemmFloor {
     /// As libtorch multiplies, which is what other implementations call.
-    pub(super) by_libtorch: f64,
+    pub(super) libtorch_seconds: f64,
     /// As this program multiplies.
-    pub(super) by_ours: f64,
+    pub(super) own_seconds: f64,
 }
 
 /// Seconds after which a shape has been measured enough: libtorch has no kernels of some processors for bf16, and takes minutes.
 const ENOUGH: f64 = 2.0;
 
 /// The shortest of a few turns, which alternate. Operands stay in the cache where they fit, which a step's do not.
-pub(super) fn measure(shape: Shape, kind: Kind) -> Floor {
-    let mut floor = Floor {
-        by_libtorch: 0.0,
-        by_ours: 0.0,
+pub(super) fn measure(shape: ReferenceShape, kind: Kind) -> GemmFloor {
+    let mut floor = GemmFloor {
+        libtorch_seconds: 0.0,
+        own_seconds: 0.0,
     };
-    for ([rows, inner, outer], times) in shape.products() {
+    for ([rows, inner, outer], times) in shape.gemms() {
         let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
         let x = random(&[rows, inner]);
         let weight = random(&[outer, inner]);
@@ -46,16 +46,16 @@ pub(super) fn measure(shape: Shape, kind: Kind) -> Floor {
                         let _ = grad.tr().mm_out(&of_weight, &x);
                     }
                     _ => {
-                        kernels::product_into(&y, &x, &weight.tr());
-                        kernels::product_into(&of_x, &grad, &weight);
-                        kernels::add_product(&sum, &grad.tr(), &x);
+                        kernels::gemm_into(&y, &x, &weight.tr());
+                        kernels::gemm_into(&of_x, &grad, &weight);
+                        kernels::gemm_accumulate(&sum, &grad.tr(), &x);
                     }
                 }
                 fastest[side] = fastest[side].min(started.elapsed().as_secs_f64());
             }
         }
-        floor.by_libtorch += fastest[0] * times as f64;
-        floor.by_ours += fastest[1] * times as f64;
+        floor.libtorch_seconds += fastest[0] * times as f64;
+        floor.own_seconds += fastest[1] * times as f64;
     }
     floor
 }
@@ -84,7 +84,7 @@ pub(super) fn peak(kind: Kind, device: Device) -> f64 {
     for _ in 0..TURNS {
         wait();
         let started = Instant::now();
-        kernels::product_into(&out, &left, &right);
+        kernels::gemm_into(&out, &left, &right);
         wait();
         fastest = fastest.min(started.elapsed().as_secs_f64());
     }

@@ -1,6 +1,6 @@
 //! `moerun bench layouts`: the reference step on two ranks of one thread, beside one process with two threads.
 
-use super::{in_a_folder, largest, last_line, median, round, train, write_tokens};
+use super::{largest, last_json_line, median, round, train, with_temp_dir, write_tokens};
 use crate::cli::LayoutsArgs;
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
@@ -28,25 +28,25 @@ pub(crate) fn run(args: &LayoutsArgs) -> Result<ExitCode> {
     if args.rounds == 0 || args.steps < 4 {
         bail!("--rounds must be at least 1 and --steps at least 4");
     }
-    in_a_folder(|folder| measure(args, folder))
+    with_temp_dir(|folder| measure(args, folder))
 }
 
 #[derive(Default)]
-struct Measured {
+struct LayoutTimes {
     step_ms: Vec<f64>,
-    waiting: Vec<f64>,
+    wait_ratio: Vec<f64>,
     loss: f64,
     /// Of the last step of each turn, as rank 0 traced it: milliseconds by kind of part.
     parts: BTreeMap<String, Vec<f64>>,
 }
 
-impl Measured {
+impl LayoutTimes {
     /// The steps of a run in `folder`, of which the last is traced.
     fn add(&mut self, steps: &[Value], folder: &Path) -> Result<()> {
         // The first steps also make the memory that later ones use again.
         for step in &steps[2..steps.len() - 1] {
             self.step_ms.extend(step["step_ms"].as_f64());
-            self.waiting.push(largest(&step["rank_waiting"]));
+            self.wait_ratio.push(largest(&step["rank_wait_ratio"]));
         }
         self.loss = steps[0]["loss"].as_f64().unwrap_or(f64::NAN);
         let path = folder.join("run/logs/rank-0.trace.json");
@@ -64,7 +64,7 @@ impl Measured {
         let events = events.filter(|event| Some(&event["tid"]) == computes.as_ref());
         for event in events.filter(|event| event["cat"] != "pass") {
             let kind = event["cat"].as_str().unwrap_or_default().to_string();
-            *sums.entry(kind).or_default() += event["args"]["own_ms"].as_f64().unwrap_or(0.0);
+            *sums.entry(kind).or_default() += event["args"]["self_ms"].as_f64().unwrap_or(0.0);
         }
         let named: f64 = sums.values().sum();
         let whole = steps[steps.len() - 1]["step_ms"].as_f64().unwrap_or(0.0);
@@ -96,8 +96,8 @@ fn measure(args: &LayoutsArgs, folder: &Path) -> Result<ExitCode> {
             args.case.as_deref().unwrap_or_default()
         );
     }
-    let mut alone = Measured::default();
-    let mut measured: Vec<Measured> = chosen.iter().map(|_| Measured::default()).collect();
+    let mut alone = LayoutTimes::default();
+    let mut measured: Vec<LayoutTimes> = chosen.iter().map(|_| LayoutTimes::default()).collect();
     let mut baseline = Vec::new();
     for turn in 1..=args.rounds {
         eprintln!("round {turn} of {}", args.rounds);
@@ -119,7 +119,8 @@ fn measure(args: &LayoutsArgs, folder: &Path) -> Result<ExitCode> {
         if let Some(text) = &args.baseline {
             let mut command = Command::new("sh");
             command.args(["-c", text]);
-            baseline.extend(last_line(command, text, "tokens_per_s")?["tokens_per_s"].as_f64());
+            baseline
+                .extend(last_json_line(command, text, "tokens_per_s")?["tokens_per_s"].as_f64());
         }
     }
     let one_parts = alone.parts();
@@ -136,8 +137,8 @@ fn measure(args: &LayoutsArgs, folder: &Path) -> Result<ExitCode> {
             "step_ms": round(step_ms, 1),
             "tokens_per_s": round(rate, 0),
             "one_process_step_ms": round(single, 1),
-            "of_one_process": round(single / step_ms, 3),
-            "waiting": round(median(measured.waiting), 3),
+            "vs_one_process": round(single / step_ms, 3),
+            "wait_ratio": round(median(measured.wait_ratio), 3),
             "parts_ms": parts,
             "one_process_parts_ms": one_parts,
             "loss": round(measured.loss, 5),

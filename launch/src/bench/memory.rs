@@ -1,6 +1,6 @@
 //! `moerun bench memory`: what ranks really hold, beside what `moerun plan mesh` says.
 
-use super::{in_a_folder, largest, round, train, write_tokens};
+use super::{largest, round, train, with_temp_dir, write_tokens};
 use crate::cli::MemoryArgs;
 use anyhow::{Context, Result, anyhow};
 use serde_json::{Value, json};
@@ -11,7 +11,7 @@ use trainer::config::Config;
 const VOCAB: usize = 8192;
 
 pub(crate) fn run(args: &MemoryArgs) -> Result<ExitCode> {
-    in_a_folder(|folder| measure(args, folder))
+    with_temp_dir(|folder| measure(args, folder))
 }
 
 fn layouts() -> Vec<(usize, Value)> {
@@ -21,7 +21,7 @@ fn layouts() -> Vec<(usize, Value)> {
         (4, json!({"zero": 1})),
         (4, json!({"zero": 2})),
         (4, json!({"zero": 3})),
-        (4, json!({"zero": 3, "zero_ranks": 2})),
+        (4, json!({"zero": 3, "zero_group_size": 2})),
         (4, json!({"expert": 4})),
         (4, json!({"expert": 2, "zero": 1})),
         (4, json!({"tensor": 2, "expert": 2, "expert_tensor": 2})),
@@ -35,7 +35,7 @@ fn layouts() -> Vec<(usize, Value)> {
         ),
         (1, json!({"recompute": {"parts": ["norm"]}})),
         (1, json!({"recompute": {"parts": ["attention"]}})),
-        (1, json!({"recompute": {"parts": ["router", "experts"]}})),
+        (1, json!({"recompute": {"parts": ["dispatch", "experts"]}})),
         (1, json!({"recompute": {"layers": "all"}})),
     ]
 }
@@ -54,7 +54,7 @@ fn measure(args: &MemoryArgs, folder: &Path) -> Result<ExitCode> {
         let parsed: Config =
             serde_json::from_value(config.clone()).context("the bench's own experiment")?;
         let planned = parsed.memory(ranks).map_err(|error| anyhow!(error))?;
-        let fullest = planned
+        let most_loaded = planned
             .iter()
             .map(trainer::RankMemory::total)
             .max()
@@ -69,8 +69,8 @@ fn measure(args: &MemoryArgs, folder: &Path) -> Result<ExitCode> {
             "case": name(ranks, &parallel),
             "ranks": ranks,
             "measured_mib": mib(measured),
-            "planned_mib": mib(fullest),
-            "planned_over_measured": round(fullest / measured, 3),
+            "planned_mib": mib(most_loaded),
+            "planned_over_measured": round(most_loaded / measured, 3),
             "resident_mib": mib(resident),
         });
         println!("{line}");

@@ -19,7 +19,7 @@ use std::process::{Command, ExitCode, Stdio};
 use trainer::data::TokenWriter;
 
 /// Gives `body` a folder of its own, and takes it away afterwards.
-fn in_a_folder(body: impl FnOnce(&Path) -> Result<ExitCode>) -> Result<ExitCode> {
+fn with_temp_dir(body: impl FnOnce(&Path) -> Result<ExitCode>) -> Result<ExitCode> {
     let folder = std::env::temp_dir().join(format!("moerun-bench-{}", std::process::id()));
     std::fs::create_dir_all(&folder)
         .with_context(|| format!("cannot make {}", folder.display()))?;
@@ -87,7 +87,7 @@ fn train(
 }
 
 /// The JSON object, with a number `key`, in the last line that `command` prints.
-fn last_line(mut command: Command, name: &str, key: &str) -> Result<Value> {
+fn last_json_line(mut command: Command, name: &str, key: &str) -> Result<Value> {
     let output = command
         .stdin(Stdio::null())
         .stderr(Stdio::piped())

@@ -1,17 +1,17 @@
-//! `moerun bench moe-layer`: a mixture-of-experts layer, forward and backward, with standard and with least-loaded dispatch.
+//! `moerun bench moe-layer`: an MoE layer, forward and backward, with standard and with least-loaded dispatch.
 
-use super::workload::{NAMED, Workload, parse};
+use super::workload::{NAMED_WORKLOADS, Workload, parse};
 use super::{median, moe_step, round};
 use crate::cli::MoeLayerArgs;
-use crate::local_ranks::{join, on_ranks};
+use crate::local_ranks::{join_world, run_on_ranks};
 use anyhow::{Result, bail};
-use moe::balance::Statistics;
-use moe::calibrate::{ExpertSize, agree, break_even};
+use moe::balance::BalanceScope;
 use moe::dispatch::{Dispatcher, LeastLoaded};
-use moe::experts::Gemm;
-use moe::least_loaded::Planner;
-use moe::plan::Sites;
-use moe::{Keep, MoeLayer, MoeWeights, Router, Seen};
+use moe::experts::GemmPrecision;
+use moe::lending::calibrate::{ExpertSize, agree_on_break_even, break_even};
+use moe::lending::least_loaded::Planner;
+use moe::plan::ExpertTopology;
+use moe::{MoeLayer, MoeStats, MoeWeights, Router, SavePolicy};
 use parallel::tensor::TensorParallel;
 use parallel::{
     Accelerator, Activation, Communicator, Cpu, GradientBuckets, Local, RankEnv, ReduceOp,
@@ -37,7 +37,10 @@ pub(crate) fn run(args: &MoeLayerArgs) -> Result<ExitCode> {
     }
     let mut cases: Vec<String> = args.case.clone();
     if cases.is_empty() {
-        cases = NAMED.iter().map(|(name, _)| name.to_string()).collect();
+        cases = NAMED_WORKLOADS
+            .iter()
+            .map(|(name, _)| name.to_string())
+            .collect();
         cases.extend(
             SHARES
                 .iter()
@@ -60,25 +63,25 @@ pub(crate) fn run(args: &MoeLayerArgs) -> Result<ExitCode> {
                 experts / ranks
             );
         }
-        if args.step && !moe_step::has(workload) {
+        if args.step && !moe_step::supports(workload) {
             bail!(
                 "--step --case {case}: a step's tokens are what the model reads; give balanced, w0 to w3 or w5 to w7"
             );
         }
     }
     if args.step {
-        return on_ranks(args.ranks, |env| moe_step::measure(args, &cases, env));
+        return run_on_ranks(args.ranks, |env| moe_step::measure(args, &cases, env));
     }
-    on_ranks(args.ranks, |env| measure(args, &cases, env))
+    run_on_ranks(args.ranks, |env| measure(args, &cases, env))
 }
 
 /// The ranks, and what they measure with.
-pub(super) struct Group {
+pub(super) struct RankGroup {
     pub(super) all: Arc<dyn Communicator>,
     pub(super) device: Box<dyn Accelerator>,
 }
 
-impl Group {
+impl RankGroup {
     /// The longest time that any rank took for `body`, which all begin together.
     pub(super) fn time(&self, body: impl FnOnce() -> Result<()>) -> Result<f64> {
         self.all.barrier()?.wait()?;
@@ -101,9 +104,9 @@ impl Group {
 
 /// What one dispatch did with a case.
 #[derive(Default)]
-pub(super) struct Measured {
+pub(super) struct MoeLayerTimes {
     pub(super) seconds: Vec<f64>,
-    pub(super) rows: Vec<f64>,
+    pub(super) routed_tokens: Vec<f64>,
     pub(super) peak: Vec<f64>,
     pub(super) lent: f64,
     /// Bytes of rows and of weights that each rank sent in forward.
@@ -111,8 +114,8 @@ pub(super) struct Measured {
 }
 
 fn measure(args: &MoeLayerArgs, cases: &[String], env: &RankEnv) -> Result<()> {
-    let world = join(env, 0)?;
-    let group = Group {
+    let world = join_world(env, 0)?;
+    let group = RankGroup {
         all: world.all("all")?,
         device: parallel::accelerator("cpu", 0)?,
     };
@@ -121,11 +124,11 @@ fn measure(args: &MoeLayerArgs, cases: &[String], env: &RankEnv) -> Result<()> {
         hidden: args.hidden as i64,
         ffn: args.ffn as i64,
         kind: Kind::Float,
-        fetched_twice: false,
+        refetched_in_backward: false,
     };
     let min_tokens = match args.min_tokens {
         Some(tokens) => i64::from(tokens),
-        None => agree(
+        None => agree_on_break_even(
             &group.all,
             break_even(&lending, size, group.device.as_ref())?,
         )?,
@@ -142,26 +145,27 @@ fn measure(args: &MoeLayerArgs, cases: &[String], env: &RankEnv) -> Result<()> {
         let workload = parse(case)?;
         let experts = args.experts.unwrap_or(workload.experts(args.ranks));
         let bench = LayerBench::new(args, workload, experts, &group, &least_loaded)?;
-        let mut measured = [Measured::default(), Measured::default()];
+        let mut measured = [MoeLayerTimes::default(), MoeLayerTimes::default()];
         for round in 0..args.rounds * workload.cycle() + 1 {
-            let experts = bench.choices(round);
+            let experts = bench.expert_ids(round);
             // Who comes first changes each round.
             for which in [round % 2, 1 - round % 2] {
                 let measured = &mut measured[which];
                 group.device.reset_peak()?;
-                let mut seen = Seen::default();
+                let mut moe_stats = MoeStats::default();
                 let seconds = group.time(|| {
-                    seen = bench.forward_backward(which, &experts)?;
+                    moe_stats = bench.forward_backward(which, &experts)?;
                     Ok(())
                 })?;
                 // The first round warms caches.
                 if round > 0 {
                     measured.seconds.push(seconds);
-                    measured.rows = group.gather(seen.rows as f64)?;
+                    measured.routed_tokens = group.gather(moe_stats.computed_tokens as f64)?;
                     measured.peak = group.gather(group.device.memory()?.peak as f64)?;
-                    measured.lent = group.gather(seen.lent_bytes as f64)?.iter().sum();
+                    measured.lent = group.gather(moe_stats.lent_bytes as f64)?.iter().sum();
                     // Each rank is a node of its own.
-                    measured.sent = group.gather((seen.bytes_across + seen.lent_bytes) as f64)?;
+                    measured.sent =
+                        group.gather((moe_stats.internode_bytes + moe_stats.lent_bytes) as f64)?;
                 }
             }
         }
@@ -169,7 +173,7 @@ fn measure(args: &MoeLayerArgs, cases: &[String], env: &RankEnv) -> Result<()> {
             let tokens: usize = (0..args.ranks)
                 .map(|rank| workload.tokens(args.tokens, rank, args.ranks))
                 .sum();
-            let size = Size {
+            let size = CaseInfo {
                 experts,
                 tokens,
                 min_tokens,
@@ -190,7 +194,7 @@ fn mib(bytes: f64) -> f64 {
 }
 
 /// What a case is measured with.
-pub(super) struct Size {
+pub(super) struct CaseInfo {
     pub(super) experts: usize,
     /// Of all ranks.
     pub(super) tokens: usize,
@@ -204,15 +208,15 @@ pub(super) fn line(
     bench: &str,
     case: &str,
     args: &MoeLayerArgs,
-    &Size {
+    &CaseInfo {
         experts,
         tokens,
         min_tokens,
         cycle,
-    }: &Size,
-    [standard, ours]: &[Measured; 2],
+    }: &CaseInfo,
+    [standard, ours]: &[MoeLayerTimes; 2],
 ) -> serde_json::Value {
-    let rate = |measured: &Measured| {
+    let rate = |measured: &MoeLayerTimes| {
         let seconds = measured
             .seconds
             .chunks(cycle)
@@ -220,10 +224,10 @@ pub(super) fn line(
         tokens as f64 / median(seconds.collect())
     };
     let largest = |values: &[f64]| values.iter().copied().fold(0.0, f64::max);
-    let rows: f64 = standard.rows.iter().sum();
+    let rows: f64 = standard.routed_tokens.iter().sum();
     // The speed-up of the experts' work if every rank had as much of it. (For SHARE:EXPERTS this is what
     // P (r + (1 - r) (M - h) / (N - h)) gives for r of the tokens to h of the M experts of one of P ranks, N in all.)
-    let ideal = largest(&standard.rows) * args.ranks as f64 / rows.max(1.0);
+    let ideal = largest(&standard.routed_tokens) * args.ranks as f64 / rows.max(1.0);
     json!({
         "bench": bench,
         "case": case,
@@ -233,7 +237,7 @@ pub(super) fn line(
         "baseline_name": "standard",
         "ratio": round(rate(ours) / rate(standard), 3),
         "ideal": round(ideal, 3),
-        "runs": args.rounds,
+        "rounds": args.rounds,
         "ranks": args.ranks,
         "threads": 1,
         "tokens_per_rank": args.tokens,
@@ -241,8 +245,8 @@ pub(super) fn line(
         "ffn": args.ffn,
         "experts": experts,
         "min_tokens": min_tokens,
-        "gemm_rows": ours.rows,
-        "baseline_gemm_rows": standard.rows,
+        "routed_tokens": ours.routed_tokens,
+        "baseline_routed_tokens": standard.routed_tokens,
         "lent_mib": mib(ours.lent),
         "peak_mib": mib(largest(&ours.peak)),
         "baseline_peak_mib": mib(largest(&standard.peak)),
@@ -256,7 +260,7 @@ struct LayerBench {
     workload: Workload,
     experts: usize,
     x: Tensor,
-    weights_tk: Tensor,
+    routing_weights_tk: Tensor,
     place: (usize, usize),
 }
 
@@ -265,7 +269,7 @@ impl LayerBench {
         args: &MoeLayerArgs,
         workload: Workload,
         experts: usize,
-        group: &Group,
+        group: &RankGroup,
         least_loaded: &LeastLoaded,
     ) -> Result<LayerBench> {
         let rank = group.all.rank();
@@ -275,9 +279,9 @@ impl LayerBench {
         let ffn = args.ffn as i64;
         let local = (experts / ranks) as i64;
         let random = |shape: &[i64]| group.device.zeros(shape, Kind::Float).uniform_(-0.05, 0.05);
-        let [gate_up, down] = [[local, 2 * ffn, hidden], [local, hidden, ffn]]
+        let [gate_up_proj, down_proj] = [[local, 2 * ffn, hidden], [local, hidden, ffn]]
             .map(|shape| Weight::new(random(&shape)));
-        let held = [(down.clone(), 0), (gate_up.clone(), 0)];
+        let held = [(down_proj.clone(), 0), (gate_up_proj.clone(), 0)];
         let gradients = GradientBuckets::new(
             &held,
             &[Replication::alone()],
@@ -292,7 +296,7 @@ impl LayerBench {
             dispatcher: Dispatcher::new(
                 group.all.clone(),
                 experts,
-                Sites {
+                ExpertTopology {
                     slices: 1,
                     nodes: (0..ranks).collect(),
                 },
@@ -300,60 +304,60 @@ impl LayerBench {
                 None,
                 1,
             ),
-            statistics: Statistics::Sequence,
+            balance_scope: BalanceScope::Sequence,
             tensor: TensorParallel::new(alone.clone(), 1),
             sequence: alone.clone(),
-            gemm: Gemm::Model,
-            keep: Keep {
-                rows: true,
+            gemm: GemmPrecision::Model,
+            keep: SavePolicy {
+                dispatched: true,
                 experts: true,
             },
             weights: MoeWeights {
-                gate: Weight::new(Cpu.zeros(&[0, hidden], Kind::Float)),
+                router: Weight::new(Cpu.zeros(&[0, hidden], Kind::Float)),
                 bias: None,
-                gate_up: gate_up.clone(),
-                down: down.clone(),
+                gate_up_proj: gate_up_proj.clone(),
+                down_proj: down_proj.clone(),
                 shared: None,
             },
         };
         let layers = [layer(None), layer(Some(least_loaded.clone()))];
         let tokens = workload.tokens(args.tokens, rank, ranks) as i64;
         let x = random(&[tokens, hidden]).set_requires_grad(true);
-        let weights_tk = random(&[tokens, top_k as i64]).set_requires_grad(true);
+        let routing_weights_tk = random(&[tokens, top_k as i64]).set_requires_grad(true);
         Ok(LayerBench {
             layers,
             gradients,
             workload,
             experts,
             x,
-            weights_tk,
+            routing_weights_tk,
             place: (rank, ranks),
         })
     }
 
     /// What this rank's tokens choose in round `round`.
-    fn choices(&self, round: usize) -> Vec<i64> {
+    fn expert_ids(&self, round: usize) -> Vec<i64> {
         self.workload
-            .choices(self.x.size()[0] as usize, self.experts, self.place, round)
+            .expert_ids(self.x.size()[0] as usize, self.experts, self.place, round)
     }
 
-    fn forward_backward(&self, which: usize, experts: &[i64]) -> Result<Seen> {
+    fn forward_backward(&self, which: usize, experts: &[i64]) -> Result<MoeStats> {
         let top_k = self.workload.top_k();
         self.gradients.begin(1);
         let layer = &self.layers[which];
         let plan = layer.dispatcher.plan(experts, top_k)?;
-        let mixed = layer.mix(
+        let routed = layer.forward_routed(
             &Activation::kept(&self.x),
-            &self.weights_tk,
+            &self.routing_weights_tk,
             experts.to_vec(),
             &plan,
             |_| Ok(None),
         )?;
-        mixed.hidden_td.sum(Kind::Float).f_backward()?;
+        routed.hidden_td.sum(Kind::Float).f_backward()?;
         self.gradients.finish()?;
-        for leaf in [&self.x, &self.weights_tk] {
+        for leaf in [&self.x, &self.routing_weights_tk] {
             leaf.shallow_clone().zero_grad();
         }
-        Ok(mixed.seen)
+        Ok(routed.moe_stats)
     }
 }

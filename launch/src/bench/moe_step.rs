@@ -1,10 +1,10 @@
-//! `moerun bench moe-layer --step`: whole training steps of a small model whose gate is biased, with both dispatches.
+//! `moerun bench moe-layer --step`: whole training steps of a small model whose router is biased, with both dispatches.
 
-use super::moe_layer::{Group, Measured, Size, line};
+use super::moe_layer::{CaseInfo, MoeLayerTimes, RankGroup, line};
 use super::workload::{Workload, parse};
 use super::write_tokens;
 use crate::cli::MoeLayerArgs;
-use crate::local_ranks::join;
+use crate::local_ranks::join_world;
 use anyhow::{Context, Result};
 use parallel::RankEnv;
 use serde_json::json;
@@ -16,14 +16,14 @@ use trainer::config::Config;
 const VOCAB: usize = 4096;
 const SEQUENCE: usize = 256;
 
-/// Whether a gate's bias can make it.
-pub(super) fn has(workload: Workload) -> bool {
+/// Whether a router's bias can make it.
+pub(super) fn supports(workload: Workload) -> bool {
     !matches!(workload, Workload::Share { .. } | Workload::RaggedSources)
 }
 
 pub(super) fn measure(args: &MoeLayerArgs, cases: &[String], env: &RankEnv) -> Result<()> {
-    let world = join(env, 0)?;
-    let group = Group {
+    let world = join_world(env, 0)?;
+    let group = RankGroup {
         all: world.all("bench")?,
         device: parallel::accelerator("cpu", 0)?,
     };
@@ -43,7 +43,7 @@ fn in_folder(
     args: &MoeLayerArgs,
     cases: &[String],
     env: &RankEnv,
-    group: &Group,
+    group: &RankGroup,
     folder: &Path,
 ) -> Result<()> {
     write_tokens(folder, VOCAB)?;
@@ -55,7 +55,7 @@ fn in_folder(
         let config = experiment(args, folder, experts, dispatch)?;
         Ok(Trainer::new(
             config,
-            &join(env, number)?,
+            &join_world(env, number)?,
             parallel::accelerator("cpu", 0)?,
         )?)
     };
@@ -63,7 +63,7 @@ fn in_folder(
     let tokens = args.tokens / SEQUENCE * SEQUENCE * ranks;
     for case in cases {
         let workload = parse(case)?;
-        let mut measured = [Measured::default(), Measured::default()];
+        let mut measured = [MoeLayerTimes::default(), MoeLayerTimes::default()];
         let mut losses = [0.0; 2];
         let mut apart = 0.0f64;
         for round in 0..args.rounds * workload.cycle() + 1 {
@@ -81,9 +81,14 @@ fn in_folder(
                 losses[which] = record.as_ref().map_or(f64::NAN, |record| record.loss);
                 if let Some(record) = record.filter(|_| round > 0) {
                     measured.seconds.push(seconds);
-                    let rows =
-                        |rank: usize| record.rank_rows.iter().map(|rows| rows[rank] as f64).sum();
-                    measured.rows = (0..ranks).map(rows).collect();
+                    let rows = |rank: usize| {
+                        record
+                            .tokens_per_rank
+                            .iter()
+                            .map(|rows| rows[rank] as f64)
+                            .sum()
+                    };
+                    measured.routed_tokens = (0..ranks).map(rows).collect();
                     measured.peak = group.gather(group.device.memory()?.peak as f64)?;
                     measured.lent = record.lent_bytes.iter().sum::<u64>() as f64;
                 }
@@ -92,7 +97,7 @@ fn in_folder(
         }
         if rank == 0 {
             let min_tokens = trainers[1].min_tokens().unwrap_or(0);
-            let size = Size {
+            let size = CaseInfo {
                 experts,
                 tokens,
                 min_tokens,
@@ -100,14 +105,14 @@ fn in_folder(
             };
             let mut line = line("moe-step", case, args, &size, &measured);
             // Both learn the same from the same tokens.
-            line["loss_difference"] = json!(apart);
+            line["loss_rel_diff"] = json!(apart);
             println!("{line}");
         }
     }
     Ok(())
 }
 
-/// Biases every gate: with scores from 0 to 1, a bias of `log2(weight / mean)`, limited, makes the choices about so.
+/// Biases every router: with scores from 0 to 1, a bias of `log2(weight / mean)`, limited, makes the choices about so.
 fn bias(trainer: &Trainer, weights: &[f64]) {
     let mean = weights.iter().sum::<f64>() / weights.len() as f64;
     let bias: Vec<f32> = weights

@@ -1,6 +1,6 @@
 //! `moerun bench pipeline`: what it brings to share a large vocabulary out over a pipeline's stages.
 
-use super::{in_a_folder, largest, median, round, train, write_tokens};
+use super::{largest, median, round, train, with_temp_dir, write_tokens};
 use crate::cli::PipelineArgs;
 use anyhow::{Context, Result, anyhow, bail};
 use parallel::pipeline::simulate::{Costs, VocabularyCosts, simulate};
@@ -20,12 +20,12 @@ const LAYOUTS: [&str; 6] = [
 
 /// What one layout did in its turns.
 #[derive(Default)]
-struct Measured {
+struct PipelineTimes {
     step_ms: Vec<f64>,
-    /// Of the fullest rank, in MiB.
+    /// Of the most loaded rank, in MiB.
     memory: Vec<f64>,
     resident: Vec<f64>,
-    waiting: Vec<f64>,
+    wait_ratio: Vec<f64>,
     /// From the first pass to the last, measured and simulated with the passes' measured times.
     passes_ms: Vec<f64>,
     predicted_ms: Vec<f64>,
@@ -36,7 +36,7 @@ pub(crate) fn run(args: &PipelineArgs) -> Result<ExitCode> {
     if args.rounds == 0 || args.steps < 2 {
         bail!("--rounds must be at least 1 and --steps at least 2");
     }
-    in_a_folder(|folder| measure(args, folder))
+    with_temp_dir(|folder| measure(args, folder))
 }
 
 fn measure(args: &PipelineArgs, folder: &Path) -> Result<ExitCode> {
@@ -45,8 +45,9 @@ fn measure(args: &PipelineArgs, folder: &Path) -> Result<ExitCode> {
     let parsed: trainer::config::Config =
         serde_json::from_value(config.clone()).context("the bench's own experiment")?;
     // The output layer's work over that of one stage's layers.
-    let r = parsed.model.output_in_layers() / (parsed.model.layers as f64 / 2.0);
-    let mut measured: Vec<Measured> = LAYOUTS.iter().map(|_| Measured::default()).collect();
+    let r = parsed.model.head_cost_in_layers() / (parsed.model.layers as f64 / 2.0);
+    let mut measured: Vec<PipelineTimes> =
+        LAYOUTS.iter().map(|_| PipelineTimes::default()).collect();
     for turn in 1..=args.rounds {
         for (layout, into) in LAYOUTS.iter().zip(&mut measured) {
             eprintln!("round {turn} of {}: {layout}", args.rounds);
@@ -64,7 +65,7 @@ fn measure(args: &PipelineArgs, folder: &Path) -> Result<ExitCode> {
                     .push(largest(&step["rank_peak_memory"]) / f64::from(1 << 20));
                 into.resident
                     .push(largest(&step["rank_peak_resident"]) / f64::from(1 << 20));
-                into.waiting.push(largest(&step["rank_waiting"]));
+                into.wait_ratio.push(largest(&step["rank_wait_ratio"]));
                 let (measured, predicted) = passes(&schedule, step);
                 into.passes_ms.push(measured);
                 into.predicted_ms.push(predicted);
@@ -84,11 +85,11 @@ fn measure(args: &PipelineArgs, folder: &Path) -> Result<ExitCode> {
             "baseline": round(baseline, 1),
             "over_baseline": round(baseline / step_ms, 3),
             "over_redis": round(redis / step_ms, 3),
-            "r": round(r, 2),
+            "output_layer_ratio": round(r, 2),
             "ideal_over_baseline": round((1.0 + r) / (1.0 + r / 2.0), 3),
             "peak_tensors_mib": round(median(of_layout.memory), 0),
             "peak_resident_mib": round(median(of_layout.resident), 0),
-            "waiting": round(median(of_layout.waiting), 3),
+            "wait_ratio": round(median(of_layout.wait_ratio), 3),
             "passes_ms": round(median(of_layout.passes_ms.clone()), 1),
             "predicted_ms": round(median(of_layout.predicted_ms.clone()), 1),
             "predicted_over_measured": round(median(of_layout.predicted_ms) / median(of_layout.passes_ms), 3),
@@ -158,7 +159,7 @@ fn passes(schedule: &Schedule, step: &Value) -> (f64, f64) {
             .iter()
             .map(|pass| time(rank, pass.kind))
             .sum();
-        busy / (1.0 - step["rank_waiting"][rank].as_f64().unwrap_or(0.0))
+        busy / (1.0 - step["rank_wait_ratio"][rank].as_f64().unwrap_or(0.0))
     });
     (
         measured.fold(0.0, f64::max),

@@ -1,7 +1,7 @@
 //! `moerun bench recompute`: what it saves and costs an experiment, on this machine, to compute activations again, and to keep the
-//! optimizer's state in the host's memory where there is a device beside it; and the cheapest way that fits into so much memory.
+//! optimizer's state in the host's memory where there is a device beside it; and the cheapest option that fits into so much memory.
 
-use super::{in_a_folder, largest, median, round, train, write_tokens};
+use super::{largest, median, round, train, with_temp_dir, write_tokens};
 use crate::cli::RecomputeArgs;
 use crate::config_file::{load, refuse_problems};
 use anyhow::{Context, Result, anyhow, bail};
@@ -10,17 +10,17 @@ use std::path::Path;
 use std::process::ExitCode;
 use trainer::config::Config;
 
-const PARTS: [&str; 4] = ["norm", "attention", "router", "experts"];
+const PARTS: [&str; 4] = ["norm", "attention", "dispatch", "experts"];
 
 /// What is computed again, these of the parts and so many whole layers; and whether the optimizer's state is on the host.
 #[derive(Debug, Clone, PartialEq)]
-struct Way {
+struct RecomputeOption {
     parts: Vec<usize>,
     layers: usize,
     offload: bool,
 }
 
-/// What a step takes: time, and tensors of the fullest rank at their peak.
+/// What a step takes: time, and tensors of the most loaded rank at their peak.
 #[derive(Debug, Clone, Copy)]
 struct Cost {
     step_ms: f64,
@@ -29,7 +29,7 @@ struct Cost {
 
 /// What was measured of a model: with nothing computed again, with each part in all layers, with all layers, and with the optimizer's
 /// state on the host, where that is something else.
-struct Measured {
+struct RecomputeTimes {
     none: Cost,
     parts: Vec<Cost>,
     all: Cost,
@@ -37,9 +37,9 @@ struct Measured {
     layers: usize,
 }
 
-impl Way {
+impl RecomputeOption {
     /// Every one there is, for a model of so many layers; with the optimizer's state on the host too, if it `can_offload`.
-    fn every(layers: usize, can_offload: bool) -> impl Iterator<Item = Way> {
+    fn all(layers: usize, can_offload: bool) -> impl Iterator<Item = RecomputeOption> {
         let subsets = (0..1usize << PARTS.len()).map(|bits| {
             (0..PARTS.len())
                 .filter(|part| bits >> part & 1 == 1)
@@ -49,13 +49,14 @@ impl Way {
             subsets.flat_map(move |parts| (0..layers).map(move |layers| (parts.clone(), layers)));
         let recomputed = some.chain([(Vec::new(), layers)]);
         recomputed.flat_map(move |(parts, layers)| {
-            let ways = [false, true].map(|offload| Way {
+            let options = [false, true].map(|offload| RecomputeOption {
                 parts: parts.clone(),
                 layers,
                 offload,
             });
-            ways.into_iter()
-                .filter(move |way| can_offload || !way.offload)
+            options
+                .into_iter()
+                .filter(move |option| can_offload || !option.offload)
         })
     }
 
@@ -75,12 +76,15 @@ impl Way {
     }
 }
 
-impl Measured {
-    /// What a way is expected to take: savings and costs add up, and each layer has its share of them.
-    fn expected(&self, way: &Way) -> Cost {
-        let whole = way.layers as f64 / self.layers as f64;
-        let offload = self.offload.filter(|_| way.offload).map(|cost| (1.0, cost));
-        let parts = way
+impl RecomputeTimes {
+    /// What an option is expected to take: savings and costs add up, and each layer has its share of them.
+    fn expected(&self, option: &RecomputeOption) -> Cost {
+        let whole = option.layers as f64 / self.layers as f64;
+        let offload = self
+            .offload
+            .filter(|_| option.offload)
+            .map(|cost| (1.0, cost));
+        let parts = option
             .parts
             .iter()
             .map(|&part| (1.0 - whole, self.parts[part]));
@@ -92,23 +96,23 @@ impl Measured {
         })
     }
 
-    /// The fastest way that is expected to fit into `mib`, without those that did not; of equally fast ones that which does least.
-    fn fastest(&self, mib: f64, without: &[Way]) -> Option<(Way, Cost)> {
-        let ways =
-            Way::every(self.layers, self.offload.is_some()).map(|way| (self.expected(&way), way));
-        let fitting = ways.filter(|(cost, way)| cost.mib <= mib && !without.contains(way));
-        let does = |way: &Way| (way.layers, way.parts.len(), way.offload);
+    /// The fastest option that is expected to fit into `mib`, without those that did not; of equally fast ones that which does least.
+    fn fastest(&self, mib: f64, without: &[RecomputeOption]) -> Option<(RecomputeOption, Cost)> {
+        let options = RecomputeOption::all(self.layers, self.offload.is_some())
+            .map(|option| (self.expected(&option), option));
+        let fitting = options.filter(|(cost, option)| cost.mib <= mib && !without.contains(option));
+        let does = |option: &RecomputeOption| (option.layers, option.parts.len(), option.offload);
         let fastest = fitting.min_by(|(a, one), (b, other)| {
             a.step_ms
                 .total_cmp(&b.step_ms)
                 .then_with(|| does(one).cmp(&does(other)))
         });
-        fastest.map(|(cost, way)| (way, cost))
+        fastest.map(|(cost, option)| (option, cost))
     }
 }
 
 /// All layers, so that every stage has about as many among the first ones: stages wait for each other. `stages` are how many each has.
-fn in_turns(stages: &[usize]) -> Vec<usize> {
+fn round_robin_layers(stages: &[usize]) -> Vec<usize> {
     let mut layers: Vec<(usize, usize)> = Vec::new();
     for &stage in stages {
         let start = layers.len();
@@ -122,7 +126,7 @@ pub(crate) fn run(args: &RecomputeArgs) -> Result<ExitCode> {
     if args.rounds == 0 || args.steps < 4 {
         bail!("--rounds must be at least 1 and --steps at least 4");
     }
-    in_a_folder(|folder| measure(args, folder))
+    with_temp_dir(|folder| measure(args, folder))
 }
 
 fn measure(args: &RecomputeArgs, folder: &Path) -> Result<ExitCode> {
@@ -137,35 +141,38 @@ fn measure(args: &RecomputeArgs, folder: &Path) -> Result<ExitCode> {
     let plan = config
         .pipeline_plan(config.microbatches(&mesh))
         .map_err(|error| anyhow!(error))?;
-    let order = in_turns(&plan.layers);
+    let order = round_robin_layers(&plan.layers);
 
     let can_offload = parallel::device_kind(&config.run.device) != "cpu";
-    let way = |parts: &[usize], layers, offload| Way {
+    let option = |parts: &[usize], layers, offload| RecomputeOption {
         parts: parts.to_vec(),
         layers,
         offload,
     };
-    let mut ways = vec![("none", way(&[], 0, false))];
-    ways.extend(
+    let mut options = vec![("none", option(&[], 0, false))];
+    options.extend(
         PARTS
             .iter()
             .enumerate()
-            .map(|(part, name)| (*name, way(&[part], 0, false))),
+            .map(|(part, name)| (*name, option(&[part], 0, false))),
     );
-    ways.push(("all layers", way(&[], order.len(), false)));
+    options.push(("all layers", option(&[], order.len(), false)));
     if can_offload {
-        ways.push(("offload", way(&[], 0, true)));
+        options.push(("offload", option(&[], 0, true)));
     }
-    let settings: Vec<Value> = ways.iter().map(|(_, way)| way.setting(&order)).collect();
-    let costs = take_turns(args, folder, &experiment, &settings)?;
-    let measured = Measured {
+    let settings: Vec<Value> = options
+        .iter()
+        .map(|(_, option)| option.setting(&order))
+        .collect();
+    let costs = measure_alternating(args, folder, &experiment, &settings)?;
+    let measured = RecomputeTimes {
         none: costs[0],
         parts: costs[1..=PARTS.len()].to_vec(),
         all: costs[PARTS.len() + 1],
         offload: costs.get(PARTS.len() + 2).copied(),
         layers: order.len(),
     };
-    for (((name, _), setting), cost) in ways.iter().zip(&settings).zip(&costs) {
+    for (((name, _), setting), cost) in options.iter().zip(&settings).zip(&costs) {
         println!("{}", line(args, name, setting, *cost, measured.none));
     }
     let Some(fit) = args.fit_mib else {
@@ -174,11 +181,11 @@ fn measure(args: &RecomputeArgs, folder: &Path) -> Result<ExitCode> {
 
     // Peaks do not quite add up: what is chosen has to show that it fits.
     let mut without = Vec::new();
-    while let Some((way, expected)) = measured.fastest(fit, &without) {
-        let setting = way.setting(&order);
+    while let Some((option, expected)) = measured.fastest(fit, &without) {
+        let setting = option.setting(&order);
         eprintln!("trying {setting}");
         // Times of another minute are no measure.
-        let turns = take_turns(
+        let turns = measure_alternating(
             args,
             folder,
             &experiment,
@@ -194,7 +201,7 @@ fn measure(args: &RecomputeArgs, folder: &Path) -> Result<ExitCode> {
             println!("{line}");
             return Ok(ExitCode::SUCCESS);
         }
-        without.push(way);
+        without.push(option);
     }
     let most = if can_offload {
         " and the optimizer's state on the host"
@@ -202,9 +209,11 @@ fn measure(args: &RecomputeArgs, folder: &Path) -> Result<ExitCode> {
         ""
     };
     bail!(
-        "--fit-mib {fit}: with all layers computed again{most} the fullest rank's tensors still take {:.1} MiB. Share out more \
+        "--fit-mib {fit}: with all layers computed again{most} the most loaded rank's tensors still take {:.1} MiB. Share out more \
          (parallel.expert, tensor, pipeline, zero), or make train.micro_batch or data.sequence_length smaller",
-        measured.expected(&way(&[], order.len(), can_offload)).mib
+        measured
+            .expected(&option(&[], order.len(), can_offload))
+            .mib
     )
 }
 
@@ -219,7 +228,7 @@ fn line(args: &RecomputeArgs, case: &str, setting: &Value, cost: Cost, none: Cos
         "offload": setting["offload"],
         "ranks": args.nproc_per_node,
         "step_ms": round(cost.step_ms, 1),
-        "of_none": round(cost.step_ms / none.step_ms, 3),
+        "vs_none": round(cost.step_ms / none.step_ms, 3),
         "measured_mib": round(cost.mib, 1),
         "saved_mib": round(saved.max(0.0), 1),
         // Of what saves nothing there is no price.
@@ -230,7 +239,7 @@ fn line(args: &RecomputeArgs, case: &str, setting: &Value, cost: Cost, none: Cos
 }
 
 /// What steps take with each of `settings`, which take turns.
-fn take_turns(
+fn measure_alternating(
     args: &RecomputeArgs,
     folder: &Path,
     experiment: &Value,
@@ -294,19 +303,19 @@ mod tests {
             none in cost(), parts in prop::collection::vec(cost(), PARTS.len()), all in cost(), offload in prop::option::of(cost()),
             layers in 1..9usize, mib in 0.0..120.0f64,
         ) {
-            let measured = Measured { none, parts, all, offload, layers };
-            let fitting: Vec<f64> = Way::every(layers, offload.is_some())
-                .map(|way| measured.expected(&way))
+            let measured = RecomputeTimes { none, parts, all, offload, layers };
+            let fitting: Vec<f64> = RecomputeOption::all(layers, offload.is_some())
+                .map(|option| measured.expected(&option))
                 .filter(|cost| cost.mib <= mib)
                 .map(|cost| cost.step_ms)
                 .collect();
             match measured.fastest(mib, &[]) {
-                Some((way, cost)) => {
+                Some((option, cost)) => {
                     prop_assert!(cost.mib <= mib && fitting.iter().all(|&ms| ms >= cost.step_ms));
                     // Without it another one is found, if there is one.
-                    let next = measured.fastest(mib, std::slice::from_ref(&way));
+                    let next = measured.fastest(mib, std::slice::from_ref(&option));
                     prop_assert_eq!(next.is_some(), fitting.len() > 1);
-                    prop_assert!(next.is_none_or(|(other, slower)| other != way && slower.step_ms >= cost.step_ms));
+                    prop_assert!(next.is_none_or(|(other, slower)| other != option && slower.step_ms >= cost.step_ms));
                 }
                 None => prop_assert!(fitting.is_empty()),
             }
@@ -316,11 +325,11 @@ mod tests {
         fn what_was_measured_is_what_is_expected(
             none in cost(), parts in prop::collection::vec(cost(), PARTS.len()), all in cost(), offload in cost(), layers in 1..9usize,
         ) {
-            let measured = Measured { none, parts, all, offload: Some(offload), layers };
+            let measured = RecomputeTimes { none, parts, all, offload: Some(offload), layers };
             let near = |a: f64, b: f64| (a - b).abs() < 1e-9;
-            let of = |parts, layers| measured.expected(&Way { parts, layers, offload: false });
+            let of = |parts, layers| measured.expected(&RecomputeOption { parts, layers, offload: false });
             prop_assert!(near(of(vec![], 0).mib, none.mib) && near(of(vec![], layers).mib, all.mib));
-            let offloaded = measured.expected(&Way { parts: vec![], layers, offload: true });
+            let offloaded = measured.expected(&RecomputeOption { parts: vec![], layers, offload: true });
             prop_assert!(near(offloaded.mib, all.mib + offload.mib - none.mib));
             for (part, cost) in measured.parts.iter().enumerate() {
                 prop_assert!(near(of(vec![part], 0).mib, cost.mib));
@@ -330,7 +339,7 @@ mod tests {
 
         #[test]
         fn stages_take_turns_and_every_layer_comes_once(stages in prop::collection::vec(1..6usize, 1..5), some in 0..20usize) {
-            let order = in_turns(&stages);
+            let order = round_robin_layers(&stages);
             let mut sorted = order.clone();
             sorted.sort_unstable();
             prop_assert!(sorted.into_iter().eq(0..stages.iter().sum::<usize>()));

@@ -1,10 +1,10 @@
 //! `moerun bench snapshot`: what a snapshot in memory costs, and how fast its redundancy is made.
 
-use super::{in_a_folder, last_line, median, round, train, write_tokens};
+use super::{last_json_line, median, round, train, with_temp_dir, write_tokens};
 use crate::cli::SnapshotBenchArgs;
 use anyhow::{Result, anyhow, bail};
-use checkpoint::keeper::{CHUNK, Node, Peer, Secret, Topology, serve};
-use checkpoint::{Checkpoint, Code, Place, Redundancy, Staging};
+use checkpoint::keeper::{DEFAULT_CHUNK_BYTES, Node, Peer, Secret, Topology, serve};
+use checkpoint::{Checkpoint, ErasureCode, Redundancy, Staging, TensorSlice};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::{Command, ExitCode};
@@ -54,13 +54,13 @@ pub(crate) fn run(args: &SnapshotBenchArgs) -> Result<ExitCode> {
         println!("{}", code(args, "decode-4+2", 4, 2, true)?);
     }
     if wanted("load") {
-        in_a_folder(|folder| {
+        with_temp_dir(|folder| {
             println!("{}", load(args, folder)?);
             Ok(ExitCode::SUCCESS)
         })?;
     }
     if wanted("stall") || wanted("every-10") || wanted("every-1") {
-        return in_a_folder(|folder| runs(args, folder, &wanted));
+        return with_temp_dir(|folder| runs(args, folder, &wanted));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -107,7 +107,7 @@ fn copy(args: &SnapshotBenchArgs) -> Result<Value> {
         secret: secret.clone(),
         listen: ([127, 0, 0, 1], 0).into(),
         memory: None,
-        lonely: Duration::from_secs(600),
+        orphan_timeout: Duration::from_secs(600),
     };
     let (ready, address) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
@@ -126,14 +126,14 @@ fn copy(args: &SnapshotBenchArgs) -> Result<Value> {
         }],
         redundancy: Redundancy::None,
         groups: vec![vec![0]],
-        chunk: CHUNK,
+        chunk: DEFAULT_CHUNK_BYTES,
     };
     peer.set_up(&topology, 0).map_err(|e| anyhow!("{e}"))?;
     let access = KeeperAccess {
         socket,
         secret,
         generation: 1,
-        chunk: CHUNK,
+        chunk: DEFAULT_CHUNK_BYTES,
         restore: None,
     };
     let device = parallel::accelerator("cpu", 0)?;
@@ -174,7 +174,7 @@ fn copy(args: &SnapshotBenchArgs) -> Result<Value> {
 fn load(args: &SnapshotBenchArgs, folder: &Path) -> Result<Value> {
     const NUMBERS: i64 = 4 << 20;
     let count = args.mib.div_ceil(16);
-    let name = |index: usize| Place::whole(format!("tensor {index}"), &[NUMBERS]);
+    let name = |index: usize| TensorSlice::whole(format!("tensor {index}"), &[NUMBERS]);
     let random = || Tensor::rand([NUMBERS], (Kind::Float, Device::Cpu));
     let staging = Staging::new(folder, 1);
     staging.begin()?;
@@ -225,14 +225,14 @@ fn code(
     parity: usize,
     decode: bool,
 ) -> Result<Value> {
-    let code =
-        Code::new(Redundancy::Parity { data, parity }, data, parity).map_err(|e| anyhow!(e))?;
-    let shard = (args.mib << 20) / data / CHUNK * CHUNK;
+    let code = ErasureCode::new(Redundancy::Parity { data, parity }, data, parity)
+        .map_err(|e| anyhow!(e))?;
+    let shard = (args.mib << 20) / data / DEFAULT_CHUNK_BYTES * DEFAULT_CHUNK_BYTES;
     if shard == 0 {
         bail!(
             "--mib {} is too little for {data} chunks of {} KiB",
             args.mib,
-            CHUNK >> 10
+            DEFAULT_CHUNK_BYTES >> 10
         );
     }
     let bytes = |i: usize| {
@@ -252,10 +252,10 @@ fn code(
         }
         let memcpy = begun.elapsed().as_secs_f64();
         let begun = Instant::now();
-        for start in (0..shard).step_by(CHUNK) {
+        for start in (0..shard).step_by(DEFAULT_CHUNK_BYTES) {
             let data: Vec<&[u8]> = chunks
                 .iter()
-                .map(|chunk| &chunk[start..start + CHUNK])
+                .map(|chunk| &chunk[start..start + DEFAULT_CHUNK_BYTES])
                 .collect();
             if decode {
                 // Two are lost: one is made out of the others and both parities.
@@ -263,17 +263,17 @@ fn code(
                 let left: Vec<Option<&[u8]>> = (2..data.len())
                     .map(|i| Some(data[i]))
                     .chain([
-                        Some(&first[0][start..start + CHUNK]),
-                        Some(&second[0][start..start + CHUNK]),
+                        Some(&first[0][start..start + DEFAULT_CHUNK_BYTES]),
+                        Some(&second[0][start..start + DEFAULT_CHUNK_BYTES]),
                     ])
                     .collect();
                 let shards: Vec<Option<&[u8]>> = [None, None].into_iter().chain(left).collect();
-                code.rebuild(&shards, 0, &mut copied[start..start + CHUNK])
+                code.rebuild(&shards, 0, &mut copied[start..start + DEFAULT_CHUNK_BYTES])
                     .map_err(|e| anyhow!(e))?;
             } else {
                 let mut out: Vec<&mut [u8]> = parities
                     .iter_mut()
-                    .map(|p| &mut p[start..start + CHUNK])
+                    .map(|p| &mut p[start..start + DEFAULT_CHUNK_BYTES])
                     .collect();
                 code.encode(&data, &mut out);
             }
@@ -293,7 +293,7 @@ fn code(
     );
     Ok(with(
         result,
-        json!({"mib": args.mib, "chunk_kib": CHUNK >> 10, "rounds": args.rounds, "threads": 1}),
+        json!({"mib": args.mib, "chunk_kib": DEFAULT_CHUNK_BYTES >> 10, "rounds": args.rounds, "threads": 1}),
     ))
 }
 
@@ -367,7 +367,7 @@ fn runs(
             let mut command = Command::new("sh");
             command.args(["-c", &text.replace("{mib}", &args.mib.to_string())]);
             baseline.push(
-                last_line(command, text, "stall_ms")?["stall_ms"]
+                last_json_line(command, text, "stall_ms")?["stall_ms"]
                     .as_f64()
                     .unwrap_or(f64::NAN),
             );

@@ -1,7 +1,7 @@
 //! `moerun bench step`: reference training steps, beside other implementations' of them and beside what their products alone take.
 
-use super::{floor, in_a_folder, last_line, median, round};
-use crate::cli::{BenchArgs, BenchCase, StepShape};
+use super::{floor, last_json_line, median, round, with_temp_dir};
+use crate::cli::{StepArgs, StepCase, StepShape};
 use anyhow::{Context, Result, bail};
 use kernels::profile;
 use serde_json::{Value, json};
@@ -9,21 +9,21 @@ use std::path::Path;
 use std::process::{Command, ExitCode};
 use tch::Kind;
 use trainer::config::Dtype;
-use trainer::{ReferenceStep, Shape};
+use trainer::{ReferenceShape, ReferenceStep};
 
-pub(crate) fn run(args: BenchArgs) -> Result<ExitCode> {
-    if args.runs == 0 || args.threads == 0 || args.rounds == 0 {
-        bail!("--runs, --threads and --rounds must be at least 1");
+pub(crate) fn run(args: StepArgs) -> Result<ExitCode> {
+    if args.steps == 0 || args.threads == 0 || args.rounds == 0 {
+        bail!("--steps, --threads and --rounds must be at least 1");
     }
-    for case in [BenchCase::Fp32, BenchCase::Bf16] {
+    for case in [StepCase::Fp32, StepCase::Bf16] {
         if args.case.is_some_and(|wanted| wanted != case) {
             continue;
         }
         if args.baseline.is_empty() {
             println!("{}", measure_step(&args, case)?)
         } else {
-            drop(in_a_folder(|folder| {
-                println!("{}", take_turns(&args, case, folder)?);
+            drop(with_temp_dir(|folder| {
+                println!("{}", measure_alternating(&args, case, folder)?);
                 Ok(ExitCode::SUCCESS)
             })?)
         }
@@ -31,18 +31,18 @@ pub(crate) fn run(args: BenchArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn measure_step(args: &BenchArgs, case: BenchCase) -> Result<Value> {
+fn measure_step(args: &StepArgs, case: StepCase) -> Result<Value> {
     tch::set_num_threads(args.threads as i32);
     let (dtype, kind) = match case {
-        BenchCase::Bf16 => (Dtype::Bf16, Kind::BFloat16),
-        BenchCase::Fp32 => (Dtype::Fp32, Kind::Float),
+        StepCase::Bf16 => (Dtype::Bf16, Kind::BFloat16),
+        StepCase::Fp32 => (Dtype::Fp32, Kind::Float),
     };
     let shape = match args.shape {
-        StepShape::Reference => Shape::REFERENCE,
-        StepShape::Long => Shape::LONG,
-        StepShape::Wide => Shape::WIDE,
-        StepShape::Olmoe => Shape::OLMOE,
-        StepShape::Coarse => Shape::COARSE,
+        StepShape::Reference => ReferenceShape::REFERENCE,
+        StepShape::Long => ReferenceShape::LONG,
+        StepShape::Wide => ReferenceShape::WIDE,
+        StepShape::Olmoe => ReferenceShape::OLMOE,
+        StepShape::Coarse => ReferenceShape::COARSE,
     };
     let accelerator = parallel::accelerator(&args.device, 0)?;
     let device = accelerator.zeros(&[1], Kind::Float).device();
@@ -50,7 +50,7 @@ fn measure_step(args: &BenchArgs, case: BenchCase) -> Result<Value> {
     if let Some(path) = &args.start {
         step.write(path)?;
     }
-    let times = step.measure(2, args.runs)?;
+    let times = step.measure(2, args.steps)?;
     let profiled = args
         .profile
         .as_ref()
@@ -62,7 +62,7 @@ fn measure_step(args: &BenchArgs, case: BenchCase) -> Result<Value> {
     let mut peak = floor::peak(kind, device);
     let floor = (args.device == "cpu").then(|| floor::measure(shape, kind));
     if let Some(floor) = &floor {
-        peak = peak.max(shape.product_flops() / floor.by_ours.min(floor.by_libtorch));
+        peak = peak.max(shape.gemm_flops() / floor.own_seconds.min(floor.libtorch_seconds));
     }
     let mut line = json!({
         "bench": "step",
@@ -78,33 +78,33 @@ fn measure_step(args: &BenchArgs, case: BenchCase) -> Result<Value> {
         "mfu": round(model_flops / seconds / peak, 3),
         "peak_rss_mib": times.peak_memory >> 20,
         "peak_tensors_mib": times.peak_tensors >> 20,
-        "runs": args.runs,
+        "steps": args.steps,
         "ranks": 1,
         "threads": args.threads,
         "parameters": times.parameters,
-        "losses": times.losses.iter().take(COMPARED).map(|loss| round(*loss, 5)).collect::<Vec<_>>(),
+        "losses": times.losses.iter().take(COMPARED_STEPS).map(|loss| round(*loss, 5)).collect::<Vec<_>>(),
     });
     if let Some(floor) = floor {
-        line["products_ms"] = json!(round(floor.by_ours * 1e3, 1));
-        line["libtorch_products_ms"] = json!(round(floor.by_libtorch * 1e3, 1));
+        line["gemm_ms"] = json!(round(floor.own_seconds * 1e3, 1));
+        line["libtorch_gemm_ms"] = json!(round(floor.libtorch_seconds * 1e3, 1));
     }
     if let Some((parts, flops)) = profiled {
         line["parts"] = parts;
         line["executed_gflop_s"] = json!(round(flops / seconds * 1e-9, 1));
-        line["executed_of_peak"] = json!(round(flops / seconds / peak, 3));
+        line["hfu"] = json!(round(flops / seconds / peak, 3));
     }
     Ok(line)
 }
 
 /// Steps that are profiled.
-const PROFILED: usize = 3;
+const PROFILED_STEPS: usize = 3;
 
 /// What a step is made of, the longest part first, and its floating-point operations: the mean of some steps, which are written to a
 /// file, too.
 fn profile(step: &mut ReferenceStep, path: &Path) -> Result<(Value, f64)> {
     profile::begin();
     let mut seconds = 0.0;
-    for _ in 0..PROFILED {
+    for _ in 0..PROFILED_STEPS {
         seconds += step.run()?.0;
     }
     let events = profile::end();
@@ -112,7 +112,7 @@ fn profile(step: &mut ReferenceStep, path: &Path) -> Result<(Value, f64)> {
     let mut parts: Vec<_> = profile::totals(&events).into_iter().collect();
     parts.sort_by(|a, b| b.1.seconds.total_cmp(&a.1.seconds));
     let named: f64 = parts.iter().map(|(_, total)| total.seconds).sum();
-    let each = PROFILED as f64;
+    let each = PROFILED_STEPS as f64;
     let executed = parts.iter().map(|(_, total)| total.cost.flops).sum::<f64>() / each;
     let line = |((kind, name), total): ((&str, &str), profile::Total)| {
         let flops = total.cost.flops;
@@ -121,7 +121,7 @@ fn profile(step: &mut ReferenceStep, path: &Path) -> Result<(Value, f64)> {
             "part": format!("{kind} {name}"),
             "ms": round(total.seconds / each * 1e3, 2),
             "share": round(total.seconds / seconds, 4),
-            "calls": total.calls / PROFILED,
+            "calls": total.calls / PROFILED_STEPS,
         });
         if flops > 0.0 {
             line["gflop"] = json!(round(flops / each * 1e-9, 3));
@@ -134,7 +134,7 @@ fn profile(step: &mut ReferenceStep, path: &Path) -> Result<(Value, f64)> {
         line
     };
     let mut lines: Vec<Value> = parts.into_iter().map(line).collect();
-    lines.push(json!({"part": "not named", "ms": round((seconds - named) / each * 1e3, 2), "share": round(1.0 - named / seconds, 4)}));
+    lines.push(json!({"part": "unattributed", "ms": round((seconds - named) / each * 1e3, 2), "share": round(1.0 - named / seconds, 4)}));
     Ok((json!(lines), executed))
 }
 
@@ -142,10 +142,10 @@ fn profile(step: &mut ReferenceStep, path: &Path) -> Result<(Value, f64)> {
 const FORCE_BALANCE: &str = "--force-balance";
 
 /// Steps whose losses are compared.
-const COMPARED: usize = 20;
+const COMPARED_STEPS: usize = 20;
 
 /// The largest difference of two implementations' losses, over the loss.
-fn off(ours: &Value, theirs: &Value) -> Option<f64> {
+fn max_rel_diff(ours: &Value, theirs: &Value) -> Option<f64> {
     let numbers = |line: &Value| {
         Some(
             line["losses"]
@@ -165,9 +165,9 @@ fn off(ours: &Value, theirs: &Value) -> Option<f64> {
 
 /// Ours and the baselines, each in a process of its own, one after the other, round after round: what else the machine
 /// does meets all of them alike.
-fn take_turns(args: &BenchArgs, case: BenchCase, folder: &Path) -> Result<Value> {
+fn measure_alternating(args: &StepArgs, case: StepCase, folder: &Path) -> Result<Value> {
     let this = std::env::current_exe().context("cannot find this program's own file")?;
-    let runs = args.runs.to_string();
+    let steps = args.steps.to_string();
     let threads = args.threads.to_string();
     let start = folder.join("start.safetensors");
     // A large model's weights are gigabytes: they are written for who reads them.
@@ -181,7 +181,7 @@ fn take_turns(args: &BenchArgs, case: BenchCase, folder: &Path) -> Result<Value>
         text.replace("{case}", case.name())
             .replace("{shape}", args.shape.name())
             .replace("{start}", &start.to_string_lossy())
-            .replace("{runs}", &runs)
+            .replace("{steps}", &steps)
             .replace("{threads}", &threads)
             .replace("{device}", &args.device)
             .replace("{force_balance}", forced)
@@ -200,8 +200,8 @@ fn take_turns(args: &BenchArgs, case: BenchCase, folder: &Path) -> Result<Value>
             "step",
             "--case",
             case.name(),
-            "--runs",
-            &runs,
+            "--steps",
+            &steps,
             "--threads",
             &threads,
         ]);
@@ -210,11 +210,15 @@ fn take_turns(args: &BenchArgs, case: BenchCase, folder: &Path) -> Result<Value>
         if starts_alike {
             command.arg("--start").arg(&start);
         }
-        ours.push(last_line(command, "moerun bench step", "tokens_per_s")?);
+        ours.push(last_json_line(
+            command,
+            "moerun bench step",
+            "tokens_per_s",
+        )?);
         for (text, lines) in &mut baselines {
             let mut command = Command::new("sh");
             command.args(["-c", text]);
-            lines.push(last_line(command, text, "tokens_per_s")?);
+            lines.push(last_json_line(command, text, "tokens_per_s")?);
         }
     }
     let rate = |lines: &[Value]| {
@@ -259,7 +263,7 @@ fn take_turns(args: &BenchArgs, case: BenchCase, folder: &Path) -> Result<Value>
         "baseline_name": fastest,
         "ratio": round(rate(&ours) / rate(lines), 3),
         "rounds": args.rounds,
-        "runs": args.runs,
+        "steps": args.steps,
         "ranks": 1,
         "threads": args.threads,
         "peak_rss_mib": memory(&ours),
@@ -268,9 +272,9 @@ fn take_turns(args: &BenchArgs, case: BenchCase, folder: &Path) -> Result<Value>
         "baseline_kib_per_token": kib_per_token(lines),
         "mfu": median(ours.iter().filter_map(|line| line["mfu"].as_f64()).collect()),
         "baselines": all,
-        "of_libtorch_products": (args.device == "cpu").then(|| products("libtorch_products_ms")),
-        "of_own_products": (args.device == "cpu").then(|| products("products_ms")),
+        "libtorch_gemm_share": (args.device == "cpu").then(|| products("libtorch_gemm_ms")),
+        "gemm_share": (args.device == "cpu").then(|| products("gemm_ms")),
         "losses_compared": ours[0]["losses"].as_array().map(Vec::len),
-        "losses_off": starts_alike.then(|| off(&ours[0], &lines[0])).flatten(),
+        "loss_rel_diff": starts_alike.then(|| max_rel_diff(&ours[0], &lines[0])).flatten(),
     }))
 }

@@ -27,7 +27,7 @@ pub(super) enum Workload {
 }
 
 /// Every workload by its name.
-pub(super) const NAMED: [(&str, Workload); 9] = [
+pub(super) const NAMED_WORKLOADS: [(&str, Workload); 9] = [
     ("balanced", Workload::Balanced),
     ("w0", Workload::Balanced),
     ("w1", Workload::HotExperts),
@@ -41,7 +41,7 @@ pub(super) const NAMED: [(&str, Workload); 9] = [
 
 /// `balanced`, `w0` to `w7`, or `SHARE:EXPERTS` with a percentage.
 pub(super) fn parse(case: &str) -> Result<Workload> {
-    if let Some((_, workload)) = NAMED.iter().find(|(name, _)| *name == case) {
+    if let Some((_, workload)) = NAMED_WORKLOADS.iter().find(|(name, _)| *name == case) {
         return Ok(*workload);
     }
     if let Some((share, hot)) = case.split_once(':')
@@ -67,7 +67,7 @@ impl Workload {
         }
     }
 
-    /// Choices of a token.
+    /// Experts per token.
     pub(super) fn top_k(self) -> usize {
         match self {
             Workload::Share { hot: 1, .. } => 1,
@@ -120,9 +120,9 @@ impl Workload {
         }
     }
 
-    /// The choices of `tokens` tokens of rank `rank`, `[T * K]`: a token's are distinct, and those after the first of the
+    /// The expert ids of `tokens` tokens of rank `rank`, `[T * K]`: a token's are distinct, and those after the first of the
     /// same kind where there are enough (with a share, hot tokens stay among the hot ones).
-    pub(super) fn choices(
+    pub(super) fn expert_ids(
         self,
         tokens: usize,
         experts: usize,
@@ -182,7 +182,7 @@ mod tests {
         for (case, hot, expected) in [("95:1", 1, 0.95), ("30:4", 4, 0.3), ("80:16", 16, 0.8)] {
             let workload = parse(case).unwrap();
             let experts = workload.experts(2);
-            let chosen = workload.choices(4000, experts, (1, 2), 0);
+            let chosen = workload.expert_ids(4000, experts, (1, 2), 0);
             let share = chosen.iter().filter(|&&e| e < hot).count() as f64 / chosen.len() as f64;
             assert!((share - expected).abs() < 0.03, "{case}: {share}");
             for token in chosen.chunks(workload.top_k()) {
@@ -205,7 +205,7 @@ mod tests {
         let counts = |name: &str, rank: usize, round: usize| {
             let workload = parse(name).unwrap();
             let tokens = workload.tokens(2000, rank, 4);
-            let chosen = workload.choices(tokens, 16, (rank, 4), round);
+            let chosen = workload.expert_ids(tokens, 16, (rank, 4), round);
             let mut counts = vec![0usize; 16];
             chosen
                 .iter()

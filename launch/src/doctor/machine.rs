@@ -19,7 +19,7 @@ pub(super) fn libtorch() -> Finding {
         .lines()
         .find(|line| line.ends_with("/libtorch_cpu.so"))
         .and_then(|line| line.find('/').map(|at| &line[at..]));
-    Finding::fine(
+    Finding::ok(
         "libtorch",
         format!(
             "{} (moerun {} is built against 2.11.0)",
@@ -31,18 +31,18 @@ pub(super) fn libtorch() -> Finding {
 
 pub(super) fn processors(ranks: usize) -> Finding {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let seen = format!(
+    let detail = format!(
         "{cores} for {ranks} rank{} of this machine",
         if ranks == 1 { "" } else { "s" }
     );
     if cores < ranks {
-        Finding::warning(
+        Finding::warn(
             "processors",
-            seen,
+            detail,
             "start fewer ranks: they take turns on the processors and wait for each other",
         )
     } else {
-        Finding::fine("processors", seen)
+        Finding::ok("processors", detail)
     }
 }
 
@@ -71,7 +71,7 @@ fn available_memory() -> Option<u64> {
 
 pub(super) fn memory(config: Option<&Config>, local: usize, total: usize) -> Finding {
     let Some(available) = available_memory() else {
-        return Finding::warning("memory", "/proc/meminfo says nothing", "mount /proc");
+        return Finding::warn("memory", "/proc/meminfo says nothing", "mount /proc");
     };
     let needed = config.and_then(|config| {
         let mut config = config.clone();
@@ -85,32 +85,32 @@ pub(super) fn memory(config: Option<&Config>, local: usize, total: usize) -> Fin
     });
     let have = available / MIB;
     match needed.map(|needed| needed / MIB) {
-        Some(needed) if needed > have => Finding::fault(
+        Some(needed) if needed > have => Finding::fail(
             "memory",
             format!("{have} MiB are available, and {local} ranks hold about {needed} MiB"),
             "use more machines, a smaller train.micro_batch, parallel.zero or recompute: see 'moerun plan mesh'",
         ),
-        Some(needed) => Finding::fine(
+        Some(needed) => Finding::ok(
             "memory",
             format!("{have} MiB available, about {needed} MiB held by {local} ranks"),
         ),
-        None => Finding::fine("memory", format!("{have} MiB available")),
+        None => Finding::ok("memory", format!("{have} MiB available")),
     }
 }
 
 /// MPI and NCCL pass messages of one machine through `/dev/shm`.
 pub(super) fn shared_memory(ranks: usize) -> Finding {
-    const EACH: u64 = 32 * MIB;
-    let mend = "make room in /dev/shm, or more of it: 'mount -o remount,size=8g /dev/shm', in a container --shm-size=8g";
+    const BYTES_PER_RANK: u64 = 32 * MIB;
+    let fix = "make room in /dev/shm, or more of it: 'mount -o remount,size=8g /dev/shm', in a container --shm-size=8g";
     match statvfs("/dev/shm") {
-        Err(error) => Finding::fault("shared memory", format!("/dev/shm: {error}"), mend),
+        Err(error) => Finding::fail("shared memory", format!("/dev/shm: {error}"), fix),
         Ok(stat) => {
             let free = stat.blocks_available() * stat.fragment_size();
-            let seen = format!("{} MiB are free in /dev/shm", free / MIB);
-            if free < EACH * ranks as u64 {
-                Finding::fault("shared memory", seen, mend)
+            let detail = format!("{} MiB are free in /dev/shm", free / MIB);
+            if free < BYTES_PER_RANK * ranks as u64 {
+                Finding::fail("shared memory", detail, fix)
             } else {
-                Finding::fine("shared memory", seen)
+                Finding::ok("shared memory", detail)
             }
         }
     }
@@ -119,19 +119,19 @@ pub(super) fn shared_memory(ranks: usize) -> Finding {
 pub(super) fn open_files(ranks: usize) -> Finding {
     let (soft, hard) = match getrlimit(Resource::RLIMIT_NOFILE) {
         Ok(limits) => limits,
-        Err(error) => return Finding::warning("open files", error.to_string(), "see 'ulimit -n'"),
+        Err(error) => return Finding::warn("open files", error.to_string(), "see 'ulimit -n'"),
     };
     // Connections to every other rank, in several groups.
     let needed = 256 + 32 * ranks as u64;
-    let seen = format!("a process may have {soft} (at most {hard})");
+    let detail = format!("a process may have {soft} (at most {hard})");
     if soft < needed {
-        Finding::fault(
+        Finding::fail(
             "open files",
-            seen,
+            detail,
             format!("ulimit -n {}", hard.min(65536).max(needed)),
         )
     } else {
-        Finding::fine("open files", seen)
+        Finding::ok("open files", detail)
     }
 }
 
@@ -141,8 +141,8 @@ pub(super) fn port(port: u16) -> Option<Finding> {
         return None;
     }
     Some(match TcpListener::bind(("0.0.0.0", port)) {
-        Ok(_) => Finding::fine("port", format!("{port} is free")),
-        Err(error) => Finding::fault(
+        Ok(_) => Finding::ok("port", format!("{port} is free")),
+        Err(error) => Finding::fail(
             "port",
             format!("{port} cannot be used: {error}"),
             format!(
@@ -152,34 +152,34 @@ pub(super) fn port(port: u16) -> Option<Finding> {
     })
 }
 
-pub(super) fn graphics(config: Option<&Config>) -> Finding {
+pub(super) fn gpus(config: Option<&Config>) -> Finding {
     let wanted = config.is_some_and(|config| config.run.device == "cuda");
     let driver = std::fs::read_to_string("/proc/driver/nvidia/version").ok();
     let Some(driver) = driver.as_deref().and_then(|text| text.lines().next()) else {
         return if wanted {
-            Finding::fault(
+            Finding::fail(
                 "GPU",
                 "run.device is cuda, and there is no NVIDIA driver",
                 "install the driver (nvidia-smi must list the GPUs), give the container its devices, or use run.device: cpu",
             )
         } else {
-            Finding::fine("GPU", "none")
+            Finding::ok("GPU", "none")
         };
     };
     match parallel::accelerator("cuda", 0) {
         Ok(_) => {
-            let kernels = match kernels::gpu_kernels(0) {
+            let kernels = match kernels::compile_gpu_kernels(0) {
                 Ok(architecture) => format!("kernels for {architecture}"),
                 Err(error) => format!(
                     "libtorch's operations instead of kernels of our own, which are faster: {error}"
                 ),
             };
-            Finding::fine(
+            Finding::ok(
                 "GPU",
                 format!("{} with {driver}; {kernels}", tch::Cuda::device_count()),
             )
         }
-        Err(error) => Finding::fault(
+        Err(error) => Finding::fail(
             "GPU",
             format!("{driver}, but: {error}"),
             "run ./scripts/setup --cuda, or use run.device: cpu",
@@ -189,15 +189,14 @@ pub(super) fn graphics(config: Option<&Config>) -> Finding {
 
 /// Only where they are wanted, or there: most machines have none.
 pub(super) fn npus(config: Option<&Config>) -> Option<Finding> {
-    let wanted = config.is_some_and(|config| {
-        config.run.device == "npu" || config.run.communicator == Backend::Hccl
-    });
+    let wanted = config
+        .is_some_and(|config| config.run.device == "npu" || config.run.backend == Backend::Hccl);
     if !wanted && !std::path::Path::new("/dev/davinci_manager").exists() {
         return None;
     }
     Some(match parallel::accelerator("npu", 0) {
-        Ok(_) => Finding::fine("NPU", "libtorch_npu and its driver work"),
-        Err(error) => Finding::fault(
+        Ok(_) => Finding::ok("NPU", "libtorch_npu and its driver work"),
+        Err(error) => Finding::fail(
             "NPU",
             error.to_string(),
             "docs/ascend.md has the steps; or use run.device: cpu",
@@ -206,35 +205,35 @@ pub(super) fn npus(config: Option<&Config>) -> Option<Finding> {
 }
 
 /// The library that is built in, and its mpirun; the one that started this process fits, or the ranks will say otherwise.
-pub(super) fn mpi(config: Option<&Config>, by_mpi: bool) -> Finding {
-    let wanted = config.is_some_and(|config| config.run.communicator == Backend::Mpi);
+pub(super) fn mpi(config: Option<&Config>, mpi_launch: bool) -> Finding {
+    let wanted = config.is_some_and(|config| config.run.backend == Backend::Mpi);
     let Some(library) = parallel::mpi_library() else {
-        let seen = "this moerun was built without it";
+        let detail = "this moerun was built without it";
         return if wanted {
-            Finding::fault(
+            Finding::fail(
                 "MPI",
-                format!("run.communicator is mpi, and {seen}"),
+                format!("run.backend is mpi, and {detail}"),
                 "run ./scripts/setup --mpi and build with 'cargo build --release --features mpi'",
             )
         } else {
-            Finding::fine("MPI", seen)
+            Finding::ok("MPI", detail)
         };
     };
-    if by_mpi {
-        return Finding::fine("MPI", library);
+    if mpi_launch {
+        return Finding::ok("MPI", library);
     }
     let program = std::env::var_os("MOERUN_MPIRUN").unwrap_or("mpirun".into());
     let output = Command::new(&program).arg("--version").output();
     let version = output.ok().filter(|output| output.status.success());
     let Some(version) = version.and_then(|output| String::from_utf8(output.stdout).ok()) else {
-        let mend = format!(
+        let fix = format!(
             "add the bin folder of {library} to PATH (./scripts/setup --mpi says where its own is)"
         );
-        let seen = format!("{library} is built in, and there is no mpirun in PATH");
+        let detail = format!("{library} is built in, and there is no mpirun in PATH");
         return if wanted {
-            Finding::fault("MPI", seen, mend)
+            Finding::fail("MPI", detail, fix)
         } else {
-            Finding::warning("MPI", seen, mend)
+            Finding::warn("MPI", detail, fix)
         };
     };
     let version = version.lines().next().unwrap_or_default().to_string();
@@ -245,9 +244,9 @@ pub(super) fn mpi(config: Option<&Config>, by_mpi: bool) -> Finding {
             .map(str::to_string)
     };
     if number(&library) == number(&version) {
-        Finding::fine("MPI", format!("{library}; {version}"))
+        Finding::ok("MPI", format!("{library}; {version}"))
     } else {
-        Finding::fault(
+        Finding::fail(
             "MPI",
             format!("{library} is built in, and mpirun in PATH is {version}"),
             "use the mpirun of the library that moerun was built with, or build again with MPICC of the other",
@@ -263,18 +262,18 @@ pub(super) fn disk(config: &Config) -> Finding {
         .and_then(|()| std::fs::write(&probe, b"moerun"))
         .and_then(|()| std::fs::remove_file(&probe));
     if let Err(error) = written {
-        let mend = "make room there, get the right to write there, or choose another run.dir";
-        return Finding::fault(
+        let fix = "make room there, get the right to write there, or choose another run.dir";
+        return Finding::fail(
             "disk",
             format!("{} cannot be written: {error}", dir.display()),
-            mend,
+            fix,
         );
     }
     let free =
         statvfs(Path::new(dir)).map_or(0, |stat| stat.blocks_available() * stat.fragment_size());
     // fp32 weights and two moments; one checkpoint more than are kept exists while the next is written.
     let needed = config.model.num_parameters().0 * 12 * (config.checkpoint.keep as u64 + 1);
-    let seen = format!(
+    let detail = format!(
         "{} MiB are free in {}, {} checkpoints take about {} MiB",
         free / MIB,
         dir.display(),
@@ -282,12 +281,12 @@ pub(super) fn disk(config: &Config) -> Finding {
         needed / MIB
     );
     if free < needed {
-        Finding::fault(
+        Finding::fail(
             "disk",
-            seen,
+            detail,
             "make room, choose another run.dir, or a smaller checkpoint.keep",
         )
     } else {
-        Finding::fine("disk", seen)
+        Finding::ok("disk", detail)
     }
 }

@@ -5,10 +5,10 @@ mod ranks;
 
 use crate::cli::DoctorArgs;
 use crate::config_file;
-use crate::environment::{self, Started};
-use crate::local_ranks::on_ranks;
+use crate::environment::{self, DetectedRank};
+use crate::local_ranks::run_on_ranks;
 use anyhow::Result;
-use parallel::ByMpi;
+use parallel::MpiLaunch;
 use std::process::ExitCode;
 use trainer::config::Config;
 
@@ -16,58 +16,57 @@ use trainer::config::Config;
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Finding {
     what: &'static str,
-    /// What was seen.
-    seen: String,
-    verdict: Verdict,
+    /// Measured value.
+    detail: String,
+    verdict: Severity,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Verdict {
-    Fine,
+enum Severity {
+    Ok,
     /// A run works, but not as well: what to do.
-    Warning(String),
+    Warn(String),
     /// A run does not work: what to do.
-    Fault(String),
+    Fail(String),
 }
 
 impl Finding {
-    fn fine(what: &'static str, seen: impl Into<String>) -> Finding {
+    fn ok(what: &'static str, detail: impl Into<String>) -> Finding {
         Finding {
             what,
-            seen: seen.into(),
-            verdict: Verdict::Fine,
+            detail: detail.into(),
+            verdict: Severity::Ok,
         }
     }
 
-    fn warning(what: &'static str, seen: impl Into<String>, mend: impl Into<String>) -> Finding {
+    fn warn(what: &'static str, detail: impl Into<String>, fix: impl Into<String>) -> Finding {
         Finding {
             what,
-            seen: seen.into(),
-            verdict: Verdict::Warning(mend.into()),
+            detail: detail.into(),
+            verdict: Severity::Warn(fix.into()),
         }
     }
 
-    fn fault(what: &'static str, seen: impl Into<String>, mend: impl Into<String>) -> Finding {
+    fn fail(what: &'static str, detail: impl Into<String>, fix: impl Into<String>) -> Finding {
         Finding {
             what,
-            seen: seen.into(),
-            verdict: Verdict::Fault(mend.into()),
+            detail: detail.into(),
+            verdict: Severity::Fail(fix.into()),
         }
     }
 
     fn print(&self) {
-        let (mark, mend) = match &self.verdict {
-            Verdict::Fine => ("ok   ", None),
-            Verdict::Warning(mend) => ("WARN ", Some(mend)),
-            Verdict::Fault(mend) => ("FAULT", Some(mend)),
+        let (mark, fix) = match &self.verdict {
+            Severity::Ok => ("ok   ", None),
+            Severity::Warn(fix) => ("warn ", Some(fix)),
+            Severity::Fail(fix) => ("fail", Some(fix)),
         };
-        println!("{mark} {}: {}", self.what, self.seen);
-        mend.into_iter()
-            .for_each(|mend| println!("      mend: {mend}"));
+        println!("{mark} {}: {}", self.what, self.detail);
+        fix.into_iter().for_each(|fix| println!("      fix: {fix}"));
     }
 
-    fn is_fault(&self) -> bool {
-        matches!(self.verdict, Verdict::Fault(_))
+    fn failed(&self) -> bool {
+        matches!(self.verdict, Severity::Fail(_))
     }
 }
 
@@ -79,11 +78,11 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<ExitCode> {
         })
     });
     let config = config.transpose()?;
-    let started = environment::rank()?;
+    let started = environment::detect_rank()?;
     // Ranks that this command itself started leave the machine to it.
-    let looks = match &started {
+    let checks_machine = match &started {
         None => true,
-        Some(Started { env, .. }) => env.local_rank == 0 && !environment::is_launched(),
+        Some(DetectedRank { env, .. }) => env.local_rank == 0 && !environment::launched_by_moerun(),
     };
     let local = started
         .as_ref()
@@ -91,52 +90,52 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<ExitCode> {
     let total = started
         .as_ref()
         .map_or(args.nproc_per_node, |started| started.env.world_size);
-    let by_mpi = started
+    let mpi_launch = started
         .as_ref()
-        .is_some_and(|started| started.env.by_mpi == ByMpi::Yes);
-    let mut faults = 0;
-    if looks {
-        for finding in look(args, config.as_ref(), (local, total), by_mpi) {
+        .is_some_and(|started| started.env.mpi_launch == MpiLaunch::Yes);
+    let mut problems = 0;
+    if checks_machine {
+        for finding in check_machine(args, config.as_ref(), (local, total), mpi_launch) {
             finding.print();
-            faults += usize::from(finding.is_fault());
+            problems += usize::from(finding.failed());
         }
     }
     let backend = config
         .as_ref()
-        .map_or(parallel::Backend::Auto, |config| config.run.communicator);
+        .map_or(parallel::Backend::Auto, |config| config.run.backend);
     let device = config.as_ref().map_or("cpu", |config| &config.run.device);
-    let together = on_ranks(args.nproc_per_node, |env| {
+    let together = run_on_ranks(args.nproc_per_node, |env| {
         ranks::measure(env, backend, device)
     });
     match together {
         Ok(code) if code == ExitCode::SUCCESS => {}
-        Ok(_) => faults += 1,
+        Ok(_) => problems += 1,
         Err(error) => {
-            Finding::fault(
+            Finding::fail(
                 "ranks",
                 format!("{error:#}"),
                 "see the message of the rank above",
             )
             .print();
-            faults += 1;
+            problems += 1;
         }
     }
-    if faults > 0 {
+    if problems > 0 {
         println!(
-            "{faults} fault{} to mend",
-            if faults == 1 { "" } else { "s" }
+            "{problems} fault{} to fix",
+            if problems == 1 { "" } else { "s" }
         );
         return Ok(ExitCode::FAILURE);
     }
-    println!("nothing is in the way");
+    println!("no problems found");
     Ok(ExitCode::SUCCESS)
 }
 
-fn look(
+fn check_machine(
     args: &DoctorArgs,
     config: Option<&Config>,
     (local, total): (usize, usize),
-    by_mpi: bool,
+    mpi_launch: bool,
 ) -> Vec<Finding> {
     let mut findings = vec![
         machine::libtorch(),
@@ -146,9 +145,9 @@ fn look(
         machine::open_files(local),
     ];
     findings.extend(machine::port(args.master_port));
-    findings.push(machine::graphics(config));
+    findings.push(machine::gpus(config));
     findings.extend(machine::npus(config));
-    findings.push(machine::mpi(config, by_mpi));
+    findings.push(machine::mpi(config, mpi_launch));
     findings.extend(config.map(machine::disk));
     findings
 }

@@ -8,13 +8,13 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tch::Tensor;
 
 /// No operation takes longer.
-const PATIENCE: Duration = Duration::from_secs(60);
+const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Clocks that differ by more put failures of different machines in the wrong order.
-const CLOCKS: f64 = 1.0;
+const MAX_CLOCK_SKEW_S: f64 = 1.0;
 
 pub(super) fn measure(env: &RankEnv, backend: Backend, device: &str) -> Result<()> {
     let device = parallel::accelerator(device, env.local_rank)?;
-    let world = World::join(env, PATIENCE, backend, device.as_ref())
+    let world = World::join(env, COLLECTIVE_TIMEOUT, backend, device.as_ref())
         .context("the ranks do not come together")?;
     let all = world.all("doctor")?;
     let prints = env.rank == 0;
@@ -25,7 +25,7 @@ pub(super) fn measure(env: &RankEnv, backend: Backend, device: &str) -> Result<(
             env!("CARGO_PKG_VERSION"),
             world.backend()
         );
-        Finding::fine("ranks", versions).print();
+        Finding::ok("ranks", versions).print();
     }
     let clocks = clocks(&all)?;
     if prints {
@@ -38,7 +38,7 @@ pub(super) fn measure(env: &RankEnv, backend: Backend, device: &str) -> Result<(
         ("all_reduce", reduce as Operation),
         ("all_to_all", exchange as Operation),
     ] {
-        let mut seen = Vec::new();
+        let mut detail = Vec::new();
         for bytes in [64 << 10, 1 << 20, 16 << 20i64] {
             let seconds = median_time(&all, device.as_ref(), bytes, operation)?;
             let size = if bytes < 1 << 20 {
@@ -46,17 +46,17 @@ pub(super) fn measure(env: &RankEnv, backend: Backend, device: &str) -> Result<(
             } else {
                 format!("{} MiB", bytes >> 20)
             };
-            seen.push(format!(
+            detail.push(format!(
                 "{size} in {:.2} ms ({:.2} GB/s)",
                 seconds * 1e3,
                 bytes as f64 / seconds / 1e9
             ));
         }
         if prints {
-            Finding::fine(name, seen.join(", ")).print();
+            Finding::ok(name, detail.join(", ")).print();
         }
     }
-    if clocks.is_fault() {
+    if clocks.failed() {
         anyhow::bail!("the clocks differ");
     }
     Ok(())
@@ -73,15 +73,15 @@ fn clocks(all: &Arc<dyn Communicator>) -> Result<Finding> {
     all.all_gather(&ranks, &Tensor::from_slice(&[now]))?
         .wait()?;
     let apart = ranks.max().double_value(&[]) - ranks.min().double_value(&[]);
-    let seen = format!("at most {:.0} ms apart", apart * 1e3);
-    Ok(if apart > CLOCKS {
+    let detail = format!("at most {:.0} ms apart", apart * 1e3);
+    Ok(if apart > MAX_CLOCK_SKEW_S {
         let slow = ranks.argmin(0, false).int64_value(&[]);
-        let mend = format!(
+        let fix = format!(
             "set the clocks (chrony, or another NTP client); rank {slow} is behind the others"
         );
-        Finding::fault("clocks", seen, mend)
+        Finding::fail("clocks", detail, fix)
     } else {
-        Finding::fine("clocks", seen)
+        Finding::ok("clocks", detail)
     })
 }
 

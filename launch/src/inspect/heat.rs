@@ -11,7 +11,7 @@ pub(super) struct Slice {
     pub(super) heat: Vec<Vec<f64>>,
 }
 
-/// Lines of (step, choices `[layers][E]`), put together in at most `count` slices of as many lines.
+/// Lines of (step, tokens_per_expert `[layers][E]`), put together in at most `count` slices of as many lines.
 pub(super) fn slices(lines: &[(u64, Vec<Vec<u64>>)], count: usize) -> Vec<Slice> {
     let per_slice = lines.len().div_ceil(count.max(1)).max(1);
     let slice = |lines: &[(u64, Vec<Vec<u64>>)]| {
@@ -21,7 +21,7 @@ pub(super) fn slices(lines: &[(u64, Vec<Vec<u64>>)], count: usize) -> Vec<Slice>
             let sum = |expert: usize| {
                 lines
                     .iter()
-                    .map(|(_, choices)| choices[layer][expert])
+                    .map(|(_, tokens_per_expert)| tokens_per_expert[layer][expert])
                     .sum::<u64>() as f64
             };
             let sums: Vec<f64> = (0..experts).map(sum).collect();

@@ -25,11 +25,11 @@ pub(crate) fn run(args: &InspectRoutingArgs) -> Result<ExitCode> {
     let lines: Vec<(u64, Vec<Vec<u64>>)> = lines
         .lines()
         .filter_map(|line| serde_json::from_str::<RoutingLine>(line).ok())
-        .map(|line| (line.step, line.choices))
+        .map(|line| (line.step, line.tokens_per_expert))
         .collect();
     if lines.is_empty() {
         bail!(
-            "{} has no line: the run has not done a step yet, or its model has no mixture of experts",
+            "{} has no line: the run has not done a step yet, or its model has no MoE layers",
             path.display()
         );
     }
@@ -64,14 +64,18 @@ fn consistency(args: &InspectRoutingArgs) -> Result<ExitCode> {
         top_k,
         num_experts,
         sequence,
-        unseen,
+        is_validation,
     } = sample;
     let segment = args.segment;
     let cache = args.cache.unwrap_or(2 * top_k).min(num_experts);
     let tokens = experts.first().map_or(0, Vec::len) / top_k.max(1);
     println!(
         "\nrouting consistency (arXiv 2505.16056) of step {step} on {tokens} {} tokens, in segments of {segment}:",
-        if unseen { "validation" } else { "training" }
+        if is_validation {
+            "validation"
+        } else {
+            "training"
+        }
     );
     println!(
         "  SRP: best F1 of one set of experts a segment; SCH: best hit rate of a cache of {cache} of {num_experts}"

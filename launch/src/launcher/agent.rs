@@ -5,11 +5,11 @@
 
 use super::Signals;
 use super::assignment::Assignment;
-use super::ranks::{Failed, Ranks};
+use super::processes::{FailedRank, RankProcesses};
 use super::spawn::spawn_keeper;
 use crate::cli::TrainArgs;
 use crate::config_file;
-use crate::keeper::{Orders, Ready};
+use crate::keeper::{KeeperSettings, Ready};
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
@@ -32,15 +32,15 @@ pub(super) struct Hello {
 
 /// What the launcher answers to it.
 #[derive(Serialize, Deserialize)]
-pub(super) enum Welcome {
-    Yes,
+pub(super) enum HelloReply {
+    Accepted,
     /// Why not.
-    No(String),
+    Refused(String),
 }
 
 /// What an agent is to do.
 #[derive(Serialize, Deserialize)]
-pub(super) enum Order {
+pub(super) enum AgentCommand {
     /// Start these ranks. Reports that carry a smaller number are of earlier ones.
     Start {
         number: u64,
@@ -56,22 +56,22 @@ pub(super) enum Order {
     Keeper {
         number: u64,
         node: usize,
-        orders: Orders,
+        orders: KeeperSettings,
     },
     /// End a keeper.
-    Bury { pid: i32 },
+    KillKeeper { pid: i32 },
     /// All is done: end like the launcher.
     End { code: u8 },
 }
 
 /// What an agent tells.
 #[derive(Serialize, Deserialize)]
-pub(super) enum Report {
+pub(super) enum AgentReport {
     /// How the ranks are, since the order with this number.
     Ranks {
         number: u64,
         running: usize,
-        failed: Vec<Failed>,
+        failed: Vec<FailedRank>,
     },
     /// A keeper has been started, or why it has not: the process and its answer.
     Keeper {
@@ -83,14 +83,14 @@ pub(super) enum Report {
 /// How often ranks are looked at.
 const TICK: Duration = Duration::from_millis(20);
 /// The launcher of a run may be started after its agents.
-const MEETING: Duration = Duration::from_secs(600);
+const RENDEZVOUS_TIMEOUT: Duration = Duration::from_secs(600);
 
 pub(crate) fn run(args: &TrainArgs, machine: usize, head: &str) -> Result<ExitCode> {
     let config = config_file::load(&args.config)?;
     let dir = config.run.dir.clone();
     std::fs::create_dir_all(dir.join("logs"))
         .with_context(|| format!("cannot make the run's folder {}", dir.display()))?;
-    let signals = Signals::register()?;
+    let signals = Signals::install()?;
     let stream = connect(head, &signals)?;
     let own = stream
         .local_addr()
@@ -99,7 +99,7 @@ pub(crate) fn run(args: &TrainArgs, machine: usize, head: &str) -> Result<ExitCo
     let mut writer = stream.try_clone().context("cannot share the connection")?;
     let mut reader = BufReader::new(stream);
     let version = env!("CARGO_PKG_VERSION").to_string();
-    say(
+    send_line(
         &mut writer,
         &Hello {
             machine,
@@ -112,15 +112,19 @@ pub(crate) fn run(args: &TrainArgs, machine: usize, head: &str) -> Result<ExitCo
         .read_line(&mut line)
         .with_context(|| format!("{head} said nothing"))?;
     match serde_json::from_str(&line).with_context(|| format!("{head} is no launcher of moerun"))? {
-        Welcome::Yes => eprintln!("machine {machine} ({own}) has joined the launcher at {head}"),
-        Welcome::No(reason) => bail!("the launcher at {head} refuses this machine: {reason}"),
+        HelloReply::Accepted => {
+            eprintln!("machine {machine} ({own}) has joined the launcher at {head}")
+        }
+        HelloReply::Refused(reason) => {
+            bail!("the launcher at {head} refuses this machine: {reason}")
+        }
     }
     let (sender, orders) = channel();
     std::thread::spawn(move || {
         for line in reader.lines() {
             let Some(order) = line
                 .ok()
-                .and_then(|line| serde_json::from_str::<Order>(&line).ok())
+                .and_then(|line| serde_json::from_str::<AgentCommand>(&line).ok())
             else {
                 return;
             };
@@ -129,13 +133,13 @@ pub(crate) fn run(args: &TrainArgs, machine: usize, head: &str) -> Result<ExitCo
             }
         }
     });
-    let mut ranks = Ranks::new(args, &dir);
+    let mut ranks = RankProcesses::new(args, &dir);
     let mut keepers: Vec<Child> = Vec::new();
     let mut number = 0;
     let mut told = None;
     loop {
         match orders.recv_timeout(TICK) {
-            Ok(Order::Start {
+            Ok(AgentCommand::Start {
                 number: order,
                 assignments,
             }) => {
@@ -146,11 +150,11 @@ pub(crate) fn run(args: &TrainArgs, machine: usize, head: &str) -> Result<ExitCo
                     ranks.kill();
                 }
             }
-            Ok(Order::StandBy { count }) => ranks.stand_by(count),
-            Ok(Order::Signal { signal }) => {
+            Ok(AgentCommand::StandBy { count }) => ranks.stand_by(count),
+            Ok(AgentCommand::Signal { signal }) => {
                 ranks.signal(Signal::try_from(signal).unwrap_or(Signal::SIGTERM))
             }
-            Ok(Order::Kill {
+            Ok(AgentCommand::Kill {
                 number: order,
                 standby,
             }) => {
@@ -161,7 +165,7 @@ pub(crate) fn run(args: &TrainArgs, machine: usize, head: &str) -> Result<ExitCo
                     ranks.kill()
                 }
             }
-            Ok(Order::Keeper {
+            Ok(AgentCommand::Keeper {
                 number,
                 node,
                 mut orders,
@@ -174,9 +178,9 @@ pub(crate) fn run(args: &TrainArgs, machine: usize, head: &str) -> Result<ExitCo
                     keepers.push(child);
                     (pid, ready)
                 });
-                say(&mut writer, &Report::Keeper { number, started })?;
+                send_line(&mut writer, &AgentReport::Keeper { number, started })?;
             }
-            Ok(Order::Bury { pid }) => {
+            Ok(AgentCommand::KillKeeper { pid }) => {
                 for keeper in keepers
                     .iter_mut()
                     .filter(|keeper| keeper.id() as i32 == pid)
@@ -185,7 +189,7 @@ pub(crate) fn run(args: &TrainArgs, machine: usize, head: &str) -> Result<ExitCo
                     let _ = keeper.wait();
                 }
             }
-            Ok(Order::End { code }) => {
+            Ok(AgentCommand::End { code }) => {
                 ranks.kill_all();
                 return Ok(ExitCode::from(code));
             }
@@ -208,9 +212,9 @@ pub(crate) fn run(args: &TrainArgs, machine: usize, head: &str) -> Result<ExitCo
         let key = (state.0, state.1, state.2.len());
         if told != Some(key) {
             let (number, running, failed) = state;
-            say(
+            send_line(
                 &mut writer,
-                &Report::Ranks {
+                &AgentReport::Ranks {
                     number,
                     running,
                     failed,
@@ -232,7 +236,7 @@ fn connect(head: &str, signals: &Signals) -> Result<TcpStream> {
                     .context("cannot set up the connection")?;
                 return Ok(stream);
             }
-            Err(error) if began.elapsed() > MEETING => {
+            Err(error) if began.elapsed() > RENDEZVOUS_TIMEOUT => {
                 return Err(anyhow!(
                     "no launcher answers at {head} ({error}): start moerun with --node-rank 0 there"
                 ));
@@ -250,7 +254,7 @@ fn connect(head: &str, signals: &Signals) -> Result<TcpStream> {
 }
 
 /// Sends a line.
-pub(super) fn say(writer: &mut TcpStream, message: &impl Serialize) -> Result<()> {
+pub(super) fn send_line(writer: &mut TcpStream, message: &impl Serialize) -> Result<()> {
     let mut line = serde_json::to_vec(message).expect("plain data");
     line.push(b'\n');
     writer

@@ -1,7 +1,7 @@
 //! What the launcher tells a rank: a line on its standard input. A process that waits for it has already loaded
 //! everything, so a restart does not wait for that.
 
-use parallel::{Meeting, RankEnv};
+use parallel::{RankEnv, Rendezvous};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -23,7 +23,7 @@ pub(crate) struct Assignment {
     pub(crate) generation: u64,
     pub(crate) keeper: Option<KeeperAccess>,
     /// Batches to leave out before a step.
-    pub(crate) skips: BTreeMap<u64, u64>,
+    pub(crate) skipped_batches: BTreeMap<u64, u64>,
 }
 
 impl Assignment {
@@ -31,14 +31,14 @@ impl Assignment {
         RankEnv {
             local_rank: self.local_rank,
             local_world_size: self.local_world_size,
-            meeting: Meeting::Store {
+            rendezvous: Rendezvous::Store {
                 host: self.host.clone(),
                 port: self.port,
                 launcher_serves: true,
             },
             address: self.address.map(|address| address.to_string()),
             attempt: self.generation as usize,
-            ..RankEnv::on_this_machine(self.rank, self.world_size, self.port)
+            ..RankEnv::single_node(self.rank, self.world_size, self.port)
         }
     }
 }

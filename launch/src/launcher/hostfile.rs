@@ -8,21 +8,21 @@ use std::process::{Child, Command, Stdio};
 
 /// The machines, the launcher's own first.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Hosts {
+pub(super) struct Hostfile {
     pub(super) names: Vec<String>,
     /// Ranks of each, where the file says so.
     pub(super) slots: Option<usize>,
 }
 
-impl Hosts {
-    pub(super) fn read(path: &Path) -> Result<Hosts> {
+impl Hostfile {
+    pub(super) fn read(path: &Path) -> Result<Hostfile> {
         let text = std::fs::read_to_string(path)
             .with_context(|| format!("cannot read {}", path.display()))?;
-        Hosts::parse(&text).map_err(|reason| anyhow!("{}: {reason}", path.display()))
+        Hostfile::parse(&text).map_err(|reason| anyhow!("{}: {reason}", path.display()))
     }
 
-    fn parse(text: &str) -> Result<Hosts, String> {
-        let mut hosts = Hosts {
+    fn parse(text: &str) -> Result<Hostfile, String> {
+        let mut hosts = Hostfile {
             names: Vec::new(),
             slots: None,
         };
@@ -69,21 +69,21 @@ impl Hosts {
         args: &TrainArgs,
         head: &str,
         per_machine: usize,
-    ) -> Result<Sessions> {
+    ) -> Result<SshSessions> {
         let program = std::env::current_exe().context("cannot find this program's own file")?;
         let folder = std::env::current_dir().context("cannot find this folder")?;
-        let mut sessions = Sessions(Vec::new());
+        let mut sessions = SshSessions(Vec::new());
         for (machine, name) in self.names.iter().enumerate().skip(1) {
             let mut words = vec![
                 "cd".to_string(),
-                quoted(&folder)?,
+                shell_quote(&folder)?,
                 "&&".into(),
                 "exec".into(),
-                quoted(&program)?,
+                shell_quote(&program)?,
             ];
-            words.extend(["train".into(), quoted(&args.config.config)?]);
+            words.extend(["train".into(), shell_quote(&args.config.config)?]);
             for change in &args.config.set {
-                words.extend(["--set".into(), quoted(Path::new(change))?]);
+                words.extend(["--set".into(), shell_quote(Path::new(change))?]);
             }
             words.push(format!(
                 "--nnodes {} --node-rank {machine} --rdzv {head} -n {per_machine}",
@@ -106,9 +106,9 @@ impl Hosts {
 }
 
 /// Connections to other machines.
-pub(super) struct Sessions(Vec<Child>);
+pub(super) struct SshSessions(Vec<Child>);
 
-impl Drop for Sessions {
+impl Drop for SshSessions {
     fn drop(&mut self) {
         for child in &mut self.0 {
             let _ = child.kill();
@@ -118,7 +118,7 @@ impl Drop for Sessions {
 }
 
 /// For a shell.
-fn quoted(path: &Path) -> Result<String> {
+fn shell_quote(path: &Path) -> Result<String> {
     let Some(text) = path.to_str() else {
         bail!("{} is not text", path.display())
     };
@@ -131,27 +131,33 @@ mod tests {
 
     #[test]
     fn hostfiles_are_read_as_mpirun_reads_them() {
-        let hosts = Hosts::parse("# two\nnode1 slots=4\n\nnode2 slots=4 # the other\n").unwrap();
+        let hosts = Hostfile::parse("# two\nnode1 slots=4\n\nnode2 slots=4 # the other\n").unwrap();
         assert_eq!(
             hosts,
-            Hosts {
+            Hostfile {
                 names: vec!["node1".into(), "node2".into()],
                 slots: Some(4)
             }
         );
-        assert_eq!(Hosts::parse("a\nb").unwrap().slots, None);
+        assert_eq!(Hostfile::parse("a\nb").unwrap().slots, None);
         for (text, expected) in [
             ("", "names no machine"),
             ("a\na", "line 2: a is there twice"),
             ("a slots=2\nb", "line 2: every machine needs as many slots"),
             ("a slots=x", "line 1: slots=x is not of the form"),
         ] {
-            assert!(Hosts::parse(text).unwrap_err().contains(expected), "{text}");
+            assert!(
+                Hostfile::parse(text).unwrap_err().contains(expected),
+                "{text}"
+            );
         }
     }
 
     #[test]
     fn paths_are_quoted_for_a_shell() {
-        assert_eq!(quoted(Path::new("it's here")).unwrap(), "'it'\\''s here'");
+        assert_eq!(
+            shell_quote(Path::new("it's here")).unwrap(),
+            "'it'\\''s here'"
+        );
     }
 }

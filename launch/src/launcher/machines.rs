@@ -1,10 +1,10 @@
 //! The machines of a run: this one, and those whose agents have joined.
 
-use super::agent::{Hello, Order, Report, Welcome, say};
+use super::agent::{AgentCommand, AgentReport, Hello, HelloReply, send_line};
 use super::assignment::Assignment;
-use super::ranks::{Failed, Ranks};
-use super::spawn::{STARTING, spawn_keeper};
-use crate::keeper::{Orders, Ready};
+use super::processes::{FailedRank, RankProcesses};
+use super::spawn::{KEEPER_START_TIMEOUT, spawn_keeper};
+use crate::keeper::{KeeperSettings, Ready};
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::signal::Signal;
 use parking_lot::{Mutex, MutexGuard};
@@ -20,22 +20,22 @@ use std::time::{Duration, Instant};
 /// How often answers are looked for.
 const TICK: Duration = Duration::from_millis(10);
 /// Ranks that were killed are gone within this time.
-const DYING: Duration = Duration::from_secs(20);
+const KILL_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The launcher's own machine is number 0.
 pub(super) struct Machines<'a> {
     dir: PathBuf,
-    here: Ranks<'a>,
+    local_ranks: RankProcesses<'a>,
     /// The address at which other machines reach this one; None where there are none.
-    own: Option<IpAddr>,
+    own_address: Option<IpAddr>,
     agents: Arc<Mutex<Vec<Agent>>>,
     /// Counts orders about ranks, and about keepers.
     number: u64,
-    keepers_asked: u64,
+    keeper_requests: u64,
     /// Ranks of the present attempt on each machine.
     assigned: Vec<Vec<usize>>,
     /// How long an agent is waited for.
-    patience: Duration,
+    join_timeout: Duration,
     /// Signals to stop.
     signals: Arc<AtomicUsize>,
 }
@@ -48,22 +48,26 @@ struct Agent {
     address: Option<IpAddr>,
     number: u64,
     running: usize,
-    failed: Vec<Failed>,
+    failed: Vec<FailedRank>,
     keepers: BTreeMap<u64, Result<(i32, Ready), String>>,
 }
 
 impl<'a> Machines<'a> {
     /// This one alone.
-    pub(super) fn alone(here: Ranks<'a>, dir: &Path, signals: Arc<AtomicUsize>) -> Machines<'a> {
+    pub(super) fn local(
+        local_ranks: RankProcesses<'a>,
+        dir: &Path,
+        signals: Arc<AtomicUsize>,
+    ) -> Machines<'a> {
         Machines {
             dir: dir.to_path_buf(),
-            here,
-            own: None,
+            local_ranks,
+            own_address: None,
             agents: Arc::default(),
             number: 0,
-            keepers_asked: 0,
+            keeper_requests: 0,
             assigned: Vec::new(),
-            patience: Duration::ZERO,
+            join_timeout: Duration::ZERO,
             signals,
         }
     }
@@ -77,7 +81,7 @@ impl<'a> Machines<'a> {
         at: SocketAddr,
         others: usize,
         per_machine: usize,
-        patience: Duration,
+        join_timeout: Duration,
     ) -> Result<(Machines<'a>, SocketAddr)> {
         let listener = TcpListener::bind(at).map_err(|e| {
             anyhow!("cannot listen at {at}: {e}; --rdzv names a free port of the machine with --node-rank 0, which is this one")
@@ -93,9 +97,9 @@ impl<'a> Machines<'a> {
             }
         });
         let mut machines = alone;
-        machines.own = Some(at.ip());
+        machines.own_address = Some(at.ip());
         machines.agents = agents;
-        machines.patience = patience;
+        machines.join_timeout = join_timeout;
         Ok((machines, at))
     }
 
@@ -111,7 +115,7 @@ impl<'a> Machines<'a> {
     /// The address of a machine for others; None where there is one machine.
     pub(super) fn address(&self, machine: usize) -> Option<IpAddr> {
         match machine {
-            0 => self.own,
+            0 => self.own_address,
             other => self.agents().get(other - 1)?.address,
         }
     }
@@ -147,11 +151,11 @@ impl<'a> Machines<'a> {
                     missing.join(", ")
                 );
             }
-            if began.elapsed() > self.patience {
+            if began.elapsed() > self.join_timeout {
                 bail!(
                     "machines {} did not join within {:.0?}: start the same command there with --node-rank",
                     missing.join(", "),
-                    self.patience
+                    self.join_timeout
                 );
             }
             if said.elapsed() > Duration::from_secs(5) {
@@ -163,19 +167,19 @@ impl<'a> Machines<'a> {
     }
 
     /// Sends an order; a machine that cannot be reached is lost, which is noticed by its ranks.
-    fn order(&self, machine: usize, order: &Order) {
+    fn send(&self, machine: usize, order: &AgentCommand) {
         let mut agents = self.agents();
         let agent = &mut agents[machine - 1];
         if let Some(writer) = &mut agent.writer
-            && say(writer, order).is_err()
+            && send_line(writer, order).is_err()
         {
             agent.writer = None;
         }
     }
 
-    fn order_all(&self, order: &Order) {
+    fn send_all(&self, order: &AgentCommand) {
         let others = self.agents().len();
-        (1..=others).for_each(|machine| self.order(machine, order));
+        (1..=others).for_each(|machine| self.send(machine, order));
     }
 
     /// Starts ranks, each on a machine.
@@ -192,10 +196,10 @@ impl<'a> Machines<'a> {
             .collect();
         for (machine, assignments) in by_machine.into_iter().enumerate() {
             match machine {
-                0 => self.here.start(&assignments)?,
-                other => self.order(
+                0 => self.local_ranks.start(&assignments)?,
+                other => self.send(
                     other,
-                    &Order::Start {
+                    &AgentCommand::Start {
                         number: self.number,
                         assignments,
                     },
@@ -209,14 +213,14 @@ impl<'a> Machines<'a> {
     pub(super) fn stand_by(&mut self) {
         for (machine, ranks) in self.assigned.clone().into_iter().enumerate() {
             match machine {
-                0 => self.here.stand_by(ranks.len()),
-                other => self.order(other, &Order::StandBy { count: ranks.len() }),
+                0 => self.local_ranks.stand_by(ranks.len()),
+                other => self.send(other, &AgentCommand::StandBy { count: ranks.len() }),
             }
         }
     }
 
     pub(super) fn running(&mut self) -> usize {
-        let mut running = self.here.running();
+        let mut running = self.local_ranks.running();
         for (agent, ranks) in self.agents().iter().zip(self.assigned.iter().skip(1)) {
             let heard = agent.writer.is_some() && agent.number == self.number;
             // Until it has told otherwise they have only just been started. Those of a lost machine are no more.
@@ -231,8 +235,8 @@ impl<'a> Machines<'a> {
         running
     }
 
-    pub(super) fn failed(&mut self) -> Vec<Failed> {
-        let mut failed = self.here.failed();
+    pub(super) fn failed(&mut self) -> Vec<FailedRank> {
+        let mut failed = self.local_ranks.failed();
         for (index, (agent, ranks)) in self
             .agents()
             .iter()
@@ -240,7 +244,7 @@ impl<'a> Machines<'a> {
             .enumerate()
         {
             match (&agent.writer, ranks.first()) {
-                (None, Some(&rank)) => failed.push(Failed {
+                (None, Some(&rank)) => failed.push(FailedRank {
                     rank,
                     status: Signal::SIGKILL as i32,
                     report: None,
@@ -256,8 +260,8 @@ impl<'a> Machines<'a> {
     }
 
     pub(super) fn signal(&self, signal: Signal) {
-        self.here.signal(signal);
-        self.order_all(&Order::Signal {
+        self.local_ranks.signal(signal);
+        self.send_all(&AgentCommand::Signal {
             signal: signal as i32,
         });
     }
@@ -274,14 +278,14 @@ impl<'a> Machines<'a> {
 
     fn end_ranks(&mut self, standby: bool) {
         self.number += 1;
-        self.order_all(&Order::Kill {
+        self.send_all(&AgentCommand::Kill {
             number: self.number,
             standby,
         });
         if standby {
-            self.here.kill_all()
+            self.local_ranks.kill_all()
         } else {
-            self.here.kill()
+            self.local_ranks.kill()
         }
         let began = Instant::now();
         // The next attempt must not meet the last one's ranks. An agent that does not do it is lost.
@@ -294,8 +298,8 @@ impl<'a> Machines<'a> {
             if agents.iter_mut().find(busy).is_none() {
                 break;
             }
-            if began.elapsed() > DYING {
-                agents.iter_mut().filter(busy).for_each(Agent::lose);
+            if began.elapsed() > KILL_TIMEOUT {
+                agents.iter_mut().filter(busy).for_each(Agent::mark_lost);
                 break;
             }
             drop(agents);
@@ -305,25 +309,25 @@ impl<'a> Machines<'a> {
     }
 
     /// Starts a keeper on a machine: its process there, and where this machine is, itself.
-    pub(super) fn keeper(
+    pub(super) fn start_keeper(
         &mut self,
         machine: usize,
         node: usize,
-        mut orders: Orders,
+        mut orders: KeeperSettings,
     ) -> Result<(i32, Ready, Option<Child>)> {
         if machine == 0 {
-            if let Some(own) = self.own {
+            if let Some(own) = self.own_address {
                 orders.listen.set_ip(own);
             }
             let (child, ready) = spawn_keeper(&self.dir, node, &orders)?;
             return Ok((child.id() as i32, ready, Some(child)));
         }
         self.wait_for(&[machine])?;
-        self.keepers_asked += 1;
-        let number = self.keepers_asked;
-        self.order(
+        self.keeper_requests += 1;
+        let number = self.keeper_requests;
+        self.send(
             machine,
-            &Order::Keeper {
+            &AgentCommand::Keeper {
                 number,
                 node,
                 orders,
@@ -337,7 +341,8 @@ impl<'a> Machines<'a> {
                     started.map_err(|reason| anyhow!("machine {machine}: {reason}"))?;
                 return Ok((pid, ready, None));
             }
-            if agents[machine - 1].writer.is_none() || began.elapsed() > STARTING + TICK {
+            if agents[machine - 1].writer.is_none() || began.elapsed() > KEEPER_START_TIMEOUT + TICK
+            {
                 bail!("machine {machine} did not start a keeper");
             }
             drop(agents);
@@ -346,15 +351,15 @@ impl<'a> Machines<'a> {
     }
 
     /// Ends a keeper of another machine, if that can be reached.
-    pub(super) fn bury(&self, machine: usize, pid: i32) {
+    pub(super) fn kill_keeper(&self, machine: usize, pid: i32) {
         if machine > 0 && machine <= self.agents().len() {
-            self.order(machine, &Order::Bury { pid });
+            self.send(machine, &AgentCommand::KillKeeper { pid });
         }
     }
 
     /// Lets the agents go, with the launcher's own result.
     pub(super) fn end(&self, code: u8) {
-        self.order_all(&Order::End { code });
+        self.send_all(&AgentCommand::End { code });
     }
 }
 
@@ -366,7 +371,7 @@ impl Drop for Machines<'_> {
 }
 
 impl Agent {
-    fn lose(&mut self) {
+    fn mark_lost(&mut self) {
         if let Some(writer) = self.writer.take() {
             // Its reader ends too.
             let _ = writer.shutdown(Shutdown::Both);
@@ -409,10 +414,10 @@ fn serve(mut stream: TcpStream, agents: &Mutex<Vec<Agent>>, per_machine: usize) 
             _ => None,
         };
         if let Some(reason) = refused {
-            let _ = say(&mut stream, &Welcome::No(reason));
+            let _ = send_line(&mut stream, &HelloReply::Refused(reason));
             return;
         }
-        if say(&mut stream, &Welcome::Yes).is_err() {
+        if send_line(&mut stream, &HelloReply::Accepted).is_err() {
             return;
         }
         let agent = &mut agents[hello.machine - 1];
@@ -425,22 +430,22 @@ fn serve(mut stream: TcpStream, agents: &Mutex<Vec<Agent>>, per_machine: usize) 
     for line in lines {
         let Some(report) = line
             .ok()
-            .and_then(|line| serde_json::from_str::<Report>(&line).ok())
+            .and_then(|line| serde_json::from_str::<AgentReport>(&line).ok())
         else {
             break;
         };
         let mut agents = lock();
         let agent = &mut agents[hello.machine - 1];
         match report {
-            Report::Ranks {
+            AgentReport::Ranks {
                 number,
                 running,
                 failed,
             } => {
                 (agent.number, agent.running, agent.failed) = (number, running, failed);
             }
-            Report::Keeper { number, started } => drop(agent.keepers.insert(number, started)),
+            AgentReport::Keeper { number, started } => drop(agent.keepers.insert(number, started)),
         }
     }
-    lock()[hello.machine - 1].lose();
+    lock()[hello.machine - 1].mark_lost();
 }

@@ -3,12 +3,12 @@
 
 mod agent;
 mod assignment;
-mod disk;
+mod checkpoint_writer;
 mod hostfile;
+mod keepers;
 mod machines;
-mod nodes;
 mod policy;
-mod ranks;
+mod processes;
 mod recovery;
 mod spawn;
 mod tracker;
@@ -18,18 +18,18 @@ pub(crate) use assignment::Assignment;
 use crate::cli::TrainArgs;
 use crate::config_file;
 use crate::rank::FailureKind;
-use crate::register::{self, Register};
+use crate::registry::{self, KeeperRegistry};
 use anyhow::{Context, Result, anyhow, bail};
 use checkpoint::Redundancy;
-use checkpoint::keeper::{CHUNK, Node, Topology};
-use disk::Disk;
-use hostfile::Hosts;
+use checkpoint::keeper::{DEFAULT_CHUNK_BYTES, Node, Topology};
+use checkpoint_writer::CheckpointWriter;
+use hostfile::Hostfile;
+use keepers::{KeeperMessage, Keepers};
 use machines::Machines;
 use nix::sys::signal::Signal;
-use nodes::{Heard, Keepers};
 use policy::{Cause, History, Verdict};
-use ranks::{Failed, Ranks, first_cause};
-use recovery::{Restored, look, recover};
+use processes::{FailedRank, RankProcesses, first_cause};
+use recovery::{Restored, find_candidates, recover};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::io::Write;
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -39,17 +39,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use torch_ext::Store;
-use tracker::{Todo, Tracker};
+use tracker::{Action, Tracker};
 use trainer::KeeperAccess;
 use trainer::config::{Config, WithoutSpare};
 
 /// How often children are looked at.
 const TICK: Duration = Duration::from_millis(20);
 /// After one rank failed, the others may be about to say that they failed first.
-const SETTLING: Duration = Duration::from_millis(400);
+const SETTLE_TIME: Duration = Duration::from_millis(400);
 
 pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode> {
-    let hosts = args.hostfile.as_deref().map(Hosts::read).transpose()?;
+    let hosts = args.hostfile.as_deref().map(Hostfile::read).transpose()?;
     let (machines, per_machine) = match &hosts {
         Some(hosts) => (
             hosts.names.len(),
@@ -94,7 +94,7 @@ pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode> {
     let logs = dir.join("logs");
     std::fs::create_dir_all(&logs)
         .with_context(|| format!("cannot make the run's folder {}", logs.display()))?;
-    let _alone = register::lock(&dir)?;
+    let _lock = registry::lock(&dir)?;
     let store =
         Store::tcp("127.0.0.1", args.master_port, true, Duration::from_secs(10)).map_err(|e| {
             anyhow!(
@@ -102,15 +102,15 @@ pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode> {
                 args.master_port
             )
         })?;
-    let signals = Signals::register()?;
-    let alone = Machines::alone(Ranks::new(args, &dir), &dir, signals.count.clone());
+    let signals = Signals::install()?;
+    let alone = Machines::local(RankProcesses::new(args, &dir), &dir, signals.count.clone());
     let mut _sessions = None;
     let fleet = match machines {
         1 => alone,
         _ => {
-            let patience = Duration::from_secs(config.run.timeout_s);
+            let timeout = Duration::from_secs(config.run.timeout_s);
             let at = resolve(&rdzv)?;
-            let (fleet, at) = Machines::listen(alone, at, machines - 1, per_machine, patience)?;
+            let (fleet, at) = Machines::listen(alone, at, machines - 1, per_machine, timeout)?;
             if let Some(hosts) = &hosts {
                 let head = format!(
                     "{}:{}",
@@ -149,7 +149,7 @@ struct Signals {
 }
 
 impl Signals {
-    fn register() -> Result<Signals> {
+    fn install() -> Result<Signals> {
         let signals = Signals {
             count: Arc::default(),
             last: Arc::default(),
@@ -181,7 +181,7 @@ impl Signals {
 }
 
 /// How one attempt ended.
-enum End {
+enum AttemptOutcome {
     Done,
     /// By a second signal, or because ranks did not stop in time after the first.
     Killed,
@@ -193,7 +193,7 @@ struct Failure {
     cause: Cause,
     /// A line for the terminal.
     brief: String,
-    /// With where to look.
+    /// With the path of the log.
     full: String,
 }
 
@@ -209,14 +209,14 @@ struct Launcher<'a> {
     /// How many ranks there are now.
     size: usize,
     keepers: Option<Keepers>,
-    register: Option<Register>,
+    registry: Option<KeeperRegistry>,
     generation: u64,
     history: History,
-    disk: Disk,
+    checkpoint_writer: CheckpointWriter,
     started: Instant,
     /// Why the last checkpoint that was tried could not be written.
-    unwritten: Option<anyhow::Error>,
-    stood_by: bool,
+    checkpoint_error: Option<anyhow::Error>,
+    standby_started: bool,
 }
 
 impl<'a> Launcher<'a> {
@@ -237,14 +237,14 @@ impl<'a> Launcher<'a> {
             per_machine,
             size,
             keepers: None,
-            register: None,
+            registry: None,
             generation: 0,
             history: History::default(),
-            disk: Disk::new(&checkpoints, config.checkpoint.keep),
+            checkpoint_writer: CheckpointWriter::new(&checkpoints, config.checkpoint.keep),
             checkpoints,
             started: Instant::now(),
-            unwritten: None,
-            stood_by: false,
+            checkpoint_error: None,
+            standby_started: false,
         }
     }
 
@@ -256,7 +256,7 @@ impl<'a> Launcher<'a> {
             let mut tracker = self.begin_generation(&restored)?;
             let end = self.watch(&mut tracker, signals);
             match end {
-                End::Done => {
+                AttemptOutcome::Done => {
                     self.finish(&mut tracker, signals)?;
                     let interrupted = signals.count() > 0;
                     let code = if interrupted {
@@ -267,20 +267,20 @@ impl<'a> Launcher<'a> {
                     self.machines.end(code);
                     return Ok(ExitCode::from(code));
                 }
-                End::Killed => {
+                AttemptOutcome::Killed => {
                     self.machines.kill_all();
-                    let rescued = self.rescued();
+                    let rescue_message = self.rescue_message();
                     return Err(anyhow!(
-                        "{rescued}stopped without a checkpoint of this moment; the same command goes on from the last one"
+                        "{rescue_message}stopped without a checkpoint of this moment; the same command goes on from the last one"
                     ));
                 }
                 // It was to stop: nothing is started again.
-                End::Failed(failure) if signals.count() > 0 => {
+                AttemptOutcome::Failed(failure) if signals.count() > 0 => {
                     self.machines.kill_all();
-                    let rescued = self.rescued();
-                    return Err(anyhow!("{rescued}{}", failure.full));
+                    let rescue_message = self.rescue_message();
+                    return Err(anyhow!("{rescue_message}{}", failure.full));
                 }
-                End::Failed(failure) => {
+                AttemptOutcome::Failed(failure) => {
                     self.machines.kill();
                     let now = self.started.elapsed().as_secs_f64();
                     let done = tracker
@@ -296,21 +296,21 @@ impl<'a> Launcher<'a> {
                     match verdict {
                         Verdict::GiveUp(why) => {
                             self.machines.kill_all();
-                            let rescued = self.rescued();
+                            let rescue_message = self.rescue_message();
                             let why = if why.is_empty() {
                                 why
                             } else {
                                 format!("{why}\n")
                             };
-                            return Err(anyhow!("{why}{rescued}{}", failure.full));
+                            return Err(anyhow!("{why}{rescue_message}{}", failure.full));
                         }
                         Verdict::Restart { older, skipped } => {
                             restored = self.recover(older)?;
-                            self.write_down(&failure, done, &restored, skipped);
+                            self.record_restart(&failure, done, &restored, skipped);
                             let skipped = skipped.map_or(String::new(), |step| {
                                 format!("; the batch of step {step} is left out")
                             });
-                            eprintln!("{}; {}{skipped}", failure.brief, restored.said);
+                            eprintln!("{}; {}{skipped}", failure.brief, restored.message);
                         }
                     }
                 }
@@ -322,30 +322,30 @@ impl<'a> Launcher<'a> {
     fn begin(&mut self) -> Result<Restored> {
         let nothing = Restored {
             snapshot: None,
-            said: String::new(),
+            message: String::new(),
         };
-        let left = match Register::load(self.dir)? {
-            Some(register) => Keepers::take_over(self.dir, self.config, &register)?
-                .map(|keepers| (register, keepers)),
+        let left = match KeeperRegistry::load(self.dir)? {
+            Some(registry) => Keepers::take_over(self.dir, self.config, &registry)?
+                .map(|keepers| (registry, keepers)),
             None => None,
         };
         let nodes = self.config.nodes(self.size).len();
-        if let Some((register, keepers)) = left {
-            self.generation = register.generation;
-            self.history.skips = register.skips.clone();
+        if let Some((registry, keepers)) = left {
+            self.generation = registry.generation;
+            self.history.skipped_batches = registry.skipped_batches.clone();
             let same = self.config.takes_snapshots() && keepers.nodes == nodes;
             self.keepers = Some(keepers);
             let newest = self
                 .keepers
                 .as_mut()
-                .and_then(|keepers| look(keepers).0.first().map(|c| c.snapshot.id));
+                .and_then(|keepers| find_candidates(keepers).0.first().map(|c| c.snapshot.id));
             if same && newest.is_some_and(|id| id.step < self.config.train.steps) {
-                self.register = Some(register);
-                self.mend_nodes()?;
+                self.registry = Some(registry);
+                self.replace_lost_nodes()?;
                 let restored = self.recover(0)?;
                 eprintln!(
                     "keepers of an earlier launcher are still there; {}",
-                    restored.said
+                    restored.message
                 );
                 return Ok(restored);
             }
@@ -369,7 +369,7 @@ impl<'a> Launcher<'a> {
                 &mut self.machines,
                 machine_of,
             )?;
-            self.register = Some(Register::new(keepers.secret()));
+            self.registry = Some(KeeperRegistry::new(keepers.secret()));
             self.keepers = Some(keepers);
         }
         Ok(nothing)
@@ -404,12 +404,12 @@ impl<'a> Launcher<'a> {
             nodes: nodes.collect(),
             redundancy,
             groups,
-            chunk: CHUNK,
+            chunk: DEFAULT_CHUNK_BYTES,
         };
-        if let (Some(keepers), Some(register)) = (&mut self.keepers, &mut self.register) {
-            register.generation = self.generation;
-            register.skips = self.history.skips.clone();
-            keepers.save(register)?;
+        if let (Some(keepers), Some(registry)) = (&mut self.keepers, &mut self.registry) {
+            registry.generation = self.generation;
+            registry.skipped_batches = self.history.skipped_batches.clone();
+            keepers.save(registry)?;
             keepers.set_up(&topology);
         }
         let machine_of = |rank: usize| match self.keepers.as_ref().zip(topology.node_of(rank)) {
@@ -441,30 +441,30 @@ impl<'a> Launcher<'a> {
                             socket: keepers.members[node].keeper.socket.clone(),
                             secret: keepers.secret().clone(),
                             generation: self.generation,
-                            chunk: CHUNK,
+                            chunk: DEFAULT_CHUNK_BYTES,
                             restore: restored.snapshot,
                         },
                     ),
-                    skips: self.history.skips.clone(),
+                    skipped_batches: self.history.skipped_batches.clone(),
                 };
             (machine, assignment)
         });
         let assignments = assignments.collect();
         self.machines.start(assignments)?;
-        self.stood_by = false;
+        self.standby_started = false;
         Ok(Tracker::new(topology))
     }
 
-    fn watch(&mut self, tracker: &mut Tracker, signals: &Signals) -> End {
-        let patience = Duration::from_secs(self.config.run.timeout_s);
+    fn watch(&mut self, tracker: &mut Tracker, signals: &Signals) -> AttemptOutcome {
+        let timeout = Duration::from_secs(self.config.run.timeout_s);
         let mut asked: Option<Instant> = None;
         loop {
             let failed = self.machines.failed();
             if !failed.is_empty() {
-                return End::Failed(self.explain(failed));
+                return AttemptOutcome::Failed(self.explain(failed));
             }
             if self.machines.running() == 0 {
-                return End::Done;
+                return AttemptOutcome::Done;
             }
             match asked {
                 None if signals.count() > 0 => {
@@ -474,22 +474,22 @@ impl<'a> Launcher<'a> {
                     self.machines.signal(Signal::SIGTERM);
                     asked = Some(Instant::now());
                 }
-                Some(since) if signals.count() > 1 || since.elapsed() > patience => {
-                    return End::Killed;
+                Some(since) if signals.count() > 1 || since.elapsed() > timeout => {
+                    return AttemptOutcome::Killed;
                 }
                 _ => {}
             }
             self.listen(tracker);
             if let Some(failure) = self.hung(tracker) {
-                return End::Failed(failure);
+                return AttemptOutcome::Failed(failure);
             }
             // When the ranks are at work: before, they need the processors themselves.
-            if !self.stood_by
+            if !self.standby_started
                 && self.config.restart.standby
                 && self.keepers.is_some()
                 && tracker.step > 0
             {
-                self.stood_by = true;
+                self.standby_started = true;
                 self.machines.stand_by();
             }
         }
@@ -502,40 +502,42 @@ impl<'a> Launcher<'a> {
         let Some(keepers) = &mut self.keepers else {
             return;
         };
-        while let Ok((number, heard)) = keepers.heard.try_recv() {
-            let Some(place) = keepers.place(number) else {
+        while let Ok((number, heard)) = keepers.messages.try_recv() {
+            let Some(place) = keepers.index_of(number) else {
                 continue;
             };
             match heard {
-                Heard::Event(event) => match tracker.hear(place, event) {
-                    Todo::Commit(snapshot, durable) => {
+                KeeperMessage::Event(event) => match tracker.on_event(place, event) {
+                    Action::Commit(snapshot, durable) => {
                         keepers.ask_all(|peer| peer.commit(&snapshot));
                         if durable {
-                            self.disk.is_due(snapshot.id);
+                            self.checkpoint_writer.request(snapshot.id);
                         }
                         // Before a newer one is complete, which may have been told already.
-                        self.disk.begin(keepers, snapshot.id, &tracker.homes());
+                        self.checkpoint_writer
+                            .begin(keepers, snapshot.id, &tracker.rank_nodes());
                     }
-                    Todo::Abandon(id, reason) => {
+                    Action::Abandon(id, reason) => {
                         tracing::warn!("the snapshot of step {} was given up: {reason}", id.step);
                         keepers.ask_all(|peer| peer.abandon(id));
                     }
-                    Todo::Nothing => {}
+                    Action::Nothing => {}
                 },
-                Heard::Gone(reason) => {
+                KeeperMessage::Gone(reason) => {
                     self.replace_keeper(tracker, place, &reason);
                     return;
                 }
             }
         }
-        if let Some(id) = tracker.late() {
+        if let Some(id) = tracker.take_expired() {
             keepers.ask_all(|peer| peer.abandon(id));
         }
-        if let Some((step, written)) = self.disk.ended(keepers) {
+        if let Some((step, written)) = self.checkpoint_writer.take_finished(keepers) {
             match written {
                 Ok(path) => tracing::info!("checkpoint {}", path.display()),
                 Err(error) => {
-                    self.unwritten = Some(anyhow!("no checkpoint at step {step}: {error:#}"));
+                    self.checkpoint_error =
+                        Some(anyhow!("no checkpoint at step {step}: {error:#}"));
                     if step < self.config.train.steps && self.machines.running() > 0 {
                         eprintln!(
                             "warning: no checkpoint at step {step}: {error:#}; training goes on"
@@ -545,7 +547,8 @@ impl<'a> Launcher<'a> {
             }
         }
         if let Some(newest) = tracker.newest {
-            self.disk.begin(keepers, newest, &tracker.homes());
+            self.checkpoint_writer
+                .begin(keepers, newest, &tracker.rank_nodes());
         }
     }
 
@@ -556,13 +559,13 @@ impl<'a> Launcher<'a> {
         let heard = Instant::now();
         let ends =
             |machines: &mut Machines| !machines.failed().is_empty() || machines.running() == 0;
-        while !ends(&mut self.machines) && heard.elapsed() < SETTLING {
-            std::thread::sleep(SETTLING / 40);
+        while !ends(&mut self.machines) && heard.elapsed() < SETTLE_TIME {
+            std::thread::sleep(SETTLE_TIME / 40);
         }
         let Some(keepers) = &mut self.keepers else {
             return;
         };
-        keepers.lose(place);
+        keepers.mark_lost(place);
         if ends(&mut self.machines) {
             return;
         }
@@ -581,9 +584,9 @@ impl<'a> Launcher<'a> {
                 .iter()
                 .for_each(|&id| keepers.ask_all(|peer| peer.abandon(id)));
             keepers.set_up(&tracker.topology);
-            self.register
+            self.registry
                 .as_mut()
-                .map_or(Ok(()), |register| keepers.save(register))
+                .map_or(Ok(()), |registry| keepers.save(registry))
         });
         if let Err(error) = replaced {
             eprintln!("warning: {error:#}; there are no snapshots on node {place}");
@@ -607,23 +610,23 @@ impl<'a> Launcher<'a> {
             return None;
         };
         Some(Failure {
-            cause: Cause::Fault,
+            cause: Cause::Transient,
             full: brief.clone(),
             brief,
         })
     }
 
     /// The failure that came first.
-    fn explain(&mut self, mut failed: Vec<Failed>) -> Failure {
+    fn explain(&mut self, mut failed: Vec<FailedRank>) -> Failure {
         // A rank that was killed is the reason; ranks that failed by themselves may not have been the first.
         if !failed.iter().any(|failed| failed.signal().is_some()) {
-            std::thread::sleep(SETTLING);
+            std::thread::sleep(SETTLE_TIME);
             failed = self.machines.failed();
         }
         let Some(first) = first_cause(&failed) else {
             let brief = "a rank failed without a word".to_string();
             return Failure {
-                cause: Cause::Fault,
+                cause: Cause::Transient,
                 full: brief.clone(),
                 brief,
             };
@@ -631,8 +634,8 @@ impl<'a> Launcher<'a> {
         let kind = first.report.as_ref().map(|report| report.kind.clone());
         let cause = match kind.filter(|_| first.signal().is_none()) {
             Some(FailureKind::Diverged { step }) => Cause::Diverged { step },
-            Some(FailureKind::Own { steps: 0 }) => Cause::Hopeless,
-            _ => Cause::Fault,
+            Some(FailureKind::Own { steps: 0 }) => Cause::Permanent,
+            _ => Cause::Transient,
         };
         let reason = first.reason();
         let reason = reason.lines().next().unwrap_or_default();
@@ -644,14 +647,20 @@ impl<'a> Launcher<'a> {
     }
 
     /// A line of `restarts.jsonl`. It is worth less than the run.
-    fn write_down(&self, failure: &Failure, done: u64, restored: &Restored, skipped: Option<u64>) {
+    fn record_restart(
+        &self,
+        failure: &Failure,
+        done: u64,
+        restored: &Restored,
+        skipped: Option<u64>,
+    ) {
         let line = serde_json::json!({
-            "attempt": self.generation + 1,
+            "generation": self.generation + 1,
             "failure": failure.brief,
             "steps_done": done,
             "snapshot_step": restored.snapshot.map(|(id, _)| id.step),
-            "from": restored.said,
-            "skipped_batch_of_step": skipped,
+            "resumed_from": restored.message,
+            "skipped_step": skipped,
         });
         let file = std::fs::File::options()
             .create(true)
@@ -664,22 +673,22 @@ impl<'a> Launcher<'a> {
 
     /// Puts keepers where nodes were lost, or takes the nodes out; what ranks go on from.
     fn recover(&mut self, older: usize) -> Result<Restored> {
-        let lost = self.mend_nodes()?;
+        let lost = self.replace_lost_nodes()?;
         let Some(keepers) = &mut self.keepers else {
             return Ok(Restored {
                 snapshot: None,
-                said: String::new(),
+                message: String::new(),
             });
         };
         let mut restored = recover(keepers, older, &self.checkpoints);
         if !lost.is_empty() {
-            restored.said = format!("{lost}; {}", restored.said);
+            restored.message = format!("{lost}; {}", restored.message);
         }
         Ok(restored)
     }
 
     /// What became of lost nodes, in words; nothing where none is.
-    fn mend_nodes(&mut self) -> Result<String> {
+    fn replace_lost_nodes(&mut self) -> Result<String> {
         let Some(keepers) = &mut self.keepers else {
             return Ok(String::new());
         };
@@ -753,7 +762,7 @@ impl<'a> Launcher<'a> {
             let Some(keepers) = &mut self.keepers else {
                 break;
             };
-            let newest = look(keepers)
+            let newest = find_candidates(keepers)
                 .0
                 .first()
                 .map(|candidate| candidate.snapshot.id);
@@ -764,7 +773,7 @@ impl<'a> Launcher<'a> {
                     "the last snapshot did not become complete; the same command tries again"
                 ));
             }
-            if !whole || !self.disk.is_idle() {
+            if !whole || !self.checkpoint_writer.is_idle() {
                 // A disk that is slow is waited for.
                 continue;
             }
@@ -773,11 +782,11 @@ impl<'a> Launcher<'a> {
                 None => break,
                 Some(id) if !tried => {
                     tried = true;
-                    self.disk.is_due(id);
+                    self.checkpoint_writer.request(id);
                 }
                 Some(_) => {
                     let why = self
-                        .unwritten
+                        .checkpoint_error
                         .take()
                         .unwrap_or_else(|| anyhow!("the last checkpoint was not written"));
                     return Err(anyhow!(
@@ -804,7 +813,7 @@ impl<'a> Launcher<'a> {
         let Some(mut keepers) = self.keepers.take() else {
             return Ok(None);
         };
-        let newest = look(&mut keepers)
+        let newest = find_candidates(&mut keepers)
             .0
             .first()
             .map(|candidate| candidate.snapshot.id);
@@ -822,7 +831,7 @@ impl<'a> Launcher<'a> {
         let Some((id, _)) = recover(keepers, 0, &self.checkpoints).snapshot else {
             return Ok(None);
         };
-        let (found, places) = look(keepers);
+        let (found, places) = find_candidates(keepers);
         let candidate = found
             .into_iter()
             .find(|candidate| candidate.snapshot.id == id);
@@ -836,10 +845,10 @@ impl<'a> Launcher<'a> {
         let Some(holders) = holders else {
             return Ok(None);
         };
-        self.disk.is_due(id);
+        self.checkpoint_writer.request(id);
         loop {
-            self.disk.begin(keepers, id, &holders);
-            match self.disk.ended(keepers) {
+            self.checkpoint_writer.begin(keepers, id, &holders);
+            match self.checkpoint_writer.take_finished(keepers) {
                 None => std::thread::sleep(TICK),
                 // One that was under way when the run was given up.
                 Some((step, _)) if step != id.step => {}
@@ -855,7 +864,7 @@ impl<'a> Launcher<'a> {
     }
 
     /// [`Launcher::rescue`] on the way out, in words.
-    fn rescued(&mut self) -> String {
+    fn rescue_message(&mut self) -> String {
         match self.rescue() {
             Ok(None) => String::new(),
             Ok(Some(step)) => format!("the state of step {step} was written to a checkpoint\n"),

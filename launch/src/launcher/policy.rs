@@ -4,17 +4,17 @@ use std::collections::{BTreeMap, VecDeque};
 use trainer::config::{OnDivergence, RestartConfig};
 
 /// Failures at one step, without progress beyond it, after which the run is given up.
-const AT_ONE_STEP: usize = 5;
+const MAX_FAILURES_PER_STEP: usize = 5;
 
 /// What failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Cause {
     /// A rank was killed or hung, a node was lost, or a peer was gone: trying again may help.
-    Fault,
+    Transient,
     /// The loss was not finite in the step after those that were done.
     Diverged { step: u64 },
     /// A rank says what is wrong with its own work, before it has done a step: it will say so again.
-    Hopeless,
+    Permanent,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,7 +32,7 @@ pub(super) struct History {
     restarts: VecDeque<f64>,
     /// The step that failed last, and how often without progress.
     at: Option<(u64, usize)>,
-    pub(super) skips: BTreeMap<u64, u64>,
+    pub(super) skipped_batches: BTreeMap<u64, u64>,
 }
 
 impl History {
@@ -44,7 +44,7 @@ impl History {
         now: f64,
         config: &RestartConfig,
     ) -> Verdict {
-        if *cause == Cause::Hopeless || config.max_restarts == 0 {
+        if *cause == Cause::Permanent || config.max_restarts == 0 {
             return Verdict::GiveUp(String::new());
         }
         if let (Cause::Diverged { step }, OnDivergence::Stop) = (cause, config.on_divergence) {
@@ -66,7 +66,7 @@ impl History {
                 .map_or(failing, |(step, _)| if times > 1 { step } else { failing }),
             times,
         ));
-        if times >= AT_ONE_STEP {
+        if times >= MAX_FAILURES_PER_STEP {
             return Verdict::GiveUp(format!(
                 "step {failing} fails again and again ({times} times now)"
             ));
@@ -87,7 +87,7 @@ impl History {
             _ => None,
         };
         if let Some(step) = skipped {
-            *self.skips.entry(step).or_insert(0) += 1;
+            *self.skipped_batches.entry(step).or_insert(0) += 1;
         }
         Verdict::Restart {
             older: times - 1,
@@ -111,19 +111,31 @@ mod tests {
     fn a_step_that_fails_again_is_tried_from_older_states_and_then_given_up() {
         let config = RestartConfig::default();
         let mut history = History::default();
-        assert_eq!(history.decide(&Cause::Fault, 7, 0.0, &config), restart(0));
-        assert_eq!(history.decide(&Cause::Fault, 7, 1.0, &config), restart(1));
+        assert_eq!(
+            history.decide(&Cause::Transient, 7, 0.0, &config),
+            restart(0)
+        );
+        assert_eq!(
+            history.decide(&Cause::Transient, 7, 1.0, &config),
+            restart(1)
+        );
         // Back at an older state, it does not even come so far.
-        assert_eq!(history.decide(&Cause::Fault, 5, 2.0, &config), restart(2));
+        assert_eq!(
+            history.decide(&Cause::Transient, 5, 2.0, &config),
+            restart(2)
+        );
         // Progress: all is forgotten.
-        assert_eq!(history.decide(&Cause::Fault, 8, 3.0, &config), restart(0));
+        assert_eq!(
+            history.decide(&Cause::Transient, 8, 3.0, &config),
+            restart(0)
+        );
         for older in 1..4 {
             assert_eq!(
-                history.decide(&Cause::Fault, 8, 4.0, &config),
+                history.decide(&Cause::Transient, 8, 4.0, &config),
                 restart(older)
             );
         }
-        let Verdict::GiveUp(reason) = history.decide(&Cause::Fault, 8, 5.0, &config) else {
+        let Verdict::GiveUp(reason) = history.decide(&Cause::Transient, 8, 5.0, &config) else {
             panic!("it goes on")
         };
         assert_eq!(reason, "step 9 fails again and again (5 times now)");
@@ -142,7 +154,7 @@ mod tests {
             }
         );
         assert_eq!(history.decide(&cause, 3, 1.0, &config), restart(1));
-        assert_eq!(history.skips, BTreeMap::from([(4, 1)]));
+        assert_eq!(history.skipped_batches, BTreeMap::from([(4, 1)]));
         let stop = RestartConfig {
             on_divergence: OnDivergence::Stop,
             ..config
@@ -162,23 +174,26 @@ mod tests {
         };
         let mut history = History::default();
         let verdicts: Vec<Verdict> = [(1, 0.0), (2, 1.0), (3, 2.0)]
-            .map(|(done, now)| history.decide(&Cause::Fault, done, now, &config))
+            .map(|(done, now)| history.decide(&Cause::Transient, done, now, &config))
             .into();
         assert_eq!(verdicts[..2], [restart(0), restart(0)]);
         assert!(
             matches!(&verdicts[2], Verdict::GiveUp(reason) if reason.starts_with("there were 2 restarts in 10 s"))
         );
-        assert_eq!(history.decide(&Cause::Fault, 9, 11.5, &config), restart(0));
+        assert_eq!(
+            history.decide(&Cause::Transient, 9, 11.5, &config),
+            restart(0)
+        );
         let none = RestartConfig {
             max_restarts: 0,
             ..RestartConfig::default()
         };
         assert_eq!(
-            History::default().decide(&Cause::Fault, 1, 0.0, &none),
+            History::default().decide(&Cause::Transient, 1, 0.0, &none),
             Verdict::GiveUp(String::new())
         );
         assert_eq!(
-            History::default().decide(&Cause::Hopeless, 0, 0.0, &config),
+            History::default().decide(&Cause::Permanent, 0, 0.0, &config),
             Verdict::GiveUp(String::new())
         );
     }

@@ -1,7 +1,7 @@
 //! Making what is left whole again: the newest snapshot that can be put together, checked, rebuilt, and handed to every
 //! keeper.
 
-use super::nodes::Keepers;
+use super::keepers::Keepers;
 use anyhow::{Result, anyhow};
 use checkpoint::keeper::SnapshotId;
 use checkpoint::keeper::recover::{Candidate, Rebuild, candidates};
@@ -14,16 +14,16 @@ pub(super) struct Restored {
     /// The snapshot, and how many ranks made it; None: the newest checkpoint, or nothing.
     pub(super) snapshot: Option<(SnapshotId, usize)>,
     /// For people: from what, and why not from something newer.
-    pub(super) said: String,
+    pub(super) message: String,
 }
 
 /// Prepares the newest state past the first `older`.
 pub(super) fn recover(keepers: &mut Keepers, older: usize, checkpoints: &Path) -> Restored {
     let mut reasons = Vec::new();
-    let (found, places) = look(keepers);
+    let (found, places) = find_candidates(keepers);
     for candidate in found.iter().skip(older) {
         let id = candidate.snapshot.id;
-        match put_together(keepers, candidate, &places) {
+        match reassemble(keepers, candidate, &places) {
             Ok(how) => {
                 if older > 0 {
                     reasons.push(format!(
@@ -31,10 +31,10 @@ pub(super) fn recover(keepers: &mut Keepers, older: usize, checkpoints: &Path) -
                         if older == 1 { "" } else { "s" }
                     ));
                 }
-                let said = format!("going on from the snapshot of step {} ({how})", id.step);
+                let message = format!("going on from the snapshot of step {} ({how})", id.step);
                 return Restored {
                     snapshot: Some((id, candidate.holders.len())),
-                    said: because(said, &reasons),
+                    message: with_reasons(message, &reasons),
                 };
             }
             Err(error) => reasons.push(format!(
@@ -52,26 +52,26 @@ pub(super) fn recover(keepers: &mut Keepers, older: usize, checkpoints: &Path) -
     let newest = checkpoint::list(checkpoints)
         .ok()
         .and_then(|list| list.into_iter().next());
-    let said = match newest {
+    let message = match newest {
         Some(path) => format!("going on from checkpoint {}", path.display()),
         None => "there is no checkpoint: beginning again".into(),
     };
     Restored {
         snapshot: None,
-        said: because(said, &reasons),
+        message: with_reasons(message, &reasons),
     }
 }
 
-fn because(said: String, reasons: &[String]) -> String {
+fn with_reasons(message: String, reasons: &[String]) -> String {
     if reasons.is_empty() {
-        said
+        message
     } else {
-        format!("{said}; {}", reasons.join("; "))
+        format!("{message}; {}", reasons.join("; "))
     }
 }
 
 /// What can be restored, and which keeper each inventory is of.
-pub(super) fn look(keepers: &mut Keepers) -> (Vec<Candidate>, Vec<usize>) {
+pub(super) fn find_candidates(keepers: &mut Keepers) -> (Vec<Candidate>, Vec<usize>) {
     let found: Vec<_> = (0..keepers.members.len())
         .filter_map(|p| Some((p, keepers.inventory(p)?)))
         .collect();
@@ -80,7 +80,7 @@ pub(super) fn look(keepers: &mut Keepers) -> (Vec<Candidate>, Vec<usize>) {
 }
 
 /// Checks and rebuilds a snapshot, and tells every keeper who has what: how it was done.
-fn put_together(keepers: &mut Keepers, candidate: &Candidate, places: &[usize]) -> Result<String> {
+fn reassemble(keepers: &mut Keepers, candidate: &Candidate, places: &[usize]) -> Result<String> {
     let snapshot = &candidate.snapshot;
     let addresses: Vec<SocketAddr> = places
         .iter()
@@ -92,7 +92,7 @@ fn put_together(keepers: &mut Keepers, candidate: &Candidate, places: &[usize]) 
     let holders: BTreeSet<usize> = candidate.holders.iter().flatten().copied().collect();
     let checked = std::thread::scope(|scope| {
         let check = |&holder: &usize| {
-            let peer = keepers.long(places[holder]);
+            let peer = keepers.long_connection(places[holder]);
             let handle = scope
                 .spawn(move || Ok::<_, anyhow::Error>((holder, peer?.verify(snapshot.id)?.chunks)));
             (holder, handle)
@@ -110,7 +110,7 @@ fn put_together(keepers: &mut Keepers, candidate: &Candidate, places: &[usize]) 
             }
         }
     }
-    let mut mend: BTreeMap<usize, Vec<Rebuild>> = BTreeMap::new();
+    let mut repairs: BTreeMap<usize, Vec<Rebuild>> = BTreeMap::new();
     for ((holder, rank), chunks) in &damaged {
         let sources = candidate.sources(*rank, &addresses);
         let rebuild = Rebuild {
@@ -119,11 +119,11 @@ fn put_together(keepers: &mut Keepers, candidate: &Candidate, places: &[usize]) 
             chunks: Some(chunks.clone()),
             sources,
         };
-        mend.entry(places[*holder]).or_default().push(rebuild);
+        repairs.entry(places[*holder]).or_default().push(rebuild);
     }
-    let mended: usize = damaged.values().map(Vec::len).sum();
-    spread(mend)
-        .map_err(|e| anyhow!("{mended} chunks are damaged, and cannot be mended: {e:#}"))?;
+    let repaired: usize = damaged.values().map(Vec::len).sum();
+    spread(repairs)
+        .map_err(|e| anyhow!("{repaired} chunks are damaged, and cannot be repaired: {e:#}"))?;
     // Whole parts that are gone: to the keeper that has taken the node's place, else to any.
     let mut missing: BTreeMap<usize, Vec<Rebuild>> = BTreeMap::new();
     let mut holders = Vec::new();
@@ -158,10 +158,10 @@ fn put_together(keepers: &mut Keepers, candidate: &Candidate, places: &[usize]) 
     let targets: Vec<usize> = missing.keys().copied().collect();
     spread(missing)?;
     keepers.ask_all(|peer| peer.keep(Some(snapshot), &holders));
-    protect_again(keepers, candidate, &targets, &addresses, places);
+    restore_parity(keepers, candidate, &targets, &addresses, places);
     let mut how = vec!["in memory".to_string()];
-    if mended > 0 {
-        how.push(format!("{mended} damaged chunks mended from parity"));
+    if repaired > 0 {
+        how.push(format!("{repaired} damaged chunks repaired from parity"));
     }
     if !rebuilt.is_empty() {
         let ranks: Vec<String> = rebuilt.iter().map(usize::to_string).collect();
@@ -178,7 +178,7 @@ fn put_together(keepers: &mut Keepers, candidate: &Candidate, places: &[usize]) 
 fn rebuild_all(keepers: &Keepers, tasks: BTreeMap<usize, Vec<Rebuild>>) -> Result<()> {
     std::thread::scope(|scope| {
         let start = |(place, rebuilds): (usize, Vec<Rebuild>)| {
-            let peer = keepers.long(place);
+            let peer = keepers.long_connection(place);
             scope.spawn(move || {
                 let mut peer = peer?;
                 rebuilds
@@ -195,7 +195,7 @@ fn rebuild_all(keepers: &Keepers, tasks: BTreeMap<usize, Vec<Rebuild>>) -> Resul
 
 /// Gives nodes that took the place of lost ones the parity that those had, while ranks start: until then another loss may
 /// be too much.
-fn protect_again(
+fn restore_parity(
     keepers: &Keepers,
     candidate: &Candidate,
     targets: &[usize],
@@ -217,7 +217,7 @@ fn protect_again(
         {
             sources[position] = Some(keepers.addresses()[node]);
         }
-        let peer = keepers.long(node);
+        let peer = keepers.long_connection(node);
         let snapshot = candidate.snapshot.clone();
         std::thread::spawn(move || {
             let made = peer.and_then(|mut peer| Ok(peer.protect(&snapshot, node, &sources)?));

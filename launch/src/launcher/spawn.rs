@@ -1,7 +1,7 @@
 //! Starting a keeper on this machine.
 
-use super::ranks::OWN_PROGRAM;
-use crate::keeper::{Orders, Ready};
+use super::processes::OWN_PROGRAM;
+use crate::keeper::{KeeperSettings, Ready};
 use anyhow::{Context, Result};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
@@ -11,10 +11,14 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 /// A keeper starts within this time.
-pub(super) const STARTING: Duration = Duration::from_secs(30);
+pub(super) const KEEPER_START_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Starts one whose log is that of `node`'s keeper in the run's folder `dir`.
-pub(super) fn spawn_keeper(dir: &Path, node: usize, orders: &Orders) -> Result<(Child, Ready)> {
+pub(super) fn spawn_keeper(
+    dir: &Path,
+    node: usize,
+    settings: &KeeperSettings,
+) -> Result<(Child, Ready)> {
     let log = dir.join("logs").join(format!("keeper-{node}.log"));
     let file = File::options().create(true).append(true).open(&log);
     let file = file.with_context(|| format!("cannot write {}", log.display()))?;
@@ -26,7 +30,7 @@ pub(super) fn spawn_keeper(dir: &Path, node: usize, orders: &Orders) -> Result<(
         .stdout(Stdio::piped())
         .stderr(file);
     let mut child = command.spawn().context("cannot start a keeper")?;
-    match tell(&mut child, orders)
+    match handshake(&mut child, settings)
         .with_context(|| format!("the keeper of node {node}: see {}", log.display()))
     {
         Ok(ready) => Ok((child, ready)),
@@ -38,7 +42,7 @@ pub(super) fn spawn_keeper(dir: &Path, node: usize, orders: &Orders) -> Result<(
     }
 }
 
-fn tell(child: &mut Child, orders: &Orders) -> Result<Ready> {
+fn handshake(child: &mut Child, settings: &KeeperSettings) -> Result<Ready> {
     let stdin = child.stdin.take();
     let stdout = child.stdout.take();
     let (mut stdin, stdout) = stdin
@@ -47,7 +51,7 @@ fn tell(child: &mut Child, orders: &Orders) -> Result<Ready> {
     writeln!(
         stdin,
         "{}",
-        serde_json::to_string(orders).expect("plain data")
+        serde_json::to_string(settings).expect("plain data")
     )
     .context("it ended at once")?;
     let (sender, line) = crossbeam_channel::bounded(1);
@@ -57,7 +61,7 @@ fn tell(child: &mut Child, orders: &Orders) -> Result<Ready> {
         let _ = sender.send(read.map(|_| line));
     });
     let line = line
-        .recv_timeout(STARTING)
+        .recv_timeout(KEEPER_START_TIMEOUT)
         .context("it did not start in time")?
         .context("it said nothing")?;
     serde_json::from_str(&line).context("it did not start")

@@ -1,11 +1,11 @@
 //! What keepers report: which snapshots become complete, and whether ranks get on.
 
-use checkpoint::keeper::{Event, PartInfo, RankPulse, Snapshot, SnapshotId, Topology};
+use checkpoint::keeper::{Event, PartInfo, RankStatus, Snapshot, SnapshotId, Topology};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 /// A snapshot that is not complete after this time never will be.
-const LATE: Duration = Duration::from_secs(60);
+const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(60);
 
 #[derive(Default)]
 struct Pending {
@@ -21,9 +21,9 @@ pub(super) struct Tracker {
     wanted: BTreeSet<SnapshotId>,
     /// The newest complete snapshot.
     pub(super) newest: Option<SnapshotId>,
-    ranks: BTreeMap<usize, (RankPulse, Instant)>,
+    ranks: BTreeMap<usize, (RankStatus, Instant)>,
     /// When some rank last got on, and how far.
-    moved: (Instant, u64),
+    last_progress: (Instant, u64),
     longest: Duration,
     /// Steps done.
     pub(super) step: u64,
@@ -31,7 +31,7 @@ pub(super) struct Tracker {
 
 /// What is to be done about an event.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Todo {
+pub(super) enum Action {
     /// Tell all keepers; and write it to disk.
     Commit(Snapshot, bool),
     Abandon(SnapshotId, String),
@@ -46,18 +46,18 @@ impl Tracker {
             wanted: BTreeSet::new(),
             newest: None,
             ranks: BTreeMap::new(),
-            moved: (Instant::now(), 0),
+            last_progress: (Instant::now(), 0),
             longest: Duration::ZERO,
             step: 0,
         }
     }
 
     /// Takes an event of the keeper of `node` into account.
-    pub(super) fn hear(&mut self, node: usize, event: Event) -> Todo {
+    pub(super) fn on_event(&mut self, node: usize, event: Event) -> Action {
         let id = match event {
-            Event::Pulse { ranks } => {
+            Event::Heartbeat { ranks } => {
                 self.pulse(ranks);
-                return Todo::Nothing;
+                return Action::Nothing;
             }
             Event::Complete { id, .. }
             | Event::Protected { id }
@@ -65,7 +65,7 @@ impl Tracker {
         };
         // Of an earlier generation, or given up.
         if id.generation != self.topology.generation || self.newest >= Some(id) {
-            return Todo::Nothing;
+            return Action::Nothing;
         }
         let (pending, _) = self
             .pending
@@ -83,23 +83,23 @@ impl Tracker {
             }
             Event::Unprotected { reason, .. } => {
                 self.pending.remove(&id);
-                return Todo::Abandon(id, reason);
+                return Action::Abandon(id, reason);
             }
-            Event::Pulse { .. } => unreachable!("handled above"),
+            Event::Heartbeat { .. } => unreachable!("handled above"),
         }
         let complete = pending.parts.len() == self.topology.ranks();
         if !complete || pending.protected.len() < self.topology.nodes.len() {
-            return Todo::Nothing;
+            return Action::Nothing;
         }
         let Some((pending, _)) = self.pending.remove(&id) else {
-            return Todo::Nothing;
+            return Action::Nothing;
         };
         self.newest = Some(id);
         // Also in place of older ones, which were given up or overtaken.
         let durable = self.wanted.first().is_some_and(|&wanted| wanted <= id);
         self.wanted.retain(|&wanted| wanted > id);
         let parts = pending.parts.into_values().collect();
-        Todo::Commit(
+        Action::Commit(
             Snapshot {
                 id,
                 topology: self.topology.clone(),
@@ -110,18 +110,18 @@ impl Tracker {
     }
 
     /// The node of each rank.
-    pub(super) fn homes(&self) -> Vec<usize> {
+    pub(super) fn rank_nodes(&self) -> Vec<usize> {
         (0..self.topology.ranks())
             .map(|rank| self.topology.node_of(rank).unwrap_or(0))
             .collect()
     }
 
     /// A snapshot for which a rank or a keeper has taken too long.
-    pub(super) fn late(&mut self) -> Option<SnapshotId> {
+    pub(super) fn take_expired(&mut self) -> Option<SnapshotId> {
         let late = self
             .pending
             .iter()
-            .find(|(_, (_, since))| since.elapsed() > LATE)
+            .find(|(_, (_, since))| since.elapsed() > SNAPSHOT_TIMEOUT)
             .map(|(&id, _)| id)?;
         self.pending.remove(&late);
         Some(late)
@@ -132,24 +132,24 @@ impl Tracker {
         std::mem::take(&mut self.pending).into_keys().collect()
     }
 
-    fn pulse(&mut self, ranks: Vec<RankPulse>) {
+    fn pulse(&mut self, ranks: Vec<RankStatus>) {
         let now = Instant::now();
         for rank in ranks {
             self.step = self.step.max(rank.step);
             self.ranks.insert(rank.rank, (rank, now));
         }
         let progress = self.ranks.values().map(|(rank, _)| rank.progress).sum();
-        if progress != self.moved.1 {
-            if self.moved.1 > 0 {
-                self.longest = self.longest.max(self.moved.0.elapsed());
+        if progress != self.last_progress.1 {
+            if self.last_progress.1 > 0 {
+                self.longest = self.longest.max(self.last_progress.0.elapsed());
             }
-            self.moved = (now, progress);
+            self.last_progress = (now, progress);
         }
     }
 
     /// A rank that was heard of, and has said nothing for `silence`.
     pub(super) fn hung(&self, silence: Duration) -> Option<usize> {
-        let silent = |(rank, at): &(RankPulse, Instant)| {
+        let silent = |(rank, at): &(RankStatus, Instant)| {
             // Its keeper still speaks of it: a rank that has ended is the launcher's own to notice.
             at.elapsed() < Duration::from_secs(1) && Duration::from_millis(rank.silent_ms) > silence
         };
@@ -166,14 +166,14 @@ impl Tracker {
             Some(seconds) => Duration::from_secs_f64(seconds),
             None => Duration::from_secs(60).max(10 * self.longest),
         };
-        let still = self.moved.0.elapsed();
-        (self.moved.1 > 0 && still > limit).then_some(still)
+        let still = self.last_progress.0.elapsed();
+        (self.last_progress.1 > 0 && still > limit).then_some(still)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Todo, Tracker};
+    use super::{Action, Tracker};
     use checkpoint::Redundancy;
     use checkpoint::keeper::{Event, Node, PartInfo, SnapshotId, Topology};
 
@@ -209,7 +209,7 @@ mod tests {
             crcs: vec![0],
         };
         assert_eq!(
-            tracker.hear(
+            tracker.on_event(
                 rank,
                 Event::Complete {
                     id: id(step),
@@ -217,15 +217,15 @@ mod tests {
                     durable
                 }
             ),
-            Todo::Nothing
+            Action::Nothing
         );
     }
 
     /// Which step is committed when all keepers have made the parity of `step`, and whether it is to be written.
     fn protected(tracker: &mut Tracker, step: u64) -> Option<(u64, bool)> {
-        let heard = [0, 1].map(|node| tracker.hear(node, Event::Protected { id: id(step) }));
+        let heard = [0, 1].map(|node| tracker.on_event(node, Event::Protected { id: id(step) }));
         heard.into_iter().find_map(|todo| match todo {
-            Todo::Commit(snapshot, durable) => Some((snapshot.id.step, durable)),
+            Action::Commit(snapshot, durable) => Some((snapshot.id.step, durable)),
             _ => None,
         })
     }
@@ -254,7 +254,9 @@ mod tests {
             id: id(7),
             reason: "a keeper is gone".into(),
         };
-        assert!(matches!(tracker.hear(1, lost), Todo::Abandon(given_up, _) if given_up == id(7)));
+        assert!(
+            matches!(tracker.on_event(1, lost), Action::Abandon(given_up, _) if given_up == id(7))
+        );
         assert_eq!(protected(&mut tracker, 8), Some((8, true)));
         assert_eq!(
             protected(&mut tracker, 9),

@@ -1,6 +1,6 @@
 //! Which library carries what ranks tell each other.
 
-use crate::ByMpi;
+use crate::MpiLaunch;
 use crate::device::NPU;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -57,17 +57,17 @@ impl std::str::FromStr for Backend {
 
 /// What becomes of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Carriers {
-    pub(crate) host: OnHost,
+pub(crate) struct Transports {
+    pub(crate) host: HostTransport,
     /// Whether groups on one machine use its memory instead.
-    pub(crate) shares: bool,
+    pub(crate) shared_memory: bool,
     /// For tensors that are not the host's; None where those go by way of its memory.
-    pub(crate) device: Option<OnDevice>,
+    pub(crate) device: Option<DeviceTransport>,
 }
 
 /// What carries tensors in host memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum OnHost {
+pub(crate) enum HostTransport {
     /// Gloo, over TCP.
     Gloo,
     /// MPI.
@@ -76,23 +76,23 @@ pub(crate) enum OnHost {
 
 /// What carries a device's tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum OnDevice {
+pub(crate) enum DeviceTransport {
     /// NCCL.
     Nccl,
     /// HCCL.
     Hccl,
 }
 
-impl Carriers {
+impl Transports {
     /// The name, in messages.
     pub(crate) fn name(self) -> &'static str {
-        match (self.device, self.host, self.shares) {
-            (Some(OnDevice::Nccl), ..) => "nccl",
-            (Some(OnDevice::Hccl), ..) => "hccl",
-            (None, OnHost::Gloo, false) => "gloo",
-            (None, OnHost::Mpi, false) => "mpi",
-            (None, OnHost::Gloo, true) => "gloo (in a machine its memory)",
-            (None, OnHost::Mpi, true) => "mpi (in a machine its memory)",
+        match (self.device, self.host, self.shared_memory) {
+            (Some(DeviceTransport::Nccl), ..) => "nccl",
+            (Some(DeviceTransport::Hccl), ..) => "hccl",
+            (None, HostTransport::Gloo, false) => "gloo",
+            (None, HostTransport::Mpi, false) => "mpi",
+            (None, HostTransport::Gloo, true) => "gloo (in a machine its memory)",
+            (None, HostTransport::Mpi, true) => "mpi (in a machine its memory)",
         }
     }
 }
@@ -102,36 +102,36 @@ impl Backend {
     ///
     /// # Errors
     /// When the wish cannot be fulfilled: why, and what to do.
-    pub(crate) fn decide(
+    pub(crate) fn resolve(
         self,
-        by_mpi: ByMpi,
+        mpi_launch: MpiLaunch,
         device: Device,
         has_mpi: bool,
-    ) -> Result<Carriers, String> {
-        let host = match (self, by_mpi, has_mpi) {
-            (Backend::Gloo, ..) => OnHost::Gloo,
-            (Backend::Mpi, ByMpi::Yes | ByMpi::Perhaps, true) => OnHost::Mpi,
+    ) -> Result<Transports, String> {
+        let host = match (self, mpi_launch, has_mpi) {
+            (Backend::Gloo, ..) => HostTransport::Gloo,
+            (Backend::Mpi, MpiLaunch::Yes | MpiLaunch::Possible, true) => HostTransport::Mpi,
             (Backend::Mpi, _, false) => {
                 return Err(
                     "this moerun was built without MPI: run ./scripts/setup --mpi and build with \
-                            --features mpi, or use run.communicator: gloo"
+                            --features mpi, or use run.backend: gloo"
                         .into(),
                 );
             }
-            (Backend::Mpi, ByMpi::No, true) => {
+            (Backend::Mpi, MpiLaunch::No, true) => {
                 return Err(
-                    "run.communicator is mpi and these ranks were not started by MPI: start \
-                            'mpirun -n N moerun train ...', or use run.communicator: auto"
+                    "run.backend is mpi and these ranks were not started by MPI: start \
+                            'mpirun -n N moerun train ...', or use run.backend: auto"
                         .into(),
                 );
             }
-            (_, ByMpi::Yes, true) => OnHost::Mpi,
-            _ => OnHost::Gloo,
+            (_, MpiLaunch::Yes, true) => HostTransport::Mpi,
+            _ => HostTransport::Gloo,
         };
         let device = match (self, device) {
             (Backend::Gloo | Backend::Mpi, _) | (Backend::Auto, Device::Cpu) => None,
-            (Backend::Auto | Backend::Nccl, Device::Cuda(_)) => Some(OnDevice::Nccl),
-            (Backend::Auto | Backend::Hccl, NPU) => Some(OnDevice::Hccl),
+            (Backend::Auto | Backend::Nccl, Device::Cuda(_)) => Some(DeviceTransport::Nccl),
+            (Backend::Auto | Backend::Hccl, NPU) => Some(DeviceTransport::Hccl),
             (Backend::Auto, _) => None,
             (Backend::Nccl | Backend::Hccl, _) => {
                 let (name, device) = if self == Backend::Nccl {
@@ -140,14 +140,14 @@ impl Backend {
                     ("hccl", "npu")
                 };
                 return Err(format!(
-                    "run.communicator is {name}, which carries tensors of {device} alone, and these ranks have none: use \
-                     run.device: {device}, or run.communicator: auto"
+                    "run.backend is {name}, which carries tensors of {device} alone, and these ranks have none: use \
+                     run.device: {device}, or run.backend: auto"
                 ));
             }
         };
-        Ok(Carriers {
+        Ok(Transports {
             host,
-            shares: !matches!(self, Backend::Gloo | Backend::Mpi),
+            shared_memory: !matches!(self, Backend::Gloo | Backend::Mpi),
             device,
         })
     }
@@ -167,46 +167,47 @@ mod tests {
 
     #[test]
     fn mpi_is_taken_where_it_started_the_ranks() {
-        let decide =
-            |backend: Backend, by_mpi, has_mpi| backend.decide(by_mpi, Device::Cpu, has_mpi);
-        let of = |host, shares| {
-            Ok(Carriers {
+        let resolve = |backend: Backend, mpi_launch, has_mpi| {
+            backend.resolve(mpi_launch, Device::Cpu, has_mpi)
+        };
+        let of = |host, shared_memory| {
+            Ok(Transports {
                 host,
-                shares,
+                shared_memory,
                 device: None,
             })
         };
         assert_eq!(
-            decide(Backend::Auto, ByMpi::Yes, true),
-            of(OnHost::Mpi, true)
+            resolve(Backend::Auto, MpiLaunch::Yes, true),
+            of(HostTransport::Mpi, true)
         );
         assert_eq!(
-            decide(Backend::Auto, ByMpi::Yes, false),
-            of(OnHost::Gloo, true)
+            resolve(Backend::Auto, MpiLaunch::Yes, false),
+            of(HostTransport::Gloo, true)
         );
         assert_eq!(
-            decide(Backend::Auto, ByMpi::Perhaps, true),
-            of(OnHost::Gloo, true)
+            resolve(Backend::Auto, MpiLaunch::Possible, true),
+            of(HostTransport::Gloo, true)
         );
         assert_eq!(
-            decide(Backend::Mpi, ByMpi::Perhaps, true),
-            of(OnHost::Mpi, false)
+            resolve(Backend::Mpi, MpiLaunch::Possible, true),
+            of(HostTransport::Mpi, false)
         );
         assert_eq!(
-            decide(Backend::Auto, ByMpi::No, true),
-            of(OnHost::Gloo, true)
+            resolve(Backend::Auto, MpiLaunch::No, true),
+            of(HostTransport::Gloo, true)
         );
         assert_eq!(
-            decide(Backend::Gloo, ByMpi::Yes, true),
-            of(OnHost::Gloo, false)
+            resolve(Backend::Gloo, MpiLaunch::Yes, true),
+            of(HostTransport::Gloo, false)
         );
         assert!(
-            decide(Backend::Mpi, ByMpi::No, true)
+            resolve(Backend::Mpi, MpiLaunch::No, true)
                 .unwrap_err()
                 .contains("mpirun -n N")
         );
         assert!(
-            decide(Backend::Mpi, ByMpi::Yes, false)
+            resolve(Backend::Mpi, MpiLaunch::Yes, false)
                 .unwrap_err()
                 .contains("setup --mpi")
         );
@@ -214,36 +215,36 @@ mod tests {
 
     #[test]
     fn a_device_has_its_vendors_library() {
-        let decide = |backend: Backend, device| backend.decide(ByMpi::No, device, false);
+        let resolve = |backend: Backend, device| backend.resolve(MpiLaunch::No, device, false);
         let of = |device| {
-            Ok(Carriers {
-                host: OnHost::Gloo,
-                shares: true,
+            Ok(Transports {
+                host: HostTransport::Gloo,
+                shared_memory: true,
                 device,
             })
         };
         assert_eq!(
-            decide(Backend::Auto, Device::Cuda(3)),
-            of(Some(OnDevice::Nccl))
+            resolve(Backend::Auto, Device::Cuda(3)),
+            of(Some(DeviceTransport::Nccl))
         );
         assert_eq!(
-            decide(Backend::Nccl, Device::Cuda(3)),
-            of(Some(OnDevice::Nccl))
+            resolve(Backend::Nccl, Device::Cuda(3)),
+            of(Some(DeviceTransport::Nccl))
         );
-        let gloo = Carriers {
-            host: OnHost::Gloo,
-            shares: false,
+        let gloo = Transports {
+            host: HostTransport::Gloo,
+            shared_memory: false,
             device: None,
         };
-        assert_eq!(decide(Backend::Gloo, Device::Cuda(3)), Ok(gloo));
-        assert_eq!(decide(Backend::Auto, NPU), of(Some(OnDevice::Hccl)));
+        assert_eq!(resolve(Backend::Gloo, Device::Cuda(3)), Ok(gloo));
+        assert_eq!(resolve(Backend::Auto, NPU), of(Some(DeviceTransport::Hccl)));
         assert!(
-            decide(Backend::Nccl, Device::Cpu)
+            resolve(Backend::Nccl, Device::Cpu)
                 .unwrap_err()
                 .contains("run.device: cuda")
         );
         assert!(
-            decide(Backend::Hccl, Device::Cuda(0))
+            resolve(Backend::Hccl, Device::Cuda(0))
                 .unwrap_err()
                 .contains("run.device: npu")
         );

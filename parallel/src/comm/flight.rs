@@ -1,5 +1,5 @@
 //! What each rank is at, so that one that does not come is named: every rank writes down its calls, and tells the others through
-//! the store, twice a second, how far it is in each group. A call that takes too long is compared with what the others told.
+//! the store, twice a second, how far it is in each group. A call that takes too long is compared with what the others reported.
 //! (PyTorch's flight recorder writes such a list too, for a person to compare afterwards.)
 
 use super::{CommError, Communicator, Progress, ReduceOp, Work};
@@ -15,13 +15,13 @@ use tch::Tensor;
 use torch_ext::Store;
 
 /// Between two signs of life.
-const BEAT: Duration = Duration::from_millis(500);
-/// A rank without a sign of life for so long has stopped.
-const SILENCE: Duration = Duration::from_millis(1600);
+const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
+/// A rank without a heartbeat of life for so long has stopped.
+const HEARTBEAT_TIMEOUT: Duration = Duration::from_millis(1600);
 /// A rank that has not asked for so long how its operations went waits for its device.
-const PATIENCE: Duration = Duration::from_secs(20);
+const DEVICE_STUCK_TIMEOUT: Duration = Duration::from_secs(20);
 /// Calls that are remembered.
-const REMEMBERED: usize = 2048;
+const MAX_CALLS: usize = 2048;
 
 /// One call of a collective, a send or a receive.
 #[derive(Debug, Clone, Serialize)]
@@ -69,8 +69,8 @@ struct Log {
     calls: VecDeque<Call>,
     /// The number of the first of them, among all.
     first: u64,
-    /// Collectives begun, by group.
-    begun: BTreeMap<Arc<str>, (u64, &'static str)>,
+    /// Collectives last_collective, by group.
+    last_collective: BTreeMap<Arc<str>, (u64, &'static str)>,
 }
 
 impl Log {
@@ -81,38 +81,38 @@ impl Log {
 
 /// What a rank tells the others.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-struct Sign {
+struct Heartbeat {
     beat: u64,
-    /// For each group, how many collectives it has begun, and the last of them.
-    begun: BTreeMap<String, (u64, String)>,
+    /// For each group, how many collectives it has last_collective, and the last of them.
+    last_collective: BTreeMap<String, (u64, String)>,
     /// The call that it has waited for longest.
     waits: Option<String>,
 }
 
-/// A question of a thread whose call takes too long.
-struct Question {
+/// A request of a thread whose call takes too long.
+struct DiagnosisRequest {
     call: Call,
     answer: Sender<String>,
 }
 
-struct Shared {
+struct RecorderState {
     rank: usize,
     began: Instant,
     timeout: Duration,
     log: Mutex<Log>,
     dump: Mutex<Option<PathBuf>>,
-    questions: Sender<Question>,
+    requests: Sender<DiagnosisRequest>,
     /// Operations that a device has not done yet.
-    queued: Mutex<Vec<OnDevice>>,
+    queued: Mutex<Vec<DeviceOperation>>,
     /// The first failure of those.
     failure: Mutex<Option<Failure>>,
-    when_stuck: Mutex<Option<WhenStuck>>,
+    on_stuck: Mutex<Option<StuckHandler>>,
     /// The rank that serves the store, if a rank does.
     serves: Option<usize>,
 }
 
 /// An operation that a device was given.
-struct OnDevice {
+struct DeviceOperation {
     id: u64,
     progress: Progress,
     inner: Arc<dyn Communicator>,
@@ -122,15 +122,15 @@ struct OnDevice {
 struct Failure {
     error: CommError,
     since: Instant,
-    told: bool,
+    reported: bool,
 }
 
-/// What is done about a rank that does not ask how its operations went: it may wait in the device's driver for ever.
-type WhenStuck = Box<dyn Fn(&CommError) + Send>;
+/// What is done about a rank that does not request_diagnosis how its operations went: it may wait in the device's driver for ever.
+type StuckHandler = Box<dyn Fn(&CommError) + Send>;
 
 /// The calls of one rank; clones are the same recorder.
 #[derive(Clone)]
-pub(crate) struct FlightRecorder(Arc<Shared>);
+pub(crate) struct FlightRecorder(Arc<RecorderState>);
 
 impl FlightRecorder {
     /// Begins, with a connection of its own: whoever waits on another one cannot hold it up.
@@ -140,23 +140,23 @@ impl FlightRecorder {
         timeout: Duration,
         store: Store,
     ) -> FlightRecorder {
-        let (questions, inbox) = channel();
+        let (requests, inbox) = channel();
         let log = Mutex::default();
         let dump = Mutex::default();
         let queued = Mutex::default();
         let failure = Mutex::default();
         let began = Instant::now();
-        let when_stuck = Mutex::default();
-        let shared = Arc::new(Shared {
+        let on_stuck = Mutex::default();
+        let shared = Arc::new(RecorderState {
             rank,
             began,
             timeout,
             log,
             dump,
-            questions,
+            requests,
             queued,
             failure,
-            when_stuck,
+            on_stuck,
             serves,
         });
         let watched = Arc::downgrade(&shared);
@@ -164,31 +164,31 @@ impl FlightRecorder {
             let mut beats = 0;
             let mut pause = Duration::ZERO;
             loop {
-                let question = inbox.recv_timeout(pause);
-                pause = BEAT;
+                let request = inbox.recv_timeout(pause);
+                pause = HEARTBEAT_INTERVAL;
                 let Some(shared) = watched.upgrade() else {
                     return;
                 };
                 let mut beat = || {
                     beats += 1;
                     store
-                        .set(&sign_key(shared.rank), &shared.sign(beats))
+                        .set(&heartbeat_key(shared.rank), &shared.heartbeat(beats))
                         .is_ok()
                 };
                 if !beat() {
                     // Without the store the run is at its end anyway.
                     return;
                 }
-                match question {
-                    Ok(question) => drop(question.answer.send(missing(
+                match request {
+                    Ok(request) => drop(request.answer.send(missing(
                         &store,
                         shared.rank,
-                        &question.call,
+                        &request.call,
                         &mut beat,
                     ))),
                     Err(RecvTimeoutError::Timeout) => {
-                        shared.look(&store, &mut beat);
-                        shared.follow_up(&store, &mut beat);
+                        shared.warn_if_stalled(&store, &mut beat);
+                        shared.check_device_operations(&store, &mut beat);
                     }
                     Err(RecvTimeoutError::Disconnected) => return,
                 }
@@ -203,15 +203,15 @@ impl FlightRecorder {
     }
 
     /// What is done about a rank that is stuck in its device's driver after a failure.
-    pub(crate) fn when_stuck(&self, act: impl Fn(&CommError) + Send + 'static) {
-        *lock(&self.0.when_stuck) = Some(Box::new(act));
+    pub(crate) fn on_stuck(&self, act: impl Fn(&CommError) + Send + 'static) {
+        *lock(&self.0.on_stuck) = Some(Box::new(act));
     }
 
     /// Tells the first failure of what was queued on devices.
     pub(crate) fn check(&self) -> Result<(), CommError> {
         match lock(&self.0.failure).as_mut() {
             Some(failure) => {
-                failure.told = true;
+                failure.reported = true;
                 Err(failure.error.clone())
             }
             None => Ok(()),
@@ -219,14 +219,14 @@ impl FlightRecorder {
     }
 
     /// The same group, with its calls written down.
-    pub(crate) fn follow(
+    pub(crate) fn wrap(
         &self,
         inner: Arc<dyn Communicator>,
         group: &str,
         members: &[usize],
     ) -> Arc<dyn Communicator> {
         let key = format!("{group}/{members:?}").into();
-        Arc::new(Recorded {
+        Arc::new(RecordedComm {
             inner,
             recorder: self.clone(),
             group: group.into(),
@@ -238,15 +238,15 @@ impl FlightRecorder {
     fn started(&self, mut call: Call, counts: bool) -> u64 {
         let mut log = lock(&self.0.log);
         if counts {
-            let begun = log
-                .begun
+            let last_collective = log
+                .last_collective
                 .entry(call.key.clone())
                 .or_insert((0, call.operation));
-            *begun = (begun.0 + 1, call.operation);
-            call.number = Some(begun.0);
+            *last_collective = (last_collective.0 + 1, call.operation);
+            call.number = Some(last_collective.0);
         }
         log.calls.push_back(call);
-        if log.calls.len() > REMEMBERED {
+        if log.calls.len() > MAX_CALLS {
             log.calls.pop_front();
             log.first += 1;
         }
@@ -269,7 +269,10 @@ impl FlightRecorder {
         let call = lock(&self.0.log).get(id).cloned();
         if let Some(call) = call.filter(|call| call.began.elapsed() >= self.0.timeout.mul_f64(0.8))
         {
-            let missing = call.missing.clone().unwrap_or_else(|| self.ask(&call));
+            let missing = call
+                .missing
+                .clone()
+                .unwrap_or_else(|| self.request_diagnosis(&call));
             error.reason = format!("{missing} ({})", error.reason);
             self.change(id, |call| call.missing = Some(missing));
         }
@@ -277,9 +280,9 @@ impl FlightRecorder {
         error
     }
 
-    fn ask(&self, call: &Call) -> String {
+    fn request_diagnosis(&self, call: &Call) -> String {
         let (answer, answered) = channel();
-        let asked = self.0.questions.send(Question {
+        let asked = self.0.requests.send(DiagnosisRequest {
             call: call.clone(),
             answer,
         });
@@ -314,31 +317,34 @@ fn as_text<S: serde::Serializer>(text: &Arc<str>, serializer: S) -> Result<S::Ok
     serializer.serialize_str(text)
 }
 
-fn sign_key(rank: usize) -> String {
-    format!("sign/{rank}")
+fn heartbeat_key(rank: usize) -> String {
+    format!("heartbeat/{rank}")
 }
 
-impl Shared {
-    fn sign(&self, beat: u64) -> Vec<u8> {
+impl RecorderState {
+    fn heartbeat(&self, beat: u64) -> Vec<u8> {
         let log = lock(&self.log);
         let waits = log
             .calls
             .iter()
             .find(|call| call.waited_for && call.ended_s.is_none())
             .map(Call::name);
-        let begun = log.begun.iter().map(|(group, (count, operation))| {
-            (group.to_string(), (*count, operation.to_string()))
-        });
-        serde_json::to_vec(&Sign {
+        let last_collective = log
+            .last_collective
+            .iter()
+            .map(|(group, (count, operation))| {
+                (group.to_string(), (*count, operation.to_string()))
+            });
+        serde_json::to_vec(&Heartbeat {
             beat,
-            begun: begun.collect(),
+            last_collective: last_collective.collect(),
             waits,
         })
         .expect("plain data")
     }
 
     /// Looks at what devices were given: what is done, what failed, what takes too long.
-    fn follow_up(&self, store: &Store, beat: &mut dyn FnMut() -> bool) {
+    fn check_device_operations(&self, store: &Store, beat: &mut dyn FnMut() -> bool) {
         let now = self.began.elapsed().as_secs_f64();
         let mut failed = None;
         lock(&self.queued).retain(|queued| {
@@ -382,23 +388,25 @@ impl Shared {
             lock(&self.failure).get_or_insert(Failure {
                 error,
                 since: Instant::now(),
-                told: false,
+                reported: false,
             });
             // The host may wait for any of them.
             let given_up = std::mem::take(&mut *lock(&self.queued));
             given_up.iter().for_each(|queued| queued.inner.abort());
             self.write();
         }
-        let stuck = |failure: &&Failure| !failure.told && failure.since.elapsed() > PATIENCE;
+        let stuck = |failure: &&Failure| {
+            !failure.reported && failure.since.elapsed() > DEVICE_STUCK_TIMEOUT
+        };
         if let (Some(failure), Some(act)) = (
             lock(&self.failure).as_ref().filter(stuck),
-            &*lock(&self.when_stuck),
+            &*lock(&self.on_stuck),
         ) {
             act(&failure.error);
         }
     }
 
-    /// Writes all calls down. It is worth less than the error that is being told.
+    /// Writes all calls down. It is worth less than the error that is being reported.
     fn write(&self) {
         let Some(path) = lock(&self.dump).clone() else {
             return;
@@ -411,13 +419,13 @@ impl Shared {
     }
 
     /// Warns of a call that is waited for too long, before it fails.
-    fn look(&self, store: &Store, beat: &mut dyn FnMut() -> bool) {
-        let patience = (self.timeout / 2).min(Duration::from_secs(30));
+    fn warn_if_stalled(&self, store: &Store, beat: &mut dyn FnMut() -> bool) {
+        let warn_after = (self.timeout / 2).min(Duration::from_secs(30));
         let slow = |call: &&Call| {
             call.waited_for
                 && call.ended_s.is_none()
                 && call.missing.is_none()
-                && call.began.elapsed() > patience
+                && call.began.elapsed() > warn_after
         };
         let stalled = lock(&self.log).calls.iter().find(slow).cloned();
         let Some(stalled) = stalled else { return };
@@ -431,7 +439,7 @@ impl Shared {
     }
 }
 
-/// Which ranks have not come to a call, by their signs. Others may look at this rank meanwhile: it goes on with its own.
+/// Which ranks have not come to a call, by their signs. Others may warn_if_stalled at this rank meanwhile: it goes on with its own.
 fn missing(store: &Store, own: usize, call: &Call, beat: &mut dyn FnMut() -> bool) -> String {
     let others: Vec<usize> = match call.peer {
         Some(peer) => vec![peer],
@@ -442,25 +450,26 @@ fn missing(store: &Store, own: usize, call: &Call, beat: &mut dyn FnMut() -> boo
             .filter(|&rank| rank != own)
             .collect(),
     };
-    let read = |rank: usize| -> Option<Sign> {
-        let key = sign_key(rank);
+    let read = |rank: usize| -> Option<Heartbeat> {
+        let key = heartbeat_key(rank);
         store
             .contains(&key)
             .ok()?
             .then(|| store.get(&key).ok())?
             .and_then(|text| serde_json::from_slice(&text).ok())
     };
-    let before: Vec<Option<Sign>> = others.iter().map(|&rank| read(rank)).collect();
+    let before: Vec<Option<Heartbeat>> = others.iter().map(|&rank| read(rank)).collect();
     let began = Instant::now();
-    while began.elapsed() < SILENCE {
-        std::thread::sleep(BEAT / 2);
+    while began.elapsed() < HEARTBEAT_TIMEOUT {
+        std::thread::sleep(HEARTBEAT_INTERVAL / 2);
         beat();
     }
     let mut absent = Vec::new();
     for (&rank, before) in others.iter().zip(before) {
         let now = read(rank);
-        let silent = now.as_ref().map(|sign| sign.beat) == before.as_ref().map(|sign| sign.beat);
-        absent.extend(describe(rank, silent, now.unwrap_or_default(), call));
+        let silent = now.as_ref().map(|heartbeat| heartbeat.beat)
+            == before.as_ref().map(|heartbeat| heartbeat.beat);
+        absent.extend(describe_rank(rank, silent, now.unwrap_or_default(), call));
     }
     if absent.is_empty() {
         format!(
@@ -473,8 +482,12 @@ fn missing(store: &Store, own: usize, call: &Call, beat: &mut dyn FnMut() -> boo
 }
 
 /// What is the matter with a rank; None where it does as it should.
-fn describe(rank: usize, silent: bool, sign: Sign, call: &Call) -> Option<String> {
-    let (count, operation) = sign.begun.get(&*call.key).cloned().unwrap_or_default();
+fn describe_rank(rank: usize, silent: bool, heartbeat: Heartbeat, call: &Call) -> Option<String> {
+    let (count, operation) = heartbeat
+        .last_collective
+        .get(&*call.key)
+        .cloned()
+        .unwrap_or_default();
     let at = match (count, silent) {
         (0, false) => "it has not called this group yet".to_string(),
         (0, true) => "when last heard of it had not called this group".to_string(),
@@ -482,13 +495,13 @@ fn describe(rank: usize, silent: bool, sign: Sign, call: &Call) -> Option<String
         (_, true) => format!("when last heard of its last call here was {count}, {operation}"),
     };
     match call.number {
-        _ if silent && sign.beat == 0 => Some(format!("rank {rank} has never been heard of")),
+        _ if silent && heartbeat.beat == 0 => Some(format!("rank {rank} has never been heard of")),
         Some(number) if silent && count >= number => {
             Some(format!("rank {rank} has stopped inside this call"))
         }
         _ if silent => Some(format!("rank {rank} has stopped; {at}")),
         Some(number) if count < number => {
-            let waits = sign
+            let waits = heartbeat
                 .waits
                 .map_or(String::new(), |waits| format!(", and it waits for {waits}"));
             Some(format!("rank {rank} is missing; {at}{waits}"))
@@ -496,14 +509,15 @@ fn describe(rank: usize, silent: bool, sign: Sign, call: &Call) -> Option<String
         Some(_) => None,
         None => Some(format!(
             "rank {rank} is alive{}",
-            sign.waits
+            heartbeat
+                .waits
                 .map_or(String::new(), |w| format!(" and waits for {w}"))
         )),
     }
 }
 
 /// A group whose calls are written down.
-struct Recorded {
+struct RecordedComm {
     inner: Arc<dyn Communicator>,
     recorder: FlightRecorder,
     group: Arc<str>,
@@ -511,7 +525,7 @@ struct Recorded {
     key: Arc<str>,
 }
 
-impl Recorded {
+impl RecordedComm {
     fn call(
         &self,
         operation: &'static str,
@@ -545,7 +559,7 @@ impl Recorded {
         let progress = work.progress.take();
         let on_device = progress.is_some();
         if let Some(progress) = progress {
-            lock(&recorder.0.queued).push(OnDevice {
+            lock(&recorder.0.queued).push(DeviceOperation {
                 id,
                 progress,
                 inner: self.inner.clone(),
@@ -563,12 +577,12 @@ impl Recorded {
     }
 }
 
-impl Communicator for Recorded {
+impl Communicator for RecordedComm {
     fn backend(&self) -> &'static str {
         self.inner.backend()
     }
-    fn queues(&self) -> bool {
-        self.inner.queues()
+    fn is_stream_ordered(&self) -> bool {
+        self.inner.is_stream_ordered()
     }
     fn rank(&self) -> usize {
         self.inner.rank()
@@ -671,15 +685,15 @@ mod tests {
         }
     }
 
-    fn sign(count: u64, waits: Option<&str>) -> Sign {
-        let begun = [(
+    fn heartbeat(count: u64, waits: Option<&str>) -> Heartbeat {
+        let last_collective = [(
             "experts/[0, 1, 2]".to_string(),
             (count, "all_gather".to_string()),
         )]
         .into();
-        Sign {
+        Heartbeat {
             beat: 7,
-            begun,
+            last_collective,
             waits: waits.map(str::to_string),
         }
     }
@@ -687,26 +701,26 @@ mod tests {
     #[test]
     fn a_missing_rank_is_described_by_what_it_last_told() {
         let seven = call(Some(7), None);
-        assert_eq!(describe(1, false, sign(7, None), &seven), None);
-        assert_eq!(describe(1, false, sign(9, None), &seven), None);
+        assert_eq!(describe_rank(1, false, heartbeat(7, None), &seven), None);
+        assert_eq!(describe_rank(1, false, heartbeat(9, None), &seven), None);
         let waits = Some("recv from rank 2 in group 'pipeline'");
-        let text = describe(1, false, sign(6, waits), &seven).unwrap();
+        let text = describe_rank(1, false, heartbeat(6, waits), &seven).unwrap();
         let expected = "rank 1 is missing; its last call here is 6, all_gather, and it waits for recv from rank 2";
         assert!(text.starts_with(expected), "{text}");
-        let text = describe(1, true, sign(6, None), &seven).unwrap();
+        let text = describe_rank(1, true, heartbeat(6, None), &seven).unwrap();
         assert_eq!(
             text,
             "rank 1 has stopped; when last heard of its last call here was 6, all_gather"
         );
         assert_eq!(
-            describe(1, true, sign(7, None), &seven).unwrap(),
+            describe_rank(1, true, heartbeat(7, None), &seven).unwrap(),
             "rank 1 has stopped inside this call"
         );
         assert_eq!(
-            describe(2, true, Sign::default(), &seven).unwrap(),
+            describe_rank(2, true, Heartbeat::default(), &seven).unwrap(),
             "rank 2 has never been heard of"
         );
-        let text = describe(2, false, sign(6, None), &call(None, Some(2))).unwrap();
+        let text = describe_rank(2, false, heartbeat(6, None), &call(None, Some(2))).unwrap();
         assert_eq!(text, "rank 2 is alive");
     }
 

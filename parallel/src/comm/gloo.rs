@@ -12,16 +12,16 @@ use torch_ext::{GlooAddress, Store};
 /// All-gather and reduce-scatter are built on all-to-all, which Gloo carries several times faster than its own
 /// (the sum then runs in rank order on every rank, so it is the same each time).
 pub struct Gloo {
-    shared: Arc<Shared>,
+    shared: Arc<GlooState>,
 }
 
-struct Shared {
+struct GlooState {
     group: torch_ext::Gloo,
     membership: Membership,
     aborted: AtomicBool,
 }
 
-impl Shared {
+impl GlooState {
     fn error(&self, operation: &'static str, reason: impl ToString) -> CommError {
         self.membership.error(operation, reason)
     }
@@ -44,7 +44,7 @@ impl Gloo {
         let group = torch_ext::Gloo::new(store, membership.position, members.len(), timeout, at)
             .map_err(|e| membership.error("joining", e))?;
         Ok(Gloo {
-            shared: Arc::new(Shared {
+            shared: Arc::new(GlooState {
                 group,
                 membership,
                 aborted: AtomicBool::new(false),

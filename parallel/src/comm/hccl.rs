@@ -3,7 +3,7 @@
 //! run it against a library that has the same interface on host memory.
 
 use super::ReduceOp;
-use super::queued::{Library, Message, Run, To};
+use super::device_comm::{Elements, LaunchTarget, Library, Message};
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::OnceLock;
 use tch::Kind;
@@ -17,7 +17,7 @@ type Type = c_int;
 /// `HcclReduceOp`.
 type Op = c_int;
 /// `aclrtStream`.
-type OnStream = *mut c_void;
+type StreamHandle = *mut c_void;
 type Data = *mut c_void;
 
 /// `HCCL_ROOT_INFO_BYTES`.
@@ -40,10 +40,10 @@ pub(crate) struct Hccl {
     init_root_info: unsafe extern "C" fn(u32, *const c_char, u32, *mut Comm) -> Code,
     async_error: unsafe extern "C" fn(Comm, *mut Code) -> Code,
     error_string: unsafe extern "C" fn(Code) -> *const c_char,
-    all_reduce: unsafe extern "C" fn(Data, Data, u64, Type, Op, Comm, OnStream) -> Code,
-    broadcast: unsafe extern "C" fn(Data, u64, Type, u32, Comm, OnStream) -> Code,
-    all_gather: unsafe extern "C" fn(Data, Data, u64, Type, Comm, OnStream) -> Code,
-    reduce_scatter: unsafe extern "C" fn(Data, Data, u64, Type, Op, Comm, OnStream) -> Code,
+    all_reduce: unsafe extern "C" fn(Data, Data, u64, Type, Op, Comm, StreamHandle) -> Code,
+    broadcast: unsafe extern "C" fn(Data, u64, Type, u32, Comm, StreamHandle) -> Code,
+    all_gather: unsafe extern "C" fn(Data, Data, u64, Type, Comm, StreamHandle) -> Code,
+    reduce_scatter: unsafe extern "C" fn(Data, Data, u64, Type, Op, Comm, StreamHandle) -> Code,
     all_to_all_v: unsafe extern "C" fn(
         Data,
         *const u64,
@@ -54,15 +54,15 @@ pub(crate) struct Hccl {
         *const u64,
         Type,
         Comm,
-        OnStream,
+        StreamHandle,
     ) -> Code,
-    send: unsafe extern "C" fn(Data, u64, Type, u32, Comm, OnStream) -> Code,
-    recv: unsafe extern "C" fn(Data, u64, Type, u32, Comm, OnStream) -> Code,
-    batch: unsafe extern "C" fn(*mut Item, u32, Comm, OnStream) -> Code,
+    send: unsafe extern "C" fn(Data, u64, Type, u32, Comm, StreamHandle) -> Code,
+    recv: unsafe extern "C" fn(Data, u64, Type, u32, Comm, StreamHandle) -> Code,
+    batch: unsafe extern "C" fn(*mut Item, u32, Comm, StreamHandle) -> Code,
     /// `aclGetRecentErrMsg` (acl_rt.h): what went wrong last in this thread.
     recent_error: unsafe extern "C" fn() -> *const c_char,
-    /// `aclrtStreamAbort` (acl_rt.h): ends what is queued on a stream. Versions of CANN before 8.2 do not have it.
-    stream_abort: Option<unsafe extern "C" fn(OnStream) -> c_int>,
+    /// `aclrtStreamAbort` (acl_rt.h): ends what is device_comm on a stream. Versions of CANN before 8.2 do not have it.
+    stream_abort: Option<unsafe extern "C" fn(StreamHandle) -> c_int>,
 }
 
 /// `HCCL_DETERMINISTIC` of `HcclConfig`: sums in an order that does not change from one time to the next.
@@ -76,13 +76,13 @@ impl Hccl {
     pub(crate) fn load() -> Result<&'static Hccl, String> {
         static LOADED: OnceLock<Result<Hccl, String>> = OnceLock::new();
         LOADED
-            .get_or_init(Hccl::look_up)
+            .get_or_init(Hccl::resolve_symbols)
             .as_ref()
             .map_err(Clone::clone)
     }
 
-    fn look_up() -> Result<Hccl, String> {
-        const REMEDY: &str = "HCCL carries tensors of Ascend NPUs: source CANN's set_env.sh, or use run.communicator: auto";
+    fn resolve_symbols() -> Result<Hccl, String> {
+        const REMEDY: &str = "HCCL carries tensors of Ascend NPUs: source CANN's set_env.sh, or use run.backend: auto";
         let open = |file| {
             torch_ext::load_library(file, torch_ext::ASCEND_FOLDER, REMEDY)
                 .map_err(|e| e.to_string())
@@ -174,8 +174,8 @@ fn reduction(op: ReduceOp) -> Op {
     }
 }
 
-/// Where each rank's part begins.
-fn begins(counts: &[u64]) -> Vec<u64> {
+/// Where each rank's part offsets.
+fn offsets(counts: &[u64]) -> Vec<u64> {
     counts
         .iter()
         .scan(0, |begin, count| {
@@ -226,7 +226,7 @@ impl Library for Hccl {
     }
 
     /// As hccl.h lists them for `HcclAllReduce` and `HcclReduceScatter`.
-    fn reduces(&self, kind: Kind, operation: &str) -> bool {
+    fn supports_reduction(&self, kind: Kind, operation: &str) -> bool {
         match kind {
             Kind::Int8 | Kind::Int | Kind::Half | Kind::Float | Kind::BFloat16 => true,
             Kind::Int16 => operation == "all_reduce",
@@ -236,9 +236,9 @@ impl Library for Hccl {
 
     unsafe fn all_reduce(
         &self,
-        to: &To<Self>,
+        to: &LaunchTarget<Self>,
         data: Data,
-        run: Run,
+        run: Elements,
         op: ReduceOp,
     ) -> Result<(), String> {
         let count = run.count as u64;
@@ -251,9 +251,9 @@ impl Library for Hccl {
 
     unsafe fn broadcast(
         &self,
-        to: &To<Self>,
+        to: &LaunchTarget<Self>,
         data: Data,
-        run: Run,
+        run: Elements,
         root: usize,
     ) -> Result<(), String> {
         let count = run.count as u64;
@@ -266,10 +266,10 @@ impl Library for Hccl {
 
     unsafe fn all_gather(
         &self,
-        to: &To<Self>,
+        to: &LaunchTarget<Self>,
         out: Data,
         data: Data,
-        run: Run,
+        run: Elements,
     ) -> Result<(), String> {
         let count = run.count as u64;
         let kind = element(run.kind)?;
@@ -279,10 +279,10 @@ impl Library for Hccl {
 
     unsafe fn reduce_scatter(
         &self,
-        to: &To<Self>,
+        to: &LaunchTarget<Self>,
         out: Data,
         data: Data,
-        run: Run,
+        run: Elements,
         op: ReduceOp,
     ) -> Result<(), String> {
         let count = run.count as u64;
@@ -295,7 +295,7 @@ impl Library for Hccl {
 
     unsafe fn all_to_all(
         &self,
-        to: &To<Self>,
+        to: &LaunchTarget<Self>,
         (out, receive): (Data, &[usize]),
         (data, send): (Data, &[usize]),
         kind: Kind,
@@ -304,8 +304,8 @@ impl Library for Hccl {
         let receive = counts(receive);
         let send = counts(send);
         let kind = element(kind)?;
-        let receive_at = begins(&receive);
-        let send_at = begins(&send);
+        let receive_at = offsets(&receive);
+        let send_at = offsets(&send);
         // SAFETY: the caller's promise; the four lists are read before the call returns.
         self.check(unsafe {
             (self.all_to_all_v)(
@@ -323,7 +323,7 @@ impl Library for Hccl {
         })
     }
 
-    unsafe fn messages(&self, to: &To<Self>, messages: &[Message]) -> Result<(), String> {
+    unsafe fn messages(&self, to: &LaunchTarget<Self>, messages: &[Message]) -> Result<(), String> {
         let comm = to.comm.0;
         let stream = to.stream;
         if let [
@@ -389,6 +389,6 @@ mod tests {
 
     #[test]
     fn parts_lie_behind_one_another() {
-        assert_eq!(begins(&[2, 0, 3]), [0, 2, 2]);
+        assert_eq!(offsets(&[2, 0, 3]), [0, 2, 2]);
     }
 }

@@ -1,33 +1,33 @@
 //! Communicators: the collectives of one group of ranks, whatever carries them.
 
 mod backend;
-mod by_device;
+mod device_comm;
 mod flight;
 mod gloo;
 mod hccl;
+mod hybrid;
 mod local;
 mod membership;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod nccl;
-mod queued;
 mod shm;
 mod staged;
 
 pub use backend::{Backend, mpi_library};
-pub(crate) use backend::{Carriers, OnDevice, OnHost};
-pub(crate) use by_device::ByDevice;
+pub(crate) use backend::{DeviceTransport, HostTransport, Transports};
+pub(crate) use device_comm::DeviceComm;
 pub(crate) use flight::FlightRecorder;
 pub use gloo::Gloo;
 pub(crate) use hccl::Hccl;
+pub(crate) use hybrid::HybridComm;
 pub use local::Local;
 pub(crate) use membership::Membership;
 #[cfg(feature = "mpi")]
 pub use mpi::finalize;
 #[cfg(feature = "mpi")]
-pub(crate) use mpi::{Mpi, share, universe};
+pub(crate) use mpi::{Mpi, broadcast_bytes, universe};
 pub(crate) use nccl::Nccl;
-pub(crate) use queued::Queued;
 pub(crate) use shm::Shm;
 pub(crate) use staged::Staged;
 pub use torch_ext::ReduceOp;
@@ -87,7 +87,7 @@ impl Work {
         }
     }
 
-    /// An operation that is queued on a device: after `finish` what this thread queues there comes after it.
+    /// An operation that is queued on a device: after `finish` what this thread is_stream_ordered there comes after it.
     pub(crate) fn queued(
         finish: impl FnOnce() -> Result<(), CommError> + Send + 'static,
         progress: impl Fn() -> Result<bool, String> + Send + 'static,
@@ -117,7 +117,7 @@ pub trait Communicator: Send + Sync {
     fn backend(&self) -> &'static str;
 
     /// Whether a device is given the operations, so that [`Work::wait`] holds nobody up.
-    fn queues(&self) -> bool {
+    fn is_stream_ordered(&self) -> bool {
         false
     }
 

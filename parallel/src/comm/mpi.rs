@@ -4,7 +4,7 @@
 //! then, so that an operation that nobody waits for yet does not stand still (MPI 3.1, section 3.7.4 lets it).
 
 use super::{CommError, Communicator, Membership, ReduceOp, Staged, Work, check_splits};
-use crate::beside;
+use crate::background;
 use half::{bf16, f16};
 use mpi::ffi;
 use parking_lot::Mutex;
@@ -21,7 +21,7 @@ pub(crate) struct Universe {
     pub(crate) size: usize,
     reductions: Reductions,
     /// Operations under way in this process.
-    under_way: AtomicUsize,
+    in_flight: AtomicUsize,
 }
 
 /// Reductions of the two types that MPI does not know, by their bits.
@@ -64,11 +64,11 @@ let mut size = 0;
             bf16: [reduction(sum::<bf16>)?, reduction(min::<bf16>)?, reduction(max::<bf16>)?],
             f16: [reduction(sum::<f16>)?, reduction(min::<f16>)?, reduction(max::<f16>)?],
         };
-        Ok(Universe { rank: rank as usize, size: size as usize, reductions, under_way: AtomicUsize::new(0) })
+        Ok(Universe { rank: rank as usize, size: size as usize, reductions, in_flight: AtomicUsize::new(0) })
     });
     let universe = universe.as_ref().map_err(Clone::clone)?;
     static PROGRESS: OnceLock<()> = OnceLock::new();
-    PROGRESS.get_or_init(|| beside::spawn("mpi", || look_in(universe)));
+    PROGRESS.get_or_init(|| background::spawn("mpi", || progress_loop(universe)));
     Ok(universe)
 }
 
@@ -84,25 +84,25 @@ pub fn finalize() {
             && ended == 0
         {
             FINALIZING.store(true, Ordering::SeqCst);
-            let _looks_in = LOOKING.lock();
+            let _progress_guard = PROGRESS_LOCK.lock();
             ffi::MPI_Finalize();
         }
     }
 }
 
 static FINALIZING: AtomicBool = AtomicBool::new(false);
-static LOOKING: Mutex<()> = Mutex::new(());
+static PROGRESS_LOCK: Mutex<()> = Mutex::new(());
 
 /// Enters MPI from time to time while operations are under way.
-fn look_in(universe: &Universe) {
+fn progress_loop(universe: &Universe) {
     loop {
-        let idle = universe.under_way.load(Ordering::Relaxed) == 0;
+        let idle = universe.in_flight.load(Ordering::Relaxed) == 0;
         std::thread::sleep(if idle {
             Duration::from_millis(2)
         } else {
             Duration::from_micros(200)
         });
-        let _looking = LOOKING.lock();
+        let _progress_guard = PROGRESS_LOCK.lock();
         if FINALIZING.load(Ordering::SeqCst) {
             return;
         }
@@ -137,7 +137,7 @@ pub(crate) fn library() -> String {
 ///
 /// # Errors
 /// MPI's message.
-pub(crate) fn share(bytes: Vec<u8>) -> Result<Vec<u8>, String> {
+pub(crate) fn broadcast_bytes(bytes: Vec<u8>) -> Result<Vec<u8>, String> {
     let universe = universe()?;
     let mut length = bytes.len() as u64;
     let mut all = bytes;
@@ -177,11 +177,11 @@ fn check(code: c_int) -> Result<(), String> {
 }
 
 /// Two-byte numbers that are combined as fp32 and rounded once.
-trait Small: Copy {
+trait HalfPrecision: Copy {
     fn widen(self) -> f32;
     fn narrow(value: f32) -> Self;
 }
-impl Small for bf16 {
+impl HalfPrecision for bf16 {
     fn widen(self) -> f32 {
         self.to_f32()
     }
@@ -189,7 +189,7 @@ impl Small for bf16 {
         bf16::from_f32(value)
     }
 }
-impl Small for f16 {
+impl HalfPrecision for f16 {
     fn widen(self) -> f32 {
         self.to_f32()
     }
@@ -202,7 +202,7 @@ type Combine = unsafe extern "C" fn(*mut c_void, *mut c_void, *mut c_int, *mut f
 
 /// # Safety
 /// MPI calls it with two arrays of `length` numbers.
-unsafe fn combine<T: Small>(
+unsafe fn combine<T: HalfPrecision>(
     from: *mut c_void,
     into: *mut c_void,
     length: *mut c_int,
@@ -220,7 +220,7 @@ unsafe fn combine<T: Small>(
         *into = T::narrow(with(into.widen(), from.widen()));
     }
 }
-unsafe extern "C" fn sum<T: Small>(
+unsafe extern "C" fn sum<T: HalfPrecision>(
     a: *mut c_void,
     b: *mut c_void,
     n: *mut c_int,
@@ -229,7 +229,7 @@ unsafe extern "C" fn sum<T: Small>(
     // SAFETY: MPI's promise.
     unsafe { combine::<T>(a, b, n, |x, y| x + y) }
 }
-unsafe extern "C" fn min<T: Small>(
+unsafe extern "C" fn min<T: HalfPrecision>(
     a: *mut c_void,
     b: *mut c_void,
     n: *mut c_int,
@@ -238,7 +238,7 @@ unsafe extern "C" fn min<T: Small>(
     // SAFETY: MPI's promise.
     unsafe { combine::<T>(a, b, n, f32::min) }
 }
-unsafe extern "C" fn max<T: Small>(
+unsafe extern "C" fn max<T: HalfPrecision>(
     a: *mut c_void,
     b: *mut c_void,
     n: *mut c_int,
@@ -259,10 +259,10 @@ fn reduction(combine: Combine) -> Result<ffi::MPI_Op, String> {
 
 /// A group of ranks with an MPI communicator of its own.
 pub(crate) struct Mpi {
-    shared: Arc<Shared>,
+    shared: Arc<MpiState>,
 }
 
-struct Shared {
+struct MpiState {
     comm: ffi::MPI_Comm,
     membership: Membership,
     timeout: Duration,
@@ -271,31 +271,31 @@ struct Shared {
 }
 
 // SAFETY: see `Universe`.
-unsafe impl Send for Shared {}
+unsafe impl Send for MpiState {}
 // SAFETY: see `Universe`.
-unsafe impl Sync for Shared {}
+unsafe impl Sync for MpiState {}
 
 /// A request under way, with all that MPI reads and writes meanwhile: where it is given up, that stays for as long as the
 /// process lives.
 struct Request {
     request: ffi::MPI_Request,
-    kept: ManuallyDrop<(Staged, Option<Arguments>)>,
+    kept: ManuallyDrop<(Staged, Option<AlltoallvArguments>)>,
 }
 
 // SAFETY: see `Universe`; tensors may be sent.
 unsafe impl Send for Request {}
 
 /// What an uneven operation points to besides tensors: its rows' type, and numbers and beginnings of rows.
-struct Arguments {
-    row: Row,
+struct AlltoallvArguments {
+    row: RowType,
     sent: (Vec<c_int>, Vec<c_int>),
     received: (Vec<c_int>, Vec<c_int>),
 }
 
 /// The type of one row of a tensor.
-struct Row(ffi::MPI_Datatype);
+struct RowType(ffi::MPI_Datatype);
 
-impl Drop for Row {
+impl Drop for RowType {
     fn drop(&mut self) {
         // SAFETY: a type that this made; operations under way keep what they need of it (MPI 3.1, section 4.1.9).
         unsafe { ffi::MPI_Type_free(&mut self.0) };
@@ -348,7 +348,7 @@ impl Mpi {
                 Ok(comm.assume_init())
             })
         };
-        let shared = Shared {
+        let shared = MpiState {
             comm: made.map_err(failed)?,
             membership,
             timeout,
@@ -367,10 +367,10 @@ impl Mpi {
         tensors: &[&Tensor],
         writes: bool,
         start: impl FnOnce(
-            &Shared,
+            &MpiState,
             &[Tensor],
             *mut ffi::MPI_Request,
-        ) -> Result<Option<Arguments>, String>,
+        ) -> Result<Option<AlltoallvArguments>, String>,
     ) -> Result<Work, CommError> {
         let shared = self.shared.clone();
         if shared.aborted.load(Ordering::SeqCst) {
@@ -391,7 +391,7 @@ impl Mpi {
             request: unsafe { request.assume_init() },
             kept: ManuallyDrop::new((staged, more)),
         };
-        shared.universe.under_way.fetch_add(1, Ordering::Relaxed);
+        shared.universe.in_flight.fetch_add(1, Ordering::Relaxed);
         Ok(Work::new(move || {
             shared.finish(operation, request)?.finish();
             Ok(())
@@ -399,7 +399,7 @@ impl Mpi {
     }
 }
 
-impl Shared {
+impl MpiState {
     fn error(&self, operation: &'static str, reason: impl ToString) -> CommError {
         self.membership.error(operation, reason)
     }
@@ -427,7 +427,7 @@ impl Shared {
                 Ok(()) => std::thread::sleep(Duration::from_micros(50)),
             }
         };
-        self.universe.under_way.fetch_sub(1, Ordering::Relaxed);
+        self.universe.in_flight.fetch_sub(1, Ordering::Relaxed);
         result.map_err(|reason| self.error(operation, reason))?;
         Ok(ManuallyDrop::into_inner(request.kept).0)
     }
@@ -470,7 +470,7 @@ fn count(elements: usize) -> Result<c_int, String> {
 }
 
 /// A type for one row of `tensor`, so that counts are rows.
-fn row_of(tensor: &Tensor) -> Result<Row, String> {
+fn row_type(tensor: &Tensor) -> Result<RowType, String> {
     let bytes =
         tensor.size().iter().skip(1).product::<i64>() as usize * tensor.kind().elt_size_in_bytes();
     let mut row = MaybeUninit::uninit();
@@ -483,7 +483,7 @@ fn row_of(tensor: &Tensor) -> Result<Row, String> {
         ))?;
         let mut row = row.assume_init();
         check(ffi::MPI_Type_commit(&mut row))?;
-        Ok(Row(row))
+        Ok(RowType(row))
     }
 }
 
@@ -637,12 +637,12 @@ impl Communicator for Mpi {
             |shared, host, request| {
                 let sent = counts(input_splits)?;
                 let received = counts(output_splits)?;
-                let arguments = Arguments {
-                    row: row_of(&host[1])?,
+                let arguments = AlltoallvArguments {
+                    row: row_type(&host[1])?,
                     sent,
                     received,
                 };
-                let Arguments {
+                let AlltoallvArguments {
                     row,
                     sent,
                     received,

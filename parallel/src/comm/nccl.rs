@@ -3,9 +3,9 @@
 //! nccl.h 2.24. Not yet run on hardware.
 
 use super::ReduceOp;
-use super::queued::{Library, Message, Run, To};
+use super::device_comm::{Elements, LaunchTarget, Library, Message};
 use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
-use libloading::os::unix::Library as Shared;
+use libloading::os::unix::Library as DynamicLibrary;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,7 +19,7 @@ const IN_PROGRESS: Code = 7;
 type Data = *mut c_void;
 type Type = ncclDataType_t;
 type Comm = ncclComm_t;
-type OnStream = cudaStream_t;
+type StreamHandle = cudaStream_t;
 
 /// The functions that are used.
 pub(crate) struct Nccl {
@@ -31,13 +31,14 @@ pub(crate) struct Nccl {
     last_error: unsafe extern "C" fn(Comm) -> *const c_char,
     group_start: unsafe extern "C" fn() -> Code,
     group_end: unsafe extern "C" fn() -> Code,
-    all_reduce: unsafe extern "C" fn(Data, Data, usize, Type, ncclRedOp_t, Comm, OnStream) -> Code,
-    broadcast: unsafe extern "C" fn(Data, Data, usize, Type, c_int, Comm, OnStream) -> Code,
-    all_gather: unsafe extern "C" fn(Data, Data, usize, Type, Comm, OnStream) -> Code,
+    all_reduce:
+        unsafe extern "C" fn(Data, Data, usize, Type, ncclRedOp_t, Comm, StreamHandle) -> Code,
+    broadcast: unsafe extern "C" fn(Data, Data, usize, Type, c_int, Comm, StreamHandle) -> Code,
+    all_gather: unsafe extern "C" fn(Data, Data, usize, Type, Comm, StreamHandle) -> Code,
     reduce_scatter:
-        unsafe extern "C" fn(Data, Data, usize, Type, ncclRedOp_t, Comm, OnStream) -> Code,
-    send: unsafe extern "C" fn(Data, usize, Type, c_int, Comm, OnStream) -> Code,
-    recv: unsafe extern "C" fn(Data, usize, Type, c_int, Comm, OnStream) -> Code,
+        unsafe extern "C" fn(Data, Data, usize, Type, ncclRedOp_t, Comm, StreamHandle) -> Code,
+    send: unsafe extern "C" fn(Data, usize, Type, c_int, Comm, StreamHandle) -> Code,
+    recv: unsafe extern "C" fn(Data, usize, Type, c_int, Comm, StreamHandle) -> Code,
 }
 
 impl Nccl {
@@ -49,7 +50,7 @@ impl Nccl {
         static LOADED: OnceLock<Result<Nccl, String>> = OnceLock::new();
         let loaded = LOADED.get_or_init(|| {
             const REMEDY: &str = "NCCL carries tensors of NVIDIA GPUs: run ./scripts/setup --cuda, or use \
-                                  run.communicator: auto";
+                                  run.backend: auto";
             let library =
                 torch_ext::load_library("libnccl.so.2", "MOERUN_TORCH_LIB", REMEDY).map_err(|e| e.to_string())?;
             // SAFETY: the types of the fields are nccl.h's.
@@ -58,7 +59,7 @@ impl Nccl {
         loaded.as_ref().map_err(Clone::clone)
     }
 
-    unsafe fn of(library: &Shared) -> Result<Nccl, libloading::Error> {
+    unsafe fn of(library: &DynamicLibrary) -> Result<Nccl, libloading::Error> {
         // SAFETY: as the caller promises.
         unsafe {
             Ok(Nccl {
@@ -206,15 +207,15 @@ impl Library for Nccl {
         }
     }
 
-    fn reduces(&self, kind: Kind, _operation: &str) -> bool {
+    fn supports_reduction(&self, kind: Kind, _operation: &str) -> bool {
         element(kind).is_ok()
     }
 
     unsafe fn all_reduce(
         &self,
-        to: &To<Self>,
+        to: &LaunchTarget<Self>,
         data: Data,
-        run: Run,
+        run: Elements,
         op: ReduceOp,
     ) -> Result<(), String> {
         let kind = element(run.kind)?;
@@ -229,9 +230,9 @@ impl Library for Nccl {
 
     unsafe fn broadcast(
         &self,
-        to: &To<Self>,
+        to: &LaunchTarget<Self>,
         data: Data,
-        run: Run,
+        run: Elements,
         root: usize,
     ) -> Result<(), String> {
         let kind = element(run.kind)?;
@@ -246,10 +247,10 @@ impl Library for Nccl {
 
     unsafe fn all_gather(
         &self,
-        to: &To<Self>,
+        to: &LaunchTarget<Self>,
         out: Data,
         data: Data,
-        run: Run,
+        run: Elements,
     ) -> Result<(), String> {
         let kind = element(run.kind)?;
         let comm = to.comm.comm;
@@ -263,10 +264,10 @@ impl Library for Nccl {
 
     unsafe fn reduce_scatter(
         &self,
-        to: &To<Self>,
+        to: &LaunchTarget<Self>,
         out: Data,
         data: Data,
-        run: Run,
+        run: Elements,
         op: ReduceOp,
     ) -> Result<(), String> {
         let kind = element(run.kind)?;
@@ -283,7 +284,7 @@ impl Library for Nccl {
 
     unsafe fn all_to_all(
         &self,
-        to: &To<Self>,
+        to: &LaunchTarget<Self>,
         (out, receive): (Data, &[usize]),
         (data, send): (Data, &[usize]),
         kind: Kind,
@@ -296,7 +297,7 @@ impl Library for Nccl {
                 Message {
                     sends,
                     data,
-                    run: Run { count, kind },
+                    run: Elements { count, kind },
                     peer,
                 }
             };
@@ -313,7 +314,7 @@ impl Library for Nccl {
         unsafe { self.messages(to, &all) }
     }
 
-    unsafe fn messages(&self, to: &To<Self>, messages: &[Message]) -> Result<(), String> {
+    unsafe fn messages(&self, to: &LaunchTarget<Self>, messages: &[Message]) -> Result<(), String> {
         let comm = to.comm.comm;
         let stream = to.stream.cast();
         self.grouped(comm, || {

@@ -6,32 +6,32 @@ use tch::{Device, Tensor};
 pub(crate) struct Staged {
     /// In host memory: the tensors themselves where they are there.
     pub(crate) host: Vec<Tensor>,
-    /// What the first of them is copied back to.
-    back: Option<Tensor>,
+    /// What the first of them is copied copy_back to.
+    copy_back: Option<Tensor>,
 }
 
 impl Staged {
     /// Of `tensors`, the first of which the operation may write.
     pub(crate) fn new(tensors: &[&Tensor], writes: bool) -> Staged {
-        let back = tensors
+        let copy_back = tensors
             .first()
             .filter(|first| writes && first.device() != Device::Cpu);
         Staged {
-            host: tensors.iter().map(|tensor| on_host(tensor)).collect(),
-            back: back.map(|x| x.shallow_clone()),
+            host: tensors.iter().map(|tensor| to_host(tensor)).collect(),
+            copy_back: copy_back.map(|x| x.shallow_clone()),
         }
     }
 
     /// Brings the result to where it belongs. The operation is done.
     pub(crate) fn finish(self) {
-        if let Some(mut back) = self.back {
-            tch::no_grad(|| back.copy_(&self.host[0]));
+        if let Some(mut copy_back) = self.copy_back {
+            tch::no_grad(|| copy_back.copy_(&self.host[0]));
         }
     }
 }
 
 /// In memory that the device copies to by itself, where there is such memory left.
-fn on_host(tensor: &Tensor) -> Tensor {
+fn to_host(tensor: &Tensor) -> Tensor {
     if tensor.device() == Device::Cpu {
         return tensor.shallow_clone();
     }

@@ -7,18 +7,18 @@ use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
 
 /// No operation takes longer, but for those that are to.
-const PATIENCE: Duration = Duration::from_secs(60);
+const OPERATION_TIMEOUT: Duration = Duration::from_secs(60);
 /// The timeout that is tried.
-const SHORT: Duration = Duration::from_secs(4);
+const SHORT_TIMEOUT: Duration = Duration::from_secs(4);
 
-type Shared = Arc<dyn Communicator>;
+type SharedComm = Arc<dyn Communicator>;
 
 /// What the cases have.
-struct Bench<'a> {
+struct TestContext<'a> {
     world: &'a World,
-    /// The same ranks with a timeout of [`SHORT`].
-    hasty: &'a World,
-    all: Shared,
+    /// The same ranks with a timeout of [`SHORT_TIMEOUT`].
+    short_timeout_world: &'a World,
+    all: SharedComm,
     device: &'a dyn Accelerator,
 }
 
@@ -34,16 +34,16 @@ pub fn communicator(
     backend: Backend,
     device: &dyn Accelerator,
 ) -> Result<Vec<Outcome>, CommError> {
-    let world = World::join(env, PATIENCE, backend, device)?;
-    let hasty = World::join(&env.again(1), SHORT, backend, device)?;
+    let world = World::join(env, OPERATION_TIMEOUT, backend, device)?;
+    let short_timeout_world = World::join(&env.again(1), SHORT_TIMEOUT, backend, device)?;
     let everyone: Vec<usize> = (0..world.size()).collect();
-    let bench = Bench {
+    let context = TestContext {
         world: &world,
-        hasty: &hasty,
+        short_timeout_world: &short_timeout_world,
         all: world.chain("conformance", &everyone)?,
         device,
     };
-    type Case = fn(&Bench) -> Verdict;
+    type Case = fn(&TestContext) -> Verdict;
     let cases: [(&str, Case); 14] = [
         ("all_reduce: every dtype, operation and shape", all_reduce),
         ("broadcast from every rank", broadcast),
@@ -56,7 +56,7 @@ pub fn communicator(
         ("exchange: several messages as one operation", exchange),
         (
             "operations under way side by side, waited for in any order",
-            side_by_side,
+            concurrent_operations,
         ),
         ("groups beside one another", groups),
         ("what one group made another takes at once", chained),
@@ -77,14 +77,14 @@ pub fn communicator(
     ];
     let outcomes = cases.map(|(name, case)| Outcome {
         name,
-        problem: case(&bench).err(),
+        problem: case(&context).err(),
     });
     // Nobody leaves while others may still need it.
-    bench.all.barrier()?.wait()?;
+    context.all.barrier()?.wait()?;
     Ok(outcomes.to_vec())
 }
 
-impl Bench<'_> {
+impl TestContext<'_> {
     fn rank(&self) -> i64 {
         self.all.rank() as i64
     }
@@ -98,7 +98,7 @@ impl Bench<'_> {
         self.done_in(&self.all, work)
     }
 
-    fn done_in(&self, group: &Shared, work: Result<crate::Work, CommError>) -> Verdict {
+    fn done_in(&self, group: &SharedComm, work: Result<crate::Work, CommError>) -> Verdict {
         work.and_then(crate::Work::wait)
             .map_err(|e| e.to_string())?;
         // A device that gave an operation up may say so here; the group knows more.
@@ -129,9 +129,9 @@ const KINDS: [Kind; 6] = [
     Kind::Int,
 ];
 
-fn all_reduce(bench: &Bench) -> Verdict {
-    let rank = bench.rank();
-    let size = bench.size();
+fn all_reduce(context: &TestContext) -> Verdict {
+    let rank = context.rank();
+    let size = context.size();
     for kind in KINDS.into_iter().chain([Kind::Uint8]) {
         for shape in [
             &[0i64] as &[i64],
@@ -147,16 +147,16 @@ fn all_reduce(bench: &Bench) -> Verdict {
                 (ReduceOp::Min, 1),
                 (ReduceOp::Max, size),
             ] {
-                let x = bench.full(shape, rank + 1, kind);
-                bench.done(bench.all.all_reduce(&x, op))?;
+                let x = context.full(shape, rank + 1, kind);
+                context.done(context.all.all_reduce(&x, op))?;
                 let expected = vec![result as f64; x.numel()];
                 expect(&format!("{op:?} of {kind:?} {shape:?}"), &x, &expected)?;
             }
         }
     }
     // Large enough for every library's ways with large messages.
-    let x = bench.full(&[3 << 20], rank, Kind::Float);
-    bench.done(bench.all.all_reduce(&x, ReduceOp::Sum))?;
+    let x = context.full(&[3 << 20], rank, Kind::Float);
+    context.done(context.all.all_reduce(&x, ReduceOp::Sum))?;
     expect(
         "a sum of 12 MiB",
         &x.narrow(0, (3 << 20) - 2, 2),
@@ -164,16 +164,16 @@ fn all_reduce(bench: &Bench) -> Verdict {
     )
 }
 
-fn broadcast(bench: &Bench) -> Verdict {
-    for root in 0..bench.size() {
+fn broadcast(context: &TestContext) -> Verdict {
+    for root in 0..context.size() {
         for kind in KINDS.into_iter().chain([Kind::Uint8, Kind::Bool]) {
             let value = if kind == Kind::Bool {
-                i64::from(bench.rank() == root)
+                i64::from(context.rank() == root)
             } else {
-                bench.rank() + 3
+                context.rank() + 3
             };
-            let x = bench.full(&[2, 3], value, kind);
-            bench.done(bench.all.broadcast(&x, root as usize))?;
+            let x = context.full(&[2, 3], value, kind);
+            context.done(context.all.broadcast(&x, root as usize))?;
             let expected = if kind == Kind::Bool { 1 } else { root + 3 };
             expect(
                 &format!("{kind:?} of rank {root}"),
@@ -185,19 +185,19 @@ fn broadcast(bench: &Bench) -> Verdict {
     Ok(())
 }
 
-fn gather_and_scatter(bench: &Bench) -> Verdict {
-    let rank = bench.rank();
-    let size = bench.size();
+fn gather_and_scatter(context: &TestContext) -> Verdict {
+    let rank = context.rank();
+    let size = context.size();
     for kind in KINDS {
         for rows in [0, 1, 3] {
-            let own = bench.rows(rank * rows * 2, rows, 2, kind);
-            let all = bench.device.zeros(&[size * rows, 2], kind);
-            bench.done(bench.all.all_gather(&all, &own))?;
+            let own = context.rows(rank * rows * 2, rows, 2, kind);
+            let all = context.device.zeros(&[size * rows, 2], kind);
+            context.done(context.all.all_gather(&all, &own))?;
             let expected: Vec<f64> = (0..size * rows * 2).map(|n| n as f64).collect();
             expect(&format!("gathered {kind:?}"), &all, &expected)?;
             for op in [ReduceOp::Sum, ReduceOp::Max, ReduceOp::Min] {
-                let part = bench.device.zeros(&[rows, 2], kind);
-                bench.done(bench.all.reduce_scatter(&part, &all, op))?;
+                let part = context.device.zeros(&[rows, 2], kind);
+                context.done(context.all.reduce_scatter(&part, &all, op))?;
                 let times = if op == ReduceOp::Sum { size } else { 1 };
                 let first = rank * rows * 2;
                 let expected: Vec<f64> = (first..first + rows * 2)
@@ -210,9 +210,9 @@ fn gather_and_scatter(bench: &Bench) -> Verdict {
     Ok(())
 }
 
-fn all_to_all(bench: &Bench) -> Verdict {
-    let rank = bench.rank();
-    let size = bench.size();
+fn all_to_all(context: &TestContext) -> Verdict {
+    let rank = context.rank();
+    let size = context.size();
     // Rank r sends (2r + s) mod 4 rows to s: some none, some others more than they receive. Then rank 0 sends nothing at
     // all, then nobody does.
     let patterns: [fn(i64, i64) -> i64; 3] = [
@@ -235,11 +235,11 @@ fn all_to_all(bench: &Bench) -> Verdict {
                 let input = Tensor::from_slice(&parts)
                     .to_kind(kind)
                     .view([send.iter().sum::<i64>(), width]);
-                let input = bench.device.upload(&input);
-                let output = bench
+                let input = context.device.upload(&input);
+                let output = context
                     .device
                     .zeros(&[receive.iter().sum::<i64>(), width], kind);
-                bench.done(bench.all.all_to_all(&output, &input, &receive, &send))?;
+                context.done(context.all.all_to_all(&output, &input, &receive, &send))?;
                 let expected = (0..size).flat_map(|from| {
                     (0..receive[from as usize]).map(move |r| value(from, rank, r))
                 });
@@ -257,9 +257,9 @@ fn all_to_all(bench: &Bench) -> Verdict {
     Ok(())
 }
 
-fn point_to_point(bench: &Bench) -> Verdict {
-    let rank = bench.rank();
-    let size = bench.size();
+fn point_to_point(context: &TestContext) -> Verdict {
+    let rank = context.rank();
+    let size = context.size();
     if size == 1 {
         return Ok(());
     }
@@ -269,19 +269,19 @@ fn point_to_point(bench: &Bench) -> Verdict {
         // Received before they are sent, three under way, two of one tag.
         let tags = [7, 7, 3];
         let messages: Vec<Tensor> = (0..3)
-            .map(|n| bench.full(&[elements], rank * 10 + n, Kind::Float))
+            .map(|n| context.full(&[elements], rank * 10 + n, Kind::Float))
             .collect();
         let buffers: Vec<Tensor> = (0..3)
-            .map(|_| bench.device.zeros(&[elements], Kind::Float))
+            .map(|_| context.device.zeros(&[elements], Kind::Float))
             .collect();
         let mut works = Vec::new();
         for (buffer, tag) in buffers.iter().zip(tags) {
-            works.push(bench.all.recv(buffer, previous, tag));
+            works.push(context.all.recv(buffer, previous, tag));
         }
         for (message, tag) in messages.iter().zip(tags) {
-            works.push(bench.all.send(message, next, tag));
+            works.push(context.all.send(message, next, tag));
         }
-        works.into_iter().try_for_each(|work| bench.done(work))?;
+        works.into_iter().try_for_each(|work| context.done(work))?;
         for (n, buffer) in buffers.iter().enumerate() {
             let expected = vec![(previous * 10 + n) as f64; elements as usize];
             expect(
@@ -294,18 +294,18 @@ fn point_to_point(bench: &Bench) -> Verdict {
     Ok(())
 }
 
-fn exchange(bench: &Bench) -> Verdict {
-    let rank = bench.rank();
-    let size = bench.size();
+fn exchange(context: &TestContext) -> Verdict {
+    let rank = context.rank();
+    let size = context.size();
     let others: Vec<i64> = (0..size).filter(|&other| other != rank).collect();
     // As many elements as the sum of both ranks: each pair has a size of its own.
     let sends: Vec<Tensor> = others
         .iter()
-        .map(|other| bench.full(&[rank + other], rank * 10 + other, Kind::Float))
+        .map(|other| context.full(&[rank + other], rank * 10 + other, Kind::Float))
         .collect();
     let receives: Vec<Tensor> = others
         .iter()
-        .map(|other| bench.device.zeros(&[rank + other], Kind::Float))
+        .map(|other| context.device.zeros(&[rank + other], Kind::Float))
         .collect();
     let pair = |tensors: &'_ [Tensor]| -> Vec<(usize, usize)> {
         (0..tensors.len())
@@ -320,7 +320,7 @@ fn exchange(bench: &Bench) -> Verdict {
         .into_iter()
         .map(|(n, other)| (&receives[n], other))
         .collect();
-    bench.done(bench.all.exchange(&out, &inp, 11))?;
+    context.done(context.all.exchange(&out, &inp, 11))?;
     for (tensor, other) in receives.iter().zip(&others) {
         let expected = vec![(other * 10 + rank) as f64; (rank + other) as usize];
         expect(&format!("from rank {other}"), tensor, &expected)?;
@@ -328,20 +328,20 @@ fn exchange(bench: &Bench) -> Verdict {
     Ok(())
 }
 
-fn side_by_side(bench: &Bench) -> Verdict {
-    let rank = bench.rank();
-    let size = bench.size();
+fn concurrent_operations(context: &TestContext) -> Verdict {
+    let rank = context.rank();
+    let size = context.size();
     let tensors: Vec<Tensor> = (0..6)
-        .map(|n| bench.full(&[1 << (2 * n)], rank + n, Kind::Float))
+        .map(|n| context.full(&[1 << (2 * n)], rank + n, Kind::Float))
         .collect();
     let works: Vec<_> = tensors
         .iter()
-        .map(|x| bench.all.all_reduce(x, ReduceOp::Sum))
+        .map(|x| context.all.all_reduce(x, ReduceOp::Sum))
         .collect();
     works
         .into_iter()
         .rev()
-        .try_for_each(|work| bench.done(work))?;
+        .try_for_each(|work| context.done(work))?;
     for (n, x) in tensors.iter().enumerate() {
         let sum = size * (size - 1) / 2 + size * n as i64;
         expect("one of several sums", x, &vec![sum as f64; x.numel()])?;
@@ -349,9 +349,9 @@ fn side_by_side(bench: &Bench) -> Verdict {
     Ok(())
 }
 
-fn groups(bench: &Bench) -> Verdict {
-    let rank = bench.rank();
-    let size = bench.size();
+fn groups(context: &TestContext) -> Verdict {
+    let rank = context.rank();
+    let size = context.size();
     // Even and odd ranks; and each with its neighbour, in the opposite order of making.
     let members: Vec<usize> = (0..size)
         .filter(|other| other % 2 == rank % 2)
@@ -360,16 +360,20 @@ fn groups(bench: &Bench) -> Verdict {
     let pair: Vec<usize> = (rank / 2 * 2..(rank / 2 * 2 + 2).min(size))
         .map(|other| other as usize)
         .collect();
-    let make =
-        |name: &str, members: &[usize]| bench.world.group(name, members).map_err(|e| e.to_string());
+    let make = |name: &str, members: &[usize]| {
+        context
+            .world
+            .group(name, members)
+            .map_err(|e| e.to_string())
+    };
     let half = make("every second", &members)?;
     let pair_group = make("neighbours", &pair)?;
-    let x = bench.full(&[4], rank, Kind::Int64);
-    let y = bench.full(&[4], rank, Kind::Int64);
+    let x = context.full(&[4], rank, Kind::Int64);
+    let y = context.full(&[4], rank, Kind::Int64);
     let first = half.all_reduce(&x, ReduceOp::Sum);
     let second = pair_group.all_reduce(&y, ReduceOp::Sum);
-    bench.done(second)?;
-    bench.done(first)?;
+    context.done(second)?;
+    context.done(first)?;
     expect(
         "every second rank's sum",
         &x,
@@ -382,27 +386,27 @@ fn groups(bench: &Bench) -> Verdict {
     )
 }
 
-fn chained(bench: &Bench) -> Verdict {
-    let rank = bench.rank();
-    let size = bench.size();
+fn chained(context: &TestContext) -> Verdict {
+    let rank = context.rank();
+    let size = context.size();
     let pair: Vec<usize> = (rank / 2 * 2..(rank / 2 * 2 + 2).min(size))
         .map(|other| other as usize)
         .collect();
-    let group = bench
+    let group = context
         .world
         .group("takers", &pair)
         .map_err(|e| e.to_string())?;
     let text = |e: CommError| e.to_string();
     for elements in [1, 1 << 20] {
-        let x = bench.full(&[elements], rank, Kind::Float);
-        for group in [&bench.all, &group, &bench.all] {
+        let x = context.full(&[elements], rank, Kind::Float);
+        for group in [&context.all, &group, &context.all] {
             // Nothing but the order of what is queued keeps one after the other.
             group
                 .all_reduce(&x, ReduceOp::Sum)
                 .and_then(crate::Work::wait)
                 .map_err(text)?;
         }
-        bench.done(bench.all.barrier())?;
+        context.done(context.all.barrier())?;
         let of_pair = |first: i64| {
             if (first + 2).min(size) - first == 2 {
                 2
@@ -421,19 +425,19 @@ fn chained(bench: &Bench) -> Verdict {
     Ok(())
 }
 
-fn dropped(bench: &Bench) -> Verdict {
-    let rank = bench.rank();
-    let size = bench.size();
+fn dropped(context: &TestContext) -> Verdict {
+    let rank = context.rank();
+    let size = context.size();
     let elements = 1 << 18;
     for round in 0..4 {
-        let all = bench.device.empty(&[elements * size], Kind::Float);
-        let own = bench.full(&[elements], rank + round, Kind::Float);
-        let work = bench.all.all_gather(&all, &own);
+        let all = context.device.empty(&[elements * size], Kind::Float);
+        let own = context.full(&[elements], rank + round, Kind::Float);
+        let work = context.all.all_gather(&all, &own);
         work.and_then(crate::Work::wait)
             .map_err(|e| e.to_string())?;
         drop(own);
         // Takes the memory where it is given away.
-        let _other = bench.full(&[elements], -1, Kind::Float);
+        let _other = context.full(&[elements], -1, Kind::Float);
         let last = all
             .view([size, elements])
             .narrow(1, elements - 1, 1)
@@ -444,12 +448,12 @@ fn dropped(bench: &Bench) -> Verdict {
     Ok(())
 }
 
-fn repeatable(bench: &Bench) -> Verdict {
-    let wave = Tensor::arange(10_000, (Kind::Double, Device::Cpu)) * (1.37 + bench.rank() as f64);
+fn repeatable(context: &TestContext) -> Verdict {
+    let wave = Tensor::arange(10_000, (Kind::Double, Device::Cpu)) * (1.37 + context.rank() as f64);
     let values = wave.sin().to_kind(Kind::Float);
     let sum = || -> Result<Tensor, String> {
-        let x = bench.device.upload(&values.copy());
-        bench.done(bench.all.all_reduce(&x, ReduceOp::Sum))?;
+        let x = context.device.upload(&values.copy());
+        context.done(context.all.all_reduce(&x, ReduceOp::Sum))?;
         Ok(x.to_device(Device::Cpu))
     };
     let first = sum()?;
@@ -461,13 +465,13 @@ fn repeatable(bench: &Bench) -> Verdict {
     }
 }
 
-fn refusals(bench: &Bench) -> Verdict {
-    let rows = bench.size();
-    let x = bench.rows(0, rows, 1, Kind::Float);
+fn refusals(context: &TestContext) -> Verdict {
+    let rows = context.size();
+    let x = context.rows(0, rows, 1, Kind::Float);
     let output = x.empty_like();
     let mut splits = vec![1; rows as usize];
     splits[0] = 2;
-    match bench
+    match context
         .all
         .all_to_all(&output, &x, &vec![1; rows as usize], &splits)
     {
@@ -475,15 +479,15 @@ fn refusals(bench: &Bench) -> Verdict {
         Err(error)
             if error
                 .to_string()
-                .contains(&format!("rank {}: all_to_all in group", bench.rank())) => {}
+                .contains(&format!("rank {}: all_to_all in group", context.rank())) => {}
         Err(error) => {
             return Err(format!(
                 "the refusal does not name rank, call and group: {error}"
             ));
         }
     }
-    let other = bench.device.zeros(&[rows, 1], Kind::Double);
-    match bench
+    let other = context.device.zeros(&[rows, 1], Kind::Double);
+    match context
         .all
         .all_to_all(&other, &x, &vec![1; rows as usize], &vec![1; rows as usize])
     {
@@ -492,26 +496,26 @@ fn refusals(bench: &Bench) -> Verdict {
     }
 }
 
-fn timeout(bench: &Bench) -> Verdict {
-    let size = bench.size();
+fn timeout(context: &TestContext) -> Verdict {
+    let size = context.size();
     if size == 1 {
         return Ok(());
     }
-    let group = bench
-        .hasty
+    let group = context
+        .short_timeout_world
         .all("somebody is late")
         .map_err(|e| e.to_string())?;
-    let x = bench.full(&[4], 1, Kind::Float);
-    bench.done_in(&group, group.all_reduce(&x, ReduceOp::Sum))?;
+    let x = context.full(&[4], 1, Kind::Float);
+    context.done_in(&group, group.all_reduce(&x, ReduceOp::Sum))?;
     let gather = || {
-        bench.done_in(
+        context.done_in(
             &group,
-            group.all_gather(&bench.device.zeros(&[4 * size], Kind::Float), &x),
+            group.all_gather(&context.device.zeros(&[4 * size], Kind::Float), &x),
         )
     };
     let late = size - 1;
     let mut verdict = Ok(());
-    if bench.rank() != late {
+    if context.rank() != late {
         let began = Instant::now();
         let error = gather().err().unwrap_or_default();
         let took = began.elapsed();
@@ -522,32 +526,34 @@ fn timeout(bench: &Bench) -> Verdict {
             verdict = Err(format!(
                 "the error is {error:?} and does not say: {expected}"
             ));
-        } else if took > SHORT + Duration::from_secs(3) {
-            verdict = Err(format!("it took {took:.1?} where the timeout is {SHORT:?}"));
+        } else if took > SHORT_TIMEOUT + Duration::from_secs(3) {
+            verdict = Err(format!(
+                "it took {took:.1?} where the timeout is {SHORT_TIMEOUT:?}"
+            ));
         }
     }
     // The late one waits until the others have given up, and then comes, so that no operation stays under way.
-    bench.done(bench.all.barrier())?;
-    if bench.rank() == late {
+    context.done(context.all.barrier())?;
+    if context.rank() == late {
         // Nobody has to answer.
         let _ = gather();
     }
-    bench.done(bench.all.barrier())?;
+    context.done(context.all.barrier())?;
     verdict
 }
 
-fn abort(bench: &Bench) -> Verdict {
-    if bench.size() == 1 {
+fn abort(context: &TestContext) -> Verdict {
+    if context.size() == 1 {
         return Ok(());
     }
-    let group = bench
+    let group = context
         .world
         .all("to be aborted")
         .map_err(|e| e.to_string())?;
-    let x = bench.full(&[4], 1, Kind::Float);
+    let x = context.full(&[4], 1, Kind::Float);
     // The communicator is made by all, before one of them gives up.
-    bench.done_in(&group, group.all_reduce(&x, ReduceOp::Sum))?;
-    let sum = || bench.done_in(&group, group.all_reduce(&x, ReduceOp::Sum));
+    context.done_in(&group, group.all_reduce(&x, ReduceOp::Sum))?;
+    let sum = || context.done_in(&group, group.all_reduce(&x, ReduceOp::Sum));
     let abort_in = |pause: u64| {
         let other = group.clone();
         std::thread::spawn(move || {
@@ -556,7 +562,7 @@ fn abort(bench: &Bench) -> Verdict {
         })
     };
     let mut verdict = Ok(());
-    if bench.rank() == 0 {
+    if context.rank() == 0 {
         let aborter = abort_in(300);
         let began = Instant::now();
         verdict = match sum() {
@@ -571,13 +577,13 @@ fn abort(bench: &Bench) -> Verdict {
         };
         aborter.join().map_err(|_| "the aborting thread panicked")?;
     }
-    bench.done(bench.all.barrier())?;
-    if bench.rank() != 0 {
+    context.done(context.all.barrier())?;
+    if context.rank() != 0 {
         // So that rank 0's operation is not under way for ever; where that one has gone, this one ends the same way.
         let aborter = abort_in(1000);
         let _ = sum();
         aborter.join().map_err(|_| "the aborting thread panicked")?;
     }
-    bench.done(bench.all.barrier())?;
+    context.done(context.all.barrier())?;
     verdict
 }

@@ -1,6 +1,6 @@
 //! Proves that a schedule can run, whatever the times of its passes.
 
-use super::communication::Need;
+use super::communication::Dependency;
 use super::{Collective, Message, Order, Pass, PassKind, Payload, Schedule, Step};
 use std::collections::{HashMap, HashSet};
 
@@ -9,7 +9,7 @@ use std::collections::{HashMap, HashSet};
 pub enum ScheduleError {
     /// A pass that has to be there is not.
     #[error("rank {rank} never computes {pass}")]
-    Missing {
+    MissingPass {
         /// The rank.
         rank: usize,
         /// The pass.
@@ -17,7 +17,7 @@ pub enum ScheduleError {
     },
     /// A pass is there twice, or has no place in this model.
     #[error("rank {rank}: {pass} {problem}")]
-    Wrong {
+    InvalidPass {
         /// The rank.
         rank: usize,
         /// The pass.
@@ -27,7 +27,7 @@ pub enum ScheduleError {
     },
     /// A pass comes before something it needs.
     #[error("rank {rank} cannot compute {pass}: {problem}")]
-    Unmet {
+    UnmetDependency {
         /// The rank.
         rank: usize,
         /// The pass.
@@ -37,7 +37,7 @@ pub enum ScheduleError {
     },
     /// Communication that no other rank answers, or in another order than it is answered.
     #[error("rank {rank}, {what}: {problem}")]
-    Unanswered {
+    UnmatchedCommunication {
         /// The rank.
         rank: usize,
         /// The step.
@@ -68,7 +68,7 @@ pub fn check(schedule: &Schedule) -> Result<(), ScheduleError> {
     }
     check_messages(schedule)?;
     check_collectives(schedule)?;
-    match stuck(schedule) {
+    match find_deadlock(schedule) {
         Some(waiting) => Err(ScheduleError::Deadlock { waiting }),
         None => Ok(()),
     }
@@ -79,7 +79,7 @@ fn check_passes(order: &Order, rank: usize, passes: &[Pass]) -> Result<(), Sched
     let mut seen = HashSet::new();
     for &pass in passes {
         let wrong = |problem| {
-            Err(ScheduleError::Wrong {
+            Err(ScheduleError::InvalidPass {
                 rank,
                 pass,
                 problem,
@@ -108,7 +108,7 @@ fn check_passes(order: &Order, rank: usize, passes: &[Pass]) -> Result<(), Sched
         if seen.contains(&pass) {
             Ok(())
         } else {
-            Err(ScheduleError::Missing { rank, pass })
+            Err(ScheduleError::MissingPass { rank, pass })
         }
     };
     for microbatch in 0..order.microbatches {
@@ -120,7 +120,7 @@ fn check_passes(order: &Order, rank: usize, passes: &[Pass]) -> Result<(), Sched
             if seen.contains(&whole) {
                 for part in [input, weight] {
                     if seen.contains(&part) {
-                        return Err(ScheduleError::Wrong {
+                        return Err(ScheduleError::InvalidPass {
                             rank,
                             pass: part,
                             problem: "is part of a BW that is there too",
@@ -151,20 +151,20 @@ fn check_rank(order: &Order, rank: usize, steps: &[Step]) -> Result<(), Schedule
     for step in steps {
         match step {
             Step::Compute(pass) => {
-                for need in order.needs(rank, *pass) {
+                for need in order.dependencies(rank, *pass) {
                     let problem = match need {
-                        Need::Message(message) if !received.contains(&message) => {
+                        Dependency::Message(message) if !received.contains(&message) => {
                             format!("{message} is not received")
                         }
-                        Need::Collective(c) if !entered.contains(&c) => {
+                        Dependency::Collective(c) if !entered.contains(&c) => {
                             format!("{c} is not entered")
                         }
-                        Need::Pass(other) if !done_either(&done, other) => {
+                        Dependency::Pass(other) if !is_done(&done, other) => {
                             format!("{other} is not before it")
                         }
                         _ => continue,
                     };
-                    return Err(ScheduleError::Unmet {
+                    return Err(ScheduleError::UnmetDependency {
                         rank,
                         pass: *pass,
                         problem,
@@ -176,13 +176,13 @@ fn check_rank(order: &Order, rank: usize, steps: &[Step]) -> Result<(), Schedule
             Step::Receive(message, _) => {
                 received.insert(*message);
             }
-            Step::Collect(collective) => {
+            Step::EnterCollective(collective) => {
                 entered.insert(*collective);
             }
-            Step::Finish(message) => {
+            Step::WaitSend(message) => {
                 if !sent.remove(message) {
                     let problem = "is waited for before it is sent".to_string();
-                    return Err(ScheduleError::Unanswered {
+                    return Err(ScheduleError::UnmatchedCommunication {
                         rank,
                         what: message.to_string(),
                         problem,
@@ -193,10 +193,10 @@ fn check_rank(order: &Order, rank: usize, steps: &[Step]) -> Result<(), Schedule
                 sent.insert(*message);
                 let made = done
                     .iter()
-                    .any(|&pass| order.makes(rank, pass).is_some_and(|(m, _)| m == *message));
+                    .any(|&pass| order.sends(rank, pass).is_some_and(|(m, _)| m == *message));
                 if !made {
                     let problem = "is sent before the pass that makes it".to_string();
-                    return Err(ScheduleError::Unanswered {
+                    return Err(ScheduleError::UnmatchedCommunication {
                         rank,
                         what: message.to_string(),
                         problem,
@@ -211,7 +211,7 @@ fn check_rank(order: &Order, rank: usize, steps: &[Step]) -> Result<(), Schedule
             .find(|pass| !done.contains(pass))
             .copied();
         let pass = pass.unwrap_or(computed[0]);
-        return Err(ScheduleError::Wrong {
+        return Err(ScheduleError::InvalidPass {
             rank,
             pass,
             problem: "is not where the order has it",
@@ -221,7 +221,7 @@ fn check_rank(order: &Order, rank: usize, steps: &[Step]) -> Result<(), Schedule
 }
 
 /// A backward counts as done whether or not its weights' part is split off.
-fn done_either(done: &HashSet<Pass>, pass: Pass) -> bool {
+fn is_done(done: &HashSet<Pass>, pass: Pass) -> bool {
     let split = |kind| Pass { kind, ..pass };
     done.contains(&pass)
         || (pass.kind.gives_input_gradient()
@@ -245,7 +245,7 @@ fn check_messages(schedule: &Schedule) -> Result<(), ScheduleError> {
                     .entry((*from, rank, m.payload, m.stage))
                     .or_default()
                     .push(*m),
-                Step::Compute(_) | Step::Collect(_) | Step::Finish(_) => {}
+                Step::Compute(_) | Step::EnterCollective(_) | Step::WaitSend(_) => {}
             }
         }
     }
@@ -256,7 +256,7 @@ fn check_messages(schedule: &Schedule) -> Result<(), ScheduleError> {
         let into = received.remove(&channel).unwrap_or_default();
         if let Some(message) = out.iter().find(|m| !into.contains(m)) {
             let problem = format!("rank {to} does not receive it");
-            return Err(ScheduleError::Unanswered {
+            return Err(ScheduleError::UnmatchedCommunication {
                 rank: from,
                 what: format!("sending {message}"),
                 problem,
@@ -264,7 +264,7 @@ fn check_messages(schedule: &Schedule) -> Result<(), ScheduleError> {
         }
         if let Some(message) = into.iter().find(|m| !out.contains(m)) {
             let problem = format!("rank {from} does not send it");
-            return Err(ScheduleError::Unanswered {
+            return Err(ScheduleError::UnmatchedCommunication {
                 rank: to,
                 what: format!("receiving {message}"),
                 problem,
@@ -272,7 +272,7 @@ fn check_messages(schedule: &Schedule) -> Result<(), ScheduleError> {
         }
         if let Some((message, _)) = out.iter().zip(&into).find(|(a, b)| a != b) {
             let problem = format!("rank {to} receives in another order");
-            return Err(ScheduleError::Unanswered {
+            return Err(ScheduleError::UnmatchedCommunication {
                 rank: from,
                 what: format!("sending {message}"),
                 problem,
@@ -287,13 +287,13 @@ fn check_collectives(schedule: &Schedule) -> Result<(), ScheduleError> {
     for (rank, steps) in schedule.ranks.iter().enumerate() {
         let mut next: HashMap<_, usize> = HashMap::new();
         for step in steps {
-            let Step::Collect(collective) = step else {
+            let Step::EnterCollective(collective) = step else {
                 continue;
             };
             let expected = next.entry(collective.kind).or_insert(0);
             if collective.microbatch != *expected {
                 let problem = format!("microbatch {expected} is next for this collective");
-                return Err(ScheduleError::Unanswered {
+                return Err(ScheduleError::UnmatchedCommunication {
                     rank,
                     what: collective.to_string(),
                     problem,
@@ -308,7 +308,7 @@ fn check_collectives(schedule: &Schedule) -> Result<(), ScheduleError> {
                     microbatch: count,
                 }
                 .to_string();
-                return Err(ScheduleError::Unanswered {
+                return Err(ScheduleError::UnmatchedCommunication {
                     rank,
                     what,
                     problem: "is never entered".into(),
@@ -320,7 +320,7 @@ fn check_collectives(schedule: &Schedule) -> Result<(), ScheduleError> {
 }
 
 /// Runs the lists until nothing moves: the passes that ranks are stuck at, or None if all end.
-fn stuck(schedule: &Schedule) -> Option<Vec<(usize, Pass)>> {
+fn find_deadlock(schedule: &Schedule) -> Option<Vec<(usize, Pass)>> {
     let order = &schedule.order;
     let mut at = vec![0; schedule.ranks.len()];
     let mut sent: HashSet<Message> = HashSet::new();
@@ -332,11 +332,14 @@ fn stuck(schedule: &Schedule) -> Option<Vec<(usize, Pass)>> {
             while let Some(step) = steps.get(at[rank]) {
                 match step {
                     Step::Compute(pass) => {
-                        let ready = order.needs(rank, *pass).iter().all(|need| match need {
-                            Need::Message(message) => sent.contains(message),
-                            Need::Collective(c) => complete(order, *c, entered.get(c)),
-                            Need::Pass(_) => true, // earlier on this rank
-                        });
+                        let ready = order
+                            .dependencies(rank, *pass)
+                            .iter()
+                            .all(|need| match need {
+                                Dependency::Message(message) => sent.contains(message),
+                                Dependency::Collective(c) => complete(order, *c, entered.get(c)),
+                                Dependency::Pass(_) => true, // earlier on this rank
+                            });
                         if !ready {
                             break;
                         }
@@ -344,10 +347,10 @@ fn stuck(schedule: &Schedule) -> Option<Vec<(usize, Pass)>> {
                     Step::Send(message, _) => {
                         sent.insert(*message);
                     }
-                    Step::Collect(collective) => {
+                    Step::EnterCollective(collective) => {
                         entered.entry(*collective).or_default().insert(rank);
                     }
-                    Step::Receive(..) | Step::Finish(_) => {}
+                    Step::Receive(..) | Step::WaitSend(_) => {}
                 }
                 at[rank] += 1;
                 moved = true;
@@ -368,7 +371,7 @@ fn stuck(schedule: &Schedule) -> Option<Vec<(usize, Pass)>> {
 
 /// Whether a collective can complete once `entered` have entered it: a broadcast when its root has, others when all have.
 fn complete(order: &Order, collective: Collective, entered: Option<&HashSet<usize>>) -> bool {
-    let mut givers = (0..order.ranks.len())
-        .filter(|&rank| !super::communication::only_takes(order, rank, collective.kind));
-    entered.is_some_and(|entered| givers.all(|rank| entered.contains(&rank)))
+    let mut contributors = (0..order.ranks.len())
+        .filter(|&rank| !super::communication::receives_only(order, rank, collective.kind));
+    entered.is_some_and(|entered| contributors.all(|rank| entered.contains(&rank)))
 }

@@ -10,7 +10,7 @@ use std::collections::HashMap;
 
 /// What a pass waits for on its own rank.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Need {
+pub enum Dependency {
     /// A tensor from another rank.
     Message(Message),
     /// A collective.
@@ -21,14 +21,14 @@ pub enum Need {
 
 impl Order {
     /// What `pass` on rank `rank` waits for.
-    pub fn needs(&self, rank: usize, pass: Pass) -> Vec<Need> {
+    pub fn dependencies(&self, rank: usize, pass: Pass) -> Vec<Dependency> {
         use PassKind::*;
         let Pass {
             kind,
             chunk,
             microbatch,
         } = pass;
-        let collective = |kind| Need::Collective(Collective { kind, microbatch });
+        let collective = |kind| Dependency::Collective(Collective { kind, microbatch });
         let stage = self.stage(rank, chunk);
         let last = self.stages() - 1;
         match kind {
@@ -36,7 +36,7 @@ impl Order {
                 vec![collective(CollectiveKind::Embedding)]
             }
             Forward if stage == 0 => vec![],
-            Forward => vec![self.neighbours_tensor(
+            Forward => vec![self.neighbour_dependency(
                 rank,
                 stage - 1,
                 Forward,
@@ -45,7 +45,7 @@ impl Order {
                 microbatch,
             )],
             Backward | BackwardInput if stage == last => {
-                let mut needs = vec![Need::Pass(Pass::new(Forward, chunk, microbatch))];
+                let mut needs = vec![Dependency::Pass(Pass::new(Forward, chunk, microbatch))];
                 needs.extend(self.vocabulary.map(|algorithm| {
                     collective(if algorithm.gradient_after_t() {
                         CollectiveKind::HiddenGradient
@@ -56,7 +56,7 @@ impl Order {
                 needs
             }
             Backward | BackwardInput => {
-                let from = self.neighbours_tensor(
+                let from = self.neighbour_dependency(
                     rank,
                     stage + 1,
                     Backward,
@@ -64,9 +64,16 @@ impl Order {
                     stage,
                     microbatch,
                 );
-                vec![Need::Pass(Pass::new(Forward, chunk, microbatch)), from]
+                vec![
+                    Dependency::Pass(Pass::new(Forward, chunk, microbatch)),
+                    from,
+                ]
             }
-            BackwardWeight => vec![Need::Pass(Pass::new(BackwardInput, chunk, microbatch))],
+            BackwardWeight => vec![Dependency::Pass(Pass::new(
+                BackwardInput,
+                chunk,
+                microbatch,
+            ))],
             Logits => vec![collective(CollectiveKind::Hidden)],
             Normalize => vec![collective(CollectiveKind::Maximum)],
             LogitsBackward => vec![collective(CollectiveKind::Statistics)],
@@ -76,20 +83,20 @@ impl Order {
     }
 
     /// The neighbour's tensor: a message, or a pass where the neighbour is this rank.
-    fn neighbours_tensor(
+    fn neighbour_dependency(
         &self,
         rank: usize,
         neighbour: usize,
-        maker: PassKind,
+        producer: PassKind,
         payload: Payload,
         stage: usize,
         microbatch: usize,
-    ) -> Need {
-        let (peer, chunk) = self.place(neighbour);
+    ) -> Dependency {
+        let (peer, chunk) = self.rank_and_chunk(neighbour);
         if peer == rank {
-            Need::Pass(Pass::new(maker, chunk, microbatch))
+            Dependency::Pass(Pass::new(producer, chunk, microbatch))
         } else {
-            Need::Message(Message {
+            Dependency::Message(Message {
                 payload,
                 stage,
                 microbatch,
@@ -98,14 +105,14 @@ impl Order {
     }
 
     /// The tensor that `pass` on rank `rank` makes for another rank, and that rank.
-    pub fn makes(&self, rank: usize, pass: Pass) -> Option<(Message, usize)> {
+    pub fn sends(&self, rank: usize, pass: Pass) -> Option<(Message, usize)> {
         let stage = self.stage(rank, pass.chunk);
         let (payload, neighbour) = match pass.kind {
             PassKind::Forward if stage + 1 < self.stages() => (Payload::Activation, stage + 1),
             kind if kind.gives_input_gradient() && stage > 0 => (Payload::Gradient, stage - 1),
             _ => return None,
         };
-        let (peer, _) = self.place(neighbour);
+        let (peer, _) = self.rank_and_chunk(neighbour);
         (peer != rank).then_some((
             Message {
                 payload,
@@ -117,17 +124,17 @@ impl Order {
     }
 
     /// The rank that makes `message`, and the pass that does, a backward whether or not its weights' part is split off.
-    pub(super) fn maker(&self, message: Message) -> (usize, Pass) {
+    pub(super) fn producer(&self, message: Message) -> (usize, Pass) {
         let (stage, kind) = match message.payload {
             Payload::Activation => (message.stage - 1, PassKind::Forward),
             Payload::Gradient => (message.stage + 1, PassKind::Backward),
         };
-        let (rank, chunk) = self.place(stage);
+        let (rank, chunk) = self.rank_and_chunk(stage);
         (rank, Pass::new(kind, chunk, message.microbatch))
     }
 
     /// The collective that `pass` on rank `rank` gives something to: the rank enters it right after the pass.
-    pub fn gives(&self, rank: usize, pass: Pass) -> Option<Collective> {
+    pub fn contributes_to(&self, rank: usize, pass: Pass) -> Option<Collective> {
         let vocabulary = self.vocabulary?;
         let stage = self.stage(rank, pass.chunk);
         let kind = match pass.kind {
@@ -154,22 +161,22 @@ pub fn with_communication(order: Order) -> Schedule {
         .ranks
         .iter()
         .enumerate()
-        .map(|(rank, passes)| of_rank(&order, rank, passes))
+        .map(|(rank, passes)| rank_steps(&order, rank, passes))
         .collect();
-    with_finishes(Schedule { order, ranks })
+    insert_send_waits(Schedule { order, ranks })
 }
 
 /// Sent tensors are kept until it is certain that they have arrived: until a pass that can only have started after the
 /// receiver used them. Waiting there never waits for a rank that waits for this one.
-fn with_finishes(mut schedule: Schedule) -> Schedule {
+fn insert_send_waits(mut schedule: Schedule) -> Schedule {
     let ranks = schedule.ranks.len();
     // Where each message is used: rank, and number of the step in its list.
     let mut used_at: HashMap<Message, (usize, usize)> = HashMap::new();
     for (rank, steps) in schedule.ranks.iter().enumerate() {
         for (index, step) in steps.iter().enumerate() {
             let Step::Compute(pass) = step else { continue };
-            for need in schedule.order.needs(rank, *pass) {
-                if let Need::Message(message) = need {
+            for need in schedule.order.dependencies(rank, *pass) {
+                if let Dependency::Message(message) = need {
                     used_at.insert(message, (rank, index));
                 }
             }
@@ -186,10 +193,10 @@ fn with_finishes(mut schedule: Schedule) -> Schedule {
         for rank in 0..ranks {
             while let Some(&step) = schedule.ranks[rank].get(at[rank]) {
                 if let Step::Compute(pass) = step {
-                    let needs = schedule.order.needs(rank, pass);
+                    let needs = schedule.order.dependencies(rank, pass);
                     let messages = needs.iter().filter_map(|need| match need {
-                        Need::Message(message) => Some(with_message.get(message)),
-                        Need::Collective(_) | Need::Pass(_) => None,
+                        Dependency::Message(message) => Some(with_message.get(message)),
+                        Dependency::Collective(_) | Dependency::Pass(_) => None,
                     });
                     let Some(clocks) = messages.collect::<Option<Vec<_>>>() else {
                         break;
@@ -221,7 +228,7 @@ fn with_finishes(mut schedule: Schedule) -> Schedule {
                             .partition(|message| arrived(message));
                         outstanding[rank] = left;
                         let over: Vec<Message> = over;
-                        lists[rank].extend(over.into_iter().map(Step::Finish));
+                        lists[rank].extend(over.into_iter().map(Step::WaitSend));
                     }
                     _ => {}
                 }
@@ -231,13 +238,13 @@ fn with_finishes(mut schedule: Schedule) -> Schedule {
     for rank in 0..ranks {
         // A schedule that stops is kept whole, for the check to say why.
         lists[rank].extend(&schedule.ranks[rank][at[rank]..]);
-        lists[rank].extend(outstanding[rank].drain(..).map(Step::Finish));
+        lists[rank].extend(outstanding[rank].drain(..).map(Step::WaitSend));
     }
     schedule.ranks = lists;
     schedule
 }
 
-fn of_rank(order: &Order, rank: usize, passes: &[Pass]) -> Vec<Step> {
+fn rank_steps(order: &Order, rank: usize, passes: &[Pass]) -> Vec<Step> {
     let mut list = Vec::new();
     let mut started = 0;
     for (index, &pass) in passes.iter().enumerate() {
@@ -247,16 +254,16 @@ fn of_rank(order: &Order, rank: usize, passes: &[Pass]) -> Vec<Step> {
             .position(|&pass| !is_lookup(pass));
         let until = next.map_or(passes.len(), |next| index + 2 + next);
         for &coming in &passes[started..until] {
-            list.extend(starts(order, rank, coming));
+            list.extend(steps_to_start(order, rank, coming));
         }
         started = until;
         list.push(Step::Compute(pass));
         list.extend(
             order
-                .makes(rank, pass)
+                .sends(rank, pass)
                 .map(|(message, peer)| Step::Send(message, peer)),
         );
-        list.extend(order.gives(rank, pass).map(Step::Collect));
+        list.extend(order.contributes_to(rank, pass).map(Step::EnterCollective));
     }
     list
 }
@@ -267,16 +274,16 @@ fn is_lookup(pass: Pass) -> bool {
 }
 
 /// What has to be started for `pass`: receives, and collectives that this rank gives nothing to.
-fn starts(order: &Order, rank: usize, pass: Pass) -> Vec<Step> {
+fn steps_to_start(order: &Order, rank: usize, pass: Pass) -> Vec<Step> {
     let start = |need| match need {
-        Need::Message(message) => Some(Step::Receive(message, order.maker(message).0)),
-        Need::Collective(collective) if only_takes(order, rank, collective.kind) => {
-            Some(Step::Collect(collective))
+        Dependency::Message(message) => Some(Step::Receive(message, order.producer(message).0)),
+        Dependency::Collective(collective) if receives_only(order, rank, collective.kind) => {
+            Some(Step::EnterCollective(collective))
         }
-        Need::Collective(_) | Need::Pass(_) => None,
+        Dependency::Collective(_) | Dependency::Pass(_) => None,
     };
     order
-        .needs(rank, pass)
+        .dependencies(rank, pass)
         .into_iter()
         .filter_map(start)
         .collect()
@@ -284,10 +291,10 @@ fn starts(order: &Order, rank: usize, pass: Pass) -> Vec<Step> {
 
 /// Whether `rank` enters collectives of this kind only to take something from them: broadcasts, on ranks other than
 /// their root.
-pub(super) fn only_takes(order: &Order, rank: usize, kind: CollectiveKind) -> bool {
+pub(super) fn receives_only(order: &Order, rank: usize, kind: CollectiveKind) -> bool {
     match kind {
-        CollectiveKind::Hidden => rank != order.place(order.stages() - 1).0,
-        CollectiveKind::EmbeddingGradient => rank != order.place(0).0,
+        CollectiveKind::Hidden => rank != order.rank_and_chunk(order.stages() - 1).0,
+        CollectiveKind::EmbeddingGradient => rank != order.rank_and_chunk(0).0,
         CollectiveKind::Maximum | CollectiveKind::Statistics => false,
         CollectiveKind::HiddenGradient | CollectiveKind::Embedding => false,
     }

@@ -1,6 +1,6 @@
 //! Carries a schedule out on one rank.
 
-use super::communication::Need;
+use super::communication::Dependency;
 use super::lane::Lane;
 use super::simulate::Span;
 use super::{Collective, CollectiveKind, Message, Pass, PassKind, Payload, Schedule, Step};
@@ -13,14 +13,14 @@ use tch::Tensor;
 
 /// What a rank does in a collective. It runs beside the passes, on a lane of its own, so it may compute between operations; its
 /// result goes to the passes that need the collective. It is called once, and the tensors in it live until its result is there.
-pub type Exchange = Box<dyn Fn(&dyn Communicator) -> Result<Vec<Tensor>, CommError> + Send>;
+pub type CollectiveFn = Box<dyn Fn(&dyn Communicator) -> Result<Vec<Tensor>, CommError> + Send>;
 
 /// The stages of one rank.
 pub trait Stages {
     /// What can go wrong.
     type Error: From<CommError>;
 
-    /// Computes `pass`. `inputs` are what it needs from elsewhere ([`super::Order::needs`]): for F the output of the stage
+    /// Computes `pass`. `inputs` are what it needs from elsewhere ([`super::Order::dependencies`]): for F the output of the stage
     /// before, for B and BW the gradient of its own output, for passes of the vocabulary the collective's result. F gives
     /// its output and B or BW the gradient of its input, where another stage needs it.
     ///
@@ -32,7 +32,7 @@ pub trait Stages {
     ///
     /// # Errors
     /// Its own.
-    fn exchange(&mut self, collective: Collective) -> Result<Exchange, Self::Error>;
+    fn collective_fn(&mut self, collective: Collective) -> Result<CollectiveFn, Self::Error>;
 
     /// An empty tensor of the kind that travels between stages.
     fn buffer(&self) -> Tensor;
@@ -46,7 +46,7 @@ pub struct Executor {
 }
 
 /// A step under way.
-struct Run<'a> {
+struct StepState<'a> {
     schedule: &'a Schedule,
     rank: usize,
     began: Instant,
@@ -98,13 +98,13 @@ impl Executor {
         let mut users = HashMap::new();
         for need in schedule.order.ranks[rank]
             .iter()
-            .flat_map(|&pass| schedule.order.needs(rank, pass))
+            .flat_map(|&pass| schedule.order.dependencies(rank, pass))
         {
-            if let Need::Collective(collective) = need {
+            if let Dependency::Collective(collective) = need {
                 *users.entry(collective).or_insert(0) += 1;
             }
         }
-        let mut run = Run {
+        let mut run = StepState {
             schedule,
             rank,
             began: Instant::now(),
@@ -133,15 +133,15 @@ impl Executor {
                     let work = self.messages.send(&tensor, to, tag(schedule, message))?;
                     run.sent.insert(message, (tensor, work));
                 }
-                Step::Finish(message) => {
+                Step::WaitSend(message) => {
                     let (_tensor, work) = run
                         .sent
                         .remove(&message)
                         .expect("a checked schedule finishes what it sent");
                     work.wait()?;
                 }
-                Step::Collect(collective) => {
-                    let exchange = stages.exchange(collective)?;
+                Step::EnterCollective(collective) => {
+                    let exchange = stages.collective_fn(collective)?;
                     self.lane(collective.kind).enter(exchange)?;
                     run.lanes.entry(collective.kind).or_insert((0, 0)).0 += 1;
                 }
@@ -164,7 +164,7 @@ impl Executor {
     }
 
     /// Waits for the next collective of a kind; they end in the order of microbatches.
-    fn next_result(&self, run: &mut Run, kind: CollectiveKind) -> Result<(), CommError> {
+    fn next_result(&self, run: &mut StepState, kind: CollectiveKind) -> Result<(), CommError> {
         // The exchange itself goes on elsewhere; here is what it holds this rank up.
         let result = part("communication", "wait", Cost::default, || {
             self.lane(kind).next()
@@ -183,15 +183,15 @@ impl Executor {
 
     fn compute<S: Stages>(
         &self,
-        run: &mut Run,
+        run: &mut StepState,
         stages: &mut S,
         pass: Pass,
     ) -> Result<(), S::Error> {
         let order = &run.schedule.order;
         let mut inputs = Vec::new();
-        for need in order.needs(run.rank, pass) {
+        for need in order.dependencies(run.rank, pass) {
             match need {
-                Need::Message(message) => {
+                Dependency::Message(message) => {
                     let (tensor, work) = run
                         .received
                         .remove(&message)
@@ -200,16 +200,18 @@ impl Executor {
                     inputs.push(tensor);
                 }
                 // A stage of the same rank made it.
-                Need::Pass(other) if other.chunk != pass.chunk => {
-                    let message = message_for(order.stage(run.rank, pass.chunk), pass);
+                Dependency::Pass(other) if other.chunk != pass.chunk => {
+                    let message = input_message(order.stage(run.rank, pass.chunk), pass);
                     inputs.push(
                         run.local
                             .remove(&message)
                             .expect("a checked schedule makes it first"),
                     );
                 }
-                Need::Pass(_) => {}
-                Need::Collective(collective) => inputs.extend(self.collected(run, collective)?),
+                Dependency::Pass(_) => {}
+                Dependency::Collective(collective) => {
+                    inputs.extend(self.collected(run, collective)?)
+                }
             }
         }
         let start = run.began.elapsed().as_secs_f64();
@@ -223,7 +225,7 @@ impl Executor {
         });
         if let (Some(tensor), Some(message)) = (
             made,
-            message_from(order.stages(), order.stage(run.rank, pass.chunk), pass),
+            output_message(order.stages(), order.stage(run.rank, pass.chunk), pass),
         ) {
             run.local.insert(message, tensor);
         }
@@ -231,7 +233,7 @@ impl Executor {
     }
 
     /// The result of a collective, when it is there.
-    fn collected(&self, run: &mut Run, wanted: Collective) -> Result<Vec<Tensor>, CommError> {
+    fn collected(&self, run: &mut StepState, wanted: Collective) -> Result<Vec<Tensor>, CommError> {
         while !run.collected.contains_key(&wanted) {
             self.next_result(run, wanted.kind)?;
         }
@@ -252,7 +254,7 @@ impl Executor {
 }
 
 /// The tensor from a neighbouring stage that `pass` of `stage` takes.
-fn message_for(stage: usize, pass: Pass) -> Message {
+fn input_message(stage: usize, pass: Pass) -> Message {
     let payload = if pass.kind == PassKind::Forward {
         Payload::Activation
     } else {
@@ -266,13 +268,13 @@ fn message_for(stage: usize, pass: Pass) -> Message {
 }
 
 /// The tensor for a neighbouring stage that `pass` of `stage` makes.
-fn message_from(stages: usize, stage: usize, pass: Pass) -> Option<Message> {
+fn output_message(stages: usize, stage: usize, pass: Pass) -> Option<Message> {
     let neighbour = match pass.kind {
         PassKind::Forward => Some(stage + 1).filter(|&next| next < stages),
         kind if kind.gives_input_gradient() => stage.checked_sub(1),
         _ => None,
     }?;
-    Some(message_for(neighbour, pass))
+    Some(input_message(neighbour, pass))
 }
 
 fn tag(schedule: &Schedule, message: Message) -> i32 {

@@ -1,7 +1,7 @@
 //! Where collectives go on beside a rank's passes: a thread where they are waited for on the host, a queue where a device does them.
 
-use super::Exchange;
-use crate::beside;
+use super::CollectiveFn;
+use crate::background;
 use crate::{Accelerator, CommError, Communicator};
 use parking_lot::Mutex;
 use std::collections::VecDeque;
@@ -14,7 +14,7 @@ use torch_ext::{Event, Stream};
 pub(super) enum Lane {
     /// A thread that waits for each.
     Thread {
-        jobs: Sender<Exchange>,
+        requests: Sender<CollectiveFn>,
         results: Receiver<Result<Vec<Tensor>, CommError>>,
     },
     /// A stream beside the passes' one. Were they on the passes' own, what this rank computes next would wait for other ranks, and
@@ -23,16 +23,16 @@ pub(super) enum Lane {
         group: Arc<dyn Communicator>,
         like: Tensor,
         stream: Stream,
-        queued: Mutex<VecDeque<Queued>>,
+        queued: Mutex<VecDeque<PendingCollective>>,
     },
 }
 
 /// An exchange that a device was given.
-pub(super) struct Queued {
+pub(super) struct PendingCollective {
     results: Vec<Tensor>,
     done: Event,
     /// Kept for the tensors in it, whose memory is of the passes' stream.
-    _exchange: Exchange,
+    _collective_fn: CollectiveFn,
 }
 
 impl Lane {
@@ -42,7 +42,7 @@ impl Lane {
     ) -> Result<Lane, torch_ext::Error> {
         let like = device.zeros(&[1], Kind::Float);
         let on_device = !device.computes_on_host();
-        if group.queues() {
+        if group.is_stream_ordered() {
             let stream = Stream::beside(&like)?;
             return Ok(Lane::Queue {
                 group,
@@ -51,12 +51,12 @@ impl Lane {
                 queued: Mutex::default(),
             });
         }
-        let (jobs, inbox) = channel::<Exchange>();
+        let (requests, inbox) = channel::<CollectiveFn>();
         let (outbox, results) = channel();
-        beside::spawn("lane", move || {
+        background::spawn("lane", move || {
             // What little is computed here must not take cores from the passes.
             tch::set_num_threads(1);
-            if on_device && torch_ext::use_device(&like).is_err() {
+            if on_device && torch_ext::set_device(&like).is_err() {
                 return;
             }
             while let Ok(exchange) = inbox.recv() {
@@ -68,16 +68,16 @@ impl Lane {
                 }
             }
         });
-        Ok(Lane::Thread { jobs, results })
+        Ok(Lane::Thread { requests, results })
     }
 
     /// Begins an exchange.
     ///
     /// # Errors
     /// On a device, those of its operations.
-    pub(super) fn enter(&self, exchange: Exchange) -> Result<(), CommError> {
+    pub(super) fn enter(&self, exchange: CollectiveFn) -> Result<(), CommError> {
         match self {
-            Lane::Thread { jobs, .. } => jobs
+            Lane::Thread { requests, .. } => requests
                 .send(exchange)
                 .expect("the thread lives as long as this"),
             Lane::Queue {
@@ -92,14 +92,14 @@ impl Lane {
                     .record()
                     .and_then(|so_far| stream.wait_for(&so_far))
                     .map_err(failed)?;
-                stream.use_here().map_err(failed)?;
+                stream.make_current().map_err(failed)?;
                 let results = tch::no_grad(|| exchange(group.as_ref()));
                 let done = stream.record();
-                passes.use_here().map_err(failed)?;
-                let queued_now = Queued {
+                passes.make_current().map_err(failed)?;
+                let queued_now = PendingCollective {
                     results: results?,
                     done: done.map_err(failed)?,
-                    _exchange: exchange,
+                    _collective_fn: exchange,
                 };
                 queued.lock().push_back(queued_now);
             }

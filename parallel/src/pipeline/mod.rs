@@ -19,7 +19,7 @@ pub mod simulate;
 mod text;
 pub mod vocabulary;
 
-pub use execute::{Exchange, Executor, Stages};
+pub use execute::{CollectiveFn, Executor, Stages};
 pub use text::OrderFile;
 
 use serde::{Deserialize, Serialize};
@@ -135,7 +135,7 @@ pub enum Vocabulary {
 impl Vocabulary {
     /// How many microbatches a pipeline of `ranks` ranks holds more for it: one for each collective between the last
     /// stage's forward and its backward, besides the first broadcast; half as many again where all stop for it.
-    pub fn more_held(self, ranks: usize) -> usize {
+    pub fn extra_microbatches(self, ranks: usize) -> usize {
         match self {
             Vocabulary::Naive => 3,
             Vocabulary::Interlaced => ranks / 2,
@@ -189,7 +189,7 @@ impl Order {
     }
 
     /// The rank and chunk of stage `stage`.
-    pub fn place(&self, stage: usize) -> (usize, usize) {
+    pub fn rank_and_chunk(&self, stage: usize) -> (usize, usize) {
         let ranks = self.ranks.len();
         let chunk = stage / ranks;
         let at = stage % ranks;
@@ -261,9 +261,9 @@ pub enum Step {
     /// Start receiving from the rank.
     Receive(Message, usize),
     /// Wait until a tensor has been sent, and forget it. Stands where that is certain to have happened.
-    Finish(Message),
+    WaitSend(Message),
     /// Enter a collective.
-    Collect(Collective),
+    EnterCollective(Collective),
 }
 
 /// An order with its communication: all that an executor needs.

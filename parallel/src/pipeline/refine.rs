@@ -2,20 +2,20 @@
 //! W take equal times, and most know nothing of the vocabulary's passes. (arXiv 2401.10241, section 3, makes an order anew by times; this
 //! goes on from one that is there.)
 
-use super::communication::Need;
+use super::communication::Dependency;
 use super::simulate::Costs;
 use super::{Collective, Order, Pass, PassKind, Vocabulary};
 use std::collections::HashMap;
 
 /// How many places a pass is moved at most, at once.
-const REACH: usize = 6;
+const MAX_SHIFT: usize = 6;
 /// How long a message takes at least, and a collective, in parts of a mean F: without room an order that is right on paper waits for
 /// whatever is late.
-const ROOM: [f64; 2] = [0.05, 0.1];
+const MIN_COMMUNICATION: [f64; 2] = [0.05, 0.1];
 /// Passes that are gone through before the best order so far is taken: a tenth of a second.
-const BUDGET: usize = 4_000_000;
+const PASS_BUDGET: usize = 4_000_000;
 /// Gains below this part of a step are none.
-const GAIN: f64 = 1e-6;
+const MIN_GAIN: f64 = 1e-6;
 
 /// `order`, or one that takes less time by `costs` and holds no more, on any rank, of microbatches and of logits. Passes of one kind
 /// and chunk stay in their order.
@@ -35,20 +35,20 @@ pub fn refined(order: &Order, costs: &Costs) -> Order {
         None if !splits => return order.clone(),
         _ => {}
     }
-    let graph = Graph::new(order, costs);
+    let graph = DependencyGraph::new(order, costs);
     let mut lists = graph.lists.clone();
-    let limits: Vec<Held> = lists.iter().map(|list| graph.held(list)).collect();
+    let limits: Vec<PeakHeld> = lists.iter().map(|list| graph.held(list)).collect();
     let Some(mut best) = graph.run(&lists) else {
         return order.clone();
     };
-    let mut left = BUDGET / graph.passes.len().max(1);
+    let mut left = PASS_BUDGET / graph.passes.len().max(1);
     // Only what lies on the longest way through a step can shorten it.
     while let Some((shorter, run)) =
         graph
-            .longest_way(&lists, &best)
+            .critical_path(&lists, &best)
             .into_iter()
             .find_map(|(rank, at)| {
-                places(at, lists[rank].len()).find_map(|to| {
+                nearby_positions(at, lists[rank].len()).find_map(|to| {
                     let list = graph.moved(&lists[rank], at, to)?;
                     if left == 0 || !graph.held(&list).within(&limits[rank]) {
                         return None;
@@ -57,7 +57,7 @@ pub fn refined(order: &Order, costs: &Costs) -> Order {
                     let mut lists = lists.clone();
                     lists[rank] = list;
                     let run = graph.run(&lists)?;
-                    (run.total < best.total * (1.0 - GAIN)).then_some((lists, run))
+                    (run.total < best.total * (1.0 - MIN_GAIN)).then_some((lists, run))
                 })
             })
     {
@@ -71,13 +71,13 @@ pub fn refined(order: &Order, costs: &Costs) -> Order {
 }
 
 /// Places near `at` in a list of `len`, the nearest first.
-fn places(at: usize, len: usize) -> impl Iterator<Item = usize> {
+fn nearby_positions(at: usize, len: usize) -> impl Iterator<Item = usize> {
     let around = move |far: usize| [at.checked_sub(far), Some(at + far).filter(|&to| to < len)];
-    (1..=REACH).flat_map(around).flatten()
+    (1..=MAX_SHIFT).flat_map(around).flatten()
 }
 
 /// What passes wait for. They are known by numbers.
-struct Graph {
+struct DependencyGraph {
     /// Rank and pass.
     passes: Vec<(usize, Pass)>,
     times: Vec<f64>,
@@ -87,50 +87,50 @@ struct Graph {
 }
 
 /// When passes end, and the whole.
-struct Ends {
+struct EndTimes {
     ends: Vec<f64>,
     total: f64,
 }
 
 /// The most that a rank holds: chunks' activations until their weights' gradients are made, and until their inputs' are, and logits.
 #[derive(Default, Clone, Copy)]
-struct Held {
+struct PeakHeld {
     until_weights: usize,
     until_inputs: usize,
     logits: usize,
 }
 
-impl Held {
-    fn within(self, limit: &Held) -> bool {
+impl PeakHeld {
+    fn within(self, limit: &PeakHeld) -> bool {
         self.until_weights <= limit.until_weights
             && self.until_inputs <= limit.until_inputs
             && self.logits <= limit.logits
     }
 }
 
-impl Graph {
-    fn new(order: &Order, costs: &Costs) -> Graph {
+impl DependencyGraph {
+    fn new(order: &Order, costs: &Costs) -> DependencyGraph {
         let forward = costs.forward.iter().sum::<f64>() / costs.forward.len().max(1) as f64;
         let [send, collective] = [costs.send, costs.collective];
-        let send = send.max(ROOM[0] * forward);
-        let collective = collective.max(ROOM[1] * forward);
-        let mut graph = Graph {
+        let send = send.max(MIN_COMMUNICATION[0] * forward);
+        let collective = collective.max(MIN_COMMUNICATION[1] * forward);
+        let mut graph = DependencyGraph {
             passes: Vec::new(),
             times: Vec::new(),
             needs: Vec::new(),
             lists: Vec::new(),
         };
         let mut numbers = HashMap::new();
-        let mut givers: HashMap<Collective, Vec<usize>> = HashMap::new();
+        let mut contributors: HashMap<Collective, Vec<usize>> = HashMap::new();
         for (rank, passes) in order.ranks.iter().enumerate() {
             let first = graph.passes.len();
             for &pass in passes {
                 let number = graph.passes.len();
                 numbers.insert((rank, pass), number);
                 order
-                    .gives(rank, pass)
+                    .contributes_to(rank, pass)
                     .into_iter()
-                    .for_each(|to| givers.entry(to).or_default().push(number));
+                    .for_each(|to| contributors.entry(to).or_default().push(number));
                 graph.passes.push((rank, pass));
                 graph.times.push(costs.of(order, rank, pass));
             }
@@ -153,22 +153,24 @@ impl Graph {
         };
         let needs_of = |&(rank, pass): &(usize, Pass)| {
             let of_need = |need| match need {
-                Need::Pass(other) => number_of(rank, other)
+                Dependency::Pass(other) => number_of(rank, other)
                     .map(|number| (number, 0.0))
                     .into_iter()
                     .collect(),
-                Need::Message(message) => {
-                    let (peer, maker) = order.maker(message);
-                    let number = number_of(peer, maker);
+                Dependency::Message(message) => {
+                    let (peer, producer) = order.producer(message);
+                    let number = number_of(peer, producer);
                     number.map(|number| (number, send)).into_iter().collect()
                 }
-                Need::Collective(of) => {
-                    let givers = givers.get(&of).into_iter().flatten();
-                    givers.map(|&giver| (giver, collective)).collect::<Vec<_>>()
+                Dependency::Collective(of) => {
+                    let contributors = contributors.get(&of).into_iter().flatten();
+                    contributors
+                        .map(|&contributor| (contributor, collective))
+                        .collect::<Vec<_>>()
                 }
             };
             order
-                .needs(rank, pass)
+                .dependencies(rank, pass)
                 .into_iter()
                 .flat_map(of_need)
                 .collect()
@@ -178,7 +180,7 @@ impl Graph {
     }
 
     /// When passes end, if they can all run in this order.
-    fn run(&self, lists: &[Vec<usize>]) -> Option<Ends> {
+    fn run(&self, lists: &[Vec<usize>]) -> Option<EndTimes> {
         let mut ends = vec![f64::NAN; self.passes.len()];
         let mut at = vec![0; lists.len()];
         let mut clock = vec![0.0f64; lists.len()];
@@ -204,14 +206,14 @@ impl Graph {
                 return None;
             }
         }
-        Some(Ends {
+        Some(EndTimes {
             ends,
             total: clock.into_iter().fold(0.0, f64::max),
         })
     }
 
     /// The passes of which each ends when the next begins, from the last one on: ranks, and places in their lists.
-    fn longest_way(&self, lists: &[Vec<usize>], run: &Ends) -> Vec<(usize, usize)> {
+    fn critical_path(&self, lists: &[Vec<usize>], run: &EndTimes) -> Vec<(usize, usize)> {
         let mut place = vec![0; self.passes.len()];
         lists.iter().for_each(|list| {
             list.iter()
@@ -254,11 +256,11 @@ impl Graph {
         Some(list)
     }
 
-    fn held(&self, list: &[usize]) -> Held {
+    fn held(&self, list: &[usize]) -> PeakHeld {
         let mut weights = 0usize;
         let mut inputs = 0usize;
         let mut logits = 0usize;
-        let mut most = Held::default();
+        let mut most = PeakHeld::default();
         for &pass in list {
             match self.passes[pass].1.kind {
                 PassKind::Forward => (weights, inputs) = (weights + 1, inputs + 1),

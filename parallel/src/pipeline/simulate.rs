@@ -1,6 +1,6 @@
 //! How long a schedule takes, and what each rank holds, from the times of its passes.
 
-use super::communication::{Need, only_takes};
+use super::communication::{Dependency, receives_only};
 use super::{Collective, Message, Order, Pass, PassKind, Schedule, Step, Vocabulary};
 use std::collections::HashMap;
 
@@ -109,9 +109,9 @@ pub struct Timeline {
     pub total: f64,
     /// The most chunk activations each rank held at once, in whole microbatches of the rank (chunks divided by
     /// their number): from the start of F to the end of its BW or W.
-    pub held: Vec<f64>,
+    pub peak_microbatches: Vec<f64>,
     /// The same from the start of F to the end of its BW or B: what a rank holds where W needs little.
-    pub held_until_input_gradient: Vec<f64>,
+    pub peak_microbatches_until_b: Vec<f64>,
 }
 
 impl Timeline {
@@ -158,23 +158,19 @@ pub fn simulate(schedule: &Schedule, costs: &Costs) -> Timeline {
             while let Some(step) = steps.get(at[rank]) {
                 match step {
                     Step::Compute(pass) => {
-                        let ready =
-                            order
-                                .needs(rank, *pass)
-                                .iter()
-                                .try_fold(clock[rank], |ready, need| {
-                                    let at = match need {
-                                        Need::Message(message) => *arrival.get(message)?,
-                                        Need::Collective(c) => completion(
-                                            order,
-                                            *c,
-                                            entered.get(c)?,
-                                            costs.collective,
-                                        )?,
-                                        Need::Pass(_) => 0.0, // earlier on this rank
-                                    };
-                                    Some(f64::max(ready, at))
-                                });
+                        let ready = order.dependencies(rank, *pass).iter().try_fold(
+                            clock[rank],
+                            |ready, need| {
+                                let at = match need {
+                                    Dependency::Message(message) => *arrival.get(message)?,
+                                    Dependency::Collective(c) => {
+                                        completion(order, *c, entered.get(c)?, costs.collective)?
+                                    }
+                                    Dependency::Pass(_) => 0.0, // earlier on this rank
+                                };
+                                Some(f64::max(ready, at))
+                            },
+                        );
                         let Some(start) = ready else { break };
                         let end = start + costs.of(order, rank, *pass);
                         spans[rank].push(Span {
@@ -187,11 +183,11 @@ pub fn simulate(schedule: &Schedule, costs: &Costs) -> Timeline {
                     Step::Send(message, _) => {
                         arrival.insert(*message, clock[rank] + costs.send);
                     }
-                    Step::Collect(collective) => entered
+                    Step::EnterCollective(collective) => entered
                         .entry(*collective)
                         .or_default()
                         .push((rank, clock[rank])),
-                    Step::Receive(..) | Step::Finish(_) => {}
+                    Step::Receive(..) | Step::WaitSend(_) => {}
                 }
                 at[rank] += 1;
                 moved = true;
@@ -207,8 +203,8 @@ pub fn simulate(schedule: &Schedule, costs: &Costs) -> Timeline {
         |rank: usize, weights: bool| peak_held(&spans[rank], weights) as f64 / order.chunks as f64;
     Timeline {
         total,
-        held: (0..ranks).map(|rank| peak(rank, true)).collect(),
-        held_until_input_gradient: (0..ranks).map(|rank| peak(rank, false)).collect(),
+        peak_microbatches: (0..ranks).map(|rank| peak(rank, true)).collect(),
+        peak_microbatches_until_b: (0..ranks).map(|rank| peak(rank, false)).collect(),
         ranks: spans,
     }
 }
@@ -220,10 +216,11 @@ fn completion(
     entered: &[(usize, f64)],
     cost: f64,
 ) -> Option<f64> {
-    let givers = (0..order.ranks.len()).filter(|&rank| !only_takes(order, rank, collective.kind));
+    let contributors =
+        (0..order.ranks.len()).filter(|&rank| !receives_only(order, rank, collective.kind));
     let mut last = 0.0f64;
-    for giver in givers {
-        last = last.max(entered.iter().find(|(rank, _)| *rank == giver)?.1);
+    for contributor in contributors {
+        last = last.max(entered.iter().find(|(rank, _)| *rank == contributor)?.1);
     }
     Some(last + cost)
 }

@@ -1,5 +1,5 @@
 use super::check::{ScheduleError, check};
-use super::communication::{Need, only_takes, with_communication};
+use super::communication::{Dependency, receives_only, with_communication};
 use super::refine::refined;
 use super::schedules::ScheduleKind;
 use super::simulate::{Costs, Timeline, VocabularyCosts, simulate};
@@ -60,7 +60,7 @@ fn run(order: Order, costs: &Costs) -> Timeline {
 }
 
 /// What a rank only takes is under way while it computes something, unless it has nothing to compute before.
-fn assert_beside_computations(schedule: &Schedule) {
+fn assert_overlaps_computation(schedule: &Schedule) {
     for (rank, steps) in schedule.ranks.iter().enumerate() {
         let mut computed = 0;
         let mut messages = HashMap::new();
@@ -68,17 +68,19 @@ fn assert_beside_computations(schedule: &Schedule) {
         for step in steps {
             match *step {
                 Step::Receive(message, _) => drop(messages.insert(message, computed)),
-                Step::Collect(collective) if only_takes(&schedule.order, rank, collective.kind) => {
+                Step::EnterCollective(collective)
+                    if receives_only(&schedule.order, rank, collective.kind) =>
+                {
                     collectives.insert(collective, computed);
                 }
                 Step::Compute(pass) => {
-                    for need in schedule.order.needs(rank, pass) {
+                    for need in schedule.order.dependencies(rank, pass) {
                         let began = match need {
-                            Need::Message(message) => messages[&message],
-                            Need::Collective(collective) => {
+                            Dependency::Message(message) => messages[&message],
+                            Dependency::Collective(collective) => {
                                 collectives.get(&collective).copied().unwrap_or(0)
                             }
-                            Need::Pass(_) => 0,
+                            Dependency::Pass(_) => 0,
                         };
                         assert!(
                             began < computed || computed == 0,
@@ -108,7 +110,7 @@ fn every_order_passes_the_check_with_and_without_the_vocabulary() {
                 let schedule = with_communication(order);
                 check(&schedule)
                     .unwrap_or_else(|error| panic!("{name} {algorithm:?} {p} x {m}: {error}"));
-                assert_beside_computations(&schedule);
+                assert_overlaps_computation(&schedule);
             }
         }
     }
@@ -168,7 +170,8 @@ fn held_microbatches_are_those_of_the_papers() {
         for (kind, order) in orders(p, m) {
             let costs = costs(&order, 2.0);
             for vocabulary in std::iter::once(None).chain(ALGORITHMS.map(Some)) {
-                let more = vocabulary.map_or(0.0, |algorithm| algorithm.more_held(p) as f64);
+                let more =
+                    vocabulary.map_or(0.0, |algorithm| algorithm.extra_microbatches(p) as f64);
                 let order = vocabulary.map_or(order.clone(), |algorithm| {
                     with_vocabulary(&order, algorithm, &costs)
                 });
@@ -176,8 +179,8 @@ fn held_microbatches_are_those_of_the_papers() {
                 let case = format!("{} {vocabulary:?} {p} x {m}: {timeline:?}", kind.name());
                 let pf = p as f64;
                 for rank in 0..p {
-                    let held = timeline.held[rank];
-                    let until_b = timeline.held_until_input_gradient[rank];
+                    let held = timeline.peak_microbatches[rank];
+                    let until_b = timeline.peak_microbatches_until_b[rank];
                     let below = pf - rank as f64;
                     match kind {
                         ScheduleKind::GPipe => assert_eq!(held, m as f64),
@@ -319,9 +322,9 @@ fn refined_orders_take_less_time_and_hold_no_more() {
                             .zip(of(&before))
                             .all(|(after, before)| after <= before)
                     };
-                    assert!(held(|timeline| &timeline.held), "{case}");
+                    assert!(held(|timeline| &timeline.peak_microbatches), "{case}");
                     assert!(
-                        held(|timeline| &timeline.held_until_input_gradient),
+                        held(|timeline| &timeline.peak_microbatches_until_b),
                         "{case}"
                     );
                     // What has no freedom is left alone.
@@ -367,7 +370,7 @@ fn broken_lists_are_refused_with_the_pass_named() {
     let error = broken(|s| {
         let of_third = |m: &Message| m.payload == Payload::Activation && m.microbatch == 2;
         s.ranks[0]
-            .retain(|step| !matches!(step, Step::Send(m, _) | Step::Finish(m) if of_third(m)));
+            .retain(|step| !matches!(step, Step::Send(m, _) | Step::WaitSend(m) if of_third(m)));
     });
     assert_eq!(
         error.to_string(),

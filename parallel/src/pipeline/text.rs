@@ -87,19 +87,19 @@ impl fmt::Display for Collective {
 #[serde(deny_unknown_fields)]
 pub struct OrderFile {
     /// How chunks lie.
-    #[serde(default = "looped")]
+    #[serde(default = "default_placement")]
     pub placement: Placement,
     /// Chunks of a rank.
-    #[serde(default = "one")]
+    #[serde(default = "default_chunks")]
     pub chunks: usize,
     /// One line of passes for each rank.
     pub ranks: Vec<String>,
 }
 
-fn looped() -> Placement {
+fn default_placement() -> Placement {
     Placement::Loop
 }
-fn one() -> usize {
+fn default_chunks() -> usize {
     1
 }
 

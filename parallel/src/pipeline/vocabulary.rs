@@ -7,7 +7,7 @@
 //! ranks lies within the time of one pass, and the collectives hide behind passes of layers. Embedding passes go with S,
 //! one microbatch ahead of their use.
 
-use super::communication::Need;
+use super::communication::Dependency;
 use super::simulate::Costs;
 use super::{Order, Pass, PassKind, Vocabulary};
 use std::collections::HashMap;
@@ -26,9 +26,9 @@ pub fn with_vocabulary(order: &Order, vocabulary: Vocabulary, costs: &Costs) -> 
         .ranks
         .iter()
         .map(|passes| {
-            put_off(
+            delay_backwards(
                 passes,
-                vocabulary.more_held(order.ranks.len()) * order.chunks,
+                vocabulary.extra_microbatches(order.ranks.len()) * order.chunks,
             )
         })
         .collect();
@@ -46,7 +46,7 @@ pub fn with_vocabulary(order: &Order, vocabulary: Vocabulary, costs: &Costs) -> 
 }
 
 /// Every backward after `forwards` more forwards than before, as long as there are any.
-fn put_off(passes: &[Pass], forwards: usize) -> Vec<Pass> {
+fn delay_backwards(passes: &[Pass], forwards: usize) -> Vec<Pass> {
     let total = passes
         .iter()
         .filter(|pass| pass.kind == PassKind::Forward)
@@ -66,7 +66,7 @@ fn put_off(passes: &[Pass], forwards: usize) -> Vec<Pass> {
 }
 
 /// The state of a rank while passes are dealt out.
-struct Rank {
+struct RankState {
     /// Next pass of its own list.
     at: usize,
     /// Next pass of the output layer, by its number in the sequence.
@@ -76,7 +76,7 @@ struct Rank {
 }
 
 /// What has happened so far.
-struct Progress<'a> {
+struct InsertionState<'a> {
     base: &'a Order,
     vocabulary: Vocabulary,
     costs: &'a Costs,
@@ -89,7 +89,7 @@ struct Progress<'a> {
     /// How many forwards of the last stage come between the one of each microbatch and its backward.
     overlaps: Vec<usize>,
     /// Time of the backward that the last stage's rank does right after the last forward of each microbatch, if any.
-    meanwhile: Vec<f64>,
+    next_backward_times: Vec<f64>,
 }
 
 /// The output layer's passes: each as many microbatches behind S as barriers lie between, where the backward leaves time.
@@ -109,18 +109,18 @@ fn sequence(vocabulary: Vocabulary, overlaps: &[usize]) -> Vec<Pass> {
     slots.into_iter().map(|(_, pass)| pass).collect()
 }
 
-impl Progress<'_> {
+impl InsertionState<'_> {
     /// When `pass` of the output layer may start on rank `of`, if that is known.
-    fn output_opens(&self, of: usize, pass: Pass) -> Option<f64> {
+    fn output_ready_at(&self, of: usize, pass: Pass) -> Option<f64> {
         let last = self.base.stages() - 1;
-        let (rank, chunk) = self.base.place(last);
-        let with_logits_of = |microbatch: usize| {
+        let (rank, chunk) = self.base.rank_and_chunk(last);
+        let logits_slot_start = |microbatch: usize| {
             let end = self
                 .ended
                 .get(&(rank, Pass::new(PassKind::Forward, chunk, microbatch)))?;
             // The rank of the last stage does a backward meanwhile, and so has the others' time to take theirs.
             let wait = if of == rank {
-                self.meanwhile[microbatch]
+                self.next_backward_times[microbatch]
             } else {
                 self.costs.collective
             };
@@ -132,10 +132,10 @@ impl Progress<'_> {
             .position(|&kind| kind == pass.kind)
             .expect("it is one of the output layer's");
         match behind.checked_sub(1) {
-            None => with_logits_of(pass.microbatch),
+            None => logits_slot_start(pass.microbatch),
             // It goes with a later S, unless its own backward comes before that.
             Some(_) if self.overlaps[pass.microbatch] >= behind => {
-                with_logits_of(pass.microbatch + behind)
+                logits_slot_start(pass.microbatch + behind)
             }
             Some(before) => self.complete(Pass {
                 kind: kinds[before],
@@ -153,14 +153,14 @@ impl Progress<'_> {
     /// When `pass` of `rank` has all that it needs, if that is known.
     fn ready(&self, rank: usize, pass: Pass) -> Option<f64> {
         let mut ready = 0.0f64;
-        for need in self.base.needs(rank, pass) {
+        for need in self.base.dependencies(rank, pass) {
             let end = match need {
-                Need::Pass(other) => end_of(&self.ended, rank, other)?,
-                Need::Message(message) => {
-                    let (peer, maker) = self.base.maker(message);
-                    end_of(&self.ended, peer, maker)? + self.costs.send
+                Dependency::Pass(other) => end_time(&self.ended, rank, other)?,
+                Dependency::Message(message) => {
+                    let (peer, producer) = self.base.producer(message);
+                    end_time(&self.ended, peer, producer)? + self.costs.send
                 }
-                Need::Collective(_) => 0.0, // of the vocabulary: below
+                Dependency::Collective(_) => 0.0, // of the vocabulary: below
             };
             ready = ready.max(end);
         }
@@ -180,20 +180,20 @@ impl Progress<'_> {
 
 fn insert(base: &Order, vocabulary: Vocabulary, costs: &Costs) -> Vec<Vec<Pass>> {
     let ranks = base.ranks.len();
-    let together = vocabulary == Vocabulary::Interlaced;
-    let overlaps = if together {
+    let interlaced = vocabulary == Vocabulary::Interlaced;
+    let overlaps = if interlaced {
         vec![0; base.microbatches]
     } else {
         overlaps(base)
     };
-    let meanwhile = if together {
+    let next_backward_times = if interlaced {
         vec![0.0; base.microbatches]
     } else {
-        meanwhile(base, costs)
+        next_backward_times(base, costs)
     };
     let sequence = sequence(vocabulary, &overlaps);
-    let mut states: Vec<Rank> = (0..ranks)
-        .map(|_| Rank {
+    let mut states: Vec<RankState> = (0..ranks)
+        .map(|_| RankState {
             at: 0,
             output: 0,
             clock: 0.0,
@@ -201,7 +201,7 @@ fn insert(base: &Order, vocabulary: Vocabulary, costs: &Costs) -> Vec<Vec<Pass>>
         })
         .collect();
     let outputs = sequence.iter().map(|&pass| (pass, (ranks, 0.0))).collect();
-    let mut progress = Progress {
+    let mut progress = InsertionState {
         base,
         vocabulary,
         costs,
@@ -209,7 +209,7 @@ fn insert(base: &Order, vocabulary: Vocabulary, costs: &Costs) -> Vec<Vec<Pass>>
         sequence: &sequence,
         outputs,
         overlaps,
-        meanwhile,
+        next_backward_times,
     };
     loop {
         // Of all that can start, the earliest; on one rank the output layer before a pass of the same time.
@@ -218,7 +218,7 @@ fn insert(base: &Order, vocabulary: Vocabulary, costs: &Costs) -> Vec<Vec<Pass>>
             let output = progress
                 .sequence
                 .get(state.output)
-                .map(|&pass| (progress.output_opens(rank, pass), pass));
+                .map(|&pass| (progress.output_ready_at(rank, pass), pass));
             let own = base.ranks[rank]
                 .get(state.at)
                 .map(|&pass| (progress.ready(rank, pass), pass));
@@ -262,12 +262,12 @@ fn insert(base: &Order, vocabulary: Vocabulary, costs: &Costs) -> Vec<Vec<Pass>>
         "an order that stops cannot take in the vocabulary: check it first"
     );
     let lists: Vec<Vec<Pass>> = states.into_iter().map(|state| state.list).collect();
-    let embedding = Embedding::new(base, &lists);
+    let embedding = EmbeddingSlots::new(base, &lists);
     lists.iter().map(|list| embedding.insert(list)).collect()
 }
 
-fn meanwhile(base: &Order, costs: &Costs) -> Vec<f64> {
-    let (rank, chunk) = base.place(base.stages() - 1);
+fn next_backward_times(base: &Order, costs: &Costs) -> Vec<f64> {
+    let (rank, chunk) = base.rank_and_chunk(base.stages() - 1);
     let mut times = vec![0.0; base.microbatches];
     for pair in base.ranks[rank].windows(2) {
         if pair[0].kind == PassKind::Forward
@@ -282,7 +282,7 @@ fn meanwhile(base: &Order, costs: &Costs) -> Vec<f64> {
 
 fn overlaps(base: &Order) -> Vec<usize> {
     let last = base.stages() - 1;
-    let (rank, chunk) = base.place(last);
+    let (rank, chunk) = base.rank_and_chunk(last);
     let mut forwards = 0;
     let mut overlaps = vec![0; base.microbatches];
     for pass in base.ranks[rank].iter().filter(|pass| pass.chunk == chunk) {
@@ -295,7 +295,7 @@ fn overlaps(base: &Order) -> Vec<usize> {
     overlaps
 }
 
-fn end_of(ended: &HashMap<(usize, Pass), f64>, rank: usize, pass: Pass) -> Option<f64> {
+fn end_time(ended: &HashMap<(usize, Pass), f64>, rank: usize, pass: Pass) -> Option<f64> {
     let whole = ended.get(&(rank, pass));
     let part = || {
         ended.get(&(
@@ -313,16 +313,16 @@ fn end_of(ended: &HashMap<(usize, Pass), f64>, rank: usize, pass: Pass) -> Optio
 
 /// Beside which S each microbatch's embedding is looked up (None: before everything), and its gradient taken (None:
 /// after everything).
-struct Embedding {
+struct EmbeddingSlots {
     lookup: Vec<Option<usize>>,
     gradient: Vec<Option<usize>>,
 }
 
-impl Embedding {
-    fn new(base: &Order, lists: &[Vec<Pass>]) -> Embedding {
+impl EmbeddingSlots {
+    fn new(base: &Order, lists: &[Vec<Pass>]) -> EmbeddingSlots {
         let m = base.microbatches;
-        let (rank, chunk) = base.place(0);
-        let mut embedding = Embedding {
+        let (rank, chunk) = base.rank_and_chunk(0);
+        let mut embedding = EmbeddingSlots {
             lookup: vec![None; m],
             gradient: vec![None; m],
         };
@@ -335,8 +335,7 @@ impl Embedding {
                     embedding.lookup[pass.microbatch] = logits.checked_sub(2)
                 }
                 kind if kind.gives_input_gradient() && pass.chunk == chunk => {
-                    embedding.gradient[pass.microbatch] =
-                        Some(logits + 1).filter(|&beside| beside < m);
+                    embedding.gradient[pass.microbatch] = Some(logits + 1).filter(|&slot| slot < m);
                 }
                 _ => {}
             }
@@ -346,7 +345,7 @@ impl Embedding {
 
     /// A rank's passes with those of the embedding.
     fn insert(&self, list: &[Pass]) -> Vec<Pass> {
-        let of = |kind: PassKind, beside: Option<usize>| {
+        let of = |kind: PassKind, slot: Option<usize>| {
             let places = if kind == PassKind::Embed {
                 &self.lookup
             } else {
@@ -355,7 +354,7 @@ impl Embedding {
             let chosen = places
                 .iter()
                 .enumerate()
-                .filter(move |(_, place)| **place == beside);
+                .filter(move |(_, place)| **place == slot);
             chosen.map(move |(microbatch, _)| Pass::new(kind, 0, microbatch))
         };
         let mut passes: Vec<Pass> = of(PassKind::Embed, None).collect();

@@ -5,7 +5,7 @@ use super::{
     ScheduleConfig,
 };
 use parallel::context::ContextKind;
-use parallel::{Group, Mesh, MeshShape};
+use parallel::{GroupKind, Mesh, MeshShape};
 
 impl Config {
     /// Every reason why this cannot run on `ranks` ranks, one sentence each.
@@ -75,7 +75,7 @@ impl Config {
         }
         let meshes = (0..ranks).filter_map(|rank| self.mesh(rank, ranks).ok());
         let error = meshes
-            .map(|mesh| nodes_divide(&mesh, per_node))
+            .map(|mesh| hierarchical_groups(&mesh, per_node))
             .find_map(Result::err);
         problems.0.extend(error);
     }
@@ -152,19 +152,19 @@ impl Config {
                 parallel.zero
             ));
         }
-        if let Some(ranks) = parallel.zero_ranks {
-            problems.positive("parallel.zero_ranks", ranks);
+        if let Some(ranks) = parallel.zero_group_size {
+            problems.positive("parallel.zero_group_size", ranks);
             let replicas = (
                 "the replicas of dense layers, data x context =",
                 shape.data * shape.context,
             );
             problems.divides(
                 replicas,
-                ("parallel.zero_ranks", ranks),
+                ("parallel.zero_group_size", ranks),
                 "groups have the same size",
             );
             if parallel.zero == 0 {
-                problems.add("parallel.zero_ranks says who shares out, but parallel.zero is 0: give 1, 2 or 3".into());
+                problems.add("parallel.zero_group_size says who shares out, but parallel.zero is 0: give 1, 2 or 3".into());
             }
         }
         if let RecomputedLayers::Layers(layers) = &parallel.recompute.layers
@@ -176,11 +176,11 @@ impl Config {
             ));
         }
         if let Some(end) = data
-            .document_end
+            .eod_token
             .filter(|&end| end as usize >= model.vocab_size)
         {
             problems.add(format!(
-                "data.document_end {end} is outside of model.vocab_size {}",
+                "data.eod_token {end} is outside of model.vocab_size {}",
                 model.vocab_size
             ));
         }
@@ -422,16 +422,16 @@ impl Config {
 ///
 /// # Errors
 /// When nodes of `per_node` ranks do not divide the ranks that share experts out.
-pub(crate) fn nodes_divide(
+pub(crate) fn hierarchical_groups(
     mesh: &Mesh,
     per_node: usize,
 ) -> Result<(Vec<usize>, Vec<usize>), String> {
-    mesh.by_node(Group::Expert, per_node).ok_or_else(|| {
+    mesh.split_by_node(GroupKind::Expert, per_node).ok_or_else(|| {
         format!(
             "model.moe.dispatch goes by way of nodes, but nodes of {per_node} ranks do not have as many each of the ranks {:?} \
              that share experts out (with parallel.expert_tensor {} whole experts): choose ranks per node, \
              parallel.expert and expert_tensor so that they divide, or another dispatch",
-            mesh.group(Group::Expert),
+            mesh.group(GroupKind::Expert),
             mesh.shape().expert_tensor
         )
     })

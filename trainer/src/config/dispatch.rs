@@ -1,6 +1,6 @@
 //! How tokens reach their experts, and who holds which.
 
-use moe::least_loaded::{Imbalance, Planner};
+use moe::lending::least_loaded::{Imbalance, Planner};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -49,7 +49,7 @@ pub struct LeastLoadedConfig {
     /// Largest load over mean load up to which nothing is moved (lambda).
     pub threshold: f64,
     /// What that is measured over.
-    pub over: Imbalance,
+    pub threshold_over: Imbalance,
     /// Plan exactly as the paper's algorithm does, flaws included, to compare.
     pub strict_paper: bool,
 }
@@ -78,7 +78,7 @@ impl Default for LeastLoadedConfig {
             capacity: 1.0,
             min_tokens: MinTokens::Measured(Measured::Measured),
             threshold: 1.3,
-            over: Imbalance::Device,
+            threshold_over: Imbalance::Device,
             strict_paper: false,
         }
     }
@@ -90,7 +90,7 @@ impl LeastLoadedConfig {
         let LeastLoadedConfig {
             capacity,
             threshold,
-            over,
+            threshold_over: over,
             strict_paper,
             ..
         } = *self;

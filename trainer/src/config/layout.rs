@@ -50,7 +50,7 @@ pub struct ParallelConfig {
     /// What replicas share out (ZeRO): 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights too.
     pub zero: u8,
     /// Replicas that do so together; others hold the same (hybrid sharding). By default all: data x context.
-    pub zero_ranks: Option<usize>,
+    pub zero_group_size: Option<usize>,
     /// What backward computes again instead of keeping it.
     pub recompute: RecomputeConfig,
     /// Parts in which rows travel among `tensor` ranks, one while another is computed on.
@@ -104,14 +104,14 @@ pub enum RecomputedPart {
     /// Attention over keys and values (not the projections).
     Attention,
     /// Rows as they come to their experts; they are sent again.
-    Router,
+    Dispatch,
     /// Gate-up products of experts and dense feed-forward networks.
     Experts,
 }
 
 impl RecomputeConfig {
     /// Whether of layer `layer` only the input is kept.
-    pub fn whole(&self, layer: usize) -> bool {
+    pub fn recomputes_layer(&self, layer: usize) -> bool {
         match &self.layers {
             RecomputedLayers::Word(word) => *word == NoneOrAll::All,
             RecomputedLayers::Layers(layers) => layers.contains(&layer),
@@ -141,7 +141,7 @@ impl Default for ParallelConfig {
             stage_layers: None,
             vocabulary: VocabularyLayout::Baseline,
             zero: 0,
-            zero_ranks: None,
+            zero_group_size: None,
             recompute: RecomputeConfig::default(),
             tensor_chunks: 1,
             bucket_mib: 25.0,
@@ -314,7 +314,7 @@ impl Config {
             ScheduleChoice::File { file } => read_order(file, *pipeline, microbatches)?,
         };
         let stages = order.stages();
-        let (embed, head) = self.model.ends_in_layers();
+        let (embed, head) = self.model.vocabulary_cost_in_layers();
         let layers = match (stage_layers, vocabulary) {
             (Some(layers), _) => layers.clone(),
             (None, VocabularyLayout::Redis) => split_layers(self.model.layers, stages, embed, head),
@@ -346,7 +346,7 @@ impl Config {
 
     /// Times of passes in units of one layer's forward, from their matrix products.
     pub fn costs(&self, order: &Order, layers: &[usize]) -> Costs {
-        let (_, head) = self.model.ends_in_layers();
+        let (_, head) = self.model.vocabulary_cost_in_layers();
         let ranks = order.ranks.len();
         let vocabulary = match self.parallel.vocabulary.algorithm() {
             Some(algorithm) => VocabularyCosts::of(algorithm, head / ranks as f64),
@@ -367,17 +367,17 @@ impl Config {
 impl ModelConfig {
     /// The work of the embedding's and of the output layer's forward, in units of a mean layer's matrix products. (A
     /// lookup is next to none.)
-    fn ends_in_layers(&self) -> (f64, f64) {
-        (0.0, self.output_in_layers())
+    fn vocabulary_cost_in_layers(&self) -> (f64, f64) {
+        (0.0, self.head_cost_in_layers())
     }
 
     /// The work of the output layer's forward, in units of a mean layer's matrix products.
-    pub fn output_in_layers(&self) -> f64 {
+    pub fn head_cost_in_layers(&self) -> f64 {
         let hidden = self.hidden as f64;
         let head_dim = self.head_dim() as f64;
         let attention = hidden * head_dim * 2.0 * (self.heads + self.kv_heads()) as f64;
         let layer = |index: usize| {
-            let feed_forward = match self.moe_of(index) {
+            let feed_forward = match self.moe_config(index) {
                 Some(moe) => {
                     3.0 * (moe.ffn * (moe.top_k + moe.shared_experts)) as f64 + moe.experts as f64
                 }

@@ -6,7 +6,7 @@ mod layout;
 mod model;
 mod snapshot;
 
-pub(crate) use check::nodes_divide;
+pub(crate) use check::hierarchical_groups;
 pub use dispatch::{Dispatch, LeastLoadedConfig, Measured, MinTokens, PlacementConfig};
 pub use layout::{
     NoneOrAll, ParallelConfig, PipelinePlan, RecomputeConfig, RecomputedLayers, RecomputedPart,
@@ -73,12 +73,12 @@ pub struct RunConfig {
     /// Which processors a rank runs on: `none`, `numa` (those of one NUMA node), `cores` (its share, alone), or `auto` (`numa` on
     /// machines with several nodes whose launcher has not bound ranks already).
     #[serde(default)]
-    pub bind: parallel::Bind,
+    pub cpu_affinity: parallel::CpuAffinity,
     /// What carries what ranks tell each other: `gloo`, `mpi`, `nccl`, `hccl`, or `auto` (NCCL for tensors of GPUs, HCCL for those
     /// of NPUs; for others the memory that ranks of one machine share, and in groups of several machines MPI where mpirun started
     /// the ranks, else Gloo).
     #[serde(default)]
-    pub communicator: parallel::Backend,
+    pub backend: parallel::Backend,
     /// Seconds until an operation among ranks counts as failed.
     #[serde(default = "five_minutes")]
     pub timeout_s: u64,
@@ -122,7 +122,7 @@ pub struct DataConfig {
     /// The token that ends a document: tokens then attend only to those of their own document. Without it, to all before
     /// them.
     #[serde(default)]
-    pub document_end: Option<u32>,
+    pub eod_token: Option<u32>,
     /// The tokenizer.json that made the data, for `moerun generate`; by default the one beside the first source.
     #[serde(default)]
     pub tokenizer: Option<PathBuf>,

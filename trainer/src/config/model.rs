@@ -2,7 +2,7 @@
 
 use super::dispatch::{Dispatch, LeastLoadedConfig, PlacementConfig};
 use moe::Score;
-use moe::balance::Statistics;
+use moe::balance::BalanceScope;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -68,7 +68,7 @@ impl ModelConfig {
     }
 
     /// The mixture of layer `layer`, or None where it is dense.
-    pub fn moe_of(&self, layer: usize) -> Option<&MoeConfig> {
+    pub fn moe_config(&self, layer: usize) -> Option<&MoeConfig> {
         let after = layer.checked_sub(self.dense_layers)?;
         self.moe
             .as_ref()
@@ -77,7 +77,7 @@ impl ModelConfig {
 
     /// Whether any layer is dense.
     pub fn has_dense_layers(&self) -> bool {
-        (0..self.layers).any(|layer| self.moe_of(layer).is_none())
+        (0..self.layers).any(|layer| self.moe_config(layer).is_none())
     }
 
     /// Parameters of the model, and those of them that work on any one token.
@@ -97,7 +97,7 @@ impl ModelConfig {
         let mut total = vocabulary + hidden;
         let mut active = vocabulary + hidden;
         for layer in 0..self.layers {
-            let (all, working) = match self.moe_of(layer) {
+            let (all, working) = match self.moe_config(layer) {
                 None => (self.ffn.unwrap_or(0) as u64, self.ffn.unwrap_or(0) as u64),
                 Some(moe) => {
                     let ffn = |experts: usize| (experts * moe.ffn) as u64;
@@ -116,10 +116,10 @@ impl ModelConfig {
         (total, active)
     }
 
-    /// How many layers are mixtures.
+    /// How many layers are MoE layers.
     pub fn num_moe_layers(&self) -> usize {
         (0..self.layers)
-            .filter(|&layer| self.moe_of(layer).is_some())
+            .filter(|&layer| self.moe_config(layer).is_some())
             .count()
     }
 }
@@ -159,7 +159,7 @@ pub struct MoeConfig {
     pub load_balance: f64,
     /// The tokens that balance is measured over.
     #[serde(default = "sequence")]
-    pub load_balance_over: Statistics,
+    pub load_balance_over: BalanceScope,
     /// Take the loss once, from statistics averaged over layers, as HF transformers does.
     #[serde(default)]
     pub load_balance_pool_layers: bool,
@@ -271,6 +271,6 @@ fn init_std() -> f64 {
 fn hundredth() -> f64 {
     0.01
 }
-fn sequence() -> Statistics {
-    Statistics::Sequence
+fn sequence() -> BalanceScope {
+    BalanceScope::Sequence
 }

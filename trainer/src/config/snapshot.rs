@@ -1,7 +1,7 @@
 //! What is kept in memory, and what happens after a failure.
 
 use super::{Auto, Config};
-use checkpoint::{Redundancy, deal_groups};
+use checkpoint::{Redundancy, redundancy_groups};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -67,7 +67,7 @@ pub struct ParityConfig {
 
 impl RedundancyConfig {
     /// For a run on `nodes` nodes.
-    pub fn on(self, nodes: usize) -> Redundancy {
+    pub fn for_nodes(self, nodes: usize) -> Redundancy {
         match self {
             RedundancyConfig::Auto if nodes > 1 => Redundancy::Parity {
                 data: 7.min(nodes - 1),
@@ -158,13 +158,13 @@ impl Config {
     /// # Errors
     /// When there are too few, or too many of a group fail together.
     pub fn protection(&self, nodes: usize) -> Result<(Redundancy, Vec<Vec<usize>>), String> {
-        let redundancy = self.snapshot.redundancy.on(nodes);
+        let redundancy = self.snapshot.redundancy.for_nodes(nodes);
         let domains: Vec<usize> = (0..nodes)
             .map(|node| node / self.snapshot.nodes_per_domain.max(1))
             .collect();
         match self.snapshot.redundancy {
             // What nobody asked for is left out where it cannot be.
-            RedundancyConfig::Auto => Ok(deal_groups(&domains, redundancy).map_or_else(
+            RedundancyConfig::Auto => Ok(redundancy_groups(&domains, redundancy).map_or_else(
                 |_| {
                     (
                         Redundancy::None,
@@ -173,7 +173,7 @@ impl Config {
                 },
                 |groups| (redundancy, groups),
             )),
-            _ => Ok((redundancy, deal_groups(&domains, redundancy)?)),
+            _ => Ok((redundancy, redundancy_groups(&domains, redundancy)?)),
         }
     }
 }

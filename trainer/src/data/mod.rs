@@ -6,7 +6,7 @@ mod sampler;
 mod tokens;
 
 pub(crate) use prepare::load_tokenizer;
-pub use prepare::{Prepare, Prepared, prepare};
+pub use prepare::{DatasetInfo, PrepareOptions, prepare};
 pub use sampler::{Draw, Sampler};
 pub use tokens::{TokenFile, TokenWriter};
 

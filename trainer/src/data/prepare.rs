@@ -11,7 +11,7 @@ use tokenizers::{AddedToken, Tokenizer, TokenizerBuilder};
 
 /// What to prepare.
 #[derive(Debug, Clone)]
-pub struct Prepare {
+pub struct PrepareOptions {
     /// Files and folders.
     pub inputs: Vec<PathBuf>,
     /// Extensions taken from folders, in lower case.
@@ -32,7 +32,7 @@ pub struct Prepare {
 
 /// What was prepared; written as `dataset.json`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Prepared {
+pub struct DatasetInfo {
     /// Documents read.
     pub documents: u64,
     /// Bytes of text read.
@@ -52,22 +52,25 @@ pub struct Prepared {
 ///
 /// # Errors
 /// When an input cannot be read, holds no text, or the output cannot be written.
-pub fn prepare(job: &Prepare, progress: &dyn Fn(&str, u64, u64)) -> Result<Prepared, Error> {
-    if !(0.0..1.0).contains(&job.validation_fraction) {
+pub fn prepare(
+    options: &PrepareOptions,
+    progress: &dyn Fn(&str, u64, u64),
+) -> Result<DatasetInfo, Error> {
+    if !(0.0..1.0).contains(&options.validation_fraction) {
         return Err(Error::Config(format!(
             "--validation-fraction {} is not between 0 and 1",
-            job.validation_fraction
+            options.validation_fraction
         )));
     }
-    let files = documents::files(&job.inputs, &job.extensions)?;
+    let files = documents::files(&options.inputs, &options.extensions)?;
     let mut texts = Vec::new();
     let mut bytes = 0u64;
-    let limit = job.max_bytes.unwrap_or(u64::MAX);
+    let limit = options.max_bytes.unwrap_or(u64::MAX);
     for (number, path) in files.iter().enumerate() {
         if bytes >= limit {
             break;
         }
-        documents::read(path, &job.text_key, &mut |text| {
+        documents::read(path, &options.text_key, &mut |text| {
             if !text.trim().is_empty() && bytes < limit {
                 bytes += text.len() as u64;
                 texts.push(text);
@@ -79,20 +82,21 @@ pub fn prepare(job: &Prepare, progress: &dyn Fn(&str, u64, u64)) -> Result<Prepa
     if texts.is_empty() {
         return Err(Error::Data(format!(
             "{} hold no text ({} files with the extensions {} were read)",
-            job.inputs
+            options
+                .inputs
                 .iter()
                 .map(|path| path.display().to_string())
                 .collect::<Vec<_>>()
                 .join(", "),
             files.len(),
-            job.extensions.join(", ")
+            options.extensions.join(", ")
         )));
     }
-    std::fs::create_dir_all(&job.output).map_err(Error::io("cannot make", &job.output))?;
+    std::fs::create_dir_all(&options.output).map_err(Error::io("cannot make", &options.output))?;
     progress("tokenizer", 0, 1);
-    let tokenizer = match &job.tokenizer {
+    let tokenizer = match &options.tokenizer {
         Some(path) => load_tokenizer(path)?,
-        None => train_tokenizer(&texts, job.vocab_size)?,
+        None => train_tokenizer(&texts, options.vocab_size)?,
     };
     progress("tokenizer", 1, 1);
     let end = tokenizer
@@ -104,12 +108,14 @@ pub fn prepare(job: &Prepare, progress: &dyn Fn(&str, u64, u64)) -> Result<Prepa
             ))
         })?;
     let vocab_size = tokenizer.get_vocab_size(true);
-    let prepared = write(job, &tokenizer, &texts, end, vocab_size, bytes, progress)?;
-    let path = job.output.join("tokenizer.json");
+    let prepared = write(
+        options, &tokenizer, &texts, end, vocab_size, bytes, progress,
+    )?;
+    let path = options.output.join("tokenizer.json");
     tokenizer
         .save(&path, false)
         .map_err(|e| Error::Data(format!("cannot write {}: {e}", path.display())))?;
-    let path = job.output.join("dataset.json");
+    let path = options.output.join("dataset.json");
     let text = serde_json::to_string_pretty(&prepared).expect("plain numbers");
     std::fs::write(&path, text + "\n").map_err(Error::io("cannot write", &path))?;
     Ok(prepared)
@@ -157,22 +163,22 @@ fn train_tokenizer(texts: &[String], vocab_size: usize) -> Result<Tokenizer, Err
 }
 
 fn write(
-    job: &Prepare,
+    options: &PrepareOptions,
     tokenizer: &Tokenizer,
     texts: &[String],
     end: u32,
     vocab_size: usize,
     bytes: u64,
     progress: &dyn Fn(&str, u64, u64),
-) -> Result<Prepared, Error> {
-    let mut train = TokenWriter::create(&job.output.join("train"), vocab_size)?;
-    let mut valid = TokenWriter::create(&job.output.join("valid"), vocab_size)?;
+) -> Result<DatasetInfo, Error> {
+    let mut train = TokenWriter::create(&options.output.join("train"), vocab_size)?;
+    let mut valid = TokenWriter::create(&options.output.join("valid"), vocab_size)?;
     let mut counts = vec![0u64; vocab_size];
     let mut train_tokens = 0u64;
     let mut validation_tokens = 0u64;
     // Every n-th document, so that the same inputs always give the same split.
-    let every = if job.validation_fraction > 0.0 {
-        (1.0 / job.validation_fraction).round().max(2.0) as usize
+    let every = if options.validation_fraction > 0.0 {
+        (1.0 / options.validation_fraction).round().max(2.0) as usize
     } else {
         usize::MAX
     };
@@ -207,7 +213,7 @@ fn write(
     }
     train.finish()?;
     valid.finish()?;
-    Ok(Prepared {
+    Ok(DatasetInfo {
         documents: texts.len() as u64,
         bytes,
         train_tokens,
@@ -236,13 +242,13 @@ mod tests {
     use super::*;
     use crate::data::TokenFile;
 
-    fn job(folder: &Path, texts: &[&str]) -> Prepare {
+    fn options(folder: &Path, texts: &[&str]) -> PrepareOptions {
         let inputs = folder.join("in");
         std::fs::create_dir_all(&inputs).unwrap();
         for (number, text) in texts.iter().enumerate() {
             std::fs::write(inputs.join(format!("{number:03}.txt")), text).unwrap();
         }
-        Prepare {
+        PrepareOptions {
             inputs: vec![inputs],
             extensions: vec!["txt".into()],
             text_key: "text".into(),
@@ -263,7 +269,7 @@ mod tests {
             "  indented\n\ttabs",
             "held out",
         ];
-        let prepared = prepare(&job(folder.path(), &texts), &|_, _, _| {}).unwrap();
+        let prepared = prepare(&options(folder.path(), &texts), &|_, _, _| {}).unwrap();
         assert_eq!((prepared.documents, prepared.vocab_size <= 300), (4, true));
         let tokenizer = load_tokenizer(&folder.path().join("out/tokenizer.json")).unwrap();
         let decode = |name: &str| {
@@ -290,16 +296,16 @@ mod tests {
     #[test]
     fn nothing_to_read_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
-        let error = prepare(&job(folder.path(), &["   \n"]), &|_, _, _| {})
+        let error = prepare(&options(folder.path(), &["   \n"]), &|_, _, _| {})
             .unwrap_err()
             .to_string();
         assert!(
             error.contains("hold no text (1 files with the extensions txt were read)"),
             "{error}"
         );
-        let small = Prepare {
+        let small = PrepareOptions {
             vocab_size: 100,
-            ..job(folder.path(), &["text"])
+            ..options(folder.path(), &["text"])
         };
         assert!(
             prepare(&small, &|_, _, _| {})

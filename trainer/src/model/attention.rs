@@ -6,10 +6,10 @@
 use super::norm::{rms_norm, split_rms_norm};
 use super::rope::Rope;
 use crate::config::{ModelConfig, QkNorm, RecomputedPart};
-use crate::model::Setting;
-use crate::parameters::{Init, Parameters, Replicas, Traits, slice};
+use crate::model::BuildContext;
+use crate::model::parameters::{Init, ParameterOptions, Parameters, Replicas, slice};
 use kernels::repeat_heads;
-use parallel::context::{ContextKind, heads_home, heads_out, ring_attention};
+use parallel::context::{ContextKind, heads_to_sequence, ring_attention, sequence_to_heads};
 use parallel::recompute::recomputed;
 use parallel::tensor::TensorParallel;
 use parallel::{Activation, Communicator, Weight, linear, linears};
@@ -22,9 +22,9 @@ use torch_ext::{Error, attach_backward};
 /// Which document each position belongs to, where tokens see only their own.
 pub(crate) struct Documents {
     /// `[B, S]` int64.
-    numbers: Mutex<Tensor>,
+    document_ids: Mutex<Tensor>,
     /// `[B, 1, S, S]`: whether a query sees a key. Made where a rank has whole sequences.
-    seen: Mutex<Option<Tensor>>,
+    mask: Mutex<Option<Tensor>>,
 }
 
 impl Documents {
@@ -33,23 +33,25 @@ impl Documents {
         let ends = tokens_bs.eq(i64::from(end)).to_kind(tch::Kind::Int64);
         // The token that ends a document is its last.
         Documents {
-            numbers: Mutex::new(ends.cumsum(1, tch::Kind::Int64) - ends),
-            seen: Mutex::new(None),
+            document_ids: Mutex::new(ends.cumsum(1, tch::Kind::Int64) - ends),
+            mask: Mutex::new(None),
         }
     }
 
-    fn numbers(&self) -> Tensor {
-        self.numbers.lock().shallow_clone()
+    fn document_ids(&self) -> Tensor {
+        self.document_ids.lock().shallow_clone()
     }
 
-    fn seen(&self) -> Tensor {
-        let mut seen = self.seen.lock();
+    fn mask(&self) -> Tensor {
+        let mut mask = self.mask.lock();
         let make = || {
-            let numbers = self.numbers();
-            let same = numbers.unsqueeze(2).eq_tensor(&numbers.unsqueeze(1));
+            let document_ids = self.document_ids();
+            let same = document_ids
+                .unsqueeze(2)
+                .eq_tensor(&document_ids.unsqueeze(1));
             same.tril(0).unsqueeze(1)
         };
-        seen.get_or_insert_with(make).shallow_clone()
+        mask.get_or_insert_with(make).shallow_clone()
     }
 }
 
@@ -65,30 +67,30 @@ pub(crate) struct Attention {
     used: Range<i64>,
     head_dim: i64,
     norm_eps: f64,
-    norm_over: QkNorm,
+    qk_norm: QkNorm,
     /// Whether key heads are split as query heads are.
     split: bool,
     tensor: TensorParallel,
-    core: Core,
+    core_attention: CoreAttention,
     keep: bool,
 }
 
 impl Attention {
     pub(crate) fn new(
         parameters: &mut Parameters,
-        setting: &Setting,
+        ctx: &BuildContext,
         config: &ModelConfig,
         name: &str,
-        matrix: Traits,
-        output: Traits,
+        matrix: ParameterOptions,
+        output: ParameterOptions,
     ) -> Attention {
-        let Setting { device, ranks, .. } = setting;
+        let BuildContext { device, ranks, .. } = ctx;
         let tensor = ranks.tensor.clone();
         let heads = config.heads as i64;
         let kv_heads = config.kv_heads() as i64;
         let head_dim = config.head_dim() as i64;
         let hidden = config.hidden as i64;
-        let own = tensor.part(heads);
+        let own = tensor.local_range(heads);
         // Of fewer key heads than ranks, or a number that does not divide, every rank holds all and uses what it needs.
         let split = kv_heads % tensor.size() as i64 == 0;
         let per_kv = heads / kv_heads;
@@ -99,14 +101,14 @@ impl Attention {
             (0..kv_heads, Replicas::Stage)
         };
         let wide = |range: &Range<i64>| range.start * head_dim..range.end * head_dim;
-        let mut one = |part: &str, shape: &[i64], dim, along: &Range<i64>, replicas, traits| {
+        let mut one = |part: &str, shape: &[i64], dim, along: &Range<i64>, replicas, options| {
             let place = slice(&format!("{name}.{part}"), shape, dim, along);
             parameters
-                .one(*device, place, replicas, traits)
-                .used(if part.ends_with("norm") {
+                .one(*device, place, replicas, options)
+                .scale_uses(if part.ends_with("norm") {
                     1
                 } else {
-                    tensor.uses()
+                    tensor.uses_per_forward()
                 })
         };
         let of_query = [heads * head_dim, hidden];
@@ -114,7 +116,7 @@ impl Attention {
         let query = one("query", &of_query, 0, &wide(&own), Replicas::Dense, matrix);
         let key = one("key", &of_key, 0, &wide(&held), of_kv, matrix);
         let value = one("value", &of_key, 0, &wide(&held), of_kv, matrix);
-        let norm = Traits {
+        let norm = ParameterOptions {
             init: Init::Ones,
             decay: false,
             lr_scale: 1.0,
@@ -156,7 +158,7 @@ impl Attention {
             (key, value)
         } else {
             let rows = wide(&computed);
-            let part = |weight: &Weight| weight.rows(rows.start, rows.end - rows.start);
+            let part = |weight: &Weight| weight.narrow_rows(rows.start, rows.end - rows.start);
             (part(&key), part(&value))
         };
         // Maximal update parameterisation scales by the width itself, not its root.
@@ -165,12 +167,12 @@ impl Attention {
         } else {
             1.0 / (head_dim as f64).sqrt()
         };
-        let served: Vec<i64> = own.map(|head| head / per_kv - needed.start).collect();
-        let core = Core {
+        let kv_head_of_query: Vec<i64> = own.map(|head| head / per_kv - needed.start).collect();
+        let core_attention = CoreAttention {
             scale,
-            served,
+            kv_head_of_query,
             context: ranks.context.clone(),
-            kind: setting.context_attention,
+            kind: ctx.context_attention,
         };
         Attention {
             query,
@@ -183,11 +185,11 @@ impl Attention {
             used: needed.start - computed.start..needed.end - computed.start,
             head_dim,
             norm_eps: config.norm_eps,
-            norm_over: config.qk_norm,
+            qk_norm: config.qk_norm,
             split,
             tensor,
-            core,
-            keep: setting.recompute.keeps(RecomputedPart::Attention),
+            core_attention,
+            keep: ctx.recompute.keeps(RecomputedPart::Attention),
         }
     }
 
@@ -201,11 +203,11 @@ impl Attention {
     ) -> Result<Tensor, Error> {
         let mut projected = self
             .tensor
-            .on_all_rows(x, |x| linears(x, &[&self.query, &self.key, &self.value]))?;
+            .column_parallel(x, |x| linears(x, &[&self.query, &self.key, &self.value]))?;
         let value = projected.remove(2);
         let mut key = projected.remove(1);
         let mut query = projected.remove(0);
-        if let (QkNorm::Full, Some((query_norm, key_norm))) = (self.norm_over, &self.norms) {
+        if let (QkNorm::Full, Some((query_norm, key_norm))) = (self.qk_norm, &self.norms) {
             query = split_rms_norm(&query, query_norm, self.norm_eps, self.tensor.group())?;
             key = if self.split {
                 split_rms_norm(&key, key_norm, self.norm_eps, self.tensor.group())?
@@ -215,7 +217,7 @@ impl Attention {
         }
         let mut query = self.heads(&query, batch, self.heads);
         let mut key = self.heads(&key, batch, self.kv_heads);
-        if let (QkNorm::Head, Some((query_norm, key_norm))) = (self.norm_over, &self.norms) {
+        if let (QkNorm::Head, Some((query_norm, key_norm))) = (self.qk_norm, &self.norms) {
             query = rms_norm(&query, query_norm, self.norm_eps)?;
             key = rms_norm(&key, key_norm, self.norm_eps)?;
         }
@@ -230,13 +232,13 @@ impl Attention {
         let key = rope.apply(&used(&key))?;
         let value = used(&self.heads(&value, batch, self.kv_heads));
         let mixed = if self.keep {
-            self.core
+            self.core_attention
                 .attend(&query, &key, &value, documents.map(Arc::as_ref))?
         } else {
-            let core = self.core.clone();
+            let core_attention = self.core_attention.clone();
             let documents = documents.cloned();
             let attend = move |x: &[Tensor]| {
-                Ok(vec![core.attend(
+                Ok(vec![core_attention.attend(
                     &x[0],
                     &x[1],
                     &x[2],
@@ -249,7 +251,7 @@ impl Attention {
             .transpose(1, 2)
             .reshape([-1, self.heads * self.head_dim]);
         self.tensor
-            .own_rows_of(&merged, |merged| linear(merged, &self.output))
+            .row_parallel(&merged, |merged| linear(merged, &self.output))
     }
 
     /// `[T, heads * d]` to `[B, heads, s, d]`.
@@ -260,15 +262,15 @@ impl Attention {
 
 /// What happens between queries, keys and values.
 #[derive(Clone)]
-struct Core {
+struct CoreAttention {
     scale: f64,
     /// The key head of each query head.
-    served: Vec<i64>,
+    kv_head_of_query: Vec<i64>,
     context: Arc<dyn Communicator>,
     kind: ContextKind,
 }
 
-impl Core {
+impl CoreAttention {
     /// `[B, H, s, d]`, `[B, G, s, d]` twice, to `[B, H, s, d]`.
     fn attend(
         &self,
@@ -278,10 +280,10 @@ impl Core {
         documents: Option<&Documents>,
     ) -> Result<Tensor, Error> {
         let kv_heads = key.size()[1];
-        let times = self.served.len() as i64 / kv_heads;
+        let times = self.kv_head_of_query.len() as i64 / kv_heads;
         // Key heads serve neighbours; where ranks split those of one, some serve fewer.
         let even = self
-            .served
+            .kv_head_of_query
             .iter()
             .enumerate()
             .all(|(head, &kv)| head as i64 / times == kv);
@@ -289,11 +291,14 @@ impl Core {
             if even {
                 repeat_heads(x, times)
             } else {
-                x.index_select(1, &Tensor::from_slice(&self.served).to_device(x.device()))
+                x.index_select(
+                    1,
+                    &Tensor::from_slice(&self.kv_head_of_query).to_device(x.device()),
+                )
             }
         };
         if self.context.size() > 1 && self.kind == ContextKind::Ring {
-            let numbers = documents.map(Documents::numbers);
+            let document_ids = documents.map(Documents::document_ids);
             let (key, value) = if even {
                 (key.shallow_clone(), value.shallow_clone())
             } else {
@@ -303,7 +308,7 @@ impl Core {
                 query,
                 &key,
                 &value,
-                numbers.as_ref(),
+                document_ids.as_ref(),
                 self.scale,
                 &self.context,
             );
@@ -315,13 +320,13 @@ impl Core {
             let times = query.size()[1] / key.size()[1];
             let key = repeat_heads(key, times);
             let value = repeat_heads(value, times);
-            let seen = documents.map(Documents::seen);
-            let causal = seen.is_none();
+            let mask = documents.map(Documents::mask);
+            let causal = mask.is_none();
             Ok(Tensor::scaled_dot_product_attention(
                 query,
                 &key,
                 &value,
-                seen.as_ref(),
+                mask.as_ref(),
                 0.0,
                 causal,
                 self.scale,
@@ -338,10 +343,10 @@ impl Core {
         // Key heads travel as they are where they can be shared out, too.
         let early = !even || kv_heads % self.context.size() as i64 != 0;
         let before = |x: &Tensor| if early { serve(x) } else { x.shallow_clone() };
-        let query = heads_out(query, &self.context)?;
-        let key = heads_out(&before(key), &self.context)?;
-        let value = heads_out(&before(value), &self.context)?;
-        heads_home(&whole(&query, &key, &value)?, &self.context)
+        let query = sequence_to_heads(query, &self.context)?;
+        let key = sequence_to_heads(&before(key), &self.context)?;
+        let value = sequence_to_heads(&before(value), &self.context)?;
+        heads_to_sequence(&whole(&query, &key, &value)?, &self.context)
     }
 }
 

@@ -2,14 +2,14 @@
 // Shapes: T tokens (of a microbatch, on this rank), D hidden.
 
 use super::attention::{Attention, Documents};
-use super::experts::HeldExperts;
+use super::experts::LocalExperts;
 use super::norm::rms_norm;
 use super::rope::Rope;
 use crate::Error;
-use crate::parameters::Unit;
+use crate::model::parameters::Unit;
 use moe::balance::RouterStats;
 use moe::experts::grouped_swiglu;
-use moe::{MoeLayer, MoeOutput, Replay, Seen};
+use moe::{MoeLayer, MoeOutput, MoeStats, RoutingReplay};
 use parallel::recompute::recomputed;
 use parallel::sharding::before_backward;
 use parallel::tensor::TensorParallel;
@@ -41,7 +41,7 @@ pub(crate) enum FeedForward {
         /// Whether the gate-up product is kept for backward.
         keep: bool,
     },
-    Moe(Box<MoeLayer>, HeldExperts),
+    Moe(Box<MoeLayer>, LocalExperts),
 }
 
 impl Layer {
@@ -52,36 +52,37 @@ impl Layer {
         batch: i64,
         rope: &Arc<Rope>,
         documents: Option<&Arc<Documents>>,
-    ) -> Result<(Tensor, Option<(RouterStats, Seen)>), Error> {
+    ) -> Result<(Tensor, Option<(RouterStats, MoeStats)>), Error> {
         if self.keep {
-            return Ok(self.compute(x, batch, rope, documents, &Replay::default())?);
+            return Ok(self.compute(x, batch, rope, documents, &RoutingReplay::default())?);
         }
-        // What is not differentiable comes out beside the graph.
-        let beside = Arc::new(Mutex::new(None));
+        // What is not differentiable is returned outside the graph.
+        let aux_output = Arc::new(Mutex::new(None));
         let layer = self.clone();
         let rope = rope.clone();
         let documents = documents.cloned();
-        let told = beside.clone();
-        let replay = Replay::default();
+        let told = aux_output.clone();
+        let replay = RoutingReplay::default();
         let mut outputs = recomputed(&[x], move |x| {
-            let (out, seen) = layer.compute(&x[0], batch, &rope, documents.as_ref(), &replay)?;
+            let (out, moe_stats) =
+                layer.compute(&x[0], batch, &rope, documents.as_ref(), &replay)?;
             let Some((
                 RouterStats {
                     counts_ge,
                     prob_sums_ge,
                     z_sum,
                 },
-                seen,
-            )) = seen
+                moe_stats,
+            )) = moe_stats
             else {
                 return Ok(vec![out]);
             };
-            *told.lock() = Some((counts_ge, seen));
+            *told.lock() = Some((counts_ge, moe_stats));
             Ok(vec![out, prob_sums_ge, z_sum])
         })?;
         let out = outputs.remove(0);
-        let beside = beside.lock().take();
-        let seen = beside.map(|(counts_ge, seen)| {
+        let aux_output = aux_output.lock().take();
+        let moe_stats = aux_output.map(|(counts_ge, moe_stats)| {
             let prob_sums_ge = outputs.remove(0);
             let z_sum = outputs.remove(0);
             (
@@ -90,10 +91,10 @@ impl Layer {
                     prob_sums_ge,
                     z_sum,
                 },
-                seen,
+                moe_stats,
             )
         });
-        Ok((out, seen))
+        Ok((out, moe_stats))
     }
 
     fn compute(
@@ -102,8 +103,8 @@ impl Layer {
         batch: i64,
         rope: &Rope,
         documents: Option<&Arc<Documents>>,
-        replay: &Replay,
-    ) -> Result<(Tensor, Option<(RouterStats, Seen)>), torch_ext::Error> {
+        replay: &RoutingReplay,
+    ) -> Result<(Tensor, Option<(RouterStats, MoeStats)>), torch_ext::Error> {
         let join = |x: &Tensor, branch: Tensor| match self.residual {
             1.0 => x + branch,
             factor => x + branch * factor,
@@ -118,7 +119,7 @@ impl Layer {
                 tensor,
                 keep,
             } => {
-                let branch = tensor.block(&normed, |x| {
+                let branch = tensor.column_row_parallel(&normed, |x| {
                     grouped_swiglu(x, gate_up, down, &[x.value.size()[0]], *keep)
                 })?;
                 Ok((join(&x, branch), None))
@@ -127,9 +128,9 @@ impl Layer {
                 let MoeOutput {
                     hidden_td,
                     stats,
-                    seen,
+                    moe_stats,
                 } = moe.forward(&normed, batch as usize, replay)?;
-                Ok((join(&x, hidden_td), Some((stats, seen))))
+                Ok((join(&x, hidden_td), Some((stats, moe_stats))))
             }
         }
     }
@@ -142,13 +143,15 @@ impl Layer {
         let x = x.detach();
         let weight = weight.clone();
         let eps = self.norm_eps;
-        Ok(Activation::again(out, move || rms_norm(&x, &weight, eps)))
+        Ok(Activation::recomputable(out, move || {
+            rms_norm(&x, &weight, eps)
+        }))
     }
 }
 
 /// `compute` with the weights of `unit` there, forward and backward; those of `next` are on their way meanwhile, in backward
 /// those of `previous`.
-pub(crate) fn with_weights<T>(
+pub(crate) fn with_gathered_weights<T>(
     x: &Tensor,
     unit: &Arc<Unit>,
     previous: Option<&Arc<Unit>>,
@@ -165,7 +168,7 @@ pub(crate) fn with_weights<T>(
         done.release();
         Ok(())
     })?;
-    let (out, beside) = compute(&x)?;
+    let (out, aux_output) = compute(&x)?;
     unit.release();
     let unit = unit.clone();
     let previous = previous.cloned();
@@ -175,5 +178,5 @@ pub(crate) fn with_weights<T>(
             .as_ref()
             .map_or(Ok(()), |previous| previous.prefetch())
     })?;
-    Ok((out, beside))
+    Ok((out, aux_output))
 }

@@ -2,7 +2,7 @@
 //! exist at once, and the gradients of a chunk are taken while its logits are at hand.
 // Shapes: T tokens, D hidden, V vocabulary.
 
-use kernels::{product, product_into, softmax, softmax_gradient};
+use kernels::{gemm, gemm_into, softmax, softmax_gradient};
 use parallel::{Communicator, Contribution, Weight};
 use std::ops::Range;
 use std::sync::Arc;
@@ -81,7 +81,7 @@ fn chunks(
         let len = chunk.min(tokens - start);
         let x = x.narrow(0, start, len);
         let labels = labels_t.narrow(0, start, len);
-        let logits = product(&x, &weight.tr());
+        let logits = gemm(&x, &weight.tr());
         let wanted = grad_x.is_some();
         let (sum, grad) = match own.group.size() {
             1 => {
@@ -97,8 +97,8 @@ fn chunks(
         };
         loss += sum;
         if let (Some(grad_x), Some(contribution)) = (&grad_x, &contribution) {
-            product_into(&grad_x.narrow(0, start, len), &grad, &weight);
-            contribution.sum().add_product(&grad.tr(), &x);
+            gemm_into(&grad_x.narrow(0, start, len), &grad, &weight);
+            contribution.sum().gemm_accumulate(&grad.tr(), &x);
         }
         start += len;
     }
@@ -170,7 +170,7 @@ fn over_ranks(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use parallel::{Accelerator, Cpu, GradientBuckets, Replication, on_threads};
+    use parallel::{Accelerator, Cpu, GradientBuckets, Replication, run_on_threads};
     use parking_lot::Mutex;
     use std::time::Duration;
 
@@ -189,7 +189,7 @@ mod tests {
         let shared = Mutex::new((x.detach(), value.copy(), labels.copy()));
         // Whole, and shared out over three ranks.
         let run = move |ranks: usize, shared: Mutex<(Tensor, Tensor, Tensor)>| {
-            on_threads(ranks, Duration::from_secs(20), move |world| {
+            run_on_threads(ranks, Duration::from_secs(20), move |world| {
                 let (x, value, labels) = {
                     let all = shared.lock();
                     (

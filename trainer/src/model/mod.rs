@@ -4,27 +4,29 @@
 mod attention;
 mod embedding;
 mod experts;
+mod init;
 mod layer;
 mod loss;
 mod norm;
+pub(crate) mod parameters;
 mod part;
 mod rope;
 pub(crate) mod vocabulary;
 
 use crate::Error;
 use crate::config::{Config, Dtype, ModelConfig, MoeConfig, RecomputeConfig, RecomputedPart};
-use crate::parameters::{Init, Parameters, Replicas, Traits, Unit, slice};
-use crate::ranks::Ranks;
+use crate::model::parameters::{Init, ParameterOptions, Parameters, Replicas, Unit, slice};
+use crate::process_groups::ProcessGroups;
 use attention::Attention;
-use checkpoint::Place;
+use checkpoint::TensorSlice;
 use embedding::embed;
 use experts::{ExpertShape, gate_up_boxes};
-use layer::{FeedForward, Layer, with_weights};
+use layer::{FeedForward, Layer, with_gathered_weights};
 use loss::{VocabularyRows, cross_entropy};
-use moe::balance::{BatchTotals, RouterStats, Statistics, load_balance_loss, z_loss};
+use moe::balance::{BalanceScope, BatchTotals, RouterStats, load_balance_loss, z_loss};
 use moe::dispatch::Dispatcher;
-use moe::experts::Gemm;
-use moe::{Keep, MoeLayer, MoeWeights, Router, Seen};
+use moe::experts::GemmPrecision;
+use moe::{MoeLayer, MoeStats, MoeWeights, Router, SavePolicy};
 use norm::rms_norm;
 use parallel::collectives::gather_from_group;
 use parallel::context::{ContextKind, positions};
@@ -37,24 +39,24 @@ use std::sync::Arc;
 use tch::{Kind, Tensor};
 
 pub(crate) use attention::Documents;
-pub(crate) use experts::HeldExperts;
+pub(crate) use experts::LocalExperts;
 pub(crate) use loss::{IGNORED, with_gradient};
 pub use part::{ModelPart, StagePart, VocabularyShard, split_layers};
 
 /// What a model is made with, besides its shape.
-pub struct Setting<'a> {
+pub struct BuildContext<'a> {
     /// Tokens it sees at once.
     pub sequence_length: usize,
     /// Its arithmetic.
     pub dtype: Dtype,
     /// The arithmetic of routed experts' products.
-    pub expert_gemm: Gemm,
+    pub expert_gemm: GemmPrecision,
     /// Decides first values.
     pub seed: u64,
     /// Where it is.
     pub device: &'a dyn Accelerator,
     /// The ranks it works with.
-    pub ranks: &'a Ranks,
+    pub ranks: &'a ProcessGroups,
     /// How ranks that split sequences attend.
     pub context_attention: ContextKind,
     /// What backward computes again.
@@ -63,16 +65,20 @@ pub struct Setting<'a> {
     pub offload: bool,
 }
 
-impl<'a> Setting<'a> {
+impl<'a> BuildContext<'a> {
     /// What `config` says.
-    pub fn of(config: &Config, device: &'a dyn Accelerator, ranks: &'a Ranks) -> Setting<'a> {
-        Setting {
+    pub fn from_config(
+        config: &Config,
+        device: &'a dyn Accelerator,
+        ranks: &'a ProcessGroups,
+    ) -> BuildContext<'a> {
+        BuildContext {
             sequence_length: config.data.sequence_length,
             dtype: config.train.dtype,
             expert_gemm: if config.train.fp8_experts {
-                Gemm::Fp8
+                GemmPrecision::Fp8
             } else {
-                Gemm::Model
+                GemmPrecision::Model
             },
             seed: config.run.seed,
             device,
@@ -84,17 +90,17 @@ impl<'a> Setting<'a> {
     }
 
     /// One rank that keeps everything.
-    pub fn alone(
+    pub fn single_rank(
         sequence_length: usize,
         dtype: Dtype,
         device: &'a dyn Accelerator,
-        ranks: &'a Ranks,
-    ) -> Setting<'a> {
+        ranks: &'a ProcessGroups,
+    ) -> BuildContext<'a> {
         let context_attention = ContextKind::Ring;
         let recompute = RecomputeConfig::default();
-        let expert_gemm = Gemm::Model;
+        let expert_gemm = GemmPrecision::Model;
         let offload = false;
-        Setting {
+        BuildContext {
             sequence_length,
             dtype,
             expert_gemm,
@@ -115,10 +121,10 @@ pub struct Model {
     /// Every parameter, in order of use.
     pub parameters: Parameters,
     /// Where the first stage, or a share of the vocabulary, is here.
-    embedding: Option<End>,
+    embedding: Option<VocabularyWeight>,
     stages: Vec<Stage>,
     /// Where the last stage, or a share of the vocabulary, is here.
-    head: Option<End>,
+    head: Option<VocabularyWeight>,
     rope: Arc<Rope>,
     tensor: TensorParallel,
     /// The rows of the ends that are here.
@@ -128,15 +134,15 @@ pub struct Model {
 }
 
 /// The embedding or the output layer.
-struct End {
+struct VocabularyWeight {
     weight: Weight,
     unit: Arc<Unit>,
 }
 
 struct Stage {
     layers: Vec<(Arc<Layer>, Arc<Unit>)>,
-    /// Which of the model's mixture layers are here.
-    mixtures: Range<usize>,
+    /// Which of the model's MoE layers are here.
+    moe_layers: Range<usize>,
     /// Of the last stage.
     norm: Option<(Weight, Arc<Unit>)>,
 }
@@ -145,14 +151,14 @@ struct Stage {
 pub struct ForwardOutput {
     /// `[T, D]`, of the last stage normed.
     pub hidden_td: Tensor,
-    /// One entry for each mixture layer.
+    /// One entry for each MoE layer.
     pub stats: Vec<RouterStats>,
-    /// What each mixture layer did.
-    pub seen: Vec<Seen>,
+    /// What each MoE layer did.
+    pub moe_stats: Vec<MoeStats>,
 }
 
 /// A stage's contribution to the auxiliary losses of the whole step.
-pub(crate) struct Auxiliary {
+pub(crate) struct AuxLosses {
     /// The weighted sum, to enter the total loss; None where there is nothing.
     pub total: Option<Tensor>,
     /// The load-balancing loss, not weighted.
@@ -177,26 +183,26 @@ pub struct Losses {
 impl Model {
     /// The part `part` of the model that `config` and the seed describe; of its matrices and experts what belongs to this
     /// rank.
-    pub fn new(config: &ModelConfig, part: ModelPart, setting: &Setting) -> Model {
-        let Setting { device, ranks, .. } = *setting;
-        let kind = setting.dtype.kind();
+    pub fn new(config: &ModelConfig, part: ModelPart, ctx: &BuildContext) -> Model {
+        let BuildContext { device, ranks, .. } = *ctx;
+        let kind = ctx.dtype.kind();
         let mut parameters = Parameters::new(
             kind,
-            setting.seed,
+            ctx.seed,
             ranks.zero,
             ranks.replications.clone(),
-            setting.offload,
+            ctx.offload,
         );
         let hidden = config.hidden as i64;
         let width = config.mup.as_ref().map_or(1.0, |mup| mup.width);
-        let normal = |std: f64, lr_scale: f64| Traits {
+        let normal = |std: f64, lr_scale: f64| ParameterOptions {
             init: Init::Normal(std),
             decay: true,
             lr_scale,
         };
         let ends = normal(config.init_std, 1.0);
         let matrix = normal(config.init_std / width.sqrt(), 1.0 / width);
-        let norm = Traits {
+        let norm = ParameterOptions {
             init: Init::Ones,
             decay: false,
             lr_scale: 1.0,
@@ -217,38 +223,40 @@ impl Model {
             let place = slice(name, &[config.vocab_size as i64, hidden], 0, &along);
             let first = parameters.len();
             let weight = parameters.one(device, place, replicas, ends);
-            End {
+            VocabularyWeight {
                 weight,
                 unit: Arc::new(parameters.unit(first)),
             }
         };
         let shared = part.vocabulary.is_some();
         // A tied embedding whose ends are on different ranks.
-        let two_ends = config.tie_embeddings && !shared && part.has_first() != part.has_last();
-        let of_ends = if two_ends {
-            Replicas::Ends
+        let split_tied_embedding =
+            config.tie_embeddings && !shared && part.has_first() != part.has_last();
+        let embedding_replicas = if split_tied_embedding {
+            Replicas::TiedEmbedding
         } else {
             Replicas::Dense
         };
-        let embedding =
-            (shared || part.has_first()).then(|| end(&mut parameters, "embedding", of_ends));
+        let embedding = (shared || part.has_first())
+            .then(|| end(&mut parameters, "embedding", embedding_replicas));
         let mut layer = |index: usize| {
             let first = parameters.len();
-            let layer = layer(&mut parameters, setting, config, index, matrix, writes);
+            let layer = layer(&mut parameters, ctx, config, index, matrix, writes);
             (Arc::new(layer), Arc::new(parameters.unit(first)))
         };
-        let mixtures_before = |layer: usize| {
+        let moe_layers_before = |layer: usize| {
             (0..layer)
-                .filter(|&index| config.moe_of(index).is_some())
+                .filter(|&index| config.moe_config(index).is_some())
                 .count()
         };
         let mut stages: Vec<Stage> = Vec::new();
         for stage in &part.stages {
             let layers = stage.layers.clone().map(&mut layer).collect();
-            let mixtures = mixtures_before(stage.layers.start)..mixtures_before(stage.layers.end);
+            let moe_layers =
+                moe_layers_before(stage.layers.start)..moe_layers_before(stage.layers.end);
             stages.push(Stage {
                 layers,
-                mixtures,
+                moe_layers,
                 norm: None,
             });
         }
@@ -256,24 +264,24 @@ impl Model {
             let first = parameters.len();
             let weight = parameters.one(
                 device,
-                Place::whole("norm", &[hidden]),
+                TensorSlice::whole("norm", &[hidden]),
                 Replicas::Stage,
                 norm,
             );
             stages[last].norm = Some((weight, Arc::new(parameters.unit(first))));
         }
         let head = (shared || part.has_last()).then(|| match &embedding {
-            Some(End { weight, unit }) if config.tie_embeddings => End {
-                weight: weight.shared(),
+            Some(VocabularyWeight { weight, unit }) if config.tie_embeddings => VocabularyWeight {
+                weight: weight.tied(),
                 unit: unit.clone(),
             },
-            None if config.tie_embeddings => end(&mut parameters, "embedding", of_ends),
+            None if config.tie_embeddings => end(&mut parameters, "embedding", embedding_replicas),
             _ => end(&mut parameters, "head", Replicas::Dense),
         });
         let context = &ranks.context;
-        let length = setting.sequence_length;
+        let length = ctx.sequence_length;
         let positions = positions(
-            setting.context_attention,
+            ctx.context_attention,
             length,
             context.rank(),
             context.size(),
@@ -335,7 +343,8 @@ impl Model {
     /// # Errors
     /// When a collective fails.
     pub(crate) fn embed(&self, tokens_bs: &Tensor) -> Result<Tensor, Error> {
-        let End { weight, unit } = self.embedding.as_ref().expect("the first stage is here");
+        let VocabularyWeight { weight, unit } =
+            self.embedding.as_ref().expect("the first stage is here");
         unit.gather()?;
         let out = embed(&tokens_bs.flatten(0, -1), weight, &self.rows, &self.tensor)?;
         unit.release();
@@ -365,30 +374,31 @@ impl Model {
             x_td.shallow_clone()
         };
         let mut stats = vec![];
-        let mut seen = vec![];
+        let mut moe_stats = vec![];
         let unit = |index: usize| stage.layers.get(index).map(|(_, unit)| unit);
         for (index, (layer, own)) in stage.layers.iter().enumerate() {
             let previous = index.checked_sub(1).and_then(unit);
-            let (out, beside) = with_weights(&x, own, previous, unit(index + 1), |x| {
-                layer.forward(x, batch, &self.rope, documents)
-            })?;
+            let (out, aux_output) =
+                with_gathered_weights(&x, own, previous, unit(index + 1), |x| {
+                    layer.forward(x, batch, &self.rope, documents)
+                })?;
             x = out;
-            if let Some((of_layer, did)) = beside {
+            if let Some((of_layer, did)) = aux_output {
                 stats.push(of_layer);
-                seen.push(did);
+                moe_stats.push(did);
             }
         }
         if let Some((norm, own)) = &stage.norm {
             let previous = stage.layers.len().checked_sub(1).and_then(unit);
             let eps = self.config.norm_eps;
-            (x, ()) = with_weights(&x, own, previous, None, |x| {
+            (x, ()) = with_gathered_weights(&x, own, previous, None, |x| {
                 Ok((rms_norm(x, norm, eps)?, ()))
             })?;
         }
         Ok(ForwardOutput {
             hidden_td: x,
             stats,
-            seen,
+            moe_stats,
         })
     }
 
@@ -404,11 +414,11 @@ impl Model {
     ) -> Result<Losses, Error> {
         let loss = self.cross_entropy(&output.hidden_td, labels_bs, totals)?;
         let cross_entropy = loss.double_value(&[]);
-        let Auxiliary {
+        let AuxLosses {
             total,
             load_balance,
             z,
-        } = self.auxiliary(0, &output.stats, totals);
+        } = self.aux_losses(0, &output.stats, totals);
         let total = total.map_or(loss.shallow_clone(), |auxiliary| loss + auxiliary);
         Ok(Losses {
             total,
@@ -432,7 +442,7 @@ impl Model {
         labels_bs: &Tensor,
         totals: &BatchTotals,
     ) -> Result<Tensor, Error> {
-        let End { weight, unit } = self.head.as_ref().expect("the last stage is here");
+        let VocabularyWeight { weight, unit } = self.head.as_ref().expect("the last stage is here");
         let group = self.tensor.group();
         let hidden_td = match group.size() {
             1 => hidden_td.shallow_clone(),
@@ -458,13 +468,13 @@ impl Model {
     }
 
     /// Stage number `chunk`'s auxiliary losses.
-    pub(crate) fn auxiliary(
+    pub(crate) fn aux_losses(
         &self,
         chunk: usize,
         stats: &[RouterStats],
         totals: &BatchTotals,
-    ) -> Auxiliary {
-        let mut out = Auxiliary {
+    ) -> AuxLosses {
+        let mut out = AuxLosses {
             total: None,
             load_balance: 0.0,
             z: 0.0,
@@ -473,10 +483,10 @@ impl Model {
             return out;
         };
         // Counts of the whole batch are there for all layers.
-        let mixtures = &self.stages[chunk].mixtures;
+        let moe_layers = &self.stages[chunk].moe_layers;
         let counts = totals
             .counts_le
-            .map(|counts| counts.narrow(0, mixtures.start as i64, mixtures.len() as i64));
+            .map(|counts| counts.narrow(0, moe_layers.start as i64, moe_layers.len() as i64));
         let totals = BatchTotals {
             counts_le: counts.as_ref(),
             ..*totals
@@ -496,46 +506,51 @@ impl Model {
     /// Logits `[T, V]` fp32 of a whole model's hidden states `[T, D]`.
     pub fn logits(&self, hidden_td: &Tensor) -> Tensor {
         let head = self.head.as_ref().expect("the last stage is here");
-        kernels::product(hidden_td, &head.weight.value().tr()).to_kind(Kind::Float)
+        kernels::gemm(hidden_td, &head.weight.value().tr()).to_kind(Kind::Float)
             / self.logits_divisor()
     }
 
-    /// The loss-free balancing biases where the model has them: number among the model's mixture layers, global name,
+    /// The loss-free balancing biases where the model has them: number among the model's MoE layers, global name,
     /// `[E]`.
     pub fn biases(&self) -> impl Iterator<Item = (usize, String, Tensor)> {
-        self.held_mixtures().filter_map(|(number, moe, held)| {
+        self.local_moe_layers().filter_map(|(number, moe, held)| {
             let bias = moe.weights.bias.as_ref()?.lock().shallow_clone();
             Some((number, format!("{}.bias", held.name), bias))
         })
     }
 
-    /// The mixture layers that are here, with their numbers among the model's.
-    pub(crate) fn held_mixtures(&self) -> impl Iterator<Item = (usize, &MoeLayer, &HeldExperts)> {
+    /// The MoE layers that are here, with their numbers among the model's.
+    pub(crate) fn local_moe_layers(
+        &self,
+    ) -> impl Iterator<Item = (usize, &MoeLayer, &LocalExperts)> {
         self.stages.iter().flat_map(|stage| {
-            let mixtures = stage
-                .layers
-                .iter()
-                .filter_map(|(layer, _)| match &layer.feed_forward {
-                    FeedForward::Moe(moe, held) => Some((moe.as_ref(), held)),
-                    FeedForward::Dense { .. } => None,
-                });
+            let moe_layers =
+                stage
+                    .layers
+                    .iter()
+                    .filter_map(|(layer, _)| match &layer.feed_forward {
+                        FeedForward::Moe(moe, held) => Some((moe.as_ref(), held)),
+                        FeedForward::Dense { .. } => None,
+                    });
             stage
-                .mixtures
+                .moe_layers
                 .clone()
-                .zip(mixtures)
+                .zip(moe_layers)
                 .map(|(number, (moe, held))| (number, moe, held))
         })
     }
 
-    /// Which of the model's mixture layers stage number `chunk` has.
-    pub(crate) fn mixtures(&self, chunk: usize) -> Range<usize> {
-        self.stages[chunk].mixtures.clone()
+    /// Which of the model's MoE layers stage number `chunk` has.
+    pub(crate) fn moe_layers(&self, chunk: usize) -> Range<usize> {
+        self.stages[chunk].moe_layers.clone()
     }
 
     /// Whether load balance is measured over the whole step, so that its counts must be known before backward.
     pub fn counts_whole_batch(&self) -> bool {
         let moe = self.config.moe.as_ref();
-        moe.is_some_and(|moe| moe.load_balance_over == Statistics::Batch && moe.load_balance > 0.0)
+        moe.is_some_and(|moe| {
+            moe.load_balance_over == BalanceScope::Batch && moe.load_balance > 0.0
+        })
     }
 
     /// The shape.
@@ -553,7 +568,7 @@ impl Model {
         &self,
         body: impl FnOnce(&Weight, &Range<usize>) -> Result<T, Error>,
     ) -> Result<T, Error> {
-        self.with_end(&self.embedding, body)
+        self.with_vocabulary_weight(&self.embedding, body)
     }
 
     /// The same where only gradients are added, so that no rows need be gathered.
@@ -570,15 +585,15 @@ impl Model {
         &self,
         body: impl FnOnce(&Weight, &Range<usize>) -> Result<T, Error>,
     ) -> Result<T, Error> {
-        self.with_end(&self.head, body)
+        self.with_vocabulary_weight(&self.head, body)
     }
 
-    fn with_end<T>(
+    fn with_vocabulary_weight<T>(
         &self,
-        end: &Option<End>,
+        end: &Option<VocabularyWeight>,
         body: impl FnOnce(&Weight, &Range<usize>) -> Result<T, Error>,
     ) -> Result<T, Error> {
-        let End { weight, unit } = end
+        let VocabularyWeight { weight, unit } = end
             .as_ref()
             .expect("a schedule with passes of the vocabulary shares it out");
         unit.gather()?;
@@ -588,14 +603,14 @@ impl Model {
     }
 
     /// Says that ranks have changed the rows of weights that they keep.
-    pub(crate) fn changed(&self) {
+    pub(crate) fn mark_stale(&self) {
         self.embedding
             .iter()
             .chain(&self.head)
-            .for_each(|end| end.unit.changed());
+            .for_each(|end| end.unit.mark_stale());
         for stage in &self.stages {
-            stage.layers.iter().for_each(|(_, unit)| unit.changed());
-            stage.norm.iter().for_each(|(_, unit)| unit.changed());
+            stage.layers.iter().for_each(|(_, unit)| unit.mark_stale());
+            stage.norm.iter().for_each(|(_, unit)| unit.mark_stale());
         }
     }
 
@@ -607,49 +622,49 @@ impl Model {
 
 fn layer(
     parameters: &mut Parameters,
-    setting: &Setting,
+    ctx: &BuildContext,
     config: &ModelConfig,
     index: usize,
-    matrix: Traits,
-    writes: Traits,
+    matrix: ParameterOptions,
+    writes: ParameterOptions,
 ) -> Layer {
-    let Setting {
+    let BuildContext {
         device,
         ranks,
         recompute,
         ..
-    } = setting;
+    } = ctx;
     let hidden = config.hidden as i64;
     let name = format!("layers.{index}");
     let norm = |parameters: &mut Parameters, part: &str| {
-        let traits = Traits {
+        let options = ParameterOptions {
             init: Init::Ones,
             decay: false,
             lr_scale: 1.0,
         };
         parameters.one(
             *device,
-            Place::whole(format!("{name}.{part}"), &[hidden]),
+            TensorSlice::whole(format!("{name}.{part}"), &[hidden]),
             Replicas::Stage,
-            traits,
+            options,
         )
     };
     let attention_norm = norm(parameters, "attention_norm");
     let attention = Attention::new(
         parameters,
-        setting,
+        ctx,
         config,
         &format!("{name}.attention"),
         matrix,
         writes,
     );
     let feed_forward_norm = norm(parameters, "feed_forward_norm");
-    let feed_forward = match config.moe_of(index) {
+    let feed_forward = match config.moe_config(index) {
         None => {
             let ffn = config.ffn.unwrap_or(0) as i64;
             let (gate_up, down) = swiglu(
                 parameters,
-                setting,
+                ctx,
                 &format!("{name}.mlp"),
                 hidden,
                 ffn,
@@ -666,7 +681,7 @@ fn layer(
         }
         Some(moe) => {
             let name = format!("{name}.moe");
-            let (moe, held) = moe_layer(parameters, setting, moe, &name, hidden, matrix, writes);
+            let (moe, held) = moe_layer(parameters, ctx, moe, &name, hidden, matrix, writes);
             FeedForward::Moe(Box::new(moe), held)
         }
     };
@@ -678,23 +693,23 @@ fn layer(
         norm_eps: config.norm_eps,
         residual: config.mup.as_ref().map_or(1.0, |mup| mup.residual),
         keep_norms: recompute.keeps(RecomputedPart::Norm),
-        keep: !recompute.whole(index),
+        keep: !recompute.recomputes_layer(index),
     }
 }
 
 /// Gate and up `[1, 2F, D]`, down `[1, D, F]`; of F this rank's part.
 fn swiglu(
     parameters: &mut Parameters,
-    setting: &Setting,
+    ctx: &BuildContext,
     name: &str,
     hidden: i64,
     ffn: i64,
-    matrix: Traits,
-    writes: Traits,
+    matrix: ParameterOptions,
+    writes: ParameterOptions,
 ) -> (Weight, Weight) {
-    let device = setting.device;
-    let tensor = &setting.ranks.tensor;
-    let part = tensor.part(ffn);
+    let device = ctx.device;
+    let tensor = &ctx.ranks.tensor;
+    let part = tensor.local_range(ffn);
     let own = part.end - part.start;
     let boxes = gate_up_boxes(&format!("{name}.gate_up"), ffn, hidden, &part);
     let gate_up = parameters.add(
@@ -706,29 +721,32 @@ fn swiglu(
     );
     let boxes = vec![slice(&format!("{name}.down"), &[hidden, ffn], 1, &part)];
     let down = parameters.add(device, &[1, hidden, own], boxes, Replicas::Dense, writes);
-    (gate_up.used(tensor.uses()), down.used(tensor.uses()))
+    (
+        gate_up.scale_uses(tensor.uses_per_forward()),
+        down.scale_uses(tensor.uses_per_forward()),
+    )
 }
 
 fn moe_layer(
     parameters: &mut Parameters,
-    setting: &Setting,
+    ctx: &BuildContext,
     config: &MoeConfig,
     name: &str,
     hidden: i64,
-    matrix: Traits,
-    writes: Traits,
-) -> (MoeLayer, HeldExperts) {
-    let Setting {
+    matrix: ParameterOptions,
+    writes: ParameterOptions,
+) -> (MoeLayer, LocalExperts) {
+    let BuildContext {
         device,
         ranks,
         recompute,
         ..
-    } = setting;
+    } = ctx;
     let num_experts = config.experts;
-    let place = Place::whole(format!("{name}.gate"), &[num_experts as i64, hidden]);
+    let place = TensorSlice::whole(format!("{name}.gate"), &[num_experts as i64, hidden]);
     let gate = parameters.one(*device, place, Replicas::Stage, matrix);
     // Neighbours split the same experts.
-    let slices = ranks.sites.slices;
+    let slices = ranks.topology.slices;
     let owner = ranks.experts.rank() / slices;
     let slice_of = ranks.experts.rank() % slices;
     let local = num_experts * slices / ranks.experts.size();
@@ -736,7 +754,7 @@ fn moe_layer(
     let each = ffn / slices as i64;
     let part = each * slice_of as i64..each * (slice_of as i64 + 1);
     let own = owner * local..(owner + 1) * local;
-    let held = HeldExperts {
+    let held = LocalExperts {
         name: name.to_string(),
         gate_up: parameters.len(),
         down: parameters.len() + 1,
@@ -764,7 +782,7 @@ fn moe_layer(
         let ffn = (config.shared_experts * config.ffn) as i64;
         swiglu(
             parameters,
-            setting,
+            ctx,
             &format!("{name}.shared"),
             hidden,
             ffn,
@@ -788,31 +806,31 @@ fn moe_layer(
     let least_loaded = ranks.least_loaded.clone();
     let hierarchy = ranks.hierarchy.clone();
     let chunks = ranks.expert_chunks;
-    let gate_up = gate_up.used(chunks);
-    let down = down.used(chunks);
+    let gate_up = gate_up.scale_uses(chunks);
+    let down = down.scale_uses(chunks);
     let layer = MoeLayer {
         router,
         dispatcher: Dispatcher::new(
             ranks.experts.clone(),
             num_experts,
-            ranks.sites.clone(),
+            ranks.topology.clone(),
             least_loaded,
             hierarchy,
             chunks,
         ),
-        statistics: config.load_balance_over,
+        balance_scope: config.load_balance_over,
         tensor: ranks.tensor.clone(),
         sequence: ranks.sequence.clone(),
-        gemm: setting.expert_gemm,
-        keep: Keep {
-            rows: recompute.keeps(RecomputedPart::Router),
+        gemm: ctx.expert_gemm,
+        keep: SavePolicy {
+            dispatched: recompute.keeps(RecomputedPart::Dispatch),
             experts: recompute.keeps(RecomputedPart::Experts),
         },
         weights: MoeWeights {
-            gate,
+            router: gate,
             bias,
-            gate_up,
-            down,
+            gate_up_proj: gate_up,
+            down_proj: down,
             shared,
         },
     };

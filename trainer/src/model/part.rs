@@ -55,7 +55,7 @@ impl ModelPart {
 
     /// Rank `rank` of a pipeline whose stages have `layers` layers each. A vocabulary that is shared out is so over the
     /// pipeline's ranks times those that split matrices, `tensor`: this one among how many.
-    pub fn of_rank(
+    pub fn for_rank(
         (rank, ranks): (usize, usize),
         placement: Placement,
         layers: &[usize],
@@ -144,7 +144,7 @@ mod tests {
         fn every_layer_is_on_one_rank(ranks in 1usize..6, chunks in 1usize..4, layers in 0usize..40, turn in any::<bool>()) {
             let placement = if turn { Placement::V } else { Placement::Loop };
             let split = split_layers(layers, ranks * chunks, 0.0, 0.0);
-            let parts: Vec<_> = (0..ranks).map(|r| ModelPart::of_rank((r, ranks), placement, &split, true, (0, 1))).collect();
+            let parts: Vec<_> = (0..ranks).map(|r| ModelPart::for_rank((r, ranks), placement, &split, true, (0, 1))).collect();
             let mut seen: Vec<usize> = parts.iter().flat_map(|p| p.stages.iter().flat_map(|s| s.layers.clone())).collect();
             seen.sort_unstable();
             prop_assert_eq!(seen, (0..layers).collect::<Vec<_>>());

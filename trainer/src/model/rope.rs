@@ -1,7 +1,7 @@
 //! Rotary position embedding (arXiv 2104.09864) in the half-split form that Llama and HF transformers use: element
 //! `i` of a head turns with element `i + head_dim / 2`.
 
-use kernels::rotate;
+use kernels::apply_rotary;
 use parallel::Accelerator;
 use parking_lot::Mutex;
 use tch::Tensor;
@@ -44,11 +44,13 @@ impl Rope {
             let first = |table: &Tensor| table.narrow(0, 0, length).to_kind(x.kind());
             (first(&tables.0), first(&tables.1))
         };
-        let out = tch::no_grad(|| rotate(x, &cos, &sin));
+        let out = tch::no_grad(|| apply_rotary(x, &cos, &sin));
         let mut out = attach_backward(&[x], vec![out], move |grads| {
             // The gradient turns back.
             Ok(vec![
-                grads[0].as_ref().map(|grad| rotate(grad, &cos, &sin.neg())),
+                grads[0]
+                    .as_ref()
+                    .map(|grad| apply_rotary(grad, &cos, &sin.neg())),
             ])
         })?;
         Ok(out.remove(0))

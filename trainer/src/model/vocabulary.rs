@@ -8,8 +8,8 @@
 // Shapes: T tokens, D hidden, V vocabulary, v rows of it on this rank.
 
 use super::loss::IGNORED;
-use kernels::{product_into, softmax, softmax_gradient};
-use parallel::pipeline::{Exchange, Vocabulary};
+use kernels::{gemm_into, softmax, softmax_gradient};
+use parallel::pipeline::{CollectiveFn, Vocabulary};
 use parallel::{CommError, Communicator, ReduceOp, Weight};
 use std::ops::Range;
 use tch::{Kind, Tensor};
@@ -83,7 +83,7 @@ pub(crate) fn logits(
         } else {
             Tensor::empty([len, own], (kind, hidden.device()))
         };
-        product_into(&logits, &x, &matrix.tr());
+        gemm_into(&logits, &x, &matrix.tr());
         let of_target = logits
             .gather(1, &target.narrow(0, start, len).unsqueeze(1), false)
             .squeeze_dim(1);
@@ -98,7 +98,7 @@ pub(crate) fn logits(
         part(0).copy_(&largest);
         part(1).copy_(&sum);
         if let Some((mixed, _)) = &parts {
-            product_into(&mixed.narrow(0, start, len), &logits, &matrix);
+            gemm_into(&mixed.narrow(0, start, len), &logits, &matrix);
         }
     }
     let counted = labels_t.not_equal(IGNORED).to_kind(Kind::Float);
@@ -133,7 +133,7 @@ impl LocalSoftmax {
     }
 
     /// After N: the loss, summed over tokens and weighted, and one over the sum of all ranks' exponentials `[T]`.
-    pub(crate) fn sum_over_ranks(&self, divisor: f64) -> Exchange {
+    pub(crate) fn sum_over_ranks(&self, divisor: f64) -> CollectiveFn {
         let largest = self.statistics.get(0).copy();
         let weight = self.weight.shallow_clone();
         let sums = self.statistics.narrow(0, 1, 2).copy();
@@ -148,7 +148,7 @@ impl LocalSoftmax {
 
     /// C1: the loss, summed over tokens and weighted, then the factor `[T]` that makes this rank's softmax the true one, and
     /// with `vocab-2` the rows `takes` of the input's gradient.
-    pub(crate) fn exchange(&self, divisor: f64, takes: Option<Range<i64>>) -> Exchange {
+    pub(crate) fn exchange(&self, divisor: f64, takes: Option<Range<i64>>) -> CollectiveFn {
         let own = self.statistics.shallow_clone();
         let weight = self.weight.shallow_clone();
         let parts = self
@@ -208,9 +208,9 @@ impl LocalSoftmax {
             let of_logits = of_logits.to_kind(kind);
             contribution
                 .sum()
-                .add_product(&of_logits.tr(), &self.hidden.narrow(0, start, len));
+                .gemm_accumulate(&of_logits.tr(), &self.hidden.narrow(0, start, len));
             if let Some(gradient) = &gradient {
-                product_into(&gradient.narrow(0, start, len), &of_logits, &matrix);
+                gemm_into(&gradient.narrow(0, start, len), &of_logits, &matrix);
             }
         }
         contribution.finish()?;
@@ -224,7 +224,7 @@ fn narrow(tensor: &Tensor, rows: &Range<i64>) -> Tensor {
 }
 
 /// The largest of all ranks' numbers.
-pub(crate) fn maximum(largest: Tensor) -> Exchange {
+pub(crate) fn maximum(largest: Tensor) -> CollectiveFn {
     Box::new(move |group: &dyn Communicator| {
         group.all_reduce(&largest, ReduceOp::Max)?.wait()?;
         Ok(vec![largest.shallow_clone()])
@@ -232,7 +232,7 @@ pub(crate) fn maximum(largest: Tensor) -> Exchange {
 }
 
 /// C2 and the sum of the embedding: of `part`, summed over the ranks, the rows `takes`, for those that need any.
-pub(crate) fn sum(part: Tensor, takes: Option<Range<i64>>) -> Exchange {
+pub(crate) fn sum(part: Tensor, takes: Option<Range<i64>>) -> CollectiveFn {
     Box::new(move |group: &dyn Communicator| {
         group.all_reduce(&part, ReduceOp::Sum)?.wait()?;
         Ok(takes.iter().map(|rows| narrow(&part, rows)).collect())
@@ -241,7 +241,7 @@ pub(crate) fn sum(part: Tensor, takes: Option<Range<i64>>) -> Exchange {
 
 /// C0 and the way back of the embedding: for all, what the ranks `roots` have, each as many rows, in `whole`; `own` is this
 /// rank's part, where it is one of them.
-pub(crate) fn collect(whole: Tensor, own: Option<Tensor>, roots: Range<usize>) -> Exchange {
+pub(crate) fn collect(whole: Tensor, own: Option<Tensor>, roots: Range<usize>) -> CollectiveFn {
     Box::new(move |group: &dyn Communicator| {
         let rows = whole.size()[0] / roots.len() as i64;
         for (index, root) in roots.clone().enumerate() {

@@ -4,18 +4,18 @@
 constexpr int FOUR = VECTOR == 1 ? 1 : 4;
 
 KERNEL void adamw(
-    float* master, const float* gradient, float* averages, float* squares, Number* stored, Long count, float over_scale, float kept,
-    float beta1, float beta2, float step_size, float over_root, float eps) {
+    float* master, const float* gradient, float* averages, float* squares, Number* stored, Long count, float inverse_scale, float decay_factor,
+    float beta1, float beta2, float step_size, float inverse_root_correction, float eps) {
     Long thread = Long(blockIdx.x) * blockDim.x + threadIdx.x, threads = Long(gridDim.x) * blockDim.x;
     for (Long i = thread * FOUR; i < count; i += threads * FOUR) {
         Pack<float, FOUR> x = load<FOUR>(master + i), g = load<FOUR>(gradient + i);
         Pack<float, FOUR> m = load<FOUR>(averages + i), v = load<FOUR>(squares + i);
         Pack<Number, FOUR> rounded;
         for (int e = 0; e < FOUR; ++e) {
-            float slope = g.x[e] * over_scale;
+            float slope = g.x[e] * inverse_scale;
             m.x[e] += (slope - m.x[e]) * (1.0f - beta1);
             v.x[e] = v.x[e] * beta2 + slope * slope * (1.0f - beta2);
-            x.x[e] = x.x[e] * kept - step_size * m.x[e] / (sqrtf(v.x[e]) * over_root + eps);
+            x.x[e] = x.x[e] * decay_factor - step_size * m.x[e] / (sqrtf(v.x[e]) * inverse_root_correction + eps);
             rounded.x[e] = narrow<Number>(x.x[e]);
         }
         store<FOUR>(master + i, x);

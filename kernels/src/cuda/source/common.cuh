@@ -42,7 +42,7 @@ template <int V = VECTOR, class T> __device__ __forceinline__ void store(T* x, c
 
 // A block has blockDim.y rows of blockDim.x threads each: with which row of a matrix this thread begins, and how far it is to its next.
 __device__ __forceinline__ Long first_row() { return Long(blockIdx.x) * blockDim.y + threadIdx.y; }
-__device__ __forceinline__ Long all_rows() { return Long(gridDim.x) * blockDim.y; }
+__device__ __forceinline__ Long grid_row_stride() { return Long(gridDim.x) * blockDim.y; }
 
 // The sum of `x` over a row's threads, which are blockDim.x: a warp, or several and then the whole block; for all of them, the
 // same to the bit. `shared` holds 32 numbers.

@@ -41,7 +41,7 @@ KERNEL void rms_norm_backward(
     }
     __syncthreads();
     float* own = sums + threadIdx.y * width;
-    for (Long row = first_row(); row < rows; row += all_rows()) {
+    for (Long row = first_row(); row < rows; row += grid_row_stride()) {
         float factor = scale[row], along = 0;
         for (Long i = threadIdx.x * VECTOR; i < width; i += blockDim.x * VECTOR) {
             Numbers of = load(grad + row * width + i), pack = load(x + row * width + i), weights = load(weight + i);

@@ -1,4 +1,4 @@
-// What a router makes of its logits [tokens, experts], fp32, and their gradient: a warp for each token. See gate.rs, whose loops these
+// What a router makes of its logits [tokens, experts], fp32, and their gradient: a warp for each token. See router.rs, whose loops these
 // are. A warp has rows of `experts` numbers for itself in memory that its block shares.
 
 // Keeps a sum of scores something to divide by.
@@ -13,7 +13,7 @@ __device__ __forceinline__ float warp_max(float x) {
 }
 
 // A token's softmax into `probs`; gives its logits' log-sum-exp.
-__device__ __forceinline__ float softened(const float* logits, float* probs, Long experts) {
+__device__ __forceinline__ float softmax_row(const float* logits, float* probs, Long experts) {
     float highest = -3.402823466e38f, sum = 0;
     for (Long i = threadIdx.x; i < experts; i += 32) {
         highest = logits[i] > highest ? logits[i] : highest;
@@ -45,9 +45,9 @@ __device__ __forceinline__ bool before(float score, int expert, float than, int 
     return expert >= 0 && (other < 0 || score > than || (score == than && expert < other));
 }
 
-// The `choices` experts with the highest scores, plus `bias`, which may be none: the best first.
-KERNEL void choose(
-    const float* logits, const float* bias, Long* chosen, Long tokens, Long experts, Long choices, Long sigmoid) {
+// The `top_k` experts with the highest scores, plus `bias`, which may be none: the best first.
+KERNEL void select_experts(
+    const float* logits, const float* bias, Long* chosen, Long tokens, Long experts, Long top_k, Long sigmoid) {
     DYNAMIC_SHARED(float, shared);
     Long token = first_row();
     if (token >= tokens) {
@@ -58,7 +58,7 @@ KERNEL void choose(
     if (sigmoid) {
         sigmoids(logits, scores, experts);
     } else {
-        softened(logits, scores, experts);
+        softmax_row(logits, scores, experts);
     }
     // A thread's own, which nobody else reads.
     unsigned taken = 0;
@@ -67,7 +67,7 @@ KERNEL void choose(
         // What is not a number is never better, but somebody is chosen all the same.
         scores[i] = score == score ? score : -3.402823466e38f;
     }
-    for (Long choice = 0; choice < choices; ++choice) {
+    for (Long choice = 0; choice < top_k; ++choice) {
         float best = 0;
         int expert = -1, place = 0;
         for (Long i = threadIdx.x; i < experts; i += 32, ++place) {
@@ -86,15 +86,15 @@ KERNEL void choose(
         }
         if (expert % 32 == threadIdx.x) {
             taken |= 1u << expert / 32;
-            chosen[token * choices + choice] = expert;
+            chosen[token * top_k + choice] = expert;
         }
     }
 }
 
-// Weights of choices, and over each block's `of_block` tokens the sums of each expert's probabilities and of squared log-sum-exps:
+// Weights of top_k, and over each block's `tokens_per_block` tokens the sums of each expert's probabilities and of squared log-sum-exps:
 // `partial` [blocks, experts + 1].
-KERNEL void gate(
-    const float* logits, const Long* chosen, float* weights, float* partial, Long tokens, Long experts, Long choices, Long of_block,
+KERNEL void router(
+    const float* logits, const Long* chosen, float* weights, float* partial, Long tokens, Long experts, Long top_k, Long tokens_per_block,
     Long sigmoid, Long normalize, float scale) {
     DYNAMIC_SHARED(float, shared);
     float* probs = shared + threadIdx.y * experts;
@@ -102,17 +102,17 @@ KERNEL void gate(
     for (Long i = threadIdx.x; i <= experts; i += 32) {
         sums[i] = 0;
     }
-    Long end = (blockIdx.x + 1) * of_block < tokens ? (blockIdx.x + 1) * of_block : tokens;
-    for (Long token = blockIdx.x * of_block + threadIdx.y; token < end; token += blockDim.y) {
+    Long end = (blockIdx.x + 1) * tokens_per_block < tokens ? (blockIdx.x + 1) * tokens_per_block : tokens;
+    for (Long token = blockIdx.x * tokens_per_block + threadIdx.y; token < end; token += blockDim.y) {
         __syncwarp();
-        float normalizer = softened(logits + token * experts, probs, experts), all = 1;
+        float normalizer = softmax_row(logits + token * experts, probs, experts), all = 1;
         if (sigmoid) {
             all = sigmoids(logits + token * experts, probs, experts) + TINY;
         }
         __syncwarp();
         float sum = 0;
-        for (Long i = threadIdx.x; i < choices; i += 32) {
-            Long expert = chosen[token * choices + i];
+        for (Long i = threadIdx.x; i < top_k; i += 32) {
+            Long expert = chosen[token * top_k + i];
             if (expert < 0 || expert >= experts) {
                 __trap();
             }
@@ -120,8 +120,8 @@ KERNEL void gate(
         }
         sum = row_sum(sum, nullptr);
         float factor = normalize ? scale / (sum + TINY) : scale;
-        for (Long i = threadIdx.x; i < choices; i += 32) {
-            weights[token * choices + i] = probs[chosen[token * choices + i]] * factor;
+        for (Long i = threadIdx.x; i < top_k; i += 32) {
+            weights[token * top_k + i] = probs[chosen[token * top_k + i]] * factor;
         }
         for (Long i = threadIdx.x; i < experts; i += 32) {
             sums[i] += probs[i] / all;
@@ -140,60 +140,60 @@ KERNEL void gate(
     }
 }
 
-// The gradient of logits, from those of what `gate` made: of weights [tokens, choices], of a group's sums [experts] and of the sum of
+// The gradient of logits, from those of what `router` made: of weights [tokens, top_k], of a group's sums [experts] and of the sum of
 // squares []; each may be none.
-KERNEL void gate_backward(
-    const float* logits, const Long* chosen, const float* of_weights, const float* of_sums, const float* of_squares, float* out,
-    Long tokens, Long experts, Long choices, Long sigmoid, Long normalize, float scale) {
+KERNEL void router_backward(
+    const float* logits, const Long* chosen, const float* grad_weights, const float* grad_sums, const float* grad_z, float* out,
+    Long tokens, Long experts, Long top_k, Long sigmoid, Long normalize, float scale) {
     DYNAMIC_SHARED(float, shared);
     Long token = first_row();
     if (token >= tokens) {
         return;
     }
     logits += token * experts;
-    chosen += token * choices;
-    of_weights = of_weights ? of_weights + token * choices : nullptr;
+    chosen += token * top_k;
+    grad_weights = grad_weights ? grad_weights + token * top_k : nullptr;
     float* soft = shared + threadIdx.y * 3 * experts;
-    float* of_scores = soft + experts;
-    float* scores = sigmoid ? of_scores + experts : soft;
-    float normalizer = softened(logits, soft, experts), mean = 0, all = 1;
+    float* grad_scores = soft + experts;
+    float* scores = sigmoid ? grad_scores + experts : soft;
+    float normalizer = softmax_row(logits, soft, experts), mean = 0, all = 1;
     if (sigmoid) {
         // A probability is a score over the sum of all.
         all = sigmoids(logits, scores, experts) + TINY;
         for (Long i = threadIdx.x; i < experts; i += 32) {
-            mean += of_sums ? scores[i] * of_sums[i] : 0.0f;
+            mean += grad_sums ? scores[i] * grad_sums[i] : 0.0f;
         }
         mean = row_sum(mean, nullptr) / all;
     }
     for (Long i = threadIdx.x; i < experts; i += 32) {
-        of_scores[i] = ((of_sums ? of_sums[i] : 0.0f) - mean) / all;
+        grad_scores[i] = ((grad_sums ? grad_sums[i] : 0.0f) - mean) / all;
     }
     __syncwarp();
     float factor = scale, along = 0;
     if (normalize) {
         // A weight is a score over the sum of those that were chosen.
         float sum = 0;
-        for (Long i = threadIdx.x; i < choices; i += 32) {
+        for (Long i = threadIdx.x; i < top_k; i += 32) {
             sum += scores[chosen[i]];
-            along += of_weights ? scores[chosen[i]] * of_weights[i] : 0.0f;
+            along += grad_weights ? scores[chosen[i]] * grad_weights[i] : 0.0f;
         }
         sum = row_sum(sum, nullptr) + TINY;
         along = row_sum(along, nullptr) / sum;
         factor /= sum;
     }
-    // A token's choices are different experts, so that each number is one thread's.
-    for (Long i = threadIdx.x; i < choices && of_weights; i += 32) {
-        of_scores[chosen[i]] += (of_weights[i] - along) * factor;
+    // A token's top_k are different experts, so that each number is one thread's.
+    for (Long i = threadIdx.x; i < top_k && grad_weights; i += 32) {
+        grad_scores[chosen[i]] += (grad_weights[i] - along) * factor;
     }
     __syncwarp();
-    float of_normalizer = of_squares ? 2.0f * *of_squares * normalizer : 0.0f;
+    float grad_normalizer = grad_z ? 2.0f * *grad_z * normalizer : 0.0f;
     mean = 0;
     for (Long i = threadIdx.x; i < experts; i += 32) {
-        mean += of_scores[i] * soft[i];
+        mean += grad_scores[i] * soft[i];
     }
     mean = row_sum(mean, nullptr);
     for (Long i = threadIdx.x; i < experts; i += 32) {
-        float through = sigmoid ? of_scores[i] * scores[i] * (1.0f - scores[i]) : soft[i] * (of_scores[i] - mean);
-        out[token * experts + i] = through + of_normalizer * soft[i];
+        float through = sigmoid ? grad_scores[i] * scores[i] * (1.0f - scores[i]) : soft[i] * (grad_scores[i] - mean);
+        out[token * experts + i] = through + grad_normalizer * soft[i];
     }
 }

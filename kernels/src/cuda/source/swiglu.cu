@@ -1,10 +1,10 @@
 // SwiGLU (arXiv 2002.05202): silu(gate) * up, of rows [2 * ffn] that hold gate and then up.
 
 KERNEL void swiglu(const Number* hidden, Number* out, Long rows, Long ffn) {
-    for (Long row = first_row(); row < rows; row += all_rows()) {
-        const Number* of_row = hidden + row * 2 * ffn;
+    for (Long row = first_row(); row < rows; row += grid_row_stride()) {
+        const Number* hidden_row = hidden + row * 2 * ffn;
         for (Long i = threadIdx.x * VECTOR; i < ffn; i += blockDim.x * VECTOR) {
-            Numbers gate = load(of_row + i), up = load(of_row + ffn + i);
+            Numbers gate = load(hidden_row + i), up = load(hidden_row + ffn + i);
             for (int e = 0; e < VECTOR; ++e) {
                 float x = wide(gate.x[e]);
                 gate.x[e] = narrow<Number>(x / (1.0f + expf(-x)) * wide(up.x[e]));
@@ -16,11 +16,11 @@ KERNEL void swiglu(const Number* hidden, Number* out, Long rows, Long ffn) {
 
 // `result` is what forward gave, again.
 KERNEL void swiglu_backward(const Number* grad, const Number* hidden, Number* out, Number* result, Long rows, Long ffn) {
-    for (Long row = first_row(); row < rows; row += all_rows()) {
-        const Number* of_row = hidden + row * 2 * ffn;
-        Number* to_row = out + row * 2 * ffn;
+    for (Long row = first_row(); row < rows; row += grid_row_stride()) {
+        const Number* hidden_row = hidden + row * 2 * ffn;
+        Number* output_row = out + row * 2 * ffn;
         for (Long i = threadIdx.x * VECTOR; i < ffn; i += blockDim.x * VECTOR) {
-            Numbers gate = load(of_row + i), up = load(of_row + ffn + i), of = load(grad + row * ffn + i), again;
+            Numbers gate = load(hidden_row + i), up = load(hidden_row + ffn + i), of = load(grad + row * ffn + i), again;
             for (int e = 0; e < VECTOR; ++e) {
                 float gradient = wide(of.x[e]), x = wide(gate.x[e]), other = wide(up.x[e]);
                 float below = 1.0f + expf(-x);
@@ -30,8 +30,8 @@ KERNEL void swiglu_backward(const Number* grad, const Number* hidden, Number* ou
                 up.x[e] = narrow<Number>(gradient * silu);
                 gate.x[e] = narrow<Number>(gradient * other * sigmoid * (1.0f + x * (1.0f - sigmoid)));
             }
-            store(to_row + i, gate);
-            store(to_row + ffn + i, up);
+            store(output_row + i, gate);
+            store(output_row + ffn + i, up);
             store(result + row * ffn + i, again);
         }
     }

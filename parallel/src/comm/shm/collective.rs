@@ -4,11 +4,11 @@
 use super::super::ReduceOp;
 use super::Buffer;
 use super::reduce::combine;
-use super::segment::{Lane, Ring};
+use super::segment::{Channel, Ring};
 use tch::Kind;
 
 /// Bytes of a piece: what is written is still near the processor when it is read.
-const PIECE: usize = 32 << 10;
+const PIECE_BYTES: usize = 32 << 10;
 
 /// This rank's ends of its group's rings.
 pub(super) struct Rings {
@@ -25,14 +25,16 @@ pub(super) struct Rings {
 }
 
 impl Rings {
-    pub(super) fn new(rank: usize, size: usize, ring: impl Fn(usize, Lane) -> Ring) -> Rings {
+    pub(super) fn new(rank: usize, size: usize, ring: impl Fn(usize, Channel) -> Ring) -> Rings {
         Rings {
             rank,
             size,
-            to_all: ring(rank, Lane::All),
-            to: (0..size).map(|to| ring(rank, Lane::Part(to))).collect(),
-            from_all: (0..size).map(|from| ring(from, Lane::All)).collect(),
-            from: (0..size).map(|from| ring(from, Lane::Part(rank))).collect(),
+            to_all: ring(rank, Channel::All),
+            to: (0..size).map(|to| ring(rank, Channel::Part(to))).collect(),
+            from_all: (0..size).map(|from| ring(from, Channel::All)).collect(),
+            from: (0..size)
+                .map(|from| ring(from, Channel::Part(rank)))
+                .collect(),
             touched: vec![false; size],
         }
     }
@@ -43,14 +45,14 @@ impl Rings {
     }
 
     /// Writes up to a piece of the first of `bytes`; with the last of them the message is at its end.
-    fn write(&mut self, to: To, bytes: &[u8], last: bool) -> usize {
+    fn write(&mut self, to: Destination, bytes: &[u8], last: bool) -> usize {
         let (ring, readers) = match to {
-            To::All => (&mut self.to_all, 0..self.size),
-            To::One(to) => (&mut self.to[to], to..to + 1),
+            Destination::All => (&mut self.to_all, 0..self.size),
+            Destination::One(to) => (&mut self.to[to], to..to + 1),
         };
         let readers = readers.filter(|&reader| reader != self.rank);
         let free = ring.free(readers.clone());
-        let count = ring.write(&bytes[..bytes.len().min(PIECE)], free);
+        let count = ring.write(&bytes[..bytes.len().min(PIECE_BYTES)], free);
         if last && count == bytes.len() {
             ring.end_written();
         }
@@ -60,14 +62,14 @@ impl Rings {
         count
     }
 
-    fn reading(&mut self, from: From) -> &mut Ring {
+    fn reading(&mut self, from: Source) -> &mut Ring {
         match from {
-            From::All(from) => &mut self.from_all[from],
-            From::One(from) => &mut self.from[from],
+            Source::All(from) => &mut self.from_all[from],
+            Source::One(from) => &mut self.from[from],
         }
     }
 
-    fn read(&mut self, from: From, count: usize, ends: bool) {
+    fn read(&mut self, from: Source, count: usize, ends: bool) {
         let reader = self.rank;
         let ring = self.reading(from);
         ring.read(reader, count);
@@ -80,46 +82,46 @@ impl Rings {
 
 /// For whom something is written.
 #[derive(Debug, Clone, Copy)]
-enum To {
+enum Destination {
     All,
     One(usize),
 }
 
 /// Who has written something: for all, or for this rank.
 #[derive(Debug, Clone, Copy)]
-enum From {
+enum Source {
     All(usize),
     One(usize),
 }
 
-impl From {
+impl Source {
     fn rank(self) -> usize {
         match self {
-            From::All(rank) | From::One(rank) => rank,
+            Source::All(rank) | Source::One(rank) => rank,
         }
     }
 }
 
 /// What is left of a message to write.
-struct Writing {
-    to: To,
+struct PendingWrite {
+    to: Destination,
     bytes: Buffer,
     at: usize,
     /// Only what has been combined may go.
-    when_combined: bool,
+    follows_reduction: bool,
 }
 
 /// What is left of a message to read.
-struct Reading {
-    from: From,
+struct PendingRead {
+    from: Source,
     bytes: Buffer,
     at: usize,
 }
 
 /// What is left to combine of one message of each rank.
-struct Combining {
+struct PendingReduction {
     /// By rank; None is this one.
-    from: Vec<Option<From>>,
+    from: Vec<Option<Source>>,
     /// What this rank gives, where that is not what the result overwrites.
     own: Option<Buffer>,
     out: Buffer,
@@ -127,56 +129,58 @@ struct Combining {
     op: ReduceOp,
     at: usize,
     /// Only what this rank has written may be overwritten.
-    when_written: bool,
+    follows_write: bool,
 }
 
 /// A collective under way.
 #[derive(Default)]
 pub(super) struct Collective {
-    writing: Vec<Writing>,
-    combining: Option<Combining>,
-    reading: Vec<Reading>,
+    writing: Vec<PendingWrite>,
+    combining: Option<PendingReduction>,
+    reading: Vec<PendingRead>,
     /// Copied within this rank, first of all.
     own: Option<(Buffer, Buffer)>,
 }
 
 /// A rank's bytes of those that all ranks have: as many each but for the last ones, in whole cache lines.
 pub(super) fn part(bytes: usize, rank: usize, size: usize) -> (usize, usize) {
-    let each = bytes.div_ceil(size).next_multiple_of(super::segment::LINE);
+    let each = bytes
+        .div_ceil(size)
+        .next_multiple_of(super::segment::CACHE_LINE);
     let start = (rank * each).min(bytes);
     (start, ((rank + 1) * each).min(bytes) - start)
 }
 
 /// Sums of so few bytes are made by every rank for itself, which takes one turn instead of two.
-const FEW: usize = 16 << 10;
+const ONE_STEP_ALL_REDUCE_BYTES: usize = 16 << 10;
 
 impl Collective {
     pub(super) fn all_reduce(rings: &Rings, data: &Buffer, kind: Kind, op: ReduceOp) -> Collective {
         let rank = rings.rank;
         let size = rings.size;
-        let writing = |to, bytes, when_combined| Writing {
+        let writing = |to, bytes, follows_reduction| PendingWrite {
             to,
             bytes,
             at: 0,
-            when_combined,
+            follows_reduction,
         };
-        let combining = |from: fn(usize) -> From, out, when_written| {
+        let combining = |from: fn(usize) -> Source, out, follows_write| {
             let from = (0..size)
                 .map(|other| (other != rank).then_some(from(other)))
                 .collect();
-            Some(Combining {
+            Some(PendingReduction {
                 from,
                 own: None,
                 out,
                 kind,
                 op,
                 at: 0,
-                when_written,
+                follows_write,
             })
         };
-        if data.len() <= FEW {
-            let writing = vec![writing(To::All, data.clone(), false)];
-            let combining = combining(From::All, data.clone(), true);
+        if data.len() <= ONE_STEP_ALL_REDUCE_BYTES {
+            let writing = vec![writing(Destination::All, data.clone(), false)];
+            let combining = combining(Source::All, data.clone(), true);
             return Collective {
                 writing,
                 combining,
@@ -187,22 +191,22 @@ impl Collective {
             let (start, len) = part(data.len(), rank, size);
             data.part(start, len)
         };
-        let mut all: Vec<Writing> = rings
+        let mut all: Vec<PendingWrite> = rings
             .others()
-            .map(|to| writing(To::One(to), of(to), false))
+            .map(|to| writing(Destination::One(to), of(to), false))
             .collect();
-        all.push(writing(To::All, of(rank), true));
+        all.push(writing(Destination::All, of(rank), true));
         let reading = rings
             .others()
-            .map(|from| Reading {
-                from: From::All(from),
+            .map(|from| PendingRead {
+                from: Source::All(from),
                 bytes: of(from),
                 at: 0,
             })
             .collect();
         Collective {
             writing: all,
-            combining: combining(From::One, of(rank), false),
+            combining: combining(Source::One, of(rank), false),
             reading,
             own: None,
         }
@@ -212,18 +216,18 @@ impl Collective {
         let bytes = data.clone();
         if rings.rank == root {
             Collective {
-                writing: vec![Writing {
-                    to: To::All,
+                writing: vec![PendingWrite {
+                    to: Destination::All,
                     bytes,
                     at: 0,
-                    when_combined: false,
+                    follows_reduction: false,
                 }],
                 ..Collective::default()
             }
         } else {
             Collective {
-                reading: vec![Reading {
-                    from: From::All(root),
+                reading: vec![PendingRead {
+                    from: Source::All(root),
                     bytes,
                     at: 0,
                 }],
@@ -235,16 +239,16 @@ impl Collective {
     pub(super) fn all_gather(rings: &Rings, out: &Buffer, input: &Buffer) -> Collective {
         let part = |rank| out.part(rank * input.len(), input.len());
         Collective {
-            writing: vec![Writing {
-                to: To::All,
+            writing: vec![PendingWrite {
+                to: Destination::All,
                 bytes: input.clone(),
                 at: 0,
-                when_combined: false,
+                follows_reduction: false,
             }],
             reading: rings
                 .others()
-                .map(|rank| Reading {
-                    from: From::All(rank),
+                .map(|rank| PendingRead {
+                    from: Source::All(rank),
                     bytes: part(rank),
                     at: 0,
                 })
@@ -263,25 +267,25 @@ impl Collective {
     ) -> Collective {
         let part = |rank| input.part(rank * out.len(), out.len());
         let from = (0..rings.size)
-            .map(|other| (other != rings.rank).then_some(From::One(other)))
+            .map(|other| (other != rings.rank).then_some(Source::One(other)))
             .collect();
         let own = Some(part(rings.rank));
-        let writing = rings.others().map(|to| Writing {
-            to: To::One(to),
+        let writing = rings.others().map(|to| PendingWrite {
+            to: Destination::One(to),
             bytes: part(to),
             at: 0,
-            when_combined: false,
+            follows_reduction: false,
         });
         Collective {
             writing: writing.collect(),
-            combining: Some(Combining {
+            combining: Some(PendingReduction {
                 from,
                 own,
                 out: out.clone(),
                 kind,
                 op,
                 at: 0,
-                when_written: false,
+                follows_write: false,
             }),
             ..Collective::default()
         }
@@ -289,14 +293,14 @@ impl Collective {
 
     /// `outputs` and `inputs` are bytes from and for each rank.
     pub(super) fn all_to_all(rings: &Rings, outputs: &[Buffer], inputs: &[Buffer]) -> Collective {
-        let writing = |to: usize| Writing {
-            to: To::One(to),
+        let writing = |to: usize| PendingWrite {
+            to: Destination::One(to),
             bytes: inputs[to].clone(),
             at: 0,
-            when_combined: false,
+            follows_reduction: false,
         };
-        let reading = |from: usize| Reading {
-            from: From::One(from),
+        let reading = |from: usize| PendingRead {
+            from: Source::One(from),
             bytes: outputs[from].clone(),
             at: 0,
         };
@@ -309,14 +313,14 @@ impl Collective {
     }
 
     /// Gets on by a piece of everything: whether anything was possible.
-    pub(super) fn get_on(&mut self, rings: &mut Rings) -> bool {
+    pub(super) fn make_progress(&mut self, rings: &mut Rings) -> bool {
         let mut moved = false;
         if let Some((to, from)) = self.own.take() {
             to.copy_from(&from);
         }
         let combined = self.combining.as_ref().map_or(0, |combining| combining.at);
         self.writing.retain_mut(|writing| {
-            let until = if writing.when_combined {
+            let until = if writing.follows_reduction {
                 combined
             } else {
                 writing.bytes.len()
@@ -331,18 +335,21 @@ impl Collective {
             writing.at < writing.bytes.len()
         });
         if let Some(combining) = &mut self.combining {
-            let until = if combining.when_written {
+            let until = if combining.follows_write {
                 self.writing
                     .first()
                     .map_or(combining.out.len(), |writing| writing.at)
             } else {
                 combining.out.len()
             };
-            moved |= combining.get_on(rings, until);
+            moved |= combining.make_progress(rings, until);
         }
         self.reading.retain_mut(|reading| {
             let from = rings.reading(reading.from).readable();
-            let count = from.len().min(reading.bytes.len() - reading.at).min(PIECE);
+            let count = from
+                .len()
+                .min(reading.bytes.len() - reading.at)
+                .min(PIECE_BYTES);
             if count > 0 {
                 // SAFETY: this operation alone uses these bytes meanwhile.
                 let into = unsafe { reading.bytes.bytes_mut() };
@@ -357,10 +364,10 @@ impl Collective {
     }
 
     /// Whether it goes on only with `rank`'s help.
-    pub(super) fn needs(&self, rank: usize) -> bool {
-        let to = |writing: &Writing| match writing.to {
-            To::All => true,
-            To::One(to) => to == rank,
+    pub(super) fn depends_on(&self, rank: usize) -> bool {
+        let to = |writing: &PendingWrite| match writing.to {
+            Destination::All => true,
+            Destination::One(to) => to == rank,
         };
         let combining = self
             .combining
@@ -389,10 +396,10 @@ impl Collective {
     }
 }
 
-impl Combining {
-    fn get_on(&mut self, rings: &mut Rings, until: usize) -> bool {
+impl PendingReduction {
+    fn make_progress(&mut self, rings: &mut Rings, until: usize) -> bool {
         let element = self.kind.elt_size_in_bytes();
-        let mut count = (until - self.at).min(PIECE);
+        let mut count = (until - self.at).min(PIECE_BYTES);
         for from in self.from.iter().flatten() {
             count = count.min(rings.reading(*from).readable().len());
         }
@@ -408,8 +415,8 @@ impl Combining {
             .as_ref()
             .map(|own| &unsafe { own.bytes() }[self.at..][..count]);
         let given = self.from.iter().map(|from| match *from {
-            Some(From::All(rank)) => Some(&rings.from_all[rank].readable()[..count]),
-            Some(From::One(rank)) => Some(&rings.from[rank].readable()[..count]),
+            Some(Source::All(rank)) => Some(&rings.from_all[rank].readable()[..count]),
+            Some(Source::One(rank)) => Some(&rings.from[rank].readable()[..count]),
             None => own,
         });
         combine(self.kind, self.op, &given.collect::<Vec<_>>(), out);

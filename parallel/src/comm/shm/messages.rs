@@ -1,36 +1,36 @@
 //! Messages between two ranks: each has a tag and a length, and a receiver takes those of a tag in order. What nobody has asked
 //! for yet is put aside, so that a message of one tag never waits for one of another.
 
-use super::segment::{LINE, Lane, Ring};
-use super::{Buffer, Done};
+use super::segment::{CACHE_LINE, Channel, Ring};
+use super::{Buffer, Completion};
 use std::collections::VecDeque;
 
 /// Bytes of a piece.
-const PIECE: usize = 64 << 10;
+const PIECE_BYTES: usize = 64 << 10;
 
 /// A message to write.
-struct Sending {
+struct OutgoingMessage {
     tag: i32,
     bytes: Buffer,
     at: usize,
     announced: bool,
-    done: Done,
+    done: Completion,
 }
 
 /// A message that is asked for.
-struct Wanted {
+struct PostedReceive {
     tag: i32,
     bytes: Buffer,
-    done: Done,
+    done: Completion,
 }
 
-/// The message that is arriving, or has arrived and nobody has asked for.
-struct Arriving {
+/// The message that is incoming, or has arrived and nobody has asked for.
+struct IncomingMessage {
     tag: i32,
     len: usize,
-    /// What is there of it, unless it goes straight to where it is wanted.
-    kept: Vec<u8>,
-    wanted: Option<Wanted>,
+    /// What is there of it, unless it goes straight to where it is posted.
+    buffered: Vec<u8>,
+    posted: Option<PostedReceive>,
     at: usize,
 }
 
@@ -39,10 +39,10 @@ struct Peer {
     rank: usize,
     to: Ring,
     from: Ring,
-    sending: VecDeque<Sending>,
-    wanted: VecDeque<Wanted>,
-    arriving: Option<Arriving>,
-    early: VecDeque<Arriving>,
+    outgoing: VecDeque<OutgoingMessage>,
+    posted: VecDeque<PostedReceive>,
+    incoming: Option<IncomingMessage>,
+    unexpected: VecDeque<IncomingMessage>,
 }
 
 /// The messages of one rank of a group.
@@ -52,15 +52,15 @@ pub(super) struct Messages {
 }
 
 impl Messages {
-    pub(super) fn new(rank: usize, size: usize, ring: impl Fn(usize, Lane) -> Ring) -> Messages {
+    pub(super) fn new(rank: usize, size: usize, ring: impl Fn(usize, Channel) -> Ring) -> Messages {
         let peer = |other| Peer {
             rank: other,
-            to: ring(rank, Lane::Message(other)),
-            from: ring(other, Lane::Message(rank)),
-            sending: VecDeque::new(),
-            wanted: VecDeque::new(),
-            arriving: None,
-            early: VecDeque::new(),
+            to: ring(rank, Channel::Message(other)),
+            from: ring(other, Channel::Message(rank)),
+            outgoing: VecDeque::new(),
+            posted: VecDeque::new(),
+            incoming: None,
+            unexpected: VecDeque::new(),
         };
         Messages {
             rank,
@@ -85,9 +85,9 @@ impl Messages {
         to: usize,
         tag: i32,
         bytes: Buffer,
-        done: Done,
+        done: Completion,
     ) -> Result<(), String> {
-        self.peer(to)?.sending.push_back(Sending {
+        self.peer(to)?.outgoing.push_back(OutgoingMessage {
             tag,
             bytes,
             at: 0,
@@ -106,20 +106,23 @@ impl Messages {
         from: usize,
         tag: i32,
         bytes: Buffer,
-        done: Done,
+        done: Completion,
     ) -> Result<(), String> {
         let peer = self.peer(from)?;
-        let wanted = Wanted { tag, bytes, done };
-        let early = peer.early.iter().position(|early| early.tag == tag);
-        match early.and_then(|at| peer.early.remove(at)) {
-            Some(early) => early.deliver(wanted),
-            None => peer.wanted.push_back(wanted),
+        let posted = PostedReceive { tag, bytes, done };
+        let unexpected = peer
+            .unexpected
+            .iter()
+            .position(|unexpected| unexpected.tag == tag);
+        match unexpected.and_then(|at| peer.unexpected.remove(at)) {
+            Some(unexpected) => unexpected.deliver(posted),
+            None => peer.posted.push_back(posted),
         }
         Ok(())
     }
 
     /// Gets on by a piece of everything: whether anything was possible.
-    pub(super) fn get_on(&mut self, touched: &mut [bool]) -> bool {
+    pub(super) fn make_progress(&mut self, touched: &mut [bool]) -> bool {
         let own = self.rank;
         let mut moved = false;
         for peer in self.peers.iter_mut().flatten() {
@@ -131,123 +134,124 @@ impl Messages {
     }
 
     /// Whether messages to or from `rank` are under way.
-    pub(super) fn needs(&self, rank: usize) -> bool {
+    pub(super) fn depends_on(&self, rank: usize) -> bool {
         let peer = self.peers.get(rank).and_then(Option::as_ref);
         peer.is_some_and(|peer| {
-            let arriving = peer
-                .arriving
+            let incoming = peer
+                .incoming
                 .as_ref()
-                .is_some_and(|arriving| arriving.wanted.is_some());
-            arriving || !peer.sending.is_empty() || !peer.wanted.is_empty()
+                .is_some_and(|incoming| incoming.posted.is_some());
+            incoming || !peer.outgoing.is_empty() || !peer.posted.is_empty()
         })
     }
 
     /// How many are under way.
-    pub(super) fn under_way(&self) -> usize {
-        let arriving = |peer: &Peer| {
-            peer.arriving
+    pub(super) fn in_flight(&self) -> usize {
+        let incoming = |peer: &Peer| {
+            peer.incoming
                 .iter()
-                .filter(|arriving| arriving.wanted.is_some())
+                .filter(|incoming| incoming.posted.is_some())
                 .count()
         };
         self.peers
             .iter()
             .flatten()
-            .map(|peer| peer.sending.len() + peer.wanted.len() + arriving(peer))
+            .map(|peer| peer.outgoing.len() + peer.posted.len() + incoming(peer))
             .sum()
     }
 
     /// Gives up whatever is under way.
     pub(super) fn clear(&mut self) {
         for peer in self.peers.iter_mut().flatten() {
-            peer.sending.clear();
-            peer.wanted.clear();
-            peer.arriving = None;
+            peer.outgoing.clear();
+            peer.posted.clear();
+            peer.incoming = None;
         }
     }
 }
 
 impl Peer {
     fn write(&mut self) -> bool {
-        let Some(sending) = self.sending.front_mut() else {
+        let Some(outgoing) = self.outgoing.front_mut() else {
             return false;
         };
         let free = self.to.free([self.rank]);
         let mut moved = false;
-        if !sending.announced {
-            if free < LINE {
+        if !outgoing.announced {
+            if free < CACHE_LINE {
                 return false;
             }
-            let mut head = [0; LINE];
-            head[..4].copy_from_slice(&sending.tag.to_ne_bytes());
-            head[8..16].copy_from_slice(&(sending.bytes.len() as u64).to_ne_bytes());
+            let mut head = [0; CACHE_LINE];
+            head[..4].copy_from_slice(&outgoing.tag.to_ne_bytes());
+            head[8..16].copy_from_slice(&(outgoing.bytes.len() as u64).to_ne_bytes());
             self.to.write(&head, free);
-            (sending.announced, moved) = (true, true);
+            (outgoing.announced, moved) = (true, true);
         }
         // SAFETY: nobody writes there before the message is sent.
-        let bytes = &unsafe { sending.bytes.bytes() }[sending.at..];
-        let count = self
-            .to
-            .write(&bytes[..bytes.len().min(PIECE)], self.to.free([self.rank]));
-        sending.at += count;
-        if sending.at == sending.bytes.len() {
+        let bytes = &unsafe { outgoing.bytes.bytes() }[outgoing.at..];
+        let count = self.to.write(
+            &bytes[..bytes.len().min(PIECE_BYTES)],
+            self.to.free([self.rank]),
+        );
+        outgoing.at += count;
+        if outgoing.at == outgoing.bytes.len() {
             self.to.end_written();
-            sending.done.set(Ok(()));
-            self.sending.pop_front();
+            outgoing.done.set(Ok(()));
+            self.outgoing.pop_front();
         }
         moved || count > 0
     }
 
     fn read(&mut self, own: usize) -> bool {
         let mut moved = false;
-        if self.arriving.is_none() {
+        if self.incoming.is_none() {
             let head = self.from.readable();
-            if head.len() < LINE {
+            if head.len() < CACHE_LINE {
                 return false;
             }
             let tag = i32::from_ne_bytes([head[0], head[1], head[2], head[3]]);
             let len = u64::from_ne_bytes(head[8..16].try_into().unwrap_or_default()) as usize;
-            self.from.read(own, LINE);
+            self.from.read(own, CACHE_LINE);
             moved = true;
-            // What came early of the same tag has been delivered, or nobody has asked for it.
-            let wanted = self.wanted.iter().position(|wanted| wanted.tag == tag);
-            let wanted = wanted.filter(|&at| self.wanted[at].bytes.len() == len);
-            let wanted = wanted.and_then(|at| self.wanted.remove(at));
-            self.arriving = Some(Arriving {
+            // What came unexpected of the same tag has been delivered, or nobody has asked for it.
+            let posted = self.posted.iter().position(|posted| posted.tag == tag);
+            let posted = posted.filter(|&at| self.posted[at].bytes.len() == len);
+            let posted = posted.and_then(|at| self.posted.remove(at));
+            self.incoming = Some(IncomingMessage {
                 tag,
                 len,
-                kept: Vec::new(),
-                wanted,
+                buffered: Vec::new(),
+                posted,
                 at: 0,
             });
         }
-        let Some(arriving) = &mut self.arriving else {
+        let Some(incoming) = &mut self.incoming else {
             return moved;
         };
         let from = self.from.readable();
-        let count = from.len().min(arriving.len - arriving.at).min(PIECE);
-        match &arriving.wanted {
-            Some(wanted) => {
+        let count = from.len().min(incoming.len - incoming.at).min(PIECE_BYTES);
+        match &incoming.posted {
+            Some(posted) => {
                 // SAFETY: the one who receives leaves these bytes alone until it is done.
-                let into = unsafe { wanted.bytes.bytes_mut() };
-                into[arriving.at..][..count].copy_from_slice(&from[..count]);
+                let into = unsafe { posted.bytes.bytes_mut() };
+                into[incoming.at..][..count].copy_from_slice(&from[..count]);
             }
-            None => arriving.kept.extend_from_slice(&from[..count]),
+            None => incoming.buffered.extend_from_slice(&from[..count]),
         }
-        arriving.at += count;
+        incoming.at += count;
         self.from.read(own, count);
-        if arriving.at == arriving.len {
+        if incoming.at == incoming.len {
             self.from.end_read(own);
-            if let Some(mut arrived) = self.arriving.take() {
+            if let Some(mut arrived) = self.incoming.take() {
                 let later = self
-                    .wanted
+                    .posted
                     .iter()
-                    .position(|wanted| wanted.tag == arrived.tag);
-                match arrived.wanted.take() {
-                    Some(wanted) => wanted.done.set(Ok(())),
-                    None => match later.and_then(|at| self.wanted.remove(at)) {
-                        Some(wanted) => arrived.deliver(wanted),
-                        None => self.early.push_back(arrived),
+                    .position(|posted| posted.tag == arrived.tag);
+                match arrived.posted.take() {
+                    Some(posted) => posted.done.set(Ok(())),
+                    None => match later.and_then(|at| self.posted.remove(at)) {
+                        Some(posted) => arrived.deliver(posted),
+                        None => self.unexpected.push_back(arrived),
                     },
                 }
             }
@@ -256,19 +260,19 @@ impl Peer {
     }
 }
 
-impl Arriving {
-    /// Copies what was put aside to where it is wanted.
-    fn deliver(self, wanted: Wanted) {
-        let expected = wanted.bytes.len();
+impl IncomingMessage {
+    /// Copies what was put aside to where it is posted.
+    fn deliver(self, posted: PostedReceive) {
+        let expected = posted.bytes.len();
         if expected != self.len {
             let sent = self.len;
-            wanted.done.set(Err(format!(
+            posted.done.set(Err(format!(
                 "the message has {sent} bytes and this rank receives {expected}"
             )));
             return;
         }
         // SAFETY: the one who receives leaves these bytes alone until it is done.
-        unsafe { wanted.bytes.bytes_mut() }.copy_from_slice(&self.kept);
-        wanted.done.set(Ok(()));
+        unsafe { posted.bytes.bytes_mut() }.copy_from_slice(&self.buffered);
+        posted.done.set(Ok(()));
     }
 }

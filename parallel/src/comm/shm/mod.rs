@@ -1,4 +1,4 @@
-//! Shared memory: the communicator of ranks that are on one machine, whose tensors are in its memory.
+//! ShmState memory: the communicator of ranks that are on one machine, whose tensors are in its memory.
 //!
 //! A rank copies what others need into rings that they read; while the ring is short enough for the processor's cache, the
 //! second copy costs little. Nothing waits for a thread of another rank but for bytes: whoever begins an operation of a group or waits
@@ -11,11 +11,11 @@ mod reduce;
 mod segment;
 
 use super::{CommError, Communicator, Membership, ReduceOp, Staged, Work, check_splits};
-use crate::beside;
+use crate::background;
 use collective::{Collective, Rings};
 use messages::Messages;
 use parking_lot::{Mutex, MutexGuard};
-use segment::{Bell, Ring, Segment};
+use segment::{Doorbell, Ring, Segment};
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
@@ -27,53 +27,53 @@ use torch_ext::Store;
 
 /// How often a waiting thread looks before it lets others have the processor, and before it sleeps, where nothing is computed
 /// meanwhile.
-const LOOKS: (usize, usize) = (50, 100);
+const SPIN_LIMITS: (usize, usize) = (50, 100);
 /// Pieces with which whoever begins an operation, or has waited for one, gets on himself: as many as a ring holds. More would keep it
 /// from what it computes.
-const AT_ONCE: usize = 8;
+const MAX_PROGRESS_CALLS: usize = 8;
 /// How often a sleeping thread looks whether the others are still there.
-const NAP: Duration = Duration::from_millis(200);
+const LIVENESS_INTERVAL: Duration = Duration::from_millis(200);
 
 /// A group of ranks on one machine.
 pub(crate) struct Shm {
-    shared: Arc<Shared>,
+    shared: Arc<ShmState>,
 }
 
-struct Shared {
+struct ShmState {
     membership: Membership,
     timeout: Duration,
     segment: Arc<Segment>,
     engine: Mutex<Engine>,
 }
 
-/// What is under way in a group. Collectives are done one after the other, messages beside them.
+/// What is under way in a group. Collectives are done one after the other, messages background them.
 struct Engine {
     rings: Rings,
-    collectives: VecDeque<(Collective, Done)>,
+    collectives: VecDeque<(Collective, Completion)>,
     messages: Messages,
     /// Why nothing goes on here.
-    given_up: Option<String>,
+    abort_reason: Option<String>,
 }
 
 /// A tensor that is kept for its bytes.
-struct Kept(Tensor);
+struct SyncTensor(Tensor);
 
 // SAFETY: of a tensor that is shared nothing is used but where its bytes are; who may touch those is settled by `Buffer`.
-unsafe impl Sync for Kept {}
+unsafe impl Sync for SyncTensor {}
 
 /// Bytes of a tensor, which lives as long.
 #[derive(Clone)]
 struct Buffer {
-    tensor: Arc<Kept>,
+    tensor: Arc<SyncTensor>,
     start: usize,
     len: usize,
 }
 
 /// What has become of an operation.
 #[derive(Clone, Default)]
-struct Done(Arc<OnceLock<Result<(), String>>>);
+struct Completion(Arc<OnceLock<Result<(), String>>>);
 
-impl Done {
+impl Completion {
     fn set(&self, result: Result<(), String>) {
         let _ = self.0.set(result);
     }
@@ -83,7 +83,7 @@ impl Buffer {
     fn new(tensor: &Tensor) -> Buffer {
         let len = tensor.numel() * tensor.kind().elt_size_in_bytes();
         Buffer {
-            tensor: Arc::new(Kept(tensor.shallow_clone())),
+            tensor: Arc::new(SyncTensor(tensor.shallow_clone())),
             start: 0,
             len,
         }
@@ -139,24 +139,24 @@ impl Buffer {
 
 impl Engine {
     /// Gets on with everything by a piece: whether anything was possible. Tells those whom it concerns.
-    fn get_on(&mut self, segment: &Segment, others_wait: bool) -> bool {
-        let before = self.under_way();
+    fn make_progress(&mut self, segment: &Segment, others_wait: bool) -> bool {
+        let before = self.in_flight();
         let mut moved = false;
         if let Some((collective, done)) = self.collectives.front_mut() {
-            moved |= collective.get_on(&mut self.rings);
+            moved |= collective.make_progress(&mut self.rings);
             if collective.is_done() {
                 done.set(Ok(()));
                 self.collectives.pop_front();
                 moved = true;
             }
         }
-        moved |= self.messages.get_on(&mut self.rings.touched);
+        moved |= self.messages.make_progress(&mut self.rings.touched);
         for (rank, touched) in self.rings.touched.iter_mut().enumerate() {
             if std::mem::take(touched) {
                 segment.ring_doorbell(rank);
             }
         }
-        let done = before - self.under_way();
+        let done = before - self.in_flight();
         if done > 0 {
             segment
                 .pending(self.rings.rank)
@@ -168,8 +168,8 @@ impl Engine {
         moved
     }
 
-    fn under_way(&self) -> usize {
-        self.collectives.len() + self.messages.under_way()
+    fn in_flight(&self) -> usize {
+        self.collectives.len() + self.messages.in_flight()
     }
 }
 
@@ -182,7 +182,7 @@ fn lock(engine: &Mutex<Engine>) -> MutexGuard<'_, Engine> {
 struct Offer {
     process: u32,
     file: i32,
-    mark: u64,
+    nonce: u64,
 }
 
 impl Shm {
@@ -202,13 +202,13 @@ impl Shm {
         let mut file = None;
         let segment = match rank {
             0 => {
-                let mark = getrandom::u64().unwrap_or_else(|_| u64::from(std::process::id()));
-                let made = Segment::create(size, mark).ok().map(|(segment, memory)| {
+                let nonce = getrandom::u64().unwrap_or_else(|_| u64::from(std::process::id()));
+                let made = Segment::create(size, nonce).ok().map(|(segment, memory)| {
                     let memory = file.insert(memory);
                     let offer = Offer {
                         process: std::process::id(),
                         file: memory.as_raw_fd(),
-                        mark,
+                        nonce,
                     };
                     (segment, serde_json::to_vec(&offer).unwrap_or_default())
                 });
@@ -228,7 +228,7 @@ impl Shm {
         if let Some(segment) = &segment {
             segment
                 .process(rank)
-                .store(progress::this_process(), Ordering::SeqCst);
+                .store(progress::process_identity(), Ordering::SeqCst);
         }
         store
             .set(&format!("shm/{rank}"), &[segment.is_some().into()])
@@ -243,23 +243,23 @@ impl Shm {
             return Ok(None);
         };
         let segment = Arc::new(segment);
-        let ring = |writer, lane| Ring::new(&segment, writer, lane);
+        let ring = |writer, channel| Ring::new(&segment, writer, channel);
         let rings = Rings::new(rank, size, ring);
         let messages = Messages::new(rank, size, ring);
         let engine = Mutex::new(Engine {
             rings,
             collectives: VecDeque::new(),
             messages,
-            given_up: None,
+            abort_reason: None,
         });
         let membership = membership.clone();
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(ShmState {
             membership,
             timeout,
             segment,
             engine,
         });
-        progress::look_after(&shared);
+        progress::spawn_progress_thread(&shared);
         Ok(Some(Shm { shared }))
     }
 
@@ -269,7 +269,7 @@ impl Shm {
         operation: &'static str,
         tensors: &[&Tensor],
         writes: bool,
-        start: impl FnOnce(&mut Engine, &[Buffer], Done) -> Result<(), String>,
+        start: impl FnOnce(&mut Engine, &[Buffer], Completion) -> Result<(), String>,
     ) -> Result<Work, CommError> {
         let shared = self.shared.clone();
         let error = |reason: String| shared.membership.error(operation, reason);
@@ -278,22 +278,22 @@ impl Shm {
         }
         let staged = Staged::new(tensors, writes);
         let buffers: Vec<Buffer> = staged.host.iter().map(Buffer::new).collect();
-        let done = Done::default();
+        let done = Completion::default();
         let rank = shared.membership.position;
         {
             let mut engine = lock(&shared.engine);
-            if let Some(reason) = &engine.given_up {
+            if let Some(reason) = &engine.abort_reason {
                 return Err(error(reason.clone()));
             }
-            let before = engine.under_way();
+            let before = engine.in_flight();
             start(&mut engine, &buffers, done.clone()).map_err(error)?;
-            let begun = engine.under_way() - before;
+            let begun = engine.in_flight() - before;
             shared.segment.waiters(rank).fetch_add(1, Ordering::SeqCst);
             shared
                 .segment
                 .pending(rank)
                 .fetch_add(begun as u32, Ordering::SeqCst);
-            shared.let_go(&mut engine);
+            shared.finish_waiting(&mut engine);
         }
         Ok(Work::new(move || {
             shared
@@ -343,7 +343,7 @@ impl Shm {
     }
 
     fn check_kind(&self, operation: &'static str, tensor: &Tensor) -> Result<(), CommError> {
-        if reduce::combines(tensor.kind()) {
+        if reduce::supports_kind(tensor.kind()) {
             Ok(())
         } else {
             Err(self.refuse(
@@ -356,76 +356,80 @@ impl Shm {
 
 impl Offer {
     fn open(&self, size: usize) -> Option<Segment> {
-        // Of another process's file it is an error, or has another mark.
+        // Of another process's file it is an error, or has another nonce.
         let path = format!("/proc/{}/fd/{}", self.process, self.file);
         let file = OpenOptions::new().read(true).write(true).open(path).ok()?;
-        Segment::open(&file, size, self.mark).ok()
+        Segment::open(&file, size, self.nonce).ok()
     }
 }
 
-impl Shared {
+impl ShmState {
     /// Gets on with everything until `done` is.
-    fn wait(&self, done: &Done) -> Result<(), String> {
+    fn wait(&self, done: &Completion) -> Result<(), String> {
         if let Some(result) = done.0.get() {
             return result.clone();
         }
         self.segment
             .waiters(self.membership.position)
             .fetch_add(1, Ordering::SeqCst);
-        let result = self.drive(done);
-        self.let_go(&mut lock(&self.engine));
+        let result = self.wait_until_done(done);
+        self.finish_waiting(&mut lock(&self.engine));
         result
     }
 
     /// Whoever calls it was counted among those who wait, and is not any more. What is possible at once is done before: to wake the
     /// thread that looks after the rest takes as long as a small operation, and most are waited for as soon as they are begun.
-    fn let_go(&self, engine: &mut Engine) {
+    fn finish_waiting(&self, engine: &mut Engine) {
         let rank = self.membership.position;
-        let rung = || self.segment.rung(rank, Bell::Waiting);
+        let doorbell_count = || self.segment.doorbell_count(rank, Doorbell::Waiting);
         // What was written to rings before this rank was counted is seen here.
         fence(Ordering::SeqCst);
         // The bell as it was when nothing more was possible.
         let mut still = None;
-        for _ in 0..AT_ONCE {
-            let seen = rung();
-            if !engine.get_on(&self.segment, true) && rung() == seen {
+        for _ in 0..MAX_PROGRESS_CALLS {
+            let seen = doorbell_count();
+            if !engine.make_progress(&self.segment, true) && doorbell_count() == seen {
                 still = Some(seen);
                 break;
             }
         }
         self.segment.waiters(rank).fetch_sub(1, Ordering::SeqCst);
-        // Others have rung for those who wait, perhaps for this one alone.
-        if still != Some(rung()) {
+        // Others have doorbell_count for those who wait, perhaps for this one alone.
+        if still != Some(doorbell_count()) {
             self.segment.ring_doorbell(rank);
         }
     }
 
-    fn drive(&self, done: &Done) -> Result<(), String> {
+    fn wait_until_done(&self, done: &Completion) -> Result<(), String> {
         let rank = self.membership.position;
-        let looks = if beside::is_beside() { (0, 0) } else { LOOKS };
+        let looks = if background::is_background() {
+            (0, 0)
+        } else {
+            SPIN_LIMITS
+        };
         let mut idle = 0;
         let mut began = None;
         let mut looked = None;
         let mut gone = None;
         loop {
-            let seen = self.segment.rung(rank, Bell::Waiting);
+            let seen = self.segment.doorbell_count(rank, Doorbell::Waiting);
             let moved = {
                 let mut engine = lock(&self.engine);
-                let moved = engine.get_on(
+                let moved = engine.make_progress(
                     &self.segment,
                     self.segment.waiters(rank).load(Ordering::SeqCst) > 1,
                 );
                 if let Some(result) = done.0.get() {
                     return result.clone();
                 }
-                if let Some(reason) = &engine.given_up {
+                if let Some(reason) = &engine.abort_reason {
                     return Err(reason.clone());
                 }
                 moved
             };
             if let Some(gone) = gone.take().filter(|_| !moved) {
                 let gone = self.membership.members[gone];
-                self.give_up(&format!("rank {gone} of the group has ended"));
+                self.abort_with(&format!("rank {gone} of the group has ended"));
                 continue;
             }
             if moved {
@@ -438,11 +442,12 @@ impl Shared {
                 _ if idle < looks.1 => std::thread::yield_now(),
                 _ => {
                     let began = *began.get_or_insert_with(Instant::now);
-                    self.segment.sleep(rank, Bell::Waiting, seen, Some(NAP));
+                    self.segment
+                        .sleep(rank, Doorbell::Waiting, seen, Some(LIVENESS_INTERVAL));
                     if began.elapsed() > self.timeout {
-                        self.give_up(&format!("timed out after {:.1?}", self.timeout));
+                        self.abort_with(&format!("timed out after {:.1?}", self.timeout));
                     }
-                    if looked.get_or_insert(began).elapsed() >= NAP {
+                    if looked.get_or_insert(began).elapsed() >= LIVENESS_INTERVAL {
                         looked = Some(Instant::now());
                         // What it has left behind is taken first.
                         gone = self.gone();
@@ -452,27 +457,29 @@ impl Shared {
         }
     }
 
-    /// A rank that something under way needs and whose process is not there any more.
+    /// A rank that something under way depends_on and whose process is not there any more.
     fn gone(&self) -> Option<usize> {
         let engine = lock(&self.engine);
         let needed = |rank: &usize| {
             let collective = engine
                 .collectives
                 .front()
-                .is_some_and(|(collective, _)| collective.needs(*rank));
-            collective || engine.messages.needs(*rank)
+                .is_some_and(|(collective, _)| collective.depends_on(*rank));
+            collective || engine.messages.depends_on(*rank)
         };
         let is_gone =
-            |rank: &usize| !progress::is_there(self.segment.process(*rank).load(Ordering::SeqCst));
+            |rank: &usize| !progress::is_alive(self.segment.process(*rank).load(Ordering::SeqCst));
         (0..self.membership.members.len())
             .filter(needed)
             .find(is_gone)
     }
 
     /// Nothing goes on in this group, and nothing is written any more to tensors that were given to it.
-    fn give_up(&self, reason: &str) {
+    fn abort_with(&self, reason: &str) {
         let mut engine = lock(&self.engine);
-        engine.given_up.get_or_insert_with(|| reason.to_string());
+        engine
+            .abort_reason
+            .get_or_insert_with(|| reason.to_string());
         engine.collectives.clear();
         engine.messages.clear();
         self.segment
@@ -483,9 +490,9 @@ impl Shared {
     }
 }
 
-impl Drop for Shared {
+impl Drop for ShmState {
     fn drop(&mut self) {
-        self.segment.dismiss(self.membership.position);
+        self.segment.wake_progress_thread(self.membership.position);
     }
 }
 
@@ -584,6 +591,6 @@ impl Communicator for Shm {
         })
     }
     fn abort(&self) {
-        self.shared.give_up("the group was aborted");
+        self.shared.abort_with("the group was aborted");
     }
 }

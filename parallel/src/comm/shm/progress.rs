@@ -1,36 +1,38 @@
 //! Operations that nobody waits for get on, too: each group has a thread that looks after them when another rank has done something.
 
-use super::segment::Bell;
-use super::{Shared, lock};
-use crate::beside;
+use super::segment::Doorbell;
+use super::{ShmState, lock};
+use crate::background;
 use std::sync::{Arc, Weak};
 
 /// Looks after a group as long as it is used.
-pub(super) fn look_after(group: &Arc<Shared>) {
+pub(super) fn spawn_progress_thread(group: &Arc<ShmState>) {
     let group = Arc::downgrade(group);
-    beside::spawn("shm", move || attend(&group));
+    background::spawn("shm", move || progress_loop(&group));
 }
 
-fn attend(group: &Weak<Shared>) {
+fn progress_loop(group: &Weak<ShmState>) {
     while let Some(group) = group.upgrade() {
         let rank = group.membership.position;
-        let seen = group.segment.rung(rank, Bell::Attending);
-        if !group.segment.is_left_alone(rank) || !lock(&group.engine).get_on(&group.segment, true) {
+        let seen = group.segment.doorbell_count(rank, Doorbell::ProgressThread);
+        if !group.segment.needs_progress_thread(rank)
+            || !lock(&group.engine).make_progress(&group.segment, true)
+        {
             let segment = group.segment.clone();
             drop(group);
-            segment.sleep(rank, Bell::Attending, seen, None);
+            segment.sleep(rank, Doorbell::ProgressThread, seen, None);
         }
     }
 }
 
 /// This process and when it began, in one number.
-pub(super) fn this_process() -> u64 {
+pub(super) fn process_identity() -> u64 {
     let process = std::process::id();
     u64::from(process) << 32 | began(process).unwrap_or(0)
 }
 
 /// Whether a process that has called itself so is still there.
-pub(super) fn is_there(process: u64) -> bool {
+pub(super) fn is_alive(process: u64) -> bool {
     process == 0 || began((process >> 32) as u32) == Some(process & 0xffff_ffff)
 }
 
@@ -51,13 +53,13 @@ mod tests {
 
     #[test]
     fn processes_that_ended_are_not_there() {
-        assert!(is_there(this_process()));
+        assert!(is_alive(process_identity()));
         let mut child = std::process::Command::new("true").spawn().unwrap();
         // It may have ended already, and is a zombie then.
         let began = began(child.id()).unwrap_or(1);
         let process = u64::from(child.id()) << 32 | began;
         child.wait().unwrap();
-        assert!(!is_there(process));
-        assert!(!is_there(this_process() ^ 1));
+        assert!(!is_alive(process));
+        assert!(!is_alive(process_identity() ^ 1));
     }
 }

@@ -9,17 +9,17 @@ const BLOCK: usize = 1024;
 
 /// A number in memory, and what it is computed with: 16-bit numbers are added as fp32 and rounded once.
 trait Element: Copy + 'static {
-    type Wide: Copy + PartialOrd;
-    const ZERO: Self::Wide;
-    fn widen(self) -> Self::Wide;
-    fn narrow(wide: Self::Wide) -> Self;
-    fn sum(a: Self::Wide, b: Self::Wide) -> Self::Wide;
+    type Accumulator: Copy + PartialOrd;
+    const ZERO: Self::Accumulator;
+    fn widen(self) -> Self::Accumulator;
+    fn narrow(wide: Self::Accumulator) -> Self;
+    fn sum(a: Self::Accumulator, b: Self::Accumulator) -> Self::Accumulator;
 }
 
 macro_rules! element {
     ($type:ty as $wide:ty, $zero:expr, $widen:expr, $narrow:expr, $sum:expr) => {
         impl Element for $type {
-            type Wide = $wide;
+            type Accumulator = $wide;
             const ZERO: $wide = $zero;
             #[inline(always)]
             fn widen(self) -> $wide {
@@ -45,14 +45,14 @@ element!(i32 as i32, 0, |x| x, |x| x, i32::wrapping_add);
 element!(u8 as u8, 0, |x| x, |x| x, u8::wrapping_add);
 
 /// Whether [`combine`] knows elements of this kind.
-pub(super) fn combines(kind: Kind) -> bool {
+pub(super) fn supports_kind(kind: Kind) -> bool {
     use Kind::{BFloat16, Double, Float, Half, Int, Int64, Uint8};
     matches!(kind, Float | Double | BFloat16 | Half | Int64 | Int | Uint8)
 }
 
 /// Combines what `ranks` give, in their order, into `out`; where one of them is None it is what `out` holds.
 ///
-/// All have as many bytes as `out`, which are whole, aligned elements of `kind`, one that [`combines`] knows.
+/// All have as many bytes as `out`, which are whole, aligned elements of `kind`, one that [`supports_kind`] knows.
 pub(super) fn combine(kind: Kind, op: ReduceOp, ranks: &[Option<&[u8]>], out: &mut [u8]) {
     match kind {
         Kind::Float => all::<f32>(op, ranks, out),
@@ -75,7 +75,7 @@ fn all<T: Element>(op: ReduceOp, ranks: &[Option<&[u8]>], out: &mut [u8]) {
 
 #[inline(always)]
 fn each<T: Element>(
-    with: impl Fn(T::Wide, T::Wide) -> T::Wide,
+    with: impl Fn(T::Accumulator, T::Accumulator) -> T::Accumulator,
     ranks: &[Option<&[u8]>],
     out: &mut [u8],
 ) {

@@ -11,16 +11,16 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use std::time::Duration;
 
 /// A cache line: what different ranks write lies on different ones, and messages begin on one.
-pub(super) const LINE: usize = 64;
+pub(super) const CACHE_LINE: usize = 64;
 
 /// Bytes of the rings that one rank writes for collectives, or for messages, together.
-const ROOM: usize = 1 << 20;
+const RING_BYTES_PER_RANK: usize = 1 << 20;
 /// Of one of them, at least and at most.
-const RING: (usize, usize) = (32 << 10, 256 << 10);
+const RING_BYTES_RANGE: (usize, usize) = (32 << 10, 256 << 10);
 
 /// What a ring is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Lane {
+pub(super) enum Channel {
     /// From one rank to all others.
     All,
     /// A collective's parts, from one rank to another.
@@ -38,31 +38,33 @@ struct Layout {
 
 impl Layout {
     fn new(members: usize) -> Layout {
-        let ring = (ROOM / members).next_power_of_two().clamp(RING.0, RING.1);
+        let ring = (RING_BYTES_PER_RANK / members)
+            .next_power_of_two()
+            .clamp(RING_BYTES_RANGE.0, RING_BYTES_RANGE.1);
         Layout { members, ring }
     }
 
     /// The lines of one ring's positions: how far it is written, and how far each rank has read it.
     fn control(&self) -> usize {
-        (1 + self.members) * LINE
+        (1 + self.members) * CACHE_LINE
     }
 
     fn rings(&self) -> usize {
         self.members * (2 * self.members + 1)
     }
 
-    fn number(&self, writer: usize, lane: Lane) -> usize {
+    fn number(&self, writer: usize, channel: Channel) -> usize {
         writer * (2 * self.members + 1)
-            + match lane {
-                Lane::All => 0,
-                Lane::Part(to) => 1 + to,
-                Lane::Message(to) => 1 + self.members + to,
+            + match channel {
+                Channel::All => 0,
+                Channel::Part(to) => 1 + to,
+                Channel::Message(to) => 1 + self.members + to,
             }
     }
 
     /// The first line says which segment it is; then each rank has one.
     fn positions(&self, ring: usize) -> usize {
-        (1 + self.members) * LINE + ring * self.control()
+        (1 + self.members) * CACHE_LINE + ring * self.control()
     }
 
     fn data(&self, ring: usize) -> usize {
@@ -81,8 +83,8 @@ pub(super) struct Segment {
 }
 
 impl Segment {
-    /// New memory for `members` ranks, known by `mark`, and the file by which others get at it.
-    pub(super) fn create(members: usize, mark: u64) -> io::Result<(Segment, File)> {
+    /// New memory for `members` ranks, known by `nonce`, and the file by which others get at it.
+    pub(super) fn create(members: usize, nonce: u64) -> io::Result<(Segment, File)> {
         let file = File::from(memfd_create(
             "moerun-group",
             MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING,
@@ -100,7 +102,7 @@ impl Segment {
             layout,
             map: MmapOptions::new().map_raw(&file)?,
         };
-        segment.number(0).store(mark, Ordering::SeqCst);
+        segment.number(0).store(nonce, Ordering::SeqCst);
         Ok((segment, file))
     }
 
@@ -108,7 +110,7 @@ impl Segment {
     ///
     /// # Errors
     /// When it is not that.
-    pub(super) fn open(file: &File, members: usize, mark: u64) -> io::Result<Segment> {
+    pub(super) fn open(file: &File, members: usize, nonce: u64) -> io::Result<Segment> {
         let layout = Layout::new(members);
         let seals = SealFlag::from_bits_truncate(fcntl(file, FcntlArg::F_GET_SEALS)?);
         let fits = seals.contains(SealFlag::F_SEAL_SHRINK)
@@ -121,7 +123,7 @@ impl Segment {
             layout,
             map: segment,
         };
-        if segment.number(0).load(Ordering::SeqCst) == mark {
+        if segment.number(0).load(Ordering::SeqCst) == nonce {
             Ok(segment)
         } else {
             Err(other())
@@ -138,7 +140,7 @@ impl Segment {
     /// A number in the line of a rank.
     fn of(&self, member: usize, what: Word) -> &AtomicU32 {
         assert!(member < self.layout.members);
-        let offset = (1 + member) * LINE + what as usize;
+        let offset = (1 + member) * CACHE_LINE + what as usize;
         // SAFETY: as above.
         unsafe { &*self.map.as_mut_ptr().add(offset).cast::<AtomicU32>() }
     }
@@ -146,7 +148,7 @@ impl Segment {
     /// The process and the moment it began, by which others see that it is gone.
     pub(super) fn process(&self, member: usize) -> &AtomicU64 {
         assert!(member < self.layout.members);
-        self.number((1 + member) * LINE + 8)
+        self.number((1 + member) * CACHE_LINE + 8)
     }
 
     /// How many threads of a rank wait for operations.
@@ -160,7 +162,7 @@ impl Segment {
     }
 
     /// Whether operations of a rank are under way and none of its threads waits.
-    pub(super) fn is_left_alone(&self, member: usize) -> bool {
+    pub(super) fn needs_progress_thread(&self, member: usize) -> bool {
         // What was written to rings before is seen by who begins or waits after.
         fence(Ordering::SeqCst);
         self.pending(member).load(Ordering::SeqCst) > 0
@@ -169,33 +171,39 @@ impl Segment {
 
     /// Tells a rank that something has changed: those of its threads that wait, or the one that looks after what nobody waits for.
     pub(super) fn ring_doorbell(&self, member: usize) {
-        self.ring(member, Bell::Waiting);
-        if self.is_left_alone(member) {
-            self.ring(member, Bell::Attending);
+        self.ring(member, Doorbell::Waiting);
+        if self.needs_progress_thread(member) {
+            self.ring(member, Doorbell::ProgressThread);
         }
     }
 
     /// Lets the thread that looks after a rank's operations see that the rank has left the group.
-    pub(super) fn dismiss(&self, member: usize) {
-        self.ring(member, Bell::Attending);
+    pub(super) fn wake_progress_thread(&self, member: usize) {
+        self.ring(member, Doorbell::ProgressThread);
     }
 
-    fn ring(&self, member: usize, bell: Bell) {
-        let [rung, sleepers] = bell.words().map(|word| self.of(member, word));
-        rung.fetch_add(1, Ordering::SeqCst);
+    fn ring(&self, member: usize, bell: Doorbell) {
+        let [doorbell_count, sleepers] = bell.words().map(|word| self.of(member, word));
+        doorbell_count.fetch_add(1, Ordering::SeqCst);
         if sleepers.load(Ordering::SeqCst) > 0 {
-            let _ = futex::wake(rung, futex::Flags::empty(), i32::MAX as u32);
+            let _ = futex::wake(doorbell_count, futex::Flags::empty(), i32::MAX as u32);
         }
     }
 
-    /// How often a bell of a rank was rung.
-    pub(super) fn rung(&self, member: usize, bell: Bell) -> u32 {
+    /// How often a bell of a rank was doorbell_count.
+    pub(super) fn doorbell_count(&self, member: usize, bell: Doorbell) -> u32 {
         self.of(member, bell.words()[0]).load(Ordering::SeqCst)
     }
 
-    /// Sleeps until a bell has been rung more often than `seen` times, at most `longest`.
-    pub(super) fn sleep(&self, member: usize, bell: Bell, seen: u32, longest: Option<Duration>) {
-        let [rung, sleepers] = bell.words().map(|word| self.of(member, word));
+    /// Sleeps until a bell has been doorbell_count more often than `seen` times, at most `longest`.
+    pub(super) fn sleep(
+        &self,
+        member: usize,
+        bell: Doorbell,
+        seen: u32,
+        longest: Option<Duration>,
+    ) {
+        let [doorbell_count, sleepers] = bell.words().map(|word| self.of(member, word));
         let nanos = |longest: Duration| longest.subsec_nanos().into();
         let longest = longest.map(|longest| futex::Timespec {
             tv_sec: longest.as_secs() as i64,
@@ -203,26 +211,31 @@ impl Segment {
         });
         sleepers.fetch_add(1, Ordering::SeqCst);
         // Whatever ends it, the caller looks.
-        let _ = futex::wait(rung, futex::Flags::empty(), seen, longest.as_ref());
+        let _ = futex::wait(
+            doorbell_count,
+            futex::Flags::empty(),
+            seen,
+            longest.as_ref(),
+        );
         sleepers.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
 /// For whom a bell of a rank is.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Bell {
+pub(super) enum Doorbell {
     /// Threads that wait for an operation.
     Waiting,
     /// The thread that looks after operations that nobody waits for.
-    Attending,
+    ProgressThread,
 }
 
-impl Bell {
-    /// How often it was rung, and how many threads sleep by it.
+impl Doorbell {
+    /// How often it was doorbell_count, and how many threads sleep by it.
     fn words(self) -> [Word; 2] {
         match self {
-            Bell::Waiting => [Word::Rung, Word::Sleepers],
-            Bell::Attending => [Word::AttendantRung, Word::AttendantSleeps],
+            Doorbell::Waiting => [Word::Rung, Word::Sleepers],
+            Doorbell::ProgressThread => [Word::ProgressRung, Word::ProgressSleepers],
         }
     }
 }
@@ -234,8 +247,8 @@ enum Word {
     Sleepers = 4,
     // The process has 8 to 15.
     Waiters = 16,
-    AttendantRung = 20,
-    AttendantSleeps = 24,
+    ProgressRung = 20,
+    ProgressSleepers = 24,
     Pending = 28,
 }
 
@@ -248,10 +261,10 @@ pub(super) struct Ring {
 }
 
 impl Ring {
-    pub(super) fn new(segment: &Arc<Segment>, writer: usize, lane: Lane) -> Ring {
+    pub(super) fn new(segment: &Arc<Segment>, writer: usize, channel: Channel) -> Ring {
         Ring {
             segment: segment.clone(),
-            number: segment.layout.number(writer, lane),
+            number: segment.layout.number(writer, channel),
             at: 0,
         }
     }
@@ -263,7 +276,7 @@ impl Ring {
 
     fn tail(&self, reader: usize) -> &AtomicU64 {
         self.segment
-            .number(self.segment.layout.positions(self.number) + (1 + reader) * LINE)
+            .number(self.segment.layout.positions(self.number) + (1 + reader) * CACHE_LINE)
     }
 
     /// The bytes from this end's position on, up to where the ring begins again.
@@ -306,7 +319,7 @@ impl Ring {
 
     /// The one who writes goes on to the next line: a message is at its end.
     pub(super) fn end_written(&mut self) {
-        self.at = self.at.next_multiple_of(LINE as u64);
+        self.at = self.at.next_multiple_of(CACHE_LINE as u64);
         self.head().store(self.at, Ordering::Release);
     }
 
@@ -326,7 +339,7 @@ impl Ring {
 
     /// `reader`, whose end this is, goes on to the next line: a message is at its end.
     pub(super) fn end_read(&mut self, reader: usize) {
-        self.at = self.at.next_multiple_of(LINE as u64);
+        self.at = self.at.next_multiple_of(CACHE_LINE as u64);
         self.tail(reader).store(self.at, Ordering::Release);
     }
 }
@@ -340,18 +353,18 @@ mod tests {
         #[test]
         fn everything_has_its_own_place(members in 2..9usize) {
             let layout = Layout::new(members);
-            let lanes = |_| {
-                std::iter::once(Lane::All)
-                    .chain((0..members).map(Lane::Part))
-                    .chain((0..members).map(Lane::Message))
+            let channels = |_| {
+                std::iter::once(Channel::All)
+                    .chain((0..members).map(Channel::Part))
+                    .chain((0..members).map(Channel::Message))
             };
             let mut numbers: Vec<_> =
-                (0..members).flat_map(|writer| lanes(writer).map(move |lane| layout.number(writer, lane))).collect();
+                (0..members).flat_map(|writer| channels(writer).map(move |channel| layout.number(writer, channel))).collect();
             numbers.sort_unstable();
             prop_assert!(numbers.iter().copied().eq(0..layout.rings()));
             prop_assert!(layout.positions(layout.rings()) <= layout.data(0));
             prop_assert_eq!(layout.len() - layout.data(0), layout.rings() * layout.ring);
-            prop_assert!(layout.ring.is_multiple_of(LINE));
+            prop_assert!(layout.ring.is_multiple_of(CACHE_LINE));
         }
 
         #[test]
@@ -359,7 +372,7 @@ mod tests {
             let (segment, file) = Segment::create(2, 7).unwrap();
             let (here, there) = (Arc::new(segment), Arc::new(Segment::open(&file, 2, 7).unwrap()));
             prop_assert!(Segment::open(&file, 2, 8).is_err() && Segment::open(&file, 3, 7).is_err());
-            let (mut writer, mut reader) = (Ring::new(&here, 0, Lane::Part(1)), Ring::new(&there, 0, Lane::Part(1)));
+            let (mut writer, mut reader) = (Ring::new(&here, 0, Channel::Part(1)), Ring::new(&there, 0, Channel::Part(1)));
             let message = |number: usize, len: usize| (0..len).map(|i| (i * 7 + number) as u8).collect::<Vec<u8>>();
             let (mut sent, mut got) = ((0, 0), (0, Vec::new()));
             let mut random = steps | 1;

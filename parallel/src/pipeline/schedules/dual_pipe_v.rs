@@ -12,7 +12,7 @@ pub(super) fn order(ranks: usize, microbatches: usize) -> Result<Order, String> 
         ));
     }
     let ranks = (0..ranks)
-        .map(|rank| of_rank(rank, ranks, microbatches))
+        .map(|rank| rank_passes(rank, ranks, microbatches))
         .collect();
     Ok(Order {
         microbatches,
@@ -24,14 +24,14 @@ pub(super) fn order(ranks: usize, microbatches: usize) -> Result<Order, String> 
 }
 
 #[derive(Default)]
-struct List {
+struct PassList {
     passes: Vec<Pass>,
     forwards: [usize; 2],
     backwards: [usize; 2],
     waiting: VecDeque<Pass>,
 }
 
-impl List {
+impl PassList {
     fn forward(&mut self, chunk: usize) {
         self.passes
             .push(Pass::new(PassKind::Forward, chunk, self.forwards[chunk]));
@@ -60,9 +60,9 @@ impl List {
     }
 }
 
-fn of_rank(rank: usize, ranks: usize, microbatches: usize) -> Vec<Pass> {
+fn rank_passes(rank: usize, ranks: usize, microbatches: usize) -> Vec<Pass> {
     let after = ranks - 1 - rank;
-    let mut list = List::default();
+    let mut list = PassList::default();
     for _ in 0..2 * after {
         list.forward(0);
     }

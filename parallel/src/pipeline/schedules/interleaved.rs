@@ -21,7 +21,7 @@ pub(super) fn order(ranks: usize, microbatches: usize, chunks: usize) -> Result<
         (within / size, group * size + within % size)
     };
     let total = microbatches * chunks;
-    let of_rank = |rank: usize| {
+    let rank_passes = |rank: usize| {
         let warm_up = (2 * (ranks - 1 - rank) + (chunks - 1) * size).min(total);
         let forward_pass = |n| {
             let (chunk, microbatch) = forward(n);
@@ -41,7 +41,7 @@ pub(super) fn order(ranks: usize, microbatches: usize, chunks: usize) -> Result<
         }
         list
     };
-    let ranks = (0..ranks).map(of_rank).collect();
+    let ranks = (0..ranks).map(rank_passes).collect();
     Ok(Order {
         microbatches,
         chunks,

@@ -69,8 +69,8 @@ impl ScheduleKind {
     pub fn chunks(self, wanted: Option<usize>) -> Result<usize, String> {
         use ScheduleKind::*;
         match self {
-            GPipe | OneFOneB | ZbH1 => fixed(self, 1, wanted),
-            ZbV | VHalf | VMin | DualPipeV => fixed(self, 2, wanted),
+            GPipe | OneFOneB | ZbH1 => fixed_chunks(self, 1, wanted),
+            ZbV | VHalf | VMin | DualPipeV => fixed_chunks(self, 2, wanted),
             Interleaved => match wanted.unwrap_or(2) {
                 0 | 1 => {
                     Err("interleaved needs at least 2 chunks a rank; with 1 it is 1f1b".into())
@@ -110,7 +110,7 @@ impl ScheduleKind {
     }
 }
 
-fn fixed(kind: ScheduleKind, chunks: usize, wanted: Option<usize>) -> Result<usize, String> {
+fn fixed_chunks(kind: ScheduleKind, chunks: usize, wanted: Option<usize>) -> Result<usize, String> {
     match wanted {
         Some(other) if other != chunks => {
             let plural = if chunks == 1 { "" } else { "s" };

@@ -3,7 +3,7 @@
 use crate::pipeline::{Order, Pass, PassKind, Placement};
 
 pub(super) fn order(ranks: usize, microbatches: usize) -> Order {
-    let of_rank = |rank: usize| {
+    let rank_passes = |rank: usize| {
         let warm_up = (ranks - 1 - rank).min(microbatches);
         let mut list: Vec<Pass> = (0..warm_up)
             .map(|k| Pass::new(PassKind::Forward, 0, k))
@@ -16,7 +16,7 @@ pub(super) fn order(ranks: usize, microbatches: usize) -> Order {
         }
         list
     };
-    let ranks = (0..ranks).map(of_rank).collect();
+    let ranks = (0..ranks).map(rank_passes).collect();
     Order {
         microbatches,
         chunks: 1,

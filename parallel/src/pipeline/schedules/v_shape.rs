@@ -5,7 +5,7 @@ use crate::pipeline::{Order, Pass, PassKind, Placement};
 use std::collections::VecDeque;
 
 /// Times of microbatch 0 on each rank, in slots: F and B of chunk 0 and 1.
-pub(super) struct Block {
+pub(super) struct BuildingBlock {
     f0: Vec<usize>,
     f1: Vec<usize>,
     b1: Vec<usize>,
@@ -15,9 +15,9 @@ pub(super) struct Block {
 /// Slots from a microbatch to the next: F, B and W of two chunks.
 const PERIOD: usize = 6;
 
-pub(super) fn half(p: usize) -> Block {
+pub(super) fn half(p: usize) -> BuildingBlock {
     let extra = if p.is_multiple_of(2) { 3 } else { 0 };
-    Block {
+    BuildingBlock {
         f0: (0..p).map(|i| 2 * i).collect(),
         f1: (0..p).map(|i| 3 * p - i - 2).collect(),
         b1: (0..p).map(|i| 3 * p + extra + 2 * i - 1).collect(),
@@ -25,9 +25,9 @@ pub(super) fn half(p: usize) -> Block {
     }
 }
 
-pub(super) fn min(p: usize) -> Block {
+pub(super) fn min(p: usize) -> BuildingBlock {
     let extra = if p.is_multiple_of(3) { 2 } else { 0 };
-    Block {
+    BuildingBlock {
         f0: (0..p).collect(),
         f1: (0..p).map(|i| 2 * p - i - 1).collect(),
         b1: (0..p).map(|i| 2 * p + extra + i).collect(),
@@ -35,8 +35,8 @@ pub(super) fn min(p: usize) -> Block {
     }
 }
 
-pub(super) fn order(block: Block, ranks: usize, microbatches: usize) -> Order {
-    let of_rank = |rank: usize| {
+pub(super) fn order(block: BuildingBlock, ranks: usize, microbatches: usize) -> Order {
+    let rank_passes = |rank: usize| {
         use PassKind::{BackwardInput as B, Forward as F};
         let starts = [
             (F, 0, block.f0[rank]),
@@ -72,7 +72,7 @@ pub(super) fn order(block: Block, ranks: usize, microbatches: usize) -> Order {
         list.extend(waiting);
         list
     };
-    let ranks = (0..ranks).map(of_rank).collect();
+    let ranks = (0..ranks).map(rank_passes).collect();
     Order {
         microbatches,
         chunks: 2,

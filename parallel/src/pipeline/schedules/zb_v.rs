@@ -6,7 +6,7 @@ use crate::pipeline::{Order, Pass, PassKind, Placement};
 
 pub(super) fn order(ranks: usize, microbatches: usize) -> Order {
     let ranks = (0..ranks)
-        .map(|rank| of_rank(rank, ranks, microbatches))
+        .map(|rank| rank_passes(rank, ranks, microbatches))
         .collect();
     Order {
         microbatches,
@@ -17,7 +17,7 @@ pub(super) fn order(ranks: usize, microbatches: usize) -> Order {
     }
 }
 
-fn of_rank(rank: usize, ranks: usize, microbatches: usize) -> Vec<Pass> {
+fn rank_passes(rank: usize, ranks: usize, microbatches: usize) -> Vec<Pass> {
     // At least as many as fill the pipeline.
     let virtual_microbatches = microbatches.max(2 * ranks - 1);
     let mut next = std::collections::HashMap::new();

@@ -1,0 +1,167 @@
+//! Softmax and cross-entropy, `source/cross_entropy.cu`.
+
+use super::{Gpu, KernelLaunch, Variant, arguments};
+use tch::{Kind, Tensor};
+
+/// Threads of a token at most.
+const MAX_THREADS: usize = 512;
+
+fn call<'a>(
+    name: &'static str,
+    variant: Variant,
+    (tokens, width): (usize, usize),
+    arguments: &'a [super::Argument],
+) -> KernelLaunch<'a> {
+    let threads = (width / variant.vector())
+        .clamp(32, MAX_THREADS)
+        .next_power_of_two();
+    KernelLaunch {
+        name,
+        variant,
+        blocks: tokens,
+        block: (threads, 1),
+        shared: 0,
+        arguments,
+    }
+}
+
+/// As [`crate::softmax`].
+pub(crate) fn softmax(
+    gpu: &dyn Gpu,
+    logits: &Tensor,
+    divisor: f64,
+    out: &Tensor,
+) -> (Tensor, Tensor) {
+    let tokens = logits.size()[0];
+    let width = logits.size()[1] as usize;
+    let [largest, sum] = [(); 2].map(|()| Tensor::empty([tokens], (Kind::Float, logits.device())));
+    let variant = Variant::of(&[logits, out], width);
+    let arguments = arguments![logits, out, &largest, &sum, width, 1.0 / divisor as f32];
+    gpu.run(
+        &call("softmax", variant, (tokens as usize, width), &arguments),
+        logits,
+    );
+    (largest, sum)
+}
+
+/// As [`crate::softmax_gradient`], with everything beside without gaps; a label that is no column stops the GPU.
+pub(crate) fn softmax_gradient(
+    gpu: &dyn Gpu,
+    probs: &Tensor,
+    scale: &Tensor,
+    labels: &Tensor,
+    minus: &Tensor,
+) {
+    let tokens = probs.size()[0] as usize;
+    let width = probs.size()[1] as usize;
+    let variant = Variant::of(&[probs], width);
+    let arguments = arguments![probs, scale, labels, minus, width];
+    gpu.run(
+        &call("softmax_gradient", variant, (tokens, width), &arguments),
+        probs,
+    );
+}
+
+/// As [`crate::cross_entropy`], with `scales` for logits and, where gradients are wanted, for them; a label that is no column stops the
+/// GPU.
+pub(crate) fn cross_entropy(
+    gpu: &dyn Gpu,
+    logits: &Tensor,
+    labels: &Tensor,
+    (inverse, factor): (f32, Option<f32>),
+) -> Tensor {
+    let tokens = logits.size()[0];
+    let width = logits.size()[1] as usize;
+    let losses = Tensor::empty([tokens], (Kind::Float, logits.device()));
+    let variant = Variant::of(&[logits], width);
+    let wanted = usize::from(factor.is_some());
+    let factor = factor.unwrap_or(0.0);
+    let arguments = arguments![logits, labels, &losses, width, inverse, factor, wanted];
+    gpu.run(
+        &call(
+            "cross_entropy",
+            variant,
+            (tokens as usize, width),
+            &arguments,
+        ),
+        logits,
+    );
+    losses
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::tests::{Numbers, close, test_gpu};
+    use proptest::prelude::*;
+    use tch::Reduction;
+
+    fn width() -> impl Strategy<Value = i64> {
+        prop_oneof![
+            1i64..80,
+            (1i64..40).prop_map(|n| n * 8),
+            Just(5000),
+            Just(5003)
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(50))]
+        #[test]
+        fn it_is_libtorchs_cross_entropy_with_its_gradient(tokens in 0i64..20, width in width(), numbers: Numbers) {
+            let (gpu, device) = test_gpu();
+            let logits = numbers.random(&[tokens, width]) * 4.0;
+            let labels = Tensor::randint(width, [tokens], (Kind::Int64, device));
+            if tokens > 2 {
+                let _ = labels.narrow(0, 1, 1).fill_(-100);
+            }
+            let wide = logits.to_kind(Kind::Double).set_requires_grad(true);
+            let scaled = &wide / 1.5;
+            let plain = scaled.cross_entropy_loss(&labels, None::<Tensor>, Reduction::None, -100, 0.0);
+            (plain.sum(Kind::Double) * 0.25).backward();
+            let before = logits.copy();
+            close(&cross_entropy(gpu, &logits, &labels, (1.0 / 1.5, None)), &plain, 4e-6)?;
+            prop_assert!(logits.equal(&before));
+            close(&cross_entropy(gpu, &logits, &labels, (1.0 / 1.5, Some(0.25 / 1.5))), &plain, 4e-6)?;
+            close(&logits, &wide.grad(), if numbers.bf16 { 1e-2 } else { 2e-6 })?;
+        }
+
+        #[test]
+        fn parts_of_a_vocabulary_make_the_whole_softmax_and_its_gradient(
+            tokens in 0i64..20, own in width(), other in 1i64..50, numbers: Numbers,
+        ) {
+            let (gpu, device) = test_gpu();
+            let all = numbers.random(&[tokens, own + other]) * 4.0;
+            let wide = all.to_kind(Kind::Double) / 1.5;
+            let whole = wide.softmax(-1, Kind::Double).narrow(1, 0, own);
+            let logits = all.narrow(1, 0, own).contiguous();
+            let (largest, sum) = softmax(gpu, &logits, 1.5, &logits);
+            let own_wide = wide.narrow(1, 0, own);
+            close(&largest, &own_wide.amax([-1i64].as_slice(), false), 1e-5)?;
+            let own_log = own_wide.logsumexp([-1i64].as_slice(), false);
+            close(&(sum.log() + &largest), &own_log, 1e-5)?;
+            // Of this part's weight in the whole, and a gradient's.
+            let share = (own_log - wide.logsumexp([-1i64].as_slice(), false)).exp();
+            let labels = Tensor::randint(own, [tokens], (Kind::Int64, device));
+            let minus = Tensor::rand([tokens], (Kind::Float, device));
+            softmax_gradient(gpu, &logits, &(share * 0.5).to_kind(Kind::Float), &labels, &minus);
+            let plain = (whole * 0.5).scatter_add(1, &labels.unsqueeze(1), &-minus.to_kind(Kind::Double).unsqueeze(1));
+            close(&logits, &plain, if numbers.bf16 { 1e-2 } else { 2e-6 })?;
+        }
+    }
+
+    #[test]
+    fn what_is_not_a_number_stays_so() {
+        let (gpu, device) = test_gpu();
+        let logits = Tensor::from_slice(&[1f32, f32::NAN, 2.0])
+            .view([1, 3])
+            .to_device(device);
+        let labels = Tensor::from_slice(&[0i64]).to_device(device);
+        assert!(
+            cross_entropy(gpu, &logits, &labels, (1.0, Some(1.0)))
+                .double_value(&[0])
+                .is_nan()
+        );
+        assert!(logits.double_value(&[0, 2]).is_nan());
+    }
+}

@@ -1,0 +1,128 @@
+// Softmax over logits, and cross-entropy, a block for each token: the largest and the sum of exponentials in one pass, what becomes of
+// the logits in a second, which finds them in the second cache.
+
+// The least number, not infinity: exponentials of differences stay defined.
+constexpr float LOWEST = -3.402823466e38f;
+
+struct MaxAndSum {
+    // The largest of all.
+    float highest;
+    // The sum of the exponentials of all less the largest.
+    float sum;
+};
+
+__device__ __forceinline__ MaxAndSum merge(MaxAndSum one, MaxAndSum other) {
+    MaxAndSum all;
+    all.highest = one.highest > other.highest ? one.highest : other.highest;
+    all.sum = one.sum * expf(one.highest - all.highest) + other.sum * expf(other.highest - all.highest);
+    return all;
+}
+
+// For all threads, the same to the bit. What is not a number stays out of the largest, and comes through the sum.
+__device__ MaxAndSum block_max_and_sum(const Number* logits, Long width, float inverse, MaxAndSum* shared) {
+    MaxAndSum own = {LOWEST, 0.0f};
+    for (Long i = threadIdx.x * VECTOR; i < width; i += blockDim.x * VECTOR) {
+        Numbers pack = load(logits + i);
+        float highest = own.highest;
+        for (int e = 0; e < VECTOR; ++e) {
+            float x = wide(pack.x[e]) * inverse;
+            highest = x > highest ? x : highest;
+        }
+        float sum = own.sum * expf(own.highest - highest);
+        for (int e = 0; e < VECTOR; ++e) {
+            sum += expf(wide(pack.x[e]) * inverse - highest);
+        }
+        own.highest = highest;
+        own.sum = sum;
+    }
+    for (int step = 16; step > 0; step /= 2) {
+        MaxAndSum other = {__shfl_xor_sync(~0u, own.highest, step), __shfl_xor_sync(~0u, own.sum, step)};
+        own = merge(own, other);
+    }
+    if (threadIdx.x % 32 == 0) {
+        shared[threadIdx.x / 32] = own;
+    }
+    __syncthreads();
+    MaxAndSum all = shared[0];
+    for (int warp = 1; warp < blockDim.x / 32; ++warp) {
+        all = merge(all, shared[warp]);
+    }
+    return all;
+}
+
+// out = exp(logits * inverse - highest) * scale; `out` may be `logits`.
+__device__ void exponentials(const Number* logits, Number* out, Long width, float inverse, float highest, float scale) {
+    for (Long i = threadIdx.x * VECTOR; i < width; i += blockDim.x * VECTOR) {
+        Numbers pack = load(logits + i);
+        for (int e = 0; e < VECTOR; ++e) {
+            pack.x[e] = narrow<Number>(expf(wide(pack.x[e]) * inverse - highest) * scale);
+        }
+        store(out + i, pack);
+    }
+}
+
+KERNEL void softmax(const Number* logits, Number* out, float* largest, float* sums, Long width, float inverse) {
+    __shared__ MaxAndSum shared[32];
+    const Number* own = logits + blockIdx.x * width;
+    Number* to = out + blockIdx.x * width;
+    MaxAndSum all = block_max_and_sum(own, width, inverse, shared);
+    if (threadIdx.x == 0) {
+        largest[blockIdx.x] = all.highest;
+        sums[blockIdx.x] = all.sum;
+    }
+    exponentials(own, to, width, inverse, all.highest, 1.0f / all.sum);
+}
+
+// probs * scale - minus * onehot(label), in place.
+KERNEL void softmax_gradient(Number* probs, const float* scale, const Long* labels, const float* minus, Long width) {
+    Long row = blockIdx.x, label = labels[row];
+    if (label < 0 || label >= width) {
+        __trap();
+    }
+    Number* own = probs + row * width;
+    for (Long i = threadIdx.x * VECTOR; i < width; i += blockDim.x * VECTOR) {
+        Numbers pack = load(own + i);
+        for (int e = 0; e < VECTOR; ++e) {
+            float x = wide(pack.x[e]) * scale[row];
+            pack.x[e] = narrow<Number>(i + e == label ? x - minus[row] : x);
+        }
+        store(own + i, pack);
+    }
+}
+
+// Losses of tokens; none for negative labels. With a factor, logits become gradients of the losses' sum times it.
+KERNEL void cross_entropy(
+    Number* logits, const Long* labels, float* losses, Long width, float inverse, float factor, Long wanted) {
+    __shared__ MaxAndSum shared[32];
+    Number* own = logits + blockIdx.x * width;
+    Long label = labels[blockIdx.x];
+    if (label >= width) {
+        __trap();
+    }
+    if (label < 0) {
+        if (threadIdx.x == 0) {
+            losses[blockIdx.x] = 0;
+        }
+        if (wanted) {
+            for (Long i = threadIdx.x; i < width; i += blockDim.x) {
+                own[i] = narrow<Number>(0.0f);
+            }
+        }
+        return;
+    }
+    float label_logit = wide(own[label]) * inverse;
+    // Nobody writes before everybody has read, and come through it.
+    MaxAndSum all = block_max_and_sum(own, width, inverse, shared);
+    if (threadIdx.x == 0) {
+        losses[blockIdx.x] = logf(all.sum) + all.highest - label_logit;
+    }
+    if (!wanted) {
+        return;
+    }
+    float scale = factor / all.sum;
+    exponentials(own, own, width, inverse, all.highest, scale);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        own[label] = narrow<Number>(expf(label_logit - all.highest) * scale - factor);
+    }
+}

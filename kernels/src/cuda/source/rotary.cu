@@ -1,0 +1,23 @@
+// Rotary positions (arXiv 2104.09864): element i of a row turns with element i + half, by the angle of the row's position, which is
+// its number over `between`, modulo `positions`.
+
+KERNEL void apply_rotary(
+    const Number* x, const Number* cos, const Number* sin, Number* out, Long rows, Long half, Long between, Long positions) {
+    for (Long row = first_row(); row < rows; row += grid_row_stride()) {
+        // In 32 bits, which are enough for rows: a division of 64 costs more than all the rest.
+        Long position = unsigned(row) / unsigned(between) % unsigned(positions);
+        const Number* input_row = x + row * 2 * half;
+        Number* output_row = out + row * 2 * half;
+        for (Long i = threadIdx.x * VECTOR; i < half; i += blockDim.x * VECTOR) {
+            Numbers one = load(input_row + i), other = load(input_row + half + i);
+            Numbers c = load(cos + position * half + i), s = load(sin + position * half + i);
+            for (int e = 0; e < VECTOR; ++e) {
+                float a = wide(one.x[e]), b = wide(other.x[e]);
+                one.x[e] = narrow<Number>(a * wide(c.x[e]) - b * wide(s.x[e]));
+                other.x[e] = narrow<Number>(b * wide(c.x[e]) + a * wide(s.x[e]));
+            }
+            store(output_row + i, one);
+            store(output_row + half + i, other);
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! Matrices as the innermost loop wants them: units, which are what one lane multiplies in a step (an fp32 number, or two bf16
+//! numbers that follow each other along the inner dimension), in the order in which they are read.
+
+use super::{VECTORS, per_unit, size};
+use crate::gemm::kernel::{CacheLine, LANES, Operand, ROWS, fetch, mask};
+use std::arch::x86_64::*;
+
+/// Units from what is read to what is fetched meanwhile.
+const AHEAD: usize = 8;
+/// The same, of lines along a row.
+const LINES_AHEAD: usize = 4;
+
+impl Operand {
+    /// Up to 16 neighbours' units, where neighbours lie beside each other.
+    ///
+    /// # Safety
+    /// Those of `mask` from `first` on exist, and so does the unit.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+    unsafe fn neighbours<const BF16: bool>(&self, unit: usize, first: usize, mask: u16) -> __m512i {
+        // SAFETY: as the caller promises; what is masked is not touched.
+        unsafe {
+            let at = self
+                .data
+                .add(unit * per_unit(BF16) * self.inner + first * self.outer);
+            if !BF16 {
+                return _mm512_maskz_loadu_epi32(mask, at.cast());
+            }
+            let one = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, at.cast()));
+            // After an odd number comes nothing.
+            let there = if 2 * unit + 1 < self.len { mask } else { 0 };
+            let other = _mm256_maskz_loadu_epi16(there, at.wrapping_add(self.inner).cast());
+            _mm512_or_si512(one, _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(other)))
+        }
+    }
+}
+
+/// The units `units` of the columns `columns`: panels of as many as a tile has, or the rest, each unit after unit.
+///
+/// # Safety
+/// The processor has the features, the matrix has these columns and units, and `to` has room.
+pub(super) unsafe fn right<const BF16: bool>(
+    from: &Operand,
+    units: std::ops::Range<usize>,
+    columns: std::ops::Range<usize>,
+    mut to: *mut CacheLine,
+) {
+    for first in columns.clone().step_by(VECTORS * LANES) {
+        let here = (columns.end - first).min(VECTORS * LANES);
+        let lines = here.div_ceil(LANES);
+        // SAFETY: as the caller promises.
+        unsafe {
+            panel::<BF16>(from, units.clone(), first, here, lines, to);
+            to = to.add(units.len() * lines);
+        }
+    }
+}
+
+/// The units `units` of `columns` columns from `first` on, which may be less than `lines` vectors hold: unit after unit, `lines`
+/// lines each.
+///
+/// # Safety
+/// The processor has the features, the matrix has these columns and units, and `to` has room.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn panel<const BF16: bool>(
+    from: &Operand,
+    units: std::ops::Range<usize>,
+    first: usize,
+    columns: usize,
+    lines: usize,
+    to: *mut CacheLine,
+) {
+    // SAFETY: as the caller promises.
+    unsafe {
+        if from.outer == size(BF16) {
+            for (index, unit) in units.enumerate() {
+                let ahead = (unit + AHEAD) * per_unit(BF16) * from.inner + first * from.outer;
+                for number in 0..per_unit(BF16) {
+                    fetch(
+                        from.data.wrapping_add(ahead + number * from.inner),
+                        columns * size(BF16),
+                    );
+                }
+                for line in 0..lines {
+                    let mask = mask(columns - line * LANES);
+                    let values = from.neighbours::<BF16>(unit, first + line * LANES, mask);
+                    _mm512_store_si512(to.add(index * lines + line).cast(), values);
+                }
+            }
+            return;
+        }
+        for (index, unit) in units.clone().enumerate().step_by(LANES) {
+            let here = (units.end - unit).min(LANES);
+            for line in 0..lines {
+                let there = (columns - line * LANES).min(LANES);
+                let at = from
+                    .data
+                    .add(unit * 4 + (first + line * LANES) * from.outer);
+                let rows: [__m512i; LANES] = std::array::from_fn(|column| {
+                    if column < there {
+                        let at = at.add(column * from.outer);
+                        fetch(at.wrapping_add(LINES_AHEAD * size_of::<CacheLine>()), 1);
+                        _mm512_maskz_loadu_epi32(mask(here), at.cast())
+                    } else {
+                        _mm512_setzero_si512()
+                    }
+                });
+                for (step, values) in transposed(rows).into_iter().enumerate().take(here) {
+                    _mm512_store_si512(to.add((index + step) * lines + line).cast(), values);
+                }
+            }
+        }
+    }
+}
+
+/// The units `units` of `rows` rows from `first` on: panels of [`ROWS`] rows, each unit after unit.
+///
+/// # Safety
+/// The processor has the features, neighbours of the matrix lie beside each other, it has these rows and units, and `to` has room
+/// for `panels * units * ROWS` units and a line.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(super) unsafe fn left<const BF16: bool>(
+    from: &Operand,
+    units: std::ops::Range<usize>,
+    first: usize,
+    rows: usize,
+    to: *mut u32,
+) {
+    let count = units.len();
+    // SAFETY: as the caller promises. What a store writes beyond its six units, the next one writes over, except at a panel's end:
+    // so the last one of a panel writes six.
+    unsafe {
+        for (index, unit) in units.enumerate() {
+            let at = from
+                .data
+                .add(unit * per_unit(BF16) * from.inner + first * from.outer);
+            let ahead = at.wrapping_add(AHEAD * per_unit(BF16) * from.inner);
+            for number in 0..per_unit(BF16) {
+                fetch(ahead.wrapping_add(number * from.inner), rows * size(BF16));
+            }
+            // After an odd number comes nothing.
+            let other = 2 * unit + 1 < from.len;
+            for (panel, row) in (0..rows).step_by(ROWS).enumerate() {
+                let mask = mask((rows - row).min(ROWS)) as u8;
+                let at = at.add(row * size(BF16));
+                let values = if BF16 {
+                    let one = _mm256_cvtepu16_epi32(_mm_maskz_loadu_epi16(mask, at.cast()));
+                    let mask = if other { mask } else { 0 };
+                    let other = _mm_maskz_loadu_epi16(mask, at.wrapping_add(from.inner).cast());
+                    _mm256_or_si256(one, _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(other)))
+                } else {
+                    _mm256_maskz_loadu_epi32(mask, at.cast())
+                };
+                let place = to.add((panel * count + index) * ROWS).cast();
+                if index + 1 < count {
+                    _mm256_storeu_si256(place, values);
+                } else {
+                    _mm256_mask_storeu_epi32(place.cast(), (1 << ROWS) - 1, values);
+                }
+            }
+        }
+    }
+}
+
+/// 16 x 16 units, rows for columns.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn transposed(rows: [__m512i; LANES]) -> [__m512i; LANES] {
+    let mut a = rows;
+    let mut b = rows;
+    for i in (0..LANES).step_by(2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for i in (0..LANES).step_by(4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    // Each quarter of a[4 q + c] is column c + 4 * quarter of rows 4 q to 4 q + 3.
+    for c in 0..4 {
+        let low = _mm512_shuffle_i32x4::<0x44>(a[c], a[4 + c]);
+        let high = _mm512_shuffle_i32x4::<0xee>(a[c], a[4 + c]);
+        let low2 = _mm512_shuffle_i32x4::<0x44>(a[8 + c], a[12 + c]);
+        let high2 = _mm512_shuffle_i32x4::<0xee>(a[8 + c], a[12 + c]);
+        b[c] = _mm512_shuffle_i32x4::<0x88>(low, low2);
+        b[4 + c] = _mm512_shuffle_i32x4::<0xdd>(low, low2);
+        b[8 + c] = _mm512_shuffle_i32x4::<0x88>(high, high2);
+        b[12 + c] = _mm512_shuffle_i32x4::<0xdd>(high, high2);
+    }
+    b
+}

@@ -1,6 +1,0 @@
-// All of the edge as one source: each file by itself would read libtorch's headers again, which takes three times as long.
-#include "autograd.cpp"
-#include "c10d.cpp"
-#include "npu.cpp"
-#include "ops.cpp"
-#include "stream.cpp"

@@ -1,0 +1,69 @@
+//! What a trained router chooses, token by token.
+
+use crate::Error;
+use crate::data::Dataset;
+use crate::inference::LoadedModel;
+use parallel::{Accelerator, Cpu};
+use std::path::Path;
+
+/// Choices on real text.
+#[derive(Debug, Clone)]
+pub struct RoutingSample {
+    /// Steps that the model was trained for.
+    pub step: u64,
+    /// For each MoE layer the experts of each token, `[T * K]`, sequence after sequence.
+    pub experts: Vec<Vec<i64>>,
+    /// K.
+    pub top_k: usize,
+    /// E.
+    pub num_experts: usize,
+    /// Tokens of a sequence.
+    pub sequence: usize,
+    /// Whether the text is validation data, which the model was not trained on.
+    pub is_validation: bool,
+}
+
+/// Runs the newest checkpoint of the run in `folder` over about `tokens` tokens of its validation data, or else of its
+/// training data.
+///
+/// # Errors
+/// When there is no usable checkpoint, no data, or no mixture of experts.
+pub fn sample_routing(folder: &Path, tokens: usize) -> Result<RoutingSample, Error> {
+    let LoadedModel {
+        step,
+        config,
+        model,
+        ..
+    } = LoadedModel::open(folder)?;
+    let moe = config
+        .model
+        .moe
+        .as_ref()
+        .ok_or_else(|| Error::Data("the model has no mixture of experts".into()))?;
+    let sequence = config.data.sequence_length;
+    let is_validation = !config.data.validation.is_empty();
+    let sources = if is_validation {
+        &config.data.validation
+    } else {
+        &config.data.train
+    };
+    let data = Dataset::open(sources, sequence, config.model.vocab_size, config.run.seed)?;
+    let windows = ((tokens / sequence).max(1) as u64).min(data.num_windows());
+    let mut experts = vec![Vec::new(); config.model.num_moe_layers()];
+    for window in 0..windows {
+        let (inputs, _) = data.windows(window..window + 1)?;
+        let output = tch::no_grad(|| model.forward(&Cpu.upload(&inputs)))?;
+        experts
+            .iter_mut()
+            .zip(output.moe_stats)
+            .for_each(|(all, moe_stats)| all.extend(moe_stats.experts));
+    }
+    Ok(RoutingSample {
+        step,
+        experts,
+        top_k: moe.top_k,
+        num_experts: moe.experts,
+        sequence,
+        is_validation,
+    })
+}
