@@ -4,6 +4,7 @@
 //! Every function here is called by all ranks.
 
 use crate::Error;
+use crate::config::rename_old_keys;
 use crate::model::Model;
 use crate::optim::Optimizer;
 use checkpoint::keeper::SnapshotId;
@@ -189,7 +190,7 @@ pub(crate) fn save(
     )?;
     let shards = reports.iter().enumerate().map(|(rank, report)| {
         let report: Result<Shard, String> = decode_peer_message(report)?;
-        report.map_err(|error| Error::Data(format!("rank {rank}: {error}")))
+        report.map_err(|reason| Error::OtherRank { rank, reason })
     });
     let shards: Result<Vec<Shard>, Error> = shards.collect();
     let committed = match (shards, world.rank()) {
@@ -232,7 +233,7 @@ pub(crate) fn resume(
     let listed = serde_json::to_vec(&listed.unwrap_or_default()).expect("paths are UTF-8");
     agree(
         world,
-        failure.map_or(Ok(()), |reason| Err(Error::Data(reason))),
+        failure.map_or(Ok(()), |reason| Err(Error::Resume(reason))),
     )?;
     let candidates: Vec<PathBuf> = decode_peer_message(&share(world, listed)?)?;
     let mut refusals = Vec::new();
@@ -258,7 +259,7 @@ pub(crate) fn resume(
     if refusals.is_empty() {
         return Ok(None);
     }
-    Err(Error::Data(format!(
+    Err(Error::Resume(format!(
         "none of the {} checkpoints in {} can be used ({}); move the folder away to start from the beginning",
         refusals.len(),
         root.display(),
@@ -293,7 +294,7 @@ pub(crate) fn resume_snapshot(
 
 /// This rank's result, unless another has failed.
 fn agreed<T>(world: &Arc<dyn Communicator>, own: Result<T, Error>) -> Result<T, Error> {
-    let failure = own.as_ref().err().map(|e| Error::Data(e.to_string()));
+    let failure = own.as_ref().err().map(|e| Error::Resume(e.to_string()));
     agree(world, failure.map_or(Ok(()), Err))?;
     own
 }
@@ -357,8 +358,12 @@ pub(crate) fn restore_weights(
 
 /// What a checkpoint says about its run.
 pub(crate) fn read_run_state(checkpoint: &Checkpoint) -> Result<RunState, Error> {
-    serde_json::from_value(checkpoint.manifest().state.clone()).map_err(|e| {
-        Error::Data(format!(
+    let mut state = checkpoint.manifest().state.clone();
+    if let Some(config) = state.get_mut("config") {
+        rename_old_keys(config);
+    }
+    serde_json::from_value(state).map_err(|e| {
+        Error::Resume(format!(
             "{}: the manifest's state cannot be read: {e}",
             checkpoint.path().display()
         ))
@@ -380,10 +385,10 @@ pub(crate) fn agree(world: &Arc<dyn Communicator>, own: Result<(), Error>) -> Re
     own?;
     match texts.iter().position(|text| !text.is_empty()) {
         None => Ok(()),
-        Some(rank) => Err(Error::Data(format!(
-            "rank {rank}: {}",
-            String::from_utf8_lossy(&texts[rank])
-        ))),
+        Some(rank) => Err(Error::OtherRank {
+            rank,
+            reason: String::from_utf8_lossy(&texts[rank]).into_owned(),
+        }),
     }
 }
 
@@ -422,8 +427,7 @@ fn share(world: &Arc<dyn Communicator>, bytes: Vec<u8>) -> Result<Vec<u8>, CommE
 pub(crate) fn decode_peer_message<T: serde::de::DeserializeOwned>(
     bytes: &[u8],
 ) -> Result<T, Error> {
-    serde_json::from_slice(bytes)
-        .map_err(|e| Error::Data(format!("a rank sent something else than expected: {e}")))
+    serde_json::from_slice(bytes).map_err(Error::PeerMessage)
 }
 
 /// Sums `values` over all ranks.
