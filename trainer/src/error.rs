@@ -57,3 +57,12 @@ impl Error {
         }
     }
 }
+
+impl From<parallel::agreement::AgreementError> for Error {
+    fn from(error: parallel::agreement::AgreementError) -> Error {
+        match error {
+            parallel::agreement::AgreementError::Comm(error) => Error::Comm(error),
+            other => Error::Data(other.to_string()),
+        }
+    }
+}
