@@ -1,5 +1,6 @@
 //! The error type of this crate.
 
+use parallel::agreement::AgreementError;
 use std::path::Path;
 
 /// An error whose message is complete: it names the file, key or rank.
@@ -33,17 +34,9 @@ pub enum Error {
     /// A keeper cannot be reached, or has no memory for a snapshot.
     #[error("{0}")]
     Keeper(String),
-    /// Another rank failed.
-    #[error("rank {rank}: {reason}")]
-    OtherRank {
-        /// The lowest rank that failed.
-        rank: usize,
-        /// The message of its error.
-        reason: String,
-    },
-    /// Another rank sent a message that cannot be decoded.
-    #[error("unexpected message from another rank: {0}")]
-    PeerMessage(#[source] serde_json::Error),
+    /// Another rank failed, or sent a message that cannot be decoded.
+    #[error(transparent)]
+    OtherRank(AgreementError),
     /// Experts cannot move as the placement says.
     #[error("{0}")]
     Placement(String),
@@ -80,6 +73,15 @@ impl Error {
             action,
             path,
             source,
+        }
+    }
+}
+
+impl From<AgreementError> for Error {
+    fn from(error: AgreementError) -> Error {
+        match error {
+            AgreementError::Comm(error) => Error::Comm(error),
+            error => Error::OtherRank(error),
         }
     }
 }

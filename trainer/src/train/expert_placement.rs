@@ -8,9 +8,10 @@ use crate::Error;
 use crate::config::PlacementConfig;
 use crate::model::{LocalExperts, Model};
 use crate::optim::Optimizer;
-use crate::train::checkpointing::{PlacementState, all_gather_bytes, decode_peer_message};
+use crate::train::checkpointing::PlacementState;
 use checkpoint::TensorSlice;
 use moe::placement::rebalance_experts;
+use parallel::agreement::{all_gather_bytes, decode_peer_message};
 use parallel::{Communicator, Work};
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -173,7 +174,9 @@ impl ExpertPlacement {
                 let own: Vec<&TensorSlice> = boxes.iter().map(|(place, _)| place).collect();
                 let all =
                     all_gather_bytes(&self.stage, &serde_json::to_vec(&own).expect("plain data"))?;
-                all.iter().map(|bytes| decode_peer_message(bytes)).collect()
+                all.iter()
+                    .map(|bytes| Ok(decode_peer_message(bytes)?))
+                    .collect()
             };
         let before = boxes();
         let held_by = places(&before)?;

@@ -13,7 +13,7 @@ use crate::model::{BuildContext, IGNORED, Model, ModelPart};
 use crate::optim::Optimizer;
 use crate::optim::schedule::learning_rate;
 use crate::process_groups::ProcessGroups;
-use crate::train::checkpointing::{RunState, StateTensors, sum_over_ranks};
+use crate::train::checkpointing::{RunState, StateTensors};
 use crate::train::expert_placement::ExpertPlacement;
 use crate::train::metrics::{
     JsonLinesWriter, Progress, RoutingLine, SnapshotMetrics, StepMetrics, percentiles,
@@ -25,6 +25,7 @@ use kernels::profile;
 use moe::balance::{BalanceScope, BatchTotals, update_bias};
 use moe::lending::calibrate::{ExpertSize, agree_on_break_even, break_even};
 use moe::lending::least_loaded::Planner;
+use parallel::agreement::{agree, sum_over_ranks};
 use parallel::pipeline::{CollectiveKind, Executor, PassKind, Schedule, Vocabulary};
 use parallel::{Accelerator, Communicator, GradientBuckets, GroupKind, Mesh, Weight, World};
 use parking_lot::{Mutex, MutexGuard};
@@ -377,7 +378,7 @@ impl Trainer {
             return Ok(());
         }
         let planned = self.plan_snapshots();
-        match checkpointing::agree(&self.world, planned) {
+        match agree(&self.world, planned) {
             Ok(()) => Ok(()),
             Err(Error::Comm(error)) => Err(error.into()),
             Err(error) if matches!(self.config.snapshot.every, SnapshotEvery::Steps(_)) => {
