@@ -189,8 +189,7 @@ impl Attention {
             norms,
             heads: heads / tensor.size() as i64,
             kv_heads: ranges.computed.end - first_computed,
-            used_kv_heads: ranges.needed.start - first_computed
-                ..ranges.needed.end - first_computed,
+            used_kv_heads: ranges.needed.start - first_computed..ranges.needed.end - first_computed,
             head_dim,
             norm_eps: config.norm_eps,
             qk_norm: config.qk_norm,

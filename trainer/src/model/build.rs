@@ -72,12 +72,7 @@ impl Model {
             context.rank(),
             context.size(),
         );
-        let rope = Rope::new(
-            ctx.device,
-            &positions,
-            config.head_dim(),
-            config.rope_theta,
-        );
+        let rope = Rope::new(ctx.device, &positions, config.head_dim(), config.rope_theta);
         let splits_sequences = context.size() > 1;
         let positions =
             splits_sequences.then(|| ctx.device.upload(&Tensor::from_slice(&positions)));

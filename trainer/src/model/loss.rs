@@ -52,8 +52,7 @@ pub(crate) fn cross_entropy(
     scale: LossScale,
     own: &VocabularyRows,
 ) -> Result<Tensor, Error> {
-    let (loss, grad) =
-        tch::no_grad(|| loss_in_chunks(x_td, weight_vd, labels_t, scale, own))?;
+    let (loss, grad) = tch::no_grad(|| loss_in_chunks(x_td, weight_vd, labels_t, scale, own))?;
     match grad {
         Some(grad) => with_gradient(loss, x_td, grad),
         None => Ok(loss),

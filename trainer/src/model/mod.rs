@@ -313,11 +313,10 @@ impl Model {
     /// Returns the loss-free balancing biases: index among the model's MoE layers, global name, and
     /// the bias `[E]`.
     pub fn biases(&self) -> impl Iterator<Item = (usize, String, Tensor)> {
-        self.local_moe_layers()
-            .filter_map(|(index, moe, experts)| {
-                let bias = moe.weights.bias.as_ref()?.lock().shallow_clone();
-                Some((index, format!("{}.bias", experts.name), bias))
-            })
+        self.local_moe_layers().filter_map(|(index, moe, experts)| {
+            let bias = moe.weights.bias.as_ref()?.lock().shallow_clone();
+            Some((index, format!("{}.bias", experts.name), bias))
+        })
     }
 
     /// Returns the MoE layers on this rank, with their index among the model's MoE layers.

@@ -277,9 +277,7 @@ impl<'a> StepStages<'a> {
         let tokens = self.inputs.own_tokens(&batch.inputs);
         let (embedding, rows) = self.inputs.model.own_embedding();
         let contribution = embedding.contribution()?;
-        tch::no_grad(|| {
-            vocabulary::add_rows(&tokens, gradient, contribution.sum().tensor(), rows)
-        });
+        tch::no_grad(|| vocabulary::add_rows(&tokens, gradient, contribution.sum().tensor(), rows));
         contribution.finish()?;
         self.vocabulary_state.remove(&microbatch);
         Ok(())

@@ -98,10 +98,7 @@ impl StepFigures {
     ///
     /// # Panics
     /// If there are fewer figures than `sizes` requires.
-    pub(crate) fn unpack(
-        sizes: FigureSizes,
-        packed: impl IntoIterator<Item = f64>,
-    ) -> StepFigures {
+    pub(crate) fn unpack(sizes: FigureSizes, packed: impl IntoIterator<Item = f64>) -> StepFigures {
         let mut packed = packed.into_iter();
         let mut next = || packed.next().expect("all ranks sum equally many figures");
         let mut figures = StepFigures {
