@@ -450,7 +450,7 @@ fn a_checkpoint_of_four_ranks_resumes_in_any_layout() {
         for (a, b) in resumed[0].iter().zip(&unbroken[0]) {
             assert!((a - b).abs() <= 1e-5 * b, "{ranks} ranks: {a} and {b}");
             if (ranks, expert) == (4, 2) {
-                assert_eq!(a, b, "the same layout goes on to the bit");
+                assert_eq!(a, b, "the same layout resumes to the bit");
             }
         }
     }
