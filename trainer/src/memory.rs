@@ -317,8 +317,8 @@ impl RankSizes<'_> {
         saved
     }
 
-    /// Returns the bytes of backward's temporary tensors: the gradients of what attention saves, and
-    /// four fp32 rows per token for a norm.
+    /// Returns the bytes of backward's temporary tensors: the gradients of what attention saves,
+    /// and four fp32 rows per token for a norm.
     fn attention_transient(&self) -> u64 {
         let model = &self.config.model;
         let width = model.head_dim() as u64;
@@ -418,8 +418,8 @@ impl Shards<'_> {
         }
     }
 
-    /// Returns the bytes of gathered weights: those of the largest unit, three times, for a layer and
-    /// the next one, as they arrive and as they are used.
+    /// Returns the bytes of gathered weights: those of the largest unit, three times, for a layer
+    /// and the next one, as they arrive and as they are used.
     fn gathered_weight_bytes(&self) -> u64 {
         if self.config.parallel.zero != 3 {
             return 0;

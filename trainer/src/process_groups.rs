@@ -31,7 +31,7 @@ pub struct ProcessGroups {
     pub hierarchy: Option<Hierarchy>,
     /// Ranks that hold the same parameters, indexed by [`crate::Replicas`].
     pub replications: Vec<Replication>,
-    /// ZeRO stage.
+    /// Stage of ZeRO, 0 to 3.
     pub zero: u8,
 }
 

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Instant;
 use tch::{Kind, Tensor};
 
-/// Measurements of [`ReferenceStep::measure`].
+/// Times, losses and memory that [`ReferenceStep::measure`] returns.
 #[derive(Debug, Clone)]
 pub struct StepTimes {
     /// Seconds of each step.
@@ -72,8 +72,8 @@ pub struct GemmShape {
 }
 
 impl ReferenceShape {
-    /// Hidden 256, 4 layers, 8 heads over 4 key heads, 8 experts top-2 of width 512, vocabulary 8192,
-    /// 8 x 256 tokens.
+    /// Hidden 256, 4 layers, 8 heads over 4 key heads, 8 experts top-2 of width 512, vocabulary
+    /// 8192, 8 x 256 tokens.
     pub const REFERENCE: ReferenceShape = ReferenceShape {
         hidden: 256,
         layers: 4,
@@ -103,8 +103,8 @@ impl ReferenceShape {
         ..ReferenceShape::REFERENCE
     };
     /// The widths of OLMoE-1B-7B (arXiv 2409.02060): hidden 2048, 64 experts top-8 of width 1024,
-    /// vocabulary 50304, 2 x 4096 tokens. It has 4 of the 16 layers, 1.8 billion parameters, so that
-    /// a GPU of 80 GB holds them with masters and moments.
+    /// vocabulary 50304, 2 x 4096 tokens. It has 4 of the 16 layers, 1.8 billion parameters, so
+    /// that a GPU of 80 GB holds them with masters and moments.
     pub const OLMOE: ReferenceShape = ReferenceShape {
         hidden: 2048,
         layers: 4,
@@ -137,8 +137,8 @@ impl ReferenceShape {
         self.batch * self.sequence
     }
 
-    /// Returns the GEMMs of a forward pass with weights, for an even expert load. Backward runs each
-    /// twice more: for the input and for the weight.
+    /// Returns the GEMMs of a forward pass with weights, for an even expert load. Backward runs
+    /// each twice more: for the input and for the weight.
     pub fn gemms(&self) -> Vec<GemmShape> {
         let tokens = self.tokens();
         let hidden = self.hidden as i64;
@@ -161,8 +161,8 @@ impl ReferenceShape {
         ]
     }
 
-    /// Returns the FLOPs of a step by the usual formula (arXiv 2204.02311, appendix B): six for each
-    /// weight that a token meets, and attention as if every position saw every other.
+    /// Returns the FLOPs of a step by the usual formula (arXiv 2204.02311, appendix B): six for
+    /// each weight that a token meets, and attention as if every position saw every other.
     pub fn model_flops(&self) -> f64 {
         let width = (self.layers * self.hidden) as f64;
         let pairs = (self.sequence * self.tokens()) as f64;

@@ -22,7 +22,7 @@ pub struct GenerateOptions {
     pub temperature: f64,
     /// Number of likeliest tokens to sample from; 0 samples from all.
     pub top_k: usize,
-    /// Sampling seed.
+    /// Seed of the sampled tokens.
     pub seed: i64,
     /// A `tokenizer.json` that replaces the run's.
     pub tokenizer: Option<PathBuf>,

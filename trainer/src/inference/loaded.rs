@@ -19,7 +19,8 @@ pub(crate) struct LoadedModel {
 }
 
 impl LoadedModel {
-    /// Loads one checkpoint, or the newest usable one of a run's folder or its `checkpoints` folder.
+    /// Loads one checkpoint, or the newest usable one of a run's folder or its `checkpoints`
+    /// folder.
     pub(crate) fn open(path: &Path) -> Result<LoadedModel, Error> {
         let mut checkpoint = find_checkpoint(path)?;
         let state = read_run_state(&checkpoint)?;

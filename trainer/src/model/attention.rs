@@ -27,7 +27,7 @@ pub(crate) struct Attention {
     heads: i64,
     /// Key and value heads that this rank computes.
     kv_heads: i64,
-    /// Those of them that its queries use.
+    /// Key and value heads that its queries use, among the computed ones.
     used_kv_heads: Range<i64>,
     head_dim: i64,
     norm_eps: f64,

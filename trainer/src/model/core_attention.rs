@@ -60,7 +60,7 @@ impl CoreAttention {
                 self.attend_whole(query, &key, &value, documents)
             };
         }
-        // Key heads travel unexpanded where the ranks can share them, too.
+        // Unexpanded key heads are sent if the ranks can split them, too.
         let expand_early = !is_even || kv_heads % self.context.size() as i64 != 0;
         let sent_heads = |x: &Tensor| {
             if expand_early {

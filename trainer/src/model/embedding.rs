@@ -8,8 +8,8 @@ use std::ops::Range;
 use tch::Tensor;
 use torch_ext::{Error, attach_backward};
 
-/// Returns this rank's part `[T / ranks, D]` of the embedding of `tokens_t` `[T]` int64. `weight` has
-/// the rows `rows` of the matrix.
+/// Returns this rank's part `[T / ranks, D]` of the embedding of `tokens_t` `[T]` int64. `weight`
+/// has the rows `rows` of the matrix.
 ///
 /// # Collective
 /// All ranks of `tensor`, forward and backward.

@@ -36,9 +36,9 @@ pub(crate) struct LossScale {
 
 /// Returns the summed cross-entropy of the hidden states `x_td` `[T, D]` against `labels_t` `[T]`.
 ///
-/// `weight_vd` has the rows `own` of the output layer `[V, D]`. The loss is an fp32 scalar, the same
-/// on every rank of the vocabulary; labels [`IGNORED`] do not enter it. The gradient of `x_td` is
-/// this rank's part of a sum.
+/// `weight_vd` has the rows `own` of the output layer `[V, D]`. The loss is an fp32 scalar, the
+/// same on every rank of the vocabulary; labels [`IGNORED`] do not enter it. The gradient of `x_td`
+/// is this rank's part of a sum.
 ///
 /// If `x_td` requires a gradient, the weight's gradient is added at once. The loss must therefore
 /// enter the total loss unscaled.

@@ -1,6 +1,7 @@
-//! The decoder: embedding, pre-norm transformer layers with dense or MoE feed-forward, output layer.
-// Shapes: B batch, S sequence, T = B * S tokens, D hidden, F ffn, V vocabulary, E experts, L of them
-// on this rank.
+//! The decoder: embedding, pre-norm transformer layers with dense or MoE feed-forward, output
+//! layer.
+// Shapes: B batch, S sequence, T = B * S tokens, D hidden, F ffn, V vocabulary, E experts, L of
+// them on this rank.
 
 mod attention;
 mod build;
@@ -134,7 +135,8 @@ impl Model {
         self.forward_stage(0, &self.embed(tokens_bs)?, batch, None)
     }
 
-    /// Returns the first stage's input `[T, D]` for this rank's positions `tokens_bs` `[B, s]` int64.
+    /// Returns the first stage's input `[T, D]` for this rank's positions `tokens_bs` `[B, s]`
+    /// int64.
     ///
     /// # Collective
     /// All ranks of the tensor group.
@@ -339,8 +341,8 @@ impl Model {
         self.stages[chunk].moe_layers.clone()
     }
 
-    /// True if the load-balancing loss spans the whole step, so that backward needs all token counts
-    /// in advance.
+    /// True if the load-balancing loss spans the whole step, so that backward needs all token
+    /// counts in advance.
     pub fn counts_whole_batch(&self) -> bool {
         let moe = self.config.moe.as_ref();
         moe.is_some_and(|moe| {

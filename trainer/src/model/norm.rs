@@ -1,4 +1,5 @@
-//! RMSNorm (arXiv 1910.07467): `x / sqrt(mean(x^2) + eps) * weight` over the last dimension, in fp32.
+//! RMSNorm (arXiv 1910.07467): `x / sqrt(mean(x^2) + eps) * weight` over the last dimension, in
+//! fp32.
 //!
 //! Backward needs only the input and one number per row.
 

@@ -128,8 +128,8 @@ fn slices_in_rows(
         })
 }
 
-/// Returns a slice of the tensor `name` of shape `global`: the range `along` in dimension `dim`, and
-/// all of the other dimensions.
+/// Returns a slice of the tensor `name` of shape `global`: the range `along` in dimension `dim`,
+/// and all of the other dimensions.
 pub(crate) fn slice(name: &str, global: &[i64], dim: usize, along: &Range<i64>) -> TensorSlice {
     let mut slice = TensorSlice::whole(name, global);
     slice.offset[dim] = along.start;
@@ -143,7 +143,7 @@ pub struct Parameters {
     kind: Kind,
     seed: u64,
     zero: u8,
-    /// Indexed by [`Replicas`].
+    /// Replica groups, indexed by [`Replicas`].
     replications: Vec<Replication>,
     offloaded: bool,
 }
@@ -215,8 +215,8 @@ impl Parameters {
         self.add(device, &shape, vec![slice], replicas, options)
     }
 
-    /// Adds a parameter of shape `shape` whose rows are those of `slices`, in order, and returns its
-    /// weight.
+    /// Adds a parameter of shape `shape` whose rows are those of `slices`, in order, and returns
+    /// its weight.
     pub(crate) fn add(
         &mut self,
         device: &dyn Accelerator,

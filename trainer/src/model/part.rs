@@ -19,12 +19,13 @@ pub struct StagePart {
 pub struct VocabularyShard {
     /// Index of this rank.
     pub rank: usize,
-    /// Number of ranks.
+    /// Number of ranks that split the rows.
     pub ranks: usize,
 }
 
 impl VocabularyShard {
-    /// Returns the rows of a vocabulary of `vocab` tokens on this rank, split as evenly as possible.
+    /// Returns the rows of a vocabulary of `vocab` tokens on this rank, split as evenly as
+    /// possible.
     pub fn rows(self, vocab: usize) -> Range<usize> {
         let start = |rank: usize| vocab * rank / self.ranks;
         start(self.rank)..start(self.rank + 1)

@@ -1,4 +1,5 @@
-//! Rotary position embedding (arXiv 2104.09864) in the half-split form of Llama and HF transformers.
+//! Rotary position embedding (arXiv 2104.09864) in the half-split form of Llama and HF
+//! transformers.
 //!
 //! Element `i` of a head is rotated with element `i + head_dim / 2`.
 

@@ -1,10 +1,10 @@
-//! Embedding and output layer split by rows over all ranks of a pipeline (arXiv 2411.05288, sections
-//! 3 and 4).
+//! Embedding and output layer split by rows over all ranks of a pipeline (arXiv 2411.05288,
+//! sections 3 and 4).
 //!
-//! The rows are split over the ranks of the pipeline times the tensor-parallel ranks. In pass S each
-//! rank computes its logits and their softmax against its own statistics. The ranks then exchange a
-//! maximum, a sum and the label's logit per token, from which one factor per token corrects the
-//! softmax.
+//! The rows are split over the ranks of the pipeline times the tensor-parallel ranks. In pass S
+//! each rank computes its logits and their softmax against its own statistics. The ranks then
+//! exchange a maximum, a sum and the label's logit per token, from which one factor per token
+//! corrects the softmax.
 //!
 //! - `vocab-1`: T computes the input's gradient.
 //! - `vocab-2`: S computes it against local statistics, and the same factor corrects it.
@@ -39,7 +39,7 @@ pub(crate) struct LocalSoftmax {
     weight: Tensor,
     /// `[3, T]` fp32: maximum, sum of exponentials, label's logit.
     statistics: Tensor,
-    /// With `vocab-2`.
+    /// Set only with `vocab-2`.
     input_gradient: Option<InputGradient>,
 }
 
@@ -47,7 +47,7 @@ pub(crate) struct LocalSoftmax {
 struct InputGradient {
     /// Rows of the matrix, weighted by the softmax.
     mixed: Tensor,
-    /// The label's row.
+    /// Row of the label.
     target: Tensor,
 }
 
@@ -68,8 +68,8 @@ fn chunks(tokens: i64, rows: i64) -> impl Iterator<Item = (i64, i64)> {
     starts.map(move |start| (start, chunk.min(tokens - start)))
 }
 
-/// Runs pass S for hidden states `[T, D]` and labels `[T]`. `weight` has the rows `rows` of the output
-/// layer. Without an `algorithm` it computes nothing for gradients.
+/// Runs pass S for hidden states `[T, D]` and labels `[T]`. `weight` has the rows `rows` of the
+/// output layer. Without an `algorithm` it computes nothing for gradients.
 pub(crate) fn logits(
     hidden: &Tensor,
     weight: &Weight,
@@ -251,8 +251,8 @@ pub(crate) fn maximum(largest: Tensor) -> CollectiveFn {
     })
 }
 
-/// Returns the collective C2, and that of the embedding: it sums `part` over the ranks and gives the
-/// rows `rows` to the ranks that need any.
+/// Returns the collective C2, and that of the embedding: it sums `part` over the ranks and gives
+/// the rows `rows` to the ranks that need any.
 pub(crate) fn sum(part: Tensor, rows: Option<Range<i64>>) -> CollectiveFn {
     Box::new(move |group: &dyn Communicator| {
         group.all_reduce(&part, ReduceOp::Sum)?.wait()?;
@@ -276,8 +276,8 @@ pub(crate) fn collect(whole: Tensor, own: Option<Tensor>, roots: Range<usize>) -
     })
 }
 
-/// Runs pass IF: looks up `tokens_t` `[T]` in this rank's rows. Returns `[T, D]`, zero for tokens of
-/// other ranks.
+/// Runs pass IF: looks up `tokens_t` `[T]` in this rank's rows. Returns `[T, D]`, zero for tokens
+/// of other ranks.
 pub(crate) fn embed_rows(tokens_t: &Tensor, weight: &Weight, rows: &Range<usize>) -> Tensor {
     let (index, inside) = local_rows(tokens_t, rows);
     let found = weight.value().index_select(0, &index);

@@ -117,8 +117,8 @@ impl Optimizer {
         Ok(total.double_value(&[0]).sqrt())
     }
 
-    /// Updates the parameters in step `step` (1 is the first) with learning rate `lr`, and clips the
-    /// gradients by their norm.
+    /// Updates the parameters in step `step` (1 is the first) with learning rate `lr`, and clips
+    /// the gradients by their norm.
     ///
     /// # Errors
     /// If libtorch refuses an operation.

@@ -1,8 +1,8 @@
 //! Updates on the host for weights on a device (ZeRO-Offload, arXiv 2101.06840, section 4).
 //!
 //! Masters and moments never leave host memory. Gradients arrive chunk by chunk through pinned
-//! memory, on a stream of their own: while the host updates one chunk, the next one arrives. Updated
-//! weights return in the model's dtype.
+//! memory, on a stream of their own: while the host updates one chunk, the next one arrives.
+//! Updated weights return in the model's dtype.
 
 use crate::Error;
 use kernels::profile::{Cost, part};
@@ -13,7 +13,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use tch::{Kind, Tensor};
 use torch_ext::AdamW;
 
-/// Elements of a chunk: enough for full bandwidth, and few beside the optimizer's state.
+/// Elements of a chunk: enough for full bandwidth, and few compared with the optimizer's state.
 const CHUNK_ELEMENTS: i64 = 4 << 20;
 /// Chunks on the host at once: one is updated while one arrives.
 const STAGING_BUFFERS: usize = 2;
@@ -65,8 +65,8 @@ impl Offload {
         })
     }
 
-    /// Executes `updates`, whose gradients and stored weights are on `device` and whose other tensors
-    /// are on the host.
+    /// Executes `updates`, whose gradients and stored weights are on `device` and whose other
+    /// tensors are on the host.
     ///
     /// # Errors
     /// If libtorch refuses an operation. Earlier chunks then stay updated.

@@ -104,8 +104,8 @@ impl Trainer {
         }))
     }
 
-    /// Waits for the copy of the last snapshot, whose tensors the update changes. With `is_due`, also
-    /// chooses the interval to the next snapshot from the figures of the step.
+    /// Waits for the copy of the last snapshot, whose tensors the update changes. With `is_due`,
+    /// also chooses the interval to the next snapshot from the figures of the step.
     pub(super) fn finish_copy(&mut self, is_due: bool, figures: &StepFigures) {
         let ranks = self.world.size() as f64;
         if let Some(snapshots) = &mut self.snapshots {

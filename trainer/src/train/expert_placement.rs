@@ -84,8 +84,8 @@ impl ExpertPlacement {
         }
     }
 
-    /// Adds a step's routed tokens `[moe_layers][E]` to the loads and, if due, moves experts. Returns
-    /// the number of moved experts.
+    /// Adds a step's routed tokens `[moe_layers][E]` to the loads and, if due, moves experts.
+    /// Returns the number of moved experts.
     ///
     /// # Errors
     /// If an exchange fails.
@@ -262,8 +262,8 @@ pub(crate) struct Move {
 
 /// Plans moves from the slices that each rank holds to those that it is to hold.
 ///
-/// A rank keeps rows that it holds. Of several holders, the one that has the fewest elements to send
-/// so far sends them.
+/// A rank keeps rows that it holds. Of several holders, the one that has the fewest elements to
+/// send so far sends them.
 ///
 /// # Errors
 /// If no rank holds a row that a rank is to hold.

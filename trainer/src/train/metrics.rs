@@ -153,7 +153,7 @@ impl JsonLinesWriter {
         })
     }
 
-    /// Appends one line.
+    /// Appends one line to the file.
     ///
     /// # Errors
     /// If the disk is full.

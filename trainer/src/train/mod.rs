@@ -35,7 +35,7 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// How a run ended.
+/// Final state of a run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Outcome {
     /// Number of completed steps.
@@ -49,7 +49,7 @@ pub struct Outcome {
 /// The state that a run starts from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ResumeSource {
-    /// Initial values.
+    /// The initial values of a new run.
     Nothing,
     /// A snapshot in the memory of keepers.
     Snapshot,
@@ -73,17 +73,15 @@ pub struct Trainer {
     single_forward: Schedule,
     gradients: GradientBuckets,
     optimizer: Optimizer,
-    /// Set with least-loaded dispatch.
     planner: Option<Arc<Mutex<Planner>>>,
-    /// Set with `model.moe.placement`.
     expert_placement: Option<ExpertPlacement>,
     train: Dataset,
     validation: Option<Dataset>,
     /// Number of completed optimizer steps.
     step: u64,
-    /// Samples drawn.
+    /// Samples drawn so far: the position in the data.
     samples: u64,
-    /// Tokens trained on.
+    /// Tokens trained on so far.
     tokens: u64,
     snapshots: Option<Snapshots>,
     /// For the snapshot of the last step.

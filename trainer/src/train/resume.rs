@@ -60,11 +60,11 @@ impl Trainer {
     }
 
     fn restore_placement(&self, state: &RunState) {
-        let (Some(expert_placement), Some(placement)) = (&self.expert_placement, &state.placement)
-        else {
+        let Some(placement) = &state.placement else {
             return;
         };
-        if !expert_placement.fits(placement) {
+        let current = self.expert_placement.as_ref();
+        if !current.is_some_and(|current| current.fits(placement)) {
             return;
         }
         for (moe_layer, moe, experts) in self.model.local_moe_layers() {

@@ -5,11 +5,11 @@ use serde::{Deserialize, Serialize};
 /// Position of a run, expert placement and configuration.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct RunState {
-    /// Optimizer steps done.
+    /// Number of completed optimizer steps.
     pub(crate) step: u64,
     /// Samples drawn: the position in the data.
     pub(crate) samples: u64,
-    /// Tokens trained on.
+    /// Tokens trained on so far.
     pub(crate) tokens: u64,
     /// Number of ranks that saved.
     pub(crate) ranks: usize,

@@ -173,7 +173,10 @@ fn measure_min_tokens(
     all: &Arc<dyn Communicator>,
     device: &dyn Accelerator,
 ) -> Result<(), Error> {
-    let (Some(moe), Some(least_loaded)) = (&config.model.moe, &groups.least_loaded) else {
+    let Some(moe) = &config.model.moe else {
+        return Ok(());
+    };
+    let Some(least_loaded) = &groups.least_loaded else {
         return Ok(());
     };
     if !matches!(moe.least_loaded.min_tokens, MinTokens::Measured(_)) {

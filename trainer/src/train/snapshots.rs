@@ -2,9 +2,9 @@
 //!
 //! State does not change between two updates, that is, during a whole forward and backward
 //! (DataStates-LLM's principle). In that time a thread copies it chunk by chunk, and computes
-//! checksums while a chunk is in the cache. The next update waits for the copy; the wait is measured
-//! and usually zero. Either all ranks take a snapshot or none does: the figures of the step include
-//! whether each rank has a free slot.
+//! checksums while a chunk is in the cache. The next update waits for the copy; the wait is
+//! measured and usually zero. Either all ranks take a snapshot or none does: the figures of the
+//! step include whether each rank has a free slot.
 
 use super::checkpointing::{SavePlan, SnapshotParts};
 use super::copy_thread::{
@@ -40,7 +40,7 @@ const MAX_INTERVAL: u64 = 1000;
 /// Steps for which a due checkpoint waits for a slot before the ranks write it themselves.
 const MAX_OVERDUE_STEPS: u64 = 50;
 
-/// How a rank reaches its node's keeper.
+/// Address, secret and task of a rank at its node's keeper.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct KeeperAccess {
     /// Name of the keeper's socket.
@@ -206,7 +206,10 @@ impl Snapshots {
 
     fn connect(&mut self, device: &dyn Accelerator) -> Result<(), Error> {
         self.last_attempt = Instant::now();
-        let (Some(bytes), Some(plan)) = (self.bytes, self.plan.clone()) else {
+        let Some(bytes) = self.bytes else {
+            return Ok(());
+        };
+        let Some(plan) = self.plan.clone() else {
             return Ok(());
         };
         if let Some(keeper) = &self.keeper
@@ -302,7 +305,8 @@ impl Snapshots {
         }
     }
 
-    /// Waits until the keeper knows the snapshot of step `step`. Returns false if it does not exist.
+    /// Waits until the keeper knows the snapshot of step `step`. Returns false if it does not
+    /// exist.
     pub(crate) fn wait_until_stored(&mut self, step: u64) -> bool {
         if self.last != Some(step) || !(self.wait() || self.copied) {
             return false;

@@ -179,8 +179,8 @@ impl<'a> StepStages<'a> {
         Ok(cross_entropy)
     }
 
-    /// Runs backward of a stage from the gradient of its output. `BackwardInput` leaves the gradients
-    /// of the weights to a later pass.
+    /// Runs backward of a stage from the gradient of its output. `BackwardInput` leaves the
+    /// gradients of the weights to a later pass.
     fn backward(&mut self, pass: Pass, gradient: Option<Tensor>) -> Result<Option<Tensor>, Error> {
         let model = self.inputs.model;
         let part = &model.part().stages[pass.chunk];
@@ -216,7 +216,7 @@ impl<'a> StepStages<'a> {
         Ok(input_gradient)
     }
 
-    /// Runs pass S.
+    /// Runs pass S: logits and their local softmax.
     fn logits(&mut self, microbatch: usize, hidden: &Tensor) -> Result<(), Error> {
         let model = self.inputs.model;
         let batch = self.inputs.batches.read(microbatch)?;
@@ -258,7 +258,7 @@ impl<'a> StepStages<'a> {
         Ok(())
     }
 
-    /// Runs pass IF.
+    /// Runs pass IF: lookup in this rank's rows.
     fn embed(&mut self, microbatch: usize) -> Result<(), Error> {
         let batch = self.inputs.batches.read(microbatch)?;
         let tokens = self.inputs.own_tokens(&batch.inputs);
@@ -271,7 +271,7 @@ impl<'a> StepStages<'a> {
         Ok(())
     }
 
-    /// Runs pass IB.
+    /// Runs pass IB: gradient of this rank's rows.
     fn embed_backward(&mut self, microbatch: usize, gradient: &Tensor) -> Result<(), Error> {
         let batch = self.inputs.batches.read(microbatch)?;
         let tokens = self.inputs.own_tokens(&batch.inputs);

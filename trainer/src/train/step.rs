@@ -190,7 +190,7 @@ impl Trainer {
         stop: bool,
         reserved: Option<&ReservedSlot>,
     ) -> Result<StepFigures, Error> {
-        // Times of passes are told apart only in a pipeline.
+        // Without a pipeline, the step's metrics contain no times of passes.
         let has_pipeline = self.mesh.shape().pipeline > 1;
         let sizes = FigureSizes {
             moe_layers: sums.moe_layers.len(),

@@ -88,8 +88,8 @@ impl Trainer {
         self.world.size() / self.mesh.shape().pipeline
     }
 
-    /// Returns the maximum over the mean of the tokens that a layer's ranks computed. Ranks of other
-    /// stages have none.
+    /// Returns the maximum over the mean of the tokens that a layer's ranks computed. Ranks of
+    /// other stages have none.
     fn rank_imbalance(&self, tokens_per_rank: &[f64]) -> f64 {
         let stage = |rank: usize| self.mesh.coordinates_of(rank).pipeline;
         let busy_rank = tokens_per_rank.iter().position(|&tokens| tokens > 0.0);

@@ -27,7 +27,7 @@ pub(crate) struct MoeLayerSums {
     pub(crate) transfers: Transfers,
 }
 
-/// What an MoE layer moved between ranks, and how long planning took.
+/// Transfers of an MoE layer between ranks, and the time to plan them.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct Transfers {
     pub(crate) lent_tokens: f64,

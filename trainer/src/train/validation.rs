@@ -16,7 +16,10 @@ impl Trainer {
     /// # Errors
     /// If data cannot be read or a collective fails.
     pub fn validate(&self) -> Result<Option<f64>, Error> {
-        let (Some(config), Some(data)) = (&self.config.validation, &self.validation) else {
+        let Some(config) = &self.config.validation else {
+            return Ok(None);
+        };
+        let Some(data) = &self.validation else {
             return Ok(None);
         };
         let windows = (config.sequences as u64).min(data.num_windows());
