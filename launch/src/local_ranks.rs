@@ -40,7 +40,7 @@ pub(crate) fn run_on_ranks(
 
 /// Joins the other ranks, with tensors on the host; worlds with different numbers have nothing to do with each other.
 pub(crate) fn join_world(env: &RankEnv, number: usize) -> Result<World> {
-    let again = env.again(number);
+    let again = env.for_another_world(number);
     let env = if number == 0 { env } else { &again };
     World::join(env, COLLECTIVE_TIMEOUT, Backend::Auto, &Cpu).context("the ranks cannot be joined")
 }

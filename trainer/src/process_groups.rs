@@ -124,19 +124,17 @@ impl ProcessGroups {
         };
         let hierarchy = match moe.filter(|moe| moe.dispatch.hierarchical() && nodes) {
             Some(_) => {
-                let (inside, across) =
-                    hierarchical_groups(mesh, per_node).map_err(Error::Config)?;
-                let inside = world.group("experts of a node", &inside)?;
+                let split = hierarchical_groups(mesh, per_node).map_err(Error::Config)?;
                 Some(Hierarchy {
-                    intra_node: inside,
-                    inter_node: world.group("experts across nodes", &across)?,
+                    intra_node: world.group("experts of a node", &split.intra_node)?,
+                    inter_node: world.group("experts across nodes", &split.inter_node)?,
                 })
             }
             None => None,
         };
         Ok(ProcessGroups {
             tensor: TensorParallel::new(group("tensor", GroupKind::Tensor)?, config.tensor_chunks),
-            context: world.chain("context", &mesh.group(GroupKind::Context))?,
+            context: world.p2p_group("context", &mesh.group(GroupKind::Context))?,
             sequence: group("sequence", GroupKind::Sequence)?,
             experts: group("experts", GroupKind::Expert)?,
             // One rank has nobody to wait for.

@@ -5,7 +5,7 @@ use super::{
     ScheduleConfig,
 };
 use parallel::context::ContextKind;
-use parallel::{GroupKind, Mesh, MeshShape};
+use parallel::{GroupKind, Mesh, MeshShape, NodeSplit};
 
 impl Config {
     /// Every reason why this cannot run on `ranks` ranks, one sentence each.
@@ -425,7 +425,7 @@ impl Config {
 pub(crate) fn hierarchical_groups(
     mesh: &Mesh,
     per_node: usize,
-) -> Result<(Vec<usize>, Vec<usize>), String> {
+) -> Result<NodeSplit, String> {
     mesh.split_by_node(GroupKind::Expert, per_node).ok_or_else(|| {
         format!(
             "model.moe.dispatch goes by way of nodes, but nodes of {per_node} ranks do not have as many each of the ranks {:?} \

@@ -158,7 +158,7 @@ impl Trainer {
         for (kind, name) in order.vocabulary.map_or(Vec::new(), vocabulary_collectives) {
             lanes.push((kind, world.group(name, &vocabulary)?));
         }
-        let pipeline = Executor::new(world.chain("pipeline", &stages)?, lanes, device.as_ref())?;
+        let pipeline = Executor::new(world.p2p_group("pipeline", &stages)?, lanes, device.as_ref())?;
         let model = Model::new(
             &config.model,
             own,
