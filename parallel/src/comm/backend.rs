@@ -134,8 +134,8 @@ impl Backend {
                     ("hccl", "npu")
                 };
                 return Err(format!(
-                    "run.backend is {name}, which needs {device} devices, and these ranks have none: use \
-                     run.device: {device}, or run.backend: auto"
+                    "run.backend is {name}, which needs {device} devices, and these ranks have \
+                     none: use run.device: {device}, or run.backend: auto"
                 ));
             }
         };

@@ -14,7 +14,7 @@ pub struct CommError {
     /// The global ranks of the group.
     pub members: Vec<usize>,
     pub operation: &'static str,
-    /// The backend's message.
+    /// The message of the backend, or why moerun rejected the call.
     pub reason: String,
 }
 

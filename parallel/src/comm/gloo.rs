@@ -21,6 +21,8 @@ struct GlooState {
     aborted: AtomicBool,
 }
 
+type Started = Result<torch_ext::Work, torch_ext::Error>;
+
 impl GlooState {
     fn error(&self, operation: &'static str, reason: impl ToString) -> CommError {
         self.membership.error(operation, reason)
@@ -57,7 +59,7 @@ impl Gloo {
         &self,
         operation: &'static str,
         tensors: &[&Tensor],
-        start: impl FnOnce(&torch_ext::Gloo, &[Tensor]) -> Result<torch_ext::Work, torch_ext::Error>,
+        start: impl FnOnce(&torch_ext::Gloo, &[Tensor]) -> Started,
     ) -> Result<Work, CommError> {
         let state = self.state.clone();
         if state.aborted.load(Ordering::SeqCst) {
@@ -77,7 +79,7 @@ impl Gloo {
         &self,
         operation: &'static str,
         tensor: &Tensor,
-        start: impl FnOnce(&torch_ext::Gloo, &Tensor) -> Result<torch_ext::Work, torch_ext::Error>,
+        start: impl FnOnce(&torch_ext::Gloo, &Tensor) -> Started,
     ) -> Result<Work, CommError> {
         let state = self.state.clone();
         let staged = Staged::new(&[tensor], operation == "recv");

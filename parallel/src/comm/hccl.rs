@@ -13,20 +13,20 @@ use tch::Kind;
 
 /// `HcclResult`; `HCCL_SUCCESS` is 0.
 type Code = c_int;
-/// `HcclComm`.
+/// A communicator handle: `HcclComm`.
 type Comm = *mut c_void;
-/// `HcclDataType`.
+/// The number of an `HcclDataType`.
 type Type = c_int;
-/// `HcclReduceOp`.
+/// The number of an `HcclReduceOp`.
 type Op = c_int;
-/// `aclrtStream`.
+/// A stream handle: `aclrtStream`.
 type StreamHandle = *mut c_void;
 type Data = *mut c_void;
 
-/// `HCCL_ROOT_INFO_BYTES`.
+/// The value of `HCCL_ROOT_INFO_BYTES`.
 const ROOT_INFO: usize = 4108;
 
-/// `HcclSendRecvItem`.
+/// A message: the layout of `HcclSendRecvItem`.
 #[repr(C)]
 struct Item {
     /// `HCCL_SEND` is 0, `HCCL_RECV` 1.

@@ -9,10 +9,10 @@ use tch::{Kind, Tensor};
 /// # Safety
 /// The `unsafe` functions access device memory of the given sizes until the stream has run them.
 pub(crate) trait Library: Send + Sync + 'static {
-    /// The vendor's communicator.
+    /// The library's own communicator.
     type Comm: Send + Sync;
 
-    /// `nccl` or `hccl`.
+    /// The backend's name: `nccl` or `hccl`.
     const NAME: &'static str;
 
     /// Creates the id that distinguishes a communicator from all others.

@@ -68,7 +68,7 @@ pub(super) struct LastCollective {
 pub(super) struct Log {
     pub(super) calls: VecDeque<Call>,
     first_id: u64,
-    /// By [`Call::key`].
+    /// The last collectives, by [`Call::key`].
     pub(super) last_collectives: BTreeMap<Arc<str>, LastCollective>,
 }
 

@@ -15,7 +15,7 @@ const HEARTBEAT_TIMEOUT: Duration = Duration::from_millis(1600);
 pub(super) struct Heartbeat {
     /// Counts the heartbeats of the rank.
     beat: u64,
-    /// By [`Call::key`].
+    /// The rank's last collectives, by [`Call::key`].
     last_collectives: BTreeMap<String, ReportedCollective>,
     /// The call that the rank has waited for longest.
     waits_for: Option<String>,

@@ -13,7 +13,6 @@ pub(super) struct RecordedComm {
     pub(super) recorder: FlightRecorder,
     pub(super) group: Arc<str>,
     pub(super) members: Arc<[usize]>,
-    /// See [`Call::key`].
     pub(super) key: Arc<str>,
 }
 

@@ -176,7 +176,7 @@ pub(super) struct Collective {
     writes: Vec<PendingWrite>,
     reduction: Option<PendingReduction>,
     reads: Vec<PendingRead>,
-    /// Runs first.
+    /// Runs before everything else.
     own_copy: Option<OwnCopy>,
 }
 

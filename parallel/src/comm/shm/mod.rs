@@ -100,7 +100,7 @@ impl Shm {
         let mut offered_file = None;
         let segment = if rank == 0 {
             let created = CreatedSegment::new(size);
-            // Without an offer, the others give up as well.
+            // An empty offer tells the others that there is no segment.
             let offer = created.as_ref().map(|created| &created.offer);
             let offer = offer.and_then(|offer| serde_json::to_vec(offer).ok());
             store

@@ -318,7 +318,7 @@ impl Ring {
         ring_bytes.saturating_sub(unread as usize)
     }
 
-    /// Writes as many of `bytes` as fit into `free` and before the ring wraps around.
+    /// Writes the first of `bytes`, up to `free` and up to where the ring wraps around.
     pub(super) fn write(&mut self, bytes: &[u8], free: usize) -> usize {
         let space = self.contiguous();
         let count = bytes.len().min(free).min(space.len);

@@ -14,27 +14,26 @@ use std::time::{Duration, Instant};
 /// How often a waiting thread polls in each way before it sleeps.
 struct SpinLimits {
     spins: usize,
-    /// Including the spins.
-    yields: usize,
+    spins_and_yields: usize,
 }
 
 /// For a thread whose rank computes nothing meanwhile.
 const SPIN_LIMITS: SpinLimits = SpinLimits {
     spins: 50,
-    yields: 100,
+    spins_and_yields: 100,
 };
 
 /// A background thread never spins, since its rank computes meanwhile.
 const NO_SPINS: SpinLimits = SpinLimits {
     spins: 0,
-    yields: 0,
+    spins_and_yields: 0,
 };
 
 /// The pieces by which a thread advances operations when it starts one, or has waited for one: the
 /// number that a ring holds. More would delay what the thread computes.
 const MAX_PROGRESS_CALLS: usize = 8;
 
-/// The time between two checks by a sleeping thread whether the other ranks are alive.
+/// The time between two liveness checks of the other ranks by a sleeping thread.
 const LIVENESS_INTERVAL: Duration = Duration::from_millis(200);
 
 pub(super) struct ShmState {
@@ -122,7 +121,7 @@ impl ShmState {
                 std::hint::spin_loop();
                 continue;
             }
-            if idle_rounds < spin_limits.yields {
+            if idle_rounds < spin_limits.spins_and_yields {
                 std::thread::yield_now();
                 continue;
             }
