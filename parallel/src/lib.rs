@@ -19,6 +19,7 @@ mod gradients;
 mod mesh;
 pub mod pipeline;
 pub mod recompute;
+mod rows;
 pub mod sharding;
 mod sum;
 pub mod tensor;
@@ -32,11 +33,10 @@ pub use comm::{Backend, CommError, Communicator, Gloo, Local, ReduceOp, Work, mp
 pub use device::{
     Accelerator, Copier, Cpu, DiscreteDevice, MemoryUse, accelerator, device_kind, peak_resident,
 };
-pub use gradients::{
-    BucketPlan, DeferredGradient, GradientBuckets, Replication, matrix_shape, plan_buckets,
-};
+pub use gradients::{BucketPlan, GradientBuckets, Replication, plan_buckets};
 pub use mesh::{Coordinates, GroupKind, Mesh, MeshError, MeshShape};
 pub use recompute::Activation;
+pub use rows::{matrix_shape, own_rows};
 pub use sum::GradientSum;
-pub use weight::{Contribution, Weight, add_gradients, linear, linears};
+pub use weight::{Contribution, DeferredGradient, Weight, add_gradients, linear, linears};
 pub use world::{MpiLaunch, RankEnv, Rendezvous, World, run_on_threads};

@@ -8,8 +8,7 @@ use crate::model::parameters::Replicas;
 use crate::model::{ModelPart, StagePart, VocabularyShard};
 use crate::process_groups::zero_rank_and_size;
 use parallel::pipeline::simulate::simulate;
-use parallel::sharding::own_rows;
-use parallel::{BucketPlan, Coordinates, GroupKind, Mesh, plan_buckets};
+use parallel::{BucketPlan, Coordinates, GroupKind, Mesh, own_rows, plan_buckets};
 
 /// fp32 logits of the output layer's loss that exist at once take up to this many bytes.
 const LOGITS_CHUNK_BYTES: u64 = 16 << 20;

@@ -349,7 +349,7 @@ impl Config {
         let (_, head) = self.model.vocabulary_cost_in_layers();
         let ranks = order.ranks.len();
         let vocabulary = match self.parallel.vocabulary.algorithm() {
-            Some(algorithm) => VocabularyCosts::of(algorithm, head / ranks as f64),
+            Some(algorithm) => VocabularyCosts::from_logits(algorithm, head / ranks as f64),
             None => VocabularyCosts::default(),
         };
         let of_stage: Vec<f64> = layers.iter().map(|&layers| layers as f64).collect();
