@@ -176,7 +176,8 @@ impl RingAttention {
     /// Visits the blocks of all ranks, this rank's own first.
     ///
     /// While `visit` computes with one rank's keys and values, those of the next are received.
-    /// `carried` travels with the keys and values, is changed by every rank, and returns to this one.
+    /// `carried` travels with the keys and values, is changed by every rank, and returns to this
+    /// one.
     fn rotate(
         &self,
         mut carried: Option<Tensor>,

@@ -1,7 +1,7 @@
 //! Sharded weights: each rank keeps some rows and gathers the others for its layers.
 //!
-//! This is ZeRO (arXiv 1910.02054). A weight is a matrix whose rows are all dimensions but the last;
-//! ranks keep consecutive rows. One all-gather transfers all members of a [`ShardedWeights`].
+//! This is ZeRO (arXiv 1910.02054). A weight is a matrix whose rows are all dimensions but the
+//! last; ranks keep consecutive rows. One all-gather transfers all members of a [`ShardedWeights`].
 
 use crate::rows::{matrix_shape, own_rows};
 use crate::{CommError, Communicator, Weight, Work};

@@ -3,10 +3,10 @@
 //! Tensor parallelism: Megatron-LM, arXiv 1909.08053, section 3. Sequence parallelism:
 //! arXiv 2205.05198, section 4.2.2.
 //!
-//! Between the blocks of a layer every rank has its own rows of the tokens. A block gathers all rows,
-//! computes its columns or heads, and leaves each rank its rows of the sum. Rows are transferred in
-//! chunks, so that transfers overlap with computation: while one chunk is computed, the next is
-//! gathered and the last is summed, in forward and in backward.
+//! Between the blocks of a layer every rank has its own rows of the tokens. A block gathers all
+//! rows, computes its columns or heads, and leaves each rank its rows of the sum. Rows are
+//! transferred in chunks, so that transfers overlap with computation: while one chunk is computed,
+//! the next is gathered and the last is summed, in forward and in backward.
 // Shapes: n rows of a rank, R ranks, D hidden.
 
 use crate::collectives::{PendingGradient, fill, take};
@@ -66,7 +66,8 @@ impl TensorParallel {
 
     /// Returns `compute` of all rows `[R * n, D]`, of which `x_nd` `[n, D]` are this rank's.
     ///
-    /// This is a column-parallel layer. `compute` returns tensors with one row for each of its rows.
+    /// This is a column-parallel layer. `compute` returns tensors with one row for each of its
+    /// rows.
     ///
     /// # Collective
     /// All ranks of the group, in forward and in backward, as for the other layers here.

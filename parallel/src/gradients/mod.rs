@@ -1,17 +1,18 @@
 //! Gradients summed over replicas, in buckets, while backward still runs.
 //!
 //! Every weight's gradient lives in a *bucket*, a flat fp32 buffer. Buckets hold weights in reverse
-//! order of use, so that backward completes the first buckets early. Layers add each contribution in
-//! place ([`Weight::add_gradient`]). Nothing clears the buffer: the first contribution overwrites it.
+//! order of use, so that backward completes the first buckets early. Layers add each contribution
+//! in place ([`Weight::add_gradient`]). Nothing clears the buffer: the first contribution
+//! overwrites it.
 //!
-//! After the last contribution of a step the bucket starts an asynchronous all-reduce. If ranks shard
-//! the sum (ZeRO, arXiv 1910.02054), it starts a reduce-scatter by rows instead. If full gradients
-//! are not kept (ZeRO-2), this happens after every microbatch, and the buffer is freed.
+//! After the last contribution of a step the bucket starts an asynchronous all-reduce. If ranks
+//! shard the sum (ZeRO, arXiv 1910.02054), it starts a reduce-scatter by rows instead. If full
+//! gradients are not kept (ZeRO-2), this happens after every microbatch, and the buffer is freed.
 //!
 //! # Collective
 //! All ranks reduce buckets in the order of the plan, whatever the order in which gradients come.
-//! Buckets that are not kept are reduced as they become complete. That order is the same on replicas,
-//! which run the same passes.
+//! Buckets that are not kept are reduced as they become complete. That order is the same on
+//! replicas, which run the same passes.
 
 mod bucket;
 mod plan;
@@ -38,9 +39,9 @@ pub struct GradientBuckets {
 impl GradientBuckets {
     /// Allocates gradients and attaches them to `weights`.
     ///
-    /// Each weight comes with the index of its ranks in `replications`. Weights share a reduction up
-    /// to `bucket_bytes`. If ranks shard the sums, full gradients stay until the end of a step only
-    /// with `keep_full`.
+    /// Each weight comes with the index of its ranks in `replications`. Weights share a reduction
+    /// up to `bucket_bytes`. If ranks shard the sums, full gradients stay until the end of a step
+    /// only with `keep_full`.
     ///
     /// # Errors
     /// If a weight already has a gradient.

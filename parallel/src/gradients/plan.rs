@@ -15,8 +15,8 @@ pub struct BucketPlan {
 
 /// Packs parameters, given as (elements, group), into buckets from the last to the first.
 ///
-/// A bucket holds parameters of one group and at most `capacity` elements, unless a single parameter
-/// is larger. Buckets are in the order in which backward completes them.
+/// A bucket holds parameters of one group and at most `capacity` elements, unless a single
+/// parameter is larger. Buckets are in the order in which backward completes them.
 pub fn plan_buckets(parameters: &[(usize, usize)], capacity: usize) -> Vec<BucketPlan> {
     let mut done: Vec<BucketPlan> = Vec::new();
     let mut open: Vec<BucketPlan> = Vec::new();

@@ -1,8 +1,8 @@
 //! Inserts the communication between passes into an order.
 //!
-//! A tensor is sent right after the pass that produces it. A receive, or a broadcast that a rank only
-//! receives, is started one computation before the pass that needs it, so that they overlap. Embedding
-//! passes take next to no time and do not count as a computation.
+//! A tensor is sent right after the pass that produces it. A receive, or a broadcast that a rank
+//! only receives, is started one computation before the pass that needs it, so that they overlap.
+//! Embedding passes take next to no time and do not count as a computation.
 
 use super::{
     Collective, CollectiveKind, Message, Order, Pass, PassKind, Payload, Schedule, Step, Vocabulary,

@@ -26,7 +26,8 @@ pub trait Stages {
     /// If the computation fails.
     fn compute(&mut self, pass: Pass, inputs: Vec<Tensor>) -> Result<Option<Tensor>, Self::Error>;
 
-    /// Returns this rank's part in `collective`; called right after the pass that contributes to it.
+    /// Returns this rank's part in `collective`; called right after the pass that contributes to
+    /// it.
     ///
     /// # Errors
     /// If the contribution is not available.
@@ -209,7 +210,8 @@ impl Executor {
 
     /// Waits for the next collective of a kind; they end in the order of microbatches.
     fn next_result(&self, state: &mut StepState, kind: CollectiveKind) -> Result<(), CommError> {
-        // The collective itself runs on its lane; this records the time for which it delays the rank.
+        // The collective itself runs on its lane; this records the time for which it delays the
+        // rank.
         let result = part("communication", "wait", Cost::default, || {
             self.lane(kind).next()
         })?;

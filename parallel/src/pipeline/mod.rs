@@ -7,8 +7,8 @@
 //! - [`check`] proves that a schedule can run;
 //! - [`simulate`] estimates its time and memory, and [`draw`] draws it.
 //!
-//! Only [`Executor`], which runs a schedule, handles tensors. `docs/glossary.md` defines pass, order,
-//! schedule and lane.
+//! Only [`Executor`], which runs a schedule, handles tensors. `docs/glossary.md` defines pass,
+//! order, schedule and lane.
 
 pub mod check;
 pub mod communication;
@@ -43,8 +43,8 @@ pub enum PassKind {
     Logits,
     /// `N`: exponentials and their sum, given the largest logit of all ranks; only with `naive`.
     Normalize,
-    /// `T`: gradient of this rank's part of the output layer; except with `vocab-2` also its part of
-    /// the input gradient.
+    /// `T`: gradient of this rank's part of the output layer; except with `vocab-2` also its part
+    /// of the input gradient.
     LogitsBackward,
     /// `IF`: lookup in this rank's part of the embedding.
     Embed,
@@ -114,8 +114,8 @@ impl Pass {
 pub enum Placement {
     /// Chunk `c` of rank `r` is stage `c * ranks + r`.
     Loop,
-    /// As `Loop`, but odd chunks run backwards over the ranks: where the direction turns, consecutive
-    /// stages are on one rank.
+    /// As `Loop`, but odd chunks run backwards over the ranks: where the direction turns,
+    /// consecutive stages are on one rank.
     V,
 }
 
@@ -123,8 +123,8 @@ pub enum Placement {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Vocabulary {
-    /// Three barriers: the largest logit after S, the sum of exponentials after N, the input gradient
-    /// after T.
+    /// Three barriers: the largest logit after S, the sum of exponentials after N, the input
+    /// gradient after T.
     Naive,
     /// As `vocab-1`, but all ranks stop and run S and T together (nnScaler, OSDI 2024).
     Interlaced,
@@ -139,8 +139,8 @@ pub enum Vocabulary {
 impl Vocabulary {
     /// Returns the number of additional microbatches that a pipeline of `ranks` ranks holds.
     ///
-    /// That is one for each collective between the last stage's forward and its backward, apart from
-    /// the first broadcast. If all ranks stop for the output layer, it is half of the ranks.
+    /// That is one for each collective between the last stage's forward and its backward, apart
+    /// from the first broadcast. If all ranks stop for the output layer, it is half of the ranks.
     pub fn extra_microbatches(self, ranks: usize) -> usize {
         match self {
             Vocabulary::Naive => 3,

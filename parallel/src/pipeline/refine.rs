@@ -24,10 +24,10 @@ const MIN_GAIN: f64 = 1e-6;
 
 /// Returns `order`, or one that takes less time by `costs`.
 ///
-/// On no rank does the result hold more microbatches or logits. Passes of one kind and chunk stay in
-/// their order. Unchanged are orders that neither split the backward nor use vocabulary parallelism,
-/// because their names define them; orders with `naive` and `interlaced`, which exist for comparison;
-/// and orders that cannot run.
+/// On no rank does the result hold more microbatches or logits. Passes of one kind and chunk stay
+/// in their order. Unchanged are orders that neither split the backward nor use vocabulary
+/// parallelism, because their names define them; orders with `naive` and `interlaced`, which exist
+/// for comparison; and orders that cannot run.
 ///
 /// This is a pure function: all ranks find the same order.
 pub fn refined(order: &Order, costs: &Costs) -> Order {

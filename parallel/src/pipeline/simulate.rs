@@ -34,8 +34,8 @@ pub struct VocabularyCosts {
 impl VocabularyCosts {
     /// Estimates the costs of a rank whose part of the logits takes the time `logits`.
     ///
-    /// The output layer has three GEMMs of that size: the logits in S, the weight gradient in T, and
-    /// the input gradient in T, or in S with `vocab-2`.
+    /// The output layer has three GEMMs of that size: the logits in S, the weight gradient in T,
+    /// and the input gradient in T, or in S with `vocab-2`.
     pub fn from_logits(vocabulary: Vocabulary, logits: f64) -> VocabularyCosts {
         let input_gradient_in_t = vocabulary.gradient_after_t();
         let gemms_in_s = if input_gradient_in_t { 1.0 } else { 2.0 };

@@ -1,14 +1,14 @@
 //! Inserts the passes of vocabulary parallelism into any order (arXiv 2411.05288, section 5).
 //!
 //! Between the last stage's forward of a microbatch and its backward, all ranks run S; except with
-//! `vocab-2` also T, and with `naive` N between them. Collectives separate these passes. To keep ranks
-//! from waiting for them, every backward is delayed by one microbatch per barrier. The activations of
-//! these microbatches are the only memory it costs.
+//! `vocab-2` also T, and with `naive` N between them. Collectives separate these passes. To keep
+//! ranks from waiting for them, every backward is delayed by one microbatch per barrier. The
+//! activations of these microbatches are the only memory it costs.
 //!
-//! Each rank then runs S of a microbatch after the pass during which the last stage's forward ended.
-//! The rank of the last stage does so one backward later, right after T of the microbatch before. So
-//! all ranks do the same work within the time of one pass, and collectives overlap with passes of
-//! layers. Embedding passes accompany S, one microbatch ahead of their use.
+//! Each rank then runs S of a microbatch after the pass during which the last stage's forward
+//! ended. The rank of the last stage does so one backward later, right after T of the microbatch
+//! before. So all ranks do the same work within the time of one pass, and collectives overlap with
+//! passes of layers. Embedding passes accompany S, one microbatch ahead of their use.
 
 use super::communication::Dependency;
 use super::simulate::Costs;

@@ -18,32 +18,32 @@ pub enum ScheduleKind {
     /// GPipe (arXiv 1811.06965): all forwards, then all backwards. A rank holds every microbatch.
     #[serde(rename = "gpipe")]
     GPipe,
-    /// One forward, one backward in turn (PipeDream, arXiv 1806.03377). Rank `i` of `p` holds `p - i`
-    /// microbatches.
+    /// One forward, one backward in turn (PipeDream, arXiv 1806.03377). Rank `i` of `p` holds `p -
+    /// i` microbatches.
     #[serde(rename = "1f1b")]
     OneFOneB,
-    /// 1F1B with several model chunks per rank (Megatron-LM, arXiv 2104.04473). The bubble is divided
-    /// by the number of chunks.
+    /// 1F1B with several model chunks per rank (Megatron-LM, arXiv 2104.04473). The bubble is
+    /// divided by the number of chunks.
     #[serde(rename = "interleaved")]
     Interleaved,
-    /// 1F1B with weight gradients in the bubble (Zero Bubble, arXiv 2401.10241). It has a third of the
-    /// bubble and the memory of 1F1B.
+    /// 1F1B with weight gradients in the bubble (Zero Bubble, arXiv 2401.10241). It has a third of
+    /// the bubble and the memory of 1F1B.
     #[serde(rename = "zb-h1")]
     ZbH1,
-    /// Two chunks per rank in a V (Zero Bubble, arXiv 2401.10241). It has no bubble if F, B and W take
-    /// equal times.
+    /// Two chunks per rank in a V (Zero Bubble, arXiv 2401.10241). It has no bubble if F, B and W
+    /// take equal times.
     #[serde(rename = "zb-v")]
     ZbV,
     /// Two chunks per rank in a V, with half of the activation memory of 1F1B (Controllable Memory,
     /// arXiv 2405.15362).
     #[serde(rename = "v-half")]
     VHalf,
-    /// Two chunks per rank in a V, with a third of the activation memory of 1F1B (Controllable Memory,
-    /// arXiv 2405.15362).
+    /// Two chunks per rank in a V, with a third of the activation memory of 1F1B (Controllable
+    /// Memory, arXiv 2405.15362).
     #[serde(rename = "v-min")]
     VMin,
-    /// DualPipe (DeepSeek-V3, arXiv 2412.19437) without its second copy of the parameters, as cut in
-    /// half by Sea AI Lab. It overlaps forward and backward passes.
+    /// DualPipe (DeepSeek-V3, arXiv 2412.19437) without its second copy of the parameters, as cut
+    /// in half by Sea AI Lab. It overlaps forward and backward passes.
     #[serde(rename = "dualpipe-v")]
     DualPipeV,
 }
@@ -90,8 +90,8 @@ impl ScheduleKind {
     /// Returns the order for `ranks` ranks and `microbatches` microbatches.
     ///
     /// # Errors
-    /// If the schedule does not exist for these sizes. The message has the arithmetic and the nearest
-    /// sizes for which it exists.
+    /// If the schedule does not exist for these sizes. The message has the arithmetic and the
+    /// nearest sizes for which it exists.
     pub fn order(
         self,
         ranks: usize,
