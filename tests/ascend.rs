@@ -202,7 +202,7 @@ fn an_optimizers_state_on_the_host_changes_nothing_but_memory() {
         run(&["train.steps=5", &resumed, begun]);
         let said = run(&["train.steps=10", &resumed, "optimizer.offload=true"]);
         assert!(
-            said.contains("going on from the checkpoint of step 5"),
+            said.contains("resuming from the checkpoint of step 5"),
             "{said}"
         );
         let [device, host, resumed] = folders;

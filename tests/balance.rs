@@ -25,7 +25,7 @@ fn a_run_that_lends_and_moves_experts_resumes_bit_for_bit_and_can_be_inspected()
         text(&whole)
     );
     assert!(
-        text(&whole).contains("spilled"),
+        text(&whole).contains(", lent "),
         "the progress lines tell: {}",
         text(&whole)
     );

@@ -106,7 +106,7 @@ fn a_mesh_names_every_rank_and_shares_out_every_parameter() {
     }
     let output = finish(&mut experiment.moerun(&["plan", "mesh", "small.yaml", "-n", "3"]));
     assert!(
-        !output.status.success() && text(&output).contains("cannot run on 3 rank(s)"),
+        !output.status.success() && text(&output).contains("cannot run on 3 ranks"),
         "{}",
         text(&output)
     );

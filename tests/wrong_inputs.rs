@@ -139,7 +139,7 @@ fn snapshots_and_restarts() {
     refused(
         &experiment,
         &mut experiment.train(2, &[]),
-        &["keepers.json is damaged; remove it"],
+        &["keepers.json is damaged", "hint: remove it"],
     );
 }
 
@@ -157,7 +157,7 @@ fn nodes_that_do_not_divide() {
         &experiment,
         &mut train,
         &[
-            "nodes of 3 ranks do not have as many each of the ranks [0, 1, 2, 3]",
+            "nodes of 3 ranks do not divide the expert ranks [0, 1, 2, 3]",
             "parallel.expert",
         ],
     );
@@ -440,7 +440,7 @@ fn places_and_ports() {
     refused(
         &experiment,
         &mut experiment.train(2, &["run.dir=occupied"]),
-        &["cannot make the run's folder", "occupied"],
+        &["cannot create the run's folder", "occupied"],
     );
 
     let mut alone = experiment.train(1, &[]);

@@ -4,11 +4,14 @@
 //! Every function here is called by all ranks.
 
 use crate::Error;
+use crate::config::rename_old_keys;
 use crate::model::Model;
 use crate::optim::Optimizer;
 use checkpoint::keeper::SnapshotId;
 use checkpoint::{Checkpoint, ImageHeader, PartOpener, Shard, Staging, TensorSlice, assign_owners};
-use parallel::agreement::{agree, all_gather_bytes, broadcast_bytes, decode_peer_message};
+use parallel::agreement::{
+    AgreementError, agree, all_gather_bytes, broadcast_bytes, decode_peer_message,
+};
 use parallel::{Accelerator, Communicator};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -190,7 +193,7 @@ pub(crate) fn save(
     )?;
     let shards = reports.iter().enumerate().map(|(rank, report)| {
         let report: Result<Shard, String> = decode_peer_message(report)?;
-        report.map_err(|error| Error::Data(format!("rank {rank}: {error}")))
+        report.map_err(|message| AgreementError::Peer { rank, message }.into())
     });
     let shards: Result<Vec<Shard>, Error> = shards.collect();
     let committed = match (shards, world.rank()) {
@@ -233,7 +236,7 @@ pub(crate) fn resume(
     let listed = serde_json::to_vec(&listed.unwrap_or_default()).expect("paths are UTF-8");
     agree(
         world,
-        failure.map_or(Ok(()), |reason| Err(Error::Data(reason))),
+        failure.map_or(Ok(()), |reason| Err(Error::Resume(reason))),
     )?;
     let candidates: Vec<PathBuf> = decode_peer_message(&broadcast_bytes(world, &listed)?)?;
     let mut refusals = Vec::new();
@@ -259,7 +262,7 @@ pub(crate) fn resume(
     if refusals.is_empty() {
         return Ok(None);
     }
-    Err(Error::Data(format!(
+    Err(Error::Resume(format!(
         "none of the {} checkpoints in {} can be used ({}); move the folder away to start from the beginning",
         refusals.len(),
         root.display(),
@@ -351,8 +354,12 @@ pub(crate) fn restore_weights(
 
 /// What a checkpoint says about its run.
 pub(crate) fn read_run_state(checkpoint: &Checkpoint) -> Result<RunState, Error> {
-    serde_json::from_value(checkpoint.manifest().state.clone()).map_err(|e| {
-        Error::Data(format!(
+    let mut state = checkpoint.manifest().state.clone();
+    if let Some(config) = state.get_mut("config") {
+        rename_old_keys(config);
+    }
+    serde_json::from_value(state).map_err(|e| {
+        Error::Resume(format!(
             "{}: the manifest's state cannot be read: {e}",
             checkpoint.path().display()
         ))

@@ -182,7 +182,7 @@ impl ExpertPlacement {
         let held_by = places(&before)?;
         relabel();
         let after = boxes();
-        let moves = plan_moves(&held_by, &places(&after)?).map_err(Error::Data)?;
+        let moves = plan_moves(&held_by, &places(&after)?).map_err(Error::Placement)?;
         execute_moves(
             &moves,
             &self.stage,
@@ -217,7 +217,7 @@ fn find_rows(
     let (place, tensors) = boxes
         .iter()
         .find(|(place, _)| has(place))
-        .ok_or_else(|| Error::Data(format!("rows of {} are not here", rows.name)))?;
+        .ok_or_else(|| Error::Placement(format!("rows of {} are not here", rows.name)))?;
     Ok(tensors[kind].narrow(0, rows.offset[0] - place.offset[0], rows.shape[0]))
 }
 

@@ -411,7 +411,7 @@ impl Trainer {
             return Ok(());
         }
         match self.plan_snapshots() {
-            Err(Error::Data(reason)) => {
+            Err(Error::Keeper(reason)) => {
                 tracing::warn!("{reason}");
                 Ok(())
             }
@@ -1075,7 +1075,7 @@ impl Trainer {
 
     /// Text for the start of a run: what is trained, on how many ranks, on how much data.
     pub fn summary(&self) -> String {
-        let (total, active) = self.config.model.num_parameters();
+        let crate::config::ParameterCount { total, active } = self.config.model.num_parameters();
         let lending = match (&self.planner, &self.config.model.moe) {
             (Some(planner), _) => {
                 let how = if self.min_tokens_is_measured() {
