@@ -1,6 +1,6 @@
 //! Context parallelism: sequences split over ranks, and attention across them.
 //!
-//! *Ring* (arXiv 2310.01889): keys and values travel around the ring of ranks. Each rank computes
+//! *Ring* (arXiv 2310.01889): ranks send keys and values around a ring. Each rank computes
 //! attention with its own queries and joins the blocks by their log-sum-exps. A rank has one chunk
 //! from the front of a sequence and its mirror image from the back (zig-zag). This gives every rank
 //! an equal part of the work under the causal mask.
@@ -25,7 +25,7 @@ use torch_ext::{Error, attach_backward};
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ContextKind {
-    /// Ring attention (arXiv 2310.01889): keys and values travel around the ranks. Any number of
+    /// Ring attention (arXiv 2310.01889): ranks send keys and values around a ring. Any number of
     /// heads works.
     #[default]
     Ring,
@@ -110,17 +110,16 @@ struct RingAttention {
     scale: f64,
     /// The document of each position `[B, S]`, if tokens see only their own document.
     documents: Option<Tensor>,
-    /// S.
+    /// Length of the whole sequence.
     length: usize,
     /// `[B, H, s, d]`.
     q: Tensor,
     /// This rank's keys and values `[2, B, G, s, d]`.
     kv: Tensor,
-    /// H / G.
     heads_per_kv_head: i64,
 }
 
-/// Keys and values that a rank has received, and what travels with them.
+/// Keys and values that a rank has received, and the tensor that was sent with them.
 struct Visit<'a> {
     block: CausalBlock,
     /// The rank that the keys and values belong to.
@@ -176,8 +175,8 @@ impl RingAttention {
     /// Visits the blocks of all ranks, this rank's own first.
     ///
     /// While `visit` computes with one rank's keys and values, those of the next are received.
-    /// `carried` travels with the keys and values, is changed by every rank, and returns to this
-    /// one.
+    /// `carried` is sent along with the keys and values. Every rank changes it, and it returns to
+    /// this one.
     fn rotate(
         &self,
         mut carried: Option<Tensor>,
@@ -250,7 +249,7 @@ impl RingAttention {
                 &result.narrow(&parts.queries),
             );
             let sum_heads = |grad: &Tensor| sum_repeated_heads(grad, self.heads_per_kv_head);
-            let grad_kv = visit.carried.expect("gradients travel with the keys");
+            let grad_kv = visit.carried.expect("gradients are sent with the keys");
             add(&narrow(&grad_q, &parts.queries), &gradients.q);
             add(
                 &narrow(&grad_kv.get(0), &parts.keys),

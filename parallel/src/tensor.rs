@@ -30,10 +30,12 @@ impl TensorParallel {
         TensorParallel { group, chunks }
     }
 
+    /// Returns the communicator of the ranks.
     pub fn group(&self) -> &Arc<dyn Communicator> {
         &self.group
     }
 
+    /// Returns the number of ranks.
     pub fn size(&self) -> usize {
         self.group.size()
     }
@@ -226,11 +228,12 @@ fn sum_gradient(
     slot: PendingGradient,
 ) -> Result<Tensor, Error> {
     let shape = all.size();
-    let options = options(all);
+    let kind = all.kind();
+    let device = all.device();
     let mut outputs = attach_backward(&[all], vec![all.detach()], move |grads| {
-        let grad = grad_or_zeros(&grads[0], &shape, options).contiguous();
+        let grad = grad_or_zeros(&grads[0], &shape, kind, device).contiguous();
         let own_rows = shape[0] / group.size() as i64;
-        let own = Tensor::empty([own_rows, shape[1]], options);
+        let own = Tensor::empty([own_rows, shape[1]], (kind, device));
         let work = group.reduce_scatter(&own, &grad, ReduceOp::Sum)?;
         fill(&slot, work, own);
         // The gradient reaches the input through the slot.
@@ -301,15 +304,17 @@ impl ChunkedReduceScatter {
         let sum = tch::no_grad(|| Tensor::cat(&parts, 0));
         let inputs: Vec<&Tensor> = links.iter().collect();
         let shape = sum.size();
-        let options = options(&sum);
+        let kind = sum.kind();
+        let device = sum.device();
         let group = self.group;
         let mut outputs = attach_backward(&inputs, vec![sum], move |grads| {
-            let grad = grad_or_zeros(&grads[0], &shape, options);
+            let grad = grad_or_zeros(&grads[0], &shape, kind, device);
             // Backward reaches the last chunk first.
             let mut end = shape[0];
             for (size, slot) in sizes.iter().zip(&slots).rev() {
                 let own = grad.narrow(0, end - size, *size).contiguous();
-                let all = Tensor::empty([size * group.size() as i64, shape[1]], options);
+                let rows = size * group.size() as i64;
+                let all = Tensor::empty([rows, shape[1]], (kind, device));
                 let work = group.all_gather(&all, &own)?;
                 fill(slot, work, all);
                 end -= size;
@@ -325,10 +330,10 @@ fn options(tensor: &Tensor) -> (Kind, Device) {
 }
 
 /// Returns an output's gradient, or zeros if the loss does not depend on it.
-fn grad_or_zeros(grad: &Option<Tensor>, shape: &[i64], options: (Kind, Device)) -> Tensor {
+fn grad_or_zeros(grad: &Option<Tensor>, shape: &[i64], kind: Kind, device: Device) -> Tensor {
     match grad {
         Some(grad) => grad.shallow_clone(),
-        None => Tensor::zeros(shape, options),
+        None => Tensor::zeros(shape, (kind, device)),
     }
 }
 
@@ -343,7 +348,7 @@ mod tests {
     use parking_lot::Mutex;
     use std::time::Duration;
 
-    /// One rank's results.
+    /// The results and the input's gradients on one rank.
     struct Results {
         in_one: Tensor,
         in_two: Tensor,

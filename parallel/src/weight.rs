@@ -149,10 +149,12 @@ impl Weight {
         &self.state.shape
     }
 
+    /// Returns the dtype of the value.
     pub fn kind(&self) -> Kind {
         self.state.kind
     }
 
+    /// Returns the device of the value.
     pub fn device(&self) -> Device {
         self.state.device
     }
@@ -252,7 +254,7 @@ impl Contribution {
         &self.sum
     }
 
-    /// Ends the contribution.
+    /// Ends the contribution, which may complete the gradient.
     ///
     /// # Errors
     /// If this completes the gradient and its reduction cannot be started.

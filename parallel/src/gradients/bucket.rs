@@ -135,7 +135,7 @@ impl Bucket {
         keep_full || !self.is_sharded()
     }
 
-    /// Forgets all contributions.
+    /// Forgets the contributions of the step before.
     pub(super) fn clear(&mut self) {
         self.mark_unwritten();
         if let Some(shard) = &mut self.shard {

@@ -170,7 +170,7 @@ struct WaitInsertion<'a> {
     schedule: &'a Schedule,
     /// The pass that uses each message.
     used_at: HashMap<Message, StepPosition>,
-    /// What each sender knew.
+    /// For each sent message, the sender's `known`.
     with_message: HashMap<Message, Vec<usize>>,
     ranks: Vec<RankInsertion>,
 }

@@ -77,7 +77,7 @@ impl Lane {
         Ok(Lane::Thread { requests, results })
     }
 
-    /// Starts a collective.
+    /// Starts a collective after those that were entered before.
     ///
     /// # Errors
     /// On a device, those of its operations.

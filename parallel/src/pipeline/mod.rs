@@ -99,6 +99,7 @@ pub struct Pass {
 }
 
 impl Pass {
+    /// Creates a pass; `chunk` is 0 for vocabulary parallelism.
     pub fn new(kind: PassKind, chunk: usize, microbatch: usize) -> Pass {
         Pass {
             kind,

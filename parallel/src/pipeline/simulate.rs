@@ -92,7 +92,7 @@ pub struct Span {
     pub end: f64,
 }
 
-/// A simulated step.
+/// The course of a simulated step.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Timeline {
     /// The spans of each rank, in order.
@@ -104,7 +104,7 @@ pub struct Timeline {
     /// A chunk's activations count from the start of F to the end of BW or W, as one microbatch
     /// divided by the number of chunks.
     pub peak_microbatches: Vec<f64>,
-    /// The same until the end of BW or B: the memory of a rank if W needs little.
+    /// As `peak_microbatches`, but until the end of BW or B: the memory of a rank if W needs little.
     pub peak_microbatches_until_b: Vec<f64>,
 }
 
