@@ -104,7 +104,8 @@ pub struct Timeline {
     /// A chunk's activations count from the start of F to the end of BW or W, as one microbatch
     /// divided by the number of chunks.
     pub peak_microbatches: Vec<f64>,
-    /// As `peak_microbatches`, but until the end of BW or B: the memory of a rank if W needs little.
+    /// As `peak_microbatches`, but until the end of BW or B: the memory of a rank if W needs
+    /// little.
     pub peak_microbatches_until_b: Vec<f64>,
 }
 
