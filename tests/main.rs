@@ -1,6 +1,6 @@
 //! Whole-system tests with real processes and real faults.
 //!
-//! One program builds faster than one for each file, and runs tests of several files at once.
+//! One test binary builds faster than one per file, and runs tests of several files at once.
 
 mod agreement;
 mod ascend;
