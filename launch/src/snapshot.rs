@@ -87,14 +87,14 @@ pub(crate) fn status(args: &SnapshotStatusArgs) -> Result<ExitCode> {
             .iter()
             .filter(|inventory| inventory.protected.contains(&snapshot.id))
             .count();
-        let parity = match snapshot.topology.redundancy.survives() {
+        let parity = match snapshot.topology.redundancy.max_losses() {
             0 => String::new(),
             _ => format!(
                 ", parity on {protected} of {} nodes",
                 snapshot.topology.nodes.len()
             ),
         };
-        let lost = match candidate.lost().as_slice() {
+        let lost = match candidate.lost_nodes().as_slice() {
             [] => String::new(),
             lost => format!("; parts of nodes {lost:?} would be rebuilt"),
         };

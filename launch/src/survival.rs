@@ -59,7 +59,7 @@ pub(crate) fn run(args: &SurvivalArgs) -> Result<ExitCode> {
             }
         };
         let groups: Vec<usize> = groups.iter().map(Vec::len).collect();
-        let survives = redundancy.survives();
+        let survives = redundancy.max_losses();
         // What a node keeps of others, in sizes of its own state.
         let extra: f64 = groups
             .iter()
@@ -68,9 +68,9 @@ pub(crate) fn run(args: &SurvivalArgs) -> Result<ExitCode> {
             / args.nodes as f64;
         let cluster = Cluster {
             groups,
-            survives,
+            max_losses: survives,
             mtbf_h: args.mtbf_h,
-            shape: args.shape,
+            weibull_shape: args.shape,
             window_h: args.window_s / 3600.0,
         };
         let simulated = match args.simulate {
@@ -81,8 +81,8 @@ pub(crate) fn run(args: &SurvivalArgs) -> Result<ExitCode> {
             "{:28}{:>8.2}x{:>16.9}{simulated}{:>16.6}",
             redundancy.to_string(),
             1.0 + extra,
-            cluster.window(),
-            cluster.run(args.days * 24.0)
+            cluster.window_survival(),
+            cluster.run_survival(args.days * 24.0)
         );
     }
     Ok(ExitCode::SUCCESS)

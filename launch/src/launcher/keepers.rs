@@ -156,7 +156,7 @@ impl Keepers {
             })
         };
         let events = connect(self.reply_timeout)?
-            .watch()
+            .subscribe()
             .map_err(|e| anyhow!("the keeper tells no events: {e}"))?;
         member.control = Some(connect(self.reply_timeout)?);
         let sender = self.sender.clone();

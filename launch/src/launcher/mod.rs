@@ -404,7 +404,7 @@ impl<'a> Launcher<'a> {
             nodes: nodes.collect(),
             redundancy,
             groups,
-            chunk: DEFAULT_CHUNK_BYTES,
+            chunk_bytes: DEFAULT_CHUNK_BYTES,
         };
         if let (Some(keepers), Some(registry)) = (&mut self.keepers, &mut self.registry) {
             registry.generation = self.generation;

@@ -48,7 +48,7 @@ pub(super) fn recover(keepers: &mut Keepers, older: usize, checkpoints: &Path) -
     } else if reasons.is_empty() {
         reasons.push("the snapshots in memory did not help".into());
     }
-    keepers.ask_all(|peer| peer.keep(None, &[]));
+    keepers.ask_all(|peer| peer.select_restore(None, &[]));
     let newest = checkpoint::list(checkpoints)
         .ok()
         .and_then(|list| list.into_iter().next());
@@ -157,7 +157,7 @@ fn reassemble(keepers: &mut Keepers, candidate: &Candidate, places: &[usize]) ->
         .collect();
     let targets: Vec<usize> = missing.keys().copied().collect();
     spread(missing)?;
-    keepers.ask_all(|peer| peer.keep(Some(snapshot), &holders));
+    keepers.ask_all(|peer| peer.select_restore(Some(snapshot), &holders));
     restore_parity(keepers, candidate, &targets, &addresses, places);
     let mut how = vec!["in memory".to_string()];
     if repaired > 0 {
@@ -203,7 +203,7 @@ fn restore_parity(
     places: &[usize],
 ) {
     let topology = &candidate.snapshot.topology;
-    for node in candidate.lost() {
+    for node in candidate.lost_nodes() {
         if !targets.contains(&node) || !places.contains(&node) {
             continue;
         }

@@ -254,7 +254,7 @@ impl Parameters {
                         normal(
                             self.seed,
                             &place.name,
-                            &place.global,
+                            &place.global_shape,
                             &place.offset,
                             &place.shape,
                             std,

@@ -206,7 +206,7 @@ impl Snapshots {
         let mut link = KeeperClient::connect(&self.access.socket, &self.access.secret, self.rank)
             .map_err(failed)?;
         let head = |part: usize| {
-            let bytes = link.head(part).map_err(failed)?;
+            let bytes = link.header(part).map_err(failed)?;
             Ok(ImageHeader::read(
                 &bytes,
                 Path::new(&format!("part {part} of the snapshot of step {}", id.step)),
@@ -510,7 +510,7 @@ impl Worker {
         let plan = self.plan.clone();
         let plan = plan.lock();
         let state = serde_json::to_value(&job.state).expect("plain data");
-        let head = plan.image.head(&state).map_err(|e| e.to_string())?;
+        let head = plan.image.encode_header(&state).map_err(|e| e.to_string())?;
         // The generator's state is the one tensor of bytes, and so the last.
         let fixed = plan
             .tensors
