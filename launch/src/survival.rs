@@ -48,7 +48,8 @@ fn print_failures(args: &SurvivalArgs) {
     } = args;
     let failures = *nodes as f64 * days * 24.0 / mtbf_h;
     println!(
-        "{nodes} nodes, one failure in {mtbf_h:.0} h each: {failures:.1} node failures in {days} days"
+        "{nodes} nodes, one failure in {mtbf_h:.0} h each: {failures:.1} node failures \
+         in {days} days"
     );
     let lost_s = interval_s / 2.0 + restart_s;
     let percent = failures * lost_s / (days * 864.0);

@@ -39,7 +39,7 @@ pub(super) struct Member {
     child: Option<Child>,
 }
 
-/// Where [`Keepers::spawn`] starts a keeper.
+/// Place of a keeper to be started.
 struct KeeperSite {
     node: usize,
     machine: usize,
