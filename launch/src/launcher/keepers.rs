@@ -176,7 +176,7 @@ impl Keepers {
                 .map_err(|error| anyhow!("cannot reach the keeper at {address}: {error}"))
         };
         let events = connect()?
-            .watch()
+            .subscribe()
             .map_err(|error| anyhow!("the keeper at {address} sends no events: {error}"))?;
         member.control = Some(connect()?);
         let sender = self.sender.clone();

@@ -227,7 +227,7 @@ impl<'a> Supervisor<'a> {
             nodes: nodes.collect(),
             redundancy,
             groups,
-            chunk: DEFAULT_CHUNK_BYTES,
+            chunk_bytes: DEFAULT_CHUNK_BYTES,
         }
     }
 
