@@ -537,7 +537,7 @@ fn corpora() {
     refused(
         &experiment,
         &mut prepare("empty"),
-        &["empty hold no text (0 files with the extensions txt, md"],
+        &["empty: no text (0 files with the extensions txt, md"],
     );
     refused(
         &experiment,

@@ -207,7 +207,7 @@ fn with_hint(message: &str) -> String {
 
 /// Returns the known name that is most like the unknown one.
 ///
-/// `text` is "`wrong`, expected one of `a`, `b`", or the same without quotes around the known names.
+/// `text` is "`wrong`, expected one of `a`, `b`", perhaps without quotes around the known names.
 fn nearest_of_list(text: &str) -> Option<String> {
     let mut quoted = text.split('`').skip(1).step_by(2);
     let wrong = quoted.next()?;
