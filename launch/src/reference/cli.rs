@@ -119,10 +119,7 @@ fn name(argument: &Arg) -> String {
 }
 
 fn takes_value(argument: &Arg) -> bool {
-    matches!(
-        argument.get_action(),
-        ArgAction::Set | ArgAction::Append
-    )
+    matches!(argument.get_action(), ArgAction::Set | ArgAction::Append)
 }
 
 fn is_repeated(argument: &Arg) -> bool {

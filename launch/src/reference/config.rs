@@ -22,7 +22,7 @@ pub(super) fn page() -> String {
     let sections = schema.fields(schema.root());
     page.overview(&sections);
     for section in sections {
-        page.section(section.name, section.schema);
+        page.section(section.name, section.schema, 2);
     }
     page.page.into_text()
 }
@@ -47,9 +47,8 @@ impl<'a> ConfigPage<'a> {
     }
 
     /// Adds the keys of a section, and its subsections.
-    fn section(&mut self, path: &str, node: &'a Value) {
-        let depth = path.matches('.').count();
-        self.page.heading((2 + depth).min(4), &code(path));
+    fn section(&mut self, path: &str, node: &'a Value, level: usize) {
+        self.page.heading(level, &code(path));
         let resolved = self.schema.resolve(node);
         self.page.paragraphs(description(resolved));
         let fields = self.schema.fields(node);
@@ -64,15 +63,17 @@ impl<'a> ConfigPage<'a> {
         for field in &fields {
             let variants = self.schema.variants(field.schema);
             if variants.len() > 1 {
-                self.page.paragraphs(&format!("Values of `{}`:", field.name));
+                self.page
+                    .paragraphs(&format!("Values of `{}`:", field.name));
                 self.page.list(&items(&variants));
             }
         }
         if fields.is_empty() {
-            self.subsections(path, node);
+            self.subsections(path, node, level);
         }
         for field in fields {
-            self.subsections(&format!("{path}.{}", field.name), field.schema);
+            let path = format!("{path}.{}", field.name);
+            self.subsections(&path, field.schema, level);
         }
     }
 
@@ -85,7 +86,7 @@ impl<'a> ConfigPage<'a> {
         ]
     }
 
-    /// Returns the type; values that are listed below the table are left out.
+    /// Returns the type in words, as Markdown.
     fn type_cell(&self, field: &Field) -> String {
         let resolved = self.schema.resolve(field.schema);
         let has_fields = !self.schema.fields(resolved).is_empty();
@@ -99,23 +100,26 @@ impl<'a> ConfigPage<'a> {
     }
 
     /// Adds the sections within a value: of an object, of list entries, or of its forms.
-    fn subsections(&mut self, path: &str, node: &'a Value) {
+    ///
+    /// `level` is the level of the section that has the value.
+    fn subsections(&mut self, path: &str, node: &'a Value, level: usize) {
         let resolved = self.schema.resolve(node);
         if !self.schema.fields(resolved).is_empty() {
-            self.section(path, resolved);
+            self.section(path, resolved, level + 1);
         }
         let entries = &resolved["items"];
         if !self.schema.fields(entries).is_empty() {
-            self.section(&format!("{path}[]"), entries);
+            self.section(&format!("{path}[]"), entries, level + 1);
         }
         // A form `{name: value}` of an enum.
         for option in resolved["oneOf"].as_array().into_iter().flatten() {
             for field in self.schema.fields(option) {
-                self.subsections(&format!("{path}.{}", field.name), field.schema);
+                let path = format!("{path}.{}", field.name);
+                self.subsections(&path, field.schema, level);
             }
         }
         for option in resolved["anyOf"].as_array().into_iter().flatten() {
-            self.subsections(path, option);
+            self.subsections(path, option, level);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The page of the records that a run writes.
 
 use super::markdown::{Page, code, inline};
-use super::schema::{SchemaRoot, description};
+use super::schema::{SchemaRoot, description, is_nullable};
 use crate::launcher::restart_record::RestartRecord;
 use crate::registry::KeeperRegistry;
 use serde_json::Value;
@@ -12,6 +12,43 @@ const INTRODUCTION: &str = "\
 A run writes these files into its folder `run.dir`. Files that end in `.jsonl` have one JSON \
 object per line. A resumed run appends to them, and removes the lines of steps that it repeats. \
 A key marked *optional* is left out if it does not apply.";
+
+const OTHER_FILES: [OtherFile; 7] = [
+    OtherFile {
+        path: "checkpoints/step-N/",
+        content: "A checkpoint: `manifest.json` and safetensors shards.",
+    },
+    OtherFile {
+        path: "tokenizer.json",
+        content: "A copy of the data's tokenizer, for `moerun generate`.",
+    },
+    OtherFile {
+        path: "logs/rank-N.log",
+        content: "The log of a rank.",
+    },
+    OtherFile {
+        path: "logs/keeper-N.log",
+        content: "The log of a keeper.",
+    },
+    OtherFile {
+        path: "logs/rank-N.flight.json",
+        content: "The flight recorder: a rank's last collective calls, written when one fails.",
+    },
+    OtherFile {
+        path: "logs/rank-N.trace.json",
+        content: "The trace of step `run.trace_step`, for <https://ui.perfetto.dev>.",
+    },
+    OtherFile {
+        path: "lock",
+        content: "Locked while a launcher uses the folder.",
+    },
+];
+
+/// A file that has no records.
+struct OtherFile {
+    path: &'static str,
+    content: &'static str,
+}
 
 /// A kind of record in a file.
 struct Record {
@@ -45,6 +82,10 @@ pub(super) fn page() -> String {
         add_rows(&record.schema, "", record.schema.root(), &mut rows);
         page.table(&["key", "type", "meaning"], &rows);
     }
+    page.heading(2, "Other files");
+    let row = |file: &OtherFile| vec![code(file.path), inline(file.content)];
+    let rows: Vec<_> = OTHER_FILES.iter().map(row).collect();
+    page.table(&["file", "content"], &rows);
     page.into_text()
 }
 
@@ -100,7 +141,11 @@ fn add_rows(schema: &SchemaRoot, prefix: &str, node: &Value, rows: &mut Vec<Vec<
         } else {
             schema.type_name(resolved)
         };
-        let optional = if field.required { "" } else { ", optional" };
+        let optional = match (field.required, is_nullable(resolved)) {
+            (false, _) => ", optional",
+            (true, true) => " or null",
+            (true, false) => "",
+        };
         rows.push(vec![
             code(&path),
             format!("{kind}{optional}"),

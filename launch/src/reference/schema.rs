@@ -34,9 +34,10 @@ impl SchemaRoot {
 
     /// Returns the schema of values that are written.
     pub(super) fn of_output<T: JsonSchema>() -> SchemaRoot {
-        SchemaRoot::new(SchemaSettings::draft2020_12().for_serialize(), |generator| {
-            generator.into_root_schema_for::<T>()
-        })
+        SchemaRoot::new(
+            SchemaSettings::draft2020_12().for_serialize(),
+            |generator| generator.into_root_schema_for::<T>(),
+        )
     }
 
     fn new(
@@ -60,7 +61,7 @@ impl SchemaRoot {
             return self.resolve(target.expect("a definition"));
         }
         let options = list(&schema["anyOf"]);
-        let is_null = |option: &&Value| option["type"] == "null";
+        let is_null = |option: &Value| option["type"] == "null";
         if options.iter().any(is_null) && options.len() == 2 {
             let value = options.iter().find(|option| !is_null(option));
             return self.resolve(value.expect("one of two"));
@@ -119,17 +120,20 @@ impl SchemaRoot {
     }
 
     fn array_name(&self, schema: &Value) -> String {
-        let items = self.type_name(&schema["items"]);
+        let items = plural(&self.type_name(&schema["items"]));
         match schema["maxItems"].as_u64() {
-            Some(count) => format!("list of {count} {items}s"),
+            Some(count) => format!("list of {count} {items}"),
             None => format!("list of {items}"),
         }
     }
 
     fn object_name(&self, schema: &Value) -> String {
-        let values = &schema["additionalProperties"];
+        let patterns = schema["patternProperties"].as_object();
+        let values = patterns
+            .and_then(|patterns| patterns.values().next())
+            .unwrap_or(&schema["additionalProperties"]);
         if values.is_object() {
-            return format!("map of {}", self.type_name(values));
+            return format!("map of {}", plural(&self.type_name(values)));
         }
         let fields = self.fields(schema);
         let part = |field: &Field| format!("{}: ...", field.name);
@@ -153,6 +157,20 @@ fn type_word(schema: &Value) -> &str {
             .find(|word| *word != "null")
             .unwrap_or("any"),
     }
+}
+
+/// Returns the plural of a type in words. Values in code have none.
+fn plural(name: &str) -> String {
+    match name.split_once(" of ") {
+        _ if name.contains('`') => name.to_string(),
+        Some((container, values)) => format!("{container}s of {values}"),
+        None => format!("{name}s"),
+    }
+}
+
+/// Returns true if a value may be null.
+pub(super) fn is_nullable(schema: &Value) -> bool {
+    list(&schema["type"]).iter().any(|word| word == "null")
 }
 
 /// Returns the doc comment of a schema.

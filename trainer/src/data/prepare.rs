@@ -39,7 +39,7 @@ pub struct PrepareOptions {
     pub max_bytes: Option<u64>,
 }
 
-/// Statistics of the prepared data, written as `dataset.json`.
+/// Statistics of the prepared data.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct DatasetInfo {
     /// Number of documents.
