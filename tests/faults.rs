@@ -686,7 +686,7 @@ fn too_little_memory_is_reported() {
         output.status.success() && words.contains("warning: no snapshots in memory: "),
         "{words}"
     );
-    assert!(words.contains("that snapshot.memory_gib leaves"), "{words}");
+    assert!(words.contains("snapshot.memory_gib leaves"), "{words}");
     assert!(
         experiment
             .path("run/checkpoints/step-00000006/manifest.json")

@@ -9,8 +9,8 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command};
 use std::time::SystemTime;
 
-/// Steps take milliseconds here: with a snapshot at each, a due checkpoint finds no free slot and is
-/// written a few steps later.
+/// Steps take milliseconds here: with a snapshot at each, a due checkpoint finds no free slot and
+/// is written a few steps later.
 const SNAPSHOT_EVERY_5: &str = "snapshot.every=5";
 
 #[test]
@@ -237,7 +237,8 @@ fn a_checkpoint_that_cannot_be_written_does_not_end_the_run() {
             .path("run/checkpoints/step-00000042/manifest.json")
             .exists()
     );
-    // Between the two, checkpoints could be written. (Not at fixed steps: a busy disk gets the newest.)
+    // Between the two, checkpoints could be written, but not at fixed steps: a busy disk gets the
+    // newest.
     let between = |step: u64| {
         experiment
             .path(&format!("run/checkpoints/step-{step:08}/manifest.json"))

@@ -1,36 +1,24 @@
-//! What can go wrong with a checkpoint.
+//! Errors of reading and writing checkpoints.
 
 use std::path::Path;
 
-/// A checkpoint could not be written or read.
+/// A failure to write or read a checkpoint.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The file system refused.
+    /// The file system refused an operation.
     #[error("{action} {path}: {source}")]
     Io {
-        /// What was tried, such as `cannot write`.
+        /// The operation that failed, such as `cannot write`.
         action: &'static str,
-        /// The file or folder.
         path: String,
-        /// Why not.
         source: std::io::Error,
     },
-    /// A file is not what the manifest says.
+    /// A file contradicts its header, its checksum or the manifest.
     #[error("{path} is damaged: {reason}")]
-    Damaged {
-        /// The file.
-        path: String,
-        /// What is wrong.
-        reason: String,
-    },
-    /// The tensors are not those that were asked for.
+    Damaged { path: String, reason: String },
+    /// The tensors differ from the expected ones.
     #[error("{path}: {reason}")]
-    Mismatch {
-        /// The checkpoint.
-        path: String,
-        /// What is missing, doubled or of another shape.
-        reason: String,
-    },
+    Mismatch { path: String, reason: String },
 }
 
 impl Error {

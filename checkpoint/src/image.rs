@@ -1,29 +1,34 @@
-//! The image of a rank's state: a safetensors file in memory, planned once and filled again and again.
+//! The image of a rank's state: a safetensors file in memory, planned once and filled repeatedly.
 //!
-//! The header has a fixed room, so that tensors keep their slices from snapshot to snapshot. In its metadata are what the
-//! run wants to know again (`state`), which slice each tensor is (`slices`), and how many tensors all ranks have (`tensors`).
+//! The header has a fixed length, so that tensors keep their offsets from snapshot to snapshot.
+//! Its metadata holds the state of the run, the slices, and the number of tensors of all ranks.
 
-use crate::read::{parse_metadata, read_header};
+use crate::format::{LENGTH_BYTES, SLICES_KEY, STATE_KEY, TENSORS_KEY, dtype_of};
 use crate::{Error, TensorSlice};
-use safetensors::tensor::Metadata;
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value, json};
+use std::cmp::Reverse;
 use std::path::Path;
 use tch::Kind;
 
-/// Where everything is in an image.
+/// The length of a header is a multiple of this, which aligns the tensors.
+const ALIGNMENT: usize = 4096;
+
+/// The layout of an image: its header and the offsets of its tensors.
 pub struct ImageLayout {
-    /// `"name": {...}, ...` of all tensors.
+    /// The header's entries for all tensors, each as `,"NAME":{...}`.
     entries: String,
+    /// The slices as JSON.
     slices: String,
-    /// Names in the whole checkpoint.
+    /// The number of tensors in the whole checkpoint.
     tensors: usize,
-    /// Length of the header with its padding, and eight bytes for its length.
-    head: usize,
+    /// The length of the header with its padding, including the bytes that say the length.
+    header_len: usize,
     offsets: Vec<u64>,
     bytes: u64,
 }
 
+/// A tensor in the header of a safetensors file.
 #[derive(Serialize)]
 struct Entry {
     dtype: safetensors::Dtype,
@@ -31,197 +36,163 @@ struct Entry {
     data_offsets: (u64, u64),
 }
 
+impl Entry {
+    fn new(slice: &TensorSlice, kind: Kind, start: u64) -> Result<Entry, Error> {
+        let unsupported = || {
+            let reason = format!("values of dtype {kind:?} cannot be saved");
+            Error::mismatch(Path::new(&slice.name), reason)
+        };
+        let dtype = dtype_of(kind).ok_or_else(unsupported)?;
+        let values = slice.shape.iter().product::<i64>() as u64;
+        let end = start + values * kind.elt_size_in_bytes() as u64;
+        Ok(Entry {
+            dtype,
+            shape: slice.shape.clone(),
+            data_offsets: (start, end),
+        })
+    }
+}
+
 impl ImageLayout {
-    /// Lays `held` out, whose state is now `state`; all ranks together have `tensors` tensors.
+    /// Lays out slices of these dtypes. `tensors` is the number of tensors of all ranks, and
+    /// `state` an example of the states that headers will hold.
     ///
     /// # Errors
-    /// When a dtype is not one that is saved.
+    /// If a dtype cannot be saved.
     pub fn plan(
         held: &[(TensorSlice, Kind)],
         tensors: usize,
-        state: &serde_json::Value,
+        state: &Value,
     ) -> Result<ImageLayout, Error> {
         let mut order: Vec<usize> = (0..held.len()).collect();
-        // Wide values first: then all are aligned.
-        order.sort_by_key(|&index| std::cmp::Reverse(held[index].1.elt_size_in_bytes()));
-        let mut next = 0u64;
+        // The widest values come first, which aligns all.
+        order.sort_by_key(|&index| Reverse(held[index].1.elt_size_in_bytes()));
+        let mut end = 0;
         let mut offsets = vec![0; held.len()];
-        let mut entries = Vec::new();
-        let mut slices = Vec::new();
+        let mut entries = String::new();
+        let mut slices = Vec::with_capacity(held.len());
         for index in order {
             let (slice, kind) = &held[index];
-            let dtype = crate::write::dtype_of(*kind).ok_or_else(|| {
-                Error::mismatch(
-                    Path::new(&slice.name),
-                    format!("it has a dtype that is not saved: {kind:?}"),
-                )
-            })?;
-            let len = slice.shape.iter().product::<i64>() as u64 * kind.elt_size_in_bytes() as u64;
-            offsets[index] = next;
-            let entry = Entry {
-                dtype,
-                shape: slice.shape.clone(),
-                data_offsets: (next, next + len),
-            };
-            entries.push(format!(
-                "{}:{}",
-                json!(slice.key()),
-                serde_json::to_string(&entry).expect("plain data")
-            ));
+            let entry = Entry::new(slice, *kind, end)?;
+            (offsets[index], end) = entry.data_offsets;
+            let name = json!(slice.key());
+            let entry = serde_json::to_string(&entry).expect("plain data");
+            entries += &format!(",{name}:{entry}");
             slices.push(slice);
-            next += len;
         }
-        let entries: String = entries
-            .into_iter()
-            .flat_map(|entry| [",".to_string(), entry])
-            .collect();
-        let slices = serde_json::to_string(&slices).expect("plain data");
-        let mut image = ImageLayout {
+        let mut layout = ImageLayout {
             entries,
-            slices,
+            slices: serde_json::to_string(&slices).expect("plain data"),
             tensors,
-            head: 0,
+            header_len: 0,
             offsets,
-            bytes: next,
+            bytes: 0,
         };
-        let len = image.header(state).len();
-        // The state's numbers grow by some digits.
-        image.head = (8 + len + len / 4 + 4096).next_multiple_of(4096);
-        image
-            .offsets
-            .iter_mut()
-            .for_each(|offset| *offset += image.head as u64);
-        image.bytes += image.head as u64;
-        Ok(image)
+        let len = layout.header_json(state).len();
+        // The numbers of the state gain some digits during a run.
+        let room = LENGTH_BYTES + len + len / 4 + ALIGNMENT;
+        layout.header_len = room.next_multiple_of(ALIGNMENT);
+        for offset in &mut layout.offsets {
+            *offset += layout.header_len as u64;
+        }
+        layout.bytes = layout.header_len as u64 + end;
+        Ok(layout)
     }
 
-    /// Where each tensor begins, in the order in which they were given.
+    /// Returns where each tensor begins, in the order in which they were given.
     pub fn offsets(&self) -> &[u64] {
         &self.offsets
     }
 
-    /// Length of the image.
+    /// Returns the length of the image.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    fn header(&self, state: &serde_json::Value) -> String {
-        let metadata = json!({"state": state.to_string(), "slices": self.slices, "tensors": self.tensors.to_string()});
+    fn header_json(&self, state: &Value) -> String {
+        let metadata = json!({
+            STATE_KEY: state.to_string(),
+            SLICES_KEY: self.slices,
+            TENSORS_KEY: self.tensors.to_string(),
+        });
         format!("{{\"__metadata__\":{metadata}{}}}", self.entries)
     }
 
-    /// Its first bytes, up to the first tensor.
+    /// Returns the first bytes of the image, up to the first tensor.
     ///
     /// # Errors
-    /// When the state has become too long for the room that it has.
-    pub fn head(&self, state: &serde_json::Value) -> Result<Vec<u8>, Error> {
-        let mut head = ((self.head - 8) as u64).to_le_bytes().to_vec();
-        head.extend(self.header(state).as_bytes());
-        if head.len() > self.head {
-            return Err(Error::mismatch(
-                Path::new("snapshot"),
-                format!(
-                    "its header of {} bytes does not fit into {}",
-                    head.len(),
-                    self.head
-                ),
-            ));
+    /// If the state outgrew the room in the header.
+    pub fn encode_header(&self, state: &Value) -> Result<Vec<u8>, Error> {
+        let json_len = self.header_len - LENGTH_BYTES;
+        let mut header = (json_len as u64).to_le_bytes().to_vec();
+        header.extend(self.header_json(state).as_bytes());
+        if header.len() > self.header_len {
+            let reason = format!(
+                "the header of {} bytes does not fit into {}",
+                header.len(),
+                self.header_len
+            );
+            return Err(Error::mismatch(Path::new("snapshot"), reason));
         }
-        head.resize(self.head, b' ');
-        Ok(head)
-    }
-}
-
-/// What an image's header says.
-pub struct ImageHeader {
-    /// What the run wants to know again.
-    pub state: serde_json::Value,
-    /// Which slice each tensor is.
-    pub slices: Vec<TensorSlice>,
-    /// How many tensors there are in the whole checkpoint.
-    pub tensors: usize,
-    /// Where each is.
-    pub(crate) metadata: Metadata,
-    /// Where the data begins.
-    pub(crate) data_start: u64,
-}
-
-impl ImageHeader {
-    /// Reads what [`ImageLayout::head`] gave.
-    ///
-    /// # Errors
-    /// When it is something else.
-    pub fn read(bytes: &[u8], what: &Path) -> Result<ImageHeader, Error> {
-        let damaged = |reason: String| Error::damaged(what, reason);
-        let header = bytes
-            .get(8..)
-            .ok_or_else(|| damaged("it has no header".into()))?;
-        let metadata = parse_metadata(header, what)?;
-        let text = |key: &str| {
-            let value = metadata
-                .metadata()
-                .as_ref()
-                .and_then(|values| values.get(key));
-            value.ok_or_else(|| damaged(format!("its header has no {key}")))
-        };
-        let json = |e: serde_json::Error| damaged(e.to_string());
-        let tensors = text("tensors")?
-            .parse()
-            .map_err(|_| damaged("its number of tensors is none".into()))?;
-        Ok(ImageHeader {
-            state: serde_json::from_str(text("state")?).map_err(json)?,
-            slices: serde_json::from_str(text("slices").or_else(|_| text("places"))?)
-                .map_err(json)?,
-            tensors,
-            metadata,
-            data_start: bytes.len() as u64,
-        })
-    }
-
-    pub(crate) fn from_file(path: &Path) -> Result<ImageHeader, Error> {
-        ImageHeader::read(&read_header(path)?.0, path)
+        header.resize(self.header_len, b' ');
+        Ok(header)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ImageHeader;
 
-    #[test]
-    fn a_header_keeps_its_room() {
+    fn layout() -> ImageLayout {
         let held = [
             (TensorSlice::whole("bytes", &[3]), Kind::Uint8),
             (TensorSlice::whole("model/w", &[2, 2]), Kind::Float),
         ];
-        let image = ImageLayout::plan(&held, 2, &json!({"step": 9})).unwrap();
-        let head = image
-            .head(&json!({"step": 1000000, "note": "\"quoted\""}))
-            .unwrap();
-        assert_eq!(
-            (image.offsets()[1], image.offsets()[0]),
-            (head.len() as u64, head.len() as u64 + 16)
-        );
-        assert_eq!(image.bytes(), head.len() as u64 + 19);
-        let read = ImageHeader::read(&head, Path::new("x")).unwrap();
-        assert_eq!(
-            (read.state["note"].as_str(), read.tensors, read.data_start),
-            (Some("\"quoted\""), 2, head.len() as u64)
-        );
-        assert_eq!(
-            read.slices
-                .iter()
-                .map(|slice| slice.name.as_str())
-                .collect::<Vec<_>>(),
-            ["model/w", "bytes"]
-        );
-        let long = "x".repeat(9000);
-        assert!(
-            image
-                .head(&json!({"step": 1, "long": long}))
-                .unwrap_err()
-                .to_string()
-                .contains("does not fit")
-        );
+        ImageLayout::plan(&held, 2, &json!({"step": 9})).unwrap()
+    }
+
+    #[test]
+    fn headers_of_longer_states_have_the_same_length() {
+        let layout = layout();
+        let state = json!({"step": 1000000, "note": "\"quoted\""});
+        let header = layout.encode_header(&state).unwrap();
+        let start = header.len() as u64;
+        assert_eq!(layout.offsets(), [start + 16, start]);
+        assert_eq!(layout.bytes(), start + 19);
+        let read = ImageHeader::read(&header, Path::new("x")).unwrap();
+        assert_eq!(read.state, state);
+        assert_eq!(read.tensors, 2);
+        assert_eq!(read.index.data_start, start);
+        let names: Vec<&str> = read
+            .slices
+            .iter()
+            .map(|slice| slice.name.as_str())
+            .collect();
+        assert_eq!(names, ["model/w", "bytes"]);
+    }
+
+    #[test]
+    fn headers_that_are_too_long_or_damaged_are_refused() {
+        let long = json!({"step": 1, "long": "x".repeat(9000)});
+        let error = layout().encode_header(&long).unwrap_err().to_string();
+        assert!(error.contains("does not fit"), "{error}");
         assert!(ImageHeader::read(b"12345678{}", Path::new("x")).is_err());
+        assert!(ImageHeader::read(b"1234", Path::new("x")).is_err());
+    }
+
+    #[test]
+    fn bytes_are_those_of_format_2() {
+        let header = layout().encode_header(&json!({"step": 9})).unwrap();
+        let expected = concat!(
+            r#"{"__metadata__":{"state":"{\"step\":9}","#,
+            r#""places":"[{\"name\":\"model/w\",\"global\":[2,2],"#,
+            r#"\"offset\":[0,0],\"shape\":[2,2]},{\"name\":\"bytes\",\"global\":[3],"#,
+            r#"\"offset\":[0],\"shape\":[3]}]","tensors":"2"},"#,
+            r#""model/w":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]},"#,
+            r#""bytes":{"dtype":"U8","shape":[3],"data_offsets":[16,19]}}"#,
+        );
+        let text = std::str::from_utf8(&header[LENGTH_BYTES..]).unwrap();
+        assert_eq!(text.trim_end(), expected);
     }
 }

@@ -1,4 +1,4 @@
-//! The manifest: what a checkpoint consists of.
+//! The manifest, which lists the files of a checkpoint and the tensors in them.
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -6,49 +6,47 @@ use std::collections::BTreeMap;
 /// The version of the format that this code writes and reads.
 pub(crate) const FORMAT: u32 = 2;
 
-/// Contents of `manifest.json`.
+/// The contents of `manifest.json`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Manifest {
-    /// Version of the format.
+    /// The version of the format.
     pub format: u32,
-    /// Steps done.
+    /// Optimizer steps that were done.
     pub step: u64,
-    /// What the writer wants to know again, such as the configuration.
+    /// Whatever the writer needs when it resumes, such as its configuration.
     pub state: serde_json::Value,
-    /// The shards.
+    /// The shards, in the order of their numbers.
     pub files: Vec<FileEntry>,
-    /// Where each tensor is, by its global name.
+    /// The tensors by their global names.
     pub tensors: BTreeMap<String, TensorEntry>,
 }
 
-/// One tensor.
+/// A tensor and the slices in which it is stored.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TensorEntry {
-    /// Its shape.
     pub shape: Vec<i64>,
-    /// The slices it consists of.
+    /// Disjoint slices that cover the tensor. The serialized name is that of format 2.
     #[serde(rename = "pieces")]
     pub slices: Vec<SliceEntry>,
 }
 
-/// A slice of a tensor, in one file.
+/// A slice of a tensor in one file.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SliceEntry {
-    /// Number of the shard.
+    /// The number of the shard.
     pub file: usize,
-    /// Where the slice begins in the tensor.
+    /// The first index of the slice in each dim.
     pub offset: Vec<i64>,
-    /// Its size.
+    /// The size of the slice in each dim.
     pub shape: Vec<i64>,
 }
 
-/// One shard.
+/// A shard of a checkpoint.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct FileEntry {
-    /// Name in the checkpoint's folder.
+    /// The file's name in the folder of the checkpoint.
     pub name: String,
-    /// Length.
     pub bytes: u64,
-    /// CRC-32C of the whole file.
+    /// The CRC-32C of the whole file.
     pub crc32c: u32,
 }

@@ -1,5 +1,6 @@
-//! Memory that outlives the process that fills it: a memfd, mapped by the keeper and by one rank. The one room of
-//! `unsafe` in this crate.
+//! Memory that outlives the process that fills it: a memfd, mapped by the keeper and by one rank.
+//!
+//! This is the only file of the crate with `unsafe` code.
 
 use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
@@ -11,38 +12,41 @@ use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use tch::{Device, Tensor};
 
-/// Calls `write` with the bytes of a tensor in host memory without gaps.
+/// Calls `write` with the bytes of a tensor, which is contiguous and in host memory.
 ///
 /// # Panics
-/// When it is none.
-pub(crate) fn fill<T>(tensor: &Tensor, write: impl FnOnce(&mut [u8]) -> T) -> T {
+/// If the tensor is on another device or not contiguous.
+pub(crate) fn with_tensor_bytes<T>(tensor: &Tensor, write: impl FnOnce(&mut [u8]) -> T) -> T {
     assert!(
         tensor.device() == Device::Cpu && tensor.is_contiguous(),
-        "bytes of a tensor that lies elsewhere, or apart"
+        "the tensor is not contiguous in host memory"
     );
     let len = tensor.numel() * tensor.kind().elt_size_in_bytes();
     if len == 0 {
         return write(&mut []);
     }
-    // SAFETY: so many bytes, of numbers that may have any bits, which live as long as the tensor; whoever has a tensor may write it.
+    // SAFETY: a contiguous tensor in host memory has `len` bytes at `data_ptr`, which live as long
+    // as the tensor. Its values are numbers, for which any bits are valid. Tensors are written
+    // through shared references throughout, so the caller may write this one.
     write(unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), len) })
 }
 
-/// A piece of shared memory.
+/// A piece of memory that two processes map.
 ///
-/// Two processes map it. Who may write when is settled by messages: a rank writes into a slot that the keeper has given
-/// it, in order, and the keeper reads up to where the rank says that it has written. Should a process break that rule,
-/// the bytes read are arbitrary, and the checksum refuses them; so bytes are only ever copied in and out.
+/// Messages decide which process may write when. The keeper gives a slot to a rank, the rank fills
+/// it in order, and the keeper reads up to where the rank reports that it has written. If a process
+/// breaks this rule, the bytes read are arbitrary and their checksum refuses them. Bytes are
+/// therefore only copied in and out.
 pub struct Region {
     file: File,
     map: MmapRaw,
 }
 
 impl Region {
-    /// New memory of `len` bytes, all zero and really there.
+    /// Allocates `len` bytes that are zero and backed by memory.
     ///
     /// # Errors
-    /// When there is not so much.
+    /// If there is too little memory.
     pub fn create(name: &str, len: usize) -> io::Result<Region> {
         let file = File::from(memfd_create(
             name,
@@ -50,23 +54,23 @@ impl Region {
         )?);
         let len = len.max(1);
         file.set_len(len as u64)?;
-        // Without this a full machine would be a signal at the first write instead of an error here.
+        // Without this, too little memory would be a signal at the first write, not an error here.
         fallocate(&file, FallocateFlags::empty(), 0, len as i64)?;
         let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
         fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
         Region::map(file)
     }
 
-    /// Memory that another process made.
+    /// Maps memory that another process allocated.
     ///
     /// # Errors
-    /// When it could shrink under our eyes, or cannot be mapped.
+    /// If the memory is not sealed against shrinking, or cannot be mapped.
     pub fn open(file: File) -> io::Result<Region> {
         let seals = SealFlag::from_bits_truncate(fcntl(&file, FcntlArg::F_GET_SEALS)?);
         if !seals.contains(SealFlag::F_SEAL_SHRINK) {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
-                "shared memory that could shrink",
+                "the shared memory is not sealed against shrinking",
             ));
         }
         Region::map(file)
@@ -77,34 +81,29 @@ impl Region {
         Ok(Region { file, map })
     }
 
-    /// The memfd.
+    /// Returns the memfd, for passing it to another process.
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// Bytes of it.
+    /// Returns the number of bytes.
     pub fn len(&self) -> usize {
         self.map.len()
     }
 
-    /// Whether it has none; never.
+    /// Always returns false: a region has at least one byte.
     pub fn is_empty(&self) -> bool {
         self.map.len() == 0
     }
 
-    /// Copies bytes out of it.
+    /// Fills `into` with the bytes that begin at `offset`.
     ///
     /// # Panics
-    /// When they lie outside.
+    /// If the range is not inside the region.
     pub fn copy_out(&self, offset: usize, into: &mut [u8]) {
-        assert!(
-            offset
-                .checked_add(into.len())
-                .is_some_and(|end| end <= self.len()),
-            "bytes of the region"
-        );
-        // SAFETY: the range is inside the mapping, which lives as long as `self` and cannot shrink (it is sealed);
-        // `into` is memory of this process alone.
+        self.check_range(offset, into.len());
+        // SAFETY: the range is inside the mapping, which lives as long as `self` and is sealed
+        // against shrinking. `into` is memory of this process alone.
         unsafe {
             std::ptr::copy_nonoverlapping(
                 self.map.as_ptr().add(offset),
@@ -114,33 +113,41 @@ impl Region {
         }
     }
 
-    /// Copies bytes into it.
+    /// Copies `from` to the bytes that begin at `offset`.
     ///
     /// # Panics
-    /// When they lie outside.
+    /// If the range is not inside the region.
     pub fn copy_in(&self, offset: usize, from: &[u8]) {
         self.write(offset, from.len(), |into| into.copy_from_slice(from));
     }
 
-    /// Lets `fill` write `len` bytes at `offset` in place. The caller is the one who may write there now.
+    /// Calls `fill` with `len` bytes at `offset`, to write them in place. The caller has to be the
+    /// one that may write there now.
     ///
     /// # Panics
-    /// When they lie outside.
+    /// If the range is not inside the region.
     pub fn write<T>(&self, offset: usize, len: usize, fill: impl FnOnce(&mut [u8]) -> T) -> T {
-        assert!(
-            offset.checked_add(len).is_some_and(|end| end <= self.len()),
-            "bytes of the region"
-        );
-        // SAFETY: as in `copy_out`; the slot is this writer's until it has said that it is full, so no other reference
-        // to these bytes exists in this process, and the other process does not read them yet.
+        self.check_range(offset, len);
+        // SAFETY: as in `copy_out`. The slot belongs to this writer until it reports that it is
+        // full, so no other reference to these bytes exists in this process, and the other process
+        // does not read them yet.
         fill(unsafe { std::slice::from_raw_parts_mut(self.map.as_mut_ptr().add(offset), len) })
+    }
+
+    fn check_range(&self, offset: usize, len: usize) {
+        let end = offset.checked_add(len);
+        assert!(
+            end.is_some_and(|end| end <= self.len()),
+            "{len} bytes at {offset} are not inside the region of {}",
+            self.len()
+        );
     }
 }
 
-/// Passes a file to the process at the other end.
+/// Passes an open file to the process at the other end.
 ///
 /// # Errors
-/// When it is gone.
+/// If the connection is closed.
 pub(crate) fn send_file(stream: &UnixStream, file: &File) -> io::Result<()> {
     let files = [file.as_raw_fd()];
     let byte = [IoSlice::new(b"f")];
@@ -154,10 +161,10 @@ pub(crate) fn send_file(stream: &UnixStream, file: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// Takes a file that the other process passes.
+/// Receives an open file from the process at the other end.
 ///
 /// # Errors
-/// When it is gone, or passes something else.
+/// If the connection is closed, or the message comes without a file.
 pub(crate) fn receive_file(stream: &UnixStream) -> io::Result<File> {
     let mut byte = [0u8];
     let mut space = nix::cmsg_space!([RawFd; 1]);
@@ -167,19 +174,16 @@ pub(crate) fn receive_file(stream: &UnixStream) -> io::Result<File> {
     let mut files = Vec::new();
     for control in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(descriptors) = control {
-            // SAFETY: the kernel has just made these descriptors for this process; nobody else owns them.
-            files.extend(
-                descriptors
-                    .into_iter()
-                    .map(|fd| unsafe { File::from_raw_fd(fd) }),
-            );
+            for descriptor in descriptors {
+                // SAFETY: the kernel has just created this descriptor for this process, so nothing
+                // else owns it.
+                files.push(unsafe { File::from_raw_fd(descriptor) });
+            }
         }
     }
     files.pop().ok_or_else(|| {
-        io::Error::new(
-            io::ErrorKind::InvalidData,
-            "a file was to come with the message",
-        )
+        let reason = "the message came without a file";
+        io::Error::new(io::ErrorKind::InvalidData, reason)
     })
 }
 
@@ -188,18 +192,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_one_mapping_writes_the_other_reads() {
+    fn one_mapping_reads_what_another_writes() {
         let region = Region::create("test", 5000).unwrap();
         let other = Region::open(region.file().try_clone().unwrap()).unwrap();
         other.copy_in(4000, b"hello");
         let mut bytes = [0u8; 5];
         region.copy_out(4000, &mut bytes);
         assert_eq!(&bytes, b"hello");
-        assert!(region.file().set_len(10).is_err(), "it is sealed");
-        let loose = File::from(
-            memfd_create("loose", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).unwrap(),
-        );
+        assert!(region.file().set_len(10).is_err(), "the region is sealed");
+    }
+
+    #[test]
+    fn memory_that_could_shrink_is_refused() {
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let loose = File::from(memfd_create("loose", flags).unwrap());
         loose.set_len(100).unwrap();
         assert!(Region::open(loose).is_err());
+    }
+
+    #[test]
+    #[should_panic(expected = "5 bytes at 4096 are not inside the region of 4100")]
+    fn bytes_outside_of_a_region_are_refused() {
+        let region = Region::create("test", 4100).unwrap();
+        region.copy_in(4096, b"hello");
     }
 }

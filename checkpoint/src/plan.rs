@@ -1,23 +1,25 @@
-//! Who writes what: tensors that several ranks hold are written once, and the work is spread evenly.
+//! Assignment of writers: a tensor that several ranks hold is written once, in even shares.
 
-/// For each tensor, given as (bytes, ranks that hold it), the rank that writes it: the largest first, each to the
-/// holder with the least to write so far. The same answer on every rank.
+use std::cmp::Reverse;
+
+/// Returns the rank that writes each tensor, given as its bytes and the ranks that hold it.
+///
+/// The largest tensors come first, each assigned to the holder with the least to write so far.
+/// Every rank computes the same answer.
 ///
 /// # Panics
-/// When a tensor has no holder.
+/// If a tensor has no holder.
 pub fn assign_owners(tensors: &[(u64, Vec<usize>)], num_ranks: usize) -> Vec<usize> {
     let mut load = vec![0u64; num_ranks];
     let mut order: Vec<usize> = (0..tensors.len()).collect();
-    order.sort_by_key(|&index| (std::cmp::Reverse(tensors[index].0), index));
+    order.sort_by_key(|&index| (Reverse(tensors[index].0), index));
     let mut owners = vec![0; tensors.len()];
     for index in order {
         let (bytes, holders) = &tensors[index];
-        let owner = holders
-            .iter()
-            .copied()
-            .min_by_key(|&rank| (load[rank], rank));
-        owners[index] = owner.expect("every tensor is held by a rank");
-        load[owners[index]] += bytes;
+        let least_loaded = holders.iter().min_by_key(|&&rank| (load[rank], rank));
+        let owner = *least_loaded.expect("every tensor is held by a rank");
+        owners[index] = owner;
+        load[owner] += bytes;
     }
     owners
 }
@@ -35,17 +37,21 @@ mod tests {
             sizes in prop::collection::vec(1u64..1000, 1..60),
             num_ranks in 1usize..9,
         ) {
-            let everywhere: Vec<_> = sizes.iter().map(|&size| (size, (0..num_ranks).collect())).collect();
+            let on_all = |&size: &u64| (size, (0..num_ranks).collect());
+            let everywhere: Vec<_> = sizes.iter().map(on_all).collect();
             let owners = assign_owners(&everywhere, num_ranks);
             let mut load = vec![0u64; num_ranks];
             for (owner, size) in owners.iter().zip(&sizes) {
                 load[*owner] += size;
             }
-            // Greedy: no rank exceeds the mean by more than the largest tensor.
+            // A greedy assignment exceeds the mean by at most the largest tensor.
             let mean = sizes.iter().sum::<u64>() / num_ranks as u64;
-            prop_assert!(load.iter().all(|&l| l <= mean + sizes.iter().max().unwrap()));
-            let alone: Vec<_> = sizes.iter().map(|&size| (size, vec![size as usize % num_ranks])).collect();
-            for (owner, (_, holders)) in assign_owners(&alone, num_ranks).iter().zip(&alone) {
+            let limit = mean + sizes.iter().max().unwrap();
+            prop_assert!(load.iter().all(|&bytes| bytes <= limit));
+            let on_one = |&size: &u64| (size, vec![size as usize % num_ranks]);
+            let alone: Vec<_> = sizes.iter().map(on_one).collect();
+            let owners = assign_owners(&alone, num_ranks);
+            for (owner, (_, holders)) in owners.iter().zip(&alone) {
                 prop_assert_eq!(*owner, holders[0]);
             }
         }

@@ -1,14 +1,14 @@
-//! Reading: the manifest, and tensors by their global names.
+//! Reading checkpoints: the manifest, and tensors by their global names.
 
-use crate::image::ImageHeader;
-use crate::manifest::{FORMAT, FileEntry, Manifest, SliceEntry};
-use crate::memory::fill;
-use crate::write::{Shard, assemble};
+use crate::assemble::Contents;
+use crate::checksum::FileChecksum;
+use crate::format::{ImageHeader, Shard, TensorIndex, kind_of};
+use crate::manifest::{FORMAT, FileEntry, Manifest};
+use crate::memory::with_tensor_bytes;
 use crate::{Error, TensorSlice};
-use safetensors::tensor::{Dtype, Metadata};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fs::File;
-use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
@@ -17,162 +17,145 @@ use tch::{Device, Kind, Tensor};
 pub struct Checkpoint {
     path: PathBuf,
     manifest: Manifest,
+    /// The open shards by their numbers.
     shards: BTreeMap<usize, OpenShard>,
+    /// The parts of a snapshot, which are not files of the folder.
     parts: Option<SnapshotParts>,
 }
 
-/// Shards that are not files of the folder.
 struct SnapshotParts {
-    heads: Vec<ImageHeader>,
+    headers: Vec<ImageHeader>,
     open: PartOpener,
 }
 
-/// Gives the file of a part, by number.
+/// Opens a part of a snapshot by its number.
 pub type PartOpener = Box<dyn FnMut(usize) -> Result<File, Error>>;
 
-struct OpenShard {
-    file: File,
-    metadata: Metadata,
-    data_start: u64,
-}
-
-/// The complete checkpoints under `root`, newest first. A folder that is not there holds none.
-///
-/// # Errors
-/// When the folder cannot be read.
-pub fn list(root: &Path) -> Result<Vec<PathBuf>, Error> {
-    let entries = match std::fs::read_dir(root) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(Error::io("cannot read", root)(error)),
-    };
-    let mut found: Vec<(u64, PathBuf)> = entries
-        .filter_map(|entry| {
-            let path = entry.ok()?.path();
-            let step = path
-                .file_name()?
-                .to_str()?
-                .strip_prefix("step-")?
-                .parse()
-                .ok()?;
-            path.join("manifest.json").exists().then_some((step, path))
-        })
-        .collect();
-    found.sort_by_key(|(step, _)| std::cmp::Reverse(*step));
-    Ok(found.into_iter().map(|(_, path)| path).collect())
+/// A stored slice and what it has in common with a requested one.
+struct Overlap {
+    /// The number of the shard.
+    file: usize,
+    saved: TensorSlice,
+    common: TensorSlice,
 }
 
 impl Checkpoint {
-    /// Reads the manifest of the checkpoint in folder `path`.
+    /// Reads the manifest of the checkpoint in the folder `path`.
     ///
     /// # Errors
-    /// When it is missing, damaged, or of a newer format.
+    /// If the manifest is missing, damaged, or of another format.
     pub fn open(path: &Path) -> Result<Checkpoint, Error> {
         let file = path.join("manifest.json");
         let text = std::fs::read(&file).map_err(Error::io("cannot open", &file))?;
         let damaged = |error: serde_json::Error| Error::damaged(&file, error.to_string());
         let value: serde_json::Value = serde_json::from_slice(&text).map_err(damaged)?;
-        if let Some(format) = value["format"]
-            .as_u64()
-            .filter(|&format| format != u64::from(FORMAT))
-        {
-            let age = if format > u64::from(FORMAT) {
-                "newer"
-            } else {
-                "older"
-            };
-            return Err(Error::mismatch(
-                &file,
-                format!("format {format} is {age} than {FORMAT}, which this moerun reads"),
-            ));
-        }
-        let manifest: Manifest = serde_json::from_value(value).map_err(damaged)?;
+        check_format(&value, &file)?;
         Ok(Checkpoint {
             path: path.to_path_buf(),
-            manifest,
+            manifest: serde_json::from_value(value).map_err(damaged)?,
             shards: BTreeMap::new(),
             parts: None,
         })
     }
 
-    /// The checkpoint whose shards are images with these headers, which `open` opens when they are needed. `name` is what
-    /// errors call it.
+    /// Combines images with these headers to a checkpoint; `open` opens an image when it is
+    /// needed. Errors call the checkpoint `name`.
     ///
     /// # Errors
-    /// When a tensor is missing or doubled.
+    /// If a tensor is missing, incomplete, or in several images.
     pub fn from_parts(
         name: &str,
         step: u64,
-        heads: Vec<ImageHeader>,
+        headers: Vec<ImageHeader>,
         open: PartOpener,
     ) -> Result<Checkpoint, Error> {
         let path = PathBuf::from(name);
-        let state = heads
-            .first()
-            .map(|head| head.state.clone())
-            .unwrap_or_default();
-        let expected = heads.first().map_or(0, |head| head.tensors);
-        let shards = heads.iter().enumerate().map(|(part, head)| {
-            let file = FileEntry {
+        let first = headers.first();
+        let state = first.map(|header| header.state.clone());
+        let expected = first.map_or(0, |header| header.tensors);
+        let numbered = headers.iter().enumerate();
+        let shards = numbered.map(|(part, header)| Shard {
+            file: FileEntry {
                 name: format!("part {part}"),
                 bytes: 0,
                 crc32c: 0,
-            };
-            Shard::new(file, head.slices.clone())
+            },
+            slices: header.slices.clone(),
         });
-        let (files, tensors) = assemble(&path, shards.collect(), expected)?;
-        let manifest = Manifest {
-            format: FORMAT,
-            step,
-            state,
-            files,
-            tensors,
-        };
+        let contents = Contents::assemble(&path, shards.collect(), expected)?;
         Ok(Checkpoint {
             path,
-            manifest,
+            manifest: contents.into_manifest(step, state.unwrap_or_default()),
             shards: BTreeMap::new(),
-            parts: Some(SnapshotParts { heads, open }),
+            parts: Some(SnapshotParts { headers, open }),
         })
     }
 
-    /// Its folder.
+    /// Returns the folder of the checkpoint.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Its manifest.
+    /// Returns the manifest of the checkpoint.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }
 
-    /// The slice `slice` of a tensor, in host memory, whatever slices it was saved in.
+    /// Compares the length and the checksum of the file with this number with the manifest.
     ///
     /// # Errors
-    /// When there is no such tensor, its shape differs, or its file is damaged.
-    pub fn tensor(&mut self, slice: &TensorSlice) -> Result<Tensor, Error> {
-        let mut whole: Option<Tensor> = None;
-        for (file, saved, begin, size) in self.overlaps(slice)? {
-            let part = self.part(file, &saved, &begin, &size, None)?;
-            if size == slice.shape {
-                return Ok(part);
-            }
-            let whole = whole
-                .get_or_insert_with(|| Tensor::zeros(&slice.shape, (part.kind(), part.device())));
-            narrow_to(whole, slice, &begin, &size).copy_(&part);
+    /// If either differs, or the file cannot be read.
+    pub fn verify_file(&self, number: usize) -> Result<(), Error> {
+        let expected = &self.manifest.files[number];
+        let path = self.path.join(&expected.name);
+        let metadata = std::fs::metadata(&path).map_err(Error::io("cannot open", &path))?;
+        if metadata.len() != expected.bytes {
+            let reason = format!(
+                "the file has {} bytes, the manifest says {}",
+                metadata.len(),
+                expected.bytes
+            );
+            return Err(Error::damaged(&path, reason));
         }
-        // A tensor without values has no slices that overlap anything.
-        Ok(whole.unwrap_or_else(|| Tensor::zeros(&slice.shape, (Kind::Float, tch::Device::Cpu))))
+        let found = FileChecksum::read(&path)?;
+        if found.crc32c != expected.crc32c {
+            let reason = format!(
+                "its checksum is {:08x}, the manifest says {:08x}",
+                found.crc32c, expected.crc32c
+            );
+            return Err(Error::damaged(&path, reason));
+        }
+        Ok(())
     }
 
-    /// The same slice to `into`, of its shape: read to where it stays, if dtypes agree and rows lie together there.
+    /// Returns a slice of a tensor in host memory, in whatever slices it was saved.
     ///
     /// # Errors
-    /// As for [`Checkpoint::tensor`]; `into` may have changed in part.
+    /// If there is no such tensor, its shape differs, or its file is damaged.
+    pub fn tensor(&mut self, slice: &TensorSlice) -> Result<Tensor, Error> {
+        let mut whole: Option<Tensor> = None;
+        for overlap in self.overlaps(slice)? {
+            let part = self.read(&overlap, None)?;
+            if overlap.common.shape == slice.shape {
+                return Ok(part);
+            }
+            let zeros = || Tensor::zeros(&slice.shape, (part.kind(), part.device()));
+            let whole = whole.get_or_insert_with(zeros);
+            narrow_to(whole, slice, &overlap.common).copy_(&part);
+        }
+        // A tensor without values overlaps no saved slice.
+        Ok(whole.unwrap_or_else(|| Tensor::zeros(&slice.shape, (Kind::Float, Device::Cpu))))
+    }
+
+    /// Copies a slice of a tensor into `into`, which has its shape. If the dtypes agree and the
+    /// rows of `into` are contiguous, the file is read directly into it.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::tensor`]; `into` may have changed in part.
     pub fn tensor_into(&mut self, slice: &TensorSlice, into: &Tensor) -> Result<(), Error> {
-        for (file, saved, begin, size) in self.overlaps(slice)? {
-            let mut target = narrow_to(into, slice, &begin, &size);
-            let part = self.part(file, &saved, &begin, &size, Some(&target))?;
+        for overlap in self.overlaps(slice)? {
+            let mut target = narrow_to(into, slice, &overlap.common);
+            let part = self.read(&overlap, Some(&target))?;
             if part.data_ptr() != target.data_ptr() {
                 tch::no_grad(|| target.copy_(&part));
             }
@@ -180,221 +163,187 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// The slices that have something of `slice`: file, what was saved, and where in the global tensor the common slice begins and how
-    /// large it is.
+    /// Returns the stored slices that have something in common with `slice`.
     fn overlaps(&self, slice: &TensorSlice) -> Result<Vec<Overlap>, Error> {
-        let TensorSlice {
-            name,
-            global,
-            offset,
-            shape,
-        } = slice;
+        let name = &slice.name;
         let Some(entry) = self.manifest.tensors.get(name) else {
-            return Err(Error::mismatch(
-                &self.path,
-                format!("there is no tensor {name} in it"),
-            ));
+            let reason = format!("there is no tensor {name}");
+            return Err(Error::mismatch(&self.path, reason));
         };
-        if entry.shape != *global {
+        if entry.shape != slice.global_shape {
             let reason = format!(
-                "{name} has shape {:?}, the model's is {global:?}",
-                entry.shape
+                "{name} has shape {:?}, the model needs {:?}",
+                entry.shape, slice.global_shape
             );
             return Err(Error::mismatch(&self.path, reason));
         }
-        let of = |piece: &SliceEntry| {
-            let offset_of_piece = piece.offset.clone();
-            let shape_of_piece = piece.shape.clone();
+        let mut overlaps = Vec::new();
+        for stored in &entry.slices {
             let saved = TensorSlice {
                 name: name.clone(),
-                global: global.clone(),
-                offset: offset_of_piece,
-                shape: shape_of_piece,
+                global_shape: entry.shape.clone(),
+                offset: stored.offset.clone(),
+                shape: stored.shape.clone(),
             };
-            let (begin, size) = saved.overlap(offset, shape)?;
-            Some((piece.file, saved, begin, size))
-        };
-        Ok(entry.slices.iter().filter_map(of).collect())
+            if let Some(common) = saved.overlap(slice) {
+                overlaps.push(Overlap {
+                    file: stored.file,
+                    saved,
+                    common,
+                });
+            }
+        }
+        Ok(overlaps)
     }
 
-    /// The slice at `begin` of size `size` of the global tensor, out of the piece `saved`: in `target`, where it can be read to that.
-    fn part(
-        &mut self,
-        file: usize,
-        saved: &TensorSlice,
-        begin: &[i64],
-        size: &[i64],
-        target: Option<&Tensor>,
-    ) -> Result<Tensor, Error> {
-        let path = self.path.join(&self.manifest.files[file].name);
-        let shard = match self.shards.entry(file) {
-            std::collections::btree_map::Entry::Occupied(open) => open.into_mut(),
-            std::collections::btree_map::Entry::Vacant(slot) => {
-                slot.insert(match &mut self.parts {
-                    None => open_shard(&path)?,
-                    Some(parts) => {
-                        let head = &parts.heads[file];
-                        let metadata = head.metadata.clone();
-                        let data_start = head.data_start;
-                        OpenShard {
-                            file: (parts.open)(file)?,
-                            metadata,
-                            data_start,
-                        }
-                    }
-                })
-            }
-        };
-        let name = saved.key();
-        let info = shard
-            .metadata
-            .info(&name)
-            .ok_or_else(|| Error::damaged(&path, format!("{name} is not in it")))?;
-        let kind = match info.dtype {
-            Dtype::F32 => Kind::Float,
-            Dtype::BF16 => Kind::BFloat16,
-            Dtype::I64 => Kind::Int64,
-            Dtype::U8 => Kind::Uint8,
-            other => {
-                return Err(Error::damaged(
-                    &path,
-                    format!("{name} has the dtype {other:?}"),
-                ));
-            }
-        };
-        let (start, end) = info.data_offsets;
-        if info
-            .shape
-            .iter()
-            .map(|&n| n as i64)
-            .ne(saved.shape.iter().copied())
-        {
-            return Err(Error::damaged(
-                &path,
-                format!("{name} is not of the shape in the manifest"),
-            ));
-        }
-        // Only the rows that are wanted are read: they lie together.
+    /// Reads what a stored slice has in common with a requested one: into `target` if the bytes
+    /// can be read directly into it, else into new memory.
+    fn read(&mut self, overlap: &Overlap, target: Option<&Tensor>) -> Result<Tensor, Error> {
+        let Overlap {
+            file,
+            saved,
+            common,
+        } = overlap;
+        let path = self.path.join(&self.manifest.files[*file].name);
+        let shard = self.shard(*file, &path)?;
+        let stored = shard.find(saved, &path)?;
+        // Rows are contiguous in the file, so only the wanted ones are read.
         let mut shape = saved.shape.clone();
-        let mut from = start;
-        let mut len = end - start;
-        if let (Some(rows), Some(first)) = (shape.first_mut(), begin.first()) {
-            let row = len / (*rows).max(1) as usize;
-            from += (first - saved.offset[0]) as usize * row;
-            len = size[0] as usize * row;
-            *rows = size[0];
+        let mut start = stored.start;
+        let mut len = stored.len;
+        if let (Some(rows), Some(first)) = (shape.first_mut(), common.offset.first()) {
+            let row_bytes = len / (*rows).max(1) as usize;
+            start += (first - saved.offset[0]) as usize * row_bytes;
+            len = common.shape[0] as usize * row_bytes;
+            *rows = common.shape[0];
         }
-        let fits = |target: &&Tensor| {
+        let kind = stored.kind;
+        let reads_directly = |target: &&Tensor| {
             target.device() == Device::Cpu
                 && target.kind() == kind
                 && target.is_contiguous()
                 && target.size() == shape
-                && shape == size
+                && shape == common.shape
         };
-        let rows = match target.filter(fits) {
+        let rows = match target.filter(reads_directly) {
             Some(target) => target.shallow_clone(),
             None => Tensor::f_empty(&shape, (kind, Device::Cpu))
                 .map_err(|e| Error::damaged(&path, e.to_string()))?,
         };
-        if rows.numel() * kind.elt_size_in_bytes() != len {
-            return Err(Error::damaged(
-                &path,
-                format!("{name} has {len} bytes, which is not its shape"),
-            ));
+        let needed = rows.numel() * kind.elt_size_in_bytes();
+        if needed != len {
+            let name = saved.key();
+            let reason = format!("{name} has {len} bytes, its shape needs {needed}");
+            return Err(Error::damaged(&path, reason));
         }
-        let from = shard.data_start + from as u64;
-        fill(&rows, |bytes| shard.file.read_exact_at(bytes, from))
+        let position = shard.index.data_start + start as u64;
+        with_tensor_bytes(&rows, |bytes| shard.file.read_exact_at(bytes, position))
             .map_err(Error::io("cannot read", &path))?;
-        let narrow = |tensor: Tensor, dim: usize| {
-            tensor.narrow(dim as i64, begin[dim] - saved.offset[dim], size[dim])
+        let mut part = rows;
+        for dim in 1..shape.len() {
+            let start = common.offset[dim] - saved.offset[dim];
+            part = part.narrow(dim as i64, start, common.shape[dim]);
+        }
+        Ok(part)
+    }
+
+    /// Returns a shard, which it opens when it is first needed.
+    fn shard(&mut self, file: usize, path: &Path) -> Result<&OpenShard, Error> {
+        let vacant = match self.shards.entry(file) {
+            Entry::Occupied(shard) => return Ok(shard.into_mut()),
+            Entry::Vacant(vacant) => vacant,
         };
-        Ok((1..shape.len()).fold(rows, narrow))
+        let shard = match &mut self.parts {
+            None => OpenShard {
+                index: TensorIndex::from_file(path)?,
+                file: File::open(path).map_err(Error::io("cannot open", path))?,
+            },
+            Some(parts) => OpenShard {
+                index: parts.headers[file].index.clone(),
+                file: (parts.open)(file)?,
+            },
+        };
+        Ok(vacant.insert(shard))
     }
 }
 
-/// See [`Checkpoint::overlaps`].
-type Overlap = (usize, TensorSlice, Vec<i64>, Vec<i64>);
-
-/// The part of `whole`, which is the slice `slice` of a tensor, that is the slice at `begin` of size `size`.
-fn narrow_to(whole: &Tensor, slice: &TensorSlice, begin: &[i64], size: &[i64]) -> Tensor {
-    let narrow = |part: Tensor, (dim, (&begin, &size)): (usize, (&i64, &i64))| {
-        part.narrow(dim as i64, begin - slice.offset[dim], size)
-    };
-    begin
-        .iter()
-        .zip(size)
-        .enumerate()
-        .fold(whole.shallow_clone(), narrow)
-}
-
-fn open_shard(path: &Path) -> Result<OpenShard, Error> {
-    let (metadata, data_start) = parse_header(path)?;
-    Ok(OpenShard {
-        file: File::open(path).map_err(Error::io("cannot open", path))?,
-        metadata,
-        data_start,
-    })
-}
-
-/// The header of a safetensors file, and where its data begins.
-pub(crate) fn parse_header(path: &Path) -> Result<(Metadata, u64), Error> {
-    let (head, file_len) = read_header(path)?;
-    let metadata = parse_metadata(&head[8..], path)?;
-    let announced = (metadata.data_len() + head.len()) as u64;
-    if announced != file_len {
-        return Err(Error::damaged(
-            path,
-            format!("{file_len} bytes where its header announces {announced}"),
-        ));
+fn check_format(manifest: &serde_json::Value, path: &Path) -> Result<(), Error> {
+    let supported = u64::from(FORMAT);
+    // A manifest without the key fails to parse, with a message that says so.
+    let format = manifest["format"].as_u64().unwrap_or(supported);
+    if format == supported {
+        return Ok(());
     }
-    Ok((metadata, head.len() as u64))
+    let age = if format > supported { "newer" } else { "older" };
+    let reason = format!("format {format} is {age} than {FORMAT}, which this version reads");
+    Err(Error::mismatch(path, reason))
 }
 
-/// The first bytes of a safetensors file, its header's length and the header, and the length of the file.
-pub(crate) fn read_header(path: &Path) -> Result<(Vec<u8>, u64), Error> {
-    let mut file = File::open(path).map_err(Error::io("cannot open", path))?;
-    let mut head = vec![0u8; 8];
-    file.read_exact(&mut head)
-        .map_err(Error::io("cannot read", path))?;
-    let header_len = u64::from_le_bytes(head[..].try_into().expect("eight bytes"));
-    let file_len = file
-        .metadata()
-        .map_err(Error::io("cannot read", path))?
-        .len();
-    if header_len.checked_add(8).is_none_or(|end| end > file_len) {
-        return Err(Error::damaged(
-            path,
-            format!("its header of {header_len} bytes does not fit into {file_len}"),
-        ));
+struct OpenShard {
+    file: File,
+    index: TensorIndex,
+}
+
+/// A slice as it is stored in a file.
+struct StoredSlice {
+    kind: Kind,
+    /// The position of the first byte, relative to that of the first tensor.
+    start: usize,
+    /// The number of bytes.
+    len: usize,
+}
+
+impl OpenShard {
+    /// Finds a slice in the file and compares its shape. Errors name `path`.
+    fn find(&self, saved: &TensorSlice, path: &Path) -> Result<StoredSlice, Error> {
+        let name = saved.key();
+        let damaged = |reason: String| Error::damaged(path, reason);
+        let info = self.index.metadata.info(&name);
+        let info = info.ok_or_else(|| damaged(format!("{name} is missing")))?;
+        let unsupported = || damaged(format!("{name} has unsupported dtype {:?}", info.dtype));
+        let kind = kind_of(info.dtype).ok_or_else(unsupported)?;
+        let shape: Vec<i64> = info.shape.iter().map(|&size| size as i64).collect();
+        if shape != saved.shape {
+            return Err(damaged(format!(
+                "{name} has shape {shape:?}, the manifest says {:?}",
+                saved.shape
+            )));
+        }
+        let (start, end) = info.data_offsets;
+        Ok(StoredSlice {
+            kind,
+            start,
+            len: end - start,
+        })
     }
-    head.resize(header_len as usize + 8, 0);
-    file.read_exact(&mut head[8..])
-        .map_err(Error::io("cannot read", path))?;
-    Ok((head, file_len))
 }
 
-pub(crate) fn parse_metadata(header: &[u8], path: &Path) -> Result<Metadata, Error> {
-    serde_json::from_slice(header).map_err(|e| Error::damaged(path, e.to_string()))
+/// Returns the part of `whole` that holds `inner`, where `whole` holds `outer`.
+fn narrow_to(whole: &Tensor, outer: &TensorSlice, inner: &TensorSlice) -> Tensor {
+    let mut part = whole.shallow_clone();
+    for dim in 0..inner.shape.len() {
+        let start = inner.offset[dim] - outer.offset[dim];
+        part = part.narrow(dim as i64, start, inner.shape[dim]);
+    }
+    part
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Shard, Staging, retain};
+    use crate::{Shard, Staging, list, retain};
     use proptest::prelude::*;
+    use serde_json::{Value, json};
 
-    fn shards(staging: &Staging) -> Vec<Shard> {
+    fn write_shards(staging: &Staging) -> Vec<Shard> {
         staging.begin().unwrap();
-        let first = vec![(
-            TensorSlice::whole("a", &[2, 2]),
-            Tensor::from_slice(&[1f32, 2., 3., 4.]).view([2, 2]),
-        )];
+        let a = Tensor::from_slice(&[1f32, 2., 3., 4.]).view([2, 2]);
+        let first = vec![(TensorSlice::whole("a", &[2, 2]), a)];
+        let b = Tensor::from_slice(&[7i64]);
+        let c = Tensor::from_slice(&[0.5f32, 1.5]).to_kind(Kind::BFloat16);
         let second = vec![
-            (TensorSlice::whole("b", &[1]), Tensor::from_slice(&[7i64])),
-            (
-                TensorSlice::whole("c", &[2]),
-                Tensor::from_slice(&[0.5f32, 1.5]).to_kind(Kind::BFloat16),
-            ),
+            (TensorSlice::whole("b", &[1]), b),
+            (TensorSlice::whole("c", &[2]), c),
         ];
         vec![
             staging.write_shard(0, first).unwrap(),
@@ -404,10 +353,13 @@ mod tests {
 
     fn save(root: &Path, step: u64) -> PathBuf {
         let staging = Staging::new(root, step);
-        let shards = shards(&staging);
-        staging
-            .commit(shards, 3, serde_json::json!({"note": step}))
-            .unwrap()
+        let shards = write_shards(&staging);
+        let state = json!({"note": step});
+        staging.commit(shards, 3, state).unwrap()
+    }
+
+    fn open_error(path: &Path) -> String {
+        Checkpoint::open(path).err().unwrap().to_string()
     }
 
     #[test]
@@ -415,28 +367,49 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let path = save(root.path(), 5);
         let mut checkpoint = Checkpoint::open(&path).unwrap();
-        (0..2).for_each(|file| checkpoint.verify_file(file).unwrap());
+        for file in 0..2 {
+            checkpoint.verify_file(file).unwrap();
+        }
         assert_eq!(checkpoint.manifest().state["note"], 5);
-        let mut get =
-            |name: &str, shape: &[i64]| checkpoint.tensor(&TensorSlice::whole(name, shape));
-        assert_eq!(
-            Vec::<f32>::try_from(get("a", &[2, 2]).unwrap().flatten(0, -1)).unwrap(),
-            [1., 2., 3., 4.]
-        );
+        let mut get = |name: &str, shape: &[i64]| {
+            let slice = TensorSlice::whole(name, shape);
+            checkpoint.tensor(&slice)
+        };
+        let a = get("a", &[2, 2]).unwrap().flatten(0, -1);
+        assert_eq!(Vec::<f32>::try_from(a).unwrap(), [1., 2., 3., 4.]);
         assert_eq!(get("b", &[1]).unwrap().int64_value(&[0]), 7);
         assert_eq!(get("c", &[2]).unwrap().kind(), Kind::BFloat16);
-        assert!(
-            get("d", &[1])
-                .unwrap_err()
-                .to_string()
-                .contains("there is no tensor d")
-        );
-        assert!(
-            get("a", &[4])
-                .unwrap_err()
-                .to_string()
-                .contains("[2, 2], the model's is [4]")
-        );
+        let unknown = get("d", &[1]).unwrap_err().to_string();
+        assert!(unknown.contains("there is no tensor d"), "{unknown}");
+        let misshapen = get("a", &[4]).unwrap_err().to_string();
+        let expected = "a has shape [2, 2], the model needs [4]";
+        assert!(misshapen.contains(expected), "{misshapen}");
+    }
+
+    /// Writes a matrix in up to four slices, cut at a row and a column.
+    fn write_in_slices(root: &Path, matrix: &Tensor, cut_row: i64, cut_column: i64) -> PathBuf {
+        let staging = Staging::new(root, 1);
+        staging.begin().unwrap();
+        let global_shape = matrix.size();
+        let mut shards = Vec::new();
+        for rows in [0..cut_row, cut_row..global_shape[0]] {
+            for columns in [0..cut_column, cut_column..global_shape[1]] {
+                let slice = TensorSlice {
+                    name: "w".into(),
+                    global_shape: global_shape.clone(),
+                    offset: vec![rows.start, columns.start],
+                    shape: vec![rows.end - rows.start, columns.end - columns.start],
+                };
+                if slice.shape.contains(&0) {
+                    continue;
+                }
+                let whole = TensorSlice::whole("w", &global_shape);
+                let part = narrow_to(matrix, &whole, &slice);
+                let shard = staging.write_shard(shards.len(), vec![(slice, part)]);
+                shards.push(shard.unwrap());
+            }
+        }
+        staging.commit(shards, 1, Value::Null).unwrap()
     }
 
     proptest! {
@@ -444,38 +417,41 @@ mod tests {
 
         #[test]
         fn any_slice_comes_back_from_any_slices(
-            rows in 1i64..7, columns in 1i64..7, cuts in (0i64..7, 0i64..7), wanted in (0i64..6, 0i64..6, 1i64..6, 1i64..6),
-            narrow in 0i64..2,
+            rows in 1i64..7,
+            columns in 1i64..7,
+            cuts in (0i64..7, 0i64..7),
+            offsets in (0i64..6, 0i64..6),
+            sizes in (1i64..6, 1i64..6),
+            more_columns in 0i64..2,
         ) {
             let root = tempfile::tempdir().unwrap();
-            let global = vec![rows, columns];
-            let all = Tensor::arange(rows * columns, (Kind::Float, tch::Device::Cpu)).view([rows, columns]);
-            let staging = Staging::new(root.path(), 1);
-            staging.begin().unwrap();
-            let (cut_row, cut_column) = (cuts.0.min(rows), cuts.1.min(columns));
-            let mut shards = Vec::new();
-            for (from_row, to_row) in [(0, cut_row), (cut_row, rows)] {
-                for (from_column, to_column) in [(0, cut_column), (cut_column, columns)] {
-                    let shape = vec![to_row - from_row, to_column - from_column];
-                    if shape.contains(&0) {
-                        continue;
-                    }
-                    let part = all.narrow(0, from_row, shape[0]).narrow(1, from_column, shape[1]);
-                    let slice = TensorSlice { name: "w".into(), global: global.clone(), offset: vec![from_row, from_column], shape };
-                    shards.push(staging.write_shard(shards.len(), vec![(slice, part)]).unwrap());
-                }
-            }
-            let path = staging.commit(shards, 1, serde_json::Value::Null).unwrap();
-            let offset = vec![wanted.0.min(rows - 1), wanted.1.min(columns - 1)];
-            let shape = vec![wanted.2.min(rows - offset[0]), wanted.3.min(columns - offset[1])];
-            let expected = all.narrow(0, offset[0], shape[0]).narrow(1, offset[1], shape[1]);
-            let slice = TensorSlice { name: "w".into(), global, offset, shape };
+            let options = (Kind::Float, Device::Cpu);
+            let all = Tensor::arange(rows * columns, options).view([rows, columns]);
+            let cut_row = cuts.0.min(rows);
+            let cut_column = cuts.1.min(columns);
+            let path = write_in_slices(root.path(), &all, cut_row, cut_column);
+            let offset = vec![offsets.0.min(rows - 1), offsets.1.min(columns - 1)];
+            let shape = vec![sizes.0.min(rows - offset[0]), sizes.1.min(columns - offset[1])];
+            let slice = TensorSlice {
+                name: "w".into(),
+                global_shape: vec![rows, columns],
+                offset,
+                shape,
+            };
+            let whole = TensorSlice::whole("w", &slice.global_shape);
+            let expected = narrow_to(&all, &whole, &slice);
             let mut checkpoint = Checkpoint::open(&path).unwrap();
-            let into = Tensor::zeros([slice.shape[0] + 2, slice.shape[1] + narrow], (Kind::Float, tch::Device::Cpu));
-            let target = into.narrow(0, 1, slice.shape[0]).narrow(1, 0, slice.shape[1]);
+            let into = Tensor::zeros(
+                [slice.shape[0] + 2, slice.shape[1] + more_columns],
+                options,
+            );
+            let target = into
+                .narrow(0, 1, slice.shape[0])
+                .narrow(1, 0, slice.shape[1]);
             checkpoint.tensor_into(&slice, &target).unwrap();
             prop_assert_eq!(&target, &expected);
-            prop_assert_eq!(into.sum(Kind::Float), expected.sum(Kind::Float), "nothing beside it was written");
+            let written = into.sum(Kind::Float);
+            prop_assert_eq!(written, expected.sum(Kind::Float), "nothing else was written");
             let other = target.to_kind(Kind::Double).zeros_like();
             checkpoint.tensor_into(&slice, &other).unwrap();
             prop_assert_eq!(other.to_kind(Kind::Float), expected.copy());
@@ -490,21 +466,15 @@ mod tests {
         staging.begin().unwrap();
         let half = TensorSlice {
             name: "w".into(),
-            global: vec![4],
+            global_shape: vec![4],
             offset: vec![2],
             shape: vec![2],
         };
-        let shard = staging
-            .write_shard(0, vec![(half, Tensor::from_slice(&[1f32, 2.]))])
-            .unwrap();
-        let error = staging
-            .commit(vec![shard], 1, serde_json::Value::Null)
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("of the 4 values of w only 2 were written"),
-            "{error}"
-        );
+        let values = Tensor::from_slice(&[1f32, 2.]);
+        let shard = staging.write_shard(0, vec![(half, values)]).unwrap();
+        let error = staging.commit(vec![shard], 1, Value::Null).unwrap_err();
+        let expected = "w is incomplete: 2 of 4 values were written";
+        assert!(error.to_string().contains(expected), "{error}");
     }
 
     #[test]
@@ -514,37 +484,35 @@ mod tests {
             save(root.path(), step);
         }
         Staging::new(root.path(), 200).begin().unwrap();
-        let steps = |root: &Path| {
-            list(root)
-                .unwrap()
-                .iter()
-                .map(|p| Checkpoint::open(p).unwrap().manifest().step)
-                .collect::<Vec<_>>()
+        let steps = || -> Vec<u64> {
+            let paths = list(root.path()).unwrap();
+            let step = |path: &PathBuf| Checkpoint::open(path).unwrap().manifest().step;
+            paths.iter().map(step).collect()
         };
-        assert_eq!(steps(root.path()), [100, 20, 3]);
+        assert_eq!(steps(), [100, 20, 3]);
         retain(root.path(), 2).unwrap();
-        assert_eq!(steps(root.path()), [100, 20]);
+        assert_eq!(steps(), [100, 20]);
         assert!(list(&root.path().join("nowhere")).unwrap().is_empty());
-        // The same step can be saved again.
+        // A step can be saved a second time.
         save(root.path(), 100);
-        assert_eq!(steps(root.path()), [100, 20]);
+        assert_eq!(steps(), [100, 20]);
     }
 
     #[test]
     fn missing_and_doubled_tensors_are_refused() {
         let root = tempfile::tempdir().unwrap();
         let staging = Staging::new(root.path(), 1);
-        let written = shards(&staging);
+        let written = write_shards(&staging);
         let commit = |shards: Vec<Shard>, expected: usize| {
-            staging
-                .commit(shards, expected, serde_json::Value::Null)
-                .unwrap_err()
-                .to_string()
+            let result = staging.commit(shards, expected, Value::Null);
+            result.unwrap_err().to_string()
         };
-        assert!(commit(written.clone(), 4).contains("3 tensors were written, 4 are expected"));
-        assert!(commit(written.clone(), 2).contains("3 tensors were written, 2 are expected"));
-        let doubled = [written.clone(), written].concat();
-        assert!(commit(doubled, 3).contains("a is in two shards"));
+        let missing = commit(written.clone(), 4);
+        assert!(missing.contains("3 tensors were written, 4 are expected"));
+        let unexpected = commit(written.clone(), 2);
+        assert!(unexpected.contains("3 tensors were written, 2 are expected"));
+        let doubled = commit([written.clone(), written].concat(), 3);
+        assert!(doubled.contains("a is in two shards, 0 and 2"));
         assert!(list(root.path()).unwrap().is_empty());
     }
 
@@ -559,38 +527,45 @@ mod tests {
             checkpoint.verify_file(0).unwrap_err().to_string()
         };
         std::fs::write(&shard, &good[..good.len() - 3]).unwrap();
+        let truncated = message();
+        assert!(truncated.contains("shard-00000.safetensors is damaged"));
         assert!(
-            message().contains("shard-00000.safetensors is damaged")
-                && message().contains("bytes where")
+            truncated.contains("bytes, the manifest says"),
+            "{truncated}"
         );
         let mut flipped = good.clone();
         *flipped.last_mut().unwrap() ^= 1;
         std::fs::write(&shard, &flipped).unwrap();
         assert!(message().contains("checksum"));
         std::fs::write(path.join("manifest.json"), "{\"format\": 2,").unwrap();
-        assert!(
-            Checkpoint::open(&path)
-                .err()
-                .unwrap()
-                .to_string()
-                .contains("manifest.json is damaged")
-        );
+        assert!(open_error(&path).contains("manifest.json is damaged"));
     }
 
     #[test]
-    fn a_newer_format_is_refused() {
+    fn another_format_is_refused() {
         let root = tempfile::tempdir().unwrap();
         let path = save(root.path(), 1);
-        let text = std::fs::read_to_string(path.join("manifest.json"))
-            .unwrap()
-            .replace("\"format\": 2", "\"format\": 9");
-        std::fs::write(path.join("manifest.json"), text).unwrap();
-        assert!(
-            Checkpoint::open(&path)
-                .err()
-                .unwrap()
-                .to_string()
-                .contains("format 9 is newer")
-        );
+        let file = path.join("manifest.json");
+        let text = std::fs::read_to_string(&file).unwrap();
+        let current = "\"format\": 2";
+        std::fs::write(&file, text.replace(current, "\"format\": 9")).unwrap();
+        assert!(open_error(&path).contains("format 9 is newer than 2"));
+        std::fs::write(&file, text.replace(current, "\"format\": 1")).unwrap();
+        assert!(open_error(&path).contains("format 1 is older than 2"));
+    }
+
+    #[test]
+    fn the_manifest_keeps_the_keys_of_format_2() {
+        let root = tempfile::tempdir().unwrap();
+        let path = save(root.path(), 1);
+        let text = std::fs::read_to_string(path.join("manifest.json")).unwrap();
+        let manifest: Value = serde_json::from_str(&text).unwrap();
+        let expected = json!({
+            "shape": [1],
+            "pieces": [{"file": 1, "offset": [0], "shape": [1]}],
+        });
+        assert_eq!(manifest["tensors"]["b"], expected);
+        let keys: Vec<&String> = manifest.as_object().unwrap().keys().collect();
+        assert_eq!(keys, ["format", "step", "state", "files", "tensors"]);
     }
 }

@@ -1,85 +1,97 @@
-//! Which part of a global tensor a rank's tensor is.
+//! Slices of global tensors, which say what part of a tensor a rank holds.
 
 use serde::{Deserialize, Serialize};
 
-/// A slice of a global tensor. Ranks that share out a tensor hold different slices of it, which together are the whole.
+/// A hyper-rectangle of a global tensor. The slices of all ranks together cover the tensor.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct TensorSlice {
-    /// The tensor's global name.
+    /// The global name of the tensor.
     pub name: String,
-    /// Its shape.
-    pub global: Vec<i64>,
-    /// Where the slice begins, in each dim.
+    /// The shape of the whole tensor. The serialized name is that of format 2.
+    #[serde(rename = "global")]
+    pub global_shape: Vec<i64>,
+    /// The first index of the slice in each dim.
     pub offset: Vec<i64>,
-    /// Its size, in each dim.
+    /// The size of the slice in each dim.
     pub shape: Vec<i64>,
 }
 
 impl TensorSlice {
-    /// All of a tensor.
+    /// Returns the slice that covers a whole tensor.
     pub fn whole(name: impl Into<String>, shape: &[i64]) -> TensorSlice {
         TensorSlice {
             name: name.into(),
-            global: shape.to_vec(),
+            global_shape: shape.to_vec(),
             offset: vec![0; shape.len()],
             shape: shape.to_vec(),
         }
     }
 
-    /// The name of the slice in a file: the tensor's, with the offset where it is not the whole.
+    /// Returns the name of the slice in a file: `NAME`, or `NAME@OFFSETS` for a proper part.
     pub(crate) fn key(&self) -> String {
-        key(&self.name, &self.global, &self.offset, &self.shape)
+        if self.global_shape == self.shape {
+            return self.name.clone();
+        }
+        let offset: Vec<String> = self.offset.iter().map(i64::to_string).collect();
+        format!("{}@{}", self.name, offset.join(","))
     }
 
-    /// The slice that this one and the one at `offset` of size `shape` have in common: where it begins in the global
-    /// tensor, and its size. None where they have nothing in common.
-    pub(crate) fn overlap(&self, offset: &[i64], shape: &[i64]) -> Option<(Vec<i64>, Vec<i64>)> {
-        let mut begin = Vec::new();
-        let mut size = Vec::new();
+    /// Returns the slice that two slices of one tensor have in common, if any.
+    pub(crate) fn overlap(&self, other: &TensorSlice) -> Option<TensorSlice> {
+        let mut offset = Vec::with_capacity(self.offset.len());
+        let mut shape = Vec::with_capacity(self.offset.len());
         for dim in 0..self.offset.len() {
-            let from = self.offset[dim].max(offset[dim]);
-            let to = (self.offset[dim] + self.shape[dim]).min(offset[dim] + shape[dim]);
-            if from >= to {
+            let start = self.offset[dim].max(other.offset[dim]);
+            let end = self.end(dim).min(other.end(dim));
+            if start >= end {
                 return None;
             }
-            begin.push(from);
-            size.push(to - from);
+            offset.push(start);
+            shape.push(end - start);
         }
-        Some((begin, size))
+        Some(TensorSlice {
+            name: self.name.clone(),
+            global_shape: self.global_shape.clone(),
+            offset,
+            shape,
+        })
     }
-}
 
-/// See [`TensorSlice::key`].
-pub(crate) fn key(name: &str, global: &[i64], offset: &[i64], shape: &[i64]) -> String {
-    if global == shape {
-        return name.to_string();
+    fn end(&self, dim: usize) -> i64 {
+        self.offset[dim] + self.shape[dim]
     }
-    let offset: Vec<String> = offset.iter().map(i64::to_string).collect();
-    format!("{name}@{}", offset.join(","))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn slice(offset: &[i64], shape: &[i64]) -> TensorSlice {
+        TensorSlice {
+            name: "w".into(),
+            global_shape: vec![4, 6],
+            offset: offset.to_vec(),
+            shape: shape.to_vec(),
+        }
+    }
+
     #[test]
     fn slices_overlap_in_every_dim_or_not_at_all() {
-        let slice = TensorSlice {
-            name: "w".into(),
-            global: vec![4, 6],
-            offset: vec![2, 0],
-            shape: vec![2, 3],
-        };
-        assert_eq!(slice.key(), "w@2,0");
-        assert_eq!(
-            slice.overlap(&[0, 2], &[3, 4]),
-            Some((vec![2, 2], vec![1, 1]))
-        );
-        assert_eq!(slice.overlap(&[0, 0], &[2, 6]), None);
-        let whole = TensorSlice::whole("s", &[]);
-        assert_eq!(
-            (whole.key().as_str(), whole.overlap(&[], &[])),
-            ("s", Some((vec![], vec![])))
-        );
+        let lower_left = slice(&[2, 0], &[2, 3]);
+        assert_eq!(lower_left.key(), "w@2,0");
+        let middle = slice(&[0, 2], &[3, 4]);
+        let common = slice(&[2, 2], &[1, 1]);
+        assert_eq!(lower_left.overlap(&middle), Some(common));
+        assert_eq!(lower_left.overlap(&slice(&[0, 0], &[2, 6])), None);
+        let scalar = TensorSlice::whole("s", &[]);
+        assert_eq!(scalar.key(), "s");
+        assert_eq!(scalar.overlap(&scalar), Some(scalar.clone()));
+    }
+
+    #[test]
+    fn serialized_names_are_those_of_format_2() {
+        let json = serde_json::to_string(&slice(&[2, 0], &[2, 3])).unwrap();
+        let expected = r#"{"name":"w","global":[4,6],"offset":[2,0],"shape":[2,3]}"#;
+        assert_eq!(json, expected);
     }
 }

@@ -1,6 +1,6 @@
 //! `moerun chaos`: injects faults into a live run and measures how long it takes to recover.
 //!
-//! The keeper of the node concerned carries out each fault, so this works on any number of machines.
+//! The keeper of the node concerned carries out each fault, so this works on several machines.
 
 use crate::cli::ChaosArgs;
 use crate::fault::{FaultKind, FaultPlan, PlannedFault};

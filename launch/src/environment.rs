@@ -17,7 +17,7 @@ pub(crate) fn launched_by_moerun() -> bool {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct DetectedRank {
     pub(crate) env: RankEnv,
-    /// Name for messages.
+    /// Name that messages give to the launcher, such as `srun`.
     pub(crate) launcher: &'static str,
 }
 
@@ -469,8 +469,8 @@ mod tests {
         )
     }
 
-    const SLURM: &str = "SLURM_PROCID=3 SLURM_STEP_ID=2 SLURM_STEP_NUM_TASKS=5 SLURM_LOCALID=0 SLURM_NODEID=1 \
-        SLURM_TASKS_PER_NODE=3,2 SLURM_JOB_NODELIST=gpu[09-10] SLURM_JOB_ID=77";
+    const SLURM: &str = "SLURM_PROCID=3 SLURM_STEP_ID=2 SLURM_STEP_NUM_TASKS=5 SLURM_LOCALID=0 \
+        SLURM_NODEID=1 SLURM_TASKS_PER_NODE=3,2 SLURM_JOB_NODELIST=gpu[09-10] SLURM_JOB_ID=77";
 
     #[test]
     fn each_launcher_is_known_by_its_variables() {
@@ -479,7 +479,8 @@ mod tests {
             None,
             "a batch script is not a step"
         );
-        let torch = "RANK=5 WORLD_SIZE=8 LOCAL_RANK=1 LOCAL_WORLD_SIZE=4 MASTER_ADDR=head MASTER_PORT=29500";
+        let torch = "RANK=5 WORLD_SIZE=8 LOCAL_RANK=1 LOCAL_WORLD_SIZE=4 MASTER_ADDR=head \
+            MASTER_PORT=29500";
         let started = detect_in(torch).unwrap().unwrap();
         assert_eq!(
             (ranks(&started), started.launcher),
@@ -492,7 +493,8 @@ mod tests {
                 .launcher,
             "torchrun"
         );
-        let mpi = "OMPI_COMM_WORLD_RANK=2 OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_LOCAL_RANK=0 OMPI_COMM_WORLD_LOCAL_SIZE=2";
+        let mpi = "OMPI_COMM_WORLD_RANK=2 OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_LOCAL_RANK=0 \
+            OMPI_COMM_WORLD_LOCAL_SIZE=2";
         let started = detect_in(&format!("{mpi} {SLURM}")).unwrap().unwrap();
         assert_eq!(
             (ranks(&started), started.launcher),
@@ -591,7 +593,8 @@ mod tests {
                 "OMPI_COMM_WORLD_RANK is set but OMPI_COMM_WORLD_SIZE is not",
             ),
             (
-                "RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1 OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2",
+                "RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1 \
+                 OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2",
                 "RANK=0 and OMPI_COMM_WORLD_RANK=1 contradict each other",
             ),
             (
@@ -642,15 +645,34 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
         #[test]
-        fn any_variables_give_a_rank_or_an_error(values in proptest::collection::vec(any::<Option<u8>>(), 18), has_mpi: bool) {
+        fn any_variables_give_a_rank_or_an_error(
+            values in proptest::collection::vec(any::<Option<u8>>(), 18),
+            has_mpi: bool,
+        ) {
             let names = [
-                "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "OMPI_COMM_WORLD_RANK",
-                "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", "PMI_RANK", "PMI_SIZE",
-                "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID",
-                "SLURM_TASKS_PER_NODE", "SLURM_JOB_NODELIST",
+                "RANK",
+                "WORLD_SIZE",
+                "LOCAL_RANK",
+                "LOCAL_WORLD_SIZE",
+                "MASTER_PORT",
+                "OMPI_COMM_WORLD_RANK",
+                "OMPI_COMM_WORLD_SIZE",
+                "OMPI_COMM_WORLD_LOCAL_RANK",
+                "OMPI_COMM_WORLD_LOCAL_SIZE",
+                "PMI_RANK",
+                "PMI_SIZE",
+                "SLURM_PROCID",
+                "SLURM_STEP_ID",
+                "SLURM_STEP_NUM_TASKS",
+                "SLURM_LOCALID",
+                "SLURM_NODEID",
+                "SLURM_TASKS_PER_NODE",
+                "SLURM_JOB_NODELIST",
             ];
             let var = |name: &str| {
-                if name == "MASTER_ADDR" { return Some("a".to_string()) }
+                if name == "MASTER_ADDR" {
+                    return Some("a".to_string());
+                }
                 let index = names.iter().position(|known| *known == name)?;
                 values[index].map(|value| (value % 6).to_string())
             };

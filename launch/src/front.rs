@@ -17,7 +17,8 @@ fn main() -> ExitCode {
     let program = own.with_file_name("moerun-core");
     if !program.exists() {
         eprintln!(
-            "error: {} is missing\nhint: keep it in the same folder as moerun, where cargo builds both",
+            "error: {} is missing\n\
+             hint: keep it in the same folder as moerun, where cargo builds both",
             program.display()
         );
         return ExitCode::FAILURE;

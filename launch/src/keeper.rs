@@ -53,7 +53,7 @@ pub(crate) fn serve() -> Result<ExitCode> {
         socket: settings.socket,
         secret: settings.secret,
         listen: settings.listen,
-        memory: settings.memory,
+        memory_limit: settings.memory,
         orphan_timeout: Duration::from_secs(settings.orphan_timeout_s),
     };
     let ready = |address| {

@@ -38,8 +38,7 @@ impl TrainingView {
         tracing::info!("{text}");
     }
 
-    /// Removes the bar.
-    pub(crate) fn finish(&self) {
+    pub(crate) fn remove_bar(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }

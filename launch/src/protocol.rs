@@ -1,4 +1,4 @@
-//! What the launcher and its ranks tell each other: assignments, failure reports and file names.
+//! Messages between the launcher and its ranks: assignments, failure reports and file names.
 
 use parallel::{RankEnv, Rendezvous};
 use serde::{Deserialize, Serialize};

@@ -180,7 +180,7 @@ fn log_to_file(dir: &Path, rank: usize, launched: bool) -> Result<()> {
     Ok(())
 }
 
-/// How a rank was started.
+/// The circumstances of a rank's start.
 #[derive(Clone, Copy)]
 struct RankStart<'a> {
     env: &'a RankEnv,
@@ -274,7 +274,7 @@ impl JoinedRank<'_> {
         let outcome = trainer.run(&|| self.stop.load(Ordering::Relaxed), &mut view);
         let steps_done = trainer.step() - first;
         self.start.steps_done.store(steps_done, Ordering::Relaxed);
-        view.finish();
+        view.remove_bar();
         let outcome = outcome?;
         if outcome.stopped {
             let step = outcome.step;

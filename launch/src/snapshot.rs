@@ -94,7 +94,7 @@ fn print_candidate(candidate: &Candidate, inventories: &[Inventory]) {
     let bytes: u64 = snapshot.parts.iter().map(|part| part.bytes).sum();
     let size = format_mib(bytes);
     let redundancy = &topology.redundancy;
-    let parity = if redundancy.survives() == 0 {
+    let parity = if redundancy.max_losses() == 0 {
         String::new()
     } else {
         let mut protected = 0;
@@ -103,7 +103,7 @@ fn print_candidate(candidate: &Candidate, inventories: &[Inventory]) {
         }
         format!(", parity on {protected} of {} nodes", topology.nodes.len())
     };
-    let lost = match candidate.lost().as_slice() {
+    let lost = match candidate.lost_nodes().as_slice() {
         [] => String::new(),
         lost => format!("; parts of nodes {lost:?} must be rebuilt"),
     };

@@ -48,7 +48,8 @@ fn print_failures(args: &SurvivalArgs) {
     } = args;
     let failures = *nodes as f64 * days * 24.0 / mtbf_h;
     println!(
-        "{nodes} nodes, one failure in {mtbf_h:.0} h each: {failures:.1} node failures in {days} days"
+        "{nodes} nodes, one failure in {mtbf_h:.0} h each: {failures:.1} node failures \
+         in {days} days"
     );
     let lost_s = interval_s / 2.0 + restart_s;
     let percent = failures * lost_s / (days * 864.0);
@@ -82,15 +83,15 @@ fn print_scheme(args: &SurvivalArgs, redundancy: Redundancy) {
         }
     };
     let groups: Vec<usize> = groups.iter().map(Vec::len).collect();
-    let survives = redundancy.survives();
+    let survives = redundancy.max_losses();
     // The memory for other nodes' state, in units of a node's own.
     let per_group = |&nodes: &usize| (nodes * survives) as f64 / (nodes - survives) as f64;
     let extra = groups.iter().map(per_group).sum::<f64>() / args.nodes as f64;
     let cluster = Cluster {
         groups,
-        survives,
+        max_losses: survives,
         mtbf_h: args.mtbf_h,
-        shape: args.shape,
+        weibull_shape: args.shape,
         window_h: args.window_s / 3600.0,
     };
     let simulated = match args.simulate {
@@ -98,7 +99,7 @@ fn print_scheme(args: &SurvivalArgs, redundancy: Redundancy) {
         trials => format!("{:>11.6}", cluster.simulate(trials, args.seed)),
     };
     let memory = 1.0 + extra;
-    let window = cluster.window();
-    let run = cluster.run(args.days * 24.0);
+    let window = cluster.window_survival();
+    let run = cluster.run_survival(args.days * 24.0);
     println!("{name:28}{memory:>8.2}x{window:>16.9}{simulated}{run:>16.6}");
 }

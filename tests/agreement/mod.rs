@@ -76,7 +76,7 @@ type Gathered = BTreeMap<String, Tensor>;
 pub(crate) fn gather(into: &mut Gathered, slice: &TensorSlice, part: &Tensor) {
     let unknown = || {
         Tensor::full(
-            slice.global.as_slice(),
+            slice.global_shape.as_slice(),
             f64::NAN,
             (tch::Kind::Float, part.device()),
         )

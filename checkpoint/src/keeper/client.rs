@@ -1,7 +1,9 @@
-//! How a rank reaches its node's keeper.
+//! Connections of a rank to its node's keeper.
 
-use super::wire::{self, TimeoutStream};
-use super::{Error, RankReply, RankRequest, Secret, SnapshotId};
+use super::error::Error;
+use super::protocol::{RankReply, RankRequest};
+use super::snapshot::SnapshotId;
+use super::wire::{self, Secret, TimeoutStream};
 use crate::memory::{Region, receive_file};
 use std::fs::File;
 use std::os::linux::net::SocketAddrExt;
@@ -9,9 +11,9 @@ use std::os::unix::net::{SocketAddr, UnixStream};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// A rank waits for an answer no longer than this while it trains.
+/// How long a rank waits for a reply while it trains.
 const REPLY_TIMEOUT: Duration = Duration::from_millis(500);
-/// While it starts: memory is made then, and parts come from other nodes.
+/// How long it waits while it starts, when memory is allocated and parts come from other nodes.
 const STARTUP_TIMEOUT: Duration = Duration::from_secs(120);
 
 fn connect(socket: &str, secret: &Secret, rank: usize) -> Result<UnixStream, Error> {
@@ -28,14 +30,14 @@ fn connect(socket: &str, secret: &Secret, rank: usize) -> Result<UnixStream, Err
 fn unexpected(reply: RankReply) -> Error {
     match reply {
         RankReply::Refused(reason) => Error::Refused(reason),
-        other => Error::Protocol(format!("the keeper answered something else: {other:?}")),
+        other => Error::Protocol(format!("unexpected reply from the keeper: {other:?}")),
     }
 }
 
-/// A slot's memory, mapped here.
+/// The memory of a slot, mapped into this process.
 pub type SlotMemory = Arc<Region>;
 
-/// Requests of a rank's training thread.
+/// The connection of a rank's training thread.
 pub struct KeeperClient {
     stream: UnixStream,
 }
@@ -44,11 +46,10 @@ impl KeeperClient {
     /// Connects rank `rank` to the keeper that listens on `socket`.
     ///
     /// # Errors
-    /// When no keeper of this run is there.
+    /// If no keeper of this run listens there.
     pub fn connect(socket: &str, secret: &Secret, rank: usize) -> Result<KeeperClient, Error> {
-        Ok(KeeperClient {
-            stream: connect(socket, secret, rank)?,
-        })
+        let stream = connect(socket, secret, rank)?;
+        Ok(KeeperClient { stream })
     }
 
     fn ask(&mut self, request: &RankRequest, timeout: Duration) -> Result<RankReply, Error> {
@@ -60,63 +61,68 @@ impl KeeperClient {
         }
     }
 
-    /// Takes `slots` slots of `bytes` bytes, those of an earlier attempt where they fit.
+    /// Allocates `slots` slots of `bytes` bytes. Slots of an earlier attempt are used again if
+    /// their size is right.
     ///
     /// # Errors
-    /// When the node has too little memory: how much is missing.
+    /// If the node has too little memory.
     pub fn allocate(&mut self, bytes: u64, slots: usize) -> Result<Vec<SlotMemory>, Error> {
-        let count = match self.ask(&RankRequest::Allocate { bytes, slots }, STARTUP_TIMEOUT)? {
+        let request = RankRequest::Allocate { bytes, slots };
+        let count = match self.ask(&request, STARTUP_TIMEOUT)? {
             RankReply::Slots(count) => count,
             other => return Err(unexpected(other)),
         };
-        let files = (0..count)
-            .map(|_| receive_file(&self.stream))
-            .collect::<Result<Vec<_>, _>>()?;
-        Ok(files
-            .into_iter()
-            .map(|file| Region::open(file).map(Arc::new))
-            .collect::<Result<_, _>>()?)
+        let mut files = Vec::new();
+        for _ in 0..count {
+            files.push(receive_file(&self.stream)?);
+        }
+        let mut memory = Vec::new();
+        for file in files {
+            memory.push(Arc::new(Region::open(file)?));
+        }
+        Ok(memory)
     }
 
-    /// Takes a free slot for a snapshot of `bytes` bytes, if there is one.
+    /// Reserves a free slot for a snapshot of `bytes` bytes, if there is one.
     ///
     /// # Errors
-    /// When the keeper is gone or does not answer at once.
+    /// If the keeper is gone, or does not reply at once.
     pub fn reserve(
         &mut self,
         id: SnapshotId,
         bytes: u64,
         durable: bool,
     ) -> Result<Option<usize>, Error> {
-        match self.ask(&RankRequest::Reserve { id, bytes, durable }, REPLY_TIMEOUT)? {
+        let request = RankRequest::Reserve { id, bytes, durable };
+        match self.ask(&request, REPLY_TIMEOUT)? {
             RankReply::Slot(slot) => Ok(slot),
             other => Err(unexpected(other)),
         }
     }
 
-    /// Gives a slot back that another rank had none for.
+    /// Returns a reserved slot, because another rank found none.
     ///
     /// # Errors
-    /// When the keeper is gone.
+    /// If the keeper is gone.
     pub fn release(&mut self, slot: usize) -> Result<(), Error> {
         wire::send(&mut self.stream, &RankRequest::Release { slot })
     }
 
-    /// The header of `rank`'s part of the snapshot that is to be restored.
+    /// Returns the header of `rank`'s part of the snapshot to restore.
     ///
     /// # Errors
-    /// When it cannot be had.
-    pub fn head(&mut self, rank: usize) -> Result<Vec<u8>, Error> {
+    /// If the keeper cannot read the part.
+    pub fn header(&mut self, rank: usize) -> Result<Vec<u8>, Error> {
         match self.ask(&RankRequest::Header { rank }, STARTUP_TIMEOUT)? {
             RankReply::Bytes(bytes) => Ok(bytes),
             other => Err(unexpected(other)),
         }
     }
 
-    /// That part, to be read.
+    /// Opens `rank`'s part of the snapshot to restore.
     ///
     /// # Errors
-    /// When it cannot be had.
+    /// If the keeper cannot read the part.
     pub fn open(&mut self, rank: usize) -> Result<File, Error> {
         match self.ask(&RankRequest::Open { rank }, STARTUP_TIMEOUT)? {
             RankReply::Part => Ok(receive_file(&self.stream)?),
@@ -125,13 +131,13 @@ impl KeeperClient {
     }
 }
 
-/// What a rank's copying thread reports; nothing is answered.
+/// The connection of a rank's copying thread. Its reports have no replies.
 pub struct FillReporter {
     stream: UnixStream,
 }
 
 impl FillReporter {
-    /// As [`KeeperClient::connect`].
+    /// Connects as [`KeeperClient::connect`] does.
     ///
     /// # Errors
     /// As [`KeeperClient::connect`].
@@ -141,25 +147,24 @@ impl FillReporter {
         Ok(FillReporter { stream })
     }
 
-    /// The slot is filled up to byte `filled_to`; `crcs` are of the chunks that were completed.
+    /// Reports that the slot is filled up to byte `filled_to`, with the checksums of the chunks
+    /// that were completed since the last report.
     ///
     /// # Errors
-    /// When the keeper is gone.
+    /// If the keeper is gone.
     pub fn filled(&mut self, slot: usize, filled_to: u64, crcs: Vec<u32>) -> Result<(), Error> {
-        wire::send(
-            &mut self.stream,
-            &RankRequest::Filled {
-                slot,
-                filled_to,
-                crcs,
-            },
-        )
+        let report = RankRequest::Filled {
+            slot,
+            filled_to,
+            crcs,
+        };
+        wire::send(&mut self.stream, &report)
     }
 
-    /// Waits until the keeper has heard all that was said before.
+    /// Waits until the keeper has processed all earlier reports.
     ///
     /// # Errors
-    /// When the keeper is gone, or does not answer in time.
+    /// If the keeper is gone, or does not reply in time.
     pub fn sync(&mut self) -> Result<(), Error> {
         self.stream
             .set_timeouts(Some(STARTUP_TIMEOUT), Some(REPLY_TIMEOUT))?;
@@ -170,10 +175,10 @@ impl FillReporter {
         }
     }
 
-    /// The rank lives, has done `step` steps, and has got on `progress` times.
+    /// Reports that the rank is alive, has done `step` steps, and made progress `progress` times.
     ///
     /// # Errors
-    /// When the keeper is gone.
+    /// If the keeper is gone.
     pub fn heartbeat(&mut self, step: u64, progress: u64) -> Result<(), Error> {
         wire::send(&mut self.stream, &RankRequest::Heartbeat { step, progress })
     }

@@ -1,10 +1,13 @@
-//! Asking a keeper for something.
+//! Connections to a keeper, for the launcher, for tools and for other keepers.
 
-use super::serve::PEER_TIMEOUT;
-use super::{
-    Damage, Error, Event, Fault, Inventory, Reply, Request, Secret, Snapshot, SnapshotId, Status,
-    Topology, recover, wire,
-};
+use super::error::Error;
+use super::faults::Fault;
+use super::protocol::{Reply, Request};
+use super::recover::Rebuild;
+use super::report::{Damage, Event, Inventory, Status};
+use super::snapshot::{Snapshot, SnapshotId};
+use super::topology::Topology;
+use super::wire::{self, PEER_TIMEOUT, Secret};
 use crate::Shard;
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::HashMap;
@@ -12,43 +15,44 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::time::Duration;
 
-/// A connection to a keeper.
+/// A connection to a keeper. Each method sends a request and waits for the reply.
+///
+/// A method fails if the connection is closed, the reply does not arrive in time, or the keeper
+/// refuses. After [`Error::Refused`] the connection is still usable.
 pub struct Peer {
     stream: TcpStream,
     address: SocketAddr,
 }
 
 impl Peer {
-    /// Connects; every answer then has to come within `timeout`.
+    /// Connects to a keeper, whose replies then have to arrive within `timeout`.
     ///
     /// # Errors
-    /// When no keeper of this run is there.
+    /// If no keeper of this run listens at `address`.
     pub fn connect(address: SocketAddr, secret: &Secret, timeout: Duration) -> Result<Peer, Error> {
-        Ok(Peer {
-            stream: wire::connect(address, secret, timeout)?,
-            address,
-        })
+        let stream = wire::connect(address, secret, timeout)?;
+        Ok(Peer { stream, address })
     }
 
-    pub(crate) fn send(&mut self, request: &Request) -> Result<(), Error> {
+    pub(super) fn send(&mut self, request: &Request) -> Result<(), Error> {
         wire::send(&mut self.stream, request)
     }
 
-    pub(crate) fn receive(&mut self) -> Result<Reply, Error> {
+    pub(super) fn receive(&mut self) -> Result<Reply, Error> {
         match wire::receive(&mut self.stream)? {
             Reply::Refused(reason) => Err(Error::Refused(reason)),
             reply => Ok(reply),
         }
     }
 
-    pub(crate) fn receive_bytes(&mut self) -> Result<Vec<u8>, Error> {
+    pub(super) fn receive_bytes(&mut self) -> Result<Vec<u8>, Error> {
         match self.receive()? {
             Reply::Bytes(bytes) => Ok(bytes),
             other => Err(unexpected(&other)),
         }
     }
 
-    pub(crate) fn ask(&mut self, request: &Request) -> Result<Reply, Error> {
+    pub(super) fn ask(&mut self, request: &Request) -> Result<Reply, Error> {
         self.send(request)?;
         self.receive()
     }
@@ -63,18 +67,16 @@ impl Peer {
     /// Begins a generation, in which the keeper is node number `node`.
     ///
     /// # Errors
-    /// As all of these: when the keeper is gone, does not answer in time, or refuses.
+    /// See [`Peer`].
     pub fn set_up(&mut self, topology: &Topology, node: usize) -> Result<(), Error> {
-        self.command(&Request::Setup {
-            topology: topology.clone(),
-            node,
-        })
+        let topology = topology.clone();
+        self.command(&Request::Setup { topology, node })
     }
 
-    /// What it has.
+    /// Returns what the keeper holds.
     ///
     /// # Errors
-    /// As [`Peer::set_up`].
+    /// See [`Peer`].
     pub fn inventory(&mut self) -> Result<Inventory, Error> {
         match self.ask(&Request::Inventory)? {
             Reply::Inventory(inventory) => Ok(inventory),
@@ -82,10 +84,10 @@ impl Peer {
         }
     }
 
-    /// What people want to know.
+    /// Returns the state of the keeper, for people.
     ///
     /// # Errors
-    /// As [`Peer::set_up`].
+    /// See [`Peer`].
     pub fn status(&mut self) -> Result<Status, Error> {
         match self.ask(&Request::Status)? {
             Reply::Status(status) => Ok(status),
@@ -93,41 +95,42 @@ impl Peer {
         }
     }
 
-    /// Says that a snapshot is complete on every rank.
+    /// Declares a snapshot complete on every rank.
     ///
     /// # Errors
-    /// As [`Peer::set_up`].
+    /// See [`Peer`].
     pub fn commit(&mut self, snapshot: &Snapshot) -> Result<(), Error> {
         self.command(&Request::Commit(snapshot.clone()))
     }
 
-    /// Says that a snapshot never will be.
+    /// Declares that a snapshot will never be complete.
     ///
     /// # Errors
-    /// As [`Peer::set_up`].
+    /// See [`Peer`].
     pub fn abandon(&mut self, id: SnapshotId) -> Result<(), Error> {
         self.command(&Request::Abandon(id))
     }
 
-    /// Says what ranks are to restore, and who has each rank's part; anything newer is forgotten.
+    /// Selects the snapshot that ranks restore; the keeper forgets newer ones. `holders` are the
+    /// keepers that have the parts, by rank.
     ///
     /// # Errors
-    /// As [`Peer::set_up`].
-    pub fn keep(
+    /// See [`Peer`].
+    pub fn select_restore(
         &mut self,
         snapshot: Option<&Snapshot>,
         holders: &[SocketAddr],
     ) -> Result<(), Error> {
-        self.command(&Request::Keep {
+        self.command(&Request::SelectRestore {
             snapshot: snapshot.cloned(),
             holders: holders.to_vec(),
         })
     }
 
-    /// What of a snapshot here is damaged.
+    /// Compares what the keeper has of a snapshot with the checksums.
     ///
     /// # Errors
-    /// As [`Peer::set_up`].
+    /// See [`Peer`].
     pub fn verify(&mut self, id: SnapshotId) -> Result<Damage, Error> {
         match self.ask(&Request::Verify(id))? {
             Reply::Damage(damage) => Ok(damage),
@@ -135,19 +138,19 @@ impl Peer {
         }
     }
 
-    /// Makes a rank's part out of what other nodes have.
+    /// Rebuilds a rank's part from what other nodes have.
     ///
     /// # Errors
-    /// As [`Peer::set_up`], and when too little is left.
-    pub fn rebuild(&mut self, rebuild: recover::Rebuild) -> Result<(), Error> {
+    /// See [`Peer`]; also if too little is left.
+    pub fn rebuild(&mut self, rebuild: Rebuild) -> Result<(), Error> {
         self.command(&Request::Rebuild(Box::new(rebuild)))
     }
 
-    /// Makes anew the parity that `node` should have of a snapshot; `sources` are the keepers that have what the positions of
-    /// its group should.
+    /// Makes the parity again that `node` should have of a snapshot. `sources` are the keepers that
+    /// have the parts, by position in the group.
     ///
     /// # Errors
-    /// As [`Peer::set_up`].
+    /// See [`Peer`].
     pub fn protect(
         &mut self,
         snapshot: &Snapshot,
@@ -161,18 +164,19 @@ impl Peer {
         })
     }
 
-    /// Keeps the parts of a complete snapshot until they are written to disk; one snapshot at a time.
+    /// Keeps the parts of a complete snapshot until [`Peer::unpin`]. A keeper pins one snapshot at
+    /// a time.
     ///
     /// # Errors
-    /// As [`Peer::set_up`].
+    /// See [`Peer`].
     pub fn pin(&mut self, id: SnapshotId) -> Result<(), Error> {
         self.command(&Request::Pin(id))
     }
 
-    /// Ends what [`Peer::pin`] began.
+    /// Releases the pinned snapshot.
     ///
     /// # Errors
-    /// As [`Peer::set_up`].
+    /// See [`Peer`].
     pub fn unpin(&mut self) -> Result<(), Error> {
         self.command(&Request::Unpin)
     }
@@ -180,18 +184,19 @@ impl Peer {
     /// Writes the parts of these ranks as shards of a checkpoint.
     ///
     /// # Errors
-    /// As [`Peer::set_up`], and when the disk is full.
+    /// See [`Peer`]; also if the disk is full.
     pub fn persist(
         &mut self,
         id: SnapshotId,
         ranks: &[usize],
         folder: &Path,
     ) -> Result<Vec<Shard>, Error> {
-        match self.ask(&Request::Persist {
+        let request = Request::Persist {
             id,
             ranks: ranks.to_vec(),
             folder: folder.to_path_buf(),
-        })? {
+        };
+        match self.ask(&request)? {
             Reply::Shards(shards) => Ok(shards),
             other => Err(unexpected(&other)),
         }
@@ -200,7 +205,7 @@ impl Peer {
     /// Makes a fault on purpose.
     ///
     /// # Errors
-    /// As [`Peer::set_up`].
+    /// See [`Peer`].
     pub fn inject(&mut self, fault: Fault) -> Result<(), Error> {
         self.command(&Request::Inject(fault))
     }
@@ -208,26 +213,27 @@ impl Peer {
     /// Ends the keeper.
     ///
     /// # Errors
-    /// As [`Peer::set_up`].
+    /// See [`Peer`].
     pub fn stop(&mut self) -> Result<(), Error> {
         self.command(&Request::Stop)
     }
 
-    /// Makes this connection one of events: of all from here on none is missed.
+    /// Turns this connection into a stream of all later events.
     ///
     /// # Errors
-    /// As [`Peer::set_up`].
-    pub fn watch(mut self) -> Result<EventStream, Error> {
+    /// See [`Peer`].
+    pub fn subscribe(mut self) -> Result<EventStream, Error> {
         self.command(&Request::Subscribe)?;
         Ok(EventStream(self.stream))
     }
 }
 
-/// A connection on which a keeper tells what happens.
+/// A connection on which a keeper sends events.
 pub struct EventStream(TcpStream);
 
 impl EventStream {
-    /// Hands each event to `on_event`, until the keeper is gone or says nothing for the connection's timeout; then why.
+    /// Calls `on_event` for each event. Returns the error that ended the stream: the keeper is
+    /// gone, or was silent for the connection's timeout.
     pub fn for_each_event(mut self, mut on_event: impl FnMut(Event)) -> Error {
         loop {
             match wire::receive(&mut self.0) {
@@ -239,18 +245,18 @@ impl EventStream {
 }
 
 fn unexpected(reply: &Reply) -> Error {
-    Error::Protocol(format!("a keeper answered something else: {reply:?}"))
+    Error::Protocol(format!("unexpected reply from a keeper: {reply:?}"))
 }
 
-/// Connections that can be used again.
-pub(crate) struct PeerPool {
+/// Connections to other keepers that can be used again.
+pub(super) struct PeerPool {
     secret: Secret,
     idle: Mutex<HashMap<SocketAddr, Vec<Peer>>>,
     fetching: Mutex<()>,
 }
 
 impl PeerPool {
-    pub(crate) fn new(secret: Secret) -> PeerPool {
+    pub(super) fn new(secret: Secret) -> PeerPool {
         PeerPool {
             secret,
             idle: Mutex::default(),
@@ -258,13 +264,13 @@ impl PeerPool {
         }
     }
 
-    /// Held by the one who brings parts here.
-    pub(crate) fn lock_fetching(&self) -> MutexGuard<'_, ()> {
+    /// Locks the fetching of parts from other keepers.
+    pub(super) fn lock_fetching(&self) -> MutexGuard<'_, ()> {
         self.fetching.lock()
     }
 
-    /// A connection, old or new.
-    pub(crate) fn get(&self, address: SocketAddr) -> Result<Peer, Error> {
+    /// Returns an idle connection, or a new one.
+    pub(super) fn get(&self, address: SocketAddr) -> Result<Peer, Error> {
         let idle = self.idle.lock().get_mut(&address).and_then(Vec::pop);
         match idle {
             Some(peer) => Ok(peer),
@@ -272,8 +278,9 @@ impl PeerPool {
         }
     }
 
-    /// Takes a connection back on which no reply is due.
-    pub(crate) fn put(&self, peer: Peer) {
-        self.idle.lock().entry(peer.address).or_default().push(peer);
+    /// Takes back a connection on which no reply is due.
+    pub(super) fn put(&self, peer: Peer) {
+        let mut idle = self.idle.lock();
+        idle.entry(peer.address).or_default().push(peer);
     }
 }

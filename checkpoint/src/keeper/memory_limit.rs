@@ -1,30 +1,40 @@
-//! How much memory a keeper may take.
+//! The memory that a keeper may take.
 
 use std::path::Path;
 
-/// Bytes that this machine, or the control group this process is in, has left.
-pub(crate) fn available_bytes() -> Option<u64> {
-    let read = |path: &Path| std::fs::read_to_string(path).ok();
-    let text = read(Path::new("/proc/meminfo"))?;
-    let line = text
-        .lines()
-        .find(|line| line.starts_with("MemAvailable:"))?;
-    let machine = line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024;
-    let group = read(Path::new("/proc/self/cgroup")).and_then(|groups| {
-        // Control groups of version 2 have one line, `0::PATH`.
-        let path = groups
-            .lines()
-            .find_map(|line| line.strip_prefix("0::"))?
-            .trim_start_matches('/')
-            .to_string();
-        let folder = Path::new("/sys/fs/cgroup").join(path);
-        let number = |name: &str| read(&folder.join(name))?.trim().parse::<u64>().ok();
-        Some(number("memory.max")?.saturating_sub(number("memory.current")?))
-    });
-    Some(group.map_or(machine, |group| group.min(machine)))
+/// Returns how many bytes are available on this machine and in this process's control group.
+pub(super) fn available_bytes() -> Option<u64> {
+    let machine = machine_bytes()?;
+    Some(control_group_bytes().map_or(machine, |group| group.min(machine)))
 }
 
-/// Bytes as people read them.
+fn read(path: &Path) -> Option<String> {
+    std::fs::read_to_string(path).ok()
+}
+
+fn machine_bytes() -> Option<u64> {
+    let text = read(Path::new("/proc/meminfo"))?;
+    let mut lines = text.lines();
+    let line = lines.find(|line| line.starts_with("MemAvailable:"))?;
+    let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// Returns what is left in a control group of version 2, if there is a limit.
+fn control_group_bytes() -> Option<u64> {
+    let groups = read(Path::new("/proc/self/cgroup"))?;
+    // Version 2 has one line, `0::PATH`.
+    let mut lines = groups.lines();
+    let path = lines.find_map(|line| line.strip_prefix("0::"))?;
+    let folder = Path::new("/sys/fs/cgroup").join(path.trim_start_matches('/'));
+    let number = |name: &str| {
+        let text = read(&folder.join(name))?;
+        text.trim().parse::<u64>().ok()
+    };
+    Some(number("memory.max")?.saturating_sub(number("memory.current")?))
+}
+
+/// Formats a number of bytes in MiB, as messages show it.
 pub fn format_mib(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / 1048576.0)
 }
@@ -32,7 +42,7 @@ pub fn format_mib(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     #[test]
-    fn this_machine_says_what_it_has() {
+    fn this_machine_has_memory() {
         assert!(super::available_bytes().is_some_and(|bytes| bytes > 1 << 20));
         assert_eq!(super::format_mib(3 << 19), "1.5 MiB");
     }

@@ -1,82 +1,81 @@
-//! Writing a snapshot to disk from the keeper's memory, while the run goes on.
+//! Writing a snapshot to disk from the keeper's memory, while training continues.
 
-use super::protect::{chunk_len, chunk_size};
-use super::serve::Keeper;
-use super::{Error, SnapshotId};
-use crate::image::ImageHeader;
+use super::daemon::Keeper;
+use super::error::Error;
+use super::layout::chunk_len;
+use super::snapshot::{PartInfo, SnapshotId};
+use crate::checksum::{FileChecksum, combine, crc32c};
+use crate::format::{ImageHeader, Shard};
 use crate::manifest::FileEntry;
 use crate::memory::Region;
-use crate::write::{Shard, checksum};
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
-/// Writes parts of `id` that are here into `folder`, makes them durable and reads them back.
-pub(crate) fn write(
+/// Writes parts of `id` that are here to files in `folder`, syncs them and reads them back.
+///
+/// # Errors
+/// If a part is not here or damaged, or the disk fails.
+pub(super) fn write(
     keeper: &Keeper,
     id: SnapshotId,
     ranks: &[usize],
     folder: &Path,
 ) -> Result<Vec<Shard>, Error> {
-    let size = chunk_size(keeper, id)?;
-    let mut shards = Vec::new();
+    let chunk_bytes = keeper.lock().chunk_bytes(id)?;
+    let mut shards = Vec::with_capacity(ranks.len());
     for &rank in ranks {
         let name = format!("shard-{rank:05}.safetensors");
         let path = folder.join(&name);
-        // The slot stays pinned, so nobody writes over it.
-        let written = keeper.read(id, rank, u64::MAX, |region, info| {
-            write_part(region, info.bytes, &info.crcs, size, &path)
-        });
-        let (bytes, crc32c, slices) = written?.map_err(Error::Refused)?;
-        shards.push(Shard::new(
-            FileEntry {
+        let written = keeper.read_part(id, rank, u64::MAX, |region, info| {
+            write_part(region, info, chunk_bytes, &path)
+        })??;
+        let header = ImageHeader::from_file(&path).map_err(|e| Error::Refused(e.to_string()))?;
+        shards.push(Shard {
+            file: FileEntry {
                 name,
-                bytes,
-                crc32c,
+                bytes: written.bytes,
+                crc32c: written.crc32c,
             },
-            slices,
-        ));
+            slices: header.slices,
+        });
     }
     Ok(shards)
 }
 
+/// Writes a part to a file and reads it back.
 fn write_part(
     region: &Region,
-    bytes: u64,
-    crcs: &[u32],
-    size: usize,
+    info: &PartInfo,
+    chunk_bytes: usize,
     path: &Path,
-) -> Result<(u64, u32, Vec<crate::TensorSlice>), String> {
-    let failed = |error: std::io::Error| format!("cannot write {}: {error}", path.display());
+) -> Result<FileChecksum, Error> {
+    let name = path.display();
+    let failed = |e: std::io::Error| Error::Refused(format!("cannot write {name}: {e}"));
     let mut file = File::create(path).map_err(failed)?;
-    let mut buffer = vec![0; size];
-    let mut whole = 0u32;
-    for (chunk, &crc) in crcs.iter().enumerate() {
-        let len = chunk_len(bytes, size, chunk as u64);
-        region.copy_out(chunk * size, &mut buffer[..len]);
-        if crate::checksum::crc32c(&buffer[..len]) != crc {
-            return Err(format!(
-                "memory for {} is damaged at chunk {chunk}",
-                path.display()
-            ));
+    let mut buffer = vec![0; chunk_bytes];
+    let mut crc32c_of_file = 0;
+    for (chunk, &crc) in info.crcs.iter().enumerate() {
+        let len = chunk_len(info.bytes, chunk_bytes, chunk as u64);
+        let bytes = &mut buffer[..len];
+        region.copy_out(chunk * chunk_bytes, bytes);
+        if crc32c(bytes) != crc {
+            let reason = format!("cannot write {name}: chunk {chunk} is damaged in memory");
+            return Err(Error::Refused(reason));
         }
-        whole = crate::checksum::combine(whole, crc, len);
-        file.write_all(&buffer[..len]).map_err(failed)?;
+        crc32c_of_file = combine(crc32c_of_file, crc, len);
+        file.write_all(bytes).map_err(failed)?;
     }
     file.sync_all().map_err(failed)?;
     drop(file);
-    let (found, crc) = checksum(path).map_err(|e| e.to_string())?;
-    if (found, crc) != (bytes, whole) {
-        return Err(format!(
-            "{} gives back other bytes than were written",
-            path.display()
-        ));
+    let expected = FileChecksum {
+        bytes: info.bytes,
+        crc32c: crc32c_of_file,
+    };
+    let found = FileChecksum::read(path).map_err(|e| Error::Refused(e.to_string()))?;
+    if found != expected {
+        let reason = format!("{name} is damaged: other bytes were read than written");
+        return Err(Error::Refused(reason));
     }
-    Ok((
-        bytes,
-        whole,
-        ImageHeader::from_file(path)
-            .map_err(|e| e.to_string())?
-            .slices,
-    ))
+    Ok(expected)
 }

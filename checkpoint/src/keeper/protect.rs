@@ -1,264 +1,353 @@
-//! Making parity: a keeper pulls the chunks of its stripes from the other nodes of its group, encodes them and hands out
-//! the parities.
+//! Making parity: a keeper pulls the chunks of its stripes from the other nodes of its group,
+//! encodes them and pushes the parities to where they belong.
 //!
-//! Pulling makes back-pressure of itself: nobody is sent what it has not asked for. A chunk is asked for before it is
-//! there, and comes as soon as the rank has filled it, so parity is made while the rank still copies. A stripe's data
-//! crosses the network once, its further parities once more.
+//! Pulling gives back-pressure: no keeper receives what it has not requested. A chunk is requested
+//! before it exists and is sent as soon as the rank has filled it, so parity is made while the rank
+//! still copies. The data of a stripe crosses the network once, and each further parity once more.
 
 use super::connection::Peer;
-use super::serve::Keeper;
-use super::{Error, Reply, Request, Snapshot, SnapshotId, Topology};
+use super::daemon::Keeper;
+use super::error::Error;
+use super::layout::{DataChunk, GroupLayout, OwnParity, chunk_len};
+use super::parity_store::{ParityChunk, StripeId};
+use super::protocol::{Reply, Request};
+use super::snapshot::{Snapshot, SnapshotId};
+use super::state::Membership;
+use super::topology::{CodePosition, GroupPosition, Topology};
 use crate::erasure::ErasureCode;
-use crate::stripes::Stripes;
+use crate::stripes::StripeLayout;
 use nix::time::{ClockId, clock_gettime};
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::time::Duration;
 
-/// Stripes that are asked for ahead.
+/// How many stripes are requested ahead.
 const PREFETCH_STRIPES: usize = 4;
 
-/// Bytes of `rank`'s part in chunk number `chunk`.
-pub(crate) fn chunk(
+/// Returns chunk number `chunk` of a rank's part, as soon as it is filled.
+///
+/// # Errors
+/// If the part is not here and cannot arrive any more, or is not filled in time.
+pub(super) fn read_chunk(
     keeper: &Keeper,
     id: SnapshotId,
     rank: usize,
     chunk: u64,
 ) -> Result<Vec<u8>, Error> {
-    let size = chunk_size(keeper, id)?;
-    keeper.read(id, rank, (chunk + 1) * size as u64, |region, info| {
-        let mut bytes = vec![0; chunk_len(info.bytes, size, chunk)];
-        region.copy_out((chunk * size as u64).min(info.bytes) as usize, &mut bytes);
+    let chunk_bytes = keeper.lock().chunk_bytes(id)?;
+    let start = chunk * chunk_bytes as u64;
+    let end = start + chunk_bytes as u64;
+    keeper.read_part(id, rank, end, |region, info| {
+        let mut bytes = vec![0; chunk_len(info.bytes, chunk_bytes, chunk)];
+        region.copy_out(start.min(info.bytes) as usize, &mut bytes);
         bytes
     })
 }
 
-/// The unit of checksums of a snapshot.
-pub(crate) fn chunk_size(keeper: &Keeper, id: SnapshotId) -> Result<usize, Error> {
-    let state = keeper.lock();
-    let topology = state.complete.get(&id).map(|snapshot| &snapshot.topology);
-    let topology = topology.or_else(|| {
-        state
-            .memberships
-            .get(&id.generation)
-            .map(|(topology, _)| topology)
-    });
-    topology
-        .map(|topology| topology.chunk)
-        .ok_or_else(|| Error::Refused("that generation is not known here".into()))
-}
-
-/// Length of chunk number `chunk` of a part of `bytes` bytes.
-pub(crate) fn chunk_len(bytes: u64, size: usize, chunk: u64) -> usize {
-    bytes.saturating_sub(chunk * size as u64).min(size as u64) as usize
-}
-
-/// Bytes that a stripe's parities have: the longest of its chunks; `lengths` are those of the parts, by position.
-pub(crate) fn stripe_len(stripes: &Stripes, stripe: u64, lengths: &[u64], size: usize) -> usize {
-    let chunk = |position: usize| {
-        stripes
-            .chunk(position, stripe)
-            .map_or(0, |chunk| chunk_len(lengths[position], size, chunk))
-    };
-    (0..stripes.nodes).map(chunk).max().unwrap_or(0)
-}
-
 /// Makes the parity of a new snapshot that this node encodes.
-pub(crate) fn encode(keeper: &Keeper, id: SnapshotId) -> Result<(), Error> {
-    let membership = keeper.lock().memberships.get(&id.generation).cloned();
-    let (topology, node) =
-        membership.ok_or_else(|| Error::Refused("this generation was not begun here".into()))?;
-    let Some((group, _)) = topology.position(node) else {
+///
+/// # Errors
+/// If a node of the group is lost, or a part is not filled in time.
+pub(super) fn encode(keeper: &Keeper, id: SnapshotId) -> Result<(), Error> {
+    let membership = keeper.lock().membership(id.generation).cloned();
+    let unknown = || Error::Refused(format!("generation {} is not known here", id.generation));
+    let Membership { topology, node } = membership.ok_or_else(unknown)?;
+    let Some(GroupPosition { group, .. }) = topology.group_position(node) else {
         return Ok(());
     };
-    let sources: Vec<_> = topology.groups[group]
-        .iter()
+    let nodes = topology.groups[group].iter();
+    let sources: Vec<Option<SocketAddr>> = nodes
         .map(|&node| Some(topology.nodes[node].address))
         .collect();
-    make_parity(keeper, &topology, id, node, &sources, true)
+    let job = ParityJob {
+        keeper,
+        topology: &topology,
+        id,
+        node,
+        sources: &sources,
+        role: Role::Encoder,
+    };
+    job.run()
 }
 
-/// Makes anew all parity of a complete snapshot that `node` should have.
-pub(crate) fn reencode(
+/// Makes all parity again that `node` should have of a complete snapshot.
+///
+/// # Errors
+/// If a source is lost, or a part is not there.
+pub(super) fn reencode(
     keeper: &Keeper,
     snapshot: &Snapshot,
     node: usize,
     sources: &[Option<SocketAddr>],
 ) -> Result<(), Error> {
-    keeper
-        .lock()
-        .memberships
-        .insert(snapshot.id.generation, (snapshot.topology.clone(), node));
-    make_parity(
+    let topology = snapshot.topology.clone();
+    keeper.lock().insert_membership(topology, node);
+    let job = ParityJob {
         keeper,
-        &snapshot.topology,
-        snapshot.id,
+        topology: &snapshot.topology,
+        id: snapshot.id,
         node,
         sources,
-        false,
-    )?;
-    keeper.lock().protected.insert(snapshot.id);
+        role: Role::Holder,
+    };
+    job.run()?;
+    keeper.lock().mark_protected(snapshot.id);
     Ok(())
 }
 
-/// `encoder`: the stripes whose first parity is here are encoded, and their other parities sent to where they belong.
-/// Otherwise every parity that belongs here is made, and nothing sent.
-fn make_parity(
-    keeper: &Keeper,
-    topology: &Topology,
+/// Which parity a job makes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    /// All parity of the stripes whose first parity belongs here. Other nodes receive theirs.
+    Encoder,
+    /// The parity that belongs here, of all stripes.
+    Holder,
+}
+
+/// Making the parity of a snapshot on one node.
+struct ParityJob<'a> {
+    keeper: &'a Keeper,
+    topology: &'a Topology,
     id: SnapshotId,
     node: usize,
-    sources: &[Option<SocketAddr>],
-    encoder: bool,
-) -> Result<(), Error> {
-    let began = thread_time();
-    let Some((group, position)) = topology.position(node) else {
-        return Ok(());
-    };
-    let nodes = &topology.groups[group];
-    let mut peers = Connections {
-        keeper,
-        sources,
-        open: BTreeMap::new(),
-    };
-    for local in 0..nodes
-        .iter()
-        .map(|&node| topology.nodes[node].ranks.len())
-        .max()
-        .unwrap_or(0)
-    {
-        let Some(stripes) = topology.stripes(group, local) else {
+    /// The keeper of each position of the group.
+    sources: &'a [Option<SocketAddr>],
+    role: Role,
+}
+
+impl ParityJob<'_> {
+    fn run(&self) -> Result<(), Error> {
+        let start = thread_time();
+        let Some(own) = self.topology.group_position(self.node) else {
             return Ok(());
         };
-        let code = ErasureCode::new(topology.redundancy, stripes.data(), stripes.parity)
-            .map_err(Error::Refused)?;
-        let rank = |position: usize| topology.rank_at(group, position, local);
-        let mut lengths = vec![0; stripes.nodes];
-        for (position, length) in lengths.iter_mut().enumerate() {
-            if let Some(rank) = rank(position) {
-                *length = match peers.at(position, 0)?.ask(&Request::Length { id, rank })? {
-                    Reply::Length(bytes) => bytes,
-                    other => {
-                        return Err(Error::Protocol(format!(
-                            "a length was asked for, not {other:?}"
-                        )));
-                    }
-                };
-            }
-        }
-        let size = topology.chunk;
-        let chunks = lengths
-            .iter()
-            .map(|bytes| bytes.div_ceil(size as u64))
-            .max()
-            .unwrap_or(0);
-        let own = |stripe: u64| {
-            let limit = if encoder { 1 } else { stripes.parity };
-            (0..limit).find(|&index| stripes.parity_position(stripe, index) == position)
+        let nodes = self.topology.groups[own.group].iter();
+        let num_ranks = |&node: &usize| self.topology.nodes[node].ranks.len();
+        let most_ranks = nodes.map(num_ranks).max().unwrap_or(0);
+        let mut peers = GroupConnections {
+            keeper: self.keeper,
+            sources: self.sources,
+            open: BTreeMap::new(),
         };
-        let todo: Vec<(u64, usize)> = (0..stripes.count(chunks))
-            .filter_map(|stripe| Some((stripe, own(stripe)?)))
-            .collect();
-        let needs = |stripe: u64| {
-            stripes
-                .data_positions(stripe)
-                .filter_map(move |at| Some((at, stripes.chunk(at, stripe)?)))
-                .collect::<Vec<_>>()
-        };
-        let exists =
-            |at: usize, chunk: u64, lengths: &[u64]| chunk_len(lengths[at], size, chunk) > 0;
-        let mut asked = 0;
-        let mut pushed: VecDeque<usize> = VecDeque::new();
-        for (number, &(stripe, index)) in todo.iter().enumerate() {
-            while asked < todo.len().min(number + PREFETCH_STRIPES) {
-                for (at, chunk) in needs(todo[asked].0) {
-                    if let Some(rank) = rank(at).filter(|_| exists(at, chunk, &lengths)) {
-                        peers.at(at, 0)?.send(&Request::Chunk { id, rank, chunk })?;
-                    }
-                }
-                asked += 1;
-            }
-            let len = stripe_len(&stripes, stripe, &lengths, size);
-            let mut data = Vec::with_capacity(stripes.data());
-            for (at, chunk) in needs(stripe) {
-                let mut bytes = if exists(at, chunk, &lengths) {
-                    peers.at(at, 0)?.receive_bytes()?
-                } else {
-                    Vec::new()
-                };
-                bytes.resize(len, 0);
-                data.push(bytes);
-            }
-            let mut parity: Vec<Vec<u8>> = (0..stripes.parity)
-                .map(|_| keeper.lock().spare_buffers.pop().unwrap_or_default())
-                .collect();
-            parity.iter_mut().for_each(|bytes| bytes.resize(len, 0));
-            let views: Vec<&[u8]> = data.iter().map(Vec::as_slice).collect();
-            code.encode(
-                &views,
-                &mut parity.iter_mut().map(Vec::as_mut_slice).collect::<Vec<_>>(),
-            );
-            for (number, bytes) in parity.into_iter().enumerate() {
-                if number == index {
-                    let crc = crate::checksum::crc32c(&bytes);
-                    keeper
-                        .lock()
-                        .parity
-                        .entry(id)
-                        .or_default()
-                        .insert((local, stripe), (bytes, crc));
-                } else if encoder && number > 0 {
-                    let at = stripes.parity_position(stripe, number);
-                    peers.at(at, 1)?.send(&Request::PutParity {
-                        id,
-                        local,
-                        stripe,
-                        bytes,
-                    })?;
-                    pushed.push_back(at);
-                } else {
-                    keeper.lock().spare_buffers.push(bytes);
-                }
-            }
-            while pushed.len() > PREFETCH_STRIPES {
-                let at = pushed.pop_front().expect("it is not empty");
-                peers.at(at, 1)?.receive()?;
-            }
+        for local in 0..most_ranks {
+            let Some(stripes) = self.topology.stripes(own.group, local) else {
+                return Ok(());
+            };
+            let own = CodePosition {
+                group: own.group,
+                position: own.position,
+                local,
+            };
+            let mut encoder = Encoder::new(self, own, stripes, &mut peers)?;
+            encoder.run()?;
         }
-        for at in pushed {
-            peers.at(at, 1)?.receive()?;
-        }
+        peers.close();
+        let time = thread_time().saturating_sub(start);
+        self.keeper.lock().add_coding_time(time);
+        Ok(())
     }
-    for (_, peer) in std::mem::take(&mut peers.open) {
-        keeper.peers.put(peer);
-    }
-    keeper.lock().coding_time += thread_time().saturating_sub(began);
-    Ok(())
 }
 
-/// Connections to the positions of a group, each with a direction for what is pulled and one for what is pushed.
-struct Connections<'a> {
+/// Encoding the parts of the ranks with one local number.
+struct Encoder<'a, 'p> {
+    job: &'a ParityJob<'a>,
+    /// This node's place in the code.
+    own: CodePosition,
+    layout: GroupLayout,
+    code: ErasureCode,
+    peers: &'p mut GroupConnections<'a>,
+    /// The positions to which parity was pushed that they have not confirmed.
+    unconfirmed: VecDeque<usize>,
+}
+
+impl<'a, 'p> Encoder<'a, 'p> {
+    fn new(
+        job: &'a ParityJob<'a>,
+        own: CodePosition,
+        stripes: StripeLayout,
+        peers: &'p mut GroupConnections<'a>,
+    ) -> Result<Encoder<'a, 'p>, Error> {
+        let code = ErasureCode::new(job.topology.redundancy, stripes.data(), stripes.parity)
+            .map_err(|e| Error::Refused(e.to_string()))?;
+        let mut encoder = Encoder {
+            job,
+            own,
+            layout: GroupLayout {
+                stripes,
+                chunk_bytes: job.topology.chunk_bytes,
+                part_bytes: vec![0; stripes.nodes],
+            },
+            code,
+            peers,
+            unconfirmed: VecDeque::new(),
+        };
+        for position in 0..stripes.nodes {
+            if let Some(rank) = encoder.rank_at(position) {
+                encoder.layout.part_bytes[position] = encoder.request_length(position, rank)?;
+            }
+        }
+        Ok(encoder)
+    }
+
+    fn run(&mut self) -> Result<(), Error> {
+        let num_parities = match self.job.role {
+            Role::Encoder => 1,
+            Role::Holder => self.layout.stripes.parity,
+        };
+        let todo = self.layout.parities_at(self.own.position, num_parities);
+        let mut requested = 0;
+        for (done, &own) in todo.iter().enumerate() {
+            while requested < todo.len().min(done + PREFETCH_STRIPES) {
+                self.request_data(todo[requested].stripe)?;
+                requested += 1;
+            }
+            let data = self.receive_data(own.stripe)?;
+            let parities = self.encode(own.stripe, &data);
+            self.place_parities(own, parities)?;
+            self.confirm_pushes(PREFETCH_STRIPES)?;
+        }
+        self.confirm_pushes(0)
+    }
+
+    fn rank_at(&self, position: usize) -> Option<usize> {
+        self.job.topology.rank_at(CodePosition {
+            position,
+            ..self.own
+        })
+    }
+
+    fn request_length(&mut self, position: usize, rank: usize) -> Result<u64, Error> {
+        let id = self.job.id;
+        let peer = self.peers.get(position, Direction::Pull)?;
+        match peer.ask(&Request::Length { id, rank })? {
+            Reply::Length(bytes) => Ok(bytes),
+            other => Err(Error::Protocol(format!(
+                "unexpected reply from a keeper to a request for a length: {other:?}"
+            ))),
+        }
+    }
+
+    fn request_data(&mut self, stripe: u64) -> Result<(), Error> {
+        let id = self.job.id;
+        for data in self.layout.data_chunks(stripe) {
+            let DataChunk {
+                position,
+                chunk,
+                len,
+            } = data;
+            if let Some(rank) = self.rank_at(position).filter(|_| len > 0) {
+                let peer = self.peers.get(position, Direction::Pull)?;
+                peer.send(&Request::Chunk { id, rank, chunk })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Receives the chunks of a stripe, padded to equal length.
+    fn receive_data(&mut self, stripe: u64) -> Result<Vec<Vec<u8>>, Error> {
+        let stripe_len = self.layout.stripe_len(stripe);
+        let mut data = Vec::with_capacity(self.layout.stripes.data());
+        for chunk in self.layout.data_chunks(stripe) {
+            let mut bytes = if chunk.len > 0 {
+                let peer = self.peers.get(chunk.position, Direction::Pull)?;
+                peer.receive_bytes()?
+            } else {
+                Vec::new()
+            };
+            bytes.resize(stripe_len, 0);
+            data.push(bytes);
+        }
+        Ok(data)
+    }
+
+    fn encode(&self, stripe: u64, data: &[Vec<u8>]) -> Vec<Vec<u8>> {
+        let stripe_len = self.layout.stripe_len(stripe);
+        let mut parities = Vec::with_capacity(self.layout.stripes.parity);
+        for _ in 0..self.layout.stripes.parity {
+            let mut buffer = self.job.keeper.lock().parity.take_buffer();
+            buffer.resize(stripe_len, 0);
+            parities.push(buffer);
+        }
+        let data: Vec<&[u8]> = data.iter().map(Vec::as_slice).collect();
+        let mut outputs: Vec<&mut [u8]> = parities.iter_mut().map(Vec::as_mut_slice).collect();
+        self.code.encode(&data, &mut outputs);
+        parities
+    }
+
+    /// Stores the parity that belongs here, and pushes the others if this node encodes.
+    fn place_parities(&mut self, own: OwnParity, parities: Vec<Vec<u8>>) -> Result<(), Error> {
+        let id = self.job.id;
+        let local = self.own.local;
+        let stripe = own.stripe;
+        for (index, bytes) in parities.into_iter().enumerate() {
+            if index == own.index {
+                let chunk = ParityChunk::new(bytes);
+                let mut state = self.job.keeper.lock();
+                state.parity.insert(id, StripeId { local, stripe }, chunk);
+            } else if self.job.role == Role::Encoder {
+                let position = self.layout.stripes.parity_position(stripe, index);
+                let peer = self.peers.get(position, Direction::Push)?;
+                peer.send(&Request::PutParity {
+                    id,
+                    local,
+                    stripe,
+                    bytes,
+                })?;
+                self.unconfirmed.push_back(position);
+            } else {
+                self.job.keeper.lock().parity.return_buffer(bytes);
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until at most `most` pushes are unconfirmed.
+    fn confirm_pushes(&mut self, most: usize) -> Result<(), Error> {
+        while self.unconfirmed.len() > most {
+            let position = self.unconfirmed.pop_front().expect("it is not empty");
+            let peer = self.peers.get(position, Direction::Push)?;
+            peer.receive()?;
+        }
+        Ok(())
+    }
+}
+
+/// Pulled chunks and pushed parity have different connections, so that neither waits for the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Direction {
+    Pull,
+    Push,
+}
+
+/// Connections to the positions of a group.
+struct GroupConnections<'a> {
     keeper: &'a Keeper,
     sources: &'a [Option<SocketAddr>],
-    open: BTreeMap<(usize, usize), Peer>,
+    open: BTreeMap<(usize, Direction), Peer>,
 }
 
-impl Connections<'_> {
-    fn at(&mut self, position: usize, direction: usize) -> Result<&mut Peer, Error> {
-        if !self.open.contains_key(&(position, direction)) {
-            let address = self.sources[position]
-                .ok_or_else(|| Error::Refused(format!("position {position} is lost")))?;
-            self.open
-                .insert((position, direction), self.keeper.peers.get(address)?);
+impl GroupConnections<'_> {
+    fn get(&mut self, position: usize, direction: Direction) -> Result<&mut Peer, Error> {
+        match self.open.entry((position, direction)) {
+            Entry::Occupied(peer) => Ok(peer.into_mut()),
+            Entry::Vacant(vacant) => {
+                let lost = || Error::Refused(format!("position {position} of the group is lost"));
+                let address = self.sources[position].ok_or_else(lost)?;
+                Ok(vacant.insert(self.keeper.peers.get(address)?))
+            }
         }
-        Ok(self
-            .open
-            .get_mut(&(position, direction))
-            .expect("it was just put there"))
+    }
+
+    /// Returns the connections, on which no reply is due, to the pool.
+    fn close(self) {
+        for peer in self.open.into_values() {
+            self.keeper.peers.put(peer);
+        }
     }
 }
 
-/// CPU time of this thread.
+/// Returns the CPU time of this thread.
 fn thread_time() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }

@@ -1,65 +1,70 @@
-//! Which memory holds what: the slots of a node's ranks, as a state machine without memory.
+//! The slots of a node's ranks and what they hold: a state machine without memory.
 //!
-//! A rank has two slots, or three where one may be read by a durable write: the newest complete snapshot is never
-//! written over before a newer one is complete *on every rank*, which the launcher says ([`Slots::commit`]). A rank that
-//! finds no free slot skips its snapshot; it never waits.
+//! A rank has two slots, or three if a durable write may read one. The newest complete snapshot is
+//! not overwritten before a newer one is complete *on every rank*, which the launcher declares
+//! ([`Slots::commit`]). A rank that finds no free slot skips its snapshot and never waits.
 
-use super::SnapshotId;
-use serde::{Deserialize, Serialize};
+use super::snapshot::{PartInfo, SnapshotId};
 
-/// A rank's part of a snapshot, with which it can be checked.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PartInfo {
-    /// Whose it is.
-    pub rank: usize,
-    /// Its length.
-    pub bytes: u64,
-    /// CRC-32C of each of its chunks.
-    pub crcs: Vec<u32>,
-}
-
-/// What a slot holds.
+/// A rank's part of a snapshot in a slot.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Part {
-    pub(crate) id: SnapshotId,
-    /// Length and checksums, as far as it is filled.
-    pub(crate) info: PartInfo,
-    /// Bytes that are there.
-    pub(crate) filled: u64,
-    /// Whether it is to be written to disk.
-    pub(crate) durable: bool,
+pub(super) struct Part {
+    pub(super) id: SnapshotId,
+    /// The final length, and the checksums of the chunks that are filled.
+    pub(super) info: PartInfo,
+    /// The number of filled bytes.
+    pub(super) filled: u64,
+    /// True if the part shall be written to disk.
+    pub(super) durable: bool,
 }
 
 impl Part {
-    pub(crate) fn is_complete(&self) -> bool {
+    pub(super) fn is_complete(&self) -> bool {
         self.filled == self.info.bytes
     }
 }
 
 #[derive(Debug, Clone)]
-pub(crate) struct Slot {
-    /// The rank that may write it; None for what was brought here to be read.
-    pub(crate) writer: Option<usize>,
-    pub(crate) part: Option<Part>,
-    /// Readers for whom it must stay.
-    pub(crate) pins: usize,
+struct Slot {
+    /// The rank that may write the slot; none for a part that was brought here to be read.
+    writer: Option<usize>,
+    part: Option<Part>,
+    /// The number of readers that need the part.
+    pins: usize,
+}
+
+impl Slot {
+    fn holds(&self, id: SnapshotId) -> bool {
+        self.part.as_ref().is_some_and(|part| part.id == id)
+    }
 }
 
 /// All slots of a node.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Slots {
-    pub(crate) slots: Vec<Slot>,
+pub(super) struct Slots {
+    slots: Vec<Slot>,
     /// The newest snapshot that is complete on every rank.
-    pub(crate) newest: Option<SnapshotId>,
+    newest: Option<SnapshotId>,
 }
 
 impl Slots {
-    /// Slots of `rank`, in order.
-    pub(crate) fn of(&self, rank: usize) -> impl Iterator<Item = usize> + '_ {
-        (0..self.slots.len()).filter(move |&slot| self.slots[slot].writer == Some(rank))
+    /// Returns the newest snapshot that is complete on every rank.
+    pub(super) fn newest(&self) -> Option<SnapshotId> {
+        self.newest
     }
 
-    pub(crate) fn add(&mut self, writer: Option<usize>) -> usize {
+    pub(super) fn set_newest(&mut self, id: Option<SnapshotId>) {
+        self.newest = id;
+    }
+
+    /// Returns the slots of `rank`, in order.
+    pub(super) fn of_rank(&self, rank: usize) -> impl Iterator<Item = usize> + '_ {
+        let is_own = move |&slot: &usize| self.slots[slot].writer == Some(rank);
+        (0..self.slots.len()).filter(is_own)
+    }
+
+    /// Adds an empty slot and returns its number.
+    pub(super) fn add(&mut self, writer: Option<usize>) -> usize {
         self.slots.push(Slot {
             writer,
             part: None,
@@ -68,23 +73,25 @@ impl Slots {
         self.slots.len() - 1
     }
 
-    /// Takes a free slot for `rank`'s part of `id`: an empty one, else the oldest that a newer complete snapshot has
-    /// superseded. None where there is none.
-    pub(crate) fn reserve(
+    /// Takes a free slot for a part of `rank`: an empty one, else the oldest that a newer complete
+    /// snapshot has superseded.
+    pub(super) fn reserve(
         &mut self,
         rank: usize,
         id: SnapshotId,
         bytes: u64,
         durable: bool,
     ) -> Option<usize> {
-        let free = |slot: &Slot| match &slot.part {
+        let is_free = |slot: &Slot| match &slot.part {
             _ if slot.pins > 0 => false,
             None => true,
             Some(part) => self.newest.is_some_and(|newest| part.id < newest),
         };
-        let candidates = self.of(rank).filter(|&slot| free(&self.slots[slot]));
-        let slot =
-            candidates.min_by_key(|&slot| self.slots[slot].part.as_ref().map(|part| part.id))?;
+        let free = self
+            .of_rank(rank)
+            .filter(|&slot| is_free(&self.slots[slot]));
+        let age = |&slot: &usize| self.slots[slot].part.as_ref().map(|part| part.id);
+        let slot = free.min_by_key(age)?;
         let info = PartInfo {
             rank,
             bytes,
@@ -99,13 +106,17 @@ impl Slots {
         Some(slot)
     }
 
-    /// Says that `slot` holds its part up to byte `filled`, with the checksums of the chunks that were completed.
-    pub(crate) fn fill(&mut self, slot: usize, filled: u64, crcs: &[u32]) -> Result<&Part, String> {
+    /// Records that `slot` holds its part up to byte `filled`, and the checksums of the chunks
+    /// that were completed since.
+    ///
+    /// # Errors
+    /// If the slot is not reserved, or the number of bytes is not possible.
+    pub(super) fn fill(&mut self, slot: usize, filled: u64, crcs: &[u32]) -> Result<&Part, String> {
         let part = self.slots.get_mut(slot).and_then(|slot| slot.part.as_mut());
-        let part = part.ok_or("a slot that is not reserved was filled")?;
+        let part = part.ok_or("a slot was filled that is not reserved")?;
         if filled < part.filled || filled > part.info.bytes {
             return Err(format!(
-                "{filled} bytes filled after {} of {}",
+                "{filled} bytes were filled after {} of {}",
                 part.filled, part.info.bytes
             ));
         }
@@ -114,52 +125,112 @@ impl Slots {
         Ok(part)
     }
 
-    /// Gives a reserved slot back.
-    pub(crate) fn release(&mut self, slot: usize) {
+    /// Puts a complete part into a slot, which no rank may write then.
+    pub(super) fn insert(&mut self, slot: usize, id: SnapshotId, info: PartInfo) {
+        self.slots[slot].part = Some(Part {
+            id,
+            filled: info.bytes,
+            info,
+            durable: false,
+        });
+    }
+
+    /// Empties a slot.
+    pub(super) fn release(&mut self, slot: usize) {
         if let Some(slot) = self.slots.get_mut(slot) {
             slot.part = None;
         }
     }
 
-    /// Snapshot `id` is complete on every rank.
-    pub(crate) fn commit(&mut self, id: SnapshotId) {
+    /// Takes the right to write a slot from its rank. A part in it can still be read.
+    pub(super) fn remove_writer(&mut self, slot: usize) {
+        self.slots[slot].writer = None;
+    }
+
+    /// Takes the right to write from all ranks that are not on this node any more.
+    pub(super) fn retain_writers(&mut self, is_here: impl Fn(usize) -> bool) {
+        for slot in &mut self.slots {
+            slot.writer = slot.writer.filter(|&rank| is_here(rank));
+        }
+    }
+
+    /// Records that snapshot `id` is complete on every rank.
+    pub(super) fn commit(&mut self, id: SnapshotId) {
         self.newest = self.newest.max(Some(id));
     }
 
-    /// Forgets what a rank that has died left half-written.
-    pub(crate) fn drop_unfinished(&mut self, rank: usize) {
-        for slot in self
-            .slots
-            .iter_mut()
-            .filter(|slot| slot.writer == Some(rank))
-        {
-            if slot.part.as_ref().is_some_and(|part| !part.is_complete()) {
-                slot.part = None;
-            }
+    /// Drops parts older than `id` that were brought here to be read.
+    pub(super) fn drop_fetched_before(&mut self, id: SnapshotId) {
+        for slot in &mut self.slots {
+            let is_fetched = slot.writer.is_none();
+            slot.part.take_if(|part| is_fetched && part.id < id);
         }
     }
 
-    /// Forgets snapshot `id`: it will never be complete.
-    pub(crate) fn abandon(&mut self, id: SnapshotId) {
+    /// Drops what a rank that has died left half-written.
+    pub(super) fn drop_unfinished(&mut self, rank: usize) {
+        for slot in &mut self.slots {
+            let is_own = slot.writer == Some(rank);
+            slot.part.take_if(|part| is_own && !part.is_complete());
+        }
+    }
+
+    /// Drops snapshot `id`, which will never be complete.
+    pub(super) fn abandon(&mut self, id: SnapshotId) {
         self.retain(|part| part.id != id);
     }
 
-    /// Forgets all that `keep` does not want.
-    pub(crate) fn retain(&mut self, keep: impl Fn(&Part) -> bool) {
+    /// Drops all parts for which `keep` returns false.
+    pub(super) fn retain(&mut self, keep: impl Fn(&Part) -> bool) {
         for slot in &mut self.slots {
-            if slot.part.as_ref().is_some_and(|part| !keep(part)) {
-                slot.part = None;
-            }
+            slot.part.take_if(|part| !keep(part));
         }
     }
 
-    /// The slot that holds `rank`'s part of `id`, whole or not.
-    pub(crate) fn find(&self, id: SnapshotId, rank: usize) -> Option<usize> {
-        self.slots.iter().position(|slot| {
-            slot.part
-                .as_ref()
-                .is_some_and(|part| part.id == id && part.info.rank == rank)
-        })
+    /// Returns the slot that holds `rank`'s part of `id`, whether complete or not.
+    pub(super) fn find(&self, id: SnapshotId, rank: usize) -> Option<usize> {
+        let is_wanted = |part: &Part| part.id == id && part.info.rank == rank;
+        let holds = |slot: &Slot| slot.part.as_ref().is_some_and(is_wanted);
+        self.slots.iter().position(holds)
+    }
+
+    pub(super) fn part(&self, slot: usize) -> Option<&Part> {
+        self.slots[slot].part.as_ref()
+    }
+
+    pub(super) fn part_mut(&mut self, slot: usize) -> Option<&mut Part> {
+        self.slots[slot].part.as_mut()
+    }
+
+    pub(super) fn parts(&self) -> impl Iterator<Item = &Part> {
+        self.slots.iter().filter_map(|slot| slot.part.as_ref())
+    }
+
+    /// Returns for each slot whether its memory is needed: by a writer, a part or a reader.
+    pub(super) fn are_used(&self) -> impl Iterator<Item = bool> + '_ {
+        let is_used = |slot: &Slot| slot.writer.is_some() || slot.part.is_some() || slot.pins > 0;
+        self.slots.iter().map(is_used)
+    }
+
+    pub(super) fn pin(&mut self, slot: usize) {
+        self.slots[slot].pins += 1;
+    }
+
+    pub(super) fn unpin(&mut self, slot: usize) {
+        self.slots[slot].pins -= 1;
+    }
+
+    pub(super) fn pin_snapshot(&mut self, id: SnapshotId) {
+        for slot in self.slots.iter_mut().filter(|slot| slot.holds(id)) {
+            slot.pins += 1;
+        }
+    }
+
+    /// Undoes [`Slots::pin_snapshot`] for the parts that are still there.
+    pub(super) fn unpin_snapshot(&mut self, id: SnapshotId) {
+        for slot in self.slots.iter_mut().filter(|slot| slot.holds(id)) {
+            slot.pins = slot.pins.saturating_sub(1);
+        }
     }
 }
 
@@ -191,63 +262,135 @@ mod tests {
         ]
     }
 
+    fn snapshot(step: u64) -> SnapshotId {
+        SnapshotId {
+            generation: 0,
+            step,
+        }
+    }
+
+    /// A node with two ranks, and a launcher that takes one snapshot after the other.
+    struct Node {
+        slots: Slots,
+        step: u64,
+        /// The snapshot that is being filled.
+        open: Option<SnapshotId>,
+        pinned: Option<SnapshotId>,
+    }
+
+    impl Node {
+        fn new(slots_per_rank: usize) -> Node {
+            let mut slots = Slots::default();
+            for rank in [0, 1] {
+                for _ in 0..slots_per_rank {
+                    slots.add(Some(rank));
+                }
+            }
+            Node {
+                slots,
+                step: 0,
+                open: None,
+                pinned: None,
+            }
+        }
+
+        fn is_complete(&self, id: SnapshotId) -> bool {
+            let is_complete = |slot: usize| self.slots.part(slot).unwrap().is_complete();
+            (0..2).all(|rank| self.slots.find(id, rank).is_some_and(is_complete))
+        }
+
+        fn take(&mut self) {
+            if self.open.is_some() {
+                return;
+            }
+            self.step += 1;
+            let id = snapshot(self.step);
+            let taken: Vec<Option<usize>> = (0..2)
+                .map(|rank| self.slots.reserve(rank, id, 10, false))
+                .collect();
+            // All ranks take a snapshot, or none does.
+            if taken.iter().all(Option::is_some) {
+                self.open = Some(id);
+                return;
+            }
+            for slot in taken.into_iter().flatten() {
+                self.slots.release(slot);
+            }
+        }
+
+        fn fill(&mut self, rank: usize) {
+            if let Some(slot) = self.open.and_then(|id| self.slots.find(id, rank)) {
+                let filled = self.slots.part(slot).unwrap().filled;
+                self.slots.fill(slot, (filled + 5).min(10), &[]).unwrap();
+            }
+        }
+
+        fn apply(&mut self, action: Action) {
+            match action {
+                Action::Take => self.take(),
+                Action::Fill(rank) => self.fill(rank),
+                Action::Commit => {
+                    if let Some(id) = self.open.filter(|&id| self.is_complete(id)) {
+                        self.slots.commit(id);
+                        self.open = None;
+                    }
+                }
+                Action::Die(rank) => self.slots.drop_unfinished(rank),
+                Action::Pin => {
+                    if let (Some(newest), None) = (self.slots.newest(), self.pinned) {
+                        self.slots.pin_snapshot(newest);
+                        self.pinned = Some(newest);
+                    }
+                }
+                Action::Unpin => {
+                    if let Some(id) = self.pinned.take() {
+                        self.slots.unpin_snapshot(id);
+                    }
+                }
+                Action::Abandon => {
+                    if let Some(id) = self.open.take() {
+                        self.slots.abandon(id);
+                    }
+                }
+            }
+        }
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(3000))]
 
         #[test]
         fn what_was_committed_stays_until_something_newer_is(
-            per_rank in 2usize..4, actions in prop::collection::vec(action(), 1..80),
+            slots_per_rank in 2usize..4,
+            actions in prop::collection::vec(action(), 1..80),
         ) {
-            let mut slots = Slots::default();
-            for rank in [0, 1] {
-                (0..per_rank).for_each(|_| { slots.add(Some(rank)); });
-            }
-            let (mut step, mut open, mut pinned) = (0, None::<SnapshotId>, None::<SnapshotId>);
-            let complete = |slots: &Slots, id| (0..2).all(|rank| slots.find(id, rank).is_some_and(|slot| {
-                slots.slots[slot].part.as_ref().unwrap().is_complete()
-            }));
+            let mut node = Node::new(slots_per_rank);
             for action in actions {
-                match action {
-                    Action::Take if open.is_none() => {
-                        step += 1;
-                        let id = SnapshotId { generation: 0, step };
-                        let taken: Vec<_> = (0..2).map(|rank| slots.reserve(rank, id, 10, false)).collect();
-                        // All ranks or none.
-                        if taken.iter().all(Option::is_some) {
-                            open = Some(id);
-                        } else {
-                            taken.into_iter().flatten().for_each(|slot| slots.release(slot));
-                        }
-                    }
-                    Action::Fill(rank) => if let Some(slot) = open.and_then(|id| slots.find(id, rank)) {
-                        let filled = slots.slots[slot].part.as_ref().unwrap().filled;
-                        slots.fill(slot, (filled + 5).min(10), &[]).unwrap();
-                    },
-                    Action::Commit => if let Some(id) = open.filter(|&id| complete(&slots, id)) {
-                        slots.commit(id);
-                        open = None;
-                    },
-                    Action::Die(rank) => slots.drop_unfinished(rank),
-                    Action::Pin => if let (Some(newest), None) = (slots.newest, pinned) {
-                        (0..2).for_each(|rank| { let slot = slots.find(newest, rank).unwrap(); slots.slots[slot].pins += 1; });
-                        pinned = Some(newest);
-                    },
-                    Action::Unpin => if let Some(id) = pinned.take() {
-                        (0..2).for_each(|rank| { let slot = slots.find(id, rank).unwrap(); slots.slots[slot].pins -= 1; });
-                    },
-                    Action::Abandon => if let Some(id) = open.take() { slots.abandon(id) },
-                    Action::Take => {}
+                node.apply(action);
+                let newest = node.slots.newest();
+                for id in [newest, node.pinned].into_iter().flatten() {
+                    prop_assert!(node.is_complete(id), "{:?} is gone", id);
                 }
-                for id in [slots.newest, pinned].into_iter().flatten() {
-                    prop_assert!(complete(&slots, id), "{:?} is gone", id);
-                }
-                if let (Some(id), 3) = (slots.newest, per_rank) && open.is_none() && pinned == Some(id) {
-                    // A durable write of the newest does not keep the next from being taken.
-                    let next = SnapshotId { generation: 0, step: step + 1 };
-                    let taken = slots.clone().reserve(0, next, 10, false);
-                    prop_assert!(taken.is_some());
+                let is_written = newest.is_some() && node.pinned == newest;
+                if slots_per_rank == 3 && node.open.is_none() && is_written {
+                    // A durable write of the newest does not prevent the next.
+                    let next = snapshot(node.step + 1);
+                    let mut slots = node.slots.clone();
+                    prop_assert!(slots.reserve(0, next, 10, false).is_some());
                 }
             }
         }
+    }
+
+    #[test]
+    fn impossible_reports_are_refused() {
+        let mut slots = Slots::default();
+        let slot = slots.add(Some(0));
+        assert!(slots.fill(slot, 5, &[]).is_err());
+        slots.reserve(0, snapshot(1), 10, false).unwrap();
+        slots.fill(slot, 5, &[1]).unwrap();
+        let error = slots.fill(slot, 4, &[]).unwrap_err();
+        assert_eq!(error, "4 bytes were filled after 5 of 10");
+        assert!(slots.fill(slot, 11, &[]).is_err());
     }
 }

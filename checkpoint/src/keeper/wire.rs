@@ -1,56 +1,59 @@
-//! Frames between the processes of a run, and proof that a peer is one of them.
+//! Frames between the processes of a run, and the handshake that authenticates them.
 //!
-//! A frame is the length and the CRC-32C of its body, then the body, a message in bincode 2's standard encoding. (Only
-//! this file knows bincode.) A connection begins with a challenge both ways: each side shows, by a keyed BLAKE3 of both
-//! nonces, that it knows the run's secret. Who could change packets on the way is not kept out; run keepers in a network
-//! of your own.
+//! A frame is the length and the CRC-32C of its body, then the body: a message in bincode 2's
+//! standard encoding. Only this file knows bincode. A connection begins with a mutual challenge, in
+//! which each side proves by a keyed BLAKE3 hash of both nonces that it knows the run's secret. The
+//! handshake does not protect against changed packets, so keepers belong in a private network.
 
-use super::Error;
+use super::error::Error;
+use crate::checksum::crc32c;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-/// No message is longer: a chunk and what surrounds it, or a header of a part with very many tensors.
-const MAX_FRAME_BYTES: u32 = 256 << 20;
-/// What each side of a connection says first.
-const MAGIC: &[u8; 8] = b"moerun\x00\x01";
-/// A handshake takes no longer.
+/// How long another process may take for an answer, and for what the answer waits for.
+pub(super) const PEER_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a handshake may take.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// The longest message: a chunk, or the header of a part with very many tensors.
+const MAX_FRAME_BYTES: u32 = 256 << 20;
+/// The first bytes that each side of a connection sends.
+const MAGIC: &[u8; 8] = b"moerun\x00\x01";
 
-/// What the processes of a run have in common. Written down, it is text.
+/// The key by which the processes of a run authenticate each other. It is serialized as text.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub struct Secret([u8; 32]);
 
 impl Secret {
-    /// A new one.
+    /// Generates a secret.
     ///
     /// # Errors
-    /// When the system has no random bytes.
+    /// If the system has no random bytes.
     pub fn random() -> Result<Secret, Error> {
         Ok(Secret(nonce()?))
     }
 
-    /// As text, for those who are to know it.
+    /// Returns the secret as text, for processes that have to know it.
     pub fn to_hex(&self) -> String {
         self.0.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// A name for the run that gives nothing of the secret away.
+    /// Returns a name for the run that does not reveal the secret.
     pub fn name(&self) -> String {
         blake3::keyed_hash(&self.0, b"name").to_hex()[..16].to_string()
     }
 
-    /// What [`Secret::to_hex`] gave.
+    /// Parses the text of [`Secret::to_hex`].
     pub fn from_hex(text: &str) -> Option<Secret> {
-        let bytes: Option<Vec<u8>> = (0..text.len() / 2)
-            .map(|i| {
-                text.get(2 * i..2 * i + 2)
-                    .and_then(|pair| u8::from_str_radix(pair, 16).ok())
-            })
-            .collect();
+        let byte = |index: usize| {
+            let digits = text.get(2 * index..2 * index + 2)?;
+            u8::from_str_radix(digits, 16).ok()
+        };
+        let bytes: Option<Vec<u8>> = (0..text.len() / 2).map(byte).collect();
         Some(Secret(bytes?.try_into().ok()?))
     }
 
@@ -69,7 +72,7 @@ impl TryFrom<String> for Secret {
     type Error = &'static str;
 
     fn try_from(text: String) -> Result<Secret, &'static str> {
-        Secret::from_hex(&text).ok_or("that is no secret of a run")
+        Secret::from_hex(&text).ok_or("a secret has 64 hexadecimal digits")
     }
 }
 
@@ -88,14 +91,14 @@ fn nonce() -> Result<[u8; 32], Error> {
 /// Sends one message.
 ///
 /// # Errors
-/// When the peer is gone, or does not read in time.
-pub(crate) fn send(stream: &mut impl Write, message: &impl Serialize) -> Result<(), Error> {
+/// If the connection is closed, or the peer does not read in time.
+pub(super) fn send(stream: &mut impl Write, message: &impl Serialize) -> Result<(), Error> {
     let mut frame = vec![0u8; 8];
     bincode::serde::encode_into_std_write(message, &mut frame, bincode::config::standard())
-        .map_err(|e| Error::Protocol(format!("a message cannot be encoded: {e}")))?;
+        .map_err(|e| Error::Protocol(format!("cannot encode a message: {e}")))?;
     let (head, body) = frame.split_at_mut(8);
     head[..4].copy_from_slice(&(body.len() as u32).to_le_bytes());
-    head[4..].copy_from_slice(&crate::checksum::crc32c(body).to_le_bytes());
+    head[4..].copy_from_slice(&crc32c(body).to_le_bytes());
     stream.write_all(&frame)?;
     Ok(())
 }
@@ -103,33 +106,31 @@ pub(crate) fn send(stream: &mut impl Write, message: &impl Serialize) -> Result<
 /// Receives one message.
 ///
 /// # Errors
-/// When the peer is gone, does not write in time, or sends something else.
-pub(crate) fn receive<T: DeserializeOwned>(stream: &mut impl Read) -> Result<T, Error> {
+/// If the connection is closed, the peer does not write in time, or sends something else.
+pub(super) fn receive<T: DeserializeOwned>(stream: &mut impl Read) -> Result<T, Error> {
     let mut head = [0u8; 8];
     stream.read_exact(&mut head)?;
     let len = u32::from_le_bytes(head[..4].try_into().expect("four bytes"));
     if len > MAX_FRAME_BYTES {
-        return Err(Error::Protocol(format!(
-            "a message of {len} bytes was announced"
-        )));
+        let reason = format!("a message of {len} bytes is longer than {MAX_FRAME_BYTES}");
+        return Err(Error::Protocol(reason));
     }
-    // Memory grows with what really comes.
+    // Memory grows with the bytes that arrive, not with the announced length.
     let mut body = Vec::new();
     stream.take(u64::from(len)).read_to_end(&mut body)?;
     if body.len() < len as usize {
-        return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into());
+        return Err(std::io::Error::from(ErrorKind::UnexpectedEof).into());
     }
-    if crate::checksum::crc32c(&body).to_le_bytes() != head[4..] {
-        return Err(Error::Protocol("a message was changed on its way".into()));
+    if crc32c(&body).to_le_bytes() != head[4..] {
+        return Err(Error::Protocol("a message has a wrong checksum".into()));
     }
-    let decoded = bincode::serde::decode_from_slice(&body, bincode::config::standard());
-    let (message, _) =
-        decoded.map_err(|e| Error::Protocol(format!("a message cannot be understood: {e}")))?;
+    let (message, _) = bincode::serde::decode_from_slice(&body, bincode::config::standard())
+        .map_err(|e| Error::Protocol(format!("cannot decode a message: {e}")))?;
     Ok(message)
 }
 
-/// A stream with deadlines.
-pub(crate) trait TimeoutStream: Read + Write {
+/// A stream whose reads and writes can time out.
+pub(super) trait TimeoutStream: Read + Write {
     fn set_timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> std::io::Result<()>;
 }
 
@@ -140,18 +141,18 @@ impl TimeoutStream for TcpStream {
     }
 }
 
-impl TimeoutStream for std::os::unix::net::UnixStream {
+impl TimeoutStream for UnixStream {
     fn set_timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> std::io::Result<()> {
         self.set_read_timeout(read)?;
         self.set_write_timeout(write)
     }
 }
 
-/// The side that accepted the connection.
+/// Authenticates the peer on a connection that this side accepted.
 ///
 /// # Errors
-/// When the other does not know the secret, or does not answer in time.
-pub(crate) fn server_handshake(
+/// If the peer does not know the secret, or does not answer in time.
+pub(super) fn server_handshake(
     stream: &mut impl TimeoutStream,
     secret: &Secret,
 ) -> Result<(), Error> {
@@ -162,21 +163,20 @@ pub(crate) fn server_handshake(
     stream.read_exact(&mut hello)?;
     let theirs: [u8; 32] = hello[8..40].try_into().expect("32 bytes");
     let proof: [u8; 32] = hello[40..].try_into().expect("32 bytes");
-    // The comparison of hashes takes the same time wherever they differ.
-    if &hello[..8] != MAGIC
-        || secret.proof("client", &own, &theirs) != blake3::Hash::from_bytes(proof)
-    {
+    // Comparing hashes takes the same time wherever they differ.
+    let expected = secret.proof("client", &own, &theirs);
+    if &hello[..8] != MAGIC || expected != blake3::Hash::from_bytes(proof) {
         return Err(Error::Unauthenticated);
     }
     stream.write_all(secret.proof("keeper", &theirs, &own).as_bytes())?;
     Ok(())
 }
 
-/// The side that made the connection.
+/// Authenticates the peer on a connection that this side opened.
 ///
 /// # Errors
 /// As [`server_handshake`].
-pub(crate) fn client_handshake(
+pub(super) fn client_handshake(
     stream: &mut impl TimeoutStream,
     secret: &Secret,
 ) -> Result<(), Error> {
@@ -192,17 +192,18 @@ pub(crate) fn client_handshake(
     stream.write_all(&[MAGIC.as_slice(), &own, proof.as_bytes()].concat())?;
     let mut answer = [0u8; 32];
     stream.read_exact(&mut answer)?;
-    if secret.proof("keeper", &own, &theirs) != blake3::Hash::from_bytes(answer) {
+    let expected = secret.proof("keeper", &own, &theirs);
+    if expected != blake3::Hash::from_bytes(answer) {
         return Err(Error::Unauthenticated);
     }
     Ok(())
 }
 
-/// A connection to the keeper at `address`.
+/// Connects to the keeper at `address`; each later read or write may take `timeout`.
 ///
 /// # Errors
-/// When nobody is there, or it is of another run.
-pub(crate) fn connect(
+/// If no keeper of this run listens there.
+pub(super) fn connect(
     address: SocketAddr,
     secret: &Secret,
     timeout: Duration,
@@ -219,45 +220,49 @@ mod tests {
     use super::*;
     use std::os::unix::net::UnixStream;
 
-    fn handshake(ours: Secret, theirs: Secret) -> (Result<(), Error>, Result<(), Error>) {
-        let (mut a, mut b) = UnixStream::pair().unwrap();
-        let there = std::thread::spawn(move || server_handshake(&mut a, &theirs));
-        let here = client_handshake(&mut b, &ours);
-        drop(b);
-        (here, there.join().unwrap())
+    /// Returns the results of the client and of the server.
+    fn handshake(client: Secret, server: Secret) -> [Result<(), Error>; 2] {
+        let (mut accepted, mut opened) = UnixStream::pair().unwrap();
+        let serving = std::thread::spawn(move || server_handshake(&mut accepted, &server));
+        let result = client_handshake(&mut opened, &client);
+        drop(opened);
+        [result, serving.join().unwrap()]
     }
 
     #[test]
-    fn only_those_who_know_the_secret_meet() {
+    fn peers_need_the_same_secret() {
         let secret = Secret::random().unwrap();
-        assert_eq!(Secret::from_hex(&secret.to_hex()), Some(secret.clone()));
-        assert!(Secret::from_hex("12").is_none() && Secret::from_hex(&"é".repeat(32)).is_none());
-        let (here, there) = handshake(secret.clone(), secret.clone());
-        assert!(here.is_ok() && there.is_ok());
-        let (here, there) = handshake(secret, Secret::random().unwrap());
-        assert!(here.is_err() && matches!(there, Err(Error::Unauthenticated)));
+        let [client, server] = handshake(secret.clone(), secret.clone());
+        assert!(client.is_ok() && server.is_ok());
+        let [client, server] = handshake(secret, Secret::random().unwrap());
+        assert!(client.is_err());
+        assert!(matches!(server, Err(Error::Unauthenticated)));
+    }
+
+    #[test]
+    fn secrets_are_read_back_from_text() {
+        let secret = Secret::random().unwrap();
+        assert_eq!(Secret::from_hex(&secret.to_hex()), Some(secret));
+        assert_eq!(Secret::from_hex("12"), None);
+        assert_eq!(Secret::from_hex(&"é".repeat(32)), None);
     }
 
     #[test]
     fn changed_and_endless_frames_are_refused() {
         let mut frame = Vec::new();
         send(&mut frame, &("text", 7u64)).unwrap();
-        let back: (String, u64) = receive(&mut frame.as_slice()).unwrap();
-        assert_eq!(back, ("text".into(), 7));
+        let message: (String, u64) = receive(&mut frame.as_slice()).unwrap();
+        assert_eq!(message, ("text".into(), 7));
         for index in 0..frame.len() {
             let mut changed = frame.clone();
             changed[index] ^= 4;
-            assert!(
-                receive::<(String, u64)>(&mut changed.as_slice()).is_err(),
-                "byte {index}"
-            );
+            let result = receive::<(String, u64)>(&mut changed.as_slice());
+            assert!(result.is_err(), "byte {index}");
         }
-        assert!(receive::<(String, u64)>(&mut &frame[..frame.len() - 1]).is_err());
-        assert!(
-            receive::<String>(&mut [0xff; 64].as_slice())
-                .unwrap_err()
-                .to_string()
-                .contains("was announced")
-        );
+        let mut truncated = &frame[..frame.len() - 1];
+        assert!(receive::<(String, u64)>(&mut truncated).is_err());
+        let endless = [0xff; 64];
+        let error = receive::<String>(&mut endless.as_slice()).unwrap_err();
+        assert!(error.to_string().contains("is longer than"), "{error}");
     }
 }

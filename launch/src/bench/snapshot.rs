@@ -106,7 +106,7 @@ fn copy(args: &SnapshotBenchArgs) -> Result<Value> {
         socket: socket.clone(),
         secret: secret.clone(),
         listen: ([127, 0, 0, 1], 0).into(),
-        memory: None,
+        memory_limit: None,
         orphan_timeout: Duration::from_secs(600),
     };
     let (ready, address) = std::sync::mpsc::channel();
@@ -126,7 +126,7 @@ fn copy(args: &SnapshotBenchArgs) -> Result<Value> {
         }],
         redundancy: Redundancy::None,
         groups: vec![vec![0]],
-        chunk: DEFAULT_CHUNK_BYTES,
+        chunk_bytes: DEFAULT_CHUNK_BYTES,
     };
     peer.set_up(&topology, 0).map_err(|e| anyhow!("{e}"))?;
     let access = KeeperAccess {

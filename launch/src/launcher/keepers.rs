@@ -39,7 +39,7 @@ pub(super) struct Member {
     child: Option<Child>,
 }
 
-/// Where [`Keepers::spawn`] starts a keeper.
+/// Place of a keeper to be started.
 struct KeeperSite {
     node: usize,
     machine: usize,
@@ -176,7 +176,7 @@ impl Keepers {
                 .map_err(|error| anyhow!("cannot reach the keeper at {address}: {error}"))
         };
         let events = connect()?
-            .watch()
+            .subscribe()
             .map_err(|error| anyhow!("the keeper at {address} sends no events: {error}"))?;
         member.control = Some(connect()?);
         let sender = self.sender.clone();

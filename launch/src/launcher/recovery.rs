@@ -95,7 +95,7 @@ pub(super) fn recover(keepers: &mut Keepers, older: usize, checkpoints: &Path) -
     } else if reasons.is_empty() {
         reasons.push("the snapshots in memory did not help".into());
     }
-    keepers.ask_all(|peer| peer.keep(None, &[]));
+    keepers.ask_all(|peer| peer.select_restore(None, &[]));
     let checkpoints = checkpoint::list(checkpoints).unwrap_or_default();
     let message = match checkpoints.first() {
         Some(path) => format!("resuming from checkpoint {}", path.display()),
@@ -155,7 +155,7 @@ impl Reassembly<'_> {
         rebuild_all(keepers, missing)?;
         let holders = holders.iter().map(|&node| self.addresses[node]);
         let holders: Vec<SocketAddr> = holders.collect();
-        keepers.ask_all(|peer| peer.keep(Some(snapshot), &holders));
+        keepers.ask_all(|peer| peer.select_restore(Some(snapshot), &holders));
         self.restore_parity(keepers, &rebuilding_nodes);
         let mut how = vec!["in memory".to_string()];
         if repaired > 0 {
@@ -265,7 +265,7 @@ impl Reassembly<'_> {
     /// Until it is done, another loss may be one too many.
     fn restore_parity(&self, keepers: &Keepers, rebuilding_nodes: &[usize]) {
         let topology = &self.candidate.snapshot.topology;
-        for node in self.candidate.lost() {
+        for node in self.candidate.lost_nodes() {
             if !rebuilding_nodes.contains(&node) || !self.nodes.contains(&node) {
                 continue;
             }

@@ -26,7 +26,7 @@ use std::time::Instant;
 use trainer::KeeperAccess;
 use trainer::config::Config;
 
-/// What does not change during a run.
+/// Values that do not change during a run.
 pub(super) struct RunSettings<'a> {
     pub(super) config: &'a Config,
     pub(super) dir: &'a Path,
@@ -228,7 +228,7 @@ impl<'a> Supervisor<'a> {
             nodes: nodes.collect(),
             redundancy,
             groups,
-            chunk: DEFAULT_CHUNK_BYTES,
+            chunk_bytes: DEFAULT_CHUNK_BYTES,
         }
     }
 

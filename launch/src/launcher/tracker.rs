@@ -237,7 +237,7 @@ mod tests {
             nodes,
             redundancy,
             groups,
-            chunk: 4096,
+            chunk_bytes: 4096,
         })
     }
 

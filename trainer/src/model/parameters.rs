@@ -284,11 +284,11 @@ impl Parameters {
                 .flat_map(|(slice, _)| {
                     let TensorSlice {
                         name,
-                        global,
+                        global_shape,
                         offset,
                         shape,
                     } = &slice;
-                    normal(self.seed, name, global, offset, shape, std)
+                    normal(self.seed, name, global_shape, offset, shape, std)
                 })
                 .collect(),
         };

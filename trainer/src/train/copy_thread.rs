@@ -128,7 +128,7 @@ impl CopyThread {
         let plan = self.plan.clone();
         let plan = plan.lock();
         let state = serde_json::to_value(&request.state).expect("plain data");
-        let header = plan.image.head(&state)?;
+        let header = plan.image.encode_header(&state)?;
         // The generator's state is the only tensor of bytes.
         let values = plan
             .tensors

@@ -151,7 +151,7 @@ impl Snapshots {
             move |part: usize| format!("part {part} of the snapshot of step {}", id.step);
         let mut headers = Vec::new();
         for part in 0..num_parts {
-            let bytes = client.head(part).map_err(failed)?;
+            let bytes = client.header(part).map_err(failed)?;
             headers.push(ImageHeader::read(&bytes, Path::new(&part_name(part)))?);
         }
         let open: PartOpener = Box::new(move |part| {

@@ -1,0 +1,178 @@
+//! The safetensors format as moerun uses it: dtypes, headers and the metadata of images.
+
+use crate::manifest::FileEntry;
+use crate::{Error, TensorSlice};
+use safetensors::tensor::{Dtype, Metadata};
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+use tch::Kind;
+
+/// A safetensors file begins with the length of its header in this many bytes.
+pub(crate) const LENGTH_BYTES: usize = 8;
+
+/// Metadata keys of an image, fixed by format 2.
+pub(crate) const STATE_KEY: &str = "state";
+pub(crate) const SLICES_KEY: &str = "places";
+pub(crate) const TENSORS_KEY: &str = "tensors";
+
+/// A file that one rank wrote, and the slices in it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Shard {
+    pub(crate) file: FileEntry,
+    pub(crate) slices: Vec<TensorSlice>,
+}
+
+/// Returns the dtype in which values are saved, for those that can be.
+pub(crate) fn dtype_of(kind: Kind) -> Option<Dtype> {
+    match kind {
+        Kind::Float => Some(Dtype::F32),
+        Kind::BFloat16 => Some(Dtype::BF16),
+        Kind::Int64 => Some(Dtype::I64),
+        Kind::Uint8 => Some(Dtype::U8),
+        _ => None,
+    }
+}
+
+/// Inverts [`dtype_of`].
+pub(crate) fn kind_of(dtype: Dtype) -> Option<Kind> {
+    match dtype {
+        Dtype::F32 => Some(Kind::Float),
+        Dtype::BF16 => Some(Kind::BFloat16),
+        Dtype::I64 => Some(Kind::Int64),
+        Dtype::U8 => Some(Kind::Uint8),
+        _ => None,
+    }
+}
+
+/// Where the tensors of a safetensors file are.
+#[derive(Debug, Clone)]
+pub(crate) struct TensorIndex {
+    pub(crate) metadata: Metadata,
+    /// The position of the first tensor in the file.
+    pub(crate) data_start: u64,
+}
+
+impl TensorIndex {
+    /// Reads the index of a file and compares the lengths in it with that of the file.
+    pub(crate) fn from_file(path: &Path) -> Result<TensorIndex, Error> {
+        let header = FileHeader::read(path)?;
+        let index = header.parse(path)?;
+        let announced = index.data_start + index.metadata.data_len() as u64;
+        if announced != header.file_len {
+            let reason = format!(
+                "the file has {} bytes, its header announces {announced}",
+                header.file_len
+            );
+            return Err(Error::damaged(path, reason));
+        }
+        Ok(index)
+    }
+}
+
+/// The first bytes of a safetensors file: the length of the header and the header.
+struct FileHeader {
+    bytes: Vec<u8>,
+    file_len: u64,
+}
+
+impl FileHeader {
+    fn read(path: &Path) -> Result<FileHeader, Error> {
+        let mut file = File::open(path).map_err(Error::io("cannot open", path))?;
+        let mut length = [0u8; LENGTH_BYTES];
+        file.read_exact(&mut length)
+            .map_err(Error::io("cannot read", path))?;
+        let header_len = u64::from_le_bytes(length);
+        let file_len = file
+            .metadata()
+            .map_err(Error::io("cannot read", path))?
+            .len();
+        let end = header_len.checked_add(LENGTH_BYTES as u64);
+        if end.is_none_or(|end| end > file_len) {
+            let reason = format!(
+                "the header of {header_len} bytes does not fit into the file of {file_len} bytes"
+            );
+            return Err(Error::damaged(path, reason));
+        }
+        let mut bytes = length.to_vec();
+        bytes.resize(LENGTH_BYTES + header_len as usize, 0);
+        file.read_exact(&mut bytes[LENGTH_BYTES..])
+            .map_err(Error::io("cannot read", path))?;
+        Ok(FileHeader { bytes, file_len })
+    }
+
+    fn parse(&self, path: &Path) -> Result<TensorIndex, Error> {
+        parse_index(&self.bytes, path)
+    }
+}
+
+/// Parses the first bytes of a file, up to the first tensor.
+fn parse_index(bytes: &[u8], path: &Path) -> Result<TensorIndex, Error> {
+    let header = bytes
+        .get(LENGTH_BYTES..)
+        .ok_or_else(|| Error::damaged(path, "no header"))?;
+    let metadata =
+        serde_json::from_slice(header).map_err(|e| Error::damaged(path, e.to_string()))?;
+    Ok(TensorIndex {
+        metadata,
+        data_start: bytes.len() as u64,
+    })
+}
+
+/// The header of an image.
+pub struct ImageHeader {
+    /// The state that the writer passed to [`ImageLayout::plan`](crate::ImageLayout::plan).
+    pub state: serde_json::Value,
+    /// The slices in the image.
+    pub slices: Vec<TensorSlice>,
+    /// The number of tensors in the whole checkpoint.
+    pub tensors: usize,
+    pub(crate) index: TensorIndex,
+}
+
+impl ImageHeader {
+    /// Parses the bytes of [`ImageLayout::encode_header`](crate::ImageLayout::encode_header).
+    /// Errors name `source`.
+    ///
+    /// # Errors
+    /// If the bytes are no header of an image.
+    pub fn read(bytes: &[u8], source: &Path) -> Result<ImageHeader, Error> {
+        let index = parse_index(bytes, source)?;
+        let damaged = |reason: String| Error::damaged(source, reason);
+        let invalid = |e: serde_json::Error| damaged(e.to_string());
+        let text = |key: &str| {
+            let values = index.metadata.metadata().as_ref();
+            values
+                .and_then(|values| values.get(key))
+                .ok_or_else(|| damaged(format!("no {key} in the header")))
+        };
+        let tensors = text(TENSORS_KEY)?;
+        Ok(ImageHeader {
+            state: serde_json::from_str(text(STATE_KEY)?).map_err(invalid)?,
+            slices: serde_json::from_str(text(SLICES_KEY)?).map_err(invalid)?,
+            tensors: tensors
+                .parse()
+                .map_err(|_| damaged(format!("{tensors} is no number of tensors")))?,
+            index,
+        })
+    }
+
+    pub(crate) fn from_file(path: &Path) -> Result<ImageHeader, Error> {
+        ImageHeader::read(&FileHeader::read(path)?.bytes, path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn saved_dtypes_convert_both_ways() {
+        for kind in [Kind::Float, Kind::BFloat16, Kind::Int64, Kind::Uint8] {
+            assert_eq!(dtype_of(kind).and_then(kind_of), Some(kind));
+        }
+        assert_eq!(dtype_of(Kind::Half), None);
+        assert_eq!(kind_of(Dtype::F16), None);
+    }
+}

@@ -1,0 +1,123 @@
+//! The layout of parts in chunks, and of the chunks of a group in stripes. Pure arithmetic.
+
+use crate::stripes::StripeLayout;
+
+/// Returns the length of chunk number `chunk` of a part of `bytes` bytes, 0 behind its end.
+pub(super) fn chunk_len(bytes: u64, chunk_bytes: usize, chunk: u64) -> usize {
+    let start = chunk * chunk_bytes as u64;
+    bytes.saturating_sub(start).min(chunk_bytes as u64) as usize
+}
+
+/// The parts of the ranks of a group with one local number, which are coded together.
+#[derive(Debug, Clone)]
+pub(super) struct GroupLayout {
+    pub(super) stripes: StripeLayout,
+    pub(super) chunk_bytes: usize,
+    /// The length of the part at each position, 0 for a node without such a rank.
+    pub(super) part_bytes: Vec<u64>,
+}
+
+/// A chunk of a stripe's data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct DataChunk {
+    pub(super) position: usize,
+    pub(super) chunk: u64,
+    /// The length of the chunk, 0 if the part ends before it.
+    pub(super) len: usize,
+}
+
+/// A stripe, and the one of its parities that a node has to make.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct OwnParity {
+    pub(super) stripe: u64,
+    pub(super) index: usize,
+}
+
+impl GroupLayout {
+    pub(super) fn chunk_len(&self, position: usize, chunk: u64) -> usize {
+        chunk_len(self.part_bytes[position], self.chunk_bytes, chunk)
+    }
+
+    /// Returns the data chunks of a stripe, in the order of the code.
+    pub(super) fn data_chunks(&self, stripe: u64) -> Vec<DataChunk> {
+        let mut chunks = Vec::with_capacity(self.stripes.data());
+        for position in self.stripes.data_positions(stripe) {
+            let chunk = self.stripes.chunk_at(position, stripe);
+            let chunk = chunk.expect("a data position has a chunk");
+            chunks.push(DataChunk {
+                position,
+                chunk,
+                len: self.chunk_len(position, chunk),
+            });
+        }
+        chunks
+    }
+
+    /// Returns the length of a stripe's parities, which is that of its longest chunk.
+    pub(super) fn stripe_len(&self, stripe: u64) -> usize {
+        let chunks = self.data_chunks(stripe);
+        let lengths = chunks.iter().map(|chunk| chunk.len);
+        lengths.max().unwrap_or(0)
+    }
+
+    /// Returns the stripes of which one of the first `num_parities` parities is at `position`.
+    pub(super) fn parities_at(&self, position: usize, num_parities: usize) -> Vec<OwnParity> {
+        let num_chunks = |bytes: &u64| bytes.div_ceil(self.chunk_bytes as u64);
+        let most = self.part_bytes.iter().map(num_chunks).max().unwrap_or(0);
+        let own = |stripe: u64| {
+            let is_own = |&index: &usize| self.stripes.parity_position(stripe, index) == position;
+            let index = (0..num_parities).find(is_own)?;
+            Some(OwnParity { stripe, index })
+        };
+        (0..self.stripes.count(most)).filter_map(own).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout() -> GroupLayout {
+        GroupLayout {
+            stripes: StripeLayout {
+                nodes: 3,
+                parity: 1,
+                rotation: 0,
+            },
+            chunk_bytes: 10,
+            part_bytes: vec![25, 10, 0],
+        }
+    }
+
+    #[test]
+    fn the_last_chunk_is_shorter_and_later_ones_are_empty() {
+        let lengths: Vec<usize> = (0..4).map(|chunk| chunk_len(25, 10, chunk)).collect();
+        assert_eq!(lengths, [10, 10, 5, 0]);
+    }
+
+    #[test]
+    fn a_stripe_is_as_long_as_its_longest_chunk() {
+        let layout = layout();
+        // Positions 1 and 2 have data in stripe 0, positions 2 and 0 in stripe 1.
+        let chunk = |position, chunk, len| DataChunk {
+            position,
+            chunk,
+            len,
+        };
+        assert_eq!(layout.data_chunks(0), [chunk(1, 0, 10), chunk(2, 0, 0)]);
+        assert_eq!(layout.data_chunks(4), [chunk(2, 3, 0), chunk(0, 2, 5)]);
+        assert_eq!(layout.stripe_len(0), 10);
+        assert_eq!(layout.stripe_len(4), 5);
+    }
+
+    #[test]
+    fn every_stripe_is_encoded_at_one_position() {
+        let layout = layout();
+        let at = |position| {
+            let own = layout.parities_at(position, 1);
+            own.iter().map(|own| own.stripe).collect::<Vec<u64>>()
+        };
+        // Three chunks take two rounds of three stripes.
+        assert_eq!([at(0), at(1), at(2)], [[0, 3], [1, 4], [2, 5]]);
+    }
+}

@@ -1,0 +1,275 @@
+//! Rebuilding a part, or damaged chunks of it, from the other positions of its group.
+
+use super::connection::Peer;
+use super::daemon::Keeper;
+use super::error::Error;
+use super::layout::GroupLayout;
+use super::protocol::{Reply, Request};
+use super::recover::Rebuild;
+use super::snapshot::PartInfo;
+use super::topology::CodePosition;
+use crate::checksum::crc32c;
+use crate::erasure::{CodeError, ErasureCode};
+
+/// Rebuilds what `wanted` says, in this keeper's memory.
+///
+/// # Errors
+/// If too much of a stripe is lost, or a rebuilt chunk does not match its checksum.
+pub(super) fn rebuild(keeper: &Keeper, wanted: &Rebuild) -> Result<(), Error> {
+    let rebuilder = Rebuilder::new(keeper, wanted)?;
+    let id = wanted.snapshot.id;
+    let rank = wanted.rank;
+    let info = rebuilder.info();
+    let local = keeper.lock().find_region(id, rank);
+    let is_here = local.is_some();
+    // Damaged chunks are replaced in place; a whole part gets new memory.
+    let region = match local {
+        Some(region) if wanted.chunks.is_some() => region,
+        _ => keeper.allocate(info.bytes, 1)?.remove(0),
+    };
+    let all: Vec<u64> = (0..info.crcs.len() as u64).collect();
+    for &chunk in wanted.chunks.as_ref().unwrap_or(&all) {
+        let bytes = rebuilder.rebuild_chunk(chunk)?;
+        let position = chunk as usize * rebuilder.layout.chunk_bytes;
+        region.copy_in(position, &bytes);
+    }
+    if !is_here || wanted.chunks.is_none() {
+        let mut state = keeper.lock();
+        if let Some(slot) = state.slots.find(id, rank) {
+            state.slots.release(slot);
+        }
+        state.insert_part(id, info.clone(), region);
+    }
+    Ok(())
+}
+
+struct Rebuilder<'a> {
+    keeper: &'a Keeper,
+    wanted: &'a Rebuild,
+    code_position: CodePosition,
+    layout: GroupLayout,
+    code: ErasureCode,
+}
+
+/// A chunk of a stripe: data or parity.
+struct StripeChunk {
+    position: usize,
+    source: Source,
+}
+
+enum Source {
+    /// A chunk of a rank's part.
+    Data {
+        rank: usize,
+        chunk: u64,
+    },
+    /// Zeros behind the end of a part, which need not be requested.
+    Padding,
+    Parity,
+}
+
+/// The chunks of a stripe that were received, and those that turned out to be lost.
+struct Gathered {
+    received: Vec<Option<Vec<u8>>>,
+    is_lost: Vec<bool>,
+}
+
+impl<'a> Rebuilder<'a> {
+    fn new(keeper: &'a Keeper, wanted: &'a Rebuild) -> Result<Rebuilder<'a>, Error> {
+        let Rebuild { snapshot, rank, .. } = wanted;
+        let topology = &snapshot.topology;
+        let unprotected = || Error::Refused(format!("rank {rank}'s part has no redundancy"));
+        let code_position = topology.code_position(*rank).ok_or_else(unprotected)?;
+        let CodePosition { group, local, .. } = code_position;
+        let stripes = topology.stripes(group, local).ok_or_else(unprotected)?;
+        let code = ErasureCode::new(topology.redundancy, stripes.data(), stripes.parity)
+            .map_err(|e| Error::Refused(e.to_string()))?;
+        let part_bytes = |position: usize| {
+            let rank = topology.rank_at(CodePosition {
+                position,
+                ..code_position
+            });
+            rank.map_or(0, |rank| snapshot.parts[rank].bytes)
+        };
+        let layout = GroupLayout {
+            stripes,
+            chunk_bytes: topology.chunk_bytes,
+            part_bytes: (0..stripes.nodes).map(part_bytes).collect(),
+        };
+        Ok(Rebuilder {
+            keeper,
+            wanted,
+            code_position,
+            layout,
+            code,
+        })
+    }
+
+    /// Returns the length and the checksums of the wanted part.
+    fn info(&self) -> &'a PartInfo {
+        &self.wanted.snapshot.parts[self.wanted.rank]
+    }
+
+    fn rank_at(&self, position: usize) -> Option<usize> {
+        let topology = &self.wanted.snapshot.topology;
+        topology.rank_at(CodePosition {
+            position,
+            ..self.code_position
+        })
+    }
+
+    fn rebuild_chunk(&self, chunk: u64) -> Result<Vec<u8>, Error> {
+        let own = self.code_position.position;
+        let rank = self.wanted.rank;
+        let stripe = self.layout.stripes.stripe_of(own, chunk);
+        let chunks = self.stripe_chunks(stripe);
+        let target = chunks.iter().position(|part| part.position == own);
+        let target = target.expect("every position has one chunk of a stripe");
+        let lost = |e: CodeError| {
+            let reason = format!("chunk {chunk} of rank {rank}'s part is lost: {e}");
+            Error::Refused(reason)
+        };
+        let received = self.gather(stripe, &chunks, target).map_err(lost)?;
+        let mut bytes = vec![0; self.layout.stripe_len(stripe)];
+        let views: Vec<Option<&[u8]>> = received.iter().map(Option::as_deref).collect();
+        self.code
+            .rebuild(&views, target, &mut bytes)
+            .map_err(lost)?;
+        bytes.truncate(self.layout.chunk_len(own, chunk));
+        if self.info().crcs.get(chunk as usize) != Some(&crc32c(&bytes)) {
+            let reason = format!("chunk {chunk} of rank {rank}'s part was rebuilt incorrectly");
+            return Err(Error::Refused(reason));
+        }
+        Ok(bytes)
+    }
+
+    /// Returns the chunks of a stripe in the order of the code: data, then parity.
+    fn stripe_chunks(&self, stripe: u64) -> Vec<StripeChunk> {
+        let mut chunks = Vec::with_capacity(self.layout.stripes.nodes);
+        for data in self.layout.data_chunks(stripe) {
+            let source = if data.len == 0 {
+                Source::Padding
+            } else {
+                Source::Data {
+                    rank: self.rank_at(data.position).expect("it has bytes"),
+                    chunk: data.chunk,
+                }
+            };
+            chunks.push(StripeChunk {
+                position: data.position,
+                source,
+            });
+        }
+        for index in 0..self.layout.stripes.parity {
+            chunks.push(StripeChunk {
+                position: self.layout.stripes.parity_position(stripe, index),
+                source: Source::Parity,
+            });
+        }
+        chunks
+    }
+
+    /// Receives as many chunks of a stripe as the code needs, data first. A chunk that is lost or
+    /// damaged is replaced by another.
+    fn gather(
+        &self,
+        stripe: u64,
+        chunks: &[StripeChunk],
+        target: usize,
+    ) -> Result<Vec<Option<Vec<u8>>>, CodeError> {
+        let needed = self.layout.stripes.data();
+        let mut gathered = Gathered {
+            received: vec![None; chunks.len()],
+            is_lost: vec![false; chunks.len()],
+        };
+        gathered.is_lost[target] = true;
+        loop {
+            let missing = needed - gathered.received.iter().flatten().count();
+            if missing == 0 {
+                return Ok(gathered.received);
+            }
+            let is_open =
+                |&index: &usize| gathered.received[index].is_none() && !gathered.is_lost[index];
+            let next: Vec<usize> = (0..chunks.len()).filter(is_open).take(missing).collect();
+            if next.len() < missing {
+                return Err(CodeError::TooFewChunks {
+                    left: gathered.is_lost.iter().filter(|&&lost| !lost).count(),
+                    total: chunks.len(),
+                    needed,
+                });
+            }
+            self.request(stripe, chunks, &next, &mut gathered);
+        }
+    }
+
+    /// Requests chunks from all positions at once, and records which arrive.
+    fn request(
+        &self,
+        stripe: u64,
+        chunks: &[StripeChunk],
+        next: &[usize],
+        gathered: &mut Gathered,
+    ) {
+        let stripe_len = self.layout.stripe_len(stripe);
+        let mut pending: Vec<(usize, Peer)> = Vec::new();
+        for &index in next {
+            let chunk = &chunks[index];
+            let Some(request) = self.request_for(stripe, chunk) else {
+                gathered.received[index] = Some(vec![0; stripe_len]);
+                continue;
+            };
+            let address = self.wanted.sources[chunk.position];
+            let peer = address.and_then(|address| self.keeper.peers.get(address).ok());
+            match peer.map(|mut peer| peer.send(&request).map(|()| peer)) {
+                Some(Ok(peer)) => pending.push((index, peer)),
+                Some(Err(_)) | None => gathered.is_lost[index] = true,
+            }
+        }
+        for (index, mut peer) in pending {
+            let reply = peer.receive();
+            // A keeper that refuses is still connected.
+            if matches!(&reply, Ok(_) | Err(Error::Refused(_))) {
+                self.keeper.peers.put(peer);
+            }
+            let bytes = self.check_reply(&chunks[index], reply, stripe_len);
+            gathered.is_lost[index] = bytes.is_none();
+            gathered.received[index] = bytes;
+        }
+    }
+
+    /// Returns the request for a chunk of a stripe, if one is needed.
+    fn request_for(&self, stripe: u64, chunk: &StripeChunk) -> Option<Request> {
+        let id = self.wanted.snapshot.id;
+        match chunk.source {
+            Source::Data { rank, chunk } => Some(Request::Chunk { id, rank, chunk }),
+            Source::Parity => Some(Request::Parity {
+                id,
+                local: self.code_position.local,
+                stripe,
+            }),
+            Source::Padding => None,
+        }
+    }
+
+    /// Returns the bytes of a chunk, padded to the length of the stripe, if they are right.
+    fn check_reply(
+        &self,
+        chunk: &StripeChunk,
+        reply: Result<Reply, Error>,
+        stripe_len: usize,
+    ) -> Option<Vec<u8>> {
+        let Ok(Reply::Bytes(mut bytes)) = reply else {
+            return None;
+        };
+        let is_right = match chunk.source {
+            Source::Data { rank, chunk } => {
+                let crcs = &self.wanted.snapshot.parts[rank].crcs;
+                crcs.get(chunk as usize) == Some(&crc32c(&bytes))
+            }
+            // The keeper has compared the parity with its checksum.
+            Source::Parity | Source::Padding => bytes.len() == stripe_len,
+        };
+        bytes.resize(stripe_len, 0);
+        is_right.then_some(bytes)
+    }
+}
