@@ -44,6 +44,22 @@ pub(crate) enum Command {
     /// Run benchmarks; prints JSON lines
     #[command(subcommand)]
     Bench(BenchCommand),
+    /// Write the generated reference pages and the JSON schema
+    #[command(hide = true)]
+    Reference(ReferenceArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct ReferenceArgs {
+    /// Folder of the pages
+    #[arg(long, default_value = "docs/reference", value_name = "DIR")]
+    pub(crate) dir: PathBuf,
+    /// File for the JSON schema of configurations
+    #[arg(long, default_value = "configs/schema.json", value_name = "FILE")]
+    pub(crate) schema: PathBuf,
+    /// Check that the files are current instead of writing them
+    #[arg(long)]
+    pub(crate) check: bool,
 }
 
 #[derive(Subcommand)]
