@@ -57,7 +57,7 @@ pub fn pci_bus_id(index: usize) -> Result<String, Error> {
 ///
 /// # Errors
 /// As [`pci_bus_id`].
-pub fn capability(index: usize) -> Result<(i32, i32), Error> {
+pub fn compute_capability(index: usize) -> Result<(i32, i32), Error> {
     type GetAttribute = unsafe extern "C" fn(*mut c_int, c_int, c_int) -> c_int;
     // `cudaDeviceAttr`: major, minor.
     const ATTRIBUTES: [c_int; 2] = [75, 76];

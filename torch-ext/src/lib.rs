@@ -28,7 +28,7 @@ mod threads;
 
 pub use autograd::attach_backward;
 pub use c10d::{Gloo, GlooAddress, ReduceOp, Store, Work};
-pub use cuda::{capability, load_cuda, pci_bus_id};
+pub use cuda::{compute_capability, load_cuda, pci_bus_id};
 pub use device::{
     allocator_bytes, count_host_memory, generator_state, keep_freed_memory, pinned, reset_peak,
     set_generator_state, synchronize,

@@ -47,7 +47,7 @@ impl Stream {
     ///
     /// # Errors
     /// As [`Stream::current`].
-    pub fn beside(like: &Tensor) -> Result<Stream, Error> {
+    pub fn from_pool(like: &Tensor) -> Result<Stream, Error> {
         let mut out = std::ptr::null_mut();
         // SAFETY: a live tensor and an out-parameter.
         ffi::check(unsafe { ffi::mtx_stream_from_pool(like.as_ptr() as *mut C_tensor, &mut out) })?;
@@ -68,7 +68,7 @@ impl Stream {
     ///
     /// # Errors
     /// libtorch's message.
-    pub fn uses(&self, tensor: &Tensor) -> Result<(), Error> {
+    pub fn record_tensor(&self, tensor: &Tensor) -> Result<(), Error> {
         // SAFETY: a live stream and a live tensor.
         ffi::check(unsafe {
             ffi::mtx_stream_record_tensor(self.0, tensor.as_ptr() as *mut C_tensor)
@@ -142,6 +142,6 @@ mod tests {
     #[test]
     fn a_host_has_no_streams_beside_its_own() {
         let host = Tensor::zeros([1], (Kind::Float, Device::Cpu));
-        assert!(Stream::beside(&host).is_err());
+        assert!(Stream::from_pool(&host).is_err());
     }
 }

@@ -400,7 +400,7 @@ impl<L: Library> DeviceStream<L> {
             present = store.add(&here, 0).map_err(text)?;
         }
         let id = store.get(&format!("{name}/id")).map_err(text)?;
-        let stream = Stream::beside(like).map_err(text)?;
+        let stream = Stream::from_pool(like).map_err(text)?;
         let comm = library.join(&id, rank, size)?;
         Ok(DeviceStream {
             comm,

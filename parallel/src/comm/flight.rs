@@ -3,7 +3,7 @@
 //! (PyTorch's flight recorder writes such a list too, for a person to compare afterwards.)
 
 use super::{CommError, Communicator, Progress, ReduceOp, Work};
-use kernels::profile::{self, part};
+use kernels::profile::{self, span};
 use parking_lot::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
@@ -567,7 +567,7 @@ impl RecordedComm {
         }
         Ok(Work::new(move || {
             recorder.change(id, |call| call.waited_for = true);
-            let result = part("communication", operation, || moved, || work.wait());
+            let result = span("communication", operation, || moved, || work.wait());
             let result = result.map_err(|error| recorder.failed(id, error));
             if !on_device {
                 recorder.ended(id);

@@ -5,7 +5,7 @@ use super::lane::Lane;
 use super::simulate::Span;
 use super::{Collective, CollectiveKind, Message, Pass, PassKind, Payload, Schedule, Step};
 use crate::{Accelerator, CommError, Communicator, Work};
-use kernels::profile::{Cost, part};
+use kernels::profile::{Cost, span};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
@@ -166,7 +166,7 @@ impl Executor {
     /// Waits for the next collective of a kind; they end in the order of microbatches.
     fn next_result(&self, run: &mut StepState, kind: CollectiveKind) -> Result<(), CommError> {
         // The exchange itself goes on elsewhere; here is what it holds this rank up.
-        let result = part("communication", "wait", Cost::default, || {
+        let result = span("communication", "wait", Cost::default, || {
             self.lane(kind).next()
         })?;
         let (_, ended) = run.lanes.get_mut(&kind).expect("it was entered");
@@ -215,7 +215,7 @@ impl Executor {
             }
         }
         let start = run.began.elapsed().as_secs_f64();
-        let made = part("pass", pass.kind.name(), Cost::default, || {
+        let made = span("pass", pass.kind.name(), Cost::default, || {
             stages.compute(pass, inputs)
         })?;
         run.spans.push(Span {

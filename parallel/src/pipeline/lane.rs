@@ -43,7 +43,7 @@ impl Lane {
         let like = device.zeros(&[1], Kind::Float);
         let on_device = !device.computes_on_host();
         if group.is_stream_ordered() {
-            let stream = Stream::beside(&like)?;
+            let stream = Stream::from_pool(&like)?;
             return Ok(Lane::Queue {
                 group,
                 like,
@@ -129,7 +129,7 @@ impl Lane {
                     passes.wait_for(&next.done)?;
                     next.results
                         .iter()
-                        .try_for_each(|tensor| passes.uses(tensor))
+                        .try_for_each(|tensor| passes.record_tensor(tensor))
                 };
                 wait().map_err(|error| failed(group.as_ref(), &error))?;
                 Ok(next.results)

@@ -4,7 +4,7 @@
 //! while the host's processors update one chunk the next one arrives. What was updated goes back in the model's dtype.
 
 use crate::Error;
-use kernels::profile::{Cost, part};
+use kernels::profile::{Cost, span};
 use kernels::{AdamWUpdate, adamw};
 use parallel::{Accelerator, Copier};
 use std::ops::Range;
@@ -87,7 +87,7 @@ impl Offload {
         self.wanted.send(wanted.collect()).map_err(|_| ended())?;
         for (index, range) in &chunks {
             let update = &updates[*index];
-            let staged = part(
+            let staged = span(
                 "optimizer",
                 "gradients from the device",
                 Cost::default,
@@ -112,7 +112,7 @@ impl Offload {
             if let Some(stored) = &update.stored {
                 let updated = rounded.unwrap_or(master);
                 let cost = || Cost::passes(2.0, &updated);
-                part("optimizer", "weights to the device", cost, || {
+                span("optimizer", "weights to the device", cost, || {
                     tch::no_grad(|| here(stored).f_copy_(&updated)).map(drop)
                 })?;
             }

@@ -641,7 +641,7 @@ impl Trainer {
             .join("logs")
             .join(format!("rank-{rank}.trace.json"));
         let made = path.parent().map_or(Ok(()), std::fs::create_dir_all);
-        match made.and_then(|()| profile::write(&profile::end(), rank, &path)) {
+        match made.and_then(|()| profile::write(&profile::stop(), rank, &path)) {
             Ok(()) => tracing::info!("step {} is traced in {}", self.step, path.display()),
             Err(error) => tracing::warn!("cannot write {}: {error}", path.display()),
         }
@@ -658,7 +658,7 @@ impl Trainer {
         let started = Instant::now();
         let traced = self.config.run.trace_step == Some(self.step + 1);
         if traced {
-            profile::begin();
+            profile::start();
         }
         if let Some(&batches) = self.skips.get(&(self.step + 1)) {
             self.samples += batches * self.config.train.global_batch as u64;
