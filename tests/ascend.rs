@@ -1,5 +1,5 @@
-//! Ranks with Ascend NPUs, as far as that can be tried without one: CANN's and torch_npu's interfaces on host memory, built from
-//! `tests/ascend`.
+//! Ranks with Ascend NPUs, tested without one: `tests/ascend` implements the interfaces of CANN and
+//! torch_npu in host memory.
 
 use crate::fixture::{
     Experiment, assert_close, assert_stopped_rank_is_named, curve, finish, free_port, ranks, text,
@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-/// The folder of the libraries, built once for these sources.
+/// Returns the folder of the stand-in libraries, built once per version of their sources.
 fn libraries() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| {
@@ -37,9 +37,9 @@ fn libraries() -> &'static Path {
     })
 }
 
-/// Makes the libraries those that `command` finds.
+/// Sets the environment of `command` so that it loads the stand-in.
 fn with_npus(command: &mut Command) -> &mut Command {
-    // Gloo works twice in these processes, as itself and as HCCL, and c10d's own recorder is not made for that.
+    // These processes use Gloo twice, as itself and as HCCL. c10d's flight recorder cannot do that.
     command
         .env("MOERUN_ASCEND_LIB", libraries())
         .env("TORCH_FR_BUFFER_SIZE", "0")
@@ -100,13 +100,9 @@ fn npus_train_as_processors_do() {
         let run = |dir: &str, device: &str| {
             let set = [format!("run.dir={dir}"), format!("run.device={device}")];
             let mut command = experiment.train(4, &["train.steps=5"]);
-            layout
-                .iter()
-                .map(|change| change.to_string())
-                .chain(set)
-                .for_each(|change| {
-                    command.args(["--set", &change]);
-                });
+            for change in layout.iter().map(|change| change.to_string()).chain(set) {
+                command.args(["--set", &change]);
+            }
             let output = finish(with_npus(&mut command));
             assert!(
                 output.status.success(),
@@ -123,7 +119,7 @@ fn npus_train_as_processors_do() {
     }
 }
 
-/// The most that any rank's tensors took of its device, in bytes.
+/// Returns the peak device memory of tensors on the most loaded rank, in bytes.
 fn peak_memory(experiment: &Experiment, run: &str) -> u64 {
     let lines = std::fs::read_to_string(experiment.path(run).join("metrics.jsonl")).unwrap();
     let steps = lines
@@ -193,7 +189,7 @@ fn an_optimizers_state_on_the_host_changes_nothing_but_memory() {
             said.contains("the optimizer's state is in the host's memory"),
             "{said}"
         );
-        // Whose first half had it elsewhere goes on, too.
+        // A run resumes if its first half kept the optimizer state elsewhere.
         let begun = if number == 1 {
             "optimizer.offload=false"
         } else {
@@ -202,7 +198,7 @@ fn an_optimizers_state_on_the_host_changes_nothing_but_memory() {
         run(&["train.steps=5", &resumed, begun]);
         let said = run(&["train.steps=10", &resumed, "optimizer.offload=true"]);
         assert!(
-            said.contains("going on from the checkpoint of step 5"),
+            said.contains("resuming from the checkpoint of step 5"),
             "{said}"
         );
         let [device, host, resumed] = folders;
@@ -285,7 +281,7 @@ fn what_an_optimizers_state_on_the_host_saves_is_measured() {
         offload["offload"] == true && mib(offload) < mib(&measured[0]),
         "{measured:?}"
     );
-    // No recomputation alone saves so much.
+    // Recomputation alone cannot save this much.
     let fit = (mib(all) - 0.1).to_string();
     let chosen = bench(&["--fit-mib", &fit]).pop().unwrap();
     assert!(

@@ -1,11 +1,13 @@
-//! Runs that lend and move experts, as real processes; what they leave; and the commands that look at it.
+//! Runs that lend and move experts: real processes, their files, and the commands that read them.
 
 use crate::fixture::{Experiment, finish, finish_child, text};
 use serde_json::Value;
 
-/// A router that is as uneven as the start makes it: nothing evens it out.
-const UNEVEN: &str = "model.moe={experts: 8, top_k: 1, ffn: 32, load_balance: 0.0, dispatch: least_loaded, \
-                      least_loaded: {min_tokens: 4, threshold: 1.05}, placement: {every: 5, min_gain: 0.01}}";
+/// An MoE layer without any balancing, so that the load stays as uneven as at the start.
+const UNEVEN: &str = "model.moe={experts: 8, top_k: 1, ffn: 32, load_balance: 0.0, \
+                      dispatch: least_loaded, \
+                      least_loaded: {min_tokens: 4, threshold: 1.05}, \
+                      placement: {every: 5, min_gain: 0.01}}";
 
 fn metrics(experiment: &Experiment, run: &str) -> Vec<Value> {
     let text = std::fs::read_to_string(experiment.path(run).join("metrics.jsonl")).unwrap();
@@ -25,11 +27,12 @@ fn a_run_that_lends_and_moves_experts_resumes_bit_for_bit_and_can_be_inspected()
         text(&whole)
     );
     assert!(
-        text(&whole).contains("spilled"),
+        text(&whole).contains(", lent "),
         "the progress lines tell: {}",
         text(&whole)
     );
-    // The last step moves experts; its checkpoint comes from the keepers' memory all the same, and ranks that write one themselves say so.
+    // The last step moves experts. Its checkpoint still comes from the keepers' memory; ranks that
+    // write one themselves report it.
     assert_eq!(
         text(&whole)
             .matches("checkpoint whole/checkpoints/step-00000020")
@@ -65,7 +68,7 @@ fn a_run_that_lends_and_moves_experts_resumes_bit_for_bit_and_can_be_inspected()
             .all(|pair| pair[0].as_f64() <= pair[1].as_f64())
     );
 
-    // In two halves, by the same command.
+    // The same run in two halves.
     for steps in ["train.steps=10", "train.steps=20"] {
         let half = finish(&mut experiment.train(4, &[UNEVEN, "run.dir=halves", steps]));
         assert!(half.status.success(), "{}", text(&half));

@@ -1,4 +1,4 @@
-//! `moerun doctor`, with one thing after the other really broken.
+//! `moerun doctor` on a machine where one thing after another is really broken.
 
 use crate::fixture::{Experiment, finish, text};
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ fn doctor(experiment: &Experiment, args: &[&str]) -> Command {
     command
 }
 
-/// It ends without success, and says these things.
+/// Asserts that the command fails and prints each of `words`.
 fn assert_fault(command: &mut Command, expected: &[&str]) {
     let output = finish(command);
     let said = text(&output);
@@ -20,7 +20,7 @@ fn assert_fault(command: &mut Command, expected: &[&str]) {
     }
 }
 
-/// The installed program, copied, with a library's name changed to one that is nowhere.
+/// Returns a copy of the program in which the name of a library is changed to one that is missing.
 fn without(experiment: &Experiment, library: &str) -> PathBuf {
     let own = Path::new(env!("CARGO_BIN_EXE_moerun"));
     let copy = experiment.path("moerun");
@@ -32,9 +32,9 @@ fn without(experiment: &Experiment, library: &str) -> PathBuf {
         .filter(|&at| bytes[at..].starts_with(name.as_bytes()))
         .collect();
     assert!(!places.is_empty(), "{library} is not needed");
-    places
-        .into_iter()
-        .for_each(|at| bytes[at + library.len() + 1] = b'_');
+    for at in places {
+        bytes[at + library.len() + 1] = b'_';
+    }
     std::fs::copy(&core, experiment.path("moerun-core")).unwrap();
     std::fs::write(experiment.path("moerun-core"), bytes).unwrap();
     copy
@@ -120,8 +120,9 @@ fn a_port_in_use_is_named() {
 #[test]
 fn a_full_dev_shm_is_named() {
     let experiment = Experiment::new();
-    // In a mount namespace of its own.
-    let script = "mount -t tmpfs -o size=1m tmpfs /dev/shm && (dd if=/dev/zero of=/dev/shm/full bs=1k || true) && exec \"$@\"";
+    // A separate mount namespace, in which /dev/shm is full.
+    let script = "mount -t tmpfs -o size=1m tmpfs /dev/shm && (dd if=/dev/zero of=/dev/shm/full \
+                  bs=1k || true) && exec \"$@\"";
     let moerun = experiment.moerun(&[]);
     let mut command = Command::new("unshare");
     command
@@ -150,7 +151,7 @@ fn a_full_dev_shm_is_named() {
 #[test]
 fn ranks_of_other_versions_are_named() {
     let experiment = Experiment::new();
-    // What rank 0 of another version would say.
+    // The store entry that rank 0 of another version would write.
     let soon = std::time::Duration::from_secs(20);
     let store = torch_ext::Store::tcp("127.0.0.1", 0, true, soon).unwrap();
     store.set("moerun/0/version", b"0.0.9").unwrap();

@@ -1,7 +1,8 @@
-//! Layouts drawn at random over up to 8 ranks and all axes agree with one rank, and a checkpoint of any is one for any.
+//! Random layouts over up to 8 ranks and all axes agree with one rank, and a checkpoint of any
+//! layout resumes in any other.
 //!
-//! `MOERUN_TEST_LAYOUTS` says how many (40), `MOERUN_TEST_LAYOUT_SEED` which. A failure prints what to give as `MOERUN_TEST_LAYOUT` to
-//! repeat it.
+//! `MOERUN_TEST_LAYOUTS` is their number (default 40), `MOERUN_TEST_LAYOUT_SEED` their seed. A
+//! failure prints the value of `MOERUN_TEST_LAYOUT` that repeats it.
 
 use crate::agreement::{
     TIMEOUT, Trace, VOCAB, assert_same, sigmoid, softmax, trace_of, trainer_on, write_data,
@@ -17,29 +18,47 @@ use trainer::config::Config;
 
 const STEPS: u64 = 4;
 
-/// What decides a model and its data, and so what one rank computes.
+/// Random models and data: everything that determines the results of one rank.
 fn models() -> impl Strategy<Value = Value> {
     let statistics = prop::sample::select(vec!["sequence", "microbatch", "batch"]);
     let documents = prop::option::weighted(0.3, 0u32..3);
     let norms = prop::sample::select(vec!["none", "full", "head"]);
-    (statistics, any::<bool>(), any::<bool>(), norms, prop::sample::select(vec![1, 2]), 0usize..2, documents).prop_map(
-        |(over, sigmoid_scores, tied, qk_norm, micro_batch, dense_layers, documents)| {
-            let mut moe = if sigmoid_scores { sigmoid(over) } else { softmax(over) };
-            moe["experts"] = json!(12);
-            moe["ffn"] = json!(24);
-            let heads = if tied { (6, 3) } else { (12, 2) };
-            json!({
-                "model": {"vocab_size": VOCAB + 3, "hidden": 24, "layers": 3, "heads": heads.0, "kv_heads": heads.1,
-                          "head_dim": 4, "ffn": 48, "dense_layers": dense_layers, "moe": moe, "init_std": 0.1,
-                          "qk_norm": qk_norm, "tie_embeddings": tied},
-                "micro_batch": micro_batch,
-                "eod_token": documents,
-            })
-        },
+    let scores = any::<bool>();
+    let tied = any::<bool>();
+    let micro_batches = prop::sample::select(vec![1, 2]);
+    (
+        statistics,
+        scores,
+        tied,
+        norms,
+        micro_batches,
+        0usize..2,
+        documents,
     )
+        .prop_map(
+            |(over, sigmoid_scores, tied, qk_norm, micro_batch, dense_layers, documents)| {
+                let mut moe = if sigmoid_scores {
+                    sigmoid(over)
+                } else {
+                    softmax(over)
+                };
+                moe["experts"] = json!(12);
+                moe["ffn"] = json!(24);
+                let heads = if tied { (6, 3) } else { (12, 2) };
+                json!({
+                    "model": {
+                        "vocab_size": VOCAB + 3, "hidden": 24, "layers": 3, "heads": heads.0,
+                        "kv_heads": heads.1, "head_dim": 4, "ffn": 48, "dense_layers": dense_layers,
+                        "moe": moe, "init_std": 0.1, "qk_norm": qk_norm, "tie_embeddings": tied,
+                    },
+                    "micro_batch": micro_batch,
+                    "eod_token": documents,
+                })
+            },
+        )
 }
 
-/// Every axis; those that cannot run are drawn again.
+/// Random layouts over every axis. Combinations that cannot run are drawn again.
 fn layouts() -> impl Strategy<Value = (usize, Value)> {
     let sizes = (1usize..5, 1usize..4, 1usize..4, 1usize..5);
     let sizes = sizes.prop_filter("at most 8 ranks", |(data, tensor, context, pipeline)| {
@@ -87,23 +106,30 @@ fn layouts() -> impl Strategy<Value = (usize, Value)> {
     );
     let rest = (rest, dispatch, nodes, any::<bool>(), 1usize..4);
     (sizes, pipelines, parts, whole, sharding, rest).prop_map(
-        |((data, tensor, context, pipeline), (schedule, vocabulary), parts, whole, (zero, fold, block), rest)| {
+        |(sizes, (schedule, vocabulary), parts, whole, (zero, fold, block), rest)| {
+            let (data, tensor, context, pipeline) = sizes;
             let stage = data * tensor * context;
             let fits = |&(expert, slices): &(usize, usize)| stage.is_multiple_of(expert * slices);
-            let folds: Vec<_> =
-                (1..=stage).flat_map(|expert| (1..=stage).map(move |s| (expert, s))).filter(fits).collect();
+            let pairs = (1..=stage).flat_map(|expert| (1..=stage).map(move |s| (expert, s)));
+            let folds: Vec<_> = pairs.filter(fits).collect();
             let (expert, expert_tensor) = folds[fold.index(folds.len())];
             let replicas = data * context;
-            let blocks: Vec<usize> = (1..=replicas).filter(|block| replicas.is_multiple_of(*block)).collect();
-            let ((context_attention, tensor_chunks, bucket_mib), dispatch, per_node, placement, expert_chunks) = rest;
+            let blocks: Vec<usize> = (1..=replicas)
+                .filter(|block| replicas.is_multiple_of(*block))
+                .collect();
+            let (options, dispatch, per_node, placement, expert_chunks) = rest;
+            let (context_attention, tensor_chunks, bucket_mib) = options;
             let mut parallel = json!({
-                "data": data, "tensor": tensor, "context": context, "pipeline": pipeline, "expert": expert,
-                "expert_tensor": expert_tensor, "context_attention": context_attention, "tensor_chunks": tensor_chunks, "expert_chunks": expert_chunks,
-                "bucket_mib": bucket_mib, "zero": zero, "recompute": {"layers": whole, "parts": parts},
+                "data": data, "tensor": tensor, "context": context, "pipeline": pipeline,
+                "expert": expert, "expert_tensor": expert_tensor,
+                "context_attention": context_attention, "tensor_chunks": tensor_chunks,
+                "expert_chunks": expert_chunks, "bucket_mib": bucket_mib, "zero": zero,
+                "recompute": {"layers": whole, "parts": parts},
                 "dispatch": dispatch, "ranks_per_node": per_node, "placement": placement,
             });
             if pipeline > 1 {
-                (parallel["schedule"], parallel["vocabulary"]) = (json!(schedule), json!(vocabulary));
+                parallel["schedule"] = json!(schedule);
+                parallel["vocabulary"] = json!(vocabulary);
             }
             if zero > 0 {
                 parallel["zero_group_size"] = json!(blocks[block.index(blocks.len())]);
@@ -113,13 +139,13 @@ fn layouts() -> impl Strategy<Value = (usize, Value)> {
     )
 }
 
-/// `parallel` has beside its own keys the dispatch, and whether experts move.
+/// Returns a configuration. `parallel` also contains the dispatch and the placement.
 fn config(folder: &Path, model: &Value, parallel: &Value) -> Config {
     let mut model = model.clone();
     let mut parallel = parallel.clone();
     if let Some(dispatch) = parallel.as_object_mut().unwrap().remove("dispatch") {
         if dispatch.as_str().unwrap().contains("least_loaded") {
-            // So that experts are lent although there are few tokens.
+            // A low price, so that experts are lent although there are few tokens.
             model["model"]["moe"]["least_loaded"] = json!({"min_tokens": 0, "threshold": 1.0});
         }
         model["model"]["moe"]["dispatch"] = dispatch;
@@ -131,8 +157,17 @@ fn config(folder: &Path, model: &Value, parallel: &Value) -> Config {
         "run": {"dir": folder.join("run"), "device": "cpu", "seed": 5},
         "parallel": parallel,
         "model": model["model"],
-        "data": {"train": [{"path": folder.join("tokens")}], "sequence_length": 24, "eod_token": model["eod_token"]},
-        "train": {"steps": STEPS, "global_batch": 12, "micro_batch": model["micro_batch"], "grad_clip": 0.5},
+        "data": {
+            "train": [{"path": folder.join("tokens")}],
+            "sequence_length": 24,
+            "eod_token": model["eod_token"],
+        },
+        "train": {
+            "steps": STEPS,
+            "global_batch": 12,
+            "micro_batch": model["micro_batch"],
+            "grad_clip": 0.5,
+        },
         "optimizer": {"eps": 1e-4},
         "schedule": {"constant": {"lr": 3e-3}},
         "checkpoint": {"every": 0},
@@ -156,7 +191,7 @@ fn runner(salt: u8) -> TestRunner {
     )
 }
 
-/// The next layout that can run `model`.
+/// Draws layouts until one can run `model`.
 fn draw(runner: &mut TestRunner, folder: &Path, model: &Value) -> (usize, Value) {
     loop {
         let (ranks, parallel) = layouts().new_tree(runner).unwrap().current();
@@ -239,7 +274,9 @@ fn a_checkpoint_of_any_layout_resumes_in_any_other() {
         let first = run("pair", &from.1);
         run_on_threads(from.0, TIMEOUT, move |world| {
             let mut trainer = trainer_on(world, first.clone());
-            (0..2).for_each(|_| drop(trainer.train_step(false).unwrap()));
+            for _ in 0..2 {
+                trainer.train_step(false).unwrap();
+            }
             trainer.save().unwrap();
         });
         let second = run("pair", &to.1);

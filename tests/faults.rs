@@ -1,14 +1,14 @@
-//! Faults in the middle of a run, real ones: what was complete in memory is gone on from, to the bit.
+//! Real faults in the middle of a run: it resumes bit for bit from the last snapshot in memory.
 
 use crate::fixture::{
-    COMMAND_TIMEOUT, Experiment, curve, finish, finish_child, rank_process, said, signal,
-    start_with_output_file, steps_done, text, wait_for_output, wait_for_step,
+    COMMAND_TIMEOUT, Experiment, curve, finish, finish_child, launcher_output, rank_process,
+    signal, start_with_output_file, steps_done, text, wait_for_output, wait_for_step,
 };
 use serde_json::Value;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-/// Restarts are what these tests are about; the budget for them is another's.
+/// These tests restart often; another one covers the limit.
 const MANY_RESTARTS: &str = "restart.max_restarts=10000";
 
 fn assert_same_curve(experiment: &Experiment, broken: &str, unbroken: &str) {
@@ -20,23 +20,27 @@ fn assert_same_curve(experiment: &Experiment, broken: &str, unbroken: &str) {
     assert_eq!(broken.len(), unbroken.len());
 }
 
-/// Processes of each node's ranks, and its keeper's.
-fn nodes(experiment: &Experiment) -> Vec<(Vec<String>, String)> {
+struct NodeProcesses {
+    ranks: Vec<String>,
+    keeper: String,
+}
+
+fn nodes(experiment: &Experiment) -> Vec<NodeProcesses> {
     let status = || finish(&mut experiment.moerun(&["snapshot", "status", "run", "--json"]));
     let status = experiment.with_ranks_stopped(status);
     let lines = String::from_utf8(status.stdout).unwrap();
     let node = |line: &str| {
         let status = serde_json::from_str::<Value>(line).unwrap()["status"].clone();
         let ranks = status["ranks"].as_array().cloned().unwrap_or_default();
-        (
-            ranks.iter().map(|rank| rank["pid"].to_string()).collect(),
-            status["pid"].to_string(),
-        )
+        NodeProcesses {
+            ranks: ranks.iter().map(|rank| rank["pid"].to_string()).collect(),
+            keeper: status["pid"].to_string(),
+        }
     };
     lines.lines().map(node).collect()
 }
 
-/// The newest snapshot that every keeper knows to be complete, or more.
+/// Waits until a snapshot of all ranks is complete.
 fn wait_for_snapshot(experiment: &Experiment, ranks: usize) {
     let started = Instant::now();
     loop {
@@ -56,10 +60,9 @@ fn wait_for_snapshot(experiment: &Experiment, ranks: usize) {
 
 fn kill_nodes(experiment: &Experiment, lost: &[usize]) {
     let nodes = nodes(experiment);
-    // All at once: the launcher may be quicker than we with what is left of a run.
-    let pids = lost
-        .iter()
-        .flat_map(|&node| nodes[node].0.iter().chain([&nodes[node].1]));
+    // All at once: otherwise the launcher may react in between.
+    let lost = lost.iter().map(|&node| &nodes[node]);
+    let pids = lost.flat_map(|node| node.ranks.iter().chain([&node.keeper]));
     Command::new("kill")
         .arg("-KILL")
         .args(pids)
@@ -72,7 +75,7 @@ fn stop(child: Child) {
     finish_child(child);
 }
 
-/// `MOERUN_TEST_KILLS=200` for a long soak.
+/// Set `MOERUN_TEST_KILLS=200` for a long soak.
 #[test]
 fn ranks_killed_at_any_moment_again_and_again() {
     let kills: usize = std::env::var("MOERUN_TEST_KILLS")
@@ -109,26 +112,26 @@ fn ranks_killed_at_any_moment_again_and_again() {
         "--timeout-s",
         "60",
     ];
-    // As long as it takes: each recovery has its own limit.
+    // No limit on the whole: each recovery has its own.
     let chaos = experiment.moerun(&chaos).output().unwrap();
     assert!(
         chaos.status.success(),
         "{}{}",
         text(&chaos),
-        said(&experiment)
+        launcher_output(&experiment)
     );
     let ended = run.wait_with_output().unwrap();
-    let said = said(&experiment);
+    let said = launcher_output(&experiment);
     assert!(ended.status.success(), "{said}");
     eprintln!("{}", text(&chaos).lines().last().unwrap_or_default());
     assert_eq!(
-        said.matches("; going on from the snapshot of step")
+        said.matches("; resuming from the snapshot of step")
             .count()
             .to_string(),
         kills,
         "{said}"
     );
-    assert!(!said.contains("is of no use"), "{said}");
+    assert!(!said.contains("is unusable"), "{said}");
     let restarts = std::fs::read_to_string(experiment.path("run/restarts.jsonl")).unwrap();
     let redone = restarts
         .lines()
@@ -139,7 +142,7 @@ fn ranks_killed_at_any_moment_again_and_again() {
                 .unwrap()
                 .saturating_sub(line["snapshot_step"].as_u64().unwrap())
         });
-    // One that is being copied, and one that is complete but not yet said to be.
+    // One snapshot is being copied, and one is complete but not yet announced.
     assert!(redone.max().unwrap_or(0) <= 3, "{restarts}");
     assert_same_curve(&experiment, "run", "unbroken");
     experiment.assert_no_orphans();
@@ -173,27 +176,27 @@ fn stopped_aborted_and_delayed_ranks() {
             chaos.status.success(),
             "{}{}",
             text(&chaos),
-            said(&experiment)
+            launcher_output(&experiment)
         );
     }
     assert!(
         run.wait_with_output().unwrap().status.success(),
         "{}",
-        said(&experiment)
+        launcher_output(&experiment)
     );
-    let said = said(&experiment);
+    let said = launcher_output(&experiment);
     assert!(
-        said.contains("it hangs (no sign of life for 1.5 s); going on from the snapshot of step"),
+        said.contains("failed: no heartbeat for 1.5 s; resuming from the snapshot of step"),
         "{said}"
     );
     assert!(
-        said.contains("it was ended by SIGABRT; going on from the snapshot of step"),
+        said.contains("failed: killed by SIGABRT; resuming from the snapshot of step"),
         "{said}"
     );
     assert_same_curve(&experiment, "run", "unbroken");
 }
 
-/// The kernel's own kill, where this machine lets a test give a process too little memory.
+/// The kernel kills a rank, if this machine lets a test limit memory.
 #[test]
 fn a_rank_that_runs_out_of_memory() {
     let experiment = Experiment::new();
@@ -207,7 +210,7 @@ fn a_rank_that_runs_out_of_memory() {
         .status
         .success()
     );
-    // Control groups of version 2, or of version 1.
+    // Control groups version 2, or version 1.
     let groups = [
         ("/sys/fs/cgroup", "memory.max"),
         ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
@@ -222,29 +225,27 @@ fn a_rank_that_runs_out_of_memory() {
         limit.exists().then_some((group, limit))
     });
     let Some((group, limit)) = group else {
-        eprintln!(
-            "this machine does not let a test limit memory; SIGKILL stands for it in the other tests"
-        );
+        eprintln!("skipped: this machine does not let a test limit memory");
         return;
     };
     let run = start_with_output_file(&experiment, &mut experiment.train(2, &common));
     wait_for_step(&experiment, "run", 5);
     let rank = rank_process(&experiment, 1);
     std::fs::write(group.join("cgroup.procs"), &rank).unwrap();
-    // All that it touches from here on is too much.
+    // The next page it touches is over the limit.
     std::fs::write(limit, "65536").unwrap();
     let ended = run.wait_with_output().unwrap();
-    let said = said(&experiment);
+    let said = launcher_output(&experiment);
     let _ = std::fs::remove_dir(&group);
     assert!(
-        ended.status.success() && said.contains("rank 1 failed: it was ended by SIGKILL"),
+        ended.status.success() && said.contains("rank 1 failed: killed by SIGKILL"),
         "{said}"
     );
     assert_same_curve(&experiment, "run", "unbroken");
 }
 
 #[test]
-fn a_killed_launcher_is_taken_up_from_the_keepers_memory() {
+fn a_run_resumes_from_keepers_memory_after_its_launcher_was_killed() {
     let experiment = Experiment::new();
     let common = ["train.steps=60", "checkpoint.every=0", "snapshot.every=1"];
     assert!(
@@ -258,10 +259,10 @@ fn a_killed_launcher_is_taken_up_from_the_keepers_memory() {
     );
     let mut run = start_with_output_file(&experiment, &mut experiment.train(4, &common));
     wait_for_step(&experiment, "run", 20);
-    // Another launcher does not get in its way.
+    // A second launcher is refused.
     let second = experiment.with_ranks_stopped(|| finish(&mut experiment.train(4, &common)));
     assert!(
-        !second.status.success() && text(&second).contains("another moerun works in run"),
+        !second.status.success() && text(&second).contains("another moerun is using run"),
         "{}",
         text(&second)
     );
@@ -273,14 +274,14 @@ fn a_killed_launcher_is_taken_up_from_the_keepers_memory() {
     assert!(
         again.status.success()
             && words.contains(
-                "keepers of an earlier launcher are still there; going on from the snapshot of step"
+                "found keepers of an earlier launcher; resuming from the snapshot of step"
             ),
         "{words}"
     );
     assert_same_curve(&experiment, "run", "unbroken");
     experiment.assert_no_orphans();
 
-    // On another number of ranks it goes by way of the disk.
+    // On another number of ranks it resumes through the disk.
     let more = ["train.steps=120", "checkpoint.every=0", "snapshot.every=1"];
     let mut run = start_with_output_file(&experiment, &mut experiment.train(4, &more));
     wait_for_step(&experiment, "run", 80);
@@ -294,8 +295,8 @@ fn a_killed_launcher_is_taken_up_from_the_keepers_memory() {
     ];
     let words = text(&finish(&mut experiment.train(2, &changes)));
     assert!(
-        words.contains("in memory: it is a checkpoint now")
-            && words.contains("going on from the checkpoint of step"),
+        words.contains("in memory; wrote it to a checkpoint")
+            && words.contains("resuming from the checkpoint of step"),
         "{words}"
     );
 }
@@ -320,27 +321,28 @@ fn a_keeper_that_dies_alone_is_replaced_and_training_continues() {
     );
     let run = start_with_output_file(&experiment, &mut experiment.train(4, &common));
     wait_for_step(&experiment, "run", 10);
-    signal(&nodes(&experiment)[1].1, "KILL");
+    signal(&nodes(&experiment)[1].keeper, "KILL");
     wait_for_output(&experiment, "the keeper of node 1 is gone", 1);
     let step = steps_done(&experiment, "run");
     wait_for_step(&experiment, "run", step + 60);
-    // The new one has snapshots: a rank that dies now costs nothing but time.
+    // The new keeper has snapshots: the run survives the death of a rank.
     signal(&rank_process(&experiment, 3), "KILL");
     assert!(
         run.wait_with_output().unwrap().status.success(),
         "{}",
-        said(&experiment)
+        launcher_output(&experiment)
     );
-    let words = said(&experiment);
+    let words = launcher_output(&experiment);
     assert!(
-        words.contains("rank 3 failed") && words.contains("going on from the snapshot of step"),
+        words.contains("rank 3 failed") && words.contains("resuming from the snapshot of step"),
         "{words}"
     );
     assert_same_curve(&experiment, "run", "unbroken");
     experiment.assert_no_orphans();
 }
 
-/// Every pattern of so many lost nodes at once, one after the other in one run, with nothing on disk; and one too many.
+/// Loses every pattern of up to `parity` nodes at once in one run, with nothing on disk; then with
+/// `too_many` one node more.
 fn every_pattern(data: usize, parity: usize, too_many: bool) {
     let nodes = data + parity;
     let experiment = Experiment::new();
@@ -370,15 +372,13 @@ fn every_pattern(data: usize, parity: usize, too_many: bool) {
         kill_nodes(&experiment, lost);
         wait_for_output(
             &experiment,
-            "; going on from the snapshot of step",
+            "; resuming from the snapshot of step",
             index + 1,
         );
     }
-    let words = said(&experiment);
+    let words = launcher_output(&experiment);
     assert_eq!(
-        words
-            .matches("is lost: its ranks start anew in its place")
-            .count(),
+        words.matches(": ranks restart in place; ").count(),
         patterns.len(),
         "{words}"
     );
@@ -397,7 +397,7 @@ fn every_pattern(data: usize, parity: usize, too_many: bool) {
         kill_nodes(&experiment, &(0..=parity).collect::<Vec<_>>());
         wait_for_output(
             &experiment,
-            "there is no checkpoint: beginning again; no snapshot in memory can be put together",
+            "no checkpoint, starting over; no complete snapshot is left in memory",
             1,
         );
     } else {
@@ -414,7 +414,7 @@ fn every_pattern(data: usize, parity: usize, too_many: bool) {
             .status
             .success()
     );
-    // The one that was stopped did not validate at its end.
+    // The stopped run did not validate at its end.
     let steps = |run: &str| {
         curve(&experiment, run)
             .into_iter()
@@ -458,16 +458,16 @@ fn one_lost_node_too_many_resumes_from_the_checkpoint() {
     assert!(
         run.wait_with_output().unwrap().status.success(),
         "{}",
-        said(&experiment)
+        launcher_output(&experiment)
     );
-    let words = said(&experiment);
+    let words = launcher_output(&experiment);
     assert!(
-        words.contains("node 1, 2 is lost")
-            && words.contains("going on from checkpoint run/checkpoints/step-"),
+        words.contains("lost nodes 1, 2: ")
+            && words.contains("resuming from checkpoint run/checkpoints/step-"),
         "{words}"
     );
     assert!(
-        words.contains("no snapshot in memory can be put together"),
+        words.contains("no complete snapshot is left in memory"),
         "{words}"
     );
     assert_same_curve(&experiment, "run", "unbroken");
@@ -493,7 +493,7 @@ fn a_spare_node_takes_over_and_without_one_the_run_shrinks() {
         .status
         .success()
     );
-    let said_to = std::fs::File::create(experiment.path("said")).unwrap();
+    let said_to = std::fs::File::create(experiment.path("output")).unwrap();
     let mut command = experiment.train(4, &common);
     command
         .args(["--spare-nodes", "1"])
@@ -504,7 +504,7 @@ fn a_spare_node_takes_over_and_without_one_the_run_shrinks() {
     kill_nodes(&experiment, &[2]);
     wait_for_output(
         &experiment,
-        "node 2 is lost: 1 spare node took over; going on from the snapshot of step",
+        "lost node 2: 1 spare node took over; resuming from the snapshot of step",
         1,
     );
     let step = steps_done(&experiment, "run");
@@ -515,13 +515,14 @@ fn a_spare_node_takes_over_and_without_one_the_run_shrinks() {
     // Three ranks do not divide the batch; two do.
     wait_for_output(
         &experiment,
-        "node 0 is lost: going on with 2 ranks, others idle, the same global batch; going on from the snapshot",
+        "lost node 0: continuing with 2 ranks (others idle) and the same global batch; \
+         resuming from the snapshot",
         1,
     );
     assert!(
         run.wait_with_output().unwrap().status.success(),
         "{}",
-        said(&experiment)
+        launcher_output(&experiment)
     );
     let shrunk = curve(&experiment, "run");
     let unbroken = curve(&experiment, "unbroken");
@@ -535,7 +536,8 @@ fn a_spare_node_takes_over_and_without_one_the_run_shrinks() {
         };
         let ours = shrunk[key].as_f64().unwrap();
         let theirs = unbroken[key].as_f64().unwrap();
-        // With the same ranks the same bits; with fewer the same sum in another order, whose rounding grows with the steps.
+        // With fewer ranks the order of the sums differs, and the rounding error grows with the
+        // steps.
         if step > before + 80 {
             break;
         }
@@ -551,7 +553,7 @@ fn a_spare_node_takes_over_and_without_one_the_run_shrinks() {
 #[test]
 fn flipped_bits_in_memory_are_repaired_from_parity() {
     let experiment = Experiment::new();
-    // Between two snapshots there is time for two commands.
+    // The pause between snapshots is long enough for two commands.
     let common = [
         "train.steps=700",
         "parallel.ranks_per_node=1",
@@ -583,20 +585,16 @@ fn flipped_bits_in_memory_are_repaired_from_parity() {
         "0",
     ];
     let chaos = finish(&mut experiment.moerun(&chaos));
-    assert!(
-        text(&chaos).contains("snapshot changes"),
-        "{}",
-        text(&chaos)
-    );
+    assert!(text(&chaos).contains("snapshot flips"), "{}", text(&chaos));
     let verify = || finish(&mut experiment.moerun(&["snapshot", "verify", "run"]));
     let verified = experiment.with_ranks_stopped(verify);
     signal(&rank_process(&experiment, 0), "KILL");
     assert!(
         run.wait_with_output().unwrap().status.success(),
         "{}",
-        said(&experiment)
+        launcher_output(&experiment)
     );
-    let words = said(&experiment);
+    let words = launcher_output(&experiment);
     assert!(
         !verified.status.success() && text(&verified).contains("is damaged"),
         "{}",
@@ -610,7 +608,7 @@ fn flipped_bits_in_memory_are_repaired_from_parity() {
 }
 
 #[test]
-fn a_poisoned_snapshot_is_not_tried_for_ever() {
+fn a_poisoned_snapshot_is_not_retried_forever() {
     let experiment = Experiment::new();
     let common = [
         "train.steps=900",
@@ -635,18 +633,18 @@ fn a_poisoned_snapshot_is_not_tried_for_ever() {
     assert!(text(&chaos).contains("is poisoned"), "{}", text(&chaos));
     signal(&rank_process(&experiment, 0), "KILL");
     let ended = run.wait_with_output().unwrap();
-    let words = said(&experiment);
+    let words = launcher_output(&experiment);
     assert!(ended.status.success(), "{words}");
-    assert!(words.contains("1 newer state did not help"), "{words}");
+    assert!(words.contains("1 newer snapshot did not help"), "{words}");
     assert!(
-        words.contains("going on from the snapshot of step 300"),
+        words.contains("resuming from the snapshot of step 300"),
         "{words}"
     );
     assert_eq!(steps_done(&experiment, "run"), 900);
 }
 
 #[test]
-fn a_run_that_diverges_whatever_is_tried_ends_and_says_so() {
+fn a_run_that_keeps_diverging_ends_with_an_error() {
     let experiment = Experiment::new();
     let common = [
         "schedule={constant: {lr: 1e30}}",
@@ -657,11 +655,11 @@ fn a_run_that_diverges_whatever_is_tried_ends_and_says_so() {
     let output = finish(&mut experiment.train(1, &common));
     let words = text(&output);
     assert!(
-        !output.status.success() && words.contains("fails again and again (5 times now)"),
+        !output.status.success() && words.contains("failed 5 times: rank 0 failed: "),
         "{words}"
     );
     assert!(
-        words.contains("is left out") && words.contains("lower the learning rate"),
+        words.contains("skipping the batch of step") && words.contains("lower the learning rate"),
         "{words}"
     );
     let stop = finish(experiment.train(1, &common).args([
@@ -679,7 +677,7 @@ fn a_run_that_diverges_whatever_is_tried_ends_and_says_so() {
 }
 
 #[test]
-fn too_little_memory_is_told() {
+fn too_little_memory_is_reported() {
     let experiment = Experiment::new();
     let common = ["train.steps=6", "snapshot.memory_gib=0.0005"];
     let output = finish(&mut experiment.train(2, &common));

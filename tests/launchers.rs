@@ -1,4 +1,4 @@
-//! Ranks that other launchers started: mpirun, srun's environment, and what they do when one of them stops.
+//! Ranks that mpirun, srun or torchrun started, and their errors when one of them stops.
 
 use crate::fixture::{
     Experiment, assert_stopped_rank_is_named, curve, finish, finish_child, free_port, rank_process,
@@ -21,8 +21,9 @@ fn slurms_environment_of_two_nodes_is_enough() {
         &["train.steps=6", "run.dir=theirs"],
         |_, rank| {
             format!(
-                "SLURM_PROCID={rank} SLURM_LOCALID={} SLURM_NODEID={} SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=4 SLURM_JOB_ID={job} \
-             SLURM_STEP_TASKS_PER_NODE=2(x2) SLURM_STEP_NODELIST=127.0.0.[1-2]",
+                "SLURM_PROCID={rank} SLURM_LOCALID={} SLURM_NODEID={} SLURM_STEP_ID=0 \
+                 SLURM_STEP_NUM_TASKS=4 SLURM_JOB_ID={job} SLURM_STEP_TASKS_PER_NODE=2(x2) \
+                 SLURM_STEP_NODELIST=127.0.0.[1-2]",
                 rank % 2,
                 rank / 2
             )
@@ -62,7 +63,7 @@ fn contradictions_are_refused() {
     refused(
         torch,
         3,
-        "-n 3 was given, and RANK, WORLD_SIZE and MASTER_ADDR started this process as rank 0 of 2",
+        "-n 3, but RANK, WORLD_SIZE and MASTER_ADDR started this process as rank 0 of 2",
     );
     let both = format!("{torch} OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2");
     refused(
@@ -70,7 +71,7 @@ fn contradictions_are_refused() {
         1,
         "RANK=0 and OMPI_COMM_WORLD_RANK=1 contradict each other",
     );
-    refused("WORLD_SIZE=4", 1, "WORLD_SIZE=4 is set and RANK is not");
+    refused("WORLD_SIZE=4", 1, "WORLD_SIZE=4 is set but RANK is not");
     let slurm = "SLURM_PROCID=0 SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=4";
     refused(
         slurm,
@@ -90,7 +91,7 @@ fn contradictions_are_refused() {
     );
 }
 
-/// Three ranks as torchrun starts them, with nobody who ends all when one fails.
+/// Starts three ranks as torchrun does, but without a launcher that ends all when one fails.
 fn three_ranks(experiment: &Experiment, backend: &str) -> Vec<std::process::Child> {
     let port = free_port();
     let backend = format!("run.backend={backend}");
@@ -107,7 +108,8 @@ fn three_ranks(experiment: &Experiment, backend: &str) -> Vec<std::process::Chil
         &[&changes[..], &[&backend]].concat(),
         |_, rank| {
             format!(
-                "RANK={rank} LOCAL_RANK={rank} WORLD_SIZE=3 MASTER_ADDR=127.0.0.1 MASTER_PORT={port}"
+                "RANK={rank} LOCAL_RANK={rank} WORLD_SIZE=3 MASTER_ADDR=127.0.0.1 \
+                 MASTER_PORT={port}"
             )
         },
     )
@@ -153,14 +155,14 @@ mod under_mpirun {
     use crate::fixture::{assert_close, start};
     use std::process::Command;
 
-    /// `mpirun -n ranks` in the experiment's folder.
+    /// Returns `mpirun -n ranks moerun` in the experiment's folder.
     fn mpirun(experiment: &Experiment, ranks: usize, args: &[&str]) -> Command {
         let moerun = experiment.moerun(&[]);
         let mut command = Command::new(std::env::var("MOERUN_MPIRUN").unwrap_or("mpirun".into()));
         command
             .current_dir(experiment.path(""))
             .env("OMP_NUM_THREADS", "1");
-        // CI may be root; it has fewer processors than ranks.
+        // CI may run as root, and has fewer processors than ranks.
         command.envs([
             ("OMPI_ALLOW_RUN_AS_ROOT", "1"),
             ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"),
@@ -205,9 +207,9 @@ mod under_mpirun {
             .success()
         );
         let mut args = vec!["train", "small.yaml", "--set", "run.dir=theirs"];
-        changes
-            .iter()
-            .for_each(|change| args.extend(["--set", change]));
+        for change in &changes {
+            args.extend(["--set", change]);
+        }
         let output = finish(&mut mpirun(&experiment, 4, &args));
         assert!(output.status.success(), "{}", text(&output));
         let said = text(&output);
@@ -218,7 +220,7 @@ mod under_mpirun {
         let ours = curve(&experiment, "ours");
         let theirs = curve(&experiment, "theirs");
         assert_close(&ours, &theirs, 1e-5);
-        // The same layout twice is the same to the bit; and MPI's ranks go on from what Gloo's left.
+        // Two runs of one layout match bit for bit. A run under MPI resumes one under Gloo.
         args[3] = "run.dir=again";
         assert!(finish(&mut mpirun(&experiment, 4, &args)).status.success());
         assert_eq!(theirs, curve(&experiment, "again"));
@@ -226,7 +228,7 @@ mod under_mpirun {
         args.extend(["--set", "train.steps=10"]);
         let output = finish(&mut mpirun(&experiment, 4, &args));
         assert!(
-            text(&output).contains("going on from the checkpoint of step 8"),
+            text(&output).contains("resuming from the checkpoint of step 8"),
             "{}",
             text(&output)
         );

@@ -1,5 +1,5 @@
-//! Layout changes nothing: losses, gradient norms, every gradient and the trained weights of one rank come out of every
-//! layout, and a layout run twice gives the same bits.
+//! Layout changes nothing: every layout computes the losses, gradient norms, gradients and weights
+//! of one rank, and a layout that runs twice gives the same bits.
 
 use crate::agreement::{
     TIMEOUT, Trace, VOCAB, assert_same, distance, sigmoid, softmax, trace_of, trace_of_biased,
@@ -18,11 +18,13 @@ fn config(folder: &Path, parallel: &Value, micro_batch: usize, moe: &Value) -> C
     let config = json!({
         "run": {"dir": folder.join("run"), "device": "cpu", "seed": 5},
         "parallel": parallel,
-        "model": {"vocab_size": VOCAB, "hidden": 32, "layers": 3, "heads": 4, "kv_heads": 2, "ffn": 48, "dense_layers": 1,
+        "model": {"vocab_size": VOCAB, "hidden": 32, "layers": 3, "heads": 4, "kv_heads": 2,
+        "ffn": 48, "dense_layers": 1,
                   "moe": moe, "init_std": 0.1},
         "data": {"train": [{"path": folder.join("tokens")}], "sequence_length": 16},
         "train": {"steps": STEPS, "global_batch": 8, "micro_batch": micro_batch, "grad_clip": 0.5},
-        // A denominator that rounding cannot move: AdamW's first steps otherwise turn the sign of noise into a step.
+        // A large eps: AdamW's first steps would otherwise turn the sign of rounding noise into a
+        // step.
         "optimizer": {"eps": 1e-4},
         "schedule": {"constant": {"lr": 3e-3}},
         "checkpoint": {"every": 0},
@@ -30,7 +32,7 @@ fn config(folder: &Path, parallel: &Value, micro_batch: usize, moe: &Value) -> C
     serde_json::from_value(config).unwrap()
 }
 
-/// Experts shared out over so many ranks.
+/// Layouts with the given number of expert ranks.
 fn experts(ranks: usize) -> Value {
     json!({"expert": ranks})
 }
@@ -78,7 +80,7 @@ fn sigmoid_routing_with_bias_balanced_over_the_batch() {
     layouts_agree(&sigmoid("batch"));
 }
 
-/// A model of sizes that do not divide: 5 layers, 3 key heads for 6, a vocabulary of 61.
+/// A model whose sizes do not divide: 5 layers, 3 key heads for 6 heads, a vocabulary of 61.
 fn odd(folder: &Path, parallel: &Value, micro_batch: usize, tied: bool) -> Config {
     let mut config = config(folder, parallel, micro_batch, &softmax("sequence"));
     let model = &mut config.model;
@@ -162,11 +164,13 @@ fn every_axis_alone_and_some_together() {
         (1, json!({"recompute": {"layers": "all"}})),
         (
             2,
-            json!({"expert": 2, "recompute": {"layers": [1], "parts": ["norm", "attention", "dispatch", "experts"]}}),
+            json!({"expert": 2, "recompute": {"layers": [1], "parts": ["norm", "attention",
+                "dispatch", "experts"]}}),
         ),
         (
             4,
-            json!({"pipeline": 2, "tensor": 2, "vocabulary": "vocab-2", "schedule": "zb-h1", "expert": 2}),
+            json!({"pipeline": 2, "tensor": 2, "vocabulary": "vocab-2", "schedule": "zb-h1",
+                "expert": 2}),
         ),
         (
             4,
@@ -174,7 +178,8 @@ fn every_axis_alone_and_some_together() {
         ),
         (
             8,
-            json!({"pipeline": 2, "context": 2, "zero": 3, "vocabulary": "vocab-1", "recompute": {"layers": "all"}}),
+            json!({"pipeline": 2, "context": 2, "zero": 3, "vocabulary": "vocab-1",
+                "recompute": {"layers": "all"}}),
         ),
     ];
     for (ranks, parallel) in layouts {
@@ -183,7 +188,7 @@ fn every_axis_alone_and_some_together() {
     }
 }
 
-/// A router that is biased: most tokens choose experts 1 and 2 of 12, whatever they are.
+/// Biases the router: most tokens select experts 1 and 2 of 12.
 fn biased(trainer: &trainer::Trainer) {
     for (_, _, bias) in trainer.model().biases() {
         let _ = bias.narrow(0, 1, 2).fill_(0.5);
@@ -217,11 +222,13 @@ fn expert_lending_and_hierarchical_dispatch_change_nothing() {
         ),
         (
             4,
-            json!({"pipeline": 2, "expert": 2, "schedule": "zb-h1", "vocabulary": "vocab-2", "expert_chunks": 2}),
+            json!({"pipeline": 2, "expert": 2, "schedule": "zb-h1", "vocabulary": "vocab-2",
+                "expert_chunks": 2}),
         ),
         (
             4,
-            json!({"expert": 4, "ranks_per_node": 2, "recompute": {"layers": "all"}, "expert_chunks": 3}),
+            json!({"expert": 4, "ranks_per_node": 2, "recompute": {"layers": "all"},
+                "expert_chunks": 3}),
         ),
         (
             2,
@@ -346,7 +353,9 @@ fn a_run_that_lends_experts_leaves_the_checkpoint_of_one_that_does_not() {
         let paths = run_on_threads(4, TIMEOUT, move |world| {
             let mut trainer = trainer_on(world, config.clone());
             biased(&trainer);
-            (0..6).for_each(|_| drop(trainer.train_step(false).unwrap()));
+            for _ in 0..6 {
+                trainer.train_step(false).unwrap();
+            }
             trainer.save().unwrap()
         });
         checkpoint::Checkpoint::open(&paths[0]).unwrap()
@@ -416,7 +425,9 @@ fn a_checkpoint_of_four_ranks_resumes_in_any_layout() {
     let four = of(2);
     let unbroken = run_on_threads(4, TIMEOUT, move |world| {
         let mut trainer = trainer_on(world, four.clone());
-        (0..5).for_each(|_| drop(trainer.train_step(false).unwrap()));
+        for _ in 0..5 {
+            trainer.train_step(false).unwrap();
+        }
         trainer.save().unwrap();
         (0..5)
             .map(|_| trainer.train_step(false).unwrap().0.loss)
@@ -439,7 +450,7 @@ fn a_checkpoint_of_four_ranks_resumes_in_any_layout() {
         for (a, b) in resumed[0].iter().zip(&unbroken[0]) {
             assert!((a - b).abs() <= 1e-5 * b, "{ranks} ranks: {a} and {b}");
             if (ranks, expert) == (4, 2) {
-                assert_eq!(a, b, "the same layout goes on to the bit");
+                assert_eq!(a, b, "the same layout resumes to the bit");
             }
         }
     }
@@ -447,10 +458,12 @@ fn a_checkpoint_of_four_ranks_resumes_in_any_layout() {
 
 #[test]
 fn ranks_and_experts_without_tokens_train_on() {
-    // Far more experts than a microbatch of 16 tokens can use. (Not normalised: the one weight would always be 1.)
+    // Far more experts than a microbatch of 16 tokens can use. Routing weights are not normalized,
+    // because the single weight would always be 1.
     let folder = tempfile::tempdir().unwrap();
     write_data(folder.path());
-    let moe = json!({"experts": 64, "top_k": 1, "ffn": 8, "load_balance": 0.0, "router": {"normalize": false}});
+    let moe = json!({"experts": 64, "top_k": 1, "ffn": 8, "load_balance": 0.0,
+        "router": {"normalize": false}});
     let single = trace(folder.path(), 1, &experts(1), 1, &moe);
     let unused = single
         .first_gradients

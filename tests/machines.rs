@@ -1,18 +1,18 @@
-//! Runs over several machines: launchers and agents with addresses of their own, in network namespaces where this machine lets
-//! a test make them, else on one loopback device.
+//! Runs on several machines: each in a network namespace if this machine allows it, else all on the
+//! loopback device.
 
 use crate::fixture::{
-    Experiment, curve, finish, finish_child, said, signal, start, start_with_output_file,
-    steps_done, text, wait_for_output, wait_for_step,
+    Experiment, curve, finish, finish_child, launcher_output, signal, start,
+    start_with_output_file, steps_done, text, wait_for_output, wait_for_step,
 };
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Command, Output};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// Some machines, joined by a network.
+/// Machines joined by a network. Dropping this removes them.
 struct Network {
-    /// Names of namespaces; none where machines are only processes.
+    /// Empty if the machines are only processes.
     namespaces: Vec<String>,
     rdzv: String,
 }
@@ -33,25 +33,25 @@ impl Network {
         let names: Vec<String> = (0..machines)
             .map(|machine| format!("{id}n{machine}"))
             .collect();
-        // Each has a link to a namespace that forwards, so nothing of it is seen outside.
+        // Each links to a namespace that forwards, so nothing is visible outside.
         let mut made = ip(&format!("netns add {hub}"))
             && ip(&format!(
                 "netns exec {hub} sysctl -q -w net.ipv4.ip_forward=1"
             ));
         for (machine, name) in names.iter().enumerate() {
-            let its = format!("10.77.{number}.{}", 4 * machine + 2);
-            let hubs = format!("10.77.{number}.{}", 4 * machine + 1);
+            let own = format!("10.77.{number}.{}", 4 * machine + 2);
+            let gateway = format!("10.77.{number}.{}", 4 * machine + 1);
             made = made
                 && ip(&format!("netns add {name}"))
                 && ip(&format!(
                     "-n {name} link add eth type veth peer name m{machine} netns {hub}"
                 ))
-                && ip(&format!("-n {hub} addr add {hubs}/30 dev m{machine}"))
+                && ip(&format!("-n {hub} addr add {gateway}/30 dev m{machine}"))
                 && ip(&format!("-n {hub} link set m{machine} up"))
-                && ip(&format!("-n {name} addr add {its}/30 dev eth"))
+                && ip(&format!("-n {name} addr add {own}/30 dev eth"))
                 && ip(&format!("-n {name} link set eth up"))
                 && ip(&format!("-n {name} link set lo up"))
-                && ip(&format!("-n {name} route add default via {hubs}"));
+                && ip(&format!("-n {name} route add default via {gateway}"));
         }
         let mut network = Network {
             namespaces: names,
@@ -71,7 +71,7 @@ impl Network {
         network
     }
 
-    /// `moerun train` of two ranks on a machine.
+    /// Returns the command that trains with two ranks on a machine.
     fn machine(
         &self,
         experiment: &Experiment,
@@ -113,22 +113,22 @@ impl Network {
 
 impl Drop for Network {
     fn drop(&mut self) {
-        // Keepers outlive their launchers, and nobody outside reaches those in a namespace.
+        // Keepers outlive their launchers, and cannot be reached from outside a namespace.
         for name in &self.namespaces {
             let inside = Command::new("ip").args(["netns", "pids", name]).output();
             let inside = inside.map_or(String::new(), |output| {
                 String::from_utf8_lossy(&output.stdout).into_owned()
             });
-            inside
-                .split_whitespace()
-                .for_each(|pid| drop(Command::new("kill").args(["-KILL", pid]).status()));
+            for pid in inside.split_whitespace() {
+                let _ = Command::new("kill").args(["-KILL", pid]).status();
+            }
         }
         self.remove();
     }
 }
 
-/// Starts all machines of a run, the head last: agents wait for it.
-fn all(
+/// Starts all machines of a run, the launcher last: agents wait for it.
+fn start_all(
     network: &Network,
     experiment: &Experiment,
     machines: usize,
@@ -140,7 +140,7 @@ fn all(
     children
 }
 
-fn ended(children: Vec<Child>) -> Vec<Output> {
+fn finish_all(children: Vec<Child>) -> Vec<Output> {
     let outputs: Vec<Output> = children.into_iter().map(finish_child).collect();
     let said: Vec<String> = outputs.iter().map(text).collect();
     assert!(
@@ -150,7 +150,7 @@ fn ended(children: Vec<Child>) -> Vec<Output> {
     outputs
 }
 
-/// The processes that an agent has started, and their children.
+/// Returns the processes that an agent has started.
 fn children_of(pid: u32) -> Vec<String> {
     let entries = std::fs::read_dir("/proc").unwrap().flatten();
     let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
@@ -165,17 +165,19 @@ fn children_of(pid: u32) -> Vec<String> {
         .collect()
 }
 
-/// The whole of a machine goes at once.
-fn lose(agent: &mut Child) {
+/// Kills an agent and all that it started.
+fn kill_machine(agent: &mut Child) {
     // `ip netns exec` becomes the command itself.
     let all = children_of(agent.id());
     agent.kill().unwrap();
-    all.iter().for_each(|pid| signal(pid, "KILL"));
+    for pid in &all {
+        signal(pid, "KILL");
+    }
     agent.wait().unwrap();
 }
 
 #[test]
-fn a_run_over_two_machines_is_that_of_one_to_the_bit() {
+fn a_run_on_two_machines_matches_one_machine_bit_for_bit() {
     let experiment = Experiment::new();
     let network = Network::new(2);
     assert!(
@@ -183,7 +185,7 @@ fn a_run_over_two_machines_is_that_of_one_to_the_bit() {
             .status
             .success()
     );
-    let outputs = ended(all(
+    let outputs = finish_all(start_all(
         &network,
         &experiment,
         2,
@@ -233,24 +235,23 @@ fn a_lost_rank_and_a_lost_machine_are_recovered() {
     let step = steps_done(&experiment, "run");
     wait_for_step(&experiment, "run", step + 30);
     signal(&crate::fixture::rank_process(&experiment, 3), "KILL");
-    wait_for_output(&experiment, "going on from the snapshot of step", 1);
+    wait_for_output(&experiment, "resuming from the snapshot of step", 1);
     let step = steps_done(&experiment, "run");
     wait_for_step(&experiment, "run", step + 35);
-    // Its ranks, its keeper and its agent; a scheduler starts it again.
-    lose(&mut first);
-    ended(vec![head, agent()]);
-    let said = said(&experiment);
+    // The ranks, the keeper and the agent die; then a scheduler restarts the agent.
+    kill_machine(&mut first);
+    finish_all(vec![head, agent()]);
+    let said = launcher_output(&experiment);
     assert!(
-        said.contains("training goes on")
-            && said.contains("rank 3 failed: it was ended by SIGKILL"),
+        said.contains("training continues") && said.contains("rank 3 failed: killed by SIGKILL"),
         "{said}"
     );
     assert!(
-        said.contains("machine 1 is gone; node 1 is lost") && said.contains("rebuilt from"),
+        said.contains("machine 1 is gone; lost node 1: ") && said.contains("rebuilt from"),
         "{said}"
     );
     assert_eq!(
-        said.matches("going on from the snapshot of step").count(),
+        said.matches("resuming from the snapshot of step").count(),
         2,
         "{said}"
     );
@@ -282,12 +283,12 @@ fn a_spare_machine_takes_the_place_of_a_lost_one() {
     };
     let mut run: Vec<Child> = (0..3).map(machine).collect();
     wait_for_step(&experiment, "run", 30);
-    lose(&mut run[1]);
+    kill_machine(&mut run[1]);
     let spare = run.pop().unwrap();
-    let outputs = ended(vec![run.remove(0), spare]);
+    let outputs = finish_all(vec![run.remove(0), spare]);
     let said = text(&outputs[0]);
     assert!(
-        said.contains("node 1 is lost: 1 spare node took over"),
+        said.contains("lost node 1: 1 spare node took over"),
         "{said}"
     );
     assert_eq!(curve(&experiment, "run"), curve(&experiment, "alone"));
@@ -297,7 +298,7 @@ fn a_spare_machine_takes_the_place_of_a_lost_one() {
 fn a_signal_to_the_launcher_stops_every_machine_with_a_checkpoint() {
     let experiment = Experiment::new();
     let network = Network::new(2);
-    let run = all(&network, &experiment, 2, &["train.steps=100000"]);
+    let run = start_all(&network, &experiment, 2, &["train.steps=100000"]);
     wait_for_step(&experiment, "run", 10);
     signal(&run[0].id().to_string(), "TERM");
     for child in run {
@@ -310,8 +311,8 @@ fn a_signal_to_the_launcher_stops_every_machine_with_a_checkpoint() {
             .path(&format!("run/checkpoints/step-{step:08}"))
             .exists()
     );
-    // And a launcher that is killed takes everything with it.
-    let mut run = all(&network, &experiment, 2, &["train.steps=100000"]);
+    // A killed launcher takes all ranks with it.
+    let mut run = start_all(&network, &experiment, 2, &["train.steps=100000"]);
     wait_for_step(&experiment, "run", step + 5);
     run[0].kill().unwrap();
     let agent = finish_child(run.pop().unwrap());
@@ -337,7 +338,7 @@ fn a_hostfile_starts_the_other_machines() {
         "127.0.0.1 slots=2\nelsewhere slots=2\n",
     )
     .unwrap();
-    // What ssh does, without a network: the host's name, then a command for its shell.
+    // Stands in for ssh: takes the host's name, then a command for its shell.
     let ssh = experiment.path("ssh");
     std::fs::write(
         &ssh,
@@ -383,7 +384,7 @@ fn wrong_machines_are_refused() {
         experiment
             .train(2, &[])
             .args(["--nnodes", "2", "--rdzv", "nowhere"]),
-        "it has the form HOST:PORT",
+        "it must have the form HOST:PORT",
     );
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let rdzv = taken.local_addr().unwrap().to_string();
@@ -397,7 +398,7 @@ fn wrong_machines_are_refused() {
         &mut network.machine(&experiment, 0, 2, &["run.timeout_s=1"]),
         "machines 1 did not join within 1s",
     );
-    // While a launcher waits: another number of ranks, a number that is none, one that is taken.
+    // While a launcher waits: a wrong number of ranks, a node rank out of range, a taken one.
     let mut head = start(&mut network.machine(&experiment, 0, 2, &[]));
     let mut other = experiment.train(3, &[]);
     refused(
@@ -406,7 +407,7 @@ fn wrong_machines_are_refused() {
     );
     refused(
         &mut network.machine(&experiment, 2, 3, &[]),
-        "--node-rank 2 is none of 1 to 1 that may join",
+        "--node-rank 2 is not between 1 and 1",
     );
     let mut first = start(&mut network.machine(&experiment, 1, 2, &["train.steps=100000"]));
     let began = Instant::now();
@@ -417,7 +418,7 @@ fn wrong_machines_are_refused() {
     }
     refused(
         &mut network.machine(&experiment, 1, 2, &[]),
-        "there is a machine with --node-rank 1 already",
+        "--node-rank 1 has already joined",
     );
     head.kill().unwrap();
     head.wait().unwrap();

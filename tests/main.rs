@@ -1,5 +1,6 @@
-//! Whole-system tests: real processes, real faults. One program, which is built faster than one for each file, and in which the tests of
-//! one file run while those of another wait.
+//! Whole-system tests with real processes and real faults.
+//!
+//! One test binary builds faster than one per file, and runs tests of several files at once.
 
 mod agreement;
 mod ascend;

@@ -1,4 +1,4 @@
-//! What measures: benches print what they promise, and a traced step accounts for its time. (No time is judged.)
+//! Benches print the documented keys, and a traced step accounts for its time. No time is asserted.
 
 use crate::fixture::{Experiment, finish, text};
 use serde_json::Value;
@@ -44,7 +44,7 @@ fn every_collective_is_measured_against_gloo() {
             _ => &["moerun", "gloo composed"],
         };
         assert_eq!(sides, expected, "{operation}");
-        // Others may be held up for as long as makes ours nothing beside it.
+        // The others may be delayed so much that the ratio is zero.
         assert!(
             line["vs_fastest_other"]
                 .as_f64()
@@ -98,7 +98,8 @@ fn a_profiled_step_is_the_sum_of_its_parts() {
             .as_f64()
             .unwrap()
     };
-    // 2 x 2048 tokens x 2 choices x 3 matrices of 256 x 512 in 4 layers, forward and for the inputs' gradients; and the weights'.
+    // FLOPs of 2048 tokens x top-2 x 3 matrices of 256 x 512 in 4 layers: forward and input
+    // gradients, then weight gradients.
     let once = 2.0 * 2048.0 * 2.0 * 3.0 * 256.0 * 512.0 * 4.0 * 1e-9;
     assert!(
         (gflop("gemm of experts") / (2.0 * once) - 1.0).abs() < 1e-3,

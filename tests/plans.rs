@@ -1,4 +1,4 @@
-//! `moerun plan` as a person uses it.
+//! The output of `moerun plan` and its errors.
 
 use crate::fixture::{Experiment, finish, text};
 
@@ -98,7 +98,7 @@ fn a_mesh_names_every_rank_and_shares_out_every_parameter() {
         let rows = plan(ranks, parallel);
         assert_eq!(rows.len().to_string(), ranks);
         let held = parameters(&rows);
-        // Norms and routers are on every tensor rank.
+        // Every tensor rank holds the norms and routers.
         assert!(
             held >= one && held < one + one / 20,
             "{parallel}: {held} and {one}"
@@ -106,7 +106,7 @@ fn a_mesh_names_every_rank_and_shares_out_every_parameter() {
     }
     let output = finish(&mut experiment.moerun(&["plan", "mesh", "small.yaml", "-n", "3"]));
     assert!(
-        !output.status.success() && text(&output).contains("cannot run on 3 rank(s)"),
+        !output.status.success() && text(&output).contains("cannot run on 3 ranks"),
         "{}",
         text(&output)
     );

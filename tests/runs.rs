@@ -1,4 +1,5 @@
-//! Runs of real processes, and real faults: kill -9, signals, damaged and unwritable files, torchrun's environment.
+//! Runs of real processes with real faults: kill -9, signals, damaged and unwritable files; and
+//! torchrun's environment.
 
 use crate::fixture::{
     Experiment, curve, finish, finish_child, rank_process, signal, start, steps_done, text,
@@ -8,8 +9,8 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command};
 use std::time::SystemTime;
 
-/// Steps take milliseconds here: where each has a snapshot, a checkpoint that is due finds no free slot and is written a few
-/// steps later.
+/// Steps take milliseconds here: with a snapshot at each, a due checkpoint finds no free slot and is
+/// written a few steps later.
 const SNAPSHOT_EVERY_5: &str = "snapshot.every=5";
 
 #[test]
@@ -32,7 +33,7 @@ fn killed_at_any_moment_it_resumes_bit_for_bit() {
         launcher.kill().unwrap();
         launcher.wait().unwrap();
         experiment.assert_only_keepers();
-        // Without what is in memory, a checkpoint is all there is.
+        // Without the keepers, only a checkpoint is left.
         if part == 1 {
             assert!(
                 finish(&mut experiment.moerun(&["keeper", "stop", "broken"]))
@@ -45,7 +46,7 @@ fn killed_at_any_moment_it_resumes_bit_for_bit() {
     let resumed = finish(&mut experiment.train(4, &[steps, "run.dir=broken"]));
     assert!(resumed.status.success(), "{}", text(&resumed));
     assert!(
-        text(&resumed).contains("going on from the checkpoint of step"),
+        text(&resumed).contains("resuming from the checkpoint of step"),
         "{}",
         text(&resumed)
     );
@@ -73,7 +74,7 @@ fn a_killed_rank_ends_the_run_by_name_and_leaves_no_orphan() {
     let said = text(&output);
     assert!(
         said.contains("the state of step"),
-        "what was in memory only is a checkpoint now: {said}"
+        "the state in memory became a checkpoint: {said}"
     );
     assert!(
         said.trim_end()
@@ -81,7 +82,7 @@ fn a_killed_rank_ends_the_run_by_name_and_leaves_no_orphan() {
             .rev()
             .nth(1)
             .unwrap()
-            .starts_with("rank 2 failed: it was ended by SIGKILL"),
+            .starts_with("error: rank 2 failed: killed by SIGKILL"),
         "{said}"
     );
     assert!(said.trim_end().ends_with("rank-2.log"), "{said}");
@@ -127,7 +128,7 @@ fn sigterm_and_sigint_write_a_checkpoint() {
             text(&output)
         );
         assert!(
-            text(&output).contains("the same command goes on from there"),
+            text(&output).contains("run the same command to resume"),
             "{}",
             text(&output)
         );
@@ -170,7 +171,7 @@ fn a_truncated_checkpoint_is_refused_by_name_and_the_one_before_is_used() {
         "{said}"
     );
     assert!(
-        said.contains("going on from the checkpoint of step 5"),
+        said.contains("resuming from the checkpoint of step 5"),
         "{said}"
     );
     let steps: Vec<_> = curve(&experiment, "run")
@@ -180,10 +181,10 @@ fn a_truncated_checkpoint_is_refused_by_name_and_the_one_before_is_used() {
     assert_eq!(
         steps.iter().filter(|&&step| step == 7).count(),
         1,
-        "steps done again are there once: {steps:?}"
+        "a repeated step is listed once: {steps:?}"
     );
 
-    // With all of them damaged nothing is overwritten.
+    // If all checkpoints are damaged, nothing is overwritten.
     for entry in std::fs::read_dir(experiment.path("run/checkpoints")).unwrap() {
         std::fs::write(entry.unwrap().path().join("manifest.json"), "{").unwrap();
     }
@@ -199,7 +200,7 @@ fn a_truncated_checkpoint_is_refused_by_name_and_the_one_before_is_used() {
 #[test]
 fn a_checkpoint_that_cannot_be_written_does_not_end_the_run() {
     let experiment = Experiment::new();
-    // A file where a checkpoint's folder is to be made: the write fails.
+    // A file in place of a checkpoint's folder makes the write fail.
     std::fs::create_dir_all(experiment.path("run/checkpoints")).unwrap();
     std::fs::write(
         experiment.path("run/checkpoints/step-00000005.writing"),
@@ -214,16 +215,16 @@ fn a_checkpoint_that_cannot_be_written_does_not_end_the_run() {
     let output = finish(&mut experiment.train(2, &["train.steps=42", SNAPSHOT_EVERY_5]));
     let said = text(&output);
     assert!(
-        said.contains("warning: no checkpoint at step 5") && said.contains("training goes on"),
+        said.contains("warning: no checkpoint at step 5") && said.contains("training continues"),
         "{said}"
     );
     assert_eq!(steps_done(&experiment, "run"), 42);
-    // The last one is what the run was for.
+    // A run without its last checkpoint fails.
     assert!(
         !output.status.success() && said.contains("the state is still in memory"),
         "{said}"
     );
-    // With room, the same command writes it.
+    // Once it can be written, the same command does so.
     std::fs::remove_file(experiment.path("run/checkpoints/step-00000042.writing")).unwrap();
     let again = finish(&mut experiment.train(2, &["train.steps=42"]));
     assert!(
@@ -236,7 +237,7 @@ fn a_checkpoint_that_cannot_be_written_does_not_end_the_run() {
             .path("run/checkpoints/step-00000042/manifest.json")
             .exists()
     );
-    // Between the two there was room. (Which steps: a disk that is busy gets the newest one next.)
+    // Between the two, checkpoints could be written. (Not at fixed steps: a busy disk gets the newest.)
     let between = |step: u64| {
         experiment
             .path(&format!("run/checkpoints/step-{step:08}/manifest.json"))
@@ -250,15 +251,13 @@ fn a_full_disk_loses_nothing_that_was_saved() {
     let experiment = Experiment::new();
     let disk = experiment.path("run");
     std::fs::create_dir(&disk).unwrap();
-    // Enough for two checkpoints of about 0.5 MB, not for a third one beside them.
+    // Room for two checkpoints of about 0.5 MB, but not for three.
     let mount = Command::new("mount")
         .args(["-t", "tmpfs", "-o", "size=1400k", "tmpfs"])
         .arg(&disk)
         .output();
     if !mount.is_ok_and(|output| output.status.success()) {
-        eprintln!(
-            "this machine does not let a test mount a small disk; the unwritable folder above stands for it"
-        );
+        eprintln!("skipped: this machine does not let a test mount a small disk");
         return;
     }
     let output = finish(&mut experiment.train(2, &["train.steps=30", "checkpoint.keep=9"]));
@@ -285,7 +284,9 @@ fn a_full_disk_loses_nothing_that_was_saved() {
         .unwrap()
         .success();
     assert!(
-        unmounted && said.contains("No space left on device") && said.contains("training goes on"),
+        unmounted
+            && said.contains("No space left on device")
+            && said.contains("training continues"),
         "{said}"
     );
     assert!(!kept.is_empty() && whole, "{kept:?}");
@@ -409,7 +410,7 @@ fn a_trained_model_writes_text() {
     );
     assert_eq!(first, write(&[]), "the same seed gives the same text");
     assert_ne!(first, write(&["--seed", "1"]));
-    // The run's folder is enough: the data may be gone.
+    // The run's folder is enough, without the data.
     std::fs::remove_dir_all(experiment.path("data")).unwrap();
     assert_eq!(first, write(&[]));
 }

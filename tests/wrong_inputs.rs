@@ -1,10 +1,11 @@
-//! What people get wrong: each mistake is one clear message, a non-zero status within seconds, and no process left.
+//! Wrong inputs: each ends within seconds in one clear message and a non-zero status, and leaves no
+//! process.
 
 use crate::fixture::{Experiment, finish, text};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// Runs `command` and expects it to fail soon, saying all of `words`.
+/// Asserts that `command` fails soon and that its message contains all of `words`.
 fn refused(experiment: &Experiment, command: &mut Command, words: &[&str]) {
     let started = Instant::now();
     let output = finish(command);
@@ -27,7 +28,7 @@ fn refused(experiment: &Experiment, command: &mut Command, words: &[&str]) {
     experiment.assert_no_orphans();
 }
 
-/// The configuration with one piece of text changed.
+/// Returns the configuration with one part of its text replaced.
 fn changed(experiment: &Experiment, from: &str, to: &str) {
     let config = std::fs::read_to_string(experiment.path("small.yaml")).unwrap();
     assert!(config.contains(from));
@@ -94,7 +95,8 @@ fn snapshots_and_restarts() {
         (
             "snapshot.redundancy={copies: 1}",
             vec![
-                "snapshot.redundancy: a copy on another node needs at least 2 nodes, and there is 1",
+                "snapshot.redundancy: a copy on another node needs at least 2 nodes, and there is \
+                 1",
             ],
         ),
         (
@@ -139,7 +141,7 @@ fn snapshots_and_restarts() {
     refused(
         &experiment,
         &mut experiment.train(2, &[]),
-        &["keepers.json is damaged; remove it"],
+        &["keepers.json is damaged", "hint: remove it"],
     );
 }
 
@@ -157,7 +159,7 @@ fn nodes_that_do_not_divide() {
         &experiment,
         &mut train,
         &[
-            "nodes of 3 ranks do not have as many each of the ranks [0, 1, 2, 3]",
+            "nodes of 3 ranks do not divide the expert ranks [0, 1, 2, 3]",
             "parallel.expert",
         ],
     );
@@ -288,12 +290,14 @@ fn numbers_that_do_not_divide() {
         ),
         (
             2,
-            "model.moe={experts: 4, top_k: 2, ffn: 32, dispatch: least_loaded, least_loaded: {capacity: 0.5}}",
+            "model.moe={experts: 4, top_k: 2, ffn: 32, dispatch: least_loaded, least_loaded: \
+             {capacity: 0.5}}",
             vec!["model.moe.least_loaded.capacity is 0.5"],
         ),
         (
             2,
-            "model.moe={experts: 4, top_k: 2, ffn: 32, dispatch: least_loaded, least_loaded: {min_tokens: few}}",
+            "model.moe={experts: 4, top_k: 2, ffn: 32, dispatch: least_loaded, least_loaded: \
+             {min_tokens: few}}",
             vec!["min_tokens", "a number of tokens, or measured"],
         ),
         (
@@ -440,7 +444,7 @@ fn places_and_ports() {
     refused(
         &experiment,
         &mut experiment.train(2, &["run.dir=occupied"]),
-        &["cannot make the run's folder", "occupied"],
+        &["cannot create the run's folder", "occupied"],
     );
 
     let mut alone = experiment.train(1, &[]);
@@ -511,7 +515,7 @@ fn runs_that_do_not_fit_their_checkpoints_or_diverge() {
         &mut experiment.moerun(&["generate", "--checkpoint", "data"]),
         &["there is no checkpoint in data"],
     );
-    let mut foreign = experiment.moerun(&[
+    let mut wrong_tokenizer = experiment.moerun(&[
         "generate",
         "--checkpoint",
         "run",
@@ -520,7 +524,7 @@ fn runs_that_do_not_fit_their_checkpoints_or_diverge() {
     ]);
     refused(
         &experiment,
-        &mut foreign,
+        &mut wrong_tokenizer,
         &["cannot read the tokenizer small.yaml"],
     );
 }

@@ -86,7 +86,7 @@ pub(crate) struct ChaosArgs {
     pub(crate) faults: usize,
     /// Which kinds, at random
     #[arg(long, value_delimiter = ',', default_value = "kill")]
-    pub(crate) kinds: Vec<crate::chaos::FaultKind>,
+    pub(crate) kinds: Vec<crate::fault::FaultKind>,
     /// Steps between faults, in the mean
     #[arg(long, default_value_t = 5)]
     pub(crate) gap: u64,

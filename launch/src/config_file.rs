@@ -1,22 +1,27 @@
-//! Configurations as files: parsing with positions, changes from the command line, checks, the schema.
+//! Configuration files: parsing, changes from the command line, checks and the schema.
 
 use crate::cli::{CheckArgs, ConfigArgs};
 use anyhow::{Context, Result, anyhow, bail};
-use serde_json::Value;
+use serde_json::{Map, Value, json};
 use std::process::ExitCode;
-use trainer::config::Config;
+use trainer::config::{Config, Renamed, renamed_keys};
+
+/// Similarity (Jaro-Winkler) from which a known name is suggested for an unknown one.
+const MIN_SIMILARITY: f64 = 0.7;
 
 /// Reads a configuration and applies `--set`.
+///
+/// # Errors
+/// If the file or a change is wrong: where it is, and the nearest name that exists.
 pub(crate) fn load(args: &ConfigArgs) -> Result<Config> {
     let path = args.config.display();
     let text = std::fs::read_to_string(&args.config)
         .with_context(|| format!("cannot open the configuration {path}"))?;
+    refuse_old_names(args, &text)?;
     let config: Config = serde_saphyr::from_str(&text).map_err(|error| {
         let message = error.to_string().replace("<input>", &path.to_string());
-        anyhow!(
-            "{path}: {}",
-            with_hint(message.strip_prefix("error: ").unwrap_or(&message))
-        )
+        let message = message.strip_prefix("error: ").unwrap_or(&message);
+        anyhow!("{path}: {}", with_hint(message))
     })?;
     if args.set.is_empty() {
         return Ok(config);
@@ -26,144 +31,199 @@ pub(crate) fn load(args: &ConfigArgs) -> Result<Config> {
         apply(&mut value, change)?;
     }
     serde_path_to_error::deserialize(value).map_err(|error| {
-        let path = error.path().to_string();
-        anyhow!(
-            "--set {path}: {}",
-            with_hint(&error.into_inner().to_string())
-        )
+        let key = error.path().to_string();
+        let message = error.into_inner().to_string();
+        anyhow!("--set {key}: {}", with_hint(&message))
     })
 }
 
-/// Refuses a configuration that cannot run on `ranks` ranks, with every reason.
+/// Refuses keys and values of the previous version, with all their new names in one message.
+fn refuse_old_names(args: &ConfigArgs, text: &str) -> Result<()> {
+    // The typed parser reports text that is no YAML, with the position.
+    let file: Value = serde_saphyr::from_str(text).unwrap_or_default();
+    let mut found = renamed_keys(&file);
+    let mut sources = Vec::new();
+    if !found.is_empty() {
+        sources.push(args.config.display().to_string());
+    }
+    let changes = args.set.iter().filter_map(|change| change_alone(change));
+    let in_changes: Vec<Renamed> = changes.flat_map(|change| renamed_keys(&change)).collect();
+    if !in_changes.is_empty() {
+        sources.push("--set".to_string());
+    }
+    for renamed in in_changes {
+        if !found.contains(&renamed) {
+            found.push(renamed);
+        }
+    }
+    if found.is_empty() {
+        return Ok(());
+    }
+    let count = match found.len() {
+        1 => "1 key has a new name".to_string(),
+        count => format!("{count} keys have new names"),
+    };
+    let list: String = found
+        .iter()
+        .map(|renamed| format!("\n  {renamed}"))
+        .collect();
+    bail!(
+        "{}: {count}{list}\nhint: rename them; nothing else changed",
+        sources.join(" and ")
+    );
+}
+
+/// Returns a configuration with nothing but this change, or None if its value is no YAML.
+fn change_alone(change: &str) -> Option<Value> {
+    let (path, text) = change.split_once('=')?;
+    let mut value: Value = serde_saphyr::from_str(text).ok()?;
+    for key in path.rsplit('.') {
+        value = match key.parse::<usize>() {
+            Ok(_) => json!([value]),
+            Err(_) => json!({ key: value }),
+        };
+    }
+    Some(value)
+}
+
+/// Refuses a configuration that cannot run on `ranks` ranks.
+///
+/// # Errors
+/// If it cannot: every reason.
 pub(crate) fn refuse_problems(args: &ConfigArgs, config: &Config, ranks: usize) -> Result<()> {
     if ranks == 0 {
-        bail!("--nproc-per-node is 0; at least one rank is needed");
+        bail!("-n is 0: at least one rank is needed");
     }
     let problems = config.problems(ranks);
-    if !problems.is_empty() {
-        bail!(
-            "{} cannot run on {ranks} rank(s):\n  - {}",
-            args.config.display(),
-            problems.join("\n  - ")
-        );
+    if problems.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    let plural = if ranks == 1 { "" } else { "s" };
+    bail!(
+        "{}: cannot run on {ranks} rank{plural}:\n  - {}",
+        args.config.display(),
+        problems.join("\n  - ")
+    );
 }
 
 /// `moerun config check`.
 pub(crate) fn check(args: &CheckArgs) -> Result<ExitCode> {
+    let ranks = args.nproc_per_node;
     let config = load(&args.config)?;
-    refuse_problems(&args.config, &config, args.nproc_per_node)?;
-    let mesh = config
-        .mesh(0, args.nproc_per_node)
-        .map_err(|e| anyhow!(e))?;
-    println!(
-        "# {} is fine on {mesh}. With all defaults it is:",
-        args.config.config.display()
-    );
-    print!(
-        "{}",
-        serde_saphyr::to_string(&config).context("cannot write the configuration")?
-    );
+    refuse_problems(&args.config, &config, ranks)?;
+    let mesh = config.mesh(0, ranks).map_err(|error| anyhow!(error))?;
+    let yaml = serde_saphyr::to_string(&config).context("cannot write the configuration")?;
+    let path = args.config.config.display();
+    println!("# {path}: ok on {mesh}. With all defaults:");
+    print!("{yaml}");
     Ok(ExitCode::SUCCESS)
 }
 
 /// `moerun config schema`.
 pub(crate) fn print_schema() -> Result<ExitCode> {
-    let schema = schemars::schema_for!(Config);
-    println!("{}", serde_json::to_string_pretty(&schema)?);
+    print!("{}", schema());
     Ok(ExitCode::SUCCESS)
+}
+
+/// Returns the JSON schema of configurations, as text.
+pub(crate) fn schema() -> String {
+    let schema = schemars::schema_for!(Config);
+    let text = serde_json::to_string_pretty(&schema).expect("a schema is plain data");
+    text + "\n"
 }
 
 /// Sets one dotted key, which must exist or be optional in the configuration's type.
 fn apply(root: &mut Value, change: &str) -> Result<()> {
-    let (path, text) = change
-        .split_once('=')
-        .ok_or_else(|| anyhow!("--set {change}: write KEY=VALUE, such as train.steps=100"))?;
+    let Some((path, text)) = change.split_once('=') else {
+        bail!("--set {change}: no value\nhint: write KEY=VALUE, such as train.steps=100");
+    };
     let new: Value = serde_saphyr::from_str(text)
-        .map_err(|e| anyhow!("--set {change}: the value is not YAML: {e}"))?;
-    let mut place = root;
+        .map_err(|error| anyhow!("--set {change}: the value is not YAML: {error}"))?;
+    let mut target = root;
     let mut walked = String::new();
     for key in path.split('.') {
-        let here = if walked.is_empty() {
-            "the configuration".to_string()
-        } else {
-            walked.clone()
-        };
-        place = match place {
-            Value::Object(map) => {
-                if !map.contains_key(key) {
-                    let known: Vec<&str> = map.keys().map(String::as_str).collect();
-                    let hint = nearest(key, known.iter().copied())
-                        .map_or(String::new(), |near| format!("; did you mean {near}?"));
-                    bail!(
-                        "--set {path}: {here} has no key {key}, only {}{hint}",
-                        known.join(", ")
-                    );
-                }
-                map.get_mut(key).expect("just looked up")
-            }
-            Value::Array(list) => {
-                let len = list.len();
-                let index: Option<usize> = key.parse().ok();
-                index.and_then(|index| list.get_mut(index)).ok_or_else(|| {
-                    anyhow!("--set {path}: {here} is a list of {len}; write a position from 0 in place of {key}")
-                })?
-            }
-            // An optional section that is not there yet: its keys are checked when all is parsed again.
-            Value::Null => {
-                *place = Value::Object(serde_json::Map::new());
-                let map = place.as_object_mut().expect("just made");
-                map.entry(key).or_insert(Value::Null)
-            }
-            _ => bail!("--set {path}: {here} is a value and has no key {key}"),
-        };
-        walked = if walked.is_empty() {
-            key.to_string()
-        } else {
-            format!("{walked}.{key}")
-        };
+        target = child(target, key, &walked).map_err(|error| anyhow!("--set {path}: {error}"))?;
+        if !walked.is_empty() {
+            walked.push('.');
+        }
+        walked.push_str(key);
     }
-    *place = new;
+    *target = new;
     Ok(())
 }
 
-/// Adds the nearest valid key to a message about an unknown one.
-fn with_hint(message: &str) -> String {
-    let first = message.lines().next().unwrap_or(message);
-    let quoted = |text: &str| {
-        text.split('`')
-            .skip(1)
-            .step_by(2)
-            .map(str::to_string)
-            .collect::<Vec<_>>()
+/// Returns the value of `key` in `parent`, which is at the dotted path `path`.
+fn child<'a>(parent: &'a mut Value, key: &str, path: &str) -> Result<&'a mut Value> {
+    let here = match path {
+        "" => "the configuration",
+        path => path,
     };
-    for word in ["unknown field", "unknown variant"] {
-        let Some((_, rest)) = first.split_once(word) else {
-            continue;
-        };
-        let names = quoted(rest);
-        let Some(wrong) = names.first() else { continue };
-        let mut known: Vec<String> = names[1..].to_vec();
-        if known.is_empty() {
-            let list = rest.split_once("expected").map_or("", |(_, list)| list);
-            known = list
-                .trim_start_matches(" one of")
-                .split(',')
-                .map(|name| name.trim().to_string())
-                .collect();
-        }
-        if let Some(near) = nearest(wrong, known.iter().map(String::as_str)) {
-            return format!("{message}\nhint: did you mean {near}?");
-        }
+    // Keys of an optional section that is not set are checked when the whole is parsed again.
+    if parent.is_null() {
+        *parent = json!({ key: null });
     }
-    message.to_string()
+    match parent {
+        Value::Object(section) => {
+            if !section.contains_key(key) {
+                bail!("{}", unknown_key(section, key, here));
+            }
+            Ok(&mut section[key])
+        }
+        Value::Array(list) => {
+            let len = list.len();
+            let index: Option<usize> = key.parse().ok();
+            let entry = index.and_then(|index| list.get_mut(index));
+            entry.ok_or_else(|| {
+                anyhow!(
+                    "{here} is a list of {len}, which has no {key}\nhint: write a position from 0"
+                )
+            })
+        }
+        _ => bail!("{here} is a value and has no key {key}"),
+    }
+}
+
+fn unknown_key(section: &Map<String, Value>, key: &str, here: &str) -> String {
+    let known: Vec<&str> = section.keys().map(String::as_str).collect();
+    let message = format!("{here} has no key {key}, only {}", known.join(", "));
+    match nearest(key, known.into_iter()) {
+        Some(near) => format!("{message}\nhint: did you mean {near}?"),
+        None => message,
+    }
+}
+
+/// Adds the nearest known name to a message of serde about an unknown one.
+fn with_hint(message: &str) -> String {
+    let first_line = message.lines().next().unwrap_or(message);
+    let nearest = ["unknown field", "unknown variant"]
+        .iter()
+        .filter_map(|kind| first_line.split_once(kind))
+        .find_map(|(_, rest)| nearest_of_list(rest));
+    match nearest {
+        Some(near) => format!("{message}\nhint: did you mean {near}?"),
+        None => message.to_string(),
+    }
+}
+
+/// Returns the known name that is most like the unknown one.
+///
+/// `text` is "`wrong`, expected one of `a`, `b`", or the same without quotes around the known names.
+fn nearest_of_list(text: &str) -> Option<String> {
+    let mut quoted = text.split('`').skip(1).step_by(2);
+    let wrong = quoted.next()?;
+    let mut known: Vec<&str> = quoted.collect();
+    if known.is_empty() {
+        let list = text.split_once("expected").map_or("", |(_, list)| list);
+        let list = list.trim_start_matches(" one of");
+        known = list.split(',').map(str::trim).collect();
+    }
+    nearest(wrong, known.into_iter()).map(str::to_string)
 }
 
 fn nearest<'a>(wrong: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     known
         .map(|name| (strsim::jaro_winkler(wrong, name), name))
-        .filter(|(likeness, _)| *likeness > 0.7)
+        .filter(|(similarity, _)| *similarity > MIN_SIMILARITY)
         .max_by(|a, b| a.0.total_cmp(&b.0))
         .map(|(_, name)| name)
 }
@@ -185,7 +245,7 @@ train: {steps: 10, global_batch: 4, micro_batch: 2}
         std::fs::write(&config, text).unwrap();
         load(&ConfigArgs {
             config,
-            set: set.iter().map(|s| s.to_string()).collect(),
+            set: set.iter().map(|change| change.to_string()).collect(),
         })
     }
 
@@ -194,35 +254,33 @@ train: {steps: 10, global_batch: 4, micro_batch: 2}
     }
 
     #[test]
-    fn a_typo_has_a_place_and_a_suggestion() {
+    fn a_typo_has_a_position_and_a_suggestion() {
         let error = refused(&SMALL.replace("micro_batch", "mikro_batch"), &[]);
-        assert!(
-            error.contains("x.yaml") && error.contains("line 5") && error.contains("mikro_batch"),
-            "{error}"
-        );
-        assert!(error.contains("did you mean micro_batch?"), "{error}");
+        for word in [
+            "x.yaml",
+            "line 5",
+            "mikro_batch",
+            "did you mean micro_batch?",
+        ] {
+            assert!(error.contains(word), "{word}: {error}");
+        }
     }
 
     #[test]
     fn values_can_be_set() {
-        let config = with(
-            SMALL,
-            &[
-                "train.steps=7",
-                "data.train.0.weight=2.5",
-                "schedule={constant: {lr: 1e-3}}",
-            ],
-        )
-        .unwrap();
-        assert_eq!((config.train.steps, config.data.train[0].weight), (7, 2.5));
-        let config = with(
-            SMALL,
-            &[
-                "model.moe={experts: 4, top_k: 2, ffn: 8}",
-                "parallel.data=auto",
-            ],
-        )
-        .unwrap();
+        let changes = [
+            "train.steps=7",
+            "data.train.0.weight=2.5",
+            "schedule={constant: {lr: 1e-3}}",
+        ];
+        let config = with(SMALL, &changes).unwrap();
+        assert_eq!(config.train.steps, 7);
+        assert_eq!(config.data.train[0].weight, 2.5);
+        let changes = [
+            "model.moe={experts: 4, top_k: 2, ffn: 8}",
+            "parallel.data=auto",
+        ];
+        let config = with(SMALL, &changes).unwrap();
         assert_eq!(config.model.moe.unwrap().experts, 4);
     }
 
@@ -233,5 +291,28 @@ train: {steps: 10, global_batch: 4, micro_batch: 2}
         assert!(refused(SMALL, &["train.steps"]).contains("KEY=VALUE"));
         assert!(refused(SMALL, &["data.train.3.path=b"]).contains("a list of 1"));
         assert!(refused(SMALL, &["validation.evry=5"]).contains("did you mean every?"));
+    }
+
+    #[test]
+    fn old_names_are_refused_in_one_message() {
+        let text = SMALL.replace("dir: runs/x", "dir: runs/x, bind: none, communicator: null");
+        let changes = [
+            "parallel.recompute.parts.0=router",
+            "parallel={zero_ranks: 2}",
+            "run.bind=cores",
+        ];
+        let expected = "x.yaml and --set: 4 keys have new names
+  run.bind -> run.cpu_affinity
+  run.communicator -> run.backend
+  parallel.recompute.parts: router -> dispatch
+  parallel.zero_ranks -> parallel.zero_group_size
+hint: rename them; nothing else changed";
+        let error = refused(&text, &changes);
+        assert!(error.ends_with(expected), "{error}");
+        let error = refused(SMALL, &["data.document_end=0"]);
+        assert!(
+            error.starts_with("--set: 1 key has a new name\n  data.document_end"),
+            "{error}"
+        );
     }
 }

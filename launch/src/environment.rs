@@ -1,36 +1,36 @@
-//! The only reader of the launchers' environment variables: which launcher started this process, and as which rank.
+//! Detects from environment variables which launcher started this process, and as which rank.
+//! Nothing else reads these variables.
 
-use anyhow::{Result, bail};
+use crate::hint::hinted;
+use anyhow::{Result, anyhow, bail};
 use parallel::{MpiLaunch, RankEnv, Rendezvous};
 
-/// Tells a rank that `moerun` itself started it, and with which process id, so that it can end with the launcher.
+/// Process id of the `moerun` launcher, with which its ranks end.
 pub(crate) const LAUNCHER_PID: &str = "MOERUN_LAUNCHER_PID";
 
-/// Whether `moerun` itself started this process; it then says on standard input what the process is to do.
+/// True if `moerun` itself started this process, which then gets its assignment on stdin.
 pub(crate) fn launched_by_moerun() -> bool {
     std::env::var(LAUNCHER_PID).is_ok()
 }
 
-/// A rank, and who started it.
+/// A rank and what started it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct DetectedRank {
     pub(crate) env: RankEnv,
-    /// For people.
-    pub(crate) by: &'static str,
+    /// Name for messages.
+    pub(crate) launcher: &'static str,
 }
 
-/// What this process's environment says; None where no launcher started it.
+/// Returns the rank of this process; None if no launcher started it.
 ///
 /// # Errors
-/// When variables are missing, wrong, or contradict each other: which.
+/// If variables are missing, wrong or contradictory.
 pub(crate) fn detect_rank() -> Result<Option<DetectedRank>> {
-    detect(
-        &|name| std::env::var(name).ok().filter(|value| !value.is_empty()),
-        cfg!(feature = "mpi"),
-    )
+    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    detect(&variable, cfg!(feature = "mpi"))
 }
 
-/// The variables that [`detect_rank`] reads, in torchrun's form.
+/// Returns the variables that [`detect_rank`] reads, in torchrun's form.
 pub(crate) fn torchrun_variables(env: &RankEnv) -> Vec<(&'static str, String)> {
     let mut variables = vec![
         ("RANK", env.rank.to_string()),
@@ -45,45 +45,72 @@ pub(crate) fn torchrun_variables(env: &RankEnv) -> Vec<(&'static str, String)> {
         launcher_serves,
     } = &env.rendezvous
     {
+        let agent_store = if *launcher_serves { "True" } else { "False" };
         variables.extend([
             ("MASTER_ADDR", host.clone()),
             ("MASTER_PORT", port.to_string()),
-            (
-                "TORCHELASTIC_USE_AGENT_STORE",
-                if *launcher_serves { "True" } else { "False" }.to_string(),
-            ),
+            ("TORCHELASTIC_USE_AGENT_STORE", agent_store.to_string()),
         ]);
     }
     variables
 }
 
-/// Decides by the variables that `var` finds. The launcher nearest to the process comes first: torchrun may run under mpirun or
-/// srun, and mpirun in a Slurm job, whose variables are still there.
-fn detect(var: &dyn Fn(&str) -> Option<String>, has_mpi: bool) -> Result<Option<DetectedRank>> {
-    let env = Variables(var);
+/// Names of the variables by which a launcher describes a rank.
+#[derive(Clone, Copy)]
+struct RankVariables {
+    rank: &'static str,
+    world_size: &'static str,
+    local_rank: &'static str,
+    local_world_size: &'static str,
+}
+
+const TORCHRUN: RankVariables = RankVariables {
+    rank: "RANK",
+    world_size: "WORLD_SIZE",
+    local_rank: "LOCAL_RANK",
+    local_world_size: "LOCAL_WORLD_SIZE",
+};
+
+const OPEN_MPI: RankVariables = RankVariables {
+    rank: "OMPI_COMM_WORLD_RANK",
+    world_size: "OMPI_COMM_WORLD_SIZE",
+    local_rank: "OMPI_COMM_WORLD_LOCAL_RANK",
+    local_world_size: "OMPI_COMM_WORLD_LOCAL_SIZE",
+};
+
+const PMI: RankVariables = RankVariables {
+    rank: "PMI_RANK",
+    world_size: "PMI_SIZE",
+    local_rank: "MPI_LOCALRANKID",
+    local_world_size: "MPI_LOCALNRANKS",
+};
+
+/// Decides by the variables that `variable` finds.
+///
+/// The launcher nearest to the process wins. Torchrun may run under mpirun or srun, and mpirun in a
+/// Slurm job, and the outer launcher's variables are then still set.
+fn detect(
+    variable: &dyn Fn(&str) -> Option<String>,
+    has_mpi: bool,
+) -> Result<Option<DetectedRank>> {
+    let env = Variables(variable);
     if env.has("RANK") {
         return env.torchrun().map(Some);
     }
     for name in ["WORLD_SIZE", "LOCAL_RANK"] {
-        if let Some(value) = var(name) {
-            bail!(
-                "{name}={value} is set and RANK is not: set RANK, MASTER_ADDR and MASTER_PORT too, or unset {name}"
-            );
+        if let Some(value) = variable(name) {
+            return Err(hinted(
+                anyhow!("{name}={value} is set but RANK is not"),
+                format!("set RANK, MASTER_ADDR and MASTER_PORT too, or unset {name}"),
+            ));
         }
     }
-    let open_mpi = [
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ];
-    let pmi = ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"];
-    let in_step = env.has("SLURM_PROCID") && env.has("SLURM_STEP_ID");
-    if env.has(open_mpi[0]) {
-        env.mpi("mpirun (Open MPI)", open_mpi, has_mpi)
-    } else if env.has(pmi[0]) && !in_step {
-        env.mpi("mpiexec (PMI)", pmi, has_mpi)
-    } else if in_step {
+    let is_slurm_step = env.has("SLURM_PROCID") && env.has("SLURM_STEP_ID");
+    if env.has(OPEN_MPI.rank) {
+        env.mpi("mpirun (Open MPI)", OPEN_MPI, has_mpi)
+    } else if env.has(PMI.rank) && !is_slurm_step {
+        env.mpi("mpiexec (PMI)", PMI, has_mpi)
+    } else if is_slurm_step {
         env.slurm()
     } else {
         Ok(None)
@@ -92,18 +119,27 @@ fn detect(var: &dyn Fn(&str) -> Option<String>, has_mpi: bool) -> Result<Option<
 
 struct Variables<'a>(&'a dyn Fn(&str) -> Option<String>);
 
+/// A variable that is set.
+struct Variable {
+    name: &'static str,
+    value: String,
+}
+
 impl Variables<'_> {
     fn has(&self, name: &str) -> bool {
         self.0(name).is_some()
     }
 
-    /// A number that has to be there because `because` is.
+    /// Returns a number that must be set because `because` is.
     fn number<T: std::str::FromStr>(&self, name: &str, because: &str) -> Result<T> {
         let Some(text) = self.0(name) else {
-            bail!("{because} is set but {name} is not: unset {because}, or set both")
+            return Err(hinted(
+                anyhow!("{because} is set but {name} is not"),
+                format!("unset {because}, or set both"),
+            ));
         };
         text.parse()
-            .or_else(|_| bail!("{name}={text} is not a number that fits"))
+            .or_else(|_| bail!("{name}={text} is not a number in range"))
     }
 
     fn number_or<T: std::str::FromStr>(&self, name: &str, default: T) -> Result<T> {
@@ -118,19 +154,19 @@ impl Variables<'_> {
         self.0("GLOO_SOCKET_IFNAME")
     }
 
-    /// The store that `MASTER_ADDR` and `MASTER_PORT` name.
+    /// Returns the store that `MASTER_ADDR` and `MASTER_PORT` name.
     fn store(&self, because: &str) -> Result<Rendezvous> {
         let Some(host) = self.0("MASTER_ADDR") else {
-            bail!(
-                "{because} is set but MASTER_ADDR is not: unset {because}, or set what torchrun sets"
-            );
+            return Err(hinted(
+                anyhow!("{because} is set but MASTER_ADDR is not"),
+                format!("unset {because}, or set the variables that torchrun sets"),
+            ));
         };
-        let launcher_serves =
-            self.0("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|value| value == "True");
+        let agent_store = self.0("TORCHELASTIC_USE_AGENT_STORE");
         Ok(Rendezvous::Store {
             host,
             port: self.number("MASTER_PORT", "MASTER_ADDR")?,
-            launcher_serves,
+            launcher_serves: agent_store.is_some_and(|value| value == "True"),
         })
     }
 
@@ -148,68 +184,79 @@ impl Variables<'_> {
             interface: self.interface(),
             address: None,
         };
-        // With as many ranks, mpirun's variables speak of the same ranks; else torchrun runs once on each of its places.
-        if let (Some(theirs), Ok(size)) = (
-            self.0("OMPI_COMM_WORLD_RANK"),
-            self.number::<usize>("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-        ) && size == world_size
-            && theirs != rank.to_string()
-        {
-            bail!(
-                "RANK={rank} and OMPI_COMM_WORLD_RANK={theirs} contradict each other: unset RANK to run under mpirun"
-            );
-        }
-        let by = if self.has("TORCHELASTIC_RUN_ID") {
+        self.check_mpi_agrees(&env)?;
+        let launcher = if self.has("TORCHELASTIC_RUN_ID") {
             "torchrun"
         } else {
             "RANK, WORLD_SIZE and MASTER_ADDR"
         };
-        check_ranks(
-            env,
-            ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"],
-        )
-        .map(|env| DetectedRank { env, by })
+        let env = check_ranks(env, TORCHRUN)?;
+        Ok(DetectedRank { env, launcher })
+    }
+
+    /// Refuses a rank that mpirun's variables contradict.
+    ///
+    /// If their numbers of ranks differ, mpirun started torchrun, not the ranks.
+    fn check_mpi_agrees(&self, env: &RankEnv) -> Result<()> {
+        let Some(mpi_rank) = self.0(OPEN_MPI.rank) else {
+            return Ok(());
+        };
+        let mpi_size = self.number::<usize>(OPEN_MPI.world_size, OPEN_MPI.rank);
+        let is_same_world = mpi_size.is_ok_and(|size| size == env.world_size);
+        let rank = env.rank;
+        if is_same_world && mpi_rank != rank.to_string() {
+            return Err(hinted(
+                anyhow!("RANK={rank} and OMPI_COMM_WORLD_RANK={mpi_rank} contradict each other"),
+                "unset RANK to run under mpirun",
+            ));
+        }
+        Ok(())
     }
 
     fn mpi(
         &self,
-        by: &'static str,
-        names: [&'static str; 4],
+        launcher: &'static str,
+        names: RankVariables,
         has_mpi: bool,
     ) -> Result<Option<DetectedRank>> {
-        let rank = self.number(names[0], names[0])?;
-        let world_size = self.number(names[1], names[0])?;
+        let rank = self.number(names.rank, names.rank)?;
+        let world_size = self.number(names.world_size, names.rank)?;
         if world_size == 1 {
             return Ok(None);
         }
-        let rendezvous = match (self.has("MASTER_ADDR"), has_mpi) {
-            (true, _) => self.store("MASTER_ADDR")?,
-            (false, true) => Rendezvous::Mpi,
-            (false, false) => bail!(
-                "{by} started this process ({}={rank}), and this moerun was built without MPI: run ./scripts/setup --mpi and build \
-                 with --features mpi, or let the ranks meet over TCP: set MASTER_ADDR to the machine of rank 0 and MASTER_PORT \
-                 to a free port there, for all ranks",
-                names[0]
-            ),
+        let rendezvous = if self.has("MASTER_ADDR") {
+            self.store("MASTER_ADDR")?
+        } else if has_mpi {
+            Rendezvous::Mpi
+        } else {
+            let name = names.rank;
+            return Err(hinted(
+                anyhow!(
+                    "{launcher} started this process ({name}={rank}), but this moerun was built \
+                     without MPI"
+                ),
+                "run ./scripts/setup --mpi and build with --features mpi; or let the ranks meet \
+                 over TCP: on all of them set MASTER_ADDR to the machine of rank 0 and \
+                 MASTER_PORT to a free port there",
+            ));
         };
         let env = RankEnv {
             rank,
             world_size,
-            local_rank: self.number_or(names[2], rank)?,
-            local_world_size: self.number_or(names[3], world_size)?,
+            local_rank: self.number_or(names.local_rank, rank)?,
+            local_world_size: self.number_or(names.local_world_size, world_size)?,
             rendezvous,
             mpi_launch: MpiLaunch::Yes,
             attempt: 0,
             interface: self.interface(),
             address: None,
         };
-        Ok(Some(DetectedRank {
-            env: check_ranks(env, names)?,
-            by,
-        }))
+        let env = check_ranks(env, names)?;
+        Ok(Some(DetectedRank { env, launcher }))
     }
 
-    /// Slurm's variables of a step (srun): <https://slurm.schedmd.com/srun.html>, "Output environment variables".
+    /// Reads the variables of a Slurm step: <https://slurm.schedmd.com/srun.html>, "Output
+    /// environment variables".
     fn slurm(&self) -> Result<Option<DetectedRank>> {
         let because = "SLURM_PROCID";
         let total = if self.has("SLURM_STEP_NUM_TASKS") {
@@ -219,99 +266,126 @@ impl Variables<'_> {
         };
         let rank = self.number(because, because)?;
         let world_size = self.number(total, because)?;
-        // A step of one task is a shell, or a launcher of its own.
+        // A step of one task is a shell or a launcher.
         if world_size == 1 {
             return Ok(None);
         }
-        let either =
-            |step: &'static str, job: &'static str| match self.0(step).or_else(|| self.0(job)) {
-                Some(value) => Ok((if self.has(step) { step } else { job }, value)),
-                None => bail!(
-                    "{because} is set but neither {step} nor {job} is: start the ranks by srun"
-                ),
-            };
-        let (tasks_name, tasks) = either("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")?;
-        let node: usize = self.number("SLURM_NODEID", because)?;
-        let local_world_size = match tasks_per_node(&tasks) {
-            Some(tasks) if tasks.iter().sum::<usize>() != world_size => {
-                bail!(
-                    "{tasks_name}={tasks:?} has {} tasks and {total}={world_size}",
-                    tasks.iter().sum::<usize>()
-                )
-            }
-            Some(tasks) => match tasks.get(node) {
-                Some(&count) => count,
-                None => bail!(
-                    "SLURM_NODEID={node}, and {tasks_name} has {} nodes",
-                    tasks.len()
-                ),
-            },
-            None => bail!("{tasks_name}={tasks} is not of the form 2(x3),1"),
+        let tasks = self.step_or_job("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")?;
+        let names = RankVariables {
+            rank: because,
+            world_size: total,
+            local_rank: "SLURM_LOCALID",
+            local_world_size: tasks.name,
         };
-        let (nodes_name, nodes) = either("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")?;
-        let Some(nodes) = expand_node_list(&nodes) else {
-            bail!("{nodes_name}={nodes} is not a list of nodes that can be read")
+        let local_world_size = self.slurm_local_world_size(&tasks, names, world_size)?;
+        let mpi_launch = if self.has("PMIX_RANK") || self.has("PMI_RANK") {
+            MpiLaunch::Possible
+        } else {
+            MpiLaunch::No
         };
-        let host = self.0("MASTER_ADDR").unwrap_or_else(|| nodes[0].clone());
-        // Steps of one job, and jobs that share a machine, keep apart.
-        let job: u64 = self.number_or("SLURM_JOB_ID", 0)?;
-        let step: u64 = self.number("SLURM_STEP_ID", because)?;
-        let port = self.number_or("MASTER_PORT", (20_000 + (job * 13 + step) % 10_000) as u16)?;
+        let rendezvous = self.slurm_store()?;
         let env = RankEnv {
             rank,
             world_size,
-            local_rank: self.number("SLURM_LOCALID", because)?,
+            local_rank: self.number(names.local_rank, because)?,
             local_world_size,
-            rendezvous: Rendezvous::Store {
-                host,
-                port,
-                launcher_serves: false,
-            },
-            mpi_launch: if self.has("PMIX_RANK") || self.has("PMI_RANK") {
-                MpiLaunch::Possible
-            } else {
-                MpiLaunch::No
-            },
+            rendezvous,
+            mpi_launch,
             attempt: 0,
             interface: self.interface(),
             address: None,
         };
-        let names = [because, total, "SLURM_LOCALID", tasks_name];
-        Ok(Some(DetectedRank {
-            env: check_ranks(env, names)?,
-            by: "srun",
-        }))
+        let env = check_ranks(env, names)?;
+        let launcher = "srun";
+        Ok(Some(DetectedRank { env, launcher }))
+    }
+
+    /// Returns a variable of the Slurm step, or else of its job.
+    fn step_or_job(&self, step: &'static str, job: &'static str) -> Result<Variable> {
+        for name in [step, job] {
+            if let Some(value) = self.0(name) {
+                return Ok(Variable { name, value });
+            }
+        }
+        Err(hinted(
+            anyhow!("SLURM_PROCID is set but neither {step} nor {job} is"),
+            "start the ranks with srun",
+        ))
+    }
+
+    fn slurm_local_world_size(
+        &self,
+        tasks: &Variable,
+        names: RankVariables,
+        world_size: usize,
+    ) -> Result<usize> {
+        let Variable { name, value } = tasks;
+        let node: usize = self.number("SLURM_NODEID", names.rank)?;
+        let Some(tasks) = tasks_per_node(value) else {
+            bail!("{name}={value} is not of the form 2(x3),1");
+        };
+        let sum: usize = tasks.iter().sum();
+        if sum != world_size {
+            let total = names.world_size;
+            bail!("{name}={tasks:?} has {sum} tasks but {total}={world_size}");
+        }
+        match tasks.get(node) {
+            Some(&count) => Ok(count),
+            None => bail!("SLURM_NODEID={node} but {name} has {} nodes", tasks.len()),
+        }
+    }
+
+    /// Returns a store on the first node, at a port derived from the job and step.
+    fn slurm_store(&self) -> Result<Rendezvous> {
+        let nodes = self.step_or_job("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")?;
+        let Variable { name, value } = nodes;
+        let Some(nodes) = expand_node_list(&value) else {
+            bail!("{name}={value} is not a valid node list");
+        };
+        let host = self.0("MASTER_ADDR").unwrap_or_else(|| nodes[0].clone());
+        // Steps of one job, and jobs that share a machine, get different ports.
+        let job: u64 = self.number_or("SLURM_JOB_ID", 0)?;
+        let step: u64 = self.number("SLURM_STEP_ID", "SLURM_PROCID")?;
+        let derived = 20_000 + (job * 13 + step) % 10_000;
+        Ok(Rendezvous::Store {
+            host,
+            port: self.number_or("MASTER_PORT", derived as u16)?,
+            launcher_serves: false,
+        })
     }
 }
 
-/// Refuses ranks that cannot be; `names` are the variables of rank, ranks, rank and ranks of this machine.
-fn check_ranks(env: RankEnv, names: [&str; 4]) -> Result<RankEnv> {
-    for (part, whole) in [(0, 1), (2, 3)] {
-        let (rank, size) = [
-            (env.rank, env.world_size),
-            (env.local_rank, env.local_world_size),
-        ][part / 2];
-        if rank >= size {
-            bail!(
-                "{}={rank} is not below {}={size}",
-                names[part],
-                names[whole]
-            );
-        }
-    }
+/// Refuses impossible ranks and sizes.
+fn check_ranks(env: RankEnv, names: RankVariables) -> Result<RankEnv> {
+    let RankVariables {
+        rank,
+        world_size,
+        local_rank,
+        local_world_size,
+    } = names;
+    check_below(rank, env.rank, world_size, env.world_size)?;
+    check_below(
+        local_rank,
+        env.local_rank,
+        local_world_size,
+        env.local_world_size,
+    )?;
     if env.local_world_size > env.world_size {
-        bail!(
-            "{}={} is more than {}={}",
-            names[3],
-            env.local_world_size,
-            names[1],
-            env.world_size
-        );
+        let local = env.local_world_size;
+        let world = env.world_size;
+        bail!("{local_world_size}={local} is more than {world_size}={world}");
     }
     Ok(env)
 }
 
-/// `2(x3),1`: tasks of each node.
+fn check_below(name: &str, rank: usize, size_name: &str, size: usize) -> Result<()> {
+    if rank >= size {
+        bail!("{name}={rank} is not below {size_name}={size}");
+    }
+    Ok(())
+}
+
+/// Returns the number of tasks of each node, from a list such as `2(x3),1`.
 fn tasks_per_node(text: &str) -> Option<Vec<usize>> {
     let mut tasks = Vec::new();
     for part in text.split(',') {
@@ -324,7 +398,7 @@ fn tasks_per_node(text: &str) -> Option<Vec<usize>> {
     Some(tasks)
 }
 
-/// `gpu[01-03,07],login`: the nodes of a Slurm node list, in order.
+/// Returns the nodes of a Slurm node list such as `gpu[01-03,07],login`, in order.
 fn expand_node_list(text: &str) -> Option<Vec<String>> {
     let mut found = Vec::new();
     let mut rest = text;
@@ -342,7 +416,7 @@ fn expand_node_list(text: &str) -> Option<Vec<String>> {
     (!found.is_empty()).then_some(found)
 }
 
-/// One name with any number of brackets.
+/// Expands a name with any number of brackets.
 fn expand_brackets(name: &str) -> Option<Vec<String>> {
     let Some((before, rest)) = name.split_once('[') else {
         return (!name.is_empty() && !name.contains(']')).then(|| vec![name.to_string()]);
@@ -373,10 +447,11 @@ fn expand_brackets(name: &str) -> Option<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hint::message;
     use proptest::prelude::*;
     use std::collections::BTreeMap;
 
-    fn of(text: &str) -> Result<Option<DetectedRank>> {
+    fn detect_in(text: &str) -> Result<Option<DetectedRank>> {
         let pairs: BTreeMap<&str, &str> = text
             .split_whitespace()
             .map(|pair| pair.split_once('=').unwrap())
@@ -384,7 +459,7 @@ mod tests {
         detect(&|name| pairs.get(name).map(|value| value.to_string()), true)
     }
 
-    fn place(started: &DetectedRank) -> (usize, usize, usize, usize) {
+    fn ranks(started: &DetectedRank) -> (usize, usize, usize, usize) {
         let env = &started.env;
         (
             env.rank,
@@ -400,27 +475,27 @@ mod tests {
     #[test]
     fn each_launcher_is_known_by_its_variables() {
         assert_eq!(
-            of("HOME=/root SLURM_PROCID=0 SLURM_NTASKS=4").unwrap(),
+            detect_in("HOME=/root SLURM_PROCID=0 SLURM_NTASKS=4").unwrap(),
             None,
-            "a batch script is no step"
+            "a batch script is not a step"
         );
         let torch = "RANK=5 WORLD_SIZE=8 LOCAL_RANK=1 LOCAL_WORLD_SIZE=4 MASTER_ADDR=head MASTER_PORT=29500";
-        let started = of(torch).unwrap().unwrap();
+        let started = detect_in(torch).unwrap().unwrap();
         assert_eq!(
-            (place(&started), started.by),
+            (ranks(&started), started.launcher),
             ((5, 8, 1, 4), "RANK, WORLD_SIZE and MASTER_ADDR")
         );
         assert_eq!(
-            of(&format!("{torch} TORCHELASTIC_RUN_ID=x"))
+            detect_in(&format!("{torch} TORCHELASTIC_RUN_ID=x"))
                 .unwrap()
                 .unwrap()
-                .by,
+                .launcher,
             "torchrun"
         );
         let mpi = "OMPI_COMM_WORLD_RANK=2 OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_LOCAL_RANK=0 OMPI_COMM_WORLD_LOCAL_SIZE=2";
-        let started = of(&format!("{mpi} {SLURM}")).unwrap().unwrap();
+        let started = detect_in(&format!("{mpi} {SLURM}")).unwrap().unwrap();
         assert_eq!(
-            (place(&started), started.by),
+            (ranks(&started), started.launcher),
             ((2, 4, 0, 2), "mpirun (Open MPI)"),
             "mpirun in a Slurm job"
         );
@@ -428,15 +503,15 @@ mod tests {
             (started.env.rendezvous, started.env.mpi_launch),
             (Rendezvous::Mpi, MpiLaunch::Yes)
         );
-        let started = of("PMI_RANK=1 PMI_SIZE=3 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=3")
+        let started = detect_in("PMI_RANK=1 PMI_SIZE=3 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=3")
             .unwrap()
             .unwrap();
         assert_eq!(
-            (place(&started), started.by),
+            (ranks(&started), started.launcher),
             ((1, 3, 1, 3), "mpiexec (PMI)")
         );
-        let started = of(SLURM).unwrap().unwrap();
-        assert_eq!((place(&started), started.by), ((3, 5, 0, 2), "srun"));
+        let started = detect_in(SLURM).unwrap().unwrap();
+        assert_eq!((ranks(&started), started.launcher), ((3, 5, 0, 2), "srun"));
         let port = 20_000 + 77 * 13 + 2;
         assert_eq!(
             started.env.rendezvous,
@@ -446,7 +521,7 @@ mod tests {
                 launcher_serves: false
             }
         );
-        let started = of(&format!(
+        let started = detect_in(&format!(
             "{SLURM} PMIX_RANK=3 MASTER_PORT=5 MASTER_ADDR=other"
         ))
         .unwrap()
@@ -460,10 +535,10 @@ mod tests {
             }
         );
         assert_eq!(started.env.mpi_launch, MpiLaunch::Possible);
-        // torchrun once on each of two places of mpirun.
+        // mpirun started torchrun twice.
         assert_eq!(
-            place(
-                &of(&format!(
+            ranks(
+                &detect_in(&format!(
                     "{torch} OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2"
                 ))
                 .unwrap()
@@ -475,19 +550,19 @@ mod tests {
     }
 
     #[test]
-    fn one_process_is_no_group() {
+    fn a_single_process_is_no_rank() {
         assert_eq!(
-            of("OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=1").unwrap(),
+            detect_in("OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=1").unwrap(),
             None
         );
         assert_eq!(
-            of("SLURM_PROCID=0 SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=1").unwrap(),
+            detect_in("SLURM_PROCID=0 SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=1").unwrap(),
             None
         );
     }
 
     #[test]
-    fn what_is_wrong_is_named() {
+    fn wrong_variables_are_named() {
         for (text, expected) in [
             ("RANK=0 WORLD_SIZE=2", "RANK is set but MASTER_ADDR is not"),
             (
@@ -508,9 +583,9 @@ mod tests {
             ),
             (
                 "RANK=1 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=99999",
-                "MASTER_PORT=99999 is not a number that fits",
+                "MASTER_PORT=99999 is not a number in range",
             ),
-            ("WORLD_SIZE=2", "WORLD_SIZE=2 is set and RANK is not"),
+            ("WORLD_SIZE=2", "WORLD_SIZE=2 is set but RANK is not"),
             (
                 "OMPI_COMM_WORLD_RANK=1",
                 "OMPI_COMM_WORLD_RANK is set but OMPI_COMM_WORLD_SIZE is not",
@@ -521,33 +596,26 @@ mod tests {
             ),
             (
                 &SLURM.replace("3,2", "3,3"),
-                "SLURM_TASKS_PER_NODE=[3, 3] has 6 tasks and SLURM_STEP_NUM_TASKS=5",
+                "SLURM_TASKS_PER_NODE=[3, 3] has 6 tasks but SLURM_STEP_NUM_TASKS=5",
             ),
             (
                 &SLURM.replace("NODEID=1", "NODEID=2"),
-                "SLURM_NODEID=2, and SLURM_TASKS_PER_NODE has 2 nodes",
+                "SLURM_NODEID=2 but SLURM_TASKS_PER_NODE has 2 nodes",
             ),
             (
                 &SLURM.replace("gpu[09-10]", "gpu[09"),
-                "SLURM_JOB_NODELIST=gpu[09 is not a list",
+                "SLURM_JOB_NODELIST=gpu[09 is not a valid node list",
             ),
             (
                 &SLURM.replace("LOCALID=0", "LOCALID=2"),
                 "SLURM_LOCALID=2 is not below SLURM_TASKS_PER_NODE=2",
             ),
         ] {
-            let error = of(text).expect_err(text).to_string();
+            let error = detect_in(text).expect_err(text).to_string();
             assert!(error.contains(expected), "{text}: {error}");
         }
-        let mpi = |_: &str| Some("2".to_string());
-        let only = |name: &str| {
-            if name.starts_with("OMPI") {
-                mpi(name)
-            } else {
-                None
-            }
-        };
-        let error = detect(&only, false).unwrap_err().to_string();
+        let only = |name: &str| name.starts_with("OMPI").then(|| "2".to_string());
+        let error = message(&detect(&only, false).unwrap_err());
         assert!(
             error.contains("built without MPI") && error.contains("MASTER_ADDR"),
             "{error}"

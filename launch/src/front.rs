@@ -1,5 +1,6 @@
-//! `moerun` as it is started: looks whether the program proper finds its libraries, and becomes it. The loader's own message
-//! would not say what to do.
+//! The `moerun` command: checks that the real program finds its libraries, then becomes it.
+//!
+//! The loader's own message would not say how to fix a missing library.
 
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -9,14 +10,14 @@ fn main() -> ExitCode {
     let own = match std::env::current_exe() {
         Ok(own) => own,
         Err(error) => {
-            eprintln!("error: cannot find this program's own file: {error}");
+            eprintln!("error: cannot find this program's file: {error}");
             return ExitCode::FAILURE;
         }
     };
     let program = own.with_file_name("moerun-core");
     if !program.exists() {
         eprintln!(
-            "error: {} is missing: moerun needs it beside itself, as cargo builds both",
+            "error: {} is missing\nhint: keep it in the same folder as moerun, where cargo builds both",
             program.display()
         );
         return ExitCode::FAILURE;
@@ -24,10 +25,8 @@ fn main() -> ExitCode {
     let missing = missing_libraries(&program);
     if !missing.is_empty() {
         for library in &missing {
-            eprintln!(
-                "fail {library} cannot be found\n      fix: {}",
-                fix(library)
-            );
+            let fix = fix(library);
+            eprintln!("fail {library} cannot be found\n     fix: {fix}");
         }
         eprintln!("error: moerun cannot start without {}", missing.join(", "));
         return ExitCode::FAILURE;
@@ -40,7 +39,9 @@ fn main() -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// What the loader does not find; nothing where it cannot be asked. Takes two milliseconds.
+/// Returns the libraries that the loader does not find, or nothing if it cannot be asked.
+///
+/// Takes two milliseconds.
 fn missing_libraries(program: &Path) -> Vec<String> {
     let Ok(output) = Command::new(program)
         .env("LD_TRACE_LOADED_OBJECTS", "1")
@@ -55,14 +56,13 @@ fn missing_libraries(program: &Path) -> Vec<String> {
 }
 
 fn fix(library: &str) -> &'static str {
+    const TORCH: [&str; 5] = ["libtorch", "libc10", "libcudart", "libcupti", "libgomp"];
     if library.starts_with("libmpi") {
-        "this moerun was built with --features mpi: run ./scripts/setup --mpi, or add the folder of your MPI's libmpi to \
-         LD_LIBRARY_PATH, or build without the feature"
-    } else if ["libtorch", "libc10", "libcudart", "libcupti", "libgomp"]
-        .iter()
-        .any(|name| library.starts_with(name))
-    {
-        "run ./scripts/setup and build again, or add the lib folder of a libtorch 2.11.0 to LD_LIBRARY_PATH"
+        "this moerun was built with --features mpi: run ./scripts/setup --mpi, or add the folder \
+         of your MPI's libmpi to LD_LIBRARY_PATH, or build without the feature"
+    } else if TORCH.iter().any(|name| library.starts_with(name)) {
+        "run ./scripts/setup and build again, or add the lib folder of a libtorch 2.11.0 to \
+         LD_LIBRARY_PATH"
     } else {
         "install the package that has it, or add its folder to LD_LIBRARY_PATH"
     }

@@ -1,4 +1,4 @@
-//! `moerun generate`.
+//! `moerun generate`: prints text while the model produces it.
 
 use crate::cli::GenerateArgs;
 use anyhow::Result;
@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use trainer::GenerateOptions;
 
 pub(crate) fn run(args: GenerateArgs) -> Result<ExitCode> {
-    let job = GenerateOptions {
+    let options = GenerateOptions {
         checkpoint: args.checkpoint,
         prompt: args.prompt,
         max_tokens: args.max_tokens,
@@ -17,8 +17,8 @@ pub(crate) fn run(args: GenerateArgs) -> Result<ExitCode> {
         tokenizer: args.tokenizer,
     };
     let mut out = std::io::stdout().lock();
-    trainer::generate(&job, &mut |text| {
-        // A reader that closes the pipe has seen enough.
+    trainer::generate(&options, &mut |text| {
+        // Printing fails if the reader has closed the pipe.
         let _ = write!(out, "{text}").and_then(|()| out.flush());
     })?;
     let _ = writeln!(out);

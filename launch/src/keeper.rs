@@ -1,6 +1,7 @@
-//! `moerun keeper`: the keeper's process, and its end.
+//! `moerun keeper`: runs a keeper process, or stops those of a run.
 
 use crate::cli::RunArgs;
+use crate::hint::WithHint;
 use crate::registry::KeeperRegistry;
 use anyhow::{Context, Result, anyhow};
 use checkpoint::keeper::{Secret, serve};
@@ -12,17 +13,20 @@ use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-/// What the launcher tells a keeper, as a line on its standard input.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The launcher's line on a keeper's standard input.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct KeeperSettings {
     pub(crate) socket: String,
     pub(crate) secret: Secret,
     pub(crate) listen: SocketAddr,
+    /// Bytes that the keeper may use.
     pub(crate) memory: Option<u64>,
     pub(crate) orphan_timeout_s: u64,
 }
 
-/// What it answers on standard output.
+/// The keeper's answer on standard output.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Ready {
     pub(crate) address: SocketAddr,
@@ -33,10 +37,12 @@ pub(crate) fn serve() -> Result<ExitCode> {
     std::io::stdin()
         .lock()
         .read_line(&mut line)
-        .context("cannot read the settings")?;
+        .context("cannot read the keeper's settings")?;
     let settings: KeeperSettings = serde_json::from_str(&line)
-        .context("a keeper is started by 'moerun train', which tells it what to do")?;
-    // Neither the launcher's end nor a key on its terminal is this process's; where it leads a session already, fine.
+        .context("cannot parse the keeper's settings")
+        .hint("use 'moerun train', which starts keepers")?;
+    // A session of its own: the keeper outlives the launcher, and Ctrl-C does not reach it. Fails
+    // harmlessly if the process leads a session already.
     let _ = nix::unistd::setsid();
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
@@ -52,8 +58,9 @@ pub(crate) fn serve() -> Result<ExitCode> {
     };
     let ready = |address| {
         let line = serde_json::to_string(&Ready { address }).expect("plain data");
-        // Where nobody reads it, nobody will connect either, and the keeper ends.
-        let _ = writeln!(std::io::stdout(), "{line}").and_then(|()| std::io::stdout().flush());
+        let mut stdout = std::io::stdout();
+        // Without a reader nothing connects, and the keeper exits after its orphan timeout.
+        let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush());
     };
     serve::run(settings, ready).map_err(|e| anyhow!("the keeper: {e}"))?;
     Ok(ExitCode::SUCCESS)
@@ -61,34 +68,31 @@ pub(crate) fn serve() -> Result<ExitCode> {
 
 pub(crate) fn stop(args: &RunArgs) -> Result<ExitCode> {
     let Some(registry) = KeeperRegistry::load(&args.run)? else {
-        println!("no keepers are known in {}", args.run.display());
+        println!("{} has no keepers", args.run.display());
         return Ok(ExitCode::SUCCESS);
     };
     let mut stopped = 0;
-    for number in 0..registry.keepers.len() {
-        match registry
-            .connect(number, Duration::from_secs(5))
-            .map(|mut peer| peer.stop())
-        {
-            Ok(_) => {
+    for (node, keeper) in registry.keepers.iter().enumerate() {
+        match registry.connect(node, CONNECT_TIMEOUT) {
+            Ok(mut peer) => {
+                // A keeper may exit before it replies.
+                let _ = peer.stop();
                 stopped += 1;
-                wait_for_end(registry.keepers[number].pid);
+                wait_for_exit(keeper.pid);
             }
             Err(error) => eprintln!("warning: {error:#}"),
         }
     }
     KeeperRegistry::remove(&args.run);
-    println!(
-        "{stopped} of {} keepers were stopped; what was in their memory only is gone",
-        registry.keepers.len()
-    );
+    let keepers = registry.keepers.len();
+    println!("stopped {stopped} of {keepers} keepers; state that was only in memory is lost");
     Ok(ExitCode::SUCCESS)
 }
 
-/// A moment for a process of this machine to be gone, and with it what it has open.
-fn wait_for_end(pid: i32) {
-    let begun = Instant::now();
-    while kill(Pid::from_raw(pid), None).is_ok() && begun.elapsed() < Duration::from_secs(2) {
+/// Waits for a process of this machine to exit and close its files, for two seconds at most.
+fn wait_for_exit(pid: i32) {
+    let began = Instant::now();
+    while kill(Pid::from_raw(pid), None).is_ok() && began.elapsed() < Duration::from_secs(2) {
         std::thread::sleep(Duration::from_millis(5));
     }
 }

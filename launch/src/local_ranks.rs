@@ -1,18 +1,20 @@
-//! Something that several ranks do besides training, such as a bench: this program once more for each, or the ranks that a
-//! launcher started.
+//! Runs a command other than training, such as a bench, on several ranks.
+//!
+//! Starts this program once for each rank, or uses the ranks that a launcher started.
 
 use crate::environment::{self, DetectedRank};
+use crate::hint;
 use anyhow::{Context, Result, anyhow, bail};
 use parallel::{Backend, Cpu, RankEnv, World};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Duration;
 use torch_ext::Store;
 
-/// No operation among the ranks takes longer.
 pub(crate) const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// Runs `body` on `count` ranks of one thread: this process only starts them, or is one of them. Under torchrun's
-/// environment it is a rank in any case.
+/// Runs `body` on `count` ranks of one thread each.
+///
+/// This process only starts them. Under a launcher it is one of them, and exits when `body` ends.
 pub(crate) fn run_on_ranks(
     count: usize,
     body: impl FnOnce(&RankEnv) -> Result<()>,
@@ -21,35 +23,35 @@ pub(crate) fn run_on_ranks(
         Some(DetectedRank { env, .. }) => {
             crate::rank::exit_with_launcher()?;
             tch::set_num_threads(1);
-            let code = match body(&env) {
-                Ok(()) => 0,
+            let status = match body(&env) {
+                Ok(()) => {
+                    crate::rank::finalize_mpi();
+                    0
+                }
                 Err(error) => {
-                    eprintln!("error: rank {}: {error:#}", env.rank);
+                    eprintln!("error: rank {}: {}", env.rank, hint::message(&error));
                     1
                 }
             };
-            if code == 0 {
-                crate::rank::finalize_mpi();
-            }
-            // Without destructors: a communicator whose peers are gone would wait for them.
-            signal_hook::low_level::exit(code)
+            // Without destructors: a process group whose peers are gone would wait for them.
+            signal_hook::low_level::exit(status)
         }
         None => start(count),
     }
 }
 
-/// Joins the other ranks, with tensors on the host; worlds with different numbers have nothing to do with each other.
+/// Joins the other ranks, with tensors on the host. Worlds with different numbers are independent.
 pub(crate) fn join_world(env: &RankEnv, number: usize) -> Result<World> {
     let again = env.again(number);
     let env = if number == 0 { env } else { &again };
-    World::join(env, COLLECTIVE_TIMEOUT, Backend::Auto, &Cpu).context("the ranks cannot be joined")
+    World::join(env, COLLECTIVE_TIMEOUT, Backend::Auto, &Cpu).context("cannot join the other ranks")
 }
 
 fn start(count: usize) -> Result<ExitCode> {
     let store = Store::tcp("127.0.0.1", 0, true, Duration::from_secs(10))
-        .map_err(|e| anyhow!("cannot serve: {e}"))?;
+        .map_err(|error| anyhow!("cannot serve the ranks' store: {error}"))?;
     let master_port = store.port()?;
-    let this = std::env::current_exe().context("cannot find this program's own file")?;
+    let this = std::env::current_exe().context("cannot find this program's file")?;
     let mut children = Vec::new();
     for rank in 0..count {
         let env = RankEnv::single_node(rank, count, master_port);
@@ -60,30 +62,28 @@ fn start(count: usize) -> Result<ExitCode> {
         command
             .env(environment::LAUNCHER_PID, std::process::id().to_string())
             .env("OMP_NUM_THREADS", "1");
-        // One of them prints.
-        command.stdin(Stdio::null()).stdout(if rank == 0 {
+        // Only rank 0 prints results.
+        let stdout = if rank == 0 {
             Stdio::inherit()
         } else {
             Stdio::null()
-        });
-        children.push(
-            command
-                .spawn()
-                .with_context(|| format!("cannot start rank {rank}"))?,
-        );
+        };
+        command.stdin(Stdio::null()).stdout(stdout);
+        let child = command.spawn();
+        children.push(child.with_context(|| format!("cannot start rank {rank}"))?);
     }
     let failed = wait(&mut children)?;
-    children.iter_mut().for_each(|child| {
+    for child in &mut children {
         let _ = child.kill();
         let _ = child.wait();
-    });
+    }
     match failed {
         None => Ok(ExitCode::SUCCESS),
-        Some(rank) => bail!("rank {rank} failed: see its message above"),
+        Some(rank) => bail!("rank {rank} failed (see its message above)"),
     }
 }
 
-/// Until all have ended, or one has failed: which.
+/// Waits until all ranks have exited or one has failed. Returns the failed one.
 fn wait(children: &mut [Child]) -> Result<Option<usize>> {
     loop {
         let mut running = false;

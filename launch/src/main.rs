@@ -1,6 +1,6 @@
 //! `moerun`: starts, supervises and inspects runs.
 //!
-//! Invariant: a person sees one clear message and a non-zero exit status for every failure; no rank outlives the
+//! Every failure ends in one clear message and a non-zero exit status. No rank outlives its
 //! launcher.
 
 mod bench;
@@ -10,7 +10,9 @@ mod config_file;
 mod conformance;
 mod doctor;
 mod environment;
+mod fault;
 mod generate;
+mod hint;
 mod inspect;
 mod keeper;
 mod launcher;
@@ -18,17 +20,20 @@ mod local_ranks;
 mod plan;
 mod prepare;
 mod progress;
+mod protocol;
 mod rank;
 mod registry;
 mod snapshot;
 mod survival;
 
+use anyhow::anyhow;
 use clap::Parser;
 use cli::{
     BenchCommand, Cli, Command, ConfigCommand, DataCommand, InspectCommand, KeeperCommand,
     PlanCommand, SnapshotCommand,
 };
 use environment::DetectedRank;
+use hint::hinted;
 use signal_hook::consts::SIGPIPE;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -37,18 +42,7 @@ use std::sync::atomic::AtomicBool;
 fn main() -> ExitCode {
     torch_ext::skip_teardown_at_exit();
     let cli = Cli::parse();
-    let only_reports = |command: &Command| {
-        !matches!(
-            command,
-            Command::Train(_)
-                | Command::Bench(_)
-                | Command::Keeper(_)
-                | Command::Chaos(_)
-                | Command::Conformance(_)
-                | Command::Doctor(_)
-        )
-    };
-    if only_reports(&cli.command) {
+    if only_prints(&cli.command) {
         exit_on_broken_pipe();
     }
     let result = match cli.command {
@@ -80,39 +74,59 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", hint::message(&error));
             ExitCode::FAILURE
         }
     }
 }
 
-/// `moerun inspect ... | head` ends quietly when head has read enough, as other programs do. (Not where ranks are at work: a
-/// peer that is gone closes connections too.)
-fn exit_on_broken_pipe() {
-    // Where it cannot be registered, printing fails as it would have.
-    let _ =
-        signal_hook::flag::register_conditional_default(SIGPIPE, Arc::new(AtomicBool::new(true)));
+/// True if the command starts no process and is not a rank.
+fn only_prints(command: &Command) -> bool {
+    !matches!(
+        command,
+        Command::Train(_)
+            | Command::Bench(_)
+            | Command::Keeper(_)
+            | Command::Chaos(_)
+            | Command::Conformance(_)
+            | Command::Doctor(_)
+    )
 }
 
-/// Where a launcher started this process it is one rank; otherwise it starts the ranks.
+/// Makes `moerun inspect ... | head` exit quietly when its reader does.
+///
+/// Not for ranks: a peer that exits also closes connections.
+fn exit_on_broken_pipe() {
+    let always = Arc::new(AtomicBool::new(true));
+    // Without the handler, printing fails with an error.
+    let _ = signal_hook::flag::register_conditional_default(SIGPIPE, always);
+}
+
+/// Trains as one rank if a launcher started this process, else as the launcher.
 fn train(args: cli::TrainArgs) -> anyhow::Result<ExitCode> {
     if environment::launched_by_moerun() {
         return rank::run_assigned(&args);
     }
-    // Who says how many machines there are starts ranks by moerun itself, whatever started this process.
-    let launched_by_others = if args.nnodes > 1 || args.hostfile.is_some() {
+    // A number of machines asks for moerun's own launcher, whatever started this process.
+    let asks_for_launcher = args.nnodes > 1 || args.hostfile.is_some();
+    let detected = if asks_for_launcher {
         None
     } else {
         environment::detect_rank()?
     };
-    match launched_by_others {
-        Some(DetectedRank { env, by }) if args.nproc_per_node > 1 => anyhow::bail!(
-            "-n {} was given, and {by} started this process as rank {} of {}: leave -n out, or start moerun without {by}",
-            args.nproc_per_node,
-            env.rank,
-            env.world_size
-        ),
-        Some(DetectedRank { env, by }) => rank::run(&args, &env, by, None),
-        None => launcher::run(&args),
+    let Some(DetectedRank { env, launcher }) = detected else {
+        return launcher::run(&args);
+    };
+    let ranks = args.nproc_per_node;
+    if ranks > 1 {
+        let rank = env.rank;
+        let world_size = env.world_size;
+        return Err(hinted(
+            anyhow!(
+                "-n {ranks}, but {launcher} started this process as rank {rank} of {world_size}"
+            ),
+            format!("omit -n, or start moerun without {launcher}"),
+        ));
     }
+    rank::run(&args, &env, launcher, None)
 }

@@ -1,11 +1,11 @@
-//! What a person watches: a bar on a terminal, plain lines elsewhere.
+//! Progress of a run: a bar on a terminal, plain lines elsewhere.
 
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 use trainer::{Progress, StepMetrics};
 
-/// Rank 0's view of a run.
+/// Shows the progress of training, on rank 0.
 pub(crate) struct TrainingView {
     bar: Option<ProgressBar>,
     log_every: u64,
@@ -49,21 +49,20 @@ impl TrainingView {
 impl Progress for TrainingView {
     fn step(&mut self, record: &StepMetrics, steps: u64) {
         let first = *self.first_step.get_or_insert(record.step);
-        // The first step warms caches; the pace is that of the others.
+        // The first step warms caches and does not count for the pace.
         if record.step == first {
             self.started = Instant::now();
         }
-        let paced = record.step - first;
-        let left = match paced {
+        let steps_left = (steps - record.step) as f64;
+        let eta = match record.step - first {
             0 => "-".to_string(),
-            _ => duration(
-                self.started
-                    .elapsed()
-                    .mul_f64((steps - record.step) as f64 / paced as f64),
-            ),
+            timed => {
+                let elapsed = self.started.elapsed();
+                format_duration(elapsed.mul_f64(steps_left / timed as f64))
+            }
         };
         let text = format!(
-            "loss {:.4}  lr {:.2e}  grad norm {:.3}  {:.0} tokens/s{}  left {left}",
+            "loss {:.4}  lr {:.2e}  grad norm {:.3}  {:.0} tokens/s{}  eta {eta}",
             record.loss,
             record.lr,
             record.grad_norm,
@@ -102,7 +101,7 @@ impl Progress for TrainingView {
     }
 }
 
-/// How evenly experts and ranks are used, in the worst layer: the most loaded over the mean.
+/// Formats the imbalance of experts and ranks in the worst layer, and the share of lent tokens.
 fn balance(record: &StepMetrics) -> String {
     let Some([_, _, experts]) = record.expert_imbalance_percentiles else {
         return String::new();
@@ -115,12 +114,12 @@ fn balance(record: &StepMetrics) -> String {
         text += &format!(", ranks {ranks:.2}");
     }
     if record.lent_fraction() > 0.0 {
-        text += &format!(", spilled {:.0}%", record.lent_fraction() * 100.0);
+        text += &format!(", lent {:.0}%", record.lent_fraction() * 100.0);
     }
     text
 }
 
-fn duration(time: Duration) -> String {
+fn format_duration(time: Duration) -> String {
     let seconds = time.as_secs();
     match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
         (0, 0, seconds) => format!("{seconds}s"),
@@ -129,7 +128,7 @@ fn duration(time: Duration) -> String {
     }
 }
 
-/// The stages of data preparation.
+/// Shows the progress of data preparation.
 pub(crate) struct Preparation {
     bar: Option<ProgressBar>,
 }
@@ -146,14 +145,14 @@ impl Preparation {
         Preparation { bar }
     }
 
-    pub(crate) fn show(&self, what: &str, done: u64, of: u64) {
+    pub(crate) fn show(&self, stage: &str, done: u64, total: u64) {
         match &self.bar {
             Some(bar) => {
-                bar.set_length(of);
+                bar.set_length(total);
                 bar.set_position(done);
-                bar.set_message(format!("{what} {done}/{of}"));
+                bar.set_message(format!("{stage} {done}/{total}"));
             }
-            None if done == of => eprintln!("{what}: {done} of {of}"),
+            None if done == total => eprintln!("{stage}: {done} of {total}"),
             None => {}
         }
     }

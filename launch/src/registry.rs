@@ -1,37 +1,36 @@
-//! `keepers.json` in a run's folder: how the keepers of a run are found again, by a launcher that is started after another
-//! was killed, and by tools.
+//! `keepers.json` in a run's folder: where a later launcher and tools find the run's keepers.
 
+use crate::hint::{WithHint, hinted};
 use anyhow::{Context, Result, anyhow};
-use checkpoint::keeper::{Peer, Secret};
+use checkpoint::keeper::{Peer, Secret, Status};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// What is known of a run's keepers.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
+
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct KeeperRegistry {
     pub(crate) secret: Secret,
-    /// The last attempt of the run.
+    /// The run's last generation.
     pub(crate) generation: u64,
-    /// Batches that are left out before a step.
+    /// Number of batches to skip before each step.
     #[serde(alias = "skips")]
     pub(crate) skipped_batches: BTreeMap<u64, u64>,
-    /// The keepers of nodes with ranks, then spare ones.
+    /// Keepers of nodes with ranks, then spare ones.
     pub(crate) keepers: Vec<KeeperEntry>,
-    /// How many of them are spare.
     pub(crate) spares: usize,
 }
 
-/// Where a keeper is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct KeeperEntry {
     pub(crate) pid: i32,
-    /// The machine it is on; 0 is the launcher's.
+    /// The keeper's machine; 0 is the launcher's.
     #[serde(default)]
     pub(crate) machine: usize,
     pub(crate) address: SocketAddr,
@@ -43,79 +42,80 @@ fn path(run: &Path) -> PathBuf {
 }
 
 impl KeeperRegistry {
-    pub(crate) fn new(secret: &Secret) -> KeeperRegistry {
-        let keepers = Vec::new();
-        let skipped_batches = BTreeMap::new();
+    pub(crate) fn new(secret: Secret) -> KeeperRegistry {
         KeeperRegistry {
-            secret: secret.clone(),
+            secret,
             generation: 0,
-            skipped_batches,
-            keepers,
+            skipped_batches: BTreeMap::new(),
+            keepers: Vec::new(),
             spares: 0,
         }
     }
 
-    /// What an earlier launcher left; None where it left nothing.
+    /// Returns the registry of an earlier launcher, if it left one.
     pub(crate) fn load(run: &Path) -> Result<Option<KeeperRegistry>> {
         let path = path(run);
         let text = match std::fs::read(&path) {
             Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(error) => {
                 return Err(error).with_context(|| format!("cannot read {}", path.display()));
             }
         };
-        let read = serde_json::from_slice(&text);
-        read.map(Some).with_context(|| {
-            format!(
-                "{} is damaged; remove it to start without keepers",
-                path.display()
-            )
-        })
+        serde_json::from_slice(&text)
+            .map(Some)
+            .with_context(|| format!("{} is damaged", path.display()))
+            .hint("remove it to start without keepers")
     }
 
-    /// Writes it, for this user's eyes only.
+    /// Writes the registry, readable by this user only.
     pub(crate) fn save(&self, run: &Path) -> Result<()> {
         let path = path(run);
-        let fresh = run.join("keepers.json.new");
-        let write = || -> std::io::Result<()> {
-            let _ = std::fs::remove_file(&fresh);
-            let mut file = OpenOptions::new()
-                .write(true)
-                .create_new(true)
-                .mode(0o600)
-                .open(&fresh)?;
-            file.write_all(&serde_json::to_vec_pretty(self).expect("plain data"))?;
-            std::fs::rename(&fresh, &path)
-        };
-        write().with_context(|| format!("cannot write {}", path.display()))
+        self.write(&path, &run.join("keepers.json.new"))
+            .with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    fn write(&self, path: &Path, temporary: &Path) -> std::io::Result<()> {
+        let text = serde_json::to_vec_pretty(self).expect("plain data");
+        let _ = std::fs::remove_file(temporary);
+        let mut options = OpenOptions::new();
+        options.write(true).create_new(true).mode(0o600);
+        options.open(temporary)?.write_all(&text)?;
+        std::fs::rename(temporary, path)
     }
 
     pub(crate) fn remove(run: &Path) {
-        // A file that stays names keepers that answer nobody.
+        // A stale file does no harm: its keepers do not answer.
         let _ = std::fs::remove_file(path(run));
     }
 
-    /// A connection to keeper number `number`.
-    pub(crate) fn connect(&self, number: usize, timeout: Duration) -> Result<Peer> {
-        let keeper = &self.keepers[number];
-        Peer::connect(keeper.address, &self.secret, timeout).map_err(|e| {
-            anyhow!(
-                "the keeper of node {number} at {} cannot be reached: {e}",
-                keeper.address
-            )
+    /// Connects to the keeper of `node`.
+    pub(crate) fn connect(&self, node: usize, timeout: Duration) -> Result<Peer> {
+        let address = self.keepers[node].address;
+        Peer::connect(address, &self.secret, timeout).map_err(|error| {
+            anyhow!("cannot reach the keeper of node {node} at {address}: {error}")
         })
+    }
+
+    /// Asks every keeper for its status.
+    pub(crate) fn statuses(&self) -> Vec<Result<Status>> {
+        let ask = |node| {
+            let mut peer = self.connect(node, REPLY_TIMEOUT)?;
+            peer.status()
+                .map_err(|error| anyhow!("the keeper of node {node}: {error}"))
+        };
+        (0..self.keepers.len()).map(ask).collect()
     }
 }
 
-/// One launcher at a time works in a run's folder, for as long as this lives.
+/// Locks a run's folder for one launcher, until the lock is dropped.
 pub(crate) fn lock(run: &Path) -> Result<nix::fcntl::Flock<File>> {
     let path = run.join("lock");
     let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
     nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock).map_err(|_| {
-        anyhow!(
-            "another moerun works in {}: wait for its end, or choose another run.dir",
-            run.display()
+        hinted(
+            anyhow!("another moerun is using {}", run.display()),
+            "wait until it exits, or choose another run.dir",
         )
     })
 }

@@ -1,179 +1,185 @@
-//! `moerun snapshot`: what is in the memory of a run's keepers, and whether it is right.
+//! `moerun snapshot`: shows and verifies the snapshots in the memory of a run's keepers.
 
 use crate::cli::{RunArgs, SnapshotStatusArgs};
+use crate::hint::hinted;
 use crate::registry::KeeperRegistry;
 use anyhow::{Result, anyhow};
-use checkpoint::keeper::recover::candidates;
-use checkpoint::keeper::{Inventory, Status, format_mib};
+use checkpoint::keeper::recover::{Candidate, candidates};
+use checkpoint::keeper::{Inventory, SnapshotId, Status, format_mib};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
+/// The time within which a keeper must verify all of a snapshot.
+const VERIFY_TIMEOUT: Duration = Duration::from_secs(3600);
 
 fn load_registry(run: &Path) -> Result<KeeperRegistry> {
     KeeperRegistry::load(run)?.ok_or_else(|| {
-        anyhow!(
-            "{} has no keepers: they are there while 'moerun train' runs, and after it was killed",
-            run.display()
+        hinted(
+            anyhow!("{} has no keepers", run.display()),
+            "a run has keepers while 'moerun train' runs, and after it was killed",
         )
     })
 }
 
-/// Each keeper's answer, or why there is none.
-pub(crate) fn ask_all(registry: &KeeperRegistry) -> Vec<Result<Status>> {
-    let ask = |number| {
-        let mut peer = registry.connect(number, REPLY_TIMEOUT)?;
-        peer.status()
-            .map_err(|e| anyhow!("the keeper of node {number}: {e}"))
-    };
-    (0..registry.keepers.len()).map(ask).collect()
-}
-
 pub(crate) fn status(args: &SnapshotStatusArgs) -> Result<ExitCode> {
     let registry = load_registry(&args.run)?;
-    let answers = ask_all(&registry);
+    let answers = registry.statuses();
     if args.json {
-        for (node, answer) in answers.iter().enumerate() {
-            let line = match answer {
-                Ok(status) => serde_json::json!({"node": node, "status": status}),
-                Err(error) => serde_json::json!({"node": node, "error": error.to_string()}),
-            };
-            println!("{line}");
-        }
+        print_json(&answers);
         return Ok(ExitCode::SUCCESS);
     }
-    let nodes = registry.keepers.len() - registry.spares;
-    println!(
-        "attempt {}; {nodes} nodes, {} spare",
-        registry.generation, registry.spares
-    );
-    for (node, answer) in answers.iter().enumerate() {
+    let spares = registry.spares;
+    let nodes = registry.keepers.len() - spares;
+    let generation = registry.generation;
+    println!("generation {generation}; {nodes} nodes, {spares} spare");
+    let mut inventories = Vec::new();
+    for (node, answer) in answers.into_iter().enumerate() {
         let spare = if node >= nodes { " (spare)" } else { "" };
         match answer {
             Ok(status) => {
+                let address = registry.keepers[node].address;
                 println!(
-                    "node {node}{spare}: keeper is process {} at {}; slots {}, parity {}; {} snapshots skipped; {:.1} s of coding",
-                    status.pid,
-                    registry.keepers[node].address,
-                    format_mib(status.slot_bytes),
-                    format_mib(status.parity_bytes),
-                    status.skipped,
-                    status.coding_ms as f64 / 1e3
+                    "node {node}{spare}: {}",
+                    describe(&status, &address.to_string())
                 );
                 for rank in &status.ranks {
                     println!(
-                        "  rank {}: process {}, step {}, heard of {} ms ago",
+                        "  rank {}: process {}, step {}, last heartbeat {} ms ago",
                         rank.rank, rank.pid, rank.step, rank.silent_ms
                     );
                 }
+                inventories.push(status.inventory);
             }
             Err(error) => println!("node {node}{spare}: {error:#}"),
         }
     }
-    let inventories: Vec<Inventory> = answers
-        .iter()
-        .flatten()
-        .map(|status| status.inventory.clone())
-        .collect();
     let found = candidates(&inventories);
     if found.is_empty() {
-        println!("no snapshot can be put together");
+        println!("no complete snapshot");
     }
-    for candidate in found {
-        let snapshot = &candidate.snapshot;
-        let bytes: u64 = snapshot.parts.iter().map(|part| part.bytes).sum();
-        let protected = inventories
-            .iter()
-            .filter(|inventory| inventory.protected.contains(&snapshot.id))
-            .count();
-        let parity = match snapshot.topology.redundancy.survives() {
-            0 => String::new(),
-            _ => format!(
-                ", parity on {protected} of {} nodes",
-                snapshot.topology.nodes.len()
-            ),
-        };
-        let lost = match candidate.lost().as_slice() {
-            [] => String::new(),
-            lost => format!("; parts of nodes {lost:?} would be rebuilt"),
-        };
-        println!(
-            "snapshot of step {} (attempt {}): {} parts, {}; {}{parity}{lost}",
-            snapshot.id.step,
-            snapshot.id.generation,
-            snapshot.parts.len(),
-            format_mib(bytes),
-            snapshot.topology.redundancy,
-        );
+    for candidate in &found {
+        print_candidate(candidate, &inventories);
     }
     Ok(ExitCode::SUCCESS)
 }
 
+fn print_json(answers: &[Result<Status>]) {
+    for (node, answer) in answers.iter().enumerate() {
+        let line = match answer {
+            Ok(status) => serde_json::json!({"node": node, "status": status}),
+            Err(error) => serde_json::json!({"node": node, "error": error.to_string()}),
+        };
+        println!("{line}");
+    }
+}
+
+fn describe(status: &Status, address: &str) -> String {
+    let pid = status.pid;
+    let slots = format_mib(status.slot_bytes);
+    let parity = format_mib(status.parity_bytes);
+    let skipped = status.skipped;
+    let coding_s = status.coding_ms as f64 / 1e3;
+    format!(
+        "keeper is process {pid} at {address}; slots {slots}, parity {parity}; \
+         {skipped} snapshots skipped; {coding_s:.1} s of coding"
+    )
+}
+
+fn print_candidate(candidate: &Candidate, inventories: &[Inventory]) {
+    let snapshot = &candidate.snapshot;
+    let topology = &snapshot.topology;
+    let SnapshotId { generation, step } = snapshot.id;
+    let parts = snapshot.parts.len();
+    let bytes: u64 = snapshot.parts.iter().map(|part| part.bytes).sum();
+    let size = format_mib(bytes);
+    let redundancy = &topology.redundancy;
+    let parity = if redundancy.survives() == 0 {
+        String::new()
+    } else {
+        let mut protected = 0;
+        for inventory in inventories {
+            protected += usize::from(inventory.protected.contains(&snapshot.id));
+        }
+        format!(", parity on {protected} of {} nodes", topology.nodes.len())
+    };
+    let lost = match candidate.lost().as_slice() {
+        [] => String::new(),
+        lost => format!("; parts of nodes {lost:?} must be rebuilt"),
+    };
+    println!(
+        "snapshot of step {step} (generation {generation}): {parts} parts, {size}; \
+         {redundancy}{parity}{lost}"
+    );
+}
+
+/// An inventory and its keeper's node.
+struct NodeInventory {
+    node: usize,
+    inventory: Inventory,
+}
+
 pub(crate) fn verify(args: &RunArgs) -> Result<ExitCode> {
     let registry = load_registry(&args.run)?;
-    let inventories: Vec<(usize, Inventory)> = ask_all(&registry)
-        .into_iter()
-        .enumerate()
-        .filter_map(|(node, answer)| match answer {
-            Ok(status) => Some((node, status.inventory)),
-            Err(error) => {
-                println!("{error:#}");
-                None
-            }
-        })
-        .collect();
-    let found = candidates(
-        &inventories
-            .iter()
-            .map(|(_, inventory)| inventory.clone())
-            .collect::<Vec<_>>(),
-    );
-    let mut damaged = found.is_empty();
-    for candidate in &found {
-        let id = candidate.snapshot.id;
-        let mut chunks = 0;
-        let mut bad = 0;
-        for (node, inventory) in &inventories {
-            let here = inventory.parts.iter().filter(|(other, _)| *other == id);
-            chunks += here.map(|(_, part)| part.crcs.len()).sum::<usize>();
-            let damage = registry
-                .connect(*node, Duration::from_secs(3600))?
-                .verify(id);
-            let damage = match damage {
-                Ok(damage) => damage,
-                // It has been written over since: the run goes on.
-                Err(error) => {
-                    println!("step {}, node {node}: {error}", id.step);
-                    continue;
-                }
-            };
-            for (rank, chunk) in &damage.chunks {
-                println!(
-                    "step {}: chunk {chunk} of rank {rank}'s part on node {node} is damaged",
-                    id.step
-                );
-            }
-            if damage.parities > 0 {
-                println!(
-                    "step {}: {} parities on node {node} are damaged",
-                    id.step, damage.parities
-                );
-            }
-            bad += damage.chunks.len() as u64 + damage.parities;
+    let mut held = Vec::new();
+    for (node, answer) in registry.statuses().into_iter().enumerate() {
+        match answer {
+            Ok(status) => held.push(NodeInventory {
+                node,
+                inventory: status.inventory,
+            }),
+            Err(error) => println!("{error:#}"),
         }
-        println!(
-            "snapshot of step {} (attempt {}): {chunks} chunks checked, {bad} damaged",
-            id.step, id.generation
-        );
-        damaged |= bad > 0;
     }
+    let inventories = held.iter().map(|held| held.inventory.clone());
+    let found = candidates(&inventories.collect::<Vec<_>>());
     if found.is_empty() {
-        println!("no snapshot can be put together");
+        println!("no complete snapshot");
+        return Ok(ExitCode::FAILURE);
+    }
+    let mut damaged = false;
+    for candidate in &found {
+        damaged |= verify_snapshot(&registry, candidate.snapshot.id, &held)? > 0;
     }
     Ok(if damaged {
         ExitCode::FAILURE
     } else {
         ExitCode::SUCCESS
     })
+}
+
+/// Verifies a snapshot on all nodes. Returns the number of damaged chunks and parities.
+fn verify_snapshot(
+    registry: &KeeperRegistry,
+    id: SnapshotId,
+    held: &[NodeInventory],
+) -> Result<u64> {
+    let SnapshotId { generation, step } = id;
+    let mut chunks = 0;
+    let mut bad = 0;
+    for NodeInventory { node, inventory } in held {
+        let parts = inventory.parts.iter().filter(|(other, _)| *other == id);
+        chunks += parts.map(|(_, part)| part.crcs.len()).sum::<usize>();
+        let mut peer = registry.connect(*node, VERIFY_TIMEOUT)?;
+        let damage = match peer.verify(id) {
+            Ok(damage) => damage,
+            // The live run has overwritten it since.
+            Err(error) => {
+                println!("step {step}, node {node}: {error}");
+                continue;
+            }
+        };
+        for (rank, chunk) in &damage.chunks {
+            println!("step {step}: chunk {chunk} of rank {rank}'s part on node {node} is damaged");
+        }
+        let parities = damage.parities;
+        if parities > 0 {
+            println!("step {step}: {parities} parities on node {node} are damaged");
+        }
+        bad += damage.chunks.len() as u64 + parities;
+    }
+    println!(
+        "snapshot of step {step} (generation {generation}): {chunks} chunks checked, {bad} damaged"
+    );
+    Ok(bad)
 }

@@ -1,4 +1,5 @@
-//! `moerun plan survival`: how likely it is that nothing has to come from disk, and what failures cost.
+//! `moerun plan survival`: the probability that a run never needs its checkpoints, and the cost of
+//! failures.
 
 use crate::cli::SurvivalArgs;
 use anyhow::{Result, bail};
@@ -7,6 +8,21 @@ use checkpoint::{Redundancy, redundancy_groups};
 use std::process::ExitCode;
 
 pub(crate) fn run(args: &SurvivalArgs) -> Result<ExitCode> {
+    check(args)?;
+    print_failures(args);
+    let simulated = if args.simulate > 0 { "  simulated" } else { "" };
+    let days = format!("{} days", args.days);
+    println!(
+        "{:28}{:>9}{:>16}{simulated}{days:>16}",
+        "", "memory", "one window"
+    );
+    for redundancy in schemes(args) {
+        print_scheme(args, redundancy);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn check(args: &SurvivalArgs) -> Result<()> {
     for (option, value) in [
         ("--mtbf-h", args.mtbf_h),
         ("--shape", args.shape),
@@ -15,75 +31,74 @@ pub(crate) fn run(args: &SurvivalArgs) -> Result<ExitCode> {
         ("--nodes", args.nodes as f64),
     ] {
         if value.is_nan() || value <= 0.0 {
-            bail!("{option} is {value}; it must be above 0");
+            bail!("{option} is {value}: it must be above 0");
         }
     }
+    Ok(())
+}
+
+fn print_failures(args: &SurvivalArgs) {
+    let SurvivalArgs {
+        nodes,
+        days,
+        mtbf_h,
+        interval_s,
+        restart_s,
+        ..
+    } = args;
+    let failures = *nodes as f64 * days * 24.0 / mtbf_h;
+    println!(
+        "{nodes} nodes, one failure in {mtbf_h:.0} h each: {failures:.1} node failures in {days} days"
+    );
+    let lost_s = interval_s / 2.0 + restart_s;
+    let percent = failures * lost_s / (days * 864.0);
+    println!(
+        "each costs {lost_s:.0} s on average: half of {interval_s} s between snapshots, and \
+         {restart_s} s to restart: {percent:.3}% of the run"
+    );
+}
+
+fn schemes(args: &SurvivalArgs) -> Vec<Redundancy> {
     let mut schemes = vec![
         Redundancy::None,
         Redundancy::Copies(1),
         Redundancy::Copies(2),
     ];
     for &parity in &args.parity {
-        schemes.extend(
-            args.data
-                .iter()
-                .map(|&data| Redundancy::Parity { data, parity }),
-        );
+        for &data in &args.data {
+            schemes.push(Redundancy::Parity { data, parity });
+        }
     }
-    let failures = args.nodes as f64 * args.days * 24.0 / args.mtbf_h;
-    println!(
-        "{} nodes, one failure in {:.0} h each: {failures:.1} failures of nodes in {} days",
-        args.nodes, args.mtbf_h, args.days
-    );
-    println!(
-        "each loses {:.0} s in the mean: half of {} s between snapshots, and {} s to restart: {:.3}% of the run",
-        args.interval_s / 2.0 + args.restart_s,
-        args.interval_s,
-        args.restart_s,
-        failures * (args.interval_s / 2.0 + args.restart_s) / (args.days * 864.0)
-    );
-    let simulated = if args.simulate > 0 { "  simulated" } else { "" };
-    println!(
-        "{:28}{:>9}{:>16}{simulated}{:>16}",
-        "",
-        "memory",
-        "one window",
-        format!("{} days", args.days)
-    );
-    for redundancy in schemes {
-        let groups = match redundancy_groups(&vec![0; args.nodes], redundancy) {
-            Ok(groups) => groups,
-            Err(reason) => {
-                println!("{:28}{reason}", redundancy.to_string());
-                continue;
-            }
-        };
-        let groups: Vec<usize> = groups.iter().map(Vec::len).collect();
-        let survives = redundancy.survives();
-        // What a node keeps of others, in sizes of its own state.
-        let extra: f64 = groups
-            .iter()
-            .map(|&n| (n * survives) as f64 / (n - survives) as f64)
-            .sum::<f64>()
-            / args.nodes as f64;
-        let cluster = Cluster {
-            groups,
-            survives,
-            mtbf_h: args.mtbf_h,
-            shape: args.shape,
-            window_h: args.window_s / 3600.0,
-        };
-        let simulated = match args.simulate {
-            0 => String::new(),
-            trials => format!("{:>11.6}", cluster.simulate(trials, args.seed)),
-        };
-        println!(
-            "{:28}{:>8.2}x{:>16.9}{simulated}{:>16.6}",
-            redundancy.to_string(),
-            1.0 + extra,
-            cluster.window(),
-            cluster.run(args.days * 24.0)
-        );
-    }
-    Ok(ExitCode::SUCCESS)
+    schemes
+}
+
+fn print_scheme(args: &SurvivalArgs, redundancy: Redundancy) {
+    let name = redundancy.to_string();
+    let groups = match redundancy_groups(&vec![0; args.nodes], redundancy) {
+        Ok(groups) => groups,
+        Err(reason) => {
+            println!("{name:28}{reason}");
+            return;
+        }
+    };
+    let groups: Vec<usize> = groups.iter().map(Vec::len).collect();
+    let survives = redundancy.survives();
+    // The memory for other nodes' state, in units of a node's own.
+    let per_group = |&nodes: &usize| (nodes * survives) as f64 / (nodes - survives) as f64;
+    let extra = groups.iter().map(per_group).sum::<f64>() / args.nodes as f64;
+    let cluster = Cluster {
+        groups,
+        survives,
+        mtbf_h: args.mtbf_h,
+        shape: args.shape,
+        window_h: args.window_s / 3600.0,
+    };
+    let simulated = match args.simulate {
+        0 => String::new(),
+        trials => format!("{:>11.6}", cluster.simulate(trials, args.seed)),
+    };
+    let memory = 1.0 + extra;
+    let window = cluster.window();
+    let run = cluster.run(args.days * 24.0);
+    println!("{name:28}{memory:>8.2}x{window:>16.9}{simulated}{run:>16.6}");
 }

@@ -8,6 +8,7 @@
 //! - Collectives inside a model are the differentiable functions of [`collectives`].
 
 mod affinity;
+pub mod agreement;
 mod background;
 pub mod collectives;
 mod comm;

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""How long torch.distributed.checkpoint.async_save holds training up, for `moerun bench snapshot --baseline`.
+"""Measures how long torch.distributed.checkpoint.async_save stalls training.
 
-One process saves a state of fp32 tensors a few times and ends with a JSON line: the median time until async_save
-returns (stall_ms) and until the state is on disk (total_ms). Needs torch 2.11.0.
+A baseline for `moerun bench snapshot --baseline`. One process saves a state of fp32 tensors several
+times and ends with a JSON line: the median time until async_save returns (stall_ms) and until the
+state is on disk (total_ms). Needs torch 2.11.0.
 """
+
 import argparse
 import json
 import os
@@ -15,7 +17,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
 parser.add_argument("--mib", type=int, default=256, help="size of the state")
 parser.add_argument("--saves", type=int, default=4, help="measured saves, after one that warms up")
 parser.add_argument("--tensors", type=int, default=16, help="tensors that it consists of")
@@ -36,4 +40,12 @@ with tempfile.TemporaryDirectory() as folder:
             stalls.append((returned - begun) * 1e3)
             totals.append((time.perf_counter() - begun) * 1e3)
 dist.destroy_process_group()
-print(json.dumps({"stall_ms": statistics.median(stalls), "total_ms": statistics.median(totals), "mib": options.mib}))
+print(
+    json.dumps(
+        {
+            "stall_ms": statistics.median(stalls),
+            "total_ms": statistics.median(totals),
+            "mib": options.mib,
+        }
+    )
+)

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""A training step of Hugging Face transformers' Mixtral over several ranks, for `moerun bench layouts --baseline`.
+"""Trains Hugging Face transformers' Mixtral on several ranks.
 
-The reference step of transformers_step.py in fp32, with transformers' own expert parallelism over Gloo. Rank 0's last line is
-JSON with `tokens_per_s`, of all ranks together, the median over the measured steps.
+A baseline for `moerun bench layouts --baseline`: the reference step of transformers_step.py in fp32
+with transformers' own expert parallelism over Gloo. Rank 0's last line is JSON with `tokens_per_s`
+of all ranks together, the median over the measured steps.
 
 usage: python3 -m torch.distributed.run --nproc_per_node 2 transformers_ep.py
 Needs: pip install torch==2.11.0 transformers==5.23.0 accelerate
@@ -31,7 +32,7 @@ def main() -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
-    # Every rank reads its part of one set of first weights.
+    # Every rank reads its part of the same initial weights.
     place = [tempfile.mkdtemp() if rank == 0 else None]
     distributed.broadcast_object_list(place)
     if rank == 0:
@@ -39,10 +40,16 @@ def main() -> None:
         build(REFERENCE, "grouped_mm", torch.float32, balance=0.02).save_pretrained(place[0])
     distributed.barrier()
     parallel = DistributedConfig(tp_size=ranks, ep_size=ranks)
-    model = AutoModelForCausalLM.from_pretrained(place[0], dtype=torch.float32, distributed_config=parallel)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, foreach=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        place[0], dtype=torch.float32, distributed_config=parallel
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, foreach=False
+    )
     draw = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, REFERENCE["vocabulary"], (REFERENCE["batch"], REFERENCE["sequence"]), generator=draw)
+    tokens = torch.randint(
+        0, REFERENCE["vocabulary"], (REFERENCE["batch"], REFERENCE["sequence"]), generator=draw
+    )
     seconds, losses = [], []
     for index in range(WARM_UP + args.steps):
         distributed.barrier()
@@ -57,7 +64,12 @@ def main() -> None:
             seconds.append(time.perf_counter() - start)
     if rank == 0:
         rate = tokens.numel() / statistics.median(seconds)
-        line = {"peer": "transformers Mixtral, expert parallel", "ranks": ranks, "tokens_per_s": round(rate, 1), "losses": losses}
+        line = {
+            "peer": "transformers Mixtral, expert parallel",
+            "ranks": ranks,
+            "tokens_per_s": round(rate, 1),
+            "losses": losses,
+        }
         print(json.dumps(line), flush=True)
     distributed.destroy_process_group()
 

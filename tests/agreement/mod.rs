@@ -1,4 +1,5 @@
-//! What it means that two layouts agree: losses, gradient norms, every gathered gradient and the trained weights.
+//! Agreement of two layouts: losses, gradient norms, every gathered gradient and the trained
+//! weights.
 
 use checkpoint::TensorSlice;
 use parallel::{Cpu, World, run_on_threads};
@@ -11,12 +12,12 @@ use trainer::Trainer;
 use trainer::config::Config;
 use trainer::data::TokenWriter;
 
-/// Tokens there are in the data.
+/// Number of tokens in the data.
 pub(crate) const VOCAB: usize = 64;
-/// Runs here have few rows: their ranks must not wait for one another longer than this.
+/// Timeout of collectives. These runs are small, so ranks never wait long.
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Tokens with some order in them: each depends on the one before, with noise from a small generator.
+/// Tokens that can be learned: each depends on the one before it, with pseudo-random noise.
 pub(crate) fn write_data(folder: &Path) {
     let mut writer = TokenWriter::create(&folder.join("tokens"), VOCAB).unwrap();
     let mut state = 1u64;
@@ -34,28 +35,29 @@ pub(crate) fn write_data(folder: &Path) {
     writer.finish().unwrap();
 }
 
-/// Softmax routing with every auxiliary loss.
+/// An MoE configuration with softmax routing and every auxiliary loss.
 pub(crate) fn softmax(over: &str) -> Value {
-    json!({"experts": 8, "top_k": 2, "ffn": 16, "shared_experts": 1, "load_balance": 0.05, "load_balance_over": over,
+    json!({"experts": 8, "top_k": 2, "ffn": 16, "shared_experts": 1, "load_balance": 0.05,
+        "load_balance_over": over,
            "z_loss": 0.01})
 }
 
-/// Sigmoid routing limited to groups, with the loss-free bias.
+/// An MoE configuration with sigmoid routing, limited groups and the loss-free bias.
 pub(crate) fn sigmoid(over: &str) -> Value {
     json!({"experts": 8, "top_k": 2, "ffn": 16, "load_balance": 0.05, "load_balance_over": over,
-           "router": {"score": "sigmoid", "groups": 4, "top_groups": 2, "scale": 1.5}, "bias_update_rate": 0.01})
+           "router": {"score": "sigmoid", "groups": 4, "top_groups": 2, "scale": 1.5},
+           "bias_update_rate": 0.01})
 }
 
-/// What a run leaves, by global name.
+/// Results of a run, by global name.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Trace {
-    /// Loss, load-balancing loss, z-loss, gradient norm of each step.
+    /// Loss, load-balancing loss, z-loss and gradient norm of each step.
     pub(crate) steps: Vec<[f64; 4]>,
     pub(crate) first_gradients: BTreeMap<String, Vec<f32>>,
     pub(crate) weights: BTreeMap<String, Vec<f32>>,
-    /// Routed tokens that were computed by a helper.
+    /// Routed tokens that a helper computed.
     pub(crate) lent_tokens: u64,
-    /// Experts that moved.
     pub(crate) moved: u64,
 }
 
@@ -67,10 +69,10 @@ pub(crate) fn values(tensor: &Tensor) -> Vec<f32> {
     Vec::try_from(tensor.flatten(0, -1).contiguous()).unwrap()
 }
 
-/// A tensor that ranks hold slices of, as far as it is known.
+/// A tensor that is gathered slice by slice from the ranks.
 type Gathered = BTreeMap<String, Tensor>;
 
-/// Writes a rank's slice into the gathered tensor. What several ranks hold is equal to the bit.
+/// Writes a rank's slice into the gathered tensor. Replicas must be bit-identical.
 pub(crate) fn gather(into: &mut Gathered, slice: &TensorSlice, part: &Tensor) {
     let unknown = || {
         Tensor::full(
@@ -96,7 +98,7 @@ pub(crate) fn trace_of(ranks: usize, config: Config) -> Trace {
     trace_of_biased(ranks, config, |_| {})
 }
 
-/// With `change` done to each rank's trainer before it begins.
+/// Like `run`, with `change` applied to each rank's trainer before the first step.
 pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)) -> Trace {
     tch::set_num_threads(1);
     let steps = config.train.steps;
@@ -153,12 +155,12 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
     let mut weights = Gathered::new();
     for (steps, of_rank, weights_of_rank, _) in &parts {
         assert_eq!(*steps, parts[0].0, "every rank reports the same figures");
-        of_rank
-            .iter()
-            .for_each(|(slice, part)| gather(&mut first_gradients, slice, part));
-        weights_of_rank
-            .iter()
-            .for_each(|(slice, part)| gather(&mut weights, slice, part));
+        for (slice, part) in of_rank {
+            gather(&mut first_gradients, slice, part);
+        }
+        for (slice, part) in weights_of_rank {
+            gather(&mut weights, slice, part);
+        }
     }
     let by_name = |gathered: Gathered| {
         gathered
@@ -175,7 +177,7 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
     }
 }
 
-/// The norm of the difference over the norm.
+/// Returns the relative difference of two tensors: norm of the difference over the norm.
 pub(crate) fn distance(a: &[f32], b: &[f32]) -> f64 {
     let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
     let difference = norm(&mut a.iter().zip(b).map(|(a, b)| f64::from(a - b)));

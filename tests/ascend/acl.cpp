@@ -1,4 +1,4 @@
-// AscendCL on host memory: a stream is a thread that does one task after another.
+// AscendCL in host memory. A stream is a thread that runs one task after another.
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
@@ -11,12 +11,12 @@
 
 namespace {
 constexpr aclError SUCCESS = 0;
-constexpr aclError FAILURE = 500000; // ACL_ERROR_INTERNAL_ERROR
+constexpr aclError FAILURE = 500000;  // ACL_ERROR_INTERNAL_ERROR
 
 thread_local std::string recent;
 thread_local int32_t current_device = 0;
 
-// A place in a stream's queue.
+// A position in a stream's queue, for events.
 struct Mark {
   std::mutex mutex;
   std::condition_variable passed;
@@ -40,10 +40,10 @@ using MarkPtr = std::shared_ptr<Mark>;
 
 struct Task {
   std::function<void(const standin::GivenUp&)> work;
-  MarkPtr mark; // Passed instead of work.
+  MarkPtr mark;  // Set instead of work: the stream has reached this position.
 };
 
-// The thread of a stream. One that is given up ends after the task it is at.
+// The thread of a stream. After an abort it exits when its current task returns.
 struct Worker {
   std::mutex mutex;
   std::condition_variable more;
@@ -77,7 +77,7 @@ struct Worker {
       }
     }
   }
-  // Nobody may wait for ever for what will not happen.
+  // An aborted stream releases everything that waits for it.
   void give_up() {
     std::lock_guard<std::mutex> lock(mutex);
     given_up = true;
@@ -111,14 +111,14 @@ struct Event {
 
 Stream* stream_of(aclrtStream handle) { return static_cast<Stream*>(handle); }
 Event* event_of(aclrtEvent handle) { return static_cast<Event*>(handle); }
-} // namespace
+}  // namespace
 
 namespace standin {
 void enqueue(aclrtStream stream, std::function<void(const GivenUp&)> task) {
   stream_of(stream)->add(Task{std::move(task), nullptr});
 }
 void remember(const std::string& error) { recent = error; }
-} // namespace standin
+}  // namespace standin
 
 extern "C" {
 aclError aclrtGetDeviceCount(uint32_t* count) {
@@ -181,7 +181,8 @@ aclError aclrtRecordEvent(aclrtEvent handle, aclrtStream stream) {
   return SUCCESS;
 }
 aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent handle) {
-  if (auto mark = event_of(handle)->get()) standin::enqueue(stream, [mark](const standin::GivenUp&) { mark->wait(); });
+  if (auto mark = event_of(handle)->get())
+    standin::enqueue(stream, [mark](const standin::GivenUp&) { mark->wait(); });
   return SUCCESS;
 }
 aclError aclrtSynchronizeEvent(aclrtEvent handle) {
@@ -190,7 +191,8 @@ aclError aclrtSynchronizeEvent(aclrtEvent handle) {
 }
 aclError aclrtQueryEventStatus(aclrtEvent handle, aclrtEventRecordedStatus* status) {
   auto mark = event_of(handle)->get();
-  *status = !mark || mark->is_done() ? ACL_EVENT_RECORDED_STATUS_COMPLETE : ACL_EVENT_RECORDED_STATUS_NOT_READY;
+  *status = !mark || mark->is_done() ? ACL_EVENT_RECORDED_STATUS_COMPLETE
+                                     : ACL_EVENT_RECORDED_STATUS_NOT_READY;
   return SUCCESS;
 }
 const char* aclGetRecentErrMsg() { return recent.c_str(); }

@@ -1,4 +1,5 @@
-// The part of AscendCL that the stand-in has; names, types and numbers as in acl_base.h and acl_rt.h.
+// The part of AscendCL that the stand-in implements. Names, types and numbers are those of
+// acl_base.h and acl_rt.h.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -9,7 +10,10 @@ extern "C" {
 typedef int aclError;
 typedef void* aclrtStream;
 typedef void* aclrtEvent;
-typedef enum { ACL_EVENT_RECORDED_STATUS_NOT_READY = 0, ACL_EVENT_RECORDED_STATUS_COMPLETE = 1 } aclrtEventRecordedStatus;
+typedef enum {
+  ACL_EVENT_RECORDED_STATUS_NOT_READY = 0,
+  ACL_EVENT_RECORDED_STATUS_COMPLETE = 1
+} aclrtEventRecordedStatus;
 typedef enum { ACL_MEM_MALLOC_HUGE_FIRST = 0 } aclrtMemMallocPolicy;
 
 aclError aclrtGetDeviceCount(uint32_t* count);
@@ -30,10 +34,10 @@ const char* aclGetRecentErrMsg();
 }
 
 namespace standin {
-// Whether a stream's task was given up, and must not write any more.
+// True if the stream of a task was aborted. The task must not write any more.
 using GivenUp = std::function<bool()>;
-// Queues a task, as a kernel would be.
+// Queues a task, as a kernel launch does.
 void enqueue(aclrtStream stream, std::function<void(const GivenUp&)> task);
-// What aclGetRecentErrMsg says in this thread.
+// Sets the message that aclGetRecentErrMsg returns in this thread.
 void remember(const std::string& error);
-} // namespace standin
+}  // namespace standin

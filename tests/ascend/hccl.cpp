@@ -1,4 +1,5 @@
-// HCCL on host memory, over Gloo. Signatures and numbers as in hccl.h and hccl_types.h; what those say is not supported is refused.
+// HCCL in host memory, over Gloo. Signatures and numbers are those of hccl.h and hccl_types.h.
+// Combinations that they declare unsupported are refused.
 #define USE_C10D_GLOO
 #include <ATen/ATen.h>
 #include <torch/csrc/distributed/c10d/FileStore.hpp>
@@ -15,7 +16,7 @@
 #include "acl.h"
 
 namespace {
-using Code = int; // HcclResult
+using Code = int;  // HcclResult
 constexpr Code SUCCESS = 0, E_PARA = 1, E_INTERNAL = 4, E_NOT_SUPPORT = 5;
 constexpr size_t ROOT_INFO_BYTES = 4108;
 constexpr auto TIMEOUT = std::chrono::seconds(600);
@@ -38,16 +39,26 @@ Code guarded(F&& body) {
 
 at::ScalarType type_of(int type) {
   switch (type) {
-    case 0: return at::kChar;
-    case 1: return at::kShort;
-    case 2: return at::kInt;
-    case 3: return at::kHalf;
-    case 4: return at::kFloat;
-    case 5: return at::kLong;
-    case 7: return at::kByte;
-    case 10: return at::kDouble;
-    case 11: return at::kBFloat16;
-    default: TORCH_CHECK(false, "there is no data type ", type);
+    case 0:
+      return at::kChar;
+    case 1:
+      return at::kShort;
+    case 2:
+      return at::kInt;
+    case 3:
+      return at::kHalf;
+    case 4:
+      return at::kFloat;
+    case 5:
+      return at::kLong;
+    case 7:
+      return at::kByte;
+    case 10:
+      return at::kDouble;
+    case 11:
+      return at::kBFloat16;
+    default:
+      TORCH_CHECK(false, "there is no data type ", type);
   }
 }
 
@@ -57,23 +68,30 @@ bool reduces(int type, bool scatters) {
 }
 
 at::Tensor view(const void* data, uint64_t count, int type) {
-  return at::from_blob(const_cast<void*>(data), {static_cast<int64_t>(count)}, at::TensorOptions().dtype(type_of(type)));
+  return at::from_blob(const_cast<void*>(data), {static_cast<int64_t>(count)},
+                       at::TensorOptions().dtype(type_of(type)));
 }
 
 at::Tensor combine(const at::Tensor& parts, int op) {
   switch (op) {
-    case 0: return parts.sum(0, false, parts.scalar_type());
-    case 2: return parts.amax(0);
-    case 3: return parts.amin(0);
-    default: TORCH_CHECK(false, "there is no reduction ", op);
+    case 0:
+      return parts.sum(0, false, parts.scalar_type());
+    case 2:
+      return parts.amax(0);
+    case 3:
+      return parts.amin(0);
+    default:
+      TORCH_CHECK(false, "there is no reduction ", op);
   }
 }
 
-std::mutex starting; // c10d's own recorder is not safe against two groups that start at once.
+std::mutex starting;  // c10d's flight recorder is not safe when two groups start at once.
 
-// Queues what waits for others. It works on memory of its own, and `finish` brings the result to the device's memory unless the
-// stream was given up meanwhile: as on the hardware, nothing is written after that.
-void queue(Comm* comm, aclrtStream stream, std::function<c10::intrusive_ptr<c10d::Work>()> start, std::function<void()> finish) {
+// Queues an operation that waits for other ranks. It uses separate memory, and `finish` copies the
+// result to the device's memory unless the stream was aborted meanwhile: as on the hardware,
+// nothing is written after an abort.
+void queue(Comm* comm, aclrtStream stream, std::function<c10::intrusive_ptr<c10d::Work>()> start,
+           std::function<void()> finish) {
   standin::enqueue(stream, [=](const standin::GivenUp& given_up) {
     struct Outcome {
       std::atomic<bool> ended{false};
@@ -108,7 +126,7 @@ void queue(Comm* comm, aclrtStream stream, std::function<c10::intrusive_ptr<c10d
   });
 }
 
-// Several messages at once, on memory of their own.
+// Several messages at once, in separate memory.
 struct Waiting : c10d::Work {
   std::vector<c10::intrusive_ptr<c10d::Work>> all;
   bool wait(std::chrono::milliseconds timeout) override {
@@ -118,7 +136,7 @@ struct Waiting : c10d::Work {
 };
 
 struct Item {
-  int direction; // HCCL_SEND is 0, HCCL_RECV 1
+  int direction;  // HCCL_SEND is 0, HCCL_RECV 1
   void* data;
   uint64_t count;
   int type;
@@ -133,19 +151,21 @@ Code messages(Comm* comm, aclrtStream stream, std::vector<Item> items) {
     for (size_t i = 0; i < items.size(); i++) {
       std::vector<at::Tensor> one{copies->at(i)};
       int peer = static_cast<int>(items[i].peer);
-      all->all.push_back(items[i].direction == 0 ? comm->group->send(one, peer, 0) : comm->group->recv(one, peer, 0));
+      all->all.push_back(items[i].direction == 0 ? comm->group->send(one, peer, 0)
+                                                 : comm->group->recv(one, peer, 0));
     }
     return c10::intrusive_ptr<c10d::Work>(all);
   };
   auto finish = [=] {
     for (size_t i = 0; i < items.size(); i++)
-      if (items[i].direction == 1) view(items[i].data, items[i].count, items[i].type).copy_(copies->at(i));
+      if (items[i].direction == 1)
+        view(items[i].data, items[i].count, items[i].type).copy_(copies->at(i));
   };
   queue(comm, stream, start, finish);
   return SUCCESS;
 }
 
-// Every rank's `own` to every rank: `[size, count]`.
+// Gathers `own` of every rank on every rank: `[size, count]`.
 c10::intrusive_ptr<c10d::Work> to_all(Comm* comm, at::Tensor& all, const at::Tensor& own) {
   auto input = own.view({1, -1}).expand({comm->size, own.numel()}).contiguous();
   std::vector<int64_t> none;
@@ -153,14 +173,14 @@ c10::intrusive_ptr<c10d::Work> to_all(Comm* comm, at::Tensor& all, const at::Ten
 }
 
 Comm* comm_of(void* handle) { return static_cast<Comm*>(handle); }
-} // namespace
+}  // namespace
 
 extern "C" {
 Code HcclSetConfig(int, int32_t) { return SUCCESS; }
 
 Code HcclGetRootInfo(char* info) {
   return guarded([&] {
-    // Ranks meet in a file in the folder that they run in: a store of c10d's that listens asks the network for names of addresses.
+    // Ranks meet in a file in their working folder. c10d's TCP store would look up host names.
     std::string path = (std::filesystem::current_path() / "hccl-XXXXXX").string();
     int file = mkstemp(path.data());
     TORCH_CHECK(file >= 0 && path.size() < ROOT_INFO_BYTES, "no place for a file like ", path);
@@ -178,7 +198,8 @@ Code HcclCommInitRootInfo(uint32_t size, const char* info, uint32_t rank, void**
     store->setTimeout(TIMEOUT);
     auto gloo = c10d::ProcessGroupGloo::Options::create(TIMEOUT);
     gloo->devices.push_back(c10d::ProcessGroupGloo::createDeviceForHostname("127.0.0.1", false));
-    auto group = c10::make_intrusive<c10d::ProcessGroupGloo>(store, static_cast<int>(rank), static_cast<int>(size), gloo);
+    auto group = c10::make_intrusive<c10d::ProcessGroupGloo>(store, static_cast<int>(rank),
+                                                             static_cast<int>(size), gloo);
     auto* comm = new Comm;
     comm->group = group;
     comm->rank = static_cast<int>(rank);
@@ -195,31 +216,40 @@ Code HcclGetCommAsyncError(void* comm, Code* error) {
 
 const char* HcclGetErrorString(Code code) {
   switch (code) {
-    case E_PARA: return "parameter error";
-    case E_INTERNAL: return "internal error";
-    case E_NOT_SUPPORT: return "not support feature";
-    default: return "error";
+    case E_PARA:
+      return "parameter error";
+    case E_INTERNAL:
+      return "internal error";
+    case E_NOT_SUPPORT:
+      return "not support feature";
+    default:
+      return "error";
   }
 }
 
-Code HcclAllReduce(void* send, void* receive, uint64_t count, int type, int op, void* handle, aclrtStream stream) {
+Code HcclAllReduce(void* send, void* receive, uint64_t count, int type, int op, void* handle,
+                   aclrtStream stream) {
   if (!reduces(type, false)) return E_NOT_SUPPORT;
   auto* comm = comm_of(handle);
   auto all = std::make_shared<at::Tensor>();
   auto start = [=] {
-    *all = at::empty({comm->size, static_cast<int64_t>(count)}, at::TensorOptions().dtype(type_of(type)));
+    *all = at::empty({comm->size, static_cast<int64_t>(count)},
+                     at::TensorOptions().dtype(type_of(type)));
     return to_all(comm, *all, view(send, count, type));
   };
   queue(comm, stream, start, [=] { view(receive, count, type).copy_(combine(*all, op)); });
   return SUCCESS;
 }
 
-Code HcclReduceScatter(void* send, void* receive, uint64_t count, int type, int op, void* handle, aclrtStream stream) {
+Code HcclReduceScatter(void* send, void* receive, uint64_t count, int type, int op, void* handle,
+                       aclrtStream stream) {
   if (!reduces(type, true)) return E_NOT_SUPPORT;
   auto* comm = comm_of(handle);
   auto parts = std::make_shared<at::Tensor>();
   auto start = [=] {
-    auto input = view(send, count * comm->size, type).clone().view({comm->size, static_cast<int64_t>(count)});
+    auto input = view(send, count * comm->size, type)
+                     .clone()
+                     .view({comm->size, static_cast<int64_t>(count)});
     *parts = at::empty_like(input);
     std::vector<int64_t> none;
     return comm->group->alltoall_base(*parts, input, none, none);
@@ -228,18 +258,22 @@ Code HcclReduceScatter(void* send, void* receive, uint64_t count, int type, int 
   return SUCCESS;
 }
 
-Code HcclAllGather(void* send, void* receive, uint64_t count, int type, void* handle, aclrtStream stream) {
+Code HcclAllGather(void* send, void* receive, uint64_t count, int type, void* handle,
+                   aclrtStream stream) {
   auto* comm = comm_of(handle);
   auto all = std::make_shared<at::Tensor>();
   auto start = [=] {
-    *all = at::empty({comm->size, static_cast<int64_t>(count)}, at::TensorOptions().dtype(type_of(type)));
+    *all = at::empty({comm->size, static_cast<int64_t>(count)},
+                     at::TensorOptions().dtype(type_of(type)));
     return to_all(comm, *all, view(send, count, type));
   };
-  queue(comm, stream, start, [=] { view(receive, count * comm->size, type).copy_(all->view({-1})); });
+  queue(comm, stream, start,
+        [=] { view(receive, count * comm->size, type).copy_(all->view({-1})); });
   return SUCCESS;
 }
 
-Code HcclBroadcast(void* data, uint64_t count, int type, uint32_t root, void* handle, aclrtStream stream) {
+Code HcclBroadcast(void* data, uint64_t count, int type, uint32_t root, void* handle,
+                   aclrtStream stream) {
   auto* comm = comm_of(handle);
   auto copy = std::make_shared<at::Tensor>();
   auto start = [=] {
@@ -253,15 +287,19 @@ Code HcclBroadcast(void* data, uint64_t count, int type, uint32_t root, void* ha
   return SUCCESS;
 }
 
-Code HcclAlltoAllV(const void* send, const uint64_t* send_counts, const uint64_t* send_at, int send_type, const void* receive,
-                   const uint64_t* receive_counts, const uint64_t* receive_at, int receive_type, void* handle, aclrtStream stream) {
+Code HcclAlltoAllV(const void* send, const uint64_t* send_counts, const uint64_t* send_at,
+                   int send_type, const void* receive, const uint64_t* receive_counts,
+                   const uint64_t* receive_at, int receive_type, void* handle, aclrtStream stream) {
   auto* comm = comm_of(handle);
   if (send_type != receive_type || !send || !receive) return E_PARA;
-  std::vector<int64_t> out(send_counts, send_counts + comm->size), in(receive_counts, receive_counts + comm->size);
+  std::vector<int64_t> out(send_counts, send_counts + comm->size),
+      in(receive_counts, receive_counts + comm->size);
   int64_t sent = 0, received = 0;
   for (int rank = 0; rank < comm->size; rank++) {
-    // This library moves parts that lie behind one another only.
-    if (send_at[rank] != static_cast<uint64_t>(sent) || receive_at[rank] != static_cast<uint64_t>(received)) return E_NOT_SUPPORT;
+    // The stand-in supports only contiguous parts.
+    if (send_at[rank] != static_cast<uint64_t>(sent) ||
+        receive_at[rank] != static_cast<uint64_t>(received))
+      return E_NOT_SUPPORT;
     sent += out[rank];
     received += in[rank];
   }

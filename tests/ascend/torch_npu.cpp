@@ -1,6 +1,7 @@
-// What libtorch_npu.so is to libtorch: the device `npu` behind PrivateUse1, on the stand-in's AscendCL. Every operator runs the
-// CPU's kernel on the same memory, after what is queued on the current stream, and refuses tensors of other devices, as the
-// hardware would; memory is freed in the order of the stream that it was used on.
+// A stand-in for libtorch_npu.so: the device `npu` behind PrivateUse1, on the stand-in's AscendCL.
+// Every operator runs the CPU's kernel on the same memory, after everything that is queued on the
+// current stream. Like the hardware it refuses tensors of other devices. Memory is freed in the
+// order of the stream that used it.
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
@@ -30,9 +31,11 @@ using c10::DeviceIndex;
 using c10::DeviceType;
 constexpr auto NPU = DeviceType::PrivateUse1;
 
-void check(aclError error) { TORCH_CHECK(error == 0, "AscendCL: error ", error, ": ", aclGetRecentErrMsg()); }
+void check(aclError error) {
+  TORCH_CHECK(error == 0, "AscendCL: error ", error, ": ", aclGetRecentErrMsg());
+}
 
-// Streams.
+// ---- Streams
 aclrtStream default_stream() {
   static aclrtStream stream = [] {
     aclrtStream made;
@@ -44,10 +47,13 @@ aclrtStream default_stream() {
 thread_local aclrtStream current = nullptr;
 aclrtStream current_stream() { return current ? current : default_stream(); }
 aclrtStream raw(c10::Stream stream) {
-  return stream.id() == 0 ? default_stream() : reinterpret_cast<aclrtStream>(static_cast<intptr_t>(stream.id()));
+  return stream.id() == 0 ? default_stream()
+                          : reinterpret_cast<aclrtStream>(static_cast<intptr_t>(stream.id()));
 }
 c10::Stream wrapped(aclrtStream stream, DeviceIndex index) {
-  auto id = stream == default_stream() ? 0 : static_cast<c10::StreamId>(reinterpret_cast<intptr_t>(stream));
+  auto id = stream == default_stream()
+                ? 0
+                : static_cast<c10::StreamId>(reinterpret_cast<intptr_t>(stream));
   return c10::Stream(c10::Stream::UNSAFE, Device(NPU, index), id);
 }
 DeviceIndex current_index() {
@@ -71,8 +77,12 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     aclrtGetDeviceCount(&count);
     return static_cast<DeviceIndex>(count);
   }
-  c10::Stream getStream(Device device) const override { return wrapped(current_stream(), device.index()); }
-  c10::Stream getDefaultStream(Device device) const override { return wrapped(default_stream(), device.index()); }
+  c10::Stream getStream(Device device) const override {
+    return wrapped(current_stream(), device.index());
+  }
+  c10::Stream getDefaultStream(Device device) const override {
+    return wrapped(default_stream(), device.index());
+  }
   c10::Stream getStreamFromGlobalPool(Device device, bool) const override {
     aclrtStream made;
     check(aclrtCreateStream(&made));
@@ -103,14 +113,16 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void synchronizeEvent(void* event) const override {
     if (event) check(aclrtSynchronizeEvent(event));
   }
-  void synchronizeStream(const c10::Stream& stream) const override { check(aclrtSynchronizeStream(raw(stream))); }
+  void synchronizeStream(const c10::Stream& stream) const override {
+    check(aclrtSynchronizeStream(raw(stream)));
+  }
   void synchronizeDevice(DeviceIndex) const override {
     check(aclrtSynchronizeStream(default_stream()));
     if (current) check(aclrtSynchronizeStream(current));
   }
 };
 
-// Memory.
+// ---- Memory
 struct Allocator final : c10::DeviceAllocator {
   std::mutex mutex;
   std::unordered_map<void*, size_t> sizes;
@@ -120,7 +132,7 @@ struct Allocator final : c10::DeviceAllocator {
     void* data = nullptr;
     if (bytes) {
       check(aclrtMalloc(&data, bytes, ACL_MEM_MALLOC_HUGE_FIRST));
-      // Whoever reads what was never written sees it.
+      // Poison: a read of memory that was never written yields NaN.
       std::memset(data, 0xff, bytes);
       std::lock_guard<std::mutex> lock(mutex);
       sizes[data] = bytes;
@@ -130,7 +142,9 @@ struct Allocator final : c10::DeviceAllocator {
   }
   static void release(void* data);
   at::DeleterFnPtr raw_deleter() const override { return &release; }
-  void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    std::memcpy(to, from, bytes);
+  }
   bool initialized() override { return true; }
   void emptyCache(c10::MempoolId_t) override {}
   void recordStream(const at::DataPtr&, c10::Stream) override {}
@@ -159,13 +173,13 @@ void Allocator::release(void* data) {
     self.sizes.erase(data);
   }
   standin::enqueue(current_stream(), [data, bytes](const standin::GivenUp&) {
-    // Whoever still reads it sees it.
+    // Poison: a read after free yields NaN.
     std::memset(data, 0xff, bytes);
     aclrtFree(data);
   });
 }
 
-// Host memory that is said to be pinned.
+// Host memory that claims to be pinned.
 struct Pinned final : c10::Allocator {
   std::mutex mutex;
   std::set<const void*> all;
@@ -177,7 +191,9 @@ struct Pinned final : c10::Allocator {
   }
   static void release(void* data);
   at::DeleterFnPtr raw_deleter() const override { return &release; }
-  void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    std::memcpy(to, from, bytes);
+  }
 };
 Pinned& pinned() {
   static auto* one = new Pinned;
@@ -195,7 +211,9 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
-  const at::Generator& getDefaultGenerator(DeviceIndex) const override { return at::detail::getDefaultCPUGenerator(); }
+  const at::Generator& getDefaultGenerator(DeviceIndex) const override {
+    return at::detail::getDefaultCPUGenerator();
+  }
   bool isPinnedPtr(const void* data) const override {
     std::lock_guard<std::mutex> lock(pinned().mutex);
     return pinned().all.count(data) > 0;
@@ -213,27 +231,33 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   }
 };
 
-// Kernels.
-at::Tensor empty(at::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
-                 std::optional<at::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
-  return at::detail::empty_generic(size, &allocator(), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
+// ---- Kernels
+at::Tensor empty(at::IntArrayRef size, std::optional<at::ScalarType> dtype,
+                 std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>,
+                 std::optional<at::MemoryFormat> format) {
+  return at::detail::empty_generic(size, &allocator(),
+                                   c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
                                    c10::dtype_or_default(dtype), format);
 }
-at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, std::optional<at::ScalarType> dtype,
-                         std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
-  return at::detail::empty_strided_generic(size, stride, &allocator(), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
+at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride,
+                         std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
+                         std::optional<at::Device>, std::optional<bool>) {
+  return at::detail::empty_strided_generic(size, stride, &allocator(),
+                                           c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
                                            c10::dtype_or_default(dtype));
 }
 
-// The CPU's view of an NPU tensor's memory.
+// Returns a CPU tensor that aliases an NPU tensor's memory.
 at::Tensor on_host(const at::Tensor& tensor) {
   const auto& storage = tensor.storage();
   at::DataPtr data(const_cast<void*>(storage.data()), Device(DeviceType::CPU));
-  auto alias = c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), storage.nbytes(), std::move(data),
-                                                     c10::GetAllocator(DeviceType::CPU), /*resizable=*/true);
-  auto made = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(std::move(alias)),
-                                                       c10::DispatchKeySet(c10::DispatchKey::CPU), tensor.dtype());
-  made.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
+  auto alias = c10::make_intrusive<c10::StorageImpl>(
+      c10::StorageImpl::use_byte_size_t(), storage.nbytes(), std::move(data),
+      c10::GetAllocator(DeviceType::CPU), /*resizable=*/true);
+  auto made = at::detail::make_tensor<c10::TensorImpl>(
+      c10::Storage(std::move(alias)), c10::DispatchKeySet(c10::DispatchKey::CPU), tensor.dtype());
+  made.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(),
+                                                    tensor.storage_offset());
   if (tensor.is_conj()) made._set_conj(true);
   return made;
 }
@@ -249,31 +273,35 @@ at::Tensor copy_from_and_resize(const at::Tensor& from, const at::Tensor& to) {
   to.resize_(from.sizes());
   return copy_from(from, to, false);
 }
-const at::Tensor& resize_npu(const at::Tensor& self, at::IntArrayRef size, std::optional<at::MemoryFormat>) {
+const at::Tensor& resize_npu(const at::Tensor& self, at::IntArrayRef size,
+                             std::optional<at::MemoryFormat>) {
   auto* impl = self.unsafeGetTensorImpl();
   impl->set_sizes_contiguous(size);
   auto needed = static_cast<size_t>(impl->numel() + impl->storage_offset()) * impl->itemsize();
-  if (needed > self.storage().nbytes()) at::detail::getPrivateUse1Hooks().resizePrivateUse1Bytes(self.storage(), needed);
+  if (needed > self.storage().nbytes())
+    at::detail::getPrivateUse1Hooks().resizePrivateUse1Bytes(self.storage(), needed);
   return self;
 }
 at::Scalar local_scalar(const at::Tensor& self) {
   check(aclrtSynchronizeStream(current_stream()));
   return at::_local_scalar_dense(on_host(self));
 }
-int64_t fused_sdp_choice(const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, double, bool,
-                         std::optional<double>, bool) {
-  return 0; // SDPBackend::math
+int64_t fused_sdp_choice(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                         const std::optional<at::Tensor>&, double, bool, std::optional<double>,
+                         bool) {
+  return 0;  // SDPBackend::math
 }
 
-// Replaces NPU tensors by the CPU's views of them, and remembers which is which.
+// Replaces NPU tensors by CPU aliases, and remembers the pairs.
 struct Replaced {
-  std::vector<std::pair<at::Tensor, at::Tensor>> pairs; // NPU, CPU
+  std::vector<std::pair<at::Tensor, at::Tensor>> pairs;  // NPU, CPU
 
   at::Tensor replace(const at::Tensor& tensor, const c10::OperatorHandle& op) {
     if (!tensor.defined()) return tensor;
     if (!tensor.is_privateuseone()) {
-      TORCH_CHECK(tensor.dim() == 0 && tensor.device().is_cpu(), "Expected all tensors to be on the same device, but ",
-                  op.schema().name(), " got one on ", tensor.device(), " beside npu");
+      TORCH_CHECK(tensor.dim() == 0 && tensor.device().is_cpu(),
+                  "Expected all tensors to be on the same device, but ", op.schema().name(),
+                  " got one on ", tensor.device(), " next to npu");
       return tensor;
     }
     for (auto& [npu, cpu] : pairs)
@@ -282,12 +310,13 @@ struct Replaced {
     return pairs.back().second;
   }
 
-  // What an operator did to the CPU's views besides writing to them.
+  // Applies an operator's resizes of the CPU aliases to the NPU tensors.
   void bring_back() {
     for (auto& [npu, cpu] : pairs) {
       if (npu.sizes() != cpu.sizes()) npu.resize_(cpu.sizes());
       if (npu.storage().data() != cpu.storage().data() && cpu.storage().nbytes() > 0)
-        std::memcpy(npu.storage().mutable_data(), cpu.storage().data(), std::min(npu.storage().nbytes(), cpu.storage().nbytes()));
+        std::memcpy(npu.storage().mutable_data(), cpu.storage().data(),
+                    std::min(npu.storage().nbytes(), cpu.storage().nbytes()));
     }
   }
 
@@ -296,7 +325,8 @@ struct Replaced {
     for (auto& [npu, cpu] : pairs)
       if (cpu.is_same(result)) return npu;
     for (auto& [npu, cpu] : pairs)
-      if (result.has_storage() && result.storage().data() && result.storage().data() == npu.storage().data())
+      if (result.has_storage() && result.storage().data() &&
+          result.storage().data() == npu.storage().data())
         return npu.as_strided(result.sizes(), result.strides(), result.storage_offset());
     auto moved = empty_strided(result.sizes(), result.strides(), result.scalar_type(), {}, {}, {});
     on_host(moved).copy_(result);
@@ -325,7 +355,8 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     } else if (value.isOptionalTensorList()) {
       c10::List<std::optional<at::Tensor>> list;
       for (std::optional<at::Tensor> tensor : value.toOptionalTensorList())
-        list.push_back(tensor ? std::optional<at::Tensor>(replaced.replace(*tensor, op)) : std::nullopt);
+        list.push_back(tensor ? std::optional<at::Tensor>(replaced.replace(*tensor, op))
+                              : std::nullopt);
       value = list;
     } else if (value.isDevice()) {
       value = Device(DeviceType::CPU);
@@ -358,13 +389,15 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_local_scalar_dense", TORCH_FN(local_scalar));
   m.impl("_fused_sdp_choice", TORCH_FN(fused_sdp_choice));
 }
-TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }
+TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
+  m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>());
+}
 
 c10::impl::DeviceGuardImplRegistrar guard(NPU, new Guard);
-} // namespace
+}  // namespace
 
 namespace torch_npu {
-// As in init_npu.h.
+// The signatures of init_npu.h.
 __attribute__((visibility("default"))) void init_npu(const c10::DeviceIndex index) {
   static std::once_flag once;
   std::call_once(once, [] {
@@ -374,4 +407,4 @@ __attribute__((visibility("default"))) void init_npu(const c10::DeviceIndex inde
   });
   check(aclrtSetDevice(index));
 }
-} // namespace torch_npu
+}  // namespace torch_npu

@@ -272,7 +272,7 @@ pub(super) fn disk(config: &Config) -> Finding {
     let free =
         statvfs(Path::new(dir)).map_or(0, |stat| stat.blocks_available() * stat.fragment_size());
     // fp32 weights and two moments; one checkpoint more than are kept exists while the next is written.
-    let needed = config.model.num_parameters().0 * 12 * (config.checkpoint.keep as u64 + 1);
+    let needed = config.model.num_parameters().total * 12 * (config.checkpoint.keep as u64 + 1);
     let detail = format!(
         "{} MiB are free in {}, {} checkpoints take about {} MiB",
         free / MIB,

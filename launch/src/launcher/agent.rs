@@ -1,263 +1,259 @@
-//! A machine that is not the one of the launcher: this process does there what the launcher does on its own, and tells it what
-//! became of it. All decisions stay with the launcher.
-//!
-//! Lines of JSON over one TCP connection, which the agent opens.
+//! Agent: starts ranks and keepers on a remote machine for the launcher, which decides everything.
 
-use super::Signals;
-use super::assignment::Assignment;
-use super::processes::{FailedRank, RankProcesses};
+use super::agent_protocol::{
+    AgentCommand, AgentReport, Hello, HelloReply, StartedKeeper, send_line,
+};
+use super::processes::RankProcesses;
+use super::signals::Signals;
 use super::spawn::spawn_keeper;
 use crate::cli::TrainArgs;
 use crate::config_file;
-use crate::keeper::{KeeperSettings, Ready};
+use crate::hint::{self, hinted};
+use crate::keeper::KeeperSettings;
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::signal::Signal;
-use serde::{Deserialize, Serialize};
-use std::io::{BufRead, BufReader, Write};
-use std::net::TcpStream;
+use std::io::{BufRead, BufReader};
+use std::net::{IpAddr, TcpStream};
+use std::path::Path;
 use std::process::{Child, ExitCode};
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-/// The first line of an agent.
-#[derive(Serialize, Deserialize)]
-pub(super) struct Hello {
-    /// Which machine of the run it is.
-    pub(super) machine: usize,
-    /// Ranks it would start.
-    pub(super) ranks: usize,
-    /// Other versions do other things.
-    pub(super) version: String,
-}
-
-/// What the launcher answers to it.
-#[derive(Serialize, Deserialize)]
-pub(super) enum HelloReply {
-    Accepted,
-    /// Why not.
-    Refused(String),
-}
-
-/// What an agent is to do.
-#[derive(Serialize, Deserialize)]
-pub(super) enum AgentCommand {
-    /// Start these ranks. Reports that carry a smaller number are of earlier ones.
-    Start {
-        number: u64,
-        assignments: Vec<Assignment>,
-    },
-    /// Have so many processes stand by.
-    StandBy { count: usize },
-    /// Send the ranks a signal.
-    Signal { signal: i32 },
-    /// End the ranks, and those who stand by too.
-    Kill { number: u64, standby: bool },
-    /// Start a keeper that logs as the one of `node`; its address is this machine's.
-    Keeper {
-        number: u64,
-        node: usize,
-        orders: KeeperSettings,
-    },
-    /// End a keeper.
-    KillKeeper { pid: i32 },
-    /// All is done: end like the launcher.
-    End { code: u8 },
-}
-
-/// What an agent tells.
-#[derive(Serialize, Deserialize)]
-pub(super) enum AgentReport {
-    /// How the ranks are, since the order with this number.
-    Ranks {
-        number: u64,
-        running: usize,
-        failed: Vec<FailedRank>,
-    },
-    /// A keeper has been started, or why it has not: the process and its answer.
-    Keeper {
-        number: u64,
-        started: Result<(i32, Ready), String>,
-    },
-}
-
-/// How often ranks are looked at.
-const TICK: Duration = Duration::from_millis(20);
-/// The launcher of a run may be started after its agents.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
+/// The launcher may start after its agents.
 const RENDEZVOUS_TIMEOUT: Duration = Duration::from_secs(600);
+const RECONNECT_INTERVAL: Duration = Duration::from_millis(200);
+/// The time after which an agent says that it waits for the launcher.
+const SILENT_WAIT: Duration = Duration::from_secs(5);
 
-pub(crate) fn run(args: &TrainArgs, machine: usize, head: &str) -> Result<ExitCode> {
+/// Runs the agent of `machine` until the launcher at `head` ends the run.
+pub(super) fn run(args: &TrainArgs, machine: usize, head: &str) -> Result<ExitCode> {
     let config = config_file::load(&args.config)?;
     let dir = config.run.dir.clone();
     std::fs::create_dir_all(dir.join("logs"))
-        .with_context(|| format!("cannot make the run's folder {}", dir.display()))?;
+        .with_context(|| format!("cannot create the run's folder {}", dir.display()))?;
     let signals = Signals::install()?;
     let stream = connect(head, &signals)?;
-    let own = stream
+    let address = stream
         .local_addr()
-        .context("cannot see this machine's address")?
+        .context("cannot read this machine's address")?
         .ip();
-    let mut writer = stream.try_clone().context("cannot share the connection")?;
+    let mut writer = stream
+        .try_clone()
+        .context("cannot share the connection to the launcher")?;
     let mut reader = BufReader::new(stream);
-    let version = env!("CARGO_PKG_VERSION").to_string();
-    send_line(
-        &mut writer,
-        &Hello {
-            machine,
-            ranks: args.nproc_per_node,
-            version,
-        },
-    )?;
+    let hello = Hello {
+        machine,
+        ranks: args.nproc_per_node,
+        version: env!("CARGO_PKG_VERSION").to_string(),
+    };
+    send_line(&mut writer, &hello)?;
+    match read_reply(&mut reader, head)? {
+        HelloReply::Accepted => {
+            eprintln!("machine {machine} ({address}) joined the launcher at {head}")
+        }
+        HelloReply::Refused(reason) => {
+            bail!("the launcher at {head} refused this machine: {reason}")
+        }
+    }
+    let (sender, commands) = channel();
+    std::thread::spawn(move || receive_commands(reader, &sender));
+    let agent = Agent {
+        address,
+        ranks: RankProcesses::new(args, &dir),
+        dir: &dir,
+        keepers: Vec::new(),
+        writer,
+        number: 0,
+        reported: None,
+    };
+    agent.serve(&commands, &signals, machine, head)
+}
+
+fn read_reply(reader: &mut impl BufRead, head: &str) -> Result<HelloReply> {
     let mut line = String::new();
     reader
         .read_line(&mut line)
-        .with_context(|| format!("{head} said nothing"))?;
-    match serde_json::from_str(&line).with_context(|| format!("{head} is no launcher of moerun"))? {
-        HelloReply::Accepted => {
-            eprintln!("machine {machine} ({own}) has joined the launcher at {head}")
-        }
-        HelloReply::Refused(reason) => {
-            bail!("the launcher at {head} refuses this machine: {reason}")
+        .with_context(|| format!("no reply from {head}"))?;
+    serde_json::from_str(&line).with_context(|| format!("{head} is not a moerun launcher"))
+}
+
+/// Passes commands on until the connection ends or carries something else.
+fn receive_commands(reader: impl BufRead, commands: &Sender<AgentCommand>) {
+    for line in reader.lines() {
+        let Ok(line) = line else { return };
+        let Ok(command) = serde_json::from_str(&line) else {
+            return;
+        };
+        if commands.send(command).is_err() {
+            return;
         }
     }
-    let (sender, orders) = channel();
-    std::thread::spawn(move || {
-        for line in reader.lines() {
-            let Some(order) = line
-                .ok()
-                .and_then(|line| serde_json::from_str::<AgentCommand>(&line).ok())
-            else {
-                return;
-            };
-            if sender.send(order).is_err() {
-                return;
+}
+
+/// The part of [`AgentReport::Ranks`] that a new report is sent for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct RankCounts {
+    number: u64,
+    running: usize,
+    failed: usize,
+}
+
+struct Agent<'a> {
+    address: IpAddr,
+    dir: &'a Path,
+    ranks: RankProcesses<'a>,
+    keepers: Vec<Child>,
+    writer: TcpStream,
+    /// Number of the last command about ranks.
+    number: u64,
+    reported: Option<RankCounts>,
+}
+
+impl Agent<'_> {
+    fn serve(
+        mut self,
+        commands: &Receiver<AgentCommand>,
+        signals: &Signals,
+        machine: usize,
+        head: &str,
+    ) -> Result<ExitCode> {
+        loop {
+            match commands.recv_timeout(POLL_INTERVAL) {
+                Ok(AgentCommand::End { code }) => {
+                    self.ranks.kill_all();
+                    return Ok(ExitCode::from(code));
+                }
+                Ok(command) => self.handle(command)?,
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    self.ranks.kill_all();
+                    bail!(
+                        "the launcher at {head} is gone: killed the ranks of this machine; \
+                         its keepers stay for an hour"
+                    );
+                }
             }
+            if signals.count() > 0 {
+                // To the launcher this machine is lost.
+                self.ranks.kill_all();
+                return Err(hinted(
+                    anyhow!("machine {machine} was stopped without a checkpoint"),
+                    "stop the launcher instead: it writes one",
+                ));
+            }
+            self.report()?;
         }
-    });
-    let mut ranks = RankProcesses::new(args, &dir);
-    let mut keepers: Vec<Child> = Vec::new();
-    let mut number = 0;
-    let mut told = None;
-    loop {
-        match orders.recv_timeout(TICK) {
-            Ok(AgentCommand::Start {
-                number: order,
+    }
+
+    fn handle(&mut self, command: AgentCommand) -> Result<()> {
+        match command {
+            AgentCommand::Start {
+                number,
                 assignments,
-            }) => {
-                number = order;
-                if let Err(error) = ranks.start(&assignments) {
-                    // The launcher sees ranks that have ended, and starts again or gives up.
-                    eprintln!("error: {error:#}");
-                    ranks.kill();
+            } => {
+                self.number = number;
+                if let Err(error) = self.ranks.start(&assignments) {
+                    // The launcher sees failed ranks, and restarts them or gives up.
+                    eprintln!("error: {}", hint::message(&error));
+                    self.ranks.kill();
                 }
             }
-            Ok(AgentCommand::StandBy { count }) => ranks.stand_by(count),
-            Ok(AgentCommand::Signal { signal }) => {
-                ranks.signal(Signal::try_from(signal).unwrap_or(Signal::SIGTERM))
+            AgentCommand::StandBy { count } => self.ranks.stand_by(count),
+            AgentCommand::Signal { signal } => {
+                let signal = Signal::try_from(signal).unwrap_or(Signal::SIGTERM);
+                self.ranks.signal(signal);
             }
-            Ok(AgentCommand::Kill {
-                number: order,
-                standby,
-            }) => {
-                number = order;
+            AgentCommand::Kill { number, standby } => {
+                self.number = number;
                 if standby {
-                    ranks.kill_all()
+                    self.ranks.kill_all();
                 } else {
-                    ranks.kill()
+                    self.ranks.kill();
                 }
             }
-            Ok(AgentCommand::Keeper {
+            AgentCommand::StartKeeper {
                 number,
                 node,
-                mut orders,
-            }) => {
-                orders.listen.set_ip(own);
-                let started =
-                    spawn_keeper(&dir, node, &orders).map_err(|error| format!("{error:#}"));
-                let started = started.map(|(child, ready)| {
-                    let pid = child.id() as i32;
-                    keepers.push(child);
-                    (pid, ready)
-                });
-                send_line(&mut writer, &AgentReport::Keeper { number, started })?;
+                settings,
+            } => {
+                let started = self.start_keeper(node, settings);
+                let started = started.map_err(|error| format!("{error:#}"));
+                send_line(&mut self.writer, &AgentReport::Keeper { number, started })?;
             }
-            Ok(AgentCommand::KillKeeper { pid }) => {
-                for keeper in keepers
-                    .iter_mut()
-                    .filter(|keeper| keeper.id() as i32 == pid)
-                {
-                    let _ = keeper.kill();
-                    let _ = keeper.wait();
-                }
-            }
-            Ok(AgentCommand::End { code }) => {
-                ranks.kill_all();
-                return Ok(ExitCode::from(code));
-            }
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => {
-                ranks.kill_all();
-                bail!(
-                    "the launcher at {head} is gone: the ranks of this machine were ended; its keepers stay for an hour"
-                );
+            AgentCommand::KillKeeper { pid } => self.kill_keeper(pid),
+            AgentCommand::End { .. } => unreachable!("handled by serve"),
+        }
+        Ok(())
+    }
+
+    fn start_keeper(&mut self, node: usize, mut settings: KeeperSettings) -> Result<StartedKeeper> {
+        settings.listen.set_ip(self.address);
+        let (child, ready) = spawn_keeper(self.dir, node, &settings)?;
+        let pid = child.id() as i32;
+        self.keepers.push(child);
+        Ok(StartedKeeper { pid, ready })
+    }
+
+    fn kill_keeper(&mut self, pid: i32) {
+        for keeper in &mut self.keepers {
+            if keeper.id() as i32 == pid {
+                let _ = keeper.kill();
+                let _ = keeper.wait();
             }
         }
-        if signals.count() > 0 {
-            // The launcher takes this machine for lost.
-            ranks.kill_all();
-            bail!(
-                "machine {machine} was stopped: stop the launcher instead for a checkpoint of this moment"
-            );
+    }
+
+    /// Reports the ranks' state if it changed.
+    fn report(&mut self) -> Result<()> {
+        let running = self.ranks.running();
+        let failed = self.ranks.failed();
+        let number = self.number;
+        let counts = RankCounts {
+            number,
+            running,
+            failed: failed.len(),
+        };
+        if self.reported == Some(counts) {
+            return Ok(());
         }
-        let state = (number, ranks.running(), ranks.failed());
-        let key = (state.0, state.1, state.2.len());
-        if told != Some(key) {
-            let (number, running, failed) = state;
-            send_line(
-                &mut writer,
-                &AgentReport::Ranks {
-                    number,
-                    running,
-                    failed,
-                },
-            )?;
-            told = Some(key);
-        }
+        self.reported = Some(counts);
+        let report = AgentReport::Ranks {
+            number,
+            running,
+            failed,
+        };
+        send_line(&mut self.writer, &report)
     }
 }
 
 fn connect(head: &str, signals: &Signals) -> Result<TcpStream> {
     let began = Instant::now();
-    let mut said = false;
+    let mut announced = false;
     loop {
         match TcpStream::connect(head) {
             Ok(stream) => {
                 stream
                     .set_nodelay(true)
-                    .context("cannot set up the connection")?;
+                    .context("cannot configure the connection to the launcher")?;
                 return Ok(stream);
             }
             Err(error) if began.elapsed() > RENDEZVOUS_TIMEOUT => {
-                return Err(anyhow!(
-                    "no launcher answers at {head} ({error}): start moerun with --node-rank 0 there"
+                return Err(hinted(
+                    anyhow!("no launcher answers at {head}: {error}"),
+                    "start moerun with --node-rank 0 there",
                 ));
             }
-            Err(_) if signals.count() > 0 => bail!("stopped before a launcher answered at {head}"),
+            Err(_) if signals.count() > 0 => {
+                bail!("stopped while waiting for the launcher at {head}")
+            }
             Err(error) => {
-                if !said && began.elapsed() > Duration::from_secs(5) {
+                if !announced && began.elapsed() > SILENT_WAIT {
                     eprintln!("waiting for the launcher at {head} ({error})");
-                    said = true;
+                    announced = true;
                 }
-                std::thread::sleep(Duration::from_millis(200));
+                std::thread::sleep(RECONNECT_INTERVAL);
             }
         }
     }
-}
-
-/// Sends a line.
-pub(super) fn send_line(writer: &mut TcpStream, message: &impl Serialize) -> Result<()> {
-    let mut line = serde_json::to_vec(message).expect("plain data");
-    line.push(b'\n');
-    writer
-        .write_all(&line)
-        .context("the connection to the launcher broke")
 }

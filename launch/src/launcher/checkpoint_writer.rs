@@ -1,19 +1,39 @@
-//! Checkpoints out of keepers' memory: one at a time, while training goes on.
+//! Writes checkpoints from the keepers' memory, one at a time, while training continues.
 
 use super::keepers::Keepers;
 use anyhow::{Result, anyhow};
 use checkpoint::keeper::{Peer, SnapshotId};
-use checkpoint::{Shard, Staging};
+use checkpoint::{Checkpoint, Shard, Staging};
 use crossbeam_channel::{Receiver, bounded};
 use std::path::{Path, PathBuf};
 
-/// The one that is being written, and the one that comes next.
+/// The checkpoint being written, and the one due next.
 pub(super) struct CheckpointWriter {
     root: PathBuf,
+    /// Number of checkpoints to keep.
     keep: usize,
-    writing: Option<(SnapshotId, Receiver<Result<PathBuf>>)>,
-    /// A checkpoint is due from this snapshot on.
+    writing: Option<Writing>,
+    /// A checkpoint is due of this snapshot or a newer one.
     due: Option<SnapshotId>,
+    /// The reason why the last attempt to write a checkpoint failed.
+    pub(super) last_error: Option<anyhow::Error>,
+}
+
+struct Writing {
+    id: SnapshotId,
+    result: Receiver<Result<PathBuf>>,
+}
+
+/// A checkpoint that was written or failed.
+pub(super) struct Finished {
+    pub(super) step: u64,
+    pub(super) result: Result<PathBuf>,
+}
+
+/// The ranks whose parts one keeper writes.
+struct KeeperShare {
+    peer: Result<Peer>,
+    ranks: Vec<usize>,
 }
 
 impl CheckpointWriter {
@@ -23,96 +43,107 @@ impl CheckpointWriter {
             keep,
             writing: None,
             due: None,
+            last_error: None,
         }
     }
 
-    /// A complete snapshot is to be written, or a newer one if the disk is busy for so long.
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    pub(super) fn newest_on_disk(&self) -> Option<PathBuf> {
+        checkpoint::list(&self.root).ok()?.into_iter().next()
+    }
+
+    pub(super) fn newest_step_on_disk(&self) -> Option<u64> {
+        let newest = Checkpoint::open(&self.newest_on_disk()?).ok()?;
+        Some(newest.manifest().step)
+    }
+
+    /// Requests a checkpoint of a complete snapshot, or of a newer one if the disk is busy.
     pub(super) fn request(&mut self, id: SnapshotId) {
         self.due = self.due.max(Some(id));
     }
 
-    /// Nothing is being written or waits to be.
+    /// True if no checkpoint is being written or due.
     pub(super) fn is_idle(&self) -> bool {
         self.writing.is_none() && self.due.is_none()
     }
 
-    /// What was written has come to an end: which step, and the folder or why not.
-    pub(super) fn take_finished(
-        &mut self,
-        keepers: &mut Keepers,
-    ) -> Option<(u64, Result<PathBuf>)> {
-        let (id, result) = self.writing.as_ref()?;
-        let step = id.step;
-        let result = result.try_recv().ok()?;
+    pub(super) fn take_finished(&mut self, keepers: &mut Keepers) -> Option<Finished> {
+        let writing = self.writing.as_ref()?;
+        let step = writing.id.step;
+        let result = writing.result.try_recv().ok()?;
         self.writing = None;
         keepers.ask_all(|peer| peer.unpin());
-        Some((step, result))
+        Some(Finished { step, result })
     }
 
-    /// Begins to write `newest`, the newest complete snapshot, if one is due and the disk is free. `holders` are the places
-    /// of the keepers that have the ranks' parts.
+    /// Starts to write `newest`, the newest complete snapshot, if one is due and the disk is free.
+    ///
+    /// `holders` has for each rank the node whose keeper holds its part.
     pub(super) fn begin(&mut self, keepers: &mut Keepers, newest: SnapshotId, holders: &[usize]) {
         if self.writing.is_some() || self.due.is_none_or(|due| due > newest) {
             return;
         }
         self.due = None;
-        // Before a newer one is complete: until then nobody writes over it.
+        // Before a newer snapshot is complete: until then this one cannot be overwritten.
         keepers.ask_all(|peer| peer.pin(newest));
-        let mut tasks: Vec<(Result<Peer>, Vec<usize>)> = Vec::new();
-        for place in 0..keepers.members.len() {
-            let ranks: Vec<usize> = (0..holders.len())
-                .filter(|&rank| holders[rank] == place)
-                .collect();
+        let mut shares = Vec::new();
+        for node in 0..keepers.members.len() {
+            let ranks = 0..holders.len();
+            let ranks: Vec<usize> = ranks.filter(|&rank| holders[rank] == node).collect();
             if !ranks.is_empty() {
-                tasks.push((keepers.long_connection(place), ranks));
+                let peer = keepers.long_connection(node);
+                shares.push(KeeperShare { peer, ranks });
             }
         }
         let (sender, result) = bounded(1);
         let root = self.root.clone();
         let keep = self.keep;
         std::thread::spawn(move || {
-            let written = write(&root, newest, tasks);
-            let written =
-                written.and_then(|path| Ok(checkpoint::retain(&root, keep).map(|()| path)?));
+            let written = write(&root, newest, shares).and_then(|path| {
+                checkpoint::retain(&root, keep)?;
+                Ok(path)
+            });
             let _ = sender.send(written);
         });
-        self.writing = Some((newest, result));
+        self.writing = Some(Writing { id: newest, result });
     }
 }
 
-fn write(root: &Path, id: SnapshotId, tasks: Vec<(Result<Peer>, Vec<usize>)>) -> Result<PathBuf> {
+fn write(root: &Path, id: SnapshotId, shares: Vec<KeeperShare>) -> Result<PathBuf> {
     let staging = Staging::new(root, id.step);
-    let written = || -> Result<PathBuf> {
-        staging.begin()?;
-        let folder = std::path::absolute(staging.folder())?;
-        let mut shards: Vec<(usize, Shard)> = std::thread::scope(|scope| {
-            let folder = &folder;
-            let start = |(peer, ranks): (Result<Peer>, Vec<usize>)| {
-                scope.spawn(move || {
-                    let shards = peer?
-                        .persist(id, &ranks, folder)
-                        .map_err(|e| anyhow!("{e}"))?;
-                    Ok::<_, anyhow::Error>(ranks.into_iter().zip(shards).collect::<Vec<_>>())
-                })
-            };
-            let handles: Vec<_> = tasks.into_iter().map(start).collect();
-            let parts = handles
-                .into_iter()
-                .map(|handle| handle.join().expect("no panic"));
-            Ok::<_, anyhow::Error>(
-                parts
-                    .collect::<Result<Vec<_>>>()?
-                    .into_iter()
-                    .flatten()
-                    .collect(),
-            )
-        })?;
-        shards.sort_by_key(|(rank, _)| *rank);
-        Ok(staging.commit_images(shards.into_iter().map(|(_, shard)| shard).collect())?)
-    };
-    let result = written();
+    let result = write_staged(&staging, id, shares);
     if result.is_err() {
         staging.discard();
     }
     result
+}
+
+fn write_staged(staging: &Staging, id: SnapshotId, shares: Vec<KeeperShare>) -> Result<PathBuf> {
+    staging.begin()?;
+    let folder = std::path::absolute(staging.folder())?;
+    let folder = &folder;
+    let parts = std::thread::scope(|scope| {
+        let start = |share| scope.spawn(move || persist(share, id, folder));
+        let threads: Vec<_> = shares.into_iter().map(start).collect();
+        let parts = threads
+            .into_iter()
+            .map(|thread| thread.join().expect("no panic"));
+        parts.collect::<Result<Vec<_>>>()
+    })?;
+    let mut shards: Vec<(usize, Shard)> = parts.into_iter().flatten().collect();
+    shards.sort_by_key(|(rank, _)| *rank);
+    let shards = shards.into_iter().map(|(_, shard)| shard);
+    Ok(staging.commit_images(shards.collect())?)
+}
+
+/// Has a keeper write its ranks' parts; returns each rank's shard.
+fn persist(share: KeeperShare, id: SnapshotId, folder: &Path) -> Result<Vec<(usize, Shard)>> {
+    let mut peer = share.peer?;
+    let shards = peer
+        .persist(id, &share.ranks, folder)
+        .map_err(|error| anyhow!("{error}"))?;
+    Ok(share.ranks.into_iter().zip(shards).collect())
 }

@@ -1,4 +1,4 @@
-//! A file with the machines of a run, as mpirun takes it, and starting moerun on them.
+//! A hostfile in mpirun's format, and the ssh sessions that start an agent on each of its machines.
 
 use crate::cli::TrainArgs;
 use anyhow::{Context, Result, anyhow, bail};
@@ -6,11 +6,11 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-/// The machines, the launcher's own first.
+/// Machines of a run; the launcher runs on the first.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Hostfile {
     pub(super) names: Vec<String>,
-    /// Ranks of each, where the file says so.
+    /// Ranks of each machine, if the file says so.
     pub(super) slots: Option<usize>,
 }
 
@@ -35,68 +35,66 @@ impl Hostfile {
                 .split_whitespace();
             let Some(name) = words.next() else { continue };
             if hosts.names.iter().any(|other| other == name) {
-                return Err(format!("line {number}: {name} is there twice"));
+                return Err(format!("line {number}: {name} is listed twice"));
             }
             let mut slots = None;
             for word in words {
-                let count = word
-                    .strip_prefix("slots=")
-                    .and_then(|count| count.parse().ok())
-                    .filter(|&count| count > 0);
-                slots =
-                    Some(count.ok_or_else(|| {
-                        format!("line {number}: {word} is not of the form slots=N")
-                    })?);
+                let Some(count) = parse_slots(word) else {
+                    return Err(format!("line {number}: {word} is not of the form slots=N"));
+                };
+                slots = Some(count);
             }
             if !hosts.names.is_empty() && slots != hosts.slots {
                 return Err(format!(
-                    "line {number}: every machine needs as many slots as the first one"
+                    "line {number}: every machine needs the same number of slots"
                 ));
             }
             hosts.slots = slots;
             hosts.names.push(name.to_string());
         }
         if hosts.names.is_empty() {
-            Err("it names no machine".into())
+            Err("no machine is listed".into())
         } else {
             Ok(hosts)
         }
     }
 
-    /// Starts the same command on the other machines, in the same folder; they end with the sessions that are returned.
+    /// Starts the same command in the same folder on the other machines.
+    ///
+    /// Dropping the sessions ends the commands.
     pub(super) fn start_agents(
         &self,
         args: &TrainArgs,
         head: &str,
-        per_machine: usize,
+        ranks_per_machine: usize,
     ) -> Result<SshSessions> {
-        let program = std::env::current_exe().context("cannot find this program's own file")?;
-        let folder = std::env::current_dir().context("cannot find this folder")?;
+        let program = std::env::current_exe().context("cannot find this program's file")?;
+        let folder = std::env::current_dir().context("cannot find the current folder")?;
+        let start = [
+            format!("cd {} && exec", shell_quote(&folder)?),
+            shell_quote(&program)?,
+            "train".into(),
+            shell_quote(&args.config.config)?,
+        ];
+        let mut words = Vec::from(start);
+        for change in &args.config.set {
+            words.extend(["--set".into(), shell_quote(Path::new(change))?]);
+        }
+        let machines = self.names.len();
         let mut sessions = SshSessions(Vec::new());
         for (machine, name) in self.names.iter().enumerate().skip(1) {
-            let mut words = vec![
-                "cd".to_string(),
-                shell_quote(&folder)?,
-                "&&".into(),
-                "exec".into(),
-                shell_quote(&program)?,
-            ];
-            words.extend(["train".into(), shell_quote(&args.config.config)?]);
-            for change in &args.config.set {
-                words.extend(["--set".into(), shell_quote(Path::new(change))?]);
-            }
-            words.push(format!(
-                "--nnodes {} --node-rank {machine} --rdzv {head} -n {per_machine}",
-                self.names.len()
-            ));
-            let mut command = Command::new(&args.ssh);
-            // Out of the terminal's group: Ctrl-C is the launcher's, which stops the machines in good order.
-            command
-                .arg(name)
-                .arg(words.join(" "))
+            let command = format!(
+                "{} --nnodes {machines} --node-rank {machine} --rdzv {head} -n {ranks_per_machine}",
+                words.join(" ")
+            );
+            let mut ssh = Command::new(&args.ssh);
+            // Outside the terminal's process group: Ctrl-C reaches only the launcher, which stops
+            // the machines in order.
+            ssh.arg(name)
+                .arg(command)
                 .stdin(Stdio::null())
                 .process_group(0);
-            let child = command
+            let child = ssh
                 .spawn()
                 .with_context(|| format!("cannot start {} for {name}", args.ssh.display()))?;
             sessions.0.push(child);
@@ -105,7 +103,12 @@ impl Hostfile {
     }
 }
 
-/// Connections to other machines.
+fn parse_slots(word: &str) -> Option<usize> {
+    let count = word.strip_prefix("slots=")?.parse().ok()?;
+    (count > 0).then_some(count)
+}
+
+/// One ssh process for each other machine. Dropping this kills them.
 pub(super) struct SshSessions(Vec<Child>);
 
 impl Drop for SshSessions {
@@ -117,10 +120,10 @@ impl Drop for SshSessions {
     }
 }
 
-/// For a shell.
+/// Quotes a path as one word for a shell.
 fn shell_quote(path: &Path) -> Result<String> {
     let Some(text) = path.to_str() else {
-        bail!("{} is not text", path.display())
+        bail!("{}: not valid UTF-8", path.display())
     };
     Ok(format!("'{}'", text.replace('\'', "'\\''")))
 }
@@ -141,9 +144,12 @@ mod tests {
         );
         assert_eq!(Hostfile::parse("a\nb").unwrap().slots, None);
         for (text, expected) in [
-            ("", "names no machine"),
-            ("a\na", "line 2: a is there twice"),
-            ("a slots=2\nb", "line 2: every machine needs as many slots"),
+            ("", "no machine is listed"),
+            ("a\na", "line 2: a is listed twice"),
+            (
+                "a slots=2\nb",
+                "line 2: every machine needs the same number of slots",
+            ),
             ("a slots=x", "line 1: slots=x is not of the form"),
         ] {
             assert!(

@@ -1,10 +1,14 @@
-//! The machines of a run: this one, and those whose agents have joined.
+//! The machines of a run: the launcher's own, and those whose agents have joined.
 
-use super::agent::{AgentCommand, AgentReport, Hello, HelloReply, send_line};
-use super::assignment::Assignment;
+use super::agent_protocol::{
+    AgentCommand, AgentReport, Hello, HelloReply, StartedKeeper, send_line,
+};
 use super::processes::{FailedRank, RankProcesses};
+use super::signals::Signals;
 use super::spawn::{KEEPER_START_TIMEOUT, spawn_keeper};
+use crate::hint::{WithHint, hinted};
 use crate::keeper::{KeeperSettings, Ready};
+use crate::protocol::Assignment;
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::signal::Signal;
 use parking_lot::{Mutex, MutexGuard};
@@ -14,50 +18,71 @@ use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// How often answers are looked for.
-const TICK: Duration = Duration::from_millis(10);
-/// Ranks that were killed are gone within this time.
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
+/// The time within which killed ranks must be gone.
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
+/// The time between two messages that machines are missing.
+const REMINDER_INTERVAL: Duration = Duration::from_secs(5);
 
-/// The launcher's own machine is number 0.
+/// Machine 0 is the launcher's own.
 pub(super) struct Machines<'a> {
     dir: PathBuf,
     local_ranks: RankProcesses<'a>,
-    /// The address at which other machines reach this one; None where there are none.
+    /// Address at which other machines reach this one; None in a run on one machine.
     own_address: Option<IpAddr>,
     agents: Arc<Mutex<Vec<Agent>>>,
-    /// Counts orders about ranks, and about keepers.
+    /// Number of the last command about ranks.
     number: u64,
     keeper_requests: u64,
-    /// Ranks of the present attempt on each machine.
+    /// Ranks of the current generation on each machine.
     assigned: Vec<Vec<usize>>,
-    /// How long an agent is waited for.
     join_timeout: Duration,
-    /// Signals to stop.
-    signals: Arc<AtomicUsize>,
+    signals: Signals,
 }
 
-/// What is known of another machine.
+/// The other machines that a launcher waits for.
+pub(super) struct Join {
+    pub(super) address: SocketAddr,
+    /// Number of machines besides the launcher's.
+    pub(super) others: usize,
+    pub(super) ranks_per_machine: usize,
+    pub(super) timeout: Duration,
+}
+
+/// A rank's assignment and the machine it runs on.
+pub(super) struct PlacedRank {
+    pub(super) machine: usize,
+    pub(super) assignment: Assignment,
+}
+
+/// A keeper's process; `child` is None on another machine.
+pub(super) struct KeeperProcess {
+    pub(super) pid: i32,
+    pub(super) ready: Ready,
+    pub(super) child: Option<Child>,
+}
+
+/// The last report of another machine.
 #[derive(Default)]
 struct Agent {
-    /// None while it is not there.
+    /// None while the agent is not connected.
     writer: Option<TcpStream>,
     address: Option<IpAddr>,
     number: u64,
     running: usize,
     failed: Vec<FailedRank>,
-    keepers: BTreeMap<u64, Result<(i32, Ready), String>>,
+    /// Replies to keeper requests, by number.
+    keepers: BTreeMap<u64, Result<StartedKeeper, String>>,
 }
 
 impl<'a> Machines<'a> {
-    /// This one alone.
+    /// Returns the launcher's machine alone.
     pub(super) fn local(
         local_ranks: RankProcesses<'a>,
         dir: &Path,
-        signals: Arc<AtomicUsize>,
+        signals: Signals,
     ) -> Machines<'a> {
         Machines {
             dir: dir.to_path_buf(),
@@ -72,47 +97,42 @@ impl<'a> Machines<'a> {
         }
     }
 
-    /// This one, and `others`, of `per_machine` ranks each, whose agents come to `at`.
+    /// Accepts the agents of other machines from now on. Returns the address it listens at.
     ///
     /// # Errors
-    /// When this machine cannot listen there.
-    pub(super) fn listen(
-        alone: Machines<'a>,
-        at: SocketAddr,
-        others: usize,
-        per_machine: usize,
-        join_timeout: Duration,
-    ) -> Result<(Machines<'a>, SocketAddr)> {
-        let listener = TcpListener::bind(at).map_err(|e| {
-            anyhow!("cannot listen at {at}: {e}; --rdzv names a free port of the machine with --node-rank 0, which is this one")
-        })?;
-        let at = listener.local_addr().context("cannot see the port")?;
-        let agents: Arc<Mutex<Vec<Agent>>> =
-            Arc::new(Mutex::new((0..others).map(|_| Agent::default()).collect()));
-        let joined = agents.clone();
+    /// If this machine cannot listen at `join.address`.
+    pub(super) fn listen(&mut self, join: &Join) -> Result<SocketAddr> {
+        let address = join.address;
+        let listener = TcpListener::bind(address)
+            .with_context(|| format!("cannot listen at {address}"))
+            .hint("--rdzv must name a free port of this machine, the one with --node-rank 0")?;
+        let address = listener
+            .local_addr()
+            .context("cannot read the port of the listener")?;
+        self.own_address = Some(address.ip());
+        self.join_timeout = join.timeout;
+        let agents = (0..join.others).map(|_| Agent::default()).collect();
+        self.agents = Arc::new(Mutex::new(agents));
+        let agents = self.agents.clone();
+        let ranks_per_machine = join.ranks_per_machine;
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
-                let joined = joined.clone();
-                std::thread::spawn(move || serve(stream, &joined, per_machine));
+                let agents = agents.clone();
+                std::thread::spawn(move || serve(stream, &agents, ranks_per_machine));
             }
         });
-        let mut machines = alone;
-        machines.own_address = Some(at.ip());
-        machines.agents = agents;
-        machines.join_timeout = join_timeout;
-        Ok((machines, at))
+        Ok(address)
     }
 
     fn agents(&self) -> MutexGuard<'_, Vec<Agent>> {
         self.agents.lock()
     }
 
-    /// How many there are.
     pub(super) fn count(&self) -> usize {
         self.agents().len() + 1
     }
 
-    /// The address of a machine for others; None where there is one machine.
+    /// Returns a machine's address for the others; None in a run on one machine.
     pub(super) fn address(&self, machine: usize) -> Option<IpAddr> {
         match machine {
             0 => self.own_address,
@@ -120,101 +140,101 @@ impl<'a> Machines<'a> {
         }
     }
 
-    /// Waits until the agents of all `wanted` machines are there.
+    /// Waits until the agents of all `wanted` machines have joined. Machines may be repeated.
     ///
     /// # Errors
-    /// When one does not come in time: which.
+    /// If one does not join in time, or a signal arrives.
     pub(super) fn wait_for(&self, wanted: &[usize]) -> Result<()> {
-        let before = self.signals.load(Ordering::SeqCst);
+        let signals_before = self.signals.count();
         let began = Instant::now();
-        let mut said = Instant::now();
+        let mut reminded = Instant::now();
         loop {
-            let missing: Vec<String> = {
-                let agents = self.agents();
-                let absent =
-                    |machine: &&usize| **machine > 0 && agents[**machine - 1].writer.is_none();
-                // A machine is wanted once for each of its ranks.
-                wanted
-                    .iter()
-                    .filter(absent)
-                    .collect::<BTreeSet<_>>()
-                    .into_iter()
-                    .map(usize::to_string)
-                    .collect()
-            };
+            let missing = self.missing(wanted);
             if missing.is_empty() {
                 return Ok(());
             }
-            if self.signals.load(Ordering::SeqCst) > before {
-                bail!(
-                    "stopped while machines {} had not joined",
-                    missing.join(", ")
-                );
+            let missing: Vec<String> = missing.iter().map(usize::to_string).collect();
+            let missing = missing.join(", ");
+            if self.signals.count() > signals_before {
+                bail!("stopped while waiting for machines {missing}");
             }
             if began.elapsed() > self.join_timeout {
-                bail!(
-                    "machines {} did not join within {:.0?}: start the same command there with --node-rank",
-                    missing.join(", "),
-                    self.join_timeout
-                );
+                let timeout = self.join_timeout;
+                return Err(hinted(
+                    anyhow!("machines {missing} did not join within {timeout:.0?}"),
+                    "start the same command there with --node-rank",
+                ));
             }
-            if said.elapsed() > Duration::from_secs(5) {
-                eprintln!("waiting for machines {}", missing.join(", "));
-                said = Instant::now();
+            if reminded.elapsed() > REMINDER_INTERVAL {
+                eprintln!("waiting for machines {missing}");
+                reminded = Instant::now();
             }
-            std::thread::sleep(TICK);
+            std::thread::sleep(POLL_INTERVAL);
         }
     }
 
-    /// Sends an order; a machine that cannot be reached is lost, which is noticed by its ranks.
-    fn send(&self, machine: usize, order: &AgentCommand) {
+    fn missing(&self, wanted: &[usize]) -> BTreeSet<usize> {
+        let agents = self.agents();
+        let is_missing = |machine: usize| machine > 0 && agents[machine - 1].writer.is_none();
+        let wanted = wanted.iter().copied();
+        wanted.filter(|&machine| is_missing(machine)).collect()
+    }
+
+    /// Sends a command. A machine that cannot be reached is lost, and its ranks with it.
+    fn send(&self, machine: usize, command: &AgentCommand) {
         let mut agents = self.agents();
         let agent = &mut agents[machine - 1];
         if let Some(writer) = &mut agent.writer
-            && send_line(writer, order).is_err()
+            && send_line(writer, command).is_err()
         {
             agent.writer = None;
         }
     }
 
-    fn send_all(&self, order: &AgentCommand) {
-        let others = self.agents().len();
-        (1..=others).for_each(|machine| self.send(machine, order));
+    fn send_all(&self, command: &AgentCommand) {
+        for machine in 1..self.count() {
+            self.send(machine, command);
+        }
     }
 
-    /// Starts ranks, each on a machine.
-    pub(super) fn start(&mut self, assignments: Vec<(usize, Assignment)>) -> Result<()> {
+    pub(super) fn start(&mut self, ranks: Vec<PlacedRank>) -> Result<()> {
         self.number += 1;
-        let mut by_machine: Vec<Vec<Assignment>> =
-            (0..=self.agents().len()).map(|_| Vec::new()).collect();
-        for (machine, assignment) in assignments {
+        let mut by_machine: Vec<Vec<Assignment>> = vec![Vec::new(); self.count()];
+        for PlacedRank {
+            machine,
+            assignment,
+        } in ranks
+        {
             by_machine[machine].push(assignment);
         }
-        self.assigned = by_machine
-            .iter()
-            .map(|list| list.iter().map(|a| a.rank).collect())
-            .collect();
+        let numbers = |assignments: &Vec<Assignment>| {
+            let assignments = assignments.iter();
+            assignments.map(|assignment| assignment.rank).collect()
+        };
+        self.assigned = by_machine.iter().map(numbers).collect();
         for (machine, assignments) in by_machine.into_iter().enumerate() {
-            match machine {
-                0 => self.local_ranks.start(&assignments)?,
-                other => self.send(
-                    other,
-                    &AgentCommand::Start {
-                        number: self.number,
-                        assignments,
-                    },
-                ),
+            if machine == 0 {
+                self.local_ranks.start(&assignments)?;
+            } else {
+                let number = self.number;
+                let command = AgentCommand::Start {
+                    number,
+                    assignments,
+                };
+                self.send(machine, &command);
             }
         }
         Ok(())
     }
 
-    /// Has as many processes stand by as there are ranks.
+    /// Keeps a standby process for each rank.
     pub(super) fn stand_by(&mut self) {
-        for (machine, ranks) in self.assigned.clone().into_iter().enumerate() {
-            match machine {
-                0 => self.local_ranks.stand_by(ranks.len()),
-                other => self.send(other, &AgentCommand::StandBy { count: ranks.len() }),
+        let counts: Vec<usize> = self.assigned.iter().map(Vec::len).collect();
+        for (machine, count) in counts.into_iter().enumerate() {
+            if machine == 0 {
+                self.local_ranks.stand_by(count);
+            } else {
+                self.send(machine, &AgentCommand::StandBy { count });
             }
         }
     }
@@ -222,14 +242,12 @@ impl<'a> Machines<'a> {
     pub(super) fn running(&mut self) -> usize {
         let mut running = self.local_ranks.running();
         for (agent, ranks) in self.agents().iter().zip(self.assigned.iter().skip(1)) {
-            let heard = agent.writer.is_some() && agent.number == self.number;
-            // Until it has told otherwise they have only just been started. Those of a lost machine are no more.
-            running += if heard {
-                agent.running
-            } else if agent.writer.is_some() {
-                ranks.len()
-            } else {
-                0
+            running += match &agent.writer {
+                // The ranks of a lost machine are gone.
+                None => 0,
+                Some(_) if agent.number == self.number => agent.running,
+                // The agent has not reported since their start.
+                Some(_) => ranks.len(),
             };
         }
         running
@@ -237,21 +255,19 @@ impl<'a> Machines<'a> {
 
     pub(super) fn failed(&mut self) -> Vec<FailedRank> {
         let mut failed = self.local_ranks.failed();
-        for (index, (agent, ranks)) in self
-            .agents()
-            .iter()
-            .zip(self.assigned.iter().skip(1))
-            .enumerate()
-        {
-            match (&agent.writer, ranks.first()) {
+        let agents = self.agents.lock();
+        for (index, agent) in agents.iter().enumerate() {
+            let machine = index + 1;
+            let first_rank = self.assigned.get(machine).and_then(|ranks| ranks.first());
+            match (&agent.writer, first_rank) {
                 (None, Some(&rank)) => failed.push(FailedRank {
                     rank,
                     status: Signal::SIGKILL as i32,
                     report: None,
-                    lost: Some(format!("machine {} is gone", index + 1)),
+                    lost: Some(format!("machine {machine} is gone")),
                 }),
                 (Some(_), _) if agent.number == self.number => {
-                    failed.extend(agent.failed.iter().cloned())
+                    failed.extend(agent.failed.iter().cloned());
                 }
                 _ => {}
             }
@@ -261,109 +277,125 @@ impl<'a> Machines<'a> {
 
     pub(super) fn signal(&self, signal: Signal) {
         self.local_ranks.signal(signal);
-        self.send_all(&AgentCommand::Signal {
-            signal: signal as i32,
-        });
+        let signal = signal as i32;
+        self.send_all(&AgentCommand::Signal { signal });
     }
 
-    /// Ends every rank that still runs, everywhere.
+    /// Kills every rank on all machines.
     pub(super) fn kill(&mut self) {
         self.end_ranks(false);
     }
 
-    /// Those too that stand by.
+    /// Also kills the standby processes.
     pub(super) fn kill_all(&mut self) {
         self.end_ranks(true);
     }
 
     fn end_ranks(&mut self, standby: bool) {
         self.number += 1;
-        self.send_all(&AgentCommand::Kill {
-            number: self.number,
-            standby,
-        });
+        let number = self.number;
+        self.send_all(&AgentCommand::Kill { number, standby });
         if standby {
-            self.local_ranks.kill_all()
+            self.local_ranks.kill_all();
         } else {
-            self.local_ranks.kill()
+            self.local_ranks.kill();
         }
         let began = Instant::now();
-        // The next attempt must not meet the last one's ranks. An agent that does not do it is lost.
+        // Ranks of the next generation must not meet those of the last. An agent that does not
+        // kill its ranks is lost.
         loop {
-            let number = self.number;
             let mut agents = self.agents();
             let busy = |agent: &&mut Agent| {
-                agent.writer.is_some() && (agent.number != number || agent.running > 0)
+                let is_done = agent.number == number && agent.running == 0;
+                agent.writer.is_some() && !is_done
             };
-            if agents.iter_mut().find(busy).is_none() {
-                break;
+            let give_up = began.elapsed() > KILL_TIMEOUT;
+            let mut any_busy = false;
+            for agent in agents.iter_mut().filter(busy) {
+                any_busy = true;
+                if give_up {
+                    agent.mark_lost();
+                }
             }
-            if began.elapsed() > KILL_TIMEOUT {
-                agents.iter_mut().filter(busy).for_each(Agent::mark_lost);
+            if !any_busy || give_up {
                 break;
             }
             drop(agents);
-            std::thread::sleep(TICK);
+            std::thread::sleep(POLL_INTERVAL);
         }
-        self.assigned.iter_mut().for_each(Vec::clear);
+        for ranks in &mut self.assigned {
+            ranks.clear();
+        }
     }
 
-    /// Starts a keeper on a machine: its process there, and where this machine is, itself.
     pub(super) fn start_keeper(
         &mut self,
         machine: usize,
         node: usize,
-        mut orders: KeeperSettings,
-    ) -> Result<(i32, Ready, Option<Child>)> {
-        if machine == 0 {
-            if let Some(own) = self.own_address {
-                orders.listen.set_ip(own);
-            }
-            let (child, ready) = spawn_keeper(&self.dir, node, &orders)?;
-            return Ok((child.id() as i32, ready, Some(child)));
+        mut settings: KeeperSettings,
+    ) -> Result<KeeperProcess> {
+        if machine > 0 {
+            return self.start_remote_keeper(machine, node, settings);
         }
+        if let Some(address) = self.own_address {
+            settings.listen.set_ip(address);
+        }
+        let (child, ready) = spawn_keeper(&self.dir, node, &settings)?;
+        Ok(KeeperProcess {
+            pid: child.id() as i32,
+            ready,
+            child: Some(child),
+        })
+    }
+
+    fn start_remote_keeper(
+        &mut self,
+        machine: usize,
+        node: usize,
+        settings: KeeperSettings,
+    ) -> Result<KeeperProcess> {
         self.wait_for(&[machine])?;
         self.keeper_requests += 1;
         let number = self.keeper_requests;
-        self.send(
-            machine,
-            &AgentCommand::Keeper {
-                number,
-                node,
-                orders,
-            },
-        );
+        let command = AgentCommand::StartKeeper {
+            number,
+            node,
+            settings,
+        };
+        self.send(machine, &command);
         let began = Instant::now();
         loop {
             let mut agents = self.agents();
-            if let Some(started) = agents[machine - 1].keepers.remove(&number) {
-                let (pid, ready) =
+            let agent = &mut agents[machine - 1];
+            if let Some(started) = agent.keepers.remove(&number) {
+                let StartedKeeper { pid, ready } =
                     started.map_err(|reason| anyhow!("machine {machine}: {reason}"))?;
-                return Ok((pid, ready, None));
+                let child = None;
+                return Ok(KeeperProcess { pid, ready, child });
             }
-            if agents[machine - 1].writer.is_none() || began.elapsed() > KEEPER_START_TIMEOUT + TICK
-            {
+            let timed_out = began.elapsed() > KEEPER_START_TIMEOUT + POLL_INTERVAL;
+            if agent.writer.is_none() || timed_out {
                 bail!("machine {machine} did not start a keeper");
             }
             drop(agents);
-            std::thread::sleep(TICK);
+            std::thread::sleep(POLL_INTERVAL);
         }
     }
 
-    /// Ends a keeper of another machine, if that can be reached.
+    /// Kills a keeper of another machine, if that can be reached.
     pub(super) fn kill_keeper(&self, machine: usize, pid: i32) {
-        if machine > 0 && machine <= self.agents().len() {
+        if machine > 0 && machine < self.count() {
             self.send(machine, &AgentCommand::KillKeeper { pid });
         }
     }
 
-    /// Lets the agents go, with the launcher's own result.
+    /// Ends the agents, which exit with the launcher's status.
     pub(super) fn end(&self, code: u8) {
         self.send_all(&AgentCommand::End { code });
     }
 }
 
-/// Whatever the reason for leaving, agents know that it is on purpose.
+/// Tells the agents to exit, for whatever reason the launcher does.
 impl Drop for Machines<'_> {
     fn drop(&mut self) {
         self.end(1);
@@ -373,16 +405,36 @@ impl Drop for Machines<'_> {
 impl Agent {
     fn mark_lost(&mut self) {
         if let Some(writer) = self.writer.take() {
-            // Its reader ends too.
+            // Also ends the thread that reads from the connection.
             let _ = writer.shutdown(Shutdown::Both);
+        }
+    }
+
+    fn take_report(&mut self, report: AgentReport) {
+        match report {
+            AgentReport::Ranks {
+                number,
+                running,
+                failed,
+            } => {
+                self.number = number;
+                self.running = running;
+                self.failed = failed;
+            }
+            AgentReport::Keeper { number, started } => {
+                self.keepers.insert(number, started);
+            }
         }
     }
 }
 
-/// Hears one agent until it is gone.
-fn serve(mut stream: TcpStream, agents: &Mutex<Vec<Agent>>, per_machine: usize) {
+/// Receives an agent's reports until it is gone.
+fn serve(mut stream: TcpStream, agents: &Mutex<Vec<Agent>>, ranks_per_machine: usize) {
     let _ = stream.set_nodelay(true);
-    let (Ok(reader), Ok(peer)) = (stream.try_clone(), stream.peer_addr()) else {
+    let Ok(reader) = stream.try_clone() else {
+        return;
+    };
+    let Ok(peer) = stream.peer_addr() else {
         return;
     };
     let mut lines = BufReader::new(reader).lines();
@@ -392,60 +444,56 @@ fn serve(mut stream: TcpStream, agents: &Mutex<Vec<Agent>>, per_machine: usize) 
     let Ok(hello) = serde_json::from_str::<Hello>(&first) else {
         return;
     };
-    let lock = || agents.lock();
     {
-        let mut agents = lock();
-        let machines = agents.len() + 1;
-        let refused = match &hello {
-            Hello { machine, .. } if *machine == 0 || *machine >= machines => Some(format!(
-                "--node-rank {machine} is none of 1 to {} that may join",
-                machines - 1
-            )),
-            Hello { machine, .. } if agents[machine - 1].writer.is_some() => Some(format!(
-                "there is a machine with --node-rank {machine} already"
-            )),
-            Hello { ranks, .. } if *ranks != per_machine => Some(format!(
-                "it was started with -n {ranks}, and the launcher with -n {per_machine}"
-            )),
-            Hello { version, .. } if version != env!("CARGO_PKG_VERSION") => Some(format!(
-                "it runs moerun {version} and the launcher {}: install the same version on every machine",
-                env!("CARGO_PKG_VERSION")
-            )),
-            _ => None,
-        };
-        if let Some(reason) = refused {
+        let mut agents = agents.lock();
+        if let Some(reason) = refusal(&hello, &agents, ranks_per_machine) {
             let _ = send_line(&mut stream, &HelloReply::Refused(reason));
             return;
         }
         if send_line(&mut stream, &HelloReply::Accepted).is_err() {
             return;
         }
-        let agent = &mut agents[hello.machine - 1];
-        *agent = Agent {
+        agents[hello.machine - 1] = Agent {
             writer: Some(stream),
             address: Some(peer.ip()),
             ..Agent::default()
         };
     }
     for line in lines {
-        let Some(report) = line
-            .ok()
-            .and_then(|line| serde_json::from_str::<AgentReport>(&line).ok())
-        else {
+        let Ok(line) = line else { break };
+        let Ok(report) = serde_json::from_str(&line) else {
             break;
         };
-        let mut agents = lock();
-        let agent = &mut agents[hello.machine - 1];
-        match report {
-            AgentReport::Ranks {
-                number,
-                running,
-                failed,
-            } => {
-                (agent.number, agent.running, agent.failed) = (number, running, failed);
-            }
-            AgentReport::Keeper { number, started } => drop(agent.keepers.insert(number, started)),
-        }
+        agents.lock()[hello.machine - 1].take_report(report);
     }
-    lock()[hello.machine - 1].mark_lost();
+    agents.lock()[hello.machine - 1].mark_lost();
+}
+
+/// Returns the reason to refuse an agent, if there is one.
+fn refusal(hello: &Hello, agents: &[Agent], ranks_per_machine: usize) -> Option<String> {
+    const OWN_VERSION: &str = env!("CARGO_PKG_VERSION");
+    let Hello {
+        machine,
+        ranks,
+        version,
+    } = hello;
+    let last = agents.len();
+    if !(1..=last).contains(machine) {
+        return Some(format!("--node-rank {machine} is not between 1 and {last}"));
+    }
+    if agents[machine - 1].writer.is_some() {
+        return Some(format!("--node-rank {machine} has already joined"));
+    }
+    if *ranks != ranks_per_machine {
+        return Some(format!(
+            "it was started with -n {ranks}, and the launcher with -n {ranks_per_machine}"
+        ));
+    }
+    if version != OWN_VERSION {
+        return Some(format!(
+            "it runs moerun {version} and the launcher {OWN_VERSION}: install the same version \
+             on every machine"
+        ));
+    }
+    None
 }

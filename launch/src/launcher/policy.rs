@@ -1,38 +1,42 @@
-//! What to do after a failure: a pure function of what has happened so far.
+//! Decides what to do after a failure: a pure function of the failures so far.
 
 use std::collections::{BTreeMap, VecDeque};
 use trainer::config::{OnDivergence, RestartConfig};
 
-/// Failures at one step, without progress beyond it, after which the run is given up.
+/// The number of failures without progress beyond a step after which the launcher gives up.
 const MAX_FAILURES_PER_STEP: usize = 5;
 
-/// What failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Cause {
-    /// A rank was killed or hung, a node was lost, or a peer was gone: trying again may help.
+    /// A restart may help: a rank was killed or hung, a node was lost, or a peer was gone.
     Transient,
-    /// The loss was not finite in the step after those that were done.
+    /// The loss of this step, the first one not done, was not finite.
     Diverged { step: u64 },
-    /// A rank says what is wrong with its own work, before it has done a step: it will say so again.
+    /// A rank failed by itself before its first step: it would fail again.
     Permanent,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// From the newest state there is, past the first `older` of them.
+    /// Restart from the newest snapshot after the first `older`, skipping a batch of one step.
     Restart { older: usize, skipped: Option<u64> },
-    /// Why not.
-    GiveUp(String),
+    /// Give up; None if the failure itself is the reason.
+    GiveUp(Option<String>),
 }
 
-/// What has happened so far.
 #[derive(Debug, Default)]
 pub(super) struct History {
-    /// Seconds since the start at which the run was restarted.
+    /// Times of the restarts, in seconds since the start.
     restarts: VecDeque<f64>,
-    /// The step that failed last, and how often without progress.
-    at: Option<(u64, usize)>,
+    failing: Option<FailingStep>,
     pub(super) skipped_batches: BTreeMap<u64, u64>,
+}
+
+/// The step that failed last, and the number of failures without progress beyond it.
+#[derive(Debug, Clone, Copy)]
+struct FailingStep {
+    step: u64,
+    times: usize,
 }
 
 impl History {
@@ -45,43 +49,29 @@ impl History {
         config: &RestartConfig,
     ) -> Verdict {
         if *cause == Cause::Permanent || config.max_restarts == 0 {
-            return Verdict::GiveUp(String::new());
+            return Verdict::GiveUp(None);
         }
-        if let (Cause::Diverged { step }, OnDivergence::Stop) = (cause, config.on_divergence) {
-            return Verdict::GiveUp(format!(
-                "restart.on_divergence is stop, and the loss of step {step} is not finite"
-            ));
+        if let (Cause::Diverged { .. }, OnDivergence::Stop) = (cause, config.on_divergence) {
+            return Verdict::GiveUp(Some("restart.on_divergence is stop".into()));
         }
-        let failing = match cause {
+        let failed = match cause {
             Cause::Diverged { step } => *step,
             _ => done + 1,
         };
-        // A failure at an earlier step, after going back, is no progress either.
-        let times = match self.at {
-            Some((step, times)) if failing <= step => times + 1,
-            _ => 1,
-        };
-        self.at = Some((
-            self.at
-                .map_or(failing, |(step, _)| if times > 1 { step } else { failing }),
-            times,
-        ));
+        let times = self.count_failure(failed);
         if times >= MAX_FAILURES_PER_STEP {
-            return Verdict::GiveUp(format!(
-                "step {failing} fails again and again ({times} times now)"
-            ));
+            return Verdict::GiveUp(Some(format!("step {failed} failed {times} times")));
         }
-        self.restarts
-            .retain(|&at| now - at < config.window_s as f64);
-        if self.restarts.len() >= config.max_restarts {
-            return Verdict::GiveUp(format!(
-                "there were {} restarts in {} s, as many as restart.max_restarts allows",
-                self.restarts.len(),
-                config.window_s
-            ));
+        let window_s = config.window_s;
+        self.restarts.retain(|&at| now - at < window_s as f64);
+        let restarts = self.restarts.len();
+        if restarts >= config.max_restarts {
+            return Verdict::GiveUp(Some(format!(
+                "restart.max_restarts is reached: {restarts} restarts in {window_s} s"
+            )));
         }
         self.restarts.push_back(now);
-        // The batch is to blame first; if it happens again, the state is.
+        // The first suspect is the batch; after a second failure it is the state.
         let skipped = match cause {
             Cause::Diverged { step } if times == 1 => Some(*step),
             _ => None,
@@ -93,6 +83,23 @@ impl History {
             older: times - 1,
             skipped,
         }
+    }
+
+    /// Returns the number of failures without progress, this one included.
+    fn count_failure(&mut self, failed: u64) -> usize {
+        let failing = match self.failing {
+            // A failure at an earlier step, after going back, is no progress either.
+            Some(FailingStep { step, times }) if failed <= step => FailingStep {
+                step,
+                times: times + 1,
+            },
+            _ => FailingStep {
+                step: failed,
+                times: 1,
+            },
+        };
+        self.failing = Some(failing);
+        failing.times
     }
 }
 
@@ -107,62 +114,46 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_step_that_fails_again_is_tried_from_older_states_and_then_given_up() {
-        let config = RestartConfig::default();
-        let mut history = History::default();
-        assert_eq!(
-            history.decide(&Cause::Transient, 7, 0.0, &config),
-            restart(0)
-        );
-        assert_eq!(
-            history.decide(&Cause::Transient, 7, 1.0, &config),
-            restart(1)
-        );
-        // Back at an older state, it does not even come so far.
-        assert_eq!(
-            history.decide(&Cause::Transient, 5, 2.0, &config),
-            restart(2)
-        );
-        // Progress: all is forgotten.
-        assert_eq!(
-            history.decide(&Cause::Transient, 8, 3.0, &config),
-            restart(0)
-        );
-        for older in 1..4 {
-            assert_eq!(
-                history.decide(&Cause::Transient, 8, 4.0, &config),
-                restart(older)
-            );
-        }
-        let Verdict::GiveUp(reason) = history.decide(&Cause::Transient, 8, 5.0, &config) else {
-            panic!("it goes on")
-        };
-        assert_eq!(reason, "step 9 fails again and again (5 times now)");
+    fn decide(history: &mut History, done: u64, now: f64) -> Verdict {
+        history.decide(&Cause::Transient, done, now, &RestartConfig::default())
     }
 
     #[test]
-    fn a_bad_batch_is_left_out_once_and_then_the_state_is_to_blame() {
+    fn a_step_that_fails_again_is_tried_from_older_states_and_then_given_up() {
+        let mut history = History::default();
+        assert_eq!(decide(&mut history, 7, 0.0), restart(0));
+        assert_eq!(decide(&mut history, 7, 1.0), restart(1));
+        // From an older state, it fails even earlier.
+        assert_eq!(decide(&mut history, 5, 2.0), restart(2));
+        // Progress resets the count.
+        assert_eq!(decide(&mut history, 8, 3.0), restart(0));
+        for older in 1..4 {
+            assert_eq!(decide(&mut history, 8, 4.0), restart(older));
+        }
+        assert_eq!(
+            decide(&mut history, 8, 5.0),
+            Verdict::GiveUp(Some("step 9 failed 5 times".into()))
+        );
+    }
+
+    #[test]
+    fn a_bad_batch_is_skipped_once_and_then_the_state_is_suspect() {
         let config = RestartConfig::default();
         let mut history = History::default();
         let cause = Cause::Diverged { step: 4 };
-        assert_eq!(
-            history.decide(&cause, 3, 0.0, &config),
-            Verdict::Restart {
-                older: 0,
-                skipped: Some(4)
-            }
-        );
+        let skipping = Verdict::Restart {
+            older: 0,
+            skipped: Some(4),
+        };
+        assert_eq!(history.decide(&cause, 3, 0.0, &config), skipping);
         assert_eq!(history.decide(&cause, 3, 1.0, &config), restart(1));
         assert_eq!(history.skipped_batches, BTreeMap::from([(4, 1)]));
         let stop = RestartConfig {
             on_divergence: OnDivergence::Stop,
             ..config
         };
-        assert!(matches!(
-            History::default().decide(&cause, 3, 0.0, &stop),
-            Verdict::GiveUp(_)
-        ));
+        let verdict = History::default().decide(&cause, 3, 0.0, &stop);
+        assert!(matches!(verdict, Verdict::GiveUp(Some(_))));
     }
 
     #[test]
@@ -173,28 +164,20 @@ mod tests {
             ..RestartConfig::default()
         };
         let mut history = History::default();
-        let verdicts: Vec<Verdict> = [(1, 0.0), (2, 1.0), (3, 2.0)]
-            .map(|(done, now)| history.decide(&Cause::Transient, done, now, &config))
-            .into();
+        let verdicts = [(1, 0.0), (2, 1.0), (3, 2.0)]
+            .map(|(done, now)| history.decide(&Cause::Transient, done, now, &config));
         assert_eq!(verdicts[..2], [restart(0), restart(0)]);
-        assert!(
-            matches!(&verdicts[2], Verdict::GiveUp(reason) if reason.starts_with("there were 2 restarts in 10 s"))
-        );
-        assert_eq!(
-            history.decide(&Cause::Transient, 9, 11.5, &config),
-            restart(0)
-        );
+        let reason = "restart.max_restarts is reached: 2 restarts in 10 s";
+        assert_eq!(verdicts[2], Verdict::GiveUp(Some(reason.into())));
+        let later = history.decide(&Cause::Transient, 9, 11.5, &config);
+        assert_eq!(later, restart(0));
         let none = RestartConfig {
             max_restarts: 0,
             ..RestartConfig::default()
         };
-        assert_eq!(
-            History::default().decide(&Cause::Transient, 1, 0.0, &none),
-            Verdict::GiveUp(String::new())
-        );
-        assert_eq!(
-            History::default().decide(&Cause::Permanent, 0, 0.0, &config),
-            Verdict::GiveUp(String::new())
-        );
+        let verdict = History::default().decide(&Cause::Transient, 1, 0.0, &none);
+        assert_eq!(verdict, Verdict::GiveUp(None));
+        let verdict = History::default().decide(&Cause::Permanent, 0, 0.0, &config);
+        assert_eq!(verdict, Verdict::GiveUp(None));
     }
 }

@@ -1,9 +1,8 @@
-//! The ranks' processes: started, fed with their assignments, watched, ended.
+//! The rank processes of this machine: start, assignment, supervision, end.
 
-use super::assignment::Assignment;
 use crate::cli::TrainArgs;
 use crate::environment;
-use crate::rank::{FailureReport, failure_path, log_path};
+use crate::protocol::{Assignment, FailureReport, failure_path};
 use anyhow::{Context, Result};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -13,26 +12,30 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 
-/// This very program, even when its file has been replaced since it started.
+/// This program, even if its file was replaced since it started.
 pub(super) const OWN_PROGRAM: &str = "/proc/self/exe";
 
-/// Processes of ranks, and those that wait to be one.
+/// Rank processes and standbys. Dropping this kills them all.
 pub(super) struct RankProcesses<'a> {
     args: &'a TrainArgs,
     dir: &'a Path,
-    /// With their numbers.
-    children: Vec<(usize, Child)>,
+    children: Vec<RankProcess>,
     standby: Vec<Child>,
 }
 
-/// A rank that has ended without success.
+struct RankProcess {
+    rank: usize,
+    child: Child,
+}
+
+/// A rank that exited with an error or was killed.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct FailedRank {
     pub(super) rank: usize,
-    /// As waitpid gives it.
+    /// Raw status of `waitpid`.
     pub(super) status: i32,
     pub(super) report: Option<FailureReport>,
-    /// Why all ranks of its machine are gone, where they are.
+    /// The reason why its whole machine is lost, if it is.
     pub(super) lost: Option<String>,
 }
 
@@ -55,37 +58,37 @@ impl<'a> RankProcesses<'a> {
         for change in &self.args.config.set {
             command.arg("--set").arg(change);
         }
-        let command = command
+        command
             .env(environment::LAUNCHER_PID, std::process::id().to_string())
             .stdin(Stdio::piped())
-            // Out of the terminal's group: Ctrl-C reaches the launcher, which stops the ranks in good order.
+            // Outside the terminal's process group: Ctrl-C reaches only the launcher, which stops
+            // the ranks in order.
             .process_group(0);
         command.spawn().context("cannot start a rank")
     }
 
-    /// Starts the ranks, from processes that stand by as far as there are any.
+    /// Starts the ranks, in standby processes as far as there are any.
     pub(super) fn start(&mut self, assignments: &[Assignment]) -> Result<()> {
         for assignment in assignments {
-            // What an earlier attempt left is not this one's.
-            let _ = std::fs::remove_file(failure_path(self.dir, assignment.rank));
-            let mut child = match self.ready() {
+            let rank = assignment.rank;
+            // An earlier generation may have left a report.
+            let _ = std::fs::remove_file(failure_path(self.dir, rank));
+            let mut child = match self.take_standby() {
                 Some(child) => child,
                 None => self.spawn()?,
             };
             let line = serde_json::to_string(assignment).expect("plain data");
-            let told = child
-                .stdin
-                .take()
-                .map(|mut stdin| writeln!(stdin, "{line}"));
-            self.children.push((assignment.rank, child));
-            told.transpose()
-                .with_context(|| format!("rank {} ended before it began", assignment.rank))?;
+            let stdin = child.stdin.take();
+            let sent = stdin.map(|mut stdin| writeln!(stdin, "{line}"));
+            self.children.push(RankProcess { rank, child });
+            sent.transpose()
+                .with_context(|| format!("rank {rank} exited before it got its assignment"))?;
         }
         Ok(())
     }
 
-    /// A process that stands by and still lives.
-    fn ready(&mut self) -> Option<Child> {
+    /// Returns a standby process that is still alive.
+    fn take_standby(&mut self) -> Option<Child> {
         loop {
             let mut child = self.standby.pop()?;
             if matches!(child.try_wait(), Ok(None)) {
@@ -94,13 +97,13 @@ impl<'a> RankProcesses<'a> {
         }
     }
 
-    /// Makes `count` processes stand by. They are a comfort: where they cannot be had, ranks start later.
+    /// Keeps `count` standby processes. Best effort: without them a restart is slower.
     pub(super) fn stand_by(&mut self, count: usize) {
         while self.standby.len() < count {
             match self.spawn() {
                 Ok(child) => self.standby.push(child),
                 Err(error) => {
-                    tracing::warn!("{error:#}");
+                    tracing::warn!("no standby process: {error:#}");
                     return;
                 }
             }
@@ -111,61 +114,57 @@ impl<'a> RankProcesses<'a> {
         // A child that cannot be waited for counts as running until it can.
         self.children
             .iter_mut()
-            .map(|(_, child)| child.try_wait())
+            .map(|process| process.child.try_wait())
             .filter(|status| !matches!(status, Ok(Some(_))))
             .count()
     }
 
     pub(super) fn failed(&mut self) -> Vec<FailedRank> {
-        let dir = self.dir;
-        let ended = self
-            .children
-            .iter_mut()
-            .map(|(rank, child)| (*rank, child.try_wait().ok().flatten()));
-        let failed = ended
-            .filter_map(|(rank, status)| Some((rank, status?)))
-            .filter(|(_, status)| !status.success());
-        let report = |rank: usize| {
-            serde_json::from_slice(&std::fs::read(failure_path(dir, rank)).ok()?).ok()
-        };
-        let failed = failed.map(|(rank, status)| (rank, status.into_raw()));
-        failed
-            .map(|(rank, status)| FailedRank {
-                rank,
-                status,
-                report: report(rank),
+        let mut failed = Vec::new();
+        for RankProcess { rank, child } in &mut self.children {
+            let Ok(Some(status)) = child.try_wait() else {
+                continue;
+            };
+            if status.success() {
+                continue;
+            }
+            failed.push(FailedRank {
+                rank: *rank,
+                status: status.into_raw(),
+                report: read_report(self.dir, *rank),
                 lost: None,
-            })
-            .collect()
+            });
+        }
+        failed
     }
 
     pub(super) fn signal(&self, signal: Signal) {
-        for (_, child) in &self.children {
-            // A rank that has just ended needs no signal.
+        for RankProcess { child, .. } in &self.children {
+            // Fails for a rank that has just exited.
             let _ = kill(Pid::from_raw(child.id() as i32), signal);
         }
     }
 
-    /// Ends and reaps every rank that still runs.
+    /// Kills and reaps every rank that still runs.
     pub(super) fn kill(&mut self) {
-        end(self.children.drain(..).map(|(_, child)| child).collect());
+        let children = self.children.drain(..);
+        kill_and_reap(children.map(|process| process.child).collect());
     }
 
-    /// Those too that stand by.
+    /// Also kills the standby processes.
     pub(super) fn kill_all(&mut self) {
         self.kill();
-        end(std::mem::take(&mut self.standby));
+        kill_and_reap(std::mem::take(&mut self.standby));
     }
 }
 
-/// Whatever the reason for leaving, no rank is left behind.
 impl Drop for RankProcesses<'_> {
     fn drop(&mut self) {
         self.kill_all();
     }
 }
 
-fn end(mut children: Vec<Child>) {
+fn kill_and_reap(mut children: Vec<Child>) {
     for child in &mut children {
         let _ = child.kill();
     }
@@ -174,56 +173,54 @@ fn end(mut children: Vec<Child>) {
     }
 }
 
-/// The failure that came first: a rank that was killed says nothing itself, and the others only that it is gone.
+fn read_report(dir: &Path, rank: usize) -> Option<FailureReport> {
+    let text = std::fs::read(failure_path(dir, rank)).ok()?;
+    serde_json::from_slice(&text).ok()
+}
+
+/// Returns the failure that came first.
+///
+/// A killed rank comes before all others: it reports nothing, and its peers only report that it is
+/// gone.
 pub(super) fn first_cause(failed: &[FailedRank]) -> Option<&FailedRank> {
     let killed = failed
         .iter()
         .find(|failed| failed.signal().is_some() && failed.report.is_none());
     let reported = failed.iter().filter(|failed| failed.report.is_some());
-    killed
-        .or_else(|| reported.min_by_key(|failed| failed.report.as_ref().map(|report| report.at)))
-        .or(failed.first())
+    let earliest = || reported.min_by_key(|failed| failed.report.as_ref().map(|report| report.at));
+    killed.or_else(earliest).or(failed.first())
 }
 
 impl FailedRank {
-    /// The signal that ended it.
+    /// Returns the signal that killed the rank.
     pub(super) fn signal(&self) -> Option<i32> {
         ExitStatus::from_raw(self.status).signal()
     }
 
-    /// Why, in words.
     pub(super) fn reason(&self) -> String {
         match (&self.lost, &self.report) {
             (Some(reason), _) => reason.clone(),
             (None, Some(report)) if self.signal().is_none() => report.message.clone(),
-            _ => ended(ExitStatus::from_raw(self.status)),
+            _ => describe_exit(ExitStatus::from_raw(self.status)),
         }
-    }
-
-    pub(super) fn explain(&self, dir: &Path) -> String {
-        format!(
-            "rank {} failed: {}\n  its log: {}",
-            self.rank,
-            self.reason(),
-            log_path(dir, self.rank).display()
-        )
     }
 }
 
-/// How a process ended, in words.
-fn ended(status: ExitStatus) -> String {
+fn describe_exit(status: ExitStatus) -> String {
     match (status.signal(), status.code()) {
         (Some(number), _) => {
-            let name = Signal::try_from(number)
-                .map_or_else(|_| format!("signal {number}"), |signal| signal.to_string());
-            let hint = if number == Signal::SIGKILL as i32 {
-                " (by hand, or because memory ran out)"
+            let name = match Signal::try_from(number) {
+                Ok(signal) => signal.to_string(),
+                Err(_) => format!("signal {number}"),
+            };
+            let note = if number == Signal::SIGKILL as i32 {
+                " (by a user, or out of memory)"
             } else {
                 ""
             };
-            format!("it was ended by {name}{hint}")
+            format!("killed by {name}{note}")
         }
-        (None, Some(code)) => format!("it ended with status {code}"),
-        (None, None) => format!("it ended with {status}"),
+        (None, Some(code)) => format!("exited with status {code}"),
+        (None, None) => format!("ended with {status}"),
     }
 }

@@ -1,4 +1,4 @@
-//! Starting a keeper on this machine.
+//! Starts a keeper on this machine.
 
 use super::processes::OWN_PROGRAM;
 use crate::keeper::{KeeperSettings, Ready};
@@ -10,10 +10,10 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-/// A keeper starts within this time.
+/// The time within which a started keeper must answer.
 pub(super) const KEEPER_START_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Starts one whose log is that of `node`'s keeper in the run's folder `dir`.
+/// Starts the keeper of `node`, which logs to the run's folder `dir`.
 pub(super) fn spawn_keeper(
     dir: &Path,
     node: usize,
@@ -30,9 +30,8 @@ pub(super) fn spawn_keeper(
         .stdout(Stdio::piped())
         .stderr(file);
     let mut child = command.spawn().context("cannot start a keeper")?;
-    match handshake(&mut child, settings)
-        .with_context(|| format!("the keeper of node {node}: see {}", log.display()))
-    {
+    let ready = handshake(&mut child, settings);
+    match ready.with_context(|| format!("the keeper of node {node} (log: {})", log.display())) {
         Ok(ready) => Ok((child, ready)),
         Err(error) => {
             let _ = child.kill();
@@ -42,18 +41,14 @@ pub(super) fn spawn_keeper(
     }
 }
 
+/// Sends the settings and waits for the keeper's address.
 fn handshake(child: &mut Child, settings: &KeeperSettings) -> Result<Ready> {
     let stdin = child.stdin.take();
     let stdout = child.stdout.take();
-    let (mut stdin, stdout) = stdin
-        .zip(stdout)
-        .context("it has no standard input and output")?;
-    writeln!(
-        stdin,
-        "{}",
-        serde_json::to_string(settings).expect("plain data")
-    )
-    .context("it ended at once")?;
+    let pipes = stdin.zip(stdout);
+    let (mut stdin, stdout) = pipes.context("no pipes to its standard input and output")?;
+    let settings = serde_json::to_string(settings).expect("plain data");
+    writeln!(stdin, "{settings}").context("exited at once")?;
     let (sender, line) = crossbeam_channel::bounded(1);
     std::thread::spawn(move || {
         let mut line = String::new();
@@ -62,7 +57,7 @@ fn handshake(child: &mut Child, settings: &KeeperSettings) -> Result<Ready> {
     });
     let line = line
         .recv_timeout(KEEPER_START_TIMEOUT)
-        .context("it did not start in time")?
-        .context("it said nothing")?;
-    serde_json::from_str(&line).context("it did not start")
+        .context("did not start in time")?
+        .context("did not answer")?;
+    serde_json::from_str(&line).context("did not start")
 }

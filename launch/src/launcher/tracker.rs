@@ -1,173 +1,219 @@
-//! What keepers report: which snapshots become complete, and whether ranks get on.
+//! Follows the keepers' reports of one generation: which snapshots are complete, and whether ranks
+//! make progress. Events in, actions out.
 
 use checkpoint::keeper::{Event, PartInfo, RankStatus, Snapshot, SnapshotId, Topology};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-/// A snapshot that is not complete after this time never will be.
+/// The time after which an incomplete snapshot is abandoned.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(60);
+/// The age at which a keeper's report on a rank no longer counts.
+const REPORT_LIFETIME: Duration = Duration::from_secs(1);
+/// The least time without progress that counts as a hang, if none is configured.
+const MIN_STEP_TIMEOUT: Duration = Duration::from_secs(60);
 
-#[derive(Default)]
-struct Pending {
+struct PendingSnapshot {
     parts: BTreeMap<usize, PartInfo>,
+    /// Nodes that have its parity.
     protected: BTreeSet<usize>,
+    since: Instant,
 }
 
-/// One generation's snapshots and ranks.
+impl PendingSnapshot {
+    fn new() -> PendingSnapshot {
+        PendingSnapshot {
+            parts: BTreeMap::new(),
+            protected: BTreeSet::new(),
+            since: Instant::now(),
+        }
+    }
+}
+
+struct RankReport {
+    status: RankStatus,
+    received: Instant,
+}
+
+/// The last time that any rank made progress, and the sum of all ranks' counters then.
+struct LastProgress {
+    at: Instant,
+    total: u64,
+}
+
+/// The snapshots and ranks of one generation.
 pub(super) struct Tracker {
     pub(super) topology: Topology,
-    pending: BTreeMap<SnapshotId, (Pending, Instant)>,
-    /// Snapshots that ranks want on disk: each, or else the next one that becomes complete.
+    pending: BTreeMap<SnapshotId, PendingSnapshot>,
+    /// Snapshots that ranks want on disk; the next one that completes will do.
     wanted: BTreeSet<SnapshotId>,
     /// The newest complete snapshot.
     pub(super) newest: Option<SnapshotId>,
-    ranks: BTreeMap<usize, (RankStatus, Instant)>,
-    /// When some rank last got on, and how far.
-    last_progress: (Instant, u64),
-    longest: Duration,
-    /// Steps done.
+    ranks: BTreeMap<usize, RankReport>,
+    last_progress: LastProgress,
+    /// The longest time between two signs of progress.
+    longest_pause: Duration,
+    /// The number of steps done.
     pub(super) step: u64,
 }
 
-/// What is to be done about an event.
+/// The launcher's reaction to an event.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Action {
-    /// Tell all keepers; and write it to disk.
-    Commit(Snapshot, bool),
-    Abandon(SnapshotId, String),
+    /// Tell all keepers that the snapshot is complete; if `durable`, write it to disk.
+    Commit {
+        snapshot: Snapshot,
+        durable: bool,
+    },
+    Abandon {
+        id: SnapshotId,
+        reason: String,
+    },
     Nothing,
 }
 
 impl Tracker {
     pub(super) fn new(topology: Topology) -> Tracker {
+        let last_progress = LastProgress {
+            at: Instant::now(),
+            total: 0,
+        };
         Tracker {
             topology,
             pending: BTreeMap::new(),
             wanted: BTreeSet::new(),
             newest: None,
             ranks: BTreeMap::new(),
-            last_progress: (Instant::now(), 0),
-            longest: Duration::ZERO,
+            last_progress,
+            longest_pause: Duration::ZERO,
             step: 0,
         }
     }
 
-    /// Takes an event of the keeper of `node` into account.
+    /// Takes an event from the keeper of `node`.
     pub(super) fn on_event(&mut self, node: usize, event: Event) -> Action {
-        let id = match event {
-            Event::Heartbeat { ranks } => {
-                self.pulse(ranks);
-                return Action::Nothing;
-            }
-            Event::Complete { id, .. }
-            | Event::Protected { id }
-            | Event::Unprotected { id, .. } => id,
-        };
-        // Of an earlier generation, or given up.
-        if id.generation != self.topology.generation || self.newest >= Some(id) {
-            return Action::Nothing;
-        }
-        let (pending, _) = self
-            .pending
-            .entry(id)
-            .or_insert_with(|| (Pending::default(), Instant::now()));
         match event {
-            Event::Complete { part, durable, .. } => {
-                pending.parts.insert(part.rank, part);
-                if durable {
-                    self.wanted.insert(id);
+            Event::Heartbeat { ranks } => self.on_heartbeat(ranks),
+            Event::Complete { id, part, durable } => {
+                if let Some(pending) = self.pending(id) {
+                    pending.parts.insert(part.rank, part);
+                    if durable {
+                        self.wanted.insert(id);
+                    }
+                    return self.commit_if_complete(id);
                 }
             }
-            Event::Protected { .. } => {
-                pending.protected.insert(node);
+            Event::Protected { id } => {
+                if let Some(pending) = self.pending(id) {
+                    pending.protected.insert(node);
+                    return self.commit_if_complete(id);
+                }
             }
-            Event::Unprotected { reason, .. } => {
-                self.pending.remove(&id);
-                return Action::Abandon(id, reason);
+            Event::Unprotected { id, reason } => {
+                if self.pending(id).is_some() {
+                    self.pending.remove(&id);
+                    return Action::Abandon { id, reason };
+                }
             }
-            Event::Heartbeat { .. } => unreachable!("handled above"),
         }
-        let complete = pending.parts.len() == self.topology.ranks();
-        if !complete || pending.protected.len() < self.topology.nodes.len() {
+        Action::Nothing
+    }
+
+    /// Returns the pending snapshot, or None if it is outdated: from an earlier generation, or not
+    /// newer than the newest complete one.
+    fn pending(&mut self, id: SnapshotId) -> Option<&mut PendingSnapshot> {
+        if id.generation != self.topology.generation || self.newest >= Some(id) {
+            return None;
+        }
+        let pending = self.pending.entry(id);
+        Some(pending.or_insert_with(PendingSnapshot::new))
+    }
+
+    fn commit_if_complete(&mut self, id: SnapshotId) -> Action {
+        let is_complete = |pending: &PendingSnapshot| {
+            pending.parts.len() == self.topology.ranks()
+                && pending.protected.len() >= self.topology.nodes.len()
+        };
+        if !self.pending.get(&id).is_some_and(is_complete) {
             return Action::Nothing;
         }
-        let Some((pending, _)) = self.pending.remove(&id) else {
+        let Some(pending) = self.pending.remove(&id) else {
             return Action::Nothing;
         };
         self.newest = Some(id);
-        // Also in place of older ones, which were given up or overtaken.
+        // It also stands in for older snapshots, which were abandoned or overtaken.
         let durable = self.wanted.first().is_some_and(|&wanted| wanted <= id);
         self.wanted.retain(|&wanted| wanted > id);
-        let parts = pending.parts.into_values().collect();
-        Action::Commit(
-            Snapshot {
-                id,
-                topology: self.topology.clone(),
-                parts,
-            },
-            durable,
-        )
+        let snapshot = Snapshot {
+            id,
+            topology: self.topology.clone(),
+            parts: pending.parts.into_values().collect(),
+        };
+        Action::Commit { snapshot, durable }
     }
 
-    /// The node of each rank.
+    /// Returns the node of each rank.
     pub(super) fn rank_nodes(&self) -> Vec<usize> {
-        (0..self.topology.ranks())
-            .map(|rank| self.topology.node_of(rank).unwrap_or(0))
-            .collect()
+        let node_of = |rank| self.topology.node_of(rank).unwrap_or(0);
+        (0..self.topology.ranks()).map(node_of).collect()
     }
 
-    /// A snapshot for which a rank or a keeper has taken too long.
+    /// Removes and returns a snapshot that has been incomplete for too long.
     pub(super) fn take_expired(&mut self) -> Option<SnapshotId> {
-        let late = self
-            .pending
-            .iter()
-            .find(|(_, (_, since))| since.elapsed() > SNAPSHOT_TIMEOUT)
-            .map(|(&id, _)| id)?;
-        self.pending.remove(&late);
-        Some(late)
+        let mut pending = self.pending.iter();
+        let (&id, _) = pending.find(|(_, pending)| pending.since.elapsed() > SNAPSHOT_TIMEOUT)?;
+        self.pending.remove(&id);
+        Some(id)
     }
 
-    /// None that was begun will be complete: their ids.
-    pub(super) fn give_up(&mut self) -> Vec<SnapshotId> {
+    /// Removes and returns all incomplete snapshots.
+    pub(super) fn take_pending(&mut self) -> Vec<SnapshotId> {
         std::mem::take(&mut self.pending).into_keys().collect()
     }
 
-    fn pulse(&mut self, ranks: Vec<RankStatus>) {
-        let now = Instant::now();
-        for rank in ranks {
-            self.step = self.step.max(rank.step);
-            self.ranks.insert(rank.rank, (rank, now));
+    fn on_heartbeat(&mut self, ranks: Vec<RankStatus>) {
+        let received = Instant::now();
+        for status in ranks {
+            self.step = self.step.max(status.step);
+            let rank = status.rank;
+            self.ranks.insert(rank, RankReport { status, received });
         }
-        let progress = self.ranks.values().map(|(rank, _)| rank.progress).sum();
-        if progress != self.last_progress.1 {
-            if self.last_progress.1 > 0 {
-                self.longest = self.longest.max(self.last_progress.0.elapsed());
+        let counters = self.ranks.values().map(|report| report.status.progress);
+        let total = counters.sum();
+        let last = &mut self.last_progress;
+        if total != last.total {
+            if last.total > 0 {
+                self.longest_pause = self.longest_pause.max(last.at.elapsed());
             }
-            self.last_progress = (now, progress);
+            *last = LastProgress {
+                at: received,
+                total,
+            };
         }
     }
 
-    /// A rank that was heard of, and has said nothing for `silence`.
-    pub(super) fn hung(&self, silence: Duration) -> Option<usize> {
-        let silent = |(rank, at): &(RankStatus, Instant)| {
-            // Its keeper still speaks of it: a rank that has ended is the launcher's own to notice.
-            at.elapsed() < Duration::from_secs(1) && Duration::from_millis(rank.silent_ms) > silence
+    /// Returns a rank that has sent no heartbeat for `timeout`.
+    pub(super) fn hung_rank(&self, timeout: Duration) -> Option<usize> {
+        let is_silent = |report: &&RankReport| {
+            let silence = Duration::from_millis(report.status.silent_ms);
+            // Its keeper no longer reports a rank that has exited: the launcher notices that.
+            report.received.elapsed() < REPORT_LIFETIME && silence > timeout
         };
-        // The one that is silent for longest was the first.
-        let silent = self.ranks.values().filter(|rank| silent(rank));
-        silent
-            .max_by_key(|(rank, _)| rank.silent_ms)
-            .map(|(rank, _)| rank.rank)
+        // The rank that has been silent longest hung first.
+        let silent = self.ranks.values().filter(is_silent);
+        let longest = silent.max_by_key(|report| report.status.silent_ms)?;
+        Some(longest.status.rank)
     }
 
-    /// For how long no rank has got on, if that is too long.
-    pub(super) fn stuck(&self, limit: Option<f64>) -> Option<Duration> {
-        let limit = match limit {
+    /// Returns the time since any rank made progress, if that exceeds the limit.
+    ///
+    /// The default limit is ten times the longest pause so far, but at least a minute.
+    pub(super) fn stalled_for(&self, limit_s: Option<f64>) -> Option<Duration> {
+        let limit = match limit_s {
             Some(seconds) => Duration::from_secs_f64(seconds),
-            None => Duration::from_secs(60).max(10 * self.longest),
+            None => MIN_STEP_TIMEOUT.max(10 * self.longest_pause),
         };
-        let still = self.last_progress.0.elapsed();
-        (self.last_progress.1 > 0 && still > limit).then_some(still)
+        let pause = self.last_progress.at.elapsed();
+        (self.last_progress.total > 0 && pause > limit).then_some(pause)
     }
 }
 
@@ -177,7 +223,7 @@ mod tests {
     use checkpoint::Redundancy;
     use checkpoint::keeper::{Event, Node, PartInfo, SnapshotId, Topology};
 
-    /// Of two nodes with a rank each.
+    /// Returns a tracker of two nodes with one rank each.
     fn tracker() -> Tracker {
         let node = |rank: usize| Node {
             address: ([127, 0, 0, 1], 1).into(),
@@ -202,66 +248,49 @@ mod tests {
         }
     }
 
-    fn complete(tracker: &mut Tracker, rank: usize, step: u64, durable: bool) {
-        let part = PartInfo {
-            rank,
-            bytes: 1,
-            crcs: vec![0],
-        };
-        assert_eq!(
-            tracker.on_event(
-                rank,
-                Event::Complete {
-                    id: id(step),
-                    part,
-                    durable
-                }
-            ),
-            Action::Nothing
-        );
+    /// Both ranks complete their parts of each step.
+    fn complete(tracker: &mut Tracker, steps: &[(u64, bool)]) {
+        for &(step, durable) in steps {
+            for rank in 0..2 {
+                let part = PartInfo {
+                    rank,
+                    bytes: 1,
+                    crcs: vec![0],
+                };
+                let id = id(step);
+                let event = Event::Complete { id, part, durable };
+                assert_eq!(tracker.on_event(rank, event), Action::Nothing);
+            }
+        }
     }
 
-    /// Which step is committed when all keepers have made the parity of `step`, and whether it is to be written.
+    /// All keepers have the parity of `step`: returns the step that is committed, and whether it is
+    /// to be written.
     fn protected(tracker: &mut Tracker, step: u64) -> Option<(u64, bool)> {
-        let heard = [0, 1].map(|node| tracker.on_event(node, Event::Protected { id: id(step) }));
-        heard.into_iter().find_map(|todo| match todo {
-            Action::Commit(snapshot, durable) => Some((snapshot.id.step, durable)),
+        let event = || Event::Protected { id: id(step) };
+        let actions = [0, 1].map(|node| tracker.on_event(node, event()));
+        actions.into_iter().find_map(|action| match action {
+            Action::Commit { snapshot, durable } => Some((snapshot.id.step, durable)),
             _ => None,
         })
     }
 
     #[test]
-    fn what_is_to_be_written_is_not_forgotten_when_it_is_overtaken_or_given_up() {
+    fn a_wanted_snapshot_that_is_overtaken_or_abandoned_is_replaced_by_a_newer_one() {
         let mut tracker = tracker();
-        for (step, durable) in [(4, false), (5, true), (6, false)] {
-            (0..2).for_each(|rank| complete(&mut tracker, rank, step, durable));
-        }
-        assert_eq!(
-            protected(&mut tracker, 4),
-            Some((4, false)),
-            "nothing was to be written so far"
-        );
-        assert_eq!(
-            protected(&mut tracker, 6),
-            Some((6, true)),
-            "it is written in place of 5"
-        );
+        complete(&mut tracker, &[(4, false), (5, true), (6, false)]);
+        let committed = protected(&mut tracker, 4);
+        assert_eq!(committed, Some((4, false)), "none is wanted so far");
+        let committed = protected(&mut tracker, 6);
+        assert_eq!(committed, Some((6, true)), "in place of 5");
         assert_eq!(protected(&mut tracker, 5), None);
-        for (step, durable) in [(7, true), (8, false), (9, false)] {
-            (0..2).for_each(|rank| complete(&mut tracker, rank, step, durable));
-        }
-        let lost = Event::Unprotected {
-            id: id(7),
-            reason: "a keeper is gone".into(),
-        };
-        assert!(
-            matches!(tracker.on_event(1, lost), Action::Abandon(given_up, _) if given_up == id(7))
-        );
+        complete(&mut tracker, &[(7, true), (8, false), (9, false)]);
+        let reason = "a keeper is gone".to_string();
+        let lost = Event::Unprotected { id: id(7), reason };
+        let action = tracker.on_event(1, lost);
+        assert!(matches!(action, Action::Abandon { id: abandoned, .. } if abandoned == id(7)));
         assert_eq!(protected(&mut tracker, 8), Some((8, true)));
-        assert_eq!(
-            protected(&mut tracker, 9),
-            Some((9, false)),
-            "once is enough"
-        );
+        let committed = protected(&mut tracker, 9);
+        assert_eq!(committed, Some((9, false)), "8 was written");
     }
 }

@@ -1,26 +1,31 @@
-//! How tokens reach their experts, and who holds which.
+//! The sections of `model.moe` on dispatch, lending and placement.
 
+use super::words::MeasuredKeyword;
 use moe::lending::least_loaded::{Imbalance, Planner};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// How tokens reach their experts. All compute the same.
+/// Stands in for `min_tokens: measured` until the measurement: the paper's value of m.
+const DEFAULT_MIN_TOKENS: i64 = 1024;
+
+/// How routed tokens reach their experts. All values compute the same result.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Dispatch {
-    /// Each choice goes to the rank that holds its expert.
+    /// Each routed token goes to the rank that holds its expert.
     #[default]
     Standard,
-    /// Full ranks lend experts to others (LLEP, arXiv 2601.17111); see `least_loaded`.
+    /// Overloaded ranks lend experts to others (LLEP, arXiv 2601.17111). See `least_loaded`.
     LeastLoaded,
-    /// A token crosses to a node once, whatever the number of its experts there, and spreads inside.
+    /// A token crosses to each node once, whatever the number of its experts there, and is
+    /// distributed within the node.
     Hierarchical,
-    /// Both.
+    /// Both `hierarchical` and `least_loaded`.
     HierarchicalLeastLoaded,
 }
 
 impl Dispatch {
-    /// Whether ranks lend experts.
+    /// Returns true if ranks lend experts.
     pub fn least_loaded(self) -> bool {
         matches!(
             self,
@@ -28,7 +33,7 @@ impl Dispatch {
         )
     }
 
-    /// Whether tokens go by way of nodes.
+    /// Returns true if a token crosses to a node once and is distributed there.
     pub fn hierarchical(self) -> bool {
         matches!(
             self,
@@ -37,46 +42,29 @@ impl Dispatch {
     }
 }
 
-/// Knobs of least-loaded dispatch; the defaults are the paper's.
+/// Parameters of least-loaded dispatch (LLEP, arXiv 2601.17111). The defaults are the paper's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct LeastLoadedConfig {
-    /// Choices that a rank is given at most, over the mean (alpha).
+    /// Routed tokens that a rank accepts before the planner lends, over the mean (alpha).
     pub capacity: f64,
-    /// Choices for which it is worth to send an expert's weights (m): a number, or `measured` at the start on this
-    /// machine. (A checkpoint keeps what was measured; for the same bits in every run give a number.)
+    /// Smallest number of routed tokens for which an expert is lent (m): a number, or `measured` on
+    /// this machine when the run starts. Checkpoints keep the measured number. Give a number for
+    /// bit-identical runs.
     pub min_tokens: MinTokens,
-    /// Largest load over mean load up to which nothing is moved (lambda).
+    /// Imbalance up to which nothing is lent (lambda): the largest load over the mean load.
     pub threshold: f64,
-    /// What that is measured over.
+    /// Loads whose imbalance `threshold` limits.
     pub threshold_over: Imbalance,
-    /// Plan exactly as the paper's algorithm does, flaws included, to compare.
+    /// Plans exactly as the paper's algorithm does, flaws included, for comparison.
     pub strict_paper: bool,
-}
-
-/// A number of tokens, or `measured`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(untagged, expecting = "a number of tokens, or measured")]
-pub enum MinTokens {
-    /// So many.
-    Tokens(u32),
-    /// What one transfer costs on this machine.
-    Measured(Measured),
-}
-
-/// The word `measured`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Measured {
-    /// Find out at the start.
-    Measured,
 }
 
 impl Default for LeastLoadedConfig {
     fn default() -> LeastLoadedConfig {
         LeastLoadedConfig {
             capacity: 1.0,
-            min_tokens: MinTokens::Measured(Measured::Measured),
+            min_tokens: MinTokens::Measured(MeasuredKeyword::Measured),
             threshold: 1.3,
             threshold_over: Imbalance::Device,
             strict_paper: false,
@@ -85,47 +73,54 @@ impl Default for LeastLoadedConfig {
 }
 
 impl LeastLoadedConfig {
-    /// Decides for owners on `nodes`; what is to be measured is the paper's 1024 until it is.
+    /// Returns a planner for owners on these nodes.
+    ///
+    /// Its `min_tokens` is the paper's 1024 if the configuration says `measured`.
     pub fn planner(&self, nodes: Vec<usize>) -> Planner {
-        let LeastLoadedConfig {
-            capacity,
-            threshold,
-            threshold_over: over,
-            strict_paper,
-            ..
-        } = *self;
         let min_tokens = match self.min_tokens {
             MinTokens::Tokens(tokens) => i64::from(tokens),
-            MinTokens::Measured(_) => 1024,
+            MinTokens::Measured(_) => DEFAULT_MIN_TOKENS,
         };
         Planner {
-            capacity,
+            capacity: self.capacity,
             min_tokens,
-            threshold,
-            over,
-            strict_paper,
+            threshold: self.threshold,
+            over: self.threshold_over,
+            strict_paper: self.strict_paper,
             nodes,
         }
     }
 }
 
-/// Moving experts between ranks now and then, with their optimizer state, so that ranks are evenly loaded.
+/// A number of tokens, or `measured`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged, expecting = "a number of tokens, or measured")]
+pub enum MinTokens {
+    /// A fixed number of routed tokens.
+    Tokens(u32),
+    /// The cost of one transfer on this machine, in routed tokens.
+    Measured(MeasuredKeyword),
+}
+
+/// Placement: moving experts between ranks, with their optimizer state, to even out the load.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PlacementConfig {
     /// Steps between moves.
     pub every: u64,
-    /// How much of an expert's smoothed load is that of earlier steps.
-    #[serde(default = "nine_tenths")]
+    /// Weight of earlier steps in an expert's smoothed load, from 0 to below 1.
+    #[serde(default = "default_smoothing")]
     pub smoothing: f64,
-    /// Experts move only where the fullest rank's load falls by at least this share of it.
-    #[serde(default = "twentieth")]
+    /// Smallest relative reduction of the most loaded rank's load for which experts move, from 0 to
+    /// below 1.
+    #[serde(default = "default_min_gain")]
     pub min_gain: f64,
 }
 
-fn nine_tenths() -> f64 {
+fn default_smoothing() -> f64 {
     0.9
 }
-fn twentieth() -> f64 {
+
+fn default_min_gain() -> f64 {
     0.05
 }

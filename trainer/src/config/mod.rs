@@ -1,22 +1,36 @@
-//! The experiment, as a person writes it. Every field has its unit; unknown keys are refused.
+//! The experiment that a YAML file describes. Unknown keys are refused.
+//!
+//! The doc comments of the sections are also the configuration reference and the JSON schema.
 
 mod check;
 mod dispatch;
 mod layout;
+mod mesh;
 mod model;
+mod optimizer;
+mod pipeline_plan;
+mod protection;
+mod renamed;
 mod snapshot;
+mod words;
 
 pub(crate) use check::hierarchical_groups;
-pub use dispatch::{Dispatch, LeastLoadedConfig, Measured, MinTokens, PlacementConfig};
+pub use dispatch::{Dispatch, LeastLoadedConfig, MinTokens, PlacementConfig};
 pub use layout::{
-    NoneOrAll, ParallelConfig, PipelinePlan, RecomputeConfig, RecomputedLayers, RecomputedPart,
-    ScheduleChoice, VocabularyLayout,
+    ParallelConfig, RecomputeConfig, RecomputedLayers, RecomputedPart, ScheduleChoice,
+    VocabularyLayout,
 };
-pub use model::{ModelConfig, MoeConfig, MupConfig, QkNorm, RouterConfig};
+pub use model::{ModelConfig, MoeConfig, MupConfig, ParameterCount, QkNorm, RouterConfig};
+pub use optimizer::{
+    ConstantConfig, OptimizerConfig, PowerConfig, RampConfig, ScheduleConfig, WsdConfig,
+};
+pub use pipeline_plan::PipelinePlan;
+pub use renamed::{Renamed, rename_old_keys, renamed_keys};
 pub use snapshot::{
     OnDivergence, ParityConfig, RedundancyConfig, RestartConfig, SnapshotConfig, SnapshotEvery,
     WithoutSpare,
 };
+pub use words::{Auto, AxisSize, MeasuredKeyword, NoneOrAll};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -26,146 +40,134 @@ use std::path::PathBuf;
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// Where the run lives and what it starts from.
+    /// The run: its folder, device, communication and reporting.
     pub run: RunConfig,
-    /// How the ranks share the work.
+    /// The parallel layout: how ranks divide the work.
     #[serde(default)]
     pub parallel: ParallelConfig,
-    /// The model's shape.
+    /// The model's architecture.
     pub model: ModelConfig,
-    /// What it reads.
+    /// Training and validation data.
     pub data: DataConfig,
-    /// How long and in what portions it learns.
+    /// Number of steps, batch sizes and precision.
     pub train: TrainConfig,
-    /// AdamW's constants.
+    /// Constants of AdamW.
     #[serde(default)]
     pub optimizer: OptimizerConfig,
-    /// The learning rate over time.
+    /// The learning-rate schedule: one of `power`, `wsd`, `cosine`, `linear` and `constant`.
     #[serde(default)]
     pub schedule: ScheduleConfig,
-    /// What is kept on disk.
+    /// Checkpoints on disk.
     #[serde(default)]
     pub checkpoint: CheckpointConfig,
-    /// What is kept in memory, so that a failure loses seconds.
+    /// Snapshots in memory, from which a run restarts after a failure.
     #[serde(default)]
     pub snapshot: SnapshotConfig,
-    /// What happens after a failure.
+    /// Detection of failures, and restarts.
     #[serde(default)]
     pub restart: RestartConfig,
-    /// How the model is judged on text it does not learn from.
+    /// Validation during training. Without this section there is none.
     #[serde(default)]
     pub validation: Option<ValidationConfig>,
 }
 
-/// Where the run lives and what it starts from.
+/// The run: its folder, device, communication and reporting.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RunConfig {
-    /// Folder for checkpoints, metrics.jsonl and logs. Starting again with the same folder goes on from its last
-    /// checkpoint.
+    /// Folder for checkpoints, metrics and logs. A run that finds a checkpoint there resumes from
+    /// it.
     pub dir: PathBuf,
-    /// Decides initial weights and the order of the data.
-    #[serde(default = "one")]
+    /// Seed of the initial weights and of the order of the data.
+    #[serde(default = "default_seed")]
     pub seed: u64,
-    /// `cpu`, `cuda`, `npu` or `auto` (a GPU or NPU for each rank where there are such).
+    /// Device of each rank: `cpu`, `cuda`, `npu`, or `auto` (a GPU or NPU if the machine has one).
     #[serde(default = "auto")]
     pub device: String,
-    /// Which processors a rank runs on: `none`, `numa` (those of one NUMA node), `cores` (its share, alone), or `auto` (`numa` on
-    /// machines with several nodes whose launcher has not bound ranks already).
+    /// Processors that a rank is bound to: `none`, `numa` (those of one NUMA node), `cores` (its
+    /// own share), or `auto` (`numa` on machines with several NUMA nodes, unless the launcher has
+    /// bound the ranks).
     #[serde(default)]
     pub cpu_affinity: parallel::CpuAffinity,
-    /// What carries what ranks tell each other: `gloo`, `mpi`, `nccl`, `hccl`, or `auto` (NCCL for tensors of GPUs, HCCL for those
-    /// of NPUs; for others the memory that ranks of one machine share, and in groups of several machines MPI where mpirun started
-    /// the ranks, else Gloo).
+    /// Communication backend: `gloo`, `mpi`, `nccl`, `hccl`, or `auto`. `auto` uses NCCL for GPU
+    /// tensors and HCCL for NPU tensors. For host tensors it uses shared memory within a machine;
+    /// between machines it uses MPI if mpirun started the ranks, and Gloo otherwise.
     #[serde(default)]
     pub backend: parallel::Backend,
-    /// Seconds until an operation among ranks counts as failed.
-    #[serde(default = "five_minutes")]
+    /// Seconds until an unfinished collective counts as failed.
+    #[serde(default = "default_timeout_s")]
     pub timeout_s: u64,
-    /// Steps between lines on a terminal that shows no progress bar.
-    #[serde(default = "ten")]
+    /// Steps between progress lines, if the output is no terminal, and between lines of
+    /// `routing.jsonl`.
+    #[serde(default = "default_log_every")]
     pub log_every: u64,
-    /// The number of a step whose parts each rank writes to `logs/rank-N.trace.json`, for <https://ui.perfetto.dev>.
+    /// Step of which each rank writes a trace to `logs/rank-N.trace.json`, for
+    /// <https://ui.perfetto.dev>.
     #[serde(default)]
     pub trace_step: Option<u64>,
 }
 
-/// A number of ranks, or `auto`.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize, JsonSchema)]
-#[serde(untagged, expecting = "a number of ranks, or auto")]
-pub enum AxisSize {
-    /// So many.
-    Size(usize),
-    /// As many as there are.
-    Auto(Auto),
-}
-
-/// The word `auto`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Auto {
-    /// Decide at start.
-    Auto,
-}
-
-/// What the model reads.
+/// Training and validation data.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
-    /// Training data, mixed by weight.
+    /// Sources of training data, mixed by weight.
     pub train: Vec<SourceConfig>,
-    /// Validation data; needed when there is a `validation` section.
+    /// Sources of validation data. Needed if there is a `validation` section.
     #[serde(default)]
     pub validation: Vec<SourceConfig>,
-    /// Tokens the model sees at once.
+    /// Length of a sequence, in tokens.
     pub sequence_length: usize,
-    /// The token that ends a document: tokens then attend only to those of their own document. Without it, to all before
-    /// them.
+    /// Token that ends a document. If it is set, a token attends only to tokens of its own
+    /// document; otherwise to all earlier tokens of its sequence.
     #[serde(default)]
     pub eod_token: Option<u32>,
-    /// The tokenizer.json that made the data, for `moerun generate`; by default the one beside the first source.
+    /// The tokenizer.json with which the data was made, for `moerun generate`. By default the one
+    /// in the folder of the first source.
     #[serde(default)]
     pub tokenizer: Option<PathBuf>,
 }
 
-/// One pair of token files.
+/// One source of data: a pair of token files.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SourceConfig {
-    /// Path of the `.bin` and `.idx` files without the extension.
+    /// Path of the `.bin` and `.idx` files, without the extension.
     pub path: PathBuf,
-    /// Share of sequences drawn from here, relative to the other sources.
+    /// Relative share of the sequences that are drawn from this source.
     #[serde(default = "unit")]
     pub weight: f64,
 }
 
-/// How long and in what portions the model learns.
+/// Number of steps, batch sizes and precision.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConfig {
-    /// Optimizer steps in all.
+    /// Optimizer steps of the whole run.
     pub steps: u64,
-    /// Sequences in a step, over all ranks.
+    /// Sequences per step, over all ranks.
     pub global_batch: usize,
-    /// Sequences a rank works on at once; the rest of its share is accumulated.
+    /// Sequences per microbatch: what a rank processes at once. Gradients of a rank's microbatches
+    /// are accumulated.
     pub micro_batch: usize,
-    /// Arithmetic of the model. Weights are kept in fp32 either way.
+    /// Precision of the model's arithmetic. Master weights are fp32 in both cases.
     #[serde(default)]
     pub dtype: Dtype,
-    /// Products of routed experts in 8-bit floating point, in forward and for the gradients of their rows: faster on Hopper GPUs
-    /// and newer, elsewhere the same numbers at no gain. See docs/precision.md for what it costs in loss.
+    /// Computes the experts' forward GEMMs, and the gradients of their inputs, in 8-bit floating
+    /// point. Faster on Hopper and newer GPUs; elsewhere emulated with the same results. Needs
+    /// `dtype: bf16`.
     #[serde(default)]
     pub fp8_experts: bool,
-    /// Largest global gradient norm; larger gradients are scaled down. 0: no limit.
+    /// Largest global gradient norm: larger gradients are scaled down to it. 0 disables clipping.
     #[serde(default = "unit")]
     pub grad_clip: f64,
 }
 
-/// Arithmetic of the model.
+/// Precision of the model's arithmetic.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
-    /// 32-bit.
+    /// 32-bit floating point.
     #[default]
     Fp32,
     /// bfloat16, with fp32 master weights, gradients and optimizer state.
@@ -173,7 +175,7 @@ pub enum Dtype {
 }
 
 impl Dtype {
-    /// Of tensors.
+    /// Returns the kind of the model's tensors.
     pub fn kind(self) -> tch::Kind {
         match self {
             Dtype::Fp32 => tch::Kind::Float,
@@ -182,131 +184,14 @@ impl Dtype {
     }
 }
 
-/// AdamW's constants.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct OptimizerConfig {
-    /// Decay of the first moment.
-    pub beta1: f64,
-    /// Decay of the second moment.
-    pub beta2: f64,
-    /// Added to the denominator.
-    pub eps: f64,
-    /// Decoupled weight decay of matrices and embeddings; norms have none.
-    pub weight_decay: f64,
-    /// Keep moments and fp32 masters in the host's memory and update them there: a GPU or NPU has 12 bytes less to keep for each
-    /// parameter in bf16 (8 in fp32), and each step takes longer. On CPUs, where all is in the host's memory, it changes nothing.
-    pub offload: bool,
-}
-
-impl Default for OptimizerConfig {
-    fn default() -> OptimizerConfig {
-        OptimizerConfig {
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            weight_decay: 0.1,
-            offload: false,
-        }
-    }
-}
-
-/// The learning rate over time.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum ScheduleConfig {
-    /// `min(max_lr, beta * a * n^b)` after `n` tokens, with `beta` the step's tokens in units of 4096 (Power
-    /// scheduler, arXiv 2408.13359).
-    Power(PowerConfig),
-    /// Warm-up, constant, decay over the last steps.
-    Wsd(WsdConfig),
-    /// Half a cosine from `lr` to `lr * final_ratio`.
-    Cosine(RampConfig),
-    /// A straight line from `lr` to `lr * final_ratio`.
-    Linear(RampConfig),
-    /// Warm-up, then constant.
-    Constant(ConstantConfig),
-}
-
-impl Default for ScheduleConfig {
-    fn default() -> ScheduleConfig {
-        ScheduleConfig::Power(PowerConfig::default())
-    }
-}
-
-/// Constants of the Power scheduler; the defaults are the paper's.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct PowerConfig {
-    /// Amplitude.
-    pub a: f64,
-    /// Exponent, negative.
-    pub b: f64,
-    /// Upper limit.
-    pub max_lr: f64,
-    /// Steps of linear warm-up, to the law's value at their end.
-    pub warmup_steps: u64,
-    /// Steps at the end over which the rate falls exponentially to zero.
-    pub decay_steps: u64,
-}
-
-impl Default for PowerConfig {
-    fn default() -> PowerConfig {
-        PowerConfig {
-            a: 4.0,
-            b: -0.51,
-            max_lr: 0.02,
-            warmup_steps: 100,
-            decay_steps: 0,
-        }
-    }
-}
-
-/// Warm-up, stable, decay.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct WsdConfig {
-    /// The stable rate.
-    pub lr: f64,
-    /// Steps of linear warm-up.
-    #[serde(default)]
-    pub warmup_steps: u64,
-    /// Steps of decay at the end, along `1 - sqrt(x)`.
-    pub decay_steps: u64,
-}
-
-/// A schedule that ends with the run.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct RampConfig {
-    /// The rate after warm-up.
-    pub lr: f64,
-    /// Steps of linear warm-up.
-    #[serde(default)]
-    pub warmup_steps: u64,
-    /// The last rate as a share of `lr`.
-    #[serde(default)]
-    pub final_ratio: f64,
-}
-
-/// A constant rate.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct ConstantConfig {
-    /// The rate after warm-up.
-    pub lr: f64,
-    /// Steps of linear warm-up.
-    #[serde(default)]
-    pub warmup_steps: u64,
-}
-
-/// What is kept on disk.
+/// Checkpoints on disk.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CheckpointConfig {
-    /// Steps between checkpoints; one is also written at the end and on a signal. 0: only then.
+    /// Steps between checkpoints. 0 writes one only at the end and when a signal stops the run,
+    /// which other values do too.
     pub every: u64,
-    /// How many of the newest to keep.
+    /// Number of checkpoints to keep: the newest ones.
     pub keep: usize,
 }
 
@@ -319,28 +204,32 @@ impl Default for CheckpointConfig {
     }
 }
 
-/// How the model is judged.
+/// Validation during training.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ValidationConfig {
-    /// Steps between validations; one is also made at the end.
+    /// Steps between validations. The last step is always validated.
     pub every: u64,
-    /// Sequences in each, the same every time.
+    /// Number of sequences, the same ones each time.
     pub sequences: usize,
 }
 
-fn one() -> u64 {
+fn default_seed() -> u64 {
     1
 }
-fn ten() -> u64 {
+
+fn default_log_every() -> u64 {
     10
 }
-fn five_minutes() -> u64 {
+
+fn default_timeout_s() -> u64 {
     300
 }
+
 fn unit() -> f64 {
     1.0
 }
+
 fn auto() -> String {
     "auto".into()
 }

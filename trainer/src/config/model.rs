@@ -1,4 +1,4 @@
-//! The model's shape.
+//! The section `model`: the architecture.
 
 use super::dispatch::{Dispatch, LeastLoadedConfig, PlacementConfig};
 use moe::Score;
@@ -6,182 +6,228 @@ use moe::balance::BalanceScope;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// A decoder-only transformer with mixture-of-experts layers.
+/// Matrices of a feed-forward network: gate, up and down.
+const FFN_MATRICES: usize = 3;
+
+/// The architecture: a decoder-only transformer with MoE layers.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
-    /// Different tokens.
+    /// Size of the vocabulary: token ids are below it.
     pub vocab_size: usize,
     /// Width of the residual stream.
     pub hidden: usize,
-    /// Transformer layers.
+    /// Number of transformer layers.
     pub layers: usize,
-    /// Query heads.
+    /// Number of query heads per layer.
     pub heads: usize,
-    /// Key and value heads; by default as many as query heads.
+    /// Number of key and value heads per layer (grouped-query attention). By default `heads`.
     #[serde(default)]
     pub kv_heads: Option<usize>,
-    /// Width of a head; by default hidden / heads.
+    /// Width of a head. By default `hidden / heads`.
     #[serde(default)]
     pub head_dim: Option<usize>,
-    /// Inner width of dense feed-forward layers; needed where there are any.
+    /// Inner width of dense feed-forward layers. Needed if the model has such layers.
     #[serde(default)]
     pub ffn: Option<usize>,
-    /// The first this many layers are dense.
+    /// Number of dense layers at the beginning of the model.
     #[serde(default)]
     pub dense_layers: usize,
-    /// After those, every n-th layer is a mixture of experts and the others are dense.
-    #[serde(default = "one")]
+    /// Period of MoE layers after the first dense ones: 1 makes every layer an MoE layer, 2 every
+    /// other one.
+    #[serde(default = "default_moe_every")]
     pub moe_every: usize,
-    /// The mixture of experts; without it all layers are dense.
+    /// MoE layers. Without this section all layers are dense.
     #[serde(default)]
     pub moe: Option<MoeConfig>,
-    /// Base of the rotary embedding's wavelengths.
-    #[serde(default = "ten_thousand")]
+    /// Base of the wavelengths of rotary position embedding (theta).
+    #[serde(default = "default_rope_theta")]
     pub rope_theta: f64,
-    /// Added to the mean square in RMSNorm.
-    #[serde(default = "norm_eps")]
+    /// Term added to the mean square in RMSNorm.
+    #[serde(default = "default_norm_eps")]
     pub norm_eps: f64,
-    /// RMSNorm on queries and keys.
+    /// RMSNorm of queries and keys.
     #[serde(default)]
     pub qk_norm: QkNorm,
-    /// Whether the output layer is the embedding's transpose.
+    /// Uses the transposed embedding as the output layer.
     #[serde(default)]
     pub tie_embeddings: bool,
-    /// Standard deviation of initial weights.
-    #[serde(default = "init_std")]
+    /// Standard deviation of the initial weights.
+    #[serde(default = "default_init_std")]
     pub init_std: f64,
-    /// Multipliers that carry learning rates from one width to another.
+    /// Maximal update parametrization. Without this section there is none.
     #[serde(default)]
     pub mup: Option<MupConfig>,
 }
 
+/// Number of a model's parameters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ParameterCount {
+    /// All parameters.
+    pub total: u64,
+    /// Parameters that one token uses: those of its experts and all others.
+    pub active: u64,
+}
+
 impl ModelConfig {
-    /// Key and value heads.
+    /// Returns the number of key and value heads.
     pub fn kv_heads(&self) -> usize {
         self.kv_heads.unwrap_or(self.heads)
     }
 
-    /// Width of a head.
+    /// Returns the width of a head.
     pub fn head_dim(&self) -> usize {
-        self.head_dim.unwrap_or(self.hidden / self.heads.max(1))
+        let heads = self.heads.max(1);
+        self.head_dim.unwrap_or(self.hidden / heads)
     }
 
-    /// The mixture of layer `layer`, or None where it is dense.
+    /// Returns the MoE section if this layer is an MoE layer.
     pub fn moe_config(&self, layer: usize) -> Option<&MoeConfig> {
-        let after = layer.checked_sub(self.dense_layers)?;
-        self.moe
-            .as_ref()
-            .filter(|_| after.is_multiple_of(self.moe_every.max(1)))
+        let after_dense = layer.checked_sub(self.dense_layers)?;
+        let is_moe = after_dense.is_multiple_of(self.moe_every.max(1));
+        self.moe.as_ref().filter(|_| is_moe)
     }
 
-    /// Whether any layer is dense.
+    /// Returns true if any layer is dense.
     pub fn has_dense_layers(&self) -> bool {
-        (0..self.layers).any(|layer| self.moe_config(layer).is_none())
+        self.num_moe_layers() < self.layers
     }
 
-    /// Parameters of the model, and those of them that work on any one token.
-    pub fn num_parameters(&self) -> (u64, u64) {
-        let hidden = self.hidden as u64;
-        let head_dim = self.head_dim() as u64;
-        let heads = self.heads as u64;
-        let kv_heads = self.kv_heads() as u64;
-        let qk_norm = match self.qk_norm {
-            QkNorm::None => 0,
-            QkNorm::Full => (heads + kv_heads) * head_dim,
-            QkNorm::Head => 2 * head_dim,
-        };
-        let attention = 2 * (heads + kv_heads) * head_dim * hidden + qk_norm;
-        let vocabulary =
-            (self.vocab_size * self.hidden) as u64 * if self.tie_embeddings { 1 } else { 2 };
-        let mut total = vocabulary + hidden;
-        let mut active = vocabulary + hidden;
-        for layer in 0..self.layers {
-            let (all, working) = match self.moe_config(layer) {
-                None => (self.ffn.unwrap_or(0) as u64, self.ffn.unwrap_or(0) as u64),
-                Some(moe) => {
-                    let ffn = |experts: usize| (experts * moe.ffn) as u64;
-                    let gate = moe.experts as u64 * hidden;
-                    (total, active) = (total + gate, active + gate);
-                    (
-                        ffn(moe.experts + moe.shared_experts),
-                        ffn(moe.top_k + moe.shared_experts),
-                    )
-                }
-            };
-            let rest = attention + 2 * hidden;
-            total += rest + 3 * hidden * all;
-            active += rest + 3 * hidden * working;
-        }
-        (total, active)
-    }
-
-    /// How many layers are MoE layers.
+    /// Returns the number of MoE layers.
     pub fn num_moe_layers(&self) -> usize {
         (0..self.layers)
             .filter(|&layer| self.moe_config(layer).is_some())
             .count()
     }
+
+    /// Returns the number of parameters.
+    pub fn num_parameters(&self) -> ParameterCount {
+        let hidden = self.hidden as u64;
+        let vocabulary = (self.vocab_size * self.hidden) as u64;
+        let copies = if self.tie_embeddings { 1 } else { 2 };
+        let ends = vocabulary * copies + hidden;
+        let mut count = ParameterCount {
+            total: ends,
+            active: ends,
+        };
+        for layer in 0..self.layers {
+            let layer = self.layer_parameters(layer);
+            count.total += layer.total;
+            count.active += layer.active;
+        }
+        count
+    }
+
+    fn layer_parameters(&self, layer: usize) -> ParameterCount {
+        let hidden = self.hidden as u64;
+        let norms = 2 * hidden;
+        let shared = self.attention_parameters() + norms;
+        let ffn = |width: usize| (FFN_MATRICES * width) as u64 * hidden;
+        let Some(moe) = self.moe_config(layer) else {
+            let all = shared + ffn(self.ffn.unwrap_or(0));
+            return ParameterCount {
+                total: all,
+                active: all,
+            };
+        };
+        let router = moe.experts as u64 * hidden;
+        let experts = |count: usize| ffn((count + moe.shared_experts) * moe.ffn);
+        ParameterCount {
+            total: shared + router + experts(moe.experts),
+            active: shared + router + experts(moe.top_k),
+        }
+    }
+
+    fn attention_parameters(&self) -> u64 {
+        let head_dim = self.head_dim() as u64;
+        let heads = (self.heads + self.kv_heads()) as u64;
+        let qk_norm = match self.qk_norm {
+            QkNorm::None => 0,
+            QkNorm::Full => heads * head_dim,
+            QkNorm::Head => 2 * head_dim,
+        };
+        2 * heads * head_dim * self.hidden as u64 + qk_norm
+    }
+
+    /// Returns the cost of the output layer's forward, in units of a mean layer's GEMMs.
+    pub fn head_cost_in_layers(&self) -> f64 {
+        let hidden = self.hidden as f64;
+        let head_dim = self.head_dim() as f64;
+        let attention = hidden * head_dim * 2.0 * (self.heads + self.kv_heads()) as f64;
+        let layer = |index: usize| {
+            let feed_forward = match self.moe_config(index) {
+                Some(moe) => {
+                    let experts = moe.top_k + moe.shared_experts;
+                    3.0 * (moe.ffn * experts) as f64 + moe.experts as f64
+                }
+                None => 3.0 * self.ffn.unwrap_or(0) as f64,
+            };
+            attention + hidden * feed_forward
+        };
+        let mean = (0..self.layers).map(layer).sum::<f64>() / self.layers.max(1) as f64;
+        hidden * self.vocab_size as f64 / mean.max(1.0)
+    }
 }
 
-/// Where RMSNorm is applied to queries and keys.
+/// RMSNorm of queries and keys.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum QkNorm {
-    /// Nowhere.
+    /// No norm.
     #[default]
     None,
-    /// Over all heads together (OLMoE).
+    /// One norm over all heads together (OLMoE).
     Full,
-    /// Over each head (Qwen3).
+    /// One norm per head (Qwen3).
     Head,
 }
 
-/// The mixture of experts.
+/// MoE layers.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MoeConfig {
-    /// Experts of a layer.
+    /// Number of experts per layer, without shared ones.
     pub experts: usize,
-    /// Experts a token goes to.
+    /// Number of experts that the router chooses for each token.
     pub top_k: usize,
     /// Inner width of an expert.
     pub ffn: usize,
-    /// Experts that every token goes to, beside the chosen ones.
+    /// Number of shared experts, which process every token.
     #[serde(default)]
     pub shared_experts: usize,
-    /// How experts are chosen.
+    /// The router's rule.
     #[serde(default)]
     pub router: RouterConfig,
-    /// Weight of the load-balancing loss. (For balanced use the loss itself is 1 per layer; HF transformers' is
-    /// top_k times that.)
-    #[serde(default = "hundredth")]
+    /// Weight of the load-balancing loss. The loss itself is 1 per layer at perfect balance; that of
+    /// Hugging Face transformers is `top_k` times as large.
+    #[serde(default = "default_load_balance")]
     pub load_balance: f64,
-    /// The tokens that balance is measured over.
-    #[serde(default = "sequence")]
+    /// Tokens over which the load-balancing loss measures balance.
+    #[serde(default = "default_load_balance_over")]
     pub load_balance_over: BalanceScope,
-    /// Take the loss once, from statistics averaged over layers, as HF transformers does.
+    /// Computes the load-balancing loss once, from statistics averaged over layers, as Hugging Face
+    /// transformers does.
     #[serde(default)]
     pub load_balance_pool_layers: bool,
-    /// Weight of the router z-loss.
+    /// Weight of the router z-loss (arXiv 2202.08906).
     #[serde(default)]
     pub z_loss: f64,
-    /// Step of the loss-free balancing bias; 0: none.
+    /// Step size of the bias of loss-free balancing (arXiv 2408.15664). 0 disables it.
     #[serde(default)]
     pub bias_update_rate: f64,
-    /// How tokens reach their experts.
+    /// How routed tokens reach their experts.
     #[serde(default)]
     pub dispatch: Dispatch,
-    /// Knobs of least-loaded dispatch.
+    /// Parameters of least-loaded dispatch.
     #[serde(default)]
     pub least_loaded: LeastLoadedConfig,
-    /// Whether experts move between ranks over time; without it they stay.
+    /// Placement of experts by load. Without this section they stay on their ranks.
     #[serde(default)]
     pub placement: Option<PlacementConfig>,
 }
 
 impl MoeConfig {
-    /// `experts` experts of width `ffn`, of which a token goes to `top_k`; all else as by default.
+    /// Returns a section with these sizes and the defaults of all other keys.
     pub fn new(experts: usize, top_k: usize, ffn: usize) -> MoeConfig {
         MoeConfig {
             experts,
@@ -189,8 +235,8 @@ impl MoeConfig {
             ffn,
             shared_experts: 0,
             router: RouterConfig::default(),
-            load_balance: hundredth(),
-            load_balance_over: sequence(),
+            load_balance: default_load_balance(),
+            load_balance_over: default_load_balance_over(),
             load_balance_pool_layers: false,
             z_loss: 0.0,
             bias_update_rate: 0.0,
@@ -201,25 +247,26 @@ impl MoeConfig {
     }
 }
 
-/// How experts are chosen.
+/// The router's rule.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RouterConfig {
-    /// Logits to scores.
+    /// Function from logits to scores.
     pub score: Score,
-    /// Whether a token's weights are made to sum to one.
+    /// Scales the routing weights of each token to a sum of 1.
     pub normalize: bool,
-    /// Factor on the weights.
+    /// Factor on the routing weights.
     pub scale: f64,
-    /// Groups that experts are divided into.
+    /// Number of groups that the experts are divided into.
     pub groups: usize,
-    /// Groups that a token may choose from.
+    /// Number of groups from which a token may choose (DeepSeek-V3, arXiv 2412.19437).
     pub top_groups: usize,
-    /// Choose as many experts in each group (MoGE, arXiv 2505.21411): then groups are evenly loaded, whatever tokens
-    /// choose.
+    /// Chooses the same number of experts in each group (MoGE, arXiv 2505.21411): the load of
+    /// groups is then even.
     pub even_groups: bool,
-    /// Choose experts in turns, whatever their scores are, so that all have as much to do: for measuring. It weighs them as always, but
-    /// the model learns nothing of use.
+    /// Chooses experts round-robin instead of by score, so that all have the same load. For
+    /// benchmarks only: routing weights still follow the scores, but the model learns nothing
+    /// useful.
     pub force_balance: bool,
 }
 
@@ -237,40 +284,48 @@ impl Default for RouterConfig {
     }
 }
 
-/// Maximal update parameterisation as PowerMoE and Granite use it (arXiv 2408.13359, table 1): the initial standard
-/// deviation of hidden matrices is divided by the square root of the width ratio, their learning rate by the ratio,
-/// attention logits are scaled by 1 / head_dim, and output logits are divided by the ratio.
+/// Maximal update parametrization as in PowerMoE and Granite (arXiv 2408.13359, table 1).
+///
+/// The initial standard deviation of hidden matrices is divided by the square root of `width`, and
+/// their learning rate by `width`. Attention logits are scaled by `1 / head_dim`. Output logits are
+/// divided by `width`.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MupConfig {
-    /// Width ratio: hidden over the width that rates were tuned for.
+    /// Width ratio: `hidden` over the width for which the learning rates were tuned.
     pub width: f64,
     /// Factor on the embedding's output.
     #[serde(default = "unit")]
     pub embedding: f64,
-    /// Factor on each branch before it joins the residual stream.
+    /// Factor on the output of each block before it is added to the residual stream.
     #[serde(default = "unit")]
     pub residual: f64,
 }
 
-fn one() -> usize {
+fn default_moe_every() -> usize {
     1
 }
-fn unit() -> f64 {
-    1.0
-}
-fn ten_thousand() -> f64 {
+
+fn default_rope_theta() -> f64 {
     10_000.0
 }
-fn norm_eps() -> f64 {
+
+fn default_norm_eps() -> f64 {
     1e-5
 }
-fn init_std() -> f64 {
+
+fn default_init_std() -> f64 {
     0.02
 }
-fn hundredth() -> f64 {
+
+fn default_load_balance() -> f64 {
     0.01
 }
-fn sequence() -> BalanceScope {
+
+fn default_load_balance_over() -> BalanceScope {
     BalanceScope::Sequence
+}
+
+fn unit() -> f64 {
+    1.0
 }

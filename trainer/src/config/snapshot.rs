@@ -1,22 +1,26 @@
-//! What is kept in memory, and what happens after a failure.
+//! The sections `snapshot` and `restart`.
 
-use super::{Auto, Config};
-use checkpoint::{Redundancy, redundancy_groups};
+use super::words::Auto;
+use checkpoint::Redundancy;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Snapshots in the memory of keepers, processes beside the ranks that outlive them.
+/// Nodes of data per parity node that `redundancy: auto` uses at most.
+const AUTO_DATA_NODES: usize = 7;
+
+/// Snapshots in the memory of keepers, which outlive the ranks.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct SnapshotConfig {
-    /// Steps between snapshots; `auto`: as often as costs less than 2% of the time. 0: none, and checkpoints are written by
-    /// the ranks, which stop for it.
+    /// Steps between snapshots. `auto` takes them as often as costs less than 2 % of the time. 0
+    /// takes none; ranks then stop training while they write a checkpoint.
     pub every: SnapshotEvery,
-    /// How they survive the loss of nodes.
+    /// Protection against the loss of nodes: `auto`, `none`, `{copies: N}`, or
+    /// `{parity: {data: N, parity: M}}`.
     pub redundancy: RedundancyConfig,
-    /// The most memory that a node's keeper takes, in GiB; by default half of what the node has left.
+    /// Largest memory of a node's keeper, in GiB. By default half of the node's free memory.
     pub memory_gib: Option<f64>,
-    /// Nodes that fail together, such as those of a rack: so many in a row. They do not protect one another.
+    /// Consecutive nodes in one failure domain, such as a rack. They do not protect each other.
     pub nodes_per_domain: usize,
 }
 
@@ -35,42 +39,32 @@ impl Default for SnapshotConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "a number of steps, or auto")]
 pub enum SnapshotEvery {
-    /// So many.
+    /// A fixed number of steps.
     Steps(u64),
-    /// By their cost.
+    /// Chosen by the measured cost of a snapshot.
     Auto(Auto),
 }
 
-/// How snapshots survive the loss of nodes.
+/// Protection of snapshots against the loss of nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum RedundancyConfig {
-    /// One parity for up to seven nodes of data where there are several nodes, nothing where there is one.
+    /// One parity node for up to seven data nodes. None on a single node.
     Auto,
-    /// Not at all.
+    /// No protection.
     None,
-    /// Whole copies on so many other nodes.
+    /// Full copies on this number of other nodes.
     Copies(usize),
-    /// Erasure coding.
+    /// Erasure coding (XOR for one parity node, Reed-Solomon for more).
     Parity(ParityConfig),
 }
 
-/// Groups of at most `data + parity` nodes, of which any `parity` may be lost.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct ParityConfig {
-    /// Nodes' worth of data, at most.
-    pub data: usize,
-    /// Nodes that may be lost.
-    pub parity: usize,
-}
-
 impl RedundancyConfig {
-    /// For a run on `nodes` nodes.
+    /// Returns the redundancy of a run on `nodes` nodes.
     pub fn for_nodes(self, nodes: usize) -> Redundancy {
         match self {
             RedundancyConfig::Auto if nodes > 1 => Redundancy::Parity {
-                data: 7.min(nodes - 1),
+                data: AUTO_DATA_NODES.min(nodes - 1),
                 parity: 1,
             },
             RedundancyConfig::Auto | RedundancyConfig::None => Redundancy::None,
@@ -82,24 +76,34 @@ impl RedundancyConfig {
     }
 }
 
-/// What happens after a failure.
+/// Erasure coding over groups of at most `data + parity` nodes, of which any `parity` may be lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ParityConfig {
+    /// Largest number of nodes' data in a group.
+    pub data: usize,
+    /// Number of nodes of a group that may be lost.
+    pub parity: usize,
+}
+
+/// Detection of failures, and restarts.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RestartConfig {
-    /// Restarts within `window_s`, at most; 0: the run ends with the first failure.
+    /// Largest number of restarts within `window_s`. 0 ends the run at the first failure.
     pub max_restarts: usize,
     /// Seconds over which restarts are counted.
     pub window_s: u64,
-    /// Seconds of silence after which a rank is taken for hung.
+    /// Seconds without a heartbeat until a rank counts as hung.
     pub heartbeat_timeout_s: f64,
-    /// Seconds without progress on any rank after which the run is taken for hung; by default ten times the longest step so
-    /// far, and a minute at least.
+    /// Seconds without progress of any rank until the run counts as hung. By default ten times the
+    /// longest step so far, at least 60.
     pub step_timeout_s: Option<f64>,
-    /// What to do about a loss that is not finite.
+    /// Reaction to a loss that is not finite.
     pub on_divergence: OnDivergence,
-    /// What to do about a lost node when there is no spare one.
+    /// Reaction to a lost node if there is no spare node.
     pub without_spare: WithoutSpare,
-    /// Whether processes are kept ready that take over at once.
+    /// Keeps standby processes that take over at once. Each holds about 60 MiB.
     pub standby: bool,
 }
 
@@ -117,63 +121,23 @@ impl Default for RestartConfig {
     }
 }
 
-/// What to do about a loss that is not finite.
+/// Reaction to a loss that is not finite.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OnDivergence {
-    /// Go back to the last snapshot and leave the batch out.
+    /// Restart from the last snapshot and skip the batch.
     SkipBatch,
     /// End the run.
     Stop,
 }
 
-/// What to do about a lost node when there is no spare one.
+/// Reaction to a lost node if there is no spare node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum WithoutSpare {
-    /// Start its ranks in its place.
+    /// Restart the node's ranks in the same place.
     Replace,
-    /// Go on with fewer data-parallel replicas, which accumulate more: the same global batch.
+    /// Continue with fewer data-parallel replicas and the same global batch: each replica
+    /// accumulates more microbatches.
     Shrink,
-}
-
-impl Config {
-    /// Whether there are keepers.
-    pub fn takes_snapshots(&self) -> bool {
-        self.snapshot.every != SnapshotEvery::Steps(0)
-    }
-
-    /// The ranks of each node of a run of `ranks` ranks.
-    pub fn nodes(&self, ranks: usize) -> Vec<Vec<usize>> {
-        let per_node = self.parallel.ranks_per_node.unwrap_or(ranks).max(1);
-        (0..ranks)
-            .collect::<Vec<_>>()
-            .chunks(per_node)
-            .map(<[usize]>::to_vec)
-            .collect()
-    }
-
-    /// How `nodes` nodes protect one another, and the groups in which they do.
-    ///
-    /// # Errors
-    /// When there are too few, or too many of a group fail together.
-    pub fn protection(&self, nodes: usize) -> Result<(Redundancy, Vec<Vec<usize>>), String> {
-        let redundancy = self.snapshot.redundancy.for_nodes(nodes);
-        let domains: Vec<usize> = (0..nodes)
-            .map(|node| node / self.snapshot.nodes_per_domain.max(1))
-            .collect();
-        match self.snapshot.redundancy {
-            // What nobody asked for is left out where it cannot be.
-            RedundancyConfig::Auto => Ok(redundancy_groups(&domains, redundancy).map_or_else(
-                |_| {
-                    (
-                        Redundancy::None,
-                        (0..nodes).map(|node| vec![node]).collect(),
-                    )
-                },
-                |groups| (redundancy, groups),
-            )),
-            _ => Ok((redundancy, redundancy_groups(&domains, redundancy)?)),
-        }
-    }
 }

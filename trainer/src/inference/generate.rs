@@ -43,7 +43,7 @@ pub fn generate(options: &GenerateOptions, write: &mut dyn FnMut(&str)) -> Resul
     let length = config.data.sequence_length;
     tch::manual_seed(options.seed);
 
-    let failed = |e: tokenizers::Error| Error::Data(format!("the tokenizer failed: {e}"));
+    let failed = |e: tokenizers::Error| Error::Tokenizer(format!("the tokenizer failed: {e}"));
     let end = tokenizer.token_to_id(END_OF_DOCUMENT);
     let mut tokens: Vec<u32> = tokenizer
         .encode(options.prompt.as_str(), false)
@@ -132,7 +132,7 @@ fn find_tokenizer(
                 .iter()
                 .map(|path| path.display().to_string())
                 .collect();
-            Error::Data(format!(
+            Error::Tokenizer(format!(
                 "no tokenizer at {}: name one with --tokenizer",
                 places.join(", ")
             ))

@@ -28,7 +28,7 @@ impl LoadedModel {
         let state = read_run_state(&checkpoint)?;
         let path = checkpoint.path().to_path_buf();
         let config: Config = serde_json::from_value(state.config).map_err(|e| {
-            Error::Data(format!(
+            Error::Resume(format!(
                 "{}: its configuration cannot be read: {e}",
                 path.display()
             ))
@@ -65,7 +65,7 @@ fn open(path: &Path) -> Result<Checkpoint, Error> {
             Err(error) => reasons.push(error.to_string()),
         }
     }
-    Err(Error::Data(if reasons.is_empty() {
+    Err(Error::Resume(if reasons.is_empty() {
         format!(
             "there is no checkpoint in {}: name a run's folder or a step-NNNNNNNN folder",
             path.display()

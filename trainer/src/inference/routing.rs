@@ -39,7 +39,7 @@ pub fn sample_routing(folder: &Path, tokens: usize) -> Result<RoutingSample, Err
         .model
         .moe
         .as_ref()
-        .ok_or_else(|| Error::Data("the model has no mixture of experts".into()))?;
+        .ok_or_else(|| Error::Config("the model has no MoE layers".into()))?;
     let sequence = config.data.sequence_length;
     let is_validation = !config.data.validation.is_empty();
     let sources = if is_validation {

@@ -4,11 +4,15 @@
 //! Every function here is called by all ranks.
 
 use crate::Error;
+use crate::config::rename_old_keys;
 use crate::model::Model;
 use crate::optim::Optimizer;
 use checkpoint::keeper::SnapshotId;
 use checkpoint::{Checkpoint, ImageHeader, PartOpener, Shard, Staging, TensorSlice, assign_owners};
-use parallel::{Accelerator, CommError, Communicator, Cpu, ReduceOp};
+use parallel::agreement::{
+    AgreementError, agree, all_gather_bytes, broadcast_bytes, decode_peer_message,
+};
+use parallel::{Accelerator, Communicator};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -189,7 +193,7 @@ pub(crate) fn save(
     )?;
     let shards = reports.iter().enumerate().map(|(rank, report)| {
         let report: Result<Shard, String> = decode_peer_message(report)?;
-        report.map_err(|error| Error::Data(format!("rank {rank}: {error}")))
+        report.map_err(|message| AgreementError::Peer { rank, message }.into())
     });
     let shards: Result<Vec<Shard>, Error> = shards.collect();
     let committed = match (shards, world.rank()) {
@@ -232,15 +236,15 @@ pub(crate) fn resume(
     let listed = serde_json::to_vec(&listed.unwrap_or_default()).expect("paths are UTF-8");
     agree(
         world,
-        failure.map_or(Ok(()), |reason| Err(Error::Data(reason))),
+        failure.map_or(Ok(()), |reason| Err(Error::Resume(reason))),
     )?;
-    let candidates: Vec<PathBuf> = decode_peer_message(&share(world, listed)?)?;
+    let candidates: Vec<PathBuf> = decode_peer_message(&broadcast_bytes(world, &listed)?)?;
     let mut refusals = Vec::new();
     for path in &candidates {
         match agree(world, check(path, world)) {
             Ok(()) => {
                 let restored = Checkpoint::open(path).map_err(Error::from);
-                return agreed(
+                return agree(
                     world,
                     restored.and_then(|mut open| restore(&mut open, run, prepare)),
                 )
@@ -258,7 +262,7 @@ pub(crate) fn resume(
     if refusals.is_empty() {
         return Ok(None);
     }
-    Err(Error::Data(format!(
+    Err(Error::Resume(format!(
         "none of the {} checkpoints in {} can be used ({}); move the folder away to start from the beginning",
         refusals.len(),
         root.display(),
@@ -288,14 +292,7 @@ pub(crate) fn resume_snapshot(
         )
         .map(Some)
     });
-    agreed(world, state)
-}
-
-/// This rank's result, unless another has failed.
-fn agreed<T>(world: &Arc<dyn Communicator>, own: Result<T, Error>) -> Result<T, Error> {
-    let failure = own.as_ref().err().map(|e| Error::Data(e.to_string()));
-    agree(world, failure.map_or(Ok(()), Err))?;
-    own
+    agree(world, state)
 }
 
 /// Verifies this rank's share of a checkpoint's files.
@@ -357,8 +354,12 @@ pub(crate) fn restore_weights(
 
 /// What a checkpoint says about its run.
 pub(crate) fn read_run_state(checkpoint: &Checkpoint) -> Result<RunState, Error> {
-    serde_json::from_value(checkpoint.manifest().state.clone()).map_err(|e| {
-        Error::Data(format!(
+    let mut state = checkpoint.manifest().state.clone();
+    if let Some(config) = state.get_mut("config") {
+        rename_old_keys(config);
+    }
+    serde_json::from_value(state).map_err(|e| {
+        Error::Resume(format!(
             "{}: the manifest's state cannot be read: {e}",
             checkpoint.path().display()
         ))
@@ -367,71 +368,4 @@ pub(crate) fn read_run_state(checkpoint: &Checkpoint) -> Result<RunState, Error>
 
 fn copy(checkpoint: &mut Checkpoint, place: &TensorSlice, into: &Tensor) -> Result<(), Error> {
     Ok(checkpoint.tensor_into(place, into)?)
-}
-
-/// An error of any rank becomes everyone's: the lowest rank's, by name.
-pub(crate) fn agree(world: &Arc<dyn Communicator>, own: Result<(), Error>) -> Result<(), Error> {
-    let text = own
-        .as_ref()
-        .err()
-        .map(ToString::to_string)
-        .unwrap_or_default();
-    let texts = all_gather_bytes(world, text.as_bytes())?;
-    own?;
-    match texts.iter().position(|text| !text.is_empty()) {
-        None => Ok(()),
-        Some(rank) => Err(Error::Data(format!(
-            "rank {rank}: {}",
-            String::from_utf8_lossy(&texts[rank])
-        ))),
-    }
-}
-
-/// The bytes of every rank of a group, in rank order.
-pub(crate) fn all_gather_bytes(
-    world: &Arc<dyn Communicator>,
-    bytes: &[u8],
-) -> Result<Vec<Vec<u8>>, CommError> {
-    let lengths = Cpu.zeros(&[world.size() as i64], Kind::Int64);
-    world
-        .all_gather(&lengths, &Tensor::from_slice(&[bytes.len() as i64]))?
-        .wait()?;
-    let lengths: Vec<i64> = lengths.iter::<i64>().expect("a list of numbers").collect();
-    let longest = lengths.iter().copied().max().unwrap_or(0);
-    let mut padded = bytes.to_vec();
-    padded.resize(longest as usize, 0);
-    let all = Cpu.zeros(&[longest * world.size() as i64], Kind::Uint8);
-    world
-        .all_gather(&all, &Tensor::from_slice(&padded))?
-        .wait()?;
-    let all: Vec<u8> = Vec::try_from(all).expect("a list of bytes");
-    let parts = all
-        .chunks(longest.max(1) as usize)
-        .zip(&lengths)
-        .map(|(part, &length)| part[..length as usize].to_vec());
-    let mut parts: Vec<Vec<u8>> = parts.collect();
-    parts.resize(world.size(), Vec::new());
-    Ok(parts)
-}
-
-/// Rank 0's bytes.
-fn share(world: &Arc<dyn Communicator>, bytes: Vec<u8>) -> Result<Vec<u8>, CommError> {
-    Ok(all_gather_bytes(world, if world.rank() == 0 { &bytes } else { &[] })?.swap_remove(0))
-}
-
-pub(crate) fn decode_peer_message<T: serde::de::DeserializeOwned>(
-    bytes: &[u8],
-) -> Result<T, Error> {
-    serde_json::from_slice(bytes)
-        .map_err(|e| Error::Data(format!("a rank sent something else than expected: {e}")))
-}
-
-/// Sums `values` over all ranks.
-pub(crate) fn sum_over_ranks(
-    world: &Arc<dyn Communicator>,
-    values: &[f64],
-) -> Result<Vec<f64>, Error> {
-    let tensor = Tensor::from_slice(values);
-    world.all_reduce(&tensor, ReduceOp::Sum)?.wait()?;
-    Ok(Vec::try_from(tensor)?)
 }

@@ -8,9 +8,10 @@ use crate::Error;
 use crate::config::PlacementConfig;
 use crate::model::{LocalExperts, Model};
 use crate::optim::Optimizer;
-use crate::train::checkpointing::{PlacementState, all_gather_bytes, decode_peer_message};
+use crate::train::checkpointing::PlacementState;
 use checkpoint::TensorSlice;
 use moe::placement::rebalance_experts;
+use parallel::agreement::{all_gather_bytes, decode_peer_message};
 use parallel::{Communicator, Work};
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -173,13 +174,15 @@ impl ExpertPlacement {
                 let own: Vec<&TensorSlice> = boxes.iter().map(|(place, _)| place).collect();
                 let all =
                     all_gather_bytes(&self.stage, &serde_json::to_vec(&own).expect("plain data"))?;
-                all.iter().map(|bytes| decode_peer_message(bytes)).collect()
+                all.iter()
+                    .map(|bytes| Ok(decode_peer_message(bytes)?))
+                    .collect()
             };
         let before = boxes();
         let held_by = places(&before)?;
         relabel();
         let after = boxes();
-        let moves = plan_moves(&held_by, &places(&after)?).map_err(Error::Data)?;
+        let moves = plan_moves(&held_by, &places(&after)?).map_err(Error::Placement)?;
         execute_moves(
             &moves,
             &self.stage,
@@ -214,7 +217,7 @@ fn find_rows(
     let (place, tensors) = boxes
         .iter()
         .find(|(place, _)| has(place))
-        .ok_or_else(|| Error::Data(format!("rows of {} are not here", rows.name)))?;
+        .ok_or_else(|| Error::Placement(format!("rows of {} are not here", rows.name)))?;
     Ok(tensors[kind].narrow(0, rows.offset[0] - place.offset[0], rows.shape[0]))
 }
 

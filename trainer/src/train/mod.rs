@@ -13,7 +13,7 @@ use crate::model::{BuildContext, IGNORED, Model, ModelPart};
 use crate::optim::Optimizer;
 use crate::optim::schedule::learning_rate;
 use crate::process_groups::ProcessGroups;
-use crate::train::checkpointing::{RunState, StateTensors, sum_over_ranks};
+use crate::train::checkpointing::{RunState, StateTensors};
 use crate::train::expert_placement::ExpertPlacement;
 use crate::train::metrics::{
     JsonLinesWriter, Progress, RoutingLine, SnapshotMetrics, StepMetrics, percentiles,
@@ -25,6 +25,7 @@ use kernels::profile;
 use moe::balance::{BalanceScope, BatchTotals, update_bias};
 use moe::lending::calibrate::{ExpertSize, agree_on_break_even, break_even};
 use moe::lending::least_loaded::Planner;
+use parallel::agreement::{agree, sum_over_ranks};
 use parallel::pipeline::{CollectiveKind, Executor, PassKind, Schedule, Vocabulary};
 use parallel::{Accelerator, Communicator, GradientBuckets, GroupKind, Mesh, Weight, World};
 use parking_lot::{Mutex, MutexGuard};
@@ -377,7 +378,7 @@ impl Trainer {
             return Ok(());
         }
         let planned = self.plan_snapshots();
-        match checkpointing::agree(&self.world, planned) {
+        match agree(&self.world, planned) {
             Ok(()) => Ok(()),
             Err(Error::Comm(error)) => Err(error.into()),
             Err(error) if matches!(self.config.snapshot.every, SnapshotEvery::Steps(_)) => {
@@ -410,7 +411,7 @@ impl Trainer {
             return Ok(());
         }
         match self.plan_snapshots() {
-            Err(Error::Data(reason)) => {
+            Err(Error::Keeper(reason)) => {
                 tracing::warn!("{reason}");
                 Ok(())
             }
@@ -1074,7 +1075,7 @@ impl Trainer {
 
     /// Text for the start of a run: what is trained, on how many ranks, on how much data.
     pub fn summary(&self) -> String {
-        let (total, active) = self.config.model.num_parameters();
+        let crate::config::ParameterCount { total, active } = self.config.model.num_parameters();
         let lending = match (&self.planner, &self.config.model.moe) {
             (Some(planner), _) => {
                 let how = if self.min_tokens_is_measured() {

@@ -201,7 +201,7 @@ impl Snapshots {
             return Ok(None);
         };
         let failed = |e: checkpoint::keeper::Error| {
-            Error::Data(format!("the snapshot of step {}: {e}", id.step))
+            Error::Keeper(format!("the snapshot of step {}: {e}", id.step))
         };
         let mut link = KeeperClient::connect(&self.access.socket, &self.access.secret, self.rank)
             .map_err(failed)?;
@@ -265,7 +265,7 @@ impl Snapshots {
             return Ok(());
         };
         let failed =
-            |e: checkpoint::keeper::Error| Error::Data(format!("the keeper of this node: {e}"));
+            |e: checkpoint::keeper::Error| Error::Keeper(format!("the keeper of this node: {e}"));
         if let Some(open) = &self.open
             && open.slots.iter().all(|slot| slot.len() as u64 >= bytes)
             && Mailbox::put(&open.requests, CopierCommand::Plan(plan.clone()))
@@ -599,7 +599,7 @@ impl CopyTimer {
         device: &dyn Accelerator,
         mib: usize,
     ) -> Result<CopyTimer, Error> {
-        let failed = |e: checkpoint::keeper::Error| Error::Data(format!("the keeper: {e}"));
+        let failed = |e: checkpoint::keeper::Error| Error::Keeper(format!("the keeper: {e}"));
         let mut link = KeeperClient::connect(&access.socket, &access.secret, 0).map_err(failed)?;
         let filler = FillReporter::connect(&access.socket, &access.secret, 0).map_err(failed)?;
         let slots = link.allocate((mib as u64) << 20, SLOTS).map_err(failed)?;
@@ -633,7 +633,7 @@ impl CopyTimer {
     /// # Errors
     /// When the keeper has no slot: nobody has said that the earlier snapshots are complete.
     pub fn copy(&mut self, step: u64) -> Result<f64, Error> {
-        let failed = |e: checkpoint::keeper::Error| Error::Data(format!("the keeper: {e}"));
+        let failed = |e: checkpoint::keeper::Error| Error::Keeper(format!("the keeper: {e}"));
         let mut offset = 0;
         let place = |tensor: &Tensor| {
             let at = offset;
@@ -646,11 +646,11 @@ impl CopyTimer {
             step,
         };
         let slot = self.link.reserve(id, offset, false).map_err(failed)?;
-        let slot = slot.ok_or_else(|| Error::Data("the keeper has no free slot".into()))?;
+        let slot = slot.ok_or_else(|| Error::Keeper("the keeper has no free slot".into()))?;
         let begun = Instant::now();
         self.worker
             .fill(slot, &self.slots[slot], &[], &tensors, offset)
-            .map_err(Error::Data)?;
+            .map_err(Error::Keeper)?;
         let seconds = begun.elapsed().as_secs_f64();
         self.worker.filler.sync().map_err(failed)?;
         self.link.release(slot).map_err(failed)?;

@@ -1,0 +1,77 @@
+//! A failure as the launcher reports it and decides by it.
+
+use super::policy::Cause;
+use super::processes::{FailedRank, first_cause};
+use super::tracker::Tracker;
+use crate::hint::hinted;
+use crate::protocol::{FailureKind, log_path};
+use anyhow::anyhow;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use trainer::config::RestartConfig;
+
+pub(super) struct Failure {
+    pub(super) cause: Cause,
+    message: String,
+    /// Log of the rank that failed.
+    log: Option<PathBuf>,
+}
+
+impl Failure {
+    fn transient(message: String) -> Failure {
+        Failure {
+            cause: Cause::Transient,
+            message,
+            log: None,
+        }
+    }
+
+    /// Returns the failure that came first among those of several ranks.
+    pub(super) fn of_ranks(failed: &[FailedRank], dir: &Path) -> Failure {
+        let Some(first) = first_cause(failed) else {
+            return Failure::transient("a rank exited without reporting an error".into());
+        };
+        let report = first.report.as_ref();
+        let kind = report.filter(|_| first.signal().is_none());
+        let cause = match kind.map(|report| &report.kind) {
+            Some(&FailureKind::Diverged { step }) => Cause::Diverged { step },
+            Some(FailureKind::Own { steps: 0 }) => Cause::Permanent,
+            _ => Cause::Transient,
+        };
+        Failure {
+            cause,
+            message: format!("rank {} failed: {}", first.rank, first.reason()),
+            log: Some(log_path(dir, first.rank)),
+        }
+    }
+
+    /// Returns a failure if a rank sends no heartbeat, or no rank makes progress.
+    pub(super) fn of_hang(tracker: &Tracker, config: &RestartConfig) -> Option<Failure> {
+        let timeout = Duration::from_secs_f64(config.heartbeat_timeout_s);
+        if let Some(rank) = tracker.hung_rank(timeout) {
+            let seconds = timeout.as_secs_f64();
+            return Some(Failure::transient(format!(
+                "rank {rank} failed: no heartbeat for {seconds:.1} s"
+            )));
+        }
+        let pause = tracker.stalled_for(config.step_timeout_s)?;
+        let seconds = pause.as_secs_f64();
+        let step = tracker.step;
+        Some(Failure::transient(format!(
+            "the run hangs: no rank made progress for {seconds:.0} s after step {step}"
+        )))
+    }
+
+    /// Returns one line for the terminal.
+    pub(super) fn brief(&self) -> &str {
+        self.message.lines().next().unwrap_or_default()
+    }
+
+    pub(super) fn into_error(self) -> anyhow::Error {
+        let error = anyhow!(self.message);
+        match self.log {
+            Some(log) => hinted(error, format!("see {}", log.display())),
+            None => error,
+        }
+    }
+}

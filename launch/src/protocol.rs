@@ -1,0 +1,89 @@
+//! What the launcher and its ranks tell each other: assignments, failure reports and file names.
+
+use parallel::{RankEnv, Rendezvous};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use trainer::KeeperAccess;
+
+/// The line on a rank's standard input that tells it which rank it is.
+///
+/// A process that waits for this line has already loaded everything, so a restart need not.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Assignment {
+    pub(crate) rank: usize,
+    pub(crate) world_size: usize,
+    /// Number among the ranks of the same machine.
+    pub(crate) local_rank: usize,
+    pub(crate) local_world_size: usize,
+    /// Host on which the launcher serves the store.
+    pub(crate) host: String,
+    pub(crate) port: u16,
+    /// Address at which other machines reach the rank; None in a run on one machine.
+    pub(crate) address: Option<IpAddr>,
+    /// Counts from 1 in a run with keepers; 0 without.
+    pub(crate) generation: u64,
+    pub(crate) keeper: Option<KeeperAccess>,
+    /// Number of batches to skip before each step.
+    pub(crate) skipped_batches: BTreeMap<u64, u64>,
+}
+
+impl Assignment {
+    pub(crate) fn env(&self) -> RankEnv {
+        let rendezvous = Rendezvous::Store {
+            host: self.host.clone(),
+            port: self.port,
+            launcher_serves: true,
+        };
+        RankEnv {
+            local_rank: self.local_rank,
+            local_world_size: self.local_world_size,
+            rendezvous,
+            address: self.address.map(|address| address.to_string()),
+            attempt: self.generation as usize,
+            ..RankEnv::single_node(self.rank, self.world_size, self.port)
+        }
+    }
+
+    /// True if the rank resumes from a snapshot, after a failure.
+    pub(crate) fn is_restart(&self) -> bool {
+        let keeper = self.keeper.as_ref();
+        keeper.is_some_and(|keeper| keeper.restore.is_some())
+    }
+}
+
+/// The file that a failing rank leaves for the launcher.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct FailureReport {
+    /// Nanoseconds since the epoch: the launcher shows the first failure.
+    pub(crate) at: u64,
+    pub(crate) message: String,
+    pub(crate) kind: FailureKind,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum FailureKind {
+    /// A peer exited or did not answer.
+    Peer,
+    /// The loss of this step was not finite.
+    Diverged { step: u64 },
+    /// The rank could not read the snapshot to resume from.
+    Restore,
+    /// The rank itself failed, after this many steps of its generation.
+    Own { steps: u64 },
+}
+
+pub(crate) fn log_path(run: &Path, rank: usize) -> PathBuf {
+    run.join("logs").join(format!("rank-{rank}.log"))
+}
+
+/// Returns the path of the rank's flight recorder dump.
+pub(crate) fn flight_path(run: &Path, rank: usize) -> PathBuf {
+    run.join("logs").join(format!("rank-{rank}.flight.json"))
+}
+
+/// Returns the path of the rank's [`FailureReport`].
+pub(crate) fn failure_path(run: &Path, rank: usize) -> PathBuf {
+    run.join("logs").join(format!("rank-{rank}.failure"))
+}

@@ -1,0 +1,238 @@
+//! Checks of the parallel layout against the model, the batch and the nodes.
+
+use super::problems::{Problems, Quantity};
+use crate::config::{Config, MoeConfig, RecomputedLayers};
+use parallel::context::ContextKind;
+use parallel::{GroupKind, Mesh, MeshShape};
+
+impl Config {
+    pub(super) fn check_layout(&self, mesh: &Mesh, ranks: usize, problems: &mut Problems) {
+        let shape = mesh.shape();
+        self.check_batch(&shape, problems);
+        self.check_tensor(&shape, problems);
+        self.check_sequences(&shape, problems);
+        self.check_chunks(&shape, problems);
+        self.check_zero(&shape, problems);
+        self.check_recompute(problems);
+        match &self.model.moe {
+            Some(moe) => self.check_experts(moe, mesh, ranks, problems),
+            None if shape.expert * shape.expert_tensor > 1 => problems.add(format!(
+                "parallel.expert is {} and expert_tensor {}, but the model has no moe section",
+                shape.expert, shape.expert_tensor
+            )),
+            None => {}
+        }
+    }
+
+    fn check_batch(&self, shape: &MeshShape, problems: &mut Problems) {
+        let global = self.train.global_batch;
+        let micro = self.train.micro_batch;
+        let data = shape.data;
+        let at_once = micro * data;
+        if at_once == 0 {
+            return;
+        }
+        let microbatches = global / at_once;
+        if !global.is_multiple_of(at_once) {
+            let larger = (microbatches + 1) * at_once;
+            let nearest = match microbatches {
+                0 => larger.to_string(),
+                _ => format!("{} or {larger}", microbatches * at_once),
+            };
+            problems.add(format!(
+                "train.global_batch {global} is not a multiple of train.micro_batch {micro} \
+                 x data {data} = {at_once}; nearest: {nearest}"
+            ));
+        } else if global > 0 && self.model.layers > 0 {
+            self.check_pipeline(microbatches, problems);
+        }
+    }
+
+    fn check_pipeline(&self, microbatches: usize, problems: &mut Problems) {
+        if let Err(error) = self.pipeline_plan(microbatches) {
+            problems.add(error);
+        }
+        let pipeline = self.parallel.pipeline;
+        let tensor = self.parallel.tensor;
+        let vocab_size = self.model.vocab_size;
+        let splits_vocabulary = self.parallel.vocabulary.algorithm().is_some();
+        if splits_vocabulary && vocab_size < pipeline * tensor {
+            problems.add(format!(
+                "parallel.vocabulary splits {vocab_size} tokens over pipeline {pipeline} x \
+                 tensor {tensor} ranks: each needs at least one"
+            ));
+        }
+        let moe = self.model.moe.as_ref();
+        let pools_layers = moe.is_some_and(|moe| moe.load_balance_pool_layers);
+        if pipeline > 1 && pools_layers {
+            problems.add(
+                "model.moe.load_balance_pool_layers averages over layers that \
+                 parallel.pipeline puts on different ranks: turn one of them off",
+            );
+        }
+    }
+
+    fn check_tensor(&self, shape: &MeshShape, problems: &mut Problems) {
+        let model = &self.model;
+        let tensor = || Quantity::new("parallel.tensor", shape.tensor);
+        problems.divides(
+            Quantity::new("model.heads", model.heads),
+            tensor(),
+            "each rank must have the same number of heads",
+        );
+        if model.has_dense_layers() {
+            problems.divides(
+                Quantity::new("model.ffn", model.ffn.unwrap_or(0)),
+                tensor(),
+                "each rank must hold an equal slice of a layer",
+            );
+        }
+        if let Some(moe) = model.moe.as_ref().filter(|moe| moe.shared_experts > 0) {
+            let width = moe.shared_experts * moe.ffn;
+            problems.divides(
+                Quantity::new("model.moe.shared_experts x ffn", width),
+                tensor(),
+                "each rank must hold an equal slice of a layer",
+            );
+        }
+    }
+
+    fn check_sequences(&self, shape: &MeshShape, problems: &mut Problems) {
+        let length = self.data.sequence_length;
+        let context = shape.context;
+        let kind = self.parallel.context_attention;
+        // Ring attention pairs an early and a late part of the sequence on each rank.
+        let parts_per_rank = match kind {
+            ContextKind::Ring if context > 1 => 2,
+            ContextKind::Ring | ContextKind::Ulysses => 1,
+        };
+        let parts = parts_per_rank * context;
+        if !length.is_multiple_of(parts) {
+            let smaller = length / parts * parts;
+            let larger = smaller + parts;
+            let smaller = smaller.max(parts);
+            problems.add(format!(
+                "data.sequence_length {length} is not a multiple of {parts} (parallel.context \
+                 {context} x {parts_per_rank}); nearest: {smaller} or {larger}"
+            ));
+        } else {
+            let tokens = self.train.micro_batch * length / context;
+            problems.divides(
+                Quantity::new("train.micro_batch x data.sequence_length / context", tokens),
+                Quantity::new("parallel.tensor", shape.tensor),
+                "tensor ranks also split the tokens",
+            );
+        }
+        if kind == ContextKind::Ulysses && shape.tensor > 0 {
+            let heads = self.model.heads / shape.tensor;
+            problems.divides(
+                Quantity::new("model.heads / parallel.tensor", heads),
+                Quantity::new("parallel.context", context),
+                "ulysses splits the heads; ring does not",
+            );
+        }
+    }
+
+    fn check_chunks(&self, shape: &MeshShape, problems: &mut Problems) {
+        let vocab_size = self.model.vocab_size;
+        let parallel = &self.parallel;
+        if vocab_size < shape.tensor {
+            problems.add(format!(
+                "parallel.tensor {} is more than model.vocab_size {vocab_size}",
+                shape.tensor
+            ));
+        }
+        problems.positive("parallel.tensor_chunks", parallel.tensor_chunks);
+        problems.positive("parallel.expert_chunks", parallel.expert_chunks);
+    }
+
+    fn check_zero(&self, shape: &MeshShape, problems: &mut Problems) {
+        let level = self.parallel.zero;
+        if level > 3 {
+            problems.add(format!("parallel.zero is {level}; use 0, 1, 2 or 3"));
+        }
+        let Some(size) = self.parallel.zero_group_size else {
+            return;
+        };
+        problems.positive("parallel.zero_group_size", size);
+        problems.divides(
+            Quantity::new(
+                "the number of dense replicas, data x context =",
+                shape.data * shape.context,
+            ),
+            Quantity::new("parallel.zero_group_size", size),
+            "all groups must have the same size",
+        );
+        if level == 0 {
+            problems.add(
+                "parallel.zero_group_size has no effect because parallel.zero is 0: give 1, 2 or 3",
+            );
+        }
+    }
+
+    fn check_recompute(&self, problems: &mut Problems) {
+        let layers = self.model.layers;
+        if let RecomputedLayers::Layers(recomputed) = &self.parallel.recompute.layers
+            && let Some(layer) = recomputed.iter().find(|&&layer| layer >= layers)
+        {
+            problems.add(format!(
+                "parallel.recompute.layers names layer {layer}; the model has 0 to {}",
+                layers.saturating_sub(1)
+            ));
+        }
+    }
+
+    fn check_experts(&self, moe: &MoeConfig, mesh: &Mesh, ranks: usize, problems: &mut Problems) {
+        let shape = mesh.shape();
+        problems.divides(
+            Quantity::new("model.moe.ffn", moe.ffn),
+            Quantity::new("parallel.expert_tensor", shape.expert_tensor),
+            "each rank must hold an equal slice of every expert",
+        );
+        problems.divides(
+            Quantity::new("model.moe.experts", moe.experts),
+            Quantity::new("parallel.expert", shape.expert),
+            "each rank must hold the same number of experts",
+        );
+        if let Some(per_node) = self.parallel.ranks_per_node {
+            self.check_nodes(moe, per_node, ranks, problems);
+        }
+    }
+
+    /// Checks that nodes of `per_node` ranks divide the expert ranks, for hierarchical dispatch.
+    fn check_nodes(&self, moe: &MoeConfig, per_node: usize, ranks: usize, problems: &mut Problems) {
+        problems.positive("parallel.ranks_per_node", per_node);
+        if per_node == 0 || !moe.dispatch.hierarchical() {
+            return;
+        }
+        let meshes = (0..ranks).filter_map(|rank| self.mesh(rank, ranks).ok());
+        let error = meshes
+            .map(|mesh| hierarchical_groups(&mesh, per_node))
+            .find_map(Result::err);
+        if let Some(error) = error {
+            problems.add(error);
+        }
+    }
+}
+
+/// Returns the expert ranks on this rank's node, and the ranks with the same position among them
+/// on all nodes.
+///
+/// # Errors
+/// If nodes of `per_node` ranks do not divide the expert ranks.
+pub(crate) fn hierarchical_groups(
+    mesh: &Mesh,
+    per_node: usize,
+) -> Result<(Vec<usize>, Vec<usize>), String> {
+    let groups = mesh.split_by_node(GroupKind::Expert, per_node);
+    groups.ok_or_else(|| {
+        format!(
+            "hierarchical model.moe.dispatch needs the same number of expert ranks on every \
+             node: nodes of {per_node} ranks do not divide the expert ranks {:?} (with \
+             parallel.expert_tensor {} into whole experts); change ranks per node, \
+             parallel.expert or expert_tensor, or use another dispatch",
+            mesh.group(GroupKind::Expert),
+            mesh.shape().expert_tensor
+        )
+    })
+}

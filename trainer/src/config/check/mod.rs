@@ -1,0 +1,27 @@
+//! Checks that types cannot express: numbers that must divide others, and keys that need others.
+
+mod layout;
+mod model;
+mod problems;
+mod training;
+
+pub(crate) use layout::hierarchical_groups;
+
+use super::Config;
+use problems::Problems;
+
+impl Config {
+    /// Returns every reason why this experiment cannot run on `ranks` ranks, one sentence each.
+    pub fn problems(&self, ranks: usize) -> Vec<String> {
+        let mut problems = Problems::default();
+        self.check_model(&mut problems);
+        self.check_data(&mut problems);
+        self.check_training(&mut problems);
+        self.check_snapshots(ranks, &mut problems);
+        match self.mesh(0, ranks) {
+            Ok(mesh) => self.check_layout(&mesh, ranks, &mut problems),
+            Err(error) => problems.add(error),
+        }
+        problems.into_list()
+    }
+}

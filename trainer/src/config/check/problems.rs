@@ -1,0 +1,65 @@
+//! A list of problems, and the checks that several keys share.
+
+/// A number from the configuration and the key, or expression of keys, that it belongs to.
+pub(super) struct Quantity<'a> {
+    name: &'a str,
+    value: usize,
+}
+
+impl<'a> Quantity<'a> {
+    pub(super) fn new(name: &'a str, value: usize) -> Quantity<'a> {
+        Quantity { name, value }
+    }
+}
+
+/// Reasons why an experiment cannot run.
+#[derive(Default)]
+pub(super) struct Problems(Vec<String>);
+
+impl Problems {
+    pub(super) fn add(&mut self, problem: impl Into<String>) {
+        self.0.push(problem.into());
+    }
+
+    pub(super) fn into_list(self) -> Vec<String> {
+        self.0
+    }
+
+    /// Refuses 0.
+    pub(super) fn positive(&mut self, key: &str, value: usize) {
+        if value == 0 {
+            self.add(format!("{key} is 0; it must be at least 1"));
+        }
+    }
+
+    /// Refuses numbers that are not above 0.
+    pub(super) fn above_zero(&mut self, key: &str, value: f64) {
+        if value.is_nan() || value <= 0.0 {
+            self.add(format!("{key} is {value}; it must be above 0"));
+        }
+    }
+
+    /// Refuses a whole that the part does not divide, for the reason `why`.
+    pub(super) fn divides(&mut self, whole: Quantity, part: Quantity, why: &str) {
+        if part.value == 0 || whole.value.is_multiple_of(part.value) {
+            return;
+        }
+        let divides = |size: &usize| whole.value.is_multiple_of(*size);
+        let smaller = (1..part.value).rev().find(divides);
+        let larger = (part.value..=whole.value).find(divides);
+        let nearest: Vec<String> = smaller
+            .into_iter()
+            .chain(larger)
+            .map(|size| size.to_string())
+            .collect();
+        self.add(format!(
+            "{} {} is not a multiple of {} {} (remainder {}; nearest that divides: {}): {why}",
+            whole.name,
+            whole.value,
+            part.name,
+            part.value,
+            whole.value % part.value,
+            nearest.join(" or ")
+        ));
+    }
+}

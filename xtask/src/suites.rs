@@ -1,0 +1,159 @@
+//! The test suites. Together they run every test that `scripts/test` runs, each once.
+//!
+//! - `fast`: unit tests, doc tests and the integration tests in the folders of the crates. None
+//!   starts a rank, a keeper or a launcher as a process; some compile a kernel with `c++`.
+//! - `layouts`: the modules of `tests/main.rs` that compare parallel layouts with one rank.
+//! - `system`: the other modules of `tests/main.rs`.
+//!
+//! All build with the profile and features of `scripts/test`, so that one build serves them.
+
+use crate::cargo;
+use crate::failure::Failure;
+use crate::tree::{Language, Tree};
+use anyhow::{Context, Result, ensure};
+
+/// The arguments of `cargo test` in `scripts/test`.
+const ALL_TESTS: [&str; 4] = ["--release", "--workspace", "--features", "mpi"];
+
+/// The target of the tests that start processes.
+const SYSTEM_TARGET: &str = "system";
+
+/// Runs the tests that start no process of moerun.
+///
+/// # Errors
+/// If a test fails, or MPI is not set up.
+pub(crate) fn fast(tree: &Tree, extra: &[String]) -> Result<()> {
+    let mut targets = vec!["--lib".to_owned(), "--bins".to_owned()];
+    for target in integration_tests(tree) {
+        targets.extend(["--test".to_owned(), target.to_owned()]);
+    }
+    test(tree, &targets, extra)?;
+    test(tree, &["--doc".to_owned()], extra)
+}
+
+/// Runs the tests of parallel layouts.
+///
+/// # Errors
+/// If a test fails, or MPI is not set up.
+pub(crate) fn layouts(tree: &Tree, extra: &[String]) -> Result<()> {
+    let others = system_modules(tree)?
+        .into_iter()
+        .filter(|module| !is_layouts(module));
+    test_system_without(tree, &others.collect::<Vec<_>>(), extra)
+}
+
+/// Runs the whole-system tests, except those of parallel layouts.
+///
+/// # Errors
+/// If a test fails, or MPI is not set up.
+pub(crate) fn system(tree: &Tree, extra: &[String]) -> Result<()> {
+    let layouts = system_modules(tree)?
+        .into_iter()
+        .filter(|module| is_layouts(module));
+    test_system_without(tree, &layouts.collect::<Vec<_>>(), extra)
+}
+
+/// Runs the system tests of all modules but `skipped`.
+fn test_system_without(tree: &Tree, skipped: &[&str], extra: &[String]) -> Result<()> {
+    let target = ["--test".to_owned(), SYSTEM_TARGET.to_owned()];
+    let mut extra = extra.to_vec();
+    if !extra.iter().any(|argument| argument == "--") {
+        extra.push("--".to_owned());
+    }
+    extra.extend(skipped.iter().map(|module| format!("--skip={module}::")));
+    test(tree, &target, &extra)
+}
+
+fn test(tree: &Tree, targets: &[String], extra: &[String]) -> Result<()> {
+    ensure!(
+        std::env::var_os("MPICC").is_some(),
+        Failure::new("the tests need MPI", "run ./scripts/setup --mpi --nvrtc")
+    );
+    let mut command = cargo::command(tree, &["test"]);
+    command.args(ALL_TESTS).args(targets).args(extra);
+    if std::env::var_os("RUST_BACKTRACE").is_none() {
+        command.env("RUST_BACKTRACE", "0");
+    }
+    cargo::run(&mut command)
+}
+
+fn is_layouts(module: &str) -> bool {
+    module.ends_with("layouts")
+}
+
+/// Returns the integration tests in the folders of the crates.
+fn integration_tests(tree: &Tree) -> Vec<&str> {
+    let files = tree
+        .written_in(Language::Rust)
+        .map(|file| file.path.as_str());
+    files.filter_map(integration_test).collect()
+}
+
+/// Returns the target of a file like `moe/tests/dispatch.rs`.
+fn integration_test(path: &str) -> Option<&str> {
+    let (_, file) = path.split_once("/tests/")?;
+    file.strip_suffix(".rs").filter(|name| !name.contains('/'))
+}
+
+/// Returns the modules of the system tests.
+fn system_modules(tree: &Tree) -> Result<Vec<&str>> {
+    let main = tree
+        .file("tests/main.rs")
+        .context("tests/main.rs is missing")?;
+    let module = |line| str::strip_prefix(line, "mod ")?.strip_suffix(';');
+    Ok(main.text.lines().filter_map(module).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    fn project() -> Tree {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
+        Tree::read(folder.parent().unwrap()).unwrap()
+    }
+
+    /// The tests of a target are all in one suite, or split by `--skip` and its complement.
+    #[test]
+    fn the_suites_share_out_all_tests() {
+        let tree = project();
+        let script = &tree.file("scripts/test").unwrap().text;
+        let all = format!("cargo test {}", ALL_TESTS.join(" "));
+        assert!(script.contains(&all), "scripts/test does not run `{all}`");
+
+        for manifest in tree.written_in(Language::Toml) {
+            let named = manifest.text.split("[[test]]\nname = \"").skip(1);
+            let names: Vec<&str> = named.filter_map(|rest| rest.split('"').next()).collect();
+            let expected: &[&str] = match manifest.path.as_str() {
+                "launch/Cargo.toml" => &[SYSTEM_TARGET],
+                _ => &[],
+            };
+            assert_eq!(names, expected, "no suite runs them: {}", manifest.path);
+        }
+        let fast = integration_tests(&tree);
+        assert!(
+            fast.contains(&"golden") && !fast.contains(&SYSTEM_TARGET),
+            "{fast:?}"
+        );
+    }
+
+    /// `--skip` compares parts of names, so no module may end like one of another suite.
+    #[test]
+    fn the_system_suites_skip_no_module_of_their_own() {
+        let tree = project();
+        let modules = system_modules(&tree).unwrap();
+        let layouts: Vec<&str> = modules
+            .iter()
+            .copied()
+            .filter(|name| is_layouts(name))
+            .collect();
+        assert_eq!(layouts, ["drawn_layouts", "layouts"]);
+        for name in modules {
+            for other in system_modules(&tree).unwrap() {
+                let is_skipped = is_layouts(name) != is_layouts(other) && name.ends_with(other);
+                assert!(!is_skipped, "skipping {other} would skip {name}");
+            }
+        }
+    }
+}
