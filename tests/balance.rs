@@ -22,7 +22,7 @@ fn a_run_that_lends_and_moves_experts_resumes_bit_for_bit_and_can_be_inspected()
     let whole = finish(&mut experiment.train(4, &[UNEVEN, "run.dir=whole"]));
     assert!(whole.status.success(), "{}", text(&whole));
     assert!(
-        text(&whole).contains("an expert is lent for 4 tokens or more (as configured)"),
+        text(&whole).contains("experts are lent from 4 tokens on (configured)"),
         "{}",
         text(&whole)
     );

@@ -513,7 +513,7 @@ fn runs_that_do_not_fit_their_checkpoints_or_diverge() {
     refused(
         &experiment,
         &mut experiment.moerun(&["generate", "--checkpoint", "data"]),
-        &["there is no checkpoint in data"],
+        &["no checkpoint in data"],
     );
     let mut wrong_tokenizer = experiment.moerun(&[
         "generate",

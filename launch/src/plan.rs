@@ -157,7 +157,7 @@ pub(crate) fn mesh(args: &MeshArgs) -> Result<ExitCode> {
         "layers"
     );
     for rank in &memory {
-        let RankMemory { at, .. } = rank;
+        let RankMemory { coordinates: at, .. } = rank;
         let layers: Vec<String> = rank
             .stages
             .iter()
@@ -183,7 +183,7 @@ pub(crate) fn mesh(args: &MeshArgs) -> Result<ExitCode> {
             mib(rank.gradients),
             mib(rank.optimizer),
             mib(rank.activations),
-            format!("({:.1})", rank.held),
+            format!("({:.1})", rank.microbatches_in_flight),
             mib(rank.transient),
             mib(rank.total()),
         );

@@ -1,11 +1,63 @@
-//! What is computed: configuration, model, data, optimizer, schedules, and the loop that joins them.
+//! Training of MoE language models: configuration, data, model, optimizer and training loop.
+//!
+//! A [`config::Config`] describes a run. [`Trainer`] runs it on one rank of a [`parallel::World`]:
+//! it builds this rank's part of the [`Model`], reads its samples from a [`data::Dataset`], and
+//! saves and resumes the run. [`config::Config::memory`] estimates a run's memory in advance.
+//! [`generate`] and [`sample_routing`] use a trained model.
 //!
 //! Invariants:
-//! - Layout changes nothing: a parameter's first value depends on its global name, its index and the seed; a sample
-//!   on its number; every loss is a sum of contributions over ranks and microbatches.
-//! - The position in the data is a number, the step; nothing has to be replayed to resume.
-//! - What a person wrote is checked before a rank starts, and a message names the key and shows the arithmetic.
+//! - The layout changes no values: a parameter's initial value depends on its global name, the
+//!   element's index and the seed; a sample on its number; a loss is a sum over ranks and
+//!   microbatches.
+//! - The position in the data is a number, so that a resumed run replays nothing.
+//! - The configuration is checked before a rank starts. Messages name the key and show the numbers.
+//!
+//! # Example
+//!
+//! A small model on one CPU, and its loss on one sequence:
+//!
+//! ```
+//! use moe::balance::BatchTotals;
+//! use parallel::{Accelerator, Cpu};
+//! use tch::Tensor;
+//! use trainer::config::{Dtype, ModelConfig, MoeConfig, QkNorm};
+//! use trainer::{BuildContext, Model, ModelPart, ProcessGroups};
+//!
+//! let config = ModelConfig {
+//!     vocab_size: 64,
+//!     hidden: 32,
+//!     layers: 2,
+//!     heads: 4,
+//!     kv_heads: Some(2),
+//!     head_dim: None,
+//!     ffn: None,
+//!     dense_layers: 0,
+//!     moe_every: 1,
+//!     moe: Some(MoeConfig::new(8, 2, 16)),
+//!     rope_theta: 10_000.0,
+//!     norm_eps: 1e-5,
+//!     qk_norm: QkNorm::None,
+//!     tie_embeddings: false,
+//!     init_std: 0.02,
+//!     mup: None,
+//! };
+//! let groups = ProcessGroups::single_rank();
+//! let ctx = BuildContext::single_rank(16, Dtype::Fp32, &Cpu, &groups);
+//! let model = Model::new(&config, ModelPart::whole(config.layers), &ctx);
+//!
+//! let tokens: Vec<i64> = (0..17).collect();
+//! let tokens = Cpu.upload(&Tensor::from_slice(&tokens).view([1, 17]));
+//! let inputs = tokens.narrow(1, 0, 16);
+//! let labels = tokens.narrow(1, 1, 16);
+//! let totals = BatchTotals { groups: 1.0, tokens: 16.0, counts_le: None };
+//! let output = tch::no_grad(|| model.forward(&inputs))?;
+//! let losses = tch::no_grad(|| model.losses(&output, &labels, &totals))?;
+//! // An untrained model predicts all tokens with about equal probability.
+//! assert!((losses.cross_entropy - 64f64.ln()).abs() < 0.1);
+//! # Ok::<(), trainer::Error>(())
+//! ```
 
+mod bench;
 pub mod config;
 pub mod data;
 mod error;
@@ -16,17 +68,19 @@ mod optim;
 mod process_groups;
 mod train;
 
+pub use bench::copy_timer::CopyTimer;
+pub use bench::reference::{GemmShape, ReferenceShape, ReferenceStep, StepTimes};
 pub use error::Error;
 pub use inference::generate::{GenerateOptions, generate};
 pub use inference::routing::{RoutingSample, sample_routing};
 pub use memory::RankMemory;
 pub use model::parameters::{Parameter, Parameters, Replicas};
 pub use model::{
-    BuildContext, ForwardOutput, Model, ModelPart, StagePart, VocabularyShard, split_layers,
+    BuildContext, ForwardOutput, Losses, Model, ModelPart, PipelineSplit, StagePart,
+    VocabularyShard, split_layers,
 };
 pub use optim::Optimizer;
 pub use process_groups::ProcessGroups;
 pub use train::metrics::{JsonLinesWriter, Progress, RoutingLine, SnapshotMetrics, StepMetrics};
-pub use train::reference::{ReferenceShape, ReferenceStep, StepTimes};
-pub use train::snapshots::{CopyTimer, KeeperAccess};
+pub use train::snapshots::KeeperAccess;
 pub use train::{Outcome, ResumeSource, Trainer};

@@ -1,48 +1,51 @@
-//! What each rank will hold, estimated before anything starts: bytes of tensors as plain arithmetic.
+//! Estimate of each rank's memory before a run: bytes of tensors, as plain arithmetic.
 //!
-//! Parameters are exact. Activations are what the layers' autograd nodes keep, for as many microbatches as the schedule
-//! holds at once; expert load is taken as even.
+//! Parameters are exact. Activations are what the layers' autograd nodes save, for as many
+//! microbatches as the schedule has in flight. Expert load is assumed to be even.
 
 use crate::config::{Config, Dtype, MoeConfig, QkNorm, RecomputedPart};
 use crate::model::parameters::Replicas;
-use crate::model::{ModelPart, StagePart, VocabularyShard};
+use crate::model::{ModelPart, PipelineSplit, StagePart, VocabularyShard};
 use crate::process_groups::zero_rank_and_size;
 use parallel::pipeline::simulate::simulate;
 use parallel::sharding::own_rows;
 use parallel::{BucketPlan, Coordinates, GroupKind, Mesh, plan_buckets};
 
-/// fp32 logits of the output layer's loss that exist at once take up to this many bytes.
+/// Limit for the fp32 logits that the loss computes at once.
 const LOGITS_CHUNK_BYTES: u64 = 16 << 20;
 
-/// What a rank holds, in bytes.
+const FP32_BYTES: u64 = 4;
+
+/// Memory of one rank, in bytes.
 #[derive(Debug, Clone)]
 pub struct RankMemory {
-    /// The rank.
+    /// Index of the rank.
     pub rank: usize,
-    /// Where it sits.
-    pub at: Coordinates,
-    /// Its layers, a range for each stage.
+    /// Coordinates of the rank in the mesh.
+    pub coordinates: Coordinates,
+    /// Layers of each model chunk.
     pub stages: Vec<StagePart>,
-    /// Elements of its parameters, without what it shares out.
+    /// Number of parameters that the rank updates.
     pub parameters: u64,
-    /// Weights as the model computes with them.
+    /// Weights in the model's dtype.
     pub weights: u64,
     /// Gradients during a step.
     pub gradients: u64,
-    /// Moments, and fp32 masters where the model is bf16; none with `optimizer.offload`.
+    /// Moments, and fp32 masters of a bf16 model. Zero with `optimizer.offload`.
     pub optimizer: u64,
-    /// Moments and fp32 masters in the host's memory, beside a device that has its own: not part of [`RankMemory::total`].
+    /// Moments and fp32 masters that `optimizer.offload` keeps in host memory. Not part of
+    /// [`RankMemory::total`].
     pub host: u64,
-    /// Microbatches whose activations exist at once, and what they are.
-    pub held: f64,
-    /// Kept from forward to backward.
+    /// Microbatches whose activations exist at once.
+    pub microbatches_in_flight: f64,
+    /// Tensors that forward saves for backward.
     pub activations: u64,
-    /// The largest of what exists only briefly: a layer's backward, the loss, gathered weights.
+    /// The largest set of short-lived tensors: a layer's backward, the loss, gathered weights.
     pub transient: u64,
 }
 
 impl RankMemory {
-    /// All of it.
+    /// Returns the sum of all kinds of memory on the rank's device.
     pub fn total(&self) -> u64 {
         self.weights + self.gradients + self.optimizer + self.activations + self.transient
     }
@@ -53,43 +56,73 @@ struct ParameterShape {
     rows: u64,
     cols: u64,
     replicas: Replicas,
-    /// Parameters that are gathered together.
+    /// Number of the unit that is gathered together.
     unit: usize,
 }
 
-/// Sizes that layers share, as one rank sees them.
-struct Sizes<'a> {
+impl ParameterShape {
+    fn elements(&self) -> u64 {
+        self.rows * self.cols
+    }
+}
+
+/// Heads of one rank.
+struct Heads {
+    queries: u64,
+    kv: u64,
+}
+
+/// Bytes of one layer.
+struct LayerActivations {
+    /// Saved from forward to backward.
+    saved: u64,
+    /// Temporary tensors of backward.
+    transient: u64,
+}
+
+/// Sizes that all layers of a rank share.
+struct RankSizes<'a> {
     config: &'a Config,
     mesh: Mesh,
-    /// Tokens of a microbatch on the ranks that split its matrices, and on this rank between blocks.
+    /// Tokens of a microbatch inside a block, where tensor-parallel ranks split the matrices.
     tokens: u64,
+    /// Tokens of a microbatch between blocks, where tensor-parallel ranks split the tokens.
     own_tokens: u64,
-    /// Bytes of an element.
+    /// Bytes of an element in the model's dtype.
     element: u64,
 }
 
-impl Sizes<'_> {
-    fn heads(&self) -> (u64, u64) {
+impl RankSizes<'_> {
+    fn splits_kv_heads(&self) -> bool {
+        let tensor = self.mesh.shape().tensor;
+        self.config.model.kv_heads().is_multiple_of(tensor)
+    }
+
+    fn heads(&self) -> Heads {
         let model = &self.config.model;
         let tensor = self.mesh.shape().tensor;
-        let own = model.heads / tensor;
         let kv = model.kv_heads();
-        let held = if kv.is_multiple_of(tensor) {
+        let own_kv = if self.splits_kv_heads() {
             kv / tensor
         } else {
             kv
         };
-        (own as u64, held as u64)
+        Heads {
+            queries: (model.heads / tensor) as u64,
+            kv: own_kv as u64,
+        }
     }
 
-    /// The shapes of layer `index`, in order.
-    fn layer(&self, index: usize, unit: usize) -> Vec<ParameterShape> {
+    /// Returns the parameters of layer `index`, in the model's order.
+    fn layer_parameters(&self, index: usize, unit: usize) -> Vec<ParameterShape> {
         let model = &self.config.model;
         let shape = self.mesh.shape();
         let hidden = model.hidden as u64;
         let width = model.head_dim() as u64;
-        let (heads, kv) = self.heads();
-        let of_kv = if model.kv_heads().is_multiple_of(shape.tensor) {
+        let heads = self.heads();
+        let query_rows = heads.queries * width;
+        let kv_rows = heads.kv * width;
+        let kv_replicas = if self.splits_kv_heads() {
             Replicas::Dense
         } else {
             Replicas::Stage
@@ -102,40 +135,41 @@ impl Sizes<'_> {
                 cols,
                 replicas,
                 unit,
-            })
+            });
         };
         add(hidden, 1, Replicas::Stage);
-        add(heads * width, hidden, Replicas::Dense);
-        add(kv * width, hidden, of_kv);
-        add(kv * width, hidden, of_kv);
+        add(query_rows, hidden, Replicas::Dense);
+        add(kv_rows, hidden, kv_replicas);
+        add(kv_rows, hidden, kv_replicas);
         match model.qk_norm {
             QkNorm::None => {}
             QkNorm::Full => {
-                add(heads * width, 1, Replicas::Dense);
-                add(kv * width, 1, of_kv);
+                add(query_rows, 1, Replicas::Dense);
+                add(kv_rows, 1, kv_replicas);
             }
-            QkNorm::Head => (0..2).for_each(|_| add(width, 1, Replicas::Stage)),
+            QkNorm::Head => {
+                add(width, 1, Replicas::Stage);
+                add(width, 1, Replicas::Stage);
+            }
         }
-        add(hidden, heads * width, Replicas::Dense);
+        add(hidden, query_rows, Replicas::Dense);
         add(hidden, 1, Replicas::Stage);
-        let mut swiglu = |copies: u64, ffn: u64, replicas| {
+        let mut add_swiglu = |copies: u64, ffn: u64, replicas| {
             add(copies * 2 * ffn, hidden, replicas);
             add(copies * hidden, ffn, replicas);
         };
         match model.moe_config(index) {
-            None => swiglu(1, model.ffn.unwrap_or(0) as u64 / tensor, Replicas::Dense),
+            None => {
+                let ffn = model.ffn.unwrap_or(0) as u64;
+                add_swiglu(1, ffn / tensor, Replicas::Dense);
+            }
             Some(moe) => {
-                swiglu(
-                    (moe.experts / shape.expert) as u64,
-                    (moe.ffn / shape.expert_tensor) as u64,
-                    Replicas::Expert,
-                );
+                let experts = (moe.experts / shape.expert) as u64;
+                let columns = (moe.ffn / shape.expert_tensor) as u64;
+                add_swiglu(experts, columns, Replicas::Expert);
                 if moe.shared_experts > 0 {
-                    swiglu(
-                        1,
-                        (moe.shared_experts * moe.ffn) as u64 / tensor,
-                        Replicas::Dense,
-                    );
+                    let ffn = (moe.shared_experts * moe.ffn) as u64;
+                    add_swiglu(1, ffn / tensor, Replicas::Dense);
                 }
                 add(moe.experts as u64, hidden, Replicas::Stage);
             }
@@ -143,163 +177,33 @@ impl Sizes<'_> {
         shapes
     }
 
-    /// Rows at this rank's experts, and rows that it gets back.
-    fn routed_tokens(&self, moe: &MoeConfig) -> u64 {
-        self.own_tokens * (moe.top_k * self.mesh.shape().expert_tensor) as u64
-    }
-
-    /// Bytes of layer `index` from forward to backward, and of its backward's own tensors.
-    fn activations(&self, index: usize) -> (u64, u64) {
-        let model = &self.config.model;
-        let recompute = &self.config.parallel.recompute;
-        let shape = self.mesh.shape();
-        let keeps = |part| recompute.keeps(part);
-        let hidden = model.hidden as u64;
-        let width = model.head_dim() as u64;
-        let b = self.element;
-        let (heads, kv) = self.heads();
-        let queries = self.tokens * heads * width * b;
-        let keys = self.tokens * kv * width * b;
-        let stream = self.own_tokens * hidden * b;
-        // Inputs of both norms, and their outputs.
-        let mut kept = 2 * stream
-            + if keeps(RecomputedPart::Norm) {
-                2 * stream
-            } else {
-                0
-            };
-        // libtorch's own attention keeps keys and values once for every query head.
-        let ring = shape.context > 1;
-        let on_host = self.config.run.device == "cpu";
-        let repeated = !(ring || on_host && self.config.data.eod_token.is_none());
-        kept += match keeps(RecomputedPart::Attention) {
-            // The output, too, and log-sum-exps.
-            true if repeated => 4 * queries + self.tokens * heads * 4,
-            true => 2 * queries + 2 * keys + self.tokens * heads * 4,
-            false => 2 * queries + 2 * keys,
-        };
-        if model.qk_norm != QkNorm::None {
-            kept += queries + keys;
-        }
-        // Backward of attention: gradients of what it keeps; of a norm, four rows in fp32.
-        let mut transient = 4 * queries + 4 * self.own_tokens * hidden * 4;
-        let mut swiglu = |rows: u64, ffn: u64| {
-            let product = rows * 2 * ffn * b;
-            let half = rows * ffn * b;
-            kept += if keeps(RecomputedPart::Experts) {
-                product
-            } else {
-                0
-            };
-            // Gradients of the product and of the activation, the activation, the rows' gradient.
-            transient = transient.max(product + 3 * half + 3 * rows * hidden * b);
-        };
-        let tensor = shape.tensor as u64;
-        match model.moe_config(index) {
-            None => swiglu(self.tokens, model.ffn.unwrap_or(0) as u64 / tensor),
-            Some(moe) => {
-                let rows = self.routed_tokens(moe);
-                swiglu(rows, (moe.ffn / shape.expert_tensor) as u64);
-                if moe.shared_experts > 0 {
-                    swiglu(self.tokens, (moe.shared_experts * moe.ffn) as u64 / tensor);
-                }
-                // Rows at the experts and back, router scores, indices.
-                kept += if keeps(RecomputedPart::Dispatch) {
-                    rows * hidden * b
-                } else {
-                    0
-                };
-                kept +=
-                    rows * hidden * b + 3 * self.own_tokens * moe.experts as u64 * 4 + 4 * rows * 8;
-            }
-        }
-        if recompute.recomputes_layer(index) {
-            (stream, transient + kept)
-        } else {
-            (kept, transient)
-        }
-    }
-}
-
-impl Config {
-    /// What each of `ranks` ranks will hold.
-    ///
-    /// # Errors
-    /// When the configuration cannot run on them.
-    pub fn memory(&self, ranks: usize) -> Result<Vec<RankMemory>, String> {
-        let mesh = self.mesh(0, ranks)?;
-        let plan = self.pipeline_plan(self.microbatches(&mesh))?;
-        let order = &plan.schedule.order;
-        let timeline = simulate(&plan.schedule, &self.costs(order, &plan.layers));
-        (0..ranks)
-            .map(|rank| {
-                let mesh = self.mesh(rank, ranks)?;
-                let at = mesh.coordinates();
-                let shape = mesh.shape();
-                let shared = order.vocabulary.is_some();
-                let tensor = (at.tensor, shape.tensor);
-                let stages = mesh.group(GroupKind::Pipeline).len();
-                let part = ModelPart::for_rank(
-                    (at.pipeline, stages),
-                    order.placement,
-                    &plan.layers,
-                    shared,
-                    tensor,
-                );
-                Ok(self.rank_memory(mesh, part, timeline.peak_microbatches[at.pipeline]))
-            })
-            .collect()
-    }
-
-    fn rank_memory(&self, mesh: Mesh, part: ModelPart, held: f64) -> RankMemory {
-        let shape = mesh.shape();
-        let model = &self.model;
-        let parallel = &self.parallel;
-        let tokens = (self.train.micro_batch * self.data.sequence_length / shape.context) as u64;
-        let own_tokens = tokens / shape.tensor as u64;
-        let element = if self.train.dtype == Dtype::Bf16 {
-            2
-        } else {
-            4
-        };
-        let sizes = Sizes {
-            config: self,
-            mesh,
-            tokens,
-            own_tokens,
-            element,
-        };
-        let hidden = model.hidden as u64;
-
-        // Parameters, in the model's order.
-        let at = mesh.coordinates();
-        let shard = part.vocabulary.unwrap_or(VocabularyShard {
-            rank: at.tensor,
-            ranks: shape.tensor,
-        });
-        let rows = shard.rows(model.vocab_size).len() as u64;
-        let shared = part.vocabulary.is_some();
-        let split_tied_embedding =
-            model.tie_embeddings && !shared && part.has_first() != part.has_last();
-        let embedding_replicas = if split_tied_embedding {
+    /// Returns all parameters of `part`, in the model's order.
+    fn parameters(&self, part: &ModelPart) -> Vec<ParameterShape> {
+        let tie_embeddings = self.config.model.tie_embeddings;
+        let hidden = self.config.model.hidden as u64;
+        let rows = self.vocabulary_rows(part);
+        let shares_vocabulary = part.vocabulary.is_some();
+        let is_split = part.has_first() != part.has_last();
+        let embedding_replicas = if tie_embeddings && !shares_vocabulary && is_split {
             Replicas::TiedEmbedding
         } else {
             Replicas::Dense
         };
+        let vocabulary = |unit| ParameterShape {
+            rows,
+            cols: hidden,
+            replicas: embedding_replicas,
+            unit,
+        };
         let mut unit = 0;
         let mut shapes = Vec::new();
-        let has_embedding = shared || part.has_first();
+        let has_embedding = shares_vocabulary || part.has_first();
         if has_embedding {
-            shapes.push(ParameterShape {
-                rows,
-                cols: hidden,
-                replicas: embedding_replicas,
-                unit,
-            });
+            shapes.push(vocabulary(unit));
         }
         for layer in part.stages.iter().flat_map(|stage| stage.layers.clone()) {
             unit += 1;
-            shapes.extend(sizes.layer(layer, unit));
+            shapes.extend(self.layer_parameters(layer, unit));
         }
         if part.has_last() {
             unit += 1;
@@ -310,118 +214,336 @@ impl Config {
                 unit,
             });
         }
-        if (shared || part.has_last()) && !(model.tie_embeddings && has_embedding) {
+        let has_head = shares_vocabulary || part.has_last();
+        if has_head && !(tie_embeddings && has_embedding) {
             unit += 1;
-            shapes.push(ParameterShape {
-                rows,
-                cols: hidden,
-                replicas: embedding_replicas,
-                unit,
-            });
+            shapes.push(vocabulary(unit));
         }
+        shapes
+    }
 
-        // Of each, what is kept here, and what a rank sends when it is gathered.
-        let sharing = |replicas| zero_rank_and_size(&mesh, parallel, replicas);
-        let own = |shape: &ParameterShape| {
-            let (rank, ranks) = sharing(shape.replicas);
-            let own = own_rows(shape.rows as i64, rank, ranks);
-            (own.end - own.start) as u64 * shape.cols
-        };
-        let whole = |shape: &ParameterShape| shape.rows * shape.cols;
-        let kept: u64 = shapes.iter().map(own).sum();
-        let all: u64 = shapes.iter().map(whole).sum();
-        let is_shared = |shape: &&ParameterShape| sharing(shape.replicas).1 > 1;
-        let mut transient = 0;
-        let weights = match parallel.zero {
-            3 => {
-                // A layer's weights and the next one's, as they arrive and as they are used.
-                let of_unit = |unit: usize| {
-                    shapes
-                        .iter()
-                        .filter(is_shared)
-                        .filter(|s| s.unit == unit)
-                        .map(whole)
-                        .sum::<u64>()
-                };
-                transient += (0..=unit)
-                    .map(|unit| of_unit(unit) * element)
-                    .max()
-                    .unwrap_or(0)
-                    * 3;
-                shapes
-                    .iter()
-                    .map(|s| if is_shared(&s) { own(s) } else { whole(s) })
-                    .sum::<u64>()
-                    * element
-            }
-            _ => all * element,
-        };
-        let of_gradients = match parallel.zero {
-            0 => all * 4,
-            1 => (all + shapes.iter().filter(is_shared).map(own).sum::<u64>()) * 4,
-            _ => {
-                let divided: Vec<&ParameterShape> = shapes.iter().filter(is_shared).collect();
-                let lengths: Vec<(usize, usize)> = divided
-                    .iter()
-                    .map(|s| (whole(s) as usize, s.replicas as usize))
-                    .collect();
-                let buckets = plan_buckets(&lengths, (parallel.bucket_mib * 262144.0) as usize);
-                // One that is added to; two as they are sent, and a rank's share of each as it arrives.
-                let travelling = |bucket: &BucketPlan| {
-                    let (_, ranks) = sharing(divided[bucket.members[0]].replicas);
-                    3 * bucket.len as u64 + 2 * (bucket.len / ranks) as u64
-                };
-                transient += buckets.iter().map(travelling).max().unwrap_or(0) * 4;
-                shapes
-                    .iter()
-                    .map(|s| if is_shared(&s) { own(s) } else { whole(s) })
-                    .sum::<u64>()
-                    * 4
-            }
-        };
-        // In fp32 the weights are the masters, but where those are on the host.
-        let offloaded = self.optimizer.offload && self.run.device != "cpu";
-        let (optimizer, host) = match (offloaded, element) {
-            (true, _) => (0, 12 * kept),
-            (false, 2) => (12 * kept, 0),
-            (false, _) => (8 * kept, 0),
-        };
+    /// Returns the rows of embedding and output layer on this rank.
+    fn vocabulary_rows(&self, part: &ModelPart) -> u64 {
+        let shard = part.vocabulary.unwrap_or(VocabularyShard {
+            rank: self.mesh.coordinates().tensor,
+            ranks: self.mesh.shape().tensor,
+        });
+        shard.rows(self.config.model.vocab_size).len() as u64
+    }
 
-        let mut activations = 0;
+    /// Returns the tokens at this rank's experts, which are as many as it gets back.
+    fn routed_tokens(&self, moe: &MoeConfig) -> u64 {
+        self.own_tokens * (moe.top_k * self.mesh.shape().expert_tensor) as u64
+    }
+
+    fn layer_activations(&self, index: usize) -> LayerActivations {
+        let model = &self.config.model;
+        let recompute = &self.config.parallel.recompute;
+        let shape = self.mesh.shape();
+        let hidden = model.hidden as u64;
+        let stream = self.own_tokens * hidden * self.element;
+        // The inputs of both norms, and their outputs.
+        let mut saved = 2 * stream;
+        if recompute.keeps(RecomputedPart::Norm) {
+            saved += 2 * stream;
+        }
+        saved += self.attention_activations();
+        let mut transient = self.attention_transient();
+        let mut add_swiglu = |rows: u64, ffn: u64| {
+            let gate_up = rows * 2 * ffn * self.element;
+            let half = rows * ffn * self.element;
+            if recompute.keeps(RecomputedPart::Experts) {
+                saved += gate_up;
+            }
+            // Gradients of the gate-up output and of the activation, the activation itself, and
+            // the gradient of the rows.
+            let backward = gate_up + 3 * half + 3 * rows * hidden * self.element;
+            transient = transient.max(backward);
+        };
+        let tensor = shape.tensor as u64;
+        match model.moe_config(index) {
+            None => add_swiglu(self.tokens, model.ffn.unwrap_or(0) as u64 / tensor),
+            Some(moe) => {
+                let rows = self.routed_tokens(moe);
+                add_swiglu(rows, (moe.ffn / shape.expert_tensor) as u64);
+                if moe.shared_experts > 0 {
+                    let ffn = (moe.shared_experts * moe.ffn) as u64;
+                    add_swiglu(self.tokens, ffn / tensor);
+                }
+                // Rows at the experts.
+                if recompute.keeps(RecomputedPart::Dispatch) {
+                    saved += rows * hidden * self.element;
+                }
+                // Rows that come back, router scores, indices.
+                saved += rows * hidden * self.element;
+                saved += 3 * self.own_tokens * moe.experts as u64 * FP32_BYTES;
+                saved += 4 * rows * 8;
+            }
+        }
+        if recompute.recomputes_layer(index) {
+            LayerActivations {
+                saved: stream,
+                transient: transient + saved,
+            }
+        } else {
+            LayerActivations { saved, transient }
+        }
+    }
+
+    /// Returns the bytes that attention saves for backward.
+    fn attention_activations(&self) -> u64 {
+        let config = self.config;
+        let width = config.model.head_dim() as u64;
+        let heads = self.heads();
+        let queries = self.tokens * heads.queries * width * self.element;
+        let keys = self.tokens * heads.kv * width * self.element;
+        let log_sum_exps = self.tokens * heads.queries * FP32_BYTES;
+        // libtorch's own attention saves keys and values once per query head.
+        let is_ring = self.mesh.shape().context > 1;
+        let on_host = config.run.device == "cpu";
+        let is_causal = config.data.eod_token.is_none();
+        let repeats_keys = !(is_ring || on_host && is_causal);
+        let keeps_output = config.parallel.recompute.keeps(RecomputedPart::Attention);
+        let mut saved = if keeps_output && repeats_keys {
+            4 * queries + log_sum_exps
+        } else if keeps_output {
+            2 * queries + 2 * keys + log_sum_exps
+        } else {
+            2 * queries + 2 * keys
+        };
+        if config.model.qk_norm != QkNorm::None {
+            saved += queries + keys;
+        }
+        saved
+    }
+
+    /// Returns the bytes of backward's temporary tensors: the gradients of what attention saves,
+    /// and four fp32 rows per token for a norm.
+    fn attention_transient(&self) -> u64 {
+        let model = &self.config.model;
+        let width = model.head_dim() as u64;
+        let queries = self.tokens * self.heads().queries * width * self.element;
+        let norm = self.own_tokens * model.hidden as u64 * FP32_BYTES;
+        4 * queries + 4 * norm
+    }
+
+    /// Returns the bytes that all layers of `part` save for one microbatch, and the largest set of
+    /// temporary tensors of a layer's backward or the loss.
+    fn activations(&self, part: &ModelPart) -> LayerActivations {
+        let hidden = self.config.model.hidden as u64;
+        let rows = self.vocabulary_rows(part);
+        let shares_vocabulary = part.vocabulary.is_some();
+        let states = self.tokens * hidden * self.element;
+        let logits = LOGITS_CHUNK_BYTES.min(self.tokens * rows * FP32_BYTES);
+        let mut saved = 0;
         let mut largest = 0;
-        // A chunk of logits, and what is computed beside it.
-        let logits = LOGITS_CHUNK_BYTES.min(tokens * rows * 4);
         for stage in &part.stages {
             for layer in stage.layers.clone() {
-                let (kept, backward) = sizes.activations(layer);
-                activations += kept;
-                largest = largest.max(backward);
+                let of_layer = self.layer_activations(layer);
+                saved += of_layer.saved;
+                largest = largest.max(of_layer.transient);
             }
             if stage.last {
-                activations += 2 * own_tokens * hidden * element;
-                largest = largest.max(if shared {
-                    0
-                } else {
-                    3 * logits + 2 * tokens * hidden * element
-                });
+                saved += 2 * self.own_tokens * hidden * self.element;
+            }
+            if stage.last && !shares_vocabulary {
+                largest = largest.max(3 * logits + 2 * states);
             }
         }
-        if shared {
-            // The softmax of a microbatch, from S to T; fp32 logits are few at once.
-            largest += 2 * logits + tokens * rows * element + 6 * tokens * hidden * element;
+        if shares_vocabulary {
+            // The softmax of a microbatch lives from S to T; few fp32 logits exist at once.
+            largest += 2 * logits + self.tokens * rows * self.element + 6 * states;
         }
+        LayerActivations {
+            saved,
+            transient: largest,
+        }
+    }
+}
+
+/// Parameters of a rank, and how ZeRO shards them.
+struct Shards<'a> {
+    config: &'a Config,
+    mesh: Mesh,
+    shapes: Vec<ParameterShape>,
+    /// Bytes of an element in the model's dtype.
+    element: u64,
+}
+
+impl Shards<'_> {
+    fn zero_rank_and_size(&self, replicas: Replicas) -> (usize, usize) {
+        zero_rank_and_size(&self.mesh, &self.config.parallel, replicas)
+    }
+
+    fn is_sharded(&self, shape: &ParameterShape) -> bool {
+        self.zero_rank_and_size(shape.replicas).1 > 1
+    }
+
+    /// Returns the elements of `shape` that this rank updates.
+    fn own_elements(&self, shape: &ParameterShape) -> u64 {
+        let (rank, ranks) = self.zero_rank_and_size(shape.replicas);
+        let own = own_rows(shape.rows as i64, rank, ranks);
+        (own.end - own.start) as u64 * shape.cols
+    }
+
+    /// Returns all elements that this rank updates.
+    fn updated(&self) -> u64 {
+        self.shapes.iter().map(|s| self.own_elements(s)).sum()
+    }
+
+    fn unsharded(&self) -> u64 {
+        self.shapes.iter().map(ParameterShape::elements).sum()
+    }
+
+    /// Returns the elements of a rank that keeps only its own rows of sharded parameters.
+    fn fully_sharded(&self) -> u64 {
+        let kept = |shape: &ParameterShape| {
+            if self.is_sharded(shape) {
+                self.own_elements(shape)
+            } else {
+                shape.elements()
+            }
+        };
+        self.shapes.iter().map(kept).sum()
+    }
+
+    fn sharded(&self) -> impl Iterator<Item = &ParameterShape> {
+        self.shapes.iter().filter(|shape| self.is_sharded(shape))
+    }
+
+    fn weight_bytes(&self) -> u64 {
+        match self.config.parallel.zero {
+            3 => self.fully_sharded() * self.element,
+            _ => self.unsharded() * self.element,
+        }
+    }
+
+    /// Returns the bytes of gathered weights: those of the largest unit, three times, for a layer
+    /// and the next one, as they arrive and as they are used.
+    fn gathered_weight_bytes(&self) -> u64 {
+        if self.config.parallel.zero != 3 {
+            return 0;
+        }
+        let units = self.shapes.iter().map(|shape| shape.unit);
+        let of_unit = |unit: usize| {
+            let members = self.sharded().filter(|shape| shape.unit == unit);
+            members.map(ParameterShape::elements).sum::<u64>() * self.element
+        };
+        units.map(of_unit).max().unwrap_or(0) * 3
+    }
+
+    fn gradient_bytes(&self) -> u64 {
+        let elements = match self.config.parallel.zero {
+            0 => self.unsharded(),
+            1 => {
+                let own: u64 = self.sharded().map(|s| self.own_elements(s)).sum();
+                self.unsharded() + own
+            }
+            _ => self.fully_sharded(),
+        };
+        elements * FP32_BYTES
+    }
+
+    /// Returns the bytes of gradient buckets under ZeRO 2 and 3: one that accumulates, two in
+    /// transfer, and two received shards.
+    fn bucket_bytes(&self) -> u64 {
+        let parallel = &self.config.parallel;
+        if parallel.zero < 2 {
+            return 0;
+        }
+        let sharded: Vec<&ParameterShape> = self.sharded().collect();
+        let lengths: Vec<(usize, usize)> = sharded
+            .iter()
+            .map(|shape| (shape.elements() as usize, shape.replicas as usize))
+            .collect();
+        let buckets = plan_buckets(&lengths, (parallel.bucket_mib * 262144.0) as usize);
+        let elements = |bucket: &BucketPlan| {
+            let replicas = sharded[bucket.members[0]].replicas;
+            let (_, ranks) = self.zero_rank_and_size(replicas);
+            3 * bucket.len as u64 + 2 * (bucket.len / ranks) as u64
+        };
+        buckets.iter().map(elements).max().unwrap_or(0) * FP32_BYTES
+    }
+}
+
+impl Config {
+    /// Estimates the memory of each of `ranks` ranks.
+    ///
+    /// # Errors
+    /// If the configuration cannot run on `ranks` ranks.
+    pub fn memory(&self, ranks: usize) -> Result<Vec<RankMemory>, String> {
+        let mesh = self.mesh(0, ranks)?;
+        let plan = self.pipeline_plan(self.microbatches(&mesh))?;
+        let order = &plan.schedule.order;
+        let timeline = simulate(&plan.schedule, &self.costs(order, &plan.layers));
+        let mut memory = Vec::new();
+        for rank in 0..ranks {
+            let mesh = self.mesh(rank, ranks)?;
+            let coordinates = mesh.coordinates();
+            let split = PipelineSplit {
+                ranks: mesh.group(GroupKind::Pipeline).len(),
+                placement: order.placement,
+                layers: &plan.layers,
+                shares_vocabulary: order.vocabulary.is_some(),
+                tensor_ranks: mesh.shape().tensor,
+            };
+            let part = split.part(coordinates.pipeline, coordinates.tensor);
+            let in_flight = timeline.peak_microbatches[coordinates.pipeline];
+            memory.push(self.rank_memory(mesh, part, in_flight));
+        }
+        Ok(memory)
+    }
+
+    fn rank_memory(&self, mesh: Mesh, part: ModelPart, in_flight: f64) -> RankMemory {
+        let shape = mesh.shape();
+        let sequence = self.data.sequence_length;
+        let tokens = (self.train.micro_batch * sequence / shape.context) as u64;
+        let element = if self.train.dtype == Dtype::Bf16 {
+            2
+        } else {
+            FP32_BYTES
+        };
+        let sizes = RankSizes {
+            config: self,
+            mesh,
+            tokens,
+            own_tokens: tokens / shape.tensor as u64,
+            element,
+        };
+        let shards = Shards {
+            config: self,
+            mesh,
+            shapes: sizes.parameters(&part),
+            element,
+        };
+        let parameters = shards.updated();
+        // In fp32 the weights are the masters, unless those are in host memory.
+        let is_offloaded = self.optimizer.offload && self.run.device != "cpu";
+        let moments = 2 * FP32_BYTES * parameters;
+        let moments_and_masters = 3 * FP32_BYTES * parameters;
+        let has_masters = element != FP32_BYTES;
+        let optimizer = if is_offloaded {
+            0
+        } else if has_masters {
+            moments_and_masters
+        } else {
+            moments
+        };
+        let activations = sizes.activations(&part);
         RankMemory {
             rank: mesh.rank(),
-            at,
+            coordinates: mesh.coordinates(),
             stages: part.stages,
-            parameters: kept,
-            weights,
-            gradients: of_gradients,
+            parameters,
+            weights: shards.weight_bytes(),
+            gradients: shards.gradient_bytes(),
             optimizer,
-            host,
-            held,
-            activations: (activations as f64 * held) as u64,
-            transient: transient + largest,
+            host: if is_offloaded { moments_and_masters } else { 0 },
+            microbatches_in_flight: in_flight,
+            activations: (activations.saved as f64 * in_flight) as u64,
+            transient: shards.gathered_weight_bytes()
+                + shards.bucket_bytes()
+                + activations.transient,
         }
     }
 }

@@ -1,41 +1,42 @@
-//! The ranks that a rank works with, by what they have in common.
+//! The groups of ranks that one rank works with, by what their members have in common.
 
 use crate::Error;
-use crate::config::{Config, ParallelConfig, hierarchical_groups};
+use crate::config::{Config, MoeConfig, ParallelConfig, hierarchical_groups};
 use crate::model::parameters::Replicas;
 use moe::dispatch::{Hierarchy, LeastLoaded};
+use moe::lending::least_loaded::Planner;
 use moe::plan::ExpertTopology;
 use parallel::tensor::TensorParallel;
 use parallel::{CommError, Communicator, GroupKind, Local, Mesh, Replication, World};
 use parking_lot::Mutex;
 use std::sync::Arc;
 
-/// Those that the layers of one stage need.
+/// Process groups of the layers of one stage.
 pub struct ProcessGroups {
-    /// They split every matrix.
+    /// Ranks that split every matrix.
     pub tensor: TensorParallel,
-    /// They split every sequence.
+    /// Ranks that split every sequence.
     pub context: Arc<dyn Communicator>,
-    /// They work on the same sequences: context x tensor.
+    /// Ranks that work on the same sequences: context x tensor.
     pub sequence: Arc<dyn Communicator>,
-    /// They share out a layer's experts ...
+    /// Ranks that split the experts of a layer.
     pub experts: Arc<dyn Communicator>,
-    /// ... and where they are.
+    /// Owners and nodes of the ranks in `experts`.
     pub topology: ExpertTopology,
-    /// Parts in which tokens travel to experts.
+    /// Number of chunks in which tokens are dispatched to experts.
     pub expert_chunks: usize,
-    /// How full ranks lend experts, where they do.
+    /// Planner and group for lending experts, with least-loaded dispatch.
     pub least_loaded: Option<LeastLoaded>,
-    /// The expert ranks by node, where tokens go by way of nodes.
+    /// The expert ranks by node, with hierarchical dispatch.
     pub hierarchy: Option<Hierarchy>,
-    /// They hold the same parameters, by the number of [`crate::Replicas`].
+    /// Ranks that hold the same parameters, indexed by [`crate::Replicas`].
     pub replications: Vec<Replication>,
-    /// What of the optimizer's work they share out.
+    /// Stage of ZeRO, 0 to 3.
     pub zero: u8,
 }
 
 impl ProcessGroups {
-    /// A rank that works alone.
+    /// Returns the groups of a rank that works alone.
     pub fn single_rank() -> ProcessGroups {
         let local: Arc<dyn Communicator> = Arc::new(Local::new(0, "alone"));
         ProcessGroups {
@@ -47,129 +48,137 @@ impl ProcessGroups {
             expert_chunks: 1,
             least_loaded: None,
             hierarchy: None,
-            replications: vec![Replication::alone(); 4],
+            replications: vec![Replication::alone(); Replicas::ALL.len()],
             zero: 0,
         }
     }
 
-    /// Where `mesh` says, with the first and the last stage on the pipeline's ranks `ends`.
+    /// Creates the groups that `mesh` defines. A tied embedding has its first and last stage on the
+    /// pipeline ranks `tied_ranks`.
     ///
     /// # Collective
     /// All ranks.
     ///
     /// # Errors
-    /// When they cannot be joined, or nodes do not divide them.
+    /// If a group cannot be created, or nodes do not divide the expert ranks.
     pub fn join(
         world: &World,
         mesh: &Mesh,
         config: &Config,
-        ends: &[usize],
+        tied_ranks: &[usize],
     ) -> Result<ProcessGroups, Error> {
         let moe = config.model.moe.as_ref();
-        let per_node = config.parallel.ranks_per_node;
-        let per_node = per_node.unwrap_or(world.ranks_per_node());
-        let config = &config.parallel;
+        let parallel = &config.parallel;
+        let ranks_per_node = parallel.ranks_per_node.unwrap_or(world.ranks_per_node());
         let group = |name: &str, kind| world.group(name, &mesh.group(kind));
-        let shape = mesh.shape();
-        let mut replications = Vec::new();
-        for (name, kind, replicas) in [
-            ("dense gradients", GroupKind::DenseReplicas, Replicas::Dense),
-            ("stage gradients", GroupKind::Stage, Replicas::Stage),
-            (
-                "expert gradients",
-                GroupKind::ExpertReplicas,
-                Replicas::Expert,
-            ),
-        ] {
-            replications.push(replication(
-                world,
-                name,
-                &mesh.group(kind),
-                zero_group_size(mesh, config, replicas),
-            )?);
-        }
-        // On ranks that have neither end nobody uses it.
-        let at_end = ends.contains(&mesh.coordinates().pipeline) && ends.len() > 1;
-        replications.push(if at_end {
-            let size = zero_group_size(mesh, config, Replicas::TiedEmbedding);
-            replication(
-                world,
-                "tied embedding",
-                &mesh.dense_replicas_in_stages(ends),
-                size,
-            )?
-        } else {
-            Replication::alone()
-        });
+        let replications = replications(world, mesh, parallel, tied_ranks)?;
         let topology = ExpertTopology {
-            slices: shape.expert_tensor,
-            nodes: mesh.nodes(GroupKind::Expert, per_node),
+            slices: mesh.shape().expert_tensor,
+            nodes: mesh.nodes(GroupKind::Expert, ranks_per_node),
         };
-        let alone = topology.ranks() == 1;
-        let nodes = topology.nodes.first() != topology.nodes.last();
-        let least_loaded = match moe.filter(|moe| moe.dispatch.least_loaded() && !alone) {
-            Some(moe) => {
-                let nodes = if nodes {
-                    topology.owner_nodes()
-                } else {
-                    Vec::new()
-                };
-                let planner = Arc::new(Mutex::new(moe.least_loaded.planner(nodes)));
-                Some(LeastLoaded {
-                    planner,
-                    lending: group("lent experts", GroupKind::Expert)?,
-                })
-            }
+        let is_single = topology.ranks() == 1;
+        let spans_nodes = topology.nodes.first() != topology.nodes.last();
+        let least_loaded = match moe.filter(|moe| moe.dispatch.least_loaded() && !is_single) {
+            Some(moe) => Some(LeastLoaded {
+                planner: Arc::new(Mutex::new(planner(moe, &topology, spans_nodes))),
+                lending: group("lent experts", GroupKind::Expert)?,
+            }),
             None => None,
         };
-        let hierarchy = match moe.filter(|moe| moe.dispatch.hierarchical() && nodes) {
-            Some(_) => {
-                let (inside, across) =
-                    hierarchical_groups(mesh, per_node).map_err(Error::Config)?;
-                let inside = world.group("experts of a node", &inside)?;
-                Some(Hierarchy {
-                    intra_node: inside,
-                    inter_node: world.group("experts across nodes", &across)?,
-                })
-            }
-            None => None,
+        let is_hierarchical = moe.is_some_and(|moe| moe.dispatch.hierarchical());
+        let hierarchy = if is_hierarchical && spans_nodes {
+            Some(hierarchy(world, mesh, ranks_per_node)?)
+        } else {
+            None
         };
+        let tensor = group("tensor", GroupKind::Tensor)?;
         Ok(ProcessGroups {
-            tensor: TensorParallel::new(group("tensor", GroupKind::Tensor)?, config.tensor_chunks),
+            tensor: TensorParallel::new(tensor, parallel.tensor_chunks),
             context: world.chain("context", &mesh.group(GroupKind::Context))?,
             sequence: group("sequence", GroupKind::Sequence)?,
             experts: group("experts", GroupKind::Expert)?,
-            // One rank has nobody to wait for.
-            expert_chunks: if alone { 1 } else { config.expert_chunks },
+            // A single rank has no transfers to overlap.
+            expert_chunks: if is_single { 1 } else { parallel.expert_chunks },
             topology,
             least_loaded,
             hierarchy,
             replications,
-            zero: config.zero,
+            zero: parallel.zero,
         })
     }
 }
 
-/// How many neighbours among the replicas of a parameter share out its rows.
+/// Creates the replica groups of each kind, in the order of [`Replicas::ALL`].
+fn replications(
+    world: &World,
+    mesh: &Mesh,
+    parallel: &ParallelConfig,
+    tied_ranks: &[usize],
+) -> Result<Vec<Replication>, CommError> {
+    let mut replications = Vec::new();
+    for (name, kind, replicas) in [
+        ("dense gradients", GroupKind::DenseReplicas, Replicas::Dense),
+        ("stage gradients", GroupKind::Stage, Replicas::Stage),
+        (
+            "expert gradients",
+            GroupKind::ExpertReplicas,
+            Replicas::Expert,
+        ),
+    ] {
+        let size = zero_group_size(mesh, parallel, replicas);
+        let members = mesh.group(kind);
+        replications.push(replication(world, name, &members, size)?);
+    }
+    // Ranks with neither end of the model have no such parameter.
+    let is_tied = tied_ranks.contains(&mesh.coordinates().pipeline) && tied_ranks.len() > 1;
+    replications.push(if is_tied {
+        let size = zero_group_size(mesh, parallel, Replicas::TiedEmbedding);
+        let members = mesh.dense_replicas_in_stages(tied_ranks);
+        replication(world, "tied embedding", &members, size)?
+    } else {
+        Replication::alone()
+    });
+    Ok(replications)
+}
+
+fn planner(moe: &MoeConfig, topology: &ExpertTopology, spans_nodes: bool) -> Planner {
+    let nodes = if spans_nodes {
+        topology.owner_nodes()
+    } else {
+        Vec::new()
+    };
+    moe.least_loaded.planner(nodes)
+}
+
+fn hierarchy(world: &World, mesh: &Mesh, ranks_per_node: usize) -> Result<Hierarchy, Error> {
+    let (intra_node, inter_node) =
+        hierarchical_groups(mesh, ranks_per_node).map_err(Error::Config)?;
+    Ok(Hierarchy {
+        intra_node: world.group("experts of a node", &intra_node)?,
+        inter_node: world.group("experts across nodes", &inter_node)?,
+    })
+}
+
+/// Returns how many neighboring replicas of a parameter shard its rows.
 fn zero_group_size(mesh: &Mesh, config: &ParallelConfig, replicas: Replicas) -> usize {
     if config.zero == 0 {
         return 1;
     }
     let shape = mesh.shape();
-    // A block of neighbours in a stage, whatever part of it they hold.
     let dense = config.zero_group_size.unwrap_or(shape.data * shape.context);
+    // Neighboring ranks of a stage, whatever part of it they hold.
     let block = dense * shape.tensor;
     match replicas {
         Replicas::Dense | Replicas::TiedEmbedding => dense,
         Replicas::Stage => block,
-        Replicas::Expert => gcd(
-            mesh.expert_replicas(),
-            (block / (shape.expert * shape.expert_tensor)).max(1),
-        ),
+        Replicas::Expert => {
+            let owners = block / (shape.expert * shape.expert_tensor);
+            gcd(mesh.expert_replicas(), owners.max(1))
+        }
     }
 }
 
-/// This rank among those that share out the rows of a parameter, and how many they are.
+/// Returns the index of this rank among those that shard the rows of a parameter, and their number.
 pub(crate) fn zero_rank_and_size(
     mesh: &Mesh,
     config: &ParallelConfig,
@@ -181,15 +190,13 @@ pub(crate) fn zero_rank_and_size(
         Replicas::Expert => GroupKind::ExpertReplicas,
     };
     let size = zero_group_size(mesh, config, replicas);
-    let position = mesh
-        .group(kind)
-        .iter()
-        .position(|&rank| rank == mesh.rank())
-        .unwrap_or(0);
-    (position % size, size)
+    let group = mesh.group(kind);
+    let own = group.iter().position(|&rank| rank == mesh.rank());
+    (own.unwrap_or(0) % size, size)
 }
 
-/// Of `members`, which hold the same parameters, each `size` neighbours share out the rows.
+/// Creates the groups of `members`, which hold the same parameters. Each `size` neighbors shard the
+/// rows.
 fn replication(
     world: &World,
     name: &str,
@@ -201,18 +208,12 @@ fn replication(
         .position(|&rank| rank == world.rank())
         .expect("a rank is its own replica");
     let block = position / size * size;
-    let across: Vec<usize> = members
-        .iter()
-        .copied()
-        .skip(position % size)
-        .step_by(size)
-        .collect();
+    let same_shard = members.iter().copied().skip(position % size).step_by(size);
+    let same_shard: Vec<usize> = same_shard.collect();
+    let shard_name = format!("{name}, sharded");
     Ok(Replication {
-        shard_group: world.group(
-            &format!("{name}, shared out"),
-            &members[block..block + size],
-        )?,
-        replica_group: world.group(name, &across)?,
+        shard_group: world.group(&shard_name, &members[block..block + size])?,
+        replica_group: world.group(name, &same_shard)?,
     })
 }
 

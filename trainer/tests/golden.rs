@@ -1,5 +1,5 @@
-//! Models against HF transformers: logits, losses, every gradient, and weights after clipped AdamW steps. The golden
-//! files are made by scripts/golden/models.py.
+//! Models compared with HF transformers: logits, losses, every gradient, and weights after clipped
+//! AdamW steps. scripts/golden/models.py writes the golden files.
 
 use moe::Score;
 use moe::balance::{BalanceScope, BatchTotals};
@@ -85,46 +85,63 @@ fn experts(experts: usize, top_k: usize, ffn: usize, normalize: bool) -> MoeConf
     }
 }
 
-/// The largest difference over the largest value.
+/// Returns the largest difference over the largest value.
 fn difference(ours: &Tensor, golden: &Tensor) -> f64 {
     assert_eq!(ours.size(), golden.size());
     let ours = ours.to_device(golden.device());
-    (ours - golden).abs().max().double_value(&[]) / golden.abs().max().double_value(&[]).max(1e-12)
+    let largest = golden.abs().max().double_value(&[]);
+    (ours - golden).abs().max().double_value(&[]) / largest.max(1e-12)
+}
+
+fn load_weights(model: &Model, golden: &Golden) {
+    let mut loaded = 0;
+    for parameter in model.parameters.iter() {
+        for (slice, part) in parameter.slices(&parameter.master) {
+            let value = golden.tensor(&format!("weight/{}", slice.name));
+            tch::no_grad(|| part.shallow_clone().copy_(&value));
+            loaded += 1;
+        }
+    }
+    let stored = golden.names("weight/").len();
+    assert_eq!(loaded, stored, "the model has every golden weight");
+}
+
+fn assert_gradients(model: &Model, gradients: &GradientBuckets, golden: &Golden) {
+    for (index, parameter) in model.parameters.iter().enumerate() {
+        for (slice, grad) in parameter.slices(&gradients.gradient(index)) {
+            let expected = golden.tensor(&format!("grad/{}", slice.name));
+            let worst = difference(&grad, &expected);
+            assert!(worst < 1e-4, "the gradient of {slice:?} differs by {worst}");
+        }
+    }
+}
+
+fn assert_updated_weights(model: &Model, golden: &Golden) {
+    for parameter in model.parameters.iter() {
+        for (slice, part) in parameter.slices(&parameter.master) {
+            let expected = golden.tensor(&format!("after/{}", slice.name));
+            let worst = difference(&part, &expected);
+            assert!(worst < 1e-3, "{slice:?} after 3 steps differs by {worst}");
+        }
+    }
 }
 
 fn check(name: &str, config: ModelConfig) {
     let golden = Golden::open(name);
-    let alone: Arc<dyn Communicator> = Arc::new(Local::new(0, "alone"));
-    let ranks = ProcessGroups::single_rank();
-    // scripts/gpu-check has the same on a GPU.
+    let world: Arc<dyn Communicator> = Arc::new(Local::new(0, "alone"));
+    let groups = ProcessGroups::single_rank();
+    // scripts/gpu-check runs this test on a GPU.
     let device = std::env::var("MOERUN_TEST_DEVICE").unwrap_or("cpu".into());
     let device = parallel::accelerator(&device, 0).unwrap();
     let device = device.as_ref();
-    let ctx = BuildContext::single_rank(64, Dtype::Fp32, device, &ranks);
+    let ctx = BuildContext::single_rank(64, Dtype::Fp32, device, &groups);
     let model = Model::new(&config, ModelPart::whole(config.layers), &ctx);
-    let mut loaded = 0;
-    for parameter in model.parameters.iter() {
-        for (place, part) in parameter.slices(&parameter.master) {
-            tch::no_grad(|| {
-                part.shallow_clone()
-                    .copy_(&golden.tensor(&format!("weight/{}", place.name)))
-            });
-            loaded += 1;
-        }
-    }
-    assert_eq!(
-        loaded,
-        golden.names("weight/").len(),
-        "every golden weight has a place"
-    );
+    let parameters = &model.parameters;
+    load_weights(&model, &golden);
 
-    let leaves: Vec<_> = model
-        .parameters
-        .iter()
-        .map(|p| (p.weight.clone(), 0))
-        .collect();
-    let gradients =
-        GradientBuckets::new(&leaves, &[Replication::alone()], 1 << 20, true, device).unwrap();
+    let weights: Vec<_> = parameters.iter().map(|p| (p.weight.clone(), 0)).collect();
+    let single = [Replication::alone()];
+    let gradients = GradientBuckets::new(&weights, &single, 1 << 20, true, device).unwrap();
     let settings = OptimizerConfig {
         beta1: 0.9,
         beta2: 0.95,
@@ -132,7 +149,7 @@ fn check(name: &str, config: ModelConfig) {
         weight_decay: 0.1,
         offload: false,
     };
-    let mut optimizer = Optimizer::new(&settings, 1.0, &model.parameters, device, alone).unwrap();
+    let mut optimizer = Optimizer::new(&settings, 1.0, parameters, device, world).unwrap();
     let ids = device.upload(&golden.tensor("input_ids"));
     let (batch, length) = ids.size2().unwrap();
     let labels = ids.roll([-1], [1]);
@@ -149,7 +166,7 @@ fn check(name: &str, config: ModelConfig) {
         let losses = model.losses(&output, &labels, &totals).unwrap();
         losses.total.backward();
         gradients.finish().unwrap();
-        let norm = optimizer.grad_norm(&model.parameters, &gradients).unwrap();
+        let norm = optimizer.grad_norm(parameters, &gradients).unwrap();
         if step == 1 {
             let logits = model.logits(&output.hidden_td).view([batch, length, -1]);
             assert!(difference(&logits, &golden.tensor("logits")) < 1e-5);
@@ -161,30 +178,18 @@ fn check(name: &str, config: ModelConfig) {
                 ("grad_norm", norm),
             ] {
                 let theirs = golden.tensor(figure).double_value(&[0]);
-                assert!(
-                    (ours - theirs).abs() < 1e-5 * theirs,
-                    "{figure}: {ours} and {theirs}"
-                );
+                let is_equal = (ours - theirs).abs() < 1e-5 * theirs;
+                assert!(is_equal, "{figure}: {ours} and {theirs}");
             }
-            for (index, parameter) in model.parameters.iter().enumerate() {
-                for (place, grad) in parameter.slices(&gradients.gradient(index)) {
-                    let worst = difference(&grad, &golden.tensor(&format!("grad/{}", place.name)));
-                    assert!(worst < 1e-4, "the gradient of {place:?} differs by {worst}");
-                }
-            }
+            assert_gradients(&model, &gradients, &golden);
         }
         optimizer
-            .step(&model.parameters, &gradients, step, 1e-2, norm, device)
+            .step(parameters, &gradients, step, 1e-2, norm, device)
             .unwrap();
     }
-    if config.mup.is_some() {
-        return; // Learning rates differ by parameter there; transformers has no such optimizer.
-    }
-    for parameter in model.parameters.iter() {
-        for (place, part) in parameter.slices(&parameter.master) {
-            let worst = difference(&part, &golden.tensor(&format!("after/{}", place.name)));
-            assert!(worst < 1e-3, "{place:?} after 3 steps differs by {worst}");
-        }
+    // With muP, learning rates differ by parameter; transformers has no such optimizer.
+    if config.mup.is_none() {
+        assert_updated_weights(&model, &golden);
     }
 }
 

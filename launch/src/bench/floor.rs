@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 use tch::{Device, Kind, Tensor};
-use trainer::ReferenceShape;
+use trainer::{GemmShape, ReferenceShape};
 
 /// Seconds of all of them.
 pub(super) struct GemmFloor {
@@ -21,7 +21,7 @@ pub(super) fn measure(shape: ReferenceShape, kind: Kind) -> GemmFloor {
         libtorch_seconds: 0.0,
         own_seconds: 0.0,
     };
-    for ([rows, inner, outer], times) in shape.gemms() {
+    for GemmShape { rows, inner, outer, times } in shape.gemms() {
         let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
         let x = random(&[rows, inner]);
         let weight = random(&[outer, inner]);

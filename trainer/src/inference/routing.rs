@@ -1,33 +1,33 @@
-//! What a trained router chooses, token by token.
+//! Routing decisions of a trained model, token by token.
 
+use super::loaded::LoadedModel;
 use crate::Error;
 use crate::data::Dataset;
-use crate::inference::LoadedModel;
 use parallel::{Accelerator, Cpu};
 use std::path::Path;
 
-/// Choices on real text.
+/// Experts that a trained router chose on real text.
 #[derive(Debug, Clone)]
 pub struct RoutingSample {
     /// Steps that the model was trained for.
     pub step: u64,
-    /// For each MoE layer the experts of each token, `[T * K]`, sequence after sequence.
+    /// For each MoE layer the experts of each token, `[T * K]`, in the order of the text.
     pub experts: Vec<Vec<i64>>,
-    /// K.
+    /// Experts per token, K.
     pub top_k: usize,
-    /// E.
+    /// Experts per layer, E.
     pub num_experts: usize,
     /// Tokens of a sequence.
     pub sequence: usize,
-    /// Whether the text is validation data, which the model was not trained on.
+    /// True if the text is validation data, which the model was not trained on.
     pub is_validation: bool,
 }
 
-/// Runs the newest checkpoint of the run in `folder` over about `tokens` tokens of its validation data, or else of its
-/// training data.
+/// Runs the newest checkpoint of the run in `folder` over about `tokens` tokens of its validation
+/// data, or of its training data if it has no validation data.
 ///
 /// # Errors
-/// When there is no usable checkpoint, no data, or no mixture of experts.
+/// If there is no usable checkpoint or no data, or the model has no MoE layers.
 pub fn sample_routing(folder: &Path, tokens: usize) -> Result<RoutingSample, Error> {
     let LoadedModel {
         step,
@@ -35,11 +35,8 @@ pub fn sample_routing(folder: &Path, tokens: usize) -> Result<RoutingSample, Err
         model,
         ..
     } = LoadedModel::open(folder)?;
-    let moe = config
-        .model
-        .moe
-        .as_ref()
-        .ok_or_else(|| Error::Config("the model has no MoE layers".into()))?;
+    let moe = config.model.moe.as_ref();
+    let moe = moe.ok_or_else(|| Error::Config("the model has no MoE layers".into()))?;
     let sequence = config.data.sequence_length;
     let is_validation = !config.data.validation.is_empty();
     let sources = if is_validation {
@@ -53,10 +50,9 @@ pub fn sample_routing(folder: &Path, tokens: usize) -> Result<RoutingSample, Err
     for window in 0..windows {
         let (inputs, _) = data.windows(window..window + 1)?;
         let output = tch::no_grad(|| model.forward(&Cpu.upload(&inputs)))?;
-        experts
-            .iter_mut()
-            .zip(output.moe_stats)
-            .for_each(|(all, moe_stats)| all.extend(moe_stats.experts));
+        for (experts, moe_stats) in experts.iter_mut().zip(output.moe_stats) {
+            experts.extend(moe_stats.experts);
+        }
     }
     Ok(RoutingSample {
         step,

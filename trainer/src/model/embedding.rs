@@ -1,6 +1,6 @@
-//! The embedding: one row of a matrix for each token.
+//! Embedding lookup with tensor parallelism.
 
-use super::vocabulary::{add_rows, rows_of};
+use super::vocabulary::{add_rows, embed_rows};
 use parallel::Weight;
 use parallel::collectives::scatter_to_group;
 use parallel::tensor::TensorParallel;
@@ -8,8 +8,8 @@ use std::ops::Range;
 use tch::Tensor;
 use torch_ext::{Error, attach_backward};
 
-/// This rank's part of the rows for `tokens_t` `[T]` int64, `[T / ranks, D]`: each rank of `tensor` has rows `rows` of the
-/// matrix, `weight`.
+/// Returns this rank's part `[T / ranks, D]` of the embedding of `tokens_t` `[T]` int64. `weight`
+/// has the rows `rows` of the matrix.
 ///
 /// # Collective
 /// All ranks of `tensor`, forward and backward.
@@ -19,7 +19,7 @@ pub(crate) fn embed(
     rows: &Range<usize>,
     tensor: &TensorParallel,
 ) -> Result<Tensor, Error> {
-    let out = tch::no_grad(|| rows_of(tokens_t, weight, rows));
+    let out = tch::no_grad(|| embed_rows(tokens_t, weight, rows));
     let tokens = tokens_t.shallow_clone();
     let used = weight.clone();
     let rows = rows.clone();

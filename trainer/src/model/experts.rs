@@ -1,77 +1,78 @@
-//! The experts of a layer that a rank holds, and how they are named.
+//! The experts that a rank holds, and their global names.
 
 use crate::model::parameters::{Parameters, slice};
 use checkpoint::TensorSlice;
 use moe::dispatch::Dispatcher;
 use std::ops::Range;
 
-/// A rank's part of a layer's experts: two parameters, each expert after expert.
+/// A rank's part of the experts of one MoE layer: two parameters, in which experts follow each
+/// other.
 pub(crate) struct LocalExperts {
-    /// Of the layer's mixture.
+    /// Global name of the MoE layer.
     pub(crate) name: String,
-    /// Numbers of the parameters.
+    /// Index of the gate-up parameter.
     pub(crate) gate_up: usize,
+    /// Index of the down parameter.
     pub(crate) down: usize,
     pub(crate) shape: ExpertShape,
-    /// The physical slots that this rank's owner holds.
-    pub(crate) own: Range<usize>,
+    /// Physical slots of this rank's owner.
+    pub(crate) slots: Range<usize>,
 }
 
-/// One expert.
+/// Size of one expert.
 #[derive(Debug, Clone)]
 pub(crate) struct ExpertShape {
     pub(crate) hidden: i64,
     pub(crate) ffn: i64,
-    /// What of ffn this rank has.
+    /// Columns of `ffn` that this rank has.
     pub(crate) part: Range<i64>,
 }
 
 impl ExpertShape {
-    /// The boxes of `[L, 2F, D]`: of each of the `experts` the rows of gate, then those of up.
+    /// Returns the slices of `[L, 2F, D]`: for each expert the rows of gate, then those of up.
     pub(crate) fn gate_up(&self, name: &str, experts: &[usize]) -> Vec<TensorSlice> {
-        let name = |e: &usize| format!("{name}.experts.{e}.gate_up");
-        experts
-            .iter()
-            .flat_map(|e| gate_up_boxes(&name(e), self.ffn, self.hidden, &self.part))
-            .collect()
+        let slices = |expert: &usize| {
+            let name = format!("{name}.experts.{expert}.gate_up");
+            gate_up_slices(&name, self.ffn, self.hidden, &self.part)
+        };
+        experts.iter().flat_map(slices).collect()
     }
 
-    /// The boxes of `[L, D, F]`.
+    /// Returns the slices of `[L, D, F]`.
     pub(crate) fn down(&self, name: &str, experts: &[usize]) -> Vec<TensorSlice> {
-        let name = |e: &usize| format!("{name}.experts.{e}.down");
-        experts
-            .iter()
-            .map(|e| slice(&name(e), &[self.hidden, self.ffn], 1, &self.part))
-            .collect()
+        let slice_of = |expert: &usize| {
+            let name = format!("{name}.experts.{expert}.down");
+            slice(&name, &[self.hidden, self.ffn], 1, &self.part)
+        };
+        experts.iter().map(slice_of).collect()
     }
 }
 
 impl LocalExperts {
-    /// Says that experts are at `physical_slots`, for choices and for the names of this rank's rows. Values are not touched.
+    /// Sets the physical slot of each expert, for dispatch and for the names of this rank's rows.
+    /// Leaves the values of the weights where they are.
     pub(crate) fn set_physical_slots(
         &self,
         parameters: &Parameters,
         dispatcher: &Dispatcher,
         physical_slots: &[i64],
     ) {
-        let mut experts = vec![0; physical_slots.len()];
-        physical_slots
-            .iter()
-            .enumerate()
-            .for_each(|(expert, &physical_slot)| experts[physical_slot as usize] = expert);
-        let own = &experts[self.own.clone()];
-        parameters
-            .get(self.gate_up)
-            .rename(self.shape.gate_up(&self.name, own));
-        parameters
-            .get(self.down)
-            .rename(self.shape.down(&self.name, own));
+        let mut expert_of_slot = vec![0; physical_slots.len()];
+        for (expert, &physical_slot) in physical_slots.iter().enumerate() {
+            expert_of_slot[physical_slot as usize] = expert;
+        }
+        let own = &expert_of_slot[self.slots.clone()];
+        let gate_up = self.shape.gate_up(&self.name, own);
+        let down = self.shape.down(&self.name, own);
+        parameters.get(self.gate_up).rename(gate_up);
+        parameters.get(self.down).rename(down);
         dispatcher.set_physical_slots(physical_slots.to_vec());
     }
 }
 
-/// The boxes of a gate-up matrix `[2F, D]` with the columns `part` of F: those of gate, then those of up.
-pub(crate) fn gate_up_boxes(
+/// Returns the slices of a gate-up matrix `[2F, D]` for the columns `part` of F: those of gate,
+/// then those of up.
+pub(crate) fn gate_up_slices(
     name: &str,
     ffn: i64,
     hidden: i64,
@@ -79,10 +80,11 @@ pub(crate) fn gate_up_boxes(
 ) -> Vec<TensorSlice> {
     let shape = [2 * ffn, hidden];
     if *part == (0..ffn) {
-        vec![TensorSlice::whole(name, &shape)]
-    } else {
-        [0, ffn]
-            .map(|start| slice(name, &shape, 0, &(start + part.start..start + part.end)))
-            .to_vec()
+        return vec![TensorSlice::whole(name, &shape)];
     }
+    let rows_from = |start: i64| {
+        let rows = start + part.start..start + part.end;
+        slice(name, &shape, 0, &rows)
+    };
+    vec![rows_from(0), rows_from(ffn)]
 }

@@ -1,11 +1,12 @@
-//! Initial values that depend on a parameter's global name, the index and the seed alone: any rank can draw any
-//! part of any parameter without drawing the rest.
+//! Initial values that depend only on a parameter's global name, the element's index and the seed.
+//!
+//! Any rank can draw any part of any parameter without drawing the rest.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use rayon::prelude::*;
 
-/// The box at `offset` of size `shape`, row-major, of the tensor of shape `global` that belongs to (`seed`, `name`):
+/// Draws the slice at `offset` of size `shape`, row-major, of the tensor `name` of shape `global`:
 /// normal with standard deviation `std`.
 pub(crate) fn normal(
     seed: u64,
@@ -15,7 +16,7 @@ pub(crate) fn normal(
     shape: &[i64],
     std: f64,
 ) -> Vec<f32> {
-    // Dims from the right that are taken whole make runs of neighbouring values.
+    // Trailing dimensions that are taken whole make runs of consecutive values.
     let mut run = 1;
     let mut outer = shape.len();
     while outer > 0 {
@@ -33,7 +34,7 @@ pub(crate) fn normal(
         .par_chunks_mut(run.max(1))
         .enumerate()
         .for_each(|(number, values)| {
-            // The run's place among the outer dims, then in the whole tensor.
+            // The run's index along the outer dimensions, then its start in the whole tensor.
             let mut left = number as i64;
             let mut start: i64 = (outer..shape.len())
                 .map(|dim| offset[dim] * stride[dim])
@@ -47,9 +48,9 @@ pub(crate) fn normal(
     values
 }
 
-/// Elements `start..` of the stream that belongs to (`seed`, `name`).
+/// Fills `values` with the elements from `start` on of the stream of (`seed`, `name`).
 fn fill(seed: u64, name: &str, start: usize, values: &mut [f32], std: f64) {
-    // Even, so that the two values of a Box-Muller pair stay together.
+    // Even, so that no chunk splits a Box-Muller pair.
     const CHUNK: usize = 1 << 16;
     let odd = start % 2;
     let head = odd.min(values.len());
@@ -74,19 +75,19 @@ fn fill(seed: u64, name: &str, start: usize, values: &mut [f32], std: f64) {
         });
 }
 
-/// Pairs of standard normal values from the even index `start` on.
+/// Returns pairs of standard normal values from the even index `start` on.
 fn pairs(seed: u64, name: &str, start: usize) -> impl Iterator<Item = (f32, f32)> {
     let mut stream = ChaCha8Rng::from_seed(key(seed, name));
     stream.set_word_pos(start as u128);
     std::iter::from_fn(move || {
-        // (0, 1]: the logarithm is finite.
+        // In (0, 1], so that the logarithm is finite.
         let radius = (-2.0 * ((f64::from(stream.next_u32()) + 1.0) / 4294967296.0).ln()).sqrt();
         let angle = std::f64::consts::TAU * (f64::from(stream.next_u32()) / 4294967296.0);
         Some(((radius * angle.cos()) as f32, (radius * angle.sin()) as f32))
     })
 }
 
-/// Seed, then three FNV-1a hashes of the name from different starts.
+/// Returns the seed and three FNV-1a hashes of the name with different initial values.
 fn key(seed: u64, name: &str) -> [u8; 32] {
     let mut key = [0; 32];
     key[..8].copy_from_slice(&seed.to_le_bytes());
@@ -128,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn a_box_has_the_values_of_the_whole() {
+    fn a_slice_has_the_values_of_the_whole() {
         let global = [3i64, 5, 7];
         let whole = normal(1, "w", &global, &[0, 0, 0], &global, 1.0);
         for (offset, shape) in [

@@ -1,7 +1,8 @@
 //! One pre-norm transformer layer.
 // Shapes: T tokens (of a microbatch, on this rank), D hidden.
 
-use super::attention::{Attention, Documents};
+use super::attention::Attention;
+use super::documents::Documents;
 use super::experts::LocalExperts;
 use super::norm::rms_norm;
 use super::rope::Rope;
@@ -26,75 +27,70 @@ pub(crate) struct Layer {
     pub(crate) norm_eps: f64,
     /// Factor on each branch before it joins the residual stream.
     pub(crate) residual: f64,
-    /// Whether the norms' outputs are kept for backward.
-    pub(crate) keep_norms: bool,
-    /// Whether more than the input is.
-    pub(crate) keep: bool,
+    /// True if the norms' outputs are saved for backward.
+    pub(crate) save_norms: bool,
+    /// False if backward recomputes the whole layer from its input.
+    pub(crate) save_activations: bool,
 }
 
 pub(crate) enum FeedForward {
     Dense {
-        /// `[1, 2F, D]` and `[1, D, F]`; of F this rank's part.
+        /// `[1, 2F, D]`; of F this rank's part.
         gate_up: Weight,
+        /// `[1, D, F]`; of F this rank's part.
         down: Weight,
         tensor: TensorParallel,
-        /// Whether the gate-up product is kept for backward.
-        keep: bool,
+        /// True if the gate-up output is saved for backward.
+        save_gate_up: bool,
     },
     Moe(Box<MoeLayer>, LocalExperts),
 }
 
+/// Output `[T, D]` of a layer, and the statistics of an MoE layer.
+type LayerOutput = (Tensor, Option<(RouterStats, MoeStats)>);
+
 impl Layer {
-    /// `x` `[T, D]`, tokens of `batch` sequences.
+    /// Maps `x` `[T, D]`, tokens of `batch` sequences.
+    ///
+    /// # Collective
+    /// All ranks that work on the layer.
     pub(crate) fn forward(
         self: &Arc<Layer>,
         x: &Tensor,
         batch: i64,
         rope: &Arc<Rope>,
         documents: Option<&Arc<Documents>>,
-    ) -> Result<(Tensor, Option<(RouterStats, MoeStats)>), Error> {
-        if self.keep {
-            return Ok(self.compute(x, batch, rope, documents, &RoutingReplay::default())?);
+    ) -> Result<LayerOutput, Error> {
+        if self.save_activations {
+            let replay = RoutingReplay::default();
+            return Ok(self.compute(x, batch, rope, documents, &replay)?);
         }
-        // What is not differentiable is returned outside the graph.
+        // Statistics without a gradient leave the recomputed function through this variable.
         let aux_output = Arc::new(Mutex::new(None));
+        let aux_sink = aux_output.clone();
         let layer = self.clone();
         let rope = rope.clone();
         let documents = documents.cloned();
-        let told = aux_output.clone();
         let replay = RoutingReplay::default();
         let mut outputs = recomputed(&[x], move |x| {
-            let (out, moe_stats) =
-                layer.compute(&x[0], batch, &rope, documents.as_ref(), &replay)?;
-            let Some((
-                RouterStats {
-                    counts_ge,
-                    prob_sums_ge,
-                    z_sum,
-                },
-                moe_stats,
-            )) = moe_stats
-            else {
+            let (out, stats) = layer.compute(&x[0], batch, &rope, documents.as_ref(), &replay)?;
+            let Some((router_stats, moe_stats)) = stats else {
                 return Ok(vec![out]);
             };
-            *told.lock() = Some((counts_ge, moe_stats));
-            Ok(vec![out, prob_sums_ge, z_sum])
+            *aux_sink.lock() = Some((router_stats.counts_ge, moe_stats));
+            Ok(vec![out, router_stats.prob_sums_ge, router_stats.z_sum])
         })?;
         let out = outputs.remove(0);
         let aux_output = aux_output.lock().take();
-        let moe_stats = aux_output.map(|(counts_ge, moe_stats)| {
-            let prob_sums_ge = outputs.remove(0);
-            let z_sum = outputs.remove(0);
-            (
-                RouterStats {
-                    counts_ge,
-                    prob_sums_ge,
-                    z_sum,
-                },
-                moe_stats,
-            )
+        let stats = aux_output.map(|(counts_ge, moe_stats)| {
+            let router_stats = RouterStats {
+                counts_ge,
+                prob_sums_ge: outputs.remove(0),
+                z_sum: outputs.remove(0),
+            };
+            (router_stats, moe_stats)
         });
-        Ok((out, moe_stats))
+        Ok((out, stats))
     }
 
     fn compute(
@@ -104,25 +100,23 @@ impl Layer {
         rope: &Rope,
         documents: Option<&Arc<Documents>>,
         replay: &RoutingReplay,
-    ) -> Result<(Tensor, Option<(RouterStats, MoeStats)>), torch_ext::Error> {
-        let join = |x: &Tensor, branch: Tensor| match self.residual {
-            1.0 => x + branch,
-            factor => x + branch * factor,
-        };
+    ) -> Result<LayerOutput, torch_ext::Error> {
         let normed = self.normed(x, &self.attention_norm)?;
-        let x = join(x, self.attention.forward(&normed, batch, rope, documents)?);
+        let branch = self.attention.forward(&normed, batch, rope, documents)?;
+        let x = self.add_branch(x, branch);
         let normed = self.normed(&x, &self.feed_forward_norm)?;
         match &self.feed_forward {
             FeedForward::Dense {
                 gate_up,
                 down,
                 tensor,
-                keep,
+                save_gate_up,
             } => {
                 let branch = tensor.column_row_parallel(&normed, |x| {
-                    grouped_swiglu(x, gate_up, down, &[x.value.size()[0]], *keep)
+                    let tokens = x.value.size()[0];
+                    grouped_swiglu(x, gate_up, down, &[tokens], *save_gate_up)
                 })?;
-                Ok((join(&x, branch), None))
+                Ok((self.add_branch(&x, branch), None))
             }
             FeedForward::Moe(moe, _) => {
                 let MoeOutput {
@@ -130,14 +124,22 @@ impl Layer {
                     stats,
                     moe_stats,
                 } = moe.forward(&normed, batch as usize, replay)?;
-                Ok((join(&x, hidden_td), Some((stats, moe_stats))))
+                let out = self.add_branch(&x, hidden_td);
+                Ok((out, Some((stats, moe_stats))))
             }
+        }
+    }
+
+    fn add_branch(&self, x: &Tensor, branch: Tensor) -> Tensor {
+        match self.residual {
+            1.0 => x + branch,
+            factor => x + branch * factor,
         }
     }
 
     fn normed(&self, x: &Tensor, weight: &Weight) -> Result<Activation, torch_ext::Error> {
         let out = rms_norm(x, weight, self.norm_eps)?;
-        if self.keep_norms {
+        if self.save_norms {
             return Ok(Activation::kept(&out));
         }
         let x = x.detach();
@@ -149,8 +151,12 @@ impl Layer {
     }
 }
 
-/// `compute` with the weights of `unit` there, forward and backward; those of `next` are on their way meanwhile, in backward
-/// those of `previous`.
+/// Calls `compute` with the weights of `unit` gathered, in forward and again in backward.
+///
+/// Meanwhile it prefetches the weights of `next` in forward and those of `previous` in backward.
+///
+/// # Collective
+/// All ranks that shard the weights.
 pub(crate) fn with_gathered_weights<T>(
     x: &Tensor,
     unit: &Arc<Unit>,
@@ -162,10 +168,12 @@ pub(crate) fn with_gathered_weights<T>(
         return compute(x);
     }
     unit.gather()?;
-    next.map_or(Ok(()), |next| next.prefetch())?;
-    let done = unit.clone();
+    if let Some(next) = next {
+        next.prefetch()?;
+    }
+    let used = unit.clone();
     let x = before_backward(x, move || {
-        done.release();
+        used.release();
         Ok(())
     })?;
     let (out, aux_output) = compute(&x)?;
@@ -174,9 +182,10 @@ pub(crate) fn with_gathered_weights<T>(
     let previous = previous.cloned();
     let out = before_backward(&out, move || {
         unit.gather()?;
-        previous
-            .as_ref()
-            .map_or(Ok(()), |previous| previous.prefetch())
+        match &previous {
+            Some(previous) => previous.prefetch(),
+            None => Ok(()),
+        }
     })?;
     Ok((out, aux_output))
 }

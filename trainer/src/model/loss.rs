@@ -1,5 +1,7 @@
-//! The output layer and its cross-entropy together, in chunks of tokens: the logits of a whole microbatch never
-//! exist at once, and the gradients of a chunk are taken while its logits are at hand.
+//! Output layer and cross-entropy in one pass over chunks of tokens.
+//!
+//! The logits of a whole microbatch never exist at once. The gradients of a chunk are computed
+//! while its logits are in memory.
 // Shapes: T tokens, D hidden, V vocabulary.
 
 use kernels::{gemm, gemm_into, softmax, softmax_gradient};
@@ -9,25 +11,37 @@ use std::sync::Arc;
 use tch::{Kind, Tensor};
 use torch_ext::{Error, attach_backward};
 
-/// The label of a position that does not count.
+/// Label of a position that does not enter the loss.
 pub(crate) const IGNORED: i64 = -100;
 
-/// Logits of one chunk take up to this many bytes.
+/// Limit for the logits of one chunk.
 const CHUNK_BYTES: usize = 16 << 20;
 
-/// The ranks that share a vocabulary out by rows, and this one's.
+/// The rows of the vocabulary on this rank, and the ranks that have the others.
 pub(crate) struct VocabularyRows<'a> {
     pub(crate) rows: Range<usize>,
-    /// Rows there are in all.
+    /// Rows of the whole vocabulary.
     pub(crate) total: usize,
     pub(crate) group: &'a Arc<dyn Communicator>,
 }
 
-/// The sum over tokens of the cross-entropy of `x_td` `[T, D]` times the matrix `[V, D]` whose rows `own` are `weight_vd`
-/// against `labels_t` `[T]`, times `factor`: an fp32 scalar, the same on every rank of the vocabulary. Logits are divided by
-/// `logits_divisor` first. Labels of [`IGNORED`] do not count. The gradient of `x_td` is this rank's part of a sum.
+/// Scaling of logits and loss.
+#[derive(Clone, Copy)]
+pub(crate) struct LossScale {
+    /// Factor of each token's loss in the total loss.
+    pub(crate) factor: f64,
+    /// Divisor of the logits before the softmax.
+    pub(crate) logits_divisor: f64,
+}
+
+/// Returns the summed cross-entropy of the hidden states `x_td` `[T, D]` against `labels_t` `[T]`.
 ///
-/// Where gradients are on, the weight's is added up here and now: the result has to enter the total loss as it is.
+/// `weight_vd` has the rows `own` of the output layer `[V, D]`. The loss is an fp32 scalar, the
+/// same on every rank of the vocabulary; labels [`IGNORED`] do not enter it. The gradient of `x_td`
+/// is this rank's part of a sum.
+///
+/// If `x_td` requires a gradient, the weight's gradient is added at once. The loss must therefore
+/// enter the total loss unscaled.
 ///
 /// # Collective
 /// All ranks of the vocabulary.
@@ -35,19 +49,18 @@ pub(crate) fn cross_entropy(
     x_td: &Tensor,
     weight_vd: &Weight,
     labels_t: &Tensor,
-    factor: f64,
-    logits_divisor: f64,
+    scale: LossScale,
     own: &VocabularyRows,
 ) -> Result<Tensor, Error> {
-    let (loss, grad) =
-        tch::no_grad(|| chunks(x_td, weight_vd, labels_t, factor, logits_divisor, own))?;
+    let (loss, grad) = tch::no_grad(|| loss_in_chunks(x_td, weight_vd, labels_t, scale, own))?;
     match grad {
         Some(grad) => with_gradient(loss, x_td, grad),
         None => Ok(loss),
     }
 }
 
-/// `scalar` as something whose gradient with respect to `x` is `grad`, when it enters the total loss as it is.
+/// Returns `scalar` with the gradient `grad` with respect to `x`, provided that it enters the total
+/// loss unscaled.
 pub(crate) fn with_gradient(scalar: Tensor, x: &Tensor, grad: Tensor) -> Result<Tensor, Error> {
     let mut out = attach_backward(&[x], vec![scalar], move |grads| {
         Ok(vec![grads[0].as_ref().map(|_| grad.shallow_clone())])
@@ -55,45 +68,45 @@ pub(crate) fn with_gradient(scalar: Tensor, x: &Tensor, grad: Tensor) -> Result<
     Ok(out.remove(0))
 }
 
-/// The loss, and its gradient with respect to `x_td` where that is needed.
-fn chunks(
+/// Returns the loss, and its gradient with respect to `x_td` if `x_td` requires one.
+fn loss_in_chunks(
     x_td: &Tensor,
     weight_vd: &Weight,
     labels_t: &Tensor,
-    factor: f64,
-    logits_divisor: f64,
+    scale: LossScale,
     own: &VocabularyRows,
 ) -> Result<(Tensor, Option<Tensor>), Error> {
     let x = x_td.detach();
     let weight = weight_vd.value();
     let tokens = x.size()[0];
     // The same on every rank, although some have a row less.
-    let row = own.total.div_ceil(own.group.size()) * x.kind().elt_size_in_bytes();
-    let chunk = (CHUNK_BYTES / row).clamp(1, tokens.max(1) as usize) as i64;
+    let rows = own.total.div_ceil(own.group.size());
+    let row_bytes = rows * x.kind().elt_size_in_bytes();
+    let chunk = (CHUNK_BYTES / row_bytes).clamp(1, tokens.max(1) as usize) as i64;
     let mut loss = Tensor::zeros([], (Kind::Float, x.device()));
     let grad_x = x_td.requires_grad().then(|| x.empty_like());
-    let contribution = grad_x
-        .is_some()
-        .then(|| weight_vd.contribution())
-        .transpose()?;
+    let contribution = match &grad_x {
+        Some(_) => Some(weight_vd.contribution()?),
+        None => None,
+    };
     let mut start = 0;
     while start < tokens {
         let len = chunk.min(tokens - start);
         let x = x.narrow(0, start, len);
         let labels = labels_t.narrow(0, start, len);
         let logits = gemm(&x, &weight.tr());
-        let wanted = grad_x.is_some();
+        let needs_grad = grad_x.is_some();
         let (sum, grad) = match own.group.size() {
             1 => {
                 let losses = kernels::cross_entropy(
                     &logits,
                     &labels,
-                    logits_divisor,
-                    wanted.then_some(factor),
+                    scale.logits_divisor,
+                    needs_grad.then_some(scale.factor),
                 );
                 (losses.sum(Kind::Float), logits)
             }
-            _ => part(logits, &labels, (factor, logits_divisor), own, wanted)?,
+            _ => chunk_loss(logits, &labels, scale, own, needs_grad)?,
         };
         loss += sum;
         if let (Some(grad_x), Some(contribution)) = (&grad_x, &contribution) {
@@ -103,20 +116,21 @@ fn chunks(
         start += len;
     }
     contribution.map_or(Ok(()), Contribution::finish)?;
-    Ok((loss * factor, grad_x))
+    Ok((loss * scale.factor, grad_x))
 }
 
-/// Of this rank's logits of a chunk `[T, v]` the chunk's loss, and, where it is `wanted`, its gradient times `factor`.
-fn part(
+/// Returns the loss of a chunk from this rank's logits `[T, v]`. With `needs_grad`, overwrites the
+/// logits with their gradient.
+fn chunk_loss(
     logits: Tensor,
     labels_t: &Tensor,
-    (factor, divisor): (f64, f64),
+    scale: LossScale,
     own: &VocabularyRows,
-    wanted: bool,
+    needs_grad: bool,
 ) -> Result<(Tensor, Tensor), Error> {
     let vocab = logits.size()[1];
     let counted = labels_t.not_equal(IGNORED).to_kind(Kind::Float);
-    // Labels of other ranks' rows: the first row, counted as nothing.
+    // Labels of other ranks' rows point to the first row with weight 0.
     let shifted = labels_t - own.rows.start as i64;
     let inside = shifted
         .ge(0)
@@ -128,26 +142,23 @@ fn part(
         .squeeze_dim(1)
         .to_kind(Kind::Float)
         * &inside
-        / divisor;
-    // Softmax over this rank's rows, in the logits' own memory.
-    let (largest, sum) = softmax(&logits, divisor, &logits);
+        / scale.logits_divisor;
+    // Softmax over this rank's rows, in the memory of the logits.
+    let (largest, sum) = softmax(&logits, scale.logits_divisor, &logits);
     let own_normalizer = largest + sum.log();
-    let (normalizer, picked) = over_ranks(&own_normalizer, &picked, own.group)?;
+    let (normalizer, picked) = combine_ranks(&own_normalizer, &picked, own.group)?;
     let loss = ((&normalizer - picked) * &counted).sum(Kind::Float);
-    if wanted {
-        let weight = counted * (factor / divisor);
-        softmax_gradient(
-            &logits,
-            &((own_normalizer - normalizer).exp() * &weight),
-            &targets,
-            &(inside * weight),
-        );
+    if needs_grad {
+        let weight = counted * (scale.factor / scale.logits_divisor);
+        let correction = (own_normalizer - normalizer).exp() * &weight;
+        softmax_gradient(&logits, &correction, &targets, &(inside * weight));
     }
     Ok((loss, logits))
 }
 
-/// The log-sum-exp over all ranks' logits and the label's logit, `[T]` each, from this rank's.
-fn over_ranks(
+/// Returns the log-sum-exp over all ranks' logits and the label's logit, `[T]` each, given this
+/// rank's.
+fn combine_ranks(
     normalizer: &Tensor,
     picked: &Tensor,
     group: &Arc<dyn Communicator>,
@@ -160,11 +171,10 @@ fn over_ranks(
     let all = all.view([ranks, 2, -1]);
     let first = [0i64];
     let normalizer = all.select(1, 0).logsumexp(first.as_slice(), false);
-    Ok((
-        normalizer,
-        all.select(1, 1)
-            .sum_dim_intlist(first.as_slice(), false, Kind::Float),
-    ))
+    let picked = all
+        .select(1, 1)
+        .sum_dim_intlist(first.as_slice(), false, Kind::Float);
+    Ok((normalizer, picked))
 }
 
 #[cfg(test)]
@@ -186,18 +196,12 @@ mod tests {
         let mut labels: Vec<i64> = (0..tokens).map(|t| t * 997 % vocab).collect();
         labels[3] = IGNORED;
         let labels = Tensor::from_slice(&labels);
-        let shared = Mutex::new((x.detach(), value.copy(), labels.copy()));
-        // Whole, and shared out over three ranks.
-        let run = move |ranks: usize, shared: Mutex<(Tensor, Tensor, Tensor)>| {
+        let shared = Mutex::new([x.detach(), value.copy(), labels.copy()]);
+        // On one rank, and split over three ranks.
+        let run = move |ranks: usize, shared: Mutex<[Tensor; 3]>| {
             run_on_threads(ranks, Duration::from_secs(20), move |world| {
-                let (x, value, labels) = {
-                    let all = shared.lock();
-                    (
-                        all.0.copy().set_requires_grad(true),
-                        all.1.copy(),
-                        all.2.copy(),
-                    )
-                };
+                let [x, value, labels] = shared.lock().each_ref().map(Tensor::copy);
+                let x = x.set_requires_grad(true);
                 let rank = world.rank();
                 let rows = vocab as usize * rank / ranks..vocab as usize * (rank + 1) / ranks;
                 let weight =
@@ -213,10 +217,15 @@ mod tests {
                     total: vocab as usize,
                     group: &group,
                 };
-                let loss = cross_entropy(&x, &weight, &labels, 0.5, 2.0, &own).unwrap();
+                let scale = LossScale {
+                    factor: 0.5,
+                    logits_divisor: 2.0,
+                };
+                let loss = cross_entropy(&x, &weight, &labels, scale, &own).unwrap();
                 loss.backward();
                 let gradients = (x.grad().copy(), gradients.gradient(0).copy());
-                let without = cross_entropy(&x.detach(), &weight, &labels, 0.5, 2.0, &own).unwrap();
+                let detached = x.detach();
+                let without = cross_entropy(&detached, &weight, &labels, scale, &own).unwrap();
                 (loss.detach(), without, gradients.0, gradients.1)
             })
         };
@@ -228,12 +237,10 @@ mod tests {
         plain.backward();
         let grad_x = x.grad();
         for ranks in [1, 3] {
-            let (x, value, labels) = {
-                let all = shared.lock();
-                (all.0.copy(), all.1.copy(), all.2.copy())
-            };
-            let parts = run(ranks, Mutex::new((x.copy(), value, labels)));
-            let sum_of_inputs = parts.iter().fold(x.zeros_like(), |sum, part| sum + &part.2);
+            let copies = shared.lock().each_ref().map(Tensor::copy);
+            let parts = run(ranks, Mutex::new(copies));
+            let zeros = grad_x.zeros_like();
+            let sum_of_inputs = parts.iter().fold(zeros, |sum, part| sum + &part.2);
             let of_weight = Tensor::cat(&parts.iter().map(|part| &part.3).collect::<Vec<_>>(), 0);
             for (ours, without, _, _) in &parts {
                 assert!(

@@ -1,12 +1,14 @@
-//! RMSNorm (arXiv 1910.07467): `x / sqrt(mean(x^2) + eps) * weight`, over the last dim, computed in fp32.
-//! Only the input and one number a row are kept for backward.
+//! RMSNorm (arXiv 1910.07467): `x / sqrt(mean(x^2) + eps) * weight` over the last dimension, in
+//! fp32.
+//!
+//! Backward needs only the input and one number per row.
 
 use parallel::{Communicator, ReduceOp, Weight};
 use std::sync::Arc;
 use tch::{Kind, Tensor};
 use torch_ext::{Error, attach_backward};
 
-/// `x` `[..., D]` and `weight` `[D]`: `[..., D]` of the dtype of `x`.
+/// Normalizes `x` `[..., D]` with `weight` `[D]`, in the dtype of `x`.
 pub(crate) fn rms_norm(x: &Tensor, weight: &Weight, eps: f64) -> Result<Tensor, Error> {
     let (out, scale) = tch::no_grad(|| kernels::rms_norm(&x.detach(), &weight.value(), eps));
     let saved = x.detach();
@@ -17,20 +19,20 @@ pub(crate) fn rms_norm(x: &Tensor, weight: &Weight, eps: f64) -> Result<Tensor, 
         };
         let (grad_x, grad_weight) =
             kernels::rms_norm_backward(&grad.contiguous(), &saved, &scale, &used.value());
-        add(&used, grad_weight)?;
+        add_gradient(&used, grad_weight)?;
         Ok(vec![Some(grad_x), None])
     })?;
     Ok(out.remove(0))
 }
 
-fn add(weight: &Weight, gradient: Tensor) -> Result<(), Error> {
+fn add_gradient(weight: &Weight, gradient: Tensor) -> Result<(), Error> {
     weight.add_gradient(move |sum| {
         let _ = sum.tensor().shallow_clone().g_add_(&gradient);
         Ok(())
     })
 }
 
-/// The same where each rank of `group` has as many elements of every row.
+/// As [`rms_norm`], for rows of which each rank of `group` has an equal part.
 ///
 /// # Collective
 /// All ranks of the group, forward and backward.
@@ -47,7 +49,8 @@ pub(crate) fn split_rms_norm(
     let (out, scale) = tch::no_grad(|| {
         let wide = x.detach().to_kind(Kind::Float);
         let scale = (mean(&wide.square(), group)? + eps).rsqrt();
-        Ok::<_, Error>((((&wide * &scale).to_kind(kind)) * weight.value(), scale))
+        let normed = (&wide * &scale).to_kind(kind);
+        Ok::<_, Error>((normed * weight.value(), scale))
     })?;
     let saved = x.detach();
     let used = weight.clone();
@@ -59,10 +62,9 @@ pub(crate) fn split_rms_norm(
         let grad = grad.to_kind(Kind::Float);
         let normed = saved.to_kind(Kind::Float) * &scale;
         let rows: Vec<i64> = (0..grad.dim() as i64 - 1).collect();
-        add(
-            &used,
-            (&grad * &normed).sum_dim_intlist(rows.as_slice(), false, Kind::Float),
-        )?;
+        let by_element = &grad * &normed;
+        let grad_weight = by_element.sum_dim_intlist(rows.as_slice(), false, Kind::Float);
+        add_gradient(&used, grad_weight)?;
         let grad_normed = grad * used.value().to_kind(Kind::Float);
         let along = mean(&(&grad_normed * &normed), &group)?;
         let grad_x = (grad_normed - normed * along) * &scale;
@@ -71,7 +73,7 @@ pub(crate) fn split_rms_norm(
     Ok(out.remove(0))
 }
 
-/// The mean over the last dim of all ranks.
+/// Returns the mean over the last dimension, of all ranks.
 fn mean(x: &Tensor, group: &Arc<dyn Communicator>) -> Result<Tensor, Error> {
     let mut mean = x.mean_dim([-1i64].as_slice(), true, Kind::Float);
     group

@@ -1,6 +1,7 @@
-//! A model's parameters: one list that the optimizer, the gradient buckets and the checkpoints go through.
+//! A model's parameters: one list that optimizer, gradient buckets and checkpoints iterate over.
 
 use crate::model::init::normal;
+use crate::model::options::{Init, ParameterOptions};
 use checkpoint::TensorSlice;
 use parallel::sharding::{ShardedWeights, own_rows};
 use parallel::{Accelerator, CommError, Replication, Weight, matrix_shape};
@@ -8,40 +9,21 @@ use parking_lot::Mutex;
 use std::ops::Range;
 use tch::{Kind, Tensor};
 
-/// How a parameter starts.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) enum Init {
-    /// Normal with this standard deviation.
-    Normal(f64),
-    /// All ones.
-    Ones,
-}
-
-/// What holds for a parameter besides its values.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct ParameterOptions {
-    pub(crate) init: Init,
-    /// Whether weight decay applies.
-    pub(crate) decay: bool,
-    /// Factor on the learning rate.
-    pub(crate) lr_scale: f64,
-}
-
-/// Which other ranks hold the same values, and so share the gradient.
+/// The ranks that hold the same values of a parameter, and reduce its gradient.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Replicas {
-    /// Those with the same part of the dense layers.
+    /// Ranks with the same part of the dense layers.
     Dense,
-    /// All ranks of the stage: what tensor parallelism does not split.
+    /// All ranks of the stage, for parameters that tensor parallelism does not split.
     Stage,
-    /// Those with the same part of the experts.
+    /// Ranks with the same part of the experts.
     Expert,
-    /// Those of the first and of the last stage: an embedding that is also the output layer.
+    /// Ranks of the first and the last stage, for an embedding that is also the output layer.
     TiedEmbedding,
 }
 
 impl Replicas {
-    /// Every kind, in the order of its number.
+    /// All kinds, in the order of their discriminants.
     pub const ALL: [Replicas; 4] = [
         Replicas::Dense,
         Replicas::Stage,
@@ -50,105 +32,109 @@ impl Replicas {
     ];
 }
 
-/// Rows of a tensor that are a box of a global one.
+/// Rows of a parameter that are a slice of a global tensor.
 #[derive(Debug, Clone)]
 pub(crate) struct RowSlice {
-    place: TensorSlice,
+    slice: TensorSlice,
     rows: Range<i64>,
 }
 
-/// One tensor of this rank, as a matrix: all dims but the last are rows.
+/// One tensor of this rank, as a matrix: all dimensions but the last are rows.
 pub struct Parameter {
-    /// What each of its rows is, in order.
+    /// Global slices of its rows, in order.
     row_slices: Mutex<Vec<RowSlice>>,
-    /// What the model computes with.
+    /// Value that the model computes with.
     pub weight: Weight,
-    /// The rows that this rank keeps and updates.
+    /// Rows that this rank keeps and updates.
     pub own: Range<i64>,
-    /// They, in the model's dtype: memory of the weight where that is whole.
+    /// The rows `own` in the model's dtype. Aliases `weight` unless the weight is sharded.
     stored: Tensor,
-    /// They, in fp32, `[rows, columns]`: what the optimizer updates. The same memory, but for bf16 and with `optimizer.offload`,
-    /// where it is the host's.
+    /// The rows `own` in fp32, `[rows, columns]`, which the optimizer updates. Aliases `stored`
+    /// except for bf16 models and with `optimizer.offload`, which keeps it in host memory.
     pub master: Tensor,
-    /// Whether `stored` is other memory than `master`.
+    /// True if `stored` does not alias `master`.
     has_separate_master: bool,
-    /// Who else holds it.
+    /// Ranks with the same values.
     pub replicas: Replicas,
-    /// Whether the gradient of its own rows counts in the norm here, and not on another rank that has them too.
+    /// True if the gradient norm counts the rows `own` on this rank and not on another replica.
     pub counted: bool,
-    /// Whether weight decay applies.
+    /// True if weight decay applies.
     pub decay: bool,
     /// Factor on the learning rate.
     pub lr_scale: f64,
 }
 
 impl Parameter {
-    /// Which slices of global tensors the rows of `tensor` are, which has this rank's rows: the master, a moment, a gradient.
+    /// Returns the global slices of `tensor`, which has the rows `own`: the master, a moment or a
+    /// gradient.
     pub fn slices(&self, tensor: &Tensor) -> Vec<(TensorSlice, Tensor)> {
         let row_slices = self.row_slices.lock();
-        let parts = slices_in_rows(&row_slices, &self.own).map(|(place, rows)| {
+        let slices = slices_in_rows(&row_slices, &self.own).map(|(slice, rows)| {
             let part = tensor.narrow(0, rows.start - self.own.start, rows.end - rows.start);
-            let part = part.view(place.shape.as_slice());
-            (place, part)
+            let part = part.view(slice.shape.as_slice());
+            (slice, part)
         });
-        parts.collect()
+        slices.collect()
     }
 
-    /// Says that its rows are now those of `places`; their values are not touched.
-    pub(crate) fn rename(&self, places: Vec<TensorSlice>) {
-        *self.row_slices.lock() = row_slices(places);
+    /// Changes the global slices of the rows and leaves the values as they are.
+    pub(crate) fn rename(&self, slices: Vec<TensorSlice>) {
+        *self.row_slices.lock() = row_slices(slices);
     }
 
-    /// Takes over what the master has become.
+    /// Copies the master to the weight that the model computes with.
     pub(crate) fn sync_from_master(&self) {
         if let Some(mut model_dtype_copy) = self.model_dtype_copy() {
-            tch::no_grad(|| model_dtype_copy.copy_(&self.master.to_kind(model_dtype_copy.kind())));
+            let values = self.master.to_kind(model_dtype_copy.kind());
+            tch::no_grad(|| model_dtype_copy.copy_(&values));
         }
     }
 
-    /// What has the master's values in the model's dtype, where it is not the master itself.
+    /// Returns the copy of the master in the model's dtype, unless it is the master itself.
     pub(crate) fn model_dtype_copy(&self) -> Option<Tensor> {
         self.has_separate_master
             .then(|| self.stored.shallow_clone())
     }
 }
 
-/// Boxes one after another.
-fn row_slices(places: Vec<TensorSlice>) -> Vec<RowSlice> {
+/// Assigns consecutive rows to slices.
+fn row_slices(slices: Vec<TensorSlice>) -> Vec<RowSlice> {
     let mut next = 0;
-    let row_slice = |place: TensorSlice| {
-        let rows = next..next + place.shape[0];
+    let row_slice = |slice: TensorSlice| {
+        let rows = next..next + slice.shape[0];
         next = rows.end;
-        RowSlice { place, rows }
+        RowSlice { slice, rows }
     };
-    places.into_iter().map(row_slice).collect()
+    slices.into_iter().map(row_slice).collect()
 }
 
-/// The slices that the rows `wanted` are, with the rows of each.
+/// Returns the parts of slices that lie in the rows `wanted`, with their rows.
 fn slices_in_rows(
     row_slices: &[RowSlice],
     wanted: &Range<i64>,
 ) -> impl Iterator<Item = (TensorSlice, Range<i64>)> {
     row_slices
         .iter()
-        .filter_map(move |RowSlice { place, rows }| {
-            let common = rows.start.max(wanted.start)..rows.end.min(wanted.end);
-            if common.start >= common.end {
+        .filter_map(move |RowSlice { slice, rows }| {
+            let start = rows.start.max(wanted.start);
+            let end = rows.end.min(wanted.end);
+            if start >= end {
                 return None;
             }
-            let mut place = place.clone();
-            place.offset[0] += common.start - rows.start;
-            place.shape[0] = common.end - common.start;
-            Some((place, common))
+            let mut slice = slice.clone();
+            slice.offset[0] += start - rows.start;
+            slice.shape[0] = end - start;
+            Some((slice, start..end))
         })
 }
 
-/// A rank's box of a tensor of shape `global`: all of it but `along` in dim `dim`.
+/// Returns a slice of the tensor `name` of shape `global`: the range `along` in dimension `dim`,
+/// and all of the other dimensions.
 pub(crate) fn slice(name: &str, global: &[i64], dim: usize, along: &Range<i64>) -> TensorSlice {
-    let mut place = TensorSlice::whole(name, global);
-    place.offset[dim] = along.start;
-    place.shape[dim] = along.end - along.start;
-    place
+    let mut slice = TensorSlice::whole(name, global);
+    slice.offset[dim] = along.start;
+    slice.shape[dim] = along.end - along.start;
+    slice
 }
 
 /// All parameters of a rank, in the order of use in the forward pass.
@@ -157,14 +143,20 @@ pub struct Parameters {
     kind: Kind,
     seed: u64,
     zero: u8,
-    /// By the number of [`Replicas`].
+    /// Replica groups, indexed by [`Replicas`].
     replications: Vec<Replication>,
     offloaded: bool,
 }
 
+/// Memory of a parameter in the model's dtype and in fp32.
+struct Placed {
+    value: Tensor,
+    master: Tensor,
+}
+
 impl Parameters {
-    /// For ranks that share out, by ZeRO stage `zero`: nothing, the optimizer's state, gradients too, weights too. `offloaded`:
-    /// masters stay in the host's memory.
+    /// Returns an empty list for ranks that use ZeRO stage `zero`. With `offloaded`, masters stay
+    /// in host memory.
     pub(crate) fn new(
         kind: Kind,
         seed: u64,
@@ -182,58 +174,58 @@ impl Parameters {
         }
     }
 
-    /// Whether masters, and so moments, are in the host's memory, and weights in that of a device.
+    /// True if masters and moments are in host memory and weights in that of a device.
     pub(crate) fn are_offloaded(&self) -> bool {
         self.offloaded
     }
 
-    /// The dtype that the model computes in.
+    /// Returns the dtype that the model computes in.
     pub(crate) fn kind(&self) -> Kind {
         self.kind
     }
 
-    /// All of them.
+    /// Iterates over the parameters in the order of use.
     pub fn iter(&self) -> std::slice::Iter<'_, Parameter> {
         self.list.iter()
     }
 
-    /// Number `index`.
     pub(crate) fn get(&self, index: usize) -> &Parameter {
         &self.list[index]
     }
 
-    /// How many tensors there are.
+    /// Returns the number of parameters.
     pub fn len(&self) -> usize {
         self.list.len()
     }
 
-    /// Whether there is none.
+    /// True if there are no parameters.
     pub fn is_empty(&self) -> bool {
         self.list.is_empty()
     }
 
-    /// Adds a parameter that is one box of a global one; returns the weight to compute with.
-    pub(crate) fn one(
+    /// Adds a parameter that is one slice of a global tensor and returns its weight.
+    pub(crate) fn add_slice(
         &mut self,
         device: &dyn Accelerator,
-        place: TensorSlice,
+        slice: TensorSlice,
         replicas: Replicas,
         options: ParameterOptions,
     ) -> Weight {
-        let shape = place.shape.clone();
-        self.add(device, &shape, vec![place], replicas, options)
+        let shape = slice.shape.clone();
+        self.add(device, &shape, vec![slice], replicas, options)
     }
 
-    /// Adds a parameter of shape `shape` whose rows are those of `places`, in order.
+    /// Adds a parameter of shape `shape` whose rows are those of `slices`, in order, and returns
+    /// its weight.
     pub(crate) fn add(
         &mut self,
         device: &dyn Accelerator,
         shape: &[i64],
-        places: Vec<TensorSlice>,
+        slices: Vec<TensorSlice>,
         replicas: Replicas,
         options: ParameterOptions,
     ) -> Weight {
-        let row_slices = row_slices(places);
+        let row_slices = row_slices(slices);
         let (rows, cols) = matrix_shape(shape);
         debug_assert_eq!(
             rows,
@@ -243,63 +235,33 @@ impl Parameters {
         let replication = &self.replications[replicas as usize];
         let rank = replication.shard_group.rank();
         let ranks = replication.shard_group.size();
-        let own = own_rows(rows, rank, ranks);
         let counted = replication.replica_group.rank() == 0;
+        let own = own_rows(rows, rank, ranks);
         let count = own.end - own.start;
-        let draw = |rows: &Range<i64>| {
-            let values: Vec<f32> = match options.init {
-                Init::Ones => vec![1.0; ((rows.end - rows.start) * cols) as usize],
-                Init::Normal(std) => slices_in_rows(&row_slices, rows)
-                    .flat_map(|(place, _)| {
-                        normal(
-                            self.seed,
-                            &place.name,
-                            &place.global,
-                            &place.offset,
-                            &place.shape,
-                            std,
-                        )
-                    })
-                    .collect(),
-            };
-            Tensor::from_slice(&values).view([rows.end - rows.start, cols])
-        };
         let kind = self.kind;
-        let offloaded = self.offloaded;
-        // In the model's dtype, and the masters.
-        let place = |drawn: Tensor| {
-            if offloaded {
-                (device.upload(&drawn.to_kind(kind)), drawn)
-            } else {
-                let drawn = device.upload(&drawn);
-                (drawn.to_kind(kind), drawn)
-            }
+        let draw = |rows: &Range<i64>| {
+            let values = self.draw(&row_slices, rows, cols, options.init);
+            self.place(device, values)
         };
-        let has_separate_master = offloaded || kind != Kind::Float;
+        let has_separate_master = self.offloaded || kind != Kind::Float;
         let (weight, stored, master) = if self.zero == 3 && ranks > 1 {
-            let (stored, master) = place(draw(&own));
-            (
-                Weight::without_value(shape, kind, stored.device()),
-                stored,
-                master,
-            )
+            let Placed { value, master } = draw(&own);
+            let weight = Weight::without_value(shape, kind, value.device());
+            (weight, value, master)
         } else {
-            let (value, all) = place(draw(&(0..rows)));
+            let Placed { value, master } = draw(&(0..rows));
             let own_of = |tensor: &Tensor| tensor.narrow(0, own.start, count);
             let master = if !has_separate_master || ranks == 1 {
-                own_of(&all)
+                own_of(&master)
             } else {
-                own_of(&all).copy()
+                own_of(&master).copy()
             };
-            (Weight::new(value.view(shape)), own_of(&value), master)
+            let weight = Weight::new(value.view(shape));
+            (weight, own_of(&value), master)
         };
         let handle = weight.clone();
-        let ParameterOptions {
-            decay, lr_scale, ..
-        } = options;
-        let row_slices = Mutex::new(row_slices);
         self.list.push(Parameter {
-            row_slices,
+            row_slices: Mutex::new(row_slices),
             weight,
             own,
             stored,
@@ -307,63 +269,101 @@ impl Parameters {
             has_separate_master,
             replicas,
             counted,
-            decay,
-            lr_scale,
+            decay: options.decay,
+            lr_scale: options.lr_scale,
         });
         handle
     }
 
-    /// The parameters from number `first` on, as they are needed at the same time.
+    /// Draws the initial values of `rows`, `[rows, cols]` on the host.
+    fn draw(&self, row_slices: &[RowSlice], rows: &Range<i64>, cols: i64, init: Init) -> Tensor {
+        let count = rows.end - rows.start;
+        let values: Vec<f32> = match init {
+            Init::Ones => vec![1.0; (count * cols) as usize],
+            Init::Normal(std) => slices_in_rows(row_slices, rows)
+                .flat_map(|(slice, _)| {
+                    let TensorSlice {
+                        name,
+                        global,
+                        offset,
+                        shape,
+                    } = &slice;
+                    normal(self.seed, name, global, offset, shape, std)
+                })
+                .collect(),
+        };
+        Tensor::from_slice(&values).view([count, cols])
+    }
+
+    /// Moves initial values to the device, except for masters that stay on the host.
+    fn place(&self, device: &dyn Accelerator, values: Tensor) -> Placed {
+        if self.offloaded {
+            let value = device.upload(&values.to_kind(self.kind));
+            return Placed {
+                value,
+                master: values,
+            };
+        }
+        let master = device.upload(&values);
+        Placed {
+            value: master.to_kind(self.kind),
+            master,
+        }
+    }
+
+    /// Returns the parameters from index `first` on as a unit that is gathered together.
     pub(crate) fn unit(&self, first: usize) -> Unit {
-        let of = |replicas: Replicas| {
+        let shard = |replicas: Replicas| {
             let group = &self.replications[replicas as usize].shard_group;
             let members: Vec<_> = self.list[first..]
                 .iter()
                 .filter(|parameter| parameter.replicas == replicas)
                 .map(|parameter| (parameter.weight.clone(), parameter.stored.shallow_clone()))
                 .collect();
-            let sharded = self.zero > 0 && group.size() > 1 && !members.is_empty();
-            sharded.then(|| ShardedWeights::new(members, group.clone(), self.zero < 3))
+            let is_sharded = self.zero > 0 && group.size() > 1 && !members.is_empty();
+            is_sharded.then(|| ShardedWeights::new(members, group.clone(), self.zero < 3))
         };
-        Unit(Replicas::ALL.into_iter().filter_map(of).collect())
+        Unit(Replicas::ALL.into_iter().filter_map(shard).collect())
     }
 
-    /// Whether whole gradients are kept during a step.
+    /// True if ranks keep unsharded gradients during a step.
     pub(crate) fn keep_gradients(&self) -> bool {
         self.zero < 2
     }
 
-    /// Who holds the same parameters, by the number of [`Replicas`].
+    /// Returns the replicas of each kind, indexed by [`Replicas`].
     pub(crate) fn replications(&self) -> &[Replication] {
         &self.replications
     }
 }
 
-/// Weights that ranks share out and that are needed at the same time; nothing where each rank has its own.
+/// Sharded weights that are gathered together; empty if this rank's weights are not sharded.
 pub(crate) struct Unit(Vec<ShardedWeights>);
 
 impl Unit {
-    /// Starts to gather.
+    /// Starts to gather the weights.
     pub(crate) fn prefetch(&self) -> Result<(), CommError> {
         self.0.iter().try_for_each(ShardedWeights::prefetch)
     }
 
-    /// Makes the values be there until they are released as often.
+    /// Makes the weights available until [`Unit::release`] was called as often.
     pub(crate) fn gather(&self) -> Result<(), CommError> {
         self.0.iter().try_for_each(ShardedWeights::gather)
     }
 
-    /// Says that they are not needed any longer.
     pub(crate) fn release(&self) {
-        self.0.iter().for_each(ShardedWeights::release);
+        for weights in &self.0 {
+            weights.release();
+        }
     }
 
-    /// Says that ranks have changed what they keep.
+    /// Marks gathered weights as stale after an update of the shards.
     pub(crate) fn mark_stale(&self) {
-        self.0.iter().for_each(ShardedWeights::mark_stale);
+        for weights in &self.0 {
+            weights.mark_stale();
+        }
     }
 
-    /// Whether there is anything to gather.
     pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }

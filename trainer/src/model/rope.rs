@@ -1,5 +1,7 @@
-//! Rotary position embedding (arXiv 2104.09864) in the half-split form that Llama and HF transformers use: element
-//! `i` of a head turns with element `i + head_dim / 2`.
+//! Rotary position embedding (arXiv 2104.09864) in the half-split form of Llama and HF
+//! transformers.
+//!
+//! Element `i` of a head is rotated with element `i + head_dim / 2`.
 
 use kernels::apply_rotary;
 use parallel::Accelerator;
@@ -21,7 +23,7 @@ impl Rope {
         theta: f64,
     ) -> Rope {
         let half = head_dim / 2;
-        // Single precision, as HF transformers computes its frequencies.
+        // Single precision, as in HF transformers.
         let frequencies: Vec<f32> = (0..half)
             .map(|i| (1.0 / theta.powf(2.0 * i as f64 / head_dim as f64)) as f32)
             .collect();
@@ -36,7 +38,7 @@ impl Rope {
         }
     }
 
-    /// Turns `x` `[batch, heads, sequence, head_dim]` by the first positions.
+    /// Rotates `x` `[batch, heads, sequence, head_dim]` by the first positions.
     pub(crate) fn apply(&self, x: &Tensor) -> Result<Tensor, Error> {
         let length = x.size()[2];
         let (cos, sin) = {
@@ -46,12 +48,9 @@ impl Rope {
         };
         let out = tch::no_grad(|| apply_rotary(x, &cos, &sin));
         let mut out = attach_backward(&[x], vec![out], move |grads| {
-            // The gradient turns back.
-            Ok(vec![
-                grads[0]
-                    .as_ref()
-                    .map(|grad| apply_rotary(grad, &cos, &sin.neg())),
-            ])
+            // The gradient is rotated back.
+            let rotate_back = |grad: &Tensor| apply_rotary(grad, &cos, &sin.neg());
+            Ok(vec![grads[0].as_ref().map(rotate_back)])
         })?;
         Ok(out.remove(0))
     }
@@ -64,7 +63,7 @@ mod tests {
     use tch::Kind;
 
     #[test]
-    fn turning_keeps_lengths_and_turns_back_in_the_gradient() {
+    fn rotation_keeps_lengths_and_its_gradient_rotates_back() {
         let rope = Rope::new(&Cpu, &[3, 4, 5, 6, 7], 4, 10_000.0);
         let x = Cpu
             .empty(&[1, 2, 5, 4], Kind::Float)
@@ -80,7 +79,7 @@ mod tests {
         // For y = R x, the gradient of |y|^2 / 2 is R^T R x = x.
         (y.square().sum(Kind::Float) / 2.0).backward();
         assert!(x.grad().allclose(&x, 1e-5, 1e-6, false));
-        // Position 0 is not turned; element 0 turns with element 2 by one radian a position.
+        // Position 0 is not rotated; element 0 rotates with element 2 by one radian per position.
         let unit = Tensor::from_slice(&[1f32, 0., 0., 0.]).view([1, 1, 1, 4]);
         let at = |position| {
             Rope::new(&Cpu, &[position], 4, 10_000.0)
@@ -88,7 +87,8 @@ mod tests {
                 .unwrap()
         };
         assert_eq!(at(0), unit);
-        let turned = Vec::<f32>::try_from(at(1).flatten(0, -1)).unwrap();
-        assert!((turned[0] - 1f32.cos()).abs() < 1e-6 && (turned[2] - 1f32.sin()).abs() < 1e-6);
+        let rotated = Vec::<f32>::try_from(at(1).flatten(0, -1)).unwrap();
+        assert!((rotated[0] - 1f32.cos()).abs() < 1e-6);
+        assert!((rotated[2] - 1f32.sin()).abs() < 1e-6);
     }
 }

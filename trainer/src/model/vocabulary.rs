@@ -1,13 +1,18 @@
-//! Embedding and output layer shared out by rows over the ranks of a pipeline, times those that split matrices (arXiv
-//! 2411.05288, sections 3 and 4).
+//! Embedding and output layer split by rows over all ranks of a pipeline (arXiv 2411.05288,
+//! sections 3 and 4).
 //!
-//! Each rank computes its own logits and their softmax against its own statistics (S). What the ranks tell each other, a
-//! maximum, a sum and the label's logit a token, turns that into the true softmax by one factor a token. With `vocab-2` S
-//! also computes the input's gradient against local statistics, and the same factor corrects it; with `vocab-1` T does. With
-//! `naive` S ends with the logits: the ranks agree on the largest, N takes exponentials, and the factor is one over their sum.
+//! The rows are split over the ranks of the pipeline times the tensor-parallel ranks. In pass S
+//! each rank computes its logits and their softmax against its own statistics. The ranks then
+//! exchange a maximum, a sum and the label's logit per token, from which one factor per token
+//! corrects the softmax.
+//!
+//! - `vocab-1`: T computes the input's gradient.
+//! - `vocab-2`: S computes it against local statistics, and the same factor corrects it.
+//! - `naive`: S ends with the logits. The ranks agree on the largest, N computes exponentials, and
+//!   the factor is one over their sum.
 // Shapes: T tokens, D hidden, V vocabulary, v rows of it on this rank.
 
-use super::loss::IGNORED;
+use super::loss::{IGNORED, LossScale};
 use kernels::{gemm_into, softmax, softmax_gradient};
 use parallel::pipeline::{CollectiveFn, Vocabulary};
 use parallel::{CommError, Communicator, ReduceOp, Weight};
@@ -15,89 +20,107 @@ use std::ops::Range;
 use tch::{Kind, Tensor};
 use torch_ext::Error;
 
-/// fp32 logits that exist at once take up to this many bytes.
+/// Limit for the fp32 logits that exist at once.
 const CHUNK_BYTES: usize = 16 << 20;
 
-/// What S leaves for T.
+/// Results of pass S on this rank, for pass T.
 pub(crate) struct LocalSoftmax {
     /// `[T, D]`.
     hidden: Tensor,
-    /// `[T, v]`, of the model's dtype: softmax over this rank's rows alone. With `naive` fp32, logits, after N exponentials.
+    /// `[T, v]` in the model's dtype: softmax over this rank's rows only. With `naive` in fp32: the
+    /// logits, and after N their exponentials.
     probs: Tensor,
-    /// `[T]` int64: the label's row on this rank, and whether it is one (fp32).
+    /// `[T]` int64: the label's row on this rank.
     target: Tensor,
+    /// `[T]` fp32: 1 if this rank has the label's row, else 0.
     owned: Tensor,
-    /// `[T]` fp32: the gradient of the total loss with respect to each token's loss, over the logits' divisor.
+    /// `[T]` fp32: gradient of the total loss with respect to each token's loss, over the divisor
+    /// of the logits.
     weight: Tensor,
     /// `[3, T]` fp32: maximum, sum of exponentials, label's logit.
     statistics: Tensor,
-    /// `vocab-2`: `[T, D]` each, the two parts of the input's gradient.
-    parts: Option<(Tensor, Tensor)>,
+    /// Set only with `vocab-2`.
+    input_gradient: Option<InputGradient>,
 }
 
-/// Chunks of `tokens` whose logits over `rows` rows fit.
+/// The two terms of the input's gradient, each `[T, D]`.
+struct InputGradient {
+    /// Rows of the matrix, weighted by the softmax.
+    mixed: Tensor,
+    /// Row of the label.
+    target: Tensor,
+}
+
+impl InputGradient {
+    fn shallow_clone(&self) -> InputGradient {
+        InputGradient {
+            mixed: self.mixed.shallow_clone(),
+            target: self.target.shallow_clone(),
+        }
+    }
+}
+
+/// Returns start and length of chunks of tokens whose fp32 logits stay within the limit.
 fn chunks(tokens: i64, rows: i64) -> impl Iterator<Item = (i64, i64)> {
-    let chunk = (CHUNK_BYTES / 4 / rows.max(1) as usize).clamp(1, tokens.max(1) as usize) as i64;
-    (0..tokens)
-        .step_by(chunk as usize)
-        .map(move |start| (start, chunk.min(tokens - start)))
+    let fitting = CHUNK_BYTES / 4 / rows.max(1) as usize;
+    let chunk = fitting.clamp(1, tokens.max(1) as usize) as i64;
+    let starts = (0..tokens).step_by(chunk as usize);
+    starts.map(move |start| (start, chunk.min(tokens - start)))
 }
 
-/// S of hidden states `[T, D]` and labels `[T]`: rows `rows` of the output layer are `weight`. The loss of each token enters
-/// the total with `factor`; without `learning` nothing is computed for gradients.
+/// Runs pass S for hidden states `[T, D]` and labels `[T]`. `weight` has the rows `rows` of the
+/// output layer. Without an `algorithm` it computes nothing for gradients.
 pub(crate) fn logits(
     hidden: &Tensor,
     weight: &Weight,
     rows: &Range<usize>,
     labels_t: &Tensor,
-    factor: f64,
-    divisor: f64,
+    scale: LossScale,
     algorithm: Option<Vocabulary>,
 ) -> LocalSoftmax {
     let kind = hidden.kind();
+    let device = hidden.device();
+    let divisor = scale.logits_divisor;
     let matrix = weight.value();
     let tokens = hidden.size()[0];
     let own = rows.len() as i64;
-    let float = (Kind::Float, hidden.device());
     let shifted = labels_t - rows.start as i64;
     let inside = shifted.ge(0).logical_and(&shifted.lt(own));
     let owned = inside.to_kind(Kind::Float);
     let target = shifted.clamp(0, own - 1);
-    let statistics = Tensor::zeros([3, tokens], float);
+    let statistics = Tensor::zeros([3, tokens], (Kind::Float, device));
     let naive = algorithm == Some(Vocabulary::Naive);
-    let kept = if naive { Kind::Float } else { kind };
-    let probs = Tensor::empty(
-        [if algorithm.is_some() { tokens } else { 0 }, own],
-        (kept, hidden.device()),
-    );
-    let parts = (algorithm == Some(Vocabulary::Vocab2)).then(|| {
-        let of_target = matrix.index_select(0, &target) * owned.unsqueeze(1).to_kind(kind);
-        (hidden.empty_like(), of_target)
+    let saved_tokens = if algorithm.is_some() { tokens } else { 0 };
+    let saved_kind = if naive { Kind::Float } else { kind };
+    let probs = Tensor::empty([saved_tokens, own], (saved_kind, device));
+    let input_gradient = (algorithm == Some(Vocabulary::Vocab2)).then(|| InputGradient {
+        target: matrix.index_select(0, &target) * owned.unsqueeze(1).to_kind(kind),
+        mixed: hidden.empty_like(),
     });
     for (start, len) in chunks(tokens, own) {
         let x = hidden.narrow(0, start, len);
-        let part = |index: i64| statistics.get(index).narrow(0, start, len);
-        // The logits become the softmax in the memory that keeps it.
+        let statistic = |index: i64| statistics.get(index).narrow(0, start, len);
+        // The softmax overwrites the logits, in the memory that is saved.
         let logits = if algorithm.is_some() && !naive {
             probs.narrow(0, start, len)
         } else {
-            Tensor::empty([len, own], (kind, hidden.device()))
+            Tensor::empty([len, own], (kind, device))
         };
         gemm_into(&logits, &x, &matrix.tr());
-        let of_target = logits
-            .gather(1, &target.narrow(0, start, len).unsqueeze(1), false)
-            .squeeze_dim(1);
-        part(2).copy_(&(of_target.to_kind(Kind::Float) * owned.narrow(0, start, len) / divisor));
+        let index = target.narrow(0, start, len).unsqueeze(1);
+        let of_target = logits.gather(1, &index, false).squeeze_dim(1);
+        let of_target = of_target.to_kind(Kind::Float) * owned.narrow(0, start, len) / divisor;
+        statistic(2).copy_(&of_target);
         if naive {
             let logits = logits.to_kind(Kind::Float) / divisor;
-            part(0).copy_(&logits.amax([1i64].as_slice(), false));
+            statistic(0).copy_(&logits.amax([1i64].as_slice(), false));
             probs.narrow(0, start, len).copy_(&logits);
             continue;
         }
         let (largest, sum) = softmax(&logits, divisor, &logits);
-        part(0).copy_(&largest);
-        part(1).copy_(&sum);
-        if let Some((mixed, _)) = &parts {
+        statistic(0).copy_(&largest);
+        statistic(1).copy_(&sum);
+        if let Some(InputGradient { mixed, .. }) = &input_gradient {
             gemm_into(&mixed.narrow(0, start, len), &logits, &matrix);
         }
     }
@@ -107,19 +130,20 @@ pub(crate) fn logits(
         probs,
         target,
         owned,
-        weight: counted * (factor / divisor),
+        weight: counted * (scale.factor / divisor),
         statistics,
-        parts,
+        input_gradient,
     }
 }
 
 impl LocalSoftmax {
-    /// The largest logit of each token on this rank, `[T]`.
+    /// Returns the largest logit of each token on this rank, `[T]`.
     pub(crate) fn largest(&self) -> Tensor {
         self.statistics.get(0).copy()
     }
 
-    /// N: exponentials of the logits less the largest of all ranks' `[T]`, and their sum on this rank.
+    /// Runs pass N: subtracts all ranks' largest logit `[T]` and computes exponentials and their
+    /// sum on this rank.
     pub(crate) fn normalize(&mut self, largest: &Tensor) {
         self.statistics.get(0).copy_(largest);
         for (start, len) in chunks(self.probs.size()[0], self.probs.size()[1]) {
@@ -132,7 +156,8 @@ impl LocalSoftmax {
         }
     }
 
-    /// After N: the loss, summed over tokens and weighted, and one over the sum of all ranks' exponentials `[T]`.
+    /// Returns the collective after N. It gives the weighted loss summed over tokens, and one over
+    /// the sum of all ranks' exponentials `[T]`.
     pub(crate) fn sum_over_ranks(&self, divisor: f64) -> CollectiveFn {
         let largest = self.statistics.get(0).copy();
         let weight = self.weight.shallow_clone();
@@ -141,28 +166,27 @@ impl LocalSoftmax {
             group.all_reduce(&sums, ReduceOp::Sum)?.wait()?;
             let total = sums.get(0);
             let of_target = sums.get(1);
-            let loss = ((total.log() + &largest - of_target) * &weight).sum(Kind::Float) * divisor;
+            let losses = total.log() + &largest - of_target;
+            let loss = (losses * &weight).sum(Kind::Float) * divisor;
             Ok(vec![loss, total.reciprocal()])
         })
     }
 
-    /// C1: the loss, summed over tokens and weighted, then the factor `[T]` that makes this rank's softmax the true one, and
-    /// with `vocab-2` the rows `takes` of the input's gradient.
-    pub(crate) fn exchange(&self, divisor: f64, takes: Option<Range<i64>>) -> CollectiveFn {
+    /// Returns collective C1. It gives the weighted loss summed over tokens, the factor `[T]` that
+    /// corrects this rank's softmax, and with `vocab-2` the rows `rows` of the input's gradient.
+    pub(crate) fn exchange(&self, divisor: f64, rows: Option<Range<i64>>) -> CollectiveFn {
         let own = self.statistics.shallow_clone();
         let weight = self.weight.shallow_clone();
-        let parts = self
-            .parts
+        let input_gradient = self
+            .input_gradient
             .as_ref()
-            .map(|(mixed, target)| (mixed.shallow_clone(), target.shallow_clone()));
+            .map(InputGradient::shallow_clone);
         Box::new(move |group: &dyn Communicator| {
             let tokens = own.size()[1];
-            let all = Tensor::empty(
-                [3 * group.size() as i64, tokens],
-                (own.kind(), own.device()),
-            );
+            let ranks = group.size() as i64;
+            let all = Tensor::empty([3 * ranks, tokens], (own.kind(), own.device()));
             group.all_gather(&all, &own)?.wait()?;
-            let all = all.view([group.size() as i64, 3, tokens]);
+            let all = all.view([ranks, 3, tokens]);
             let largest = all.select(1, 0);
             let sums = all.select(1, 1);
             let targets = all.select(1, 2);
@@ -171,33 +195,31 @@ impl LocalSoftmax {
             let scaled = sums * (largest - &highest).exp();
             let total = scaled.sum_dim_intlist(first.as_slice(), false, Kind::Float);
             let of_target = targets.sum_dim_intlist(first.as_slice(), false, Kind::Float);
-            let loss = ((total.log() + highest - of_target) * &weight).sum(Kind::Float) * divisor;
+            let losses = total.log() + highest - of_target;
+            let loss = (losses * &weight).sum(Kind::Float) * divisor;
             let correction = scaled.get(group.rank() as i64) / total;
             let mut results = vec![loss, correction.shallow_clone()];
-            if let Some((mixed, target)) = &parts {
+            if let Some(InputGradient { mixed, target }) = &input_gradient {
                 let by_token = |t: &Tensor| t.unsqueeze(1).to_kind(mixed.kind());
                 let gradient = (mixed * by_token(&correction) - target) * by_token(&weight);
                 group.all_reduce(&gradient, ReduceOp::Sum)?.wait()?;
-                results.extend(takes.as_ref().map(|rows| narrow(&gradient, rows)));
+                results.extend(rows.as_ref().map(|rows| narrow(&gradient, rows)));
             }
             Ok::<_, CommError>(results)
         })
     }
 
-    /// T: adds the gradient of this rank's rows, and gives this rank's part of the input's gradient `[T, D]` where
-    /// `input_too`.
-    ///
-    /// # Errors
-    /// When nothing collects the gradient.
+    /// Runs pass T: adds the gradient of this rank's rows. With `with_input` it also returns this
+    /// rank's part of the input's gradient `[T, D]`.
     pub(crate) fn backward(
         self,
         weight: &Weight,
         correction: &Tensor,
-        input_too: bool,
+        with_input: bool,
     ) -> Result<Option<Tensor>, Error> {
         let kind = self.hidden.kind();
         let matrix = weight.value();
-        let gradient = input_too.then(|| self.hidden.empty_like());
+        let gradient = with_input.then(|| self.hidden.empty_like());
         let contribution = weight.contribution()?;
         for (start, len) in chunks(self.hidden.size()[0], self.probs.size()[1]) {
             let part = |t: &Tensor| t.narrow(0, start, len);
@@ -206,9 +228,8 @@ impl LocalSoftmax {
             let of_logits = part(&self.probs);
             softmax_gradient(&of_logits, &scale, &part(&self.target), &minus);
             let of_logits = of_logits.to_kind(kind);
-            contribution
-                .sum()
-                .gemm_accumulate(&of_logits.tr(), &self.hidden.narrow(0, start, len));
+            let sum = contribution.sum();
+            sum.gemm_accumulate(&of_logits.tr(), &part(&self.hidden));
             if let Some(gradient) = &gradient {
                 gemm_into(&gradient.narrow(0, start, len), &of_logits, &matrix);
             }
@@ -218,12 +239,11 @@ impl LocalSoftmax {
     }
 }
 
-/// The rows `rows` of `tensor`.
 fn narrow(tensor: &Tensor, rows: &Range<i64>) -> Tensor {
     tensor.narrow(0, rows.start, rows.end - rows.start)
 }
 
-/// The largest of all ranks' numbers.
+/// Returns the collective that gives the maximum over all ranks.
 pub(crate) fn maximum(largest: Tensor) -> CollectiveFn {
     Box::new(move |group: &dyn Communicator| {
         group.all_reduce(&largest, ReduceOp::Max)?.wait()?;
@@ -231,16 +251,17 @@ pub(crate) fn maximum(largest: Tensor) -> CollectiveFn {
     })
 }
 
-/// C2 and the sum of the embedding: of `part`, summed over the ranks, the rows `takes`, for those that need any.
-pub(crate) fn sum(part: Tensor, takes: Option<Range<i64>>) -> CollectiveFn {
+/// Returns the collective C2, and that of the embedding: it sums `part` over the ranks and gives
+/// the rows `rows` to the ranks that need any.
+pub(crate) fn sum(part: Tensor, rows: Option<Range<i64>>) -> CollectiveFn {
     Box::new(move |group: &dyn Communicator| {
         group.all_reduce(&part, ReduceOp::Sum)?.wait()?;
-        Ok(takes.iter().map(|rows| narrow(&part, rows)).collect())
+        Ok(rows.iter().map(|rows| narrow(&part, rows)).collect())
     })
 }
 
-/// C0 and the way back of the embedding: for all, what the ranks `roots` have, each as many rows, in `whole`; `own` is this
-/// rank's part, where it is one of them.
+/// Returns the collective C0, and that of the embedding's backward: it broadcasts the rows of the
+/// ranks `roots` into `whole`. `own` has this rank's rows if it is one of them.
 pub(crate) fn collect(whole: Tensor, own: Option<Tensor>, roots: Range<usize>) -> CollectiveFn {
     Box::new(move |group: &dyn Communicator| {
         let rows = whole.size()[0] / roots.len() as i64;
@@ -255,27 +276,26 @@ pub(crate) fn collect(whole: Tensor, own: Option<Tensor>, roots: Range<usize>) -
     })
 }
 
-/// IF: this rank's rows for `tokens_t` `[T]`, zero for tokens of other ranks: `[T, D]`.
-pub(crate) fn rows_of(tokens_t: &Tensor, weight: &Weight, rows: &Range<usize>) -> Tensor {
-    let (index, inside) = own_rows(tokens_t, rows);
+/// Runs pass IF: looks up `tokens_t` `[T]` in this rank's rows. Returns `[T, D]`, zero for tokens
+/// of other ranks.
+pub(crate) fn embed_rows(tokens_t: &Tensor, weight: &Weight, rows: &Range<usize>) -> Tensor {
+    let (index, inside) = local_rows(tokens_t, rows);
     let found = weight.value().index_select(0, &index);
     &found * inside.to_kind(found.kind())
 }
 
-/// IB: adds to `sum` the gradient of this rank's rows, given that of the embedded tokens `[T, D]`.
+/// Runs pass IB: adds to `sum` the gradient of this rank's rows, given that of the embedded tokens
+/// `[T, D]`.
 pub(crate) fn add_rows(tokens_t: &Tensor, gradient: &Tensor, sum: &Tensor, rows: &Range<usize>) {
-    let (index, inside) = own_rows(tokens_t, rows);
-    let _ = sum
-        .shallow_clone()
-        .index_add_(0, &index, &(gradient.to_kind(Kind::Float) * inside));
+    let (index, inside) = local_rows(tokens_t, rows);
+    let gradient = gradient.to_kind(Kind::Float) * inside;
+    let _ = sum.shallow_clone().index_add_(0, &index, &gradient);
 }
 
-/// The row of each token on this rank, and a column of ones where it has one, zeros elsewhere (fp32).
-fn own_rows(tokens_t: &Tensor, rows: &Range<usize>) -> (Tensor, Tensor) {
+/// Returns the row of each token on this rank, and an fp32 column: 1 if this rank has it, else 0.
+fn local_rows(tokens_t: &Tensor, rows: &Range<usize>) -> (Tensor, Tensor) {
     let shifted = tokens_t - rows.start as i64;
     let inside = shifted.ge(0).logical_and(&shifted.lt(rows.len() as i64));
-    (
-        shifted.clamp(0, rows.len() as i64 - 1),
-        inside.to_kind(Kind::Float).unsqueeze(1),
-    )
+    let index = shifted.clamp(0, rows.len() as i64 - 1);
+    (index, inside.to_kind(Kind::Float).unsqueeze(1))
 }

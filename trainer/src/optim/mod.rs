@@ -5,7 +5,7 @@ pub(crate) mod schedule;
 
 use crate::Error;
 use crate::config::OptimizerConfig;
-use crate::model::parameters::Parameters;
+use crate::model::parameters::{Parameter, Parameters};
 use crate::optim::offload::Offload;
 use kernels::{AdamWUpdate, adamw, sum_of_squares};
 use parallel::{Accelerator, Communicator, GradientBuckets, ReduceOp};
@@ -19,25 +19,47 @@ pub struct Optimizer {
     grad_clip: f64,
     exp_avgs: Vec<Tensor>,
     exp_avg_sqs: Vec<Tensor>,
-    /// Parameters that share weight decay and learning-rate factor.
     groups: Vec<ParameterGroup>,
-    /// Where masters are in the host's memory.
+    /// Set if masters are in host memory.
     offload: Option<Offload>,
-    /// All ranks: the squares of what each counts add up in the norm.
+    /// All ranks, which sum their parts of the squared gradient norm.
     world: Arc<dyn Communicator>,
 }
 
+/// Parameters with the same weight decay and learning-rate factor.
 struct ParameterGroup {
     decay: bool,
     lr_scale: f64,
     members: Vec<usize>,
 }
 
+impl ParameterGroup {
+    fn fits(&self, parameter: &Parameter) -> bool {
+        self.decay == parameter.decay && self.lr_scale == parameter.lr_scale
+    }
+}
+
+/// Groups parameters in the order in which each group's first parameter appears.
+fn parameter_groups(parameters: &Parameters) -> Vec<ParameterGroup> {
+    let mut groups: Vec<ParameterGroup> = Vec::new();
+    for (index, parameter) in parameters.iter().enumerate() {
+        match groups.iter_mut().find(|group| group.fits(parameter)) {
+            Some(group) => group.members.push(index),
+            None => groups.push(ParameterGroup {
+                decay: parameter.decay,
+                lr_scale: parameter.lr_scale,
+                members: vec![index],
+            }),
+        }
+    }
+    groups
+}
+
 impl Optimizer {
-    /// State for `parameters`, all zero, where their masters are.
+    /// Creates zero moments for `parameters`, in the memory of their masters.
     ///
     /// # Errors
-    /// When there is no memory by way of which gradients could come to the host.
+    /// If there is no memory to stage gradients on the host.
     pub fn new(
         config: &OptimizerConfig,
         grad_clip: f64,
@@ -45,68 +67,43 @@ impl Optimizer {
         device: &dyn Accelerator,
         world: Arc<dyn Communicator>,
     ) -> Result<Optimizer, Error> {
-        let zeros = || {
-            parameters
-                .iter()
-                .map(|parameter| parameter.master.zeros_like())
-                .collect::<Vec<_>>()
+        let masters = || parameters.iter().map(|parameter| &parameter.master);
+        let largest = masters().map(Tensor::numel).max().unwrap_or(0);
+        let offload = if parameters.are_offloaded() {
+            Some(Offload::new(device, largest as i64, parameters.kind())?)
+        } else {
+            None
         };
-        let mut groups: Vec<ParameterGroup> = Vec::new();
-        for (index, parameter) in parameters.iter().enumerate() {
-            let decay = parameter.decay;
-            let lr_scale = parameter.lr_scale;
-            match groups
-                .iter_mut()
-                .find(|group| group.decay == decay && group.lr_scale == lr_scale)
-            {
-                Some(group) => group.members.push(index),
-                None => groups.push(ParameterGroup {
-                    decay,
-                    lr_scale,
-                    members: vec![index],
-                }),
-            }
-        }
-        let largest = parameters
-            .iter()
-            .map(|parameter| parameter.master.numel() as i64)
-            .max()
-            .unwrap_or(0);
-        let offload = || Offload::new(device, largest, parameters.kind());
-        let offload = parameters.are_offloaded().then(offload).transpose()?;
-        let config = config.clone();
         Ok(Optimizer {
-            config,
+            config: config.clone(),
             grad_clip,
-            exp_avgs: zeros(),
-            exp_avg_sqs: zeros(),
-            groups,
+            exp_avgs: masters().map(Tensor::zeros_like).collect(),
+            exp_avg_sqs: masters().map(Tensor::zeros_like).collect(),
+            groups: parameter_groups(parameters),
             offload,
             world,
         })
     }
 
-    /// First and second moments of parameter `index`.
+    /// Returns the first and the second moment of parameter `index`.
     pub fn moments(&self, index: usize) -> (&Tensor, &Tensor) {
         (&self.exp_avgs[index], &self.exp_avg_sqs[index])
     }
 
-    /// The norm of all gradients of the model, each counted once whatever the layout.
+    /// Returns the norm of all gradients of the model. Each counts once, whatever the layout.
     ///
     /// # Collective
     /// All ranks.
     ///
     /// # Errors
-    /// When a collective fails.
+    /// If a collective fails.
     pub fn grad_norm(
         &self,
         parameters: &Parameters,
         gradients: &GradientBuckets,
     ) -> Result<f64, Error> {
-        let counted = parameters
-            .iter()
-            .enumerate()
-            .filter(|(_, parameter)| parameter.counted);
+        let all = parameters.iter().enumerate();
+        let counted = all.filter(|(_, parameter)| parameter.counted);
         let squares: Vec<Tensor> = counted
             .map(|(index, _)| sum_of_squares(&gradients.gradient(index)))
             .collect();
@@ -120,10 +117,11 @@ impl Optimizer {
         Ok(total.double_value(&[0]).sqrt())
     }
 
-    /// Step number `step` (1 is the first) with learning rate `lr`, gradients clipped by their norm, of what `device` computes with.
+    /// Updates the parameters in step `step` (1 is the first) with learning rate `lr`, and clips
+    /// the gradients by their norm.
     ///
     /// # Errors
-    /// libtorch's message.
+    /// If libtorch refuses an operation.
     pub fn step(
         &mut self,
         parameters: &Parameters,
@@ -133,9 +131,9 @@ impl Optimizer {
         grad_norm: f64,
         device: &dyn Accelerator,
     ) -> Result<(), Error> {
-        // Clipping as torch.nn.utils.clip_grad_norm_ does it; the kernel divides by the scale in its own pass.
-        let clipped = self.grad_clip > 0.0 && grad_norm > self.grad_clip;
-        let scale = clipped.then(|| (grad_norm + 1e-6) / self.grad_clip);
+        // As torch.nn.utils.clip_grad_norm_; the kernel divides by the scale in its own pass.
+        let is_clipped = self.grad_clip > 0.0 && grad_norm > self.grad_clip;
+        let scale = is_clipped.then(|| (grad_norm + 1e-6) / self.grad_clip);
         for group in &self.groups {
             let update = |&index: &usize| {
                 let parameter = parameters.get(index);
@@ -148,22 +146,27 @@ impl Optimizer {
                 }
             };
             let updates: Vec<AdamWUpdate> = group.members.iter().map(update).collect();
-            let config = AdamW {
-                lr: lr * group.lr_scale,
-                beta1: self.config.beta1,
-                beta2: self.config.beta2,
-                weight_decay: if group.decay {
-                    self.config.weight_decay
-                } else {
-                    0.0
-                },
-                eps: self.config.eps,
-            };
+            let config = self.adamw_config(group, lr);
             match &self.offload {
                 Some(offload) => offload.update(device, &updates, config, step, scale)?,
                 None => adamw(&updates, config, step, scale)?,
             }
         }
         Ok(())
+    }
+
+    fn adamw_config(&self, group: &ParameterGroup, lr: f64) -> AdamW {
+        let weight_decay = if group.decay {
+            self.config.weight_decay
+        } else {
+            0.0
+        };
+        AdamW {
+            lr: lr * group.lr_scale,
+            beta1: self.config.beta1,
+            beta2: self.config.beta2,
+            weight_decay,
+            eps: self.config.eps,
+        }
     }
 }

@@ -2,12 +2,12 @@
 
 use crate::config::ScheduleConfig;
 
-/// Tokens in the unit that the Power scheduler measures a batch in (arXiv 2408.13359, section 3).
+/// Unit of a batch in the Power scheduler, in tokens (arXiv 2408.13359, section 3).
 const POWER_SEQUENCE: f64 = 4096.0;
 
-/// The learning rate of step `step` (0 is the first) of `steps`, when every step has `tokens_per_step` tokens.
+/// Returns the learning rate of step `step` (0 is the first) of `steps`.
 ///
-/// Tokens seen count this step's own, so that the first step's rate is not zero.
+/// Tokens count from the end of the step, so that the first step's rate is not zero.
 pub(crate) fn learning_rate(
     config: &ScheduleConfig,
     step: u64,
@@ -75,12 +75,13 @@ pub(crate) fn learning_rate(
     }
 }
 
-/// `min(max_lr, beta * a * n^b)` after `tokens` tokens, in steps of `batch_tokens` (arXiv 2408.13359, eq. 6).
+/// Returns `min(max_lr, beta * a * n^b)` after `tokens` tokens, in steps of `batch_tokens` (arXiv
+/// 2408.13359, eq. 6).
 pub(crate) fn power_law(a: f64, b: f64, max_lr: f64, batch_tokens: f64, tokens: f64) -> f64 {
     (batch_tokens / POWER_SEQUENCE * a * tokens.powf(b)).min(max_lr)
 }
 
-/// `(e^(1-x) - 1) / (e - 1)`: 1 at 0, 0 at 1.
+/// Returns `(e^(1-x) - 1) / (e - 1)`, which falls from 1 at 0 to 0 at 1.
 fn exponential_to_zero(x: f64) -> f64 {
     ((1.0 - x.min(1.0)).exp() - 1.0) / (std::f64::consts::E - 1.0)
 }
@@ -95,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn the_power_law_has_the_papers_values() {
+    fn the_power_law_has_the_values_of_the_paper() {
         let paper = |beta: f64, tokens: f64| power_law(4.0, -0.51, 0.02, beta * 4096.0, tokens);
         for (beta, tokens, expected) in [
             (32.0, 1e9, 3.290107e-3),
@@ -135,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn the_other_schedules_by_hand() {
+    fn other_schedules_match_values_computed_by_hand() {
         let wsd = ScheduleConfig::Wsd(WsdConfig {
             lr: 1.0,
             warmup_steps: 4,

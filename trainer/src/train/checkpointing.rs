@@ -1,8 +1,9 @@
-//! Saving and resuming a run: the trainer's state as named tensors, agreed upon by all ranks.
+//! Checkpoints of a run: its state as named tensors, saved and restored by all ranks together.
 //!
 //! # Collective
-//! Every function here is called by all ranks.
+//! All ranks call [`plan_save`], [`save`], [`resume`] and [`resume_snapshot`] at the same point.
 
+use super::run_state::RunState;
 use crate::Error;
 use crate::config::rename_old_keys;
 use crate::model::Model;
@@ -13,44 +14,33 @@ use parallel::agreement::{
     AgreementError, agree, all_gather_bytes, broadcast_bytes, decode_peer_message,
 };
 use parallel::{Accelerator, Communicator};
-use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tch::{Kind, Tensor};
 
-/// What is saved besides tensors.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct RunState {
-    /// Optimizer steps done.
-    pub(crate) step: u64,
-    /// Samples drawn: the position in the data.
-    pub(crate) samples: u64,
-    /// Tokens learned from.
-    pub(crate) tokens: u64,
-    /// How many ranks saved.
-    pub(crate) ranks: usize,
-    /// Choices for which an expert is lent, where experts are.
-    #[serde(default)]
-    pub(crate) min_tokens: Option<i64>,
-    /// Where experts have moved, and from what loads, where they do.
-    #[serde(default)]
-    pub(crate) placement: Option<PlacementState>,
-    /// The whole configuration.
-    pub(crate) config: serde_json::Value,
+/// Kinds of saved tensors. The name of a saved tensor is `KIND/GLOBAL NAME`.
+mod kind {
+    pub(super) const MASTER: &str = "model";
+    pub(super) const FIRST_MOMENT: &str = "exp_avg";
+    pub(super) const SECOND_MOMENT: &str = "exp_avg_sq";
+    pub(super) const BIAS: &str = "bias";
+    pub(super) const GENERATOR: &str = "generator";
 }
 
-/// Where experts are.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct PlacementState {
-    /// For each MoE layer of the model the position of each expert.
-    #[serde(alias = "positions")]
-    pub(crate) physical_slots: Vec<Vec<i64>>,
-    /// Choices of each expert in a step, smoothed.
-    pub(crate) loads: Vec<Vec<f64>>,
+fn key(kind: &str, name: impl std::fmt::Display) -> String {
+    format!("{kind}/{name}")
 }
 
-/// The parts of a run that have values.
+/// Returns the slice of the saved tensor of kind `kind` that belongs to a parameter's `slice`.
+fn with_kind_prefix(kind: &str, slice: &TensorSlice) -> TensorSlice {
+    TensorSlice {
+        name: key(kind, &slice.name),
+        ..slice.clone()
+    }
+}
+
+/// The sources of a run's tensors.
 pub(crate) struct StateTensors<'a> {
     pub(crate) model: &'a Model,
     pub(crate) optimizer: &'a Optimizer,
@@ -58,113 +48,92 @@ pub(crate) struct StateTensors<'a> {
     pub(crate) rank: usize,
 }
 
-/// What a saved tensor is; its name is `KIND/GLOBAL NAME`.
-const MASTER: &str = "model";
-const FIRST_MOMENT: &str = "exp_avg";
-const SECOND_MOMENT: &str = "exp_avg_sq";
-const BIAS: &str = "bias";
-const GENERATOR: &str = "generator";
-
-fn key(kind: &str, name: impl std::fmt::Display) -> String {
-    format!("{kind}/{name}")
-}
-
-/// The same box of the saved tensor of this kind.
-fn with_kind_prefix(kind: &str, place: &TensorSlice) -> TensorSlice {
-    TensorSlice {
-        name: key(kind, &place.name),
-        ..place.clone()
-    }
-}
-
 impl StateTensors<'_> {
-    /// Everything this rank holds, by global name.
+    /// Returns all tensors that this rank holds, with their global slices.
     pub(crate) fn tensors(&self) -> Result<Vec<(TensorSlice, Tensor)>, Error> {
         let mut tensors = Vec::new();
         for (index, parameter) in self.model.parameters.iter().enumerate() {
             let (exp_avg, exp_avg_sq) = self.optimizer.moments(index);
             for (kind, tensor) in [
-                (MASTER, &parameter.master),
-                (FIRST_MOMENT, exp_avg),
-                (SECOND_MOMENT, exp_avg_sq),
+                (kind::MASTER, &parameter.master),
+                (kind::FIRST_MOMENT, exp_avg),
+                (kind::SECOND_MOMENT, exp_avg_sq),
             ] {
-                let parts = parameter.slices(tensor).into_iter();
-                tensors.extend(parts.map(|(place, part)| (with_kind_prefix(kind, &place), part)));
+                for (slice, part) in parameter.slices(tensor) {
+                    tensors.push((with_kind_prefix(kind, &slice), part));
+                }
             }
         }
-        let whole =
-            |name: String, tensor: Tensor| (TensorSlice::whole(name, &tensor.size()), tensor);
-        tensors.extend(
-            self.model
-                .biases()
-                .map(|(_, name, tensor)| whole(key(BIAS, name), tensor)),
-        );
-        tensors.push(whole(
-            key(GENERATOR, self.rank),
-            self.device.generator_state()?,
-        ));
+        for (_, name, bias) in self.model.biases() {
+            let slice = TensorSlice::whole(key(kind::BIAS, name), &bias.size());
+            tensors.push((slice, bias));
+        }
+        let generator = self.device.generator_state()?;
+        let name = key(kind::GENERATOR, self.rank);
+        tensors.push((TensorSlice::whole(name, &generator.size()), generator));
         Ok(tensors)
     }
 }
 
-/// What a rank saves of what it holds.
-pub(crate) struct SavePlan {
-    /// Number in the list of all that it holds, which box of what, and the dtype.
-    pub(crate) own: Vec<(usize, TensorSlice, Kind)>,
-    /// Names that all ranks save together.
-    pub(crate) tensors: usize,
+/// A tensor that this rank saves.
+pub(crate) struct PlannedTensor {
+    /// Index among all tensors that the rank holds.
+    pub(crate) index: usize,
+    pub(crate) slice: TensorSlice,
+    pub(crate) kind: Kind,
 }
 
-/// Shares out what several ranks hold: the same plan on every rank.
+/// The tensors that this rank saves, out of those that it holds.
+pub(crate) struct SavePlan {
+    pub(crate) own: Vec<PlannedTensor>,
+    /// Number of names that all ranks save together.
+    pub(crate) num_tensors: usize,
+}
+
+/// Assigns each slice that several ranks hold to one of them. All ranks make the same plan.
 pub(crate) fn plan_save(
     tensors: &[(TensorSlice, Tensor)],
     world: &Arc<dyn Communicator>,
 ) -> Result<SavePlan, Error> {
+    let bytes_of = |tensor: &Tensor| tensor.numel() * tensor.kind().elt_size_in_bytes();
     let held: Vec<(&TensorSlice, u64)> = tensors
         .iter()
-        .map(|(place, tensor)| {
-            (
-                place,
-                (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64,
-            )
-        })
+        .map(|(slice, tensor)| (slice, bytes_of(tensor) as u64))
         .collect();
-    // Who holds what, then who writes what.
+    let message = serde_json::to_vec(&held).expect("plain data");
     let mut holders: BTreeMap<TensorSlice, (u64, Vec<usize>)> = BTreeMap::new();
-    for (rank, bytes) in all_gather_bytes(world, &serde_json::to_vec(&held).expect("plain data"))?
-        .iter()
-        .enumerate()
-    {
-        let held: Vec<(TensorSlice, u64)> = decode_peer_message(bytes)?;
-        for (place, bytes) in held {
-            holders
-                .entry(place)
-                .or_insert((bytes, Vec::new()))
-                .1
-                .push(rank);
+    for (rank, message) in all_gather_bytes(world, &message)?.iter().enumerate() {
+        let held: Vec<(TensorSlice, u64)> = decode_peer_message(message)?;
+        for (slice, bytes) in held {
+            let (_, ranks) = holders.entry(slice).or_insert((bytes, Vec::new()));
+            ranks.push(rank);
         }
     }
-    let places: Vec<TensorSlice> = holders.keys().cloned().collect();
-    let names: BTreeSet<&str> = places.iter().map(|place| place.name.as_str()).collect();
-    let owners = assign_owners(&holders.into_values().collect::<Vec<_>>(), world.size());
-    let owner: BTreeMap<&TensorSlice, usize> = places.iter().zip(owners).collect();
-    let own = tensors
-        .iter()
-        .enumerate()
-        .filter(|(_, (place, _))| owner[place] == world.rank());
-    let own = own
-        .map(|(index, (place, tensor))| (index, place.clone(), tensor.kind()))
-        .collect();
+    let slices: Vec<TensorSlice> = holders.keys().cloned().collect();
+    let names: BTreeSet<&str> = slices.iter().map(|slice| slice.name.as_str()).collect();
+    let holders: Vec<_> = holders.into_values().collect();
+    let owners = assign_owners(&holders, world.size());
+    let owner: BTreeMap<&TensorSlice, usize> = slices.iter().zip(owners).collect();
+    let mut own = Vec::new();
+    for (index, (slice, tensor)) in tensors.iter().enumerate() {
+        if owner[slice] == world.rank() {
+            own.push(PlannedTensor {
+                index,
+                slice: slice.clone(),
+                kind: tensor.kind(),
+            });
+        }
+    }
     Ok(SavePlan {
         own,
-        tensors: names.len(),
+        num_tensors: names.len(),
     })
 }
 
 /// Saves step `state.step` under `root`.
 ///
 /// # Errors
-/// When any rank fails to write; the earlier checkpoints are untouched then, and nothing half-written is left.
+/// If any rank fails to write. Earlier checkpoints are then untouched, and no partial one is left.
 pub(crate) fn save(
     root: &Path,
     state: &RunState,
@@ -173,11 +142,11 @@ pub(crate) fn save(
 ) -> Result<PathBuf, Error> {
     let tensors = run.tensors()?;
     let save_plan = plan_save(&tensors, world)?;
-    let mine = save_plan
-        .own
-        .iter()
-        .map(|(index, place, _)| (place.clone(), tensors[*index].1.shallow_clone()))
-        .collect();
+    let with_values = |planned: &PlannedTensor| {
+        let (_, tensor) = &tensors[planned.index];
+        (planned.slice.clone(), tensor.shallow_clone())
+    };
+    let own = save_plan.own.iter().map(with_values).collect();
 
     let staging = Staging::new(root, state.step);
     let begun = if world.rank() == 0 {
@@ -186,40 +155,47 @@ pub(crate) fn save(
         Ok(())
     };
     agree(world, begun.map_err(Error::from))?;
-    let written = staging.write_shard(world.rank(), mine);
-    let reports = all_gather_bytes(
-        world,
-        &serde_json::to_vec(&written.map_err(|e| e.to_string())).expect("plain data"),
-    )?;
-    let shards = reports.iter().enumerate().map(|(rank, report)| {
-        let report: Result<Shard, String> = decode_peer_message(report)?;
-        report.map_err(|message| AgreementError::Peer { rank, message }.into())
-    });
-    let shards: Result<Vec<Shard>, Error> = shards.collect();
+    let written = staging.write_shard(world.rank(), own);
+    let shards = gather_shards(world, written)?;
     let committed = match (shards, world.rank()) {
         (Ok(shards), 0) => {
             let state = serde_json::to_value(state).expect("plain data");
-            staging
-                .commit(shards, save_plan.tensors, state)
-                .map(|_| ())
-                .map_err(Error::from)
+            let committed = staging.commit(shards, save_plan.num_tensors, state);
+            committed.map(drop).map_err(Error::from)
         }
         (Ok(_), _) => Ok(()),
         (Err(error), _) => Err(error),
     };
-    let agreed = agree(world, committed);
-    if agreed.is_err() && world.rank() == 0 {
+    let committed = agree(world, committed);
+    if committed.is_err() && world.rank() == 0 {
         staging.discard();
     }
-    agreed?;
+    committed?;
     Ok(root.join(format!("step-{:08}", state.step)))
 }
 
-/// Finds the newest checkpoint under `root` that every rank can read, checks it, and restores the run from it, after
-/// `prepare` has seen what it says. None when there is no checkpoint at all. Refused ones are named to `warn`.
+/// Returns the shards of all ranks, or the error of the lowest rank that could not write.
+fn gather_shards(
+    world: &Arc<dyn Communicator>,
+    written: Result<Shard, checkpoint::Error>,
+) -> Result<Result<Vec<Shard>, Error>, Error> {
+    let report = written.map_err(|error| error.to_string());
+    let report = serde_json::to_vec(&report).expect("plain data");
+    let reports = all_gather_bytes(world, &report)?;
+    let shards = reports.iter().enumerate().map(|(rank, report)| {
+        let report: Result<Shard, String> = decode_peer_message(report)?;
+        report.map_err(|message| AgreementError::Peer { rank, message }.into())
+    });
+    Ok(shards.collect())
+}
+
+/// Finds the newest checkpoint under `root` that every rank can read, and restores the run from it.
+///
+/// Calls `prepare` with the checkpoint's state before it copies tensors, and `warn` with a message
+/// for each refused checkpoint. Returns `None` if there are no checkpoints.
 ///
 /// # Errors
-/// When there are checkpoints and none can be used.
+/// If there are checkpoints and none can be used.
 pub(crate) fn resume(
     root: &Path,
     run: &StateTensors,
@@ -227,28 +203,13 @@ pub(crate) fn resume(
     prepare: &dyn Fn(&RunState),
     warn: &mut dyn FnMut(&str),
 ) -> Result<Option<RunState>, Error> {
-    let listed = if world.rank() == 0 {
-        checkpoint::list(root)
-    } else {
-        Ok(Vec::new())
-    };
-    let failure = listed.as_ref().err().map(ToString::to_string);
-    let listed = serde_json::to_vec(&listed.unwrap_or_default()).expect("paths are UTF-8");
-    agree(
-        world,
-        failure.map_or(Ok(()), |reason| Err(Error::Resume(reason))),
-    )?;
-    let candidates: Vec<PathBuf> = decode_peer_message(&broadcast_bytes(world, &listed)?)?;
     let mut refusals = Vec::new();
-    for path in &candidates {
-        match agree(world, check(path, world)) {
+    for path in &list_on_rank_0(root, world)? {
+        match agree(world, verify(path, world)) {
             Ok(()) => {
-                let restored = Checkpoint::open(path).map_err(Error::from);
-                return agree(
-                    world,
-                    restored.and_then(|mut open| restore(&mut open, run, prepare)),
-                )
-                .map(Some);
+                let opened = Checkpoint::open(path).map_err(Error::from);
+                let restored = opened.and_then(|mut open| restore(&mut open, run, prepare));
+                return agree(world, restored).map(Some);
             }
             Err(error) => {
                 warn(&format!(
@@ -263,42 +224,56 @@ pub(crate) fn resume(
         return Ok(None);
     }
     Err(Error::Resume(format!(
-        "none of the {} checkpoints in {} can be used ({}); move the folder away to start from the beginning",
+        "none of the {} checkpoints in {} can be used ({}); move the folder away to start from the \
+         beginning",
         refusals.len(),
         root.display(),
         refusals.join("; ")
     )))
 }
 
-/// Restores the run from the snapshot whose parts have these headers.
+/// Returns the checkpoints that rank 0 finds under `root`, newest first.
+fn list_on_rank_0(root: &Path, world: &Arc<dyn Communicator>) -> Result<Vec<PathBuf>, Error> {
+    let listed = if world.rank() == 0 {
+        checkpoint::list(root)
+    } else {
+        Ok(Vec::new())
+    };
+    let listed = listed.map_err(|error| Error::Resume(error.to_string()));
+    let listed = agree(world, listed)?;
+    let message = serde_json::to_vec(&listed).expect("paths are UTF-8");
+    Ok(decode_peer_message(&broadcast_bytes(world, &message)?)?)
+}
+
+/// Id, headers and opener of a snapshot's parts.
+pub(crate) type SnapshotParts = (SnapshotId, Vec<ImageHeader>, PartOpener);
+
+/// Restores the run from the snapshot with these parts, if there is one.
 ///
 /// # Errors
-/// When any rank cannot get at its part of it.
+/// If any rank cannot read its part of the snapshot.
 pub(crate) fn resume_snapshot(
-    restored: Result<Option<(SnapshotId, Vec<ImageHeader>, PartOpener)>, Error>,
+    parts: Result<Option<SnapshotParts>, Error>,
     run: &StateTensors,
     world: &Arc<dyn Communicator>,
     prepare: &dyn Fn(&RunState),
 ) -> Result<Option<RunState>, Error> {
-    let state = restored.and_then(|parts| {
-        let Some((id, heads, open)) = parts else {
+    let state = parts.and_then(|parts| {
+        let Some((id, headers, open)) = parts else {
             return Ok(None);
         };
         let name = format!("the snapshot of step {}", id.step);
-        restore(
-            &mut Checkpoint::from_parts(&name, id.step, heads, open)?,
-            run,
-            prepare,
-        )
-        .map(Some)
+        let mut snapshot = Checkpoint::from_parts(&name, id.step, headers, open)?;
+        restore(&mut snapshot, run, prepare).map(Some)
     });
     agree(world, state)
 }
 
 /// Verifies this rank's share of a checkpoint's files.
-fn check(path: &Path, world: &Arc<dyn Communicator>) -> Result<(), Error> {
+fn verify(path: &Path, world: &Arc<dyn Communicator>) -> Result<(), Error> {
     let checkpoint = Checkpoint::open(path)?;
-    for file in (world.rank()..checkpoint.manifest().files.len()).step_by(world.size()) {
+    let files = checkpoint.manifest().files.len();
+    for file in (world.rank()..files).step_by(world.size()) {
         checkpoint.verify_file(file)?;
     }
     Ok(())
@@ -314,58 +289,55 @@ fn restore(
     let state = restore_weights(checkpoint, run.model)?;
     for (index, parameter) in run.model.parameters.iter().enumerate() {
         let (exp_avg, exp_avg_sq) = run.optimizer.moments(index);
-        for (kind, tensor) in [(FIRST_MOMENT, exp_avg), (SECOND_MOMENT, exp_avg_sq)] {
-            for (place, part) in parameter.slices(tensor) {
-                copy(checkpoint, &with_kind_prefix(kind, &place), &part)?;
+        let moments = [
+            (kind::FIRST_MOMENT, exp_avg),
+            (kind::SECOND_MOMENT, exp_avg_sq),
+        ];
+        for (kind, tensor) in moments {
+            for (slice, part) in parameter.slices(tensor) {
+                checkpoint.tensor_into(&with_kind_prefix(kind, &slice), &part)?;
             }
         }
     }
-    // Random states belong to a number of ranks; another number starts its own.
-    let name = key(GENERATOR, run.rank);
+    // Random states belong to a number of ranks; a run on another number starts its own.
+    let name = key(kind::GENERATOR, run.rank);
     if let Some(entry) = checkpoint.manifest().tensors.get(&name) {
-        let place = TensorSlice::whole(name, &entry.shape);
-        run.device
-            .set_generator_state(&checkpoint.tensor(&place)?)?;
+        let slice = TensorSlice::whole(name, &entry.shape);
+        let generator = checkpoint.tensor(&slice)?;
+        run.device.set_generator_state(&generator)?;
     }
     Ok(state)
 }
 
-/// Copies only what the model computes with.
+/// Copies weights and biases of a checkpoint into the model.
 pub(crate) fn restore_weights(
     checkpoint: &mut Checkpoint,
     model: &Model,
 ) -> Result<RunState, Error> {
     for parameter in model.parameters.iter() {
-        for (place, part) in parameter.slices(&parameter.master) {
-            copy(checkpoint, &with_kind_prefix(MASTER, &place), &part)?;
+        for (slice, part) in parameter.slices(&parameter.master) {
+            checkpoint.tensor_into(&with_kind_prefix(kind::MASTER, &slice), &part)?;
         }
         parameter.sync_from_master();
     }
     model.mark_stale();
-    for (_, name, tensor) in model.biases() {
-        copy(
-            checkpoint,
-            &TensorSlice::whole(key(BIAS, name), &tensor.size()),
-            &tensor,
-        )?;
+    for (_, name, bias) in model.biases() {
+        let slice = TensorSlice::whole(key(kind::BIAS, name), &bias.size());
+        checkpoint.tensor_into(&slice, &bias)?;
     }
     read_run_state(checkpoint)
 }
 
-/// What a checkpoint says about its run.
+/// Reads the state of the run from a checkpoint's manifest.
 pub(crate) fn read_run_state(checkpoint: &Checkpoint) -> Result<RunState, Error> {
     let mut state = checkpoint.manifest().state.clone();
     if let Some(config) = state.get_mut("config") {
         rename_old_keys(config);
     }
-    serde_json::from_value(state).map_err(|e| {
+    serde_json::from_value(state).map_err(|error| {
         Error::Resume(format!(
-            "{}: the manifest's state cannot be read: {e}",
+            "{}: the manifest's state cannot be read: {error}",
             checkpoint.path().display()
         ))
     })
-}
-
-fn copy(checkpoint: &mut Checkpoint, place: &TensorSlice, into: &Tensor) -> Result<(), Error> {
-    Ok(checkpoint.tensor_into(place, into)?)
 }

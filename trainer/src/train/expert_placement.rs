@@ -1,34 +1,46 @@
-//! Experts that move between ranks, with their masters and moments: a plan of which box goes from whom to whom, and one
-//! exchange that carries it out.
+//! Experts that move between ranks, with masters and moments.
+//!
+//! A pure plan says which rows go from which rank to which, and one exchange carries it out.
 //!
 //! # Collective
 //! Every rank of a stage, in the order of its MoE layers.
 
+use super::run_state::PlacementState;
 use crate::Error;
 use crate::config::PlacementConfig;
 use crate::model::{LocalExperts, Model};
 use crate::optim::Optimizer;
-use crate::train::checkpointing::PlacementState;
 use checkpoint::TensorSlice;
 use moe::placement::rebalance_experts;
 use parallel::agreement::{all_gather_bytes, decode_peer_message};
 use parallel::{Communicator, Work};
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::Arc;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-/// Where experts are, and when they move.
+/// Kinds of values per parameter: master, first moment, second moment.
+const KINDS: usize = 3;
+
+/// Placement of all experts, and the rule by which they move.
 pub(crate) struct ExpertPlacement {
     config: PlacementConfig,
-    /// Ranks that share a layer's experts out, in owners.
+    /// Number of owners of each MoE layer's experts.
     owners: usize,
     /// The ranks of this rank's stage.
     stage: Arc<dyn Communicator>,
     state: PlacementState,
 }
 
+/// Rows of a parameter on this rank.
+struct HeldSlice {
+    slice: TensorSlice,
+    /// Master, first moment, second moment.
+    values: [Tensor; KINDS],
+}
+
 impl ExpertPlacement {
-    /// All experts of `moe_layers` layers where they are at first.
+    /// Returns the initial placement of `experts` experts in each of `moe_layers` layers.
     pub(crate) fn new(
         config: &PlacementConfig,
         moe_layers: usize,
@@ -36,9 +48,8 @@ impl ExpertPlacement {
         owners: usize,
         stage: Arc<dyn Communicator>,
     ) -> ExpertPlacement {
-        let physical_slots = vec![(0..experts as i64).collect(); moe_layers];
         let state = PlacementState {
-            physical_slots,
+            physical_slots: vec![(0..experts as i64).collect(); moe_layers],
             loads: vec![vec![0.0; experts]; moe_layers],
         };
         ExpertPlacement {
@@ -49,34 +60,35 @@ impl ExpertPlacement {
         }
     }
 
-    /// For a checkpoint.
+    /// Returns the state that a checkpoint saves.
     pub(crate) fn state(&self) -> &PlacementState {
         &self.state
     }
 
-    /// Whether what a checkpoint says is about the same experts.
+    /// True if a checkpoint's state has the same numbers of layers and experts.
     pub(crate) fn fits(&self, state: &PlacementState) -> bool {
-        let sizes = |state: &PlacementState| {
+        let experts_by_layer = |state: &PlacementState| {
             state
                 .physical_slots
                 .iter()
                 .map(Vec::len)
                 .collect::<Vec<_>>()
         };
-        sizes(state) == sizes(&self.state)
+        experts_by_layer(state) == experts_by_layer(&self.state)
     }
 
-    /// Goes on from what a checkpoint says.
+    /// Continues from a checkpoint's state if it fits.
     pub(crate) fn resume(&mut self, state: &PlacementState) {
         if self.fits(state) {
             self.state = state.clone();
         }
     }
 
-    /// Takes the token counts of a step into account, `[moe_layers][E]`, and, when it is time, moves experts: how many of them.
+    /// Adds a step's routed tokens `[moe_layers][E]` to the loads and, if due, moves experts.
+    /// Returns the number of moved experts.
     ///
     /// # Errors
-    /// When an exchange fails.
+    /// If an exchange fails.
     pub(crate) fn step(
         &mut self,
         step: u64,
@@ -84,109 +96,88 @@ impl ExpertPlacement {
         model: &Model,
         optimizer: &Optimizer,
     ) -> Result<u64, Error> {
-        for (loads, tokens_per_expert) in self.state.loads.iter_mut().zip(tokens_per_expert) {
-            let keep = if loads.iter().all(|&load| load == 0.0) {
-                0.0
-            } else {
-                self.config.smoothing
-            };
-            loads
-                .iter_mut()
-                .zip(*tokens_per_expert)
-                .for_each(|(load, &now)| *load = keep * *load + (1.0 - keep) * now);
-        }
+        self.smooth_loads(tokens_per_expert);
         if !step.is_multiple_of(self.config.every) {
             return Ok(0);
         }
         // The same on every rank, also for layers of other stages.
-        let better = |(loads, physical_slots): (&Vec<f64>, &Vec<i64>)| {
-            rebalance_experts(loads, physical_slots, self.owners, self.config.min_gain)
-        };
-        let better: Vec<_> = self
+        let improved: Vec<Option<Vec<i64>>> = self
             .state
             .loads
             .iter()
             .zip(&self.state.physical_slots)
-            .map(better)
+            .map(|(loads, slots)| {
+                rebalance_experts(loads, slots, self.owners, self.config.min_gain)
+            })
             .collect();
-        for (moe_layer, moe, held) in model.local_moe_layers() {
-            if let Some(physical_slots) = &better[moe_layer] {
-                let before = &self.state.physical_slots[moe_layer];
-                let moved = |expert: &usize| before[*expert] != physical_slots[*expert];
-                let names: BTreeSet<String> = (0..physical_slots.len())
-                    .filter(moved)
-                    .flat_map(|expert| {
-                        ["gate_up", "down"]
-                            .map(|part| format!("{}.experts.{expert}.{part}", held.name))
-                    })
-                    .collect();
-                self.exchange(model, optimizer, held, &names, || {
-                    held.set_physical_slots(&model.parameters, &moe.dispatcher, physical_slots);
+        for (moe_layer, moe, experts) in model.local_moe_layers() {
+            if let Some(slots) = &improved[moe_layer] {
+                let names = self.moved_tensors(moe_layer, slots, &experts.name);
+                self.exchange(model, optimizer, experts, &names, || {
+                    experts.set_physical_slots(&model.parameters, &moe.dispatcher, slots);
                 })?;
             }
         }
-        let mut moved = 0;
-        for (physical_slots, better) in self.state.physical_slots.iter_mut().zip(better) {
-            if let Some(better) = better {
-                moved += physical_slots
-                    .iter()
-                    .zip(&better)
-                    .filter(|(before, after)| before != after)
-                    .count() as u64;
-                *physical_slots = better;
-            }
-        }
+        let moved = self.accept(improved);
         if moved > 0 {
             model.mark_stale();
         }
         Ok(moved)
     }
 
-    /// Brings the values of the tensors `names` to where they are after `relabel`.
+    fn smooth_loads(&mut self, tokens_per_expert: &[&[f64]]) {
+        for (loads, tokens_per_expert) in self.state.loads.iter_mut().zip(tokens_per_expert) {
+            let is_first = loads.iter().all(|&load| load == 0.0);
+            let keep = if is_first { 0.0 } else { self.config.smoothing };
+            for (load, &now) in loads.iter_mut().zip(*tokens_per_expert) {
+                *load = keep * *load + (1.0 - keep) * now;
+            }
+        }
+    }
+
+    /// Returns the global names of the tensors of experts that move to other slots.
+    fn moved_tensors(&self, moe_layer: usize, slots: &[i64], name: &str) -> BTreeSet<String> {
+        let before = &self.state.physical_slots[moe_layer];
+        let moved = (0..slots.len()).filter(|&expert| before[expert] != slots[expert]);
+        let names =
+            |expert| ["gate_up", "down"].map(|part| format!("{name}.experts.{expert}.{part}"));
+        moved.flat_map(names).collect()
+    }
+
+    /// Takes over improved placements and returns the number of moved experts.
+    fn accept(&mut self, improved: Vec<Option<Vec<i64>>>) -> u64 {
+        let mut moved = 0;
+        for (slots, improved) in self.state.physical_slots.iter_mut().zip(improved) {
+            if let Some(improved) = improved {
+                let pairs = slots.iter().zip(&improved);
+                moved += pairs.filter(|(before, after)| before != after).count() as u64;
+                *slots = improved;
+            }
+        }
+        moved
+    }
+
+    /// Calls `relabel`, which changes the global slices of this rank's rows, and brings the values
+    /// of the tensors `names` to their new ranks.
     fn exchange(
         &self,
         model: &Model,
         optimizer: &Optimizer,
-        held: &LocalExperts,
+        experts: &LocalExperts,
         names: &BTreeSet<String>,
         relabel: impl FnOnce(),
     ) -> Result<(), Error> {
-        // This rank's boxes, each with its master and moments.
-        let boxes = || {
-            let mut boxes: Vec<(TensorSlice, Vec<Tensor>)> = Vec::new();
-            for index in [held.gate_up, held.down] {
-                let parameter = model.parameters.get(index);
-                let (exp_avg, exp_avg_sq) = optimizer.moments(index);
-                let [masters, first, second] =
-                    [&parameter.master, exp_avg, exp_avg_sq].map(|t| parameter.slices(t));
-                for ((place, master), ((_, first), (_, second))) in
-                    masters.into_iter().zip(first.into_iter().zip(second))
-                {
-                    if names.contains(&place.name) {
-                        boxes.push((place, vec![master, first, second]));
-                    }
-                }
-            }
-            boxes
-        };
-        let places =
-            |boxes: &[(TensorSlice, Vec<Tensor>)]| -> Result<Vec<Vec<TensorSlice>>, Error> {
-                let own: Vec<&TensorSlice> = boxes.iter().map(|(place, _)| place).collect();
-                let all =
-                    all_gather_bytes(&self.stage, &serde_json::to_vec(&own).expect("plain data"))?;
-                all.iter()
-                    .map(|bytes| Ok(decode_peer_message(bytes)?))
-                    .collect()
-            };
-        let before = boxes();
-        let held_by = places(&before)?;
+        let held = || held_slices(model, optimizer, experts, names);
+        let before = held();
+        let slices_before = self.gather_slices(&before)?;
         relabel();
-        let after = boxes();
-        let moves = plan_moves(&held_by, &places(&after)?).map_err(Error::Placement)?;
+        let after = held();
+        let slices_after = self.gather_slices(&after)?;
+        let moves = plan_moves(&slices_before, &slices_after).map_err(Error::Placement)?;
         execute_moves(
             &moves,
             &self.stage,
-            3,
+            KINDS,
             |kind, rows| find_rows(&before, kind, rows),
             |kind, rows, values| {
                 let into = find_rows(&after, kind, rows)?;
@@ -194,31 +185,71 @@ impl ExpertPlacement {
                 Ok(())
             },
         )?;
-        for index in [held.gate_up, held.down] {
+        for index in [experts.gate_up, experts.down] {
             model.parameters.get(index).sync_from_master();
         }
         Ok(())
     }
+
+    /// Returns the slices that each rank of the stage holds.
+    fn gather_slices(&self, held: &[HeldSlice]) -> Result<Vec<Vec<TensorSlice>>, Error> {
+        let own: Vec<&TensorSlice> = held.iter().map(|held| &held.slice).collect();
+        let message = serde_json::to_vec(&own).expect("plain data");
+        let messages = all_gather_bytes(&self.stage, &message)?;
+        let decoded = messages.iter().map(|bytes| Ok(decode_peer_message(bytes)?));
+        decoded.collect()
+    }
 }
 
-/// The rows `rows`, of kind `kind`, in the box that has them.
-fn find_rows(
-    boxes: &[(TensorSlice, Vec<Tensor>)],
-    kind: usize,
-    rows: &TensorSlice,
-) -> Result<Tensor, Error> {
-    let has = |place: &TensorSlice| {
-        let start = place.offset[0];
-        let end = place.offset[0] + place.shape[0];
-        place.name == rows.name
-            && (start..end).contains(&rows.offset[0])
-            && place.offset[1..] == rows.offset[1..]
+/// Returns this rank's slices of the tensors `names`, with their values.
+fn held_slices(
+    model: &Model,
+    optimizer: &Optimizer,
+    experts: &LocalExperts,
+    names: &BTreeSet<String>,
+) -> Vec<HeldSlice> {
+    let mut held = Vec::new();
+    for index in [experts.gate_up, experts.down] {
+        let parameter = model.parameters.get(index);
+        let (exp_avg, exp_avg_sq) = optimizer.moments(index);
+        let masters = parameter.slices(&parameter.master);
+        let first_moments = parameter.slices(exp_avg);
+        let second_moments = parameter.slices(exp_avg_sq);
+        let moments = first_moments.into_iter().zip(second_moments);
+        for ((slice, master), ((_, first), (_, second))) in masters.into_iter().zip(moments) {
+            if names.contains(&slice.name) {
+                held.push(HeldSlice {
+                    slice,
+                    values: [master, first, second],
+                });
+            }
+        }
+    }
+    held
+}
+
+/// Returns the rows `rows`, of kind `kind`, of the slice that contains them.
+fn find_rows(held: &[HeldSlice], kind: usize, rows: &TensorSlice) -> Result<Tensor, Error> {
+    let contains = |held: &&HeldSlice| {
+        let slice = &held.slice;
+        slice.name == rows.name
+            && row_range(slice).contains(&rows.offset[0])
+            && slice.offset[1..] == rows.offset[1..]
     };
-    let (place, tensors) = boxes
+    let found = held
         .iter()
-        .find(|(place, _)| has(place))
+        .find(contains)
         .ok_or_else(|| Error::Placement(format!("rows of {} are not here", rows.name)))?;
-    Ok(tensors[kind].narrow(0, rows.offset[0] - place.offset[0], rows.shape[0]))
+    let start = rows.offset[0] - found.slice.offset[0];
+    Ok(found.values[kind].narrow(0, start, rows.shape[0]))
+}
+
+fn row_range(slice: &TensorSlice) -> Range<i64> {
+    slice.offset[0]..slice.offset[0] + slice.shape[0]
+}
+
+fn elements(slice: &TensorSlice) -> i64 {
+    slice.shape.iter().product()
 }
 
 /// Rows of a tensor that go from one rank to another, or stay.
@@ -229,11 +260,13 @@ pub(crate) struct Move {
     pub(crate) rows: TensorSlice,
 }
 
-/// From what each rank holds and what each is to hold: where everything comes from. A rank that has something keeps it;
-/// otherwise the holder that sends least so far sends it.
+/// Plans moves from the slices that each rank holds to those that it is to hold.
+///
+/// A rank keeps rows that it holds. Of several holders, the one that has the fewest elements to
+/// send so far sends them.
 ///
 /// # Errors
-/// When somebody is to have what nobody holds.
+/// If no rank holds a row that a rank is to hold.
 pub(crate) fn plan_moves(
     before: &[Vec<TensorSlice>],
     after: &[Vec<TensorSlice>],
@@ -241,30 +274,22 @@ pub(crate) fn plan_moves(
     let mut moves = Vec::new();
     let mut sent = vec![0; before.len()];
     for (to, wanted) in after.iter().enumerate() {
-        for place in wanted {
-            let mut row = place.offset[0];
-            let end = place.offset[0] + place.shape[0];
-            while row < end {
-                // Who holds this row, and how far its box goes on.
-                let holds = |rank: usize| {
-                    let box_of = before[rank].iter().find(|held| {
-                        let rows = held.offset[0]..held.offset[0] + held.shape[0];
-                        held.name == place.name
-                            && rows.contains(&row)
-                            && (&held.offset[1..], &held.shape[1..])
-                                == (&place.offset[1..], &place.shape[1..])
-                    })?;
-                    Some(box_of.offset[0] + box_of.shape[0])
-                };
-                let holders = (0..before.len()).filter_map(|rank| Some((rank, holds(rank)?)));
+        for slice in wanted {
+            let wanted_rows = row_range(slice);
+            let mut row = wanted_rows.start;
+            while row < wanted_rows.end {
+                let holders = (0..before.len()).filter_map(|rank| {
+                    let until = end_of_held_rows(&before[rank], slice, row)?;
+                    Some((rank, until))
+                });
                 let chosen = holders.min_by_key(|&(rank, _)| (rank != to, sent[rank], rank));
                 let (from, until) =
-                    chosen.ok_or_else(|| format!("no rank holds row {row} of {}", place.name))?;
-                let mut rows = place.clone();
+                    chosen.ok_or_else(|| format!("no rank holds row {row} of {}", slice.name))?;
+                let mut rows = slice.clone();
                 rows.offset[0] = row;
-                rows.shape[0] = until.min(end) - row;
+                rows.shape[0] = until.min(wanted_rows.end) - row;
                 if from != to {
-                    sent[from] += rows.shape.iter().product::<i64>();
+                    sent[from] += elements(&rows);
                 }
                 row += rows.shape[0];
                 moves.push(Move { from, to, rows });
@@ -274,11 +299,23 @@ pub(crate) fn plan_moves(
     Ok(moves)
 }
 
-/// Carries `moves` out among the ranks of `group`: of each of `kinds` kinds of values, boxes that `held` gives are sent, and
-/// those that arrive are handed to `receive`.
+/// Returns the end of the rows of `slice` that `held` contains from `row` on.
+fn end_of_held_rows(held: &[TensorSlice], slice: &TensorSlice, row: i64) -> Option<i64> {
+    let contains = |held: &&TensorSlice| {
+        held.name == slice.name
+            && row_range(held).contains(&row)
+            && held.offset[1..] == slice.offset[1..]
+            && held.shape[1..] == slice.shape[1..]
+    };
+    held.iter().find(contains).map(|held| row_range(held).end)
+}
+
+/// Executes `moves` among the ranks of `group`, for `kinds` kinds of values.
+///
+/// Sends the rows that `held` returns and hands those that arrive to `receive`.
 ///
 /// # Errors
-/// When the exchange fails.
+/// If the exchange fails.
 pub(crate) fn execute_moves(
     moves: &[Move],
     group: &Arc<dyn Communicator>,
@@ -288,44 +325,35 @@ pub(crate) fn execute_moves(
 ) -> Result<(), Error> {
     let rank = group.rank();
     let ranks = group.size();
-    let elements = |to_or_from: &dyn Fn(&&Move) -> bool| {
-        let rows = moves.iter().filter(to_or_from);
-        rows.map(|m| m.rows.shape.iter().product::<i64>())
-            .sum::<i64>()
-            * kinds as i64
+    let count = |from: usize, to: usize| {
+        let rows = moves.iter().filter(|m| m.from == from && m.to == to);
+        rows.map(|m| elements(&m.rows)).sum::<i64>() * kinds as i64
     };
-    let rows_to: Vec<i64> = (0..ranks)
-        .map(|to| elements(&|m| m.from == rank && m.to == to))
-        .collect();
-    let rows_from: Vec<i64> = (0..ranks)
-        .map(|from| elements(&|m| m.to == rank && m.from == from))
-        .collect();
-    let mut sent = vec![Tensor::empty([0], (Kind::Float, tch::Device::Cpu))];
-    // By receiver, as the plan is.
+    let send_counts: Vec<i64> = (0..ranks).map(|to| count(rank, to)).collect();
+    let receive_counts: Vec<i64> = (0..ranks).map(|from| count(from, rank)).collect();
+    let empty = |elements: i64| Tensor::empty([elements], (Kind::Float, Device::Cpu));
+    // The plan lists moves by receiver, as the all-to-all needs them.
+    let mut sent = vec![empty(0)];
     for Move { rows, .. } in moves.iter().filter(|m| m.from == rank) {
         for kind in 0..kinds {
-            sent.push(held(kind, rows)?.to_device(tch::Device::Cpu).reshape([-1]));
+            let values = held(kind, rows)?;
+            sent.push(values.to_device(Device::Cpu).reshape([-1]));
         }
     }
     let sent = tch::no_grad(|| Tensor::cat(&sent, 0));
-    let received = Tensor::empty(
-        [rows_from.iter().sum::<i64>()],
-        (Kind::Float, tch::Device::Cpu),
-    );
+    let received = empty(receive_counts.iter().sum::<i64>());
     group
-        .all_to_all(&received, &sent, &rows_from, &rows_to)
+        .all_to_all(&received, &sent, &receive_counts, &send_counts)
         .and_then(Work::wait)?;
-    // By sender, each with its own in the order of the plan.
+    // Values arrive by sender, each sender's in the order of the plan.
     let mut next = 0;
     for from in 0..ranks {
-        for Move { rows, .. } in moves.iter().filter(|m| m.to == rank && m.from == from) {
+        let arriving = moves.iter().filter(|m| m.to == rank && m.from == from);
+        for Move { rows, .. } in arriving {
             for kind in 0..kinds {
-                let len: i64 = rows.shape.iter().product();
-                receive(
-                    kind,
-                    rows,
-                    &received.narrow(0, next, len).view(rows.shape.as_slice()),
-                )?;
+                let len = elements(rows);
+                let values = received.narrow(0, next, len).view(rows.shape.as_slice());
+                receive(kind, rows, &values)?;
                 next += len;
             }
         }
@@ -339,14 +367,15 @@ mod tests {
     use std::collections::HashSet;
 
     fn rows(name: &str, start: i64, len: i64) -> TensorSlice {
-        let mut place = TensorSlice::whole(name, &[8, 3]);
-        (place.offset[0], place.shape[0]) = (start, len);
-        place
+        let mut slice = TensorSlice::whole(name, &[8, 3]);
+        slice.offset[0] = start;
+        slice.shape[0] = len;
+        slice
     }
 
     #[test]
-    fn rows_come_from_those_who_have_them_and_stay_where_they_can() {
-        // Two replicas, each of whose ranks has half of an expert's rows; the experts change places.
+    fn rows_come_from_holders_and_stay_where_they_can() {
+        // Two replicas, in which each rank has half of an expert's rows; the experts swap ranks.
         let before = [("a", 0), ("a", 4), ("b", 0), ("b", 4)]
             .map(|(name, start)| vec![rows(name, start, 4)]);
         let after = vec![
@@ -376,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn replicas_share_the_sending() {
+    fn replicas_share_sending() {
         let before = vec![vec![rows("a", 0, 8)], vec![rows("a", 0, 8)], vec![], vec![]];
         let after = vec![vec![], vec![], vec![rows("a", 0, 8)], vec![rows("a", 0, 8)]];
         let senders: HashSet<usize> = plan_moves(&before, &after)

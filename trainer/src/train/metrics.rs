@@ -1,4 +1,4 @@
-//! What a step measured, and the file that keeps it.
+//! Metrics of a step, and the files that they are written to.
 
 use crate::Error;
 use serde::{Deserialize, Serialize};
@@ -7,120 +7,121 @@ use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
-/// One step, over all ranks.
+/// Metrics of one step, over all ranks: a line of `metrics.jsonl`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct StepMetrics {
-    /// Steps done, this one included.
+    /// Number of completed steps, including this one.
     pub step: u64,
-    /// Cross-entropy a token, in nats.
+    /// Cross-entropy per token, in nats.
     pub loss: f64,
-    /// Load-balancing loss, not weighted (1 a layer is balanced).
+    /// Load-balancing loss, not weighted (1 per layer is balanced).
     pub load_balance_loss: f64,
     /// Router z-loss, not weighted.
     pub z_loss: f64,
-    /// Learning rate.
+    /// Learning rate of the step.
     pub lr: f64,
     /// Global gradient norm before clipping.
     pub grad_norm: f64,
-    /// Tokens learned from so far.
+    /// Tokens trained on so far.
     pub tokens: u64,
-    /// Speed of this step.
+    /// Tokens per second of the step.
     pub tokens_per_s: f64,
-    /// Time of this step.
+    /// Duration of the step in milliseconds.
     pub step_ms: f64,
-    /// For each MoE layer: the busiest expert's tokens over the mean.
+    /// For each MoE layer, the tokens of the most loaded expert over the mean.
     pub expert_imbalance: Vec<f64>,
-    /// For each MoE layer: the busiest rank's rows over the mean of the ranks that work on the layer.
+    /// For each MoE layer, the tokens of the most loaded rank over the mean of the layer's ranks.
     pub rank_imbalance: Vec<f64>,
-    /// Of those over layers: median, nine tenths, largest.
+    /// Median, 90th percentile and maximum of `expert_imbalance` over layers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expert_imbalance_percentiles: Option<[f64; 3]>,
-    /// Likewise.
+    /// Median, 90th percentile and maximum of `rank_imbalance` over layers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rank_imbalance_percentiles: Option<[f64; 3]>,
-    /// For each MoE layer: rows that each rank's experts worked on.
+    /// For each MoE layer, the routed tokens that each rank computed.
     pub tokens_per_rank: Vec<Vec<u64>>,
-    /// For each MoE layer: rows that were worked on away from their expert's home.
+    /// For each MoE layer, the routed tokens that a helper computed for an expert's home.
     pub lent_tokens: Vec<u64>,
-    /// For each MoE layer: bytes of experts' weights that were lent in forward. (Their gradients go back in fp32.)
+    /// For each MoE layer, the bytes of expert weights lent in forward. Their gradients return in
+    /// fp32.
     pub lent_bytes: Vec<u64>,
-    /// For each MoE layer: bytes of rows that crossed nodes on the way to experts. (As many come back, and twice as
-    /// many cross in backward.)
+    /// For each MoE layer, the bytes of tokens that crossed nodes during dispatch. Combine sends as
+    /// many back, and backward twice as many.
     pub internode_bytes: Vec<u64>,
-    /// For each MoE layer: milliseconds that a rank planned in a step, in the mean.
+    /// For each MoE layer, the milliseconds that a rank spent on planning, on average.
     pub plan_ms: Vec<f64>,
-    /// Experts that moved to another rank after this step, where `model.moe.placement` is set.
+    /// Experts that moved to another rank after this step, with `model.moe.placement`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub moved_experts: Option<u64>,
-    /// What the last snapshot cost, in steps after which one was taken or skipped.
+    /// Cost of the last snapshot, in steps after which one was taken or skipped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<SnapshotMetrics>,
-    /// Choices of each expert, `[MoE layers][E]`: in `routing.jsonl`.
+    /// Routed tokens of each expert, `[MoE layers][E]`; written to `routing.jsonl`.
     #[serde(skip)]
     pub tokens_per_expert: Vec<Vec<u64>>,
-    /// Bytes that tensors held at most so far, on each rank's device.
+    /// Peak bytes of tensors on each rank's device so far.
     pub rank_peak_memory: Vec<u64>,
-    /// Bytes of host memory that each rank's process had resident at most so far.
+    /// Peak resident host memory of each rank's process so far, in bytes.
     pub rank_peak_resident: Vec<u64>,
-    /// The share of the step's passes' time in which each rank waited for others.
+    /// Fraction of the step's pass time in which each rank waited for others.
     pub rank_wait_ratio: Vec<f64>,
-    /// Mean milliseconds of each rank's passes, where there is a pipeline: kind, and `.chunk` after the first.
+    /// Mean milliseconds of each rank's passes in a pipeline, by kind and `.chunk` after the first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub rank_pass_ms: Vec<BTreeMap<String, f64>>,
 }
 
-/// What a snapshot cost on rank 0.
+/// Cost of snapshots on rank 0.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct SnapshotMetrics {
-    /// Milliseconds in which training stood still for the last complete copy.
+    /// Milliseconds that the last complete copy stopped training.
     pub stall_ms: f64,
-    /// Milliseconds that it took, beside training.
+    /// Milliseconds of the last complete copy, which overlaps training.
     pub copy_ms: f64,
     /// Bytes that this rank saves.
     pub bytes: u64,
-    /// Snapshots that were left out so far, because a rank had no free slot.
+    /// Snapshots skipped so far because a rank had no free slot.
     pub skipped: u64,
 }
 
 impl StepMetrics {
-    /// The share of all rows that were worked on away from their expert's home.
+    /// Returns the fraction of routed tokens that a helper computed.
     pub fn lent_fraction(&self) -> f64 {
-        let rows: u64 = self.tokens_per_rank.iter().flatten().sum();
-        self.lent_tokens.iter().sum::<u64>() as f64 / rows.max(1) as f64
+        let tokens: u64 = self.tokens_per_rank.iter().flatten().sum();
+        self.lent_tokens.iter().sum::<u64>() as f64 / tokens.max(1) as f64
     }
 }
 
 /// A line of `routing.jsonl`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct RoutingLine {
-    /// Steps done, this one included.
+    /// Number of completed steps, including this one.
     pub step: u64,
-    /// Choices of each expert in this step, `[MoE layers][E]`.
+    /// Routed tokens of each expert in this step, `[MoE layers][E]`.
     #[serde(alias = "choices")]
     pub tokens_per_expert: Vec<Vec<u64>>,
 }
 
-/// Figures of layers: median, nine tenths, and the largest. (With many layers they say more than the list.)
-pub(crate) fn percentiles(of_layers: &[f64]) -> Option<[f64; 3]> {
-    let mut sorted = of_layers.to_vec();
+/// Returns median, 90th percentile and maximum, which say more than a long list of layers.
+pub(crate) fn percentiles(layers: &[f64]) -> Option<[f64; 3]> {
+    let mut sorted = layers.to_vec();
     sorted.sort_by(f64::total_cmp);
-    let at = |share: f64| sorted[((sorted.len() - 1) as f64 * share).round() as usize];
+    let at = |fraction: f64| sorted[((sorted.len() - 1) as f64 * fraction).round() as usize];
     (!sorted.is_empty()).then(|| [at(0.5), at(0.9), at(1.0)])
 }
 
-/// Is told what happens, on rank 0.
+/// Receiver of a run's progress, on rank 0.
 pub trait Progress {
-    /// A step is done.
-    fn step(&mut self, record: &StepMetrics, steps: u64);
-    /// A validation is done: loss in nats a token.
+    /// Reports a completed step of `steps`.
+    fn step(&mut self, metrics: &StepMetrics, steps: u64);
+    /// Reports a validation loss in nats per token.
     fn validation(&mut self, step: u64, loss: f64);
-    /// Something a person should know.
+    /// Reports an event for information.
     fn note(&mut self, message: &str);
-    /// Something a person should look at.
+    /// Reports a problem that does not end the run.
     fn warn(&mut self, message: &str);
 }
 
-/// `metrics.jsonl`, and `routing.jsonl`: one JSON object a line.
+/// Writer of `metrics.jsonl` and `routing.jsonl`: one JSON object per line.
 pub struct JsonLinesWriter {
     path: PathBuf,
     file: File,
@@ -132,25 +133,14 @@ struct Line {
 }
 
 impl JsonLinesWriter {
-    /// Opens the file and drops lines of steps after `step`, which a resumed run does again, and a line that a crash
-    /// cut off.
+    /// Opens the file and removes lines after `step`, which a resumed run writes again, and a line
+    /// that a crash cut off.
     ///
     /// # Errors
-    /// When the file cannot be read or written.
+    /// If the file cannot be read or written.
     pub fn resume(path: &Path, step: u64) -> Result<JsonLinesWriter, Error> {
         if path.exists() {
-            let reader = BufReader::new(File::open(path).map_err(Error::io("cannot open", path))?);
-            let mut kept = String::new();
-            for line in reader.lines() {
-                let line = line.map_err(Error::io("cannot read", path))?;
-                if serde_json::from_str::<Line>(&line).is_ok_and(|line| line.step <= step) {
-                    kept.push_str(&line);
-                    kept.push('\n');
-                }
-            }
-            let fresh = path.with_extension("jsonl.new");
-            std::fs::write(&fresh, kept).map_err(Error::io("cannot write", &fresh))?;
-            std::fs::rename(&fresh, path).map_err(Error::io("cannot write", path))?;
+            drop_lines_after(path, step)?;
         }
         let file = OpenOptions::new()
             .create(true)
@@ -163,10 +153,10 @@ impl JsonLinesWriter {
         })
     }
 
-    /// Appends one line.
+    /// Appends one line to the file.
     ///
     /// # Errors
-    /// When the disk is full.
+    /// If the disk is full.
     pub fn write(&mut self, line: &impl Serialize) -> Result<(), Error> {
         let mut text = serde_json::to_string(line).expect("plain data");
         text.push('\n');
@@ -174,6 +164,22 @@ impl JsonLinesWriter {
             .write_all(text.as_bytes())
             .map_err(Error::io("cannot write", &self.path))
     }
+}
+
+fn drop_lines_after(path: &Path, step: u64) -> Result<(), Error> {
+    let file = File::open(path).map_err(Error::io("cannot open", path))?;
+    let mut kept = String::new();
+    for line in BufReader::new(file).lines() {
+        let line = line.map_err(Error::io("cannot read", path))?;
+        let parsed = serde_json::from_str::<Line>(&line);
+        if parsed.is_ok_and(|line| line.step <= step) {
+            kept.push_str(&line);
+            kept.push('\n');
+        }
+    }
+    let fresh = path.with_extension("jsonl.new");
+    std::fs::write(&fresh, kept).map_err(Error::io("cannot write", &fresh))?;
+    std::fs::rename(&fresh, path).map_err(Error::io("cannot write", path))
 }
 
 #[cfg(test)]

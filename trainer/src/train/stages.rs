@@ -1,11 +1,11 @@
-//! This rank's stages at work on the microbatches of a step: what a pipeline's executor calls.
+//! This rank's stages during one step: computes the passes that the pipeline's executor asks for.
 
+use super::microbatch::{Microbatch, MicrobatchSource};
+use super::step_sums::StepSums;
 use crate::Error;
 use crate::model::vocabulary::{self, LocalSoftmax};
 use crate::model::{Documents, Model, with_gradient};
-use moe::MoeStats;
 use moe::balance::BatchTotals;
-use parallel::pipeline::simulate::Span;
 use parallel::pipeline::{
     Collective, CollectiveFn, CollectiveKind, Pass, PassKind, Stages, Vocabulary,
 };
@@ -14,81 +14,16 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use tch::{Kind, Tensor};
 
-/// What the microbatches of a step gave on this rank; sums over ranks are the step's figures.
-pub(crate) struct StepSums {
-    pub(crate) cross_entropy: f64,
-    pub(crate) load_balance: f64,
-    pub(crate) z: f64,
-    /// By MoE layer of the model; zero for layers of other ranks.
-    pub(crate) moe_layers: Vec<MoeLayerSums>,
-    /// Share of the time in which this rank waited for others.
-    pub(crate) wait_ratio: f64,
-    /// Seconds of each kind of pass in each chunk, and how many there were: `[kinds * chunks]`.
-    pub(crate) passes: Vec<(f64, f64)>,
-}
-
-/// What a MoE layer did, in figures that add up over microbatches and ranks.
-#[derive(Clone)]
-pub(crate) struct MoeLayerSums {
-    /// Choices of each expert, `[E]`.
-    pub(crate) tokens_per_expert: Vec<f64>,
-    /// Rows worked on.
-    pub(crate) rows: f64,
-    /// What moved: see [`MoeLayerSums::MOVED`].
-    pub(crate) moved: [f64; MoeLayerSums::MOVED],
-}
-
-impl MoeLayerSums {
-    /// Rows worked on for others, bytes of weights lent, bytes sent to other nodes, seconds of planning.
-    pub(crate) const MOVED: usize = 4;
-
-    fn add(&mut self, moe_stats: &MoeStats) {
-        self.tokens_per_expert
-            .iter_mut()
-            .zip(&moe_stats.tokens_per_expert)
-            .for_each(|(sum, &tokens_per_expert)| *sum += tokens_per_expert as f64);
-        self.rows += moe_stats.computed_tokens as f64;
-        let moved = [
-            moe_stats.lent_tokens as f64,
-            moe_stats.lent_bytes as f64,
-            moe_stats.internode_bytes as f64,
-            moe_stats.plan_seconds,
-        ];
-        self.moved
-            .iter_mut()
-            .zip(moved)
-            .for_each(|(sum, moved)| *sum += moved);
-    }
-}
-
-impl StepSums {
-    /// Takes up when passes of `chunks` chunks ran.
-    pub(crate) fn record_spans(&mut self, spans: &[Span], chunks: usize) {
-        let total = spans.last().map_or(0.0, |span| span.end);
-        let busy: f64 = spans.iter().map(|span| span.end - span.start).sum();
-        self.wait_ratio = if total > 0.0 { 1.0 - busy / total } else { 0.0 };
-        self.passes = vec![(0.0, 0.0); PassKind::NAMES.len() * chunks];
-        for Span { pass, start, end } in spans {
-            let kind = PassKind::NAMES
-                .iter()
-                .position(|(kind, _)| *kind == pass.kind)
-                .expect("all kinds are listed");
-            let (seconds, count) = &mut self.passes[kind * chunks + pass.chunk];
-            (*seconds, *count) = (*seconds + end - start, *count + 1.0);
-        }
-    }
-}
-
-/// A forward whose backward is to come.
+/// A forward pass whose backward is still to come.
 struct InFlight {
-    /// Where another stage, or the vocabulary's ranks, made it.
+    /// Input from another stage or from the shared embedding; backward ends there.
     input: Option<Tensor>,
     output: Tensor,
-    /// What of the total loss is known: the last stage's cross-entropy, auxiliary losses.
+    /// Known part of the total loss: the last stage's cross-entropy and auxiliary losses.
     loss: Option<Tensor>,
 }
 
-/// What passes of the vocabulary leave for collectives and later passes.
+/// Tensors that passes of vocabulary parallelism leave for collectives and later passes.
 #[derive(Default)]
 struct VocabularyState {
     hidden: Option<Tensor>,
@@ -98,102 +33,86 @@ struct VocabularyState {
     embedding_gradient: Option<Tensor>,
 }
 
-/// One step, or one pass over data without learning.
+impl VocabularyState {
+    fn softmax(&self) -> &LocalSoftmax {
+        self.softmax.as_ref().expect("S comes first")
+    }
+}
+
+/// The stages of this rank during one step, or one evaluation without gradients.
 pub(crate) struct StepStages<'a> {
-    model: &'a Model,
-    device: &'a dyn Accelerator,
-    /// None where nothing is learned.
-    gradients: Option<&'a GradientBuckets>,
-    /// Inputs and labels `[B, S]` of a microbatch.
-    batch: &'a dyn Fn(usize) -> Result<(Tensor, Tensor), Error>,
-    totals: BatchTotals<'a>,
-    algorithm: Option<Vocabulary>,
-    /// Rank in the pipeline of the last stage.
-    last_rank: usize,
-    /// Ends a document, where tokens see only their own.
-    eod_token: Option<u32>,
-    /// `[T, D]` of a microbatch, and this rank's part of it between stages.
-    whole: [i64; 2],
-    shape: [i64; 2],
-    kind: Kind,
-    sequences: i64,
+    inputs: StepInputs<'a>,
     in_flight: HashMap<(usize, usize), InFlight>,
     deferred: HashMap<(usize, usize), Vec<DeferredGradient>>,
     vocabulary_state: HashMap<usize, VocabularyState>,
     pub(crate) sums: StepSums,
 }
 
-/// What a step is made of.
+/// Everything that the passes of a step need.
 pub(crate) struct StepInputs<'a> {
     pub(crate) model: &'a Model,
     pub(crate) device: &'a dyn Accelerator,
+    /// `None` to evaluate without gradients.
     pub(crate) gradients: Option<&'a GradientBuckets>,
-    pub(crate) batch: &'a dyn Fn(usize) -> Result<(Tensor, Tensor), Error>,
+    pub(crate) batches: &'a dyn MicrobatchSource,
     pub(crate) totals: BatchTotals<'a>,
-    pub(crate) algorithm: Option<Vocabulary>,
+    /// Algorithm of vocabulary parallelism, if all ranks share the vocabulary.
+    pub(crate) vocabulary: Option<Vocabulary>,
+    /// Pipeline rank of the last stage.
     pub(crate) last_rank: usize,
+    /// The token that ends a document, if tokens attend only within documents.
     pub(crate) eod_token: Option<u32>,
+    /// Sequences of a microbatch.
     pub(crate) sequences: i64,
-    /// Positions of a sequence that this rank has.
+    /// Positions of a sequence on this rank.
     pub(crate) positions: i64,
     pub(crate) kind: Kind,
 }
 
+impl StepInputs<'_> {
+    /// Returns the shape `[T, D]` of a microbatch over all tensor-parallel ranks.
+    fn whole_shape(&self) -> [i64; 2] {
+        let tokens = self.sequences * self.positions;
+        [tokens, self.model.config().hidden as i64]
+    }
+
+    /// Returns the shape `[T / ranks, D]` that this rank sends to other stages.
+    fn message_shape(&self) -> [i64; 2] {
+        let [tokens, hidden] = self.whole_shape();
+        [tokens / self.model.tensor().size() as i64, hidden]
+    }
+
+    /// True if forward of model chunk `chunk` reads tokens or labels.
+    fn forward_reads(&self, chunk: usize, input: Option<&Tensor>) -> bool {
+        let computes_loss = self.model.part().stages[chunk].last && self.vocabulary.is_none();
+        input.is_none() || self.eod_token.is_some() || computes_loss
+    }
+
+    /// Returns this rank's positions of `x_bs` `[B, S]`, `[T]`.
+    fn own_tokens(&self, x_bs: &Tensor) -> Tensor {
+        self.model.own_positions(x_bs).flatten(0, -1)
+    }
+}
+
+/// Adds `term` to `loss`.
+fn add_loss(loss: Option<Tensor>, term: Tensor) -> Tensor {
+    match loss {
+        Some(loss) => loss + term,
+        None => term,
+    }
+}
+
 impl<'a> StepStages<'a> {
     pub(crate) fn new(inputs: StepInputs<'a>) -> StepStages<'a> {
-        let StepInputs {
-            model,
-            device,
-            gradients,
-            batch,
-            totals,
-            algorithm,
-            ..
-        } = inputs;
-        let StepInputs {
-            last_rank,
-            eod_token,
-            sequences,
-            positions,
-            kind,
-            ..
-        } = inputs;
-        let experts = model.config().moe.as_ref().map_or(0, |moe| moe.experts);
-        let moe_layers = model.config().num_moe_layers();
+        let config = inputs.model.config();
+        let experts = config.moe.as_ref().map_or(0, |moe| moe.experts);
+        let sums = StepSums::new(config.num_moe_layers(), experts);
         StepStages {
-            model,
-            device,
-            gradients,
-            batch,
-            totals,
-            algorithm,
-            last_rank,
-            eod_token,
-            whole: [sequences * positions, model.config().hidden as i64],
-            shape: [
-                sequences * positions / model.tensor().size() as i64,
-                model.config().hidden as i64,
-            ],
-            kind,
-            sequences,
+            inputs,
             in_flight: HashMap::new(),
             deferred: HashMap::new(),
             vocabulary_state: HashMap::new(),
-            sums: StepSums {
-                cross_entropy: 0.0,
-                load_balance: 0.0,
-                z: 0.0,
-                moe_layers: vec![
-                    MoeLayerSums {
-                        tokens_per_expert: vec![0.0; experts],
-                        rows: 0.0,
-                        moved: [0.0; MoeLayerSums::MOVED]
-                    };
-                    moe_layers
-                ],
-                wait_ratio: 0.0,
-                passes: Vec::new(),
-            },
+            sums,
         }
     }
 
@@ -203,115 +122,169 @@ impl<'a> StepStages<'a> {
         microbatch: usize,
         input: Option<Tensor>,
     ) -> Result<Option<Tensor>, Error> {
-        let model = self.model;
-        let learning = self.gradients.is_some();
+        let model = self.inputs.model;
+        let is_training = self.inputs.gradients.is_some();
         let part = &model.part().stages[chunk];
-        // What comes from elsewhere is where this stage's backward ends.
-        let input = input.map(|input| input.set_requires_grad(learning));
-        let x = match &input {
-            Some(input) => input.shallow_clone(),
-            None => model.embed(&model.own_positions(&(self.batch)(microbatch)?.0))?,
+        let batch = if self.inputs.forward_reads(chunk, input.as_ref()) {
+            Some(self.inputs.batches.read(microbatch)?)
+        } else {
+            None
         };
-        let documents = match self.eod_token {
-            Some(end) => Some(Arc::new(Documents::of(&(self.batch)(microbatch)?.0, end))),
-            None => None,
+        // This stage's backward ends at an input from elsewhere.
+        let input = input.map(|input| input.set_requires_grad(is_training));
+        let x = match (&input, &batch) {
+            (Some(input), _) => input.shallow_clone(),
+            (None, Some(batch)) => model.embed(&model.own_positions(&batch.inputs))?,
+            (None, None) => unreachable!("the first stage reads its microbatch"),
         };
-        let out = model.forward_stage(chunk, &x, self.sequences, documents.as_ref())?;
-        let auxiliary = model.aux_losses(chunk, &out.stats, &self.totals);
-        self.sums.load_balance += auxiliary.load_balance;
-        self.sums.z += auxiliary.z;
+        let documents = self.inputs.eod_token.zip(batch.as_ref());
+        let documents = documents.map(|(end, batch)| Arc::new(Documents::new(&batch.inputs, end)));
+        let sequences = self.inputs.sequences;
+        let out = model.forward_stage(chunk, &x, sequences, documents.as_ref())?;
+        let aux = model.aux_losses(chunk, &out.stats, &self.inputs.totals);
+        self.sums.load_balance += aux.load_balance;
+        self.sums.z += aux.z;
         for (moe_layer, moe_stats) in model.moe_layers(chunk).zip(&out.moe_stats) {
-            self.sums.moe_layers[moe_layer].add(moe_stats);
+            self.sums.add_moe_stats(moe_layer, moe_stats);
         }
-        let mut loss = auxiliary.total;
-        if part.last && self.algorithm.is_none() {
-            let labels = model.own_positions(&(self.batch)(microbatch)?.1);
-            let cross_entropy = model.cross_entropy(&out.hidden_td, &labels, &self.totals)?;
-            // All ranks that split matrices know it; one counts it.
-            if model.tensor().rank() == 0 {
-                self.sums.cross_entropy += cross_entropy.double_value(&[]);
-            }
-            loss = Some(loss.map_or(cross_entropy.shallow_clone(), |loss| loss + cross_entropy));
+        let mut loss = aux.total;
+        if let Some(batch) = batch.filter(|_| part.last && self.inputs.vocabulary.is_none()) {
+            let cross_entropy = self.cross_entropy(&out.hidden_td, &batch)?;
+            loss = Some(add_loss(loss, cross_entropy));
         }
         let output = out.hidden_td;
-        if part.last && self.algorithm.is_some() {
+        if part.last && self.inputs.vocabulary.is_some() {
             self.vocabulary_state_mut(microbatch).hidden = Some(output.detach());
         }
         let sent = (!part.last).then(|| output.detach());
-        if learning {
-            self.in_flight.insert(
-                (chunk, microbatch),
-                InFlight {
-                    input,
-                    output,
-                    loss,
-                },
-            );
+        if is_training {
+            let in_flight = InFlight {
+                input,
+                output,
+                loss,
+            };
+            self.in_flight.insert((chunk, microbatch), in_flight);
         }
         Ok(sent)
     }
 
-    /// Backward of a stage from the gradient of its output; `split` keeps the weights' gradients for a later pass.
+    fn cross_entropy(&mut self, hidden_td: &Tensor, batch: &Microbatch) -> Result<Tensor, Error> {
+        let model = self.inputs.model;
+        let labels = model.own_positions(&batch.labels);
+        let cross_entropy = model.cross_entropy(hidden_td, &labels, &self.inputs.totals)?;
+        // All tensor-parallel ranks have the loss; one counts it.
+        if model.tensor().rank() == 0 {
+            self.sums.cross_entropy += cross_entropy.double_value(&[]);
+        }
+        Ok(cross_entropy)
+    }
+
+    /// Runs backward of a stage from the gradient of its output. `BackwardInput` leaves the
+    /// gradients of the weights to a later pass.
     fn backward(&mut self, pass: Pass, gradient: Option<Tensor>) -> Result<Option<Tensor>, Error> {
-        let Pass {
-            kind,
-            chunk,
-            microbatch,
-        } = pass;
-        let part = &self.model.part().stages[chunk];
-        let model = self.model;
-        let gradients = self
-            .gradients
-            .expect("a schedule with backward passes learns");
-        let in_flight = self
-            .in_flight
-            .remove(&(chunk, microbatch))
-            .expect("forward comes first");
+        let model = self.inputs.model;
+        let part = &model.part().stages[pass.chunk];
+        let gradients = self.inputs.gradients.expect("backward needs gradients");
+        let key = (pass.chunk, pass.microbatch);
         let InFlight {
             input,
             output,
             mut loss,
-        } = in_flight;
+        } = self.in_flight.remove(&key).expect("forward comes first");
         if let Some(gradient) = gradient {
-            let zero = self.device.zeros(&[], Kind::Float);
+            let zero = self.inputs.device.zeros(&[], Kind::Float);
             let root = with_gradient(zero, &output, gradient)?;
-            loss = Some(loss.map_or(root.shallow_clone(), |loss| loss + root));
+            loss = Some(add_loss(loss, root));
         }
-        // A stage without anything to learn from has nothing to do.
+        // A stage whose loss depends on no weight has no backward.
         if let Some(loss) = loss.filter(Tensor::requires_grad) {
-            match kind {
+            match pass.kind {
                 PassKind::BackwardInput => {
                     let ((), deferred) = gradients
                         .defer_weight_gradients(|| loss.f_backward().map_err(Error::from))?;
-                    self.deferred.insert((chunk, microbatch), deferred);
+                    self.deferred.insert(key, deferred);
                 }
                 _ => loss.f_backward()?,
             }
         }
-        let of_input = input.map(|input| input.grad());
+        let input_gradient = input.map(|input| input.grad());
         if part.first && model.part().vocabulary.is_some() {
-            self.vocabulary_state_mut(microbatch).embedding_gradient = of_input;
+            self.vocabulary_state_mut(pass.microbatch)
+                .embedding_gradient = input_gradient;
             return Ok(None);
         }
-        Ok(of_input)
+        Ok(input_gradient)
+    }
+
+    /// Runs pass S: logits and their local softmax.
+    fn logits(&mut self, microbatch: usize, hidden: &Tensor) -> Result<(), Error> {
+        let model = self.inputs.model;
+        let batch = self.inputs.batches.read(microbatch)?;
+        let labels = self.inputs.own_tokens(&batch.labels);
+        let scale = model.loss_scale(&self.inputs.totals);
+        let is_training = self.inputs.gradients.is_some();
+        let vocabulary = self.inputs.vocabulary.filter(|_| is_training);
+        let softmax = model.with_head(|head, rows| {
+            Ok(tch::no_grad(|| {
+                vocabulary::logits(hidden, head, rows, &labels, scale, vocabulary)
+            }))
+        })?;
+        self.vocabulary_state_mut(microbatch).softmax = Some(softmax);
+        Ok(())
+    }
+
+    /// Runs pass T with the results of the collective after S: the loss and the correction of the
+    /// softmax.
+    fn logits_backward(&mut self, microbatch: usize, results: &[Tensor]) -> Result<(), Error> {
+        let model = self.inputs.model;
+        // All ranks have the loss; the one of the last stage counts it.
+        if model.part().has_last() && model.tensor().rank() == 0 {
+            self.sums.cross_entropy += results[0].double_value(&[]);
+        }
+        let softmax = self.vocabulary_state_mut(microbatch).softmax.take();
+        let softmax = softmax.expect("S comes first");
+        if self.inputs.gradients.is_none() {
+            return Ok(());
+        }
+        let vocabulary = self.inputs.vocabulary;
+        let with_input = vocabulary.is_some_and(Vocabulary::gradient_after_t);
+        let correction = &results[1];
+        let gradient = model.with_head(|head, _| {
+            Ok(tch::no_grad(|| {
+                softmax.backward(head, correction, with_input)
+            })?)
+        })?;
+        self.vocabulary_state_mut(microbatch).hidden_gradient = gradient;
+        Ok(())
+    }
+
+    /// Runs pass IF: lookup in this rank's rows.
+    fn embed(&mut self, microbatch: usize) -> Result<(), Error> {
+        let batch = self.inputs.batches.read(microbatch)?;
+        let tokens = self.inputs.own_tokens(&batch.inputs);
+        let embedded = self.inputs.model.with_embedding(|embedding, rows| {
+            Ok(tch::no_grad(|| {
+                vocabulary::embed_rows(&tokens, embedding, rows)
+            }))
+        })?;
+        self.vocabulary_state_mut(microbatch).embedded = Some(embedded);
+        Ok(())
+    }
+
+    /// Runs pass IB: gradient of this rank's rows.
+    fn embed_backward(&mut self, microbatch: usize, gradient: &Tensor) -> Result<(), Error> {
+        let batch = self.inputs.batches.read(microbatch)?;
+        let tokens = self.inputs.own_tokens(&batch.inputs);
+        let (embedding, rows) = self.inputs.model.own_embedding();
+        let contribution = embedding.contribution()?;
+        tch::no_grad(|| vocabulary::add_rows(&tokens, gradient, contribution.sum().tensor(), rows));
+        contribution.finish()?;
+        self.vocabulary_state.remove(&microbatch);
+        Ok(())
     }
 
     fn vocabulary_state_mut(&mut self, microbatch: usize) -> &mut VocabularyState {
         self.vocabulary_state.entry(microbatch).or_default()
-    }
-
-    fn labels(&self, microbatch: usize) -> Result<Tensor, Error> {
-        Ok(self
-            .model
-            .own_positions(&(self.batch)(microbatch)?.1)
-            .flatten(0, -1))
-    }
-
-    fn tokens(&self, microbatch: usize) -> Result<Tensor, Error> {
-        Ok(self
-            .model
-            .own_positions(&(self.batch)(microbatch)?.0)
-            .flatten(0, -1))
     }
 }
 
@@ -327,129 +300,70 @@ impl Stages for StepStages<'_> {
         match kind {
             PassKind::Forward => {
                 let input = inputs.pop();
-                return match self.gradients {
+                return match self.inputs.gradients {
                     Some(_) => self.forward(chunk, microbatch, input),
                     None => tch::no_grad(|| self.forward(chunk, microbatch, input)),
                 };
             }
             PassKind::Backward | PassKind::BackwardInput => {
-                // With `vocab-2` the collective also brings what T needs; the gradient is the last.
+                // With `vocab-2` the collective also gives the inputs of T; the gradient is last.
                 return self.backward(pass, inputs.pop());
             }
             PassKind::BackwardWeight => {
-                for contribution in self
-                    .deferred
-                    .remove(&(chunk, microbatch))
-                    .unwrap_or_default()
-                {
+                let deferred = self.deferred.remove(&(chunk, microbatch));
+                for contribution in deferred.unwrap_or_default() {
                     contribution()?;
                 }
             }
-            PassKind::Logits => {
-                let labels = self.labels(microbatch)?;
-                let factor = 1.0 / self.totals.tokens;
-                let algorithm = self.algorithm.filter(|_| self.gradients.is_some());
-                let divisor = self.model.logits_divisor();
-                let softmax = self.model.with_head(|head, rows| {
-                    let hidden = &inputs[0];
-                    Ok(tch::no_grad(|| {
-                        vocabulary::logits(hidden, head, rows, &labels, factor, divisor, algorithm)
-                    }))
-                })?;
-                self.vocabulary_state_mut(microbatch).softmax = Some(softmax);
-            }
+            PassKind::Logits => self.logits(microbatch, &inputs[0])?,
             PassKind::Normalize => {
-                let softmax = self
-                    .vocabulary_state_mut(microbatch)
-                    .softmax
-                    .as_mut()
-                    .expect("S comes first");
+                let softmax = self.vocabulary_state_mut(microbatch).softmax.as_mut();
+                let softmax = softmax.expect("S comes first");
                 tch::no_grad(|| softmax.normalize(&inputs[0]));
             }
-            PassKind::LogitsBackward => {
-                // Every rank knows the loss; the one of the last stage counts it.
-                if self.model.part().has_last() && self.model.tensor().rank() == 0 {
-                    self.sums.cross_entropy += inputs[0].double_value(&[]);
-                }
-                let softmax = self
-                    .vocabulary_state_mut(microbatch)
-                    .softmax
-                    .take()
-                    .expect("S comes first");
-                if self.gradients.is_some() {
-                    let input_too = self.algorithm.is_some_and(Vocabulary::gradient_after_t);
-                    let gradient = self.model.with_head(|head, _| {
-                        Ok(tch::no_grad(|| {
-                            softmax.backward(head, &inputs[1], input_too)
-                        })?)
-                    })?;
-                    self.vocabulary_state_mut(microbatch).hidden_gradient = gradient;
-                }
-            }
-            PassKind::Embed => {
-                let tokens = self.tokens(microbatch)?;
-                let embedded = self.model.with_embedding(|embedding, rows| {
-                    Ok(tch::no_grad(|| {
-                        vocabulary::rows_of(&tokens, embedding, rows)
-                    }))
-                })?;
-                self.vocabulary_state_mut(microbatch).embedded = Some(embedded);
-            }
-            PassKind::EmbedBackward => {
-                let tokens = self.tokens(microbatch)?;
-                let (embedding, rows) = self.model.own_embedding();
-                let contribution = embedding.contribution()?;
-                tch::no_grad(|| {
-                    vocabulary::add_rows(&tokens, &inputs[0], contribution.sum().tensor(), rows)
-                });
-                contribution.finish()?;
-                self.vocabulary_state.remove(&microbatch);
-            }
+            PassKind::LogitsBackward => self.logits_backward(microbatch, &inputs)?,
+            PassKind::Embed => self.embed(microbatch)?,
+            PassKind::EmbedBackward => self.embed_backward(microbatch, &inputs[0])?,
         }
         Ok(None)
     }
 
     fn collective_fn(&mut self, collective: Collective) -> Result<CollectiveFn, Error> {
-        let part = self.model.part();
-        let tensor = self.model.tensor();
-        let whole = self.device.empty(&self.whole, self.kind);
-        let rows = tensor.local_range(self.whole[0]);
-        let of_first = part.has_first().then(|| rows.clone());
-        let of_last = part.has_last().then_some(rows);
-        let roots = |rank: usize| rank * tensor.size()..(rank + 1) * tensor.size();
-        let first = roots(0);
-        let last = roots(self.last_rank);
-        let divisor = self.model.logits_divisor();
-        let naive = self.algorithm == Some(Vocabulary::Naive);
-        let of = self.vocabulary_state_mut(collective.microbatch);
+        let model = self.inputs.model;
+        let part = model.part();
+        let tensor = model.tensor();
+        let whole_shape = self.inputs.whole_shape();
+        let whole = self.inputs.device.empty(&whole_shape, self.inputs.kind);
+        let rows = tensor.local_range(whole_shape[0]);
+        let first_rows = part.has_first().then(|| rows.clone());
+        let last_rows = part.has_last().then_some(rows);
+        let ranks_of_stage = |rank: usize| rank * tensor.size()..(rank + 1) * tensor.size();
+        let first = ranks_of_stage(0);
+        let last = ranks_of_stage(self.inputs.last_rank);
+        let divisor = model.loss_scale(&self.inputs.totals).logits_divisor;
+        let is_naive = self.inputs.vocabulary == Some(Vocabulary::Naive);
+        let state = self.vocabulary_state_mut(collective.microbatch);
         Ok(match collective.kind {
-            CollectiveKind::Hidden => vocabulary::collect(whole, of.hidden.take(), last),
-            CollectiveKind::Maximum => {
-                vocabulary::maximum(of.softmax.as_ref().expect("S comes first").largest())
-            }
-            CollectiveKind::Statistics if naive => of
-                .softmax
-                .as_ref()
-                .expect("S comes first")
-                .sum_over_ranks(divisor),
-            CollectiveKind::Statistics => of
-                .softmax
-                .as_ref()
-                .expect("S comes first")
-                .exchange(divisor, of_last),
+            CollectiveKind::Hidden => vocabulary::collect(whole, state.hidden.take(), last),
+            CollectiveKind::Maximum => vocabulary::maximum(state.softmax().largest()),
+            CollectiveKind::Statistics if is_naive => state.softmax().sum_over_ranks(divisor),
+            CollectiveKind::Statistics => state.softmax().exchange(divisor, last_rows),
             CollectiveKind::HiddenGradient => {
-                vocabulary::sum(of.hidden_gradient.take().expect("T comes first"), of_last)
+                let gradient = state.hidden_gradient.take().expect("T comes first");
+                vocabulary::sum(gradient, last_rows)
             }
             CollectiveKind::Embedding => {
-                vocabulary::sum(of.embedded.take().expect("IF comes first"), of_first)
+                let embedded = state.embedded.take().expect("IF comes first");
+                vocabulary::sum(embedded, first_rows)
             }
             CollectiveKind::EmbeddingGradient => {
-                vocabulary::collect(whole, of.embedding_gradient.take(), first)
+                vocabulary::collect(whole, state.embedding_gradient.take(), first)
             }
         })
     }
 
     fn buffer(&self) -> Tensor {
-        self.device.empty(&self.shape, self.kind)
+        let shape = self.inputs.message_shape();
+        self.inputs.device.empty(&shape, self.inputs.kind)
     }
 }

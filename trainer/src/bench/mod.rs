@@ -1,0 +1,4 @@
+//! Measurements for `moerun bench`, without a run around them.
+
+pub(crate) mod copy_timer;
+pub(crate) mod reference;

@@ -1,0 +1,215 @@
+//! Construction of a trainer: data, process groups, model and optimizer of this rank.
+
+use super::Trainer;
+use super::expert_placement::ExpertPlacement;
+use crate::Error;
+use crate::config::{Config, MinTokens, PipelinePlan, RecomputedPart, SourceConfig};
+use crate::data::Dataset;
+use crate::model::parameters::Parameters;
+use crate::model::{BuildContext, Model, ModelPart, PipelineSplit};
+use crate::optim::Optimizer;
+use crate::process_groups::ProcessGroups;
+use moe::lending::calibrate::{ExpertSize, agree_on_break_even, break_even};
+use parallel::pipeline::{CollectiveKind, Executor, Vocabulary};
+use parallel::{Accelerator, Communicator, GradientBuckets, GroupKind, Mesh, Weight, World};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+impl Trainer {
+    /// Sets up a run with initial values.
+    ///
+    /// # Collective
+    /// All ranks of `world`.
+    ///
+    /// # Errors
+    /// If data is missing, the device cannot be used, or a process group cannot be created.
+    pub fn new(
+        config: Config,
+        world: &World,
+        device: Box<dyn Accelerator>,
+    ) -> Result<Trainer, Error> {
+        let mesh = config
+            .mesh(world.rank(), world.size())
+            .map_err(Error::Config)?;
+        let train = open_data(&config, &config.data.train)?;
+        let validation = match &config.validation {
+            Some(_) => Some(open_data(&config, &config.data.validation)?),
+            None => None,
+        };
+        let all = world.all("world")?;
+        let accumulation = config.microbatches(&mesh);
+        let plan = config.pipeline_plan(accumulation).map_err(Error::Config)?;
+        let split = pipeline_split(&mesh, &plan);
+        let part = split.part(mesh.coordinates().pipeline, mesh.coordinates().tensor);
+        let tied_ranks = tied_ranks(&config, &mesh, &split, &part);
+        let groups = ProcessGroups::join(world, &mesh, &config, &tied_ranks)?;
+        let lanes = vocabulary_groups(world, &mesh, plan.schedule.order.vocabulary)?;
+        let stages = world.chain("pipeline", &mesh.group(GroupKind::Pipeline))?;
+        let pipeline = Executor::new(stages, lanes, device.as_ref())?;
+        let ctx = BuildContext::from_config(&config, device.as_ref(), &groups);
+        let model = Model::new(&config.model, part, &ctx);
+        let gradients = gradient_buckets(&config, &model.parameters, device.as_ref())?;
+        measure_min_tokens(&config, &mesh, &groups, &all, device.as_ref())?;
+        let planner = groups
+            .least_loaded
+            .as_ref()
+            .map(|least_loaded| least_loaded.planner.clone());
+        let expert_placement = expert_placement(&config, &mesh, world)?;
+        let optimizer = Optimizer::new(
+            &config.optimizer,
+            config.train.grad_clip,
+            &model.parameters,
+            device.as_ref(),
+            all.clone(),
+        )?;
+        Ok(Trainer {
+            config,
+            mesh,
+            world: all,
+            device,
+            model,
+            pipeline,
+            forward_schedule: plan.forward_only(accumulation),
+            single_forward: plan.forward_only(1),
+            schedule: plan.schedule,
+            gradients,
+            optimizer,
+            planner,
+            expert_placement,
+            train,
+            validation,
+            step: 0,
+            samples: 0,
+            tokens: 0,
+            snapshots: None,
+            reserved: None,
+            skips: BTreeMap::new(),
+            last_step_seconds: 0.0,
+        })
+    }
+}
+
+fn open_data(config: &Config, sources: &[SourceConfig]) -> Result<Dataset, Error> {
+    let length = config.data.sequence_length;
+    Dataset::open(sources, length, config.model.vocab_size, config.run.seed)
+}
+
+fn pipeline_split<'a>(mesh: &Mesh, plan: &'a PipelinePlan) -> PipelineSplit<'a> {
+    let order = &plan.schedule.order;
+    PipelineSplit {
+        ranks: mesh.group(GroupKind::Pipeline).len(),
+        placement: order.placement,
+        layers: &plan.layers,
+        shares_vocabulary: order.vocabulary.is_some(),
+        tensor_ranks: mesh.shape().tensor,
+    }
+}
+
+/// Returns the pipeline ranks with an end of the model, if embedding and output layer are tied.
+fn tied_ranks(config: &Config, mesh: &Mesh, split: &PipelineSplit, own: &ModelPart) -> Vec<usize> {
+    if !config.model.tie_embeddings || own.vocabulary.is_some() {
+        return Vec::new();
+    }
+    let has_end = |&rank: &usize| {
+        let part = split.part(rank, mesh.coordinates().tensor);
+        part.has_first() || part.has_last()
+    };
+    (0..split.ranks).filter(has_end).collect()
+}
+
+/// Creates the groups for the collectives of vocabulary parallelism.
+fn vocabulary_groups(
+    world: &World,
+    mesh: &Mesh,
+    algorithm: Option<Vocabulary>,
+) -> Result<Vec<(CollectiveKind, Arc<dyn Communicator>)>, Error> {
+    let Some(algorithm) = algorithm else {
+        return Ok(Vec::new());
+    };
+    let mut names = vec![
+        (CollectiveKind::Hidden, "last hidden state"),
+        (CollectiveKind::Statistics, "logit statistics"),
+        (CollectiveKind::Embedding, "embedding"),
+        (CollectiveKind::EmbeddingGradient, "embedding gradient"),
+    ];
+    if algorithm == Vocabulary::Naive {
+        names.push((CollectiveKind::Maximum, "largest logit"));
+    }
+    if algorithm.gradient_after_t() {
+        names.push((CollectiveKind::HiddenGradient, "hidden gradient"));
+    }
+    let members = mesh.group(GroupKind::Vocabulary);
+    let mut groups = Vec::new();
+    for (kind, name) in names {
+        groups.push((kind, world.group(name, &members)?));
+    }
+    Ok(groups)
+}
+
+fn gradient_buckets(
+    config: &Config,
+    parameters: &Parameters,
+    device: &dyn Accelerator,
+) -> Result<GradientBuckets, Error> {
+    let weights: Vec<(Weight, usize)> = parameters
+        .iter()
+        .map(|parameter| (parameter.weight.clone(), parameter.replicas as usize))
+        .collect();
+    let bytes = (config.parallel.bucket_mib * 1048576.0) as usize;
+    Ok(GradientBuckets::new(
+        &weights,
+        parameters.replications(),
+        bytes,
+        parameters.keep_gradients(),
+        device,
+    )?)
+}
+
+/// Sets the planner's `min_tokens` from the measured cost of a transfer, unless it is configured.
+fn measure_min_tokens(
+    config: &Config,
+    mesh: &Mesh,
+    groups: &ProcessGroups,
+    all: &Arc<dyn Communicator>,
+    device: &dyn Accelerator,
+) -> Result<(), Error> {
+    let Some(moe) = &config.model.moe else {
+        return Ok(());
+    };
+    let Some(least_loaded) = &groups.least_loaded else {
+        return Ok(());
+    };
+    if !matches!(moe.least_loaded.min_tokens, MinTokens::Measured(_)) {
+        return Ok(());
+    }
+    let size = ExpertSize {
+        hidden: config.model.hidden as i64,
+        ffn: (moe.ffn / mesh.shape().expert_tensor) as i64,
+        kind: config.train.dtype.kind(),
+        refetched_in_backward: !config.parallel.recompute.keeps(RecomputedPart::Dispatch),
+    };
+    let measured = break_even(&least_loaded.lending, size, device)?;
+    let agreed = agree_on_break_even(all, measured)?;
+    least_loaded.planner.lock().min_tokens = agreed;
+    Ok(())
+}
+
+fn expert_placement(
+    config: &Config,
+    mesh: &Mesh,
+    world: &World,
+) -> Result<Option<ExpertPlacement>, Error> {
+    let Some(moe) = &config.model.moe else {
+        return Ok(None);
+    };
+    let Some(placement) = &moe.placement else {
+        return Ok(None);
+    };
+    let stage = world.group("moving experts", &mesh.group(GroupKind::Stage))?;
+    let moe_layers = config.model.num_moe_layers();
+    let owners = mesh.shape().expert;
+    let experts = moe.experts;
+    Ok(Some(ExpertPlacement::new(
+        placement, moe_layers, experts, owners, stage,
+    )))
+}

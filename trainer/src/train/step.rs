@@ -1,0 +1,302 @@
+//! One optimizer step: forward and backward of all microbatches, one collective sum of the step's
+//! figures, and the update.
+
+use super::Trainer;
+use super::metrics::StepMetrics;
+use super::microbatch::{MicrobatchSource, TrainingBatches};
+use super::snapshots::{ReservedSlot, Snapshots};
+use super::stages::{StepInputs, StepStages};
+use super::step_figures::{FigureSizes, StepFigures};
+use super::step_metrics::StepSummary;
+use super::step_sums::StepSums;
+use crate::Error;
+use crate::optim::schedule::learning_rate;
+use kernels::profile;
+use moe::balance::{BalanceScope, BatchTotals, update_bias};
+use parallel::agreement::sum_over_ranks;
+use parallel::pipeline::Schedule;
+use parallel::{GradientBuckets, ReduceOp};
+use std::time::Instant;
+use tch::Tensor;
+
+impl Trainer {
+    /// Runs one optimizer step. Returns its metrics, and true if `stop` was true on any rank.
+    ///
+    /// # Collective
+    /// All ranks.
+    ///
+    /// # Errors
+    /// If data cannot be read, a collective fails, or the loss is not finite.
+    pub fn train_step(&mut self, stop: bool) -> Result<(StepMetrics, bool), Error> {
+        let started = Instant::now();
+        let is_traced = self.config.run.trace_step == Some(self.step + 1);
+        if is_traced {
+            profile::start();
+        }
+        if let Some(&batches) = self.skips.get(&(self.step + 1)) {
+            self.samples += batches * self.config.train.global_batch as u64;
+        }
+        let sums = self.accumulate()?;
+        let grad_norm = self.grad_norm()?;
+        let reserved = self.reserve_slot()?;
+        let figures = self.sum_figures(&sums, stop, reserved.as_ref())?;
+        let loss = figures.cross_entropy;
+        if !loss.is_finite() || !grad_norm.is_finite() {
+            let step = self.step + 1;
+            return Err(Error::Diverged { step, loss });
+        }
+        self.finish_copy(reserved.is_some(), &figures);
+        let lr = self.update_parameters(grad_norm)?;
+        self.update_biases(&figures);
+        let moved_experts = self.move_experts(&figures)?;
+        let synchronized = self.device.synchronize();
+        // When another rank has failed, its error explains more than what the device reports, and
+        // the computed values are useless.
+        self.world.check()?;
+        synchronized?;
+        self.advance(moved_experts);
+        let has_snapshot = reserved.is_some();
+        self.reserved = reserved.map(|reserved| ReservedSlot {
+            on_all_ranks: figures.ranks_without_slot == 0.0,
+            ..reserved
+        });
+        let seconds = started.elapsed().as_secs_f64();
+        self.last_step_seconds = seconds;
+        if is_traced {
+            self.write_trace();
+        }
+        let summary = StepSummary {
+            lr,
+            grad_norm,
+            seconds,
+            moved_experts,
+            has_snapshot,
+        };
+        let metrics = self.step_metrics(&figures, summary);
+        Ok((metrics, figures.stopping_ranks > 0.0))
+    }
+
+    /// Computes losses and gradients of the next step without the update and returns the gradient
+    /// norm. For tests and tools.
+    ///
+    /// # Collective
+    /// All ranks.
+    ///
+    /// # Errors
+    /// If data cannot be read or a collective fails.
+    pub fn forward_backward(&self) -> Result<f64, Error> {
+        self.accumulate()?;
+        self.grad_norm()
+    }
+
+    fn grad_norm(&self) -> Result<f64, Error> {
+        let parameters = &self.model.parameters;
+        self.optimizer.grad_norm(parameters, &self.gradients)
+    }
+
+    /// Runs forward and backward of all microbatches of the next step.
+    fn accumulate(&self) -> Result<StepSums, Error> {
+        let size = self.config.train.micro_batch as u64;
+        let accumulation = self.schedule.order.microbatches;
+        // Consecutive microbatches of the global batch belong to one rank, so that the same
+        // microbatches exist in every layout.
+        let number = (self.mesh.coordinates().data * accumulation) as u64;
+        let batches = TrainingBatches {
+            data: &self.train,
+            device: self.device.as_ref(),
+            first: self.samples + number * size,
+            size,
+        };
+        let totals = |counts_le| BatchTotals {
+            groups: self.groups_per_step(),
+            tokens: self.tokens_per_step() as f64,
+            counts_le,
+        };
+        let mut counts = None;
+        if self.model.counts_whole_batch() {
+            // The first backward needs the token counts of the last forward: count first.
+            let sums = self.run_schedule(&self.forward_schedule, None, &batches, totals(None))?;
+            counts = Some(self.sum_counts(&sums)?);
+        }
+        self.gradients.begin(accumulation);
+        let sums = self.run_schedule(
+            &self.schedule,
+            Some(&self.gradients),
+            &batches,
+            totals(counts.as_ref()),
+        )?;
+        self.gradients.finish()?;
+        Ok(sums)
+    }
+
+    /// Runs `schedule` over the microbatches of `batches`, with backward if there are `gradients`.
+    pub(super) fn run_schedule(
+        &self,
+        schedule: &Schedule,
+        gradients: Option<&GradientBuckets>,
+        batches: &dyn MicrobatchSource,
+        totals: BatchTotals,
+    ) -> Result<StepSums, Error> {
+        let order = &schedule.order;
+        let sequence_length = self.config.data.sequence_length;
+        let (last_rank, _) = order.rank_and_chunk(order.stages() - 1);
+        let mut stages = StepStages::new(StepInputs {
+            model: &self.model,
+            device: self.device.as_ref(),
+            gradients,
+            batches,
+            totals,
+            vocabulary: order.vocabulary,
+            last_rank,
+            eod_token: self.config.data.eod_token,
+            sequences: self.config.train.micro_batch as i64,
+            positions: (sequence_length / self.mesh.shape().context) as i64,
+            kind: self.config.train.dtype.kind(),
+        });
+        let spans = self.pipeline.run(schedule, &mut stages)?;
+        stages.sums.record_spans(&spans, order.chunks);
+        Ok(stages.sums)
+    }
+
+    /// Sums the routed tokens of the whole batch over all ranks, `[L, E]`.
+    fn sum_counts(&self, sums: &StepSums) -> Result<Tensor, Error> {
+        let counts = sums
+            .moe_layers
+            .iter()
+            .flat_map(|layer| &layer.tokens_per_expert);
+        let counts: Vec<f32> = counts.map(|&tokens| tokens as f32).collect();
+        let experts = num_experts(sums) as i64;
+        let counts = Tensor::from_slice(&counts).view([-1, experts]);
+        let summed = self.device.upload(&counts);
+        self.world.all_reduce(&summed, ReduceOp::Sum)?.wait()?;
+        Ok(summed)
+    }
+
+    /// Returns the number of token groups over which load balance is measured.
+    fn groups_per_step(&self) -> f64 {
+        let train = &self.config.train;
+        let moe = self.config.model.moe.as_ref();
+        match moe.map(|moe| moe.load_balance_over) {
+            Some(BalanceScope::Sequence) => train.global_batch as f64,
+            Some(BalanceScope::Microbatch) => (train.global_batch / train.micro_batch) as f64,
+            Some(BalanceScope::Batch) | None => 1.0,
+        }
+    }
+
+    /// Sums all figures of the step over the ranks in one collective.
+    fn sum_figures(
+        &self,
+        sums: &StepSums,
+        stop: bool,
+        reserved: Option<&ReservedSlot>,
+    ) -> Result<StepFigures, Error> {
+        // Without a pipeline, the step's metrics contain no times of passes.
+        let has_pipeline = self.mesh.shape().pipeline > 1;
+        let sizes = FigureSizes {
+            moe_layers: sums.moe_layers.len(),
+            experts: num_experts(sums),
+            ranks: self.world.size(),
+            passes: if has_pipeline { sums.passes.len() } else { 0 },
+        };
+        let lacks_slot = reserved.is_some_and(|reserved| reserved.slot.is_none());
+        let snapshots = self.snapshots.as_ref();
+        let rank = self.world.rank();
+        let mut own = StepFigures::zeros(sizes);
+        own.cross_entropy = sums.cross_entropy;
+        own.load_balance = sums.load_balance;
+        own.z = sums.z;
+        own.stopping_ranks = f64::from(u8::from(stop));
+        own.ranks_without_slot = f64::from(u8::from(lacks_slot));
+        own.snapshot_seconds = snapshots.map_or(0.0, Snapshots::cost_seconds);
+        own.last_step_seconds = self.last_step_seconds;
+        for (figures, sums) in own.moe_layers.iter_mut().zip(&sums.moe_layers) {
+            figures
+                .tokens_per_expert
+                .clone_from(&sums.tokens_per_expert);
+            figures.transfers = sums.transfers;
+            figures.tokens_per_rank[rank] = sums.computed_tokens;
+        }
+        let own_rank = &mut own.ranks[rank];
+        own_rank.peak_memory = self.device.memory()?.peak as f64;
+        own_rank.peak_resident = parallel::peak_resident()? as f64;
+        own_rank.wait_ratio = sums.wait_ratio;
+        if has_pipeline {
+            own_rank.passes.clone_from(&sums.passes);
+        }
+        let summed = sum_over_ranks(&self.world, &own.pack())?;
+        Ok(StepFigures::unpack(sizes, summed))
+    }
+
+    /// Updates the parameters and returns the learning rate.
+    fn update_parameters(&mut self, grad_norm: f64) -> Result<f64, Error> {
+        let schedule = &self.config.schedule;
+        let steps = self.config.train.steps;
+        let lr = learning_rate(schedule, self.step, steps, self.tokens_per_step());
+        self.optimizer.step(
+            &self.model.parameters,
+            &self.gradients,
+            self.step + 1,
+            lr,
+            grad_norm,
+            self.device.as_ref(),
+        )?;
+        self.model.mark_stale();
+        Ok(lr)
+    }
+
+    /// Updates the loss-free balancing biases from the routed tokens of the step.
+    fn update_biases(&self, figures: &StepFigures) {
+        let Some(moe) = &self.config.model.moe else {
+            return;
+        };
+        for (moe_layer, _, mut bias) in self.model.biases() {
+            let tokens = &figures.moe_layers[moe_layer].tokens_per_expert;
+            let tokens = self.device.upload(&Tensor::from_slice(tokens));
+            update_bias(&mut bias, &tokens, moe.bias_update_rate);
+        }
+    }
+
+    /// Moves experts if that is due and returns their number, with `model.moe.placement`.
+    fn move_experts(&mut self, figures: &StepFigures) -> Result<Option<u64>, Error> {
+        let Some(expert_placement) = &mut self.expert_placement else {
+            return Ok(None);
+        };
+        let layers = figures.moe_layers.iter();
+        let tokens: Vec<&[f64]> = layers.map(|layer| &layer.tokens_per_expert[..]).collect();
+        let step = self.step + 1;
+        let moved = expert_placement.step(step, &tokens, &self.model, &self.optimizer)?;
+        Ok(Some(moved))
+    }
+
+    /// Counts the step as done.
+    fn advance(&mut self, moved_experts: Option<u64>) {
+        self.step += 1;
+        self.samples += self.config.train.global_batch as u64;
+        self.tokens += self.tokens_per_step();
+        if let Some(snapshots) = &mut self.snapshots {
+            snapshots.progress.step_done(self.step);
+            if moved_experts.is_some_and(|moved| moved > 0) {
+                snapshots.forget_plan();
+            }
+        }
+    }
+
+    /// Writes the step's trace; a failure only logs a warning.
+    fn write_trace(&self) {
+        let rank = self.world.rank();
+        let folder = self.config.run.dir.join("logs");
+        let path = folder.join(format!("rank-{rank}.trace.json"));
+        let written = std::fs::create_dir_all(&folder)
+            .and_then(|()| profile::write(&profile::stop(), rank, &path));
+        let path = path.display();
+        match written {
+            Ok(()) => tracing::info!("wrote the trace of step {} to {path}", self.step),
+            Err(error) => tracing::warn!("cannot write {path}: {error}"),
+        }
+    }
+}
+
+fn num_experts(sums: &StepSums) -> usize {
+    let first = sums.moe_layers.first();
+    first.map_or(0, |layer| layer.tokens_per_expert.len())
+}

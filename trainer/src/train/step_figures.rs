@@ -1,0 +1,198 @@
+//! Figures of one step that all ranks sum in a single collective.
+
+use super::step_sums::{PassTime, Transfers};
+
+/// Losses, counts and times of one step.
+///
+/// Before the sum, each rank fills in its own entries of the fields that are indexed by rank and
+/// leaves the others zero.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct StepFigures {
+    pub(crate) cross_entropy: f64,
+    pub(crate) load_balance: f64,
+    pub(crate) z: f64,
+    /// Number of ranks that were told to stop.
+    pub(crate) stopping_ranks: f64,
+    /// Number of ranks without a slot for the snapshot of this step.
+    pub(crate) ranks_without_slot: f64,
+    /// Seconds that the last snapshot cost.
+    pub(crate) snapshot_seconds: f64,
+    /// Seconds of the previous step.
+    pub(crate) last_step_seconds: f64,
+    pub(crate) moe_layers: Vec<MoeLayerFigures>,
+    pub(crate) ranks: Vec<RankFigures>,
+}
+
+/// Figures of one MoE layer.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct MoeLayerFigures {
+    /// Routed tokens by expert.
+    pub(crate) tokens_per_expert: Vec<f64>,
+    pub(crate) transfers: Transfers,
+    /// Computed tokens by rank.
+    pub(crate) tokens_per_rank: Vec<f64>,
+}
+
+/// Figures of one rank.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct RankFigures {
+    /// Peak bytes of tensors on the device.
+    pub(crate) peak_memory: f64,
+    /// Peak resident bytes of the process.
+    pub(crate) peak_resident: f64,
+    pub(crate) wait_ratio: f64,
+    /// Times of passes, `[kinds * chunks]`; empty without a pipeline.
+    pub(crate) passes: Vec<PassTime>,
+}
+
+/// Lengths of the lists in [`StepFigures`], the same on all ranks.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct FigureSizes {
+    pub(crate) moe_layers: usize,
+    pub(crate) experts: usize,
+    pub(crate) ranks: usize,
+    pub(crate) passes: usize,
+}
+
+impl StepFigures {
+    pub(crate) fn zeros(sizes: FigureSizes) -> StepFigures {
+        StepFigures::unpack(sizes, std::iter::repeat(0.0))
+    }
+
+    /// Lists the figures in the order that [`StepFigures::unpack`] reads.
+    pub(crate) fn pack(&self) -> Vec<f64> {
+        let mut packed = vec![
+            self.cross_entropy,
+            self.load_balance,
+            self.z,
+            self.stopping_ranks,
+            self.ranks_without_slot,
+            self.snapshot_seconds,
+            self.last_step_seconds,
+        ];
+        for layer in &self.moe_layers {
+            packed.extend(&layer.tokens_per_expert);
+        }
+        for layer in &self.moe_layers {
+            let Transfers {
+                lent_tokens,
+                lent_bytes,
+                internode_bytes,
+                plan_seconds,
+            } = layer.transfers;
+            packed.extend([lent_tokens, lent_bytes, internode_bytes, plan_seconds]);
+        }
+        for layer in &self.moe_layers {
+            packed.extend(&layer.tokens_per_rank);
+        }
+        packed.extend(self.ranks.iter().map(|rank| rank.peak_memory));
+        packed.extend(self.ranks.iter().map(|rank| rank.peak_resident));
+        packed.extend(self.ranks.iter().map(|rank| rank.wait_ratio));
+        for PassTime { seconds, count } in self.ranks.iter().flat_map(|rank| &rank.passes) {
+            packed.extend([seconds, count]);
+        }
+        packed
+    }
+
+    /// Reads figures in the order of [`StepFigures::pack`].
+    ///
+    /// # Panics
+    /// If there are fewer figures than `sizes` requires.
+    pub(crate) fn unpack(sizes: FigureSizes, packed: impl IntoIterator<Item = f64>) -> StepFigures {
+        let mut packed = packed.into_iter();
+        let mut next = || packed.next().expect("all ranks sum equally many figures");
+        let mut figures = StepFigures {
+            cross_entropy: next(),
+            load_balance: next(),
+            z: next(),
+            stopping_ranks: next(),
+            ranks_without_slot: next(),
+            snapshot_seconds: next(),
+            last_step_seconds: next(),
+            moe_layers: vec![MoeLayerFigures::default(); sizes.moe_layers],
+            ranks: vec![RankFigures::default(); sizes.ranks],
+        };
+        for layer in &mut figures.moe_layers {
+            layer.tokens_per_expert = (0..sizes.experts).map(|_| next()).collect();
+        }
+        for layer in &mut figures.moe_layers {
+            layer.transfers = Transfers {
+                lent_tokens: next(),
+                lent_bytes: next(),
+                internode_bytes: next(),
+                plan_seconds: next(),
+            };
+        }
+        for layer in &mut figures.moe_layers {
+            layer.tokens_per_rank = (0..sizes.ranks).map(|_| next()).collect();
+        }
+        for rank in &mut figures.ranks {
+            rank.peak_memory = next();
+        }
+        for rank in &mut figures.ranks {
+            rank.peak_resident = next();
+        }
+        for rank in &mut figures.ranks {
+            rank.wait_ratio = next();
+        }
+        for rank in &mut figures.ranks {
+            for _ in 0..sizes.passes {
+                rank.passes.push(PassTime {
+                    seconds: next(),
+                    count: next(),
+                });
+            }
+        }
+        figures
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counting(sizes: FigureSizes, len: usize) -> (Vec<f64>, StepFigures) {
+        let packed: Vec<f64> = (0..len).map(|number| number as f64).collect();
+        let figures = StepFigures::unpack(sizes, packed.iter().copied());
+        (packed, figures)
+    }
+
+    #[test]
+    fn the_order_of_the_sum_is_fixed() {
+        let sizes = FigureSizes {
+            moe_layers: 2,
+            experts: 3,
+            ranks: 2,
+            passes: 2,
+        };
+        let (packed, figures) = counting(sizes, 7 + 6 + 8 + 4 + 6 + 8);
+        assert_eq!(figures.pack(), packed);
+        assert_eq!(figures.cross_entropy, 0.0);
+        assert_eq!(figures.stopping_ranks, 3.0);
+        assert_eq!(figures.ranks_without_slot, 4.0);
+        assert_eq!(figures.last_step_seconds, 6.0);
+        assert_eq!(figures.moe_layers[1].tokens_per_expert, [10.0, 11.0, 12.0]);
+        assert_eq!(figures.moe_layers[1].transfers.lent_tokens, 17.0);
+        assert_eq!(figures.moe_layers[1].transfers.internode_bytes, 19.0);
+        assert_eq!(figures.moe_layers[1].tokens_per_rank, [23.0, 24.0]);
+        let last = &figures.ranks[1];
+        let measured = [last.peak_memory, last.peak_resident, last.wait_ratio];
+        assert_eq!(measured, [26.0, 28.0, 30.0]);
+        let pass = PassTime {
+            seconds: 37.0,
+            count: 38.0,
+        };
+        assert_eq!(last.passes[1], pass);
+    }
+
+    #[test]
+    fn sizes_may_be_zero() {
+        let sizes = FigureSizes {
+            moe_layers: 0,
+            experts: 0,
+            ranks: 1,
+            passes: 0,
+        };
+        assert_eq!(StepFigures::zeros(sizes).pack(), vec![0.0; 7 + 3]);
+    }
+}

@@ -1,0 +1,53 @@
+//! Validation loss of the current parameters.
+
+use super::Trainer;
+use super::microbatch::ValidationBatch;
+use crate::Error;
+use moe::balance::BatchTotals;
+use parallel::agreement::sum_over_ranks;
+
+impl Trainer {
+    /// Returns the mean loss over the validation sequences in nats per token, or `None` without
+    /// validation data.
+    ///
+    /// # Collective
+    /// All ranks.
+    ///
+    /// # Errors
+    /// If data cannot be read or a collective fails.
+    pub fn validate(&self) -> Result<Option<f64>, Error> {
+        let Some(config) = &self.config.validation else {
+            return Ok(None);
+        };
+        let Some(data) = &self.validation else {
+            return Ok(None);
+        };
+        let windows = (config.sequences as u64).min(data.num_windows());
+        let tokens = windows * self.config.data.sequence_length as u64;
+        let size = self.config.train.micro_batch as u64;
+        let ranks = self.mesh.shape().data as u64;
+        let rank = self.mesh.coordinates().data as u64;
+        let mut loss = 0.0;
+        // Every rank runs the same number of forwards. Rows past the end do not enter the loss.
+        for round in 0..windows.div_ceil(size * ranks) {
+            if let Some(snapshots) = &self.snapshots {
+                snapshots.progress.tick();
+            }
+            let batch = ValidationBatch {
+                data,
+                device: self.device.as_ref(),
+                first: (round * ranks + rank) * size,
+                size,
+                windows,
+            };
+            let totals = BatchTotals {
+                groups: 1.0,
+                tokens: tokens as f64,
+                counts_le: None,
+            };
+            let sums = self.run_schedule(&self.single_forward, None, &batch, totals)?;
+            loss += sums.cross_entropy;
+        }
+        Ok(Some(sum_over_ranks(&self.world, &[loss])?[0]))
+    }
+}
