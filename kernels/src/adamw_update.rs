@@ -9,9 +9,9 @@ pub struct AdamWUpdate {
     pub master: Tensor,
     /// fp32 gradient of the weights.
     pub gradient: Tensor,
-    /// First moment, fp32.
+    /// Running mean of gradients (first moment), fp32.
     pub exp_avg: Tensor,
-    /// Second moment, fp32.
+    /// Running mean of squared gradients (second moment), fp32.
     pub exp_avg_sq: Tensor,
     /// The weights that the model computes with, if these are not `master` itself: `master`
     /// rounded to their dtype.

@@ -26,7 +26,7 @@ struct Recording {
 /// The work of a span.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Cost {
-    /// Floating-point operations.
+    /// Number of floating-point operations.
     pub flops: f64,
     /// Lower bound of the bytes read and written.
     pub bytes: f64,
@@ -51,7 +51,7 @@ impl Cost {
     }
 }
 
-/// A completed span.
+/// A completed span of a thread.
 #[derive(Debug, Clone)]
 pub struct Event {
     /// Category, such as `gemm` or `communication`.
@@ -59,9 +59,9 @@ pub struct Event {
     pub name: &'static str,
     /// Number of the calling thread, from 0.
     pub thread: u64,
-    /// Seconds since [`start`].
+    /// Start in seconds since [`start`].
     pub start: f64,
-    /// Seconds since [`start`].
+    /// End in seconds since [`start`].
     pub end: f64,
     pub cost: Cost,
 }
@@ -75,7 +75,7 @@ pub struct Total {
     pub cost: Cost,
 }
 
-/// Starts recording spans.
+/// Starts recording spans, without those of an earlier recording.
 pub fn start() {
     *RECORDING.lock() = Some(Recording {
         started: Instant::now(),

@@ -3,7 +3,7 @@
 
 use tch::Tensor;
 
-/// How a router turns logits into routing weights.
+/// The rule by which a router turns logits into routing weights.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RouterScoring {
     /// True if a score is the sigmoid of its logit, not the softmax over all logits.

@@ -22,7 +22,7 @@ pub(crate) trait Gpu: Sync {
 /// The parameters for which the kernels are compiled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Variant {
-    /// fp32 or bf16.
+    /// Dtype of the elements, fp32 or bf16.
     pub(super) kind: Kind,
     /// True if a thread reads and writes 16 bytes at once, so all rows must be aligned to them.
     pub(super) vectors: bool,
@@ -48,7 +48,7 @@ impl Variant {
     }
 }
 
-/// How the threads of a block divide rows.
+/// The division of a block's threads among rows.
 #[derive(Clone, Copy)]
 pub(crate) struct BlockShape {
     pub(super) threads_per_row: usize,

@@ -79,7 +79,7 @@ pub(crate) mod tests {
         type Parameters = ();
         type Strategy = BoxedStrategy<TestInput>;
 
-        fn arbitrary_with((): ()) -> BoxedStrategy<TestInput> {
+        fn arbitrary_with(_: ()) -> BoxedStrategy<TestInput> {
             let drawn = (any::<bool>(), proptest::bool::weighted(0.2));
             drawn
                 .prop_map(|(bf16, shifted)| TestInput { bf16, shifted })

@@ -86,9 +86,9 @@ impl TileOutput {
 /// The way in which a tile is stored.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Store {
-    /// Overwrites fp32 elements.
+    /// Overwrites fp32 elements with sums.
     Set,
-    /// Adds to fp32 elements.
+    /// Adds sums to fp32 elements.
     Add,
     /// Overwrites bf16 elements with rounded sums.
     Round,
