@@ -5,7 +5,7 @@ use super::lane::{CollectiveFn, Lane};
 use super::simulate::Span;
 use super::{Collective, CollectiveKind, Message, Order, Pass, PassKind, Payload, Schedule, Step};
 use crate::{Accelerator, CommError, Communicator, Work};
-use kernels::profile::{Cost, part};
+use kernels::profile::{Cost, span};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
@@ -212,7 +212,7 @@ impl Executor {
     fn next_result(&self, state: &mut StepState, kind: CollectiveKind) -> Result<(), CommError> {
         // The collective itself runs on its lane; this records the time for which it delays the
         // rank.
-        let result = part("communication", "wait", Cost::default, || {
+        let result = span("communication", "wait", Cost::default, || {
             self.lane(kind).next()
         })?;
         let lane = state.lanes.get_mut(&kind).expect("it was entered");
@@ -236,7 +236,7 @@ impl Executor {
     ) -> Result<(), S::Error> {
         let inputs = self.inputs(state, pass)?;
         let start = state.seconds();
-        let output = part("pass", pass.kind.name(), Cost::default, || {
+        let output = span("pass", pass.kind.name(), Cost::default, || {
             stages.compute(pass, inputs)
         })?;
         let end = state.seconds();

@@ -50,7 +50,7 @@ impl Lane {
     ) -> Result<Lane, torch_ext::Error> {
         let like = device.zeros(&[1], Kind::Float);
         if group.is_stream_ordered() {
-            let stream = Stream::beside(&like)?;
+            let stream = Stream::from_pool(&like)?;
             return Ok(Lane::Queue {
                 group,
                 like,
@@ -138,7 +138,7 @@ impl Lane {
                     oldest
                         .results
                         .iter()
-                        .try_for_each(|tensor| passes.uses(tensor))
+                        .try_for_each(|tensor| passes.record_tensor(tensor))
                 };
                 wait().map_err(|error| failed(group.as_ref(), &error))?;
                 Ok(oldest.results)
