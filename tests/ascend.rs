@@ -357,11 +357,11 @@ fn what_is_missing_is_said_in_one_sentence() {
     refused(&["run.device=npu"], "libtorch_npu.so could not be loaded");
     refused(
         &["run.backend=hccl"],
-        "run.backend is hccl, which carries tensors of npu alone",
+        "run.backend is hccl, which needs npu devices",
     );
     refused(
         &["run.backend=nccl"],
-        "run.backend is nccl, which carries tensors of cuda alone",
+        "run.backend is nccl, which needs cuda devices",
     );
     if !Path::new("/dev/nvidiactl").exists() {
         refused(&["run.device=cuda"], "libtorch_cuda.so could not be loaded");

@@ -138,7 +138,7 @@ fn a_killed_rank_is_noticed_in_shared_memory_long_before_the_timeout() {
         let output = finish_child(child);
         let said = text(&output);
         assert!(
-            !output.status.success() && said.contains("of the group has ended"),
+            !output.status.success() && said.contains("of the group has exited"),
             "rank {rank}: {said}"
         );
     }

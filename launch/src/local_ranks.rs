@@ -42,7 +42,7 @@ pub(crate) fn run_on_ranks(
 
 /// Joins the other ranks, with tensors on the host. Worlds with different numbers are independent.
 pub(crate) fn join_world(env: &RankEnv, number: usize) -> Result<World> {
-    let again = env.again(number);
+    let again = env.for_another_world(number);
     let env = if number == 0 { env } else { &again };
     World::join(env, COLLECTIVE_TIMEOUT, Backend::Auto, &Cpu).context("cannot join the other ranks")
 }

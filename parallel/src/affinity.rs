@@ -1,57 +1,51 @@
-//! Which processors a rank runs on.
+//! Binding of ranks to processors.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
-/// What a person asks for.
+/// How ranks are bound to processors.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum CpuAffinity {
-    /// As `numa` on machines with several NUMA nodes, unless the launcher has bound the rank already; else as `none`.
+    /// `numa` on machines with several NUMA nodes unless the rank is bound already, else `none`.
     #[default]
     Auto,
-    /// Where the kernel likes.
+    /// Leave the rank unbound; the kernel places it.
     None,
-    /// Its share of the processors, alone. For machines that nobody else uses.
+    /// An exclusive share of the processors. For machines that run nothing else.
     Cores,
-    /// The processors of one NUMA node: its GPU's, or nodes in turn.
+    /// The processors of one NUMA node: that of the rank's GPU, else the ranks share out the nodes.
     Numa,
 }
 
-/// What a machine has.
+/// The processors of a machine.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct CpuTopology {
-    /// Those of each NUMA node.
+    /// Processors of each NUMA node.
     pub nodes: Vec<Vec<usize>>,
-    /// Those that this process may use.
+    /// Processors that this process may use.
     pub allowed: Vec<usize>,
 }
 
 impl CpuTopology {
-    /// Of this machine, as the kernel tells, for a process that may use `allowed`.
+    /// Reads this machine's topology from the kernel, for a process that may use `allowed`.
     pub fn detect(allowed: Vec<usize>) -> CpuTopology {
-        let text = |path: &Path| std::fs::read_to_string(path).ok();
         let folder = Path::new("/sys/devices/system/node");
-        let online = text(&folder.join("online"))
-            .and_then(|list| numbers(&list))
-            .unwrap_or_default();
-        let nodes = online
-            .iter()
-            .filter_map(|node| numbers(&text(&folder.join(format!("node{node}/cpulist")))?));
-        let nodes: Vec<Vec<usize>> = nodes.filter(|cpus| !cpus.is_empty()).collect();
-        CpuTopology {
-            nodes: if nodes.is_empty() {
-                vec![allowed.clone()]
-            } else {
-                nodes
-            },
-            allowed,
+        let read = |file: &str| std::fs::read_to_string(folder.join(file)).ok();
+        let online = read("online").and_then(|list| parse_cpu_list(&list));
+        let cpus_of = |node: usize| parse_cpu_list(&read(&format!("node{node}/cpulist"))?);
+        let nodes = online.unwrap_or_default().into_iter().filter_map(cpus_of);
+        // Nodes may have memory only.
+        let mut nodes: Vec<Vec<usize>> = nodes.filter(|cpus| !cpus.is_empty()).collect();
+        if nodes.is_empty() {
+            nodes.push(allowed.clone());
         }
+        CpuTopology { nodes, allowed }
     }
 
-    /// The processors for rank `local` of the `ranks` of this machine, whose device is at NUMA node `device`, where that is
-    /// known; None: all that it may use.
+    /// Returns the processors for rank `local` of the `ranks` on this machine, or `None` to leave
+    /// it unbound. `device` is the NUMA node of the rank's device, if known.
     pub fn cpus_for_rank(
         &self,
         affinity: CpuAffinity,
@@ -59,25 +53,24 @@ impl CpuTopology {
         ranks: usize,
         device: Option<usize>,
     ) -> Option<Vec<usize>> {
-        let may = |cpu: &usize| self.allowed.contains(cpu);
-        // Those that may be used, node by node.
-        let nodes = self
-            .nodes
-            .iter()
-            .map(|node| node.iter().copied().filter(may).collect::<Vec<_>>());
-        let nodes: Vec<Vec<usize>> = nodes.filter(|node| !node.is_empty()).collect();
-        let restricted = self.allowed.len() < self.nodes.iter().map(Vec::len).sum();
+        let allowed_in = |node: &Vec<usize>| -> Vec<usize> {
+            let cpus = node.iter().copied();
+            cpus.filter(|cpu| self.allowed.contains(cpu)).collect()
+        };
+        let allowed_by_node = self.nodes.iter().map(allowed_in);
+        let nodes: Vec<Vec<usize>> = allowed_by_node.filter(|node| !node.is_empty()).collect();
+        let present: usize = self.nodes.iter().map(Vec::len).sum();
+        let restricted = self.allowed.len() < present;
         match affinity {
             CpuAffinity::None => None,
             CpuAffinity::Auto if restricted || nodes.len() < 2 => None,
             CpuAffinity::Auto | CpuAffinity::Numa => {
-                let device_cpus = device
-                    .and_then(|node| self.nodes.get(node))
-                    .map(|node| node.iter().copied().filter(may).collect::<Vec<_>>());
-                let round_robin = || nodes.get(local * nodes.len() / ranks.max(1)).cloned();
+                let device_node = device.and_then(|node| self.nodes.get(node));
+                let device_cpus = device_node.map(allowed_in);
+                let own_share = || nodes.get(local * nodes.len() / ranks.max(1)).cloned();
                 device_cpus
                     .filter(|cpus| !cpus.is_empty())
-                    .or_else(round_robin)
+                    .or_else(own_share)
             }
             CpuAffinity::Cores => {
                 let all: Vec<usize> = nodes.concat();
@@ -88,12 +81,14 @@ impl CpuTopology {
     }
 }
 
-/// `0-3,8`: the numbers of a list as the kernel writes it.
-fn numbers(text: &str) -> Option<Vec<usize>> {
+/// Parses a list in the kernel's format, such as `0-3,8`.
+fn parse_cpu_list(text: &str) -> Option<Vec<usize>> {
     let mut found = Vec::new();
     for range in text.trim().split(',').filter(|range| !range.is_empty()) {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
-        found.extend(first.parse::<usize>().ok()?..=last.parse().ok()?);
+        let first: usize = first.parse().ok()?;
+        let last: usize = last.parse().ok()?;
+        found.extend(first..=last);
     }
     Some(found)
 }
@@ -111,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn ranks_sit_where_their_device_is() {
+    fn ranks_run_on_the_node_of_their_device() {
         let machine = two_nodes();
         assert_eq!(machine.cpus_for_rank(CpuAffinity::None, 0, 4, None), None);
         assert_eq!(
@@ -138,7 +133,7 @@ mod tests {
                 .unwrap(),
             [3, 8, 9]
         );
-        // srun has bound it already.
+        // The process is bound already, for example by srun.
         let bound = CpuTopology {
             allowed: vec![4, 5],
             ..machine
@@ -153,38 +148,48 @@ mod tests {
             None,
             "fewer processors than ranks"
         );
-        let one = CpuTopology {
+        let single_node = CpuTopology {
             nodes: vec![vec![0, 1]],
             allowed: vec![0, 1],
         };
-        assert_eq!(one.cpus_for_rank(CpuAffinity::Auto, 0, 2, None), None);
+        assert_eq!(
+            single_node.cpus_for_rank(CpuAffinity::Auto, 0, 2, None),
+            None
+        );
     }
 
     #[test]
-    fn lists_are_read_as_the_kernel_writes_them() {
-        assert_eq!(numbers("0-3,8\n").unwrap(), [0, 1, 2, 3, 8]);
-        assert_eq!(numbers("\n").unwrap(), [0usize; 0]);
-        assert_eq!(numbers("a"), None);
+    fn cpu_lists_are_parsed() {
+        assert_eq!(parse_cpu_list("0-3,8\n").unwrap(), [0, 1, 2, 3, 8]);
+        assert_eq!(parse_cpu_list("\n").unwrap(), [0usize; 0]);
+        assert_eq!(parse_cpu_list("a"), None);
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
         #[test]
-        fn shares_are_apart_and_allowed(
-            sizes in proptest::collection::vec(1usize..9, 1..5), ranks in 1usize..17, skip in 0usize..5,
+        fn shares_are_disjoint_and_allowed(
+            sizes in proptest::collection::vec(1usize..9, 1..5),
+            ranks in 1usize..17,
+            skip in 0usize..5,
         ) {
             let mut next = 0..;
-            let nodes: Vec<Vec<usize>> = sizes.iter().map(|&size| next.by_ref().take(size).collect()).collect();
-            let allowed: Vec<usize> = nodes.concat().into_iter().filter(|cpu| cpu % 5 != skip).collect();
+            let node = |&size: &usize| next.by_ref().take(size).collect();
+            let nodes: Vec<Vec<usize>> = sizes.iter().map(node).collect();
+            let mut allowed = nodes.concat();
+            allowed.retain(|cpu| cpu % 5 != skip);
             let machine = CpuTopology { nodes, allowed };
             let mut seen = std::collections::BTreeSet::new();
             for rank in 0..ranks {
                 for affinity in [CpuAffinity::Auto, CpuAffinity::Numa, CpuAffinity::Cores] {
                     let cpus = machine.cpus_for_rank(affinity, rank, ranks, None);
-                    prop_assert!(cpus.iter().flatten().all(|cpu| machine.allowed.contains(cpu)));
+                    for cpu in cpus.iter().flatten() {
+                        prop_assert!(machine.allowed.contains(cpu));
+                    }
                     prop_assert!(cpus.is_none_or(|cpus| !cpus.is_empty()));
                 }
-                for cpu in machine.cpus_for_rank(CpuAffinity::Cores, rank, ranks, None).unwrap_or_default() {
+                let own = machine.cpus_for_rank(CpuAffinity::Cores, rank, ranks, None);
+                for cpu in own.unwrap_or_default() {
                     prop_assert!(seen.insert(cpu), "{} belongs to two ranks", cpu);
                 }
             }

@@ -1,17 +1,17 @@
-//! Threads that carry messages beside a rank's computation, often on the only processor that the rank has.
+//! Background threads: they carry messages while a rank computes, often on the rank's only core.
 
 use nix::libc;
 use std::cell::Cell;
 use std::thread::Builder;
 
-/// Nanoseconds for which such a thread asks to run at a time; what computes has milliseconds.
+/// The time slice that a background thread requests, in ns; a computing thread has milliseconds.
 const TIME_SLICE_NS: u64 = 100_000;
 
 thread_local! {
     static IS_BACKGROUND: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Starts one, called `name` where threads are listed.
+/// Starts a background thread; tools such as `top` list it as `name`.
 pub(crate) fn spawn(name: &str, body: impl FnOnce() + Send + 'static) {
     let body = || {
         IS_BACKGROUND.set(true);
@@ -24,15 +24,18 @@ pub(crate) fn spawn(name: &str, body: impl FnOnce() + Send + 'static) {
         .expect("the system starts another thread");
 }
 
-/// Whether this thread is one: where it has to wait it sleeps at once, for another one computes meanwhile.
+/// True if this is a background thread. It sleeps instead of spinning, since another thread
+/// computes meanwhile.
 pub(crate) fn is_background() -> bool {
     IS_BACKGROUND.get()
 }
 
-/// Lets this thread run when it is woken, and not when the computation's slice has ended: the kernel prefers whoever asked for a
-/// shorter one (since Linux 6.12; earlier ones pass over the number). That needs no privilege.
+/// Makes this thread run as soon as it is woken, not when the computing thread's slice ends.
+///
+/// The kernel prefers the thread that requested the shorter slice. This needs Linux 6.12 (earlier
+/// kernels ignore the number) and no privilege.
 fn request_short_time_slices() {
-    // SAFETY: it takes two numbers: that of a thread is meant, and 0 is this one's.
+    // SAFETY: the call takes two numbers; PRIO_PROCESS with 0 means this thread.
     let nice = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
     let attributes = libc::sched_attr {
         size: size_of::<libc::sched_attr>() as u32,
@@ -44,7 +47,8 @@ fn request_short_time_slices() {
         sched_deadline: 0,
         sched_period: 0,
     };
-    // SAFETY: the kernel reads as many bytes as the structure says it has. One that refuses leaves the thread as it is.
+    // SAFETY: the kernel reads `size` bytes of the structure. If it refuses, the thread is
+    // unchanged.
     unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
 }
 
@@ -55,8 +59,8 @@ mod tests {
 
     #[test]
     fn a_background_thread_has_a_name_and_keeps_policy_and_nice_value() {
-        let of_this_thread = || {
-            // SAFETY: they take numbers, and give one.
+        let policy_and_nice = || {
+            // SAFETY: both calls take and return numbers.
             unsafe {
                 (
                     libc::sched_getscheduler(0),
@@ -64,15 +68,16 @@ mod tests {
                 )
             }
         };
-        let (say, hear) = channel();
+        let (sender, receiver) = channel();
         let name = || std::thread::current().name().map(str::to_string);
         spawn("carrier", move || {
-            say.send((is_background(), name(), of_this_thread()))
-                .expect("it is heard")
+            sender
+                .send((is_background(), name(), policy_and_nice()))
+                .expect("the test receives it")
         });
         assert_eq!(
-            hear.recv(),
-            Ok((true, Some("carrier".into()), of_this_thread()))
+            receiver.recv(),
+            Ok((true, Some("carrier".into()), policy_and_nice()))
         );
         assert!(!is_background());
     }

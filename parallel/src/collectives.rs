@@ -1,5 +1,4 @@
-//! Differentiable collectives. Each function's gradient is the function named beside it, so a model composes them
-//! like any other operation:
+//! Differentiable collectives, which a model composes like any other operation:
 //!
 //! | forward | backward |
 //! |---|---|
@@ -10,17 +9,18 @@
 //! | [`all_to_all`], in two halves [`start_all_to_all`] | all-to-all with the splits exchanged |
 //!
 //! # Collective
-//! Every rank of the group calls forward and backward, in the same order.
+//! Every rank of the group calls the same functions in the same order, and then backward.
 
 use crate::{CommError, Communicator, ReduceOp, Work};
 use parking_lot::Mutex;
 use std::sync::Arc;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 use torch_ext::{Error, attach_backward};
 
 type SharedComm = Arc<dyn Communicator>;
 
-/// Where an operation under way leaves its result: one node of the graph starts it in backward, an earlier one waits.
+/// A gradient in transit: one autograd node starts the operation in backward, and another, which
+/// backward reaches later, waits for its result.
 pub(crate) type PendingGradient = Arc<Mutex<Option<(Work, Tensor)>>>;
 
 pub(crate) fn fill(slot: &PendingGradient, work: Work, tensor: Tensor) {
@@ -29,12 +29,12 @@ pub(crate) fn fill(slot: &PendingGradient, work: Work, tensor: Tensor) {
 
 pub(crate) fn take(slot: &PendingGradient) -> Result<Tensor, Error> {
     let filled = slot.lock().take();
-    let (work, tensor) = filled.ok_or_else(|| Error::new("a part that nobody sent"))?;
+    let (work, tensor) = filled.ok_or_else(|| Error::new("backward: a gradient was never sent"))?;
     work.wait()?;
     Ok(tensor)
 }
 
-/// A function of one tensor and its gradient, both made of collectives.
+/// Applies `forward` to `input` and registers `backward` as its gradient function.
 fn differentiable<F, B>(input: &Tensor, forward: F, backward: B) -> Result<Tensor, Error>
 where
     F: FnOnce(&Tensor) -> Result<Tensor, CommError>,
@@ -44,23 +44,28 @@ where
     let shape = output.size();
     let options = (output.kind(), output.device());
     let mut outputs = attach_backward(&[input], vec![output], move |grads| {
-        // A rank whose output nobody used still takes part in the collective, with zeros.
-        let grad = match &grads[0] {
-            Some(grad) => grad.contiguous(),
-            None => Tensor::zeros(shape.as_slice(), options),
-        };
+        let grad = grad_or_zeros(&grads[0], &shape, options);
         Ok(vec![Some(backward(&grad)?)])
     })?;
     Ok(outputs.remove(0))
 }
 
-fn reduced(tensor: &Tensor, group: &SharedComm) -> Result<Tensor, CommError> {
+/// Returns the gradient, or zeros if the output was unused: the rank must still join the
+/// collective.
+fn grad_or_zeros(grad: &Option<Tensor>, shape: &[i64], options: (Kind, Device)) -> Tensor {
+    match grad {
+        Some(grad) => grad.contiguous(),
+        None => Tensor::zeros(shape, options),
+    }
+}
+
+fn all_reduce(tensor: &Tensor, group: &SharedComm) -> Result<Tensor, CommError> {
     let sum = tensor.copy();
     group.all_reduce(&sum, ReduceOp::Sum)?.wait()?;
     Ok(sum)
 }
 
-fn gathered(tensor: &Tensor, group: &SharedComm) -> Result<Tensor, CommError> {
+fn all_gather(tensor: &Tensor, group: &SharedComm) -> Result<Tensor, CommError> {
     let mut shape = tensor.size();
     shape[0] *= group.size() as i64;
     let output = Tensor::empty(shape.as_slice(), (tensor.kind(), tensor.device()));
@@ -68,7 +73,7 @@ fn gathered(tensor: &Tensor, group: &SharedComm) -> Result<Tensor, CommError> {
     Ok(output)
 }
 
-fn scattered(tensor: &Tensor, group: &SharedComm) -> Result<Tensor, CommError> {
+fn reduce_scatter(tensor: &Tensor, group: &SharedComm) -> Result<Tensor, CommError> {
     let mut shape = tensor.size();
     shape[0] /= group.size() as i64;
     let output = Tensor::empty(shape.as_slice(), (tensor.kind(), tensor.device()));
@@ -78,61 +83,62 @@ fn scattered(tensor: &Tensor, group: &SharedComm) -> Result<Tensor, CommError> {
     Ok(output)
 }
 
-/// Identity; the gradients of all ranks are summed.
+/// Returns the input; backward sums the gradients of all ranks.
 ///
 /// # Errors
-/// When a collective fails.
+/// If a collective fails.
 pub fn copy_to_group(input: &Tensor, group: &SharedComm) -> Result<Tensor, Error> {
     let group = group.clone();
     differentiable(
         input,
         |x| Ok(x.shallow_clone()),
-        move |grad| reduced(grad, &group),
+        move |grad| all_reduce(grad, &group),
     )
 }
 
-/// The sum of all ranks' inputs; the gradient passes as it is.
+/// Returns the sum of all ranks' inputs; backward is the identity.
 ///
 /// # Errors
-/// When a collective fails.
+/// If a collective fails.
 pub fn reduce_from_group(input: &Tensor, group: &SharedComm) -> Result<Tensor, Error> {
     differentiable(
         input,
-        |x| reduced(x, group),
+        |x| all_reduce(x, group),
         |grad| Ok(grad.shallow_clone()),
     )
 }
 
-/// The ranks' inputs `[n, ...]` one after another: `[size * n, ...]`.
+/// Concatenates the ranks' inputs `[n, ...]` to `[size * n, ...]`.
 ///
 /// # Errors
-/// When a collective fails.
+/// If a collective fails.
 pub fn gather_from_group(input: &Tensor, group: &SharedComm) -> Result<Tensor, Error> {
     let back = group.clone();
     differentiable(
         input,
-        |x| gathered(x, group),
-        move |grad| scattered(grad, &back),
+        |x| all_gather(x, group),
+        move |grad| reduce_scatter(grad, &back),
     )
 }
 
-/// This rank's part `[n, ...]` of the sum of all ranks' inputs `[size * n, ...]`.
+/// Returns this rank's part `[n, ...]` of the sum of all ranks' inputs `[size * n, ...]`.
 ///
 /// # Errors
-/// When a collective fails.
+/// If a collective fails.
 pub fn scatter_to_group(input: &Tensor, group: &SharedComm) -> Result<Tensor, Error> {
     let back = group.clone();
     differentiable(
         input,
-        |x| scattered(x, group),
-        move |grad| gathered(grad, &back),
+        |x| reduce_scatter(x, group),
+        move |grad| all_gather(grad, &back),
     )
 }
 
-/// Sends `send[r]` rows to rank `r`, and returns the `receive[r]` rows that come from it, in rank order.
+/// Sends `send[r]` rows to each rank `r` and returns the `receive[r]` rows from each, in rank
+/// order.
 ///
 /// # Errors
-/// When the splits do not fit the input, or the collective fails.
+/// If the splits do not match the input, or the collective fails.
 pub fn all_to_all(
     input: &Tensor,
     group: &SharedComm,
@@ -142,12 +148,12 @@ pub fn all_to_all(
     start_all_to_all(input, group, receive, send)?.wait()
 }
 
-/// Rows on their way.
-#[must_use = "rows that nobody waits for may not have arrived"]
+/// An all-to-all in progress.
+#[must_use = "the rows have arrived only after `wait`"]
 pub struct PendingAllToAll {
     work: Work,
     output: Tensor,
-    /// Makes the node of the start come after that of the arrival in backward.
+    /// An empty tensor through which backward reaches the start after the end.
     link: Tensor,
     slot: PendingGradient,
     group: SharedComm,
@@ -163,16 +169,19 @@ fn exchange(
 ) -> Result<(Work, Tensor), Error> {
     let mut shape = input.size();
     shape[0] = receive.iter().sum();
-    let output = Tensor::empty(shape.as_slice(), (input.kind(), input.device()));
+    let options = (input.kind(), input.device());
+    let output = Tensor::empty(shape.as_slice(), options);
     let work = group.all_to_all(&output, input, receive, send)?;
     Ok((work, output))
 }
 
-/// As [`all_to_all`], for a caller that computes something else before [`PendingAllToAll::wait`]. In backward, what it computed
-/// is what the gradients travel beside.
+/// Starts an [`all_to_all`].
+///
+/// The rows travel while the caller computes until [`PendingAllToAll::wait`]. Their gradients
+/// travel while backward runs through the same computation.
 ///
 /// # Errors
-/// As [`all_to_all`].
+/// As for [`all_to_all`].
 pub fn start_all_to_all(
     input: &Tensor,
     group: &SharedComm,
@@ -182,10 +191,10 @@ pub fn start_all_to_all(
     let (work, output) =
         tch::no_grad(|| exchange(&input.detach().contiguous(), group, receive, send))?;
     let slot = PendingGradient::default();
-    let arrived = slot.clone();
+    let gradient = slot.clone();
     let link = Tensor::zeros([0], (Kind::Float, input.device()));
     let mut link = attach_backward(&[input], vec![link], move |_| {
-        Ok(vec![Some(take(&arrived)?)])
+        Ok(vec![Some(take(&gradient)?)])
     })?;
     let receive = receive.to_vec();
     let send = send.to_vec();
@@ -201,10 +210,10 @@ pub fn start_all_to_all(
 }
 
 impl PendingAllToAll {
-    /// Waits for the rows.
+    /// Waits for the rows and returns them.
     ///
     /// # Errors
-    /// When the collective failed.
+    /// If the collective failed.
     pub fn wait(self) -> Result<Tensor, Error> {
         let PendingAllToAll {
             work,
@@ -219,14 +228,10 @@ impl PendingAllToAll {
         let shape = output.size();
         let options = (output.kind(), output.device());
         let mut out = attach_backward(&[&link], vec![output], move |grads| {
-            // A rank whose rows nobody used still takes part, with zeros.
-            let grad = match &grads[0] {
-                Some(grad) => grad.contiguous(),
-                None => Tensor::zeros(shape.as_slice(), options),
-            };
+            let grad = grad_or_zeros(&grads[0], &shape, options);
             let (work, back) = exchange(&grad, &group, &send, &receive)?;
             fill(&slot, work, back);
-            // It goes on through the slot.
+            // The gradient reaches `link`'s node through the slot.
             Ok(vec![None])
         })?;
         Ok(out.remove(0))

@@ -1,4 +1,4 @@
-//! What a rank computes on. Nothing else in the project names a device.
+//! Devices. No other file of the project names one.
 
 use tch::{Device, Kind, Tensor};
 use torch_ext::{Error, Stream};
@@ -6,137 +6,143 @@ use torch_ext::{Error, Stream};
 /// Bytes that tensors hold on a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryUse {
-    /// Now.
     pub current: u64,
-    /// The most so far.
+    /// The maximum since the start or [`Accelerator::reset_peak`].
     pub peak: u64,
 }
 
-/// Brings values out of a device's memory, on a thread of its own beside the computation.
+/// Copies tensors out of a device's memory, on a thread of its own while the device computes.
 pub trait Copier: Send {
-    /// Copies the bytes of a contiguous tensor to host memory of that size; they are there when it returns.
+    /// Copies the bytes of a contiguous tensor to host memory of the same size, and waits for them.
     ///
     /// # Errors
     /// libtorch's message.
     fn copy(&mut self, tensor: &Tensor, into: &mut [u8]) -> Result<(), Error>;
 
-    /// Copies a contiguous tensor into one of its shape and dtype in memory that [`Accelerator::staging`] gave.
+    /// Copies a contiguous tensor into one of the same shape and dtype from
+    /// [`Accelerator::staging`].
     ///
     /// # Errors
     /// libtorch's message.
     fn fetch(&mut self, tensor: &Tensor, into: &Tensor) -> Result<(), Error>;
 }
 
-/// One device of one rank.
+/// The device of a rank.
 pub trait Accelerator: Send + Sync + std::fmt::Debug {
-    /// `cpu`, `cuda:0`, ...
+    /// Returns the name, such as `cpu` or `cuda:0`.
     fn name(&self) -> String;
 
-    /// A tensor of zeros.
+    /// Returns a tensor of zeros.
     fn zeros(&self, shape: &[i64], kind: Kind) -> Tensor;
 
-    /// A tensor whose values are not set.
+    /// Returns an uninitialized tensor.
     fn empty(&self, shape: &[i64], kind: Kind) -> Tensor;
 
-    /// A copy on this device of a tensor in host memory (the tensor itself where the device is the host).
+    /// Copies a tensor from host memory to this device. On the CPU, returns the tensor itself.
     fn upload(&self, host: &Tensor) -> Tensor;
 
     /// Waits until all queued work is done.
     ///
     /// # Errors
-    /// An asynchronous failure of earlier work.
+    /// If earlier work failed.
     fn synchronize(&self) -> Result<(), Error>;
 
-    /// State of the default random generator, `[bytes]` uint8 in host memory.
+    /// Returns the state of the default random generator, `[bytes]` uint8 in host memory.
     ///
     /// # Errors
     /// libtorch's message.
     fn generator_state(&self) -> Result<Tensor, Error>;
 
-    /// Puts back what [`Accelerator::generator_state`] gave.
+    /// Restores a state from [`Accelerator::generator_state`].
     ///
     /// # Errors
-    /// When the state belongs to another kind of device.
+    /// If the state belongs to another kind of device.
     fn set_generator_state(&self, state: &Tensor) -> Result<(), Error>;
 
-    /// What tensors of this process hold there.
+    /// Returns the memory that this process's tensors hold on the device.
     ///
     /// # Errors
-    /// When the figures cannot be read.
+    /// If the figures cannot be read.
     fn memory(&self) -> Result<MemoryUse, Error>;
 
-    /// Counts the most that tensors hold anew from here.
+    /// Resets [`MemoryUse::peak`] to the current use.
     ///
     /// # Errors
-    /// As [`Accelerator::memory`].
+    /// As for [`Accelerator::memory`].
     fn reset_peak(&self) -> Result<(), Error>;
 
-    /// What copies state out of it. The thread that uses it is the one that first calls it.
+    /// Returns a copier; it belongs to the thread that first uses it.
     ///
     /// # Errors
-    /// When there is no memory for it.
+    /// If there is no memory for it.
     fn copier(&self) -> Result<Box<dyn Copier>, Error>;
 
-    /// `[elements]` of host memory by way of which values come and go at full speed; they are not set.
+    /// Allocates an uninitialized `[elements]` in host memory that the device copies at full speed.
     ///
     /// # Errors
-    /// When there is no memory for it.
+    /// If there is no memory for it.
     fn staging(&self, elements: i64, kind: Kind) -> Result<Tensor, Error>;
 
-    /// The NUMA node that it is at, where it is at one and the system says so.
+    /// Returns the NUMA node of the device, if it has one and the system tells.
     fn numa_node(&self) -> Option<usize>;
 
-    /// Whether copying takes processors that would compute.
+    /// True if the device is the host's processors, so that copying competes with computing.
     fn computes_on_host(&self) -> bool;
 }
 
-/// What `auto` is on this machine: `cuda` or `npu` where there is one, else `cpu`. Other kinds are what they are.
+/// Resolves `auto` to `cuda`, `npu` or `cpu`, whichever this machine has; returns other kinds as
+/// is.
 pub fn device_kind(kind: &str) -> &str {
-    let there = |file: &str| std::path::Path::new(file).exists();
+    let exists = |file: &str| std::path::Path::new(file).exists();
     match kind {
-        "auto" if there("/dev/nvidiactl") => "cuda",
-        "auto" if there("/dev/davinci_manager") => "npu",
+        "auto" if exists("/dev/nvidiactl") => "cuda",
+        "auto" if exists("/dev/davinci_manager") => "npu",
         "auto" => "cpu",
         other => other,
     }
 }
 
-/// The device a rank uses: `cpu`, `cuda` or `npu` (the rank's local one), or `auto` (a GPU or NPU where there is one).
+/// Opens the device of a rank: `cpu`, `cuda`, `npu` or `auto` (see [`device_kind`]).
 ///
 /// # Errors
-/// When a GPU or NPU was asked for and cannot be used: why, and what to do.
+/// If a GPU or NPU was requested and cannot be used; the message has a hint.
 pub fn accelerator(kind: &str, local_rank: usize) -> Result<Box<dyn Accelerator>, Error> {
-    let own = |variable: &str| visible_index(local_rank, std::env::var(variable).ok().as_deref());
+    let index = |variable: &str| {
+        let visible = std::env::var(variable).ok();
+        visible_index(local_rank, visible.as_deref())
+    };
     match device_kind(kind) {
         "cpu" => {
             torch_ext::keep_freed_memory();
             torch_ext::count_host_memory()?;
             Ok(Box::new(Cpu))
         }
-        "cuda" => Ok(Box::new(DiscreteDevice::cuda(own("CUDA_VISIBLE_DEVICES"))?)),
-        "npu" => Ok(Box::new(DiscreteDevice::npu(own(
-            "ASCEND_RT_VISIBLE_DEVICES",
-        ))?)),
-        other => Err(Error::new(format!(
-            "unknown device {other:?}: use cpu, cuda, npu or auto"
-        ))),
+        "cuda" => {
+            let gpu = DiscreteDevice::cuda(index("CUDA_VISIBLE_DEVICES"))?;
+            Ok(Box::new(gpu))
+        }
+        "npu" => {
+            let npu = DiscreteDevice::npu(index("ASCEND_RT_VISIBLE_DEVICES"))?;
+            Ok(Box::new(npu))
+        }
+        other => {
+            let message = format!("unknown device {other:?}: use cpu, cuda, npu or auto");
+            Err(Error::new(message))
+        }
     }
 }
 
-/// Which of the GPUs or NPUs that a rank sees is its own: the one, where its launcher shows it no other (srun --gpus-per-task), else
-/// the one with its local number.
+/// Returns the index of a rank's device among the visible ones.
+///
+/// It is the local rank, unless the launcher made one device visible per rank (srun
+/// --gpus-per-task).
 fn visible_index(local_rank: usize, visible: Option<&str>) -> usize {
-    match visible.map(|list| {
-        list.split(',')
-            .filter(|name| !name.trim().is_empty())
-            .count()
-    }) {
-        Some(1) => 0,
-        _ => local_rank,
-    }
+    let names = visible.unwrap_or_default().split(',');
+    let count = names.filter(|name| !name.trim().is_empty()).count();
+    if count == 1 { 0 } else { local_rank }
 }
 
-/// The host's processors.
+/// The processors of the host.
 #[derive(Debug, Clone, Copy)]
 pub struct Cpu;
 
@@ -202,24 +208,27 @@ impl Copier for HostCopier {
     }
 }
 
-/// The most host memory that this process had resident so far, in bytes: tensors, gaps between them, and all else.
+/// Returns the peak resident host memory of this process in bytes, including what is not tensors.
 ///
 /// # Errors
-/// When the kernel does not say.
+/// If the kernel does not report it.
 pub fn peak_resident() -> Result<u64, Error> {
     let status =
         std::fs::read_to_string("/proc/self/status").map_err(|e| Error::new(e.to_string()))?;
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
-    let kib = line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
     kib.map(|kib| kib * 1024)
-        .ok_or_else(|| Error::new("/proc/self/status has no VmHWM"))
+        .ok_or_else(|| Error::new("/proc/self/status: no VmHWM"))
 }
 
-/// How `tch` reads an NPU, and asks for one: see [`torch_ext::load_npu`].
+/// The device that stands for an NPU, which `tch` cannot name: see [`torch_ext::load_npu`].
 pub(crate) const NPU: Device = Device::Mps;
 
-/// A device with memory of its own, whose kernels libtorch loads at run time: an NVIDIA GPU, or an Ascend NPU. Neither has been
-/// run on hardware yet; the tests run an NPU's whole path against a library that has its interface on host memory.
+/// A device with its own memory, whose kernels libtorch loads at run time: an NVIDIA GPU or an
+/// Ascend NPU.
+///
+/// Neither has run on hardware yet. The tests run the NPU path against a library that implements
+/// its interface in host memory.
 #[derive(Debug, Clone, Copy)]
 pub struct DiscreteDevice {
     device: Device,
@@ -227,36 +236,30 @@ pub struct DiscreteDevice {
 }
 
 impl DiscreteDevice {
-    /// Loads the CUDA library and takes GPU `index`.
+    /// Loads the CUDA library and opens GPU `index`.
     ///
     /// # Errors
-    /// When the library cannot be loaded, or there is no such GPU.
+    /// If the library cannot be loaded, or there is no such GPU.
     pub fn cuda(index: usize) -> Result<DiscreteDevice, Error> {
         torch_ext::load_cuda()?;
         let count = tch::Cuda::device_count();
-        if (index as i64) < count {
-            Ok(DiscreteDevice {
-                device: Device::Cuda(index),
-                index,
-            })
-        } else {
-            Err(Error::new(format!(
-                "GPU {index} was asked for and the driver shows {count}: start at most {count} ranks on this machine, \
-                 or use device: cpu"
-            )))
+        if index as i64 >= count {
+            return Err(Error::new(format!(
+                "GPU {index} was requested, but the driver has {count}: start at most {count} \
+                 ranks on this machine, or use run.device: cpu"
+            )));
         }
+        let device = Device::Cuda(index);
+        Ok(DiscreteDevice { device, index })
     }
 
-    /// Loads torch_npu's library and takes NPU `index`: one for a process.
+    /// Loads torch_npu's library and opens NPU `index`, the only one that this process may use.
     ///
     /// # Errors
-    /// When the library cannot be loaded, or there is no such NPU.
+    /// If the library cannot be loaded, or there is no such NPU.
     pub fn npu(index: usize) -> Result<DiscreteDevice, Error> {
         torch_ext::load_npu(index)?;
         Ok(DiscreteDevice { device: NPU, index })
-    }
-    fn device(&self) -> Device {
-        self.device
     }
 }
 
@@ -266,32 +269,32 @@ impl Accelerator for DiscreteDevice {
         format!("{kind}:{}", self.index)
     }
     fn zeros(&self, shape: &[i64], kind: Kind) -> Tensor {
-        Tensor::zeros(shape, (kind, self.device()))
+        Tensor::zeros(shape, (kind, self.device))
     }
     fn empty(&self, shape: &[i64], kind: Kind) -> Tensor {
-        Tensor::empty(shape, (kind, self.device()))
+        Tensor::empty(shape, (kind, self.device))
     }
     fn upload(&self, host: &Tensor) -> Tensor {
-        host.to_device(self.device())
+        host.to_device(self.device)
     }
     fn synchronize(&self) -> Result<(), Error> {
-        torch_ext::synchronize(self.device())
+        torch_ext::synchronize(self.device)
     }
     fn generator_state(&self) -> Result<Tensor, Error> {
-        torch_ext::generator_state(self.device())
+        torch_ext::generator_state(self.device)
     }
     fn set_generator_state(&self, state: &Tensor) -> Result<(), Error> {
-        torch_ext::set_generator_state(self.device(), state)
+        torch_ext::set_generator_state(self.device, state)
     }
     fn memory(&self) -> Result<MemoryUse, Error> {
-        let (current, peak) = torch_ext::allocator_bytes(self.device())?;
+        let (current, peak) = torch_ext::allocator_bytes(self.device)?;
         Ok(MemoryUse {
             current: current.max(0) as u64,
             peak: peak.max(0) as u64,
         })
     }
     fn reset_peak(&self) -> Result<(), Error> {
-        torch_ext::reset_peak(self.device())
+        torch_ext::reset_peak(self.device)
     }
     fn copier(&self) -> Result<Box<dyn Copier>, Error> {
         Ok(Box::new(PinnedCopier {
@@ -309,23 +312,22 @@ impl Accelerator for DiscreteDevice {
         if self.device == NPU {
             return None;
         }
-        let at = torch_ext::pci_bus_id(self.index).ok()?.to_lowercase();
-        std::fs::read_to_string(format!("/sys/bus/pci/devices/{at}/numa_node"))
-            .ok()?
-            .trim()
-            .parse()
-            .ok()
+        let address = torch_ext::pci_bus_id(self.index).ok()?.to_lowercase();
+        let file = format!("/sys/bus/pci/devices/{address}/numa_node");
+        let node = std::fs::read_to_string(file).ok()?;
+        node.trim().parse().ok()
     }
     fn computes_on_host(&self) -> bool {
         false
     }
 }
 
-/// Bytes of a pinned buffer.
 const PINNED_BYTES: i64 = 4 << 20;
 
-/// By way of pinned memory, on a stream beside the one that computes. Its caller hands over tensors whose values are final:
-/// the trainer waits for the device at the end of each step.
+/// Copies through pinned memory, on a stream that overlaps with computation.
+///
+/// The caller passes tensors whose values are final: the trainer waits for the device at the end of
+/// each step.
 struct PinnedCopier {
     pinned: Option<Tensor>,
     on_side_stream: bool,
@@ -335,7 +337,7 @@ impl PinnedCopier {
     fn use_side_stream(&mut self, tensor: &Tensor) -> Result<(), Error> {
         if !self.on_side_stream {
             torch_ext::set_device(tensor)?;
-            Stream::beside(tensor)?.make_current()?;
+            Stream::from_pool(tensor)?.make_current()?;
             self.on_side_stream = true;
         }
         Ok(())
@@ -356,15 +358,10 @@ impl Copier for PinnedCopier {
         let bytes = tensor.f_view_dtype(Kind::Uint8).map_err(failed)?;
         for (index, part) in into.chunks_mut(PINNED_BYTES as usize).enumerate() {
             let len = part.len() as i64;
+            let source = bytes.f_narrow(0, index as i64 * PINNED_BYTES, len);
             let mut staged = pinned.narrow(0, 0, len);
             // A blocking copy waits for this thread's stream only.
-            staged
-                .f_copy_(
-                    &bytes
-                        .f_narrow(0, index as i64 * PINNED_BYTES, len)
-                        .map_err(failed)?,
-                )
-                .map_err(failed)?;
+            staged.f_copy_(&source.map_err(failed)?).map_err(failed)?;
             staged.f_copy_data_u8(part, part.len()).map_err(failed)?;
         }
         self.pinned = Some(pinned);
@@ -395,12 +392,11 @@ mod tests {
 
     #[test]
     fn the_cpu_conforms() {
-        // In a process of its own: others of these tests have tensors at the same time.
+        // A process of its own, since other tests allocate tensors at the same time.
         const INSIDE: &str = "MOERUN_TEST_CPU_CONFORMS";
         if std::env::var_os(INSIDE).is_none() {
-            let own = std::env::current_exe().unwrap();
-            let mut again = std::process::Command::new(own);
-            let output = again
+            let this_program = std::env::current_exe().unwrap();
+            let output = std::process::Command::new(this_program)
                 .args(["--exact", "device::tests::the_cpu_conforms"])
                 .env(INSIDE, "1")
                 .output()
@@ -428,11 +424,7 @@ mod tests {
 
     #[test]
     fn an_unknown_device_is_refused() {
-        assert!(
-            accelerator("tpu", 0)
-                .unwrap_err()
-                .to_string()
-                .contains("use cpu, cuda, npu or auto")
-        );
+        let error = accelerator("tpu", 0).unwrap_err().to_string();
+        assert!(error.contains("use cpu, cuda, npu or auto"), "{error}");
     }
 }

@@ -1,100 +1,80 @@
-//! Who sits where: the only place that turns a rank into coordinates and groups.
+//! The mesh: the only place that turns a rank into coordinates and groups.
 //!
-//! Ranks are numbered with the tensor axis fastest, then context, data and pipeline, so that ranks which talk most
-//! are neighbours. The expert axes are folded over the dense ones: inside one pipeline stage the `data x context x
-//! tensor` ranks, in order, form rows of `expert x expert_tensor` consecutive ranks, `expert_tensor` fastest. The ranks of
-//! a row hold a layer's experts once; the ranks of a column hold the same part of them.
+//! Ranks are numbered with the tensor axis fastest, then context, data and pipeline, so that the
+//! ranks that communicate most are neighbours. The expert axes are folded over the dense ones.
+//! Inside one pipeline stage, the `data x context x tensor` ranks form rows of `expert x
+//! expert_tensor` consecutive ranks, `expert_tensor` fastest. The ranks of a row hold a layer's
+//! experts once; the ranks of a column hold the same part of them.
 
-/// Sizes of the axes.
+/// Sizes of the parallel axes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MeshShape {
     /// Replicas of the dense layers, each with its own share of the batch.
     pub data: usize,
     /// Ranks that split every matrix.
     pub tensor: usize,
-    /// Stages that layers are spread over.
+    /// Pipeline stages, each with a part of the layers.
     pub pipeline: usize,
     /// Ranks that split every sequence.
     pub context: usize,
     /// Ranks that split the experts of a layer.
     pub expert: usize,
-    /// Ranks that split every expert's matrices; `expert * expert_tensor` divides `data * context * tensor`.
+    /// Ranks that split every expert's matrices. `expert * expert_tensor` divides `data * context *
+    /// tensor`.
     pub expert_tensor: usize,
 }
 
-/// The axes do not fit together or do not fill the ranks.
+/// A reason why axis sizes do not fit the number of ranks.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MeshError {
-    /// An axis of size zero.
     #[error("the {axis} axis has size 0; the smallest is 1")]
-    EmptyAxis {
-        /// Its name.
-        axis: &'static str,
-    },
-    /// The product of the axes is not the number of ranks.
+    EmptyAxis { axis: &'static str },
     #[error(
-        "data {data} x context {context} x tensor {tensor} x pipeline {pipeline} = {product} ranks, but {ranks} were started"
+        "data {data} x context {context} x tensor {tensor} x pipeline {pipeline} = {product} \
+         ranks, but {ranks} were started"
     )]
     WrongProduct {
-        /// Size of the data axis.
         data: usize,
-        /// Size of the context axis.
         context: usize,
-        /// Size of the tensor axis.
         tensor: usize,
-        /// Size of the pipeline axis.
         pipeline: usize,
-        /// Their product.
         product: usize,
-        /// Ranks there are.
         ranks: usize,
     },
-    /// The expert axes do not divide a stage.
     #[error(
-        "expert {expert} x expert_tensor {expert_tensor} does not divide the {stage} ranks of a pipeline stage (data {data} x \
-         context {context} x tensor {tensor})"
+        "expert {expert} x expert_tensor {expert_tensor} does not divide the {stage} ranks of a \
+         pipeline stage (data {data} x context {context} x tensor {tensor})"
     )]
     ExpertDoesNotDivide {
-        /// Size of the expert axis.
         expert: usize,
-        /// Size of the expert tensor axis.
         expert_tensor: usize,
-        /// Size of the data axis.
         data: usize,
-        /// Size of the context axis.
         context: usize,
-        /// Size of the tensor axis.
         tensor: usize,
-        /// Their product.
         stage: usize,
     },
 }
 
-/// Where a rank sits.
+/// The place of a rank on each axis.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Coordinates {
-    /// On the data axis.
     pub data: usize,
-    /// On the tensor axis.
     pub tensor: usize,
-    /// On the pipeline axis.
     pub pipeline: usize,
-    /// On the context axis.
     pub context: usize,
-    /// On the expert axis: which of the experts it holds.
+    /// Index of the set of experts that the rank holds.
     pub expert: usize,
-    /// On the expert tensor axis: which slice of each it holds.
+    /// Index of the slice that the rank holds of each of these experts.
     pub expert_tensor: usize,
-    /// Which replica of those slices it is.
+    /// Index among the ranks that hold the same slices.
     pub expert_replica: usize,
 }
 
-/// A kind of group that the ranks fall into.
+/// A kind of process group; the groups of a kind partition the ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum GroupKind {
-    /// All ranks.
     World,
-    /// Same stage, context and tensor coordinate: different data.
+    /// The ranks that differ only in their data coordinate.
     Data,
     /// The ranks that split a matrix.
     Tensor,
@@ -108,16 +88,15 @@ pub enum GroupKind {
     Stage,
     /// The ranks that work on the same sequences in a stage: context x tensor.
     Sequence,
-    /// The ranks that share out a vocabulary: pipeline x tensor.
+    /// The ranks that split the vocabulary: pipeline x tensor.
     Vocabulary,
-    /// The ranks that share out one layer's experts: expert x expert_tensor.
+    /// The ranks that split a layer's experts: expert x expert_tensor.
     Expert,
     /// The ranks that hold the same slices of the same experts.
     ExpertReplicas,
 }
 
 impl GroupKind {
-    /// Every kind of group.
     pub const ALL: [GroupKind; 11] = [
         GroupKind::World,
         GroupKind::Data,
@@ -133,7 +112,16 @@ impl GroupKind {
     ];
 }
 
-/// One rank's view of all ranks.
+/// A rank's group, split by nodes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeSplit {
+    /// The members on this rank's node.
+    pub intra_node: Vec<usize>,
+    /// One member per node: those with this rank's position on their node.
+    pub inter_node: Vec<usize>,
+}
+
+/// The assignment of ranks to coordinates, as one rank sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mesh {
     shape: MeshShape,
@@ -141,10 +129,14 @@ pub struct Mesh {
 }
 
 impl Mesh {
-    /// The mesh of `ranks` ranks as `rank` sees it.
+    /// Arranges `ranks` ranks for the one that is `rank`.
     ///
     /// # Errors
-    /// When the axes do not multiply to the number of ranks, or the expert axis does not fold into a stage.
+    /// If the dense axes do not multiply to the number of ranks, or the expert axes do not divide a
+    /// stage.
+    ///
+    /// # Panics
+    /// If `rank` is not below `ranks`.
     pub fn new(shape: MeshShape, rank: usize, ranks: usize) -> Result<Mesh, MeshError> {
         let MeshShape {
             data,
@@ -191,32 +183,32 @@ impl Mesh {
         Ok(Mesh { shape, rank })
     }
 
-    /// Sizes of the axes.
+    /// Returns the sizes of the axes.
     pub fn shape(&self) -> MeshShape {
         self.shape
     }
 
-    /// This rank.
+    /// Returns this rank's number.
     pub fn rank(&self) -> usize {
         self.rank
     }
 
-    /// How many ranks there are.
+    /// Returns the number of ranks.
     pub fn size(&self) -> usize {
-        self.stage() * self.shape.pipeline
+        self.ranks_per_stage() * self.shape.pipeline
     }
 
-    /// How many ranks hold the same experts.
+    /// Returns the number of ranks that hold the same slices of the same experts.
     pub fn expert_replicas(&self) -> usize {
-        self.stage() / (self.shape.expert * self.shape.expert_tensor)
+        self.ranks_per_stage() / (self.shape.expert * self.shape.expert_tensor)
     }
 
-    /// Where this rank sits.
+    /// Returns this rank's coordinates.
     pub fn coordinates(&self) -> Coordinates {
         self.coordinates_of(self.rank)
     }
 
-    /// Where `rank` sits.
+    /// Returns the coordinates of `rank`.
     pub fn coordinates_of(&self, rank: usize) -> Coordinates {
         let MeshShape {
             tensor,
@@ -225,8 +217,8 @@ impl Mesh {
             expert_tensor,
             ..
         } = self.shape;
-        let pipeline = rank / self.stage();
-        let in_stage = rank % self.stage();
+        let pipeline = rank / self.ranks_per_stage();
+        let in_stage = rank % self.ranks_per_stage();
         Coordinates {
             tensor: in_stage % tensor,
             context: in_stage / tensor % context,
@@ -238,69 +230,59 @@ impl Mesh {
         }
     }
 
-    /// The ranks, in order, of this rank's group of the given kind.
-    pub fn group(&self, group: GroupKind) -> Vec<usize> {
-        let own = self.key(self.rank, group);
-        (0..self.size())
-            .filter(|&rank| self.key(rank, group) == own)
-            .collect()
+    /// Returns the members, in order, of this rank's group of the given kind.
+    pub fn group(&self, kind: GroupKind) -> Vec<usize> {
+        let own = self.key(self.rank, kind);
+        let is_member = |rank: &usize| self.key(*rank, kind) == own;
+        (0..self.size()).filter(is_member).collect()
     }
 
-    /// The replicas of this rank's dense layers, and the ranks that sit like them in the pipeline stages `stages`.
+    /// Returns the ranks that hold dense layers with this rank's tensor coordinate in `stages`.
     pub fn dense_replicas_in_stages(&self, stages: &[usize]) -> Vec<usize> {
         let tensor = self.coordinates().tensor;
-        let member = |&rank: &usize| {
-            let at = self.coordinates_of(rank);
+        let is_member = |rank: &usize| {
+            let at = self.coordinates_of(*rank);
             at.tensor == tensor && stages.contains(&at.pipeline)
         };
-        (0..self.size()).filter(member).collect()
+        (0..self.size()).filter(is_member).collect()
     }
 
-    /// The node of each rank of the group `group`, where every node has `per_node` ranks.
-    pub fn nodes(&self, group: GroupKind, per_node: usize) -> Vec<usize> {
-        self.group(group)
-            .into_iter()
-            .map(|rank| rank / per_node)
-            .collect()
+    /// Returns the node of each member of this rank's group, for nodes of `per_node` ranks.
+    pub fn nodes(&self, kind: GroupKind, per_node: usize) -> Vec<usize> {
+        let members = self.group(kind).into_iter();
+        members.map(|rank| rank / per_node).collect()
     }
 
-    /// Of the group `group` the ranks on this rank's node, and those with this rank's number among them on the other
-    /// nodes; None where not every node has as many of the group, or whole owners of experts.
-    pub fn split_by_node(
-        &self,
-        group: GroupKind,
-        per_node: usize,
-    ) -> Option<(Vec<usize>, Vec<usize>)> {
-        let members = self.group(group);
-        let on = |node: usize| {
-            members
-                .iter()
-                .copied()
-                .filter(move |rank| rank / per_node == node)
+    /// Splits this rank's group by nodes of `per_node` ranks.
+    ///
+    /// Returns `None` unless every node has the same number of members, and whole owners of
+    /// experts.
+    pub fn split_by_node(&self, kind: GroupKind, per_node: usize) -> Option<NodeSplit> {
+        let members = self.group(kind);
+        let on_node = |node: usize| -> Vec<usize> {
+            let is_on_node = |rank: &usize| rank / per_node == node;
+            members.iter().copied().filter(is_on_node).collect()
         };
-        let inside: Vec<usize> = on(self.rank / per_node).collect();
-        let place = inside.iter().position(|&rank| rank == self.rank)?;
-        let mut nodes = self.nodes(group, per_node);
+        let inside = on_node(self.rank / per_node);
+        let position = inside.iter().position(|&rank| rank == self.rank)?;
+        let mut nodes = self.nodes(kind, per_node);
         nodes.dedup();
-        let even = nodes.iter().all(|&node| on(node).count() == inside.len());
+        let even = nodes
+            .iter()
+            .all(|&node| on_node(node).len() == inside.len());
         let whole = inside.len().is_multiple_of(self.shape.expert_tensor);
-        (even && whole).then(|| {
-            (
-                inside.clone(),
-                members
-                    .iter()
-                    .copied()
-                    .skip(place)
-                    .step_by(inside.len())
-                    .collect(),
-            )
+        let from_own = members.iter().copied().skip(position);
+        let across = from_own.step_by(inside.len()).collect();
+        (even && whole).then_some(NodeSplit {
+            intra_node: inside,
+            inter_node: across,
         })
     }
 
-    /// What the ranks of one group have in common.
-    fn key(&self, rank: usize, group: GroupKind) -> [usize; 3] {
+    /// Returns a key that is the same for all members of a group.
+    fn key(&self, rank: usize, kind: GroupKind) -> [usize; 3] {
         let at = self.coordinates_of(rank);
-        match group {
+        match kind {
             GroupKind::World => [0, 0, 0],
             GroupKind::Data => [at.pipeline, at.context, at.tensor],
             GroupKind::Tensor => [at.pipeline, at.data, at.context],
@@ -315,7 +297,8 @@ impl Mesh {
         }
     }
 
-    fn stage(&self) -> usize {
+    /// Returns the number of ranks of a pipeline stage.
+    fn ranks_per_stage(&self) -> usize {
         self.shape.data * self.shape.context * self.shape.tensor
     }
 }
@@ -330,12 +313,9 @@ impl std::fmt::Display for Mesh {
             expert,
             expert_tensor,
         } = self.shape;
-        write!(
-            f,
-            "{} rank{}: data {data}",
-            self.size(),
-            if self.size() == 1 { "" } else { "s" }
-        )?;
+        let plural = |count: usize| if count == 1 { "" } else { "s" };
+        let size = self.size();
+        write!(f, "{size} rank{}: data {data}", plural(size))?;
         for (name, size) in [
             ("context", context),
             ("tensor", tensor),
@@ -346,17 +326,12 @@ impl std::fmt::Display for Mesh {
             }
         }
         if expert * expert_tensor > 1 {
-            let slices = if expert_tensor > 1 {
-                format!(" x tensor {expert_tensor}")
-            } else {
-                String::new()
-            };
-            write!(
-                f,
-                "; experts over {expert} ranks{slices} x {} replica{}",
-                self.expert_replicas(),
-                if self.expert_replicas() == 1 { "" } else { "s" }
-            )?;
+            write!(f, "; experts over {expert} ranks")?;
+            if expert_tensor > 1 {
+                write!(f, " x tensor {expert_tensor}")?;
+            }
+            let replicas = self.expert_replicas();
+            write!(f, " x {replicas} replica{}", plural(replicas))?;
         }
         Ok(())
     }
@@ -377,13 +352,12 @@ mod tests {
         )
             .prop_map(|(data, tensor, pipeline, context, pick)| {
                 let stage = data * tensor * context;
-                let folds = |expert: usize, slices: usize| stage.is_multiple_of(expert * slices);
-                let all =
+                let pairs =
                     (1..=stage).flat_map(|expert| (1..=stage).map(move |slices| (expert, slices)));
-                let folding: Vec<_> = all
-                    .filter(|&(expert, slices)| folds(expert, slices))
-                    .collect();
-                let (expert, expert_tensor) = folding[pick.index(folding.len())];
+                let fits =
+                    |&(expert, slices): &(usize, usize)| stage.is_multiple_of(expert * slices);
+                let fitting: Vec<_> = pairs.filter(fits).collect();
+                let (expert, expert_tensor) = fitting[pick.index(fitting.len())];
                 MeshShape {
                     data,
                     tensor,
@@ -427,22 +401,23 @@ mod tests {
                     let members = Mesh::new(shape, rank, ranks).unwrap().group(group);
                     prop_assert!(members.contains(&rank));
                     prop_assert_eq!(members.len(), expected_size(shape, group));
-                    // All members see the same group, in the same order.
                     for &member in &members {
-                        prop_assert_eq!(&Mesh::new(shape, member, ranks).unwrap().group(group), &members);
+                        let its_group = Mesh::new(shape, member, ranks).unwrap().group(group);
+                        prop_assert_eq!(&its_group, &members);
                     }
                 }
             }
         }
 
         #[test]
-        fn coordinates_name_a_rank(shape in shapes()) {
+        fn coordinates_identify_a_rank(shape in shapes()) {
             let mesh = Mesh::new(shape, 0, ranks(shape)).unwrap();
             let mut seen = std::collections::HashSet::new();
             for rank in 0..mesh.size() {
                 let at = mesh.coordinates_of(rank);
                 prop_assert!(seen.insert((at.data, at.context, at.tensor, at.pipeline)));
-                prop_assert!(at.expert < shape.expert && at.expert_replica < mesh.expert_replicas());
+                prop_assert!(at.expert < shape.expert);
+                prop_assert!(at.expert_replica < mesh.expert_replicas());
             }
         }
 
@@ -452,14 +427,15 @@ mod tests {
             for rank in 0..ranks {
                 let mesh = Mesh::new(shape, rank, ranks).unwrap();
                 let replicas = mesh.group(GroupKind::ExpertReplicas);
-                let common: Vec<_> = mesh.group(GroupKind::Expert).into_iter().filter(|r| replicas.contains(r)).collect();
+                let mut common = mesh.group(GroupKind::Expert);
+                common.retain(|member| replicas.contains(member));
                 prop_assert_eq!(common, vec![rank]);
             }
         }
     }
 
     #[test]
-    fn an_expert_group_by_node() {
+    fn an_expert_group_is_split_by_node() {
         let shape = MeshShape {
             data: 8,
             tensor: 1,
@@ -472,11 +448,17 @@ mod tests {
         assert_eq!(mesh.nodes(GroupKind::Expert, 4), [0, 0, 0, 0, 1, 1, 1, 1]);
         assert_eq!(
             mesh.split_by_node(GroupKind::Expert, 4),
-            Some((vec![4, 5, 6, 7], vec![1, 5]))
+            Some(NodeSplit {
+                intra_node: vec![4, 5, 6, 7],
+                inter_node: vec![1, 5],
+            })
         );
         assert_eq!(
             mesh.split_by_node(GroupKind::Expert, 8),
-            Some(((0..8).collect(), vec![5]))
+            Some(NodeSplit {
+                intra_node: (0..8).collect(),
+                inter_node: vec![5],
+            })
         );
         assert_eq!(
             mesh.split_by_node(GroupKind::Expert, 3),

@@ -1,150 +1,63 @@
-//! All ranks of a run, and the one place where communicators are made.
+//! The world: all ranks of a run, and the only place that creates communicators.
 
 #[cfg(feature = "mpi")]
 use crate::comm::Mpi;
 use crate::comm::{
-    DeviceComm, DeviceTransport, FlightRecorder, Hccl, HostTransport, HybridComm, Membership, Nccl,
-    Shm, Transports,
+    DeviceComm, DeviceTransport, FlightRecorder, Gloo, Hccl, HostTransport, HybridComm, Membership,
+    Nccl, Shm, Transports,
 };
-use crate::{Accelerator, Backend, CommError, Communicator, Cpu, Gloo, Local};
+use crate::rendezvous::{MeetingPoint, init_mpi};
+use crate::{Accelerator, Backend, CommError, Communicator, Cpu, Local, RankEnv, Rendezvous};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tch::{Kind, Tensor};
 use torch_ext::{GlooAddress, Store};
 
-/// What a launcher tells a rank about itself.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RankEnv {
-    /// Number among all ranks.
-    pub rank: usize,
-    /// How many ranks there are.
-    pub world_size: usize,
-    /// Number on this machine.
-    pub local_rank: usize,
-    /// How many ranks this machine has.
-    pub local_world_size: usize,
-    /// Where the ranks meet.
-    pub rendezvous: Rendezvous,
-    /// Whether MPI started the ranks.
-    pub mpi_launch: MpiLaunch,
-    /// Which attempt of the launcher this is.
-    pub attempt: usize,
-    /// The network interface to use (`GLOO_SOCKET_IFNAME`).
-    pub interface: Option<String>,
-    /// This machine's address, where the launcher knows which one the others reach.
-    pub address: Option<String>,
-}
-
-/// Whether an MPI library will know the ranks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum MpiLaunch {
-    /// No.
-    No,
-    /// A scheduler started them in a way that fits some MPI libraries: for those who ask for it.
-    Possible,
-    /// Yes.
-    Yes,
-}
-
-/// Where ranks meet.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Rendezvous {
-    /// At a c10d TCP store.
-    Store {
-        /// The machine that serves it.
-        host: String,
-        /// Its port.
-        port: u16,
-        /// Whether the launcher serves it; otherwise rank 0 does.
-        launcher_serves: bool,
-    },
-    /// In MPI, by which they learn of a store that rank 0 serves.
-    Mpi,
-}
-
-impl RankEnv {
-    /// Rank `rank` of `size` that all are on this machine, whose launcher serves the store at `port`.
-    pub fn single_node(rank: usize, size: usize, port: u16) -> RankEnv {
-        RankEnv {
-            rank,
-            world_size: size,
-            local_rank: rank,
-            local_world_size: size,
-            rendezvous: Rendezvous::Store {
-                host: "127.0.0.1".into(),
-                port,
-                launcher_serves: true,
-            },
-            mpi_launch: MpiLaunch::No,
-            attempt: 0,
-            interface: None,
-            address: None,
-        }
-    }
-}
-
-impl RankEnv {
-    /// The same ranks, rendezvous once more while the first rendezvous goes on; those that meet under different numbers, from 1 to
-    /// 15, have nothing to do with each other.
-    pub fn again(&self, number: usize) -> RankEnv {
-        let mut env = self.clone();
-        env.attempt = self.attempt * 16 + number;
-        if let Rendezvous::Store {
-            launcher_serves, ..
-        } = &mut env.rendezvous
-        {
-            *launcher_serves = true;
-        }
-        env
-    }
-}
-
-/// Ranks that start at the same time come within this one of each other, however soon an operation times out.
-const RENDEZVOUS_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// Ranks of other versions do not work together.
-const VERSION: &str = env!("CARGO_PKG_VERSION");
-
-/// The ranks of a run, joined.
+/// All ranks of a run, as one rank sees them.
 pub struct World {
     rank: usize,
     size: usize,
-    /// Ranks of a machine.
-    per_node: usize,
+    ranks_per_node: usize,
     timeout: Duration,
-    /// None where this rank is alone.
+    /// `None` for a world of one rank.
     joined: Option<Joined>,
 }
 
 struct Joined {
     store: Store,
     transports: Transports,
-    /// A tensor of the ranks' device.
+    /// A tensor on the device of this rank.
     like: Tensor,
-    /// Groups of this rank alone are carried like all others: asked for by name, a library is tried even then.
+    /// True if groups of one rank use the backend too: a backend that was requested by name is
+    /// tested even then.
     force_backend: bool,
     address: GlooAddress,
     recorder: FlightRecorder,
 }
 
 impl World {
-    /// A run of one rank, which needs no rendezvous.
+    /// Returns a world of one rank, which needs no rendezvous.
     pub fn single() -> World {
         World {
             rank: 0,
             size: 1,
-            per_node: 1,
+            ranks_per_node: 1,
             timeout: Duration::ZERO,
             joined: None,
         }
     }
 
-    /// Meets the other ranks, whose tensors are on `device` or the host. Every operation of every group made from this world then
-    /// has `timeout`.
+    /// Joins the other ranks, for tensors on `device` and in host memory.
+    ///
+    /// `timeout` applies to every operation of every group of this world.
+    ///
+    /// # Collective
+    /// All ranks.
     ///
     /// # Errors
-    /// When `backend` cannot be had, the store cannot be served or reached, or ranks have other versions.
+    /// If `backend` is unavailable, the store cannot be served or reached, or ranks have different
+    /// versions.
     pub fn join(
         env: &RankEnv,
         timeout: Duration,
@@ -162,222 +75,132 @@ impl World {
         let transports = backend.resolve(env.mpi_launch, like.device(), cfg!(feature = "mpi"));
         let transports = transports.map_err(|e| failed("choosing a backend", e))?;
         let force_backend = matches!(backend, Backend::Nccl | Backend::Hccl);
-        if env.world_size > 1 || force_backend {
-            // Before anybody waits for this rank.
-            match transports.device {
-                Some(DeviceTransport::Nccl) => Nccl::load().map(|_| ()),
-                Some(DeviceTransport::Hccl) => Hccl::load().map(|_| ()),
-                None => Ok(()),
-            }
-            .map_err(|e| failed("choosing a backend", e))?;
+        let is_alone = env.world_size == 1 && !force_backend;
+        if !is_alone {
+            // Fails before other ranks wait for this one.
+            load_library(transports).map_err(|e| failed("choosing a backend", e))?;
         }
         if transports.host == HostTransport::Mpi || env.rendezvous == Rendezvous::Mpi {
-            init_mpi(env).map_err(|e| failed("beginning MPI", e))?;
+            init_mpi(env).map_err(|e| failed("initializing MPI", e))?;
         }
-        if env.world_size == 1 && !force_backend {
+        if is_alone {
             return Ok(World::single());
         }
-        let (server, host, port, launcher_serves) = match &env.rendezvous {
-            Rendezvous::Store {
-                host,
-                port,
-                launcher_serves,
-            } => (None, host.clone(), *port, *launcher_serves),
-            Rendezvous::Mpi => {
-                let (server, host, port) =
-                    mpi_rendezvous(env).map_err(|e| failed("rendezvous in MPI", e))?;
-                (server, host, port, false)
-            }
-        };
-        let serves = env.rank == 0 && !launcher_serves;
-        let prefix = format!("moerun/{}", env.attempt);
-        let rendezvous = timeout.max(RENDEZVOUS_TIMEOUT);
-        let store = match server {
-            Some(server) => Ok(server),
-            None => Store::tcp(&host, port, serves, rendezvous),
-        };
-        let operation = if serves {
-            "serving the store"
-        } else {
-            "reaching the store"
-        };
-        let unreachable = |error| failed(operation, format!("{host}:{port}: {error}"));
-        let store = store
-            .and_then(|store| store.prefixed(&prefix))
-            .map_err(unreachable)?;
-        check_versions(&store, env.rank).map_err(|e| failed("comparing versions", e))?;
-        let loopback = matches!(host.as_str(), "localhost" | "::1") || host.starts_with("127.");
-        let address = match (&env.interface, &env.address) {
-            (Some(interface), _) => GlooAddress::Interface(interface.clone()),
-            (None, Some(address)) => GlooAddress::Host(address.clone()),
-            _ if loopback => GlooAddress::Host("127.0.0.1".into()),
-            _ => GlooAddress::Default,
-        };
-        let own = Store::tcp(&host, port, false, rendezvous)
-            .and_then(|store| store.prefixed(&prefix))
-            .map_err(unreachable)?;
-        let recorder =
-            FlightRecorder::begin(env.rank, (!launcher_serves).then_some(0), timeout, own);
-        let rank = env.rank;
-        let size = env.world_size;
-        let per_node = env.local_world_size.clamp(1, env.world_size);
-        let joined = Some(Joined {
-            store,
-            transports,
-            like,
-            force_backend,
-            address,
-            recorder,
-        });
+
+        let point = MeetingPoint::find(env);
+        let mut point = point.map_err(|e| failed("rendezvous through MPI", e))?;
+        let store = point.connect(env, timeout);
+        let store = store.map_err(|e| failed(e.operation, e.reason))?;
+        let recorder_store = point.connect_again(env, timeout);
+        let recorder_store = recorder_store.map_err(|e| failed(e.operation, e.reason))?;
+        let store_rank = (!point.launcher_serves).then_some(0);
+        let recorder = FlightRecorder::start(env.rank, store_rank, timeout, recorder_store);
         Ok(World {
-            rank,
-            size,
-            per_node,
+            rank: env.rank,
+            size: env.world_size,
+            ranks_per_node: env.local_world_size.clamp(1, env.world_size),
             timeout,
-            joined,
+            joined: Some(Joined {
+                store,
+                transports,
+                like,
+                force_backend,
+                address: point.gloo_address(env),
+                recorder,
+            }),
         })
     }
 
-    /// A file for the last calls of this rank, written when one of them fails.
+    /// Sets the file to which this rank's last calls are written when one of them fails.
     pub fn dump_calls_to(&self, path: &Path) {
         if let Some(joined) = &self.joined {
-            joined.recorder.dump_to(path);
+            joined.recorder.dump_calls_to(path);
         }
     }
 
-    /// What is done about this rank if, after a failure on its device, it waits there and does not come back.
-    pub fn on_stuck(&self, act: impl Fn(&CommError) + Send + 'static) {
+    /// Sets the handler for a rank that still waits in its device's driver long after an operation
+    /// failed there.
+    pub fn on_stuck(&self, handler: impl Fn(&CommError) + Send + 'static) {
         if let Some(joined) = &self.joined {
-            joined.recorder.on_stuck(act);
+            joined.recorder.on_stuck(handler);
         }
     }
 
-    /// As [`Communicator::check`], for all groups.
+    /// Runs [`Communicator::check`] for all groups.
     ///
     /// # Errors
     /// The first failure.
     pub fn check(&self) -> Result<(), CommError> {
-        self.joined
-            .as_ref()
-            .map_or(Ok(()), |joined| joined.recorder.check())
+        match &self.joined {
+            Some(joined) => joined.recorder.check(),
+            None => Ok(()),
+        }
     }
 
-    /// What carries the groups' operations.
+    /// Returns the names of the transports, for messages.
     pub fn backend(&self) -> &'static str {
-        self.joined
-            .as_ref()
-            .map_or("local", |joined| joined.transports.name())
+        match &self.joined {
+            Some(joined) => joined.transports.name(),
+            None => "local",
+        }
     }
 
-    /// This rank.
+    /// Returns this rank's number.
     pub fn rank(&self) -> usize {
         self.rank
     }
 
-    /// How many ranks there are.
+    /// Returns the number of ranks.
     pub fn size(&self) -> usize {
         self.size
     }
 
-    /// How many ranks each machine has, as the launcher says.
+    /// Returns the number of ranks per machine, as the launcher reports it.
     pub fn ranks_per_node(&self) -> usize {
-        self.per_node
+        self.ranks_per_node
     }
 
-    /// Makes the communicator of the group `name` of global ranks `members`, which must include this rank.
+    /// Creates the communicator of the group `name` with the global ranks `members`, which include
+    /// this rank.
     ///
     /// # Collective
-    /// Every member calls it, with the same name (used once a run) and members.
+    /// All members, with the same name and members. A name is used once per run.
     ///
     /// # Errors
-    /// When a member does not come within the timeout.
+    /// If a member does not join within the timeout.
     pub fn group(&self, name: &str, members: &[usize]) -> Result<Arc<dyn Communicator>, CommError> {
-        self.make(name, members, false)
+        self.create_group(name, members, false)
     }
 
-    /// As [`World::group`], for ranks that also send to and receive from their neighbours in the ring of `members`: with tensors of
-    /// a device only such groups can.
+    /// Creates a [`World::group`] that can also send device tensors point to point, between
+    /// neighbours in the ring of `members`.
+    ///
+    /// # Collective
+    /// As for [`World::group`].
     ///
     /// # Errors
-    /// As [`World::group`].
-    pub fn chain(&self, name: &str, members: &[usize]) -> Result<Arc<dyn Communicator>, CommError> {
-        self.make(name, members, true)
-    }
-
-    fn make(
+    /// As for [`World::group`].
+    pub fn p2p_group(
         &self,
         name: &str,
         members: &[usize],
-        chain: bool,
     ) -> Result<Arc<dyn Communicator>, CommError> {
-        let needed = |joined: &&Joined| members.len() > 1 || joined.force_backend;
-        let Some(joined) = self.joined.as_ref().filter(needed) else {
+        self.create_group(name, members, true)
+    }
+
+    fn create_group(
+        &self,
+        name: &str,
+        members: &[usize],
+        p2p: bool,
+    ) -> Result<Arc<dyn Communicator>, CommError> {
+        let needs_backend = |joined: &&Joined| members.len() > 1 || joined.force_backend;
+        let Some(joined) = self.joined.as_ref().filter(needs_backend) else {
             return Ok(Arc::new(Local::new(self.rank, name)));
         };
-        let failed = |reason: String| CommError {
-            rank: self.rank,
-            group: name.to_string(),
-            members: members.to_vec(),
-            operation: "joining",
-            reason,
-        };
-        let store = |side: &str| {
-            let prefix = format!("{side}{name}/{members:?}");
-            joined
-                .store
-                .prefixed(&prefix)
-                .map_err(|error| failed(error.to_string()))
-        };
         let membership = Membership::new(name, members, self.rank)?;
-        // Ranks that are alone in a group have a communicator only for their device.
-        let shared_memory = joined.transports.shared_memory && members.len() > 1;
-        let shared = if shared_memory {
-            Shm::join(&store("")?, &membership, self.timeout)?
-        } else {
-            None
-        };
-        let host: Arc<dyn Communicator> = match (shared, joined.transports.host) {
-            (Some(shared), _) => Arc::new(shared),
-            (None, HostTransport::Gloo) => Arc::new(Gloo::join(
-                &store("")?,
-                name,
-                members,
-                self.rank,
-                self.timeout,
-                &joined.address,
-            )?),
-            #[cfg(feature = "mpi")]
-            (None, HostTransport::Mpi) => Arc::new(Mpi::join(name, members, self.timeout)?),
-            #[cfg(not(feature = "mpi"))]
-            (None, HostTransport::Mpi) => unreachable!("it is not chosen where it is not built in"),
-        };
-        let timeout = self.timeout;
-        let like = joined.like.shallow_clone();
-        let device: Option<Arc<dyn Communicator>> = match joined.transports.device {
-            Some(DeviceTransport::Nccl) => {
-                let library = Nccl::load().map_err(failed)?;
-                Some(Arc::new(DeviceComm::join(
-                    library,
-                    membership,
-                    &store("device/")?,
-                    timeout,
-                    like,
-                    chain,
-                )?))
-            }
-            Some(DeviceTransport::Hccl) => {
-                let library = Hccl::load().map_err(failed)?;
-                Some(Arc::new(DeviceComm::join(
-                    library,
-                    membership,
-                    &store("device/")?,
-                    timeout,
-                    like,
-                    chain,
-                )?))
-            }
-            None => None,
-        };
+        let host = self.host_comm(joined, &membership)?;
+        let device = self.device_comm(joined, &membership, p2p)?;
         let group = match device {
             Some(device) => Arc::new(HybridComm { host, device }),
             None => host,
@@ -385,135 +208,136 @@ impl World {
         Ok(joined.recorder.wrap(group, name, members))
     }
 
-    /// All ranks joined by Gloo as libtorch has it, to compare with; None for a rank that is alone.
+    /// Joins the communicator for tensors in host memory.
+    fn host_comm(
+        &self,
+        joined: &Joined,
+        membership: &Membership,
+    ) -> Result<Arc<dyn Communicator>, CommError> {
+        let store = joined.group_store("", membership)?;
+        // A group of one has a communicator only to test the device's backend.
+        if joined.transports.shared_memory && membership.members.len() > 1 {
+            let shared_memory = Shm::join(&store, membership, self.timeout)?;
+            if let Some(shared_memory) = shared_memory {
+                return Ok(Arc::new(shared_memory));
+            }
+        }
+        match joined.transports.host {
+            HostTransport::Gloo => {
+                let address = &joined.address;
+                let gloo = Gloo::join(&store, membership.clone(), self.timeout, address)?;
+                Ok(Arc::new(gloo))
+            }
+            #[cfg(feature = "mpi")]
+            HostTransport::Mpi => Ok(Arc::new(Mpi::join(membership.clone(), self.timeout)?)),
+            #[cfg(not(feature = "mpi"))]
+            HostTransport::Mpi => unreachable!("a build without MPI never chooses it"),
+        }
+    }
+
+    /// Joins the communicator for device tensors, if the device has a library for them.
+    fn device_comm(
+        &self,
+        joined: &Joined,
+        membership: &Membership,
+        p2p: bool,
+    ) -> Result<Option<Arc<dyn Communicator>>, CommError> {
+        let Some(transport) = joined.transports.device else {
+            return Ok(None);
+        };
+        let failed = |reason: String| membership.error("joining", reason);
+        let store = joined.group_store("device/", membership)?;
+        let membership = membership.clone();
+        let like = joined.like.shallow_clone();
+        let comm: Arc<dyn Communicator> = match transport {
+            DeviceTransport::Nccl => {
+                let nccl = Nccl::load().map_err(failed)?;
+                let comm = DeviceComm::join(nccl, membership, &store, self.timeout, like, p2p)?;
+                Arc::new(comm)
+            }
+            DeviceTransport::Hccl => {
+                let hccl = Hccl::load().map_err(failed)?;
+                let comm = DeviceComm::join(hccl, membership, &store, self.timeout, like, p2p)?;
+                Arc::new(comm)
+            }
+        };
+        Ok(Some(comm))
+    }
+
+    /// Joins all ranks with libtorch's own use of Gloo, for comparison; `None` in a world of one.
     ///
     /// # Collective
     /// All ranks, with a name that is used once.
     ///
     /// # Errors
-    /// When one does not come within the timeout.
+    /// If a rank does not join within the timeout.
     pub fn libtorch_gloo(&self, name: &str) -> Result<Option<torch_ext::Gloo>, torch_ext::Error> {
         let Some(joined) = &self.joined else {
             return Ok(None);
         };
         let store = joined.store.prefixed(&format!("plain/{name}"))?;
-        torch_ext::Gloo::new(&store, self.rank, self.size, self.timeout, &joined.address).map(Some)
+        let address = &joined.address;
+        let gloo = torch_ext::Gloo::new(&store, self.rank, self.size, self.timeout, address)?;
+        Ok(Some(gloo))
     }
 
-    /// The communicator of all ranks.
+    /// Creates the communicator `name` of all ranks.
+    ///
+    /// # Collective
+    /// As for [`World::group`].
     ///
     /// # Errors
-    /// As [`World::group`].
+    /// As for [`World::group`].
     pub fn all(&self, name: &str) -> Result<Arc<dyn Communicator>, CommError> {
-        self.group(name, &(0..self.size).collect::<Vec<_>>())
+        let members: Vec<usize> = (0..self.size).collect();
+        self.group(name, &members)
     }
 }
 
-/// Rank 0 says which version it is, and the others compare.
-fn check_versions(store: &Store, rank: usize) -> Result<(), String> {
-    if rank == 0 {
-        return store
-            .set("version", VERSION.as_bytes())
-            .map_err(|e| e.to_string());
-    }
-    let theirs = store
-        .get("version")
-        .map_err(|e| format!("rank 0 does not say which version it is: {e}"))?;
-    if theirs == VERSION.as_bytes() {
-        Ok(())
-    } else {
-        Err(format!(
-            "rank 0 runs moerun {} and rank {rank} runs {VERSION}: install the same version on every machine",
-            String::from_utf8_lossy(&theirs)
-        ))
+impl Joined {
+    /// Returns the part of the store that belongs to a group, below `folder`.
+    fn group_store(&self, folder: &str, membership: &Membership) -> Result<Store, CommError> {
+        let name = membership.name();
+        let members = &membership.members;
+        let store = self.store.prefixed(&format!("{folder}{name}/{members:?}"));
+        store.map_err(|error| membership.error("joining", error))
     }
 }
 
-#[cfg(feature = "mpi")]
-fn init_mpi(env: &RankEnv) -> Result<(), String> {
-    let universe = crate::comm::universe()?;
-    if (universe.rank, universe.size) == (env.rank, env.world_size) {
-        return Ok(());
+fn load_library(transports: Transports) -> Result<(), String> {
+    match transports.device {
+        Some(DeviceTransport::Nccl) => Nccl::load().map(drop),
+        Some(DeviceTransport::Hccl) => Hccl::load().map(drop),
+        None => Ok(()),
     }
-    Err(format!(
-        "the launcher says rank {} of {}, and the MPI library of this moerun says rank {} of {}: mpirun is of another MPI than \
-         the one moerun was built with; use that one's mpirun, or build again with MPICC set to the compiler of this one",
-        env.rank, env.world_size, universe.rank, universe.size
-    ))
 }
 
-#[cfg(not(feature = "mpi"))]
-fn init_mpi(_env: &RankEnv) -> Result<(), String> {
-    Err("this moerun was built without MPI".into())
-}
-
-/// Rank 0 serves a store at any free port, and all learn of it: the store where it is served here, its host and port.
-#[cfg(feature = "mpi")]
-fn mpi_rendezvous(env: &RankEnv) -> Result<(Option<Store>, String, u16), String> {
-    let mut server = None;
-    let mut place = Vec::new();
-    if env.rank == 0 {
-        let alone = env.local_world_size == env.world_size;
-        let host = if alone {
-            "127.0.0.1".to_string()
-        } else {
-            std::fs::read_to_string("/proc/sys/kernel/hostname")
-                .map_err(|e| e.to_string())?
-                .trim()
-                .to_string()
-        };
-        // Port 0: the server cannot connect to itself by it before it knows which one it is.
-        let store =
-            Store::tcp("127.0.0.1", 0, true, RENDEZVOUS_TIMEOUT).map_err(|e| e.to_string())?;
-        place = format!("{host}:{}", store.port().map_err(|e| e.to_string())?).into_bytes();
-        server = Some(store);
-    }
-    let place =
-        String::from_utf8(crate::comm::broadcast_bytes(place)?).map_err(|e| e.to_string())?;
-    let (host, port) = place
-        .rsplit_once(':')
-        .ok_or("rank 0 did not say where it serves")?;
-    Ok((
-        server,
-        host.to_string(),
-        port.parse().map_err(|_| format!("{place} is no address"))?,
-    ))
-}
-
-#[cfg(not(feature = "mpi"))]
-fn mpi_rendezvous(_env: &RankEnv) -> Result<(Option<Store>, String, u16), String> {
-    Err("this moerun was built without MPI".into())
-}
-
-/// Runs `body` on `size` ranks that are threads of this process and compute with no further ones, joined over loopback,
-/// and returns their results in rank order. For tests: a rank of a real run is a process.
+/// Runs `body` on `size` ranks that are threads of this process, and returns their results in rank
+/// order. For tests: a rank of a real run is a process.
+///
+/// Each rank computes on one thread.
 ///
 /// # Panics
-/// When the ranks cannot be joined, or one of them panics.
+/// If the ranks cannot join, or one of them panics.
 pub fn run_on_threads<T, F>(size: usize, timeout: Duration, body: F) -> Vec<T>
 where
     T: Send + 'static,
     F: Fn(&World) -> T + Send + Sync + 'static,
 {
     let server = Store::tcp("127.0.0.1", 0, true, timeout).expect("a store on loopback");
-    let master_port = server.port().expect("a TCP store has a port");
+    let port = server.port().expect("a TCP store has a port");
     let body = Arc::new(body);
-    let ranks: Vec<_> = (0..size)
-        .map(|rank| {
-            let body = body.clone();
-            std::thread::spawn(move || {
-                // The number is a thread's own.
-                tch::set_num_threads(1);
-                let env = RankEnv::single_node(rank, size, master_port);
-                body(
-                    &World::join(&env, timeout, Backend::Auto, &Cpu)
-                        .expect("ranks on loopback meet"),
-                )
-            })
+    let start = |rank: usize| {
+        let body = body.clone();
+        std::thread::spawn(move || {
+            // Each thread has a setting of its own.
+            tch::set_num_threads(1);
+            let env = RankEnv::single_node(rank, size, port);
+            let world = World::join(&env, timeout, Backend::Auto, &Cpu);
+            body(&world.expect("ranks join over loopback"))
         })
-        .collect();
-    ranks
-        .into_iter()
-        .map(|rank| rank.join().expect("a rank panicked"))
-        .collect()
+    };
+    let ranks: Vec<_> = (0..size).map(start).collect();
+    let join = |rank: std::thread::JoinHandle<T>| rank.join().expect("a rank panicked");
+    ranks.into_iter().map(join).collect()
 }

@@ -1,4 +1,4 @@
-//! Collectives among real ranks: threads of this process, joined over loopback, with answers one can do by hand.
+//! Collectives of real communicators, whose ranks are threads of this process.
 
 use parallel::{
     Backend, Communicator, Cpu, RankEnv, World, collectives, conformance, run_on_threads,
@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tch::{Device, Kind, Tensor};
 
-/// Ranks that are threads of this process, with the communicator of all of them.
+/// Runs `body` on ranks that are threads of this process, with the communicator of all of them.
 fn run_with_group<T: Send + 'static>(
     size: usize,
     timeout: Duration,
@@ -29,8 +29,7 @@ fn range(from: i64, to: i64) -> Tensor {
 }
 
 #[test]
-fn gradients_of_collectives_are_those_of_the_whole() {
-    // y = sum over ranks of r-dependent functions; gradients are compared with the derivative done by hand.
+fn gradients_of_collectives_match_derivatives_by_hand() {
     run_with_group(2, TIMEOUT, |_, group| {
         let rank = group.rank() as i64;
         let leaf = || range(0, 4).set_requires_grad(true);
@@ -97,21 +96,16 @@ fn conforms(backend: Backend) {
         let outcomes = run_with_envs(size, move |env| {
             conformance::communicator(env, backend, &Cpu).unwrap()
         });
-        for (rank, outcome) in outcomes
-            .iter()
-            .enumerate()
-            .flat_map(|(rank, all)| all.iter().map(move |o| (rank, o)))
-        {
-            assert_eq!(
-                outcome.problem, None,
-                "{size} ranks, rank {rank}: {}",
-                outcome.name
-            );
+        for (rank, outcomes) in outcomes.iter().enumerate() {
+            for outcome in outcomes {
+                let name = outcome.name;
+                assert_eq!(outcome.problem, None, "{size} ranks, rank {rank}: {name}");
+            }
         }
     }
 }
 
-/// The same with ranks that have not met yet.
+/// Runs `body` on threads that have not joined a world yet.
 fn run_with_envs<T: Send + 'static>(
     size: usize,
     body: impl Fn(&RankEnv) -> T + Copy + Send + 'static,

@@ -94,7 +94,7 @@ impl ProcessGroups {
         let tensor = group("tensor", GroupKind::Tensor)?;
         Ok(ProcessGroups {
             tensor: TensorParallel::new(tensor, parallel.tensor_chunks),
-            context: world.chain("context", &mesh.group(GroupKind::Context))?,
+            context: world.p2p_group("context", &mesh.group(GroupKind::Context))?,
             sequence: group("sequence", GroupKind::Sequence)?,
             experts: group("experts", GroupKind::Expert)?,
             // A single rank has no transfers to overlap.
@@ -151,11 +151,10 @@ fn planner(moe: &MoeConfig, topology: &ExpertTopology, spans_nodes: bool) -> Pla
 }
 
 fn hierarchy(world: &World, mesh: &Mesh, ranks_per_node: usize) -> Result<Hierarchy, Error> {
-    let (intra_node, inter_node) =
-        hierarchical_groups(mesh, ranks_per_node).map_err(Error::Config)?;
+    let split = hierarchical_groups(mesh, ranks_per_node).map_err(Error::Config)?;
     Ok(Hierarchy {
-        intra_node: world.group("experts of a node", &intra_node)?,
-        inter_node: world.group("experts across nodes", &inter_node)?,
+        intra_node: world.group("experts of a node", &split.intra_node)?,
+        inter_node: world.group("experts across nodes", &split.inter_node)?,
     })
 }
 

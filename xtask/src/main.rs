@@ -22,6 +22,7 @@ mod book;
 mod cargo;
 mod failure;
 mod lexer;
+mod programs;
 mod reference;
 mod suites;
 mod tidy;

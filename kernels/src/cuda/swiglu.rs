@@ -1,9 +1,8 @@
-//! SwiGLU, `source/swiglu.cu`.
+//! Launches of the SwiGLU kernels in `source/swiglu.cu`.
 
-use super::{Gpu, KernelLaunch, Variant, arguments};
+use super::launch::{Gpu, KernelLaunch, Variant, arguments};
 use tch::Tensor;
 
-/// As [`crate::swiglu`].
 pub(crate) fn swiglu(gpu: &dyn Gpu, hidden: &Tensor) -> Tensor {
     let rows = hidden.size()[0];
     let ffn = hidden.size()[1] / 2;
@@ -12,14 +11,11 @@ pub(crate) fn swiglu(gpu: &dyn Gpu, hidden: &Tensor) -> Tensor {
     let ffn = ffn as usize;
     let variant = Variant::of(&[hidden, &out], ffn);
     let arguments = arguments![hidden, &out, rows, ffn];
-    gpu.run(
-        &KernelLaunch::over_rows("swiglu", gpu, variant, (rows, ffn), &arguments),
-        hidden,
-    );
+    let launch = KernelLaunch::over_rows("swiglu", gpu, variant, rows, ffn, &arguments);
+    gpu.run(&launch, hidden);
     out
 }
 
-/// As [`crate::swiglu_backward`].
 pub(crate) fn swiglu_backward(gpu: &dyn Gpu, grad: &Tensor, hidden: &Tensor) -> (Tensor, Tensor) {
     let rows = grad.size()[0] as usize;
     let ffn = grad.size()[1] as usize;
@@ -27,33 +23,34 @@ pub(crate) fn swiglu_backward(gpu: &dyn Gpu, grad: &Tensor, hidden: &Tensor) -> 
     let result = grad.empty_like();
     let variant = Variant::of(&[grad, hidden, &out, &result], ffn);
     let arguments = arguments![grad, hidden, &out, &result, rows, ffn];
-    gpu.run(
-        &KernelLaunch::over_rows("swiglu_backward", gpu, variant, (rows, ffn), &arguments),
-        hidden,
-    );
+    let launch = KernelLaunch::over_rows("swiglu_backward", gpu, variant, rows, ffn, &arguments);
+    gpu.run(&launch, hidden);
     (out, result)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::tests::{Numbers, close, test_gpu};
+    use crate::cuda::tests::{TestInput, close, test_gpu};
     use proptest::prelude::*;
     use tch::Kind;
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(60))]
         #[test]
-        fn it_is_libtorchs_silu_and_product_with_its_gradient(
-            rows in 0i64..70, ffn in prop_oneof![1i64..50, (1i64..20).prop_map(|n| n * 8), Just(2200)], numbers: Numbers,
+        fn it_matches_libtorch(
+            rows in 0i64..70,
+            ffn in prop_oneof![1i64..50, (1i64..20).prop_map(|n| n * 8), Just(2200)],
+            input: TestInput,
         ) {
             let (gpu, _) = test_gpu();
-            let (hidden, grad) = (numbers.random(&[rows, 2 * ffn]), numbers.random(&[rows, ffn]));
+            let hidden = input.random(&[rows, 2 * ffn]);
+            let grad = input.random(&[rows, ffn]);
             let wide = hidden.to_kind(Kind::Double).set_requires_grad(true);
             let halves = wide.chunk(2, -1);
             let plain = halves[0].silu() * &halves[1];
             (&plain * grad.to_kind(Kind::Double)).sum(Kind::Double).backward();
-            let tolerance = if numbers.bf16 { 8e-3 } else { 2e-6 };
+            let tolerance = if input.bf16 { 8e-3 } else { 2e-6 };
             let (grad_hidden, again) = swiglu_backward(gpu, &grad, &hidden);
             close(&grad_hidden, &wide.grad(), tolerance)?;
             close(&again, &plain, tolerance)?;

@@ -52,7 +52,7 @@ struct Tensors {
 
 fn measure(args: &CollectivesArgs, env: &RankEnv) -> Result<()> {
     let world = |number: usize, backend: Backend| {
-        World::join(&env.again(number), COLLECTIVE_TIMEOUT, backend, &Cpu)
+        World::join(&env.for_another_world(number), COLLECTIVE_TIMEOUT, backend, &Cpu)
             .context("the ranks cannot be joined")
     };
     let auto = world(1, Backend::Auto)?;

@@ -1,31 +1,30 @@
-//! Which library carries what ranks tell each other.
+//! The communication backends, and the transports that each of them uses.
 
-use crate::MpiLaunch;
 use crate::device::NPU;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
-/// What a person asks for.
+/// The communication backend of a run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Backend {
-    /// NCCL for tensors of GPUs, HCCL for those of NPUs; for others the memory that ranks of one machine share, and between
-    /// machines MPI where mpirun started the ranks, else Gloo.
+    /// NCCL for tensors on GPUs and HCCL for those on NPUs. For host tensors: shared memory within
+    /// a machine, and between machines MPI if mpirun started the ranks, else Gloo.
     #[default]
     Auto,
-    /// Gloo, over TCP, by way of the host's memory.
+    /// Gloo over TCP; device tensors are staged in host memory.
     Gloo,
-    /// MPI: only for ranks that mpirun or its like started; by way of the host's memory.
+    /// MPI, for ranks that an MPI launcher such as mpirun started; device tensors are staged in
+    /// host memory.
     Mpi,
-    /// NCCL, for ranks with GPUs.
+    /// NCCL, for ranks that have a GPU.
     Nccl,
-    /// HCCL, for ranks with NPUs.
+    /// HCCL, for ranks that have an NPU.
     Hccl,
 }
 
 impl Backend {
-    /// The name, as people write it.
     fn name(self) -> &'static str {
         match self {
             Backend::Auto => "auto",
@@ -49,59 +48,62 @@ impl std::str::FromStr for Backend {
             Backend::Hccl,
         ];
         let found = all.into_iter().find(|backend| backend.name() == text);
-        found.ok_or_else(|| {
-            format!("there is no backend {text:?}: use auto, gloo, mpi, nccl or hccl")
-        })
+        found.ok_or_else(|| format!("unknown backend {text:?}: use auto, gloo, mpi, nccl or hccl"))
     }
 }
 
-/// What becomes of it.
+/// How the ranks relate to an MPI launcher.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MpiLaunch {
+    No,
+    /// Slurm started the ranks, which fits some MPI libraries; MPI is used only on request.
+    Possible,
+    Yes,
+}
+
+/// The transports that a backend resolves to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Transports {
     pub(crate) host: HostTransport,
-    /// Whether groups on one machine use its memory instead.
+    /// True if groups within one machine use shared memory instead of `host`.
     pub(crate) shared_memory: bool,
-    /// For tensors that are not the host's; None where those go by way of its memory.
+    /// For device tensors; `None` if they are staged in host memory.
     pub(crate) device: Option<DeviceTransport>,
 }
 
-/// What carries tensors in host memory.
+/// The transport of tensors in host memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum HostTransport {
-    /// Gloo, over TCP.
     Gloo,
-    /// MPI.
     Mpi,
 }
 
-/// What carries a device's tensors.
+/// The transport of tensors on a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum DeviceTransport {
-    /// NCCL.
     Nccl,
-    /// HCCL.
     Hccl,
 }
 
 impl Transports {
-    /// The name, in messages.
+    /// Returns the name for messages.
     pub(crate) fn name(self) -> &'static str {
         match (self.device, self.host, self.shared_memory) {
             (Some(DeviceTransport::Nccl), ..) => "nccl",
             (Some(DeviceTransport::Hccl), ..) => "hccl",
             (None, HostTransport::Gloo, false) => "gloo",
             (None, HostTransport::Mpi, false) => "mpi",
-            (None, HostTransport::Gloo, true) => "gloo (in a machine its memory)",
-            (None, HostTransport::Mpi, true) => "mpi (in a machine its memory)",
+            (None, HostTransport::Gloo, true) => "gloo + shared memory",
+            (None, HostTransport::Mpi, true) => "mpi + shared memory",
         }
     }
 }
 
 impl Backend {
-    /// Decides, for ranks that MPI may have started, with tensors on `device`, in a program that has MPI in it or not.
+    /// Chooses the transports for tensors on `device`; `has_mpi` is true if MPI is built in.
     ///
     /// # Errors
-    /// When the wish cannot be fulfilled: why, and what to do.
+    /// If the backend cannot be used; the message has a hint.
     pub(crate) fn resolve(
         self,
         mpi_launch: MpiLaunch,
@@ -112,18 +114,10 @@ impl Backend {
             (Backend::Gloo, ..) => HostTransport::Gloo,
             (Backend::Mpi, MpiLaunch::Yes | MpiLaunch::Possible, true) => HostTransport::Mpi,
             (Backend::Mpi, _, false) => {
-                return Err(
-                    "this moerun was built without MPI: run ./scripts/setup --mpi and build with \
-                            --features mpi, or use run.backend: gloo"
-                        .into(),
-                );
+                return Err(NOT_BUILT_IN.into());
             }
             (Backend::Mpi, MpiLaunch::No, true) => {
-                return Err(
-                    "run.backend is mpi and these ranks were not started by MPI: start \
-                            'mpirun -n N moerun train ...', or use run.backend: auto"
-                        .into(),
-                );
+                return Err(NOT_STARTED_BY_MPI.into());
             }
             (_, MpiLaunch::Yes, true) => HostTransport::Mpi,
             _ => HostTransport::Gloo,
@@ -140,8 +134,8 @@ impl Backend {
                     ("hccl", "npu")
                 };
                 return Err(format!(
-                    "run.backend is {name}, which carries tensors of {device} alone, and these ranks have none: use \
-                     run.device: {device}, or run.backend: auto"
+                    "run.backend is {name}, which needs {device} devices, and these ranks have \
+                     none: use run.device: {device}, or run.backend: auto"
                 ));
             }
         };
@@ -153,7 +147,13 @@ impl Backend {
     }
 }
 
-/// The MPI library that is built in, as it calls itself; None where none is.
+const NOT_BUILT_IN: &str = "this moerun was built without MPI: run \
+    ./scripts/setup --mpi and build with --features mpi, or use run.backend: gloo";
+
+const NOT_STARTED_BY_MPI: &str = "run.backend is mpi, but these ranks were not started by MPI: run \
+    'mpirun -n N moerun train ...', or use run.backend: auto";
+
+/// Returns the name and version of the MPI library that is built in, if one is.
 pub fn mpi_library() -> Option<String> {
     #[cfg(feature = "mpi")]
     return Some(super::mpi::library());
@@ -166,11 +166,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mpi_is_taken_where_it_started_the_ranks() {
+    fn mpi_is_used_if_it_started_the_ranks() {
         let resolve = |backend: Backend, mpi_launch, has_mpi| {
             backend.resolve(mpi_launch, Device::Cpu, has_mpi)
         };
-        let of = |host, shared_memory| {
+        let host_only = |host, shared_memory| {
             Ok(Transports {
                 host,
                 shared_memory,
@@ -179,27 +179,27 @@ mod tests {
         };
         assert_eq!(
             resolve(Backend::Auto, MpiLaunch::Yes, true),
-            of(HostTransport::Mpi, true)
+            host_only(HostTransport::Mpi, true)
         );
         assert_eq!(
             resolve(Backend::Auto, MpiLaunch::Yes, false),
-            of(HostTransport::Gloo, true)
+            host_only(HostTransport::Gloo, true)
         );
         assert_eq!(
             resolve(Backend::Auto, MpiLaunch::Possible, true),
-            of(HostTransport::Gloo, true)
+            host_only(HostTransport::Gloo, true)
         );
         assert_eq!(
             resolve(Backend::Mpi, MpiLaunch::Possible, true),
-            of(HostTransport::Mpi, false)
+            host_only(HostTransport::Mpi, false)
         );
         assert_eq!(
             resolve(Backend::Auto, MpiLaunch::No, true),
-            of(HostTransport::Gloo, true)
+            host_only(HostTransport::Gloo, true)
         );
         assert_eq!(
             resolve(Backend::Gloo, MpiLaunch::Yes, true),
-            of(HostTransport::Gloo, false)
+            host_only(HostTransport::Gloo, false)
         );
         assert!(
             resolve(Backend::Mpi, MpiLaunch::No, true)
@@ -216,7 +216,7 @@ mod tests {
     #[test]
     fn a_device_has_its_vendors_library() {
         let resolve = |backend: Backend, device| backend.resolve(MpiLaunch::No, device, false);
-        let of = |device| {
+        let with_device = |device| {
             Ok(Transports {
                 host: HostTransport::Gloo,
                 shared_memory: true,
@@ -225,11 +225,11 @@ mod tests {
         };
         assert_eq!(
             resolve(Backend::Auto, Device::Cuda(3)),
-            of(Some(DeviceTransport::Nccl))
+            with_device(Some(DeviceTransport::Nccl))
         );
         assert_eq!(
             resolve(Backend::Nccl, Device::Cuda(3)),
-            of(Some(DeviceTransport::Nccl))
+            with_device(Some(DeviceTransport::Nccl))
         );
         let gloo = Transports {
             host: HostTransport::Gloo,
@@ -237,7 +237,10 @@ mod tests {
             device: None,
         };
         assert_eq!(resolve(Backend::Gloo, Device::Cuda(3)), Ok(gloo));
-        assert_eq!(resolve(Backend::Auto, NPU), of(Some(DeviceTransport::Hccl)));
+        assert_eq!(
+            resolve(Backend::Auto, NPU),
+            with_device(Some(DeviceTransport::Hccl))
+        );
         assert!(
             resolve(Backend::Nccl, Device::Cpu)
                 .unwrap_err()

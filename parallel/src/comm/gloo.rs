@@ -1,4 +1,4 @@
-//! Gloo, over TCP: the communicator of CPUs, and of any device whose tensors are staged through host memory.
+//! The Gloo communicator, over TCP; device tensors are staged in host memory.
 
 use super::{CommError, Communicator, Membership, ReduceOp, Staged, Work, check_splits};
 use std::sync::Arc;
@@ -7,12 +7,12 @@ use std::time::Duration;
 use tch::Tensor;
 use torch_ext::{GlooAddress, Store};
 
-/// A group of ranks joined by Gloo.
+/// A group of ranks that are connected by Gloo.
 ///
-/// All-gather and reduce-scatter are built on all-to-all, which Gloo carries several times faster than its own
-/// (the sum then runs in rank order on every rank, so it is the same each time).
-pub struct Gloo {
-    shared: Arc<GlooState>,
+/// All-gather and reduce-scatter use Gloo's all-to-all, which is several times faster than Gloo's
+/// own versions. The sum then runs in rank order on every rank, so it is the same each time.
+pub(crate) struct Gloo {
+    state: Arc<GlooState>,
 }
 
 struct GlooState {
@@ -21,6 +21,8 @@ struct GlooState {
     aborted: AtomicBool,
 }
 
+type Started = Result<torch_ext::Work, torch_ext::Error>;
+
 impl GlooState {
     fn error(&self, operation: &'static str, reason: impl ToString) -> CommError {
         self.membership.error(operation, reason)
@@ -28,23 +30,22 @@ impl GlooState {
 }
 
 impl Gloo {
-    /// Joins the group `name` of the global ranks `members`, of which this process is `rank`.
+    /// Connects to the other members of the group.
     ///
     /// # Errors
-    /// When the others do not come within `timeout`.
-    pub fn join(
+    /// If a member does not join within `timeout`.
+    pub(crate) fn join(
         store: &Store,
-        name: &str,
-        members: &[usize],
-        rank: usize,
+        membership: Membership,
         timeout: Duration,
-        at: &GlooAddress,
+        address: &GlooAddress,
     ) -> Result<Gloo, CommError> {
-        let membership = Membership::new(name, members, rank)?;
-        let group = torch_ext::Gloo::new(store, membership.position, members.len(), timeout, at)
-            .map_err(|e| membership.error("joining", e))?;
+        let rank = membership.position;
+        let size = membership.members.len();
+        let group = torch_ext::Gloo::new(store, rank, size, timeout, address);
+        let group = group.map_err(|e| membership.error("joining", e))?;
         Ok(Gloo {
-            shared: Arc::new(GlooState {
+            state: Arc::new(GlooState {
                 group,
                 membership,
                 aborted: AtomicBool::new(false),
@@ -52,22 +53,23 @@ impl Gloo {
         })
     }
 
-    /// Starts a collective on host memory, which goes on in the background. The first of `tensors` is what it writes.
-    fn run(
+    /// Starts a collective, which Gloo continues in the background. It writes the first of
+    /// `tensors`.
+    fn collective(
         &self,
         operation: &'static str,
         tensors: &[&Tensor],
-        start: impl FnOnce(&torch_ext::Gloo, &[Tensor]) -> Result<torch_ext::Work, torch_ext::Error>,
+        start: impl FnOnce(&torch_ext::Gloo, &[Tensor]) -> Started,
     ) -> Result<Work, CommError> {
-        let shared = self.shared.clone();
-        if shared.aborted.load(Ordering::SeqCst) {
-            return Err(shared.error(operation, "the group was aborted"));
+        let state = self.state.clone();
+        if state.aborted.load(Ordering::SeqCst) {
+            return Err(state.error(operation, "the group was aborted"));
         }
         let staged = Staged::new(tensors, true);
-        let work = start(&shared.group, &staged.host).map_err(|e| shared.error(operation, e))?;
+        let work = start(&state.group, &staged.host).map_err(|e| state.error(operation, e))?;
         Ok(Work::new(move || {
-            work.wait(|| shared.aborted.load(Ordering::SeqCst))
-                .map_err(|e| shared.error(operation, e))?;
+            work.wait(|| state.aborted.load(Ordering::SeqCst))
+                .map_err(|e| state.error(operation, e))?;
             staged.finish();
             Ok(())
         }))
@@ -77,14 +79,14 @@ impl Gloo {
         &self,
         operation: &'static str,
         tensor: &Tensor,
-        start: impl FnOnce(&torch_ext::Gloo, &Tensor) -> Result<torch_ext::Work, torch_ext::Error>,
+        start: impl FnOnce(&torch_ext::Gloo, &Tensor) -> Started,
     ) -> Result<Work, CommError> {
-        let shared = self.shared.clone();
+        let state = self.state.clone();
         let staged = Staged::new(&[tensor], operation == "recv");
-        let work = start(&shared.group, &staged.host[0]).map_err(|e| shared.error(operation, e))?;
+        let work = start(&state.group, &staged.host[0]).map_err(|e| state.error(operation, e))?;
         Ok(Work::new(move || {
             work.wait_point_to_point()
-                .map_err(|e| shared.error(operation, e))?;
+                .map_err(|e| state.error(operation, e))?;
             staged.finish();
             Ok(())
         }))
@@ -96,18 +98,18 @@ impl Communicator for Gloo {
         "gloo"
     }
     fn rank(&self) -> usize {
-        self.shared.membership.position
+        self.state.membership.position
     }
     fn size(&self) -> usize {
-        self.shared.membership.members.len()
+        self.state.membership.members.len()
     }
     fn all_reduce(&self, tensor: &Tensor, op: ReduceOp) -> Result<Work, CommError> {
-        self.run("all_reduce", &[tensor], |group, host| {
+        self.collective("all_reduce", &[tensor], |group, host| {
             group.all_reduce(&host[0], op)
         })
     }
     fn broadcast(&self, tensor: &Tensor, root: usize) -> Result<Work, CommError> {
-        self.run("broadcast", &[tensor], |group, host| {
+        self.collective("broadcast", &[tensor], |group, host| {
             group.broadcast(&host[0], root)
         })
     }
@@ -115,8 +117,8 @@ impl Communicator for Gloo {
         let rows = vec![input.size().first().copied().unwrap_or(0); self.size()];
         let copies = Tensor::cat(&vec![input; self.size()], 0);
         check_splits(output, &copies, &rows, &rows, self.size())
-            .map_err(|e| self.shared.error("all_gather", e))?;
-        self.run("all_gather", &[output, &copies], |group, host| {
+            .map_err(|e| self.state.error("all_gather", e))?;
+        self.collective("all_gather", &[output, &copies], |group, host| {
             group.all_to_all(&host[0], &host[1], &rows, &rows)
         })
     }
@@ -129,8 +131,8 @@ impl Communicator for Gloo {
         let rows = vec![output.size().first().copied().unwrap_or(0); self.size()];
         let parts = input.empty_like();
         check_splits(&parts, input, &rows, &rows, self.size())
-            .map_err(|e| self.shared.error("reduce_scatter", e))?;
-        let work = self.run("reduce_scatter", &[&parts, input], |group, host| {
+            .map_err(|e| self.state.error("reduce_scatter", e))?;
+        let work = self.collective("reduce_scatter", &[&parts, input], |group, host| {
             group.all_to_all(&host[0], &host[1], &rows, &rows)
         })?;
         let mut shape = vec![self.size() as i64];
@@ -140,10 +142,11 @@ impl Communicator for Gloo {
             work.wait()?;
             tch::no_grad(|| {
                 let parts = parts.view(shape.as_slice());
+                let dim = [0i64].as_slice();
                 let combined = match op {
-                    ReduceOp::Sum => parts.sum_dim_intlist([0i64].as_slice(), false, parts.kind()),
-                    ReduceOp::Min => parts.amin([0i64].as_slice(), false),
-                    ReduceOp::Max => parts.amax([0i64].as_slice(), false),
+                    ReduceOp::Sum => parts.sum_dim_intlist(dim, false, parts.kind()),
+                    ReduceOp::Min => parts.amin(dim, false),
+                    ReduceOp::Max => parts.amax(dim, false),
                 };
                 output.shallow_clone().copy_(&combined);
             });
@@ -158,8 +161,8 @@ impl Communicator for Gloo {
         input_splits: &[i64],
     ) -> Result<Work, CommError> {
         check_splits(output, input, output_splits, input_splits, self.size())
-            .map_err(|e| self.shared.error("all_to_all", e))?;
-        self.run("all_to_all", &[output, input], |group, host| {
+            .map_err(|e| self.state.error("all_to_all", e))?;
+        self.collective("all_to_all", &[output, input], |group, host| {
             group.all_to_all(&host[0], &host[1], output_splits, input_splits)
         })
     }
@@ -170,9 +173,9 @@ impl Communicator for Gloo {
         self.point_to_point("recv", tensor, |group, host| group.recv(host, from, tag))
     }
     fn barrier(&self) -> Result<Work, CommError> {
-        self.run("barrier", &[], |group, _| group.barrier())
+        self.collective("barrier", &[], |group, _| group.barrier())
     }
     fn abort(&self) {
-        self.shared.aborted.store(true, Ordering::SeqCst);
+        self.state.aborted.store(true, Ordering::SeqCst);
     }
 }

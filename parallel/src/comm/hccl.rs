@@ -1,29 +1,32 @@
-//! HCCL, for tensors of Ascend NPUs. Signatures and numbers as in hccl.h and hccl_types.h of CANN (github.com/Ascend/pytorch,
-//! third_party/hccl/inc/hccl), those of AscendCL as in acl_rt.h (third_party/acl/inc/acl). Not yet run on hardware: the tests
-//! run it against a library that has the same interface on host memory.
+//! HCCL, for tensors on Ascend NPUs.
+//!
+//! Signatures and numbers are those of hccl.h and hccl_types.h of CANN (github.com/Ascend/pytorch,
+//! third_party/hccl/inc/hccl), and for AscendCL those of acl_rt.h (third_party/acl/inc/acl). HCCL
+//! has not run on hardware yet: the tests use a library that implements its interface in host
+//! memory.
 
 use super::ReduceOp;
-use super::device_comm::{Elements, LaunchTarget, Library, Message};
+use super::device_comm::{Elements, LaunchTarget, Library, Message, Parts};
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::OnceLock;
 use tch::Kind;
 
 /// `HcclResult`; `HCCL_SUCCESS` is 0.
 type Code = c_int;
-/// `HcclComm`.
+/// A communicator handle: `HcclComm`.
 type Comm = *mut c_void;
-/// `HcclDataType`.
+/// The number of an `HcclDataType`.
 type Type = c_int;
-/// `HcclReduceOp`.
+/// The number of an `HcclReduceOp`.
 type Op = c_int;
-/// `aclrtStream`.
+/// A stream handle: `aclrtStream`.
 type StreamHandle = *mut c_void;
 type Data = *mut c_void;
 
-/// `HCCL_ROOT_INFO_BYTES`.
+/// The value of `HCCL_ROOT_INFO_BYTES`.
 const ROOT_INFO: usize = 4108;
 
-/// `HcclSendRecvItem`.
+/// A message: the layout of `HcclSendRecvItem`.
 #[repr(C)]
 struct Item {
     /// `HCCL_SEND` is 0, `HCCL_RECV` 1.
@@ -34,7 +37,7 @@ struct Item {
     peer: u32,
 }
 
-/// The functions that are used.
+/// The functions of the library that moerun calls.
 pub(crate) struct Hccl {
     get_root_info: unsafe extern "C" fn(*mut c_char) -> Code,
     init_root_info: unsafe extern "C" fn(u32, *const c_char, u32, *mut Comm) -> Code,
@@ -59,20 +62,20 @@ pub(crate) struct Hccl {
     send: unsafe extern "C" fn(Data, u64, Type, u32, Comm, StreamHandle) -> Code,
     recv: unsafe extern "C" fn(Data, u64, Type, u32, Comm, StreamHandle) -> Code,
     batch: unsafe extern "C" fn(*mut Item, u32, Comm, StreamHandle) -> Code,
-    /// `aclGetRecentErrMsg` (acl_rt.h): what went wrong last in this thread.
+    /// `aclGetRecentErrMsg` (acl_rt.h): this thread's last error.
     recent_error: unsafe extern "C" fn() -> *const c_char,
-    /// `aclrtStreamAbort` (acl_rt.h): ends what is device_comm on a stream. Versions of CANN before 8.2 do not have it.
+    /// `aclrtStreamAbort` (acl_rt.h): aborts the operations on a stream. CANN has it since 8.2.
     stream_abort: Option<unsafe extern "C" fn(StreamHandle) -> c_int>,
 }
 
-/// `HCCL_DETERMINISTIC` of `HcclConfig`: sums in an order that does not change from one time to the next.
+/// `HCCL_DETERMINISTIC` of `HcclConfig`: every run sums in the same order.
 const DETERMINISTIC: c_int = 0;
 
 impl Hccl {
-    /// Loads the two libraries, once; later calls return the first answer.
+    /// Loads AscendCL and HCCL once; later calls return the first result.
     ///
     /// # Errors
-    /// When one cannot be loaded: why, and what to do.
+    /// If one cannot be loaded; the message has a hint.
     pub(crate) fn load() -> Result<&'static Hccl, String> {
         static LOADED: OnceLock<Result<Hccl, String>> = OnceLock::new();
         LOADED
@@ -82,19 +85,20 @@ impl Hccl {
     }
 
     fn resolve_symbols() -> Result<Hccl, String> {
-        const REMEDY: &str = "HCCL carries tensors of Ascend NPUs: source CANN's set_env.sh, or use run.backend: auto";
+        const HINT: &str = "HCCL is needed for tensors on Ascend NPUs: source CANN's set_env.sh, \
+            or use run.backend: auto";
         let open = |file| {
-            torch_ext::load_library(file, torch_ext::ASCEND_FOLDER, REMEDY)
-                .map_err(|e| e.to_string())
+            let library = torch_ext::load_library(file, torch_ext::ASCEND_FOLDER, HINT);
+            library.map_err(|e| e.to_string())
         };
         let acl = open("libascendcl.so")?;
         let hccl = open("libhccl.so")?;
         let old = |e: libloading::Error| format!("CANN is too old: {e}");
-        // SAFETY: the types of the fields are those of the headers above; HcclConfigValue is a union of one int32.
+        type SetConfig = unsafe extern "C" fn(c_int, i32) -> Code;
+        // SAFETY: the types of the fields are those of the headers named above. `HcclConfigValue`
+        // is a union of one int32.
         unsafe {
-            let set_config = hccl
-                .get::<unsafe extern "C" fn(c_int, i32) -> Code>(b"HcclSetConfig\0")
-                .map_err(old)?;
+            let set_config = hccl.get::<SetConfig>(b"HcclSetConfig\0").map_err(old)?;
             set_config(DETERMINISTIC, 1);
             Ok(Hccl {
                 get_root_info: *hccl.get(b"HcclGetRootInfo\0").map_err(old)?,
@@ -110,10 +114,7 @@ impl Hccl {
                 recv: *hccl.get(b"HcclRecv\0").map_err(old)?,
                 batch: *hccl.get(b"HcclBatchSendRecv\0").map_err(old)?,
                 recent_error: *acl.get(b"aclGetRecentErrMsg\0").map_err(old)?,
-                stream_abort: acl
-                    .get(b"aclrtStreamAbort\0")
-                    .ok()
-                    .map(|function| *function),
+                stream_abort: acl.get(b"aclrtStreamAbort\0").ok().map(|symbol| *symbol),
             })
         }
     }
@@ -126,32 +127,30 @@ impl Hccl {
             if pointer.is_null() {
                 String::new()
             } else {
-                // SAFETY: strings of the library, which live until this thread's next error.
-                unsafe { CStr::from_ptr(pointer) }
-                    .to_string_lossy()
-                    .trim()
-                    .to_string()
+                // SAFETY: a string of the library, which lives until this thread's next error.
+                let text = unsafe { CStr::from_ptr(pointer) }.to_string_lossy();
+                text.trim().to_string()
             }
         };
-        // SAFETY: both may be called at any time.
-        let (name, more) =
-            unsafe { (text((self.error_string)(code)), text((self.recent_error)())) };
-        Err(format!(
-            "HCCL: error {code}, {name}{}{more}",
-            if more.is_empty() { "" } else { ": " }
-        ))
+        // SAFETY: may be called at any time with any code.
+        let name = text(unsafe { (self.error_string)(code) });
+        // SAFETY: may be called at any time.
+        let more = text(unsafe { (self.recent_error)() });
+        let separator = if more.is_empty() { "" } else { ": " };
+        Err(format!("HCCL: error {code}, {name}{separator}{more}"))
     }
 }
 
-/// A communicator, which lives as long as the process: ending one whose peers are gone may wait for them.
+/// A communicator. It lives as long as the process: destroying it may wait for peers that have
+/// exited.
 pub(crate) struct HcclComm(Comm);
 
-// SAFETY: calls come one at a time (the lane's lock).
+// SAFETY: `DeviceStream::queueing` serializes all calls.
 unsafe impl Send for HcclComm {}
 // SAFETY: as above.
 unsafe impl Sync for HcclComm {}
 
-fn element(kind: Kind) -> Result<Type, String> {
+fn data_type(kind: Kind) -> Result<Type, String> {
     Ok(match kind {
         Kind::Int8 => 0,
         Kind::Int16 => 1,
@@ -162,7 +161,7 @@ fn element(kind: Kind) -> Result<Type, String> {
         Kind::Uint8 | Kind::Bool => 7,
         Kind::Double => 10,
         Kind::BFloat16 => 11,
-        other => return Err(format!("HCCL carries no {other:?}")),
+        other => return Err(format!("HCCL does not support {other:?}")),
     })
 }
 
@@ -174,14 +173,14 @@ fn reduction(op: ReduceOp) -> Op {
     }
 }
 
-/// Where each rank's part offsets.
+/// Returns the offset of each rank's part.
 fn offsets(counts: &[u64]) -> Vec<u64> {
-    counts
-        .iter()
-        .scan(0, |begin, count| {
-            Some(std::mem::replace(begin, *begin + count))
-        })
-        .collect()
+    let mut end = 0;
+    let offset = |count: &u64| {
+        end += count;
+        end - count
+    };
+    counts.iter().map(offset).collect()
 }
 
 impl Library for Hccl {
@@ -191,20 +190,21 @@ impl Library for Hccl {
 
     fn new_id(&self) -> Result<Vec<u8>, String> {
         let mut info = vec![0u8; ROOT_INFO];
-        // SAFETY: room for the whole structure.
+        // SAFETY: the buffer has room for the whole structure.
         self.check(unsafe { (self.get_root_info)(info.as_mut_ptr().cast()) })?;
         Ok(info)
     }
 
     fn join(&self, id: &[u8], rank: usize, size: usize) -> Result<HcclComm, String> {
         if id.len() != ROOT_INFO {
+            let len = id.len();
             return Err(format!(
-                "an id of {} bytes came instead of {ROOT_INFO}",
-                id.len()
+                "received an id of {len} bytes instead of {ROOT_INFO}"
             ));
         }
         let mut comm = std::ptr::null_mut();
-        // SAFETY: a structure of the right size and an out-parameter; the thread is on the rank's device.
+        // SAFETY: a structure of the right size and an out-parameter; this thread's current device
+        // is the rank's.
         self.check(unsafe {
             (self.init_root_info)(size as u32, id.as_ptr().cast(), rank as u32, &mut comm)
         })?;
@@ -213,7 +213,7 @@ impl Library for Hccl {
 
     fn abort(&self, _comm: &HcclComm, stream: *mut c_void) {
         if let Some(stream_abort) = self.stream_abort {
-            // SAFETY: a stream of libtorch's, which lives as long as the process.
+            // SAFETY: a stream of libtorch, which lives as long as the process.
             unsafe { stream_abort(stream) };
         }
     }
@@ -225,7 +225,7 @@ impl Library for Hccl {
         self.check(if code == 0 { error } else { code }).err()
     }
 
-    /// As hccl.h lists them for `HcclAllReduce` and `HcclReduceScatter`.
+    /// The kinds that hccl.h lists for `HcclAllReduce` and `HcclReduceScatter`.
     fn supports_reduction(&self, kind: Kind, operation: &str) -> bool {
         match kind {
             Kind::Int8 | Kind::Int | Kind::Half | Kind::Float | Kind::BFloat16 => true,
@@ -238,12 +238,12 @@ impl Library for Hccl {
         &self,
         to: &LaunchTarget<Self>,
         data: Data,
-        run: Elements,
+        elements: Elements,
         op: ReduceOp,
     ) -> Result<(), String> {
-        let count = run.count as u64;
-        let kind = element(run.kind)?;
-        // SAFETY: the caller's promise; in place is allowed.
+        let count = elements.count as u64;
+        let kind = data_type(elements.kind)?;
+        // SAFETY: as the caller promises; the operation may be in place.
         self.check(unsafe {
             (self.all_reduce)(data, data, count, kind, reduction(op), to.comm.0, to.stream)
         })
@@ -253,12 +253,12 @@ impl Library for Hccl {
         &self,
         to: &LaunchTarget<Self>,
         data: Data,
-        run: Elements,
+        elements: Elements,
         root: usize,
     ) -> Result<(), String> {
-        let count = run.count as u64;
-        let kind = element(run.kind)?;
-        // SAFETY: the caller's promise.
+        let count = elements.count as u64;
+        let kind = data_type(elements.kind)?;
+        // SAFETY: as the caller promises.
         self.check(unsafe {
             (self.broadcast)(data, count, kind, root as u32, to.comm.0, to.stream)
         })
@@ -269,11 +269,11 @@ impl Library for Hccl {
         to: &LaunchTarget<Self>,
         out: Data,
         data: Data,
-        run: Elements,
+        elements: Elements,
     ) -> Result<(), String> {
-        let count = run.count as u64;
-        let kind = element(run.kind)?;
-        // SAFETY: the caller's promise.
+        let count = elements.count as u64;
+        let kind = data_type(elements.kind)?;
+        // SAFETY: as the caller promises.
         self.check(unsafe { (self.all_gather)(data, out, count, kind, to.comm.0, to.stream) })
     }
 
@@ -282,12 +282,12 @@ impl Library for Hccl {
         to: &LaunchTarget<Self>,
         out: Data,
         data: Data,
-        run: Elements,
+        elements: Elements,
         op: ReduceOp,
     ) -> Result<(), String> {
-        let count = run.count as u64;
-        let kind = element(run.kind)?;
-        // SAFETY: the caller's promise.
+        let count = elements.count as u64;
+        let kind = data_type(elements.kind)?;
+        // SAFETY: as the caller promises.
         self.check(unsafe {
             (self.reduce_scatter)(data, out, count, kind, reduction(op), to.comm.0, to.stream)
         })
@@ -296,26 +296,29 @@ impl Library for Hccl {
     unsafe fn all_to_all(
         &self,
         to: &LaunchTarget<Self>,
-        (out, receive): (Data, &[usize]),
-        (data, send): (Data, &[usize]),
+        out: Parts,
+        data: Parts,
         kind: Kind,
     ) -> Result<(), String> {
-        let counts = |of: &[usize]| -> Vec<u64> { of.iter().map(|&count| count as u64).collect() };
-        let receive = counts(receive);
-        let send = counts(send);
-        let kind = element(kind)?;
-        let receive_at = offsets(&receive);
-        let send_at = offsets(&send);
-        // SAFETY: the caller's promise; the four lists are read before the call returns.
+        let counts = |parts: Parts| -> Vec<u64> {
+            let counts = parts.counts.iter();
+            counts.map(|&count| count as u64).collect()
+        };
+        let receive = counts(out);
+        let send = counts(data);
+        let kind = data_type(kind)?;
+        let receive_offsets = offsets(&receive);
+        let send_offsets = offsets(&send);
+        // SAFETY: as the caller promises; the call reads the four lists before it returns.
         self.check(unsafe {
             (self.all_to_all_v)(
-                data,
+                data.data,
                 send.as_ptr(),
-                send_at.as_ptr(),
+                send_offsets.as_ptr(),
                 kind,
-                out,
+                out.data,
                 receive.as_ptr(),
-                receive_at.as_ptr(),
+                receive_offsets.as_ptr(),
                 kind,
                 to.comm.0,
                 to.stream,
@@ -326,48 +329,29 @@ impl Library for Hccl {
     unsafe fn messages(&self, to: &LaunchTarget<Self>, messages: &[Message]) -> Result<(), String> {
         let comm = to.comm.0;
         let stream = to.stream;
-        if let [
-            Message {
-                sends,
-                data,
-                run,
-                peer,
-            },
-        ] = messages
-        {
-            let call = if *sends { self.send } else { self.recv };
-            // SAFETY: the caller's promise.
-            return self.check(unsafe {
-                call(
-                    *data,
-                    run.count as u64,
-                    element(run.kind)?,
-                    *peer as u32,
-                    comm,
-                    stream,
-                )
+        if let [message] = messages {
+            let call = if message.is_send {
+                self.send
+            } else {
+                self.recv
+            };
+            let count = message.elements.count as u64;
+            let kind = data_type(message.elements.kind)?;
+            let peer = message.peer as u32;
+            // SAFETY: as the caller promises.
+            return self.check(unsafe { call(message.data, count, kind, peer, comm, stream) });
+        }
+        let mut items = Vec::with_capacity(messages.len());
+        for message in messages {
+            items.push(Item {
+                direction: c_int::from(!message.is_send),
+                data: message.data,
+                count: message.elements.count as u64,
+                kind: data_type(message.elements.kind)?,
+                peer: message.peer as u32,
             });
         }
-        let item = |message: &Message| {
-            let Message {
-                sends,
-                data,
-                run,
-                peer,
-            } = *message;
-            Ok(Item {
-                direction: c_int::from(!sends),
-                data,
-                count: run.count as u64,
-                kind: element(run.kind)?,
-                peer: peer as u32,
-            })
-        };
-        let mut items = messages
-            .iter()
-            .map(item)
-            .collect::<Result<Vec<Item>, String>>()?;
-        // SAFETY: the caller's promise; the list is read before the call returns.
+        // SAFETY: as the caller promises; the call reads the list before it returns.
         self.check(unsafe { (self.batch)(items.as_mut_ptr(), items.len() as u32, comm, stream) })
     }
 }
@@ -377,18 +361,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn without_the_library_it_says_what_to_do() {
+    fn without_the_library_the_error_has_a_hint() {
         if std::env::var_os(torch_ext::ASCEND_FOLDER).is_none() {
-            let text = Hccl::load().err().unwrap();
-            assert!(
-                text.contains("libascendcl.so") && text.contains("set_env.sh"),
-                "{text}"
-            );
+            let error = Hccl::load().err().unwrap();
+            assert!(error.contains("libascendcl.so"), "{error}");
+            assert!(error.contains("set_env.sh"), "{error}");
         }
     }
 
     #[test]
-    fn parts_lie_behind_one_another() {
+    fn offsets_are_those_of_adjacent_parts() {
         assert_eq!(offsets(&[2, 0, 3]), [0, 2, 2]);
     }
 }

@@ -1,17 +1,17 @@
-//! A group whose ranks have a device beside the host: each tensor is carried by the library of the memory that it is in.
+//! The communicator of ranks with a device: the memory that a tensor is in decides the transport.
 
 use super::{CommError, Communicator, ReduceOp, Work};
 use std::sync::Arc;
 use tch::{Device, Tensor};
 
-/// The same group twice.
+/// A group with a communicator for host memory and one for device memory.
 pub(crate) struct HybridComm {
     pub(crate) host: Arc<dyn Communicator>,
     pub(crate) device: Arc<dyn Communicator>,
 }
 
 impl HybridComm {
-    fn of(&self, tensor: &Tensor) -> &dyn Communicator {
+    fn for_tensor(&self, tensor: &Tensor) -> &dyn Communicator {
         if tensor.device() == Device::Cpu {
             self.host.as_ref()
         } else {
@@ -34,13 +34,13 @@ impl Communicator for HybridComm {
         self.host.size()
     }
     fn all_reduce(&self, tensor: &Tensor, op: ReduceOp) -> Result<Work, CommError> {
-        self.of(tensor).all_reduce(tensor, op)
+        self.for_tensor(tensor).all_reduce(tensor, op)
     }
     fn broadcast(&self, tensor: &Tensor, root: usize) -> Result<Work, CommError> {
-        self.of(tensor).broadcast(tensor, root)
+        self.for_tensor(tensor).broadcast(tensor, root)
     }
     fn all_gather(&self, output: &Tensor, input: &Tensor) -> Result<Work, CommError> {
-        self.of(input).all_gather(output, input)
+        self.for_tensor(input).all_gather(output, input)
     }
     fn reduce_scatter(
         &self,
@@ -48,7 +48,7 @@ impl Communicator for HybridComm {
         input: &Tensor,
         op: ReduceOp,
     ) -> Result<Work, CommError> {
-        self.of(input).reduce_scatter(output, input, op)
+        self.for_tensor(input).reduce_scatter(output, input, op)
     }
     fn all_to_all(
         &self,
@@ -57,14 +57,14 @@ impl Communicator for HybridComm {
         output_splits: &[i64],
         input_splits: &[i64],
     ) -> Result<Work, CommError> {
-        self.of(input)
+        self.for_tensor(input)
             .all_to_all(output, input, output_splits, input_splits)
     }
     fn send(&self, tensor: &Tensor, to: usize, tag: i32) -> Result<Work, CommError> {
-        self.of(tensor).send(tensor, to, tag)
+        self.for_tensor(tensor).send(tensor, to, tag)
     }
     fn recv(&self, tensor: &Tensor, from: usize, tag: i32) -> Result<Work, CommError> {
-        self.of(tensor).recv(tensor, from, tag)
+        self.for_tensor(tensor).recv(tensor, from, tag)
     }
     fn exchange(
         &self,
@@ -73,7 +73,7 @@ impl Communicator for HybridComm {
         tag: i32,
     ) -> Result<Work, CommError> {
         match sends.iter().chain(receives).next() {
-            Some((tensor, _)) => self.of(tensor).exchange(sends, receives, tag),
+            Some((tensor, _)) => self.for_tensor(tensor).exchange(sends, receives, tag),
             None => Ok(Work::done()),
         }
     }

@@ -1,9 +1,9 @@
-//! A group of one rank: every collective is a copy.
+//! The communicator of a group of one rank: every collective is a copy.
 
 use super::{CommError, Communicator, ReduceOp, Work, check_splits};
 use tch::Tensor;
 
-/// The communicator of a rank that is alone in its group.
+/// The communicator of a group of one rank.
 #[derive(Debug, Clone)]
 pub struct Local {
     rank: usize,
@@ -11,7 +11,7 @@ pub struct Local {
 }
 
 impl Local {
-    /// The group `group` whose only member is the global rank `rank`.
+    /// Returns the group `group`, whose only member is the global rank `rank`.
     pub fn new(rank: usize, group: &str) -> Local {
         Local {
             rank,
@@ -80,10 +80,10 @@ impl Communicator for Local {
         self.copy("all_to_all", output, input)
     }
     fn send(&self, _tensor: &Tensor, to: usize, _tag: i32) -> Result<Work, CommError> {
-        Err(self.error("send", format!("there is no rank {to} in a group of one")))
+        Err(self.error("send", format!("no rank {to} in a group of one")))
     }
     fn recv(&self, _tensor: &Tensor, from: usize, _tag: i32) -> Result<Work, CommError> {
-        Err(self.error("recv", format!("there is no rank {from} in a group of one")))
+        Err(self.error("recv", format!("no rank {from} in a group of one")))
     }
     fn barrier(&self) -> Result<Work, CommError> {
         Ok(Work::done())

@@ -1,9 +1,11 @@
-//! NCCL, for tensors of NVIDIA GPUs. Types come from cudarc; the functions are looked up here, since cudarc asks the loader for
-//! `libnccl.so`, which installations of torch do not have (theirs is `libnccl.so.2`), and panics without one. Signatures as in
-//! nccl.h 2.24. Not yet run on hardware.
+//! NCCL, for tensors on NVIDIA GPUs.
+//!
+//! The types come from cudarc, but the functions are resolved here: cudarc loads `libnccl.so`,
+//! which installations of torch do not have (theirs is `libnccl.so.2`), and panics without it. The
+//! signatures are those of nccl.h 2.24. NCCL has not run on hardware yet.
 
 use super::ReduceOp;
-use super::device_comm::{Elements, LaunchTarget, Library, Message};
+use super::device_comm::{Elements, LaunchTarget, Library, Message, Parts};
 use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
 use libloading::os::unix::Library as DynamicLibrary;
 use std::ffi::{CStr, c_char, c_int, c_void};
@@ -11,7 +13,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tch::Kind;
 
-/// `ncclResult_t`, as a number: a newer library has values that an older list does not.
+/// `ncclResult_t` as a number, since a newer library returns values that the enum does not have.
 type Code = c_int;
 const SUCCESS: Code = 0;
 const IN_PROGRESS: Code = 7;
@@ -21,7 +23,7 @@ type Type = ncclDataType_t;
 type Comm = ncclComm_t;
 type StreamHandle = cudaStream_t;
 
-/// The functions that are used.
+/// The functions of the library that moerun calls.
 pub(crate) struct Nccl {
     get_unique_id: unsafe extern "C" fn(*mut ncclUniqueId) -> Code,
     init_rank: unsafe extern "C" fn(*mut Comm, c_int, ncclUniqueId, c_int) -> Code,
@@ -42,24 +44,28 @@ pub(crate) struct Nccl {
 }
 
 impl Nccl {
-    /// Loads the library, once; later calls return the first answer. Beside a torch with CUDA its own one is loaded already.
+    /// Loads the library once; later calls return the first result. A torch with CUDA has loaded
+    /// its own already.
     ///
     /// # Errors
-    /// When it cannot be loaded: why, and what to do.
+    /// If it cannot be loaded; the message has a hint.
     pub(crate) fn load() -> Result<&'static Nccl, String> {
         static LOADED: OnceLock<Result<Nccl, String>> = OnceLock::new();
         let loaded = LOADED.get_or_init(|| {
-            const REMEDY: &str = "NCCL carries tensors of NVIDIA GPUs: run ./scripts/setup --cuda, or use \
-                                  run.backend: auto";
-            let library =
-                torch_ext::load_library("libnccl.so.2", "MOERUN_TORCH_LIB", REMEDY).map_err(|e| e.to_string())?;
-            // SAFETY: the types of the fields are nccl.h's.
-            unsafe { Nccl::of(library) }.map_err(|e| format!("libnccl.so.2 is too old: {e}"))
+            const HINT: &str = "NCCL is needed for tensors on NVIDIA GPUs: run ./scripts/setup \
+                --cuda, or use run.backend: auto";
+            let library = torch_ext::load_library("libnccl.so.2", "MOERUN_TORCH_LIB", HINT);
+            let library = library.map_err(|e| e.to_string())?;
+            // SAFETY: the types of the fields are those of nccl.h.
+            let nccl = unsafe { Nccl::from_library(library) };
+            nccl.map_err(|e| format!("libnccl.so.2 is too old: {e}"))
         });
         loaded.as_ref().map_err(Clone::clone)
     }
 
-    unsafe fn of(library: &DynamicLibrary) -> Result<Nccl, libloading::Error> {
+    /// # Safety
+    /// The library must have the functions of nccl.h.
+    unsafe fn from_library(library: &DynamicLibrary) -> Result<Nccl, libloading::Error> {
         // SAFETY: as the caller promises.
         unsafe {
             Ok(Nccl {
@@ -89,28 +95,22 @@ impl Nccl {
             if pointer.is_null() {
                 String::new()
             } else {
-                // SAFETY: strings of the library, which live until the next error of the communicator.
-                unsafe { CStr::from_ptr(pointer) }
-                    .to_string_lossy()
-                    .into_owned()
+                // SAFETY: a string of the library, which lives until the communicator's next error.
+                let text = unsafe { CStr::from_ptr(pointer) };
+                text.to_string_lossy().into_owned()
             }
         };
-        // SAFETY: both take any code and any live communicator, or none.
-        let (name, more) = unsafe {
-            (
-                text((self.error_string)(code)),
-                text((self.last_error)(comm)),
-            )
-        };
-        Err(format!(
-            "NCCL: {name}{}{more}",
-            if more.is_empty() { "" } else { ": " }
-        ))
+        // SAFETY: any code is valid.
+        let name = text(unsafe { (self.error_string)(code) });
+        // SAFETY: a live communicator or null.
+        let more = text(unsafe { (self.last_error)(comm) });
+        let separator = if more.is_empty() { "" } else { ": " };
+        Err(format!("NCCL: {name}{separator}{more}"))
     }
 
-    /// Calls between the two count as one operation.
+    /// Runs the calls of `body` as one operation.
     fn grouped(&self, comm: Comm, body: impl FnOnce() -> Result<(), String>) -> Result<(), String> {
-        // SAFETY: no arguments; each start has its end, whatever happens between them.
+        // SAFETY: no arguments; the end follows each start, even after an error.
         self.check(unsafe { (self.group_start)() }, comm)?;
         let body = body();
         // SAFETY: as above.
@@ -119,18 +119,19 @@ impl Nccl {
     }
 }
 
-/// A communicator, which an abort ends.
+/// A communicator, which an abort destroys.
 pub(crate) struct NcclComm {
     comm: Comm,
     aborted: AtomicBool,
 }
 
-// SAFETY: NCCL allows calls from any thread, one at a time (the lane's lock), and an abort beside them.
+// SAFETY: NCCL allows calls from any thread, one at a time, which `DeviceStream::queueing` ensures,
+// and an abort during a call.
 unsafe impl Send for NcclComm {}
 // SAFETY: as above.
 unsafe impl Sync for NcclComm {}
 
-fn element(kind: Kind) -> Result<Type, String> {
+fn data_type(kind: Kind) -> Result<Type, String> {
     Ok(match kind {
         Kind::Int8 => Type::ncclInt8,
         Kind::Uint8 | Kind::Bool => Type::ncclUint8,
@@ -140,7 +141,7 @@ fn element(kind: Kind) -> Result<Type, String> {
         Kind::Float => Type::ncclFloat32,
         Kind::Double => Type::ncclFloat64,
         Kind::BFloat16 => Type::ncclBfloat16,
-        other => return Err(format!("NCCL carries no {other:?}")),
+        other => return Err(format!("NCCL does not support {other:?}")),
     })
 }
 
@@ -170,13 +171,14 @@ impl Library for Nccl {
     fn join(&self, id: &[u8], rank: usize, size: usize) -> Result<NcclComm, String> {
         let mut unique = ncclUniqueId { internal: [0; 128] };
         if id.len() != unique.internal.len() {
-            return Err(format!("an id of {} bytes came instead of 128", id.len()));
+            let len = id.len();
+            return Err(format!("received an id of {len} bytes instead of 128"));
         }
         for (to, &from) in unique.internal.iter_mut().zip(id) {
             *to = from as c_char;
         }
         let mut comm = std::ptr::null_mut();
-        // SAFETY: an out-parameter; the thread is on the rank's device.
+        // SAFETY: an out-parameter; this thread's current device is the rank's.
         let code = unsafe { (self.init_rank)(&mut comm, size as c_int, unique, rank as c_int) };
         self.check(code, std::ptr::null_mut())?;
         Ok(NcclComm {
@@ -187,7 +189,7 @@ impl Library for Nccl {
 
     fn abort(&self, comm: &NcclComm, _stream: *mut c_void) {
         if !comm.aborted.swap(true, Ordering::SeqCst) {
-            // SAFETY: a live communicator, ended once; kernels that wait inside it end.
+            // SAFETY: a live communicator, aborted once; kernels that wait inside it end.
             unsafe { (self.abort)(comm.comm) };
         }
     }
@@ -208,22 +210,23 @@ impl Library for Nccl {
     }
 
     fn supports_reduction(&self, kind: Kind, _operation: &str) -> bool {
-        element(kind).is_ok()
+        data_type(kind).is_ok()
     }
 
     unsafe fn all_reduce(
         &self,
         to: &LaunchTarget<Self>,
         data: Data,
-        run: Elements,
+        elements: Elements,
         op: ReduceOp,
     ) -> Result<(), String> {
-        let kind = element(run.kind)?;
+        let count = elements.count;
+        let kind = data_type(elements.kind)?;
         let comm = to.comm.comm;
         let stream = to.stream.cast();
-        // SAFETY: the caller's promise; in place is allowed.
+        // SAFETY: as the caller promises; the operation may be in place.
         self.check(
-            unsafe { (self.all_reduce)(data, data, run.count, kind, reduction(op), comm, stream) },
+            unsafe { (self.all_reduce)(data, data, count, kind, reduction(op), comm, stream) },
             comm,
         )
     }
@@ -232,15 +235,16 @@ impl Library for Nccl {
         &self,
         to: &LaunchTarget<Self>,
         data: Data,
-        run: Elements,
+        elements: Elements,
         root: usize,
     ) -> Result<(), String> {
-        let kind = element(run.kind)?;
+        let count = elements.count;
+        let kind = data_type(elements.kind)?;
         let comm = to.comm.comm;
         let stream = to.stream.cast();
-        // SAFETY: the caller's promise; in place is allowed.
+        // SAFETY: as the caller promises; the operation may be in place.
         self.check(
-            unsafe { (self.broadcast)(data, data, run.count, kind, root as c_int, comm, stream) },
+            unsafe { (self.broadcast)(data, data, count, kind, root as c_int, comm, stream) },
             comm,
         )
     }
@@ -250,14 +254,15 @@ impl Library for Nccl {
         to: &LaunchTarget<Self>,
         out: Data,
         data: Data,
-        run: Elements,
+        elements: Elements,
     ) -> Result<(), String> {
-        let kind = element(run.kind)?;
+        let count = elements.count;
+        let kind = data_type(elements.kind)?;
         let comm = to.comm.comm;
         let stream = to.stream.cast();
-        // SAFETY: the caller's promise.
+        // SAFETY: as the caller promises.
         self.check(
-            unsafe { (self.all_gather)(data, out, run.count, kind, comm, stream) },
+            unsafe { (self.all_gather)(data, out, count, kind, comm, stream) },
             comm,
         )
     }
@@ -267,17 +272,16 @@ impl Library for Nccl {
         to: &LaunchTarget<Self>,
         out: Data,
         data: Data,
-        run: Elements,
+        elements: Elements,
         op: ReduceOp,
     ) -> Result<(), String> {
-        let kind = element(run.kind)?;
+        let count = elements.count;
+        let kind = data_type(elements.kind)?;
         let comm = to.comm.comm;
         let stream = to.stream.cast();
-        // SAFETY: the caller's promise.
+        // SAFETY: as the caller promises.
         self.check(
-            unsafe {
-                (self.reduce_scatter)(data, out, run.count, kind, reduction(op), comm, stream)
-            },
+            unsafe { (self.reduce_scatter)(data, out, count, kind, reduction(op), comm, stream) },
             comm,
         )
     }
@@ -285,52 +289,54 @@ impl Library for Nccl {
     unsafe fn all_to_all(
         &self,
         to: &LaunchTarget<Self>,
-        (out, receive): (Data, &[usize]),
-        (data, send): (Data, &[usize]),
+        out: Parts,
+        data: Parts,
         kind: Kind,
     ) -> Result<(), String> {
-        let runs = |sends: bool, begin: Data, counts: &[usize]| -> Vec<Message> {
-            let mut at = 0;
-            let part = |(peer, &count): (usize, &usize)| {
-                let data = begin.wrapping_byte_add(at * kind.elt_size_in_bytes());
-                at += count;
-                Message {
-                    sends,
-                    data,
-                    run: Elements { count, kind },
-                    peer,
-                }
-            };
-            counts
-                .iter()
-                .enumerate()
-                .map(part)
-                .filter(|message| message.run.count > 0)
-                .collect()
-        };
-        let mut all = runs(true, data, send);
-        all.extend(runs(false, out, receive));
-        // SAFETY: the caller's promise: the runs lie inside the two.
-        unsafe { self.messages(to, &all) }
+        let mut messages = messages_of(true, data, kind);
+        messages.extend(messages_of(false, out, kind));
+        // SAFETY: as the caller promises: the parts are inside the two buffers.
+        unsafe { self.messages(to, &messages) }
     }
 
     unsafe fn messages(&self, to: &LaunchTarget<Self>, messages: &[Message]) -> Result<(), String> {
         let comm = to.comm.comm;
         let stream = to.stream.cast();
         self.grouped(comm, || {
-            messages.iter().try_for_each(|message| {
-                let kind = element(message.run.kind)?;
-                let count = message.run.count;
+            for message in messages {
+                let kind = data_type(message.elements.kind)?;
+                let count = message.elements.count;
                 let peer = message.peer as c_int;
-                let call = if message.sends { self.send } else { self.recv };
-                // SAFETY: the caller's promise.
-                self.check(
-                    unsafe { call(message.data, count, kind, peer, comm, stream) },
-                    comm,
-                )
-            })
+                let call = if message.is_send {
+                    self.send
+                } else {
+                    self.recv
+                };
+                // SAFETY: as the caller promises.
+                let code = unsafe { call(message.data, count, kind, peer, comm, stream) };
+                self.check(code, comm)?;
+            }
+            Ok(())
         })
     }
+}
+
+/// Returns one message per part that is not empty.
+fn messages_of(is_send: bool, parts: Parts, kind: Kind) -> Vec<Message> {
+    let mut messages = Vec::new();
+    let mut data = parts.data;
+    for (peer, &count) in parts.counts.iter().enumerate() {
+        if count > 0 {
+            messages.push(Message {
+                is_send,
+                data,
+                elements: Elements { count, kind },
+                peer,
+            });
+        }
+        data = data.wrapping_byte_add(count * kind.elt_size_in_bytes());
+    }
+    messages
 }
 
 #[cfg(test)]
@@ -338,12 +344,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn without_the_library_it_says_what_to_do() {
-        if let Err(text) = Nccl::load() {
-            assert!(
-                text.contains("libnccl.so.2") && text.contains("setup --cuda"),
-                "{text}"
-            );
+    fn without_the_library_the_error_has_a_hint() {
+        if let Err(error) = Nccl::load() {
+            assert!(error.contains("libnccl.so.2"), "{error}");
+            assert!(error.contains("setup --cuda"), "{error}");
         }
     }
 }

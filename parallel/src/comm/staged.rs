@@ -1,47 +1,45 @@
-//! Tensors of a device on their way through host memory, for libraries that carry no other.
+//! Staging of device tensors in host memory, for libraries that only access the latter.
 
 use tch::{Device, Tensor};
 
-/// What an operation works on.
+/// The tensors of an operation, in host memory.
 pub(crate) struct Staged {
-    /// In host memory: the tensors themselves where they are there.
+    /// The tensors themselves, or copies of those that are on a device.
     pub(crate) host: Vec<Tensor>,
-    /// What the first of them is copied copy_back to.
-    copy_back: Option<Tensor>,
+    /// The device tensor that receives the result `host[0]`.
+    result: Option<Tensor>,
 }
 
 impl Staged {
-    /// Of `tensors`, the first of which the operation may write.
+    /// Stages `tensors`; `writes` is true if the operation writes the first of them.
     pub(crate) fn new(tensors: &[&Tensor], writes: bool) -> Staged {
-        let copy_back = tensors
+        let result = tensors
             .first()
             .filter(|first| writes && first.device() != Device::Cpu);
         Staged {
             host: tensors.iter().map(|tensor| to_host(tensor)).collect(),
-            copy_back: copy_back.map(|x| x.shallow_clone()),
+            result: result.map(|tensor| tensor.shallow_clone()),
         }
     }
 
-    /// Brings the result to where it belongs. The operation is done.
+    /// Copies the result to its device, after the operation.
     pub(crate) fn finish(self) {
-        if let Some(mut copy_back) = self.copy_back {
-            tch::no_grad(|| copy_back.copy_(&self.host[0]));
+        if let Some(mut result) = self.result {
+            tch::no_grad(|| result.copy_(&self.host[0]));
         }
     }
 }
 
-/// In memory that the device copies to by itself, where there is such memory left.
+/// Copies a tensor to host memory, pinned if possible: the device copies to that directly.
 fn to_host(tensor: &Tensor) -> Tensor {
     if tensor.device() == Device::Cpu {
         return tensor.shallow_clone();
     }
+    let kind = tensor.kind();
     let pinned = || {
-        let bytes =
-            torch_ext::pinned((tensor.numel() * tensor.kind().elt_size_in_bytes()) as i64).ok()?;
-        let mut host = bytes
-            .f_view_dtype(tensor.kind())
-            .ok()?
-            .view(tensor.size().as_slice());
+        let bytes = torch_ext::pinned((tensor.numel() * kind.elt_size_in_bytes()) as i64).ok()?;
+        let flat = bytes.f_view_dtype(kind).ok()?;
+        let mut host = flat.view(tensor.size().as_slice());
         tch::no_grad(|| host.copy_(tensor));
         Some(host)
     };

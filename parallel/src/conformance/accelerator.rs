@@ -1,19 +1,19 @@
-//! What every device has to do.
+//! The test suite for devices.
 
-use super::{Outcome, Verdict, expect};
+use super::outcome::{Outcome, Verdict, expect, text};
 use crate::Accelerator;
 use tch::{Device, Kind, Tensor};
 
-/// Tries everything. Nothing else may use the device meanwhile: its memory is counted.
+/// Runs the suite. Nothing else may use the device meanwhile, since the suite measures its memory.
 pub fn accelerator(device: &dyn Accelerator) -> Vec<Outcome> {
     type Case = fn(&dyn Accelerator) -> Verdict;
     let cases: [(&str, Case); 6] = [
         ("tensors of every dtype and shape", tensors),
-        ("what is uploaded comes back", round_trip),
-        ("arithmetic is there, with gradients", arithmetic),
-        ("a restored generator draws the same numbers", generator),
-        ("memory is counted, and its peak anew", memory),
-        ("a copier brings bytes out on a thread of its own", copier),
+        ("an uploaded tensor comes back", round_trip),
+        ("arithmetic, with gradients", arithmetic),
+        ("a restored generator repeats its numbers", generator),
+        ("memory use, and its peak after a reset", memory),
+        ("a copier on a thread of its own", copier),
     ];
     cases
         .map(|(name, case)| Outcome {
@@ -33,10 +33,6 @@ const KINDS: [Kind; 7] = [
     Kind::Uint8,
 ];
 
-fn text(error: impl ToString) -> String {
-    error.to_string()
-}
-
 fn tensors(device: &dyn Accelerator) -> Verdict {
     for kind in KINDS {
         for shape in [&[0i64] as &[i64], &[], &[3], &[2, 0, 4], &[5, 7]] {
@@ -47,7 +43,8 @@ fn tensors(device: &dyn Accelerator) -> Verdict {
                 &vec![0.0; zeros.numel()],
             )?;
             let empty = device.empty(shape, kind);
-            if (empty.size().as_slice(), empty.kind()) != (shape, kind) || !empty.is_contiguous() {
+            let is_right = empty.size() == shape && empty.kind() == kind;
+            if !is_right || !empty.is_contiguous() {
                 return Err(format!(
                     "an empty {kind:?} {shape:?} came as {:?} {:?}",
                     empty.kind(),
@@ -76,7 +73,7 @@ fn arithmetic(device: &dyn Accelerator) -> Verdict {
     let y = x.matmul(&x.tr());
     y.sum(Kind::Float).backward();
     device.synchronize().map_err(text)?;
-    expect("a product", &y.detach(), &[5.0, 11.0, 11.0, 25.0])?;
+    expect("a matmul", &y.detach(), &[5.0, 11.0, 11.0, 25.0])?;
     expect("its gradient", &x.grad(), &[8.0, 12.0, 8.0, 12.0])
 }
 
@@ -88,14 +85,14 @@ fn generator(device: &dyn Accelerator) -> Verdict {
     let state = device.generator_state().map_err(text)?;
     let first = draw()?;
     if first == draw()? {
-        return Err("it draws the same numbers without being restored".into());
+        return Err("the generator repeats its numbers without being restored".into());
     }
     device.set_generator_state(&state).map_err(text)?;
     if first != draw()? {
-        return Err("it draws other numbers after being restored".into());
+        return Err("the restored generator draws other numbers".into());
     }
     match device.set_generator_state(&Tensor::from_slice(&[1u8, 2])) {
-        Ok(()) => Err("it takes a state of two bytes".into()),
+        Ok(()) => Err("the generator accepted a state of two bytes".into()),
         Err(_) => Ok(()),
     }
 }
@@ -107,22 +104,23 @@ fn memory(device: &dyn Accelerator) -> Verdict {
     let tensor = device.zeros(&[BYTES as i64 / 4], Kind::Float);
     let during = device.memory().map_err(text)?;
     if during.current < before.current + BYTES || during.peak < during.current {
-        return Err(format!("{BYTES} bytes more made {during:?} of {before:?}"));
+        return Err(format!(
+            "allocating {BYTES} bytes changed {before:?} to {during:?}"
+        ));
     }
     drop(tensor);
     device.reset_peak().map_err(text)?;
     let after = device.memory().map_err(text)?;
-    if after.peak + BYTES / 2 < during.peak {
-        Ok(())
-    } else {
-        Err(format!(
-            "after the end of the tensor the peak is {after:?}, and was {during:?}"
-        ))
+    if after.peak + BYTES / 2 >= during.peak {
+        return Err(format!(
+            "resetting the peak after the tensor was freed changed {during:?} to {after:?}"
+        ));
     }
+    Ok(())
 }
 
 fn copier(device: &dyn Accelerator) -> Verdict {
-    // More than a buffer on the way, and not a multiple of it.
+    // Larger than a staging buffer, and not a multiple of it.
     let host = Tensor::arange((9 << 20) + 13, (Kind::Int, Device::Cpu));
     let tensor = device.upload(&host);
     device.synchronize().map_err(text)?;
@@ -140,15 +138,13 @@ fn copier(device: &dyn Accelerator) -> Verdict {
         .join()
         .map_err(|_| "the copying thread panicked")?
         .map_err(text)?;
-    let right = bytes
-        .chunks_exact(4)
-        .enumerate()
-        .all(|(n, four)| four == (n as i32).to_ne_bytes())
-        && staging.device() == Device::Cpu
-        && staging.equal(&host);
-    if right {
-        Ok(())
-    } else {
-        Err("other bytes came out".into())
+    let mut numbers = bytes.chunks_exact(4).enumerate();
+    let is_right = |(index, number): (usize, &[u8])| number == (index as i32).to_ne_bytes();
+    if !numbers.all(is_right) {
+        return Err("the copied bytes differ".into());
     }
+    if staging.device() != Device::Cpu || !staging.equal(&host) {
+        return Err("the fetched tensor differs".into());
+    }
+    Ok(())
 }

@@ -1,19 +1,19 @@
-//! What every communicator has to do.
+//! The test suite for communicators.
 
-use super::{Outcome, Verdict, expect};
-use crate::{Accelerator, Backend, CommError, Communicator, RankEnv, ReduceOp, World};
+use super::outcome::{Outcome, Verdict, expect, text};
+use crate::{Accelerator, Backend, CommError, Communicator, RankEnv, ReduceOp, Work, World};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
 
-/// No operation takes longer, but for those that are to.
+/// For operations that must not time out.
 const OPERATION_TIMEOUT: Duration = Duration::from_secs(60);
-/// The timeout that is tried.
+/// For the operation that must time out.
 const SHORT_TIMEOUT: Duration = Duration::from_secs(4);
 
 type SharedComm = Arc<dyn Communicator>;
 
-/// What the cases have.
+/// What the test cases share.
 struct TestContext<'a> {
     world: &'a World,
     /// The same ranks with a timeout of [`SHORT_TIMEOUT`].
@@ -22,25 +22,26 @@ struct TestContext<'a> {
     device: &'a dyn Accelerator,
 }
 
-/// Tries everything, on all ranks of `env`, with tensors of `device`.
+/// Runs the suite on all ranks of `env`, with tensors on `device`.
 ///
 /// # Collective
 /// All ranks.
 ///
 /// # Errors
-/// When the ranks cannot be joined.
+/// If the ranks cannot join.
 pub fn communicator(
     env: &RankEnv,
     backend: Backend,
     device: &dyn Accelerator,
 ) -> Result<Vec<Outcome>, CommError> {
     let world = World::join(env, OPERATION_TIMEOUT, backend, device)?;
-    let short_timeout_world = World::join(&env.again(1), SHORT_TIMEOUT, backend, device)?;
+    let short_timeout_world =
+        World::join(&env.for_another_world(1), SHORT_TIMEOUT, backend, device)?;
     let everyone: Vec<usize> = (0..world.size()).collect();
     let context = TestContext {
         world: &world,
         short_timeout_world: &short_timeout_world,
-        all: world.chain("conformance", &everyone)?,
+        all: world.p2p_group("conformance", &everyone)?,
         device,
     };
     type Case = fn(&TestContext) -> Verdict;
@@ -48,29 +49,26 @@ pub fn communicator(
         ("all_reduce: every dtype, operation and shape", all_reduce),
         ("broadcast from every rank", broadcast),
         (
-            "all_gather and reduce_scatter are each other's reverse",
+            "all_gather and reduce_scatter are inverse",
             gather_and_scatter,
         ),
-        ("all_to_all: uneven parts, empty ones too", all_to_all),
+        ("all_to_all: uneven and empty parts", all_to_all),
         ("send and recv: in order, by tag, any size", point_to_point),
         ("exchange: several messages as one operation", exchange),
         (
-            "operations under way side by side, waited for in any order",
+            "concurrent operations, waited for in any order",
             concurrent_operations,
         ),
-        ("groups beside one another", groups),
-        ("what one group made another takes at once", chained),
+        ("overlapping groups", groups),
+        ("operations of several groups on one tensor", chained),
+        ("tensors dropped after a wait", dropped),
+        ("repeated sums are bit-identical", repeatable),
         (
-            "tensors that are dropped after a wait were sent whole",
-            dropped,
-        ),
-        ("the same sums twice are equal to the bit", repeatable),
-        (
-            "wrong arguments are refused before anything is sent",
+            "wrong arguments are rejected before anything is sent",
             refusals,
         ),
         (
-            "a rank that does not come is named, with the call, within the timeout",
+            "a missing rank is reported, with the call, within the timeout",
             timeout,
         ),
         ("an abort from another thread ends a wait", abort),
@@ -79,7 +77,7 @@ pub fn communicator(
         name,
         problem: case(&context).err(),
     });
-    // Nobody leaves while others may still need it.
+    // No rank leaves while others may still need it.
     context.all.barrier()?.wait()?;
     Ok(outcomes.to_vec())
 }
@@ -93,30 +91,30 @@ impl TestContext<'_> {
         self.all.size() as i64
     }
 
-    /// Waits for the end of an operation, on the device too.
-    fn done(&self, work: Result<crate::Work, CommError>) -> Verdict {
-        self.done_in(&self.all, work)
+    /// Waits until an operation is complete, also on the device.
+    fn finish(&self, work: Result<Work, CommError>) -> Verdict {
+        self.finish_in(&self.all, work)
     }
 
-    fn done_in(&self, group: &SharedComm, work: Result<crate::Work, CommError>) -> Verdict {
-        work.and_then(crate::Work::wait)
-            .map_err(|e| e.to_string())?;
-        // A device that gave an operation up may say so here; the group knows more.
+    fn finish_in(&self, group: &SharedComm, work: Result<Work, CommError>) -> Verdict {
+        work.and_then(Work::wait).map_err(text)?;
         let synchronized = self.device.synchronize();
-        group.check().map_err(|e| e.to_string())?;
-        synchronized.map_err(|e| e.to_string())
+        // The group's error says more than the device's.
+        group.check().map_err(text)?;
+        synchronized.map_err(text)
     }
 
     fn full(&self, shape: &[i64], value: i64, kind: Kind) -> Tensor {
-        self.device
-            .upload(&Tensor::full(shape, value, (kind, Device::Cpu)))
+        let host = Tensor::full(shape, value, (kind, Device::Cpu));
+        self.device.upload(&host)
     }
 
-    /// `from..from + count` in rows of `width`.
+    /// Returns the numbers from `from` on, in `count` rows of `width`.
     fn rows(&self, from: i64, count: i64, width: i64, kind: Kind) -> Tensor {
-        let numbers = Tensor::arange_start(from, from + count * width, (Kind::Int64, Device::Cpu));
-        self.device
-            .upload(&numbers.to_kind(kind).view([count, width]))
+        let end = from + count * width;
+        let numbers = Tensor::arange_start(from, end, (Kind::Int64, Device::Cpu));
+        let host = numbers.to_kind(kind).view([count, width]);
+        self.device.upload(&host)
     }
 }
 
@@ -148,18 +146,19 @@ fn all_reduce(context: &TestContext) -> Verdict {
                 (ReduceOp::Max, size),
             ] {
                 let x = context.full(shape, rank + 1, kind);
-                context.done(context.all.all_reduce(&x, op))?;
+                context.finish(context.all.all_reduce(&x, op))?;
                 let expected = vec![result as f64; x.numel()];
                 expect(&format!("{op:?} of {kind:?} {shape:?}"), &x, &expected)?;
             }
         }
     }
-    // Large enough for every library's ways with large messages.
-    let x = context.full(&[3 << 20], rank, Kind::Float);
-    context.done(context.all.all_reduce(&x, ReduceOp::Sum))?;
+    // Libraries use other algorithms for large messages.
+    let elements = 3 << 20;
+    let x = context.full(&[elements], rank, Kind::Float);
+    context.finish(context.all.all_reduce(&x, ReduceOp::Sum))?;
     expect(
         "a sum of 12 MiB",
-        &x.narrow(0, (3 << 20) - 2, 2),
+        &x.narrow(0, elements - 2, 2),
         &[(size * (size - 1) / 2) as f64; 2],
     )
 }
@@ -167,19 +166,17 @@ fn all_reduce(context: &TestContext) -> Verdict {
 fn broadcast(context: &TestContext) -> Verdict {
     for root in 0..context.size() {
         for kind in KINDS.into_iter().chain([Kind::Uint8, Kind::Bool]) {
-            let value = if kind == Kind::Bool {
+            let is_bool = kind == Kind::Bool;
+            let value = if is_bool {
                 i64::from(context.rank() == root)
             } else {
                 context.rank() + 3
             };
             let x = context.full(&[2, 3], value, kind);
-            context.done(context.all.broadcast(&x, root as usize))?;
-            let expected = if kind == Kind::Bool { 1 } else { root + 3 };
-            expect(
-                &format!("{kind:?} of rank {root}"),
-                &x,
-                &[expected as f64; 6],
-            )?;
+            context.finish(context.all.broadcast(&x, root as usize))?;
+            let expected = if is_bool { 1 } else { root + 3 };
+            let what = format!("{kind:?} of rank {root}");
+            expect(&what, &x, &[expected as f64; 6])?;
         }
     }
     Ok(())
@@ -192,17 +189,16 @@ fn gather_and_scatter(context: &TestContext) -> Verdict {
         for rows in [0, 1, 3] {
             let own = context.rows(rank * rows * 2, rows, 2, kind);
             let all = context.device.zeros(&[size * rows, 2], kind);
-            context.done(context.all.all_gather(&all, &own))?;
+            context.finish(context.all.all_gather(&all, &own))?;
             let expected: Vec<f64> = (0..size * rows * 2).map(|n| n as f64).collect();
             expect(&format!("gathered {kind:?}"), &all, &expected)?;
             for op in [ReduceOp::Sum, ReduceOp::Max, ReduceOp::Min] {
                 let part = context.device.zeros(&[rows, 2], kind);
-                context.done(context.all.reduce_scatter(&part, &all, op))?;
-                let times = if op == ReduceOp::Sum { size } else { 1 };
+                context.finish(context.all.reduce_scatter(&part, &all, op))?;
+                let factor = if op == ReduceOp::Sum { size } else { 1 };
                 let first = rank * rows * 2;
-                let expected: Vec<f64> = (first..first + rows * 2)
-                    .map(|n| (n * times) as f64)
-                    .collect();
+                let numbers = first..first + rows * 2;
+                let expected: Vec<f64> = numbers.map(|n| (n * factor) as f64).collect();
                 expect(&format!("{op:?} of {kind:?}, scattered"), &part, &expected)?;
             }
         }
@@ -210,51 +206,56 @@ fn gather_and_scatter(context: &TestContext) -> Verdict {
     Ok(())
 }
 
+/// Rows from one rank to another in an all-to-all.
+type Rows = fn(from: i64, to: i64) -> i64;
+
 fn all_to_all(context: &TestContext) -> Verdict {
-    let rank = context.rank();
-    let size = context.size();
-    // Rank r sends (2r + s) mod 4 rows to s: some none, some others more than they receive. Then rank 0 sends nothing at
-    // all, then nobody does.
-    let patterns: [fn(i64, i64) -> i64; 3] = [
+    let patterns: [Rows; 3] = [
+        // Some parts are empty, and others larger than what comes back.
         |from, to| (2 * from + to) % 4,
+        // Rank 0 sends nothing.
         |from, to| if from == 0 { 0 } else { from + to },
+        // No rank sends anything.
         |_, _| 0,
     ];
     for kind in KINDS {
         for width in [1, 5] {
             for rows in patterns {
-                let send: Vec<i64> = (0..size).map(|to| rows(rank, to)).collect();
-                let receive: Vec<i64> = (0..size).map(|from| rows(from, rank)).collect();
-                // Each row says from whom it comes, to whom it goes and which it is.
-                let value = |from: i64, to: i64, row: i64| from * 64 + to * 8 + row % 8;
-                let parts = (0..size)
-                    .flat_map(|to| (0..send[to as usize]).map(move |row| value(rank, to, row)));
-                let parts: Vec<i64> = parts
-                    .flat_map(|v| std::iter::repeat_n(v, width as usize))
-                    .collect();
-                let input = Tensor::from_slice(&parts)
-                    .to_kind(kind)
-                    .view([send.iter().sum::<i64>(), width]);
-                let input = context.device.upload(&input);
-                let output = context
-                    .device
-                    .zeros(&[receive.iter().sum::<i64>(), width], kind);
-                context.done(context.all.all_to_all(&output, &input, &receive, &send))?;
-                let expected = (0..size).flat_map(|from| {
-                    (0..receive[from as usize]).map(move |r| value(from, rank, r))
-                });
-                let expected = expected.flat_map(|v| std::iter::repeat_n(v as f64, width as usize));
-                // bf16 holds whole numbers up to 256 exactly: beyond, what it makes of them.
-                let expected: Vec<f64> = expected.collect();
-                let rounded = Tensor::from_slice(&expected)
-                    .to_kind(kind)
-                    .to_kind(Kind::Double);
-                let expected = Vec::<f64>::try_from(rounded).map_err(|e| e.to_string())?;
-                expect(&format!("{kind:?} in rows of {width}"), &output, &expected)?;
+                all_to_all_once(context, kind, width, rows)?;
             }
         }
     }
     Ok(())
+}
+
+fn all_to_all_once(context: &TestContext, kind: Kind, width: i64, rows: Rows) -> Verdict {
+    let rank = context.rank();
+    let size = context.size();
+    let send: Vec<i64> = (0..size).map(|to| rows(rank, to)).collect();
+    let receive: Vec<i64> = (0..size).map(|from| rows(from, rank)).collect();
+    // Each row contains its source, its destination and its number.
+    let matrix = |pairs: &[(i64, i64)]| {
+        let mut values = Vec::new();
+        for &(from, to) in pairs {
+            for row in 0..rows(from, to) {
+                let value = from * 64 + to * 8 + row % 8;
+                values.extend(std::iter::repeat_n(value, width as usize));
+            }
+        }
+        let count = values.len() as i64 / width;
+        let matrix = Tensor::from_slice(&values).to_kind(kind);
+        matrix.view([count, width])
+    };
+    let sent: Vec<(i64, i64)> = (0..size).map(|to| (rank, to)).collect();
+    let received: Vec<(i64, i64)> = (0..size).map(|from| (from, rank)).collect();
+    let input = context.device.upload(&matrix(&sent));
+    let expected = matrix(&received);
+    let output = context.device.zeros(&expected.size(), kind);
+    context.finish(context.all.all_to_all(&output, &input, &receive, &send))?;
+    // The expected values are rounded to `kind` as well: bf16 is exact only up to 256.
+    let expected = expected.to_kind(Kind::Double).flatten(0, -1);
+    let expected = Vec::<f64>::try_from(expected).map_err(text)?;
+    expect(&format!("{kind:?} in rows of {width}"), &output, &expected)
 }
 
 fn point_to_point(context: &TestContext) -> Verdict {
@@ -266,7 +267,7 @@ fn point_to_point(context: &TestContext) -> Verdict {
     let next = ((rank + 1) % size) as usize;
     let previous = ((rank + size - 1) % size) as usize;
     for elements in [0, 1, 1000, 1 << 18] {
-        // Received before they are sent, three under way, two of one tag.
+        // Receives are posted before the sends. Two of the three messages have the same tag.
         let tags = [7, 7, 3];
         let messages: Vec<Tensor> = (0..3)
             .map(|n| context.full(&[elements], rank * 10 + n, Kind::Float))
@@ -281,14 +282,13 @@ fn point_to_point(context: &TestContext) -> Verdict {
         for (message, tag) in messages.iter().zip(tags) {
             works.push(context.all.send(message, next, tag));
         }
-        works.into_iter().try_for_each(|work| context.done(work))?;
+        for work in works {
+            context.finish(work)?;
+        }
         for (n, buffer) in buffers.iter().enumerate() {
             let expected = vec![(previous * 10 + n) as f64; elements as usize];
-            expect(
-                &format!("message {n} of {elements} elements"),
-                buffer,
-                &expected,
-            )?;
+            let what = format!("message {n} of {elements} elements");
+            expect(&what, buffer, &expected)?;
         }
     }
     Ok(())
@@ -298,30 +298,16 @@ fn exchange(context: &TestContext) -> Verdict {
     let rank = context.rank();
     let size = context.size();
     let others: Vec<i64> = (0..size).filter(|&other| other != rank).collect();
-    // As many elements as the sum of both ranks: each pair has a size of its own.
-    let sends: Vec<Tensor> = others
-        .iter()
-        .map(|other| context.full(&[rank + other], rank * 10 + other, Kind::Float))
-        .collect();
-    let receives: Vec<Tensor> = others
-        .iter()
-        .map(|other| context.device.zeros(&[rank + other], Kind::Float))
-        .collect();
-    let pair = |tensors: &'_ [Tensor]| -> Vec<(usize, usize)> {
-        (0..tensors.len())
-            .map(|n| (n, others[n] as usize))
-            .collect()
-    };
-    let out: Vec<_> = pair(&sends)
-        .into_iter()
-        .map(|(n, other)| (&sends[n], other))
-        .collect();
-    let inp: Vec<_> = pair(&receives)
-        .into_iter()
-        .map(|(n, other)| (&receives[n], other))
-        .collect();
-    context.done(context.all.exchange(&out, &inp, 11))?;
-    for (tensor, other) in receives.iter().zip(&others) {
+    // The sum of both ranks is the number of elements, so that pairs have different sizes.
+    let sent = |other: &i64| context.full(&[rank + other], rank * 10 + other, Kind::Float);
+    let sent: Vec<Tensor> = others.iter().map(sent).collect();
+    let received = |other: &i64| context.device.zeros(&[rank + other], Kind::Float);
+    let received: Vec<Tensor> = others.iter().map(received).collect();
+    let peers = others.iter().map(|&other| other as usize);
+    let sends: Vec<(&Tensor, usize)> = sent.iter().zip(peers.clone()).collect();
+    let receives: Vec<(&Tensor, usize)> = received.iter().zip(peers).collect();
+    context.finish(context.all.exchange(&sends, &receives, 11))?;
+    for (tensor, other) in received.iter().zip(&others) {
         let expected = vec![(other * 10 + rank) as f64; (rank + other) as usize];
         expect(&format!("from rank {other}"), tensor, &expected)?;
     }
@@ -338,13 +324,12 @@ fn concurrent_operations(context: &TestContext) -> Verdict {
         .iter()
         .map(|x| context.all.all_reduce(x, ReduceOp::Sum))
         .collect();
-    works
-        .into_iter()
-        .rev()
-        .try_for_each(|work| context.done(work))?;
+    for work in works.into_iter().rev() {
+        context.finish(work)?;
+    }
     for (n, x) in tensors.iter().enumerate() {
         let sum = size * (size - 1) / 2 + size * n as i64;
-        expect("one of several sums", x, &vec![sum as f64; x.numel()])?;
+        expect("a concurrent sum", x, &vec![sum as f64; x.numel()])?;
     }
     Ok(())
 }
@@ -352,75 +337,49 @@ fn concurrent_operations(context: &TestContext) -> Verdict {
 fn groups(context: &TestContext) -> Verdict {
     let rank = context.rank();
     let size = context.size();
-    // Even and odd ranks; and each with its neighbour, in the opposite order of making.
-    let members: Vec<usize> = (0..size)
-        .filter(|other| other % 2 == rank % 2)
-        .map(|other| other as usize)
+    // The even or the odd ranks, and pairs of neighbours.
+    let half: Vec<usize> = (0..size as usize)
+        .filter(|other| other % 2 == rank as usize % 2)
         .collect();
-    let pair: Vec<usize> = (rank / 2 * 2..(rank / 2 * 2 + 2).min(size))
-        .map(|other| other as usize)
-        .collect();
-    let make = |name: &str, members: &[usize]| {
-        context
-            .world
-            .group(name, members)
-            .map_err(|e| e.to_string())
-    };
-    let half = make("every second", &members)?;
-    let pair_group = make("neighbours", &pair)?;
+    let pair = pair_of(rank, size);
+    let half_group = context.world.group("every second", &half).map_err(text)?;
+    let pair_group = context.world.group("neighbours", &pair).map_err(text)?;
     let x = context.full(&[4], rank, Kind::Int64);
     let y = context.full(&[4], rank, Kind::Int64);
-    let first = half.all_reduce(&x, ReduceOp::Sum);
+    let first = half_group.all_reduce(&x, ReduceOp::Sum);
     let second = pair_group.all_reduce(&y, ReduceOp::Sum);
-    context.done(second)?;
-    context.done(first)?;
-    expect(
-        "every second rank's sum",
-        &x,
-        &[members.iter().sum::<usize>() as f64; 4],
-    )?;
-    expect(
-        "the neighbours' sum",
-        &y,
-        &[pair.iter().sum::<usize>() as f64; 4],
-    )
+    context.finish(second)?;
+    context.finish(first)?;
+    let sum = |members: &[usize]| [members.iter().sum::<usize>() as f64; 4];
+    expect("every second rank's sum", &x, &sum(&half))?;
+    expect("the neighbours' sum", &y, &sum(&pair))
+}
+
+/// Returns the rank and its neighbour, if it has one: ranks 0 and 1, 2 and 3, and so on.
+fn pair_of(rank: i64, size: i64) -> Vec<usize> {
+    let first = rank / 2 * 2;
+    let end = (first + 2).min(size);
+    (first as usize..end as usize).collect()
 }
 
 fn chained(context: &TestContext) -> Verdict {
     let rank = context.rank();
     let size = context.size();
-    let pair: Vec<usize> = (rank / 2 * 2..(rank / 2 * 2 + 2).min(size))
-        .map(|other| other as usize)
-        .collect();
-    let group = context
-        .world
-        .group("takers", &pair)
-        .map_err(|e| e.to_string())?;
-    let text = |e: CommError| e.to_string();
+    let pair = pair_of(rank, size);
+    let group = context.world.group("takers", &pair).map_err(text)?;
     for elements in [1, 1 << 20] {
         let x = context.full(&[elements], rank, Kind::Float);
         for group in [&context.all, &group, &context.all] {
-            // Nothing but the order of what is queued keeps one after the other.
-            group
-                .all_reduce(&x, ReduceOp::Sum)
-                .and_then(crate::Work::wait)
-                .map_err(text)?;
+            // On a device, only the order in which operations are queued separates them.
+            let work = group.all_reduce(&x, ReduceOp::Sum);
+            work.and_then(Work::wait).map_err(text)?;
         }
-        context.done(context.all.barrier())?;
-        let of_pair = |first: i64| {
-            if (first + 2).min(size) - first == 2 {
-                2
-            } else {
-                1
-            }
-        };
+        context.finish(context.all.barrier())?;
         let sum = size * (size - 1) / 2;
-        let expected: i64 = (0..size).map(|other| sum * of_pair(other / 2 * 2)).sum();
-        expect(
-            "a sum of sums of sums",
-            &x.narrow(0, elements - 1, 1),
-            &[expected as f64],
-        )?;
+        let pair_sum = |other: i64| sum * pair_of(other, size).len() as i64;
+        let expected: i64 = (0..size).map(pair_sum).sum();
+        let last = x.narrow(0, elements - 1, 1);
+        expect("a sum of sums of sums", &last, &[expected as f64])?;
     }
     Ok(())
 }
@@ -433,17 +392,16 @@ fn dropped(context: &TestContext) -> Verdict {
         let all = context.device.empty(&[elements * size], Kind::Float);
         let own = context.full(&[elements], rank + round, Kind::Float);
         let work = context.all.all_gather(&all, &own);
-        work.and_then(crate::Work::wait)
-            .map_err(|e| e.to_string())?;
+        work.and_then(Work::wait).map_err(text)?;
         drop(own);
-        // Takes the memory where it is given away.
+        // Reuses the memory if it is free.
         let _other = context.full(&[elements], -1, Kind::Float);
         let last = all
             .view([size, elements])
             .narrow(1, elements - 1, 1)
             .contiguous();
         let expected: Vec<f64> = (0..size).map(|other| (other + round) as f64).collect();
-        expect("what was gathered", &last, &expected)?;
+        expect("the gathered values", &last, &expected)?;
     }
     Ok(())
 }
@@ -453,45 +411,37 @@ fn repeatable(context: &TestContext) -> Verdict {
     let values = wave.sin().to_kind(Kind::Float);
     let sum = || -> Result<Tensor, String> {
         let x = context.device.upload(&values.copy());
-        context.done(context.all.all_reduce(&x, ReduceOp::Sum))?;
+        context.finish(context.all.all_reduce(&x, ReduceOp::Sum))?;
         Ok(x.to_device(Device::Cpu))
     };
     let first = sum()?;
     let second = sum()?;
-    if first.equal(&second) {
-        Ok(())
-    } else {
-        Err("two sums of the same numbers differ".into())
+    if !first.equal(&second) {
+        return Err("two sums of the same numbers differ".into());
     }
+    Ok(())
 }
 
 fn refusals(context: &TestContext) -> Verdict {
     let rows = context.size();
     let x = context.rows(0, rows, 1, Kind::Float);
     let output = x.empty_like();
-    let mut splits = vec![1; rows as usize];
-    splits[0] = 2;
-    match context
-        .all
-        .all_to_all(&output, &x, &vec![1; rows as usize], &splits)
-    {
-        Ok(_) => return Err("splits that do not add up were taken".into()),
-        Err(error)
-            if error
-                .to_string()
-                .contains(&format!("rank {}: all_to_all in group", context.rank())) => {}
-        Err(error) => {
-            return Err(format!(
-                "the refusal does not name rank, call and group: {error}"
-            ));
-        }
+    let right = vec![1; rows as usize];
+    let mut wrong = right.clone();
+    wrong[0] = 2;
+    let error = match context.all.all_to_all(&output, &x, &right, &wrong) {
+        Ok(_) => return Err("splits that do not add up were accepted".into()),
+        Err(error) => error.to_string(),
+    };
+    let expected = format!("rank {}: all_to_all in group", context.rank());
+    if !error.contains(&expected) {
+        return Err(format!(
+            "the error is {error:?} and does not contain: {expected}"
+        ));
     }
     let other = context.device.zeros(&[rows, 1], Kind::Double);
-    match context
-        .all
-        .all_to_all(&other, &x, &vec![1; rows as usize], &vec![1; rows as usize])
-    {
-        Ok(_) => Err("two dtypes were taken".into()),
+    match context.all.all_to_all(&other, &x, &right, &right) {
+        Ok(_) => Err("two dtypes were accepted".into()),
         Err(_) => Ok(()),
     }
 }
@@ -501,17 +451,13 @@ fn timeout(context: &TestContext) -> Verdict {
     if size == 1 {
         return Ok(());
     }
-    let group = context
-        .short_timeout_world
-        .all("somebody is late")
-        .map_err(|e| e.to_string())?;
+    let group = context.short_timeout_world.all("late rank");
+    let group = group.map_err(text)?;
     let x = context.full(&[4], 1, Kind::Float);
-    context.done_in(&group, group.all_reduce(&x, ReduceOp::Sum))?;
+    context.finish_in(&group, group.all_reduce(&x, ReduceOp::Sum))?;
     let gather = || {
-        context.done_in(
-            &group,
-            group.all_gather(&context.device.zeros(&[4 * size], Kind::Float), &x),
-        )
+        let output = context.device.zeros(&[4 * size], Kind::Float);
+        context.finish_in(&group, group.all_gather(&output, &x))
     };
     let late = size - 1;
     let mut verdict = Ok(());
@@ -520,25 +466,26 @@ fn timeout(context: &TestContext) -> Verdict {
         let error = gather().err().unwrap_or_default();
         let took = began.elapsed();
         let expected = format!(
-            "call 2, all_gather in group 'somebody is late': rank {late} is missing; its last call here is 1, all_reduce"
+            "call 2, all_gather in group 'late rank': rank {late} is missing; its last call here \
+             is 1, all_reduce"
         );
         if !error.contains(&expected) {
             verdict = Err(format!(
-                "the error is {error:?} and does not say: {expected}"
+                "the error is {error:?} and does not contain: {expected}"
             ));
         } else if took > SHORT_TIMEOUT + Duration::from_secs(3) {
             verdict = Err(format!(
-                "it took {took:.1?} where the timeout is {SHORT_TIMEOUT:?}"
+                "the error took {took:.1?}, but the timeout is {SHORT_TIMEOUT:?}"
             ));
         }
     }
-    // The late one waits until the others have given up, and then comes, so that no operation stays under way.
-    context.done(context.all.barrier())?;
+    // The late rank makes its call after the others' has timed out, so that no operation is left.
+    context.finish(context.all.barrier())?;
     if context.rank() == late {
-        // Nobody has to answer.
+        // The call may fail, since the other ranks do not wait any longer.
         let _ = gather();
     }
-    context.done(context.all.barrier())?;
+    context.finish(context.all.barrier())?;
     verdict
 }
 
@@ -546,14 +493,11 @@ fn abort(context: &TestContext) -> Verdict {
     if context.size() == 1 {
         return Ok(());
     }
-    let group = context
-        .world
-        .all("to be aborted")
-        .map_err(|e| e.to_string())?;
+    let group = context.world.all("to be aborted").map_err(text)?;
     let x = context.full(&[4], 1, Kind::Float);
-    // The communicator is made by all, before one of them gives up.
-    context.done_in(&group, group.all_reduce(&x, ReduceOp::Sum))?;
-    let sum = || context.done_in(&group, group.all_reduce(&x, ReduceOp::Sum));
+    // All ranks have created the communicator before one of them aborts it.
+    context.finish_in(&group, group.all_reduce(&x, ReduceOp::Sum))?;
+    let sum = || context.finish_in(&group, group.all_reduce(&x, ReduceOp::Sum));
     let abort_in = |pause: u64| {
         let other = group.clone();
         std::thread::spawn(move || {
@@ -566,7 +510,7 @@ fn abort(context: &TestContext) -> Verdict {
         let aborter = abort_in(300);
         let began = Instant::now();
         verdict = match sum() {
-            Ok(()) => Err("an aborted operation ended well".into()),
+            Ok(()) => Err("an aborted operation succeeded".into()),
             Err(_) if began.elapsed() > Duration::from_secs(10) => {
                 Err("the abort came late".into())
             }
@@ -577,13 +521,13 @@ fn abort(context: &TestContext) -> Verdict {
         };
         aborter.join().map_err(|_| "the aborting thread panicked")?;
     }
-    context.done(context.all.barrier())?;
+    context.finish(context.all.barrier())?;
     if context.rank() != 0 {
-        // So that rank 0's operation is not under way for ever; where that one has gone, this one ends the same way.
+        // Completes rank 0's operation. If rank 0 has left it, this one is aborted too.
         let aborter = abort_in(1000);
         let _ = sum();
         aborter.join().map_err(|_| "the aborting thread panicked")?;
     }
-    context.done(context.all.barrier())?;
+    context.finish(context.all.barrier())?;
     verdict
 }

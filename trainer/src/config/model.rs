@@ -198,8 +198,8 @@ pub struct MoeConfig {
     /// The router's rule.
     #[serde(default)]
     pub router: RouterConfig,
-    /// Weight of the load-balancing loss. The loss itself is 1 per layer at perfect balance; that of
-    /// Hugging Face transformers is `top_k` times as large.
+    /// Weight of the load-balancing loss. The loss itself is 1 per layer at perfect balance; that
+    /// of Hugging Face transformers is `top_k` times as large.
     #[serde(default = "default_load_balance")]
     pub load_balance: f64,
     /// Tokens over which the load-balancing loss measures balance.

@@ -107,7 +107,7 @@ pub fn renamed_keys(config: &Value) -> Vec<Renamed> {
 }
 
 /// Gives the keys and values of a configuration their new names.
-pub fn rename_old_keys(config: &mut Value) {
+pub(crate) fn rename_old_keys(config: &mut Value) {
     for renamed in RENAMED {
         renamed.apply(config);
     }

@@ -44,7 +44,7 @@ impl Trainer {
         let tied_ranks = tied_ranks(&config, &mesh, &split, &part);
         let groups = ProcessGroups::join(world, &mesh, &config, &tied_ranks)?;
         let lanes = vocabulary_groups(world, &mesh, plan.schedule.order.vocabulary)?;
-        let stages = world.chain("pipeline", &mesh.group(GroupKind::Pipeline))?;
+        let stages = world.p2p_group("pipeline", &mesh.group(GroupKind::Pipeline))?;
         let pipeline = Executor::new(stages, lanes, device.as_ref())?;
         let ctx = BuildContext::from_config(&config, device.as_ref(), &groups);
         let model = Model::new(&config.model, part, &ctx);

@@ -1,40 +1,41 @@
-//! One collective as what is left to write into rings, to combine, and to read out of rings. It gets on piece by piece and never
-//! waits: a piece that one rank has written the others read while the next is written.
+//! A collective as the bytes that are left to write to rings, to reduce, and to read from rings.
+//!
+//! It advances piece by piece and never waits: the other ranks read a piece while the next is
+//! written.
 
 use super::super::ReduceOp;
-use super::Buffer;
+use super::buffer::Buffer;
 use super::reduce::combine;
-use super::segment::{Channel, Ring};
+use super::segment::{CACHE_LINE, Channel, Ring};
 use tch::Kind;
 
-/// Bytes of a piece: what is written is still near the processor when it is read.
+/// The most bytes that one call copies: they are still in the cache when another rank reads them.
 const PIECE_BYTES: usize = 32 << 10;
 
 /// This rank's ends of its group's rings.
 pub(super) struct Rings {
     pub(super) rank: usize,
     pub(super) size: usize,
-    /// What it writes, to all and to each.
+    /// This rank writes to them: the ring for all others, and those for each.
     to_all: Ring,
     to: Vec<Ring>,
-    /// What each other writes, to all and to this rank.
+    /// This rank reads them: by writer, the rings for all ranks and those for this one.
     from_all: Vec<Ring>,
     from: Vec<Ring>,
-    /// Ranks for which something has changed since they were told.
+    /// True for each rank whose doorbell must be rung.
     pub(super) touched: Vec<bool>,
 }
 
 impl Rings {
     pub(super) fn new(rank: usize, size: usize, ring: impl Fn(usize, Channel) -> Ring) -> Rings {
+        let from_ring = |from| ring(from, Channel::Part(rank));
         Rings {
             rank,
             size,
             to_all: ring(rank, Channel::All),
             to: (0..size).map(|to| ring(rank, Channel::Part(to))).collect(),
             from_all: (0..size).map(|from| ring(from, Channel::All)).collect(),
-            from: (0..size)
-                .map(|from| ring(from, Channel::Part(rank)))
-                .collect(),
+            from: (0..size).map(from_ring).collect(),
             touched: vec![false; size],
         }
     }
@@ -44,20 +45,29 @@ impl Rings {
         (0..self.size).filter(move |&other| other != rank)
     }
 
-    /// Writes up to a piece of the first of `bytes`; with the last of them the message is at its end.
-    fn write(&mut self, to: Destination, bytes: &[u8], last: bool) -> usize {
+    /// Returns the source of each rank; `None` for this one.
+    fn from_others(&self, source: fn(usize) -> Source) -> Vec<Option<Source>> {
+        let source = |rank| (rank != self.rank).then(|| source(rank));
+        (0..self.size).map(source).collect()
+    }
+
+    /// Writes up to a piece of `bytes`, with which the message ends if `ends` is true.
+    fn write(&mut self, to: Destination, bytes: &[u8], ends: bool) -> usize {
         let (ring, readers) = match to {
             Destination::All => (&mut self.to_all, 0..self.size),
             Destination::One(to) => (&mut self.to[to], to..to + 1),
         };
         let readers = readers.filter(|&reader| reader != self.rank);
         let free = ring.free(readers.clone());
-        let count = ring.write(&bytes[..bytes.len().min(PIECE_BYTES)], free);
-        if last && count == bytes.len() {
+        let piece = &bytes[..bytes.len().min(PIECE_BYTES)];
+        let count = ring.write(piece, free);
+        if ends && count == bytes.len() {
             ring.end_written();
         }
         if count > 0 {
-            readers.for_each(|reader| self.touched[reader] = true);
+            for reader in readers {
+                self.touched[reader] = true;
+            }
         }
         count
     }
@@ -69,6 +79,7 @@ impl Rings {
         }
     }
 
+    /// Releases `count` bytes that were read, with which the message ends if `ends` is true.
     fn read(&mut self, from: Source, count: usize, ends: bool) {
         let reader = self.rank;
         let ring = self.reading(from);
@@ -80,14 +91,14 @@ impl Rings {
     }
 }
 
-/// For whom something is written.
+/// The ranks that a message is for.
 #[derive(Debug, Clone, Copy)]
 enum Destination {
     All,
     One(usize),
 }
 
-/// Who has written something: for all, or for this rank.
+/// The writer of a message to all ranks, or to this one.
 #[derive(Debug, Clone, Copy)]
 enum Source {
     All(usize),
@@ -102,159 +113,157 @@ impl Source {
     }
 }
 
-/// What is left of a message to write.
+/// A message that is written to a ring piece by piece.
 struct PendingWrite {
     to: Destination,
     bytes: Buffer,
-    at: usize,
-    /// Only what has been combined may go.
+    written: usize,
+    /// True if only bytes that are reduced already may be written.
     follows_reduction: bool,
 }
 
-/// What is left of a message to read.
+impl PendingWrite {
+    fn new(to: Destination, bytes: Buffer) -> PendingWrite {
+        PendingWrite {
+            to,
+            bytes,
+            written: 0,
+            follows_reduction: false,
+        }
+    }
+}
+
+/// A message that is read from a ring piece by piece.
 struct PendingRead {
     from: Source,
     bytes: Buffer,
-    at: usize,
+    read: usize,
 }
 
-/// What is left to combine of one message of each rank.
+impl PendingRead {
+    fn new(from: Source, bytes: Buffer) -> PendingRead {
+        PendingRead {
+            from,
+            bytes,
+            read: 0,
+        }
+    }
+}
+
+/// A reduction, piece by piece, of one message per rank.
 struct PendingReduction {
-    /// By rank; None is this one.
+    /// By rank; `None` for this one.
     from: Vec<Option<Source>>,
-    /// What this rank gives, where that is not what the result overwrites.
+    /// This rank's values, unless `out` holds them.
     own: Option<Buffer>,
     out: Buffer,
     kind: Kind,
     op: ReduceOp,
-    at: usize,
-    /// Only what this rank has written may be overwritten.
+    reduced: usize,
+    /// True if only bytes that this rank has written already may be overwritten.
     follows_write: bool,
 }
 
-/// A collective under way.
+/// A copy within this rank.
+struct OwnCopy {
+    to: Buffer,
+    from: Buffer,
+}
+
+/// A collective in progress.
 #[derive(Default)]
 pub(super) struct Collective {
-    writing: Vec<PendingWrite>,
-    combining: Option<PendingReduction>,
-    reading: Vec<PendingRead>,
-    /// Copied within this rank, first of all.
-    own: Option<(Buffer, Buffer)>,
+    writes: Vec<PendingWrite>,
+    reduction: Option<PendingReduction>,
+    reads: Vec<PendingRead>,
+    /// Runs before everything else.
+    own_copy: Option<OwnCopy>,
 }
 
-/// A rank's bytes of those that all ranks have: as many each but for the last ones, in whole cache lines.
-pub(super) fn part(bytes: usize, rank: usize, size: usize) -> (usize, usize) {
-    let each = bytes
-        .div_ceil(size)
-        .next_multiple_of(super::segment::CACHE_LINE);
-    let start = (rank * each).min(bytes);
-    (start, ((rank + 1) * each).min(bytes) - start)
+/// A range of bytes.
+#[derive(Debug, Clone, Copy)]
+struct Range {
+    start: usize,
+    len: usize,
 }
 
-/// Sums of so few bytes are made by every rank for itself, which takes one turn instead of two.
+/// Returns a rank's part of `bytes` bytes: equal numbers of whole cache lines, except at the end.
+fn part_of_rank(bytes: usize, rank: usize, size: usize) -> Range {
+    let part = bytes.div_ceil(size).next_multiple_of(CACHE_LINE);
+    let start = (rank * part).min(bytes);
+    let end = ((rank + 1) * part).min(bytes);
+    Range {
+        start,
+        len: end - start,
+    }
+}
+
+/// Every rank reduces up to this many bytes by itself, in one step instead of two.
 const ONE_STEP_ALL_REDUCE_BYTES: usize = 16 << 10;
 
 impl Collective {
     pub(super) fn all_reduce(rings: &Rings, data: &Buffer, kind: Kind, op: ReduceOp) -> Collective {
         let rank = rings.rank;
         let size = rings.size;
-        let writing = |to, bytes, follows_reduction| PendingWrite {
-            to,
-            bytes,
-            at: 0,
-            follows_reduction,
-        };
-        let combining = |from: fn(usize) -> Source, out, follows_write| {
-            let from = (0..size)
-                .map(|other| (other != rank).then_some(from(other)))
-                .collect();
-            Some(PendingReduction {
-                from,
-                own: None,
-                out,
-                kind,
-                op,
-                at: 0,
-                follows_write,
-            })
+        let reduction = |source: fn(usize) -> Source, out, follows_write| PendingReduction {
+            from: rings.from_others(source),
+            own: None,
+            out,
+            kind,
+            op,
+            reduced: 0,
+            follows_write,
         };
         if data.len() <= ONE_STEP_ALL_REDUCE_BYTES {
-            let writing = vec![writing(Destination::All, data.clone(), false)];
-            let combining = combining(Source::All, data.clone(), true);
             return Collective {
-                writing,
-                combining,
+                writes: vec![PendingWrite::new(Destination::All, data.clone())],
+                reduction: Some(reduction(Source::All, data.clone(), true)),
                 ..Collective::default()
             };
         }
-        let of = |rank| {
-            let (start, len) = part(data.len(), rank, size);
-            data.part(start, len)
+        // Each rank reduces a part, and writes it to all others.
+        let part = |rank| {
+            let range = part_of_rank(data.len(), rank, size);
+            data.part(range.start, range.len)
         };
-        let mut all: Vec<PendingWrite> = rings
-            .others()
-            .map(|to| writing(Destination::One(to), of(to), false))
-            .collect();
-        all.push(writing(Destination::All, of(rank), true));
-        let reading = rings
-            .others()
-            .map(|from| PendingRead {
-                from: Source::All(from),
-                bytes: of(from),
-                at: 0,
-            })
-            .collect();
+        let scatter = |to| PendingWrite::new(Destination::One(to), part(to));
+        let mut writes: Vec<PendingWrite> = rings.others().map(scatter).collect();
+        writes.push(PendingWrite {
+            follows_reduction: true,
+            ..PendingWrite::new(Destination::All, part(rank))
+        });
+        let gather = |from| PendingRead::new(Source::All(from), part(from));
         Collective {
-            writing: all,
-            combining: combining(Source::One, of(rank), false),
-            reading,
-            own: None,
+            writes,
+            reduction: Some(reduction(Source::One, part(rank), false)),
+            reads: rings.others().map(gather).collect(),
+            own_copy: None,
         }
     }
 
     pub(super) fn broadcast(rings: &Rings, data: &Buffer, root: usize) -> Collective {
-        let bytes = data.clone();
+        let mut collective = Collective::default();
         if rings.rank == root {
-            Collective {
-                writing: vec![PendingWrite {
-                    to: Destination::All,
-                    bytes,
-                    at: 0,
-                    follows_reduction: false,
-                }],
-                ..Collective::default()
-            }
+            let write = PendingWrite::new(Destination::All, data.clone());
+            collective.writes.push(write);
         } else {
-            Collective {
-                reading: vec![PendingRead {
-                    from: Source::All(root),
-                    bytes,
-                    at: 0,
-                }],
-                ..Collective::default()
-            }
+            let read = PendingRead::new(Source::All(root), data.clone());
+            collective.reads.push(read);
         }
+        collective
     }
 
     pub(super) fn all_gather(rings: &Rings, out: &Buffer, input: &Buffer) -> Collective {
         let part = |rank| out.part(rank * input.len(), input.len());
+        let gather = |rank| PendingRead::new(Source::All(rank), part(rank));
         Collective {
-            writing: vec![PendingWrite {
-                to: Destination::All,
-                bytes: input.clone(),
-                at: 0,
-                follows_reduction: false,
-            }],
-            reading: rings
-                .others()
-                .map(|rank| PendingRead {
-                    from: Source::All(rank),
-                    bytes: part(rank),
-                    at: 0,
-                })
-                .collect(),
-            own: Some((part(rings.rank), input.clone())),
-            combining: None,
+            writes: vec![PendingWrite::new(Destination::All, input.clone())],
+            reads: rings.others().map(gather).collect(),
+            own_copy: Some(OwnCopy {
+                to: part(rings.rank),
+                from: input.clone(),
+            }),
+            reduction: None,
         }
     }
 
@@ -266,140 +275,136 @@ impl Collective {
         op: ReduceOp,
     ) -> Collective {
         let part = |rank| input.part(rank * out.len(), out.len());
-        let from = (0..rings.size)
-            .map(|other| (other != rings.rank).then_some(Source::One(other)))
-            .collect();
-        let own = Some(part(rings.rank));
-        let writing = rings.others().map(|to| PendingWrite {
-            to: Destination::One(to),
-            bytes: part(to),
-            at: 0,
-            follows_reduction: false,
-        });
+        let scatter = |to| PendingWrite::new(Destination::One(to), part(to));
         Collective {
-            writing: writing.collect(),
-            combining: Some(PendingReduction {
-                from,
-                own,
+            writes: rings.others().map(scatter).collect(),
+            reduction: Some(PendingReduction {
+                from: rings.from_others(Source::One),
+                own: Some(part(rings.rank)),
                 out: out.clone(),
                 kind,
                 op,
-                at: 0,
+                reduced: 0,
                 follows_write: false,
             }),
             ..Collective::default()
         }
     }
 
-    /// `outputs` and `inputs` are bytes from and for each rank.
+    /// Starts an all-to-all of the bytes from and for each rank.
     pub(super) fn all_to_all(rings: &Rings, outputs: &[Buffer], inputs: &[Buffer]) -> Collective {
-        let writing = |to: usize| PendingWrite {
-            to: Destination::One(to),
-            bytes: inputs[to].clone(),
-            at: 0,
-            follows_reduction: false,
-        };
-        let reading = |from: usize| PendingRead {
-            from: Source::One(from),
-            bytes: outputs[from].clone(),
-            at: 0,
-        };
+        let write = |to| PendingWrite::new(Destination::One(to), inputs[to].clone());
+        let read = |from| PendingRead::new(Source::One(from), outputs[from].clone());
         Collective {
-            writing: rings.others().map(writing).collect(),
-            reading: rings.others().map(reading).collect(),
-            own: Some((outputs[rings.rank].clone(), inputs[rings.rank].clone())),
-            combining: None,
+            writes: rings.others().map(write).collect(),
+            reads: rings.others().map(read).collect(),
+            own_copy: Some(OwnCopy {
+                to: outputs[rings.rank].clone(),
+                from: inputs[rings.rank].clone(),
+            }),
+            reduction: None,
         }
     }
 
-    /// Gets on by a piece of everything: whether anything was possible.
+    /// Advances every part by one piece; true if any moved.
     pub(super) fn make_progress(&mut self, rings: &mut Rings) -> bool {
         let mut moved = false;
-        if let Some((to, from)) = self.own.take() {
-            to.copy_from(&from);
+        if let Some(copy) = self.own_copy.take() {
+            copy.to.copy_from(&copy.from);
         }
-        let combined = self.combining.as_ref().map_or(0, |combining| combining.at);
-        self.writing.retain_mut(|writing| {
-            let until = if writing.follows_reduction {
-                combined
+        let reduction = self.reduction.as_ref();
+        let reduced = reduction.map_or(0, |reduction| reduction.reduced);
+        self.writes.retain_mut(|write| {
+            let end = if write.follows_reduction {
+                reduced
             } else {
-                writing.bytes.len()
+                write.bytes.len()
             };
-            if until > writing.at {
-                // SAFETY: nobody writes there before `at` is past it.
-                let bytes = &unsafe { writing.bytes.bytes() }[writing.at..until];
-                let count = rings.write(writing.to, bytes, until == writing.bytes.len());
-                writing.at += count;
-                moved |= count > 0;
-            }
-            writing.at < writing.bytes.len()
+            moved |= write.make_progress(rings, end);
+            write.written < write.bytes.len()
         });
-        if let Some(combining) = &mut self.combining {
-            let until = if combining.follows_write {
-                self.writing
-                    .first()
-                    .map_or(combining.out.len(), |writing| writing.at)
-            } else {
-                combining.out.len()
+        if let Some(reduction) = &mut self.reduction {
+            let len = reduction.out.len();
+            let end = match self.writes.first() {
+                Some(write) if reduction.follows_write => write.written,
+                _ => len,
             };
-            moved |= combining.make_progress(rings, until);
+            moved |= reduction.make_progress(rings, end);
         }
-        self.reading.retain_mut(|reading| {
-            let from = rings.reading(reading.from).readable();
-            let count = from
-                .len()
-                .min(reading.bytes.len() - reading.at)
-                .min(PIECE_BYTES);
-            if count > 0 {
-                // SAFETY: this operation alone uses these bytes meanwhile.
-                let into = unsafe { reading.bytes.bytes_mut() };
-                into[reading.at..][..count].copy_from_slice(&from[..count]);
-                reading.at += count;
-                rings.read(reading.from, count, reading.at == reading.bytes.len());
-                moved = true;
-            }
-            reading.at < reading.bytes.len()
+        self.reads.retain_mut(|read| {
+            moved |= read.make_progress(rings);
+            read.read < read.bytes.len()
         });
         moved
     }
 
-    /// Whether it goes on only with `rank`'s help.
+    /// True if the collective waits for `rank`.
     pub(super) fn depends_on(&self, rank: usize) -> bool {
-        let to = |writing: &PendingWrite| match writing.to {
+        let writes_to = |write: &PendingWrite| match write.to {
             Destination::All => true,
             Destination::One(to) => to == rank,
         };
-        let combining = self
-            .combining
-            .as_ref()
-            .filter(|combining| combining.at < combining.out.len());
-        self.writing.iter().any(to)
-            || self
-                .reading
-                .iter()
-                .any(|reading| reading.from.rank() == rank)
-            || combining.is_some_and(|combining| {
-                combining
-                    .from
-                    .iter()
-                    .flatten()
-                    .any(|from| from.rank() == rank)
-            })
+        let reads_from = |read: &PendingRead| read.from.rank() == rank;
+        let unfinished = self.reduction.as_ref().filter(|it| !it.is_done());
+        let reduces = |reduction: &PendingReduction| {
+            let mut sources = reduction.from.iter().flatten();
+            sources.any(|source| source.rank() == rank)
+        };
+        self.writes.iter().any(writes_to)
+            || self.reads.iter().any(reads_from)
+            || unfinished.is_some_and(reduces)
     }
 
     pub(super) fn is_done(&self) -> bool {
-        let combined = self
-            .combining
-            .as_ref()
-            .is_none_or(|combining| combining.at == combining.out.len());
-        combined && self.own.is_none() && self.writing.is_empty() && self.reading.is_empty()
+        let reduction = self.reduction.as_ref();
+        reduction.is_none_or(PendingReduction::is_done)
+            && self.own_copy.is_none()
+            && self.writes.is_empty()
+            && self.reads.is_empty()
+    }
+}
+
+impl PendingWrite {
+    /// Writes up to a piece of the bytes before `end`; true if anything was written.
+    fn make_progress(&mut self, rings: &mut Rings, end: usize) -> bool {
+        if end <= self.written {
+            return false;
+        }
+        // SAFETY: the operation writes these bytes only after `written` is past them.
+        let bytes = &unsafe { self.bytes.bytes() }[self.written..end];
+        let count = rings.write(self.to, bytes, end == self.bytes.len());
+        self.written += count;
+        count > 0
+    }
+}
+
+impl PendingRead {
+    /// Reads up to a piece; true if anything was read.
+    fn make_progress(&mut self, rings: &mut Rings) -> bool {
+        let readable = rings.reading(self.from).readable();
+        let missing = self.bytes.len() - self.read;
+        let count = readable.len().min(missing).min(PIECE_BYTES);
+        if count == 0 {
+            return false;
+        }
+        // SAFETY: no other operation uses these bytes meanwhile.
+        let into = unsafe { self.bytes.bytes_mut() };
+        into[self.read..][..count].copy_from_slice(&readable[..count]);
+        self.read += count;
+        rings.read(self.from, count, self.read == self.bytes.len());
+        true
     }
 }
 
 impl PendingReduction {
-    fn make_progress(&mut self, rings: &mut Rings, until: usize) -> bool {
+    fn is_done(&self) -> bool {
+        self.reduced == self.out.len()
+    }
+
+    /// Reduces up to a piece of the bytes before `end`; true if anything was reduced.
+    fn make_progress(&mut self, rings: &mut Rings, end: usize) -> bool {
         let element = self.kind.elt_size_in_bytes();
-        let mut count = (until - self.at).min(PIECE_BYTES);
+        let mut count = (end - self.reduced).min(PIECE_BYTES);
         for from in self.from.iter().flatten() {
             count = count.min(rings.reading(*from).readable().len());
         }
@@ -407,22 +412,20 @@ impl PendingReduction {
         if count == 0 {
             return false;
         }
-        // SAFETY: this operation alone uses these bytes meanwhile.
-        let out = &mut unsafe { self.out.bytes_mut() }[self.at..][..count];
-        // SAFETY: nobody writes these during the operation.
-        let own = self
-            .own
-            .as_ref()
-            .map(|own| &unsafe { own.bytes() }[self.at..][..count]);
-        let given = self.from.iter().map(|from| match *from {
+        // SAFETY: no other operation uses these bytes meanwhile.
+        let out = &mut unsafe { self.out.bytes_mut() }[self.reduced..][..count];
+        // SAFETY: these bytes are not written during the operation.
+        let own = self.own.as_ref().map(|own| unsafe { own.bytes() });
+        let own = own.map(|own| &own[self.reduced..][..count]);
+        let values = self.from.iter().map(|from| match *from {
             Some(Source::All(rank)) => Some(&rings.from_all[rank].readable()[..count]),
             Some(Source::One(rank)) => Some(&rings.from[rank].readable()[..count]),
             None => own,
         });
-        combine(self.kind, self.op, &given.collect::<Vec<_>>(), out);
-        self.at += count;
+        combine(self.kind, self.op, &values.collect::<Vec<_>>(), out);
+        self.reduced += count;
         for &from in self.from.iter().flatten() {
-            rings.read(from, count, self.at == self.out.len());
+            rings.read(from, count, self.is_done());
         }
         true
     }
@@ -435,10 +438,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn parts_are_the_whole(bytes in 0..100_000usize, size in 1..9usize) {
+        fn parts_cover_all_bytes(bytes in 0..100_000usize, size in 1..9usize) {
             let mut end = 0;
             for rank in 0..size {
-                let (start, len) = part(bytes, rank, size);
+                let Range { start, len } = part_of_rank(bytes, rank, size);
                 prop_assert!(start == end && (start.is_multiple_of(64) || len == 0));
                 end = start + len;
             }

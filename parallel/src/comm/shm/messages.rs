@@ -1,37 +1,39 @@
-//! Messages between two ranks: each has a tag and a length, and a receiver takes those of a tag in order. What nobody has asked
-//! for yet is put aside, so that a message of one tag never waits for one of another.
+//! Messages between two ranks, which have a tag and a length.
+//!
+//! A receiver gets those of a tag in order. Unexpected messages are buffered, so that a message of
+//! one tag never waits for one of another.
 
+use super::buffer::{Buffer, Completion};
 use super::segment::{CACHE_LINE, Channel, Ring};
-use super::{Buffer, Completion};
 use std::collections::VecDeque;
 
-/// Bytes of a piece.
+/// The most bytes that one call copies.
 const PIECE_BYTES: usize = 64 << 10;
 
-/// A message to write.
 struct OutgoingMessage {
     tag: i32,
     bytes: Buffer,
-    at: usize,
+    written: usize,
+    /// True once its header is written.
     announced: bool,
-    done: Completion,
+    completion: Completion,
 }
 
-/// A message that is asked for.
+/// A receive that no message has matched yet.
 struct PostedReceive {
     tag: i32,
     bytes: Buffer,
-    done: Completion,
+    completion: Completion,
 }
 
-/// The message that is incoming, or has arrived and nobody has asked for.
+/// A message that is arriving, or has arrived unexpectedly.
 struct IncomingMessage {
     tag: i32,
     len: usize,
-    /// What is there of it, unless it goes straight to where it is posted.
+    /// The bytes read so far, unless there is a matching receive for them.
     buffered: Vec<u8>,
     posted: Option<PostedReceive>,
-    at: usize,
+    read: usize,
 }
 
 /// The messages to and from one other rank.
@@ -73,94 +75,82 @@ impl Messages {
     fn peer(&mut self, rank: usize) -> Result<&mut Peer, String> {
         let own = self.rank;
         let peer = self.peers.get_mut(rank).and_then(Option::as_mut);
-        peer.ok_or_else(|| format!("there is no other rank {rank} for rank {own} of the group"))
+        peer.ok_or_else(|| format!("rank {own} of the group has no peer {rank}"))
     }
 
-    /// Begins to send.
+    /// Starts to send a message.
     ///
     /// # Errors
-    /// When there is no such rank.
+    /// If there is no such rank.
     pub(super) fn send(
         &mut self,
         to: usize,
         tag: i32,
         bytes: Buffer,
-        done: Completion,
+        completion: Completion,
     ) -> Result<(), String> {
         self.peer(to)?.outgoing.push_back(OutgoingMessage {
             tag,
             bytes,
-            at: 0,
+            written: 0,
             announced: false,
-            done,
+            completion,
         });
         Ok(())
     }
 
-    /// Begins to receive.
+    /// Starts to receive a message.
     ///
     /// # Errors
-    /// When there is no such rank.
+    /// If there is no such rank.
     pub(super) fn receive(
         &mut self,
         from: usize,
         tag: i32,
         bytes: Buffer,
-        done: Completion,
+        completion: Completion,
     ) -> Result<(), String> {
         let peer = self.peer(from)?;
-        let posted = PostedReceive { tag, bytes, done };
-        let unexpected = peer
-            .unexpected
-            .iter()
-            .position(|unexpected| unexpected.tag == tag);
-        match unexpected.and_then(|at| peer.unexpected.remove(at)) {
-            Some(unexpected) => unexpected.deliver(posted),
+        let posted = PostedReceive {
+            tag,
+            bytes,
+            completion,
+        };
+        let mut unexpected = peer.unexpected.iter();
+        let first = unexpected.position(|message| message.tag == tag);
+        match first.and_then(|index| peer.unexpected.remove(index)) {
+            Some(message) => message.deliver(posted),
             None => peer.posted.push_back(posted),
         }
         Ok(())
     }
 
-    /// Gets on by a piece of everything: whether anything was possible.
+    /// Advances every message by one piece; true if any moved.
     pub(super) fn make_progress(&mut self, touched: &mut [bool]) -> bool {
         let own = self.rank;
         let mut moved = false;
         for peer in self.peers.iter_mut().flatten() {
-            let moves = [peer.write(), peer.read(own)].contains(&true);
-            touched[peer.rank] |= moves;
-            moved |= moves;
+            let written = peer.write();
+            let read = peer.read(own);
+            touched[peer.rank] |= written || read;
+            moved |= written || read;
         }
         moved
     }
 
-    /// Whether messages to or from `rank` are under way.
+    /// True if messages to or from `rank` are in progress.
     pub(super) fn depends_on(&self, rank: usize) -> bool {
         let peer = self.peers.get(rank).and_then(Option::as_ref);
-        peer.is_some_and(|peer| {
-            let incoming = peer
-                .incoming
-                .as_ref()
-                .is_some_and(|incoming| incoming.posted.is_some());
-            incoming || !peer.outgoing.is_empty() || !peer.posted.is_empty()
-        })
+        peer.is_some_and(|peer| peer.in_flight() > 0)
     }
 
-    /// How many are under way.
+    /// Returns the number of messages in progress.
     pub(super) fn in_flight(&self) -> usize {
-        let incoming = |peer: &Peer| {
-            peer.incoming
-                .iter()
-                .filter(|incoming| incoming.posted.is_some())
-                .count()
-        };
-        self.peers
-            .iter()
-            .flatten()
-            .map(|peer| peer.outgoing.len() + peer.posted.len() + incoming(peer))
-            .sum()
+        let peers = self.peers.iter().flatten();
+        peers.map(Peer::in_flight).sum()
     }
 
-    /// Gives up whatever is under way.
+    /// Drops the messages in progress.
     pub(super) fn clear(&mut self) {
         for peer in self.peers.iter_mut().flatten() {
             peer.outgoing.clear();
@@ -171,6 +161,13 @@ impl Messages {
 }
 
 impl Peer {
+    fn in_flight(&self) -> usize {
+        let incoming = self.incoming.as_ref();
+        let is_expected = incoming.is_some_and(|incoming| incoming.posted.is_some());
+        self.outgoing.len() + self.posted.len() + usize::from(is_expected)
+    }
+
+    /// Writes up to a piece of the first outgoing message; true if anything was written.
     fn write(&mut self) -> bool {
         let Some(outgoing) = self.outgoing.front_mut() else {
             return false;
@@ -181,98 +178,117 @@ impl Peer {
             if free < CACHE_LINE {
                 return false;
             }
-            let mut head = [0; CACHE_LINE];
-            head[..4].copy_from_slice(&outgoing.tag.to_ne_bytes());
-            head[8..16].copy_from_slice(&(outgoing.bytes.len() as u64).to_ne_bytes());
-            self.to.write(&head, free);
-            (outgoing.announced, moved) = (true, true);
+            let len = outgoing.bytes.len() as u64;
+            let mut header = [0; CACHE_LINE];
+            header[..4].copy_from_slice(&outgoing.tag.to_ne_bytes());
+            header[8..16].copy_from_slice(&len.to_ne_bytes());
+            self.to.write(&header, free);
+            outgoing.announced = true;
+            moved = true;
         }
-        // SAFETY: nobody writes there before the message is sent.
-        let bytes = &unsafe { outgoing.bytes.bytes() }[outgoing.at..];
-        let count = self.to.write(
-            &bytes[..bytes.len().min(PIECE_BYTES)],
-            self.to.free([self.rank]),
-        );
-        outgoing.at += count;
-        if outgoing.at == outgoing.bytes.len() {
+        // SAFETY: the sender does not write these bytes before the message is sent.
+        let bytes = &unsafe { outgoing.bytes.bytes() }[outgoing.written..];
+        let piece = &bytes[..bytes.len().min(PIECE_BYTES)];
+        let free = self.to.free([self.rank]);
+        let count = self.to.write(piece, free);
+        outgoing.written += count;
+        if outgoing.written == outgoing.bytes.len() {
             self.to.end_written();
-            outgoing.done.set(Ok(()));
+            outgoing.completion.set(Ok(()));
             self.outgoing.pop_front();
         }
         moved || count > 0
     }
 
+    /// Reads up to a piece of the incoming message; true if anything was read.
     fn read(&mut self, own: usize) -> bool {
-        let mut moved = false;
-        if self.incoming.is_none() {
-            let head = self.from.readable();
-            if head.len() < CACHE_LINE {
-                return false;
-            }
-            let tag = i32::from_ne_bytes([head[0], head[1], head[2], head[3]]);
-            let len = u64::from_ne_bytes(head[8..16].try_into().unwrap_or_default()) as usize;
-            self.from.read(own, CACHE_LINE);
-            moved = true;
-            // What came unexpected of the same tag has been delivered, or nobody has asked for it.
-            let posted = self.posted.iter().position(|posted| posted.tag == tag);
-            let posted = posted.filter(|&at| self.posted[at].bytes.len() == len);
-            let posted = posted.and_then(|at| self.posted.remove(at));
-            self.incoming = Some(IncomingMessage {
-                tag,
-                len,
-                buffered: Vec::new(),
-                posted,
-                at: 0,
-            });
+        let has_started = self.incoming.is_none();
+        if has_started {
+            self.incoming = self.read_header(own);
         }
         let Some(incoming) = &mut self.incoming else {
-            return moved;
+            return false;
         };
-        let from = self.from.readable();
-        let count = from.len().min(incoming.len - incoming.at).min(PIECE_BYTES);
+        let readable = self.from.readable();
+        let missing = incoming.len - incoming.read;
+        let count = readable.len().min(missing).min(PIECE_BYTES);
+        let piece = &readable[..count];
         match &incoming.posted {
             Some(posted) => {
-                // SAFETY: the one who receives leaves these bytes alone until it is done.
+                // SAFETY: the receiver does not access these bytes before the operation is
+                // complete.
                 let into = unsafe { posted.bytes.bytes_mut() };
-                into[incoming.at..][..count].copy_from_slice(&from[..count]);
+                into[incoming.read..][..count].copy_from_slice(piece);
             }
-            None => incoming.buffered.extend_from_slice(&from[..count]),
+            None => incoming.buffered.extend_from_slice(piece),
         }
-        incoming.at += count;
+        incoming.read += count;
         self.from.read(own, count);
-        if incoming.at == incoming.len {
+        if incoming.read == incoming.len {
             self.from.end_read(own);
-            if let Some(mut arrived) = self.incoming.take() {
-                let later = self
-                    .posted
-                    .iter()
-                    .position(|posted| posted.tag == arrived.tag);
-                match arrived.posted.take() {
-                    Some(posted) => posted.done.set(Ok(())),
-                    None => match later.and_then(|at| self.posted.remove(at)) {
-                        Some(posted) => arrived.deliver(posted),
-                        None => self.unexpected.push_back(arrived),
-                    },
-                }
-            }
+            self.complete_incoming();
         }
-        moved || count > 0
+        has_started || count > 0
+    }
+
+    /// Reads the header of the next message and finds its receive.
+    fn read_header(&mut self, own: usize) -> Option<IncomingMessage> {
+        let header = self.from.readable();
+        if header.len() < CACHE_LINE {
+            return None;
+        }
+        let tag = i32::from_ne_bytes(header[..4].try_into().unwrap_or_default());
+        let len = u64::from_ne_bytes(header[8..16].try_into().unwrap_or_default()) as usize;
+        self.from.read(own, CACHE_LINE);
+        // Earlier messages of this tag have been delivered, or no receive is posted for them.
+        let posted = self.find_posted(tag);
+        let posted = posted.filter(|&index| self.posted[index].bytes.len() == len);
+        let posted = posted.and_then(|index| self.posted.remove(index));
+        Some(IncomingMessage {
+            tag,
+            len,
+            buffered: Vec::new(),
+            posted,
+            read: 0,
+        })
+    }
+
+    /// Delivers the incoming message, all of which has been read.
+    fn complete_incoming(&mut self) {
+        let Some(mut message) = self.incoming.take() else {
+            return;
+        };
+        if let Some(posted) = message.posted.take() {
+            posted.completion.set(Ok(()));
+            return;
+        }
+        // A receive may have been posted since the header was read.
+        let posted = self.find_posted(message.tag);
+        match posted.and_then(|index| self.posted.remove(index)) {
+            Some(posted) => message.deliver(posted),
+            None => self.unexpected.push_back(message),
+        }
+    }
+
+    fn find_posted(&self, tag: i32) -> Option<usize> {
+        let mut posted = self.posted.iter();
+        posted.position(|posted| posted.tag == tag)
     }
 }
 
 impl IncomingMessage {
-    /// Copies what was put aside to where it is posted.
+    /// Copies a buffered message to its receive.
     fn deliver(self, posted: PostedReceive) {
         let expected = posted.bytes.len();
         if expected != self.len {
             let sent = self.len;
-            posted.done.set(Err(format!(
-                "the message has {sent} bytes and this rank receives {expected}"
-            )));
+            let error = format!("the message has {sent} bytes, but this rank receives {expected}");
+            posted.completion.set(Err(error));
             return;
         }
-        // SAFETY: the one who receives leaves these bytes alone until it is done.
-        unsafe { posted.bytes.bytes_mut() }.copy_from_slice(&self.buffered);
-        posted.done.set(Ok(()));
+        // SAFETY: the receiver does not access these bytes before the operation is complete.
+        let into = unsafe { posted.bytes.bytes_mut() };
+        into.copy_from_slice(&self.buffered);
+        posted.completion.set(Ok(()));
     }
 }

@@ -1,13 +1,14 @@
-//! Sums, minima and maxima over ranks: in the order of ranks, so that every rank and every run gets the same bits.
+//! Sums, minima and maxima over ranks, in rank order: every rank and every run gets the same bits.
 
 use super::super::ReduceOp;
 use half::{bf16, f16};
 use tch::Kind;
 
-/// Elements that are combined at a time, in memory next to the processor.
+/// The number of elements that are combined at once: the block fits into the L1 cache.
 const BLOCK: usize = 1024;
 
-/// A number in memory, and what it is computed with: 16-bit numbers are added as fp32 and rounded once.
+/// A number in memory and the type in which it is accumulated: 16-bit floats are added as fp32 and
+/// rounded once.
 trait Element: Copy + 'static {
     type Accumulator: Copy + PartialOrd;
     const ZERO: Self::Accumulator;
@@ -44,37 +45,47 @@ element!(i64 as i64, 0, |x| x, |x| x, i64::wrapping_add);
 element!(i32 as i32, 0, |x| x, |x| x, i32::wrapping_add);
 element!(u8 as u8, 0, |x| x, |x| x, u8::wrapping_add);
 
-/// Whether [`combine`] knows elements of this kind.
+/// True if [`combine`] supports elements of this kind.
 pub(super) fn supports_kind(kind: Kind) -> bool {
-    use Kind::{BFloat16, Double, Float, Half, Int, Int64, Uint8};
-    matches!(kind, Float | Double | BFloat16 | Half | Int64 | Int | Uint8)
+    matches!(
+        kind,
+        Kind::Float
+            | Kind::Double
+            | Kind::BFloat16
+            | Kind::Half
+            | Kind::Int64
+            | Kind::Int
+            | Kind::Uint8
+    )
 }
 
-/// Combines what `ranks` give, in their order, into `out`; where one of them is None it is what `out` holds.
+/// Combines the values of all `ranks`, in their order, into `out`. `None` stands for the values
+/// that `out` holds.
 ///
-/// All have as many bytes as `out`, which are whole, aligned elements of `kind`, one that [`supports_kind`] knows.
+/// All have the length of `out`, and consist of whole, aligned elements of a kind for which
+/// [`supports_kind`] is true.
 pub(super) fn combine(kind: Kind, op: ReduceOp, ranks: &[Option<&[u8]>], out: &mut [u8]) {
     match kind {
-        Kind::Float => all::<f32>(op, ranks, out),
-        Kind::Double => all::<f64>(op, ranks, out),
-        Kind::BFloat16 => all::<bf16>(op, ranks, out),
-        Kind::Half => all::<f16>(op, ranks, out),
-        Kind::Int64 => all::<i64>(op, ranks, out),
-        Kind::Int => all::<i32>(op, ranks, out),
-        _ => all::<u8>(op, ranks, out),
+        Kind::Float => combine_typed::<f32>(op, ranks, out),
+        Kind::Double => combine_typed::<f64>(op, ranks, out),
+        Kind::BFloat16 => combine_typed::<bf16>(op, ranks, out),
+        Kind::Half => combine_typed::<f16>(op, ranks, out),
+        Kind::Int64 => combine_typed::<i64>(op, ranks, out),
+        Kind::Int => combine_typed::<i32>(op, ranks, out),
+        _ => combine_typed::<u8>(op, ranks, out),
     }
 }
 
-fn all<T: Element>(op: ReduceOp, ranks: &[Option<&[u8]>], out: &mut [u8]) {
+fn combine_typed<T: Element>(op: ReduceOp, ranks: &[Option<&[u8]>], out: &mut [u8]) {
     match op {
-        ReduceOp::Sum => each::<T>(T::sum, ranks, out),
-        ReduceOp::Min => each::<T>(|a, b| if b < a { b } else { a }, ranks, out),
-        ReduceOp::Max => each::<T>(|a, b| if b > a { b } else { a }, ranks, out),
+        ReduceOp::Sum => combine_blocks::<T>(T::sum, ranks, out),
+        ReduceOp::Min => combine_blocks::<T>(|a, b| if b < a { b } else { a }, ranks, out),
+        ReduceOp::Max => combine_blocks::<T>(|a, b| if b > a { b } else { a }, ranks, out),
     }
 }
 
 #[inline(always)]
-fn each<T: Element>(
+fn combine_blocks<T: Element>(
     with: impl Fn(T::Accumulator, T::Accumulator) -> T::Accumulator,
     ranks: &[Option<&[u8]>],
     out: &mut [u8],
@@ -83,29 +94,28 @@ fn each<T: Element>(
     let block = BLOCK * size_of::<T>();
     for start in (0..out.len()).step_by(block) {
         let range = start..(start + block).min(out.len());
-        for (at, rank) in ranks.iter().enumerate() {
-            let given =
-                numbers::<T>(rank.map_or(&out[range.clone()], |bytes| &bytes[range.clone()]));
-            match at {
-                0 => sums
-                    .iter_mut()
-                    .zip(given)
-                    .for_each(|(sum, x)| *sum = x.widen()),
-                _ => sums
-                    .iter_mut()
-                    .zip(given)
-                    .for_each(|(sum, x)| *sum = with(*sum, x.widen())),
+        for (index, rank) in ranks.iter().enumerate() {
+            let bytes = rank.unwrap_or(&*out);
+            let values = numbers::<T>(&bytes[range.clone()]);
+            if index == 0 {
+                for (sum, x) in sums.iter_mut().zip(values) {
+                    *sum = x.widen();
+                }
+            } else {
+                for (sum, x) in sums.iter_mut().zip(values) {
+                    *sum = with(*sum, x.widen());
+                }
             }
         }
-        numbers_mut::<T>(&mut out[range])
-            .iter_mut()
-            .zip(&sums)
-            .for_each(|(x, sum)| *x = T::narrow(*sum));
+        let results = numbers_mut::<T>(&mut out[range]);
+        for (x, sum) in results.iter_mut().zip(&sums) {
+            *x = T::narrow(*sum);
+        }
     }
 }
 
 fn numbers<T: Element>(bytes: &[u8]) -> &[T] {
-    // SAFETY: every pattern of bits is a number of these types.
+    // SAFETY: every bit pattern is a number of these types.
     let (before, numbers, after) = unsafe { bytes.align_to::<T>() };
     assert!(
         before.is_empty() && after.is_empty(),
@@ -130,6 +140,16 @@ mod tests {
     use proptest::prelude::*;
     use tch::{Device, Tensor};
 
+    const KINDS: [Kind; 7] = [
+        Kind::Float,
+        Kind::Double,
+        Kind::BFloat16,
+        Kind::Half,
+        Kind::Int64,
+        Kind::Int,
+        Kind::Uint8,
+    ];
+
     fn bytes(tensor: &Tensor) -> Vec<u8> {
         let mut bytes = vec![0; tensor.numel() * tensor.kind().elt_size_in_bytes()];
         tensor.copy_data_u8(&mut bytes, tensor.numel());
@@ -138,20 +158,36 @@ mod tests {
 
     proptest! {
         #[test]
-        fn as_libtorch_in_the_order_of_ranks(ranks in 1..5usize, len in 0..3000i64, own in 0..5usize, seed in 0..1000i64) {
+        fn results_are_those_of_libtorch_in_rank_order(
+            ranks in 1..5usize,
+            len in 0..3000i64,
+            own in 0..5usize,
+            seed in 0..1000i64,
+        ) {
             tch::manual_seed(seed);
-            for kind in [Kind::Float, Kind::Double, Kind::BFloat16, Kind::Half, Kind::Int64, Kind::Int, Kind::Uint8] {
-                let given: Vec<Tensor> = (0..ranks).map(|_| (Tensor::randn([len], (Kind::Float, Device::Cpu)) * 9).abs().to_kind(kind)).collect();
-                let raw: Vec<Vec<u8>> = given.iter().map(bytes).collect();
-                let wide = |x: &Tensor| if matches!(kind, Kind::BFloat16 | Kind::Half) { x.to_kind(Kind::Float) } else { x.shallow_clone() };
+            for kind in KINDS {
+                let draw = |_| {
+                    let values = Tensor::randn([len], (Kind::Float, Device::Cpu)) * 9;
+                    values.abs().to_kind(kind)
+                };
+                let values: Vec<Tensor> = (0..ranks).map(draw).collect();
+                let raw: Vec<Vec<u8>> = values.iter().map(bytes).collect();
+                let wide = |x: &Tensor| match kind {
+                    Kind::BFloat16 | Kind::Half => x.to_kind(Kind::Float),
+                    _ => x.shallow_clone(),
+                };
                 for op in [ReduceOp::Sum, ReduceOp::Min, ReduceOp::Max] {
-                    let expected = given[1..].iter().fold(wide(&given[0]), |all, x| match op {
+                    let combined = |all: Tensor, x: &Tensor| match op {
                         ReduceOp::Sum => all + wide(x),
                         ReduceOp::Min => all.minimum(&wide(x)),
                         ReduceOp::Max => all.maximum(&wide(x)),
-                    });
+                    };
+                    let expected = values[1..].iter().fold(wide(&values[0]), combined);
                     let mut out = raw.get(own).cloned().unwrap_or(vec![0; raw[0].len()]);
-                    let sources: Vec<_> = raw.iter().enumerate().map(|(at, x)| (at != own).then_some(x.as_slice())).collect();
+                    let mut sources: Vec<_> = raw.iter().map(|x| Some(x.as_slice())).collect();
+                    if let Some(source) = sources.get_mut(own) {
+                        *source = None;
+                    }
                     combine(kind, op, &sources, &mut out);
                     prop_assert!(out == bytes(&expected.to_kind(kind)), "{:?} {:?}", kind, op);
                 }

@@ -1,4 +1,5 @@
-//! The memory that a group's ranks share: for each rank a doorbell, and rings of bytes that one rank writes and others read.
+//! The shared memory of a group: a doorbell per rank, and rings of bytes that one rank writes and
+//! others read.
 
 use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -6,46 +7,50 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use rustix::thread::futex;
 use std::fs::File;
 use std::io;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use std::time::Duration;
 
-/// A cache line: what different ranks write lies on different ones, and messages begin on one.
+/// Bytes of a cache line. Different ranks write to different lines, and messages start on one.
 pub(super) const CACHE_LINE: usize = 64;
 
-/// Bytes of the rings that one rank writes for collectives, or for messages, together.
+/// Bytes of all rings that one rank writes for collectives, or for messages.
 const RING_BYTES_PER_RANK: usize = 1 << 20;
-/// Of one of them, at least and at most.
-const RING_BYTES_RANGE: (usize, usize) = (32 << 10, 256 << 10);
+/// Limits of the bytes of one ring.
+const RING_BYTES_RANGE: RangeInclusive<usize> = 32 << 10..=256 << 10;
 
-/// What a ring is for.
+/// The purpose of a ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Channel {
     /// From one rank to all others.
     All,
-    /// A collective's parts, from one rank to another.
+    /// From one rank to another: a part of a collective.
     Part(usize),
-    /// Messages from one rank to another.
+    /// From one rank to another: messages.
     Message(usize),
 }
 
-/// Where everything is, for a group of some size.
+/// The offsets in the memory of a group.
 #[derive(Debug, Clone, Copy)]
 struct Layout {
     members: usize,
-    ring: usize,
+    ring_bytes: usize,
 }
 
 impl Layout {
     fn new(members: usize) -> Layout {
-        let ring = (RING_BYTES_PER_RANK / members)
+        let ring_bytes = (RING_BYTES_PER_RANK / members)
             .next_power_of_two()
-            .clamp(RING_BYTES_RANGE.0, RING_BYTES_RANGE.1);
-        Layout { members, ring }
+            .clamp(*RING_BYTES_RANGE.start(), *RING_BYTES_RANGE.end());
+        Layout {
+            members,
+            ring_bytes,
+        }
     }
 
-    /// The lines of one ring's positions: how far it is written, and how far each rank has read it.
-    fn control(&self) -> usize {
+    /// Returns the bytes of a ring's positions: one line for the writer and one per reader.
+    fn position_bytes(&self) -> usize {
         (1 + self.members) * CACHE_LINE
     }
 
@@ -53,22 +58,22 @@ impl Layout {
         self.members * (2 * self.members + 1)
     }
 
-    fn number(&self, writer: usize, channel: Channel) -> usize {
-        writer * (2 * self.members + 1)
-            + match channel {
-                Channel::All => 0,
-                Channel::Part(to) => 1 + to,
-                Channel::Message(to) => 1 + self.members + to,
-            }
+    fn ring_index(&self, writer: usize, channel: Channel) -> usize {
+        let first = writer * (2 * self.members + 1);
+        match channel {
+            Channel::All => first,
+            Channel::Part(to) => first + 1 + to,
+            Channel::Message(to) => first + 1 + self.members + to,
+        }
     }
 
-    /// The first line says which segment it is; then each rank has one.
+    /// Returns the offset of a ring's positions. The nonce and one line per rank come before them.
     fn positions(&self, ring: usize) -> usize {
-        (1 + self.members) * CACHE_LINE + ring * self.control()
+        (1 + self.members) * CACHE_LINE + ring * self.position_bytes()
     }
 
     fn data(&self, ring: usize) -> usize {
-        self.positions(self.rings()).next_multiple_of(4096) + ring * self.ring
+        self.positions(self.rings()).next_multiple_of(4096) + ring * self.ring_bytes
     }
 
     fn len(&self) -> usize {
@@ -76,14 +81,15 @@ impl Layout {
     }
 }
 
-/// A group's shared memory, as one process sees it. Pages that nobody writes take no memory.
+/// The shared memory of a group, mapped by one process. Pages take memory only once they are
+/// written.
 pub(super) struct Segment {
     layout: Layout,
     map: MmapRaw,
 }
 
 impl Segment {
-    /// New memory for `members` ranks, known by `nonce`, and the file by which others get at it.
+    /// Creates memory for `members` ranks, which `nonce` identifies, and returns it with its file.
     pub(super) fn create(members: usize, nonce: u64) -> io::Result<(Segment, File)> {
         let file = File::from(memfd_create(
             "moerun-group",
@@ -91,256 +97,265 @@ impl Segment {
         )?);
         let layout = Layout::new(members);
         file.set_len(layout.len() as u64)?;
-        // A file that could shrink would make a signal of a read.
-        fcntl(
-            &file,
-            FcntlArg::F_ADD_SEALS(
-                SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL,
-            ),
-        )?;
+        // If the file could shrink, a read could raise SIGBUS.
+        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+        fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
         let segment = Segment {
             layout,
             map: MmapOptions::new().map_raw(&file)?,
         };
-        segment.number(0).store(nonce, Ordering::SeqCst);
+        segment.atomic_u64(0).store(nonce, Ordering::SeqCst);
         Ok((segment, file))
     }
 
-    /// The memory that another rank made.
+    /// Maps memory that another rank created.
     ///
     /// # Errors
-    /// When it is not that.
+    /// If the file has another size or nonce.
     pub(super) fn open(file: &File, members: usize, nonce: u64) -> io::Result<Segment> {
         let layout = Layout::new(members);
         let seals = SealFlag::from_bits_truncate(fcntl(file, FcntlArg::F_GET_SEALS)?);
         let fits = seals.contains(SealFlag::F_SEAL_SHRINK)
             && file.metadata()?.len() == layout.len() as u64;
-        let other = || io::Error::new(io::ErrorKind::InvalidData, "other memory than the group's");
-        let segment = fits
-            .then(|| MmapOptions::new().map_raw(file))
-            .ok_or_else(other)??;
-        let segment = Segment {
-            layout,
-            map: segment,
-        };
-        if segment.number(0).load(Ordering::SeqCst) == nonce {
-            Ok(segment)
-        } else {
-            Err(other())
+        let foreign = || io::Error::new(io::ErrorKind::InvalidData, "not the memory of this group");
+        if !fits {
+            return Err(foreign());
         }
+        let map = MmapOptions::new().map_raw(file)?;
+        let segment = Segment { layout, map };
+        if segment.atomic_u64(0).load(Ordering::SeqCst) != nonce {
+            return Err(foreign());
+        }
+        Ok(segment)
     }
 
-    fn number(&self, offset: usize) -> &AtomicU64 {
+    fn atomic_u64(&self, offset: usize) -> &AtomicU64 {
         assert!(offset.is_multiple_of(8) && offset + 8 <= self.layout.data(0));
-        // SAFETY: aligned and inside the mapping, which cannot shrink (it is sealed) and lives as long as `self`; all processes
-        // go to these bytes as atomic numbers alone.
+        // SAFETY: aligned and inside the mapping, which is sealed against shrinking and lives as
+        // long as `self`. All processes access these bytes only as atomic numbers.
         unsafe { &*self.map.as_mut_ptr().add(offset).cast::<AtomicU64>() }
     }
 
-    /// A number in the line of a rank.
-    fn of(&self, member: usize, what: Word) -> &AtomicU32 {
+    /// Returns a word in the line of a rank.
+    fn word(&self, member: usize, word: Word) -> &AtomicU32 {
         assert!(member < self.layout.members);
-        let offset = (1 + member) * CACHE_LINE + what as usize;
+        let offset = (1 + member) * CACHE_LINE + word as usize;
         // SAFETY: as above.
         unsafe { &*self.map.as_mut_ptr().add(offset).cast::<AtomicU32>() }
     }
 
-    /// The process and the moment it began, by which others see that it is gone.
+    /// Returns the identity of a rank's process, by which others notice its exit.
     pub(super) fn process(&self, member: usize) -> &AtomicU64 {
         assert!(member < self.layout.members);
-        self.number((1 + member) * CACHE_LINE + 8)
+        self.atomic_u64((1 + member) * CACHE_LINE + 8)
     }
 
-    /// How many threads of a rank wait for operations.
+    /// Returns the number of a rank's threads that wait for operations.
     pub(super) fn waiters(&self, member: usize) -> &AtomicU32 {
-        self.of(member, Word::Waiters)
+        self.word(member, Word::Waiters)
     }
 
-    /// How many operations of a rank are under way.
+    /// Returns the number of a rank's operations in progress.
     pub(super) fn pending(&self, member: usize) -> &AtomicU32 {
-        self.of(member, Word::Pending)
+        self.word(member, Word::Pending)
     }
 
-    /// Whether operations of a rank are under way and none of its threads waits.
+    /// True if a rank has operations in progress for which none of its threads waits.
     pub(super) fn needs_progress_thread(&self, member: usize) -> bool {
-        // What was written to rings before is seen by who begins or waits after.
+        // A thread that starts or waits later sees what was written to rings before.
         fence(Ordering::SeqCst);
         self.pending(member).load(Ordering::SeqCst) > 0
             && self.waiters(member).load(Ordering::SeqCst) == 0
     }
 
-    /// Tells a rank that something has changed: those of its threads that wait, or the one that looks after what nobody waits for.
+    /// Wakes a rank's waiting threads, and its progress thread if it is needed.
     pub(super) fn ring_doorbell(&self, member: usize) {
-        self.ring(member, Doorbell::Waiting);
+        self.ring_one_doorbell(member, Doorbell::Waiting);
         if self.needs_progress_thread(member) {
-            self.ring(member, Doorbell::ProgressThread);
+            self.ring_one_doorbell(member, Doorbell::ProgressThread);
         }
     }
 
-    /// Lets the thread that looks after a rank's operations see that the rank has left the group.
+    /// Wakes a rank's progress thread, so that it notices that the rank has left the group.
     pub(super) fn wake_progress_thread(&self, member: usize) {
-        self.ring(member, Doorbell::ProgressThread);
+        self.ring_one_doorbell(member, Doorbell::ProgressThread);
     }
 
-    fn ring(&self, member: usize, bell: Doorbell) {
-        let [doorbell_count, sleepers] = bell.words().map(|word| self.of(member, word));
-        doorbell_count.fetch_add(1, Ordering::SeqCst);
+    fn ring_one_doorbell(&self, member: usize, bell: Doorbell) {
+        let words = bell.words();
+        let count = self.word(member, words.count);
+        let sleepers = self.word(member, words.sleepers);
+        count.fetch_add(1, Ordering::SeqCst);
         if sleepers.load(Ordering::SeqCst) > 0 {
-            let _ = futex::wake(doorbell_count, futex::Flags::empty(), i32::MAX as u32);
+            let _ = futex::wake(count, futex::Flags::empty(), i32::MAX as u32);
         }
     }
 
-    /// How often a bell of a rank was doorbell_count.
+    /// Returns the number of times that a doorbell of a rank was rung.
     pub(super) fn doorbell_count(&self, member: usize, bell: Doorbell) -> u32 {
-        self.of(member, bell.words()[0]).load(Ordering::SeqCst)
+        let count = self.word(member, bell.words().count);
+        count.load(Ordering::SeqCst)
     }
 
-    /// Sleeps until a bell has been doorbell_count more often than `seen` times, at most `longest`.
+    /// Sleeps until a doorbell was rung more than `seen` times, or for `timeout`.
     pub(super) fn sleep(
         &self,
         member: usize,
         bell: Doorbell,
         seen: u32,
-        longest: Option<Duration>,
+        timeout: Option<Duration>,
     ) {
-        let [doorbell_count, sleepers] = bell.words().map(|word| self.of(member, word));
-        let nanos = |longest: Duration| longest.subsec_nanos().into();
-        let longest = longest.map(|longest| futex::Timespec {
-            tv_sec: longest.as_secs() as i64,
-            tv_nsec: nanos(longest),
+        let words = bell.words();
+        let count = self.word(member, words.count);
+        let sleepers = self.word(member, words.sleepers);
+        let timeout = timeout.map(|timeout| futex::Timespec {
+            tv_sec: timeout.as_secs() as i64,
+            tv_nsec: timeout.subsec_nanos().into(),
         });
         sleepers.fetch_add(1, Ordering::SeqCst);
-        // Whatever ends it, the caller looks.
-        let _ = futex::wait(
-            doorbell_count,
-            futex::Flags::empty(),
-            seen,
-            longest.as_ref(),
-        );
+        // Whatever ends the wait, the caller checks again.
+        let _ = futex::wait(count, futex::Flags::empty(), seen, timeout.as_ref());
         sleepers.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
-/// For whom a bell of a rank is.
+/// A doorbell of a rank, by the threads that it wakes.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Doorbell {
-    /// Threads that wait for an operation.
+    /// The threads that wait for an operation.
     Waiting,
-    /// The thread that looks after operations that nobody waits for.
     ProgressThread,
 }
 
+/// The words of a doorbell.
+struct DoorbellWords {
+    /// How often it was rung.
+    count: Word,
+    /// How many threads sleep until it rings.
+    sleepers: Word,
+}
+
 impl Doorbell {
-    /// How often it was doorbell_count, and how many threads sleep by it.
-    fn words(self) -> [Word; 2] {
+    fn words(self) -> DoorbellWords {
         match self {
-            Doorbell::Waiting => [Word::Rung, Word::Sleepers],
-            Doorbell::ProgressThread => [Word::ProgressRung, Word::ProgressSleepers],
+            Doorbell::Waiting => DoorbellWords {
+                count: Word::Rung,
+                sleepers: Word::Sleepers,
+            },
+            Doorbell::ProgressThread => DoorbellWords {
+                count: Word::ProgressRung,
+                sleepers: Word::ProgressSleepers,
+            },
         }
     }
 }
 
-/// What the line of a rank holds, and where.
+/// The words in the line of a rank, with their offsets.
 #[derive(Clone, Copy)]
 enum Word {
     Rung = 0,
     Sleepers = 4,
-    // The process has 8 to 15.
+    // Bytes 8 to 15 identify the process.
     Waiters = 16,
     ProgressRung = 20,
     ProgressSleepers = 24,
     Pending = 28,
 }
 
-/// One end of a ring of bytes. Positions count bytes since the beginning.
+/// One end of a ring of bytes. Positions count all bytes since the start.
 pub(super) struct Ring {
     segment: Arc<Segment>,
-    number: usize,
-    /// This end's position: of the one who writes, or of the one who reads.
-    at: u64,
+    index: usize,
+    /// The writer's or the reader's position, whichever end this is.
+    position: u64,
+}
+
+/// Contiguous bytes of a ring.
+struct Contiguous {
+    data: *mut u8,
+    len: usize,
 }
 
 impl Ring {
     pub(super) fn new(segment: &Arc<Segment>, writer: usize, channel: Channel) -> Ring {
         Ring {
             segment: segment.clone(),
-            number: segment.layout.number(writer, channel),
-            at: 0,
+            index: segment.layout.ring_index(writer, channel),
+            position: 0,
         }
     }
 
+    /// Returns the writer's published position.
     fn head(&self) -> &AtomicU64 {
-        self.segment
-            .number(self.segment.layout.positions(self.number))
+        let offset = self.segment.layout.positions(self.index);
+        self.segment.atomic_u64(offset)
     }
 
+    /// Returns a reader's published position.
     fn tail(&self, reader: usize) -> &AtomicU64 {
-        self.segment
-            .number(self.segment.layout.positions(self.number) + (1 + reader) * CACHE_LINE)
+        let offset = self.segment.layout.positions(self.index) + (1 + reader) * CACHE_LINE;
+        self.segment.atomic_u64(offset)
     }
 
-    /// The bytes from this end's position on, up to where the ring begins again.
-    fn bytes(&self) -> (*mut u8, usize) {
+    /// Returns the bytes from this end's position to where the ring wraps around.
+    fn contiguous(&self) -> Contiguous {
         let layout = &self.segment.layout;
-        let within = self.at as usize % layout.ring;
-        // SAFETY: inside the mapping: `within` is less than the ring's length.
-        (
-            unsafe {
-                self.segment
-                    .map
-                    .as_mut_ptr()
-                    .add(layout.data(self.number) + within)
-            },
-            layout.ring - within,
-        )
+        let within = self.position as usize % layout.ring_bytes;
+        let offset = layout.data(self.index) + within;
+        Contiguous {
+            // SAFETY: inside the mapping, since `within` is less than the ring's length.
+            data: unsafe { self.segment.map.as_mut_ptr().add(offset) },
+            len: layout.ring_bytes - within,
+        }
     }
 
-    /// How many bytes may be written, with `readers` that have to read all.
+    /// Returns the number of bytes that may be written, given the ranks that have to read all.
     pub(super) fn free(&self, readers: impl IntoIterator<Item = usize>) -> usize {
-        let read = readers
-            .into_iter()
-            .map(|reader| self.tail(reader).load(Ordering::Acquire))
-            .min();
-        let unread = self.at.saturating_sub(read.unwrap_or(self.at));
-        self.segment.layout.ring.saturating_sub(unread as usize)
+        let tails = readers.into_iter().map(|reader| self.tail(reader));
+        let read = tails.map(|tail| tail.load(Ordering::Acquire)).min();
+        let unread = self.position.saturating_sub(read.unwrap_or(self.position));
+        let ring_bytes = self.segment.layout.ring_bytes;
+        ring_bytes.saturating_sub(unread as usize)
     }
 
-    /// Writes the first of `bytes`, as many as there is room for among `free` and before the ring begins again.
+    /// Writes the first of `bytes`, up to `free` and up to where the ring wraps around.
     pub(super) fn write(&mut self, bytes: &[u8], free: usize) -> usize {
-        let (to, room) = self.bytes();
-        let count = bytes.len().min(free).min(room);
-        // SAFETY: `to` has `room` bytes; nobody reads or writes them before `head` is past them, since every reader is past
-        // what was there.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, count) };
-        self.at += count as u64;
-        self.head().store(self.at, Ordering::Release);
+        let space = self.contiguous();
+        let count = bytes.len().min(free).min(space.len);
+        // SAFETY: `data` has `len` bytes. No rank accesses them before `head` is past them, since
+        // every reader is past the previous contents.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), space.data, count) };
+        self.position += count as u64;
+        self.head().store(self.position, Ordering::Release);
         count
     }
 
-    /// The one who writes goes on to the next line: a message is at its end.
+    /// Advances the writer to the next line, at the end of a message.
     pub(super) fn end_written(&mut self) {
-        self.at = self.at.next_multiple_of(CACHE_LINE as u64);
-        self.head().store(self.at, Ordering::Release);
+        self.position = self.position.next_multiple_of(CACHE_LINE as u64);
+        self.head().store(self.position, Ordering::Release);
     }
 
-    /// What has been written and not been read by this end, up to where the ring begins again.
+    /// Returns the bytes that this end has not read, up to where the ring wraps around.
     pub(super) fn readable(&self) -> &[u8] {
-        let (from, room) = self.bytes();
-        let written = self.head().load(Ordering::Acquire).saturating_sub(self.at) as usize;
-        // SAFETY: `from` has `room` bytes; the one who writes leaves them alone until this end's position is past them.
-        unsafe { std::slice::from_raw_parts(from, written.min(room)) }
+        let space = self.contiguous();
+        let head = self.head().load(Ordering::Acquire);
+        let unread = head.saturating_sub(self.position) as usize;
+        // SAFETY: `data` has `len` bytes. The writer leaves them alone until this end's position is
+        // past them.
+        unsafe { std::slice::from_raw_parts(space.data, unread.min(space.len)) }
     }
 
-    /// `reader`, whose end this is, has read so many bytes more.
+    /// Advances `reader`, whose end this is, by `count` bytes.
     pub(super) fn read(&mut self, reader: usize, count: usize) {
-        self.at += count as u64;
-        self.tail(reader).store(self.at, Ordering::Release);
+        self.position += count as u64;
+        self.tail(reader).store(self.position, Ordering::Release);
     }
 
-    /// `reader`, whose end this is, goes on to the next line: a message is at its end.
+    /// Advances `reader`, whose end this is, to the next line, at the end of a message.
     pub(super) fn end_read(&mut self, reader: usize) {
-        self.at = self.at.next_multiple_of(CACHE_LINE as u64);
-        self.tail(reader).store(self.at, Ordering::Release);
+        self.position = self.position.next_multiple_of(CACHE_LINE as u64);
+        self.tail(reader).store(self.position, Ordering::Release);
     }
 }
 
@@ -351,50 +366,71 @@ mod tests {
 
     proptest! {
         #[test]
-        fn everything_has_its_own_place(members in 2..9usize) {
+        fn rings_are_disjoint(members in 2..9usize) {
             let layout = Layout::new(members);
-            let channels = |_| {
+            let channels = || {
                 std::iter::once(Channel::All)
                     .chain((0..members).map(Channel::Part))
                     .chain((0..members).map(Channel::Message))
             };
-            let mut numbers: Vec<_> =
-                (0..members).flat_map(|writer| channels(writer).map(move |channel| layout.number(writer, channel))).collect();
-            numbers.sort_unstable();
-            prop_assert!(numbers.iter().copied().eq(0..layout.rings()));
+            let mut indices = Vec::new();
+            for writer in 0..members {
+                let of_writer = channels().map(|channel| layout.ring_index(writer, channel));
+                indices.extend(of_writer);
+            }
+            indices.sort_unstable();
+            prop_assert!(indices.iter().copied().eq(0..layout.rings()));
             prop_assert!(layout.positions(layout.rings()) <= layout.data(0));
-            prop_assert_eq!(layout.len() - layout.data(0), layout.rings() * layout.ring);
-            prop_assert!(layout.ring.is_multiple_of(CACHE_LINE));
+            prop_assert_eq!(layout.len() - layout.data(0), layout.rings() * layout.ring_bytes);
+            prop_assert!(layout.ring_bytes.is_multiple_of(CACHE_LINE));
         }
 
         #[test]
-        fn rings_carry_any_messages_in_order(lens in prop::collection::vec(0..90_000usize, 1..12), steps in any::<u64>()) {
+        fn rings_carry_any_messages_in_order(
+            lens in prop::collection::vec(0..90_000usize, 1..12),
+            steps in any::<u64>(),
+        ) {
             let (segment, file) = Segment::create(2, 7).unwrap();
-            let (here, there) = (Arc::new(segment), Arc::new(Segment::open(&file, 2, 7).unwrap()));
-            prop_assert!(Segment::open(&file, 2, 8).is_err() && Segment::open(&file, 3, 7).is_err());
-            let (mut writer, mut reader) = (Ring::new(&here, 0, Channel::Part(1)), Ring::new(&there, 0, Channel::Part(1)));
-            let message = |number: usize, len: usize| (0..len).map(|i| (i * 7 + number) as u8).collect::<Vec<u8>>();
-            let (mut sent, mut got) = ((0, 0), (0, Vec::new()));
+            prop_assert!(Segment::open(&file, 2, 8).is_err());
+            prop_assert!(Segment::open(&file, 3, 7).is_err());
+            let here = Arc::new(segment);
+            let there = Arc::new(Segment::open(&file, 2, 7).unwrap());
+            let mut writer = Ring::new(&here, 0, Channel::Part(1));
+            let mut reader = Ring::new(&there, 0, Channel::Part(1));
+            let message = |index: usize| -> Vec<u8> {
+                (0..lens[index]).map(|i| (i * 7 + index) as u8).collect()
+            };
+            let mut sending = 0;
+            let mut sent_bytes = 0;
+            let mut receiving = 0;
+            let mut received = Vec::new();
             let mut random = steps | 1;
-            while got.0 < lens.len() {
-                random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                if random >> 63 == 0 && sent.0 < lens.len() {
-                    let whole = message(sent.0, lens[sent.0]);
-                    let free = writer.free([1]).min((random >> 40) as usize % 50_000);
-                    sent.1 += writer.write(&whole[sent.1..], free);
-                    if sent.1 == whole.len() {
+            while receiving < lens.len() {
+                random = random.wrapping_mul(6364136223846793005);
+                random = random.wrapping_add(1442695040888963407);
+                let writes = random >> 63 == 0;
+                if writes && sending < lens.len() {
+                    let whole = message(sending);
+                    let limit = (random >> 40) as usize % 50_000;
+                    let free = writer.free([1]).min(limit);
+                    sent_bytes += writer.write(&whole[sent_bytes..], free);
+                    if sent_bytes == whole.len() {
                         writer.end_written();
-                        sent = (sent.0 + 1, 0);
+                        sending += 1;
+                        sent_bytes = 0;
                     }
                 } else {
-                    let left = lens[got.0] - got.1.len();
-                    let take = reader.readable().len().min(left).min((random >> 30) as usize % 50_000);
-                    got.1.extend_from_slice(&reader.readable()[..take]);
-                    reader.read(1, take);
-                    if got.1.len() == lens[got.0] {
-                        prop_assert_eq!(&got.1, &message(got.0, lens[got.0]));
+                    let missing = lens[receiving] - received.len();
+                    let limit = (random >> 30) as usize % 50_000;
+                    let readable = reader.readable();
+                    let count = readable.len().min(missing).min(limit);
+                    received.extend_from_slice(&readable[..count]);
+                    reader.read(1, count);
+                    if received.len() == lens[receiving] {
+                        prop_assert_eq!(&received, &message(receiving));
                         reader.end_read(1);
-                        got = (got.0 + 1, Vec::new());
+                        receiving += 1;
+                        received.clear();
                     }
                 }
             }

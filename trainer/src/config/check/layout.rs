@@ -3,7 +3,7 @@
 use super::problems::{Problems, Quantity};
 use crate::config::{Config, MoeConfig, RecomputedLayers};
 use parallel::context::ContextKind;
-use parallel::{GroupKind, Mesh, MeshShape};
+use parallel::{GroupKind, Mesh, MeshShape, NodeSplit};
 
 impl Config {
     pub(super) fn check_layout(&self, mesh: &Mesh, ranks: usize, problems: &mut Problems) {
@@ -223,7 +223,7 @@ impl Config {
 pub(crate) fn hierarchical_groups(
     mesh: &Mesh,
     per_node: usize,
-) -> Result<(Vec<usize>, Vec<usize>), String> {
+) -> Result<NodeSplit, String> {
     let groups = mesh.split_by_node(GroupKind::Expert, per_node);
     groups.ok_or_else(|| {
         format!(

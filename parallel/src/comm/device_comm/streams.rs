@@ -1,0 +1,133 @@
+//! Streams, each with a vendor's communicator whose operations run on it.
+
+use super::super::Membership;
+use super::library::Library;
+use parking_lot::Mutex;
+use std::time::{Duration, Instant};
+use tch::Tensor;
+use torch_ext::{Store, Stream};
+
+/// The ranks of a vendor's communicator: the whole group, or a sender and a receiver.
+///
+/// Each direction between two ranks has a communicator of its own. If both shared one, a rank that
+/// sends and then receives would wait for another that does the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Participants {
+    All,
+    Pair { from: usize, to: usize },
+}
+
+/// Returns the pairs of a rank with its neighbours in the ring of the group.
+///
+/// All ranks of the group create their pairs in the same order, so that they never wait for each
+/// other in a circle.
+pub(super) fn neighbor_pairs(rank: usize, size: usize) -> Vec<Participants> {
+    let mut pairs = Vec::new();
+    for one in 0..size {
+        let next = (one + 1) % size;
+        pairs.push((one, next));
+        pairs.push((next, one));
+    }
+    pairs.sort_by_key(|&(from, to)| (from.min(to), from.max(to), from));
+    pairs.dedup();
+    pairs.retain(|&(from, to)| from != to && (from == rank || to == rank));
+    let participants = pairs.into_iter();
+    participants
+        .map(|(from, to)| Participants::Pair { from, to })
+        .collect()
+}
+
+pub(super) struct DeviceStream<L: Library> {
+    pub(super) comm: L::Comm,
+    pub(super) stream: Stream,
+    /// Held while an operation is queued between its two events.
+    pub(super) queueing: Mutex<()>,
+}
+
+impl<L: Library> DeviceStream<L> {
+    /// Creates a vendor's communicator together with its other participants.
+    pub(super) fn create(
+        library: &L,
+        participants: Participants,
+        membership: &Membership,
+        store: &Store,
+        timeout: Duration,
+        like: &Tensor,
+    ) -> Result<DeviceStream<L>, String> {
+        let position = membership.position;
+        let (rank, size, name) = match participants {
+            Participants::All => (position, membership.members.len(), "all".to_string()),
+            Participants::Pair { from, to } => {
+                (usize::from(to == position), 2, format!("{from}-{to}"))
+            }
+        };
+        let text = |e: torch_ext::Error| e.to_string();
+        let id_key = format!("{name}/id");
+        if rank == 0 {
+            store.set(&id_key, &library.new_id()?).map_err(text)?;
+        }
+        // The library would wait for a missing rank without end.
+        let present_key = format!("{name}/here");
+        let start = Instant::now();
+        let mut present = store.add(&present_key, 1).map_err(text)?;
+        while present < size as i64 {
+            if start.elapsed() > timeout {
+                return Err(format!(
+                    "only {present} of {size} ranks joined within {timeout:.1?}"
+                ));
+            }
+            std::thread::sleep(Duration::from_millis(2));
+            present = store.add(&present_key, 0).map_err(text)?;
+        }
+        let id = store.get(&id_key).map_err(text)?;
+        let stream = Stream::from_pool(like).map_err(text)?;
+        let comm = library.join(&id, rank, size)?;
+        Ok(DeviceStream {
+            comm,
+            stream,
+            queueing: Mutex::default(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// True if all ranks can create their pairs, each in its own order.
+    fn all_pairs_are_created(size: usize) -> bool {
+        let mut left: Vec<Vec<Participants>> =
+            (0..size).map(|rank| neighbor_pairs(rank, size)).collect();
+        loop {
+            let ready = |rank: usize, left: &Vec<Vec<Participants>>| match left[rank].first() {
+                Some(&participants @ Participants::Pair { from, to }) => {
+                    let other = if from == rank { to } else { from };
+                    (left[other].first() == Some(&participants)).then_some((rank, other))
+                }
+                _ => None,
+            };
+            let Some((one, other)) = (0..size).find_map(|rank| ready(rank, &left)) else {
+                break;
+            };
+            left[one].remove(0);
+            left[other].remove(0);
+        }
+        left.iter().all(Vec::is_empty)
+    }
+
+    #[test]
+    fn neighbours_create_their_communicators_without_a_deadlock() {
+        assert_eq!(neighbor_pairs(0, 1), []);
+        assert_eq!(
+            neighbor_pairs(0, 2),
+            [
+                Participants::Pair { from: 0, to: 1 },
+                Participants::Pair { from: 1, to: 0 }
+            ]
+        );
+        assert_eq!(neighbor_pairs(1, 4).len(), 4);
+        for size in 1..40 {
+            assert!(all_pairs_are_created(size), "{size} ranks");
+        }
+    }
+}

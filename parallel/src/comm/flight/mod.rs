@@ -1,0 +1,349 @@
+//! The flight recorder, which names the ranks that miss a collective.
+//!
+//! Every rank logs its calls. Twice a second it publishes the number of its last collective in each
+//! group in the store. A call that takes too long is compared with what the other ranks published.
+//! (PyTorch's flight recorder writes a similar log, which a person compares afterwards.)
+
+mod calls;
+mod diagnosis;
+mod recorded;
+
+use super::{CommError, Communicator, Progress};
+use calls::{Call, Log};
+use diagnosis::{HEARTBEAT_INTERVAL, Heartbeat, describe_missing_ranks};
+use parking_lot::Mutex;
+use recorded::RecordedComm;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+use torch_ext::Store;
+
+/// A rank that does not notice a failure of its device for this long waits in the device's driver.
+const DEVICE_STUCK_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// The time that a diagnosis may take.
+const DIAGNOSIS_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A request to name the ranks that miss a call.
+struct DiagnosisRequest {
+    call: Call,
+    answer: Sender<String>,
+}
+
+struct RecorderState {
+    rank: usize,
+    start: Instant,
+    timeout: Duration,
+    log: Mutex<Log>,
+    /// The file for the log if a call fails.
+    dump: Mutex<Option<PathBuf>>,
+    requests: Sender<DiagnosisRequest>,
+    /// Operations that a device has not completed.
+    queued: Mutex<Vec<DeviceOperation>>,
+    /// The first failure of a queued operation.
+    failure: Mutex<Option<Failure>>,
+    on_stuck: Mutex<Option<StuckHandler>>,
+    /// The rank that serves the store, unless the launcher does.
+    store_rank: Option<usize>,
+}
+
+/// An operation that was queued on a device.
+struct DeviceOperation {
+    /// The id of its call in the log.
+    id: u64,
+    progress: Progress,
+    group: Arc<dyn Communicator>,
+}
+
+/// A queued operation that failed.
+struct FailedOperation {
+    call: Call,
+    /// The device's message; `None` after a timeout.
+    reason: Option<String>,
+}
+
+struct Failure {
+    error: CommError,
+    since: Instant,
+    /// True once this rank has noticed.
+    reported: bool,
+}
+
+/// Called for a rank that does not notice a failure: it may wait in the device's driver forever.
+type StuckHandler = Box<dyn Fn(&CommError) + Send>;
+
+/// The recorder of one rank; clones share their state.
+#[derive(Clone)]
+pub(crate) struct FlightRecorder(Arc<RecorderState>);
+
+impl FlightRecorder {
+    /// Starts a recorder whose operations time out after `timeout`.
+    ///
+    /// `store` is a connection of its own, which no other thread's wait can block. `store_rank` is
+    /// the rank that serves the store, unless the launcher does.
+    pub(crate) fn start(
+        rank: usize,
+        store_rank: Option<usize>,
+        timeout: Duration,
+        store: Store,
+    ) -> FlightRecorder {
+        let (requests, inbox) = channel();
+        let state = Arc::new(RecorderState {
+            rank,
+            start: Instant::now(),
+            timeout,
+            log: Mutex::default(),
+            dump: Mutex::default(),
+            requests,
+            queued: Mutex::default(),
+            failure: Mutex::default(),
+            on_stuck: Mutex::default(),
+            store_rank,
+        });
+        let watched = Arc::downgrade(&state);
+        std::thread::spawn(move || watch(&watched, &inbox, &store));
+        FlightRecorder(state)
+    }
+
+    /// Sets the file to which all calls are written when one fails.
+    pub(crate) fn dump_calls_to(&self, path: &Path) {
+        *self.0.dump.lock() = Some(path.to_path_buf());
+    }
+
+    /// Sets the handler for a rank that is stuck in its device's driver after a failure.
+    pub(crate) fn on_stuck(&self, handler: impl Fn(&CommError) + Send + 'static) {
+        *self.0.on_stuck.lock() = Some(Box::new(handler));
+    }
+
+    /// Returns the first failure of an operation that was queued on a device.
+    pub(crate) fn check(&self) -> Result<(), CommError> {
+        match self.0.failure.lock().as_mut() {
+            Some(failure) => {
+                failure.reported = true;
+                Err(failure.error.clone())
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Returns the group with its calls recorded.
+    pub(crate) fn wrap(
+        &self,
+        inner: Arc<dyn Communicator>,
+        group: &str,
+        members: &[usize],
+    ) -> Arc<dyn Communicator> {
+        let key = format!("{group}/{members:?}").into();
+        Arc::new(RecordedComm {
+            inner,
+            recorder: self.clone(),
+            group: group.into(),
+            members: members.into(),
+            key,
+        })
+    }
+
+    /// Returns the seconds since the recorder started.
+    fn seconds(&self) -> f64 {
+        self.0.start.elapsed().as_secs_f64()
+    }
+
+    /// Logs a call and returns its id.
+    fn started(&self, call: Call, is_collective: bool) -> u64 {
+        self.0.log.lock().add(call, is_collective)
+    }
+
+    fn change(&self, id: u64, change: impl FnOnce(&mut Call)) {
+        if let Some(call) = self.0.log.lock().get(id) {
+            change(call);
+        }
+    }
+
+    fn ended(&self, id: u64) {
+        let now = self.seconds();
+        self.change(id, |call| call.ended_s = Some(now));
+    }
+
+    /// Watches an operation until its device has completed it.
+    fn watch(&self, operation: DeviceOperation) {
+        self.0.queued.lock().push(operation);
+    }
+
+    /// Writes the log, and adds the missing ranks to the error of a call that took too long.
+    fn failed(&self, id: u64, mut error: CommError) -> CommError {
+        let call = self.0.log.lock().get(id).cloned();
+        let took_long = |call: &Call| call.started.elapsed() >= self.0.timeout.mul_f64(0.8);
+        if let Some(call) = call.filter(took_long) {
+            let missing = match &call.missing {
+                Some(missing) => missing.clone(),
+                None => self.request_diagnosis(&call),
+            };
+            error.reason = format!("{missing} ({})", error.reason);
+            self.change(id, |call| call.missing = Some(missing));
+        }
+        self.0.dump_calls();
+        error
+    }
+
+    fn request_diagnosis(&self, call: &Call) -> String {
+        let (answer, answered) = channel();
+        let sent = self.0.requests.send(DiagnosisRequest {
+            call: call.clone(),
+            answer,
+        });
+        let missing = match sent {
+            Ok(()) => answered.recv_timeout(DIAGNOSIS_TIMEOUT).ok(),
+            Err(_) => None,
+        };
+        missing.unwrap_or_else(|| {
+            let name = call.name();
+            match self.0.store_rank {
+                Some(rank) => {
+                    format!("{name}: rank {rank}, which serves the store, does not answer")
+                }
+                None => {
+                    format!("{name}: the store does not answer, so the missing ranks are unknown")
+                }
+            }
+        })
+    }
+}
+
+/// Publishes heartbeats, answers requests and watches calls until the recorder is dropped.
+fn watch(recorder: &Weak<RecorderState>, requests: &Receiver<DiagnosisRequest>, store: &Store) {
+    let mut beats = 0;
+    let mut pause = Duration::ZERO;
+    loop {
+        let request = requests.recv_timeout(pause);
+        pause = HEARTBEAT_INTERVAL;
+        let Some(recorder) = recorder.upgrade() else {
+            return;
+        };
+        let mut beat = || {
+            beats += 1;
+            let heartbeat = Heartbeat::new(beats, &recorder.log.lock());
+            heartbeat.publish(recorder.rank, store)
+        };
+        if !beat() {
+            // Without its store the run is ending.
+            return;
+        }
+        match request {
+            Ok(request) => {
+                let call = &request.call;
+                let missing = describe_missing_ranks(store, recorder.rank, call, &mut beat);
+                // The caller may have stopped waiting.
+                let _ = request.answer.send(missing);
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                recorder.warn_if_stalled(store, &mut beat);
+                recorder.check_device_operations(store, &mut beat);
+            }
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
+
+impl RecorderState {
+    /// Checks the queued operations: which are complete, failed or take too long.
+    fn check_device_operations(&self, store: &Store, beat: &mut dyn FnMut() -> bool) {
+        if let Some(FailedOperation { call, reason }) = self.first_failed_operation() {
+            let reason = reason.unwrap_or_else(|| {
+                let missing = describe_missing_ranks(store, self.rank, &call, beat);
+                format!("{missing} (not done after {:.1?})", self.timeout)
+            });
+            self.abort_queued(CommError {
+                rank: self.rank,
+                group: call.group.to_string(),
+                members: call.members.to_vec(),
+                operation: call.operation,
+                reason,
+            });
+        }
+        let is_stuck = |failure: &&Failure| {
+            !failure.reported && failure.since.elapsed() > DEVICE_STUCK_TIMEOUT
+        };
+        let failure = self.failure.lock();
+        let stuck = failure.as_ref().filter(is_stuck);
+        if let (Some(stuck), Some(handler)) = (stuck, &*self.on_stuck.lock()) {
+            handler(&stuck.error);
+        }
+    }
+
+    /// Removes the completed operations, and returns the first that failed or took too long.
+    fn first_failed_operation(&self) -> Option<FailedOperation> {
+        let now = self.start.elapsed().as_secs_f64();
+        let mut first = None;
+        self.queued.lock().retain(|queued| {
+            let progress = (queued.progress)();
+            let mut log = self.log.lock();
+            let call = log.get(queued.id);
+            let reason = match progress {
+                Ok(true) => {
+                    if let Some(call) = call {
+                        call.ended_s = Some(now);
+                    }
+                    return false;
+                }
+                Ok(false) => None,
+                Err(reason) => Some(reason),
+            };
+            if let Some(call) = call
+                && first.is_none()
+                && (reason.is_some() || call.started.elapsed() > self.timeout)
+            {
+                let call = call.clone();
+                first = Some(FailedOperation { call, reason });
+            }
+            true
+        });
+        first
+    }
+
+    /// Records a failure and aborts the groups of all queued operations: the host may wait for any.
+    fn abort_queued(&self, error: CommError) {
+        tracing::error!("{error}");
+        self.failure.lock().get_or_insert(Failure {
+            error,
+            since: Instant::now(),
+            reported: false,
+        });
+        let queued = std::mem::take(&mut *self.queued.lock());
+        for operation in &queued {
+            operation.group.abort();
+        }
+        self.dump_calls();
+    }
+
+    /// Writes the log to its file; a failure only warns, since an error is being reported.
+    fn dump_calls(&self) {
+        let Some(path) = self.dump.lock().clone() else {
+            return;
+        };
+        let log = self.log.lock();
+        let dump = serde_json::json!({ "rank": self.rank, "calls": log.calls });
+        if let Err(error) = std::fs::write(&path, dump.to_string()) {
+            tracing::warn!("cannot write {}: {error}", path.display());
+        }
+    }
+
+    /// Warns about a call that takes too long, before it times out.
+    fn warn_if_stalled(&self, store: &Store, beat: &mut dyn FnMut() -> bool) {
+        let warn_after = (self.timeout / 2).min(Duration::from_secs(30));
+        let is_stalled = |call: &&Call| {
+            call.is_awaited() && call.missing.is_none() && call.started.elapsed() > warn_after
+        };
+        let stalled = self.log.lock().calls.iter().find(is_stalled).cloned();
+        let Some(stalled) = stalled else { return };
+        let missing = describe_missing_ranks(store, self.rank, &stalled, beat);
+        let waited = stalled.started.elapsed();
+        tracing::warn!("{missing}; waiting for {waited:.0?}");
+        let is_same = |call: &&mut Call| {
+            call.started == stalled.started && call.operation == stalled.operation
+        };
+        if let Some(call) = self.log.lock().calls.iter_mut().find(is_same) {
+            call.missing = Some(missing);
+        }
+    }
+}
