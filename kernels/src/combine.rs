@@ -5,6 +5,8 @@ use crate::cuda;
 use crate::number::Number;
 use crate::profile::{Cost, span};
 use crate::rows::{HostData, Indices, for_kind, for_rows, host_kind};
+use crate::tensors::LAST_DIM;
+use crate::tensors::{empty_as, sizes};
 use multiversion::multiversion;
 use tch::{Device, Kind, Tensor};
 
@@ -29,8 +31,9 @@ pub fn combine(rows: &Tensor, row_ids: &Tensor, weights: Option<&Tensor>) -> Ten
         let Some(kind) = on_host(&[rows], row_ids) else {
             return combine_by_libtorch(rows, row_ids, weights);
         };
-        let shape = [row_ids.size()[0], rows.size()[1]];
-        let out = Tensor::empty(shape, (kind, Device::Cpu));
+        let [tokens] = sizes(row_ids);
+        let [_, width] = sizes(rows);
+        let out = empty_as(rows, [tokens, width]);
         for_kind!(kind, combine_on_threads(rows, row_ids, weights, &out));
         out
     })
@@ -126,7 +129,7 @@ pub(crate) fn backward_by_libtorch(
         .zeros_like()
         .index_copy(0, &row_ids_with_row, &grad_routed);
     let products = (gather_rows(rows, row_ids) * grad.unsqueeze(1)).to_kind(Kind::Float);
-    let dots = products.sum_dim_intlist([-1i64].as_slice(), false, Kind::Float);
+    let dots = products.sum_dim_intlist(LAST_DIM, false, Kind::Float);
     (grad_rows, dots * row_ids.ge(0))
 }
 
@@ -136,11 +139,10 @@ fn combine_on_threads<T: Number>(
     weights: Option<&Tensor>,
     out: &Tensor,
 ) {
-    let tokens = row_ids.size()[0] as usize;
-    let top_k = row_ids.size()[1] as usize;
-    let width = rows.size()[1] as usize;
+    let [tokens, top_k] = sizes(row_ids);
+    let [_, width] = sizes(rows);
     // SAFETY: `on_host` has checked the device, layout and dtype; the rest is created here.
-    let [rows, out] = [rows, out].map(|x| unsafe { HostData::<T>::of(x) });
+    let [rows, out] = unsafe { HostData::<T>::of_all([rows, out]) };
     // SAFETY: as above.
     let row_ids = unsafe { Indices::of(row_ids) };
     // SAFETY: as above.
@@ -203,11 +205,10 @@ fn backward_on_threads<T: Number>(
         row_ids,
         weights,
     } = inputs;
-    let tokens = row_ids.size()[0] as usize;
-    let top_k = row_ids.size()[1] as usize;
-    let width = rows.size()[1] as usize;
+    let [tokens, top_k] = sizes(row_ids);
+    let [_, width] = sizes(rows);
     // SAFETY: as in `combine_on_threads`.
-    let [grad, rows, grad_rows] = [grad, rows, grad_rows].map(|x| unsafe { HostData::<T>::of(x) });
+    let [grad, rows, grad_rows] = unsafe { HostData::<T>::of_all([grad, rows, grad_rows]) };
     // SAFETY: as above.
     let row_ids = unsafe { Indices::of(row_ids) };
     // SAFETY: as above.
@@ -254,7 +255,9 @@ fn scale<T: Number>(grad: &[T], row: &[T], weight: f32, grad_row: &mut [T]) -> f
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensors::tests::randn;
     use proptest::prelude::*;
+    use tch::kind::{FLOAT_CPU, INT64_CPU};
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(200))]
@@ -272,16 +275,15 @@ mod tests {
             tch::manual_seed(seed);
             let kind = if bf16 { Kind::BFloat16 } else { Kind::Float };
             let tolerance = if bf16 { 3e-2 } else { 1e-5 };
-            let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
             // A permutation in which some routed tokens may have no row.
             let routed = tokens * top_k;
-            let row_ids = Tensor::randperm(routed, (Kind::Int64, Device::Cpu));
+            let row_ids = Tensor::randperm(routed, INT64_CPU);
             let row_ids = row_ids.view([tokens, top_k]);
             let count = if missing { routed * 2 / 3 } else { routed };
             let row_ids = row_ids.masked_fill(&row_ids.ge(count), -1);
-            let rows = random(&[count, width]).to_kind(kind);
-            let grad = random(&[tokens, width]).to_kind(kind);
-            let weights = random(&[tokens, top_k]);
+            let rows = randn(&[count, width], kind);
+            let grad = randn(&[tokens, width], kind);
+            let weights = randn(&[tokens, top_k], Kind::Float);
             let some = weighted.then_some(&weights);
             let wide = |x: &Tensor| x.to_kind(Kind::Float);
             let out = combine(&rows, &row_ids, some);
@@ -298,7 +300,7 @@ mod tests {
     #[test]
     #[should_panic]
     fn a_row_id_out_of_range_panics() {
-        let rows = Tensor::zeros([2, 4], (Kind::Float, Device::Cpu));
+        let rows = Tensor::zeros([2, 4], FLOAT_CPU);
         let row_ids = Tensor::from_slice(&[2i64]).view([1, 1]);
         let _ = combine(&rows, &row_ids, None);
     }

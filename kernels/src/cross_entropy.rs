@@ -5,6 +5,8 @@ use crate::number::Number;
 use crate::profile::{Cost, span};
 use crate::rows::{HostData, for_kind, for_rows, host_kind};
 use crate::softmax::exponentials;
+use crate::tensors::LAST_DIM;
+use crate::tensors::{empty_f32, sizes};
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
 
@@ -28,7 +30,7 @@ pub fn cross_entropy(
             return cuda::cross_entropy(gpu, logits, labels, inverse, scaled_factor);
         }
         if let Some(kind) = host_kind(&[logits]).filter(|_| labels.is_contiguous()) {
-            let losses = Tensor::empty([labels.numel() as i64], (Kind::Float, logits.device()));
+            let losses = empty_f32(logits, [labels.numel()]);
             for_kind!(
                 kind,
                 on_threads(logits, labels, &losses, inverse, scaled_factor)
@@ -43,7 +45,7 @@ fn by_libtorch(logits: &Tensor, labels: &Tensor, divisor: f64, factor: Option<f6
     let counted = labels.ge(0).to_kind(Kind::Float).unsqueeze(-1);
     let targets = labels.clamp_min(0).unsqueeze(-1);
     let wide = logits.to_kind(Kind::Float) / divisor;
-    let normalizer = wide.logsumexp([-1i64].as_slice(), true);
+    let normalizer = wide.logsumexp(LAST_DIM, true);
     let losses = &normalizer - wide.gather(1, &targets, false);
     let losses = (losses * &counted).squeeze_dim(-1);
     if let Some(factor) = factor {
@@ -63,7 +65,7 @@ fn on_threads<T: Number>(
     factor: Option<f32>,
 ) {
     let count = losses.numel();
-    let width = logits.size()[1] as usize;
+    let [_, width] = sizes(logits);
     // SAFETY: `host_kind` has checked the logits, and the caller creates the losses.
     let logits = unsafe { HostData::<T>::of(logits) };
     // SAFETY: as above.
@@ -112,25 +114,26 @@ fn token_loss<T: Number>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensors::tests::{TestTensor, randn};
+    use tch::kind::{FLOAT_CPU, INT64_CPU};
     use tch::{Device, Reduction};
 
     #[test]
     fn it_matches_libtorch() {
         for (kind, tolerance) in [(Kind::Float, 2e-6), (Kind::BFloat16, 1e-2)] {
             for (tokens, vocab) in [(0, 5), (1, 1), (7, 33), (40, 1000)] {
-                let logits = Tensor::randn([tokens, vocab], (Kind::Float, Device::Cpu)) * 4.0;
-                let logits = logits.to_kind(kind);
-                let labels = Tensor::randint(vocab, [tokens], (Kind::Int64, Device::Cpu));
+                let logits = randn(&[tokens, vocab], kind) * 4.0;
+                let labels = Tensor::randint(vocab, [tokens], INT64_CPU);
                 if tokens > 2 {
                     let _ = labels.narrow(0, 1, 1).fill_(-100);
                 }
-                let wide = logits.to_kind(Kind::Double).set_requires_grad(true);
+                let wide = logits.to_f64().set_requires_grad(true);
                 let scaled = &wide / 1.5;
                 let plain =
                     scaled.cross_entropy_loss(&labels, None::<Tensor>, Reduction::None, -100, 0.0);
                 (plain.sum(Kind::Double) * 0.25).backward();
                 let close = |ours: &Tensor, plain: &Tensor, tolerance: f64| {
-                    let ours = ours.to_kind(Kind::Double);
+                    let ours = ours.to_f64();
                     assert!(
                         ours.allclose(plain, tolerance, tolerance, false),
                         "{kind:?} {tokens} {vocab}"

@@ -87,7 +87,9 @@ mod tests {
     use super::*;
     use crate::cuda::tests::test_gpu;
     use crate::matmul::{grouped_gemm, grouped_gemm_accumulate, grouped_gemm_overwrite};
+    use crate::tensors::tests::{TestTensor, randn};
     use proptest::prelude::*;
+    use tch::kind::FLOAT_CPU;
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(100))]
@@ -103,9 +105,7 @@ mod tests {
             let inner = 8 * inner;
             let outer = 8 * outer;
             let device = test_gpu().1;
-            let random = |shape: &[i64]| {
-                Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16)
-            };
+            let random = |shape: &[i64]| randn(shape, Kind::BFloat16);
             let there = |x: &Tensor| x.to_device(device);
             let here = |x: &Tensor| x.to_device(Device::Cpu);
             let stack = |groups: usize| {
@@ -124,17 +124,15 @@ mod tests {
             let rows = random(&[total, inner]);
             let grad = random(&[total, outer]);
             prop_assert!(fits(&rows) && matrices.iter().all(fits) && fits(&grad.tr()));
-            let wide = |x: &Tensor| x.to_kind(Kind::Double);
             let close = |ours: &Tensor, plain: &Tensor| {
-                let off = (wide(ours) - wide(plain)).norm().double_value(&[]);
-                off <= 1e-2 * wide(plain).norm().double_value(&[])
+                let off = (ours.to_f64() - plain.to_f64()).norm();
+                off.double_value(&[]) <= 1e-2 * plain.to_f64().norm().double_value(&[])
             };
             let out = there(&grad).empty_like();
             let there_matrices: Vec<_> = matrices.iter().map(there).collect();
             gemm(&out, &there(&rows), &there_matrices, &counts);
             prop_assert!(close(&here(&out), &grouped_gemm(&rows, &matrices, &counts)));
-            let shape = [counts.len() as i64, outer, inner];
-            let sums = Tensor::randn(shape, (Kind::Float, Device::Cpu));
+            let sums = randn(&[counts.len() as i64, outer, inner], Kind::Float);
             let ours = there(&sums).copy();
             grouped_gemm_to_sums(&ours, &there(&grad), &there(&rows), &counts, accumulate);
             if accumulate {

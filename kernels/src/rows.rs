@@ -76,6 +76,15 @@ impl<T> HostData<T> {
         }
     }
 
+    /// Returns the data of several tensors.
+    ///
+    /// # Safety
+    /// As for [`HostData::of`].
+    pub(crate) unsafe fn of_all<const N: usize>(tensors: [&Tensor; N]) -> [HostData<T>; N] {
+        // SAFETY: as the caller promises.
+        tensors.map(|tensor| unsafe { HostData::of(tensor) })
+    }
+
     /// Returns rows of `width` elements.
     pub(crate) fn rows(&self, rows: &Range<usize>, width: usize) -> &[T] {
         let range = rows.start * width..rows.end * width;

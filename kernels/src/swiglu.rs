@@ -5,6 +5,7 @@ use crate::exponential::exp;
 use crate::number::Number;
 use crate::profile::{Cost, span};
 use crate::rows::{HostData, for_kind, for_rows, host_kind};
+use crate::tensors::{empty_as, sizes};
 use multiversion::multiversion;
 use tch::Tensor;
 
@@ -19,10 +20,9 @@ pub fn swiglu(hidden: &Tensor) -> Tensor {
             let halves = hidden.chunk(2, -1);
             return halves[0].silu().multiply_(&halves[1]);
         };
-        let rows = hidden.size()[0];
-        let ffn = hidden.size()[1] / 2;
-        let out = Tensor::empty([rows, ffn], (kind, hidden.device()));
-        for_kind!(kind, forward_on_threads(hidden, &out, ffn as usize));
+        let [rows, width] = sizes(hidden);
+        let out = empty_as(hidden, [rows, width / 2]);
+        for_kind!(kind, forward_on_threads(hidden, &out));
         out
     })
 }
@@ -54,10 +54,10 @@ pub fn swiglu_backward(grad: &Tensor, hidden: &Tensor) -> (Tensor, Tensor) {
     })
 }
 
-fn forward_on_threads<T: Number>(hidden: &Tensor, out: &Tensor, ffn: usize) {
-    let count = out.size()[0] as usize;
+fn forward_on_threads<T: Number>(hidden: &Tensor, out: &Tensor) {
+    let [count, ffn] = sizes(out);
     // SAFETY: `host_kind` has checked `hidden`, and the caller creates `out`.
-    let [hidden, out] = [hidden, out].map(|x| unsafe { HostData::<T>::of(x) });
+    let [hidden, out] = unsafe { HostData::<T>::of_all([hidden, out]) };
     for_rows(count, 2 * ffn, |_, rows| {
         // SAFETY: each row belongs to one thread.
         let out = unsafe { out.rows_mut(&rows, ffn) };
@@ -66,8 +66,7 @@ fn forward_on_threads<T: Number>(hidden: &Tensor, out: &Tensor, ffn: usize) {
 }
 
 fn backward_on_threads<T: Number>(grad: &Tensor, hidden: &Tensor, out: &Tensor, result: &Tensor) {
-    let count = grad.size()[0] as usize;
-    let ffn = grad.size()[1] as usize;
+    let [count, ffn] = sizes(grad);
     // SAFETY: `host_kind` has checked all four.
     let [grad, hidden, out, result] =
         [grad, hidden, out, result].map(|x| unsafe { HostData::<T>::of(x) });
@@ -121,27 +120,22 @@ fn backward<T: Number>(grad: &[T], hidden: &[T], out: &mut [T], result: &mut [T]
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::{Device, Kind};
+    use crate::tensors::tests::{TestTensor, randn};
+    use tch::Kind;
 
     #[test]
     fn it_matches_libtorch() {
         for (kind, tolerance) in [(Kind::Float, 2e-6), (Kind::BFloat16, 8e-3)] {
             for (rows, ffn) in [(0, 4), (1, 1), (3, 7), (67, 96)] {
-                let random = |shape: &[i64]| {
-                    let x = Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 3.0;
-                    x.to_kind(kind)
-                };
-                let hidden = random(&[rows, 2 * ffn]);
-                let grad = random(&[rows, ffn]);
-                let wide = hidden.to_kind(Kind::Double).set_requires_grad(true);
+                let hidden = randn(&[rows, 2 * ffn], kind) * 3.0;
+                let grad = randn(&[rows, ffn], kind) * 3.0;
+                let wide = hidden.to_f64().set_requires_grad(true);
                 let halves = wide.chunk(2, -1);
                 let plain = halves[0].silu() * &halves[1];
-                (&plain * grad.to_kind(Kind::Double))
-                    .sum(Kind::Double)
-                    .backward();
+                (&plain * grad.to_f64()).sum(Kind::Double).backward();
                 let close = |ours: Tensor, plain: &Tensor| {
                     assert_eq!(ours.kind(), kind);
-                    let ours = ours.to_kind(Kind::Double);
+                    let ours = ours.to_f64();
                     assert!(
                         ours.allclose(plain, tolerance, tolerance, false),
                         "{kind:?} {rows}"

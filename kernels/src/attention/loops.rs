@@ -11,8 +11,10 @@ use crate::gemm::kernel::{
 use crate::gemm::{Avx2, Avx512, InstructionSet, instructions};
 use crate::number::{Bf16, Number};
 use crate::rows::on_threads;
+use crate::tensors::{empty_as, empty_f32, sizes};
 use std::cell::RefCell;
 use std::ops::Range;
+use std::slice;
 use tch::{Device, Kind, Tensor};
 
 /// Queries of a block, a multiple of a tile and of a pair.
@@ -32,10 +34,10 @@ pub(super) fn supports_attention(
 ) -> Option<InstructionSet> {
     let kind = query.kind();
     let fits = |x: &Tensor| x.device() == Device::Cpu && x.kind() == kind && x.stride()[3] == 1;
-    let key_heads = (key.size()[0] * key.size()[1]) as usize;
+    let [batch, heads] = sizes(key);
     let supported = [query, key, value].into_iter().all(fits)
         && query.size()[3] % LANES as i64 == 0
-        && key_heads >= torch_ext::max_parallel_ranges();
+        && batch * heads >= torch_ext::max_parallel_ranges();
     instructions(kind).filter(|_| supported)
 }
 
@@ -52,7 +54,8 @@ pub(super) fn attention(
     }
     let [query, key, value] = inputs;
     let out = like(query);
-    let lse = Tensor::empty(&query.size()[..3], (Kind::Float, Device::Cpu));
+    let [batch, heads, length] = sizes(query);
+    let lse = empty_f32(query, [batch, heads, length]);
     let task = AttentionTask::new(query, key, scale);
     let views = ForwardViews {
         query: HeadView::new(query),
@@ -137,12 +140,8 @@ fn widened(inputs: [&Tensor; 3], instructions: InstructionSet) -> Option<[Tensor
 ///
 /// The next operation reads the rows of all heads of a token.
 fn like(x: &Tensor) -> Tensor {
-    let size = x.size();
-    Tensor::empty(
-        [size[0], size[2], size[1], size[3]],
-        (x.kind(), Device::Cpu),
-    )
-    .transpose(1, 2)
+    let [batch, heads, length, width] = sizes(x);
+    empty_as(x, [batch, length, heads, width]).transpose(1, 2)
 }
 
 /// A key or query head of a sequence in the batch.
@@ -213,7 +212,7 @@ impl HeadView {
     #[allow(clippy::mut_from_ref)]
     unsafe fn row<T>(&self, head: Head, row: usize, width: usize) -> &mut [T] {
         // SAFETY: as the caller promises.
-        unsafe { std::slice::from_raw_parts_mut(self.at(head, row).cast(), width) }
+        unsafe { slice::from_raw_parts_mut(self.at(head, row).cast(), width) }
     }
 }
 
@@ -246,14 +245,14 @@ thread_local! {
 
 impl AttentionTask {
     fn new(query: &Tensor, key: &Tensor, scale: f64) -> AttentionTask {
-        let size: Vec<usize> = query.size().iter().map(|&size| size as usize).collect();
-        let kv_heads = key.size()[1] as usize;
+        let [batch, heads, length, width] = sizes(query);
+        let [_, kv_heads] = sizes(key);
         AttentionTask {
-            batch: size[0],
-            heads: size[1],
+            batch,
+            heads,
             kv_heads,
-            length: size[2],
-            width: size[3],
+            length,
+            width,
             scale: scale as f32,
         }
     }
@@ -511,7 +510,7 @@ unsafe fn forward<K: Kernel, T: Number>(
                 let visible = start + rows;
                 let mut highest = [f32::NEG_INFINITY; QUERIES];
                 let mut totals = [0f32; QUERIES];
-                std::slice::from_raw_parts_mut(sums, rows * width).fill(0.0);
+                slice::from_raw_parts_mut(sums, rows * width).fill(0.0);
                 for first in (0..visible).step_by(KEYS) {
                     let here = (visible - first).min(KEYS);
                     let queries = LeftRows {
@@ -520,12 +519,12 @@ unsafe fn forward<K: Kernel, T: Number>(
                     };
                     keys.gemm::<K>(0..steps, first..first + here, rows, queries, to_scores);
                     for row in 0..rows {
-                        let scores = std::slice::from_raw_parts_mut(scores.add(row * ROW), here);
+                        let scores = slice::from_raw_parts_mut(scores.add(row * ROW), here);
                         let valid = (start + row + 1).saturating_sub(first).min(here);
                         let factor =
                             weights(scores, valid, scale, &mut highest[row], &mut totals[row]);
                         if factor != 1.0 {
-                            let sums = std::slice::from_raw_parts_mut(sums.add(row * width), width);
+                            let sums = slice::from_raw_parts_mut(sums.add(row * width), width);
                             for x in sums {
                                 *x *= factor;
                             }
@@ -552,7 +551,7 @@ unsafe fn forward<K: Kernel, T: Number>(
                     let lse = lse.row::<f32>(head, start + row, 1);
                     lse[0] = highest[row] + totals[row].ln();
                     let out = out.row::<T>(head, start + row, width);
-                    let sums = std::slice::from_raw_parts(sums.add(row * width), width);
+                    let sums = slice::from_raw_parts(sums.add(row * width), width);
                     for (out, x) in out.iter_mut().zip(sums) {
                         *out = T::narrow(x * inverse);
                     }
@@ -569,7 +568,7 @@ unsafe fn forward<K: Kernel, T: Number>(
 #[inline(always)]
 unsafe fn round_padded(from: &[f32], to: *mut Bf16) {
     // SAFETY: as the caller promises.
-    let to = unsafe { std::slice::from_raw_parts_mut(to, from.len() + 1) };
+    let to = unsafe { slice::from_raw_parts_mut(to, from.len() + 1) };
     for (to, x) in to.iter_mut().zip(from) {
         *to = Bf16::narrow(*x);
     }
@@ -704,8 +703,8 @@ unsafe fn backward<K: Kernel, T: Number>(
             width,
             &mut buffers.natural_keys,
         );
-        std::slice::from_raw_parts_mut(key_sums, length * width).fill(0.0);
-        std::slice::from_raw_parts_mut(value_sums, length * width).fill(0.0);
+        slice::from_raw_parts_mut(key_sums, length * width).fill(0.0);
+        slice::from_raw_parts_mut(value_sums, length * width).fill(0.0);
         for head in task.query_heads(kv_head) {
             for start in (0..length).step_by(QUERIES) {
                 let rows = (length - start).min(QUERIES);
@@ -733,7 +732,7 @@ unsafe fn backward<K: Kernel, T: Number>(
                         0.0
                     }
                 });
-                std::slice::from_raw_parts_mut(sums, rows * width).fill(0.0);
+                slice::from_raw_parts_mut(sums, rows * width).fill(0.0);
                 for first in (0..visible).step_by(KEYS) {
                     let here = (visible - first).min(KEYS);
                     let columns = first..first + here;
@@ -748,9 +747,9 @@ unsafe fn backward<K: Kernel, T: Number>(
                     };
                     values.gemm::<K>(0..steps, columns, rows, grad_rows, to_grad_scores);
                     for row in 0..rows {
-                        let scores = std::slice::from_raw_parts_mut(scores.add(row * ROW), here);
+                        let scores = slice::from_raw_parts_mut(scores.add(row * ROW), here);
                         let grad_scores =
-                            std::slice::from_raw_parts_mut(grad_scores.add(row * ROW), here);
+                            slice::from_raw_parts_mut(grad_scores.add(row * ROW), here);
                         let valid = (start + row + 1).saturating_sub(first).min(here);
                         let of_row = RowScalars {
                             scale,
@@ -798,15 +797,15 @@ unsafe fn backward<K: Kernel, T: Number>(
                     }
                 }
                 for row in 0..rows {
-                    let sums = std::slice::from_raw_parts(sums.add(row * width), width);
+                    let sums = slice::from_raw_parts(sums.add(row * width), width);
                     narrow(sums, views.grad_query.row::<T>(head, start + row, width));
                 }
             }
         }
         for row in 0..length {
-            let key_sums = std::slice::from_raw_parts(key_sums.add(row * width), width);
+            let key_sums = slice::from_raw_parts(key_sums.add(row * width), width);
             narrow(key_sums, views.grad_key.row::<T>(kv_head, row, width));
-            let value_sums = std::slice::from_raw_parts(value_sums.add(row * width), width);
+            let value_sums = slice::from_raw_parts(value_sums.add(row * width), width);
             narrow(value_sums, views.grad_value.row::<T>(kv_head, row, width));
         }
     }
@@ -841,15 +840,15 @@ fn gradients(scores: &mut [f32], grads: &mut [f32], valid: usize, row: RowScalar
 unsafe fn interleave_bf16_rows(from: *const f32, rows: usize, width: usize, to: *mut f32) {
     for row in (0..rows).step_by(2) {
         // SAFETY: as the caller promises.
-        let first = unsafe { std::slice::from_raw_parts(from.add(row * ROW), width) };
+        let first = unsafe { slice::from_raw_parts(from.add(row * ROW), width) };
         // SAFETY: as the caller promises.
         let to = unsafe {
             let pairs = to.add(row / 2 * ROW).cast::<u32>();
-            std::slice::from_raw_parts_mut(pairs, width)
+            slice::from_raw_parts_mut(pairs, width)
         };
         if row + 1 < rows {
             // SAFETY: as the caller promises.
-            let second = unsafe { std::slice::from_raw_parts(from.add((row + 1) * ROW), width) };
+            let second = unsafe { slice::from_raw_parts(from.add((row + 1) * ROW), width) };
             for (to, (a, b)) in to.iter_mut().zip(first.iter().zip(second)) {
                 *to = rounded(*a) >> 16 | rounded(*b) & 0xffff_0000;
             }

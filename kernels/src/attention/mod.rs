@@ -169,7 +169,10 @@ pub fn sum_repeated_heads(grad: &Tensor, times: i64) -> Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensors::LAST_DIM;
+    use crate::tensors::tests::TestTensor;
     use proptest::prelude::*;
+    use tch::kind::FLOAT_CPU;
 
     /// Returns attention and log-sum-exps in fp64.
     fn plain(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> (Tensor, Tensor) {
@@ -179,14 +182,14 @@ mod tests {
         let later = Tensor::ones([q.size()[2]; 2], (Kind::Bool, Device::Cpu)).triu(1);
         let scores = (q.matmul(&k.transpose(2, 3)) * scale).masked_fill(&later, f64::NEG_INFINITY);
         let out = scores.softmax(-1, Kind::Double).matmul(&v);
-        (out, scores.logsumexp([-1i64].as_slice(), false))
+        (out, scores.logsumexp(LAST_DIM, false))
     }
 
     /// Returns the largest difference over the largest element of `b`, which is taken to be at
     /// least `cancels`: with one key, for example, the gradient of the scores cancels to zero.
     fn off(a: &Tensor, b: &Tensor, cancels: f64) -> f64 {
         let most = |x: &Tensor| f64::try_from(x.abs().max()).unwrap();
-        most(&(a.to_kind(Kind::Double) - b)) / most(b).max(cancels)
+        most(&(a.to_f64() - b)) / most(b).max(cancels)
     }
 
     proptest! {
@@ -210,7 +213,7 @@ mod tests {
             let magnitude = if large { 5.0 } else { 1.0 };
             let random = |heads: i64, kind| {
                 let shape = [batch, length, heads, width];
-                let x = Tensor::randn(shape, (Kind::Float, Device::Cpu)) * magnitude;
+                let x = Tensor::randn(shape, FLOAT_CPU) * magnitude;
                 let x = x.to_kind(kind).transpose(1, 2);
                 if transposed { x } else { x.contiguous() }
             };
@@ -222,9 +225,9 @@ mod tests {
                 let heads = times * kv_heads;
                 let [q, grad] = [(); 2].map(|()| random(heads, kind));
                 let [k, v] = [(); 2].map(|()| random(kv_heads, kind));
-                let wide = [&q, &k, &v].map(|x| x.to_kind(Kind::Double).set_requires_grad(true));
+                let wide = [&q, &k, &v].map(|x| x.to_f64().set_requires_grad(true));
                 let (expected, expected_lse) = plain(&wide[0], &wide[1], &wide[2], scale);
-                (&expected * grad.to_kind(Kind::Double)).sum(Kind::Double).backward();
+                (&expected * grad.to_f64()).sum(Kind::Double).backward();
                 let (out, lse) = attention(&q, &k, &v, scale);
                 prop_assert!(off(&out, &expected.detach(), cancels) < tolerance);
                 prop_assert!(off(&lse, &expected_lse.detach(), cancels) < tolerance);

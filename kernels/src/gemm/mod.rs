@@ -185,7 +185,9 @@ fn task(GemmOperands { out, left, right }: &GemmOperands, accumulate: bool) -> G
 mod tests {
     use super::*;
     use crate::matrix::tests::random;
+    use crate::tensors::tests::TestTensor;
     use proptest::prelude::*;
+    use tch::kind::FLOAT_CPU;
     use tch::{Device, Tensor};
 
     proptest! {
@@ -207,10 +209,18 @@ mod tests {
             let k = (if deep == 0 { k + 1100 } else { k }) / 2 * 2;
             let left = random(m, k, transposed[0], kind);
             let right = random(k, n, transposed[1], kind);
-            let out_kind = if accumulate && !narrow_sum { Kind::Float } else { kind };
+            let out_kind = if accumulate && !narrow_sum {
+                Kind::Float
+            } else {
+                kind
+            };
             let before = random(m, n, false, out_kind);
-            let plain = left.to_kind(Kind::Double).matmul(&right.to_kind(Kind::Double));
-            let plain = if accumulate { plain + before.to_kind(Kind::Double) } else { plain };
+            let plain = left.to_f64().matmul(&right.to_f64());
+            let plain = if accumulate {
+                plain + before.to_f64()
+            } else {
+                plain
+            };
             for instructions in InstructionSet::available() {
                 let compute = || {
                     let out = random(m, n, false, out_kind);
@@ -220,7 +230,7 @@ mod tests {
                     out
                 };
                 let out = compute();
-                let off = (out.to_kind(Kind::Double) - &plain).norm().double_value(&[]);
+                let off = (out.to_f64() - &plain).norm().double_value(&[]);
                 let tolerance = if bf16 { 5e-3 } else { 1e-6 };
                 let close = off <= tolerance * plain.norm().double_value(&[]);
                 prop_assert!(close, "{instructions:?}: {off}");
@@ -238,17 +248,12 @@ mod tests {
         for kind in [Kind::Float, Kind::BFloat16] {
             let left = random(9, 40_000, true, kind);
             let right = random(40_000, 20, false, kind);
-            let plain = left
-                .to_kind(Kind::Double)
-                .matmul(&right.to_kind(Kind::Double))
-                + 1.0;
+            let plain = left.to_f64().matmul(&right.to_f64()) + 1.0;
             for instructions in InstructionSet::available() {
-                let sum = Tensor::ones([9, 20], (Kind::Float, Device::Cpu));
+                let sum = Tensor::ones([9, 20], FLOAT_CPU);
                 let operands = GemmOperands::of(&sum, &left, &right);
                 gemm_batch(&[operands], true, instructions);
-                let off = (sum.to_kind(Kind::Double) - &plain)
-                    .norm()
-                    .double_value(&[]);
+                let off = (sum.to_f64() - &plain).norm().double_value(&[]);
                 assert!(
                     off < 1e-5 * plain.norm().double_value(&[]),
                     "{instructions:?} {kind:?}: {off}"
