@@ -81,18 +81,20 @@ fn on_host(tensors: &[&Tensor], row_ids: &Tensor) -> Option<Kind> {
 }
 
 fn on_gpu(tensors: &[&Tensor], row_ids: &Tensor) -> Option<&'static dyn cuda::Gpu> {
-    cuda::gpu(tensors).filter(|_| cuda::same_device_contiguous(tensors[0], row_ids, Kind::Int64))
+    let indexed = cuda::same_device_contiguous(tensors[0], row_ids, Kind::Int64);
+    cuda::gpu(tensors).filter(|_| indexed)
 }
 
 /// Returns the row of each routed token, `[T, K, D]`, or an arbitrary one if it has none.
 fn gather_rows(rows: &Tensor, row_ids: &Tensor) -> Tensor {
-    let shape = [row_ids.size()[0], row_ids.size()[1], rows.size()[1]];
-    match rows.size()[0] {
-        0 => Tensor::zeros(shape, (rows.kind(), rows.device())),
-        _ => rows
-            .index_select(0, &row_ids.clamp_min(0).flatten(0, -1))
-            .view(shape),
+    let [tokens, top_k] = sizes(row_ids);
+    let [count, width] = sizes(rows);
+    if count == 0 {
+        return empty_as(rows, [tokens, top_k, width]).zero_();
     }
+    let row_ids = row_ids.clamp_min(0).flatten(0, -1);
+    let shape = [tokens as i64, top_k as i64, width as i64];
+    rows.index_select(0, &row_ids).view(shape)
 }
 
 /// Returns the weights of routed tokens, and zero for those without a row: `[T, K, 1]` of `kind`.
@@ -120,7 +122,8 @@ pub(crate) fn backward_by_libtorch(
     row_ids: &Tensor,
     weights: &Tensor,
 ) -> (Tensor, Tensor) {
-    let grad_routed = grad.unsqueeze(1) * factors(row_ids, Some(weights), rows.kind());
+    let factors = factors(row_ids, Some(weights), rows.kind());
+    let grad_routed = grad.unsqueeze(1) * factors;
     let flat_ids = row_ids.flatten(0, -1);
     let with_row = flat_ids.ge(0).nonzero().squeeze_dim(-1);
     let row_ids_with_row = flat_ids.index_select(0, &with_row);
@@ -128,7 +131,8 @@ pub(crate) fn backward_by_libtorch(
     let grad_rows = rows
         .zeros_like()
         .index_copy(0, &row_ids_with_row, &grad_routed);
-    let products = (gather_rows(rows, row_ids) * grad.unsqueeze(1)).to_kind(Kind::Float);
+    let products = gather_rows(rows, row_ids) * grad.unsqueeze(1);
+    let products = products.to_kind(Kind::Float);
     let dots = products.sum_dim_intlist(LAST_DIM, false, Kind::Float);
     (grad_rows, dots * row_ids.ge(0))
 }
@@ -177,7 +181,8 @@ fn sum<T: Number>(rows: &[WeightedRow<T>], out: &mut [T]) {
         let start = index * CHUNK;
         let mut sums = [0f32; CHUNK];
         for WeightedRow { row, weight } in rows {
-            for (sum, x) in sums.iter_mut().zip(&row[start..start + out.len()]) {
+            let row = &row[start..start + out.len()];
+            for (sum, x) in sums.iter_mut().zip(row) {
                 *sum += weight * x.wide();
             }
         }
@@ -230,7 +235,7 @@ fn backward_on_threads<T: Number>(
                 let row = rows.rows(&row_id, width);
                 // SAFETY: a row belongs to one routed token, as the caller promises.
                 let grad_row = unsafe { grad_rows.rows_mut(&row_id, width) };
-                *grad_weight = scale(grad, row, *weight, grad_row);
+                *grad_weight = weighted_gradient(grad, row, *weight, grad_row);
             }
         }
     });
@@ -238,15 +243,20 @@ fn backward_on_threads<T: Number>(
 
 /// Computes `grad_row = weight * grad` and returns the dot product of `grad` and `row`.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn scale<T: Number>(grad: &[T], row: &[T], weight: f32, grad_row: &mut [T]) -> f32 {
+fn weighted_gradient<T: Number>(
+    token_grad: &[T],
+    row: &[T],
+    weight: f32,
+    grad_row: &mut [T],
+) -> f32 {
     let mut lanes = [0f32; CHUNK];
-    let chunks = grad.chunks(CHUNK).zip(row.chunks(CHUNK));
-    for ((grad, row), grad_row) in chunks.zip(grad_row.chunks_mut(CHUNK)) {
-        let elements = grad.iter().zip(row).zip(grad_row);
-        for (((grad, row), grad_row), lane) in elements.zip(&mut lanes) {
-            let grad = grad.wide();
-            *lane += grad * row.wide();
-            *grad_row = T::narrow(weight * grad);
+    let chunks = token_grad.chunks(CHUNK).zip(row.chunks(CHUNK));
+    for ((token_grad, row), grad_row) in chunks.zip(grad_row.chunks_mut(CHUNK)) {
+        let elements = token_grad.iter().zip(row).zip(grad_row);
+        for (((token_grad, row), grad_row), lane) in elements.zip(&mut lanes) {
+            let token_grad = token_grad.wide();
+            *lane += token_grad * row.wide();
+            *grad_row = T::narrow(weight * token_grad);
         }
     }
     lanes.iter().sum()

@@ -9,7 +9,7 @@ use crate::grouped;
 use crate::matrix::{GemmOperands, Matrix};
 use crate::profile::{Cost, span};
 #[cfg(target_arch = "x86_64")]
-use crate::tensors::{empty_as, sizes};
+use crate::tensors::{empty_as, sizes, slice_rows};
 use tch::{Device, Kind, Tensor};
 
 /// libtorch computes GEMMs of up to this many rows: packing their right matrix would not pay.
@@ -30,7 +30,7 @@ pub fn gemm(left: &Tensor, right: &Tensor) -> Tensor {
 /// Writes the matrix product `left right` to `out`; all three have the same dtype.
 pub fn gemm_into(out: &Tensor, left: &Tensor, right: &Tensor) {
     let cost = || cost(out, left, right);
-    let operands = || vec![GemmOperands::of(out, left, right)];
+    let operands = || vec![GemmOperands::of_tensors(out, left, right)];
     span("gemm", "of activations", cost, || {
         if !try_own_gemm([out, left, right], false, operands) {
             tch::no_grad(|| drop(left.mm_out(out, right)));
@@ -50,7 +50,7 @@ pub fn gemm_overwrite(sum: &Tensor, left: &Tensor, right: &Tensor) {
 
 fn gemm_to_sum(sum: &Tensor, left: &Tensor, right: &Tensor, accumulate: bool) {
     let cost = || cost(sum, left, right);
-    let operands = || vec![GemmOperands::of(sum, left, right)];
+    let operands = || vec![GemmOperands::of_tensors(sum, left, right)];
     span("gemm", "for gradients", cost, || {
         if !try_own_gemm([sum, left, right], accumulate, operands) {
             by_libtorch(sum, left, right, accumulate);
@@ -83,15 +83,20 @@ pub fn grouped_gemm(rows: &Tensor, matrices: &[Tensor], counts: &[i64]) -> Tenso
     span("gemm", "of experts", cost, || {
         let inputs: Vec<_> = matrices.iter().chain([rows]).collect();
         if groups.len() > 1 && grouped::supports_grouped_mm(&inputs) {
-            grouped::gemm(&out, rows, matrices, counts);
+            grouped::grouped_gemm_into(&out, rows, matrices, counts);
         } else if !try_own_gemm([&out, rows, &matrices[0]], false, operands) {
-            grouped_by_libtorch(&out, rows, matrices, &groups);
+            grouped_gemm_by_libtorch(&out, rows, matrices, &groups);
         }
     });
     out
 }
 
-fn grouped_by_libtorch(out: &Tensor, rows: &Tensor, matrices: &[Tensor], groups: &[GemmGroup]) {
+fn grouped_gemm_by_libtorch(
+    out: &Tensor,
+    rows: &Tensor,
+    matrices: &[Tensor],
+    groups: &[GemmGroup],
+) {
     let total = rows.size()[0];
     let matrices: Vec<_> = matrices.iter().flat_map(|all| all.unbind(0)).collect();
     // oneDNN compiles a kernel for each new number of rows, which takes longer than the GEMM. So
@@ -116,18 +121,32 @@ fn grouped_by_libtorch(out: &Tensor, rows: &Tensor, matrices: &[Tensor], groups:
 /// Adds the product `left^T right` of each group's rows to its own matrix of `sums` `[G, O, I]`
 /// fp32.
 ///
-/// Group `g` has `counts[g]` rows of `left` `[R, O]` and `right` `[R, I]`, in order.
-pub fn grouped_gemm_accumulate(sums: &Tensor, left: &Tensor, right: &Tensor, counts: &[i64]) {
-    grouped_gemm_to_sums(sums, left, right, counts, true);
+/// Group `g` has `rows_per_group[g]` rows of `left` `[R, O]` and `right` `[R, I]`, in order.
+pub fn grouped_gemm_accumulate(
+    sums: &Tensor,
+    left: &Tensor,
+    right: &Tensor,
+    rows_per_group: &[i64],
+) {
+    grouped_gemm_to_sums(sums, left, right, rows_per_group, true);
 }
 
 /// Does what [`grouped_gemm_accumulate`] does, with the previous contents of `sums` taken as zero.
 ///
 /// # Panics
-/// If the numbers of counts and sums differ.
-pub fn grouped_gemm_overwrite(sums: &Tensor, left: &Tensor, right: &Tensor, counts: &[i64]) {
-    assert_eq!(counts.len() as i64, sums.size()[0], "one count per sum");
-    grouped_gemm_to_sums(sums, left, right, counts, false);
+/// If there is not one group for each sum.
+pub fn grouped_gemm_overwrite(
+    sums: &Tensor,
+    left: &Tensor,
+    right: &Tensor,
+    rows_per_group: &[i64],
+) {
+    assert_eq!(
+        rows_per_group.len() as i64,
+        sums.size()[0],
+        "one count per sum"
+    );
+    grouped_gemm_to_sums(sums, left, right, rows_per_group, false);
 }
 
 fn grouped_gemm_to_sums(
@@ -158,7 +177,8 @@ fn grouped_gemm_to_sums(
         } else if !try_own_gemm([sums, left, right], accumulate, operands) {
             for &GemmGroup { index, start, len } in &groups {
                 let sum = sums.get(index as i64);
-                let rows = |x: &Tensor| x.narrow(0, start as i64, len as i64);
+                let range = start..start + len;
+                let rows = |x: &Tensor| slice_rows(x, &range);
                 by_libtorch(&sum, &rows(left).tr(), &rows(right), accumulate);
             }
         }
@@ -166,7 +186,8 @@ fn grouped_gemm_to_sums(
 }
 
 fn cost(out: &Tensor, left: &Tensor, right: &Tensor) -> Cost {
-    let flops = (2 * out.numel()) as f64 * left.size()[1] as f64;
+    let [_, inner] = sizes(left);
+    let flops = (2 * out.numel()) as f64 * inner as f64;
     let passes = [out, left, right].map(|x| Cost::passes(1.0, x));
     passes
         .into_iter()
@@ -236,7 +257,8 @@ fn try_own_gemm<'a>(
         return false;
     }
     let gemms = operands();
-    let enough_rows = accumulate || gemms.iter().any(|gemm| gemm.out.rows > FEW_ROWS);
+    let has_rows = |gemm: &GemmOperands| gemm.out.rows > FEW_ROWS;
+    let enough_rows = accumulate || gemms.iter().any(has_rows);
     if gemms.is_empty() || !enough_rows || !gemms.iter().all(fits) {
         return false;
     }
@@ -245,7 +267,11 @@ fn try_own_gemm<'a>(
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn try_own_gemm<'a>(_: [&Tensor; 3], _: bool, _: impl FnOnce() -> Vec<GemmOperands<'a>>) -> bool {
+fn try_own_gemm<'a>(
+    _tensors: [&Tensor; 3],
+    _accumulate: bool,
+    _operands: impl FnOnce() -> Vec<GemmOperands<'a>>,
+) -> bool {
     false
 }
 

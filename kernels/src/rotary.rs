@@ -136,11 +136,11 @@ fn rotate_rows<T: Number>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tensors::tests::{TestTensor, randn};
+    use crate::tensors::tests::{TestTensor, randn, tolerances};
 
     #[test]
     fn pairs_rotate_by_the_angle_of_their_position() {
-        for (kind, tolerance) in [(Kind::Float, 1e-6), (Kind::BFloat16, 2e-2)] {
+        for (kind, tolerance) in tolerances(1e-6, 2e-2) {
             let random = |shape: &[i64]| randn(shape, kind);
             let cos = random(&[5, 3]);
             let sin = random(&[5, 3]);

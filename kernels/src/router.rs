@@ -25,14 +25,16 @@ const TINY: f32 = 1e-20;
 
 /// True if [`select_experts`], [`router`] and [`router_backward`] accept these logits.
 pub fn supports_router(logits_te: &Tensor) -> bool {
-    let is_matrix = logits_te.dim() == 2 && logits_te.size()[1] > 0;
-    let on_host = || host_kind(&[logits_te]).is_some();
-    let on_gpu = || gpu(logits_te).is_some();
-    logits_te.kind() == Kind::Float && is_matrix && (on_host() || on_gpu())
+    if logits_te.kind() != Kind::Float || logits_te.dim() != 2 {
+        return false;
+    }
+    let [_, experts] = sizes(logits_te);
+    experts > 0 && (host_kind(&[logits_te]).is_some() || gpu(logits_te).is_some())
 }
 
 fn gpu(logits_te: &Tensor) -> Option<&'static dyn cuda::Gpu> {
-    cuda::gpu(&[logits_te]).filter(|_| logits_te.size()[1] as usize <= cuda::MAX_EXPERTS)
+    let [_, experts] = sizes(logits_te);
+    cuda::gpu(&[logits_te]).filter(|_| experts <= cuda::MAX_EXPERTS)
 }
 
 /// Selects the `top_k` experts with the highest scores for each token, `[T, K]` int64.
@@ -95,7 +97,7 @@ pub fn router(
             cuda::router(gpu, logits_te, experts_tk, scoring, groups)
         });
     }
-    let all = Tokens::of(logits_te, experts_tk, groups);
+    let all = Tokens::chunked(logits_te, experts_tk, groups);
     let width = all.width;
     let top_k = all.top_k;
     let weights_tk = empty_f32(logits_te, sizes::<2>(experts_tk));
@@ -129,7 +131,8 @@ pub fn router(
         }
     });
     let sums: Vec<f32> = sums.into_iter().map(|sum| sum as f32).collect();
-    let prob_sums_ge = Tensor::from_slice(&sums).view([groups.len() as i64, width as i64]);
+    let shape = [groups.len() as i64, width as i64];
+    let prob_sums_ge = Tensor::from_slice(&sums).view(shape);
     RouterOutput {
         weights_tk,
         prob_sums_ge,
@@ -155,7 +158,7 @@ pub fn router_backward(
             cuda::router_backward(gpu, logits_te, experts_tk, scoring, groups, grads)
         });
     }
-    let all = Tokens::of(logits_te, experts_tk, groups);
+    let all = Tokens::chunked(logits_te, experts_tk, groups);
     let width = all.width;
     let top_k = all.top_k;
     let gradient = logits_te.empty_like();
@@ -219,7 +222,11 @@ struct Tokens<'a> {
 }
 
 impl<'a> Tokens<'a> {
-    fn of(logits_te: &'a Tensor, experts_tk: &'a Tensor, groups: &[Range<usize>]) -> Tokens<'a> {
+    fn chunked(
+        logits_te: &'a Tensor,
+        experts_tk: &'a Tensor,
+        groups: &[Range<usize>],
+    ) -> Tokens<'a> {
         check_inputs(logits_te, experts_tk, groups);
         let [_, width] = sizes(logits_te);
         let [_, top_k] = sizes(experts_tk);
@@ -455,11 +462,11 @@ fn backward(
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::tensors::slice_rows;
     use crate::tensors::tests::{TestTensor, randn};
     use crate::tensors::{FIRST_DIM, LAST_DIM};
     use proptest::prelude::*;
-    use tch::Device;
-    use tch::kind::{FLOAT_CPU, INT64_CPU};
+    use tch::kind::INT64_CPU;
 
     /// Returns consecutive ranges of these lengths.
     pub(crate) fn consecutive(lens: &[usize]) -> Vec<Range<usize>> {
@@ -494,8 +501,7 @@ pub(crate) mod tests {
         } * scoring.scale;
         let probs = &scores / sum(&scores);
         let group_sum = |group: &Range<usize>| {
-            let probs = probs.narrow(0, group.start as i64, group.len() as i64);
-            probs.sum_dim_intlist(FIRST_DIM, false, Kind::Double)
+            slice_rows(&probs, group).sum_dim_intlist(FIRST_DIM, false, Kind::Double)
         };
         let sums: Vec<Tensor> = groups.iter().map(group_sum).collect();
         let normalizers = logits.logsumexp(LAST_DIM, false);
@@ -582,7 +588,8 @@ pub(crate) mod tests {
                 logits.softmax(-1, Kind::Float)
             };
             let scores = if biased { scores + &bias } else { scores };
-            let ours = select_experts(&logits, biased.then_some(&bias), top_k as usize, sigmoid);
+            let bias = biased.then_some(&bias);
+            let ours = select_experts(&logits, bias, top_k as usize, sigmoid);
             let (best, _) = scores.topk(top_k, -1, true, true);
             prop_assert!(
                 scores
@@ -602,7 +609,8 @@ pub(crate) mod tests {
         let mut second = chosen[3..].to_vec();
         second.sort_unstable();
         second.dedup();
-        assert!(second.len() == 3 && second.iter().all(|expert| (0..4).contains(expert)));
+        let is_valid = |expert: &i64| (0..4).contains(expert);
+        assert!(second.len() == 3 && second.iter().all(is_valid));
         let scoring = RouterScoring {
             sigmoid: false,
             normalize: false,

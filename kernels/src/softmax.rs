@@ -43,31 +43,40 @@ pub fn softmax(logits: &Tensor, divisor: f64, out: &Tensor) -> (Tensor, Tensor) 
     })
 }
 
-/// Computes the gradient of the logits, `probs * scale - minus * onehot(labels)`, in place.
+/// Computes the gradient of the logits, `probs * prob_factors - label_factors * onehot(labels)`, in
+/// place.
 ///
-/// `probs` is `[T, V]`, `labels` is `[T]` int64, `scale` and `minus` are `[T]` fp32.
+/// `probs` is `[T, V]`, `labels` is `[T]` int64, `prob_factors` and `label_factors` are `[T]` fp32.
 ///
 /// # Panics
 /// If a label is out of range.
-pub fn softmax_gradient(probs: &Tensor, scale: &Tensor, labels: &Tensor, minus: &Tensor) {
+pub fn softmax_gradient(
+    probs: &Tensor,
+    prob_factors: &Tensor,
+    labels: &Tensor,
+    label_factors: &Tensor,
+) {
     let cost = || Cost::passes(2.0, probs);
     span("cross-entropy", "gradient", cost, || {
         let [count] = sizes(probs);
-        let fits = [scale, labels, minus]
+        let fits = [prob_factors, labels, label_factors]
             .iter()
             .all(|x| x.is_contiguous() && x.numel() == count);
         let fits_gpu = fits
-            && cuda::same_device_contiguous(probs, scale, Kind::Float)
+            && cuda::same_device_contiguous(probs, prob_factors, Kind::Float)
             && cuda::same_device_contiguous(probs, labels, Kind::Int64)
-            && cuda::same_device_contiguous(probs, minus, Kind::Float);
+            && cuda::same_device_contiguous(probs, label_factors, Kind::Float);
         if let Some(gpu) = cuda::gpu(&[probs]).filter(|_| fits_gpu) {
-            return cuda::softmax_gradient(gpu, probs, scale, labels, minus);
+            return cuda::softmax_gradient(gpu, probs, prob_factors, labels, label_factors);
         }
         match host_kind(&[probs]).filter(|_| fits) {
-            Some(kind) => for_kind!(kind, gradient_on_threads(probs, scale, labels, minus)),
+            Some(kind) => for_kind!(
+                kind,
+                softmax_gradient_on_threads(probs, prob_factors, labels, label_factors)
+            ),
             None => {
-                let mut grad = probs.to_kind(Kind::Float) * scale.unsqueeze(1);
-                let grad = grad.scatter_add_(1, &labels.unsqueeze(1), &-minus.unsqueeze(1));
+                let mut grad = probs.to_kind(Kind::Float) * prob_factors.unsqueeze(1);
+                let grad = grad.scatter_add_(1, &labels.unsqueeze(1), &-label_factors.unsqueeze(1));
                 probs.shallow_clone().copy_(&grad);
             }
         }
@@ -90,7 +99,8 @@ fn softmax_on_threads<T: Number>(
         let mut wide = vec![0f32; width];
         for row in rows {
             let rows = row..row + 1;
-            let (highest, total) = exponentials_of(logits.rows(&rows, width), &mut wide, inverse);
+            let (highest, total) =
+                vector_exponentials(logits.rows(&rows, width), &mut wide, inverse);
             // SAFETY: each row belongs to one thread.
             unsafe {
                 largest.rows_mut(&rows, 1)[0] = highest;
@@ -103,32 +113,42 @@ fn softmax_on_threads<T: Number>(
     });
 }
 
-fn gradient_on_threads<T: Number>(probs: &Tensor, scale: &Tensor, labels: &Tensor, minus: &Tensor) {
+fn softmax_gradient_on_threads<T: Number>(
+    probs: &Tensor,
+    prob_factors: &Tensor,
+    labels: &Tensor,
+    label_factors: &Tensor,
+) {
     let [count, width] = sizes(probs);
     // SAFETY: the caller has checked all devices, layouts and dtypes.
     let probs = unsafe { HostData::<T>::of(probs) };
     // SAFETY: as above.
     let labels = unsafe { Indices::of(labels) };
     // SAFETY: as above.
-    let [scale, minus] = unsafe { HostData::<f32>::of_all([scale, minus]) };
+    let [prob_factors, label_factors] =
+        unsafe { HostData::<f32>::of_all([prob_factors, label_factors]) };
     for_rows(count, width, |_, rows| {
         for row in rows {
             let rows = row..row + 1;
             // SAFETY: each row belongs to one thread.
             let probs = unsafe { probs.rows_mut(&rows, width) };
-            let scale = scale.rows(&rows, 1)[0];
-            let minus = minus.rows(&rows, 1)[0];
+            let prob_factors = prob_factors.rows(&rows, 1)[0];
+            let label_factors = label_factors.rows(&rows, 1)[0];
             let label = labels.rows(&rows, 1)[0] as usize;
-            let label_grad = probs[label].wide() * scale - minus;
-            scale_row(probs, scale);
+            let label_grad = probs[label].wide() * prob_factors - label_factors;
+            scale_row(probs, prob_factors);
             probs[label] = T::narrow(label_grad);
         }
     });
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn exponentials_of<T: Number>(logits: &[T], wide: &mut [f32], inverse: f32) -> (f32, f32) {
-    exponentials(logits, wide, inverse)
+fn vector_exponentials<T: Number>(
+    logits: &[T],
+    wide: &mut [f32],
+    inverse_divisor: f32,
+) -> (f32, f32) {
+    exponentials(logits, wide, inverse_divisor)
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
@@ -145,14 +165,18 @@ fn scale_row<T: Number>(row: &mut [T], scale: f32) {
     }
 }
 
-/// Writes `exp(logits * inverse - highest)` to `wide`, where `highest` is the maximum of
-/// `logits * inverse`. Returns `highest` and the sum of the exponentials.
+/// Writes `exp(logits * inverse_divisor - highest)` to `wide`, where `highest` is the maximum of
+/// `logits * inverse_divisor`. Returns `highest` and the sum of the exponentials.
 #[inline(always)]
-pub(crate) fn exponentials<T: Number>(logits: &[T], wide: &mut [f32], inverse: f32) -> (f32, f32) {
+pub(crate) fn exponentials<T: Number>(
+    logits: &[T],
+    wide: &mut [f32],
+    inverse_divisor: f32,
+) -> (f32, f32) {
     let mut highest = [f32::NEG_INFINITY; LANES];
     let scale = |wide: &mut [f32], logits: &[T], highest: &mut [f32; LANES]| {
         for ((wide, logit), highest) in wide.iter_mut().zip(logits).zip(highest) {
-            *wide = logit.wide() * inverse;
+            *wide = logit.wide() * inverse_divisor;
             // NaN is ignored here and propagates by the sum.
             *highest = if *wide > *highest { *wide } else { *highest };
         }
@@ -183,13 +207,12 @@ pub(crate) fn exponentials<T: Number>(logits: &[T], wide: &mut [f32], inverse: f
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tensors::tests::{TestTensor, randn};
-    use tch::Device;
+    use crate::tensors::tests::{TestTensor, randn, tolerances};
     use tch::kind::{FLOAT_CPU, INT64_CPU};
 
     #[test]
     fn vocabulary_shards_add_up_to_the_softmax_and_its_gradient() {
-        for (kind, tolerance) in [(Kind::Float, 2e-6), (Kind::BFloat16, 1e-2)] {
+        for (kind, tolerance) in tolerances(2e-6, 1e-2) {
             for (tokens, own, other) in [(0, 3, 2), (1, 1, 4), (9, 40, 7), (30, 500, 800)] {
                 let all = randn(&[tokens, own + other], kind) * 4.0;
                 let wide = all.to_f64() / 1.5;

@@ -59,13 +59,15 @@ mod tests {
     use super::*;
     use crate::tensors::tests::{TestTensor, randn};
     use proptest::prelude::*;
-    use tch::Device;
-    use tch::kind::FLOAT_CPU;
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(200))]
         #[test]
-        fn it_matches_libtorch(count in 0i64..100_000, threads in 1i32..4, wide: bool) {
+        fn it_matches_libtorch(
+            count in 0i64..100_000,
+            threads in 1i32..4,
+            wide: bool,
+        ) {
             tch::set_num_threads(threads);
             let kind = if wide { Kind::Float } else { Kind::BFloat16 };
             let x = randn(&[count], kind);

@@ -65,25 +65,31 @@ fn forward_on_threads<T: Number>(hidden: &Tensor, out: &Tensor) {
     });
 }
 
-fn backward_on_threads<T: Number>(grad: &Tensor, hidden: &Tensor, out: &Tensor, result: &Tensor) {
+fn backward_on_threads<T: Number>(
+    grad: &Tensor,
+    hidden: &Tensor,
+    grad_hidden: &Tensor,
+    activation: &Tensor,
+) {
     let [count, ffn] = sizes(grad);
     // SAFETY: `host_kind` has checked all four.
-    let [grad, hidden, out, result] =
-        [grad, hidden, out, result].map(|x| unsafe { HostData::<T>::of(x) });
+    let [grad, hidden, grad_hidden, activation] =
+        unsafe { HostData::<T>::of_all([grad, hidden, grad_hidden, activation]) };
     for_rows(count, 2 * ffn, |_, rows| {
         let grad = grad.rows(&rows, ffn);
         let hidden = hidden.rows(&rows, 2 * ffn);
         // SAFETY: each row belongs to one thread.
-        let out = unsafe { out.rows_mut(&rows, 2 * ffn) };
+        let grad_hidden = unsafe { grad_hidden.rows_mut(&rows, 2 * ffn) };
         // SAFETY: as above.
-        let result = unsafe { result.rows_mut(&rows, ffn) };
-        backward(grad, hidden, out, result, ffn);
+        let activation = unsafe { activation.rows_mut(&rows, ffn) };
+        backward(grad, hidden, grad_hidden, activation, ffn);
     });
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 fn forward<T: Number>(hidden: &[T], out: &mut [T], ffn: usize) {
-    for (hidden, out) in hidden.chunks_exact(2 * ffn).zip(out.chunks_exact_mut(ffn)) {
+    let outputs = out.chunks_exact_mut(ffn);
+    for (hidden, out) in hidden.chunks_exact(2 * ffn).zip(outputs) {
         let (gate, up) = hidden.split_at(ffn);
         for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
             let x = gate.wide();
@@ -93,16 +99,22 @@ fn forward<T: Number>(hidden: &[T], out: &mut [T], ffn: usize) {
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn backward<T: Number>(grad: &[T], hidden: &[T], out: &mut [T], result: &mut [T], ffn: usize) {
+fn backward<T: Number>(
+    grad: &[T],
+    hidden: &[T],
+    grad_hidden: &mut [T],
+    activation: &mut [T],
+    ffn: usize,
+) {
     let inputs = grad.chunks_exact(ffn).zip(hidden.chunks_exact(2 * ffn));
-    let grads = out.chunks_exact_mut(2 * ffn);
-    let outputs = grads.zip(result.chunks_exact_mut(ffn));
-    for ((grad, hidden), (out, result)) in inputs.zip(outputs) {
+    let grads = grad_hidden.chunks_exact_mut(2 * ffn);
+    let outputs = grads.zip(activation.chunks_exact_mut(ffn));
+    for ((grad, hidden), (grad_hidden, activation)) in inputs.zip(outputs) {
         let (gate, up) = hidden.split_at(ffn);
-        let (grad_gate, grad_up) = out.split_at_mut(ffn);
+        let (grad_gate, grad_up) = grad_hidden.split_at_mut(ffn);
         let inputs = grad.iter().zip(gate).zip(up);
-        let outputs = grad_gate.iter_mut().zip(grad_up).zip(result);
-        for (((grad, gate), up), ((grad_gate, grad_up), result)) in inputs.zip(outputs) {
+        let outputs = grad_gate.iter_mut().zip(grad_up).zip(activation);
+        for (((grad, gate), up), ((grad_gate, grad_up), activation)) in inputs.zip(outputs) {
             let grad = grad.wide();
             let x = gate.wide();
             let up = up.wide();
@@ -110,9 +122,10 @@ fn backward<T: Number>(grad: &[T], hidden: &[T], out: &mut [T], result: &mut [T]
             // The same bits as in the forward pass.
             let silu = x / denominator;
             let sigmoid = 1.0 / denominator;
-            *result = T::narrow(silu * up);
+            *activation = T::narrow(silu * up);
             *grad_up = T::narrow(grad * silu);
-            *grad_gate = T::narrow(grad * up * sigmoid * (1.0 + x * (1.0 - sigmoid)));
+            let factor = 1.0 + x * (1.0 - sigmoid);
+            *grad_gate = T::narrow(grad * up * sigmoid * factor);
         }
     }
 }
@@ -120,12 +133,12 @@ fn backward<T: Number>(grad: &[T], hidden: &[T], out: &mut [T], result: &mut [T]
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tensors::tests::{TestTensor, randn};
+    use crate::tensors::tests::{TestTensor, randn, tolerances};
     use tch::Kind;
 
     #[test]
     fn it_matches_libtorch() {
-        for (kind, tolerance) in [(Kind::Float, 2e-6), (Kind::BFloat16, 8e-3)] {
+        for (kind, tolerance) in tolerances(2e-6, 8e-3) {
             for (rows, ffn) in [(0, 4), (1, 1), (3, 7), (67, 96)] {
                 let hidden = randn(&[rows, 2 * ffn], kind) * 3.0;
                 let grad = randn(&[rows, ffn], kind) * 3.0;

@@ -1,5 +1,6 @@
 //! Short forms of frequent tensor operations.
 
+use std::ops::Range;
 use tch::{Kind, Tensor};
 
 /// The first dimension, as an argument of reductions.
@@ -25,6 +26,11 @@ pub(crate) fn empty_f32<const N: usize>(like: &Tensor, sizes: [usize; N]) -> Ten
     Tensor::empty(shape, (Kind::Float, like.device()))
 }
 
+/// Returns a range of rows of a tensor.
+pub(crate) fn slice_rows(x: &Tensor, rows: &Range<usize>) -> Tensor {
+    x.narrow(0, rows.start as i64, rows.len() as i64)
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
@@ -39,6 +45,11 @@ pub(crate) mod tests {
         fn to_f64(&self) -> Tensor {
             self.to_kind(Kind::Double)
         }
+    }
+
+    /// The floating-point dtypes of kernels, each with its tolerance.
+    pub(crate) fn tolerances(fp32: f64, bf16: f64) -> [(Kind, f64); 2] {
+        [(Kind::Float, fp32), (Kind::BFloat16, bf16)]
     }
 
     /// Returns normally distributed elements on the host.

@@ -33,7 +33,10 @@ pub(super) fn supports_attention(
     value: &Tensor,
 ) -> Option<InstructionSet> {
     let kind = query.kind();
-    let fits = |x: &Tensor| x.device() == Device::Cpu && x.kind() == kind && x.stride()[3] == 1;
+    let fits = |x: &Tensor| {
+        let contiguous = x.stride()[3] == 1;
+        x.device() == Device::Cpu && x.kind() == kind && contiguous
+    };
     let [batch, heads] = sizes(key);
     let supported = [query, key, value].into_iter().all(fits)
         && query.size()[3] % LANES as i64 == 0
@@ -580,7 +583,13 @@ unsafe fn round_padded(from: &[f32], to: *mut Bf16) {
 /// `highest` is the running maximum of scaled scores and `sum` the running sum of weights. Returns
 /// the factor by which the weights of earlier blocks change.
 #[inline(always)]
-fn weights(scores: &mut [f32], valid: usize, scale: f32, highest: &mut f32, sum: &mut f32) -> f32 {
+fn weights(
+    scores: &mut [f32],
+    valid: usize,
+    scale: f32,
+    highest: &mut f32,
+    total: &mut f32,
+) -> f32 {
     let (valid, rest) = scores.split_at_mut(valid);
     rest.fill(0.0);
     if valid.is_empty() {
@@ -606,16 +615,16 @@ fn weights(scores: &mut [f32], valid: usize, scale: f32, highest: &mut f32, sum:
     let mut lanes = [0f32; LANES];
     let (whole, few) = valid.as_chunks_mut::<LANES>();
     for chunk in whole {
-        for (sum, x) in lanes.iter_mut().zip(chunk) {
+        for (total, x) in lanes.iter_mut().zip(chunk) {
             *x = exp(x.mul_add(scale, -new));
-            *sum += *x;
+            *total += *x;
         }
     }
-    for (sum, x) in lanes.iter_mut().zip(few) {
+    for (total, x) in lanes.iter_mut().zip(few) {
         *x = exp(x.mul_add(scale, -new));
-        *sum += *x;
+        *total += *x;
     }
-    *sum = *sum * factor + lanes.iter().sum::<f32>();
+    *total = *total * factor + lanes.iter().sum::<f32>();
     *highest = new;
     factor
 }
@@ -756,7 +765,7 @@ unsafe fn backward<K: Kernel, T: Number>(
                             lse: lse.row::<f32>(head, start + row, 1)[0],
                             delta: delta[row],
                         };
-                        gradients(scores, grad_scores, valid, of_row);
+                        softmax_gradients(scores, grad_scores, valid, of_row);
                         if bf16 {
                             round_padded(grad_scores, rounded.add(row * ROW));
                         }
@@ -822,14 +831,19 @@ struct RowScalars {
 /// Replaces the first `valid` scores by weights, and the gradients of these weights by those of the
 /// scores. The other elements become zero.
 #[inline(always)]
-fn gradients(scores: &mut [f32], grads: &mut [f32], valid: usize, row: RowScalars) {
-    let RowScalars { scale, lse, delta } = row;
-    for (score, grad) in scores[..valid].iter_mut().zip(&mut grads[..valid]) {
+fn softmax_gradients(
+    scores: &mut [f32],
+    grad_scores: &mut [f32],
+    valid: usize,
+    scalars: RowScalars,
+) {
+    let RowScalars { scale, lse, delta } = scalars;
+    for (score, grad) in scores[..valid].iter_mut().zip(&mut grad_scores[..valid]) {
         *score = exp(score.mul_add(scale, -lse));
         *grad = *score * (*grad - delta) * scale;
     }
     scores[valid..].fill(0.0);
-    grads[valid..].fill(0.0);
+    grad_scores[valid..].fill(0.0);
 }
 
 /// Rounds rows to bf16 and interleaves each two of them by columns. Zeros follow an odd last row.
@@ -837,24 +851,24 @@ fn gradients(scores: &mut [f32], grads: &mut [f32], valid: usize, row: RowScalar
 /// # Safety
 /// `from` has `rows` rows and `to` half as many, of `width` elements that are [`ROW`] apart.
 #[inline(always)]
-unsafe fn interleave_bf16_rows(from: *const f32, rows: usize, width: usize, to: *mut f32) {
+unsafe fn interleave_bf16_rows(source: *const f32, rows: usize, row_width: usize, pairs: *mut f32) {
     for row in (0..rows).step_by(2) {
         // SAFETY: as the caller promises.
-        let first = unsafe { slice::from_raw_parts(from.add(row * ROW), width) };
+        let first = unsafe { slice::from_raw_parts(source.add(row * ROW), row_width) };
         // SAFETY: as the caller promises.
-        let to = unsafe {
-            let pairs = to.add(row / 2 * ROW).cast::<u32>();
-            slice::from_raw_parts_mut(pairs, width)
+        let pairs = unsafe {
+            let pairs = pairs.add(row / 2 * ROW).cast::<u32>();
+            slice::from_raw_parts_mut(pairs, row_width)
         };
         if row + 1 < rows {
             // SAFETY: as the caller promises.
-            let second = unsafe { slice::from_raw_parts(from.add((row + 1) * ROW), width) };
-            for (to, (a, b)) in to.iter_mut().zip(first.iter().zip(second)) {
-                *to = rounded(*a) >> 16 | rounded(*b) & 0xffff_0000;
+            let second = unsafe { slice::from_raw_parts(source.add((row + 1) * ROW), row_width) };
+            for (pairs, (a, b)) in pairs.iter_mut().zip(first.iter().zip(second)) {
+                *pairs = rounded(*a) >> 16 | rounded(*b) & 0xffff_0000;
             }
         } else {
-            for (to, a) in to.iter_mut().zip(first) {
-                *to = rounded(*a) >> 16;
+            for (pairs, a) in pairs.iter_mut().zip(first) {
+                *pairs = rounded(*a) >> 16;
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use super::launch::{Argument, BlockShape, Gpu, KernelLaunch, Variant, arguments};
 use crate::tensors::{empty_f32, sizes};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 /// Most threads of a block, which processes one token.
 const MAX_THREADS: usize = 512;
@@ -89,7 +89,7 @@ mod tests {
     use crate::tensors::LAST_DIM;
     use crate::tensors::tests::TestTensor;
     use proptest::prelude::*;
-    use tch::Reduction;
+    use tch::{Kind, Reduction};
 
     fn width() -> impl Strategy<Value = i64> {
         prop_oneof![
@@ -103,7 +103,11 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(50))]
         #[test]
-        fn it_matches_libtorch(tokens in 0i64..20, width in width(), input: TestInput) {
+        fn it_matches_libtorch(
+            tokens in 0i64..20,
+            width in width(),
+            input: TestInput,
+        ) {
             let (gpu, device) = test_gpu();
             let logits = input.random(&[tokens, width]) * 4.0;
             let labels = Tensor::randint(width, [tokens], (Kind::Int64, device));

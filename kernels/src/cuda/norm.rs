@@ -24,17 +24,22 @@ fn block(variant: Variant, width: usize) -> BlockShape {
     }
 }
 
-pub(crate) fn rms_norm(gpu: &dyn Gpu, x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
+pub(crate) fn rms_norm(
+    gpu: &dyn Gpu,
+    input: &Tensor,
+    weight: &Tensor,
+    eps: f64,
+) -> (Tensor, Tensor) {
     let width = weight.numel();
-    let rows = x.numel().checked_div(width).unwrap_or(0);
-    let mut shape = x.size();
+    let rows = input.numel().checked_div(width).unwrap_or(0);
+    let mut shape = input.size();
     shape.pop();
     shape.push(1);
-    let out = x.empty_like();
-    let scale = Tensor::empty(shape.as_slice(), (Kind::Float, x.device()));
-    let variant = Variant::of(&[x, weight, &out], width);
+    let out = input.empty_like();
+    let scale = Tensor::empty(shape.as_slice(), (Kind::Float, input.device()));
+    let variant = Variant::of(&[input, weight, &out], width);
     let block = block(variant, width);
-    let arguments = arguments![x, weight, &out, &scale, rows, width, eps as f32];
+    let arguments = arguments![input, weight, &out, &scale, rows, width, eps as f32];
     let launch = KernelLaunch {
         name: "rms_norm",
         variant,
@@ -43,7 +48,7 @@ pub(crate) fn rms_norm(gpu: &dyn Gpu, x: &Tensor, weight: &Tensor, eps: f64) -> 
         shared: 0,
         arguments: &arguments,
     };
-    gpu.run(&launch, x);
+    gpu.run(&launch, input);
     (out, scale)
 }
 

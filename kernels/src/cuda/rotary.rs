@@ -32,7 +32,6 @@ mod tests {
     use crate::cuda::tests::{TestInput, close, test_gpu};
     use crate::tensors::tests::TestTensor;
     use proptest::prelude::*;
-    use tch::Kind;
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(60))]

@@ -3,7 +3,7 @@
 use super::launch::{Argument, BlockShape, Gpu, KernelLaunch, Variant, arguments};
 use crate::routing::{RouterGradients, RouterOutput, RouterScoring};
 use crate::tensors::FIRST_DIM;
-use crate::tensors::{empty_f32, sizes};
+use crate::tensors::{empty_f32, sizes, slice_rows};
 use std::ops::Range;
 use tch::{Kind, Tensor};
 
@@ -79,7 +79,7 @@ pub(crate) fn router(
     let weights_tk = empty_f32(logits, [tokens, top_k]);
     let mut sums = Vec::new();
     for group in groups {
-        let rows = |tensor: &Tensor| tensor.narrow(0, group.start as i64, group.len() as i64);
+        let rows = |x: &Tensor| slice_rows(x, group);
         let [group_logits, group_chosen, group_weights] = [logits, chosen, &weights_tk].map(rows);
         let blocks = group.len().div_ceil(TOKENS_PER_BLOCK);
         let partial = empty_f32(logits, [blocks, experts + 1]);
@@ -128,7 +128,7 @@ pub(crate) fn router_backward(
     let grad_sums = grads.prob_sums_ge.map(Tensor::contiguous);
     let grad_z = grads.z_sum.map(Tensor::contiguous);
     for (index, group) in groups.iter().enumerate() {
-        let rows = |tensor: &Tensor| tensor.narrow(0, group.start as i64, group.len() as i64);
+        let rows = |x: &Tensor| slice_rows(x, group);
         let [group_logits, group_chosen, group_out] = [logits, chosen, &out].map(rows);
         let grad_weights = grad_weights.as_ref().map(rows);
         let grad_sums = grad_sums.as_ref().map(|sums| sums.get(index as i64));
@@ -193,7 +193,8 @@ mod tests {
             let (best, _) = biased.topk(top_k, -1, true, true);
             close(&biased.gather(1, &chosen, false), &best, 1e-5)?;
             let sorted = chosen.sort(-1, false).0;
-            let apart = sorted.narrow(1, 1, top_k - 1) - sorted.narrow(1, 0, top_k - 1);
+            let others = top_k - 1;
+            let apart = sorted.narrow(1, 1, others) - sorted.narrow(1, 0, others);
             prop_assert_eq!(apart.eq(0).sum(Kind::Int64).int64_value(&[]), 0);
 
             let scoring = RouterScoring {
@@ -235,8 +236,8 @@ mod tests {
         let logits = Tensor::from_slice(&[1f32, 2.0, 2.0, 2.0, f32::NAN, 0.0, 1.0, 0.0])
             .view([2, 4])
             .to_device(device);
-        let chosen =
-            Vec::<i64>::try_from(select_experts(gpu, &logits, None, 3, false).view([-1])).unwrap();
+        let chosen = select_experts(gpu, &logits, None, 3, false);
+        let chosen = Vec::<i64>::try_from(chosen.view([-1])).unwrap();
         assert_eq!(chosen, [1, 2, 3, 0, 1, 2]);
     }
 }

@@ -15,15 +15,19 @@ pub(crate) fn swiglu(gpu: &dyn Gpu, hidden: &Tensor) -> Tensor {
     out
 }
 
-pub(crate) fn swiglu_backward(gpu: &dyn Gpu, grad: &Tensor, hidden: &Tensor) -> (Tensor, Tensor) {
-    let [rows, ffn] = sizes(grad);
-    let out = hidden.empty_like();
-    let result = grad.empty_like();
-    let variant = Variant::of(&[grad, hidden, &out, &result], ffn);
-    let arguments = arguments![grad, hidden, &out, &result, rows, ffn];
+pub(crate) fn swiglu_backward(
+    gpu: &dyn Gpu,
+    grad_out: &Tensor,
+    hidden: &Tensor,
+) -> (Tensor, Tensor) {
+    let [rows, ffn] = sizes(grad_out);
+    let grad_hidden = hidden.empty_like();
+    let result = grad_out.empty_like();
+    let variant = Variant::of(&[grad_out, hidden, &grad_hidden, &result], ffn);
+    let arguments = arguments![grad_out, hidden, &grad_hidden, &result, rows, ffn];
     let launch = KernelLaunch::over_rows("swiglu_backward", gpu, variant, rows, ffn, &arguments);
     gpu.run(&launch, hidden);
-    (out, result)
+    (grad_hidden, result)
 }
 
 #[cfg(test)]

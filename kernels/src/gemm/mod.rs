@@ -102,12 +102,16 @@ impl InstructionSet {
 ///
 /// The processor has the instructions. `left` and `right` are fp32 or bf16 and contiguous in one
 /// dimension. `out` has contiguous rows and is fp32 or has their dtype. The caller checks this.
-pub(crate) fn gemm_batch(gemms: &[GemmOperands], accumulate: bool, instructions: InstructionSet) {
-    let deepest = gemms.iter().map(|gemm| gemm.left.columns).max();
+pub(crate) fn gemm_batch(
+    operands: &[GemmOperands],
+    accumulate: bool,
+    instructions: InstructionSet,
+) {
+    let deepest = operands.iter().map(|gemm| gemm.left.columns).max();
     let deepest = deepest.unwrap_or(0);
-    let all_fp32 = gemms.iter().all(|gemm| gemm.out.kind == Kind::Float);
+    let all_fp32 = operands.iter().all(|gemm| gemm.out.kind == Kind::Float);
     if !accumulate || deepest <= SLAB || !all_fp32 {
-        return run_batch(gemms, accumulate, instructions);
+        return run_batch(operands, accumulate, instructions);
     }
     for start in (0..deepest).step_by(SLAB) {
         let slab = |&GemmOperands { out, left, right }| {
@@ -118,7 +122,7 @@ pub(crate) fn gemm_batch(gemms: &[GemmOperands], accumulate: bool, instructions:
                 right: right.slice_rows(start, len),
             })
         };
-        let slabs: Vec<GemmOperands> = gemms.iter().filter_map(slab).collect();
+        let slabs: Vec<GemmOperands> = operands.iter().filter_map(slab).collect();
         run_batch(&slabs, accumulate, instructions);
     }
 }
@@ -136,7 +140,10 @@ fn run_batch(gemms: &[GemmOperands], accumulate: bool, instructions: Instruction
 }
 
 fn gemm_batch_with<K: Kernel>(gemms: &[GemmOperands], accumulate: bool) {
-    let tasks: Vec<GemmTask> = gemms.iter().map(|gemm| task(gemm, accumulate)).collect();
+    let tasks: Vec<GemmTask> = gemms
+        .iter()
+        .map(|operands| task(operands, accumulate))
+        .collect();
     let sizes: Vec<GemmSize> = tasks.iter().map(|task| task.size).collect();
     match partition(&sizes, torch_ext::max_parallel_ranges()) {
         Partition::PerThread(blocks) => per_thread::gemm_batch::<K>(&tasks, &blocks),
@@ -187,8 +194,8 @@ mod tests {
     use crate::matrix::tests::random;
     use crate::tensors::tests::TestTensor;
     use proptest::prelude::*;
+    use tch::Tensor;
     use tch::kind::FLOAT_CPU;
-    use tch::{Device, Tensor};
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(400))]
@@ -225,7 +232,7 @@ mod tests {
                 let compute = || {
                     let out = random(m, n, false, out_kind);
                     out.shallow_clone().copy_(&before);
-                    let operands = GemmOperands::of(&out, &left, &right);
+                    let operands = GemmOperands::of_tensors(&out, &left, &right);
                     gemm_batch(&[operands], accumulate, instructions);
                     out
                 };
@@ -251,7 +258,7 @@ mod tests {
             let plain = left.to_f64().matmul(&right.to_f64()) + 1.0;
             for instructions in InstructionSet::available() {
                 let sum = Tensor::ones([9, 20], FLOAT_CPU);
-                let operands = GemmOperands::of(&sum, &left, &right);
+                let operands = GemmOperands::of_tensors(&sum, &left, &right);
                 gemm_batch(&[operands], true, instructions);
                 let off = (sum.to_f64() - &plain).norm().double_value(&[]);
                 assert!(

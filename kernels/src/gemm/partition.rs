@@ -163,7 +163,10 @@ fn wave(blocks: Vec<Block>, sizes: &[GemmSize], count: usize) -> Wave {
         let cost = panel_cost(block);
         let panels = panels(block);
         // Returns the first panel at or after a point of the work.
-        let panel_at = |point: usize| (point.saturating_sub(before)).div_ceil(cost).min(panels);
+        let panel_at = |point: usize| {
+            let inside = point.saturating_sub(before);
+            inside.div_ceil(cost).min(panels)
+        };
         for (part, pieces) in parts.iter_mut().enumerate() {
             let start = panel_at(total * part / count);
             let end = panel_at(total * (part + 1) / count);
