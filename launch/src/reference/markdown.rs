@@ -128,7 +128,7 @@ mod tests {
         let mut page = Page::new("Title", "tests");
         let words = "word ".repeat(40);
         page.paragraphs(&words);
-        page.list(&[words.clone()]);
+        page.list(std::slice::from_ref(&words));
         page.table(&["a", "b"], &[vec!["x | y".into(), words]]);
         let text = page.into_text();
         let (table, lines): (Vec<&str>, Vec<&str>) =
