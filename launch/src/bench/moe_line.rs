@@ -76,7 +76,7 @@ pub(super) fn line(
     let standard_rate = info.tokens_per_s(standard);
     let largest = |values: &[f64]| values.iter().copied().fold(0.0, f64::max);
     let routed: f64 = standard.routed_tokens.iter().sum();
-    // The speed-up of the experts' GEMMs with equal load on all ranks. For SHARE:EXPERTS it is
+    // The speed-up of the experts' GEMMs with equal load on all ranks. For PERCENT:EXPERTS it is
     // P (r + (1 - r) (M - h) / (N - h)): a share r of the tokens goes to h of the M experts of one
     // of P ranks, and there are N experts.
     let ideal = largest(&standard.routed_tokens) * args.ranks as f64 / routed.max(1.0);

@@ -1,5 +1,6 @@
-//! `moerun bench recompute`: costs and savings of recomputation, and of the optimizer's state in host
-//! memory, for an experiment on this machine; and the fastest option that fits into a memory limit.
+//! `moerun bench recompute`: costs and savings of recomputation and offload for an experiment.
+//!
+//! Also finds the fastest option that fits into a memory limit.
 
 use super::figures::{largest, median, round};
 use super::runner::{train, with_temp_dir, write_tokens};
@@ -388,7 +389,7 @@ mod tests {
             let mut sorted = order.clone();
             sorted.sort_unstable();
             prop_assert!(sorted.into_iter().eq(0..stages.iter().sum::<usize>()));
-            // Stages with enough layers have equal numbers, give or take one, among the first layers.
+            // Stages with enough layers have equal numbers of the first layers, give or take one.
             let first = &order[..some.min(order.len())];
             let mut end = 0;
             let counts = stages.iter().map(|&layers| {

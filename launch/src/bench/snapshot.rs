@@ -118,8 +118,8 @@ fn with(mut line: Value, more: Value) -> Value {
     line
 }
 
-/// Measures a rank's copy into its keeper's memory, with checksums and reports, against a plain copy
-/// of the same bytes.
+/// Measures a rank's copy into its keeper's memory, with checksums and reports, against a plain
+/// copy of the same bytes.
 fn copy(args: &SnapshotBenchArgs) -> Result<Value> {
     tch::set_num_threads(1);
     let secret = Secret::random().map_err(|e| anyhow!("{e}"))?;

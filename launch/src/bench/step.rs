@@ -1,5 +1,5 @@
-//! `moerun bench step`: reference training steps, compared with other implementations and with their
-//! own GEMMs.
+//! `moerun bench step`: reference training steps, compared with other implementations and with
+//! their own GEMMs.
 
 use super::figures::{median, round};
 use super::floor;
