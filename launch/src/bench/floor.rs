@@ -6,9 +6,8 @@ use trainer::{GemmShape, ReferenceShape};
 
 /// The time of all GEMMs of a step.
 pub(super) struct GemmFloor {
-    /// With libtorch's GEMM, which other implementations call.
+    /// Time with libtorch's GEMM, which other implementations call.
     pub(super) libtorch_seconds: f64,
-    /// With moerun's GEMM.
     pub(super) own_seconds: f64,
 }
 

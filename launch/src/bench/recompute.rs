@@ -18,7 +18,7 @@ const PARTS: [&str; 4] = ["norm", "attention", "dispatch", "experts"];
 /// Parts to recompute in every layer, and a number of layers to recompute entirely.
 #[derive(Debug, Clone, PartialEq)]
 struct RecomputeOption {
-    /// Indices into `PARTS`.
+    /// Recomputed parts, as indices into `PARTS`.
     parts: Vec<usize>,
     layers: usize,
     /// True if the optimizer's state is in host memory.
@@ -34,13 +34,12 @@ struct Cost {
 
 /// Measured costs of a model.
 struct RecomputeTimes {
-    /// Without recomputation.
     none: Cost,
-    /// With one part recomputed in all layers, for each of `PARTS`.
+    /// Costs with one part recomputed in all layers, for each of `PARTS`.
     parts: Vec<Cost>,
-    /// With all layers recomputed.
+    /// Cost with all layers recomputed.
     all: Cost,
-    /// With the optimizer's state in host memory, if the device has memory of its own.
+    /// Cost with the optimizer's state in host memory, if the device has memory of its own.
     offload: Option<Cost>,
     layers: usize,
 }

@@ -91,8 +91,8 @@ fn measure_step(args: &StepArgs, case: StepCase) -> Result<Value> {
         line["gemm_ms"] = json!(round(floor.own_seconds * 1e3, 1));
         line["libtorch_gemm_ms"] = json!(round(floor.libtorch_seconds * 1e3, 1));
     }
-    if let Some((parts, flops)) = profiled {
-        line["parts"] = parts;
+    if let Some(ProfiledStep { parts, flops }) = profiled {
+        line["parts"] = json!(parts);
         line["executed_gflop_s"] = json!(round(flops / seconds * 1e-9, 1));
         line["hfu"] = json!(round(flops / seconds / peak, 3));
     }
@@ -101,10 +101,14 @@ fn measure_step(args: &StepArgs, case: StepCase) -> Result<Value> {
 
 const PROFILED_STEPS: usize = 3;
 
+struct ProfiledStep {
+    /// The longest part first.
+    parts: Vec<Value>,
+    flops: f64,
+}
+
 /// Profiles some steps and writes their trace to `path`.
-///
-/// Returns the parts of a step, the longest first, and its floating-point operations.
-fn profile(step: &mut ReferenceStep, path: &Path) -> Result<(Value, f64)> {
+fn profile(step: &mut ReferenceStep, path: &Path) -> Result<ProfiledStep> {
     profile::start();
     let mut seconds = 0.0;
     for _ in 0..PROFILED_STEPS {
@@ -115,35 +119,40 @@ fn profile(step: &mut ReferenceStep, path: &Path) -> Result<(Value, f64)> {
     let mut parts: Vec<_> = profile::totals(&events).into_iter().collect();
     parts.sort_by(|a, b| b.1.seconds.total_cmp(&a.1.seconds));
     let named: f64 = parts.iter().map(|(_, total)| total.seconds).sum();
-    let each = PROFILED_STEPS as f64;
-    let executed = parts.iter().map(|(_, total)| total.cost.flops).sum::<f64>() / each;
-    let line = |((kind, name), total): ((&str, &str), profile::Total)| {
-        let flops = total.cost.flops;
-        let bytes = total.cost.bytes;
-        let mut line = json!({
-            "part": format!("{kind} {name}"),
-            "ms": round(total.seconds / each * 1e3, 2),
-            "share": round(total.seconds / seconds, 4),
-            "calls": total.calls / PROFILED_STEPS,
-        });
-        if flops > 0.0 {
-            line["gflop"] = json!(round(flops / each * 1e-9, 3));
-            line["gflop_s"] = json!(round(flops / total.seconds * 1e-9, 1));
-        }
-        if bytes > 0.0 {
-            line["mb"] = json!(round(bytes / each * 1e-6, 1));
-            line["gb_s"] = json!(round(bytes / total.seconds * 1e-9, 1));
-        }
-        line
-    };
-    let mut lines: Vec<Value> = parts.into_iter().map(line).collect();
-    let unattributed = seconds - named;
-    lines.push(json!({
+    let steps = PROFILED_STEPS as f64;
+    let flops = parts.iter().map(|(_, total)| total.cost.flops).sum::<f64>() / steps;
+    let lines = parts
+        .into_iter()
+        .map(|((kind, name), total)| part_line(&format!("{kind} {name}"), &total, seconds));
+    let mut parts: Vec<Value> = lines.collect();
+    parts.push(json!({
         "part": "unattributed",
-        "ms": round(unattributed / each * 1e3, 2),
+        "ms": round((seconds - named) / steps * 1e3, 2),
         "share": round(1.0 - named / seconds, 4),
     }));
-    Ok((json!(lines), executed))
+    Ok(ProfiledStep { parts, flops })
+}
+
+/// Returns the line of a part, whose total is over all profiled steps, as are `seconds`.
+fn part_line(part: &str, total: &profile::Total, seconds: f64) -> Value {
+    let steps = PROFILED_STEPS as f64;
+    let flops = total.cost.flops;
+    let bytes = total.cost.bytes;
+    let mut line = json!({
+        "part": part,
+        "ms": round(total.seconds / steps * 1e3, 2),
+        "share": round(total.seconds / seconds, 4),
+        "calls": total.calls / PROFILED_STEPS,
+    });
+    if flops > 0.0 {
+        line["gflop"] = json!(round(flops / steps * 1e-9, 3));
+        line["gflop_s"] = json!(round(flops / total.seconds * 1e-9, 1));
+    }
+    if bytes > 0.0 {
+        line["mb"] = json!(round(bytes / steps * 1e-6, 1));
+        line["gb_s"] = json!(round(bytes / total.seconds * 1e-9, 1));
+    }
+    line
 }
 
 /// The option of `bench step` and of baselines.
