@@ -18,7 +18,8 @@ use moe::plan::ExpertTopology;
 use moe::{MoeLayer, MoeStats, MoeWeights, Router, SavePolicy};
 use parallel::tensor::TensorParallel;
 use parallel::{
-    Activation, Communicator, Cpu, GradientBuckets, Local, RankEnv, Replication, Weight, World,
+    Accelerator, Activation, Communicator, Cpu, GradientBuckets, Local, RankEnv, Replication,
+    Weight, World,
 };
 use parking_lot::Mutex;
 use std::process::ExitCode;
