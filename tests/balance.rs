@@ -28,7 +28,7 @@ fn a_run_that_lends_and_moves_experts_resumes_bit_for_bit_and_can_be_inspected()
     );
     assert!(
         text(&whole).contains(", lent "),
-        "the progress lines tell: {}",
+        "no progress line reports lent tokens: {}",
         text(&whole)
     );
     // The last step moves experts. Its checkpoint still comes from the keepers' memory; ranks that
@@ -77,22 +77,17 @@ fn a_run_that_lends_and_moves_experts_resumes_bit_for_bit_and_can_be_inspected()
         metrics(&experiment, run)
             .iter()
             .map(|line| line["loss"].clone())
+            .filter(Value::is_number)
             .collect()
     };
-    let of = |losses: Vec<Value>| {
-        losses
-            .into_iter()
-            .filter(Value::is_number)
-            .collect::<Vec<_>>()
-    };
-    assert_eq!(of(losses("halves")), of(losses("whole")));
+    assert_eq!(losses("halves"), losses("whole"));
 
     let mut inspect = experiment.moerun(&[
         "inspect", "routing", "whole", "--slices", "2", "--svg", "heat.svg",
     ]);
     let inspected = finish(inspect.args(["--segment", "8", "--tokens", "512"]));
-    let said = text(&inspected);
-    assert!(inspected.status.success(), "{said}");
+    let printed = text(&inspected);
+    assert!(inspected.status.success(), "{printed}");
     for words in [
         "steps 1 to",
         "layer 1 |",
@@ -100,7 +95,7 @@ fn a_run_that_lends_and_moves_experts_resumes_bit_for_bit_and_can_be_inspected()
         "SRP",
         "of step 20 on 512 validation tokens",
     ] {
-        assert!(said.contains(words), "{words:?} is not in:\n{said}");
+        assert!(printed.contains(words), "{words:?} is not in:\n{printed}");
     }
     assert!(
         std::fs::read_to_string(experiment.path("heat.svg"))
@@ -114,8 +109,8 @@ fn a_run_that_lends_and_moves_experts_resumes_bit_for_bit_and_can_be_inspected()
         .spawn()
         .unwrap();
     drop(unread.stdout.take());
-    let said = text(&finish_child(unread));
-    assert!(!said.contains("panicked"), "as with `| head`: {said}");
+    let printed = text(&finish_child(unread));
+    assert!(!printed.contains("panicked"), "as with `| head`: {printed}");
     let nowhere = finish(&mut experiment.moerun(&["inspect", "routing", "nowhere"]));
     assert!(
         !nowhere.status.success() && text(&nowhere).contains("cannot read nowhere/routing.jsonl")
@@ -123,7 +118,7 @@ fn a_run_that_lends_and_moves_experts_resumes_bit_for_bit_and_can_be_inspected()
 }
 
 #[test]
-fn the_layer_bench_prints_a_line_a_case_and_refuses_what_makes_no_sense() {
+fn the_layer_bench_prints_a_line_per_case_and_refuses_wrong_arguments() {
     let experiment = Experiment::new();
     let small = [
         "bench",
@@ -162,15 +157,11 @@ fn the_layer_bench_prints_a_line_a_case_and_refuses_what_makes_no_sense() {
             line["ratio"].is_number() && line["ideal"].as_f64() >= Some(1.0),
             "{line}"
         );
-        let rows = |key: &str| -> f64 {
-            line[key]
-                .as_array()
-                .unwrap()
-                .iter()
-                .map(|rows| rows.as_f64().unwrap())
-                .sum()
+        let routed = |key: &str| -> f64 {
+            let ranks = line[key].as_array().unwrap();
+            ranks.iter().map(|tokens| tokens.as_f64().unwrap()).sum()
         };
-        assert_eq!(rows("routed_tokens"), rows("baseline_routed_tokens"));
+        assert_eq!(routed("routed_tokens"), routed("baseline_routed_tokens"));
         assert_ne!(
             line["routed_tokens"], line["baseline_routed_tokens"],
             "{line}"
@@ -181,7 +172,7 @@ fn the_layer_bench_prints_a_line_a_case_and_refuses_what_makes_no_sense() {
     let line: Value = serde_json::from_slice(&step.stdout).unwrap();
     assert!(line["loss_rel_diff"].as_f64() < Some(1e-5), "{line}");
     let wrong: [(&[&str], &str); 4] = [
-        (&["--case", "95"], "SHARE:EXPERTS"),
+        (&["--case", "95"], "PERCENT:EXPERTS"),
         (
             &["--case", "95:9", "--experts", "16"],
             "rank 0 has 8 of 16 experts, not 9",
@@ -192,7 +183,7 @@ fn the_layer_bench_prints_a_line_a_case_and_refuses_what_makes_no_sense() {
         ),
         (
             &["--experts", "7"],
-            "7 experts cannot be shared out over 2 ranks",
+            "--experts 7: must be at least 4 and a multiple of 2 ranks",
         ),
     ];
     for (args, words) in wrong {

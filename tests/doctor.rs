@@ -1,4 +1,4 @@
-//! `moerun doctor` on a machine where one thing after another is really broken.
+//! `moerun doctor` with real faults of the machine, one at a time.
 
 use crate::fixture::{Experiment, finish, text};
 use std::path::{Path, PathBuf};
@@ -10,13 +10,16 @@ fn doctor(experiment: &Experiment, args: &[&str]) -> Command {
     command
 }
 
-/// Asserts that the command fails and prints each of `words`.
+/// Asserts that the command fails and prints each of `expected`.
 fn assert_fault(command: &mut Command, expected: &[&str]) {
     let output = finish(command);
-    let said = text(&output);
-    assert!(!output.status.success(), "{said}");
+    let printed = text(&output);
+    assert!(!output.status.success(), "{printed}");
     for expected in expected {
-        assert!(said.contains(expected), "{expected:?} is not in {said}");
+        assert!(
+            printed.contains(expected),
+            "{expected:?} is not in {printed}"
+        );
     }
 }
 
@@ -28,12 +31,12 @@ fn without(experiment: &Experiment, library: &str) -> PathBuf {
     let core = own.with_file_name("moerun-core");
     let mut bytes = std::fs::read(&core).unwrap();
     let name = format!("{library}.so");
-    let places: Vec<usize> = (0..bytes.len() - name.len())
-        .filter(|&at| bytes[at..].starts_with(name.as_bytes()))
+    let offsets: Vec<usize> = (0..bytes.len() - name.len())
+        .filter(|&offset| bytes[offset..].starts_with(name.as_bytes()))
         .collect();
-    assert!(!places.is_empty(), "{library} is not needed");
-    for at in places {
-        bytes[at + library.len() + 1] = b'_';
+    assert!(!offsets.is_empty(), "{library} is not needed");
+    for offset in offsets {
+        bytes[offset + library.len() + 1] = b'_';
     }
     std::fs::copy(&core, experiment.path("moerun-core")).unwrap();
     std::fs::write(experiment.path("moerun-core"), bytes).unwrap();
@@ -41,11 +44,11 @@ fn without(experiment: &Experiment, library: &str) -> PathBuf {
 }
 
 #[test]
-fn where_nothing_is_wrong_it_says_so_and_measures() {
+fn without_problems_it_says_so_and_measures_collectives() {
     let experiment = Experiment::new();
     let output = finish(&mut doctor(&experiment, &["small.yaml", "-n", "2"]));
-    let said = text(&output);
-    assert!(output.status.success(), "{said}");
+    let printed = text(&output);
+    assert!(output.status.success(), "{printed}");
     for expected in [
         "libtorch: /",
         "ranks: 2 of version",
@@ -55,7 +58,10 @@ fn where_nothing_is_wrong_it_says_so_and_measures() {
         "GB/s",
         "no problems found",
     ] {
-        assert!(said.contains(expected), "{expected:?} is not in {said}");
+        assert!(
+            printed.contains(expected),
+            "{expected:?} is not in {printed}"
+        );
     }
 }
 
@@ -135,7 +141,7 @@ fn a_full_dev_shm_is_named() {
         .status()
         .is_ok_and(|status| status.success())
     {
-        eprintln!("this machine does not let a test mount anything");
+        eprintln!("skipped: this machine does not allow mounts");
         return;
     }
     assert_fault(

@@ -5,6 +5,8 @@
 mod agreement;
 mod ascend;
 mod balance;
+mod benches;
+mod cli;
 mod configs;
 mod doctor;
 mod drawn_layouts;
@@ -13,7 +15,6 @@ mod fixture;
 mod launchers;
 mod layouts;
 mod machines;
-mod measuring;
 mod plans;
 mod previous_version;
 mod runs;

@@ -1,4 +1,4 @@
-//! `moerun conformance`: the suites that every device and every communicator passes, on the hardware at hand.
+//! `moerun conformance`: the suites that every device and communicator must pass, on this machine.
 
 use crate::cli::ConformanceArgs;
 use crate::local_ranks::run_on_ranks;
@@ -22,7 +22,7 @@ pub(crate) fn run(args: &ConformanceArgs) -> Result<ExitCode> {
                     failed += 1;
                     eprintln!("rank {}: fail {}: {problem}", env.rank, outcome.name);
                 }
-                None if env.rank == 0 => println!("ok {}", outcome.name),
+                None if env.rank == 0 => println!("ok   {}", outcome.name),
                 None => {}
             }
         }

@@ -1,116 +1,44 @@
-//! `moerun plan`: what would happen, as text and pictures, without starting a rank.
+//! `moerun plan schedule` and `moerun plan mesh`: a run's schedule and memory before it starts.
 
 use crate::cli::{MeshArgs, ScheduleArgs, VocabularyName};
 use crate::config_file::{load, refuse_problems};
+use crate::hint::WithHint;
 use anyhow::{Context, Result, anyhow, bail};
 use parallel::pipeline::check::check;
 use parallel::pipeline::communication::with_communication;
 use parallel::pipeline::refine::refined;
 use parallel::pipeline::schedules::ScheduleKind;
-use parallel::pipeline::simulate::{Costs, VocabularyCosts, simulate};
+use parallel::pipeline::simulate::{Costs, Timeline, VocabularyCosts, simulate};
 use parallel::pipeline::vocabulary::with_vocabulary;
-use parallel::pipeline::{Order, OrderFile, Vocabulary, draw};
+use parallel::pipeline::{Order, OrderFile, Schedule, Vocabulary, draw};
 use std::process::ExitCode;
 use trainer::RankMemory;
+use trainer::config::Config;
 
-/// `moerun plan schedule`.
 pub(crate) fn schedule(args: &ScheduleArgs) -> Result<ExitCode> {
-    let (order, known) = order(args)?;
-    let (forward, backward_input, backward_weight, output) = match args.times[..] {
-        // A large vocabulary's output layer takes about as long as a stage.
-        [f, b, w] => (f, b, w, if args.vocabulary.is_some() { f } else { 0.0 }),
-        [f, b, w, output] => (f, b, w, output),
-        _ => bail!("--times {:?}: give F,B,W or F,B,W,O", args.times),
-    };
-    if args
-        .times
-        .iter()
-        .any(|&time| !time.is_finite() || time < 0.0)
-        || forward + backward_input <= 0.0
-    {
-        bail!(
-            "--times {:?}: times are not negative, and F or B takes some",
-            args.times
-        );
+    let times = Times::parse(args)?;
+    let GivenOrder { order, is_named } = given_order(args)?;
+    let mut costs = costs(&order, &times);
+    let mut order = with_output_layer(args, order, &mut costs, times.output);
+    if is_named {
+        order = refined(&order, &costs);
     }
-    // Times are of a rank's layers: stages of a rank share them.
-    let ranks = order.ranks.len();
-    let chunks = order.chunks as f64;
-    let mut costs = Costs::uniform(
-        order.stages(),
-        forward / chunks,
-        backward_input / chunks,
-        backward_weight / chunks,
-    );
-    let share = output / ranks as f64;
-    let order = match args.vocabulary {
-        Some(algorithm) => {
-            let algorithm = match algorithm {
-                VocabularyName::Naive => Vocabulary::Naive,
-                VocabularyName::Interlaced => Vocabulary::Interlaced,
-                VocabularyName::Vocab1 => Vocabulary::Vocab1,
-                VocabularyName::Vocab2 => Vocabulary::Vocab2,
-            };
-            costs.vocabulary = vec![VocabularyCosts::from_logits(algorithm, share); ranks];
-            with_vocabulary(&order, algorithm, &costs)
-        }
-        None => {
-            // The output layer is part of the last stage.
-            for times in [
-                &mut costs.forward,
-                &mut costs.backward_input,
-                &mut costs.backward_weight,
-            ] {
-                if let Some(time) = times.last_mut() {
-                    *time += output;
-                }
-            }
-            order
-        }
-    };
-    let order = if known {
-        refined(&order, &costs)
-    } else {
-        order
-    };
     if args.yaml {
-        print!(
-            "{}",
-            serde_saphyr::to_string(&OrderFile::from(&order))
-                .context("cannot write the schedule")?
-        );
+        let yaml = serde_saphyr::to_string(&OrderFile::from(&order))
+            .context("cannot write the schedule")?;
+        print!("{yaml}");
         return Ok(ExitCode::SUCCESS);
     }
     let schedule = with_communication(order);
     check(&schedule).map_err(|error| anyhow!("{}: {error}", args.schedule))?;
     let timeline = simulate(&schedule, &costs);
-    print!("{}", draw::text(&timeline));
-    let busiest = (0..ranks)
-        .map(|rank| timeline.busy(rank))
-        .fold(0.0, f64::max);
-    println!();
-    println!(
-        "{} on {ranks} ranks, {} microbatches: step {:.2}, of which the busiest rank computes {busiest:.2} ({:.0} %); \
-         bubble {:.2}",
-        args.schedule,
-        schedule.order.microbatches,
-        timeline.total,
-        100.0 * busiest / timeline.total,
-        timeline.bubble()
-    );
-    println!("rank   computes   microbatches held (until W, until B)");
-    for rank in 0..ranks {
-        let held = timeline.peak_microbatches[rank];
-        let until_b = timeline.peak_microbatches_until_b[rank];
-        println!(
-            "{rank:>4}   {:>8.2}   {held:>6.2} {until_b:>6.2}",
-            timeline.busy(rank)
-        );
-    }
+    print_timeline(args, &schedule, &timeline);
     if let Some(path) = &args.svg {
+        let ranks = schedule.order.ranks.len();
+        let microbatches = schedule.order.microbatches;
         let title = format!(
-            "{}, {ranks} ranks, {} microbatches",
-            args.schedule, schedule.order.microbatches
+            "{}, {ranks} ranks, {microbatches} microbatches",
+            args.schedule
         );
         std::fs::write(path, draw::svg(&timeline, &title))
             .with_context(|| format!("cannot write {}", path.display()))?;
@@ -119,31 +47,132 @@ pub(crate) fn schedule(args: &ScheduleArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A known schedule, or the one in a file; and whether it is a known one.
-fn order(args: &ScheduleArgs) -> Result<(Order, bool)> {
-    let kind: Result<ScheduleKind, _> = serde_json::from_value(args.schedule.clone().into());
-    if let Ok(kind) = kind {
-        let order = kind
-            .order(args.ranks, args.microbatches, args.chunks)
-            .map_err(|error| anyhow!(error))?;
-        return Ok((order, true));
-    }
-    let text = std::fs::read_to_string(&args.schedule).with_context(|| {
-        format!(
-            "{} is neither a schedule (gpipe, 1f1b, interleaved, zb-h1, zb-v, v-half, v-min, dualpipe-v) nor a file that \
-             can be read",
-            args.schedule
-        )
-    })?;
-    let file: OrderFile =
-        serde_saphyr::from_str(&text).map_err(|error| anyhow!("{}: {error}", args.schedule))?;
-    let order = file
-        .parse()
-        .map_err(|error| anyhow!("{}: {error}", args.schedule))?;
-    Ok((order, false))
+/// Times of the passes of a rank's layers, and of the output layer's forward.
+struct Times {
+    forward: f64,
+    backward_input: f64,
+    backward_weight: f64,
+    output: f64,
 }
 
-/// `moerun plan mesh`.
+impl Times {
+    fn parse(args: &ScheduleArgs) -> Result<Times> {
+        let times = match args.times[..] {
+            [forward, backward_input, backward_weight] => Times {
+                forward,
+                backward_input,
+                backward_weight,
+                // A large vocabulary's output layer takes about as long as a stage.
+                output: args.vocabulary.map_or(0.0, |_| forward),
+            },
+            [forward, backward_input, backward_weight, output] => Times {
+                forward,
+                backward_input,
+                backward_weight,
+                output,
+            },
+            _ => bail!("--times {:?}: give F,B,W or F,B,W,O", args.times),
+        };
+        let is_time = |&time: &f64| time.is_finite() && time >= 0.0;
+        if !args.times.iter().all(is_time) || times.forward + times.backward_input <= 0.0 {
+            bail!(
+                "--times {:?}: times must not be negative, and F or B must be positive",
+                args.times
+            );
+        }
+        Ok(times)
+    }
+}
+
+/// Returns the costs of stages: those of a rank share its time.
+fn costs(order: &Order, times: &Times) -> Costs {
+    let chunks = order.chunks as f64;
+    Costs::uniform(
+        order.stages(),
+        times.forward / chunks,
+        times.backward_input / chunks,
+        times.backward_weight / chunks,
+    )
+}
+
+/// Adds the passes of vocabulary parallelism, or else the output layer to the last stage.
+fn with_output_layer(args: &ScheduleArgs, order: Order, costs: &mut Costs, output: f64) -> Order {
+    let Some(name) = args.vocabulary else {
+        let last_stage = [
+            costs.forward.last_mut(),
+            costs.backward_input.last_mut(),
+            costs.backward_weight.last_mut(),
+        ];
+        for time in last_stage.into_iter().flatten() {
+            *time += output;
+        }
+        return order;
+    };
+    let algorithm = match name {
+        VocabularyName::Naive => Vocabulary::Naive,
+        VocabularyName::Interlaced => Vocabulary::Interlaced,
+        VocabularyName::Vocab1 => Vocabulary::Vocab1,
+        VocabularyName::Vocab2 => Vocabulary::Vocab2,
+    };
+    let ranks = order.ranks.len();
+    let share = output / ranks as f64;
+    costs.vocabulary = vec![VocabularyCosts::from_logits(algorithm, share); ranks];
+    with_vocabulary(&order, algorithm, costs)
+}
+
+fn print_timeline(args: &ScheduleArgs, schedule: &Schedule, timeline: &Timeline) {
+    print!("{}", draw::text(timeline));
+    let ranks = schedule.order.ranks.len();
+    let busy = (0..ranks).map(|rank| timeline.busy(rank));
+    let busiest = busy.fold(0.0, f64::max);
+    println!();
+    println!(
+        "{} on {ranks} ranks, {} microbatches: step {:.2}, of which the busiest rank computes \
+         {busiest:.2} ({:.0} %); bubble {:.2}",
+        args.schedule,
+        schedule.order.microbatches,
+        timeline.total,
+        100.0 * busiest / timeline.total,
+        timeline.bubble()
+    );
+    println!("rank   computes   microbatches held (until W, until B)");
+    for rank in 0..ranks {
+        let busy = timeline.busy(rank);
+        let until_w = timeline.peak_microbatches[rank];
+        let until_b = timeline.peak_microbatches_until_b[rank];
+        println!("{rank:>4}   {busy:>8.2}   {until_w:>6.2} {until_b:>6.2}");
+    }
+}
+
+struct GivenOrder {
+    order: Order,
+    /// True if it is a named schedule, not one from a file. A user's own order is not refined.
+    is_named: bool,
+}
+
+fn given_order(args: &ScheduleArgs) -> Result<GivenOrder> {
+    let kind: Result<ScheduleKind, _> = serde_json::from_value(args.schedule.clone().into());
+    if let Ok(kind) = kind {
+        let order = kind.order(args.ranks, args.microbatches, args.chunks);
+        return Ok(GivenOrder {
+            order: order.map_err(|error| anyhow!(error))?,
+            is_named: true,
+        });
+    }
+    let text = std::fs::read_to_string(&args.schedule)
+        .with_context(|| format!("{}: neither a schedule nor a readable file", args.schedule))
+        .hint(
+            "schedules are gpipe, 1f1b, interleaved, zb-h1, zb-v, v-half, v-min and dualpipe-v",
+        )?;
+    let file: OrderFile =
+        serde_saphyr::from_str(&text).map_err(|error| anyhow!("{}: {error}", args.schedule))?;
+    let order = file.parse();
+    Ok(GivenOrder {
+        order: order.map_err(|error| anyhow!("{}: {error}", args.schedule))?,
+        is_named: false,
+    })
+}
+
 pub(crate) fn mesh(args: &MeshArgs) -> Result<ExitCode> {
     let config = load(&args.config)?;
     refuse_problems(&args.config, &config, args.ranks)?;
@@ -152,65 +181,74 @@ pub(crate) fn mesh(args: &MeshArgs) -> Result<ExitCode> {
     println!("{mesh}");
     println!();
     println!(
-        "rank  data ctx tensor pipe expert slice  {:<16} parameters   MiB: weights gradients optimizer activations (held) \
-         moment    total",
+        "rank  data ctx tensor pipe expert   etp  {:<16} parameters   MiB: weights gradients \
+         optimizer activations (held)   temp    total",
         "layers"
     );
     for rank in &memory {
-        let RankMemory { coordinates: at, .. } = rank;
-        let layers: Vec<String> = rank
-            .stages
-            .iter()
-            .map(|stage| {
-                let first = if stage.first { "in+" } else { "" };
-                let last = if stage.last { "+out" } else { "" };
-                format!("{first}{}..{}{last}", stage.layers.start, stage.layers.end)
-            })
-            .collect();
-        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-        println!(
-            "{:>4}  {:>4} {:>3} {:>6} {:>4} {:>6} {:>5}  {:<16} {:>10}   {:>12.1} {:>9.1} {:>9.1} {:>11.1} {:>6} {:>6.1} {:>8.1}",
-            rank.rank,
-            at.data,
-            at.context,
-            at.tensor,
-            at.pipeline,
-            at.expert,
-            at.expert_tensor,
-            layers.join(" "),
-            rank.parameters,
-            mib(rank.weights),
-            mib(rank.gradients),
-            mib(rank.optimizer),
-            mib(rank.activations),
-            format!("({:.1})", rank.microbatches_in_flight),
-            mib(rank.transient),
-            mib(rank.total()),
-        );
+        print_rank(rank);
     }
     println!();
-    if let Some(host) = memory
-        .iter()
-        .map(|rank| rank.host)
-        .max()
-        .filter(|&host| host > 0)
-    {
+    print_remarks(&config, args.ranks, &memory)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+fn print_rank(rank: &RankMemory) {
+    let at = &rank.coordinates;
+    let stages = rank.stages.iter().map(|stage| {
+        let first = if stage.first { "in+" } else { "" };
+        let last = if stage.last { "+out" } else { "" };
+        format!("{first}{}..{}{last}", stage.layers.start, stage.layers.end)
+    });
+    let layers = stages.collect::<Vec<_>>().join(" ");
+    println!(
+        "{:>4}  {:>4} {:>3} {:>6} {:>4} {:>6} {:>5}  {layers:<16} {:>10}   \
+         {:>12.1} {:>9.1} {:>9.1} {:>11.1} {:>6} {:>6.1} {:>8.1}",
+        rank.rank,
+        at.data,
+        at.context,
+        at.tensor,
+        at.pipeline,
+        at.expert,
+        at.expert_tensor,
+        rank.parameters,
+        mib(rank.weights),
+        mib(rank.gradients),
+        mib(rank.optimizer),
+        mib(rank.activations),
+        format!("({:.1})", rank.microbatches_in_flight),
+        mib(rank.transient),
+        mib(rank.total()),
+    );
+}
+
+/// Prints the memory that the table leaves out.
+fn print_remarks(config: &Config, ranks: usize, memory: &[RankMemory]) -> Result<()> {
+    let host = memory.iter().map(|rank| rank.host).max().unwrap_or(0);
+    if host > 0 {
         println!(
-            "With optimizer.offload each rank's moments and fp32 weights are in the host's memory: at most {:.1} MiB of a rank.",
-            host as f64 / f64::from(1 << 20)
+            "With optimizer.offload, moments and fp32 weights are in host memory: at most {:.1} \
+             MiB per rank.",
+            mib(host)
         );
     }
     if config.takes_snapshots() {
         let (redundancy, _) = config
-            .protection(config.nodes(args.ranks).len())
+            .protection(config.nodes(ranks).len())
             .map_err(|error| anyhow!(error))?;
         println!(
-            "Besides, each node's keeper holds three snapshots of its ranks' share of the state (fp32 weights and moments, what \
-             replicas share counted once), and parity of two: {redundancy}."
+            "Each node's keeper also holds three snapshots of its ranks' part of the state (fp32 \
+             weights and moments, without what replicas repeat), and the parity of two: \
+             {redundancy}."
         );
     }
     println!(
-        "Tensors alone, with experts evenly loaded. On a CPU the process takes some 150 MiB besides, and malloc leaves gaps."
+        "Tensors only, with evenly loaded experts. On a CPU a process takes about 150 MiB more, \
+         and malloc leaves gaps."
     );
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }

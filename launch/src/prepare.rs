@@ -1,4 +1,4 @@
-//! `moerun data prepare`.
+//! `moerun data prepare`: writes token files from text.
 
 use crate::cli::PrepareArgs;
 use crate::progress;
@@ -7,12 +7,12 @@ use std::process::ExitCode;
 use trainer::data::{PrepareOptions, prepare};
 
 pub(crate) fn run(args: PrepareArgs) -> Result<ExitCode> {
-    let job = PrepareOptions {
+    let options = PrepareOptions {
         inputs: args.inputs,
         extensions: args
             .extensions
             .iter()
-            .map(|e| e.trim_start_matches('.').to_lowercase())
+            .map(|extension| extension.trim_start_matches('.').to_lowercase())
             .collect(),
         text_key: args.text_key,
         output: args.output,
@@ -22,12 +22,12 @@ pub(crate) fn run(args: PrepareArgs) -> Result<ExitCode> {
         max_bytes: args.max_mb.map(|mb| (mb * 1e6) as u64),
     };
     let bar = progress::Preparation::new();
-    let prepared = prepare(&job, &|what, done, of| bar.show(what, done, of))?;
+    let prepared = prepare(&options, &|stage, done, total| bar.show(stage, done, total))?;
     bar.clear();
     println!(
-        "{}: {} documents, {:.1} MB of text -> {} tokens to train on, {} to validate with; vocabulary {}; unigram \
-         entropy {:.3} nats a token",
-        job.output.display(),
+        "{}: {} documents, {:.1} MB of text -> {} training tokens, {} validation tokens; \
+         vocabulary {}; unigram entropy {:.3} nats per token",
+        options.output.display(),
         prepared.documents,
         prepared.bytes as f64 / 1e6,
         prepared.train_tokens,

@@ -1,17 +1,18 @@
-//! `moerun bench collectives`: every collective at several sizes, by the path that training takes and by all others there are.
+//! `moerun bench collectives`: every collective at several sizes, with the training backend and all
+//! others.
 
-use super::{median, round};
+use super::figures::{median, round};
 use crate::cli::CollectivesArgs;
+use crate::hint::hinted;
 use crate::local_ranks::{COLLECTIVE_TIMEOUT, run_on_ranks};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use parallel::{Backend, Communicator, Cpu, RankEnv, ReduceOp, World};
-use serde_json::json;
+use serde_json::{Map, Value, json};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 use tch::{Device, Kind, Tensor};
 
-/// What is measured.
 const OPERATIONS: [&str; 6] = [
     "all_reduce",
     "broadcast",
@@ -30,20 +31,28 @@ pub(crate) fn run(args: &CollectivesArgs) -> Result<ExitCode> {
         .iter()
         .find(|name| !OPERATIONS.contains(&name.as_str()))
     {
-        bail!("--operation {wrong}: there are {}", OPERATIONS.join(", "));
+        return Err(hinted(
+            anyhow!("--operation {wrong}: no such operation"),
+            format!("use {}", OPERATIONS.join(", ")),
+        ));
     }
     run_on_ranks(args.ranks, |env| measure(args, env))
 }
 
-/// A path that an operation may take.
+/// An implementation of collectives.
 enum Side {
-    /// A communicator of ours.
+    /// A communicator of moerun.
     Ours(Arc<dyn Communicator>),
-    /// Gloo's own forms, as c10d calls them.
+    /// Gloo's native forms, as c10d calls them.
     Gloo(torch_ext::Gloo),
 }
 
-/// One operation's tensors: of `bytes` those that hold every rank's part.
+struct NamedSide {
+    name: &'static str,
+    side: Side,
+}
+
+/// Operands: `whole` and `other` hold a part of every rank, `part` one.
 struct Tensors {
     whole: Tensor,
     part: Tensor,
@@ -52,95 +61,51 @@ struct Tensors {
 
 fn measure(args: &CollectivesArgs, env: &RankEnv) -> Result<()> {
     let world = |number: usize, backend: Backend| {
-        World::join(&env.for_another_world(number), COLLECTIVE_TIMEOUT, backend, &Cpu)
-            .context("the ranks cannot be joined")
+        let env = env.for_another_world(number);
+        World::join(&env, COLLECTIVE_TIMEOUT, backend, &Cpu).context("cannot join the other ranks")
     };
     let auto = world(1, Backend::Auto)?;
     let gloo = world(2, Backend::Gloo)?;
+    let all = auto.all("all")?;
     let mut sides = vec![
-        ("moerun", Side::Ours(auto.all("all")?)),
-        ("gloo composed", Side::Ours(gloo.all("all")?)),
+        NamedSide {
+            name: "moerun",
+            side: Side::Ours(all.clone()),
+        },
+        NamedSide {
+            name: "gloo composed",
+            side: Side::Ours(gloo.all("all")?),
+        },
     ];
-    if let Some(own) = gloo.libtorch_gloo("plain")? {
-        sides.push(("gloo", Side::Gloo(own)));
+    if let Some(plain) = gloo.libtorch_gloo("plain")? {
+        sides.push(NamedSide {
+            name: "gloo",
+            side: Side::Gloo(plain),
+        });
     }
-    let mpi_launch = parallel::mpi_library().filter(|_| env.mpi_launch != parallel::MpiLaunch::No);
-    // The world has to live as long as its groups.
-    let mpi = mpi_launch
-        .is_some()
-        .then(|| world(3, Backend::Mpi))
-        .transpose()?;
+    let has_mpi = parallel::mpi_library().is_some() && env.mpi_launch != parallel::MpiLaunch::No;
+    // The world must outlive its groups.
+    let mpi = has_mpi.then(|| world(3, Backend::Mpi)).transpose()?;
     if let Some(mpi) = &mpi {
-        sides.push(("mpi", Side::Ours(mpi.all("all")?)));
+        sides.push(NamedSide {
+            name: "mpi",
+            side: Side::Ours(mpi.all("all")?),
+        });
     }
-    let Side::Ours(all) = &sides[0].1 else {
-        bail!("the first side is ours")
-    };
-    let all = all.clone();
     let size = auto.size();
     if auto.rank() == 0 {
-        eprintln!(
-            "{size} ranks; sides: {}",
-            sides
-                .iter()
-                .map(|(name, _)| *name)
-                .collect::<Vec<_>>()
-                .join(", ")
-        );
+        let names: Vec<&str> = sides.iter().map(|side| side.name).collect();
+        eprintln!("{size} ranks; sides: {}", names.join(", "));
     }
     let chosen = |name: &&&str| {
         args.operation.is_empty() || args.operation.iter().any(|asked| asked == **name)
     };
     for &operation in OPERATIONS.iter().filter(chosen) {
         for &kib in &args.kib {
-            let tensors = Tensors::new(kib * 1024, size);
-            let mut times = vec![Vec::new(); sides.len()];
-            // As many in a row as make the clock's own time small.
-            let repeat = (4096 / kib.max(1)).clamp(2, 32);
-            for turn in 0..args.rounds + 1 {
-                for at in 0..sides.len() {
-                    // Who comes first changes each round.
-                    let at = (at + turn) % sides.len();
-                    let side = &sides[at].1;
-                    if !side.supports(operation) {
-                        continue;
-                    }
-                    all.barrier()?.wait()?;
-                    let started = Instant::now();
-                    for _ in 0..repeat {
-                        side.run(operation, &tensors)?;
-                    }
-                    let seconds =
-                        Tensor::from_slice(&[started.elapsed().as_secs_f64() / repeat as f64]);
-                    all.all_reduce(&seconds, ReduceOp::Max)?.wait()?;
-                    // The first round warms caches.
-                    if turn > 0 {
-                        times[at].push(seconds.double_value(&[0]));
-                    }
-                }
-            }
+            let times = measure_case(args.rounds, &sides, all.as_ref(), operation, kib)?;
             if auto.rank() == 0 {
-                let medians: Vec<(&str, f64)> = sides
-                    .iter()
-                    .zip(times)
-                    .filter(|(_, times)| !times.is_empty())
-                    .map(|((name, _), times)| (*name, median(times) * 1e6))
-                    .collect();
-                let others = medians[1..]
-                    .iter()
-                    .map(|(_, us)| *us)
-                    .fold(f64::INFINITY, f64::min);
-                let us: serde_json::Map<_, _> = medians
-                    .iter()
-                    .map(|(name, us)| (name.to_string(), json!(round(*us, 1))))
-                    .collect();
-                println!(
-                    "{}",
-                    json!({
-                        "bench": "collectives", "operation": operation, "kib": kib, "ranks": size, "us": us,
-                        "vs_fastest_other": round(medians[0].1 / others, 2), "rounds": args.rounds,
-                    })
-                );
+                let line = line(args.rounds, size, &sides, times, operation, kib);
+                println!("{line}");
             }
         }
     }
@@ -148,10 +113,82 @@ fn measure(args: &CollectivesArgs, env: &RankEnv) -> Result<()> {
     Ok(())
 }
 
+/// Returns the seconds of each round for each side, on the slowest rank.
+fn measure_case(
+    rounds: usize,
+    sides: &[NamedSide],
+    all: &dyn Communicator,
+    operation: &str,
+    kib: usize,
+) -> Result<Vec<Vec<f64>>> {
+    let tensors = Tensors::new(kib * 1024, all.size());
+    let mut times = vec![Vec::new(); sides.len()];
+    // Enough repetitions to make the cost of reading the clock small.
+    let repeat = (4096 / kib.max(1)).clamp(2, 32);
+    for round in 0..rounds + 1 {
+        for index in 0..sides.len() {
+            // The order changes each round.
+            let index = (index + round) % sides.len();
+            let side = &sides[index].side;
+            if !side.supports(operation) {
+                continue;
+            }
+            all.barrier()?.wait()?;
+            let started = Instant::now();
+            for _ in 0..repeat {
+                side.run(operation, &tensors)?;
+            }
+            let seconds = started.elapsed().as_secs_f64() / repeat as f64;
+            let slowest = Tensor::from_slice(&[seconds]);
+            all.all_reduce(&slowest, ReduceOp::Max)?.wait()?;
+            // The first round warms caches.
+            if round > 0 {
+                times[index].push(slowest.double_value(&[0]));
+            }
+        }
+    }
+    Ok(times)
+}
+
+fn line(
+    rounds: usize,
+    ranks: usize,
+    sides: &[NamedSide],
+    times: Vec<Vec<f64>>,
+    operation: &str,
+    kib: usize,
+) -> Value {
+    let mut us = Map::new();
+    let mut ours = f64::NAN;
+    let mut fastest_other = f64::INFINITY;
+    for (index, (side, times)) in sides.iter().zip(times).enumerate() {
+        if times.is_empty() {
+            continue;
+        }
+        let median_us = median(times) * 1e6;
+        us.insert(side.name.to_string(), json!(round(median_us, 1)));
+        if index == 0 {
+            ours = median_us;
+        } else {
+            fastest_other = fastest_other.min(median_us);
+        }
+    }
+    json!({
+        "bench": "collectives",
+        "operation": operation,
+        "kib": kib,
+        "ranks": ranks,
+        "us": us,
+        "vs_fastest_other": round(ours / fastest_other, 2),
+        "rounds": rounds,
+    })
+}
+
 impl Tensors {
     fn new(bytes: usize, ranks: usize) -> Tensors {
         let part = (bytes / 4 / ranks).max(1) as i64;
-        // Sums of zeros stay zeros, however often they are made; not of pages that nobody has written.
+        // Sums of zeros stay zeros. Unlike Tensor::zeros, this writes the pages before they are
+        // measured.
         let zeros = |count: i64| Tensor::ones([count], (Kind::Float, Device::Cpu)) * 0.0;
         Tensors {
             whole: zeros(part * ranks as i64),

@@ -1,79 +1,92 @@
-//! What a step's products with weights take by themselves: no step that makes them so can be faster.
+//! The time of a step's GEMMs alone, below which no step can be.
 
 use std::time::Instant;
 use tch::{Device, Kind, Tensor};
 use trainer::{GemmShape, ReferenceShape};
 
-/// Seconds of all of them.
+/// The time of all GEMMs of a step.
 pub(super) struct GemmFloor {
-    /// As libtorch multiplies, which is what other implementations call.
+    /// Time with libtorch's GEMM, which other implementations call.
     pub(super) libtorch_seconds: f64,
-    /// As this program multiplies.
     pub(super) own_seconds: f64,
 }
 
-/// Seconds after which a shape has been measured enough: libtorch has no kernels of some processors for bf16, and takes minutes.
-const ENOUGH: f64 = 2.0;
+/// Seconds after which measuring a shape stops: on processors without a bf16 kernel libtorch takes
+/// minutes.
+const MAX_SECONDS_PER_SHAPE: f64 = 2.0;
 
-/// The shortest of a few turns, which alternate. Operands stay in the cache where they fit, which a step's do not.
+/// Measures the GEMMs of a step, as the fastest of a few alternating rounds.
+///
+/// Operands that fit stay in the cache, unlike in a step.
 pub(super) fn measure(shape: ReferenceShape, kind: Kind) -> GemmFloor {
     let mut floor = GemmFloor {
         libtorch_seconds: 0.0,
         own_seconds: 0.0,
     };
-    for GemmShape { rows, inner, outer, times } in shape.gemms() {
-        let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
-        let x = random(&[rows, inner]);
-        let weight = random(&[outer, inner]);
-        let grad = random(&[rows, outer]);
-        let y = grad.empty_like();
-        let of_x = x.empty_like();
-        // Gradients are added up in fp32; libtorch's products have the dtype of what they multiply.
-        let of_weight = weight.empty_like();
-        let sum = weight.to_kind(Kind::Float);
-        let mut fastest = [f64::INFINITY; 2];
-        let began = Instant::now();
-        for turn in 0..5 {
-            if began.elapsed().as_secs_f64() > ENOUGH {
-                break;
-            }
-            for side in [turn % 2, 1 - turn % 2] {
-                let started = Instant::now();
-                match side {
-                    0 => {
-                        let _ = x.mm_out(&y, &weight.tr());
-                        let _ = grad.mm_out(&of_x, &weight);
-                        let _ = grad.tr().mm_out(&of_weight, &x);
-                    }
-                    _ => {
-                        kernels::gemm_into(&y, &x, &weight.tr());
-                        kernels::gemm_into(&of_x, &grad, &weight);
-                        kernels::gemm_accumulate(&sum, &grad.tr(), &x);
-                    }
-                }
-                fastest[side] = fastest[side].min(started.elapsed().as_secs_f64());
-            }
-        }
-        floor.libtorch_seconds += fastest[0] * times as f64;
-        floor.own_seconds += fastest[1] * times as f64;
+    for gemm in shape.gemms() {
+        let times = gemm.times as f64;
+        let fastest = measure_gemm(gemm, kind);
+        floor.libtorch_seconds += fastest.libtorch_seconds * times;
+        floor.own_seconds += fastest.own_seconds * times;
     }
     floor
 }
 
-/// Rows and columns of the products that a processor, and any other device, is measured with.
-const SQUARE: [i64; 2] = [1024, 8192];
-/// How often: others may be using the machine.
-const TURNS: usize = 20;
+/// Measures forward and both gradients of one matrix.
+fn measure_gemm(gemm: GemmShape, kind: Kind) -> GemmFloor {
+    let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
+    let x = random(&[gemm.rows, gemm.inner]);
+    let weight = random(&[gemm.outer, gemm.inner]);
+    let grad_y = random(&[gemm.rows, gemm.outer]);
+    let y = grad_y.empty_like();
+    let grad_x = x.empty_like();
+    // moerun accumulates gradients in fp32; libtorch's product has the dtype of its operands.
+    let grad_weight = weight.empty_like();
+    let sum = weight.to_kind(Kind::Float);
+    let mut fastest = [f64::INFINITY; 2];
+    let began = Instant::now();
+    for round in 0..5 {
+        if began.elapsed().as_secs_f64() > MAX_SECONDS_PER_SHAPE {
+            break;
+        }
+        for side in [round % 2, 1 - round % 2] {
+            let started = Instant::now();
+            match side {
+                0 => {
+                    let _ = x.mm_out(&y, &weight.tr());
+                    let _ = grad_y.mm_out(&grad_x, &weight);
+                    let _ = grad_y.tr().mm_out(&grad_weight, &x);
+                }
+                _ => {
+                    kernels::gemm_into(&y, &x, &weight.tr());
+                    kernels::gemm_into(&grad_x, &grad_y, &weight);
+                    kernels::gemm_accumulate(&sum, &grad_y.tr(), &x);
+                }
+            }
+            fastest[side] = fastest[side].min(started.elapsed().as_secs_f64());
+        }
+    }
+    GemmFloor {
+        libtorch_seconds: fastest[0],
+        own_seconds: fastest[1],
+    }
+}
 
-/// Floating-point operations a second of the fastest large product of this dtype: the peak in "model FLOPs utilization", which is
-/// measured, as makers promise none for most processors.
+/// Rows and columns of the GEMM that measures the peak of a processor, and of other devices.
+const PEAK_SIZE: [i64; 2] = [1024, 8192];
+/// Repetitions of that GEMM: other processes may be using the machine.
+const PEAK_ROUNDS: usize = 20;
+
+/// Measures the FLOP/s of the fastest large GEMM of a dtype, the peak in model FLOPs utilization.
+///
+/// It is measured because most processors have no published peak.
 pub(super) fn peak(kind: Kind, device: Device) -> f64 {
-    let size = SQUARE[usize::from(device != Device::Cpu)];
+    let size = PEAK_SIZE[usize::from(device != Device::Cpu)];
     let random = || Tensor::randn([size, size], (Kind::Float, device)).to_kind(kind);
     let left = random();
     let right = random();
     let out = random();
-    // A number that comes back says that the device has ended.
+    // Reading a number waits for the device.
     let wait = || {
         out.narrow(0, 0, 1)
             .narrow(1, 0, 1)
@@ -81,7 +94,7 @@ pub(super) fn peak(kind: Kind, device: Device) -> f64 {
             .double_value(&[0, 0])
     };
     let mut fastest = f64::INFINITY;
-    for _ in 0..TURNS {
+    for _ in 0..PEAK_ROUNDS {
         wait();
         let started = Instant::now();
         kernels::gemm_into(&out, &left, &right);

@@ -1,26 +1,42 @@
-//! `moerun bench layouts`: the reference step on two ranks of one thread, beside one process with two threads.
+//! `moerun bench layouts`: the reference step on two ranks with one thread each, compared with one
+//! process of two threads.
 
-use super::{largest, last_json_line, median, round, train, with_temp_dir, write_tokens};
+use super::figures::{largest, median, round};
+use super::runner::{baseline_line, train, with_temp_dir, write_tokens};
 use crate::cli::LayoutsArgs;
-use anyhow::{Context, Result, bail};
+use crate::hint::hinted;
+use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
 const VOCAB: usize = 8192;
-const TOKENS: f64 = 8.0 * 256.0;
+const TOKENS_PER_STEP: f64 = 8.0 * 256.0;
 
-/// Names, what is parallel, and sequences of a microbatch.
-fn layouts() -> [(&'static str, Value, usize); 3] {
+struct Layout {
+    name: &'static str,
+    parallel: Value,
+    micro_batch: usize,
+}
+
+fn layouts() -> [Layout; 3] {
     [
-        ("data", json!({}), 4),
-        ("expert", json!({"expert": 2}), 4),
-        (
-            "pipeline",
-            json!({"pipeline": 2, "schedule": "zb-v", "vocabulary": "vocab-1"}),
-            2,
-        ),
+        Layout {
+            name: "data",
+            parallel: json!({}),
+            micro_batch: 4,
+        },
+        Layout {
+            name: "expert",
+            parallel: json!({"expert": 2}),
+            micro_batch: 4,
+        },
+        Layout {
+            name: "pipeline",
+            parallel: json!({"pipeline": 2, "schedule": "zb-v", "vocabulary": "vocab-1"}),
+            micro_batch: 2,
+        },
     ]
 }
 
@@ -36,40 +52,24 @@ struct LayoutTimes {
     step_ms: Vec<f64>,
     wait_ratio: Vec<f64>,
     loss: f64,
-    /// Of the last step of each turn, as rank 0 traced it: milliseconds by kind of part.
+    /// Milliseconds of rank 0 by kind of part, from the traced last step of each round.
     parts: BTreeMap<String, Vec<f64>>,
 }
 
 impl LayoutTimes {
-    /// The steps of a run in `folder`, of which the last is traced.
+    /// Adds the steps of the run in `folder`, of which the last is traced.
     fn add(&mut self, steps: &[Value], folder: &Path) -> Result<()> {
-        // The first steps also make the memory that later ones use again.
+        // The first steps also allocate the memory that later ones reuse.
         for step in &steps[2..steps.len() - 1] {
             self.step_ms.extend(step["step_ms"].as_f64());
             self.wait_ratio.push(largest(&step["rank_wait_ratio"]));
         }
         self.loss = steps[0]["loss"].as_f64().unwrap_or(f64::NAN);
-        let path = folder.join("run/logs/rank-0.trace.json");
-        let text = std::fs::read_to_string(&path)
-            .with_context(|| format!("cannot read {}", path.display()))?;
-        let trace: Value = serde_json::from_str(&text)
-            .with_context(|| format!("{} is no trace", path.display()))?;
-        let mut sums: BTreeMap<String, f64> = BTreeMap::new();
-        let events = trace["traceEvents"].as_array().into_iter().flatten();
-        // The thread that computes; what goes on beside it takes none of its time.
-        let computes = events
-            .clone()
-            .find(|event| event["cat"] == "optimizer")
-            .map(|event| event["tid"].clone());
-        let events = events.filter(|event| Some(&event["tid"]) == computes.as_ref());
-        for event in events.filter(|event| event["cat"] != "pass") {
-            let kind = event["cat"].as_str().unwrap_or_default().to_string();
-            *sums.entry(kind).or_default() += event["args"]["self_ms"].as_f64().unwrap_or(0.0);
-        }
-        let named: f64 = sums.values().sum();
+        let mut parts = traced_parts(&folder.join("run/logs/rank-0.trace.json"))?;
+        let named: f64 = parts.values().sum();
         let whole = steps[steps.len() - 1]["step_ms"].as_f64().unwrap_or(0.0);
-        sums.insert("other".into(), whole - named);
-        for (kind, ms) in sums {
+        parts.insert("other".into(), whole - named);
+        for (kind, ms) in parts {
             self.parts.entry(kind).or_default().push(ms);
         }
         Ok(())
@@ -84,55 +84,68 @@ impl LayoutTimes {
     }
 }
 
+/// Returns the milliseconds of each kind of part in a trace, on the thread that computes.
+///
+/// Other threads overlap with it and take none of its time.
+fn traced_parts(path: &Path) -> Result<BTreeMap<String, f64>> {
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let trace: Value = serde_json::from_str(&text)
+        .with_context(|| format!("{} is not a trace", path.display()))?;
+    let events = trace["traceEvents"].as_array().into_iter().flatten();
+    let computing_thread = events
+        .clone()
+        .find(|event| event["cat"] == "optimizer")
+        .map(|event| event["tid"].clone());
+    let events = events.filter(|event| Some(&event["tid"]) == computing_thread.as_ref());
+    let mut parts: BTreeMap<String, f64> = BTreeMap::new();
+    for event in events.filter(|event| event["cat"] != "pass") {
+        let kind = event["cat"].as_str().unwrap_or_default().to_string();
+        let self_ms = event["args"]["self_ms"].as_f64().unwrap_or(0.0);
+        *parts.entry(kind).or_default() += self_ms;
+    }
+    Ok(parts)
+}
+
 fn measure(args: &LayoutsArgs, folder: &Path) -> Result<ExitCode> {
     write_tokens(folder, VOCAB)?;
-    let chosen: Vec<_> = layouts()
+    let chosen: Vec<Layout> = layouts()
         .into_iter()
-        .filter(|(name, ..)| args.case.as_ref().is_none_or(|case| case == name))
+        .filter(|layout| args.case.as_deref().is_none_or(|case| case == layout.name))
         .collect();
     if chosen.is_empty() {
-        bail!(
-            "--case {}: there are data, expert and pipeline",
-            args.case.as_deref().unwrap_or_default()
-        );
+        let case = args.case.as_deref().unwrap_or_default();
+        return Err(hinted(
+            anyhow!("--case {case}: no such layout"),
+            "use data, expert or pipeline",
+        ));
     }
     let mut alone = LayoutTimes::default();
     let mut measured: Vec<LayoutTimes> = chosen.iter().map(|_| LayoutTimes::default()).collect();
     let mut baseline = Vec::new();
-    for turn in 1..=args.rounds {
-        eprintln!("round {turn} of {}", args.rounds);
-        alone.add(
-            &train(folder, &experiment(args, folder, &json!({}), 8), 1, Some(2))?,
-            folder,
-        )?;
-        for ((_, parallel, micro_batch), into) in chosen.iter().zip(&mut measured) {
-            into.add(
-                &train(
-                    folder,
-                    &experiment(args, folder, parallel, *micro_batch),
-                    2,
-                    Some(1),
-                )?,
-                folder,
-            )?;
+    for round in 1..=args.rounds {
+        eprintln!("round {round} of {}", args.rounds);
+        let one_process = experiment(args, folder, &json!({}), 8);
+        alone.add(&train(folder, &one_process, 1, Some(2))?, folder)?;
+        for (layout, measured) in chosen.iter().zip(&mut measured) {
+            let config = experiment(args, folder, &layout.parallel, layout.micro_batch);
+            measured.add(&train(folder, &config, 2, Some(1))?, folder)?;
         }
         if let Some(text) = &args.baseline {
-            let mut command = Command::new("sh");
-            command.args(["-c", text]);
-            baseline
-                .extend(last_json_line(command, text, "tokens_per_s")?["tokens_per_s"].as_f64());
+            let line = baseline_line(text, "tokens_per_s")?;
+            baseline.extend(line["tokens_per_s"].as_f64());
         }
     }
     let one_parts = alone.parts();
     let single = median(alone.step_ms);
     let baseline = (!baseline.is_empty()).then(|| median(baseline));
-    for ((name, ..), measured) in chosen.iter().zip(measured) {
+    for (layout, measured) in chosen.iter().zip(measured) {
         let parts = measured.parts();
         let step_ms = median(measured.step_ms);
-        let rate = TOKENS / step_ms * 1e3;
+        let rate = TOKENS_PER_STEP / step_ms * 1e3;
         let mut line = json!({
             "bench": "layouts",
-            "case": name,
+            "case": layout.name,
             "ranks": 2,
             "step_ms": round(step_ms, 1),
             "tokens_per_s": round(rate, 0),
@@ -157,7 +170,10 @@ fn measure(args: &LayoutsArgs, folder: &Path) -> Result<ExitCode> {
 
 fn experiment(args: &LayoutsArgs, folder: &Path, parallel: &Value, micro_batch: usize) -> Value {
     json!({
-        "run": {"dir": folder.join("run"), "device": "cpu", "log_every": 1000, "trace_step": args.steps},
+        "run": {
+            "dir": folder.join("run"), "device": "cpu", "log_every": 1000,
+            "trace_step": args.steps,
+        },
         "parallel": parallel,
         "model": {"vocab_size": VOCAB, "hidden": 256, "layers": 4, "heads": 8, "kv_heads": 4,
                   "moe": {"experts": 8, "top_k": 2, "ffn": 512}},

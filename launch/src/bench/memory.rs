@@ -1,6 +1,7 @@
-//! `moerun bench memory`: what ranks really hold, beside what `moerun plan mesh` says.
+//! `moerun bench memory`: measured memory of many layouts, compared with `moerun plan mesh`.
 
-use super::{largest, round, train, with_temp_dir, write_tokens};
+use super::figures::{largest, mib, round};
+use super::runner::{train, with_temp_dir, write_tokens};
 use crate::cli::MemoryArgs;
 use anyhow::{Context, Result, anyhow};
 use serde_json::{Value, json};
@@ -14,45 +15,46 @@ pub(crate) fn run(args: &MemoryArgs) -> Result<ExitCode> {
     with_temp_dir(|folder| measure(args, folder))
 }
 
-fn layouts() -> Vec<(usize, Value)> {
+struct Layout {
+    ranks: usize,
+    parallel: Value,
+}
+
+fn layouts() -> Vec<Layout> {
+    let layout = |ranks, parallel| Layout { ranks, parallel };
+    let half_memory = json!({"pipeline": 2, "tensor": 2, "expert": 2, "schedule": "v-half"});
     vec![
-        (1, json!({})),
-        (4, json!({})),
-        (4, json!({"zero": 1})),
-        (4, json!({"zero": 2})),
-        (4, json!({"zero": 3})),
-        (4, json!({"zero": 3, "zero_group_size": 2})),
-        (4, json!({"expert": 4})),
-        (4, json!({"expert": 2, "zero": 1})),
-        (4, json!({"tensor": 2, "expert": 2, "expert_tensor": 2})),
-        (4, json!({"tensor": 4, "expert": 4})),
-        (4, json!({"context": 4, "expert": 4})),
-        (2, json!({"pipeline": 2})),
-        (4, json!({"pipeline": 4, "vocabulary": "vocab-2"})),
-        (
-            4,
-            json!({"pipeline": 2, "tensor": 2, "expert": 2, "schedule": "v-half"}),
-        ),
-        (1, json!({"recompute": {"parts": ["norm"]}})),
-        (1, json!({"recompute": {"parts": ["attention"]}})),
-        (1, json!({"recompute": {"parts": ["dispatch", "experts"]}})),
-        (1, json!({"recompute": {"layers": "all"}})),
+        layout(1, json!({})),
+        layout(4, json!({})),
+        layout(4, json!({"zero": 1})),
+        layout(4, json!({"zero": 2})),
+        layout(4, json!({"zero": 3})),
+        layout(4, json!({"zero": 3, "zero_group_size": 2})),
+        layout(4, json!({"expert": 4})),
+        layout(4, json!({"expert": 2, "zero": 1})),
+        layout(4, json!({"tensor": 2, "expert": 2, "expert_tensor": 2})),
+        layout(4, json!({"tensor": 4, "expert": 4})),
+        layout(4, json!({"context": 4, "expert": 4})),
+        layout(2, json!({"pipeline": 2})),
+        layout(4, json!({"pipeline": 4, "vocabulary": "vocab-2"})),
+        layout(4, half_memory),
+        layout(1, json!({"recompute": {"parts": ["norm"]}})),
+        layout(1, json!({"recompute": {"parts": ["attention"]}})),
+        layout(1, json!({"recompute": {"parts": ["dispatch", "experts"]}})),
+        layout(1, json!({"recompute": {"layers": "all"}})),
     ]
 }
 
 fn measure(args: &MemoryArgs, folder: &Path) -> Result<ExitCode> {
     write_tokens(folder, VOCAB)?;
-    for (ranks, parallel) in layouts() {
-        if args
-            .case
-            .as_ref()
-            .is_some_and(|case| *case != name(ranks, &parallel))
-        {
+    for Layout { ranks, parallel } in layouts() {
+        let name = name(ranks, &parallel);
+        if args.case.as_ref().is_some_and(|case| *case != name) {
             continue;
         }
         let config = experiment(folder, &parallel);
-        let parsed: Config =
-            serde_json::from_value(config.clone()).context("the bench's own experiment")?;
+        let parsed: Config = serde_json::from_value(config.clone())
+            .context("the configuration of the bench is invalid")?;
         let planned = parsed.memory(ranks).map_err(|error| anyhow!(error))?;
         let most_loaded = planned
             .iter()
@@ -60,13 +62,12 @@ fn measure(args: &MemoryArgs, folder: &Path) -> Result<ExitCode> {
             .max()
             .unwrap_or(0) as f64;
         let steps = train(folder, &config, ranks, Some(1))?;
-        let last = steps.last().expect("there are two");
+        let last = steps.last().expect("train refuses fewer than two steps");
         let measured = largest(&last["rank_peak_memory"]);
         let resident = largest(&last["rank_peak_resident"]);
-        let mib = |bytes: f64| round(bytes / f64::from(1 << 20), 1);
         let line = json!({
             "bench": "memory",
-            "case": name(ranks, &parallel),
+            "case": name,
             "ranks": ranks,
             "measured_mib": mib(measured),
             "planned_mib": mib(most_loaded),

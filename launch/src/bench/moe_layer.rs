@@ -1,10 +1,14 @@
-//! `moerun bench moe-layer`: an MoE layer, forward and backward, with standard and with least-loaded dispatch.
+//! `moerun bench moe-layer`: forward and backward of an MoE layer, with standard and with
+//! least-loaded dispatch.
 
-use super::workload::{NAMED_WORKLOADS, Workload, parse};
-use super::{median, moe_step, round};
+use super::figures::mib;
+use super::moe_line::{CaseInfo, MoeLayerTimes, RankGroup, line};
+use super::moe_step;
+use super::workload::{NAMED_WORKLOADS, RankBatch, Workload, parse};
 use crate::cli::MoeLayerArgs;
+use crate::hint::hinted;
 use crate::local_ranks::{join_world, run_on_ranks};
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 use moe::balance::BalanceScope;
 use moe::dispatch::{Dispatcher, LeastLoaded};
 use moe::experts::GemmPrecision;
@@ -14,18 +18,16 @@ use moe::plan::ExpertTopology;
 use moe::{MoeLayer, MoeStats, MoeWeights, Router, SavePolicy};
 use parallel::tensor::TensorParallel;
 use parallel::{
-    Accelerator, Activation, Communicator, Cpu, GradientBuckets, Local, RankEnv, ReduceOp,
-    Replication, Weight,
+    Accelerator, Activation, Communicator, Cpu, GradientBuckets, Local, RankEnv, Replication,
+    Weight, World,
 };
 use parking_lot::Mutex;
-use serde_json::json;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Instant;
 use tch::{Kind, Tensor};
 use trainer::config::LeastLoadedConfig;
 
-/// The paper's table, and the field's workloads.
+/// The table of the LLEP paper, as PERCENT:EXPERTS.
 const SHARES: [&str; 12] = [
     "30:16", "50:16", "80:16", "95:16", "30:4", "50:4", "80:4", "95:4", "30:1", "50:1", "80:1",
     "95:1",
@@ -35,39 +37,9 @@ pub(crate) fn run(args: &MoeLayerArgs) -> Result<ExitCode> {
     if [args.ranks, args.rounds, args.tokens, args.hidden, args.ffn].contains(&0) {
         bail!("--ranks, --rounds, --tokens, --hidden and --ffn must be at least 1");
     }
-    let mut cases: Vec<String> = args.case.clone();
-    if cases.is_empty() {
-        cases = NAMED_WORKLOADS
-            .iter()
-            .map(|(name, _)| name.to_string())
-            .collect();
-        cases.extend(
-            SHARES
-                .iter()
-                .filter(|_| !args.step)
-                .map(|share| share.to_string()),
-        );
-    }
+    let cases = cases(args);
     for case in &cases {
-        let workload = parse(case)?;
-        let experts = args.experts.unwrap_or(workload.experts(args.ranks));
-        let ranks = args.ranks;
-        if experts < 4 || !experts.is_multiple_of(ranks) {
-            bail!("{experts} experts cannot be shared out over {ranks} ranks, as many each");
-        }
-        if let Workload::Share { hot, .. } = workload
-            && hot > experts / ranks
-        {
-            bail!(
-                "--case {case}: rank 0 has {} of {experts} experts, not {hot}",
-                experts / ranks
-            );
-        }
-        if args.step && !moe_step::supports(workload) {
-            bail!(
-                "--step --case {case}: a step's tokens are what the model reads; give balanced, w0 to w3 or w5 to w7"
-            );
-        }
+        refuse_impossible(args, case)?;
     }
     if args.step {
         return run_on_ranks(args.ranks, |env| moe_step::measure(args, &cases, env));
@@ -75,42 +47,40 @@ pub(crate) fn run(args: &MoeLayerArgs) -> Result<ExitCode> {
     run_on_ranks(args.ranks, |env| measure(args, &cases, env))
 }
 
-/// The ranks, and what they measure with.
-pub(super) struct RankGroup {
-    pub(super) all: Arc<dyn Communicator>,
-    pub(super) device: Box<dyn Accelerator>,
+fn cases(args: &MoeLayerArgs) -> Vec<String> {
+    if !args.case.is_empty() {
+        return args.case.clone();
+    }
+    let mut cases: Vec<String> = NAMED_WORKLOADS
+        .iter()
+        .map(|(name, _)| name.to_string())
+        .collect();
+    if !args.step {
+        cases.extend(SHARES.map(str::to_string));
+    }
+    cases
 }
 
-impl RankGroup {
-    /// The longest time that any rank took for `body`, which all begin together.
-    pub(super) fn time(&self, body: impl FnOnce() -> Result<()>) -> Result<f64> {
-        self.all.barrier()?.wait()?;
-        let started = Instant::now();
-        body()?;
-        let seconds = Tensor::from_slice(&[started.elapsed().as_secs_f64()]);
-        self.all.all_reduce(&seconds, ReduceOp::Max)?.wait()?;
-        Ok(seconds.double_value(&[0]))
+fn refuse_impossible(args: &MoeLayerArgs, case: &str) -> Result<()> {
+    let workload = parse(case)?;
+    let ranks = args.ranks;
+    let experts = args.experts.unwrap_or(workload.experts(ranks));
+    if experts < 4 || !experts.is_multiple_of(ranks) {
+        bail!("--experts {experts}: must be at least 4 and a multiple of {ranks} ranks");
     }
-
-    /// Every rank's number.
-    pub(super) fn gather(&self, number: f64) -> Result<Vec<f64>> {
-        let mut own = vec![0.0; self.all.size()];
-        own[self.all.rank()] = number;
-        let all = Tensor::from_slice(&own);
-        self.all.all_reduce(&all, ReduceOp::Sum)?.wait()?;
-        Ok(Vec::try_from(all)?)
+    if let Workload::Share { hot, .. } = workload
+        && hot > experts / ranks
+    {
+        let local = experts / ranks;
+        bail!("--case {case}: rank 0 has {local} of {experts} experts, not {hot}");
     }
-}
-
-/// What one dispatch did with a case.
-#[derive(Default)]
-pub(super) struct MoeLayerTimes {
-    pub(super) seconds: Vec<f64>,
-    pub(super) routed_tokens: Vec<f64>,
-    pub(super) peak: Vec<f64>,
-    pub(super) lent: f64,
-    /// Bytes of rows and of weights that each rank sent in forward.
-    pub(super) sent: Vec<f64>,
+    if args.step && !moe_step::supports(workload) {
+        return Err(hinted(
+            anyhow!("--step --case {case}: a router's bias cannot produce this load"),
+            "use balanced, w0 to w3 or w5 to w7",
+        ));
+    }
+    Ok(())
 }
 
 fn measure(args: &MoeLayerArgs, cases: &[String], env: &RankEnv) -> Result<()> {
@@ -119,6 +89,34 @@ fn measure(args: &MoeLayerArgs, cases: &[String], env: &RankEnv) -> Result<()> {
         all: world.all("all")?,
         device: parallel::accelerator("cpu", 0)?,
     };
+    let least_loaded = least_loaded(args, &group, &world)?;
+    let min_tokens = least_loaded.planner.lock().min_tokens;
+    for case in cases {
+        let workload = parse(case)?;
+        let experts = args.experts.unwrap_or(workload.experts(args.ranks));
+        let bench = LayerBench::new(args, workload, experts, &group, &least_loaded)?;
+        let measured = bench.measure(args.rounds, &group)?;
+        if world.rank() != 0 {
+            continue;
+        }
+        let tokens = (0..args.ranks).map(|rank| workload.tokens(args.tokens, rank, args.ranks));
+        let info = CaseInfo {
+            experts,
+            tokens: tokens.sum(),
+            min_tokens,
+            cycle: workload.cycle(),
+        };
+        let mut line = line("moe-layer", case, args, &info, &measured);
+        for (key, measured) in ["baseline_sent_mib", "sent_mib"].iter().zip(&measured) {
+            line[key] = measured.sent.iter().map(|&bytes| mib(bytes)).collect();
+        }
+        println!("{line}");
+    }
+    Ok(())
+}
+
+/// Returns the planner of expert lending, with the break-even that all ranks agree on.
+fn least_loaded(args: &MoeLayerArgs, group: &RankGroup, world: &World) -> Result<LeastLoaded> {
     let lending = world.all("lending")?;
     let size = ExpertSize {
         hidden: args.hidden as i64,
@@ -128,128 +126,18 @@ fn measure(args: &MoeLayerArgs, cases: &[String], env: &RankEnv) -> Result<()> {
     };
     let min_tokens = match args.min_tokens {
         Some(tokens) => i64::from(tokens),
-        None => agree_on_break_even(
-            &group.all,
-            break_even(&lending, size, group.device.as_ref())?,
-        )?,
+        None => {
+            let own = break_even(&lending, size, group.device.as_ref())?;
+            agree_on_break_even(&group.all, own)?
+        }
     };
     let planner = Planner {
         min_tokens,
         ..LeastLoadedConfig::default().planner(Vec::new())
     };
-    let least_loaded = LeastLoaded {
+    Ok(LeastLoaded {
         planner: Arc::new(Mutex::new(planner)),
         lending,
-    };
-    for case in cases {
-        let workload = parse(case)?;
-        let experts = args.experts.unwrap_or(workload.experts(args.ranks));
-        let bench = LayerBench::new(args, workload, experts, &group, &least_loaded)?;
-        let mut measured = [MoeLayerTimes::default(), MoeLayerTimes::default()];
-        for round in 0..args.rounds * workload.cycle() + 1 {
-            let experts = bench.expert_ids(round);
-            // Who comes first changes each round.
-            for which in [round % 2, 1 - round % 2] {
-                let measured = &mut measured[which];
-                group.device.reset_peak()?;
-                let mut moe_stats = MoeStats::default();
-                let seconds = group.time(|| {
-                    moe_stats = bench.forward_backward(which, &experts)?;
-                    Ok(())
-                })?;
-                // The first round warms caches.
-                if round > 0 {
-                    measured.seconds.push(seconds);
-                    measured.routed_tokens = group.gather(moe_stats.computed_tokens as f64)?;
-                    measured.peak = group.gather(group.device.memory()?.peak as f64)?;
-                    measured.lent = group.gather(moe_stats.lent_bytes as f64)?.iter().sum();
-                    // Each rank is a node of its own.
-                    measured.sent =
-                        group.gather((moe_stats.internode_bytes + moe_stats.lent_bytes) as f64)?;
-                }
-            }
-        }
-        if world.rank() == 0 {
-            let tokens: usize = (0..args.ranks)
-                .map(|rank| workload.tokens(args.tokens, rank, args.ranks))
-                .sum();
-            let size = CaseInfo {
-                experts,
-                tokens,
-                min_tokens,
-                cycle: workload.cycle(),
-            };
-            let mut line = line("moe-layer", case, args, &size, &measured);
-            for (key, measured) in ["baseline_sent_mib", "sent_mib"].iter().zip(&measured) {
-                line[key] = measured.sent.iter().map(|&bytes| mib(bytes)).collect();
-            }
-            println!("{line}");
-        }
-    }
-    Ok(())
-}
-
-fn mib(bytes: f64) -> f64 {
-    round(bytes / f64::from(1 << 20), 1)
-}
-
-/// What a case is measured with.
-pub(super) struct CaseInfo {
-    pub(super) experts: usize,
-    /// Of all ranks.
-    pub(super) tokens: usize,
-    pub(super) min_tokens: i64,
-    /// Rounds that count as one.
-    pub(super) cycle: usize,
-}
-
-/// The line of a case, from what standard and least-loaded dispatch did with it.
-pub(super) fn line(
-    bench: &str,
-    case: &str,
-    args: &MoeLayerArgs,
-    &CaseInfo {
-        experts,
-        tokens,
-        min_tokens,
-        cycle,
-    }: &CaseInfo,
-    [standard, ours]: &[MoeLayerTimes; 2],
-) -> serde_json::Value {
-    let rate = |measured: &MoeLayerTimes| {
-        let seconds = measured
-            .seconds
-            .chunks(cycle)
-            .map(|rounds| rounds.iter().sum::<f64>() / rounds.len() as f64);
-        tokens as f64 / median(seconds.collect())
-    };
-    let largest = |values: &[f64]| values.iter().copied().fold(0.0, f64::max);
-    let rows: f64 = standard.routed_tokens.iter().sum();
-    // The speed-up of the experts' work if every rank had as much of it. (For SHARE:EXPERTS this is what
-    // P (r + (1 - r) (M - h) / (N - h)) gives for r of the tokens to h of the M experts of one of P ranks, N in all.)
-    let ideal = largest(&standard.routed_tokens) * args.ranks as f64 / rows.max(1.0);
-    json!({
-        "bench": bench,
-        "case": case,
-        "metric": "tokens_per_s",
-        "ours": round(rate(ours), 0),
-        "baseline": round(rate(standard), 0),
-        "baseline_name": "standard",
-        "ratio": round(rate(ours) / rate(standard), 3),
-        "ideal": round(ideal, 3),
-        "rounds": args.rounds,
-        "ranks": args.ranks,
-        "threads": 1,
-        "tokens_per_rank": args.tokens,
-        "hidden": args.hidden,
-        "ffn": args.ffn,
-        "experts": experts,
-        "min_tokens": min_tokens,
-        "routed_tokens": ours.routed_tokens,
-        "baseline_routed_tokens": standard.routed_tokens,
-        "lent_mib": mib(ours.lent),
-        "peak_mib": mib(largest(&ours.peak)),
-        "baseline_peak_mib": mib(largest(&standard.peak)),
     })
 }
 
@@ -261,7 +149,8 @@ struct LayerBench {
     experts: usize,
     x: Tensor,
     routing_weights_tk: Tensor,
-    place: (usize, usize),
+    rank: usize,
+    ranks: usize,
 }
 
 impl LayerBench {
@@ -331,14 +220,49 @@ impl LayerBench {
             experts,
             x,
             routing_weights_tk,
-            place: (rank, ranks),
+            rank,
+            ranks,
         })
     }
 
-    /// What this rank's tokens choose in round `round`.
+    /// Measures standard and least-loaded dispatch in alternating rounds.
+    fn measure(&self, rounds: usize, group: &RankGroup) -> Result<[MoeLayerTimes; 2]> {
+        let mut measured = [MoeLayerTimes::default(), MoeLayerTimes::default()];
+        for round in 0..rounds * self.workload.cycle() + 1 {
+            let experts = self.expert_ids(round);
+            // The order changes each round.
+            for which in [round % 2, 1 - round % 2] {
+                let measured = &mut measured[which];
+                group.device.reset_peak()?;
+                let mut moe_stats = MoeStats::default();
+                let seconds = group.time(|| {
+                    moe_stats = self.forward_backward(which, &experts)?;
+                    Ok(())
+                })?;
+                // The first round warms caches.
+                if round == 0 {
+                    continue;
+                }
+                measured.seconds.push(seconds);
+                measured.routed_tokens = group.gather(moe_stats.computed_tokens as f64)?;
+                measured.peak = group.gather(group.device.memory()?.peak as f64)?;
+                measured.lent = group.gather(moe_stats.lent_bytes as f64)?.iter().sum();
+                // Each rank is a node of its own.
+                let sent = moe_stats.internode_bytes + moe_stats.lent_bytes;
+                measured.sent = group.gather(sent as f64)?;
+            }
+        }
+        Ok(measured)
+    }
+
     fn expert_ids(&self, round: usize) -> Vec<i64> {
-        self.workload
-            .expert_ids(self.x.size()[0] as usize, self.experts, self.place, round)
+        self.workload.expert_ids(RankBatch {
+            tokens: self.x.size()[0] as usize,
+            experts: self.experts,
+            rank: self.rank,
+            ranks: self.ranks,
+            round,
+        })
     }
 
     fn forward_backward(&self, which: usize, experts: &[i64]) -> Result<MoeStats> {

@@ -1,8 +1,9 @@
-//! `moerun bench moe-layer --step`: whole training steps of a small model whose router is biased, with both dispatches.
+//! `moerun bench moe-layer --step`: training steps of a small model with a biased router, with
+//! both dispatches.
 
-use super::moe_layer::{CaseInfo, MoeLayerTimes, RankGroup, line};
+use super::moe_line::{CaseInfo, MoeLayerTimes, RankGroup, line};
+use super::runner::write_tokens;
 use super::workload::{Workload, parse};
-use super::write_tokens;
 use crate::cli::MoeLayerArgs;
 use crate::local_ranks::join_world;
 use anyhow::{Context, Result};
@@ -16,7 +17,7 @@ use trainer::config::Config;
 const VOCAB: usize = 4096;
 const SEQUENCE: usize = 256;
 
-/// Whether a router's bias can make it.
+/// True if a router's bias can produce this load.
 pub(super) fn supports(workload: Workload) -> bool {
     !matches!(workload, Workload::Share { .. } | Workload::RaggedSources)
 }
@@ -27,19 +28,16 @@ pub(super) fn measure(args: &MoeLayerArgs, cases: &[String], env: &RankEnv) -> R
         all: world.all("bench")?,
         device: parallel::accelerator("cpu", 0)?,
     };
-    let folder = std::env::temp_dir().join(format!(
-        "moerun-bench-step-{}-{}",
-        std::process::id(),
-        env.rank
-    ));
+    let name = format!("moerun-bench-step-{}-{}", std::process::id(), env.rank);
+    let folder = std::env::temp_dir().join(name);
     std::fs::create_dir_all(&folder)
-        .with_context(|| format!("cannot make {}", folder.display()))?;
-    let outcome = in_folder(args, cases, env, &group, &folder);
+        .with_context(|| format!("cannot create {}", folder.display()))?;
+    let outcome = measure_in(args, cases, env, &group, &folder);
     let _ = std::fs::remove_dir_all(&folder);
     outcome
 }
 
-fn in_folder(
+fn measure_in(
     args: &MoeLayerArgs,
     cases: &[String],
     env: &RankEnv,
@@ -50,7 +48,7 @@ fn in_folder(
     let ranks = group.all.size();
     let rank = group.all.rank();
     let experts = args.experts.unwrap_or(Workload::Balanced.experts(ranks));
-    // Each in a world of its own: names of groups are used once.
+    // Each trainer needs a world of its own, in which the names of its groups are free.
     let trainer = |number: usize, dispatch: &str| -> Result<Trainer> {
         let config = experiment(args, folder, experts, dispatch)?;
         Ok(Trainer::new(
@@ -65,9 +63,9 @@ fn in_folder(
         let workload = parse(case)?;
         let mut measured = [MoeLayerTimes::default(), MoeLayerTimes::default()];
         let mut losses = [0.0; 2];
-        let mut apart = 0.0f64;
+        let mut loss_rel_diff = 0.0f64;
         for round in 0..args.rounds * workload.cycle() + 1 {
-            // Who comes first changes each round.
+            // The order changes each round.
             for which in [round % 2, 1 - round % 2] {
                 let trainer = &mut trainers[which];
                 let measured = &mut measured[which];
@@ -81,46 +79,45 @@ fn in_folder(
                 losses[which] = record.as_ref().map_or(f64::NAN, |record| record.loss);
                 if let Some(record) = record.filter(|_| round > 0) {
                     measured.seconds.push(seconds);
-                    let rows = |rank: usize| {
-                        record
-                            .tokens_per_rank
-                            .iter()
-                            .map(|rows| rows[rank] as f64)
-                            .sum()
-                    };
-                    measured.routed_tokens = (0..ranks).map(rows).collect();
+                    let layers = &record.tokens_per_rank;
+                    let routed = |rank: usize| layers.iter().map(|layer| layer[rank] as f64).sum();
+                    measured.routed_tokens = (0..ranks).map(routed).collect();
                     measured.peak = group.gather(group.device.memory()?.peak as f64)?;
                     measured.lent = record.lent_bytes.iter().sum::<u64>() as f64;
                 }
             }
-            apart = apart.max((losses[1] - losses[0]).abs() / losses[0]);
+            let difference = (losses[1] - losses[0]).abs() / losses[0];
+            loss_rel_diff = loss_rel_diff.max(difference);
         }
         if rank == 0 {
             let min_tokens = trainers[1].min_tokens().unwrap_or(0);
-            let size = CaseInfo {
+            let info = CaseInfo {
                 experts,
                 tokens,
                 min_tokens,
                 cycle: workload.cycle(),
             };
-            let mut line = line("moe-step", case, args, &size, &measured);
-            // Both learn the same from the same tokens.
-            line["loss_rel_diff"] = json!(apart);
+            let mut line = line("moe-step", case, args, &info, &measured);
+            // Both trainers get the same tokens.
+            line["loss_rel_diff"] = json!(loss_rel_diff);
             println!("{line}");
         }
     }
     Ok(())
 }
 
-/// Biases every router: with scores from 0 to 1, a bias of `log2(weight / mean)`, limited, makes the choices about so.
+/// Biases every router, so that experts are chosen about as often as `weights` say.
+///
+/// With scores from 0 to 1, a clamped bias in proportion to `log2(weight / mean)` does that.
 fn bias(trainer: &Trainer, weights: &[f64]) {
     let mean = weights.iter().sum::<f64>() / weights.len() as f64;
     let bias: Vec<f32> = weights
         .iter()
         .map(|weight| ((weight / mean).log2() * 0.05).clamp(-2.0, 2.0) as f32)
         .collect();
-    for (_, _, of_layer) in trainer.model().biases() {
-        tch::no_grad(|| of_layer.shallow_clone().copy_(&Tensor::from_slice(&bias)));
+    let bias = Tensor::from_slice(&bias);
+    for (_, _, layer_bias) in trainer.model().biases() {
+        tch::no_grad(|| layer_bias.shallow_clone().copy_(&bias));
     }
 }
 
@@ -140,12 +137,17 @@ fn experiment(
         "parallel": {"expert": args.ranks},
         "model": {
             "vocab_size": VOCAB, "hidden": args.hidden, "layers": 2, "heads": 8, "kv_heads": 4,
-            "moe": {"experts": experts, "top_k": 2, "ffn": args.ffn, "load_balance": 0.0, "bias_update_rate": 1e-9,
-                    "router": {"score": "sigmoid"}, "dispatch": dispatch, "least_loaded": least_loaded},
+            "moe": {
+                "experts": experts, "top_k": 2, "ffn": args.ffn,
+                "load_balance": 0.0, "bias_update_rate": 1e-9, "router": {"score": "sigmoid"},
+                "dispatch": dispatch, "least_loaded": least_loaded,
+            },
         },
         "data": {"train": [{"path": folder.join("tokens")}], "sequence_length": SEQUENCE},
-        "train": {"steps": 1_000_000, "global_batch": sequences * args.ranks, "micro_batch": sequences},
+        "train": {
+            "steps": 1_000_000, "global_batch": sequences * args.ranks, "micro_batch": sequences,
+        },
         "schedule": {"constant": {"lr": 1e-4}},
     });
-    serde_json::from_value(config).context("the bench's own experiment")
+    serde_json::from_value(config).context("the configuration of the bench is invalid")
 }

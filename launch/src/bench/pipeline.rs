@@ -1,6 +1,7 @@
-//! `moerun bench pipeline`: what it brings to share a large vocabulary out over a pipeline's stages.
+//! `moerun bench pipeline`: placements of a large vocabulary in a two-stage pipeline.
 
-use super::{largest, median, round, train, with_temp_dir, write_tokens};
+use super::figures::{largest, median, round};
+use super::runner::{train, with_temp_dir, write_tokens};
 use crate::cli::PipelineArgs;
 use anyhow::{Context, Result, anyhow, bail};
 use parallel::pipeline::simulate::{Costs, VocabularyCosts, simulate};
@@ -18,18 +19,33 @@ const LAYOUTS: [&str; 6] = [
     "vocab-2",
 ];
 
-/// What one layout did in its turns.
 #[derive(Default)]
 struct PipelineTimes {
     step_ms: Vec<f64>,
-    /// Of the most loaded rank, in MiB.
-    memory: Vec<f64>,
-    resident: Vec<f64>,
+    /// MiB of tensors of the most loaded rank.
+    memory_mib: Vec<f64>,
+    /// MiB of the largest process.
+    resident_mib: Vec<f64>,
     wait_ratio: Vec<f64>,
-    /// From the first pass to the last, measured and simulated with the passes' measured times.
     passes_ms: Vec<f64>,
     predicted_ms: Vec<f64>,
     loss: f64,
+}
+
+impl PipelineTimes {
+    fn add(&mut self, schedule: &Schedule, step: &Value) {
+        let mib = |bytes: f64| bytes / f64::from(1 << 20);
+        self.step_ms.extend(step["step_ms"].as_f64());
+        self.memory_mib
+            .push(mib(largest(&step["rank_peak_memory"])));
+        self.resident_mib
+            .push(mib(largest(&step["rank_peak_resident"])));
+        self.wait_ratio.push(largest(&step["rank_wait_ratio"]));
+        let times = PassTimes::new(schedule, step);
+        self.passes_ms.push(times.measured_ms);
+        self.predicted_ms.push(times.predicted_ms);
+        self.loss = step["loss"].as_f64().unwrap_or(f64::NAN);
+    }
 }
 
 pub(crate) fn run(args: &PipelineArgs) -> Result<ExitCode> {
@@ -42,15 +58,15 @@ pub(crate) fn run(args: &PipelineArgs) -> Result<ExitCode> {
 fn measure(args: &PipelineArgs, folder: &Path) -> Result<ExitCode> {
     write_tokens(folder, args.vocab)?;
     let config = experiment(args, folder);
-    let parsed: trainer::config::Config =
-        serde_json::from_value(config.clone()).context("the bench's own experiment")?;
-    // The output layer's work over that of one stage's layers.
-    let r = parsed.model.head_cost_in_layers() / (parsed.model.layers as f64 / 2.0);
+    let parsed: trainer::config::Config = serde_json::from_value(config.clone())
+        .context("the configuration of the bench is invalid")?;
+    let output_layer_ratio =
+        parsed.model.head_cost_in_layers() / (parsed.model.layers as f64 / 2.0);
     let mut measured: Vec<PipelineTimes> =
         LAYOUTS.iter().map(|_| PipelineTimes::default()).collect();
-    for turn in 1..=args.rounds {
-        for (layout, into) in LAYOUTS.iter().zip(&mut measured) {
-            eprintln!("round {turn} of {}: {layout}", args.rounds);
+    for round in 1..=args.rounds {
+        for (layout, measured) in LAYOUTS.iter().zip(&mut measured) {
+            eprintln!("round {round} of {}: {layout}", args.rounds);
             let mut config = config.clone();
             config["parallel"]["vocabulary"] = json!(layout);
             let plan: trainer::config::Config = serde_json::from_value(config.clone())?;
@@ -58,25 +74,19 @@ fn measure(args: &PipelineArgs, folder: &Path) -> Result<ExitCode> {
                 .pipeline_plan(plan.train.global_batch)
                 .map_err(|error| anyhow!(error))?
                 .schedule;
-            // The first step also makes the memory that later ones use again.
+            // The first step also allocates the memory that later ones reuse.
             for step in &train(folder, &config, 2, Some(1))?[1..] {
-                into.step_ms.extend(step["step_ms"].as_f64());
-                into.memory
-                    .push(largest(&step["rank_peak_memory"]) / f64::from(1 << 20));
-                into.resident
-                    .push(largest(&step["rank_peak_resident"]) / f64::from(1 << 20));
-                into.wait_ratio.push(largest(&step["rank_wait_ratio"]));
-                let (measured, predicted) = passes(&schedule, step);
-                into.passes_ms.push(measured);
-                into.predicted_ms.push(predicted);
-                into.loss = step["loss"].as_f64().unwrap_or(f64::NAN);
+                measured.add(&schedule, step);
             }
         }
     }
     let baseline = median(measured[0].step_ms.clone());
     let redis = median(measured[1].step_ms.clone());
-    for (layout, of_layout) in LAYOUTS.iter().zip(measured) {
-        let step_ms = median(of_layout.step_ms);
+    let ideal = (1.0 + output_layer_ratio) / (1.0 + output_layer_ratio / 2.0);
+    for (layout, measured) in LAYOUTS.iter().zip(measured) {
+        let step_ms = median(measured.step_ms);
+        let passes_ms = median(measured.passes_ms);
+        let predicted_ms = median(measured.predicted_ms);
         let line = json!({
             "bench": "pipeline",
             "case": layout,
@@ -85,15 +95,15 @@ fn measure(args: &PipelineArgs, folder: &Path) -> Result<ExitCode> {
             "baseline": round(baseline, 1),
             "over_baseline": round(baseline / step_ms, 3),
             "over_redis": round(redis / step_ms, 3),
-            "output_layer_ratio": round(r, 2),
-            "ideal_over_baseline": round((1.0 + r) / (1.0 + r / 2.0), 3),
-            "peak_tensors_mib": round(median(of_layout.memory), 0),
-            "peak_resident_mib": round(median(of_layout.resident), 0),
-            "wait_ratio": round(median(of_layout.wait_ratio), 3),
-            "passes_ms": round(median(of_layout.passes_ms.clone()), 1),
-            "predicted_ms": round(median(of_layout.predicted_ms.clone()), 1),
-            "predicted_over_measured": round(median(of_layout.predicted_ms) / median(of_layout.passes_ms), 3),
-            "loss": round(of_layout.loss, 5),
+            "output_layer_ratio": round(output_layer_ratio, 2),
+            "ideal_over_baseline": round(ideal, 3),
+            "peak_tensors_mib": round(median(measured.memory_mib), 0),
+            "peak_resident_mib": round(median(measured.resident_mib), 0),
+            "wait_ratio": round(median(measured.wait_ratio), 3),
+            "passes_ms": round(passes_ms, 1),
+            "predicted_ms": round(predicted_ms, 1),
+            "predicted_over_measured": round(predicted_ms / passes_ms, 3),
+            "loss": round(measured.loss, 5),
             "ranks": 2,
             "threads": 1,
             "rounds": args.rounds,
@@ -108,8 +118,10 @@ fn experiment(args: &PipelineArgs, folder: &Path) -> Value {
     json!({
         "run": {"dir": folder.join("run"), "device": "cpu", "log_every": 1000},
         "parallel": {"pipeline": 2, "schedule": "1f1b"},
-        "model": {"vocab_size": args.vocab, "hidden": 256, "layers": 4, "heads": 8, "kv_heads": 4, "tie_embeddings": true,
-                  "moe": {"experts": 8, "top_k": 2, "ffn": 512}},
+        "model": {
+            "vocab_size": args.vocab, "hidden": 256, "layers": 4, "heads": 8, "kv_heads": 4,
+            "tie_embeddings": true, "moe": {"experts": 8, "top_k": 2, "ffn": 512},
+        },
         "data": {"train": [{"path": folder.join("tokens")}], "sequence_length": 256},
         "train": {"steps": args.steps, "global_batch": 16, "micro_batch": 1},
         "schedule": {"constant": {"lr": 1e-3}},
@@ -118,51 +130,52 @@ fn experiment(args: &PipelineArgs, folder: &Path) -> Value {
     })
 }
 
-/// How long the passes of a measured step took in all, and how long the simulator says that they take, one at a time as
-/// long as they did on average.
-fn passes(schedule: &Schedule, step: &Value) -> (f64, f64) {
-    let order = &schedule.order;
-    let time = |rank: usize, kind: PassKind| {
-        step["rank_pass_ms"][rank][kind.name()]
-            .as_f64()
-            .unwrap_or(0.0)
-    };
-    let ranks = 0..order.ranks.len();
-    let of_stage = |kind: PassKind| {
-        ranks
-            .clone()
-            .map(|rank| time(rank, kind))
-            .collect::<Vec<_>>()
-    };
-    let half: Vec<f64> = of_stage(PassKind::Backward)
-        .iter()
-        .map(|time| time / 2.0)
-        .collect();
-    let vocabulary = ranks.clone().map(|rank| VocabularyCosts {
+/// Time of a step from the first pass to the last.
+struct PassTimes {
+    measured_ms: f64,
+    /// As the simulator predicts it from the mean time of each kind of pass.
+    predicted_ms: f64,
+}
+
+impl PassTimes {
+    fn new(schedule: &Schedule, step: &Value) -> PassTimes {
+        let mean_ms = |rank: usize, kind: PassKind| {
+            let passes = &step["rank_pass_ms"][rank];
+            passes[kind.name()].as_f64().unwrap_or(0.0)
+        };
+        let order = &schedule.order;
+        let measured = order.ranks.iter().enumerate().map(|(rank, passes)| {
+            let busy: f64 = passes.iter().map(|pass| mean_ms(rank, pass.kind)).sum();
+            // A rank is busy or waits.
+            busy / (1.0 - step["rank_wait_ratio"][rank].as_f64().unwrap_or(0.0))
+        });
+        let costs = costs(order.ranks.len(), mean_ms);
+        PassTimes {
+            measured_ms: measured.fold(0.0, f64::max),
+            predicted_ms: simulate(schedule, &costs).total,
+        }
+    }
+}
+
+/// Returns the costs of passes, from the time of each kind on each rank, which holds one stage.
+fn costs(ranks: usize, time: impl Fn(usize, PassKind) -> f64) -> Costs {
+    let half_backward = |rank| time(rank, PassKind::Backward) / 2.0;
+    let half: Vec<f64> = (0..ranks).map(half_backward).collect();
+    let vocabulary = (0..ranks).map(|rank| VocabularyCosts {
         logits: time(rank, PassKind::Logits),
         normalize: time(rank, PassKind::Normalize),
         logits_backward: time(rank, PassKind::LogitsBackward),
         embed: time(rank, PassKind::Embed),
         embed_backward: time(rank, PassKind::EmbedBackward),
     });
-    let costs = Costs {
-        forward: of_stage(PassKind::Forward),
+    Costs {
+        forward: (0..ranks)
+            .map(|rank| time(rank, PassKind::Forward))
+            .collect(),
         backward_input: half.clone(),
         backward_weight: half,
         vocabulary: vocabulary.collect(),
         send: 0.0,
         collective: 0.0,
-    };
-    // A rank is busy as long as its passes take, and waits the rest.
-    let measured = ranks.map(|rank| {
-        let busy: f64 = order.ranks[rank]
-            .iter()
-            .map(|pass| time(rank, pass.kind))
-            .sum();
-        busy / (1.0 - step["rank_wait_ratio"][rank].as_f64().unwrap_or(0.0))
-    });
-    (
-        measured.fold(0.0, f64::max),
-        simulate(schedule, &costs).total,
-    )
+    }
 }

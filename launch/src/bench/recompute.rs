@@ -1,9 +1,12 @@
-//! `moerun bench recompute`: what it saves and costs an experiment, on this machine, to compute activations again, and to keep the
-//! optimizer's state in the host's memory where there is a device beside it; and the cheapest option that fits into so much memory.
+//! `moerun bench recompute`: costs and savings of recomputation and offload for an experiment.
+//!
+//! Also finds the fastest option that fits into a memory limit.
 
-use super::{largest, median, round, train, with_temp_dir, write_tokens};
+use super::figures::{largest, median, round};
+use super::runner::{train, with_temp_dir, write_tokens};
 use crate::cli::RecomputeArgs;
 use crate::config_file::{load, refuse_problems};
+use crate::hint::hinted;
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -12,33 +15,37 @@ use trainer::config::Config;
 
 const PARTS: [&str; 4] = ["norm", "attention", "dispatch", "experts"];
 
-/// What is computed again, these of the parts and so many whole layers; and whether the optimizer's state is on the host.
+/// Parts to recompute in every layer, and a number of layers to recompute entirely.
 #[derive(Debug, Clone, PartialEq)]
 struct RecomputeOption {
+    /// Recomputed parts, as indices into `PARTS`.
     parts: Vec<usize>,
     layers: usize,
+    /// True if the optimizer's state is in host memory.
     offload: bool,
 }
 
-/// What a step takes: time, and tensors of the most loaded rank at their peak.
+/// Time of a step, and peak tensor memory of the most loaded rank.
 #[derive(Debug, Clone, Copy)]
 struct Cost {
     step_ms: f64,
     mib: f64,
 }
 
-/// What was measured of a model: with nothing computed again, with each part in all layers, with all layers, and with the optimizer's
-/// state on the host, where that is something else.
+/// Measured costs of a model.
 struct RecomputeTimes {
     none: Cost,
+    /// Costs with one part recomputed in all layers, for each of `PARTS`.
     parts: Vec<Cost>,
+    /// Cost with all layers recomputed.
     all: Cost,
+    /// Cost with the optimizer's state in host memory, if the device has memory of its own.
     offload: Option<Cost>,
     layers: usize,
 }
 
 impl RecomputeOption {
-    /// Every one there is, for a model of so many layers; with the optimizer's state on the host too, if it `can_offload`.
+    /// Returns every option for a model of `layers` layers.
     fn all(layers: usize, can_offload: bool) -> impl Iterator<Item = RecomputeOption> {
         let subsets = (0..1usize << PARTS.len()).map(|bits| {
             (0..PARTS.len())
@@ -60,7 +67,9 @@ impl RecomputeOption {
         })
     }
 
-    /// As `parallel.recompute` and `optimizer.offload` have it; `order` says which layers come first.
+    /// Returns the values of `parallel.recompute` and `optimizer.offload`.
+    ///
+    /// Layers are recomputed in this order.
     fn setting(&self, order: &[usize]) -> Value {
         let parts: Vec<&str> = self.parts.iter().map(|&part| PARTS[part]).collect();
         let layers = match self.layers {
@@ -77,7 +86,7 @@ impl RecomputeOption {
 }
 
 impl RecomputeTimes {
-    /// What an option is expected to take: savings and costs add up, and each layer has its share of them.
+    /// Predicts the cost of an option: savings and costs add up, in equal shares over layers.
     fn expected(&self, option: &RecomputeOption) -> Cost {
         let whole = option.layers as f64 / self.layers as f64;
         let offload = self
@@ -89,29 +98,33 @@ impl RecomputeTimes {
             .iter()
             .map(|&part| (1.0 - whole, self.parts[part]));
         let shares = parts.chain([(whole, self.all)]).chain(offload);
-        // What seems to make a step faster is noise.
+        // A part that seems to make a step faster is noise.
         shares.fold(self.none, |sum, (share, cost)| Cost {
             step_ms: sum.step_ms + share * (cost.step_ms - self.none.step_ms).max(0.0),
             mib: sum.mib - share * (self.none.mib - cost.mib),
         })
     }
 
-    /// The fastest option that is expected to fit into `mib`, without those that did not; of equally fast ones that which does least.
+    /// Returns the fastest option that is predicted to fit into `mib`, except those in `without`.
+    ///
+    /// Of equally fast options it is the one that recomputes least.
     fn fastest(&self, mib: f64, without: &[RecomputeOption]) -> Option<(RecomputeOption, Cost)> {
         let options = RecomputeOption::all(self.layers, self.offload.is_some())
             .map(|option| (self.expected(&option), option));
         let fitting = options.filter(|(cost, option)| cost.mib <= mib && !without.contains(option));
-        let does = |option: &RecomputeOption| (option.layers, option.parts.len(), option.offload);
+        let amount = |option: &RecomputeOption| (option.layers, option.parts.len(), option.offload);
         let fastest = fitting.min_by(|(a, one), (b, other)| {
             a.step_ms
                 .total_cmp(&b.step_ms)
-                .then_with(|| does(one).cmp(&does(other)))
+                .then_with(|| amount(one).cmp(&amount(other)))
         });
         fastest.map(|(cost, option)| (option, cost))
     }
 }
 
-/// All layers, so that every stage has about as many among the first ones: stages wait for each other. `stages` are how many each has.
+/// Returns all layers in the order in which they are recomputed, from the number of each stage.
+///
+/// Stages wait for each other, so they get about equal numbers of the first layers.
 fn round_robin_layers(stages: &[usize]) -> Vec<usize> {
     let mut layers: Vec<(usize, usize)> = Vec::new();
     for &stage in stages {
@@ -131,8 +144,8 @@ pub(crate) fn run(args: &RecomputeArgs) -> Result<ExitCode> {
 
 fn measure(args: &RecomputeArgs, folder: &Path) -> Result<ExitCode> {
     let experiment = experiment(args, folder)?;
-    let config: Config =
-        serde_json::from_value(experiment.clone()).context("the experiment, as it is measured")?;
+    let config: Config = serde_json::from_value(experiment.clone())
+        .context("the configuration as it is measured is invalid")?;
     refuse_problems(&args.config, &config, args.nproc_per_node)?;
     write_tokens(folder, config.model.vocab_size)?;
     let mesh = config
@@ -179,20 +192,20 @@ fn measure(args: &RecomputeArgs, folder: &Path) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     };
 
-    // Peaks do not quite add up: what is chosen has to show that it fits.
+    // Peaks do not quite add up: the chosen option must be measured to fit.
     let mut without = Vec::new();
     while let Some((option, expected)) = measured.fastest(fit, &without) {
         let setting = option.setting(&order);
         eprintln!("trying {setting}");
-        // Times of another minute are no measure.
-        let turns = measure_alternating(
+        // Measured together with the baseline: the machine's speed changes from minute to minute.
+        let costs = measure_alternating(
             args,
             folder,
             &experiment,
             &[settings[0].clone(), setting.clone()],
         )?;
-        let none = turns[0];
-        let cost = turns[1];
+        let none = costs[0];
+        let cost = costs[1];
         if cost.mib <= fit {
             let mut line = line(args, "fit", &setting, cost, none);
             line["fit_mib"] = json!(fit);
@@ -204,20 +217,22 @@ fn measure(args: &RecomputeArgs, folder: &Path) -> Result<ExitCode> {
         without.push(option);
     }
     let most = if can_offload {
-        " and the optimizer's state on the host"
+        " and the optimizer's state in host memory"
     } else {
         ""
     };
-    bail!(
-        "--fit-mib {fit}: with all layers computed again{most} the most loaded rank's tensors still take {:.1} MiB. Share out more \
-         (parallel.expert, tensor, pipeline, zero), or make train.micro_batch or data.sequence_length smaller",
-        measured
-            .expected(&option(&[], order.len(), can_offload))
-            .mib
-    )
+    let everything = option(&[], order.len(), can_offload);
+    let least_mib = measured.expected(&everything).mib;
+    Err(hinted(
+        anyhow!(
+            "--fit-mib {fit}: with all layers recomputed{most}, the tensors of the most loaded \
+             rank still take {least_mib:.1} MiB"
+        ),
+        "split more (parallel.expert, tensor, pipeline, zero), or make train.micro_batch or \
+         data.sequence_length smaller",
+    ))
 }
 
-/// One line of what was measured.
 fn line(args: &RecomputeArgs, case: &str, setting: &Value, cost: Cost, none: Cost) -> Value {
     let saved = none.mib - cost.mib;
     let lost_ms = cost.step_ms - none.step_ms;
@@ -231,14 +246,13 @@ fn line(args: &RecomputeArgs, case: &str, setting: &Value, cost: Cost, none: Cos
         "vs_none": round(cost.step_ms / none.step_ms, 3),
         "measured_mib": round(cost.mib, 1),
         "saved_mib": round(saved.max(0.0), 1),
-        // Of what saves nothing there is no price.
         "ms_per_saved_mib": (saved >= 0.1).then(|| round(lost_ms / saved, 3)),
         "rounds": args.rounds,
         "steps": args.steps,
     })
 }
 
-/// What steps take with each of `settings`, which take turns.
+/// Returns the cost of steps with each of `settings`, measured in alternating rounds.
 fn measure_alternating(
     args: &RecomputeArgs,
     folder: &Path,
@@ -246,32 +260,45 @@ fn measure_alternating(
     settings: &[Value],
 ) -> Result<Vec<Cost>> {
     let mut experiment = experiment.clone();
-    let mut taken: Vec<(Vec<f64>, f64)> = vec![Default::default(); settings.len()];
-    for turn in 1..=args.rounds {
-        eprintln!("round {turn} of {}", args.rounds);
-        for (setting, (step_ms, bytes)) in settings.iter().zip(&mut taken) {
+    let mut measured = vec![Measured::default(); settings.len()];
+    for round in 1..=args.rounds {
+        eprintln!("round {round} of {}", args.rounds);
+        for (setting, measured) in settings.iter().zip(&mut measured) {
             experiment["parallel"]["recompute"] = setting["recompute"].clone();
             experiment["optimizer"]["offload"] = setting["offload"].clone();
             let steps = train(folder, &experiment, args.nproc_per_node, args.threads)?;
-            step_ms.extend(
-                steps[2..]
-                    .iter()
-                    .filter_map(|step| step["step_ms"].as_f64()),
-            );
-            *bytes = steps
-                .iter()
-                .map(|step| largest(&step["rank_peak_memory"]))
-                .fold(*bytes, f64::max);
+            measured.add(&steps);
         }
     }
-    let cost = |(times, bytes)| Cost {
-        step_ms: median(times),
-        mib: bytes / f64::from(1 << 20),
-    };
-    Ok(taken.into_iter().map(cost).collect())
+    Ok(measured.into_iter().map(Measured::cost).collect())
 }
 
-/// The experiment on tokens without order, and nothing beside its steps.
+#[derive(Clone, Default)]
+struct Measured {
+    step_ms: Vec<f64>,
+    peak_bytes: f64,
+}
+
+impl Measured {
+    fn add(&mut self, steps: &[Value]) {
+        // The first steps also allocate the memory that later ones reuse.
+        let times = steps[2..]
+            .iter()
+            .filter_map(|step| step["step_ms"].as_f64());
+        self.step_ms.extend(times);
+        let peaks = steps.iter().map(|step| largest(&step["rank_peak_memory"]));
+        self.peak_bytes = peaks.fold(self.peak_bytes, f64::max);
+    }
+
+    fn cost(self) -> Cost {
+        Cost {
+            step_ms: median(self.step_ms),
+            mib: self.peak_bytes / f64::from(1 << 20),
+        }
+    }
+}
+
+/// Returns the experiment on random tokens, without validation, checkpoints and snapshots.
 fn experiment(args: &RecomputeArgs, folder: &Path) -> Result<Value> {
     let mut value = serde_json::to_value(load(&args.config)?)?;
     value["run"]["dir"] = json!(folder.join("run"));
@@ -299,9 +326,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_chosen_fits_and_nothing_that_fits_is_faster(
-            none in cost(), parts in prop::collection::vec(cost(), PARTS.len()), all in cost(), offload in prop::option::of(cost()),
-            layers in 1..9usize, mib in 0.0..120.0f64,
+        fn the_chosen_option_fits_and_no_fitting_one_is_faster(
+            none in cost(),
+            parts in prop::collection::vec(cost(), PARTS.len()),
+            all in cost(),
+            offload in prop::option::of(cost()),
+            layers in 1..9usize,
+            mib in 0.0..120.0f64,
         ) {
             let measured = RecomputeTimes { none, parts, all, offload, layers };
             let fitting: Vec<f64> = RecomputeOption::all(layers, offload.is_some())
@@ -311,48 +342,64 @@ mod tests {
                 .collect();
             match measured.fastest(mib, &[]) {
                 Some((option, cost)) => {
-                    prop_assert!(cost.mib <= mib && fitting.iter().all(|&ms| ms >= cost.step_ms));
-                    // Without it another one is found, if there is one.
+                    prop_assert!(cost.mib <= mib);
+                    prop_assert!(fitting.iter().all(|&ms| ms >= cost.step_ms));
+                    // Without it, the next one is returned.
                     let next = measured.fastest(mib, std::slice::from_ref(&option));
                     prop_assert_eq!(next.is_some(), fitting.len() > 1);
-                    prop_assert!(next.is_none_or(|(other, slower)| other != option && slower.step_ms >= cost.step_ms));
+                    if let Some((other, slower)) = next {
+                        prop_assert!(other != option && slower.step_ms >= cost.step_ms);
+                    }
                 }
                 None => prop_assert!(fitting.is_empty()),
             }
         }
 
         #[test]
-        fn what_was_measured_is_what_is_expected(
-            none in cost(), parts in prop::collection::vec(cost(), PARTS.len()), all in cost(), offload in cost(), layers in 1..9usize,
+        fn measured_options_are_predicted_as_measured(
+            none in cost(),
+            parts in prop::collection::vec(cost(), PARTS.len()),
+            all in cost(),
+            offload in cost(),
+            layers in 1..9usize,
         ) {
             let measured = RecomputeTimes { none, parts, all, offload: Some(offload), layers };
             let near = |a: f64, b: f64| (a - b).abs() < 1e-9;
-            let of = |parts, layers| measured.expected(&RecomputeOption { parts, layers, offload: false });
-            prop_assert!(near(of(vec![], 0).mib, none.mib) && near(of(vec![], layers).mib, all.mib));
-            let offloaded = measured.expected(&RecomputeOption { parts: vec![], layers, offload: true });
+            let expected = |parts, layers, offload| {
+                measured.expected(&RecomputeOption { parts, layers, offload })
+            };
+            prop_assert!(near(expected(vec![], 0, false).mib, none.mib));
+            prop_assert!(near(expected(vec![], layers, false).mib, all.mib));
+            let offloaded = expected(vec![], layers, true);
             prop_assert!(near(offloaded.mib, all.mib + offload.mib - none.mib));
             for (part, cost) in measured.parts.iter().enumerate() {
-                prop_assert!(near(of(vec![part], 0).mib, cost.mib));
-                prop_assert!(near(of(vec![part], 0).step_ms, cost.step_ms.max(none.step_ms)));
+                let one = expected(vec![part], 0, false);
+                prop_assert!(near(one.mib, cost.mib));
+                prop_assert!(near(one.step_ms, cost.step_ms.max(none.step_ms)));
             }
         }
 
         #[test]
-        fn stages_take_turns_and_every_layer_comes_once(stages in prop::collection::vec(1..6usize, 1..5), some in 0..20usize) {
+        fn stages_alternate_and_every_layer_comes_once(
+            stages in prop::collection::vec(1..6usize, 1..5),
+            some in 0..20usize,
+        ) {
             let order = round_robin_layers(&stages);
             let mut sorted = order.clone();
             sorted.sort_unstable();
             prop_assert!(sorted.into_iter().eq(0..stages.iter().sum::<usize>()));
-            // Of any number of first ones, stages that have enough have as many, give or take one.
+            // Stages with enough layers have equal numbers of the first layers, give or take one.
             let first = &order[..some.min(order.len())];
             let mut end = 0;
-            let counts: Vec<usize> = stages.iter().map(|&layers| {
+            let counts = stages.iter().map(|&layers| {
                 let stage = end..end + layers;
                 end = stage.end;
                 first.iter().filter(|layer| stage.contains(layer)).count()
-            }).collect();
+            });
+            let counts: Vec<usize> = counts.collect();
             let most = counts.iter().copied().max().unwrap_or(0);
-            prop_assert!(counts.iter().zip(&stages).all(|(&count, &layers)| count + 1 >= most.min(layers)));
+            let mut all = counts.iter().zip(&stages);
+            prop_assert!(all.all(|(&count, &layers)| count + 1 >= most.min(layers)));
         }
     }
 }

@@ -1,42 +1,45 @@
-//! `moerun bench snapshot`: what a snapshot in memory costs, and how fast its redundancy is made.
+//! `moerun bench snapshot`: costs of snapshots in memory, and rates of copying and erasure coding.
 
-use super::{last_json_line, median, round, train, with_temp_dir, write_tokens};
+use super::figures::{median, round};
+use super::runner::{baseline_line, train, with_temp_dir, write_tokens};
 use crate::cli::SnapshotBenchArgs;
+use crate::hint::hinted;
 use anyhow::{Result, anyhow, bail};
 use checkpoint::keeper::{DEFAULT_CHUNK_BYTES, Node, Peer, Secret, Topology, serve};
 use checkpoint::{Checkpoint, ErasureCode, Redundancy, Staging, TensorSlice};
 use serde_json::{Value, json};
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
 use trainer::{CopyTimer, KeeperAccess};
 
-/// Tokens of a step of the runs.
+/// Tokens per step of the runs.
 const TOKENS: f64 = 2048.0;
+
+const CASES: [&str; 9] = [
+    "copy",
+    "encode-4+1",
+    "encode-4+2",
+    "encode-8+2",
+    "decode-4+2",
+    "load",
+    "stall",
+    "every-10",
+    "every-1",
+];
 
 pub(crate) fn run(args: &SnapshotBenchArgs) -> Result<ExitCode> {
     if args.rounds == 0 || args.mib == 0 {
         bail!("--rounds and --mib must be at least 1");
     }
     let wanted = |case: &str| args.case.is_empty() || args.case.iter().any(|other| other == case);
-    let known = [
-        "copy",
-        "encode-4+1",
-        "encode-4+2",
-        "encode-8+2",
-        "decode-4+2",
-        "load",
-        "stall",
-        "every-10",
-        "every-1",
-    ];
-    if let Some(unknown) = args
-        .case
-        .iter()
-        .find(|case| !known.contains(&case.as_str()))
-    {
-        bail!("there is no case {unknown}; there are {}", known.join(", "));
+    let is_known = |case: &&String| CASES.contains(&case.as_str());
+    if let Some(unknown) = args.case.iter().find(|case| !is_known(case)) {
+        return Err(hinted(
+            anyhow!("--case {unknown}: no such case"),
+            format!("use {}", CASES.join(", ")),
+        ));
     }
     if wanted("copy") {
         println!("{}", copy(args)?);
@@ -45,49 +48,67 @@ pub(crate) fn run(args: &SnapshotBenchArgs) -> Result<ExitCode> {
         ("encode-4+1", 4, 1),
         ("encode-4+2", 4, 2),
         ("encode-8+2", 8, 2),
+        ("decode-4+2", 4, 2),
     ] {
         if wanted(case) {
-            println!("{}", code(args, case, data, parity, false)?);
+            println!("{}", erasure_code(args, case, data, parity)?);
         }
     }
-    if wanted("decode-4+2") {
-        println!("{}", code(args, "decode-4+2", 4, 2, true)?);
-    }
     if wanted("load") {
-        with_temp_dir(|folder| {
-            println!("{}", load(args, folder)?);
-            Ok(ExitCode::SUCCESS)
-        })?;
+        println!("{}", with_temp_dir(|folder| load(args, folder))?);
     }
     if wanted("stall") || wanted("every-10") || wanted("every-1") {
-        return with_temp_dir(|folder| runs(args, folder, &wanted));
+        let measured = with_temp_dir(|folder| runs(args, folder))?;
+        for line in measured.lines(args) {
+            if wanted(line["case"].as_str().unwrap_or_default()) {
+                println!("{line}");
+            }
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn line(
-    case: &str,
-    metric: &str,
+/// One figure and the baseline's.
+struct Comparison<'a> {
+    case: &'a str,
+    metric: &'a str,
     ours: f64,
-    baseline: Option<(f64, &str)>,
-    higher_is_better: bool,
-) -> Value {
-    let ratio = baseline.map(|(theirs, _)| {
-        if higher_is_better {
-            ours / theirs
-        } else {
-            theirs / ours
+    baseline: Option<f64>,
+    baseline_name: Option<&'a str>,
+}
+
+impl Comparison<'_> {
+    /// A rate in GB/s, compared with a plain copy of the same bytes.
+    fn with_memcpy(case: &str, ours: Vec<f64>, memcpy: Vec<f64>) -> Comparison<'_> {
+        Comparison {
+            case,
+            metric: "gb_per_s",
+            ours: median(ours),
+            baseline: Some(median(memcpy)),
+            baseline_name: Some("memcpy"),
         }
-    });
-    json!({
-        "bench": "snapshot",
-        "case": case,
-        "metric": metric,
-        "ours": round(ours, 3),
-        "baseline": baseline.map(|(theirs, _)| round(theirs, 3)),
-        "baseline_name": baseline.map(|(_, name)| name),
-        "ratio": ratio.map(|ratio| round(ratio, 3)),
-    })
+    }
+
+    /// Returns the line, whose ratio is above 1 if ours is better.
+    fn line(&self) -> Value {
+        let lower_is_better = self.metric.ends_with("_ms");
+        let ratio = self.baseline.map(|baseline| {
+            if lower_is_better {
+                baseline / self.ours
+            } else {
+                self.ours / baseline
+            }
+        });
+        json!({
+            "bench": "snapshot",
+            "case": self.case,
+            "metric": self.metric,
+            "ours": round(self.ours, 3),
+            "baseline": self.baseline.map(|baseline| round(baseline, 3)),
+            "baseline_name": self.baseline_name,
+            "ratio": ratio.map(|ratio| round(ratio, 3)),
+        })
+    }
 }
 
 fn with(mut line: Value, more: Value) -> Value {
@@ -97,7 +118,8 @@ fn with(mut line: Value, more: Value) -> Value {
     line
 }
 
-/// A rank's copy into its keeper's memory, checksums and reports included, beside a plain copy of the same bytes.
+/// Measures a rank's copy into its keeper's memory, with checksums and reports, against a plain
+/// copy of the same bytes.
 fn copy(args: &SnapshotBenchArgs) -> Result<Value> {
     tch::set_num_threads(1);
     let secret = Secret::random().map_err(|e| anyhow!("{e}"))?;
@@ -112,7 +134,7 @@ fn copy(args: &SnapshotBenchArgs) -> Result<Value> {
     let (ready, address) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         serve::run(settings, |address| {
-            ready.send(address).expect("its asker waits")
+            ready.send(address).expect("the bench waits for it")
         })
     });
     let address = address.recv()?;
@@ -149,7 +171,7 @@ fn copy(args: &SnapshotBenchArgs) -> Result<Value> {
         std::hint::black_box(&to);
         let memcpy = begun.elapsed().as_secs_f64();
         let seconds = timer.copy(step as u64 + 1)?;
-        // The first touches memory for the first time.
+        // The first round touches memory for the first time.
         if step > 0 {
             plain.push(bytes as f64 / memcpy / 1e9);
             ours.push(bytes as f64 / seconds / 1e9);
@@ -157,25 +179,19 @@ fn copy(args: &SnapshotBenchArgs) -> Result<Value> {
     }
     drop(timer);
     peer.stop().map_err(|e| anyhow!("{e}"))?;
-    let result = line(
-        "copy",
-        "gb_per_s",
-        median(ours),
-        Some((median(plain), "memcpy")),
-        true,
-    );
     Ok(with(
-        result,
+        Comparison::with_memcpy("copy", ours, plain).line(),
         json!({"mib": args.mib, "rounds": args.rounds, "threads": 1}),
     ))
 }
 
-/// A checkpoint out of the page cache into tensors that are there, beside a plain copy of as many bytes.
+/// Measures reading a checkpoint from the page cache into existing tensors, against a plain copy of
+/// the same bytes.
 fn load(args: &SnapshotBenchArgs, folder: &Path) -> Result<Value> {
-    const NUMBERS: i64 = 4 << 20;
+    const VALUES_PER_TENSOR: i64 = 4 << 20;
     let count = args.mib.div_ceil(16);
-    let name = |index: usize| TensorSlice::whole(format!("tensor {index}"), &[NUMBERS]);
-    let random = || Tensor::rand([NUMBERS], (Kind::Float, Device::Cpu));
+    let name = |index: usize| TensorSlice::whole(format!("tensor {index}"), &[VALUES_PER_TENSOR]);
+    let random = || Tensor::rand([VALUES_PER_TENSOR], (Kind::Float, Device::Cpu));
     let staging = Staging::new(folder, 1);
     staging.begin()?;
     let shard =
@@ -203,38 +219,27 @@ fn load(args: &SnapshotBenchArgs, folder: &Path) -> Result<Value> {
         checkpoint.verify_file(0)?;
         checked.push(rate(begun));
     }
-    let result = line(
-        "load",
-        "gb_per_s",
-        median(ours),
-        Some((median(plain), "memcpy")),
-        true,
-    );
     let with_checksum = round(median(checked), 3);
+    let mib = bytes >> 20;
     Ok(with(
-        result,
-        json!({"with_checksum": with_checksum, "mib": bytes >> 20, "rounds": args.rounds, "threads": 1}),
+        Comparison::with_memcpy("load", ours, plain).line(),
+        json!({
+            "with_checksum": with_checksum, "mib": mib, "rounds": args.rounds, "threads": 1,
+        }),
     ))
 }
 
-/// GB/s of data on one core, chunks of a snapshot at a time.
-fn code(
-    args: &SnapshotBenchArgs,
-    case: &str,
-    data: usize,
-    parity: usize,
-    decode: bool,
-) -> Result<Value> {
+/// Measures encoding, or rebuilding one of two lost chunks, in GB/s of data on one core.
+fn erasure_code(args: &SnapshotBenchArgs, case: &str, data: usize, parity: usize) -> Result<Value> {
     let code = ErasureCode::new(Redundancy::Parity { data, parity }, data, parity)
-        .map_err(|e| anyhow!(e))?;
+        .map_err(|error| anyhow!(error))?;
     let shard = (args.mib << 20) / data / DEFAULT_CHUNK_BYTES * DEFAULT_CHUNK_BYTES;
     if shard == 0 {
-        bail!(
-            "--mib {} is too little for {data} chunks of {} KiB",
-            args.mib,
-            DEFAULT_CHUNK_BYTES >> 10
-        );
+        let kib = DEFAULT_CHUNK_BYTES >> 10;
+        let mib = args.mib;
+        bail!("--mib {mib}: too little for {data} chunks of {kib} KiB");
     }
+    let is_decode = case.starts_with("decode");
     let bytes = |i: usize| {
         (0..shard)
             .map(|at| (at * 31 + i * 7 + (at >> 8)) as u8)
@@ -245,7 +250,7 @@ fn code(
     let mut copied = vec![1u8; shard];
     let mut ours = Vec::new();
     let mut plain = Vec::new();
-    for turn in 0..=args.rounds {
+    for round in 0..=args.rounds {
         let begun = Instant::now();
         for chunk in &chunks {
             copied.copy_from_slice(std::hint::black_box(chunk));
@@ -253,53 +258,43 @@ fn code(
         let memcpy = begun.elapsed().as_secs_f64();
         let begun = Instant::now();
         for start in (0..shard).step_by(DEFAULT_CHUNK_BYTES) {
-            let data: Vec<&[u8]> = chunks
-                .iter()
-                .map(|chunk| &chunk[start..start + DEFAULT_CHUNK_BYTES])
-                .collect();
-            if decode {
-                // Two are lost: one is made out of the others and both parities.
-                let (first, second) = parities.split_at_mut(1);
-                let left: Vec<Option<&[u8]>> = (2..data.len())
-                    .map(|i| Some(data[i]))
-                    .chain([
-                        Some(&first[0][start..start + DEFAULT_CHUNK_BYTES]),
-                        Some(&second[0][start..start + DEFAULT_CHUNK_BYTES]),
-                    ])
+            let range = start..start + DEFAULT_CHUNK_BYTES;
+            if is_decode {
+                // The first two are lost. The first is rebuilt from the others and the parities.
+                let lost = [None, None].into_iter();
+                let kept = chunks[2..].iter().chain(&parities);
+                let shards: Vec<Option<&[u8]>> = lost
+                    .chain(kept.map(|shard| Some(&shard[range.clone()])))
                     .collect();
-                let shards: Vec<Option<&[u8]>> = [None, None].into_iter().chain(left).collect();
-                code.rebuild(&shards, 0, &mut copied[start..start + DEFAULT_CHUNK_BYTES])
-                    .map_err(|e| anyhow!(e))?;
+                code.rebuild(&shards, 0, &mut copied[range])
+                    .map_err(|error| anyhow!(error))?;
             } else {
+                let data: Vec<&[u8]> = chunks.iter().map(|chunk| &chunk[range.clone()]).collect();
                 let mut out: Vec<&mut [u8]> = parities
                     .iter_mut()
-                    .map(|p| &mut p[start..start + DEFAULT_CHUNK_BYTES])
+                    .map(|parity| &mut parity[range.clone()])
                     .collect();
                 code.encode(&data, &mut out);
             }
         }
         let seconds = begun.elapsed().as_secs_f64();
-        if turn > 0 {
+        if round > 0 {
             ours.push((shard * data) as f64 / seconds / 1e9);
             plain.push((shard * data) as f64 / memcpy / 1e9);
         }
     }
-    let result = line(
-        case,
-        "gb_per_s",
-        median(ours),
-        Some((median(plain), "memcpy")),
-        true,
-    );
+    let chunk_kib = DEFAULT_CHUNK_BYTES >> 10;
     Ok(with(
-        result,
-        json!({"mib": args.mib, "chunk_kib": DEFAULT_CHUNK_BYTES >> 10, "rounds": args.rounds, "threads": 1}),
+        Comparison::with_memcpy(case, ours, plain).line(),
+        json!({
+            "mib": args.mib, "chunk_kib": chunk_kib, "rounds": args.rounds, "threads": 1,
+        }),
     ))
 }
 
-/// A model whose parameters and moments are about as large as asked for.
+/// Returns an experiment whose parameters and moments take about `mib` MiB.
 fn config(folder: &Path, mib: usize, every: u64, steps: u64) -> Value {
-    // 12 bytes of state a parameter; embedding and output 5.2 million, a layer 3.4 million.
+    // 12 bytes of state per parameter; embedding and output have 5.2 million, a layer 3.4 million.
     let layers = ((mib as f64 * 1048576.0 / 12.0 - 5.24e6) / 3.42e6)
         .round()
         .max(1.0);
@@ -318,101 +313,102 @@ fn config(folder: &Path, mib: usize, every: u64, steps: u64) -> Value {
     })
 }
 
-fn runs(
-    args: &SnapshotBenchArgs,
-    folder: &Path,
-    wanted: &dyn Fn(&str) -> bool,
-) -> Result<ExitCode> {
+/// Measurements of runs with and without snapshots.
+#[derive(Default)]
+struct RunTimes {
+    stall_ms: Vec<f64>,
+    copy_ms: Vec<f64>,
+    snapshot_bytes: f64,
+    baseline_stall_ms: Vec<f64>,
+    /// Steps during which a snapshot is copied.
+    copying_step_ms: Vec<f64>,
+    /// Steps of the same runs without a copy.
+    plain_step_ms: Vec<f64>,
+    /// Steps of runs without keepers.
+    keeperless_step_ms: Vec<f64>,
+}
+
+fn runs(args: &SnapshotBenchArgs, folder: &Path) -> Result<RunTimes> {
     write_tokens(folder, 10240)?;
-    let mut stalls = Vec::new();
-    let mut copies = Vec::new();
-    let mut bytes = 0.0f64;
-    let mut baseline = Vec::new();
-    // Milliseconds of steps beside which a snapshot is copied, of the others, and of a run without keepers.
-    let mut copying = Vec::new();
-    let mut plain = Vec::new();
-    let mut without = Vec::new();
-    for turn in 1..=args.rounds {
-        eprintln!("snapshots in a run: round {turn} of {}", args.rounds);
-        // One after every second step, so that both kinds of steps meet the same machine. The first steps are slow.
-        let steps = train(
-            folder,
-            &config(folder, args.mib, 2, 25),
-            1,
-            Some(args.threads),
-        )?
-        .split_off(4);
+    let mut measured = RunTimes::default();
+    // The first steps are slow.
+    let steps_after_start = |config: Value| -> Result<Vec<Value>> {
+        Ok(train(folder, &config, 1, Some(args.threads))?.split_off(4))
+    };
+    for round in 1..=args.rounds {
+        eprintln!("snapshots in a run: round {round} of {}", args.rounds);
+        // One snapshot after every second step, so that both kinds of steps meet the same machine.
+        let steps = steps_after_start(config(folder, args.mib, 2, 25))?;
+        measured.add_steps_with_snapshots(&steps);
+        let steps = steps_after_start(config(folder, args.mib, 0, 14))?;
+        let times = steps.iter().filter_map(|step| step["step_ms"].as_f64());
+        measured.keeperless_step_ms.extend(times);
+        if let Some(text) = &args.baseline {
+            let command = text.replace("{mib}", &args.mib.to_string());
+            let line = baseline_line(&command, "stall_ms")?;
+            let stall = line["stall_ms"].as_f64().unwrap_or(f64::NAN);
+            measured.baseline_stall_ms.push(stall);
+        }
+    }
+    Ok(measured)
+}
+
+impl RunTimes {
+    fn add_steps_with_snapshots(&mut self, steps: &[Value]) {
         for pair in steps.windows(2) {
-            let after = pair[1]["step_ms"].as_f64().unwrap_or_default();
+            let step_after = pair[1]["step_ms"].as_f64().unwrap_or_default();
             let figure = |key: &str| pair[0]["snapshot"][key].as_f64();
             match (figure("stall_ms"), figure("copy_ms")) {
                 (Some(stall), Some(copy)) => {
-                    copying.push(after);
-                    stalls.push(stall);
-                    copies.push(copy);
-                    bytes = figure("bytes").unwrap_or(bytes);
+                    self.copying_step_ms.push(step_after);
+                    self.stall_ms.push(stall);
+                    self.copy_ms.push(copy);
+                    self.snapshot_bytes = figure("bytes").unwrap_or(self.snapshot_bytes);
                 }
-                _ => plain.push(after),
+                _ => self.plain_step_ms.push(step_after),
             }
         }
-        let steps = train(
-            folder,
-            &config(folder, args.mib, 0, 14),
-            1,
-            Some(args.threads),
-        )?
-        .split_off(4);
-        without.extend(steps.iter().filter_map(|step| step["step_ms"].as_f64()));
-        if let Some(text) = &args.baseline {
-            let mut command = Command::new("sh");
-            command.args(["-c", &text.replace("{mib}", &args.mib.to_string())]);
-            baseline.push(
-                last_json_line(command, text, "stall_ms")?["stall_ms"]
-                    .as_f64()
-                    .unwrap_or(f64::NAN),
-            );
-        }
     }
-    let more = |line: Value| {
-        let sizes = json!({"mib": round(bytes / 1048576.0, 1), "rounds": args.rounds, "threads": args.threads});
-        with(line, sizes)
-    };
-    if wanted("stall") {
-        let theirs = args
-            .baseline
-            .as_deref()
-            .map(|name| (median(baseline), name));
-        let line = line("stall", "stall_ms", median(stalls.clone()), theirs, false);
-        println!(
-            "{}",
-            with(
-                more(line),
-                json!({"copy_ms": round(median(copies), 2), "snapshots": stalls.len()})
-            )
-        );
-    }
-    let copying = median(copying);
-    let plain = median(plain);
-    let without = median(without);
-    for (case, every) in [("every-10", 10.0), ("every-1", 1.0)] {
-        if wanted(case) {
-            let rate = |step_ms: f64| TOKENS / step_ms * 1e3;
+
+    fn lines(self, args: &SnapshotBenchArgs) -> Vec<Value> {
+        let sizes = json!({
+            "mib": round(self.snapshot_bytes / 1048576.0, 1),
+            "rounds": args.rounds,
+            "threads": args.threads,
+        });
+        let snapshots = self.stall_ms.len();
+        let has_baseline = args.baseline.is_some();
+        let stall = Comparison {
+            case: "stall",
+            metric: "stall_ms",
+            ours: median(self.stall_ms),
+            baseline: has_baseline.then(|| median(self.baseline_stall_ms)),
+            baseline_name: args.baseline.as_deref(),
+        };
+        let copy_ms = round(median(self.copy_ms), 2);
+        let mut lines = vec![with(
+            with(stall.line(), sizes.clone()),
+            json!({"copy_ms": copy_ms, "snapshots": snapshots}),
+        )];
+        let copying = median(self.copying_step_ms);
+        let plain = median(self.plain_step_ms);
+        let keeperless = median(self.keeperless_step_ms);
+        let tokens_per_s = |step_ms: f64| TOKENS / step_ms * 1e3;
+        for (case, every) in [("every-10", 10.0), ("every-1", 1.0)] {
             let mixed = ((every - 1.0) * plain + copying) / every;
-            let line = line(
+            let rate = Comparison {
                 case,
-                "tokens_per_s",
-                rate(mixed),
-                Some((rate(plain), "steps without a snapshot")),
-                true,
-            );
-            println!(
-                "{}",
-                with(
-                    more(line),
-                    json!({"without_keepers": round(rate(without), 1)})
-                )
-            );
+                metric: "tokens_per_s",
+                ours: tokens_per_s(mixed),
+                baseline: Some(tokens_per_s(plain)),
+                baseline_name: Some("steps without a snapshot"),
+            };
+            let without_keepers = round(tokens_per_s(keeperless), 1);
+            lines.push(with(
+                with(rate.line(), sizes.clone()),
+                json!({"without_keepers": without_keepers}),
+            ));
         }
+        lines
     }
-    Ok(ExitCode::SUCCESS)
 }

@@ -1,32 +1,47 @@
-//! Uneven loads to measure with: shares of the tokens to few experts, as the LLEP paper's layer test has them, and the eight
-//! workloads that are proposed for Megatron Core (its issue 7488).
+//! Uneven loads of experts.
+//!
+//! Some send a share of the tokens to a few experts, as in the LLEP paper's layer test. The others
+//! are the eight workloads proposed for Megatron Core (its issue 7488).
 
-use anyhow::{Result, bail};
+use crate::hint::hinted;
+use anyhow::{Result, anyhow};
 
-/// What tokens choose.
+/// The tokens of one rank in one round.
+#[derive(Clone, Copy)]
+pub(super) struct RankBatch {
+    pub(super) tokens: usize,
+    pub(super) experts: usize,
+    pub(super) rank: usize,
+    pub(super) ranks: usize,
+    pub(super) round: usize,
+}
+
+/// A distribution of tokens over experts.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Workload {
-    /// As many each.
     Balanced,
-    /// A share of the tokens chooses among the first experts alone, which are rank 0's, the others among the rest.
-    Share { share: f64, hot: usize },
-    /// W1: half of the tokens choose one of a few experts, wherever they are.
+    /// A share of the tokens chooses among the first experts, which rank 0 holds; the others choose
+    /// among the rest.
+    Share {
+        share: f64,
+        hot: usize,
+    },
+    /// W1: half of the tokens choose one of two experts.
     HotExperts,
-    /// W2: four of five tokens choose rank 0's experts.
+    /// W2: four of five tokens choose experts of rank 0.
     HotRank,
-    /// W3: half of the tokens choose one of a few experts, one of each rank's.
+    /// W3: half of the tokens choose among one expert of each rank.
     SpreadHeat,
-    /// W4: ranks have different numbers of tokens, and half of them choose a few experts.
+    /// W4: ranks have different numbers of tokens, and half of them choose one of two experts.
     RaggedSources,
-    /// W5: the last rank's experts and every other one of the rest are never chosen.
+    /// W5: no token chooses the last rank's experts, nor every second one of the others.
     Unused,
-    /// W6: another expert is hot in each round.
+    /// W6: the hot expert changes each round.
     Rotating,
-    /// W7: one expert is hot in every fourth round, otherwise all are even.
+    /// W7: one expert is hot in every fourth round; in the others the load is even.
     Burst,
 }
 
-/// Every workload by its name.
 pub(super) const NAMED_WORKLOADS: [(&str, Workload); 9] = [
     ("balanced", Workload::Balanced),
     ("w0", Workload::Balanced),
@@ -39,7 +54,7 @@ pub(super) const NAMED_WORKLOADS: [(&str, Workload); 9] = [
     ("w7", Workload::Burst),
 ];
 
-/// `balanced`, `w0` to `w7`, or `SHARE:EXPERTS` with a percentage.
+/// Parses `balanced`, `w0` to `w7`, or `PERCENT:EXPERTS`.
 pub(super) fn parse(case: &str) -> Result<Workload> {
     if let Some((_, workload)) = NAMED_WORKLOADS.iter().find(|(name, _)| *name == case) {
         return Ok(*workload);
@@ -54,20 +69,22 @@ pub(super) fn parse(case: &str) -> Result<Workload> {
             hot,
         });
     }
-    bail!("--case {case}: give balanced, w0 to w7, or SHARE:EXPERTS such as 95:1")
+    Err(hinted(
+        anyhow!("--case {case}: no such workload"),
+        "use balanced, w0 to w7, or PERCENT:EXPERTS such as 95:1",
+    ))
 }
 
 impl Workload {
-    /// Experts that make sense on `ranks` ranks.
+    /// Returns the default number of experts on `ranks` ranks.
     pub(super) fn experts(self, ranks: usize) -> usize {
-        let each = ranks.max(8).next_multiple_of(ranks);
+        let multiple = ranks.max(8).next_multiple_of(ranks);
         match self {
-            Workload::Share { hot, .. } => each * hot,
-            _ => 2 * each,
+            Workload::Share { hot, .. } => multiple * hot,
+            _ => 2 * multiple,
         }
     }
 
-    /// Experts per token.
     pub(super) fn top_k(self) -> usize {
         match self {
             Workload::Share { hot: 1, .. } => 1,
@@ -75,7 +92,7 @@ impl Workload {
         }
     }
 
-    /// Rounds after which all have been seen that differ in what is hot.
+    /// Returns the number of rounds after which the load repeats, if rounds differ.
     pub(super) fn cycle(self) -> usize {
         match self {
             Workload::Burst => 4,
@@ -83,7 +100,9 @@ impl Workload {
         }
     }
 
-    /// The probability of each of `experts` experts to be a token's first choice in round `round`, not normalised.
+    /// Returns the probability of each expert to be a token's first choice in this round.
+    ///
+    /// The probabilities are not normalised.
     pub(super) fn weights(self, experts: usize, ranks: usize, round: usize) -> Vec<f64> {
         let local = experts / ranks;
         let even = 1.0 / experts as f64;
@@ -112,7 +131,7 @@ impl Workload {
         }
     }
 
-    /// Tokens of rank `rank`, of `tokens` in the mean.
+    /// Returns the tokens of rank `rank`; over all ranks their mean is `tokens`.
     pub(super) fn tokens(self, tokens: usize, rank: usize, ranks: usize) -> usize {
         match self {
             Workload::RaggedSources => 2 * tokens * (rank + 1) / (ranks + 1),
@@ -120,15 +139,18 @@ impl Workload {
         }
     }
 
-    /// The expert ids of `tokens` tokens of rank `rank`, `[T * K]`: a token's are distinct, and those after the first of the
-    /// same kind where there are enough (with a share, hot tokens stay among the hot ones).
-    pub(super) fn expert_ids(
-        self,
-        tokens: usize,
-        experts: usize,
-        (rank, ranks): (usize, usize),
-        round: usize,
-    ) -> Vec<i64> {
+    /// Draws the expert ids of a batch, `[T * K]`. Those of one token are distinct.
+    ///
+    /// With a share, all experts of a token are among the hot ones, or none is, while there are
+    /// enough.
+    pub(super) fn expert_ids(self, batch: RankBatch) -> Vec<i64> {
+        let RankBatch {
+            tokens,
+            experts,
+            rank,
+            ranks,
+            round,
+        } = batch;
         let top_k = self.top_k();
         let weights = self.weights(experts, ranks, round);
         let mut state = ((rank + ranks * round) as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
@@ -158,9 +180,9 @@ impl Workload {
             let mut rest = weights.clone();
             if let Workload::Share { hot, .. } = self {
                 let same = |expert: usize| (expert < hot) == (first < hot);
-                (0..experts)
-                    .filter(|&expert| !same(expert))
-                    .for_each(|expert| rest[expert] = 0.0);
+                for expert in (0..experts).filter(|&expert| !same(expert)) {
+                    rest[expert] = 0.0;
+                }
             }
             rest[first] = 0.0;
             for _ in 1..top_k {
@@ -178,20 +200,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn shares_are_as_asked_for_and_choices_distinct() {
+    fn shares_are_as_requested_and_choices_distinct() {
         for (case, hot, expected) in [("95:1", 1, 0.95), ("30:4", 4, 0.3), ("80:16", 16, 0.8)] {
             let workload = parse(case).unwrap();
             let experts = workload.experts(2);
-            let chosen = workload.expert_ids(4000, experts, (1, 2), 0);
+            let chosen = workload.expert_ids(RankBatch {
+                tokens: 4000,
+                experts,
+                rank: 1,
+                ranks: 2,
+                round: 0,
+            });
             let share = chosen.iter().filter(|&&e| e < hot).count() as f64 / chosen.len() as f64;
             assert!((share - expected).abs() < 0.03, "{case}: {share}");
             for token in chosen.chunks(workload.top_k()) {
-                assert!(
-                    token
-                        .iter()
-                        .enumerate()
-                        .all(|(at, expert)| !token[..at].contains(expert))
-                );
+                let mut choices = token.iter().enumerate();
+                assert!(choices.all(|(index, expert)| !token[..index].contains(expert)));
             }
         }
         assert_eq!(parse("w5").unwrap(), Workload::Unused);
@@ -204,12 +228,17 @@ mod tests {
     fn workloads_are_what_their_names_say() {
         let counts = |name: &str, rank: usize, round: usize| {
             let workload = parse(name).unwrap();
-            let tokens = workload.tokens(2000, rank, 4);
-            let chosen = workload.expert_ids(tokens, 16, (rank, 4), round);
+            let chosen = workload.expert_ids(RankBatch {
+                tokens: workload.tokens(2000, rank, 4),
+                experts: 16,
+                rank,
+                ranks: 4,
+                round,
+            });
             let mut counts = vec![0usize; 16];
-            chosen
-                .iter()
-                .for_each(|&expert| counts[expert as usize] += 1);
+            for expert in chosen {
+                counts[expert as usize] += 1;
+            }
             counts
         };
         let of_rank = |counts: &[usize], rank: usize| counts[rank * 4..][..4].iter().sum::<usize>();

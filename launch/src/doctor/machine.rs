@@ -1,6 +1,6 @@
-//! What one machine has.
+//! Checks of a machine: libraries, memory, limits, devices and disk.
 
-use super::Finding;
+use super::finding::Finding;
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::statvfs::statvfs;
 use parallel::Backend;
@@ -12,41 +12,38 @@ use trainer::config::Config;
 
 const MIB: u64 = 1 << 20;
 
+/// Ranks of this machine, and of the run.
+#[derive(Clone, Copy)]
+pub(super) struct RankCounts {
+    pub(super) local: usize,
+    pub(super) total: usize,
+}
+
 pub(super) fn libtorch() -> Finding {
-    // It is loaded, or this program would not run.
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let path = maps
         .lines()
         .find(|line| line.ends_with("/libtorch_cpu.so"))
         .and_then(|line| line.find('/').map(|at| &line[at..]));
-    Finding::ok(
-        "libtorch",
-        format!(
-            "{} (moerun {} is built against 2.11.0)",
-            path.unwrap_or("loaded"),
-            env!("CARGO_PKG_VERSION")
-        ),
-    )
+    let path = path.unwrap_or("loaded");
+    let version = env!("CARGO_PKG_VERSION");
+    let detail = format!("{path} (moerun {version} is built against 2.11.0)");
+    Finding::ok("libtorch", detail)
 }
 
 pub(super) fn processors(ranks: usize) -> Finding {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let detail = format!(
-        "{cores} for {ranks} rank{} of this machine",
-        if ranks == 1 { "" } else { "s" }
-    );
+    let plural = if ranks == 1 { "" } else { "s" };
+    let detail = format!("{cores} for {ranks} rank{plural} of this machine");
     if cores < ranks {
-        Finding::warn(
-            "processors",
-            detail,
-            "start fewer ranks: they take turns on the processors and wait for each other",
-        )
+        let fix = "start fewer ranks: they share processors and wait for each other";
+        Finding::warn("processors", detail, fix)
     } else {
         Finding::ok("processors", detail)
     }
 }
 
-/// Bytes that `/proc/meminfo` names, and the control group's limit where it is less.
+/// Returns the available bytes: those of `/proc/meminfo`, or of the control group if fewer.
 fn available_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text
@@ -69,9 +66,10 @@ fn available_memory() -> Option<u64> {
     }))
 }
 
-pub(super) fn memory(config: Option<&Config>, local: usize, total: usize) -> Finding {
+pub(super) fn memory(config: Option<&Config>, ranks: RankCounts) -> Finding {
+    let RankCounts { local, total } = ranks;
     let Some(available) = available_memory() else {
-        return Finding::warn("memory", "/proc/meminfo says nothing", "mount /proc");
+        return Finding::warn("memory", "/proc/meminfo cannot be read", "mount /proc");
     };
     let needed = config.and_then(|config| {
         let mut config = config.clone();
@@ -88,7 +86,8 @@ pub(super) fn memory(config: Option<&Config>, local: usize, total: usize) -> Fin
         Some(needed) if needed > have => Finding::fail(
             "memory",
             format!("{have} MiB are available, and {local} ranks hold about {needed} MiB"),
-            "use more machines, a smaller train.micro_batch, parallel.zero or recompute: see 'moerun plan mesh'",
+            "use more machines, a smaller train.micro_batch, parallel.zero or recompute: see \
+             'moerun plan mesh'",
         ),
         Some(needed) => Finding::ok(
             "memory",
@@ -98,10 +97,11 @@ pub(super) fn memory(config: Option<&Config>, local: usize, total: usize) -> Fin
     }
 }
 
-/// MPI and NCCL pass messages of one machine through `/dev/shm`.
+/// Checks `/dev/shm`, through which MPI and NCCL send messages within a machine.
 pub(super) fn shared_memory(ranks: usize) -> Finding {
     const BYTES_PER_RANK: u64 = 32 * MIB;
-    let fix = "make room in /dev/shm, or more of it: 'mount -o remount,size=8g /dev/shm', in a container --shm-size=8g";
+    let fix = "remove files from /dev/shm, or enlarge it: 'mount -o remount,size=8g /dev/shm', in \
+               a container --shm-size=8g";
     match statvfs("/dev/shm") {
         Err(error) => Finding::fail("shared memory", format!("/dev/shm: {error}"), fix),
         Ok(stat) => {
@@ -121,9 +121,9 @@ pub(super) fn open_files(ranks: usize) -> Finding {
         Ok(limits) => limits,
         Err(error) => return Finding::warn("open files", error.to_string(), "see 'ulimit -n'"),
     };
-    // Connections to every other rank, in several groups.
+    // Every rank has connections to all others, in several groups.
     let needed = 256 + 32 * ranks as u64;
-    let detail = format!("a process may have {soft} (at most {hard})");
+    let detail = format!("limit {soft} per process (hard limit {hard})");
     if soft < needed {
         Finding::fail(
             "open files",
@@ -135,7 +135,7 @@ pub(super) fn open_files(ranks: usize) -> Finding {
     }
 }
 
-/// Where the ranks are to meet; nothing to see where any port will do.
+/// Checks the port of the rendezvous, if one is given.
 pub(super) fn port(port: u16) -> Option<Finding> {
     if port == 0 {
         return None;
@@ -146,7 +146,8 @@ pub(super) fn port(port: u16) -> Option<Finding> {
             "port",
             format!("{port} cannot be used: {error}"),
             format!(
-                "end what holds it ('ss -ltnp sport = :{port}'), or choose another --master-port"
+                "stop the process that uses it ('ss -ltnp sport = :{port}'), or choose another \
+                 --master-port"
             ),
         ),
     })
@@ -159,8 +160,9 @@ pub(super) fn gpus(config: Option<&Config>) -> Finding {
         return if wanted {
             Finding::fail(
                 "GPU",
-                "run.device is cuda, and there is no NVIDIA driver",
-                "install the driver (nvidia-smi must list the GPUs), give the container its devices, or use run.device: cpu",
+                "run.device is cuda, but there is no NVIDIA driver",
+                "install the driver (nvidia-smi must list the GPUs), give the container access \
+                 to its devices, or use run.device: cpu",
             )
         } else {
             Finding::ok("GPU", "none")
@@ -170,9 +172,9 @@ pub(super) fn gpus(config: Option<&Config>) -> Finding {
         Ok(_) => {
             let kernels = match kernels::compile_gpu_kernels(0) {
                 Ok(architecture) => format!("kernels for {architecture}"),
-                Err(error) => format!(
-                    "libtorch's operations instead of kernels of our own, which are faster: {error}"
-                ),
+                Err(error) => {
+                    format!("libtorch's operations instead of moerun's faster kernels: {error}")
+                }
             };
             Finding::ok(
                 "GPU",
@@ -187,7 +189,7 @@ pub(super) fn gpus(config: Option<&Config>) -> Finding {
     }
 }
 
-/// Only where they are wanted, or there: most machines have none.
+/// Checks NPUs, if the experiment or the machine has one.
 pub(super) fn npus(config: Option<&Config>) -> Option<Finding> {
     let wanted = config
         .is_some_and(|config| config.run.device == "npu" || config.run.backend == Backend::Hccl);
@@ -199,12 +201,14 @@ pub(super) fn npus(config: Option<&Config>) -> Option<Finding> {
         Err(error) => Finding::fail(
             "NPU",
             error.to_string(),
-            "docs/ascend.md has the steps; or use run.device: cpu",
+            "follow docs/ascend.md, or use run.device: cpu",
         ),
     })
 }
 
-/// The library that is built in, and its mpirun; the one that started this process fits, or the ranks will say otherwise.
+/// Checks the MPI library that is built in, and the mpirun in PATH.
+///
+/// Under mpirun, the ranks check whether it fits.
 pub(super) fn mpi(config: Option<&Config>, mpi_launch: bool) -> Finding {
     let wanted = config.is_some_and(|config| config.run.backend == Backend::Mpi);
     let Some(library) = parallel::mpi_library() else {
@@ -212,7 +216,7 @@ pub(super) fn mpi(config: Option<&Config>, mpi_launch: bool) -> Finding {
         return if wanted {
             Finding::fail(
                 "MPI",
-                format!("run.backend is mpi, and {detail}"),
+                format!("run.backend is mpi, but {detail}"),
                 "run ./scripts/setup --mpi and build with 'cargo build --release --features mpi'",
             )
         } else {
@@ -227,9 +231,9 @@ pub(super) fn mpi(config: Option<&Config>, mpi_launch: bool) -> Finding {
     let version = output.ok().filter(|output| output.status.success());
     let Some(version) = version.and_then(|output| String::from_utf8(output.stdout).ok()) else {
         let fix = format!(
-            "add the bin folder of {library} to PATH (./scripts/setup --mpi says where its own is)"
+            "add the bin folder of {library} to PATH (./scripts/setup --mpi prints its own)"
         );
-        let detail = format!("{library} is built in, and there is no mpirun in PATH");
+        let detail = format!("{library} is built in, but there is no mpirun in PATH");
         return if wanted {
             Finding::fail("MPI", detail, fix)
         } else {
@@ -248,13 +252,14 @@ pub(super) fn mpi(config: Option<&Config>, mpi_launch: bool) -> Finding {
     } else {
         Finding::fail(
             "MPI",
-            format!("{library} is built in, and mpirun in PATH is {version}"),
-            "use the mpirun of the library that moerun was built with, or build again with MPICC of the other",
+            format!("{library} is built in, but mpirun in PATH is {version}"),
+            "use the mpirun of the library that moerun was built with, or set MPICC to the other \
+             one's and build again",
         )
     }
 }
 
-/// Room for checkpoints, in a folder that can be written.
+/// Checks that the folder of the run can be written and has space for its checkpoints.
 pub(super) fn disk(config: &Config) -> Finding {
     let dir = &config.run.dir;
     let probe = dir.join(".doctor");
@@ -262,29 +267,27 @@ pub(super) fn disk(config: &Config) -> Finding {
         .and_then(|()| std::fs::write(&probe, b"moerun"))
         .and_then(|()| std::fs::remove_file(&probe));
     if let Err(error) = written {
-        let fix = "make room there, get the right to write there, or choose another run.dir";
-        return Finding::fail(
-            "disk",
-            format!("{} cannot be written: {error}", dir.display()),
-            fix,
-        );
+        let detail = format!("{} cannot be written: {error}", dir.display());
+        let fix = "free space there, get permission to write, or choose another run.dir";
+        return Finding::fail("disk", detail, fix);
     }
     let free =
         statvfs(Path::new(dir)).map_or(0, |stat| stat.blocks_available() * stat.fragment_size());
-    // fp32 weights and two moments; one checkpoint more than are kept exists while the next is written.
-    let needed = config.model.num_parameters().total * 12 * (config.checkpoint.keep as u64 + 1);
+    // fp32 weights and two moments. While the next checkpoint is written, there is one more than
+    // are kept.
+    let checkpoints = config.checkpoint.keep + 1;
+    let needed = config.model.num_parameters().total * 12 * checkpoints as u64;
     let detail = format!(
-        "{} MiB are free in {}, {} checkpoints take about {} MiB",
+        "{} MiB are free in {}; {checkpoints} checkpoints take about {} MiB",
         free / MIB,
         dir.display(),
-        config.checkpoint.keep + 1,
         needed / MIB
     );
     if free < needed {
         Finding::fail(
             "disk",
             detail,
-            "make room, choose another run.dir, or a smaller checkpoint.keep",
+            "free space, choose another run.dir, or reduce checkpoint.keep",
         )
     } else {
         Finding::ok("disk", detail)

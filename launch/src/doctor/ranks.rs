@@ -1,21 +1,20 @@
-//! What ranks see of one another: versions, clocks, and how fast they tell each other something.
+//! Checks between ranks: version, clocks, and the speed of two collectives.
 
-use super::Finding;
+use super::finding::Finding;
 use anyhow::{Context, Result};
 use parallel::{Accelerator, Backend, Communicator, RankEnv, ReduceOp, World};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tch::Tensor;
 
-/// No operation takes longer.
 const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(60);
-/// Clocks that differ by more put failures of different machines in the wrong order.
+/// Larger differences put the failures of different machines in the wrong order.
 const MAX_CLOCK_SKEW_S: f64 = 1.0;
 
 pub(super) fn measure(env: &RankEnv, backend: Backend, device: &str) -> Result<()> {
     let device = parallel::accelerator(device, env.local_rank)?;
     let world = World::join(env, COLLECTIVE_TIMEOUT, backend, device.as_ref())
-        .context("the ranks do not come together")?;
+        .context("cannot join the other ranks")?;
     let all = world.all("doctor")?;
     let prints = env.rank == 0;
     if prints {
@@ -41,16 +40,7 @@ pub(super) fn measure(env: &RankEnv, backend: Backend, device: &str) -> Result<(
         let mut detail = Vec::new();
         for bytes in [64 << 10, 1 << 20, 16 << 20i64] {
             let seconds = median_time(&all, device.as_ref(), bytes, operation)?;
-            let size = if bytes < 1 << 20 {
-                format!("{} KiB", bytes >> 10)
-            } else {
-                format!("{} MiB", bytes >> 20)
-            };
-            detail.push(format!(
-                "{size} in {:.2} ms ({:.2} GB/s)",
-                seconds * 1e3,
-                bytes as f64 / seconds / 1e9
-            ));
+            detail.push(speed(bytes, seconds));
         }
         if prints {
             Finding::ok(name, detail.join(", ")).print();
@@ -62,7 +52,18 @@ pub(super) fn measure(env: &RankEnv, backend: Backend, device: &str) -> Result<(
     Ok(())
 }
 
-/// How far the ranks' clocks are apart, read right after they have all met.
+fn speed(bytes: i64, seconds: f64) -> String {
+    let size = if bytes < 1 << 20 {
+        format!("{} KiB", bytes >> 10)
+    } else {
+        format!("{} MiB", bytes >> 20)
+    };
+    let ms = seconds * 1e3;
+    let gb_per_s = bytes as f64 / seconds / 1e9;
+    format!("{size} in {ms:.2} ms ({gb_per_s:.2} GB/s)")
+}
+
+/// Compares the ranks' clocks, which are read right after a barrier.
 fn clocks(all: &Arc<dyn Communicator>) -> Result<Finding> {
     all.barrier()?.wait()?;
     let now = SystemTime::now()
@@ -76,9 +77,8 @@ fn clocks(all: &Arc<dyn Communicator>) -> Result<Finding> {
     let detail = format!("at most {:.0} ms apart", apart * 1e3);
     Ok(if apart > MAX_CLOCK_SKEW_S {
         let slow = ranks.argmin(0, false).int64_value(&[]);
-        let fix = format!(
-            "set the clocks (chrony, or another NTP client); rank {slow} is behind the others"
-        );
+        let fix =
+            format!("synchronize the clocks (chrony or another NTP client); rank {slow} is behind");
         Finding::fail("clocks", detail, fix)
     } else {
         Finding::ok("clocks", detail)
@@ -96,7 +96,7 @@ fn exchange(all: &Arc<dyn Communicator>, output: &Tensor, input: &Tensor) -> Res
     Ok(all.all_to_all(output, input, &rows, &rows)?.wait()?)
 }
 
-/// Seconds for an operation on `bytes` of each rank, on the slowest of them.
+/// Returns the median seconds of an operation on `bytes` of each rank, on the slowest rank.
 fn median_time(
     all: &Arc<dyn Communicator>,
     device: &dyn Accelerator,
@@ -107,7 +107,7 @@ fn median_time(
     let numbers = bytes / 4 / ranks * ranks;
     let input = device.zeros(&[numbers], tch::Kind::Float);
     let output = input.zeros_like();
-    // The first makes connections and buffers, and is not counted.
+    // The first call makes connections and buffers, and does not count.
     operation(all, &output, &input)?;
     let mut times = Vec::new();
     for _ in 0..7 {

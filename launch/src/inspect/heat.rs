@@ -1,44 +1,48 @@
-//! Heat maps of layer by expert, over time: text for a terminal, SVG for everything else.
+//! Heat maps of experts and layers over time, as text and as SVG.
 
 use std::fmt::Write;
+use trainer::RoutingLine;
 
-/// How busy experts were in some steps.
+/// The load of experts in a part of the run.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Slice {
-    /// The first and the last step of it that there is a line of.
-    pub(super) steps: (u64, u64),
-    /// Each expert's load over the mean, `[layers][E]`.
-    pub(super) heat: Vec<Vec<f64>>,
+    first_step: u64,
+    last_step: u64,
+    /// Load of each expert over the mean, `[layers][E]`.
+    heat: Vec<Vec<f64>>,
 }
 
-/// Lines of (step, tokens_per_expert `[layers][E]`), put together in at most `count` slices of as many lines.
-pub(super) fn slices(lines: &[(u64, Vec<Vec<u64>>)], count: usize) -> Vec<Slice> {
+/// Sums lines in at most `count` slices, each of an equal number of lines.
+pub(super) fn slices(lines: &[RoutingLine], count: usize) -> Vec<Slice> {
     let per_slice = lines.len().div_ceil(count.max(1)).max(1);
-    let slice = |lines: &[(u64, Vec<Vec<u64>>)]| {
-        let layers = lines[0].1.len();
-        let heat = |layer: usize| {
-            let experts = lines[0].1[layer].len();
-            let sum = |expert: usize| {
-                lines
-                    .iter()
-                    .map(|(_, tokens_per_expert)| tokens_per_expert[layer][expert])
-                    .sum::<u64>() as f64
-            };
-            let sums: Vec<f64> = (0..experts).map(sum).collect();
-            let mean = sums.iter().sum::<f64>() / experts as f64;
-            sums.iter()
-                .map(|sum| if mean > 0.0 { sum / mean } else { 0.0 })
-                .collect()
-        };
-        Slice {
-            steps: (lines[0].0, lines[lines.len() - 1].0),
-            heat: (0..layers).map(heat).collect(),
-        }
-    };
     lines.chunks(per_slice).map(slice).collect()
 }
 
-/// Shades, from the loads over the mean at which they end.
+fn slice(lines: &[RoutingLine]) -> Slice {
+    let layers = lines[0].tokens_per_expert.len();
+    Slice {
+        first_step: lines[0].step,
+        last_step: lines[lines.len() - 1].step,
+        heat: (0..layers).map(|layer| heat(lines, layer)).collect(),
+    }
+}
+
+fn heat(lines: &[RoutingLine], layer: usize) -> Vec<f64> {
+    let experts = lines[0].tokens_per_expert[layer].len();
+    let sum = |expert: usize| {
+        let tokens = lines
+            .iter()
+            .map(|line| line.tokens_per_expert[layer][expert]);
+        tokens.sum::<u64>() as f64
+    };
+    let sums: Vec<f64> = (0..experts).map(sum).collect();
+    let mean = sums.iter().sum::<f64>() / experts as f64;
+    sums.iter()
+        .map(|sum| if mean > 0.0 { sum / mean } else { 0.0 })
+        .collect()
+}
+
+/// Shades, each with the load over the mean below which it is used.
 const SHADES: [(f64, char); 5] = [
     (0.25, ' '),
     (0.75, '░'),
@@ -47,26 +51,17 @@ const SHADES: [(f64, char); 5] = [
     (f64::INFINITY, '█'),
 ];
 
-/// A column for each expert; neighbours share one, the busiest of them, where there are more than `width`.
+/// Draws rows of layers with a column for each expert.
+///
+/// If there are more than `width`, neighbours share a column, which shows the busiest of them.
 pub(super) fn text(slices: &[Slice], width: usize) -> String {
     let mut out = String::new();
-    for Slice {
-        steps: (first, last),
-        heat,
-    } in slices
-    {
-        let _ = writeln!(out, "steps {first} to {last}");
-        let digits = heat.len().saturating_sub(1).to_string().len();
-        for (layer, experts) in heat.iter().enumerate() {
-            let together = experts.len().div_ceil(width.max(1)).max(1);
-            let column = |experts: &[f64]| {
-                let heat = experts.iter().copied().fold(0.0, f64::max);
-                SHADES
-                    .iter()
-                    .find(|(end, _)| heat < *end)
-                    .map_or('█', |(_, shade)| *shade)
-            };
-            let row: String = experts.chunks(together).map(column).collect();
+    for slice in slices {
+        let _ = writeln!(out, "steps {} to {}", slice.first_step, slice.last_step);
+        let digits = slice.heat.len().saturating_sub(1).to_string().len();
+        for (layer, experts) in slice.heat.iter().enumerate() {
+            let per_column = experts.len().div_ceil(width.max(1)).max(1);
+            let row: String = experts.chunks(per_column).map(shade).collect();
             let (busiest, most) = busiest(experts);
             let _ = writeln!(
                 out,
@@ -77,86 +72,91 @@ pub(super) fn text(slices: &[Slice], width: usize) -> String {
     out
 }
 
-fn busiest(experts: &[f64]) -> (usize, f64) {
-    let most = experts.iter().copied().fold(0.0, f64::max);
-    (
-        experts.iter().position(|&heat| heat == most).unwrap_or(0),
-        most,
-    )
+fn shade(experts: &[f64]) -> char {
+    let (_, heat) = busiest(experts);
+    let shade = SHADES.iter().find(|(end, _)| heat < *end);
+    shade.map_or('█', |(_, shade)| *shade)
 }
 
-/// A row for each layer, slices side by side.
+/// Returns the most loaded expert and its load.
+fn busiest(experts: &[f64]) -> (usize, f64) {
+    let most = experts.iter().copied().fold(0.0, f64::max);
+    let index = experts.iter().position(|&heat| heat == most);
+    (index.unwrap_or(0), most)
+}
+
+const MARGIN: f64 = 64.0;
+const TOP: f64 = 48.0;
+const ROW: f64 = 18.0;
+
+/// Draws slices side by side, with a row for each layer.
 pub(super) fn svg(slices: &[Slice], title: &str) -> String {
     let layers = slices.first().map_or(0, |slice| slice.heat.len());
-    let experts = slices
-        .iter()
-        .flat_map(|slice| &slice.heat)
-        .map(Vec::len)
-        .max()
-        .unwrap_or(0)
-        .max(1);
+    let all_layers = slices.iter().flat_map(|slice| &slice.heat);
+    let experts = all_layers.map(Vec::len).max().unwrap_or(0).max(1);
     let cell = (240.0 / experts as f64).clamp(2.0, 16.0);
-    let row = 18.0;
-    let margin = 64.0;
-    let top = 48.0;
     let panel = cell * experts as f64 + 16.0;
-    let width = margin + panel * slices.len() as f64;
-    let height = top + row * layers as f64 + 36.0;
+    let width = MARGIN + panel * slices.len() as f64;
+    let bottom = TOP + ROW * layers as f64;
+    let height = bottom + 36.0;
+    let title = escape(title);
     let mut out = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width:.0}\" height=\"{height:.0}\" font-family=\"sans-serif\" \
-         font-size=\"11\">\n<rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n<text x=\"8\" y=\"18\" \
-         font-size=\"13\">{}</text>\n",
-        escape(title)
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width:.0}\" \
+         height=\"{height:.0}\" font-family=\"sans-serif\" font-size=\"11\">\n\
+         <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n\
+         <text x=\"8\" y=\"18\" font-size=\"13\">{title}</text>\n"
     );
     for layer in 0..layers {
-        let y = top + row * (layer as f64 + 0.7);
+        let y = TOP + ROW * (layer as f64 + 0.7);
         let _ = writeln!(out, "<text x=\"8\" y=\"{y:.1}\">layer {layer}</text>");
     }
-    for (
-        number,
-        Slice {
-            steps: (first, last),
-            heat,
-        },
-    ) in slices.iter().enumerate()
-    {
-        let left = margin + panel * number as f64;
-        let _ = writeln!(
-            out,
-            "<text x=\"{left:.1}\" y=\"{:.1}\">steps {first} to {last}</text>",
-            top - 8.0
-        );
-        for (layer, experts) in heat.iter().enumerate() {
-            for (expert, heat) in experts.iter().enumerate() {
-                let x = left + cell * expert as f64;
-                let y = top + row * layer as f64;
-                let _ = writeln!(
-                    out,
-                    "<rect x=\"{x:.1}\" y=\"{y:.1}\" width=\"{cell:.1}\" height=\"{:.1}\" fill=\"{}\"><title>layer {layer}, \
-                     expert {expert}: {heat:.2} times the mean</title></rect>",
-                    row - 2.0,
-                    colour(*heat)
-                );
-            }
-        }
+    for (index, slice) in slices.iter().enumerate() {
+        draw_slice(&mut out, slice, MARGIN + panel * index as f64, cell);
     }
-    let y = top + row * layers as f64 + 20.0;
-    for (place, heat) in [0.0, 0.5, 1.0, 2.0, 4.0].into_iter().enumerate() {
-        let x = margin + 92.0 * place as f64;
-        let _ = writeln!(
-            out,
-            "<rect x=\"{x:.1}\" y=\"{:.1}\" width=\"12\" height=\"12\" fill=\"{}\"/><text x=\"{:.1}\" y=\"{y:.1}\">{heat} x \
-             mean</text>",
-            y - 10.0,
-            colour(heat),
-            x + 18.0
-        );
-    }
+    draw_legend(&mut out, bottom + 20.0);
     out.push_str("</svg>\n");
     out
 }
 
-/// From white, unused, over yellow, the mean, to dark red, four times the mean and more.
+fn draw_slice(out: &mut String, slice: &Slice, left: f64, cell: f64) {
+    let first = slice.first_step;
+    let last = slice.last_step;
+    let y = TOP - 8.0;
+    let _ = writeln!(
+        out,
+        "<text x=\"{left:.1}\" y=\"{y:.1}\">steps {first} to {last}</text>"
+    );
+    let height = ROW - 2.0;
+    for (layer, experts) in slice.heat.iter().enumerate() {
+        for (expert, &heat) in experts.iter().enumerate() {
+            let x = left + cell * expert as f64;
+            let y = TOP + ROW * layer as f64;
+            let colour = colour(heat);
+            let _ = writeln!(
+                out,
+                "<rect x=\"{x:.1}\" y=\"{y:.1}\" width=\"{cell:.1}\" height=\"{height:.1}\" \
+                 fill=\"{colour}\"><title>layer {layer}, expert {expert}: {heat:.2} times the \
+                 mean</title></rect>"
+            );
+        }
+    }
+}
+
+fn draw_legend(out: &mut String, y: f64) {
+    for (index, heat) in [0.0, 0.5, 1.0, 2.0, 4.0].into_iter().enumerate() {
+        let x = MARGIN + 92.0 * index as f64;
+        let top = y - 10.0;
+        let colour = colour(heat);
+        let text_x = x + 18.0;
+        let _ = writeln!(
+            out,
+            "<rect x=\"{x:.1}\" y=\"{top:.1}\" width=\"12\" height=\"12\" \
+             fill=\"{colour}\"/><text x=\"{text_x:.1}\" y=\"{y:.1}\">{heat} x mean</text>"
+        );
+    }
+}
+
+/// Returns the colour of a load: white is unused, yellow the mean, dark red four times the mean.
 fn colour(heat: f64) -> String {
     let stops = [
         (0.0, [250, 250, 250]),
@@ -189,23 +189,29 @@ mod tests {
 
     #[test]
     fn lines_become_slices_of_loads_over_the_mean() {
-        let lines = vec![
-            (1, vec![vec![4, 0]]),
-            (10, vec![vec![2, 2]]),
-            (20, vec![vec![0, 0]]),
+        let line = |step, tokens_per_expert| RoutingLine {
+            step,
+            tokens_per_expert,
+        };
+        let lines = [
+            line(1, vec![vec![4, 0]]),
+            line(10, vec![vec![2, 2]]),
+            line(20, vec![vec![0, 0]]),
         ];
         let made = slices(&lines, 2);
         assert_eq!(
             made[0],
             Slice {
-                steps: (1, 10),
+                first_step: 1,
+                last_step: 10,
                 heat: vec![vec![1.5, 0.5]]
             }
         );
         assert_eq!(
             made[1],
             Slice {
-                steps: (20, 20),
+                first_step: 20,
+                last_step: 20,
                 heat: vec![vec![0.0, 0.0]]
             }
         );
@@ -215,7 +221,8 @@ mod tests {
     #[test]
     fn text_shades_and_names_the_busiest() {
         let slice = Slice {
-            steps: (1, 5),
+            first_step: 1,
+            last_step: 5,
             heat: vec![vec![0.0, 0.5, 1.0, 1.5, 2.5]],
         };
         assert_eq!(
@@ -231,7 +238,8 @@ mod tests {
     #[test]
     fn a_picture_has_a_cell_for_each_expert() {
         let slice = Slice {
-            steps: (1, 5),
+            first_step: 1,
+            last_step: 5,
             heat: vec![vec![0.0, 1.0], vec![4.0, 9.0]],
         };
         let picture = svg(&[slice.clone(), slice], "a < b");

@@ -1,4 +1,4 @@
-//! `moerun inspect`: what a run did.
+//! `moerun inspect`: pictures and statistics from the files of a run.
 
 mod heat;
 pub(crate) mod routing;

@@ -1,4 +1,4 @@
-//! Benches print the documented keys, and a traced step accounts for its time. No time is asserted.
+//! The lines of `moerun bench` and the traces of steps. No time is asserted.
 
 use crate::fixture::{Experiment, finish, text};
 use serde_json::Value;
@@ -58,7 +58,7 @@ fn every_collective_is_measured_against_gloo() {
     }
     let wrong = finish(&mut experiment.moerun(&["bench", "collectives", "--operation", "sum"]));
     assert!(
-        !wrong.status.success() && text(&wrong).contains("--operation sum: there are all_reduce"),
+        !wrong.status.success() && text(&wrong).contains("--operation sum: no such operation"),
         "{}",
         text(&wrong)
     );
@@ -117,7 +117,7 @@ fn a_profiled_step_is_the_sum_of_its_parts() {
 }
 
 #[test]
-fn what_recomputing_costs_is_measured_and_what_fits_is_found() {
+fn recomputation_is_measured_and_a_fitting_option_is_found() {
     let experiment = Experiment::new();
     let bench = |more: &[&str]| {
         let mut bench = experiment.moerun(&[
@@ -174,15 +174,15 @@ fn what_recomputing_costs_is_measured_and_what_fits_is_found() {
     );
 
     let tight = bench(&["--fit-mib", "0.5"]);
-    let says = text(&tight);
+    let printed = text(&tight);
     assert!(
-        !tight.status.success() && says.contains("--fit-mib 0.5: with all layers computed again"),
-        "{says}"
+        !tight.status.success() && printed.contains("--fit-mib 0.5: with all layers recomputed"),
+        "{printed}"
     );
 }
 
 #[test]
-fn each_rank_traces_the_step_that_is_asked_for() {
+fn each_rank_traces_the_requested_step() {
     let experiment = Experiment::new();
     let output = finish(&mut experiment.train(
         2,
