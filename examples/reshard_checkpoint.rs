@@ -1,4 +1,4 @@
-//! Saves a matrix from two ranks and loads it for three: a checkpoint does not depend on the layout.
+//! Saves a matrix from two ranks and loads it for three: checkpoints do not depend on the layout.
 
 use anyhow::Result;
 use checkpoint::{Checkpoint, Staging, TensorSlice, list};

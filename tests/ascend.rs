@@ -185,10 +185,7 @@ fn an_optimizers_state_on_the_host_changes_nothing_but_memory() {
         };
         run(&["train.steps=10", &device]);
         let said = run(&["train.steps=10", &host, "optimizer.offload=true"]);
-        assert!(
-            said.contains("optimizer state in host memory"),
-            "{said}"
-        );
+        assert!(said.contains("optimizer state in host memory"), "{said}");
         // A run resumes if its first half kept the optimizer state elsewhere.
         let begun = if number == 1 {
             "optimizer.offload=false"
@@ -235,10 +232,7 @@ fn an_optimizers_state_on_the_host_changes_nothing_but_memory() {
             saved * 100 >= kept * bytes * 95,
             "{layout:?}: {saved} bytes saved of {kept} parameters"
         );
-        assert!(
-            plan.contains("With optimizer.offload, moments"),
-            "{plan}"
-        );
+        assert!(plan.contains("With optimizer.offload, moments"), "{plan}");
     }
 }
 

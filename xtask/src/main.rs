@@ -86,10 +86,8 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<()> {
     // Read at run time: checkouts that share a target folder also share this program.
-    let folder = std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(
-        || PathBuf::from(env!("CARGO_MANIFEST_DIR")),
-        PathBuf::from,
-    );
+    let folder = std::env::var_os("CARGO_MANIFEST_DIR")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
     let root = folder.parent().context("xtask has no parent folder")?;
     let tree = Tree::read(root)?;
     match command {
