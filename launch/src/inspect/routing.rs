@@ -83,7 +83,7 @@ fn consistency(args: &InspectRoutingArgs) -> Result<ExitCode> {
     let digits = experts.len().saturating_sub(1).to_string().len();
     for (layer, experts) in experts.iter().enumerate() {
         let srp = segment_routing(experts, top_k, num_experts, sequence, segment);
-        let sch = segment_cache(experts, top_k, num_experts, sequence, (segment, cache));
+        let sch = segment_cache(experts, top_k, num_experts, sequence, segment, cache);
         let Some((srp, sch)) = srp.zip(sch) else {
             bail!("--segment {segment}: longer than the data's sequences of {sequence} tokens");
         };
