@@ -1,10 +1,12 @@
 //! Simulates every pipeline schedule on four ranks and compares step time, bubble and memory.
 
 use anyhow::{Result, anyhow};
-use parallel::pipeline::check::check;
-use parallel::pipeline::communication::with_communication;
-use parallel::pipeline::schedules::ScheduleKind;
-use parallel::pipeline::simulate::{Costs, Timeline, simulate};
+use parallel::pipeline::{
+    check::check,
+    communication::with_communication,
+    schedules::ScheduleKind,
+    simulate::{Costs, Timeline, simulate},
+};
 
 const RANKS: usize = 4;
 const MICROBATCHES: usize = 8;

@@ -1,7 +1,9 @@
 //! Plans which ranks compute the tokens of an overloaded expert, and prints the plan.
 
-use moe::lending::assignment::{Assignment, home_loads};
-use moe::lending::least_loaded::{Imbalance, Planner};
+use moe::lending::{
+    assignment::{Assignment, home_loads},
+    least_loaded::{Imbalance, Planner},
+};
 
 /// Tokens per expert: expert 0 has most of them. Four ranks own two experts each.
 const LOADS: [i64; 8] = [6000, 500, 300, 300, 300, 200, 200, 200];

@@ -5,10 +5,12 @@ use crate::fixture::{
     Experiment, assert_close, assert_stopped_rank_is_named, curve, finish, free_port, ranks, text,
 };
 use serde_json::Value;
-use std::hash::{DefaultHasher, Hash, Hasher};
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::OnceLock;
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::OnceLock,
+};
 
 /// Returns the folder of the stand-in libraries, built once per version of their sources.
 fn libraries() -> &'static Path {

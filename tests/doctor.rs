@@ -1,8 +1,10 @@
 //! `moerun doctor` with real faults of the machine, one at a time.
 
 use crate::fixture::{Experiment, finish, text};
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 fn doctor(experiment: &Experiment, args: &[&str]) -> Command {
     let mut command = experiment.moerun(&["doctor"]);

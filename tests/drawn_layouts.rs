@@ -8,12 +8,13 @@ use crate::agreement::{
     TIMEOUT, Trace, VOCAB, assert_same, sigmoid, softmax, trace_of, trainer_on, write_data,
 };
 use parallel::run_on_threads;
-use proptest::prelude::*;
-use proptest::strategy::ValueTree;
-use proptest::test_runner::{Config as RunnerConfig, RngAlgorithm, TestRng, TestRunner};
+use proptest::{
+    prelude::*,
+    strategy::ValueTree,
+    test_runner::{Config as RunnerConfig, RngAlgorithm, TestRng, TestRunner},
+};
 use serde_json::{Value, json};
-use std::collections::HashMap;
-use std::path::Path;
+use std::{collections::HashMap, path::Path};
 use trainer::config::Config;
 
 const STEPS: u64 = 4;

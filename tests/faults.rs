@@ -5,8 +5,10 @@ use crate::fixture::{
     signal, start_with_output_file, steps_done, text, wait_for_output, wait_for_step,
 };
 use serde_json::Value;
-use std::process::{Child, Command};
-use std::time::{Duration, Instant};
+use std::{
+    process::{Child, Command},
+    time::{Duration, Instant},
+};
 
 /// These tests restart often; another one covers the limit.
 const MANY_RESTARTS: &str = "restart.max_restarts=10000";

@@ -5,10 +5,12 @@ use crate::fixture::{
     Experiment, curve, finish, finish_child, launcher_output, signal, start,
     start_with_output_file, steps_done, text, wait_for_output, wait_for_step,
 };
-use std::os::unix::fs::PermissionsExt;
-use std::process::{Child, Command, Output};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::{
+    os::unix::fs::PermissionsExt,
+    process::{Child, Command, Output},
+    sync::atomic::{AtomicUsize, Ordering},
+    time::{Duration, Instant},
+};
 
 /// Machines joined by a network. Dropping this removes them.
 struct Network {

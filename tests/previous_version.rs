@@ -6,8 +6,10 @@
 
 use crate::fixture::{Experiment, finish, text};
 use serde_json::Value;
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 const RENAMED: [(&str, &str); 5] = [
     ("bind:", "cpu_affinity:"),

@@ -5,9 +5,11 @@ use crate::fixture::{
     Experiment, curve, finish, finish_child, rank_process, signal, start, steps_done, text,
     wait_for_step,
 };
-use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, Command};
-use std::time::SystemTime;
+use std::{
+    os::unix::process::ExitStatusExt,
+    process::{Child, Command},
+    time::SystemTime,
+};
 
 /// Steps take milliseconds here: with a snapshot at each, a due checkpoint finds no free slot and
 /// is written a few steps later.

@@ -2,8 +2,10 @@
 //! process.
 
 use crate::fixture::{Experiment, finish, text};
-use std::process::Command;
-use std::time::{Duration, Instant};
+use std::{
+    process::Command,
+    time::{Duration, Instant},
+};
 
 /// Asserts that `command` fails soon and that its message contains all of `words`.
 fn refused(experiment: &Experiment, command: &mut Command, words: &[&str]) {

@@ -1,10 +1,11 @@
 //! Combining shards: every element of every tensor has to be there exactly once.
 
-use crate::format::Shard;
-use crate::manifest::{FORMAT, FileEntry, Manifest, SliceEntry, TensorEntry};
-use crate::{Error, TensorSlice};
-use std::collections::BTreeMap;
-use std::path::Path;
+use crate::{
+    Error, TensorSlice,
+    format::Shard,
+    manifest::{FORMAT, FileEntry, Manifest, SliceEntry, TensorEntry},
+};
+use std::{collections::BTreeMap, path::Path};
 
 /// The files and tensors of a complete checkpoint.
 pub(crate) struct Contents {

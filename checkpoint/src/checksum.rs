@@ -1,11 +1,8 @@
 //! CRC-32C with the processor's vector instructions, which costs less than the copy it checks.
 
 use crate::Error;
-use crc_fast::CrcAlgorithm::Crc32Iscsi;
-use crc_fast::Digest;
-use std::fs::File;
-use std::io::Read;
-use std::path::Path;
+use crc_fast::{CrcAlgorithm::Crc32Iscsi, Digest};
+use std::{fs::File, io::Read, path::Path};
 
 /// Bytes of a file that are read at a time.
 const BUFFER_BYTES: usize = 1 << 20;

@@ -211,8 +211,7 @@ pub fn xor(sources: &[&[u8]], out: &mut [u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
-    use proptest::sample::Index;
+    use proptest::{prelude::*, sample::Index};
 
     fn redundancy() -> impl Strategy<Value = Redundancy> {
         let copies = (1usize..4).prop_map(Redundancy::Copies);

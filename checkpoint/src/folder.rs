@@ -1,9 +1,11 @@
 //! The folder of a run's checkpoints: listing the complete ones and removing old ones.
 
 use crate::Error;
-use std::cmp::Reverse;
-use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
+use std::{
+    cmp::Reverse,
+    io::ErrorKind,
+    path::{Path, PathBuf},
+};
 
 /// Returns the complete checkpoints under `root`, newest first. A missing folder holds none.
 ///

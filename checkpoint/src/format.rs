@@ -1,12 +1,9 @@
 //! The safetensors format as moerun uses it: dtypes, headers and the metadata of images.
 
-use crate::manifest::FileEntry;
-use crate::{Error, TensorSlice};
+use crate::{Error, TensorSlice, manifest::FileEntry};
 use safetensors::tensor::{Dtype, Metadata};
 use serde::{Deserialize, Serialize};
-use std::fs::File;
-use std::io::Read;
-use std::path::Path;
+use std::{fs::File, io::Read, path::Path};
 use tch::Kind;
 
 /// A safetensors file begins with the length of its header in this many bytes.

@@ -3,12 +3,13 @@
 //! The header has a fixed length, so that tensors keep their offsets from snapshot to snapshot.
 //! Its metadata holds the state of the run, the slices, and the number of tensors of all ranks.
 
-use crate::format::{LENGTH_BYTES, SLICES_KEY, STATE_KEY, TENSORS_KEY, dtype_of};
-use crate::{Error, TensorSlice};
+use crate::{
+    Error, TensorSlice,
+    format::{LENGTH_BYTES, SLICES_KEY, STATE_KEY, TENSORS_KEY, dtype_of},
+};
 use serde::Serialize;
 use serde_json::{Value, json};
-use std::cmp::Reverse;
-use std::path::Path;
+use std::{cmp::Reverse, path::Path};
 use tch::Kind;
 
 /// The length of a header is a multiple of this, which aligns the tensors.

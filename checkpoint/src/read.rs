@@ -1,16 +1,19 @@
 //! Reading checkpoints: the manifest, and tensors by their global names.
 
-use crate::assemble::Contents;
-use crate::checksum::FileChecksum;
-use crate::format::{ImageHeader, Shard, TensorIndex, kind_of};
-use crate::manifest::{FORMAT, FileEntry, Manifest};
-use crate::memory::with_tensor_bytes;
-use crate::{Error, TensorSlice};
-use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use crate::{
+    Error, TensorSlice,
+    assemble::Contents,
+    checksum::FileChecksum,
+    format::{ImageHeader, Shard, TensorIndex, kind_of},
+    manifest::{FORMAT, FileEntry, Manifest},
+    memory::with_tensor_bytes,
+};
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    fs::File,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
 use tch::{Device, Kind, Tensor};
 
 /// An open checkpoint, on disk or in the memory of keepers.

@@ -5,8 +5,10 @@
 //! REFT (arXiv 2310.12670) and GEMINI reason in the same way; the formulas are ours. The death of
 //! processes does not count, because keepers outlive it.
 
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
+use rand_chacha::{
+    ChaCha8Rng,
+    rand_core::{Rng, SeedableRng},
+};
 
 /// A cluster, its redundancy and its failure rates.
 #[derive(Debug, Clone, PartialEq)]

@@ -1,16 +1,22 @@
 //! Writing checkpoints: each rank writes a shard, then one rank writes the manifest and renames
 //! the folder.
 
-use crate::assemble::Contents;
-use crate::checksum::FileChecksum;
-use crate::format::{ImageHeader, Shard, TensorIndex, dtype_of};
-use crate::manifest::FileEntry;
-use crate::{Error, TensorSlice};
-use safetensors::SafeTensorError;
-use safetensors::tensor::{Dtype, View};
-use std::borrow::Cow;
-use std::fs::File;
-use std::path::{Path, PathBuf};
+use crate::{
+    Error, TensorSlice,
+    assemble::Contents,
+    checksum::FileChecksum,
+    format::{ImageHeader, Shard, TensorIndex, dtype_of},
+    manifest::FileEntry,
+};
+use safetensors::{
+    SafeTensorError,
+    tensor::{Dtype, View},
+};
+use std::{
+    borrow::Cow,
+    fs::File,
+    path::{Path, PathBuf},
+};
 use tch::{Device, Tensor};
 
 /// A checkpoint that is being written to the folder `step-NNNNNNNN.writing`.

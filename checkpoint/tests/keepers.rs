@@ -1,18 +1,23 @@
 //! Keepers on sockets: snapshots of several nodes, lost nodes, damaged memory, unknown peers.
 
-use checkpoint::keeper::recover::{Candidate, Rebuild, candidates};
-use checkpoint::keeper::serve::{Settings, run};
-use checkpoint::keeper::{
-    Error, Event, Fault, FillReporter, Inventory, KeeperClient, Node, PartInfo, Peer, Secret,
-    SlotMemory, Snapshot, SnapshotId, Topology,
+use checkpoint::{
+    Redundancy,
+    keeper::{
+        Error, Event, Fault, FillReporter, Inventory, KeeperClient, Node, PartInfo, Peer, Secret,
+        SlotMemory, Snapshot, SnapshotId, Topology,
+        recover::{Candidate, Rebuild, candidates},
+        serve::{Settings, run},
+    },
+    redundancy_groups,
 };
-use checkpoint::{Redundancy, redundancy_groups};
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
-use std::os::unix::fs::FileExt;
-use std::process::Command;
-use std::sync::mpsc::{Receiver, channel};
-use std::time::{Duration, Instant};
+use std::{
+    io::{Read, Write},
+    net::{SocketAddr, TcpStream},
+    os::unix::fs::FileExt,
+    process::Command,
+    sync::mpsc::{Receiver, channel},
+    time::{Duration, Instant},
+};
 
 const CHUNK: usize = 1 << 10;
 const TEST_TIMEOUT: Duration = Duration::from_secs(20);

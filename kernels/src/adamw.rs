@@ -1,10 +1,12 @@
 //! AdamW (arXiv 1711.05101) on fp32 master weights, fused with the rounding of the stored weights.
 
-use crate::adamw_update::{AdamWUpdate, Scalars};
-use crate::cuda;
-use crate::number::{Bf16, Number};
-use crate::profile::{Cost, span};
-use crate::rows::{HostData, for_rows, host_kind};
+use crate::{
+    adamw_update::{AdamWUpdate, Scalars},
+    cuda,
+    number::{Bf16, Number},
+    profile::{Cost, span},
+    rows::{HostData, for_rows, host_kind},
+};
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
 use torch_ext::{AdamW, Error, fused_adamw};

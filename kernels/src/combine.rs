@@ -1,12 +1,13 @@
 //! The weighted sum of each token's expert outputs, gathered in one pass over memory.
 // Shapes: T tokens, K chosen experts of a token, N rows, D hidden.
 
-use crate::cuda;
-use crate::number::Number;
-use crate::profile::{Cost, span};
-use crate::rows::{HostData, Indices, for_kind, for_rows, host_kind};
-use crate::tensors::LAST_DIM;
-use crate::tensors::{empty_as, sizes};
+use crate::{
+    cuda,
+    number::Number,
+    profile::{Cost, span},
+    rows::{HostData, Indices, for_kind, for_rows, host_kind},
+    tensors::{LAST_DIM, empty_as, sizes},
+};
 use multiversion::multiversion;
 use tch::{Device, Kind, Tensor};
 

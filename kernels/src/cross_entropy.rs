@@ -1,12 +1,13 @@
 //! Cross-entropy with the gradient in the memory of the logits.
 
-use crate::cuda;
-use crate::number::Number;
-use crate::profile::{Cost, span};
-use crate::rows::{HostData, for_kind, for_rows, host_kind};
-use crate::softmax::exponentials;
-use crate::tensors::LAST_DIM;
-use crate::tensors::{empty_f32, sizes};
+use crate::{
+    cuda,
+    number::Number,
+    profile::{Cost, span},
+    rows::{HostData, for_kind, for_rows, host_kind},
+    softmax::exponentials,
+    tensors::{LAST_DIM, empty_f32, sizes},
+};
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
 
@@ -121,8 +122,7 @@ fn token_loss<T: Number>(
 mod tests {
     use super::*;
     use crate::tensors::tests::{TestTensor, randn, tolerances};
-    use tch::Reduction;
-    use tch::kind::INT64_CPU;
+    use tch::{Reduction, kind::INT64_CPU};
 
     #[test]
     fn it_matches_libtorch() {

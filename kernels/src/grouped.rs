@@ -92,9 +92,11 @@ pub(crate) fn grouped_gemm_to_sums(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::tests::test_gpu;
-    use crate::matmul::{grouped_gemm, grouped_gemm_accumulate, grouped_gemm_overwrite};
-    use crate::tensors::tests::{TestTensor, randn};
+    use crate::{
+        cuda::tests::test_gpu,
+        matmul::{grouped_gemm, grouped_gemm_accumulate, grouped_gemm_overwrite},
+        tensors::tests::{TestTensor, randn},
+    };
     use proptest::prelude::*;
 
     proptest! {

@@ -4,12 +4,14 @@
 //! run (module `gemm`), elsewhere libtorch's. On some GPUs one kernel computes all groups
 //! ([`grouped`]).
 
-use crate::gemm::{gemm_batch, instructions};
-use crate::grouped;
-use crate::matrix::{GemmOperands, Matrix};
-use crate::profile::{Cost, span};
 #[cfg(target_arch = "x86_64")]
 use crate::tensors::{empty_as, sizes, slice_rows};
+use crate::{
+    gemm::{gemm_batch, instructions},
+    grouped,
+    matrix::{GemmOperands, Matrix},
+    profile::{Cost, span},
+};
 use tch::{Device, Kind, Tensor};
 
 /// libtorch computes GEMMs of up to this many rows: packing their right matrix would not pay.
@@ -293,8 +295,10 @@ fn fits(GemmOperands { out, left, right }: &GemmOperands) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::matrix::tests::random;
-    use crate::tensors::tests::{TestTensor, randn};
+    use crate::{
+        matrix::tests::random,
+        tensors::tests::{TestTensor, randn},
+    };
     use proptest::prelude::*;
     use tch::kind::{DOUBLE_CPU, FLOAT_CPU};
 

@@ -1,10 +1,12 @@
 //! RMSNorm (arXiv 1910.07467): `x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
 
-use crate::cuda;
-use crate::number::Number;
-use crate::profile::{Cost, span};
-use crate::rows::{HostData, for_kind, for_rows, host_kind, parts};
-use crate::tensors::{FIRST_DIM, LAST_DIM};
+use crate::{
+    cuda,
+    number::Number,
+    profile::{Cost, span},
+    rows::{HostData, for_kind, for_rows, host_kind, parts},
+    tensors::{FIRST_DIM, LAST_DIM},
+};
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
 

@@ -4,10 +4,12 @@
 //! profiler is off, a span costs one read of a flag.
 
 use parking_lot::Mutex;
-use std::collections::BTreeMap;
-use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    time::Instant,
+};
 use tch::Tensor;
 
 static ON: AtomicBool = AtomicBool::new(false);

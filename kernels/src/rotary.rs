@@ -2,12 +2,14 @@
 //!
 //! Elements `i` and `i + d / 2` of a head form a pair that rotates by the angle of its position.
 
-use crate::cuda;
-use crate::number::Number;
-use crate::positions::RowPositions;
-use crate::profile::{Cost, span};
-use crate::rows::{HostData, for_kind, for_rows, host_kind};
-use crate::tensors::sizes;
+use crate::{
+    cuda,
+    number::Number,
+    positions::RowPositions,
+    profile::{Cost, span},
+    rows::{HostData, for_kind, for_rows, host_kind},
+    tensors::sizes,
+};
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
 

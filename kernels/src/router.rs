@@ -5,13 +5,15 @@
 //! overhead.
 // Shapes: T tokens, E experts, K chosen experts of a token, G groups of tokens.
 
-use crate::cuda;
-use crate::exponential::exp;
-use crate::profile::{Cost, span};
-use crate::routing::{RouterGradients, RouterOutput, RouterScoring};
-use crate::rows::{HostData, Indices, for_rows, host_kind};
-use crate::softmax::exponentials;
-use crate::tensors::{empty_f32, sizes};
+use crate::{
+    cuda,
+    exponential::exp,
+    profile::{Cost, span},
+    routing::{RouterGradients, RouterOutput, RouterScoring},
+    rows::{HostData, Indices, for_rows, host_kind},
+    softmax::exponentials,
+    tensors::{empty_f32, sizes},
+};
 use multiversion::multiversion;
 use std::ops::Range;
 use tch::{Kind, Tensor};
@@ -462,9 +464,10 @@ fn backward(
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::tensors::slice_rows;
-    use crate::tensors::tests::{TestTensor, randn};
-    use crate::tensors::{FIRST_DIM, LAST_DIM};
+    use crate::tensors::{
+        FIRST_DIM, LAST_DIM, slice_rows,
+        tests::{TestTensor, randn},
+    };
     use proptest::prelude::*;
     use tch::kind::INT64_CPU;
 

@@ -1,7 +1,9 @@
 //! Parallel loops over rows of tensors in host memory.
 
-use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::{
+    ops::Range,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 use tch::{Device, Kind, Tensor};
 
 /// Elements that are worth a thread.

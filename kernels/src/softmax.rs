@@ -1,12 +1,13 @@
 //! Softmax over a shard of the vocabulary, and its gradient once the other shards are known.
 
-use crate::cuda;
-use crate::exponential::exp;
-use crate::number::Number;
-use crate::profile::{Cost, span};
-use crate::rows::{HostData, Indices, for_kind, for_rows, host_kind};
-use crate::tensors::LAST_DIM;
-use crate::tensors::{empty_f32, sizes};
+use crate::{
+    cuda,
+    exponential::exp,
+    number::Number,
+    profile::{Cost, span},
+    rows::{HostData, Indices, for_kind, for_rows, host_kind},
+    tensors::{LAST_DIM, empty_f32, sizes},
+};
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
 

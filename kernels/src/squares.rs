@@ -1,7 +1,9 @@
 //! The sum of squares of a tensor, for the gradient norm.
 
-use crate::profile::{Cost, span};
-use crate::rows::{HostData, for_rows, host_kind};
+use crate::{
+    profile::{Cost, span},
+    rows::{HostData, for_rows, host_kind},
+};
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
 

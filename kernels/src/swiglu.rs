@@ -1,11 +1,13 @@
 //! SwiGLU (GLU Variants, arXiv 2002.05202): `silu(gate) * up`.
 
-use crate::cuda;
-use crate::exponential::exp;
-use crate::number::Number;
-use crate::profile::{Cost, span};
-use crate::rows::{HostData, for_kind, for_rows, host_kind};
-use crate::tensors::{empty_as, sizes};
+use crate::{
+    cuda,
+    exponential::exp,
+    number::Number,
+    profile::{Cost, span},
+    rows::{HostData, for_kind, for_rows, host_kind},
+    tensors::{empty_as, sizes},
+};
 use multiversion::multiversion;
 use tch::Tensor;
 

@@ -2,15 +2,19 @@
 //!
 //! The keeper of the node concerned carries out each fault, so this works on several machines.
 
-use crate::cli::ChaosArgs;
-use crate::fault::{FaultKind, FaultPlan, PlannedFault};
-use crate::hint::hinted;
-use crate::registry::KeeperRegistry;
+use crate::{
+    cli::ChaosArgs,
+    fault::{FaultKind, FaultPlan, PlannedFault},
+    hint::hinted,
+    registry::KeeperRegistry,
+};
 use anyhow::{Context, Result, anyhow, bail};
 use checkpoint::keeper::{Fault, Status};
 use nix::sys::signal::Signal;
-use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::{
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);

@@ -1,7 +1,9 @@
 //! Configuration files: parsing, changes from the command line, checks and the schema.
 
-use crate::cli::{CheckArgs, ConfigArgs};
-use crate::hint::{WithHint, hinted};
+use crate::{
+    cli::{CheckArgs, ConfigArgs},
+    hint::{WithHint, hinted},
+};
 use anyhow::{Context, Error, Result, anyhow, bail};
 use serde_json::{Map, Value, json};
 use std::process::ExitCode;

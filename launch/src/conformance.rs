@@ -1,7 +1,6 @@
 //! `moerun conformance`: the suites that every device and communicator must pass, on this machine.
 
-use crate::cli::ConformanceArgs;
-use crate::local_ranks::run_on_ranks;
+use crate::{cli::ConformanceArgs, local_ranks::run_on_ranks};
 use anyhow::{Result, bail};
 use parallel::{accelerator, conformance};
 use std::process::ExitCode;

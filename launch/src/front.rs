@@ -2,9 +2,11 @@
 //!
 //! The loader's own message would not say how to fix a missing library.
 
-use std::os::unix::process::CommandExt;
-use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::{
+    os::unix::process::CommandExt,
+    path::Path,
+    process::{Command, ExitCode},
+};
 
 fn main() -> ExitCode {
     let own = match std::env::current_exe() {

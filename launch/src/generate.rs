@@ -2,8 +2,7 @@
 
 use crate::cli::GenerateArgs;
 use anyhow::Result;
-use std::io::Write;
-use std::process::ExitCode;
+use std::{io::Write, process::ExitCode};
 use trainer::GenerateOptions;
 
 pub(crate) fn run(args: GenerateArgs) -> Result<ExitCode> {

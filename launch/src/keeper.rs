@@ -1,17 +1,16 @@
 //! `moerun keeper`: runs a keeper process, or stops those of a run.
 
-use crate::cli::RunArgs;
-use crate::hint::WithHint;
-use crate::registry::KeeperRegistry;
+use crate::{cli::RunArgs, hint::WithHint, registry::KeeperRegistry};
 use anyhow::{Context, Result, anyhow};
 use checkpoint::keeper::{Secret, serve};
-use nix::sys::signal::kill;
-use nix::unistd::Pid;
+use nix::{sys::signal::kill, unistd::Pid};
 use serde::{Deserialize, Serialize};
-use std::io::{BufRead, Write};
-use std::net::SocketAddr;
-use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::{
+    io::{BufRead, Write},
+    net::SocketAddr,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 

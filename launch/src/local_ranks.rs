@@ -2,12 +2,16 @@
 //!
 //! Starts this program once for each rank, or uses the ranks that a launcher started.
 
-use crate::environment::{self, DetectedRank};
-use crate::hint;
+use crate::{
+    environment::{self, DetectedRank},
+    hint,
+};
 use anyhow::{Context, Result, anyhow, bail};
 use parallel::{Backend, Cpu, RankEnv, World};
-use std::process::{Child, Command, ExitCode, Stdio};
-use std::time::Duration;
+use std::{
+    process::{Child, Command, ExitCode, Stdio},
+    time::Duration,
+};
 use torch_ext::Store;
 
 pub(crate) const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(300);

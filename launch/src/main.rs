@@ -36,9 +36,10 @@ use cli::{
 use environment::DetectedRank;
 use hint::hinted;
 use signal_hook::consts::SIGPIPE;
-use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::{
+    process::ExitCode,
+    sync::{Arc, atomic::AtomicBool},
+};
 
 fn main() -> ExitCode {
     torch_ext::skip_teardown_at_exit();

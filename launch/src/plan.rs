@@ -1,19 +1,23 @@
 //! `moerun plan schedule` and `moerun plan mesh`: a run's schedule and memory before it starts.
 
-use crate::cli::{MeshArgs, ScheduleArgs, VocabularyName};
-use crate::config_file::{load, refuse_problems};
-use crate::hint::WithHint;
+use crate::{
+    cli::{MeshArgs, ScheduleArgs, VocabularyName},
+    config_file::{load, refuse_problems},
+    hint::WithHint,
+};
 use anyhow::{Context, Result, anyhow, bail};
-use parallel::pipeline::check::check;
-use parallel::pipeline::communication::with_communication;
-use parallel::pipeline::refine::refined;
-use parallel::pipeline::schedules::ScheduleKind;
-use parallel::pipeline::simulate::{Costs, Timeline, VocabularyCosts, simulate};
-use parallel::pipeline::vocabulary::with_vocabulary;
-use parallel::pipeline::{Order, OrderFile, Schedule, Vocabulary, draw};
+use parallel::pipeline::{
+    Order, OrderFile, Schedule, Vocabulary,
+    check::check,
+    communication::with_communication,
+    draw,
+    refine::refined,
+    schedules::ScheduleKind,
+    simulate::{Costs, Timeline, VocabularyCosts, simulate},
+    vocabulary::with_vocabulary,
+};
 use std::process::ExitCode;
-use trainer::RankMemory;
-use trainer::config::Config;
+use trainer::{RankMemory, config::Config};
 
 pub(crate) fn schedule(args: &ScheduleArgs) -> Result<ExitCode> {
     let times = Times::parse(args)?;

@@ -1,7 +1,6 @@
 //! `moerun data prepare`: writes token files from text.
 
-use crate::cli::PrepareArgs;
-use crate::progress;
+use crate::{cli::PrepareArgs, progress};
 use anyhow::Result;
 use std::process::ExitCode;
 use trainer::data::{PrepareOptions, prepare};

@@ -1,8 +1,10 @@
 //! Progress of a run: a bar on a terminal, plain lines elsewhere.
 
 use indicatif::{ProgressBar, ProgressStyle};
-use std::io::IsTerminal;
-use std::time::{Duration, Instant};
+use std::{
+    io::IsTerminal,
+    time::{Duration, Instant},
+};
 use trainer::{Progress, StepMetrics};
 
 /// Shows the progress of training, on rank 0.

@@ -2,9 +2,11 @@
 
 use parallel::{RankEnv, Rendezvous};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
-use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
 use trainer::KeeperAccess;
 
 /// The line on a rank's standard input that tells it which rank it is.

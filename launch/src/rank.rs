@@ -1,32 +1,34 @@
 //! One rank of a run: joins the others, trains, and reports its failure to the launcher.
 
-use crate::cli::TrainArgs;
-use crate::hint;
-use crate::progress::TrainingView;
-use crate::protocol::{
-    Assignment, FailureKind, FailureReport, failure_path, flight_path, log_path,
+use crate::{
+    cli::TrainArgs,
+    config_file, environment, hint,
+    progress::TrainingView,
+    protocol::{Assignment, FailureKind, FailureReport, failure_path, flight_path, log_path},
 };
-use crate::{config_file, environment};
 use anyhow::{Context, Result, anyhow};
-use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
-use nix::sys::prctl::set_pdeathsig;
-use nix::sys::signal::Signal;
-use nix::unistd::Pid;
+use nix::{
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+    sys::{prctl::set_pdeathsig, signal::Signal},
+    unistd::Pid,
+};
 use parallel::{Accelerator, CpuAffinity, CpuTopology, RankEnv, World};
 use signal_hook::consts::{SIGINT, SIGTERM};
-use std::any::Any;
-use std::fmt;
-use std::fs::File;
-use std::io::BufRead;
-use std::panic::AssertUnwindSafe;
-use std::path::Path;
-use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use trainer::config::Config;
-use trainer::data::DatasetInfo;
-use trainer::{Progress, ResumeSource, Trainer};
+use std::{
+    any::Any,
+    fmt,
+    fs::File,
+    io::BufRead,
+    panic::AssertUnwindSafe,
+    path::Path,
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+use trainer::{Progress, ResumeSource, Trainer, config::Config, data::DatasetInfo};
 
 /// Context of an error that older state may help with: the launcher decides by it.
 #[derive(Debug)]

@@ -1,14 +1,16 @@
 //! `moerun snapshot`: shows and verifies the snapshots in the memory of a run's keepers.
 
-use crate::cli::{RunArgs, SnapshotStatusArgs};
-use crate::hint::hinted;
-use crate::registry::KeeperRegistry;
+use crate::{
+    cli::{RunArgs, SnapshotStatusArgs},
+    hint::hinted,
+    registry::KeeperRegistry,
+};
 use anyhow::{Result, anyhow};
-use checkpoint::keeper::recover::{Candidate, candidates};
-use checkpoint::keeper::{Inventory, SnapshotId, Status, format_mib};
-use std::path::Path;
-use std::process::ExitCode;
-use std::time::Duration;
+use checkpoint::keeper::{
+    Inventory, SnapshotId, Status, format_mib,
+    recover::{Candidate, candidates},
+};
+use std::{path::Path, process::ExitCode, time::Duration};
 
 /// The time within which a keeper must verify all of a snapshot.
 const VERIFY_TIMEOUT: Duration = Duration::from_secs(3600);

@@ -3,8 +3,7 @@
 
 use crate::cli::SurvivalArgs;
 use anyhow::{Result, bail};
-use checkpoint::survival::Cluster;
-use checkpoint::{Redundancy, redundancy_groups};
+use checkpoint::{Redundancy, redundancy_groups, survival::Cluster};
 use std::process::ExitCode;
 
 pub(crate) fn run(args: &SurvivalArgs) -> Result<ExitCode> {

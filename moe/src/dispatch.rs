@@ -11,20 +11,23 @@
 
 pub use crate::hierarchy::Hierarchy;
 
-use crate::exchange::{AllToAll, DispatchRoute, PendingRows, TokenExchange};
-use crate::hierarchy;
-use crate::lending::assignment::Assignment;
-use crate::lending::least_loaded::Planner;
-use crate::lending::transfer::{Lending, PendingWeights};
-use crate::permute::Permutation;
-use crate::plan::{
-    ExpertTopology, RankPlan, RoutedTokens, RowTarget, chunk_range, count_tokens_per_expert,
-    plan_receive, plan_send, rank_plan,
+use crate::{
+    exchange::{AllToAll, DispatchRoute, PendingRows, TokenExchange},
+    hierarchy,
+    lending::{
+        assignment::Assignment,
+        least_loaded::Planner,
+        transfer::{Lending, PendingWeights},
+    },
+    permute::Permutation,
+    plan::{
+        ExpertTopology, RankPlan, RoutedTokens, RowTarget, chunk_range, count_tokens_per_expert,
+        plan_receive, plan_send, rank_plan,
+    },
 };
 use parallel::{Activation, Communicator, Weight, Work};
 use parking_lot::Mutex;
-use std::sync::Arc;
-use std::time::Instant;
+use std::{sync::Arc, time::Instant};
 use tch::{Device, Kind, Tensor};
 use torch_ext::Error;
 

@@ -1,9 +1,13 @@
 //! All-to-all exchanges that carry tokens to their experts and results back.
 
-use crate::permute::{Permutation, permute_rows};
-use crate::plan::ReceivePlan;
-use parallel::Communicator;
-use parallel::collectives::{PendingAllToAll, start_all_to_all};
+use crate::{
+    permute::{Permutation, permute_rows},
+    plan::ReceivePlan,
+};
+use parallel::{
+    Communicator,
+    collectives::{PendingAllToAll, start_all_to_all},
+};
 use std::sync::Arc;
 use tch::{Device, Tensor};
 use torch_ext::Error;

@@ -4,9 +4,13 @@
 //! 2002.05202). For backward, only the input and optionally the gate-up product are kept.
 // Shapes: R rows, D hidden, F ffn, E computed experts (local, then lent).
 
-use crate::fp8;
-use crate::lending::transfer::{expert_numel, split_matrices};
-use crate::lending::weights::LentWeights;
+use crate::{
+    fp8,
+    lending::{
+        transfer::{expert_numel, split_matrices},
+        weights::LentWeights,
+    },
+};
 use kernels::{grouped_gemm, grouped_gemm_accumulate, swiglu, swiglu_backward};
 use parallel::{Activation, GradientSum, Weight, add_gradients};
 use tch::{Device, Kind, Tensor};

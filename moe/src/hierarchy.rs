@@ -8,9 +8,11 @@
 //! sent along with each row.
 // Shapes: T tokens, C routed tokens of a token, N (token, node) pairs.
 
-use crate::exchange::{AllToAll, DispatchRoute, TokenExchange};
-use crate::permute::Permutation;
-use crate::plan::{IncomingRows, RoutedTokens, RowTarget, plan_receive, plan_send};
+use crate::{
+    exchange::{AllToAll, DispatchRoute, TokenExchange},
+    permute::Permutation,
+    plan::{IncomingRows, RoutedTokens, RowTarget, plan_receive, plan_send},
+};
 use parallel::{Communicator, Work};
 use std::sync::Arc;
 use tch::{Device, Tensor};

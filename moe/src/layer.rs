@@ -1,16 +1,16 @@
 //! An MoE layer: router, dispatch, experts, combine, and shared experts overlapped with them.
 
-use crate::balance::{BalanceScope, RouterStats};
-use crate::dispatch::{DispatchPlan, Dispatcher, PendingCombine, PendingDispatch};
-use crate::experts::{ExpertWeights, GemmPrecision, grouped_swiglu, grouped_swiglu_with_lent};
-use crate::lending::weights::LentWeights;
-use crate::plan::{chunk_range, count_tokens_by_group, count_tokens_per_expert, group_ranges};
-use crate::router::{Router, Routing};
-use parallel::tensor::TensorParallel;
-use parallel::{Activation, Communicator, ReduceOp, Weight, Work, linears};
+use crate::{
+    balance::{BalanceScope, RouterStats},
+    dispatch::{DispatchPlan, Dispatcher, PendingCombine, PendingDispatch},
+    experts::{ExpertWeights, GemmPrecision, grouped_swiglu, grouped_swiglu_with_lent},
+    lending::weights::LentWeights,
+    plan::{chunk_range, count_tokens_by_group, count_tokens_per_expert, group_ranges},
+    router::{Router, Routing},
+};
+use parallel::{Activation, Communicator, ReduceOp, Weight, Work, linears, tensor::TensorParallel};
 use parking_lot::Mutex;
-use std::ops::Range;
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 use tch::{Kind, Tensor};
 use torch_ext::Error;
 
@@ -71,13 +71,12 @@ pub struct MoeStats {
     pub tokens_per_expert: Vec<i64>,
     /// Routed tokens that this rank computed.
     pub computed_tokens: i64,
-    /// Those of `computed_tokens` that belong to lent experts.
+    /// The part of `computed_tokens` that belongs to lent experts.
     pub lent_tokens: i64,
     /// Bytes of expert weights that this rank lent.
     pub lent_bytes: i64,
     /// Bytes of rows that this rank sent to other nodes.
     pub internode_bytes: i64,
-    /// Seconds of planning.
     pub plan_seconds: f64,
 }
 

@@ -4,20 +4,20 @@
 //! The loads are of all kinds, and every rank has different tokens. Ranks are threads that connect
 //! over loopback.
 
-use moe::balance::BalanceScope;
-use moe::dispatch::{Dispatcher, Hierarchy, LeastLoaded};
-use moe::experts::GemmPrecision;
-use moe::lending::least_loaded::{Imbalance, Planner};
-use moe::plan::ExpertTopology;
-use moe::{MoeLayer, MoeStats, MoeWeights, Router, SavePolicy};
-use parallel::tensor::TensorParallel;
+use moe::{
+    MoeLayer, MoeStats, MoeWeights, Router, SavePolicy,
+    balance::BalanceScope,
+    dispatch::{Dispatcher, Hierarchy, LeastLoaded},
+    experts::GemmPrecision,
+    lending::least_loaded::{Imbalance, Planner},
+    plan::ExpertTopology,
+};
 use parallel::{
     Activation, Communicator, Cpu, GradientBuckets, Local, Replication, Weight, World,
-    run_on_threads,
+    run_on_threads, tensor::TensorParallel,
 };
 use parking_lot::Mutex;
-use std::sync::Arc;
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 use tch::{Kind, Tensor};
 
 const HIDDEN: i64 = 12;

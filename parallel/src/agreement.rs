@@ -5,8 +5,7 @@
 
 use crate::{Accelerator, CommError, Communicator, Cpu, ReduceOp};
 use serde::de::DeserializeOwned;
-use std::fmt::Display;
-use std::sync::Arc;
+use std::{fmt::Display, sync::Arc};
 use tch::{Kind, Tensor};
 
 /// A reason why the ranks of a group could not agree.

@@ -1,8 +1,7 @@
 //! Background threads: they carry messages while a rank computes, often on the rank's only core.
 
 use nix::libc;
-use std::cell::Cell;
-use std::thread::Builder;
+use std::{cell::Cell, thread::Builder};
 
 /// The time slice that a background thread requests, in ns; a computing thread has milliseconds.
 const TIME_SLICE_NS: u64 = 100_000;

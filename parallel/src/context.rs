@@ -10,14 +10,11 @@
 // Shapes: B batch, H query heads, G key/value heads, S sequence, s of it on a rank, d head width,
 // R ranks.
 
-use crate::collectives::all_to_all;
-use crate::{CommError, Communicator, Work};
+use crate::{CommError, Communicator, Work, collectives::all_to_all};
 use kernels::{repeat_heads, sum_repeated_heads};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use std::cmp::Ordering;
-use std::ops::Range;
-use std::sync::Arc;
+use std::{cmp::Ordering, ops::Range, sync::Arc};
 use tch::{Device, Kind, Tensor};
 use torch_ext::{Error, attach_backward};
 

@@ -3,8 +3,10 @@
 //! This is ZeRO (arXiv 1910.02054). A weight is a matrix whose rows are all dimensions but the
 //! last; ranks keep consecutive rows. One all-gather transfers all members of a [`ShardedWeights`].
 
-use crate::rows::{matrix_shape, own_rows};
-use crate::{CommError, Communicator, Weight, Work};
+use crate::{
+    CommError, Communicator, Weight, Work,
+    rows::{matrix_shape, own_rows},
+};
 use parking_lot::Mutex;
 use std::sync::Arc;
 use tch::Tensor;

@@ -53,6 +53,7 @@ impl GradientSum {
         &self.sum
     }
 
+    /// Returns the shape of the gradient.
     pub fn size(&self) -> Vec<i64> {
         self.sum.size()
     }

@@ -9,11 +9,12 @@
 //! the next is gathered and the last is summed, in forward and in backward.
 // Shapes: n rows of a rank, R ranks, D hidden.
 
-use crate::collectives::{PendingGradient, fill, take};
-use crate::recompute::SavedTensor;
-use crate::{Activation, Communicator, ReduceOp, Work};
-use std::ops::Range;
-use std::sync::Arc;
+use crate::{
+    Activation, Communicator, ReduceOp, Work,
+    collectives::{PendingGradient, fill, take},
+    recompute::SavedTensor,
+};
+use std::{ops::Range, sync::Arc};
 use tch::{Device, Kind, Tensor};
 use torch_ext::{Error, attach_backward};
 

@@ -4,13 +4,13 @@
 //! the input at once. It passes the gradient of the weight to [`Weight::add_gradient`], which adds
 //! it up in fp32: now, or later in a pipeline that splits B from W.
 
-use crate::CommError;
-use crate::recompute::Activation;
-use crate::sum::GradientSum;
+use crate::{CommError, recompute::Activation, sum::GradientSum};
 use kernels::{gemm, gemm_accumulate};
 use parking_lot::Mutex;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
 use tch::{Device, Kind, Tensor};
 use torch_ext::{Error, attach_backward};
 

@@ -2,15 +2,15 @@
 
 #[cfg(feature = "mpi")]
 use crate::comm::Mpi;
-use crate::comm::{
-    DeviceComm, DeviceTransport, FlightRecorder, Gloo, Hccl, HostTransport, HybridComm, Membership,
-    Nccl, Shm, Transports,
+use crate::{
+    Accelerator, Backend, CommError, Communicator, Cpu, Local, RankEnv, Rendezvous,
+    comm::{
+        DeviceComm, DeviceTransport, FlightRecorder, Gloo, Hccl, HostTransport, HybridComm,
+        Membership, Nccl, Shm, Transports,
+    },
+    rendezvous::{RendezvousStore, init_mpi},
 };
-use crate::rendezvous::{RendezvousStore, init_mpi};
-use crate::{Accelerator, Backend, CommError, Communicator, Cpu, Local, RankEnv, Rendezvous};
-use std::path::Path;
-use std::sync::Arc;
-use std::time::Duration;
+use std::{path::Path, sync::Arc, time::Duration};
 use tch::{Kind, Tensor};
 use torch_ext::{GlooAddress, Store};
 

@@ -3,8 +3,7 @@
 use parallel::{
     Backend, Communicator, Cpu, RankEnv, World, collectives, conformance, run_on_threads,
 };
-use std::sync::Arc;
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 use tch::{Device, Kind, Tensor};
 
 /// Runs `body` on ranks that are threads of this process, with the communicator of all of them.

@@ -4,13 +4,9 @@
 use checkpoint::TensorSlice;
 use parallel::{Cpu, World, run_on_threads};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
-use std::path::Path;
-use std::time::Duration;
+use std::{collections::BTreeMap, path::Path, time::Duration};
 use tch::Tensor;
-use trainer::Trainer;
-use trainer::config::Config;
-use trainer::data::TokenWriter;
+use trainer::{Trainer, config::Config, data::TokenWriter};
 
 /// Number of tokens in the data.
 pub(crate) const VOCAB: usize = 64;

@@ -1,9 +1,11 @@
 //! Custom autograd nodes with Rust closures.
 
 use crate::{Error, ffi};
-use std::any::Any;
-use std::ffi::{c_char, c_void};
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::{
+    any::Any,
+    ffi::{c_char, c_void},
+    panic::{AssertUnwindSafe, catch_unwind},
+};
 use tch::Tensor;
 use torch_sys::C_tensor;
 
@@ -129,8 +131,10 @@ fn panic_message(panic: &(dyn Any + Send)) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    };
     use tch::Kind;
 
     fn leaf(values: &[f32]) -> Tensor {

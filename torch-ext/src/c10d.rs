@@ -1,8 +1,10 @@
 //! c10d's key-value stores and Gloo process group.
 
 use crate::{Error, ffi};
-use std::ffi::c_int;
-use std::time::{Duration, Instant};
+use std::{
+    ffi::c_int,
+    time::{Duration, Instant},
+};
 use tch::Tensor;
 use torch_sys::C_tensor;
 

@@ -3,9 +3,11 @@
 use crate::{Error, load_library};
 use libloading::os::unix::Library;
 use parking_lot::Mutex;
-use std::collections::BTreeMap;
-use std::ffi::{c_char, c_int};
-use std::sync::OnceLock;
+use std::{
+    collections::BTreeMap,
+    ffi::{c_char, c_int},
+    sync::OnceLock,
+};
 
 /// Registers libtorch's CUDA kernels in this process; later calls return the first result.
 ///

@@ -1,8 +1,7 @@
 //! The state that libtorch keeps per device: random generators, allocators, queued work.
 
 use crate::{Error, ffi};
-use std::ffi::c_int;
-use std::sync::OnceLock;
+use std::{ffi::c_int, sync::OnceLock};
 use tch::{Device, Tensor};
 use torch_sys::C_tensor;
 

@@ -1,9 +1,10 @@
 //! The exit of a process without libtorch's teardown.
 
-use crate::ffi;
-use crate::library::any_loaded;
-use std::ffi::{c_int, c_void};
-use std::ptr::null_mut;
+use crate::{ffi, library::any_loaded};
+use std::{
+    ffi::{c_int, c_void},
+    ptr::null_mut,
+};
 
 /// Makes this process exit without destroying libtorch's operator tables.
 ///

@@ -4,8 +4,7 @@
 //! [`load_npu`], tensors for MPS are created on the NPU. Not yet run on hardware.
 
 use crate::{Error, ffi, load_library};
-use std::ffi::c_int;
-use std::sync::OnceLock;
+use std::{ffi::c_int, sync::OnceLock};
 
 /// Environment variable with the folder of `libtorch_npu.so`, unless that is on the loader's path.
 pub const ASCEND_FOLDER: &str = "MOERUN_ASCEND_LIB";

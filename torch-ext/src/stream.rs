@@ -2,8 +2,10 @@
 //!
 //! The same code serves CUDA and PrivateUse1 backends.
 
-use crate::ffi::Handle;
-use crate::{Error, ffi};
+use crate::{
+    Error,
+    ffi::{self, Handle},
+};
 use std::ffi::c_void;
 use tch::Tensor;
 use torch_sys::C_tensor;

@@ -4,11 +4,15 @@
 //! with them for the processors.
 
 use libloading::os::unix::Library;
-use std::ffi::{c_int, c_uint, c_void};
-use std::ops::Range;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::{
+    ffi::{c_int, c_uint, c_void},
+    ops::Range,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 /// Functions of the OpenMP runtime that libtorch has loaded, GNU's libgomp.
 #[derive(Clone, Copy)]

@@ -3,12 +3,14 @@
 //! Parameters are exact. Activations are what the layers' autograd nodes save, for as many
 //! microbatches as the schedule has in flight. Expert load is assumed to be even.
 
-use crate::config::{Config, Dtype, MoeConfig, QkNorm, RecomputedPart};
-use crate::model::parameters::Replicas;
-use crate::model::{ModelPart, PipelineSplit, StagePart, VocabularyShard};
-use crate::process_groups::zero_rank_and_size;
-use parallel::pipeline::simulate::simulate;
-use parallel::{BucketPlan, Coordinates, GroupKind, Mesh, own_rows, plan_buckets};
+use crate::{
+    config::{Config, Dtype, MoeConfig, QkNorm, RecomputedPart},
+    model::{ModelPart, PipelineSplit, StagePart, VocabularyShard, parameters::Replicas},
+    process_groups::zero_rank_and_size,
+};
+use parallel::{
+    BucketPlan, Coordinates, GroupKind, Mesh, own_rows, pipeline::simulate::simulate, plan_buckets,
+};
 
 /// Limit for the fp32 logits that the loss computes at once.
 const LOGITS_CHUNK_BYTES: u64 = 16 << 20;

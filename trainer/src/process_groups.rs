@@ -1,13 +1,18 @@
 //! The groups of ranks that one rank works with, by what their members have in common.
 
-use crate::Error;
-use crate::config::{Config, MoeConfig, ParallelConfig, hierarchical_groups};
-use crate::model::parameters::Replicas;
-use moe::dispatch::{Hierarchy, LeastLoaded};
-use moe::lending::least_loaded::Planner;
-use moe::plan::ExpertTopology;
-use parallel::tensor::TensorParallel;
-use parallel::{CommError, Communicator, GroupKind, Local, Mesh, Replication, World};
+use crate::{
+    Error,
+    config::{Config, MoeConfig, ParallelConfig, hierarchical_groups},
+    model::parameters::Replicas,
+};
+use moe::{
+    dispatch::{Hierarchy, LeastLoaded},
+    lending::least_loaded::Planner,
+    plan::ExpertTopology,
+};
+use parallel::{
+    CommError, Communicator, GroupKind, Local, Mesh, Replication, World, tensor::TensorParallel,
+};
 use parking_lot::Mutex;
 use std::sync::Arc;
 

@@ -1,16 +1,17 @@
 //! Models compared with HF transformers: logits, losses, every gradient, and weights after clipped
 //! AdamW steps. scripts/golden/models.py writes the golden files.
 
-use moe::Score;
-use moe::balance::{BalanceScope, BatchTotals};
-use parallel::{Communicator, GradientBuckets, Local, Replication};
-use std::path::Path;
-use std::sync::Arc;
-use tch::Tensor;
-use trainer::config::{
-    Dtype, ModelConfig, MoeConfig, MupConfig, OptimizerConfig, QkNorm, RouterConfig,
+use moe::{
+    Score,
+    balance::{BalanceScope, BatchTotals},
 };
-use trainer::{BuildContext, Model, ModelPart, Optimizer, ProcessGroups};
+use parallel::{Communicator, GradientBuckets, Local, Replication};
+use std::{path::Path, sync::Arc};
+use tch::Tensor;
+use trainer::{
+    BuildContext, Model, ModelPart, Optimizer, ProcessGroups,
+    config::{Dtype, ModelConfig, MoeConfig, MupConfig, OptimizerConfig, QkNorm, RouterConfig},
+};
 
 struct Golden {
     bytes: Vec<u8>,

@@ -1,11 +1,8 @@
 //! `cargo x docs`: the book and the API documentation, with warnings as errors.
 
-use crate::cargo;
-use crate::failure::Failure;
-use crate::tree::Tree;
+use crate::{cargo, failure::Failure, tree::Tree};
 use anyhow::{Context, Result, ensure};
-use std::path::PathBuf;
-use std::process::Command;
+use std::{path::PathBuf, process::Command};
 
 const MDBOOK: &str = "0.5.4";
 

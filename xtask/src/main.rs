@@ -31,8 +31,7 @@ mod tree;
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use failure::Failure;
-use std::path::PathBuf;
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 use tree::Tree;
 
 /// Test, check and document moerun

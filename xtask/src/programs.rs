@@ -5,10 +5,12 @@
 use crate::failure::Failure;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread::scope;
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::atomic::{AtomicUsize, Ordering},
+    thread::scope,
+};
 
 /// More would compete for the processors, on which some tests keep an eye.
 const AT_A_TIME: usize = 2;

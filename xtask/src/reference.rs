@@ -1,7 +1,6 @@
 //! The hidden command of moerun that writes the generated files.
 
-use std::path::Path;
-use std::process::Command;
+use std::{path::Path, process::Command};
 
 /// Returns the command that writes the reference pages and the schema.
 ///

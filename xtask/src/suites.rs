@@ -7,10 +7,12 @@
 //!
 //! All build with the profile and features of `scripts/test`, so that one build serves them.
 
-use crate::cargo;
-use crate::failure::Failure;
-use crate::programs;
-use crate::tree::{Language, Tree};
+use crate::{
+    cargo,
+    failure::Failure,
+    programs,
+    tree::{Language, Tree},
+};
 use anyhow::{Context, Result, ensure};
 use std::process::Command;
 

@@ -1,8 +1,10 @@
 //! The files of the project, as git lists them.
 
 use anyhow::{Context, Result, ensure};
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 /// Folders and files that a program writes; their text is not held to the rules.
 const GENERATED: [&str; 4] = [

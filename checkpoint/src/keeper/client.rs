@@ -1,15 +1,21 @@
 //! Connections of a rank to its node's keeper.
 
-use super::error::Error;
-use super::protocol::{RankReply, RankRequest};
-use super::snapshot::SnapshotId;
-use super::wire::{self, Secret, TimeoutStream};
+use super::{
+    error::Error,
+    protocol::{RankReply, RankRequest},
+    snapshot::SnapshotId,
+    wire::{self, Secret, TimeoutStream},
+};
 use crate::memory::{Region, receive_file};
-use std::fs::File;
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixStream};
-use std::sync::Arc;
-use std::time::Duration;
+use std::{
+    fs::File,
+    os::{
+        linux::net::SocketAddrExt,
+        unix::net::{SocketAddr, UnixStream},
+    },
+    sync::Arc,
+    time::Duration,
+};
 
 /// Limit of a rank's waiting for a reply while it trains.
 const REPLY_TIMEOUT: Duration = Duration::from_millis(500);

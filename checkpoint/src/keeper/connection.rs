@@ -1,19 +1,23 @@
 //! Connections to a keeper, for the launcher, for tools and for other keepers.
 
-use super::error::Error;
-use super::fault::Fault;
-use super::protocol::{Reply, Request};
-use super::recover::Rebuild;
-use super::report::{Damage, Event, Inventory, Status};
-use super::snapshot::{Snapshot, SnapshotId};
-use super::topology::Topology;
-use super::wire::{self, PEER_TIMEOUT, Secret};
+use super::{
+    error::Error,
+    fault::Fault,
+    protocol::{Reply, Request},
+    recover::Rebuild,
+    report::{Damage, Event, Inventory, Status},
+    snapshot::{Snapshot, SnapshotId},
+    topology::Topology,
+    wire::{self, PEER_TIMEOUT, Secret},
+};
 use crate::Shard;
 use parking_lot::{Mutex, MutexGuard};
-use std::collections::HashMap;
-use std::net::{SocketAddr, TcpStream};
-use std::path::Path;
-use std::time::Duration;
+use std::{
+    collections::HashMap,
+    net::{SocketAddr, TcpStream},
+    path::Path,
+    time::Duration,
+};
 
 /// A connection to a keeper. Each method sends a request and waits for the reply.
 ///

@@ -1,16 +1,19 @@
 //! A running keeper: its state behind a lock, and what handlers need besides.
 
-use super::connection::PeerPool;
-use super::error::Error;
-use super::memory_limit::{available_bytes, format_mib};
-use super::snapshot::{PartInfo, SnapshotId};
-use super::state::KeeperState;
-use super::wire::PEER_TIMEOUT;
+use super::{
+    connection::PeerPool,
+    error::Error,
+    memory_limit::{available_bytes, format_mib},
+    snapshot::{PartInfo, SnapshotId},
+    state::KeeperState,
+    wire::PEER_TIMEOUT,
+};
 use crate::memory::Region;
 use parking_lot::{Condvar, Mutex, MutexGuard};
-use std::sync::Arc;
-use std::sync::mpsc::Sender;
-use std::time::{Duration, Instant};
+use std::{
+    sync::{Arc, mpsc::Sender},
+    time::{Duration, Instant},
+};
 
 /// The keeper, which all its threads share.
 pub(super) struct Keeper {

@@ -3,12 +3,17 @@
 //! A request that only reads or changes the state is a method of [`KeeperState`]. A handler here
 //! may wait for ranks, other keepers or the disk, and holds the lock only for a moment.
 
-use super::daemon::Keeper;
-use super::error::Error;
-use super::parity_store::StripeId;
-use super::protocol::{Reply, Request};
-use super::snapshot::SnapshotId;
-use super::{inject, persist, protect, rebuild, restore, verify};
+use super::{
+    daemon::Keeper,
+    error::Error,
+    inject,
+    parity_store::StripeId,
+    persist, protect,
+    protocol::{Reply, Request},
+    rebuild, restore,
+    snapshot::SnapshotId,
+    verify,
+};
 use std::time::Instant;
 
 /// Handles a request and returns the reply.

@@ -1,13 +1,11 @@
 //! Injecting faults on purpose.
 
-use super::daemon::Keeper;
-use super::error::Error;
-use super::fault::Fault;
-use super::layout::chunk_len;
-use super::restore::local_header;
+use super::{daemon::Keeper, error::Error, fault::Fault, layout::chunk_len, restore::local_header};
 use crate::checksum::crc32c;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use std::time::Duration;
 
 /// Number of bytes that [`Fault::Poison`] overwrites.

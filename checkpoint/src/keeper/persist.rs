@@ -1,16 +1,18 @@
 //! Writing a snapshot to disk from the keeper's memory, while training continues.
 
-use super::daemon::Keeper;
-use super::error::Error;
-use super::layout::chunk_len;
-use super::snapshot::{PartInfo, SnapshotId};
-use crate::checksum::{FileChecksum, combine, crc32c};
-use crate::format::{ImageHeader, Shard};
-use crate::manifest::FileEntry;
-use crate::memory::Region;
-use std::fs::File;
-use std::io::Write;
-use std::path::Path;
+use super::{
+    daemon::Keeper,
+    error::Error,
+    layout::chunk_len,
+    snapshot::{PartInfo, SnapshotId},
+};
+use crate::{
+    checksum::{FileChecksum, combine, crc32c},
+    format::{ImageHeader, Shard},
+    manifest::FileEntry,
+    memory::Region,
+};
+use std::{fs::File, io::Write, path::Path};
 
 /// Writes parts of `id` that are here to files in `folder`, syncs them and reads them back.
 ///

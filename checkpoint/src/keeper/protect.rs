@@ -5,22 +5,24 @@
 //! before it exists and is sent as soon as the rank has filled it, so parity is made while the rank
 //! still copies. The data of a stripe crosses the network once, and each further parity once more.
 
-use super::connection::Peer;
-use super::daemon::Keeper;
-use super::error::Error;
-use super::layout::{DataChunk, GroupLayout, OwnParity, chunk_len};
-use super::parity_store::{ParityChunk, StripeId};
-use super::protocol::{Reply, Request};
-use super::snapshot::{Snapshot, SnapshotId};
-use super::state::Membership;
-use super::topology::{CodePosition, GroupPosition, Topology};
-use crate::erasure::ErasureCode;
-use crate::stripes::StripeLayout;
+use super::{
+    connection::Peer,
+    daemon::Keeper,
+    error::Error,
+    layout::{DataChunk, GroupLayout, OwnParity, chunk_len},
+    parity_store::{ParityChunk, StripeId},
+    protocol::{Reply, Request},
+    snapshot::{Snapshot, SnapshotId},
+    state::Membership,
+    topology::{CodePosition, GroupPosition, Topology},
+};
+use crate::{erasure::ErasureCode, stripes::StripeLayout};
 use nix::time::{ClockId, clock_gettime};
-use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, VecDeque};
-use std::net::SocketAddr;
-use std::time::Duration;
+use std::{
+    collections::{BTreeMap, VecDeque, btree_map::Entry},
+    net::SocketAddr,
+    time::Duration,
+};
 
 /// Number of stripes that are requested ahead.
 const PREFETCH_STRIPES: usize = 4;

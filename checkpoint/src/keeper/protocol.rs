@@ -1,14 +1,15 @@
 //! The messages of a keeper. Bincode encodes a variant by its position, so order is protocol.
 
-use super::fault::Fault;
-use super::recover::Rebuild;
-use super::report::{Damage, Inventory, Status};
-use super::snapshot::{Snapshot, SnapshotId};
-use super::topology::Topology;
+use super::{
+    fault::Fault,
+    recover::Rebuild,
+    report::{Damage, Inventory, Status},
+    snapshot::{Snapshot, SnapshotId},
+    topology::Topology,
+};
 use crate::Shard;
 use serde::{Deserialize, Serialize};
-use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::{net::SocketAddr, path::PathBuf};
 
 /// A request of the launcher, another keeper or a tool. Each has one [`Reply`].
 #[derive(Debug, Clone, Serialize, Deserialize)]

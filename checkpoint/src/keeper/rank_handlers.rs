@@ -1,15 +1,15 @@
 //! Handlers of a rank's requests: one function per request.
 
-use super::daemon::Keeper;
-use super::error::Error;
-use super::protocol::{RankReply, RankRequest};
-use super::restore;
-use super::snapshot::SnapshotId;
-use super::wire;
+use super::{
+    daemon::Keeper,
+    error::Error,
+    protocol::{RankReply, RankRequest},
+    restore,
+    snapshot::SnapshotId,
+    wire,
+};
 use crate::memory::{Region, send_file};
-use std::os::unix::net::UnixStream;
-use std::sync::Arc;
-use std::time::Instant;
+use std::{os::unix::net::UnixStream, sync::Arc, time::Instant};
 
 /// The answer to a request of a rank.
 pub(super) struct Answer {

@@ -1,8 +1,7 @@
 //! The ranks that are connected to a keeper.
 
 use super::report::RankStatus;
-use std::collections::BTreeMap;
-use std::time::Instant;
+use std::{collections::BTreeMap, time::Instant};
 
 /// The messages of a connected rank, summed up.
 #[derive(Debug)]

@@ -1,15 +1,19 @@
 //! Rebuilding a part, or damaged chunks of it, from the other positions of its group.
 
-use super::connection::Peer;
-use super::daemon::Keeper;
-use super::error::Error;
-use super::layout::GroupLayout;
-use super::protocol::{Reply, Request};
-use super::recover::Rebuild;
-use super::snapshot::PartInfo;
-use super::topology::CodePosition;
-use crate::checksum::crc32c;
-use crate::erasure::{CodeError, ErasureCode};
+use super::{
+    connection::Peer,
+    daemon::Keeper,
+    error::Error,
+    layout::GroupLayout,
+    protocol::{Reply, Request},
+    recover::Rebuild,
+    snapshot::PartInfo,
+    topology::CodePosition,
+};
+use crate::{
+    checksum::crc32c,
+    erasure::{CodeError, ErasureCode},
+};
 
 /// Rebuilds what `wanted` says, in this keeper's memory.
 ///

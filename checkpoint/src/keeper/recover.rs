@@ -1,11 +1,15 @@
 //! The decision what can be restored: a pure function of what the reachable keepers hold.
 
-use super::report::Inventory;
-use super::snapshot::{PartInfo, Snapshot, SnapshotId};
-use super::topology::Topology;
+use super::{
+    report::Inventory,
+    snapshot::{PartInfo, Snapshot, SnapshotId},
+    topology::Topology,
+};
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+};
 
 /// A snapshot of which every part is there, or can be rebuilt.
 ///
@@ -180,8 +184,10 @@ impl Candidate {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::keeper::Node;
-    use crate::stripes::{Redundancy, redundancy_groups};
+    use crate::{
+        keeper::Node,
+        stripes::{Redundancy, redundancy_groups},
+    };
     use proptest::prelude::*;
 
     fn topology(nodes: usize, per_node: usize, redundancy: Redundancy) -> Topology {

@@ -1,7 +1,9 @@
 //! Reports of a keeper about itself and its ranks.
 
-use super::snapshot::{PartInfo, Snapshot, SnapshotId};
-use super::topology::Topology;
+use super::{
+    snapshot::{PartInfo, Snapshot, SnapshotId},
+    topology::Topology,
+};
 use serde::{Deserialize, Serialize};
 
 /// The contents of a keeper, by which the launcher decides which snapshot to restore.

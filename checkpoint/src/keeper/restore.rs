@@ -1,15 +1,14 @@
 //! Reading the snapshot that ranks restore, from this keeper's memory or from another's.
 
-use super::daemon::Keeper;
-use super::error::Error;
-use super::layout::chunk_len;
-use super::protocol::Request;
-use super::snapshot::{Snapshot, SnapshotId};
-use crate::checksum::crc32c;
-use crate::format::LENGTH_BYTES;
-use crate::memory::Region;
-use std::net::SocketAddr;
-use std::sync::Arc;
+use super::{
+    daemon::Keeper,
+    error::Error,
+    layout::chunk_len,
+    protocol::Request,
+    snapshot::{Snapshot, SnapshotId},
+};
+use crate::{checksum::crc32c, format::LENGTH_BYTES, memory::Region};
+use std::{net::SocketAddr, sync::Arc};
 
 /// Number of chunks that are requested ahead.
 const PREFETCH_CHUNKS: u64 = 8;

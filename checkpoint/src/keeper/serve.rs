@@ -1,22 +1,33 @@
 //! The process of a keeper: its threads and connections.
 
-use super::connection::PeerPool;
-use super::daemon::Keeper;
-use super::error::Error;
-use super::protocol::{RankReply, RankRequest, Reply, Request};
-use super::report::Event;
-use super::snapshot::SnapshotId;
-use super::wire::{self, PEER_TIMEOUT, Secret, TimeoutStream};
-use super::{handlers, protect, rank_handlers};
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
-use nix::unistd::Uid;
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, channel};
-use std::time::{Duration, Instant};
+use super::{
+    connection::PeerPool,
+    daemon::Keeper,
+    error::Error,
+    handlers, protect,
+    protocol::{RankReply, RankRequest, Reply, Request},
+    rank_handlers,
+    report::Event,
+    snapshot::SnapshotId,
+    wire::{self, PEER_TIMEOUT, Secret, TimeoutStream},
+};
+use nix::{
+    sys::socket::{getsockopt, sockopt::PeerCredentials},
+    unistd::Uid,
+};
+use std::{
+    net::{SocketAddr, TcpListener, TcpStream},
+    os::{
+        linux::net::SocketAddrExt,
+        unix::net::{UnixListener, UnixStream},
+    },
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+        mpsc::{Receiver, channel},
+    },
+    time::{Duration, Instant},
+};
 
 /// Interval at which the launcher receives the state of the ranks.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(100);

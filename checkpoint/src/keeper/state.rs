@@ -1,19 +1,22 @@
 //! The state of a keeper: a value with a method for each change. It knows no sockets, threads or
 //! clocks, so every transition can be tested alone.
 
-use super::error::Error;
-use super::parity_store::{ParityChunk, ParityStore, StripeId};
-use super::rank_table::RankTable;
-use super::report::{Event, Inventory, Status};
-use super::slots::Slots;
-use super::snapshot::{PartInfo, Snapshot, SnapshotId};
-use super::topology::Topology;
+use super::{
+    error::Error,
+    parity_store::{ParityChunk, ParityStore, StripeId},
+    rank_table::RankTable,
+    report::{Event, Inventory, Status},
+    slots::Slots,
+    snapshot::{PartInfo, Snapshot, SnapshotId},
+    topology::Topology,
+};
 use crate::memory::Region;
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::mpsc::Sender;
-use std::time::{Duration, Instant};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    sync::{Arc, mpsc::Sender},
+    time::{Duration, Instant},
+};
 
 /// Number of complete snapshots that are remembered, which two or three slots can hold.
 const MAX_COMPLETE_SNAPSHOTS: usize = 3;
@@ -502,8 +505,7 @@ impl KeeperState {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::keeper::Node;
-    use crate::stripes::Redundancy;
+    use crate::{keeper::Node, stripes::Redundancy};
     use std::sync::mpsc::channel;
 
     /// Two nodes with one rank each, which hold copies of each other's parts.

@@ -1,10 +1,8 @@
 //! Comparing the parts and the parity of a snapshot with their checksums.
 
-use super::daemon::Keeper;
-use super::error::Error;
-use super::layout::chunk_len;
-use super::report::Damage;
-use super::snapshot::SnapshotId;
+use super::{
+    daemon::Keeper, error::Error, layout::chunk_len, report::Damage, snapshot::SnapshotId,
+};
 use crate::checksum::crc32c;
 
 /// Returns which chunks and how many parities of a snapshot here are damaged.

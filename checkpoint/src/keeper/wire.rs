@@ -7,12 +7,13 @@
 
 use super::error::Error;
 use crate::checksum::crc32c;
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
-use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpStream};
-use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::{
+    io::{ErrorKind, Read, Write},
+    net::{SocketAddr, TcpStream},
+    os::unix::net::UnixStream,
+    time::Duration,
+};
 
 /// Limit for an answer of another process, and for what the answer waits for.
 pub(super) const PEER_TIMEOUT: Duration = Duration::from_secs(30);

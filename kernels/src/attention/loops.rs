@@ -4,17 +4,17 @@
 //! run over blocks of queries and, for each, over blocks of keys. The scores of two blocks fit the
 //! cache. A thread works on whole key heads, so the number of threads changes no bit.
 
-use crate::exponential::exp;
-use crate::gemm::kernel::{
-    CacheLine, Kernel, LANES, Operand, ROWS, Store, TileOutput, mask, reserve_units,
+use crate::{
+    exponential::exp,
+    gemm::{
+        Avx2, Avx512, InstructionSet, instructions,
+        kernel::{CacheLine, Kernel, LANES, Operand, ROWS, Store, TileOutput, mask, reserve_units},
+    },
+    number::{Bf16, Number},
+    rows::on_threads,
+    tensors::{empty_as, empty_f32, sizes},
 };
-use crate::gemm::{Avx2, Avx512, InstructionSet, instructions};
-use crate::number::{Bf16, Number};
-use crate::rows::on_threads;
-use crate::tensors::{empty_as, empty_f32, sizes};
-use std::cell::RefCell;
-use std::ops::Range;
-use std::slice;
+use std::{cell::RefCell, ops::Range, slice};
 use tch::{Device, Kind, Tensor};
 
 /// Queries of a block, a multiple of a tile and of a pair.

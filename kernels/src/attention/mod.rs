@@ -6,8 +6,10 @@
 #[cfg(target_arch = "x86_64")]
 mod loops;
 
-use crate::profile::{Cost, span};
-use crate::tensors::sizes;
+use crate::{
+    profile::{Cost, span},
+    tensors::sizes,
+};
 use tch::{Device, Kind, Tensor};
 
 /// Returns causal attention `[B, H, S, d]` and the log-sum-exp of its scores `[B, H, S]` fp32.
@@ -182,8 +184,10 @@ pub fn sum_repeated_heads(grad: &Tensor, times: i64) -> Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tensors::LAST_DIM;
-    use crate::tensors::tests::{TestTensor, tolerances};
+    use crate::tensors::{
+        LAST_DIM,
+        tests::{TestTensor, tolerances},
+    };
     use proptest::prelude::*;
     use tch::kind::FLOAT_CPU;
 

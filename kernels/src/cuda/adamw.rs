@@ -73,8 +73,10 @@ pub(crate) fn adamw(gpu: &dyn Gpu, update: &AdamWUpdate, scalars: Scalars) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::adamw::tests::{cases, ours_and_libtorch, state};
-    use crate::cuda::tests::{close, test_gpu};
+    use crate::{
+        adamw::tests::{cases, ours_and_libtorch, state},
+        cuda::tests::{close, test_gpu},
+    };
     use proptest::prelude::*;
 
     proptest! {

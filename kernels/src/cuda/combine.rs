@@ -96,11 +96,12 @@ pub(crate) fn combine_backward(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::combine::{backward_by_libtorch, combine_by_libtorch};
-    use crate::cuda::tests::{TestInput, close, test_gpu};
+    use crate::{
+        combine::{backward_by_libtorch, combine_by_libtorch},
+        cuda::tests::{TestInput, close, test_gpu},
+    };
     use proptest::prelude::*;
-    use tch::Kind;
-    use tch::kind::FLOAT_CPU;
+    use tch::{Kind, kind::FLOAT_CPU};
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(60))]

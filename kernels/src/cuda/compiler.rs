@@ -6,8 +6,10 @@
 use super::launch::Variant;
 use cudarc::nvrtc::sys::nvrtcProgram;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
-use std::ffi::{CStr, CString, c_char, c_int};
-use std::path::PathBuf;
+use std::{
+    ffi::{CStr, CString, c_char, c_int},
+    path::PathBuf,
+};
 use tch::Kind;
 
 /// An `nvrtcResult` as an integer: newer libraries return values that cudarc's enum lacks.

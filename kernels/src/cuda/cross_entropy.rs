@@ -85,9 +85,10 @@ pub(crate) fn cross_entropy(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::tests::{TestInput, close, test_gpu};
-    use crate::tensors::LAST_DIM;
-    use crate::tensors::tests::TestTensor;
+    use crate::{
+        cuda::tests::{TestInput, close, test_gpu},
+        tensors::{LAST_DIM, tests::TestTensor},
+    };
     use proptest::prelude::*;
     use tch::{Kind, Reduction};
 

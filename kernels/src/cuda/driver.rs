@@ -2,14 +2,18 @@
 //!
 //! Types come from cudarc. The functions are looked up here, for the reason given in `compiler.rs`.
 
-use super::compiler::Compiler;
-use super::launch::{Gpu, KernelLaunch, Variant, pointers};
+use super::{
+    compiler::Compiler,
+    launch::{Gpu, KernelLaunch, Variant, pointers},
+};
 use cudarc::driver::sys::{CUcontext, CUfunction, CUmodule, CUstream};
 use libloading::os::unix::Library;
 use parking_lot::Mutex;
-use std::collections::HashMap;
-use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
-use std::sync::OnceLock;
+use std::{
+    collections::HashMap,
+    ffi::{CStr, CString, c_char, c_int, c_uint, c_void},
+    sync::OnceLock,
+};
 use tch::{Kind, Tensor};
 use torch_ext::Stream;
 

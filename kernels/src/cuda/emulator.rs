@@ -1,13 +1,17 @@
 //! A host emulator of the kernels for tests, with its fibers in `emulator.cpp`.
 
-use super::compiler::{definitions, source};
-use super::launch::{Gpu, KernelLaunch, Variant, pointers};
+use super::{
+    compiler::{definitions, source},
+    launch::{Gpu, KernelLaunch, Variant, pointers},
+};
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use parking_lot::Mutex;
-use std::collections::HashMap;
-use std::ffi::{CStr, CString, c_char, c_uint, c_void};
-use std::process::Command;
-use std::sync::OnceLock;
+use std::{
+    collections::HashMap,
+    ffi::{CStr, CString, c_char, c_uint, c_void},
+    process::Command,
+    sync::OnceLock,
+};
 use tch::Tensor;
 
 /// The host, in the role of a GPU.

@@ -65,8 +65,7 @@ pub fn compile_gpu_kernels(index: usize) -> Result<String, String> {
 pub(crate) mod tests {
     use super::*;
     use crate::tensors::tests::TestTensor;
-    use proptest::prelude::*;
-    use proptest::test_runner::TestCaseError;
+    use proptest::{prelude::*, test_runner::TestCaseError};
     use tch::kind::FLOAT_CPU;
 
     /// The dtype and alignment of a test's random tensors.

@@ -1,8 +1,7 @@
 //! Launches of the RMSNorm kernels in `source/norm.cu`.
 
 use super::launch::{BlockShape, Gpu, KernelLaunch, THREADS, Variant, arguments};
-use crate::tensors::FIRST_DIM;
-use crate::tensors::empty_f32;
+use crate::tensors::{FIRST_DIM, empty_f32};
 use tch::{Kind, Tensor};
 
 /// A warp processes rows of up to this many packs; a block processes longer rows.
@@ -85,9 +84,10 @@ pub(crate) fn rms_norm_backward(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::tests::{TestInput, close, test_gpu};
-    use crate::tensors::LAST_DIM;
-    use crate::tensors::tests::TestTensor;
+    use crate::{
+        cuda::tests::{TestInput, close, test_gpu},
+        tensors::{LAST_DIM, tests::TestTensor},
+    };
     use proptest::prelude::*;
 
     proptest! {

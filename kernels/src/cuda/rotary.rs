@@ -29,8 +29,10 @@ pub(crate) fn apply_rotary(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::tests::{TestInput, close, test_gpu};
-    use crate::tensors::tests::TestTensor;
+    use crate::{
+        cuda::tests::{TestInput, close, test_gpu},
+        tensors::tests::TestTensor,
+    };
     use proptest::prelude::*;
 
     proptest! {

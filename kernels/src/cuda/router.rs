@@ -1,9 +1,10 @@
 //! Launches of the router kernels in `source/router.cu`.
 
 use super::launch::{Argument, BlockShape, Gpu, KernelLaunch, Variant, arguments};
-use crate::routing::{RouterGradients, RouterOutput, RouterScoring};
-use crate::tensors::FIRST_DIM;
-use crate::tensors::{empty_f32, sizes, slice_rows};
+use crate::{
+    routing::{RouterGradients, RouterOutput, RouterScoring},
+    tensors::{FIRST_DIM, empty_f32, sizes, slice_rows},
+};
 use std::ops::Range;
 use tch::{Kind, Tensor};
 
@@ -159,9 +160,11 @@ pub(crate) fn router_backward(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::tests::{close, test_gpu};
-    use crate::router::tests::{consecutive, plain};
-    use crate::tensors::tests::TestTensor;
+    use crate::{
+        cuda::tests::{close, test_gpu},
+        router::tests::{consecutive, plain},
+        tensors::tests::TestTensor,
+    };
     use proptest::prelude::*;
 
     proptest! {

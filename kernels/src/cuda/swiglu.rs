@@ -33,8 +33,10 @@ pub(crate) fn swiglu_backward(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::tests::{TestInput, close, test_gpu};
-    use crate::tensors::tests::TestTensor;
+    use crate::{
+        cuda::tests::{TestInput, close, test_gpu},
+        tensors::tests::TestTensor,
+    };
     use proptest::prelude::*;
     use tch::Kind;
 

@@ -8,9 +8,7 @@ use super::kernel::{
     CacheLine, Kernel, LANES, Layout, MAX_PACKED_PANELS, Operand, ROWS, Store, TileOutput, fetch,
 };
 use crate::number::{Bf16, Number};
-use std::arch::x86_64::*;
-use std::marker::PhantomData;
-use std::ops::Range;
+use std::{arch::x86_64::*, marker::PhantomData, ops::Range};
 
 /// Number of fp32 lanes of a vector.
 const WIDTH: usize = 8;

@@ -1,8 +1,10 @@
 //! GEMMs whose right matrices all threads pack together before any thread uses them.
 
-use super::kernel::{CacheLine, Kernel, LANES, reserve_units};
-use super::macrokernel::{GemmTask, PACKED, macrokernel};
-use super::partition::{Block, Wave};
+use super::{
+    kernel::{CacheLine, Kernel, LANES, reserve_units},
+    macrokernel::{GemmTask, PACKED, macrokernel},
+    partition::{Block, Wave},
+};
 use crate::rows::on_threads;
 use std::ops::Range;
 

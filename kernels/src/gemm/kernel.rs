@@ -1,7 +1,9 @@
 //! The interface of a processor's kernel: operands, packing units and tiles.
 
-use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch};
-use std::ops::Range;
+use std::{
+    arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch},
+    ops::Range,
+};
 
 /// Number of rows of a tile.
 pub(crate) const ROWS: usize = 6;

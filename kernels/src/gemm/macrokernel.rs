@@ -1,13 +1,14 @@
 //! The loops of one thread over depths, panels and tiles.
 
-use super::kernel::{
-    CacheLine, Kernel, LANES, Layout, MAX_PACKED_PANELS, Operand, ROWS, Store, TileOutput, mask,
-    reserve_units,
+use super::{
+    kernel::{
+        CacheLine, Kernel, LANES, Layout, MAX_PACKED_PANELS, Operand, ROWS, Store, TileOutput,
+        mask, reserve_units,
+    },
+    partition::GemmSize,
 };
-use super::partition::GemmSize;
 use crate::number::{Bf16, Number};
-use std::cell::RefCell;
-use std::ops::Range;
+use std::{cell::RefCell, ops::Range};
 
 /// Number of panels whose sums stay in fp32 until they are complete.
 const ROUNDED_PANELS: usize = 64;

@@ -20,8 +20,10 @@ mod partition;
 mod per_thread;
 mod prefetch;
 
-use crate::matrix::{GemmOperands, Matrix};
-use crate::number::Bf16;
+use crate::{
+    matrix::{GemmOperands, Matrix},
+    number::Bf16,
+};
 pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
 use kernel::{Kernel, Operand};
@@ -191,11 +193,9 @@ fn task(GemmOperands { out, left, right }: &GemmOperands, accumulate: bool) -> G
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::matrix::tests::random;
-    use crate::tensors::tests::TestTensor;
+    use crate::{matrix::tests::random, tensors::tests::TestTensor};
     use proptest::prelude::*;
-    use tch::Tensor;
-    use tch::kind::FLOAT_CPU;
+    use tch::{Tensor, kind::FLOAT_CPU};
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(400))]

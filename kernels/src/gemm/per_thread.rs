@@ -3,10 +3,12 @@
 //! A thread packs the right matrix of a block for itself, one depth at a time. The packed depth is
 //! still in the L2 cache when it is used, and the next depth is prefetched meanwhile.
 
-use super::kernel::{CacheLine, Kernel, LANES, reserve_units};
-use super::macrokernel::{GemmTask, PACKED, macrokernel};
-use super::partition::Block;
-use super::prefetch::Prefetcher;
+use super::{
+    kernel::{CacheLine, Kernel, LANES, reserve_units},
+    macrokernel::{GemmTask, PACKED, macrokernel},
+    partition::Block,
+    prefetch::Prefetcher,
+};
 use crate::rows::on_threads;
 use std::ops::Range;
 

@@ -3,8 +3,10 @@
 //! Packing is bound by memory bandwidth, which tiles leave unused.
 
 use super::kernel::{CacheLine, Operand};
-use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-use std::ops::Range;
+use std::{
+    arch::x86_64::{_MM_HINT_T1, _mm_prefetch},
+    ops::Range,
+};
 
 const LINE: usize = size_of::<CacheLine>();
 

@@ -2,15 +2,15 @@
 //! others.
 
 use super::figures::{median, round};
-use crate::cli::CollectivesArgs;
-use crate::hint::hinted;
-use crate::local_ranks::{COLLECTIVE_TIMEOUT, run_on_ranks};
+use crate::{
+    cli::CollectivesArgs,
+    hint::hinted,
+    local_ranks::{COLLECTIVE_TIMEOUT, run_on_ranks},
+};
 use anyhow::{Context, Result, anyhow, bail};
 use parallel::{Backend, Communicator, Cpu, RankEnv, ReduceOp, World};
 use serde_json::{Map, Value, json};
-use std::process::ExitCode;
-use std::sync::Arc;
-use std::time::Instant;
+use std::{process::ExitCode, sync::Arc, time::Instant};
 use tch::{Device, Kind, Tensor};
 
 const OPERATIONS: [&str; 6] = [

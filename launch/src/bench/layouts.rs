@@ -1,15 +1,14 @@
 //! `moerun bench layouts`: the reference step on two ranks with one thread each, compared with one
 //! process of two threads.
 
-use super::figures::{largest, median, round};
-use super::runner::{baseline_line, train, with_temp_dir, write_tokens};
-use crate::cli::LayoutsArgs;
-use crate::hint::hinted;
+use super::{
+    figures::{largest, median, round},
+    runner::{baseline_line, train, with_temp_dir, write_tokens},
+};
+use crate::{cli::LayoutsArgs, hint::hinted};
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Map, Value, json};
-use std::collections::BTreeMap;
-use std::path::Path;
-use std::process::ExitCode;
+use std::{collections::BTreeMap, path::Path, process::ExitCode};
 
 const VOCAB: usize = 8192;
 const TOKENS_PER_STEP: f64 = 8.0 * 256.0;

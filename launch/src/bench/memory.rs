@@ -1,12 +1,13 @@
 //! `moerun bench memory`: measured memory of many layouts, compared with `moerun plan mesh`.
 
-use super::figures::{largest, mib, round};
-use super::runner::{train, with_temp_dir, write_tokens};
+use super::{
+    figures::{largest, mib, round},
+    runner::{train, with_temp_dir, write_tokens},
+};
 use crate::cli::MemoryArgs;
 use anyhow::{Context, Result, anyhow};
 use serde_json::{Value, json};
-use std::path::Path;
-use std::process::ExitCode;
+use std::{path::Path, process::ExitCode};
 use trainer::config::Config;
 
 const VOCAB: usize = 8192;

@@ -1,29 +1,35 @@
 //! `moerun bench moe-layer`: forward and backward of an MoE layer, with standard and with
 //! least-loaded dispatch.
 
-use super::figures::mib;
-use super::moe_line::{CaseInfo, MoeLayerTimes, RankGroup, line};
-use super::moe_step;
-use super::workload::{NAMED_WORKLOADS, RankBatch, Workload, parse};
-use crate::cli::MoeLayerArgs;
-use crate::hint::hinted;
-use crate::local_ranks::{join_world, run_on_ranks};
+use super::{
+    figures::mib,
+    moe_line::{CaseInfo, MoeLayerTimes, RankGroup, line},
+    moe_step,
+    workload::{NAMED_WORKLOADS, RankBatch, Workload, parse},
+};
+use crate::{
+    cli::MoeLayerArgs,
+    hint::hinted,
+    local_ranks::{join_world, run_on_ranks},
+};
 use anyhow::{Result, anyhow, bail};
-use moe::balance::BalanceScope;
-use moe::dispatch::{Dispatcher, LeastLoaded};
-use moe::experts::GemmPrecision;
-use moe::lending::calibrate::{ExpertSize, agree_on_break_even, break_even};
-use moe::lending::least_loaded::Planner;
-use moe::plan::ExpertTopology;
-use moe::{MoeLayer, MoeStats, MoeWeights, Router, SavePolicy};
-use parallel::tensor::TensorParallel;
+use moe::{
+    MoeLayer, MoeStats, MoeWeights, Router, SavePolicy,
+    balance::BalanceScope,
+    dispatch::{Dispatcher, LeastLoaded},
+    experts::GemmPrecision,
+    lending::{
+        calibrate::{ExpertSize, agree_on_break_even, break_even},
+        least_loaded::Planner,
+    },
+    plan::ExpertTopology,
+};
 use parallel::{
     Accelerator, Activation, Communicator, Cpu, GradientBuckets, Local, RankEnv, Replication,
-    Weight, World,
+    Weight, World, tensor::TensorParallel,
 };
 use parking_lot::Mutex;
-use std::process::ExitCode;
-use std::sync::Arc;
+use std::{process::ExitCode, sync::Arc};
 use tch::{Kind, Tensor};
 use trainer::config::LeastLoadedConfig;
 

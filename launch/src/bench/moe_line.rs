@@ -5,8 +5,7 @@ use crate::cli::MoeLayerArgs;
 use anyhow::Result;
 use parallel::{Accelerator, Communicator, ReduceOp};
 use serde_json::{Value, json};
-use std::sync::Arc;
-use std::time::Instant;
+use std::{sync::Arc, time::Instant};
 use tch::Tensor;
 
 /// All ranks of the bench, and this rank's device.

@@ -1,18 +1,18 @@
 //! `moerun bench moe-layer --step`: training steps of a small model with a biased router, with
 //! both dispatches.
 
-use super::moe_line::{CaseInfo, MoeLayerTimes, RankGroup, line};
-use super::runner::write_tokens;
-use super::workload::{Workload, parse};
-use crate::cli::MoeLayerArgs;
-use crate::local_ranks::join_world;
+use super::{
+    moe_line::{CaseInfo, MoeLayerTimes, RankGroup, line},
+    runner::write_tokens,
+    workload::{Workload, parse},
+};
+use crate::{cli::MoeLayerArgs, local_ranks::join_world};
 use anyhow::{Context, Result};
 use parallel::RankEnv;
 use serde_json::json;
 use std::path::Path;
 use tch::Tensor;
-use trainer::Trainer;
-use trainer::config::Config;
+use trainer::{Trainer, config::Config};
 
 const VOCAB: usize = 4096;
 const SEQUENCE: usize = 256;

@@ -1,14 +1,17 @@
 //! `moerun bench pipeline`: placements of a large vocabulary in a two-stage pipeline.
 
-use super::figures::{largest, median, round};
-use super::runner::{train, with_temp_dir, write_tokens};
+use super::{
+    figures::{largest, median, round},
+    runner::{train, with_temp_dir, write_tokens},
+};
 use crate::cli::PipelineArgs;
 use anyhow::{Context, Result, anyhow, bail};
-use parallel::pipeline::simulate::{Costs, VocabularyCosts, simulate};
-use parallel::pipeline::{PassKind, Schedule};
+use parallel::pipeline::{
+    PassKind, Schedule,
+    simulate::{Costs, VocabularyCosts, simulate},
+};
 use serde_json::{Value, json};
-use std::path::Path;
-use std::process::ExitCode;
+use std::{path::Path, process::ExitCode};
 
 const LAYOUTS: [&str; 6] = [
     "baseline",

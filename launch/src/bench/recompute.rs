@@ -2,15 +2,18 @@
 //!
 //! Also finds the fastest option that fits into a memory limit.
 
-use super::figures::{largest, median, round};
-use super::runner::{train, with_temp_dir, write_tokens};
-use crate::cli::RecomputeArgs;
-use crate::config_file::{load, refuse_problems};
-use crate::hint::hinted;
+use super::{
+    figures::{largest, median, round},
+    runner::{train, with_temp_dir, write_tokens},
+};
+use crate::{
+    cli::RecomputeArgs,
+    config_file::{load, refuse_problems},
+    hint::hinted,
+};
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
-use std::path::Path;
-use std::process::ExitCode;
+use std::{path::Path, process::ExitCode};
 use trainer::config::Config;
 
 const PARTS: [&str; 4] = ["norm", "attention", "dispatch", "experts"];

@@ -2,8 +2,10 @@
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
-use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::{
+    path::Path,
+    process::{Command, Output, Stdio},
+};
 use trainer::data::TokenWriter;
 
 /// Calls `body` with a temporary folder, which is removed afterwards.

@@ -1,16 +1,21 @@
 //! `moerun bench snapshot`: costs of snapshots in memory, and rates of copying and erasure coding.
 
-use super::figures::{median, round};
-use super::runner::{baseline_line, train, with_temp_dir, write_tokens};
-use crate::cli::SnapshotBenchArgs;
-use crate::hint::hinted;
+use super::{
+    figures::{median, round},
+    runner::{baseline_line, train, with_temp_dir, write_tokens},
+};
+use crate::{cli::SnapshotBenchArgs, hint::hinted};
 use anyhow::{Result, anyhow, bail};
-use checkpoint::keeper::{DEFAULT_CHUNK_BYTES, Node, Peer, Secret, Topology, serve};
-use checkpoint::{Checkpoint, ErasureCode, Redundancy, Staging, TensorSlice};
+use checkpoint::{
+    Checkpoint, ErasureCode, Redundancy, Staging, TensorSlice,
+    keeper::{DEFAULT_CHUNK_BYTES, Node, Peer, Secret, Topology, serve},
+};
 use serde_json::{Value, json};
-use std::path::Path;
-use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::{
+    path::Path,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 use tch::{Device, Kind, Tensor};
 use trainer::{CopyTimer, KeeperAccess};
 

@@ -1,18 +1,21 @@
 //! `moerun bench step`: reference training steps, compared with other implementations and with
 //! their own GEMMs.
 
-use super::figures::{median, round};
-use super::floor;
-use super::runner::{baseline_line, last_json_line, with_temp_dir};
+use super::{
+    figures::{median, round},
+    floor,
+    runner::{baseline_line, last_json_line, with_temp_dir},
+};
 use crate::cli::{StepArgs, StepCase, StepShape};
 use anyhow::{Context, Result, bail};
 use kernels::profile;
 use serde_json::{Value, json};
-use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::{
+    path::Path,
+    process::{Command, ExitCode},
+};
 use tch::Kind;
-use trainer::config::Dtype;
-use trainer::{ReferenceShape, ReferenceStep};
+use trainer::{ReferenceShape, ReferenceStep, config::Dtype};
 
 pub(crate) fn run(args: StepArgs) -> Result<ExitCode> {
     if args.steps == 0 || args.threads == 0 || args.rounds == 0 {

@@ -1,14 +1,13 @@
 //! Checks of a machine: libraries, memory, limits, devices and disk.
 
 use super::finding::Finding;
-use nix::sys::resource::{Resource, getrlimit};
-use nix::sys::statvfs::statvfs;
+use nix::sys::{
+    resource::{Resource, getrlimit},
+    statvfs::statvfs,
+};
 use parallel::Backend;
-use std::net::TcpListener;
-use std::path::Path;
-use std::process::Command;
-use trainer::RankMemory;
-use trainer::config::Config;
+use std::{net::TcpListener, path::Path, process::Command};
+use trainer::{RankMemory, config::Config};
 
 const MIB: u64 = 1 << 20;
 

@@ -4,10 +4,12 @@ mod finding;
 mod machine;
 mod ranks;
 
-use crate::cli::{ConfigArgs, DoctorArgs};
-use crate::config_file;
-use crate::environment::{self, DetectedRank};
-use crate::local_ranks::run_on_ranks;
+use crate::{
+    cli::{ConfigArgs, DoctorArgs},
+    config_file,
+    environment::{self, DetectedRank},
+    local_ranks::run_on_ranks,
+};
 use anyhow::Result;
 use finding::Finding;
 use machine::RankCounts;

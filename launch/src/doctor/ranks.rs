@@ -3,8 +3,10 @@
 use super::finding::Finding;
 use anyhow::{Context, Result};
 use parallel::{Accelerator, Backend, Communicator, RankEnv, ReduceOp, World};
-use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
 use tch::Tensor;
 
 const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(60);

@@ -1,8 +1,7 @@
 //! `moerun inspect routing`: the use of experts over time, and routing consistency.
 
 use super::heat::{self, slices};
-use crate::cli::InspectRoutingArgs;
-use crate::hint::WithHint;
+use crate::{cli::InspectRoutingArgs, hint::WithHint};
 use anyhow::{Context, Result, bail};
 use moe::consistency::{segment_cache, segment_routing};
 use std::process::ExitCode;

@@ -1,23 +1,27 @@
 //! Agent: starts ranks and keepers on a remote machine for the launcher, which decides everything.
 
-use super::agent_protocol::{
-    AgentCommand, AgentReport, Hello, HelloReply, StartedKeeper, send_line,
+use super::{
+    agent_protocol::{AgentCommand, AgentReport, Hello, HelloReply, StartedKeeper, send_line},
+    processes::RankProcesses,
+    signals::Signals,
+    spawn::spawn_keeper,
 };
-use super::processes::RankProcesses;
-use super::signals::Signals;
-use super::spawn::spawn_keeper;
-use crate::cli::TrainArgs;
-use crate::config_file;
-use crate::hint::{self, hinted};
-use crate::keeper::KeeperSettings;
+use crate::{
+    cli::TrainArgs,
+    config_file,
+    hint::{self, hinted},
+    keeper::KeeperSettings,
+};
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::signal::Signal;
-use std::io::{BufRead, BufReader};
-use std::net::{IpAddr, TcpStream};
-use std::path::Path;
-use std::process::{Child, ExitCode};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::time::{Duration, Instant};
+use std::{
+    io::{BufRead, BufReader},
+    net::{IpAddr, TcpStream},
+    path::Path,
+    process::{Child, ExitCode},
+    sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel},
+    time::{Duration, Instant},
+};
 
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// The launcher may start after its agents.

@@ -1,12 +1,13 @@
 //! Messages between the launcher and its agents: lines of JSON over one TCP connection.
 
 use super::processes::FailedRank;
-use crate::keeper::{KeeperSettings, Ready};
-use crate::protocol::Assignment;
+use crate::{
+    keeper::{KeeperSettings, Ready},
+    protocol::Assignment,
+};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
-use std::io::Write;
-use std::net::TcpStream;
+use std::{io::Write, net::TcpStream};
 
 /// The first line of an agent.
 #[derive(Serialize, Deserialize)]

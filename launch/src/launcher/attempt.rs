@@ -1,18 +1,22 @@
 //! One generation of ranks while it runs: watches ranks, keepers and signals until it ends.
 
-use super::checkpoint_writer::{CheckpointWriter, Finished};
-use super::failure::Failure;
-use super::keepers::{KeeperMessage, Keepers, NumberedMessage};
-use super::machines::Machines;
-use super::recovery::find_candidates;
-use super::signals::Signals;
-use super::tracker::{Action, Tracker};
+use super::{
+    checkpoint_writer::{CheckpointWriter, Finished},
+    failure::Failure,
+    keepers::{KeeperMessage, Keepers, NumberedMessage},
+    machines::Machines,
+    recovery::find_candidates,
+    signals::Signals,
+    tracker::{Action, Tracker},
+};
 use crate::hint::hinted;
 use anyhow::{Result, anyhow};
 use checkpoint::keeper::{Event, SnapshotId, Topology};
 use nix::sys::signal::Signal;
-use std::path::Path;
-use std::time::{Duration, Instant};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 use trainer::config::Config;
 
 const POLL_INTERVAL: Duration = Duration::from_millis(20);

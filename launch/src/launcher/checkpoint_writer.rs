@@ -2,8 +2,10 @@
 
 use super::keepers::Keepers;
 use anyhow::{Result, anyhow};
-use checkpoint::keeper::{Peer, SnapshotId};
-use checkpoint::{Checkpoint, Shard, Staging};
+use checkpoint::{
+    Checkpoint, Shard, Staging,
+    keeper::{Peer, SnapshotId},
+};
 use crossbeam_channel::{Receiver, bounded};
 use std::path::{Path, PathBuf};
 

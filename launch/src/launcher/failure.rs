@@ -1,13 +1,19 @@
 //! A failure as the launcher reports it and decides by it.
 
-use super::policy::Cause;
-use super::processes::{FailedRank, first_cause};
-use super::tracker::Tracker;
-use crate::hint::hinted;
-use crate::protocol::{FailureKind, log_path};
+use super::{
+    policy::Cause,
+    processes::{FailedRank, first_cause},
+    tracker::Tracker,
+};
+use crate::{
+    hint::hinted,
+    protocol::{FailureKind, log_path},
+};
 use anyhow::anyhow;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 use trainer::config::RestartConfig;
 
 pub(super) struct Failure {

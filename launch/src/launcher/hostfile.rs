@@ -2,9 +2,11 @@
 
 use crate::cli::TrainArgs;
 use anyhow::{Context, Result, anyhow, bail};
-use std::os::unix::process::CommandExt;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::{
+    os::unix::process::CommandExt,
+    path::Path,
+    process::{Child, Command, Stdio},
+};
 
 /// Machines of a run; the launcher runs on the first.
 #[derive(Debug, PartialEq, Eq)]

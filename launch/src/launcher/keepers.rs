@@ -1,16 +1,20 @@
 //! The launcher's view of a run's keepers: start, take over, ask, replace, stop.
 
 use super::machines::{KeeperProcess, Machines};
-use crate::keeper::KeeperSettings;
-use crate::registry::{KeeperEntry, KeeperRegistry};
+use crate::{
+    keeper::KeeperSettings,
+    registry::{KeeperEntry, KeeperRegistry},
+};
 use anyhow::{Result, anyhow};
 use checkpoint::keeper::{Event, Inventory, Peer, Secret, Topology};
 use crossbeam_channel::{Receiver, Sender, unbounded};
-use std::collections::BTreeMap;
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
-use std::process::Child;
-use std::time::Duration;
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::Child,
+    time::Duration,
+};
 use trainer::config::Config;
 
 /// The time after which a keeper without a launcher exits.

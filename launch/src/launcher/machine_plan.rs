@@ -1,8 +1,10 @@
 //! The machines of a run, as the command line and the hostfile describe them.
 
 use super::hostfile::Hostfile;
-use crate::cli::TrainArgs;
-use crate::hint::{WithHint, hinted};
+use crate::{
+    cli::TrainArgs,
+    hint::{WithHint, hinted},
+};
 use anyhow::{Context, Result, anyhow, bail};
 use std::net::{SocketAddr, ToSocketAddrs};
 use trainer::config::Config;

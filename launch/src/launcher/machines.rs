@@ -1,24 +1,28 @@
 //! The machines of a run: the launcher's own, and those whose agents have joined.
 
-use super::agent_protocol::{
-    AgentCommand, AgentReport, Hello, HelloReply, StartedKeeper, send_line,
+use super::{
+    agent_protocol::{AgentCommand, AgentReport, Hello, HelloReply, StartedKeeper, send_line},
+    processes::{FailedRank, RankProcesses},
+    signals::Signals,
+    spawn::{KEEPER_START_TIMEOUT, spawn_keeper},
 };
-use super::processes::{FailedRank, RankProcesses};
-use super::signals::Signals;
-use super::spawn::{KEEPER_START_TIMEOUT, spawn_keeper};
-use crate::hint::{WithHint, hinted};
-use crate::keeper::{KeeperSettings, Ready};
-use crate::protocol::Assignment;
+use crate::{
+    hint::{WithHint, hinted},
+    keeper::{KeeperSettings, Ready},
+    protocol::Assignment,
+};
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::signal::Signal;
 use parking_lot::{Mutex, MutexGuard};
-use std::collections::{BTreeMap, BTreeSet};
-use std::io::{BufRead, BufReader};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
-use std::process::Child;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::{BufRead, BufReader},
+    net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::Child,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 /// The time within which killed ranks must be gone.

@@ -24,17 +24,14 @@ mod spawn;
 mod supervisor;
 mod tracker;
 
-use crate::cli::TrainArgs;
-use crate::hint::WithHint;
-use crate::{config_file, registry};
+use crate::{cli::TrainArgs, config_file, hint::WithHint, registry};
 use anyhow::{Context, Result, anyhow};
 use hostfile::SshSessions;
 use machine_plan::MachinePlan;
 use machines::{Join, Machines};
 use processes::RankProcesses;
 use signals::Signals;
-use std::process::ExitCode;
-use std::time::Duration;
+use std::{process::ExitCode, time::Duration};
 use supervisor::{RunSettings, Supervisor};
 use torch_ext::Store;
 

@@ -1,16 +1,22 @@
 //! The rank processes of this machine: start, assignment, supervision, end.
 
-use crate::cli::TrainArgs;
-use crate::environment;
-use crate::protocol::{Assignment, FailureReport, failure_path};
+use crate::{
+    cli::TrainArgs,
+    environment,
+    protocol::{Assignment, FailureReport, failure_path},
+};
 use anyhow::{Context, Result};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde::{Deserialize, Serialize};
-use std::io::Write;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::{
+    io::Write,
+    os::unix::process::{CommandExt, ExitStatusExt},
+    path::Path,
+    process::{Child, Command, ExitStatus, Stdio},
+};
 
 /// This program, even if its file was replaced since it started.
 pub(super) const OWN_PROGRAM: &str = "/proc/self/exe";

@@ -3,11 +3,15 @@
 
 use super::keepers::Keepers;
 use anyhow::{Context, Result};
-use checkpoint::keeper::recover::{Candidate, Rebuild, candidates};
-use checkpoint::keeper::{Peer, SnapshotId};
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
-use std::path::Path;
+use checkpoint::keeper::{
+    Peer, SnapshotId,
+    recover::{Candidate, Rebuild, candidates},
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    path::Path,
+};
 
 /// The state that ranks start from.
 #[derive(Default)]

@@ -1,8 +1,10 @@
 //! Saves what is only in memory when the launcher gives a run up.
 
-use super::checkpoint_writer::{CheckpointWriter, Finished};
-use super::keepers::Keepers;
-use super::recovery::{find_candidates, recover};
+use super::{
+    checkpoint_writer::{CheckpointWriter, Finished},
+    keepers::Keepers,
+    recovery::{find_candidates, recover},
+};
 use crate::hint::WithHint;
 use anyhow::{Context, Result};
 use std::time::Duration;

@@ -3,12 +3,14 @@
 use super::processes::OWN_PROGRAM;
 use crate::keeper::{KeeperSettings, Ready};
 use anyhow::{Context, Result};
-use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::process::CommandExt;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::{
+    fs::File,
+    io::{BufRead, BufReader, Write},
+    os::unix::process::CommandExt,
+    path::Path,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
 
 /// The time within which a started keeper must answer.
 pub(super) const KEEPER_START_TIMEOUT: Duration = Duration::from_secs(30);

@@ -1,30 +1,30 @@
 //! Supervises a run: starts keepers and ranks, and restarts them after failures.
 
-use super::attempt::{Attempt, AttemptOutcome, AttemptParts};
-use super::checkpoint_writer::CheckpointWriter;
-use super::failure::Failure;
-use super::keepers::Keepers;
-use super::lost_nodes::{Continuation, Nodes, plan_continuation};
-use super::machines::{Machines, PlacedRank};
-use super::policy::{History, Verdict};
-use super::recovery::{Restored, find_candidates, recover};
-use super::rescue::rescue;
-use super::restart_record::RestartRecord;
-use super::signals::Signals;
-use crate::hint::{self, hinted};
-use crate::protocol::Assignment;
-use crate::registry::KeeperRegistry;
+use super::{
+    attempt::{Attempt, AttemptOutcome, AttemptParts},
+    checkpoint_writer::CheckpointWriter,
+    failure::Failure,
+    keepers::Keepers,
+    lost_nodes::{Continuation, Nodes, plan_continuation},
+    machines::{Machines, PlacedRank},
+    policy::{History, Verdict},
+    recovery::{Restored, find_candidates, recover},
+    rescue::rescue,
+    restart_record::RestartRecord,
+    signals::Signals,
+};
+use crate::{
+    hint::{self, hinted},
+    protocol::Assignment,
+    registry::KeeperRegistry,
+};
 use anyhow::{Result, anyhow};
-use checkpoint::Redundancy;
-use checkpoint::keeper::{DEFAULT_CHUNK_BYTES, Node, Topology};
-use std::fs::File;
-use std::io::Write;
-use std::net::SocketAddr;
-use std::path::Path;
-use std::process::ExitCode;
-use std::time::Instant;
-use trainer::KeeperAccess;
-use trainer::config::Config;
+use checkpoint::{
+    Redundancy,
+    keeper::{DEFAULT_CHUNK_BYTES, Node, Topology},
+};
+use std::{fs::File, io::Write, net::SocketAddr, path::Path, process::ExitCode, time::Instant};
+use trainer::{KeeperAccess, config::Config};
 
 /// Values that do not change during a run.
 pub(super) struct RunSettings<'a> {

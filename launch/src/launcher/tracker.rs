@@ -2,8 +2,10 @@
 //! make progress. Events in, actions out.
 
 use checkpoint::keeper::{Event, PartInfo, RankStatus, Snapshot, SnapshotId, Topology};
-use std::collections::{BTreeMap, BTreeSet};
-use std::time::{Duration, Instant};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, Instant},
+};
 
 /// The time after which an incomplete snapshot is abandoned.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -220,8 +222,10 @@ impl Tracker {
 #[cfg(test)]
 mod tests {
     use super::{Action, Tracker};
-    use checkpoint::Redundancy;
-    use checkpoint::keeper::{Event, Node, PartInfo, SnapshotId, Topology};
+    use checkpoint::{
+        Redundancy,
+        keeper::{Event, Node, PartInfo, SnapshotId, Topology},
+    };
 
     /// Returns a tracker of two nodes with one rank each.
     fn tracker() -> Tracker {

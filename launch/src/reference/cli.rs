@@ -2,8 +2,10 @@
 
 use super::markdown::{Page, code, inline};
 use crate::cli::Cli;
-use clap::builder::{PossibleValue, StyledStr};
-use clap::{Arg, ArgAction, Command, CommandFactory};
+use clap::{
+    Arg, ArgAction, Command, CommandFactory,
+    builder::{PossibleValue, StyledStr},
+};
 
 const INTRODUCTION: &str = "\
 Every command prints its arguments with `--help`. Errors are `error: what: cause`, followed by \

@@ -1,7 +1,9 @@
 //! The page of configuration keys.
 
-use super::markdown::{Page, code, inline};
-use super::schema::{Field, SchemaRoot, description, items};
+use super::{
+    markdown::{Page, code, inline},
+    schema::{Field, SchemaRoot, description, items},
+};
 use serde_json::Value;
 use trainer::config::Config;
 

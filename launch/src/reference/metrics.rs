@@ -1,12 +1,12 @@
 //! The page of the records that a run writes.
 
-use super::markdown::{Page, code, inline};
-use super::schema::{SchemaRoot, description, is_nullable};
-use crate::launcher::restart_record::RestartRecord;
-use crate::registry::KeeperRegistry;
+use super::{
+    markdown::{Page, code, inline},
+    schema::{SchemaRoot, description, is_nullable},
+};
+use crate::{launcher::restart_record::RestartRecord, registry::KeeperRegistry};
 use serde_json::Value;
-use trainer::data::DatasetInfo;
-use trainer::{RoutingLine, StepMetrics, ValidationMetrics};
+use trainer::{RoutingLine, StepMetrics, ValidationMetrics, data::DatasetInfo};
 
 const INTRODUCTION: &str = "\
 A run writes these files into its folder `run.dir`. Files that end in `.jsonl` have one JSON \

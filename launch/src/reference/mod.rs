@@ -8,12 +8,12 @@ mod markdown;
 mod metrics;
 mod schema;
 
-use crate::cli::ReferenceArgs;
-use crate::config_file;
-use crate::hint::WithHint;
+use crate::{cli::ReferenceArgs, config_file, hint::WithHint};
 use anyhow::{Context, Result, anyhow};
-use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 struct GeneratedFile {
     path: PathBuf,

@@ -1,8 +1,7 @@
 //! JSON schemas as the reference pages need them: references resolved and types in words.
 
 use super::markdown::{code, inline};
-use schemars::generate::SchemaSettings;
-use schemars::{JsonSchema, Schema};
+use schemars::{JsonSchema, Schema, generate::SchemaSettings};
 use serde_json::Value;
 
 /// The schema of a type.

@@ -9,8 +9,7 @@
 use crate::lending::transfer::Lending;
 use kernels::gemm;
 use parallel::{Accelerator, Communicator, Work};
-use std::sync::Arc;
-use std::time::Instant;
+use std::{sync::Arc, time::Instant};
 use tch::{Kind, Tensor};
 use torch_ext::Error;
 

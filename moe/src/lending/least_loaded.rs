@@ -8,9 +8,11 @@
 //! - Of several capacities the one with the shortest time, including transfers, is used.
 //! - A plan is used only if it saves more than its transfers cost.
 
-use crate::lending::assignment::{Assignment, Share, home, home_loads};
-use crate::lending::load_tree::{LeastLoadedTree, heaviest_first};
-use crate::lending::published::{AssignedRange, plan_as_published};
+use crate::lending::{
+    assignment::{Assignment, Share, home, home_loads},
+    load_tree::{LeastLoadedTree, heaviest_first},
+    published::{AssignedRange, plan_as_published},
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 

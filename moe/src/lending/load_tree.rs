@@ -1,7 +1,6 @@
 //! The least loaded of a range of owners, in logarithmic time.
 
-use std::cmp::Reverse;
-use std::ops::Range;
+use std::{cmp::Reverse, ops::Range};
 
 /// Stands for no owner in [`LeastLoadedTree`].
 const NONE: usize = usize::MAX;

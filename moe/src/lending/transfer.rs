@@ -10,11 +10,15 @@
 //! carries nothing else.
 // Shapes: L local experts, M experts lent to this rank, F ffn, D hidden.
 
-use crate::lending::assignment::Transfer;
-use crate::plan::{ExpertTopology, RankPlan};
+use crate::{
+    lending::assignment::Transfer,
+    plan::{ExpertTopology, RankPlan},
+};
 use parallel::{Communicator, Work};
-use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+};
 use tch::{Kind, Tensor};
 use torch_ext::Error;
 

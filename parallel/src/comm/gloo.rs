@@ -1,9 +1,13 @@
 //! The Gloo communicator, over TCP; device tensors are staged in host memory.
 
 use super::{CommError, Communicator, Membership, ReduceOp, Staged, Work, check_splits};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 use tch::Tensor;
 use torch_ext::{GlooAddress, Store};
 

@@ -5,10 +5,14 @@
 //! has not run on hardware yet: the tests use a library that implements its interface in host
 //! memory.
 
-use super::ReduceOp;
-use super::device_comm::{Elements, LaunchTarget, Library, Message, Parts};
-use std::ffi::{CStr, c_char, c_int, c_void};
-use std::sync::OnceLock;
+use super::{
+    ReduceOp,
+    device_comm::{Elements, LaunchTarget, Library, Message, Parts},
+};
+use std::{
+    ffi::{CStr, c_char, c_int, c_void},
+    sync::OnceLock,
+};
 use tch::Kind;
 
 /// `HcclResult`; `HCCL_SUCCESS` is 0.

@@ -4,13 +4,19 @@
 //! which installations of torch do not have (theirs is `libnccl.so.2`), and panics without it. The
 //! signatures are those of nccl.h 2.24. NCCL has not run on hardware yet.
 
-use super::ReduceOp;
-use super::device_comm::{Elements, LaunchTarget, Library, Message, Parts};
+use super::{
+    ReduceOp,
+    device_comm::{Elements, LaunchTarget, Library, Message, Parts},
+};
 use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
 use libloading::os::unix::Library as DynamicLibrary;
-use std::ffi::{CStr, c_char, c_int, c_void};
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::{
+    ffi::{CStr, c_char, c_int, c_void},
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 use tch::Kind;
 
 /// `ncclResult_t` as a number, since a newer library returns values that the enum does not have.

@@ -2,8 +2,10 @@
 
 use super::outcome::{Outcome, Verdict, expect, text};
 use crate::{Accelerator, Backend, CommError, Communicator, RankEnv, ReduceOp, Work, World};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use tch::{Device, Kind, Tensor};
 
 /// For operations that must not time out.

@@ -1,10 +1,11 @@
 //! A gradient bucket: one flat buffer that is reduced by one collective.
 
 use super::plan::BucketPlan;
-use crate::rows::{matrix_shape, own_rows};
-use crate::{Accelerator, CommError, Communicator, Local, ReduceOp, Weight, Work};
-use std::ops::Range;
-use std::sync::Arc;
+use crate::{
+    Accelerator, CommError, Communicator, Local, ReduceOp, Weight, Work,
+    rows::{matrix_shape, own_rows},
+};
+use std::{ops::Range, sync::Arc};
 use tch::{Kind, Tensor};
 
 /// The ranks that hold the same weights.

@@ -21,13 +21,11 @@ mod state;
 pub use bucket::Replication;
 pub use plan::{BucketPlan, plan_buckets};
 
-use crate::weight::DeferredGradient;
-use crate::{Accelerator, CommError, Weight};
+use crate::{Accelerator, CommError, Weight, weight::DeferredGradient};
 use bucket::Bucket;
 use parking_lot::Mutex;
 use state::{BucketState, Location};
-use std::collections::VecDeque;
-use std::sync::Arc;
+use std::{collections::VecDeque, sync::Arc};
 use tch::{Kind, Tensor};
 use torch_ext::Error;
 

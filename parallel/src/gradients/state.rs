@@ -1,8 +1,10 @@
 //! The sink of all contributions, which reduces buckets as they become complete.
 
 use super::bucket::Bucket;
-use crate::weight::{DeferredGradient, GradientSink};
-use crate::{CommError, GradientSum, Work};
+use crate::{
+    CommError, GradientSum, Work,
+    weight::{DeferredGradient, GradientSink},
+};
 use std::collections::VecDeque;
 use tch::Device;
 

@@ -1,7 +1,9 @@
 //! Proves that a schedule can run, whatever the times of its passes.
 
-use super::communication::{Dependency, receives_only};
-use super::{Collective, Message, Order, Pass, PassKind, Payload, Schedule, Step};
+use super::{
+    Collective, Message, Order, Pass, PassKind, Payload, Schedule, Step,
+    communication::{Dependency, receives_only},
+};
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 /// A reason why a schedule cannot run.

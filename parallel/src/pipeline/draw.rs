@@ -1,7 +1,9 @@
 //! Draws a simulated step, as text for a terminal or as SVG.
 
-use super::PassKind;
-use super::simulate::{Span, Timeline};
+use super::{
+    PassKind,
+    simulate::{Span, Timeline},
+};
 use std::fmt::Write;
 
 /// Returns the passes that take time.
@@ -145,9 +147,11 @@ fn escape(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pipeline::communication::with_communication;
-    use crate::pipeline::schedules::ScheduleKind;
-    use crate::pipeline::simulate::{Costs, simulate};
+    use crate::pipeline::{
+        communication::with_communication,
+        schedules::ScheduleKind,
+        simulate::{Costs, simulate},
+    };
 
     #[test]
     fn two_ranks_two_microbatches() {

@@ -1,14 +1,14 @@
 //! Runs a schedule on one rank.
 
-use super::communication::Dependency;
-use super::lane::{CollectiveFn, Lane};
-use super::simulate::Span;
-use super::{Collective, CollectiveKind, Message, Order, Pass, PassKind, Payload, Schedule, Step};
+use super::{
+    Collective, CollectiveKind, Message, Order, Pass, PassKind, Payload, Schedule, Step,
+    communication::Dependency,
+    lane::{CollectiveFn, Lane},
+    simulate::Span,
+};
 use crate::{Accelerator, CommError, Communicator, Work};
 use kernels::profile::{Cost, span};
-use std::collections::HashMap;
-use std::sync::Arc;
-use std::time::Instant;
+use std::{collections::HashMap, sync::Arc, time::Instant};
 use tch::Tensor;
 
 /// The stages of one rank.

@@ -2,12 +2,15 @@
 //!
 //! It is a thread if the host waits for collectives, and a stream if the device does.
 
-use crate::background;
-use crate::{Accelerator, CommError, Communicator};
+use crate::{Accelerator, CommError, Communicator, background};
 use parking_lot::Mutex;
-use std::collections::VecDeque;
-use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc,
+        mpsc::{Receiver, Sender, channel},
+    },
+};
 use tch::{Kind, Tensor};
 use torch_ext::{Event, Stream};
 

@@ -4,9 +4,9 @@
 //! vocabulary parallelism. arXiv 2401.10241, section 3, builds an order from times; this module
 //! improves an existing one.
 
-use super::communication::Dependency;
-use super::simulate::Costs;
-use super::{Collective, Order, Pass, PassKind, Vocabulary};
+use super::{
+    Collective, Order, Pass, PassKind, Vocabulary, communication::Dependency, simulate::Costs,
+};
 use std::collections::HashMap;
 
 /// The largest distance, in positions, by which one move shifts a pass.

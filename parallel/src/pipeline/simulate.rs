@@ -1,7 +1,9 @@
 //! Estimates the time and the memory of a schedule from the times of its passes.
 
-use super::communication::{Dependency, receives_only};
-use super::{Collective, Message, Order, Pass, PassKind, Schedule, Step, Vocabulary};
+use super::{
+    Collective, Message, Order, Pass, PassKind, Schedule, Step, Vocabulary,
+    communication::{Dependency, receives_only},
+};
 use std::collections::{HashMap, HashSet};
 
 /// Times of passes and of communication, in any one unit.

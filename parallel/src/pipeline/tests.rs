@@ -1,10 +1,12 @@
-use super::check::{ScheduleError, check};
-use super::communication::{Dependency, receives_only, with_communication};
-use super::refine::refined;
-use super::schedules::ScheduleKind;
-use super::simulate::{Costs, Span, Timeline, VocabularyCosts, simulate};
-use super::vocabulary::with_vocabulary;
-use super::*;
+use super::{
+    check::{ScheduleError, check},
+    communication::{Dependency, receives_only, with_communication},
+    refine::refined,
+    schedules::ScheduleKind,
+    simulate::{Costs, Span, Timeline, VocabularyCosts, simulate},
+    vocabulary::with_vocabulary,
+    *,
+};
 use proptest::prelude::*;
 use std::collections::HashMap;
 

@@ -2,8 +2,7 @@
 
 use super::{Collective, CollectiveKind, Message, Order, Pass, PassKind, Payload, Placement};
 use serde::{Deserialize, Serialize};
-use std::fmt;
-use std::str::FromStr;
+use std::{fmt, str::FromStr};
 
 impl fmt::Display for Pass {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

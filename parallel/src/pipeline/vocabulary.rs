@@ -10,9 +10,7 @@
 //! before. So all ranks do the same work within the time of one pass, and collectives overlap with
 //! passes of layers. Embedding passes accompany S, one microbatch ahead of their use.
 
-use super::communication::Dependency;
-use super::simulate::Costs;
-use super::{Order, Pass, PassKind, Vocabulary};
+use super::{Order, Pass, PassKind, Vocabulary, communication::Dependency, simulate::Costs};
 use std::collections::HashMap;
 
 /// Returns `order` with the embedding and the output layer on all ranks.

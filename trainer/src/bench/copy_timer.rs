@@ -1,8 +1,12 @@
 //! Time to copy a rank's state into a keeper's memory, for `moerun bench snapshot`.
 
-use crate::Error;
-use crate::train::slot_writer::{FlatTensor, ImageContent, SlotWriter};
-use crate::train::snapshots::{KeeperAccess, SLOTS};
+use crate::{
+    Error,
+    train::{
+        slot_writer::{FlatTensor, ImageContent, SlotWriter},
+        snapshots::{KeeperAccess, SLOTS},
+    },
+};
 use checkpoint::keeper::{self, KeeperClient, SlotMemory, SnapshotId};
 use parallel::Accelerator;
 use std::time::Instant;

@@ -1,17 +1,17 @@
 //! Reference training steps for `moerun bench step`: shapes of `MixtralForCausalLM` that peers
 //! measure, on random tokens.
 
-use crate::Error;
-use crate::config::{Dtype, ModelConfig, MoeConfig, OptimizerConfig, QkNorm, RouterConfig};
-use crate::model::{BuildContext, IGNORED, Model, ModelPart};
-use crate::optim::Optimizer;
-use crate::process_groups::ProcessGroups;
+use crate::{
+    Error,
+    config::{Dtype, ModelConfig, MoeConfig, OptimizerConfig, QkNorm, RouterConfig},
+    model::{BuildContext, IGNORED, Model, ModelPart},
+    optim::Optimizer,
+    process_groups::ProcessGroups,
+};
 use kernels::profile::{Cost, span};
 use moe::balance::{BalanceScope, BatchTotals};
 use parallel::{Accelerator, GradientBuckets, Local, Replication};
-use std::path::Path;
-use std::sync::Arc;
-use std::time::Instant;
+use std::{path::Path, sync::Arc, time::Instant};
 use tch::{Kind, Tensor};
 
 /// Times, losses and memory that [`ReferenceStep::measure`] returns.

@@ -1,9 +1,10 @@
 //! The section `parallel`: how ranks divide the work.
 
 use super::words::{Auto, AxisSize, NoneOrAll};
-use parallel::context::ContextKind;
-use parallel::pipeline::Vocabulary;
-use parallel::pipeline::schedules::ScheduleKind;
+use parallel::{
+    context::ContextKind,
+    pipeline::{Vocabulary, schedules::ScheduleKind},
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;

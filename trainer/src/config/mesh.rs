@@ -1,8 +1,6 @@
 //! The mesh that a layout gives on a number of ranks.
 
-use super::Config;
-use super::layout::ParallelConfig;
-use super::words::AxisSize;
+use super::{Config, layout::ParallelConfig, words::AxisSize};
 use parallel::{Mesh, MeshShape};
 
 impl Config {

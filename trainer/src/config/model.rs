@@ -1,8 +1,7 @@
 //! The section `model`: the architecture.
 
 use super::dispatch::{Dispatch, LeastLoadedConfig, PlacementConfig};
-use moe::Score;
-use moe::balance::BalanceScope;
+use moe::{Score, balance::BalanceScope};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 

@@ -1,14 +1,18 @@
 //! The passes of each pipeline rank in a step, and the layers of each stage.
 
-use super::Config;
-use super::layout::{ParallelConfig, ScheduleChoice, VocabularyLayout};
+use super::{
+    Config,
+    layout::{ParallelConfig, ScheduleChoice, VocabularyLayout},
+};
 use crate::model::split_layers;
-use parallel::pipeline::check::check;
-use parallel::pipeline::communication::with_communication;
-use parallel::pipeline::refine::refined;
-use parallel::pipeline::simulate::{Costs, VocabularyCosts};
-use parallel::pipeline::vocabulary::with_vocabulary;
-use parallel::pipeline::{Order, OrderFile, Pass, PassKind, Schedule, Vocabulary};
+use parallel::pipeline::{
+    Order, OrderFile, Pass, PassKind, Schedule, Vocabulary,
+    check::check,
+    communication::with_communication,
+    refine::refined,
+    simulate::{Costs, VocabularyCosts},
+    vocabulary::with_vocabulary,
+};
 use std::path::Path;
 
 /// The schedule of a pipeline, and the layers of its stages.

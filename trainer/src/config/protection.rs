@@ -1,7 +1,9 @@
 //! The nodes of a run, and the groups in which they protect each other's snapshots.
 
-use super::Config;
-use super::snapshot::{RedundancyConfig, SnapshotEvery};
+use super::{
+    Config,
+    snapshot::{RedundancyConfig, SnapshotEvery},
+};
 use checkpoint::{Redundancy, redundancy_groups};
 
 impl Config {

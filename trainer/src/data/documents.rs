@@ -2,9 +2,11 @@
 //! (one per row).
 
 use crate::Error;
-use std::fs::File;
-use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
+use std::{
+    fs::File,
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+};
 
 /// Returns the files under `inputs` in a fixed order. Folders are searched for the extensions.
 pub(super) fn files(inputs: &[PathBuf], extensions: &[String]) -> Result<Vec<PathBuf>, Error> {
@@ -97,8 +99,10 @@ fn read_jsonl(
 #[cfg(feature = "parquet")]
 mod parquet_rows {
     use super::{Error, File, Path};
-    use parquet::file::reader::{FileReader, SerializedFileReader};
-    use parquet::record::RowAccessor;
+    use parquet::{
+        file::reader::{FileReader, SerializedFileReader},
+        record::RowAccessor,
+    };
 
     pub(super) fn read(
         path: &Path,

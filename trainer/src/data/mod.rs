@@ -10,8 +10,7 @@ pub use prepare::{DatasetInfo, PrepareOptions, prepare};
 pub use sampler::{Draw, Sampler};
 pub use tokens::{TokenFile, TokenWriter};
 
-use crate::Error;
-use crate::config::SourceConfig;
+use crate::{Error, config::SourceConfig};
 use tch::Tensor;
 
 /// Text of the end-of-document token in data that `moerun data prepare` made.

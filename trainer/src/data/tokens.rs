@@ -17,10 +17,12 @@
 //! of a signal.
 
 use crate::Error;
-use std::fs::File;
-use std::io::{BufWriter, Read, Write};
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::{
+    fs::File,
+    io::{BufWriter, Read, Write},
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
 
 const MAGIC: &[u8; 9] = b"MMIDIDX\x00\x00";
 

@@ -1,10 +1,7 @@
 //! Text generation from a checkpoint.
 
 use super::loaded::LoadedModel;
-use crate::Error;
-use crate::config::Config;
-use crate::data::END_OF_DOCUMENT;
-use crate::model::Model;
+use crate::{Error, config::Config, data::END_OF_DOCUMENT, model::Model};
 use parallel::{Accelerator, Cpu};
 use std::path::{Path, PathBuf};
 use tch::{Kind, Tensor};

@@ -1,10 +1,12 @@
 //! A trained model from a checkpoint.
 
-use crate::Error;
-use crate::config::Config;
-use crate::model::{BuildContext, Model, ModelPart};
-use crate::process_groups::ProcessGroups;
-use crate::train::checkpointing::{read_run_state, restore_weights};
+use crate::{
+    Error,
+    config::Config,
+    model::{BuildContext, Model, ModelPart},
+    process_groups::ProcessGroups,
+    train::checkpointing::{read_run_state, restore_weights},
+};
 use checkpoint::Checkpoint;
 use parallel::Cpu;
 use std::path::{Path, PathBuf};

@@ -1,8 +1,7 @@
 //! Routing decisions of a trained model, token by token.
 
 use super::loaded::LoadedModel;
-use crate::Error;
-use crate::data::Dataset;
+use crate::{Error, data::Dataset};
 use parallel::{Accelerator, Cpu};
 use std::path::Path;
 

@@ -2,19 +2,24 @@
 // Shapes: B batch, S sequence (s of it on this rank), T = B * s tokens, D hidden, H query heads and
 // G key/value heads of this rank, d head width.
 
-use super::core_attention::CoreAttention;
-use super::documents::Documents;
-use super::norm::{rms_norm, split_rms_norm};
-use super::options::{ParameterOptions, RoleOptions};
-use super::rope::Rope;
-use crate::config::{ModelConfig, QkNorm, RecomputedPart};
-use crate::model::build_context::BuildContext;
-use crate::model::parameters::{Parameters, Replicas, slice};
-use parallel::recompute::recomputed;
-use parallel::tensor::TensorParallel;
-use parallel::{Activation, Weight, linear, linears};
-use std::ops::Range;
-use std::sync::Arc;
+use super::{
+    core_attention::CoreAttention,
+    documents::Documents,
+    norm::{rms_norm, split_rms_norm},
+    options::{ParameterOptions, RoleOptions},
+    rope::Rope,
+};
+use crate::{
+    config::{ModelConfig, QkNorm, RecomputedPart},
+    model::{
+        build_context::BuildContext,
+        parameters::{Parameters, Replicas, slice},
+    },
+};
+use parallel::{
+    Activation, Weight, linear, linears, recompute::recomputed, tensor::TensorParallel,
+};
+use std::{ops::Range, sync::Arc};
 use tch::Tensor;
 use torch_ext::Error;
 

@@ -1,23 +1,22 @@
 //! Construction of a rank's part of the model.
 
-use super::attention::Attention;
-use super::build_context::BuildContext;
-use super::experts::{ExpertShape, LocalExperts, gate_up_slices};
-use super::layer::{FeedForward, Layer};
-use super::options::{ParameterOptions, RoleOptions};
-use super::parameters::{Parameters, Replicas, Unit, slice};
-use super::part::{ModelPart, StagePart, VocabularyShard};
-use super::rope::Rope;
-use super::{Model, Stage, VocabularyWeight};
+use super::{
+    Model, Stage, VocabularyWeight,
+    attention::Attention,
+    build_context::BuildContext,
+    experts::{ExpertShape, LocalExperts, gate_up_slices},
+    layer::{FeedForward, Layer},
+    options::{ParameterOptions, RoleOptions},
+    parameters::{Parameters, Replicas, Unit, slice},
+    part::{ModelPart, StagePart, VocabularyShard},
+    rope::Rope,
+};
 use crate::config::{ModelConfig, MoeConfig, RecomputedPart};
 use checkpoint::TensorSlice;
-use moe::dispatch::Dispatcher;
-use moe::{MoeLayer, MoeWeights, Router, SavePolicy};
-use parallel::Weight;
-use parallel::context::positions;
+use moe::{MoeLayer, MoeWeights, Router, SavePolicy, dispatch::Dispatcher};
+use parallel::{Weight, context::positions};
 use parking_lot::Mutex;
-use std::ops::Range;
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 use tch::{Kind, Tensor};
 
 impl Model {

@@ -1,10 +1,11 @@
 //! Everything that a model is built from besides its shape.
 
-use crate::config::{Config, Dtype, RecomputeConfig};
-use crate::process_groups::ProcessGroups;
+use crate::{
+    config::{Config, Dtype, RecomputeConfig},
+    process_groups::ProcessGroups,
+};
 use moe::experts::GemmPrecision;
-use parallel::Accelerator;
-use parallel::context::ContextKind;
+use parallel::{Accelerator, context::ContextKind};
 
 /// Device, process groups and numeric choices of a [`Model`](crate::Model).
 pub struct BuildContext<'a> {

@@ -3,8 +3,10 @@
 
 use super::documents::Documents;
 use kernels::repeat_heads;
-use parallel::Communicator;
-use parallel::context::{ContextKind, heads_to_sequence, ring_attention, sequence_to_heads};
+use parallel::{
+    Communicator,
+    context::{ContextKind, heads_to_sequence, ring_attention, sequence_to_heads},
+};
 use std::sync::Arc;
 use tch::{Device, Tensor};
 use torch_ext::{Error, attach_backward};

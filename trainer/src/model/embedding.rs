@@ -1,9 +1,7 @@
 //! Embedding lookup with tensor parallelism.
 
 use super::vocabulary::{add_rows, embed_rows};
-use parallel::Weight;
-use parallel::collectives::scatter_to_group;
-use parallel::tensor::TensorParallel;
+use parallel::{Weight, collectives::scatter_to_group, tensor::TensorParallel};
 use std::ops::Range;
 use tch::Tensor;
 use torch_ext::{Error, attach_backward};

@@ -2,8 +2,10 @@
 //!
 //! Any rank can draw any part of any parameter without drawing the rest.
 
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
+use rand_chacha::{
+    ChaCha8Rng,
+    rand_core::{Rng, SeedableRng},
+};
 use rayon::prelude::*;
 
 /// Draws the slice at `offset` of size `shape`, row-major, of the tensor `name` of shape `global`:

@@ -1,20 +1,16 @@
 //! One pre-norm transformer layer.
 // Shapes: T tokens (of a microbatch, on this rank), D hidden.
 
-use super::attention::Attention;
-use super::documents::Documents;
-use super::experts::LocalExperts;
-use super::norm::rms_norm;
-use super::rope::Rope;
-use crate::Error;
-use crate::model::parameters::Unit;
-use moe::balance::RouterStats;
-use moe::experts::grouped_swiglu;
-use moe::{MoeLayer, MoeOutput, MoeStats, RoutingReplay};
-use parallel::recompute::recomputed;
-use parallel::sharding::before_backward;
-use parallel::tensor::TensorParallel;
-use parallel::{Activation, Weight};
+use super::{
+    attention::Attention, documents::Documents, experts::LocalExperts, norm::rms_norm, rope::Rope,
+};
+use crate::{Error, model::parameters::Unit};
+use moe::{
+    MoeLayer, MoeOutput, MoeStats, RoutingReplay, balance::RouterStats, experts::grouped_swiglu,
+};
+use parallel::{
+    Activation, Weight, recompute::recomputed, sharding::before_backward, tensor::TensorParallel,
+};
 use parking_lot::Mutex;
 use std::sync::Arc;
 use tch::Tensor;

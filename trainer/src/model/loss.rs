@@ -6,8 +6,7 @@
 
 use kernels::{gemm, gemm_into, softmax, softmax_gradient};
 use parallel::{Communicator, Contribution, Weight};
-use std::ops::Range;
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 use tch::{Kind, Tensor};
 use torch_ext::{Error, attach_backward};
 

@@ -20,21 +20,22 @@ mod part;
 mod rope;
 pub(crate) mod vocabulary;
 
-use crate::Error;
-use crate::config::ModelConfig;
-use crate::model::parameters::{Parameters, Unit};
+use crate::{
+    Error,
+    config::ModelConfig,
+    model::parameters::{Parameters, Unit},
+};
 use embedding::embed;
 use layer::{FeedForward, Layer, with_gathered_weights};
 use loss::{VocabularyRows, cross_entropy};
-use moe::balance::{BalanceScope, BatchTotals, RouterStats, load_balance_loss, z_loss};
-use moe::{MoeLayer, MoeStats};
+use moe::{
+    MoeLayer, MoeStats,
+    balance::{BalanceScope, BatchTotals, RouterStats, load_balance_loss, z_loss},
+};
 use norm::rms_norm;
-use parallel::Weight;
-use parallel::collectives::gather_from_group;
-use parallel::tensor::TensorParallel;
+use parallel::{Weight, collectives::gather_from_group, tensor::TensorParallel};
 use rope::Rope;
-use std::ops::Range;
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 use tch::{Kind, Tensor};
 
 pub use build_context::BuildContext;

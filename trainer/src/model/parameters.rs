@@ -1,10 +1,13 @@
 //! A model's parameters: one list that optimizer, gradient buckets and checkpoints iterate over.
 
-use crate::model::init::normal;
-use crate::model::options::{Init, ParameterOptions};
+use crate::model::{
+    init::normal,
+    options::{Init, ParameterOptions},
+};
 use checkpoint::TensorSlice;
-use parallel::sharding::ShardedWeights;
-use parallel::{Accelerator, CommError, Replication, Weight, matrix_shape, own_rows};
+use parallel::{
+    Accelerator, CommError, Replication, Weight, matrix_shape, own_rows, sharding::ShardedWeights,
+};
 use parking_lot::Mutex;
 use std::ops::Range;
 use tch::{Kind, Tensor};

@@ -14,8 +14,10 @@
 
 use super::loss::{IGNORED, LossScale};
 use kernels::{gemm_into, softmax, softmax_gradient};
-use parallel::pipeline::{CollectiveFn, Vocabulary};
-use parallel::{CommError, Communicator, ReduceOp, Weight};
+use parallel::{
+    CommError, Communicator, ReduceOp, Weight,
+    pipeline::{CollectiveFn, Vocabulary},
+};
 use std::ops::Range;
 use tch::{Kind, Tensor};
 use torch_ext::Error;

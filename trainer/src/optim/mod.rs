@@ -3,10 +3,12 @@
 mod offload;
 pub(crate) mod schedule;
 
-use crate::Error;
-use crate::config::OptimizerConfig;
-use crate::model::parameters::{Parameter, Parameters};
-use crate::optim::offload::Offload;
+use crate::{
+    Error,
+    config::OptimizerConfig,
+    model::parameters::{Parameter, Parameters},
+    optim::offload::Offload,
+};
 use kernels::{AdamWUpdate, adamw, sum_of_squares};
 use parallel::{Accelerator, Communicator, GradientBuckets, ReduceOp};
 use std::sync::Arc;

@@ -5,11 +5,15 @@
 //! Updated weights return in the model's dtype.
 
 use crate::Error;
-use kernels::profile::{Cost, span};
-use kernels::{AdamWUpdate, adamw};
+use kernels::{
+    AdamWUpdate, adamw,
+    profile::{Cost, span},
+};
 use parallel::{Accelerator, Copier};
-use std::ops::Range;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::{
+    ops::Range,
+    sync::mpsc::{Receiver, Sender, channel},
+};
 use tch::{Kind, Tensor};
 use torch_ext::AdamW;
 

@@ -4,19 +4,20 @@
 //! All ranks call [`plan_save`], [`save`], [`resume`] and [`resume_snapshot`] at the same point.
 
 use super::run_state::RunState;
-use crate::Error;
-use crate::config::rename_old_keys;
-use crate::model::Model;
-use crate::optim::Optimizer;
-use checkpoint::keeper::SnapshotId;
-use checkpoint::{Checkpoint, ImageHeader, PartOpener, Shard, Staging, TensorSlice, assign_owners};
-use parallel::agreement::{
-    AgreementError, agree, all_gather_bytes, broadcast_bytes, decode_peer_message,
+use crate::{Error, config::rename_old_keys, model::Model, optim::Optimizer};
+use checkpoint::{
+    Checkpoint, ImageHeader, PartOpener, Shard, Staging, TensorSlice, assign_owners,
+    keeper::SnapshotId,
 };
-use parallel::{Accelerator, Communicator};
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use parallel::{
+    Accelerator, Communicator,
+    agreement::{AgreementError, agree, all_gather_bytes, broadcast_bytes, decode_peer_message},
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 use tch::{Kind, Tensor};
 
 /// Kinds of saved tensors. The name of a saved tensor is `KIND/GLOBAL NAME`.

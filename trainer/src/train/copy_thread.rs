@@ -1,16 +1,18 @@
 //! The thread that copies snapshots into the keeper's memory while training continues.
 
-use super::progress_counter::ProgressCounter;
-use super::run_state::RunState;
-use super::slot_writer::{FlatTensor, ImageContent, SlotWriter};
+use super::{
+    progress_counter::ProgressCounter,
+    run_state::RunState,
+    slot_writer::{FlatTensor, ImageContent, SlotWriter},
+};
 use crate::Error;
-use checkpoint::ImageLayout;
-use checkpoint::keeper::SlotMemory;
+use checkpoint::{ImageLayout, keeper::SlotMemory};
 use parking_lot::{Condvar, Mutex};
-use std::collections::VecDeque;
-use std::sync::Arc;
-use std::sync::mpsc::Sender;
-use std::time::{Duration, Instant};
+use std::{
+    collections::VecDeque,
+    sync::{Arc, mpsc::Sender},
+    time::{Duration, Instant},
+};
 use tch::{Kind, Tensor};
 
 pub(crate) const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(100);

@@ -1,16 +1,19 @@
 //! Snapshots and checkpoints of a run.
 
-use super::Trainer;
-use super::checkpointing::{self, StateTensors};
-use super::metrics::Progress;
-use super::run_state::RunState;
-use super::snapshots::{KeeperAccess, ReservedSlot, Snapshots};
-use super::step_figures::StepFigures;
-use crate::Error;
-use crate::config::SnapshotEvery;
+use super::{
+    Trainer,
+    checkpointing::{self, StateTensors},
+    metrics::Progress,
+    run_state::RunState,
+    snapshots::{KeeperAccess, ReservedSlot, Snapshots},
+    step_figures::StepFigures,
+};
+use crate::{Error, config::SnapshotEvery};
 use parallel::agreement::{agree, sum_over_ranks};
-use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 /// Interval at which the last snapshot tries again to reserve slots.
 const RESERVE_RETRY_INTERVAL: Duration = Duration::from_millis(20);

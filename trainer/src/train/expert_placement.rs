@@ -6,17 +6,19 @@
 //! Every rank of a stage, in the order of its MoE layers.
 
 use super::run_state::PlacementState;
-use crate::Error;
-use crate::config::PlacementConfig;
-use crate::model::{LocalExperts, Model};
-use crate::optim::Optimizer;
+use crate::{
+    Error,
+    config::PlacementConfig,
+    model::{LocalExperts, Model},
+    optim::Optimizer,
+};
 use checkpoint::TensorSlice;
 use moe::placement::rebalance_experts;
-use parallel::agreement::{all_gather_bytes, decode_peer_message};
-use parallel::{Communicator, Work};
-use std::collections::BTreeSet;
-use std::ops::Range;
-use std::sync::Arc;
+use parallel::{
+    Communicator, Work,
+    agreement::{all_gather_bytes, decode_peer_message},
+};
+use std::{collections::BTreeSet, ops::Range, sync::Arc};
 use tch::{Device, Kind, Tensor};
 
 /// Kinds of values per parameter: master, first moment, second moment.

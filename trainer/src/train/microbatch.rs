@@ -1,8 +1,6 @@
 //! The microbatches of a step on one rank.
 
-use crate::Error;
-use crate::data::Dataset;
-use crate::model::IGNORED;
+use crate::{Error, data::Dataset, model::IGNORED};
 use parallel::Accelerator;
 use tch::Tensor;
 

@@ -19,23 +19,26 @@ mod step_metrics;
 mod step_sums;
 mod validation;
 
-use crate::Error;
-use crate::config::{Config, Dtype, MinTokens, ParameterCount};
-use crate::data::Dataset;
-use crate::model::Model;
-use crate::optim::Optimizer;
-use crate::train::expert_placement::ExpertPlacement;
-use crate::train::metrics::{
-    JsonLinesWriter, Progress, RoutingLine, StepMetrics, ValidationMetrics,
+use crate::{
+    Error,
+    config::{Config, Dtype, MinTokens, ParameterCount},
+    data::Dataset,
+    model::Model,
+    optim::Optimizer,
+    train::{
+        expert_placement::ExpertPlacement,
+        metrics::{JsonLinesWriter, Progress, RoutingLine, StepMetrics, ValidationMetrics},
+        snapshots::{ReservedSlot, Snapshots},
+    },
 };
-use crate::train::snapshots::{ReservedSlot, Snapshots};
 use moe::lending::least_loaded::Planner;
-use parallel::pipeline::{Executor, Schedule};
-use parallel::{Accelerator, Communicator, GradientBuckets, Mesh};
+use parallel::{
+    Accelerator, Communicator, GradientBuckets, Mesh,
+    pipeline::{Executor, Schedule},
+};
 use parking_lot::Mutex;
 use serde::Serialize;
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 /// Final state of a run.
 #[derive(Debug, Clone, PartialEq)]

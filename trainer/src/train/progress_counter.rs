@@ -1,7 +1,9 @@
 //! Counter of a rank's progress, which its keeper watches to detect hangs.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 
 /// Steps and smaller units of progress of this rank. Clones share the counts.
 #[derive(Debug, Clone, Default)]

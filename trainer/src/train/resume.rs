@@ -1,7 +1,6 @@
 //! Start of a run from a snapshot or a checkpoint.
 
-use super::run_state::RunState;
-use super::{ResumeSource, Trainer, checkpointing};
+use super::{ResumeSource, Trainer, checkpointing, run_state::RunState};
 use crate::Error;
 
 /// Configuration that decides the order of the data, as JSON pointers.

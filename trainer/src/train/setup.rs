@@ -1,19 +1,20 @@
 //! Construction of a trainer: data, process groups, model and optimizer of this rank.
 
-use super::Trainer;
-use super::expert_placement::ExpertPlacement;
-use crate::Error;
-use crate::config::{Config, MinTokens, PipelinePlan, RecomputedPart, SourceConfig};
-use crate::data::Dataset;
-use crate::model::parameters::Parameters;
-use crate::model::{BuildContext, Model, ModelPart, PipelineSplit};
-use crate::optim::Optimizer;
-use crate::process_groups::ProcessGroups;
+use super::{Trainer, expert_placement::ExpertPlacement};
+use crate::{
+    Error,
+    config::{Config, MinTokens, PipelinePlan, RecomputedPart, SourceConfig},
+    data::Dataset,
+    model::{BuildContext, Model, ModelPart, PipelineSplit, parameters::Parameters},
+    optim::Optimizer,
+    process_groups::ProcessGroups,
+};
 use moe::lending::calibrate::{ExpertSize, agree_on_break_even, break_even};
-use parallel::pipeline::{CollectiveKind, Executor, Vocabulary};
-use parallel::{Accelerator, Communicator, GradientBuckets, GroupKind, Mesh, Weight, World};
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use parallel::{
+    Accelerator, Communicator, GradientBuckets, GroupKind, Mesh, Weight, World,
+    pipeline::{CollectiveKind, Executor, Vocabulary},
+};
+use std::{collections::BTreeMap, sync::Arc};
 
 impl Trainer {
     /// Sets up a run with initial values.

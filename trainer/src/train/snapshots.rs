@@ -6,24 +6,29 @@
 //! measured and usually zero. Either all ranks take a snapshot or none does: the figures of the
 //! step include whether each rank has a free slot.
 
-use super::checkpointing::{SavePlan, SnapshotParts};
-use super::copy_thread::{
-    CopyCommand, CopyPlan, CopyRequest, CopyThread, HEARTBEAT_INTERVAL, Mailbox,
+use super::{
+    checkpointing::{SavePlan, SnapshotParts},
+    copy_thread::{CopyCommand, CopyPlan, CopyRequest, CopyThread, HEARTBEAT_INTERVAL, Mailbox},
+    progress_counter::ProgressCounter,
+    run_state::RunState,
+    slot_writer::SlotWriter,
 };
-use super::progress_counter::ProgressCounter;
-use super::run_state::RunState;
-use super::slot_writer::SlotWriter;
-use crate::Error;
-use crate::config::SnapshotEvery;
-use checkpoint::keeper::{self, KeeperClient, Secret, SlotMemory, SnapshotId};
-use checkpoint::{ImageHeader, ImageLayout, PartOpener, TensorSlice};
+use crate::{Error, config::SnapshotEvery};
+use checkpoint::{
+    ImageHeader, ImageLayout, PartOpener, TensorSlice,
+    keeper::{self, KeeperClient, Secret, SlotMemory, SnapshotId},
+};
 use parallel::Accelerator;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use std::path::Path;
-use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::time::{Duration, Instant};
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        mpsc::{Receiver, RecvTimeoutError, channel},
+    },
+    time::{Duration, Instant},
+};
 use tch::Tensor;
 
 /// Slots per rank: one complete, one being filled, and one that may be being written to disk.

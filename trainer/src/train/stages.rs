@@ -1,17 +1,23 @@
 //! This rank's stages during one step: computes the passes that the pipeline's executor asks for.
 
-use super::microbatch::{Microbatch, MicrobatchSource};
-use super::step_sums::StepSums;
-use crate::Error;
-use crate::model::vocabulary::{self, LocalSoftmax};
-use crate::model::{Documents, Model, with_gradient};
-use moe::balance::BatchTotals;
-use parallel::pipeline::{
-    Collective, CollectiveFn, CollectiveKind, Pass, PassKind, Stages, Vocabulary,
+use super::{
+    microbatch::{Microbatch, MicrobatchSource},
+    step_sums::StepSums,
 };
-use parallel::{Accelerator, DeferredGradient, GradientBuckets};
-use std::collections::HashMap;
-use std::sync::Arc;
+use crate::{
+    Error,
+    model::{
+        Documents, Model,
+        vocabulary::{self, LocalSoftmax},
+        with_gradient,
+    },
+};
+use moe::balance::BatchTotals;
+use parallel::{
+    Accelerator, DeferredGradient, GradientBuckets,
+    pipeline::{Collective, CollectiveFn, CollectiveKind, Pass, PassKind, Stages, Vocabulary},
+};
+use std::{collections::HashMap, sync::Arc};
 use tch::{Kind, Tensor};
 
 /// A forward pass whose backward is still to come.

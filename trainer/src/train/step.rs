@@ -1,21 +1,20 @@
 //! One optimizer step: forward and backward of all microbatches, one collective sum of the step's
 //! figures, and the update.
 
-use super::Trainer;
-use super::metrics::StepMetrics;
-use super::microbatch::{MicrobatchSource, TrainingBatches};
-use super::snapshots::{ReservedSlot, Snapshots};
-use super::stages::{StepInputs, StepStages};
-use super::step_figures::{FigureSizes, StepFigures};
-use super::step_metrics::StepSummary;
-use super::step_sums::StepSums;
-use crate::Error;
-use crate::optim::schedule::learning_rate;
+use super::{
+    Trainer,
+    metrics::StepMetrics,
+    microbatch::{MicrobatchSource, TrainingBatches},
+    snapshots::{ReservedSlot, Snapshots},
+    stages::{StepInputs, StepStages},
+    step_figures::{FigureSizes, StepFigures},
+    step_metrics::StepSummary,
+    step_sums::StepSums,
+};
+use crate::{Error, optim::schedule::learning_rate};
 use kernels::profile;
 use moe::balance::{BalanceScope, BatchTotals, update_bias};
-use parallel::agreement::sum_over_ranks;
-use parallel::pipeline::Schedule;
-use parallel::{GradientBuckets, ReduceOp};
+use parallel::{GradientBuckets, ReduceOp, agreement::sum_over_ranks, pipeline::Schedule};
 use std::time::Instant;
 use tch::Tensor;
 

@@ -1,9 +1,11 @@
 //! Metrics of a step from the figures that the ranks have summed.
 
-use super::Trainer;
-use super::metrics::{SnapshotMetrics, StepMetrics, percentiles};
-use super::step_figures::{MoeLayerFigures, RankFigures, StepFigures};
-use super::step_sums::PassTime;
+use super::{
+    Trainer,
+    metrics::{SnapshotMetrics, StepMetrics, percentiles},
+    step_figures::{MoeLayerFigures, RankFigures, StepFigures},
+    step_sums::PassTime,
+};
 use parallel::pipeline::PassKind;
 use std::collections::BTreeMap;
 

@@ -1,8 +1,7 @@
 //! Sums over the microbatches of one step on one rank.
 
 use moe::MoeStats;
-use parallel::pipeline::PassKind;
-use parallel::pipeline::simulate::Span;
+use parallel::pipeline::{PassKind, simulate::Span};
 
 /// Losses, MoE statistics and times of one step on this rank.
 pub(crate) struct StepSums {

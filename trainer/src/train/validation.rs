@@ -1,7 +1,6 @@
 //! Validation loss of the current parameters.
 
-use super::Trainer;
-use super::microbatch::ValidationBatch;
+use super::{Trainer, microbatch::ValidationBatch};
 use crate::Error;
 use moe::balance::BatchTotals;
 use parallel::agreement::sum_over_ranks;

@@ -1,10 +1,14 @@
 //! No `match` on a bool.
 
-use super::report::Report;
-use super::syntax::{line, visit_tokens};
+use super::{
+    report::Report,
+    syntax::{line, visit_tokens},
+};
 use crate::tree::File;
-use syn::visit::{self, Visit};
-use syn::{ExprMatch, Lit, Macro, Pat};
+use syn::{
+    ExprMatch, Lit, Macro, Pat,
+    visit::{self, Visit},
+};
 
 pub(super) fn check(file: &File, syntax: &syn::File, report: &mut Report) {
     Matches { file, report }.visit_file(syntax);

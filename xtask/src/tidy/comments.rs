@@ -5,14 +5,18 @@
 //! (`// ----`), and docs from which other text is generated (`JsonSchema`, `clap`): these need two
 //! words.
 
-use super::comment_blocks::{Block, blocks};
-use super::report::Report;
-use super::syntax::line;
+use super::{
+    comment_blocks::{Block, blocks},
+    report::Report,
+    syntax::line,
+};
 use crate::tree::File;
 use std::ops::RangeInclusive;
-use syn::spanned::Spanned;
-use syn::visit::{self, Visit};
-use syn::{Attribute, ItemEnum, ItemStruct};
+use syn::{
+    Attribute, ItemEnum, ItemStruct,
+    spanned::Spanned,
+    visit::{self, Visit},
+};
 
 const FEW: usize = 3;
 

@@ -4,8 +4,10 @@
 //! line counts if it is neither blank nor only a comment.
 
 use super::report::Report;
-use crate::lexer::{Kind, Word, code_words, pieces};
-use crate::tree::{Language, Tree};
+use crate::{
+    lexer::{Kind, Word, code_words, pieces},
+    tree::{Language, Tree},
+};
 use anyhow::Result;
 use std::collections::{BTreeMap, BTreeSet};
 

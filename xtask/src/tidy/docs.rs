@@ -3,15 +3,20 @@
 //! Use is judged by name: a function, type, trait or constant needs docs if another crate mentions
 //! its name, and a method if another crate mentions both its name and that of its type or trait.
 
-use super::report::Report;
-use super::syntax::{has_docs, is_test, line, parse};
-use crate::lexer::code_words;
-use crate::tree::{File, Language, Tree};
+use super::{
+    report::Report,
+    syntax::{has_docs, is_test, line, parse},
+};
+use crate::{
+    lexer::code_words,
+    tree::{File, Language, Tree},
+};
 use anyhow::Result;
 use std::collections::{BTreeMap, BTreeSet};
-use syn::visit::{self, Visit};
-use syn::{Attribute, Ident, ImplItem, Item, ItemImpl, ItemMod, ItemTrait, TraitItem};
-use syn::{Type, Visibility};
+use syn::{
+    Attribute, Ident, ImplItem, Item, ItemImpl, ItemMod, ItemTrait, TraitItem, Type, Visibility,
+    visit::{self, Visit},
+};
 
 pub(super) fn check(tree: &Tree, report: &mut Report) -> Result<()> {
     let mut names: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
@@ -134,8 +139,7 @@ fn type_name(ty: &Type) -> Option<&Ident> {
 
 #[cfg(test)]
 mod tests {
-    use crate::tidy::problems;
-    use crate::tree::Tree;
+    use crate::{tidy::problems, tree::Tree};
 
     fn found(library: &str, user: &str) -> Vec<String> {
         let files = [("moe/src/lib.rs", library), ("launch/src/main.rs", user)];

@@ -1,10 +1,14 @@
 //! No `for_each`, except on a rayon iterator: a `for` loop shows its side effects.
 
-use super::report::Report;
-use super::syntax::{line, visit_tokens};
+use super::{
+    report::Report,
+    syntax::{line, visit_tokens},
+};
 use crate::tree::File;
-use syn::visit::{self, Visit};
-use syn::{Expr, ExprMethodCall, Macro};
+use syn::{
+    Expr, ExprMethodCall, Macro,
+    visit::{self, Visit},
+};
 
 pub(super) fn check(file: &File, syntax: &syn::File, report: &mut Report) {
     Calls { file, report }.visit_file(syntax);

@@ -1,8 +1,7 @@
 //! The reference pages and the schema are those that the program would write now.
 
 use super::report::Report;
-use crate::reference::reference;
-use crate::tree::Tree;
+use crate::{reference::reference, tree::Tree};
 use anyhow::{Context, Result};
 
 pub(super) fn check(tree: &Tree, report: &mut Report) -> Result<()> {

@@ -2,11 +2,15 @@
 //!
 //! `let (a, b) = (x, y);` is two statements in one. A tuple that a function returns is fine.
 
-use super::report::Report;
-use super::syntax::{line, visit_tokens};
+use super::{
+    report::Report,
+    syntax::{line, visit_tokens},
+};
 use crate::tree::File;
-use syn::visit::{self, Visit};
-use syn::{Expr, Local, Macro, Pat};
+use syn::{
+    Expr, Local, Macro, Pat,
+    visit::{self, Visit},
+};
 
 pub(super) fn check(file: &File, syntax: &syn::File, report: &mut Report) {
     Lets { file, report }.visit_file(syntax);

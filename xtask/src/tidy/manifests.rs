@@ -1,8 +1,10 @@
 //! Manifests say what crates.io and readers ask for, and no dependency is unused.
 
 use super::report::Report;
-use crate::lexer::code_words;
-use crate::tree::{File, Language, Tree};
+use crate::{
+    lexer::code_words,
+    tree::{File, Language, Tree},
+};
 use anyhow::Result;
 use std::collections::HashSet;
 
@@ -109,8 +111,7 @@ fn key_of(line: &str) -> &str {
 
 #[cfg(test)]
 mod tests {
-    use crate::tidy::problems;
-    use crate::tree::Tree;
+    use crate::{tidy::problems, tree::Tree};
 
     const PACKAGE: &str = "[package]\nname = \"a\"\ndescription = \"b\"\nversion.workspace = true\n\
         edition.workspace = true\nlicense.workspace = true\nrust-version.workspace = true\n\

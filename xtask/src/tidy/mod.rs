@@ -23,13 +23,17 @@ mod typos;
 mod width;
 mod words;
 
-use crate::failure::Failure;
-use crate::tree::{File, Language, Tree};
+use crate::{
+    failure::Failure,
+    tree::{File, Language, Tree},
+};
 use anyhow::{Context, Result, anyhow, bail};
 use report::{Problem, Report};
-use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread::{available_parallelism, scope};
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicUsize, Ordering},
+    thread::{available_parallelism, scope},
+};
 
 /// A rule and the function that looks for violations of it.
 pub(crate) struct Check {

@@ -3,11 +3,10 @@
 use crate::tree::File;
 use anyhow::{Result, anyhow};
 use proc_macro2::{TokenStream, TokenTree};
-use syn::parse::Parser;
-use syn::punctuated::Punctuated;
-use syn::spanned::Spanned;
-use syn::visit::Visit;
-use syn::{Attribute, Block, Expr, Token};
+use syn::{
+    Attribute, Block, Expr, Token, parse::Parser, punctuated::Punctuated, spanned::Spanned,
+    visit::Visit,
+};
 
 /// Parses a Rust file.
 ///

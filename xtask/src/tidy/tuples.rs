@@ -3,11 +3,9 @@
 //! A tuple hides the number of parameters and has no names. Closures are exempt: iterators hand
 //! them tuples.
 
-use super::report::Report;
-use super::syntax::line;
+use super::{report::Report, syntax::line};
 use crate::tree::File;
-use syn::visit::Visit;
-use syn::{FnArg, Pat, Signature, Type};
+use syn::{FnArg, Pat, Signature, Type, visit::Visit};
 
 pub(super) fn check(file: &File, syntax: &syn::File, report: &mut Report) {
     Signatures { file, report }.visit_file(syntax);

@@ -5,10 +5,11 @@
 use super::report::Report;
 use crate::tree::{File, Language, Tree};
 use anyhow::{Context, Result};
-use std::borrow::Cow;
-use std::collections::HashSet;
-use typos::tokens::{Identifier, Tokenizer, Word};
-use typos::{Dictionary, Status, check_str};
+use std::{borrow::Cow, collections::HashSet};
+use typos::{
+    Dictionary, Status, check_str,
+    tokens::{Identifier, Tokenizer, Word},
+};
 use unicase::UniCase;
 
 const LIST: &str = "xtask/typos.txt";
@@ -75,8 +76,7 @@ impl Dictionary for Known {
 
 #[cfg(test)]
 mod tests {
-    use crate::tidy::problems;
-    use crate::tree::Tree;
+    use crate::{tidy::problems, tree::Tree};
 
     // Written in two parts, so that the check does not find them here.
     const WRONG: &str = concat!("recie", "ve");

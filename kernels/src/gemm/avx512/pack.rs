@@ -1,8 +1,7 @@
 //! Packing of matrices into units, in the order in which a tile reads them.
 
 use crate::gemm::kernel::{CacheLine, LANES, Operand, ROWS, fetch, mask};
-use std::arch::x86_64::*;
-use std::ops::Range;
+use std::{arch::x86_64::*, ops::Range};
 
 /// Number of vectors of a tile's row.
 pub(super) const VECTORS: usize = 4;

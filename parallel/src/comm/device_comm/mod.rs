@@ -14,10 +14,14 @@ mod streams;
 use super::{CommError, Communicator, Membership, ReduceOp, Work, check_splits};
 pub(super) use library::{Elements, LaunchTarget, Library, Message, Parts};
 use parking_lot::Mutex;
-use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 use streams::{DeviceStream, Participants, neighbor_pairs};
 use tch::Tensor;
 use torch_ext::{Event, Store, Stream};

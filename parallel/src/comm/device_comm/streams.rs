@@ -1,7 +1,6 @@
 //! Streams, each with a vendor's communicator whose operations run on it.
 
-use super::super::Membership;
-use super::library::Library;
+use super::{super::Membership, library::Library};
 use parking_lot::Mutex;
 use std::time::{Duration, Instant};
 use tch::Tensor;

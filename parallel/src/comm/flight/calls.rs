@@ -1,9 +1,11 @@
 //! A rank's log of calls.
 
 use serde::{Serialize, Serializer};
-use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
-use std::time::Instant;
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    time::Instant,
+};
 
 /// The number of calls that a log keeps.
 const MAX_CALLS: usize = 2048;

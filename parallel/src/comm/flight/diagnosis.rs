@@ -2,8 +2,10 @@
 
 use super::calls::{Call, Log};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 use torch_ext::Store;
 
 pub(super) const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
@@ -161,8 +163,7 @@ fn describe_rank(
 
 #[cfg(test)]
 mod tests {
-    use super::super::calls::tests::call;
-    use super::*;
+    use super::{super::calls::tests::call, *};
 
     fn heartbeat(number: u64, waits_for: Option<&str>) -> Heartbeat {
         let last = ReportedCollective {

@@ -13,10 +13,14 @@ use calls::{Call, Log};
 use diagnosis::{HEARTBEAT_INTERVAL, Heartbeat, describe_missing_ranks};
 use parking_lot::Mutex;
 use recorded::RecordedComm;
-use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::{
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Weak,
+        mpsc::{Receiver, RecvTimeoutError, Sender, channel},
+    },
+    time::{Duration, Instant},
+};
 use torch_ext::Store;
 
 /// A rank that does not notice a failure of its device for this long waits in the device's driver.

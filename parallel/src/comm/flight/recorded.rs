@@ -1,11 +1,12 @@
 //! A communicator whose calls are recorded.
 
-use super::super::{CommError, Communicator, ReduceOp, Work};
-use super::calls::Call;
-use super::{DeviceOperation, FlightRecorder};
+use super::{
+    super::{CommError, Communicator, ReduceOp, Work},
+    DeviceOperation, FlightRecorder,
+    calls::Call,
+};
 use kernels::profile::{self, span};
-use std::sync::Arc;
-use std::time::Instant;
+use std::{sync::Arc, time::Instant};
 use tch::Tensor;
 
 pub(super) struct RecordedComm {

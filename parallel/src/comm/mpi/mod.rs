@@ -9,11 +9,15 @@ mod universe;
 
 use super::{CommError, Communicator, Membership, ReduceOp, Staged, Work, check_splits};
 use mpi::ffi;
-use std::ffi::c_int;
-use std::mem::{ManuallyDrop, MaybeUninit};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::{
+    ffi::c_int,
+    mem::{ManuallyDrop, MaybeUninit},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
 use tch::{Kind, Tensor};
 use universe::Universe;
 pub use universe::finalize;

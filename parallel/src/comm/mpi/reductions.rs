@@ -2,8 +2,10 @@
 
 use super::{check, ffi};
 use half::{bf16, f16};
-use std::ffi::{c_int, c_void};
-use std::mem::MaybeUninit;
+use std::{
+    ffi::{c_int, c_void},
+    mem::MaybeUninit,
+};
 
 /// A sum, a minimum and a maximum for each type, in this order.
 pub(super) struct Reductions {

@@ -1,13 +1,16 @@
 //! The start and end of MPI in this process, and the thread that keeps its operations going.
 
-use super::reductions::Reductions;
-use super::{check, ffi};
+use super::{check, ffi, reductions::Reductions};
 use crate::background;
 use parking_lot::Mutex;
-use std::ffi::c_int;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::{
+    ffi::c_int,
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 /// All ranks that MPI started.
 pub(crate) struct Universe {

@@ -3,10 +3,12 @@
 //! It advances piece by piece and never waits: the other ranks read a piece while the next is
 //! written.
 
-use super::super::ReduceOp;
-use super::buffer::Buffer;
-use super::reduce::combine;
-use super::segment::{CACHE_LINE, Channel, Ring};
+use super::{
+    super::ReduceOp,
+    buffer::Buffer,
+    reduce::combine,
+    segment::{CACHE_LINE, Channel, Ring},
+};
 use tch::Kind;
 
 /// The most bytes that one call copies: they are still in the cache when another rank reads them.

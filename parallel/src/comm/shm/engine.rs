@@ -1,11 +1,12 @@
 //! The operations of a group that are in progress on this rank.
 
-use super::buffer::Completion;
-use super::collective::{Collective, Rings};
-use super::messages::Messages;
-use super::segment::Segment;
-use std::collections::VecDeque;
-use std::sync::atomic::Ordering;
+use super::{
+    buffer::Completion,
+    collective::{Collective, Rings},
+    messages::Messages,
+    segment::Segment,
+};
+use std::{collections::VecDeque, sync::atomic::Ordering};
 
 /// The operations in progress. Collectives run one after the other, and messages overlap with them.
 pub(super) struct Engine {

@@ -3,8 +3,10 @@
 //! A receiver gets those of a tag in order. Unexpected messages are buffered, so that a message of
 //! one tag never waits for one of another.
 
-use super::buffer::{Buffer, Completion};
-use super::segment::{CACHE_LINE, Channel, Ring};
+use super::{
+    buffer::{Buffer, Completion},
+    segment::{CACHE_LINE, Channel, Ring},
+};
 use std::collections::VecDeque;
 
 /// The most bytes that one call copies.

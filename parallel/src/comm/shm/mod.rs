@@ -25,11 +25,12 @@ use process::process_identity;
 use progress::spawn_progress_thread;
 use segment::{Ring, Segment};
 use state::ShmState;
-use std::fs::{File, OpenOptions};
-use std::os::fd::AsRawFd;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::{
+    fs::{File, OpenOptions},
+    os::fd::AsRawFd,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 use tch::Tensor;
 use torch_ext::Store;
 

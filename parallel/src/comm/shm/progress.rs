@@ -1,7 +1,6 @@
 //! The progress thread of a group, which continues operations that no other thread waits for.
 
-use super::segment::Doorbell;
-use super::state::ShmState;
+use super::{segment::Doorbell, state::ShmState};
 use crate::background;
 use std::sync::{Arc, Weak};
 

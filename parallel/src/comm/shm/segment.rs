@@ -2,15 +2,21 @@
 //! others read.
 
 use memmap2::{MmapOptions, MmapRaw};
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::{
+    fcntl::{FcntlArg, SealFlag, fcntl},
+    sys::memfd::{MFdFlags, memfd_create},
+};
 use rustix::thread::futex;
-use std::fs::File;
-use std::io;
-use std::ops::RangeInclusive;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
-use std::time::Duration;
+use std::{
+    fs::File,
+    io,
+    ops::RangeInclusive,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, AtomicU64, Ordering, fence},
+    },
+    time::Duration,
+};
 
 /// Bytes of a cache line. Different ranks write to different lines, and messages start on one.
 pub(super) const CACHE_LINE: usize = 64;

@@ -1,15 +1,21 @@
 //! The state of a group, and how threads wait for its operations.
 
-use super::super::Membership;
-use super::buffer::Completion;
-use super::engine::Engine;
-use super::process::is_alive;
-use super::segment::{Doorbell, Segment};
+use super::{
+    super::Membership,
+    buffer::Completion,
+    engine::Engine,
+    process::is_alive,
+    segment::{Doorbell, Segment},
+};
 use crate::background;
 use parking_lot::Mutex;
-use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
-use std::time::{Duration, Instant};
+use std::{
+    sync::{
+        Arc,
+        atomic::{Ordering, fence},
+    },
+    time::{Duration, Instant},
+};
 
 /// The number of times that a waiting thread polls before it sleeps.
 struct SpinLimits {

@@ -2,8 +2,7 @@
 
 use super::problems::{Problems, Quantity};
 use crate::config::{Config, MoeConfig, RecomputedLayers};
-use parallel::context::ContextKind;
-use parallel::{GroupKind, Mesh, MeshShape, NodeSplit};
+use parallel::{GroupKind, Mesh, MeshShape, NodeSplit, context::ContextKind};
 
 impl Config {
     pub(super) fn check_layout(&self, mesh: &Mesh, ranks: usize, problems: &mut Problems) {

@@ -1,7 +1,6 @@
 //! Which file imports which.
 
-use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque, btree_map::Entry};
 
 /// Files and their imports, with one line for each.
 #[derive(Default)]

@@ -53,8 +53,7 @@ fn report_cycle(graph: &Graph, cycle: &Cycle, report: &mut Report) {
 
 #[cfg(test)]
 mod tests {
-    use crate::tidy::problems;
-    use crate::tree::Tree;
+    use crate::{tidy::problems, tree::Tree};
 
     fn found(files: &[(&str, &str)]) -> Vec<String> {
         problems(&Tree::of(files), "cycles")

@@ -1,8 +1,10 @@
 //! The modules of a crate, and where names in them lead.
 
 use super::names::{Import, Names, Path};
-use crate::tidy::syntax::{is_test, parse};
-use crate::tree::{File, Tree};
+use crate::{
+    tidy::syntax::{is_test, parse},
+    tree::{File, Tree},
+};
 use anyhow::{Context, Result};
 use std::collections::HashMap;
 use syn::{Item, ItemMod};

@@ -3,9 +3,11 @@
 use crate::tidy::syntax::{is_test, line};
 use proc_macro2::{TokenStream, TokenTree};
 use std::collections::HashSet;
-use syn::visit::{self, Visit};
-use syn::{Attribute, ImplItemFn, Item, ItemFn, ItemImpl, ItemMod, ItemUse, Macro, UseTree};
-use syn::{Ident, Visibility};
+use syn::{
+    Attribute, Ident, ImplItemFn, Item, ItemFn, ItemImpl, ItemMod, ItemUse, Macro, UseTree,
+    Visibility,
+    visit::{self, Visit},
+};
 
 /// A path of names and the line on which it stands.
 #[derive(Debug)]

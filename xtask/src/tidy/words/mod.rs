@@ -8,10 +8,11 @@ mod identifiers;
 mod list;
 mod prose;
 
-use super::comment_blocks::blocks;
-use super::report::Report;
-use crate::lexer::{Kind, code_words, pieces};
-use crate::tree::{File, Language, Tree};
+use super::{comment_blocks::blocks, report::Report};
+use crate::{
+    lexer::{Kind, code_words, pieces},
+    tree::{File, Language, Tree},
+};
 use anyhow::{Context, Result};
 use identifiers::segments;
 use list::{Entry, List};
@@ -123,8 +124,7 @@ fn allowed(file: &File, line: usize, entry: &Entry, list: &List) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use crate::tidy::problems;
-    use crate::tree::Tree;
+    use crate::{tidy::problems, tree::Tree};
 
     const LIST: &str = "\
 exempt docs/glossary.md
