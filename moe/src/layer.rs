@@ -71,13 +71,13 @@ pub struct MoeStats {
     pub tokens_per_expert: Vec<i64>,
     /// Routed tokens that this rank computed.
     pub computed_tokens: i64,
-    /// Those of `computed_tokens` that belong to lent experts.
+    /// Part of `computed_tokens`, of lent experts.
     pub lent_tokens: i64,
     /// Bytes of expert weights that this rank lent.
     pub lent_bytes: i64,
     /// Bytes of rows that this rank sent to other nodes.
     pub internode_bytes: i64,
-    /// Seconds of planning.
+    /// Seconds that the planner took.
     pub plan_seconds: f64,
 }
 

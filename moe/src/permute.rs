@@ -1,6 +1,7 @@
 //! Rows between token order and the order in which they are sent, with gradients.
 //!
-//! The gradients are gathers too. Without scatter and atomic addition, equal inputs give equal bits.
+//! The gradients are gathers too. Without scatter and atomic addition, equal inputs give equal
+//! bits.
 // Shapes: T tokens, C routed tokens per token, N rows, D hidden.
 
 use crate::plan::SendPlan;

@@ -18,11 +18,10 @@ pub enum Score {
     Sigmoid,
 }
 
-/// A top-k router.
+/// Selects the best `top_k` experts of each token.
 #[derive(Debug, Clone)]
 pub struct Router {
     pub num_experts: usize,
-    /// Experts per token.
     pub top_k: usize,
     pub score: Score,
     /// True if the routing weights of a token are scaled to sum to one.
@@ -55,8 +54,8 @@ pub struct Routing {
 }
 
 impl Router {
-    /// Creates a router that selects the best `top_k` of `num_experts` by normalized softmax scores,
-    /// without groups.
+    /// Creates a router that selects the best `top_k` of `num_experts` by softmax scores, without
+    /// groups. Routing weights are normalized.
     pub fn new(num_experts: usize, top_k: usize) -> Router {
         Router {
             num_experts,

@@ -1,8 +1,8 @@
 //! Which owners compute which routed tokens of which expert, as plain numbers.
 //!
-//! *Owners* hold equal, contiguous ranges of a layer's experts. An expert's owner is its *home*. (An
-//! owner is one rank, or the neighboring ranks that split the same experts.) The *load* of an expert
-//! is the number of its routed tokens over all tokens of a layer.
+//! *Owners* hold equal, contiguous ranges of a layer's experts. An owner is one rank, or the
+//! neighboring ranks that split the same experts. An expert's owner is its *home*. Its *load* is
+//! the number of its routed tokens over all tokens of a layer.
 
 /// The part of an expert's load that one owner computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -10,16 +10,15 @@ pub struct Share {
     pub expert: usize,
     /// The expert's home or a helper.
     pub owner: usize,
-    /// At least one.
     pub routed_tokens: i64,
 }
 
 /// A transfer of an expert's weights. The order of the fields is the sort order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Transfer {
-    /// The expert's home.
+    /// The owner that lends the expert.
     pub from: usize,
-    /// The helper.
+    /// The owner that helps.
     pub to: usize,
     pub expert: usize,
 }
@@ -173,8 +172,8 @@ pub struct MatchedTokens {
     pub routed_tokens: i64,
 }
 
-/// Matches an expert's routed tokens by source rank with its shares. The result is sorted by source,
-/// then by share.
+/// Matches an expert's routed tokens by source rank with its shares. The result is sorted by
+/// source, then by share.
 ///
 /// A source's routed tokens stay with its own owner if that has a share, else on its node, and else
 /// are assigned in order. So few rows move.

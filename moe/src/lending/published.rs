@@ -3,7 +3,8 @@
 use crate::lending::assignment::{Share, home, home_loads};
 use crate::lending::load_tree::{LeastLoadedTree, heaviest_first};
 
-/// Routed tokens `start..end` of an expert, numbered rank by rank, and the owner that computes them.
+/// Routed tokens `start..end` of an expert, numbered rank by rank, and the owner that computes
+/// them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct AssignedRange {
     pub(crate) expert: usize,

@@ -267,7 +267,7 @@ fn a_remainder_is_not_sent_twice() {
 
 #[test]
 fn a_minimum_above_the_mean_does_not_undo_the_balance() {
-    // For 512 routed tokens per rank and m = 1024, the published planner forces all onto one helper.
+    // For 512 routed tokens per rank and m = 1024, the published planner sends all to one helper.
     let mut loads = [0i64; 64];
     loads[0] = 8 * 512;
     let strict = Planner {
