@@ -355,11 +355,11 @@ fn numbers_that_do_not_divide() {
     );
     refused(
         &experiment,
-        &mut experiment.train(2, &["run.bind=none", "parallel={zero_ranks: 2}"]),
+        &mut experiment.train(2, &["run.bind=none", "run.communicator=mpi"]),
         &[
             "error: --set: 2 keys have new names",
             "run.bind -> run.cpu_affinity",
-            "parallel.zero_ranks -> parallel.zero_group_size",
+            "run.communicator -> run.backend",
         ],
     );
     refused(

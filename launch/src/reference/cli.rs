@@ -9,7 +9,6 @@ const INTRODUCTION: &str = "\
 Every command prints its arguments with `--help`. Errors are `error: what: cause`, followed by \
 `hint: fix` if there is one; the exit status is then not 0.";
 
-/// Returns the page.
 pub(super) fn page() -> String {
     let mut root = Cli::command().name("moerun").bin_name("moerun");
     root.build();

@@ -11,7 +11,6 @@ changes one key on the command line, for example `--set train.steps=100`. `moeru
 prints a configuration with all defaults. Editors read the same descriptions from the JSON schema \
 `configs/schema.json`, which `moerun config schema` prints.";
 
-/// Returns the page.
 pub(super) fn page() -> String {
     let schema = SchemaRoot::of_input::<Config>();
     let mut page = ConfigPage {

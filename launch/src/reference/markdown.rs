@@ -36,7 +36,6 @@ impl Page {
         }
     }
 
-    /// Adds a list.
     pub(super) fn list(&mut self, items: &[String]) {
         self.text.push('\n');
         for item in items {

@@ -57,7 +57,6 @@ struct Record {
     schema: SchemaRoot,
 }
 
-/// Returns the page.
 pub(super) fn page() -> String {
     let mut page = Page::new("Metrics and records", "the record types");
     page.paragraphs(INTRODUCTION);

@@ -15,7 +15,6 @@ use anyhow::{Context, Result, anyhow};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// A generated file.
 struct GeneratedFile {
     path: PathBuf,
     text: String,

@@ -63,7 +63,6 @@ pub struct ModelConfig {
 /// Number of a model's parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ParameterCount {
-    /// All parameters.
     pub total: u64,
     /// Parameters that one token uses: those of its experts and all others.
     pub active: u64,
@@ -215,7 +214,7 @@ pub struct MoeConfig {
     /// Step size of the bias of loss-free balancing (arXiv 2408.15664). 0 disables it.
     #[serde(default)]
     pub bias_update_rate: f64,
-    /// How routed tokens reach their experts.
+    /// Transfer of routed tokens to their experts.
     #[serde(default)]
     pub dispatch: Dispatch,
     /// Parameters of least-loaded dispatch.

@@ -1,4 +1,4 @@
-//! What each rank of a pipeline does in a step, and the layers of each stage.
+//! The passes of each pipeline rank in a step, and the layers of each stage.
 
 use super::Config;
 use super::layout::{ParallelConfig, ScheduleChoice, VocabularyLayout};

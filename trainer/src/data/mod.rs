@@ -26,7 +26,7 @@ pub struct Dataset {
 }
 
 impl Dataset {
-    /// Opens `sources`.
+    /// Opens the files of all sources.
     ///
     /// # Errors
     /// If a file is missing, damaged, or shorter than one sample.

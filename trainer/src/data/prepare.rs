@@ -18,7 +18,7 @@ const BATCH: usize = 256;
 /// Tokens of a byte-level BPE without any merge: 256 bytes and the end of a document.
 const MIN_VOCABULARY: usize = 257;
 
-/// Options of [`prepare`].
+/// Inputs, output and tokenizer of [`prepare`].
 #[derive(Debug, Clone)]
 pub struct PrepareOptions {
     /// Files and folders of documents.

@@ -280,7 +280,7 @@ impl TokenWriter {
         })
     }
 
-    /// Appends one document.
+    /// Appends the tokens of one document.
     ///
     /// # Errors
     /// If the disk is full or the document has 2^31 tokens or more.
