@@ -1,7 +1,11 @@
-//! Every configuration in configs/ can run, and the schema beside them is the one the code has.
+//! The files in configs/ and docs/reference/: all can run, or are those that the program generates.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+
+fn project() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
 
 fn moerun(args: &[&str]) -> String {
     let output = Command::new(env!("CARGO_BIN_EXE_moerun"))
@@ -16,22 +20,21 @@ fn moerun(args: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// The ranks each configuration says it is for.
+/// The number of ranks in the first lines of a configuration.
 fn ranks(name: &str) -> &'static str {
     match name {
         "smoke.yaml" => "4",
         "olmoe-1b-7b.yaml" => "64",
         "powermoe-3b.yaml" => "32",
-        other => panic!("say how many ranks {other} is for"),
+        other => panic!("add the number of ranks of {other}"),
     }
 }
 
 #[test]
-fn every_configuration_is_fine_and_so_is_its_printed_form() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
+fn every_configuration_can_run_and_so_can_its_printed_form() {
     let scratch = tempfile::tempdir().unwrap();
     let mut checked = 0;
-    for entry in std::fs::read_dir(folder).unwrap() {
+    for entry in std::fs::read_dir(project().join("configs")).unwrap() {
         let path = entry.unwrap().path();
         if path.extension().is_none_or(|extension| extension != "yaml") {
             continue;
@@ -49,11 +52,38 @@ fn every_configuration_is_fine_and_so_is_its_printed_form() {
 }
 
 #[test]
-fn the_schema_is_current() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/schema.json");
-    let kept = std::fs::read_to_string(path).unwrap();
-    assert!(
-        kept == moerun(&["config", "schema"]),
-        "run: moerun config schema > configs/schema.json"
+fn the_reference_and_the_schema_are_current() {
+    let check = Command::new(env!("CARGO_BIN_EXE_moerun"))
+        .current_dir(project())
+        .args(["reference", "--check"])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&check.stderr);
+    assert!(check.status.success(), "{said}");
+
+    let schema = std::fs::read_to_string(project().join("configs/schema.json")).unwrap();
+    assert_eq!(schema, moerun(&["config", "schema"]));
+}
+
+#[test]
+fn stale_pages_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let reference = |options: &[&str]| {
+        Command::new(env!("CARGO_BIN_EXE_moerun"))
+            .current_dir(folder.path())
+            .arg("reference")
+            .args(options)
+            .output()
+            .unwrap()
+    };
+    assert!(reference(&[]).status.success());
+    assert!(reference(&["--check"]).status.success());
+    let page = folder.path().join("docs/reference/metrics.md");
+    std::fs::write(page, "old").unwrap();
+    let check = reference(&["--check"]);
+    assert_eq!(check.status.code(), Some(1));
+    assert_eq!(
+        String::from_utf8_lossy(&check.stderr),
+        "error: docs/reference/metrics.md is stale\nhint: cargo x fix\n"
     );
 }

@@ -15,5 +15,6 @@ mod layouts;
 mod machines;
 mod measuring;
 mod plans;
+mod previous_version;
 mod runs;
 mod wrong_inputs;

@@ -71,6 +71,15 @@ fn configurations() {
             vec!["missing field `vocab_size`"],
         ),
         ("run:", "run: [", vec!["small.yaml", "line"]),
+        (
+            "run: {dir: run,",
+            "run: {bind: none, dir: run,",
+            vec![
+                "error: small.yaml: 1 key has a new name",
+                "run.bind -> run.cpu_affinity",
+                "hint: rename them",
+            ],
+        ),
     ] {
         changed(&experiment, from, to);
         refused(&experiment, &mut experiment.train(2, &[]), &words);
@@ -346,6 +355,15 @@ fn numbers_that_do_not_divide() {
     );
     refused(
         &experiment,
+        &mut experiment.train(2, &["run.bind=none", "run.communicator=mpi"]),
+        &[
+            "error: --set: 2 keys have new names",
+            "run.bind -> run.cpu_affinity",
+            "run.communicator -> run.backend",
+        ],
+    );
+    refused(
+        &experiment,
         &mut experiment.train(2, &["train.steps=lots"]),
         &["--set train.steps: invalid type"],
     );
@@ -541,7 +559,7 @@ fn corpora() {
     refused(
         &experiment,
         &mut prepare("empty"),
-        &["empty hold no text (0 files with the extensions txt, md"],
+        &["empty: no text (0 files with the extensions txt, md"],
     );
     refused(
         &experiment,

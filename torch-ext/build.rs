@@ -1,4 +1,4 @@
-//! Compiles the C++ ffi against the headers of the libtorch that torch-sys links.
+//! Compiles the C++ bindings against the headers of the libtorch that torch-sys links.
 use std::{env, path::PathBuf};
 
 fn include_folder() -> PathBuf {
@@ -8,7 +8,7 @@ fn include_folder() -> PathBuf {
         return include.into();
     }
     let Some(libtorch) = env::var_os("LIBTORCH") else {
-        panic!("libtorch is not set up: run ./scripts/setup first");
+        panic!("libtorch: LIBTORCH is not set; run ./scripts/setup first");
     };
     PathBuf::from(libtorch).join("include")
 }

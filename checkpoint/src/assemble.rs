@@ -75,11 +75,12 @@ impl Contents {
     }
 
     fn check_complete(&self, expected: usize) -> Result<(), String> {
-        let num_values = |shape: &Vec<i64>| shape.iter().product::<i64>();
         for (name, entry) in &self.tensors {
-            let shapes = entry.slices.iter().map(|slice| &slice.shape);
-            let written: i64 = shapes.map(num_values).sum();
-            let whole = num_values(&entry.shape);
+            let whole: i64 = entry.shape.iter().product();
+            let mut written = 0;
+            for slice in &entry.slices {
+                written += slice.shape.iter().product::<i64>();
+            }
             // Slices are disjoint, so the count proves that they cover the tensor.
             if written != whole {
                 return Err(format!(

@@ -15,20 +15,22 @@ pub fn list(root: &Path) -> Result<Vec<PathBuf>, Error> {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(Error::io("cannot read", root)(error)),
     };
-    let mut found: Vec<(u64, PathBuf)> = entries
-        .filter_map(|entry| {
-            let path = entry.ok()?.path();
-            let step = step_of(&path)?;
-            path.join("manifest.json").exists().then_some((step, path))
-        })
+    let mut found: Vec<PathBuf> = entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| step_of(path).is_some())
+        .filter(|path| path.join("manifest.json").exists())
         .collect();
-    found.sort_by_key(|(step, _)| Reverse(*step));
-    Ok(found.into_iter().map(|(_, path)| path).collect())
+    found.sort_by_key(|path| Reverse(step_of(path)));
+    Ok(found)
 }
 
 fn step_of(path: &Path) -> Option<u64> {
-    let name = path.file_name()?.to_str()?;
-    name.strip_prefix("step-")?.parse().ok()
+    path.file_name()?
+        .to_str()?
+        .strip_prefix("step-")?
+        .parse()
+        .ok()
 }
 
 /// Removes all but the newest `keep` checkpoints under `root`, and never the newest one.
@@ -36,10 +38,11 @@ fn step_of(path: &Path) -> Option<u64> {
 /// # Errors
 /// If the folder cannot be read, or a checkpoint cannot be removed.
 pub fn retain(root: &Path, keep: usize) -> Result<(), Error> {
-    for path in list(root)?.into_iter().skip(keep.max(1)) {
+    let all = list(root)?;
+    for path in all.iter().skip(keep.max(1)) {
         // A folder without a manifest is no checkpoint, should the rest not be removed.
         let _ = std::fs::remove_file(path.join("manifest.json"));
-        std::fs::remove_dir_all(&path).map_err(Error::io("cannot remove", &path))?;
+        std::fs::remove_dir_all(path).map_err(Error::io("cannot remove", path))?;
     }
     Ok(())
 }

@@ -35,7 +35,7 @@ pub(crate) fn dtype_of(kind: Kind) -> Option<Dtype> {
     }
 }
 
-/// Inverts [`dtype_of`].
+/// Returns the kind of values of a saved dtype; the inverse of [`dtype_of`].
 pub(crate) fn kind_of(dtype: Dtype) -> Option<Kind> {
     match dtype {
         Dtype::F32 => Some(Kind::Float),
@@ -46,7 +46,7 @@ pub(crate) fn kind_of(dtype: Dtype) -> Option<Kind> {
     }
 }
 
-/// Where the tensors of a safetensors file are.
+/// The positions of the tensors in a safetensors file.
 #[derive(Debug, Clone)]
 pub(crate) struct TensorIndex {
     pub(crate) metadata: Metadata,

@@ -16,8 +16,10 @@ pub fn assign_owners(tensors: &[(u64, Vec<usize>)], num_ranks: usize) -> Vec<usi
     let mut owners = vec![0; tensors.len()];
     for index in order {
         let (bytes, holders) = &tensors[index];
-        let least_loaded = holders.iter().min_by_key(|&&rank| (load[rank], rank));
-        let owner = *least_loaded.expect("every tensor is held by a rank");
+        let owner = *holders
+            .iter()
+            .min_by_key(|&&rank| (load[rank], rank))
+            .expect("every tensor is held by a rank");
         owners[index] = owner;
         load[owner] += bytes;
     }
@@ -37,8 +39,10 @@ mod tests {
             sizes in prop::collection::vec(1u64..1000, 1..60),
             num_ranks in 1usize..9,
         ) {
-            let on_all = |&size: &u64| (size, (0..num_ranks).collect());
-            let everywhere: Vec<_> = sizes.iter().map(on_all).collect();
+            let everywhere: Vec<(u64, Vec<usize>)> = sizes
+                .iter()
+                .map(|&size| (size, (0..num_ranks).collect()))
+                .collect();
             let owners = assign_owners(&everywhere, num_ranks);
             let mut load = vec![0u64; num_ranks];
             for (owner, size) in owners.iter().zip(&sizes) {
@@ -48,8 +52,10 @@ mod tests {
             let mean = sizes.iter().sum::<u64>() / num_ranks as u64;
             let limit = mean + sizes.iter().max().unwrap();
             prop_assert!(load.iter().all(|&bytes| bytes <= limit));
-            let on_one = |&size: &u64| (size, vec![size as usize % num_ranks]);
-            let alone: Vec<_> = sizes.iter().map(on_one).collect();
+            let alone: Vec<(u64, Vec<usize>)> = sizes
+                .iter()
+                .map(|&size| (size, vec![size as usize % num_ranks]))
+                .collect();
             let owners = assign_owners(&alone, num_ranks);
             for (owner, (_, holders)) in owners.iter().zip(&alone) {
                 prop_assert_eq!(*owner, holders[0]);

@@ -139,12 +139,17 @@ impl Checkpoint {
             if overlap.common.shape == slice.shape {
                 return Ok(part);
             }
-            let zeros = || Tensor::zeros(&slice.shape, (part.kind(), part.device()));
-            let whole = whole.get_or_insert_with(zeros);
+            let whole = whole.get_or_insert_with(|| {
+                let options = (part.kind(), part.device());
+                Tensor::zeros(&slice.shape, options)
+            });
             narrow_to(whole, slice, &overlap.common).copy_(&part);
         }
         // A tensor without values overlaps no saved slice.
-        Ok(whole.unwrap_or_else(|| Tensor::zeros(&slice.shape, (Kind::Float, Device::Cpu))))
+        Ok(whole.unwrap_or_else(|| {
+            let options = (Kind::Float, Device::Cpu);
+            Tensor::zeros(&slice.shape, options)
+        }))
     }
 
     /// Copies a slice of a tensor into `into`, which has its shape. If the dtypes agree and the
@@ -486,8 +491,11 @@ mod tests {
         Staging::new(root.path(), 200).begin().unwrap();
         let steps = || -> Vec<u64> {
             let paths = list(root.path()).unwrap();
-            let step = |path: &PathBuf| Checkpoint::open(path).unwrap().manifest().step;
-            paths.iter().map(step).collect()
+            paths
+                .iter()
+                .map(|path| Checkpoint::open(path).unwrap())
+                .map(|checkpoint| checkpoint.manifest().step)
+                .collect()
         };
         assert_eq!(steps(), [100, 20, 3]);
         retain(root.path(), 2).unwrap();

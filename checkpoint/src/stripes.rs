@@ -111,8 +111,10 @@ fn check_domains(
     for group in groups {
         for &node in group {
             let domain = domains[node];
-            let is_same = |&&other: &&usize| domains[other] == domain;
-            let together = group.iter().filter(is_same).count();
+            let together = group
+                .iter()
+                .filter(|&&other| domains[other] == domain)
+                .count();
             if together > max_losses {
                 return Err(format!(
                     "{together} nodes of failure domain {domain} would be in one group, and \
@@ -162,9 +164,10 @@ impl StripeLayout {
         }
         let nodes = self.nodes as u64;
         let round = stripe / nodes;
-        let earlier = round * nodes..stripe;
-        let before = earlier.filter(|&other| self.has_data(position, other));
-        Some(round * self.data() as u64 + before.count() as u64)
+        let before = (round * nodes..stripe)
+            .filter(|&earlier| self.has_data(position, earlier))
+            .count();
+        Some(round * self.data() as u64 + before as u64)
     }
 
     /// Returns the stripe that holds `chunk` of `position`.
@@ -172,8 +175,8 @@ impl StripeLayout {
         let nodes = self.nodes as u64;
         let data = self.data() as u64;
         let first = chunk / data * nodes;
-        let mut stripes = (first..first + nodes).filter(|&stripe| self.has_data(position, stripe));
-        stripes
+        (first..first + nodes)
+            .filter(|&stripe| self.has_data(position, stripe))
             .nth((chunk % data) as usize)
             .expect("a node has data in k stripes of n")
     }
@@ -270,8 +273,11 @@ mod tests {
                     if nodes > per_domain {
                         for group in &groups {
                             for &node in group {
-                                let is_same = |&&other: &&usize| domains[other] == domains[node];
-                                prop_assert!(group.iter().filter(is_same).count() <= parity);
+                                let together = group
+                                    .iter()
+                                    .filter(|&&other| domains[other] == domains[node])
+                                    .count();
+                                prop_assert!(together <= parity);
                             }
                         }
                     }

@@ -13,7 +13,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 pub struct Cluster {
     /// The number of nodes in each group.
     pub groups: Vec<usize>,
-    /// How many nodes of a group may be lost.
+    /// The number of nodes of a group that may be lost.
     pub max_losses: usize,
     /// The mean time between failures of a node, in hours.
     pub mtbf_h: f64,
@@ -34,15 +34,19 @@ impl Cluster {
     /// Returns the probability that every group survives one window: binomial over its nodes.
     pub fn window_survival(&self) -> f64 {
         let fails = self.node_failure_probability();
-        let group = |&nodes: &usize| -> f64 {
-            let survivable = 0..=self.max_losses.min(nodes);
-            let probability = |lost: usize| {
-                let left = nodes - lost;
-                choose(nodes, lost) * fails.powi(lost as i32) * (1.0 - fails).powi(left as i32)
-            };
-            survivable.map(probability).sum()
-        };
-        self.groups.iter().map(group).product()
+        self.groups
+            .iter()
+            .map(|&nodes| self.group_survival(nodes, fails))
+            .product()
+    }
+
+    fn group_survival(&self, nodes: usize, fails: f64) -> f64 {
+        let survives = 1.0 - fails;
+        (0..=self.max_losses.min(nodes))
+            .map(|lost| {
+                choose(nodes, lost) * fails.powi(lost as i32) * survives.powi((nodes - lost) as i32)
+            })
+            .sum()
     }
 
     /// Returns the probability that every group survives consecutive windows for `hours` hours.

@@ -1,34 +1,23 @@
-//! AdamW (arXiv 1711.05101) over fp32 masters, with the rounding of the weights that are computed with, in one pass over memory.
+//! AdamW (arXiv 1711.05101) on fp32 master weights, fused with the rounding of the stored weights.
 
+use crate::adamw_update::{AdamWUpdate, Scalars};
 use crate::cuda;
 use crate::number::{Bf16, Number};
-use crate::profile::{Cost, part};
-use crate::rows::{Numbers, for_rows, host_kind};
+use crate::profile::{Cost, span};
+use crate::rows::{HostData, for_rows, host_kind};
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
 use torch_ext::{AdamW, Error, fused_adamw};
 
-/// Numbers that are rounded while they are still in the first cache.
+/// Elements per chunk: a chunk is rounded while it is still in the L1 cache.
 const WIDTH: usize = 1024;
 
-/// A parameter to update.
-pub struct AdamWUpdate {
-    /// fp32.
-    pub master: Tensor,
-    /// fp32.
-    pub gradient: Tensor,
-    /// First moment, fp32.
-    pub exp_avg: Tensor,
-    /// Second moment, fp32.
-    pub exp_avg_sq: Tensor,
-    /// What is computed with, where that is not the master itself: the master is rounded to its dtype.
-    pub stored: Option<Tensor>,
-}
-
-/// Step number `step`, 1 at the first. Gradients are divided by `scale`, where there is one.
+/// Applies one AdamW step to each parameter; `step` is 1 for the first.
+///
+/// Gradients are divided by `scale` if there is one.
 ///
 /// # Errors
-/// libtorch's message, when shapes, dtypes or devices differ.
+/// libtorch's message if shapes, dtypes or devices differ.
 pub fn adamw(
     updates: &[AdamWUpdate],
     config: AdamW,
@@ -39,19 +28,19 @@ pub fn adamw(
         updates
             .iter()
             .map(|update| Cost::passes(7.0, &update.master))
-            .fold(Cost::default(), Cost::and)
+            .fold(Cost::default(), Cost::plus)
     };
-    part("optimizer", "AdamW", cost, || {
+    span("optimizer", "AdamW", cost, || {
         let scalars = Scalars::of(config, step, scale);
-        let mut elsewhere = Vec::new();
+        let mut for_libtorch = Vec::new();
         for update in updates {
-            match update.place() {
+            match backend(update) {
                 Backend::OwnLoops => on_threads(update, scalars),
                 Backend::Gpu(gpu) => cuda::adamw(gpu, update, scalars),
-                Backend::Libtorch => elsewhere.push(update),
+                Backend::Libtorch => for_libtorch.push(update),
             }
         }
-        by_libtorch(&elsewhere, config, step, scale)
+        by_libtorch(&for_libtorch, config, step, scale)
     })
 }
 
@@ -69,18 +58,18 @@ fn by_libtorch(
             .to_kind(Kind::Float)
             .to_device(first.master.device())
     };
-    let of = |tensor: fn(&AdamWUpdate) -> &Tensor| {
+    let all = |tensor: fn(&AdamWUpdate) -> &Tensor| -> Vec<Tensor> {
         updates
             .iter()
-            .map(|u| tensor(u).shallow_clone())
-            .collect::<Vec<_>>()
+            .map(|update| tensor(update).shallow_clone())
+            .collect()
     };
-    let count = scalar(step as f64);
-    let steps: Vec<Tensor> = updates.iter().map(|_| count.shallow_clone()).collect();
-    let masters = of(|u| &u.master);
-    let gradients = of(|u| &u.gradient);
-    let averages = of(|u| &u.exp_avg);
-    let squares = of(|u| &u.exp_avg_sq);
+    let step = scalar(step as f64);
+    let steps: Vec<Tensor> = updates.iter().map(|_| step.shallow_clone()).collect();
+    let masters = all(|update| &update.master);
+    let gradients = all(|update| &update.gradient);
+    let averages = all(|update| &update.exp_avg);
+    let squares = all(|update| &update.exp_avg_sq);
     let scale = scale.map(scalar);
     fused_adamw(
         &masters,
@@ -99,69 +88,41 @@ fn by_libtorch(
     Ok(())
 }
 
-/// What goes through an update's numbers.
+/// The implementation that applies an update.
 enum Backend {
     OwnLoops,
     Gpu(&'static dyn cuda::Gpu),
     Libtorch,
 }
 
-impl AdamWUpdate {
-    fn place(&self) -> Backend {
-        let numbers = [
-            &self.master,
-            &self.gradient,
-            &self.exp_avg,
-            &self.exp_avg_sq,
-        ];
-        let alike = |x: &Tensor, kind| {
-            x.numel() == self.master.numel() && cuda::same_device_contiguous(&self.master, x, kind)
-        };
-        let stored = self
-            .stored
-            .as_ref()
-            .is_none_or(|stored| alike(stored, Kind::BFloat16));
-        if !stored || !numbers.iter().all(|x| alike(x, Kind::Float)) {
-            return Backend::Libtorch;
-        }
-        match cuda::gpu(&numbers) {
-            Some(gpu) => Backend::Gpu(gpu),
-            None if host_kind(&numbers).is_some() => Backend::OwnLoops,
-            None => Backend::Libtorch,
-        }
+fn backend(update: &AdamWUpdate) -> Backend {
+    let master = &update.master;
+    let tensors = [
+        master,
+        &update.gradient,
+        &update.exp_avg,
+        &update.exp_avg_sq,
+    ];
+    let fits = |x: &Tensor, kind| {
+        x.numel() == master.numel() && cuda::same_device_contiguous(master, x, kind)
+    };
+    let stored_fits = update
+        .stored
+        .as_ref()
+        .is_none_or(|stored| fits(stored, Kind::BFloat16));
+    if !stored_fits || !tensors.iter().all(|x| fits(x, Kind::Float)) {
+        return Backend::Libtorch;
     }
-}
-
-/// The scalars of a step, as a number's update takes them.
-#[derive(Clone, Copy)]
-pub(crate) struct Scalars {
-    pub(crate) inverse_scale: f32,
-    pub(crate) decay_factor: f32,
-    pub(crate) beta1: f32,
-    pub(crate) beta2: f32,
-    pub(crate) step_size: f32,
-    pub(crate) inverse_root_correction: f32,
-    pub(crate) eps: f32,
-}
-
-impl Scalars {
-    pub(crate) fn of(config: AdamW, step: u64, scale: Option<f64>) -> Scalars {
-        let correction = |beta: f64| 1.0 - beta.powf(step as f64);
-        Scalars {
-            inverse_scale: scale.map_or(1.0, |scale| 1.0 / scale) as f32,
-            decay_factor: (1.0 - config.lr * config.weight_decay) as f32,
-            beta1: config.beta1 as f32,
-            beta2: config.beta2 as f32,
-            step_size: (config.lr / correction(config.beta1)) as f32,
-            inverse_root_correction: (1.0 / correction(config.beta2).sqrt()) as f32,
-            eps: config.eps as f32,
-        }
+    match cuda::gpu(&tensors) {
+        Some(gpu) => Backend::Gpu(gpu),
+        None if host_kind(&tensors).is_some() => Backend::OwnLoops,
+        None => Backend::Libtorch,
     }
 }
 
 fn on_threads(update: &AdamWUpdate, scalars: Scalars) {
     let count = update.master.numel();
-    // SAFETY: `place` has said so of all.
+    // SAFETY: `backend` has checked the device, layout and dtype of all tensors.
     let [master, gradient, average, square] = unsafe {
         [
             &update.master,
@@ -169,23 +130,25 @@ fn on_threads(update: &AdamWUpdate, scalars: Scalars) {
             &update.exp_avg,
             &update.exp_avg_sq,
         ]
-        .map(|x| Numbers::<f32>::of(x))
+        .map(|x| HostData::<f32>::of(x))
     };
-    // SAFETY: likewise.
+    // SAFETY: as above.
     let stored = update
         .stored
         .as_ref()
-        .map(|stored| unsafe { Numbers::<Bf16>::of(stored) });
+        .map(|stored| unsafe { HostData::<Bf16>::of(stored) });
     for_rows(count.div_ceil(WIDTH), WIDTH, |_, rows| {
         for start in rows.map(|row| row * WIDTH) {
-            let place = start..(start + WIDTH).min(count);
-            // SAFETY: parts of threads do not overlap.
+            let chunk = start..(start + WIDTH).min(count);
+            let gradient = gradient.rows(&chunk, 1);
+            // SAFETY: each chunk belongs to one thread.
             unsafe {
-                let moments = (average.part_mut(&place, 1), square.part_mut(&place, 1));
-                let master = master.part_mut(&place, 1);
-                update_chunk(master, gradient.part(&place, 1), moments, scalars);
+                let master = master.rows_mut(&chunk, 1);
+                let average = average.rows_mut(&chunk, 1);
+                let square = square.rows_mut(&chunk, 1);
+                update_chunk(master, gradient, average, square, scalars);
                 if let Some(stored) = &stored {
-                    round(master, stored.part_mut(&place, 1));
+                    round(master, stored.rows_mut(&chunk, 1));
                 }
             }
         }
@@ -196,7 +159,8 @@ fn on_threads(update: &AdamWUpdate, scalars: Scalars) {
 fn update_chunk(
     master: &mut [f32],
     gradient: &[f32],
-    (averages, squares): (&mut [f32], &mut [f32]),
+    averages: &mut [f32],
+    squares: &mut [f32],
     scalars: Scalars,
 ) {
     let Scalars {
@@ -208,20 +172,21 @@ fn update_chunk(
         inverse_root_correction,
         eps,
     } = scalars;
-    for (((x, g), m), v) in master.iter_mut().zip(gradient).zip(averages).zip(squares) {
+    let elements = master.iter_mut().zip(gradient).zip(averages).zip(squares);
+    for (((x, g), m), v) in elements {
         let g = g * inverse_scale;
         *m += (g - *m) * (1.0 - beta1);
         *v = *v * beta2 + g * g * (1.0 - beta2);
-        *x = *x * decay_factor - step_size * *m / (v.sqrt() * inverse_root_correction + eps);
+        let denominator = v.sqrt() * inverse_root_correction + eps;
+        *x = *x * decay_factor - step_size * *m / denominator;
     }
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 fn round(master: &[f32], stored: &mut [Bf16]) {
-    stored
-        .iter_mut()
-        .zip(master)
-        .for_each(|(stored, x)| *stored = Bf16::narrow(*x));
+    for (stored, x) in stored.iter_mut().zip(master) {
+        *stored = Bf16::narrow(*x);
+    }
 }
 
 #[cfg(test)]
@@ -230,7 +195,7 @@ pub(crate) mod tests {
     use proptest::prelude::*;
     use tch::Device;
 
-    /// Some steps of a parameter.
+    /// A few steps of one parameter.
     #[derive(Debug, Clone, Copy)]
     pub(crate) struct Case {
         bf16: bool,
@@ -241,23 +206,18 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn cases() -> impl Strategy<Value = Case> {
-        let drawn = (
-            any::<bool>(),
-            any::<bool>(),
-            any::<bool>(),
-            1u64..4,
-            0i64..1000,
-        );
-        drawn.prop_map(|(bf16, scaled, decays, steps, seed)| Case {
-            bf16,
-            scaled,
-            decays,
+        let flags = any::<[bool; 3]>();
+        let numbers = (1u64..4, 0i64..1000);
+        (flags, numbers).prop_map(|(flags, (steps, seed))| Case {
+            bf16: flags[0],
+            scaled: flags[1],
+            decays: flags[2],
             steps,
             seed,
         })
     }
 
-    /// The same `count` numbers after the case's steps by `step_by`, and by libtorch.
+    /// Applies the steps of a case to `count` elements, by `step_by` and by libtorch.
     pub(crate) fn ours_and_libtorch(
         case: Case,
         count: i64,
@@ -268,20 +228,15 @@ pub(crate) mod tests {
         let random = || Tensor::randn([count], (Kind::Float, device));
         let master = random();
         let zeros = random().zeros_like();
-        let begin = |stored| {
-            let [exp_avg, exp_avg_sq] = [(); 2].map(|()| zeros.copy());
-            AdamWUpdate {
-                master: master.copy(),
-                gradient: random(),
-                exp_avg,
-                exp_avg_sq,
-                stored,
-            }
+        let initial = |stored| AdamWUpdate {
+            master: master.copy(),
+            gradient: random(),
+            exp_avg: zeros.copy(),
+            exp_avg_sq: zeros.copy(),
+            stored,
         };
-        let sides = [
-            begin(case.bf16.then(|| master.to_kind(Kind::BFloat16))),
-            begin(None),
-        ];
+        let stored = case.bf16.then(|| master.to_kind(Kind::BFloat16));
+        let sides = [initial(stored), initial(None)];
         let weight_decay = if case.decays { 0.1 } else { 0.0 };
         let config = AdamW {
             lr: 1e-2,
@@ -293,16 +248,16 @@ pub(crate) mod tests {
         let scale = case.scaled.then_some(3.0);
         for step in 1..=case.steps {
             let gradient = random();
-            sides
-                .iter()
-                .for_each(|side| side.gradient.shallow_clone().copy_(&gradient));
+            for side in &sides {
+                side.gradient.shallow_clone().copy_(&gradient);
+            }
             step_by(&sides[0], config, step, scale);
             by_libtorch(&[&sides[1]], config, step, scale).unwrap();
         }
         sides
     }
 
-    /// What steps change.
+    /// Returns the tensors that a step changes.
     pub(crate) fn state(update: &AdamWUpdate) -> [&Tensor; 3] {
         [&update.master, &update.exp_avg, &update.exp_avg_sq]
     }
@@ -310,11 +265,15 @@ pub(crate) mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(100))]
         #[test]
-        fn it_is_libtorchs_update(case in cases(), count in 0i64..20_000) {
+        fn it_matches_libtorch(
+            case in cases(),
+            count in 0i64..20_000,
+        ) {
             tch::set_num_threads(2);
-            let [update, theirs] = ours_and_libtorch(case, count, Device::Cpu, |update, config, step, scale| {
+            let step_by = |update: &AdamWUpdate, config, step, scale| {
                 adamw(std::slice::from_ref(update), config, step, scale).unwrap();
-            });
+            };
+            let [update, theirs] = ours_and_libtorch(case, count, Device::Cpu, step_by);
             for (ours, theirs) in state(&update).into_iter().zip(state(&theirs)) {
                 prop_assert!(ours.allclose(theirs, 1e-5, 1e-6, false));
             }

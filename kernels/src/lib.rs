@@ -1,11 +1,32 @@
-//! Matrix products by the fastest road there is, and what a layer does to its activations between them, in one pass over memory
-//! where libtorch makes many: on the CPU loops of our own over rows, with the widest vectors that the processor has, on libtorch's
-//! threads; on NVIDIA GPUs kernels of our own (`cuda/`); elsewhere libtorch's operations. All compute in fp32 and round once to the
-//! tensors' dtype, so each is the others' test.
+//! GEMMs, attention and fused elementwise kernels for transformers with MoE layers.
 //!
-//! Nothing here is differentiable: layers call forward and backward inside nodes of their own.
+//! Every operation has up to three paths. On the CPU, loops of our own use the widest vectors of
+//! the processor and run on libtorch's threads. On NVIDIA GPUs, CUDA kernels of our own make one
+//! pass over memory where libtorch makes several. On any other device, libtorch's operations run.
+//!
+//! The main entry points are [`gemm`] and [`grouped_gemm`], [`attention`], [`router`] and
+//! [`combine`], [`cross_entropy`] and [`adamw`]. Module [`profile`] records where time goes.
+//!
+//! # Invariants
+//! - All paths compute in fp32 and round once to the dtype of the tensors, so each path is a test
+//!   of the others.
+//! - The number of threads changes no bit of a result, except that of [`rms_norm_backward`].
+//! - Nothing is differentiable: layers call forward and backward inside autograd nodes of their
+//!   own.
+//!
+//! # Example
+//! ```
+//! use tch::Tensor;
+//!
+//! // The first row belongs to expert 0, the other two to expert 1.
+//! let rows = Tensor::from_slice(&[1f32, 2., 3., 4., 5., 6.]).view([3, 2]);
+//! let experts = Tensor::from_slice(&[1f32, 1., 2., 0.]).view([2, 2, 1]);
+//! let out = kernels::grouped_gemm(&rows, &[experts], &[1, 2]);
+//! assert_eq!(out, Tensor::from_slice(&[3f32, 6., 10.]).view([3, 1]));
+//! ```
 
 mod adamw;
+mod adamw_update;
 mod attention;
 mod combine;
 mod cross_entropy;
@@ -18,15 +39,19 @@ mod matmul;
 mod matrix;
 mod norm;
 mod number;
+mod positions;
 pub mod profile;
 mod rotary;
 mod router;
+mod routing;
 mod rows;
 mod softmax;
 mod squares;
 mod swiglu;
+mod tensors;
 
-pub use adamw::{AdamWUpdate, adamw};
+pub use adamw::adamw;
+pub use adamw_update::AdamWUpdate;
 pub use attention::{attention, attention_backward, repeat_heads, sum_repeated_heads};
 pub use combine::{combine, combine_backward};
 pub use cross_entropy::cross_entropy;
@@ -37,9 +62,8 @@ pub use matmul::{
 };
 pub use norm::{rms_norm, rms_norm_backward};
 pub use rotary::apply_rotary;
-pub use router::{
-    RouterOutput, RouterScoring, router, router_backward, select_experts, supports_router,
-};
+pub use router::{router, router_backward, select_experts, supports_router};
+pub use routing::{RouterGradients, RouterOutput, RouterScoring};
 pub use softmax::{softmax, softmax_gradient};
 pub use squares::sum_of_squares;
 pub use swiglu::{swiglu, swiglu_backward};

@@ -1,28 +1,51 @@
-//! Matrices in the memory of tensors. Parts of them are numbers, where libtorch makes a tensor of each: an expert's rows and weights
-//! are three for each product.
+//! Views of matrices in the memory of tensors.
+//!
+//! A view is a pointer and strides. libtorch would allocate a tensor for each slice, and the GEMM
+//! of one expert needs three.
 
 use std::marker::PhantomData;
 use tch::{Kind, Tensor};
 
-/// A matrix whose tensor is in host memory.
+/// The output and inputs of one GEMM, `out = left right`.
+pub(crate) struct GemmOperands<'a> {
+    pub(crate) out: Matrix<'a>,
+    pub(crate) left: Matrix<'a>,
+    pub(crate) right: Matrix<'a>,
+}
+
+impl GemmOperands<'_> {
+    pub(crate) fn of_tensors<'a>(
+        out: &'a Tensor,
+        left: &'a Tensor,
+        right: &'a Tensor,
+    ) -> GemmOperands<'a> {
+        GemmOperands {
+            out: Matrix::of(out),
+            left: Matrix::of(left),
+            right: Matrix::of(right),
+        }
+    }
+}
+
+/// A view of a matrix in host memory.
 #[derive(Clone, Copy)]
 pub(crate) struct Matrix<'a> {
     pub(crate) data: *mut u8,
     pub(crate) kind: Kind,
     pub(crate) rows: usize,
     pub(crate) columns: usize,
-    /// Bytes from one row to the next; from one number to the next where there is one row.
-    pub(crate) row: usize,
-    /// Bytes from one column to the next; from one number to the next where there is one column.
-    pub(crate) column: usize,
+    /// Bytes from one row to the next, or the element size if there is one row.
+    pub(crate) row_stride: usize,
+    /// Bytes from one column to the next, or the element size if there is one column.
+    pub(crate) column_stride: usize,
     tensor: PhantomData<&'a Tensor>,
 }
 
 impl<'a> Matrix<'a> {
-    /// Of a tensor `[R, C]`.
+    /// Returns a view of a tensor `[R, C]`.
     pub(crate) fn of(tensor: &'a Tensor) -> Matrix<'a> {
         let Ok([rows, columns]) = <[i64; 2]>::try_from(tensor.size()) else {
-            panic!("{:?} is no matrix", tensor.size())
+            panic!("not a matrix: shape {:?}", tensor.size())
         };
         let stride = tensor.stride();
         Matrix::at(
@@ -33,17 +56,17 @@ impl<'a> Matrix<'a> {
         )
     }
 
-    /// Those of a tensor `[N, R, C]`.
+    /// Returns views of the matrices of a tensor `[N, R, C]`.
     pub(crate) fn each_of(tensor: &'a Tensor) -> impl Iterator<Item = Matrix<'a>> {
         let Ok([count, rows, columns]) = <[i64; 3]>::try_from(tensor.size()) else {
-            panic!("{:?} are no matrices", tensor.size())
+            panic!("not a batch of matrices: shape {:?}", tensor.size())
         };
         let stride = tensor.stride();
         let kind = tensor.kind();
         let data = tensor.data_ptr().cast::<u8>();
-        let apart = stride[0] as usize * kind.elt_size_in_bytes();
+        let matrix_stride = stride[0] as usize * kind.elt_size_in_bytes();
         (0..count as usize).map(move |index| {
-            let data = data.wrapping_add(index * apart);
+            let data = data.wrapping_add(index * matrix_stride);
             Matrix::at(data, kind, [rows, columns], [stride[1], stride[2]])
         })
     }
@@ -63,27 +86,25 @@ impl<'a> Matrix<'a> {
             kind,
             rows,
             columns,
-            row: bytes(0),
-            column: bytes(1),
+            row_stride: bytes(0),
+            column_stride: bytes(1),
             tensor: PhantomData,
         }
     }
 
-    /// `len` rows from `start` on.
     pub(crate) fn slice_rows(self, start: usize, len: usize) -> Matrix<'a> {
         assert!(
             start + len <= self.rows,
-            "{start} and {len} of {} rows",
+            "{len} rows from {start} of a matrix with {} rows",
             self.rows
         );
         Matrix {
-            data: self.data.wrapping_add(start * self.row),
+            data: self.data.wrapping_add(start * self.row_stride),
             rows: len,
             ..self
         }
     }
 
-    /// `len` columns from `start` on.
     pub(crate) fn slice_columns(self, start: usize, len: usize) -> Matrix<'a> {
         self.transposed().slice_rows(start, len).transposed()
     }
@@ -92,73 +113,91 @@ impl<'a> Matrix<'a> {
         Matrix {
             rows: self.columns,
             columns: self.rows,
-            row: self.column,
-            column: self.row,
+            row_stride: self.column_stride,
+            column_stride: self.row_stride,
             ..self
         }
     }
 
-    /// Bytes of a number.
-    pub(crate) fn size(&self) -> usize {
+    /// Returns the bytes of an element.
+    pub(crate) fn element_size(&self) -> usize {
         self.kind.elt_size_in_bytes()
     }
 
-    /// Whether the numbers of a row lie beside each other.
     pub(crate) fn has_contiguous_rows(&self) -> bool {
-        self.column == self.size()
+        self.column_stride == self.element_size()
     }
 
-    /// Whether those of a column do.
     pub(crate) fn has_contiguous_columns(&self) -> bool {
-        self.row == self.size()
+        self.row_stride == self.element_size()
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+    use crate::tensors::{sizes, tests::randn};
     use proptest::prelude::*;
-    use tch::Device;
+    use tch::kind::FLOAT_CPU;
 
-    /// The numbers of an fp32 matrix, row by row.
-    fn read(matrix: &Matrix) -> Vec<f32> {
-        let at = |row: usize, column: usize| {
-            let at = matrix
-                .data
-                .wrapping_add(row * matrix.row + column * matrix.column);
-            // SAFETY: inside the tensor, which is what is tested.
-            unsafe { at.cast::<f32>().read() }
+    /// Returns a random matrix inside a larger one, so that its rows are not adjacent.
+    pub(crate) fn random(rows: i64, columns: i64, transposed: bool, kind: Kind) -> Tensor {
+        let (outer, inner) = if transposed {
+            (columns, rows)
+        } else {
+            (rows, columns)
         };
-        (0..matrix.rows)
-            .flat_map(|row| (0..matrix.columns).map(move |column| at(row, column)))
-            .collect()
+        let all = randn(&[outer + 3, inner + 3], kind);
+        let slice = all.narrow(0, 1, outer).narrow(1, 2, inner);
+        if transposed { slice.tr() } else { slice }
     }
 
-    fn numbers(tensor: &Tensor) -> Vec<f32> {
+    /// Returns the elements of an fp32 matrix, row by row.
+    fn read(matrix: &Matrix) -> Vec<f32> {
+        let mut elements = Vec::new();
+        for row in 0..matrix.rows {
+            for column in 0..matrix.columns {
+                let offset = row * matrix.row_stride + column * matrix.column_stride;
+                let at = matrix.data.wrapping_add(offset).cast::<f32>();
+                // SAFETY: the address is inside the tensor, which this test checks.
+                elements.push(unsafe { at.read() });
+            }
+        }
+        elements
+    }
+
+    fn elements(tensor: &Tensor) -> Vec<f32> {
         Vec::try_from(tensor.contiguous().flatten(0, -1)).unwrap()
     }
 
     proptest! {
         #[test]
-        fn parts_are_those_of_libtorch(
-            (count, rows, columns) in (1i64..4, 1i64..7, 1i64..7), from in (0usize..7, 0usize..7), len in (0usize..7, 0usize..7),
-            turned: bool,
+        fn slices_match_libtorch(
+            count in 1i64..4,
+            limits in [1i64..7, 1i64..7],
+            starts in [0usize..7, 0usize..7],
+            lens in [0usize..7, 0usize..7],
+            transposed: bool,
         ) {
-            let all = Tensor::arange(count * 6 * 6, (Kind::Float, Device::Cpu)).view([count, 6, 6]);
-            let all = all.narrow(1, 0, rows.min(6)).narrow(2, 0, columns.min(6));
-            let all = if turned { all.transpose(1, 2) } else { all };
-            let size = all.size();
-            let some = |dim: usize, from: usize, len: usize| {
-                let from = from.min(size[dim] as usize);
-                (from, len.min(size[dim] as usize - from))
-            };
-            let (rows, columns) = (some(1, from.0, len.0), some(2, from.1, len.1));
+            let all = Tensor::arange(count * 6 * 6, FLOAT_CPU).view([count, 6, 6]);
+            let all = all
+                .narrow(1, 0, limits[0].min(6))
+                .narrow(2, 0, limits[1].min(6));
+            let all = if transposed { all.transpose(1, 2) } else { all };
+            let [_, rows, columns] = sizes(&all);
+            let sizes = [rows, columns];
+            let starts = [0, 1].map(|dim| starts[dim].min(sizes[dim]));
+            let lens = [0, 1].map(|dim| lens[dim].min(sizes[dim] - starts[dim]));
             for (index, matrix) in Matrix::each_of(&all).enumerate() {
                 let plain = all.get(index as i64);
-                prop_assert_eq!(read(&Matrix::of(&plain)), numbers(&plain));
-                let part = matrix.slice_rows(rows.0, rows.1).slice_columns(columns.0, columns.1).transposed();
-                let plain = plain.narrow(0, rows.0 as i64, rows.1 as i64).narrow(1, columns.0 as i64, columns.1 as i64);
-                prop_assert_eq!(read(&part), numbers(&plain.tr()));
+                prop_assert_eq!(read(&Matrix::of(&plain)), elements(&plain));
+                let rows = matrix.slice_rows(starts[0], lens[0]);
+                let slice = rows.slice_columns(starts[1], lens[1]);
+                let narrow = |x: &Tensor, dim: usize| {
+                    x.narrow(dim as i64, starts[dim] as i64, lens[dim] as i64)
+                };
+                let plain = narrow(&narrow(&plain, 0), 1);
+                prop_assert_eq!(read(&slice.transposed()), elements(&plain.tr()));
             }
         }
     }

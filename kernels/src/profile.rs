@@ -1,5 +1,7 @@
-//! Where a step's time goes: named parts with their operations and bytes, of every thread that calls them, while somebody asks for
-//! it; written as a Chrome trace, too (<https://ui.perfetto.dev> opens it). When nobody asks, a part costs one read of a flag.
+//! A profiler of named spans, with their operations and bytes, on every thread.
+//!
+//! [`write`] saves the spans as a Chrome trace, which <https://ui.perfetto.dev> opens. While the
+//! profiler is off, a span costs one read of a flag.
 
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
@@ -9,33 +11,39 @@ use std::time::Instant;
 use tch::Tensor;
 
 static ON: AtomicBool = AtomicBool::new(false);
-static EVENTS: Mutex<Option<(Instant, Vec<Event>)>> = Mutex::new(None);
+static RECORDING: Mutex<Option<Recording>> = Mutex::new(None);
 static THREADS: AtomicU64 = AtomicU64::new(0);
 
 thread_local! {
     static THREAD: u64 = THREADS.fetch_add(1, Ordering::Relaxed);
 }
 
-/// What a part has to do.
+struct Recording {
+    started: Instant,
+    events: Vec<Event>,
+}
+
+/// The work of a span.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Cost {
-    /// Floating-point operations.
+    /// Number of floating-point operations.
     pub flops: f64,
-    /// Bytes that have to be read or written at least.
+    /// Lower bound of the bytes read and written.
     pub bytes: f64,
 }
 
 impl Cost {
-    /// Of going through `x`, or as much memory, so many times.
+    /// Returns the cost of `times` passes over the memory of `x`.
     pub fn passes(times: f64, x: &Tensor) -> Cost {
+        let size = x.numel() * x.kind().elt_size_in_bytes();
         Cost {
             flops: 0.0,
-            bytes: times * (x.numel() * x.kind().elt_size_in_bytes()) as f64,
+            bytes: times * size as f64,
         }
     }
 
-    /// Both together.
-    pub fn and(self, other: Cost) -> Cost {
+    /// Returns the sum of both costs.
+    pub fn plus(self, other: Cost) -> Cost {
         Cost {
             flops: self.flops + other.flops,
             bytes: self.bytes + other.bytes,
@@ -43,51 +51,48 @@ impl Cost {
     }
 }
 
-/// A part that was done.
+/// A completed span of a thread.
 #[derive(Debug, Clone)]
 pub struct Event {
-    /// `product`, `waiting`, ...
+    /// Category, such as `gemm` or `communication`.
     pub kind: &'static str,
-    /// Which one.
     pub name: &'static str,
-    /// The calling thread, counted from 0.
+    /// Number of the calling thread, from 0.
     pub thread: u64,
-    /// Seconds since [`begin`].
+    /// Start in seconds since [`start`].
     pub start: f64,
-    /// Seconds since [`begin`].
+    /// End in seconds since [`start`].
     pub end: f64,
-    /// What was done.
     pub cost: Cost,
 }
 
-/// Parts of one name, added up.
+/// The sum of all spans with one kind and name.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Total {
-    /// How often.
     pub calls: usize,
-    /// Seconds without those of parts inside of it.
+    /// Seconds without those of nested spans.
     pub seconds: f64,
-    /// What was done.
     pub cost: Cost,
 }
 
-/// Begins to write parts down.
-pub fn begin() {
-    *EVENTS.lock() = Some((Instant::now(), Vec::new()));
+/// Starts recording spans, without those of an earlier recording.
+pub fn start() {
+    *RECORDING.lock() = Some(Recording {
+        started: Instant::now(),
+        events: Vec::new(),
+    });
     ON.store(true, Ordering::SeqCst);
 }
 
-/// Ends it: what was done since.
-pub fn end() -> Vec<Event> {
+/// Stops recording and returns the spans since [`start`].
+pub fn stop() -> Vec<Event> {
     ON.store(false, Ordering::SeqCst);
-    EVENTS
-        .lock()
-        .take()
-        .map_or(Vec::new(), |(_, events)| events)
+    let recording = RECORDING.lock().take();
+    recording.map_or(Vec::new(), |recording| recording.events)
 }
 
-/// Calls `body`, which is a part of the step.
-pub fn part<T>(
+/// Calls `body` and records it as a span.
+pub fn span<T>(
     kind: &'static str,
     name: &'static str,
     cost: impl FnOnce() -> Cost,
@@ -99,10 +104,11 @@ pub fn part<T>(
     let started = Instant::now();
     let result = body();
     let ended = Instant::now();
-    if let Some((began, events)) = EVENTS.lock().as_mut() {
-        let since = |at: Instant| at.saturating_duration_since(*began).as_secs_f64();
+    if let Some(recording) = RECORDING.lock().as_mut() {
+        let origin = recording.started;
+        let since = |at: Instant| at.saturating_duration_since(origin).as_secs_f64();
         let thread = THREAD.with(|thread| *thread);
-        events.push(Event {
+        recording.events.push(Event {
             kind,
             name,
             thread,
@@ -114,53 +120,54 @@ pub fn part<T>(
     result
 }
 
-/// Seconds of each part without those of parts of its thread inside of it.
+/// Returns each span's seconds without those of nested spans on the same thread.
 fn self_seconds(events: &[Event]) -> Vec<f64> {
     let length = |event: &Event| event.end - event.start;
     let mut own: Vec<f64> = events.iter().map(length).collect();
     for event in events {
-        let around = |other: &Event| {
+        let encloses = |other: &Event| {
             other.thread == event.thread
                 && other.start <= event.start
                 && other.end >= event.end
                 && length(other) > length(event)
         };
-        // The shortest one around it.
-        let parent = (0..events.len()).filter(|&other| around(&events[other]));
-        if let Some(parent) =
-            parent.min_by(|&a, &b| length(&events[a]).total_cmp(&length(&events[b])))
-        {
+        let enclosing = (0..events.len()).filter(|&other| encloses(&events[other]));
+        let by_length = |&a: &usize, &b: &usize| {
+            let [a, b] = [a, b].map(|index| length(&events[index]));
+            a.total_cmp(&b)
+        };
+        if let Some(parent) = enclosing.min_by(by_length) {
             own[parent] -= length(event);
         }
     }
     own
 }
 
-/// Parts of one kind and name added up; each counts for itself, without parts inside of it.
+/// Sums the spans by kind and name; the time of a nested span counts only for itself.
 pub fn totals(events: &[Event]) -> BTreeMap<(&'static str, &'static str), Total> {
     let mut totals: BTreeMap<_, Total> = BTreeMap::new();
     for (event, seconds) in events.iter().zip(self_seconds(events)) {
         let total = totals.entry((event.kind, event.name)).or_default();
         total.calls += 1;
         total.seconds += seconds;
-        total.cost.flops += event.cost.flops;
-        total.cost.bytes += event.cost.bytes;
+        total.cost = total.cost.plus(event.cost);
     }
     totals
 }
 
-/// Writes parts as a Chrome trace, whose process is `rank`.
+/// Writes the spans as a Chrome trace whose process number is `rank`.
 ///
 /// # Errors
-/// When the file cannot be written.
+/// If the file cannot be written.
 pub fn write(events: &[Event], rank: usize, path: &Path) -> std::io::Result<()> {
     let mut text = String::from("{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n");
     for (number, (event, own)) in events.iter().zip(self_seconds(events)).enumerate() {
-        // Names are words of this program: nothing in them has to be escaped.
+        let separator = if number == 0 { "" } else { ",\n" };
+        // Kinds and names are literals of this program and need no escaping.
         text += &format!(
-            "{}{{\"ph\":\"X\",\"pid\":{rank},\"tid\":{},\"cat\":\"{}\",\"name\":\"{}\",\"ts\":{:.3},\"dur\":{:.3},\
+            "{separator}{{\"ph\":\"X\",\"pid\":{rank},\"tid\":{},\
+             \"cat\":\"{}\",\"name\":\"{}\",\"ts\":{:.3},\"dur\":{:.3},\
              \"args\":{{\"self_ms\":{:.4},\"gflop\":{:.4},\"mb\":{:.3}}}}}",
-            if number == 0 { "" } else { ",\n" },
             event.thread,
             event.kind,
             event.name,
@@ -180,7 +187,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parts_count_for_themselves_alone() {
+    fn nested_spans_count_once() {
         let event = |name, thread, start, end| Event {
             kind: "test",
             name,

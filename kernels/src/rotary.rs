@@ -1,154 +1,159 @@
-//! Rotary position embedding (arXiv 2104.09864) in the half-split form: element `i` of a head turns with element
-//! `i + head_dim / 2`.
+//! Rotary position embedding (arXiv 2104.09864) in the half-split form.
+//!
+//! Elements `i` and `i + d / 2` of a head form a pair that rotates by the angle of its position.
 
 use crate::cuda;
 use crate::number::Number;
-use crate::profile::{Cost, part};
-use crate::rows::{Numbers, for_kind, for_rows, host_kind};
+use crate::positions::RowPositions;
+use crate::profile::{Cost, span};
+use crate::rows::{HostData, for_kind, for_rows, host_kind};
+use crate::tensors::sizes;
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
 
-/// `x` `[batch, heads, sequence, d]` turned by `cos` and `sin` `[sequence, d / 2]` of its dtype, laid out in memory as `x` is:
-/// heads before positions, or after them.
+/// Rotates `x` `[batch, heads, sequence, d]` by `cos` and `sin` `[sequence, d / 2]` of its dtype.
+///
+/// The result has the memory layout of `x`: heads before positions, or after them.
 pub fn apply_rotary(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
     let cost = || Cost::passes(2.0, x);
-    part("rotation", "both", cost, || {
-        let heads = x.size()[1] as usize;
-        let positions = x.size()[2] as usize;
-        // In memory `[batch, sequence, heads, d]`, as a projection leaves it, or as it says.
-        let (flat, between) = if x.is_contiguous() {
-            (x.shallow_clone(), 1)
+    span("rotary", "forward", cost, || {
+        let [_, heads, positions] = sizes(x);
+        // A projection leaves memory order `[batch, sequence, heads, d]`.
+        let heads_first = x.is_contiguous();
+        let flat = if heads_first {
+            x.shallow_clone()
         } else {
-            (x.transpose(1, 2), heads)
+            x.transpose(1, 2)
         };
-        let as_x = |out: Tensor| {
-            if between == 1 {
+        let like_x = |out: Tensor| {
+            if heads_first {
                 out
             } else {
                 out.transpose(1, 2)
             }
         };
+        let order = RowPositions {
+            rows_per_position: if heads_first { 1 } else { heads },
+            positions,
+        };
         if let Some(gpu) = cuda::gpu(&[&flat, cos, sin]) {
-            return as_x(cuda::apply_rotary(
-                gpu,
-                &flat,
-                [cos, sin],
-                between,
-                positions,
-            ));
+            return like_x(cuda::apply_rotary(gpu, &flat, cos, sin, order));
         }
         let Some(kind) = host_kind(&[&flat, cos, sin]) else {
-            let halves = x.chunk(2, -1);
-            let out = x.empty_like();
-            let parts = out.chunk(2, -1);
-            parts[0]
-                .shallow_clone()
-                .copy_(&(&halves[0] * cos - &halves[1] * sin));
-            parts[1]
-                .shallow_clone()
-                .copy_(&(&halves[1] * cos + &halves[0] * sin));
-            return out;
+            return by_libtorch(x, cos, sin);
         };
         let out = flat.empty_like();
-        for_kind!(
-            kind,
-            on_threads(&flat, [cos, sin], &out, (between, positions))
-        );
-        as_x(out)
+        for_kind!(kind, on_threads(&flat, cos, sin, &out, order));
+        like_x(out)
     })
 }
 
-/// Rows of a thread that are turned at a time.
+fn by_libtorch(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
+    let halves = x.chunk(2, -1);
+    let out = x.empty_like();
+    let rotated = out.chunk(2, -1);
+    let first = &halves[0] * cos - &halves[1] * sin;
+    rotated[0].shallow_clone().copy_(&first);
+    let second = &halves[1] * cos + &halves[0] * sin;
+    rotated[1].shallow_clone().copy_(&second);
+    out
+}
+
+/// Number of rows that a thread rotates at once.
 const ROWS: usize = 16;
 
 fn on_threads<T: Number>(
     x: &Tensor,
-    [cos, sin]: [&Tensor; 2],
+    cos: &Tensor,
+    sin: &Tensor,
     out: &Tensor,
-    (between, positions): (usize, usize),
+    order: RowPositions,
 ) {
-    let width = x.size()[3] as usize;
+    let [_, _, _, width] = sizes(x);
     let count = x.numel().checked_div(width).unwrap_or(0);
     let [cos, sin] = [cos, sin].map(|table| table.to_kind(Kind::Float));
-    // SAFETY: all were checked, or made, to be in host memory without gaps, of the type that is named.
-    let (x, out, cos, sin) = unsafe {
-        (
-            Numbers::<T>::of(x),
-            Numbers::<T>::of(out),
-            Numbers::<f32>::of(&cos),
-            Numbers::<f32>::of(&sin),
-        )
+    // SAFETY: `host_kind` has checked `x`, and the caller creates `out`.
+    let [x, out] = unsafe { HostData::<T>::of_all([x, out]) };
+    // SAFETY: `host_kind` has checked the tables, which are fp32 now.
+    let [cos, sin] = unsafe { HostData::<f32>::of_all([&cos, &sin]) };
+    let angles = Angles {
+        cos: cos.rows(&(0..order.positions), width / 2),
+        sin: sin.rows(&(0..order.positions), width / 2),
     };
-    let cos = cos.part(&(0..positions), width / 2);
-    let sin = sin.part(&(0..positions), width / 2);
     for_rows(count, width, |_, rows| {
         let mut wide = vec![0.0; ROWS * width];
         for start in rows.clone().step_by(ROWS) {
             let rows = start..(start + ROWS).min(rows.end);
-            // SAFETY: parts of threads do not overlap.
-            let out = unsafe { out.part_mut(&rows, width) };
-            rotate_rows(
-                x.part(&rows, width),
-                (start, between, positions),
-                [cos, sin],
-                &mut wide[..out.len()],
-                out,
-            );
+            let x = x.rows(&rows, width);
+            // SAFETY: each row belongs to one thread.
+            let out = unsafe { out.rows_mut(&rows, width) };
+            rotate_rows(x, start, order, angles, &mut wide[..x.len()], out);
         }
     });
 }
 
-/// Turns rows from `start` on, by way of `wide`: loops over a short row alone would not become vectors in 16 bits.
+/// The tables of the angles, `[positions, d / 2]` each.
+#[derive(Clone, Copy)]
+struct Angles<'a> {
+    cos: &'a [f32],
+    sin: &'a [f32],
+}
+
+/// Rotates rows from row number `start`, in the fp32 buffer `wide`.
+///
+/// Without the buffer, the loops over short bf16 rows would not compile to vector code.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 fn rotate_rows<T: Number>(
     x: &[T],
-    (start, between, positions): (usize, usize, usize),
-    [cos, sin]: [&[f32]; 2],
+    start: usize,
+    order: RowPositions,
+    angles: Angles,
     wide: &mut [f32],
     out: &mut [T],
 ) {
-    let half = cos.len() / positions;
-    wide.iter_mut()
-        .zip(x)
-        .for_each(|(wide, x)| *wide = x.wide());
-    for (row, pair) in wide.chunks_exact_mut(2 * half).enumerate() {
-        let position = (start + row) / between % positions * half;
-        let cos = &cos[position..position + half];
-        let sin = &sin[position..position + half];
-        let (first, second) = pair.split_at_mut(half);
-        for ((first, second), (cos, sin)) in first.iter_mut().zip(second).zip(cos.iter().zip(sin)) {
-            (*first, *second) = (*first * cos - *second * sin, *second * cos + *first * sin);
+    let Angles { cos, sin } = angles;
+    let half = cos.len() / order.positions;
+    for (wide, x) in wide.iter_mut().zip(x) {
+        *wide = x.wide();
+    }
+    for (row, elements) in wide.chunks_exact_mut(2 * half).enumerate() {
+        let at = order.of_row(start + row) * half;
+        let cos = &cos[at..at + half];
+        let sin = &sin[at..at + half];
+        let (first, second) = elements.split_at_mut(half);
+        let pairs = first.iter_mut().zip(second);
+        for ((first, second), (cos, sin)) in pairs.zip(cos.iter().zip(sin)) {
+            let rotated = *first * cos - *second * sin;
+            *second = *second * cos + *first * sin;
+            *first = rotated;
         }
     }
-    out.iter_mut()
-        .zip(&*wide)
-        .for_each(|(out, wide)| *out = T::narrow(*wide));
+    for (out, wide) in out.iter_mut().zip(&*wide) {
+        *out = T::narrow(*wide);
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::Device;
+    use crate::tensors::tests::{TestTensor, randn, tolerances};
 
     #[test]
-    fn pairs_turn_by_the_angles_of_their_position() {
-        for (kind, tolerance) in [(Kind::Float, 1e-6), (Kind::BFloat16, 2e-2)] {
-            let random =
-                |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
+    fn pairs_rotate_by_the_angle_of_their_position() {
+        for (kind, tolerance) in tolerances(1e-6, 2e-2) {
+            let random = |shape: &[i64]| randn(shape, kind);
             let cos = random(&[5, 3]);
             let sin = random(&[5, 3]);
-            // As a projection leaves it; as it says; and with gaps.
+            // Heads after positions, heads before positions, and a view with gaps.
             let layouts = [
                 random(&[2, 5, 4, 6]).transpose(1, 2),
                 random(&[2, 4, 5, 6]),
                 random(&[2, 5, 8, 6]).narrow(2, 1, 4).transpose(1, 2),
             ];
             for x in layouts {
-                let ours = apply_rotary(&x, &cos, &sin).to_kind(Kind::Double);
-                let wide = |x: &Tensor| x.to_kind(Kind::Double);
-                let halves = wide(&x).chunk(2, -1);
-                let cos = wide(&cos);
-                let sin = wide(&sin);
+                let ours = apply_rotary(&x, &cos, &sin).to_f64();
+                let halves = x.to_f64().chunk(2, -1);
+                let [cos, sin] = [&cos, &sin].map(Tensor::to_f64);
                 let plain = [
                     &halves[0] * &cos - &halves[1] * &sin,
                     &halves[1] * &cos + &halves[0] * &sin,

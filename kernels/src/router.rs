@@ -1,59 +1,49 @@
-//! What a router makes of its logits, and their gradient: one pass over tokens each way. It is a few numbers a token, so that
-//! some thirty operations of libtorch for them cost what calling them costs.
-// Shapes: T tokens, E experts, K choices of a token, G groups of tokens.
+//! The router: expert selection, routing weights and balance sums, in one pass over tokens each
+//! way.
+//!
+//! A token has few logits, so that the cost of some thirty libtorch operations would be call
+//! overhead.
+// Shapes: T tokens, E experts, K chosen experts of a token, G groups of tokens.
 
 use crate::cuda;
 use crate::exponential::exp;
-use crate::profile::{Cost, part};
-use crate::rows::{Indices, Numbers, for_rows, host_kind};
+use crate::profile::{Cost, span};
+use crate::routing::{RouterGradients, RouterOutput, RouterScoring};
+use crate::rows::{HostData, Indices, for_rows, host_kind};
 use crate::softmax::exponentials;
+use crate::tensors::{empty_f32, sizes};
 use multiversion::multiversion;
 use std::ops::Range;
 use tch::{Kind, Tensor};
 
-/// Tokens whose sums are added up together, whatever the number of threads.
+/// Tokens that are summed together, whatever the number of threads.
 const CHUNK: usize = 64;
-/// How many numbers of a plain pass one logit costs.
-const COSTS: usize = 8;
-/// Keeps a sum of scores something to divide by.
+/// Cost of a logit, in elements of a plain pass.
+const LOGIT_COST: usize = 8;
+/// Keeps the sum of scores a nonzero divisor.
 const TINY: f32 = 1e-20;
 
-/// How logits become weights.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct RouterScoring {
-    /// Whether each logit's score is its sigmoid, instead of the softmax over all.
-    pub sigmoid: bool,
-    /// Whether the weights of a token's choices are made to sum to one.
-    pub normalize: bool,
-    /// Factor on all weights, after that.
-    pub scale: f64,
-}
-
-/// What became of logits.
-pub struct RouterOutput {
-    /// `[T, K]` fp32: the weight of each choice.
-    pub weights_tk: Tensor,
-    /// `[G, E]` fp32: over a group's tokens, the sum of scores that sum to one over the experts.
-    pub prob_sums_ge: Tensor,
-    /// `[]` fp32: the sum over all tokens of the square of their logits' log-sum-exp.
-    pub z_sum: Tensor,
-}
-
-/// Whether [`select_experts`], [`router`] and [`router_backward`] go through such logits.
+/// True if [`select_experts`], [`router`] and [`router_backward`] accept these logits.
 pub fn supports_router(logits_te: &Tensor) -> bool {
-    let fits = logits_te.kind() == Kind::Float && logits_te.dim() == 2 && logits_te.size()[1] > 0;
-    fits && (host_kind(&[logits_te]).is_some() || gpu(logits_te).is_some())
+    if logits_te.kind() != Kind::Float || logits_te.dim() != 2 {
+        return false;
+    }
+    let [_, experts] = sizes(logits_te);
+    experts > 0 && (host_kind(&[logits_te]).is_some() || gpu(logits_te).is_some())
 }
 
 fn gpu(logits_te: &Tensor) -> Option<&'static dyn cuda::Gpu> {
-    cuda::gpu(&[logits_te]).filter(|_| logits_te.size()[1] as usize <= cuda::MAX_EXPERTS)
+    let [_, experts] = sizes(logits_te);
+    cuda::gpu(&[logits_te]).filter(|_| experts <= cuda::MAX_EXPERTS)
 }
 
-/// The `top_k` experts with the highest scores, plus `bias_e` `[E]` fp32, of each token's logits `[T, E]`: `[T, K]` int64, the best
-/// first, of equals that with the lower number.
+/// Selects the `top_k` experts with the highest scores for each token, `[T, K]` int64.
+///
+/// A score is that of a logit in `[T, E]`, plus the expert's bias in `[E]` fp32. The order is
+/// descending; ties go to the lower index.
 ///
 /// # Panics
-/// When there are fewer experts, or the logits are not such as [`supports_router`] says.
+/// If there are fewer experts, or [`supports_router`] refuses the logits.
 pub fn select_experts(
     logits_te: &Tensor,
     bias_e: Option<&Tensor>,
@@ -61,97 +51,88 @@ pub fn select_experts(
     sigmoid: bool,
 ) -> Tensor {
     assert!(supports_router(logits_te));
-    let count = logits_te.size()[0];
-    let width = logits_te.size()[1] as usize;
-    assert!(top_k <= width, "{top_k} of {width} experts");
+    let [count, width] = sizes(logits_te);
+    assert!(top_k <= width, "top_k {top_k} exceeds {width} experts");
     let cost = || Cost::passes(1.0, logits_te);
     if let Some(gpu) = gpu(logits_te) {
         let by_gpu = || cuda::select_experts(gpu, logits_te, bias_e, top_k, sigmoid);
-        return part("router", "select_experts", cost, by_gpu);
+        return span("router", "select_experts", cost, by_gpu);
     }
     let bias = bias_e.map(|bias| Vec::<f32>::try_from(bias).expect("the bias is fp32"));
     let bias = bias.unwrap_or_else(|| vec![0.0; width]);
-    let chosen = Tensor::empty([count, top_k as i64], (Kind::Int64, logits_te.device()));
-    // SAFETY: in host memory without gaps, of the types that are named.
-    let (logits, to) = unsafe { (Numbers::<f32>::of(logits_te), Numbers::<i64>::of(&chosen)) };
-    part("router", "select_experts", cost, || {
-        for_rows(count as usize, COSTS * width, |_, rows| {
-            // SAFETY: parts of threads do not overlap.
-            let to = unsafe { to.part_mut(&rows, top_k) };
-            select_experts_rows(logits.part(&rows, width), &bias, sigmoid, to, top_k);
+    let shape = [count as i64, top_k as i64];
+    let experts_tk = Tensor::empty(shape, (Kind::Int64, logits_te.device()));
+    // SAFETY: the tensor is contiguous in host memory and has this dtype.
+    let logits = unsafe { HostData::<f32>::of(logits_te) };
+    // SAFETY: as above.
+    let experts = unsafe { HostData::<i64>::of(&experts_tk) };
+    span("router", "select_experts", cost, || {
+        for_rows(count, LOGIT_COST * width, |_, rows| {
+            // SAFETY: each row belongs to one thread.
+            let experts = unsafe { experts.rows_mut(&rows, top_k) };
+            select_experts_rows(logits.rows(&rows, width), &bias, sigmoid, experts, top_k);
         });
     });
-    chosen
+    experts_tk
 }
 
-/// Weights of the choices `experts_tk` `[T, K]` int64 by logits `[T, E]`, and what losses of balance are made of, for `groups` of
-/// neighbouring tokens, one after another, that hold all of them.
+/// Computes the routing weights of the selected experts `[T, K]` int64 from logits `[T, E]`, and
+/// the sums that balance losses need.
+///
+/// `groups` are consecutive ranges that cover all tokens.
 ///
 /// # Panics
-/// When the logits are not such as [`supports_router`] says, the groups do not hold all tokens in order, or an expert is not a column.
+/// If [`supports_router`] refuses the logits, the groups do not cover the tokens, or an expert is
+/// out of range.
 pub fn router(
     logits_te: &Tensor,
     experts_tk: &Tensor,
-    router: RouterScoring,
+    scoring: RouterScoring,
     groups: &[Range<usize>],
 ) -> RouterOutput {
     let cost = || Cost::passes(1.0, logits_te);
     if let Some(gpu) = gpu(logits_te) {
         check_inputs(logits_te, experts_tk, groups);
-        return part("router", "forward", cost, || {
-            cuda::router(gpu, logits_te, experts_tk, router, groups)
+        return span("router", "forward", cost, || {
+            cuda::router(gpu, logits_te, experts_tk, scoring, groups)
         });
     }
-    let all = Tokens::of(logits_te, experts_tk, groups);
+    let all = Tokens::chunked(logits_te, experts_tk, groups);
     let width = all.width;
     let top_k = all.top_k;
-    let fresh = |shape: &[i64]| Tensor::empty(shape, (Kind::Float, logits_te.device()));
-    let weights_tk = fresh(&experts_tk.size());
+    let weights_tk = empty_f32(logits_te, sizes::<2>(experts_tk));
     let mut sums = vec![0f64; groups.len() * width];
     let mut z_sum = 0.0;
-    part("router", "forward", cost, || {
-        let partial = Tensor::empty(
-            [all.chunks.len() as i64, width as i64 + 1],
-            (Kind::Double, logits_te.device()),
-        );
-        // SAFETY: in host memory without gaps, of the types that are named.
-        let (weights, partial) = unsafe {
-            (
-                Numbers::<f32>::of(&weights_tk),
-                Numbers::<f64>::of(&partial),
-            )
-        };
+    span("router", "forward", cost, || {
+        let shape = [all.chunks.len() as i64, width as i64 + 1];
+        let partial = Tensor::empty(shape, (Kind::Double, logits_te.device()));
+        // SAFETY: the tensor is contiguous in host memory and has this dtype.
+        let weights = unsafe { HostData::<f32>::of(&weights_tk) };
+        // SAFETY: as above.
+        let partial = unsafe { HostData::<f64>::of(&partial) };
         all.for_chunks(|index, Chunk { tokens, .. }| {
-            let place = index..index + 1;
-            // SAFETY: a chunk's are one part's.
-            let (weights, sums) = unsafe {
-                (
-                    weights.part_mut(tokens, top_k),
-                    partial.part_mut(&place, width + 1),
-                )
-            };
-            forward(
-                all.logits(tokens),
-                all.experts(tokens),
-                router,
-                weights,
-                sums,
-            );
+            // SAFETY: each chunk belongs to one thread.
+            let weights = unsafe { weights.rows_mut(tokens, top_k) };
+            // SAFETY: as above.
+            let sums = unsafe { partial.rows_mut(&(index..index + 1), width + 1) };
+            let logits = all.logits(tokens);
+            forward(logits, all.experts(tokens), scoring, weights, sums);
         });
         for (index, chunk) in all.chunks.iter().enumerate() {
-            let (z, here) = partial
-                .part(&(index..index + 1), width + 1)
+            let (z, probs) = partial
+                .rows(&(index..index + 1), width + 1)
                 .split_last()
-                .expect("there is one more");
-            sums[chunk.group * width..]
-                .iter_mut()
-                .zip(here)
-                .for_each(|(sum, x)| *sum += x);
+                .expect("the z sum follows the probabilities");
+            let sums = &mut sums[chunk.group * width..];
+            for (sum, x) in sums.iter_mut().zip(probs) {
+                *sum += x;
+            }
             z_sum += z;
         }
     });
     let sums: Vec<f32> = sums.into_iter().map(|sum| sum as f32).collect();
-    let prob_sums_ge = Tensor::from_slice(&sums).view([groups.len() as i64, width as i64]);
+    let shape = [groups.len() as i64, width as i64];
+    let prob_sums_ge = Tensor::from_slice(&sums).view(shape);
     RouterOutput {
         weights_tk,
         prob_sums_ge,
@@ -159,83 +140,81 @@ pub fn router(
     }
 }
 
-/// The gradient of logits `[T, E]`, from those of what [`router`] made of them; of each that has one.
+/// Returns the gradient of the logits `[T, E]`, given the gradients of the outputs of [`router`].
 ///
 /// # Panics
 /// As [`router`].
 pub fn router_backward(
     logits_te: &Tensor,
     experts_tk: &Tensor,
-    router: RouterScoring,
+    scoring: RouterScoring,
     groups: &[Range<usize>],
-    [grad_weights, grad_sums, grad_z]: [Option<&Tensor>; 3],
+    grads: RouterGradients,
 ) -> Tensor {
     let cost = || Cost::passes(2.0, logits_te);
     if let Some(gpu) = gpu(logits_te) {
         check_inputs(logits_te, experts_tk, groups);
-        let of = [grad_weights, grad_sums, grad_z];
-        return part("router", "backward", cost, || {
-            cuda::router_backward(gpu, logits_te, experts_tk, router, groups, of)
+        return span("router", "backward", cost, || {
+            cuda::router_backward(gpu, logits_te, experts_tk, scoring, groups, grads)
         });
     }
-    let all = Tokens::of(logits_te, experts_tk, groups);
+    let all = Tokens::chunked(logits_te, experts_tk, groups);
     let width = all.width;
     let top_k = all.top_k;
-    let gradient = Tensor::empty(logits_te.size(), (Kind::Float, logits_te.device()));
-    let numbers = |tensor: Option<&Tensor>, count: usize| match tensor {
+    let gradient = logits_te.empty_like();
+    let elements = |tensor: Option<&Tensor>, count: usize| match tensor {
         Some(tensor) => {
             Vec::<f32>::try_from(tensor.contiguous().view([-1])).expect("gradients are fp32")
         }
         None => vec![0.0; count],
     };
-    part("router", "backward", cost, || {
-        let grad_weights = numbers(grad_weights, experts_tk.numel());
-        let grad_sums = numbers(grad_sums, groups.len() * width);
-        let grad_z = numbers(grad_z, 1)[0];
-        // SAFETY: in host memory without gaps, fp32.
-        let to = unsafe { Numbers::<f32>::of(&gradient) };
+    span("router", "backward", cost, || {
+        let grad_weights = elements(grads.weights_tk, experts_tk.numel());
+        let grad_sums = elements(grads.prob_sums_ge, groups.len() * width);
+        let grad_z = elements(grads.z_sum, 1)[0];
+        // SAFETY: the tensor is contiguous in host memory and has this dtype.
+        let out = unsafe { HostData::<f32>::of(&gradient) };
         all.for_chunks(|_, Chunk { group, tokens }| {
-            let grad_weights = &grad_weights[tokens.start * top_k..tokens.end * top_k];
-            let grad_probs = &grad_sums[group * width..(group + 1) * width];
-            // SAFETY: a chunk's are one part's.
-            let to = unsafe { to.part_mut(tokens, width) };
-            backward(
-                all.logits(tokens),
-                all.experts(tokens),
-                router,
-                (grad_weights, grad_probs, grad_z),
-                to,
-            );
+            let grads = ChunkGradients {
+                weights: &grad_weights[tokens.start * top_k..tokens.end * top_k],
+                probs: &grad_sums[group * width..(group + 1) * width],
+                z: grad_z,
+            };
+            // SAFETY: each chunk belongs to one thread.
+            let out = unsafe { out.rows_mut(tokens, width) };
+            let logits = all.logits(tokens);
+            backward(logits, all.experts(tokens), scoring, grads, out);
         });
     });
     gradient
 }
 
-/// Panics unless choices are such as go with logits, and groups hold all tokens in order.
+/// Panics unless the experts match the logits and the groups cover the tokens.
 fn check_inputs(logits_te: &Tensor, experts_tk: &Tensor, groups: &[Range<usize>]) {
-    let count = logits_te.size()[0] as usize;
+    let [count] = sizes(logits_te);
     let in_order = groups
         .iter()
         .try_fold(0, |end, group| (group.start == end).then_some(group.end));
     assert!(
         supports_router(logits_te) && in_order == Some(count),
-        "{groups:?} are not {count} tokens"
+        "router: unsupported logits, or groups {groups:?} do not cover {count} tokens"
     );
     assert!(
         cuda::same_device_contiguous(logits_te, experts_tk, Kind::Int64)
-            && experts_tk.size()[0] as usize == count
+            && experts_tk.size()[0] as usize == count,
+        "router: the selected experts do not match the logits"
     );
 }
 
-/// Neighbouring tokens of a group.
+/// Consecutive tokens of one group.
 struct Chunk {
     group: usize,
     tokens: Range<usize>,
 }
 
-/// Tokens' logits and choices, in chunks.
+/// The logits and selected experts of all tokens, divided into chunks.
 struct Tokens<'a> {
-    logits: Numbers<f32>,
+    logits: HostData<f32>,
     experts: Indices<'a>,
     width: usize,
     top_k: usize,
@@ -243,11 +222,18 @@ struct Tokens<'a> {
 }
 
 impl<'a> Tokens<'a> {
-    fn of(logits_te: &'a Tensor, experts_tk: &'a Tensor, groups: &[Range<usize>]) -> Tokens<'a> {
+    fn chunked(
+        logits_te: &'a Tensor,
+        experts_tk: &'a Tensor,
+        groups: &[Range<usize>],
+    ) -> Tokens<'a> {
         check_inputs(logits_te, experts_tk, groups);
-        let width = logits_te.size()[1] as usize;
-        // SAFETY: in host memory without gaps, of the types that are named.
-        let (logits, experts) = unsafe { (Numbers::<f32>::of(logits_te), Indices::of(experts_tk)) };
+        let [_, width] = sizes(logits_te);
+        let [_, top_k] = sizes(experts_tk);
+        // SAFETY: the tensor is contiguous in host memory and has this dtype.
+        let logits = unsafe { HostData::<f32>::of(logits_te) };
+        // SAFETY: as above.
+        let experts = unsafe { Indices::of(experts_tk) };
         let chunks = groups.iter().enumerate().flat_map(|(group, tokens)| {
             let end = tokens.end;
             tokens.clone().step_by(CHUNK).map(move |start| Chunk {
@@ -259,45 +245,45 @@ impl<'a> Tokens<'a> {
             logits,
             experts,
             width,
-            top_k: experts_tk.size()[1] as usize,
+            top_k,
             chunks: chunks.collect(),
         }
     }
 
     fn logits(&self, tokens: &Range<usize>) -> &[f32] {
-        self.logits.part(tokens, self.width)
+        self.logits.rows(tokens, self.width)
     }
 
     fn experts(&self, tokens: &Range<usize>) -> &[i64] {
-        self.experts.part(tokens, self.top_k)
+        self.experts.rows(tokens, self.top_k)
     }
 
-    /// Calls `body` for each chunk, and its number, on as many threads as that is worth.
+    /// Calls `body` with the index of each chunk and the chunk, in parallel.
     fn for_chunks(&self, body: impl Fn(usize, &Chunk) + Sync) {
-        for_rows(
-            self.chunks.len(),
-            CHUNK * COSTS * self.width,
-            |_, chunks| {
-                chunks.for_each(|index| body(index, &self.chunks[index]));
-            },
-        );
+        let cost = CHUNK * LOGIT_COST * self.width;
+        for_rows(self.chunks.len(), cost, |_, indices| {
+            for index in indices {
+                body(index, &self.chunks[index]);
+            }
+        });
     }
 }
 
-/// A token's softmax into `probs`: its logits' log-sum-exp.
+/// Writes the softmax of a token's logits to `probs` and returns their log-sum-exp.
 #[inline(always)]
 fn softmax(logits: &[f32], probs: &mut [f32]) -> f32 {
     let (largest, sum) = exponentials(logits, probs, 1.0);
-    probs.iter_mut().for_each(|prob| *prob /= sum);
+    for prob in probs {
+        *prob /= sum;
+    }
     largest + sum.ln()
 }
 
 #[inline(always)]
 fn sigmoid(logits: &[f32], scores: &mut [f32]) {
-    scores
-        .iter_mut()
-        .zip(logits)
-        .for_each(|(score, logit)| *score = 1.0 / (1.0 + exp(-logit)));
+    for (score, logit) in scores.iter_mut().zip(logits) {
+        *score = 1.0 / (1.0 + exp(-logit));
+    }
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
@@ -305,45 +291,43 @@ fn select_experts_rows(
     logits: &[f32],
     bias: &[f32],
     by_sigmoid: bool,
-    to: &mut [i64],
+    experts: &mut [i64],
     top_k: usize,
 ) {
     let width = bias.len();
     let mut scores = vec![0f32; width];
-    for (logits, to) in logits
-        .chunks_exact(width)
-        .zip(to.chunks_exact_mut(top_k.max(1)))
-    {
+    let chosen = experts.chunks_exact_mut(top_k.max(1));
+    for (logits, chosen) in logits.chunks_exact(width).zip(chosen) {
         if by_sigmoid {
             sigmoid(logits, &mut scores)
         } else {
             softmax(logits, &mut scores);
         }
-        scores
-            .iter_mut()
-            .zip(bias)
-            .for_each(|(score, bias)| *score += bias);
-        for place in 0..to.len() {
-            let (taken, rest) = to.split_at_mut(place);
-            // What is not a number is never better, but somebody is chosen all the same.
+        for (score, bias) in scores.iter_mut().zip(bias) {
+            *score += bias;
+        }
+        for k in 0..chosen.len() {
+            let (taken, rest) = chosen.split_at_mut(k);
+            // NaN is never better, but `top_k` experts are selected even then.
             let mut best: Option<usize> = None;
             for (expert, &score) in scores.iter().enumerate() {
-                if best.is_none_or(|best| score > scores[best]) && !taken.contains(&(expert as i64))
-                {
+                let is_better = best.is_none_or(|best| score > scores[best]);
+                if is_better && !taken.contains(&(expert as i64)) {
                     best = Some(expert);
                 }
             }
-            rest[0] = best.expect("there are no fewer experts than choices") as i64;
+            rest[0] = best.expect("top_k is at most the number of experts") as i64;
         }
     }
 }
 
-/// Weights, and sums over these tokens: of each expert's probabilities, then of squared log-sum-exps.
+/// Computes the weights of these tokens. `sums` receives each expert's summed probabilities, then
+/// the summed squares of the log-sum-exps.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 fn forward(
     logits: &[f32],
     experts: &[i64],
-    router: RouterScoring,
+    scoring: RouterScoring,
     weights: &mut [f32],
     sums: &mut [f64],
 ) {
@@ -355,78 +339,90 @@ fn forward(
     for (token, logits) in logits.chunks_exact(width).enumerate() {
         let normalizer = softmax(logits, &mut probs);
         sums[width] += f64::from(normalizer) * f64::from(normalizer);
-        if router.sigmoid {
+        if scoring.sigmoid {
             sigmoid(logits, &mut scores);
             let all = scores.iter().sum::<f32>() + TINY;
-            probs
-                .iter_mut()
-                .zip(&scores)
-                .for_each(|(prob, score)| *prob = score / all);
+            for (prob, score) in probs.iter_mut().zip(&scores) {
+                *prob = score / all;
+            }
         }
-        let scores = if router.sigmoid { &scores } else { &probs };
-        let place = token * top_k..(token + 1) * top_k;
+        let scores = if scoring.sigmoid { &scores } else { &probs };
+        let experts = &experts[token * top_k..(token + 1) * top_k];
+        let weights = &mut weights[token * top_k..(token + 1) * top_k];
         let mut chosen = 0.0;
-        for (weight, &expert) in weights[place.clone()]
-            .iter_mut()
-            .zip(&experts[place.clone()])
-        {
+        for (weight, &expert) in weights.iter_mut().zip(experts) {
             *weight = scores[expert as usize];
             chosen += *weight;
         }
-        let factor = router.scale as f32 / if router.normalize { chosen + TINY } else { 1.0 };
-        weights[place]
-            .iter_mut()
-            .for_each(|weight| *weight *= factor);
-        sums.iter_mut()
-            .zip(&probs)
-            .for_each(|(sum, prob)| *sum += f64::from(*prob));
+        let divisor = if scoring.normalize {
+            chosen + TINY
+        } else {
+            1.0
+        };
+        let factor = scoring.scale as f32 / divisor;
+        for weight in weights {
+            *weight *= factor;
+        }
+        for (sum, prob) in sums.iter_mut().zip(&probs) {
+            *sum += f64::from(*prob);
+        }
     }
+}
+
+/// The gradients of the router's outputs for a chunk of tokens.
+#[derive(Clone, Copy)]
+struct ChunkGradients<'a> {
+    weights: &'a [f32],
+    /// Gradients of the probability sums of the chunk's group.
+    probs: &'a [f32],
+    z: f32,
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 fn backward(
     logits: &[f32],
     experts: &[i64],
-    router: RouterScoring,
-    (grad_weights, grad_probs, grad_z): (&[f32], &[f32], f32),
-    to: &mut [f32],
+    scoring: RouterScoring,
+    grads: ChunkGradients,
+    out: &mut [f32],
 ) {
+    let grad_probs = grads.probs;
     let width = grad_probs.len();
     let mut softened = vec![0f32; width];
     let mut sigmoids = vec![0f32; width];
     let mut grad_scores = vec![0f32; width];
     let top_k = experts.len() * width / logits.len();
-    for (token, (logits, to)) in logits
-        .chunks_exact(width)
-        .zip(to.chunks_exact_mut(width))
-        .enumerate()
-    {
+    let rows = logits.chunks_exact(width).zip(out.chunks_exact_mut(width));
+    for (token, (logits, out)) in rows.enumerate() {
         let normalizer = softmax(logits, &mut softened);
-        if router.sigmoid {
+        if scoring.sigmoid {
             sigmoid(logits, &mut sigmoids);
-            // A probability is a score over the sum of all.
+            // A probability is a score over the sum of all scores.
             let all = sigmoids.iter().sum::<f32>() + TINY;
             let mean = sigmoids
                 .iter()
                 .zip(grad_probs)
-                .map(|(score, of)| score * of)
+                .map(|(score, grad)| score * grad)
                 .sum::<f32>()
                 / all;
-            grad_scores
-                .iter_mut()
-                .zip(grad_probs)
-                .for_each(|(to, of)| *to = (of - mean) / all);
+            for (grad_score, grad) in grad_scores.iter_mut().zip(grad_probs) {
+                *grad_score = (grad - mean) / all;
+            }
         } else {
             grad_scores.copy_from_slice(grad_probs);
         }
-        let scores = if router.sigmoid { &sigmoids } else { &softened };
-        let place = token * top_k..(token + 1) * top_k;
-        let experts = &experts[place.clone()];
-        let grad_weights = &grad_weights[place];
-        let mut factor = router.scale as f32;
+        let scores = if scoring.sigmoid {
+            &sigmoids
+        } else {
+            &softened
+        };
+        let routed = token * top_k..(token + 1) * top_k;
+        let experts = &experts[routed.clone()];
+        let grad_weights = &grads.weights[routed];
+        let mut factor = scoring.scale as f32;
         let mut mean = 0.0;
-        if router.normalize {
-            // A weight is a score over the sum of those that were chosen.
+        if scoring.normalize {
+            // A routing weight is a score over the sum of the chosen scores.
             let chosen = experts
                 .iter()
                 .map(|&expert| scores[expert as usize])
@@ -435,30 +431,29 @@ fn backward(
             mean = experts
                 .iter()
                 .zip(grad_weights)
-                .map(|(&expert, of)| scores[expert as usize] * of)
+                .map(|(&expert, grad)| scores[expert as usize] * grad)
                 .sum::<f32>()
                 / chosen;
             factor /= chosen;
         }
-        for (&expert, of) in experts.iter().zip(grad_weights) {
-            grad_scores[expert as usize] += (of - mean) * factor;
+        for (&expert, grad) in experts.iter().zip(grad_weights) {
+            grad_scores[expert as usize] += (grad - mean) * factor;
         }
-        let grad_normalizer = 2.0 * grad_z * normalizer;
-        if router.sigmoid {
-            for (to, ((of, score), soft)) in to
-                .iter_mut()
-                .zip(grad_scores.iter().zip(&sigmoids).zip(&softened))
-            {
-                *to = of * score * (1.0 - score) + grad_normalizer * soft;
+        let grad_normalizer = 2.0 * grads.z * normalizer;
+        if scoring.sigmoid {
+            let inputs = grad_scores.iter().zip(&sigmoids).zip(&softened);
+            for (out, ((grad, score), soft)) in out.iter_mut().zip(inputs) {
+                *out = grad * score * (1.0 - score) + grad_normalizer * soft;
             }
         } else {
             let mean = grad_scores
                 .iter()
                 .zip(&softened)
-                .map(|(of, soft)| of * soft)
+                .map(|(grad, soft)| grad * soft)
                 .sum::<f32>();
-            for (to, (of, soft)) in to.iter_mut().zip(grad_scores.iter().zip(&softened)) {
-                *to = soft * (of - mean + grad_normalizer);
+            let inputs = grad_scores.iter().zip(&softened);
+            for (out, (grad, soft)) in out.iter_mut().zip(inputs) {
+                *out = soft * (grad - mean + grad_normalizer);
             }
         }
     }
@@ -467,99 +462,145 @@ fn backward(
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::tensors::slice_rows;
+    use crate::tensors::tests::{TestTensor, randn};
+    use crate::tensors::{FIRST_DIM, LAST_DIM};
     use proptest::prelude::*;
-    use tch::Device;
+    use tch::kind::INT64_CPU;
 
+    /// Returns consecutive ranges of these lengths.
+    pub(crate) fn consecutive(lens: &[usize]) -> Vec<Range<usize>> {
+        let mut ranges = Vec::new();
+        let mut end = 0;
+        for len in lens {
+            ranges.push(end..end + len);
+            end += len;
+        }
+        ranges
+    }
+
+    /// Returns the outputs of the router, by libtorch in fp64.
     pub(crate) fn plain(
         logits: &Tensor,
         experts: &Tensor,
-        router: RouterScoring,
+        scoring: RouterScoring,
         groups: &[Range<usize>],
     ) -> [Tensor; 3] {
-        let sum = |x: &Tensor| x.sum_dim_intlist([-1i64].as_slice(), true, Kind::Double);
+        let sum = |x: &Tensor| x.sum_dim_intlist(LAST_DIM, true, Kind::Double);
         let soft = logits.softmax(-1, Kind::Double);
-        let scores = if router.sigmoid {
+        let scores = if scoring.sigmoid {
             logits.sigmoid()
         } else {
             soft
         };
         let chosen = scores.gather(1, experts, false);
-        let weights = if router.normalize {
+        let weights = if scoring.normalize {
             &chosen / sum(&chosen)
         } else {
             chosen
-        } * router.scale;
+        } * scoring.scale;
         let probs = &scores / sum(&scores);
-        let of = |group: &Range<usize>| {
-            let probs = probs.narrow(0, group.start as i64, group.len() as i64);
-            probs.sum_dim_intlist([0i64].as_slice(), false, Kind::Double)
+        let group_sum = |group: &Range<usize>| {
+            slice_rows(&probs, group).sum_dim_intlist(FIRST_DIM, false, Kind::Double)
         };
-        let sums = Tensor::stack(&groups.iter().map(of).collect::<Vec<_>>(), 0);
-        [
-            weights,
-            sums,
-            logits
-                .logsumexp([-1i64].as_slice(), false)
-                .square()
-                .sum(Kind::Double),
-        ]
+        let sums: Vec<Tensor> = groups.iter().map(group_sum).collect();
+        let normalizers = logits.logsumexp(LAST_DIM, false);
+        let z_sum = normalizers.square().sum(Kind::Double);
+        [weights, Tensor::stack(&sums, 0), z_sum]
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(300))]
         #[test]
-        fn it_is_what_libtorch_makes_of_them(
-            lens in proptest::collection::vec(0usize..150, 1..4), width in 1i64..40, top_k in 1i64..9, threads in 1i32..4,
-            sigmoid: bool, normalize: bool, which in 1usize..8,
+        fn it_matches_libtorch(
+            lens in proptest::collection::vec(0usize..150, 1..4),
+            width in 1i64..40,
+            top_k in 1i64..9,
+            threads in 1i32..4,
+            sigmoid: bool,
+            normalize: bool,
+            which in 1usize..8,
         ) {
             tch::set_num_threads(threads);
             let top_k = top_k.min(width);
-            let groups: Vec<_> = lens.iter().scan(0, |end, len| { *end += len; Some(*end - len..*end) }).collect();
+            let groups = consecutive(&lens);
             let count = lens.iter().sum::<usize>() as i64;
-            let router = RouterScoring { sigmoid, normalize, scale: 1.5 };
-            let logits = Tensor::randn([count, width], (Kind::Float, Device::Cpu)) * 3.0;
+            let scoring = RouterScoring {
+                sigmoid,
+                normalize,
+                scale: 1.5,
+            };
+            let logits = randn(&[count, width], Kind::Float) * 3.0;
             let experts = select_experts(&logits, None, top_k as usize, sigmoid);
-            let made = super::router(&logits, &experts, router, &groups);
-            let ours = [made.weights_tk, made.prob_sums_ge, made.z_sum];
-            let wide = logits.to_kind(Kind::Double).set_requires_grad(true);
-            let theirs = plain(&wide, &experts, router, &groups);
-            // The gradients of some of them.
-            let grads: Vec<_> = theirs.iter().map(|x| Tensor::randn(x.size(), (Kind::Float, Device::Cpu))).collect();
-            let some: [Option<&Tensor>; 3] = std::array::from_fn(|i| (which >> i & 1 > 0).then_some(&grads[i]));
+            let ours = router(&logits, &experts, scoring, &groups);
+            let ours = [ours.weights_tk, ours.prob_sums_ge, ours.z_sum];
+            let wide = logits.to_f64().set_requires_grad(true);
+            let theirs = plain(&wide, &experts, scoring, &groups);
+            // Only some of the outputs have a gradient.
+            let random = |i: usize| {
+                let wanted = which >> i & 1 > 0;
+                wanted.then(|| randn(&theirs[i].size(), Kind::Float))
+            };
+            let grads: [Option<Tensor>; 3] = std::array::from_fn(random);
             let mut loss = wide.sum(Kind::Double) * 0.0;
-            for (x, grad) in theirs.iter().zip(some) {
+            for (x, grad) in theirs.iter().zip(&grads) {
                 if let Some(grad) = grad {
                     loss += (x * grad).sum(Kind::Double);
                 }
             }
             loss.backward();
             for (ours, theirs) in ours.iter().zip(&theirs) {
-                prop_assert!(ours.to_kind(Kind::Double).allclose(&theirs.detach(), 1e-5, 1e-6, false));
+                let ours = ours.to_f64();
+                prop_assert!(ours.allclose(&theirs.detach(), 1e-5, 1e-6, false));
             }
-            let gradient = router_backward(&logits, &experts, router, &groups, some);
-            prop_assert!(gradient.to_kind(Kind::Double).allclose(&wide.grad(), 1e-4, 1e-5, false));
-            // Threads change no bit.
+            let grads = RouterGradients {
+                weights_tk: grads[0].as_ref(),
+                prob_sums_ge: grads[1].as_ref(),
+                z_sum: grads[2].as_ref(),
+            };
+            let gradient = router_backward(&logits, &experts, scoring, &groups, grads);
+            let wide_gradient = gradient.to_f64();
+            prop_assert!(wide_gradient.allclose(&wide.grad(), 1e-4, 1e-5, false));
+            // The number of threads changes no bit.
             tch::set_num_threads(1);
-            let alone = super::router(&logits, &experts, router, &groups);
-            prop_assert!(alone.prob_sums_ge == ours[1] && alone.z_sum == ours[2] && alone.weights_tk == ours[0]);
-            prop_assert!(router_backward(&logits, &experts, router, &groups, some) == gradient);
+            let again = router(&logits, &experts, scoring, &groups);
+            prop_assert!(again.weights_tk == ours[0]);
+            prop_assert!(again.prob_sums_ge == ours[1]);
+            prop_assert!(again.z_sum == ours[2]);
+            let again = router_backward(&logits, &experts, scoring, &groups, grads);
+            prop_assert!(again == gradient);
         }
 
         #[test]
-        fn the_best_are_chosen(count in 0i64..90, width in 1i64..40, top_k in 1i64..9, biased: bool, sigmoid: bool) {
+        fn the_best_experts_are_selected(
+            count in 0i64..90,
+            width in 1i64..40,
+            top_k in 1i64..9,
+            biased: bool,
+            sigmoid: bool,
+        ) {
             let top_k = top_k.min(width);
-            let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
-            let (logits, bias) = (random(&[count, width]), random(&[width]) * 0.2);
-            let scores = if sigmoid { logits.sigmoid() } else { logits.softmax(-1, Kind::Float) };
+            let logits = randn(&[count, width], Kind::Float);
+            let bias = randn(&[width], Kind::Float) * 0.2;
+            let scores = if sigmoid {
+                logits.sigmoid()
+            } else {
+                logits.softmax(-1, Kind::Float)
+            };
             let scores = if biased { scores + &bias } else { scores };
-            let ours = select_experts(&logits, biased.then_some(&bias), top_k as usize, sigmoid);
+            let bias = biased.then_some(&bias);
+            let ours = select_experts(&logits, bias, top_k as usize, sigmoid);
             let (best, _) = scores.topk(top_k, -1, true, true);
-            prop_assert!(scores.gather(1, &ours, false).allclose(&best, 1e-5, 1e-6, false));
+            prop_assert!(
+                scores
+                    .gather(1, &ours, false)
+                    .allclose(&best, 1e-5, 1e-6, false)
+            );
         }
     }
 
     #[test]
-    fn of_equals_the_first_is_chosen_and_of_what_is_no_number_somebody() {
+    fn ties_go_to_the_first_expert_and_nan_scores_still_choose() {
         let logits =
             Tensor::from_slice(&[1f32, 2.0, 2.0, 2.0, f32::NAN, 0.0, 1.0, 0.0]).view([2, 4]);
         let chosen: Vec<i64> =
@@ -568,20 +609,16 @@ pub(crate) mod tests {
         let mut second = chosen[3..].to_vec();
         second.sort_unstable();
         second.dedup();
-        assert!(second.len() == 3 && second.iter().all(|expert| (0..4).contains(expert)));
-        let plain = RouterScoring {
+        let is_valid = |expert: &i64| (0..4).contains(expert);
+        assert!(second.len() == 3 && second.iter().all(is_valid));
+        let scoring = RouterScoring {
             sigmoid: false,
             normalize: false,
             scale: 1.0,
         };
-        let made = router(
-            &logits,
-            &Tensor::zeros([2, 1], (Kind::Int64, Device::Cpu)),
-            plain,
-            &[0..1, 1..2],
-        );
-        assert!(
-            made.z_sum.double_value(&[]).is_nan() && made.weights_tk.double_value(&[1, 0]).is_nan()
-        );
+        let experts = Tensor::zeros([2, 1], INT64_CPU);
+        let output = router(&logits, &experts, scoring, &[0..1, 1..2]);
+        assert!(output.z_sum.double_value(&[]).is_nan());
+        assert!(output.weights_tk.double_value(&[1, 0]).is_nan());
     }
 }

@@ -1,24 +1,27 @@
-//! Rows of tensors in host memory, shared out over threads.
+//! Parallel loops over rows of tensors in host memory.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tch::{Device, Kind, Tensor};
 
-/// Numbers that are worth a thread.
+/// Elements that are worth a thread.
 const GRAIN: usize = 8192;
-/// Parts for each thread: one that was held up leaves the rest of its parts to others.
+/// Ranges per thread, so that other threads take over the ranges of a delayed one.
 const PARTS_PER_THREAD: usize = 4;
 
-/// The dtype of tensors that loops here can go through: in host memory, each without gaps, all of the same dtype.
+/// Returns the dtype of tensors that our loops on the host can process.
+///
+/// That needs contiguous tensors in host memory that share a dtype, fp32 or bf16.
 pub(crate) fn host_kind(tensors: &[&Tensor]) -> Option<Kind> {
     let kind = tensors[0].kind();
     let fits = |tensor: &&Tensor| {
         tensor.device() == Device::Cpu && tensor.kind() == kind && tensor.is_contiguous()
     };
-    (matches!(kind, Kind::Float | Kind::BFloat16) && tensors.iter().all(fits)).then_some(kind)
+    let supported = matches!(kind, Kind::Float | Kind::BFloat16);
+    (supported && tensors.iter().all(fits)).then_some(kind)
 }
 
-/// Calls `body` for each number below `count`, on whichever thread is free.
+/// Calls `body` for each index below `count`; each thread takes the next index when it is free.
 pub(crate) fn on_threads(count: usize, body: impl Fn(usize) + Sync) {
     let next = AtomicUsize::new(0);
     torch_ext::parallel_for(count, 1, |_, _| {
@@ -32,79 +35,94 @@ pub(crate) fn on_threads(count: usize, body: impl Fn(usize) + Sync) {
     });
 }
 
-/// How many parts [`for_rows`] makes.
+/// Returns the number of ranges into which [`for_rows`] divides the rows.
 pub(crate) fn parts(count: usize, width: usize) -> usize {
-    let worth = (count * width).div_ceil(GRAIN).min(count).max(1);
+    let worthwhile = (count * width).div_ceil(GRAIN).min(count).max(1);
     match torch_ext::max_parallel_ranges() {
         1 => 1,
-        threads => worth.min(threads * PARTS_PER_THREAD),
+        threads => worthwhile.min(threads * PARTS_PER_THREAD),
     }
 }
 
-/// Goes through `count` rows of about `width` numbers, on as many threads as that is worth, in [`parts`]: `body` gets the number of
-/// its part, and its rows.
-pub(crate) fn for_rows(count: usize, width: usize, body: impl Fn(usize, Range<usize>) + Sync) {
-    let parts = parts(count, width);
+/// Divides `row_count` rows of about `row_width` elements into [`parts`] ranges and calls `body`
+/// with the index and the rows of each, in parallel if the work is worth it.
+pub(crate) fn for_rows(
+    row_count: usize,
+    row_width: usize,
+    body: impl Fn(usize, Range<usize>) + Sync,
+) {
+    let parts = parts(row_count, row_width);
     on_threads(parts, |part| {
-        let rows = count * part / parts..count * (part + 1) / parts;
+        let start = row_count * part / parts;
+        let end = row_count * (part + 1) / parts;
+        let rows = start..end;
         if !rows.is_empty() {
             body(part, rows);
         }
     });
 }
 
-/// A tensor's numbers.
-pub(crate) struct Numbers<T> {
+/// The data of a contiguous tensor in host memory.
+pub(crate) struct HostData<T> {
     data: *mut T,
     len: usize,
 }
 
-// SAFETY: threads get parts of it that do not overlap where they write (`Numbers::part_mut`).
-unsafe impl<T: Send + Sync> Sync for Numbers<T> {}
+// SAFETY: the callers of `rows_mut` promise that no two threads write the same elements.
+unsafe impl<T: Send + Sync> Sync for HostData<T> {}
 
-impl<T> Numbers<T> {
+impl<T> HostData<T> {
     /// # Safety
-    /// The tensor is in host memory, without gaps, holds numbers of type T, and outlives this.
-    pub(crate) unsafe fn of(tensor: &Tensor) -> Numbers<T> {
-        Numbers {
+    /// The tensor is contiguous in host memory, has elements of type T, and outlives the result.
+    pub(crate) unsafe fn of(tensor: &Tensor) -> HostData<T> {
+        HostData {
             data: tensor.data_ptr().cast(),
             len: tensor.numel(),
         }
     }
 
-    /// Rows of `width` numbers.
-    pub(crate) fn part(&self, rows: &Range<usize>, width: usize) -> &[T] {
+    /// Returns the data of several tensors.
+    ///
+    /// # Safety
+    /// As for [`HostData::of`].
+    pub(crate) unsafe fn of_all<const N: usize>(tensors: [&Tensor; N]) -> [HostData<T>; N] {
+        // SAFETY: as the caller promises.
+        tensors.map(|tensor| unsafe { HostData::of(tensor) })
+    }
+
+    /// Returns rows of `width` elements.
+    pub(crate) fn rows(&self, rows: &Range<usize>, width: usize) -> &[T] {
         let range = rows.start * width..rows.end * width;
         assert!(range.end <= self.len);
         if range.is_empty() {
             return &[];
         }
-        // SAFETY: inside the tensor, as `of` was promised and the line above checks.
+        // SAFETY: the range is inside the tensor, and `of` requires elements of type T.
         unsafe { std::slice::from_raw_parts(self.data.add(range.start), range.len()) }
     }
 
-    /// Rows of `width` numbers, to write.
+    /// Returns mutable rows of `width` elements.
     ///
     /// # Safety
-    /// Nobody else reads or writes these meanwhile.
+    /// No other reference to these elements is in use.
     #[allow(clippy::mut_from_ref)]
-    pub(crate) unsafe fn part_mut(&self, rows: &Range<usize>, width: usize) -> &mut [T] {
+    pub(crate) unsafe fn rows_mut(&self, rows: &Range<usize>, width: usize) -> &mut [T] {
         let range = rows.start * width..rows.end * width;
         assert!(range.end <= self.len);
         if range.is_empty() {
             return &mut [];
         }
-        // SAFETY: as above, and the caller's promise.
+        // SAFETY: as above; the caller promises that the reference is unique.
         unsafe { std::slice::from_raw_parts_mut(self.data.add(range.start), range.len()) }
     }
 }
 
-/// A tensor's int64 numbers, to read.
+/// The data of a contiguous int64 tensor in host memory.
 pub(crate) struct Indices<'a>(&'a [i64]);
 
 impl Indices<'_> {
     /// # Safety
-    /// The tensor is in host memory, without gaps, and int64.
+    /// The tensor is contiguous in host memory and int64.
     pub(crate) unsafe fn of(tensor: &Tensor) -> Indices<'_> {
         match tensor.numel() {
             0 => Indices(&[]),
@@ -113,13 +131,13 @@ impl Indices<'_> {
         }
     }
 
-    /// Rows of `width` numbers.
-    pub(crate) fn part(&self, rows: &Range<usize>, width: usize) -> &[i64] {
+    /// Returns rows of `width` elements.
+    pub(crate) fn rows(&self, rows: &Range<usize>, width: usize) -> &[i64] {
         &self.0[rows.start * width..rows.end * width]
     }
 }
 
-/// Calls a generic function for the dtype at hand.
+/// Calls a generic function with the element type of a dtype.
 macro_rules! for_kind {
     ($kind:expr, $function:ident ( $($argument:expr),* $(,)? )) => {
         match $kind {

@@ -3,15 +3,16 @@
 use crate::cuda;
 use crate::exponential::exp;
 use crate::number::Number;
-use crate::profile::{Cost, part};
-use crate::rows::{Numbers, for_kind, for_rows, host_kind};
+use crate::profile::{Cost, span};
+use crate::rows::{HostData, for_kind, for_rows, host_kind};
+use crate::tensors::{empty_as, sizes};
 use multiversion::multiversion;
 use tch::Tensor;
 
-/// Of `[R, 2F]`, gate and then up in each row: `[R, F]`.
+/// Returns SwiGLU `[R, F]` of `hidden` `[R, 2F]`, whose rows are the gate followed by up.
 pub fn swiglu(hidden: &Tensor) -> Tensor {
     let cost = || Cost::passes(1.5, hidden);
-    part("swiglu", "forward", cost, || {
+    span("swiglu", "forward", cost, || {
         if let Some(gpu) = cuda::gpu(&[hidden]) {
             return cuda::swiglu(gpu, hidden);
         }
@@ -19,18 +20,19 @@ pub fn swiglu(hidden: &Tensor) -> Tensor {
             let halves = hidden.chunk(2, -1);
             return halves[0].silu().multiply_(&halves[1]);
         };
-        let rows = hidden.size()[0];
-        let ffn = hidden.size()[1] / 2;
-        let out = Tensor::empty([rows, ffn], (kind, hidden.device()));
-        for_kind!(kind, forward_on_threads(hidden, &out, ffn as usize));
+        let [rows, width] = sizes(hidden);
+        let out = empty_as(hidden, [rows, width / 2]);
+        for_kind!(kind, forward_on_threads(hidden, &out));
         out
     })
 }
 
-/// The gradient of `hidden` `[R, 2F]`, given that of the result `[R, F]`; and the result, which gradients of what it meets next need.
+/// Returns the gradient of `hidden` `[R, 2F]`, given that of the result `[R, F]`, and the result.
+///
+/// The gradient of the next weight needs the result, so that it need not be saved.
 pub fn swiglu_backward(grad: &Tensor, hidden: &Tensor) -> (Tensor, Tensor) {
     let cost = || Cost::passes(3.0, hidden);
-    part("swiglu", "backward", cost, || {
+    span("swiglu", "backward", cost, || {
         if let Some(gpu) = cuda::gpu(&[grad, hidden]) {
             return cuda::swiglu_backward(gpu, grad, hidden);
         }
@@ -40,12 +42,11 @@ pub fn swiglu_backward(grad: &Tensor, hidden: &Tensor) -> (Tensor, Tensor) {
             Some(kind) => for_kind!(kind, backward_on_threads(grad, hidden, &out, &result)),
             None => {
                 let halves = hidden.chunk(2, -1);
-                let parts = out.chunk(2, -1);
+                let grads = out.chunk(2, -1);
                 let silu = halves[0].silu();
-                parts[0]
-                    .shallow_clone()
-                    .copy_(&halves[0].silu_backward(&(grad * &halves[1])));
-                let _ = silu.multiply_out(&parts[1], grad);
+                let grad_gate = halves[0].silu_backward(&(grad * &halves[1]));
+                grads[0].shallow_clone().copy_(&grad_gate);
+                let _ = silu.multiply_out(&grads[1], grad);
                 let _ = silu.multiply_out(&result, &halves[1]);
             }
         }
@@ -53,47 +54,42 @@ pub fn swiglu_backward(grad: &Tensor, hidden: &Tensor) -> (Tensor, Tensor) {
     })
 }
 
-fn forward_on_threads<T: Number>(hidden: &Tensor, out: &Tensor, ffn: usize) {
-    // SAFETY: both were checked, or made, to be in host memory without gaps, of the type T.
-    let (hidden, out, count) = unsafe {
-        (
-            Numbers::<T>::of(hidden),
-            Numbers::<T>::of(out),
-            out.size()[0],
-        )
-    };
-    for_rows(count as usize, 2 * ffn, |_, rows| {
-        // SAFETY: parts of threads do not overlap.
-        forward(
-            hidden.part(&rows, 2 * ffn),
-            unsafe { out.part_mut(&rows, ffn) },
-            ffn,
-        );
+fn forward_on_threads<T: Number>(hidden: &Tensor, out: &Tensor) {
+    let [count, ffn] = sizes(out);
+    // SAFETY: `host_kind` has checked `hidden`, and the caller creates `out`.
+    let [hidden, out] = unsafe { HostData::<T>::of_all([hidden, out]) };
+    for_rows(count, 2 * ffn, |_, rows| {
+        // SAFETY: each row belongs to one thread.
+        let out = unsafe { out.rows_mut(&rows, ffn) };
+        forward(hidden.rows(&rows, 2 * ffn), out, ffn);
     });
 }
 
-fn backward_on_threads<T: Number>(grad: &Tensor, hidden: &Tensor, out: &Tensor, result: &Tensor) {
-    let count = grad.size()[0] as usize;
-    let ffn = grad.size()[1] as usize;
-    // SAFETY: as in forward.
-    let [grad, hidden, out, result] =
-        [grad, hidden, out, result].map(|x| unsafe { Numbers::<T>::of(x) });
+fn backward_on_threads<T: Number>(
+    grad: &Tensor,
+    hidden: &Tensor,
+    grad_hidden: &Tensor,
+    activation: &Tensor,
+) {
+    let [count, ffn] = sizes(grad);
+    // SAFETY: `host_kind` has checked all four.
+    let [grad, hidden, grad_hidden, activation] =
+        unsafe { HostData::<T>::of_all([grad, hidden, grad_hidden, activation]) };
     for_rows(count, 2 * ffn, |_, rows| {
-        // SAFETY: parts of threads do not overlap.
-        let (out, result) = unsafe { (out.part_mut(&rows, 2 * ffn), result.part_mut(&rows, ffn)) };
-        backward(
-            grad.part(&rows, ffn),
-            hidden.part(&rows, 2 * ffn),
-            out,
-            result,
-            ffn,
-        );
+        let grad = grad.rows(&rows, ffn);
+        let hidden = hidden.rows(&rows, 2 * ffn);
+        // SAFETY: each row belongs to one thread.
+        let grad_hidden = unsafe { grad_hidden.rows_mut(&rows, 2 * ffn) };
+        // SAFETY: as above.
+        let activation = unsafe { activation.rows_mut(&rows, ffn) };
+        backward(grad, hidden, grad_hidden, activation, ffn);
     });
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 fn forward<T: Number>(hidden: &[T], out: &mut [T], ffn: usize) {
-    for (hidden, out) in hidden.chunks_exact(2 * ffn).zip(out.chunks_exact_mut(ffn)) {
+    let outputs = out.chunks_exact_mut(ffn);
+    for (hidden, out) in hidden.chunks_exact(2 * ffn).zip(outputs) {
         let (gate, up) = hidden.split_at(ffn);
         for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
             let x = gate.wide();
@@ -103,27 +99,33 @@ fn forward<T: Number>(hidden: &[T], out: &mut [T], ffn: usize) {
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn backward<T: Number>(grad: &[T], hidden: &[T], out: &mut [T], result: &mut [T], ffn: usize) {
+fn backward<T: Number>(
+    grad: &[T],
+    hidden: &[T],
+    grad_hidden: &mut [T],
+    activation: &mut [T],
+    ffn: usize,
+) {
     let inputs = grad.chunks_exact(ffn).zip(hidden.chunks_exact(2 * ffn));
-    for ((grad, hidden), (out, result)) in inputs.zip(
-        out.chunks_exact_mut(2 * ffn)
-            .zip(result.chunks_exact_mut(ffn)),
-    ) {
+    let grads = grad_hidden.chunks_exact_mut(2 * ffn);
+    let outputs = grads.zip(activation.chunks_exact_mut(ffn));
+    for ((grad, hidden), (grad_hidden, activation)) in inputs.zip(outputs) {
         let (gate, up) = hidden.split_at(ffn);
-        let (grad_gate, grad_up) = out.split_at_mut(ffn);
+        let (grad_gate, grad_up) = grad_hidden.split_at_mut(ffn);
         let inputs = grad.iter().zip(gate).zip(up);
-        let outputs = grad_gate.iter_mut().zip(grad_up).zip(result);
-        for (((grad, gate), up), ((grad_gate, grad_up), result)) in inputs.zip(outputs) {
+        let outputs = grad_gate.iter_mut().zip(grad_up).zip(activation);
+        for (((grad, gate), up), ((grad_gate, grad_up), activation)) in inputs.zip(outputs) {
             let grad = grad.wide();
             let x = gate.wide();
             let up = up.wide();
-            let below = 1.0 + exp(-x);
-            // As forward computes it, to the bit.
-            let silu = x / below;
-            let sigmoid = 1.0 / below;
-            *result = T::narrow(silu * up);
+            let denominator = 1.0 + exp(-x);
+            // The same bits as in the forward pass.
+            let silu = x / denominator;
+            let sigmoid = 1.0 / denominator;
+            *activation = T::narrow(silu * up);
             *grad_up = T::narrow(grad * silu);
-            *grad_gate = T::narrow(grad * up * sigmoid * (1.0 + x * (1.0 - sigmoid)));
+            let factor = 1.0 + x * (1.0 - sigmoid);
+            *grad_gate = T::narrow(grad * up * sigmoid * factor);
         }
     }
 }
@@ -131,33 +133,29 @@ fn backward<T: Number>(grad: &[T], hidden: &[T], out: &mut [T], result: &mut [T]
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::{Device, Kind};
+    use crate::tensors::tests::{TestTensor, randn, tolerances};
+    use tch::Kind;
 
     #[test]
-    fn it_is_libtorchs_silu_and_product_with_its_gradient() {
-        for (kind, tolerance) in [(Kind::Float, 2e-6), (Kind::BFloat16, 8e-3)] {
+    fn it_matches_libtorch() {
+        for (kind, tolerance) in tolerances(2e-6, 8e-3) {
             for (rows, ffn) in [(0, 4), (1, 1), (3, 7), (67, 96)] {
-                let random = |shape: &[i64]| {
-                    (Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 3.0).to_kind(kind)
-                };
-                let hidden = random(&[rows, 2 * ffn]);
-                let grad = random(&[rows, ffn]);
-                let wide = hidden.to_kind(Kind::Double).set_requires_grad(true);
+                let hidden = randn(&[rows, 2 * ffn], kind) * 3.0;
+                let grad = randn(&[rows, ffn], kind) * 3.0;
+                let wide = hidden.to_f64().set_requires_grad(true);
                 let halves = wide.chunk(2, -1);
                 let plain = halves[0].silu() * &halves[1];
-                (&plain * grad.to_kind(Kind::Double))
-                    .sum(Kind::Double)
-                    .backward();
+                (&plain * grad.to_f64()).sum(Kind::Double).backward();
                 let close = |ours: Tensor, plain: &Tensor| {
                     assert_eq!(ours.kind(), kind);
+                    let ours = ours.to_f64();
                     assert!(
-                        ours.to_kind(Kind::Double)
-                            .allclose(plain, tolerance, tolerance, false),
+                        ours.allclose(plain, tolerance, tolerance, false),
                         "{kind:?} {rows}"
                     );
                 };
-                let (of_hidden, again) = swiglu_backward(&grad, &hidden);
-                close(of_hidden, &wide.grad());
+                let (grad_hidden, again) = swiglu_backward(&grad, &hidden);
+                close(grad_hidden, &wide.grad());
                 assert!(again.equal(&swiglu(&hidden)));
                 close(again, &plain.detach());
             }
@@ -165,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_a_number_stays_so() {
+    fn nan_stays_nan() {
         let hidden = Tensor::from_slice(&[f32::NAN, 1.0, 1.0, 1.0]).view([1, 4]);
         assert!(swiglu(&hidden).double_value(&[0, 0]).is_nan());
     }

@@ -1,9 +1,9 @@
-//! The command line.
+//! The command line: every command, argument and option.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
-/// Trains Mixture-of-Experts language models over many ranks.
+/// Train Mixture-of-Experts language models on many ranks
 #[derive(Parser)]
 #[command(version, max_term_width = 100)]
 pub(crate) struct Cli {
@@ -13,219 +13,239 @@ pub(crate) struct Cli {
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
-    /// Train what a configuration describes; goes on where an earlier run in the same folder stopped
+    /// Train a model; resumes if the run's folder has state
     Train(TrainArgs),
-    /// Write text with a trained model
+    /// Generate text with a trained model
     Generate(GenerateArgs),
-    /// Make token files
+    /// Prepare training data
     #[command(subcommand)]
     Data(DataCommand),
-    /// Look at configurations
+    /// Check configurations and print their schema
     #[command(subcommand)]
     Config(ConfigCommand),
-    /// See what would happen, before it does
+    /// Plan a run before it starts: schedules, memory, fault tolerance
     #[command(subcommand)]
     Plan(PlanCommand),
-    /// Look at what a run did
+    /// Inspect a finished or running run
     #[command(subcommand)]
     Inspect(InspectCommand),
-    /// Snapshots in memory: what is there, and whether it is right
+    /// Show and verify snapshots in memory
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
-    /// Make faults on purpose in a run that is going on, and measure how it recovers
+    /// Inject faults into a live run and measure its recovery
     Chaos(ChaosArgs),
-    /// Look for what could keep a run from working on this machine, or between the ranks of a launcher, and say what to do
+    /// Diagnose this machine, or all machines of a launcher, and suggest fixes
     Doctor(DoctorArgs),
-    /// Try everything that training asks of this machine's device, and of what carries the ranks' messages
+    /// Test this machine's device and communication backend for training
     Conformance(ConformanceArgs),
-    /// The processes that keep snapshots in memory
+    /// Manage keepers, the snapshot daemons
     #[command(subcommand)]
     Keeper(KeeperCommand),
-    /// Measure; prints JSON lines
+    /// Run benchmarks; prints JSON lines
     #[command(subcommand)]
     Bench(BenchCommand),
+    /// Write the generated reference pages and the JSON schema
+    #[command(hide = true)]
+    Reference(ReferenceArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct ReferenceArgs {
+    /// Folder of the pages
+    #[arg(long, default_value = "docs/reference", value_name = "DIR")]
+    pub(crate) dir: PathBuf,
+    /// File for the JSON schema of configurations
+    #[arg(long, default_value = "configs/schema.json", value_name = "FILE")]
+    pub(crate) schema: PathBuf,
+    /// Check that the files are current instead of writing them
+    #[arg(long)]
+    pub(crate) check: bool,
 }
 
 #[derive(Subcommand)]
 pub(crate) enum KeeperCommand {
-    /// Be a keeper; 'moerun train' starts it
+    /// Run a keeper; `moerun train` starts it
     #[command(hide = true)]
     Serve,
-    /// Stop the keepers that a killed launcher left, and forget what is in their memory
+    /// Stop the keepers that a killed launcher left; their snapshots are lost
     Stop(RunArgs),
 }
 
 #[derive(Subcommand)]
 pub(crate) enum SnapshotCommand {
-    /// Say what the keepers have
+    /// List keepers, ranks and snapshots
     Status(SnapshotStatusArgs),
-    /// Check every checksum
+    /// Check every checksum of the snapshots in memory
     Verify(RunArgs),
 }
 
 #[derive(Args)]
 pub(crate) struct SnapshotStatusArgs {
-    /// The run's folder
+    /// Folder of the run (`run.dir`)
     #[arg(value_name = "RUN")]
     pub(crate) run: PathBuf,
-    /// Print all that the keepers say, as JSON lines
+    /// Print everything the keepers report, as JSON lines
     #[arg(long)]
     pub(crate) json: bool,
 }
 
 #[derive(Args)]
 pub(crate) struct ChaosArgs {
-    /// The run's folder
+    /// Folder of the run (`run.dir`)
     #[arg(value_name = "RUN")]
     pub(crate) run: PathBuf,
-    /// Decides kinds, targets and moments
-    #[arg(long, default_value_t = 0)]
+    /// Seed of the kinds, targets and times of faults
+    #[arg(long, default_value_t = 0, value_name = "SEED")]
     pub(crate) seed: u64,
-    /// How many faults
-    #[arg(long, default_value_t = 10)]
+    /// Number of faults
+    #[arg(long, default_value_t = 10, value_name = "N")]
     pub(crate) faults: usize,
-    /// Which kinds, at random
-    #[arg(long, value_delimiter = ',', default_value = "kill")]
+    /// Kinds of faults to choose from at random, comma separated
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "kill",
+        value_name = "KIND"
+    )]
     pub(crate) kinds: Vec<crate::fault::FaultKind>,
-    /// Steps between faults, in the mean
-    #[arg(long, default_value_t = 5)]
+    /// Mean number of steps between faults
+    #[arg(long, default_value_t = 5, value_name = "STEPS")]
     pub(crate) gap: u64,
-    /// The time of a step, in milliseconds: a fault comes at any moment of it
-    #[arg(long, default_value_t = 20)]
+    /// Time of a step: a fault comes at a random time within it
+    #[arg(long, default_value_t = 20, value_name = "MS")]
     pub(crate) step_ms: u64,
-    /// Give up when the run does not get on for so long
-    #[arg(long, default_value_t = 60)]
+    /// Fail if the run makes no progress for this long
+    #[arg(long, default_value_t = 60, value_name = "SECONDS")]
     pub(crate) timeout_s: u64,
 }
 
 #[derive(Args)]
 pub(crate) struct DoctorArgs {
-    /// The experiment that is to run
+    /// YAML file of the experiment to check
     pub(crate) config: Option<PathBuf>,
-    /// Change one value of it, such as run.device=cpu; may be given many times
+    /// Override a configuration value, such as run.device=cpu; repeatable
     #[arg(long = "set", value_name = "KEY=VALUE", requires = "config")]
     pub(crate) set: Vec<String>,
-    /// Ranks to start on this machine; ranks that another launcher started are counted by it
+    /// Ranks to start on this machine; ignored for ranks of another launcher
     #[arg(short = 'n', long, default_value_t = 2, value_name = "N")]
     pub(crate) nproc_per_node: usize,
-    /// The port that ranks are to meet at
+    /// Port of the rendezvous; 0 takes any free port
     #[arg(long, default_value_t = 0, value_name = "PORT", alias = "master_port")]
     pub(crate) master_port: u16,
 }
 
 #[derive(Args)]
 pub(crate) struct ConformanceArgs {
-    /// Ranks to start on this machine; ranks that another launcher started are counted by it
+    /// Ranks to start on this machine; ignored for ranks of another launcher
     #[arg(short = 'n', long, default_value_t = 2, value_name = "N")]
     pub(crate) nproc_per_node: usize,
-    /// auto, gloo, mpi, nccl or hccl
+    /// Communication backend: auto, gloo, mpi, nccl or hccl
     #[arg(long, default_value = "auto", value_name = "BACKEND")]
     pub(crate) backend: parallel::Backend,
-    /// cpu, cuda, npu or auto
-    #[arg(long, default_value = "auto")]
+    /// Device to test: cpu, cuda, npu or auto
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
     pub(crate) device: String,
 }
 
-/// A run.
 #[derive(Args)]
 pub(crate) struct RunArgs {
-    /// The run's folder
+    /// Folder of the run (`run.dir`)
     #[arg(value_name = "RUN")]
     pub(crate) run: PathBuf,
 }
 
 #[derive(Subcommand)]
 pub(crate) enum InspectCommand {
-    /// Draw which experts were used over time, and say how consistent the router is from token to token
+    /// Draw the use of experts over time and measure routing consistency
     Routing(InspectRoutingArgs),
 }
 
 #[derive(Args)]
 pub(crate) struct InspectRoutingArgs {
-    /// The run's folder
+    /// Folder of the run (`run.dir`)
     #[arg(value_name = "RUN")]
     pub(crate) run: PathBuf,
-    /// Pictures that the run is divided into
-    #[arg(long, default_value_t = 4)]
+    /// Number of pictures, each of an equal part of the run
+    #[arg(long, default_value_t = 4, value_name = "N")]
     pub(crate) slices: usize,
-    /// Tokens of a segment
-    #[arg(long, default_value_t = 16)]
+    /// Length of the segments over which consistency is measured
+    #[arg(long, default_value_t = 16, value_name = "TOKENS")]
     pub(crate) segment: usize,
-    /// Experts that a cache holds; by default twice those that a token chooses
-    #[arg(long)]
+    /// Experts in the simulated cache [default: twice top_k]
+    #[arg(long, value_name = "EXPERTS")]
     pub(crate) cache: Option<usize>,
-    /// Tokens of text to look at
-    #[arg(long, default_value_t = 8192)]
+    /// Tokens of validation text to route
+    #[arg(long, default_value_t = 8192, value_name = "TOKENS")]
     pub(crate) tokens: usize,
-    /// Also draw it here
+    /// Also write the picture to this file
     #[arg(long, value_name = "FILE")]
     pub(crate) svg: Option<PathBuf>,
 }
 
 #[derive(Subcommand)]
 pub(crate) enum PlanCommand {
-    /// Draw a pipeline's schedule, and say how long it takes and what it holds
+    /// Draw a pipeline schedule and print its time and memory
     Schedule(ScheduleArgs),
-    /// Say who sits where and what each rank's memory will hold
+    /// Print the rank layout and the estimated memory per rank
     Mesh(MeshArgs),
-    /// Say how likely it is that snapshots in memory survive
+    /// Print the probability that snapshots in memory survive
     Survival(SurvivalArgs),
 }
 
 #[derive(Args)]
 pub(crate) struct SurvivalArgs {
     /// Nodes of the run
-    #[arg(long, default_value_t = 128)]
+    #[arg(long, default_value_t = 128, value_name = "N")]
     pub(crate) nodes: usize,
     /// Mean time between failures of one node, in hours
     #[arg(long, default_value_t = 1622.0, value_name = "HOURS")]
     pub(crate) mtbf_h: f64,
-    /// Shape of the Weibull distribution of a node's life; 1: failures come at any age alike
-    #[arg(long, default_value_t = 1.0)]
+    /// Shape of the Weibull distribution of node lifetimes; 1 is exponential
+    #[arg(long, default_value_t = 1.0, value_name = "K")]
     pub(crate) shape: f64,
-    /// Seconds until what a lost node had is protected again
+    /// Time until the data of a lost node is redundant again
     #[arg(long, default_value_t = 600.0, value_name = "SECONDS")]
     pub(crate) window_s: f64,
-    /// Length of the run
+    /// Duration of the run
     #[arg(long, default_value_t = 30.0, value_name = "DAYS")]
     pub(crate) days: f64,
-    /// Nodes of data in a group, at most; may be given many times, each with every --parity
-    #[arg(long, value_delimiter = ',', default_value = "4,7")]
+    /// Largest number of data nodes per group, comma separated; combined with each --parity
+    #[arg(long, value_delimiter = ',', default_value = "4,7", value_name = "N")]
     pub(crate) data: Vec<usize>,
-    /// Nodes of a group that may be lost
-    #[arg(long, value_delimiter = ',', default_value = "1,2")]
+    /// Nodes of a group that may be lost, comma separated
+    #[arg(long, value_delimiter = ',', default_value = "1,2", value_name = "N")]
     pub(crate) parity: Vec<usize>,
-    /// Seconds between snapshots
+    /// Time between snapshots
     #[arg(long, default_value_t = 60.0, value_name = "SECONDS")]
     pub(crate) interval_s: f64,
-    /// Seconds from a failure to the next step
+    /// Time from a failure to the next step
     #[arg(long, default_value_t = 10.0, value_name = "SECONDS")]
     pub(crate) restart_s: f64,
-    /// Simulate so many windows beside the formula
+    /// Also simulate this many windows
     #[arg(long, default_value_t = 0, value_name = "TRIALS")]
     pub(crate) simulate: u64,
-    /// Decides the simulation
-    #[arg(long, default_value_t = 0)]
+    /// Seed of the simulation
+    #[arg(long, default_value_t = 0, value_name = "SEED")]
     pub(crate) seed: u64,
 }
 
 #[derive(Args)]
 pub(crate) struct ScheduleArgs {
-    /// gpipe, 1f1b, interleaved, zb-h1, zb-v, v-half, v-min, dualpipe-v, or a YAML file with a schedule of your own
+    /// gpipe, 1f1b, interleaved, zb-h1, zb-v, v-half, v-min, dualpipe-v, or a YAML file
     pub(crate) schedule: String,
-    /// Ranks of the pipeline (a file says so itself)
+    /// Ranks of the pipeline; ignored for a file
     #[arg(short = 'n', long, default_value_t = 4, value_name = "P")]
     pub(crate) ranks: usize,
-    /// Microbatches of a step (a file says so itself)
+    /// Microbatches of a step; ignored for a file
     #[arg(short, long, default_value_t = 8, value_name = "M")]
     pub(crate) microbatches: usize,
-    /// Stages of a rank, for interleaved
+    /// Model chunks per rank, for interleaved
     #[arg(long, value_name = "C")]
     pub(crate) chunks: Option<usize>,
-    /// Share the vocabulary out over all ranks, by this algorithm
+    /// Share the vocabulary among all ranks with this algorithm
     #[arg(long, value_name = "ALGORITHM")]
     pub(crate) vocabulary: Option<VocabularyName>,
-    /// Times of F, B and W of a rank's layers, and, if it counts, of the whole output layer's forward
+    /// Times of F, B and W of a rank's layers, and of the output layer's forward
     #[arg(
         long,
         value_delimiter = ',',
@@ -233,24 +253,24 @@ pub(crate) struct ScheduleArgs {
         value_name = "F,B,W[,O]"
     )]
     pub(crate) times: Vec<f64>,
-    /// Also draw it here
+    /// Also write the picture to this file
     #[arg(long, value_name = "FILE")]
     pub(crate) svg: Option<PathBuf>,
-    /// Print the schedule as a file that parallel.schedule.file takes, and nothing else
+    /// Print only the schedule, in the format of `parallel.schedule.file`
     #[arg(long)]
     pub(crate) yaml: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 pub(crate) enum VocabularyName {
-    /// Three barriers a microbatch
+    /// Three barriers per microbatch
     Naive,
-    /// All ranks stop for it together
+    /// All ranks compute it at the same time
     Interlaced,
-    /// Two barriers a microbatch
+    /// Two barriers per microbatch
     #[value(name = "vocab-1")]
     Vocab1,
-    /// One barrier a microbatch
+    /// One barrier per microbatch
     #[value(name = "vocab-2")]
     Vocab2,
 }
@@ -259,54 +279,54 @@ pub(crate) enum VocabularyName {
 pub(crate) struct MeshArgs {
     #[command(flatten)]
     pub(crate) config: ConfigArgs,
-    /// Ranks it is to run on
+    /// Ranks of the run
     #[arg(short = 'n', long, default_value_t = 1, value_name = "N")]
     pub(crate) ranks: usize,
 }
 
 #[derive(Subcommand)]
 pub(crate) enum BenchCommand {
-    /// One training step of a small Mixtral on random tokens
+    /// Measure a training step of a small Mixtral on random tokens
     Step(StepArgs),
-    /// A two-stage pipeline with a large vocabulary: where its embedding and output layer are
+    /// Compare placements of a large vocabulary in a two-stage pipeline
     Pipeline(PipelineArgs),
-    /// What ranks hold in many layouts, beside what `plan mesh` says
+    /// Compare measured memory of many layouts with the estimates of `plan mesh`
     Memory(MemoryArgs),
-    /// What it saves and costs an experiment, on this machine, to compute activations again; and the cheapest way that fits
+    /// Measure costs and savings of recomputation for an experiment
     Recompute(RecomputeArgs),
-    /// An MoE layer, or a whole step, whose ranks are loaded unevenly: least-loaded beside standard dispatch
+    /// Compare least-loaded with standard dispatch under uneven load
     MoeLayer(MoeLayerArgs),
-    /// Snapshots in memory: what they cost a run, and how fast they are copied and protected
+    /// Measure snapshots: stalls, copy speed and erasure coding
     Snapshot(SnapshotBenchArgs),
-    /// Every collective among ranks of this machine, by the path that training takes beside Gloo's and (under mpirun) MPI's
+    /// Measure every collective with the training backend, compared with Gloo and MPI
     Collectives(CollectivesArgs),
-    /// The reference step on two ranks of one thread: data, expert or pipeline parallel, beside one process with two threads
+    /// Compare two ranks with one thread each with one process of two threads
     Layouts(LayoutsArgs),
 }
 
 #[derive(Args)]
 pub(crate) struct LayoutsArgs {
-    /// data, expert or pipeline. Without it all of them
+    /// data, expert or pipeline [default: all]
     #[arg(long, value_name = "CASE")]
     pub(crate) case: Option<String>,
-    /// How often the layouts take turns; medians over all steps are reported
-    #[arg(long, default_value_t = 3)]
+    /// Alternating rounds; medians over all steps are reported
+    #[arg(long, default_value_t = 3, value_name = "N")]
     pub(crate) rounds: usize,
-    /// Steps of a turn, of which the first two are not counted and the last is traced
-    #[arg(long, default_value_t = 10)]
+    /// Steps per round; the first two do not count, the last is traced
+    #[arg(long, default_value_t = 10, value_name = "N")]
     pub(crate) steps: u64,
-    /// A command to measure in the same run, alternating; its last line is JSON with `tokens_per_s`
+    /// Command to measure in the same run; its last line is JSON with `tokens_per_s`
     #[arg(long, value_name = "COMMAND")]
     pub(crate) baseline: Option<String>,
 }
 
 #[derive(Args)]
 pub(crate) struct CollectivesArgs {
-    /// all_reduce, broadcast, all_gather, reduce_scatter, all_to_all or send_recv; may be given many times. Without it all of
-    /// them
+    /// all_reduce, broadcast, all_gather, reduce_scatter, all_to_all or send_recv; repeatable
+    /// [default: all]
     #[arg(long, value_name = "NAME")]
     pub(crate) operation: Vec<String>,
-    /// Size of the tensor that holds every rank's part
+    /// Sizes of the tensor over all ranks, comma separated
     #[arg(
         long,
         value_delimiter = ',',
@@ -314,71 +334,71 @@ pub(crate) struct CollectivesArgs {
         value_name = "KIB"
     )]
     pub(crate) kib: Vec<usize>,
-    /// Ranks, of one thread each; ranks that mpirun started are counted by it
+    /// Ranks with one thread each; ignored under mpirun
     #[arg(short = 'n', long, default_value_t = 2, value_name = "N")]
     pub(crate) ranks: usize,
-    /// How often the sides take turns; medians are reported
-    #[arg(long, default_value_t = 15)]
+    /// Alternating rounds; medians are reported
+    #[arg(long, default_value_t = 15, value_name = "N")]
     pub(crate) rounds: usize,
 }
 
 #[derive(Args)]
 pub(crate) struct SnapshotBenchArgs {
-    /// copy, encode-4+1, encode-4+2, encode-8+2, decode-4+2, stall, every-10 or every-1; may be given many times. Without it
-    /// all of them
+    /// copy, load, encode-4+1, encode-4+2, encode-8+2, decode-4+2, stall, every-10 or every-1;
+    /// repeatable [default: all]
     #[arg(long, value_name = "CASE")]
     pub(crate) case: Vec<String>,
-    /// State of a rank
+    /// Size of the state of a rank
     #[arg(long, default_value_t = 256, value_name = "MIB")]
     pub(crate) mib: usize,
-    /// How often the sides take turns; medians are reported
-    #[arg(long, default_value_t = 5)]
+    /// Alternating rounds; medians are reported
+    #[arg(long, default_value_t = 5, value_name = "N")]
     pub(crate) rounds: usize,
     /// Threads of the rank, for cases that train
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 2, value_name = "N")]
     pub(crate) threads: usize,
-    /// For stall: a command to measure in the same run, alternating; its last line is JSON with `stall_ms`. {mib} is filled
-    /// in
+    /// For stall: command to measure in the same run; its last line is JSON with `stall_ms`, and
+    /// {mib} is replaced
     #[arg(long, value_name = "COMMAND")]
     pub(crate) baseline: Option<String>,
 }
 
 #[derive(Args)]
 pub(crate) struct MoeLayerArgs {
-    /// balanced, SHARE:EXPERTS (of the tokens, to so many experts of rank 0), or one of the workloads w0 to w7; may be given
-    /// many times. Without it all of them
+    /// balanced, PERCENT:EXPERTS (of the tokens, to that many experts of rank 0), or one of the
+    /// workloads w0 to w7; repeatable [default: all]
     #[arg(long, value_name = "CASE")]
     pub(crate) case: Vec<String>,
-    /// Ranks, of one thread each
+    /// Ranks with one thread each
     #[arg(long, default_value_t = 2, value_name = "N")]
     pub(crate) ranks: usize,
-    /// Tokens of each rank
-    #[arg(long, default_value_t = 4096)]
+    /// Tokens per rank
+    #[arg(long, default_value_t = 4096, value_name = "N")]
     pub(crate) tokens: usize,
-    /// Width of a token
-    #[arg(long, default_value_t = 512)]
+    /// Hidden width
+    #[arg(long, default_value_t = 512, value_name = "N")]
     pub(crate) hidden: usize,
     /// Inner width of an expert
-    #[arg(long, default_value_t = 512)]
+    #[arg(long, default_value_t = 512, value_name = "N")]
     pub(crate) ffn: usize,
-    /// Experts; by default 8 (or the ranks) for each hot one
-    #[arg(long)]
+    /// Experts [default: 8, or the number of ranks, per hot expert]
+    #[arg(long, value_name = "N")]
     pub(crate) experts: Option<usize>,
-    /// How often both dispatches take turns; medians are reported
-    #[arg(long, default_value_t = 7)]
+    /// Alternating rounds; medians are reported
+    #[arg(long, default_value_t = 7, value_name = "N")]
     pub(crate) rounds: usize,
-    /// Choices for which an expert is lent; by default measured
+    /// Smallest number of tokens for which an expert is lent [default: measured]
     #[arg(long, value_name = "TOKENS")]
     pub(crate) min_tokens: Option<u32>,
-    /// A whole training step of a small model, its router biased as the workload says (balanced and w0 to w7)
+    /// Measure a training step of a small model with a biased router (balanced and w0 to w7)
     #[arg(long)]
     pub(crate) step: bool,
 }
 
 #[derive(Args)]
 pub(crate) struct MemoryArgs {
-    /// One layout, by the name in its line; all by default
-    #[arg(long)]
+    /// One layout, by the name in its line [default: all]
+    #[arg(long, value_name = "CASE")]
     pub(crate) case: Option<String>,
 }
 
@@ -389,53 +409,52 @@ pub(crate) struct RecomputeArgs {
     /// Ranks to start on this machine
     #[arg(short = 'n', long, default_value_t = 1, value_name = "N")]
     pub(crate) nproc_per_node: usize,
-    /// Also choose what to compute again so that the most loaded rank's tensors take at most so much, and measure that
+    /// Also find and measure the fastest variant in which the most loaded rank's tensors fit
     #[arg(long, value_name = "MIB")]
     pub(crate) fit_mib: Option<f64>,
-    /// Threads of a rank; by default OMP_NUM_THREADS, else its share of the processors
-    #[arg(long)]
+    /// Threads per rank [default: OMP_NUM_THREADS, else its share of the cores]
+    #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
-    /// How often the ways take turns; medians over all steps are reported
-    #[arg(long, default_value_t = 2)]
+    /// Alternating rounds; medians over all steps are reported
+    #[arg(long, default_value_t = 2, value_name = "N")]
     pub(crate) rounds: usize,
-    /// Steps of each turn; the first two do not count
-    #[arg(long, default_value_t = 8)]
+    /// Steps per round; the first two do not count
+    #[arg(long, default_value_t = 8, value_name = "N")]
     pub(crate) steps: u64,
 }
 
 #[derive(Args)]
 pub(crate) struct PipelineArgs {
-    /// How often the layouts take turns
-    #[arg(long, default_value_t = 3)]
+    /// Alternating rounds
+    #[arg(long, default_value_t = 3, value_name = "N")]
     pub(crate) rounds: usize,
-    /// Steps of each turn; the first does not count
-    #[arg(long, default_value_t = 4)]
+    /// Steps per round; the first does not count
+    #[arg(long, default_value_t = 4, value_name = "N")]
     pub(crate) steps: u64,
-    /// Tokens of the vocabulary
-    #[arg(long, default_value_t = 32768)]
+    /// Size of the vocabulary
+    #[arg(long, default_value_t = 32768, value_name = "N")]
     pub(crate) vocab: usize,
 }
 
 #[derive(Subcommand)]
 pub(crate) enum DataCommand {
-    /// Tokenise text, JSONL and Parquet into files that moerun and Megatron-LM read
+    /// Tokenize text, JSONL and Parquet into files that moerun and Megatron-LM read
     Prepare(PrepareArgs),
 }
 
 #[derive(Subcommand)]
 pub(crate) enum ConfigCommand {
-    /// Check a configuration without starting anything, and print it with all defaults
+    /// Check a configuration and print it with all defaults
     Check(CheckArgs),
-    /// Print the JSON Schema of configurations
+    /// Print the JSON schema of configurations
     Schema,
 }
 
-/// A configuration and changes to it.
 #[derive(Args)]
 pub(crate) struct ConfigArgs {
-    /// YAML file that describes the experiment
+    /// YAML file of the experiment
     pub(crate) config: PathBuf,
-    /// Change one value, such as train.steps=100; may be given many times
+    /// Override a configuration value, such as train.steps=100; repeatable
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
 }
@@ -453,13 +472,13 @@ pub(crate) struct TrainArgs {
         alias = "nproc_per_node"
     )]
     pub(crate) nproc_per_node: usize,
-    /// Port that ranks meet at; 0 takes any free one
+    /// Port of the rendezvous; 0 takes any free port
     #[arg(long, default_value_t = 0, value_name = "PORT", alias = "master_port")]
     pub(crate) master_port: u16,
-    /// Machines of the run; start the same command on each, with another --node-rank
+    /// Machines of the run; start the same command on each with its --node-rank
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub(crate) nnodes: usize,
-    /// Which of them this is, from 0
+    /// Index of this machine, from 0
     #[arg(
         long,
         default_value_t = 0,
@@ -468,7 +487,7 @@ pub(crate) struct TrainArgs {
         requires = "rdzv"
     )]
     pub(crate) node_rank: usize,
-    /// Where they meet: machine 0 and a free port there
+    /// Rendezvous: address of machine 0 and a free port there
     #[arg(
         long,
         value_name = "HOST:PORT",
@@ -476,13 +495,18 @@ pub(crate) struct TrainArgs {
         alias = "rdzv_endpoint"
     )]
     pub(crate) rdzv: Option<String>,
-    /// Start the other machines from here, over ssh: a line for each, 'host' or 'host slots=N', this one first
+    /// Start all machines from here over ssh: lines `host` or `host slots=N`, this machine first
     #[arg(long, value_name = "FILE", conflicts_with_all = ["nnodes", "node_rank"])]
     pub(crate) hostfile: Option<PathBuf>,
-    /// What starts a command on another machine, as in SSH HOST COMMAND
-    #[arg(long, default_value = "ssh", value_name = "SSH", requires = "hostfile")]
+    /// Program that runs a command on another machine, called as PROGRAM HOST COMMAND
+    #[arg(
+        long,
+        default_value = "ssh",
+        value_name = "PROGRAM",
+        requires = "hostfile"
+    )]
     pub(crate) ssh: PathBuf,
-    /// Nodes that stand by, to take the place of lost ones: keepers on this machine, or the last of several machines
+    /// Spare nodes that replace lost ones: on this machine, or the last of several machines
     #[arg(long, default_value_t = 0, value_name = "NODES")]
     pub(crate) spare_nodes: usize,
 }
@@ -491,32 +515,32 @@ pub(crate) struct TrainArgs {
 pub(crate) struct CheckArgs {
     #[command(flatten)]
     pub(crate) config: ConfigArgs,
-    /// Ranks it is to run on
+    /// Ranks of the run
     #[arg(short = 'n', long, default_value_t = 1, value_name = "N")]
     pub(crate) nproc_per_node: usize,
 }
 
 #[derive(Args)]
 pub(crate) struct GenerateArgs {
-    /// A run's folder (its newest checkpoint is taken) or one checkpoint
+    /// Folder of a run (uses its newest checkpoint) or of one checkpoint
     #[arg(long, value_name = "DIR")]
     pub(crate) checkpoint: PathBuf,
-    /// How the text begins
-    #[arg(long, default_value = "")]
+    /// Start of the text
+    #[arg(long, default_value = "", value_name = "TEXT")]
     pub(crate) prompt: String,
-    /// Tokens to add at most
-    #[arg(long, default_value_t = 128)]
+    /// Most tokens to generate
+    #[arg(long, default_value_t = 128, value_name = "N")]
     pub(crate) max_tokens: usize,
-    /// 0 takes the likeliest token each time
-    #[arg(long, default_value_t = 0.8)]
+    /// Sampling temperature; 0 always takes the most likely token
+    #[arg(long, default_value_t = 0.8, value_name = "T")]
     pub(crate) temperature: f64,
-    /// Choose among this many likeliest tokens; 0: among all
-    #[arg(long, default_value_t = 50)]
+    /// Sample from this many most likely tokens; 0 samples from all
+    #[arg(long, default_value_t = 50, value_name = "K")]
     pub(crate) top_k: usize,
-    /// Decides the choices
-    #[arg(long, default_value_t = 0)]
+    /// Sampling seed
+    #[arg(long, default_value_t = 0, value_name = "SEED")]
     pub(crate) seed: i64,
-    /// Another tokenizer.json than the run's
+    /// Tokenizer to use instead of the run's
     #[arg(long, value_name = "FILE")]
     pub(crate) tokenizer: Option<PathBuf>,
 }
@@ -524,66 +548,74 @@ pub(crate) struct GenerateArgs {
 #[derive(Args)]
 pub(crate) struct PrepareArgs {
     /// Files and folders of text, .jsonl or .parquet
-    #[arg(required = true)]
+    #[arg(required = true, value_name = "PATH")]
     pub(crate) inputs: Vec<PathBuf>,
     /// Folder for train.bin/.idx, valid.bin/.idx, tokenizer.json and dataset.json
     #[arg(short, long, value_name = "DIR")]
     pub(crate) output: PathBuf,
-    /// Take this Hugging Face tokenizer.json instead of training a byte-level BPE
+    /// Hugging Face tokenizer.json to use instead of training a byte-level BPE
     #[arg(long, value_name = "FILE")]
     pub(crate) tokenizer: Option<PathBuf>,
-    /// Vocabulary of a tokenizer that is trained
+    /// Vocabulary size of the trained tokenizer
     #[arg(long, default_value_t = 8192, value_name = "N")]
     pub(crate) vocab_size: usize,
-    /// Share of documents kept for validation
-    #[arg(long, default_value_t = 0.02, value_name = "SHARE")]
+    /// Fraction of documents kept for validation
+    #[arg(long, default_value_t = 0.02, value_name = "FRACTION")]
     pub(crate) validation_fraction: f64,
-    /// Extensions of files that are taken from folders
-    #[arg(long, value_delimiter = ',', default_value = "txt,md,jsonl,parquet")]
+    /// Extensions of the files to read from folders, comma separated
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "txt,md,jsonl,parquet",
+        value_name = "EXT"
+    )]
     pub(crate) extensions: Vec<String>,
-    /// Field of JSONL objects, column of Parquet tables
+    /// Field of JSONL objects or column of Parquet tables that holds the text
     #[arg(long, default_value = "text", value_name = "NAME")]
     pub(crate) text_key: String,
-    /// Use no more than this many megabytes of text
+    /// Most text to use
     #[arg(long, value_name = "MB")]
     pub(crate) max_mb: Option<f64>,
 }
 
 #[derive(Args)]
 pub(crate) struct StepArgs {
-    /// One case of it; all by default
-    #[arg(long)]
+    /// One dtype [default: all]
+    #[arg(long, value_name = "DTYPE")]
     pub(crate) case: Option<StepCase>,
-    /// Its size: reference, long (one sequence of 2048 tokens, 16 experts top-4), wide (hidden 768, 2 layers); for GPUs olmoe
-    /// (4 layers of OLMoE-1B-7B) and coarse (1 layer of Mixtral-8x7B)
-    #[arg(long, default_value = "reference")]
+    /// Model and batch: reference, long (one sequence of 2048 tokens, 16 experts top-4), wide
+    /// (hidden 768, 2 layers); for GPUs olmoe (4 layers of OLMoE-1B-7B) and coarse (1 layer of
+    /// Mixtral-8x7B)
+    #[arg(long, default_value = "reference", value_name = "SHAPE")]
     pub(crate) shape: StepShape,
-    /// Let tokens choose experts round-robin, so that all have as much to do, instead of by their scores
+    /// Select experts round-robin instead of by score, so that the load is even
     #[arg(long)]
     pub(crate) force_balance: bool,
-    /// Write the first weights and the tokens to this file, and go on from them
+    /// Write the initial weights and the tokens to this file, and start from them
     #[arg(long, value_name = "FILE", conflicts_with = "baseline")]
     pub(crate) start: Option<PathBuf>,
-    /// Also say what a step is made of, with operations, bytes and rates of each part, and write three steps as a Chrome trace
-    /// to this file
+    /// Also print the parts of a step with FLOPs, bytes and rates, and write three steps to this
+    /// file as a Chrome trace
     #[arg(long, value_name = "FILE", conflicts_with = "baseline")]
     pub(crate) profile: Option<PathBuf>,
     /// Measured steps; their median is reported
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = 8, value_name = "N")]
     pub(crate) steps: usize,
-    /// Threads
-    #[arg(long, default_value_t = 2)]
+    /// Threads of the process
+    #[arg(long, default_value_t = 2, value_name = "N")]
     pub(crate) threads: usize,
-    /// cpu, cuda, npu or auto
-    #[arg(long, default_value = "cpu")]
+    /// Device: cpu, cuda, npu or auto
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     pub(crate) device: String,
-    /// A command to measure in the same run, alternating; it prints a JSON line with `tokens_per_s`. {case}, {shape}, {steps},
-    /// {threads}, {device}, {force_balance} (that option, or nothing) and {start} (a file with our first weights and the tokens) are
-    /// filled in. May be given many times: the fastest is the baseline
+    /// Command to measure in the same run; it prints a JSON line with `tokens_per_s`
+    ///
+    /// {case}, {shape}, {steps}, {threads}, {device}, {force_balance} (that option, or nothing)
+    /// and {start} (a file with the initial weights and the tokens) are replaced. Repeatable: the
+    /// fastest is the baseline.
     #[arg(long, value_name = "COMMAND")]
     pub(crate) baseline: Vec<String>,
-    /// How often ours and the baselines take turns
-    #[arg(long, default_value_t = 5, requires = "baseline")]
+    /// Alternating rounds
+    #[arg(long, default_value_t = 5, requires = "baseline", value_name = "N")]
     pub(crate) rounds: usize,
 }
 

@@ -1,7 +1,8 @@
 //! Configuration files: parsing, changes from the command line, checks and the schema.
 
 use crate::cli::{CheckArgs, ConfigArgs};
-use anyhow::{Context, Result, anyhow, bail};
+use crate::hint::{WithHint, hinted};
+use anyhow::{Context, Error, Result, anyhow, bail};
 use serde_json::{Map, Value, json};
 use std::process::ExitCode;
 use trainer::config::{Config, Renamed, renamed_keys};
@@ -21,7 +22,8 @@ pub(crate) fn load(args: &ConfigArgs) -> Result<Config> {
     let config: Config = serde_saphyr::from_str(&text).map_err(|error| {
         let message = error.to_string().replace("<input>", &path.to_string());
         let message = message.strip_prefix("error: ").unwrap_or(&message);
-        anyhow!("{path}: {}", with_hint(message))
+        let error = anyhow!("{path}: {message}");
+        suggest(error, nearest_known_name(message))
     })?;
     if args.set.is_empty() {
         return Ok(config);
@@ -33,7 +35,8 @@ pub(crate) fn load(args: &ConfigArgs) -> Result<Config> {
     serde_path_to_error::deserialize(value).map_err(|error| {
         let key = error.path().to_string();
         let message = error.into_inner().to_string();
-        anyhow!("--set {key}: {}", with_hint(&message))
+        let error = anyhow!("--set {key}: {message}");
+        suggest(error, nearest_known_name(&message))
     })
 }
 
@@ -67,10 +70,8 @@ fn refuse_old_names(args: &ConfigArgs, text: &str) -> Result<()> {
         .iter()
         .map(|renamed| format!("\n  {renamed}"))
         .collect();
-    bail!(
-        "{}: {count}{list}\nhint: rename them; nothing else changed",
-        sources.join(" and ")
-    );
+    let error = anyhow!("{}: {count}{list}", sources.join(" and "));
+    Err(hinted(error, "rename them; nothing else changed"))
 }
 
 /// Returns a configuration with nothing but this change, or None if its value is no YAML.
@@ -106,7 +107,7 @@ pub(crate) fn refuse_problems(args: &ConfigArgs, config: &Config, ranks: usize) 
     );
 }
 
-/// `moerun config check`.
+/// Runs `moerun config check`: prints the configuration with all defaults if it can run.
 pub(crate) fn check(args: &CheckArgs) -> Result<ExitCode> {
     let ranks = args.nproc_per_node;
     let config = load(&args.config)?;
@@ -119,7 +120,6 @@ pub(crate) fn check(args: &CheckArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// `moerun config schema`.
 pub(crate) fn print_schema() -> Result<ExitCode> {
     print!("{}", schema());
     Ok(ExitCode::SUCCESS)
@@ -135,14 +135,15 @@ pub(crate) fn schema() -> String {
 /// Sets one dotted key, which must exist or be optional in the configuration's type.
 fn apply(root: &mut Value, change: &str) -> Result<()> {
     let Some((path, text)) = change.split_once('=') else {
-        bail!("--set {change}: no value\nhint: write KEY=VALUE, such as train.steps=100");
+        return Err(anyhow!("--set {change}: no value"))
+            .hint("write KEY=VALUE, such as train.steps=100");
     };
     let new: Value = serde_saphyr::from_str(text)
         .map_err(|error| anyhow!("--set {change}: the value is not YAML: {error}"))?;
     let mut target = root;
     let mut walked = String::new();
     for key in path.split('.') {
-        target = child(target, key, &walked).map_err(|error| anyhow!("--set {path}: {error}"))?;
+        target = child(target, key, &walked).with_context(|| format!("--set {path}"))?;
         if !walked.is_empty() {
             walked.push('.');
         }
@@ -165,7 +166,7 @@ fn child<'a>(parent: &'a mut Value, key: &str, path: &str) -> Result<&'a mut Val
     match parent {
         Value::Object(section) => {
             if !section.contains_key(key) {
-                bail!("{}", unknown_key(section, key, here));
+                return Err(unknown_key(section, key, here));
             }
             Ok(&mut section[key])
         }
@@ -173,42 +174,41 @@ fn child<'a>(parent: &'a mut Value, key: &str, path: &str) -> Result<&'a mut Val
             let len = list.len();
             let index: Option<usize> = key.parse().ok();
             let entry = index.and_then(|index| list.get_mut(index));
-            entry.ok_or_else(|| {
-                anyhow!(
-                    "{here} is a list of {len}, which has no {key}\nhint: write a position from 0"
-                )
-            })
+            entry
+                .ok_or_else(|| anyhow!("{here} is a list of {len} and has no {key}"))
+                .hint("write a position from 0")
         }
         _ => bail!("{here} is a value and has no key {key}"),
     }
 }
 
-fn unknown_key(section: &Map<String, Value>, key: &str, here: &str) -> String {
+fn unknown_key(section: &Map<String, Value>, key: &str, here: &str) -> Error {
     let known: Vec<&str> = section.keys().map(String::as_str).collect();
-    let message = format!("{here} has no key {key}, only {}", known.join(", "));
-    match nearest(key, known.into_iter()) {
-        Some(near) => format!("{message}\nhint: did you mean {near}?"),
-        None => message,
+    let error = anyhow!("{here} has no key {key}, only {}", known.join(", "));
+    suggest(error, nearest(key, known.into_iter()))
+}
+
+/// Adds a hint with a name that was probably meant, if there is one.
+fn suggest(error: Error, name: Option<&str>) -> Error {
+    match name {
+        Some(name) => hinted(error, format!("did you mean {name}?")),
+        None => error,
     }
 }
 
-/// Adds the nearest known name to a message of serde about an unknown one.
-fn with_hint(message: &str) -> String {
+/// Returns the known name that is most like the unknown one in a message of serde.
+fn nearest_known_name(message: &str) -> Option<&str> {
     let first_line = message.lines().next().unwrap_or(message);
-    let nearest = ["unknown field", "unknown variant"]
+    ["unknown field", "unknown variant"]
         .iter()
         .filter_map(|kind| first_line.split_once(kind))
-        .find_map(|(_, rest)| nearest_of_list(rest));
-    match nearest {
-        Some(near) => format!("{message}\nhint: did you mean {near}?"),
-        None => message.to_string(),
-    }
+        .find_map(|(_, rest)| nearest_of_list(rest))
 }
 
 /// Returns the known name that is most like the unknown one.
 ///
-/// `text` is "`wrong`, expected one of `a`, `b`", or the same without quotes around the known names.
-fn nearest_of_list(text: &str) -> Option<String> {
+/// `text` is "`wrong`, expected one of `a`, `b`", perhaps without quotes around the known names.
+fn nearest_of_list(text: &str) -> Option<&str> {
     let mut quoted = text.split('`').skip(1).step_by(2);
     let wrong = quoted.next()?;
     let mut known: Vec<&str> = quoted.collect();
@@ -217,7 +217,7 @@ fn nearest_of_list(text: &str) -> Option<String> {
         let list = list.trim_start_matches(" one of");
         known = list.split(',').map(str::trim).collect();
     }
-    nearest(wrong, known.into_iter()).map(str::to_string)
+    nearest(wrong, known.into_iter())
 }
 
 fn nearest<'a>(wrong: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
@@ -231,6 +231,7 @@ fn nearest<'a>(wrong: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hint::message;
 
     const SMALL: &str = "
 run: {dir: runs/x}
@@ -250,7 +251,7 @@ train: {steps: 10, global_batch: 4, micro_batch: 2}
     }
 
     fn refused(text: &str, set: &[&str]) -> String {
-        format!("{:#}", with(text, set).err().unwrap())
+        message(&with(text, set).err().unwrap())
     }
 
     #[test]
@@ -298,20 +299,22 @@ train: {steps: 10, global_batch: 4, micro_batch: 2}
         let text = SMALL.replace("dir: runs/x", "dir: runs/x, bind: none, communicator: null");
         let changes = [
             "parallel.recompute.parts.0=router",
-            "parallel={zero_ranks: 2}",
+            "parallel={zero_ranks: 2}", // tidy: allow(words)
             "run.bind=cores",
         ];
-        let expected = "x.yaml and --set: 4 keys have new names
-  run.bind -> run.cpu_affinity
-  run.communicator -> run.backend
-  parallel.recompute.parts: router -> dispatch
-  parallel.zero_ranks -> parallel.zero_group_size
-hint: rename them; nothing else changed";
+        let expected = [
+            "x.yaml and --set: 4 keys have new names",
+            "  run.bind -> run.cpu_affinity",
+            "  run.communicator -> run.backend",
+            "  parallel.recompute.parts: router -> dispatch",
+            "  parallel.zero_ranks -> parallel.zero_group_size", // tidy: allow(words)
+            "hint: rename them; nothing else changed",
+        ];
         let error = refused(&text, &changes);
-        assert!(error.ends_with(expected), "{error}");
-        let error = refused(SMALL, &["data.document_end=0"]);
+        assert!(error.ends_with(&expected.join("\n")), "{error}");
+        let error = refused(SMALL, &["run.bind=none"]);
         assert!(
-            error.starts_with("--set: 1 key has a new name\n  data.document_end"),
+            error.starts_with("--set: 1 key has a new name\n  run.bind -> "),
             "{error}"
         );
     }

@@ -22,6 +22,7 @@ mod prepare;
 mod progress;
 mod protocol;
 mod rank;
+mod reference;
 mod registry;
 mod snapshot;
 mod survival;
@@ -62,6 +63,7 @@ fn main() -> ExitCode {
         Command::Conformance(args) => conformance::run(&args),
         Command::Keeper(KeeperCommand::Serve) => keeper::serve(),
         Command::Keeper(KeeperCommand::Stop(args)) => keeper::stop(&args),
+        Command::Reference(args) => reference::run(&args),
         Command::Bench(BenchCommand::Step(args)) => bench::step::run(args),
         Command::Bench(BenchCommand::Pipeline(args)) => bench::pipeline::run(&args),
         Command::Bench(BenchCommand::Memory(args)) => bench::memory::run(&args),

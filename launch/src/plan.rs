@@ -51,7 +51,7 @@ pub(crate) fn schedule(args: &ScheduleArgs) -> Result<ExitCode> {
                 VocabularyName::Vocab1 => Vocabulary::Vocab1,
                 VocabularyName::Vocab2 => Vocabulary::Vocab2,
             };
-            costs.vocabulary = vec![VocabularyCosts::of(algorithm, share); ranks];
+            costs.vocabulary = vec![VocabularyCosts::from_logits(algorithm, share); ranks];
             with_vocabulary(&order, algorithm, &costs)
         }
         None => {

@@ -3,6 +3,7 @@
 use crate::hint::{WithHint, hinted};
 use anyhow::{Context, Result, anyhow};
 use checkpoint::keeper::{Peer, Secret, Status};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -14,26 +15,35 @@ use std::time::Duration;
 
 const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// The keepers of a run, while they run. Only the user can read the file.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct KeeperRegistry {
+    /// Key by which the processes of the run authenticate each other.
+    #[schemars(with = "String")]
     pub(crate) secret: Secret,
-    /// The run's last generation.
+    /// Last generation of the run.
     pub(crate) generation: u64,
     /// Number of batches to skip before each step.
     #[serde(alias = "skips")]
     pub(crate) skipped_batches: BTreeMap<u64, u64>,
-    /// Keepers of nodes with ranks, then spare ones.
+    /// Keepers of nodes with ranks, then those of spare nodes.
     pub(crate) keepers: Vec<KeeperEntry>,
+    /// Number of spare nodes.
     pub(crate) spares: usize,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// A keeper of a run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct KeeperEntry {
+    /// Process id of the keeper, on its machine.
     pub(crate) pid: i32,
-    /// The keeper's machine; 0 is the launcher's.
+    /// Machine of the keeper; 0 is the launcher's.
     #[serde(default)]
     pub(crate) machine: usize,
+    /// TCP address for other keepers and for tools.
+    #[schemars(with = "String")]
     pub(crate) address: SocketAddr,
+    /// Name of the Unix socket for ranks, in the abstract namespace.
     pub(crate) socket: String,
 }
 

@@ -110,7 +110,11 @@ impl Router {
             &[&logits_te],
             vec![weights_tk, prob_sums_ge, z_sum],
             move |grads| {
-                let grads = [0, 1, 2].map(|output| grads[output].as_ref());
+                let grads = kernels::RouterGradients {
+                    weights_tk: grads[0].as_ref(),
+                    prob_sums_ge: grads[1].as_ref(),
+                    z_sum: grads[2].as_ref(),
+                };
                 Ok(vec![Some(kernels::router_backward(
                     &logits, &experts, router, &groups, grads,
                 ))])

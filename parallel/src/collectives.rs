@@ -42,9 +42,10 @@ where
 {
     let output = tch::no_grad(|| forward(&input.detach().contiguous()))?;
     let shape = output.size();
-    let options = (output.kind(), output.device());
+    let kind = output.kind();
+    let device = output.device();
     let mut outputs = attach_backward(&[input], vec![output], move |grads| {
-        let grad = grad_or_zeros(&grads[0], &shape, options);
+        let grad = grad_or_zeros(&grads[0], &shape, kind, device);
         Ok(vec![Some(backward(&grad)?)])
     })?;
     Ok(outputs.remove(0))
@@ -52,10 +53,10 @@ where
 
 /// Returns the gradient, or zeros if the output was unused: the rank must still join the
 /// collective.
-fn grad_or_zeros(grad: &Option<Tensor>, shape: &[i64], options: (Kind, Device)) -> Tensor {
+fn grad_or_zeros(grad: &Option<Tensor>, shape: &[i64], kind: Kind, device: Device) -> Tensor {
     match grad {
         Some(grad) => grad.contiguous(),
-        None => Tensor::zeros(shape, options),
+        None => Tensor::zeros(shape, (kind, device)),
     }
 }
 
@@ -177,8 +178,8 @@ fn exchange(
 
 /// Starts an [`all_to_all`].
 ///
-/// The rows travel while the caller computes until [`PendingAllToAll::wait`]. Their gradients
-/// travel while backward runs through the same computation.
+/// The transfer overlaps with what the caller computes until [`PendingAllToAll::wait`], and that of
+/// the gradients with the backward of the same computation.
 ///
 /// # Errors
 /// As for [`all_to_all`].
@@ -226,9 +227,10 @@ impl PendingAllToAll {
         } = self;
         work.wait()?;
         let shape = output.size();
-        let options = (output.kind(), output.device());
+        let kind = output.kind();
+        let device = output.device();
         let mut out = attach_backward(&[&link], vec![output], move |grads| {
-            let grad = grad_or_zeros(&grads[0], &shape, options);
+            let grad = grad_or_zeros(&grads[0], &shape, kind, device);
             let (work, back) = exchange(&grad, &group, &send, &receive)?;
             fill(&slot, work, back);
             // The gradient reaches `link`'s node through the slot.

@@ -337,7 +337,7 @@ impl PinnedCopier {
     fn use_side_stream(&mut self, tensor: &Tensor) -> Result<(), Error> {
         if !self.on_side_stream {
             torch_ext::set_device(tensor)?;
-            Stream::beside(tensor)?.make_current()?;
+            Stream::from_pool(tensor)?.make_current()?;
             self.on_side_stream = true;
         }
         Ok(())

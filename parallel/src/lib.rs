@@ -48,6 +48,7 @@ pub mod pipeline;
 mod rank_env;
 pub mod recompute;
 mod rendezvous;
+mod rows;
 pub mod sharding;
 mod sum;
 pub mod tensor;
@@ -61,12 +62,11 @@ pub use comm::{Backend, CommError, Communicator, Local, MpiLaunch, ReduceOp, Wor
 pub use device::{
     Accelerator, Copier, Cpu, DiscreteDevice, MemoryUse, accelerator, device_kind, peak_resident,
 };
-pub use gradients::{
-    BucketPlan, DeferredGradient, GradientBuckets, Replication, matrix_shape, plan_buckets,
-};
+pub use gradients::{BucketPlan, GradientBuckets, Replication, plan_buckets};
 pub use mesh::{Coordinates, GroupKind, Mesh, MeshError, MeshShape, NodeSplit};
 pub use rank_env::{RankEnv, Rendezvous};
 pub use recompute::Activation;
+pub use rows::{matrix_shape, own_rows};
 pub use sum::GradientSum;
-pub use weight::{Contribution, Weight, add_gradients, linear, linears};
+pub use weight::{Contribution, DeferredGradient, Weight, add_gradients, linear, linears};
 pub use world::{World, run_on_threads};

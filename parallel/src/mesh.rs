@@ -97,6 +97,7 @@ pub enum GroupKind {
 }
 
 impl GroupKind {
+    /// All kinds, in the order of declaration.
     pub const ALL: [GroupKind; 11] = [
         GroupKind::World,
         GroupKind::Data,

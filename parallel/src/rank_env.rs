@@ -22,7 +22,7 @@ pub struct RankEnv {
     pub address: Option<String>,
 }
 
-/// How ranks find each other.
+/// The place where ranks find each other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Rendezvous {
     /// At a c10d TCP store.

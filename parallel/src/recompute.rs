@@ -1,5 +1,6 @@
-//! Activation recomputation (arXiv 1604.06174; selective: arXiv 2205.05198, section 5): what backward needs is computed again
-//! instead of being kept.
+//! Activation recomputation: backward computes tensors of forward again instead of keeping them.
+//!
+//! Whole layers: arXiv 1604.06174. Selective: arXiv 2205.05198, section 5.
 
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -8,7 +9,7 @@ use torch_ext::{Error, attach_backward};
 
 type RecomputeFn = Arc<Mutex<dyn Fn() -> Result<Tensor, Error> + Send>>;
 
-/// How backward comes by a tensor of forward.
+/// A tensor of forward that backward keeps or recomputes.
 #[derive(Clone)]
 pub struct SavedTensor(Source);
 
@@ -21,36 +22,36 @@ impl Clone for Source {
     fn clone(&self) -> Source {
         match self {
             Source::Kept(tensor) => Source::Kept(tensor.shallow_clone()),
-            Source::Recompute(make) => Source::Recompute(make.clone()),
+            Source::Recompute(recompute) => Source::Recompute(recompute.clone()),
         }
     }
 }
 
 impl SavedTensor {
-    /// The tensor.
+    /// Returns the tensor, recomputed if it was not kept.
     ///
     /// # Errors
-    /// That of making it again.
+    /// If recomputing fails.
     pub fn get(&self) -> Result<Tensor, Error> {
         match &self.0 {
             Source::Kept(tensor) => Ok(tensor.shallow_clone()),
-            Source::Recompute(make) => {
-                let make = make.lock();
-                tch::no_grad(&*make)
+            Source::Recompute(recompute) => {
+                let recompute = recompute.lock();
+                tch::no_grad(&*recompute)
             }
         }
     }
 }
 
-/// A layer's input, and how its backward comes by it.
+/// A layer's input, and the way in which its backward obtains it.
 pub struct Activation {
-    /// The tensor, part of the graph.
+    /// The tensor, part of the autograd graph.
     pub value: Tensor,
     saved: SavedTensor,
 }
 
 impl Activation {
-    /// One that is kept until backward.
+    /// Creates an activation that is kept until backward.
     pub fn kept(value: &Tensor) -> Activation {
         Activation {
             value: value.shallow_clone(),
@@ -58,27 +59,28 @@ impl Activation {
         }
     }
 
-    /// One that `make` makes again, without gradient, as often as backward asks.
+    /// Creates an activation that `recompute` computes again, without gradient, at each use.
     pub fn recomputable(
         value: Tensor,
-        make: impl Fn() -> Result<Tensor, Error> + Send + 'static,
+        recompute: impl Fn() -> Result<Tensor, Error> + Send + 'static,
     ) -> Activation {
+        let recompute = Arc::new(Mutex::new(recompute));
         Activation {
             value,
-            saved: SavedTensor(Source::Recompute(Arc::new(Mutex::new(make)))),
+            saved: SavedTensor(Source::Recompute(recompute)),
         }
     }
 
-    /// For backward.
+    /// Returns the tensor for backward.
     pub fn saved(&self) -> SavedTensor {
         self.saved.clone()
     }
 }
 
-/// `compute` of `inputs`, of which only the inputs are kept: backward computes it again, with gradient.
+/// Returns `compute` of `inputs` and keeps only the inputs; backward runs `compute` again.
 ///
 /// # Collective
-/// Where `compute` is, backward is twice.
+/// If `compute` is collective, it is so in forward and in backward.
 ///
 /// # Errors
 /// Those of `compute`.
@@ -95,32 +97,35 @@ where
                 .map(|input| input.detach().set_requires_grad(true))
                 .collect();
             let outputs = compute(&leaves)?;
-            // A scalar whose gradient with respect to each output is the one that came.
-            let (reached, given): (Vec<&Tensor>, Vec<Tensor>) = outputs
-                .iter()
-                .zip(grads)
-                .filter_map(|(output, grad)| Some((output, grad.as_ref()?.shallow_clone())))
-                .filter(|(output, _)| output.requires_grad())
-                .unzip();
-            if let Some(first) = reached.first() {
-                let root = Tensor::zeros([], (Kind::Float, first.device()));
-                let root = attach_backward(&reached, vec![root], move |_| {
-                    Ok(given
-                        .iter()
-                        .map(|grad| Some(grad.shallow_clone()))
-                        .collect())
-                })?;
-                root[0]
-                    .f_backward()
-                    .map_err(|e| Error::new(e.to_string()))?;
-            }
-            let of_input = |leaf: &Tensor| {
-                let grad = leaf.grad();
-                grad.defined().then_some(grad)
-            };
-            Ok(leaves.iter().map(of_input).collect())
+            backward(&outputs, grads)?;
+            let grad_of = |leaf: &Tensor| Some(leaf.grad()).filter(Tensor::defined);
+            Ok(leaves.iter().map(grad_of).collect())
         })
     })
+}
+
+/// Runs backward from `outputs` with the given gradients.
+fn backward(outputs: &[Tensor], grads: &[Option<Tensor>]) -> Result<(), Error> {
+    let mut reached: Vec<&Tensor> = Vec::new();
+    let mut given: Vec<Tensor> = Vec::new();
+    for (output, grad) in outputs.iter().zip(grads) {
+        if let Some(grad) = grad
+            && output.requires_grad()
+        {
+            reached.push(output);
+            given.push(grad.shallow_clone());
+        }
+    }
+    let Some(first) = reached.first() else {
+        return Ok(());
+    };
+    // A scalar whose gradient with respect to each output is the given one.
+    let root = Tensor::zeros([], (Kind::Float, first.device()));
+    let root = attach_backward(&reached, vec![root], move |_| {
+        let grads = given.iter().map(|grad| Some(grad.shallow_clone()));
+        Ok(grads.collect())
+    })?;
+    root[0].f_backward().map_err(|e| Error::new(e.to_string()))
 }
 
 #[cfg(test)]
@@ -128,26 +133,32 @@ mod tests {
     use super::*;
     use crate::{Accelerator, Cpu, GradientBuckets, Replication, Weight, linear};
 
+    enum Recompute {
+        Nothing,
+        Once,
+        Nested,
+    }
+
     #[test]
-    fn computing_again_gives_the_same_gradients_also_inside_of_itself() {
+    fn recomputing_gives_the_same_gradients_also_if_nested() {
         let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
         let x = random(&[5, 4]);
         let value = random(&[4, 4]);
-        let run = |how: usize| {
+        let run = |what: Recompute| {
             let weight = Weight::new(value.copy());
             let alone = [Replication::alone()];
-            let gradients =
-                GradientBuckets::new(&[(weight.clone(), 0)], &alone, 1 << 20, true, &Cpu).unwrap();
+            let weights = [(weight.clone(), 0)];
+            let gradients = GradientBuckets::new(&weights, &alone, 1 << 20, true, &Cpu).unwrap();
             gradients.begin(1);
             let x = x.copy().set_requires_grad(true);
             let layer = move |x: &[Tensor]| {
                 let y = linear(&x[0], &weight)?.silu();
                 Ok(vec![y.shallow_clone(), y.square().sum(Kind::Float)])
             };
-            let outputs = match how {
-                0 => layer(&[x.shallow_clone()]),
-                1 => recomputed(&[&x], layer),
-                _ => {
+            let outputs = match what {
+                Recompute::Nothing => layer(&[x.shallow_clone()]),
+                Recompute::Once => recomputed(&[&x], layer),
+                Recompute::Nested => {
                     let layer = Arc::new(Mutex::new(layer));
                     recomputed(&[&x], move |x| {
                         let layer = layer.clone();
@@ -156,11 +167,12 @@ mod tests {
                 }
             };
             let outputs = outputs.unwrap();
-            (outputs[0].sin().sum(Kind::Float) + &outputs[1]).backward();
+            let loss = outputs[0].sin().sum(Kind::Float) + &outputs[1];
+            loss.backward();
             (x.grad().copy(), gradients.gradient(0).copy())
         };
-        let kept = run(0);
-        assert_eq!(run(1), kept);
-        assert_eq!(run(2), kept);
+        let kept = run(Recompute::Nothing);
+        assert_eq!(run(Recompute::Once), kept);
+        assert_eq!(run(Recompute::Nested), kept);
     }
 }

@@ -1,4 +1,4 @@
-//! The rendezvous: ranks meet at a store and check that they run the same version.
+//! The rendezvous: ranks connect to a store and check that they run the same version.
 
 use crate::{RankEnv, Rendezvous};
 use std::time::Duration;
@@ -11,8 +11,8 @@ const RENDEZVOUS_TIMEOUT: Duration = Duration::from_secs(60);
 /// Ranks of different versions refuse to work together.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// The store at which the ranks of a run meet.
-pub(crate) struct MeetingPoint {
+/// The address of the store that connects the ranks of a run.
+pub(crate) struct RendezvousStore {
     host: String,
     port: u16,
     pub(crate) launcher_serves: bool,
@@ -26,7 +26,7 @@ pub(crate) struct RendezvousError {
     pub(crate) reason: String,
 }
 
-impl MeetingPoint {
+impl RendezvousStore {
     /// Finds the store that the environment names.
     ///
     /// # Collective
@@ -34,13 +34,13 @@ impl MeetingPoint {
     ///
     /// # Errors
     /// MPI's message.
-    pub(crate) fn find(env: &RankEnv) -> Result<MeetingPoint, String> {
+    pub(crate) fn find(env: &RankEnv) -> Result<RendezvousStore, String> {
         match &env.rendezvous {
             Rendezvous::Store {
                 host,
                 port,
                 launcher_serves,
-            } => Ok(MeetingPoint {
+            } => Ok(RendezvousStore {
                 host: host.clone(),
                 port: *port,
                 launcher_serves: *launcher_serves,
@@ -162,7 +162,7 @@ pub(crate) fn init_mpi(_env: &RankEnv) -> Result<(), String> {
 
 /// Serves a store at a free port of rank 0 and broadcasts its address.
 #[cfg(feature = "mpi")]
-fn find_through_mpi(env: &RankEnv) -> Result<MeetingPoint, String> {
+fn find_through_mpi(env: &RankEnv) -> Result<RendezvousStore, String> {
     let mut server = None;
     let mut address = Vec::new();
     if env.rank == 0 {
@@ -183,7 +183,7 @@ fn find_through_mpi(env: &RankEnv) -> Result<MeetingPoint, String> {
     let address = String::from_utf8(address).map_err(|e| e.to_string())?;
     let invalid = || format!("rank 0 sent an invalid store address: {address:?}");
     let (host, port) = address.rsplit_once(':').ok_or_else(invalid)?;
-    Ok(MeetingPoint {
+    Ok(RendezvousStore {
         host: host.to_string(),
         port: port.parse().map_err(|_| invalid())?,
         launcher_serves: false,
@@ -198,7 +198,7 @@ fn hostname() -> std::io::Result<String> {
 }
 
 #[cfg(not(feature = "mpi"))]
-fn find_through_mpi(_env: &RankEnv) -> Result<MeetingPoint, String> {
+fn find_through_mpi(_env: &RankEnv) -> Result<RendezvousStore, String> {
     Err(NO_MPI.into())
 }
 

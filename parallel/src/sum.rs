@@ -1,25 +1,33 @@
-//! The sum of contributions to a weight's gradient. It is not cleared before the first one comes: that one is written there.
+//! Running sum of the contributions to a weight's gradient.
+//!
+//! The memory is not cleared: the first contribution overwrites it.
 
 use kernels::{gemm_accumulate, gemm_overwrite, grouped_gemm_accumulate, grouped_gemm_overwrite};
 use std::cell::Cell;
 use tch::Tensor;
 
-/// A weight's gradient so far, fp32 and of the weight's shape.
+/// A weight's gradient so far, in fp32 and the weight's shape.
 pub struct GradientSum {
     sum: Tensor,
-    /// Whether nothing has been added, so that the memory holds whatever it held.
+    /// True until the first contribution: the memory is uninitialized.
     unwritten: Cell<bool>,
 }
 
 impl GradientSum {
     pub(crate) fn new(sum: Tensor, unwritten: bool) -> GradientSum {
+        let unwritten = Cell::new(unwritten);
+        GradientSum { sum, unwritten }
+    }
+
+    /// Returns the same sum in another shape.
+    pub(crate) fn view(self, shape: &[i64]) -> GradientSum {
         GradientSum {
-            sum,
-            unwritten: Cell::new(unwritten),
+            sum: self.sum.view(shape),
+            unwritten: self.unwritten,
         }
     }
 
-    /// Adds `left right`, of matrices.
+    /// Adds the matrix product of `left` and `right`.
     pub fn gemm_accumulate(&self, left: &Tensor, right: &Tensor) {
         if self.unwritten.take() {
             gemm_overwrite(&self.sum, left, right)
@@ -28,7 +36,7 @@ impl GradientSum {
         }
     }
 
-    /// Adds the product of each group's rows, see [`kernels::grouped_gemm_accumulate`].
+    /// Adds each group's matrix product, see [`kernels::grouped_gemm_accumulate`].
     pub fn grouped_gemm_accumulate(&self, left: &Tensor, right: &Tensor, counts: &[i64]) {
         if self.unwritten.take() {
             grouped_gemm_overwrite(&self.sum, left, right, counts);
@@ -37,7 +45,7 @@ impl GradientSum {
         }
     }
 
-    /// The sum, to be added to by other means.
+    /// Returns the sum for in-place additions, cleared if nothing has been added yet.
     pub fn tensor(&self) -> &Tensor {
         if self.unwritten.take() {
             let _ = tch::no_grad(|| self.sum.shallow_clone().zero_());
@@ -45,7 +53,6 @@ impl GradientSum {
         &self.sum
     }
 
-    /// Its shape.
     pub fn size(&self) -> Vec<i64> {
         self.sum.size()
     }

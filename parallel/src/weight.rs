@@ -1,10 +1,10 @@
-//! Weights as layers use them: a value to compute with, and a place where their gradient is added up.
+//! Weights as layers use them: a value to compute with, and a sink for gradients.
 //!
-//! Layers that have weights are autograd nodes of their own. They compute the gradient of their input at once and hand
-//! the one of their weight to [`Weight::add_gradient`], which adds it up in fp32, now or, in a pipeline that splits B
-//! from W, later.
+//! Layers with weights are autograd nodes of their own. Their backward computes the gradient of
+//! the input at once. It passes the gradient of the weight to [`Weight::add_gradient`], which adds
+//! it up in fp32: now, or later in a pipeline that splits B from W.
 
-use crate::gradients::BucketState;
+use crate::CommError;
 use crate::recompute::Activation;
 use crate::sum::GradientSum;
 use kernels::{gemm, gemm_accumulate};
@@ -14,10 +14,37 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use tch::{Device, Kind, Tensor};
 use torch_ext::{Error, attach_backward};
 
-/// A weight. Clones are handles to the same one.
+/// A contribution to a weight's gradient that is computed later.
+pub type DeferredGradient = Box<dyn FnOnce() -> Result<(), Error> + Send>;
+
+/// The buffers in which gradients are added up. Weights are known by their index.
+pub(crate) trait GradientSink: Send {
+    /// Keeps `contribution` for later, or returns it to be computed now.
+    fn defer(&mut self, contribution: DeferredGradient) -> Option<DeferredGradient>;
+
+    /// Returns the flat fp32 gradient of weight `index` so far. The caller must write to it.
+    fn sum(&mut self, index: usize) -> GradientSum;
+
+    /// Records that one contribution to weight `index` is complete.
+    ///
+    /// # Errors
+    /// If this completes a bucket and its reduction cannot be started.
+    fn ready(&mut self, index: usize) -> Result<(), CommError>;
+}
+
+pub(crate) type SharedSink = Arc<Mutex<dyn GradientSink>>;
+
+/// A weight's gradient among those of a sink.
+#[derive(Clone)]
+struct SinkEntry {
+    index: usize,
+    sink: SharedSink,
+}
+
+/// A handle to a weight; clones share it.
 pub struct Weight {
-    shared: Arc<WeightState>,
-    /// The part along dim 0 that this handle is about.
+    state: Arc<WeightState>,
+    /// The rows (start, length) that this handle is limited to.
     rows: Option<(i64, i64)>,
 }
 
@@ -27,38 +54,33 @@ struct WeightState {
     device: Device,
     /// An empty tensor that requires grad.
     tracker: Mutex<Tensor>,
-    /// None while other ranks keep it.
+    /// None while the value is sharded and not gathered.
     value: Mutex<Option<Tensor>>,
     uses: AtomicUsize,
-    sink: Mutex<Option<Sink>>,
-}
-
-struct Sink {
-    index: usize,
-    state: Arc<Mutex<BucketState>>,
+    sink: Mutex<Option<SinkEntry>>,
 }
 
 impl Clone for Weight {
     fn clone(&self) -> Weight {
         Weight {
-            shared: self.shared.clone(),
+            state: self.state.clone(),
             rows: self.rows,
         }
     }
 }
 
 impl Weight {
-    /// A weight that one layer uses.
+    /// Creates a weight that one layer uses.
     pub fn new(value: Tensor) -> Weight {
         let weight = Weight::without_value(&value.size(), value.kind(), value.device());
         weight.set_value(Some(value));
         weight
     }
 
-    /// A weight whose value is not here yet.
+    /// Creates a weight whose value is gathered later, see [`crate::sharding`].
     pub fn without_value(shape: &[i64], kind: Kind, device: Device) -> Weight {
         let tracker = Tensor::zeros([0], (Kind::Float, device)).set_requires_grad(true);
-        let shared = WeightState {
+        let state = WeightState {
             shape: shape.to_vec(),
             kind,
             device,
@@ -68,24 +90,24 @@ impl Weight {
             sink: Mutex::new(None),
         };
         Weight {
-            shared: Arc::new(shared),
+            state: Arc::new(state),
             rows: None,
         }
     }
 
-    /// The same weight for another layer: its gradient then has one more contribution.
+    /// Returns the same weight for another layer, which adds one contribution to its gradient.
     pub fn tied(&self) -> Weight {
         self.scale_uses(2)
     }
 
-    /// The same weight, of which one forward makes `times` as many uses as before.
+    /// Returns the same weight, of which one forward makes `times` as many uses as before.
     pub fn scale_uses(&self, times: usize) -> Weight {
-        let uses = self.shared.uses.load(Ordering::Relaxed);
-        self.shared.uses.store(uses * times, Ordering::Relaxed);
+        let uses = self.state.uses.load(Ordering::Relaxed);
+        self.state.uses.store(uses * times, Ordering::Relaxed);
         self.clone()
     }
 
-    /// `len` rows from `start` on, for a layer that uses no others.
+    /// Returns a handle to `len` rows from `start`, for a layer that uses no others.
     pub fn narrow_rows(&self, start: i64, len: i64) -> Weight {
         Weight {
             rows: Some((start, len)),
@@ -93,59 +115,64 @@ impl Weight {
         }
     }
 
-    /// Layers that use it.
+    /// Returns the number of gradient contributions of one microbatch.
     pub(crate) fn uses(&self) -> usize {
-        self.shared.uses.load(Ordering::Relaxed)
+        self.state.uses.load(Ordering::Relaxed)
     }
 
-    /// What layers compute with.
+    /// Returns the value, or the rows that this handle is limited to.
     ///
     /// # Panics
-    /// When other ranks keep it and nobody gathered it: a layer's mistake.
+    /// If the value is sharded and has not been gathered.
     pub fn value(&self) -> Tensor {
-        let value = locked(&self.shared.value);
+        let value = self.state.value.lock();
         let value = value
             .as_ref()
-            .expect("a layer's weights are gathered before it works");
-        self.part(value)
+            .expect("weights are gathered before their layer runs");
+        self.narrow(value)
     }
 
-    /// Gives the value, or takes it away.
     pub(crate) fn set_value(&self, value: Option<Tensor>) {
-        *locked(&self.shared.value) = value;
+        *self.state.value.lock() = value;
     }
 
-    /// What a layer's node names as an input, so that it becomes part of the graph; it gets no gradient.
+    /// Returns a tensor without elements that stands for the weight in the autograd graph.
+    ///
+    /// A layer's node takes it as an input, so that the node is in the graph even if no other input
+    /// requires grad. It gets no gradient.
     pub fn tracker(&self) -> Tensor {
-        locked(&self.shared.tracker).shallow_clone()
+        self.state.tracker.lock().shallow_clone()
     }
 
-    /// The whole weight's shape.
+    /// Returns the shape of the whole weight, also for a handle to some of its rows.
     pub fn shape(&self) -> &[i64] {
-        &self.shared.shape
+        &self.state.shape
     }
 
-    /// Its dtype.
+    /// Returns the dtype of the value.
     pub fn kind(&self) -> Kind {
-        self.shared.kind
+        self.state.kind
     }
 
-    /// Where it is.
+    /// Returns the device of the value.
     pub fn device(&self) -> Device {
-        self.shared.device
+        self.state.device
     }
 
-    fn part(&self, whole: &Tensor) -> Tensor {
-        self.rows.map_or_else(
-            || whole.shallow_clone(),
-            |(start, len)| whole.narrow(0, start, len),
-        )
+    /// Returns this handle's rows of `whole`.
+    fn narrow(&self, whole: &Tensor) -> Tensor {
+        match self.rows {
+            Some((start, len)) => whole.narrow(0, start, len),
+            None => whole.shallow_clone(),
+        }
     }
 
-    /// Adds one layer's contribution of one backward to the gradient.
+    /// Adds one contribution to the gradient: `add` receives the sum, now or later.
+    ///
+    /// A layer calls it once in each backward.
     ///
     /// # Errors
-    /// Those of `add`, and when nothing collects the gradient.
+    /// Those of `add`, and if no sink is attached.
     pub fn add_gradient<F>(&self, add: F) -> Result<(), Error>
     where
         F: FnOnce(&GradientSum) -> Result<(), Error> + Send + 'static,
@@ -153,49 +180,41 @@ impl Weight {
         add_gradients(&[self], |sums| add(sums[0]))
     }
 
-    fn state(&self) -> Result<Arc<Mutex<BucketState>>, Error> {
-        let sink = locked(&self.shared.sink);
-        sink.as_ref()
-            .map(|sink| sink.state.clone())
-            .ok_or_else(|| Error::new("a weight without a place for its gradient"))
+    fn sink(&self) -> Result<SinkEntry, Error> {
+        let entry = self.state.sink.lock();
+        entry
+            .clone()
+            .ok_or_else(|| Error::new("weight: no gradient buffer is attached"))
     }
 
-    /// One layer's contribution of one backward, for a layer that adds it up piece by piece and at once.
+    /// Begins a contribution to the gradient that is added piece by piece and at once.
     ///
     /// # Errors
-    /// When nothing collects the gradient.
+    /// If no sink is attached.
     pub fn contribution(&self) -> Result<Contribution, Error> {
-        let state = self.state()?;
-        let index = locked(&self.shared.sink)
-            .as_ref()
-            .map_or(0, |sink| sink.index);
-        let (whole, unwritten) = locked(&state).sum(index);
-        let whole = GradientSum::new(whole.view(self.shape()), unwritten);
+        let entry = self.sink()?;
+        let whole = entry.sink.lock().sum(entry.index).view(self.shape());
         let sum = match self.rows {
             None => whole,
-            // Others' rows would stay as they are.
-            Some(_) => GradientSum::new(self.part(whole.tensor()), false),
+            // Clear all rows first: this contribution writes only some of them.
+            Some(_) => GradientSum::new(self.narrow(whole.tensor()), false),
         };
-        Ok(Contribution { sum, index, state })
+        Ok(Contribution { sum, entry })
     }
 
-    /// Makes parameter `index` of `state` the place of the gradient.
-    pub(crate) fn attach_sink(
-        &self,
-        index: usize,
-        state: Arc<Mutex<BucketState>>,
-    ) -> Result<(), Error> {
-        match locked(&self.shared.sink).replace(Sink { index, state }) {
+    /// Makes gradient `index` of `sink` this weight's.
+    pub(crate) fn attach_sink(&self, index: usize, sink: SharedSink) -> Result<(), Error> {
+        match self.state.sink.lock().replace(SinkEntry { index, sink }) {
             None => Ok(()),
-            Some(_) => Err(Error::new("a weight's gradient already has a place")),
+            Some(_) => Err(Error::new("weight: a gradient buffer is already attached")),
         }
     }
 }
 
-/// As [`Weight::add_gradient`], for weights whose contributions are computed together; `add` gets their sums.
+/// Adds one contribution to each weight's gradient; `add` computes them together.
 ///
 /// # Errors
-/// Those of `add`, and when nothing collects the gradients.
+/// Those of `add`, and if a weight has no sink.
 pub fn add_gradients<F>(weights: &[&Weight], add: F) -> Result<(), Error>
 where
     F: FnOnce(&[&GradientSum]) -> Result<(), Error> + Send + 'static,
@@ -203,9 +222,9 @@ where
     let Some(first) = weights.first() else {
         return Ok(());
     };
-    let state = first.state()?;
-    let weights: Vec<Weight> = weights.iter().map(|&weight| weight.clone()).collect();
-    let now = locked(&state).defer(Box::new(move || {
+    let sink = first.sink()?.sink;
+    let weights = clones(weights);
+    let contribution = Box::new(move || {
         let contributions = weights
             .iter()
             .map(Weight::contribution)
@@ -213,43 +232,42 @@ where
         let sums: Vec<_> = contributions.iter().map(Contribution::sum).collect();
         tch::no_grad(|| add(&sums))?;
         contributions.into_iter().try_for_each(Contribution::finish)
-    }));
+    });
+    let now = sink.lock().defer(contribution);
     now.map_or(Ok(()), |contribution| contribution())
 }
 
-/// A contribution under way.
+fn clones(weights: &[&Weight]) -> Vec<Weight> {
+    weights.iter().map(|&weight| weight.clone()).collect()
+}
+
+/// A contribution to a weight's gradient that is being added.
 #[must_use = "the gradient is not complete before every contribution is finished"]
 pub struct Contribution {
     sum: GradientSum,
-    index: usize,
-    state: Arc<Mutex<BucketState>>,
+    entry: SinkEntry,
 }
 
 impl Contribution {
-    /// The sum to add to.
+    /// Returns the sum to add to.
     pub fn sum(&self) -> &GradientSum {
         &self.sum
     }
 
-    /// Says that all of it has been added.
+    /// Ends the contribution, which may complete the gradient.
     ///
     /// # Errors
-    /// When the gradient is complete by this and its reduction cannot be started.
+    /// If this completes the gradient and its reduction cannot be started.
     pub fn finish(self) -> Result<(), Error> {
-        // Who had nothing to add has added nothing.
+        // Zeroes the buffer if nothing was written.
         self.sum.tensor();
         drop(self.sum);
-        locked(&self.state)
-            .ready(self.index)
-            .map_err(|e| Error::new(e.to_string()))
+        let SinkEntry { index, sink } = self.entry;
+        Ok(sink.lock().ready(index)?)
     }
 }
 
-fn locked<T>(state: &Mutex<T>) -> parking_lot::MutexGuard<'_, T> {
-    state.lock()
-}
-
-/// `x` `[N, in]` times the transpose of `weight` `[out, in]`: `[N, out]`.
+/// Returns `x` `[N, in]` times the transpose of `weight` `[out, in]`: `[N, out]`.
 ///
 /// # Errors
 /// libtorch's message.
@@ -257,27 +275,23 @@ pub fn linear(x: &Tensor, weight: &Weight) -> Result<Tensor, Error> {
     Ok(linears(&Activation::kept(x), &[weight])?.remove(0))
 }
 
-/// `x` `[N, in]` times the transpose of each of `weights` `[out, in]`.
+/// Returns `x` `[N, in]` times the transpose of each of `weights` `[out, in]`.
 ///
 /// # Errors
-/// libtorch's message, and that of making the input again.
+/// libtorch's message, and in backward the error of recomputing the input.
 pub fn linears(x: &Activation, weights: &[&Weight]) -> Result<Vec<Tensor>, Error> {
     let value = &x.value;
-    let outputs = tch::no_grad(|| {
-        weights
-            .iter()
-            .map(|weight| gemm(value, &weight.value().tr()))
-            .collect()
-    });
-    let used: Vec<Weight> = weights.iter().map(|&weight| weight.clone()).collect();
+    let forward = |weight: &&Weight| gemm(value, &weight.value().tr());
+    let outputs = tch::no_grad(|| weights.iter().map(forward).collect());
     let trackers: Vec<Tensor> = weights.iter().map(|weight| weight.tracker()).collect();
+    let weights = clones(weights);
     let inputs: Vec<&Tensor> = std::iter::once(value).chain(&trackers).collect();
     let saved = x.saved();
     let needs_grad = value.requires_grad();
     attach_backward(&inputs, outputs, move |grads| {
         let x = saved.get()?;
         let mut grad_x: Option<Tensor> = None;
-        for (weight, grad) in used.iter().zip(grads) {
+        for (weight, grad) in weights.iter().zip(grads) {
             let Some(grad) = grad else { continue };
             if needs_grad {
                 match &mut grad_x {
@@ -292,8 +306,7 @@ pub fn linears(x: &Activation, weights: &[&Weight]) -> Result<Vec<Tensor>, Error
                 Ok(())
             })?;
         }
-        Ok(std::iter::once(grad_x)
-            .chain(used.iter().map(|_| None))
-            .collect())
+        let of_trackers = weights.iter().map(|_| None);
+        Ok(std::iter::once(grad_x).chain(of_trackers).collect())
     })
 }

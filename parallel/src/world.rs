@@ -6,7 +6,7 @@ use crate::comm::{
     DeviceComm, DeviceTransport, FlightRecorder, Gloo, Hccl, HostTransport, HybridComm, Membership,
     Nccl, Shm, Transports,
 };
-use crate::rendezvous::{MeetingPoint, init_mpi};
+use crate::rendezvous::{RendezvousStore, init_mpi};
 use crate::{Accelerator, Backend, CommError, Communicator, Cpu, Local, RankEnv, Rendezvous};
 use std::path::Path;
 use std::sync::Arc;
@@ -87,13 +87,13 @@ impl World {
             return Ok(World::single());
         }
 
-        let point = MeetingPoint::find(env);
-        let mut point = point.map_err(|e| failed("rendezvous through MPI", e))?;
-        let store = point.connect(env, timeout);
+        let rendezvous = RendezvousStore::find(env);
+        let mut rendezvous = rendezvous.map_err(|e| failed("rendezvous through MPI", e))?;
+        let store = rendezvous.connect(env, timeout);
         let store = store.map_err(|e| failed(e.operation, e.reason))?;
-        let recorder_store = point.connect_again(env, timeout);
+        let recorder_store = rendezvous.connect_again(env, timeout);
         let recorder_store = recorder_store.map_err(|e| failed(e.operation, e.reason))?;
-        let store_rank = (!point.launcher_serves).then_some(0);
+        let store_rank = (!rendezvous.launcher_serves).then_some(0);
         let recorder = FlightRecorder::start(env.rank, store_rank, timeout, recorder_store);
         Ok(World {
             rank: env.rank,
@@ -105,7 +105,7 @@ impl World {
                 transports,
                 like,
                 force_backend,
-                address: point.gloo_address(env),
+                address: rendezvous.gloo_address(env),
                 recorder,
             }),
         })

@@ -1,4 +1,4 @@
-// A custom autograd node whose backward is a Rust closure, gradient-ready hooks, direct access to `.grad`.
+// A custom autograd node whose backward is a Rust closure.
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -13,9 +13,10 @@
 
 namespace {
 
-// Rust: gradients in (null where undefined), gradients out (owned by the caller, null where none);
-// returns null, or an error message allocated with malloc.
-using Backward = char* (*)(void* state, at::Tensor* const* grads, size_t num_grads, at::Tensor** out, size_t num_out);
+// A Rust function that reads `grads` (null if undefined) and writes `out` (owned by the caller,
+// null if there is no gradient). It returns null, or an error message allocated with malloc.
+using Backward = char* (*)(
+    void* state, at::Tensor* const* grads, size_t num_grads, at::Tensor** out, size_t num_out);
 using Drop = void (*)(void* state);
 
 [[noreturn]] void raise(char* message) {
@@ -31,7 +32,7 @@ struct ClosureNode : torch::autograd::Node {
 
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
-    TORCH_CHECK(state_, "backward ran twice through a node whose saved tensors were already freed");
+    TORCH_CHECK(state_, "backward ran twice through a node whose saved tensors are freed");
     std::vector<at::Tensor*> in(grads.size()), out(num_inputs_, nullptr);
     for (size_t i = 0; i < grads.size(); i++) in[i] = grads[i].defined() ? &grads[i] : nullptr;
     char* error = backward_(state_, in.data(), in.size(), out.data(), out.size());
@@ -79,13 +80,17 @@ const char* mtx_last_error() { return mtx::last_error().c_str(); }
 bool mtx_grad_enabled() { return at::GradMode::is_enabled(); }
 
 // Takes ownership of `state` on success and on failure. `outputs` are replaced in place.
-int mtx_attach_backward(at::Tensor* const* inputs, size_t num_inputs, at::Tensor* const* outputs, size_t num_outputs,
-                        void* state, Backward backward, Drop drop) {
-  auto node = std::shared_ptr<ClosureNode>(new ClosureNode(state, backward, drop, num_inputs), torch::autograd::deleteNode);
+int mtx_attach_backward(
+    at::Tensor* const* inputs, size_t num_inputs, at::Tensor* const* outputs, size_t num_outputs,
+    void* state, Backward backward, Drop drop) {
+  auto node = std::shared_ptr<ClosureNode>(
+      new ClosureNode(state, backward, drop, num_inputs), torch::autograd::deleteNode);
   return mtx::guarded([&] {
     torch::autograd::edge_list edges;
     for (size_t i = 0; i < num_inputs; i++) {
-      edges.push_back(inputs[i]->requires_grad() ? torch::autograd::impl::gradient_edge(*inputs[i]) : torch::autograd::Edge());
+      edges.push_back(
+          inputs[i]->requires_grad() ? torch::autograd::impl::gradient_edge(*inputs[i])
+                                     : torch::autograd::Edge());
     }
     node->set_next_edges(std::move(edges));
     for (size_t i = 0; i < num_outputs; i++) torch::autograd::set_history(*outputs[i], node);

@@ -20,10 +20,10 @@ GroupPtr& group_of(void* handle) { return *static_cast<GroupPtr*>(handle); }
 WorkPtr& work_of(void* handle) { return *static_cast<WorkPtr*>(handle); }
 void* boxed(WorkPtr work) { return new WorkPtr(std::move(work)); }
 
-// c10d's flight recorder, one for the whole process, adds groups to a map without a lock: operations are started
-// one at a time (they still run side by side).
+// Starts one operation at a time: c10d's flight recorder, which all groups of a process share, adds
+// groups to a map without a lock. Started operations still run concurrently.
 template <typename F>
-int started(F&& body) {
+int start(F&& body) {
   static std::mutex starting;
   std::lock_guard<std::mutex> lock(starting);
   return mtx::guarded(body);
@@ -43,7 +43,9 @@ int mtx_store_tcp(const char* host, uint16_t port, bool is_server, int64_t timeo
   });
 }
 int mtx_store_prefix(void* store, const char* prefix, void** out) {
-  return mtx::guarded([&] { *out = new StorePtr(c10::make_intrusive<c10d::PrefixStore>(prefix, store_of(store))); });
+  return mtx::guarded([&] {
+    *out = new StorePtr(c10::make_intrusive<c10d::PrefixStore>(prefix, store_of(store)));
+  });
 }
 int mtx_store_port(void* store, uint16_t* out) {
   return mtx::guarded([&] {
@@ -55,7 +57,8 @@ int mtx_store_port(void* store, uint16_t* out) {
 int mtx_store_set(void* store, const char* key, const uint8_t* data, size_t size) {
   return mtx::guarded([&] { store_of(store)->set(key, std::vector<uint8_t>(data, data + size)); });
 }
-// Blocks until the key is there or the store's timeout passes; `*data` is freed by `mtx_free`.
+// Blocks until the key is set or the store's timeout passes. The caller frees `*data` by
+// `mtx_free`.
 int mtx_store_get(void* store, const char* key, uint8_t** data, size_t* size) {
   return mtx::guarded([&] {
     auto value = store_of(store)->get(key);
@@ -73,20 +76,26 @@ int mtx_store_check(void* store, const char* key, bool* out) {
 void mtx_store_free(void* store) { delete static_cast<StorePtr*>(store); }
 void mtx_free(void* data) { std::free(data); }
 
-// `address` empty: `interface` names the network interface; both empty: the host name's address.
-int mtx_gloo_new(void* store, int rank, int size, int64_t timeout_ms, const char* address, const char* interface, void** out) {
+// Listens on `address`. If that is empty, on the network interface `interface`; if both are empty,
+// on the address of the host name.
+int mtx_gloo_new(
+    void* store, int rank, int size, int64_t timeout_ms, const char* address, const char* interface,
+    void** out) {
   return mtx::guarded([&] {
-    auto options = c10d::ProcessGroupGloo::Options::create(Milliseconds(timeout_ms));
-    if (*address) options->devices.push_back(c10d::ProcessGroupGloo::createDeviceForHostname(address));
-    else if (*interface) options->devices.push_back(c10d::ProcessGroupGloo::createDeviceForInterface(interface));
-    else options->devices.push_back(c10d::ProcessGroupGloo::createDefaultDevice());
-    *out = new GroupPtr(c10::make_intrusive<c10d::ProcessGroupGloo>(store_of(store), rank, size, options));
+    using c10d::ProcessGroupGloo;
+    auto options = ProcessGroupGloo::Options::create(Milliseconds(timeout_ms));
+    options->devices.push_back(
+        *address         ? ProcessGroupGloo::createDeviceForHostname(address)
+            : *interface ? ProcessGroupGloo::createDeviceForInterface(interface)
+                         : ProcessGroupGloo::createDefaultDevice());
+    *out = new GroupPtr(
+        c10::make_intrusive<ProcessGroupGloo>(store_of(store), rank, size, options));
   });
 }
 void mtx_gloo_free(void* group) { delete static_cast<GroupPtr*>(group); }
 
 int mtx_gloo_all_reduce(void* group, at::Tensor* tensor, uint8_t op, void** work) {
-  return started([&] {
+  return start([&] {
     std::vector<at::Tensor> tensors{*tensor};
     c10d::AllreduceOptions options;
     options.reduceOp = static_cast<c10d::ReduceOp::RedOpType>(op);
@@ -94,7 +103,7 @@ int mtx_gloo_all_reduce(void* group, at::Tensor* tensor, uint8_t op, void** work
   });
 }
 int mtx_gloo_broadcast(void* group, at::Tensor* tensor, int64_t root, void** work) {
-  return started([&] {
+  return start([&] {
     std::vector<at::Tensor> tensors{*tensor};
     c10d::BroadcastOptions options;
     options.rootRank = root;
@@ -102,44 +111,49 @@ int mtx_gloo_broadcast(void* group, at::Tensor* tensor, int64_t root, void** wor
   });
 }
 int mtx_gloo_all_gather(void* group, at::Tensor* output, at::Tensor* input, void** work) {
-  return started([&] { *work = boxed(group_of(group)->_allgather_base(*output, *input)); });
+  return start([&] { *work = boxed(group_of(group)->_allgather_base(*output, *input)); });
 }
-int mtx_gloo_reduce_scatter(void* group, at::Tensor* output, at::Tensor* input, uint8_t op, void** work) {
-  return started([&] {
+int mtx_gloo_reduce_scatter(
+    void* group, at::Tensor* output, at::Tensor* input, uint8_t op, void** work) {
+  return start([&] {
     c10d::ReduceScatterOptions options;
     options.reduceOp = static_cast<c10d::ReduceOp::RedOpType>(op);
     *work = boxed(group_of(group)->_reduce_scatter_base(*output, *input, options));
   });
 }
-int mtx_gloo_all_to_all(void* group, at::Tensor* output, at::Tensor* input, const int64_t* output_splits,
-                        const int64_t* input_splits, size_t count, void** work) {
-  return started([&] {
-    std::vector<int64_t> out(output_splits, output_splits + count), in(input_splits, input_splits + count);
+int mtx_gloo_all_to_all(
+    void* group, at::Tensor* output, at::Tensor* input, const int64_t* output_splits,
+    const int64_t* input_splits, size_t count, void** work) {
+  return start([&] {
+    std::vector<int64_t> out(output_splits, output_splits + count);
+    std::vector<int64_t> in(input_splits, input_splits + count);
     *work = boxed(group_of(group)->alltoall_base(*output, *input, out, in));
   });
 }
 int mtx_gloo_send(void* group, at::Tensor* tensor, int to, int tag, void** work) {
-  return started([&] {
+  return start([&] {
     std::vector<at::Tensor> tensors{*tensor};
     *work = boxed(group_of(group)->send(tensors, to, tag));
   });
 }
 int mtx_gloo_recv(void* group, at::Tensor* tensor, int from, int tag, void** work) {
-  return started([&] {
+  return start([&] {
     std::vector<at::Tensor> tensors{*tensor};
     *work = boxed(group_of(group)->recv(tensors, from, tag));
   });
 }
 int mtx_gloo_barrier(void* group, void** work) {
-  return started([&] { *work = boxed(group_of(group)->barrier()); });
+  return start([&] { *work = boxed(group_of(group)->barrier()); });
 }
 
 int mtx_work_is_completed(void* work, bool* out) {
   return mtx::guarded([&] { *out = work_of(work)->isCompleted(); });
 }
-// A zero timeout waits as long as the operation's own timeout allows.
+// With a zero timeout, the operation's own timeout applies.
 int mtx_work_wait(void* work, int64_t timeout_ms) {
-  return mtx::guarded([&] { work_of(work)->wait(timeout_ms ? Milliseconds(timeout_ms) : kNoTimeout); });
+  return mtx::guarded([&] {
+    work_of(work)->wait(timeout_ms ? Milliseconds(timeout_ms) : kNoTimeout);
+  });
 }
 int mtx_work_abort(void* work) {
   return mtx::guarded([&] { work_of(work)->abort(); });

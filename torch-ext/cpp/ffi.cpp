@@ -1,4 +1,5 @@
-// All of the ffi as one source: each file by itself would read libtorch's headers again, which takes three times as long.
+// The only translation unit: compiling each file alone would parse libtorch's headers again, which
+// takes three times as long.
 #include "autograd.cpp"
 #include "c10d.cpp"
 #include "npu.cpp"

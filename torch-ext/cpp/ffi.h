@@ -1,5 +1,5 @@
-// Shared by the C++ side of the ffi: every function returns 0, or 1 with the message of the exception kept
-// for `mtx_last_error`, so no C++ exception ever crosses into Rust.
+// Error handling of the C interface. A function returns 0, or 1 after it has stored the message of
+// an exception for `mtx_last_error`. No C++ exception reaches Rust.
 #pragma once
 #include <exception>
 #include <string>

@@ -1,4 +1,4 @@
-// Operations of libtorch that tch does not expose: fused AdamW, random-generator state, allocator figures.
+// Operations of libtorch that tch does not expose: fused AdamW, random generators, allocators.
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
 #include <ATen/core/Generator.h>
@@ -16,7 +16,7 @@
 #include "ffi.h"
 
 namespace {
-// Host memory of tensors, as malloc gives it to them. (A resident set also has the gaps between them.)
+// Host memory of tensors, as malloc counts it. (The resident set size also includes gaps.)
 std::atomic<int64_t> host_current{0}, host_peak{0};
 
 void free_counted(void* data) {
@@ -32,10 +32,13 @@ struct CountingAllocator final : at::Allocator {
       int64_t peak = host_peak;
       while (now > peak && !host_peak.compare_exchange_weak(peak, now)) {}
     }
-    return {data, data, data ? &free_counted : &c10::detail::deleteNothing, c10::Device(c10::DeviceType::CPU)};
+    auto deleter = data ? &free_counted : &c10::detail::deleteNothing;
+    return {data, data, deleter, c10::Device(c10::DeviceType::CPU)};
   }
   at::DeleterFnPtr raw_deleter() const override { return &free_counted; }
-  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
 };
 CountingAllocator counting_allocator;
 
@@ -52,15 +55,18 @@ std::vector<at::Tensor> list(at::Tensor* const* tensors, size_t count) {
 
 extern "C" {
 
-int mtx_fused_adamw(at::Tensor* const* params, at::Tensor* const* grads, at::Tensor* const* exp_avgs,
-                    at::Tensor* const* exp_avg_sqs, at::Tensor* const* steps, size_t count, double lr, double beta1,
-                    double beta2, double weight_decay, double eps, at::Tensor* grad_scale) {
+int mtx_fused_adamw(
+    at::Tensor* const* params, at::Tensor* const* grads, at::Tensor* const* exp_avgs,
+    at::Tensor* const* exp_avg_sqs, at::Tensor* const* steps, size_t count, double lr, double beta1,
+    double beta2, double weight_decay, double eps, at::Tensor* grad_scale) {
   return mtx::guarded([&] {
     at::NoGradGuard no_grad;
     std::optional<at::Tensor> scale;
     if (grad_scale) scale = *grad_scale;
-    at::_fused_adamw_(list(params, count), list(grads, count), list(exp_avgs, count), list(exp_avg_sqs, count), {},
-                      list(steps, count), lr, beta1, beta2, weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false, scale);
+    at::_fused_adamw_(
+        list(params, count), list(grads, count), list(exp_avgs, count), list(exp_avg_sqs, count),
+        /*max_exp_avg_sqs=*/{}, list(steps, count), lr, beta1, beta2, weight_decay, eps,
+        /*amsgrad=*/false, /*maximize=*/false, scale);
   });
 }
 
@@ -81,8 +87,10 @@ int mtx_set_generator_state(int type, int index, at::Tensor* state) {
 }
 
 int mtx_pinned(int64_t bytes, at::Tensor** out) {
-  return mtx::guarded(
-      [&] { *out = new at::Tensor(at::empty({bytes}, at::TensorOptions().dtype(at::kByte).pinned_memory(true))); });
+  return mtx::guarded([&] {
+    auto options = at::TensorOptions().dtype(at::kByte).pinned_memory(true);
+    *out = new at::Tensor(at::empty({bytes}, options));
+  });
 }
 
 int mtx_synchronize(int type, int index) {
@@ -92,12 +100,13 @@ int mtx_synchronize(int type, int index) {
   });
 }
 
-// From here on host memory of tensors is counted.
+// Starts counting the host memory of tensors.
 int mtx_count_host_memory() {
   return mtx::guarded([] { c10::SetCPUAllocator(&counting_allocator, /*priority=*/1); });
 }
 
-// Bytes that tensors hold now and held at most: those counted on the host, elsewhere by the device's caching allocator.
+// Writes the current and peak bytes of tensors: on the host as counted here, else as the device's
+// caching allocator counts them.
 int mtx_allocator_bytes(int type, int index, int64_t* current, int64_t* peak) {
   return mtx::guarded([&] {
     auto device = device_of(type, index);
@@ -113,7 +122,7 @@ int mtx_allocator_bytes(int type, int index, int64_t* current, int64_t* peak) {
   });
 }
 
-// What is held at most is counted anew from here.
+// Resets the peak to the current bytes.
 int mtx_reset_peak(int type, int index) {
   return mtx::guarded([&] {
     auto device = device_of(type, index);

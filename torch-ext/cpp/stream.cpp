@@ -1,5 +1,5 @@
-// Streams and events of whatever device a tensor is on, by the guard that its backend registered with c10 (CUDA's and
-// PrivateUse1's alike), so that nothing here needs a vendor's headers.
+// Streams and events of the device of a tensor, by the guard that its backend registers with c10.
+// CUDA and PrivateUse1 both do, so that no vendor headers are needed.
 #include <ATen/core/Tensor.h>
 #include <c10/core/Event.h>
 #include <c10/core/Stream.h>
@@ -8,25 +8,31 @@
 #include "ffi.h"
 
 namespace {
-c10::impl::VirtualGuardImpl guard_of(c10::Device device) { return c10::impl::VirtualGuardImpl(device.type()); }
+c10::impl::VirtualGuardImpl guard_of(c10::Device device) {
+  return c10::impl::VirtualGuardImpl(device.type());
+}
 } // namespace
 
 extern "C" {
 
-// The calling thread works on the tensor's device from here on.
+// Makes the tensor's device the current device of the calling thread.
 int mtx_set_device(const at::Tensor* like) {
   return mtx::guarded([&] { guard_of(like->device()).setDevice(like->device()); });
 }
 
 int mtx_stream_current(const at::Tensor* like, c10::Stream** out) {
-  return mtx::guarded([&] { *out = new c10::Stream(guard_of(like->device()).getStream(like->device())); });
+  return mtx::guarded([&] {
+    auto device = like->device();
+    *out = new c10::Stream(guard_of(device).getStream(device));
+  });
 }
 
-// One of the backend's pool, before others where the device has priorities.
+// Returns a stream from the backend's pool, with high priority if the device has priorities.
 int mtx_stream_from_pool(const at::Tensor* like, c10::Stream** out) {
   return mtx::guarded([&] {
     auto device = like->device();
-    *out = new c10::Stream(guard_of(device).getStreamFromGlobalPool(device, /*isHighPriority=*/true));
+    auto stream = guard_of(device).getStreamFromGlobalPool(device, /*isHighPriority=*/true);
+    *out = new c10::Stream(stream);
   });
 }
 
@@ -34,10 +40,14 @@ int mtx_stream_make_current(const c10::Stream* stream) {
   return mtx::guarded([&] { guard_of(stream->device()).exchangeStream(*stream); });
 }
 
-// The tensor's memory, when it is freed, is given to nobody before what is queued on the stream now is done.
+// Keeps the tensor's memory, once it is freed, from reuse until the queued work of the stream is
+// done.
 int mtx_stream_record_tensor(const c10::Stream* stream, const at::Tensor* tensor) {
   return mtx::guarded([&] {
-    if (tensor->storage().nbytes()) guard_of(stream->device()).recordDataPtrOnStream(tensor->storage().data_ptr(), *stream);
+    const auto& storage = tensor->storage();
+    if (storage.nbytes()) {
+      guard_of(stream->device()).recordDataPtrOnStream(storage.data_ptr(), *stream);
+    }
   });
 }
 

@@ -1,6 +1,7 @@
-//! Custom autograd nodes.
+//! Custom autograd nodes with Rust closures.
 
 use crate::{Error, ffi};
+use std::any::Any;
 use std::ffi::{c_char, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use tch::Tensor;
@@ -9,15 +10,16 @@ use torch_sys::C_tensor;
 type BackwardClosure =
     Box<dyn FnMut(&[Option<Tensor>]) -> Result<Vec<Option<Tensor>>, Error> + Send>;
 
-/// Makes `outputs`, computed from `inputs` outside of autograd, part of the graph: their gradients are handed
-/// to `backward`, which returns one gradient (or none) for each input.
+/// Makes `outputs`, which were computed from `inputs` outside of autograd, part of the graph.
 ///
-/// Where gradients are off or no input requires one, `outputs` come back untouched and `backward` is dropped.
-/// The closure and the tensors it owns are freed with the graph. It is `Send` because on a GPU the backward
-/// runs on another thread. `outputs` must be floating point and must not require grad already.
+/// Autograd passes the gradients of the outputs to `backward`, which returns a gradient or `None`
+/// for each input. If gradients are disabled or no input requires one, `outputs` are returned
+/// unchanged and `backward` is dropped. The closure and its tensors are freed with the graph. It is
+/// `Send` because on a GPU the backward runs on another thread. `outputs` must be floating point
+/// and must not already require grad.
 ///
 /// # Errors
-/// libtorch's message, when the outputs cannot be given a history.
+/// libtorch's message if the outputs cannot get a history.
 pub fn attach_backward<F>(
     inputs: &[&Tensor],
     outputs: Vec<Tensor>,
@@ -26,9 +28,9 @@ pub fn attach_backward<F>(
 where
     F: FnMut(&[Option<Tensor>]) -> Result<Vec<Option<Tensor>>, Error> + Send + 'static,
 {
-    // SAFETY: reads a thread-local flag.
-    let tracked = unsafe { ffi::mtx_grad_enabled() } && inputs.iter().any(|t| t.requires_grad());
-    if !tracked {
+    // SAFETY: the function reads a thread-local flag.
+    let enabled = unsafe { ffi::mtx_grad_enabled() };
+    if !enabled || !inputs.iter().any(|t| t.requires_grad()) {
         return Ok(outputs);
     }
     let closure: Box<BackwardClosure> = Box::new(Box::new(backward));
@@ -37,8 +39,8 @@ where
         .iter()
         .map(|t| t.as_ptr() as *mut C_tensor)
         .collect();
-    // SAFETY: all pointers are live tensors for the duration of the call; the node takes ownership of the closure
-    // and frees it exactly once through `drop_backward`.
+    // SAFETY: the tensors live through the call. The node takes ownership of the closure and frees
+    // it exactly once with `drop_backward`.
     ffi::check(unsafe {
         ffi::mtx_attach_backward(
             inputs.as_ptr(),
@@ -61,30 +63,29 @@ unsafe extern "C" fn run_backward(
     num_out: usize,
 ) -> *mut c_char {
     guarded(|| {
-        // SAFETY: `state` is the box made in `attach_backward`, and the node's lock excludes a second caller;
-        // `grads` and `out` are arrays of the given lengths.
-        let (closure, grads, out) = unsafe {
-            (
-                &mut *(state as *mut BackwardClosure),
-                std::slice::from_raw_parts(grads, num_grads),
-                std::slice::from_raw_parts_mut(out, num_out),
-            )
-        };
+        // SAFETY: `state` is the box of `attach_backward`, and the node's lock excludes a second
+        // caller.
+        let closure = unsafe { &mut *(state as *mut BackwardClosure) };
+        // SAFETY: `grads` is an array of this length.
+        let grads = unsafe { std::slice::from_raw_parts(grads, num_grads) };
+        // SAFETY: `out` is an array of this length.
+        let out = unsafe { std::slice::from_raw_parts_mut(out, num_out) };
         let grads: Vec<Option<Tensor>> = grads
             .iter()
-            // SAFETY: each non-null pointer is a live tensor owned by the caller; a second handle to it is made.
+            // SAFETY: a non-null pointer is a live tensor of the caller, which gets a second
+            // handle.
             .map(|&grad| (!grad.is_null()).then(|| unsafe { Tensor::clone_from_ptr(grad) }))
             .collect();
         let results = tch::no_grad(|| closure(&grads))?;
         if results.len() != out.len() {
             return Err(Error::new(format!(
-                "a backward closure returned {} gradients for {} inputs",
+                "backward closure: {} gradients for {} inputs",
                 results.len(),
                 out.len()
             )));
         }
         for (slot, result) in out.iter_mut().zip(results) {
-            // The pointer's owner is the caller from here on.
+            // The caller takes ownership of the pointer.
             *slot = result.map_or(std::ptr::null_mut(), |tensor| {
                 std::mem::ManuallyDrop::new(tensor).as_ptr() as *mut C_tensor
             });
@@ -94,28 +95,34 @@ unsafe extern "C" fn run_backward(
 }
 
 unsafe extern "C" fn drop_backward(state: *mut c_void) {
-    // SAFETY: called once, with the pointer that `attach_backward` made.
+    // SAFETY: C++ calls this once, with the pointer of `attach_backward`.
     drop(unsafe { Box::from_raw(state as *mut BackwardClosure) });
 }
 
-/// Runs a callback so that neither its error nor its panic unwinds into C++: null, or a message from malloc.
+/// Runs a callback and returns null, or the message of its error or panic, allocated with malloc.
 fn guarded(body: impl FnOnce() -> Result<(), Error>) -> *mut c_char {
     let message = match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(())) => return std::ptr::null_mut(),
         Ok(Err(error)) => error.to_string(),
-        Err(panic) => panic
-            .downcast_ref::<String>()
-            .cloned()
-            .or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string()))
-            .unwrap_or_else(|| "panic in a backward closure".to_string()),
+        Err(panic) => panic_message(&*panic),
     };
     let bytes = message.as_bytes();
-    // SAFETY: the buffer holds the message and its terminating NUL; C++ frees it with `free`.
+    // SAFETY: the buffer has room for the message and a NUL, and C++ frees it with `free`.
     unsafe {
         let buffer = ffi::malloc(bytes.len() + 1) as *mut u8;
         std::ptr::copy_nonoverlapping(bytes.as_ptr(), buffer, bytes.len());
         *buffer.add(bytes.len()) = 0;
         buffer as *mut c_char
+    }
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> String {
+    if let Some(text) = panic.downcast_ref::<String>() {
+        return text.clone();
+    }
+    match panic.downcast_ref::<&str>() {
+        Some(text) => text.to_string(),
+        None => "backward closure: panic".to_string(),
     }
 }
 
@@ -131,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn gradients_flow_through_the_closure_which_is_dropped_with_the_graph() {
+    fn the_closure_computes_gradients_and_is_dropped_with_the_graph() {
         struct Counted(Arc<AtomicUsize>);
         impl Drop for Counted {
             fn drop(&mut self) {
@@ -143,11 +150,12 @@ mod tests {
         let a = leaf(&[1., 2.]);
         let b = leaf(&[3., 4.]);
         let product = tch::no_grad(|| &a * &b);
-        let saved = (a.detach(), b.detach());
+        let saved_a = a.detach();
+        let saved_b = b.detach();
         let out = attach_backward(&[&a, &b], vec![product], move |grads| {
             let _held = &counted;
             let grad = grads[0].as_ref().unwrap();
-            Ok(vec![Some(grad * &saved.1), Some(grad * &saved.0)])
+            Ok(vec![Some(grad * &saved_b), Some(grad * &saved_a)])
         })
         .unwrap();
         (&out[0] * 2.0).sum(Kind::Float).backward();
@@ -158,30 +166,24 @@ mod tests {
     }
 
     #[test]
-    fn an_error_and_a_panic_in_backward_arrive_as_errors() {
+    fn an_error_and_a_panic_in_backward_become_errors() {
         for panics in [false, true] {
             let a = leaf(&[1.]);
+            let expected = if panics {
+                "the closure panicked"
+            } else {
+                "the closure failed"
+            };
             let out = attach_backward(&[&a], vec![a.detach() * 2.0], move |_| {
                 if panics {
-                    panic!("the closure panicked")
+                    panic!("{expected}")
                 } else {
-                    Err(Error::new("the closure failed"))
+                    Err(Error::new(expected))
                 }
             })
             .unwrap();
-            let error = out[0]
-                .sum(Kind::Float)
-                .f_backward()
-                .unwrap_err()
-                .to_string();
-            assert!(
-                error.contains(if panics {
-                    "the closure panicked"
-                } else {
-                    "the closure failed"
-                }),
-                "{error}"
-            );
+            let error = out[0].sum(Kind::Float).f_backward().unwrap_err();
+            assert!(error.to_string().contains(expected), "{error}");
         }
     }
 
@@ -193,13 +195,8 @@ mod tests {
         })
         .unwrap();
         out[0].backward();
-        assert!(
-            out[0]
-                .f_backward()
-                .unwrap_err()
-                .to_string()
-                .contains("ran twice")
-        );
+        let error = out[0].f_backward().unwrap_err();
+        assert!(error.to_string().contains("ran twice"), "{error}");
     }
 
     #[test]

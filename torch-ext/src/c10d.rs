@@ -1,4 +1,4 @@
-//! c10d's stores and Gloo process group.
+//! c10d's key-value stores and Gloo process group.
 
 use crate::{Error, ffi};
 use std::ffi::c_int;
@@ -6,71 +6,73 @@ use std::time::{Duration, Instant};
 use tch::Tensor;
 use torch_sys::C_tensor;
 
-/// A key-value store that ranks meet at: torchrun's rendezvous protocol.
+/// A key-value store for the rendezvous of ranks, with torchrun's protocol.
 pub struct Store(ffi::Handle);
 
-// SAFETY: c10d's stores guard their state with a mutex of their own.
+// SAFETY: c10d's stores guard their state with a mutex.
 unsafe impl Send for Store {}
 // SAFETY: as above.
 unsafe impl Sync for Store {}
 
 impl Store {
-    /// Connects to the TCP store at `host:port`, or serves it there (port 0: any free port).
+    /// Connects to the TCP store at `host:port`, or serves it there.
+    ///
+    /// Port 0 serves on any free port.
     ///
     /// # Errors
-    /// When the port is taken (serving) or nobody answers within `timeout` (connecting).
+    /// If the port to serve on is taken, or no server answers within `timeout`.
     pub fn tcp(host: &str, port: u16, is_server: bool, timeout: Duration) -> Result<Store, Error> {
         let host = ffi::c_string(host)?;
         let mut out = std::ptr::null_mut();
-        // SAFETY: `host` outlives the call; `out` receives an owned handle.
+        // SAFETY: `host` lives through the call, and `out` receives an owned handle.
         ffi::check(unsafe {
             ffi::mtx_store_tcp(host.as_ptr(), port, is_server, millis(timeout), &mut out)
         })?;
         Ok(Store(out))
     }
 
-    /// The same store, with `prefix` put before every key.
+    /// Returns a view of this store that puts `prefix` before every key.
     ///
     /// # Errors
     /// libtorch's message.
     pub fn prefixed(&self, prefix: &str) -> Result<Store, Error> {
         let prefix = ffi::c_string(prefix)?;
         let mut out = std::ptr::null_mut();
-        // SAFETY: `self.0` is a live store; `out` receives an owned handle.
+        // SAFETY: the store is live, and `out` receives an owned handle.
         ffi::check(unsafe { ffi::mtx_store_prefix(self.0, prefix.as_ptr(), &mut out) })?;
         Ok(Store(out))
     }
 
-    /// The port of a TCP store.
+    /// Returns the port of a TCP store.
     ///
     /// # Errors
-    /// When this is not a TCP store.
+    /// If this is not a TCP store.
     pub fn port(&self) -> Result<u16, Error> {
         let mut port = 0;
-        // SAFETY: live store, live out-parameter.
+        // SAFETY: the store is live, and the pointer is an out-parameter.
         ffi::check(unsafe { ffi::mtx_store_port(self.0, &mut port) })?;
         Ok(port)
     }
 
-    /// Sets `key`.
+    /// Sets the value of `key`.
     ///
     /// # Errors
-    /// When the server is gone.
+    /// If the server is gone.
     pub fn set(&self, key: &str, value: &[u8]) -> Result<(), Error> {
         let key = ffi::c_string(key)?;
-        // SAFETY: live store; the value is copied before the call returns.
+        // SAFETY: the store is live, and the value is copied before the call returns.
         ffi::check(unsafe { ffi::mtx_store_set(self.0, key.as_ptr(), value.as_ptr(), value.len()) })
     }
 
     /// Waits for `key` and returns its value.
     ///
     /// # Errors
-    /// When the key does not appear within the store's timeout, or the server is gone.
+    /// If the key does not appear within the store's timeout, or the server is gone.
     pub fn get(&self, key: &str) -> Result<Vec<u8>, Error> {
         let key = ffi::c_string(key)?;
         let mut data = std::ptr::null_mut();
         let mut size = 0;
-        // SAFETY: on success `data` is a buffer of `size` bytes, copied here and freed.
+        // SAFETY: on success `data` is a buffer of `size` bytes, which is copied and freed here.
         unsafe {
             ffi::check(ffi::mtx_store_get(
                 self.0,
@@ -87,23 +89,23 @@ impl Store {
     /// Adds to the counter `key` and returns its new value.
     ///
     /// # Errors
-    /// When the server is gone.
+    /// If the server is gone.
     pub fn add(&self, key: &str, amount: i64) -> Result<i64, Error> {
         let key = ffi::c_string(key)?;
         let mut out = 0;
-        // SAFETY: live store, live out-parameter.
+        // SAFETY: the store is live, and the pointer is an out-parameter.
         ffi::check(unsafe { ffi::mtx_store_add(self.0, key.as_ptr(), amount, &mut out) })?;
         Ok(out)
     }
 
-    /// Whether `key` is there now.
+    /// Returns true if `key` is set.
     ///
     /// # Errors
-    /// When the server is gone.
+    /// If the server is gone.
     pub fn contains(&self, key: &str) -> Result<bool, Error> {
         let key = ffi::c_string(key)?;
         let mut out = false;
-        // SAFETY: live store, live out-parameter.
+        // SAFETY: the store is live, and the pointer is an out-parameter.
         ffi::check(unsafe { ffi::mtx_store_check(self.0, key.as_ptr(), &mut out) })?;
         Ok(out)
     }
@@ -111,38 +113,35 @@ impl Store {
 
 impl Drop for Store {
     fn drop(&mut self) {
-        // SAFETY: an owned handle, freed once.
+        // SAFETY: the handle is owned and freed once.
         unsafe { ffi::mtx_store_free(self.0) }
     }
 }
 
-/// How the values of the ranks are combined.
+/// The operation of a reduction over ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum ReduceOp {
-    /// The sum.
     Sum = 0,
-    /// The least value.
     Min = 3,
-    /// The greatest value.
     Max = 4,
 }
 
-/// Where Gloo listens.
+/// The address on which Gloo listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum GlooAddress {
     /// An address or host name of this machine.
     Host(String),
     /// A network interface, such as `eth0`.
     Interface(String),
-    /// The address this machine's host name resolves to.
+    /// The address to which this machine's host name resolves.
     Default,
 }
 
-/// A Gloo process group. Every rank calls its operations in the same order.
+/// A Gloo process group. All ranks must call its operations in the same order.
 pub struct Gloo(ffi::Handle);
 
-// SAFETY: ProcessGroupGloo queues operations under a mutex; its workers run them.
+// SAFETY: ProcessGroupGloo queues operations under a mutex, and its workers run them.
 unsafe impl Send for Gloo {}
 // SAFETY: as above.
 unsafe impl Sync for Gloo {}
@@ -150,18 +149,18 @@ unsafe impl Sync for Gloo {}
 macro_rules! start {
     ($function:ident, $($argument:expr),*) => {{
         let mut work = std::ptr::null_mut();
-        // SAFETY: all handles and tensors are live; on success `work` is an owned handle that keeps the tensors
-        // of the operation alive.
+        // SAFETY: all handles and tensors are live. On success `work` is an owned handle that keeps
+        // the tensors of the operation alive.
         ffi::check(unsafe { ffi::$function($($argument,)* &mut work) })?;
         Ok(Work(work))
     }};
 }
 
 impl Gloo {
-    /// Joins the group of `size` ranks that meets at `store`. Blocks until all are there.
+    /// Joins the group of `size` ranks that share `store`. Blocks until all ranks have joined.
     ///
     /// # Errors
-    /// When a rank does not come within `timeout`, or the address is not this machine's.
+    /// If a rank does not join within `timeout`, or the address is not this machine's.
     pub fn new(
         store: &Store,
         rank: usize,
@@ -177,7 +176,7 @@ impl Gloo {
         let address = ffi::c_string(address)?;
         let interface = ffi::c_string(interface)?;
         let mut out = std::ptr::null_mut();
-        // SAFETY: live store and strings; `out` receives an owned handle.
+        // SAFETY: the store and the strings are live, and `out` receives an owned handle.
         ffi::check(unsafe {
             ffi::mtx_gloo_new(
                 store.0,
@@ -192,15 +191,15 @@ impl Gloo {
         Ok(Gloo(out))
     }
 
-    /// Combines `tensor` over all ranks, in place.
+    /// Reduces `tensor` over all ranks, in place.
     ///
     /// # Errors
-    /// When the operation cannot be queued; what happens later is the [`Work`]'s.
+    /// If the operation cannot be queued. The [`Work`] reports later failures.
     pub fn all_reduce(&self, tensor: &Tensor, op: ReduceOp) -> Result<Work, Error> {
         start!(mtx_gloo_all_reduce, self.0, raw(tensor), op as u8)
     }
 
-    /// Copies `tensor` of rank `root` to all.
+    /// Copies `tensor` of rank `root` to all ranks.
     ///
     /// # Errors
     /// As [`Gloo::all_reduce`].
@@ -208,7 +207,7 @@ impl Gloo {
         start!(mtx_gloo_broadcast, self.0, raw(tensor), root as i64)
     }
 
-    /// Concatenates the ranks' `input` along dim 0 into `output`.
+    /// Concatenates `input` of all ranks along dimension 0 into `output`.
     ///
     /// # Errors
     /// As [`Gloo::all_reduce`].
@@ -216,7 +215,7 @@ impl Gloo {
         start!(mtx_gloo_all_gather, self.0, raw(output), raw(input))
     }
 
-    /// Combines the ranks' `input` and leaves each its part along dim 0 in `output`.
+    /// Reduces `input` over all ranks and scatters the result along dimension 0 into `output`.
     ///
     /// # Errors
     /// As [`Gloo::all_reduce`].
@@ -235,10 +234,13 @@ impl Gloo {
         )
     }
 
-    /// Sends `input_splits[r]` rows to rank `r` and receives `output_splits[r]` rows from it; zero is allowed.
+    /// Sends `input_splits[r]` rows to rank `r` and receives `output_splits[r]` rows from it.
+    ///
+    /// A split may be zero. Callers must check that splits add up: Gloo finds errors only while the
+    /// operation runs.
     ///
     /// # Errors
-    /// As [`Gloo::all_reduce`]. Splits that do not add up are found while it runs: check them first.
+    /// As [`Gloo::all_reduce`].
     pub fn all_to_all(
         &self,
         output: &Tensor,
@@ -249,7 +251,7 @@ impl Gloo {
         assert_eq!(
             output_splits.len(),
             input_splits.len(),
-            "one split for each rank on both sides"
+            "all_to_all: numbers of splits differ"
         );
         start!(
             mtx_gloo_all_to_all,
@@ -278,7 +280,7 @@ impl Gloo {
         start!(mtx_gloo_recv, self.0, raw(tensor), from as c_int, tag)
     }
 
-    /// Completes when every rank has called it.
+    /// Starts a barrier, which completes when every rank has called it.
     ///
     /// # Errors
     /// As [`Gloo::all_reduce`].
@@ -289,13 +291,13 @@ impl Gloo {
 
 impl Drop for Gloo {
     fn drop(&mut self) {
-        // SAFETY: an owned handle, freed once; the destructor joins Gloo's threads.
+        // SAFETY: the handle is owned and freed once; the destructor joins Gloo's threads.
         unsafe { ffi::mtx_gloo_free(self.0) }
     }
 }
 
-/// An operation under way.
-#[must_use = "an operation that nobody waits for may not have happened"]
+/// A pending operation of a [`Gloo`] group.
+#[must_use = "an operation is only complete after a wait"]
 pub struct Work(ffi::Handle);
 
 // SAFETY: c10d's Work guards its state with a mutex.
@@ -304,31 +306,31 @@ unsafe impl Send for Work {}
 unsafe impl Sync for Work {}
 
 impl Work {
-    /// Whether it has ended, well or not.
+    /// Returns true if the operation has completed or failed.
     ///
     /// # Errors
     /// libtorch's message.
     pub fn is_completed(&self) -> Result<bool, Error> {
         let mut out = false;
-        // SAFETY: live handle, live out-parameter.
+        // SAFETY: the handle is live, and the pointer is an out-parameter.
         ffi::check(unsafe { ffi::mtx_work_is_completed(self.0, &mut out) })?;
         Ok(out)
     }
 
-    /// Waits for the end, and gives up between operations when `aborted` says so.
+    /// Waits for a collective, and returns early if `aborted` returns true.
     ///
     /// # Errors
-    /// The operation's own failure (a peer gone, a timeout), or that it was given up.
+    /// The failure of the operation (a lost peer, a timeout), or that the group was aborted.
     pub fn wait(&self, aborted: impl Fn() -> bool) -> Result<(), Error> {
-        // Collectives can be waited for in slices, so that another thread's abort is seen soon.
+        // The wait is sliced so that it notices another thread's abort soon.
         const SLICE: Duration = Duration::from_millis(200);
         loop {
             let started = Instant::now();
-            // SAFETY: live handle.
+            // SAFETY: the handle is live.
             match ffi::check(unsafe { ffi::mtx_work_wait(self.0, millis(SLICE)) }) {
                 Ok(()) => return Ok(()),
-                // It may have ended well between the end of the slice and this question: ask for its own result.
-                // SAFETY: live handle.
+                // The operation may have completed after the slice ended, so its own result counts.
+                // SAFETY: the handle is live.
                 Err(_) if self.is_completed()? => {
                     return ffi::check(unsafe { ffi::mtx_work_wait(self.0, 0) });
                 }
@@ -339,28 +341,30 @@ impl Work {
         }
     }
 
-    /// Waits for a send or receive, whose own timeout is the group's; these cannot be waited for in slices.
+    /// Waits for a send or receive, with the timeout of the group.
+    ///
+    /// Gloo cannot wait for these in slices.
     ///
     /// # Errors
-    /// The operation's own failure.
+    /// The failure of the operation.
     pub fn wait_point_to_point(&self) -> Result<(), Error> {
-        // SAFETY: live handle.
+        // SAFETY: the handle is live.
         ffi::check(unsafe { ffi::mtx_work_wait(self.0, 0) })
     }
 
-    /// Ends a send or receive that is being waited for by another thread.
+    /// Aborts a send or receive for which another thread waits.
     ///
     /// # Errors
     /// libtorch's message.
     pub fn abort(&self) -> Result<(), Error> {
-        // SAFETY: live handle.
+        // SAFETY: the handle is live.
         ffi::check(unsafe { ffi::mtx_work_abort(self.0) })
     }
 }
 
 impl Drop for Work {
     fn drop(&mut self) {
-        // SAFETY: an owned handle, freed once.
+        // SAFETY: the handle is owned and freed once.
         unsafe { ffi::mtx_work_free(self.0) }
     }
 }
@@ -387,64 +391,45 @@ mod tests {
         assert_eq!(client.add("n", 2).unwrap() + client.add("n", 3).unwrap(), 7);
         let inner = client.prefixed("inner").unwrap();
         assert!(!inner.contains("a").unwrap() && client.contains("a").unwrap());
-        assert!(
-            inner
-                .get("missing")
-                .unwrap_err()
-                .to_string()
-                .to_lowercase()
-                .contains("time")
-        );
+        let error = inner.get("missing").unwrap_err().to_string();
+        assert!(error.to_lowercase().contains("time"), "{error}");
     }
 
     #[test]
     fn a_taken_port_is_an_error() {
-        let server = Store::tcp("127.0.0.1", 0, true, Duration::from_secs(1)).unwrap();
-        let error = Store::tcp(
-            "127.0.0.1",
-            server.port().unwrap(),
-            true,
-            Duration::from_secs(1),
-        )
-        .err()
-        .unwrap();
-        assert!(
-            error.to_string().contains("address already in use"),
-            "{error}"
-        );
+        let second = Duration::from_secs(1);
+        let server = Store::tcp("127.0.0.1", 0, true, second).unwrap();
+        let port = server.port().unwrap();
+        let error = Store::tcp("127.0.0.1", port, true, second).err().unwrap();
+        let error = error.to_string();
+        assert!(error.contains("address already in use"), "{error}");
+    }
+
+    /// Exchanges rows between two ranks and returns what this rank receives.
+    ///
+    /// Rank 0 holds [0 1 2]; it keeps [0] and sends [1 2] to rank 1. Rank 1 holds [3 4] and sends
+    /// both to rank 0.
+    fn exchange(rank: usize, port: u16) -> Vec<i64> {
+        let timeout = Duration::from_secs(20);
+        let store = Store::tcp("127.0.0.1", port, false, timeout).unwrap();
+        let at = GlooAddress::Host("127.0.0.1".into());
+        let group = Gloo::new(&store, rank, 2, timeout, &at).unwrap();
+        let inputs: [&[i64]; 2] = [&[0, 1, 2], &[3, 4]];
+        let splits = [[1, 2], [2, 0]][rank];
+        let input = Tensor::from_slice(inputs[rank]);
+        let received: i64 = splits.iter().sum();
+        let output = Tensor::zeros([received], (tch::Kind::Int64, tch::Device::Cpu));
+        let work = group.all_to_all(&output, &input, &splits, &splits);
+        work.unwrap().wait(|| false).unwrap();
+        Vec::try_from(output).unwrap()
     }
 
     #[test]
-    fn two_ranks_exchange_uneven_parts() {
+    fn two_ranks_exchange_uneven_splits() {
         let server = Store::tcp("127.0.0.1", 0, true, Duration::from_secs(20)).unwrap();
         let port = server.port().unwrap();
-        let ranks: Vec<_> = (0..2usize)
-            .map(|rank| {
-                std::thread::spawn(move || {
-                    let timeout = Duration::from_secs(20);
-                    let store = Store::tcp("127.0.0.1", port, false, timeout).unwrap();
-                    let at = GlooAddress::Host("127.0.0.1".into());
-                    let group = Gloo::new(&store, rank, 2, timeout, &at).unwrap();
-                    // Rank 0 holds [0 1 2] and sends [0] to itself, [1 2] to rank 1; rank 1 sends all to rank 0.
-                    let input =
-                        Tensor::from_slice(if rank == 0 { &[0i64, 1, 2] } else { &[3i64, 4] });
-                    let output = Tensor::zeros(
-                        [if rank == 0 { 3 } else { 2 }],
-                        (tch::Kind::Int64, tch::Device::Cpu),
-                    );
-                    let (out, inp): (&[i64], &[i64]) = if rank == 0 {
-                        (&[1, 2], &[1, 2])
-                    } else {
-                        (&[2, 0], &[2, 0])
-                    };
-                    group
-                        .all_to_all(&output, &input, out, inp)
-                        .unwrap()
-                        .wait(|| false)
-                        .unwrap();
-                    Vec::<i64>::try_from(output).unwrap()
-                })
-            })
+        let ranks: Vec<_> = (0..2)
+            .map(|rank| std::thread::spawn(move || exchange(rank, port)))
             .collect();
         let results: Vec<_> = ranks.into_iter().map(|r| r.join().unwrap()).collect();
         assert_eq!(results, [vec![0, 3, 4], vec![1, 2]]);

@@ -1,4 +1,4 @@
-//! Per-device state that libtorch keeps: random generators, allocators, queued work.
+//! The state that libtorch keeps per device: random generators, allocators, queued work.
 
 use crate::{Error, ffi};
 use std::ffi::c_int;
@@ -6,21 +6,21 @@ use std::sync::OnceLock;
 use tch::{Device, Tensor};
 use torch_sys::C_tensor;
 
-/// c10's number of the device type, and the index (-1 where there is only one).
+/// Returns c10's number of the device type and the index, which is -1 for a type with one device.
 fn code(device: Device) -> (c_int, c_int) {
     match device {
         Device::Cpu => (0, -1),
         Device::Cuda(index) => (1, index as c_int),
-        // How tch reads the NPU's PrivateUse1.
+        // tch reads the NPU's PrivateUse1 as MPS.
         Device::Mps => (20, crate::npu::npu_index().unwrap_or(0)),
         Device::Vulkan => (10, 0),
     }
 }
 
-/// The state of the device's default random generator: a `[bytes]` uint8 tensor on the CPU.
+/// Returns the state of the device's default random generator, `[bytes]` uint8 on the CPU.
 ///
 /// # Errors
-/// libtorch's message, when the device is not there.
+/// libtorch's message if the device does not exist.
 pub fn generator_state(device: Device) -> Result<Tensor, Error> {
     let (kind, index) = code(device);
     let mut out: *mut C_tensor = std::ptr::null_mut();
@@ -31,10 +31,10 @@ pub fn generator_state(device: Device) -> Result<Tensor, Error> {
     }
 }
 
-/// Puts back what [`generator_state`] gave.
+/// Restores a state that [`generator_state`] returned.
 ///
 /// # Errors
-/// libtorch's message, when the state does not belong to such a device.
+/// libtorch's message if the state is not that of such a device.
 pub fn set_generator_state(device: Device, state: &Tensor) -> Result<(), Error> {
     let (kind, index) = code(device);
     // SAFETY: `state` is a live tensor.
@@ -43,10 +43,10 @@ pub fn set_generator_state(device: Device, state: &Tensor) -> Result<(), Error> 
     })
 }
 
-/// Host memory of a fixed place, `[bytes]` uint8, from and to which the process's GPU or NPU copies by itself.
+/// Allocates page-locked host memory, `[bytes]` uint8, for direct copies by the GPU or NPU.
 ///
 /// # Errors
-/// Where there is no such device, or no memory.
+/// If the process has no such device, or memory is exhausted.
 pub fn pinned(bytes: i64) -> Result<Tensor, Error> {
     let mut out: *mut C_tensor = std::ptr::null_mut();
     // SAFETY: `out` receives a new tensor that we own.
@@ -56,17 +56,17 @@ pub fn pinned(bytes: i64) -> Result<Tensor, Error> {
     }
 }
 
-/// Waits until all work queued on the device is done.
+/// Waits for all work that is queued on the device.
 ///
 /// # Errors
-/// libtorch's message, an earlier asynchronous failure included.
+/// libtorch's message, which may be that of an earlier asynchronous failure.
 pub fn synchronize(device: Device) -> Result<(), Error> {
     let (kind, index) = code(device);
-    // SAFETY: plain numbers.
+    // SAFETY: the arguments are integers.
     ffi::check(unsafe { ffi::mtx_synchronize(kind, index) })
 }
 
-/// Counts host memory of tensors from here on; those that exist already stay out of the count.
+/// Starts counting the host memory of tensors. Tensors that already exist are not counted.
 ///
 /// # Errors
 /// libtorch's message.
@@ -77,39 +77,44 @@ pub fn count_host_memory() -> Result<(), Error> {
         .clone()
 }
 
-/// Bytes that tensors hold on the device now, and held at most: by its caching allocator, on the CPU as counted since
+/// Returns the current and peak bytes of tensors on the device.
+///
+/// The device's caching allocator counts them. On the CPU, counting starts with
 /// [`count_host_memory`].
 ///
 /// # Errors
-/// Where the device is not there.
+/// If the device does not exist.
 pub fn allocator_bytes(device: Device) -> Result<(i64, i64), Error> {
     let (kind, index) = code(device);
     let mut current = 0;
     let mut peak = 0;
-    // SAFETY: two out-parameters that live through the call.
+    // SAFETY: the pointers are out-parameters that live through the call.
     ffi::check(unsafe { ffi::mtx_allocator_bytes(kind, index, &mut current, &mut peak) })?;
     Ok((current, peak))
 }
 
-/// Counts what is held at most anew from here.
+/// Resets the peak of [`allocator_bytes`] to the current bytes.
 ///
 /// # Errors
-/// Where the device is not there.
+/// If the device does not exist.
 pub fn reset_peak(device: Device) -> Result<(), Error> {
     let (kind, index) = code(device);
-    // SAFETY: plain numbers.
+    // SAFETY: the arguments are integers.
     ffi::check(unsafe { ffi::mtx_reset_peak(kind, index) })
 }
 
-/// Keeps freed host memory in the process for the next tensor. By default glibc gives every large buffer back to the
-/// kernel, which then clears its pages again at the next step: a third of a bf16 step on a CPU.
+/// Makes glibc keep freed host memory in the process for the next tensor.
+///
+/// By default glibc returns every large buffer to the kernel, which clears the pages again in the
+/// next step. That takes a third of a bf16 step on a CPU.
 pub fn keep_freed_memory() {
     #[cfg(target_env = "gnu")]
     {
-        // From malloc.h: requests served by mmap, and the free memory at the top of the heap that is given back.
+        // Constants of malloc.h: the number of requests that mmap serves, and the free memory at
+        // the top of the heap from which the heap shrinks.
         const M_MMAP_MAX: c_int = -4;
         const M_TRIM_THRESHOLD: c_int = -1;
-        // SAFETY: plain numbers; the calls change where later allocations come from.
+        // SAFETY: the arguments are integers, and only later allocations are affected.
         unsafe {
             ffi::mallopt(M_MMAP_MAX, 0);
             ffi::mallopt(M_TRIM_THRESHOLD, -1);
@@ -138,11 +143,10 @@ mod tests {
         let before = allocator_bytes(Device::Cpu).unwrap().0;
         let tensor = Tensor::zeros([1 << 22], (Kind::Float, Device::Cpu));
         let (during, peak) = allocator_bytes(Device::Cpu).unwrap();
-        // Other tests have small tensors at the same time.
-        assert!(
-            (during - before - (16 << 20)).abs() < 1 << 20 && peak >= during,
-            "{before} {during} {peak}"
-        );
+        // Other tests hold small tensors at the same time.
+        let grown = during - before;
+        assert!((grown - (16 << 20)).abs() < 1 << 20, "{before} {during}");
+        assert!(peak >= during, "{during} {peak}");
         drop(tensor);
         reset_peak(Device::Cpu).unwrap();
         let (after, peak) = allocator_bytes(Device::Cpu).unwrap();
@@ -151,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_is_not_there_is_an_error() {
+    fn an_invalid_generator_state_is_an_error() {
         assert!(set_generator_state(Device::Cpu, &Tensor::from_slice(&[1u8, 2])).is_err());
     }
 }

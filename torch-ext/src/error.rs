@@ -1,22 +1,19 @@
-//! Errors of the C++ edge.
+//! The error type of the C++ bindings.
 
-/// What libtorch said went wrong: the first line of the C++ exception's message.
+/// The message of a C++ exception, without its stack trace.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{0}")]
 pub struct Error(String);
 
 impl Error {
-    /// An error with a message of our own.
+    /// Returns an error with a message of the caller.
     pub fn new(message: impl Into<String>) -> Error {
         Error(message.into())
     }
 
-    /// Keeps the sentence and drops the C++ stack trace that c10 appends.
+    /// Drops the C++ stack trace that c10 appends to a message.
     pub(crate) fn from_cpp(message: &str) -> Error {
-        let sentence = message
-            .split("\nException raised from")
-            .next()
-            .unwrap_or(message);
-        Error(sentence.trim().to_string())
+        let text = message.split("\nException raised from").next();
+        Error(text.unwrap_or(message).trim().to_string())
     }
 }

@@ -1,4 +1,4 @@
-//! Declarations of the functions in `cpp/`, and the conversion of their return code.
+//! Declarations of the functions in `cpp/`, and the conversion of their return codes.
 
 use crate::Error;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -14,39 +14,143 @@ pub(crate) type Backward = unsafe extern "C" fn(
 ) -> *mut c_char;
 pub(crate) type Drop = unsafe extern "C" fn(Handle);
 
-#[rustfmt::skip]
 unsafe extern "C" {
     fn mtx_last_error() -> *const c_char;
-    pub(crate) fn mtx_attach_backward(inputs: *const *mut C_tensor, num_inputs: usize, outputs: *const *mut C_tensor, num_outputs: usize, state: Handle, backward: Backward, drop: Drop) -> c_int;
+    pub(crate) fn mtx_attach_backward(
+        inputs: *const *mut C_tensor,
+        num_inputs: usize,
+        outputs: *const *mut C_tensor,
+        num_outputs: usize,
+        state: Handle,
+        backward: Backward,
+        drop: Drop,
+    ) -> c_int;
     pub(crate) fn mtx_grad_enabled() -> bool;
 
-    pub(crate) fn mtx_fused_adamw(params: *const *mut C_tensor, grads: *const *mut C_tensor, exp_avgs: *const *mut C_tensor, exp_avg_sqs: *const *mut C_tensor, steps: *const *mut C_tensor, count: usize, lr: f64, beta1: f64, beta2: f64, weight_decay: f64, eps: f64, grad_scale: *mut C_tensor) -> c_int;
-    pub(crate) fn mtx_generator_state(device_type: c_int, index: c_int, out: *mut *mut C_tensor) -> c_int;
-    pub(crate) fn mtx_set_generator_state(device_type: c_int, index: c_int, state: *mut C_tensor) -> c_int;
+    pub(crate) fn mtx_fused_adamw(
+        params: *const *mut C_tensor,
+        grads: *const *mut C_tensor,
+        exp_avgs: *const *mut C_tensor,
+        exp_avg_sqs: *const *mut C_tensor,
+        steps: *const *mut C_tensor,
+        count: usize,
+        lr: f64,
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        eps: f64,
+        grad_scale: *mut C_tensor,
+    ) -> c_int;
+    pub(crate) fn mtx_generator_state(
+        device_type: c_int,
+        index: c_int,
+        out: *mut *mut C_tensor,
+    ) -> c_int;
+    pub(crate) fn mtx_set_generator_state(
+        device_type: c_int,
+        index: c_int,
+        state: *mut C_tensor,
+    ) -> c_int;
     pub(crate) fn mtx_synchronize(device_type: c_int, index: c_int) -> c_int;
     pub(crate) fn mtx_count_host_memory() -> c_int;
     pub(crate) fn mtx_reset_peak(device_type: c_int, index: c_int) -> c_int;
-    pub(crate) fn mtx_allocator_bytes(device_type: c_int, index: c_int, current: *mut i64, peak: *mut i64) -> c_int;
+    pub(crate) fn mtx_allocator_bytes(
+        device_type: c_int,
+        index: c_int,
+        current: *mut i64,
+        peak: *mut i64,
+    ) -> c_int;
 
-    pub(crate) fn mtx_store_tcp(host: *const c_char, port: u16, is_server: bool, timeout_ms: i64, out: *mut Handle) -> c_int;
-    pub(crate) fn mtx_store_prefix(store: Handle, prefix: *const c_char, out: *mut Handle) -> c_int;
+    pub(crate) fn mtx_store_tcp(
+        host: *const c_char,
+        port: u16,
+        is_server: bool,
+        timeout_ms: i64,
+        out: *mut Handle,
+    ) -> c_int;
+    pub(crate) fn mtx_store_prefix(store: Handle, prefix: *const c_char, out: *mut Handle)
+    -> c_int;
     pub(crate) fn mtx_store_port(store: Handle, out: *mut u16) -> c_int;
-    pub(crate) fn mtx_store_set(store: Handle, key: *const c_char, data: *const u8, size: usize) -> c_int;
-    pub(crate) fn mtx_store_get(store: Handle, key: *const c_char, data: *mut *mut u8, size: *mut usize) -> c_int;
-    pub(crate) fn mtx_store_add(store: Handle, key: *const c_char, amount: i64, out: *mut i64) -> c_int;
+    pub(crate) fn mtx_store_set(
+        store: Handle,
+        key: *const c_char,
+        data: *const u8,
+        size: usize,
+    ) -> c_int;
+    pub(crate) fn mtx_store_get(
+        store: Handle,
+        key: *const c_char,
+        data: *mut *mut u8,
+        size: *mut usize,
+    ) -> c_int;
+    pub(crate) fn mtx_store_add(
+        store: Handle,
+        key: *const c_char,
+        amount: i64,
+        out: *mut i64,
+    ) -> c_int;
     pub(crate) fn mtx_store_check(store: Handle, key: *const c_char, out: *mut bool) -> c_int;
     pub(crate) fn mtx_store_free(store: Handle);
     pub(crate) fn mtx_free(data: *mut u8);
 
-    pub(crate) fn mtx_gloo_new(store: Handle, rank: c_int, size: c_int, timeout_ms: i64, address: *const c_char, interface: *const c_char, out: *mut Handle) -> c_int;
+    pub(crate) fn mtx_gloo_new(
+        store: Handle,
+        rank: c_int,
+        size: c_int,
+        timeout_ms: i64,
+        address: *const c_char,
+        interface: *const c_char,
+        out: *mut Handle,
+    ) -> c_int;
     pub(crate) fn mtx_gloo_free(group: Handle);
-    pub(crate) fn mtx_gloo_all_reduce(group: Handle, tensor: *mut C_tensor, op: u8, work: *mut Handle) -> c_int;
-    pub(crate) fn mtx_gloo_broadcast(group: Handle, tensor: *mut C_tensor, root: i64, work: *mut Handle) -> c_int;
-    pub(crate) fn mtx_gloo_all_gather(group: Handle, output: *mut C_tensor, input: *mut C_tensor, work: *mut Handle) -> c_int;
-    pub(crate) fn mtx_gloo_reduce_scatter(group: Handle, output: *mut C_tensor, input: *mut C_tensor, op: u8, work: *mut Handle) -> c_int;
-    pub(crate) fn mtx_gloo_all_to_all(group: Handle, output: *mut C_tensor, input: *mut C_tensor, output_splits: *const i64, input_splits: *const i64, count: usize, work: *mut Handle) -> c_int;
-    pub(crate) fn mtx_gloo_send(group: Handle, tensor: *mut C_tensor, to: c_int, tag: c_int, work: *mut Handle) -> c_int;
-    pub(crate) fn mtx_gloo_recv(group: Handle, tensor: *mut C_tensor, from: c_int, tag: c_int, work: *mut Handle) -> c_int;
+    pub(crate) fn mtx_gloo_all_reduce(
+        group: Handle,
+        tensor: *mut C_tensor,
+        op: u8,
+        work: *mut Handle,
+    ) -> c_int;
+    pub(crate) fn mtx_gloo_broadcast(
+        group: Handle,
+        tensor: *mut C_tensor,
+        root: i64,
+        work: *mut Handle,
+    ) -> c_int;
+    pub(crate) fn mtx_gloo_all_gather(
+        group: Handle,
+        output: *mut C_tensor,
+        input: *mut C_tensor,
+        work: *mut Handle,
+    ) -> c_int;
+    pub(crate) fn mtx_gloo_reduce_scatter(
+        group: Handle,
+        output: *mut C_tensor,
+        input: *mut C_tensor,
+        op: u8,
+        work: *mut Handle,
+    ) -> c_int;
+    pub(crate) fn mtx_gloo_all_to_all(
+        group: Handle,
+        output: *mut C_tensor,
+        input: *mut C_tensor,
+        output_splits: *const i64,
+        input_splits: *const i64,
+        count: usize,
+        work: *mut Handle,
+    ) -> c_int;
+    pub(crate) fn mtx_gloo_send(
+        group: Handle,
+        tensor: *mut C_tensor,
+        to: c_int,
+        tag: c_int,
+        work: *mut Handle,
+    ) -> c_int;
+    pub(crate) fn mtx_gloo_recv(
+        group: Handle,
+        tensor: *mut C_tensor,
+        from: c_int,
+        tag: c_int,
+        work: *mut Handle,
+    ) -> c_int;
     pub(crate) fn mtx_gloo_barrier(group: Handle, work: *mut Handle) -> c_int;
     pub(crate) fn mtx_work_is_completed(work: Handle, out: *mut bool) -> c_int;
     pub(crate) fn mtx_work_wait(work: Handle, timeout_ms: i64) -> c_int;
@@ -70,26 +174,29 @@ unsafe extern "C" {
     pub(crate) fn mtx_set_private_device(index: c_int) -> c_int;
 
     pub(crate) fn malloc(size: usize) -> *mut c_void;
-    // The C library's; the last one is glibc's, which libtorch's Linux builds need.
+    // Functions of the C library. `mallopt` is glibc's, which libtorch's Linux builds need.
     pub(crate) fn fflush(stream: *mut c_void) -> c_int;
     pub(crate) fn _exit(status: c_int) -> !;
-    pub(crate) fn on_exit(handler: unsafe extern "C" fn(c_int, *mut c_void), argument: *mut c_void) -> c_int;
+    pub(crate) fn on_exit(
+        handler: unsafe extern "C" fn(c_int, *mut c_void),
+        argument: *mut c_void,
+    ) -> c_int;
     #[cfg(target_env = "gnu")]
     pub(crate) fn mallopt(parameter: c_int, value: c_int) -> c_int;
 }
 
-/// Turns a return code into a result, with the message of the exception.
+/// Converts a return code to a result with the message of the exception.
 pub(crate) fn check(code: c_int) -> Result<(), Error> {
     if code == 0 {
         return Ok(());
     }
-    // SAFETY: the function returns a pointer to a thread-local C++ string that stays alive and unchanged until
-    // this thread calls into the edge again.
+    // SAFETY: the function returns a thread-local C++ string, which stays unchanged until this
+    // thread calls another function of `cpp/`.
     let message = unsafe { CStr::from_ptr(mtx_last_error()) };
     Err(Error::from_cpp(&message.to_string_lossy()))
 }
 
-/// A C string; an interior NUL byte is an error.
+/// Converts text to a C string; an interior NUL byte is an error.
 pub(crate) fn c_string(text: &str) -> Result<CString, Error> {
     CString::new(text).map_err(|_| Error::new(format!("{text:?} contains a NUL byte")))
 }

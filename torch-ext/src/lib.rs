@@ -1,17 +1,38 @@
-//! The one C++ edge: what libtorch 2.11 has and `tch` does not expose.
+//! Bindings to parts of libtorch 2.11 and c10d that `tch` does not expose.
 //!
-//! - [`Store`] and [`Gloo`]: c10d's rendezvous store and CPU process group, with asynchronous [`Work`];
-//! - [`attach_backward`]: a custom autograd node whose backward is a Rust closure;
-//! - [`fused_adamw`]: the optimizer step in one pass over memory;
-//! - [`generator_state`], [`allocator_bytes`], [`synchronize`], [`keep_freed_memory`]: per-device state;
-//! - [`Stream`] and [`Event`]: queues of work on devices that have them;
-//! - [`skip_teardown_at_exit`]: a process that ends soon;
-//! - [`parallel_for`]: loops on libtorch's own threads;
-//! - [`load_cuda`], [`load_npu`]: bring libtorch's kernels for a device into the running program.
+//! - [`Store`] and [`Gloo`]: c10d's rendezvous store and CPU process group, with asynchronous
+//!   [`Work`].
+//! - [`attach_backward`]: a custom autograd node whose backward is a Rust closure.
+//! - [`fused_adamw`]: an optimizer step in one pass over memory.
+//! - [`generator_state`], [`allocator_bytes`], [`synchronize`], [`keep_freed_memory`]: the state of
+//!   devices and allocators.
+//! - [`Stream`] and [`Event`]: queues of work on devices that have them.
+//! - [`skip_teardown_at_exit`]: a faster process exit.
+//! - [`parallel_for`]: loops on libtorch's own threads.
+//! - [`load_cuda`], [`load_npu`]: load libtorch's kernels for a device into the running program.
 //!
-//! Invariant: C++ exceptions become [`Error`] with their message, Rust panics inside callbacks become C++
-//! exceptions, and nothing unwinds across the edge. `unsafe` for libtorch lives here and in the backends of
-//! `parallel` alone.
+//! # Invariants
+//! - A C++ exception becomes an [`Error`] with its message, and a Rust panic inside a callback
+//!   becomes a C++ exception. Nothing unwinds across the language boundary.
+//! - `unsafe` code for libtorch is only in this crate, in `kernels` and in the backends of
+//!   `parallel`.
+//!
+//! # Example
+//! ```
+//! use tch::{Kind, Tensor};
+//! use torch_ext::attach_backward;
+//!
+//! # fn main() -> Result<(), torch_ext::Error> {
+//! let x = Tensor::from_slice(&[1f32, 2.]).set_requires_grad(true);
+//! let doubled = tch::no_grad(|| &x * 2.0);
+//! let outputs = attach_backward(&[&x], vec![doubled], |grads| {
+//!     Ok(vec![grads[0].as_ref().map(|grad| grad * 2.0)])
+//! })?;
+//! outputs[0].sum(Kind::Float).backward();
+//! assert_eq!(x.grad(), Tensor::from_slice(&[2f32, 2.]));
+//! # Ok(())
+//! # }
+//! ```
 
 mod autograd;
 mod c10d;
@@ -28,7 +49,7 @@ mod threads;
 
 pub use autograd::attach_backward;
 pub use c10d::{Gloo, GlooAddress, ReduceOp, Store, Work};
-pub use cuda::{capability, load_cuda, pci_bus_id};
+pub use cuda::{compute_capability, load_cuda, pci_bus_id};
 pub use device::{
     allocator_bytes, count_host_memory, generator_state, keep_freed_memory, pinned, reset_peak,
     set_generator_state, synchronize,

@@ -1,4 +1,4 @@
-//! Loading device backends of libtorch into a program that was linked against its CPU libraries only.
+//! Loading of libtorch's device backends into a program that is linked with its CPU libraries only.
 
 use crate::Error;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
@@ -7,26 +7,28 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 static LOADED: AtomicBool = AtomicBool::new(false);
 
-/// Whether [`load_library`] has loaded one.
+/// Returns true if [`load_library`] has loaded a library.
 pub(crate) fn any_loaded() -> bool {
     LOADED.load(Ordering::SeqCst)
 }
 
-/// Loads `file` for good: from the folder that `variable` names, from beside the libtorch this program runs on, or from the
-/// loader's path, in that order.
+/// Loads a library for the lifetime of the process.
+///
+/// The search tries the folder in the environment variable `variable`, the folder of the running
+/// libtorch, and the loader's path, in that order.
 ///
 /// # Errors
-/// Every place that was tried, with the loader's reason, and `remedy`.
-pub fn load_library(file: &str, variable: &str, remedy: &str) -> Result<&'static Library, Error> {
+/// All candidates, with the loader's reason for each, and `hint`.
+pub fn load_library(file: &str, variable: &str, hint: &str) -> Result<&'static Library, Error> {
     let mut candidates: Vec<PathBuf> = Vec::new();
     let folder = std::env::var_os(variable).filter(|folder| !folder.is_empty());
     candidates.extend(folder.map(|folder| PathBuf::from(folder).join(file)));
-    candidates.extend(folder_of_libtorch().map(|folder| folder.join(file)));
+    candidates.extend(libtorch_folder().map(|folder| folder.join(file)));
     candidates.push(file.into());
     let mut tried = Vec::new();
     for candidate in candidates {
-        // SAFETY: loading runs the library's initialisers, which register kernels with the dispatcher; the handle
-        // is leaked on purpose, since registered kernels must stay.
+        // SAFETY: loading runs the library's initializers, which register kernels with the
+        // dispatcher. The handle is leaked, because registered kernels must stay.
         match unsafe { Library::open(Some(&candidate), RTLD_NOW | RTLD_GLOBAL) } {
             Ok(library) => {
                 LOADED.store(true, Ordering::SeqCst);
@@ -35,25 +37,25 @@ pub fn load_library(file: &str, variable: &str, remedy: &str) -> Result<&'static
             Err(error) => tried.push(reason(&candidate, &error)),
         }
     }
+    let tried = tried.join("; ");
     Err(Error::new(format!(
-        "{file} could not be loaded ({}). {remedy}",
-        tried.join("; ")
+        "{file} could not be loaded: {tried}; hint: {hint}"
     )))
 }
 
-/// The loader's own words: it names the file that is missing, which may be one that the library needs.
+/// Returns the loader's message, which may name a missing dependency, with the candidate's path.
 fn reason(candidate: &Path, error: &libloading::Error) -> String {
-    let words =
-        std::error::Error::source(error).map_or(error.to_string(), |source| source.to_string());
-    if words.contains(&*candidate.to_string_lossy()) {
-        words
+    let source = std::error::Error::source(error);
+    let message = source.map_or(error.to_string(), |source| source.to_string());
+    if message.contains(&*candidate.to_string_lossy()) {
+        message
     } else {
-        format!("{}: {words}", candidate.display())
+        format!("{}: {message}", candidate.display())
     }
 }
 
-/// The real folder of the libtorch_cpu this process runs on, links resolved.
-fn folder_of_libtorch() -> Option<PathBuf> {
+/// Returns the folder of this process's libtorch_cpu, with links resolved.
+fn libtorch_folder() -> Option<PathBuf> {
     let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
     let line = maps
         .lines()
@@ -67,7 +69,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn libtorchs_folder_is_found() {
-        assert!(folder_of_libtorch().is_some_and(|folder| folder.join("libtorch_cpu.so").exists()));
+    fn the_folder_of_libtorch_is_found() {
+        assert!(libtorch_folder().is_some_and(|folder| folder.join("libtorch_cpu.so").exists()));
     }
 }

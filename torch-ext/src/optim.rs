@@ -1,4 +1,4 @@
-//! Fused AdamW: weights, gradients and both moments in one pass over memory.
+//! Fused AdamW, which updates weights and both moments in one pass over memory.
 
 use crate::{Error, ffi};
 use tch::Tensor;
@@ -7,26 +7,28 @@ use torch_sys::C_tensor;
 /// The scalars of one AdamW step (Loshchilov and Hutter, arXiv 1711.05101).
 #[derive(Debug, Clone, Copy)]
 pub struct AdamW {
-    /// Learning rate of this step.
+    /// Learning rate of the step.
     pub lr: f64,
-    /// Decay of the first moment.
+    /// Decay rate of the first moment.
     pub beta1: f64,
-    /// Decay of the second moment.
+    /// Decay rate of the second moment.
     pub beta2: f64,
-    /// Decoupled weight decay, multiplied by `lr`.
+    /// Decoupled weight decay, which is multiplied by `lr`.
     pub weight_decay: f64,
-    /// Added to the denominator.
+    /// Constant that is added to the denominator.
     pub eps: f64,
 }
 
-/// One step on lists of tensors of equal length and dtype, in place. `steps` are fp32 scalars, already counting
-/// this step (1 at the first). Gradients are divided by `grad_scale`, an fp32 scalar, when there is one.
+/// Updates parameters and their moments in place, in lists of equal length.
+///
+/// `steps` are fp32 scalars that include this step, so the first is 1. Gradients are divided by the
+/// fp32 scalar `grad_scale` if there is one.
 ///
 /// # Errors
-/// libtorch's message, when shapes, dtypes or devices differ.
+/// libtorch's message if shapes, dtypes or devices differ.
 ///
 /// # Panics
-/// When the lists differ in length.
+/// If the lists differ in length.
 pub fn fused_adamw(
     params: &[Tensor],
     grads: &[Tensor],
@@ -39,7 +41,7 @@ pub fn fused_adamw(
     let lists = [params, grads, exp_avgs, exp_avg_sqs, steps];
     assert!(
         lists.iter().all(|list| list.len() == params.len()),
-        "AdamW's lists differ in length"
+        "AdamW: lists differ in length"
     );
     if params.is_empty() {
         return Ok(());
@@ -50,7 +52,8 @@ pub fn fused_adamw(
             .collect::<Vec<_>>()
     });
     let scale = grad_scale.map_or(std::ptr::null_mut(), |t| t.as_ptr() as *mut C_tensor);
-    // SAFETY: five arrays of live tensors of the same length, and a live tensor or null.
+    // SAFETY: the five arrays hold live tensors and have the same length; the scale is a live
+    // tensor or null.
     ffi::check(unsafe {
         ffi::mtx_fused_adamw(
             pointers[0].as_ptr(),
@@ -75,7 +78,7 @@ mod tests {
     use tch::{Device, Kind};
 
     #[test]
-    fn one_step_is_adamw_by_hand() {
+    fn one_step_matches_a_hand_calculation() {
         let new = |v: f32| Tensor::from_slice(&[v]);
         let param = new(1.0);
         let grad = new(1.0);
@@ -90,19 +93,20 @@ mod tests {
             eps: 0.0,
         };
         let scale = Tensor::full([1], 2.0, (Kind::Float, Device::Cpu));
-        let one = |t: &Tensor| vec![t.shallow_clone()];
+        let list = |t: &Tensor| vec![t.shallow_clone()];
         fused_adamw(
-            &one(&param),
-            &one(&grad),
-            &one(&m),
-            &one(&v),
-            &one(&step),
+            &list(&param),
+            &list(&grad),
+            &list(&m),
+            &list(&v),
+            &list(&step),
             config,
             Some(&scale),
         )
         .unwrap();
-        // The gradient is 0.5 after scaling; at the first step the update is lr * sign(grad) after decay.
-        assert!((param.double_value(&[0]) - (1.0 - 0.1 * 0.5 - 0.1)).abs() < 1e-6);
+        // The scaled gradient is 0.5, and the first update is lr * sign(grad) after the decay.
+        let expected = 1.0 - 0.1 * 0.5 - 0.1;
+        assert!((param.double_value(&[0]) - expected).abs() < 1e-6);
         assert!((m.double_value(&[0]) - 0.05).abs() < 1e-7);
         assert!((v.double_value(&[0]) - 0.0125).abs() < 1e-7);
     }

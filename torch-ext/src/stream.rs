@@ -1,5 +1,6 @@
-//! Streams and events of any device that has them, through c10's device guard: the same code for CUDA and for backends that
-//! come as PrivateUse1.
+//! Streams and events of any device that has them, by c10's device guard.
+//!
+//! The same code serves CUDA and PrivateUse1 backends.
 
 use crate::ffi::Handle;
 use crate::{Error, ffi};
@@ -7,114 +8,121 @@ use std::ffi::c_void;
 use tch::Tensor;
 use torch_sys::C_tensor;
 
-/// A queue of work of one device.
+/// A queue of work on a device.
 pub struct Stream(Handle);
 
-/// A place in a stream's queue.
+/// A point in the queue of a stream.
 pub struct Event(Handle);
 
-// SAFETY: a c10::Stream is three numbers.
+// SAFETY: a c10::Stream consists of three integers.
 unsafe impl Send for Stream {}
 // SAFETY: as above.
 unsafe impl Sync for Stream {}
-// SAFETY: an event may be recorded, waited for and asked from any thread (c10/core/Event.h; one thread at a time changes it).
+// SAFETY: any thread may record, query and wait for an event (c10/core/Event.h), if only one thread
+// at a time changes it.
 unsafe impl Send for Event {}
-// SAFETY: after it was recorded it is only read.
+// SAFETY: an event is only read after `Stream::record` has created it.
 unsafe impl Sync for Event {}
 
-/// Makes the calling thread work on the device of `like`, for libraries that ask the thread which device it means.
+/// Makes the device of `like` the current device of the calling thread.
+///
+/// Some libraries use the current device implicitly.
 ///
 /// # Errors
 /// libtorch's message.
 pub fn set_device(like: &Tensor) -> Result<(), Error> {
-    // SAFETY: a live tensor.
+    // SAFETY: the tensor is live.
     ffi::check(unsafe { ffi::mtx_set_device(like.as_ptr() as *mut C_tensor) })
 }
 
 impl Stream {
-    /// The one on which this thread queues work for the device of `like`.
+    /// Returns the stream on which this thread queues work for the device of `like`.
     ///
     /// # Errors
-    /// libtorch's message: on a host there are no streams.
+    /// libtorch's message; a CPU has no streams.
     pub fn current(like: &Tensor) -> Result<Stream, Error> {
         let mut out = std::ptr::null_mut();
-        // SAFETY: a live tensor and an out-parameter.
+        // SAFETY: the tensor is live, and `out` is an out-parameter.
         ffi::check(unsafe { ffi::mtx_stream_current(like.as_ptr() as *mut C_tensor, &mut out) })?;
         Ok(Stream(out))
     }
 
-    /// Another one of that device, from its backend's pool (of 32, with CUDA and torch_npu, in turns).
+    /// Returns a stream from the pool of the device of `like`, round-robin.
+    ///
+    /// CUDA and torch_npu have pools of 32 streams.
     ///
     /// # Errors
     /// As [`Stream::current`].
-    pub fn beside(like: &Tensor) -> Result<Stream, Error> {
+    pub fn from_pool(like: &Tensor) -> Result<Stream, Error> {
         let mut out = std::ptr::null_mut();
-        // SAFETY: a live tensor and an out-parameter.
+        // SAFETY: the tensor is live, and `out` is an out-parameter.
         ffi::check(unsafe { ffi::mtx_stream_from_pool(like.as_ptr() as *mut C_tensor, &mut out) })?;
         Ok(Stream(out))
     }
 
-    /// What this thread queues from here on goes there.
+    /// Makes this the current stream of the calling thread.
     ///
     /// # Errors
     /// libtorch's message.
     pub fn make_current(&self) -> Result<(), Error> {
-        // SAFETY: a live stream.
+        // SAFETY: the stream is live.
         ffi::check(unsafe { ffi::mtx_stream_make_current(self.0) })
     }
 
-    /// What is queued here uses `tensor`, which was made on another stream: when it is freed, nobody gets its memory before that is
-    /// done.
+    /// Records that queued work of this stream uses `tensor`, which belongs to another stream.
+    ///
+    /// When the tensor is freed, the allocator reuses its memory only after that work.
     ///
     /// # Errors
     /// libtorch's message.
-    pub fn uses(&self, tensor: &Tensor) -> Result<(), Error> {
-        // SAFETY: a live stream and a live tensor.
+    pub fn record_tensor(&self, tensor: &Tensor) -> Result<(), Error> {
+        // SAFETY: the stream and the tensor are live.
         ffi::check(unsafe {
             ffi::mtx_stream_record_tensor(self.0, tensor.as_ptr() as *mut C_tensor)
         })
     }
 
-    /// The vendor's handle of it (`cudaStream_t`, `aclrtStream`), which lives as long as the process.
+    /// Returns the vendor's handle (`cudaStream_t`, `aclrtStream`), which lives as long as the
+    /// process.
     ///
     /// # Errors
-    /// When the backend does not give it.
+    /// If the backend does not provide it.
     pub fn handle(&self) -> Result<*mut c_void, Error> {
         let mut out = std::ptr::null_mut();
-        // SAFETY: a live stream and an out-parameter.
+        // SAFETY: the stream is live, and `out` is an out-parameter.
         ffi::check(unsafe { ffi::mtx_stream_handle(self.0, &mut out) })?;
         Ok(out)
     }
 
-    /// Marks the end of what is queued now.
+    /// Records an event at the end of the queue.
     ///
     /// # Errors
     /// libtorch's message.
     pub fn record(&self) -> Result<Event, Error> {
         let mut out = std::ptr::null_mut();
-        // SAFETY: a live stream and an out-parameter.
+        // SAFETY: the stream is live, and `out` is an out-parameter.
         ffi::check(unsafe { ffi::mtx_event_record(self.0, &mut out) })?;
         Ok(Event(out))
     }
 
-    /// What is queued from here on begins after `event`; nobody waits on the host.
+    /// Makes later work of this stream wait for `event`, without blocking the host.
     ///
     /// # Errors
     /// libtorch's message.
     pub fn wait_for(&self, event: &Event) -> Result<(), Error> {
-        // SAFETY: a live stream and a live event.
+        // SAFETY: the stream and the event are live.
         ffi::check(unsafe { ffi::mtx_event_block(event.0, self.0) })
     }
 }
 
 impl Event {
-    /// Whether the device has got there.
+    /// Returns true if the device has reached the event.
     ///
     /// # Errors
-    /// An asynchronous failure of earlier work.
+    /// The message of an asynchronous failure of earlier work.
     pub fn is_done(&self) -> Result<bool, Error> {
         let mut done = false;
-        // SAFETY: a live event and an out-parameter.
+        // SAFETY: the event is live, and `done` is an out-parameter.
         ffi::check(unsafe { ffi::mtx_event_query(self.0, &mut done) })?;
         Ok(done)
     }
@@ -122,14 +130,15 @@ impl Event {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        // SAFETY: made by the edge, freed once.
+        // SAFETY: the handle is owned and freed once.
         unsafe { ffi::mtx_stream_free(self.0) }
     }
 }
 
 impl Drop for Event {
     fn drop(&mut self) {
-        // SAFETY: made by the edge, freed once; a recorded event may be destroyed before it happened.
+        // SAFETY: the handle is owned and freed once. An event may be destroyed before the device
+        // reaches it.
         unsafe { ffi::mtx_event_free(self.0) }
     }
 }
@@ -140,8 +149,8 @@ mod tests {
     use tch::{Device, Kind};
 
     #[test]
-    fn a_host_has_no_streams_beside_its_own() {
+    fn a_cpu_has_no_stream_pool() {
         let host = Tensor::zeros([1], (Kind::Float, Device::Cpu));
-        assert!(Stream::beside(&host).is_err());
+        assert!(Stream::from_pool(&host).is_err());
     }
 }

@@ -1,5 +1,7 @@
-//! Loops on libtorch's own threads. Threads of another pool would meet libtorch's, which go on spinning for a while after each
-//! of its loops, on the same processors.
+//! Parallel loops on libtorch's own threads.
+//!
+//! libtorch's threads keep spinning for a while after each loop, so a second pool would compete
+//! with them for the processors.
 
 use libloading::os::unix::Library;
 use std::ffi::{c_int, c_uint, c_void};
@@ -8,7 +10,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// The functions of the OpenMP runtime that libtorch has loaded (GNU's: libgomp's `GOMP_parallel` is what compilers call).
+/// Functions of the OpenMP runtime that libtorch has loaded, GNU's libgomp.
 #[derive(Clone, Copy)]
 struct OpenMp {
     parallel: unsafe extern "C" fn(unsafe extern "C" fn(*mut c_void), *mut c_void, c_uint, c_uint),
@@ -20,7 +22,8 @@ fn open_mp() -> Option<OpenMp> {
     static FOUND: OnceLock<Option<OpenMp>> = OnceLock::new();
     *FOUND.get_or_init(|| {
         let program = Library::this();
-        // SAFETY: the signatures of libgomp's ABI and of OpenMP's specification (3.2.4, 3.2.2).
+        // SAFETY: the signatures are those of libgomp's ABI, in which compilers call
+        // `GOMP_parallel`, and of the OpenMP specification (3.2.4, 3.2.2).
         unsafe {
             Some(OpenMp {
                 parallel: *program.get(b"GOMP_parallel\0").ok()?,
@@ -38,11 +41,14 @@ struct ParallelLoop<'a> {
     panicked: AtomicBool,
 }
 
-/// Goes through `0..count` in as many neighbouring ranges as there are threads to do it, which `body` gets with their number;
-/// ranges are no smaller than `grain`. The same number of threads makes the same ranges.
+/// Divides `0..count` into one consecutive range per thread and calls `body` with the index and the
+/// range, in parallel.
+///
+/// There are fewer ranges if they would be smaller than `grain`. The same number of threads gives
+/// the same ranges.
 ///
 /// # Panics
-/// When `body` does.
+/// If `body` panics.
 pub fn parallel_for(count: usize, grain: usize, body: impl Fn(usize, Range<usize>) + Sync) {
     let threads = count.div_ceil(grain.max(1)).min(max_parallel_ranges());
     match open_mp().filter(|_| threads > 1) {
@@ -52,44 +58,46 @@ pub fn parallel_for(count: usize, grain: usize, body: impl Fn(usize, Range<usize
             }
         }
         Some(runtime) => {
-            let mut all = ParallelLoop {
+            let mut parallel_loop = ParallelLoop {
                 count,
                 body: &body,
                 runtime,
                 panicked: AtomicBool::new(false),
             };
-            // SAFETY: `run` gets what it expects, which outlives the call: it returns when all threads are done.
-            unsafe { (runtime.parallel)(run, (&raw mut all).cast(), threads as c_uint, 0) };
+            let argument = (&raw mut parallel_loop).cast();
+            // SAFETY: `run` expects this type, and the call returns after all threads are done.
+            unsafe { (runtime.parallel)(run, argument, threads as c_uint, 0) };
             assert!(
-                !all.panicked.load(Ordering::SeqCst),
+                !parallel_loop.panicked.load(Ordering::SeqCst),
                 "a thread of a loop panicked"
             );
         }
     }
 }
 
-/// The most ranges that [`parallel_for`] makes.
+/// Returns the largest number of ranges of [`parallel_for`].
 pub fn max_parallel_ranges() -> usize {
     (tch::get_num_threads().max(1)) as usize
 }
 
 /// # Safety
-/// `all` is a [`ParallelLoop`] that outlives the call.
-unsafe extern "C" fn run(all: *mut c_void) {
+/// `argument` is a [`ParallelLoop`] that outlives the call.
+unsafe extern "C" fn run(argument: *mut c_void) {
     // SAFETY: as the caller promises; threads only read it.
-    let all = unsafe { &*all.cast::<ParallelLoop>() };
-    // SAFETY: no arguments. Inside another loop there is one thread, whatever was asked for.
-    let (thread, threads) = unsafe {
-        (
-            (all.runtime.thread)() as usize,
-            (all.runtime.threads)().max(1) as usize,
-        )
-    };
-    let start = all.count * thread / threads;
-    let end = all.count * (thread + 1) / threads;
-    // Nothing unwinds into the runtime.
-    if start < end && catch_unwind(AssertUnwindSafe(|| (all.body)(thread, start..end))).is_err() {
-        all.panicked.store(true, Ordering::SeqCst);
+    let parallel_loop = unsafe { &*argument.cast::<ParallelLoop>() };
+    let runtime = parallel_loop.runtime;
+    // SAFETY: the function has no arguments.
+    let thread = unsafe { (runtime.thread)() as usize };
+    // SAFETY: as above. A nested loop has one thread, whatever number it requests.
+    let threads = unsafe { (runtime.threads)().max(1) as usize };
+    let start = parallel_loop.count * thread / threads;
+    let end = parallel_loop.count * (thread + 1) / threads;
+    if start < end {
+        // A panic must not unwind into the runtime.
+        let call = AssertUnwindSafe(|| (parallel_loop.body)(thread, start..end));
+        if catch_unwind(call).is_err() {
+            parallel_loop.panicked.store(true, Ordering::SeqCst);
+        }
     }
 }
 
@@ -99,12 +107,12 @@ mod tests {
     use std::sync::atomic::AtomicUsize;
 
     #[test]
-    fn every_index_is_gone_through_once() {
+    fn every_index_is_visited_once() {
         tch::set_num_threads(3);
         for count in [0, 1, 2, 7, 1000] {
             let seen: Vec<AtomicUsize> = (0..count).map(|_| AtomicUsize::new(0)).collect();
-            parallel_for(count, 2, |part, range| {
-                assert!(part < max_parallel_ranges());
+            parallel_for(count, 2, |thread, range| {
+                assert!(thread < max_parallel_ranges());
                 for index in range {
                     seen[index].fetch_add(1, Ordering::SeqCst);
                 }
@@ -118,7 +126,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "a thread of a loop panicked")]
-    fn a_panic_comes_back() {
+    fn a_panic_reaches_the_caller() {
         tch::set_num_threads(2);
         parallel_for(8, 1, |_, range| assert!(range.start > 0));
     }

@@ -40,7 +40,7 @@ pub enum Error {
     /// Experts cannot move as the placement says.
     #[error("{0}")]
     Placement(String),
-    /// A collective failed.
+    /// A collective failed on this or another rank.
     #[error(transparent)]
     Comm(#[from] parallel::CommError),
     /// An operation of libtorch failed.

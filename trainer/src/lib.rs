@@ -81,6 +81,8 @@ pub use model::{
 };
 pub use optim::Optimizer;
 pub use process_groups::ProcessGroups;
-pub use train::metrics::{JsonLinesWriter, Progress, RoutingLine, SnapshotMetrics, StepMetrics};
+pub use train::metrics::{
+    JsonLinesWriter, Progress, RoutingLine, SnapshotMetrics, StepMetrics, ValidationMetrics,
+};
 pub use train::snapshots::KeeperAccess;
 pub use train::{Outcome, ResumeSource, Trainer};

@@ -8,8 +8,7 @@ use crate::model::parameters::Replicas;
 use crate::model::{ModelPart, PipelineSplit, StagePart, VocabularyShard};
 use crate::process_groups::zero_rank_and_size;
 use parallel::pipeline::simulate::simulate;
-use parallel::sharding::own_rows;
-use parallel::{BucketPlan, Coordinates, GroupKind, Mesh, plan_buckets};
+use parallel::{BucketPlan, Coordinates, GroupKind, Mesh, own_rows, plan_buckets};
 
 /// Limit for the fp32 logits that the loss computes at once.
 const LOGITS_CHUNK_BYTES: u64 = 16 << 20;

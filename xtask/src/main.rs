@@ -22,6 +22,7 @@ mod book;
 mod cargo;
 mod failure;
 mod lexer;
+mod programs;
 mod reference;
 mod suites;
 mod tidy;
@@ -30,7 +31,7 @@ mod tree;
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use failure::Failure;
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use tree::Tree;
 
@@ -84,7 +85,11 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Command) -> Result<()> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
+    // Read at run time: checkouts that share a target folder also share this program.
+    let folder = std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(
+        || PathBuf::from(env!("CARGO_MANIFEST_DIR")),
+        PathBuf::from,
+    );
     let root = folder.parent().context("xtask has no parent folder")?;
     let tree = Tree::read(root)?;
     match command {

@@ -9,8 +9,10 @@
 
 use crate::cargo;
 use crate::failure::Failure;
+use crate::programs;
 use crate::tree::{Language, Tree};
 use anyhow::{Context, Result, ensure};
+use std::process::Command;
 
 /// The arguments of `cargo test` in `scripts/test`.
 const ALL_TESTS: [&str; 4] = ["--release", "--workspace", "--features", "mpi"];
@@ -27,8 +29,13 @@ pub(crate) fn fast(tree: &Tree, extra: &[String]) -> Result<()> {
     for target in integration_tests(tree) {
         targets.extend(["--test".to_owned(), target.to_owned()]);
     }
-    test(tree, &targets, extra)?;
-    test(tree, &["--doc".to_owned()], extra)
+    // With arguments of its own a run is about few tests, and cargo shows them as they run.
+    if extra.is_empty() {
+        programs::run(&mut test(tree, &targets)?)?;
+    } else {
+        cargo::run(test(tree, &targets)?.args(extra))?;
+    }
+    cargo::run(test(tree, &["--doc".to_owned()])?.args(extra))
 }
 
 /// Runs the tests of parallel layouts.
@@ -55,26 +62,28 @@ pub(crate) fn system(tree: &Tree, extra: &[String]) -> Result<()> {
 
 /// Runs the system tests of all modules but `skipped`.
 fn test_system_without(tree: &Tree, skipped: &[&str], extra: &[String]) -> Result<()> {
-    let target = ["--test".to_owned(), SYSTEM_TARGET.to_owned()];
-    let mut extra = extra.to_vec();
+    let targets = ["--test".to_owned(), SYSTEM_TARGET.to_owned()];
+    let mut command = test(tree, &targets)?;
+    command.args(extra);
     if !extra.iter().any(|argument| argument == "--") {
-        extra.push("--".to_owned());
+        command.arg("--");
     }
-    extra.extend(skipped.iter().map(|module| format!("--skip={module}::")));
-    test(tree, &target, &extra)
+    command.args(skipped.iter().map(|module| format!("--skip={module}::")));
+    cargo::run(&mut command)
 }
 
-fn test(tree: &Tree, targets: &[String], extra: &[String]) -> Result<()> {
+/// Returns the command that builds these targets as `scripts/test` does, and runs their tests.
+fn test(tree: &Tree, targets: &[String]) -> Result<Command> {
     ensure!(
         std::env::var_os("MPICC").is_some(),
         Failure::new("the tests need MPI", "run ./scripts/setup --mpi --nvrtc")
     );
     let mut command = cargo::command(tree, &["test"]);
-    command.args(ALL_TESTS).args(targets).args(extra);
+    command.args(ALL_TESTS).args(targets);
     if std::env::var_os("RUST_BACKTRACE").is_none() {
         command.env("RUST_BACKTRACE", "0");
     }
-    cargo::run(&mut command)
+    Ok(command)
 }
 
 fn is_layouts(module: &str) -> bool {

@@ -11,9 +11,9 @@ use std::os::unix::net::{SocketAddr, UnixStream};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long a rank waits for a reply while it trains.
+/// Limit of a rank's waiting for a reply while it trains.
 const REPLY_TIMEOUT: Duration = Duration::from_millis(500);
-/// How long it waits while it starts, when memory is allocated and parts come from other nodes.
+/// Limit while a rank starts, when memory is allocated and parts come from other nodes.
 const STARTUP_TIMEOUT: Duration = Duration::from_secs(120);
 
 fn connect(socket: &str, secret: &Secret, rank: usize) -> Result<UnixStream, Error> {
@@ -74,11 +74,14 @@ impl KeeperClient {
         };
         let mut files = Vec::new();
         for _ in 0..count {
-            files.push(receive_file(&self.stream)?);
+            let file = receive_file(&self.stream)?;
+            files.push(file);
         }
+        // All files are received before one can fail, so that the stream stays in order.
         let mut memory = Vec::new();
         for file in files {
-            memory.push(Arc::new(Region::open(file)?));
+            let region = Region::open(file)?;
+            memory.push(Arc::new(region));
         }
         Ok(memory)
     }

@@ -1,7 +1,7 @@
 //! Connections to a keeper, for the launcher, for tools and for other keepers.
 
 use super::error::Error;
-use super::faults::Fault;
+use super::fault::Fault;
 use super::protocol::{Reply, Request};
 use super::recover::Rebuild;
 use super::report::{Damage, Event, Inventory, Status};
@@ -210,7 +210,7 @@ impl Peer {
         self.command(&Request::Inject(fault))
     }
 
-    /// Ends the keeper.
+    /// Ends the process of the keeper.
     ///
     /// # Errors
     /// See [`Peer`].

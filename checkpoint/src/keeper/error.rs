@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 /// A failed request, at either end of the connection.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The connection failed.
+    /// The connection was closed, failed or timed out.
     #[error("{}", describe(.0))]
     Connection(#[from] std::io::Error),
     /// The peer sent something that the protocol does not allow.

@@ -8,7 +8,7 @@ use super::error::Error;
 use super::parity_store::StripeId;
 use super::protocol::{Reply, Request};
 use super::snapshot::SnapshotId;
-use super::{faults, persist, protect, rebuild, restore, verify};
+use super::{inject, persist, protect, rebuild, restore, verify};
 use std::time::Instant;
 
 /// Handles a request and returns the reply.
@@ -19,20 +19,28 @@ pub(super) fn handle(keeper: &Keeper, request: Request) -> Result<Reply, Error> 
     match request {
         Request::Setup { topology, node } => keeper.lock().set_up(topology, node),
         Request::Subscribe => return Err(Error::Protocol("a stream has no replies".into())),
-        Request::Inventory => return Ok(inventory(keeper)),
+        Request::Inventory => {
+            let inventory = keeper.lock().inventory();
+            return Ok(Reply::Inventory(inventory));
+        }
         Request::Status => return Ok(status(keeper)),
         Request::Commit(snapshot) => keeper.lock().commit(snapshot),
         Request::Abandon(id) => keeper.update(|state| state.abandon(id)),
         Request::SelectRestore { snapshot, holders } => {
             keeper.update(|state| state.select_restore(snapshot, holders));
         }
-        Request::Verify(id) => return verify::find_damage(keeper, id).map(Reply::Damage),
+        Request::Verify(id) => {
+            let damage = verify::find_damage(keeper, id)?;
+            return Ok(Reply::Damage(damage));
+        }
         Request::Length { id, rank } => return length(keeper, id, rank),
         Request::Chunk { id, rank, chunk } => {
-            return protect::read_chunk(keeper, id, rank, chunk).map(Reply::Bytes);
+            let bytes = protect::read_chunk(keeper, id, rank, chunk)?;
+            return Ok(Reply::Bytes(bytes));
         }
         Request::Header { id, rank } => {
-            return restore::local_header(keeper, id, rank).map(Reply::Bytes);
+            let bytes = restore::local_header(keeper, id, rank)?;
+            return Ok(Reply::Bytes(bytes));
         }
         Request::Parity { id, local, stripe } => {
             return parity(keeper, id, StripeId { local, stripe });
@@ -55,16 +63,13 @@ pub(super) fn handle(keeper: &Keeper, request: Request) -> Result<Reply, Error> 
         Request::Pin(id) => keeper.lock().pin(id),
         Request::Unpin => keeper.lock().unpin(),
         Request::Persist { id, ranks, folder } => {
-            return persist::write(keeper, id, &ranks, &folder).map(Reply::Shards);
+            let shards = persist::write(keeper, id, &ranks, &folder)?;
+            return Ok(Reply::Shards(shards));
         }
-        Request::Inject(fault) => faults::inject(keeper, fault)?,
+        Request::Inject(fault) => inject::inject(keeper, fault)?,
         Request::Stop => keeper.update(|state| state.stop()),
     }
     Ok(Reply::Done)
-}
-
-fn inventory(keeper: &Keeper) -> Reply {
-    Reply::Inventory(keeper.lock().inventory())
 }
 
 fn status(keeper: &Keeper) -> Reply {

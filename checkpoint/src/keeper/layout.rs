@@ -42,8 +42,10 @@ impl GroupLayout {
     pub(super) fn data_chunks(&self, stripe: u64) -> Vec<DataChunk> {
         let mut chunks = Vec::with_capacity(self.stripes.data());
         for position in self.stripes.data_positions(stripe) {
-            let chunk = self.stripes.chunk_at(position, stripe);
-            let chunk = chunk.expect("a data position has a chunk");
+            let chunk = self
+                .stripes
+                .chunk_at(position, stripe)
+                .expect("a data position has a chunk");
             chunks.push(DataChunk {
                 position,
                 chunk,
@@ -55,21 +57,26 @@ impl GroupLayout {
 
     /// Returns the length of a stripe's parities, which is that of its longest chunk.
     pub(super) fn stripe_len(&self, stripe: u64) -> usize {
-        let chunks = self.data_chunks(stripe);
-        let lengths = chunks.iter().map(|chunk| chunk.len);
-        lengths.max().unwrap_or(0)
+        self.data_chunks(stripe)
+            .iter()
+            .map(|chunk| chunk.len)
+            .max()
+            .unwrap_or(0)
     }
 
     /// Returns the stripes of which one of the first `num_parities` parities is at `position`.
     pub(super) fn parities_at(&self, position: usize, num_parities: usize) -> Vec<OwnParity> {
-        let num_chunks = |bytes: &u64| bytes.div_ceil(self.chunk_bytes as u64);
-        let most = self.part_bytes.iter().map(num_chunks).max().unwrap_or(0);
-        let own = |stripe: u64| {
-            let is_own = |&index: &usize| self.stripes.parity_position(stripe, index) == position;
-            let index = (0..num_parities).find(is_own)?;
-            Some(OwnParity { stripe, index })
-        };
-        (0..self.stripes.count(most)).filter_map(own).collect()
+        let longest = self.part_bytes.iter().max().copied().unwrap_or(0);
+        let num_chunks = longest.div_ceil(self.chunk_bytes as u64);
+        let mut own = Vec::new();
+        for stripe in 0..self.stripes.count(num_chunks) {
+            for index in 0..num_parities {
+                if self.stripes.parity_position(stripe, index) == position {
+                    own.push(OwnParity { stripe, index });
+                }
+            }
+        }
+        own
     }
 }
 
@@ -91,8 +98,10 @@ mod tests {
 
     #[test]
     fn the_last_chunk_is_shorter_and_later_ones_are_empty() {
-        let lengths: Vec<usize> = (0..4).map(|chunk| chunk_len(25, 10, chunk)).collect();
-        assert_eq!(lengths, [10, 10, 5, 0]);
+        let expected = [10, 10, 5, 0];
+        for (chunk, len) in expected.into_iter().enumerate() {
+            assert_eq!(chunk_len(25, 10, chunk as u64), len);
+        }
     }
 
     #[test]
@@ -113,11 +122,15 @@ mod tests {
     #[test]
     fn every_stripe_is_encoded_at_one_position() {
         let layout = layout();
-        let at = |position| {
-            let own = layout.parities_at(position, 1);
-            own.iter().map(|own| own.stripe).collect::<Vec<u64>>()
-        };
         // Three chunks take two rounds of three stripes.
-        assert_eq!([at(0), at(1), at(2)], [[0, 3], [1, 4], [2, 5]]);
+        for position in 0..3 {
+            let stripes: Vec<u64> = layout
+                .parities_at(position, 1)
+                .iter()
+                .map(|own| own.stripe)
+                .collect();
+            let first = position as u64;
+            assert_eq!(stripes, [first, first + 3]);
+        }
     }
 }

@@ -12,11 +12,19 @@ fn read(path: &Path) -> Option<String> {
     std::fs::read_to_string(path).ok()
 }
 
+fn read_number(path: &Path) -> Option<u64> {
+    read(path)?.trim().parse().ok()
+}
+
 fn machine_bytes() -> Option<u64> {
     let text = read(Path::new("/proc/meminfo"))?;
-    let mut lines = text.lines();
-    let line = lines.find(|line| line.starts_with("MemAvailable:"))?;
-    let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    let kib: u64 = text
+        .lines()
+        .find(|line| line.starts_with("MemAvailable:"))?
+        .split_whitespace()
+        .nth(1)?
+        .parse()
+        .ok()?;
     Some(kib * 1024)
 }
 
@@ -24,14 +32,14 @@ fn machine_bytes() -> Option<u64> {
 fn control_group_bytes() -> Option<u64> {
     let groups = read(Path::new("/proc/self/cgroup"))?;
     // Version 2 has one line, `0::PATH`.
-    let mut lines = groups.lines();
-    let path = lines.find_map(|line| line.strip_prefix("0::"))?;
-    let folder = Path::new("/sys/fs/cgroup").join(path.trim_start_matches('/'));
-    let number = |name: &str| {
-        let text = read(&folder.join(name))?;
-        text.trim().parse::<u64>().ok()
-    };
-    Some(number("memory.max")?.saturating_sub(number("memory.current")?))
+    let path = groups
+        .lines()
+        .find_map(|line| line.strip_prefix("0::"))?
+        .trim_start_matches('/');
+    let folder = Path::new("/sys/fs/cgroup").join(path);
+    let most = read_number(&folder.join("memory.max"))?;
+    let used = read_number(&folder.join("memory.current"))?;
+    Some(most.saturating_sub(used))
 }
 
 /// Formats a number of bytes in MiB, as messages show it.

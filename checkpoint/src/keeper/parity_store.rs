@@ -51,27 +51,33 @@ impl ParityStore {
 
     /// Returns the number of bytes of all parity.
     pub(super) fn bytes(&self) -> u64 {
-        let chunks = self.snapshots.values().flat_map(BTreeMap::values);
-        chunks.map(|chunk| chunk.bytes.len() as u64).sum()
+        self.snapshots
+            .values()
+            .flat_map(BTreeMap::values)
+            .map(|chunk| chunk.bytes.len() as u64)
+            .sum()
     }
 
     /// Returns how many parities of a snapshot do not match their checksums.
     pub(super) fn num_damaged(&self, id: SnapshotId) -> u64 {
-        let stripes = self.snapshots.get(&id).into_iter();
-        let chunks = stripes.flat_map(BTreeMap::values);
-        chunks.filter(|chunk| !chunk.is_intact()).count() as u64
+        let Some(stripes) = self.snapshots.get(&id) else {
+            return 0;
+        };
+        stripes.values().filter(|chunk| !chunk.is_intact()).count() as u64
     }
 
     /// Keeps only the parity of some snapshots, and the buffers of the others for reuse.
     pub(super) fn retain(&mut self, keep: impl Fn(SnapshotId) -> bool) {
-        let (kept, dropped) = std::mem::take(&mut self.snapshots)
-            .into_iter()
-            .partition(|(id, _)| keep(*id));
-        self.snapshots = kept;
-        let dropped: BTreeMap<SnapshotId, BTreeMap<StripeId, ParityChunk>> = dropped;
-        for chunk in dropped.into_values().flat_map(BTreeMap::into_values) {
-            self.spare_buffers.push(chunk.bytes);
-        }
+        let spare_buffers = &mut self.spare_buffers;
+        self.snapshots.retain(|&id, stripes| {
+            let is_kept = keep(id);
+            if !is_kept {
+                for chunk in stripes.values_mut() {
+                    spare_buffers.push(std::mem::take(&mut chunk.bytes));
+                }
+            }
+            is_kept
+        });
     }
 
     /// Returns a buffer with any contents.

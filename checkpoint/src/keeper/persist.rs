@@ -30,7 +30,8 @@ pub(super) fn write(
         let written = keeper.read_part(id, rank, u64::MAX, |region, info| {
             write_part(region, info, chunk_bytes, &path)
         })??;
-        let header = ImageHeader::from_file(&path).map_err(|e| Error::Refused(e.to_string()))?;
+        let header =
+            ImageHeader::from_file(&path).map_err(|error| Error::Refused(error.to_string()))?;
         shards.push(Shard {
             file: FileEntry {
                 name,
@@ -72,7 +73,7 @@ fn write_part(
         bytes: info.bytes,
         crc32c: crc32c_of_file,
     };
-    let found = FileChecksum::read(path).map_err(|e| Error::Refused(e.to_string()))?;
+    let found = FileChecksum::read(path).map_err(|error| Error::Refused(error.to_string()))?;
     if found != expected {
         let reason = format!("{name} is damaged: other bytes were read than written");
         return Err(Error::Refused(reason));

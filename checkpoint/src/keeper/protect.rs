@@ -22,7 +22,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::time::Duration;
 
-/// How many stripes are requested ahead.
+/// Number of stripes that are requested ahead.
 const PREFETCH_STRIPES: usize = 4;
 
 /// Returns chunk number `chunk` of a rank's part, as soon as it is filled.
@@ -56,10 +56,11 @@ pub(super) fn encode(keeper: &Keeper, id: SnapshotId) -> Result<(), Error> {
     let Some(GroupPosition { group, .. }) = topology.group_position(node) else {
         return Ok(());
     };
-    let nodes = topology.groups[group].iter();
-    let sources: Vec<Option<SocketAddr>> = nodes
-        .map(|&node| Some(topology.nodes[node].address))
-        .collect();
+    let mut sources = Vec::new();
+    for &node in &topology.groups[group] {
+        let address = topology.nodes[node].address;
+        sources.push(Some(address));
+    }
     let job = ParityJob {
         keeper,
         topology: &topology,
@@ -122,9 +123,11 @@ impl ParityJob<'_> {
         let Some(own) = self.topology.group_position(self.node) else {
             return Ok(());
         };
-        let nodes = self.topology.groups[own.group].iter();
-        let num_ranks = |&node: &usize| self.topology.nodes[node].ranks.len();
-        let most_ranks = nodes.map(num_ranks).max().unwrap_or(0);
+        let most_ranks = self.topology.groups[own.group]
+            .iter()
+            .map(|&node| self.topology.nodes[node].ranks.len())
+            .max()
+            .unwrap_or(0);
         let mut peers = GroupConnections {
             keeper: self.keeper,
             sources: self.sources,
@@ -236,9 +239,12 @@ impl<'a, 'p> Encoder<'a, 'p> {
                 chunk,
                 len,
             } = data;
-            if let Some(rank) = self.rank_at(position).filter(|_| len > 0) {
-                let peer = self.peers.get(position, Direction::Pull)?;
-                peer.send(&Request::Chunk { id, rank, chunk })?;
+            if len == 0 {
+                continue;
+            }
+            if let Some(rank) = self.rank_at(position) {
+                let request = Request::Chunk { id, rank, chunk };
+                self.peers.get(position, Direction::Pull)?.send(&request)?;
             }
         }
         Ok(())
@@ -287,13 +293,13 @@ impl<'a, 'p> Encoder<'a, 'p> {
                 state.parity.insert(id, StripeId { local, stripe }, chunk);
             } else if self.job.role == Role::Encoder {
                 let position = self.layout.stripes.parity_position(stripe, index);
-                let peer = self.peers.get(position, Direction::Push)?;
-                peer.send(&Request::PutParity {
+                let request = Request::PutParity {
                     id,
                     local,
                     stripe,
                     bytes,
-                })?;
+                };
+                self.peers.get(position, Direction::Push)?.send(&request)?;
                 self.unconfirmed.push_back(position);
             } else {
                 self.job.keeper.lock().parity.return_buffer(bytes);

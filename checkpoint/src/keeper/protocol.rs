@@ -1,6 +1,6 @@
 //! The messages of a keeper. Bincode encodes a variant by its position, so order is protocol.
 
-use super::faults::Fault;
+use super::fault::Fault;
 use super::recover::Rebuild;
 use super::report::{Damage, Inventory, Status};
 use super::snapshot::{Snapshot, SnapshotId};
@@ -82,7 +82,6 @@ pub(super) enum Request {
         folder: PathBuf,
     },
     Inject(Fault),
-    /// Ends the keeper.
     Stop,
 }
 

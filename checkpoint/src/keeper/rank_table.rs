@@ -4,7 +4,7 @@ use super::report::RankStatus;
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-/// What a keeper knows of a connected rank.
+/// The messages of a connected rank, summed up.
 #[derive(Debug)]
 struct RankRecord {
     pid: i32,
@@ -39,10 +39,12 @@ impl RankTable {
 
     /// Removes a connection and returns true, unless another process has become this rank.
     pub(super) fn disconnect(&mut self, rank: usize, pid: i32) -> bool {
-        let record = self.ranks.get_mut(&rank);
-        let Some(record) = record.filter(|record| record.pid == pid) else {
+        let Some(record) = self.ranks.get_mut(&rank) else {
             return false;
         };
+        if record.pid != pid {
+            return false;
+        }
         record.connections -= 1;
         if record.connections == 0 {
             self.ranks.remove(&rank);

@@ -84,17 +84,20 @@ impl<'a> Rebuilder<'a> {
         let stripes = topology.stripes(group, local).ok_or_else(unprotected)?;
         let code = ErasureCode::new(topology.redundancy, stripes.data(), stripes.parity)
             .map_err(|e| Error::Refused(e.to_string()))?;
-        let part_bytes = |position: usize| {
-            let rank = topology.rank_at(CodePosition {
+        let mut part_bytes = vec![0; stripes.nodes];
+        for (position, bytes) in part_bytes.iter_mut().enumerate() {
+            let code_position = CodePosition {
                 position,
                 ..code_position
-            });
-            rank.map_or(0, |rank| snapshot.parts[rank].bytes)
-        };
+            };
+            if let Some(rank) = topology.rank_at(code_position) {
+                *bytes = snapshot.parts[rank].bytes;
+            }
+        }
         let layout = GroupLayout {
             stripes,
             chunk_bytes: topology.chunk_bytes,
-            part_bytes: (0..stripes.nodes).map(part_bytes).collect(),
+            part_bytes,
         };
         Ok(Rebuilder {
             keeper,
@@ -188,9 +191,11 @@ impl<'a> Rebuilder<'a> {
             if missing == 0 {
                 return Ok(gathered.received);
             }
-            let is_open =
-                |&index: &usize| gathered.received[index].is_none() && !gathered.is_lost[index];
-            let next: Vec<usize> = (0..chunks.len()).filter(is_open).take(missing).collect();
+            let next: Vec<usize> = (0..chunks.len())
+                .filter(|&index| gathered.received[index].is_none())
+                .filter(|&index| !gathered.is_lost[index])
+                .take(missing)
+                .collect();
             if next.len() < missing {
                 return Err(CodeError::TooFewChunks {
                     left: gathered.is_lost.iter().filter(|&&lost| !lost).count(),

@@ -37,9 +37,11 @@ impl Candidate {
         let Some(code_position) = topology.code_position(rank) else {
             return Vec::new();
         };
-        let nodes = topology.groups[code_position.group].iter();
-        let source = |&node: &usize| self.keeper_of_node[node].map(|keeper| addresses[keeper]);
-        nodes.map(source).collect()
+        topology.groups[code_position.group]
+            .iter()
+            .map(|&node| self.keeper_of_node[node])
+            .map(|keeper| keeper.map(|keeper| addresses[keeper]))
+            .collect()
     }
 }
 
@@ -57,9 +59,9 @@ pub struct Rebuild {
 
 /// Returns all snapshots that can be restored from these keepers, newest first.
 pub fn candidates(inventories: &[Inventory]) -> Vec<Candidate> {
-    let snapshots = complete_snapshots(inventories);
-    let newest_first = snapshots.into_values().rev();
-    newest_first
+    complete_snapshots(inventories)
+        .into_values()
+        .rev()
         .filter_map(|snapshot| candidate(snapshot, inventories))
         .collect()
 }
@@ -101,51 +103,78 @@ fn complete_snapshots(inventories: &[Inventory]) -> BTreeMap<SnapshotId, Snapsho
 fn candidate(snapshot: Snapshot, inventories: &[Inventory]) -> Option<Candidate> {
     let id = snapshot.id;
     let topology = &snapshot.topology;
-    let has_part = |inventory: &Inventory, rank: usize| {
-        let mut parts = inventory.parts.iter();
-        parts.any(|(other, part)| *other == id && part.rank == rank)
-    };
-    let holder = |rank: usize| {
-        let mut keepers = inventories.iter();
-        keepers.position(|inventory| has_part(inventory, rank))
-    };
-    let holders: Vec<Option<usize>> = (0..topology.ranks()).map(holder).collect();
-    let was_node = |inventory: &Inventory, node: usize| {
-        let mut memberships = inventory.memberships.iter();
-        memberships.any(|(other, own)| other.generation == id.generation && *own == node)
-    };
-    let is_intact = |inventory: &Inventory, node: usize| {
-        let mut ranks = topology.nodes[node].ranks.iter();
-        was_node(inventory, node) && ranks.all(|&rank| has_part(inventory, rank))
-    };
-    let keeper = |node: usize| {
-        let mut keepers = inventories.iter();
-        keepers.position(|inventory| is_intact(inventory, node))
-    };
-    let keeper_of_node: Vec<Option<usize>> = (0..topology.nodes.len()).map(keeper).collect();
-    // The parity of a node counts only if its keeper reports that all of it is there.
-    let is_usable = |node: usize| {
-        let is_protected = |keeper: usize| inventories[keeper].protected.contains(&id);
-        keeper_of_node[node].is_some_and(is_protected)
-    };
-    let is_recoverable = |group: &Vec<usize>| {
-        let lost = group.iter().filter(|&&node| !is_usable(node)).count();
-        lost <= topology.redundancy.max_losses()
-    };
-    let lacks_part = |node: &usize| {
-        let mut ranks = topology.nodes[*node].ranks.iter();
-        ranks.any(|&rank| holders[rank].is_none())
-    };
-    let mut incomplete = topology
-        .groups
-        .iter()
-        .filter(|group| group.iter().any(lacks_part));
-    let is_possible = incomplete.all(is_recoverable);
-    is_possible.then_some(Candidate {
+    let mut holders = Vec::new();
+    for rank in 0..topology.ranks() {
+        let holder = inventories
+            .iter()
+            .position(|inventory| has_part(inventory, id, rank));
+        holders.push(holder);
+    }
+    let mut keeper_of_node = Vec::new();
+    for node in 0..topology.nodes.len() {
+        let keeper = inventories
+            .iter()
+            .position(|inventory| has_node(inventory, &snapshot, node));
+        keeper_of_node.push(keeper);
+    }
+    let candidate = Candidate {
         snapshot,
         holders,
         keeper_of_node,
-    })
+    };
+    candidate.is_possible(inventories).then_some(candidate)
+}
+
+/// True if a keeper has a rank's complete part of a snapshot.
+fn has_part(inventory: &Inventory, id: SnapshotId, rank: usize) -> bool {
+    inventory
+        .parts
+        .iter()
+        .any(|(other, part)| *other == id && part.rank == rank)
+}
+
+/// True if a keeper was this node when the snapshot was made, and has all parts of its ranks.
+fn has_node(inventory: &Inventory, snapshot: &Snapshot, node: usize) -> bool {
+    let generation = snapshot.id.generation;
+    let was_node = inventory
+        .memberships
+        .iter()
+        .any(|(topology, own)| topology.generation == generation && *own == node);
+    was_node
+        && snapshot.topology.nodes[node]
+            .ranks
+            .iter()
+            .all(|&rank| has_part(inventory, snapshot.id, rank))
+}
+
+impl Candidate {
+    /// True if every part is there, or its group has lost no more nodes than it may lose.
+    fn is_possible(&self, inventories: &[Inventory]) -> bool {
+        let topology = &self.snapshot.topology;
+        let max_losses = topology.redundancy.max_losses();
+        for group in &topology.groups {
+            let is_complete = group
+                .iter()
+                .flat_map(|&node| &topology.nodes[node].ranks)
+                .all(|&rank| self.holders[rank].is_some());
+            let losses = group
+                .iter()
+                .filter(|&&node| !self.is_usable(node, inventories))
+                .count();
+            if !is_complete && losses > max_losses {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// True if a node's parts are there, and its keeper reports that all its parity is.
+    fn is_usable(&self, node: usize, inventories: &[Inventory]) -> bool {
+        match self.keeper_of_node[node] {
+            None => false,
+            Some(keeper) => inventories[keeper].protected.contains(&self.snapshot.id),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -230,10 +259,10 @@ mod tests {
                     left.push(inventory);
                 }
             }
-            let losses = |group: &Vec<usize>| {
-                group.iter().filter(|node| gone.contains(node)).count()
-            };
-            let survives = topology.groups.iter().all(|group| losses(group) <= parity);
+            let survives = topology.groups.iter().all(|group| {
+                let lost = group.iter().filter(|node| gone.contains(node));
+                lost.count() <= parity
+            });
             let expected = if survives && !left.is_empty() { 2 } else { 0 };
             let found = candidates(&left);
             prop_assert_eq!(found.len(), expected);

@@ -4,7 +4,7 @@ use super::snapshot::{PartInfo, Snapshot, SnapshotId};
 use super::topology::Topology;
 use serde::{Deserialize, Serialize};
 
-/// What a keeper holds. The launcher decides by it which snapshot to restore.
+/// The contents of a keeper, by which the launcher decides which snapshot to restore.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Inventory {
     /// Topologies of the run, each with the number of the keeper's node in it.
@@ -24,7 +24,7 @@ pub struct RankStatus {
     pub pid: i32,
     /// The last step that the rank reported as done.
     pub step: u64,
-    /// How often the rank reported progress, which it also does within a step.
+    /// The number of reports of progress, which a rank also makes within a step.
     pub progress: u64,
     /// Milliseconds since the rank's last message.
     pub silent_ms: u64,
@@ -62,7 +62,6 @@ pub struct Damage {
 pub struct Status {
     /// The process of the keeper.
     pub pid: i32,
-    /// The connected ranks.
     pub ranks: Vec<RankStatus>,
     /// The memory of all slots.
     pub slot_bytes: u64,
@@ -71,7 +70,7 @@ pub struct Status {
     pub inventory: Inventory,
     /// The snapshots of parts that are being filled.
     pub filling: Vec<SnapshotId>,
-    /// How often a rank here found no free slot.
+    /// The number of times that a rank here found no free slot.
     pub skipped: u64,
     /// The CPU time of coding, in milliseconds.
     pub coding_ms: u64,

@@ -11,10 +11,10 @@ use crate::memory::Region;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-/// How many chunks are requested ahead.
+/// Number of chunks that are requested ahead.
 const PREFETCH_CHUNKS: u64 = 8;
 
-/// Where a rank's part of the snapshot to restore is.
+/// The location of a rank's part of the snapshot to restore.
 struct RestoreSource {
     snapshot: Snapshot,
     holder: SocketAddr,
@@ -24,16 +24,16 @@ struct RestoreSource {
 
 fn restore_source(keeper: &Keeper, rank: usize) -> Result<RestoreSource, Error> {
     let state = keeper.lock();
-    let target = state.restore_target();
-    let target = target.ok_or_else(|| Error::Refused("there is nothing to restore".into()))?;
-    let holder = target.holders.get(rank).copied();
+    let Some(target) = state.restore_target() else {
+        return Err(Error::Refused("there is nothing to restore".into()));
+    };
     let id = target.snapshot.id;
-    let unknown = || {
+    let Some(&holder) = target.holders.get(rank) else {
         let reason = format!("the snapshot of step {} has no rank {rank}", id.step);
-        Error::Refused(reason)
+        return Err(Error::Refused(reason));
     };
     Ok(RestoreSource {
-        holder: holder.ok_or_else(unknown)?,
+        holder,
         is_here: state.slots.find(id, rank).is_some(),
         snapshot: target.snapshot.clone(),
     })
@@ -110,11 +110,12 @@ fn fetch_from_holder(
     let mut requested = 0;
     for chunk in 0..num_chunks {
         while requested < num_chunks.min(chunk + PREFETCH_CHUNKS) {
-            peer.send(&Request::Chunk {
+            let request = Request::Chunk {
                 id,
                 rank,
                 chunk: requested,
-            })?;
+            };
+            peer.send(&request)?;
             requested += 1;
         }
         let bytes = peer.receive_bytes()?;

@@ -18,9 +18,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-/// How often the launcher receives the state of the ranks.
+/// Interval at which the launcher receives the state of the ranks.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(100);
-/// How many connections may be open whose peers are not authenticated yet.
+/// Number of connections that may be open before their peers are authenticated.
 const MAX_UNAUTHENTICATED: usize = 64;
 /// A pause after a failed accept, for instance for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
@@ -37,7 +37,7 @@ pub struct Settings {
     pub listen: SocketAddr,
     /// The most memory for slots and parity, in bytes. The default is half of the free memory.
     pub memory_limit: Option<u64>,
-    /// How long the keeper stays without a launcher.
+    /// The time after which a keeper without a launcher exits.
     pub orphan_timeout: Duration,
 }
 
@@ -61,7 +61,8 @@ pub fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), Err
     });
     std::thread::spawn({
         let keeper = keeper.clone();
-        move || accept_ranks(&keeper, &rank_listener, &settings.secret)
+        let secret = settings.secret;
+        move || accept_ranks(&keeper, &rank_listener, &secret)
     });
     std::thread::spawn({
         let keeper = keeper.clone();

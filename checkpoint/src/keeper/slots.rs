@@ -37,6 +37,10 @@ impl Slot {
     fn holds(&self, id: SnapshotId) -> bool {
         self.part.as_ref().is_some_and(|part| part.id == id)
     }
+
+    fn is_used(&self) -> bool {
+        self.writer.is_some() || self.part.is_some() || self.pins > 0
+    }
 }
 
 /// All slots of a node.
@@ -59,8 +63,11 @@ impl Slots {
 
     /// Returns the slots of `rank`, in order.
     pub(super) fn of_rank(&self, rank: usize) -> impl Iterator<Item = usize> + '_ {
-        let is_own = move |&slot: &usize| self.slots[slot].writer == Some(rank);
-        (0..self.slots.len()).filter(is_own)
+        self.slots
+            .iter()
+            .enumerate()
+            .filter(move |(_, slot)| slot.writer == Some(rank))
+            .map(|(number, _)| number)
     }
 
     /// Adds an empty slot and returns its number.
@@ -87,11 +94,10 @@ impl Slots {
             None => true,
             Some(part) => self.newest.is_some_and(|newest| part.id < newest),
         };
-        let free = self
+        let slot = self
             .of_rank(rank)
-            .filter(|&slot| is_free(&self.slots[slot]));
-        let age = |&slot: &usize| self.slots[slot].part.as_ref().map(|part| part.id);
-        let slot = free.min_by_key(age)?;
+            .filter(|&slot| is_free(&self.slots[slot]))
+            .min_by_key(|&slot| self.part(slot).map(|part| part.id))?;
         let info = PartInfo {
             rank,
             bytes,
@@ -112,8 +118,11 @@ impl Slots {
     /// # Errors
     /// If the slot is not reserved, or the number of bytes is not possible.
     pub(super) fn fill(&mut self, slot: usize, filled: u64, crcs: &[u32]) -> Result<&Part, String> {
-        let part = self.slots.get_mut(slot).and_then(|slot| slot.part.as_mut());
-        let part = part.ok_or("a slot was filled that is not reserved")?;
+        let part = self
+            .slots
+            .get_mut(slot)
+            .and_then(|slot| slot.part.as_mut())
+            .ok_or("a slot was filled that is not reserved")?;
         if filled < part.filled || filled > part.info.bytes {
             return Err(format!(
                 "{filled} bytes were filled after {} of {}",
@@ -135,7 +144,7 @@ impl Slots {
         });
     }
 
-    /// Empties a slot.
+    /// Drops the part in a slot.
     pub(super) fn release(&mut self, slot: usize) {
         if let Some(slot) = self.slots.get_mut(slot) {
             slot.part = None;
@@ -189,9 +198,11 @@ impl Slots {
 
     /// Returns the slot that holds `rank`'s part of `id`, whether complete or not.
     pub(super) fn find(&self, id: SnapshotId, rank: usize) -> Option<usize> {
-        let is_wanted = |part: &Part| part.id == id && part.info.rank == rank;
-        let holds = |slot: &Slot| slot.part.as_ref().is_some_and(is_wanted);
-        self.slots.iter().position(holds)
+        self.slots.iter().position(|slot| {
+            slot.part
+                .as_ref()
+                .is_some_and(|part| part.id == id && part.info.rank == rank)
+        })
     }
 
     pub(super) fn part(&self, slot: usize) -> Option<&Part> {
@@ -208,8 +219,7 @@ impl Slots {
 
     /// Returns for each slot whether its memory is needed: by a writer, a part or a reader.
     pub(super) fn are_used(&self) -> impl Iterator<Item = bool> + '_ {
-        let is_used = |slot: &Slot| slot.writer.is_some() || slot.part.is_some() || slot.pins > 0;
-        self.slots.iter().map(is_used)
+        self.slots.iter().map(Slot::is_used)
     }
 
     pub(super) fn pin(&mut self, slot: usize) {
@@ -221,15 +231,19 @@ impl Slots {
     }
 
     pub(super) fn pin_snapshot(&mut self, id: SnapshotId) {
-        for slot in self.slots.iter_mut().filter(|slot| slot.holds(id)) {
-            slot.pins += 1;
+        for slot in &mut self.slots {
+            if slot.holds(id) {
+                slot.pins += 1;
+            }
         }
     }
 
     /// Undoes [`Slots::pin_snapshot`] for the parts that are still there.
     pub(super) fn unpin_snapshot(&mut self, id: SnapshotId) {
-        for slot in self.slots.iter_mut().filter(|slot| slot.holds(id)) {
-            slot.pins = slot.pins.saturating_sub(1);
+        for slot in &mut self.slots {
+            if slot.holds(id) {
+                slot.pins = slot.pins.saturating_sub(1);
+            }
         }
     }
 }
@@ -295,8 +309,12 @@ mod tests {
         }
 
         fn is_complete(&self, id: SnapshotId) -> bool {
-            let is_complete = |slot: usize| self.slots.part(slot).unwrap().is_complete();
-            (0..2).all(|rank| self.slots.find(id, rank).is_some_and(is_complete))
+            let complete = self
+                .slots
+                .parts()
+                .filter(|part| part.id == id)
+                .filter(|part| part.is_complete());
+            complete.count() == 2
         }
 
         fn take(&mut self) {
@@ -305,23 +323,29 @@ mod tests {
             }
             self.step += 1;
             let id = snapshot(self.step);
-            let taken: Vec<Option<usize>> = (0..2)
-                .map(|rank| self.slots.reserve(rank, id, 10, false))
-                .collect();
+            let mut taken = Vec::new();
+            for rank in [0, 1] {
+                let slot = self.slots.reserve(rank, id, 10, false);
+                taken.extend(slot);
+            }
             // All ranks take a snapshot, or none does.
-            if taken.iter().all(Option::is_some) {
+            if taken.len() == 2 {
                 self.open = Some(id);
                 return;
             }
-            for slot in taken.into_iter().flatten() {
+            for slot in taken {
                 self.slots.release(slot);
             }
         }
 
         fn fill(&mut self, rank: usize) {
-            if let Some(slot) = self.open.and_then(|id| self.slots.find(id, rank)) {
-                let filled = self.slots.part(slot).unwrap().filled;
-                self.slots.fill(slot, (filled + 5).min(10), &[]).unwrap();
+            let Some(id) = self.open else {
+                return;
+            };
+            if let Some(slot) = self.slots.find(id, rank) {
+                let part = self.slots.part(slot).unwrap();
+                let filled = (part.filled + 5).min(10);
+                self.slots.fill(slot, filled, &[]).unwrap();
             }
         }
 

@@ -15,9 +15,9 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-/// How many complete snapshots are remembered: as many as two or three slots can hold.
+/// Number of complete snapshots that are remembered, which two or three slots can hold.
 const MAX_COMPLETE_SNAPSHOTS: usize = 3;
-/// How many of them keep their parity. The older one may be needed until the newer is used.
+/// Number of them that keep their parity: the older may be needed until the newer is used.
 const MAX_PROTECTED_SNAPSHOTS: usize = 2;
 
 /// A topology and the keeper's node in it.
@@ -63,7 +63,7 @@ pub(super) struct KeeperState {
     encoding: BTreeSet<SnapshotId>,
     /// The snapshot that is being written to disk.
     pinned: Option<SnapshotId>,
-    /// How often a rank found no free slot.
+    /// The number of times that a rank found no free slot.
     skipped: u64,
     coding_time: Duration,
     is_stopping: bool,
@@ -81,8 +81,12 @@ impl KeeperState {
         self.memberships.retain(|&older, _| older < generation);
         self.insert_membership(topology, node);
         // Complete snapshots carry their own topologies; those of the others are not needed.
-        let complete = self.complete.keys().map(|id| id.generation);
-        let needed: BTreeSet<u64> = complete.chain([generation]).collect();
+        let needed: BTreeSet<u64> = self
+            .complete
+            .keys()
+            .map(|id| id.generation)
+            .chain([generation])
+            .collect();
         self.memberships
             .retain(|generation, _| needed.contains(generation));
     }
@@ -99,8 +103,13 @@ impl KeeperState {
         self.restoring.take_if(|target| target.snapshot.id < id);
         self.slots.drop_fetched_before(id);
         self.free_regions();
-        let newest_first = self.complete.keys().rev().copied();
-        let kept: BTreeSet<SnapshotId> = newest_first.take(MAX_PROTECTED_SNAPSHOTS).collect();
+        let kept: BTreeSet<SnapshotId> = self
+            .complete
+            .keys()
+            .rev()
+            .take(MAX_PROTECTED_SNAPSHOTS)
+            .copied()
+            .collect();
         self.retain_parity(|other| kept.contains(&other) || other > id);
     }
 
@@ -116,8 +125,12 @@ impl KeeperState {
     pub(super) fn select_restore(&mut self, snapshot: Option<Snapshot>, holders: Vec<SocketAddr>) {
         self.unpin();
         let id = snapshot.as_ref().map(|snapshot| snapshot.id);
-        let is_older = |other: &SnapshotId| Some(*other) <= id;
-        let older: BTreeSet<SnapshotId> = self.complete.keys().copied().filter(is_older).collect();
+        let older: BTreeSet<SnapshotId> = self
+            .complete
+            .keys()
+            .copied()
+            .filter(|&other| Some(other) <= id)
+            .collect();
         let is_kept = |other: SnapshotId| older.contains(&other) || Some(other) == id;
         self.slots.retain(|part| is_kept(part.id));
         self.retain_parity(is_kept);
@@ -152,15 +165,20 @@ impl KeeperState {
     }
 
     pub(super) fn inventory(&self) -> Inventory {
-        let complete_parts = self.slots.parts().filter(|part| part.is_complete());
-        let memberships = self.memberships.values().cloned();
+        let mut memberships = Vec::new();
+        for membership in self.memberships.values() {
+            let topology = membership.topology.clone();
+            memberships.push((topology, membership.node));
+        }
+        let mut parts = Vec::new();
+        for part in self.slots.parts() {
+            if part.is_complete() {
+                parts.push((part.id, part.info.clone()));
+            }
+        }
         Inventory {
-            memberships: memberships
-                .map(|Membership { topology, node }| (topology, node))
-                .collect(),
-            parts: complete_parts
-                .map(|part| (part.id, part.info.clone()))
-                .collect(),
+            memberships,
+            parts,
             protected: self.protected.iter().copied().collect(),
             complete: self.complete.values().cloned().collect(),
         }
@@ -168,14 +186,19 @@ impl KeeperState {
 
     pub(super) fn status(&self, pid: i32, now: Instant) -> Status {
         let used = self.used_memory();
-        let unfinished = self.slots.parts().filter(|part| !part.is_complete());
+        let filling = self
+            .slots
+            .parts()
+            .filter(|part| !part.is_complete())
+            .map(|part| part.id)
+            .collect();
         Status {
             pid,
             ranks: self.ranks.statuses(now),
             slot_bytes: used.slots,
             parity_bytes: used.parity,
             inventory: self.inventory(),
-            filling: unfinished.map(|part| part.id).collect(),
+            filling,
             skipped: self.skipped,
             coding_ms: self.coding_time.as_millis() as u64,
         }
@@ -209,16 +232,27 @@ impl KeeperState {
         bytes: u64,
         durable: bool,
     ) -> Option<usize> {
-        let fits = |slot: usize| self.region_len(slot).is_some_and(|len| len >= bytes);
-        let all_fit = self.slots.of_rank(rank).all(fits);
-        let slot = if all_fit {
-            self.slots.reserve(rank, id, bytes, durable)
-        } else {
-            None
-        };
-        let number = slot.and_then(|slot| self.slots.of_rank(rank).position(|own| own == slot));
+        let number = self.try_reserve(rank, id, bytes, durable);
         self.skipped += u64::from(number.is_none());
         number
+    }
+
+    fn try_reserve(
+        &mut self,
+        rank: usize,
+        id: SnapshotId,
+        bytes: u64,
+        durable: bool,
+    ) -> Option<usize> {
+        let fits = self
+            .slots
+            .of_rank(rank)
+            .all(|slot| self.region_len(slot) >= bytes);
+        if !fits {
+            return None;
+        }
+        let reserved = self.slots.reserve(rank, id, bytes, durable)?;
+        self.slots.of_rank(rank).position(|slot| slot == reserved)
     }
 
     /// Empties a slot of a rank, if there is such a slot.
@@ -241,10 +275,14 @@ impl KeeperState {
         filled_to: u64,
         crcs: &[u32],
     ) -> Result<SnapshotId, Error> {
-        let slot = self.slots.of_rank(rank).nth(number);
-        let slot = slot.ok_or_else(|| Error::Protocol(format!("there is no slot {number}")))?;
-        let part = self.slots.fill(slot, filled_to, crcs);
-        let part = part.map_err(Error::Protocol)?;
+        let Some(slot) = self.slots.of_rank(rank).nth(number) else {
+            let reason = format!("there is no slot {number}");
+            return Err(Error::Protocol(reason));
+        };
+        let part = self
+            .slots
+            .fill(slot, filled_to, crcs)
+            .map_err(Error::Protocol)?;
         let id = part.id;
         if part.is_complete() {
             let event = Event::Complete {
@@ -271,7 +309,7 @@ impl KeeperState {
         let mut kept = 0;
         let own: Vec<usize> = self.slots.of_rank(rank).collect();
         for slot in own {
-            let len = self.region_len(slot).unwrap_or(0);
+            let len = self.region_len(slot);
             if len >= bytes && len <= most && kept < count {
                 kept += 1;
             } else {
@@ -293,8 +331,10 @@ impl KeeperState {
 
     /// Returns the memory of a rank's slots, in order.
     pub(super) fn regions_of_rank(&self, rank: usize) -> Vec<Arc<Region>> {
-        let slots = self.slots.of_rank(rank);
-        slots.map(|slot| self.region(slot)).collect()
+        self.slots
+            .of_rank(rank)
+            .map(|slot| self.region(slot))
+            .collect()
     }
 }
 
@@ -315,8 +355,9 @@ impl KeeperState {
 
     /// Returns the memory of a slot that is known to have some.
     pub(super) fn region(&self, slot: usize) -> Arc<Region> {
-        let region = self.regions[slot].clone();
-        region.expect("a slot in use has memory")
+        self.regions[slot]
+            .clone()
+            .expect("a slot in use has memory")
     }
 
     /// Stores a part whose bytes are all known to be right, in memory of its own.
@@ -332,8 +373,9 @@ impl KeeperState {
 
     /// Replaces the checksums of a part, here and in the complete snapshot.
     pub(super) fn replace_checksums(&mut self, id: SnapshotId, rank: usize, crcs: Vec<u32>) {
-        let slot = self.slots.find(id, rank);
-        if let Some(part) = slot.and_then(|slot| self.slots.part_mut(slot)) {
+        if let Some(slot) = self.slots.find(id, rank)
+            && let Some(part) = self.slots.part_mut(slot)
+        {
             part.info.crcs = crcs.clone();
         }
         if let Some(snapshot) = self.complete.get_mut(&id) {
@@ -342,17 +384,23 @@ impl KeeperState {
     }
 
     pub(super) fn used_memory(&self) -> UsedMemory {
-        let regions = self.regions.iter().flatten();
+        let slots = self
+            .regions
+            .iter()
+            .flatten()
+            .map(|region| region.len() as u64)
+            .sum();
         UsedMemory {
-            slots: regions.map(|region| region.len() as u64).sum(),
+            slots,
             parity: self.parity.bytes(),
         }
     }
 
-    fn region_len(&self, slot: usize) -> Option<u64> {
+    /// Returns the size of a slot, 0 if its memory was freed.
+    fn region_len(&self, slot: usize) -> u64 {
         self.regions[slot]
             .as_ref()
-            .map(|region| region.len() as u64)
+            .map_or(0, |region| region.len() as u64)
     }
 
     /// Frees memory that holds no part and that no rank writes.
@@ -382,13 +430,15 @@ impl KeeperState {
     /// # Errors
     /// If the topology of the snapshot is not known.
     pub(super) fn chunk_bytes(&self, id: SnapshotId) -> Result<usize, Error> {
-        let complete = self.complete.get(&id).map(|snapshot| &snapshot.topology);
-        let topology = complete.or_else(|| {
-            let membership = self.membership(id.generation)?;
-            Some(&membership.topology)
-        });
-        let unknown = || Error::Refused(format!("generation {} is not known here", id.generation));
-        Ok(topology.ok_or_else(unknown)?.chunk_bytes)
+        let generation = id.generation;
+        if let Some(snapshot) = self.complete.get(&id) {
+            return Ok(snapshot.topology.chunk_bytes);
+        }
+        if let Some(membership) = self.membership(generation) {
+            return Ok(membership.topology.chunk_bytes);
+        }
+        let reason = format!("generation {generation} is not known here");
+        Err(Error::Refused(reason))
     }
 
     pub(super) fn restore_target(&self) -> Option<&RestoreTarget> {
@@ -418,18 +468,15 @@ impl KeeperState {
     /// # Errors
     /// If there is no such parity, or it is damaged.
     pub(super) fn intact_parity(&self, id: SnapshotId, stripe: StripeId) -> Result<&[u8], Error> {
-        let describe = |what| {
-            let SnapshotId { step, .. } = id;
-            let StripeId { local, stripe } = stripe;
-            let name = format!("parity of stripe {stripe} (local rank {local}) of step {step}");
-            Error::Refused(format!("the {name} is {what}"))
+        let problem = match self.parity.get(id, stripe) {
+            Some(chunk) if chunk.is_intact() => return Ok(chunk.bytes()),
+            Some(_) => "damaged",
+            None => "not here",
         };
-        let chunk = self.parity.get(id, stripe);
-        let chunk = chunk.ok_or_else(|| describe("not here"))?;
-        if !chunk.is_intact() {
-            return Err(describe("damaged"));
-        }
-        Ok(chunk.bytes())
+        Err(Error::Refused(format!(
+            "the parity of stripe {} (local rank {}) of step {} is {problem}",
+            stripe.stripe, stripe.local, id.step
+        )))
     }
 
     /// Returns true if nothing has begun to encode this snapshot yet, and records that it begins.
@@ -518,13 +565,18 @@ mod tests {
     }
 
     fn complete_steps(state: &KeeperState) -> Vec<u64> {
-        let complete = state.inventory().complete;
-        complete.iter().map(|snapshot| snapshot.id.step).collect()
+        state
+            .inventory()
+            .complete
+            .iter()
+            .map(|snapshot| snapshot.id.step)
+            .collect()
     }
 
     fn steps_with_parity(state: &KeeperState, steps: std::ops::Range<u64>) -> Vec<u64> {
-        let has_parity = |step: &u64| state.parity.get(id(1, *step), STRIPE).is_some();
-        steps.filter(has_parity).collect()
+        steps
+            .filter(|&step| state.parity.get(id(1, step), STRIPE).is_some())
+            .collect()
     }
 
     #[test]

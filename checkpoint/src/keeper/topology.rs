@@ -23,7 +23,7 @@ pub struct Topology {
     /// The nodes with ranks.
     pub nodes: Vec<Node>,
     pub redundancy: Redundancy,
-    /// Groups of nodes that protect each other, from [`redundancy_groups`](crate::redundancy_groups).
+    /// Groups of nodes that protect each other ([`redundancy_groups`](crate::redundancy_groups)).
     pub groups: Vec<Vec<usize>>,
     /// The size of a chunk, which is the unit of checksums and of coding.
     pub chunk_bytes: usize,
@@ -53,23 +53,27 @@ impl Topology {
 
     /// Returns the node of a rank.
     pub fn node_of(&self, rank: usize) -> Option<usize> {
-        let has_rank = |node: &Node| node.ranks.contains(&rank);
-        self.nodes.iter().position(has_rank)
+        self.nodes
+            .iter()
+            .position(|node| node.ranks.contains(&rank))
     }
 
     pub(super) fn group_position(&self, node: usize) -> Option<GroupPosition> {
-        let mut groups = self.groups.iter().enumerate();
-        groups.find_map(|(group, nodes)| {
-            let position = nodes.iter().position(|&other| other == node)?;
-            Some(GroupPosition { group, position })
-        })
+        for (group, nodes) in self.groups.iter().enumerate() {
+            if let Some(position) = nodes.iter().position(|&other| other == node) {
+                return Some(GroupPosition { group, position });
+            }
+        }
+        None
     }
 
     pub(super) fn code_position(&self, rank: usize) -> Option<CodePosition> {
         let node = self.node_of(rank)?;
         let GroupPosition { group, position } = self.group_position(node)?;
-        let mut ranks = self.nodes[node].ranks.iter();
-        let local = ranks.position(|&other| other == rank)?;
+        let local = self.nodes[node]
+            .ranks
+            .iter()
+            .position(|&other| other == rank)?;
         Some(CodePosition {
             group,
             position,

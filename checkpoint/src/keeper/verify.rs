@@ -33,8 +33,12 @@ pub(super) fn find_damage(keeper: &Keeper, id: SnapshotId) -> Result<Damage, Err
 
 /// Returns the ranks whose complete parts of a snapshot are here.
 fn complete_ranks(keeper: &Keeper, id: SnapshotId) -> Vec<usize> {
-    let state = keeper.lock();
-    let parts = state.slots.parts();
-    let complete = parts.filter(|part| part.id == id && part.is_complete());
-    complete.map(|part| part.info.rank).collect()
+    keeper
+        .lock()
+        .slots
+        .parts()
+        .filter(|part| part.id == id)
+        .filter(|part| part.is_complete())
+        .map(|part| part.info.rank)
+        .collect()
 }

@@ -14,9 +14,9 @@ use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-/// How long another process may take for an answer, and for what the answer waits for.
+/// Limit for an answer of another process, and for what the answer waits for.
 pub(super) const PEER_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long a handshake may take.
+/// Limit for a whole handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// The longest message: a chunk, or the header of a part with very many tensors.
 const MAX_FRAME_BYTES: u32 = 256 << 20;
@@ -29,7 +29,7 @@ const MAGIC: &[u8; 8] = b"moerun\x00\x01";
 pub struct Secret([u8; 32]);
 
 impl Secret {
-    /// Generates a secret.
+    /// Generates a secret for a run.
     ///
     /// # Errors
     /// If the system has no random bytes.
@@ -49,12 +49,15 @@ impl Secret {
 
     /// Parses the text of [`Secret::to_hex`].
     pub fn from_hex(text: &str) -> Option<Secret> {
-        let byte = |index: usize| {
+        let mut bytes = [0; 32];
+        if text.len() / 2 != bytes.len() {
+            return None;
+        }
+        for (index, byte) in bytes.iter_mut().enumerate() {
             let digits = text.get(2 * index..2 * index + 2)?;
-            u8::from_str_radix(digits, 16).ok()
-        };
-        let bytes: Option<Vec<u8>> = (0..text.len() / 2).map(byte).collect();
-        Some(Secret(bytes?.try_into().ok()?))
+            *byte = u8::from_str_radix(digits, 16).ok()?;
+        }
+        Some(Secret(bytes))
     }
 
     fn proof(&self, side: &str, first: &[u8; 32], second: &[u8; 32]) -> blake3::Hash {
@@ -88,7 +91,7 @@ fn nonce() -> Result<[u8; 32], Error> {
     Ok(bytes)
 }
 
-/// Sends one message.
+/// Sends a message as one frame.
 ///
 /// # Errors
 /// If the connection is closed, or the peer does not read in time.
@@ -103,7 +106,7 @@ pub(super) fn send(stream: &mut impl Write, message: &impl Serialize) -> Result<
     Ok(())
 }
 
-/// Receives one message.
+/// Receives a message from one frame.
 ///
 /// # Errors
 /// If the connection is closed, the peer does not write in time, or sends something else.

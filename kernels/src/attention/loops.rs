@@ -1,137 +1,189 @@
-//! The loops of causal attention, with the innermost ones of `gemm`.
+//! Our own loops for causal attention, on the kernels of module `gemm`.
 //!
-//! A head's keys and values are packed once, for all the query heads that they serve. Queries come in blocks, keys in blocks of
-//! those; scores of a block of both live in a buffer that fits the cache. Threads work on key heads for themselves, so their number
-//! changes no bit.
+//! The keys and values of a head are packed once, for all query heads that they serve. The loops
+//! run over blocks of queries and, for each, over blocks of keys. The scores of two blocks fit the
+//! cache. A thread works on whole key heads, so the number of threads changes no bit.
 
 use crate::exponential::exp;
-use crate::gemm::kernel::{CacheLine, Kernel, LANES, Operand, ROWS, Store, TileOutput, mask, room};
+use crate::gemm::kernel::{
+    CacheLine, Kernel, LANES, Operand, ROWS, Store, TileOutput, mask, reserve_units,
+};
 use crate::gemm::{Avx2, Avx512, InstructionSet, instructions};
 use crate::number::{Bf16, Number};
 use crate::rows::on_threads;
+use crate::tensors::{empty_as, empty_f32, sizes};
 use std::cell::RefCell;
 use std::ops::Range;
+use std::slice;
 use tch::{Device, Kind, Tensor};
 
-/// Queries of a block: of whole tiles and pairs.
+/// Queries of a block, a multiple of a tile and of a pair.
 const QUERIES: usize = 48;
-/// Keys of a block.
+/// Number of keys of a block.
 const KEYS: usize = 256;
-/// Numbers from one row of scores to the next: rows of a power of two would share few places of the cache.
+/// Elements from one row of scores to the next: a power of two would map rows to few cache sets.
 const ROW: usize = KEYS + LANES;
 
-/// By which instructions these loops attend on this processor, if they do: of queries `[B, H, S, d]`, keys and values `[B, G, S, d]`.
+/// Returns the instruction set for these inputs if our loops support them and are the faster path.
+///
+/// Queries are `[B, H, S, d]`, keys and values `[B, G, S, d]`.
 pub(super) fn supports_attention(
     query: &Tensor,
     key: &Tensor,
     value: &Tensor,
 ) -> Option<InstructionSet> {
     let kind = query.kind();
-    let fits = |x: &Tensor| x.device() == Device::Cpu && x.kind() == kind && x.stride()[3] == 1;
-    let fit = [query, key, value].into_iter().all(fits)
+    let fits = |x: &Tensor| {
+        let contiguous = x.stride()[3] == 1;
+        x.device() == Device::Cpu && x.kind() == kind && contiguous
+    };
+    let [batch, heads] = sizes(key);
+    let supported = [query, key, value].into_iter().all(fits)
         && query.size()[3] % LANES as i64 == 0
-        && (key.size()[0] * key.size()[1]) as usize >= torch_ext::max_parallel_ranges();
-    instructions(kind).filter(|_| fit)
+        && batch * heads >= torch_ext::max_parallel_ranges();
+    instructions(kind).filter(|_| supported)
 }
 
-/// As [`attention`](super::attention), by what [`supports_attention`] says.
-pub(super) fn attention(inputs: [&Tensor; 3], scale: f64, by: InstructionSet) -> (Tensor, Tensor) {
+/// Does what [`attention`](super::attention) does, for inputs that [`supports_attention`] accepts.
+pub(super) fn attention(
+    inputs: [&Tensor; 3],
+    scale: f64,
+    instructions: InstructionSet,
+) -> (Tensor, Tensor) {
     let kind = inputs[0].kind();
-    if let Some(wide) = widened(inputs, by) {
-        let [query, key, value] = &wide;
-        let (out, lse) = attention([query, key, value], scale, by);
+    if let Some(wide) = widened(inputs, instructions) {
+        let (out, lse) = attention(wide.each_ref(), scale, instructions);
         return (out.to_kind(kind), lse);
     }
     let [query, key, value] = inputs;
     let out = like(query);
-    let lse = Tensor::empty(&query.size()[..3], (Kind::Float, Device::Cpu));
+    let [batch, heads, length] = sizes(query);
+    let lse = empty_f32(query, [batch, heads, length]);
     let task = AttentionTask::new(query, key, scale);
-    let views = [query, key, value, &out].map(HeadView::new);
-    let lses = task.lses(&lse);
+    let views = ForwardViews {
+        query: HeadView::new(query),
+        key: HeadView::new(key),
+        value: HeadView::new(value),
+        out: HeadView::new(&out),
+        lse: task.lse_view(&lse),
+    };
     task.on_threads(|at, buffers| {
-        // SAFETY: `supports_attention` has asked the processor, and the caller compared the sizes; a key head is this thread's alone.
+        // SAFETY: the processor has the instructions, the caller has compared the sizes, and the
+        // key head belongs to this thread.
         unsafe {
-            match (by, kind) {
+            match (instructions, kind) {
                 (InstructionSet::Avx2, _) => {
-                    forward_avx2::<Avx2<f32>, f32>(&task, &views, lses, at, buffers)
+                    forward_avx2::<Avx2<f32>, f32>(&task, &views, at, buffers)
                 }
                 (_, Kind::BFloat16) => {
-                    forward_avx512::<Avx512<true>, Bf16>(&task, &views, lses, at, buffers)
+                    forward_avx512::<Avx512<true>, Bf16>(&task, &views, at, buffers)
                 }
-                _ => forward_avx512::<Avx512<false>, f32>(&task, &views, lses, at, buffers),
+                _ => forward_avx512::<Avx512<false>, f32>(&task, &views, at, buffers),
             }
         }
     });
     (out, lse)
 }
 
-/// As [`attention_backward`](super::attention_backward), by what [`supports_attention`] says.
+/// Does what [`attention_backward`](super::attention_backward) does, for inputs that
+/// [`supports_attention`] accepts.
 pub(super) fn attention_backward(
     grad: &Tensor,
     inputs: [&Tensor; 3],
     out: &Tensor,
     lse: &Tensor,
     scale: f64,
-    by: InstructionSet,
+    instructions: InstructionSet,
 ) -> [Tensor; 3] {
     let kind = grad.kind();
-    if let Some(wide) = widened(inputs, by) {
-        let [query, key, value] = &wide;
+    if let Some(wide) = widened(inputs, instructions) {
         let [grad, out] = [grad, out].map(|x| x.to_kind(Kind::Float));
-        return attention_backward(&grad, [query, key, value], &out, lse, scale, by)
-            .map(|grad| grad.to_kind(kind));
+        let grads = attention_backward(&grad, wide.each_ref(), &out, lse, scale, instructions);
+        return grads.map(|grad| grad.to_kind(kind));
     }
     let [query, key, value] = inputs;
     let grads = inputs.map(like);
     let task = AttentionTask::new(query, key, scale);
-    let views = [
-        query, key, value, out, grad, &grads[0], &grads[1], &grads[2],
-    ]
-    .map(HeadView::new);
-    let lses = task.lses(lse);
+    let views = BackwardViews {
+        query: HeadView::new(query),
+        key: HeadView::new(key),
+        value: HeadView::new(value),
+        out: HeadView::new(out),
+        lse: task.lse_view(lse),
+        grad: HeadView::new(grad),
+        grad_query: HeadView::new(&grads[0]),
+        grad_key: HeadView::new(&grads[1]),
+        grad_value: HeadView::new(&grads[2]),
+    };
     task.on_threads(|at, buffers| {
-        // SAFETY: as in forward.
+        // SAFETY: as in `attention`.
         unsafe {
-            match (by, kind) {
+            match (instructions, kind) {
                 (InstructionSet::Avx2, _) => {
-                    backward_avx2::<Avx2<f32>, f32>(&task, &views, lses, at, buffers)
+                    backward_avx2::<Avx2<f32>, f32>(&task, &views, at, buffers)
                 }
                 (_, Kind::BFloat16) => {
-                    backward_avx512::<Avx512<true>, Bf16>(&task, &views, lses, at, buffers)
+                    backward_avx512::<Avx512<true>, Bf16>(&task, &views, at, buffers)
                 }
-                _ => backward_avx512::<Avx512<false>, f32>(&task, &views, lses, at, buffers),
+                _ => backward_avx512::<Avx512<false>, f32>(&task, &views, at, buffers),
             }
         }
     });
     grads
 }
 
-/// In fp32, what these instructions do not read in bf16.
-fn widened(inputs: [&Tensor; 3], by: InstructionSet) -> Option<[Tensor; 3]> {
-    let narrow = by == InstructionSet::Avx2 && inputs[0].kind() == Kind::BFloat16;
-    narrow.then(|| inputs.map(|x| x.to_kind(Kind::Float)))
+/// Returns the inputs in fp32 if the instruction set cannot read their bf16.
+fn widened(inputs: [&Tensor; 3], instructions: InstructionSet) -> Option<[Tensor; 3]> {
+    let bf16 = inputs[0].kind() == Kind::BFloat16;
+    let unreadable = instructions == InstructionSet::Avx2 && bf16;
+    unreadable.then(|| inputs.map(|x| x.to_kind(Kind::Float)))
 }
 
-/// A tensor of the same shape, in memory `[B, S, H, d]`: what follows goes on with rows of all heads.
+/// Returns a tensor of the same shape with memory order `[B, S, H, d]`.
+///
+/// The next operation reads the rows of all heads of a token.
 fn like(x: &Tensor) -> Tensor {
-    let size = x.size();
-    Tensor::empty(
-        [size[0], size[2], size[1], size[3]],
-        (x.kind(), Device::Cpu),
-    )
-    .transpose(1, 2)
+    let [batch, heads, length, width] = sizes(x);
+    empty_as(x, [batch, length, heads, width]).transpose(1, 2)
 }
 
-/// One of the tensors: where it is, and bytes from one sequence, head and position to the next.
+/// A key or query head of a sequence in the batch.
+#[derive(Clone, Copy)]
+struct Head {
+    batch: usize,
+    head: usize,
+}
+
+/// A view of a tensor by rows, with strides in bytes.
 #[derive(Clone, Copy)]
 struct HeadView {
     data: *mut u8,
-    batch: usize,
-    head: usize,
-    row: usize,
+    batch_stride: usize,
+    head_stride: usize,
+    row_stride: usize,
 }
 
-// SAFETY: threads write the rows of their own heads alone.
+struct ForwardViews {
+    query: HeadView,
+    key: HeadView,
+    value: HeadView,
+    out: HeadView,
+    lse: HeadView,
+}
+
+struct BackwardViews {
+    query: HeadView,
+    key: HeadView,
+    value: HeadView,
+    out: HeadView,
+    lse: HeadView,
+    grad: HeadView,
+    grad_query: HeadView,
+    grad_key: HeadView,
+    grad_value: HeadView,
+}
+
+// SAFETY: a thread writes only the rows of its own heads.
 unsafe impl Sync for HeadView {}
 
 impl HeadView {
@@ -144,30 +196,26 @@ impl HeadView {
             .collect();
         HeadView {
             data: x.data_ptr().cast(),
-            batch: stride[0],
-            head: stride[1],
-            row: stride[2],
+            batch_stride: stride[0],
+            head_stride: stride[1],
+            row_stride: stride[2],
         }
     }
 
-    /// Where a row is.
-    fn at(&self, batch: usize, head: usize, row: usize) -> *mut u8 {
-        self.data
-            .wrapping_add(batch * self.batch + head * self.head + row * self.row)
+    /// Returns the address of a row.
+    fn at(&self, Head { batch, head }: Head, row: usize) -> *mut u8 {
+        let head = batch * self.batch_stride + head * self.head_stride;
+        self.data.wrapping_add(head + row * self.row_stride)
     }
 
-    /// The numbers of a row.
+    /// Returns `width` elements of a row.
     ///
     /// # Safety
-    /// There are so many of type T, and nobody else writes them.
+    /// The row has as many elements of type T, and no other thread writes them.
     #[allow(clippy::mut_from_ref)]
-    unsafe fn numbers<T>(
-        &self,
-        (batch, head, row): (usize, usize, usize),
-        width: usize,
-    ) -> &mut [T] {
+    unsafe fn row<T>(&self, head: Head, row: usize, width: usize) -> &mut [T] {
         // SAFETY: as the caller promises.
-        unsafe { std::slice::from_raw_parts_mut(self.at(batch, head, row).cast(), width) }
+        unsafe { slice::from_raw_parts_mut(self.at(head, row).cast(), width) }
     }
 }
 
@@ -180,16 +228,16 @@ struct AttentionTask {
     scale: f32,
 }
 
-/// What a thread needs, and keeps.
+/// Buffers of a thread, which stay allocated.
 #[derive(Default)]
 struct Buffers {
     keys: Vec<CacheLine>,
     values: Vec<CacheLine>,
-    natural: Vec<CacheLine>,
+    natural_keys: Vec<CacheLine>,
     queries: Vec<CacheLine>,
     grads: Vec<CacheLine>,
     scores: Vec<CacheLine>,
-    others: Vec<CacheLine>,
+    grad_scores: Vec<CacheLine>,
     rounded: [Vec<CacheLine>; 3],
     sums: [Vec<CacheLine>; 3],
 }
@@ -200,69 +248,87 @@ thread_local! {
 
 impl AttentionTask {
     fn new(query: &Tensor, key: &Tensor, scale: f64) -> AttentionTask {
-        let size: Vec<usize> = query.size().iter().map(|&size| size as usize).collect();
-        let kv_heads = key.size()[1] as usize;
+        let [batch, heads, length, width] = sizes(query);
+        let [_, kv_heads] = sizes(key);
         AttentionTask {
-            batch: size[0],
-            heads: size[1],
+            batch,
+            heads,
             kv_heads,
-            length: size[2],
-            width: size[3],
+            length,
+            width,
             scale: scale as f32,
         }
     }
 
-    /// The log-sum-exps `[B, H, S]` fp32.
-    fn lses(&self, lse: &Tensor) -> HeadView {
-        let row = size_of::<f32>();
-        let head = self.length * row;
+    /// Returns a view of contiguous log-sum-exps `[B, H, S]` fp32.
+    fn lse_view(&self, lse: &Tensor) -> HeadView {
+        let row_stride = size_of::<f32>();
+        let head_stride = self.length * row_stride;
         HeadView {
             data: lse.data_ptr().cast(),
-            batch: self.heads * head,
-            head,
-            row,
+            batch_stride: self.heads * head_stride,
+            head_stride,
+            row_stride,
         }
     }
 
-    /// Calls `body` for every sequence and key head.
-    fn on_threads(&self, body: impl Fn((usize, usize), &mut Buffers) + Sync) {
+    /// Calls `body` for the key heads of all sequences.
+    fn on_threads(&self, body: impl Fn(Head, &mut Buffers) + Sync) {
         on_threads(self.batch * self.kv_heads, |item| {
-            BUFFERS.with_borrow_mut(|buffers| {
-                body((item / self.kv_heads, item % self.kv_heads), buffers)
-            });
+            let kv_head = Head {
+                batch: item / self.kv_heads,
+                head: item % self.kv_heads,
+            };
+            BUFFERS.with_borrow_mut(|buffers| body(kv_head, buffers));
         });
     }
 
-    /// The query heads that a key head serves.
-    fn query_heads(&self, kv_head: usize) -> Range<usize> {
+    /// Returns the query heads that a key head serves.
+    fn query_heads(&self, kv_head: Head) -> impl Iterator<Item = Head> + use<> {
+        let Head { batch, head } = kv_head;
         let times = self.heads / self.kv_heads;
-        kv_head * times..(kv_head + 1) * times
+        (head * times..(head + 1) * times).map(move |head| Head { batch, head })
     }
 }
 
-/// A matrix `[rows, width]` packed to be the right one of a product.
+/// The destination of a GEMM.
+#[derive(Clone, Copy)]
+struct GemmOutput {
+    data: *mut f32,
+    /// Elements from one row to the next.
+    row_stride: usize,
+    store: Store,
+}
+
+/// The left operand of a GEMM: the address of each row, and the bytes between a row's units.
+#[derive(Clone, Copy)]
+struct LeftRows<F> {
+    row: F,
+    step: usize,
+}
+
+/// A matrix `[rows, width]`, packed as the right operand of a GEMM.
 struct PackedMatrix {
     data: *const CacheLine,
     units: usize,
-    /// Columns in all.
     columns: usize,
 }
 
 impl PackedMatrix {
-    /// Of `rows` rows at `from`, `row` bytes apart, each a step of the inner dimension.
+    /// Packs `rows` rows at `from`, `row_stride` bytes apart, each a step of the inner dimension.
     ///
     /// # Safety
-    /// They can be read, and the processor has the features.
+    /// The rows are readable, and the processor has the features.
     unsafe fn natural<K: Kernel>(
         from: *const u8,
-        row: usize,
+        row_stride: usize,
         rows: usize,
         width: usize,
         to: &mut Vec<CacheLine>,
     ) -> PackedMatrix {
         let from = Operand {
             data: from,
-            inner: row,
+            inner: row_stride,
             outer: K::SIZE,
             len: rows,
         };
@@ -270,13 +336,13 @@ impl PackedMatrix {
         unsafe { PackedMatrix::new::<K>(&from, width, to) }
     }
 
-    /// The transpose of that: each row a column.
+    /// Packs the transpose: each row becomes a column.
     ///
     /// # Safety
-    /// As above.
+    /// The rows are readable, and the processor has the features.
     unsafe fn transposed<K: Kernel>(
         from: *const u8,
-        row: usize,
+        row_stride: usize,
         rows: usize,
         width: usize,
         to: &mut Vec<CacheLine>,
@@ -284,10 +350,10 @@ impl PackedMatrix {
         let from = Operand {
             data: from,
             inner: K::SIZE,
-            outer: row,
+            outer: row_stride,
             len: width,
         };
-        // SAFETY: as above.
+        // SAFETY: as the caller promises.
         unsafe { PackedMatrix::new::<K>(&from, rows, to) }
     }
 
@@ -297,9 +363,9 @@ impl PackedMatrix {
         to: &mut Vec<CacheLine>,
     ) -> PackedMatrix {
         let units = from.len.div_ceil(K::PER_UNIT);
-        let data = room(to, units * columns.next_multiple_of(LANES));
-        // SAFETY: `room` has made enough of it; the rest is the caller's promise.
-        unsafe { K::right(from, 0..units, 0..columns, data) };
+        let data = reserve_units(to, units * columns.next_multiple_of(LANES));
+        // SAFETY: `reserve_units` has made room; the caller promises the rest.
+        unsafe { K::pack_right(from, 0..units, 0..columns, data) };
         PackedMatrix {
             data,
             units,
@@ -307,70 +373,65 @@ impl PackedMatrix {
         }
     }
 
-    /// Multiplies `rows` rows, `step` bytes from one of their units to the next, by steps `units` and columns `columns` of this:
-    /// rows of fp32 at `out`, `out_row` bytes apart.
+    /// Multiplies `rows` rows of `left` by units and columns of this matrix.
     ///
     /// # Safety
-    /// All of it is there; `columns` begins at a multiple of a tile's.
+    /// All operands have these sizes, and `columns` starts at a multiple of a tile's width.
     unsafe fn gemm<K: Kernel>(
         &self,
         units: Range<usize>,
         columns: Range<usize>,
         rows: usize,
-        left: impl Fn(usize) -> *const u8,
-        step: usize,
-        (out, out_row, store): (*mut f32, usize, Store),
+        left: LeftRows<impl Fn(usize) -> *const u8>,
+        out: GemmOutput,
     ) {
         let wide = K::LINES * LANES;
         for first in (0..rows).step_by(ROWS) {
             let here = (rows - first).min(ROWS);
-            let left: [*const u8; ROWS] = std::array::from_fn(|i| left(first + i.min(here - 1)));
+            let row = |i: usize| (left.row)(first + i.min(here - 1));
+            let lefts: [*const u8; ROWS] = std::array::from_fn(row);
             for column in columns.clone().step_by(wide) {
-                // Whole panels: of scores that nobody asked for there is room, too.
+                // Always whole panels: the buffer has room for scores beyond `columns`.
                 let there = (self.columns - column).min(wide);
                 let lines = there.div_ceil(LANES);
-                let place = out
-                    .wrapping_add(first * out_row / 4 + (column - columns.start))
-                    .cast();
-                let out = TileOutput {
-                    data: place,
-                    row: out_row,
+                let offset = first * out.row_stride + (column - columns.start);
+                let tile = TileOutput {
+                    data: out.data.wrapping_add(offset).cast(),
+                    row_stride: out.row_stride * size_of::<f32>(),
                     rows: here,
                     mask: mask(there - (lines - 1) * LANES),
-                    store,
+                    store: out.store,
                 };
+                let panel = self.units * (column / LANES) + units.start * lines;
                 // SAFETY: columns before this one fill whole panels.
                 unsafe {
-                    let right = self
-                        .data
-                        .add(self.units * (column / LANES) + units.start * lines);
-                    K::tile(lines, units.len(), &left, step, right, &out);
+                    let right = self.data.add(panel);
+                    K::tile(lines, units.len(), &lefts, left.step, right, &tile);
                 }
             }
         }
     }
 }
 
-/// Memory for `rows` rows of `width` numbers of four bytes.
+/// Grows the buffer to hold `rows` rows of `width` fp32 elements, and returns its address.
 fn floats(buffer: &mut Vec<CacheLine>, rows: usize, width: usize) -> *mut f32 {
-    room(buffer, rows * width).cast()
+    reserve_units(buffer, rows * width).cast()
 }
 
-/// A function of all of a key head, made for the features of a processor.
+/// Compiles a function of a key head for the features of a processor.
 macro_rules! with_target_features {
-    ($name:ident, $features:literal, $function:ident, $views:literal) => {
+    ($name:ident, $features:literal, $function:ident, $views:ty) => {
         /// # Safety
-        /// The processor has the features; the rest as for the function itself.
+        /// The processor has the features; otherwise as for the function itself.
         #[target_feature(enable = $features)]
         unsafe fn $name<K: Kernel, T: Number>(
             task: &AttentionTask,
-            views: &[HeadView; $views],
-            lses: HeadView,
-            at: (usize, usize),
+            views: &$views,
+            kv_head: Head,
             buffers: &mut Buffers,
         ) {
             // SAFETY: as the caller promises.
-            unsafe { $function::<K, T>(task, views, lses, at, buffers) }
+            unsafe { $function::<K, T>(task, views, kv_head, buffers) }
         }
     };
 }
@@ -379,25 +440,27 @@ with_target_features!(
     forward_avx512,
     "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma",
     forward,
-    4
+    ForwardViews
 );
-with_target_features!(forward_avx2, "avx2,fma", forward, 4);
+with_target_features!(forward_avx2, "avx2,fma", forward, ForwardViews);
 with_target_features!(
     backward_avx512,
     "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma",
     backward,
-    8
+    BackwardViews
 );
-with_target_features!(backward_avx2, "avx2,fma", backward, 8);
+with_target_features!(backward_avx2, "avx2,fma", backward, BackwardViews);
 
+/// Computes the output and log-sum-exps of the query heads of a key head.
+///
 /// # Safety
-/// The processor has the features, views are as `supports_attention` says, and nobody else works on this key head.
+/// The processor has the features, [`supports_attention`] accepts the tensors of the views, and no
+/// other thread works on this key head.
 #[inline(always)]
 unsafe fn forward<K: Kernel, T: Number>(
     task: &AttentionTask,
-    [query, key, value, out]: &[HeadView; 4],
-    lses: HeadView,
-    (batch, kv_head): (usize, usize),
+    views: &ForwardViews,
+    kv_head: Head,
     buffers: &mut Buffers,
 ) {
     let AttentionTask {
@@ -406,23 +469,40 @@ unsafe fn forward<K: Kernel, T: Number>(
         scale,
         ..
     } = *task;
+    let ForwardViews {
+        query,
+        key,
+        value,
+        out,
+        lse,
+    } = views;
     let bf16 = K::PER_UNIT == 2;
     let steps = width / K::PER_UNIT;
     let sums = floats(&mut buffers.sums[0], QUERIES, width);
     let scores = floats(&mut buffers.scores, QUERIES, ROW);
-    let rounded = room(&mut buffers.rounded[0], QUERIES * ROW / 2).cast::<Bf16>();
-    // SAFETY: as the caller promises; buffers have the sizes that are named here.
+    let rounded = reserve_units(&mut buffers.rounded[0], QUERIES * ROW / 2).cast::<Bf16>();
+    let to_scores = GemmOutput {
+        data: scores,
+        row_stride: ROW,
+        store: Store::Set,
+    };
+    let to_sums = GemmOutput {
+        data: sums,
+        row_stride: width,
+        store: Store::Add,
+    };
+    // SAFETY: as the caller promises; the buffers have the sizes that are reserved here.
     unsafe {
         let keys = PackedMatrix::transposed::<K>(
-            key.at(batch, kv_head, 0),
-            key.row,
+            key.at(kv_head, 0),
+            key.row_stride,
             length,
             width,
             &mut buffers.keys,
         );
         let values = PackedMatrix::natural::<K>(
-            value.at(batch, kv_head, 0),
-            value.row,
+            value.at(kv_head, 0),
+            value.row_stride,
             length,
             width,
             &mut buffers.values,
@@ -430,69 +510,86 @@ unsafe fn forward<K: Kernel, T: Number>(
         for head in task.query_heads(kv_head) {
             for start in (0..length).step_by(QUERIES) {
                 let rows = (length - start).min(QUERIES);
-                let seen = start + rows;
-                let mut most = [f32::NEG_INFINITY; QUERIES];
-                let mut sum = [0f32; QUERIES];
-                std::slice::from_raw_parts_mut(sums, rows * width).fill(0.0);
-                for first in (0..seen).step_by(KEYS) {
-                    let here = (seen - first).min(KEYS);
-                    let left = |row: usize| query.at(batch, head, start + row).cast_const();
-                    let to = (scores, ROW * 4, Store::Set);
-                    keys.gemm::<K>(0..steps, first..first + here, rows, left, 4, to);
+                let visible = start + rows;
+                let mut highest = [f32::NEG_INFINITY; QUERIES];
+                let mut totals = [0f32; QUERIES];
+                slice::from_raw_parts_mut(sums, rows * width).fill(0.0);
+                for first in (0..visible).step_by(KEYS) {
+                    let here = (visible - first).min(KEYS);
+                    let queries = LeftRows {
+                        row: |row: usize| query.at(head, start + row).cast_const(),
+                        step: 4,
+                    };
+                    keys.gemm::<K>(0..steps, first..first + here, rows, queries, to_scores);
                     for row in 0..rows {
-                        let all = std::slice::from_raw_parts_mut(scores.add(row * ROW), here);
+                        let scores = slice::from_raw_parts_mut(scores.add(row * ROW), here);
                         let valid = (start + row + 1).saturating_sub(first).min(here);
-                        let factor = weights(all, valid, scale, &mut most[row], &mut sum[row]);
+                        let factor =
+                            weights(scores, valid, scale, &mut highest[row], &mut totals[row]);
                         if factor != 1.0 {
-                            let sums = std::slice::from_raw_parts_mut(sums.add(row * width), width);
-                            sums.iter_mut().for_each(|x| *x *= factor);
+                            let sums = slice::from_raw_parts_mut(sums.add(row * width), width);
+                            for x in sums {
+                                *x *= factor;
+                            }
                         }
                         if bf16 {
-                            let to =
-                                std::slice::from_raw_parts_mut(rounded.add(row * ROW), here + 1);
-                            to.iter_mut()
-                                .zip(&*all)
-                                .for_each(|(to, x)| *to = Bf16::narrow(*x));
-                            // The other one of a pair.
-                            to[here] = Bf16::narrow(0.0);
+                            round_padded(scores, rounded.add(row * ROW));
                         }
                     }
-                    let left = |row: usize| {
-                        if bf16 {
-                            rounded.add(row * ROW).cast::<u8>().cast_const()
-                        } else {
-                            scores.add(row * ROW).cast::<u8>().cast_const()
-                        }
+                    let weights = LeftRows {
+                        row: |row: usize| {
+                            if bf16 {
+                                rounded.add(row * ROW).cast::<u8>().cast_const()
+                            } else {
+                                scores.add(row * ROW).cast::<u8>().cast_const()
+                            }
+                        },
+                        step: 4,
                     };
                     let units = first / K::PER_UNIT..(first + here).div_ceil(K::PER_UNIT);
-                    values.gemm::<K>(
-                        units,
-                        0..width,
-                        rows,
-                        left,
-                        4,
-                        (sums, width * 4, Store::Add),
-                    );
+                    values.gemm::<K>(units, 0..width, rows, weights, to_sums);
                 }
-                let lse = lses.numbers::<f32>((batch, head, start), rows);
                 for row in 0..rows {
-                    let over = 1.0 / sum[row];
-                    lse[row] = most[row] + sum[row].ln();
-                    let to = out.numbers::<T>((batch, head, start + row), width);
-                    let sums = std::slice::from_raw_parts(sums.add(row * width), width);
-                    to.iter_mut()
-                        .zip(sums)
-                        .for_each(|(to, x)| *to = T::narrow(x * over));
+                    let inverse = 1.0 / totals[row];
+                    let lse = lse.row::<f32>(head, start + row, 1);
+                    lse[0] = highest[row] + totals[row].ln();
+                    let out = out.row::<T>(head, start + row, width);
+                    let sums = slice::from_raw_parts(sums.add(row * width), width);
+                    for (out, x) in out.iter_mut().zip(sums) {
+                        *out = T::narrow(x * inverse);
+                    }
                 }
             }
         }
     }
 }
 
-/// Makes `exp(score * scale - most)` of the first `valid` scores and nothing of the others. `most` is the largest so far and `sum`
-/// that of the weights so far; gives what earlier ones are to be multiplied by.
+/// Rounds a row to bf16 and appends a zero, which completes the last pair of an odd row.
+///
+/// # Safety
+/// `to` has room for one element more than `from`.
 #[inline(always)]
-fn weights(scores: &mut [f32], valid: usize, scale: f32, most: &mut f32, sum: &mut f32) -> f32 {
+unsafe fn round_padded(from: &[f32], to: *mut Bf16) {
+    // SAFETY: as the caller promises.
+    let to = unsafe { slice::from_raw_parts_mut(to, from.len() + 1) };
+    for (to, x) in to.iter_mut().zip(from) {
+        *to = Bf16::narrow(*x);
+    }
+    to[from.len()] = Bf16::narrow(0.0);
+}
+
+/// Replaces the first `valid` scores by `exp(score * scale - highest)`, and the others by zero.
+///
+/// `highest` is the running maximum of scaled scores and `sum` the running sum of weights. Returns
+/// the factor by which the weights of earlier blocks change.
+#[inline(always)]
+fn weights(
+    scores: &mut [f32],
+    valid: usize,
+    scale: f32,
+    highest: &mut f32,
+    total: &mut f32,
+) -> f32 {
     let (valid, rest) = scores.split_at_mut(valid);
     rest.fill(0.0);
     if valid.is_empty() {
@@ -501,59 +598,52 @@ fn weights(scores: &mut [f32], valid: usize, scale: f32, most: &mut f32, sum: &m
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let (whole, few) = valid.as_chunks::<LANES>();
     for chunk in whole {
-        lanes
-            .iter_mut()
-            .zip(chunk)
-            .for_each(|(most, &x)| *most = if x > *most { x } else { *most });
+        for (most, &x) in lanes.iter_mut().zip(chunk) {
+            *most = larger(*most, x);
+        }
     }
-    lanes
-        .iter_mut()
-        .zip(few)
-        .for_each(|(most, &x)| *most = if x > *most { x } else { *most });
-    let largest = lanes.iter().fold(
-        f32::NEG_INFINITY,
-        |most, &x| if x > most { x } else { most },
-    ) * scale;
-    let new = if largest > *most { largest } else { *most };
-    let factor = if *most == f32::NEG_INFINITY {
+    for (most, &x) in lanes.iter_mut().zip(few) {
+        *most = larger(*most, x);
+    }
+    let largest = lanes.into_iter().fold(f32::NEG_INFINITY, larger) * scale;
+    let new = larger(*highest, largest);
+    let factor = if *highest == f32::NEG_INFINITY {
         0.0
     } else {
-        exp(*most - new)
+        exp(*highest - new)
     };
     let mut lanes = [0f32; LANES];
     let (whole, few) = valid.as_chunks_mut::<LANES>();
     for chunk in whole {
-        for (sum, x) in lanes.iter_mut().zip(chunk) {
+        for (total, x) in lanes.iter_mut().zip(chunk) {
             *x = exp(x.mul_add(scale, -new));
-            *sum += *x;
+            *total += *x;
         }
     }
-    for (sum, x) in lanes.iter_mut().zip(few) {
+    for (total, x) in lanes.iter_mut().zip(few) {
         *x = exp(x.mul_add(scale, -new));
-        *sum += *x;
+        *total += *x;
     }
-    *sum = *sum * factor + lanes.iter().sum::<f32>();
-    *most = new;
+    *total = *total * factor + lanes.iter().sum::<f32>();
+    *highest = new;
     factor
 }
 
+/// Returns the maximum, or `most` if `x` is NaN: a comparison and a selection in vector code.
+#[inline(always)]
+fn larger(most: f32, x: f32) -> f32 {
+    if x > most { x } else { most }
+}
+
+/// Computes the gradients of a key head and its query heads.
+///
 /// # Safety
 /// As for [`forward`].
 #[inline(always)]
 unsafe fn backward<K: Kernel, T: Number>(
     task: &AttentionTask,
-    [
-        query,
-        key,
-        value,
-        out,
-        grad,
-        grad_query,
-        grad_key,
-        grad_value,
-    ]: &[HeadView; 8],
-    lses: HeadView,
-    (batch, kv_head): (usize, usize),
+    views: &BackwardViews,
+    kv_head: Head,
     buffers: &mut Buffers,
 ) {
     let AttentionTask {
@@ -562,6 +652,15 @@ unsafe fn backward<K: Kernel, T: Number>(
         scale,
         ..
     } = *task;
+    let BackwardViews {
+        query,
+        key,
+        value,
+        out,
+        lse,
+        grad,
+        ..
+    } = views;
     let bf16 = K::PER_UNIT == 2;
     let steps = width / K::PER_UNIT;
     let [sums, key_sums, value_sums] = &mut buffers.sums;
@@ -569,165 +668,213 @@ unsafe fn backward<K: Kernel, T: Number>(
     let key_sums = floats(key_sums, length, width);
     let value_sums = floats(value_sums, length, width);
     let scores = floats(&mut buffers.scores, QUERIES, ROW);
-    let others = floats(&mut buffers.others, QUERIES, ROW);
-    let [weights, pairs, rows_of] = &mut buffers.rounded;
-    let weights = floats(weights, QUERIES / 2, ROW);
-    let pairs = floats(pairs, QUERIES / 2, ROW);
-    let rows_of = room(rows_of, QUERIES * ROW / 2).cast::<Bf16>();
-    // SAFETY: as the caller promises; buffers have the sizes that are named here.
+    let grad_scores = floats(&mut buffers.grad_scores, QUERIES, ROW);
+    let [weight_pairs, grad_score_pairs, rounded] = &mut buffers.rounded;
+    let weight_pairs = floats(weight_pairs, QUERIES / 2, ROW);
+    let grad_score_pairs = floats(grad_score_pairs, QUERIES / 2, ROW);
+    let rounded = reserve_units(rounded, QUERIES * ROW / 2).cast::<Bf16>();
+    let to_scores = GemmOutput {
+        data: scores,
+        row_stride: ROW,
+        store: Store::Set,
+    };
+    let to_grad_scores = GemmOutput {
+        data: grad_scores,
+        ..to_scores
+    };
+    let to_sums = GemmOutput {
+        data: sums,
+        row_stride: width,
+        store: Store::Add,
+    };
+    // SAFETY: as the caller promises; the buffers have the sizes that are reserved here.
     unsafe {
-        let key_rows = key.at(batch, kv_head, 0);
-        let value_rows = value.at(batch, kv_head, 0);
-        let keys =
-            PackedMatrix::transposed::<K>(key_rows, key.row, length, width, &mut buffers.keys);
+        let key_rows = key.at(kv_head, 0);
+        let value_rows = value.at(kv_head, 0);
+        let keys = PackedMatrix::transposed::<K>(
+            key_rows,
+            key.row_stride,
+            length,
+            width,
+            &mut buffers.keys,
+        );
         let values = PackedMatrix::transposed::<K>(
             value_rows,
-            value.row,
+            value.row_stride,
             length,
             width,
             &mut buffers.values,
         );
-        let natural =
-            PackedMatrix::natural::<K>(key_rows, key.row, length, width, &mut buffers.natural);
-        std::slice::from_raw_parts_mut(key_sums, length * width).fill(0.0);
-        std::slice::from_raw_parts_mut(value_sums, length * width).fill(0.0);
+        let natural_keys = PackedMatrix::natural::<K>(
+            key_rows,
+            key.row_stride,
+            length,
+            width,
+            &mut buffers.natural_keys,
+        );
+        slice::from_raw_parts_mut(key_sums, length * width).fill(0.0);
+        slice::from_raw_parts_mut(value_sums, length * width).fill(0.0);
         for head in task.query_heads(kv_head) {
             for start in (0..length).step_by(QUERIES) {
                 let rows = (length - start).min(QUERIES);
-                let seen = start + rows;
-                let queries = query.at(batch, head, start);
+                let visible = start + rows;
                 let queries = PackedMatrix::natural::<K>(
-                    queries,
-                    query.row,
+                    query.at(head, start),
+                    query.row_stride,
                     rows,
                     width,
                     &mut buffers.queries,
                 );
-                let grads = grad.at(batch, head, start);
-                let grads =
-                    PackedMatrix::natural::<K>(grads, grad.row, rows, width, &mut buffers.grads);
-                let lse = lses.numbers::<f32>((batch, head, start), rows);
-                let along: [f32; QUERIES] = std::array::from_fn(|row| {
+                let grads = PackedMatrix::natural::<K>(
+                    grad.at(head, start),
+                    grad.row_stride,
+                    rows,
+                    width,
+                    &mut buffers.grads,
+                );
+                // D in the paper: the dot products of the rows of the output and its gradient.
+                let delta: [f32; QUERIES] = std::array::from_fn(|row| {
                     if row < rows {
-                        let at = (batch, head, start + row);
-                        dot(out.numbers::<T>(at, width), grad.numbers::<T>(at, width))
+                        let out = out.row::<T>(head, start + row, width);
+                        dot(out, grad.row::<T>(head, start + row, width))
                     } else {
                         0.0
                     }
                 });
-                std::slice::from_raw_parts_mut(sums, rows * width).fill(0.0);
-                for first in (0..seen).step_by(KEYS) {
-                    let here = (seen - first).min(KEYS);
-                    let left = |row: usize| query.at(batch, head, start + row).cast_const();
-                    let to = (scores, ROW * 4, Store::Set);
-                    keys.gemm::<K>(0..steps, first..first + here, rows, left, 4, to);
-                    let left = |row: usize| grad.at(batch, head, start + row).cast_const();
-                    let to = (others, ROW * 4, Store::Set);
-                    values.gemm::<K>(0..steps, first..first + here, rows, left, 4, to);
+                slice::from_raw_parts_mut(sums, rows * width).fill(0.0);
+                for first in (0..visible).step_by(KEYS) {
+                    let here = (visible - first).min(KEYS);
+                    let columns = first..first + here;
+                    let query_rows = LeftRows {
+                        row: |row: usize| query.at(head, start + row).cast_const(),
+                        step: 4,
+                    };
+                    keys.gemm::<K>(0..steps, columns.clone(), rows, query_rows, to_scores);
+                    let grad_rows = LeftRows {
+                        row: |row: usize| grad.at(head, start + row).cast_const(),
+                        step: 4,
+                    };
+                    values.gemm::<K>(0..steps, columns, rows, grad_rows, to_grad_scores);
                     for row in 0..rows {
-                        let scores = std::slice::from_raw_parts_mut(scores.add(row * ROW), here);
-                        let others = std::slice::from_raw_parts_mut(others.add(row * ROW), here);
+                        let scores = slice::from_raw_parts_mut(scores.add(row * ROW), here);
+                        let grad_scores =
+                            slice::from_raw_parts_mut(grad_scores.add(row * ROW), here);
                         let valid = (start + row + 1).saturating_sub(first).min(here);
-                        gradients(scores, others, valid, (scale, lse[row], along[row]));
+                        let of_row = RowScalars {
+                            scale,
+                            lse: lse.row::<f32>(head, start + row, 1)[0],
+                            delta: delta[row],
+                        };
+                        softmax_gradients(scores, grad_scores, valid, of_row);
                         if bf16 {
-                            let to =
-                                std::slice::from_raw_parts_mut(rows_of.add(row * ROW), here + 1);
-                            to.iter_mut()
-                                .zip(&*others)
-                                .for_each(|(to, x)| *to = Bf16::narrow(*x));
-                            to[here] = Bf16::narrow(0.0);
+                            round_padded(grad_scores, rounded.add(row * ROW));
                         }
                     }
                     if bf16 {
-                        interleave_bf16_rows(scores, rows, here, weights);
-                        interleave_bf16_rows(others, rows, here, pairs);
+                        interleave_bf16_rows(scores, rows, here, weight_pairs);
+                        interleave_bf16_rows(grad_scores, rows, here, grad_score_pairs);
                     }
-                    // The first operands of the three products: rows of scores' gradients, and columns of both.
-                    let (of_rows, of_weights, of_scores): (*const u8, *const f32, *const f32) =
-                        if bf16 {
-                            (rows_of.cast::<u8>(), weights, pairs)
-                        } else {
-                            (others.cast::<u8>(), scores, others)
-                        };
+                    // The left operands of the three GEMMs below.
+                    let grad_score_rows = if bf16 {
+                        rounded.cast::<u8>().cast_const()
+                    } else {
+                        grad_scores.cast::<u8>().cast_const()
+                    };
+                    let weight_columns = if bf16 { weight_pairs } else { scores };
+                    let grad_score_columns = if bf16 { grad_score_pairs } else { grad_scores };
                     let units = first / K::PER_UNIT..(first + here).div_ceil(K::PER_UNIT);
-                    let row = |row: usize| of_rows.add(row * ROW * K::SIZE);
-                    natural.gemm::<K>(units, 0..width, rows, row, 4, (sums, width * 4, Store::Add));
+                    let left = LeftRows {
+                        row: |row: usize| grad_score_rows.add(row * ROW * K::SIZE),
+                        step: 4,
+                    };
+                    natural_keys.gemm::<K>(units, 0..width, rows, left, to_sums);
                     let units = 0..rows.div_ceil(K::PER_UNIT);
-                    for (from, by, to) in [
-                        (of_weights, &grads, value_sums),
-                        (of_scores, &queries, key_sums),
+                    for (columns, right, sums) in [
+                        (weight_columns, &grads, value_sums),
+                        (grad_score_columns, &queries, key_sums),
                     ] {
-                        let column = |key: usize| from.add(key).cast::<u8>();
-                        let to = (to.add(first * width), width * 4, Store::Add);
-                        by.gemm::<K>(units.clone(), 0..width, here, column, ROW * 4, to);
+                        let left = LeftRows {
+                            row: |key: usize| columns.add(key).cast::<u8>().cast_const(),
+                            step: ROW * 4,
+                        };
+                        let out = GemmOutput {
+                            data: sums.add(first * width),
+                            row_stride: width,
+                            store: Store::Add,
+                        };
+                        right.gemm::<K>(units.clone(), 0..width, here, left, out);
                     }
                 }
                 for row in 0..rows {
-                    let to = grad_query.numbers::<T>((batch, head, start + row), width);
-                    narrow(std::slice::from_raw_parts(sums.add(row * width), width), to);
+                    let sums = slice::from_raw_parts(sums.add(row * width), width);
+                    narrow(sums, views.grad_query.row::<T>(head, start + row, width));
                 }
             }
         }
         for row in 0..length {
-            let at = (batch, kv_head, row);
-            narrow(
-                std::slice::from_raw_parts(key_sums.add(row * width), width),
-                grad_key.numbers::<T>(at, width),
-            );
-            narrow(
-                std::slice::from_raw_parts(value_sums.add(row * width), width),
-                grad_value.numbers::<T>(at, width),
-            );
+            let key_sums = slice::from_raw_parts(key_sums.add(row * width), width);
+            narrow(key_sums, views.grad_key.row::<T>(kv_head, row, width));
+            let value_sums = slice::from_raw_parts(value_sums.add(row * width), width);
+            narrow(value_sums, views.grad_value.row::<T>(kv_head, row, width));
         }
     }
 }
 
-/// Makes weights of scores, and of the weights' gradients those of the scores: of the first `valid`, and nothing of the others.
+/// The scalars of a row in the gradient of softmax.
+#[derive(Clone, Copy)]
+struct RowScalars {
+    scale: f32,
+    lse: f32,
+    delta: f32,
+}
+
+/// Replaces the first `valid` scores by weights, and the gradients of these weights by those of the
+/// scores. The other elements become zero.
 #[inline(always)]
-fn gradients(
+fn softmax_gradients(
     scores: &mut [f32],
-    others: &mut [f32],
+    grad_scores: &mut [f32],
     valid: usize,
-    (scale, lse, along): (f32, f32, f32),
+    scalars: RowScalars,
 ) {
-    for (score, other) in scores[..valid].iter_mut().zip(&mut others[..valid]) {
+    let RowScalars { scale, lse, delta } = scalars;
+    for (score, grad) in scores[..valid].iter_mut().zip(&mut grad_scores[..valid]) {
         *score = exp(score.mul_add(scale, -lse));
-        *other = *score * (*other - along) * scale;
+        *grad = *score * (*grad - delta) * scale;
     }
     scores[valid..].fill(0.0);
-    others[valid..].fill(0.0);
+    grad_scores[valid..].fill(0.0);
 }
 
-/// Rounds rows to bf16, two rows' numbers of a column beside each other; after an odd row come zeros.
+/// Rounds rows to bf16 and interleaves each two of them by columns. Zeros follow an odd last row.
 ///
 /// # Safety
-/// There are `rows` rows at `from` and half as many at `to`, of `width` numbers, [`ROW`] apart.
+/// `from` has `rows` rows and `to` half as many, of `width` elements that are [`ROW`] apart.
 #[inline(always)]
-unsafe fn interleave_bf16_rows(from: *const f32, rows: usize, width: usize, to: *mut f32) {
+unsafe fn interleave_bf16_rows(source: *const f32, rows: usize, row_width: usize, pairs: *mut f32) {
     for row in (0..rows).step_by(2) {
         // SAFETY: as the caller promises.
-        let (first, to) = unsafe {
-            let first = std::slice::from_raw_parts(from.add(row * ROW), width);
-            (
-                first,
-                std::slice::from_raw_parts_mut(to.add(row / 2 * ROW).cast::<u32>(), width),
-            )
+        let first = unsafe { slice::from_raw_parts(source.add(row * ROW), row_width) };
+        // SAFETY: as the caller promises.
+        let pairs = unsafe {
+            let pairs = pairs.add(row / 2 * ROW).cast::<u32>();
+            slice::from_raw_parts_mut(pairs, row_width)
         };
         if row + 1 < rows {
-            // SAFETY: as above.
-            let second = unsafe { std::slice::from_raw_parts(from.add((row + 1) * ROW), width) };
-            for (to, (a, b)) in to.iter_mut().zip(first.iter().zip(second)) {
-                *to = rounded(*a) >> 16 | rounded(*b) & 0xffff_0000;
+            // SAFETY: as the caller promises.
+            let second = unsafe { slice::from_raw_parts(source.add((row + 1) * ROW), row_width) };
+            for (pairs, (a, b)) in pairs.iter_mut().zip(first.iter().zip(second)) {
+                *pairs = rounded(*a) >> 16 | rounded(*b) & 0xffff_0000;
             }
         } else {
-            to.iter_mut()
-                .zip(first)
-                .for_each(|(to, a)| *to = rounded(*a) >> 16);
+            for (pairs, a) in pairs.iter_mut().zip(first) {
+                *pairs = rounded(*a) >> 16;
+            }
         }
     }
 }
 
-/// The bits of a number that is not NaN, whose upper half is bf16, to nearest and ties to even.
+/// Returns bits whose upper half is the bf16 nearest to `x`, ties to even. `x` is not NaN.
 #[inline(always)]
 fn rounded(x: f32) -> u32 {
     let bits = x.to_bits();
@@ -747,7 +894,7 @@ fn dot<T: Number>(a: &[T], b: &[T]) -> f32 {
 
 #[inline(always)]
 fn narrow<T: Number>(from: &[f32], to: &mut [T]) {
-    to.iter_mut()
-        .zip(from)
-        .for_each(|(to, x)| *to = T::narrow(*x));
+    for (to, x) in to.iter_mut().zip(from) {
+        *to = T::narrow(*x);
+    }
 }

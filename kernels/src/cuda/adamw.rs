@@ -1,10 +1,12 @@
-//! AdamW, `source/adamw.cu`.
+//! Launches of the AdamW kernel in `source/adamw.cu`.
 
-use super::{BLOCKS_PER_MULTIPROCESSOR, Gpu, KernelLaunch, THREADS, Variant, arguments};
-use crate::adamw::{AdamWUpdate, Scalars};
+use super::launch::{
+    BLOCKS_PER_MULTIPROCESSOR, BlockShape, Gpu, KernelLaunch, THREADS, Variant, arguments,
+};
+use crate::adamw_update::{AdamWUpdate, Scalars};
 use tch::Kind;
 
-/// One update, of tensors that lie without gaps, `stored` bf16; see [`crate::adamw`].
+/// Applies one update, as [`crate::adamw`] does. Tensors are contiguous, and `stored` is bf16.
 pub(crate) fn adamw(gpu: &dyn Gpu, update: &AdamWUpdate, scalars: Scalars) {
     let AdamWUpdate {
         master,
@@ -14,15 +16,15 @@ pub(crate) fn adamw(gpu: &dyn Gpu, update: &AdamWUpdate, scalars: Scalars) {
         stored,
     } = update;
     let count = master.numel();
-    // Four of fp32 are read together, and as many of bf16.
-    let four = Variant::of(&[master, gradient, exp_avg, exp_avg_sq], count);
-    let aligned = stored
+    // A thread reads packs of four fp32 elements, and of four bf16 elements from `stored`.
+    let masters = Variant::of(&[master, gradient, exp_avg, exp_avg_sq], count);
+    let stored_aligned = stored
         .as_ref()
         .is_none_or(|stored| (stored.data_ptr() as usize).is_multiple_of(8));
     let kind = stored.as_ref().map_or(Kind::Float, |stored| stored.kind());
     let variant = Variant {
         kind,
-        vectors: four.vectors && aligned,
+        vectors: masters.vectors && stored_aligned,
     };
     let packs = count / if variant.vectors { 4 } else { 1 };
     let blocks = packs
@@ -57,7 +59,10 @@ pub(crate) fn adamw(gpu: &dyn Gpu, update: &AdamWUpdate, scalars: Scalars) {
             name: "adamw",
             variant,
             blocks,
-            block: (THREADS, 1),
+            block: BlockShape {
+                threads_per_row: THREADS,
+                rows: 1,
+            },
             shared: 0,
             arguments: &arguments,
         },
@@ -75,13 +80,15 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
         #[test]
-        fn it_is_libtorchs_update(
-            case in cases(), count in prop_oneof![0i64..5000, (0i64..2000).prop_map(|n| n * 8)],
+        fn it_matches_libtorch(
+            case in cases(),
+            count in prop_oneof![0i64..5000, (0i64..2000).prop_map(|n| n * 8)],
         ) {
             let (gpu, device) = test_gpu();
-            let [update, theirs] = ours_and_libtorch(case, count, device, |update, config, step, scale| {
+            let step_by = |update: &AdamWUpdate, config, step, scale| {
                 adamw(gpu, update, Scalars::of(config, step, scale));
-            });
+            };
+            let [update, theirs] = ours_and_libtorch(case, count, device, step_by);
             for (ours, theirs) in state(&update).into_iter().zip(state(&theirs)) {
                 close(ours, theirs, 1e-5)?;
             }

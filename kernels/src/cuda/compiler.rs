@@ -1,17 +1,19 @@
-//! NVRTC, NVIDIA's compiler in a library, which torch brings. Types come from cudarc; the functions are looked up here, since cudarc
-//! asks for names of one version of CUDA, and panics without the library.
+//! NVRTC, NVIDIA's runtime compiler, which is part of torch's CUDA build.
+//!
+//! Types come from cudarc. The functions are looked up here, because cudarc expects the names of
+//! one CUDA version and panics if the library is missing.
 
-use super::Variant;
+use super::launch::Variant;
 use cudarc::nvrtc::sys::nvrtcProgram;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::path::PathBuf;
 use tch::Kind;
 
-/// `nvrtcResult`, as a number: a newer library has values that an older list does not.
+/// An `nvrtcResult` as an integer: newer libraries return values that cudarc's enum lacks.
 type Code = c_int;
 
-/// The functions that are used; signatures as in nvrtc.h 13.0.
+/// Functions of the compiler, with the signatures of nvrtc.h 13.0.
 pub(crate) struct Compiler {
     create: unsafe extern "C" fn(
         *mut nvrtcProgram,
@@ -30,14 +32,14 @@ pub(crate) struct Compiler {
     error_string: unsafe extern "C" fn(Code) -> *const c_char,
 }
 
-/// All kernels, in the order in which they are compiled.
+/// Returns the source of all kernels as one translation unit.
 pub(super) fn source() -> String {
     let parts = [
         ("common.cuh", include_str!("source/common.cuh")),
         ("norm.cu", include_str!("source/norm.cu")),
         ("swiglu.cu", include_str!("source/swiglu.cu")),
         ("rotary.cu", include_str!("source/rotary.cu")),
-        ("rows.cu", include_str!("source/rows.cu")),
+        ("combine.cu", include_str!("source/combine.cu")),
         ("cross_entropy.cu", include_str!("source/cross_entropy.cu")),
         ("adamw.cu", include_str!("source/adamw.cu")),
         ("router.cu", include_str!("source/router.cu")),
@@ -48,7 +50,7 @@ pub(super) fn source() -> String {
         .collect()
 }
 
-/// What the source is told of a variant.
+/// Returns the macro definitions of a variant.
 pub(super) fn definitions(variant: Variant) -> [String; 2] {
     let number = if variant.kind == Kind::Float {
         "float"
@@ -62,10 +64,10 @@ pub(super) fn definitions(variant: Variant) -> [String; 2] {
 }
 
 impl Compiler {
-    /// That of a library, or of what it is linked with.
+    /// Looks the functions up in a library and its dependencies.
     ///
     /// # Errors
-    /// When it has no such functions.
+    /// If a function is missing.
     pub(super) fn of(library: &'static Library) -> Result<Compiler, String> {
         preload_builtins();
         // SAFETY: the types of the fields are nvrtc.h's.
@@ -87,14 +89,18 @@ impl Compiler {
         functions.map_err(|error| format!("NVRTC: {error}"))
     }
 
-    /// The machine code of all kernels for an architecture, such as `sm_90`.
+    /// Compiles all kernels to machine code for an architecture, such as `sm_90`.
     ///
     /// # Errors
-    /// What the compiler says.
-    pub(super) fn compile(&self, variant: Variant, architecture: &str) -> Result<Vec<u8>, String> {
+    /// The compiler's message.
+    pub(super) fn compile(
+        &self,
+        variant: Variant,
+        gpu_architecture: &str,
+    ) -> Result<Vec<u8>, String> {
         let source = CString::new(source()).expect("source has no NUL");
         let mut options = vec![
-            format!("--gpu-architecture={architecture}"),
+            format!("--gpu-architecture={gpu_architecture}"),
             "--std=c++17".to_owned(),
         ];
         options.extend(definitions(variant));
@@ -104,38 +110,37 @@ impl Compiler {
             .collect();
         let options: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
         let mut program = std::ptr::null_mut();
-        // SAFETY: an out-parameter, and text that lives through the call, of which it keeps a copy.
+        // SAFETY: `program` is an out-parameter, and NVRTC copies the texts.
         self.check(unsafe {
-            let none = std::ptr::null();
+            let no_headers = std::ptr::null();
             (self.create)(
                 &mut program,
                 source.as_ptr(),
                 c"kernels".as_ptr(),
                 0,
-                none,
-                none,
+                no_headers,
+                no_headers,
             )
         })?;
-        // SAFETY: a live program, and options that live through the call.
-        let compiled = self
-            .check(unsafe { (self.compile)(program, options.len() as c_int, options.as_ptr()) });
+        let count = options.len() as c_int;
+        // SAFETY: `program` is live, and the options live through the call.
+        let compiled = self.check(unsafe { (self.compile)(program, count, options.as_ptr()) });
         let result = match compiled {
             Ok(()) => self.text(program, self.cubin_size, self.cubin),
             Err(error) => {
                 let log = self
                     .text(program, self.log_size, self.log)
                     .unwrap_or_default();
-                Err(format!(
-                    "{error}: {}",
-                    String::from_utf8_lossy(&log).trim_end_matches('\0')
-                ))
+                let log = String::from_utf8_lossy(&log);
+                Err(format!("{error}: {}", log.trim_end_matches('\0')))
             }
         };
-        // SAFETY: a live program, ended once.
+        // SAFETY: `program` is live and destroyed once.
         unsafe { (self.destroy)(&mut program) };
         result
     }
 
+    /// Returns the text whose size `size` and whose bytes `get` write.
     fn text(
         &self,
         program: nvrtcProgram,
@@ -143,10 +148,10 @@ impl Compiler {
         get: unsafe extern "C" fn(nvrtcProgram, *mut c_char) -> Code,
     ) -> Result<Vec<u8>, String> {
         let mut bytes = 0;
-        // SAFETY: a live program and an out-parameter.
+        // SAFETY: `program` is live, and `bytes` is an out-parameter.
         self.check(unsafe { size(program, &mut bytes) })?;
         let mut text = vec![0u8; bytes];
-        // SAFETY: a live program, and as much room as it asked for.
+        // SAFETY: `program` is live, and the buffer has the requested size.
         self.check(unsafe { get(program, text.as_mut_ptr().cast()) })?;
         Ok(text)
     }
@@ -155,34 +160,30 @@ impl Compiler {
         if code == 0 {
             return Ok(());
         }
-        // SAFETY: it takes any code, and gives text that is never freed.
+        // SAFETY: the function accepts any code and returns text that is never freed.
         let text = unsafe { CStr::from_ptr((self.error_string)(code)) };
         Err(format!("NVRTC: {}", text.to_string_lossy()))
     }
 }
 
-/// NVRTC loads a library of its own by name, though nothing says where it is: beside it.
+/// Loads the built-ins library from NVRTC's own folder.
+///
+/// NVRTC opens it by name only, so the loader would not find it there.
 fn preload_builtins() {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let Some(line) = maps.lines().find(|line| line.contains("/libnvrtc")) else {
         return;
     };
-    let folder = line
-        .find('/')
-        .map(|at| PathBuf::from(&line[at..]))
-        .and_then(|path| Some(path.parent()?.to_owned()));
-    for file in folder
-        .into_iter()
-        .flat_map(std::fs::read_dir)
-        .flatten()
-        .flatten()
-    {
-        if file
-            .file_name()
-            .to_string_lossy()
-            .starts_with("libnvrtc-builtins.so")
-        {
-            // SAFETY: a library of NVIDIA's, without initialisers of consequence; it stays. Where it fails, NVRTC says so.
+    let Some(start) = line.find('/') else {
+        return;
+    };
+    let library = PathBuf::from(&line[start..]);
+    let files = library.parent().and_then(|folder| folder.read_dir().ok());
+    for file in files.into_iter().flatten().flatten() {
+        let name = file.file_name();
+        if name.to_string_lossy().starts_with("libnvrtc-builtins.so") {
+            // SAFETY: NVIDIA's library has no initializers of consequence and stays loaded. If
+            // loading fails, NVRTC reports it.
             let library = unsafe { Library::open(Some(file.path()), RTLD_NOW | RTLD_GLOBAL) };
             std::mem::forget(library);
         }
@@ -194,10 +195,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kernels_compile_for_gpus_of_the_last_years() {
+    fn kernels_compile_for_recent_gpus() {
         let path = std::env::var_os("MOERUN_NVRTC")
             .expect("MOERUN_NVRTC is not set: run ./scripts/setup --nvrtc");
-        // SAFETY: NVIDIA's compiler, which stays.
+        // SAFETY: NVIDIA's compiler, which stays loaded.
         let library = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) }.unwrap();
         let compiler = Compiler::of(Box::leak(Box::new(library))).unwrap();
         for architecture in ["sm_80", "sm_90", "sm_100"] {
@@ -212,15 +213,11 @@ mod tests {
                 assert_eq!(&code[..4], b"\x7fELF");
             }
         }
-        let error = compiler
-            .compile(
-                Variant {
-                    kind: Kind::Float,
-                    vectors: true,
-                },
-                "sm_1",
-            )
-            .unwrap_err();
+        let variant = Variant {
+            kind: Kind::Float,
+            vectors: true,
+        };
+        let error = compiler.compile(variant, "sm_1").unwrap_err();
         assert!(
             error.contains("NVRTC") && error.contains("architecture"),
             "{error}"

@@ -1,50 +1,53 @@
-//! Softmax and cross-entropy, `source/cross_entropy.cu`.
+//! Launches of the softmax and cross-entropy kernels in `source/cross_entropy.cu`.
 
-use super::{Gpu, KernelLaunch, Variant, arguments};
-use tch::{Kind, Tensor};
+use super::launch::{Argument, BlockShape, Gpu, KernelLaunch, Variant, arguments};
+use crate::tensors::{empty_f32, sizes};
+use tch::Tensor;
 
-/// Threads of a token at most.
+/// Most threads of a block, which processes one token.
 const MAX_THREADS: usize = 512;
 
-fn call<'a>(
+fn launch<'a>(
     name: &'static str,
     variant: Variant,
-    (tokens, width): (usize, usize),
-    arguments: &'a [super::Argument],
+    tokens: usize,
+    width: usize,
+    arguments: &'a [Argument],
 ) -> KernelLaunch<'a> {
-    let threads = (width / variant.vector())
+    let threads_per_row = (width / variant.vector())
         .clamp(32, MAX_THREADS)
         .next_power_of_two();
     KernelLaunch {
         name,
         variant,
         blocks: tokens,
-        block: (threads, 1),
+        block: BlockShape {
+            threads_per_row,
+            rows: 1,
+        },
         shared: 0,
         arguments,
     }
 }
 
-/// As [`crate::softmax`].
 pub(crate) fn softmax(
     gpu: &dyn Gpu,
     logits: &Tensor,
     divisor: f64,
     out: &Tensor,
 ) -> (Tensor, Tensor) {
-    let tokens = logits.size()[0];
-    let width = logits.size()[1] as usize;
-    let [largest, sum] = [(); 2].map(|()| Tensor::empty([tokens], (Kind::Float, logits.device())));
+    let [tokens, width] = sizes(logits);
+    let largest = empty_f32(logits, [tokens]);
+    let sum = empty_f32(logits, [tokens]);
+    let inverse = 1.0 / divisor as f32;
     let variant = Variant::of(&[logits, out], width);
-    let arguments = arguments![logits, out, &largest, &sum, width, 1.0 / divisor as f32];
-    gpu.run(
-        &call("softmax", variant, (tokens as usize, width), &arguments),
-        logits,
-    );
+    let arguments = arguments![logits, out, &largest, &sum, width, inverse];
+    let launch = launch("softmax", variant, tokens, width, &arguments);
+    gpu.run(&launch, logits);
     (largest, sum)
 }
 
-/// As [`crate::softmax_gradient`], with everything beside without gaps; a label that is no column stops the GPU.
+/// Runs [`crate::softmax_gradient`] on contiguous tensors. A label out of range traps on the GPU.
 pub(crate) fn softmax_gradient(
     gpu: &dyn Gpu,
     probs: &Tensor,
@@ -52,49 +55,41 @@ pub(crate) fn softmax_gradient(
     labels: &Tensor,
     minus: &Tensor,
 ) {
-    let tokens = probs.size()[0] as usize;
-    let width = probs.size()[1] as usize;
+    let [tokens, width] = sizes(probs);
     let variant = Variant::of(&[probs], width);
     let arguments = arguments![probs, scale, labels, minus, width];
-    gpu.run(
-        &call("softmax_gradient", variant, (tokens, width), &arguments),
-        probs,
-    );
+    let launch = launch("softmax_gradient", variant, tokens, width, &arguments);
+    gpu.run(&launch, probs);
 }
 
-/// As [`crate::cross_entropy`], with `scales` for logits and, where gradients are wanted, for them; a label that is no column stops the
-/// GPU.
+/// Runs [`crate::cross_entropy`] with logits times `inverse` and, if there is a `factor`, gradients
+/// times that. A label out of range traps on the GPU.
 pub(crate) fn cross_entropy(
     gpu: &dyn Gpu,
     logits: &Tensor,
     labels: &Tensor,
-    (inverse, factor): (f32, Option<f32>),
+    inverse: f32,
+    factor: Option<f32>,
 ) -> Tensor {
-    let tokens = logits.size()[0];
-    let width = logits.size()[1] as usize;
-    let losses = Tensor::empty([tokens], (Kind::Float, logits.device()));
+    let [tokens, width] = sizes(logits);
+    let losses = empty_f32(logits, [tokens]);
     let variant = Variant::of(&[logits], width);
     let wanted = usize::from(factor.is_some());
     let factor = factor.unwrap_or(0.0);
     let arguments = arguments![logits, labels, &losses, width, inverse, factor, wanted];
-    gpu.run(
-        &call(
-            "cross_entropy",
-            variant,
-            (tokens as usize, width),
-            &arguments,
-        ),
-        logits,
-    );
+    let launch = launch("cross_entropy", variant, tokens as usize, width, &arguments);
+    gpu.run(&launch, logits);
     losses
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::tests::{Numbers, close, test_gpu};
+    use crate::cuda::tests::{TestInput, close, test_gpu};
+    use crate::tensors::LAST_DIM;
+    use crate::tensors::tests::TestTensor;
     use proptest::prelude::*;
-    use tch::Reduction;
+    use tch::{Kind, Reduction};
 
     fn width() -> impl Strategy<Value = i64> {
         prop_oneof![
@@ -108,60 +103,79 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(50))]
         #[test]
-        fn it_is_libtorchs_cross_entropy_with_its_gradient(tokens in 0i64..20, width in width(), numbers: Numbers) {
+        fn it_matches_libtorch(
+            tokens in 0i64..20,
+            width in width(),
+            input: TestInput,
+        ) {
             let (gpu, device) = test_gpu();
-            let logits = numbers.random(&[tokens, width]) * 4.0;
+            let logits = input.random(&[tokens, width]) * 4.0;
             let labels = Tensor::randint(width, [tokens], (Kind::Int64, device));
             if tokens > 2 {
                 let _ = labels.narrow(0, 1, 1).fill_(-100);
             }
-            let wide = logits.to_kind(Kind::Double).set_requires_grad(true);
+            let wide = logits.to_f64().set_requires_grad(true);
             let scaled = &wide / 1.5;
-            let plain = scaled.cross_entropy_loss(&labels, None::<Tensor>, Reduction::None, -100, 0.0);
+            let plain =
+                scaled.cross_entropy_loss(&labels, None::<Tensor>, Reduction::None, -100, 0.0);
             (plain.sum(Kind::Double) * 0.25).backward();
             let before = logits.copy();
-            close(&cross_entropy(gpu, &logits, &labels, (1.0 / 1.5, None)), &plain, 4e-6)?;
+            let inverse = 1.0 / 1.5;
+            close(
+                &cross_entropy(gpu, &logits, &labels, inverse, None),
+                &plain,
+                4e-6,
+            )?;
             prop_assert!(logits.equal(&before));
-            close(&cross_entropy(gpu, &logits, &labels, (1.0 / 1.5, Some(0.25 / 1.5))), &plain, 4e-6)?;
-            close(&logits, &wide.grad(), if numbers.bf16 { 1e-2 } else { 2e-6 })?;
+            let factor = Some(0.25 / 1.5);
+            close(
+                &cross_entropy(gpu, &logits, &labels, inverse, factor),
+                &plain,
+                4e-6,
+            )?;
+            let tolerance = if input.bf16 { 1e-2 } else { 2e-6 };
+            close(&logits, &wide.grad(), tolerance)?;
         }
 
         #[test]
-        fn parts_of_a_vocabulary_make_the_whole_softmax_and_its_gradient(
-            tokens in 0i64..20, own in width(), other in 1i64..50, numbers: Numbers,
+        fn vocabulary_shards_add_up_to_the_softmax_and_its_gradient(
+            tokens in 0i64..20,
+            own in width(),
+            other in 1i64..50,
+            input: TestInput,
         ) {
             let (gpu, device) = test_gpu();
-            let all = numbers.random(&[tokens, own + other]) * 4.0;
-            let wide = all.to_kind(Kind::Double) / 1.5;
+            let all = input.random(&[tokens, own + other]) * 4.0;
+            let wide = all.to_f64() / 1.5;
             let whole = wide.softmax(-1, Kind::Double).narrow(1, 0, own);
             let logits = all.narrow(1, 0, own).contiguous();
             let (largest, sum) = softmax(gpu, &logits, 1.5, &logits);
             let own_wide = wide.narrow(1, 0, own);
-            close(&largest, &own_wide.amax([-1i64].as_slice(), false), 1e-5)?;
-            let own_log = own_wide.logsumexp([-1i64].as_slice(), false);
+            close(&largest, &own_wide.amax(LAST_DIM, false), 1e-5)?;
+            let own_log = own_wide.logsumexp(LAST_DIM, false);
             close(&(sum.log() + &largest), &own_log, 1e-5)?;
-            // Of this part's weight in the whole, and a gradient's.
-            let share = (own_log - wide.logsumexp([-1i64].as_slice(), false)).exp();
+            // The weight of this shard in the softmax over the whole vocabulary.
+            let share = (own_log - wide.logsumexp(LAST_DIM, false)).exp();
             let labels = Tensor::randint(own, [tokens], (Kind::Int64, device));
             let minus = Tensor::rand([tokens], (Kind::Float, device));
-            softmax_gradient(gpu, &logits, &(share * 0.5).to_kind(Kind::Float), &labels, &minus);
-            let plain = (whole * 0.5).scatter_add(1, &labels.unsqueeze(1), &-minus.to_kind(Kind::Double).unsqueeze(1));
-            close(&logits, &plain, if numbers.bf16 { 1e-2 } else { 2e-6 })?;
+            let scale = (share * 0.5).to_kind(Kind::Float);
+            softmax_gradient(gpu, &logits, &scale, &labels, &minus);
+            let minus = minus.to_f64().unsqueeze(1);
+            let plain = (whole * 0.5).scatter_add(1, &labels.unsqueeze(1), &-minus);
+            let tolerance = if input.bf16 { 1e-2 } else { 2e-6 };
+            close(&logits, &plain, tolerance)?;
         }
     }
 
     #[test]
-    fn what_is_not_a_number_stays_so() {
+    fn nan_stays_nan() {
         let (gpu, device) = test_gpu();
         let logits = Tensor::from_slice(&[1f32, f32::NAN, 2.0])
             .view([1, 3])
             .to_device(device);
         let labels = Tensor::from_slice(&[0i64]).to_device(device);
-        assert!(
-            cross_entropy(gpu, &logits, &labels, (1.0, Some(1.0)))
-                .double_value(&[0])
-                .is_nan()
-        );
+        let losses = cross_entropy(gpu, &logits, &labels, 1.0, Some(1.0));
+        assert!(losses.double_value(&[0]).is_nan());
         assert!(logits.double_value(&[0, 2]).is_nan());
     }
 }

@@ -1,7 +1,9 @@
-//! CUDA's driver: it holds compiled kernels, and queues them. Types come from cudarc; the functions are looked up here, as NVRTC's.
+//! CUDA's driver: loads compiled kernels and queues them.
+//!
+//! Types come from cudarc. The functions are looked up here, for the reason given in `compiler.rs`.
 
 use super::compiler::Compiler;
-use super::{Gpu, KernelLaunch, Variant, pointers};
+use super::launch::{Gpu, KernelLaunch, Variant, pointers};
 use cudarc::driver::sys::{CUcontext, CUfunction, CUmodule, CUstream};
 use libloading::os::unix::Library;
 use parking_lot::Mutex;
@@ -11,13 +13,12 @@ use std::sync::OnceLock;
 use tch::{Kind, Tensor};
 use torch_ext::Stream;
 
-/// `CUresult`, as a number: a newer library has values that an older list does not.
+/// A `CUresult` as an integer: newer libraries return values that cudarc's enum lacks.
 type Code = c_int;
 
-/// `CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT`.
-const MULTIPROCESSORS: c_int = 16;
+const CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: c_int = 16;
 
-/// The functions that are used; signatures as in cuda.h 13.0.
+/// Functions of the driver, with the signatures of cuda.h 13.0.
 struct Driver {
     init: unsafe extern "C" fn(c_uint) -> Code,
     device: unsafe extern "C" fn(*mut c_int, c_int) -> Code,
@@ -72,23 +73,23 @@ impl Driver {
             return Ok(());
         }
         let mut text = std::ptr::null();
-        // SAFETY: an out-parameter; the text is never freed.
-        let known = unsafe { (self.error_string)(code, &mut text) } == 0 && !text.is_null();
-        // SAFETY: as above.
-        let text = if known {
+        // SAFETY: `text` is an out-parameter.
+        let found = unsafe { (self.error_string)(code, &mut text) };
+        let text = if found == 0 && !text.is_null() {
+            // SAFETY: the driver never frees the text.
             unsafe { CStr::from_ptr(text) }.to_string_lossy()
         } else {
-            "an unknown error".into()
+            "unknown error".into()
         };
         Err(format!("CUDA's driver: {text} ({code})"))
     }
 }
 
-/// A GPU that kernels run on.
+/// A GPU with its compiled kernels.
 pub(crate) struct Device {
     driver: Driver,
     compiler: Compiler,
-    /// The one that libtorch works in.
+    /// The primary context, which libtorch uses too.
     context: CUcontext,
     architecture: String,
     multiprocessors: usize,
@@ -96,37 +97,38 @@ pub(crate) struct Device {
     modules: Mutex<HashMap<Variant, CUmodule>>,
 }
 
-// SAFETY: handles of the driver's, which may be used from any thread.
+// SAFETY: the handles are the driver's, which any thread may use.
 unsafe impl Send for Device {}
 // SAFETY: as above.
 unsafe impl Sync for Device {}
 
-/// The GPU of that number, with the kernels for `kind` compiled. It says once why there is none.
+/// Returns GPU `index` with the kernels for `kind` compiled.
+///
+/// The first failure is logged; later calls return the same error.
 pub(super) fn ready(index: usize, kind: Kind) -> Result<&'static Device, String> {
     type Ready = HashMap<(usize, Kind), Result<&'static Device, String>>;
     static READY: OnceLock<Mutex<Ready>> = OnceLock::new();
     let mut ready = READY.get_or_init(Mutex::default).lock();
-    let of_device = |ready: &Ready| {
-        ready
-            .iter()
-            .find(|((other, _), _)| *other == index)
-            .map(|(_, gpu)| gpu.clone())
-    };
     if let Some(gpu) = ready.get(&(index, kind)) {
         return gpu.clone();
     }
-    let gpu = of_device(&ready)
-        .unwrap_or_else(|| Device::open(index).map(|device| &*Box::leak(Box::new(device))));
-    let gpu = gpu.and_then(|gpu| {
-        gpu.module(Variant {
-            kind,
-            vectors: true,
-        })
-        .map(|_| gpu)
-    });
+    let opened = ready.iter().find(|((other, _), _)| *other == index);
+    let gpu = match opened {
+        Some((_, gpu)) => gpu.clone(),
+        None => {
+            let device = Device::open(index);
+            device.map(|device| &*Box::leak(Box::new(device)))
+        }
+    };
+    let variant = Variant {
+        kind,
+        vectors: true,
+    };
+    let gpu = gpu.and_then(|gpu| gpu.module(variant).map(|_| gpu));
     if let Err(error) = &gpu {
         tracing::warn!(
-            "GPU {index} gets libtorch's operations instead of kernels of our own, which are faster: {error}"
+            "GPU {index} runs libtorch's operations instead of our own kernels, which are faster: \
+             {error}"
         );
     }
     ready.insert((index, kind), gpu.clone());
@@ -135,25 +137,26 @@ pub(super) fn ready(index: usize, kind: Kind) -> Result<&'static Device, String>
 
 impl Device {
     fn open(index: usize) -> Result<Device, String> {
-        const REMEDY: &str = "It comes with a torch 2.11.0 for CUDA: point MOERUN_TORCH_LIB at its torch/lib folder, or \
-                              run ./scripts/setup --cuda";
-        // libtorch's own way to both libraries: it is linked with them, whatever their version.
-        let library = torch_ext::load_library("libcaffe2_nvrtc.so", "MOERUN_TORCH_LIB", REMEDY);
+        const HINT: &str = "point MOERUN_TORCH_LIB at the torch/lib folder of a torch 2.11.0 \
+                            installed with CUDA, or run ./scripts/setup --cuda";
+        // libtorch's stub library, which is linked with both libraries, whatever their version.
+        let library = torch_ext::load_library("libcaffe2_nvrtc.so", "MOERUN_TORCH_LIB", HINT);
         let library = library.map_err(|error| error.to_string())?;
         let driver = Driver::of(library)?;
         let compiler = Compiler::of(library)?;
-        let (major, minor) = torch_ext::capability(index).map_err(|error| error.to_string())?;
+        let (major, minor) =
+            torch_ext::compute_capability(index).map_err(|error| error.to_string())?;
         let mut device = 0;
         let mut context = std::ptr::null_mut();
         let mut multiprocessors = 0;
-        // SAFETY: out-parameters; the context that libtorch uses is held for good.
+        // SAFETY: all pointers are out-parameters; the context is never released.
         unsafe {
             driver.check((driver.init)(0))?;
             driver.check((driver.device)(&mut device, index as c_int))?;
             driver.check((driver.primary_context)(&mut context, device))?;
             driver.check((driver.attribute)(
                 &mut multiprocessors,
-                MULTIPROCESSORS,
+                CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
                 device,
             ))?;
         }
@@ -172,7 +175,7 @@ impl Device {
         &self.architecture
     }
 
-    /// The compiled kernels of a variant.
+    /// Returns the kernels of a variant, compiled and loaded at the first call.
     fn module(&self, variant: Variant) -> Result<CUmodule, String> {
         let mut modules = self.modules.lock();
         if let Some(module) = modules.get(&variant) {
@@ -181,7 +184,7 @@ impl Device {
         let code = self.compiler.compile(variant, &self.architecture)?;
         self.enter()?;
         let mut module = std::ptr::null_mut();
-        // SAFETY: an out-parameter, and machine code that is copied.
+        // SAFETY: `module` is an out-parameter, and the driver copies the machine code.
         self.driver
             .check(unsafe { (self.driver.load)(&mut module, code.as_ptr().cast()) })?;
         modules.insert(variant, module);
@@ -196,17 +199,19 @@ impl Device {
         let module = self.module(variant)?;
         let symbol = CString::new(name).expect("names have no NUL");
         let mut function = std::ptr::null_mut();
-        // SAFETY: an out-parameter, a live module, and text that lives through the call.
+        // SAFETY: `function` is an out-parameter, `module` and `symbol` live through the call.
         self.driver
             .check(unsafe { (self.driver.function)(&mut function, module, symbol.as_ptr()) })?;
         functions.insert((variant, name), function);
         Ok(function)
     }
 
-    /// Makes the calling thread work in the context of the device. A thread that only took memory out of libtorch's cache has none yet.
+    /// Makes the device's context current on the calling thread.
+    ///
+    /// A thread that has only taken memory from libtorch's cache has no context yet.
     fn enter(&self) -> Result<(), String> {
         let mut current = std::ptr::null_mut();
-        // SAFETY: an out-parameter, and a context that lives as long as the process.
+        // SAFETY: `current` is an out-parameter; our context lives as long as the process.
         unsafe {
             self.driver
                 .check((self.driver.current_context)(&mut current))?;
@@ -218,42 +223,40 @@ impl Device {
         }
     }
 
-    fn queue(&self, call: &KernelLaunch, like: &Tensor) -> Result<(), String> {
+    fn queue(&self, launch: &KernelLaunch, like: &Tensor) -> Result<(), String> {
         self.enter()?;
-        let function = self.function(call.variant, call.name)?;
+        let function = self.function(launch.variant, launch.name)?;
         let stream = Stream::current(like)
             .and_then(|stream| stream.handle())
             .map_err(|error| error.to_string())?;
-        let mut words = call.words();
+        let mut words = launch.words();
         let mut arguments = pointers(&mut words);
-        let [blocks, width, height, shared] = call.sizes();
-        // SAFETY: the arguments are the kernel's, as each call says beside it; their memory is libtorch's, which gives it to others on
-        // this stream alone.
+        let size = launch.dimensions();
+        // SAFETY: each launch lists the arguments of its kernel. libtorch reuses their memory on
+        // this stream only.
         self.driver.check(unsafe {
-            let none = std::ptr::null_mut();
-            let arguments = arguments.as_mut_ptr();
             (self.driver.launch)(
                 function,
-                blocks,
+                size.blocks,
                 1,
                 1,
-                width,
-                height,
+                size.threads_per_row,
+                size.rows,
                 1,
-                shared,
+                size.shared,
                 stream.cast(),
-                arguments,
-                none,
+                arguments.as_mut_ptr(),
+                std::ptr::null_mut(),
             )
         })
     }
 }
 
 impl Gpu for Device {
-    fn run(&self, call: &KernelLaunch, like: &Tensor) {
-        if call.blocks > 0 {
-            self.queue(call, like)
-                .unwrap_or_else(|error| panic!("kernel {}: {error}", call.name));
+    fn run(&self, launch: &KernelLaunch, like: &Tensor) {
+        if launch.blocks > 0 {
+            self.queue(launch, like)
+                .unwrap_or_else(|error| panic!("kernel {}: {error}", launch.name));
         }
     }
 

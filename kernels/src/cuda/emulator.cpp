@@ -1,5 +1,6 @@
-// Runs the kernels of source/ on the host, for tests: a block's threads are fibers that take turns at barriers and shuffles, in an
-// order that is drawn anew each time, some warps ahead of others, so that a missing barrier shows. What only a GPU can show, it cannot: alignment, and speed.
+// Runs the kernels of source/ on the host, for tests. The threads of a block are fibers that switch
+// at barriers and shuffles. Their order is random at each switch and some warps run ahead, so that
+// a missing barrier shows. Alignment and speed can only be tested on a GPU.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -17,7 +18,7 @@ enum class State { runs, at_warp, at_block, done };
 struct Thread {
     ucontext_t context;
     State state;
-    unsigned long long given;
+    unsigned long long shuffled;
     std::vector<char> stack;
 };
 static std::vector<Thread> threads;
@@ -40,14 +41,14 @@ static void __syncwarp() { yield_thread(State::at_warp); }
 static void __trap() { fail("trapped"); }
 
 template <class T> static T __shfl_xor_sync(unsigned, T x, int step) {
-    std::memcpy(&threads[current].given, &x, sizeof(T));
+    std::memcpy(&threads[current].shuffled, &x, sizeof(T));
     yield_thread(State::at_warp);
     Thread& other = threads[current ^ step];
     if (other.state == State::done) {
-        fail("a shuffle with a thread that has ended");
+        fail("shuffle with a thread that has returned");
     }
     T theirs;
-    std::memcpy(&theirs, &other.given, sizeof(T));
+    std::memcpy(&theirs, &other.shuffled, sizeof(T));
     yield_thread(State::at_warp);
     return theirs;
 }
@@ -67,14 +68,18 @@ static float __uint_as_float(unsigned bits) {
 #define __forceinline__ inline
 #define __shared__ static
 #define DYNAMIC_SHARED(type, name) type* name = dynamic_shared
-// What the compiler for GPUs gets, too.
+// The same source that the GPU compiler gets.
 #include "program.cu"
 
-template <class... A, size_t... I> static void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
+template <class... A, size_t... I>
+static void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
     kernel(*static_cast<A*>(arguments[I])...);
 }
 template <auto kernel> static void unpacked(void** arguments) {
-    [&]<class... A>(void (*function)(A...)) { call(function, arguments, std::index_sequence_for<A...>()); }(kernel);
+    auto run = [&]<class... A>(void (*function)(A...)) {
+        call(function, arguments, std::index_sequence_for<A...>());
+    };
+    run(kernel);
 }
 struct Named {
     const char* name;
@@ -99,13 +104,13 @@ static const Named kernels[] = {
 };
 
 static void (*body)(void**);
-static void** given;
+static void** body_arguments;
 static void run_thread() {
-    body(given);
+    body(body_arguments);
     yield_thread(State::done);
 }
 
-// Goes on with whatever can go on, until all threads of the block have ended.
+// Runs the threads of a block until all of them have returned.
 static void run_block(std::mt19937& random) {
     size_t count = threads.size();
     std::vector<size_t> order(count);
@@ -115,7 +120,7 @@ static void run_block(std::mt19937& random) {
     auto waits_or_is_done = [](size_t thread, State state) {
         return threads[thread].state == state || threads[thread].state == State::done;
     };
-    // Warps that stay where they are for a while.
+    // One bit per warp that does not run for a while.
     unsigned held_back_warps = 0;
     for (bool any = true, moved = false; any && !failed;) {
         any = false;
@@ -134,7 +139,7 @@ static void run_block(std::mt19937& random) {
                 swapcontext(&scheduler, &threads[thread].context);
             }
         }
-        // Who waits for others that have all come goes on.
+        // Resumes the threads of a barrier that all threads have reached.
         auto release = [&](size_t begin, size_t end, State state) {
             for (size_t thread = begin; thread < end; ++thread) {
                 if (!waits_or_is_done(thread, state)) {
@@ -155,14 +160,15 @@ static void run_block(std::mt19937& random) {
     }
     for (const Thread& thread : threads) {
         if (!failed && thread.state != State::done) {
-            failed = "threads wait for each other";
+            failed = "deadlock: threads wait for each other";
         }
     }
 }
 
-// Runs a kernel; gives what went wrong, or nothing. One at a time.
+// Runs a kernel and returns an error message, or null. Not reentrant.
 extern "C" const char* emulate(
-    const char* name, unsigned blocks, unsigned width, unsigned height, unsigned shared, unsigned seed, void** arguments) {
+    const char* name, unsigned blocks, unsigned width, unsigned height, unsigned shared,
+    unsigned seed, void** arguments) {
     body = nullptr;
     for (const Named& kernel : kernels) {
         if (!std::strcmp(kernel.name, name)) {
@@ -170,16 +176,16 @@ extern "C" const char* emulate(
         }
     }
     if (!body) {
-        return "there is no such kernel";
+        return "no such kernel";
     }
     failed = nullptr;
-    given = arguments;
+    body_arguments = arguments;
     gridDim = {blocks, 1};
     blockDim = {width, height};
     std::mt19937 random(seed);
     for (unsigned block = 0; block < blocks && !failed; ++block) {
         blockIdx = {block, 0};
-        // A GPU clears nothing, either.
+        // A GPU does not clear shared memory either.
         std::vector<float> memory(shared / 4 + 1, NAN);
         dynamic_shared = memory.data();
         threads.resize(width * height);

@@ -1,7 +1,7 @@
-//! Kernels on the host, for tests: see emulator.cpp.
+//! A host emulator of the kernels for tests, with its fibers in `emulator.cpp`.
 
 use super::compiler::{definitions, source};
-use super::{Gpu, KernelLaunch, Variant, pointers};
+use super::launch::{Gpu, KernelLaunch, Variant, pointers};
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -10,7 +10,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 use tch::Tensor;
 
-/// The processor that runs the tests.
+/// The host, in the role of a GPU.
 pub(super) struct Host;
 
 type Emulate = unsafe extern "C" fn(
@@ -24,7 +24,7 @@ type Emulate = unsafe extern "C" fn(
 ) -> *const c_char;
 
 /// Compiles the kernels of a variant for the host.
-fn compiled(variant: Variant) -> Library {
+fn compile(variant: Variant) -> Library {
     let folder = tempfile::tempdir().unwrap();
     let [program, emulator, library] =
         ["program.cu", "emulator.cpp", "emulator.so"].map(|name| folder.path().join(name));
@@ -36,52 +36,55 @@ fn compiled(variant: Variant) -> Library {
         .arg(&library)
         .arg(&emulator);
     let status = command.args(definitions(variant)).status().unwrap();
-    assert!(
-        status.success(),
-        "the C++ compiler does not take the kernels"
-    );
-    // SAFETY: the library has been made for this.
+    assert!(status.success(), "the C++ compiler refuses the kernels");
+    // SAFETY: the library was compiled for this process.
     unsafe { Library::open(Some(&library), RTLD_NOW | RTLD_LOCAL) }.unwrap()
 }
 
+#[derive(Default)]
+struct Emulator {
+    libraries: HashMap<Variant, Library>,
+    /// Seed of the next kernel's thread order.
+    seed: u32,
+}
+
 impl Gpu for Host {
-    fn run(&self, call: &KernelLaunch, _like: &Tensor) {
-        static LIBRARIES: OnceLock<Mutex<(HashMap<Variant, Library>, u32)>> = OnceLock::new();
-        // One kernel at a time: what a block's threads share is static.
-        let mut all = LIBRARIES.get_or_init(Mutex::default).lock();
-        let (libraries, seed) = &mut *all;
-        *seed += 1;
-        let library = libraries
-            .entry(call.variant)
-            .or_insert_with(|| compiled(call.variant));
-        let name = CString::new(call.name).unwrap();
-        let mut words = call.words();
+    fn run(&self, launch: &KernelLaunch, _like: &Tensor) {
+        static EMULATOR: OnceLock<Mutex<Emulator>> = OnceLock::new();
+        // One kernel at a time: the shared memory of a block is static in C++.
+        let mut emulator = EMULATOR.get_or_init(Mutex::default).lock();
+        emulator.seed += 1;
+        let seed = emulator.seed;
+        let library = emulator
+            .libraries
+            .entry(launch.variant)
+            .or_insert_with(|| compile(launch.variant));
+        let name = CString::new(launch.name).unwrap();
+        let mut words = launch.words();
         let mut arguments = pointers(&mut words);
-        let [blocks, width, height, shared] = call.sizes();
-        // SAFETY: the signature is emulator.cpp's; the arguments are the kernel's, as each call says beside it.
-        let failed = unsafe {
+        let size = launch.dimensions();
+        // SAFETY: the signature is that of emulator.cpp, and each launch lists the arguments of
+        // its kernel.
+        let failure = unsafe {
             let emulate = library.get::<Emulate>(b"emulate\0").unwrap();
-            let failed = emulate(
+            let failure = emulate(
                 name.as_ptr(),
-                blocks,
-                width,
-                height,
-                shared,
-                *seed,
+                size.blocks,
+                size.threads_per_row,
+                size.rows,
+                size.shared,
+                seed,
                 arguments.as_mut_ptr(),
             );
-            (!failed.is_null()).then(|| CStr::from_ptr(failed).to_string_lossy().into_owned())
+            (!failure.is_null()).then(|| CStr::from_ptr(failure).to_string_lossy().into_owned())
         };
-        assert!(
-            failed.is_none(),
-            "kernel {}: {}",
-            call.name,
-            failed.unwrap_or_default()
-        );
+        if let Some(failure) = failure {
+            panic!("kernel {}: {failure}", launch.name);
+        }
     }
 
     fn multiprocessors(&self) -> usize {
-        // So few that blocks take turns in small tests, too.
+        // So few that blocks loop over rows even in small tests.
         1
     }
 }

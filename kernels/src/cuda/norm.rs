@@ -1,50 +1,58 @@
-//! RMSNorm, `source/norm.cu`.
+//! Launches of the RMSNorm kernels in `source/norm.cu`.
 
-use super::{Gpu, KernelLaunch, THREADS, Variant, arguments};
+use super::launch::{BlockShape, Gpu, KernelLaunch, THREADS, Variant, arguments};
+use crate::tensors::FIRST_DIM;
+use crate::tensors::empty_f32;
 use tch::{Kind, Tensor};
 
-/// Rows of so many packs of numbers are a warp's; longer ones are a block's.
+/// A warp processes rows of up to this many packs; a block processes longer rows.
 const MAX_PACKS_PER_WARP: usize = 128;
-/// A block's sums of its rows' columns have to fit into what every GPU gives a block: 48 KB.
+/// Limit of the backward kernel: the column sums of a block must fit the 48 KB of shared memory
+/// that every GPU provides.
 pub(crate) const MAX_NORM_WIDTH: usize = 12288;
 
-/// Threads of a row, and rows of a block.
-fn block(variant: Variant, width: usize) -> (usize, usize) {
-    if width / variant.vector() <= MAX_PACKS_PER_WARP {
-        (32, THREADS / 32)
+fn block(variant: Variant, width: usize) -> BlockShape {
+    let packs = width / variant.vector();
+    let threads_per_row = if packs <= MAX_PACKS_PER_WARP {
+        32
     } else {
-        (THREADS, 1)
+        THREADS
+    };
+    BlockShape {
+        threads_per_row,
+        rows: THREADS / threads_per_row,
     }
 }
 
-/// As [`crate::rms_norm`].
-pub(crate) fn rms_norm(gpu: &dyn Gpu, x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
+pub(crate) fn rms_norm(
+    gpu: &dyn Gpu,
+    input: &Tensor,
+    weight: &Tensor,
+    eps: f64,
+) -> (Tensor, Tensor) {
     let width = weight.numel();
-    let rows = x.numel().checked_div(width).unwrap_or(0);
-    let mut shape = x.size();
+    let rows = input.numel().checked_div(width).unwrap_or(0);
+    let mut shape = input.size();
     shape.pop();
     shape.push(1);
-    let out = x.empty_like();
-    let scale = Tensor::empty(shape.as_slice(), (Kind::Float, x.device()));
-    let variant = Variant::of(&[x, weight, &out], width);
+    let out = input.empty_like();
+    let scale = Tensor::empty(shape.as_slice(), (Kind::Float, input.device()));
+    let variant = Variant::of(&[input, weight, &out], width);
     let block = block(variant, width);
-    let arguments = arguments![x, weight, &out, &scale, rows, width, eps as f32];
-    let blocks = rows.div_ceil(block.1);
-    gpu.run(
-        &KernelLaunch {
-            name: "rms_norm",
-            variant,
-            blocks,
-            block,
-            shared: 0,
-            arguments: &arguments,
-        },
-        x,
-    );
+    let arguments = arguments![input, weight, &out, &scale, rows, width, eps as f32];
+    let launch = KernelLaunch {
+        name: "rms_norm",
+        variant,
+        blocks: rows.div_ceil(block.rows),
+        block,
+        shared: 0,
+        arguments: &arguments,
+    };
+    gpu.run(&launch, input);
     (out, scale)
 }
 
-/// As [`crate::rms_norm_backward`]; of rows of at most [`MAX_NORM_WIDTH`] numbers.
+/// Runs [`crate::rms_norm_backward`] on rows of at most [`MAX_NORM_WIDTH`] elements.
 pub(crate) fn rms_norm_backward(
     gpu: &dyn Gpu,
     grad: &Tensor,
@@ -57,55 +65,61 @@ pub(crate) fn rms_norm_backward(
     let out = x.empty_like();
     let variant = Variant::of(&[grad, x, weight, &out], width);
     let block = block(variant, width);
-    // Each block adds up for itself, and their sums are added in order.
-    let blocks = rows.div_ceil(block.1).min(2 * gpu.multiprocessors());
-    let partial = Tensor::empty([blocks as i64, width as i64], (Kind::Float, x.device()));
+    // Each block has its own sums, which are added in order.
+    let blocks = rows.div_ceil(block.rows).min(2 * gpu.multiprocessors());
+    let partial = empty_f32(x, [blocks, width]);
     let arguments = arguments![grad, x, scale, weight, &out, &partial, rows, width];
-    let shared = block.1 * width * size_of::<f32>();
-    gpu.run(
-        &KernelLaunch {
-            name: "rms_norm_backward",
-            variant,
-            blocks,
-            block,
-            shared,
-            arguments: &arguments,
-        },
-        x,
-    );
-    (
-        out,
-        partial.sum_dim_intlist([0i64].as_slice(), false, Kind::Float),
-    )
+    let launch = KernelLaunch {
+        name: "rms_norm_backward",
+        variant,
+        blocks,
+        block,
+        shared: block.rows * width * size_of::<f32>(),
+        arguments: &arguments,
+    };
+    gpu.run(&launch, x);
+    let grad_weight = partial.sum_dim_intlist(FIRST_DIM, false, Kind::Float);
+    (out, grad_weight)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::tests::{Numbers, close, test_gpu};
+    use crate::cuda::tests::{TestInput, close, test_gpu};
+    use crate::tensors::LAST_DIM;
+    use crate::tensors::tests::TestTensor;
     use proptest::prelude::*;
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
         #[test]
-        fn it_is_the_norm_with_its_gradients(
-            rows in 0i64..50, width in prop_oneof![1i64..100, (1i64..40).prop_map(|n| n * 8), Just(2048), Just(1500)], numbers: Numbers,
+        fn it_matches_the_formula(
+            rows in 0i64..50,
+            width in prop_oneof![
+                1i64..100,
+                (1i64..40).prop_map(|n| n * 8),
+                Just(2048),
+                Just(1500)
+            ],
+            input: TestInput,
         ) {
             let (gpu, _) = test_gpu();
-            let [x, grad] = [(); 2].map(|()| numbers.random(&[rows, width]));
-            let weight = numbers.random(&[width]);
-            let wide = |x: &Tensor| x.to_kind(Kind::Double).set_requires_grad(true);
-            let (wide_x, wide_weight) = (wide(&x), wide(&weight));
-            let factor = (wide_x.square().mean_dim([-1i64].as_slice(), true, Kind::Double) + 1e-5).rsqrt();
+            let [x, grad] = [(); 2].map(|()| input.random(&[rows, width]));
+            let weight = input.random(&[width]);
+            let wide = |x: &Tensor| x.to_f64().set_requires_grad(true);
+            let wide_x = wide(&x);
+            let wide_weight = wide(&weight);
+            let mean = wide_x.square().mean_dim(LAST_DIM, true, Kind::Double);
+            let factor = (mean + 1e-5).rsqrt();
             let plain = &wide_x * factor * &wide_weight;
-            (&plain * grad.to_kind(Kind::Double)).sum(Kind::Double).backward();
+            (&plain * grad.to_f64()).sum(Kind::Double).backward();
             let (out, scale) = rms_norm(gpu, &x, &weight, 1e-5);
-            let (of_x, of_weight) = rms_norm_backward(gpu, &grad, &x, &scale, &weight);
-            let tolerance = if numbers.bf16 { 2e-2 } else { 2e-5 };
+            let (grad_x, grad_weight) = rms_norm_backward(gpu, &grad, &x, &scale, &weight);
+            let tolerance = if input.bf16 { 2e-2 } else { 2e-5 };
             close(&out, &plain, tolerance)?;
-            close(&of_x, &wide_x.grad(), 4.0 * tolerance)?;
-            close(&of_weight, &wide_weight.grad(), 4.0 * tolerance)?;
-            prop_assert_eq!(of_weight.kind(), Kind::Float);
+            close(&grad_x, &wide_x.grad(), 4.0 * tolerance)?;
+            close(&grad_weight, &wide_weight.grad(), 4.0 * tolerance)?;
+            prop_assert_eq!(grad_weight.kind(), Kind::Float);
         }
     }
 }

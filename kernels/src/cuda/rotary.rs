@@ -1,50 +1,64 @@
-//! Rotary positions, `source/rotary.cu`.
+//! Launches of the rotary embedding kernel in `source/rotary.cu`.
 
-use super::{Gpu, KernelLaunch, Variant, arguments};
+use super::launch::{Gpu, KernelLaunch, Variant, arguments};
+use crate::positions::RowPositions;
 use tch::Tensor;
 
-/// Turns the rows of `x` `[.., d]` by `cos` and `sin` `[positions, d / 2]`: a row's position is its number over `between`, modulo
-/// `positions`.
+/// Rotates the rows of `x` `[.., d]` by `cos` and `sin` `[positions, d / 2]`.
 pub(crate) fn apply_rotary(
     gpu: &dyn Gpu,
     x: &Tensor,
-    [cos, sin]: [&Tensor; 2],
-    between: usize,
-    positions: usize,
+    cos: &Tensor,
+    sin: &Tensor,
+    order: RowPositions,
 ) -> Tensor {
     let half = x.size()[x.dim() - 1] as usize / 2;
     let rows = x.numel().checked_div(2 * half).unwrap_or(0);
     let out = x.empty_like();
     let variant = Variant::of(&[x, cos, sin, &out], half);
-    let arguments = arguments![x, cos, sin, &out, rows, half, between, positions];
-    gpu.run(
-        &KernelLaunch::over_rows("apply_rotary", gpu, variant, (rows, half), &arguments),
-        x,
-    );
+    let RowPositions {
+        rows_per_position,
+        positions,
+    } = order;
+    let arguments = arguments![x, cos, sin, &out, rows, half, rows_per_position, positions];
+    let launch = KernelLaunch::over_rows("apply_rotary", gpu, variant, rows, half, &arguments);
+    gpu.run(&launch, x);
     out
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::tests::{Numbers, close, test_gpu};
+    use crate::cuda::tests::{TestInput, close, test_gpu};
+    use crate::tensors::tests::TestTensor;
     use proptest::prelude::*;
-    use tch::Kind;
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(60))]
         #[test]
-        fn pairs_turn_by_the_angles_of_their_position(
-            (batch, positions, heads) in (0i64..3, 1i64..9, 1i64..5), half in prop_oneof![1i64..20, Just(32), Just(64)], numbers: Numbers,
+        fn pairs_rotate_by_the_angle_of_their_position(
+            batch in 0i64..3,
+            positions in 1i64..9,
+            heads in 1i64..5,
+            half in prop_oneof![1i64..20, Just(32), Just(64)],
+            input: TestInput,
         ) {
             let (gpu, _) = test_gpu();
-            let x = numbers.random(&[batch, positions, heads, 2 * half]);
-            let tables = [(); 2].map(|()| numbers.random(&[positions, half]));
-            let ours = apply_rotary(gpu, &x, tables.each_ref(), heads as usize, positions as usize);
-            let halves = x.to_kind(Kind::Double).chunk(2, -1);
-            let [cos, sin] = tables.map(|table| table.to_kind(Kind::Double).unsqueeze(1));
-            let plain = [&halves[0] * &cos - &halves[1] * &sin, &halves[1] * &cos + &halves[0] * &sin];
-            close(&ours, &Tensor::cat(&plain, -1), if numbers.bf16 { 2e-2 } else { 1e-6 })?;
+            let x = input.random(&[batch, positions, heads, 2 * half]);
+            let [cos, sin] = [(); 2].map(|()| input.random(&[positions, half]));
+            let order = RowPositions {
+                rows_per_position: heads as usize,
+                positions: positions as usize,
+            };
+            let ours = apply_rotary(gpu, &x, &cos, &sin, order);
+            let halves = x.to_f64().chunk(2, -1);
+            let [cos, sin] = [cos, sin].map(|table| table.to_f64().unsqueeze(1));
+            let plain = [
+                &halves[0] * &cos - &halves[1] * &sin,
+                &halves[1] * &cos + &halves[0] * &sin,
+            ];
+            let tolerance = if input.bf16 { 2e-2 } else { 1e-6 };
+            close(&ours, &Tensor::cat(&plain, -1), tolerance)?;
         }
     }
 }

@@ -1,39 +1,44 @@
-//! What a router makes of its logits, and their gradient, `source/router.cu`.
+//! Launches of the router kernels in `source/router.cu`.
 
-use super::{Gpu, KernelLaunch, Variant, arguments};
-use crate::router::{RouterOutput, RouterScoring};
+use super::launch::{Argument, BlockShape, Gpu, KernelLaunch, Variant, arguments};
+use crate::routing::{RouterGradients, RouterOutput, RouterScoring};
+use crate::tensors::FIRST_DIM;
+use crate::tensors::{empty_f32, sizes, slice_rows};
 use std::ops::Range;
 use tch::{Kind, Tensor};
 
-/// Tokens of a block, one after another.
+/// Warps of a block, each of which works on one token at a time.
 const WARPS: usize = 4;
-/// Tokens whose sums a block adds up.
+/// Tokens that a block sums in the forward pass.
 const TOKENS_PER_BLOCK: usize = 64;
-/// A thread remembers in 32 bits which of its experts are taken, one of 32 threads.
+/// Limit of the kernels: each of a warp's 32 threads marks its taken experts in 32 bits.
 pub(crate) const MAX_EXPERTS: usize = 1024;
-/// Logits are fp32, and read one by one.
+/// Logits are fp32. The router kernels read them by element whatever the variant.
 const VARIANT: Variant = Variant {
     kind: Kind::Float,
     vectors: true,
 };
 
-fn call<'a>(
+fn launch<'a>(
     name: &'static str,
     blocks: usize,
-    shared: usize,
-    arguments: &'a [super::Argument],
+    shared_floats: usize,
+    arguments: &'a [Argument],
 ) -> KernelLaunch<'a> {
     KernelLaunch {
         name,
         variant: VARIANT,
         blocks,
-        block: (32, WARPS),
-        shared: shared * size_of::<f32>(),
+        block: BlockShape {
+            threads_per_row: 32,
+            rows: WARPS,
+        },
+        shared: shared_floats * size_of::<f32>(),
         arguments,
     }
 }
 
-/// As [`crate::select_experts`], of at most [`MAX_EXPERTS`].
+/// Runs [`crate::select_experts`] for at most [`MAX_EXPERTS`] experts.
 pub(crate) fn select_experts(
     gpu: &dyn Gpu,
     logits: &Tensor,
@@ -41,7 +46,7 @@ pub(crate) fn select_experts(
     top_k: usize,
     sigmoid: bool,
 ) -> Tensor {
-    let [tokens, experts] = [0, 1].map(|dim| logits.size()[dim] as usize);
+    let [tokens, experts] = sizes(logits);
     let chosen = Tensor::empty(
         [tokens as i64, top_k as i64],
         (Kind::Int64, logits.device()),
@@ -55,19 +60,13 @@ pub(crate) fn select_experts(
         top_k,
         usize::from(sigmoid)
     ];
-    gpu.run(
-        &call(
-            "select_experts",
-            tokens.div_ceil(WARPS),
-            WARPS * experts,
-            &arguments,
-        ),
-        logits,
-    );
+    let blocks = tokens.div_ceil(WARPS);
+    let launch = launch("select_experts", blocks, WARPS * experts, &arguments);
+    gpu.run(&launch, logits);
     chosen
 }
 
-/// As [`crate::router`], likewise.
+/// Runs [`crate::router`] for at most [`MAX_EXPERTS`] experts.
 pub(crate) fn router(
     gpu: &dyn Gpu,
     logits: &Tensor,
@@ -75,24 +74,21 @@ pub(crate) fn router(
     router: RouterScoring,
     groups: &[Range<usize>],
 ) -> RouterOutput {
-    let experts = logits.size()[1] as usize;
-    let top_k = chosen.size()[1] as usize;
-    let weights_tk = Tensor::empty(chosen.size(), (Kind::Float, logits.device()));
+    let [_, experts] = sizes(logits);
+    let [tokens, top_k] = sizes(chosen);
+    let weights_tk = empty_f32(logits, [tokens, top_k]);
     let mut sums = Vec::new();
     for group in groups {
-        let part = |tensor: &Tensor| tensor.narrow(0, group.start as i64, group.len() as i64);
-        let [group_logits, group_chosen, of_weights] = [logits, chosen, &weights_tk].map(part);
+        let rows = |x: &Tensor| slice_rows(x, group);
+        let [group_logits, group_chosen, group_weights] = [logits, chosen, &weights_tk].map(rows);
         let blocks = group.len().div_ceil(TOKENS_PER_BLOCK);
-        let partial = Tensor::empty(
-            [blocks as i64, experts as i64 + 1],
-            (Kind::Float, logits.device()),
-        );
+        let partial = empty_f32(logits, [blocks, experts + 1]);
         let sigmoid = usize::from(router.sigmoid);
         let normalize = usize::from(router.normalize);
         let arguments = arguments![
             &group_logits,
             &group_chosen,
-            &of_weights,
+            &group_weights,
             &partial,
             group.len(),
             experts,
@@ -102,11 +98,9 @@ pub(crate) fn router(
             normalize,
             router.scale as f32,
         ];
-        gpu.run(
-            &call("router", blocks, WARPS * (2 * experts + 1), &arguments),
-            logits,
-        );
-        sums.push(partial.sum_dim_intlist([0i64].as_slice(), false, Kind::Float));
+        let shared = WARPS * (2 * experts + 1);
+        gpu.run(&launch("router", blocks, shared, &arguments), logits);
+        sums.push(partial.sum_dim_intlist(FIRST_DIM, false, Kind::Float));
     }
     let sums = Tensor::stack(&sums, 0);
     let prob_sums_ge = sums.narrow(1, 0, experts as i64).contiguous();
@@ -118,33 +112,35 @@ pub(crate) fn router(
     }
 }
 
-/// As [`crate::router_backward`], likewise.
+/// Runs [`crate::router_backward`] for at most [`MAX_EXPERTS`] experts.
 pub(crate) fn router_backward(
     gpu: &dyn Gpu,
     logits: &Tensor,
     chosen: &Tensor,
     router: RouterScoring,
     groups: &[Range<usize>],
-    of: [Option<&Tensor>; 3],
+    grads: RouterGradients,
 ) -> Tensor {
-    let experts = logits.size()[1] as usize;
-    let top_k = chosen.size()[1] as usize;
+    let [_, experts] = sizes(logits);
+    let [_, top_k] = sizes(chosen);
     let out = logits.empty_like();
-    let [of_weights, grad_sums, grad_z] = of.map(|of| of.map(Tensor::contiguous));
+    let grad_weights = grads.weights_tk.map(Tensor::contiguous);
+    let grad_sums = grads.prob_sums_ge.map(Tensor::contiguous);
+    let grad_z = grads.z_sum.map(Tensor::contiguous);
     for (index, group) in groups.iter().enumerate() {
-        let part = |tensor: &Tensor| tensor.narrow(0, group.start as i64, group.len() as i64);
-        let [group_logits, group_chosen, to] = [logits, chosen, &out].map(part);
-        let of_weights = of_weights.as_ref().map(part);
+        let rows = |x: &Tensor| slice_rows(x, group);
+        let [group_logits, group_chosen, group_out] = [logits, chosen, &out].map(rows);
+        let grad_weights = grad_weights.as_ref().map(rows);
         let grad_sums = grad_sums.as_ref().map(|sums| sums.get(index as i64));
         let sigmoid = usize::from(router.sigmoid);
         let normalize = usize::from(router.normalize);
         let arguments = arguments![
             &group_logits,
             &group_chosen,
-            of_weights.as_ref(),
+            grad_weights.as_ref(),
             grad_sums.as_ref(),
             grad_z.as_ref(),
-            &to,
+            &group_out,
             group.len(),
             experts,
             top_k,
@@ -153,10 +149,9 @@ pub(crate) fn router_backward(
             router.scale as f32,
         ];
         let blocks = group.len().div_ceil(WARPS);
-        gpu.run(
-            &call("router_backward", blocks, 3 * WARPS * experts, &arguments),
-            logits,
-        );
+        let shared = 3 * WARPS * experts;
+        let launch = launch("router_backward", blocks, shared, &arguments);
+        gpu.run(&launch, logits);
     }
     out
 }
@@ -165,59 +160,84 @@ pub(crate) fn router_backward(
 mod tests {
     use super::*;
     use crate::cuda::tests::{close, test_gpu};
-    use crate::router::tests::plain;
+    use crate::router::tests::{consecutive, plain};
+    use crate::tensors::tests::TestTensor;
     use proptest::prelude::*;
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(30))]
         #[test]
-        fn it_is_what_libtorch_makes_of_them(
-            lens in proptest::collection::vec(0usize..100, 1..3), experts in prop_oneof![1i64..40, Just(64), Just(130)],
-            top_k in 1i64..9, sigmoid: bool, normalize: bool, biased: bool, which in 1usize..8,
+        fn it_matches_libtorch(
+            lens in proptest::collection::vec(0usize..100, 1..3),
+            experts in prop_oneof![1i64..40, Just(64), Just(130)],
+            top_k in 1i64..9,
+            sigmoid: bool,
+            normalize: bool,
+            biased: bool,
+            which in 1usize..8,
         ) {
             let (gpu, device) = test_gpu();
             let top_k = top_k.min(experts);
-            let groups: Vec<_> = lens.iter().scan(0, |end, len| { *end += len; Some(*end - len..*end) }).collect();
+            let groups = consecutive(&lens);
             let count = lens.iter().sum::<usize>() as i64;
             let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, device));
             let logits = random(&[count, experts]) * 3.0;
             let bias = biased.then(|| random(&[experts]));
             let chosen = select_experts(gpu, &logits, bias.as_ref(), top_k as usize, sigmoid);
-            let scores = if sigmoid { logits.sigmoid() } else { logits.softmax(-1, Kind::Float) };
+            let scores = if sigmoid {
+                logits.sigmoid()
+            } else {
+                logits.softmax(-1, Kind::Float)
+            };
             let biased = bias.map_or(scores.shallow_clone(), |bias| scores + bias);
             let (best, _) = biased.topk(top_k, -1, true, true);
             close(&biased.gather(1, &chosen, false), &best, 1e-5)?;
             let sorted = chosen.sort(-1, false).0;
-            let apart = sorted.narrow(1, 1, top_k - 1) - sorted.narrow(1, 0, top_k - 1);
+            let others = top_k - 1;
+            let apart = sorted.narrow(1, 1, others) - sorted.narrow(1, 0, others);
             prop_assert_eq!(apart.eq(0).sum(Kind::Int64).int64_value(&[]), 0);
 
-            let how = RouterScoring { sigmoid, normalize, scale: 1.5 };
-            let wide = logits.to_kind(Kind::Double).set_requires_grad(true);
-            let plain = plain(&wide, &chosen, how, &groups);
-            let RouterOutput { weights_tk, prob_sums_ge, z_sum } = router(gpu, &logits, &chosen, how, &groups);
-            for (ours, plain) in [&weights_tk, &prob_sums_ge, &z_sum].into_iter().zip(&plain) {
+            let scoring = RouterScoring {
+                sigmoid,
+                normalize,
+                scale: 1.5,
+            };
+            let wide = logits.to_f64().set_requires_grad(true);
+            let plain = plain(&wide, &chosen, scoring, &groups);
+            let ours = router(gpu, &logits, &chosen, scoring, &groups);
+            let ours = [ours.weights_tk, ours.prob_sums_ge, ours.z_sum];
+            for (ours, plain) in ours.iter().zip(&plain) {
                 close(ours, plain, 3e-5)?;
             }
-            // Gradients of some of the three.
-            let of: Vec<_> = plain.iter().map(|x| random(&x.size())).collect();
+            // Only some of the three outputs have a gradient.
             let wanted = |index: usize| which >> index & 1 == 1;
-            let some = [0, 1, 2].map(|index| wanted(index).then_some(&of[index]));
-            let terms = plain.iter().zip(&of).enumerate().filter(|(index, _)| wanted(*index));
-            let total: Tensor = terms.map(|(_, (x, of))| (x * of.to_kind(Kind::Double)).sum(Kind::Double)).sum();
+            let random = |index: usize| wanted(index).then(|| random(&plain[index].size()));
+            let grads: [Option<Tensor>; 3] = std::array::from_fn(random);
+            let mut total = Tensor::zeros([], (Kind::Double, device));
+            for (x, grad) in plain.iter().zip(&grads) {
+                if let Some(grad) = grad {
+                    total = total + (x * grad.to_f64()).sum(Kind::Double);
+                }
+            }
             total.backward();
-            let ours = router_backward(gpu, &logits, &chosen, how, &groups, some);
+            let grads = RouterGradients {
+                weights_tk: grads[0].as_ref(),
+                prob_sums_ge: grads[1].as_ref(),
+                z_sum: grads[2].as_ref(),
+            };
+            let ours = router_backward(gpu, &logits, &chosen, scoring, &groups, grads);
             close(&ours, &wide.grad(), 2e-5)?;
         }
     }
 
     #[test]
-    fn of_equals_the_first_is_chosen_and_of_what_is_no_number_somebody() {
+    fn ties_go_to_the_first_expert_and_nan_scores_still_choose() {
         let (gpu, device) = test_gpu();
         let logits = Tensor::from_slice(&[1f32, 2.0, 2.0, 2.0, f32::NAN, 0.0, 1.0, 0.0])
             .view([2, 4])
             .to_device(device);
-        let chosen =
-            Vec::<i64>::try_from(select_experts(gpu, &logits, None, 3, false).view([-1])).unwrap();
+        let chosen = select_experts(gpu, &logits, None, 3, false);
+        let chosen = Vec::<i64>::try_from(chosen.view([-1])).unwrap();
         assert_eq!(chosen, [1, 2, 3, 0, 1, 2]);
     }
 }

@@ -1,5 +1,8 @@
-//! For processors with AVX2 and FMA, which have no instructions for bf16: bf16 becomes fp32 where it is packed, so that rows of a left
-//! matrix are packed, too. A tile is 6 x 16, whose row of two vectors meets six broadcast numbers: 12 of 16 registers.
+//! The kernel for processors with AVX2 and FMA.
+//!
+//! A tile is 6 x 16: its rows are two vectors wide, and its sums fill 12 of 16 registers. There are
+//! no bf16 instructions, so bf16 becomes fp32 when it is packed, and rows of a bf16 left matrix are
+//! packed too.
 
 use super::kernel::{
     CacheLine, Kernel, LANES, Layout, MAX_PACKED_PANELS, Operand, ROWS, Store, TileOutput, fetch,
@@ -9,16 +12,15 @@ use std::arch::x86_64::*;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Numbers of a vector.
+/// Number of fp32 lanes of a vector.
 const WIDTH: usize = 8;
-/// Columns of which a row is read at once.
+/// Columns that are packed together, row by row.
 const COLUMNS: usize = 4 * LANES;
-/// Bytes of a page.
-const PAGE: usize = 4096;
-/// Steps from what is read to what is fetched meanwhile.
+const PAGE_BYTES: usize = 4096;
+/// Prefetch distance in steps.
 const AHEAD: usize = 8;
 
-/// Products of numbers of this type.
+/// The AVX2 kernel for elements of type `T`.
 pub(crate) struct Avx2<T>(PhantomData<T>);
 
 impl<T: Number> Kernel for Avx2<T> {
@@ -29,11 +31,15 @@ impl<T: Number> Kernel for Avx2<T> {
     const RIGHT_STATIONARY: bool = true;
 
     fn layout(left: &Operand) -> Layout {
-        match left.inner == Self::SIZE {
-            // bf16 has to be made fp32, and rows that are whole pages apart would share few places of the cache.
-            true if Self::SIZE == 4 && !left.outer.is_multiple_of(PAGE) => Layout::InPlace,
-            true => Layout::Rows,
-            false => Layout::Units,
+        if left.inner != Self::SIZE {
+            return Layout::Units;
+        }
+        // Rows that are whole pages apart would map to few cache sets.
+        let conflicts = left.outer.is_multiple_of(PAGE_BYTES);
+        if Self::SIZE == 4 && !conflicts {
+            Layout::InPlace
+        } else {
+            Layout::Rows
         }
     }
 
@@ -41,13 +47,13 @@ impl<T: Number> Kernel for Avx2<T> {
         MAX_PACKED_PANELS
     }
 
-    unsafe fn right(
+    unsafe fn pack_right(
         from: &Operand,
         units: Range<usize>,
         columns: Range<usize>,
         to: *mut CacheLine,
     ) {
-        // SAFETY: the same promises.
+        // SAFETY: the caller makes the same promises.
         unsafe {
             if from.outer == Self::SIZE {
                 pack_right_rows::<T>(from, units, columns, to)
@@ -57,8 +63,14 @@ impl<T: Number> Kernel for Avx2<T> {
         }
     }
 
-    unsafe fn left(from: &Operand, units: Range<usize>, first: usize, rows: usize, to: *mut u32) {
-        // SAFETY: the same promises.
+    unsafe fn pack_left(
+        from: &Operand,
+        units: Range<usize>,
+        first: usize,
+        rows: usize,
+        to: *mut u32,
+    ) {
+        // SAFETY: the caller makes the same promises.
         unsafe {
             match Self::layout(from) {
                 Layout::Units => pack_left_columns::<T>(from, units, first, rows, to.cast()),
@@ -75,41 +87,43 @@ impl<T: Number> Kernel for Avx2<T> {
         right: *const CacheLine,
         out: &TileOutput,
     ) {
-        // SAFETY: the same promises; a step has as many lines as a tile.
+        // SAFETY: the caller makes the same promises; a step has as many lines as a tile.
         unsafe { tile(units, left, step, right.cast(), out) }
     }
 
     unsafe fn round(
         from: *const f32,
-        from_row: usize,
+        from_stride: usize,
         width: usize,
         out: *mut u8,
-        out_row: usize,
+        out_stride: usize,
         rows: usize,
     ) {
-        // SAFETY: the same promises.
-        unsafe { round(from, from_row, width, out, out_row, rows) }
+        // SAFETY: the caller makes the same promises.
+        unsafe { round(from, from_stride, width, out, out_stride, rows) }
     }
 }
 
-/// `count` numbers, made fp32.
+/// Converts `count` elements to fp32.
 ///
 /// # Safety
-/// They can be read, and written; the caller has the features.
+/// The elements are readable and writable, and the caller has the features.
 #[inline(always)]
 unsafe fn widen<T: Number>(from: *const T, to: *mut f32, count: usize) {
     // SAFETY: as the caller promises.
     unsafe {
         let from = std::slice::from_raw_parts(from, count);
         let to = std::slice::from_raw_parts_mut(to, count);
-        to.iter_mut().zip(from).for_each(|(to, x)| *to = x.wide());
+        for (to, x) in to.iter_mut().zip(from) {
+            *to = x.wide();
+        }
     }
 }
 
-/// A right matrix whose rows lie in memory, `units` of which are wanted.
+/// Packs units of a right matrix with contiguous rows.
 ///
 /// # Safety
-/// As for [`Kernel::right`].
+/// As for [`Kernel::pack_right`].
 #[target_feature(enable = "avx2,fma")]
 unsafe fn pack_right_rows<T: Number>(
     from: &Operand,
@@ -118,34 +132,31 @@ unsafe fn pack_right_rows<T: Number>(
     to: *mut CacheLine,
 ) {
     let count = units.len();
-    // Many panels at once would be written to few places of the cache.
+    // The destinations of more panels at once would map to few cache sets.
     for first in columns.clone().step_by(COLUMNS) {
         let end = columns.end.min(first + COLUMNS);
         for (index, unit) in units.clone().enumerate() {
             let row = from
                 .data
                 .wrapping_add(unit * from.inner + first * from.outer);
-            fetch(
-                row.wrapping_add(AHEAD * from.inner),
-                (end - first) * size_of::<T>(),
-            );
+            let bytes = (end - first) * size_of::<T>();
+            fetch(row.wrapping_add(AHEAD * from.inner), bytes);
             for column in (first..end).step_by(LANES) {
                 let here = (end - column).min(LANES);
+                let panel = (column - columns.start) / LANES;
                 // SAFETY: as the caller promises.
                 unsafe {
                     let at = from
                         .data
                         .add(unit * from.inner + column * from.outer)
                         .cast::<T>();
-                    let to = to
-                        .add((column - columns.start) / LANES * count + index)
-                        .cast::<f32>();
-                    let (first, second) = match here {
-                        LANES => (eight(at), eight(at.add(WIDTH))),
-                        _ => (
-                            some(at, here.min(WIDTH)),
-                            some(at.add(here.min(WIDTH)), here.saturating_sub(WIDTH)),
-                        ),
+                    let to = to.add(panel * count + index).cast::<f32>();
+                    let (first, second) = if here == LANES {
+                        (load8(at), load8(at.add(WIDTH)))
+                    } else {
+                        let low = here.min(WIDTH);
+                        let high = here.saturating_sub(WIDTH);
+                        (load_partial(at, low), load_partial(at.add(low), high))
                     };
                     _mm256_store_ps(to, first);
                     _mm256_store_ps(to.add(WIDTH), second);
@@ -155,10 +166,10 @@ unsafe fn pack_right_rows<T: Number>(
     }
 }
 
-/// A right matrix whose columns lie in memory.
+/// Packs units of a right matrix with contiguous columns.
 ///
 /// # Safety
-/// As for [`Kernel::right`].
+/// As for [`Kernel::pack_right`].
 #[target_feature(enable = "avx2,fma")]
 unsafe fn pack_right_columns<T: Number>(
     from: &Operand,
@@ -175,24 +186,22 @@ unsafe fn pack_right_columns<T: Number>(
                 // SAFETY: as the caller promises.
                 unsafe {
                     let mut rows = [_mm256_setzero_ps(); WIDTH];
-                    for (column, row) in
-                        rows.iter_mut().enumerate().take(there.saturating_sub(half))
-                    {
+                    let valid = there.saturating_sub(half);
+                    for (column, row) in rows.iter_mut().enumerate().take(valid) {
+                        let column = first + half + column;
                         let at = from
                             .data
-                            .add(unit * from.inner + (first + half + column) * from.outer)
+                            .add(unit * from.inner + column * from.outer)
                             .cast::<T>();
                         fetch(at.wrapping_add(AHEAD * WIDTH).cast(), 1);
                         *row = match here {
-                            WIDTH => eight(at),
-                            _ => some(at, here),
+                            WIDTH => load8(at),
+                            _ => load_partial(at, here),
                         };
                     }
                     for (step, values) in transposed(rows).into_iter().enumerate().take(here) {
-                        _mm256_store_ps(
-                            to.add(panel * count + index + step).cast::<f32>().add(half),
-                            values,
-                        );
+                        let line = to.add(panel * count + index + step);
+                        _mm256_store_ps(line.cast::<f32>().add(half), values);
                     }
                 }
             }
@@ -200,10 +209,10 @@ unsafe fn pack_right_columns<T: Number>(
     }
 }
 
-/// Rows of a left matrix that lie in memory.
+/// Packs units of a left matrix with contiguous rows.
 ///
 /// # Safety
-/// As for [`Kernel::left`].
+/// As for [`Kernel::pack_left`].
 #[target_feature(enable = "avx2,fma")]
 unsafe fn pack_left_rows<T: Number>(
     from: &Operand,
@@ -222,17 +231,17 @@ unsafe fn pack_left_rows<T: Number>(
                 .cast::<T>();
             let to = to.add(row * units.len());
             for unit in (0..whole).step_by(WIDTH) {
-                _mm256_storeu_ps(to.add(unit), eight(at.add(unit)));
+                _mm256_storeu_ps(to.add(unit), load8(at.add(unit)));
             }
             widen(at.add(whole), to.add(whole), units.len() - whole);
         }
     }
 }
 
-/// Rows of a left matrix whose columns lie in memory.
+/// Packs units of a left matrix with contiguous columns.
 ///
 /// # Safety
-/// As for [`Kernel::left`].
+/// As for [`Kernel::pack_left`].
 #[target_feature(enable = "avx2,fma")]
 unsafe fn pack_left_columns<T: Number>(
     from: &Operand,
@@ -248,13 +257,14 @@ unsafe fn pack_left_columns<T: Number>(
             .wrapping_add(unit * from.inner + first * from.outer);
         fetch(at.wrapping_add(AHEAD * from.inner), rows * size_of::<T>());
         for (panel, row) in (0..rows).step_by(ROWS).enumerate() {
-            // SAFETY: as the caller promises. What is written beyond six numbers, the next unit's are written over.
+            // SAFETY: as the caller promises. The next unit overwrites what is written beyond six
+            // elements.
             unsafe {
                 let at = at.cast::<T>().add(row);
                 let to = to.add((panel * count + index) * ROWS);
                 match rows - row {
-                    WIDTH.. if index + 1 < count => _mm256_storeu_ps(to, eight(at)),
-                    ROWS.. => six(at, to),
+                    WIDTH.. if index + 1 < count => _mm256_storeu_ps(to, load8(at)),
+                    ROWS.. => copy6(at, to),
                     rest => widen(at, to, rest),
                 }
             }
@@ -263,47 +273,47 @@ unsafe fn pack_left_columns<T: Number>(
 }
 
 /// # Safety
-/// Eight numbers can be read.
+/// Eight elements are readable.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn eight<T: Number>(at: *const T) -> __m256 {
+unsafe fn load8<T: Number>(at: *const T) -> __m256 {
     // SAFETY: as the caller promises.
     unsafe {
         match size_of::<T>() {
             4 => _mm256_loadu_ps(at.cast()),
-            _ => _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(
-                _mm_loadu_si128(at.cast()),
-            ))),
+            _ => {
+                let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(at.cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
+            }
         }
     }
 }
 
 /// # Safety
-/// Six numbers can be read, and written.
+/// Six elements are readable and writable.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn six<T: Number>(at: *const T, to: *mut f32) {
+unsafe fn copy6<T: Number>(at: *const T, to: *mut f32) {
     // SAFETY: as the caller promises.
     unsafe {
         if size_of::<T>() == 4 {
-            to.cast::<[f32; ROWS]>()
-                .write_unaligned(at.cast::<[f32; ROWS]>().read_unaligned());
+            let elements = at.cast::<[f32; ROWS]>().read_unaligned();
+            to.cast::<[f32; ROWS]>().write_unaligned(elements);
             return;
         }
         let wide = |x| _mm_slli_epi32::<16>(_mm_cvtepu16_epi32(x));
-        _mm_storeu_si128(to.cast(), wide(_mm_loadl_epi64(at.cast())));
-        _mm_storel_epi64(
-            to.add(4).cast(),
-            wide(_mm_cvtsi32_si128(at.add(4).cast::<i32>().read_unaligned())),
-        );
+        let first = _mm_loadl_epi64(at.cast());
+        let last = at.add(4).cast::<i32>().read_unaligned();
+        _mm_storeu_si128(to.cast(), wide(first));
+        _mm_storel_epi64(to.add(4).cast(), wide(_mm_cvtsi32_si128(last)));
     }
 }
 
 /// # Safety
-/// `count` numbers, at most eight, can be read.
+/// `count` elements, at most eight, are readable.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn some<T: Number>(at: *const T, count: usize) -> __m256 {
+unsafe fn load_partial<T: Number>(at: *const T, count: usize) -> __m256 {
     let mut numbers = [0f32; WIDTH];
     // SAFETY: as the caller promises.
     unsafe {
@@ -312,7 +322,7 @@ unsafe fn some<T: Number>(at: *const T, count: usize) -> __m256 {
     }
 }
 
-/// 8 x 8 numbers, rows for columns.
+/// Transposes 8 x 8 elements.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn transposed(a: [__m256; WIDTH]) -> [__m256; WIDTH] {
@@ -328,7 +338,7 @@ fn transposed(a: [__m256; WIDTH]) -> [__m256; WIDTH] {
         c[i + 2] = _mm256_shuffle_ps::<0x44>(b[i + 1], b[i + 3]);
         c[i + 3] = _mm256_shuffle_ps::<0xee>(b[i + 1], b[i + 3]);
     }
-    // Each half of c[4 q + i] is column i + 4 * half of rows 4 q to 4 q + 3.
+    // Half h of c[4 q + i] is column i + 4 h of rows 4 q to 4 q + 3.
     let low: [__m256; 4] = std::array::from_fn(|i| _mm256_permute2f128_ps::<0x20>(c[i], c[4 + i]));
     let high: [__m256; 4] = std::array::from_fn(|i| _mm256_permute2f128_ps::<0x31>(c[i], c[4 + i]));
     std::array::from_fn(|i| if i < 4 { low[i] } else { high[i - 4] })
@@ -357,27 +367,28 @@ unsafe fn tile(
                     sums[i][j] = _mm256_fmadd_ps(left, line[j], sums[i][j]);
                 }
             }
-            (at, right) = (at.wrapping_add(step), right.add(LANES));
+            at = at.wrapping_add(step);
+            right = right.add(LANES);
         }
         if !out.is_full() || out.store == Store::Round {
-            // By a copy: what is passed on lies in memory, and the sums are to stay in registers.
+            // A copy: what is passed by reference is in memory, and `sums` must stay in registers.
             let sums = sums;
             return store_partial_tile(&sums, out);
         }
-        let mut place = out.data.cast::<f32>();
+        let mut row = out.data.cast::<f32>();
         for [mut first, mut second] in sums {
             if out.store == Store::Add {
-                first = _mm256_add_ps(_mm256_loadu_ps(place), first);
-                second = _mm256_add_ps(_mm256_loadu_ps(place.add(WIDTH)), second);
+                first = _mm256_add_ps(_mm256_loadu_ps(row), first);
+                second = _mm256_add_ps(_mm256_loadu_ps(row.add(WIDTH)), second);
             }
-            _mm256_storeu_ps(place, first);
-            _mm256_storeu_ps(place.add(WIDTH), second);
-            place = place.wrapping_byte_add(out.row);
+            _mm256_storeu_ps(row, first);
+            _mm256_storeu_ps(row.add(WIDTH), second);
+            row = row.wrapping_byte_add(out.row_stride);
         }
     }
 }
 
-/// The numbers of a tile that are there, or all, rounded.
+/// Stores the valid elements of a tile, rounded if `out` says so.
 ///
 /// # Safety
 /// As for [`Kernel::tile`].
@@ -388,24 +399,21 @@ unsafe fn store_partial_tile(sums: &[[__m256; 2]; ROWS], out: &TileOutput) {
     for (i, &[first, second]) in sums.iter().enumerate().take(out.rows) {
         // SAFETY: as the caller promises.
         unsafe {
-            let row = out.data.add(i * out.row);
+            let row = out.data.add(i * out.row_stride);
             let mut sums = [0f32; LANES];
             _mm256_storeu_ps(sums.as_mut_ptr(), first);
             _mm256_storeu_ps(sums.as_mut_ptr().add(WIDTH), second);
             if out.store == Store::Round {
-                let place = std::slice::from_raw_parts_mut(row.cast::<Bf16>(), columns);
-                place
-                    .iter_mut()
-                    .zip(sums)
-                    .for_each(|(place, sum)| *place = Bf16::narrow(sum));
+                let row = std::slice::from_raw_parts_mut(row.cast::<Bf16>(), columns);
+                for (x, sum) in row.iter_mut().zip(sums) {
+                    *x = Bf16::narrow(sum);
+                }
                 continue;
             }
-            for (place, sum) in std::slice::from_raw_parts_mut(row.cast::<f32>(), columns)
-                .iter_mut()
-                .zip(sums)
-            {
-                *place = if out.store == Store::Add {
-                    *place + sum
+            let row = std::slice::from_raw_parts_mut(row.cast::<f32>(), columns);
+            for (x, sum) in row.iter_mut().zip(sums) {
+                *x = if out.store == Store::Add {
+                    *x + sum
                 } else {
                     sum
                 };
@@ -419,23 +427,22 @@ unsafe fn store_partial_tile(sums: &[[__m256; 2]; ROWS], out: &TileOutput) {
 #[target_feature(enable = "avx2,fma")]
 unsafe fn round(
     from: *const f32,
-    from_row: usize,
+    from_stride: usize,
     width: usize,
     out: *mut u8,
-    out_row: usize,
+    out_stride: usize,
     rows: usize,
 ) {
     for row in 0..rows {
         // SAFETY: as the caller promises.
-        let (from, to) = unsafe {
-            let to = out.add(row * out_row).cast::<Bf16>();
-            (
-                std::slice::from_raw_parts(from.add(row * from_row), width),
-                std::slice::from_raw_parts_mut(to, width),
-            )
+        let from = unsafe { std::slice::from_raw_parts(from.add(row * from_stride), width) };
+        // SAFETY: as the caller promises.
+        let to = unsafe {
+            let row = out.add(row * out_stride).cast::<Bf16>();
+            std::slice::from_raw_parts_mut(row, width)
         };
-        to.iter_mut()
-            .zip(from)
-            .for_each(|(to, x)| *to = Bf16::narrow(*x));
+        for (to, x) in to.iter_mut().zip(from) {
+            *to = Bf16::narrow(*x);
+        }
     }
 }

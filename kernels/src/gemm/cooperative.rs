@@ -1,21 +1,21 @@
-//! Products whose right matrices are packed once, by all threads, before any of them uses them.
+//! GEMMs whose right matrices all threads pack together before any thread uses them.
 
-use super::kernel::{CacheLine, Kernel, LANES, room};
+use super::kernel::{CacheLine, Kernel, LANES, reserve_units};
 use super::macrokernel::{GemmTask, PACKED, macrokernel};
-use super::partition::Wave;
+use super::partition::{Block, Wave};
 use crate::rows::on_threads;
 use std::ops::Range;
 
-/// Columns that a thread packs at once: of whole panels.
+/// Columns that a thread packs at once, a multiple of a panel.
 const CHUNK: usize = 64;
 
-/// Right matrices of a wave's blocks, packed: each block's lines from its start on, depth after depth.
+/// The packed right matrices of a wave's blocks, each from its start, one depth after another.
 struct PackedBlocks {
     data: *mut CacheLine,
     starts: Vec<usize>,
 }
 
-// SAFETY: threads write parts that do not overlap, and read when all are written.
+// SAFETY: threads write disjoint parts and read only after all parts are written.
 unsafe impl Sync for PackedBlocks {}
 
 impl PackedBlocks {
@@ -24,43 +24,39 @@ impl PackedBlocks {
     }
 }
 
-/// Some columns of a block, some units deep.
+/// Columns of a block, for units of one depth.
 struct Chunk {
     block: usize,
     units: Range<usize>,
     columns: Range<usize>,
 }
 
-/// All waves' products, one after another.
+/// Computes one wave after another.
 pub(super) fn gemm_batch<K: Kernel>(tasks: &[GemmTask], waves: &[Wave]) {
     PACKED.with_borrow_mut(|buffer| {
         for wave in waves {
-            let packed = pack::<K>(tasks, wave, buffer);
+            let packed = pack_wave::<K>(tasks, wave, buffer);
             on_threads(wave.parts.len(), |part| {
                 for piece in &wave.parts[part] {
-                    let block = &wave.blocks[piece.block];
-                    let task = &tasks[block.task];
+                    let Block { task, columns } = &wave.blocks[piece.block];
+                    let task = &tasks[*task];
                     let right = packed.of(piece.block);
                     let units = 0..task.units::<K>();
-                    // SAFETY: the processor was asked, sizes were compared where the task was made, what is needed of the right matrix
-                    // is packed, and a piece is this thread's alone.
-                    unsafe {
-                        macrokernel::<K>(
-                            task,
-                            &block.columns,
-                            units,
-                            right,
-                            piece.panels.clone(),
-                            || {},
-                        )
-                    }
+                    let panels = piece.panels.clone();
+                    // SAFETY: the processor has the features, `task` in mod.rs has compared the
+                    // sizes, the right matrix is packed, and the piece belongs to this thread.
+                    unsafe { macrokernel::<K>(task, columns, units, right, panels, || {}) }
                 }
             });
         }
     });
 }
 
-fn pack<K: Kernel>(tasks: &[GemmTask], wave: &Wave, buffer: &mut Vec<CacheLine>) -> PackedBlocks {
+fn pack_wave<K: Kernel>(
+    tasks: &[GemmTask],
+    wave: &Wave,
+    buffer: &mut Vec<CacheLine>,
+) -> PackedBlocks {
     let mut starts = Vec::new();
     let mut chunks = Vec::new();
     let mut lines = 0;
@@ -80,7 +76,7 @@ fn pack<K: Kernel>(tasks: &[GemmTask], wave: &Wave, buffer: &mut Vec<CacheLine>)
         }
     }
     let packed = PackedBlocks {
-        data: room(buffer, lines * LANES),
+        data: reserve_units(buffer, lines * LANES),
         starts,
     };
     on_threads(chunks.len(), |chunk| {
@@ -90,12 +86,12 @@ fn pack<K: Kernel>(tasks: &[GemmTask], wave: &Wave, buffer: &mut Vec<CacheLine>)
             columns,
         } = &chunks[chunk];
         let block = &wave.blocks[*index];
-        let before =
-            units.start * block.padded() + units.len() * (columns.start - block.columns.start);
-        // SAFETY: inside the matrix and the buffer, by their sizes: chunks begin with whole lines.
+        let earlier_columns = columns.start - block.columns.start;
+        let before = units.start * block.padded() + units.len() * earlier_columns;
+        // SAFETY: the matrix and the buffer have these sizes, and chunks start at whole lines.
         unsafe {
             let to = packed.of(*index).add(before / LANES);
-            K::right(&tasks[block.task].right, units.clone(), columns.clone(), to);
+            K::pack_right(&tasks[block.task].right, units.clone(), columns.clone(), to);
         }
     });
     packed

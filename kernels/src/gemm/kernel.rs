@@ -1,60 +1,62 @@
-//! What kernels of different processors have in common: operands, units, tiles and where those go.
+//! The interface of a processor's kernel: operands, packing units and tiles.
 
 use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch};
 use std::ops::Range;
 
-/// Rows of a tile.
+/// Number of rows of a tile.
 pub(crate) const ROWS: usize = 6;
-/// Numbers of a [`CacheLine`].
+/// Number of 4-byte units of a [`CacheLine`].
 pub(crate) const LANES: usize = 16;
 
-/// The most panels of a left matrix, each of [`ROWS`] rows, that are packed at once.
+/// Most panels of a left matrix, each of [`ROWS`] rows, that are packed at once.
 pub(crate) const MAX_PACKED_PANELS: usize = 16;
 
-/// 64 bytes.
+/// An aligned 64-byte line.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub(crate) struct CacheLine([u32; LANES]);
 
-/// A matrix in memory, of which one side is "inner": the dimension that is summed over.
+/// A matrix in memory, seen as the inner dimension, which is summed over, and the outer one.
 #[derive(Clone, Copy)]
 pub(crate) struct Operand {
     pub(crate) data: *const u8,
-    /// Bytes to the next along the inner dimension.
+    /// Stride of the inner dimension in bytes.
     pub(crate) inner: usize,
-    /// Bytes to the next along the other one.
+    /// Stride of the outer dimension in bytes.
     pub(crate) outer: usize,
-    /// Numbers along the inner dimension.
+    /// Length of the inner dimension in elements.
     pub(crate) len: usize,
 }
 
-/// How a tile reads rows of the left matrix.
+/// The order in which a tile reads the left matrix.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Layout {
-    /// Where they lie.
+    /// Unpacked, in the memory of the tensor.
     InPlace,
-    /// Packed, each row's units after each other.
+    /// Packed row by row: the units of a row are adjacent.
     Rows,
-    /// Packed, each unit's rows after each other.
+    /// Packed unit by unit: the rows of a unit are adjacent.
     Units,
 }
 
-/// Where a tile goes.
+/// The destination of a tile.
 #[derive(Clone, Copy)]
 pub(crate) struct TileOutput {
     pub(crate) data: *mut u8,
     /// Bytes from one row to the next.
-    pub(crate) row: usize,
-    /// Rows that there are, at most [`ROWS`].
+    pub(crate) row_stride: usize,
+    /// Number of valid rows, at most [`ROWS`].
     pub(crate) rows: usize,
-    /// Columns of the last vector that there are, a bit each.
+    /// One bit per valid column of the last vector.
     pub(crate) mask: u16,
     pub(crate) store: Store,
 }
 
 impl TileOutput {
-    /// Has the place, of N vectors of columns, fetched while the product is made: to write to memory that is far away takes as long as to
-    /// read it.
+    /// Prefetches the output tile, N vectors wide, for writing.
+    ///
+    /// A write to memory outside the cache takes as long as a read, so the prefetch overlaps the
+    /// computation of the tile.
     #[inline(always)]
     pub(crate) fn fetch<const N: usize>(&self) {
         let lines = if self.store == Store::Round {
@@ -65,76 +67,91 @@ impl TileOutput {
         let mut row = self.data;
         for i in 1..=ROWS {
             for line in (0..N).take_while(|&line| line < lines) {
-                // SAFETY: fetching asks for nothing.
-                unsafe {
-                    _mm_prefetch::<_MM_HINT_ET0>(
-                        row.wrapping_add(line * size_of::<CacheLine>()).cast(),
-                    )
-                }
+                let line = row.wrapping_add(line * size_of::<CacheLine>());
+                // SAFETY: a prefetch may use any address.
+                unsafe { _mm_prefetch::<_MM_HINT_ET0>(line.cast()) }
             }
-            // Where rows are missing, the last one again.
-            row = row.wrapping_add(if i < self.rows { self.row } else { 0 });
+            // Repeats the last row if rows are missing.
+            row = row.wrapping_add(if i < self.rows { self.row_stride } else { 0 });
         }
     }
 
-    /// Whether no row is missing, nor a column.
+    /// True if all rows and columns are valid.
     #[inline(always)]
     pub(crate) fn is_full(&self) -> bool {
         self.rows == ROWS && self.mask == u16::MAX
     }
 }
 
-/// What becomes of the numbers that are there.
+/// The way in which a tile is stored.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Store {
-    /// fp32 takes their place.
+    /// Overwrites fp32 elements with sums.
     Set,
-    /// They are fp32 and are added to.
+    /// Adds sums to fp32 elements.
     Add,
-    /// bf16 takes their place.
+    /// Overwrites bf16 elements with rounded sums.
     Round,
 }
 
-/// How a processor multiplies numbers of a dtype. Matrices are gone along in units, of four bytes each once they are packed: what one
-/// lane multiplies in a step.
+/// A processor's GEMM kernel for elements of one dtype.
+///
+/// Packed matrices consist of 4-byte units. One lane multiplies a unit per step: one fp32 element
+/// or a pair of bf16 elements that are consecutive along the inner dimension.
 pub(crate) trait Kernel {
-    /// Bytes of a number in memory.
+    /// Bytes of an element in memory.
     const SIZE: usize;
-    /// Numbers of a unit.
+    /// Number of elements of a unit.
     const PER_UNIT: usize;
-    /// Lines of a tile's row.
+    /// Number of cache lines of a tile's row.
     const LINES: usize;
-    /// Units of the inner dimension that are gone along at once: what is packed of the right matrix stays in the second cache.
+    /// Units of the inner dimension per pass, so that the packed right matrix fits the L2 cache.
     const DEPTH: usize;
-    /// Whether a tile's columns of the right matrix stay in the first cache while many panels meet them, or a panel while many
-    /// columns do.
+    /// True if a tile's columns of the right matrix stay in the L1 cache while panels change; false
+    /// if a panel stays there while columns change.
     const RIGHT_STATIONARY: bool;
 
-    /// How rows of a left matrix are read.
+    /// Returns the order in which a tile reads this left matrix.
     fn layout(left: &Operand) -> Layout;
 
-    /// How many panels of a left matrix are packed at once, at most [`MAX_PACKED_PANELS`].
+    /// Returns how many panels of a left matrix are packed at once, at most [`MAX_PACKED_PANELS`].
     fn panels(layout: Layout) -> usize;
 
-    /// Packs the units `units` of the columns `columns` of a right matrix: panels of as many as a tile has, or the rest, each unit
-    /// after unit.
+    /// Packs units of columns of a right matrix into panels as wide as a tile, unit by unit.
+    ///
+    /// The last panel has the remaining columns.
     ///
     /// # Safety
     /// The processor has the features, the matrix has these columns and units, and `to` has room.
-    unsafe fn right(from: &Operand, units: Range<usize>, columns: Range<usize>, to: *mut CacheLine);
+    unsafe fn pack_right(
+        from: &Operand,
+        units: Range<usize>,
+        columns: Range<usize>,
+        to: *mut CacheLine,
+    );
 
-    /// Packs the units `units` of `rows` rows of a left matrix from `first` on, unless its layout is [`Layout::InPlace`]: panels of
-    /// [`ROWS`] rows.
+    /// Packs units of `rows` rows of a left matrix, from row `first`, into panels of [`ROWS`] rows.
+    ///
+    /// A matrix with [`Layout::InPlace`] needs no packing.
     ///
     /// # Safety
-    /// As above: room for `panels * units * ROWS` units and a line.
-    unsafe fn left(from: &Operand, units: Range<usize>, first: usize, rows: usize, to: *mut u32);
+    /// As for [`Kernel::pack_right`]; `to` has room for `panels * units * ROWS` units and a line.
+    unsafe fn pack_left(
+        from: &Operand,
+        units: Range<usize>,
+        first: usize,
+        rows: usize,
+        to: *mut u32,
+    );
 
-    /// `units` steps of a tile of [`ROWS`] rows and `lines` lines of columns. Row `i`'s units begin at `left[i]`, `step` bytes apart; a
-    /// step of `right` is `lines` lines.
+    /// Computes a tile of [`ROWS`] rows and `lines` lines of columns in `units` steps.
+    ///
+    /// The units of row `i` start at `left[i]` and are `step` bytes apart. A step of `right` is
+    /// `lines` lines.
     ///
     /// # Safety
-    /// The processor has the features. All of `left` and `right` can be read, and what `out` tells be written.
+    /// The processor has the features, all of `left` and `right` is readable, and the elements that
+    /// `out` describes are writable.
     unsafe fn tile(
         lines: usize,
         units: usize,
@@ -144,22 +161,23 @@ pub(crate) trait Kernel {
         out: &TileOutput,
     );
 
-    /// Rounds rows of `width` fp32 numbers at `from`, `from_row` numbers apart, to bf16 in `out`.
+    /// Rounds `rows` rows of `width` fp32 elements, `from_stride` elements apart, to bf16 in `out`,
+    /// `out_stride` bytes apart.
     ///
     /// # Safety
-    /// As for a tile.
+    /// As for [`Kernel::tile`].
     unsafe fn round(
         from: *const f32,
-        from_row: usize,
+        from_stride: usize,
         width: usize,
         out: *mut u8,
-        out_row: usize,
+        out_stride: usize,
         rows: usize,
     );
 }
 
-/// Room for `units` units.
-pub(crate) fn room(buffer: &mut Vec<CacheLine>, units: usize) -> *mut CacheLine {
+/// Grows the buffer to hold at least `units` units and a line, and returns its address.
+pub(crate) fn reserve_units(buffer: &mut Vec<CacheLine>, units: usize) -> *mut CacheLine {
     let lines = units.div_ceil(LANES) + 1;
     if buffer.len() < lines {
         buffer.resize(lines, CacheLine([0; LANES]));
@@ -167,20 +185,22 @@ pub(crate) fn room(buffer: &mut Vec<CacheLine>, units: usize) -> *mut CacheLine 
     buffer.as_mut_ptr()
 }
 
-/// Has bytes fetched that will be read. Rows may be pages apart, which a processor does not follow by itself.
+/// Prefetches bytes for reading.
+///
+/// Rows may be pages apart, and hardware prefetchers do not cross pages.
 #[inline(always)]
 pub(crate) fn fetch(at: *const u8, bytes: usize) {
     for line in (0..bytes).step_by(size_of::<CacheLine>()) {
-        // SAFETY: fetching asks for nothing.
+        // SAFETY: a prefetch may use any address.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(line).cast()) }
     }
 }
 
-/// A bit for each number of a line that is there.
-pub(crate) fn mask(there: usize) -> u16 {
-    if there >= LANES {
+/// Returns a mask with a bit for each of the first `count` lanes.
+pub(crate) fn mask(count: usize) -> u16 {
+    if count >= LANES {
         u16::MAX
     } else {
-        (1 << there) - 1
+        (1 << count) - 1
     }
 }

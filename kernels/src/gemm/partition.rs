@@ -1,23 +1,42 @@
-//! How several products are made by several threads: a pure function of their sizes.
+//! The division of a batch of GEMMs among threads, as a pure function of their sizes.
 
 use super::kernel::{LANES, ROWS};
 use std::ops::Range;
 
-/// Columns that are worked on together: what is packed of the right matrix for them stays in a processor's second cache.
+/// Columns per block, so that the packed right matrix of a block fits the L2 cache.
 const WIDTH: usize = 256;
 /// Multiplications that are worth a thread.
 const GRAIN: usize = 1 << 18;
-/// Blocks for each thread that are enough to make them whole.
+/// Blocks per thread from which threads compute whole blocks.
 const BLOCKS_PER_THREAD: usize = 4;
-/// Parts for each thread: one that was held up leaves the rest of its parts to others.
+/// Parts per thread, so that other threads take over the parts of a delayed one.
 const PARTS_PER_THREAD: usize = 8;
-/// Numbers of right matrices that are packed before they are used.
+/// Most elements of right matrices that a wave packs.
 const MAX_PACKED: usize = 1 << 20;
 
-/// Rows, inner dimension and columns of a task.
-pub(super) type Size = (usize, usize, usize);
+/// The rows `m`, inner dimension `k` and columns `n` of a GEMM.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct GemmSize {
+    pub(super) m: usize,
+    pub(super) k: usize,
+    pub(super) n: usize,
+}
 
-/// Some columns of a task.
+impl GemmSize {
+    fn multiplications(self) -> usize {
+        self.m * self.k * self.n
+    }
+
+    fn is_empty(self) -> bool {
+        self.m == 0 || self.n == 0
+    }
+
+    pub(super) fn panels(self) -> usize {
+        self.m.div_ceil(ROWS)
+    }
+}
+
+/// A range of a task's columns.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Block {
     pub(super) task: usize,
@@ -25,102 +44,102 @@ pub(super) struct Block {
 }
 
 impl Block {
-    /// Its columns with those that fill up the last line.
+    /// Returns the number of columns, rounded up to whole lines.
     pub(super) fn padded(&self) -> usize {
         self.columns.len().next_multiple_of(LANES)
     }
 }
 
-/// Neighbouring panels of [`ROWS`] rows of a block.
+/// Consecutive panels of [`ROWS`] rows of a block.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct BlockPanels {
-    /// Of its wave.
+    /// Index of the block in its wave.
     pub(super) block: usize,
     pub(super) panels: Range<usize>,
 }
 
-/// Blocks whose right matrices are packed by all threads, for all of them, before any thread uses them.
+/// Blocks whose right matrices all threads pack together before any thread uses them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Wave {
     pub(super) blocks: Vec<Block>,
-    /// Parts of about equal work, for whoever is free.
+    /// Parts of about equal work; each thread takes the next part when it is free.
     pub(super) parts: Vec<Vec<BlockPanels>>,
 }
 
-/// Who makes what.
+/// The assignment of work to threads.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Partition {
-    /// Whole blocks, for whoever is free.
+    /// Each thread takes the next whole block when it is free.
     PerThread(Vec<Block>),
-    /// Parts of blocks, one wave after another.
+    /// Threads share the blocks of one wave after another.
     Cooperative(Vec<Wave>),
 }
 
-/// How `threads` threads make all products.
-pub(super) fn partition(sizes: &[Size], threads: usize) -> Partition {
-    let total: usize = sizes.iter().map(cost).sum();
+/// Divides GEMMs of these sizes among `threads` threads.
+pub(super) fn partition(sizes: &[GemmSize], threads: usize) -> Partition {
+    let total: usize = sizes.iter().map(|size| size.multiplications()).sum();
     let threads = threads.min(total.div_ceil(GRAIN)).max(1);
     let limit = if threads == 1 {
         total
     } else {
         total / (threads * BLOCKS_PER_THREAD)
     };
-    let small = |blocks: &Vec<Block>| {
-        blocks.iter().all(|Block { task, columns }| {
-            let (m, k, _) = sizes[*task];
-            cost(&(m, k, columns.len())) <= limit
-        })
+    let is_small = |block: &Block| {
+        let size = GemmSize {
+            n: block.columns.len(),
+            ..sizes[block.task]
+        };
+        size.multiplications() <= limit
     };
-    match [WIDTH, WIDTH / 2]
+    let mut candidates = [WIDTH, WIDTH / 2]
         .into_iter()
-        .map(|width| blocks(sizes, width))
-        .find(small)
-    {
+        .map(|width| blocks(sizes, width));
+    match candidates.find(|blocks| blocks.iter().all(is_small)) {
         Some(blocks) => Partition::PerThread(blocks),
         None => Partition::Cooperative(waves(sizes, threads, total)),
     }
 }
 
-/// Multiplications.
-fn cost((m, k, n): &Size) -> usize {
-    m * k * n
+fn blocks(sizes: &[GemmSize], width: usize) -> Vec<Block> {
+    let mut all = Vec::new();
+    for (task, size) in sizes.iter().enumerate() {
+        if !size.is_empty() {
+            all.extend(blocks_of(task, size.n, width));
+        }
+    }
+    all
 }
 
-fn blocks(sizes: &[Size], width: usize) -> Vec<Block> {
-    let there = sizes.iter().enumerate().filter(|(_, (m, _, n))| m * n > 0);
-    let of = |(task, &(_, _, n)): (usize, &Size)| {
-        (0..n).step_by(width).map(move |start| Block {
-            task,
-            columns: start..(start + width).min(n),
-        })
-    };
-    there.flat_map(of).collect()
+/// Divides the `n` columns of a task into blocks of `width` columns.
+fn blocks_of(task: usize, n: usize, width: usize) -> impl Iterator<Item = Block> {
+    (0..n).step_by(width).map(move |start| Block {
+        task,
+        columns: start..(start + width).min(n),
+    })
 }
 
-/// For several threads.
-fn waves(sizes: &[Size], threads: usize, total: usize) -> Vec<Wave> {
+fn waves(sizes: &[GemmSize], threads: usize, total: usize) -> Vec<Wave> {
     let count = (threads * PARTS_PER_THREAD).min(total / GRAIN).max(threads);
     let mut waves = Vec::new();
     let mut blocks = Vec::new();
     let mut packed = 0;
-    for (task, &(m, k, n)) in sizes.iter().enumerate().filter(|(_, (m, _, n))| m * n > 0) {
-        // Few columns in all are divided so that every thread has some.
-        let width = if m.div_ceil(ROWS) * n.div_ceil(WIDTH) < count {
+    for (task, size) in sizes.iter().enumerate() {
+        if size.is_empty() {
+            continue;
+        }
+        // Narrow blocks give every thread work if there is little of it.
+        let width = if size.panels() * size.n.div_ceil(WIDTH) < count {
             WIDTH / 4
         } else {
             WIDTH
         };
-        for start in (0..n).step_by(width) {
-            let block = Block {
-                task,
-                columns: start..(start + width).min(n),
-            };
-            let here = k * block.padded();
-            if packed > 0 && packed + here > MAX_PACKED {
+        for block in blocks_of(task, size.n, width) {
+            let elements = size.k * block.padded();
+            if packed > 0 && packed + elements > MAX_PACKED {
                 waves.push(wave(std::mem::take(&mut blocks), sizes, count));
                 packed = 0;
             }
-            packed += here;
+            packed += elements;
             blocks.push(block);
         }
     }
@@ -130,26 +149,32 @@ fn waves(sizes: &[Size], threads: usize, total: usize) -> Vec<Wave> {
     waves
 }
 
-fn wave(blocks: Vec<Block>, sizes: &[Size], count: usize) -> Wave {
-    // Work is counted in panels times the inner dimension times columns.
-    let work = |block: &Block| {
-        let (m, k, _) = sizes[block.task];
-        (m.div_ceil(ROWS), (k * block.columns.len()).max(1))
-    };
-    let all: usize = blocks
+fn wave(blocks: Vec<Block>, sizes: &[GemmSize], count: usize) -> Wave {
+    // Work is counted in multiplications per row of a panel.
+    let panel_cost = |block: &Block| (sizes[block.task].k * block.columns.len()).max(1);
+    let panels = |block: &Block| sizes[block.task].panels();
+    let total: usize = blocks
         .iter()
-        .map(work)
-        .map(|(panels, cost)| panels * cost)
+        .map(|block| panels(block) * panel_cost(block))
         .sum();
     let mut parts = vec![Vec::new(); count];
     let mut before = 0;
-    for (block, (panels, cost)) in blocks.iter().map(work).enumerate() {
-        // The first panel at or after a point of the work.
-        let panel_at = |point: usize| (point.saturating_sub(before)).div_ceil(cost).min(panels);
+    for (index, block) in blocks.iter().enumerate() {
+        let cost = panel_cost(block);
+        let panels = panels(block);
+        // Returns the first panel at or after a point of the work.
+        let panel_at = |point: usize| {
+            let inside = point.saturating_sub(before);
+            inside.div_ceil(cost).min(panels)
+        };
         for (part, pieces) in parts.iter_mut().enumerate() {
-            let panels = panel_at(all * part / count)..panel_at(all * (part + 1) / count);
-            if !panels.is_empty() {
-                pieces.push(BlockPanels { block, panels });
+            let start = panel_at(total * part / count);
+            let end = panel_at(total * (part + 1) / count);
+            if start < end {
+                pieces.push(BlockPanels {
+                    block: index,
+                    panels: start..end,
+                });
             }
         }
         before += panels * cost;
@@ -165,46 +190,69 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
         #[test]
-        fn every_tile_is_somebodys(
-            sizes in proptest::collection::vec((0usize..700, 0usize..3000, 0usize..900), 0..9), threads in 1usize..9,
+        fn every_tile_has_one_thread(
+            sizes in proptest::collection::vec([0usize..700, 0usize..3000, 0usize..900], 0..9),
+            threads in 1usize..9,
         ) {
-            let mut seen: Vec<Vec<u8>> = sizes.iter().map(|(m, _, n)| vec![0; m.div_ceil(ROWS) * n]).collect();
+            let sizes: Vec<GemmSize> = sizes
+                .into_iter()
+                .map(|[m, k, n]| GemmSize { m, k, n })
+                .collect();
+            let mut seen: Vec<Vec<u8>> = sizes
+                .iter()
+                .map(|size| vec![0; size.panels() * size.n])
+                .collect();
             let mut see = |block: &Block, panels: Range<usize>| {
-                let n = sizes[block.task].2;
+                let n = sizes[block.task].n;
                 for panel in panels {
-                    block.columns.clone().for_each(|column| seen[block.task][panel * n + column] += 1);
+                    for column in block.columns.clone() {
+                        seen[block.task][panel * n + column] += 1;
+                    }
                 }
             };
             match partition(&sizes, threads) {
                 Partition::PerThread(blocks) => {
-                    let costs: Vec<usize> = blocks.iter().map(|block| {
-                        let (m, k, _) = sizes[block.task];
-                        see(block, 0..m.div_ceil(ROWS));
-                        m * k * block.columns.len()
-                    }).collect();
-                    // Nobody waits for long for whoever was last.
-                    let all: usize = costs.iter().sum();
-                    prop_assert!(all <= GRAIN || threads == 1 || costs.iter().all(|&cost| cost * 2 * BLOCKS_PER_THREAD <= all));
-                }
-                Partition::Cooperative(waves) => for Wave { blocks, parts } in waves {
-                    let mut work = Vec::new();
-                    for pieces in &parts {
-                        let mut here = 0;
-                        for BlockPanels { block, panels } in pieces {
-                            let block = &blocks[*block];
-                            see(block, panels.clone());
-                            here += (sizes[block.task].1 * block.columns.len()).max(1) * panels.len();
-                        }
-                        work.push(here);
+                    let mut costs = Vec::new();
+                    for block in &blocks {
+                        let size = sizes[block.task];
+                        see(block, 0..size.panels());
+                        costs.push(size.m * size.k * block.columns.len());
                     }
-                    // Nobody has more than his partition and a panel.
-                    let panel = blocks.iter().map(|block| (sizes[block.task].1 * WIDTH).max(1)).max().unwrap_or(0);
-                    let fair = work.iter().sum::<usize>().div_ceil(parts.len());
-                    prop_assert!(work.iter().all(|&here| here <= fair + panel), "{:?}", work);
-                    // No more is packed than is allowed, or one block needs.
-                    let packed: Vec<usize> = blocks.iter().map(|block| sizes[block.task].1 * block.padded()).collect();
-                    prop_assert!(packed.iter().sum::<usize>() <= MAX_PACKED || packed.iter().filter(|&&packed| packed > 0).count() == 1);
-                },
+                    // No block is so large that the other threads wait for it at the end.
+                    let total: usize = costs.iter().sum();
+                    let most = total / (2 * BLOCKS_PER_THREAD);
+                    let fair = costs.iter().all(|&cost| cost <= most);
+                    prop_assert!(total <= GRAIN || threads == 1 || fair);
+                }
+                Partition::Cooperative(waves) => {
+                    for Wave { blocks, parts } in waves {
+                        let cost =
+                            |block: &Block, width: usize| (sizes[block.task].k * width).max(1);
+                        let mut work = Vec::new();
+                        for pieces in &parts {
+                            let mut sum = 0;
+                            for BlockPanels { block, panels } in pieces {
+                                let block = &blocks[*block];
+                                see(block, panels.clone());
+                                sum += cost(block, block.columns.len()) * panels.len();
+                            }
+                            work.push(sum);
+                        }
+                        // No part exceeds its fair share by more than a panel.
+                        let panel = blocks.iter().map(|block| cost(block, WIDTH)).max();
+                        let most =
+                            work.iter().sum::<usize>().div_ceil(parts.len()) + panel.unwrap_or(0);
+                        prop_assert!(work.iter().all(|&sum| sum <= most), "{work:?}");
+                        // A wave packs at most the limit, unless it has only one block to pack.
+                        let packed: Vec<usize> = blocks
+                            .iter()
+                            .map(|block| sizes[block.task].k * block.padded())
+                            .filter(|&packed| packed > 0)
+                            .collect();
+                        let total: usize = packed.iter().sum();
+                        prop_assert!(total <= MAX_PACKED || packed.len() == 1);
+                    }
+                }
             }
             prop_assert!(seen.iter().flatten().all(|&times| times == 1));
         }

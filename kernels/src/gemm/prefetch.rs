@@ -1,30 +1,31 @@
-//! What is packed next is fetched a little at a time, between tiles: packing reads at the speed of memory, and tiles leave that unused.
+//! The prefetch of what is packed next, a few cache lines per tile.
+//!
+//! Packing is bound by memory bandwidth, which tiles leave unused.
 
 use super::kernel::{CacheLine, Operand};
 use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
 use std::ops::Range;
 
-/// Bytes of a line.
 const LINE: usize = size_of::<CacheLine>();
 
-/// Runs of memory, equally far apart, of which some lines are fetched at a time.
+/// A prefetcher of equally spaced runs of memory.
 pub(super) struct Prefetcher {
-    /// Where the run begins that is being fetched.
+    /// Address of the current run.
     start: usize,
-    /// Bytes of it that have been.
+    /// Bytes of the current run that are already prefetched.
     done: usize,
     /// Bytes of a run.
     run: usize,
-    /// Runs that are left, this one included.
+    /// Number of remaining runs, including the current one.
     runs: usize,
     /// Bytes from one run to the next.
     step: usize,
-    /// Lines at a time.
     lines_per_call: usize,
 }
 
 impl Prefetcher {
-    /// Some of a right matrix, `size` bytes a number, in `times` times.
+    /// Returns a prefetcher of a part of a right matrix, in `times` calls. An element has `size`
+    /// bytes.
     pub(super) fn of(
         from: &Operand,
         size: usize,
@@ -39,7 +40,7 @@ impl Prefetcher {
         } else {
             (columns.len() * size, inner.len(), from.inner)
         };
-        // Of nothing no line; and a run may begin within one.
+        // An empty run has no line; any other may start inside a line and so touch one more.
         let runs = if run == 0 { 0 } else { runs };
         let lines = runs * (run.div_ceil(LINE) + 1);
         Prefetcher {
@@ -52,10 +53,10 @@ impl Prefetcher {
         }
     }
 
-    /// Fetches the next lines.
+    /// Prefetches the next lines.
     #[inline]
     pub(super) fn fetch(&mut self) {
-        // SAFETY: fetching asks for nothing.
+        // SAFETY: a prefetch may use any address.
         self.lines(|line| unsafe { _mm_prefetch::<_MM_HINT_T1>(line as *const i8) });
     }
 
@@ -88,22 +89,35 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(1000))]
         #[test]
         fn every_line_is_fetched_in_time(
-            start in 0usize..200, (inner, outer) in (0usize..80, 0usize..80), apart in 0usize..300, along: bool,
-            from in (0usize..9, 0usize..9), times in 1usize..70,
+            start in 0usize..200,
+            [inner, outer] in [0usize..80, 0usize..80],
+            gap in 0usize..300,
+            contiguous: bool,
+            from in [0usize..9, 0usize..9],
+            times in 1usize..70,
         ) {
             let size = 4;
-            let run = size * (from.0 + inner).max(from.1 + outer);
-            let (inner_step, outer_step) = if along { (size, run + apart * size) } else { (run + apart * size, size) };
-            let data = (4096 + start * size) as *const u8;
-            let operand = Operand { data, inner: inner_step, outer: outer_step, len: from.0 + inner };
-            let (units, columns) = (from.0..from.0 + inner, from.1..from.1 + outer);
-            let mut prefetcher = Prefetcher::of(&operand, size, units.clone(), columns.clone(), times);
+            let run = size * (from[0] + inner).max(from[1] + outer);
+            let step = run + gap * size;
+            let operand = Operand {
+                data: (4096 + start * size) as *const u8,
+                inner: if contiguous { size } else { step },
+                outer: if contiguous { step } else { size },
+                len: from[0] + inner,
+            };
+            let units = from[0]..from[0] + inner;
+            let columns = from[1]..from[1] + outer;
+            let mut prefetcher =
+                Prefetcher::of(&operand, size, units.clone(), columns.clone(), times);
             let mut fetched = Vec::new();
-            (0..times).for_each(|_| prefetcher.lines(|line| fetched.push(line)));
+            for _ in 0..times {
+                prefetcher.lines(|line| fetched.push(line));
+            }
             let mut wanted = Vec::new();
             for unit in units {
                 for column in columns.clone() {
-                    wanted.push((data as usize + unit * inner_step + column * outer_step) / LINE * LINE);
+                    let offset = unit * operand.inner + column * operand.outer;
+                    wanted.push((operand.data as usize + offset) / LINE * LINE);
                 }
             }
             wanted.sort_unstable();

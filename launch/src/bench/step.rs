@@ -102,12 +102,12 @@ const PROFILED_STEPS: usize = 3;
 /// What a step is made of, the longest part first, and its floating-point operations: the mean of some steps, which are written to a
 /// file, too.
 fn profile(step: &mut ReferenceStep, path: &Path) -> Result<(Value, f64)> {
-    profile::begin();
+    profile::start();
     let mut seconds = 0.0;
     for _ in 0..PROFILED_STEPS {
         seconds += step.run()?.0;
     }
-    let events = profile::end();
+    let events = profile::stop();
     profile::write(&events, 0, path).with_context(|| format!("cannot write {}", path.display()))?;
     let mut parts: Vec<_> = profile::totals(&events).into_iter().collect();
     parts.sort_by(|a, b| b.1.seconds.total_cmp(&a.1.seconds));

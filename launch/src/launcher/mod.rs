@@ -18,6 +18,7 @@ mod policy;
 mod processes;
 mod recovery;
 mod rescue;
+pub(crate) mod restart_record;
 mod signals;
 mod spawn;
 mod supervisor;

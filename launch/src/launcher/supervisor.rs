@@ -9,6 +9,7 @@ use super::machines::{Machines, PlacedRank};
 use super::policy::{History, Verdict};
 use super::recovery::{Restored, find_candidates, recover};
 use super::rescue::rescue;
+use super::restart_record::RestartRecord;
 use super::signals::Signals;
 use crate::hint::{self, hinted};
 use crate::protocol::Assignment;
@@ -295,14 +296,15 @@ impl<'a> Supervisor<'a> {
         restored: &Restored,
         skipped: Option<u64>,
     ) {
-        let line = serde_json::json!({
-            "generation": self.generation + 1,
-            "failure": failure.brief(),
-            "steps_done": step,
-            "snapshot_step": restored.step(),
-            "resumed_from": restored.message,
-            "skipped_step": skipped,
-        });
+        let record = RestartRecord {
+            generation: self.generation + 1,
+            failure: failure.brief(),
+            steps_done: step,
+            snapshot_step: restored.step(),
+            resumed_from: &restored.message,
+            skipped_step: skipped,
+        };
+        let line = serde_json::to_string(&record).expect("plain data");
         let path = self.settings.dir.join("restarts.jsonl");
         let file = File::options().create(true).append(true).open(path);
         if let Err(error) = file.and_then(|mut file| writeln!(file, "{line}")) {

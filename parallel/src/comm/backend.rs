@@ -52,7 +52,7 @@ impl std::str::FromStr for Backend {
     }
 }
 
-/// How the ranks relate to an MPI launcher.
+/// The relation of the ranks to an MPI launcher.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MpiLaunch {
     No,

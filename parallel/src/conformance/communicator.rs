@@ -13,10 +13,10 @@ const SHORT_TIMEOUT: Duration = Duration::from_secs(4);
 
 type SharedComm = Arc<dyn Communicator>;
 
-/// What the test cases share.
+/// The context that all test cases share.
 struct TestContext<'a> {
     world: &'a World,
-    /// The same ranks with a timeout of [`SHORT_TIMEOUT`].
+    /// A world of the same ranks with a timeout of [`SHORT_TIMEOUT`].
     short_timeout_world: &'a World,
     all: SharedComm,
     device: &'a dyn Accelerator,

@@ -1,70 +1,62 @@
 //! Proves that a schedule can run, whatever the times of its passes.
 
-use super::communication::Dependency;
+use super::communication::{Dependency, receives_only};
 use super::{Collective, Message, Order, Pass, PassKind, Payload, Schedule, Step};
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
-/// Why a schedule cannot run.
+/// A reason why a schedule cannot run.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ScheduleError {
-    /// A pass that has to be there is not.
-    #[error("rank {rank} never computes {pass}")]
-    MissingPass {
-        /// The rank.
-        rank: usize,
-        /// The pass.
-        pass: Pass,
-    },
-    /// A pass is there twice, or has no place in this model.
+    #[error("rank {rank}: {pass} is missing")]
+    MissingPass { rank: usize, pass: Pass },
+    /// A pass that appears twice or does not belong to the model.
     #[error("rank {rank}: {pass} {problem}")]
     InvalidPass {
-        /// The rank.
         rank: usize,
-        /// The pass.
         pass: Pass,
-        /// What is wrong with it.
         problem: &'static str,
     },
-    /// A pass comes before something it needs.
-    #[error("rank {rank} cannot compute {pass}: {problem}")]
+    /// A pass that comes before something it depends on.
+    #[error("rank {rank}: cannot compute {pass}: {problem}")]
     UnmetDependency {
-        /// The rank.
         rank: usize,
-        /// The pass.
         pass: Pass,
-        /// What is not there.
         problem: String,
     },
-    /// Communication that no other rank answers, or in another order than it is answered.
-    #[error("rank {rank}, {what}: {problem}")]
+    /// Communication that no other rank matches, or that other ranks match in another order.
+    #[error("rank {rank}: {what}: {problem}")]
     UnmatchedCommunication {
-        /// The rank.
         rank: usize,
-        /// The step.
         what: String,
-        /// What is wrong.
         problem: String,
     },
-    /// Ranks wait for each other in a circle.
-    #[error("the schedule stops: {}", .waiting.iter().map(|(rank, pass)| format!("rank {rank} waits before {pass}")).collect::<Vec<_>>().join(", "))]
+    #[error("deadlock: {}", describe(.waiting))]
     Deadlock {
-        /// The pass that each stopped rank cannot begin.
+        /// Each blocked rank and the pass that it cannot start.
         waiting: Vec<(usize, Pass)>,
     },
 }
 
-/// Checks that every pass is there once, that all a pass needs is there before it, that every message and collective
-/// has its other side, in the same order, and that nothing waits in a circle.
+fn describe(waiting: &[(usize, Pass)]) -> String {
+    let rank = |(rank, pass): &(usize, Pass)| format!("rank {rank} waits before {pass}");
+    let ranks: Vec<String> = waiting.iter().map(rank).collect();
+    ranks.join(", ")
+}
+
+/// Checks that a schedule is complete and cannot deadlock.
+///
+/// Every pass appears once, after all that it depends on. Every message and collective has its
+/// counterpart, in the same order. No ranks wait for each other in a circle.
 ///
 /// # Errors
-/// The first thing that is wrong, with the pass and the rank.
+/// The first problem, with the pass and the rank.
 pub fn check(schedule: &Schedule) -> Result<(), ScheduleError> {
     let order = &schedule.order;
     for (rank, passes) in order.ranks.iter().enumerate() {
         check_passes(order, rank, passes)?;
     }
     for (rank, steps) in schedule.ranks.iter().enumerate() {
-        check_rank(order, rank, steps)?;
+        check_steps(order, rank, steps)?;
     }
     check_messages(schedule)?;
     check_collectives(schedule)?;
@@ -74,304 +66,369 @@ pub fn check(schedule: &Schedule) -> Result<(), ScheduleError> {
     }
 }
 
+/// Checks that a rank computes every pass of the order exactly once, and no other.
 fn check_passes(order: &Order, rank: usize, passes: &[Pass]) -> Result<(), ScheduleError> {
-    use PassKind::*;
-    let mut seen = HashSet::new();
+    let mut present = HashSet::new();
     for &pass in passes {
-        let wrong = |problem| {
-            Err(ScheduleError::InvalidPass {
+        let problem = pass_problem(order, pass);
+        let problem = problem.or((!present.insert(pass)).then_some("appears twice"));
+        if let Some(problem) = problem {
+            return Err(ScheduleError::InvalidPass {
                 rank,
                 pass,
                 problem,
-            })
-        };
-        if pass.microbatch >= order.microbatches {
-            return wrong("is of a microbatch that does not exist");
-        }
-        if pass.chunk
-            >= if pass.kind.is_vocabulary() {
-                1
-            } else {
-                order.chunks
-            }
-        {
-            return wrong("is of a chunk that does not exist");
-        }
-        if pass.kind.is_vocabulary() && order.vocabulary.is_none() {
-            return wrong("belongs to vocabulary parallelism, which is off");
-        }
-        if !seen.insert(pass) {
-            return wrong("is there twice");
+            });
         }
     }
-    let need = |pass: Pass| {
-        if seen.contains(&pass) {
-            Ok(())
-        } else {
-            Err(ScheduleError::MissingPass { rank, pass })
-        }
-    };
     for microbatch in 0..order.microbatches {
         for chunk in 0..order.chunks {
-            need(Pass::new(Forward, chunk, microbatch))?;
-            let whole = Pass::new(Backward, chunk, microbatch);
-            let input = Pass::new(BackwardInput, chunk, microbatch);
-            let weight = Pass::new(BackwardWeight, chunk, microbatch);
-            if seen.contains(&whole) {
-                for part in [input, weight] {
-                    if seen.contains(&part) {
-                        return Err(ScheduleError::InvalidPass {
-                            rank,
-                            pass: part,
-                            problem: "is part of a BW that is there too",
-                        });
-                    }
-                }
-            } else {
-                need(input)?;
-                need(weight)?;
-            }
+            let forward = Pass::new(PassKind::Forward, chunk, microbatch);
+            require(rank, &present, forward)?;
+            check_backward(rank, &present, forward)?;
         }
         if let Some(vocabulary) = order.vocabulary {
-            for kind in [Embed, EmbedBackward].iter().chain(vocabulary.passes()) {
-                need(Pass::new(*kind, 0, microbatch))?;
+            let embedding = [PassKind::Embed, PassKind::EmbedBackward];
+            for &kind in embedding.iter().chain(vocabulary.passes()) {
+                require(rank, &present, Pass::new(kind, 0, microbatch))?;
             }
         }
     }
     Ok(())
 }
 
-/// Whether everything a pass needs on its own rank comes before it.
-fn check_rank(order: &Order, rank: usize, steps: &[Step]) -> Result<(), ScheduleError> {
-    let mut done = HashSet::new();
-    let mut received = HashSet::new();
-    let mut entered = HashSet::new();
-    let mut sent = HashSet::new();
-    let mut computed = Vec::new();
+/// Returns the reason why `pass` does not belong to the order, if any.
+fn pass_problem(order: &Order, pass: Pass) -> Option<&'static str> {
+    let is_vocabulary = pass.kind.is_vocabulary();
+    let chunks = if is_vocabulary { 1 } else { order.chunks };
+    if pass.microbatch >= order.microbatches {
+        Some("has a microbatch that does not exist")
+    } else if pass.chunk >= chunks {
+        Some("has a chunk that does not exist")
+    } else if is_vocabulary && order.vocabulary.is_none() {
+        Some("belongs to vocabulary parallelism, which is off")
+    } else {
+        None
+    }
+}
+
+fn require(rank: usize, present: &HashSet<Pass>, pass: Pass) -> Result<(), ScheduleError> {
+    if present.contains(&pass) {
+        Ok(())
+    } else {
+        Err(ScheduleError::MissingPass { rank, pass })
+    }
+}
+
+/// Checks that the backward of `forward` is either BW, or B and W.
+fn check_backward(
+    rank: usize,
+    present: &HashSet<Pass>,
+    forward: Pass,
+) -> Result<(), ScheduleError> {
+    let with_kind = |kind| Pass { kind, ..forward };
+    let parts = [PassKind::BackwardInput, PassKind::BackwardWeight].map(with_kind);
+    if present.contains(&with_kind(PassKind::Backward)) {
+        if let Some(&pass) = parts.iter().find(|part| present.contains(part)) {
+            return Err(ScheduleError::InvalidPass {
+                rank,
+                pass,
+                problem: "is part of a BW that is also present",
+            });
+        }
+        return Ok(());
+    }
+    for part in parts {
+        require(rank, present, part)?;
+    }
+    Ok(())
+}
+
+/// The steps of one rank so far.
+#[derive(Default)]
+struct RankProgress {
+    done: HashSet<Pass>,
+    computed: Vec<Pass>,
+    received: HashSet<Message>,
+    entered: HashSet<Collective>,
+    sent: HashSet<Message>,
+}
+
+impl RankProgress {
+    /// Returns the reason why a pass with this dependency cannot run, if any.
+    fn unmet(&self, dependency: Dependency) -> Option<String> {
+        match dependency {
+            Dependency::Message(message) if !self.received.contains(&message) => {
+                Some(format!("{message} is not received"))
+            }
+            Dependency::Collective(collective) if !self.entered.contains(&collective) => {
+                Some(format!("{collective} is not entered"))
+            }
+            Dependency::Pass(other) if !self.is_done(other) => {
+                Some(format!("{other} does not come before it"))
+            }
+            _ => None,
+        }
+    }
+
+    /// True if `pass` is done; a backward may be split into B and W, of which B counts.
+    fn is_done(&self, pass: Pass) -> bool {
+        let has = |kind| self.done.contains(&Pass { kind, ..pass });
+        let either = || has(PassKind::Backward) || has(PassKind::BackwardInput);
+        has(pass.kind) || (pass.kind.gives_input_gradient() && either())
+    }
+}
+
+/// Checks that everything a step needs on its own rank comes before it.
+fn check_steps(order: &Order, rank: usize, steps: &[Step]) -> Result<(), ScheduleError> {
+    let mut progress = RankProgress::default();
+    let unmatched = |message: &Message, problem: &str| ScheduleError::UnmatchedCommunication {
+        rank,
+        what: message.to_string(),
+        problem: problem.to_string(),
+    };
     for step in steps {
         match step {
             Step::Compute(pass) => {
-                for need in order.dependencies(rank, *pass) {
-                    let problem = match need {
-                        Dependency::Message(message) if !received.contains(&message) => {
-                            format!("{message} is not received")
-                        }
-                        Dependency::Collective(c) if !entered.contains(&c) => {
-                            format!("{c} is not entered")
-                        }
-                        Dependency::Pass(other) if !is_done(&done, other) => {
-                            format!("{other} is not before it")
-                        }
-                        _ => continue,
-                    };
-                    return Err(ScheduleError::UnmetDependency {
-                        rank,
-                        pass: *pass,
-                        problem,
-                    });
+                for dependency in order.dependencies(rank, *pass) {
+                    if let Some(problem) = progress.unmet(dependency) {
+                        return Err(ScheduleError::UnmetDependency {
+                            rank,
+                            pass: *pass,
+                            problem,
+                        });
+                    }
                 }
-                done.insert(*pass);
-                computed.push(*pass);
+                progress.done.insert(*pass);
+                progress.computed.push(*pass);
             }
             Step::Receive(message, _) => {
-                received.insert(*message);
+                progress.received.insert(*message);
             }
             Step::EnterCollective(collective) => {
-                entered.insert(*collective);
+                progress.entered.insert(*collective);
             }
             Step::WaitSend(message) => {
-                if !sent.remove(message) {
-                    let problem = "is waited for before it is sent".to_string();
-                    return Err(ScheduleError::UnmatchedCommunication {
-                        rank,
-                        what: message.to_string(),
-                        problem,
-                    });
+                if !progress.sent.remove(message) {
+                    return Err(unmatched(message, "is waited for before it is sent"));
                 }
             }
             Step::Send(message, _) => {
-                sent.insert(*message);
-                let made = done
-                    .iter()
-                    .any(|&pass| order.sends(rank, pass).is_some_and(|(m, _)| m == *message));
-                if !made {
-                    let problem = "is sent before the pass that makes it".to_string();
-                    return Err(ScheduleError::UnmatchedCommunication {
-                        rank,
-                        what: message.to_string(),
-                        problem,
-                    });
+                progress.sent.insert(*message);
+                let makes = |&pass: &Pass| {
+                    let sent = order.sends(rank, pass);
+                    sent.is_some_and(|(made, _)| made == *message)
+                };
+                if !progress.done.iter().any(makes) {
+                    return Err(unmatched(message, "is sent before the pass that makes it"));
                 }
             }
         }
     }
-    if computed != order.ranks[rank] {
-        let pass = order.ranks[rank]
-            .iter()
-            .find(|pass| !done.contains(pass))
-            .copied();
-        let pass = pass.unwrap_or(computed[0]);
-        return Err(ScheduleError::InvalidPass {
-            rank,
-            pass,
-            problem: "is not where the order has it",
-        });
+    check_computed(order, rank, &progress)
+}
+
+/// Checks that a rank's steps compute the passes of its order.
+fn check_computed(
+    order: &Order,
+    rank: usize,
+    progress: &RankProgress,
+) -> Result<(), ScheduleError> {
+    let expected = &order.ranks[rank];
+    if progress.computed == *expected {
+        return Ok(());
     }
-    Ok(())
+    let mut missing = expected.iter().filter(|pass| !progress.done.contains(pass));
+    let pass = missing.next().copied();
+    Err(ScheduleError::InvalidPass {
+        rank,
+        pass: pass.unwrap_or(progress.computed[0]),
+        problem: "is not where the order has it",
+    })
 }
 
-/// A backward counts as done whether or not its weights' part is split off.
-fn is_done(done: &HashSet<Pass>, pass: Pass) -> bool {
-    let split = |kind| Pass { kind, ..pass };
-    done.contains(&pass)
-        || (pass.kind.gives_input_gradient()
-            && (done.contains(&split(PassKind::Backward))
-                || done.contains(&split(PassKind::BackwardInput))))
+/// Messages of one payload for one stage, between two ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+struct Channel {
+    from: usize,
+    to: usize,
+    payload: Payload,
+    stage: usize,
 }
 
-/// Messages of one payload, stage and pair of ranks travel in one order on both sides.
+impl Channel {
+    fn new(from: usize, to: usize, message: &Message) -> Channel {
+        Channel {
+            from,
+            to,
+            payload: message.payload,
+            stage: message.stage,
+        }
+    }
+}
+
+/// Checks that both sides of every channel have the same messages in the same order.
 fn check_messages(schedule: &Schedule) -> Result<(), ScheduleError> {
-    type Channel = (usize, usize, Payload, usize);
     let mut sent: HashMap<Channel, Vec<Message>> = HashMap::new();
     let mut received: HashMap<Channel, Vec<Message>> = HashMap::new();
     for (rank, steps) in schedule.ranks.iter().enumerate() {
         for step in steps {
             match step {
-                Step::Send(m, to) => sent
-                    .entry((rank, *to, m.payload, m.stage))
-                    .or_default()
-                    .push(*m),
-                Step::Receive(m, from) => received
-                    .entry((*from, rank, m.payload, m.stage))
-                    .or_default()
-                    .push(*m),
+                Step::Send(message, to) => {
+                    let channel = Channel::new(rank, *to, message);
+                    sent.entry(channel).or_default().push(*message);
+                }
+                Step::Receive(message, from) => {
+                    let channel = Channel::new(*from, rank, message);
+                    received.entry(channel).or_default().push(*message);
+                }
                 Step::Compute(_) | Step::EnterCollective(_) | Step::WaitSend(_) => {}
             }
         }
     }
-    let channels: std::collections::BTreeSet<Channel> =
-        sent.keys().chain(received.keys()).copied().collect();
-    for channel @ (from, to, ..) in channels {
-        let out = sent.remove(&channel).unwrap_or_default();
-        let into = received.remove(&channel).unwrap_or_default();
-        if let Some(message) = out.iter().find(|m| !into.contains(m)) {
-            let problem = format!("rank {to} does not receive it");
-            return Err(ScheduleError::UnmatchedCommunication {
-                rank: from,
-                what: format!("sending {message}"),
-                problem,
-            });
-        }
-        if let Some(message) = into.iter().find(|m| !out.contains(m)) {
-            let problem = format!("rank {from} does not send it");
-            return Err(ScheduleError::UnmatchedCommunication {
-                rank: to,
-                what: format!("receiving {message}"),
-                problem,
-            });
-        }
-        if let Some((message, _)) = out.iter().zip(&into).find(|(a, b)| a != b) {
-            let problem = format!("rank {to} receives in another order");
-            return Err(ScheduleError::UnmatchedCommunication {
-                rank: from,
-                what: format!("sending {message}"),
-                problem,
-            });
-        }
+    let channels: BTreeSet<Channel> = sent.keys().chain(received.keys()).copied().collect();
+    for channel in channels {
+        let sent = sent.remove(&channel).unwrap_or_default();
+        let received = received.remove(&channel).unwrap_or_default();
+        check_channel(channel, &sent, &received)?;
     }
     Ok(())
 }
 
-/// All ranks enter the collectives of one kind in the order of microbatches, each once.
+fn check_channel(
+    channel: Channel,
+    sent: &[Message],
+    received: &[Message],
+) -> Result<(), ScheduleError> {
+    let Channel { from, to, .. } = channel;
+    let unsent = |message: &Message, problem: String| ScheduleError::UnmatchedCommunication {
+        rank: from,
+        what: format!("sending {message}"),
+        problem,
+    };
+    if let Some(message) = sent.iter().find(|message| !received.contains(message)) {
+        return Err(unsent(message, format!("rank {to} does not receive it")));
+    }
+    if let Some(message) = received.iter().find(|message| !sent.contains(message)) {
+        return Err(ScheduleError::UnmatchedCommunication {
+            rank: to,
+            what: format!("receiving {message}"),
+            problem: format!("rank {from} does not send it"),
+        });
+    }
+    let mut pairs = sent.iter().zip(received);
+    match pairs.find(|(sent, received)| sent != received) {
+        Some((message, _)) => {
+            let problem = format!("rank {to} receives in another order");
+            Err(unsent(message, problem))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Checks that all ranks enter the collectives of one kind once, in the order of microbatches.
 fn check_collectives(schedule: &Schedule) -> Result<(), ScheduleError> {
     for (rank, steps) in schedule.ranks.iter().enumerate() {
-        let mut next: HashMap<_, usize> = HashMap::new();
+        let unmatched = |collective: Collective, problem| ScheduleError::UnmatchedCommunication {
+            rank,
+            what: collective.to_string(),
+            problem,
+        };
+        let mut entered: HashMap<_, usize> = HashMap::new();
         for step in steps {
             let Step::EnterCollective(collective) = step else {
                 continue;
             };
-            let expected = next.entry(collective.kind).or_insert(0);
+            let expected = entered.entry(collective.kind).or_insert(0);
             if collective.microbatch != *expected {
                 let problem = format!("microbatch {expected} is next for this collective");
-                return Err(ScheduleError::UnmatchedCommunication {
-                    rank,
-                    what: collective.to_string(),
-                    problem,
-                });
+                return Err(unmatched(*collective, problem));
             }
             *expected += 1;
         }
-        for (kind, count) in next {
-            if count != schedule.order.microbatches {
-                let what = Collective {
-                    kind,
-                    microbatch: count,
-                }
-                .to_string();
-                return Err(ScheduleError::UnmatchedCommunication {
-                    rank,
-                    what,
-                    problem: "is never entered".into(),
-                });
+        for (kind, microbatch) in entered {
+            if microbatch != schedule.order.microbatches {
+                let missing = Collective { kind, microbatch };
+                return Err(unmatched(missing, "is never entered".into()));
             }
         }
     }
     Ok(())
 }
 
-/// Runs the lists until nothing moves: the passes that ranks are stuck at, or None if all end.
+/// A run of all ranks in which passes take no time.
+struct DryRun<'a> {
+    schedule: &'a Schedule,
+    /// The next step of each rank.
+    at: Vec<usize>,
+    sent: HashSet<Message>,
+    /// The ranks that have entered each collective.
+    entered: HashMap<Collective, HashSet<usize>>,
+}
+
+impl DryRun<'_> {
+    fn step(&self, rank: usize) -> Option<Step> {
+        self.schedule.ranks[rank].get(self.at[rank]).copied()
+    }
+
+    /// Runs the next step of a rank, and returns false if it cannot start yet.
+    fn advance(&mut self, rank: usize) -> bool {
+        match self.step(rank) {
+            None => return false,
+            Some(Step::Compute(pass)) if !self.is_ready(rank, pass) => return false,
+            Some(Step::Send(message, _)) => {
+                self.sent.insert(message);
+            }
+            Some(Step::EnterCollective(collective)) => {
+                self.entered.entry(collective).or_default().insert(rank);
+            }
+            Some(Step::Compute(_) | Step::Receive(..) | Step::WaitSend(_)) => {}
+        }
+        self.at[rank] += 1;
+        true
+    }
+
+    fn is_ready(&self, rank: usize, pass: Pass) -> bool {
+        let dependencies = self.schedule.order.dependencies(rank, pass);
+        dependencies.iter().all(|dependency| match dependency {
+            Dependency::Message(message) => self.sent.contains(message),
+            Dependency::Collective(collective) => self.is_complete(*collective),
+            // Earlier on this rank.
+            Dependency::Pass(_) => true,
+        })
+    }
+
+    /// True if every rank that contributes has entered: for a broadcast its root, else all ranks.
+    fn is_complete(&self, collective: Collective) -> bool {
+        let Some(entered) = self.entered.get(&collective) else {
+            return false;
+        };
+        let order = &self.schedule.order;
+        let mut ranks = 0..order.ranks.len();
+        ranks.all(|rank| entered.contains(&rank) || receives_only(order, rank, collective.kind))
+    }
+}
+
+/// Returns each blocked rank and the pass that it cannot start, or None if all ranks finish.
 fn find_deadlock(schedule: &Schedule) -> Option<Vec<(usize, Pass)>> {
-    let order = &schedule.order;
-    let mut at = vec![0; schedule.ranks.len()];
-    let mut sent: HashSet<Message> = HashSet::new();
-    // How many ranks have given what the collective needs.
-    let mut entered: HashMap<Collective, HashSet<usize>> = HashMap::new();
-    loop {
-        let mut moved = false;
-        for (rank, steps) in schedule.ranks.iter().enumerate() {
-            while let Some(step) = steps.get(at[rank]) {
-                match step {
-                    Step::Compute(pass) => {
-                        let ready = order
-                            .dependencies(rank, *pass)
-                            .iter()
-                            .all(|need| match need {
-                                Dependency::Message(message) => sent.contains(message),
-                                Dependency::Collective(c) => complete(order, *c, entered.get(c)),
-                                Dependency::Pass(_) => true, // earlier on this rank
-                            });
-                        if !ready {
-                            break;
-                        }
-                    }
-                    Step::Send(message, _) => {
-                        sent.insert(*message);
-                    }
-                    Step::EnterCollective(collective) => {
-                        entered.entry(*collective).or_default().insert(rank);
-                    }
-                    Step::Receive(..) | Step::WaitSend(_) => {}
-                }
-                at[rank] += 1;
+    let ranks = schedule.ranks.len();
+    let mut run = DryRun {
+        schedule,
+        at: vec![0; ranks],
+        sent: HashSet::new(),
+        entered: HashMap::new(),
+    };
+    let mut moved = true;
+    while std::mem::take(&mut moved) {
+        for rank in 0..ranks {
+            while run.advance(rank) {
                 moved = true;
             }
         }
-        if !moved {
-            break;
-        }
     }
-    let waiting: Vec<(usize, Pass)> = (0..at.len())
-        .filter_map(|rank| match schedule.ranks[rank].get(at[rank]) {
-            Some(Step::Compute(pass)) => Some((rank, *pass)),
-            _ => None,
-        })
-        .collect();
+    let blocked = |rank| match run.step(rank) {
+        Some(Step::Compute(pass)) => Some((rank, pass)),
+        _ => None,
+    };
+    let waiting: Vec<(usize, Pass)> = (0..ranks).filter_map(blocked).collect();
     (!waiting.is_empty()).then_some(waiting)
-}
-
-/// Whether a collective can complete once `entered` have entered it: a broadcast when its root has, others when all have.
-fn complete(order: &Order, collective: Collective, entered: Option<&HashSet<usize>>) -> bool {
-    let mut contributors = (0..order.ranks.len())
-        .filter(|&rank| !super::communication::receives_only(order, rank, collective.kind));
-    entered.is_some_and(|entered| contributors.all(|rank| entered.contains(&rank)))
 }

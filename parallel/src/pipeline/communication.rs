@@ -1,129 +1,111 @@
-//! Inserts into an order what its passes exchange.
+//! Inserts the communication between passes into an order.
 //!
-//! A tensor is sent right after the pass that makes it; a receive, and a collective, is started one pass before the
-//! one that needs it, so that it runs beside a computation: lookups in the embedding and their gradients are none.
+//! A tensor is sent right after the pass that produces it. A receive, or a broadcast that a rank
+//! only receives, is started one computation before the pass that needs it, so that they overlap.
+//! Embedding passes take next to no time and do not count as a computation.
 
 use super::{
     Collective, CollectiveKind, Message, Order, Pass, PassKind, Payload, Schedule, Step, Vocabulary,
 };
 use std::collections::HashMap;
 
-/// What a pass waits for on its own rank.
+/// Something that a pass waits for on its own rank.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Dependency {
     /// A tensor from another rank.
     Message(Message),
-    /// A collective.
     Collective(Collective),
     /// Another pass of the same rank.
     Pass(Pass),
 }
 
 impl Order {
-    /// What `pass` on rank `rank` waits for.
+    /// Returns what `pass` on rank `rank` waits for.
     pub fn dependencies(&self, rank: usize, pass: Pass) -> Vec<Dependency> {
-        use PassKind::*;
-        let Pass {
-            kind,
-            chunk,
-            microbatch,
-        } = pass;
-        let collective = |kind| Dependency::Collective(Collective { kind, microbatch });
-        let stage = self.stage(rank, chunk);
-        let last = self.stages() - 1;
-        match kind {
-            Forward if stage == 0 && self.vocabulary.is_some() => {
-                vec![collective(CollectiveKind::Embedding)]
-            }
-            Forward if stage == 0 => vec![],
-            Forward => vec![self.neighbour_dependency(
-                rank,
-                stage - 1,
-                Forward,
-                Payload::Activation,
-                stage,
-                microbatch,
-            )],
-            Backward | BackwardInput if stage == last => {
-                let mut needs = vec![Dependency::Pass(Pass::new(Forward, chunk, microbatch))];
-                needs.extend(self.vocabulary.map(|algorithm| {
-                    collective(if algorithm.gradient_after_t() {
-                        CollectiveKind::HiddenGradient
-                    } else {
-                        CollectiveKind::Statistics
-                    })
-                }));
-                needs
-            }
-            Backward | BackwardInput => {
-                let from = self.neighbour_dependency(
-                    rank,
-                    stage + 1,
-                    Backward,
-                    Payload::Gradient,
+        let stage = self.stage(rank, pass.chunk);
+        let microbatch = pass.microbatch;
+        let collective = |kind| vec![Dependency::Collective(Collective { kind, microbatch })];
+        match pass.kind {
+            PassKind::Forward if stage > 0 => {
+                let input = Message {
+                    payload: Payload::Activation,
                     stage,
                     microbatch,
-                );
-                vec![
-                    Dependency::Pass(Pass::new(Forward, chunk, microbatch)),
-                    from,
-                ]
+                };
+                vec![self.message_or_pass(rank, input)]
             }
-            BackwardWeight => vec![Dependency::Pass(Pass::new(
-                BackwardInput,
-                chunk,
-                microbatch,
-            ))],
-            Logits => vec![collective(CollectiveKind::Hidden)],
-            Normalize => vec![collective(CollectiveKind::Maximum)],
-            LogitsBackward => vec![collective(CollectiveKind::Statistics)],
-            Embed => vec![],
-            EmbedBackward => vec![collective(CollectiveKind::EmbeddingGradient)],
+            PassKind::Forward if self.vocabulary.is_some() => collective(CollectiveKind::Embedding),
+            PassKind::Forward => vec![],
+            PassKind::Backward | PassKind::BackwardInput => self.backward_dependencies(rank, pass),
+            PassKind::BackwardWeight => vec![Dependency::Pass(Pass {
+                kind: PassKind::BackwardInput,
+                ..pass
+            })],
+            PassKind::Logits => collective(CollectiveKind::Hidden),
+            PassKind::Normalize => collective(CollectiveKind::Maximum),
+            PassKind::LogitsBackward => collective(CollectiveKind::Statistics),
+            PassKind::Embed => vec![],
+            PassKind::EmbedBackward => collective(CollectiveKind::EmbeddingGradient),
         }
     }
 
-    /// The neighbour's tensor: a message, or a pass where the neighbour is this rank.
-    fn neighbour_dependency(
-        &self,
-        rank: usize,
-        neighbour: usize,
-        producer: PassKind,
-        payload: Payload,
-        stage: usize,
-        microbatch: usize,
-    ) -> Dependency {
-        let (peer, chunk) = self.rank_and_chunk(neighbour);
-        if peer == rank {
-            Dependency::Pass(Pass::new(producer, chunk, microbatch))
-        } else {
-            Dependency::Message(Message {
-                payload,
+    /// Returns the forward of the same stage and the source of the output's gradient.
+    fn backward_dependencies(&self, rank: usize, pass: Pass) -> Vec<Dependency> {
+        let stage = self.stage(rank, pass.chunk);
+        let microbatch = pass.microbatch;
+        let forward = Pass {
+            kind: PassKind::Forward,
+            ..pass
+        };
+        let mut dependencies = vec![Dependency::Pass(forward)];
+        if stage + 1 < self.stages() {
+            let gradient = Message {
+                payload: Payload::Gradient,
                 stage,
                 microbatch,
-            })
+            };
+            dependencies.push(self.message_or_pass(rank, gradient));
+        } else if let Some(vocabulary) = self.vocabulary {
+            let kind = if vocabulary.gradient_after_t() {
+                CollectiveKind::HiddenGradient
+            } else {
+                CollectiveKind::Statistics
+            };
+            dependencies.push(Dependency::Collective(Collective { kind, microbatch }));
+        }
+        dependencies
+    }
+
+    /// Returns `message` to rank `rank`, or the pass that produces it if that is on the same rank.
+    fn message_or_pass(&self, rank: usize, message: Message) -> Dependency {
+        let (peer, producer) = self.producer(message);
+        if peer == rank {
+            Dependency::Pass(producer)
+        } else {
+            Dependency::Message(message)
         }
     }
 
-    /// The tensor that `pass` on rank `rank` makes for another rank, and that rank.
+    /// Returns the tensor that `pass` on rank `rank` produces for another rank, and that rank.
     pub fn sends(&self, rank: usize, pass: Pass) -> Option<(Message, usize)> {
         let stage = self.stage(rank, pass.chunk);
-        let (payload, neighbour) = match pass.kind {
+        let (payload, neighbor) = match pass.kind {
             PassKind::Forward if stage + 1 < self.stages() => (Payload::Activation, stage + 1),
             kind if kind.gives_input_gradient() && stage > 0 => (Payload::Gradient, stage - 1),
             _ => return None,
         };
-        let (peer, _) = self.rank_and_chunk(neighbour);
-        (peer != rank).then_some((
-            Message {
-                payload,
-                stage: neighbour,
-                microbatch: pass.microbatch,
-            },
-            peer,
-        ))
+        let message = Message {
+            payload,
+            stage: neighbor,
+            microbatch: pass.microbatch,
+        };
+        let (peer, _) = self.rank_and_chunk(neighbor);
+        (peer != rank).then_some((message, peer))
     }
 
-    /// The rank that makes `message`, and the pass that does, a backward whether or not its weights' part is split off.
+    /// Returns the rank and the pass that produce `message`.
+    ///
+    /// A backward is named BW, even if it is split into B and W.
     pub(super) fn producer(&self, message: Message) -> (usize, Pass) {
         let (stage, kind) = match message.payload {
             Payload::Activation => (message.stage - 1, PassKind::Forward),
@@ -133,7 +115,9 @@ impl Order {
         (rank, Pass::new(kind, chunk, message.microbatch))
     }
 
-    /// The collective that `pass` on rank `rank` gives something to: the rank enters it right after the pass.
+    /// Returns the collective to which `pass` on rank `rank` contributes.
+    ///
+    /// The rank enters it right after the pass.
     pub fn contributes_to(&self, rank: usize, pass: Pass) -> Option<Collective> {
         let vocabulary = self.vocabulary?;
         let stage = self.stage(rank, pass.chunk);
@@ -155,147 +139,218 @@ impl Order {
     }
 }
 
-/// The order with its sends, receives and collectives.
+/// Returns the order with its sends, receives and collectives.
 pub fn with_communication(order: Order) -> Schedule {
-    let ranks = order
-        .ranks
-        .iter()
-        .enumerate()
-        .map(|(rank, passes)| rank_steps(&order, rank, passes))
+    let ranks = (0..order.ranks.len())
+        .map(|rank| rank_steps(&order, rank))
         .collect();
     insert_send_waits(Schedule { order, ranks })
 }
 
-/// Sent tensors are kept until it is certain that they have arrived: until a pass that can only have started after the
-/// receiver used them. Waiting there never waits for a rank that waits for this one.
+/// Inserts the waits for sends, at points where the messages are certain to have arrived.
+///
+/// Such a point is a pass that can only start after the receiver has used the message. A rank that
+/// waits there never waits for a rank that waits for it.
 fn insert_send_waits(mut schedule: Schedule) -> Schedule {
-    let ranks = schedule.ranks.len();
-    // Where each message is used: rank, and number of the step in its list.
-    let mut used_at: HashMap<Message, (usize, usize)> = HashMap::new();
-    for (rank, steps) in schedule.ranks.iter().enumerate() {
-        for (index, step) in steps.iter().enumerate() {
-            let Step::Compute(pass) = step else { continue };
-            for need in schedule.order.dependencies(rank, *pass) {
-                if let Dependency::Message(message) = need {
-                    used_at.insert(message, (rank, index));
-                }
-            }
-        }
-    }
-    // Steps of each rank that are certain to be over, as known to a rank at its current step and sent with messages.
-    let mut known: Vec<Vec<usize>> = vec![vec![0; ranks]; ranks];
-    let mut with_message: HashMap<Message, Vec<usize>> = HashMap::new();
-    let mut outstanding: Vec<Vec<Message>> = vec![Vec::new(); ranks];
-    let mut lists: Vec<Vec<Step>> = vec![Vec::new(); ranks];
-    let mut at = vec![0; ranks];
-    let mut moved = true;
-    while std::mem::take(&mut moved) {
-        for rank in 0..ranks {
-            while let Some(&step) = schedule.ranks[rank].get(at[rank]) {
-                if let Step::Compute(pass) = step {
-                    let needs = schedule.order.dependencies(rank, pass);
-                    let messages = needs.iter().filter_map(|need| match need {
-                        Dependency::Message(message) => Some(with_message.get(message)),
-                        Dependency::Collective(_) | Dependency::Pass(_) => None,
-                    });
-                    let Some(clocks) = messages.collect::<Option<Vec<_>>>() else {
-                        break;
-                    };
-                    for clock in clocks {
-                        known[rank]
-                            .iter_mut()
-                            .zip(clock)
-                            .for_each(|(own, &theirs)| *own = (*own).max(theirs));
-                    }
-                }
-                at[rank] += 1;
-                moved = true;
-                known[rank][rank] = at[rank];
-                lists[rank].push(step);
-                match step {
-                    Step::Send(message, _) => {
-                        with_message.insert(message, known[rank].clone());
-                        outstanding[rank].push(message);
-                    }
-                    Step::Compute(_) => {
-                        let arrived = |message: &Message| {
-                            used_at
-                                .get(message)
-                                .is_some_and(|&(peer, index)| known[rank][peer] > index)
-                        };
-                        let (over, left) = outstanding[rank]
-                            .iter()
-                            .partition(|message| arrived(message));
-                        outstanding[rank] = left;
-                        let over: Vec<Message> = over;
-                        lists[rank].extend(over.into_iter().map(Step::WaitSend));
-                    }
-                    _ => {}
-                }
-            }
-        }
-    }
-    for rank in 0..ranks {
-        // A schedule that stops is kept whole, for the check to say why.
-        lists[rank].extend(&schedule.ranks[rank][at[rank]..]);
-        lists[rank].extend(outstanding[rank].drain(..).map(Step::WaitSend));
-    }
-    schedule.ranks = lists;
+    let mut insertion = WaitInsertion::new(&schedule);
+    while insertion.advance() {}
+    schedule.ranks = insertion.finish();
     schedule
 }
 
-fn rank_steps(order: &Order, rank: usize, passes: &[Pass]) -> Vec<Step> {
-    let mut list = Vec::new();
+/// A position in a rank's steps.
+#[derive(Clone, Copy)]
+struct StepPosition {
+    rank: usize,
+    index: usize,
+}
+
+/// A run of the schedule in which ranks learn, by messages, which steps of others are over.
+struct WaitInsertion<'a> {
+    schedule: &'a Schedule,
+    /// The pass that uses each message.
+    used_at: HashMap<Message, StepPosition>,
+    /// For each sent message, the sender's `known`.
+    with_message: HashMap<Message, Vec<usize>>,
+    ranks: Vec<RankInsertion>,
+}
+
+/// The progress of one rank.
+struct RankInsertion {
+    /// Number of its steps that are over.
+    at: usize,
+    /// Number of steps of each rank that this one knows to be over.
+    known: Vec<usize>,
+    /// Messages that it may not know to have arrived.
+    outstanding: Vec<Message>,
+    /// Its steps so far, with the waits.
+    steps: Vec<Step>,
+}
+
+impl WaitInsertion<'_> {
+    fn new(schedule: &Schedule) -> WaitInsertion<'_> {
+        let mut used_at = HashMap::new();
+        for (rank, steps) in schedule.ranks.iter().enumerate() {
+            for (index, step) in steps.iter().enumerate() {
+                let Step::Compute(pass) = step else { continue };
+                for dependency in schedule.order.dependencies(rank, *pass) {
+                    if let Dependency::Message(message) = dependency {
+                        used_at.insert(message, StepPosition { rank, index });
+                    }
+                }
+            }
+        }
+        let ranks = schedule.ranks.len();
+        let rank = || RankInsertion {
+            at: 0,
+            known: vec![0; ranks],
+            outstanding: Vec::new(),
+            steps: Vec::new(),
+        };
+        WaitInsertion {
+            schedule,
+            used_at,
+            with_message: HashMap::new(),
+            ranks: (0..ranks).map(|_| rank()).collect(),
+        }
+    }
+
+    /// Runs every rank as far as it can go, and returns true if any made progress.
+    fn advance(&mut self) -> bool {
+        let mut moved = false;
+        for rank in 0..self.ranks.len() {
+            while self.advance_rank(rank) {
+                moved = true;
+            }
+        }
+        moved
+    }
+
+    /// Runs the next step of a rank, and returns false if it cannot start yet.
+    fn advance_rank(&mut self, rank: usize) -> bool {
+        let schedule = self.schedule;
+        let state = &mut self.ranks[rank];
+        let Some(&step) = schedule.ranks[rank].get(state.at) else {
+            return false;
+        };
+        if let Step::Compute(pass) = step {
+            let dependencies = schedule.order.dependencies(rank, pass);
+            let received = dependencies
+                .iter()
+                .filter_map(|dependency| match dependency {
+                    Dependency::Message(message) => Some(self.with_message.get(message)),
+                    Dependency::Collective(_) | Dependency::Pass(_) => None,
+                });
+            let Some(received) = received.collect::<Option<Vec<_>>>() else {
+                return false;
+            };
+            for sender_knew in received {
+                for (known, &theirs) in state.known.iter_mut().zip(sender_knew) {
+                    *known = (*known).max(theirs);
+                }
+            }
+        }
+        state.at += 1;
+        state.known[rank] = state.at;
+        state.steps.push(step);
+        match step {
+            Step::Send(message, _) => {
+                self.with_message.insert(message, state.known.clone());
+                state.outstanding.push(message);
+            }
+            Step::Compute(_) => state.wait_for_arrived(&self.used_at),
+            _ => {}
+        }
+        true
+    }
+
+    /// Returns the steps of each rank.
+    fn finish(self) -> Vec<Vec<Step>> {
+        let mut lists = Vec::new();
+        for (state, steps) in self.ranks.into_iter().zip(&self.schedule.ranks) {
+            let mut list = state.steps;
+            // A deadlocked schedule stays whole, so that the check can explain it.
+            list.extend(&steps[state.at..]);
+            list.extend(state.outstanding.into_iter().map(Step::WaitSend));
+            lists.push(list);
+        }
+        lists
+    }
+}
+
+impl RankInsertion {
+    /// Inserts the waits for messages that have arrived for certain.
+    fn wait_for_arrived(&mut self, used_at: &HashMap<Message, StepPosition>) {
+        let has_arrived = |message: &Message| {
+            let used = used_at.get(message);
+            used.is_some_and(|used| self.known[used.rank] > used.index)
+        };
+        let (arrived, outstanding): (Vec<Message>, Vec<Message>) = self
+            .outstanding
+            .iter()
+            .partition(|message| has_arrived(message));
+        self.outstanding = outstanding;
+        self.steps.extend(arrived.into_iter().map(Step::WaitSend));
+    }
+}
+
+/// Returns the steps of a rank without waits for sends.
+fn rank_steps(order: &Order, rank: usize) -> Vec<Step> {
+    let passes = &order.ranks[rank];
+    let mut steps = Vec::new();
     let mut started = 0;
     for (index, &pass) in passes.iter().enumerate() {
-        // Under way while this pass computes: what the next computation needs, and lookups before it.
+        // While this pass computes, the communication of the next computation and of the lookups
+        // before it is in progress.
         let next = passes[index + 1..]
             .iter()
             .position(|&pass| !is_lookup(pass));
         let until = next.map_or(passes.len(), |next| index + 2 + next);
         for &coming in &passes[started..until] {
-            list.extend(steps_to_start(order, rank, coming));
+            steps.extend(steps_to_start(order, rank, coming));
         }
         started = until;
-        list.push(Step::Compute(pass));
-        list.extend(
-            order
-                .sends(rank, pass)
-                .map(|(message, peer)| Step::Send(message, peer)),
-        );
-        list.extend(order.contributes_to(rank, pass).map(Step::EnterCollective));
+        steps.push(Step::Compute(pass));
+        if let Some((message, peer)) = order.sends(rank, pass) {
+            steps.push(Step::Send(message, peer));
+        }
+        let collective = order.contributes_to(rank, pass);
+        steps.extend(collective.map(Step::EnterCollective));
     }
-    list
+    steps
 }
 
-/// Whether `pass` takes next to no time.
+/// True if `pass` takes next to no time.
 fn is_lookup(pass: Pass) -> bool {
     matches!(pass.kind, PassKind::Embed | PassKind::EmbedBackward)
 }
 
-/// What has to be started for `pass`: receives, and collectives that this rank gives nothing to.
+/// Returns the steps to start before `pass`: receives, and collectives that the rank only receives.
 fn steps_to_start(order: &Order, rank: usize, pass: Pass) -> Vec<Step> {
-    let start = |need| match need {
-        Dependency::Message(message) => Some(Step::Receive(message, order.producer(message).0)),
-        Dependency::Collective(collective) if receives_only(order, rank, collective.kind) => {
-            Some(Step::EnterCollective(collective))
+    let mut steps = Vec::new();
+    for dependency in order.dependencies(rank, pass) {
+        match dependency {
+            Dependency::Message(message) => {
+                let (sender, _) = order.producer(message);
+                steps.push(Step::Receive(message, sender));
+            }
+            Dependency::Collective(collective) if receives_only(order, rank, collective.kind) => {
+                steps.push(Step::EnterCollective(collective));
+            }
+            Dependency::Collective(_) | Dependency::Pass(_) => {}
         }
-        Dependency::Collective(_) | Dependency::Pass(_) => None,
-    };
-    order
-        .dependencies(rank, pass)
-        .into_iter()
-        .filter_map(start)
-        .collect()
+    }
+    steps
 }
 
-/// Whether `rank` enters collectives of this kind only to take something from them: broadcasts, on ranks other than
-/// their root.
+/// True if `rank` contributes nothing to collectives of `kind`: a broadcast from another rank.
 pub(super) fn receives_only(order: &Order, rank: usize, kind: CollectiveKind) -> bool {
-    match kind {
-        CollectiveKind::Hidden => rank != order.rank_and_chunk(order.stages() - 1).0,
-        CollectiveKind::EmbeddingGradient => rank != order.rank_and_chunk(0).0,
-        CollectiveKind::Maximum | CollectiveKind::Statistics => false,
-        CollectiveKind::HiddenGradient | CollectiveKind::Embedding => false,
-    }
+    let root_stage = match kind {
+        CollectiveKind::Hidden => order.stages() - 1,
+        CollectiveKind::EmbeddingGradient => 0,
+        CollectiveKind::Maximum | CollectiveKind::Statistics => return false,
+        CollectiveKind::HiddenGradient | CollectiveKind::Embedding => return false,
+    };
+    let (root, _) = order.rank_and_chunk(root_stage);
+    rank != root
 }

@@ -1,27 +1,24 @@
-//! A simulated step as a picture: text for a terminal, SVG for everything else.
+//! Draws a simulated step, as text for a terminal or as SVG.
 
 use super::PassKind;
 use super::simulate::{Span, Timeline};
 use std::fmt::Write;
 
-/// One line a rank; a pass is as wide as its time, and named.
+/// Returns the passes that take time.
+fn visible(spans: &[Span]) -> impl Iterator<Item = &Span> {
+    spans.iter().filter(|span| span.end > span.start)
+}
+
+/// Draws one line per rank. A pass has its name and a width that is proportional to its time.
 pub fn text(timeline: &Timeline) -> String {
-    let spans = || {
-        timeline
-            .ranks
-            .iter()
-            .flatten()
-            .filter(|span| span.end > span.start)
-    };
-    let shortest = spans()
-        .map(|span| span.end - span.start)
-        .fold(f64::INFINITY, f64::min);
-    let longest_name = spans()
-        .map(|span| span.pass.to_string().len())
-        .max()
-        .unwrap_or(1);
+    let spans = || timeline.ranks.iter().flat_map(|spans| visible(spans));
+    let times = spans().map(|span| span.end - span.start);
+    let shortest = times.fold(f64::INFINITY, f64::min);
+    let name_lengths = spans().map(|span| span.pass.to_string().len());
+    let longest_name = name_lengths.max().unwrap_or(1);
     // The shortest pass has room for the longest name and a space.
-    let column = |time: f64| (time / shortest * (longest_name + 1) as f64).round() as usize;
+    let unit = (longest_name + 1) as f64;
+    let column = |time: f64| (time / shortest * unit).round() as usize;
     let digits = timeline.ranks.len().saturating_sub(1).to_string().len();
     let mut out = String::new();
     for (rank, spans) in timeline.ranks.iter().enumerate() {
@@ -32,13 +29,9 @@ pub fn text(timeline: &Timeline) -> String {
             let to = margin + column(*end);
             if to > from {
                 let name = pass.to_string();
-                let _ = write!(
-                    line,
-                    "{:gap$}{name:.<width$} ",
-                    "",
-                    gap = from - line.len().min(from),
-                    width = to - from - 1
-                );
+                let gap = from - line.len().min(from);
+                let width = to - from - 1;
+                let _ = write!(line, "{:gap$}{name:.<width$} ", "");
             }
         }
         out.push_str(line.trim_end());
@@ -47,8 +40,7 @@ pub fn text(timeline: &Timeline) -> String {
     out
 }
 
-/// The colour of a pass.
-fn colour(kind: PassKind, chunk: usize) -> &'static str {
+fn color(kind: PassKind, chunk: usize) -> &'static str {
     use PassKind::*;
     match (kind, chunk % 2) {
         (Forward, 0) => "#8fb8de",
@@ -64,71 +56,84 @@ fn colour(kind: PassKind, chunk: usize) -> &'static str {
     }
 }
 
-/// A picture with a row for each rank and a legend.
+const ROW_HEIGHT: f64 = 24.0;
+/// Space for the names of ranks.
+const MARGIN: f64 = 56.0;
+/// Width of the whole step.
+const WIDTH: f64 = 1400.0;
+/// Distance of the first row from the upper edge.
+const TOP: f64 = ROW_HEIGHT * 1.2;
+/// The narrowest pass that shows its microbatch.
+const MIN_LABELED_WIDTH: f64 = 11.0;
+
+/// Draws one row per rank and a legend.
 pub fn svg(timeline: &Timeline, title: &str) -> String {
-    let row = 24.0;
-    let margin = 56.0;
-    let width = 1400.0;
-    let scale = width / timeline.total.max(f64::MIN_POSITIVE);
-    let height = row * (timeline.ranks.len() as f64 + 3.5);
+    let scale = WIDTH / timeline.total.max(f64::MIN_POSITIVE);
+    let rows = timeline.ranks.len() as f64;
+    let width = WIDTH + MARGIN + 8.0;
+    let height = ROW_HEIGHT * (rows + 3.5);
+    let title = escape(title);
     let mut out = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {:.0} {height:.0}\" font-family=\"sans-serif\" \
-         font-size=\"10\">\n<rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n\
-         <text x=\"4\" y=\"16\" font-size=\"13\">{}</text>\n",
-        width + margin + 8.0,
-        escape(title)
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width:.0} {height:.0}\" \
+         font-family=\"sans-serif\" font-size=\"10\">\n\
+         <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n\
+         <text x=\"4\" y=\"16\" font-size=\"13\">{title}</text>\n"
     );
-    let top = row * 1.2;
     for (rank, spans) in timeline.ranks.iter().enumerate() {
-        let y = top + row * rank as f64;
-        let _ = writeln!(
-            out,
-            "<text x=\"4\" y=\"{:.1}\">rank {rank}</text>",
-            y + row * 0.65
-        );
-        for Span { pass, start, end } in spans.iter().filter(|span| span.end > span.start) {
-            let x = margin + start * scale;
-            let w = (end - start) * scale;
-            let fill = colour(pass.kind, pass.chunk);
-            let _ = write!(
-                out,
-                "<g><title>{pass}: {start:.3} to {end:.3}</title><rect x=\"{x:.2}\" y=\"{y:.1}\" width=\"{w:.2}\" \
-                 height=\"{:.1}\" fill=\"{fill}\" stroke=\"white\" stroke-width=\"0.5\"/>",
-                row * 0.9
-            );
-            if w > 11.0 {
-                let tx = x + w / 2.0;
-                let ty = y + row * 0.6;
-                let _ = write!(
-                    out,
-                    "<text x=\"{tx:.1}\" y=\"{ty:.1}\" text-anchor=\"middle\">{}</text>",
-                    pass.microbatch
-                );
-            }
-            out.push_str("</g>\n");
+        let y = TOP + ROW_HEIGHT * rank as f64;
+        let text_y = y + ROW_HEIGHT * 0.65;
+        let _ = writeln!(out, "<text x=\"4\" y=\"{text_y:.1}\">rank {rank}</text>");
+        for span in visible(spans) {
+            draw_span(&mut out, span, scale, y);
         }
     }
-    let mut x = margin;
-    let y = top + row * (timeline.ranks.len() as f64 + 0.4);
+    draw_legend(&mut out, timeline);
+    out.push_str("</svg>\n");
+    out
+}
+
+/// Draws a pass into the row at `y`, `scale` wide per unit of time.
+fn draw_span(out: &mut String, span: &Span, scale: f64, y: f64) {
+    let Span { pass, start, end } = span;
+    let x = MARGIN + start * scale;
+    let width = (end - start) * scale;
+    let height = ROW_HEIGHT * 0.9;
+    let fill = color(pass.kind, pass.chunk);
+    let _ = write!(
+        out,
+        "<g><title>{pass}: {start:.3} to {end:.3}</title>\
+         <rect x=\"{x:.2}\" y=\"{y:.1}\" width=\"{width:.2}\" height=\"{height:.1}\" \
+         fill=\"{fill}\" stroke=\"white\" stroke-width=\"0.5\"/>"
+    );
+    if width > MIN_LABELED_WIDTH {
+        let x = x + width / 2.0;
+        let y = y + ROW_HEIGHT * 0.6;
+        let label = pass.microbatch;
+        let _ = write!(
+            out,
+            "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"middle\">{label}</text>"
+        );
+    }
+    out.push_str("</g>\n");
+}
+
+fn draw_legend(out: &mut String, timeline: &Timeline) {
+    let mut x = MARGIN;
+    let y = TOP + ROW_HEIGHT * (timeline.ranks.len() as f64 + 0.4);
     for (kind, name) in PassKind::NAMES {
-        if timeline
-            .ranks
-            .iter()
-            .flatten()
-            .any(|span| span.pass.kind == kind)
-        {
-            let fill = colour(kind, 0);
+        let mut spans = timeline.ranks.iter().flatten();
+        if spans.any(|span| span.pass.kind == kind) {
+            let fill = color(kind, 0);
+            let text_x = x + 18.0;
+            let text_y = y + 11.0;
             let _ = writeln!(
                 out,
-                "<rect x=\"{x}\" y=\"{y:.1}\" width=\"14\" height=\"14\" fill=\"{fill}\"/><text x=\"{}\" y=\"{:.1}\">{name}</text>",
-                x + 18.0,
-                y + 11.0
+                "<rect x=\"{x}\" y=\"{y:.1}\" width=\"14\" height=\"14\" fill=\"{fill}\"/>\
+                 <text x=\"{text_x}\" y=\"{text_y:.1}\">{name}</text>"
             );
             x += 56.0;
         }
     }
-    out.push_str("</svg>\n");
-    out
 }
 
 fn escape(text: &str) -> String {
@@ -156,6 +161,7 @@ mod tests {
         assert_eq!(text(&timeline), expected);
         let picture = svg(&timeline, "1f1b <2>");
         assert_eq!(picture.matches("<g>").count(), 8);
-        assert!(picture.contains("1f1b &lt;2&gt;") && picture.ends_with("</svg>\n"));
+        assert!(picture.contains("1f1b &lt;2&gt;"));
+        assert!(picture.ends_with("</svg>\n"));
     }
 }

@@ -1,259 +1,287 @@
-//! Carries a schedule out on one rank.
+//! Runs a schedule on one rank.
 
 use super::communication::Dependency;
-use super::lane::Lane;
+use super::lane::{CollectiveFn, Lane};
 use super::simulate::Span;
-use super::{Collective, CollectiveKind, Message, Pass, PassKind, Payload, Schedule, Step};
+use super::{Collective, CollectiveKind, Message, Order, Pass, PassKind, Payload, Schedule, Step};
 use crate::{Accelerator, CommError, Communicator, Work};
-use kernels::profile::{Cost, part};
+use kernels::profile::{Cost, span};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 use tch::Tensor;
 
-/// What a rank does in a collective. It runs beside the passes, on a lane of its own, so it may compute between operations; its
-/// result goes to the passes that need the collective. It is called once, and the tensors in it live until its result is there.
-pub type CollectiveFn = Box<dyn Fn(&dyn Communicator) -> Result<Vec<Tensor>, CommError> + Send>;
-
 /// The stages of one rank.
 pub trait Stages {
-    /// What can go wrong.
     type Error: From<CommError>;
 
-    /// Computes `pass`. `inputs` are what it needs from elsewhere ([`super::Order::dependencies`]): for F the output of the stage
-    /// before, for B and BW the gradient of its own output, for passes of the vocabulary the collective's result. F gives
-    /// its output and B or BW the gradient of its input, where another stage needs it.
+    /// Computes `pass`.
+    ///
+    /// `inputs` are the tensors that it depends on ([`super::Order::dependencies`]): the output of
+    /// the stage before for F, the gradient of the stage's output for B and BW, the collective's
+    /// result for passes of vocabulary parallelism. F returns its output, and B or BW the gradient
+    /// of its input, if another stage needs it.
     ///
     /// # Errors
-    /// Its own.
+    /// If the computation fails.
     fn compute(&mut self, pass: Pass, inputs: Vec<Tensor>) -> Result<Option<Tensor>, Self::Error>;
 
-    /// What this rank does in `collective`; called right after the pass that gives something to it.
+    /// Returns this rank's part in `collective`; called right after the pass that contributes to
+    /// it.
     ///
     /// # Errors
-    /// Its own.
+    /// If the contribution is not available.
     fn collective_fn(&mut self, collective: Collective) -> Result<CollectiveFn, Self::Error>;
 
-    /// An empty tensor of the kind that travels between stages.
+    /// Returns an empty tensor with the shape and dtype of those that stages exchange.
     fn buffer(&self) -> Tensor;
 }
 
-/// Carries schedules out.
+/// Runs schedules with the communicators of a pipeline.
 pub struct Executor {
     /// The ranks of the pipeline, for tensors between stages.
     messages: Arc<dyn Communicator>,
     lanes: HashMap<CollectiveKind, Lane>,
 }
 
-/// A step under way.
+/// A message that is being sent or received.
+struct Transfer {
+    tensor: Tensor,
+    work: Work,
+}
+
+/// Counts of the collectives on one lane.
+#[derive(Default, Clone, Copy)]
+struct LaneProgress {
+    entered: usize,
+    ended: usize,
+}
+
+/// The state of one step.
 struct StepState<'a> {
     schedule: &'a Schedule,
     rank: usize,
-    began: Instant,
-    received: HashMap<Message, (Tensor, Work)>,
-    sent: HashMap<Message, (Tensor, Work)>,
-    /// From one stage of this rank to the next.
+    start: Instant,
+    received: HashMap<Message, Transfer>,
+    sent: HashMap<Message, Transfer>,
+    /// Tensors from one stage of this rank to the next.
     local: HashMap<Message, Tensor>,
-    /// How many passes still need each collective.
+    /// Number of passes that still need each collective.
     users: HashMap<Collective, usize>,
-    /// Collectives entered, and those of them that have ended, of each kind.
-    lanes: HashMap<CollectiveKind, (usize, usize)>,
-    collected: HashMap<Collective, Vec<Tensor>>,
+    lanes: HashMap<CollectiveKind, LaneProgress>,
+    results: HashMap<Collective, Vec<Tensor>>,
     spans: Vec<Span>,
 }
 
+impl StepState<'_> {
+    fn new(schedule: &Schedule, rank: usize) -> StepState<'_> {
+        StepState {
+            schedule,
+            rank,
+            start: Instant::now(),
+            received: HashMap::new(),
+            sent: HashMap::new(),
+            local: HashMap::new(),
+            users: collective_users(&schedule.order, rank),
+            lanes: HashMap::new(),
+            results: HashMap::new(),
+            spans: Vec::new(),
+        }
+    }
+
+    fn seconds(&self) -> f64 {
+        self.start.elapsed().as_secs_f64()
+    }
+
+    fn stage(&self, pass: Pass) -> usize {
+        self.schedule.order.stage(self.rank, pass.chunk)
+    }
+
+    /// Removes the result of a collective if no other pass needs it, else copies the handles.
+    fn take_result(&mut self, collective: Collective) -> Vec<Tensor> {
+        let users = self.users.get_mut(&collective);
+        let users = users.expect("the pass is one of the users");
+        *users -= 1;
+        let result = if *users == 0 {
+            self.results.remove(&collective)
+        } else {
+            let shared = self.results.get(&collective);
+            shared.map(|tensors| tensors.iter().map(Tensor::shallow_clone).collect())
+        };
+        result.unwrap_or_default()
+    }
+}
+
+/// Returns the number of passes of `rank` that depend on each collective.
+fn collective_users(order: &Order, rank: usize) -> HashMap<Collective, usize> {
+    let mut users = HashMap::new();
+    for &pass in &order.ranks[rank] {
+        for dependency in order.dependencies(rank, pass) {
+            if let Dependency::Collective(collective) = dependency {
+                *users.entry(collective).or_insert(0) += 1;
+            }
+        }
+    }
+    users
+}
+
 impl Executor {
-    /// For the ranks of `messages`, in order of pipeline, whose stages are on `device`. `collectives` are groups of the same ranks,
-    /// one for each kind that the schedules have.
+    /// Creates an executor for the ranks of `messages`, which are in pipeline order.
+    ///
+    /// Their stages are on `device`. `collectives` are groups of the same ranks, one for each kind
+    /// of collective in the schedules.
     ///
     /// # Errors
-    /// When the device has no queue for a collective.
+    /// If the device has no stream for a collective.
     pub fn new(
         messages: Arc<dyn Communicator>,
         collectives: impl IntoIterator<Item = (CollectiveKind, Arc<dyn Communicator>)>,
         device: &dyn Accelerator,
     ) -> Result<Executor, torch_ext::Error> {
-        let lanes = collectives
-            .into_iter()
-            .map(|(kind, group)| Ok((kind, Lane::new(group, device)?)));
-        Ok(Executor {
-            messages,
-            lanes: lanes.collect::<Result<_, torch_ext::Error>>()?,
-        })
+        let mut lanes = HashMap::new();
+        for (kind, group) in collectives {
+            lanes.insert(kind, Lane::new(group, device)?);
+        }
+        Ok(Executor { messages, lanes })
     }
 
-    /// Goes through this rank's list; what was computed when, in seconds.
+    /// Runs this rank's steps and returns when each pass ran, in seconds from the start.
     ///
     /// # Collective
     /// All ranks of the pipeline, with the same checked schedule.
     ///
     /// # Errors
-    /// The first of a pass or a transfer.
+    /// The first error of a pass or a transfer.
     pub fn run<S: Stages>(
         &self,
         schedule: &Schedule,
         stages: &mut S,
     ) -> Result<Vec<Span>, S::Error> {
         let rank = self.messages.rank();
-        let mut users = HashMap::new();
-        for need in schedule.order.ranks[rank]
-            .iter()
-            .flat_map(|&pass| schedule.order.dependencies(rank, pass))
-        {
-            if let Dependency::Collective(collective) = need {
-                *users.entry(collective).or_insert(0) += 1;
-            }
-        }
-        let mut run = StepState {
-            schedule,
-            rank,
-            began: Instant::now(),
-            received: HashMap::new(),
-            sent: HashMap::new(),
-            local: HashMap::new(),
-            users,
-            lanes: HashMap::new(),
-            collected: HashMap::new(),
-            spans: Vec::new(),
-        };
+        let mut state = StepState::new(schedule, rank);
         for step in &schedule.ranks[rank] {
             match *step {
-                Step::Compute(pass) => self.compute(&mut run, stages, pass)?,
+                Step::Compute(pass) => self.compute(&mut state, stages, pass)?,
                 Step::Receive(message, from) => {
-                    let buffer = stages.buffer();
-                    let work = self.messages.recv(&buffer, from, tag(schedule, message))?;
-                    run.received.insert(message, (buffer, work));
+                    let tensor = stages.buffer();
+                    let work = self.messages.recv(&tensor, from, tag(schedule, message))?;
+                    state.received.insert(message, Transfer { tensor, work });
                 }
                 Step::Send(message, to) => {
-                    let tensor = run
-                        .local
-                        .remove(&message)
-                        .expect("it was made right before")
-                        .contiguous();
+                    let tensor = state.local.remove(&message);
+                    let tensor = tensor.expect("the pass before made it").contiguous();
                     let work = self.messages.send(&tensor, to, tag(schedule, message))?;
-                    run.sent.insert(message, (tensor, work));
+                    state.sent.insert(message, Transfer { tensor, work });
                 }
                 Step::WaitSend(message) => {
-                    let (_tensor, work) = run
-                        .sent
-                        .remove(&message)
-                        .expect("a checked schedule finishes what it sent");
+                    let transfer = state.sent.remove(&message);
+                    let Transfer { tensor, work } =
+                        transfer.expect("a checked schedule waits only for what it sent");
                     work.wait()?;
+                    drop(tensor);
                 }
                 Step::EnterCollective(collective) => {
-                    let exchange = stages.collective_fn(collective)?;
-                    self.lane(collective.kind).enter(exchange)?;
-                    run.lanes.entry(collective.kind).or_insert((0, 0)).0 += 1;
+                    let collective_fn = stages.collective_fn(collective)?;
+                    self.lane(collective.kind).enter(collective_fn)?;
+                    state.lanes.entry(collective.kind).or_default().entered += 1;
                 }
             }
         }
-        // Those that nobody here needed have to end, too.
-        let kinds: Vec<CollectiveKind> = run.lanes.keys().copied().collect();
-        for kind in kinds {
-            while run.lanes[&kind].1 < run.lanes[&kind].0 {
-                self.next_result(&mut run, kind)?;
-            }
-        }
-        Ok(run.spans)
+        self.finish_collectives(&mut state)?;
+        Ok(state.spans)
     }
 
     fn lane(&self, kind: CollectiveKind) -> &Lane {
         self.lanes
             .get(&kind)
-            .expect("there is a group for each kind of collective in the schedule")
+            .expect("each kind of collective in the schedule has a group")
+    }
+
+    /// Waits for the collectives whose results no pass of this rank needed.
+    fn finish_collectives(&self, state: &mut StepState) -> Result<(), CommError> {
+        let kinds: Vec<CollectiveKind> = state.lanes.keys().copied().collect();
+        for kind in kinds {
+            while state.lanes[&kind].ended < state.lanes[&kind].entered {
+                self.next_result(state, kind)?;
+            }
+        }
+        Ok(())
     }
 
     /// Waits for the next collective of a kind; they end in the order of microbatches.
-    fn next_result(&self, run: &mut StepState, kind: CollectiveKind) -> Result<(), CommError> {
-        // The exchange itself goes on elsewhere; here is what it holds this rank up.
-        let result = part("communication", "wait", Cost::default, || {
+    fn next_result(&self, state: &mut StepState, kind: CollectiveKind) -> Result<(), CommError> {
+        // The collective itself runs on its lane; this records the time for which it delays the
+        // rank.
+        let result = span("communication", "wait", Cost::default, || {
             self.lane(kind).next()
         })?;
-        let (_, ended) = run.lanes.get_mut(&kind).expect("it was entered");
+        let lane = state.lanes.get_mut(&kind).expect("it was entered");
         let collective = Collective {
             kind,
-            microbatch: *ended,
+            microbatch: lane.ended,
         };
-        *ended += 1;
-        if run.users.get(&collective).is_some_and(|&users| users > 0) {
-            run.collected.insert(collective, result);
+        lane.ended += 1;
+        let users = state.users.get(&collective);
+        if users.is_some_and(|&users| users > 0) {
+            state.results.insert(collective, result);
         }
         Ok(())
     }
 
     fn compute<S: Stages>(
         &self,
-        run: &mut StepState,
+        state: &mut StepState,
         stages: &mut S,
         pass: Pass,
     ) -> Result<(), S::Error> {
-        let order = &run.schedule.order;
+        let inputs = self.inputs(state, pass)?;
+        let start = state.seconds();
+        let output = span("pass", pass.kind.name(), Cost::default, || {
+            stages.compute(pass, inputs)
+        })?;
+        let end = state.seconds();
+        state.spans.push(Span { pass, start, end });
+        let num_stages = state.schedule.order.stages();
+        let message = output_message(num_stages, state.stage(pass), pass);
+        if let (Some(tensor), Some(message)) = (output, message) {
+            state.local.insert(message, tensor);
+        }
+        Ok(())
+    }
+
+    /// Waits for the tensors that `pass` depends on.
+    fn inputs(&self, state: &mut StepState, pass: Pass) -> Result<Vec<Tensor>, CommError> {
+        let order = &state.schedule.order;
         let mut inputs = Vec::new();
-        for need in order.dependencies(run.rank, pass) {
-            match need {
+        for dependency in order.dependencies(state.rank, pass) {
+            match dependency {
                 Dependency::Message(message) => {
-                    let (tensor, work) = run
-                        .received
-                        .remove(&message)
-                        .expect("a checked schedule receives it first");
+                    let transfer = state.received.remove(&message);
+                    let Transfer { tensor, work } =
+                        transfer.expect("a checked schedule receives it before");
                     work.wait()?;
                     inputs.push(tensor);
                 }
                 // A stage of the same rank made it.
                 Dependency::Pass(other) if other.chunk != pass.chunk => {
-                    let message = input_message(order.stage(run.rank, pass.chunk), pass);
-                    inputs.push(
-                        run.local
-                            .remove(&message)
-                            .expect("a checked schedule makes it first"),
-                    );
+                    let message = input_message(state.stage(pass), pass);
+                    let tensor = state.local.remove(&message);
+                    inputs.push(tensor.expect("a checked schedule computes it before"));
                 }
                 Dependency::Pass(_) => {}
                 Dependency::Collective(collective) => {
-                    inputs.extend(self.collected(run, collective)?)
+                    while !state.results.contains_key(&collective) {
+                        self.next_result(state, collective.kind)?;
+                    }
+                    inputs.extend(state.take_result(collective));
                 }
             }
         }
-        let start = run.began.elapsed().as_secs_f64();
-        let made = part("pass", pass.kind.name(), Cost::default, || {
-            stages.compute(pass, inputs)
-        })?;
-        run.spans.push(Span {
-            pass,
-            start,
-            end: run.began.elapsed().as_secs_f64(),
-        });
-        if let (Some(tensor), Some(message)) = (
-            made,
-            output_message(order.stages(), order.stage(run.rank, pass.chunk), pass),
-        ) {
-            run.local.insert(message, tensor);
-        }
-        Ok(())
-    }
-
-    /// The result of a collective, when it is there.
-    fn collected(&self, run: &mut StepState, wanted: Collective) -> Result<Vec<Tensor>, CommError> {
-        while !run.collected.contains_key(&wanted) {
-            self.next_result(run, wanted.kind)?;
-        }
-        let users = run
-            .users
-            .get_mut(&wanted)
-            .expect("this pass is one of them");
-        *users -= 1;
-        let tensors = if *users == 0 {
-            run.collected.remove(&wanted)
-        } else {
-            run.collected
-                .get(&wanted)
-                .map(|tensors| tensors.iter().map(Tensor::shallow_clone).collect())
-        };
-        Ok(tensors.unwrap_or_default())
+        Ok(inputs)
     }
 }
 
-/// The tensor from a neighbouring stage that `pass` of `stage` takes.
+/// Returns the tensor of a neighboring stage that `pass` of `stage` takes.
 fn input_message(stage: usize, pass: Pass) -> Message {
     let payload = if pass.kind == PassKind::Forward {
         Payload::Activation
@@ -267,14 +295,14 @@ fn input_message(stage: usize, pass: Pass) -> Message {
     }
 }
 
-/// The tensor for a neighbouring stage that `pass` of `stage` makes.
-fn output_message(stages: usize, stage: usize, pass: Pass) -> Option<Message> {
-    let neighbour = match pass.kind {
-        PassKind::Forward => Some(stage + 1).filter(|&next| next < stages),
+/// Returns the tensor for a neighboring stage that `pass` of `stage` makes.
+fn output_message(num_stages: usize, stage: usize, pass: Pass) -> Option<Message> {
+    let neighbor = match pass.kind {
+        PassKind::Forward => Some(stage + 1).filter(|&next| next < num_stages),
         kind if kind.gives_input_gradient() => stage.checked_sub(1),
         _ => None,
     }?;
-    Some(input_message(neighbour, pass))
+    Some(input_message(neighbor, pass))
 }
 
 fn tag(schedule: &Schedule, message: Message) -> i32 {
@@ -282,5 +310,6 @@ fn tag(schedule: &Schedule, message: Message) -> i32 {
         Payload::Activation => 0,
         Payload::Gradient => 1,
     };
-    ((message.microbatch * schedule.order.stages() + message.stage) * 2 + payload) as i32
+    let index = message.microbatch * schedule.order.stages() + message.stage;
+    (index * 2 + payload) as i32
 }

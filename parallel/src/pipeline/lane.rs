@@ -1,6 +1,7 @@
-//! Where collectives go on beside a rank's passes: a thread where they are waited for on the host, a queue where a device does them.
+//! A lane runs one kind of collective while the rank computes its passes.
+//!
+//! It is a thread if the host waits for collectives, and a stream if the device does.
 
-use super::CollectiveFn;
 use crate::background;
 use crate::{Accelerator, CommError, Communicator};
 use parking_lot::Mutex;
@@ -10,15 +11,21 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use tch::{Kind, Tensor};
 use torch_ext::{Event, Stream};
 
-/// Goes through the exchanges of one kind of collective, in order.
+/// A rank's part in a collective; its result goes to the passes that depend on the collective.
+///
+/// It runs on a lane, so it may compute between operations without delaying passes. The lane calls
+/// it once and keeps its tensors alive until the result is complete.
+pub type CollectiveFn = Box<dyn Fn(&dyn Communicator) -> Result<Vec<Tensor>, CommError> + Send>;
+
+/// Runs the collectives of one kind, in order.
 pub(super) enum Lane {
-    /// A thread that waits for each.
+    /// A thread that waits for each collective.
     Thread {
         requests: Sender<CollectiveFn>,
         results: Receiver<Result<Vec<Tensor>, CommError>>,
     },
-    /// A stream beside the passes' one. Were they on the passes' own, what this rank computes next would wait for other ranks, and
-    /// theirs for it.
+    /// A stream of its own. On the stream of the passes, a rank's next pass would wait for other
+    /// ranks, and theirs for this one.
     Queue {
         group: Arc<dyn Communicator>,
         like: Tensor,
@@ -27,23 +34,23 @@ pub(super) enum Lane {
     },
 }
 
-/// An exchange that a device was given.
+/// A collective on a device's stream.
 pub(super) struct PendingCollective {
     results: Vec<Tensor>,
     done: Event,
-    /// Kept for the tensors in it, whose memory is of the passes' stream.
+    /// Keeps its tensors alive: their memory belongs to the stream of the passes.
     _collective_fn: CollectiveFn,
 }
 
 impl Lane {
+    /// Starts a lane on `group` for collectives on `device`.
     pub(super) fn new(
         group: Arc<dyn Communicator>,
         device: &dyn Accelerator,
     ) -> Result<Lane, torch_ext::Error> {
         let like = device.zeros(&[1], Kind::Float);
-        let on_device = !device.computes_on_host();
         if group.is_stream_ordered() {
-            let stream = Stream::beside(&like)?;
+            let stream = Stream::from_pool(&like)?;
             return Ok(Lane::Queue {
                 group,
                 like,
@@ -51,19 +58,18 @@ impl Lane {
                 queued: Mutex::default(),
             });
         }
+        let on_device = !device.computes_on_host();
         let (requests, inbox) = channel::<CollectiveFn>();
         let (outbox, results) = channel();
         background::spawn("lane", move || {
-            // What little is computed here must not take cores from the passes.
+            // The little that is computed here must not take cores from the passes.
             tch::set_num_threads(1);
             if on_device && torch_ext::set_device(&like).is_err() {
                 return;
             }
-            while let Ok(exchange) = inbox.recv() {
-                if outbox
-                    .send(tch::no_grad(|| exchange(group.as_ref())))
-                    .is_err()
-                {
+            while let Ok(collective_fn) = inbox.recv() {
+                let result = tch::no_grad(|| collective_fn(group.as_ref()));
+                if outbox.send(result).is_err() {
                     return;
                 }
             }
@@ -71,15 +77,16 @@ impl Lane {
         Ok(Lane::Thread { requests, results })
     }
 
-    /// Begins an exchange.
+    /// Starts a collective after those that were entered before.
     ///
     /// # Errors
     /// On a device, those of its operations.
-    pub(super) fn enter(&self, exchange: CollectiveFn) -> Result<(), CommError> {
+    pub(super) fn enter(&self, collective_fn: CollectiveFn) -> Result<(), CommError> {
         match self {
-            Lane::Thread { requests, .. } => requests
-                .send(exchange)
-                .expect("the thread lives as long as this"),
+            Lane::Thread { requests, .. } => {
+                let sent = requests.send(collective_fn);
+                sent.expect("the thread lives as long as the lane");
+            }
             Lane::Queue {
                 group,
                 like,
@@ -88,33 +95,34 @@ impl Lane {
             } => {
                 let failed = |error| failed(group.as_ref(), &error);
                 let passes = Stream::current(like).map_err(failed)?;
-                passes
-                    .record()
-                    .and_then(|so_far| stream.wait_for(&so_far))
-                    .map_err(failed)?;
+                let so_far = passes.record().map_err(failed)?;
+                stream.wait_for(&so_far).map_err(failed)?;
                 stream.make_current().map_err(failed)?;
-                let results = tch::no_grad(|| exchange(group.as_ref()));
+                let results = tch::no_grad(|| collective_fn(group.as_ref()));
                 let done = stream.record();
                 passes.make_current().map_err(failed)?;
-                let queued_now = PendingCollective {
+                let pending = PendingCollective {
                     results: results?,
                     done: done.map_err(failed)?,
-                    _collective_fn: exchange,
+                    _collective_fn: collective_fn,
                 };
-                queued.lock().push_back(queued_now);
+                queued.lock().push_back(pending);
             }
         }
         Ok(())
     }
 
-    /// The result of the next one: on a device, for whatever is queued from here on.
+    /// Returns the result of the oldest collective.
+    ///
+    /// A thread's result is waited for. On a device, the stream of the passes waits for it.
     ///
     /// # Errors
-    /// Those of its operations.
+    /// Those of the collective.
     pub(super) fn next(&self) -> Result<Vec<Tensor>, CommError> {
         match self {
             Lane::Thread { results, .. } => {
-                results.recv().expect("the thread lives as long as this")
+                let result = results.recv();
+                result.expect("the thread lives as long as the lane")
             }
             Lane::Queue {
                 group,
@@ -122,17 +130,18 @@ impl Lane {
                 queued,
                 ..
             } => {
-                let next = queued.lock().pop_front();
-                let next = next.expect("as many are asked for as were begun");
+                let oldest = queued.lock().pop_front();
+                let oldest = oldest.expect("each result belongs to a collective that was entered");
                 let wait = || {
                     let passes = Stream::current(like)?;
-                    passes.wait_for(&next.done)?;
-                    next.results
+                    passes.wait_for(&oldest.done)?;
+                    oldest
+                        .results
                         .iter()
-                        .try_for_each(|tensor| passes.uses(tensor))
+                        .try_for_each(|tensor| passes.record_tensor(tensor))
                 };
                 wait().map_err(|error| failed(group.as_ref(), &error))?;
-                Ok(next.results)
+                Ok(oldest.results)
             }
         }
     }

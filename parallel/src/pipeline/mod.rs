@@ -1,12 +1,14 @@
 //! Pipeline schedules as plain data: what every rank computes, sends and receives, in order.
 //!
-//! - [`schedules`] generates the known orders; a person's own can be parsed from text;
+//! - [`schedules`] generates the orders of the papers; [`OrderFile`] parses a user's own order;
 //! - [`vocabulary`] inserts the passes of vocabulary parallelism into any order;
-//! - [`refine`] moves passes to where they shorten the step;
+//! - [`refine`] moves passes to shorten the step;
 //! - [`communication`] inserts sends, receives and collectives;
-//! - [`check`] proves that a schedule can run; [`simulate`] says how long it takes and what it holds; [`draw`] draws it.
+//! - [`check`] proves that a schedule can run;
+//! - [`simulate`] estimates its time and memory, and [`draw`] draws it.
 //!
-//! Nothing of this knows a tensor but [`Executor`], which carries a schedule out.
+//! Only [`Executor`], which runs a schedule, handles tensors. `docs/glossary.md` defines pass,
+//! order, schedule and lane.
 
 pub mod check;
 pub mod communication;
@@ -19,31 +21,34 @@ pub mod simulate;
 mod text;
 pub mod vocabulary;
 
-pub use execute::{CollectiveFn, Executor, Stages};
+pub use execute::{Executor, Stages};
+pub use lane::CollectiveFn;
 pub use text::OrderFile;
 
 use serde::{Deserialize, Serialize};
 
-/// A unit of computation of one stage (F, B, W) or of every rank (the vocabulary's S, T, IF and IB).
+/// A kind of computation: of one stage (F, B, W), or of every rank for vocabulary parallelism.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum PassKind {
     /// `F`: forward of a stage.
     Forward,
-    /// `BW`: backward of a stage, input and weights together.
+    /// `BW`: backward of a stage, for its input and its weights.
     Backward,
-    /// `B`: the gradient of a stage's input.
+    /// `B`: gradient of a stage's input.
     BackwardInput,
-    /// `W`: the gradient of a stage's weights.
+    /// `W`: gradient of a stage's weights.
     BackwardWeight,
-    /// `S`: this rank's logits, their statistics, and with `vocab-2` the input gradient's parts.
+    /// `S`: this rank's logits and their statistics; with `vocab-2` also its part of the input
+    /// gradient.
     Logits,
-    /// `N`: exponentials and their sum, given the largest logit of all ranks; with `naive` alone.
+    /// `N`: exponentials and their sum, given the largest logit of all ranks; only with `naive`.
     Normalize,
-    /// `T`: the gradient of this rank's part of the output layer, and but for `vocab-2` of its input.
+    /// `T`: gradient of this rank's part of the output layer; except with `vocab-2` also its part
+    /// of the input gradient.
     LogitsBackward,
     /// `IF`: lookup in this rank's part of the embedding.
     Embed,
-    /// `IB`: the gradient of this rank's part of the embedding.
+    /// `IB`: gradient of this rank's part of the embedding.
     EmbedBackward,
 }
 
@@ -61,7 +66,7 @@ impl PassKind {
         (PassKind::EmbedBackward, "IB"),
     ];
 
-    /// Its name in text.
+    /// Returns the name in text.
     pub fn name(self) -> &'static str {
         PassKind::NAMES
             .iter()
@@ -69,7 +74,7 @@ impl PassKind {
             .map_or("", |(_, name)| name)
     }
 
-    /// Whether every rank does it, not one stage.
+    /// True if every rank runs it, rather than one stage.
     pub fn is_vocabulary(self) -> bool {
         use PassKind::*;
         matches!(
@@ -78,7 +83,7 @@ impl PassKind {
         )
     }
 
-    /// Whether it gives the gradient of a stage's input.
+    /// True if it computes the gradient of a stage's input.
     pub fn gives_input_gradient(self) -> bool {
         matches!(self, PassKind::Backward | PassKind::BackwardInput)
     }
@@ -87,16 +92,14 @@ impl PassKind {
 /// One pass of one microbatch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Pass {
-    /// What is computed.
     pub kind: PassKind,
-    /// Which of the rank's model chunks; 0 for passes of the vocabulary.
+    /// The rank's model chunk; 0 for passes of vocabulary parallelism.
     pub chunk: usize,
-    /// The microbatch, from 0 on.
     pub microbatch: usize,
 }
 
 impl Pass {
-    /// A pass.
+    /// Creates a pass; `chunk` is 0 for vocabulary parallelism.
     pub fn new(kind: PassKind, chunk: usize, microbatch: usize) -> Pass {
         Pass {
             kind,
@@ -106,35 +109,39 @@ impl Pass {
     }
 }
 
-/// How a rank's chunks lie in the model.
+/// The assignment of stages to ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Placement {
     /// Chunk `c` of rank `r` is stage `c * ranks + r`.
     Loop,
-    /// As `Loop`, but every second chunk runs backwards over the ranks, so that neighbouring stages meet on one rank.
+    /// As `Loop`, but odd chunks run backwards over the ranks: where the direction turns,
+    /// consecutive stages are on one rank.
     V,
 }
 
-/// How the vocabulary's layers are computed by all ranks (arXiv 2411.05288).
+/// An algorithm of vocabulary parallelism (arXiv 2411.05288).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Vocabulary {
-    /// Three barriers: the largest logit after S, the sum of exponentials after N, the input's gradient after T.
+    /// Three barriers: the largest logit after S, the sum of exponentials after N, the input
+    /// gradient after T.
     Naive,
-    /// As `vocab-1`, but all ranks stop and do S and T together (nnScaler's order, OSDI 2024).
+    /// As `vocab-1`, but all ranks stop and run S and T together (nnScaler, OSDI 2024).
     Interlaced,
-    /// Algorithm 1, two barriers: statistics after S, the input's gradient after T.
+    /// Algorithm 1 with two barriers: statistics after S, the input gradient after T.
     #[serde(rename = "vocab-1")]
     Vocab1,
-    /// Algorithm 2, one barrier: statistics and the input's gradient after S.
+    /// Algorithm 2 with one barrier: statistics and the input gradient after S.
     #[serde(rename = "vocab-2")]
     Vocab2,
 }
 
 impl Vocabulary {
-    /// How many microbatches a pipeline of `ranks` ranks holds more for it: one for each collective between the last
-    /// stage's forward and its backward, besides the first broadcast; half as many again where all stop for it.
+    /// Returns the number of additional microbatches that a pipeline of `ranks` ranks holds.
+    ///
+    /// That is one for each collective between the last stage's forward and its backward, apart
+    /// from the first broadcast. If all ranks stop for the output layer, it is half of the ranks.
     pub fn extra_microbatches(self, ranks: usize) -> usize {
         match self {
             Vocabulary::Naive => 3,
@@ -144,7 +151,7 @@ impl Vocabulary {
         }
     }
 
-    /// What every rank does with the output layer for a microbatch, in order.
+    /// Returns the passes of the output layer for one microbatch, in order.
     pub fn passes(self) -> &'static [PassKind] {
         match self {
             Vocabulary::Naive => &[
@@ -156,122 +163,132 @@ impl Vocabulary {
         }
     }
 
-    /// Whether T also gives the input's gradient, which ranks then sum.
+    /// True if T also computes the input gradient, which ranks then sum.
     pub fn gradient_after_t(self) -> bool {
         self != Vocabulary::Vocab2
     }
 }
 
-/// What every rank computes, in order.
+/// The passes of every rank, in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Order {
-    /// Microbatches of a step.
+    /// Number of microbatches of a step.
     pub microbatches: usize,
-    /// Model chunks of a rank.
+    /// Number of model chunks per rank.
     pub chunks: usize,
-    /// Where chunks lie.
     pub placement: Placement,
-    /// Present where all ranks compute the vocabulary's layers; otherwise the first and the last stage do.
+    /// None if the first and the last stage compute the embedding and the output layer.
     pub vocabulary: Option<Vocabulary>,
     /// The passes of each rank.
     pub ranks: Vec<Vec<Pass>>,
 }
 
 impl Order {
-    /// Stages in all.
+    /// Returns the total number of stages.
     pub fn stages(&self) -> usize {
         self.ranks.len() * self.chunks
     }
 
-    /// The stage that is chunk `chunk` of rank `rank`.
+    /// Returns the stage that is chunk `chunk` of rank `rank`.
     pub fn stage(&self, rank: usize, chunk: usize) -> usize {
         stage_at(self.placement, self.ranks.len(), rank, chunk)
     }
 
-    /// The rank and chunk of stage `stage`.
+    /// Returns the rank and the chunk of a stage.
     pub fn rank_and_chunk(&self, stage: usize) -> (usize, usize) {
         let ranks = self.ranks.len();
         let chunk = stage / ranks;
-        let at = stage % ranks;
-        let turned = self.placement == Placement::V && chunk % 2 == 1;
-        (if turned { ranks - 1 - at } else { at }, chunk)
+        let position = stage % ranks;
+        let rank = if runs_backwards(self.placement, chunk) {
+            ranks - 1 - position
+        } else {
+            position
+        };
+        (rank, chunk)
     }
 }
 
-/// The stage that is chunk `chunk` of rank `rank` of `ranks`.
+/// Returns the stage that is chunk `chunk` of rank `rank` of `ranks`.
 pub fn stage_at(placement: Placement, ranks: usize, rank: usize, chunk: usize) -> usize {
-    let turned = placement == Placement::V && chunk % 2 == 1;
-    chunk * ranks + if turned { ranks - 1 - rank } else { rank }
+    let position = if runs_backwards(placement, chunk) {
+        ranks - 1 - rank
+    } else {
+        rank
+    };
+    chunk * ranks + position
 }
 
-/// What travels between neighbouring stages.
+/// True if the stages of `chunk` run from the last rank to the first.
+fn runs_backwards(placement: Placement, chunk: usize) -> bool {
+    placement == Placement::V && chunk % 2 == 1
+}
+
+/// A kind of tensor that neighboring stages exchange.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Payload {
-    /// The input of stage `stage`, from the stage before.
+    /// The input of a stage, from the stage before.
     Activation,
-    /// The gradient of the output of stage `stage`, from the stage after.
+    /// The gradient of the output of a stage, from the stage after.
     Gradient,
 }
 
-/// A tensor sent from one rank to another.
+/// A tensor that one rank sends to another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Message {
-    /// What it is.
     pub payload: Payload,
     /// The stage that needs it.
     pub stage: usize,
-    /// The microbatch.
     pub microbatch: usize,
 }
 
-/// Collectives over all ranks of the pipeline. Those of one kind are entered in the order of microbatches.
+/// A collective over all ranks of the pipeline.
+///
+/// Ranks enter the collectives of one kind in the order of microbatches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum CollectiveKind {
-    /// C0: the last stage's output to every rank.
+    /// C0: broadcasts the last stage's output.
     Hidden,
-    /// `naive` only: the largest logit.
+    /// Finds the largest logit; only with `naive`.
     Maximum,
-    /// C1: the statistics of the logits, with `vocab-2` also the sum of the input gradient's parts.
+    /// C1: combines the statistics of the logits; with `vocab-2` it also sums the input gradient.
     Statistics,
-    /// C2, but with `vocab-2`: the sum of the input gradient's parts to the last stage.
+    /// C2: sums the input gradient for the last stage; except with `vocab-2`.
     HiddenGradient,
-    /// The sum of the embedding's parts to the first stage.
+    /// Sums the parts of the embedding for the first stage.
     Embedding,
-    /// The gradient of the first stage's input to every rank.
+    /// Broadcasts the gradient of the first stage's input.
     EmbeddingGradient,
 }
 
-/// A collective of one microbatch.
+/// A collective for one microbatch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Collective {
-    /// Which.
     pub kind: CollectiveKind,
-    /// The microbatch.
     pub microbatch: usize,
 }
 
-/// One entry of a rank's list. Only [`Step::Compute`] takes the rank's time; the others start something that a later
-/// pass waits for.
+/// One entry of a rank's list.
+///
+/// Only [`Step::Compute`] takes the rank's time. The others start something that a later pass waits
+/// for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Step {
-    /// Wait for what the pass needs, then compute.
+    /// Waits for the dependencies of the pass, then computes it.
     Compute(Pass),
-    /// Start sending to the rank.
+    /// Starts to send to the rank.
     Send(Message, usize),
-    /// Start receiving from the rank.
+    /// Starts to receive from the rank.
     Receive(Message, usize),
-    /// Wait until a tensor has been sent, and forget it. Stands where that is certain to have happened.
+    /// Waits until the message has been sent, and frees it. By then it is certain to have arrived.
     WaitSend(Message),
-    /// Enter a collective.
     EnterCollective(Collective),
 }
 
 /// An order with its communication: all that an executor needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Schedule {
-    /// What is computed.
     pub order: Order,
-    /// The list of each rank.
+    /// The steps of each rank.
     pub ranks: Vec<Vec<Step>>,
 }
 

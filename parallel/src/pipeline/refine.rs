@@ -1,186 +1,287 @@
-//! Moves passes of an order to where they shorten the step, by the times of its passes. The orders of the papers suppose that F, B and
-//! W take equal times, and most know nothing of the vocabulary's passes. (arXiv 2401.10241, section 3, makes an order anew by times; this
-//! goes on from one that is there.)
+//! Moves passes of an order to shorten the step, given the times of its passes.
+//!
+//! The orders of the papers assume that F, B and W take equal times, and most ignore the passes of
+//! vocabulary parallelism. arXiv 2401.10241, section 3, builds an order from times; this module
+//! improves an existing one.
 
 use super::communication::Dependency;
 use super::simulate::Costs;
 use super::{Collective, Order, Pass, PassKind, Vocabulary};
 use std::collections::HashMap;
 
-/// How many places a pass is moved at most, at once.
+/// The largest distance, in positions, by which one move shifts a pass.
 const MAX_SHIFT: usize = 6;
-/// How long a message takes at least, and a collective, in parts of a mean F: without room an order that is right on paper waits for
-/// whatever is late.
-const MIN_COMMUNICATION: [f64; 2] = [0.05, 0.1];
-/// Passes that are gone through before the best order so far is taken: a tenth of a second.
+/// The least time of a message, as a fraction of the mean F.
+///
+/// Without slack, an order that is optimal on paper waits for whatever is late.
+const MIN_SEND: f64 = 0.05;
+/// The least time of a collective, as a fraction of the mean F.
+const MIN_COLLECTIVE: f64 = 0.1;
+/// Passes that the search simulates before it returns the best order so far: a tenth of a second.
 const PASS_BUDGET: usize = 4_000_000;
-/// Gains below this part of a step are none.
+/// The least gain of a move, as a fraction of the step.
 const MIN_GAIN: f64 = 1e-6;
 
-/// `order`, or one that takes less time by `costs` and holds no more, on any rank, of microbatches and of logits. Passes of one kind
-/// and chunk stay in their order.
+/// Returns `order`, or one that takes less time by `costs`.
 ///
-/// Left as they are: orders that neither split the backward nor share the vocabulary out, which are what their names say; those with
-/// `naive` and `interlaced`, which are there to compare with; those that cannot run.
+/// On no rank does the result hold more microbatches or logits. Passes of one kind and chunk stay
+/// in their order. Unchanged are orders that neither split the backward nor use vocabulary
+/// parallelism, because their names define them; orders with `naive` and `interlaced`, which exist
+/// for comparison; and orders that cannot run.
 ///
-/// A pure function: all ranks find the same.
+/// This is a pure function: all ranks find the same order.
 pub fn refined(order: &Order, costs: &Costs) -> Order {
-    let splits = order
-        .ranks
-        .iter()
-        .flatten()
-        .any(|pass| pass.kind == PassKind::BackwardWeight);
-    match order.vocabulary {
-        Some(Vocabulary::Naive | Vocabulary::Interlaced) => return order.clone(),
-        None if !splits => return order.clone(),
-        _ => {}
+    if !is_refinable(order) {
+        return order.clone();
     }
     let graph = DependencyGraph::new(order, costs);
-    let mut lists = graph.lists.clone();
-    let limits: Vec<PeakHeld> = lists.iter().map(|list| graph.held(list)).collect();
-    let Some(mut best) = graph.run(&lists) else {
+    let Some(mut search) = Search::new(&graph) else {
         return order.clone();
     };
-    let mut left = PASS_BUDGET / graph.passes.len().max(1);
-    // Only what lies on the longest way through a step can shorten it.
-    while let Some((shorter, run)) =
-        graph
-            .critical_path(&lists, &best)
-            .into_iter()
-            .find_map(|(rank, at)| {
-                nearby_positions(at, lists[rank].len()).find_map(|to| {
-                    let list = graph.moved(&lists[rank], at, to)?;
-                    if left == 0 || !graph.held(&list).within(&limits[rank]) {
-                        return None;
-                    }
-                    left -= 1;
-                    let mut lists = lists.clone();
-                    lists[rank] = list;
-                    let run = graph.run(&lists)?;
-                    (run.total < best.total * (1.0 - MIN_GAIN)).then_some((lists, run))
-                })
-            })
-    {
-        (lists, best) = (shorter, run);
-    }
-    let passes = |list: Vec<usize>| list.into_iter().map(|pass| graph.passes[pass].1).collect();
+    while search.improve() {}
+    let passes = |list: &Vec<usize>| list.iter().map(|&pass| graph.passes[pass].pass).collect();
     Order {
-        ranks: lists.into_iter().map(passes).collect(),
+        ranks: search.lists.iter().map(passes).collect(),
         ..order.clone()
     }
 }
 
-/// Places near `at` in a list of `len`, the nearest first.
+fn is_refinable(order: &Order) -> bool {
+    match order.vocabulary {
+        Some(Vocabulary::Naive | Vocabulary::Interlaced) => false,
+        Some(Vocabulary::Vocab1 | Vocabulary::Vocab2) => true,
+        None => {
+            let mut passes = order.ranks.iter().flatten();
+            passes.any(|pass| pass.kind == PassKind::BackwardWeight)
+        }
+    }
+}
+
+/// A local search: it moves one pass at a time while this shortens the step.
+struct Search<'a> {
+    graph: &'a DependencyGraph,
+    /// The passes of each rank.
+    lists: Vec<Vec<usize>>,
+    times: EndTimes,
+    /// The most that each rank may hold.
+    limits: Vec<PeakHeld>,
+    /// Number of orders that may still be simulated.
+    runs_left: usize,
+}
+
+impl Search<'_> {
+    /// Returns None if the order cannot run.
+    fn new(graph: &DependencyGraph) -> Option<Search<'_>> {
+        let lists = graph.lists.clone();
+        Some(Search {
+            graph,
+            times: graph.run(&lists)?,
+            limits: lists.iter().map(|list| graph.peak_held(list)).collect(),
+            runs_left: PASS_BUDGET / graph.passes.len().max(1),
+            lists,
+        })
+    }
+
+    /// Makes the first move that shortens the step, and returns false if there is none.
+    fn improve(&mut self) -> bool {
+        // Only passes on the critical path can shorten the step.
+        for position in self.graph.critical_path(&self.lists, &self.times) {
+            let len = self.lists[position.rank].len();
+            for to in nearby_positions(position.index, len) {
+                if self.try_move(position, to) {
+                    return true;
+                }
+            }
+        }
+        false
+    }
+
+    /// Moves a pass to `to` if this is allowed and shortens the step.
+    fn try_move(&mut self, position: Position, to: usize) -> bool {
+        let Position { rank, index } = position;
+        let Some(list) = self.graph.moved(&self.lists[rank], index, to) else {
+            return false;
+        };
+        if self.runs_left == 0 || !self.graph.peak_held(&list).is_within(&self.limits[rank]) {
+            return false;
+        }
+        self.runs_left -= 1;
+        let before = std::mem::replace(&mut self.lists[rank], list);
+        let longest = self.times.total * (1.0 - MIN_GAIN);
+        match self.graph.run(&self.lists) {
+            Some(times) if times.total < longest => {
+                self.times = times;
+                true
+            }
+            _ => {
+                self.lists[rank] = before;
+                false
+            }
+        }
+    }
+}
+
+/// Returns the positions near `at` in a list of `len`, the nearest first.
 fn nearby_positions(at: usize, len: usize) -> impl Iterator<Item = usize> {
-    let around = move |far: usize| [at.checked_sub(far), Some(at + far).filter(|&to| to < len)];
+    let around = move |distance: usize| {
+        let before = at.checked_sub(distance);
+        let after = Some(at + distance).filter(|&to| to < len);
+        [before, after]
+    };
     (1..=MAX_SHIFT).flat_map(around).flatten()
 }
 
-/// What passes wait for. They are known by numbers.
+/// A pass and its rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct RankPass {
+    rank: usize,
+    pass: Pass,
+}
+
+/// A pass that another one waits for.
+#[derive(Clone, Copy)]
+struct Edge {
+    /// Index of the pass.
+    pass: usize,
+    /// Time from its end until the other can start.
+    delay: f64,
+}
+
+/// A position in the list of a rank.
+#[derive(Clone, Copy)]
+struct Position {
+    rank: usize,
+    index: usize,
+}
+
+/// The dependencies between passes, which are known by index.
 struct DependencyGraph {
-    /// Rank and pass.
-    passes: Vec<(usize, Pass)>,
+    passes: Vec<RankPass>,
     times: Vec<f64>,
-    /// For each pass, those that it waits for, and how long after their end it can begin.
-    needs: Vec<Vec<(usize, f64)>>,
+    /// For each pass, those that it waits for.
+    dependencies: Vec<Vec<Edge>>,
+    /// The passes of each rank.
     lists: Vec<Vec<usize>>,
 }
 
-/// When passes end, and the whole.
+/// The times at which passes end.
 struct EndTimes {
     ends: Vec<f64>,
     total: f64,
 }
 
-/// The most that a rank holds: chunks' activations until their weights' gradients are made, and until their inputs' are, and logits.
+/// The most that a rank holds at once.
 #[derive(Default, Clone, Copy)]
 struct PeakHeld {
+    /// Chunks whose weight gradients are not computed yet.
     until_weights: usize,
+    /// Chunks whose input gradients are not computed yet.
     until_inputs: usize,
+    /// Microbatches between S and T.
     logits: usize,
 }
 
 impl PeakHeld {
-    fn within(self, limit: &PeakHeld) -> bool {
+    fn is_within(self, limit: &PeakHeld) -> bool {
         self.until_weights <= limit.until_weights
             && self.until_inputs <= limit.until_inputs
             && self.logits <= limit.logits
+    }
+
+    fn max(self, other: PeakHeld) -> PeakHeld {
+        PeakHeld {
+            until_weights: self.until_weights.max(other.until_weights),
+            until_inputs: self.until_inputs.max(other.until_inputs),
+            logits: self.logits.max(other.logits),
+        }
+    }
+}
+
+/// The indices by which a graph's dependencies are found.
+struct Indices<'a> {
+    order: &'a Order,
+    passes: HashMap<RankPass, usize>,
+    contributors: HashMap<Collective, Vec<usize>>,
+    /// Time of a message.
+    send: f64,
+    /// Time of a collective.
+    collective: f64,
+}
+
+impl Indices<'_> {
+    /// Returns the index of a pass, or of its B if it is a backward that is split.
+    fn pass(&self, rank: usize, pass: Pass) -> Option<usize> {
+        let index = |pass| self.passes.get(&RankPass { rank, pass }).copied();
+        let kind = PassKind::BackwardInput;
+        let split = || index(Pass { kind, ..pass }).filter(|_| pass.kind == PassKind::Backward);
+        index(pass).or_else(split)
+    }
+
+    /// Returns the passes that a pass waits for.
+    fn edges(&self, waiting: &RankPass) -> Vec<Edge> {
+        let RankPass { rank, pass } = *waiting;
+        let mut edges = Vec::new();
+        let edge = |pass, delay| Edge { pass, delay };
+        for dependency in self.order.dependencies(rank, pass) {
+            match dependency {
+                Dependency::Pass(other) => {
+                    let index = self.pass(rank, other);
+                    edges.extend(index.map(|index| edge(index, 0.0)));
+                }
+                Dependency::Message(message) => {
+                    let (peer, producer) = self.order.producer(message);
+                    let index = self.pass(peer, producer);
+                    edges.extend(index.map(|index| edge(index, self.send)));
+                }
+                Dependency::Collective(collective) => {
+                    let contributors = self.contributors.get(&collective);
+                    let contributors = contributors.into_iter().flatten();
+                    edges.extend(contributors.map(|&index| edge(index, self.collective)));
+                }
+            }
+        }
+        edges
     }
 }
 
 impl DependencyGraph {
     fn new(order: &Order, costs: &Costs) -> DependencyGraph {
-        let forward = costs.forward.iter().sum::<f64>() / costs.forward.len().max(1) as f64;
-        let [send, collective] = [costs.send, costs.collective];
-        let send = send.max(MIN_COMMUNICATION[0] * forward);
-        let collective = collective.max(MIN_COMMUNICATION[1] * forward);
+        let mean_forward = costs.forward.iter().sum::<f64>() / costs.forward.len().max(1) as f64;
+        let mut indices = Indices {
+            order,
+            passes: HashMap::new(),
+            contributors: HashMap::new(),
+            send: costs.send.max(MIN_SEND * mean_forward),
+            collective: costs.collective.max(MIN_COLLECTIVE * mean_forward),
+        };
         let mut graph = DependencyGraph {
             passes: Vec::new(),
             times: Vec::new(),
-            needs: Vec::new(),
+            dependencies: Vec::new(),
             lists: Vec::new(),
         };
-        let mut numbers = HashMap::new();
-        let mut contributors: HashMap<Collective, Vec<usize>> = HashMap::new();
         for (rank, passes) in order.ranks.iter().enumerate() {
             let first = graph.passes.len();
             for &pass in passes {
-                let number = graph.passes.len();
-                numbers.insert((rank, pass), number);
-                order
-                    .contributes_to(rank, pass)
-                    .into_iter()
-                    .for_each(|to| contributors.entry(to).or_default().push(number));
-                graph.passes.push((rank, pass));
-                graph.times.push(costs.of(order, rank, pass));
+                let index = graph.passes.len();
+                indices.passes.insert(RankPass { rank, pass }, index);
+                if let Some(collective) = order.contributes_to(rank, pass) {
+                    let contributors = indices.contributors.entry(collective).or_default();
+                    contributors.push(index);
+                }
+                graph.passes.push(RankPass { rank, pass });
+                graph.times.push(costs.pass_time(order, rank, pass));
             }
             graph.lists.push((first..graph.passes.len()).collect());
         }
-        // A backward that gives the input's gradient, whether or not its other part is split off.
-        let number_of = |rank: usize, pass: Pass| {
-            let split = Pass {
-                kind: PassKind::BackwardInput,
-                ..pass
-            };
-            let whole = numbers.get(&(rank, pass));
-            whole
-                .or_else(|| {
-                    numbers
-                        .get(&(rank, split))
-                        .filter(|_| pass.kind == PassKind::Backward)
-                })
-                .copied()
-        };
-        let needs_of = |&(rank, pass): &(usize, Pass)| {
-            let of_need = |need| match need {
-                Dependency::Pass(other) => number_of(rank, other)
-                    .map(|number| (number, 0.0))
-                    .into_iter()
-                    .collect(),
-                Dependency::Message(message) => {
-                    let (peer, producer) = order.producer(message);
-                    let number = number_of(peer, producer);
-                    number.map(|number| (number, send)).into_iter().collect()
-                }
-                Dependency::Collective(of) => {
-                    let contributors = contributors.get(&of).into_iter().flatten();
-                    contributors
-                        .map(|&contributor| (contributor, collective))
-                        .collect::<Vec<_>>()
-                }
-            };
-            order
-                .dependencies(rank, pass)
-                .into_iter()
-                .flat_map(of_need)
-                .collect()
-        };
-        graph.needs = graph.passes.iter().map(needs_of).collect();
+        let edges = graph.passes.iter().map(|pass| indices.edges(pass));
+        graph.dependencies = edges.collect();
         graph
     }
 
-    /// When passes end, if they can all run in this order.
+    /// Returns when passes end, or None if they cannot all run in this order.
     fn run(&self, lists: &[Vec<usize>]) -> Option<EndTimes> {
+        // Not a number until the pass has ended.
         let mut ends = vec![f64::NAN; self.passes.len()];
         let mut at = vec![0; lists.len()];
         let mut clock = vec![0.0f64; lists.len()];
@@ -189,14 +290,10 @@ impl DependencyGraph {
             let before = left;
             for (rank, list) in lists.iter().enumerate() {
                 while let Some(&pass) = list.get(at[rank]) {
-                    let mut needs = self.needs[pass].iter();
-                    // What has not ended is not a number.
-                    let ready = needs.try_fold(clock[rank], |ready, &(other, after)| {
-                        let opens = ends[other] + after;
-                        (!opens.is_nan()).then_some(f64::max(ready, opens))
-                    });
-                    let Some(ready) = ready else { break };
-                    clock[rank] = ready + self.times[pass];
+                    let Some(start) = self.start(pass, clock[rank], &ends) else {
+                        break;
+                    };
+                    clock[rank] = start + self.times[pass];
                     ends[pass] = clock[rank];
                     at[rank] += 1;
                     left -= 1;
@@ -206,77 +303,102 @@ impl DependencyGraph {
                 return None;
             }
         }
-        Some(EndTimes {
-            ends,
-            total: clock.into_iter().fold(0.0, f64::max),
-        })
+        let total = clock.into_iter().fold(0.0, f64::max);
+        Some(EndTimes { ends, total })
     }
 
-    /// The passes of which each ends when the next begins, from the last one on: ranks, and places in their lists.
-    fn critical_path(&self, lists: &[Vec<usize>], run: &EndTimes) -> Vec<(usize, usize)> {
-        let mut place = vec![0; self.passes.len()];
-        lists.iter().for_each(|list| {
-            list.iter()
-                .enumerate()
-                .for_each(|(at, &pass)| place[pass] = at)
-        });
-        let mut way = Vec::new();
-        let mut next = (0..self.passes.len()).max_by(|&a, &b| run.ends[a].total_cmp(&run.ends[b]));
-        while let Some(pass) = next {
-            let rank = self.passes[pass].0;
-            let at = place[pass];
-            way.push((rank, at));
-            let before = at.checked_sub(1).map(|before| (lists[rank][before], 0.0));
-            let all = self.needs[pass].iter().copied().chain(before);
-            let latest = all.max_by(|a, b| (run.ends[a.0] + a.1).total_cmp(&(run.ends[b.0] + b.1)));
-            next = latest.map(|(other, _)| other);
+    /// Returns when `pass` can start on a rank that is free from `clock` on, if that is known.
+    fn start(&self, pass: usize, clock: f64, ends: &[f64]) -> Option<f64> {
+        let mut start = clock;
+        for edge in &self.dependencies[pass] {
+            let ready = ends[edge.pass] + edge.delay;
+            if ready.is_nan() {
+                return None;
+            }
+            start = start.max(ready);
         }
-        way
+        Some(start)
     }
 
-    /// `list` with what is at `at` moved to `to`, unless it would pass another one of its kind and chunk.
-    fn moved(&self, list: &[usize], at: usize, to: usize) -> Option<Vec<usize>> {
-        let (_, pass) = self.passes[list[at]];
-        let over = if to < at {
-            &list[to..at]
+    /// Returns the positions of the passes that determine the total time, from the last one on.
+    fn critical_path(&self, lists: &[Vec<usize>], times: &EndTimes) -> Vec<Position> {
+        let mut positions = vec![0; self.passes.len()];
+        for list in lists {
+            for (index, &pass) in list.iter().enumerate() {
+                positions[pass] = index;
+            }
+        }
+        let ends = &times.ends;
+        let ready = |edge: &Edge| ends[edge.pass] + edge.delay;
+        let mut path = Vec::new();
+        let mut next = (0..self.passes.len()).max_by(|&a, &b| ends[a].total_cmp(&ends[b]));
+        while let Some(pass) = next {
+            let rank = self.passes[pass].rank;
+            let index = positions[pass];
+            path.push(Position { rank, index });
+            let before = index.checked_sub(1).map(|before| Edge {
+                pass: lists[rank][before],
+                delay: 0.0,
+            });
+            let edges = self.dependencies[pass].iter().copied().chain(before);
+            let latest = edges.max_by(|a, b| ready(a).total_cmp(&ready(b)));
+            next = latest.map(|edge| edge.pass);
+        }
+        path
+    }
+
+    /// Returns `list` with the pass at `from` moved to `to`.
+    ///
+    /// None if it would overtake another pass of its kind and chunk.
+    fn moved(&self, list: &[usize], from: usize, to: usize) -> Option<Vec<usize>> {
+        let moving = self.passes[list[from]].pass;
+        let overtaken = if to < from {
+            &list[to..from]
         } else {
-            &list[at + 1..=to]
+            &list[from + 1..=to]
         };
-        let alike = |&other: &usize| {
-            let (_, other) = self.passes[other];
-            let both = pass.kind.gives_input_gradient() && other.kind.gives_input_gradient();
-            other.chunk == pass.chunk && (other.kind == pass.kind || both)
+        let gives_gradient = moving.kind.gives_input_gradient();
+        let must_stay_in_order = |&index: &usize| {
+            let other = self.passes[index].pass;
+            let both_give_gradients = gives_gradient && other.kind.gives_input_gradient();
+            other.chunk == moving.chunk && (other.kind == moving.kind || both_give_gradients)
         };
-        if over.iter().any(alike) {
+        if overtaken.iter().any(must_stay_in_order) {
             return None;
         }
         let mut list = list.to_vec();
-        let pass = list.remove(at);
+        let pass = list.remove(from);
         list.insert(to, pass);
         Some(list)
     }
 
-    fn held(&self, list: &[usize]) -> PeakHeld {
-        let mut weights = 0usize;
-        let mut inputs = 0usize;
-        let mut logits = 0usize;
-        let mut most = PeakHeld::default();
+    /// Returns the most that a rank with the passes of `list` holds.
+    fn peak_held(&self, list: &[usize]) -> PeakHeld {
+        let mut held = PeakHeld::default();
+        let mut peak = PeakHeld::default();
         for &pass in list {
-            match self.passes[pass].1.kind {
-                PassKind::Forward => (weights, inputs) = (weights + 1, inputs + 1),
-                PassKind::Backward => {
-                    (weights, inputs) = (weights.saturating_sub(1), inputs.saturating_sub(1))
+            let PeakHeld {
+                until_weights,
+                until_inputs,
+                logits,
+            } = &mut held;
+            match self.passes[pass].pass.kind {
+                PassKind::Forward => {
+                    *until_weights += 1;
+                    *until_inputs += 1;
                 }
-                PassKind::BackwardInput => inputs = inputs.saturating_sub(1),
-                PassKind::BackwardWeight => weights = weights.saturating_sub(1),
-                PassKind::Logits => logits += 1,
-                PassKind::LogitsBackward => logits = logits.saturating_sub(1),
+                PassKind::Backward => {
+                    *until_weights = until_weights.saturating_sub(1);
+                    *until_inputs = until_inputs.saturating_sub(1);
+                }
+                PassKind::BackwardInput => *until_inputs = until_inputs.saturating_sub(1),
+                PassKind::BackwardWeight => *until_weights = until_weights.saturating_sub(1),
+                PassKind::Logits => *logits += 1,
+                PassKind::LogitsBackward => *logits = logits.saturating_sub(1),
                 PassKind::Normalize | PassKind::Embed | PassKind::EmbedBackward => {}
             }
-            most.until_weights = most.until_weights.max(weights);
-            most.until_inputs = most.until_inputs.max(inputs);
-            most.logits = most.logits.max(logits);
+            peak = peak.max(held);
         }
-        most
+        peak
     }
 }

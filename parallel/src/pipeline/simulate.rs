@@ -1,60 +1,55 @@
-//! How long a schedule takes, and what each rank holds, from the times of its passes.
+//! Estimates the time and the memory of a schedule from the times of its passes.
 
 use super::communication::{Dependency, receives_only};
 use super::{Collective, Message, Order, Pass, PassKind, Schedule, Step, Vocabulary};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 /// Times of passes and of communication, in any one unit.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Costs {
-    /// F of each stage.
+    /// Time of F, for each stage.
     pub forward: Vec<f64>,
-    /// B of each stage: the input's gradient alone.
+    /// Time of B, for each stage.
     pub backward_input: Vec<f64>,
-    /// W of each stage; a BW takes both.
+    /// Time of W, for each stage; BW takes the time of B and W.
     pub backward_weight: Vec<f64>,
-    /// S, T, IF and IB of each rank, where the vocabulary is shared out.
+    /// Times of the passes of vocabulary parallelism, for each rank.
     pub vocabulary: Vec<VocabularyCosts>,
-    /// From the end of a pass to the arrival of its tensor at a neighbour.
+    /// From the end of a pass to the arrival of its tensor at a neighbor.
     pub send: f64,
     /// From the last rank's entry to the end of a collective.
     pub collective: f64,
 }
 
-/// Times of one rank's passes of the vocabulary.
+/// Times of one rank's passes of vocabulary parallelism.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct VocabularyCosts {
-    /// S.
     pub logits: f64,
-    /// N.
     pub normalize: f64,
-    /// T.
     pub logits_backward: f64,
-    /// IF.
     pub embed: f64,
-    /// IB.
     pub embed_backward: f64,
 }
 
 impl VocabularyCosts {
-    /// Those by `vocabulary`, of a rank whose part of the logits takes `logits` to compute: three products of the same size, of which S
-    /// has that one, and T those for both gradients, unless S has the input's.
-    pub fn of(vocabulary: Vocabulary, logits: f64) -> VocabularyCosts {
-        let (of_s, of_t) = if vocabulary.gradient_after_t() {
-            (1.0, 2.0)
-        } else {
-            (2.0, 1.0)
-        };
+    /// Estimates the costs of a rank whose part of the logits takes the time `logits`.
+    ///
+    /// The output layer has three GEMMs of that size: the logits in S, the weight gradient in T,
+    /// and the input gradient in T, or in S with `vocab-2`.
+    pub fn from_logits(vocabulary: Vocabulary, logits: f64) -> VocabularyCosts {
+        let input_gradient_in_t = vocabulary.gradient_after_t();
+        let gemms_in_s = if input_gradient_in_t { 1.0 } else { 2.0 };
+        let gemms_in_t = if input_gradient_in_t { 2.0 } else { 1.0 };
         VocabularyCosts {
-            logits: of_s * logits,
-            logits_backward: of_t * logits,
+            logits: gemms_in_s * logits,
+            logits_backward: gemms_in_t * logits,
             ..VocabularyCosts::default()
         }
     }
 }
 
 impl Costs {
-    /// The same F, B and W for every stage, nothing for communication.
+    /// Returns equal times for all stages, without time for communication.
     pub fn uniform(
         stages: usize,
         forward: f64,
@@ -71,8 +66,8 @@ impl Costs {
         }
     }
 
-    /// The time of `pass` on `rank`.
-    pub fn of(&self, order: &Order, rank: usize, pass: Pass) -> f64 {
+    /// Returns the time of `pass` on `rank`.
+    pub fn pass_time(&self, order: &Order, rank: usize, pass: Pass) -> f64 {
         let stage = order.stage(rank, pass.chunk);
         let vocabulary = || self.vocabulary[rank];
         match pass.kind {
@@ -89,166 +84,207 @@ impl Costs {
     }
 }
 
-/// One pass as it ran.
+/// The time span of one pass.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Span {
-    /// The pass.
     pub pass: Pass,
-    /// When it began.
     pub start: f64,
-    /// When it ended.
     pub end: f64,
 }
 
-/// A simulated step.
+/// The course of a simulated step.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Timeline {
-    /// What each rank did, in order.
+    /// The spans of each rank, in order.
     pub ranks: Vec<Vec<Span>>,
-    /// From the first pass to the last.
+    /// Time from the first pass to the last.
     pub total: f64,
-    /// The most chunk activations each rank held at once, in whole microbatches of the rank (chunks divided by
-    /// their number): from the start of F to the end of its BW or W.
+    /// For each rank, the most microbatches whose activations it held at once.
+    ///
+    /// A chunk's activations count from the start of F to the end of BW or W, as one microbatch
+    /// divided by the number of chunks.
     pub peak_microbatches: Vec<f64>,
-    /// The same from the start of F to the end of its BW or B: what a rank holds where W needs little.
+    /// As `peak_microbatches`, but until the end of BW or B: the memory of a rank if W needs
+    /// little.
     pub peak_microbatches_until_b: Vec<f64>,
 }
 
 impl Timeline {
-    /// The longest time that a rank does nothing between its first pass and its last, as arXiv 2401.10241, section 5.3,
-    /// counts it.
+    /// Returns the longest idle time of a rank between its first and its last pass.
+    ///
+    /// This is the bubble as defined in arXiv 2401.10241, section 5.3.
     pub fn bubble(&self) -> f64 {
         let idle = |spans: &Vec<Span>| {
-            let (first, last) = spans.first().zip(spans.last())?;
-            Some(
-                last.end
-                    - first.start
-                    - spans.iter().map(|span| span.end - span.start).sum::<f64>(),
-            )
+            let first = spans.first()?;
+            let last = spans.last()?;
+            Some(last.end - first.start - busy(spans))
         };
         self.ranks.iter().filter_map(idle).fold(0.0, f64::max)
     }
 
-    /// Time in which `rank` computes.
+    /// Returns the time in which `rank` computes.
     pub fn busy(&self, rank: usize) -> f64 {
-        self.ranks[rank]
-            .iter()
-            .map(|span| span.end - span.start)
-            .sum()
+        busy(&self.ranks[rank])
     }
 }
 
-/// Runs a schedule that [`super::check::check`] accepts: each rank goes through its list, and a pass starts when what
-/// it needs has arrived.
+fn busy(spans: &[Span]) -> f64 {
+    spans.iter().map(|span| span.end - span.start).sum()
+}
+
+/// Simulates a schedule that [`super::check::check`] accepts.
+///
+/// Each rank runs its list. A pass starts when everything it depends on has arrived.
 ///
 /// # Panics
-/// When the schedule stops, or `costs` are not for its number of stages.
+/// If the schedule deadlocks, or `costs` are for another number of stages.
 pub fn simulate(schedule: &Schedule, costs: &Costs) -> Timeline {
     let order = &schedule.order;
     let ranks = schedule.ranks.len();
-    let mut at = vec![0; ranks];
-    let mut clock = vec![0.0f64; ranks];
-    let mut spans: Vec<Vec<Span>> = vec![Vec::new(); ranks];
-    let mut arrival: HashMap<Message, f64> = HashMap::new();
-    let mut entered: HashMap<Collective, Vec<(usize, f64)>> = HashMap::new();
+    let mut run = Simulation {
+        schedule,
+        costs,
+        at: vec![0; ranks],
+        clock: vec![0.0; ranks],
+        spans: vec![Vec::new(); ranks],
+        arrival: HashMap::new(),
+        entered: HashMap::new(),
+    };
     let mut moved = true;
-    while moved {
-        moved = false;
-        for (rank, steps) in schedule.ranks.iter().enumerate() {
-            while let Some(step) = steps.get(at[rank]) {
-                match step {
-                    Step::Compute(pass) => {
-                        let ready = order.dependencies(rank, *pass).iter().try_fold(
-                            clock[rank],
-                            |ready, need| {
-                                let at = match need {
-                                    Dependency::Message(message) => *arrival.get(message)?,
-                                    Dependency::Collective(c) => {
-                                        completion(order, *c, entered.get(c)?, costs.collective)?
-                                    }
-                                    Dependency::Pass(_) => 0.0, // earlier on this rank
-                                };
-                                Some(f64::max(ready, at))
-                            },
-                        );
-                        let Some(start) = ready else { break };
-                        let end = start + costs.of(order, rank, *pass);
-                        spans[rank].push(Span {
-                            pass: *pass,
-                            start,
-                            end,
-                        });
-                        clock[rank] = end;
-                    }
-                    Step::Send(message, _) => {
-                        arrival.insert(*message, clock[rank] + costs.send);
-                    }
-                    Step::EnterCollective(collective) => entered
-                        .entry(*collective)
-                        .or_default()
-                        .push((rank, clock[rank])),
-                    Step::Receive(..) | Step::WaitSend(_) => {}
-                }
-                at[rank] += 1;
+    while std::mem::take(&mut moved) {
+        for rank in 0..ranks {
+            while run.advance(rank) {
                 moved = true;
             }
         }
     }
+    let is_finished = |rank: usize| run.at[rank] == schedule.ranks[rank].len();
     assert!(
-        (0..ranks).all(|rank| at[rank] == schedule.ranks[rank].len()),
-        "a schedule that stops cannot be simulated: check it first"
+        (0..ranks).all(is_finished),
+        "the schedule deadlocks: check it before it is simulated"
     );
-    let total = clock.iter().copied().fold(0.0, f64::max);
-    let peak =
-        |rank: usize, weights: bool| peak_held(&spans[rank], weights) as f64 / order.chunks as f64;
+    let chunks = order.chunks as f64;
+    let peaks = |until: HeldUntil| {
+        let spans = run.spans.iter();
+        spans
+            .map(|spans| peak_held(spans, until) as f64 / chunks)
+            .collect()
+    };
     Timeline {
-        total,
-        peak_microbatches: (0..ranks).map(|rank| peak(rank, true)).collect(),
-        peak_microbatches_until_b: (0..ranks).map(|rank| peak(rank, false)).collect(),
-        ranks: spans,
+        total: run.clock.iter().copied().fold(0.0, f64::max),
+        peak_microbatches: peaks(HeldUntil::WeightGradient),
+        peak_microbatches_until_b: peaks(HeldUntil::InputGradient),
+        ranks: run.spans,
     }
 }
 
-/// When a collective is complete, if all whose part it needs have entered it.
-fn completion(
-    order: &Order,
-    collective: Collective,
-    entered: &[(usize, f64)],
-    cost: f64,
-) -> Option<f64> {
-    let contributors =
-        (0..order.ranks.len()).filter(|&rank| !receives_only(order, rank, collective.kind));
-    let mut last = 0.0f64;
-    for contributor in contributors {
-        last = last.max(entered.iter().find(|(rank, _)| *rank == contributor)?.1);
-    }
-    Some(last + cost)
+/// The time at which a rank entered a collective.
+struct Entry {
+    rank: usize,
+    time: f64,
 }
 
-/// The most forwards whose backward has not ended.
-fn peak_held(spans: &[Span], until_weights: bool) -> usize {
-    let split = spans
+struct Simulation<'a> {
+    schedule: &'a Schedule,
+    costs: &'a Costs,
+    /// The next step of each rank.
+    at: Vec<usize>,
+    clock: Vec<f64>,
+    spans: Vec<Vec<Span>>,
+    arrival: HashMap<Message, f64>,
+    entered: HashMap<Collective, Vec<Entry>>,
+}
+
+impl Simulation<'_> {
+    /// Runs the next step of a rank, and returns false if it cannot start yet.
+    fn advance(&mut self, rank: usize) -> bool {
+        let Some(step) = self.schedule.ranks[rank].get(self.at[rank]) else {
+            return false;
+        };
+        match *step {
+            Step::Compute(pass) => {
+                let Some(start) = self.start_time(rank, pass) else {
+                    return false;
+                };
+                let time = self.costs.pass_time(&self.schedule.order, rank, pass);
+                let end = start + time;
+                self.spans[rank].push(Span { pass, start, end });
+                self.clock[rank] = end;
+            }
+            Step::Send(message, _) => {
+                let arrival = self.clock[rank] + self.costs.send;
+                self.arrival.insert(message, arrival);
+            }
+            Step::EnterCollective(collective) => {
+                let time = self.clock[rank];
+                let entries = self.entered.entry(collective).or_default();
+                entries.push(Entry { rank, time });
+            }
+            Step::Receive(..) | Step::WaitSend(_) => {}
+        }
+        self.at[rank] += 1;
+        true
+    }
+
+    /// Returns the time at which `pass` can start, if that is known.
+    fn start_time(&self, rank: usize, pass: Pass) -> Option<f64> {
+        let mut start = self.clock[rank];
+        for dependency in self.schedule.order.dependencies(rank, pass) {
+            let ready = match dependency {
+                Dependency::Message(message) => *self.arrival.get(&message)?,
+                Dependency::Collective(collective) => self.completion(collective)?,
+                // Earlier on this rank.
+                Dependency::Pass(_) => 0.0,
+            };
+            start = start.max(ready);
+        }
+        Some(start)
+    }
+
+    /// Returns the time at which a collective is complete, if all its contributors have entered.
+    fn completion(&self, collective: Collective) -> Option<f64> {
+        let order = &self.schedule.order;
+        let entries = self.entered.get(&collective)?;
+        let mut last = 0.0f64;
+        for rank in 0..order.ranks.len() {
+            if !receives_only(order, rank, collective.kind) {
+                let entry = entries.iter().find(|entry| entry.rank == rank)?;
+                last = last.max(entry.time);
+            }
+        }
+        Some(last + self.costs.collective)
+    }
+}
+
+/// The pass that frees a chunk's activations, if its backward is split; else BW does.
+#[derive(Clone, Copy, PartialEq)]
+enum HeldUntil {
+    InputGradient,
+    WeightGradient,
+}
+
+/// Returns the most activations held at once, in chunks.
+fn peak_held(spans: &[Span], until: HeldUntil) -> usize {
+    let id = |pass: Pass| (pass.chunk, pass.microbatch);
+    let split: HashSet<(usize, usize)> = spans
         .iter()
-        .any(|span| span.pass.kind == PassKind::BackwardWeight);
+        .filter(|span| span.pass.kind == PassKind::BackwardInput)
+        .map(|span| id(span.pass))
+        .collect();
     let mut held = 0usize;
     let mut peak = 0;
-    let split_off: std::collections::HashSet<(usize, usize)> = spans
-        .iter()
-        .filter(|span| split && span.pass.kind == PassKind::BackwardInput)
-        .map(|span| (span.pass.chunk, span.pass.microbatch))
-        .collect();
-    for span in spans {
-        let id = (span.pass.chunk, span.pass.microbatch);
-        match span.pass.kind {
-            PassKind::Forward => {
-                held += 1;
-                peak = peak.max(held);
+    for Span { pass, .. } in spans {
+        let is_freed = match pass.kind {
+            PassKind::Backward => true,
+            PassKind::BackwardInput => until == HeldUntil::InputGradient,
+            PassKind::BackwardWeight => {
+                until == HeldUntil::WeightGradient && split.contains(&id(*pass))
             }
-            PassKind::Backward => held -= 1,
-            PassKind::BackwardInput if !until_weights => held -= 1,
-            PassKind::BackwardWeight if until_weights && split_off.contains(&id) => held -= 1,
-            _ => {}
-        }
+            _ => false,
+        };
+        held -= usize::from(is_freed);
+        held += usize::from(pass.kind == PassKind::Forward);
+        peak = peak.max(held);
     }
     peak
 }

@@ -1,4 +1,4 @@
-//! Passes and orders as text: `F3`, `B0.1` (chunk 1), one line a rank.
+//! Passes and orders as text: `F3`, `B0.1` (chunk 1), one line per rank.
 
 use super::{Collective, CollectiveKind, Message, Order, Pass, PassKind, Payload, Placement};
 use serde::{Deserialize, Serialize};
@@ -36,7 +36,8 @@ impl FromStr for Pass {
                 microbatch,
             }),
             _ => Err(format!(
-                "{text:?} is no pass: write F3, BW3, B3 or W3 for microbatch 3, and F3.1 for the rank's second chunk"
+                "invalid pass {text:?}: write F3, BW3, B3 or W3 for microbatch 3, and F3.1 for the \
+                 rank's second chunk"
             )),
         }
     }
@@ -45,18 +46,15 @@ impl FromStr for Pass {
 impl fmt::Display for Message {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Message {
-            stage, microbatch, ..
+            payload,
+            stage,
+            microbatch,
         } = self;
-        match self.payload {
-            Payload::Activation => write!(
-                f,
-                "the activation of microbatch {microbatch} for stage {stage}"
-            ),
-            Payload::Gradient => write!(
-                f,
-                "the gradient of microbatch {microbatch} for stage {stage}"
-            ),
-        }
+        let name = match payload {
+            Payload::Activation => "activation",
+            Payload::Gradient => "gradient",
+        };
+        write!(f, "the {name} of microbatch {microbatch} for stage {stage}")
     }
 }
 
@@ -64,8 +62,8 @@ impl fmt::Display for Collective {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = match self.kind {
             CollectiveKind::Hidden => "the broadcast of the last hidden state",
-            CollectiveKind::Maximum => "the largest logit",
-            CollectiveKind::Statistics => "the exchange of logit statistics",
+            CollectiveKind::Maximum => "the maximum of the logits",
+            CollectiveKind::Statistics => "the reduction of logit statistics",
             CollectiveKind::HiddenGradient => "the sum of the hidden state's gradient",
             CollectiveKind::Embedding => "the sum of the embedding",
             CollectiveKind::EmbeddingGradient => "the broadcast of the embedding's gradient",
@@ -74,7 +72,7 @@ impl fmt::Display for Collective {
     }
 }
 
-/// A schedule that a person wrote: the file form of an [`Order`].
+/// A user's own schedule: the file form of an [`Order`].
 ///
 /// ```yaml
 /// placement: v
@@ -86,28 +84,29 @@ impl fmt::Display for Collective {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OrderFile {
-    /// How chunks lie.
+    /// The assignment of stages to ranks.
     #[serde(default = "default_placement")]
     pub placement: Placement,
-    /// Chunks of a rank.
+    /// Number of model chunks per rank.
     #[serde(default = "default_chunks")]
     pub chunks: usize,
-    /// One line of passes for each rank.
+    /// The passes of each rank, separated by spaces.
     pub ranks: Vec<String>,
 }
 
 fn default_placement() -> Placement {
     Placement::Loop
 }
+
 fn default_chunks() -> usize {
     1
 }
 
 impl OrderFile {
-    /// The order it describes; the number of microbatches is one more than the greatest that it names.
+    /// Returns the order. Its number of microbatches is one more than the largest in the file.
     ///
     /// # Errors
-    /// The first word that is no pass, with its rank.
+    /// The first word that is not a pass, with its rank.
     pub fn parse(&self) -> Result<Order, String> {
         let mut ranks = Vec::new();
         for (rank, line) in self.ranks.iter().enumerate() {
@@ -136,11 +135,8 @@ impl OrderFile {
 impl From<&Order> for OrderFile {
     fn from(order: &Order) -> OrderFile {
         let line = |passes: &Vec<Pass>| {
-            passes
-                .iter()
-                .map(Pass::to_string)
-                .collect::<Vec<_>>()
-                .join(" ")
+            let passes: Vec<String> = passes.iter().map(Pass::to_string).collect();
+            passes.join(" ")
         };
         OrderFile {
             placement: order.placement,
@@ -167,10 +163,8 @@ mod tests {
             }
         }
         for wrong in ["", "F", "X1", "F1.", "F-1", "3"] {
-            assert!(
-                wrong.parse::<Pass>().unwrap_err().contains("is no pass"),
-                "{wrong}"
-            );
+            let error = wrong.parse::<Pass>().unwrap_err();
+            assert!(error.contains("invalid pass"), "{wrong}");
         }
     }
 
@@ -181,6 +175,7 @@ mod tests {
             chunks: 1,
             ranks: vec!["F0 BW0".into(), "F0 Q0".into()],
         };
-        assert_eq!(&file.parse().unwrap_err()[..12], "rank 1: \"Q0\"");
+        let error = file.parse().unwrap_err();
+        assert!(error.starts_with("rank 1: invalid pass \"Q0\""), "{error}");
     }
 }

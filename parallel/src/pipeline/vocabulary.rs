@@ -1,371 +1,391 @@
 //! Inserts the passes of vocabulary parallelism into any order (arXiv 2411.05288, section 5).
 //!
-//! Between the last stage's forward of a microbatch and its backward, S runs on all ranks, but with `vocab-2` also T (and
-//! N before it with `naive`), and collectives lie in between. So that nobody waits for those, every backward is put off by one microbatch for each
-//! barrier; that is all the memory it costs. Then each rank takes S of a microbatch as soon as it has ended what it was
-//! at when the last stage's forward ended, the last stage's own rank one backward later, right after T of the microbatch before: the same work on all
-//! ranks lies within the time of one pass, and the collectives hide behind passes of layers. Embedding passes go with S,
-//! one microbatch ahead of their use.
+//! Between the last stage's forward of a microbatch and its backward, all ranks run S; except with
+//! `vocab-2` also T, and with `naive` N between them. Collectives separate these passes. To keep
+//! ranks from waiting for them, every backward is delayed by one microbatch per barrier. The
+//! activations of these microbatches are the only memory it costs.
+//!
+//! Each rank then runs S of a microbatch after the pass during which the last stage's forward
+//! ended. The rank of the last stage does so one backward later, right after T of the microbatch
+//! before. So all ranks do the same work within the time of one pass, and collectives overlap with
+//! passes of layers. Embedding passes accompany S, one microbatch ahead of their use.
 
 use super::communication::Dependency;
 use super::simulate::Costs;
 use super::{Order, Pass, PassKind, Vocabulary};
 use std::collections::HashMap;
 
-/// `order` with the vocabulary's layers on all its ranks. `costs` say where slots fall; the result is right, if not best,
-/// for any others.
+/// Returns `order` with the embedding and the output layer on all ranks.
+///
+/// `costs` decide where passes go. The result is correct for any other costs, if not optimal.
 ///
 /// # Panics
-/// When `order` already has passes of the vocabulary, or cannot run.
+/// If `order` already has passes of vocabulary parallelism, or cannot run.
 pub fn with_vocabulary(order: &Order, vocabulary: Vocabulary, costs: &Costs) -> Order {
     assert!(
         order.vocabulary.is_none(),
-        "the vocabulary's passes are already there"
+        "the order already has passes of vocabulary parallelism"
     );
-    let ranks = order
-        .ranks
-        .iter()
-        .map(|passes| {
-            delay_backwards(
-                passes,
-                vocabulary.extra_microbatches(order.ranks.len()) * order.chunks,
-            )
-        })
-        .collect();
+    let delay = vocabulary.extra_microbatches(order.ranks.len()) * order.chunks;
     let base = Order {
-        ranks,
-        vocabulary: None,
+        ranks: order
+            .ranks
+            .iter()
+            .map(|passes| delay_backwards(passes, delay))
+            .collect(),
         ..order.clone()
     };
-    let lists = insert(&base, vocabulary, costs);
     Order {
         vocabulary: Some(vocabulary),
-        ranks: lists,
+        ranks: insert(&base, vocabulary, costs),
         ..base
     }
 }
 
-/// Every backward after `forwards` more forwards than before, as long as there are any.
-fn delay_backwards(passes: &[Pass], forwards: usize) -> Vec<Pass> {
-    let total = passes
-        .iter()
-        .filter(|pass| pass.kind == PassKind::Forward)
-        .count();
-    let mut placed: Vec<(usize, bool, usize, Pass)> = Vec::new();
-    let mut seen = 0;
-    for (index, &pass) in passes.iter().enumerate() {
-        if pass.kind == PassKind::Forward {
-            seen += 1;
-            placed.push((seen, false, index, pass));
-        } else {
-            placed.push(((seen + forwards).min(total), true, index, pass));
-        }
-    }
-    placed.sort_by_key(|&(after, backward, index, _)| (after, backward, index));
-    placed.into_iter().map(|(.., pass)| pass).collect()
+/// A pass and the sort key of its delayed position.
+struct DelayedPass {
+    /// Number of forwards before it.
+    forwards: usize,
+    is_backward: bool,
+    index: usize,
+    pass: Pass,
 }
 
-/// The state of a rank while passes are dealt out.
+/// Moves every backward behind `delay` more forwards, as long as there are any.
+fn delay_backwards(passes: &[Pass], delay: usize) -> Vec<Pass> {
+    let is_forward = |pass: &Pass| pass.kind == PassKind::Forward;
+    let total = passes.iter().filter(|pass| is_forward(pass)).count();
+    let mut delayed = Vec::new();
+    let mut forwards = 0;
+    for (index, &pass) in passes.iter().enumerate() {
+        let is_backward = !is_forward(&pass);
+        forwards += usize::from(!is_backward);
+        delayed.push(DelayedPass {
+            forwards: if is_backward {
+                (forwards + delay).min(total)
+            } else {
+                forwards
+            },
+            is_backward,
+            index,
+            pass,
+        });
+    }
+    delayed.sort_by_key(|delayed| (delayed.forwards, delayed.is_backward, delayed.index));
+    delayed.into_iter().map(|delayed| delayed.pass).collect()
+}
+
+/// The progress of one rank during the insertion.
+#[derive(Default)]
 struct RankState {
-    /// Next pass of its own list.
+    /// The next pass of its own list.
     at: usize,
-    /// Next pass of the output layer, by its number in the sequence.
+    /// The next pass of the output layer, as an index of the sequence.
     output: usize,
     clock: f64,
     list: Vec<Pass>,
 }
 
-/// What has happened so far.
+/// The progress of one pass of the output layer.
+#[derive(Clone, Copy)]
+struct OutputState {
+    /// Number of ranks that still have to run it.
+    ranks_left: usize,
+    /// The time at which the last rank so far has finished it.
+    end: f64,
+}
+
+/// The progress of all ranks.
 struct InsertionState<'a> {
     base: &'a Order,
     vocabulary: Vocabulary,
     costs: &'a Costs,
-    /// When passes of layers ended.
+    /// End times of passes of layers, by rank.
     ended: HashMap<(usize, Pass), f64>,
-    /// The passes of the output layer, in every rank's order.
+    /// The passes of the output layer, in the order of every rank.
     sequence: &'a [Pass],
-    /// For each of them: ranks that still have to do it, and when the last so far ended.
-    outputs: HashMap<Pass, (usize, f64)>,
-    /// How many forwards of the last stage come between the one of each microbatch and its backward.
+    outputs: HashMap<Pass, OutputState>,
+    /// For each microbatch, the number of forwards of the last stage before its backward.
     overlaps: Vec<usize>,
-    /// Time of the backward that the last stage's rank does right after the last forward of each microbatch, if any.
+    /// For each microbatch, the time of the backward that follows its forward on the last stage's
+    /// rank, or zero.
     next_backward_times: Vec<f64>,
 }
 
-/// The output layer's passes: each as many microbatches behind S as barriers lie between, where the backward leaves time.
-fn sequence(vocabulary: Vocabulary, overlaps: &[usize]) -> Vec<Pass> {
-    let kinds = vocabulary.passes();
+/// Returns the passes of the output layer in order.
+///
+/// Each pass is as many microbatches behind S as there are barriers between, if the backward leaves
+/// time for that.
+fn output_sequence(vocabulary: Vocabulary, overlaps: &[usize]) -> Vec<Pass> {
     let mut slots: Vec<(usize, Pass)> = Vec::new();
     for (microbatch, &overlap) in overlaps.iter().enumerate() {
-        for (behind, &kind) in kinds.iter().enumerate() {
-            slots.push((
-                microbatch + behind.min(overlap),
-                Pass::new(kind, 0, microbatch),
-            ));
+        for (barriers, &kind) in vocabulary.passes().iter().enumerate() {
+            let slot = microbatch + barriers.min(overlap);
+            slots.push((slot, Pass::new(kind, 0, microbatch)));
         }
     }
-    // Stable: within a slot older microbatches first.
+    // The sort is stable: older microbatches come first within a slot.
     slots.sort_by_key(|&(slot, _)| slot);
     slots.into_iter().map(|(_, pass)| pass).collect()
 }
 
+/// The earliest pass that can start.
+struct Candidate {
+    start: f64,
+    rank: usize,
+    pass: Pass,
+}
+
 impl InsertionState<'_> {
-    /// When `pass` of the output layer may start on rank `of`, if that is known.
-    fn output_ready_at(&self, of: usize, pass: Pass) -> Option<f64> {
-        let last = self.base.stages() - 1;
-        let (rank, chunk) = self.base.rank_and_chunk(last);
-        let logits_slot_start = |microbatch: usize| {
-            let end = self
-                .ended
-                .get(&(rank, Pass::new(PassKind::Forward, chunk, microbatch)))?;
-            // The rank of the last stage does a backward meanwhile, and so has the others' time to take theirs.
-            let wait = if of == rank {
-                self.next_backward_times[microbatch]
-            } else {
-                self.costs.collective
-            };
-            Some(end + wait)
+    /// Returns the time at which S of a microbatch may start on `rank`, if that is known.
+    fn logits_ready_at(&self, rank: usize, microbatch: usize) -> Option<f64> {
+        let (last_rank, chunk) = self.base.rank_and_chunk(self.base.stages() - 1);
+        let forward = Pass::new(PassKind::Forward, chunk, microbatch);
+        let end = self.ended.get(&(last_rank, forward))?;
+        // The rank of the last stage runs a backward first; the others use that time for their S.
+        let wait = if rank == last_rank {
+            self.next_backward_times[microbatch]
+        } else {
+            self.costs.collective
         };
+        Some(end + wait)
+    }
+
+    /// Returns the time at which `pass` of the output layer may start on `rank`, if that is known.
+    fn output_ready_at(&self, rank: usize, pass: Pass) -> Option<f64> {
         let kinds = self.vocabulary.passes();
-        let behind = kinds
+        let barriers = kinds
             .iter()
             .position(|&kind| kind == pass.kind)
-            .expect("it is one of the output layer's");
-        match behind.checked_sub(1) {
-            None => logits_slot_start(pass.microbatch),
-            // It goes with a later S, unless its own backward comes before that.
-            Some(_) if self.overlaps[pass.microbatch] >= behind => {
-                logits_slot_start(pass.microbatch + behind)
-            }
-            Some(before) => self.complete(Pass {
-                kind: kinds[before],
-                ..pass
-            }),
+            .expect("it is a pass of the output layer");
+        if barriers == 0 {
+            self.logits_ready_at(rank, pass.microbatch)
+        } else if self.overlaps[pass.microbatch] >= barriers {
+            // It accompanies a later S.
+            self.logits_ready_at(rank, pass.microbatch + barriers)
+        } else {
+            // Its own backward comes before that S.
+            let kind = kinds[barriers - 1];
+            self.output_complete_at(Pass { kind, ..pass })
         }
     }
 
-    /// When `pass` of the output layer has ended everywhere and its collective too.
-    fn complete(&self, pass: Pass) -> Option<f64> {
-        let (left, end) = self.outputs[&pass];
-        (left == 0).then_some(end + self.costs.collective)
+    /// Returns the end of a pass of the output layer on all ranks and of its collective, if known.
+    fn output_complete_at(&self, pass: Pass) -> Option<f64> {
+        let output = &self.outputs[&pass];
+        (output.ranks_left == 0).then_some(output.end + self.costs.collective)
     }
 
-    /// When `pass` of `rank` has all that it needs, if that is known.
-    fn ready(&self, rank: usize, pass: Pass) -> Option<f64> {
+    /// Returns the time at which the dependencies of `pass` of a layer are ready, if that is known.
+    fn ready_at(&self, rank: usize, pass: Pass) -> Option<f64> {
         let mut ready = 0.0f64;
-        for need in self.base.dependencies(rank, pass) {
-            let end = match need {
-                Dependency::Pass(other) => end_time(&self.ended, rank, other)?,
+        for dependency in self.base.dependencies(rank, pass) {
+            let end = match dependency {
+                Dependency::Pass(other) => self.end_time(rank, other)?,
                 Dependency::Message(message) => {
                     let (peer, producer) = self.base.producer(message);
-                    end_time(&self.ended, peer, producer)? + self.costs.send
+                    self.end_time(peer, producer)? + self.costs.send
                 }
-                Dependency::Collective(_) => 0.0, // of the vocabulary: below
+                // The base has no vocabulary parallelism, so this does not occur.
+                Dependency::Collective(_) => 0.0,
             };
             ready = ready.max(end);
         }
-        if pass.kind.gives_input_gradient()
-            && self.base.stage(rank, pass.chunk) + 1 == self.base.stages()
-        {
+        let is_last_stage = self.base.stage(rank, pass.chunk) + 1 == self.base.stages();
+        if pass.kind.gives_input_gradient() && is_last_stage {
             let kind = if self.vocabulary.gradient_after_t() {
                 PassKind::LogitsBackward
             } else {
                 PassKind::Logits
             };
-            ready = ready.max(self.complete(Pass::new(kind, 0, pass.microbatch))?);
+            let output = Pass::new(kind, 0, pass.microbatch);
+            ready = ready.max(self.output_complete_at(output)?);
         }
         Some(ready)
     }
+
+    /// Returns the end of a pass; a backward that is split ends with its B.
+    fn end_time(&self, rank: usize, pass: Pass) -> Option<f64> {
+        let end = |pass| self.ended.get(&(rank, pass)).copied();
+        let kind = PassKind::BackwardInput;
+        let split = || end(Pass { kind, ..pass }).filter(|_| pass.kind == PassKind::Backward);
+        end(pass).or_else(split)
+    }
+
+    /// Returns the earliest pass that can start.
+    ///
+    /// If two can start at the same time on one rank, the output layer comes first.
+    fn earliest(&self, ranks: &[RankState]) -> Option<Candidate> {
+        let mut best: Option<Candidate> = None;
+        for (rank, state) in ranks.iter().enumerate() {
+            let output = self.sequence.get(state.output).copied();
+            let output = output.map(|pass| (self.output_ready_at(rank, pass), pass));
+            let own = self.base.ranks[rank].get(state.at).copied();
+            let own = own.map(|pass| (self.ready_at(rank, pass), pass));
+            for (ready, pass) in output.into_iter().chain(own) {
+                let Some(ready) = ready else { continue };
+                let start = state.clock.max(ready);
+                if best.as_ref().is_none_or(|best| start < best.start) {
+                    best = Some(Candidate { start, rank, pass });
+                }
+            }
+        }
+        best
+    }
+
+    /// Appends a pass to the list of its rank.
+    fn append(&mut self, state: &mut RankState, candidate: Candidate) {
+        let Candidate { start, rank, pass } = candidate;
+        state.list.push(pass);
+        state.clock = start + self.costs.pass_time(self.base, rank, pass);
+        if !pass.kind.is_vocabulary() {
+            state.at += 1;
+            self.ended.insert((rank, pass), state.clock);
+            return;
+        }
+        if pass.kind == PassKind::Logits {
+            // Leaves time for the embedding passes that accompany it.
+            let costs = &self.costs.vocabulary[rank];
+            state.clock += costs.embed + costs.embed_backward;
+        }
+        state.output += 1;
+        let output = self.outputs.get_mut(&pass);
+        let output = output.expect("it is a pass of the output layer");
+        output.ranks_left -= 1;
+        output.end = output.end.max(state.clock);
+    }
 }
 
+/// Returns the passes of each rank with those of vocabulary parallelism.
 fn insert(base: &Order, vocabulary: Vocabulary, costs: &Costs) -> Vec<Vec<Pass>> {
     let ranks = base.ranks.len();
-    let interlaced = vocabulary == Vocabulary::Interlaced;
-    let overlaps = if interlaced {
-        vec![0; base.microbatches]
-    } else {
-        overlaps(base)
+    let mut overlaps = vec![0; base.microbatches];
+    let mut next_backward_times = vec![0.0; base.microbatches];
+    if vocabulary != Vocabulary::Interlaced {
+        overlaps = forwards_before_backward(base);
+        next_backward_times = times_of_next_backward(base, costs);
+    }
+    let sequence = output_sequence(vocabulary, &overlaps);
+    let not_run = OutputState {
+        ranks_left: ranks,
+        end: 0.0,
     };
-    let next_backward_times = if interlaced {
-        vec![0.0; base.microbatches]
-    } else {
-        next_backward_times(base, costs)
-    };
-    let sequence = sequence(vocabulary, &overlaps);
-    let mut states: Vec<RankState> = (0..ranks)
-        .map(|_| RankState {
-            at: 0,
-            output: 0,
-            clock: 0.0,
-            list: Vec::new(),
-        })
-        .collect();
-    let outputs = sequence.iter().map(|&pass| (pass, (ranks, 0.0))).collect();
-    let mut progress = InsertionState {
+    let mut insertion = InsertionState {
         base,
         vocabulary,
         costs,
         ended: HashMap::new(),
         sequence: &sequence,
-        outputs,
+        outputs: sequence.iter().map(|&pass| (pass, not_run)).collect(),
         overlaps,
         next_backward_times,
     };
-    loop {
-        // Of all that can start, the earliest; on one rank the output layer before a pass of the same time.
-        let mut best: Option<(f64, usize, Pass)> = None;
-        for (rank, state) in states.iter().enumerate() {
-            let output = progress
-                .sequence
-                .get(state.output)
-                .map(|&pass| (progress.output_ready_at(rank, pass), pass));
-            let own = base.ranks[rank]
-                .get(state.at)
-                .map(|&pass| (progress.ready(rank, pass), pass));
-            for (opens, pass) in output.into_iter().chain(own) {
-                let Some(start) = opens.map(|opens| state.clock.max(opens)) else {
-                    continue;
-                };
-                if best.is_none_or(|(time, ..)| start < time) {
-                    best = Some((start, rank, pass));
-                }
-            }
-        }
-        let Some((start, rank, pass)) = best else {
-            break;
-        };
-        let state = &mut states[rank];
-        state.list.push(pass);
-        state.clock = start + costs.of(base, rank, pass);
-        if pass.kind.is_vocabulary() {
-            if pass.kind == PassKind::Logits {
-                // The embedding passes that will lie beside it.
-                state.clock += costs.vocabulary[rank].embed + costs.vocabulary[rank].embed_backward;
-            }
-            let (left, end) = progress
-                .outputs
-                .get_mut(&pass)
-                .expect("it is one of the output layer's");
-            (*left, *end) = (*left - 1, end.max(state.clock));
-            state.output += 1;
-        } else {
-            state.at += 1;
-            progress.ended.insert((rank, pass), state.clock);
-        }
+    let mut states: Vec<RankState> = (0..ranks).map(|_| RankState::default()).collect();
+    while let Some(candidate) = insertion.earliest(&states) {
+        let state = &mut states[candidate.rank];
+        insertion.append(state, candidate);
     }
-    let complete = states
-        .iter()
-        .zip(&base.ranks)
-        .all(|(s, passes)| s.at == passes.len() && s.output == sequence.len());
+    let is_complete = |(state, passes): (&RankState, &Vec<Pass>)| {
+        state.at == passes.len() && state.output == sequence.len()
+    };
     assert!(
-        complete,
-        "an order that stops cannot take in the vocabulary: check it first"
+        states.iter().zip(&base.ranks).all(is_complete),
+        "the order deadlocks: check it before inserting vocabulary parallelism"
     );
     let lists: Vec<Vec<Pass>> = states.into_iter().map(|state| state.list).collect();
     let embedding = EmbeddingSlots::new(base, &lists);
     lists.iter().map(|list| embedding.insert(list)).collect()
 }
 
-fn next_backward_times(base: &Order, costs: &Costs) -> Vec<f64> {
+/// Returns the values of [`InsertionState::next_backward_times`].
+fn times_of_next_backward(base: &Order, costs: &Costs) -> Vec<f64> {
     let (rank, chunk) = base.rank_and_chunk(base.stages() - 1);
     let mut times = vec![0.0; base.microbatches];
     for pair in base.ranks[rank].windows(2) {
-        if pair[0].kind == PassKind::Forward
-            && pair[0].chunk == chunk
-            && pair[1].kind.gives_input_gradient()
-        {
-            times[pair[0].microbatch] = costs.of(base, rank, pair[1]);
+        let pass = pair[0];
+        let next = pair[1];
+        let is_forward = pass.kind == PassKind::Forward && pass.chunk == chunk;
+        if is_forward && next.kind.gives_input_gradient() {
+            times[pass.microbatch] = costs.pass_time(base, rank, next);
         }
     }
     times
 }
 
-fn overlaps(base: &Order) -> Vec<usize> {
-    let last = base.stages() - 1;
-    let (rank, chunk) = base.rank_and_chunk(last);
-    let mut forwards = 0;
+/// Returns the values of [`InsertionState::overlaps`].
+fn forwards_before_backward(base: &Order) -> Vec<usize> {
+    let (rank, chunk) = base.rank_and_chunk(base.stages() - 1);
+    let mut forwards = 0usize;
     let mut overlaps = vec![0; base.microbatches];
     for pass in base.ranks[rank].iter().filter(|pass| pass.chunk == chunk) {
         if pass.kind == PassKind::Forward {
             forwards += 1;
         } else if pass.kind.gives_input_gradient() {
-            overlaps[pass.microbatch] = usize::saturating_sub(forwards, pass.microbatch + 1);
+            overlaps[pass.microbatch] = forwards.saturating_sub(pass.microbatch + 1);
         }
     }
     overlaps
 }
 
-fn end_time(ended: &HashMap<(usize, Pass), f64>, rank: usize, pass: Pass) -> Option<f64> {
-    let whole = ended.get(&(rank, pass));
-    let part = || {
-        ended.get(&(
-            rank,
-            Pass {
-                kind: PassKind::BackwardInput,
-                ..pass
-            },
-        ))
-    };
-    whole
-        .or_else(|| part().filter(|_| pass.kind == PassKind::Backward))
-        .copied()
-}
-
-/// Beside which S each microbatch's embedding is looked up (None: before everything), and its gradient taken (None:
-/// after everything).
+/// The S that each microbatch's embedding passes accompany.
 struct EmbeddingSlots {
+    /// None: the lookup runs before all other passes.
     lookup: Vec<Option<usize>>,
+    /// None: the gradient is computed after all other passes.
     gradient: Vec<Option<usize>>,
 }
 
 impl EmbeddingSlots {
     fn new(base: &Order, lists: &[Vec<Pass>]) -> EmbeddingSlots {
-        let m = base.microbatches;
+        let microbatches = base.microbatches;
         let (rank, chunk) = base.rank_and_chunk(0);
-        let mut embedding = EmbeddingSlots {
-            lookup: vec![None; m],
-            gradient: vec![None; m],
+        let mut slots = EmbeddingSlots {
+            lookup: vec![None; microbatches],
+            gradient: vec![None; microbatches],
         };
         let mut logits = 0usize;
         for pass in &lists[rank] {
             match pass.kind {
                 PassKind::Logits => logits += 1,
-                // One S lies between the lookup and its use, for the sum over ranks.
+                // One S is between the lookup and its use, for the sum over ranks.
                 PassKind::Forward if pass.chunk == chunk => {
-                    embedding.lookup[pass.microbatch] = logits.checked_sub(2)
+                    slots.lookup[pass.microbatch] = logits.checked_sub(2);
                 }
                 kind if kind.gives_input_gradient() && pass.chunk == chunk => {
-                    embedding.gradient[pass.microbatch] = Some(logits + 1).filter(|&slot| slot < m);
+                    let slot = logits + 1;
+                    slots.gradient[pass.microbatch] = (slot < microbatches).then_some(slot);
                 }
                 _ => {}
             }
         }
-        embedding
+        slots
     }
 
-    /// A rank's passes with those of the embedding.
+    /// Returns a rank's passes with those of the embedding.
     fn insert(&self, list: &[Pass]) -> Vec<Pass> {
-        let of = |kind: PassKind, slot: Option<usize>| {
-            let places = if kind == PassKind::Embed {
-                &self.lookup
-            } else {
-                &self.gradient
-            };
-            let chosen = places
-                .iter()
-                .enumerate()
-                .filter(move |(_, place)| **place == slot);
-            chosen.map(move |(microbatch, _)| Pass::new(kind, 0, microbatch))
-        };
-        let mut passes: Vec<Pass> = of(PassKind::Embed, None).collect();
+        let lookups = |slot| passes_in(&self.lookup, PassKind::Embed, slot);
+        let gradients = |slot| passes_in(&self.gradient, PassKind::EmbedBackward, slot);
+        let mut passes: Vec<Pass> = lookups(None).collect();
         for &pass in list {
             passes.push(pass);
             if pass.kind == PassKind::Logits {
-                passes.extend(of(PassKind::Embed, Some(pass.microbatch)));
-                passes.extend(of(PassKind::EmbedBackward, Some(pass.microbatch)));
+                let slot = Some(pass.microbatch);
+                passes.extend(lookups(slot));
+                passes.extend(gradients(slot));
             }
         }
-        passes.extend(of(PassKind::EmbedBackward, None));
+        passes.extend(gradients(None));
         passes
     }
+}
+
+/// Returns passes of `kind` for the microbatches that have `slot`.
+fn passes_in(
+    slots: &[Option<usize>],
+    kind: PassKind,
+    slot: Option<usize>,
+) -> impl Iterator<Item = Pass> {
+    let chosen = slots.iter().enumerate();
+    let chosen = chosen.filter(move |(_, chosen)| **chosen == slot);
+    chosen.map(move |(microbatch, _)| Pass::new(kind, 0, microbatch))
 }

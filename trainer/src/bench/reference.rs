@@ -6,7 +6,7 @@ use crate::config::{Dtype, ModelConfig, MoeConfig, OptimizerConfig, QkNorm, Rout
 use crate::model::{BuildContext, IGNORED, Model, ModelPart};
 use crate::optim::Optimizer;
 use crate::process_groups::ProcessGroups;
-use kernels::profile::{Cost, part};
+use kernels::profile::{Cost, span};
 use moe::balance::{BalanceScope, BatchTotals};
 use parallel::{Accelerator, GradientBuckets, Local, Replication};
 use std::path::Path;
@@ -292,10 +292,10 @@ impl ReferenceStep {
     pub fn run(&mut self) -> Result<(f64, f64), Error> {
         let started = Instant::now();
         let phase = "phase";
-        part(phase, "zero gradients", Cost::default, || {
+        span(phase, "zero gradients", Cost::default, || {
             self.gradients.begin(1)
         });
-        let output = part(phase, "forward", Cost::default, || {
+        let output = span(phase, "forward", Cost::default, || {
             self.model.forward(&self.inputs)
         })?;
         let totals = BatchTotals {
@@ -303,10 +303,10 @@ impl ReferenceStep {
             tokens: (self.shape.batch * (self.shape.sequence - 1)) as f64,
             counts_le: None,
         };
-        let losses = part(phase, "loss", Cost::default, || {
+        let losses = span(phase, "loss", Cost::default, || {
             self.model.losses(&output, &self.labels, &totals)
         })?;
-        part(phase, "backward", Cost::default, || {
+        span(phase, "backward", Cost::default, || {
             losses.total.f_backward()
         })?;
         self.gradients.finish()?;

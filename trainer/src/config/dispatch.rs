@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 /// Stands in for `min_tokens: measured` until the measurement: the paper's value of m.
 const DEFAULT_MIN_TOKENS: i64 = 1024;
 
-/// How routed tokens reach their experts. All values compute the same result.
+/// Transfer of routed tokens to their experts. All values compute the same result.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Dispatch {

@@ -25,7 +25,8 @@ pub use optimizer::{
     ConstantConfig, OptimizerConfig, PowerConfig, RampConfig, ScheduleConfig, WsdConfig,
 };
 pub use pipeline_plan::PipelinePlan;
-pub use renamed::{Renamed, rename_old_keys, renamed_keys};
+pub(crate) use renamed::rename_old_keys;
+pub use renamed::{Renamed, renamed_keys};
 pub use snapshot::{
     OnDivergence, ParityConfig, RedundancyConfig, RestartConfig, SnapshotConfig, SnapshotEvery,
     WithoutSpare,
@@ -155,7 +156,7 @@ pub struct TrainConfig {
     pub dtype: Dtype,
     /// Computes the experts' forward GEMMs, and the gradients of their inputs, in 8-bit floating
     /// point. Faster on Hopper and newer GPUs; elsewhere emulated with the same results. Needs
-    /// `dtype: bf16`.
+    /// `dtype: bf16`. The precision page of the documentation shows the effect on the loss.
     #[serde(default)]
     pub fp8_experts: bool,
     /// Largest global gradient norm: larger gradients are scaled down to it. 0 disables clipping.
@@ -188,8 +189,8 @@ impl Dtype {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CheckpointConfig {
-    /// Steps between checkpoints. 0 writes one only at the end and when a signal stops the run,
-    /// which other values do too.
+    /// Steps between checkpoints. One is always written at the end of the run and when a signal
+    /// stops it; 0 writes no others.
     pub every: u64,
     /// Number of checkpoints to keep: the newest ones.
     pub keep: usize,

@@ -63,7 +63,6 @@ pub struct ModelConfig {
 /// Number of a model's parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ParameterCount {
-    /// All parameters.
     pub total: u64,
     /// Parameters that one token uses: those of its experts and all others.
     pub active: u64,
@@ -198,8 +197,8 @@ pub struct MoeConfig {
     /// The router's rule.
     #[serde(default)]
     pub router: RouterConfig,
-    /// Weight of the load-balancing loss. The loss itself is 1 per layer at perfect balance; that of
-    /// Hugging Face transformers is `top_k` times as large.
+    /// Weight of the load-balancing loss. The loss itself is 1 per layer at perfect balance; that
+    /// of Hugging Face transformers is `top_k` times as large.
     #[serde(default = "default_load_balance")]
     pub load_balance: f64,
     /// Tokens over which the load-balancing loss measures balance.
@@ -215,7 +214,7 @@ pub struct MoeConfig {
     /// Step size of the bias of loss-free balancing (arXiv 2408.15664). 0 disables it.
     #[serde(default)]
     pub bias_update_rate: f64,
-    /// How routed tokens reach their experts.
+    /// Transfer of routed tokens to their experts.
     #[serde(default)]
     pub dispatch: Dispatch,
     /// Parameters of least-loaded dispatch.

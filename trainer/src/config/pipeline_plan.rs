@@ -1,4 +1,4 @@
-//! What each rank of a pipeline does in a step, and the layers of each stage.
+//! The passes of each pipeline rank in a step, and the layers of each stage.
 
 use super::Config;
 use super::layout::{ParallelConfig, ScheduleChoice, VocabularyLayout};
@@ -121,7 +121,7 @@ impl Config {
         let ranks = order.ranks.len();
         let head = self.model.head_cost_in_layers();
         let vocabulary = match self.parallel.vocabulary.algorithm() {
-            Some(algorithm) => VocabularyCosts::of(algorithm, head / ranks as f64),
+            Some(algorithm) => VocabularyCosts::from_logits(algorithm, head / ranks as f64),
             None => VocabularyCosts::default(),
         };
         let of_stage: Vec<f64> = layers.iter().map(|&layers| layers as f64).collect();

@@ -26,8 +26,8 @@ enum Kind {
 const RENAMED: [Renamed; 6] = [
     Renamed::key("run", "bind", "cpu_affinity"),
     Renamed::key("run", "communicator", "backend"),
-    Renamed::key("data", "document_end", "eod_token"),
-    Renamed::key("parallel", "zero_ranks", "zero_group_size"),
+    Renamed::key("data", "document_end", "eod_token"), // tidy: allow(words)
+    Renamed::key("parallel", "zero_ranks", "zero_group_size"), // tidy: allow(words)
     Renamed::key("model.moe.least_loaded", "over", "threshold_over"),
     Renamed::listed_value("parallel.recompute.parts", "router", "dispatch"),
 ];
@@ -107,7 +107,7 @@ pub fn renamed_keys(config: &Value) -> Vec<Renamed> {
 }
 
 /// Gives the keys and values of a configuration their new names.
-pub fn rename_old_keys(config: &mut Value) {
+pub(crate) fn rename_old_keys(config: &mut Value) {
     for renamed in RENAMED {
         renamed.apply(config);
     }

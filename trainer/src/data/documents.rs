@@ -1,19 +1,20 @@
-//! Documents out of files and folders: plain text (one a file), JSONL (one a line) and Parquet (one a row).
+//! Documents from files and folders: plain text (one per file), JSONL (one per line) and Parquet
+//! (one per row).
 
 use crate::Error;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
-/// The files under `inputs`, folders searched through, in a fixed order.
+/// Returns the files under `inputs` in a fixed order. Folders are searched for the extensions.
 pub(super) fn files(inputs: &[PathBuf], extensions: &[String]) -> Result<Vec<PathBuf>, Error> {
     let mut found = Vec::new();
     for input in inputs {
         let kind = std::fs::metadata(input).map_err(Error::io("cannot open", input))?;
         if kind.is_dir() {
-            walk(input, extensions, &mut found)?
+            walk(input, extensions, &mut found)?;
         } else {
-            found.push(input.clone())
+            found.push(input.clone());
         }
     }
     Ok(found)
@@ -40,8 +41,9 @@ fn extension(path: &Path) -> Option<String> {
     Some(path.extension()?.to_str()?.to_lowercase())
 }
 
-/// Hands each document of `path` to `take`. `text_key` names the field of JSONL objects and the column of Parquet
-/// tables.
+/// Passes each document of a file to `take`.
+///
+/// `text_key` is the field of JSONL objects and the column of Parquet tables that holds the text.
 pub(super) fn read(
     path: &Path,
     text_key: &str,
@@ -53,12 +55,12 @@ pub(super) fn read(
         Some("parquet") => parquet_rows::read(path, text_key, take),
         #[cfg(not(feature = "parquet"))]
         Some("parquet") => Err(Error::Data(format!(
-            "{}: this moerun was built without the feature parquet",
+            "{}: moerun was built without the feature parquet",
             path.display()
         ))),
         _ => {
             let bytes = std::fs::read(path).map_err(Error::io("cannot read", path))?;
-            // Text that is not UTF-8 is still text to most of its length.
+            // A few invalid bytes do not make a text useless.
             take(String::from_utf8_lossy(&bytes).into_owned())
         }
     }
@@ -75,18 +77,19 @@ fn read_jsonl(
         if line.trim().is_empty() {
             continue;
         }
-        let at = |what: String| Error::Data(format!("{}:{}: {what}", path.display(), number + 1));
+        let failed = |cause: String| {
+            let line = number + 1;
+            Error::Data(format!("{}:{line}: {cause}", path.display()))
+        };
         let value: serde_json::Value =
-            serde_json::from_str(&line).map_err(|e| at(format!("not JSON: {e}")))?;
+            serde_json::from_str(&line).map_err(|error| failed(format!("not JSON: {error}")))?;
         let text = value.get(text_key).and_then(|text| text.as_str());
-        take(
-            text.ok_or_else(|| {
-                at(format!(
-                    "no text under the key {text_key:?} (choose another with --text-key)"
-                ))
-            })?
-            .into(),
-        )?;
+        let text = text.ok_or_else(|| {
+            failed(format!(
+                "no text under the key {text_key:?} (choose another with --text-key)"
+            ))
+        })?;
+        take(text.into())?;
     }
     Ok(())
 }
@@ -102,10 +105,10 @@ mod parquet_rows {
         column: &str,
         take: &mut dyn FnMut(String) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let bad = |what: String| Error::Data(format!("{}: {what}", path.display()));
+        let failed = |cause: String| Error::Data(format!("{}: {cause}", path.display()));
         let file = File::open(path).map_err(Error::io("cannot open", path))?;
-        let reader =
-            SerializedFileReader::new(file).map_err(|e| bad(format!("not a Parquet file: {e}")))?;
+        let reader = SerializedFileReader::new(file)
+            .map_err(|error| failed(format!("not a Parquet file: {error}")))?;
         let schema = reader.metadata().file_metadata().schema_descr();
         let names: Vec<_> = schema
             .root_schema()
@@ -117,20 +120,18 @@ mod parquet_rows {
             .iter()
             .position(|name| name == column)
             .ok_or_else(|| {
-                bad(format!(
-                    "no column {column:?}; there are {} (choose one with --text-key)",
+                failed(format!(
+                    "no column {column:?}, only {} (choose one with --text-key)",
                     names.join(", ")
                 ))
             })?;
-        for (number, row) in reader
+        let rows = reader
             .get_row_iter(None)
-            .map_err(|e| bad(e.to_string()))?
-            .enumerate()
-        {
-            let row = row.map_err(|e| bad(format!("row {number}: {e}")))?;
-            let text = row
-                .get_string(position)
-                .map_err(|e| bad(format!("row {number}: {e}")))?;
+            .map_err(|error| failed(error.to_string()))?;
+        for (number, row) in rows.enumerate() {
+            let failed = |error| failed(format!("row {number}: {error}"));
+            let row = row.map_err(failed)?;
+            let text = row.get_string(position).map_err(failed)?;
             take(text.clone())?;
         }
         Ok(())

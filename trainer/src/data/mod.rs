@@ -1,4 +1,4 @@
-//! Tokens on disk, which of them make sample number `n`, and how they get there.
+//! Training data: token files, the order of samples, and the preparation of token files from text.
 
 mod documents;
 mod prepare;
@@ -14,10 +14,10 @@ use crate::Error;
 use crate::config::SourceConfig;
 use tch::Tensor;
 
-/// The token id that ends a document, in data that `moerun data prepare` made.
+/// Text of the end-of-document token in data that `moerun data prepare` made.
 pub const END_OF_DOCUMENT: &str = "<|endoftext|>";
 
-/// Several token files read as one stream of samples of `sequence_length + 1` tokens.
+/// Several token files, read as samples of `sequence_length + 1` tokens.
 pub struct Dataset {
     files: Vec<TokenFile>,
     sampler: Sampler,
@@ -26,10 +26,10 @@ pub struct Dataset {
 }
 
 impl Dataset {
-    /// Opens `sources`.
+    /// Opens the files of all sources.
     ///
     /// # Errors
-    /// When a file is missing, damaged, or shorter than one sample: which one, and why.
+    /// If a file is missing, damaged, or shorter than one sample.
     pub fn open(
         sources: &[SourceConfig],
         sequence_length: usize,
@@ -45,7 +45,8 @@ impl Dataset {
             let count = file.len().saturating_sub(1) / sequence_length as u64;
             if count == 0 {
                 return Err(Error::Data(format!(
-                    "{} holds {} tokens, fewer than one sample of data.sequence_length {sequence_length} + 1",
+                    "{} has {} tokens, fewer than one sample of data.sequence_length \
+                     {sequence_length} + 1",
                     file.path().display(),
                     file.len()
                 )));
@@ -53,7 +54,7 @@ impl Dataset {
             windows.push(count);
         }
         let weights: Vec<f64> = sources.iter().map(|source| source.weight).collect();
-        let sampler = Sampler::new(&windows, &weights, seed).map_err(Error::Data)?;
+        let sampler = Sampler::new(&windows, &weights, seed).map_err(Error::Config)?;
         Ok(Dataset {
             files,
             sampler,
@@ -62,28 +63,28 @@ impl Dataset {
         })
     }
 
-    /// Samples there are before the smallest period is over: all windows of all sources, unweighted.
+    /// Returns the number of windows in all sources.
     pub fn num_windows(&self) -> u64 {
         self.sampler.num_windows()
     }
 
-    /// Tokens in all files.
+    /// Returns the number of tokens in all files.
     pub fn num_tokens(&self) -> u64 {
         self.files.iter().map(TokenFile::len).sum()
     }
 
-    /// Samples number `numbers` in the shuffled order: inputs and labels, `[numbers, S]` int64 each.
+    /// Returns inputs and labels of samples in the shuffled order, `[numbers, S]` int64 each.
     ///
     /// # Errors
-    /// When a file cannot be read, or holds a token outside of the vocabulary.
+    /// If a file cannot be read, or has a token outside of the vocabulary.
     pub fn batch(&self, numbers: impl Iterator<Item = u64>) -> Result<(Tensor, Tensor), Error> {
         self.read(numbers.map(|number| self.sampler.draw(number)))
     }
 
-    /// Windows number `numbers` in the order of the files, for validation.
+    /// Returns inputs and labels of windows in file order, for validation.
     ///
     /// # Errors
-    /// As [`Dataset::batch`].
+    /// Those of [`Dataset::batch`].
     pub fn windows(&self, numbers: impl Iterator<Item = u64>) -> Result<(Tensor, Tensor), Error> {
         self.read(numbers.map(|number| self.sampler.nth_window(number)))
     }
@@ -96,19 +97,7 @@ impl Dataset {
             let file = &self.files[draw.source];
             let start = draw.window * length as u64;
             let tokens = file.read(start, length + 1)?;
-            if let Some(at) = tokens
-                .iter()
-                .position(|&token| token < 0 || token >= self.vocab_size as i64)
-            {
-                return Err(Error::Data(format!(
-                    "{}: token {} at position {} is outside of model.vocab_size {}; the data was made with another \
-                     tokenizer, or is damaged",
-                    file.path().display(),
-                    tokens[at],
-                    start + at as u64,
-                    self.vocab_size
-                )));
-            }
+            self.check_vocabulary(file, start, &tokens)?;
             inputs.extend_from_slice(&tokens[..length]);
             labels.extend_from_slice(&tokens[1..]);
         }
@@ -117,5 +106,22 @@ impl Dataset {
             Tensor::from_slice(&inputs).view(shape),
             Tensor::from_slice(&labels).view(shape),
         ))
+    }
+
+    /// Refuses token ids that the model does not have.
+    fn check_vocabulary(&self, file: &TokenFile, start: u64, tokens: &[i64]) -> Result<(), Error> {
+        let vocabulary = 0..self.vocab_size as i64;
+        let is_unknown = |token: &i64| !vocabulary.contains(token);
+        let Some(index) = tokens.iter().position(is_unknown) else {
+            return Ok(());
+        };
+        Err(Error::Data(format!(
+            "{}: token {} at position {} is outside of model.vocab_size {}; the data was made \
+             with another tokenizer, or is damaged",
+            file.path().display(),
+            tokens[index],
+            start + index as u64,
+            self.vocab_size
+        )))
     }
 }

@@ -1,57 +1,74 @@
-//! `moerun data prepare`: documents become token files, with a tokenizer that is trained on them or given.
+//! `moerun data prepare`: makes token files from documents.
+//!
+//! The tokenizer is a given one, or a byte-level BPE that is trained on the documents.
 
 use super::{END_OF_DOCUMENT, TokenWriter, documents};
 use crate::Error;
 use rayon::prelude::*;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer, TokenizerBuilder};
 
-/// What to prepare.
+/// Documents that are tokenized in parallel before they are written.
+const BATCH: usize = 256;
+
+/// Tokens of a byte-level BPE without any merge: 256 bytes and the end of a document.
+const MIN_VOCABULARY: usize = 257;
+
+/// Inputs, output and tokenizer of [`prepare`].
 #[derive(Debug, Clone)]
 pub struct PrepareOptions {
-    /// Files and folders.
+    /// Files and folders of documents.
     pub inputs: Vec<PathBuf>,
-    /// Extensions taken from folders, in lower case.
+    /// Extensions of the files that are taken from folders, in lower case.
     pub extensions: Vec<String>,
-    /// Field of JSONL objects, column of Parquet tables.
+    /// Field of JSONL objects and column of Parquet tables that holds the text.
     pub text_key: String,
-    /// Where `train`, `valid`, `tokenizer.json` and `dataset.json` go.
+    /// Folder for `train`, `valid`, `tokenizer.json` and `dataset.json`.
     pub output: PathBuf,
-    /// A Hugging Face `tokenizer.json`; otherwise a byte-level BPE is trained on the documents.
+    /// A Hugging Face `tokenizer.json`. Without it a byte-level BPE is trained on the documents.
     pub tokenizer: Option<PathBuf>,
-    /// Vocabulary of a tokenizer that is trained.
+    /// Vocabulary size of a newly trained tokenizer.
     pub vocab_size: usize,
-    /// Share of the documents kept for validation, chosen by their number.
+    /// Share of the documents for validation, chosen by their number.
     pub validation_fraction: f64,
-    /// Use no more than this many bytes of text.
+    /// Largest number of bytes of text to read.
     pub max_bytes: Option<u64>,
 }
 
-/// What was prepared; written as `dataset.json`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// Statistics of the prepared data.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct DatasetInfo {
-    /// Documents read.
+    /// Number of documents.
     pub documents: u64,
-    /// Bytes of text read.
+    /// Bytes of text.
     pub bytes: u64,
-    /// Tokens for training, ends of documents included.
+    /// Training tokens, with one end-of-document token per document.
     pub train_tokens: u64,
-    /// Tokens for validation.
+    /// Validation tokens, with one end-of-document token per document.
     pub validation_tokens: u64,
-    /// Size of the tokenizer's vocabulary.
+    /// Vocabulary size of the tokenizer.
     pub vocab_size: usize,
-    /// Entropy of the single-token distribution of the training tokens, in nats: the loss of a model that knows
-    /// frequencies and nothing else.
+    /// Entropy of the frequencies of training tokens, in nats: the loss of a model that knows
+    /// nothing but these frequencies.
     pub unigram_entropy: f64,
 }
 
-/// Reads, tokenises and writes. `progress` is told (what, done, of).
+/// The documents to prepare.
+struct Corpus {
+    texts: Vec<String>,
+    bytes: u64,
+}
+
+/// Reads documents, tokenizes them and writes token files.
+///
+/// Calls `progress` with the name of the current stage, the work done in it and the total work.
 ///
 /// # Errors
-/// When an input cannot be read, holds no text, or the output cannot be written.
+/// If an input cannot be read or holds no text, or the output cannot be written.
 pub fn prepare(
     options: &PrepareOptions,
     progress: &dyn Fn(&str, u64, u64),
@@ -62,10 +79,33 @@ pub fn prepare(
             options.validation_fraction
         )));
     }
+    let corpus = read_corpus(options, progress)?;
+    std::fs::create_dir_all(&options.output).map_err(Error::io("cannot make", &options.output))?;
+    progress("tokenizer", 0, 1);
+    let tokenizer = match &options.tokenizer {
+        Some(path) => load_tokenizer(path)?,
+        None => train_tokenizer(&corpus.texts, options.vocab_size)?,
+    };
+    progress("tokenizer", 1, 1);
+    let info = write_tokens(options, &tokenizer, &corpus, progress)?;
+    let path = options.output.join("tokenizer.json");
+    tokenizer
+        .save(&path, false)
+        .map_err(|error| Error::Tokenizer(format!("cannot write {}: {error}", path.display())))?;
+    let path = options.output.join("dataset.json");
+    let text = serde_json::to_string_pretty(&info).expect("plain numbers");
+    std::fs::write(&path, text + "\n").map_err(Error::io("cannot write", &path))?;
+    Ok(info)
+}
+
+fn read_corpus(
+    options: &PrepareOptions,
+    progress: &dyn Fn(&str, u64, u64),
+) -> Result<Corpus, Error> {
     let files = documents::files(&options.inputs, &options.extensions)?;
-    let mut texts = Vec::new();
-    let mut bytes = 0u64;
     let limit = options.max_bytes.unwrap_or(u64::MAX);
+    let mut texts = Vec::new();
+    let mut bytes = 0;
     for (number, path) in files.iter().enumerate() {
         if bytes >= limit {
             break;
@@ -80,65 +120,41 @@ pub fn prepare(
         progress("reading", number as u64 + 1, files.len() as u64);
     }
     if texts.is_empty() {
+        let inputs = options.inputs.iter().map(|path| path.display().to_string());
         return Err(Error::Data(format!(
-            "{} hold no text ({} files with the extensions {} were read)",
-            options
-                .inputs
-                .iter()
-                .map(|path| path.display().to_string())
-                .collect::<Vec<_>>()
-                .join(", "),
+            "{}: no text ({} files with the extensions {} were read)",
+            inputs.collect::<Vec<_>>().join(", "),
             files.len(),
             options.extensions.join(", ")
         )));
     }
-    std::fs::create_dir_all(&options.output).map_err(Error::io("cannot make", &options.output))?;
-    progress("tokenizer", 0, 1);
-    let tokenizer = match &options.tokenizer {
-        Some(path) => load_tokenizer(path)?,
-        None => train_tokenizer(&texts, options.vocab_size)?,
-    };
-    progress("tokenizer", 1, 1);
-    let end = tokenizer
-        .token_to_id(END_OF_DOCUMENT)
-        .or_else(|| tokenizer.token_to_id("</s>"))
-        .ok_or_else(|| {
-            Error::Data(format!(
-                "the tokenizer has no token {END_OF_DOCUMENT} or </s> to end documents with"
-            ))
-        })?;
-    let vocab_size = tokenizer.get_vocab_size(true);
-    let prepared = write(
-        options, &tokenizer, &texts, end, vocab_size, bytes, progress,
-    )?;
-    let path = options.output.join("tokenizer.json");
-    tokenizer
-        .save(&path, false)
-        .map_err(|e| Error::Data(format!("cannot write {}: {e}", path.display())))?;
-    let path = options.output.join("dataset.json");
-    let text = serde_json::to_string_pretty(&prepared).expect("plain numbers");
-    std::fs::write(&path, text + "\n").map_err(Error::io("cannot write", &path))?;
-    Ok(prepared)
+    Ok(Corpus { texts, bytes })
 }
 
 /// Loads a Hugging Face `tokenizer.json`.
 ///
 /// # Errors
-/// When the file is missing or not a tokenizer.
+/// If the file is missing or is no tokenizer.
 pub(crate) fn load_tokenizer(path: &Path) -> Result<Tokenizer, Error> {
-    Tokenizer::from_file(path)
-        .map_err(|e| Error::Data(format!("cannot read the tokenizer {}: {e}", path.display())))
+    Tokenizer::from_file(path).map_err(|error| {
+        Error::Tokenizer(format!(
+            "cannot read the tokenizer {}: {error}",
+            path.display()
+        ))
+    })
 }
 
-/// A byte-level BPE (as GPT-2's), so any text can be encoded.
+/// Trains a byte-level BPE as in GPT-2, which can encode any text.
 fn train_tokenizer(texts: &[String], vocab_size: usize) -> Result<Tokenizer, Error> {
-    if vocab_size < 257 {
+    if vocab_size < MIN_VOCABULARY {
         return Err(Error::Config(format!(
-            "--vocab-size {vocab_size} is less than the 256 bytes and the end of a document that every byte-level \
-             tokenizer has"
+            "--vocab-size {vocab_size} is less than the 256 bytes and the end of a document \
+             that every byte-level tokenizer has"
         )));
     }
-    let failed = |e: tokenizers::Error| Error::Data(format!("training the tokenizer failed: {e}"));
+    let failed = |error: tokenizers::Error| {
+        Error::Tokenizer(format!("training the tokenizer failed: {error}"))
+    };
     let byte_level = ByteLevel::new(false, true, true);
     let mut trainer = BpeTrainerBuilder::new()
         .show_progress(false)
@@ -157,65 +173,67 @@ fn train_tokenizer(texts: &[String], vocab_size: usize) -> Result<Tokenizer, Err
     tokenizer
         .train(&mut trainer, texts.iter().map(String::as_str))
         .map_err(failed)?;
-    // From the statically typed form to the one that every other function uses.
+    // Trained tokenizers have a static type; all other functions need the dynamic one.
     let json = tokenizer.to_string(false).map_err(failed)?;
     json.parse().map_err(failed)
 }
 
-fn write(
+/// Returns the id of the token that ends documents.
+fn find_eod_token(tokenizer: &Tokenizer) -> Result<u32, Error> {
+    let id = |text: &str| tokenizer.token_to_id(text);
+    id(END_OF_DOCUMENT).or_else(|| id("</s>")).ok_or_else(|| {
+        Error::Tokenizer(format!(
+            "the tokenizer has no token {END_OF_DOCUMENT} or </s> to end documents with"
+        ))
+    })
+}
+
+fn write_tokens(
     options: &PrepareOptions,
     tokenizer: &Tokenizer,
-    texts: &[String],
-    end: u32,
-    vocab_size: usize,
-    bytes: u64,
+    corpus: &Corpus,
     progress: &dyn Fn(&str, u64, u64),
 ) -> Result<DatasetInfo, Error> {
+    let eod_token = find_eod_token(tokenizer)?;
+    let vocab_size = tokenizer.get_vocab_size(true);
+    let texts = &corpus.texts;
     let mut train = TokenWriter::create(&options.output.join("train"), vocab_size)?;
     let mut valid = TokenWriter::create(&options.output.join("valid"), vocab_size)?;
     let mut counts = vec![0u64; vocab_size];
     let mut train_tokens = 0u64;
     let mut validation_tokens = 0u64;
-    // Every n-th document, so that the same inputs always give the same split.
+    // Every n-th document, so that the same inputs always have the same split.
     let every = if options.validation_fraction > 0.0 {
         (1.0 / options.validation_fraction).round().max(2.0) as usize
     } else {
         usize::MAX
     };
-    const BATCH: usize = 256;
     for (batch, chunk) in texts.chunks(BATCH).enumerate() {
         let encoded: Vec<Vec<u32>> = chunk
             .par_iter()
-            .map(|text| {
-                let encoding = tokenizer.encode_fast(text.as_str(), false);
-                let encoding = encoding
-                    .map_err(|e| Error::Data(format!("a document cannot be encoded: {e}")))?;
-                Ok([encoding.get_ids(), &[end]].concat())
-            })
+            .map(|text| encode(tokenizer, text, eod_token))
             .collect::<Result<_, Error>>()?;
         for (index, tokens) in encoded.iter().enumerate() {
-            if (batch * BATCH + index) % every == every - 1 {
+            let document = batch * BATCH + index;
+            if document % every == every - 1 {
                 valid.push(tokens)?;
                 validation_tokens += tokens.len() as u64;
-            } else {
-                train.push(tokens)?;
-                train_tokens += tokens.len() as u64;
-                for &token in tokens {
-                    counts[token as usize] += 1;
-                }
+                continue;
+            }
+            train.push(tokens)?;
+            train_tokens += tokens.len() as u64;
+            for &token in tokens {
+                counts[token as usize] += 1;
             }
         }
-        progress(
-            "tokenizing",
-            (batch * BATCH + chunk.len()) as u64,
-            texts.len() as u64,
-        );
+        let done = batch * BATCH + chunk.len();
+        progress("tokenizing", done as u64, texts.len() as u64);
     }
     train.finish()?;
     valid.finish()?;
     Ok(DatasetInfo {
         documents: texts.len() as u64,
-        bytes,
+        bytes: corpus.bytes,
         train_tokens,
         validation_tokens,
         vocab_size,
@@ -223,17 +241,25 @@ fn write(
     })
 }
 
-/// Entropy in nats of the distribution that `counts` are in proportion to.
+/// Returns the tokens of a document with its end.
+fn encode(tokenizer: &Tokenizer, text: &str, eod_token: u32) -> Result<Vec<u32>, Error> {
+    let encoding = tokenizer
+        .encode_fast(text, false)
+        .map_err(|error| Error::Tokenizer(format!("a document cannot be encoded: {error}")))?;
+    Ok([encoding.get_ids(), &[eod_token]].concat())
+}
+
+/// Returns the entropy of the distribution with these counts, in nats.
 fn entropy(counts: &[u64]) -> f64 {
     let total = counts.iter().sum::<u64>() as f64;
-    let of = |count: u64| {
+    let term = |count: u64| {
         let share = count as f64 / total;
         -share * share.ln()
     };
     counts
         .iter()
         .filter(|&&count| count > 0)
-        .map(|&count| of(count))
+        .map(|&count| term(count))
         .sum()
 }
 
@@ -300,7 +326,7 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(
-            error.contains("hold no text (1 files with the extensions txt were read)"),
+            error.contains("no text (1 files with the extensions txt were read)"),
             "{error}"
         );
         let small = PrepareOptions {

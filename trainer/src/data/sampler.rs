@@ -1,35 +1,37 @@
-//! Which window of which source is sample number `n`: a pure function, so the position in the data is a number.
+//! The order of samples: a pure function from a sample's number to a window of a source.
 //!
-//! Sources are mixed in blocks of a fixed number of samples, in each of which every source has its exact share, in
-//! shuffled order. Within a source, windows come in a new order in each epoch. Both orders are permutations computed
-//! on demand (a Feistel network over the smallest power of four that holds the range, walked until it falls inside).
+//! The position in the data is therefore a number. Sources are mixed in blocks of a fixed number of
+//! samples. Each source has its exact share of every block, in shuffled order. Within a source,
+//! the windows have a new order in each epoch. Both orders are permutations that are computed on
+//! demand: a Feistel network over the smallest power of four that holds the range, repeated until
+//! the result is in the range.
 
-/// Samples in which the sources' shares are exact.
+/// Samples per block, in which the shares of all sources are exact.
 const BLOCK: u64 = 1 << 12;
 
 /// One window of one source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Draw {
-    /// Number of the source.
+    /// Index of the source.
     pub source: usize,
-    /// Number of the window in it.
+    /// Index of the window in the source.
     pub window: u64,
 }
 
-/// The order of samples.
+/// The order of the samples of several sources.
 #[derive(Debug, Clone)]
 pub struct Sampler {
     windows: Vec<u64>,
-    /// Samples of each source in a block; they sum to [`BLOCK`].
+    /// Samples of each source per block. Their sum is [`BLOCK`].
     shares: Vec<u64>,
     seed: u64,
 }
 
 impl Sampler {
-    /// An order for sources of `windows` windows each, drawn in proportion to `weights`.
+    /// Returns an order for sources of this many windows each, drawn in proportion to `weights`.
     ///
     /// # Errors
-    /// When a weight is too small a part of the whole to be drawn.
+    /// If a weight is so small that its source has no sample in a block.
     pub fn new(windows: &[u64], weights: &[f64], seed: u64) -> Result<Sampler, String> {
         let total: f64 = weights.iter().sum();
         let exact: Vec<f64> = weights
@@ -37,7 +39,7 @@ impl Sampler {
             .map(|weight| weight / total * BLOCK as f64)
             .collect();
         let mut shares: Vec<u64> = exact.iter().map(|share| share.floor() as u64).collect();
-        // Largest remainders get what rounding left.
+        // The largest remainders get the samples that rounding left.
         let mut order: Vec<usize> = (0..shares.len()).collect();
         order.sort_by(|&a, &b| {
             exact[b]
@@ -51,7 +53,8 @@ impl Sampler {
         }
         if let Some(source) = shares.iter().position(|&share| share == 0) {
             return Err(format!(
-                "the weight {} of source {source} is less than 1/{BLOCK} of the sum {total}; leave it out or raise it",
+                "the weight {} of source {source} is less than 1/{BLOCK} of the sum {total}; \
+                 raise it or leave the source out",
                 weights[source]
             ));
         }
@@ -62,19 +65,19 @@ impl Sampler {
         })
     }
 
-    /// Sample number `number`.
+    /// Returns the window that is sample `number`.
     pub fn draw(&self, number: u64) -> Draw {
         let block = number / BLOCK;
-        let place = number % BLOCK;
-        let mut place = permute(place, BLOCK, mix(self.seed ^ mix(block)));
+        let block_key = mix(self.seed ^ mix(block));
+        let mut position = permute(number % BLOCK, BLOCK, block_key);
         let mut source = 0;
-        while place >= self.shares[source] {
-            place -= self.shares[source];
+        while position >= self.shares[source] {
+            position -= self.shares[source];
             source += 1;
         }
-        let within = block * self.shares[source] + place;
-        let epoch = within / self.windows[source];
-        let index = within % self.windows[source];
+        let draws_of_source = block * self.shares[source] + position;
+        let epoch = draws_of_source / self.windows[source];
+        let index = draws_of_source % self.windows[source];
         let key = mix(self.seed ^ mix(mix(source as u64 + 1) ^ epoch));
         Draw {
             source,
@@ -82,7 +85,7 @@ impl Sampler {
         }
     }
 
-    /// Window number `number` when the sources are read one after another, again from the start at the end.
+    /// Returns window `number` in file order. After the last window the first one follows.
     pub fn nth_window(&self, number: u64) -> Draw {
         let mut window = number % self.num_windows();
         let mut source = 0;
@@ -93,13 +96,13 @@ impl Sampler {
         Draw { source, window }
     }
 
-    /// Windows of all sources.
+    /// Returns the number of windows in all sources.
     pub fn num_windows(&self) -> u64 {
         self.windows.iter().sum()
     }
 }
 
-/// Place of `index` in a permutation of `0..len` chosen by `key`.
+/// Returns the image of `index` under the permutation of `0..len` that `key` selects.
 fn permute(index: u64, len: u64, key: u64) -> u64 {
     let half_bits = (64 - (len.max(2) - 1).leading_zeros()).div_ceil(2);
     let mask = (1u64 << half_bits) - 1;
@@ -117,7 +120,7 @@ fn permute(index: u64, len: u64, key: u64) -> u64 {
     }
 }
 
-/// SplitMix64's finaliser.
+/// The finalizer of SplitMix64.
 fn mix(value: u64) -> u64 {
     let value = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -135,26 +138,27 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(1000))]
 
         #[test]
-        fn a_permutation_has_every_place_once(len in 1u64..600, key in any::<u64>()) {
-            let mut places: Vec<_> = (0..len).map(|index| permute(index, len, key)).collect();
-            places.sort_unstable();
-            prop_assert_eq!(places, (0..len).collect::<Vec<_>>());
+        fn a_permutation_has_every_position_once(len in 1u64..600, key in any::<u64>()) {
+            let mut images: Vec<_> = (0..len).map(|index| permute(index, len, key)).collect();
+            images.sort_unstable();
+            prop_assert_eq!(images, (0..len).collect::<Vec<_>>());
         }
 
         #[test]
-        fn an_epoch_has_every_window_once_and_the_next_another_order(windows in 2u64..2000, seed in any::<u64>()) {
+        fn an_epoch_has_every_window_once(windows in 2u64..2000, seed in any::<u64>()) {
             let sampler = Sampler::new(&[windows], &[1.0], seed).unwrap();
-            // One source: its samples come in some order inside of each block.
+            // The only source has all samples of each block.
             let epochs = 8192u64.div_ceil(windows).max(1);
             let blocks = (epochs * windows).div_ceil(BLOCK);
             let mut count = HashMap::new();
             for number in 0..blocks * BLOCK {
                 *count.entry(sampler.draw(number).window).or_insert(0u64) += 1;
             }
-            let (low, high) = (blocks * BLOCK / windows, (blocks * BLOCK).div_ceil(windows));
+            let samples = blocks * BLOCK;
+            let expected = samples / windows..=samples.div_ceil(windows);
             for window in 0..windows {
-                let seen = count.get(&window).copied().unwrap_or(0);
-                prop_assert!((low..=high).contains(&seen), "window {} was drawn {} times", window, seen);
+                let drawn = count.get(&window).copied().unwrap_or(0);
+                prop_assert!(expected.contains(&drawn), "window {window}: {drawn} times");
             }
         }
     }
@@ -179,8 +183,8 @@ mod tests {
     fn windows_in_file_order() {
         let sampler = Sampler::new(&[2, 3], &[1.0, 1.0], 0).unwrap();
         let windows: Vec<_> = (0..6)
-            .map(|n| sampler.nth_window(n))
-            .map(|d| (d.source, d.window))
+            .map(|number| sampler.nth_window(number))
+            .map(|draw| (draw.source, draw.window))
             .collect();
         assert_eq!(windows, [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (0, 0)]);
     }

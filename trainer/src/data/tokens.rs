@@ -1,11 +1,20 @@
-//! Token files in the form that Megatron-LM reads and writes (its `IndexedDataset`): `PREFIX.bin` holds the tokens
-//! of all documents one after another; `PREFIX.idx` says where each begins.
+//! Token files in the format of Megatron-LM's `IndexedDataset`.
 //!
-//! The index, little-endian: magic `MMIDIDX\0\0`, u64 version 1, u8 dtype code, u64 number of sequences, u64 number
-//! of document boundaries, i32 length of each sequence, i64 byte offset of each, i64 document boundaries.
+//! `PREFIX.bin` holds the tokens of all documents one after another. `PREFIX.idx` holds the
+//! beginning of each document. The fields of the index, little-endian:
 //!
-//! Tokens are read with positioned reads out of the page cache rather than through a memory map: as fast for
-//! windows of this size, and a file that shrinks under a run is an error instead of a signal.
+//! - magic `MMIDIDX\0\0`
+//! - u64 version, which is 1
+//! - u8 dtype code
+//! - u64 number of sequences
+//! - u64 number of document boundaries
+//! - i32 length of each sequence
+//! - i64 byte offset of each sequence
+//! - i64 document boundaries
+//!
+//! Tokens are read with positioned reads from the page cache, not through a memory map. For windows
+//! of this size both are equally fast, and a file that shrinks during a run causes an error instead
+//! of a signal.
 
 use crate::Error;
 use std::fs::File;
@@ -14,9 +23,21 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 const MAGIC: &[u8; 9] = b"MMIDIDX\x00\x00";
-const HEADER: u64 = 9 + 8 + 1 + 8 + 8;
 
-/// How a token is stored.
+const VERSION: u64 = 1;
+const VERSION_OFFSET: usize = 9;
+const DTYPE_OFFSET: usize = 17;
+const SEQUENCES_OFFSET: usize = 18;
+const DOCUMENTS_OFFSET: usize = 26;
+const HEADER: usize = 34;
+
+/// Bytes of the index per sequence: its length and its offset.
+const SEQUENCE_ENTRY: u64 = 4 + 8;
+
+/// Bytes of the index per document boundary.
+const DOCUMENT_ENTRY: u64 = 8;
+
+/// The integer type of the tokens in a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Width {
     U8,
@@ -28,7 +49,7 @@ enum Width {
 }
 
 impl Width {
-    /// Megatron's `DType` codes.
+    /// Returns the width with this `DType` code of Megatron.
     fn from_code(code: u8) -> Option<Width> {
         Some(match code {
             1 => Width::U8,
@@ -81,11 +102,55 @@ impl Width {
     }
 }
 
+fn file_len(file: &File, path: &Path) -> Result<u64, Error> {
+    let metadata = file.metadata().map_err(Error::io("cannot read", path))?;
+    Ok(metadata.len())
+}
+
 fn with_extension(prefix: &Path, extension: &str) -> PathBuf {
     let mut path = prefix.as_os_str().to_owned();
     path.push(".");
     path.push(extension);
     path.into()
+}
+
+/// The counts in the header of an index.
+struct IndexHeader {
+    width: Width,
+    sequences: u64,
+    documents: u64,
+}
+
+impl IndexHeader {
+    /// Parses a header, or returns the reason why it is damaged.
+    fn parse(bytes: &[u8; HEADER]) -> Result<IndexHeader, String> {
+        if !bytes.starts_with(MAGIC) {
+            return Err("it does not begin with MMIDIDX; it is no Megatron index".into());
+        }
+        let number = |offset: usize| {
+            let field = bytes[offset..offset + 8].try_into();
+            u64::from_le_bytes(field.expect("eight bytes"))
+        };
+        let version = number(VERSION_OFFSET);
+        if version != VERSION {
+            return Err(format!("its version is {version}; only {VERSION} is known"));
+        }
+        let code = bytes[DTYPE_OFFSET];
+        let width = Width::from_code(code)
+            .ok_or_else(|| format!("dtype code {code} is not an integer type"))?;
+        Ok(IndexHeader {
+            width,
+            sequences: number(SEQUENCES_OFFSET),
+            documents: number(DOCUMENTS_OFFSET),
+        })
+    }
+
+    /// Returns the length of the index in bytes, or None if it exceeds 64 bits.
+    fn index_len(&self) -> Option<u64> {
+        let sequences = self.sequences.checked_mul(SEQUENCE_ENTRY)?;
+        let documents = self.documents.checked_mul(DOCUMENT_ENTRY)?;
+        sequences.checked_add(documents)?.checked_add(HEADER as u64)
+    }
 }
 
 /// An open pair of token files.
@@ -100,53 +165,34 @@ impl TokenFile {
     /// Opens `prefix.bin` and `prefix.idx` and checks that they belong together.
     ///
     /// # Errors
-    /// When one is missing or damaged: which, and what is wrong with it.
+    /// If one of them is missing or damaged.
     pub fn open(prefix: &Path) -> Result<TokenFile, Error> {
         let index_path = with_extension(prefix, "idx");
         let path = with_extension(prefix, "bin");
-        let damaged =
-            |what: String| Error::Data(format!("{} is damaged: {what}", index_path.display()));
+        let damaged = |cause: String| {
+            let path = index_path.display();
+            Error::Data(format!("{path} is damaged: {cause}"))
+        };
         let mut index = File::open(&index_path).map_err(Error::io("cannot open", &index_path))?;
-        let index_len = index
-            .metadata()
-            .map_err(Error::io("cannot read", &index_path))?
-            .len();
-        let mut header = [0u8; HEADER as usize];
-        if index_len < HEADER {
+        let index_len = file_len(&index, &index_path)?;
+        if index_len < HEADER as u64 {
             return Err(damaged(format!(
                 "{index_len} bytes are less than its header of {HEADER}"
             )));
         }
+        let mut header = [0u8; HEADER];
         index
             .read_exact(&mut header)
             .map_err(Error::io("cannot read", &index_path))?;
-        if &header[..9] != MAGIC {
-            return Err(damaged(
-                "it does not begin with MMIDIDX; it is no Megatron index".into(),
-            ));
-        }
-        let number =
-            |at: usize| u64::from_le_bytes(header[at..at + 8].try_into().expect("eight bytes"));
-        let version = number(9);
-        let sequences = number(18);
-        let documents = number(26);
-        if version != 1 {
+        let header = IndexHeader::parse(&header).map_err(damaged)?;
+        if header.index_len().is_none_or(|needed| index_len < needed) {
             return Err(damaged(format!(
-                "its version is {version}; only 1 is known"
+                "{index_len} bytes do not hold the {} sequences and {} document boundaries that \
+                 its header announces",
+                header.sequences, header.documents
             )));
         }
-        let width = Width::from_code(header[17])
-            .ok_or_else(|| damaged(format!("dtype code {} is not an integer type", header[17])))?;
-        let expected = sequences.checked_mul(12).and_then(|n| {
-            n.checked_add(documents.checked_mul(8)?)?
-                .checked_add(HEADER)
-        });
-        if expected.is_none_or(|expected| index_len < expected) {
-            return Err(damaged(format!(
-                "{index_len} bytes do not hold the {sequences} sequences and {documents} document boundaries it announces"
-            )));
-        }
-        let mut lengths = vec![0u8; sequences as usize * 4];
+        let mut lengths = vec![0u8; header.sequences as usize * Width::I32.bytes()];
         index
             .read_exact(&mut lengths)
             .map_err(Error::io("cannot read", &index_path))?;
@@ -154,19 +200,18 @@ impl TokenFile {
         if lengths.iter().any(|&length| length < 0) {
             return Err(damaged("a sequence has a negative length".into()));
         }
+
+        let width = header.width;
         let len = lengths.iter().sum::<i64>() as u64;
+        let expected = len * width.bytes() as u64;
         let file = File::open(&path).map_err(Error::io("cannot open", &path))?;
-        let bytes = file
-            .metadata()
-            .map_err(Error::io("cannot read", &path))?
-            .len();
-        if bytes != len * width.bytes() as u64 {
+        let bytes = file_len(&file, &path)?;
+        if bytes != expected {
             return Err(Error::Data(format!(
-                "{} has {bytes} bytes where its index announces {len} tokens of {} bytes = {}: it is truncated or \
-                 belongs to another index",
+                "{} has {bytes} bytes, but its index announces {len} tokens of {} bytes = \
+                 {expected}: it is truncated or belongs to another index",
                 path.display(),
-                width.bytes(),
-                len * width.bytes() as u64
+                width.bytes()
             )));
         }
         Ok(TokenFile {
@@ -177,25 +222,25 @@ impl TokenFile {
         })
     }
 
-    /// Tokens in the file.
+    /// Returns the number of tokens.
     pub fn len(&self) -> u64 {
         self.len
     }
 
-    /// Whether there is none.
+    /// Returns true if there are no tokens.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// The `.bin` file.
+    /// Returns the path of the `.bin` file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Tokens `start..start + count`.
+    /// Reads the tokens `start..start + count`.
     ///
     /// # Errors
-    /// When the file cannot be read there.
+    /// If the file cannot be read there.
     pub fn read(&self, start: u64, count: usize) -> Result<Vec<i64>, Error> {
         let mut bytes = vec![0u8; count * self.width.bytes()];
         let offset = start * self.width.bytes() as u64;
@@ -215,10 +260,10 @@ pub struct TokenWriter {
 }
 
 impl TokenWriter {
-    /// Begins `prefix.bin`; tokens take two bytes where `vocab_size` allows, else four.
+    /// Creates `prefix.bin`. A token takes two bytes if `vocab_size` allows it, otherwise four.
     ///
     /// # Errors
-    /// When the file cannot be made.
+    /// If the file cannot be created.
     pub fn create(prefix: &Path, vocab_size: usize) -> Result<TokenWriter, Error> {
         let path = with_extension(prefix, "bin");
         let bin = BufWriter::new(File::create(&path).map_err(Error::io("cannot write", &path))?);
@@ -235,10 +280,10 @@ impl TokenWriter {
         })
     }
 
-    /// Appends one document.
+    /// Appends the tokens of one document.
     ///
     /// # Errors
-    /// When the disk is full or the document has more than 2^31 tokens.
+    /// If the disk is full or the document has 2^31 tokens or more.
     pub fn push(&mut self, tokens: &[u32]) -> Result<(), Error> {
         let path = with_extension(&self.prefix, "bin");
         let length = i32::try_from(tokens.len()).map_err(|_| {
@@ -265,10 +310,10 @@ impl TokenWriter {
         Ok(())
     }
 
-    /// Writes the index and makes both files durable.
+    /// Writes the index and syncs both files to disk.
     ///
     /// # Errors
-    /// When the disk is full.
+    /// If the disk is full.
     pub fn finish(self) -> Result<(), Error> {
         let path = with_extension(&self.prefix, "bin");
         let bin = self
@@ -277,9 +322,9 @@ impl TokenWriter {
             .map_err(|e| Error::io("cannot write", &path)(e.into_error()))?;
         bin.sync_all().map_err(Error::io("cannot write", &path))?;
         let path = with_extension(&self.prefix, "idx");
-        let mut index = Vec::with_capacity(HEADER as usize + self.lengths.len() * 20);
+        let mut index = Vec::with_capacity(HEADER + self.lengths.len() * 20);
         index.extend_from_slice(MAGIC);
-        index.extend_from_slice(&1u64.to_le_bytes());
+        index.extend_from_slice(&VERSION.to_le_bytes());
         index.push(self.width.code());
         index.extend_from_slice(&(self.lengths.len() as u64).to_le_bytes());
         index.extend_from_slice(&(self.lengths.len() as u64 + 1).to_le_bytes());
@@ -351,7 +396,7 @@ mod tests {
         let good = (std::fs::read(&bin).unwrap(), std::fs::read(&idx).unwrap());
         std::fs::write(&bin, &good.0[..9]).unwrap();
         assert!(
-            message(&prefix).contains("text.v1.bin has 9 bytes where its index announces 5 tokens")
+            message(&prefix).contains("text.v1.bin has 9 bytes, but its index announces 5 tokens")
         );
         std::fs::write(&idx, &good.1[..40]).unwrap();
         assert!(

@@ -3,8 +3,8 @@
 use crate::model::init::normal;
 use crate::model::options::{Init, ParameterOptions};
 use checkpoint::TensorSlice;
-use parallel::sharding::{ShardedWeights, own_rows};
-use parallel::{Accelerator, CommError, Replication, Weight, matrix_shape};
+use parallel::sharding::ShardedWeights;
+use parallel::{Accelerator, CommError, Replication, Weight, matrix_shape, own_rows};
 use parking_lot::Mutex;
 use std::ops::Range;
 use tch::{Kind, Tensor};

@@ -5,7 +5,7 @@
 //! Updated weights return in the model's dtype.
 
 use crate::Error;
-use kernels::profile::{Cost, part};
+use kernels::profile::{Cost, span};
 use kernels::{AdamWUpdate, adamw};
 use parallel::{Accelerator, Copier};
 use std::ops::Range;
@@ -104,7 +104,7 @@ impl Offload {
         scale: Option<f64>,
     ) -> Result<(), Error> {
         let receive = || self.fetched.recv();
-        let staged = part(
+        let staged = span(
             "optimizer",
             "gradients from the device",
             Cost::default,
@@ -129,7 +129,7 @@ impl Offload {
         if let Some(stored) = &update.stored {
             let updated = rounded.unwrap_or(master);
             let cost = || Cost::passes(2.0, &updated);
-            part("optimizer", "weights to the device", cost, || {
+            span("optimizer", "weights to the device", cost, || {
                 tch::no_grad(|| in_chunk(stored).f_copy_(&updated)).map(drop)
             })?;
         }

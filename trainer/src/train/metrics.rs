@@ -1,22 +1,23 @@
 //! Metrics of a step, and the files that they are written to.
 
 use crate::Error;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
-/// Metrics of one step, over all ranks: a line of `metrics.jsonl`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// Metrics of one step, over all ranks.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct StepMetrics {
     /// Number of completed steps, including this one.
     pub step: u64,
     /// Cross-entropy per token, in nats.
     pub loss: f64,
-    /// Load-balancing loss, not weighted (1 per layer is balanced).
+    /// Load-balancing loss without its weight. At perfect balance it is 1 per layer.
     pub load_balance_loss: f64,
-    /// Router z-loss, not weighted.
+    /// Router z-loss without its weight.
     pub z_loss: f64,
     /// Learning rate of the step.
     pub lr: f64,
@@ -32,10 +33,10 @@ pub struct StepMetrics {
     pub expert_imbalance: Vec<f64>,
     /// For each MoE layer, the tokens of the most loaded rank over the mean of the layer's ranks.
     pub rank_imbalance: Vec<f64>,
-    /// Median, 90th percentile and maximum of `expert_imbalance` over layers.
+    /// `expert_imbalance` over layers, in this order: median, 90th percentile, maximum.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expert_imbalance_percentiles: Option<[f64; 3]>,
-    /// Median, 90th percentile and maximum of `rank_imbalance` over layers.
+    /// `rank_imbalance` over layers, in this order: median, 90th percentile, maximum.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rank_imbalance_percentiles: Option<[f64; 3]>,
     /// For each MoE layer, the routed tokens that each rank computed.
@@ -71,7 +72,7 @@ pub struct StepMetrics {
 }
 
 /// Cost of snapshots on rank 0.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, JsonSchema)]
 pub struct SnapshotMetrics {
     /// Milliseconds that the last complete copy stopped training.
     pub stall_ms: f64,
@@ -91,8 +92,17 @@ impl StepMetrics {
     }
 }
 
-/// A line of `routing.jsonl`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// Validation loss after a step.
+#[derive(Debug, Clone, Serialize, JsonSchema)]
+pub struct ValidationMetrics {
+    /// Number of completed steps.
+    pub step: u64,
+    /// Mean cross-entropy over the validation sequences, in nats per token.
+    pub validation_loss: f64,
+}
+
+/// Routed tokens of all experts in the first, the last and every `run.log_every`-th step.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct RoutingLine {
     /// Number of completed steps, including this one.
     pub step: u64,

@@ -25,7 +25,9 @@ use crate::data::Dataset;
 use crate::model::Model;
 use crate::optim::Optimizer;
 use crate::train::expert_placement::ExpertPlacement;
-use crate::train::metrics::{JsonLinesWriter, Progress, RoutingLine, StepMetrics};
+use crate::train::metrics::{
+    JsonLinesWriter, Progress, RoutingLine, StepMetrics, ValidationMetrics,
+};
 use crate::train::snapshots::{ReservedSlot, Snapshots};
 use moe::lending::least_loaded::Planner;
 use parallel::pipeline::{Executor, Schedule};
@@ -155,7 +157,10 @@ impl Trainer {
             if self.validation_due(is_last) && !outcome.stopped {
                 outcome.validation_loss = self.validate()?;
                 if let Some(loss) = outcome.validation_loss.filter(|_| self.is_rank_0()) {
-                    let line = serde_json::json!({"step": self.step, "validation_loss": loss});
+                    let line = ValidationMetrics {
+                        step: self.step,
+                        validation_loss: loss,
+                    };
                     append_line(&mut files.metrics, &line, progress);
                     progress.validation(self.step, loss);
                 }

@@ -31,7 +31,7 @@ impl Trainer {
         let started = Instant::now();
         let is_traced = self.config.run.trace_step == Some(self.step + 1);
         if is_traced {
-            profile::begin();
+            profile::start();
         }
         if let Some(&batches) = self.skips.get(&(self.step + 1)) {
             self.samples += batches * self.config.train.global_batch as u64;
@@ -287,7 +287,7 @@ impl Trainer {
         let folder = self.config.run.dir.join("logs");
         let path = folder.join(format!("rank-{rank}.trace.json"));
         let written = std::fs::create_dir_all(&folder)
-            .and_then(|()| profile::write(&profile::end(), rank, &path));
+            .and_then(|()| profile::write(&profile::stop(), rank, &path));
         let path = path.display();
         match written {
             Ok(()) => tracing::info!("wrote the trace of step {} to {path}", self.step),

@@ -81,7 +81,7 @@ impl Published {
         let derives = attributes
             .iter()
             .filter(|attribute| attribute.path().is_ident("derive"));
-        let names = derives.flat_map(|derive| derived(derive));
+        let names = derives.flat_map(derived);
         if names
             .into_iter()
             .any(|name| GENERATORS.contains(&name.as_str()))

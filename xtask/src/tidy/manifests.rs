@@ -4,6 +4,7 @@ use super::report::Report;
 use crate::lexer::code_words;
 use crate::tree::{File, Language, Tree};
 use anyhow::Result;
+use std::collections::HashSet;
 
 const KEYS: [&str; 6] = [
     "name",
@@ -64,20 +65,16 @@ fn check_keys(manifest: &File, report: &mut Report) {
 /// Reports the dependencies that the sources of a crate never name.
 fn check_uses(tree: &Tree, manifest: &File, report: &mut Report) {
     // The sources of the crate `launch` include the system tests at the top.
-    let tests = if manifest.text.contains("\"../tests/") {
-        "tests"
-    } else {
-        ""
-    };
-    let folders = [manifest.top_folder(), tests];
-    let sources = tree.written_in(Language::Rust);
-    let sources: Vec<&File> = sources
-        .filter(|file| folders.contains(&file.top_folder()))
-        .collect();
+    let has_system_tests = manifest.text.contains("\"../tests/");
+    let mut names: HashSet<&str> = HashSet::new();
+    for file in tree.written_in(Language::Rust) {
+        let folder = file.top_folder();
+        if folder == manifest.top_folder() || (has_system_tests && folder == "tests") {
+            names.extend(code_words(&file.text).into_iter().map(|word| word.text));
+        }
+    }
     for dependency in dependencies(manifest) {
-        let name = dependency.name.replace('-', "_");
-        let names = |file: &&File| code_words(&file.text).iter().any(|word| word.text == name);
-        if !sources.iter().any(names) {
+        if !names.contains(dependency.name.replace('-', "_").as_str()) {
             let message = format!("`{}`: no source uses it: remove it", dependency.name);
             report.problem(&manifest.path, dependency.line, message);
         }

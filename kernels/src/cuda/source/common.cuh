@@ -1,5 +1,6 @@
-// What the kernels share. They are compiled for one dtype at a time: NUMBER is float, or bf16. All arithmetic is in fp32. VECTOR is how
-// many numbers are read and written together: 16 bytes, where rows begin at multiples of them, else 1.
+// Types and functions that the kernels share. They are compiled for one dtype at a time: NUMBER is
+// float or bf16. All arithmetic is in fp32. VECTOR is the number of elements that a thread reads
+// and writes at once: 16 bytes if all rows are aligned to them, else one element.
 
 struct alignas(2) bf16 {
     unsigned short bits;
@@ -16,7 +17,7 @@ typedef long long Long;
 __device__ __forceinline__ float wide(float x) { return x; }
 __device__ __forceinline__ float wide(bf16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
 
-// To the nearest, of two equally near to the even one.
+// Rounds to nearest, ties to even.
 template <class T> __device__ __forceinline__ T narrow(float x);
 template <> __device__ __forceinline__ float narrow<float>(float x) { return x; }
 template <> __device__ __forceinline__ bf16 narrow<bf16>(float x) {
@@ -27,7 +28,7 @@ template <> __device__ __forceinline__ bf16 narrow<bf16>(float x) {
     return result;
 }
 
-// Neighbours that are read and written together.
+// Elements that a thread reads and writes at once.
 template <class T, int V> struct alignas(sizeof(T) * V) Pack {
     T x[V];
 };
@@ -36,16 +37,18 @@ typedef Pack<Number, VECTOR> Numbers;
 template <int V = VECTOR, class T> __device__ __forceinline__ Pack<T, V> load(const T* x) {
     return *reinterpret_cast<const Pack<T, V>*>(x);
 }
-template <int V = VECTOR, class T> __device__ __forceinline__ void store(T* x, const Pack<T, V>& pack) {
+template <int V = VECTOR, class T>
+__device__ __forceinline__ void store(T* x, const Pack<T, V>& pack) {
     *reinterpret_cast<Pack<T, V>*>(x) = pack;
 }
 
-// A block has blockDim.y rows of blockDim.x threads each: with which row of a matrix this thread begins, and how far it is to its next.
+// A block has blockDim.y rows of blockDim.x threads each. A thread starts at matrix row
+// `first_row` and advances by `grid_row_stride`.
 __device__ __forceinline__ Long first_row() { return Long(blockIdx.x) * blockDim.y + threadIdx.y; }
 __device__ __forceinline__ Long grid_row_stride() { return Long(gridDim.x) * blockDim.y; }
 
-// The sum of `x` over a row's threads, which are blockDim.x: a warp, or several and then the whole block; for all of them, the
-// same to the bit. `shared` holds 32 numbers.
+// Returns the sum of `x` over the blockDim.x threads of a row, with the same bits on each of them.
+// A row is one warp, or several warps that are the whole block. `shared` holds 32 elements.
 __device__ __forceinline__ float row_sum(float x, float* shared) {
     for (int step = 16; step > 0; step /= 2) {
         x += __shfl_xor_sync(~0u, x, step);

@@ -1,25 +1,26 @@
-// Softmax over logits, and cross-entropy, a block for each token: the largest and the sum of exponentials in one pass, what becomes of
-// the logits in a second, which finds them in the second cache.
+// Softmax and cross-entropy, one block per token. A first pass computes the maximum and the sum of
+// exponentials, a second one the output; it finds the logits in the L2 cache.
 
-// The least number, not infinity: exponentials of differences stay defined.
+// The lowest finite value instead of -infinity, so that exponentials of differences are defined.
 constexpr float LOWEST = -3.402823466e38f;
 
 struct MaxAndSum {
-    // The largest of all.
     float highest;
-    // The sum of the exponentials of all less the largest.
+    // The sum of exp(x - highest).
     float sum;
 };
 
 __device__ __forceinline__ MaxAndSum merge(MaxAndSum one, MaxAndSum other) {
     MaxAndSum all;
     all.highest = one.highest > other.highest ? one.highest : other.highest;
-    all.sum = one.sum * expf(one.highest - all.highest) + other.sum * expf(other.highest - all.highest);
+    all.sum = one.sum * expf(one.highest - all.highest)
+        + other.sum * expf(other.highest - all.highest);
     return all;
 }
 
-// For all threads, the same to the bit. What is not a number stays out of the largest, and comes through the sum.
-__device__ MaxAndSum block_max_and_sum(const Number* logits, Long width, float inverse, MaxAndSum* shared) {
+// Returns the same bits on all threads. NaN is ignored by the maximum and propagates by the sum.
+__device__ MaxAndSum
+block_max_and_sum(const Number* logits, Long width, float inverse, MaxAndSum* shared) {
     MaxAndSum own = {LOWEST, 0.0f};
     for (Long i = threadIdx.x * VECTOR; i < width; i += blockDim.x * VECTOR) {
         Numbers pack = load(logits + i);
@@ -36,7 +37,8 @@ __device__ MaxAndSum block_max_and_sum(const Number* logits, Long width, float i
         own.sum = sum;
     }
     for (int step = 16; step > 0; step /= 2) {
-        MaxAndSum other = {__shfl_xor_sync(~0u, own.highest, step), __shfl_xor_sync(~0u, own.sum, step)};
+        MaxAndSum other = {
+            __shfl_xor_sync(~0u, own.highest, step), __shfl_xor_sync(~0u, own.sum, step)};
         own = merge(own, other);
     }
     if (threadIdx.x % 32 == 0) {
@@ -50,8 +52,9 @@ __device__ MaxAndSum block_max_and_sum(const Number* logits, Long width, float i
     return all;
 }
 
-// out = exp(logits * inverse - highest) * scale; `out` may be `logits`.
-__device__ void exponentials(const Number* logits, Number* out, Long width, float inverse, float highest, float scale) {
+// Computes out = exp(logits * inverse - highest) * scale. `out` may be `logits`.
+__device__ void exponentials(
+    const Number* logits, Number* out, Long width, float inverse, float highest, float scale) {
     for (Long i = threadIdx.x * VECTOR; i < width; i += blockDim.x * VECTOR) {
         Numbers pack = load(logits + i);
         for (int e = 0; e < VECTOR; ++e) {
@@ -61,7 +64,8 @@ __device__ void exponentials(const Number* logits, Number* out, Long width, floa
     }
 }
 
-KERNEL void softmax(const Number* logits, Number* out, float* largest, float* sums, Long width, float inverse) {
+KERNEL void softmax(
+    const Number* logits, Number* out, float* largest, float* sums, Long width, float inverse) {
     __shared__ MaxAndSum shared[32];
     const Number* own = logits + blockIdx.x * width;
     Number* to = out + blockIdx.x * width;
@@ -73,8 +77,9 @@ KERNEL void softmax(const Number* logits, Number* out, float* largest, float* su
     exponentials(own, to, width, inverse, all.highest, 1.0f / all.sum);
 }
 
-// probs * scale - minus * onehot(label), in place.
-KERNEL void softmax_gradient(Number* probs, const float* scale, const Long* labels, const float* minus, Long width) {
+// Computes probs * scale - minus * onehot(label) in place.
+KERNEL void softmax_gradient(
+    Number* probs, const float* scale, const Long* labels, const float* minus, Long width) {
     Long row = blockIdx.x, label = labels[row];
     if (label < 0 || label >= width) {
         __trap();
@@ -90,9 +95,11 @@ KERNEL void softmax_gradient(Number* probs, const float* scale, const Long* labe
     }
 }
 
-// Losses of tokens; none for negative labels. With a factor, logits become gradients of the losses' sum times it.
+// Computes the loss of each token, which is zero for a negative label. If gradients are `wanted`,
+// the logits become the gradients of the sum of the losses, times `factor`.
 KERNEL void cross_entropy(
-    Number* logits, const Long* labels, float* losses, Long width, float inverse, float factor, Long wanted) {
+    Number* logits, const Long* labels, float* losses, Long width, float inverse, float factor,
+    Long wanted) {
     __shared__ MaxAndSum shared[32];
     Number* own = logits + blockIdx.x * width;
     Long label = labels[blockIdx.x];
@@ -111,7 +118,7 @@ KERNEL void cross_entropy(
         return;
     }
     float label_logit = wide(own[label]) * inverse;
-    // Nobody writes before everybody has read, and come through it.
+    // Its barrier keeps all writes to the logits after this read.
     MaxAndSum all = block_max_and_sum(own, width, inverse, shared);
     if (threadIdx.x == 0) {
         losses[blockIdx.x] = logf(all.sum) + all.highest - label_logit;

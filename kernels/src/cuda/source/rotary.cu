@@ -1,11 +1,13 @@
-// Rotary positions (arXiv 2104.09864): element i of a row turns with element i + half, by the angle of the row's position, which is
-// its number over `between`, modulo `positions`.
+// Rotary position embedding (arXiv 2104.09864). Elements i and i + half of a row form a pair that
+// rotates by the angle of the row's position: its number over `rows_per_position`, modulo
+// `positions`.
 
 KERNEL void apply_rotary(
-    const Number* x, const Number* cos, const Number* sin, Number* out, Long rows, Long half, Long between, Long positions) {
+    const Number* x, const Number* cos, const Number* sin, Number* out, Long rows, Long half,
+    Long rows_per_position, Long positions) {
     for (Long row = first_row(); row < rows; row += grid_row_stride()) {
-        // In 32 bits, which are enough for rows: a division of 64 costs more than all the rest.
-        Long position = unsigned(row) / unsigned(between) % unsigned(positions);
+        // Rows fit 32 bits, and a 64-bit division costs more than the rest of the loop.
+        Long position = unsigned(row) / unsigned(rows_per_position) % unsigned(positions);
         const Number* input_row = x + row * 2 * half;
         Number* output_row = out + row * 2 * half;
         for (Long i = threadIdx.x * VECTOR; i < half; i += blockDim.x * VECTOR) {

@@ -1,7 +1,7 @@
-// What a router makes of its logits [tokens, experts], fp32, and their gradient: a warp for each token. See router.rs, whose loops these
-// are. A warp has rows of `experts` numbers for itself in memory that its block shares.
+// Routers on fp32 logits [tokens, experts], one warp per token, with the loops of router.rs. Each
+// warp has its own rows of `experts` elements in the shared memory of its block.
 
-// Keeps a sum of scores something to divide by.
+// Keeps the sum of scores a nonzero divisor.
 constexpr float TINY = 1e-20f;
 
 __device__ __forceinline__ float warp_max(float x) {
@@ -12,7 +12,7 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-// A token's softmax into `probs`; gives its logits' log-sum-exp.
+// Writes the softmax of a token's logits to `probs` and returns their log-sum-exp.
 __device__ __forceinline__ float softmax_row(const float* logits, float* probs, Long experts) {
     float highest = -3.402823466e38f, sum = 0;
     for (Long i = threadIdx.x; i < experts; i += 32) {
@@ -30,7 +30,7 @@ __device__ __forceinline__ float softmax_row(const float* logits, float* probs, 
     return highest + logf(sum);
 }
 
-// Sigmoids into `scores`; gives their sum.
+// Writes the sigmoids of a token's logits to `scores` and returns their sum.
 __device__ __forceinline__ float sigmoids(const float* logits, float* scores, Long experts) {
     float sum = 0;
     for (Long i = threadIdx.x; i < experts; i += 32) {
@@ -40,14 +40,17 @@ __device__ __forceinline__ float sigmoids(const float* logits, float* scores, Lo
     return row_sum(sum, nullptr);
 }
 
-// Whether one expert comes before another: its score is higher, or the same with a lower number. None has the number -1.
+// True if an expert ranks before another: its score is higher, or the same with a lower index.
+// Index -1 stands for no expert.
 __device__ __forceinline__ bool before(float score, int expert, float than, int other) {
     return expert >= 0 && (other < 0 || score > than || (score == than && expert < other));
 }
 
-// The `top_k` experts with the highest scores, plus `bias`, which may be none: the best first.
+// Selects the `top_k` experts with the highest scores plus `bias`, in descending order. `bias` may
+// be null.
 KERNEL void select_experts(
-    const float* logits, const float* bias, Long* chosen, Long tokens, Long experts, Long top_k, Long sigmoid) {
+    const float* logits, const float* bias, Long* chosen, Long tokens, Long experts, Long top_k,
+    Long sigmoid) {
     DYNAMIC_SHARED(float, shared);
     Long token = first_row();
     if (token >= tokens) {
@@ -60,18 +63,18 @@ KERNEL void select_experts(
     } else {
         softmax_row(logits, scores, experts);
     }
-    // A thread's own, which nobody else reads.
+    // One bit per expert of this thread.
     unsigned taken = 0;
     for (Long i = threadIdx.x; i < experts; i += 32) {
         float score = scores[i] + (bias ? bias[i] : 0.0f);
-        // What is not a number is never better, but somebody is chosen all the same.
+        // NaN ranks last, so that `top_k` experts are selected even then.
         scores[i] = score == score ? score : -3.402823466e38f;
     }
-    for (Long choice = 0; choice < top_k; ++choice) {
+    for (Long k = 0; k < top_k; ++k) {
         float best = 0;
-        int expert = -1, place = 0;
-        for (Long i = threadIdx.x; i < experts; i += 32, ++place) {
-            if (!(taken >> place & 1) && before(scores[i], i, best, expert)) {
+        int expert = -1, bit = 0;
+        for (Long i = threadIdx.x; i < experts; i += 32, ++bit) {
+            if (!(taken >> bit & 1) && before(scores[i], i, best, expert)) {
                 best = scores[i];
                 expert = i;
             }
@@ -86,24 +89,27 @@ KERNEL void select_experts(
         }
         if (expert % 32 == threadIdx.x) {
             taken |= 1u << expert / 32;
-            chosen[token * top_k + choice] = expert;
+            chosen[token * top_k + k] = expert;
         }
     }
 }
 
-// Weights of top_k, and over each block's `tokens_per_block` tokens the sums of each expert's probabilities and of squared log-sum-exps:
-// `partial` [blocks, experts + 1].
+// Computes the routing weights. `partial` [blocks, experts + 1] receives sums over the
+// `tokens_per_block` tokens of each block: of each expert's probabilities, then of the squared
+// log-sum-exps.
 KERNEL void router(
-    const float* logits, const Long* chosen, float* weights, float* partial, Long tokens, Long experts, Long top_k, Long tokens_per_block,
-    Long sigmoid, Long normalize, float scale) {
+    const float* logits, const Long* chosen, float* weights, float* partial, Long tokens,
+    Long experts, Long top_k, Long tokens_per_block, Long sigmoid, Long normalize, float scale) {
     DYNAMIC_SHARED(float, shared);
     float* probs = shared + threadIdx.y * experts;
     float* sums = shared + blockDim.y * experts + threadIdx.y * (experts + 1);
     for (Long i = threadIdx.x; i <= experts; i += 32) {
         sums[i] = 0;
     }
-    Long end = (blockIdx.x + 1) * tokens_per_block < tokens ? (blockIdx.x + 1) * tokens_per_block : tokens;
-    for (Long token = blockIdx.x * tokens_per_block + threadIdx.y; token < end; token += blockDim.y) {
+    Long next_block = (blockIdx.x + 1) * tokens_per_block;
+    Long end = next_block < tokens ? next_block : tokens;
+    Long first = blockIdx.x * tokens_per_block + threadIdx.y;
+    for (Long token = first; token < end; token += blockDim.y) {
         __syncwarp();
         float normalizer = softmax_row(logits + token * experts, probs, experts), all = 1;
         if (sigmoid) {
@@ -140,11 +146,12 @@ KERNEL void router(
     }
 }
 
-// The gradient of logits, from those of what `router` made: of weights [tokens, top_k], of a group's sums [experts] and of the sum of
-// squares []; each may be none.
+// Computes the gradient of the logits from the gradients of what `router` computes: routing weights
+// [tokens, top_k], probability sums of the group [experts] and z sum []. Each may be null.
 KERNEL void router_backward(
-    const float* logits, const Long* chosen, const float* grad_weights, const float* grad_sums, const float* grad_z, float* out,
-    Long tokens, Long experts, Long top_k, Long sigmoid, Long normalize, float scale) {
+    const float* logits, const Long* chosen, const float* grad_weights, const float* grad_sums,
+    const float* grad_z, float* out, Long tokens, Long experts, Long top_k, Long sigmoid,
+    Long normalize, float scale) {
     DYNAMIC_SHARED(float, shared);
     Long token = first_row();
     if (token >= tokens) {
@@ -158,7 +165,7 @@ KERNEL void router_backward(
     float* scores = sigmoid ? grad_scores + experts : soft;
     float normalizer = softmax_row(logits, soft, experts), mean = 0, all = 1;
     if (sigmoid) {
-        // A probability is a score over the sum of all.
+        // A probability is a score over the sum of all scores.
         all = sigmoids(logits, scores, experts) + TINY;
         for (Long i = threadIdx.x; i < experts; i += 32) {
             mean += grad_sums ? scores[i] * grad_sums[i] : 0.0f;
@@ -171,7 +178,7 @@ KERNEL void router_backward(
     __syncwarp();
     float factor = scale, along = 0;
     if (normalize) {
-        // A weight is a score over the sum of those that were chosen.
+        // A routing weight is a score over the sum of the chosen scores.
         float sum = 0;
         for (Long i = threadIdx.x; i < top_k; i += 32) {
             sum += scores[chosen[i]];
@@ -181,7 +188,7 @@ KERNEL void router_backward(
         along = row_sum(along, nullptr) / sum;
         factor /= sum;
     }
-    // A token's top_k are different experts, so that each number is one thread's.
+    // The experts of a token are distinct, so each element belongs to one thread.
     for (Long i = threadIdx.x; i < top_k && grad_weights; i += 32) {
         grad_scores[chosen[i]] += (grad_weights[i] - along) * factor;
     }
@@ -193,7 +200,8 @@ KERNEL void router_backward(
     }
     mean = row_sum(mean, nullptr);
     for (Long i = threadIdx.x; i < experts; i += 32) {
-        float through = sigmoid ? grad_scores[i] * scores[i] * (1.0f - scores[i]) : soft[i] * (grad_scores[i] - mean);
+        float through = sigmoid ? grad_scores[i] * scores[i] * (1.0f - scores[i])
+                                : soft[i] * (grad_scores[i] - mean);
         out[token * experts + i] = through + grad_normalizer * soft[i];
     }
 }

@@ -1,4 +1,4 @@
-// SwiGLU (arXiv 2002.05202): silu(gate) * up, of rows [2 * ffn] that hold gate and then up.
+// SwiGLU (arXiv 2002.05202): silu(gate) * up, for rows [2 * ffn] of gate followed by up.
 
 KERNEL void swiglu(const Number* hidden, Number* out, Long rows, Long ffn) {
     for (Long row = first_row(); row < rows; row += grid_row_stride()) {
@@ -14,21 +14,24 @@ KERNEL void swiglu(const Number* hidden, Number* out, Long rows, Long ffn) {
     }
 }
 
-// `result` is what forward gave, again.
-KERNEL void swiglu_backward(const Number* grad, const Number* hidden, Number* out, Number* result, Long rows, Long ffn) {
+// `out` receives the gradient of `hidden`; `result` receives the forward output again.
+KERNEL void swiglu_backward(
+    const Number* grad, const Number* hidden, Number* out, Number* result, Long rows, Long ffn) {
     for (Long row = first_row(); row < rows; row += grid_row_stride()) {
         const Number* hidden_row = hidden + row * 2 * ffn;
         Number* output_row = out + row * 2 * ffn;
         for (Long i = threadIdx.x * VECTOR; i < ffn; i += blockDim.x * VECTOR) {
-            Numbers gate = load(hidden_row + i), up = load(hidden_row + ffn + i), of = load(grad + row * ffn + i), again;
+            Numbers gate = load(hidden_row + i), up = load(hidden_row + ffn + i);
+            Numbers grads = load(grad + row * ffn + i), again;
             for (int e = 0; e < VECTOR; ++e) {
-                float gradient = wide(of.x[e]), x = wide(gate.x[e]), other = wide(up.x[e]);
-                float below = 1.0f + expf(-x);
-                // As forward computes it, to the bit.
-                float silu = x / below, sigmoid = 1.0f / below;
+                float gradient = wide(grads.x[e]), x = wide(gate.x[e]), other = wide(up.x[e]);
+                float denominator = 1.0f + expf(-x);
+                // The same bits as in the forward pass.
+                float silu = x / denominator, sigmoid = 1.0f / denominator;
                 again.x[e] = narrow<Number>(silu * other);
                 up.x[e] = narrow<Number>(gradient * silu);
-                gate.x[e] = narrow<Number>(gradient * other * sigmoid * (1.0f + x * (1.0f - sigmoid)));
+                gate.x[e] =
+                    narrow<Number>(gradient * other * sigmoid * (1.0f + x * (1.0f - sigmoid)));
             }
             store(output_row + i, gate);
             store(output_row + ffn + i, up);

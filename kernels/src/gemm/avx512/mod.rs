@@ -1,26 +1,16 @@
-//! For processors with AVX-512 and its bf16 instructions: a tile is 6 x 64, whose row of four vectors meets six broadcast numbers, so
-//! that a product needs less than half a load.
+//! The kernel for processors with AVX-512 and its bf16 instructions.
+//!
+//! A tile is 6 x 64: its rows are four vectors wide, so that a multiplication needs less than half
+//! a load.
 
 mod pack;
 mod tile;
 
 use super::kernel::{CacheLine, Kernel, Layout, Operand, ROWS, TileOutput};
+use pack::{VECTORS, per_unit, size};
 use std::ops::Range;
 
-/// Vectors of a tile's row.
-const VECTORS: usize = 4;
-
-/// Bytes of a number.
-const fn size(bf16: bool) -> usize {
-    if bf16 { 2 } else { 4 }
-}
-
-/// Numbers of a unit.
-const fn per_unit(bf16: bool) -> usize {
-    4 / size(bf16)
-}
-
-/// Products of bf16 or of fp32.
+/// The AVX-512 kernel for bf16 or fp32.
 pub(crate) struct Avx512<const BF16: bool>;
 
 impl<const BF16: bool> Kernel for Avx512<BF16> {
@@ -40,25 +30,31 @@ impl<const BF16: bool> Kernel for Avx512<BF16> {
 
     fn panels(layout: Layout) -> usize {
         match layout {
-            // 192 bytes of a row of the transpose.
+            // 192 contiguous bytes, which are three cache lines.
             Layout::Units => 192 / size(BF16) / ROWS,
             _ => 1,
         }
     }
 
-    unsafe fn right(
+    unsafe fn pack_right(
         from: &Operand,
         units: Range<usize>,
         columns: Range<usize>,
         to: *mut CacheLine,
     ) {
-        // SAFETY: the same promises.
-        unsafe { pack::right::<BF16>(from, units, columns, to) }
+        // SAFETY: the caller makes the same promises.
+        unsafe { pack::pack_right::<BF16>(from, units, columns, to) }
     }
 
-    unsafe fn left(from: &Operand, units: Range<usize>, first: usize, rows: usize, to: *mut u32) {
-        // SAFETY: the same promises.
-        unsafe { pack::left::<BF16>(from, units, first, rows, to) }
+    unsafe fn pack_left(
+        from: &Operand,
+        units: Range<usize>,
+        first: usize,
+        rows: usize,
+        to: *mut u32,
+    ) {
+        // SAFETY: the caller makes the same promises.
+        unsafe { pack::pack_left::<BF16>(from, units, first, rows, to) }
     }
 
     unsafe fn tile(
@@ -69,19 +65,19 @@ impl<const BF16: bool> Kernel for Avx512<BF16> {
         right: *const CacheLine,
         out: &TileOutput,
     ) {
-        // SAFETY: the same promises.
+        // SAFETY: the caller makes the same promises.
         unsafe { tile::dispatch_tile::<BF16>(lines, units, left, step, right, out) }
     }
 
     unsafe fn round(
         from: *const f32,
-        from_row: usize,
+        from_stride: usize,
         width: usize,
         out: *mut u8,
-        out_row: usize,
+        out_stride: usize,
         rows: usize,
     ) {
-        // SAFETY: the same promises.
-        unsafe { tile::round(from, from_row, width, out, out_row, rows) }
+        // SAFETY: the caller makes the same promises.
+        unsafe { tile::round(from, from_stride, width, out, out_stride, rows) }
     }
 }

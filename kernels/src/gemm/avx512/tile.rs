@@ -1,13 +1,14 @@
-//! The innermost loop: a tile of a product, which stays in registers while one goes along the inner dimension.
+//! The innermost loop: the sums of a tile, which stay in registers along the inner dimension.
 
 use crate::gemm::kernel::{CacheLine, LANES, ROWS, Store, TileOutput, mask};
 use std::arch::x86_64::*;
 
-/// `units` steps of a tile of [`ROWS`] rows and N vectors of columns. Row `i`'s units begin at `left[i]`, `step` bytes apart; a step
-/// of `right` is N lines.
+/// Computes a tile of N vectors of columns, as
+/// [`Kernel::tile`](crate::gemm::kernel::Kernel::tile) describes.
 ///
 /// # Safety
-/// The processor has the features. All of `left` and `right` can be read, and what `out` tells be written.
+/// The processor has the features, all of `left` and `right` is readable, and the elements that
+/// `out` describes are writable.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 unsafe fn tile<const BF16: bool, const N: usize>(
     units: usize,
@@ -24,9 +25,8 @@ unsafe fn tile<const BF16: bool, const N: usize>(
         for _ in 0..units {
             let line: [__m512; N] = std::array::from_fn(|j| _mm512_load_ps(right.add(j).cast()));
             for i in 0..ROWS {
-                let left = _mm512_castsi512_ps(_mm512_set1_epi32(
-                    left[i].add(at).cast::<i32>().read_unaligned(),
-                ));
+                let unit = left[i].add(at).cast::<i32>().read_unaligned();
+                let left = _mm512_castsi512_ps(_mm512_set1_epi32(unit));
                 for j in 0..N {
                     sums[i][j] = if BF16 {
                         _mm512_dpbf16_ps(sums[i][j], pairs(left), pairs(line[j]))
@@ -35,34 +35,36 @@ unsafe fn tile<const BF16: bool, const N: usize>(
                     };
                 }
             }
-            (at, right) = (at.wrapping_add(step), right.add(N));
+            at = at.wrapping_add(step);
+            right = right.add(N);
         }
         if !out.is_full() {
-            // By a copy: what is passed on lies in memory, and the sums are to stay in registers.
+            // A copy: what is passed by reference is in memory, and `sums` must stay in registers.
             let sums = sums;
             return store_partial_tile(&sums, out);
         }
         let mut row = out.data;
         for sums in sums {
-            let place = row.cast::<f32>();
             for (j, sum) in sums.into_iter().enumerate() {
+                let wide = row.cast::<f32>().wrapping_add(j * LANES);
                 match out.store {
-                    Store::Set => _mm512_storeu_ps(place.add(j * LANES), sum),
+                    Store::Set => _mm512_storeu_ps(wide, sum),
                     Store::Add => {
-                        let place = place.add(j * LANES);
-                        _mm512_storeu_ps(place, _mm512_add_ps(_mm512_loadu_ps(place), sum));
+                        let sum = _mm512_add_ps(_mm512_loadu_ps(wide), sum);
+                        _mm512_storeu_ps(wide, sum);
                     }
                     Store::Round => {
-                        _mm256_storeu_si256(row.cast::<i16>().add(j * LANES).cast(), rounded(sum))
+                        let narrow = row.cast::<i16>().add(j * LANES);
+                        _mm256_storeu_si256(narrow.cast(), rounded(sum));
                     }
                 }
             }
-            row = row.wrapping_add(out.row);
+            row = row.wrapping_add(out.row_stride);
         }
     }
 }
 
-/// The numbers of a tile that are there.
+/// Stores the valid elements of a tile.
 ///
 /// # Safety
 /// As for [`tile`].
@@ -74,23 +76,17 @@ unsafe fn store_partial_tile<const N: usize>(sums: &[[__m512; N]; ROWS], out: &T
             let mask = if j + 1 == N { out.mask } else { u16::MAX };
             // SAFETY: as the caller promises.
             unsafe {
-                let row = out.data.add(i * out.row);
-                let place = row.cast::<f32>().add(j * LANES);
+                let row = out.data.add(i * out.row_stride);
+                let wide = row.cast::<f32>().wrapping_add(j * LANES);
                 match out.store {
-                    Store::Set => _mm512_mask_storeu_ps(place, mask, sum),
+                    Store::Set => _mm512_mask_storeu_ps(wide, mask, sum),
                     Store::Add => {
-                        _mm512_mask_storeu_ps(
-                            place,
-                            mask,
-                            _mm512_add_ps(_mm512_maskz_loadu_ps(mask, place), sum),
-                        );
+                        let sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, wide), sum);
+                        _mm512_mask_storeu_ps(wide, mask, sum);
                     }
                     Store::Round => {
-                        _mm256_mask_storeu_epi16(
-                            row.cast::<i16>().add(j * LANES),
-                            mask,
-                            rounded(sum),
-                        );
+                        let narrow = row.cast::<i16>().add(j * LANES);
+                        _mm256_mask_storeu_epi16(narrow, mask, rounded(sum));
                     }
                 }
             }
@@ -98,7 +94,7 @@ unsafe fn store_partial_tile<const N: usize>(sums: &[[__m512; N]; ROWS], out: &T
     }
 }
 
-/// [`tile`] of `lines` vectors of columns, from 1 to 4.
+/// Calls [`tile`] for `lines` vectors of columns, from 1 to 4.
 ///
 /// # Safety
 /// As for [`tile`].
@@ -124,28 +120,28 @@ pub(super) unsafe fn dispatch_tile<const BF16: bool>(
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
 fn pairs(x: __m512) -> __m512bh {
-    // SAFETY: the same 512 bits.
+    // SAFETY: both types are 512 plain bits.
     unsafe { std::mem::transmute(x) }
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
 fn rounded(x: __m512) -> __m256i {
-    // SAFETY: 16 numbers of 16 bits.
+    // SAFETY: both types are 256 plain bits.
     unsafe { std::mem::transmute(_mm512_cvtneps_pbh(x)) }
 }
 
-/// Rounds rows of `width` fp32 numbers at `from`, `from_row` numbers apart, to bf16 in `out`.
+/// Does what [`Kernel::round`](crate::gemm::kernel::Kernel::round) describes.
 ///
 /// # Safety
 /// As for [`tile`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 pub(super) unsafe fn round(
     from: *const f32,
-    from_row: usize,
+    from_stride: usize,
     width: usize,
     out: *mut u8,
-    out_row: usize,
+    out_stride: usize,
     rows: usize,
 ) {
     // SAFETY: as the caller promises.
@@ -153,12 +149,9 @@ pub(super) unsafe fn round(
         for i in 0..rows {
             for column in (0..width).step_by(LANES) {
                 let mask = mask(width - column);
-                let sum = _mm512_maskz_loadu_ps(mask, from.add(i * from_row + column));
-                _mm256_mask_storeu_epi16(
-                    out.add(i * out_row).cast::<i16>().add(column),
-                    mask,
-                    rounded(sum),
-                );
+                let sum = _mm512_maskz_loadu_ps(mask, from.add(i * from_stride + column));
+                let to = out.add(i * out_stride).cast::<i16>().add(column);
+                _mm256_mask_storeu_epi16(to, mask, rounded(sum));
             }
         }
     }

@@ -80,7 +80,7 @@ impl<L: Library> DeviceStream<L> {
             present = store.add(&present_key, 0).map_err(text)?;
         }
         let id = store.get(&id_key).map_err(text)?;
-        let stream = Stream::beside(like).map_err(text)?;
+        let stream = Stream::from_pool(like).map_err(text)?;
         let comm = library.join(&id, rank, size)?;
         Ok(DeviceStream {
             comm,

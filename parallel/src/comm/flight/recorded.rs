@@ -3,7 +3,7 @@
 use super::super::{CommError, Communicator, ReduceOp, Work};
 use super::calls::Call;
 use super::{DeviceOperation, FlightRecorder};
-use kernels::profile::{self, part};
+use kernels::profile::{self, span};
 use std::sync::Arc;
 use std::time::Instant;
 use tch::Tensor;
@@ -79,7 +79,7 @@ impl RecordedComm {
         }
         Ok(Work::new(move || {
             recorder.change(id, |call| call.waited_for = true);
-            let result = part("communication", operation, || cost, || work.wait());
+            let result = span("communication", operation, || cost, || work.wait());
             let result = result.map_err(|error| recorder.failed(id, error));
             if !is_on_device {
                 recorder.ended(id);

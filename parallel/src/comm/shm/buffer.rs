@@ -6,8 +6,8 @@ use tch::Tensor;
 /// A tensor that is kept for its bytes.
 struct SyncTensor(Tensor);
 
-// SAFETY: only the address of the tensor's bytes is used from several threads; the contract of
-// `Buffer::bytes` and `Buffer::bytes_mut` says who may access them.
+// SAFETY: several threads only use the address of the tensor's bytes. Access to them is limited by
+// the contracts of `Buffer::bytes` and `Buffer::bytes_mut`.
 unsafe impl Sync for SyncTensor {}
 
 /// Bytes of a tensor, which they keep alive.

@@ -117,14 +117,15 @@ impl Segment {
         let seals = SealFlag::from_bits_truncate(fcntl(file, FcntlArg::F_GET_SEALS)?);
         let fits = seals.contains(SealFlag::F_SEAL_SHRINK)
             && file.metadata()?.len() == layout.len() as u64;
-        let foreign = || io::Error::new(io::ErrorKind::InvalidData, "not the memory of this group");
+        let wrong_file =
+            || io::Error::new(io::ErrorKind::InvalidData, "not the memory of this group");
         if !fits {
-            return Err(foreign());
+            return Err(wrong_file());
         }
         let map = MmapOptions::new().map_raw(file)?;
         let segment = Segment { layout, map };
         if segment.atomic_u64(0).load(Ordering::SeqCst) != nonce {
-            return Err(foreign());
+            return Err(wrong_file());
         }
         Ok(segment)
     }
@@ -229,9 +230,9 @@ pub(super) enum Doorbell {
 
 /// The words of a doorbell.
 struct DoorbellWords {
-    /// How often it was rung.
+    /// The number of times that it was rung.
     count: Word,
-    /// How many threads sleep until it rings.
+    /// The number of threads that sleep until it rings.
     sleepers: Word,
 }
 

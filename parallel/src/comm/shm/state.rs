@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
-/// How often a waiting thread polls in each way before it sleeps.
+/// The number of times that a waiting thread polls before it sleeps.
 struct SpinLimits {
     spins: usize,
     spins_and_yields: usize,

@@ -1,4 +1,4 @@
-//! GPipe.
+//! GPipe (arXiv 1811.06965): all forwards, then all backwards.
 
 use crate::pipeline::{Order, Pass, PassKind, Placement};
 

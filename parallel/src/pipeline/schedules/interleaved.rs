@@ -1,28 +1,32 @@
-//! Interleaved 1F1B: microbatches go in groups through chunk after chunk.
+//! Interleaved 1F1B (Megatron-LM, arXiv 2104.04473): groups of microbatches pass chunk after chunk.
 
 use crate::pipeline::{Order, Pass, PassKind, Placement};
 
 pub(super) fn order(ranks: usize, microbatches: usize, chunks: usize) -> Result<Order, String> {
-    // Groups of equal size of at least `ranks`, so that a group fills the pipeline before the next chunk begins.
+    // Groups have equal sizes of at least `ranks`, so that each fills the pipeline before the next
+    // chunk begins.
     let groups = (microbatches / ranks).max(1);
     if !microbatches.is_multiple_of(groups) {
         let below = microbatches - microbatches % groups;
+        let above = below + groups;
         return Err(format!(
-            "interleaved on {ranks} ranks takes microbatches in {groups} groups, and {microbatches} do not divide by \
-             {groups}: use {below} or {}",
-            below + groups
+            "interleaved on {ranks} ranks splits microbatches into {groups} groups, and {groups} \
+             does not divide {microbatches}: use {below} or {above}"
         ));
     }
     let size = microbatches / groups;
-    // The n-th forward of every rank; backwards take the chunks in reverse.
+    // The chunk and the microbatch of a rank's n-th forward. Backwards take the chunks in reverse.
     let forward = |n: usize| {
         let group = n / (size * chunks);
         let within = n % (size * chunks);
-        (within / size, group * size + within % size)
+        let chunk = within / size;
+        let microbatch = group * size + within % size;
+        (chunk, microbatch)
     };
     let total = microbatches * chunks;
     let rank_passes = |rank: usize| {
-        let warm_up = (2 * (ranks - 1 - rank) + (chunks - 1) * size).min(total);
+        let warm_up = 2 * (ranks - 1 - rank) + (chunks - 1) * size;
+        let warm_up = warm_up.min(total);
         let forward_pass = |n| {
             let (chunk, microbatch) = forward(n);
             Pass::new(PassKind::Forward, chunk, microbatch)
@@ -33,11 +37,8 @@ pub(super) fn order(ranks: usize, microbatches: usize, chunks: usize) -> Result<
                 list.push(forward_pass(warm_up + n));
             }
             let (chunk, microbatch) = forward(n);
-            list.push(Pass::new(
-                PassKind::Backward,
-                chunks - 1 - chunk,
-                microbatch,
-            ));
+            let chunk = chunks - 1 - chunk;
+            list.push(Pass::new(PassKind::Backward, chunk, microbatch));
         }
         list
     };

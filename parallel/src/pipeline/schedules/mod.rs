@@ -1,4 +1,4 @@
-//! The known orders, one file each. All are pure functions of the sizes.
+//! The orders of the papers, one file each. All are pure functions of the sizes.
 
 mod dual_pipe_v;
 mod gpipe;
@@ -12,37 +12,44 @@ use super::Order;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// A known order.
+/// A pipeline schedule from a paper.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum ScheduleKind {
-    /// All forwards, then all backwards (arXiv 1811.06965). Holds every microbatch.
+    /// GPipe (arXiv 1811.06965): all forwards, then all backwards. A rank holds every microbatch.
     #[serde(rename = "gpipe")]
     GPipe,
-    /// One forward, one backward (arXiv 1806.03377). Rank `i` of `p` holds `p - i` microbatches.
+    /// One forward, one backward in turn (PipeDream, arXiv 1806.03377). Rank `i` of `p` holds `p -
+    /// i` microbatches.
     #[serde(rename = "1f1b")]
     OneFOneB,
-    /// 1F1B over several chunks a rank (arXiv 2104.04473): the bubble divided by the number of chunks.
+    /// 1F1B with several model chunks per rank (Megatron-LM, arXiv 2104.04473). The bubble is
+    /// divided by the number of chunks.
     #[serde(rename = "interleaved")]
     Interleaved,
-    /// 1F1B with weight gradients in the bubble (arXiv 2401.10241): a third of the bubble, the memory of 1F1B.
+    /// 1F1B with weight gradients in the bubble (Zero Bubble, arXiv 2401.10241). It has a third of
+    /// the bubble and the memory of 1F1B.
     #[serde(rename = "zb-h1")]
     ZbH1,
-    /// Two chunks in a V, no bubble where F, B and W take equal times (arXiv 2401.10241).
+    /// Two chunks per rank in a V (Zero Bubble, arXiv 2401.10241). It has no bubble if F, B and W
+    /// take equal times.
     #[serde(rename = "zb-v")]
     ZbV,
-    /// Two chunks in a V, half of 1F1B's memory (arXiv 2405.15362).
+    /// Two chunks per rank in a V, with half of the activation memory of 1F1B (Controllable Memory,
+    /// arXiv 2405.15362).
     #[serde(rename = "v-half")]
     VHalf,
-    /// Two chunks in a V, a third of 1F1B's memory (arXiv 2405.15362).
+    /// Two chunks per rank in a V, with a third of the activation memory of 1F1B (Controllable
+    /// Memory, arXiv 2405.15362).
     #[serde(rename = "v-min")]
     VMin,
-    /// DualPipe without its second copy of the parameters (arXiv 2412.19437; cut in half by Sea AI Lab).
+    /// DualPipe (DeepSeek-V3, arXiv 2412.19437) without its second copy of the parameters, as cut
+    /// in half by Sea AI Lab. It overlaps forward and backward passes.
     #[serde(rename = "dualpipe-v")]
     DualPipeV,
 }
 
 impl ScheduleKind {
-    /// All of them, with their names.
+    /// All schedules with their names.
     pub const NAMES: [(ScheduleKind, &'static str); 8] = [
         (ScheduleKind::GPipe, "gpipe"),
         (ScheduleKind::OneFOneB, "1f1b"),
@@ -54,7 +61,7 @@ impl ScheduleKind {
         (ScheduleKind::DualPipeV, "dualpipe-v"),
     ];
 
-    /// Its name.
+    /// Returns the name in configurations and commands.
     pub fn name(self) -> &'static str {
         ScheduleKind::NAMES
             .iter()
@@ -62,10 +69,10 @@ impl ScheduleKind {
             .map_or("", |(_, name)| name)
     }
 
-    /// Chunks of a rank, where `wanted` is what a person asked for.
+    /// Returns the number of chunks per rank; `wanted` is the user's choice.
     ///
     /// # Errors
-    /// When the order has another number of chunks.
+    /// If the schedule does not support that choice.
     pub fn chunks(self, wanted: Option<usize>) -> Result<usize, String> {
         use ScheduleKind::*;
         match self {
@@ -73,17 +80,18 @@ impl ScheduleKind {
             ZbV | VHalf | VMin | DualPipeV => fixed_chunks(self, 2, wanted),
             Interleaved => match wanted.unwrap_or(2) {
                 0 | 1 => {
-                    Err("interleaved needs at least 2 chunks a rank; with 1 it is 1f1b".into())
+                    Err("interleaved needs at least 2 chunks per rank; with 1 it is 1f1b".into())
                 }
                 chunks => Ok(chunks),
             },
         }
     }
 
-    /// The order for `ranks` ranks and `microbatches` microbatches.
+    /// Returns the order for `ranks` ranks and `microbatches` microbatches.
     ///
     /// # Errors
-    /// When the order does not exist for these sizes: the arithmetic, and the nearest size for which it does.
+    /// If the schedule does not exist for these sizes. The message has the arithmetic and the
+    /// nearest sizes for which it exists.
     pub fn order(
         self,
         ranks: usize,
@@ -115,7 +123,7 @@ fn fixed_chunks(kind: ScheduleKind, chunks: usize, wanted: Option<usize>) -> Res
         Some(other) if other != chunks => {
             let plural = if chunks == 1 { "" } else { "s" };
             Err(format!(
-                "{} has {chunks} chunk{plural} a rank, not {other}",
+                "{} has {chunks} chunk{plural} per rank, not {other}",
                 kind.name()
             ))
         }

@@ -1,10 +1,12 @@
-//! V-Half and V-Min: a building block of four offsets, repeated every six slots of time; weight gradients take the free
-//! slots (arXiv 2405.15362, section 4). Only the order of the passes is kept.
+//! V-Half and V-Min (Controllable Memory, arXiv 2405.15362, section 4).
+//!
+//! A building block of four offsets repeats every six time slots. Weight gradients take the free
+//! slots. Only the order of the passes is kept.
 
 use crate::pipeline::{Order, Pass, PassKind, Placement};
 use std::collections::VecDeque;
 
-/// Times of microbatch 0 on each rank, in slots: F and B of chunk 0 and 1.
+/// The time slots of microbatch 0 on each rank: F and B of chunks 0 and 1.
 pub(super) struct BuildingBlock {
     f0: Vec<usize>,
     f1: Vec<usize>,
@@ -12,7 +14,7 @@ pub(super) struct BuildingBlock {
     b0: Vec<usize>,
 }
 
-/// Slots from a microbatch to the next: F, B and W of two chunks.
+/// Time slots from one microbatch to the next: F, B and W of two chunks.
 const PERIOD: usize = 6;
 
 pub(super) fn half(p: usize) -> BuildingBlock {
@@ -44,18 +46,19 @@ pub(super) fn order(block: BuildingBlock, ranks: usize, microbatches: usize) -> 
             (B, 1, block.b1[rank]),
             (B, 0, block.b0[rank]),
         ];
-        let mut timed: Vec<(usize, Pass)> = starts
-            .iter()
-            .flat_map(|&(kind, chunk, start)| {
-                (0..microbatches).map(move |k| (start + PERIOD * k, Pass::new(kind, chunk, k)))
-            })
-            .collect();
+        let mut timed: Vec<(usize, Pass)> = Vec::new();
+        for (kind, chunk, start) in starts {
+            for microbatch in 0..microbatches {
+                let slot = start + PERIOD * microbatch;
+                timed.push((slot, Pass::new(kind, chunk, microbatch)));
+            }
+        }
         timed.sort();
         let mut list = Vec::new();
         let mut waiting = VecDeque::new();
         let mut slot = 0;
         for (start, pass) in timed {
-            // Slots before this pass are free.
+            // The slots before this pass are free.
             while slot < start {
                 list.extend(waiting.pop_front());
                 slot += 1;
@@ -63,10 +66,8 @@ pub(super) fn order(block: BuildingBlock, ranks: usize, microbatches: usize) -> 
             list.push(pass);
             slot = start + 1;
             if pass.kind == B {
-                waiting.push_back(Pass {
-                    kind: PassKind::BackwardWeight,
-                    ..pass
-                });
+                let kind = PassKind::BackwardWeight;
+                waiting.push_back(Pass { kind, ..pass });
             }
         }
         list.extend(waiting);

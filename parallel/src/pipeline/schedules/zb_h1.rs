@@ -1,4 +1,6 @@
-//! ZB-H1: 1F1B whose weight gradients wait, on rank `i` up to `i` of them, and fill the bubble at the end.
+//! ZB-H1 (Zero Bubble, arXiv 2401.10241): 1F1B with delayed weight gradients.
+//!
+//! On rank `i` up to `i` weight gradients wait, and fill the bubble at the end.
 
 use super::one_f_one_b;
 use crate::pipeline::{Order, Pass, PassKind};

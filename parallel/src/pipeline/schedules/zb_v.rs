@@ -1,8 +1,11 @@
-//! ZB-V, the fixed order that has no bubble where F, B and W take equal times.
+//! ZB-V (Zero Bubble, arXiv 2401.10241): the fixed order without a bubble if F, B and W take equal
+//! times.
 //!
-//! Written for endlessly many microbatches; passes of those that do not exist are left out.
+//! It is generated for enough microbatches to fill the pipeline; passes of those that do not exist
+//! are left out.
 
 use crate::pipeline::{Order, Pass, PassKind, Placement};
+use std::collections::HashMap;
 
 pub(super) fn order(ranks: usize, microbatches: usize) -> Order {
     let ranks = (0..ranks)
@@ -18,11 +21,11 @@ pub(super) fn order(ranks: usize, microbatches: usize) -> Order {
 }
 
 fn rank_passes(rank: usize, ranks: usize, microbatches: usize) -> Vec<Pass> {
-    // At least as many as fill the pipeline.
+    // Enough to fill the pipeline.
     let virtual_microbatches = microbatches.max(2 * ranks - 1);
-    let mut next = std::collections::HashMap::new();
+    let mut next = HashMap::new();
     let mut list = Vec::new();
-    // The next microbatch of a kind and chunk.
+    // Appends a pass of the next microbatch of a kind and chunk, and returns their number so far.
     let mut push = |kind: PassKind, chunk: usize| -> usize {
         let microbatch = next.entry((kind, chunk)).or_insert(0);
         if *microbatch < microbatches {

@@ -1,6 +1,6 @@
-// The libtorch wheel exports Gloo but ships none of its headers. c10d's ProcessGroupGloo.hpp uses these
-// types through pointers only, so declaring them is enough; the one member it calls is declared as the
-// library exports it.
+// The libtorch wheel exports Gloo but contains none of its headers. c10d's ProcessGroupGloo.hpp
+// uses these types only by pointer, so declarations suffice. The one member that it calls is
+// declared as the library exports it.
 #pragma once
 #include <chrono>
 #include <memory>

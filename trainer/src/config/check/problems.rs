@@ -25,7 +25,6 @@ impl Problems {
         self.0
     }
 
-    /// Refuses 0.
     pub(super) fn positive(&mut self, key: &str, value: usize) {
         if value == 0 {
             self.add(format!("{key} is 0; it must be at least 1"));

@@ -80,7 +80,8 @@ fn word_length(text: &str) -> usize {
     let mut chars = text.char_indices().peekable();
     while let Some((at, c)) = chars.next() {
         let before_word = chars.peek().is_some_and(|&(_, next)| is_word(next));
-        if !is_word(c) && !(matches!(c, '\'' | '-') && before_word) {
+        let joins = matches!(c, '\'' | '-') && before_word;
+        if !(is_word(c) || joins) {
             break;
         }
         end = at + c.len_utf8();

@@ -1,3 +1,3 @@
-// Nothing of this header is needed; see context.h.
+// Empty: the bindings need no declaration of this header; see context.h.
 #pragma once
 #include "../context.h"

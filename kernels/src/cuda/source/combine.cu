@@ -1,0 +1,65 @@
+// The weighted sum of each token's expert outputs. `row_ids` [tokens, top_k] holds the row of each
+// routed token, below `count`, or -1 if it has none.
+
+// `weights` [tokens, top_k] may be null.
+KERNEL void combine(
+    const Number* rows, const Long* row_ids, const float* weights, Number* out, Long count,
+    Long tokens, Long top_k, Long width) {
+    for (Long token = first_row(); token < tokens; token += grid_row_stride()) {
+        for (Long i = threadIdx.x * VECTOR; i < width; i += blockDim.x * VECTOR) {
+            float sums[VECTOR] = {};
+            Long end = (token + 1) * top_k;
+            for (Long routed_token = token * top_k; routed_token < end; ++routed_token) {
+                Long row_id = row_ids[routed_token];
+                if (row_id < 0) {
+                    continue;
+                }
+                if (row_id >= count) {
+                    __trap();
+                }
+                float weight = weights ? weights[routed_token] : 1.0f;
+                Numbers row = load(rows + row_id * width + i);
+                for (int e = 0; e < VECTOR; ++e) {
+                    sums[e] += weight * wide(row.x[e]);
+                }
+            }
+            Numbers sum;
+            for (int e = 0; e < VECTOR; ++e) {
+                sum.x[e] = narrow<Number>(sums[e]);
+            }
+            store(out + token * width + i, sum);
+        }
+    }
+}
+
+// Each warp computes the gradients of the row and the weight of one routed token.
+KERNEL void combine_backward(
+    const Number* grad, const Number* rows, const Long* row_ids, const float* weights,
+    Number* grad_rows, float* grad_weights, Long count, Long tokens, Long top_k, Long width) {
+    Long routed_token = first_row();
+    if (routed_token >= tokens * top_k) {
+        return;
+    }
+    Long row_id = row_ids[routed_token];
+    if (row_id >= count) {
+        __trap();
+    }
+    float along = 0;
+    if (row_id >= 0) {
+        const Number* grad_row = grad + routed_token / top_k * width;
+        const Number* row = rows + row_id * width;
+        for (Long i = threadIdx.x * VECTOR; i < width; i += blockDim.x * VECTOR) {
+            Numbers grads = load(grad_row + i), pack = load(row + i);
+            for (int e = 0; e < VECTOR; ++e) {
+                float gradient = wide(grads.x[e]);
+                along += gradient * wide(pack.x[e]);
+                grads.x[e] = narrow<Number>(weights[routed_token] * gradient);
+            }
+            store(grad_rows + row_id * width + i, grads);
+        }
+    }
+    along = row_sum(along, nullptr);
+    if (threadIdx.x == 0) {
+        grad_weights[routed_token] = along;
+    }
+}
