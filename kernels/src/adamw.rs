@@ -265,7 +265,10 @@ pub(crate) mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(100))]
         #[test]
-        fn it_matches_libtorch(case in cases(), count in 0i64..20_000) {
+        fn it_matches_libtorch(
+            case in cases(),
+            count in 0i64..20_000,
+        ) {
             tch::set_num_threads(2);
             let step_by = |update: &AdamWUpdate, config, step, scale| {
                 adamw(std::slice::from_ref(update), config, step, scale).unwrap();

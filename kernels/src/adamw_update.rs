@@ -34,7 +34,7 @@ impl Scalars {
     pub(crate) fn of(config: AdamW, step: u64, scale: Option<f64>) -> Scalars {
         let correction = |beta: f64| 1.0 - beta.powf(step as f64);
         Scalars {
-            inverse_scale: scale.map_or(1.0, |scale| 1.0 / scale) as f32,
+            inverse_scale: (1.0 / scale.unwrap_or(1.0)) as f32,
             decay_factor: (1.0 - config.lr * config.weight_decay) as f32,
             beta1: config.beta1 as f32,
             beta2: config.beta2 as f32,

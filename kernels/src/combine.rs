@@ -5,6 +5,8 @@ use crate::cuda;
 use crate::number::Number;
 use crate::profile::{Cost, span};
 use crate::rows::{HostData, Indices, for_kind, for_rows, host_kind};
+use crate::tensors::LAST_DIM;
+use crate::tensors::{empty_as, sizes};
 use multiversion::multiversion;
 use tch::{Device, Kind, Tensor};
 
@@ -29,8 +31,9 @@ pub fn combine(rows: &Tensor, row_ids: &Tensor, weights: Option<&Tensor>) -> Ten
         let Some(kind) = on_host(&[rows], row_ids) else {
             return combine_by_libtorch(rows, row_ids, weights);
         };
-        let shape = [row_ids.size()[0], rows.size()[1]];
-        let out = Tensor::empty(shape, (kind, Device::Cpu));
+        let [tokens] = sizes(row_ids);
+        let [_, width] = sizes(rows);
+        let out = empty_as(rows, [tokens, width]);
         for_kind!(kind, combine_on_threads(rows, row_ids, weights, &out));
         out
     })
@@ -78,18 +81,20 @@ fn on_host(tensors: &[&Tensor], row_ids: &Tensor) -> Option<Kind> {
 }
 
 fn on_gpu(tensors: &[&Tensor], row_ids: &Tensor) -> Option<&'static dyn cuda::Gpu> {
-    cuda::gpu(tensors).filter(|_| cuda::same_device_contiguous(tensors[0], row_ids, Kind::Int64))
+    let indexed = cuda::same_device_contiguous(tensors[0], row_ids, Kind::Int64);
+    cuda::gpu(tensors).filter(|_| indexed)
 }
 
 /// Returns the row of each routed token, `[T, K, D]`, or an arbitrary one if it has none.
 fn gather_rows(rows: &Tensor, row_ids: &Tensor) -> Tensor {
-    let shape = [row_ids.size()[0], row_ids.size()[1], rows.size()[1]];
-    match rows.size()[0] {
-        0 => Tensor::zeros(shape, (rows.kind(), rows.device())),
-        _ => rows
-            .index_select(0, &row_ids.clamp_min(0).flatten(0, -1))
-            .view(shape),
+    let [tokens, top_k] = sizes(row_ids);
+    let [count, width] = sizes(rows);
+    if count == 0 {
+        return empty_as(rows, [tokens, top_k, width]).zero_();
     }
+    let row_ids = row_ids.clamp_min(0).flatten(0, -1);
+    let shape = [tokens as i64, top_k as i64, width as i64];
+    rows.index_select(0, &row_ids).view(shape)
 }
 
 /// Returns the weights of routed tokens, and zero for those without a row: `[T, K, 1]` of `kind`.
@@ -117,7 +122,8 @@ pub(crate) fn backward_by_libtorch(
     row_ids: &Tensor,
     weights: &Tensor,
 ) -> (Tensor, Tensor) {
-    let grad_routed = grad.unsqueeze(1) * factors(row_ids, Some(weights), rows.kind());
+    let factors = factors(row_ids, Some(weights), rows.kind());
+    let grad_routed = grad.unsqueeze(1) * factors;
     let flat_ids = row_ids.flatten(0, -1);
     let with_row = flat_ids.ge(0).nonzero().squeeze_dim(-1);
     let row_ids_with_row = flat_ids.index_select(0, &with_row);
@@ -125,8 +131,9 @@ pub(crate) fn backward_by_libtorch(
     let grad_rows = rows
         .zeros_like()
         .index_copy(0, &row_ids_with_row, &grad_routed);
-    let products = (gather_rows(rows, row_ids) * grad.unsqueeze(1)).to_kind(Kind::Float);
-    let dots = products.sum_dim_intlist([-1i64].as_slice(), false, Kind::Float);
+    let products = gather_rows(rows, row_ids) * grad.unsqueeze(1);
+    let products = products.to_kind(Kind::Float);
+    let dots = products.sum_dim_intlist(LAST_DIM, false, Kind::Float);
     (grad_rows, dots * row_ids.ge(0))
 }
 
@@ -136,11 +143,10 @@ fn combine_on_threads<T: Number>(
     weights: Option<&Tensor>,
     out: &Tensor,
 ) {
-    let tokens = row_ids.size()[0] as usize;
-    let top_k = row_ids.size()[1] as usize;
-    let width = rows.size()[1] as usize;
+    let [tokens, top_k] = sizes(row_ids);
+    let [_, width] = sizes(rows);
     // SAFETY: `on_host` has checked the device, layout and dtype; the rest is created here.
-    let [rows, out] = [rows, out].map(|x| unsafe { HostData::<T>::of(x) });
+    let [rows, out] = unsafe { HostData::<T>::of_all([rows, out]) };
     // SAFETY: as above.
     let row_ids = unsafe { Indices::of(row_ids) };
     // SAFETY: as above.
@@ -175,7 +181,8 @@ fn sum<T: Number>(rows: &[WeightedRow<T>], out: &mut [T]) {
         let start = index * CHUNK;
         let mut sums = [0f32; CHUNK];
         for WeightedRow { row, weight } in rows {
-            for (sum, x) in sums.iter_mut().zip(&row[start..start + out.len()]) {
+            let row = &row[start..start + out.len()];
+            for (sum, x) in sums.iter_mut().zip(row) {
                 *sum += weight * x.wide();
             }
         }
@@ -203,11 +210,10 @@ fn backward_on_threads<T: Number>(
         row_ids,
         weights,
     } = inputs;
-    let tokens = row_ids.size()[0] as usize;
-    let top_k = row_ids.size()[1] as usize;
-    let width = rows.size()[1] as usize;
+    let [tokens, top_k] = sizes(row_ids);
+    let [_, width] = sizes(rows);
     // SAFETY: as in `combine_on_threads`.
-    let [grad, rows, grad_rows] = [grad, rows, grad_rows].map(|x| unsafe { HostData::<T>::of(x) });
+    let [grad, rows, grad_rows] = unsafe { HostData::<T>::of_all([grad, rows, grad_rows]) };
     // SAFETY: as above.
     let row_ids = unsafe { Indices::of(row_ids) };
     // SAFETY: as above.
@@ -229,7 +235,7 @@ fn backward_on_threads<T: Number>(
                 let row = rows.rows(&row_id, width);
                 // SAFETY: a row belongs to one routed token, as the caller promises.
                 let grad_row = unsafe { grad_rows.rows_mut(&row_id, width) };
-                *grad_weight = scale(grad, row, *weight, grad_row);
+                *grad_weight = weighted_gradient(grad, row, *weight, grad_row);
             }
         }
     });
@@ -237,15 +243,20 @@ fn backward_on_threads<T: Number>(
 
 /// Computes `grad_row = weight * grad` and returns the dot product of `grad` and `row`.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn scale<T: Number>(grad: &[T], row: &[T], weight: f32, grad_row: &mut [T]) -> f32 {
+fn weighted_gradient<T: Number>(
+    token_grad: &[T],
+    row: &[T],
+    weight: f32,
+    grad_row: &mut [T],
+) -> f32 {
     let mut lanes = [0f32; CHUNK];
-    let chunks = grad.chunks(CHUNK).zip(row.chunks(CHUNK));
-    for ((grad, row), grad_row) in chunks.zip(grad_row.chunks_mut(CHUNK)) {
-        let elements = grad.iter().zip(row).zip(grad_row);
-        for (((grad, row), grad_row), lane) in elements.zip(&mut lanes) {
-            let grad = grad.wide();
-            *lane += grad * row.wide();
-            *grad_row = T::narrow(weight * grad);
+    let chunks = token_grad.chunks(CHUNK).zip(row.chunks(CHUNK));
+    for ((token_grad, row), grad_row) in chunks.zip(grad_row.chunks_mut(CHUNK)) {
+        let elements = token_grad.iter().zip(row).zip(grad_row);
+        for (((token_grad, row), grad_row), lane) in elements.zip(&mut lanes) {
+            let token_grad = token_grad.wide();
+            *lane += token_grad * row.wide();
+            *grad_row = T::narrow(weight * token_grad);
         }
     }
     lanes.iter().sum()
@@ -254,7 +265,9 @@ fn scale<T: Number>(grad: &[T], row: &[T], weight: f32, grad_row: &mut [T]) -> f
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensors::tests::randn;
     use proptest::prelude::*;
+    use tch::kind::{FLOAT_CPU, INT64_CPU};
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(200))]
@@ -272,16 +285,15 @@ mod tests {
             tch::manual_seed(seed);
             let kind = if bf16 { Kind::BFloat16 } else { Kind::Float };
             let tolerance = if bf16 { 3e-2 } else { 1e-5 };
-            let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
             // A permutation in which some routed tokens may have no row.
             let routed = tokens * top_k;
-            let row_ids = Tensor::randperm(routed, (Kind::Int64, Device::Cpu));
+            let row_ids = Tensor::randperm(routed, INT64_CPU);
             let row_ids = row_ids.view([tokens, top_k]);
             let count = if missing { routed * 2 / 3 } else { routed };
             let row_ids = row_ids.masked_fill(&row_ids.ge(count), -1);
-            let rows = random(&[count, width]).to_kind(kind);
-            let grad = random(&[tokens, width]).to_kind(kind);
-            let weights = random(&[tokens, top_k]);
+            let rows = randn(&[count, width], kind);
+            let grad = randn(&[tokens, width], kind);
+            let weights = randn(&[tokens, top_k], Kind::Float);
             let some = weighted.then_some(&weights);
             let wide = |x: &Tensor| x.to_kind(Kind::Float);
             let out = combine(&rows, &row_ids, some);
@@ -298,7 +310,7 @@ mod tests {
     #[test]
     #[should_panic]
     fn a_row_id_out_of_range_panics() {
-        let rows = Tensor::zeros([2, 4], (Kind::Float, Device::Cpu));
+        let rows = Tensor::zeros([2, 4], FLOAT_CPU);
         let row_ids = Tensor::from_slice(&[2i64]).view([1, 1]);
         let _ = combine(&rows, &row_ids, None);
     }

@@ -5,6 +5,8 @@ use crate::number::Number;
 use crate::profile::{Cost, span};
 use crate::rows::{HostData, for_kind, for_rows, host_kind};
 use crate::softmax::exponentials;
+use crate::tensors::LAST_DIM;
+use crate::tensors::{empty_f32, sizes};
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
 
@@ -28,7 +30,7 @@ pub fn cross_entropy(
             return cuda::cross_entropy(gpu, logits, labels, inverse, scaled_factor);
         }
         if let Some(kind) = host_kind(&[logits]).filter(|_| labels.is_contiguous()) {
-            let losses = Tensor::empty([labels.numel() as i64], (Kind::Float, logits.device()));
+            let losses = empty_f32(logits, [labels.numel()]);
             for_kind!(
                 kind,
                 on_threads(logits, labels, &losses, inverse, scaled_factor)
@@ -39,17 +41,22 @@ pub fn cross_entropy(
     })
 }
 
-fn by_libtorch(logits: &Tensor, labels: &Tensor, divisor: f64, factor: Option<f64>) -> Tensor {
+fn by_libtorch(
+    logits: &Tensor,
+    labels: &Tensor,
+    divisor: f64,
+    gradient_factor: Option<f64>,
+) -> Tensor {
     let counted = labels.ge(0).to_kind(Kind::Float).unsqueeze(-1);
     let targets = labels.clamp_min(0).unsqueeze(-1);
     let wide = logits.to_kind(Kind::Float) / divisor;
-    let normalizer = wide.logsumexp([-1i64].as_slice(), true);
+    let normalizer = wide.logsumexp(LAST_DIM, true);
     let losses = &normalizer - wide.gather(1, &targets, false);
     let losses = (losses * &counted).squeeze_dim(-1);
-    if let Some(factor) = factor {
+    if let Some(gradient_factor) = gradient_factor {
         let mut grad = (wide - normalizer).exp_();
         let _ = grad.scatter_add_(1, &targets, &-counted.ones_like());
-        let grad = grad.multiply_(&(counted * (factor / divisor)));
+        let grad = grad.multiply_(&(counted * (gradient_factor / divisor)));
         logits.shallow_clone().copy_(&grad);
     }
     losses
@@ -63,7 +70,7 @@ fn on_threads<T: Number>(
     factor: Option<f32>,
 ) {
     let count = losses.numel();
-    let width = logits.size()[1] as usize;
+    let [_, width] = sizes(logits);
     // SAFETY: `host_kind` has checked the logits, and the caller creates the losses.
     let logits = unsafe { HostData::<T>::of(logits) };
     // SAFETY: as above.
@@ -104,7 +111,8 @@ fn token_loss<T: Number>(
         for (logit, wide) in logits.iter_mut().zip(wide.iter()) {
             *logit = T::narrow(wide * scale);
         }
-        logits[label as usize] = T::narrow(wide[label as usize] * scale - factor);
+        let label_grad = wide[label as usize] * scale - factor;
+        logits[label as usize] = T::narrow(label_grad);
     }
     sum.ln() + highest - label_logit
 }
@@ -112,25 +120,26 @@ fn token_loss<T: Number>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::{Device, Reduction};
+    use crate::tensors::tests::{TestTensor, randn, tolerances};
+    use tch::Reduction;
+    use tch::kind::INT64_CPU;
 
     #[test]
     fn it_matches_libtorch() {
-        for (kind, tolerance) in [(Kind::Float, 2e-6), (Kind::BFloat16, 1e-2)] {
+        for (kind, tolerance) in tolerances(2e-6, 1e-2) {
             for (tokens, vocab) in [(0, 5), (1, 1), (7, 33), (40, 1000)] {
-                let logits = Tensor::randn([tokens, vocab], (Kind::Float, Device::Cpu)) * 4.0;
-                let logits = logits.to_kind(kind);
-                let labels = Tensor::randint(vocab, [tokens], (Kind::Int64, Device::Cpu));
+                let logits = randn(&[tokens, vocab], kind) * 4.0;
+                let labels = Tensor::randint(vocab, [tokens], INT64_CPU);
                 if tokens > 2 {
                     let _ = labels.narrow(0, 1, 1).fill_(-100);
                 }
-                let wide = logits.to_kind(Kind::Double).set_requires_grad(true);
+                let wide = logits.to_f64().set_requires_grad(true);
                 let scaled = &wide / 1.5;
                 let plain =
                     scaled.cross_entropy_loss(&labels, None::<Tensor>, Reduction::None, -100, 0.0);
                 (plain.sum(Kind::Double) * 0.25).backward();
                 let close = |ours: &Tensor, plain: &Tensor, tolerance: f64| {
-                    let ours = ours.to_kind(Kind::Double);
+                    let ours = ours.to_f64();
                     assert!(
                         ours.allclose(plain, tolerance, tolerance, false),
                         "{kind:?} {tokens} {vocab}"

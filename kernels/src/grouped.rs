@@ -42,11 +42,16 @@ fn offsets(counts: &[i64], device: Device) -> Tensor {
 }
 
 /// Does what [`crate::grouped_gemm`] does, into `out`.
-pub(crate) fn gemm(out: &Tensor, rows: &Tensor, matrices: &[Tensor], counts: &[i64]) {
-    let mut counts = counts;
+pub(crate) fn grouped_gemm_into(
+    out: &Tensor,
+    rows: &Tensor,
+    matrices: &[Tensor],
+    rows_per_group: &[i64],
+) {
+    let mut rows_per_group = rows_per_group;
     let mut start = 0;
     for matrices in matrices {
-        let (here, later) = counts.split_at(matrices.size()[0] as usize);
+        let (here, later) = rows_per_group.split_at(matrices.size()[0] as usize);
         let len = here.iter().sum();
         if len > 0 {
             let offsets = Some(offsets(here, rows.device()));
@@ -54,7 +59,7 @@ pub(crate) fn gemm(out: &Tensor, rows: &Tensor, matrices: &[Tensor], counts: &[i
             let products = rows.internal_grouped_mm(matrices, offsets, None, None);
             out.narrow(0, start, len).copy_(&products);
         }
-        counts = later;
+        rows_per_group = later;
         start += len;
     }
 }
@@ -71,8 +76,10 @@ pub(crate) fn grouped_gemm_to_sums(
     let offsets = Some(offsets(counts, left.device()));
     let products = left.tr().internal_grouped_mm(right, offsets, None, None);
     // The result for groups without rows is unspecified.
-    for (group, _) in counts.iter().enumerate().filter(|(_, count)| **count == 0) {
-        let _ = products.get(group as i64).zero_();
+    for (group, &count) in counts.iter().enumerate() {
+        if count == 0 {
+            let _ = products.get(group as i64).zero_();
+        }
     }
     let mut sums = sums.shallow_clone();
     if accumulate {
@@ -87,6 +94,7 @@ mod tests {
     use super::*;
     use crate::cuda::tests::test_gpu;
     use crate::matmul::{grouped_gemm, grouped_gemm_accumulate, grouped_gemm_overwrite};
+    use crate::tensors::tests::{TestTensor, randn};
     use proptest::prelude::*;
 
     proptest! {
@@ -103,9 +111,7 @@ mod tests {
             let inner = 8 * inner;
             let outer = 8 * outer;
             let device = test_gpu().1;
-            let random = |shape: &[i64]| {
-                Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16)
-            };
+            let random = |shape: &[i64]| randn(shape, Kind::BFloat16);
             let there = |x: &Tensor| x.to_device(device);
             let here = |x: &Tensor| x.to_device(Device::Cpu);
             let stack = |groups: usize| {
@@ -124,17 +130,15 @@ mod tests {
             let rows = random(&[total, inner]);
             let grad = random(&[total, outer]);
             prop_assert!(fits(&rows) && matrices.iter().all(fits) && fits(&grad.tr()));
-            let wide = |x: &Tensor| x.to_kind(Kind::Double);
             let close = |ours: &Tensor, plain: &Tensor| {
-                let off = (wide(ours) - wide(plain)).norm().double_value(&[]);
-                off <= 1e-2 * wide(plain).norm().double_value(&[])
+                let off = (ours.to_f64() - plain.to_f64()).norm();
+                off.double_value(&[]) <= 1e-2 * plain.to_f64().norm().double_value(&[])
             };
             let out = there(&grad).empty_like();
             let there_matrices: Vec<_> = matrices.iter().map(there).collect();
-            gemm(&out, &there(&rows), &there_matrices, &counts);
+            grouped_gemm_into(&out, &there(&rows), &there_matrices, &counts);
             prop_assert!(close(&here(&out), &grouped_gemm(&rows, &matrices, &counts)));
-            let shape = [counts.len() as i64, outer, inner];
-            let sums = Tensor::randn(shape, (Kind::Float, Device::Cpu));
+            let sums = randn(&[counts.len() as i64, outer, inner], Kind::Float);
             let ours = there(&sums).copy();
             grouped_gemm_to_sums(&ours, &there(&grad), &there(&rows), &counts, accumulate);
             if accumulate {
@@ -150,7 +154,8 @@ mod tests {
     fn unaligned_tensors_are_refused() {
         let x = Tensor::zeros([6, 16], (Kind::BFloat16, Device::Cpu));
         assert!(fits(&x) && fits(&x.tr()) && !supports_grouped_mm(&[&x]));
-        assert!(!fits(&x.narrow(1, 1, 8)) && !fits(&x.to_kind(Kind::Float)));
+        assert!(!fits(&x.narrow(1, 1, 8)));
+        assert!(!fits(&x.to_kind(Kind::Float)));
         let unaligned_rows = Tensor::zeros([6, 12], (Kind::BFloat16, Device::Cpu));
         assert!(!fits(&unaligned_rows));
     }

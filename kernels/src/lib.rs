@@ -48,6 +48,7 @@ mod rows;
 mod softmax;
 mod squares;
 mod swiglu;
+mod tensors;
 
 pub use adamw::adamw;
 pub use adamw_update::AdamWUpdate;

@@ -4,11 +4,12 @@
 //! run (module `gemm`), elsewhere libtorch's. On some GPUs one kernel computes all groups
 //! ([`grouped`]).
 
-#[cfg(target_arch = "x86_64")]
 use crate::gemm::{gemm_batch, instructions};
 use crate::grouped;
 use crate::matrix::{GemmOperands, Matrix};
 use crate::profile::{Cost, span};
+#[cfg(target_arch = "x86_64")]
+use crate::tensors::{empty_as, sizes, slice_rows};
 use tch::{Device, Kind, Tensor};
 
 /// libtorch computes GEMMs of up to this many rows: packing their right matrix would not pay.
@@ -19,8 +20,9 @@ const ROW_MULTIPLE: i64 = 64;
 
 /// Returns the matrix product `left right`.
 pub fn gemm(left: &Tensor, right: &Tensor) -> Tensor {
-    let shape = [left.size()[0], right.size()[1]];
-    let out = Tensor::empty(shape, (left.kind(), left.device()));
+    let [rows] = sizes(left);
+    let [_, columns] = sizes(right);
+    let out = empty_as(left, [rows, columns]);
     gemm_into(&out, left, right);
     out
 }
@@ -28,7 +30,7 @@ pub fn gemm(left: &Tensor, right: &Tensor) -> Tensor {
 /// Writes the matrix product `left right` to `out`; all three have the same dtype.
 pub fn gemm_into(out: &Tensor, left: &Tensor, right: &Tensor) {
     let cost = || cost(out, left, right);
-    let operands = || vec![GemmOperands::of(out, left, right)];
+    let operands = || vec![GemmOperands::of_tensors(out, left, right)];
     span("gemm", "of activations", cost, || {
         if !try_own_gemm([out, left, right], false, operands) {
             tch::no_grad(|| drop(left.mm_out(out, right)));
@@ -48,7 +50,7 @@ pub fn gemm_overwrite(sum: &Tensor, left: &Tensor, right: &Tensor) {
 
 fn gemm_to_sum(sum: &Tensor, left: &Tensor, right: &Tensor, accumulate: bool) {
     let cost = || cost(sum, left, right);
-    let operands = || vec![GemmOperands::of(sum, left, right)];
+    let operands = || vec![GemmOperands::of_tensors(sum, left, right)];
     span("gemm", "for gradients", cost, || {
         if !try_own_gemm([sum, left, right], accumulate, operands) {
             by_libtorch(sum, left, right, accumulate);
@@ -62,8 +64,9 @@ fn gemm_to_sum(sum: &Tensor, left: &Tensor, right: &Tensor, accumulate: bool) {
 /// belong to the groups in order. There are no more matrices than counts, and the tensors may have
 /// any strides.
 pub fn grouped_gemm(rows: &Tensor, matrices: &[Tensor], counts: &[i64]) -> Tensor {
-    let shape = [rows.size()[0], matrices[0].size()[2]];
-    let out = Tensor::empty(shape, (rows.kind(), rows.device()));
+    let [total] = sizes(rows);
+    let [_, _, columns] = sizes(&matrices[0]);
+    let out = empty_as(rows, [total, columns]);
     let groups = groups(counts);
     let cost = || grouped_cost(&groups, &matrices[0], rows.kind());
     let operands = || {
@@ -80,15 +83,20 @@ pub fn grouped_gemm(rows: &Tensor, matrices: &[Tensor], counts: &[i64]) -> Tenso
     span("gemm", "of experts", cost, || {
         let inputs: Vec<_> = matrices.iter().chain([rows]).collect();
         if groups.len() > 1 && grouped::supports_grouped_mm(&inputs) {
-            grouped::gemm(&out, rows, matrices, counts);
+            grouped::grouped_gemm_into(&out, rows, matrices, counts);
         } else if !try_own_gemm([&out, rows, &matrices[0]], false, operands) {
-            grouped_by_libtorch(&out, rows, matrices, &groups);
+            grouped_gemm_by_libtorch(&out, rows, matrices, &groups);
         }
     });
     out
 }
 
-fn grouped_by_libtorch(out: &Tensor, rows: &Tensor, matrices: &[Tensor], groups: &[GemmGroup]) {
+fn grouped_gemm_by_libtorch(
+    out: &Tensor,
+    rows: &Tensor,
+    matrices: &[Tensor],
+    groups: &[GemmGroup],
+) {
     let total = rows.size()[0];
     let matrices: Vec<_> = matrices.iter().flat_map(|all| all.unbind(0)).collect();
     // oneDNN compiles a kernel for each new number of rows, which takes longer than the GEMM. So
@@ -113,18 +121,32 @@ fn grouped_by_libtorch(out: &Tensor, rows: &Tensor, matrices: &[Tensor], groups:
 /// Adds the product `left^T right` of each group's rows to its own matrix of `sums` `[G, O, I]`
 /// fp32.
 ///
-/// Group `g` has `counts[g]` rows of `left` `[R, O]` and `right` `[R, I]`, in order.
-pub fn grouped_gemm_accumulate(sums: &Tensor, left: &Tensor, right: &Tensor, counts: &[i64]) {
-    grouped_gemm_to_sums(sums, left, right, counts, true);
+/// Group `g` has `rows_per_group[g]` rows of `left` `[R, O]` and `right` `[R, I]`, in order.
+pub fn grouped_gemm_accumulate(
+    sums: &Tensor,
+    left: &Tensor,
+    right: &Tensor,
+    rows_per_group: &[i64],
+) {
+    grouped_gemm_to_sums(sums, left, right, rows_per_group, true);
 }
 
 /// Does what [`grouped_gemm_accumulate`] does, with the previous contents of `sums` taken as zero.
 ///
 /// # Panics
-/// If the numbers of counts and sums differ.
-pub fn grouped_gemm_overwrite(sums: &Tensor, left: &Tensor, right: &Tensor, counts: &[i64]) {
-    assert_eq!(counts.len() as i64, sums.size()[0], "one count per sum");
-    grouped_gemm_to_sums(sums, left, right, counts, false);
+/// If there is not one group for each sum.
+pub fn grouped_gemm_overwrite(
+    sums: &Tensor,
+    left: &Tensor,
+    right: &Tensor,
+    rows_per_group: &[i64],
+) {
+    assert_eq!(
+        rows_per_group.len() as i64,
+        sums.size()[0],
+        "one count per sum"
+    );
+    grouped_gemm_to_sums(sums, left, right, rows_per_group, false);
 }
 
 fn grouped_gemm_to_sums(
@@ -155,7 +177,8 @@ fn grouped_gemm_to_sums(
         } else if !try_own_gemm([sums, left, right], accumulate, operands) {
             for &GemmGroup { index, start, len } in &groups {
                 let sum = sums.get(index as i64);
-                let rows = |x: &Tensor| x.narrow(0, start as i64, len as i64);
+                let range = start..start + len;
+                let rows = |x: &Tensor| slice_rows(x, &range);
                 by_libtorch(&sum, &rows(left).tr(), &rows(right), accumulate);
             }
         }
@@ -163,7 +186,8 @@ fn grouped_gemm_to_sums(
 }
 
 fn cost(out: &Tensor, left: &Tensor, right: &Tensor) -> Cost {
-    let flops = (2 * out.numel()) as f64 * left.size()[1] as f64;
+    let [_, inner] = sizes(left);
+    let flops = (2 * out.numel()) as f64 * inner as f64;
     let passes = [out, left, right].map(|x| Cost::passes(1.0, x));
     passes
         .into_iter()
@@ -172,7 +196,7 @@ fn cost(out: &Tensor, left: &Tensor, right: &Tensor) -> Cost {
 
 /// Returns the cost of groups with matrices `[G, A, B]`, and rows of A and of B elements of `kind`.
 fn grouped_cost(groups: &[GemmGroup], matrices: &Tensor, kind: Kind) -> Cost {
-    let [a, b] = [1, 2].map(|dim| matrices.size()[dim] as usize);
+    let [_, a, b] = sizes(matrices);
     let rows: usize = groups.iter().map(|group| group.len).sum();
     let row_bytes = rows * (a + b) * kind.elt_size_in_bytes();
     let matrix_bytes = groups.len() * a * b * matrices.kind().elt_size_in_bytes();
@@ -233,7 +257,8 @@ fn try_own_gemm<'a>(
         return false;
     }
     let gemms = operands();
-    let enough_rows = accumulate || gemms.iter().any(|gemm| gemm.out.rows > FEW_ROWS);
+    let has_rows = |gemm: &GemmOperands| gemm.out.rows > FEW_ROWS;
+    let enough_rows = accumulate || gemms.iter().any(has_rows);
     if gemms.is_empty() || !enough_rows || !gemms.iter().all(fits) {
         return false;
     }
@@ -242,7 +267,11 @@ fn try_own_gemm<'a>(
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn try_own_gemm<'a>(_: [&Tensor; 3], _: bool, _: impl FnOnce() -> Vec<GemmOperands<'a>>) -> bool {
+fn try_own_gemm<'a>(
+    _tensors: [&Tensor; 3],
+    _accumulate: bool,
+    _operands: impl FnOnce() -> Vec<GemmOperands<'a>>,
+) -> bool {
     false
 }
 
@@ -265,18 +294,16 @@ fn fits(GemmOperands { out, left, right }: &GemmOperands) -> bool {
 mod tests {
     use super::*;
     use crate::matrix::tests::random;
+    use crate::tensors::tests::{TestTensor, randn};
     use proptest::prelude::*;
-
-    fn wide(x: &Tensor) -> Tensor {
-        x.to_kind(Kind::Double)
-    }
+    use tch::kind::{DOUBLE_CPU, FLOAT_CPU};
 
     /// True if the norm of the error is within rounding: a single element may be the small
     /// difference of large ones.
     fn close(ours: &Tensor, plain: &Tensor, kind: Kind) -> bool {
         let tolerance = if kind == Kind::BFloat16 { 5e-3 } else { 1e-6 };
-        let off = (wide(ours) - plain).norm().double_value(&[]);
-        off <= tolerance * plain.norm().double_value(&[])
+        let off = (ours.to_f64() - plain).norm();
+        off.double_value(&[]) <= tolerance * plain.norm().double_value(&[])
     }
 
     proptest! {
@@ -297,10 +324,14 @@ mod tests {
             let k = if deep == 0 { k + 1100 } else { k };
             let left = random(m, k, transposed[0], kind);
             let right = random(k, n, transposed[1], kind);
-            let out_kind = if accumulate || overwrite { Kind::Float } else { kind };
+            let out_kind = if accumulate || overwrite {
+                Kind::Float
+            } else {
+                kind
+            };
             let out = random(m, n, transposed[2], out_kind);
-            let before = if accumulate { wide(&out) } else { wide(&out).zeros_like() };
-            let plain = before + wide(&left).matmul(&wide(&right));
+            let before = out.to_f64() * i64::from(accumulate);
+            let plain = before + left.to_f64().matmul(&right.to_f64());
             match (accumulate, overwrite) {
                 (true, _) => gemm_accumulate(&out, &left, &right),
                 (_, true) => gemm_overwrite(&out, &left, &right),
@@ -319,23 +350,22 @@ mod tests {
             let kind = if bf16 { Kind::BFloat16 } else { Kind::Float };
             let total = counts.iter().sum::<i64>();
             let groups = counts.len() as i64;
-            let random = |shape: &[i64], kind| {
-                Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind)
-            };
-            let rows = random(&[total, 24], kind);
-            let others = random(&[total, 40], kind);
-            let matrices = random(&[groups, 24, 40], kind);
-            let sums = random(&[groups, 40, 24], Kind::Float);
+            let rows = randn(&[total, 24], kind);
+            let others = randn(&[total, 40], kind);
+            let matrices = randn(&[groups, 24, 40], kind);
+            let sums = randn(&[groups, 40, 24], Kind::Float);
             tch::set_num_threads(threads);
             let ours = grouped_gemm(&rows, &[matrices.shallow_clone()], &counts);
-            let mut products = vec![Tensor::empty([0, 40], (Kind::Double, Device::Cpu))];
+            let mut products = vec![Tensor::empty([0, 40], DOUBLE_CPU)];
             let mut plain = Vec::new();
             let mut start = 0;
             for (group, &len) in counts.iter().enumerate() {
-                let rows = wide(&rows.narrow(0, start, len));
-                let others = wide(&others.narrow(0, start, len));
-                products.push(rows.matmul(&wide(&matrices.get(group as i64))));
-                let before = wide(&sums.get(group as i64)) * i64::from(accumulate);
+                let rows = rows.narrow(0, start, len).to_f64();
+                let others = others.narrow(0, start, len).to_f64();
+                let matrix = matrices.get(group as i64).to_f64();
+                products.push(rows.matmul(&matrix));
+                let sum = sums.get(group as i64).to_f64();
+                let before = sum * i64::from(accumulate);
                 plain.push(before + others.tr().matmul(&rows));
                 start += len;
             }
@@ -351,7 +381,7 @@ mod tests {
 
     #[test]
     fn groups_cost_as_much_as_their_rows() {
-        let matrices = Tensor::zeros([3, 5, 7], (Kind::Float, Device::Cpu));
+        let matrices = Tensor::zeros([3, 5, 7], FLOAT_CPU);
         let cost = grouped_cost(&groups(&[4, 0, 2]), &matrices, Kind::BFloat16);
         let expected = Cost {
             flops: 2.0 * 6.0 * 35.0,
@@ -368,7 +398,7 @@ mod tests {
             [(4, 5), (5, 6)].map(|(rows, columns)| random(rows, columns, false, Kind::Double));
         let plain = left.matmul(&right);
         assert_eq!(gemm(&left, &right), plain);
-        let sum = Tensor::ones([4, 6], (Kind::Double, Device::Cpu));
+        let sum = Tensor::ones([4, 6], DOUBLE_CPU);
         gemm_accumulate(&sum, &left, &right);
         assert!(sum.allclose(&(&plain + 1.0), 1e-12, 1e-12, false));
         gemm_overwrite(&sum, &left, &right);

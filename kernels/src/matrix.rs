@@ -14,7 +14,11 @@ pub(crate) struct GemmOperands<'a> {
 }
 
 impl GemmOperands<'_> {
-    pub(crate) fn of<'a>(out: &'a Tensor, left: &'a Tensor, right: &'a Tensor) -> GemmOperands<'a> {
+    pub(crate) fn of_tensors<'a>(
+        out: &'a Tensor,
+        left: &'a Tensor,
+        right: &'a Tensor,
+    ) -> GemmOperands<'a> {
         GemmOperands {
             out: Matrix::of(out),
             left: Matrix::of(left),
@@ -132,8 +136,9 @@ impl<'a> Matrix<'a> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::tensors::{sizes, tests::randn};
     use proptest::prelude::*;
-    use tch::Device;
+    use tch::kind::FLOAT_CPU;
 
     /// Returns a random matrix inside a larger one, so that its rows are not adjacent.
     pub(crate) fn random(rows: i64, columns: i64, transposed: bool, kind: Kind) -> Tensor {
@@ -142,7 +147,7 @@ pub(crate) mod tests {
         } else {
             (rows, columns)
         };
-        let all = Tensor::randn([outer + 3, inner + 3], (Kind::Float, Device::Cpu)).to_kind(kind);
+        let all = randn(&[outer + 3, inner + 3], kind);
         let slice = all.narrow(0, 1, outer).narrow(1, 2, inner);
         if transposed { slice.tr() } else { slice }
     }
@@ -169,15 +174,18 @@ pub(crate) mod tests {
         #[test]
         fn slices_match_libtorch(
             count in 1i64..4,
-            sizes in [1i64..7, 1i64..7],
+            limits in [1i64..7, 1i64..7],
             starts in [0usize..7, 0usize..7],
             lens in [0usize..7, 0usize..7],
             transposed: bool,
         ) {
-            let all = Tensor::arange(count * 6 * 6, (Kind::Float, Device::Cpu)).view([count, 6, 6]);
-            let all = all.narrow(1, 0, sizes[0].min(6)).narrow(2, 0, sizes[1].min(6));
+            let all = Tensor::arange(count * 6 * 6, FLOAT_CPU).view([count, 6, 6]);
+            let all = all
+                .narrow(1, 0, limits[0].min(6))
+                .narrow(2, 0, limits[1].min(6));
             let all = if transposed { all.transpose(1, 2) } else { all };
-            let sizes = [all.size()[1] as usize, all.size()[2] as usize];
+            let [_, rows, columns] = sizes(&all);
+            let sizes = [rows, columns];
             let starts = [0, 1].map(|dim| starts[dim].min(sizes[dim]));
             let lens = [0, 1].map(|dim| lens[dim].min(sizes[dim] - starts[dim]));
             for (index, matrix) in Matrix::each_of(&all).enumerate() {

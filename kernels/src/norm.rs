@@ -4,6 +4,7 @@ use crate::cuda;
 use crate::number::Number;
 use crate::profile::{Cost, span};
 use crate::rows::{HostData, for_kind, for_rows, host_kind, parts};
+use crate::tensors::{FIRST_DIM, LAST_DIM};
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
 
@@ -22,7 +23,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
         let Some(kind) = host_kind(&[x, weight]) else {
             let wide = x.to_kind(Kind::Float);
             let squares = wide.square();
-            let mean = squares.mean_dim([-1i64].as_slice(), true, Kind::Float);
+            let mean = squares.mean_dim(LAST_DIM, true, Kind::Float);
             let scale = (mean + eps).rsqrt();
             let normed = (&wide * &scale).to_kind(x.kind());
             return (normed * weight, scale);
@@ -63,12 +64,13 @@ pub fn rms_norm_backward(
         let out = x.empty_like();
         // Each range of rows has its own sums, which are added in order.
         let parts = parts(scale.numel(), width);
-        let sums = Tensor::zeros([parts as i64, width as i64], (Kind::Float, x.device()));
+        let shape = [parts as i64, width as i64];
+        let sums = Tensor::zeros(shape, (Kind::Float, x.device()));
         for_kind!(
             kind,
             backward_on_threads(grad, x, scale, weight, &out, &sums)
         );
-        let grad_weight = sums.sum_dim_intlist([0i64].as_slice(), false, Kind::Float);
+        let grad_weight = sums.sum_dim_intlist(FIRST_DIM, false, Kind::Float);
         (out, grad_weight)
     })
 }
@@ -85,7 +87,7 @@ fn backward_by_libtorch(
     let grad_weight = (&wide * &normed).sum_dim_intlist(rows.as_slice(), false, Kind::Float);
     let grad_normed = wide * weight.to_kind(Kind::Float);
     let products = &grad_normed * &normed;
-    let along = products.mean_dim([-1i64].as_slice(), true, Kind::Float);
+    let along = products.mean_dim(LAST_DIM, true, Kind::Float);
     let grad_x = (grad_normed - normed * along) * scale;
     (grad_x.to_kind(x.kind()), grad_weight)
 }
@@ -100,7 +102,7 @@ fn forward_on_threads<T: Number>(
 ) {
     let count = scale.numel();
     // SAFETY: `host_kind` has checked the inputs, and the caller creates the outputs.
-    let [x, weight, out] = [x, weight, out].map(|x| unsafe { HostData::<T>::of(x) });
+    let [x, weight, out] = unsafe { HostData::<T>::of_all([x, weight, out]) };
     // SAFETY: as above.
     let scale = unsafe { HostData::<f32>::of(scale) };
     for_rows(count, width, |_, rows| {
@@ -124,9 +126,9 @@ fn backward_on_threads<T: Number>(
     let count = scale.numel();
     let width = weight.numel();
     // SAFETY: `host_kind` has checked the inputs, and the caller creates the outputs.
-    let [grad, x, weight, out] = [grad, x, weight, out].map(|x| unsafe { HostData::<T>::of(x) });
+    let [grad, x, weight, out] = unsafe { HostData::<T>::of_all([grad, x, weight, out]) };
     // SAFETY: as above; `scale` is a result of `rms_norm`.
-    let [scale, sums] = [scale, sums].map(|x| unsafe { HostData::<f32>::of(x) });
+    let [scale, sums] = unsafe { HostData::<f32>::of_all([scale, sums]) };
     for_rows(count, width, |part, rows| {
         let grad = grad.rows(&rows, width);
         let x = x.rows(&rows, width);
@@ -155,15 +157,23 @@ fn sum(width: usize, term: impl Fn(usize) -> f32) -> f32 {
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn forward<T: Number>(x: &[T], weight: &[T], out: &mut [T], scale: &mut [f32], eps: f32) {
+fn forward<T: Number>(
+    input: &[T],
+    weight: &[T],
+    normed_rows: &mut [T],
+    scales: &mut [f32],
+    epsilon: f32,
+) {
     let width = weight.len();
-    let rows = x.chunks_exact(width).zip(out.chunks_exact_mut(width));
-    for ((x, out), scale) in rows.zip(scale) {
-        let squares = sum(width, |i| x[i].wide() * x[i].wide());
-        *scale = 1.0 / (squares / width as f32 + eps).sqrt();
-        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-            let normed = T::narrow(x.wide() * *scale);
-            *out = T::narrow(normed.wide() * weight.wide());
+    let rows = input
+        .chunks_exact(width)
+        .zip(normed_rows.chunks_exact_mut(width));
+    for ((input, normed_rows), scales) in rows.zip(scales) {
+        let squares = sum(width, |i| input[i].wide() * input[i].wide());
+        *scales = 1.0 / (squares / width as f32 + epsilon).sqrt();
+        for ((normed_rows, input), weight) in normed_rows.iter_mut().zip(input).zip(weight) {
+            let normed = T::narrow(input.wide() * *scales);
+            *normed_rows = T::narrow(normed.wide() * weight.wide());
         }
     }
 }
@@ -200,11 +210,11 @@ fn backward<T: Number>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::Device;
+    use crate::tensors::tests::{TestTensor, randn, tolerances};
 
     #[test]
     fn it_matches_the_formula() {
-        for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 2e-2)] {
+        for (kind, tolerance) in tolerances(1e-5, 2e-2) {
             for shape in [
                 &[0i64, 8] as &[i64],
                 &[1, 1],
@@ -212,22 +222,19 @@ mod tests {
                 &[3, 4, 96],
                 &[300, 64],
             ] {
-                let random =
-                    |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
+                let random = |shape: &[i64]| randn(shape, kind);
                 let width = shape[shape.len() - 1];
                 let x = random(shape);
                 let weight = random(&[width]);
                 let grad = random(shape);
-                let wide = |x: &Tensor| x.to_kind(Kind::Double).set_requires_grad(true);
+                let wide = |x: &Tensor| x.to_f64().set_requires_grad(true);
                 let wide_x = wide(&x);
                 let wide_weight = wide(&weight);
                 let squares = wide_x.square();
-                let mean = squares.mean_dim([-1i64].as_slice(), true, Kind::Double);
+                let mean = squares.mean_dim(LAST_DIM, true, Kind::Double);
                 let scale = (mean + 1e-5).rsqrt();
                 let plain = &wide_x * &scale * &wide_weight;
-                (&plain * grad.to_kind(Kind::Double))
-                    .sum(Kind::Double)
-                    .backward();
+                (&plain * grad.to_f64()).sum(Kind::Double).backward();
                 let (out, scale) = rms_norm(&x, &weight, 1e-5);
                 let (grad_x, grad_weight) = rms_norm_backward(&grad, &x, &scale, &weight);
                 for (ours, plain) in [
@@ -235,7 +242,7 @@ mod tests {
                     (&grad_x, &wide_x.grad()),
                     (&grad_weight, &wide_weight.grad()),
                 ] {
-                    let ours = ours.to_kind(Kind::Double);
+                    let ours = ours.to_f64();
                     assert!(
                         ours.allclose(plain, tolerance, tolerance * 4.0, false),
                         "{kind:?} {shape:?}"

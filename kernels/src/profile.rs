@@ -132,7 +132,10 @@ fn self_seconds(events: &[Event]) -> Vec<f64> {
                 && length(other) > length(event)
         };
         let enclosing = (0..events.len()).filter(|&other| encloses(&events[other]));
-        let by_length = |&a: &usize, &b: &usize| length(&events[a]).total_cmp(&length(&events[b]));
+        let by_length = |&a: &usize, &b: &usize| {
+            let [a, b] = [a, b].map(|index| length(&events[index]));
+            a.total_cmp(&b)
+        };
         if let Some(parent) = enclosing.min_by(by_length) {
             own[parent] -= length(event);
         }

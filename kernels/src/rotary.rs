@@ -7,6 +7,7 @@ use crate::number::Number;
 use crate::positions::RowPositions;
 use crate::profile::{Cost, span};
 use crate::rows::{HostData, for_kind, for_rows, host_kind};
+use crate::tensors::sizes;
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
 
@@ -16,8 +17,7 @@ use tch::{Kind, Tensor};
 pub fn apply_rotary(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
     let cost = || Cost::passes(2.0, x);
     span("rotary", "forward", cost, || {
-        let heads = x.size()[1] as usize;
-        let positions = x.size()[2] as usize;
+        let [_, heads, positions] = sizes(x);
         // A projection leaves memory order `[batch, sequence, heads, d]`.
         let heads_first = x.is_contiguous();
         let flat = if heads_first {
@@ -69,13 +69,13 @@ fn on_threads<T: Number>(
     out: &Tensor,
     order: RowPositions,
 ) {
-    let width = x.size()[3] as usize;
+    let [_, _, _, width] = sizes(x);
     let count = x.numel().checked_div(width).unwrap_or(0);
     let [cos, sin] = [cos, sin].map(|table| table.to_kind(Kind::Float));
     // SAFETY: `host_kind` has checked `x`, and the caller creates `out`.
-    let [x, out] = [x, out].map(|x| unsafe { HostData::<T>::of(x) });
+    let [x, out] = unsafe { HostData::<T>::of_all([x, out]) };
     // SAFETY: `host_kind` has checked the tables, which are fp32 now.
-    let [cos, sin] = [&cos, &sin].map(|table| unsafe { HostData::<f32>::of(table) });
+    let [cos, sin] = unsafe { HostData::<f32>::of_all([&cos, &sin]) };
     let angles = Angles {
         cos: cos.rows(&(0..order.positions), width / 2),
         sin: sin.rows(&(0..order.positions), width / 2),
@@ -136,13 +136,12 @@ fn rotate_rows<T: Number>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::Device;
+    use crate::tensors::tests::{TestTensor, randn, tolerances};
 
     #[test]
     fn pairs_rotate_by_the_angle_of_their_position() {
-        for (kind, tolerance) in [(Kind::Float, 1e-6), (Kind::BFloat16, 2e-2)] {
-            let random =
-                |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
+        for (kind, tolerance) in tolerances(1e-6, 2e-2) {
+            let random = |shape: &[i64]| randn(shape, kind);
             let cos = random(&[5, 3]);
             let sin = random(&[5, 3]);
             // Heads after positions, heads before positions, and a view with gaps.
@@ -152,11 +151,9 @@ mod tests {
                 random(&[2, 5, 8, 6]).narrow(2, 1, 4).transpose(1, 2),
             ];
             for x in layouts {
-                let ours = apply_rotary(&x, &cos, &sin).to_kind(Kind::Double);
-                let wide = |x: &Tensor| x.to_kind(Kind::Double);
-                let halves = wide(&x).chunk(2, -1);
-                let cos = wide(&cos);
-                let sin = wide(&sin);
+                let ours = apply_rotary(&x, &cos, &sin).to_f64();
+                let halves = x.to_f64().chunk(2, -1);
+                let [cos, sin] = [&cos, &sin].map(Tensor::to_f64);
                 let plain = [
                     &halves[0] * &cos - &halves[1] * &sin,
                     &halves[1] * &cos + &halves[0] * &sin,

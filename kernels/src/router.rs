@@ -11,6 +11,7 @@ use crate::profile::{Cost, span};
 use crate::routing::{RouterGradients, RouterOutput, RouterScoring};
 use crate::rows::{HostData, Indices, for_rows, host_kind};
 use crate::softmax::exponentials;
+use crate::tensors::{empty_f32, sizes};
 use multiversion::multiversion;
 use std::ops::Range;
 use tch::{Kind, Tensor};
@@ -24,14 +25,16 @@ const TINY: f32 = 1e-20;
 
 /// True if [`select_experts`], [`router`] and [`router_backward`] accept these logits.
 pub fn supports_router(logits_te: &Tensor) -> bool {
-    let is_matrix = logits_te.dim() == 2 && logits_te.size()[1] > 0;
-    let on_host = || host_kind(&[logits_te]).is_some();
-    let on_gpu = || gpu(logits_te).is_some();
-    logits_te.kind() == Kind::Float && is_matrix && (on_host() || on_gpu())
+    if logits_te.kind() != Kind::Float || logits_te.dim() != 2 {
+        return false;
+    }
+    let [_, experts] = sizes(logits_te);
+    experts > 0 && (host_kind(&[logits_te]).is_some() || gpu(logits_te).is_some())
 }
 
 fn gpu(logits_te: &Tensor) -> Option<&'static dyn cuda::Gpu> {
-    cuda::gpu(&[logits_te]).filter(|_| logits_te.size()[1] as usize <= cuda::MAX_EXPERTS)
+    let [_, experts] = sizes(logits_te);
+    cuda::gpu(&[logits_te]).filter(|_| experts <= cuda::MAX_EXPERTS)
 }
 
 /// Selects the `top_k` experts with the highest scores for each token, `[T, K]` int64.
@@ -48,8 +51,7 @@ pub fn select_experts(
     sigmoid: bool,
 ) -> Tensor {
     assert!(supports_router(logits_te));
-    let count = logits_te.size()[0];
-    let width = logits_te.size()[1] as usize;
+    let [count, width] = sizes(logits_te);
     assert!(top_k <= width, "top_k {top_k} exceeds {width} experts");
     let cost = || Cost::passes(1.0, logits_te);
     if let Some(gpu) = gpu(logits_te) {
@@ -58,13 +60,14 @@ pub fn select_experts(
     }
     let bias = bias_e.map(|bias| Vec::<f32>::try_from(bias).expect("the bias is fp32"));
     let bias = bias.unwrap_or_else(|| vec![0.0; width]);
-    let experts_tk = Tensor::empty([count, top_k as i64], (Kind::Int64, logits_te.device()));
+    let shape = [count as i64, top_k as i64];
+    let experts_tk = Tensor::empty(shape, (Kind::Int64, logits_te.device()));
     // SAFETY: the tensor is contiguous in host memory and has this dtype.
     let logits = unsafe { HostData::<f32>::of(logits_te) };
     // SAFETY: as above.
     let experts = unsafe { HostData::<i64>::of(&experts_tk) };
     span("router", "select_experts", cost, || {
-        for_rows(count as usize, LOGIT_COST * width, |_, rows| {
+        for_rows(count, LOGIT_COST * width, |_, rows| {
             // SAFETY: each row belongs to one thread.
             let experts = unsafe { experts.rows_mut(&rows, top_k) };
             select_experts_rows(logits.rows(&rows, width), &bias, sigmoid, experts, top_k);
@@ -94,10 +97,10 @@ pub fn router(
             cuda::router(gpu, logits_te, experts_tk, scoring, groups)
         });
     }
-    let all = Tokens::of(logits_te, experts_tk, groups);
+    let all = Tokens::chunked(logits_te, experts_tk, groups);
     let width = all.width;
     let top_k = all.top_k;
-    let weights_tk = Tensor::empty(experts_tk.size(), (Kind::Float, logits_te.device()));
+    let weights_tk = empty_f32(logits_te, sizes::<2>(experts_tk));
     let mut sums = vec![0f64; groups.len() * width];
     let mut z_sum = 0.0;
     span("router", "forward", cost, || {
@@ -128,7 +131,8 @@ pub fn router(
         }
     });
     let sums: Vec<f32> = sums.into_iter().map(|sum| sum as f32).collect();
-    let prob_sums_ge = Tensor::from_slice(&sums).view([groups.len() as i64, width as i64]);
+    let shape = [groups.len() as i64, width as i64];
+    let prob_sums_ge = Tensor::from_slice(&sums).view(shape);
     RouterOutput {
         weights_tk,
         prob_sums_ge,
@@ -154,10 +158,10 @@ pub fn router_backward(
             cuda::router_backward(gpu, logits_te, experts_tk, scoring, groups, grads)
         });
     }
-    let all = Tokens::of(logits_te, experts_tk, groups);
+    let all = Tokens::chunked(logits_te, experts_tk, groups);
     let width = all.width;
     let top_k = all.top_k;
-    let gradient = Tensor::empty(logits_te.size(), (Kind::Float, logits_te.device()));
+    let gradient = logits_te.empty_like();
     let elements = |tensor: Option<&Tensor>, count: usize| match tensor {
         Some(tensor) => {
             Vec::<f32>::try_from(tensor.contiguous().view([-1])).expect("gradients are fp32")
@@ -187,7 +191,7 @@ pub fn router_backward(
 
 /// Panics unless the experts match the logits and the groups cover the tokens.
 fn check_inputs(logits_te: &Tensor, experts_tk: &Tensor, groups: &[Range<usize>]) {
-    let count = logits_te.size()[0] as usize;
+    let [count] = sizes(logits_te);
     let in_order = groups
         .iter()
         .try_fold(0, |end, group| (group.start == end).then_some(group.end));
@@ -218,9 +222,14 @@ struct Tokens<'a> {
 }
 
 impl<'a> Tokens<'a> {
-    fn of(logits_te: &'a Tensor, experts_tk: &'a Tensor, groups: &[Range<usize>]) -> Tokens<'a> {
+    fn chunked(
+        logits_te: &'a Tensor,
+        experts_tk: &'a Tensor,
+        groups: &[Range<usize>],
+    ) -> Tokens<'a> {
         check_inputs(logits_te, experts_tk, groups);
-        let width = logits_te.size()[1] as usize;
+        let [_, width] = sizes(logits_te);
+        let [_, top_k] = sizes(experts_tk);
         // SAFETY: the tensor is contiguous in host memory and has this dtype.
         let logits = unsafe { HostData::<f32>::of(logits_te) };
         // SAFETY: as above.
@@ -236,7 +245,7 @@ impl<'a> Tokens<'a> {
             logits,
             experts,
             width,
-            top_k: experts_tk.size()[1] as usize,
+            top_k,
             chunks: chunks.collect(),
         }
     }
@@ -453,8 +462,11 @@ fn backward(
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::tensors::slice_rows;
+    use crate::tensors::tests::{TestTensor, randn};
+    use crate::tensors::{FIRST_DIM, LAST_DIM};
     use proptest::prelude::*;
-    use tch::Device;
+    use tch::kind::INT64_CPU;
 
     /// Returns consecutive ranges of these lengths.
     pub(crate) fn consecutive(lens: &[usize]) -> Vec<Range<usize>> {
@@ -474,7 +486,7 @@ pub(crate) mod tests {
         scoring: RouterScoring,
         groups: &[Range<usize>],
     ) -> [Tensor; 3] {
-        let sum = |x: &Tensor| x.sum_dim_intlist([-1i64].as_slice(), true, Kind::Double);
+        let sum = |x: &Tensor| x.sum_dim_intlist(LAST_DIM, true, Kind::Double);
         let soft = logits.softmax(-1, Kind::Double);
         let scores = if scoring.sigmoid {
             logits.sigmoid()
@@ -489,11 +501,10 @@ pub(crate) mod tests {
         } * scoring.scale;
         let probs = &scores / sum(&scores);
         let group_sum = |group: &Range<usize>| {
-            let probs = probs.narrow(0, group.start as i64, group.len() as i64);
-            probs.sum_dim_intlist([0i64].as_slice(), false, Kind::Double)
+            slice_rows(&probs, group).sum_dim_intlist(FIRST_DIM, false, Kind::Double)
         };
         let sums: Vec<Tensor> = groups.iter().map(group_sum).collect();
-        let normalizers = logits.logsumexp([-1i64].as_slice(), false);
+        let normalizers = logits.logsumexp(LAST_DIM, false);
         let z_sum = normalizers.square().sum(Kind::Double);
         [weights, Tensor::stack(&sums, 0), z_sum]
     }
@@ -514,17 +525,21 @@ pub(crate) mod tests {
             let top_k = top_k.min(width);
             let groups = consecutive(&lens);
             let count = lens.iter().sum::<usize>() as i64;
-            let scoring = RouterScoring { sigmoid, normalize, scale: 1.5 };
-            let logits = Tensor::randn([count, width], (Kind::Float, Device::Cpu)) * 3.0;
+            let scoring = RouterScoring {
+                sigmoid,
+                normalize,
+                scale: 1.5,
+            };
+            let logits = randn(&[count, width], Kind::Float) * 3.0;
             let experts = select_experts(&logits, None, top_k as usize, sigmoid);
             let ours = router(&logits, &experts, scoring, &groups);
             let ours = [ours.weights_tk, ours.prob_sums_ge, ours.z_sum];
-            let wide = logits.to_kind(Kind::Double).set_requires_grad(true);
+            let wide = logits.to_f64().set_requires_grad(true);
             let theirs = plain(&wide, &experts, scoring, &groups);
             // Only some of the outputs have a gradient.
             let random = |i: usize| {
                 let wanted = which >> i & 1 > 0;
-                wanted.then(|| Tensor::randn(theirs[i].size(), (Kind::Float, Device::Cpu)))
+                wanted.then(|| randn(&theirs[i].size(), Kind::Float))
             };
             let grads: [Option<Tensor>; 3] = std::array::from_fn(random);
             let mut loss = wide.sum(Kind::Double) * 0.0;
@@ -535,7 +550,7 @@ pub(crate) mod tests {
             }
             loss.backward();
             for (ours, theirs) in ours.iter().zip(&theirs) {
-                let ours = ours.to_kind(Kind::Double);
+                let ours = ours.to_f64();
                 prop_assert!(ours.allclose(&theirs.detach(), 1e-5, 1e-6, false));
             }
             let grads = RouterGradients {
@@ -544,7 +559,7 @@ pub(crate) mod tests {
                 z_sum: grads[2].as_ref(),
             };
             let gradient = router_backward(&logits, &experts, scoring, &groups, grads);
-            let wide_gradient = gradient.to_kind(Kind::Double);
+            let wide_gradient = gradient.to_f64();
             prop_assert!(wide_gradient.allclose(&wide.grad(), 1e-4, 1e-5, false));
             // The number of threads changes no bit.
             tch::set_num_threads(1);
@@ -565,18 +580,22 @@ pub(crate) mod tests {
             sigmoid: bool,
         ) {
             let top_k = top_k.min(width);
-            let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
-            let logits = random(&[count, width]);
-            let bias = random(&[width]) * 0.2;
+            let logits = randn(&[count, width], Kind::Float);
+            let bias = randn(&[width], Kind::Float) * 0.2;
             let scores = if sigmoid {
                 logits.sigmoid()
             } else {
                 logits.softmax(-1, Kind::Float)
             };
             let scores = if biased { scores + &bias } else { scores };
-            let ours = select_experts(&logits, biased.then_some(&bias), top_k as usize, sigmoid);
+            let bias = biased.then_some(&bias);
+            let ours = select_experts(&logits, bias, top_k as usize, sigmoid);
             let (best, _) = scores.topk(top_k, -1, true, true);
-            prop_assert!(scores.gather(1, &ours, false).allclose(&best, 1e-5, 1e-6, false));
+            prop_assert!(
+                scores
+                    .gather(1, &ours, false)
+                    .allclose(&best, 1e-5, 1e-6, false)
+            );
         }
     }
 
@@ -590,13 +609,14 @@ pub(crate) mod tests {
         let mut second = chosen[3..].to_vec();
         second.sort_unstable();
         second.dedup();
-        assert!(second.len() == 3 && second.iter().all(|expert| (0..4).contains(expert)));
+        let is_valid = |expert: &i64| (0..4).contains(expert);
+        assert!(second.len() == 3 && second.iter().all(is_valid));
         let scoring = RouterScoring {
             sigmoid: false,
             normalize: false,
             scale: 1.0,
         };
-        let experts = Tensor::zeros([2, 1], (Kind::Int64, Device::Cpu));
+        let experts = Tensor::zeros([2, 1], INT64_CPU);
         let output = router(&logits, &experts, scoring, &[0..1, 1..2]);
         assert!(output.z_sum.double_value(&[]).is_nan());
         assert!(output.weights_tk.double_value(&[1, 0]).is_nan());

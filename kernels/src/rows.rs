@@ -17,7 +17,8 @@ pub(crate) fn host_kind(tensors: &[&Tensor]) -> Option<Kind> {
     let fits = |tensor: &&Tensor| {
         tensor.device() == Device::Cpu && tensor.kind() == kind && tensor.is_contiguous()
     };
-    (matches!(kind, Kind::Float | Kind::BFloat16) && tensors.iter().all(fits)).then_some(kind)
+    let supported = matches!(kind, Kind::Float | Kind::BFloat16);
+    (supported && tensors.iter().all(fits)).then_some(kind)
 }
 
 /// Calls `body` for each index below `count`; each thread takes the next index when it is free.
@@ -43,13 +44,17 @@ pub(crate) fn parts(count: usize, width: usize) -> usize {
     }
 }
 
-/// Divides `count` rows of about `width` elements into [`parts`] ranges and calls `body` with the
-/// index and the rows of each, in parallel if the work is worth it.
-pub(crate) fn for_rows(count: usize, width: usize, body: impl Fn(usize, Range<usize>) + Sync) {
-    let parts = parts(count, width);
+/// Divides `row_count` rows of about `row_width` elements into [`parts`] ranges and calls `body`
+/// with the index and the rows of each, in parallel if the work is worth it.
+pub(crate) fn for_rows(
+    row_count: usize,
+    row_width: usize,
+    body: impl Fn(usize, Range<usize>) + Sync,
+) {
+    let parts = parts(row_count, row_width);
     on_threads(parts, |part| {
-        let start = count * part / parts;
-        let end = count * (part + 1) / parts;
+        let start = row_count * part / parts;
+        let end = row_count * (part + 1) / parts;
         let rows = start..end;
         if !rows.is_empty() {
             body(part, rows);
@@ -74,6 +79,15 @@ impl<T> HostData<T> {
             data: tensor.data_ptr().cast(),
             len: tensor.numel(),
         }
+    }
+
+    /// Returns the data of several tensors.
+    ///
+    /// # Safety
+    /// As for [`HostData::of`].
+    pub(crate) unsafe fn of_all<const N: usize>(tensors: [&Tensor; N]) -> [HostData<T>; N] {
+        // SAFETY: as the caller promises.
+        tensors.map(|tensor| unsafe { HostData::of(tensor) })
     }
 
     /// Returns rows of `width` elements.

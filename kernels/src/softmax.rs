@@ -5,6 +5,8 @@ use crate::exponential::exp;
 use crate::number::Number;
 use crate::profile::{Cost, span};
 use crate::rows::{HostData, Indices, for_kind, for_rows, host_kind};
+use crate::tensors::LAST_DIM;
+use crate::tensors::{empty_f32, sizes};
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
 
@@ -18,21 +20,20 @@ const LANES: usize = 16;
 pub fn softmax(logits: &Tensor, divisor: f64, out: &Tensor) -> (Tensor, Tensor) {
     let cost = || Cost::passes(2.0, logits);
     span("cross-entropy", "softmax", cost, || {
-        let count = logits.size()[0];
         if let Some(gpu) = cuda::gpu(&[logits, out]) {
             return cuda::softmax(gpu, logits, divisor, out);
         }
         let Some(kind) = host_kind(&[logits, out]) else {
             let wide = logits.to_kind(Kind::Float) / divisor;
-            let largest = wide.amax([-1i64].as_slice(), true);
+            let largest = wide.amax(LAST_DIM, true);
             let mut exponentials = (wide - &largest).exp_();
-            let sum = exponentials.sum_dim_intlist([-1i64].as_slice(), true, Kind::Float);
+            let sum = exponentials.sum_dim_intlist(LAST_DIM, true, Kind::Float);
             out.shallow_clone().copy_(&exponentials.divide_(&sum));
             return (largest.squeeze_dim(1), sum.squeeze_dim(1));
         };
-        let empty = || Tensor::empty([count], (Kind::Float, logits.device()));
-        let largest = empty();
-        let sum = empty();
+        let [count] = sizes(logits);
+        let largest = empty_f32(logits, [count]);
+        let sum = empty_f32(logits, [count]);
         let inverse = 1.0 / divisor as f32;
         for_kind!(
             kind,
@@ -42,31 +43,40 @@ pub fn softmax(logits: &Tensor, divisor: f64, out: &Tensor) -> (Tensor, Tensor) 
     })
 }
 
-/// Computes the gradient of the logits, `probs * scale - minus * onehot(labels)`, in place.
+/// Computes the gradient of the logits, `probs * prob_factors - label_factors * onehot(labels)`, in
+/// place.
 ///
-/// `probs` is `[T, V]`, `labels` is `[T]` int64, `scale` and `minus` are `[T]` fp32.
+/// `probs` is `[T, V]`, `labels` is `[T]` int64, `prob_factors` and `label_factors` are `[T]` fp32.
 ///
 /// # Panics
 /// If a label is out of range.
-pub fn softmax_gradient(probs: &Tensor, scale: &Tensor, labels: &Tensor, minus: &Tensor) {
+pub fn softmax_gradient(
+    probs: &Tensor,
+    prob_factors: &Tensor,
+    labels: &Tensor,
+    label_factors: &Tensor,
+) {
     let cost = || Cost::passes(2.0, probs);
     span("cross-entropy", "gradient", cost, || {
-        let count = probs.size()[0] as usize;
-        let fits = [scale, labels, minus]
+        let [count] = sizes(probs);
+        let fits = [prob_factors, labels, label_factors]
             .iter()
             .all(|x| x.is_contiguous() && x.numel() == count);
         let fits_gpu = fits
-            && cuda::same_device_contiguous(probs, scale, Kind::Float)
+            && cuda::same_device_contiguous(probs, prob_factors, Kind::Float)
             && cuda::same_device_contiguous(probs, labels, Kind::Int64)
-            && cuda::same_device_contiguous(probs, minus, Kind::Float);
+            && cuda::same_device_contiguous(probs, label_factors, Kind::Float);
         if let Some(gpu) = cuda::gpu(&[probs]).filter(|_| fits_gpu) {
-            return cuda::softmax_gradient(gpu, probs, scale, labels, minus);
+            return cuda::softmax_gradient(gpu, probs, prob_factors, labels, label_factors);
         }
         match host_kind(&[probs]).filter(|_| fits) {
-            Some(kind) => for_kind!(kind, gradient_on_threads(probs, scale, labels, minus)),
+            Some(kind) => for_kind!(
+                kind,
+                softmax_gradient_on_threads(probs, prob_factors, labels, label_factors)
+            ),
             None => {
-                let mut grad = probs.to_kind(Kind::Float) * scale.unsqueeze(1);
-                let grad = grad.scatter_add_(1, &labels.unsqueeze(1), &-minus.unsqueeze(1));
+                let mut grad = probs.to_kind(Kind::Float) * prob_factors.unsqueeze(1);
+                let grad = grad.scatter_add_(1, &labels.unsqueeze(1), &-label_factors.unsqueeze(1));
                 probs.shallow_clone().copy_(&grad);
             }
         }
@@ -80,17 +90,17 @@ fn softmax_on_threads<T: Number>(
     sum: &Tensor,
     inverse: f32,
 ) {
-    let count = sum.numel();
-    let width = logits.size()[1] as usize;
+    let [count, width] = sizes(logits);
     // SAFETY: `host_kind` has checked these, and the caller creates the others.
-    let [logits, out] = [logits, out].map(|x| unsafe { HostData::<T>::of(x) });
+    let [logits, out] = unsafe { HostData::<T>::of_all([logits, out]) };
     // SAFETY: as above.
-    let [largest, sum] = [largest, sum].map(|x| unsafe { HostData::<f32>::of(x) });
+    let [largest, sum] = unsafe { HostData::<f32>::of_all([largest, sum]) };
     for_rows(count, width, |_, rows| {
         let mut wide = vec![0f32; width];
         for row in rows {
             let rows = row..row + 1;
-            let (highest, total) = exponentials_of(logits.rows(&rows, width), &mut wide, inverse);
+            let (highest, total) =
+                vector_exponentials(logits.rows(&rows, width), &mut wide, inverse);
             // SAFETY: each row belongs to one thread.
             unsafe {
                 largest.rows_mut(&rows, 1)[0] = highest;
@@ -103,33 +113,42 @@ fn softmax_on_threads<T: Number>(
     });
 }
 
-fn gradient_on_threads<T: Number>(probs: &Tensor, scale: &Tensor, labels: &Tensor, minus: &Tensor) {
-    let count = probs.size()[0] as usize;
-    let width = probs.size()[1] as usize;
+fn softmax_gradient_on_threads<T: Number>(
+    probs: &Tensor,
+    prob_factors: &Tensor,
+    labels: &Tensor,
+    label_factors: &Tensor,
+) {
+    let [count, width] = sizes(probs);
     // SAFETY: the caller has checked all devices, layouts and dtypes.
     let probs = unsafe { HostData::<T>::of(probs) };
     // SAFETY: as above.
     let labels = unsafe { Indices::of(labels) };
     // SAFETY: as above.
-    let [scale, minus] = [scale, minus].map(|x| unsafe { HostData::<f32>::of(x) });
+    let [prob_factors, label_factors] =
+        unsafe { HostData::<f32>::of_all([prob_factors, label_factors]) };
     for_rows(count, width, |_, rows| {
         for row in rows {
             let rows = row..row + 1;
             // SAFETY: each row belongs to one thread.
             let probs = unsafe { probs.rows_mut(&rows, width) };
-            let scale = scale.rows(&rows, 1)[0];
-            let minus = minus.rows(&rows, 1)[0];
+            let prob_factors = prob_factors.rows(&rows, 1)[0];
+            let label_factors = label_factors.rows(&rows, 1)[0];
             let label = labels.rows(&rows, 1)[0] as usize;
-            let label_grad = probs[label].wide() * scale - minus;
-            scale_row(probs, scale);
+            let label_grad = probs[label].wide() * prob_factors - label_factors;
+            scale_row(probs, prob_factors);
             probs[label] = T::narrow(label_grad);
         }
     });
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn exponentials_of<T: Number>(logits: &[T], wide: &mut [f32], inverse: f32) -> (f32, f32) {
-    exponentials(logits, wide, inverse)
+fn vector_exponentials<T: Number>(
+    logits: &[T],
+    wide: &mut [f32],
+    inverse_divisor: f32,
+) -> (f32, f32) {
+    exponentials(logits, wide, inverse_divisor)
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
@@ -146,14 +165,18 @@ fn scale_row<T: Number>(row: &mut [T], scale: f32) {
     }
 }
 
-/// Writes `exp(logits * inverse - highest)` to `wide`, where `highest` is the maximum of
-/// `logits * inverse`. Returns `highest` and the sum of the exponentials.
+/// Writes `exp(logits * inverse_divisor - highest)` to `wide`, where `highest` is the maximum of
+/// `logits * inverse_divisor`. Returns `highest` and the sum of the exponentials.
 #[inline(always)]
-pub(crate) fn exponentials<T: Number>(logits: &[T], wide: &mut [f32], inverse: f32) -> (f32, f32) {
+pub(crate) fn exponentials<T: Number>(
+    logits: &[T],
+    wide: &mut [f32],
+    inverse_divisor: f32,
+) -> (f32, f32) {
     let mut highest = [f32::NEG_INFINITY; LANES];
     let scale = |wide: &mut [f32], logits: &[T], highest: &mut [f32; LANES]| {
         for ((wide, logit), highest) in wide.iter_mut().zip(logits).zip(highest) {
-            *wide = logit.wide() * inverse;
+            *wide = logit.wide() * inverse_divisor;
             // NaN is ignored here and propagates by the sum.
             *highest = if *wide > *highest { *wide } else { *highest };
         }
@@ -184,34 +207,33 @@ pub(crate) fn exponentials<T: Number>(logits: &[T], wide: &mut [f32], inverse: f
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::Device;
+    use crate::tensors::tests::{TestTensor, randn, tolerances};
+    use tch::kind::{FLOAT_CPU, INT64_CPU};
 
     #[test]
     fn vocabulary_shards_add_up_to_the_softmax_and_its_gradient() {
-        for (kind, tolerance) in [(Kind::Float, 2e-6), (Kind::BFloat16, 1e-2)] {
+        for (kind, tolerance) in tolerances(2e-6, 1e-2) {
             for (tokens, own, other) in [(0, 3, 2), (1, 1, 4), (9, 40, 7), (30, 500, 800)] {
-                let shape = [tokens, own + other];
-                let all = Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 4.0;
-                let all = all.to_kind(kind);
-                let wide = all.to_kind(Kind::Double) / 1.5;
+                let all = randn(&[tokens, own + other], kind) * 4.0;
+                let wide = all.to_f64() / 1.5;
                 let whole = wide.softmax(-1, Kind::Double).narrow(1, 0, own);
                 let logits = all.narrow(1, 0, own).contiguous();
                 let (largest, sum) = softmax(&logits, 1.5, &logits);
                 let own_sum = (wide.narrow(1, 0, own) - largest.unsqueeze(1))
                     .exp()
-                    .sum_dim_intlist([-1i64].as_slice(), false, Kind::Double);
-                let wide_sum = sum.to_kind(Kind::Double);
+                    .sum_dim_intlist(LAST_DIM, false, Kind::Double);
+                let wide_sum = sum.to_f64();
                 assert!(wide_sum.allclose(&own_sum, 1e-5, 1e-6, false));
                 // The weight of this shard in the softmax over the whole vocabulary.
-                let own_log = largest.to_kind(Kind::Double) + own_sum.log();
-                let share = (own_log - wide.logsumexp([-1i64].as_slice(), false)).exp();
-                let labels = Tensor::randint(own, [tokens], (Kind::Int64, Device::Cpu));
-                let minus = Tensor::rand([tokens], (Kind::Float, Device::Cpu));
+                let own_log = largest.to_f64() + own_sum.log();
+                let share = (own_log - wide.logsumexp(LAST_DIM, false)).exp();
+                let labels = Tensor::randint(own, [tokens], INT64_CPU);
+                let minus = Tensor::rand([tokens], FLOAT_CPU);
                 let scale = (share * 0.5).to_kind(Kind::Float);
                 softmax_gradient(&logits, &scale, &labels, &minus);
-                let minus = minus.to_kind(Kind::Double).unsqueeze(1);
+                let minus = minus.to_f64().unsqueeze(1);
                 let plain = (whole * 0.5).scatter_add(1, &labels.unsqueeze(1), &-minus);
-                let ours = logits.to_kind(Kind::Double);
+                let ours = logits.to_f64();
                 assert!(
                     ours.allclose(&plain, tolerance, tolerance, false),
                     "{kind:?}"

@@ -57,17 +57,21 @@ fn squares(x: &[f32]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensors::tests::{TestTensor, randn};
     use proptest::prelude::*;
-    use tch::Device;
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(200))]
         #[test]
-        fn it_matches_libtorch(count in 0i64..100_000, threads in 1i32..4, wide: bool) {
+        fn it_matches_libtorch(
+            count in 0i64..100_000,
+            threads in 1i32..4,
+            wide: bool,
+        ) {
             tch::set_num_threads(threads);
             let kind = if wide { Kind::Float } else { Kind::BFloat16 };
-            let x = Tensor::randn([count], (Kind::Float, Device::Cpu)).to_kind(kind);
-            let plain = x.to_kind(Kind::Double).square().sum(Kind::Double);
+            let x = randn(&[count], kind);
+            let plain = x.to_f64().square().sum(Kind::Double);
             let plain = plain.double_value(&[]);
             let ours = sum_of_squares(&x).double_value(&[]);
             let tolerance = if wide { 1e-6 } else { 1e-2 };

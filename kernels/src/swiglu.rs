@@ -5,6 +5,7 @@ use crate::exponential::exp;
 use crate::number::Number;
 use crate::profile::{Cost, span};
 use crate::rows::{HostData, for_kind, for_rows, host_kind};
+use crate::tensors::{empty_as, sizes};
 use multiversion::multiversion;
 use tch::Tensor;
 
@@ -19,10 +20,9 @@ pub fn swiglu(hidden: &Tensor) -> Tensor {
             let halves = hidden.chunk(2, -1);
             return halves[0].silu().multiply_(&halves[1]);
         };
-        let rows = hidden.size()[0];
-        let ffn = hidden.size()[1] / 2;
-        let out = Tensor::empty([rows, ffn], (kind, hidden.device()));
-        for_kind!(kind, forward_on_threads(hidden, &out, ffn as usize));
+        let [rows, width] = sizes(hidden);
+        let out = empty_as(hidden, [rows, width / 2]);
+        for_kind!(kind, forward_on_threads(hidden, &out));
         out
     })
 }
@@ -54,10 +54,10 @@ pub fn swiglu_backward(grad: &Tensor, hidden: &Tensor) -> (Tensor, Tensor) {
     })
 }
 
-fn forward_on_threads<T: Number>(hidden: &Tensor, out: &Tensor, ffn: usize) {
-    let count = out.size()[0] as usize;
+fn forward_on_threads<T: Number>(hidden: &Tensor, out: &Tensor) {
+    let [count, ffn] = sizes(out);
     // SAFETY: `host_kind` has checked `hidden`, and the caller creates `out`.
-    let [hidden, out] = [hidden, out].map(|x| unsafe { HostData::<T>::of(x) });
+    let [hidden, out] = unsafe { HostData::<T>::of_all([hidden, out]) };
     for_rows(count, 2 * ffn, |_, rows| {
         // SAFETY: each row belongs to one thread.
         let out = unsafe { out.rows_mut(&rows, ffn) };
@@ -65,26 +65,31 @@ fn forward_on_threads<T: Number>(hidden: &Tensor, out: &Tensor, ffn: usize) {
     });
 }
 
-fn backward_on_threads<T: Number>(grad: &Tensor, hidden: &Tensor, out: &Tensor, result: &Tensor) {
-    let count = grad.size()[0] as usize;
-    let ffn = grad.size()[1] as usize;
+fn backward_on_threads<T: Number>(
+    grad: &Tensor,
+    hidden: &Tensor,
+    grad_hidden: &Tensor,
+    activation: &Tensor,
+) {
+    let [count, ffn] = sizes(grad);
     // SAFETY: `host_kind` has checked all four.
-    let [grad, hidden, out, result] =
-        [grad, hidden, out, result].map(|x| unsafe { HostData::<T>::of(x) });
+    let [grad, hidden, grad_hidden, activation] =
+        unsafe { HostData::<T>::of_all([grad, hidden, grad_hidden, activation]) };
     for_rows(count, 2 * ffn, |_, rows| {
         let grad = grad.rows(&rows, ffn);
         let hidden = hidden.rows(&rows, 2 * ffn);
         // SAFETY: each row belongs to one thread.
-        let out = unsafe { out.rows_mut(&rows, 2 * ffn) };
+        let grad_hidden = unsafe { grad_hidden.rows_mut(&rows, 2 * ffn) };
         // SAFETY: as above.
-        let result = unsafe { result.rows_mut(&rows, ffn) };
-        backward(grad, hidden, out, result, ffn);
+        let activation = unsafe { activation.rows_mut(&rows, ffn) };
+        backward(grad, hidden, grad_hidden, activation, ffn);
     });
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 fn forward<T: Number>(hidden: &[T], out: &mut [T], ffn: usize) {
-    for (hidden, out) in hidden.chunks_exact(2 * ffn).zip(out.chunks_exact_mut(ffn)) {
+    let outputs = out.chunks_exact_mut(ffn);
+    for (hidden, out) in hidden.chunks_exact(2 * ffn).zip(outputs) {
         let (gate, up) = hidden.split_at(ffn);
         for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
             let x = gate.wide();
@@ -94,16 +99,22 @@ fn forward<T: Number>(hidden: &[T], out: &mut [T], ffn: usize) {
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn backward<T: Number>(grad: &[T], hidden: &[T], out: &mut [T], result: &mut [T], ffn: usize) {
+fn backward<T: Number>(
+    grad: &[T],
+    hidden: &[T],
+    grad_hidden: &mut [T],
+    activation: &mut [T],
+    ffn: usize,
+) {
     let inputs = grad.chunks_exact(ffn).zip(hidden.chunks_exact(2 * ffn));
-    let grads = out.chunks_exact_mut(2 * ffn);
-    let outputs = grads.zip(result.chunks_exact_mut(ffn));
-    for ((grad, hidden), (out, result)) in inputs.zip(outputs) {
+    let grads = grad_hidden.chunks_exact_mut(2 * ffn);
+    let outputs = grads.zip(activation.chunks_exact_mut(ffn));
+    for ((grad, hidden), (grad_hidden, activation)) in inputs.zip(outputs) {
         let (gate, up) = hidden.split_at(ffn);
-        let (grad_gate, grad_up) = out.split_at_mut(ffn);
+        let (grad_gate, grad_up) = grad_hidden.split_at_mut(ffn);
         let inputs = grad.iter().zip(gate).zip(up);
-        let outputs = grad_gate.iter_mut().zip(grad_up).zip(result);
-        for (((grad, gate), up), ((grad_gate, grad_up), result)) in inputs.zip(outputs) {
+        let outputs = grad_gate.iter_mut().zip(grad_up).zip(activation);
+        for (((grad, gate), up), ((grad_gate, grad_up), activation)) in inputs.zip(outputs) {
             let grad = grad.wide();
             let x = gate.wide();
             let up = up.wide();
@@ -111,9 +122,10 @@ fn backward<T: Number>(grad: &[T], hidden: &[T], out: &mut [T], result: &mut [T]
             // The same bits as in the forward pass.
             let silu = x / denominator;
             let sigmoid = 1.0 / denominator;
-            *result = T::narrow(silu * up);
+            *activation = T::narrow(silu * up);
             *grad_up = T::narrow(grad * silu);
-            *grad_gate = T::narrow(grad * up * sigmoid * (1.0 + x * (1.0 - sigmoid)));
+            let factor = 1.0 + x * (1.0 - sigmoid);
+            *grad_gate = T::narrow(grad * up * sigmoid * factor);
         }
     }
 }
@@ -121,27 +133,22 @@ fn backward<T: Number>(grad: &[T], hidden: &[T], out: &mut [T], result: &mut [T]
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::{Device, Kind};
+    use crate::tensors::tests::{TestTensor, randn, tolerances};
+    use tch::Kind;
 
     #[test]
     fn it_matches_libtorch() {
-        for (kind, tolerance) in [(Kind::Float, 2e-6), (Kind::BFloat16, 8e-3)] {
+        for (kind, tolerance) in tolerances(2e-6, 8e-3) {
             for (rows, ffn) in [(0, 4), (1, 1), (3, 7), (67, 96)] {
-                let random = |shape: &[i64]| {
-                    let x = Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 3.0;
-                    x.to_kind(kind)
-                };
-                let hidden = random(&[rows, 2 * ffn]);
-                let grad = random(&[rows, ffn]);
-                let wide = hidden.to_kind(Kind::Double).set_requires_grad(true);
+                let hidden = randn(&[rows, 2 * ffn], kind) * 3.0;
+                let grad = randn(&[rows, ffn], kind) * 3.0;
+                let wide = hidden.to_f64().set_requires_grad(true);
                 let halves = wide.chunk(2, -1);
                 let plain = halves[0].silu() * &halves[1];
-                (&plain * grad.to_kind(Kind::Double))
-                    .sum(Kind::Double)
-                    .backward();
+                (&plain * grad.to_f64()).sum(Kind::Double).backward();
                 let close = |ours: Tensor, plain: &Tensor| {
                     assert_eq!(ours.kind(), kind);
-                    let ours = ours.to_kind(Kind::Double);
+                    let ours = ours.to_f64();
                     assert!(
                         ours.allclose(plain, tolerance, tolerance, false),
                         "{kind:?} {rows}"

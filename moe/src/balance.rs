@@ -1,39 +1,42 @@
-//! Load balancing: the auxiliary loss over chosen statistics, the z-loss, and the loss-free bias.
+//! Load balancing: the auxiliary loss, the z-loss, and the loss-free bias.
 //!
-//! For a group of `n` tokens with `c_e` routed tokens of expert `e` and mean router probability `p_e`, the loss is
-//! `E / (K n) * sum_e c_e p_e`, 1 when balanced (Switch Transformer, arXiv 2101.03961, eq. 4, over K routed tokens). What
-//! a group is, is [`BalanceScope`]. All losses are *contributions*: summed over microbatches and ranks they give the
-//! value for the whole batch, the same in every layout.
+//! For a group of `n` tokens, with `c_e` routed tokens of expert `e` and mean router probability
+//! `p_e`, the loss is `E / (K n) * sum_e c_e p_e`. It is 1 when balanced (Switch Transformer, arXiv
+//! 2101.03961, eq. 4, over K routed tokens). [`BalanceScope`] defines the groups. All losses are
+//! *contributions*: their sum over microbatches and ranks is the value of the whole batch in every
+//! layout.
 // Shapes: L layers, G groups of tokens, E experts.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-/// The tokens over which expert use is balanced.
+/// Tokens over which expert use is balanced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum BalanceScope {
-    /// Each sequence by itself.
+    /// Each sequence separately.
     Sequence,
-    /// Each microbatch: changes with the microbatch's size, as in most trainers.
+    /// Each microbatch, as in most trainers. The loss depends on the size of the microbatch.
     Microbatch,
-    /// All tokens of a step, on all ranks (arXiv 2501.11873). This costs one more forward pass per microbatch, to
-    /// count before the first backward.
+    /// All tokens of a step, on all ranks (arXiv 2501.11873). Counting them before the first
+    /// backward costs one more forward pass per microbatch.
     Batch,
 }
 
-/// What one layer's router did in one forward.
+/// Statistics of one layer's router in one forward pass.
 pub struct RouterStats {
-    /// `[G, E]` fp32, no gradient: routed tokens of each expert by all tokens of the group, on whatever rank.
+    /// `[G, E]` fp32, no gradient: routed tokens per expert, of the group's tokens on all ranks.
     pub counts_ge: Tensor,
-    /// `[G, E]` fp32, differentiable: router probabilities summed over the group's tokens on this rank.
+    /// `[G, E]` fp32, differentiable: router probabilities summed over the group's tokens on this
+    /// rank.
     pub prob_sums_ge: Tensor,
-    /// Scalar fp32, differentiable: sum over this rank's tokens of the squared log-sum-exp of the logits.
+    /// Scalar fp32, differentiable: squared log-sum-exp of the logits, summed over this rank's
+    /// tokens.
     pub z_sum: Tensor,
 }
 
-/// The parts of a whole step that one forward is measured against.
+/// Totals of a whole step, which normalize the contribution of one forward pass.
 pub struct BatchTotals<'a> {
     /// Groups of tokens in the whole step, over all ranks and microbatches.
     pub groups: f64,
@@ -43,8 +46,10 @@ pub struct BatchTotals<'a> {
     pub counts_le: Option<&'a Tensor>,
 }
 
-/// This forward's contribution to the load-balancing loss, a scalar: summed over layers, or with `pool_layers`
-/// computed once from statistics averaged over layers, as HF transformers does.
+/// Returns one forward's contribution to the load-balancing loss, a scalar summed over layers.
+///
+/// If `pool_layers` is true, it is computed once from statistics averaged over layers, like in HF
+/// transformers.
 pub fn load_balance_loss(
     stats: &[RouterStats],
     top_k: usize,
@@ -56,11 +61,11 @@ pub fn load_balance_loss(
     };
     let probs_lge = stack(|s| &s.prob_sums_ge);
     let (counts_lge, tokens, weight) = match totals.counts_le {
-        // One group, the step: counts are the step's, probabilities this forward's part of its mean.
+        // One group, the step. The probabilities are this forward's part of the group's mean.
         Some(counts_le) => (counts_le.unsqueeze(1), totals.tokens, 1.0),
         None => {
             let counts_lge = stack(|s| &s.counts_ge);
-            // Groups of one forward have the same number of tokens.
+            // All groups of one forward have an equal number of tokens.
             let tokens = tokens_per_group(&stats[0], top_k);
             (counts_lge, tokens, 1.0 / totals.groups)
         }
@@ -82,21 +87,23 @@ fn tokens_per_group(stats: &RouterStats, top_k: usize) -> f64 {
     routed_tokens / top_k as f64 / stats.counts_ge.size()[0] as f64
 }
 
-/// This forward's contribution to the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5), summed over layers.
+/// Returns one forward's contribution to the router z-loss, summed over layers (ST-MoE, arXiv
+/// 2202.08906, eq. 5).
 pub fn z_loss(stats: &[RouterStats], totals: &BatchTotals) -> Tensor {
-    Tensor::stack(&stats.iter().map(|s| &s.z_sum).collect::<Vec<_>>(), 0).sum(Kind::Float)
-        / totals.tokens
+    let z_sums: Vec<&Tensor> = stats.iter().map(|s| &s.z_sum).collect();
+    Tensor::stack(&z_sums, 0).sum(Kind::Float) / totals.tokens
 }
 
-/// Moves the loss-free bias `[E]` by `rate` towards the experts used less than the mean, given the routed tokens
-/// `counts_e` `[E]` of the whole step (arXiv 2408.15664, algorithm 1).
+/// Adds `rate` to the loss-free bias `[E]` of experts with fewer routed tokens than the mean, and
+/// subtracts it from the others (arXiv 2408.15664, algorithm 1). `counts_e` `[E]` are the routed
+/// tokens of the whole step.
 pub fn update_bias(bias_e: &mut Tensor, counts_e: &Tensor, rate: f64) {
     tch::no_grad(|| {
         let counts_e = counts_e.to_kind(Kind::Float);
         let below = (counts_e.mean(Kind::Float) - &counts_e).sign();
         let _ = bias_e
             .f_add_(&(below * rate))
-            .expect("bias and counts have one number an expert");
+            .expect("the bias has one number per expert, like the counts");
     });
 }
 
@@ -120,20 +127,18 @@ mod tests {
         }
     }
 
+    fn loss(stats: &[RouterStats], top_k: usize, totals: &BatchTotals) -> f64 {
+        load_balance_loss(stats, top_k, false, totals).double_value(&[])
+    }
+
     #[test]
     fn balanced_is_one_and_collapsed_is_the_number_of_experts() {
         let balanced = stats(&[2., 2., 2., 2.], &[1., 1., 1., 1.], 1);
-        assert!(
-            (load_balance_loss(&[balanced], 2, false, &totals(1.0, 4.0)).double_value(&[]) - 1.0)
-                .abs()
-                < 1e-6
-        );
+        let balanced_loss = loss(&[balanced], 2, &totals(1.0, 4.0));
+        assert!((balanced_loss - 1.0).abs() < 1e-6);
         let collapsed = stats(&[4., 0., 0., 0.], &[4., 0., 0., 0.], 1);
-        assert!(
-            (load_balance_loss(&[collapsed], 1, false, &totals(1.0, 4.0)).double_value(&[]) - 4.0)
-                .abs()
-                < 1e-6
-        );
+        let collapsed_loss = loss(&[collapsed], 1, &totals(1.0, 4.0));
+        assert!((collapsed_loss - 4.0).abs() < 1e-6);
     }
 
     #[test]
@@ -141,41 +146,27 @@ mod tests {
         let a = stats(&[3., 1.], &[2.5, 1.5], 1);
         let b = stats(&[1., 3.], &[2., 2.], 1);
         let whole = Tensor::from_slice(&[4f32, 4.]).view([1, 2]);
-        let totals = BatchTotals {
-            groups: 2.0,
-            tokens: 8.0,
+        let of_batch = BatchTotals {
             counts_le: Some(&whole),
+            ..totals(2.0, 8.0)
         };
-        let parts: f64 = [a, b]
-            .map(|s| load_balance_loss(&[s], 1, false, &totals).double_value(&[]))
-            .iter()
-            .sum();
+        let contributions = [a, b].map(|stats| loss(&[stats], 1, &of_batch));
+        let sum: f64 = contributions.iter().sum();
         let once = stats(&[4., 4.], &[4.5, 3.5], 1);
-        let expected = load_balance_loss(
-            &[once],
-            1,
-            false,
-            &BatchTotals {
-                groups: 1.0,
-                tokens: 8.0,
-                counts_le: None,
-            },
-        );
-        assert!((parts - expected.double_value(&[])).abs() < 1e-6);
+        let expected = loss(&[once], 1, &totals(1.0, 8.0));
+        assert!((sum - expected).abs() < 1e-6);
     }
 
     #[test]
-    fn sequences_are_balanced_one_by_one() {
+    fn sequences_are_balanced_separately() {
         let two = stats(&[2., 0., 0., 2.], &[2., 0., 0., 2.], 2);
         // Each sequence is collapsed although the batch is balanced.
-        assert!(
-            (load_balance_loss(&[two], 1, false, &totals(2.0, 4.0)).double_value(&[]) - 2.0).abs()
-                < 1e-6
-        );
+        let loss = loss(&[two], 1, &totals(2.0, 4.0));
+        assert!((loss - 2.0).abs() < 1e-6);
     }
 
     #[test]
-    fn the_bias_moves_towards_the_unused() {
+    fn the_bias_moves_towards_rarely_used_experts() {
         let mut bias = Tensor::from_slice(&[0f32, 0., 0.]);
         update_bias(&mut bias, &Tensor::from_slice(&[9f32, 3., 6.]), 0.1);
         assert_eq!(Vec::<f32>::try_from(bias).unwrap(), [-0.1, 0.1, 0.0]);

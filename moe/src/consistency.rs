@@ -1,9 +1,10 @@
-//! How alike the choices of neighbouring tokens are: local routing consistency (arXiv 2505.16056), which says what a cache
-//! of experts, or one set of them for a segment of tokens, would be worth.
+//! Local routing consistency: how alike neighboring tokens are routed (arXiv 2505.16056).
+//!
+//! It predicts the value of an expert cache, or of one set of experts per segment of tokens.
 
-/// How often each expert is active in each segment of `segment` tokens of sequences of `sequence` tokens, from `experts`
-/// `[T * K]`; what is left over at the end of a sequence is not counted.
-fn counts(
+/// Counts the tokens of each expert in each segment of `segment` tokens. Experts are `[T * K]`, of
+/// sequences of `sequence` tokens; the remainder of a sequence is not counted.
+fn count_by_segment(
     experts: &[i64],
     top_k: usize,
     num_experts: usize,
@@ -14,18 +15,19 @@ fn counts(
     let segments = sequences.flat_map(|sequence| sequence.chunks_exact(segment * top_k));
     let count = |segment: &[i64]| {
         let mut counts = vec![0; num_experts];
-        segment
-            .iter()
-            .for_each(|&expert| counts[expert as usize] += 1);
+        for &expert in segment {
+            counts[expert as usize] += 1;
+        }
         counts
     };
     segments.map(count).collect()
 }
 
-/// Segment routing best performance: the best F1 with which one set of experts for each segment, those that are active in
-/// at least so many of its tokens, covers what its tokens choose. 1: all tokens of a segment choose alike.
+/// Returns the segment routing best performance (SRP): how well one set of experts per segment
+/// covers the routed tokens, as the best F1 score. 1 if all tokens of a segment use equal experts.
 ///
-/// None where no sequence has a whole segment.
+/// The set has the experts that at least a number of the segment's tokens use, and that number is
+/// the best one. Returns None if no sequence has a whole segment.
 pub fn segment_routing(
     experts: &[i64],
     top_k: usize,
@@ -33,35 +35,37 @@ pub fn segment_routing(
     sequence: usize,
     segment: usize,
 ) -> Option<f64> {
-    let counts = counts(experts, top_k, num_experts, sequence, segment);
-    let f1 = |least: usize| {
+    let counts = count_by_segment(experts, top_k, num_experts, sequence, segment);
+    let f1 = |min_tokens: usize| {
         let mut covered = 0;
-        let mut in_vain = 0;
+        let mut unused = 0;
         let mut missed = 0;
         for &count in counts.iter().flatten() {
-            if count >= least {
+            if count >= min_tokens {
                 covered += count;
-                in_vain += segment - count;
+                unused += segment - count;
             } else {
                 missed += count;
             }
         }
-        2.0 * covered as f64 / (2 * covered + in_vain + missed).max(1) as f64
+        2.0 * covered as f64 / (2 * covered + unused + missed).max(1) as f64
     };
     (!counts.is_empty()).then(|| (1..=segment).map(f1).fold(0.0, f64::max))
 }
 
-/// Segment cache best hit rate: the share of choices that a cache of `cache` experts meets, the best ones for each segment.
+/// Returns the segment cache best hit rate (SCH): the share of routed tokens that find their expert
+/// in a cache of the `cache` best experts of each segment.
 ///
-/// None where no sequence has a whole segment.
+/// Returns None if no sequence has a whole segment.
 pub fn segment_cache(
     experts: &[i64],
     top_k: usize,
     num_experts: usize,
     sequence: usize,
-    (segment, cache): (usize, usize),
+    segment: usize,
+    cache: usize,
 ) -> Option<f64> {
-    let counts = counts(experts, top_k, num_experts, sequence, segment);
+    let counts = count_by_segment(experts, top_k, num_experts, sequence, segment);
     let mut hits = 0;
     let all = counts.len() * segment * top_k;
     for mut counts in counts {
@@ -76,29 +80,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tokens_that_choose_alike_are_consistent() {
+    fn tokens_with_equal_experts_are_consistent() {
         let same = [0i64, 1].repeat(8);
         assert_eq!(segment_routing(&same, 2, 8, 8, 4), Some(1.0));
-        assert_eq!(segment_cache(&same, 2, 8, 8, (4, 2)), Some(1.0));
-        assert_eq!(segment_cache(&same, 2, 8, 8, (4, 1)), Some(0.5));
+        assert_eq!(segment_cache(&same, 2, 8, 8, 4, 2), Some(1.0));
+        assert_eq!(segment_cache(&same, 2, 8, 8, 4, 1), Some(0.5));
     }
 
     #[test]
-    fn by_hand() {
+    fn small_cases_by_hand() {
         // One segment of 4 tokens: expert 0 is active in 3, expert 1 in 1.
         let experts = [0i64, 0, 1, 0];
-        // {0}: covers 3, in vain 1, misses 1: F1 = 6 / 8; {0, 1}: covers 4, in vain 4: 8 / 12.
+        // {0}: 3 covered, 1 unused, 1 missed: F1 = 6 / 8. {0, 1}: 4 covered, 4 unused: 8 / 12.
         assert_eq!(segment_routing(&experts, 1, 4, 4, 4), Some(0.75));
-        assert_eq!(segment_cache(&experts, 1, 4, 4, (4, 1)), Some(0.75));
+        assert_eq!(segment_cache(&experts, 1, 4, 4, 4, 1), Some(0.75));
         // Sequences of 3 tokens have no segment of 4.
         assert_eq!(segment_routing(&experts[..3], 1, 4, 3, 4), None);
     }
 
     #[test]
-    fn tokens_that_share_nothing_are_as_bad_as_it_gets() {
+    fn tokens_without_common_experts_are_least_consistent() {
         let experts: Vec<i64> = (0..16).collect();
         let one = segment_routing(&experts, 1, 16, 16, 16).unwrap();
         assert!((one - 2.0 * 16.0 / (32.0 + 240.0)).abs() < 1e-9, "{one}");
-        assert_eq!(segment_cache(&experts, 1, 16, 16, (16, 4)), Some(0.25));
+        assert_eq!(segment_cache(&experts, 1, 16, 16, 16, 4), Some(0.25));
     }
 }

@@ -1,22 +1,26 @@
-//! Dispatch and combine: tokens go to the ranks that work on their experts, and their results come back.
+//! Dispatch and combine: tokens go to the ranks that compute their experts, and results return.
 //!
-//! Which rank works on a choice is planned from the routed tokens of all ranks: its expert's home, or, where ranks would be loaded
-//! unevenly, another one that borrows the weights ([`LeastLoaded`]). Rows go straight there, or to their node first
-//! ([`Hierarchy`]).
+//! The plan follows from the routed tokens of all ranks. An expert's tokens go to its home, or, if
+//! loads would be uneven, also to helpers that the home lends the weights to ([`LeastLoaded`]).
+//! Rows are sent there directly, or through one rank of each node ([`Hierarchy`]).
 //!
 //! # Collective
-//! Every rank of the expert group, in the same order: one all-gather of counts, one all-to-all of rows there, one back; in
-//! backward the last two again, in reverse. Hierarchical dispatch adds three small ones more.
+//! Every rank of the expert group, in the same order: an all-gather of counts, an all-to-all of
+//! rows to the experts, and one back. Backward repeats the last two in reverse order.
+//! Hierarchical dispatch adds three small exchanges.
 
+pub use crate::hierarchy::Hierarchy;
+
+use crate::exchange::{AllToAll, DispatchRoute, PendingRows, TokenExchange};
 use crate::hierarchy;
+use crate::lending::assignment::Assignment;
 use crate::lending::least_loaded::Planner;
 use crate::lending::transfer::{Lending, PendingWeights};
-use crate::permute::{Permutation, permute_rows};
+use crate::permute::Permutation;
 use crate::plan::{
-    ExpertTopology, RankPlan, chunk_range, count_tokens_per_expert, plan_receive, plan_send,
-    rank_plan,
+    ExpertTopology, RankPlan, RoutedTokens, RowTarget, chunk_range, count_tokens_per_expert,
+    plan_receive, plan_send, rank_plan,
 };
-use parallel::collectives::{PendingAllToAll, start_all_to_all};
 use parallel::{Activation, Communicator, Weight, Work};
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -24,212 +28,61 @@ use std::time::Instant;
 use tch::{Device, Kind, Tensor};
 use torch_ext::Error;
 
-/// Full ranks lend experts to others.
+/// Least-loaded dispatch: overloaded owners lend experts to helpers.
 #[derive(Clone)]
 pub struct LeastLoaded {
-    /// Decides which, for all layers.
+    /// Plans the lending of all layers.
     pub planner: Arc<Mutex<Planner>>,
-    /// The ranks of the expert group; nothing but weights and their gradients travels here.
+    /// The ranks of the expert group; carries only weights and their gradients.
     pub lending: Arc<dyn Communicator>,
 }
 
-/// A token crosses to a node once, whatever the number of its experts there, and is forwarded within the node.
-#[derive(Clone)]
-pub struct Hierarchy {
-    /// The ranks of the expert group on this node.
-    pub intra_node: Arc<dyn Communicator>,
-    /// One rank of each node: the ranks with the same number within their node.
-    pub inter_node: Arc<dyn Communicator>,
-}
-
-/// The ranks that share a layer's experts evenly.
+/// Dispatches the tokens of a layer to the ranks of an expert group.
 pub struct Dispatcher {
     group: Arc<dyn Communicator>,
     topology: ExpertTopology,
     least_loaded: Option<LeastLoaded>,
     hierarchy: Option<Hierarchy>,
     chunks: usize,
-    /// For each expert its position; owners hold neighbouring physical slots.
+    /// The physical slot of each expert; each owner holds a range of slots.
     physical_slots: Mutex<Arc<Vec<i64>>>,
 }
 
-/// Where a layer's routed tokens go: the same for a forward and for computing it again.
+/// Destinations of a layer's routed tokens. Forward and recomputation use the same plan.
 #[derive(Clone)]
 pub struct DispatchPlan {
     physical_slots: Arc<Vec<i64>>,
     pub(crate) rank_plan: Arc<RankPlan>,
     pub(crate) lending: Option<Arc<Lending>>,
-    /// Seconds that it took, without the collective.
+    /// Seconds of planning, without the collective.
     pub seconds: f64,
-}
-
-/// Rows at their experts, and the return path.
-pub struct Dispatched {
-    /// `[R, D]`: rows in order of the experts that this rank works on.
-    pub rows_rd: Activation,
-    /// Rows for each of them: its own, then lent ones.
-    pub counts: Vec<i64>,
-    dispatch_route: DispatchRoute,
-}
-
-/// Results on the return path to their tokens.
-pub struct PendingCombine {
-    token_exchange: TokenExchange,
-    pending: PendingRows,
-    weights_tc: Option<Tensor>,
-}
-
-impl PendingCombine {
-    /// Waits for them: the sum over each token's routed tokens, `[T, D]`.
-    ///
-    /// # Errors
-    /// When a collective fails.
-    pub fn wait(self) -> Result<Tensor, Error> {
-        self.token_exchange
-            .wait_combine(self.pending, self.weights_tc.as_ref())
-    }
 }
 
 /// Rows in flight to their experts.
 pub struct PendingDispatch {
-    dispatch_route: DispatchRoute,
+    route: DispatchRoute,
     counts: Vec<i64>,
     pending: PendingRows,
 }
 
-/// One or two all-to-all exchanges.
-pub(crate) struct DispatchRoute(pub(crate) Vec<TokenExchange>);
-
-/// Tokens to permuted rows, rows to other ranks, and the return path.
-pub(crate) struct TokenExchange {
-    pub(crate) permutation: Permutation,
-    pub(crate) all_to_all: Option<AllToAll>,
+/// Rows at their experts, and the return path.
+pub struct Dispatched {
+    /// `[R, D]`, in the order of the experts that this rank computes.
+    pub rows_rd: Activation,
+    /// Rows for each expert that this rank computes: its own, then lent ones.
+    pub counts: Vec<i64>,
+    route: DispatchRoute,
 }
 
-/// What a group of more than one rank adds.
-pub(crate) struct AllToAll {
-    pub(crate) group: Arc<dyn Communicator>,
-    pub(crate) input_splits: Vec<i64>,
-    pub(crate) output_splits: Vec<i64>,
-    /// The order of received rows and the inverse, where it is not that in which they come.
-    pub(crate) order: Option<(Tensor, Tensor)>,
-}
-
-enum PendingRows {
-    Local(Tensor),
-    PendingAllToAll(PendingAllToAll),
-}
-
-impl TokenExchange {
-    fn start(&self, x_td: &Tensor) -> Result<PendingRows, Error> {
-        let rows = self.permutation.gather(x_td)?;
-        Ok(match &self.all_to_all {
-            None => PendingRows::Local(rows),
-            Some(AllToAll {
-                group,
-                input_splits,
-                output_splits,
-                ..
-            }) => PendingRows::PendingAllToAll(start_all_to_all(
-                &rows,
-                group,
-                output_splits,
-                input_splits,
-            )?),
-        })
-    }
-
-    fn wait(&self, pending: PendingRows) -> Result<Tensor, Error> {
-        let rows = match pending {
-            PendingRows::Local(rows) => return Ok(rows),
-            PendingRows::PendingAllToAll(in_flight) => in_flight.wait()?,
-        };
-        match self
-            .all_to_all
-            .as_ref()
-            .and_then(|all_to_all| all_to_all.order.as_ref())
-        {
-            Some((order, inverse)) => permute_rows(&rows, order, inverse),
-            None => Ok(rows),
-        }
-    }
-
-    pub(crate) fn run(&self, x_td: &Tensor) -> Result<Tensor, Error> {
-        self.wait(self.start(x_td)?)
-    }
-
-    /// Starts to send rows back.
-    fn start_combine(&self, y_rd: &Tensor) -> Result<PendingRows, Error> {
-        let Some(AllToAll {
-            group,
-            input_splits,
-            output_splits,
-            order,
-        }) = &self.all_to_all
-        else {
-            return Ok(PendingRows::Local(y_rd.shallow_clone()));
-        };
-        let mut rows = y_rd.shallow_clone();
-        if let Some((order, inverse)) = order {
-            rows = permute_rows(&rows, inverse, order)?;
-        }
-        Ok(PendingRows::PendingAllToAll(start_all_to_all(
-            &rows,
-            group,
-            input_splits,
-            output_splits,
-        )?))
-    }
-
-    /// Waits for them, and sums each token's with `weights_tc`, or as they are.
-    fn wait_combine(
-        &self,
-        pending: PendingRows,
-        weights_tc: Option<&Tensor>,
-    ) -> Result<Tensor, Error> {
-        let rows = match pending {
-            PendingRows::Local(rows) => rows,
-            PendingRows::PendingAllToAll(in_flight) => in_flight.wait()?,
-        };
-        match weights_tc {
-            Some(weights) => self.permutation.combine_weighted(&rows, weights),
-            None => self.permutation.combine(&rows),
-        }
-    }
-
-    fn copy(&self) -> TokenExchange {
-        let all_to_all = self.all_to_all.as_ref().map(|all_to_all| AllToAll {
-            group: all_to_all.group.clone(),
-            input_splits: all_to_all.input_splits.clone(),
-            output_splits: all_to_all.output_splits.clone(),
-            order: all_to_all
-                .order
-                .as_ref()
-                .map(|(order, inverse)| (order.shallow_clone(), inverse.shallow_clone())),
-        });
-        TokenExchange {
-            permutation: self.permutation.copy(),
-            all_to_all,
-        }
-    }
-}
-
-impl DispatchRoute {
-    fn run(&self, x_td: &Tensor) -> Result<Tensor, Error> {
-        let mut rows = x_td.shallow_clone();
-        for token_exchange in &self.0 {
-            rows = token_exchange.run(&rows)?;
-        }
-        Ok(rows)
-    }
-
-    fn copy(&self) -> DispatchRoute {
-        DispatchRoute(self.0.iter().map(TokenExchange::copy).collect())
-    }
+/// Results on the return path to their tokens.
+pub struct PendingCombine {
+    exchange: TokenExchange,
+    pending: PendingRows,
+    weights_tc: Option<Tensor>,
 }
 
 impl DispatchPlan {
-    /// Starts to send lent weights to those that work on them; None where no expert is lent.
+    /// Starts to send lent weights to helpers. Returns None if no rank lends an expert.
     pub(crate) fn fetch(
         &self,
         gate_up_proj: &Weight,
@@ -243,7 +96,8 @@ impl DispatchPlan {
 }
 
 impl Dispatcher {
-    /// A dispatcher of `num_experts` experts over the ranks of `group`; tokens travel in `chunks` chunks.
+    /// Creates a dispatcher of `num_experts` experts over the ranks of `group`, which sends the
+    /// tokens in `chunks` chunks.
     pub fn new(
         group: Arc<dyn Communicator>,
         num_experts: usize,
@@ -263,53 +117,44 @@ impl Dispatcher {
         }
     }
 
-    /// For each expert its position: the first owner holds the first physical slots, and so on.
+    /// Returns the physical slot of each expert. The first owner holds the first slots, the next
+    /// owner those that follow.
     pub fn physical_slots(&self) -> Arc<Vec<i64>> {
         self.physical_slots.lock().clone()
     }
 
-    /// Says that experts have moved.
+    /// Sets the physical slot of each expert, after experts have moved.
     pub fn set_physical_slots(&self, physical_slots: Vec<i64>) {
         *self.physical_slots.lock() = Arc::new(physical_slots);
     }
 
-    /// In how many chunks tokens travel.
+    /// Returns the number of chunks in which tokens are sent.
     pub fn chunks(&self) -> usize {
         self.chunks
     }
 
-    /// Decides where the routed tokens `experts` `[T * K]`, of this rank's tokens and on the host, are worked on.
+    /// Plans which ranks compute the routed tokens. `experts` `[T * K]` are the experts of this
+    /// rank's tokens.
     ///
     /// # Errors
-    /// When a collective fails.
+    /// If a collective fails.
     pub fn plan(&self, experts: &[i64], top_k: usize) -> Result<DispatchPlan, Error> {
         let physical_slots = self.physical_slots();
         let num_experts = physical_slots.len();
         let count_chunk = |chunk: usize| {
             let tokens = chunk_range(experts.len() / top_k, chunk, self.chunks);
-            count_tokens_per_expert(
-                &to_physical_slots(
-                    &experts[tokens.start * top_k..tokens.end * top_k],
-                    &physical_slots,
-                ),
-                num_experts,
-            )
+            let experts = &experts[tokens.start * top_k..tokens.end * top_k];
+            let slots = to_physical_slots(experts, &physical_slots);
+            count_tokens_per_expert(&slots, num_experts)
         };
         let own: Vec<i64> = (0..self.chunks).flat_map(count_chunk).collect();
         let counts = if self.group.size() == 1 {
             own
         } else {
-            gather(&self.group, &own)?
+            all_gather_counts(&self.group, &own)?
         };
         let started = Instant::now();
-        let loads: Vec<i64> = (0..num_experts)
-            .map(|e| counts.iter().skip(e).step_by(num_experts).sum())
-            .collect();
-        let owners = self.topology.owners();
-        let assignment = match &self.least_loaded {
-            Some(LeastLoaded { planner, .. }) => planner.lock().plan(&loads, owners),
-            None => crate::lending::assignment::Assignment::standard(&loads, owners),
-        };
+        let assignment = self.assign(&counts, num_experts);
         let rank_plan = rank_plan(
             &counts,
             self.chunks,
@@ -330,11 +175,21 @@ impl Dispatcher {
         })
     }
 
-    /// Starts to send each of the tokens `x_td` `[T, D]`, of chunk `chunk`, to its experts; `experts` are their routed tokens,
-    /// `[T * K]`, on the host.
+    fn assign(&self, counts: &[i64], num_experts: usize) -> Assignment {
+        let loads: Vec<i64> = (0..num_experts)
+            .map(|e| counts.iter().skip(e).step_by(num_experts).sum())
+            .collect();
+        let owners = self.topology.owners();
+        match &self.least_loaded {
+            Some(LeastLoaded { planner, .. }) => planner.lock().plan(&loads, owners),
+            None => Assignment::standard(&loads, owners),
+        }
+    }
+
+    /// Starts to send the tokens `x_td` `[T, D]` of chunk `chunk` to their `experts` `[T * K]`.
     ///
     /// # Errors
-    /// When a collective fails.
+    /// If a collective fails.
     pub fn start(
         &self,
         x_td: &Tensor,
@@ -343,117 +198,138 @@ impl Dispatcher {
         plan: &DispatchPlan,
         chunk: usize,
     ) -> Result<PendingDispatch, Error> {
-        let rank_plan = &plan.rank_plan;
-        let slices = self.topology.slices;
-        let ranks = self.group.size();
-        let num_experts = plan.physical_slots.len();
-        let experts = to_physical_slots(experts, &plan.physical_slots);
-        let owners = rank_plan.chunks[chunk].owners(&experts, num_experts);
-        // A choice of a split expert is one for each rank with a slice of it.
-        let routed_tokens: Vec<Option<(usize, usize)>> = experts
-            .iter()
-            .zip(owners)
-            .flat_map(|(&expert, owner)| {
-                (0..slices).map(move |slice| Some((owner * slices + slice, expert as usize)))
-            })
-            .collect();
-        let per_token = top_k * slices;
+        let routed = self.routed_tokens(experts, top_k, plan, chunk);
         let device = x_td.device();
-        let (dispatch_route, counts) = match &self.hierarchy {
+        let (route, counts) = match &self.hierarchy {
             Some(hierarchy) => hierarchy::dispatch_route(
                 hierarchy,
                 &self.topology.nodes,
-                &routed_tokens,
-                per_token,
-                num_experts,
-                &rank_plan.computed_experts,
+                &routed,
+                &plan.rank_plan.computed_experts,
                 device,
             )?,
-            None => {
-                let send = plan_send(&routed_tokens, per_token, ranks, num_experts);
-                let token_exchange = |all_to_all| TokenExchange {
-                    permutation: Permutation::new(&send, per_token, device),
-                    all_to_all,
-                };
-                if ranks == 1 {
-                    (DispatchRoute(vec![token_exchange(None)]), send.counts)
-                } else {
-                    let receive = plan_receive(
-                        &rank_plan.chunks[chunk].incoming,
-                        &rank_plan.computed_experts,
-                        ranks,
-                        num_experts,
-                    );
-                    let all_to_all = AllToAll {
-                        group: self.group.clone(),
-                        input_splits: send.input_splits.clone(),
-                        output_splits: receive.output_splits,
-                        order: Some((
-                            upload(&receive.order, device),
-                            upload(&receive.inverse, device),
-                        )),
-                    };
-                    (
-                        DispatchRoute(vec![token_exchange(Some(all_to_all))]),
-                        receive.counts,
-                    )
-                }
-            }
+            None => self.direct_route(&routed, plan, chunk, device),
         };
-        let pending = dispatch_route.0[0].start(x_td)?;
+        let pending = route.start(x_td)?;
         Ok(PendingDispatch {
-            dispatch_route,
+            route,
             counts,
             pending,
         })
     }
 
-    /// Starts to bring the experts' results `y_rd` `[R, D]` back to their tokens, whose routed tokens weigh `weights_tk` `[T, K]`.
+    /// Returns the destinations of a chunk's routed tokens: for an expert that ranks split, one
+    /// for each rank with a slice of it.
+    fn routed_tokens(
+        &self,
+        experts: &[i64],
+        top_k: usize,
+        plan: &DispatchPlan,
+        chunk: usize,
+    ) -> RoutedTokens {
+        let slices = self.topology.slices;
+        let num_experts = plan.physical_slots.len();
+        let experts = to_physical_slots(experts, &plan.physical_slots);
+        let owners = plan.rank_plan.chunks[chunk].owners(&experts, num_experts);
+        let targets = experts.iter().zip(owners).flat_map(|(&expert, owner)| {
+            (0..slices).map(move |slice| {
+                Some(RowTarget {
+                    rank: owner * slices + slice,
+                    expert: expert as usize,
+                })
+            })
+        });
+        RoutedTokens {
+            targets: targets.collect(),
+            per_token: top_k * slices,
+            num_experts,
+        }
+    }
+
+    /// Plans the direct route. Also returns the rows for each expert that this rank computes.
+    fn direct_route(
+        &self,
+        routed: &RoutedTokens,
+        plan: &DispatchPlan,
+        chunk: usize,
+        device: Device,
+    ) -> (DispatchRoute, Vec<i64>) {
+        let ranks = self.group.size();
+        let send = plan_send(routed, ranks);
+        let permutation = Permutation::new(&send, routed.per_token, device);
+        if ranks == 1 {
+            let exchange = TokenExchange {
+                permutation,
+                all_to_all: None,
+            };
+            return (DispatchRoute(vec![exchange]), send.counts);
+        }
+        let receive = plan_receive(
+            &plan.rank_plan.chunks[chunk].incoming,
+            &plan.rank_plan.computed_experts,
+            ranks,
+            routed.num_experts,
+        );
+        let all_to_all = AllToAll::ordered(self.group.clone(), send.input_splits, &receive, device);
+        let exchange = TokenExchange {
+            permutation,
+            all_to_all: Some(all_to_all),
+        };
+        (DispatchRoute(vec![exchange]), receive.counts)
+    }
+
+    /// Starts to return the experts' results `y_rd` `[R, D]` to their tokens, which sum them with
+    /// the routing weights `weights_tk` `[T, K]`.
     ///
     /// # Errors
-    /// When a collective fails.
+    /// If a collective fails.
     pub fn start_combine(
         &self,
         y_rd: &Tensor,
         dispatched: Dispatched,
         weights_tk: &Tensor,
     ) -> Result<PendingCombine, Error> {
-        let mut weights_tc = weights_tk.shallow_clone();
-        if self.topology.slices > 1 {
-            // The slices' results are summed with the same weight.
-            let (tokens, top_k) = weights_tc.size2().map_err(|e| Error::new(e.to_string()))?;
-            let slices = self.topology.slices as i64;
-            weights_tc = weights_tc
-                .unsqueeze(-1)
-                .expand([tokens, top_k, slices], false);
-            weights_tc = weights_tc.reshape([tokens, top_k * slices]);
-        }
-        let mut hops = dispatched.dispatch_route.0;
-        let last = hops
+        let weights_tc = self.repeat_per_slice(weights_tk)?;
+        let mut exchanges = dispatched.route.0;
+        let last = exchanges
             .pop()
-            .ok_or_else(|| Error::new("the dispatch has no stage"))?;
+            .ok_or_else(|| Error::new("combine: the dispatch has no exchange"))?;
         let pending = last.start_combine(y_rd)?;
-        let Some(first) = hops.pop() else {
+        let Some(first) = exchanges.pop() else {
             return Ok(PendingCombine {
-                token_exchange: last,
+                exchange: last,
                 pending,
                 weights_tc: Some(weights_tc),
             });
         };
-        // A node's results are summed there, and come back as one row.
-        let summed = last.wait_combine(pending, Some(&first.run(&weights_tc)?))?;
+        // Each node sums its results and returns one row per token.
+        let node_weights = first.run(&weights_tc)?;
+        let summed = last.wait_combine(pending, Some(&node_weights))?;
         let pending = first.start_combine(&summed)?;
         Ok(PendingCombine {
-            token_exchange: first,
+            exchange: first,
             pending,
             weights_tc: None,
         })
     }
 
-    /// Bytes of rows that this rank sent to other nodes in flight to experts, without indices and weights. (So many
-    /// again come back, and twice as many in backward.)
+    /// Repeats each routing weight for every slice of its expert: `[T, K]` to `[T, K * slices]`.
+    fn repeat_per_slice(&self, weights_tk: &Tensor) -> Result<Tensor, Error> {
+        if self.topology.slices == 1 {
+            return Ok(weights_tk.shallow_clone());
+        }
+        let (tokens, top_k) = weights_tk.size2().map_err(|e| Error::new(e.to_string()))?;
+        let slices = self.topology.slices as i64;
+        let repeated = weights_tk
+            .unsqueeze(-1)
+            .expand([tokens, top_k, slices], false);
+        Ok(repeated.reshape([tokens, top_k * slices]))
+    }
+
+    /// Returns the bytes of rows that this rank sent to experts on other nodes, without indices
+    /// and weights. An equal number returns, and backward sends twice that number.
     pub fn internode_bytes(&self, dispatched: &Dispatched) -> i64 {
-        let Some(AllToAll { input_splits, .. }) = &dispatched.dispatch_route.0[0].all_to_all else {
+        let Some(AllToAll { input_splits, .. }) = &dispatched.route.first().all_to_all else {
             return 0;
         };
         let node = self.topology.nodes[self.group.rank()];
@@ -474,40 +350,47 @@ impl Dispatcher {
 }
 
 impl PendingDispatch {
-    /// Waits for the rows. With `keep` they are kept for backward; otherwise the tokens are sent again then, as `saved`
-    /// has them.
+    /// Waits for the rows. If `keep` is false, backward calls `saved` for the tokens and sends
+    /// them again.
     ///
     /// # Errors
-    /// When a collective fails.
+    /// If a collective fails.
     pub fn wait(
         self,
         saved: impl Fn() -> Result<Tensor, Error> + Send + 'static,
         keep: bool,
     ) -> Result<Dispatched, Error> {
         let PendingDispatch {
-            dispatch_route,
+            route,
             counts,
             pending,
         } = self;
-        let mut rows = dispatch_route.0[0].wait(pending)?;
-        for token_exchange in &dispatch_route.0[1..] {
-            rows = token_exchange.run(&rows)?;
-        }
+        let rows = route.wait(pending)?;
         let rows_rd = if keep {
             Activation::kept(&rows)
         } else {
-            let again = dispatch_route.copy();
+            let again = route.copy();
             Activation::recomputable(rows, move || again.run(&saved()?))
         };
         Ok(Dispatched {
             rows_rd,
             counts,
-            dispatch_route,
+            route,
         })
     }
 }
 
-/// The physical slots of chosen experts.
+impl PendingCombine {
+    /// Waits for the results and sums them per token: `[T, D]`.
+    ///
+    /// # Errors
+    /// If a collective fails.
+    pub fn wait(self) -> Result<Tensor, Error> {
+        self.exchange
+            .wait_combine(self.pending, self.weights_tc.as_ref())
+    }
+}
+
 fn to_physical_slots(experts: &[i64], physical_slots: &[i64]) -> Vec<i64> {
     experts
         .iter()
@@ -515,13 +398,9 @@ fn to_physical_slots(experts: &[i64], physical_slots: &[i64]) -> Vec<i64> {
         .collect()
 }
 
-pub(crate) fn upload(numbers: &[i64], device: Device) -> Tensor {
-    Tensor::from_slice(numbers).to_device(device)
-}
-
-/// Every rank's numbers, rank after rank. They are counts of rows, so 32 bits do.
-fn gather(group: &Arc<dyn Communicator>, numbers: &[i64]) -> Result<Vec<i64>, Error> {
-    let own: Vec<i32> = numbers.iter().map(|&number| number as i32).collect();
+/// Gathers the counts of all ranks, in rank order. Counts of rows fit 32 bits.
+fn all_gather_counts(group: &Arc<dyn Communicator>, counts: &[i64]) -> Result<Vec<i64>, Error> {
+    let own: Vec<i32> = counts.iter().map(|&count| count as i32).collect();
     let all = Tensor::empty(
         [(own.len() * group.size()) as i64],
         (Kind::Int, Device::Cpu),

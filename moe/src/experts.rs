@@ -1,29 +1,30 @@
-//! Experts: a SwiGLU feed-forward network for each group of rows (grouped GEMM), with its gradient.
+//! SwiGLU experts: a feed-forward network for each group of rows (grouped GEMM), with its gradient.
 //!
-//! `down_proj(silu(gate(x)) * up(x))`, gate and up in one matrix (GLU Variants, arXiv 2002.05202). Of the activations
-//! only the input and, if wanted, the gate-up product are kept for backward; the rest is computed again.
-// Shapes: R rows, D hidden, F ffn, E experts (here: local ones).
+//! An expert is `down(silu(gate(x)) * up(x))`, with gate and up in one matrix (GLU Variants, arXiv
+//! 2002.05202). For backward, only the input and optionally the gate-up product are kept.
+// Shapes: R rows, D hidden, F ffn, E computed experts (local, then lent).
 
 use crate::fp8;
 use crate::lending::transfer::{expert_numel, split_matrices};
 use crate::lending::weights::LentWeights;
 use kernels::{grouped_gemm, grouped_gemm_accumulate, swiglu, swiglu_backward};
-use parallel::{Activation, Weight, add_gradients};
-use tch::Tensor;
+use parallel::{Activation, GradientSum, Weight, add_gradients};
+use tch::{Device, Kind, Tensor};
 use torch_ext::{Error, attach_backward};
 
-/// The arithmetic of experts' products.
+/// Arithmetic of the experts' GEMMs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GemmPrecision {
-    /// The model's.
+    /// The dtype of the model.
     Model,
-    /// 8-bit operands in forward and for the gradients of rows; gradients of weights in the model's.
+    /// 8-bit operands in forward and for the gradients of rows. Gradients of weights use the
+    /// dtype of the model.
     Fp8,
 }
 
 impl GemmPrecision {
-    /// Each group of rows times its own matrix: those of the first of `matrices`, `[E, out, in]` (or `[E, in, out]` if not
-    /// `transposed`), then those of the next.
+    /// Multiplies each group of rows by its own matrix. `matrices` are stacks `[E, out, in]` of the
+    /// first experts, then of the next; `[E, in, out]` if not `transposed`.
     fn grouped(
         self,
         rows: &Tensor,
@@ -31,16 +32,16 @@ impl GemmPrecision {
         counts: &[i64],
         transposed: bool,
     ) -> Result<Tensor, Error> {
-        // Products take matrices `[in, out]`, those in 8 bits `[out, in]`.
-        let turned = transposed == (self == GemmPrecision::Model);
-        let turn = |some: &Tensor| {
-            if turned {
-                some.transpose(1, 2)
+        // GEMMs of the model's dtype take matrices `[in, out]`, those in 8 bits `[out, in]`.
+        let transpose = transposed == (self == GemmPrecision::Model);
+        let orient = |stack: &Tensor| {
+            if transpose {
+                stack.transpose(1, 2)
             } else {
-                some.shallow_clone()
+                stack.shallow_clone()
             }
         };
-        let matrices: Vec<Tensor> = matrices.iter().map(turn).collect();
+        let matrices: Vec<Tensor> = matrices.iter().map(orient).collect();
         match self {
             GemmPrecision::Model => Ok(grouped_gemm(rows, &matrices, counts)),
             GemmPrecision::Fp8 => fp8::grouped_matmul(rows, &Tensor::cat(&matrices, 0), counts),
@@ -48,175 +49,244 @@ impl GemmPrecision {
     }
 }
 
-/// Rows `x_rd` `[R, D]`, in expert order with `counts[e]` rows for expert `e`, through `gate_up_proj_efd` `[E, 2F, D]`
-/// (rows of gate, then rows of up) and `down_proj_edf` `[E, D, F]`: `[R, D]`. With `keep` the gate-up product is kept for
-/// backward.
+/// Computes SwiGLU networks: rows `x_rd` `[R, D]` in expert order, `counts[e]` of them for expert
+/// `e`, to `[R, D]`. One expert is a dense feed-forward network.
 ///
-/// A dense feed-forward network is the case of one expert.
+/// `gate_up_proj` is `[E, 2F, D]`, first the rows of gate, then those of up. `down_proj` is
+/// `[E, D, F]`. If `keep` is true, the gate-up product is kept for backward.
 ///
 /// # Errors
-/// When the counts do not add up to R.
+/// If the counts do not add up to R.
 pub fn grouped_swiglu(
     x_rd: &Activation,
-    gate_up_proj_efd: &Weight,
-    down_proj_edf: &Weight,
+    gate_up_proj: &Weight,
+    down_proj: &Weight,
     counts: &[i64],
     keep: bool,
 ) -> Result<Tensor, Error> {
-    grouped_swiglu_with_lent(
-        x_rd,
-        gate_up_proj_efd,
-        down_proj_edf,
-        None,
-        counts,
-        GemmPrecision::Model,
-        keep,
-    )
+    let weights = ExpertWeights {
+        gate_up_proj,
+        down_proj,
+        lent: None,
+    };
+    grouped_swiglu_with_lent(x_rd, weights, counts, GemmPrecision::Model, keep)
 }
 
-/// As [`grouped_swiglu`], with rows for lent experts after those for this rank's.
+/// Weights of the experts that a rank computes: its own, then lent ones.
+pub(crate) struct ExpertWeights<'a> {
+    /// `[L, 2F, D]`.
+    pub(crate) gate_up_proj: &'a Weight,
+    /// `[L, D, F]`.
+    pub(crate) down_proj: &'a Weight,
+    pub(crate) lent: Option<LentWeights>,
+}
+
+/// Computes [`grouped_swiglu`]. Rows of lent experts follow those of this rank's experts.
 ///
 /// # Collective
-/// Where experts are lent, backward is an exchange, or two, of all ranks of the expert group.
+/// If experts are lent, backward is one or two exchanges of all ranks of the expert group.
 pub(crate) fn grouped_swiglu_with_lent(
     x_rd: &Activation,
-    gate_up_proj_efd: &Weight,
-    down_proj_edf: &Weight,
-    lent_weights: Option<LentWeights>,
+    weights: ExpertWeights,
     counts: &[i64],
     gemm: GemmPrecision,
     keep: bool,
 ) -> Result<Tensor, Error> {
+    let ExpertWeights {
+        gate_up_proj,
+        down_proj,
+        lent,
+    } = weights;
     let rows = x_rd.value.size()[0];
-    let num_local = gate_up_proj_efd.shape()[0];
-    let experts = num_local
-        + lent_weights
-            .as_ref()
-            .map_or(0, |lent_weights| lent_weights.count());
+    let num_local = gate_up_proj.shape()[0];
+    let experts = num_local + lent.as_ref().map_or(0, LentWeights::count);
     if counts.iter().sum::<i64>() != rows || counts.len() as i64 != experts {
         return Err(Error::new(format!(
-            "{experts} experts were given {rows} rows in groups {counts:?}"
+            "experts: {rows} rows in groups {counts:?} do not fit {experts} experts"
         )));
     }
-    let weights = lent_weights
-        .as_ref()
-        .map(|lent_weights| lent_weights.weights(gate_up_proj_efd, down_proj_edf))
-        .transpose()?;
+    let lent_weights = fetch_lent(lent.as_ref(), gate_up_proj, down_proj)?;
     let (out, hidden) = tch::no_grad(|| {
-        let here = ExpertMatrices::new(gate_up_proj_efd, down_proj_edf, weights);
-        let hidden = gemm.grouped(&x_rd.value, &here.gate_up_proj, counts, true)?;
-        let out = gemm.grouped(&swiglu(&hidden), &here.down_proj, counts, true)?;
+        let matrices = ExpertMatrices::new(gate_up_proj, down_proj, lent_weights);
+        let hidden = gemm.grouped(&x_rd.value, &matrices.gate_up_proj, counts, true)?;
+        let out = gemm.grouped(&swiglu(&hidden), &matrices.down_proj, counts, true)?;
         Ok::<_, Error>((out, hidden))
     })?;
-    let kept = keep.then_some(hidden);
+    let gate_up_tracker = gate_up_proj.tracker();
+    let down_tracker = down_proj.tracker();
+    let backward = SwigluBackward {
+        gate_up_proj: gate_up_proj.clone(),
+        down_proj: down_proj.clone(),
+        lent,
+        counts: counts.to_vec(),
+        gemm,
+        hidden: keep.then_some(hidden),
+        out_shape: out.size(),
+        out_options: (out.kind(), out.device()),
+    };
     let saved = x_rd.saved();
-    let gate_up_proj = gate_up_proj_efd.clone();
-    let down_proj = down_proj_edf.clone();
-    let counts = counts.to_vec();
-    let grad_gate_up = gate_up_proj_efd.tracker();
-    let grad_down = down_proj_edf.tracker();
-    let grad_shape = out.size();
-    let options = (out.kind(), out.device());
     let mut out = attach_backward(
-        &[&x_rd.value, &grad_gate_up, &grad_down],
+        &[&x_rd.value, &gate_up_tracker, &down_tracker],
         vec![out],
         move |grads| {
-            let grad_out = match &grads[0] {
-                Some(grad) => grad.contiguous(),
-                // Others may wait for lent weights or their gradients.
-                None if lent_weights.is_some() => Tensor::zeros(grad_shape.as_slice(), options),
-                None => return Ok(vec![None, None, None]),
+            let Some(grad_out) = backward.grad_out(grads[0].as_ref()) else {
+                return Ok(vec![None, None, None]);
             };
-            let weights = lent_weights
-                .as_ref()
-                .map(|lent_weights| lent_weights.weights(&gate_up_proj, &down_proj))
-                .transpose()?;
-            let x = saved.get()?;
-            let here = ExpertMatrices::new(&gate_up_proj, &down_proj, weights);
-            let hidden = match &kept {
-                Some(hidden) => hidden.shallow_clone(),
-                None => gemm.grouped(&x, &here.gate_up_proj, &counts, true)?,
-            };
-            let grad_activation = gemm.grouped(&grad_out, &here.down_proj, &counts, false)?;
-            let (grad_hidden, activation) = swiglu_backward(&grad_activation, &hidden);
-            let grad_x = gemm.grouped(&grad_hidden, &here.gate_up_proj, &counts, false)?;
-            let lent_weights = lent_weights.clone();
-            let counts = counts.clone();
-            add_gradients(&[&down_proj, &gate_up_proj], move |sums| {
-                let grad_down = sums[0];
-                let grad_gate_up = sums[1];
-                let down_proj = grad_down.size();
-                let gate_up_proj = grad_gate_up.size();
-                let (own, lent_counts) = counts.split_at(down_proj[0] as usize);
-                let own_rows: i64 = own.iter().sum();
-                // What helpers owe is on its way while this rank adds up its own.
-                let returning = match lent_weights {
-                    None => None,
-                    Some(lent_weights) => {
-                        let rest =
-                            |rows: &Tensor| rows.narrow(0, own_rows, rows.size()[0] - own_rows);
-                        lent_weights.add_gradients(
-                            expert_numel(&gate_up_proj) + expert_numel(&down_proj),
-                            &x,
-                            |all| {
-                                let [grad_gate_up, grad_down] =
-                                    split_matrices(all, &gate_up_proj, &down_proj);
-                                grouped_gemm_accumulate(
-                                    &grad_down,
-                                    &rest(&grad_out),
-                                    &rest(&activation),
-                                    lent_counts,
-                                );
-                                grouped_gemm_accumulate(
-                                    &grad_gate_up,
-                                    &rest(&grad_hidden),
-                                    &rest(&x),
-                                    lent_counts,
-                                );
-                            },
-                        )?
-                    }
-                };
-                grad_down.grouped_gemm_accumulate(&grad_out, &activation, own);
-                grad_gate_up.grouped_gemm_accumulate(&grad_hidden, &x, own);
-                returning.map_or(Ok(()), |returning| {
-                    returning.wait_and_add_to(grad_gate_up.tensor(), grad_down.tensor())
-                })
-            })?;
+            let matrices = backward.matrices()?;
+            let grad_x = backward.run(grad_out, saved.get()?, &matrices)?;
             Ok(vec![Some(grad_x), None, None])
         },
     )?;
     Ok(out.remove(0))
 }
 
-/// The matrices of the experts that a rank works on: its own, then lent ones.
+fn fetch_lent(
+    lent: Option<&LentWeights>,
+    gate_up_proj: &Weight,
+    down_proj: &Weight,
+) -> Result<Option<Tensor>, Error> {
+    lent.map(|lent| lent.weights(gate_up_proj, down_proj))
+        .transpose()
+}
+
+/// State that backward needs, without the input.
+struct SwigluBackward {
+    gate_up_proj: Weight,
+    down_proj: Weight,
+    lent: Option<LentWeights>,
+    counts: Vec<i64>,
+    gemm: GemmPrecision,
+    /// The gate-up product, if it is kept.
+    hidden: Option<Tensor>,
+    out_shape: Vec<i64>,
+    out_options: (Kind, Device),
+}
+
+impl SwigluBackward {
+    fn grad_out(&self, grad: Option<&Tensor>) -> Option<Tensor> {
+        match grad {
+            Some(grad) => Some(grad.contiguous()),
+            // Other ranks may wait for lent weights or their gradients.
+            None if self.lent.is_some() => {
+                Some(Tensor::zeros(self.out_shape.as_slice(), self.out_options))
+            }
+            None => None,
+        }
+    }
+
+    fn matrices(&self) -> Result<ExpertMatrices, Error> {
+        let lent = fetch_lent(self.lent.as_ref(), &self.gate_up_proj, &self.down_proj)?;
+        Ok(ExpertMatrices::new(
+            &self.gate_up_proj,
+            &self.down_proj,
+            lent,
+        ))
+    }
+
+    /// Returns the gradient of the input `x`, and adds those of the weights to their sums.
+    fn run(&self, grad_out: Tensor, x: Tensor, matrices: &ExpertMatrices) -> Result<Tensor, Error> {
+        let counts = &self.counts;
+        let gemm = self.gemm;
+        let hidden = match &self.hidden {
+            Some(hidden) => hidden.shallow_clone(),
+            None => gemm.grouped(&x, &matrices.gate_up_proj, counts, true)?,
+        };
+        let grad_activation = gemm.grouped(&grad_out, &matrices.down_proj, counts, false)?;
+        let (grad_hidden, activation) = swiglu_backward(&grad_activation, &hidden);
+        let grad_x = gemm.grouped(&grad_hidden, &matrices.gate_up_proj, counts, false)?;
+        let operands = WeightGradientOperands {
+            x,
+            grad_hidden,
+            activation,
+            grad_out,
+            counts: counts.clone(),
+            lent: self.lent.clone(),
+        };
+        add_gradients(&[&self.down_proj, &self.gate_up_proj], move |sums| {
+            operands.add_to(sums[1], sums[0])
+        })?;
+        Ok(grad_x)
+    }
+}
+
+/// Operands of the GEMMs that add up the gradients of the weights.
+struct WeightGradientOperands {
+    x: Tensor,
+    grad_hidden: Tensor,
+    activation: Tensor,
+    grad_out: Tensor,
+    counts: Vec<i64>,
+    lent: Option<LentWeights>,
+}
+
+impl WeightGradientOperands {
+    fn add_to(&self, grad_gate_up: &GradientSum, grad_down: &GradientSum) -> Result<(), Error> {
+        let gate_up_shape = grad_gate_up.size();
+        let down_shape = grad_down.size();
+        let (own_counts, lent_counts) = self.counts.split_at(down_shape[0] as usize);
+        let own_rows: i64 = own_counts.iter().sum();
+        // Gradients from helpers are in flight while this rank adds up its own.
+        let pending = match &self.lent {
+            None => None,
+            Some(lent) => {
+                let elements = expert_numel(&gate_up_shape) + expert_numel(&down_shape);
+                lent.add_gradients(elements, &self.x, |all| {
+                    let sums = split_matrices(all, &gate_up_shape, &down_shape);
+                    self.add_lent(&sums, own_rows, lent_counts);
+                })?
+            }
+        };
+        grad_down.grouped_gemm_accumulate(&self.grad_out, &self.activation, own_counts);
+        grad_gate_up.grouped_gemm_accumulate(&self.grad_hidden, &self.x, own_counts);
+        match pending {
+            Some(pending) => pending.wait_and_add_to(grad_gate_up.tensor(), grad_down.tensor()),
+            None => Ok(()),
+        }
+    }
+
+    /// Adds the gradients of lent experts, whose rows follow the first `own_rows`.
+    fn add_lent(&self, sums: &[Tensor; 2], own_rows: i64, lent_counts: &[i64]) {
+        let [grad_gate_up, grad_down] = sums;
+        let lent_rows = |rows: &Tensor| rows.narrow(0, own_rows, rows.size()[0] - own_rows);
+        grouped_gemm_accumulate(
+            grad_down,
+            &lent_rows(&self.grad_out),
+            &lent_rows(&self.activation),
+            lent_counts,
+        );
+        grouped_gemm_accumulate(
+            grad_gate_up,
+            &lent_rows(&self.grad_hidden),
+            &lent_rows(&self.x),
+            lent_counts,
+        );
+    }
+}
+
+/// Matrices of the experts that a rank computes: its own, then lent ones.
 struct ExpertMatrices {
-    /// `[E, 2F, D]` each.
+    /// Stacks `[E, 2F, D]`.
     gate_up_proj: Vec<Tensor>,
-    /// `[E, D, F]` each.
+    /// Stacks `[E, D, F]`.
     down_proj: Vec<Tensor>,
 }
 
 impl ExpertMatrices {
-    fn new(
-        gate_up_proj: &Weight,
-        down_proj: &Weight,
-        lent_weights: Option<Tensor>,
-    ) -> ExpertMatrices {
-        let mut here = ExpertMatrices {
+    fn new(gate_up_proj: &Weight, down_proj: &Weight, lent: Option<Tensor>) -> ExpertMatrices {
+        let mut matrices = ExpertMatrices {
             gate_up_proj: vec![gate_up_proj.value()],
             down_proj: vec![down_proj.value()],
         };
-        if let Some(lent_weights) = lent_weights {
+        if let Some(lent) = lent {
             let [gate_up_proj, down_proj] = split_matrices(
-                &lent_weights,
-                &here.gate_up_proj[0].size(),
-                &here.down_proj[0].size(),
+                &lent,
+                &matrices.gate_up_proj[0].size(),
+                &matrices.down_proj[0].size(),
             );
-            here.gate_up_proj.push(gate_up_proj);
-            here.down_proj.push(down_proj);
+            matrices.gate_up_proj.push(gate_up_proj);
+            matrices.down_proj.push(down_proj);
         }
-        here
+        matrices
     }
 }
 
@@ -224,9 +294,8 @@ impl ExpertMatrices {
 mod tests {
     use super::*;
     use parallel::{Accelerator, Cpu, GradientBuckets, Replication};
-    use tch::Kind;
 
-    fn collect(weights: [&Weight; 2]) -> GradientBuckets {
+    fn gradient_buckets(weights: [&Weight; 2]) -> GradientBuckets {
         let alone = [Replication::alone()];
         let gradients = GradientBuckets::new(
             &weights.map(|w| (w.clone(), 0)),
@@ -240,6 +309,10 @@ mod tests {
         gradients
     }
 
+    fn absolute_sum(x: &Tensor) -> f64 {
+        x.abs().sum(Kind::Float).double_value(&[])
+    }
+
     #[test]
     fn the_gradients_are_those_of_autograd_expert_by_expert() {
         let hidden = 6i64;
@@ -250,7 +323,7 @@ mod tests {
         let mut x = random(&[5, hidden]).set_requires_grad(true);
         let probe = random(&[5, hidden]);
         let [gate_up_proj, down_proj] = values.each_ref().map(|value| Weight::new(value.copy()));
-        let gradients = collect([&gate_up_proj, &down_proj]);
+        let gradients = gradient_buckets([&gate_up_proj, &down_proj]);
         let mut run = |keep| {
             gradients.begin(1);
             let ours = grouped_swiglu(
@@ -284,11 +357,11 @@ mod tests {
         let [gate_up_proj, down_proj] = values.map(|value| value.set_requires_grad(true));
         let mut outs = Vec::new();
         for (expert, start, len) in [(0, 0, 3), (2, 3, 2)] {
-            let h = x
-                .narrow(0, start, len)
-                .matmul(&gate_up_proj.select(0, expert).tr());
-            let halves = h.chunk(2, -1);
-            outs.push((halves[0].silu() * &halves[1]).matmul(&down_proj.select(0, expert).tr()));
+            let rows = x.narrow(0, start, len);
+            let hidden = rows.matmul(&gate_up_proj.select(0, expert).tr());
+            let halves = hidden.chunk(2, -1);
+            let activation = halves[0].silu() * &halves[1];
+            outs.push(activation.matmul(&down_proj.select(0, expert).tr()));
         }
         let plain = Tensor::cat(&outs, 0);
         (&plain * &probe).sum(Kind::Float).backward();
@@ -305,39 +378,29 @@ mod tests {
                 plain.size()
             );
         }
-        assert_eq!(
-            grad_gate_up
-                .narrow(0, 2 * ffn, 2 * ffn)
-                .abs()
-                .sum(Kind::Float)
-                .double_value(&[]),
-            0.0
-        );
+        let without_rows = grad_gate_up.narrow(0, 2 * ffn, 2 * ffn);
+        assert_eq!(absolute_sum(&without_rows), 0.0);
     }
 
     #[test]
-    fn fp8_trains_on_nearly_the_same_gradients() {
+    fn fp8_gives_nearly_the_same_gradients() {
         let hidden = 32i64;
         let ffn = 16i64;
         let counts = [30i64, 0, 18];
         let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
         let weights = [random(&[3, 2 * ffn, hidden]), random(&[3, hidden, ffn])].map(Weight::new);
-        let gradients = collect([&weights[0], &weights[1]]);
+        let gradients = gradient_buckets([&weights[0], &weights[1]]);
         let mut x = random(&[48, hidden]).set_requires_grad(true);
         let probe = random(&[48, hidden]);
         let mut run = |gemm| {
             gradients.begin(1);
             let activation = Activation::kept(&x);
-            let out = grouped_swiglu_with_lent(
-                &activation,
-                &weights[0],
-                &weights[1],
-                None,
-                &counts,
-                gemm,
-                true,
-            )
-            .unwrap();
+            let weights = ExpertWeights {
+                gate_up_proj: &weights[0],
+                down_proj: &weights[1],
+                lent: None,
+            };
+            let out = grouped_swiglu_with_lent(&activation, weights, &counts, gemm, true).unwrap();
             (&out * &probe).sum(Kind::Float).backward();
             let grad_x = x.grad().copy();
             x.zero_grad();
@@ -348,10 +411,9 @@ mod tests {
                 gradients.gradient(1).copy(),
             ]
         };
-        for (plain, fp8) in run(GemmPrecision::Model)
-            .iter()
-            .zip(&run(GemmPrecision::Fp8))
-        {
+        let plain = run(GemmPrecision::Model);
+        let fp8 = run(GemmPrecision::Fp8);
+        for (plain, fp8) in plain.iter().zip(&fp8) {
             let off = ((fp8 - plain).norm() / plain.norm()).double_value(&[]);
             assert!(
                 off > 1e-4 && off < 0.08,
@@ -362,23 +424,16 @@ mod tests {
     }
 
     #[test]
-    fn no_rows_at_all_trains_on() {
+    fn backward_works_without_rows() {
         let weight = |shape: &[i64]| Weight::new(Cpu.zeros(shape, Kind::Float).fill_(1.0));
         let gate_up_proj = weight(&[2, 4, 3]);
         let down_proj = weight(&[2, 3, 2]);
-        let gradients = collect([&gate_up_proj, &down_proj]);
+        let gradients = gradient_buckets([&gate_up_proj, &down_proj]);
         let rows = |count| Activation::kept(&Cpu.zeros(&[count, 3], Kind::Float));
         let out = grouped_swiglu(&rows(0), &gate_up_proj, &down_proj, &[0, 0], true).unwrap();
         out.sum(Kind::Float).backward();
         gradients.finish().unwrap();
-        assert_eq!(
-            gradients
-                .gradient(0)
-                .abs()
-                .sum(Kind::Float)
-                .double_value(&[]),
-            0.0
-        );
+        assert_eq!(absolute_sum(&gradients.gradient(0)), 0.0);
         assert!(grouped_swiglu(&rows(1), &gate_up_proj, &down_proj, &[0, 0], true).is_err());
     }
 }

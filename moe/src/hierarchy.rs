@@ -1,139 +1,192 @@
-//! Hierarchical dispatch: a token's row crosses to a node once, to the rank there with the sender's number within its
-//! own node, and from it to the ranks that work on its experts. On the return path a node's results are summed before they
-//! cross (DeepSeek-V3, arXiv 2412.19437, section 3.2.2; Pangu Ultra MoE, arXiv 2505.04519).
+//! Hierarchical dispatch: a token crosses to each node once and is forwarded within it.
 //!
-//! Which of a token's routed tokens are in a node cannot be told from counts, so a number for each choice travels beside the row.
+//! A row crosses to the rank that has the sender's number within its own node. That rank forwards
+//! it to the ranks that compute its experts. On the return path a node's results are summed before
+//! they cross (DeepSeek-V3, arXiv 2412.19437, section 3.2.2; Pangu Ultra MoE, arXiv 2505.04519).
+//!
+//! Counts cannot tell which experts of a token are on a node. So one number per routed token is
+//! sent along with each row.
 // Shapes: T tokens, C routed tokens of a token, N (token, node) pairs.
 
-use crate::dispatch::{AllToAll, DispatchRoute, Hierarchy, TokenExchange, upload};
+use crate::exchange::{AllToAll, DispatchRoute, TokenExchange};
 use crate::permute::Permutation;
-use crate::plan::{plan_receive, plan_send};
+use crate::plan::{IncomingRows, RoutedTokens, RowTarget, plan_receive, plan_send};
 use parallel::{Communicator, Work};
 use std::sync::Arc;
 use tch::{Device, Tensor};
 use torch_ext::Error;
 
-/// The number of a choice that is not in the node.
-const NOT_ON_NODE: i32 = -1;
-
-/// Where a rank of the expert group is: the index of its node among the group's, and its own number within it.
-fn locate(rank: usize, nodes: &[usize]) -> (usize, usize) {
-    let first = nodes.partition_point(|&node| node < nodes[rank]);
-    // Every node has as many of the group.
-    let per_node = nodes.partition_point(|&node| node <= nodes[rank]) - first;
-    (rank / per_node, rank - first)
+/// The process groups of hierarchical dispatch.
+#[derive(Clone)]
+pub struct Hierarchy {
+    /// The ranks of the expert group on this node.
+    pub intra_node: Arc<dyn Communicator>,
+    /// One rank of each node: the ranks with the same number within their node.
+    pub inter_node: Arc<dyn Communicator>,
 }
 
-/// The route of `routed_tokens`, (rank of the group, expert), `per_token` for each token, to ranks that are on `nodes`; and the
-/// rows that this rank works on, for each expert of `work`.
+/// Sent in place of a target for routed tokens that go to other nodes.
+const NOT_ON_NODE: i32 = -1;
+
+/// A target by node: the index of the node in the group, and the rank's number within the node.
+struct NodeTarget {
+    node: usize,
+    rank: usize,
+    expert: usize,
+}
+
+impl NodeTarget {
+    fn new(target: RowTarget, nodes: &[usize]) -> NodeTarget {
+        let node = nodes[target.rank];
+        let first = nodes.partition_point(|&other| other < node);
+        // Every node has an equal number of the group's ranks.
+        let per_node = nodes.partition_point(|&other| other <= node) - first;
+        NodeTarget {
+            node: target.rank / per_node,
+            rank: target.rank - first,
+            expert: target.expert,
+        }
+    }
+}
+
+/// Plans the route of `routed` tokens over the group's ranks, which are on `nodes`. Also returns
+/// the number of rows that this rank receives for each of `computed_experts`.
 ///
 /// # Collective
 /// Every rank of the expert group.
 pub(crate) fn dispatch_route(
     hierarchy: &Hierarchy,
     nodes: &[usize],
-    routed_tokens: &[Option<(usize, usize)>],
-    per_token: usize,
-    num_experts: usize,
-    work: &[usize],
+    routed: &RoutedTokens,
+    computed_experts: &[usize],
     device: Device,
 ) -> Result<(DispatchRoute, Vec<i64>), Error> {
-    let Hierarchy {
-        intra_node,
-        inter_node,
-    } = hierarchy;
-    // A slot for each token and node with routed tokens of it ...
+    let (crossing, targets) = cross_nodes(&hierarchy.inter_node, nodes, routed, device)?;
+    let received = RoutedTokens {
+        targets,
+        per_token: routed.per_token,
+        num_experts: routed.num_experts,
+    };
+    let intra_node = &hierarchy.intra_node;
+    let (forwarding, counts) =
+        forward_within_node(intra_node, &received, computed_experts, device)?;
+    let route = DispatchRoute(vec![crossing, forwarding]);
+    Ok((route, counts))
+}
+
+/// Plans the exchange between nodes, and exchanges the targets of the rows. The targets returned
+/// are those of the received rows, within this node.
+fn cross_nodes(
+    inter_node: &Arc<dyn Communicator>,
+    nodes: &[usize],
+    routed: &RoutedTokens,
+    device: Device,
+) -> Result<(TokenExchange, Vec<Option<RowTarget>>), Error> {
+    let RoutedTokens {
+        targets,
+        per_token,
+        num_experts,
+    } = routed;
     let num_nodes = inter_node.size();
-    let tokens = routed_tokens.len() / per_token;
-    let mut crossing = vec![None; tokens * num_nodes];
-    let at: Vec<_> = routed_tokens
+    let targets: Vec<Option<NodeTarget>> = targets
         .iter()
-        .map(|to| to.map(|(rank, expert)| (locate(rank, nodes), expert)))
+        .map(|target| target.map(|target| NodeTarget::new(target, nodes)))
         .collect();
-    for (choice, to) in at.iter().enumerate() {
-        if let Some(((node, _), _)) = to {
-            crossing[choice / per_token * num_nodes + node] = Some((*node, 0));
+    // One row per token and node with experts of the token.
+    let mut crossing = RoutedTokens {
+        targets: vec![None; targets.len() / per_token * num_nodes],
+        per_token: num_nodes,
+        num_experts: 1,
+    };
+    for (index, target) in targets.iter().enumerate() {
+        if let Some(NodeTarget { node, .. }) = target {
+            let token = index / per_token;
+            crossing.targets[token * num_nodes + node] = Some(RowTarget {
+                rank: *node,
+                expert: 0,
+            });
         }
     }
-    let send = plan_send(&crossing, num_nodes, num_nodes, 1);
-    // ... and beside it what its routed tokens are there.
-    let mut numbers = vec![NOT_ON_NODE; send.token_of_row.len() * per_token];
-    for (choice, to) in at.iter().enumerate() {
-        if let Some(((node, rank), expert)) = to {
-            let slot = send.row_of_routed_token[choice / per_token * num_nodes + node] as usize;
-            numbers[slot * per_token + choice % per_token] = (rank * num_experts + expert) as i32;
+    let send = plan_send(&crossing, num_nodes);
+    let mut codes = vec![NOT_ON_NODE; send.token_of_row.len() * per_token];
+    for (index, target) in targets.iter().enumerate() {
+        if let Some(target) = target {
+            let token = index / per_token;
+            let row = send.row_of_routed_token[token * num_nodes + target.node] as usize;
+            let code = target.rank * num_experts + target.expert;
+            codes[row * per_token + index % per_token] = code as i32;
         }
     }
     let output_splits = all_to_all_counts(inter_node, &send.input_splits, 1)?;
-    let width = per_token as i64;
     let received = all_to_all(
         inter_node,
-        &numbers,
+        &codes,
         &send.input_splits,
         &output_splits,
-        width,
+        *per_token as i64,
     )?;
-    let first = TokenExchange {
+    let target = |&code: &i32| {
+        (code != NOT_ON_NODE).then(|| RowTarget {
+            rank: code as usize / num_experts,
+            expert: code as usize % num_experts,
+        })
+    };
+    let exchange = TokenExchange {
         permutation: Permutation::new(&send, num_nodes, device),
         all_to_all: Some(AllToAll {
             group: inter_node.clone(),
             input_splits: send.input_splits,
             output_splits,
-            order: None,
+            row_order: None,
         }),
     };
-
-    let spread = |&number: &i32| {
-        (number != NOT_ON_NODE)
-            .then(|| (number as usize / num_experts, number as usize % num_experts))
-    };
-    let spread: Vec<_> = received.iter().map(spread).collect();
-    let send = plan_send(&spread, per_token, intra_node.size(), num_experts);
-    let permutation = Permutation::new(&send, per_token, device);
-    let counts = all_to_all_counts(intra_node, &send.counts, num_experts)?;
-    let incoming: Vec<_> = counts
-        .iter()
-        .enumerate()
-        .map(|(index, &rows)| (index / num_experts, index % num_experts, rows))
-        .filter(|part| part.2 > 0)
-        .collect();
-    let receive = plan_receive(&incoming, work, intra_node.size(), num_experts);
-    let all_to_all = AllToAll {
-        group: intra_node.clone(),
-        input_splits: send.input_splits,
-        output_splits: receive.output_splits,
-        order: Some((
-            upload(&receive.order, device),
-            upload(&receive.inverse, device),
-        )),
-    };
-    Ok((
-        DispatchRoute(vec![
-            first,
-            TokenExchange {
-                permutation,
-                all_to_all: Some(all_to_all),
-            },
-        ]),
-        receive.counts,
-    ))
+    Ok((exchange, received.iter().map(target).collect()))
 }
 
-/// `each` numbers for every rank: those that every rank has for this one.
+/// Plans the exchange within the node. Also returns the rows for each of `computed_experts`.
+fn forward_within_node(
+    intra_node: &Arc<dyn Communicator>,
+    routed: &RoutedTokens,
+    computed_experts: &[usize],
+    device: Device,
+) -> Result<(TokenExchange, Vec<i64>), Error> {
+    let num_experts = routed.num_experts;
+    let send = plan_send(routed, intra_node.size());
+    let permutation = Permutation::new(&send, routed.per_token, device);
+    let counts = all_to_all_counts(intra_node, &send.counts, num_experts)?;
+    let incoming: Vec<IncomingRows> = counts
+        .iter()
+        .enumerate()
+        .map(|(index, &rows)| IncomingRows {
+            rank: index / num_experts,
+            expert: index % num_experts,
+            rows,
+        })
+        .filter(|incoming| incoming.rows > 0)
+        .collect();
+    let receive = plan_receive(&incoming, computed_experts, intra_node.size(), num_experts);
+    let all_to_all = AllToAll::ordered(intra_node.clone(), send.input_splits, &receive, device);
+    let exchange = TokenExchange {
+        permutation,
+        all_to_all: Some(all_to_all),
+    };
+    Ok((exchange, receive.counts))
+}
+
+/// Sends `per_rank` numbers to every rank, and returns the numbers that every rank sent to this
+/// one.
 fn all_to_all_counts(
     group: &Arc<dyn Communicator>,
     numbers: &[i64],
-    each: usize,
+    per_rank: usize,
 ) -> Result<Vec<i64>, Error> {
     let numbers: Vec<i32> = numbers.iter().map(|&number| number as i32).collect();
     let splits = vec![1; group.size()];
-    Ok(all_to_all(group, &numbers, &splits, &splits, each as i64)?
-        .into_iter()
-        .map(i64::from)
-        .collect())
+    let received = all_to_all(group, &numbers, &splits, &splits, per_rank as i64)?;
+    Ok(received.into_iter().map(i64::from).collect())
 }
 
-/// Rows of `width` numbers.
+/// Exchanges rows of `width` numbers.
 fn all_to_all(
     group: &Arc<dyn Communicator>,
     rows: &[i32],
@@ -142,10 +195,8 @@ fn all_to_all(
     width: i64,
 ) -> Result<Vec<i32>, Error> {
     let sent = Tensor::from_slice(rows).view([-1, width]);
-    let received = Tensor::empty(
-        [output_splits.iter().sum::<i64>(), width],
-        (sent.kind(), sent.device()),
-    );
+    let num_received: i64 = output_splits.iter().sum();
+    let received = Tensor::empty([num_received, width], (sent.kind(), sent.device()));
     group
         .all_to_all(&received, &sent, output_splits, input_splits)
         .and_then(Work::wait)?;

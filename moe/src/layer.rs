@@ -1,167 +1,149 @@
 //! An MoE layer: router, dispatch, experts, combine, and shared experts overlapped with them.
 
 use crate::balance::{BalanceScope, RouterStats};
-use crate::dispatch::{DispatchPlan, Dispatcher, PendingCombine};
-use crate::experts::{GemmPrecision, grouped_swiglu, grouped_swiglu_with_lent};
+use crate::dispatch::{DispatchPlan, Dispatcher, PendingCombine, PendingDispatch};
+use crate::experts::{ExpertWeights, GemmPrecision, grouped_swiglu, grouped_swiglu_with_lent};
 use crate::lending::weights::LentWeights;
 use crate::plan::{chunk_range, count_tokens_by_group, count_tokens_per_expert, group_ranges};
 use crate::router::{Router, Routing};
 use parallel::tensor::TensorParallel;
-use parallel::{Activation, Communicator, ReduceOp, Weight, linears};
+use parallel::{Activation, Communicator, ReduceOp, Weight, Work, linears};
 use parking_lot::Mutex;
+use std::ops::Range;
 use std::sync::Arc;
 use tch::{Kind, Tensor};
 use torch_ext::Error;
 
-/// The tensors of a layer. E experts in all, L on this rank, D hidden, F expert ffn, S shared ffn.
+/// Tensors of an MoE layer. E experts in all, L on this rank, D hidden, F expert ffn, S shared ffn.
 pub struct MoeWeights {
     /// `[E, D]`.
     pub router: Weight,
-    /// `[E]` fp32, not trained by gradient: the loss-free bias, where it is used.
+    /// `[E]` fp32 bias of loss-free balancing, which gradients do not train.
     pub bias: Option<Mutex<Tensor>>,
-    /// `[L, 2F, D]`; less of F where ranks split experts.
+    /// `[L, 2F, D]`; a slice of F if ranks split experts.
     pub gate_up_proj: Weight,
-    /// `[L, D, F]`, likewise.
+    /// `[L, D, F]`; a slice of F if ranks split experts.
     pub down_proj: Weight,
-    /// `[1, 2S, D]` and `[1, D, S]`: experts that every token visits, as one; split as dense layers are.
+    /// `[1, 2S, D]` and `[1, D, S]`: all shared experts as one, split like a dense layer.
     pub shared: Option<(Weight, Weight)>,
 }
 
-/// An MoE layer.
+/// An MoE layer, with the process groups that it works in.
 pub struct MoeLayer {
-    /// Chooses experts.
     pub router: Router,
-    /// Carries rows to them.
     pub dispatcher: Dispatcher,
-    /// The tokens that expert use is counted over.
+    /// The tokens that the balancing statistics cover.
     pub balance_scope: BalanceScope,
     /// The ranks that split dense matrices.
     pub tensor: TensorParallel,
     /// The ranks that have tokens of the same sequences.
     pub sequence: Arc<dyn Communicator>,
-    /// The arithmetic of the routed experts' products.
+    /// Arithmetic of the routed experts.
     pub gemm: GemmPrecision,
-    /// What is kept for backward.
-    pub keep: SavePolicy,
-    /// The layer's tensors.
+    pub save: SavePolicy,
     pub weights: MoeWeights,
 }
 
-/// What is kept for backward, and not computed again.
+/// Activations that are kept for backward instead of being recomputed.
 #[derive(Debug, Clone, Copy)]
 pub struct SavePolicy {
-    /// Rows as they are at their experts.
+    /// True if the experts' inputs are kept. Otherwise backward repeats the dispatch.
     pub dispatched: bool,
-    /// The experts' gate-up products.
+    /// True if the experts' gate-up products are kept.
     pub experts: bool,
 }
 
-/// What a layer computed.
+/// Output of an MoE layer.
 pub struct MoeOutput {
     /// `[T, D]`.
     pub hidden_td: Tensor,
     /// For the auxiliary losses.
     pub stats: RouterStats,
-    /// What it did.
     pub moe_stats: MoeStats,
 }
 
-/// What a layer did with this rank's tokens, and for others.
+/// Work of a layer on this rank in one forward pass.
 #[derive(Debug, Clone, Default)]
 pub struct MoeStats {
     /// The experts of each token, `[T * K]`.
     pub experts: Vec<i64>,
     /// Routed tokens of this rank per expert, `[E]`.
     pub tokens_per_expert: Vec<i64>,
-    /// Rows that this rank worked on.
+    /// Routed tokens that this rank computed.
     pub computed_tokens: i64,
-    /// Those of them that were for lent experts.
+    /// Part of `computed_tokens`, of lent experts.
     pub lent_tokens: i64,
-    /// Bytes of experts' weights that this rank lent.
+    /// Bytes of expert weights that this rank lent.
     pub lent_bytes: i64,
-    /// Bytes of rows that it sent to other nodes.
+    /// Bytes of rows that this rank sent to other nodes.
     pub internode_bytes: i64,
-    /// Seconds that the plan took.
+    /// Seconds that the planner took.
     pub plan_seconds: f64,
 }
 
-/// What a forward that is computed again has to do as before: which experts were chosen, and who worked on them.
+/// Routing of a forward pass, which recomputation repeats.
 #[derive(Clone, Default)]
-pub struct RoutingReplay(Arc<Mutex<Option<(Tensor, DispatchPlan)>>>);
+pub struct RoutingReplay(Arc<Mutex<Option<RecordedRouting>>>);
 
-/// Experts' results, by token.
+struct RecordedRouting {
+    experts_tk: Tensor,
+    plan: DispatchPlan,
+}
+
+/// Results of the routed experts, summed per token.
 pub struct RoutedOutput {
     /// `[T, D]`.
     pub hidden_td: Tensor,
-    /// What was computed meanwhile.
+    /// Result of the overlapped computation.
     pub overlapped: Option<Tensor>,
-    /// What was done.
     pub moe_stats: MoeStats,
 }
 
 impl MoeLayer {
-    /// This rank's tokens `x_td` `[T, D]` through the layer: as many of each of `sequences` sequences on every rank that
-    /// splits them by position, and of those a range of neighbours on each that splits matrices. A second forward with the
-    /// same `replay` chooses the same experts.
+    /// Computes the layer for this rank's tokens `x_td` `[T, D]`, which belong to `sequences`
+    /// sequences. A second forward with the same `replay` uses the same experts.
+    ///
+    /// Every rank that splits sequences by position has an equal part of each sequence. Every rank
+    /// that splits matrices has a contiguous range of those tokens.
     ///
     /// # Collective
-    /// Every rank of the expert group, with any number of tokens, and those that split sequences and matrices.
+    /// Every rank of the expert group, with any number of tokens, and the ranks that split
+    /// sequences and matrices.
     ///
     /// # Errors
-    /// When a collective fails.
+    /// If a collective fails.
     pub fn forward(
         &self,
         x_td: &Activation,
         sequences: usize,
         replay: &RoutingReplay,
     ) -> Result<MoeOutput, Error> {
-        let tokens = x_td.value.size()[0] as usize;
-        let logits_te = linears(x_td, &[&self.weights.router])?
-            .remove(0)
-            .to_kind(Kind::Float);
-        let bias = self
-            .weights
-            .bias
-            .as_ref()
-            .map(|bias| bias.lock().shallow_clone());
-        let before = replay.0.lock().take();
-        let (chosen, plan) =
-            before.map_or((None, None), |(chosen, plan)| (Some(chosen), Some(plan)));
-        let in_all = tokens * self.tensor.size();
-        let groups = if self.balance_scope == BalanceScope::Sequence {
-            sequences
-        } else {
-            1
+        let groups = match self.balance_scope {
+            BalanceScope::Sequence => sequences,
+            BalanceScope::Microbatch | BalanceScope::Batch => 1,
         };
-        let own = group_ranges(self.tensor.rank() * tokens, tokens, in_all / groups, groups);
-        let routing = self
-            .router
-            .route(&logits_te, bias.as_ref(), chosen.as_ref(), &own)?;
+        let tokens = x_td.value.size()[0] as usize;
+        let tokens_of_all = tokens * self.tensor.size();
+        let ranges = group_ranges(
+            self.tensor.rank() * tokens,
+            tokens,
+            tokens_of_all / groups,
+            groups,
+        );
+        let recorded = replay.0.lock().take();
+        let recorded_experts = recorded.as_ref().map(|recorded| &recorded.experts_tk);
+        let routing = self.route(x_td, recorded_experts, &ranges)?;
         let experts = Vec::<i64>::try_from(routing.experts_tk.flatten(0, -1).contiguous())
             .map_err(|e| Error::new(e.to_string()))?;
-        let Router {
-            top_k, num_experts, ..
-        } = self.router;
-        let plan = match plan {
-            Some(plan) => plan,
-            None => self.dispatcher.plan(&experts, top_k)?,
+        let plan = match recorded {
+            Some(recorded) => recorded.plan,
+            None => self.dispatcher.plan(&experts, self.router.top_k)?,
         };
-        *replay.0.lock() = Some((routing.experts_tk.shallow_clone(), plan.clone()));
-        let shared = |x_td: &Activation| match &self.weights.shared {
-            None => Ok(None),
-            Some((gate_up_proj, down_proj)) => {
-                let network = |x: &Activation| {
-                    grouped_swiglu(
-                        x,
-                        gate_up_proj,
-                        down_proj,
-                        &[x.value.size()[0]],
-                        self.keep.experts,
-                    )
-                };
-                self.tensor.column_row_parallel(x_td, network).map(Some)
-            }
-        };
+        *replay.0.lock() = Some(RecordedRouting {
+            experts_tk: routing.experts_tk.shallow_clone(),
+            plan: plan.clone(),
+        });
+        let shared = |x_td: &Activation| self.forward_shared(x_td);
         let RoutedOutput {
             mut hidden_td,
             overlapped,
@@ -170,25 +152,7 @@ impl MoeLayer {
         if let Some(shared) = overlapped {
             hidden_td = hidden_td + shared;
         }
-
-        let counts = count_tokens_by_group(&moe_stats.experts, top_k, &own, num_experts);
-        let counts_ge = Tensor::from_slice(&counts).view([groups as i64, num_experts as i64]);
-        let counts_ge = counts_ge.to_device(x_td.value.device());
-        let reduced = self
-            .sequence
-            .all_reduce(&counts_ge, ReduceOp::Sum)
-            .and_then(parallel::Work::wait);
-        reduced.map_err(|e| Error::new(e.to_string()))?;
-        let Routing {
-            prob_sums_ge,
-            z_sum,
-            ..
-        } = routing;
-        let stats = RouterStats {
-            counts_ge,
-            prob_sums_ge,
-            z_sum,
-        };
+        let stats = self.router_stats(routing, &moe_stats.experts, &ranges, x_td)?;
         Ok(MoeOutput {
             hidden_td,
             stats,
@@ -196,14 +160,67 @@ impl MoeLayer {
         })
     }
 
-    /// Dispatch, experts and the sum with weights `weights_tk` `[T, K]`, for routed tokens `experts` `[T * K]` that are made and planned. While
-    /// rows travel, `overlapped` is computed.
+    fn route(
+        &self,
+        x_td: &Activation,
+        recorded_experts: Option<&Tensor>,
+        groups: &[Range<usize>],
+    ) -> Result<Routing, Error> {
+        let logits_te = linears(x_td, &[&self.weights.router])?
+            .remove(0)
+            .to_kind(Kind::Float);
+        let bias = self
+            .weights
+            .bias
+            .as_ref()
+            .map(|bias| bias.lock().shallow_clone());
+        self.router
+            .route(&logits_te, bias.as_ref(), recorded_experts, groups)
+    }
+
+    fn forward_shared(&self, x_td: &Activation) -> Result<Option<Tensor>, Error> {
+        let Some((gate_up_proj, down_proj)) = &self.weights.shared else {
+            return Ok(None);
+        };
+        let network = |x: &Activation| {
+            let rows = x.value.size()[0];
+            grouped_swiglu(x, gate_up_proj, down_proj, &[rows], self.save.experts)
+        };
+        self.tensor.column_row_parallel(x_td, network).map(Some)
+    }
+
+    /// Sums the counts over the ranks that have tokens of the same sequences.
+    fn router_stats(
+        &self,
+        routing: Routing,
+        experts: &[i64],
+        groups: &[Range<usize>],
+        x_td: &Activation,
+    ) -> Result<RouterStats, Error> {
+        let num_experts = self.router.num_experts;
+        let counts = count_tokens_by_group(experts, self.router.top_k, groups, num_experts);
+        let counts_ge = Tensor::from_slice(&counts).view([groups.len() as i64, num_experts as i64]);
+        let counts_ge = counts_ge.to_device(x_td.value.device());
+        self.sequence
+            .all_reduce(&counts_ge, ReduceOp::Sum)
+            .and_then(Work::wait)
+            .map_err(|e| Error::new(e.to_string()))?;
+        Ok(RouterStats {
+            counts_ge,
+            prob_sums_ge: routing.prob_sums_ge,
+            z_sum: routing.z_sum,
+        })
+    }
+
+    /// Computes the routed experts by `plan`: dispatch, experts, and the sum with the routing
+    /// weights `weights_tk` `[T, K]`. `experts` are `[T * K]`. Calls `overlapped` while rows are in
+    /// flight.
     ///
     /// # Collective
     /// Every rank of the expert group.
     ///
     /// # Errors
-    /// When a collective fails.
+    /// If a collective fails.
     pub fn forward_routed(
         &self,
         x_td: &Activation,
@@ -212,104 +229,68 @@ impl MoeLayer {
         plan: &DispatchPlan,
         overlapped: impl FnOnce(&Activation) -> Result<Option<Tensor>, Error>,
     ) -> Result<RoutedOutput, Error> {
-        let Router {
-            top_k, num_experts, ..
-        } = &self.router;
         let MoeWeights {
             gate_up_proj,
             down_proj,
             ..
         } = &self.weights;
-        let chunks = self.dispatcher.chunks();
-        let mut fetching = plan.fetch(gate_up_proj, down_proj)?;
-        // All chunks are in flight before the first is worked on; its results are while the next one is.
-        let ranges: Vec<_> = (0..chunks)
-            .map(|chunk| chunk_range(experts.len() / top_k, chunk, chunks))
-            .collect();
-        let sizes: Vec<i64> = ranges.iter().map(|range| range.len() as i64).collect();
-        let (tokens, weights) = match chunks {
-            1 => (
-                vec![x_td.value.shallow_clone()],
-                vec![weights_tk.shallow_clone()],
-            ),
-            _ => (
-                x_td.value.split_with_sizes(&sizes, 0),
-                weights_tk.split_with_sizes(&sizes, 0),
-            ),
-        };
-        let mut sending = Vec::new();
-        for (chunk, (tokens, range)) in tokens.iter().zip(&ranges).enumerate() {
-            let experts = &experts[range.start * top_k..range.end * top_k];
-            sending.push(
-                self.dispatcher
-                    .start(tokens, experts, *top_k, plan, chunk)?,
-            );
-        }
+        let num_chunks = self.dispatcher.chunks();
+        let mut pending_weights = plan.fetch(gate_up_proj, down_proj)?;
+        // All chunks are in flight before the first is computed. The results of a chunk are in
+        // flight while the next one is computed.
+        let chunks = self.start_chunks(x_td, weights_tk, &experts, plan)?;
         let overlapped = overlapped(x_td)?;
-        let mut lent_weights = None;
-        let mut returning = Vec::new();
-        let mut computed_tokens = 0;
-        let mut lent_tokens = 0;
-        let mut internode_bytes = 0;
-        for ((sending, range), weights) in sending.into_iter().zip(&ranges).zip(&weights) {
+        let mut lent_weights: Option<LentWeights> = None;
+        let mut combines = Vec::new();
+        let mut moe_stats = self.new_stats(experts, plan);
+        for chunk in chunks {
             let saved = x_td.saved();
-            let start = range.start as i64;
-            let len = range.len() as i64;
-            let dispatched = sending.wait(
-                move || Ok(saved.get()?.narrow(0, start, len)),
-                self.keep.dispatched,
+            let Range { start, end } = chunk.tokens;
+            let dispatched = chunk.dispatch.wait(
+                move || Ok(saved.get()?.narrow(0, start, end - start)),
+                self.save.dispatched,
             )?;
-            if let (Some(fetching), Some(lending)) = (fetching.take(), &plan.lending) {
+            if let (Some(pending), Some(lending)) = (pending_weights.take(), &plan.lending) {
                 lent_weights = Some(LentWeights::new(
                     lending.clone(),
-                    fetching.wait()?,
-                    self.keep.dispatched,
-                    chunks,
+                    pending.wait()?,
+                    self.save.dispatched,
+                    num_chunks,
                 ));
             }
             let counts = &dispatched.counts;
-            computed_tokens += counts.iter().sum::<i64>();
-            lent_tokens += counts[plan.rank_plan.num_local..].iter().sum::<i64>();
-            internode_bytes += self.dispatcher.internode_bytes(&dispatched);
-            let rows_rd = &dispatched.rows_rd;
-            let lent_weights = lent_weights.clone();
-            let y_rd = grouped_swiglu_with_lent(
-                rows_rd,
+            let lent_counts = &counts[plan.rank_plan.num_local..];
+            moe_stats.computed_tokens += counts.iter().sum::<i64>();
+            moe_stats.lent_tokens += lent_counts.iter().sum::<i64>();
+            moe_stats.internode_bytes += self.dispatcher.internode_bytes(&dispatched);
+            let weights = ExpertWeights {
                 gate_up_proj,
                 down_proj,
-                lent_weights,
+                lent: lent_weights.clone(),
+            };
+            let y_rd = grouped_swiglu_with_lent(
+                &dispatched.rows_rd,
+                weights,
                 counts,
                 self.gemm,
-                self.keep.experts,
+                self.save.experts,
             )?;
-            returning.push(self.dispatcher.start_combine(&y_rd, dispatched, weights)?);
+            let combine = self
+                .dispatcher
+                .start_combine(&y_rd, dispatched, &chunk.weights_tk)?;
+            combines.push(combine);
         }
-        lent_weights.iter().for_each(LentWeights::release);
-        let mut hidden_td = returning
+        if let Some(lent_weights) = lent_weights {
+            lent_weights.release();
+        }
+        let mut hidden_td = combines
             .into_iter()
             .map(PendingCombine::wait)
             .collect::<Result<Vec<_>, _>>()?;
-        let hidden_td = if chunks == 1 {
+        let hidden_td = if num_chunks == 1 {
             hidden_td.remove(0)
         } else {
             Tensor::cat(&hidden_td, 0)
-        };
-        let elements: i64 = [gate_up_proj, down_proj]
-            .iter()
-            .map(|weight| weight.shape()[1..].iter().product::<i64>())
-            .sum();
-        let lent = plan
-            .lending
-            .as_ref()
-            .map_or(0, |lending| lending.num_lent());
-        let moe_stats = MoeStats {
-            tokens_per_expert: count_tokens_per_expert(&experts, *num_experts),
-            experts,
-            computed_tokens,
-            lent_tokens,
-            lent_bytes: lent * elements * gate_up_proj.kind().elt_size_in_bytes() as i64,
-            internode_bytes,
-            plan_seconds: plan.seconds,
         };
         Ok(RoutedOutput {
             hidden_td,
@@ -317,4 +298,70 @@ impl MoeLayer {
             moe_stats,
         })
     }
+
+    fn start_chunks(
+        &self,
+        x_td: &Activation,
+        weights_tk: &Tensor,
+        experts: &[i64],
+        plan: &DispatchPlan,
+    ) -> Result<Vec<ChunkInFlight>, Error> {
+        let top_k = self.router.top_k;
+        let num_chunks = self.dispatcher.chunks();
+        let ranges: Vec<Range<usize>> = (0..num_chunks)
+            .map(|chunk| chunk_range(experts.len() / top_k, chunk, num_chunks))
+            .collect();
+        let split = |rows: &Tensor| {
+            if num_chunks == 1 {
+                return vec![rows.shallow_clone()];
+            }
+            let sizes: Vec<i64> = ranges.iter().map(|range| range.len() as i64).collect();
+            rows.split_with_sizes(&sizes, 0)
+        };
+        let tokens = split(&x_td.value);
+        let weights = split(weights_tk);
+        let mut chunks = Vec::new();
+        for (index, (tokens, weights_tk)) in tokens.iter().zip(weights).enumerate() {
+            let Range { start, end } = ranges[index];
+            let experts = &experts[start * top_k..end * top_k];
+            chunks.push(ChunkInFlight {
+                tokens: start as i64..end as i64,
+                weights_tk,
+                dispatch: self.dispatcher.start(tokens, experts, top_k, plan, index)?,
+            });
+        }
+        Ok(chunks)
+    }
+
+    /// Returns the figures that are known before any token is computed.
+    fn new_stats(&self, experts: Vec<i64>, plan: &DispatchPlan) -> MoeStats {
+        let MoeWeights {
+            gate_up_proj,
+            down_proj,
+            ..
+        } = &self.weights;
+        let expert_elements: i64 = [gate_up_proj, down_proj]
+            .iter()
+            .map(|weight| weight.shape()[1..].iter().product::<i64>())
+            .sum();
+        let expert_bytes = expert_elements * gate_up_proj.kind().elt_size_in_bytes() as i64;
+        let lent = plan
+            .lending
+            .as_ref()
+            .map_or(0, |lending| lending.num_lent());
+        MoeStats {
+            tokens_per_expert: count_tokens_per_expert(&experts, self.router.num_experts),
+            experts,
+            lent_bytes: lent * expert_bytes,
+            plan_seconds: plan.seconds,
+            ..MoeStats::default()
+        }
+    }
+}
+
+/// A range of a rank's tokens on the way to their experts.
+struct ChunkInFlight {
+    tokens: Range<i64>,
+    weights_tk: Tensor,
+    dispatch: PendingDispatch,
 }

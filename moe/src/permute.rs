@@ -1,17 +1,19 @@
-//! Moving rows between token order and slot order, with gradients that are gathers too: no scatter, no atomic
-//! addition, so the same input gives the same bits.
-// Shapes: T tokens, C choices of a token, N slots, D hidden.
+//! Rows between token order and the order in which they are sent, with gradients.
+//!
+//! The gradients are gathers too. Without scatter and atomic addition, equal inputs give equal
+//! bits.
+// Shapes: T tokens, C routed tokens per token, N rows, D hidden.
 
 use crate::plan::SendPlan;
 use kernels::{combine, combine_backward};
 use tch::{Device, Tensor};
 use torch_ext::{Error, attach_backward};
 
-/// Which slots tokens have: at most C each.
+/// The rows of each token, at most C.
 pub(crate) struct Permutation {
     /// `[N]`.
     token_of_row: Tensor,
-    /// `[T, C]`; -1 where there is none.
+    /// `[T, C]`; -1 if the routed token has no row.
     row_of_routed_token: Tensor,
 }
 
@@ -34,7 +36,7 @@ impl Permutation {
         }
     }
 
-    /// `x_td` `[T, D]` to slots `[N, D]`. The gradient of a token is the sum over its slots.
+    /// Copies tokens `[T, D]` to their rows `[N, D]`. A token's gradient is the sum over its rows.
     pub(crate) fn gather(&self, x_td: &Tensor) -> Result<Tensor, Error> {
         let out = tch::no_grad(|| x_td.index_select(0, &self.token_of_row));
         let row_of_routed_token = self.row_of_routed_token.shallow_clone();
@@ -46,7 +48,7 @@ impl Permutation {
         Ok(out.remove(0))
     }
 
-    /// The sum over a token's slots, the other way round than [`Permutation::gather`]: `[N, D]` to `[T, D]`.
+    /// Sums each token's rows: `[N, D]` to `[T, D]`.
     pub(crate) fn combine(&self, y_nd: &Tensor) -> Result<Tensor, Error> {
         let out = tch::no_grad(|| combine(&y_nd.detach(), &self.row_of_routed_token, None));
         let token_of_row = self.token_of_row.shallow_clone();
@@ -60,7 +62,7 @@ impl Permutation {
         Ok(out.remove(0))
     }
 
-    /// The same sum, each choice with its weight of `weights_tc` `[T, C]`.
+    /// Sums each token's rows, each multiplied by its weight of `weights_tc` `[T, C]`.
     pub(crate) fn combine_weighted(
         &self,
         y_nd: &Tensor,
@@ -68,13 +70,14 @@ impl Permutation {
     ) -> Result<Tensor, Error> {
         let y = y_nd.detach();
         let weights = weights_tc.detach();
-        let slots = self.row_of_routed_token.shallow_clone();
-        let out = tch::no_grad(|| combine(&y, &slots, Some(&weights)));
+        let row_of_routed_token = self.row_of_routed_token.shallow_clone();
+        let out = tch::no_grad(|| combine(&y, &row_of_routed_token, Some(&weights)));
         let mut out = attach_backward(&[y_nd, weights_tc], vec![out], move |grads| {
             let Some(grad_td) = &grads[0] else {
                 return Ok(vec![None, None]);
             };
-            let (grad_y, grad_weights) = combine_backward(grad_td, &y, &slots, &weights);
+            let (grad_y, grad_weights) =
+                combine_backward(grad_td, &y, &row_of_routed_token, &weights);
             Ok(vec![
                 Some(grad_y),
                 Some(grad_weights.to_kind(weights.kind())),
@@ -84,7 +87,8 @@ impl Permutation {
     }
 }
 
-/// Row `i` of the result is row `order[i]` of `x`; `inverse` is the inverse permutation.
+/// Permutes the rows of `x`: row `i` of the result is row `order[i]`. `inverse` is the inverse
+/// permutation.
 pub(crate) fn permute_rows(x: &Tensor, order: &Tensor, inverse: &Tensor) -> Result<Tensor, Error> {
     let out = tch::no_grad(|| x.index_select(0, order));
     let inverse = inverse.shallow_clone();
@@ -99,13 +103,24 @@ pub(crate) fn permute_rows(x: &Tensor, order: &Tensor, inverse: &Tensor) -> Resu
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::plan_send;
+    use crate::plan::{RoutedTokens, RowTarget, plan_send};
     use parallel::{Accelerator, Cpu};
     use tch::Kind;
 
+    /// A permutation of 2 routed tokens per token, of 3 experts on one rank.
+    fn permutation(experts: &[Option<usize>]) -> Permutation {
+        let target = |&expert: &Option<usize>| expert.map(|expert| RowTarget { rank: 0, expert });
+        let routed = RoutedTokens {
+            targets: experts.iter().map(target).collect(),
+            per_token: 2,
+            num_experts: 3,
+        };
+        Permutation::new(&plan_send(&routed, 1), 2, Device::Cpu)
+    }
+
     #[test]
     fn gathering_and_combining_have_the_gradients_of_plain_indexing() {
-        // The second time one token has one choice less.
+        // If `missing`, the last token has one expert less.
         for missing in [false, true] {
             let experts = [
                 Some(2),
@@ -115,13 +130,7 @@ mod tests {
                 Some(0),
                 Some(1).filter(|_| !missing),
             ];
-            let plan = plan_send(
-                &experts.map(|expert| expert.map(|expert| (0, expert))),
-                2,
-                1,
-                3,
-            );
-            let slots = Permutation::new(&plan, 2, Device::Cpu);
+            let permutation = permutation(&experts);
             let random = |shape: &[i64]| {
                 Cpu.empty(shape, Kind::Float)
                     .uniform_(-1.0, 1.0)
@@ -132,10 +141,10 @@ mod tests {
             let probe = random(&[3, 4]).detach();
             let second = random(&[3, 4]).detach();
 
-            let rows = slots.gather(&x).unwrap();
+            let rows = permutation.gather(&x).unwrap();
             let squares = &rows * &rows;
-            let out = slots.combine_weighted(&squares, &w).unwrap();
-            let sum = slots.combine(&squares).unwrap();
+            let out = permutation.combine_weighted(&squares, &w).unwrap();
+            let sum = permutation.combine(&squares).unwrap();
             (&out * &probe + &sum * &second).sum(Kind::Float).backward();
             let grad_x = x.grad().copy();
             let grad_w = w.grad().copy();
@@ -144,11 +153,9 @@ mod tests {
             x.zero_grad();
             w.zero_grad();
 
-            // Every choice's row is its token's.
-            let there =
-                Tensor::from_slice(&experts.map(|expert| f32::from(u8::from(expert.is_some()))))
-                    .view([3, 2, 1]);
-            let by_token = (&x * &x).unsqueeze(1) * there;
+            let is_sent = experts.map(|expert| f32::from(u8::from(expert.is_some())));
+            let is_sent = Tensor::from_slice(&is_sent).view([3, 2, 1]);
+            let by_token = (&x * &x).unsqueeze(1) * is_sent;
             let plain = (&by_token * w.unsqueeze(-1)).sum_dim_intlist(
                 [1i64].as_slice(),
                 false,
@@ -166,12 +173,12 @@ mod tests {
     }
 
     #[test]
-    fn no_token_and_no_slot_at_all() {
+    fn no_token_and_no_row() {
         let x = Cpu.zeros(&[0, 4], Kind::Float).set_requires_grad(true);
-        let slots = Permutation::new(&plan_send(&[], 2, 1, 3), 2, Device::Cpu);
-        let out = slots
-            .combine_weighted(&slots.gather(&x).unwrap(), &Cpu.zeros(&[0, 2], Kind::Float))
-            .unwrap();
+        let permutation = permutation(&[]);
+        let rows = permutation.gather(&x).unwrap();
+        let weights = Cpu.zeros(&[0, 2], Kind::Float);
+        let out = permutation.combine_weighted(&rows, &weights).unwrap();
         out.sum(Kind::Float).backward();
         assert_eq!((out.size(), x.grad().size()), (vec![0, 4], vec![0, 4]));
     }

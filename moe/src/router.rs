@@ -1,5 +1,5 @@
-//! Routers: which experts a token goes to, and with what weight.
-// Shapes: T tokens, E experts, K chosen experts, G groups of tokens.
+//! The router: selects the experts of each token, and computes their routing weights.
+// Shapes: T tokens, E experts, K selected experts, G groups of tokens.
 
 use kernels::{RouterOutput, RouterScoring};
 use schemars::JsonSchema;
@@ -8,7 +8,7 @@ use std::ops::Range;
 use tch::{Kind, Tensor};
 use torch_ext::{Error, attach_backward};
 
-/// How logits become scores.
+/// Function from logits to scores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Score {
@@ -18,82 +18,77 @@ pub enum Score {
     Sigmoid,
 }
 
-/// Top-k routing.
+/// Selects the best `top_k` experts of each token.
 #[derive(Debug, Clone)]
 pub struct Router {
-    /// E.
     pub num_experts: usize,
-    /// K.
     pub top_k: usize,
-    /// Logits to scores.
     pub score: Score,
-    /// Whether the weights of a token's chosen experts are made to sum to one.
+    /// True if the routing weights of a token are scaled to sum to one.
     pub normalize: bool,
-    /// Factor on all weights, after normalisation.
+    /// Factor on all routing weights, after normalization.
     pub scale: f64,
-    /// Experts are divided into this many groups of neighbours ...
+    /// Number of groups of neighboring experts.
     pub groups: usize,
-    /// ... of which only the best this many may be chosen from. Equal to `groups`: no limit.
+    /// Number of best groups that experts are selected from. Equal to `groups`: all.
     pub top_groups: usize,
-    /// Whether a token chooses as many experts in each group (MoGE, arXiv 2505.21411, section 3.1): `top_k / groups`.
+    /// True if each token selects `top_k / groups` experts in every group (MoGE, arXiv 2505.21411,
+    /// section 3.1).
     pub even_groups: bool,
-    /// Whether experts are chosen in turns instead, whatever their scores are: a token's are neighbours, and all have as much to do.
+    /// True if experts are assigned round-robin instead of by score, so that loads are equal.
     pub force_balance: bool,
 }
 
-/// What a router decided for each token.
+/// Routing of some tokens.
 pub struct Routing {
-    /// `[T, K]` int64, in descending order of score, if it is scores that decide.
+    /// `[T, K]` int64, in descending order of score unless balance is forced.
     pub experts_tk: Tensor,
     /// `[T, K]` fp32, differentiable.
     pub weights_tk: Tensor,
-    /// `[G, E]` fp32, differentiable: over each group's tokens, the sum of scores that sum to one over the experts, for the
-    /// load-balancing loss.
+    /// `[G, E]` fp32, differentiable: scores, normalized over the experts and summed over each
+    /// group's tokens, for the load-balancing loss.
     pub prob_sums_ge: Tensor,
-    /// `[]` fp32, differentiable: the sum over all tokens of the square of their logits' log-sum-exp, for the z-loss.
+    /// `[]` fp32, differentiable: squared log-sum-exp of the logits, summed over all tokens, for
+    /// the z-loss.
     pub z_sum: Tensor,
 }
 
 impl Router {
-    /// The best `top_k` of `num_experts`, by normalised softmax scores, without groups.
+    /// Creates a router that selects the best `top_k` of `num_experts` by softmax scores, without
+    /// groups. Routing weights are normalized.
     pub fn new(num_experts: usize, top_k: usize) -> Router {
-        let score = Score::Softmax;
-        let normalize = true;
-        let scale = 1.0;
-        let groups = 1;
-        let top_groups = 1;
-        let even_groups = false;
-        let force_balance = false;
         Router {
             num_experts,
             top_k,
-            score,
-            normalize,
-            scale,
-            groups,
-            top_groups,
-            even_groups,
-            force_balance,
+            score: Score::Softmax,
+            normalize: true,
+            scale: 1.0,
+            groups: 1,
+            top_groups: 1,
+            even_groups: false,
+            force_balance: false,
         }
     }
 
-    /// Chooses experts from `logits_te` `[T, E]`. `bias_e` `[E]` is added to the scores for choosing only, not to
-    /// the weights (loss-free balancing, arXiv 2408.15664). Choices `[T, K]` that have been made already stay. `groups` are neighbouring
-    /// tokens, one group after another, that hold all of them.
+    /// Routes tokens with logits `logits_te` `[T, E]`. `groups` are consecutive ranges that cover
+    /// all tokens.
+    ///
+    /// `bias_e` `[E]` is added to the scores that select experts, but not to the weights (loss-free
+    /// balancing, arXiv 2408.15664). If `recorded_tk` `[T, K]` is given, these experts are used.
     ///
     /// # Errors
-    /// libtorch's message.
+    /// If libtorch fails.
     pub fn route(
         &self,
         logits_te: &Tensor,
         bias_e: Option<&Tensor>,
-        chosen_tk: Option<&Tensor>,
+        recorded_tk: Option<&Tensor>,
         groups: &[Range<usize>],
     ) -> Result<Routing, Error> {
         let logits_te = logits_te.to_kind(Kind::Float);
         let logits = logits_te.detach();
-        let experts_tk = match chosen_tk {
-            Some(chosen_tk) => chosen_tk.shallow_clone(),
+        let experts_tk = match recorded_tk {
+            Some(recorded_tk) => recorded_tk.shallow_clone(),
             None => tch::no_grad(|| self.select_experts(&logits, bias_e)),
         };
         if !kernels::supports_router(&logits) {
@@ -111,7 +106,7 @@ impl Router {
         } = kernels::router(&logits, &experts_tk, router, groups);
         let experts = experts_tk.shallow_clone();
         let groups = groups.to_vec();
-        let made = attach_backward(
+        let outputs = attach_backward(
             &[&logits_te],
             vec![weights_tk, prob_sums_ge, z_sum],
             move |grads| {
@@ -125,7 +120,9 @@ impl Router {
                 ))])
             },
         )?;
-        let [weights_tk, prob_sums_ge, z_sum] = made.try_into().expect("three went in");
+        let [weights_tk, prob_sums_ge, z_sum] = outputs
+            .try_into()
+            .expect("there are as many outputs as inputs");
         Ok(Routing {
             experts_tk,
             weights_tk,
@@ -134,7 +131,7 @@ impl Router {
         })
     }
 
-    /// The same by libtorch.
+    /// Computes the routing of `experts_tk` by libtorch, on devices without a kernel.
     fn route_with_libtorch(
         &self,
         logits_te: &Tensor,
@@ -144,24 +141,21 @@ impl Router {
         let scores_te = self.scores(logits_te);
         let mut weights_tk = scores_te.gather(1, &experts_tk, false);
         if self.normalize {
-            weights_tk = &weights_tk
-                / (weights_tk.sum_dim_intlist([-1i64].as_slice(), true, Kind::Float) + 1e-20);
+            weights_tk = normalize_rows(&weights_tk);
         }
         if self.scale != 1.0 {
             weights_tk = weights_tk * self.scale;
         }
         let probs_te = match self.score {
             Score::Softmax => scores_te,
-            Score::Sigmoid => {
-                &scores_te
-                    / (scores_te.sum_dim_intlist([-1i64].as_slice(), true, Kind::Float) + 1e-20)
-            }
+            Score::Sigmoid => normalize_rows(&scores_te),
         };
-        let sum_of = |tokens: &Range<usize>| {
+        let sum_of_group = |tokens: &Range<usize>| {
             let probs = probs_te.narrow(0, tokens.start as i64, tokens.len() as i64);
             probs.sum_dim_intlist([0i64].as_slice(), false, Kind::Float)
         };
-        let prob_sums_ge = Tensor::stack(&groups.iter().map(sum_of).collect::<Vec<_>>(), 0);
+        let prob_sums: Vec<Tensor> = groups.iter().map(sum_of_group).collect();
+        let prob_sums_ge = Tensor::stack(&prob_sums, 0);
         let z_sum = logits_te
             .logsumexp([-1i64].as_slice(), false)
             .square()
@@ -183,67 +177,78 @@ impl Router {
 
     fn select_experts(&self, logits_te: &Tensor, bias_e: Option<&Tensor>) -> Tensor {
         if self.force_balance {
-            let tokens = logits_te.size()[0];
-            let top_k = self.top_k as i64;
-            let turns = Tensor::arange(tokens * top_k, (Kind::Int64, logits_te.device()));
-            return turns
-                .remainder(self.num_experts as i64)
-                .view([tokens, top_k]);
+            return self.round_robin(logits_te);
         }
         let grouped = self.even_groups || self.top_groups < self.groups;
         if !grouped && kernels::supports_router(logits_te) {
-            return kernels::select_experts(
-                logits_te,
-                bias_e,
-                self.top_k,
-                self.score == Score::Sigmoid,
-            );
+            let sigmoid = self.score == Score::Sigmoid;
+            return kernels::select_experts(logits_te, bias_e, self.top_k, sigmoid);
         }
         let mut scores_te = self.scores(logits_te);
         if let Some(bias_e) = bias_e {
             scores_te += bias_e;
         }
         if self.even_groups {
-            let groups = self.groups as i64;
-            let per_group = (self.num_experts / self.groups) as i64;
-            let (_, within) = scores_te.view([-1, groups, per_group]).topk(
-                self.top_k as i64 / groups,
-                -1,
-                true,
-                true,
-            );
-            let first = Tensor::arange(groups, (Kind::Int64, scores_te.device())) * per_group;
-            let chosen_tk = (within + first.unsqueeze(-1)).flatten(1, -1);
-            // All of them, in descending order of score.
-            let order = scores_te
-                .gather(1, &chosen_tk, false)
-                .sort_stable(true, -1, true)
-                .1;
-            return chosen_tk.gather(1, &order, false);
+            return self.select_in_each_group(&scores_te);
         }
         if self.top_groups < self.groups {
-            let groups = self.groups as i64;
-            let per_group = (self.num_experts / self.groups) as i64;
-            let grouped = scores_te.view([-1, groups, per_group]);
-            // A group counts as much as its best expert (DeepSeek-V2) or, with sigmoid scores, its best two (V3).
-            let counted = if self.score == Score::Sigmoid {
-                2.min(per_group)
-            } else {
-                1
-            };
-            let (best, _) = grouped.topk(counted, -1, true, false);
-            let group_scores = best.sum_dim_intlist([-1i64].as_slice(), false, Kind::Float);
-            let (_, chosen) = group_scores.topk(self.top_groups as i64, -1, true, false);
-            let open = group_scores
-                .zeros_like()
-                .scatter_value(1, &chosen, 1.0)
-                .unsqueeze(-1);
-            scores_te = grouped
-                .masked_fill(&open.eq(0.0), f64::NEG_INFINITY)
-                .view_as(&scores_te);
+            scores_te = self.mask_all_but_top_groups(&scores_te);
         }
         scores_te.topk(self.top_k as i64, -1, true, true).1
     }
+
+    fn round_robin(&self, logits_te: &Tensor) -> Tensor {
+        let tokens = logits_te.size()[0];
+        let top_k = self.top_k as i64;
+        let indices = Tensor::arange(tokens * top_k, (Kind::Int64, logits_te.device()));
+        indices
+            .remainder(self.num_experts as i64)
+            .view([tokens, top_k])
+    }
+
+    /// Views scores `[T, E]` as `[T, groups, E / groups]`.
+    fn by_group(&self, scores_te: &Tensor) -> Tensor {
+        let per_group = self.num_experts / self.groups;
+        scores_te.view([-1, self.groups as i64, per_group as i64])
+    }
+
+    fn select_in_each_group(&self, scores_te: &Tensor) -> Tensor {
+        let groups = self.groups as i64;
+        let per_group = (self.num_experts / self.groups) as i64;
+        let k = self.top_k as i64 / groups;
+        let (_, within) = self.by_group(scores_te).topk(k, -1, true, true);
+        let first = Tensor::arange(groups, (Kind::Int64, scores_te.device())) * per_group;
+        let selected_tk = (within + first.unsqueeze(-1)).flatten(1, -1);
+        let selected_scores = scores_te.gather(1, &selected_tk, false);
+        let (_, order) = selected_scores.sort_stable(true, -1, true);
+        selected_tk.gather(1, &order, false)
+    }
+
+    fn mask_all_but_top_groups(&self, scores_te: &Tensor) -> Tensor {
+        let grouped = self.by_group(scores_te);
+        // A group's score is its best expert's (DeepSeek-V2) or, with sigmoid scores, the sum of
+        // its best two (DeepSeek-V3).
+        let counted = match self.score {
+            Score::Softmax => 1,
+            Score::Sigmoid => 2.min(grouped.size()[2]),
+        };
+        let (best, _) = grouped.topk(counted, -1, true, false);
+        let group_scores = best.sum_dim_intlist([-1i64].as_slice(), false, Kind::Float);
+        let (_, top) = group_scores.topk(self.top_groups as i64, -1, true, false);
+        let is_top = group_scores
+            .zeros_like()
+            .scatter_value(1, &top, 1.0)
+            .unsqueeze(-1);
+        grouped
+            .masked_fill(&is_top.eq(0.0), f64::NEG_INFINITY)
+            .view_as(scores_te)
+    }
+}
+
+/// Divides each row by its sum.
+fn normalize_rows(rows: &Tensor) -> Tensor {
+    let sums = rows.sum_dim_intlist([-1i64].as_slice(), true, Kind::Float);
+    rows / (sums + 1e-20)
 }
 
 #[cfg(test)]
@@ -280,20 +285,17 @@ mod tests {
         assert_eq!(list::<i64>(&routing.experts_tk), [1, 2]);
         let weights = list::<f32>(&routing.weights_tk);
         assert!((weights[0] - 0.6).abs() < 1e-6 && (weights[1] - 0.4).abs() < 1e-6);
-        let raw = route(
-            &Router {
-                normalize: false,
-                scale: 2.0,
-                ..router(Score::Softmax)
-            },
-            &logits,
-            None,
-        );
+        let unnormalized = Router {
+            normalize: false,
+            scale: 2.0,
+            ..router(Score::Softmax)
+        };
+        let raw = route(&unnormalized, &logits, None);
         assert!((list::<f32>(&raw.weights_tk)[0] - 6.0 / 7.0).abs() < 1e-6);
     }
 
     #[test]
-    fn loops_and_libtorch_agree() {
+    fn kernel_and_libtorch_agree() {
         for score in [Score::Softmax, Score::Sigmoid] {
             for normalize in [false, true] {
                 let router = Router {
@@ -305,25 +307,17 @@ mod tests {
                     Tensor::randn([9, 4], (Kind::Float, tch::Device::Cpu)).set_requires_grad(true);
                 let groups = [0..3, 3..9];
                 let ours = router.route(&logits, None, None, &groups).unwrap();
-                let chosen = ours.experts_tk.shallow_clone();
-                let theirs = router.route_with_libtorch(&logits, chosen, &groups);
-                let both = [&ours, &theirs].map(
-                    |Routing {
-                         weights_tk,
-                         prob_sums_ge,
-                         z_sum,
-                         ..
-                     }| {
-                        let outputs = [weights_tk, prob_sums_ge, z_sum];
-                        let [weights, sums, z] =
-                            outputs.map(|output| output.square().sum(Kind::Float));
-                        (weights + sums + z * 0.1).backward();
-                        let gradient = logits.grad().copy();
-                        let _ = logits.grad().zero_();
-                        let [weights, sums, z] = outputs.map(Tensor::detach);
-                        [weights, sums, z, gradient]
-                    },
-                );
+                let experts = ours.experts_tk.shallow_clone();
+                let theirs = router.route_with_libtorch(&logits, experts, &groups);
+                let both = [&ours, &theirs].map(|routing| {
+                    let outputs = [&routing.weights_tk, &routing.prob_sums_ge, &routing.z_sum];
+                    let [weights, sums, z] = outputs.map(|output| output.square().sum(Kind::Float));
+                    (weights + sums + z * 0.1).backward();
+                    let gradient = logits.grad().copy();
+                    let _ = logits.grad().zero_();
+                    let [weights, sums, z] = outputs.map(Tensor::detach);
+                    [weights, sums, z, gradient]
+                });
                 for (ours, theirs) in both[0].iter().zip(&both[1]) {
                     assert!(
                         ours.allclose(theirs, 1e-5, 1e-6, false),
@@ -335,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bias_chooses_and_does_not_weigh() {
+    fn the_bias_selects_and_does_not_weigh() {
         let bias = Tensor::from_slice(&[10f32, 0., 0., 0.]);
         let routing = route(
             &router(Score::Sigmoid),
@@ -343,24 +337,25 @@ mod tests {
             Some(&bias),
         );
         assert_eq!(list::<i64>(&routing.experts_tk), [0, 1]);
-        let a = 1.0 / (1.0 + 3f32.exp());
-        let b = 1.0 / (1.0 + (-2f32).exp());
-        assert!((list::<f32>(&routing.weights_tk)[0] - a / (a + b)).abs() < 1e-6);
+        let first = 1.0 / (1.0 + 3f32.exp());
+        let second = 1.0 / (1.0 + (-2f32).exp());
+        let expected = first / (first + second);
+        assert!((list::<f32>(&routing.weights_tk)[0] - expected).abs() < 1e-6);
         let total: f32 = list::<f32>(&routing.prob_sums_ge).iter().sum();
         assert!((total - 1.0).abs() < 1e-6);
     }
 
     #[test]
-    fn only_the_best_groups_are_chosen_from() {
+    fn experts_are_selected_from_the_best_groups() {
         let limited = Router {
             groups: 2,
             top_groups: 1,
             ..router(Score::Softmax)
         };
-        // The best expert is 0, so group {0, 1} wins and expert 3, though better than 1, is not chosen.
+        // The best expert is 0, so group {0, 1} wins. Expert 3 is better than 1, but not selected.
         let routing = route(&limited, &logits(&[5., 1., 2., 4.]), None);
         assert_eq!(list::<i64>(&routing.experts_tk), [0, 1]);
-        // With sigmoid scores the best two of a group count: here {2, 3} wins though 0 is the best.
+        // With sigmoid scores the best two of a group count: {2, 3} wins, although 0 is the best.
         let limited = Router {
             score: Score::Sigmoid,
             ..limited
@@ -370,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn forced_balance_takes_turns_and_weighs_by_scores() {
+    fn forced_balance_is_round_robin_and_weighs_by_scores() {
         let forced = Router {
             force_balance: true,
             ..router(Score::Softmax)
@@ -393,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn with_even_groups_each_group_is_chosen_from_alike() {
+    fn with_even_groups_each_group_has_an_equal_number() {
         let even = Router {
             groups: 2,
             even_groups: true,

@@ -11,8 +11,10 @@ use crate::gemm::kernel::{
 use crate::gemm::{Avx2, Avx512, InstructionSet, instructions};
 use crate::number::{Bf16, Number};
 use crate::rows::on_threads;
+use crate::tensors::{empty_as, empty_f32, sizes};
 use std::cell::RefCell;
 use std::ops::Range;
+use std::slice;
 use tch::{Device, Kind, Tensor};
 
 /// Queries of a block, a multiple of a tile and of a pair.
@@ -31,11 +33,14 @@ pub(super) fn supports_attention(
     value: &Tensor,
 ) -> Option<InstructionSet> {
     let kind = query.kind();
-    let fits = |x: &Tensor| x.device() == Device::Cpu && x.kind() == kind && x.stride()[3] == 1;
-    let key_heads = (key.size()[0] * key.size()[1]) as usize;
+    let fits = |x: &Tensor| {
+        let contiguous = x.stride()[3] == 1;
+        x.device() == Device::Cpu && x.kind() == kind && contiguous
+    };
+    let [batch, heads] = sizes(key);
     let supported = [query, key, value].into_iter().all(fits)
         && query.size()[3] % LANES as i64 == 0
-        && key_heads >= torch_ext::max_parallel_ranges();
+        && batch * heads >= torch_ext::max_parallel_ranges();
     instructions(kind).filter(|_| supported)
 }
 
@@ -52,7 +57,8 @@ pub(super) fn attention(
     }
     let [query, key, value] = inputs;
     let out = like(query);
-    let lse = Tensor::empty(&query.size()[..3], (Kind::Float, Device::Cpu));
+    let [batch, heads, length] = sizes(query);
+    let lse = empty_f32(query, [batch, heads, length]);
     let task = AttentionTask::new(query, key, scale);
     let views = ForwardViews {
         query: HeadView::new(query),
@@ -137,12 +143,8 @@ fn widened(inputs: [&Tensor; 3], instructions: InstructionSet) -> Option<[Tensor
 ///
 /// The next operation reads the rows of all heads of a token.
 fn like(x: &Tensor) -> Tensor {
-    let size = x.size();
-    Tensor::empty(
-        [size[0], size[2], size[1], size[3]],
-        (x.kind(), Device::Cpu),
-    )
-    .transpose(1, 2)
+    let [batch, heads, length, width] = sizes(x);
+    empty_as(x, [batch, length, heads, width]).transpose(1, 2)
 }
 
 /// A key or query head of a sequence in the batch.
@@ -213,7 +215,7 @@ impl HeadView {
     #[allow(clippy::mut_from_ref)]
     unsafe fn row<T>(&self, head: Head, row: usize, width: usize) -> &mut [T] {
         // SAFETY: as the caller promises.
-        unsafe { std::slice::from_raw_parts_mut(self.at(head, row).cast(), width) }
+        unsafe { slice::from_raw_parts_mut(self.at(head, row).cast(), width) }
     }
 }
 
@@ -246,14 +248,14 @@ thread_local! {
 
 impl AttentionTask {
     fn new(query: &Tensor, key: &Tensor, scale: f64) -> AttentionTask {
-        let size: Vec<usize> = query.size().iter().map(|&size| size as usize).collect();
-        let kv_heads = key.size()[1] as usize;
+        let [batch, heads, length, width] = sizes(query);
+        let [_, kv_heads] = sizes(key);
         AttentionTask {
-            batch: size[0],
-            heads: size[1],
+            batch,
+            heads,
             kv_heads,
-            length: size[2],
-            width: size[3],
+            length,
+            width,
             scale: scale as f32,
         }
     }
@@ -511,7 +513,7 @@ unsafe fn forward<K: Kernel, T: Number>(
                 let visible = start + rows;
                 let mut highest = [f32::NEG_INFINITY; QUERIES];
                 let mut totals = [0f32; QUERIES];
-                std::slice::from_raw_parts_mut(sums, rows * width).fill(0.0);
+                slice::from_raw_parts_mut(sums, rows * width).fill(0.0);
                 for first in (0..visible).step_by(KEYS) {
                     let here = (visible - first).min(KEYS);
                     let queries = LeftRows {
@@ -520,12 +522,12 @@ unsafe fn forward<K: Kernel, T: Number>(
                     };
                     keys.gemm::<K>(0..steps, first..first + here, rows, queries, to_scores);
                     for row in 0..rows {
-                        let scores = std::slice::from_raw_parts_mut(scores.add(row * ROW), here);
+                        let scores = slice::from_raw_parts_mut(scores.add(row * ROW), here);
                         let valid = (start + row + 1).saturating_sub(first).min(here);
                         let factor =
                             weights(scores, valid, scale, &mut highest[row], &mut totals[row]);
                         if factor != 1.0 {
-                            let sums = std::slice::from_raw_parts_mut(sums.add(row * width), width);
+                            let sums = slice::from_raw_parts_mut(sums.add(row * width), width);
                             for x in sums {
                                 *x *= factor;
                             }
@@ -552,7 +554,7 @@ unsafe fn forward<K: Kernel, T: Number>(
                     let lse = lse.row::<f32>(head, start + row, 1);
                     lse[0] = highest[row] + totals[row].ln();
                     let out = out.row::<T>(head, start + row, width);
-                    let sums = std::slice::from_raw_parts(sums.add(row * width), width);
+                    let sums = slice::from_raw_parts(sums.add(row * width), width);
                     for (out, x) in out.iter_mut().zip(sums) {
                         *out = T::narrow(x * inverse);
                     }
@@ -569,7 +571,7 @@ unsafe fn forward<K: Kernel, T: Number>(
 #[inline(always)]
 unsafe fn round_padded(from: &[f32], to: *mut Bf16) {
     // SAFETY: as the caller promises.
-    let to = unsafe { std::slice::from_raw_parts_mut(to, from.len() + 1) };
+    let to = unsafe { slice::from_raw_parts_mut(to, from.len() + 1) };
     for (to, x) in to.iter_mut().zip(from) {
         *to = Bf16::narrow(*x);
     }
@@ -581,7 +583,13 @@ unsafe fn round_padded(from: &[f32], to: *mut Bf16) {
 /// `highest` is the running maximum of scaled scores and `sum` the running sum of weights. Returns
 /// the factor by which the weights of earlier blocks change.
 #[inline(always)]
-fn weights(scores: &mut [f32], valid: usize, scale: f32, highest: &mut f32, sum: &mut f32) -> f32 {
+fn weights(
+    scores: &mut [f32],
+    valid: usize,
+    scale: f32,
+    highest: &mut f32,
+    total: &mut f32,
+) -> f32 {
     let (valid, rest) = scores.split_at_mut(valid);
     rest.fill(0.0);
     if valid.is_empty() {
@@ -607,16 +615,16 @@ fn weights(scores: &mut [f32], valid: usize, scale: f32, highest: &mut f32, sum:
     let mut lanes = [0f32; LANES];
     let (whole, few) = valid.as_chunks_mut::<LANES>();
     for chunk in whole {
-        for (sum, x) in lanes.iter_mut().zip(chunk) {
+        for (total, x) in lanes.iter_mut().zip(chunk) {
             *x = exp(x.mul_add(scale, -new));
-            *sum += *x;
+            *total += *x;
         }
     }
-    for (sum, x) in lanes.iter_mut().zip(few) {
+    for (total, x) in lanes.iter_mut().zip(few) {
         *x = exp(x.mul_add(scale, -new));
-        *sum += *x;
+        *total += *x;
     }
-    *sum = *sum * factor + lanes.iter().sum::<f32>();
+    *total = *total * factor + lanes.iter().sum::<f32>();
     *highest = new;
     factor
 }
@@ -704,8 +712,8 @@ unsafe fn backward<K: Kernel, T: Number>(
             width,
             &mut buffers.natural_keys,
         );
-        std::slice::from_raw_parts_mut(key_sums, length * width).fill(0.0);
-        std::slice::from_raw_parts_mut(value_sums, length * width).fill(0.0);
+        slice::from_raw_parts_mut(key_sums, length * width).fill(0.0);
+        slice::from_raw_parts_mut(value_sums, length * width).fill(0.0);
         for head in task.query_heads(kv_head) {
             for start in (0..length).step_by(QUERIES) {
                 let rows = (length - start).min(QUERIES);
@@ -733,7 +741,7 @@ unsafe fn backward<K: Kernel, T: Number>(
                         0.0
                     }
                 });
-                std::slice::from_raw_parts_mut(sums, rows * width).fill(0.0);
+                slice::from_raw_parts_mut(sums, rows * width).fill(0.0);
                 for first in (0..visible).step_by(KEYS) {
                     let here = (visible - first).min(KEYS);
                     let columns = first..first + here;
@@ -748,16 +756,16 @@ unsafe fn backward<K: Kernel, T: Number>(
                     };
                     values.gemm::<K>(0..steps, columns, rows, grad_rows, to_grad_scores);
                     for row in 0..rows {
-                        let scores = std::slice::from_raw_parts_mut(scores.add(row * ROW), here);
+                        let scores = slice::from_raw_parts_mut(scores.add(row * ROW), here);
                         let grad_scores =
-                            std::slice::from_raw_parts_mut(grad_scores.add(row * ROW), here);
+                            slice::from_raw_parts_mut(grad_scores.add(row * ROW), here);
                         let valid = (start + row + 1).saturating_sub(first).min(here);
                         let of_row = RowScalars {
                             scale,
                             lse: lse.row::<f32>(head, start + row, 1)[0],
                             delta: delta[row],
                         };
-                        gradients(scores, grad_scores, valid, of_row);
+                        softmax_gradients(scores, grad_scores, valid, of_row);
                         if bf16 {
                             round_padded(grad_scores, rounded.add(row * ROW));
                         }
@@ -798,15 +806,15 @@ unsafe fn backward<K: Kernel, T: Number>(
                     }
                 }
                 for row in 0..rows {
-                    let sums = std::slice::from_raw_parts(sums.add(row * width), width);
+                    let sums = slice::from_raw_parts(sums.add(row * width), width);
                     narrow(sums, views.grad_query.row::<T>(head, start + row, width));
                 }
             }
         }
         for row in 0..length {
-            let key_sums = std::slice::from_raw_parts(key_sums.add(row * width), width);
+            let key_sums = slice::from_raw_parts(key_sums.add(row * width), width);
             narrow(key_sums, views.grad_key.row::<T>(kv_head, row, width));
-            let value_sums = std::slice::from_raw_parts(value_sums.add(row * width), width);
+            let value_sums = slice::from_raw_parts(value_sums.add(row * width), width);
             narrow(value_sums, views.grad_value.row::<T>(kv_head, row, width));
         }
     }
@@ -823,14 +831,19 @@ struct RowScalars {
 /// Replaces the first `valid` scores by weights, and the gradients of these weights by those of the
 /// scores. The other elements become zero.
 #[inline(always)]
-fn gradients(scores: &mut [f32], grads: &mut [f32], valid: usize, row: RowScalars) {
-    let RowScalars { scale, lse, delta } = row;
-    for (score, grad) in scores[..valid].iter_mut().zip(&mut grads[..valid]) {
+fn softmax_gradients(
+    scores: &mut [f32],
+    grad_scores: &mut [f32],
+    valid: usize,
+    scalars: RowScalars,
+) {
+    let RowScalars { scale, lse, delta } = scalars;
+    for (score, grad) in scores[..valid].iter_mut().zip(&mut grad_scores[..valid]) {
         *score = exp(score.mul_add(scale, -lse));
         *grad = *score * (*grad - delta) * scale;
     }
     scores[valid..].fill(0.0);
-    grads[valid..].fill(0.0);
+    grad_scores[valid..].fill(0.0);
 }
 
 /// Rounds rows to bf16 and interleaves each two of them by columns. Zeros follow an odd last row.
@@ -838,24 +851,24 @@ fn gradients(scores: &mut [f32], grads: &mut [f32], valid: usize, row: RowScalar
 /// # Safety
 /// `from` has `rows` rows and `to` half as many, of `width` elements that are [`ROW`] apart.
 #[inline(always)]
-unsafe fn interleave_bf16_rows(from: *const f32, rows: usize, width: usize, to: *mut f32) {
+unsafe fn interleave_bf16_rows(source: *const f32, rows: usize, row_width: usize, pairs: *mut f32) {
     for row in (0..rows).step_by(2) {
         // SAFETY: as the caller promises.
-        let first = unsafe { std::slice::from_raw_parts(from.add(row * ROW), width) };
+        let first = unsafe { slice::from_raw_parts(source.add(row * ROW), row_width) };
         // SAFETY: as the caller promises.
-        let to = unsafe {
-            let pairs = to.add(row / 2 * ROW).cast::<u32>();
-            std::slice::from_raw_parts_mut(pairs, width)
+        let pairs = unsafe {
+            let pairs = pairs.add(row / 2 * ROW).cast::<u32>();
+            slice::from_raw_parts_mut(pairs, row_width)
         };
         if row + 1 < rows {
             // SAFETY: as the caller promises.
-            let second = unsafe { std::slice::from_raw_parts(from.add((row + 1) * ROW), width) };
-            for (to, (a, b)) in to.iter_mut().zip(first.iter().zip(second)) {
-                *to = rounded(*a) >> 16 | rounded(*b) & 0xffff_0000;
+            let second = unsafe { slice::from_raw_parts(source.add((row + 1) * ROW), row_width) };
+            for (pairs, (a, b)) in pairs.iter_mut().zip(first.iter().zip(second)) {
+                *pairs = rounded(*a) >> 16 | rounded(*b) & 0xffff_0000;
             }
         } else {
-            for (to, a) in to.iter_mut().zip(first) {
-                *to = rounded(*a) >> 16;
+            for (pairs, a) in pairs.iter_mut().zip(first) {
+                *pairs = rounded(*a) >> 16;
             }
         }
     }

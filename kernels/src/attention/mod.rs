@@ -7,6 +7,7 @@
 mod loops;
 
 use crate::profile::{Cost, span};
+use crate::tensors::sizes;
 use tch::{Device, Kind, Tensor};
 
 /// Returns causal attention `[B, H, S, d]` and the log-sum-exp of its scores `[B, H, S]` fp32.
@@ -16,18 +17,28 @@ use tch::{Device, Kind, Tensor};
 ///
 /// # Panics
 /// If the shapes do not match.
-pub fn attention(query: &Tensor, key: &Tensor, value: &Tensor, scale: f64) -> (Tensor, Tensor) {
+pub fn attention(
+    query: &Tensor,
+    key: &Tensor,
+    value: &Tensor,
+    score_scale: f64,
+) -> (Tensor, Tensor) {
     check(query, key, value);
     let cost = || cost(query, key, 2.0);
     span("attention", "forward", cost, || {
-        forward(query, key, value, scale)
+        causal_attention(query, key, value, score_scale)
     })
 }
 
-fn forward(query: &Tensor, key: &Tensor, value: &Tensor, scale: f64) -> (Tensor, Tensor) {
+fn causal_attention(
+    query: &Tensor,
+    key: &Tensor,
+    value: &Tensor,
+    score_scale: f64,
+) -> (Tensor, Tensor) {
     #[cfg(target_arch = "x86_64")]
     if let Some(instructions) = loops::supports_attention(query, key, value) {
-        return loops::attention([query, key, value], scale, instructions);
+        return loops::attention([query, key, value], score_scale, instructions);
     }
     let times = query.size()[1] / key.size()[1];
     let [key, value] = [key, value].map(|x| repeat_heads(x, times));
@@ -38,7 +49,7 @@ fn forward(query: &Tensor, key: &Tensor, value: &Tensor, scale: f64) -> (Tensor,
         0.0,
         true,
         None::<&Tensor>,
-        scale,
+        score_scale,
     )
 }
 
@@ -76,7 +87,8 @@ pub fn attention_backward(
 
 /// Returns the cost of `products` GEMMs over all pairs of a query and an earlier key.
 fn cost(query: &Tensor, key: &Tensor, products: f64) -> Cost {
-    let pairs = query.numel() as f64 * query.size()[2] as f64 / 2.0;
+    let [_, _, length] = sizes(query);
+    let pairs = query.numel() as f64 * length as f64 / 2.0;
     let elements = (query.numel() + key.numel()) as f64;
     let bytes = elements * query.kind().elt_size_in_bytes() as f64;
     Cost {
@@ -130,8 +142,9 @@ fn check(query: &Tensor, key: &Tensor, value: &Tensor) {
     let alike = k == value.size() && q.len() == 4 && [q[0], q[2], q[3]] == [k[0], k[2], k[3]];
     let same_kind = query.kind() == key.kind() && query.kind() == value.kind();
     let on_host = query.device() == Device::Cpu;
+    let divides = alike && k[1] > 0 && q[1] % k[1] == 0;
     assert!(
-        alike && same_kind && on_host && k[1] > 0 && q[1] % k[1] == 0,
+        divides && same_kind && on_host,
         "attention: unsupported shapes, query {q:?} and key {k:?}"
     );
 }
@@ -169,24 +182,33 @@ pub fn sum_repeated_heads(grad: &Tensor, times: i64) -> Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensors::LAST_DIM;
+    use crate::tensors::tests::{TestTensor, tolerances};
     use proptest::prelude::*;
+    use tch::kind::FLOAT_CPU;
 
     /// Returns attention and log-sum-exps in fp64.
-    fn plain(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> (Tensor, Tensor) {
-        let times = q.size()[1] / k.size()[1];
-        let k = k.repeat_interleave_self_int(times, 1, None);
-        let v = v.repeat_interleave_self_int(times, 1, None);
-        let later = Tensor::ones([q.size()[2]; 2], (Kind::Bool, Device::Cpu)).triu(1);
-        let scores = (q.matmul(&k.transpose(2, 3)) * scale).masked_fill(&later, f64::NEG_INFINITY);
-        let out = scores.softmax(-1, Kind::Double).matmul(&v);
-        (out, scores.logsumexp([-1i64].as_slice(), false))
+    fn plain_attention(
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        score_scale: f64,
+    ) -> (Tensor, Tensor) {
+        let times = query.size()[1] / key.size()[1];
+        let key = key.repeat_interleave_self_int(times, 1, None);
+        let value = value.repeat_interleave_self_int(times, 1, None);
+        let later = Tensor::ones([query.size()[2]; 2], (Kind::Bool, Device::Cpu)).triu(1);
+        let scores = (query.matmul(&key.transpose(2, 3)) * score_scale)
+            .masked_fill(&later, f64::NEG_INFINITY);
+        let out = scores.softmax(-1, Kind::Double).matmul(&value);
+        (out, scores.logsumexp(LAST_DIM, false))
     }
 
     /// Returns the largest difference over the largest element of `b`, which is taken to be at
     /// least `cancels`: with one key, for example, the gradient of the scores cancels to zero.
     fn off(a: &Tensor, b: &Tensor, cancels: f64) -> f64 {
         let most = |x: &Tensor| f64::try_from(x.abs().max()).unwrap();
-        most(&(a.to_kind(Kind::Double) - b)) / most(b).max(cancels)
+        most(&(a.to_f64() - b)) / most(b).max(cancels)
     }
 
     proptest! {
@@ -210,21 +232,21 @@ mod tests {
             let magnitude = if large { 5.0 } else { 1.0 };
             let random = |heads: i64, kind| {
                 let shape = [batch, length, heads, width];
-                let x = Tensor::randn(shape, (Kind::Float, Device::Cpu)) * magnitude;
+                let x = Tensor::randn(shape, FLOAT_CPU) * magnitude;
                 let x = x.to_kind(kind).transpose(1, 2);
                 if transposed { x } else { x.contiguous() }
             };
             let scale = 0.7 / (width as f64).sqrt();
             // The error of a weight is the rounding error of its score, which grows with the score.
             let cancels = if large { 30.0 } else { 0.1 };
-            for (kind, tolerance) in [(Kind::Float, 2e-5), (Kind::BFloat16, 2e-2)] {
+            for (kind, tolerance) in tolerances(2e-5, 2e-2) {
                 let tolerance = tolerance * magnitude;
                 let heads = times * kv_heads;
                 let [q, grad] = [(); 2].map(|()| random(heads, kind));
                 let [k, v] = [(); 2].map(|()| random(kv_heads, kind));
-                let wide = [&q, &k, &v].map(|x| x.to_kind(Kind::Double).set_requires_grad(true));
-                let (expected, expected_lse) = plain(&wide[0], &wide[1], &wide[2], scale);
-                (&expected * grad.to_kind(Kind::Double)).sum(Kind::Double).backward();
+                let wide = [&q, &k, &v].map(|x| x.to_f64().set_requires_grad(true));
+                let (expected, expected_lse) = plain_attention(&wide[0], &wide[1], &wide[2], scale);
+                (&expected * grad.to_f64()).sum(Kind::Double).backward();
                 let (out, lse) = attention(&q, &k, &v, scale);
                 prop_assert!(off(&out, &expected.detach(), cancels) < tolerance);
                 prop_assert!(off(&lse, &expected_lse.detach(), cancels) < tolerance);
@@ -239,8 +261,12 @@ mod tests {
 
     #[test]
     fn the_number_of_threads_changes_no_bit() {
-        let random = |heads: i64| Tensor::randn([3, heads, 130, 32], (Kind::BFloat16, Device::Cpu));
-        let [q, k, v, grad] = [random(4), random(2), random(2), random(4)];
+        let random = |heads: i64| {
+            let shape = [3, heads, 130, 32];
+            Tensor::randn(shape, (Kind::BFloat16, Device::Cpu))
+        };
+        let [q, grad] = [(); 2].map(|()| random(4));
+        let [k, v] = [(); 2].map(|()| random(2));
         let all = |threads| {
             tch::set_num_threads(threads);
             let (out, lse) = attention(&q, &k, &v, 0.2);

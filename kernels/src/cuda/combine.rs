@@ -1,7 +1,8 @@
 //! Launches of the combine kernels in `source/combine.cu`.
 
 use super::launch::{BlockShape, Gpu, KernelLaunch, THREADS, Variant, arguments};
-use tch::{Kind, Tensor};
+use crate::tensors::{empty_as, empty_f32, sizes};
+use tch::Tensor;
 
 struct Sizes {
     count: usize,
@@ -12,8 +13,8 @@ struct Sizes {
 
 impl Sizes {
     fn of(rows: &Tensor, row_ids: &Tensor) -> Sizes {
-        let [count, width] = [0, 1].map(|dim| rows.size()[dim] as usize);
-        let [tokens, top_k] = [0, 1].map(|dim| row_ids.size()[dim] as usize);
+        let [count, width] = sizes(rows);
+        let [tokens, top_k] = sizes(row_ids);
         Sizes {
             count,
             tokens,
@@ -38,8 +39,7 @@ pub(crate) fn combine(
         top_k,
         width,
     } = Sizes::of(rows, row_ids);
-    let shape = [tokens as i64, width as i64];
-    let out = Tensor::empty(shape, (rows.kind(), rows.device()));
+    let out = empty_as(rows, [tokens, width]);
     let variant = Variant::of(&[rows, &out], width);
     let arguments = arguments![rows, row_ids, weights, &out, count, tokens, top_k, width];
     let launch = KernelLaunch::over_rows("combine", gpu, variant, tokens, width, &arguments);
@@ -55,14 +55,14 @@ pub(crate) fn combine_backward(
     row_ids: &Tensor,
     weights: &Tensor,
 ) -> (Tensor, Tensor) {
-    let grad_rows = rows.empty_like();
-    let grad_weights = Tensor::empty(row_ids.size(), (Kind::Float, rows.device()));
     let Sizes {
         count,
         tokens,
         top_k,
         width,
     } = Sizes::of(rows, row_ids);
+    let grad_rows = rows.empty_like();
+    let grad_weights = empty_f32(rows, [tokens, top_k]);
     let variant = Variant::of(&[grad, rows, &grad_rows], width);
     let block = BlockShape {
         threads_per_row: 32,
@@ -99,6 +99,8 @@ mod tests {
     use crate::combine::{backward_by_libtorch, combine_by_libtorch};
     use crate::cuda::tests::{TestInput, close, test_gpu};
     use proptest::prelude::*;
+    use tch::Kind;
+    use tch::kind::FLOAT_CPU;
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(60))]
@@ -139,7 +141,7 @@ mod tests {
     fn a_row_id_out_of_range_traps() {
         // Always on the emulator: on a GPU the trap would end the context of every test.
         let gpu = crate::cuda::emulator::Host;
-        let rows = Tensor::zeros([2, 4], (Kind::Float, tch::Device::Cpu));
+        let rows = Tensor::zeros([2, 4], FLOAT_CPU);
         let row_ids = Tensor::from_slice(&[2i64]).view([1, 1]);
         let _ = combine(&gpu, &rows, &row_ids, None);
     }

@@ -93,10 +93,14 @@ impl Compiler {
     ///
     /// # Errors
     /// The compiler's message.
-    pub(super) fn compile(&self, variant: Variant, architecture: &str) -> Result<Vec<u8>, String> {
+    pub(super) fn compile(
+        &self,
+        variant: Variant,
+        gpu_architecture: &str,
+    ) -> Result<Vec<u8>, String> {
         let source = CString::new(source()).expect("source has no NUL");
         let mut options = vec![
-            format!("--gpu-architecture={architecture}"),
+            format!("--gpu-architecture={gpu_architecture}"),
             "--std=c++17".to_owned(),
         ];
         options.extend(definitions(variant));

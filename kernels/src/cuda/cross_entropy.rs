@@ -1,7 +1,8 @@
 //! Launches of the softmax and cross-entropy kernels in `source/cross_entropy.cu`.
 
 use super::launch::{Argument, BlockShape, Gpu, KernelLaunch, Variant, arguments};
-use tch::{Kind, Tensor};
+use crate::tensors::{empty_f32, sizes};
+use tch::Tensor;
 
 /// Most threads of a block, which processes one token.
 const MAX_THREADS: usize = 512;
@@ -35,12 +36,13 @@ pub(crate) fn softmax(
     divisor: f64,
     out: &Tensor,
 ) -> (Tensor, Tensor) {
-    let tokens = logits.size()[0];
-    let width = logits.size()[1] as usize;
-    let [largest, sum] = [(); 2].map(|()| Tensor::empty([tokens], (Kind::Float, logits.device())));
+    let [tokens, width] = sizes(logits);
+    let largest = empty_f32(logits, [tokens]);
+    let sum = empty_f32(logits, [tokens]);
+    let inverse = 1.0 / divisor as f32;
     let variant = Variant::of(&[logits, out], width);
-    let arguments = arguments![logits, out, &largest, &sum, width, 1.0 / divisor as f32];
-    let launch = launch("softmax", variant, tokens as usize, width, &arguments);
+    let arguments = arguments![logits, out, &largest, &sum, width, inverse];
+    let launch = launch("softmax", variant, tokens, width, &arguments);
     gpu.run(&launch, logits);
     (largest, sum)
 }
@@ -53,8 +55,7 @@ pub(crate) fn softmax_gradient(
     labels: &Tensor,
     minus: &Tensor,
 ) {
-    let tokens = probs.size()[0] as usize;
-    let width = probs.size()[1] as usize;
+    let [tokens, width] = sizes(probs);
     let variant = Variant::of(&[probs], width);
     let arguments = arguments![probs, scale, labels, minus, width];
     let launch = launch("softmax_gradient", variant, tokens, width, &arguments);
@@ -70,9 +71,8 @@ pub(crate) fn cross_entropy(
     inverse: f32,
     factor: Option<f32>,
 ) -> Tensor {
-    let tokens = logits.size()[0];
-    let width = logits.size()[1] as usize;
-    let losses = Tensor::empty([tokens], (Kind::Float, logits.device()));
+    let [tokens, width] = sizes(logits);
+    let losses = empty_f32(logits, [tokens]);
     let variant = Variant::of(&[logits], width);
     let wanted = usize::from(factor.is_some());
     let factor = factor.unwrap_or(0.0);
@@ -86,8 +86,10 @@ pub(crate) fn cross_entropy(
 mod tests {
     use super::*;
     use crate::cuda::tests::{TestInput, close, test_gpu};
+    use crate::tensors::LAST_DIM;
+    use crate::tensors::tests::TestTensor;
     use proptest::prelude::*;
-    use tch::Reduction;
+    use tch::{Kind, Reduction};
 
     fn width() -> impl Strategy<Value = i64> {
         prop_oneof![
@@ -101,25 +103,38 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(50))]
         #[test]
-        fn it_matches_libtorch(tokens in 0i64..20, width in width(), input: TestInput) {
+        fn it_matches_libtorch(
+            tokens in 0i64..20,
+            width in width(),
+            input: TestInput,
+        ) {
             let (gpu, device) = test_gpu();
             let logits = input.random(&[tokens, width]) * 4.0;
             let labels = Tensor::randint(width, [tokens], (Kind::Int64, device));
             if tokens > 2 {
                 let _ = labels.narrow(0, 1, 1).fill_(-100);
             }
-            let wide = logits.to_kind(Kind::Double).set_requires_grad(true);
+            let wide = logits.to_f64().set_requires_grad(true);
             let scaled = &wide / 1.5;
             let plain =
                 scaled.cross_entropy_loss(&labels, None::<Tensor>, Reduction::None, -100, 0.0);
             (plain.sum(Kind::Double) * 0.25).backward();
             let before = logits.copy();
             let inverse = 1.0 / 1.5;
-            close(&cross_entropy(gpu, &logits, &labels, inverse, None), &plain, 4e-6)?;
+            close(
+                &cross_entropy(gpu, &logits, &labels, inverse, None),
+                &plain,
+                4e-6,
+            )?;
             prop_assert!(logits.equal(&before));
             let factor = Some(0.25 / 1.5);
-            close(&cross_entropy(gpu, &logits, &labels, inverse, factor), &plain, 4e-6)?;
-            close(&logits, &wide.grad(), if input.bf16 { 1e-2 } else { 2e-6 })?;
+            close(
+                &cross_entropy(gpu, &logits, &labels, inverse, factor),
+                &plain,
+                4e-6,
+            )?;
+            let tolerance = if input.bf16 { 1e-2 } else { 2e-6 };
+            close(&logits, &wide.grad(), tolerance)?;
         }
 
         #[test]
@@ -131,23 +146,24 @@ mod tests {
         ) {
             let (gpu, device) = test_gpu();
             let all = input.random(&[tokens, own + other]) * 4.0;
-            let wide = all.to_kind(Kind::Double) / 1.5;
+            let wide = all.to_f64() / 1.5;
             let whole = wide.softmax(-1, Kind::Double).narrow(1, 0, own);
             let logits = all.narrow(1, 0, own).contiguous();
             let (largest, sum) = softmax(gpu, &logits, 1.5, &logits);
             let own_wide = wide.narrow(1, 0, own);
-            close(&largest, &own_wide.amax([-1i64].as_slice(), false), 1e-5)?;
-            let own_log = own_wide.logsumexp([-1i64].as_slice(), false);
+            close(&largest, &own_wide.amax(LAST_DIM, false), 1e-5)?;
+            let own_log = own_wide.logsumexp(LAST_DIM, false);
             close(&(sum.log() + &largest), &own_log, 1e-5)?;
             // The weight of this shard in the softmax over the whole vocabulary.
-            let share = (own_log - wide.logsumexp([-1i64].as_slice(), false)).exp();
+            let share = (own_log - wide.logsumexp(LAST_DIM, false)).exp();
             let labels = Tensor::randint(own, [tokens], (Kind::Int64, device));
             let minus = Tensor::rand([tokens], (Kind::Float, device));
             let scale = (share * 0.5).to_kind(Kind::Float);
             softmax_gradient(gpu, &logits, &scale, &labels, &minus);
-            let minus = minus.to_kind(Kind::Double).unsqueeze(1);
+            let minus = minus.to_f64().unsqueeze(1);
             let plain = (whole * 0.5).scatter_add(1, &labels.unsqueeze(1), &-minus);
-            close(&logits, &plain, if input.bf16 { 1e-2 } else { 2e-6 })?;
+            let tolerance = if input.bf16 { 1e-2 } else { 2e-6 };
+            close(&logits, &plain, tolerance)?;
         }
     }
 

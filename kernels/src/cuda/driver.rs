@@ -115,7 +115,10 @@ pub(super) fn ready(index: usize, kind: Kind) -> Result<&'static Device, String>
     let opened = ready.iter().find(|((other, _), _)| *other == index);
     let gpu = match opened {
         Some((_, gpu)) => gpu.clone(),
-        None => Device::open(index).map(|device| &*Box::leak(Box::new(device))),
+        None => {
+            let device = Device::open(index);
+            device.map(|device| &*Box::leak(Box::new(device)))
+        }
     };
     let variant = Variant {
         kind,

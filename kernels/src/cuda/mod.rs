@@ -64,8 +64,10 @@ pub fn compile_gpu_kernels(index: usize) -> Result<String, String> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::tensors::tests::TestTensor;
     use proptest::prelude::*;
     use proptest::test_runner::TestCaseError;
+    use tch::kind::FLOAT_CPU;
 
     /// The dtype and alignment of a test's random tensors.
     #[derive(Debug, Clone, Copy)]
@@ -107,7 +109,7 @@ pub(crate) mod tests {
         plain: &Tensor,
         tolerance: f64,
     ) -> Result<(), TestCaseError> {
-        let [ours, plain] = [ours, plain].map(|x| x.detach().to_kind(Kind::Double));
+        let [ours, plain] = [ours, plain].map(|x| x.detach().to_f64());
         prop_assert_eq!(ours.size(), plain.size());
         let off = ((&ours - &plain).abs() - plain.abs() * tolerance).flatten(0, -1);
         let most = if off.numel() == 0 {
@@ -132,7 +134,7 @@ pub(crate) mod tests {
 
     #[test]
     fn host_tensors_and_missing_gpus_are_refused() {
-        let x = Tensor::zeros([4, 4], (Kind::Float, Device::Cpu));
+        let x = Tensor::zeros([4, 4], FLOAT_CPU);
         assert!(gpu(&[&x]).is_none());
         let error = compile_gpu_kernels(99).unwrap_err();
         assert!(error.contains("setup --cuda"), "{error}");

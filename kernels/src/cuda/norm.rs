@@ -1,6 +1,8 @@
 //! Launches of the RMSNorm kernels in `source/norm.cu`.
 
 use super::launch::{BlockShape, Gpu, KernelLaunch, THREADS, Variant, arguments};
+use crate::tensors::FIRST_DIM;
+use crate::tensors::empty_f32;
 use tch::{Kind, Tensor};
 
 /// A warp processes rows of up to this many packs; a block processes longer rows.
@@ -22,17 +24,22 @@ fn block(variant: Variant, width: usize) -> BlockShape {
     }
 }
 
-pub(crate) fn rms_norm(gpu: &dyn Gpu, x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
+pub(crate) fn rms_norm(
+    gpu: &dyn Gpu,
+    input: &Tensor,
+    weight: &Tensor,
+    eps: f64,
+) -> (Tensor, Tensor) {
     let width = weight.numel();
-    let rows = x.numel().checked_div(width).unwrap_or(0);
-    let mut shape = x.size();
+    let rows = input.numel().checked_div(width).unwrap_or(0);
+    let mut shape = input.size();
     shape.pop();
     shape.push(1);
-    let out = x.empty_like();
-    let scale = Tensor::empty(shape.as_slice(), (Kind::Float, x.device()));
-    let variant = Variant::of(&[x, weight, &out], width);
+    let out = input.empty_like();
+    let scale = Tensor::empty(shape.as_slice(), (Kind::Float, input.device()));
+    let variant = Variant::of(&[input, weight, &out], width);
     let block = block(variant, width);
-    let arguments = arguments![x, weight, &out, &scale, rows, width, eps as f32];
+    let arguments = arguments![input, weight, &out, &scale, rows, width, eps as f32];
     let launch = KernelLaunch {
         name: "rms_norm",
         variant,
@@ -41,7 +48,7 @@ pub(crate) fn rms_norm(gpu: &dyn Gpu, x: &Tensor, weight: &Tensor, eps: f64) -> 
         shared: 0,
         arguments: &arguments,
     };
-    gpu.run(&launch, x);
+    gpu.run(&launch, input);
     (out, scale)
 }
 
@@ -60,7 +67,7 @@ pub(crate) fn rms_norm_backward(
     let block = block(variant, width);
     // Each block has its own sums, which are added in order.
     let blocks = rows.div_ceil(block.rows).min(2 * gpu.multiprocessors());
-    let partial = Tensor::empty([blocks as i64, width as i64], (Kind::Float, x.device()));
+    let partial = empty_f32(x, [blocks, width]);
     let arguments = arguments![grad, x, scale, weight, &out, &partial, rows, width];
     let launch = KernelLaunch {
         name: "rms_norm_backward",
@@ -71,7 +78,7 @@ pub(crate) fn rms_norm_backward(
         arguments: &arguments,
     };
     gpu.run(&launch, x);
-    let grad_weight = partial.sum_dim_intlist([0i64].as_slice(), false, Kind::Float);
+    let grad_weight = partial.sum_dim_intlist(FIRST_DIM, false, Kind::Float);
     (out, grad_weight)
 }
 
@@ -79,6 +86,8 @@ pub(crate) fn rms_norm_backward(
 mod tests {
     use super::*;
     use crate::cuda::tests::{TestInput, close, test_gpu};
+    use crate::tensors::LAST_DIM;
+    use crate::tensors::tests::TestTensor;
     use proptest::prelude::*;
 
     proptest! {
@@ -97,13 +106,13 @@ mod tests {
             let (gpu, _) = test_gpu();
             let [x, grad] = [(); 2].map(|()| input.random(&[rows, width]));
             let weight = input.random(&[width]);
-            let wide = |x: &Tensor| x.to_kind(Kind::Double).set_requires_grad(true);
+            let wide = |x: &Tensor| x.to_f64().set_requires_grad(true);
             let wide_x = wide(&x);
             let wide_weight = wide(&weight);
-            let mean = wide_x.square().mean_dim([-1i64].as_slice(), true, Kind::Double);
+            let mean = wide_x.square().mean_dim(LAST_DIM, true, Kind::Double);
             let factor = (mean + 1e-5).rsqrt();
             let plain = &wide_x * factor * &wide_weight;
-            (&plain * grad.to_kind(Kind::Double)).sum(Kind::Double).backward();
+            (&plain * grad.to_f64()).sum(Kind::Double).backward();
             let (out, scale) = rms_norm(gpu, &x, &weight, 1e-5);
             let (grad_x, grad_weight) = rms_norm_backward(gpu, &grad, &x, &scale, &weight);
             let tolerance = if input.bf16 { 2e-2 } else { 2e-5 };

@@ -30,8 +30,8 @@ pub(crate) fn apply_rotary(
 mod tests {
     use super::*;
     use crate::cuda::tests::{TestInput, close, test_gpu};
+    use crate::tensors::tests::TestTensor;
     use proptest::prelude::*;
-    use tch::Kind;
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(60))]
@@ -51,8 +51,8 @@ mod tests {
                 positions: positions as usize,
             };
             let ours = apply_rotary(gpu, &x, &cos, &sin, order);
-            let halves = x.to_kind(Kind::Double).chunk(2, -1);
-            let [cos, sin] = [cos, sin].map(|table| table.to_kind(Kind::Double).unsqueeze(1));
+            let halves = x.to_f64().chunk(2, -1);
+            let [cos, sin] = [cos, sin].map(|table| table.to_f64().unsqueeze(1));
             let plain = [
                 &halves[0] * &cos - &halves[1] * &sin,
                 &halves[1] * &cos + &halves[0] * &sin,

@@ -2,6 +2,8 @@
 
 use super::launch::{Argument, BlockShape, Gpu, KernelLaunch, Variant, arguments};
 use crate::routing::{RouterGradients, RouterOutput, RouterScoring};
+use crate::tensors::FIRST_DIM;
+use crate::tensors::{empty_f32, sizes, slice_rows};
 use std::ops::Range;
 use tch::{Kind, Tensor};
 
@@ -44,7 +46,7 @@ pub(crate) fn select_experts(
     top_k: usize,
     sigmoid: bool,
 ) -> Tensor {
-    let [tokens, experts] = [0, 1].map(|dim| logits.size()[dim] as usize);
+    let [tokens, experts] = sizes(logits);
     let chosen = Tensor::empty(
         [tokens as i64, top_k as i64],
         (Kind::Int64, logits.device()),
@@ -72,18 +74,15 @@ pub(crate) fn router(
     router: RouterScoring,
     groups: &[Range<usize>],
 ) -> RouterOutput {
-    let experts = logits.size()[1] as usize;
-    let top_k = chosen.size()[1] as usize;
-    let weights_tk = Tensor::empty(chosen.size(), (Kind::Float, logits.device()));
+    let [_, experts] = sizes(logits);
+    let [tokens, top_k] = sizes(chosen);
+    let weights_tk = empty_f32(logits, [tokens, top_k]);
     let mut sums = Vec::new();
     for group in groups {
-        let rows = |tensor: &Tensor| tensor.narrow(0, group.start as i64, group.len() as i64);
+        let rows = |x: &Tensor| slice_rows(x, group);
         let [group_logits, group_chosen, group_weights] = [logits, chosen, &weights_tk].map(rows);
         let blocks = group.len().div_ceil(TOKENS_PER_BLOCK);
-        let partial = Tensor::empty(
-            [blocks as i64, experts as i64 + 1],
-            (Kind::Float, logits.device()),
-        );
+        let partial = empty_f32(logits, [blocks, experts + 1]);
         let sigmoid = usize::from(router.sigmoid);
         let normalize = usize::from(router.normalize);
         let arguments = arguments![
@@ -101,7 +100,7 @@ pub(crate) fn router(
         ];
         let shared = WARPS * (2 * experts + 1);
         gpu.run(&launch("router", blocks, shared, &arguments), logits);
-        sums.push(partial.sum_dim_intlist([0i64].as_slice(), false, Kind::Float));
+        sums.push(partial.sum_dim_intlist(FIRST_DIM, false, Kind::Float));
     }
     let sums = Tensor::stack(&sums, 0);
     let prob_sums_ge = sums.narrow(1, 0, experts as i64).contiguous();
@@ -122,14 +121,14 @@ pub(crate) fn router_backward(
     groups: &[Range<usize>],
     grads: RouterGradients,
 ) -> Tensor {
-    let experts = logits.size()[1] as usize;
-    let top_k = chosen.size()[1] as usize;
+    let [_, experts] = sizes(logits);
+    let [_, top_k] = sizes(chosen);
     let out = logits.empty_like();
     let grad_weights = grads.weights_tk.map(Tensor::contiguous);
     let grad_sums = grads.prob_sums_ge.map(Tensor::contiguous);
     let grad_z = grads.z_sum.map(Tensor::contiguous);
     for (index, group) in groups.iter().enumerate() {
-        let rows = |tensor: &Tensor| tensor.narrow(0, group.start as i64, group.len() as i64);
+        let rows = |x: &Tensor| slice_rows(x, group);
         let [group_logits, group_chosen, group_out] = [logits, chosen, &out].map(rows);
         let grad_weights = grad_weights.as_ref().map(rows);
         let grad_sums = grad_sums.as_ref().map(|sums| sums.get(index as i64));
@@ -162,6 +161,7 @@ mod tests {
     use super::*;
     use crate::cuda::tests::{close, test_gpu};
     use crate::router::tests::{consecutive, plain};
+    use crate::tensors::tests::TestTensor;
     use proptest::prelude::*;
 
     proptest! {
@@ -193,11 +193,16 @@ mod tests {
             let (best, _) = biased.topk(top_k, -1, true, true);
             close(&biased.gather(1, &chosen, false), &best, 1e-5)?;
             let sorted = chosen.sort(-1, false).0;
-            let apart = sorted.narrow(1, 1, top_k - 1) - sorted.narrow(1, 0, top_k - 1);
+            let others = top_k - 1;
+            let apart = sorted.narrow(1, 1, others) - sorted.narrow(1, 0, others);
             prop_assert_eq!(apart.eq(0).sum(Kind::Int64).int64_value(&[]), 0);
 
-            let scoring = RouterScoring { sigmoid, normalize, scale: 1.5 };
-            let wide = logits.to_kind(Kind::Double).set_requires_grad(true);
+            let scoring = RouterScoring {
+                sigmoid,
+                normalize,
+                scale: 1.5,
+            };
+            let wide = logits.to_f64().set_requires_grad(true);
             let plain = plain(&wide, &chosen, scoring, &groups);
             let ours = router(gpu, &logits, &chosen, scoring, &groups);
             let ours = [ours.weights_tk, ours.prob_sums_ge, ours.z_sum];
@@ -211,7 +216,7 @@ mod tests {
             let mut total = Tensor::zeros([], (Kind::Double, device));
             for (x, grad) in plain.iter().zip(&grads) {
                 if let Some(grad) = grad {
-                    total = total + (x * grad.to_kind(Kind::Double)).sum(Kind::Double);
+                    total = total + (x * grad.to_f64()).sum(Kind::Double);
                 }
             }
             total.backward();
@@ -231,8 +236,8 @@ mod tests {
         let logits = Tensor::from_slice(&[1f32, 2.0, 2.0, 2.0, f32::NAN, 0.0, 1.0, 0.0])
             .view([2, 4])
             .to_device(device);
-        let chosen =
-            Vec::<i64>::try_from(select_experts(gpu, &logits, None, 3, false).view([-1])).unwrap();
+        let chosen = select_experts(gpu, &logits, None, 3, false);
+        let chosen = Vec::<i64>::try_from(chosen.view([-1])).unwrap();
         assert_eq!(chosen, [1, 2, 3, 0, 1, 2]);
     }
 }

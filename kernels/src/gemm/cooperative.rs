@@ -35,7 +35,7 @@ struct Chunk {
 pub(super) fn gemm_batch<K: Kernel>(tasks: &[GemmTask], waves: &[Wave]) {
     PACKED.with_borrow_mut(|buffer| {
         for wave in waves {
-            let packed = pack::<K>(tasks, wave, buffer);
+            let packed = pack_wave::<K>(tasks, wave, buffer);
             on_threads(wave.parts.len(), |part| {
                 for piece in &wave.parts[part] {
                     let Block { task, columns } = &wave.blocks[piece.block];
@@ -52,7 +52,11 @@ pub(super) fn gemm_batch<K: Kernel>(tasks: &[GemmTask], waves: &[Wave]) {
     });
 }
 
-fn pack<K: Kernel>(tasks: &[GemmTask], wave: &Wave, buffer: &mut Vec<CacheLine>) -> PackedBlocks {
+fn pack_wave<K: Kernel>(
+    tasks: &[GemmTask],
+    wave: &Wave,
+    buffer: &mut Vec<CacheLine>,
+) -> PackedBlocks {
     let mut starts = Vec::new();
     let mut chunks = Vec::new();
     let mut lines = 0;

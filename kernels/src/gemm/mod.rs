@@ -102,12 +102,16 @@ impl InstructionSet {
 ///
 /// The processor has the instructions. `left` and `right` are fp32 or bf16 and contiguous in one
 /// dimension. `out` has contiguous rows and is fp32 or has their dtype. The caller checks this.
-pub(crate) fn gemm_batch(gemms: &[GemmOperands], accumulate: bool, instructions: InstructionSet) {
-    let deepest = gemms.iter().map(|gemm| gemm.left.columns).max();
+pub(crate) fn gemm_batch(
+    operands: &[GemmOperands],
+    accumulate: bool,
+    instructions: InstructionSet,
+) {
+    let deepest = operands.iter().map(|gemm| gemm.left.columns).max();
     let deepest = deepest.unwrap_or(0);
-    let all_fp32 = gemms.iter().all(|gemm| gemm.out.kind == Kind::Float);
+    let all_fp32 = operands.iter().all(|gemm| gemm.out.kind == Kind::Float);
     if !accumulate || deepest <= SLAB || !all_fp32 {
-        return run_batch(gemms, accumulate, instructions);
+        return run_batch(operands, accumulate, instructions);
     }
     for start in (0..deepest).step_by(SLAB) {
         let slab = |&GemmOperands { out, left, right }| {
@@ -118,7 +122,7 @@ pub(crate) fn gemm_batch(gemms: &[GemmOperands], accumulate: bool, instructions:
                 right: right.slice_rows(start, len),
             })
         };
-        let slabs: Vec<GemmOperands> = gemms.iter().filter_map(slab).collect();
+        let slabs: Vec<GemmOperands> = operands.iter().filter_map(slab).collect();
         run_batch(&slabs, accumulate, instructions);
     }
 }
@@ -136,7 +140,10 @@ fn run_batch(gemms: &[GemmOperands], accumulate: bool, instructions: Instruction
 }
 
 fn gemm_batch_with<K: Kernel>(gemms: &[GemmOperands], accumulate: bool) {
-    let tasks: Vec<GemmTask> = gemms.iter().map(|gemm| task(gemm, accumulate)).collect();
+    let tasks: Vec<GemmTask> = gemms
+        .iter()
+        .map(|operands| task(operands, accumulate))
+        .collect();
     let sizes: Vec<GemmSize> = tasks.iter().map(|task| task.size).collect();
     match partition(&sizes, torch_ext::max_parallel_ranges()) {
         Partition::PerThread(blocks) => per_thread::gemm_batch::<K>(&tasks, &blocks),
@@ -185,8 +192,10 @@ fn task(GemmOperands { out, left, right }: &GemmOperands, accumulate: bool) -> G
 mod tests {
     use super::*;
     use crate::matrix::tests::random;
+    use crate::tensors::tests::TestTensor;
     use proptest::prelude::*;
-    use tch::{Device, Tensor};
+    use tch::Tensor;
+    use tch::kind::FLOAT_CPU;
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(400))]
@@ -207,20 +216,28 @@ mod tests {
             let k = (if deep == 0 { k + 1100 } else { k }) / 2 * 2;
             let left = random(m, k, transposed[0], kind);
             let right = random(k, n, transposed[1], kind);
-            let out_kind = if accumulate && !narrow_sum { Kind::Float } else { kind };
+            let out_kind = if accumulate && !narrow_sum {
+                Kind::Float
+            } else {
+                kind
+            };
             let before = random(m, n, false, out_kind);
-            let plain = left.to_kind(Kind::Double).matmul(&right.to_kind(Kind::Double));
-            let plain = if accumulate { plain + before.to_kind(Kind::Double) } else { plain };
+            let plain = left.to_f64().matmul(&right.to_f64());
+            let plain = if accumulate {
+                plain + before.to_f64()
+            } else {
+                plain
+            };
             for instructions in InstructionSet::available() {
                 let compute = || {
                     let out = random(m, n, false, out_kind);
                     out.shallow_clone().copy_(&before);
-                    let operands = GemmOperands::of(&out, &left, &right);
+                    let operands = GemmOperands::of_tensors(&out, &left, &right);
                     gemm_batch(&[operands], accumulate, instructions);
                     out
                 };
                 let out = compute();
-                let off = (out.to_kind(Kind::Double) - &plain).norm().double_value(&[]);
+                let off = (out.to_f64() - &plain).norm().double_value(&[]);
                 let tolerance = if bf16 { 5e-3 } else { 1e-6 };
                 let close = off <= tolerance * plain.norm().double_value(&[]);
                 prop_assert!(close, "{instructions:?}: {off}");
@@ -238,17 +255,12 @@ mod tests {
         for kind in [Kind::Float, Kind::BFloat16] {
             let left = random(9, 40_000, true, kind);
             let right = random(40_000, 20, false, kind);
-            let plain = left
-                .to_kind(Kind::Double)
-                .matmul(&right.to_kind(Kind::Double))
-                + 1.0;
+            let plain = left.to_f64().matmul(&right.to_f64()) + 1.0;
             for instructions in InstructionSet::available() {
-                let sum = Tensor::ones([9, 20], (Kind::Float, Device::Cpu));
-                let operands = GemmOperands::of(&sum, &left, &right);
+                let sum = Tensor::ones([9, 20], FLOAT_CPU);
+                let operands = GemmOperands::of_tensors(&sum, &left, &right);
                 gemm_batch(&[operands], true, instructions);
-                let off = (sum.to_kind(Kind::Double) - &plain)
-                    .norm()
-                    .double_value(&[]);
+                let off = (sum.to_f64() - &plain).norm().double_value(&[]);
                 assert!(
                     off < 1e-5 * plain.norm().double_value(&[]),
                     "{instructions:?} {kind:?}: {off}"

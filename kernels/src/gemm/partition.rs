@@ -163,7 +163,10 @@ fn wave(blocks: Vec<Block>, sizes: &[GemmSize], count: usize) -> Wave {
         let cost = panel_cost(block);
         let panels = panels(block);
         // Returns the first panel at or after a point of the work.
-        let panel_at = |point: usize| (point.saturating_sub(before)).div_ceil(cost).min(panels);
+        let panel_at = |point: usize| {
+            let inside = point.saturating_sub(before);
+            inside.div_ceil(cost).min(panels)
+        };
         for (part, pieces) in parts.iter_mut().enumerate() {
             let start = panel_at(total * part / count);
             let end = panel_at(total * (part + 1) / count);
@@ -191,10 +194,14 @@ mod tests {
             sizes in proptest::collection::vec([0usize..700, 0usize..3000, 0usize..900], 0..9),
             threads in 1usize..9,
         ) {
-            let sizes: Vec<GemmSize> =
-                sizes.into_iter().map(|[m, k, n]| GemmSize { m, k, n }).collect();
-            let mut seen: Vec<Vec<u8>> =
-                sizes.iter().map(|size| vec![0; size.panels() * size.n]).collect();
+            let sizes: Vec<GemmSize> = sizes
+                .into_iter()
+                .map(|[m, k, n]| GemmSize { m, k, n })
+                .collect();
+            let mut seen: Vec<Vec<u8>> = sizes
+                .iter()
+                .map(|size| vec![0; size.panels() * size.n])
+                .collect();
             let mut see = |block: &Block, panels: Range<usize>| {
                 let n = sizes[block.task].n;
                 for panel in panels {
@@ -233,8 +240,8 @@ mod tests {
                         }
                         // No part exceeds its fair share by more than a panel.
                         let panel = blocks.iter().map(|block| cost(block, WIDTH)).max();
-                        let most = work.iter().sum::<usize>().div_ceil(parts.len())
-                            + panel.unwrap_or(0);
+                        let most =
+                            work.iter().sum::<usize>().div_ceil(parts.len()) + panel.unwrap_or(0);
                         prop_assert!(work.iter().all(|&sum| sum <= most), "{work:?}");
                         // A wave packs at most the limit, unless it has only one block to pack.
                         let packed: Vec<usize> = blocks

@@ -308,7 +308,7 @@ impl LayerBench {
             tensor: TensorParallel::new(alone.clone(), 1),
             sequence: alone.clone(),
             gemm: GemmPrecision::Model,
-            keep: SavePolicy {
+            save: SavePolicy {
                 dispatched: true,
                 experts: true,
             },

@@ -84,7 +84,7 @@ fn consistency(args: &InspectRoutingArgs) -> Result<ExitCode> {
     let digits = experts.len().saturating_sub(1).to_string().len();
     for (layer, experts) in experts.iter().enumerate() {
         let figures = segment_routing(experts, top_k, num_experts, sequence, segment).zip(
-            segment_cache(experts, top_k, num_experts, sequence, (segment, cache)),
+            segment_cache(experts, top_k, num_experts, sequence, segment, cache),
         );
         let Some((srp, sch)) = figures else {
             bail!("--segment {segment} is longer than the data's sequences of {sequence} tokens");

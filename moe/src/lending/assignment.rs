@@ -1,47 +1,45 @@
-//! Who works on which routed tokens of which expert, as plain numbers.
+//! Which owners compute which routed tokens of which expert, as plain numbers.
 //!
-//! *Owners* share a layer's experts out evenly, in order: owner `o` is *home* to its own. (An owner is one rank, or the
-//! neighbours that split the same experts.) The routed tokens of an expert, over all tokens of a layer, are its *load*.
+//! *Owners* hold equal, contiguous ranges of a layer's experts. An owner is one rank, or the
+//! neighboring ranks that split the same experts. An expert's owner is its *home*. Its *load* is
+//! the number of its routed tokens over all tokens of a layer.
 
-/// Part of an expert's load, and who works on it.
+/// The part of an expert's load that one owner computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Share {
-    /// The expert.
     pub expert: usize,
-    /// Its helper, or its home.
+    /// The expert's home or a helper.
     pub owner: usize,
-    /// How many of its routed tokens; at least one.
     pub routed_tokens: i64,
 }
 
-/// A weight transfer: `to` works on routed tokens of `expert`, whose weights are at `from`.
+/// A transfer of an expert's weights. The order of the fields is the sort order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Transfer {
-    /// The expert's home.
+    /// The owner that lends the expert.
     pub from: usize,
-    /// The helper.
+    /// The owner that helps.
     pub to: usize,
-    /// The expert.
     pub expert: usize,
 }
 
-/// Who works on a layer's routed tokens. Every rank of the group computes the same one.
+/// The shares of a layer's experts. Every rank of the group computes the same assignment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Assignment {
     experts: usize,
     owners: usize,
-    /// Expert by expert; an owner appears once among those of an expert.
+    /// Sorted by expert; an owner has at most one share of an expert.
     shares: Vec<Share>,
-    /// Where each expert's begin.
+    /// Index of each expert's first share, and the number of shares.
     first: Vec<usize>,
 }
 
-/// The owner that holds `expert`.
+/// Returns the owner that holds `expert`.
 pub fn home(expert: usize, experts: usize, owners: usize) -> usize {
     expert * owners / experts
 }
 
-/// The loads of owners that work on all routed tokens of the experts they hold.
+/// Returns the loads of owners without lending.
 pub fn home_loads(loads: &[i64], owners: usize) -> Vec<i64> {
     let mut owner_loads = vec![0; owners];
     for (expert, load) in loads.iter().enumerate() {
@@ -51,25 +49,22 @@ pub fn home_loads(loads: &[i64], owners: usize) -> Vec<i64> {
 }
 
 impl Assignment {
-    /// Every expert's home works on all of its routed tokens.
+    /// Returns the assignment without lending: every home computes its experts.
     pub fn standard(loads: &[i64], owners: usize) -> Assignment {
         let experts = loads.len();
-        let share = |(expert, &routed_tokens)| Share {
+        let share = |expert: usize| Share {
             expert,
             owner: home(expert, experts, owners),
-            routed_tokens,
+            routed_tokens: loads[expert],
         };
-        Assignment::new(
-            experts,
-            owners,
-            loads.iter().enumerate().map(share).collect(),
-        )
+        Assignment::new(experts, owners, (0..experts).map(share).collect())
     }
 
-    /// From shares in any order; those of the same expert and owner are added up, empty ones left out.
+    /// Creates an assignment from shares in any order. Shares of one expert and owner are added up,
+    /// empty ones are dropped.
     pub fn new(experts: usize, owners: usize, mut shares: Vec<Share>) -> Assignment {
         shares.retain(|share| share.routed_tokens > 0);
-        // Stable: an expert's shares stay in the order that they were given in.
+        // Stable, so the shares of an expert keep their order.
         shares.sort_by_key(|share| share.expert);
         let mut merged: Vec<Share> = Vec::with_capacity(shares.len());
         let mut first = Vec::with_capacity(experts + 1);
@@ -95,149 +90,156 @@ impl Assignment {
         }
     }
 
-    /// How many experts there are.
+    /// Returns the number of experts.
     pub fn experts(&self) -> usize {
         self.experts
     }
 
-    /// How many owners share them out.
+    /// Returns the number of owners.
     pub fn owners(&self) -> usize {
         self.owners
     }
 
-    /// The owner that holds `expert`.
+    /// Returns the owner that holds `expert`.
     pub fn home(&self, expert: usize) -> usize {
         home(expert, self.experts, self.owners)
     }
 
-    /// Who works on `expert`.
+    /// Returns the shares of `expert`.
     pub fn expert_shares(&self, expert: usize) -> &[Share] {
         &self.shares[self.first[expert]..self.first[expert + 1]]
     }
 
-    /// All shares, expert by expert.
+    /// Returns all shares, sorted by expert.
     pub fn shares(&self) -> &[Share] {
         &self.shares
     }
 
-    /// Choices that each owner works on.
+    /// Returns the number of routed tokens that each owner computes.
     pub fn loads(&self) -> Vec<i64> {
         let mut loads = vec![0; self.owners];
-        self.shares
-            .iter()
-            .for_each(|share| loads[share.owner] += share.routed_tokens);
+        for share in &self.shares {
+            loads[share.owner] += share.routed_tokens;
+        }
         loads
     }
 
-    /// The weights that helpers need, by sender and then receiver: each once.
+    /// Returns the weights that helpers need, each once, sorted by sender and then by receiver.
     pub fn transfers(&self) -> Vec<Transfer> {
-        let away = self
-            .shares
-            .iter()
-            .filter(|share| share.owner != self.home(share.expert));
         let transfer = |share: &Share| Transfer {
             from: self.home(share.expert),
             to: share.owner,
             expert: share.expert,
         };
-        let mut transfers: Vec<Transfer> = away.map(transfer).collect();
+        let mut transfers: Vec<Transfer> = self.lent_shares().map(transfer).collect();
         transfers.sort_unstable();
         transfers
     }
 
-    /// Choices that are worked on away from home.
+    /// Returns the number of routed tokens that helpers compute.
     pub fn lent_tokens(&self) -> i64 {
+        self.lent_shares().map(|share| share.routed_tokens).sum()
+    }
+
+    fn lent_shares(&self) -> impl Iterator<Item = &Share> {
         self.shares
             .iter()
             .filter(|share| share.owner != self.home(share.expert))
-            .map(|share| share.routed_tokens)
-            .sum()
     }
 }
 
-/// Which of an expert's routed tokens go to which of its shares: (source, share, routed tokens), by source and then share.
-///
-/// `by_source` are the routed tokens of each source rank; `at` says for a source, and for each share, its location: owner and
-/// node. A source's routed tokens stay with its own owner where that has a share, else inside its node, else go in order. So
-/// a plan moves as few rows as it can.
-pub fn split(
-    by_source: &[(Location, i64)],
-    shares: &[(Location, i64)],
-) -> Vec<(usize, usize, i64)> {
-    let mut left: Vec<i64> = by_source
-        .iter()
-        .map(|(_, routed_tokens)| *routed_tokens)
-        .collect();
-    let mut room: Vec<i64> = shares
-        .iter()
-        .map(|(_, routed_tokens)| *routed_tokens)
-        .collect();
-    let mut parts: Vec<(usize, usize, i64)> = Vec::new();
-    for near in [
-        Location::owner as fn(&Location) -> usize,
-        Location::node,
-        |_| 0,
-    ] {
-        // Both sides by where they are; then each meets the next one of the same location.
-        let order = |locations: &[(Location, i64)], left: &[i64]| {
-            let mut order: Vec<usize> = (0..locations.len())
-                .filter(|&index| left[index] > 0)
-                .collect();
-            order.sort_by_key(|&index| near(&locations[index].0));
-            order
-        };
-        let sources = order(by_source, &left);
-        let targets = order(shares, &room);
-        let mut source = 0;
-        let mut target = 0;
-        while source < sources.len() && target < targets.len() {
-            let from = sources[source];
-            let to = targets[target];
-            let taken = match near(&by_source[from].0).cmp(&near(&shares[to].0)) {
-                std::cmp::Ordering::Equal => left[from].min(room[to]),
-                std::cmp::Ordering::Less => {
-                    source += 1;
-                    continue;
-                }
-                std::cmp::Ordering::Greater => {
-                    target += 1;
-                    continue;
-                }
-            };
-            (left[from], room[to]) = (left[from] - taken, room[to] - taken);
-            parts.push((from, to, taken));
-            source += usize::from(left[from] == 0);
-            target += usize::from(room[to] == 0);
-        }
-    }
-    parts.sort_unstable();
-    parts.dedup_by(|next, kept| {
-        let same = (next.0, next.1) == (kept.0, kept.1);
-        if same {
-            kept.2 += next.2;
-        }
-        same
-    });
-    parts
+/// Routed tokens of an expert that come from, or go to, one location.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LocatedTokens {
+    pub location: Location,
+    pub routed_tokens: i64,
 }
 
-/// Where a source or a helper sits.
+/// Owner and node of a source rank or a helper.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Location {
-    /// Number of its owner.
     pub owner: usize,
-    /// Number of its node.
     pub node: usize,
 }
 
-impl Location {
-    fn owner(&self) -> usize {
-        self.owner
-    }
+/// Routed tokens of one source that go to one share. The order of the fields is the sort order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct MatchedTokens {
+    /// Index of the source.
+    pub source: usize,
+    /// Index of the share.
+    pub share: usize,
+    pub routed_tokens: i64,
+}
 
-    fn node(&self) -> usize {
-        self.node
+/// Matches an expert's routed tokens by source rank with its shares. The result is sorted by
+/// source, then by share.
+///
+/// A source's routed tokens stay with its own owner if that has a share, else on its node, and else
+/// are assigned in order. So few rows move.
+pub fn match_sources_to_shares(
+    sources: &[LocatedTokens],
+    shares: &[LocatedTokens],
+) -> Vec<MatchedTokens> {
+    let unmatched = |tokens: &[LocatedTokens]| -> Vec<i64> {
+        tokens.iter().map(|tokens| tokens.routed_tokens).collect()
+    };
+    let mut left = unmatched(sources);
+    let mut room = unmatched(shares);
+    let mut matches: Vec<MatchedTokens> = Vec::new();
+    let same_owner: fn(&Location) -> usize = |location| location.owner;
+    let same_node: fn(&Location) -> usize = |location| location.node;
+    let anywhere: fn(&Location) -> usize = |_| 0;
+    for place in [same_owner, same_node, anywhere] {
+        let by_place = |tokens: &[LocatedTokens], left: &[i64]| {
+            let mut order: Vec<usize> =
+                (0..tokens.len()).filter(|&index| left[index] > 0).collect();
+            order.sort_by_key(|&index| place(&tokens[index].location));
+            order
+        };
+        let mut source_order = by_place(sources, &left).into_iter().peekable();
+        let mut share_order = by_place(shares, &room).into_iter().peekable();
+        while let (Some(&source), Some(&share)) = (source_order.peek(), share_order.peek()) {
+            let source_place = place(&sources[source].location);
+            let share_place = place(&shares[share].location);
+            if source_place < share_place {
+                source_order.next();
+                continue;
+            }
+            if source_place > share_place {
+                share_order.next();
+                continue;
+            }
+            let routed_tokens = left[source].min(room[share]);
+            left[source] -= routed_tokens;
+            room[share] -= routed_tokens;
+            matches.push(MatchedTokens {
+                source,
+                share,
+                routed_tokens,
+            });
+            if left[source] == 0 {
+                source_order.next();
+            }
+            if room[share] == 0 {
+                share_order.next();
+            }
+        }
     }
+    merge_matches(matches)
+}
+
+/// Sorts matches, and adds up those of one source and share.
+fn merge_matches(mut matches: Vec<MatchedTokens>) -> Vec<MatchedTokens> {
+    matches.sort_unstable();
+    matches.dedup_by(|next, kept| {
+        let is_same = next.source == kept.source && next.share == kept.share;
+        if is_same {
+            kept.routed_tokens += next.routed_tokens;
+        }
+        is_same
+    });
+    matches
 }
 
 #[cfg(test)]
@@ -246,79 +248,116 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn shares_of_one_owner_are_one() {
+    fn shares_of_one_owner_are_merged() {
         let share = |expert, owner, routed_tokens| Share {
             expert,
             owner,
             routed_tokens,
         };
-        let assignment = Assignment::new(
-            4,
-            2,
-            vec![
-                share(2, 0, 3),
-                share(0, 0, 5),
-                share(2, 1, 1),
-                share(2, 0, 4),
-                share(3, 1, 0),
-            ],
-        );
+        let shares = vec![
+            share(2, 0, 3),
+            share(0, 0, 5),
+            share(2, 1, 1),
+            share(2, 0, 4),
+            share(3, 1, 0),
+        ];
+        let assignment = Assignment::new(4, 2, shares);
         assert_eq!(assignment.expert_shares(0), [share(0, 0, 5)]);
         assert_eq!(assignment.expert_shares(1), []);
         assert_eq!(
             assignment.expert_shares(2),
             [share(2, 0, 7), share(2, 1, 1)]
         );
-        assert_eq!(
-            assignment.transfers(),
-            [Transfer {
-                from: 1,
-                to: 0,
-                expert: 2
-            }]
-        );
-        assert_eq!(
-            (assignment.loads(), assignment.lent_tokens()),
-            (vec![12, 1], 7)
-        );
+        let transfer = Transfer {
+            from: 1,
+            to: 0,
+            expert: 2,
+        };
+        assert_eq!(assignment.transfers(), [transfer]);
+        assert_eq!(assignment.loads(), [12, 1]);
+        assert_eq!(assignment.lent_tokens(), 7);
+    }
+
+    /// Cuts the load into shares of some owners.
+    fn cut_into_shares(
+        total: i64,
+        cuts: &[f64],
+        ranks: usize,
+        location: impl Fn(usize) -> Location,
+    ) -> Vec<LocatedTokens> {
+        let mut ends: Vec<i64> = cuts
+            .iter()
+            .take(ranks - 1)
+            .map(|cut| (cut * total as f64) as i64)
+            .collect();
+        ends.push(total);
+        ends.sort();
+        let mut start = 0;
+        let mut shares = Vec::new();
+        for (index, end) in ends.into_iter().enumerate() {
+            shares.push(LocatedTokens {
+                location: location((index * 3 + 1) % ranks),
+                routed_tokens: end - start,
+            });
+            start = end;
+        }
+        shares
+    }
+
+    fn check_matches(sources: &[LocatedTokens], shares: &[LocatedTokens], ranks: usize) {
+        let matches = match_sources_to_shares(sources, shares);
+        let sum = |includes: &dyn Fn(&MatchedTokens) -> bool| -> i64 {
+            let included = matches.iter().filter(|matched| includes(matched));
+            included.map(|matched| matched.routed_tokens).sum()
+        };
+        for (source, tokens) in sources.iter().enumerate() {
+            assert_eq!(
+                sum(&|matched| matched.source == source),
+                tokens.routed_tokens
+            );
+        }
+        for (share, tokens) in shares.iter().enumerate() {
+            assert_eq!(sum(&|matched| matched.share == share), tokens.routed_tokens);
+        }
+        assert!(matches.is_sorted());
+        assert!(matches.iter().all(|matched| matched.routed_tokens > 0));
+        for owner in 0..ranks {
+            let of_owner = |tokens: &[LocatedTokens]| -> i64 {
+                let own = tokens.iter().filter(|part| part.location.owner == owner);
+                own.map(|part| part.routed_tokens).sum()
+            };
+            let staying = sum(&|matched| {
+                sources[matched.source].location.owner == owner
+                    && shares[matched.share].location.owner == owner
+            });
+            assert_eq!(staying, of_owner(sources).min(of_owner(shares)));
+        }
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(3000))]
 
         #[test]
-        fn choices_are_split_exactly_and_stay_where_they_are_if_they_can(
-            ranks in 1usize..9, slices in 1usize..3, per_node in 1usize..4,
-            sources in prop::collection::vec(0i64..50, 16),
+        fn all_routed_tokens_are_matched_and_stay_with_their_owner_if_possible(
+            ranks in 1usize..9,
+            slices in 1usize..3,
+            per_node in 1usize..4,
+            loads in prop::collection::vec(0i64..50, 16),
             cuts in prop::collection::vec(0.0f64..1.0, 0..8),
         ) {
-            let location = |owner: usize| Location { owner, node: owner / per_node };
-            let sources: Vec<(Location, i64)> =
-                (0..ranks * slices).map(|rank| (location(rank / slices), sources[rank % 16])).collect();
-            let total: i64 = sources.iter().map(|s| s.1).sum();
-            // The load cut into parts, one for each of some owners.
-            let mut ends: Vec<i64> = cuts.iter().take(ranks - 1).map(|cut| (cut * total as f64) as i64).collect();
-            ends.push(total);
-            ends.sort();
-            let mut start = 0;
-            let shares: Vec<(Location, i64)> = ends.iter().enumerate().map(|(number, &end)| {
-                let routed_tokens = end - std::mem::replace(&mut start, end);
-                (location((number * 3 + 1) % ranks), routed_tokens)
-            }).collect();
-            let parts = split(&sources, &shares);
-            for (source, (_, routed_tokens)) in sources.iter().enumerate() {
-                prop_assert_eq!(parts.iter().filter(|p| p.0 == source).map(|p| p.2).sum::<i64>(), *routed_tokens);
-            }
-            for (share, (_, routed_tokens)) in shares.iter().enumerate() {
-                prop_assert_eq!(parts.iter().filter(|p| p.1 == share).map(|p| p.2).sum::<i64>(), *routed_tokens);
-            }
-            prop_assert!(parts.is_sorted() && parts.iter().all(|part| part.2 > 0));
-            for owner in 0..ranks {
-                let of = |list: &[(Location, i64)]| list.iter().filter(|s| s.0.owner == owner).map(|s| s.1).sum::<i64>();
-                let stays: i64 = parts.iter()
-                    .filter(|p| sources[p.0].0.owner == owner && shares[p.1].0.owner == owner).map(|p| p.2).sum();
-                prop_assert_eq!(stays, of(&sources).min(of(&shares)));
-            }
+            let location = |owner: usize| Location {
+                owner,
+                node: owner / per_node,
+            };
+            let sources: Vec<LocatedTokens> = (0..ranks * slices)
+                .map(|rank| LocatedTokens {
+                    location: location(rank / slices),
+                    routed_tokens: loads[rank % 16],
+                })
+                .collect();
+            let total = sources.iter().map(|source| source.routed_tokens).sum();
+            let shares = cut_into_shares(total, &cuts, ranks, location);
+            check_matches(&sources, &shares, ranks);
         }
     }
 }

@@ -1,9 +1,10 @@
-//! What it costs to lend an expert, measured: the number of choices whose work takes as long as its transfers.
+//! Measurement of what lending an expert costs, in routed tokens.
 //!
-//! Moving `c` choices to a rank with time to spare saves their work there, forward and backward, three times the forward's
-//! matrix products; it costs one transfer of weights and one of their gradients in fp32. In figures, for weights of `b`
-//! bytes an element, `F` FLOP/s and a link of `W` bytes/s: `(b + 4) F / (6 W)`, whatever the expert's size. Besides, the other rank
-//! has one more expert, whose weights it reads, and on a CPU packs, however few its rows are.
+//! Moving `c` routed tokens to a rank with idle time saves their work: three times the GEMMs of a
+//! forward pass. It costs a transfer of weights and one of their gradients in fp32. With weights of
+//! `b` bytes per element, `F` FLOP/s and a link of `W` bytes/s, both are equal for
+//! `(b + 4) F / (6 W)` tokens, whatever the expert's size. In addition, the helper has one more
+//! expert, whose weights it reads, and on a CPU packs, however few rows there are.
 
 use crate::lending::transfer::Lending;
 use kernels::gemm;
@@ -13,115 +14,129 @@ use std::time::Instant;
 use tch::{Kind, Tensor};
 use torch_ext::Error;
 
-/// Rows that matrix products are timed with: so few that what they take is what any number takes, and many.
-const TIMED_ROWS: (i64, i64) = (16, 256);
-/// How often each is timed; the shortest counts: others may be using the machine.
+/// Few and many rows, with which GEMMs are timed. Few take as long as the weights alone.
+const FEW_ROWS: i64 = 16;
+const MANY_ROWS: i64 = 256;
+/// Repetitions of each timing. The shortest counts, because other processes may use the machine.
 const REPEATS: usize = 7;
 
-/// An expert as this rank holds it.
+/// Size of an expert on this rank.
 #[derive(Debug, Clone, Copy)]
 pub struct ExpertSize {
-    /// D.
     pub hidden: i64,
-    /// F, or the rank's slice of it.
+    /// Columns of the expert that this rank holds.
     pub ffn: i64,
-    /// Of the weights.
+    /// The dtype of the weights.
     pub kind: Kind,
-    /// Whether lent weights are fetched again in backward.
+    /// True if backward fetches lent weights again.
     pub refetched_in_backward: bool,
 }
 
-/// The number of choices, as this rank sees it.
+/// Measures the number of routed tokens whose computation takes as long as lending an expert.
 ///
 /// # Collective
 /// Every rank of `lending`.
 ///
 /// # Errors
-/// When a collective fails.
+/// If a collective fails.
 pub fn break_even(
     lending: &Arc<dyn Communicator>,
     expert: ExpertSize,
     device: &dyn Accelerator,
 ) -> Result<f64, Error> {
     let ExpertSize {
-        hidden,
-        ffn,
-        kind,
-        refetched_in_backward,
+        hidden, ffn, kind, ..
     } = expert;
     let random = |shape: &[i64]| device.zeros(shape, kind).uniform_(-1.0, 1.0);
     let gate_up_proj = random(&[2 * ffn, hidden]);
     let down_proj = random(&[hidden, ffn]);
-    let work = |rows: i64| {
+    let time_forward = |rows: i64| {
         let x = random(&[rows, hidden]);
         shortest_time(|| {
-            let inside = gemm(&x, &gate_up_proj.tr());
-            let _ = gemm(&inside.narrow(1, 0, ffn), &down_proj.tr());
+            let gate_up = gemm(&x, &gate_up_proj.tr());
+            let _ = gemm(&gate_up.narrow(1, 0, ffn), &down_proj.tr());
             device.synchronize()
         })
     };
-    let (each, besides) = fit_line([work(TIMED_ROWS.0)?, work(TIMED_ROWS.1)?]);
-    // All that lending one expert takes, from packing its weights to adding up its gradients.
-    let held = [gate_up_proj.unsqueeze(0), down_proj.unsqueeze(0)];
-    let sums = [
-        device.zeros(&held[0].size(), Kind::Float),
-        device.zeros(&held[1].size(), Kind::Float),
-    ];
-    let lending = Lending::ring(lending);
-    let transfer = shortest_time(|| {
-        for _ in 0..if refetched_in_backward { 2 } else { 1 } {
-            let _ = lending.fetch(&held[0], &held[1])?.wait()?;
-        }
-        let gradients = device.zeros(&[1, 3 * hidden * ffn], Kind::Float);
-        lending
-            .send_gradients(&gradients)?
-            .wait_and_add_to(&sums[0], &sums[1])?;
-        device.synchronize()
-    })?;
-    Ok((transfer + 3.0 * besides) / (3.0 * each))
+    let forward = fit_line(time_forward(FEW_ROWS)?, time_forward(MANY_ROWS)?);
+    let weights = [gate_up_proj.unsqueeze(0), down_proj.unsqueeze(0)];
+    let transfer = time_transfer(lending, expert, device, &weights)?;
+    Ok((transfer + 3.0 * forward.fixed) / (3.0 * forward.per_row))
 }
 
-/// What each row takes, and what all take besides, of the times that both numbers of rows have taken.
-fn fit_line([few, many]: [f64; 2]) -> (f64, f64) {
-    let each = (many - few) / (TIMED_ROWS.1 - TIMED_ROWS.0) as f64;
-    let besides = few - TIMED_ROWS.0 as f64 * each;
-    // Where many rows seem to take no longer than few, or few less than their share, that is noise.
-    if each > 0.0 && besides > 0.0 {
-        (each, besides)
+/// Times the lending of one expert, from packing its weights to adding up its gradients.
+fn time_transfer(
+    lending: &Arc<dyn Communicator>,
+    expert: ExpertSize,
+    device: &dyn Accelerator,
+    weights: &[Tensor; 2],
+) -> Result<f64, Error> {
+    let [gate_up_proj, down_proj] = weights;
+    let grad_gate_up = device.zeros(&gate_up_proj.size(), Kind::Float);
+    let grad_down = device.zeros(&down_proj.size(), Kind::Float);
+    let lending = Lending::ring(lending);
+    let fetches = if expert.refetched_in_backward { 2 } else { 1 };
+    shortest_time(|| {
+        for _ in 0..fetches {
+            let _ = lending.fetch(gate_up_proj, down_proj)?.wait()?;
+        }
+        let gradients = device.zeros(&[1, 3 * expert.hidden * expert.ffn], Kind::Float);
+        lending
+            .send_gradients(&gradients)?
+            .wait_and_add_to(&grad_gate_up, &grad_down)?;
+        device.synchronize()
+    })
+}
+
+/// Seconds of a GEMM as a function of its rows.
+struct GemmTime {
+    per_row: f64,
+    fixed: f64,
+}
+
+/// Fits a line through the seconds of [`FEW_ROWS`] and [`MANY_ROWS`].
+fn fit_line(few: f64, many: f64) -> GemmTime {
+    let per_row = (many - few) / (MANY_ROWS - FEW_ROWS) as f64;
+    let fixed = few - FEW_ROWS as f64 * per_row;
+    if per_row > 0.0 && fixed > 0.0 {
+        GemmTime { per_row, fixed }
     } else {
-        (many / TIMED_ROWS.1 as f64, 0.0)
+        // A slope or an intercept below zero is noise.
+        GemmTime {
+            per_row: many / MANY_ROWS as f64,
+            fixed: 0.0,
+        }
     }
 }
 
 fn shortest_time(mut body: impl FnMut() -> Result<(), Error>) -> Result<f64, Error> {
     tch::no_grad(|| {
         body()?;
-        let mut seconds = Vec::new();
+        let mut shortest = f64::INFINITY;
         for _ in 0..REPEATS {
             let started = Instant::now();
             body()?;
-            seconds.push(started.elapsed().as_secs_f64());
+            shortest = shortest.min(started.elapsed().as_secs_f64());
         }
-        Ok(seconds.into_iter().fold(f64::INFINITY, f64::min))
+        Ok(shortest)
     })
 }
 
-/// One number for all ranks out of what each measured: a power of two, so that the next run has the same more often than
-/// not.
+/// Returns one number for all ranks from what each measured. It is a power of two, so that most
+/// runs agree on equal numbers.
 ///
 /// # Collective
 /// Every rank of `world`.
 ///
 /// # Errors
-/// When the collective fails.
+/// If the collective fails.
 pub fn agree_on_break_even(world: &Arc<dyn Communicator>, measured: f64) -> Result<i64, Error> {
     let sum = Tensor::from_slice(&[measured.max(1.0).log2()]);
     world
         .all_reduce(&sum, parallel::ReduceOp::Sum)
         .and_then(Work::wait)?;
-    let exponent = (sum.double_value(&[0]) / world.size() as f64)
-        .round()
-        .clamp(0.0, 20.0);
+    let mean = sum.double_value(&[0]) / world.size() as f64;
+    let exponent = mean.round().clamp(0.0, 20.0);
     Ok(1 << exponent as i64)
 }
 
@@ -132,15 +147,15 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn times_are_parted_into_rows_and_the_rest() {
-        let near =
-            |(a, b): (f64, f64), (c, d): (f64, f64)| (a - c).abs() < 1e-9 && (b - d).abs() < 1e-9;
-        assert!(near(
-            fit_line([2.0 + 16.0 * 0.5, 2.0 + 256.0 * 0.5]),
-            (0.5, 2.0)
-        ));
-        for noise in [[1.0, 512.0], [600.0, 512.0]] {
-            assert!(near(fit_line(noise), (2.0, 0.0)));
+    fn times_are_split_into_rows_and_a_fixed_part() {
+        let check = |few: f64, many: f64, per_row: f64, fixed: f64| {
+            let time = fit_line(few, many);
+            assert!((time.per_row - per_row).abs() < 1e-9);
+            assert!((time.fixed - fixed).abs() < 1e-9);
+        };
+        check(2.0 + 16.0 * 0.5, 2.0 + 256.0 * 0.5, 0.5, 2.0);
+        for few in [1.0, 600.0] {
+            check(few, 512.0, 2.0, 0.0);
         }
     }
 

@@ -1,14 +1,16 @@
-//! Experts' weights that ranks lend to those that help them, and the gradients on their way home.
+//! Transfer of lent weights to helpers, and of their gradients home.
 //!
-//! Two ranks exchange one message, whatever the number of experts: all that one lends the other. In backward the gradients
-//! of lent weights go the other way, in fp32, in rounds: in each one every owner hears of one of its helpers, and adds what that
-//! one computed, so the sum is the same each time. Two helpers' gradients exist at once, however many they are. Where no weight is
-//! lent, nothing is sent.
+//! Two ranks exchange one message for all experts that one lends the other. In backward, gradients
+//! return in fp32, in rounds. In each round every owner receives the gradients of one helper and
+//! adds them, so the order of the sum is fixed. At most two helpers' gradients exist at once. If no
+//! weight is lent, nothing is sent.
 //!
 //! # Collective
-//! Every rank of the group comes to each exchange in the same order, on a communicator that carries nothing else.
-// Shapes: F ffn, D hidden, M experts lent to this rank.
+//! Every rank of the group takes part in each exchange, in the same order, on a communicator that
+//! carries nothing else.
+// Shapes: L local experts, M experts lent to this rank, F ffn, D hidden.
 
+use crate::lending::assignment::Transfer;
 use crate::plan::{ExpertTopology, RankPlan};
 use parallel::{Communicator, Work};
 use std::collections::{HashMap, VecDeque};
@@ -16,48 +18,60 @@ use std::sync::Arc;
 use tch::{Kind, Tensor};
 use torch_ext::Error;
 
-/// Weights go under one tag, gradients under another: a rank may be ahead of another by one of them.
+/// Message tags. A rank may send gradients while another still receives weights.
 const WEIGHTS: i32 = 1;
 const GRADIENTS: i32 = 2;
 
-/// What is lent to whom, as one rank sees it.
+/// The lending of one layer, as one rank sees it.
 pub(crate) struct Lending {
     group: Arc<dyn Communicator>,
-    /// Ranks that this one lends to, and which of its experts.
-    lent: Vec<(usize, Vec<i64>)>,
-    /// Ranks that lend to this one.
+    /// Experts that this rank lends, by helper.
+    helpers: Vec<HelperRank>,
+    /// Experts that this rank receives, by owner.
     loans: Vec<Loan>,
-    /// The most helpers that any rank of the group has.
+    /// Largest number of helpers of any rank of the group.
     rounds: usize,
 }
 
-/// What a rank borrows of another.
+/// A rank that this one lends experts to.
+struct HelperRank {
+    rank: usize,
+    /// Indices among this rank's experts.
+    experts: Vec<i64>,
+}
+
+/// Experts that another rank lends to this one.
 struct Loan {
     owner_rank: usize,
-    experts: i64,
-    /// When its gradients go home: which of the owner's helpers this rank is.
+    num_experts: i64,
+    /// The round in which the gradients return: the index of this rank among the owner's helpers.
     round: usize,
 }
 
-/// Weights on their way.
+/// Lent weights in flight.
 #[must_use]
 pub(crate) struct PendingWeights {
     work: Work,
     weights: Tensor,
 }
 
-/// Gradients on their way home.
+/// Gradients of lent weights in flight.
 #[must_use]
 pub(crate) struct PendingGradients {
     lending: Arc<Lending>,
-    /// Of this rank's lent weights, `[M, elements]`.
+    /// Gradients that this rank returns, `[M, elements]`.
     gradients: Tensor,
-    /// The rounds under way, with what arrives in them.
-    in_flight: VecDeque<(Work, Option<Tensor>)>,
+    in_flight: VecDeque<Round>,
+}
+
+/// A round in flight, with the gradients that this rank receives from a helper.
+struct Round {
+    work: Work,
+    received: Option<Tensor>,
 }
 
 impl Lending {
-    /// None where no weight is lent to anyone.
+    /// Returns the lending of a plan, or None if no rank lends anything.
     pub(crate) fn new(
         rank_plan: &RankPlan,
         topology: &ExpertTopology,
@@ -71,52 +85,57 @@ impl Lending {
         let first = rank_plan.computed_experts.first().copied().unwrap_or(0);
         let mut lending = Lending {
             group: group.clone(),
-            lent: Vec::new(),
+            helpers: Vec::new(),
             loans: Vec::new(),
             rounds: 0,
         };
-        // The last sender and receiver, and which of the sender's helpers that receiver is.
-        let mut last = None;
+        let mut previous: Option<Transfer> = None;
         let mut round = 0;
-        // They come by sender, receiver and expert; weights go between ranks with the same slice.
-        for transfer in &rank_plan.transfers {
-            let from = transfer.from * topology.slices + slice;
-            let to = transfer.to * topology.slices + slice;
-            if last != Some((transfer.from, transfer.to)) {
-                round = if last.is_some_and(|(from, _)| from == transfer.from) {
-                    round + 1
-                } else {
-                    0
-                };
-                last = Some((transfer.from, transfer.to));
-                lending.rounds = lending.rounds.max(round + 1);
-            }
-            if transfer.from == owner {
-                let expert = (transfer.expert - first) as i64;
-                match lending.lent.last_mut().filter(|(rank, _)| *rank == to) {
-                    Some((_, experts)) => experts.push(expert),
-                    None => lending.lent.push((to, vec![expert])),
+        // Transfers are sorted by sender, receiver and expert. Weights are sent between ranks with
+        // the same slice.
+        for &transfer in &rank_plan.transfers {
+            round = match previous {
+                Some(last) if last.from == transfer.from => {
+                    round + usize::from(last.to != transfer.to)
                 }
+                _ => 0,
+            };
+            previous = Some(transfer);
+            lending.rounds = lending.rounds.max(round + 1);
+            if transfer.from == owner {
+                let helper = transfer.to * topology.slices + slice;
+                lending.lend(helper, (transfer.expert - first) as i64);
             }
             if transfer.to == owner {
-                match lending
-                    .loans
-                    .last_mut()
-                    .filter(|loan| loan.owner_rank == from)
-                {
-                    Some(loan) => loan.experts += 1,
-                    None => lending.loans.push(Loan {
-                        owner_rank: from,
-                        experts: 1,
-                        round,
-                    }),
-                }
+                let owner_rank = transfer.from * topology.slices + slice;
+                lending.receive(owner_rank, round);
             }
         }
         Some(Arc::new(lending))
     }
 
-    /// Every rank of `group` lends its first expert to the next.
+    fn lend(&mut self, rank: usize, expert: i64) {
+        match self.helpers.last_mut() {
+            Some(helper) if helper.rank == rank => helper.experts.push(expert),
+            _ => self.helpers.push(HelperRank {
+                rank,
+                experts: vec![expert],
+            }),
+        }
+    }
+
+    fn receive(&mut self, owner_rank: usize, round: usize) {
+        match self.loans.last_mut() {
+            Some(loan) if loan.owner_rank == owner_rank => loan.num_experts += 1,
+            _ => self.loans.push(Loan {
+                owner_rank,
+                num_experts: 1,
+                round,
+            }),
+        }
+    }
+
+    /// Returns a lending in which every rank of `group` lends its first expert to the next rank.
     pub(crate) fn ring(group: &Arc<dyn Communicator>) -> Arc<Lending> {
         let rank = group.rank();
         let ranks = group.size();
@@ -124,60 +143,59 @@ impl Lending {
         let previous = (rank + ranks - 1) % ranks;
         let loans = vec![Loan {
             owner_rank: previous,
-            experts: 1,
+            num_experts: 1,
             round: 0,
         }];
         Arc::new(Lending {
             group: group.clone(),
-            lent: vec![(next, vec![0])],
+            helpers: vec![HelperRank {
+                rank: next,
+                experts: vec![0],
+            }],
             loans,
             rounds: 1,
         })
     }
 
-    /// How many experts this rank lends, counted once for each helper.
+    /// Returns the number of experts that this rank lends, each counted once per helper.
     pub(crate) fn num_lent(&self) -> i64 {
-        self.lent
-            .iter()
-            .map(|(_, experts)| experts.len() as i64)
-            .sum()
+        let helpers = self.helpers.iter();
+        helpers.map(|helper| helper.experts.len() as i64).sum()
     }
 
     fn num_received(&self) -> i64 {
-        self.loans.iter().map(|loan| loan.experts).sum()
+        self.loans.iter().map(|loan| loan.num_experts).sum()
     }
 
-    /// Of `[M, elements]` what each owner's experts are.
+    /// Returns the rows of `[M, elements]` that belong to each loan.
     fn by_owner<'a>(&'a self, all: &Tensor) -> Vec<(Tensor, &'a Loan)> {
-        let mut first = 0;
-        let part = |loan: &'a Loan| {
-            first += loan.experts;
-            (all.narrow(0, first - loan.experts, loan.experts), loan)
-        };
-        self.loans.iter().map(part).collect()
+        let mut start = 0;
+        let mut parts = Vec::new();
+        for loan in &self.loans {
+            parts.push((all.narrow(0, start, loan.num_experts), loan));
+            start += loan.num_experts;
+        }
+        parts
     }
 
-    /// Starts to send this rank's weights `[L, 2F, D]` and `[L, D, F]` to those that are lent them.
+    /// Starts to send this rank's weights `[L, 2F, D]` and `[L, D, F]` to its helpers.
     pub(crate) fn fetch(
         &self,
         gate_up_proj: &Tensor,
         down_proj: &Tensor,
     ) -> Result<PendingWeights, Error> {
         let elements = expert_numel(&gate_up_proj.size()) + expert_numel(&down_proj.size());
-        // Helpers with the same experts get the same buffer.
+        // Helpers with equal experts share a buffer.
         let mut packed: HashMap<&[i64], Tensor> = HashMap::new();
-        for (_, experts) in &self.lent {
-            packed.entry(experts).or_insert_with(|| {
-                let parts = experts.iter().flat_map(|&e| {
-                    [gate_up_proj, down_proj].map(|weights| weights.select(0, e).view([-1]))
-                });
-                tch::no_grad(|| Tensor::cat(&parts.collect::<Vec<_>>(), 0))
-            });
+        for helper in &self.helpers {
+            packed
+                .entry(&helper.experts)
+                .or_insert_with(|| pack_experts(&helper.experts, gate_up_proj, down_proj));
         }
         let sends: Vec<_> = self
-            .lent
+            .helpers
             .iter()
-            .map(|(rank, experts)| (&packed[experts.as_slice()], *rank))
+            .map(|helper| (&packed[helper.experts.as_slice()], helper.rank))
             .collect();
         let weights = Tensor::empty(
             [self.num_received(), elements],
@@ -197,21 +215,20 @@ impl Lending {
         self: &Arc<Lending>,
         gradients: &Tensor,
     ) -> Result<PendingGradients, Error> {
-        let in_flight = VecDeque::new();
-        let mut returning = PendingGradients {
+        let mut pending = PendingGradients {
             lending: self.clone(),
             gradients: gradients.shallow_clone(),
-            in_flight,
+            in_flight: VecDeque::new(),
         };
         for round in 0..self.rounds.min(2) {
-            returning.start(round)?;
+            pending.start(round)?;
         }
-        Ok(returning)
+        Ok(pending)
     }
 }
 
 impl PendingWeights {
-    /// Waits for them: `[M, elements]`, in order of their experts.
+    /// Waits for the weights `[M, elements]`, in the order of the lent experts.
     pub(crate) fn wait(self) -> Result<Tensor, Error> {
         self.work.wait()?;
         Ok(self.weights)
@@ -220,51 +237,50 @@ impl PendingWeights {
 
 impl PendingGradients {
     fn start(&mut self, round: usize) -> Result<(), Error> {
-        let Lending { group, lent, .. } = &*self.lending;
+        let Lending { group, helpers, .. } = &*self.lending;
         let parts = self.lending.by_owner(&self.gradients);
-        let of_now = parts.iter().filter(|(_, loan)| loan.round == round);
-        let sends: Vec<_> = of_now.map(|(part, loan)| (part, loan.owner_rank)).collect();
-        let elements = self.gradients.size()[1];
-        let helper = lent.get(round).map(|(helper, experts)| {
-            let options = (Kind::Float, self.gradients.device());
-            (
-                Tensor::empty([experts.len() as i64, elements], options),
-                *helper,
-            )
-        });
-        let receives: Vec<_> = helper
+        let sends: Vec<_> = parts
             .iter()
-            .map(|(part, helper)| (part, *helper))
+            .filter(|(_, loan)| loan.round == round)
+            .map(|(part, loan)| (part, loan.owner_rank))
+            .collect();
+        let elements = self.gradients.size()[1];
+        let helper = helpers.get(round);
+        let received = helper.map(|helper| {
+            let shape = [helper.experts.len() as i64, elements];
+            Tensor::empty(shape, (Kind::Float, self.gradients.device()))
+        });
+        let receives: Vec<_> = received
+            .iter()
+            .zip(helper)
+            .map(|(received, helper)| (received, helper.rank))
             .collect();
         let work = group.exchange(&sends, &receives, GRADIENTS)?;
-        self.in_flight
-            .push_back((work, helper.map(|(part, _)| part)));
+        self.in_flight.push_back(Round { work, received });
         Ok(())
     }
 
-    /// Waits for what helpers computed, and adds it to the gradients `[L, 2F, D]` and `[L, D, F]` of this rank's experts.
+    /// Waits for the helpers' gradients, and adds them to the gradients `[L, 2F, D]` and
+    /// `[L, D, F]` of this rank's experts.
     pub(crate) fn wait_and_add_to(
         mut self,
-        gate_up_proj: &Tensor,
-        down_proj: &Tensor,
+        grad_gate_up: &Tensor,
+        grad_down: &Tensor,
     ) -> Result<(), Error> {
         let lending = self.lending.clone();
         for round in 0..lending.rounds {
-            let (work, part) = self
+            let Round { work, received } = self
                 .in_flight
                 .pop_front()
-                .expect("two rounds are under way, or all that are left");
+                .expect("two rounds are in flight, or all that remain");
             work.wait()?;
-            if let Some(part) = part {
-                let [grad_gate_up, grad_down] =
-                    split_matrices(&part, &gate_up_proj.size(), &down_proj.size());
-                for (row, &expert) in lending.lent[round].1.iter().enumerate() {
-                    let _ = gate_up_proj
-                        .select(0, expert)
-                        .g_add_(&grad_gate_up.get(row as i64));
-                    let _ = down_proj
-                        .select(0, expert)
-                        .g_add_(&grad_down.get(row as i64));
+            if let Some(received) = received {
+                let [gate_up, down] =
+                    split_matrices(&received, &grad_gate_up.size(), &grad_down.size());
+                for (row, &expert) in lending.helpers[round].experts.iter().enumerate() {
+                    let row = row as i64;
+                    let _ = grad_gate_up.select(0, expert).g_add_(&gate_up.get(row));
+                    let _ = grad_down.select(0, expert).g_add_(&down.get(row));
                 }
             }
             if round + 2 < lending.rounds {
@@ -275,25 +291,33 @@ impl PendingGradients {
     }
 }
 
-/// Experts' elements, `[M, elements]`, as matrices: `[M, 2F, D]` and `[M, D, F]`, where `gate_up_proj` is the shape `[L, 2F, D]` and `down_proj`
-/// `[L, D, F]`.
+/// Copies the weights of `experts` into one buffer: for each expert gate-up, then down.
+fn pack_experts(experts: &[i64], gate_up_proj: &Tensor, down_proj: &Tensor) -> Tensor {
+    let matrices = experts.iter().flat_map(|&expert| {
+        [gate_up_proj, down_proj].map(|weights| weights.select(0, expert).view([-1]))
+    });
+    tch::no_grad(|| Tensor::cat(&matrices.collect::<Vec<_>>(), 0))
+}
+
+/// Views experts' elements `[M, elements]` as matrices `[M, 2F, D]` and `[M, D, F]`. The shapes
+/// given are `[L, 2F, D]` and `[L, D, F]`.
 pub(crate) fn split_matrices(
     flat: &Tensor,
-    gate_up_proj: &[i64],
-    down_proj: &[i64],
+    gate_up_shape: &[i64],
+    down_shape: &[i64],
 ) -> [Tensor; 2] {
     let mut start = 0;
-    [gate_up_proj, down_proj].map(|like| {
-        let elements = expert_numel(like);
-        let mut shape = like.to_vec();
+    [gate_up_shape, down_shape].map(|shape| {
+        let elements = expert_numel(shape);
+        let mut shape = shape.to_vec();
         shape[0] = flat.size()[0];
+        let matrices = flat.narrow(1, start, elements);
         start += elements;
-        flat.narrow(1, start - elements, elements)
-            .view(shape.as_slice())
+        matrices.view(shape.as_slice())
     })
 }
 
-/// Elements of one expert, of weights of such a shape.
+/// Returns the number of elements of one expert in weights of this shape.
 pub(crate) fn expert_numel(shape: &[i64]) -> i64 {
     shape[1..].iter().product()
 }

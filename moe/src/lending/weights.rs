@@ -1,6 +1,5 @@
-//! Other ranks' experts while this one works on them: their weights from forward to backward, and what their gradients add up
-//! to until they go home.
-// Shapes: M lent experts, each so many elements.
+//! Weights of lent experts on a helper, from forward to backward, and the sums of their gradients.
+// Shapes: M lent experts.
 
 use crate::lending::transfer::{Lending, PendingGradients};
 use parallel::Weight;
@@ -15,17 +14,19 @@ pub(crate) struct LentWeights(Arc<Mutex<LentWeightsState>>);
 
 struct LentWeightsState {
     lending: Arc<Lending>,
-    /// `[M, elements]`; in backward fetched again where they were not kept.
+    /// `[M, elements]`; None if backward must fetch them again.
     weights: Option<Tensor>,
     count: i64,
     keep: bool,
-    /// `[M, elements]` fp32, and chunks of the tokens whose contribution is still to come.
+    /// `[M, elements]` fp32.
     gradients: Option<Tensor>,
-    pending: usize,
+    /// Chunks of tokens that have not yet contributed to the gradients.
+    pending_chunks: usize,
 }
 
 impl LentWeights {
-    /// For tokens in `chunks` chunks. With `keep` the weights stay until backward; otherwise they are fetched again then.
+    /// Wraps received weights, for tokens in `chunks` chunks. If `keep` is false, backward fetches
+    /// the weights again.
     pub(crate) fn new(
         lending: Arc<Lending>,
         weights: Tensor,
@@ -39,12 +40,12 @@ impl LentWeights {
             count,
             keep,
             gradients: None,
-            pending: chunks,
+            pending_chunks: chunks,
         };
         LentWeights(Arc::new(Mutex::new(state)))
     }
 
-    /// How many.
+    /// Returns the number of lent experts.
     pub(crate) fn count(&self) -> i64 {
         self.lock().count
     }
@@ -53,7 +54,7 @@ impl LentWeights {
         self.0.lock()
     }
 
-    /// After forward.
+    /// Frees the weights after forward, unless they are kept.
     pub(crate) fn release(&self) {
         let mut state = self.lock();
         if !state.keep {
@@ -61,29 +62,26 @@ impl LentWeights {
         }
     }
 
-    /// `[M, elements]`: as they came, or fetched again.
+    /// Returns the weights `[M, elements]`. Fetches them if they were freed.
     pub(crate) fn weights(
         &self,
         gate_up_proj: &Weight,
         down_proj: &Weight,
     ) -> Result<Tensor, Error> {
         let mut state = self.lock();
-        if state.weights.is_none() {
-            state.weights = Some(
-                state
-                    .lending
-                    .fetch(&gate_up_proj.value(), &down_proj.value())?
-                    .wait()?,
-            );
+        if let Some(weights) = &state.weights {
+            return Ok(weights.shallow_clone());
         }
-        Ok(state
-            .weights
-            .as_ref()
-            .expect("they have been fetched")
-            .shallow_clone())
+        let pending = state
+            .lending
+            .fetch(&gate_up_proj.value(), &down_proj.value())?;
+        let weights = pending.wait()?;
+        state.weights = Some(weights.shallow_clone());
+        Ok(weights)
     }
 
-    /// Adds one chunk's contribution `[M, elements]`, fp32; the last one sends all of them home.
+    /// Calls `add` to add one chunk's contribution to the sums `[M, elements]`, fp32, on the device
+    /// of `like`. After the last chunk, starts to send the sums home.
     pub(crate) fn add_gradients(
         &self,
         elements: i64,
@@ -96,8 +94,8 @@ impl LentWeights {
             .gradients
             .get_or_insert_with(|| Tensor::zeros([count, elements], (Kind::Float, like.device())));
         add(sum);
-        state.pending -= 1;
-        if state.pending > 0 {
+        state.pending_chunks -= 1;
+        if state.pending_chunks > 0 {
             return Ok(None);
         }
         state.weights = None;

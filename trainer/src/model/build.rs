@@ -296,7 +296,7 @@ impl Builder<'_> {
             tensor: groups.tensor.clone(),
             sequence: groups.sequence.clone(),
             gemm: ctx.expert_gemm,
-            keep: SavePolicy {
+            save: SavePolicy {
                 dispatched: ctx.recompute.keeps(RecomputedPart::Dispatch),
                 experts: ctx.recompute.keeps(RecomputedPart::Experts),
             },

@@ -28,12 +28,17 @@ impl Operand {
     /// The unit exists, and so do the rows or columns in `mask`.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-    unsafe fn load_unit<const BF16: bool>(&self, unit: usize, first: usize, mask: u16) -> __m512i {
+    unsafe fn load_unit<const BF16: bool>(
+        &self,
+        unit: usize,
+        first_lane: usize,
+        mask: u16,
+    ) -> __m512i {
         // SAFETY: as the caller promises; masked elements are not accessed.
         unsafe {
             let at = self
                 .data
-                .add(unit * per_unit(BF16) * self.inner + first * self.outer);
+                .add(unit * per_unit(BF16) * self.inner + first_lane * self.outer);
             if !BF16 {
                 return _mm512_maskz_loadu_epi32(mask, at.cast());
             }
