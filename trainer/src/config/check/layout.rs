@@ -220,10 +220,7 @@ impl Config {
 ///
 /// # Errors
 /// If nodes of `per_node` ranks do not divide the expert ranks.
-pub(crate) fn hierarchical_groups(
-    mesh: &Mesh,
-    per_node: usize,
-) -> Result<NodeSplit, String> {
+pub(crate) fn hierarchical_groups(mesh: &Mesh, per_node: usize) -> Result<NodeSplit, String> {
     let groups = mesh.split_by_node(GroupKind::Expert, per_node);
     groups.ok_or_else(|| {
         format!(
