@@ -332,8 +332,8 @@ impl Work {
             match ffi::check(unsafe { ffi::mtx_work_wait(self.0, millis(SLICE)) }) {
                 Ok(()) => return Ok(()),
                 // The operation may have completed after the slice ended, so its own result counts.
-                // SAFETY: the handle is live.
                 Err(_) if self.is_completed()? => {
+                    // SAFETY: the handle is live.
                     return ffi::check(unsafe { ffi::mtx_work_wait(self.0, 0) });
                 }
                 Err(error) if started.elapsed() < SLICE => return Err(error),

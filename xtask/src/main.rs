@@ -101,5 +101,5 @@ fn run(command: Command) -> Result<()> {
 
 fn fix(tree: &Tree) -> Result<()> {
     cargo::run(&mut cargo::command(tree, &["fmt", "--all"]))?;
-    cargo::run(&mut reference::reference(&tree.root))
+    cargo::run(&mut reference::reference(tree)?)
 }

@@ -1,17 +1,22 @@
 //! The hidden command of moerun that writes the generated files.
 
-use std::{path::Path, process::Command};
+use crate::{cargo, tree::Tree};
+use anyhow::Result;
+use std::{path::PathBuf, process::Command};
 
-/// Returns the command that writes the reference pages and the schema.
+/// Builds moerun and returns its command that writes the reference pages and the schema.
 ///
-/// It has MPI if `scripts/setup` brought it: the tests then need no second build.
-pub(crate) fn reference(root: &Path) -> Command {
-    let mut cargo = Command::new("cargo");
-    cargo.current_dir(root);
-    cargo.args(["run", "--release", "--quiet", "--package", "launch"]);
+/// The build is that of `scripts/test`: all packages decide on the features of dependencies, and
+/// MPI is included if `scripts/setup` has installed it. So nothing is built twice.
+pub(crate) fn reference(tree: &Tree) -> Result<Command> {
+    let mut build = cargo::command(tree, &["build", "--release", "--quiet", "--workspace"]);
     if std::env::var_os("MPICC").is_some() {
-        cargo.args(["--features", "mpi"]);
+        build.args(["--features", "mpi"]);
     }
-    cargo.args(["--bin", "moerun-core", "--", "reference"]);
-    cargo
+    cargo::run(build.args(["--bin", "moerun-core"]))?;
+    let target = std::env::var_os("CARGO_TARGET_DIR");
+    let target = target.map_or_else(|| tree.root.join("target"), PathBuf::from);
+    let mut command = Command::new(target.join("release/moerun-core"));
+    command.current_dir(&tree.root).arg("reference");
+    Ok(command)
 }

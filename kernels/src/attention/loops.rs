@@ -755,7 +755,7 @@ unsafe fn backward<K: Kernel, T: Number>(
                         step: 4,
                     };
                     values.gemm::<K>(0..steps, columns, rows, grad_rows, to_grad_scores);
-                    for row in 0..rows {
+                    for (row, &delta) in delta[..rows].iter().enumerate() {
                         let scores = slice::from_raw_parts_mut(scores.add(row * ROW), here);
                         let grad_scores =
                             slice::from_raw_parts_mut(grad_scores.add(row * ROW), here);
@@ -763,7 +763,7 @@ unsafe fn backward<K: Kernel, T: Number>(
                         let of_row = RowScalars {
                             scale,
                             lse: lse.row::<f32>(head, start + row, 1)[0],
-                            delta: delta[row],
+                            delta,
                         };
                         softmax_gradients(scores, grad_scores, valid, of_row);
                         if bf16 {

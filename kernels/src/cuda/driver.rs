@@ -189,8 +189,8 @@ impl Device {
         self.enter()?;
         let mut module = std::ptr::null_mut();
         // SAFETY: `module` is an out-parameter, and the driver copies the machine code.
-        self.driver
-            .check(unsafe { (self.driver.load)(&mut module, code.as_ptr().cast()) })?;
+        let status = unsafe { (self.driver.load)(&mut module, code.as_ptr().cast()) };
+        self.driver.check(status)?;
         modules.insert(variant, module);
         Ok(module)
     }
@@ -204,8 +204,8 @@ impl Device {
         let symbol = CString::new(name).expect("names have no NUL");
         let mut function = std::ptr::null_mut();
         // SAFETY: `function` is an out-parameter, `module` and `symbol` live through the call.
-        self.driver
-            .check(unsafe { (self.driver.function)(&mut function, module, symbol.as_ptr()) })?;
+        let status = unsafe { (self.driver.function)(&mut function, module, symbol.as_ptr()) };
+        self.driver.check(status)?;
         functions.insert((variant, name), function);
         Ok(function)
     }

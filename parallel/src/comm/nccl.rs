@@ -166,11 +166,9 @@ impl Library for Nccl {
 
     fn new_id(&self) -> Result<Vec<u8>, String> {
         let mut id = ncclUniqueId { internal: [0; 128] };
-        // SAFETY: an out-parameter.
-        self.check(
-            unsafe { (self.get_unique_id)(&mut id) },
-            std::ptr::null_mut(),
-        )?;
+        // SAFETY: `id` is an out-parameter.
+        let status = unsafe { (self.get_unique_id)(&mut id) };
+        self.check(status, std::ptr::null_mut())?;
         Ok(id.internal.iter().map(|&byte| byte as u8).collect())
     }
 

@@ -118,12 +118,14 @@ fn tied_ranks(config: &Config, mesh: &Mesh, split: &PipelineSplit, own: &ModelPa
     (0..split.ranks).filter(has_end).collect()
 }
 
+type VocabularyGroup = (CollectiveKind, Arc<dyn Communicator>);
+
 /// Creates the groups for the collectives of vocabulary parallelism.
 fn vocabulary_groups(
     world: &World,
     mesh: &Mesh,
     algorithm: Option<Vocabulary>,
-) -> Result<Vec<(CollectiveKind, Arc<dyn Communicator>)>, Error> {
+) -> Result<Vec<VocabularyGroup>, Error> {
     let Some(algorithm) = algorithm else {
         return Ok(Vec::new());
     };

@@ -5,8 +5,8 @@ use crate::{reference::reference, tree::Tree};
 use anyhow::{Context, Result};
 
 pub(super) fn check(tree: &Tree, report: &mut Report) -> Result<()> {
-    let mut check = reference(&tree.root);
-    let output = check.arg("--check").output().context("cargo run")?;
+    let mut check = reference(tree)?;
+    let output = check.arg("--check").output().context("moerun-core")?;
     let said = [output.stdout, output.stderr].concat();
     judge(
         output.status.success(),

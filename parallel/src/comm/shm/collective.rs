@@ -48,7 +48,7 @@ impl Rings {
     }
 
     /// Returns the source of each rank; `None` for this one.
-    fn from_others(&self, source: fn(usize) -> Source) -> Vec<Option<Source>> {
+    fn sources_of_others(&self, source: fn(usize) -> Source) -> Vec<Option<Source>> {
         let source = |rank| (rank != self.rank).then(|| source(rank));
         (0..self.size).map(source).collect()
     }
@@ -208,7 +208,7 @@ impl Collective {
         let rank = rings.rank;
         let size = rings.size;
         let reduction = |source: fn(usize) -> Source, out, follows_write| PendingReduction {
-            from: rings.from_others(source),
+            from: rings.sources_of_others(source),
             own: None,
             out,
             kind,
@@ -281,7 +281,7 @@ impl Collective {
         Collective {
             writes: rings.others().map(scatter).collect(),
             reduction: Some(PendingReduction {
-                from: rings.from_others(Source::One),
+                from: rings.sources_of_others(Source::One),
                 own: Some(part(rings.rank)),
                 out: out.clone(),
                 kind,
