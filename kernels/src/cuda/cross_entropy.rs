@@ -77,7 +77,7 @@ pub(crate) fn cross_entropy(
     let wanted = usize::from(factor.is_some());
     let factor = factor.unwrap_or(0.0);
     let arguments = arguments![logits, labels, &losses, width, inverse, factor, wanted];
-    let launch = launch("cross_entropy", variant, tokens as usize, width, &arguments);
+    let launch = launch("cross_entropy", variant, tokens, width, &arguments);
     gpu.run(&launch, logits);
     losses
 }
