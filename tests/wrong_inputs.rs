@@ -145,7 +145,7 @@ fn snapshots_and_restarts() {
     refused(
         &experiment,
         &mut experiment.moerun(&["bench", "snapshot", "--case", "fast"]),
-        &["there is no case fast"],
+        &["--case fast: no such case"],
     );
     std::fs::create_dir_all(experiment.path("run")).unwrap();
     std::fs::write(experiment.path("run/keepers.json"), "{").unwrap();
