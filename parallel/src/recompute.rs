@@ -83,7 +83,7 @@ impl Activation {
 /// If `compute` is collective, it is so in forward and in backward.
 ///
 /// # Errors
-/// Those of `compute`.
+/// The errors of `compute`.
 pub fn recomputed<F>(inputs: &[&Tensor], compute: F) -> Result<Vec<Tensor>, Error>
 where
     F: Fn(&[Tensor]) -> Result<Vec<Tensor>, Error> + Send + 'static,

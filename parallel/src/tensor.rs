@@ -76,7 +76,7 @@ impl TensorParallel {
     /// All ranks of the group, in forward and in backward, as for the other layers here.
     ///
     /// # Errors
-    /// Those of `compute`, and if a collective fails.
+    /// The errors of `compute`, and if a collective fails.
     pub fn column_parallel(
         &self,
         x_nd: &Activation,

@@ -172,7 +172,7 @@ impl Weight {
     /// A layer calls it once in each backward.
     ///
     /// # Errors
-    /// Those of `add`, and if no sink is attached.
+    /// The errors of `add`, and if no sink is attached.
     pub fn add_gradient<F>(&self, add: F) -> Result<(), Error>
     where
         F: FnOnce(&GradientSum) -> Result<(), Error> + Send + 'static,
@@ -214,7 +214,7 @@ impl Weight {
 /// Adds one contribution to each weight's gradient; `add` computes them together.
 ///
 /// # Errors
-/// Those of `add`, and if a weight has no sink.
+/// The errors of `add`, and if a weight has no sink.
 pub fn add_gradients<F>(weights: &[&Weight], add: F) -> Result<(), Error>
 where
     F: FnOnce(&[&GradientSum]) -> Result<(), Error> + Send + 'static,

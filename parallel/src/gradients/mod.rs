@@ -98,7 +98,7 @@ impl GradientBuckets {
     /// Calling a contribution adds it. This is the B of a pipeline without its W.
     ///
     /// # Errors
-    /// Those of `backward`.
+    /// The errors of `backward`.
     pub fn defer_weight_gradients<T, E>(
         &self,
         backward: impl FnOnce() -> Result<T, E>,

@@ -120,7 +120,7 @@ impl Lane {
     /// A thread's result is waited for. On a device, the stream of the passes waits for it.
     ///
     /// # Errors
-    /// Those of the collective.
+    /// If the collective fails.
     pub(super) fn next(&self) -> Result<Vec<Tensor>, CommError> {
         match self {
             Lane::Thread { results, .. } => {

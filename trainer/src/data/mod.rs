@@ -83,7 +83,7 @@ impl Dataset {
     /// Returns inputs and labels of windows in file order, for validation.
     ///
     /// # Errors
-    /// Those of [`Dataset::batch`].
+    /// The errors of [`Dataset::batch`].
     pub fn windows(&self, numbers: impl Iterator<Item = u64>) -> Result<(Tensor, Tensor), Error> {
         self.read(numbers.map(|number| self.sampler.nth_window(number)))
     }

@@ -112,7 +112,7 @@ impl ShmState {
                 }
                 moved
             };
-            // What the dead rank has left in its rings is used first.
+            // Data that the dead rank left in its rings is used first.
             if let Some(dead) = dead_rank.take().filter(|_| !moved) {
                 let dead = self.membership.members[dead];
                 self.abort_with(&format!("rank {dead} of the group has exited"));
