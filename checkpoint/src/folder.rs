@@ -1,6 +1,6 @@
 //! The folder of a run's checkpoints: listing the complete ones and removing old ones.
 
-use crate::Error;
+use crate::{Checkpoint, Error};
 use std::{
     cmp::Reverse,
     io::ErrorKind,
@@ -37,14 +37,31 @@ fn step_of(path: &Path) -> Option<u64> {
 
 /// Removes all but the newest `keep` checkpoints under `root`, and never the newest one.
 ///
+/// A checkpoint whose tensors that `counts` selects by name have more elements than those of all
+/// newer ones stays: it has parameters that no other has. Returns these, newest first.
+///
 /// # Errors
 /// If the folder cannot be read, or a checkpoint cannot be removed.
-pub fn retain(root: &Path, keep: usize) -> Result<(), Error> {
-    let all = list(root)?;
-    for path in all.iter().skip(keep.max(1)) {
-        // A folder without a manifest is no checkpoint, should the rest not be removed.
-        let _ = std::fs::remove_file(path.join("manifest.json"));
-        std::fs::remove_dir_all(path).map_err(Error::io("cannot remove", path))?;
+pub fn retain(
+    root: &Path,
+    keep: usize,
+    counts: impl Fn(&str) -> bool,
+) -> Result<Vec<PathBuf>, Error> {
+    let mut spared = Vec::new();
+    let mut most = 0;
+    for (index, path) in list(root)?.iter().enumerate() {
+        // A manifest that cannot be read proves nothing about newer checkpoints.
+        let elements = Checkpoint::open(path).map_or(0, |open| open.manifest().elements(&counts));
+        if index < keep.max(1) {
+            most = most.max(elements);
+        } else if elements > most {
+            most = elements;
+            spared.push(path.clone());
+        } else {
+            // A folder without a manifest is no checkpoint, should the rest not be removed.
+            let _ = std::fs::remove_file(path.join("manifest.json"));
+            std::fs::remove_dir_all(path).map_err(Error::io("cannot remove", path))?;
+        }
     }
-    Ok(())
+    Ok(spared)
 }

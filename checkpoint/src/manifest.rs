@@ -21,6 +21,16 @@ pub struct Manifest {
     pub tensors: BTreeMap<String, TensorEntry>,
 }
 
+impl Manifest {
+    /// Returns the number of elements of the tensors that `counts` selects by name.
+    pub fn elements(&self, counts: impl Fn(&str) -> bool) -> u64 {
+        let counted = self.tensors.iter().filter(|(name, _)| counts(name));
+        counted
+            .map(|(_, entry)| entry.shape.iter().map(|&size| size as u64).product::<u64>())
+            .sum()
+    }
+}
+
 /// A tensor and the slices in which it is stored.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TensorEntry {

@@ -446,6 +446,8 @@ pub(crate) enum DataCommand {
 pub(crate) enum ConfigCommand {
     /// Check a configuration and print it with all defaults
     Check(CheckArgs),
+    /// Show what differs between a run and a configuration that would resume it
+    Diff(DiffArgs),
     /// Print the JSON schema of configurations
     Schema,
 }
@@ -506,9 +508,22 @@ pub(crate) struct TrainArgs {
         requires = "hostfile"
     )]
     pub(crate) ssh: PathBuf,
+    /// On a resume, accept changes of these keys although the saved weights then compute something
+    /// else, comma separated. Tensors that do not fit are listed and start from initial values
+    #[arg(long, value_delimiter = ',', value_name = "KEY")]
+    pub(crate) accept_changes: Vec<String>,
     /// Spare nodes that replace lost ones: on this machine, or the last of several machines
     #[arg(long, default_value_t = 0, value_name = "NODES")]
     pub(crate) spare_nodes: usize,
+}
+
+#[derive(Args)]
+pub(crate) struct DiffArgs {
+    /// Folder of the run (`run.dir`)
+    #[arg(value_name = "RUN")]
+    pub(crate) run: PathBuf,
+    #[command(flatten)]
+    pub(crate) config: ConfigArgs,
 }
 
 #[derive(Args)]

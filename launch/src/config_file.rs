@@ -222,7 +222,7 @@ fn nearest_of_list(text: &str) -> Option<&str> {
     nearest(wrong, known.into_iter())
 }
 
-fn nearest<'a>(wrong: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+pub(crate) fn nearest<'a>(wrong: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     known
         .map(|name| (strsim::jaro_winkler(wrong, name), name))
         .filter(|(similarity, _)| *similarity > MIN_SIMILARITY)

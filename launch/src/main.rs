@@ -6,6 +6,7 @@
 mod bench;
 mod chaos;
 mod cli;
+mod config_diff;
 mod config_file;
 mod conformance;
 mod doctor;
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(args),
         Command::Data(DataCommand::Prepare(args)) => prepare::run(args),
         Command::Config(ConfigCommand::Check(args)) => config_file::check(&args),
+        Command::Config(ConfigCommand::Diff(args)) => config_diff::run(&args),
         Command::Config(ConfigCommand::Schema) => config_file::print_schema(),
         Command::Plan(PlanCommand::Schedule(args)) => plan::schedule(&args),
         Command::Plan(PlanCommand::Mesh(args)) => plan::mesh(&args),

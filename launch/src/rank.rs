@@ -2,7 +2,7 @@
 
 use crate::{
     cli::TrainArgs,
-    config_file, environment, hint,
+    config_diff, config_file, environment, hint,
     progress::TrainingView,
     protocol::{Assignment, FailureKind, FailureReport, failure_path, flight_path, log_path},
 };
@@ -28,7 +28,7 @@ use std::{
     },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
-use trainer::{Progress, ResumeSource, Trainer, config::Config, data::DatasetInfo};
+use trainer::{Progress, ResumeReport, ResumeSource, Trainer, config::Config, data::DatasetInfo};
 
 /// Context of an error that older state may help with: the launcher decides by it.
 #[derive(Debug)]
@@ -68,12 +68,12 @@ pub(crate) fn run(
 ) -> Result<ExitCode> {
     let config = config_file::load(&args.config)?;
     if let Err(problems) = config_file::refuse_problems(&args.config, &config, env.world_size) {
-        // All ranks find the same problems: only rank 0 reports them.
-        return if env.rank == 0 {
-            Err(problems)
-        } else {
-            Ok(ExitCode::FAILURE)
-        };
+        return report_on_rank_0(env, problems);
+    }
+    if assignment.is_none()
+        && let Err(refused) = config_diff::refuse_changes(&config, &args.accept_changes)
+    {
+        return report_on_rank_0(env, refused);
     }
     let dir = config.run.dir.clone();
     log_to_file(&dir, env.rank, assignment.is_some())?;
@@ -88,6 +88,7 @@ pub(crate) fn run(
         env,
         launcher,
         assignment,
+        accepted_changes: &args.accept_changes,
         steps_done: &steps_done,
     };
     let result = std::panic::catch_unwind(AssertUnwindSafe(|| start.train(config)));
@@ -107,6 +108,15 @@ pub(crate) fn run(
     };
     // Without destructors: a process group whose peers are gone would wait for them.
     signal_hook::low_level::exit(status)
+}
+
+/// Returns an error that all ranks find on rank 0 alone.
+fn report_on_rank_0(env: &RankEnv, error: anyhow::Error) -> Result<ExitCode> {
+    if env.rank == 0 {
+        Err(error)
+    } else {
+        Ok(ExitCode::FAILURE)
+    }
 }
 
 fn internal_error(panic: &(dyn Any + Send)) -> anyhow::Error {
@@ -189,6 +199,7 @@ struct RankStart<'a> {
     launcher: &'a str,
     /// None under another launcher than moerun's.
     assignment: Option<&'a Assignment>,
+    accepted_changes: &'a [String],
     /// Receives the number of steps of this generation.
     steps_done: &'a AtomicU64,
 }
@@ -307,6 +318,7 @@ impl JoinedRank<'_> {
             }
             trainer.skip_batches(assignment.skipped_batches.clone());
         }
+        trainer.accept_changes(self.start.accepted_changes.to_vec());
         let resumed = trainer.resume(&mut |warning| self.warn(warning));
         let source = if is_restart {
             resumed.context(NotRestored)?
@@ -326,7 +338,24 @@ impl JoinedRank<'_> {
                 ));
             }
         }
+        self.report_changes(trainer, dir);
         Ok(())
+    }
+
+    /// Prints and records how the run differs from the one that it resumes.
+    fn report_changes(&self, trainer: &Trainer, dir: &Path) {
+        let ResumeReport { changes, notes } = trainer.resume_report();
+        for change in changes {
+            self.print(&format!("changed since the saved state: {change}"));
+        }
+        for note in notes {
+            self.print(note);
+        }
+        if self.is_rank0()
+            && let Err(error) = config_diff::record(trainer, dir)
+        {
+            self.warn(&format!("{error:#}"));
+        }
     }
 
     fn is_rank0(&self) -> bool {

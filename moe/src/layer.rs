@@ -19,7 +19,7 @@ pub struct MoeWeights {
     /// `[E, D]`.
     pub router: Weight,
     /// `[E]` fp32 bias of loss-free balancing, which gradients do not train.
-    pub bias: Option<Mutex<Tensor>>,
+    pub bias: Mutex<Option<Tensor>>,
     /// `[L, 2F, D]`; a slice of F if ranks split experts.
     pub gate_up_proj: Weight,
     /// `[L, D, F]`; a slice of F if ranks split experts.
@@ -168,11 +168,8 @@ impl MoeLayer {
         let logits_te = linears(x_td, &[&self.weights.router])?
             .remove(0)
             .to_kind(Kind::Float);
-        let bias = self
-            .weights
-            .bias
-            .as_ref()
-            .map(|bias| bias.lock().shallow_clone());
+        let bias = self.weights.bias.lock();
+        let bias = bias.as_ref().map(Tensor::shallow_clone);
         self.router
             .route(&logits_te, bias.as_ref(), recorded_experts, groups)
     }

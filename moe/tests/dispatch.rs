@@ -175,7 +175,7 @@ fn build_layer(groups: &Groups, case: &Case, mode: Mode) -> MoeLayer {
         },
         weights: MoeWeights {
             router: Weight::new(numbers(3, &[case.num_experts as i64, HIDDEN])),
-            bias: None,
+            bias: Mutex::new(None),
             gate_up_proj,
             down_proj,
             shared: None,

@@ -158,9 +158,10 @@ impl Mesh {
         if let Some((axis, _)) = named.into_iter().find(|&(_, size)| size == 0) {
             return Err(MeshError::EmptyAxis { axis });
         }
-        let stage = data * context * tensor;
-        if stage * pipeline != ranks {
-            let product = stage * pipeline;
+        // Axes from a file may have any size.
+        let stage = data.saturating_mul(context).saturating_mul(tensor);
+        let product = stage.saturating_mul(pipeline);
+        if product != ranks {
             return Err(MeshError::WrongProduct {
                 data,
                 context,
@@ -170,7 +171,7 @@ impl Mesh {
                 ranks,
             });
         }
-        if !stage.is_multiple_of(expert * expert_tensor) {
+        if !stage.is_multiple_of(expert.saturating_mul(expert_tensor)) {
             return Err(MeshError::ExpertDoesNotDivide {
                 expert,
                 expert_tensor,

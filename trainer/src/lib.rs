@@ -85,4 +85,6 @@ pub use train::metrics::{
     JsonLinesWriter, Progress, RoutingLine, SnapshotMetrics, StepMetrics, ValidationMetrics,
 };
 pub use train::snapshots::KeeperAccess;
-pub use train::{Outcome, ResumeSource, Trainer};
+pub use train::{
+    Outcome, ResumeReport, ResumeSource, Trainer, check_resume, newest_config, retain_checkpoints,
+};

@@ -209,7 +209,7 @@ impl LayerBench {
             },
             weights: MoeWeights {
                 router: Weight::new(Cpu.zeros(&[0, hidden], Kind::Float)),
-                bias: None,
+                bias: Mutex::new(None),
                 gate_up_proj: gate_up_proj.clone(),
                 down_proj: down_proj.clone(),
                 shared: None,

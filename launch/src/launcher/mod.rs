@@ -24,7 +24,7 @@ mod spawn;
 mod supervisor;
 mod tracker;
 
-use crate::{cli::TrainArgs, config_file, hint::WithHint, registry};
+use crate::{cli::TrainArgs, config_diff, config_file, hint::WithHint, registry};
 use anyhow::{Context, Result, anyhow};
 use hostfile::SshSessions;
 use machine_plan::MachinePlan;
@@ -47,6 +47,7 @@ pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode> {
     let mut config = config_file::load(&args.config)?;
     plan.set_ranks_per_node(&mut config, args.spare_nodes)?;
     config_file::refuse_problems(&args.config, &config, world_size)?;
+    config_diff::refuse_changes(&config, &args.accept_changes)?;
     let dir = config.run.dir.clone();
     let logs = dir.join("logs");
     std::fs::create_dir_all(&logs)

@@ -64,6 +64,9 @@ impl<'a> RankProcesses<'a> {
         for change in &self.args.config.set {
             command.arg("--set").arg(change);
         }
+        for key in &self.args.accept_changes {
+            command.arg("--accept-changes").arg(key);
+        }
         command
             .env(environment::LAUNCHER_PID, std::process::id().to_string())
             .stdin(Stdio::piped())

@@ -4,7 +4,9 @@ use super::{
     markdown::{Page, code, inline},
     schema::{SchemaRoot, description, is_nullable},
 };
-use crate::{launcher::restart_record::RestartRecord, registry::KeeperRegistry};
+use crate::{
+    config_diff::ChangeRecord, launcher::restart_record::RestartRecord, registry::KeeperRegistry,
+};
 use serde_json::Value;
 use trainer::{RoutingLine, StepMetrics, ValidationMetrics, data::DatasetInfo};
 
@@ -111,6 +113,11 @@ fn records() -> Vec<Record> {
             file: "restarts.jsonl",
             writer: launcher,
             schema: SchemaRoot::of_output::<RestartRecord>(),
+        },
+        Record {
+            file: "restarts.jsonl",
+            writer: rank0,
+            schema: SchemaRoot::of_output::<ChangeRecord>(),
         },
         Record {
             file: "keepers.json",

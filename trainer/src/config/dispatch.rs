@@ -1,6 +1,7 @@
 //! The sections of `model.moe` on dispatch, lending and placement.
 
 use super::words::MeasuredKeyword;
+use config_derive::ResumeKeys;
 use moe::lending::least_loaded::{Imbalance, Planner};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -43,20 +44,27 @@ impl Dispatch {
 }
 
 /// Parameters of least-loaded dispatch (LLEP, arXiv 2601.17111). The defaults are the paper's.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema, ResumeKeys)]
 #[serde(deny_unknown_fields, default)]
 pub struct LeastLoadedConfig {
     /// Routed tokens that a rank accepts before the planner lends, over the mean (alpha).
+    #[on_resume(free)]
+    #[schemars(range(min = 1.0, max = 1e9))]
     pub capacity: f64,
     /// Smallest number of routed tokens for which an expert is lent (m): a number, or `measured` on
     /// this machine when the run starts. Checkpoints keep the measured number. Give a number for
     /// bit-identical runs.
+    #[on_resume(free)]
     pub min_tokens: MinTokens,
     /// Imbalance up to which nothing is lent (lambda): the largest load over the mean load.
+    #[on_resume(free)]
+    #[schemars(range(min = 1.0, max = 1e9))]
     pub threshold: f64,
     /// Loads whose imbalance `threshold` limits.
+    #[on_resume(free)]
     pub threshold_over: Imbalance,
     /// Plans exactly as the paper's algorithm does, flaws included, for comparison.
+    #[on_resume(free)]
     pub strict_paper: bool,
 }
 
@@ -103,16 +111,22 @@ pub enum MinTokens {
 }
 
 /// Placement: moving experts between ranks, with their optimizer state, to even out the load.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema, ResumeKeys)]
 #[serde(deny_unknown_fields)]
 pub struct PlacementConfig {
     /// Steps between moves.
+    #[on_resume(reported)]
+    #[schemars(range(min = 1))]
     pub every: u64,
     /// Weight of earlier steps in an expert's smoothed load, from 0 to below 1.
+    #[on_resume(reported)]
+    #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1))]
     #[serde(default = "default_smoothing")]
     pub smoothing: f64,
     /// Smallest relative reduction of the most loaded rank's load for which experts move, from 0 to
     /// below 1.
+    #[on_resume(reported)]
+    #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1))]
     #[serde(default = "default_min_gain")]
     pub min_gain: f64,
 }

@@ -1,6 +1,8 @@
 //! The section `parallel`: how ranks divide the work.
 
+use super::limits::{MAX_CHUNKS, MAX_LAYERS, MAX_RANKS};
 use super::words::{Auto, AxisSize, NoneOrAll};
+use config_derive::ResumeKeys;
 use parallel::{
     context::ContextKind,
     pipeline::{Vocabulary, schedules::ScheduleKind},
@@ -10,54 +12,85 @@ use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
 /// The parallel layout: how ranks divide the work.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema, ResumeKeys)]
 #[serde(deny_unknown_fields, default)]
 pub struct ParallelConfig {
     /// Data parallelism: replicas of the dense layers. `auto` uses all ranks that the other axes
     /// leave.
+    #[on_resume(free)]
     pub data: AxisSize,
     /// Tensor parallelism: ranks that split every matrix, and between blocks the tokens (sequence
     /// parallelism, arXiv 2205.05198).
+    #[on_resume(free)]
+    #[schemars(range(min = 1, max = MAX_RANKS))]
     pub tensor: usize,
     /// Context parallelism: ranks that split every sequence.
+    #[on_resume(free)]
+    #[schemars(range(min = 1, max = MAX_RANKS))]
     pub context: usize,
     /// Attention over a split sequence.
+    #[on_resume(free)]
     pub context_attention: ContextKind,
     /// Expert parallelism: ranks that hold different experts of a layer. These ranks are data,
     /// context and tensor ranks too, so `expert * expert_tensor` divides `data * context * tensor`.
+    #[on_resume(free)]
+    #[schemars(range(min = 1, max = MAX_RANKS))]
     pub expert: usize,
     /// Expert tensor parallelism: ranks that split the matrices of every expert.
+    #[on_resume(free)]
+    #[schemars(range(min = 1, max = MAX_RANKS))]
     pub expert_tensor: usize,
     /// Chunks of a microbatch that are dispatched one after another. The transfer of one chunk
     /// overlaps with the experts' work on another.
+    #[on_resume(free)]
+    #[schemars(range(min = 1, max = MAX_CHUNKS))]
     pub expert_chunks: usize,
     /// Ranks per node, for hierarchical dispatch and for snapshots, which need one keeper per node.
     /// By default the launcher's number.
+    #[on_resume(free)]
+    #[schemars(range(min = 1, max = MAX_RANKS))]
     pub ranks_per_node: Option<usize>,
     /// Pipeline parallelism: ranks that hold different layers, in stages.
+    #[on_resume(free)]
+    #[schemars(range(min = 1, max = MAX_RANKS))]
     pub pipeline: usize,
     /// Pipeline schedule: `gpipe`, `1f1b`, `interleaved`, `zb-h1`, `zb-v`, `v-half`, `v-min`,
     /// `dualpipe-v`, or `{file: PATH}`.
+    #[on_resume(free)]
     pub schedule: ScheduleChoice,
     /// Model chunks (stages) per rank, for `interleaved`. Other schedules have a fixed number.
+    #[on_resume(free)]
+    #[schemars(range(min = 1, max = MAX_CHUNKS))]
     pub chunks: Option<usize>,
     /// Number of layers of each stage. By default an even split, which `vocabulary: redis` corrects
     /// for the output layer.
+    #[on_resume(free)]
+    #[schemars(inner(range(max = MAX_LAYERS)))]
     pub stage_layers: Option<Vec<usize>>,
     /// Place of the embedding and the output layer in a pipeline.
+    #[on_resume(free)]
     pub vocabulary: VocabularyLayout,
     /// ZeRO level (arXiv 1910.02054), what replicas shard: 0 nothing, 1 the optimizer state, 2 also
     /// the gradients, 3 also the weights.
+    #[on_resume(free)]
+    #[schemars(range(min = 0, max = 3))]
     pub zero: u8,
     /// Hybrid sharding: ranks of a group that shards by ZeRO. Groups replicate each other. By
     /// default one group of all `data * context` replicas.
+    #[on_resume(free)]
+    #[schemars(range(min = 1, max = MAX_RANKS))]
     pub zero_group_size: Option<usize>,
     /// Activation recomputation.
+    #[on_resume(section)]
     pub recompute: RecomputeConfig,
     /// Chunks of the tokens that `tensor` ranks exchange one after another. The transfer of one
     /// chunk overlaps with the GEMM of another.
+    #[on_resume(free)]
+    #[schemars(range(min = 1, max = MAX_CHUNKS))]
     pub tensor_chunks: usize,
     /// Size of a gradient bucket in MiB: gradients in one bucket share a reduction.
+    #[on_resume(free)]
+    #[schemars(range(max = 1e6), extend("exclusiveMinimum" = 0))]
     pub bucket_mib: f64,
 }
 
@@ -87,12 +120,14 @@ impl Default for ParallelConfig {
 }
 
 /// Activation recomputation: what backward computes again instead of keeping it in memory.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema, ResumeKeys)]
 #[serde(deny_unknown_fields, default)]
 pub struct RecomputeConfig {
     /// Layers of which only the input is kept: `none`, `all`, or a list of layer numbers.
+    #[on_resume(free)]
     pub layers: RecomputedLayers,
     /// Parts that the other layers recompute. The activation function is always recomputed.
+    #[on_resume(free)]
     pub parts: Vec<RecomputedPart>,
 }
 
@@ -118,7 +153,7 @@ pub enum RecomputedLayers {
     /// All or none.
     Word(NoneOrAll),
     /// The numbers of the layers, from 0.
-    Layers(Vec<usize>),
+    Layers(#[schemars(inner(range(max = MAX_LAYERS)))] Vec<usize>),
 }
 
 impl Default for RecomputedLayers {

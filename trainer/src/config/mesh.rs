@@ -52,7 +52,7 @@ impl Config {
         if let AxisSize::Size(size) = data {
             return Ok(size);
         }
-        let others = tensor * context * pipeline;
+        let others = tensor.saturating_mul(context).saturating_mul(pipeline);
         if others == 0 || ranks.is_multiple_of(others) {
             return Ok(ranks / others.max(1));
         }
@@ -108,8 +108,14 @@ fn shapes(ranks: usize) -> Vec<MeshShape> {
     shapes
 }
 
-fn divisors(number: usize) -> impl Iterator<Item = usize> {
-    (1..=number).filter(move |divisor| number.is_multiple_of(*divisor))
+/// Returns the divisors of a number, ascending.
+fn divisors(number: usize) -> Vec<usize> {
+    let small = (1..=number.isqrt()).filter(|divisor| number.is_multiple_of(*divisor));
+    let mut divisors: Vec<usize> = small.collect();
+    let large: Vec<usize> = divisors.iter().map(|divisor| number / divisor).collect();
+    divisors.extend(large.into_iter().rev());
+    divisors.dedup();
+    divisors
 }
 
 /// Returns how far two layouts are apart, by the ratios of their axes.

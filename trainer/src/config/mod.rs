@@ -5,12 +5,15 @@
 mod check;
 mod dispatch;
 mod layout;
+mod limits;
 mod mesh;
 mod model;
 mod optimizer;
 mod pipeline_plan;
 mod protection;
+mod ranges;
 mod renamed;
+mod resume_keys;
 mod snapshot;
 mod words;
 
@@ -25,106 +28,151 @@ pub use optimizer::{
     ConstantConfig, OptimizerConfig, PowerConfig, RampConfig, ScheduleConfig, WsdConfig,
 };
 pub use pipeline_plan::PipelinePlan;
+pub use ranges::{NumberRange, schema};
 pub(crate) use renamed::rename_old_keys;
 pub use renamed::{Renamed, renamed_keys};
+pub use resume_keys::{KeyChange, ResumeEffect, ResumeKey, ResumeKeys, ResumeRule};
 pub use snapshot::{
     OnDivergence, ParityConfig, RedundancyConfig, RestartConfig, SnapshotConfig, SnapshotEvery,
     WithoutSpare,
 };
 pub use words::{Auto, AxisSize, MeasuredKeyword, NoneOrAll};
 
+use config_derive::ResumeKeys;
+use limits::{MAX_SECONDS, MAX_SEQUENCES, MAX_TOKENS};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
 /// One experiment.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema, ResumeKeys)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// The run: its folder, device, communication and reporting.
+    #[on_resume(section)]
     pub run: RunConfig,
     /// The parallel layout: how ranks divide the work.
+    #[on_resume(section)]
     #[serde(default)]
     pub parallel: ParallelConfig,
     /// The model's architecture.
+    #[on_resume(section)]
     pub model: ModelConfig,
     /// Training and validation data.
+    #[on_resume(section)]
     pub data: DataConfig,
     /// Number of steps, batch sizes and precision.
+    #[on_resume(section)]
     pub train: TrainConfig,
     /// Constants of AdamW.
+    #[on_resume(section)]
     #[serde(default)]
     pub optimizer: OptimizerConfig,
     /// The learning-rate schedule: one of `power`, `wsd`, `cosine`, `linear` and `constant`.
+    #[on_resume(reported)]
     #[serde(default)]
     pub schedule: ScheduleConfig,
     /// Checkpoints on disk.
+    #[on_resume(section)]
     #[serde(default)]
     pub checkpoint: CheckpointConfig,
     /// Snapshots in memory, from which a run restarts after a failure.
+    #[on_resume(section)]
     #[serde(default)]
     pub snapshot: SnapshotConfig,
     /// Detection of failures, and restarts.
+    #[on_resume(section)]
     #[serde(default)]
     pub restart: RestartConfig,
     /// Validation during training. Without this section there is none.
+    #[on_resume(section)]
     #[serde(default)]
     pub validation: Option<ValidationConfig>,
 }
 
+impl Config {
+    /// Returns the configuration with the values that unset keys stand for, where other keys
+    /// decide them.
+    pub fn resolved(&self) -> Config {
+        let mut resolved = self.clone();
+        resolved.model.kv_heads = Some(self.model.kv_heads());
+        resolved.model.head_dim = Some(self.model.head_dim());
+        resolved
+    }
+}
+
 /// The run: its folder, device, communication and reporting.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema, ResumeKeys)]
 #[serde(deny_unknown_fields)]
 pub struct RunConfig {
     /// Folder for checkpoints, metrics and logs. A run that finds a checkpoint there resumes from
     /// it.
+    #[on_resume(free)]
+    #[schemars(extend("format" = "path"))]
     pub dir: PathBuf,
     /// Seed of the initial weights and of the order of the data.
+    #[on_resume(reported)]
     #[serde(default = "default_seed")]
     pub seed: u64,
     /// Device of each rank: `cpu`, `cuda`, `npu`, or `auto` (a GPU or NPU if the machine has one).
+    #[on_resume(free)]
     #[serde(default = "auto")]
     pub device: String,
     /// Processors that a rank is bound to: `none`, `numa` (those of one NUMA node), `cores` (its
     /// own share), or `auto` (`numa` on machines with several NUMA nodes, unless the launcher has
     /// bound the ranks).
+    #[on_resume(free)]
     #[serde(default)]
     pub cpu_affinity: parallel::CpuAffinity,
     /// Communication backend: `gloo`, `mpi`, `nccl`, `hccl`, or `auto`. `auto` uses NCCL for GPU
     /// tensors and HCCL for NPU tensors. For host tensors it uses shared memory within a machine;
     /// between machines it uses MPI if mpirun started the ranks, and Gloo otherwise.
+    #[on_resume(free)]
     #[serde(default)]
     pub backend: parallel::Backend,
     /// Seconds until an unfinished collective counts as failed.
+    #[on_resume(free)]
+    #[schemars(range(min = 1, max = MAX_SECONDS))]
     #[serde(default = "default_timeout_s")]
     pub timeout_s: u64,
     /// Steps between progress lines, if the output is no terminal, and between lines of
     /// `routing.jsonl`.
+    #[on_resume(free)]
+    #[schemars(range(min = 1))]
     #[serde(default = "default_log_every")]
     pub log_every: u64,
     /// Step of which each rank writes a trace to `logs/rank-N.trace.json`, for
     /// <https://ui.perfetto.dev>.
+    #[on_resume(free)]
+    #[schemars(range(min = 1))]
     #[serde(default)]
     pub trace_step: Option<u64>,
 }
 
 /// Training and validation data.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema, ResumeKeys)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
     /// Sources of training data, mixed by weight.
+    #[on_resume(reported)]
     pub train: Vec<SourceConfig>,
     /// Sources of validation data. Needed if there is a `validation` section.
+    #[on_resume(reported)]
     #[serde(default)]
     pub validation: Vec<SourceConfig>,
     /// Length of a sequence, in tokens.
+    #[on_resume(reported)]
+    #[schemars(range(min = 1, max = MAX_TOKENS))]
     pub sequence_length: usize,
     /// Token that ends a document. If it is set, a token attends only to tokens of its own
     /// document; otherwise to all earlier tokens of its sequence.
+    #[on_resume(reported)]
     #[serde(default)]
     pub eod_token: Option<u32>,
     /// The tokenizer.json with which the data was made, for `moerun generate`. By default the one
     /// in the folder of the first source.
+    #[on_resume(free)]
+    #[schemars(extend("format" = "path"))]
     #[serde(default)]
     pub tokenizer: Option<PathBuf>,
 }
@@ -134,32 +182,44 @@ pub struct DataConfig {
 #[serde(deny_unknown_fields)]
 pub struct SourceConfig {
     /// Path of the `.bin` and `.idx` files, without the extension.
+    #[schemars(extend("format" = "path"))]
     pub path: PathBuf,
     /// Relative share of the sequences that are drawn from this source.
+    #[schemars(range(max = 1e12), extend("exclusiveMinimum" = 0))]
     #[serde(default = "unit")]
     pub weight: f64,
 }
 
 /// Number of steps, batch sizes and precision.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema, ResumeKeys)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConfig {
     /// Optimizer steps of the whole run.
+    #[on_resume(reported)]
+    #[schemars(range(min = 1))]
     pub steps: u64,
     /// Sequences per step, over all ranks.
+    #[on_resume(reported)]
+    #[schemars(range(min = 1, max = MAX_SEQUENCES))]
     pub global_batch: usize,
     /// Sequences per microbatch: what a rank processes at once. Gradients of a rank's microbatches
     /// are accumulated.
+    #[on_resume(reported)]
+    #[schemars(range(min = 1, max = MAX_SEQUENCES))]
     pub micro_batch: usize,
     /// Precision of the model's arithmetic. Master weights are fp32 in both cases.
+    #[on_resume(reported)]
     #[serde(default)]
     pub dtype: Dtype,
     /// Computes the experts' forward GEMMs, and the gradients of their inputs, in 8-bit floating
     /// point. Faster on Hopper and newer GPUs; elsewhere emulated with the same results. Needs
     /// `dtype: bf16`. The precision page of the documentation shows the effect on the loss.
+    #[on_resume(reported)]
     #[serde(default)]
     pub fp8_experts: bool,
     /// Largest global gradient norm: larger gradients are scaled down to it. 0 disables clipping.
+    #[on_resume(reported)]
+    #[schemars(range(min = 0.0))]
     #[serde(default = "unit")]
     pub grad_clip: f64,
 }
@@ -186,13 +246,16 @@ impl Dtype {
 }
 
 /// Checkpoints on disk.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema, ResumeKeys)]
 #[serde(deny_unknown_fields, default)]
 pub struct CheckpointConfig {
     /// Steps between checkpoints. One is always written at the end of the run and when a signal
     /// stops it; 0 writes no others.
+    #[on_resume(free)]
     pub every: u64,
     /// Number of checkpoints to keep: the newest ones.
+    #[on_resume(free)]
+    #[schemars(range(min = 1))]
     pub keep: usize,
 }
 
@@ -206,12 +269,16 @@ impl Default for CheckpointConfig {
 }
 
 /// Validation during training.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema, ResumeKeys)]
 #[serde(deny_unknown_fields)]
 pub struct ValidationConfig {
     /// Steps between validations. The last step is always validated.
+    #[on_resume(free)]
+    #[schemars(range(min = 1))]
     pub every: u64,
     /// Number of sequences, the same ones each time.
+    #[on_resume(reported)]
+    #[schemars(range(min = 1))]
     pub sequences: usize,
 }
 

@@ -1,6 +1,8 @@
 //! The section `model`: the architecture.
 
 use super::dispatch::{Dispatch, LeastLoadedConfig, PlacementConfig};
+use super::limits::{MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH};
+use config_derive::ResumeKeys;
 use moe::{Score, balance::BalanceScope};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -9,52 +11,80 @@ use serde::{Deserialize, Serialize};
 const FFN_MATRICES: usize = 3;
 
 /// The architecture: a decoder-only transformer with MoE layers.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema, ResumeKeys)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
     /// Size of the vocabulary: token ids are below it.
+    #[on_resume(refused)]
+    #[schemars(range(min = 1, max = MAX_VOCABULARY))]
     pub vocab_size: usize,
     /// Width of the residual stream.
+    #[on_resume(refused)]
+    #[schemars(range(min = 1, max = MAX_WIDTH))]
     pub hidden: usize,
     /// Number of transformer layers.
+    #[on_resume(refused)]
+    #[schemars(range(min = 1, max = MAX_LAYERS))]
     pub layers: usize,
     /// Number of query heads per layer.
+    #[on_resume(refused)]
+    #[schemars(range(min = 1, max = MAX_HEADS))]
     pub heads: usize,
     /// Number of key and value heads per layer (grouped-query attention). By default `heads`.
+    #[on_resume(refused)]
+    #[schemars(range(min = 1, max = MAX_HEADS))]
     #[serde(default)]
     pub kv_heads: Option<usize>,
     /// Width of a head. By default `hidden / heads`.
+    #[on_resume(refused)]
+    #[schemars(range(min = 1, max = MAX_WIDTH))]
     #[serde(default)]
     pub head_dim: Option<usize>,
     /// Inner width of dense feed-forward layers. Needed if the model has such layers.
+    #[on_resume(refused)]
+    #[schemars(range(min = 1, max = MAX_WIDTH))]
     #[serde(default)]
     pub ffn: Option<usize>,
     /// Number of dense layers at the beginning of the model.
+    #[on_resume(refused)]
+    #[schemars(range(min = 0, max = MAX_LAYERS))]
     #[serde(default)]
     pub dense_layers: usize,
     /// Period of MoE layers after the first dense ones: 1 makes every layer an MoE layer, 2 every
     /// other one.
+    #[on_resume(refused)]
+    #[schemars(range(min = 1, max = MAX_LAYERS))]
     #[serde(default = "default_moe_every")]
     pub moe_every: usize,
     /// MoE layers. Without this section all layers are dense.
+    #[on_resume(section)]
     #[serde(default)]
     pub moe: Option<MoeConfig>,
     /// Base of the wavelengths of rotary position embedding (theta).
+    #[on_resume(refused)]
+    #[schemars(range(min = 1.0, max = 1e15))]
     #[serde(default = "default_rope_theta")]
     pub rope_theta: f64,
     /// Term added to the mean square in RMSNorm.
+    #[on_resume(refused)]
+    #[schemars(range(max = 1.0), extend("exclusiveMinimum" = 0))]
     #[serde(default = "default_norm_eps")]
     pub norm_eps: f64,
     /// RMSNorm of queries and keys.
+    #[on_resume(refused)]
     #[serde(default)]
     pub qk_norm: QkNorm,
     /// Uses the transposed embedding as the output layer.
+    #[on_resume(refused)]
     #[serde(default)]
     pub tie_embeddings: bool,
     /// Standard deviation of the initial weights.
+    #[on_resume(reported)]
+    #[schemars(range(max = 10.0), extend("exclusiveMinimum" = 0))]
     #[serde(default = "default_init_std")]
     pub init_std: f64,
     /// Maximal update parametrization. Without this section there is none.
+    #[on_resume(section)]
     #[serde(default)]
     pub mup: Option<MupConfig>,
 }
@@ -181,45 +211,65 @@ pub enum QkNorm {
 }
 
 /// MoE layers.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema, ResumeKeys)]
 #[serde(deny_unknown_fields)]
 pub struct MoeConfig {
     /// Number of experts per layer, without shared ones.
+    #[on_resume(refused)]
+    #[schemars(range(min = 1, max = MAX_EXPERTS))]
     pub experts: usize,
     /// Number of experts that the router chooses for each token.
+    #[on_resume(refused)]
+    #[schemars(range(min = 1, max = MAX_EXPERTS))]
     pub top_k: usize,
     /// Inner width of an expert.
+    #[on_resume(refused)]
+    #[schemars(range(min = 1, max = MAX_WIDTH))]
     pub ffn: usize,
     /// Number of shared experts, which process every token.
+    #[on_resume(refused)]
+    #[schemars(range(min = 0, max = MAX_EXPERTS))]
     #[serde(default)]
     pub shared_experts: usize,
     /// The router's rule.
+    #[on_resume(section)]
     #[serde(default)]
     pub router: RouterConfig,
     /// Weight of the load-balancing loss. The loss itself is 1 per layer at perfect balance; that
     /// of Hugging Face transformers is `top_k` times as large.
+    #[on_resume(reported)]
+    #[schemars(range(min = 0.0, max = 1e6))]
     #[serde(default = "default_load_balance")]
     pub load_balance: f64,
     /// Tokens over which the load-balancing loss measures balance.
+    #[on_resume(reported)]
     #[serde(default = "default_load_balance_over")]
     pub load_balance_over: BalanceScope,
     /// Computes the load-balancing loss once, from statistics averaged over layers, as Hugging Face
     /// transformers does.
+    #[on_resume(reported)]
     #[serde(default)]
     pub load_balance_pool_layers: bool,
     /// Weight of the router z-loss (arXiv 2202.08906).
+    #[on_resume(reported)]
+    #[schemars(range(min = 0.0, max = 1e6))]
     #[serde(default)]
     pub z_loss: f64,
     /// Step size of the bias of loss-free balancing (arXiv 2408.15664). 0 disables it.
+    #[on_resume(reported)]
+    #[schemars(range(min = 0.0, max = 10.0))]
     #[serde(default)]
     pub bias_update_rate: f64,
     /// Transfer of routed tokens to their experts.
+    #[on_resume(free)]
     #[serde(default)]
     pub dispatch: Dispatch,
     /// Parameters of least-loaded dispatch.
+    #[on_resume(section)]
     #[serde(default)]
     pub least_loaded: LeastLoadedConfig,
     /// Placement of experts by load. Without this section they stay on their ranks.
+    #[on_resume(section)]
     #[serde(default)]
     pub placement: Option<PlacementConfig>,
 }
@@ -246,25 +296,35 @@ impl MoeConfig {
 }
 
 /// The router's rule.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema, ResumeKeys)]
 #[serde(deny_unknown_fields, default)]
 pub struct RouterConfig {
     /// Function from logits to scores.
+    #[on_resume(refused)]
     pub score: Score,
     /// Scales the routing weights of each token to a sum of 1.
+    #[on_resume(refused)]
     pub normalize: bool,
     /// Factor on the routing weights.
+    #[on_resume(refused)]
+    #[schemars(range(max = 1e6), extend("exclusiveMinimum" = 0))]
     pub scale: f64,
     /// Number of groups that the experts are divided into.
+    #[on_resume(refused)]
+    #[schemars(range(min = 1, max = MAX_EXPERTS))]
     pub groups: usize,
     /// Number of groups from which a token may choose (DeepSeek-V3, arXiv 2412.19437).
+    #[on_resume(refused)]
+    #[schemars(range(min = 1, max = MAX_EXPERTS))]
     pub top_groups: usize,
     /// Chooses the same number of experts in each group (MoGE, arXiv 2505.21411): the load of
     /// groups is then even.
+    #[on_resume(refused)]
     pub even_groups: bool,
     /// Chooses experts round-robin instead of by score, so that all have the same load. For
     /// benchmarks only: routing weights still follow the scores, but the model learns nothing
     /// useful.
+    #[on_resume(refused)]
     pub force_balance: bool,
 }
 
@@ -287,15 +347,21 @@ impl Default for RouterConfig {
 /// The initial standard deviation of hidden matrices is divided by the square root of `width`, and
 /// their learning rate by `width`. Attention logits are scaled by `1 / head_dim`. Output logits are
 /// divided by `width`.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema, ResumeKeys)]
 #[serde(deny_unknown_fields)]
 pub struct MupConfig {
     /// Width ratio: `hidden` over the width for which the learning rates were tuned.
+    #[on_resume(refused)]
+    #[schemars(range(max = 1e6), extend("exclusiveMinimum" = 0))]
     pub width: f64,
     /// Factor on the embedding's output.
+    #[on_resume(refused)]
+    #[schemars(range(max = 1e6), extend("exclusiveMinimum" = 0))]
     #[serde(default = "unit")]
     pub embedding: f64,
     /// Factor on the output of each block before it is added to the residual stream.
+    #[on_resume(refused)]
+    #[schemars(range(max = 1e6), extend("exclusiveMinimum" = 0))]
     #[serde(default = "unit")]
     pub residual: f64,
 }

@@ -1,23 +1,33 @@
 //! Constants of AdamW and of the learning-rate schedules.
 
+use config_derive::ResumeKeys;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Constants of AdamW.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema, ResumeKeys)]
 #[serde(deny_unknown_fields, default)]
 pub struct OptimizerConfig {
     /// Decay rate of the first moment.
+    #[on_resume(reported)]
+    #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1))]
     pub beta1: f64,
     /// Decay rate of the second moment.
+    #[on_resume(reported)]
+    #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1))]
     pub beta2: f64,
     /// Term added to the denominator of the update.
+    #[on_resume(reported)]
+    #[schemars(range(min = 1e-15, max = 1.0))]
     pub eps: f64,
     /// Decoupled weight decay of matrices and embeddings. Norms have none.
+    #[on_resume(reported)]
+    #[schemars(range(min = 0.0, max = 10.0))]
     pub weight_decay: f64,
     /// Keeps moments and master weights in host memory and updates them there (ZeRO-Offload,
     /// arXiv 2101.06840). A GPU or NPU then holds 12 bytes less per bf16 parameter and 8 bytes less
     /// per fp32 parameter, and steps take longer. Without effect on CPUs.
+    #[on_resume(free)]
     pub offload: bool,
 }
 
@@ -61,10 +71,13 @@ impl Default for ScheduleConfig {
 #[serde(deny_unknown_fields, default)]
 pub struct PowerConfig {
     /// Amplitude of the power law.
+    #[schemars(range(max = 1e6), extend("exclusiveMinimum" = 0))]
     pub a: f64,
     /// Exponent of the power law, a negative number.
+    #[schemars(range(min = -10.0), extend("exclusiveMaximum" = 0))]
     pub b: f64,
     /// Upper limit of the learning rate.
+    #[schemars(range(max = 10.0), extend("exclusiveMinimum" = 0))]
     pub max_lr: f64,
     /// Steps of linear warmup. It ends at the rate that the power law gives there.
     pub warmup_steps: u64,
@@ -89,6 +102,7 @@ impl Default for PowerConfig {
 #[serde(deny_unknown_fields)]
 pub struct WsdConfig {
     /// Learning rate between warmup and decay.
+    #[schemars(range(max = 10.0), extend("exclusiveMinimum" = 0))]
     pub lr: f64,
     /// Steps of linear warmup.
     #[serde(default)]
@@ -102,11 +116,13 @@ pub struct WsdConfig {
 #[serde(deny_unknown_fields)]
 pub struct RampConfig {
     /// Learning rate after warmup.
+    #[schemars(range(max = 10.0), extend("exclusiveMinimum" = 0))]
     pub lr: f64,
     /// Steps of linear warmup.
     #[serde(default)]
     pub warmup_steps: u64,
     /// Last learning rate over `lr`.
+    #[schemars(range(min = 0.0, max = 1.0))]
     #[serde(default)]
     pub final_ratio: f64,
 }
@@ -116,6 +132,7 @@ pub struct RampConfig {
 #[serde(deny_unknown_fields)]
 pub struct ConstantConfig {
     /// Learning rate after warmup.
+    #[schemars(range(max = 10.0), extend("exclusiveMinimum" = 0))]
     pub lr: f64,
     /// Steps of linear warmup.
     #[serde(default)]

@@ -1,7 +1,9 @@
 //! The sections `snapshot` and `restart`.
 
+use super::limits::{MAX_GROUP, MAX_RANKS, MAX_SECONDS};
 use super::words::Auto;
 use checkpoint::Redundancy;
+use config_derive::ResumeKeys;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -9,18 +11,24 @@ use serde::{Deserialize, Serialize};
 const AUTO_DATA_NODES: usize = 7;
 
 /// Snapshots in the memory of keepers, which outlive the ranks.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema, ResumeKeys)]
 #[serde(deny_unknown_fields, default)]
 pub struct SnapshotConfig {
     /// Steps between snapshots. `auto` takes them as often as costs less than 2 % of the time. 0
     /// takes none; ranks then stop training while they write a checkpoint.
+    #[on_resume(free)]
     pub every: SnapshotEvery,
     /// Protection against the loss of nodes: `auto`, `none`, `{copies: N}`, or
     /// `{parity: {data: N, parity: M}}`.
+    #[on_resume(free)]
     pub redundancy: RedundancyConfig,
     /// Largest memory of a node's keeper, in GiB. By default half of the node's free memory.
+    #[on_resume(free)]
+    #[schemars(range(max = 1e9), extend("exclusiveMinimum" = 0))]
     pub memory_gib: Option<f64>,
     /// Consecutive nodes in one failure domain, such as a rack. They do not protect each other.
+    #[on_resume(free)]
+    #[schemars(range(min = 1, max = MAX_RANKS))]
     pub nodes_per_domain: usize,
 }
 
@@ -54,7 +62,7 @@ pub enum RedundancyConfig {
     /// No protection.
     None,
     /// Full copies on this number of other nodes.
-    Copies(usize),
+    Copies(#[schemars(range(min = 1, max = MAX_GROUP))] usize),
     /// Erasure coding (XOR for one parity node, Reed-Solomon for more).
     Parity(ParityConfig),
 }
@@ -81,29 +89,41 @@ impl RedundancyConfig {
 #[serde(deny_unknown_fields)]
 pub struct ParityConfig {
     /// Largest number of nodes' data in a group.
+    #[schemars(range(min = 1, max = MAX_GROUP))]
     pub data: usize,
     /// Number of nodes of a group that may be lost.
+    #[schemars(range(min = 1, max = MAX_GROUP))]
     pub parity: usize,
 }
 
 /// Detection of failures, and restarts.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema, ResumeKeys)]
 #[serde(deny_unknown_fields, default)]
 pub struct RestartConfig {
     /// Largest number of restarts within `window_s`. 0 ends the run at the first failure.
+    #[on_resume(free)]
     pub max_restarts: usize,
     /// Seconds over which restarts are counted.
+    #[on_resume(free)]
+    #[schemars(range(min = 1, max = MAX_SECONDS))]
     pub window_s: u64,
     /// Seconds without a heartbeat until a rank counts as hung.
+    #[on_resume(free)]
+    #[schemars(range(max = 1e9), extend("exclusiveMinimum" = 0))]
     pub heartbeat_timeout_s: f64,
     /// Seconds without progress of any rank until the run counts as hung. By default ten times the
     /// longest step so far, at least 60.
+    #[on_resume(free)]
+    #[schemars(range(max = 1e9), extend("exclusiveMinimum" = 0))]
     pub step_timeout_s: Option<f64>,
     /// Reaction to a loss that is not finite.
+    #[on_resume(free)]
     pub on_divergence: OnDivergence,
     /// Reaction to a lost node if there is no spare node.
+    #[on_resume(free)]
     pub without_spare: WithoutSpare,
     /// Keeps standby processes that take over at once. Each holds about 60 MiB.
+    #[on_resume(free)]
     pub standby: bool,
 }
 

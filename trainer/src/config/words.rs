@@ -1,5 +1,6 @@
 //! Values that are a number or a word.
 
+use super::limits::MAX_RANKS;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -8,7 +9,7 @@ use serde::{Deserialize, Serialize};
 #[serde(untagged, expecting = "a number of ranks, or auto")]
 pub enum AxisSize {
     /// A fixed number of ranks.
-    Size(usize),
+    Size(#[schemars(range(min = 1, max = MAX_RANKS))] usize),
     /// All ranks that the other axes leave.
     Auto(Auto),
 }

@@ -5,7 +5,7 @@ use crate::{
     config::Config,
     model::{BuildContext, Model, ModelPart},
     process_groups::ProcessGroups,
-    train::checkpointing::{read_run_state, restore_weights},
+    train::checkpointing::{read_run_state, restore_model, saved_config},
 };
 use checkpoint::Checkpoint;
 use parallel::Cpu;
@@ -27,17 +27,12 @@ impl LoadedModel {
         let mut checkpoint = find_checkpoint(path)?;
         let state = read_run_state(&checkpoint)?;
         let path = checkpoint.path().to_path_buf();
-        let config: Config = serde_json::from_value(state.config).map_err(|error| {
-            Error::Resume(format!(
-                "{}: its configuration cannot be read: {error}",
-                path.display()
-            ))
-        })?;
+        let config = saved_config(&checkpoint, &state)?;
         let groups = ProcessGroups::single_rank();
         let sequence_length = config.data.sequence_length;
         let ctx = BuildContext::single_rank(sequence_length, config.train.dtype, &Cpu, &groups);
         let model = Model::new(&config.model, ModelPart::whole(config.model.layers), &ctx);
-        restore_weights(&mut checkpoint, &model)?;
+        restore_model(&mut checkpoint, &model)?;
         Ok(LoadedModel {
             path,
             step: state.step,

@@ -275,10 +275,8 @@ impl Builder<'_> {
             let Swiglu { gate_up, down } = self.swiglu(&format!("{name}.shared"), ffn);
             (gate_up, down)
         });
-        let bias = (config.bias_update_rate > 0.0).then(|| {
-            let zeros = ctx.device.zeros(&[config.experts as i64], Kind::Float);
-            Mutex::new(zeros)
-        });
+        let zeros = || ctx.device.zeros(&[config.experts as i64], Kind::Float);
+        let bias = (config.bias_update_rate > 0.0).then(zeros);
         let chunks = groups.expert_chunks;
         let dispatcher = Dispatcher::new(
             groups.experts.clone(),
@@ -301,7 +299,7 @@ impl Builder<'_> {
             },
             weights: MoeWeights {
                 router,
-                bias,
+                bias: Mutex::new(bias),
                 gate_up_proj: gate_up.scale_uses(chunks),
                 down_proj: down.scale_uses(chunks),
                 shared,

@@ -313,12 +313,26 @@ impl Model {
         kernels::gemm(hidden_td, &matrix.tr()).to_kind(Kind::Float) / self.logits_divisor()
     }
 
+    /// Gives each MoE layer without a loss-free balancing bias one of zeros, if `is_saved` returns
+    /// true for its global name.
+    pub(crate) fn add_biases(&self, is_saved: impl Fn(&str) -> bool) {
+        for (_, moe, experts) in self.local_moe_layers() {
+            let mut bias = moe.weights.bias.lock();
+            if bias.is_none() && is_saved(&bias_name(experts)) {
+                let router = moe.weights.router.value();
+                let experts = router.size()[0];
+                *bias = Some(Tensor::zeros([experts], (Kind::Float, router.device())));
+            }
+        }
+    }
+
     /// Returns the loss-free balancing biases: index among the model's MoE layers, global name, and
     /// the bias `[E]`.
     pub fn biases(&self) -> impl Iterator<Item = (usize, String, Tensor)> {
         self.local_moe_layers().filter_map(|(index, moe, experts)| {
-            let bias = moe.weights.bias.as_ref()?.lock().shallow_clone();
-            Some((index, format!("{}.bias", experts.name), bias))
+            let bias = moe.weights.bias.lock();
+            let bias = bias.as_ref()?.shallow_clone();
+            Some((index, bias_name(experts), bias))
         })
     }
 
@@ -416,4 +430,8 @@ impl Model {
     fn logits_divisor(&self) -> f64 {
         self.config.mup.as_ref().map_or(1.0, |mup| mup.width)
     }
+}
+
+fn bias_name(experts: &LocalExperts) -> String {
+    format!("{}.bias", experts.name)
 }

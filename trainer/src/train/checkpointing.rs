@@ -3,8 +3,17 @@
 //! # Collective
 //! All ranks call [`plan_save`], [`save`], [`resume`] and [`resume_snapshot`] at the same point.
 
-use super::run_state::RunState;
-use crate::{Error, config::rename_old_keys, model::Model, optim::Optimizer};
+use super::{
+    accounting::{Mismatch, Shapes, account, account_alone, held_shapes, saved_shapes},
+    resume_rules::{AllowedChanges, ResumeRules, mismatch_error},
+    run_state::RunState,
+};
+use crate::{
+    Error,
+    config::{Config, rename_old_keys},
+    model::Model,
+    optim::Optimizer,
+};
 use checkpoint::{
     Checkpoint, ImageHeader, PartOpener, Shard, Staging, TensorSlice, assign_owners,
     keeper::SnapshotId,
@@ -31,6 +40,34 @@ mod kind {
 
 fn key(kind: &str, name: impl std::fmt::Display) -> String {
     format!("{kind}/{name}")
+}
+
+fn has_kind(name: &str, kinds: &[&str]) -> bool {
+    let kind = name.split_once('/').map(|(kind, _)| kind);
+    kind.is_some_and(|kind| kinds.contains(&kind))
+}
+
+/// Removes checkpoints under `root` as [`checkpoint::retain`] does, and logs those that stay because
+/// newer ones have fewer parameters.
+///
+/// # Errors
+/// If the folder cannot be read, or a checkpoint cannot be removed.
+pub fn retain_checkpoints(root: &Path, keep: usize) -> Result<(), checkpoint::Error> {
+    let is_parameter = |name: &str| has_kind(name, &[kind::MASTER]);
+    for spared in checkpoint::retain(root, keep, is_parameter)? {
+        tracing::warn!(
+            "{} stays although checkpoint.keep is {keep}: newer checkpoints have fewer parameters",
+            spared.display()
+        );
+    }
+    Ok(())
+}
+
+/// Returns true for tensors that every run with the same model has, whatever its layout.
+///
+/// Random states belong to a number of ranks; a run on another number starts its own.
+fn is_counted(name: &str) -> bool {
+    !has_kind(name, &[kind::GENERATOR])
 }
 
 /// Returns the slice of the saved tensor of kind `kind` that belongs to a parameter's `slice`.
@@ -190,27 +227,32 @@ fn gather_shards(
     Ok(shards.collect())
 }
 
+/// A state that was copied into the run.
+pub(crate) struct Restored {
+    pub(crate) state: RunState,
+    pub(crate) changes: AllowedChanges,
+}
+
 /// Finds the newest checkpoint under `root` that every rank can read, and restores the run from it.
 ///
-/// Calls `prepare` with the checkpoint's state before it copies tensors, and `warn` with a message
-/// for each refused checkpoint. Returns `None` if there are no checkpoints.
+/// Calls `warn` with a message for each unusable checkpoint. Returns `None` if there are no
+/// checkpoints.
 ///
 /// # Errors
-/// If there are checkpoints and none can be used.
+/// If there are checkpoints and none can be used, or `rules` refuse the newest usable one.
 pub(crate) fn resume(
     root: &Path,
     run: &StateTensors,
     world: &Arc<dyn Communicator>,
-    prepare: &dyn Fn(&RunState),
+    rules: &ResumeRules,
     warn: &mut dyn FnMut(&str),
-) -> Result<Option<RunState>, Error> {
+) -> Result<Option<Restored>, Error> {
     let mut refusals = Vec::new();
     for path in &list_on_rank_0(root, world)? {
         match agree(world, verify(path, world)) {
             Ok(()) => {
                 let opened = Checkpoint::open(path).map_err(Error::from);
-                let restored = opened.and_then(|mut open| restore(&mut open, run, prepare));
-                return agree(world, restored).map(Some);
+                return restore(opened, run, world, rules).map(Some);
             }
             Err(error) => {
                 warn(&format!(
@@ -252,22 +294,19 @@ pub(crate) type SnapshotParts = (SnapshotId, Vec<ImageHeader>, PartOpener);
 /// Restores the run from the snapshot with these parts, if there is one.
 ///
 /// # Errors
-/// If any rank cannot read its part of the snapshot.
+/// If any rank cannot read its part of the snapshot, or `rules` refuse it.
 pub(crate) fn resume_snapshot(
     parts: Result<Option<SnapshotParts>, Error>,
     run: &StateTensors,
     world: &Arc<dyn Communicator>,
-    prepare: &dyn Fn(&RunState),
-) -> Result<Option<RunState>, Error> {
-    let state = parts.and_then(|parts| {
-        let Some((id, headers, open)) = parts else {
-            return Ok(None);
-        };
-        let name = format!("the snapshot of step {}", id.step);
-        let mut snapshot = Checkpoint::from_parts(&name, id.step, headers, open)?;
-        restore(&mut snapshot, run, prepare).map(Some)
-    });
-    agree(world, state)
+    rules: &ResumeRules,
+) -> Result<Option<Restored>, Error> {
+    let Some((id, headers, open)) = agree(world, parts)? else {
+        return Ok(None);
+    };
+    let name = format!("the snapshot of step {}", id.step);
+    let opened = Checkpoint::from_parts(&name, id.step, headers, open).map_err(Error::from);
+    restore(opened, run, world, rules).map(Some)
 }
 
 /// Verifies this rank's share of a checkpoint's files.
@@ -280,14 +319,41 @@ fn verify(path: &Path, world: &Arc<dyn Communicator>) -> Result<(), Error> {
     Ok(())
 }
 
-/// Copies a verified checkpoint into the run.
+/// Compares a verified checkpoint with the run, and copies it into the run if `rules` allow that.
 fn restore(
+    opened: Result<Checkpoint, Error>,
+    run: &StateTensors,
+    world: &Arc<dyn Communicator>,
+    rules: &ResumeRules,
+) -> Result<Restored, Error> {
+    let compared = opened.and_then(|checkpoint| {
+        let state = read_run_state(&checkpoint)?;
+        let saved = saved_config(&checkpoint, &state)?;
+        let changes = rules.check_keys(checkpoint.path(), &saved)?;
+        Ok((checkpoint, state, changes))
+    });
+    let (mut checkpoint, state, mut changes) = agree(world, compared)?;
+    // The names of experts' rows must be those of the saved placement before values are read.
+    rules.prepare(&state);
+    let saved = saved_shapes(checkpoint.manifest(), is_counted);
+    run.model
+        .add_biases(|name| saved.contains_key(&key(kind::BIAS, name)));
+    let tensors = run.tensors()?;
+    let held = tensors.iter().map(|(slice, _)| slice);
+    let held = held_shapes(held.filter(|slice| is_counted(&slice.name)));
+    let mismatches = account(&saved, &held, world)?;
+    rules.check_tensors(checkpoint.path(), &mismatches, &mut changes)?;
+    agree(world, copy_state(&mut checkpoint, run, &mismatches))?;
+    Ok(Restored { state, changes })
+}
+
+/// Copies the tensors of a checkpoint into the run, except those that do not fit.
+fn copy_state(
     checkpoint: &mut Checkpoint,
     run: &StateTensors,
-    prepare: &dyn Fn(&RunState),
-) -> Result<RunState, Error> {
-    prepare(&read_run_state(checkpoint)?);
-    let state = restore_weights(checkpoint, run.model)?;
+    mismatches: &[Mismatch],
+) -> Result<(), Error> {
+    restore_weights(checkpoint, run.model, mismatches)?;
     for (index, parameter) in run.model.parameters.iter().enumerate() {
         let (exp_avg, exp_avg_sq) = run.optimizer.moments(index);
         let moments = [
@@ -296,37 +362,110 @@ fn restore(
         ];
         for (kind, tensor) in moments {
             for (slice, part) in parameter.slices(tensor) {
-                checkpoint.tensor_into(&with_kind_prefix(kind, &slice), &part)?;
+                let slice = with_kind_prefix(kind, &slice);
+                if !keeps_initial_value(mismatches, &slice.name) {
+                    checkpoint.tensor_into(&slice, &part)?;
+                }
             }
         }
     }
-    // Random states belong to a number of ranks; a run on another number starts its own.
     let name = key(kind::GENERATOR, run.rank);
     if let Some(entry) = checkpoint.manifest().tensors.get(&name) {
         let slice = TensorSlice::whole(name, &entry.shape);
         let generator = checkpoint.tensor(&slice)?;
         run.device.set_generator_state(&generator)?;
     }
-    Ok(state)
+    Ok(())
 }
 
-/// Copies weights and biases of a checkpoint into the model.
-pub(crate) fn restore_weights(
+/// Returns true if the run's tensor has no counterpart to copy from.
+fn keeps_initial_value(mismatches: &[Mismatch], name: &str) -> bool {
+    mismatches.iter().any(|mismatch| match mismatch {
+        Mismatch::Missing { name: other, .. } | Mismatch::Reshaped { name: other, .. } => {
+            other == name
+        }
+        Mismatch::Unplaced { .. } => false,
+    })
+}
+
+/// Copies all weights and biases of a checkpoint into a whole model.
+///
+/// # Errors
+/// If a tensor is on one side only or has another shape, or cannot be read.
+pub(crate) fn restore_model(checkpoint: &mut Checkpoint, model: &Model) -> Result<(), Error> {
+    let is_model = |name: &str| has_kind(name, &[kind::MASTER, kind::BIAS]);
+    let saved = saved_shapes(checkpoint.manifest(), is_model);
+    model.add_biases(|name| saved.contains_key(&key(kind::BIAS, name)));
+    let mut held = Shapes::new();
+    for parameter in model.parameters.iter() {
+        for (slice, _) in parameter.slices(&parameter.master) {
+            held.insert(key(kind::MASTER, &slice.name), slice.global_shape);
+        }
+    }
+    for (_, name, bias) in model.biases() {
+        held.insert(key(kind::BIAS, name), bias.size());
+    }
+    let mismatches = account_alone(&saved, &held);
+    if !mismatches.is_empty() {
+        return Err(mismatch_error(checkpoint.path(), &mismatches));
+    }
+    restore_weights(checkpoint, model, &[])
+}
+
+/// Copies weights and biases of a checkpoint into the model, except those that do not fit.
+fn restore_weights(
     checkpoint: &mut Checkpoint,
     model: &Model,
-) -> Result<RunState, Error> {
+    mismatches: &[Mismatch],
+) -> Result<(), Error> {
     for parameter in model.parameters.iter() {
         for (slice, part) in parameter.slices(&parameter.master) {
-            checkpoint.tensor_into(&with_kind_prefix(kind::MASTER, &slice), &part)?;
+            let slice = with_kind_prefix(kind::MASTER, &slice);
+            if !keeps_initial_value(mismatches, &slice.name) {
+                checkpoint.tensor_into(&slice, &part)?;
+            }
         }
         parameter.sync_from_master();
     }
     model.mark_stale();
     for (_, name, bias) in model.biases() {
         let slice = TensorSlice::whole(key(kind::BIAS, name), &bias.size());
-        checkpoint.tensor_into(&slice, &bias)?;
+        if !keeps_initial_value(mismatches, &slice.name) {
+            checkpoint.tensor_into(&slice, &bias)?;
+        }
     }
-    read_run_state(checkpoint)
+    Ok(())
+}
+
+/// Returns the newest checkpoint under `root` whose manifest can be read, and its configuration.
+///
+/// # Errors
+/// If the folder cannot be read.
+pub fn newest_config(root: &Path) -> Result<Option<(PathBuf, Config)>, Error> {
+    for path in checkpoint::list(root)? {
+        let read = || {
+            let checkpoint = Checkpoint::open(&path)?;
+            saved_config(&checkpoint, &read_run_state(&checkpoint)?)
+        };
+        // The resume itself reports a damaged checkpoint.
+        if let Ok(config) = read() {
+            return Ok(Some((path, config)));
+        }
+    }
+    Ok(None)
+}
+
+/// Returns the configuration in a checkpoint.
+///
+/// # Errors
+/// If it cannot be read, or could not run.
+pub(crate) fn saved_config(checkpoint: &Checkpoint, state: &RunState) -> Result<Config, Error> {
+    serde_json::from_value(state.config.clone()).map_err(|error| {
+        Error::Resume(format!(
+            "{}: its configuration cannot be read: {error}",
+            checkpoint.path().display()
+        ))
+    })
 }
 
 /// Reads the state of the run from a checkpoint's manifest.

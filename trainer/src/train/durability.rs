@@ -256,7 +256,7 @@ impl Trainer {
         let tensors = self.state_tensors();
         let path = checkpointing::save(&root, &self.state(), &tensors, &self.world)?;
         if self.is_rank_0() {
-            checkpoint::retain(&root, self.config.checkpoint.keep)?;
+            checkpointing::retain_checkpoints(&root, self.config.checkpoint.keep)?;
         }
         Ok(path)
     }

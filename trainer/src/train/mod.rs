@@ -1,5 +1,6 @@
 //! The training loop: steps, validation, snapshots and checkpoints of one run.
 
+mod accounting;
 pub(crate) mod checkpointing;
 mod copy_thread;
 mod durability;
@@ -8,6 +9,7 @@ pub(crate) mod metrics;
 mod microbatch;
 mod progress_counter;
 mod resume;
+mod resume_rules;
 mod run_state;
 mod setup;
 pub(crate) mod slot_writer;
@@ -19,9 +21,12 @@ mod step_metrics;
 mod step_sums;
 mod validation;
 
+pub use checkpointing::{newest_config, retain_checkpoints};
+pub use resume_rules::check_resume;
+
 use crate::{
     Error,
-    config::{Config, Dtype, MinTokens, ParameterCount},
+    config::{Config, Dtype, KeyChange, MinTokens, ParameterCount},
     data::Dataset,
     model::Model,
     optim::Optimizer,
@@ -62,6 +67,15 @@ pub enum ResumeSource {
     Checkpoint,
 }
 
+/// How a run that resumed differs from the one that saved its state.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct ResumeReport {
+    /// Changed keys that may affect results.
+    pub changes: Vec<KeyChange>,
+    /// What happened to state that only one of both has, one line each.
+    pub notes: Vec<String>,
+}
+
 /// A run on one rank.
 pub struct Trainer {
     config: Config,
@@ -94,6 +108,9 @@ pub struct Trainer {
     /// Number of batches to skip before a step, because one made the loss not finite.
     skips: BTreeMap<u64, u64>,
     last_step_seconds: f64,
+    /// Keys whose refused changes the user accepts on a resume.
+    accepted_changes: Vec<String>,
+    resume_report: ResumeReport,
 }
 
 impl Trainer {
@@ -121,6 +138,17 @@ impl Trainer {
     /// Returns the mesh with this rank's coordinates.
     pub fn mesh(&self) -> &Mesh {
         &self.mesh
+    }
+
+    /// Accepts changes of these keys on a resume that would be refused. A section stands for all
+    /// its keys.
+    pub fn accept_changes(&mut self, keys: Vec<String>) {
+        self.accepted_changes = keys;
+    }
+
+    /// Returns how the run differs from the one whose state [`Trainer::resume`] read.
+    pub fn resume_report(&self) -> &ResumeReport {
+        &self.resume_report
     }
 
     /// Sets how many batches to skip before each of these steps.

@@ -1,22 +1,26 @@
 //! Start of a run from a snapshot or a checkpoint.
 
-use super::{ResumeSource, Trainer, checkpointing, run_state::RunState};
+use super::{
+    ResumeReport, ResumeSource, Trainer,
+    checkpointing::{self, Restored},
+    resume_rules::ResumeRules,
+    run_state::RunState,
+};
 use crate::Error;
-
-/// Configuration that decides the order of the data, as JSON pointers.
-const DATA_ORDER_KEYS: [&str; 3] = ["/run/seed", "/data", "/train/global_batch"];
 
 impl Trainer {
     /// Resumes from the snapshot that the launcher chose, or else from the newest usable checkpoint
-    /// in the run's folder, if any. Reports refused checkpoints to `warn`.
+    /// in the run's folder, if any. Reports unusable checkpoints to `warn`, and differences in
+    /// [`Trainer::resume_report`].
     ///
     /// # Collective
     /// All ranks.
     ///
     /// # Errors
-    /// If the snapshot cannot be read, or there are checkpoints and none can be used.
+    /// If the snapshot cannot be read, there are checkpoints and none can be used, or a change of
+    /// the configuration is refused. Nothing was written then.
     pub fn resume(&mut self, warn: &mut dyn FnMut(&str)) -> Result<ResumeSource, Error> {
-        let Some((state, source)) = self.restore(warn)? else {
+        let Some((Restored { state, changes }, source)) = self.restore(warn)? else {
             return Ok(ResumeSource::Nothing);
         };
         if let (Some(expert_placement), Some(placement)) =
@@ -34,7 +38,10 @@ impl Trainer {
         {
             planner.lock().min_tokens = min_tokens;
         }
-        self.warn_of_changed_data(&state, warn);
+        self.resume_report = ResumeReport {
+            changes: changes.reported,
+            notes: changes.notes,
+        };
         Ok(source)
     }
 
@@ -42,20 +49,23 @@ impl Trainer {
     fn restore(
         &self,
         warn: &mut dyn FnMut(&str),
-    ) -> Result<Option<(RunState, ResumeSource)>, Error> {
-        // The names of experts' rows must be those of the saved placement before values are read.
-        let prepare = |state: &RunState| self.restore_placement(state);
+    ) -> Result<Option<(Restored, ResumeSource)>, Error> {
+        let rules = ResumeRules {
+            config: &self.config,
+            accepted: &self.accepted_changes,
+            prepare: &|state: &RunState| self.restore_placement(state),
+        };
         let tensors = self.state_tensors();
         if let Some(snapshots) = &self.snapshots {
             let parts = snapshots.restored();
-            let restored = checkpointing::resume_snapshot(parts, &tensors, &self.world, &prepare)?;
-            if let Some(state) = restored {
-                return Ok(Some((state, ResumeSource::Snapshot)));
+            let restored = checkpointing::resume_snapshot(parts, &tensors, &self.world, &rules)?;
+            if let Some(restored) = restored {
+                return Ok(Some((restored, ResumeSource::Snapshot)));
             }
         }
         let root = self.checkpoint_dir();
-        let restored = checkpointing::resume(&root, &tensors, &self.world, &prepare, warn)?;
-        Ok(restored.map(|state| (state, ResumeSource::Checkpoint)))
+        let restored = checkpointing::resume(&root, &tensors, &self.world, &rules, warn)?;
+        Ok(restored.map(|restored| (restored, ResumeSource::Checkpoint)))
     }
 
     fn restore_placement(&self, state: &RunState) {
@@ -69,18 +79,6 @@ impl Trainer {
         for (moe_layer, moe, experts) in self.model.local_moe_layers() {
             let slots = &placement.physical_slots[moe_layer];
             experts.set_physical_slots(&self.model.parameters, &moe.dispatcher, slots);
-        }
-    }
-
-    fn warn_of_changed_data(&self, state: &RunState, warn: &mut dyn FnMut(&str)) {
-        let config = serde_json::to_value(&self.config).expect("plain data");
-        for pointer in DATA_ORDER_KEYS {
-            if config.pointer(pointer) != state.config.pointer(pointer) {
-                let key = pointer[1..].replace('/', ".");
-                warn(&format!(
-                    "{key} differs from the checkpoint's: the data continues in another order"
-                ));
-            }
         }
     }
 }

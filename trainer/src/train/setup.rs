@@ -1,6 +1,6 @@
 //! Construction of a trainer: data, process groups, model and optimizer of this rank.
 
-use super::{Trainer, expert_placement::ExpertPlacement};
+use super::{ResumeReport, Trainer, expert_placement::ExpertPlacement};
 use crate::{
     Error,
     config::{Config, MinTokens, PipelinePlan, RecomputedPart, SourceConfig},
@@ -86,6 +86,8 @@ impl Trainer {
             reserved: None,
             skips: BTreeMap::new(),
             last_step_seconds: 0.0,
+            accepted_changes: Vec::new(),
+            resume_report: ResumeReport::default(),
         })
     }
 }

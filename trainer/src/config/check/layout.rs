@@ -10,7 +10,7 @@ impl Config {
         self.check_batch(&shape, problems);
         self.check_tensor(&shape, problems);
         self.check_sequences(&shape, problems);
-        self.check_chunks(&shape, problems);
+        self.check_vocabulary(&shape, problems);
         self.check_zero(&shape, problems);
         self.check_recompute(problems);
         match &self.model.moe {
@@ -132,28 +132,21 @@ impl Config {
         }
     }
 
-    fn check_chunks(&self, shape: &MeshShape, problems: &mut Problems) {
+    fn check_vocabulary(&self, shape: &MeshShape, problems: &mut Problems) {
         let vocab_size = self.model.vocab_size;
-        let parallel = &self.parallel;
         if vocab_size < shape.tensor {
             problems.add(format!(
                 "parallel.tensor {} is more than model.vocab_size {vocab_size}",
                 shape.tensor
             ));
         }
-        problems.positive("parallel.tensor_chunks", parallel.tensor_chunks);
-        problems.positive("parallel.expert_chunks", parallel.expert_chunks);
     }
 
     fn check_zero(&self, shape: &MeshShape, problems: &mut Problems) {
         let level = self.parallel.zero;
-        if level > 3 {
-            problems.add(format!("parallel.zero is {level}; use 0, 1, 2 or 3"));
-        }
         let Some(size) = self.parallel.zero_group_size else {
             return;
         };
-        problems.positive("parallel.zero_group_size", size);
         problems.divides(
             Quantity::new(
                 "the number of dense replicas, data x context =",
@@ -200,7 +193,6 @@ impl Config {
 
     /// Checks that nodes of `per_node` ranks divide the expert ranks, for hierarchical dispatch.
     fn check_nodes(&self, moe: &MoeConfig, per_node: usize, ranks: usize, problems: &mut Problems) {
-        problems.positive("parallel.ranks_per_node", per_node);
         if per_node == 0 || !moe.dispatch.hierarchical() {
             return;
         }

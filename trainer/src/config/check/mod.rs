@@ -7,13 +7,20 @@ mod training;
 
 pub(crate) use layout::hierarchical_groups;
 
-use super::Config;
+use super::{Config, ranges::range_problems};
 use problems::Problems;
 
 impl Config {
     /// Returns every reason why this experiment cannot run on `ranks` ranks, one sentence each.
     pub fn problems(&self, ranks: usize) -> Vec<String> {
         let mut problems = Problems::default();
+        for problem in range_problems(self) {
+            problems.add(problem);
+        }
+        if !problems.is_empty() {
+            // The other checks do arithmetic, which needs numbers within their ranges.
+            return problems.into_list();
+        }
         self.check_model(&mut problems);
         self.check_data(&mut problems);
         self.check_training(&mut problems);

@@ -1,17 +1,13 @@
 //! Checks of the section `model`.
 
 use super::problems::{Problems, Quantity};
-use crate::config::{Config, LeastLoadedConfig, MoeConfig, PlacementConfig, RouterConfig};
+use crate::config::{Config, LeastLoadedConfig, MoeConfig, RouterConfig};
 
 impl Config {
     pub(super) fn check_model(&self, problems: &mut Problems) {
         let model = &self.model;
-        problems.positive("model.vocab_size", model.vocab_size);
-        problems.positive("model.hidden", model.hidden);
-        problems.positive("model.layers", model.layers);
-        problems.positive("model.moe_every", model.moe_every);
         self.check_heads(problems);
-        if model.has_dense_layers() && model.ffn.is_none_or(|ffn| ffn == 0) {
+        if model.has_dense_layers() && model.ffn.is_none() {
             problems.add("the model has dense layers, so model.ffn (their inner width) is needed");
         }
         if model.dense_layers > model.layers {
@@ -23,16 +19,11 @@ impl Config {
         if let Some(moe) = &model.moe {
             check_moe(moe, problems);
         }
-        if let Some(mup) = &model.mup {
-            problems.above_zero("model.mup.width", mup.width);
-        }
     }
 
     fn check_heads(&self, problems: &mut Problems) {
         let model = &self.model;
         let heads = || Quantity::new("model.heads", model.heads);
-        problems.positive("model.heads", model.heads);
-        problems.positive("model.kv_heads", model.kv_heads());
         if model.head_dim.is_none() {
             problems.divides(
                 Quantity::new("model.hidden", model.hidden),
@@ -55,21 +46,13 @@ impl Config {
 }
 
 fn check_moe(moe: &MoeConfig, problems: &mut Problems) {
-    problems.positive("model.moe.experts", moe.experts);
-    problems.positive("model.moe.top_k", moe.top_k);
-    problems.positive("model.moe.ffn", moe.ffn);
     let router = &moe.router;
-    problems.positive("model.moe.router.groups", router.groups);
-    problems.positive("model.moe.router.top_groups", router.top_groups);
     problems.divides(
         Quantity::new("model.moe.experts", moe.experts),
         Quantity::new("model.moe.router.groups", router.groups),
         "all groups must have the same size",
     );
     check_least_loaded(moe, problems);
-    if let Some(placement) = &moe.placement {
-        check_placement(placement, problems);
-    }
     if router.even_groups {
         check_even_groups(moe, router, problems);
     } else {
@@ -79,37 +62,12 @@ fn check_moe(moe: &MoeConfig, problems: &mut Problems) {
 
 fn check_least_loaded(moe: &MoeConfig, problems: &mut Problems) {
     let least_loaded = &moe.least_loaded;
-    for (key, value) in [
-        ("capacity", least_loaded.capacity),
-        ("threshold", least_loaded.threshold),
-    ] {
-        if value.is_nan() || value < 1.0 {
-            problems.add(format!(
-                "model.moe.least_loaded.{key} is {value}; it must be at least 1, which is an \
-                 even load"
-            ));
-        }
-    }
     let is_default = *least_loaded == LeastLoadedConfig::default();
     if !is_default && !moe.dispatch.least_loaded() {
         problems.add(
             "model.moe.least_loaded has no effect with this model.moe.dispatch: use \
              least_loaded or hierarchical_least_loaded",
         );
-    }
-}
-
-fn check_placement(placement: &PlacementConfig, problems: &mut Problems) {
-    problems.positive("model.moe.placement.every", placement.every as usize);
-    for (key, value) in [
-        ("smoothing", placement.smoothing),
-        ("min_gain", placement.min_gain),
-    ] {
-        if !(0.0..1.0).contains(&value) {
-            problems.add(format!(
-                "model.moe.placement.{key} is {value}; it must be from 0 to below 1"
-            ));
-        }
     }
 }
 

@@ -12,6 +12,9 @@ impl<'a> Quantity<'a> {
     }
 }
 
+/// Sizes on each side of a wrong one that are tried for a message.
+const SEARCHED: usize = 1 << 20;
+
 /// Reasons why an experiment cannot run.
 #[derive(Default)]
 pub(super) struct Problems(Vec<String>);
@@ -21,21 +24,12 @@ impl Problems {
         self.0.push(problem.into());
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     pub(super) fn into_list(self) -> Vec<String> {
         self.0
-    }
-
-    pub(super) fn positive(&mut self, key: &str, value: usize) {
-        if value == 0 {
-            self.add(format!("{key} is 0; it must be at least 1"));
-        }
-    }
-
-    /// Refuses numbers that are not above 0.
-    pub(super) fn above_zero(&mut self, key: &str, value: f64) {
-        if value.is_nan() || value <= 0.0 {
-            self.add(format!("{key} is {value}; it must be above 0"));
-        }
     }
 
     /// Refuses a whole that the part does not divide, for the reason `why`.
@@ -44,8 +38,8 @@ impl Problems {
             return;
         }
         let divides = |size: &usize| whole.value.is_multiple_of(*size);
-        let smaller = (1..part.value).rev().find(divides);
-        let larger = (part.value..=whole.value).find(divides);
+        let smaller = (1..part.value).rev().take(SEARCHED).find(divides);
+        let larger = (part.value..=whole.value).take(SEARCHED).find(divides);
         let nearest: Vec<String> = smaller
             .into_iter()
             .chain(larger)

@@ -1,0 +1,188 @@
+//! What may differ between a checkpoint and the run that resumes from it.
+//!
+//! Every key of the configuration has an effect ([`ResumeEffect`]), and every tensor has a
+//! counterpart. The rules are checked before anything is copied or written.
+
+use super::{accounting::Mismatch, run_state::RunState};
+use crate::{
+    Error,
+    config::{Config, KeyChange, ResumeEffect},
+};
+use std::path::Path;
+
+/// Tensors that an error lists.
+const LISTED: usize = 8;
+
+/// The rules of one run.
+pub(crate) struct ResumeRules<'a> {
+    pub(crate) config: &'a Config,
+    /// Keys whose refused changes the user accepts. A section stands for all its keys.
+    pub(crate) accepted: &'a [String],
+    pub(crate) prepare: &'a dyn Fn(&RunState),
+}
+
+/// The differences with which a run resumes.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct AllowedChanges {
+    /// Changes to report, those that were accepted included.
+    pub(crate) reported: Vec<KeyChange>,
+    /// What happened to state that only one side has, one line each.
+    pub(crate) notes: Vec<String>,
+    accepts_mismatches: bool,
+    /// The checkpoint has no biases, because loss-free balancing was off.
+    lacks_biases: bool,
+}
+
+impl ResumeRules<'_> {
+    pub(crate) fn prepare(&self, state: &RunState) {
+        (self.prepare)(state);
+    }
+
+    /// Compares the configuration `saved` of the checkpoint `path` with the run's.
+    ///
+    /// # Errors
+    /// If a key differs that changes what the saved weights compute: all of them.
+    pub(crate) fn check_keys(&self, path: &Path, saved: &Config) -> Result<AllowedChanges, Error> {
+        let mut changes = AllowedChanges {
+            lacks_biases: !updates_biases(saved),
+            ..AllowedChanges::default()
+        };
+        let mut refused = Vec::new();
+        for change in self.config.changes_from(saved) {
+            match change.effect {
+                ResumeEffect::Free => {}
+                ResumeEffect::Reported => changes.reported.push(change),
+                ResumeEffect::Refused if is_accepted(&change.key, self.accepted) => {
+                    changes.accepts_mismatches = true;
+                    changes.reported.push(change);
+                }
+                ResumeEffect::Refused => refused.push(change),
+            }
+        }
+        if !refused.is_empty() {
+            return Err(refused_error(path, &refused));
+        }
+        changes.notes = state_notes(saved, self.config);
+        Ok(changes)
+    }
+
+    /// Adds what is to be known about tensors without a counterpart to `changes`.
+    ///
+    /// # Errors
+    /// If a tensor has none and no accepted change explains it.
+    pub(crate) fn check_tensors(
+        &self,
+        path: &Path,
+        mismatches: &[Mismatch],
+        changes: &mut AllowedChanges,
+    ) -> Result<(), Error> {
+        let is_new_bias = |mismatch: &Mismatch| match mismatch {
+            Mismatch::Missing { name, .. } => changes.lacks_biases && name.starts_with("bias/"),
+            _ => false,
+        };
+        let unexplained: Vec<Mismatch> = mismatches
+            .iter()
+            .filter(|mismatch| !is_new_bias(mismatch))
+            .cloned()
+            .collect();
+        if !changes.accepts_mismatches && !unexplained.is_empty() {
+            return Err(mismatch_error(path, &unexplained));
+        }
+        for mismatch in unexplained {
+            let outcome = match mismatch {
+                Mismatch::Unplaced { .. } => "it is omitted",
+                Mismatch::Missing { .. } | Mismatch::Reshaped { .. } => {
+                    "it starts from its initial value"
+                }
+            };
+            changes.notes.push(format!("{mismatch}: {outcome}"));
+        }
+        Ok(())
+    }
+}
+
+/// Checks the configuration of a run that is about to resume from the newest checkpoint under
+/// `root`, without reading tensors. A checkpoint that cannot be read is left to the resume itself.
+///
+/// # Errors
+/// If a key differs that changes what the saved weights compute.
+pub fn check_resume(config: &Config, accepted: &[String], root: &Path) -> Result<(), Error> {
+    let Some((path, saved)) = super::checkpointing::newest_config(root)? else {
+        return Ok(());
+    };
+    let rules = ResumeRules {
+        config,
+        accepted,
+        prepare: &|_| {},
+    };
+    rules.check_keys(&path, &saved).map(drop)
+}
+
+fn is_accepted(key: &str, accepted: &[String]) -> bool {
+    accepted.iter().any(|accepted| {
+        let rest = key.strip_prefix(accepted.as_str());
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+    })
+}
+
+fn updates_biases(config: &Config) -> bool {
+    let moe = config.model.moe.as_ref();
+    moe.is_some_and(|moe| moe.bias_update_rate > 0.0)
+}
+
+/// Returns what happens to the state of features that were switched on or off.
+fn state_notes(saved: &Config, now: &Config) -> Vec<String> {
+    let mut notes = Vec::new();
+    match (updates_biases(saved), updates_biases(now)) {
+        (false, true) => notes.push("loss-free balancing is on: its biases start at 0"),
+        (true, false) => {
+            notes.push("loss-free balancing is off: its biases are kept and still select experts");
+        }
+        _ => {}
+    }
+    let places = |config: &Config| {
+        let moe = config.model.moe.as_ref();
+        moe.is_some_and(|moe| moe.placement.is_some())
+    };
+    match (places(saved), places(now)) {
+        (false, true) => {
+            notes.push("expert placement is on: experts start in order, with loads of 0");
+        }
+        (true, false) => {
+            notes.push("expert placement is off: experts return to their order, and the recorded loads are dropped");
+        }
+        _ => {}
+    }
+    notes.into_iter().map(str::to_string).collect()
+}
+
+fn refused_error(path: &Path, refused: &[KeyChange]) -> Error {
+    let list: String = refused
+        .iter()
+        .map(|change| format!("\n  {change}"))
+        .collect();
+    let keys: Vec<&str> = refused.iter().map(|change| change.key.as_str()).collect();
+    Error::Resume(format!(
+        "{}: the saved weights would compute something else with these changes:{list}\n\
+         hint: give the saved values, choose another run.dir to start over, or accept them with \
+         --accept-changes {}",
+        path.display(),
+        keys.join(",")
+    ))
+}
+
+/// Returns the error of a checkpoint whose tensors are not those of the run.
+pub(crate) fn mismatch_error(path: &Path, mismatches: &[Mismatch]) -> Error {
+    let mut list: String = mismatches
+        .iter()
+        .take(LISTED)
+        .map(|mismatch| format!("\n  {mismatch}"))
+        .collect();
+    if mismatches.len() > LISTED {
+        list += &format!("\n  and {} more", mismatches.len() - LISTED);
+    }
+    Error::Resume(format!(
+        "{}: its tensors are not those of the model:{list}",
+        path.display()
+    ))
+}
