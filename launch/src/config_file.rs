@@ -115,8 +115,12 @@ pub(crate) fn check(args: &CheckArgs) -> Result<ExitCode> {
     let config = load(&args.config)?;
     refuse_problems(&args.config, &config, ranks)?;
     let mesh = config.mesh(0, ranks).map_err(|error| anyhow!(error))?;
-    let yaml = serde_saphyr::to_string(&config).context("cannot write the configuration")?;
+    let resolved = config.resolved();
+    let yaml = serde_saphyr::to_string(&resolved).context("cannot write the configuration")?;
     let path = args.config.config.display();
+    for warning in config.warnings() {
+        eprintln!("warning: {warning}");
+    }
     println!("# {path}: ok on {mesh}. With all defaults:");
     print!("{yaml}");
     Ok(ExitCode::SUCCESS)

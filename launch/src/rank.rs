@@ -251,6 +251,7 @@ impl JoinedRank<'_> {
         let log_every = config.run.log_every;
         let validates = config.validation.is_some();
         let unigram_entropy = unigram_entropy(&config);
+        let warnings = config.warnings();
         let start_line = self.start_line();
         if self.is_rank0() {
             copy_tokenizer(&config);
@@ -267,6 +268,9 @@ impl JoinedRank<'_> {
             tracing::info!("{}", trainer.summary());
         } else {
             self.print(&trainer.summary());
+            for warning in warnings {
+                self.warn(&warning);
+            }
         }
         self.restore(&mut trainer, &dir, is_restart)?;
         if trainer.step() >= steps {

@@ -474,7 +474,7 @@ impl Config {
     /// If the configuration cannot run on `ranks` ranks.
     pub fn memory(&self, ranks: usize) -> Result<Vec<RankMemory>, String> {
         let mesh = self.mesh(0, ranks)?;
-        let plan = self.pipeline_plan(self.microbatches(&mesh))?;
+        let plan = self.pipeline_plan(self.microbatches(&mesh, self.largest_batch()))?;
         let order = &plan.schedule.order;
         let timeline = simulate(&plan.schedule, &self.costs(order, &plan.layers));
         let mut memory = Vec::new();

@@ -74,7 +74,7 @@ fn measure(args: &PipelineArgs, folder: &Path) -> Result<ExitCode> {
             config["parallel"]["vocabulary"] = json!(layout);
             let plan: trainer::config::Config = serde_json::from_value(config.clone())?;
             let schedule = plan
-                .pipeline_plan(plan.train.global_batch)
+                .pipeline_plan(plan.largest_batch())
                 .map_err(|error| anyhow!(error))?
                 .schedule;
             // The first step also allocates the memory that later ones reuse.

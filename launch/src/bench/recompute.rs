@@ -155,7 +155,7 @@ fn measure(args: &RecomputeArgs, folder: &Path) -> Result<ExitCode> {
         .mesh(0, args.nproc_per_node)
         .map_err(|error| anyhow!(error))?;
     let plan = config
-        .pipeline_plan(config.microbatches(&mesh))
+        .pipeline_plan(config.microbatches(&mesh, config.largest_batch()))
         .map_err(|error| anyhow!(error))?;
     let order = round_robin_layers(&plan.layers);
 

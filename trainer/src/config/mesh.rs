@@ -4,10 +4,10 @@ use super::{Config, layout::ParallelConfig, words::AxisSize};
 use parallel::{Mesh, MeshShape};
 
 impl Config {
-    /// Returns the microbatches of a rank per step.
-    pub fn microbatches(&self, mesh: &Mesh) -> usize {
+    /// Returns the microbatches of a rank in a step of `sequences` sequences.
+    pub fn microbatches(&self, mesh: &Mesh, sequences: usize) -> usize {
         let replicas = mesh.shape().data;
-        self.train.global_batch / (self.train.micro_batch * replicas)
+        sequences / (self.train.micro_batch * replicas)
     }
 
     /// Returns the mesh of `ranks` ranks as `rank` sees it.

@@ -2,6 +2,7 @@
 //!
 //! The doc comments of the sections are also the configuration reference and the JSON schema.
 
+mod batch;
 mod check;
 mod dispatch;
 mod layout;
@@ -14,9 +15,12 @@ mod protection;
 mod ranges;
 mod renamed;
 mod resume_keys;
+mod schedule;
 mod snapshot;
+mod warnings;
 mod words;
 
+pub use batch::{BatchSize, BatchStage};
 pub(crate) use check::hierarchical_groups;
 pub use dispatch::{Dispatch, LeastLoadedConfig, MinTokens, PlacementConfig};
 pub use layout::{
@@ -24,14 +28,14 @@ pub use layout::{
     VocabularyLayout,
 };
 pub use model::{ModelConfig, MoeConfig, MupConfig, ParameterCount, QkNorm, RouterConfig};
-pub use optimizer::{
-    ConstantConfig, OptimizerConfig, PowerConfig, RampConfig, ScheduleConfig, WsdConfig,
-};
+pub use optimizer::OptimizerConfig;
 pub use pipeline_plan::PipelinePlan;
 pub use ranges::{NumberRange, schema};
 pub(crate) use renamed::rename_old_keys;
 pub use renamed::{Renamed, renamed_keys};
 pub use resume_keys::{KeyChange, ResumeEffect, ResumeKey, ResumeKeys, ResumeRule};
+pub(crate) use schedule::Length;
+pub use schedule::{ConstantConfig, PowerConfig, RampConfig, ScheduleConfig, WsdConfig};
 pub use snapshot::{
     OnDivergence, ParityConfig, RedundancyConfig, RestartConfig, SnapshotConfig, SnapshotEvery,
     WithoutSpare,
@@ -68,10 +72,12 @@ pub struct Config {
     #[on_resume(section)]
     #[serde(default)]
     pub optimizer: OptimizerConfig,
-    /// The learning-rate schedule: one of `power`, `wsd`, `cosine`, `linear` and `constant`.
+    /// The learning-rate schedule: one of `power`, `wsd`, `cosine`, `linear` and `constant`. By
+    /// default `wsd`, with a rate for the model's width, `warmup_steps` of a tenth of the run (at
+    /// most 100) and `decay_steps` of a fifth; `moerun config check` prints it.
     #[on_resume(reported)]
     #[serde(default)]
-    pub schedule: ScheduleConfig,
+    pub schedule: Option<ScheduleConfig>,
     /// Checkpoints on disk.
     #[on_resume(section)]
     #[serde(default)]
@@ -97,6 +103,10 @@ impl Config {
         let mut resolved = self.clone();
         resolved.model.kv_heads = Some(self.model.kv_heads());
         resolved.model.head_dim = Some(self.model.head_dim());
+        if let Some(moe) = &mut resolved.model.moe {
+            moe.router.normalize = Some(moe.normalizes());
+        }
+        resolved.schedule = Some(self.schedule());
         resolved
     }
 }
@@ -198,10 +208,10 @@ pub struct TrainConfig {
     #[on_resume(reported)]
     #[schemars(range(min = 1))]
     pub steps: u64,
-    /// Sequences per step, over all ranks.
+    /// Sequences per step, over all ranks: a number, or a batch ramp such as
+    /// `[{tokens: 0, sequences: 16}, {tokens: 1e9, sequences: 64}]`.
     #[on_resume(reported)]
-    #[schemars(range(min = 1, max = MAX_SEQUENCES))]
-    pub global_batch: usize,
+    pub global_batch: BatchSize,
     /// Sequences per microbatch: what a rank processes at once. Gradients of a rank's microbatches
     /// are accumulated.
     #[on_resume(reported)]

@@ -293,6 +293,11 @@ impl MoeConfig {
             placement: None,
         }
     }
+
+    /// Returns true if the routing weights of each token are scaled to a sum of 1.
+    pub fn normalizes(&self) -> bool {
+        self.router.normalize.unwrap_or(self.top_k > 1)
+    }
 }
 
 /// The router's rule.
@@ -302,9 +307,11 @@ pub struct RouterConfig {
     /// Function from logits to scores.
     #[on_resume(refused)]
     pub score: Score,
-    /// Scales the routing weights of each token to a sum of 1.
+    /// Scales the routing weights of each token to a sum of 1. By default true, except with
+    /// `top_k: 1`: the weight of a single expert would always be 1, and the router could not learn
+    /// from the loss.
     #[on_resume(refused)]
-    pub normalize: bool,
+    pub normalize: Option<bool>,
     /// Factor on the routing weights.
     #[on_resume(refused)]
     #[schemars(range(max = 1e6), extend("exclusiveMinimum" = 0))]
@@ -332,7 +339,7 @@ impl Default for RouterConfig {
     fn default() -> RouterConfig {
         RouterConfig {
             score: Score::Softmax,
-            normalize: true,
+            normalize: None,
             scale: 1.0,
             groups: 1,
             top_groups: 1,

@@ -174,6 +174,12 @@ fn check(schema: &Value, value: &Value, key: &str, problems: &mut Vec<String>) {
 /// Returns true if a value may be of this form.
 fn accepts(schema: &Value, value: &Value) -> bool {
     let schema = resolve(schema);
+    let mut forms = ["anyOf", "oneOf"]
+        .iter()
+        .flat_map(|form| schema[form].as_array().into_iter().flatten());
+    if forms.any(|form| accepts(form, value)) {
+        return true;
+    }
     match value {
         Value::Object(section) => {
             let properties = &schema["properties"];

@@ -339,7 +339,7 @@ fn moe_router(config: &MoeConfig) -> Router {
         num_experts: config.experts,
         top_k: config.top_k,
         score: router.score,
-        normalize: router.normalize,
+        normalize: config.normalizes(),
         scale: router.scale,
         groups: router.groups,
         top_groups: router.top_groups,

@@ -1,6 +1,7 @@
 //! AdamW over fp32 master weights, with the global gradient norm and clipping.
 
 mod offload;
+pub(crate) mod rate_jump;
 pub(crate) mod schedule;
 
 use crate::{

@@ -230,6 +230,8 @@ fn gather_shards(
 /// A state that was copied into the run.
 pub(crate) struct Restored {
     pub(crate) state: RunState,
+    /// The configuration of the run that saved the state.
+    pub(crate) saved: Config,
     pub(crate) changes: AllowedChanges,
 }
 
@@ -330,9 +332,9 @@ fn restore(
         let state = read_run_state(&checkpoint)?;
         let saved = saved_config(&checkpoint, &state)?;
         let changes = rules.check_keys(checkpoint.path(), &saved)?;
-        Ok((checkpoint, state, changes))
+        Ok((checkpoint, state, saved, changes))
     });
-    let (mut checkpoint, state, mut changes) = agree(world, compared)?;
+    let (mut checkpoint, state, config, mut changes) = agree(world, compared)?;
     // The names of experts' rows must be those of the saved placement before values are read.
     rules.prepare(&state);
     let saved = saved_shapes(checkpoint.manifest(), is_counted);
@@ -344,7 +346,11 @@ fn restore(
     let mismatches = account(&saved, &held, world)?;
     rules.check_tensors(checkpoint.path(), &mismatches, &mut changes)?;
     agree(world, copy_state(&mut checkpoint, run, &mismatches))?;
-    Ok(Restored { state, changes })
+    Ok(Restored {
+        state,
+        saved: config,
+        changes,
+    })
 }
 
 /// Copies the tensors of a checkpoint into the run, except those that do not fit.

@@ -26,7 +26,7 @@ pub use resume_rules::check_resume;
 
 use crate::{
     Error,
-    config::{Config, Dtype, KeyChange, MinTokens, ParameterCount},
+    config::{Config, Dtype, KeyChange, MinTokens, ParameterCount, PipelinePlan},
     data::Dataset,
     model::Model,
     optim::Optimizer,
@@ -76,6 +76,15 @@ pub struct ResumeReport {
     pub notes: Vec<String>,
 }
 
+/// The passes of a step with one batch size.
+struct StepPlan {
+    /// Sequences of the step, over all ranks.
+    sequences: usize,
+    plan: PipelinePlan,
+    /// Forward passes of all microbatches.
+    forward_schedule: Schedule,
+}
+
 /// A run on one rank.
 pub struct Trainer {
     config: Config,
@@ -84,10 +93,8 @@ pub struct Trainer {
     device: Box<dyn Accelerator>,
     model: Model,
     pipeline: Executor,
-    /// Passes of a step.
-    schedule: Schedule,
-    /// Forward passes of all microbatches of a step.
-    forward_schedule: Schedule,
+    /// Passes of a step, for each batch size of the run.
+    plans: Vec<StepPlan>,
     /// Forward passes of one microbatch.
     single_forward: Schedule,
     gradients: GradientBuckets,
@@ -255,8 +262,21 @@ impl Trainer {
         moe.is_some_and(|moe| matches!(moe.least_loaded.min_tokens, MinTokens::Measured(_)))
     }
 
+    /// Sequences of the next step, over all ranks.
+    fn global_batch(&self) -> usize {
+        self.config.batch_at(self.tokens)
+    }
+
+    /// Tokens of the next step, over all ranks.
     fn tokens_per_step(&self) -> u64 {
-        (self.config.train.global_batch * self.config.data.sequence_length) as u64
+        self.config.step_tokens_at(self.tokens)
+    }
+
+    /// The passes of the next step.
+    fn step_plan(&self) -> &StepPlan {
+        let sequences = self.global_batch();
+        let plan = self.plans.iter().find(|plan| plan.sequences == sequences);
+        plan.expect("a plan for each stage of the batch")
     }
 
     /// Describes the run in one line: layout, model, precision and data.

@@ -6,7 +6,7 @@ use super::{
     resume_rules::ResumeRules,
     run_state::RunState,
 };
-use crate::Error;
+use crate::{Error, optim::rate_jump::rate_jump};
 
 impl Trainer {
     /// Resumes from the snapshot that the launcher chose, or else from the newest usable checkpoint
@@ -20,9 +20,14 @@ impl Trainer {
     /// If the snapshot cannot be read, there are checkpoints and none can be used, or a change of
     /// the configuration is refused. Nothing was written then.
     pub fn resume(&mut self, warn: &mut dyn FnMut(&str)) -> Result<ResumeSource, Error> {
-        let Some((Restored { state, changes }, source)) = self.restore(warn)? else {
+        let Some((restored, source)) = self.restore(warn)? else {
             return Ok(ResumeSource::Nothing);
         };
+        let Restored {
+            state,
+            saved,
+            changes,
+        } = restored;
         if let (Some(expert_placement), Some(placement)) =
             (&mut self.expert_placement, &state.placement)
         {
@@ -37,6 +42,14 @@ impl Trainer {
             && self.min_tokens_is_measured()
         {
             planner.lock().min_tokens = min_tokens;
+        }
+        if let Some((before, after)) = rate_jump(&saved, &self.config, self.position()) {
+            warn(&format!(
+                "the learning rate jumps from {before:.3e} in step {} to {after:.3e} in step {}, \
+                 because the configuration changed",
+                self.step,
+                self.step + 1
+            ));
         }
         self.resume_report = ResumeReport {
             changes: changes.reported,

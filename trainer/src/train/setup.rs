@@ -1,6 +1,6 @@
 //! Construction of a trainer: data, process groups, model and optimizer of this rank.
 
-use super::{ResumeReport, Trainer, expert_placement::ExpertPlacement};
+use super::{ResumeReport, StepPlan, Trainer, expert_placement::ExpertPlacement};
 use crate::{
     Error,
     config::{Config, MinTokens, PipelinePlan, RecomputedPart, SourceConfig},
@@ -38,9 +38,10 @@ impl Trainer {
             None => None,
         };
         let all = world.all("world")?;
-        let accumulation = config.microbatches(&mesh);
-        let plan = config.pipeline_plan(accumulation).map_err(Error::Config)?;
-        let split = pipeline_split(&mesh, &plan);
+        let plans = step_plans(&config, &mesh)?;
+        // Batch sizes have no effect on the layers and groups of a rank.
+        let plan = &plans[0].plan;
+        let split = pipeline_split(&mesh, plan);
         let part = split.part(mesh.coordinates().pipeline, mesh.coordinates().tensor);
         let tied_ranks = tied_ranks(&config, &mesh, &split, &part);
         let groups = ProcessGroups::join(world, &mesh, &config, &tied_ranks)?;
@@ -70,9 +71,8 @@ impl Trainer {
             device,
             model,
             pipeline,
-            forward_schedule: plan.forward_only(accumulation),
             single_forward: plan.forward_only(1),
-            schedule: plan.schedule,
+            plans,
             gradients,
             optimizer,
             planner,
@@ -90,6 +90,29 @@ impl Trainer {
             resume_report: ResumeReport::default(),
         })
     }
+}
+
+/// Returns the passes of a step for each batch size of the run.
+fn step_plans(config: &Config, mesh: &Mesh) -> Result<Vec<StepPlan>, Error> {
+    let mut plans: Vec<StepPlan> = Vec::new();
+    for stage in config.train.global_batch.stages().iter() {
+        let sequences = stage.sequences;
+        if plans.iter().any(|known| known.sequences == sequences) {
+            continue;
+        }
+        let microbatches = config.microbatches(mesh, sequences);
+        let plan = config.pipeline_plan(microbatches).map_err(Error::Config)?;
+        plans.push(StepPlan {
+            sequences,
+            forward_schedule: plan.forward_only(microbatches),
+            plan,
+        });
+    }
+    if plans.is_empty() {
+        let reason = "train.global_batch has no stage".to_string();
+        return Err(Error::Config(reason));
+    }
+    Ok(plans)
 }
 
 fn open_data(config: &Config, sources: &[SourceConfig]) -> Result<Dataset, Error> {

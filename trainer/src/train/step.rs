@@ -2,7 +2,7 @@
 //! figures, and the update.
 
 use super::{
-    Trainer,
+    StepPlan, Trainer,
     metrics::StepMetrics,
     microbatch::{MicrobatchSource, TrainingBatches},
     snapshots::{ReservedSlot, Snapshots},
@@ -11,7 +11,10 @@ use super::{
     step_metrics::StepSummary,
     step_sums::StepSums,
 };
-use crate::{Error, optim::schedule::learning_rate};
+use crate::{
+    Error,
+    optim::schedule::{Position, learning_rate},
+};
 use kernels::profile;
 use moe::balance::{BalanceScope, BatchTotals, update_bias};
 use parallel::{GradientBuckets, ReduceOp, agreement::sum_over_ranks, pipeline::Schedule};
@@ -33,7 +36,7 @@ impl Trainer {
             profile::start();
         }
         if let Some(&batches) = self.skips.get(&(self.step + 1)) {
-            self.samples += batches * self.config.train.global_batch as u64;
+            self.samples += batches * self.global_batch() as u64;
         }
         let sums = self.accumulate()?;
         let grad_norm = self.grad_norm()?;
@@ -53,6 +56,7 @@ impl Trainer {
         // the computed values are useless.
         self.world.check()?;
         synchronized?;
+        let tokens = self.tokens_per_step();
         self.advance(moved_experts);
         let has_snapshot = reserved.is_some();
         self.reserved = reserved.map(|reserved| ReservedSlot {
@@ -67,6 +71,7 @@ impl Trainer {
         let summary = StepSummary {
             lr,
             grad_norm,
+            tokens,
             seconds,
             moved_experts,
             has_snapshot,
@@ -96,7 +101,12 @@ impl Trainer {
     /// Runs forward and backward of all microbatches of the next step.
     fn accumulate(&self) -> Result<StepSums, Error> {
         let size = self.config.train.micro_batch as u64;
-        let accumulation = self.schedule.order.microbatches;
+        let StepPlan {
+            plan,
+            forward_schedule,
+            ..
+        } = self.step_plan();
+        let accumulation = plan.schedule.order.microbatches;
         // Consecutive microbatches of the global batch belong to one rank, so that the same
         // microbatches exist in every layout.
         let number = (self.mesh.coordinates().data * accumulation) as u64;
@@ -114,12 +124,12 @@ impl Trainer {
         let mut counts = None;
         if self.model.counts_whole_batch() {
             // The first backward needs the token counts of the last forward: count first.
-            let sums = self.run_schedule(&self.forward_schedule, None, &batches, totals(None))?;
+            let sums = self.run_schedule(forward_schedule, None, &batches, totals(None))?;
             counts = Some(self.sum_counts(&sums)?);
         }
         self.gradients.begin(accumulation);
         let sums = self.run_schedule(
-            &self.schedule,
+            &plan.schedule,
             Some(&self.gradients),
             &batches,
             totals(counts.as_ref()),
@@ -173,11 +183,11 @@ impl Trainer {
 
     /// Returns the number of token groups over which load balance is measured.
     fn groups_per_step(&self) -> f64 {
-        let train = &self.config.train;
+        let sequences = self.global_batch();
         let moe = self.config.model.moe.as_ref();
         match moe.map(|moe| moe.load_balance_over) {
-            Some(BalanceScope::Sequence) => train.global_batch as f64,
-            Some(BalanceScope::Microbatch) => (train.global_batch / train.micro_batch) as f64,
+            Some(BalanceScope::Sequence) => sequences as f64,
+            Some(BalanceScope::Microbatch) => (sequences / self.config.train.micro_batch) as f64,
             Some(BalanceScope::Batch) | None => 1.0,
         }
     }
@@ -228,9 +238,7 @@ impl Trainer {
 
     /// Updates the parameters and returns the learning rate.
     fn update_parameters(&mut self, grad_norm: f64) -> Result<f64, Error> {
-        let schedule = &self.config.schedule;
-        let steps = self.config.train.steps;
-        let lr = learning_rate(schedule, self.step, steps, self.tokens_per_step());
+        let lr = learning_rate(&self.config, self.position());
         self.optimizer.step(
             &self.model.parameters,
             &self.gradients,
@@ -267,10 +275,19 @@ impl Trainer {
         Ok(Some(moved))
     }
 
+    /// Returns the beginning of the next step.
+    pub(super) fn position(&self) -> Position {
+        Position {
+            step: self.step,
+            tokens: self.tokens,
+        }
+    }
+
     /// Counts the step as done.
     fn advance(&mut self, moved_experts: Option<u64>) {
         self.step += 1;
-        self.samples += self.config.train.global_batch as u64;
+        // The tokens decide the batch, so they are counted last.
+        self.samples += self.global_batch() as u64;
         self.tokens += self.tokens_per_step();
         if let Some(snapshots) = &mut self.snapshots {
             snapshots.progress.step_done(self.step);

@@ -14,6 +14,8 @@ use std::collections::BTreeMap;
 pub(super) struct StepSummary {
     pub(super) lr: f64,
     pub(super) grad_norm: f64,
+    /// Tokens of the step.
+    pub(super) tokens: u64,
     pub(super) seconds: f64,
     pub(super) moved_experts: Option<u64>,
     /// True if a snapshot was due.
@@ -25,6 +27,7 @@ impl Trainer {
         let StepSummary {
             lr,
             grad_norm,
+            tokens,
             seconds,
             moved_experts,
             has_snapshot,
@@ -52,7 +55,7 @@ impl Trainer {
             lr,
             grad_norm,
             tokens: self.tokens,
-            tokens_per_s: self.tokens_per_step() as f64 / seconds,
+            tokens_per_s: tokens as f64 / seconds,
             step_ms: seconds * 1e3,
             expert_imbalance_percentiles: percentiles(&expert_imbalance),
             rank_imbalance_percentiles: percentiles(&rank_imbalance),
@@ -109,7 +112,7 @@ impl Trainer {
 
     /// Returns the mean milliseconds of each pass that ran, by its name.
     fn pass_ms(&self, passes: &[PassTime]) -> BTreeMap<String, f64> {
-        let chunks = self.schedule.order.chunks;
+        let chunks = self.plans[0].plan.schedule.order.chunks;
         let mut by_name = BTreeMap::new();
         for (index, pass) in passes.iter().enumerate() {
             if pass.count > 0.0 {

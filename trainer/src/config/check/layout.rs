@@ -1,7 +1,7 @@
 //! Checks of the parallel layout against the model, the batch and the nodes.
 
 use super::problems::{Problems, Quantity};
-use crate::config::{Config, MoeConfig, RecomputedLayers};
+use crate::config::{BatchSize, BatchStage, Config, MoeConfig, RecomputedLayers};
 use parallel::{GroupKind, Mesh, MeshShape, NodeSplit, context::ContextKind};
 
 impl Config {
@@ -24,33 +24,48 @@ impl Config {
     }
 
     fn check_batch(&self, shape: &MeshShape, problems: &mut Problems) {
-        let global = self.train.global_batch;
+        if let BatchSize::Ramp(stages) = &self.train.global_batch {
+            check_stages(stages, problems);
+        }
         let micro = self.train.micro_batch;
         let data = shape.data;
-        let at_once = micro * data;
+        let at_once = micro.saturating_mul(data);
         if at_once == 0 {
             return;
         }
-        let microbatches = global / at_once;
-        if !global.is_multiple_of(at_once) {
-            let larger = (microbatches + 1) * at_once;
+        for (index, stage) in self.train.global_batch.stages().iter().enumerate() {
+            let global = stage.sequences;
+            let microbatches = global / at_once;
+            if global.is_multiple_of(at_once) {
+                self.check_pipeline(microbatches, problems);
+                continue;
+            }
+            let larger = (microbatches + 1).saturating_mul(at_once);
             let nearest = match microbatches {
                 0 => larger.to_string(),
                 _ => format!("{} or {larger}", microbatches * at_once),
             };
+            let key = match &self.train.global_batch {
+                BatchSize::Constant(_) => "train.global_batch".to_string(),
+                BatchSize::Ramp(_) => format!("train.global_batch[{index}].sequences"),
+            };
             problems.add(format!(
-                "train.global_batch {global} is not a multiple of train.micro_batch {micro} \
-                 x data {data} = {at_once}; nearest: {nearest}"
+                "{key} {global} is not a multiple of train.micro_batch {micro} x data {data} = \
+                 {at_once}; nearest: {nearest}"
             ));
-        } else if global > 0 && self.model.layers > 0 {
-            self.check_pipeline(microbatches, problems);
         }
+        self.check_stage_ranks(problems);
     }
 
     fn check_pipeline(&self, microbatches: usize, problems: &mut Problems) {
-        if let Err(error) = self.pipeline_plan(microbatches) {
+        if self.model.layers > 0
+            && let Err(error) = self.pipeline_plan(microbatches)
+        {
             problems.add(error);
         }
+    }
+
+    fn check_stage_ranks(&self, problems: &mut Problems) {
         let pipeline = self.parallel.pipeline;
         let tensor = self.parallel.tensor;
         let vocab_size = self.model.vocab_size;
@@ -202,6 +217,29 @@ impl Config {
             .find_map(Result::err);
         if let Some(error) = error {
             problems.add(error);
+        }
+    }
+}
+
+/// Refuses stages of a batch ramp that are not in order from 0.
+fn check_stages(stages: &[BatchStage], problems: &mut Problems) {
+    match stages.first() {
+        None => problems.add("train.global_batch is an empty list: give a number or a stage"),
+        Some(first) if first.tokens > 0 => problems.add(format!(
+            "train.global_batch[0].tokens is {}; the first stage begins at 0",
+            first.tokens
+        )),
+        Some(_) => {}
+    }
+    for (index, pair) in stages.windows(2).enumerate() {
+        let tokens = pair[1].tokens;
+        if tokens <= pair[0].tokens {
+            problems.add(format!(
+                "train.global_batch[{}].tokens is {tokens}; it must be more than the {} of the \
+                 stage before",
+                index + 1,
+                pair[0].tokens
+            ));
         }
     }
 }

@@ -3,6 +3,7 @@
 mod layout;
 mod model;
 mod problems;
+mod schedule;
 mod training;
 
 pub(crate) use layout::hierarchical_groups;

@@ -53,6 +53,13 @@ fn check_moe(moe: &MoeConfig, problems: &mut Problems) {
         "all groups must have the same size",
     );
     check_least_loaded(moe, problems);
+    if moe.top_k == 1 && router.normalize == Some(true) {
+        problems.add(
+            "model.moe.router.normalize is true and model.moe.top_k is 1: the weight of a token's \
+             only expert would always be 1, so that the loss has no gradient for the router; \
+             leave normalize out",
+        );
+    }
     if router.even_groups {
         check_even_groups(moe, router, problems);
     } else {

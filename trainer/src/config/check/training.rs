@@ -1,42 +1,13 @@
 //! Checks of data, training, snapshots and restarts.
 
 use super::problems::Problems;
-use crate::config::{Config, Dtype, ScheduleConfig};
+use crate::config::{Config, Dtype};
 
 /// Smallest `optimizer.eps` that keeps updates finite with bf16 gradients.
 const MIN_BF16_EPS: f64 = 1e-12;
 
 /// Widths of fp8 matrices are multiples of this.
 const FP8_WIDTH: usize = 16;
-
-/// The numbers that all learning-rate schedules have.
-struct ScheduleNumbers {
-    warmup_steps: u64,
-    decay_steps: u64,
-}
-
-impl ScheduleNumbers {
-    fn new(schedule: &ScheduleConfig) -> ScheduleNumbers {
-        match schedule {
-            ScheduleConfig::Power(power) => ScheduleNumbers {
-                warmup_steps: power.warmup_steps,
-                decay_steps: power.decay_steps,
-            },
-            ScheduleConfig::Wsd(wsd) => ScheduleNumbers {
-                warmup_steps: wsd.warmup_steps,
-                decay_steps: wsd.decay_steps,
-            },
-            ScheduleConfig::Cosine(ramp) | ScheduleConfig::Linear(ramp) => ScheduleNumbers {
-                warmup_steps: ramp.warmup_steps,
-                decay_steps: 0,
-            },
-            ScheduleConfig::Constant(constant) => ScheduleNumbers {
-                warmup_steps: constant.warmup_steps,
-                decay_steps: 0,
-            },
-        }
-    }
-}
 
 impl Config {
     pub(super) fn check_data(&self, problems: &mut Problems) {
@@ -84,21 +55,6 @@ impl Config {
             problems.add(format!(
                 "optimizer.eps is {}; with bf16 gradients use at least {MIN_BF16_EPS:e}",
                 self.optimizer.eps
-            ));
-        }
-    }
-
-    fn check_schedule(&self, problems: &mut Problems) {
-        let ScheduleNumbers {
-            warmup_steps,
-            decay_steps,
-        } = ScheduleNumbers::new(&self.schedule);
-        let scheduled = warmup_steps.saturating_add(decay_steps);
-        let steps = self.train.steps;
-        if scheduled > steps {
-            problems.add(format!(
-                "the schedule's warmup_steps {warmup_steps} + decay_steps {decay_steps} = \
-                 {scheduled} is more than train.steps {steps}"
             ));
         }
     }

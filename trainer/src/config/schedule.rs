@@ -1,0 +1,260 @@
+//! The learning-rate schedules, and the one that a configuration without a schedule has.
+
+use super::Config;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Most steps of warm-up that a default gives.
+const MAX_DEFAULT_WARMUP: u64 = 100;
+/// A default warm-up is this fraction of the run's steps, rounded up.
+const STEPS_PER_WARMUP_STEP: u64 = 10;
+/// The default decay is this fraction of the run's steps.
+const STEPS_PER_DECAY_STEP: u64 = 5;
+/// The width of [`DEFAULT_RATE`].
+const DEFAULT_RATE_WIDTH: f64 = 256.0;
+/// The default rate of a model of that width.
+const DEFAULT_RATE: f64 = 2e-3;
+/// Power of the width ratio in the default rate.
+const DEFAULT_RATE_EXPONENT: f64 = 0.5;
+/// Narrower models have the rate of this width.
+const MIN_RATE_WIDTH: f64 = 64.0;
+
+/// The learning-rate schedule.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum ScheduleConfig {
+    /// The Power scheduler (arXiv 2408.13359): `min(max_lr, beta * a * n^b)` after `n` tokens,
+    /// where `beta` is the number of tokens of the step, in units of 4096.
+    Power(PowerConfig),
+    /// Warm-up, a constant rate, and decay at the end of the run.
+    Wsd(WsdConfig),
+    /// Warm-up, then half a cosine from `lr` to `lr * final_ratio`.
+    Cosine(RampConfig),
+    /// Warm-up, then a straight line from `lr` to `lr * final_ratio`.
+    Linear(RampConfig),
+    /// Warm-up, then a constant rate.
+    Constant(ConstantConfig),
+}
+
+/// Constants of the Power scheduler. The defaults are those of arXiv 2408.13359, which were fitted
+/// for models with `model.mup`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct PowerConfig {
+    /// Amplitude of the power law.
+    #[schemars(range(max = 1e6), extend("exclusiveMinimum" = 0))]
+    pub a: f64,
+    /// Exponent of the power law, a negative number.
+    #[schemars(range(min = -10.0), extend("exclusiveMaximum" = 0))]
+    pub b: f64,
+    /// Upper limit of the learning rate.
+    #[schemars(range(max = 10.0), extend("exclusiveMinimum" = 0))]
+    pub max_lr: f64,
+    /// Steps of linear warm-up. It ends at the rate that the power law gives there. Without
+    /// `warmup_tokens` the default is a tenth of the run, and at most 100 steps.
+    pub warmup_steps: Option<u64>,
+    /// Tokens of linear warm-up, instead of `warmup_steps`.
+    pub warmup_tokens: Option<u64>,
+    /// Steps of exponential decay at the end of the run. The rate would reach zero one step after
+    /// the last.
+    pub decay_steps: Option<u64>,
+    /// Tokens of exponential decay, instead of `decay_steps`.
+    pub decay_tokens: Option<u64>,
+}
+
+impl Default for PowerConfig {
+    fn default() -> PowerConfig {
+        PowerConfig {
+            a: 4.0,
+            b: -0.51,
+            max_lr: 0.02,
+            warmup_steps: None,
+            warmup_tokens: None,
+            decay_steps: None,
+            decay_tokens: None,
+        }
+    }
+}
+
+/// Warm-up, stable rate, decay.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct WsdConfig {
+    /// Learning rate between warm-up and decay.
+    #[schemars(range(max = 10.0), extend("exclusiveMinimum" = 0))]
+    pub lr: f64,
+    /// Steps of linear warm-up; none by default.
+    #[serde(default)]
+    pub warmup_steps: Option<u64>,
+    /// Tokens of linear warm-up, instead of `warmup_steps`.
+    #[serde(default)]
+    pub warmup_tokens: Option<u64>,
+    /// Steps of decay at the end of the run, along `1 - sqrt(x)`. The rate would reach zero one
+    /// step after the last. This key or `decay_tokens` is needed.
+    #[serde(default)]
+    pub decay_steps: Option<u64>,
+    /// Tokens of decay, instead of `decay_steps`.
+    #[serde(default)]
+    pub decay_tokens: Option<u64>,
+}
+
+/// A rate that falls until the end of the run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RampConfig {
+    /// Learning rate after warm-up.
+    #[schemars(range(max = 10.0), extend("exclusiveMinimum" = 0))]
+    pub lr: f64,
+    /// Steps of linear warm-up; none by default. The rate then falls by steps.
+    #[serde(default)]
+    pub warmup_steps: Option<u64>,
+    /// Tokens of linear warm-up, instead of `warmup_steps`. The rate then falls by tokens.
+    #[serde(default)]
+    pub warmup_tokens: Option<u64>,
+    /// The rate of the last step over `lr`. With 0 the rate would reach zero one step after it.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    #[serde(default)]
+    pub final_ratio: f64,
+}
+
+/// A constant rate.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ConstantConfig {
+    /// Learning rate after warm-up.
+    #[schemars(range(max = 10.0), extend("exclusiveMinimum" = 0))]
+    pub lr: f64,
+    /// Steps of linear warm-up; none by default.
+    #[serde(default)]
+    pub warmup_steps: Option<u64>,
+    /// Tokens of linear warm-up, instead of `warmup_steps`.
+    #[serde(default)]
+    pub warmup_tokens: Option<u64>,
+}
+
+/// The length of a phase of a schedule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Length {
+    Steps(u64),
+    Tokens(u64),
+}
+
+impl Length {
+    fn new(steps: Option<u64>, tokens: Option<u64>) -> Option<Length> {
+        let tokens = tokens.map(Length::Tokens);
+        tokens.or(steps.map(Length::Steps))
+    }
+}
+
+/// The keys for the lengths of a schedule's phases, as they are set.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct LengthKeys {
+    pub(crate) warmup_steps: Option<u64>,
+    pub(crate) warmup_tokens: Option<u64>,
+    pub(crate) decay_steps: Option<u64>,
+    pub(crate) decay_tokens: Option<u64>,
+}
+
+impl LengthKeys {
+    pub(crate) fn warmup(&self) -> Option<Length> {
+        Length::new(self.warmup_steps, self.warmup_tokens)
+    }
+
+    pub(crate) fn decay(&self) -> Option<Length> {
+        Length::new(self.decay_steps, self.decay_tokens)
+    }
+}
+
+impl ScheduleConfig {
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            ScheduleConfig::Power(_) => "power",
+            ScheduleConfig::Wsd(_) => "wsd",
+            ScheduleConfig::Cosine(_) => "cosine",
+            ScheduleConfig::Linear(_) => "linear",
+            ScheduleConfig::Constant(_) => "constant",
+        }
+    }
+
+    pub(crate) fn length_keys(&self) -> LengthKeys {
+        match self {
+            ScheduleConfig::Power(power) => LengthKeys {
+                warmup_steps: power.warmup_steps,
+                warmup_tokens: power.warmup_tokens,
+                decay_steps: power.decay_steps,
+                decay_tokens: power.decay_tokens,
+            },
+            ScheduleConfig::Wsd(wsd) => LengthKeys {
+                warmup_steps: wsd.warmup_steps,
+                warmup_tokens: wsd.warmup_tokens,
+                decay_steps: wsd.decay_steps,
+                decay_tokens: wsd.decay_tokens,
+            },
+            ScheduleConfig::Cosine(ramp) | ScheduleConfig::Linear(ramp) => LengthKeys {
+                warmup_steps: ramp.warmup_steps,
+                warmup_tokens: ramp.warmup_tokens,
+                ..LengthKeys::default()
+            },
+            ScheduleConfig::Constant(constant) => LengthKeys {
+                warmup_steps: constant.warmup_steps,
+                warmup_tokens: constant.warmup_tokens,
+                ..LengthKeys::default()
+            },
+        }
+    }
+}
+
+impl Config {
+    /// Returns the schedule of the run: the configured one, or by default warm-up, a constant rate
+    /// that depends on the model's width, and decay over the last fifth.
+    pub fn schedule(&self) -> ScheduleConfig {
+        let mut schedule = match &self.schedule {
+            Some(schedule) => schedule.clone(),
+            None => ScheduleConfig::Wsd(WsdConfig {
+                lr: self.default_rate(),
+                warmup_steps: Some(self.default_warmup()),
+                warmup_tokens: None,
+                decay_steps: Some(self.train.steps / STEPS_PER_DECAY_STEP),
+                decay_tokens: None,
+            }),
+        };
+        if let ScheduleConfig::Power(power) = &mut schedule
+            && power.warmup_steps.or(power.warmup_tokens).is_none()
+        {
+            let decay_from = match Length::new(power.decay_steps, power.decay_tokens) {
+                Some(Length::Steps(steps)) => self.train.steps.saturating_sub(steps),
+                Some(Length::Tokens(tokens)) => {
+                    let total = self.tokens_after(0, self.train.steps);
+                    self.steps_until(total.saturating_sub(tokens))
+                }
+                None => self.train.steps,
+            };
+            power.warmup_steps = Some(self.default_warmup().min(decay_from));
+        }
+        schedule
+    }
+
+    fn default_warmup(&self) -> u64 {
+        let tenth = self.train.steps.div_ceil(STEPS_PER_WARMUP_STEP);
+        tenth.clamp(1, MAX_DEFAULT_WARMUP)
+    }
+
+    /// Returns the peak rate of a configuration without a schedule. With `model.mup` it is that of
+    /// the base width, from which the rates of hidden matrices are scaled.
+    pub(super) fn default_rate(&self) -> f64 {
+        let hidden = self.model.hidden as f64;
+        let width = match &self.model.mup {
+            Some(mup) => hidden / mup.width,
+            None => hidden,
+        };
+        let ratio = DEFAULT_RATE_WIDTH / width.max(MIN_RATE_WIDTH);
+        // Two digits, so that the number can be read and written.
+        two_digits(DEFAULT_RATE * ratio.powf(DEFAULT_RATE_EXPONENT))
+    }
+}
+
+/// Rounds a positive number to two significant digits.
+fn two_digits(number: f64) -> f64 {
+    let rounded = format!("{number:.1e}");
+    rounded.parse().expect("a number in exponent form")
+}
