@@ -13,7 +13,7 @@ const STEPS_PER_DECAY_STEP: u64 = 5;
 /// The width of [`DEFAULT_RATE`].
 const DEFAULT_RATE_WIDTH: f64 = 256.0;
 /// The default rate of a model of that width.
-const DEFAULT_RATE: f64 = 2e-3;
+const DEFAULT_RATE: f64 = 1e-3;
 /// Power of the width ratio in the default rate.
 const DEFAULT_RATE_EXPONENT: f64 = 0.5;
 /// Narrower models have the rate of this width.
@@ -257,4 +257,153 @@ impl Config {
 fn two_digits(number: f64) -> f64 {
     let rounded = format!("{number:.1e}");
     rounded.parse().expect("a number in exponent form")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    fn config(hidden: usize, extra: &str, schedule: &str) -> Config {
+        let text = format!(
+            "run: {{dir: x}}\n\
+             model: {{vocab_size: 8, hidden: {hidden}, layers: 1, heads: 1, ffn: 8{extra}}}\n\
+             data: {{train: [{{path: x}}], sequence_length: 4096}}\n\
+             train: {{steps: 300, global_batch: 16, micro_batch: 1}}\n\
+             {schedule}\n"
+        );
+        serde_saphyr::from_str(&text).unwrap()
+    }
+
+    #[test]
+    fn the_default_rate_falls_with_the_width() {
+        for (hidden, rate) in [
+            (32, 2e-3),
+            (64, 2e-3),
+            (128, 1.4e-3),
+            (256, 1e-3),
+            (512, 7.1e-4),
+            (1024, 5e-4),
+            (4096, 2.5e-4),
+        ] {
+            assert_eq!(config(hidden, "", "").default_rate(), rate, "{hidden}");
+        }
+        // Maximal update parametrization divides the rates of hidden matrices itself.
+        assert_eq!(config(1024, ", mup: {width: 4}", "").default_rate(), 1e-3);
+    }
+
+    #[test]
+    fn the_default_is_wsd_with_lengths_of_the_run() {
+        let ScheduleConfig::Wsd(wsd) = config(256, "", "").schedule() else {
+            panic!("not wsd");
+        };
+        assert_eq!(
+            (wsd.lr, wsd.warmup_steps, wsd.decay_steps),
+            (1e-3, Some(30), Some(60))
+        );
+    }
+
+    #[test]
+    fn warmup_defaults_leave_room_for_the_decay() {
+        let warmup = |power: &str| {
+            let schedule = format!("schedule: {{power: {power}}}");
+            config(256, "", &schedule).schedule().length_keys().warmup()
+        };
+        let per_step = 16 * 4096;
+        assert_eq!(warmup("{}"), Some(Length::Steps(30)));
+        assert_eq!(warmup("{decay_steps: 290}"), Some(Length::Steps(10)));
+        let tokens = format!("{{decay_tokens: {}}}", 295 * per_step);
+        assert_eq!(warmup(&tokens), Some(Length::Steps(5)));
+        assert_eq!(warmup("{warmup_tokens: 9}"), Some(Length::Tokens(9)));
+    }
+
+    #[test]
+    fn published_constants_without_mup_are_warned_about() {
+        let warnings = |extra: &str, schedule: &str| config(512, extra, schedule).warnings();
+        let published = "schedule: {power: {}}";
+        let said = warnings("", published).join("\n");
+        assert!(said.contains("fitted with model.mup"), "{said}");
+        assert!(
+            said.contains("2.00e-2") && said.contains("7.1e-4"),
+            "{said}"
+        );
+        // The limit alone is published, and the law reaches it; and the law alone.
+        assert_eq!(warnings("", "schedule: {power: {a: 21.9}}").len(), 1);
+        assert_eq!(warnings("", "schedule: {power: {max_lr: 1.0}}").len(), 1);
+        for (extra, schedule) in [
+            (", mup: {width: 2}", published),
+            ("", ""),
+            ("", "schedule: {power: {a: 0.2}}"),
+            ("", "schedule: {power: {a: 21.9, max_lr: 1e-3}}"),
+            ("", "schedule: {wsd: {lr: 0.02, decay_steps: 0}}"),
+        ] {
+            assert_eq!(
+                warnings(extra, schedule),
+                Vec::<String>::new(),
+                "{schedule}"
+            );
+        }
+    }
+
+    #[test]
+    fn lengths_that_contradict_are_refused() {
+        for (schedule, problem) in [
+            ("{wsd: {lr: 1e-3}}", "needs decay_steps or decay_tokens"),
+            (
+                "{wsd: {lr: 1e-3, decay_steps: 1, decay_tokens: 1}}",
+                "schedule.wsd has decay_steps and decay_tokens",
+            ),
+            (
+                "{cosine: {lr: 1e-3, warmup_steps: 1, warmup_tokens: 1}}",
+                "schedule.cosine has warmup_steps and warmup_tokens",
+            ),
+            (
+                "{power: {warmup_steps: 200, decay_steps: 101}}",
+                "200 + decay_steps 101 = 301 is more than",
+            ),
+            (
+                "{power: {warmup_tokens: 20000000}}",
+                "warm-up of 20000000 tokens and decay of 0 tokens are more than the 19660800",
+            ),
+            ("{constant: {lr: 11}}", "schedule.constant.lr is 11"),
+        ] {
+            let problems = config(256, "", &format!("schedule: {schedule}")).problems(1);
+            assert_eq!(problems.len(), 1, "{schedule}: {problems:?}");
+            assert!(problems[0].contains(problem), "{problems:?}");
+        }
+    }
+
+    #[test]
+    fn stages_of_a_ramp_are_checked() {
+        for (stages, problem) in [
+            ("[]", "train.global_batch is an empty list"),
+            (
+                "[{tokens: 5, sequences: 2}]",
+                "train.global_batch[0].tokens is 5",
+            ),
+            (
+                "[{tokens: 0, sequences: 2}, {tokens: 0, sequences: 4}]",
+                "train.global_batch[1].tokens is 0; it must be more than",
+            ),
+            (
+                "[{tokens: 0, sequences: 2}, {tokens: 9, sequences: 0}]",
+                "train.global_batch[1].sequences is 0; it must be",
+            ),
+        ] {
+            let mut config = config(256, "", "");
+            config.train.global_batch = serde_saphyr::from_str(stages).unwrap();
+            let problems = config.problems(1);
+            assert_eq!(problems.len(), 1, "{stages}: {problems:?}");
+            assert!(problems[0].contains(problem), "{problems:?}");
+        }
+        let mut config = config(256, "", "");
+        config.train.micro_batch = 2;
+        let stages =
+            "[{tokens: 0, sequences: 3}, {tokens: 9, sequences: 4}, {tokens: 10, sequences: 5}]";
+        config.train.global_batch = serde_saphyr::from_str(stages).unwrap();
+        let problems = config.problems(1);
+        assert_eq!(problems.len(), 2, "{problems:?}");
+        assert!(problems[0].starts_with("train.global_batch[0].sequences 3"));
+        assert!(problems[1].starts_with("train.global_batch[2].sequences 5"));
+    }
 }

@@ -74,7 +74,10 @@ mod tests {
         let saved = "steps: 40, global_batch: 4 | constant: {lr: 1.0, warmup_steps: 10}";
         let longer = "steps: 400, global_batch: 4 | constant: {lr: 1.0, warmup_steps: 10}";
         let higher = "steps: 40, global_batch: 4 | constant: {lr: 1.5, warmup_steps: 10}";
-        let position = Position { step: 2, tokens: 64 };
+        let position = Position {
+            step: 2,
+            tokens: 64,
+        };
         assert_eq!(jump(saved, longer, position), None);
         let (before, after) = jump(saved, higher, position).unwrap();
         assert!((before - 0.2).abs() < 1e-12 && (after - 0.45).abs() < 1e-12);

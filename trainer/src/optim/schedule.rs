@@ -226,4 +226,4 @@ fn exponential_to_zero(x: f64) -> f64 {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

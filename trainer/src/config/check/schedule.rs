@@ -23,9 +23,8 @@ impl Config {
         }
         let decay = keys.decay();
         if matches!(schedule, ScheduleConfig::Wsd(_)) && decay.is_none() {
-            problems.add(
-                "schedule.wsd needs decay_steps or decay_tokens; 0 keeps the rate to the end",
-            );
+            problems
+                .add("schedule.wsd needs decay_steps or decay_tokens; 0 keeps the rate to the end");
         }
         let warmup = keys.warmup().unwrap_or(Length::Steps(0));
         self.check_lengths(warmup, decay.unwrap_or(Length::Steps(0)), problems);
