@@ -10,14 +10,13 @@ const MAX_DEFAULT_WARMUP: u64 = 100;
 const STEPS_PER_WARMUP_STEP: u64 = 10;
 /// The default decay is this fraction of the run's steps.
 const STEPS_PER_DECAY_STEP: u64 = 5;
+/// The default rate of a model of width [`DEFAULT_RATE_WIDTH`]. `docs/explanation/learning-rates.md`
+/// has the sweep that it was chosen by.
+const DEFAULT_RATE: f64 = 1e-3;
 /// The width of [`DEFAULT_RATE`].
 const DEFAULT_RATE_WIDTH: f64 = 256.0;
-/// The default rate of a model of that width.
-const DEFAULT_RATE: f64 = 1e-3;
-/// Power of the width ratio in the default rate.
-const DEFAULT_RATE_EXPONENT: f64 = 0.5;
-/// Narrower models have the rate of this width.
-const MIN_RATE_WIDTH: f64 = 64.0;
+/// Widths of the sweep. Narrower and wider models have the rate of the nearest one.
+const SWEPT_WIDTHS: [f64; 2] = [64.0, 1024.0];
 
 /// The learning-rate schedule.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -247,13 +246,13 @@ impl Config {
             Some(mup) => hidden / mup.width,
             None => hidden,
         };
-        let ratio = DEFAULT_RATE_WIDTH / width.max(MIN_RATE_WIDTH);
-        // Two digits, so that the number can be read and written.
-        two_digits(DEFAULT_RATE * ratio.powf(DEFAULT_RATE_EXPONENT))
+        let [narrowest, widest] = SWEPT_WIDTHS;
+        let rate = DEFAULT_RATE * DEFAULT_RATE_WIDTH / width.clamp(narrowest, widest);
+        two_digits(rate)
     }
 }
 
-/// Rounds a positive number to two significant digits.
+/// Rounds a positive number to two significant digits, so that it can be read and written.
 fn two_digits(number: f64) -> f64 {
     let rounded = format!("{number:.1e}");
     rounded.parse().expect("a number in exponent form")
@@ -278,12 +277,12 @@ mod tests {
     #[test]
     fn the_default_rate_falls_with_the_width() {
         for (hidden, rate) in [
-            (32, 2e-3),
-            (64, 2e-3),
-            (128, 1.4e-3),
+            (32, 4e-3),
+            (64, 4e-3),
+            (128, 2e-3),
             (256, 1e-3),
-            (512, 7.1e-4),
-            (1024, 5e-4),
+            (384, 6.7e-4),
+            (1024, 2.5e-4),
             (4096, 2.5e-4),
         ] {
             assert_eq!(config(hidden, "", "").default_rate(), rate, "{hidden}");
@@ -324,7 +323,7 @@ mod tests {
         let said = warnings("", published).join("\n");
         assert!(said.contains("fitted with model.mup"), "{said}");
         assert!(
-            said.contains("2.00e-2") && said.contains("7.1e-4"),
+            said.contains("2.00e-2") && said.contains("5.0e-4"),
             "{said}"
         );
         // The limit alone is published, and the law reaches it; and the law alone.
