@@ -18,6 +18,7 @@ mod layouts;
 mod machines;
 mod plans;
 mod previous_version;
+mod resume_changes;
 mod runs;
 mod schedules;
 mod wrong_inputs;
