@@ -14,6 +14,7 @@ mod faults;
 mod fixture;
 mod launchers;
 mod layouts;
+mod loss_masks;
 mod machines;
 mod plans;
 mod previous_version;

@@ -9,7 +9,7 @@ use parallel::{Accelerator, Communicator, GradientBuckets, Local, Replication};
 use std::{path::Path, sync::Arc};
 use tch::{Kind, Tensor};
 use trainer::{
-    BuildContext, Model, ModelPart, Optimizer, ProcessGroups,
+    BuildContext, Model, ModelPart, Optimizer, Parameters, ProcessGroups,
     config::{Dtype, ModelConfig, MoeConfig, MupConfig, OptimizerConfig, QkNorm, RouterConfig},
 };
 

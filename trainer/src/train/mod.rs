@@ -33,7 +33,7 @@ use crate::{
     optim::Optimizer,
     train::{
         expert_placement::ExpertPlacement,
-        metrics::{JsonLinesWriter, Progress, RoutingLine, StepMetrics, ValidationMetrics},
+        metrics::{JsonLinesWriter, Progress, RoutingLine, StepMetrics},
         snapshots::{ReservedSlot, Snapshots},
     },
 };
