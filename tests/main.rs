@@ -15,6 +15,7 @@ mod faults;
 mod fixture;
 mod launchers;
 mod layouts;
+mod loss_masks;
 mod machines;
 mod plans;
 mod previous_version;

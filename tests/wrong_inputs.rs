@@ -392,6 +392,30 @@ fn numbers_that_do_not_divide() {
 }
 
 #[test]
+fn loss_masks() {
+    let experiment = Experiment::new();
+    let train = |change: &str| experiment.train(2, &[change]);
+    refused(
+        &experiment,
+        &mut train("data.eod_mask_loss=true"),
+        &["data.eod_mask_loss needs data.eod_token"],
+    );
+    refused(
+        &experiment,
+        &mut train("data.train=[{path: data/train, mask: data/valid}]"),
+        &[
+            "the mask data/valid.bin has",
+            "values, but data/train.bin has",
+        ],
+    );
+    refused(
+        &experiment,
+        &mut train("data.validation.0.mask=data/missing"),
+        &["cannot open", "data/missing.idx"],
+    );
+}
+
+#[test]
 fn data_files() {
     let experiment = Experiment::new();
     let train = || experiment.train(2, &[]);

@@ -57,8 +57,8 @@ pub use combine::{combine, combine_backward};
 pub use cross_entropy::cross_entropy;
 pub use cuda::compile_gpu_kernels;
 pub use matmul::{
-    gemm, gemm_accumulate, gemm_into, gemm_overwrite, grouped_gemm, grouped_gemm_accumulate,
-    grouped_gemm_overwrite,
+    gemm, gemm_accumulate, gemm_f32, gemm_into, gemm_overwrite, grouped_gemm,
+    grouped_gemm_accumulate, grouped_gemm_overwrite,
 };
 pub use norm::{rms_norm, rms_norm_backward};
 pub use rotary::apply_rotary;

@@ -5,7 +5,7 @@
 //! ([`grouped`]).
 
 #[cfg(target_arch = "x86_64")]
-use crate::tensors::{empty_as, sizes, slice_rows};
+use crate::tensors::{empty_as, empty_f32, sizes, slice_rows};
 use crate::{
     gemm::{gemm_batch, instructions},
     grouped,
@@ -38,6 +38,23 @@ pub fn gemm_into(out: &Tensor, left: &Tensor, right: &Tensor) {
             tch::no_grad(|| drop(left.mm_out(out, right)));
         }
     });
+}
+
+/// Returns the matrix product `left right` in fp32, of operands of one dtype. Products of bf16
+/// numbers are exact in fp32, so that only their sum is rounded.
+pub fn gemm_f32(left: &Tensor, right: &Tensor) -> Tensor {
+    let [rows] = sizes(left);
+    let [_, columns] = sizes(right);
+    let out = empty_f32(left, [rows, columns]);
+    let cost = || cost(&out, left, right);
+    let operands = || vec![GemmOperands::of_tensors(&out, left, right)];
+    span("gemm", "in fp32", cost, || {
+        if !try_own_gemm([&out, left, right], false, operands) {
+            let wide = [left, right].map(|x| x.to_kind(Kind::Float));
+            tch::no_grad(|| drop(wide[0].mm_out(&out, &wide[1])));
+        }
+    });
+    out
 }
 
 /// Adds the matrix product `left right` to `sum`, which is fp32 or has their dtype; rounds once.

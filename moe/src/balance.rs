@@ -40,8 +40,11 @@ pub struct RouterStats {
 pub struct BatchTotals<'a> {
     /// Groups of tokens in the whole step, over all ranks and microbatches.
     pub groups: f64,
-    /// Tokens in the whole step.
-    pub tokens: f64,
+    /// Positions in the whole step. Each is routed, so the balance and z losses are means over
+    /// them, whether or not its label counts.
+    pub positions: f64,
+    /// Positions in the whole step whose label counts in the cross-entropy. It may be 0.
+    pub counted_tokens: f64,
     /// `[L, E]` fp32: routed tokens in the whole step, for [`BalanceScope::Batch`].
     pub counts_le: Option<&'a Tensor>,
 }
@@ -62,7 +65,7 @@ pub fn load_balance_loss(
     let probs_lge = stack(|s| &s.prob_sums_ge);
     let (counts_lge, tokens, weight) = match totals.counts_le {
         // One group, the step. The probabilities are this forward's part of the group's mean.
-        Some(counts_le) => (counts_le.unsqueeze(1), totals.tokens, 1.0),
+        Some(counts_le) => (counts_le.unsqueeze(1), totals.positions, 1.0),
         None => {
             let counts_lge = stack(|s| &s.counts_ge);
             // All groups of one forward have an equal number of tokens.
@@ -91,7 +94,7 @@ fn tokens_per_group(stats: &RouterStats, top_k: usize) -> f64 {
 /// 2202.08906, eq. 5).
 pub fn z_loss(stats: &[RouterStats], totals: &BatchTotals) -> Tensor {
     let z_sums: Vec<&Tensor> = stats.iter().map(|s| &s.z_sum).collect();
-    Tensor::stack(&z_sums, 0).sum(Kind::Float) / totals.tokens
+    Tensor::stack(&z_sums, 0).sum(Kind::Float) / totals.positions
 }
 
 /// Adds `rate` to the loss-free bias `[E]` of experts with fewer routed tokens than the mean, and
@@ -119,10 +122,11 @@ mod tests {
         }
     }
 
-    fn totals(groups: f64, tokens: f64) -> BatchTotals<'static> {
+    fn totals(groups: f64, positions: f64) -> BatchTotals<'static> {
         BatchTotals {
             groups,
-            tokens,
+            positions,
+            counted_tokens: positions,
             counts_le: None,
         }
     }

@@ -8,10 +8,12 @@ use crate::{
     plan::{chunk_range, count_tokens_by_group, count_tokens_per_expert, group_ranges},
     router::{Router, Routing},
 };
-use parallel::{Activation, Communicator, ReduceOp, Weight, Work, linears, tensor::TensorParallel};
+use parallel::{
+    Activation, Communicator, ReduceOp, Weight, Work, linear_f32, tensor::TensorParallel,
+};
 use parking_lot::Mutex;
 use std::{ops::Range, sync::Arc};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 use torch_ext::Error;
 
 /// Tensors of an MoE layer. E experts in all, L on this rank, D hidden, F expert ffn, S shared ffn.
@@ -165,9 +167,8 @@ impl MoeLayer {
         recorded_experts: Option<&Tensor>,
         groups: &[Range<usize>],
     ) -> Result<Routing, Error> {
-        let logits_te = linears(x_td, &[&self.weights.router])?
-            .remove(0)
-            .to_kind(Kind::Float);
+        // bf16 logits would be too coarse: close experts would tie.
+        let logits_te = linear_f32(x_td, &self.weights.router)?;
         let bias = self.weights.bias.lock();
         let bias = bias.as_ref().map(Tensor::shallow_clone);
         self.router

@@ -53,8 +53,10 @@ mod permute;
 pub mod placement;
 pub mod plan;
 mod router;
+mod selection_gap;
 
 pub use layer::{
     MoeLayer, MoeOutput, MoeStats, MoeWeights, RoutedOutput, RoutingReplay, SavePolicy,
 };
 pub use router::{Router, Routing, Score};
+pub use selection_gap::smallest_gap_during;

@@ -1,6 +1,7 @@
 //! The router: selects the experts of each token, and computes their routing weights.
 // Shapes: T tokens, E experts, K selected experts, G groups of tokens.
 
+use crate::selection_gap;
 use kernels::{RouterOutput, RouterScoring};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -89,7 +90,10 @@ impl Router {
         let logits = logits_te.detach();
         let experts_tk = match recorded_tk {
             Some(recorded_tk) => recorded_tk.shallow_clone(),
-            None => tch::no_grad(|| self.select_experts(&logits, bias_e)),
+            None => {
+                selection_gap::record(self, &logits, bias_e);
+                tch::no_grad(|| self.select_experts(&logits, bias_e))
+            }
         };
         if !kernels::supports_router(&logits) {
             return Ok(self.route_with_libtorch(&logits_te, experts_tk, groups));
@@ -168,9 +172,10 @@ impl Router {
         }
     }
 
-    fn scores(&self, logits_te: &Tensor) -> Tensor {
+    /// Returns the scores of logits `[T, E]` in their dtype, fp32 or fp64.
+    pub(crate) fn scores(&self, logits_te: &Tensor) -> Tensor {
         match self.score {
-            Score::Softmax => logits_te.softmax(-1, Kind::Float),
+            Score::Softmax => logits_te.softmax(-1, logits_te.kind()),
             Score::Sigmoid => logits_te.sigmoid(),
         }
     }
@@ -207,7 +212,7 @@ impl Router {
     }
 
     /// Views scores `[T, E]` as `[T, groups, E / groups]`.
-    fn by_group(&self, scores_te: &Tensor) -> Tensor {
+    pub(crate) fn by_group(&self, scores_te: &Tensor) -> Tensor {
         let per_group = self.num_experts / self.groups;
         scores_te.view([-1, self.groups as i64, per_group as i64])
     }
@@ -224,16 +229,22 @@ impl Router {
         selected_tk.gather(1, &order, false)
     }
 
-    fn mask_all_but_top_groups(&self, scores_te: &Tensor) -> Tensor {
+    /// Returns the score of each group `[T, groups]`: its best expert's (DeepSeek-V2) or, with
+    /// sigmoid scores, the sum of its best two (DeepSeek-V3).
+    pub(crate) fn group_scores(&self, scores_te: &Tensor) -> Tensor {
         let grouped = self.by_group(scores_te);
-        // A group's score is its best expert's (DeepSeek-V2) or, with sigmoid scores, the sum of
-        // its best two (DeepSeek-V3).
         let counted = match self.score {
             Score::Softmax => 1,
             Score::Sigmoid => 2.min(grouped.size()[2]),
         };
         let (best, _) = grouped.topk(counted, -1, true, false);
-        let group_scores = best.sum_dim_intlist([-1i64].as_slice(), false, Kind::Float);
+        best.sum_dim_intlist([-1i64].as_slice(), false, scores_te.kind())
+    }
+
+    /// Replaces the scores of experts outside of the best groups by negative infinity.
+    pub(crate) fn mask_all_but_top_groups(&self, scores_te: &Tensor) -> Tensor {
+        let grouped = self.by_group(scores_te);
+        let group_scores = self.group_scores(scores_te);
         let (_, top) = group_scores.topk(self.top_groups as i64, -1, true, false);
         let is_top = group_scores
             .zeros_like()

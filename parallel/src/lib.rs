@@ -68,5 +68,7 @@ pub use rank_env::{RankEnv, Rendezvous};
 pub use recompute::Activation;
 pub use rows::{matrix_shape, own_rows};
 pub use sum::GradientSum;
-pub use weight::{Contribution, DeferredGradient, Weight, add_gradients, linear, linears};
+pub use weight::{
+    Contribution, DeferredGradient, Weight, add_gradients, linear, linear_f32, linears,
+};
 pub use world::{World, run_on_threads};

@@ -5,7 +5,7 @@
 //! it up in fp32: now, or later in a pipeline that splits B from W.
 
 use crate::{CommError, recompute::Activation, sum::GradientSum};
-use kernels::{gemm, gemm_accumulate};
+use kernels::{gemm, gemm_accumulate, gemm_f32};
 use parking_lot::Mutex;
 use std::sync::{
     Arc,
@@ -309,4 +309,80 @@ pub fn linears(x: &Activation, weights: &[&Weight]) -> Result<Vec<Tensor>, Error
         let of_trackers = weights.iter().map(|_| None);
         Ok(std::iter::once(grad_x).chain(of_trackers).collect())
     })
+}
+
+/// Returns the same as [`linear`] in fp32. In a bf16 model neither the product nor its gradient is
+/// rounded to bf16; only the gradient of `x` is, at the end.
+///
+/// # Errors
+/// libtorch's message, and in backward the error of recomputing the input.
+pub fn linear_f32(x: &Activation, weight: &Weight) -> Result<Tensor, Error> {
+    let value = &x.value;
+    let kind = value.kind();
+    if kind == Kind::Float {
+        return Ok(linears(x, &[weight])?.remove(0));
+    }
+    let output = tch::no_grad(|| gemm_f32(value, &weight.value().tr()));
+    let tracker = weight.tracker();
+    let weight = weight.clone();
+    let saved = x.saved();
+    let needs_grad = value.requires_grad();
+    let mut outputs = attach_backward(&[value, &tracker], vec![output], move |grads| {
+        let Some(grad) = &grads[0] else {
+            return Ok(vec![None, None]);
+        };
+        let matrix = weight.value().to_kind(Kind::Float);
+        let grad_x = needs_grad.then(|| gemm(grad, &matrix).to_kind(kind));
+        let grad = grad.shallow_clone();
+        let x = saved.get()?.shallow_clone();
+        weight.add_gradient(move |sum| {
+            sum.gemm_accumulate(&grad.tr(), &x.to_kind(Kind::Float));
+            Ok(())
+        })?;
+        Ok(vec![grad_x, None])
+    })?;
+    Ok(outputs.remove(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Cpu, GradientBuckets, Replication};
+    use tch::kind::FLOAT_CPU;
+
+    /// Returns the norm of the difference over the norm of `exact`.
+    fn error(ours: &Tensor, exact: &Tensor) -> f64 {
+        let difference = ours.to_kind(Kind::Double) - exact;
+        difference.norm().double_value(&[]) / exact.norm().double_value(&[])
+    }
+
+    #[test]
+    fn a_linear_layer_in_fp32_rounds_no_bf16_product() {
+        // Few rows and odd widths take other paths.
+        for [tokens, width, outputs] in [[40, 64, 8], [3, 64, 8], [33, 31, 5]] {
+            let random = |rows, columns| Tensor::randn([rows, columns], FLOAT_CPU);
+            let x = random(tokens, width).to_kind(Kind::BFloat16);
+            let matrix = random(outputs, width).to_kind(Kind::BFloat16);
+            let grad = random(tokens, outputs);
+            let [exact_x, exact_matrix, exact_grad] =
+                [&x, &matrix, &grad].map(|tensor| tensor.to_kind(Kind::Double));
+
+            let x = x.set_requires_grad(true);
+            let weight = Weight::new(matrix);
+            let alone = [Replication::alone()];
+            let gradients =
+                GradientBuckets::new(&[(weight.clone(), 0)], &alone, 1 << 20, true, &Cpu).unwrap();
+            gradients.begin(1);
+            let out = linear_f32(&Activation::kept(&x), &weight).unwrap();
+            assert_eq!(out.kind(), Kind::Float);
+            (&out * &grad).sum(Kind::Float).backward();
+            let out_error = error(&out.detach(), &exact_x.matmul(&exact_matrix.tr()));
+            assert!(out_error < 1e-6, "{out_error}");
+            assert_eq!(x.grad().kind(), Kind::BFloat16);
+            let x_error = error(&x.grad(), &exact_grad.matmul(&exact_matrix));
+            assert!(x_error < 3e-3, "{x_error}");
+            let weight_error = error(&gradients.gradient(0), &exact_grad.tr().matmul(&exact_x));
+            assert!(weight_error < 1e-6, "{weight_error}");
+        }
+    }
 }

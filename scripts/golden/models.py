@@ -7,6 +7,7 @@ One safetensors file per model, with moerun's parameter names, so that the tests
   weight/NAME, grad/NAME   every parameter and its gradient of the total loss
   after/NAME               the parameter after 3 steps of clip_grad_norm_(1.0) and AdamW, same batch
   input_ids, logits, loss, aux_loss, total_loss, grad_norm
+  labels                   only in NAME-masked: -100 at some positions, and in all of sequence 1
 trainer/tests/golden.rs repeats the shapes. Made with torch 2.11.0 and transformers 5.23.0.
 """
 
@@ -77,6 +78,8 @@ MODELS = {
         ),
     ),
 }
+# Models that are also trained with labels of -100.
+MASKED = ["mixtral"]
 # Names in transformers -> names in moerun, within a layer. Stacked experts are split.
 NAMES = {
     "input_layernorm.weight": "attention_norm",
@@ -116,7 +119,7 @@ def ours(name, tensor):
     return [(f"layers.{layer}.{NAMES[rest]}", tensor)]
 
 
-def golden(model_class, config):
+def golden(model_class, config, masked):
     torch.manual_seed(0)
     config._attn_implementation = "eager"
     model = model_class(config).float()
@@ -128,6 +131,11 @@ def golden(model_class, config):
             torch.nn.init.normal_(parameter, std=0.1)
     ids = torch.randint(0, config.vocab_size, (3, 16))
     out = {"input_ids": ids}
+    labels = ids
+    if masked:
+        labels = ids.masked_fill(torch.rand(ids.shape) < 0.4, -100)
+        labels[1] = -100
+        out["labels"] = labels
     put = lambda kind, name, tensor: out.update(
         {f"{kind}/{n}": t.detach().clone().contiguous() for n, t in ours(name, tensor)}
     )
@@ -144,7 +152,7 @@ def golden(model_class, config):
     )
     for step in range(3):
         optimizer.zero_grad()
-        result = model(input_ids=ids, labels=ids)
+        result = model(input_ids=ids, labels=labels)
         result.loss.backward()
         if step == 0:
             for name, parameter in model.named_parameters():
@@ -168,8 +176,10 @@ target = Path(
     sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parents[2] / "trainer/tests/golden"
 )
 target.mkdir(parents=True, exist_ok=True)
-for name, (model_class, config) in MODELS.items():
-    tensors = golden(model_class, config)
+cases = [(name, *MODELS[name], False) for name in MODELS]
+cases += [(f"{name}-masked", *MODELS[name], True) for name in MASKED]
+for name, model_class, config, masked in cases:
+    tensors = golden(model_class, config, masked)
     save_file(tensors, target / f"{name}.safetensors")
     print(
         f"{name}: {len(tensors)} tensors, loss {tensors['loss'].item():.6f}, "

@@ -2,14 +2,17 @@
 //! weights.
 
 use checkpoint::TensorSlice;
+use moe::smallest_gap_during;
 use parallel::{Cpu, World, run_on_threads};
 use serde_json::{Value, json};
 use std::{collections::BTreeMap, path::Path, time::Duration};
 use tch::Tensor;
 use trainer::{Trainer, config::Config, data::TokenWriter};
 
-/// Number of tokens in the data.
+/// Number of different tokens in the data.
 pub(crate) const VOCAB: usize = 64;
+/// Length of the data.
+pub(crate) const TOKENS: u32 = 6000;
 /// Timeout of collectives. These runs are small, so ranks never wait long.
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -18,7 +21,7 @@ pub(crate) fn write_data(folder: &Path) {
     let mut writer = TokenWriter::create(&folder.join("tokens"), VOCAB).unwrap();
     let mut state = 1u64;
     let mut token = 0u64;
-    let tokens: Vec<u32> = (0..6000)
+    let tokens: Vec<u32> = (0..TOKENS)
         .map(|_| {
             state = state
                 .wrapping_mul(6364136223846793005)
@@ -55,6 +58,9 @@ pub(crate) struct Trace {
     /// Routed tokens that a helper computed.
     pub(crate) lent_tokens: u64,
     pub(crate) moved: u64,
+    /// How close a token on rank 0 came to selecting other experts, see
+    /// [`moe::smallest_gap_during`].
+    pub(crate) smallest_gap: f64,
 }
 
 pub(crate) fn trainer_on(world: &World, config: Config) -> Trainer {
@@ -113,7 +119,7 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
             held,
             "as planned"
         );
-        let first_norm = trainer.forward_backward().unwrap();
+        let (first_norm, first_gap) = smallest_gap_during(|| trainer.forward_backward().unwrap());
         let mut first_gradients = Vec::new();
         for (index, parameter) in trainer.model().parameters.iter().enumerate() {
             for (slice, part) in parameter.slices(&trainer.gradients().gradient(index)) {
@@ -122,19 +128,20 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
         }
         let mut lent_tokens = 0;
         let mut moved = 0;
-        let steps: Vec<[f64; 4]> = (0..steps)
-            .map(|_| {
-                let (record, _) = trainer.train_step(false).unwrap();
-                lent_tokens += record.lent_tokens.iter().sum::<u64>();
-                moved += record.moved_experts.unwrap_or(0);
-                [
-                    record.loss,
-                    record.load_balance_loss,
-                    record.z_loss,
-                    record.grad_norm,
-                ]
-            })
-            .collect();
+        let step = |_| {
+            let (record, _) = trainer.train_step(false).unwrap();
+            lent_tokens += record.lent_tokens.iter().sum::<u64>();
+            moved += record.moved_experts.unwrap_or(0);
+            [
+                record.loss,
+                record.load_balance_loss,
+                record.z_loss,
+                record.grad_norm,
+            ]
+        };
+        let (steps, gap): (Vec<[f64; 4]>, f64) =
+            smallest_gap_during(|| (0..steps).map(step).collect());
+        let smallest_gap = gap.min(first_gap);
         assert_eq!(first_norm, steps[0][3]);
         let mut weights = Vec::new();
         for parameter in trainer.model().parameters.iter() {
@@ -145,7 +152,8 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
         for (_, name, bias) in trainer.model().biases() {
             weights.push((TensorSlice::whole(name, &bias.size()), bias.copy()));
         }
-        (steps, first_gradients, weights, (lent_tokens, moved))
+        let others = (lent_tokens, moved, smallest_gap);
+        (steps, first_gradients, weights, others)
     });
     let mut first_gradients = Gathered::new();
     let mut weights = Gathered::new();
@@ -170,6 +178,7 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
         weights: by_name(weights),
         lent_tokens: parts[0].3.0,
         moved: parts[0].3.1,
+        smallest_gap: parts[0].3.2,
     }
 }
 

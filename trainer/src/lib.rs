@@ -49,7 +49,12 @@
 //! let tokens = Cpu.upload(&Tensor::from_slice(&tokens).view([1, 17]));
 //! let inputs = tokens.narrow(1, 0, 16);
 //! let labels = tokens.narrow(1, 1, 16);
-//! let totals = BatchTotals { groups: 1.0, tokens: 16.0, counts_le: None };
+//! let totals = BatchTotals {
+//!     groups: 1.0,
+//!     positions: 16.0,
+//!     counted_tokens: 16.0,
+//!     counts_le: None,
+//! };
 //! let output = tch::no_grad(|| model.forward(&inputs))?;
 //! let losses = tch::no_grad(|| model.losses(&output, &labels, &totals))?;
 //! // An untrained model predicts all tokens with about equal probability.

@@ -300,7 +300,8 @@ impl ReferenceStep {
         })?;
         let totals = BatchTotals {
             groups: 1.0,
-            tokens: (self.shape.batch * (self.shape.sequence - 1)) as f64,
+            positions: self.shape.tokens() as f64,
+            counted_tokens: (self.shape.batch * (self.shape.sequence - 1)) as f64,
             counts_le: None,
         };
         let losses = span(phase, "loss", Cost::default, || {

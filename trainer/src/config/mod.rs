@@ -179,12 +179,27 @@ pub struct DataConfig {
     #[on_resume(reported)]
     #[serde(default)]
     pub eod_token: Option<u32>,
+    /// Leaves the token after `eod_token` out of the loss, in training and validation: the first
+    /// token of a document cannot be predicted from the document before it. Needs `eod_token`.
+    ///
+    /// The cross-entropy is the mean over the counted tokens of the step, on all ranks. The
+    /// load-balancing and z losses remain means over all tokens, because every token is routed.
+    #[on_resume(reported)]
+    #[serde(default)]
+    pub eod_mask_loss: bool,
     /// The tokenizer.json with which the data was made, for `moerun generate`. By default the one
     /// in the folder of the first source.
     #[on_resume(free)]
     #[schemars(extend("format" = "path"))]
     #[serde(default)]
     pub tokenizer: Option<PathBuf>,
+}
+
+impl DataConfig {
+    /// Returns the token after which a label does not count in the loss.
+    pub fn masked_after(&self) -> Option<u32> {
+        self.eod_token.filter(|_| self.eod_mask_loss)
+    }
 }
 
 /// One source of data: a pair of token files.
@@ -194,6 +209,12 @@ pub struct SourceConfig {
     /// Path of the `.bin` and `.idx` files, without the extension.
     #[schemars(extend("format" = "path"))]
     pub path: PathBuf,
+    /// Path of a second pair of `.bin` and `.idx` files, without the extension, with one value per
+    /// token of the source. The model is not trained to predict a token whose value is 0. The
+    /// losses are normalized as `data.eod_mask_loss` describes.
+    #[schemars(extend("format" = "path"))]
+    #[serde(default)]
+    pub mask: Option<PathBuf>,
     /// Relative share of the sequences that are drawn from this source.
     #[schemars(range(max = 1e12), extend("exclusiveMinimum" = 0))]
     #[serde(default = "unit")]

@@ -102,7 +102,7 @@ pub(crate) struct AuxLosses {
 pub struct Losses {
     /// Total loss, from which backward starts.
     pub total: Tensor,
-    /// Cross-entropy per token, in nats.
+    /// Cross-entropy per counted token, in nats.
     pub cross_entropy: f64,
     /// Load-balancing loss, not weighted.
     pub load_balance: f64,
@@ -262,10 +262,11 @@ impl Model {
         Ok(loss)
     }
 
-    /// Returns the scaling of the cross-entropy: the mean over all tokens of the step.
+    /// Returns the scaling of the cross-entropy: the mean over the counted tokens of the step.
     pub(crate) fn loss_scale(&self, totals: &BatchTotals) -> LossScale {
         LossScale {
-            factor: 1.0 / totals.tokens,
+            // Without a counted token every loss is 0, and 0 times this must not be NaN.
+            factor: 1.0 / totals.counted_tokens.max(1.0),
             logits_divisor: self.logits_divisor(),
         }
     }

@@ -15,8 +15,12 @@ use std::{
 pub struct StepMetrics {
     /// Number of completed steps, including this one.
     pub step: u64,
-    /// Cross-entropy per token, in nats.
+    /// Cross-entropy per counted token, in nats; 0 if no token counts.
     pub loss: f64,
+    /// Tokens of the step whose loss counts: all but those that `data.eod_mask_loss` and the masks
+    /// of `data.train` leave out.
+    #[serde(default)]
+    pub counted_tokens: u64,
     /// Load-balancing loss without its weight. At perfect balance it is 1 per layer.
     pub load_balance_loss: f64,
     /// Router z-loss without its weight.
@@ -99,8 +103,10 @@ impl StepMetrics {
 pub struct ValidationMetrics {
     /// Number of completed steps.
     pub step: u64,
-    /// Mean cross-entropy over the validation sequences, in nats per token.
+    /// Mean cross-entropy over the counted tokens of the validation sequences, in nats per token.
     pub validation_loss: f64,
+    /// Tokens of the validation sequences whose loss counts.
+    pub counted_tokens: u64,
 }
 
 /// Routed tokens of all experts in the first, the last and every `run.log_every`-th step.

@@ -40,10 +40,23 @@ pub(crate) struct TrainingBatches<'a> {
     pub(crate) size: u64,
 }
 
+impl TrainingBatches<'_> {
+    /// Returns inputs and labels of microbatch `index`, on the host.
+    fn on_host(&self, index: usize) -> Result<(Tensor, Tensor), Error> {
+        let first = self.first + index as u64 * self.size;
+        self.data.batch(first..first + self.size)
+    }
+
+    /// Returns the labels of microbatch `index`, on the host.
+    pub(crate) fn labels(&self, index: usize) -> Result<Tensor, Error> {
+        let (_, labels) = self.on_host(index)?;
+        Ok(labels)
+    }
+}
+
 impl MicrobatchSource for TrainingBatches<'_> {
     fn read(&self, index: usize) -> Result<Microbatch, Error> {
-        let first = self.first + index as u64 * self.size;
-        let (inputs, labels) = self.data.batch(first..first + self.size)?;
+        let (inputs, labels) = self.on_host(index)?;
         Ok(Microbatch::upload(self.device, &inputs, &labels))
     }
 }
@@ -61,8 +74,9 @@ pub(crate) struct ValidationBatch<'a> {
     pub(crate) windows: u64,
 }
 
-impl MicrobatchSource for ValidationBatch<'_> {
-    fn read(&self, _index: usize) -> Result<Microbatch, Error> {
+impl ValidationBatch<'_> {
+    /// Returns inputs and labels, on the host.
+    fn on_host(&self) -> Result<(Tensor, Tensor), Error> {
         let end = self.first + self.size;
         let last = self.windows - 1;
         let windows = (self.first..end).map(|window| window.min(last));
@@ -70,6 +84,19 @@ impl MicrobatchSource for ValidationBatch<'_> {
         let past_end = end.saturating_sub(self.windows).min(self.size) as i64;
         let mut ignored = labels.narrow(0, self.size as i64 - past_end, past_end);
         let _ = ignored.fill_(IGNORED);
+        Ok((inputs, labels))
+    }
+
+    /// Returns the labels, on the host.
+    pub(crate) fn labels(&self) -> Result<Tensor, Error> {
+        let (_, labels) = self.on_host()?;
+        Ok(labels)
+    }
+}
+
+impl MicrobatchSource for ValidationBatch<'_> {
+    fn read(&self, _index: usize) -> Result<Microbatch, Error> {
+        let (inputs, labels) = self.on_host()?;
         Ok(Microbatch::upload(self.device, &inputs, &labels))
     }
 }

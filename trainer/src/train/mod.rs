@@ -3,6 +3,7 @@
 mod accounting;
 pub(crate) mod checkpointing;
 mod copy_thread;
+mod counted_tokens;
 mod durability;
 mod expert_placement;
 pub(crate) mod metrics;
@@ -32,7 +33,7 @@ use crate::{
     optim::Optimizer,
     train::{
         expert_placement::ExpertPlacement,
-        metrics::{JsonLinesWriter, Progress, RoutingLine, StepMetrics, ValidationMetrics},
+        metrics::{JsonLinesWriter, Progress, RoutingLine, StepMetrics},
         snapshots::{ReservedSlot, Snapshots},
     },
 };
@@ -193,14 +194,11 @@ impl Trainer {
             }
             let is_last = self.step == steps || outcome.stopped;
             if self.validation_due(is_last) && !outcome.stopped {
-                outcome.validation_loss = self.validate()?;
-                if let Some(loss) = outcome.validation_loss.filter(|_| self.is_rank_0()) {
-                    let line = ValidationMetrics {
-                        step: self.step,
-                        validation_loss: loss,
-                    };
+                let validation = self.validate()?;
+                outcome.validation_loss = validation.as_ref().map(|line| line.validation_loss);
+                if let Some(line) = validation.filter(|_| self.is_rank_0()) {
                     append_line(&mut files.metrics, &line, progress);
-                    progress.validation(self.step, loss);
+                    progress.validation(self.step, line.validation_loss);
                 }
             }
             self.persist(is_last, progress)?;
@@ -246,6 +244,12 @@ impl Trainer {
             append_line(&mut files.routing, &line, progress);
         }
         progress.step(metrics, steps);
+        if metrics.counted_tokens == 0 {
+            progress.warn(&format!(
+                "no token of step {} counts in the loss, because the masks of the data leave none",
+                metrics.step
+            ));
+        }
     }
 
     fn validation_due(&self, is_last: bool) -> bool {

@@ -1,6 +1,9 @@
 //! Construction of a trainer: data, process groups, model and optimizer of this rank.
 
-use super::{ResumeReport, StepPlan, Trainer, expert_placement::ExpertPlacement};
+use super::{
+    ResumeReport, StepPlan, Trainer, counted_tokens::check_validation,
+    expert_placement::ExpertPlacement,
+};
 use crate::{
     Error,
     config::{Config, MinTokens, PipelinePlan, RecomputedPart, SourceConfig},
@@ -34,7 +37,11 @@ impl Trainer {
             .map_err(Error::Config)?;
         let train = open_data(&config, &config.data.train)?;
         let validation = match &config.validation {
-            Some(_) => Some(open_data(&config, &config.data.validation)?),
+            Some(validation) => {
+                let data = open_data(&config, &config.data.validation)?;
+                check_validation(&data, validation)?;
+                Some(data)
+            }
             None => None,
         };
         let all = world.all("world")?;
@@ -117,7 +124,8 @@ fn step_plans(config: &Config, mesh: &Mesh) -> Result<Vec<StepPlan>, Error> {
 
 fn open_data(config: &Config, sources: &[SourceConfig]) -> Result<Dataset, Error> {
     let length = config.data.sequence_length;
-    Dataset::open(sources, length, config.model.vocab_size, config.run.seed)
+    let data = Dataset::open(sources, length, config.model.vocab_size, config.run.seed)?;
+    Ok(data.masked_after(config.data.masked_after()))
 }
 
 fn pipeline_split<'a>(mesh: &Mesh, plan: &'a PipelinePlan) -> PipelineSplit<'a> {

@@ -38,7 +38,7 @@ impl Trainer {
         if let Some(&batches) = self.skips.get(&(self.step + 1)) {
             self.samples += batches * self.global_batch() as u64;
         }
-        let sums = self.accumulate()?;
+        let (sums, counted_tokens) = self.accumulate()?;
         let grad_norm = self.grad_norm()?;
         let reserved = self.reserve_slot()?;
         let figures = self.sum_figures(&sums, stop, reserved.as_ref())?;
@@ -69,6 +69,7 @@ impl Trainer {
             self.write_trace();
         }
         let summary = StepSummary {
+            counted_tokens,
             lr,
             grad_norm,
             tokens,
@@ -98,8 +99,9 @@ impl Trainer {
         self.optimizer.grad_norm(parameters, &self.gradients)
     }
 
-    /// Runs forward and backward of all microbatches of the next step.
-    fn accumulate(&self) -> Result<StepSums, Error> {
+    /// Runs forward and backward of all microbatches of the next step. Returns this rank's sums,
+    /// and the counted tokens of all ranks.
+    fn accumulate(&self) -> Result<(StepSums, u64), Error> {
         let size = self.config.train.micro_batch as u64;
         let StepPlan {
             plan,
@@ -116,9 +118,13 @@ impl Trainer {
             first: self.samples + number * size,
             size,
         };
+        let positions = self.tokens_per_step();
+        let labels = (0..accumulation).map(|index| batches.labels(index));
+        let counted_tokens = self.counted_tokens(&self.train, positions, labels)?;
         let totals = |counts_le| BatchTotals {
             groups: self.groups_per_step(),
-            tokens: self.tokens_per_step() as f64,
+            positions: positions as f64,
+            counted_tokens: counted_tokens as f64,
             counts_le,
         };
         let mut counts = None;
@@ -135,7 +141,7 @@ impl Trainer {
             totals(counts.as_ref()),
         )?;
         self.gradients.finish()?;
-        Ok(sums)
+        Ok((sums, counted_tokens))
     }
 
     /// Runs `schedule` over the microbatches of `batches`, with backward if there are `gradients`.

@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 /// Results of a step that are no sums over ranks.
 #[derive(Clone, Copy)]
 pub(super) struct StepSummary {
+    pub(super) counted_tokens: u64,
     pub(super) lr: f64,
     pub(super) grad_norm: f64,
     /// Tokens of the step.
@@ -25,6 +26,7 @@ pub(super) struct StepSummary {
 impl Trainer {
     pub(super) fn step_metrics(&self, figures: &StepFigures, summary: StepSummary) -> StepMetrics {
         let StepSummary {
+            counted_tokens,
             lr,
             grad_norm,
             tokens,
@@ -50,6 +52,7 @@ impl Trainer {
         StepMetrics {
             step: self.step,
             loss: figures.cross_entropy,
+            counted_tokens,
             load_balance_loss: figures.load_balance,
             z_loss: figures.z,
             lr,

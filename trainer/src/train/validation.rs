@@ -1,12 +1,12 @@
 //! Validation loss of the current parameters.
 
-use super::{Trainer, microbatch::ValidationBatch};
+use super::{Trainer, metrics::ValidationMetrics, microbatch::ValidationBatch};
 use crate::Error;
 use moe::balance::BatchTotals;
 use parallel::agreement::sum_over_ranks;
 
 impl Trainer {
-    /// Returns the mean loss over the validation sequences in nats per token, or `None` without
+    /// Returns the mean loss over the counted tokens of the validation sequences, or `None` without
     /// validation data.
     ///
     /// # Collective
@@ -14,7 +14,7 @@ impl Trainer {
     ///
     /// # Errors
     /// If data cannot be read or a collective fails.
-    pub fn validate(&self) -> Result<Option<f64>, Error> {
+    pub fn validate(&self) -> Result<Option<ValidationMetrics>, Error> {
         let Some(config) = &self.config.validation else {
             return Ok(None);
         };
@@ -26,27 +26,36 @@ impl Trainer {
         let size = self.config.train.micro_batch as u64;
         let ranks = self.mesh.shape().data as u64;
         let rank = self.mesh.coordinates().data as u64;
-        let mut loss = 0.0;
         // Every rank runs the same number of forwards. Rows past the end do not enter the loss.
-        for round in 0..windows.div_ceil(size * ranks) {
+        let rounds = 0..windows.div_ceil(size * ranks);
+        let batch = |round: u64| ValidationBatch {
+            data,
+            device: self.device.as_ref(),
+            first: (round * ranks + rank) * size,
+            size,
+            windows,
+        };
+        let labels = rounds.clone().map(|round| batch(round).labels());
+        let counted_tokens = self.counted_tokens(data, tokens, labels)?;
+        let mut loss = 0.0;
+        for round in rounds {
             if let Some(snapshots) = &self.snapshots {
                 snapshots.progress.tick();
             }
-            let batch = ValidationBatch {
-                data,
-                device: self.device.as_ref(),
-                first: (round * ranks + rank) * size,
-                size,
-                windows,
-            };
             let totals = BatchTotals {
                 groups: 1.0,
-                tokens: tokens as f64,
+                positions: tokens as f64,
+                counted_tokens: counted_tokens as f64,
                 counts_le: None,
             };
-            let sums = self.run_schedule(&self.single_forward, None, &batch, totals)?;
+            let sums = self.run_schedule(&self.single_forward, None, &batch(round), totals)?;
             loss += sums.cross_entropy;
         }
-        Ok(Some(sum_over_ranks(&self.world, &[loss])?[0]))
+        let summed = sum_over_ranks(&self.world, &[loss])?;
+        Ok(Some(ValidationMetrics {
+            step: self.step,
+            validation_loss: summed[0],
+            counted_tokens,
+        }))
     }
 }
