@@ -46,7 +46,7 @@ pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode> {
     let world_size = plan.world_size(args.spare_nodes)?;
     let mut config = config_file::load(&args.config)?;
     plan.set_ranks_per_node(&mut config, args.spare_nodes)?;
-    config_file::refuse_problems(&args.config, &config, world_size)?;
+    config_file::refuse_problems_and_data(&args.config, &config, world_size)?;
     config_diff::refuse_changes(&config, &args.accept_changes)?;
     let dir = config.run.dir.clone();
     let logs = dir.join("logs");
