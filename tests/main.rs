@@ -17,5 +17,6 @@ mod layouts;
 mod machines;
 mod plans;
 mod previous_version;
+mod resume_changes;
 mod runs;
 mod wrong_inputs;
