@@ -65,7 +65,13 @@ fn escape(text: &str, keeps: fn(char) -> bool) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
         if is_control(c) && !keeps(c) {
-            escaped.extend(c.escape_default());
+            match c {
+                '\n' => escaped.push_str("\\n"),
+                '\r' => escaped.push_str("\\r"),
+                '\t' => escaped.push_str("\\t"),
+                // The form of JSON: lines of JSON stay valid.
+                c => escaped.push_str(&format!("\\u{:04x}", u32::from(c))),
+            }
         } else {
             escaped.push(c);
         }
@@ -105,7 +111,7 @@ mod tests {
     #[test]
     fn text_from_files_cannot_control_the_terminal() {
         let text = "a\u{1b}[31mred\r\u{7f}\u{9b}2J\u{202e}\n\tgrößer 模型 🙂";
-        let shown = "a\\u{1b}[31mred\\r\\u{7f}\\u{9b}2J\\u{202e}\n\tgrößer 模型 🙂";
+        let shown = "a\\u001b[31mred\\r\\u007f\\u009b2J\\u202e\n\tgrößer 模型 🙂";
         assert_eq!(printable(text), shown);
         assert_eq!(
             one_line(text),

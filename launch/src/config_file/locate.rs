@@ -1,6 +1,9 @@
 //! Lines and columns of values in a YAML text.
 
-use super::key_path::{KeyPath, Step};
+use super::{
+    key_path::{KeyPath, Step},
+    value::yaml_options,
+};
 use serde::{
     Deserializer,
     de::{DeserializeSeed, Error, IgnoredAny, MapAccess, SeqAccess, Unexpected, Visitor},
@@ -25,7 +28,10 @@ pub(super) fn locate(text: &str, path: &KeyPath) -> Option<Place> {
         is_found: &mut is_found,
     };
     // The parser's errors have a place: the search fails where it finds the value.
-    let result = serde_saphyr::with_deserializer_from_str(text, |yaml| seed.deserialize(yaml));
+    let result =
+        serde_saphyr::with_deserializer_from_str_with_options(text, yaml_options(), |yaml| {
+            seed.deserialize(yaml)
+        });
     let place = result.err()?.location()?;
     is_found.then_some(Place {
         line: place.line(),

@@ -1,5 +1,6 @@
 //! Keys and values of the previous version.
 
+use super::value::yaml_options;
 use crate::{cli::ConfigArgs, hint::hinted};
 use anyhow::{Result, anyhow};
 use serde_json::{Value, json};
@@ -8,7 +9,7 @@ use trainer::config::{Renamed, renamed_keys};
 /// Refuses keys and values of the previous version, with all their new names in one message.
 pub(super) fn refuse_old_names(args: &ConfigArgs, text: &str) -> Result<()> {
     // The typed parser reports text that is no YAML, with the position.
-    let file: Value = serde_saphyr::from_str(text).unwrap_or_default();
+    let file: Value = serde_saphyr::from_str_with_options(text, yaml_options()).unwrap_or_default();
     let mut found = renamed_keys(&file);
     let mut sources = Vec::new();
     if !found.is_empty() {

@@ -11,6 +11,7 @@ use serde::{
     de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
 use serde_json::{Map, Value};
+use serde_saphyr::{NonFiniteFloatPolicy, Options};
 use std::{cell::RefCell, fmt};
 
 /// A value that its key does not allow.
@@ -40,7 +41,14 @@ pub(super) fn read(
         path,
         bad_values,
     };
-    serde_saphyr::with_deserializer_from_str(text, |yaml| reader.deserialize(yaml))
+    serde_saphyr::with_deserializer_from_str_with_options(text, yaml_options(), |yaml| {
+        reader.deserialize(yaml)
+    })
+}
+
+/// Returns options of the parser with which NaN and infinity are numbers.
+pub(super) fn yaml_options() -> Options {
+    serde_saphyr::options! { non_finite_float_policy: NonFiniteFloatPolicy::PassThrough }
 }
 
 /// Reads one value.
