@@ -7,7 +7,7 @@
 //! knows neither bytes nor sockets.
 
 use serde::{Deserialize, Serialize};
-use std::cmp::Reverse;
+use std::{cmp::Reverse, collections::BTreeMap};
 
 /// The way in which snapshots survive the loss of nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,8 +38,8 @@ impl Redundancy {
     fn max_group_size(self) -> usize {
         match self {
             Redundancy::None => 1,
-            Redundancy::Copies(copies) => 1 + copies,
-            Redundancy::Parity { data, parity } => data + parity,
+            Redundancy::Copies(copies) => copies.saturating_add(1),
+            Redundancy::Parity { data, parity } => data.saturating_add(parity).max(1),
         }
     }
 }
@@ -68,7 +68,7 @@ pub fn redundancy_groups(
     let nodes = domains.len();
     let max_losses = redundancy.max_losses();
     if nodes <= max_losses {
-        let needed = max_losses + 1;
+        let needed = max_losses.saturating_add(1);
         let verb = if nodes == 1 { "is" } else { "are" };
         return Err(format!(
             "{redundancy} needs at least {needed} nodes, and there {verb} {nodes}"
@@ -88,9 +88,12 @@ pub fn redundancy_groups(
 
 /// Deals nodes to `count` groups, the largest failure domains first.
 fn deal(domains: &[usize], count: usize) -> Vec<Vec<usize>> {
-    let size = |domain: usize| domains.iter().filter(|&&other| other == domain).count();
+    let mut sizes: BTreeMap<usize, usize> = BTreeMap::new();
+    for &domain in domains {
+        *sizes.entry(domain).or_default() += 1;
+    }
     let mut order: Vec<usize> = (0..domains.len()).collect();
-    order.sort_by_key(|&node| (Reverse(size(domains[node])), domains[node], node));
+    order.sort_by_key(|&node| (Reverse(sizes[&domains[node]]), domains[node], node));
     let mut groups = vec![Vec::new(); count];
     for (index, node) in order.into_iter().enumerate() {
         groups[index % count].push(node);

@@ -1,6 +1,10 @@
 //! The command line: every command, argument and option.
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use crate::argument_ranges::{
+    MAX_LOCAL_RANKS, MAX_RANKS, fraction, megabytes, pass_time, positive_time, temperature, time,
+    weibull_shape, whole,
+};
+use clap::{Args, Parser, Subcommand, ValueEnum, value_parser};
 use std::path::PathBuf;
 
 /// Train Mixture-of-Experts language models on many ranks
@@ -98,7 +102,7 @@ pub(crate) struct ChaosArgs {
     #[arg(long, default_value_t = 0, value_name = "SEED")]
     pub(crate) seed: u64,
     /// Number of faults
-    #[arg(long, default_value_t = 10, value_name = "N")]
+    #[arg(long, default_value_t = 10, value_name = "N", value_parser = whole(1..=1_000_000))]
     pub(crate) faults: usize,
     /// Kinds of faults to choose from at random, comma separated
     #[arg(
@@ -109,13 +113,13 @@ pub(crate) struct ChaosArgs {
     )]
     pub(crate) kinds: Vec<crate::fault::FaultKind>,
     /// Mean number of steps between faults
-    #[arg(long, default_value_t = 5, value_name = "STEPS")]
+    #[arg(long, default_value_t = 5, value_name = "STEPS", value_parser = value_parser!(u64).range(1..=1_000_000_000))]
     pub(crate) gap: u64,
     /// Time of a step: a fault comes at a random time within it
-    #[arg(long, default_value_t = 20, value_name = "MS")]
+    #[arg(long, default_value_t = 20, value_name = "MS", value_parser = value_parser!(u64).range(0..=1_000_000_000))]
     pub(crate) step_ms: u64,
     /// Fail if the run makes no progress for this long
-    #[arg(long, default_value_t = 60, value_name = "SECONDS")]
+    #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = value_parser!(u64).range(1..=1_000_000_000))]
     pub(crate) timeout_s: u64,
 }
 
@@ -127,7 +131,7 @@ pub(crate) struct DoctorArgs {
     #[arg(long = "set", value_name = "KEY=VALUE", requires = "config")]
     pub(crate) set: Vec<String>,
     /// Ranks to start on this machine; ignored for ranks of another launcher
-    #[arg(short = 'n', long, default_value_t = 2, value_name = "N")]
+    #[arg(short = 'n', long, default_value_t = 2, value_name = "N", value_parser = whole(1..=MAX_LOCAL_RANKS))]
     pub(crate) nproc_per_node: usize,
     /// Port of the rendezvous; 0 takes any free port
     #[arg(long, default_value_t = 0, value_name = "PORT", alias = "master_port")]
@@ -137,7 +141,7 @@ pub(crate) struct DoctorArgs {
 #[derive(Args)]
 pub(crate) struct ConformanceArgs {
     /// Ranks to start on this machine; ignored for ranks of another launcher
-    #[arg(short = 'n', long, default_value_t = 2, value_name = "N")]
+    #[arg(short = 'n', long, default_value_t = 2, value_name = "N", value_parser = whole(1..=MAX_LOCAL_RANKS))]
     pub(crate) nproc_per_node: usize,
     /// Communication backend: auto, gloo, mpi, nccl or hccl
     #[arg(long, default_value = "auto", value_name = "BACKEND")]
@@ -166,16 +170,16 @@ pub(crate) struct InspectRoutingArgs {
     #[arg(value_name = "RUN")]
     pub(crate) run: PathBuf,
     /// Number of pictures, each of an equal part of the run
-    #[arg(long, default_value_t = 4, value_name = "N")]
+    #[arg(long, default_value_t = 4, value_name = "N", value_parser = whole(1..=1_000_000))]
     pub(crate) slices: usize,
     /// Length of the segments over which consistency is measured
-    #[arg(long, default_value_t = 16, value_name = "TOKENS")]
+    #[arg(long, default_value_t = 16, value_name = "TOKENS", value_parser = whole(1..=1_000_000_000))]
     pub(crate) segment: usize,
     /// Experts in the simulated cache [default: twice top_k]
-    #[arg(long, value_name = "EXPERTS")]
+    #[arg(long, value_name = "EXPERTS", value_parser = whole(1..=65_536))]
     pub(crate) cache: Option<usize>,
     /// Tokens of validation text to route
-    #[arg(long, default_value_t = 8192, value_name = "TOKENS")]
+    #[arg(long, default_value_t = 8192, value_name = "TOKENS", value_parser = whole(1..=1_000_000_000))]
     pub(crate) tokens: usize,
     /// Also write the picture to this file
     #[arg(long, value_name = "FILE")]
@@ -195,34 +199,34 @@ pub(crate) enum PlanCommand {
 #[derive(Args)]
 pub(crate) struct SurvivalArgs {
     /// Nodes of the run
-    #[arg(long, default_value_t = 128, value_name = "N")]
+    #[arg(long, default_value_t = 128, value_name = "N", value_parser = whole(1..=MAX_RANKS))]
     pub(crate) nodes: usize,
     /// Mean time between failures of one node, in hours
-    #[arg(long, default_value_t = 1622.0, value_name = "HOURS")]
+    #[arg(long, default_value_t = 1622.0, value_name = "HOURS", value_parser = positive_time)]
     pub(crate) mtbf_h: f64,
     /// Shape of the Weibull distribution of node lifetimes; 1 is exponential
-    #[arg(long, default_value_t = 1.0, value_name = "K")]
+    #[arg(long, default_value_t = 1.0, value_name = "K", value_parser = weibull_shape)]
     pub(crate) shape: f64,
     /// Time until the data of a lost node is redundant again
-    #[arg(long, default_value_t = 600.0, value_name = "SECONDS")]
+    #[arg(long, default_value_t = 600.0, value_name = "SECONDS", value_parser = positive_time)]
     pub(crate) window_s: f64,
     /// Duration of the run
-    #[arg(long, default_value_t = 30.0, value_name = "DAYS")]
+    #[arg(long, default_value_t = 30.0, value_name = "DAYS", value_parser = positive_time)]
     pub(crate) days: f64,
     /// Largest number of data nodes per group, comma separated; combined with each --parity
-    #[arg(long, value_delimiter = ',', default_value = "4,7", value_name = "N")]
+    #[arg(long, value_delimiter = ',', default_value = "4,7", value_name = "N", value_parser = whole(1..=254))]
     pub(crate) data: Vec<usize>,
     /// Nodes of a group that may be lost, comma separated
-    #[arg(long, value_delimiter = ',', default_value = "1,2", value_name = "N")]
+    #[arg(long, value_delimiter = ',', default_value = "1,2", value_name = "N", value_parser = whole(1..=254))]
     pub(crate) parity: Vec<usize>,
     /// Time between snapshots
-    #[arg(long, default_value_t = 60.0, value_name = "SECONDS")]
+    #[arg(long, default_value_t = 60.0, value_name = "SECONDS", value_parser = time)]
     pub(crate) interval_s: f64,
     /// Time from a failure to the next step
-    #[arg(long, default_value_t = 10.0, value_name = "SECONDS")]
+    #[arg(long, default_value_t = 10.0, value_name = "SECONDS", value_parser = time)]
     pub(crate) restart_s: f64,
     /// Also simulate this many windows
-    #[arg(long, default_value_t = 0, value_name = "TRIALS")]
+    #[arg(long, default_value_t = 0, value_name = "TRIALS", value_parser = value_parser!(u64).range(0..=1_000_000))]
     pub(crate) simulate: u64,
     /// Seed of the simulation
     #[arg(long, default_value_t = 0, value_name = "SEED")]
@@ -234,13 +238,13 @@ pub(crate) struct ScheduleArgs {
     /// gpipe, 1f1b, interleaved, zb-h1, zb-v, v-half, v-min, dualpipe-v, or a YAML file
     pub(crate) schedule: String,
     /// Ranks of the pipeline; ignored for a file
-    #[arg(short = 'n', long, default_value_t = 4, value_name = "P")]
+    #[arg(short = 'n', long, default_value_t = 4, value_name = "P", value_parser = whole(1..=MAX_RANKS))]
     pub(crate) ranks: usize,
     /// Microbatches of a step; ignored for a file
-    #[arg(short, long, default_value_t = 8, value_name = "M")]
+    #[arg(short, long, default_value_t = 8, value_name = "M", value_parser = whole(1..=1_073_741_824))]
     pub(crate) microbatches: usize,
     /// Model chunks per rank, for interleaved
-    #[arg(long, value_name = "C")]
+    #[arg(long, value_name = "C", value_parser = whole(1..=1024))]
     pub(crate) chunks: Option<usize>,
     /// Share the vocabulary among all ranks with this algorithm
     #[arg(long, value_name = "ALGORITHM")]
@@ -250,8 +254,7 @@ pub(crate) struct ScheduleArgs {
         long,
         value_delimiter = ',',
         default_value = "1,1,1",
-        value_name = "F,B,W[,O]"
-    )]
+        value_name = "F,B,W[,O]", value_parser = pass_time)]
     pub(crate) times: Vec<f64>,
     /// Also write the picture to this file
     #[arg(long, value_name = "FILE")]
@@ -280,7 +283,7 @@ pub(crate) struct MeshArgs {
     #[command(flatten)]
     pub(crate) config: ConfigArgs,
     /// Ranks of the run
-    #[arg(short = 'n', long, default_value_t = 1, value_name = "N")]
+    #[arg(short = 'n', long, default_value_t = 1, value_name = "N", value_parser = whole(1..=MAX_RANKS))]
     pub(crate) ranks: usize,
 }
 
@@ -310,10 +313,10 @@ pub(crate) struct LayoutsArgs {
     #[arg(long, value_name = "CASE")]
     pub(crate) case: Option<String>,
     /// Alternating rounds; medians over all steps are reported
-    #[arg(long, default_value_t = 3, value_name = "N")]
+    #[arg(long, default_value_t = 3, value_name = "N", value_parser = whole(1..=10000))]
     pub(crate) rounds: usize,
     /// Steps per round; the first two do not count, the last is traced
-    #[arg(long, default_value_t = 10, value_name = "N")]
+    #[arg(long, default_value_t = 10, value_name = "N", value_parser = value_parser!(u64).range(4..=100000))]
     pub(crate) steps: u64,
     /// Command to measure in the same run; its last line is JSON with `tokens_per_s`
     #[arg(long, value_name = "COMMAND")]
@@ -331,14 +334,13 @@ pub(crate) struct CollectivesArgs {
         long,
         value_delimiter = ',',
         default_value = "64,1024,16384",
-        value_name = "KIB"
-    )]
+        value_name = "KIB", value_parser = whole(1..=16_777_216))]
     pub(crate) kib: Vec<usize>,
     /// Ranks with one thread each; ignored under mpirun
-    #[arg(short = 'n', long, default_value_t = 2, value_name = "N")]
+    #[arg(short = 'n', long, default_value_t = 2, value_name = "N", value_parser = whole(2..=MAX_LOCAL_RANKS))]
     pub(crate) ranks: usize,
     /// Alternating rounds; medians are reported
-    #[arg(long, default_value_t = 15, value_name = "N")]
+    #[arg(long, default_value_t = 15, value_name = "N", value_parser = whole(1..=10000))]
     pub(crate) rounds: usize,
 }
 
@@ -349,13 +351,13 @@ pub(crate) struct SnapshotBenchArgs {
     #[arg(long, value_name = "CASE")]
     pub(crate) case: Vec<String>,
     /// Size of the state of a rank
-    #[arg(long, default_value_t = 256, value_name = "MIB")]
+    #[arg(long, default_value_t = 256, value_name = "MIB", value_parser = whole(1..=1_048_576))]
     pub(crate) mib: usize,
     /// Alternating rounds; medians are reported
-    #[arg(long, default_value_t = 5, value_name = "N")]
+    #[arg(long, default_value_t = 5, value_name = "N", value_parser = whole(1..=10000))]
     pub(crate) rounds: usize,
     /// Threads of the rank, for cases that train
-    #[arg(long, default_value_t = 2, value_name = "N")]
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = whole(1..=4096))]
     pub(crate) threads: usize,
     /// For stall: command to measure in the same run; its last line is JSON with `stall_ms`, and
     /// {mib} is replaced
@@ -370,22 +372,22 @@ pub(crate) struct MoeLayerArgs {
     #[arg(long, value_name = "CASE")]
     pub(crate) case: Vec<String>,
     /// Ranks with one thread each
-    #[arg(long, default_value_t = 2, value_name = "N")]
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = whole(1..=MAX_LOCAL_RANKS))]
     pub(crate) ranks: usize,
     /// Tokens per rank
-    #[arg(long, default_value_t = 4096, value_name = "N")]
+    #[arg(long, default_value_t = 4096, value_name = "N", value_parser = whole(1..=16_777_216))]
     pub(crate) tokens: usize,
     /// Hidden width
-    #[arg(long, default_value_t = 512, value_name = "N")]
+    #[arg(long, default_value_t = 512, value_name = "N", value_parser = whole(1..=1_048_576))]
     pub(crate) hidden: usize,
     /// Inner width of an expert
-    #[arg(long, default_value_t = 512, value_name = "N")]
+    #[arg(long, default_value_t = 512, value_name = "N", value_parser = whole(1..=1_048_576))]
     pub(crate) ffn: usize,
     /// Experts [default: 8, or the number of ranks, per hot expert]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole(1..=65_536))]
     pub(crate) experts: Option<usize>,
     /// Alternating rounds; medians are reported
-    #[arg(long, default_value_t = 7, value_name = "N")]
+    #[arg(long, default_value_t = 7, value_name = "N", value_parser = whole(1..=10000))]
     pub(crate) rounds: usize,
     /// Smallest number of tokens for which an expert is lent [default: measured]
     #[arg(long, value_name = "TOKENS")]
@@ -407,32 +409,32 @@ pub(crate) struct RecomputeArgs {
     #[command(flatten)]
     pub(crate) config: ConfigArgs,
     /// Ranks to start on this machine
-    #[arg(short = 'n', long, default_value_t = 1, value_name = "N")]
+    #[arg(short = 'n', long, default_value_t = 1, value_name = "N", value_parser = whole(1..=MAX_LOCAL_RANKS))]
     pub(crate) nproc_per_node: usize,
     /// Also find and measure the fastest variant in which the most loaded rank's tensors fit
-    #[arg(long, value_name = "MIB")]
+    #[arg(long, value_name = "MIB", value_parser = megabytes)]
     pub(crate) fit_mib: Option<f64>,
     /// Threads per rank [default: OMP_NUM_THREADS, else its share of the cores]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole(1..=4096))]
     pub(crate) threads: Option<usize>,
     /// Alternating rounds; medians over all steps are reported
-    #[arg(long, default_value_t = 2, value_name = "N")]
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = whole(1..=10000))]
     pub(crate) rounds: usize,
     /// Steps per round; the first two do not count
-    #[arg(long, default_value_t = 8, value_name = "N")]
+    #[arg(long, default_value_t = 8, value_name = "N", value_parser = value_parser!(u64).range(4..=100000))]
     pub(crate) steps: u64,
 }
 
 #[derive(Args)]
 pub(crate) struct PipelineArgs {
     /// Alternating rounds
-    #[arg(long, default_value_t = 3, value_name = "N")]
+    #[arg(long, default_value_t = 3, value_name = "N", value_parser = whole(1..=10000))]
     pub(crate) rounds: usize,
     /// Steps per round; the first does not count
-    #[arg(long, default_value_t = 4, value_name = "N")]
+    #[arg(long, default_value_t = 4, value_name = "N", value_parser = value_parser!(u64).range(2..=100000))]
     pub(crate) steps: u64,
     /// Size of the vocabulary
-    #[arg(long, default_value_t = 32768, value_name = "N")]
+    #[arg(long, default_value_t = 32768, value_name = "N", value_parser = whole(1..=16_777_216))]
     pub(crate) vocab: usize,
 }
 
@@ -471,14 +473,13 @@ pub(crate) struct TrainArgs {
         long,
         default_value_t = 1,
         value_name = "N",
-        alias = "nproc_per_node"
-    )]
+        alias = "nproc_per_node", value_parser = whole(1..=MAX_LOCAL_RANKS))]
     pub(crate) nproc_per_node: usize,
     /// Port of the rendezvous; 0 takes any free port
     #[arg(long, default_value_t = 0, value_name = "PORT", alias = "master_port")]
     pub(crate) master_port: u16,
     /// Machines of the run; start the same command on each with its --node-rank
-    #[arg(long, default_value_t = 1, value_name = "N")]
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = whole(1..=MAX_RANKS))]
     pub(crate) nnodes: usize,
     /// Index of this machine, from 0
     #[arg(
@@ -486,8 +487,7 @@ pub(crate) struct TrainArgs {
         default_value_t = 0,
         value_name = "R",
         alias = "node_rank",
-        requires = "rdzv"
-    )]
+        requires = "rdzv", value_parser = whole(0..=MAX_RANKS))]
     pub(crate) node_rank: usize,
     /// Rendezvous: address of machine 0 and a free port there
     #[arg(
@@ -513,7 +513,7 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_delimiter = ',', value_name = "KEY")]
     pub(crate) accept_changes: Vec<String>,
     /// Spare nodes that replace lost ones: on this machine, or the last of several machines
-    #[arg(long, default_value_t = 0, value_name = "NODES")]
+    #[arg(long, default_value_t = 0, value_name = "NODES", value_parser = whole(0..=MAX_RANKS))]
     pub(crate) spare_nodes: usize,
 }
 
@@ -531,7 +531,7 @@ pub(crate) struct CheckArgs {
     #[command(flatten)]
     pub(crate) config: ConfigArgs,
     /// Ranks of the run
-    #[arg(short = 'n', long, default_value_t = 1, value_name = "N")]
+    #[arg(short = 'n', long, default_value_t = 1, value_name = "N", value_parser = whole(1..=MAX_RANKS))]
     pub(crate) nproc_per_node: usize,
 }
 
@@ -544,13 +544,13 @@ pub(crate) struct GenerateArgs {
     #[arg(long, default_value = "", value_name = "TEXT")]
     pub(crate) prompt: String,
     /// Most tokens to generate
-    #[arg(long, default_value_t = 128, value_name = "N")]
+    #[arg(long, default_value_t = 128, value_name = "N", value_parser = whole(0..=1_000_000_000))]
     pub(crate) max_tokens: usize,
     /// Sampling temperature; 0 always takes the most likely token
-    #[arg(long, default_value_t = 0.8, value_name = "T")]
+    #[arg(long, default_value_t = 0.8, value_name = "T", value_parser = temperature)]
     pub(crate) temperature: f64,
     /// Sample from this many most likely tokens; 0 samples from all
-    #[arg(long, default_value_t = 50, value_name = "K")]
+    #[arg(long, default_value_t = 50, value_name = "K", value_parser = whole(0..=2_147_483_648))]
     pub(crate) top_k: usize,
     /// Sampling seed
     #[arg(long, default_value_t = 0, value_name = "SEED")]
@@ -572,10 +572,10 @@ pub(crate) struct PrepareArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) tokenizer: Option<PathBuf>,
     /// Vocabulary size of the trained tokenizer
-    #[arg(long, default_value_t = 8192, value_name = "N")]
+    #[arg(long, default_value_t = 8192, value_name = "N", value_parser = whole(1..=2_147_483_648))]
     pub(crate) vocab_size: usize,
     /// Fraction of documents kept for validation
-    #[arg(long, default_value_t = 0.02, value_name = "FRACTION")]
+    #[arg(long, default_value_t = 0.02, value_name = "FRACTION", value_parser = fraction)]
     pub(crate) validation_fraction: f64,
     /// Extensions of the files to read from folders, comma separated
     #[arg(
@@ -589,7 +589,7 @@ pub(crate) struct PrepareArgs {
     #[arg(long, default_value = "text", value_name = "NAME")]
     pub(crate) text_key: String,
     /// Most text to use
-    #[arg(long, value_name = "MB")]
+    #[arg(long, value_name = "MB", value_parser = megabytes)]
     pub(crate) max_mb: Option<f64>,
 }
 
@@ -614,10 +614,10 @@ pub(crate) struct StepArgs {
     #[arg(long, value_name = "FILE", conflicts_with = "baseline")]
     pub(crate) profile: Option<PathBuf>,
     /// Measured steps; their median is reported
-    #[arg(long, default_value_t = 8, value_name = "N")]
+    #[arg(long, default_value_t = 8, value_name = "N", value_parser = whole(1..=100000))]
     pub(crate) steps: usize,
     /// Threads of the process
-    #[arg(long, default_value_t = 2, value_name = "N")]
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = whole(1..=4096))]
     pub(crate) threads: usize,
     /// Device: cpu, cuda, npu or auto
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
@@ -630,7 +630,7 @@ pub(crate) struct StepArgs {
     #[arg(long, value_name = "COMMAND")]
     pub(crate) baseline: Vec<String>,
     /// Alternating rounds
-    #[arg(long, default_value_t = 5, requires = "baseline", value_name = "N")]
+    #[arg(long, default_value_t = 5, requires = "baseline", value_name = "N", value_parser = whole(1..=10000))]
     pub(crate) rounds: usize,
 }
 

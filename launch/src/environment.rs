@@ -1,12 +1,67 @@
 //! Detects from environment variables which launcher started this process, and as which rank.
 //! Nothing else reads these variables.
 
-use crate::hint::hinted;
+use crate::hint::{hinted, one_line};
 use anyhow::{Result, anyhow, bail};
 use parallel::{MpiLaunch, RankEnv, Rendezvous};
+use std::ops::RangeInclusive;
 
 /// Process id of the `moerun` launcher, with which its ranks end.
 pub(crate) const LAUNCHER_PID: &str = "MOERUN_LAUNCHER_PID";
+
+/// Most ranks of a run, and most nodes.
+const MAX_RANKS: u64 = 65_536;
+/// Slurm numbers jobs and steps with 32 bits.
+const MAX_SLURM_ID: u64 = u32::MAX as u64;
+/// Most threads of a rank.
+const MAX_THREADS: u64 = 4096;
+/// Longest number in a node list, with leading zeros.
+const MAX_NUMBER_LEN: usize = 20;
+/// Most brackets in a node name.
+const MAX_BRACKETS: usize = 8;
+/// Most restarts by torchrun.
+const MAX_RESTARTS: u64 = 1_000_000_000;
+const PORTS: RangeInclusive<u64> = 1..=65_535;
+
+/// Returns the number of threads that `OMP_NUM_THREADS` asks for, if it is set. Of a list for nested
+/// parallelism it is the first.
+///
+/// # Errors
+/// If it is no number from 1 to 4096.
+pub(crate) fn requested_threads() -> Result<Option<usize>> {
+    threads_in(&|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
+}
+
+fn threads_in(variable: &dyn Fn(&str) -> Option<String>) -> Result<Option<usize>> {
+    let name = "OMP_NUM_THREADS";
+    let first = |name: &str| {
+        let list = variable(name)?;
+        let first = list.split(',').next().unwrap_or_default();
+        Some(first.trim().to_string())
+    };
+    let env = Variables(&first);
+    if !env.has(name) {
+        return Ok(None);
+    }
+    env.number(name, name, 1..=MAX_THREADS).map(Some)
+}
+
+/// Returns the process id of the `moerun` that started this process, if one did.
+///
+/// # Errors
+/// If the variable has been set to something else.
+pub(crate) fn launcher_pid() -> Result<Option<String>> {
+    let Ok(pid) = std::env::var(LAUNCHER_PID) else {
+        return Ok(None);
+    };
+    if pid.parse::<u32>().is_err() {
+        return Err(hinted(
+            anyhow!("{LAUNCHER_PID}={} is no process id", one_line(&pid)),
+            format!("unset {LAUNCHER_PID}: moerun sets it itself"),
+        ));
+    }
+    Ok(Some(pid))
+}
 
 /// True if `moerun` itself started this process, which then gets its assignment on stdin.
 pub(crate) fn launched_by_moerun() -> bool {
@@ -130,24 +185,60 @@ impl Variables<'_> {
         self.0(name).is_some()
     }
 
-    /// Returns a number that must be set because `because` is.
-    fn number<T: std::str::FromStr>(&self, name: &str, because: &str) -> Result<T> {
+    /// Returns a number of a range, which must be set because `because` is.
+    fn number<T: TryFrom<u64>>(
+        &self,
+        name: &str,
+        because: &str,
+        range: RangeInclusive<u64>,
+    ) -> Result<T> {
         let Some(text) = self.0(name) else {
             return Err(hinted(
                 anyhow!("{because} is set but {name} is not"),
                 format!("unset {because}, or set both"),
             ));
         };
-        text.parse()
-            .or_else(|_| bail!("{name}={text} is not a number in range"))
+        let number = text.parse().ok().filter(|number| range.contains(number));
+        match number.and_then(|number| T::try_from(number).ok()) {
+            Some(number) => Ok(number),
+            None => {
+                let text = one_line(&text);
+                let least = range.start();
+                let most = range.end();
+                bail!("{name}={text} is not a number in range: it must be from {least} to {most}")
+            }
+        }
     }
 
-    fn number_or<T: std::str::FromStr>(&self, name: &str, default: T) -> Result<T> {
+    fn number_or<T: TryFrom<u64>>(
+        &self,
+        name: &str,
+        default: T,
+        range: RangeInclusive<u64>,
+    ) -> Result<T> {
         if self.has(name) {
-            self.number(name, name)
+            self.number(name, name, range)
         } else {
             Ok(default)
         }
+    }
+
+    /// Returns a number of ranks.
+    fn size(&self, name: &str, because: &str) -> Result<usize> {
+        self.number(name, because, 1..=MAX_RANKS)
+    }
+
+    /// Returns the index of a rank or node.
+    fn index(&self, name: &str, because: &str) -> Result<usize> {
+        self.number(name, because, 0..=MAX_RANKS - 1)
+    }
+
+    fn size_or(&self, name: &str, default: usize) -> Result<usize> {
+        self.number_or(name, default, 1..=MAX_RANKS)
+    }
+
+    fn index_or(&self, name: &str, default: usize) -> Result<usize> {
+        self.number_or(name, default, 0..=MAX_RANKS - 1)
     }
 
     fn interface(&self) -> Option<String> {
@@ -165,22 +256,22 @@ impl Variables<'_> {
         let agent_store = self.0("TORCHELASTIC_USE_AGENT_STORE");
         Ok(Rendezvous::Store {
             host,
-            port: self.number("MASTER_PORT", "MASTER_ADDR")?,
+            port: self.number("MASTER_PORT", "MASTER_ADDR", PORTS)?,
             launcher_serves: agent_store.is_some_and(|value| value == "True"),
         })
     }
 
     fn torchrun(&self) -> Result<DetectedRank> {
-        let rank = self.number("RANK", "RANK")?;
-        let world_size = self.number("WORLD_SIZE", "RANK")?;
+        let rank = self.index("RANK", "RANK")?;
+        let world_size = self.size("WORLD_SIZE", "RANK")?;
         let env = RankEnv {
             rank,
             world_size,
-            local_rank: self.number_or("LOCAL_RANK", rank)?,
-            local_world_size: self.number_or("LOCAL_WORLD_SIZE", world_size)?,
+            local_rank: self.index_or("LOCAL_RANK", rank)?,
+            local_world_size: self.size_or("LOCAL_WORLD_SIZE", world_size)?,
             rendezvous: self.store("RANK")?,
             mpi_launch: MpiLaunch::No,
-            attempt: self.number_or("TORCHELASTIC_RESTART_COUNT", 0)?,
+            attempt: self.number_or("TORCHELASTIC_RESTART_COUNT", 0, 0..=MAX_RESTARTS)?,
             interface: self.interface(),
             address: None,
         };
@@ -201,7 +292,7 @@ impl Variables<'_> {
         let Some(mpi_rank) = self.0(OPEN_MPI.rank) else {
             return Ok(());
         };
-        let mpi_size = self.number::<usize>(OPEN_MPI.world_size, OPEN_MPI.rank);
+        let mpi_size = self.size(OPEN_MPI.world_size, OPEN_MPI.rank);
         let is_same_world = mpi_size.is_ok_and(|size| size == env.world_size);
         let rank = env.rank;
         if is_same_world && mpi_rank != rank.to_string() {
@@ -219,8 +310,8 @@ impl Variables<'_> {
         names: RankVariables,
         has_mpi: bool,
     ) -> Result<Option<DetectedRank>> {
-        let rank = self.number(names.rank, names.rank)?;
-        let world_size = self.number(names.world_size, names.rank)?;
+        let rank = self.index(names.rank, names.rank)?;
+        let world_size = self.size(names.world_size, names.rank)?;
         if world_size == 1 {
             return Ok(None);
         }
@@ -243,8 +334,8 @@ impl Variables<'_> {
         let env = RankEnv {
             rank,
             world_size,
-            local_rank: self.number_or(names.local_rank, rank)?,
-            local_world_size: self.number_or(names.local_world_size, world_size)?,
+            local_rank: self.index_or(names.local_rank, rank)?,
+            local_world_size: self.size_or(names.local_world_size, world_size)?,
             rendezvous,
             mpi_launch: MpiLaunch::Yes,
             attempt: 0,
@@ -264,8 +355,8 @@ impl Variables<'_> {
         } else {
             "SLURM_NTASKS"
         };
-        let rank = self.number(because, because)?;
-        let world_size = self.number(total, because)?;
+        let rank = self.index(because, because)?;
+        let world_size = self.size(total, because)?;
         // A step of one task is a shell or a launcher.
         if world_size == 1 {
             return Ok(None);
@@ -287,7 +378,7 @@ impl Variables<'_> {
         let env = RankEnv {
             rank,
             world_size,
-            local_rank: self.number(names.local_rank, because)?,
+            local_rank: self.index(names.local_rank, because)?,
             local_world_size,
             rendezvous,
             mpi_launch,
@@ -320,9 +411,12 @@ impl Variables<'_> {
         world_size: usize,
     ) -> Result<usize> {
         let Variable { name, value } = tasks;
-        let node: usize = self.number("SLURM_NODEID", names.rank)?;
+        let node = self.index("SLURM_NODEID", names.rank)?;
         let Some(tasks) = tasks_per_node(value) else {
-            bail!("{name}={value} is not of the form 2(x3),1");
+            let value = one_line(value);
+            bail!(
+                "{name}={value} is not of the form 2(x3),1 with at most {MAX_RANKS} nodes and tasks"
+            );
         };
         let sum: usize = tasks.iter().sum();
         if sum != world_size {
@@ -340,16 +434,17 @@ impl Variables<'_> {
         let nodes = self.step_or_job("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")?;
         let Variable { name, value } = nodes;
         let Some(nodes) = expand_node_list(&value) else {
-            bail!("{name}={value} is not a valid node list");
+            let value = one_line(&value);
+            bail!("{name}={value} is not a valid node list of at most {MAX_RANKS} nodes");
         };
         let host = self.0("MASTER_ADDR").unwrap_or_else(|| nodes[0].clone());
         // Steps of one job, and jobs that share a machine, get different ports.
-        let job: u64 = self.number_or("SLURM_JOB_ID", 0)?;
-        let step: u64 = self.number("SLURM_STEP_ID", "SLURM_PROCID")?;
+        let job: u64 = self.number_or("SLURM_JOB_ID", 0, 0..=MAX_SLURM_ID)?;
+        let step: u64 = self.number("SLURM_STEP_ID", "SLURM_PROCID", 0..=MAX_SLURM_ID)?;
         let derived = 20_000 + (job * 13 + step) % 10_000;
         Ok(Rendezvous::Store {
             host,
-            port: self.number_or("MASTER_PORT", derived as u16)?,
+            port: self.number_or("MASTER_PORT", derived as u16, PORTS)?,
             launcher_serves: false,
         })
     }
@@ -387,13 +482,18 @@ fn check_below(name: &str, rank: usize, size_name: &str, size: usize) -> Result<
 
 /// Returns the number of tasks of each node, from a list such as `2(x3),1`.
 fn tasks_per_node(text: &str) -> Option<Vec<usize>> {
+    let most = MAX_RANKS as usize;
+    let number = |text: &str| text.parse().ok().filter(|&number: &usize| number <= most);
     let mut tasks = Vec::new();
     for part in text.split(',') {
         let (count, times) = match part.split_once("(x") {
-            Some((count, times)) => (count, times.strip_suffix(')')?.parse().ok()?),
+            Some((count, times)) => (count, number(times.strip_suffix(')')?)?),
             None => (part, 1),
         };
-        tasks.extend(std::iter::repeat_n(count.parse::<usize>().ok()?, times));
+        tasks.extend(std::iter::repeat_n(number(count)?, times));
+        if tasks.len() > most {
+            return None;
+        }
     }
     Some(tasks)
 }
@@ -410,7 +510,14 @@ fn expand_node_list(text: &str) -> Option<Vec<String>> {
             c == ',' && depth == 0
         });
         let end = end.map_or(rest.len(), |(end, _)| end);
-        found.extend(expand_brackets(&rest[..end])?);
+        let name = &rest[..end];
+        if name.matches('[').count() > MAX_BRACKETS {
+            return None;
+        }
+        found.extend(expand_brackets(name)?);
+        if found.len() > MAX_RANKS as usize {
+            return None;
+        }
         rest = rest[end..].strip_prefix(',').unwrap_or("");
     }
     (!found.is_empty()).then_some(found)
@@ -432,7 +539,13 @@ fn expand_brackets(name: &str) -> Option<Vec<String>> {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
         let low: u64 = first.parse().ok()?;
         let high: u64 = last.parse().ok()?;
-        if high < low || high - low > 1 << 20 {
+        if high < low || first.len() > MAX_NUMBER_LEN {
+            return None;
+        }
+        let count = (high - low)
+            .saturating_add(1)
+            .saturating_mul(tails.len() as u64);
+        if count.saturating_add(found.len() as u64) > MAX_RANKS {
             return None;
         }
         for number in low..=high {
@@ -640,6 +753,87 @@ mod tests {
         }
         assert_eq!(tasks_per_node("2(x3),1").unwrap(), [2, 2, 2, 1]);
         assert_eq!(tasks_per_node("2(x"), None);
+    }
+
+    #[test]
+    fn numbers_far_out_of_range_are_refused_by_name() {
+        let torch = "RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1";
+        let huge = u64::MAX.to_string();
+        let beyond = format!("{huge}0");
+        let mut texts = Vec::new();
+        for value in ["99999999999", &huge, &beyond, "-1", "nan", "1e9", "0x10"] {
+            for (name, text) in [
+                ("WORLD_SIZE", torch),
+                ("RANK", torch),
+                ("LOCAL_RANK", torch),
+                ("LOCAL_WORLD_SIZE", torch),
+                ("MASTER_PORT", torch),
+                ("TORCHELASTIC_RESTART_COUNT", torch),
+                ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK=0"),
+                (
+                    "OMPI_COMM_WORLD_LOCAL_SIZE",
+                    "OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=2",
+                ),
+                ("PMI_SIZE", "PMI_RANK=0"),
+                ("MPI_LOCALRANKID", "PMI_RANK=0 PMI_SIZE=2"),
+                ("SLURM_JOB_ID", SLURM),
+                ("SLURM_STEP_ID", SLURM),
+                ("SLURM_PROCID", SLURM),
+                ("SLURM_STEP_NUM_TASKS", SLURM),
+                ("SLURM_LOCALID", SLURM),
+                ("SLURM_NODEID", SLURM),
+            ] {
+                texts.push((
+                    format!("{text} {name}={value}"),
+                    format!("{name}={value} is not"),
+                ));
+            }
+        }
+        for value in [
+            "1(x99999999999)",
+            "99999999999",
+            "1(x65536),1",
+            "3,2(x)",
+            "1(x-1)",
+        ] {
+            let text = format!("{SLURM} SLURM_TASKS_PER_NODE={value}");
+            texts.push((
+                text,
+                format!("SLURM_TASKS_PER_NODE={value} is not of the form"),
+            ));
+        }
+        for value in [
+            "a[1-99999999]",
+            "a[1-60000]b[1-60000]",
+            "a[0000000000000000000000001-2]",
+            "a[1][1][1][1][1][1][1][1][1]",
+            "a[1-40000],b[1-40000]",
+        ] {
+            let text = format!("{SLURM} SLURM_JOB_NODELIST={value}");
+            texts.push((
+                text,
+                format!("SLURM_JOB_NODELIST={value} is not a valid node list"),
+            ));
+        }
+        for (text, expected) in texts {
+            let error = detect_in(&text).expect_err(&text).to_string();
+            assert!(error.contains(&expected), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn threads_are_a_number_or_the_first_of_a_list() {
+        let threads = |text: &str| threads_in(&|_| Some(text.to_string()));
+        assert_eq!(threads("4").unwrap(), Some(4));
+        assert_eq!(threads("3,2").unwrap(), Some(3));
+        assert_eq!(threads_in(&|_| None).unwrap(), None);
+        for wrong in ["0", "-1", "99999999999", "many", "1e3", ","] {
+            let error = threads(wrong).unwrap_err().to_string();
+            assert!(
+                error.contains("OMP_NUM_THREADS=") && error.contains("from 1 to 4096"),
+                "{error}"
+            );
+        }
     }
 
     proptest! {

@@ -1,6 +1,6 @@
 //! `moerun generate`: prints text while the model produces it.
 
-use crate::cli::GenerateArgs;
+use crate::{cli::GenerateArgs, hint::printable};
 use anyhow::Result;
 use std::{io::Write, process::ExitCode};
 use trainer::GenerateOptions;
@@ -18,7 +18,7 @@ pub(crate) fn run(args: GenerateArgs) -> Result<ExitCode> {
     let mut out = std::io::stdout().lock();
     trainer::generate(&options, &mut |text| {
         // Printing fails if the reader has closed the pipe.
-        let _ = write!(out, "{text}").and_then(|()| out.flush());
+        let _ = write!(out, "{}", printable(text)).and_then(|()| out.flush());
     })?;
     let _ = writeln!(out);
     Ok(ExitCode::SUCCESS)

@@ -3,6 +3,10 @@
 //! Every failure ends in one clear message and a non-zero exit status. No rank outlives its
 //! launcher.
 
+#[macro_use]
+mod terminal;
+
+mod argument_ranges;
 mod bench;
 mod chaos;
 mod cli;
@@ -18,6 +22,7 @@ mod inspect;
 mod keeper;
 mod launcher;
 mod local_ranks;
+mod machine_memory;
 mod plan;
 mod prepare;
 mod progress;

@@ -1,5 +1,6 @@
 //! Progress of a run: a bar on a terminal, plain lines elsewhere.
 
+use crate::hint::printable;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{
     io::IsTerminal,
@@ -34,7 +35,7 @@ impl TrainingView {
 
     fn line(&self, text: &str) {
         match &self.bar {
-            Some(bar) => bar.println(text),
+            Some(bar) => bar.println(printable(text)),
             None => eprintln!("{text}"),
         }
         tracing::info!("{text}");

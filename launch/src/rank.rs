@@ -2,7 +2,7 @@
 
 use crate::{
     cli::TrainArgs,
-    config_diff, config_file, environment, hint,
+    config_diff, config_file, environment, hint, machine_memory,
     progress::TrainingView,
     protocol::{Assignment, FailureKind, FailureReport, failure_path, flight_path, log_path},
 };
@@ -71,6 +71,13 @@ pub(crate) fn run(
         return report_on_rank_0(env, problems);
     }
     if assignment.is_none()
+        && let Err(refused) =
+            machine_memory::refuse_too_large(&config, env.local_world_size, env.world_size)
+    {
+        // Machines differ: the first rank of each reports for its machine.
+        return report_if(env.local_rank == 0, refused);
+    }
+    if assignment.is_none()
         && let Err(refused) = config_diff::refuse_changes(&config, &args.accept_changes)
     {
         return report_on_rank_0(env, refused);
@@ -112,7 +119,11 @@ pub(crate) fn run(
 
 /// Returns an error that all ranks find on rank 0 alone.
 fn report_on_rank_0(env: &RankEnv, error: anyhow::Error) -> Result<ExitCode> {
-    if env.rank == 0 {
+    report_if(env.rank == 0, error)
+}
+
+fn report_if(reports: bool, error: anyhow::Error) -> Result<ExitCode> {
+    if reports {
         Err(error)
     } else {
         Ok(ExitCode::FAILURE)
@@ -157,7 +168,7 @@ pub(crate) fn finalize_mpi() {
 
 /// Has the kernel kill this process when the launcher that started it ends.
 pub(crate) fn exit_with_launcher() -> Result<()> {
-    let Ok(launcher) = std::env::var(environment::LAUNCHER_PID) else {
+    let Some(launcher) = environment::launcher_pid()? else {
         return Ok(());
     };
     set_pdeathsig(Signal::SIGKILL).context("cannot request to exit with the launcher")?;
@@ -212,7 +223,7 @@ impl RankStart<'_> {
             signal_hook::flag::register(signal, stop.clone()).context("cannot handle signals")?;
         }
         // Before set_cpu_affinity, which reduces the processors that this rank sees.
-        tch::set_num_threads(threads(env) as i32);
+        tch::set_num_threads(threads(env)? as i32);
         let device = parallel::accelerator(&config.run.device, env.local_rank)?;
         set_cpu_affinity(config.run.cpu_affinity, env, device.numa_node());
         let timeout = Duration::from_secs(config.run.timeout_s);
@@ -419,13 +430,15 @@ fn set_cpu_affinity(affinity: CpuAffinity, env: &RankEnv, device_node: Option<us
 }
 
 /// Returns the rank's number of threads: `OMP_NUM_THREADS`, else its share of the processors.
-fn threads(env: &RankEnv) -> usize {
-    let requested = std::env::var("OMP_NUM_THREADS").ok();
-    if let Some(threads) = requested.and_then(|text| text.parse().ok()) {
-        return threads;
+///
+/// # Errors
+/// If the variable is no number of threads.
+fn threads(env: &RankEnv) -> Result<usize> {
+    if let Some(threads) = environment::requested_threads()? {
+        return Ok(threads);
     }
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    (processors / env.local_world_size.max(1)).max(1)
+    Ok((processors / env.local_world_size.max(1)).max(1))
 }
 
 /// Returns the unigram entropy that `moerun data prepare` left next to the first source.

@@ -1,7 +1,10 @@
 //! `keepers.json` in a run's folder: where a later launcher and tools find the run's keepers.
 
-use crate::hint::{WithHint, hinted};
-use anyhow::{Context, Result, anyhow};
+use crate::{
+    argument_ranges::MAX_RANKS,
+    hint::{WithHint, hinted},
+};
+use anyhow::{Context, Result, anyhow, bail};
 use checkpoint::keeper::{Peer, Secret, Status};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -14,6 +17,9 @@ use std::{
     path::{Path, PathBuf},
     time::Duration,
 };
+
+/// Most restarts of a run, and most batches that it skips before a step.
+const MAX_COUNT: u64 = 1_000_000_000;
 
 const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -74,10 +80,38 @@ impl KeeperRegistry {
                 return Err(error).with_context(|| format!("cannot read {}", path.display()));
             }
         };
-        serde_json::from_slice(&text)
+        let registry = serde_json::from_slice(&text).map_err(anyhow::Error::from);
+        registry
+            .and_then(KeeperRegistry::checked)
             .map(Some)
             .with_context(|| format!("{} is damaged", path.display()))
             .hint("remove it to start without keepers")
+    }
+
+    /// Refuses numbers that no launcher writes.
+    fn checked(self) -> Result<KeeperRegistry> {
+        let keepers = self.keepers.len();
+        let spares = self.spares;
+        if spares > keepers {
+            bail!("spares is {spares}, but it lists {keepers} keepers");
+        }
+        let generation = self.generation;
+        if generation > MAX_COUNT {
+            bail!("generation is {generation}; it must be at most {MAX_COUNT}");
+        }
+        for KeeperEntry { pid, machine, .. } in &self.keepers {
+            // Process 1 is the system's; signals to 0 and below go to many processes.
+            if *pid < 2 {
+                bail!("pid is {pid}; it must be at least 2");
+            }
+            if *machine as u64 >= MAX_RANKS {
+                bail!("machine is {machine}; it must be below {MAX_RANKS}");
+            }
+        }
+        if let Some((step, batches)) = self.skipped_batches.iter().find(|(_, n)| **n > MAX_COUNT) {
+            bail!("skipped_batches of step {step} is {batches}; it must be at most {MAX_COUNT}");
+        }
+        Ok(self)
     }
 
     /// Writes the registry, readable by this user only.

@@ -239,6 +239,25 @@ impl Mesh {
         (0..self.size()).filter(is_member).collect()
     }
 
+    /// Returns this rank's index in its group of the given kind.
+    pub fn position(&self, kind: GroupKind) -> usize {
+        let shape = self.shape;
+        let at = self.coordinates();
+        match kind {
+            GroupKind::World => self.rank,
+            GroupKind::Data => at.data,
+            GroupKind::Tensor => at.tensor,
+            GroupKind::Pipeline => at.pipeline,
+            GroupKind::Context => at.context,
+            GroupKind::DenseReplicas => at.data * shape.context + at.context,
+            GroupKind::Stage => self.rank % self.ranks_per_stage(),
+            GroupKind::Sequence => at.context * shape.tensor + at.tensor,
+            GroupKind::Vocabulary => at.pipeline * shape.tensor + at.tensor,
+            GroupKind::Expert => at.expert * shape.expert_tensor + at.expert_tensor,
+            GroupKind::ExpertReplicas => at.expert_replica,
+        }
+    }
+
     /// Returns the ranks that hold dense layers with this rank's tensor coordinate in `stages`.
     pub fn dense_replicas_in_stages(&self, stages: &[usize]) -> Vec<usize> {
         let tensor = self.coordinates().tensor;
@@ -261,17 +280,13 @@ impl Mesh {
     /// experts.
     pub fn split_by_node(&self, kind: GroupKind, per_node: usize) -> Option<NodeSplit> {
         let members = self.group(kind);
-        let on_node = |node: usize| -> Vec<usize> {
-            let is_on_node = |rank: &usize| rank / per_node == node;
-            members.iter().copied().filter(is_on_node).collect()
-        };
-        let inside = on_node(self.rank / per_node);
+        let node = self.rank / per_node;
+        let is_inside = |rank: &usize| rank / per_node == node;
+        let inside: Vec<usize> = members.iter().copied().filter(is_inside).collect();
         let position = inside.iter().position(|&rank| rank == self.rank)?;
-        let mut nodes = self.nodes(kind, per_node);
-        nodes.dedup();
-        let even = nodes
-            .iter()
-            .all(|&node| on_node(node).len() == inside.len());
+        let nodes = self.nodes(kind, per_node);
+        let mut members_by_node = nodes.chunk_by(|node, next| node == next);
+        let even = members_by_node.all(|members| members.len() == inside.len());
         let whole = inside.len().is_multiple_of(self.shape.expert_tensor);
         let from_own = members.iter().copied().skip(position);
         let across = from_own.step_by(inside.len()).collect();
@@ -401,7 +416,8 @@ mod tests {
             for group in GroupKind::ALL {
                 for rank in 0..ranks {
                     let members = Mesh::new(shape, rank, ranks).unwrap().group(group);
-                    prop_assert!(members.contains(&rank));
+                    let position = Mesh::new(shape, rank, ranks).unwrap().position(group);
+                    prop_assert_eq!(members.get(position), Some(&rank));
                     prop_assert_eq!(members.len(), expected_size(shape, group));
                     for &member in &members {
                         let its_group = Mesh::new(shape, member, ranks).unwrap().group(group);

@@ -4,13 +4,14 @@
 //! microbatches as the schedule has in flight. Expert load is assumed to be even.
 
 use crate::{
-    config::{Config, Dtype, MoeConfig, QkNorm, RecomputedPart},
+    config::{Config, Dtype, MAX_ESTIMATED_LAYERS, MoeConfig, QkNorm, RecomputedPart},
     model::{ModelPart, PipelineSplit, StagePart, VocabularyShard, parameters::Replicas},
     process_groups::zero_rank_and_size,
 };
 use parallel::{
-    BucketPlan, Coordinates, GroupKind, Mesh, own_rows, pipeline::simulate::simulate, plan_buckets,
+    BucketPlan, Coordinates, Mesh, own_rows, pipeline::simulate::simulate, plan_buckets,
 };
+use std::ops::Range;
 
 /// Limit for the fp32 logits that the loss computes at once.
 const LOGITS_CHUNK_BYTES: u64 = 16 << 20;
@@ -473,16 +474,32 @@ impl Config {
     /// # Errors
     /// If the configuration cannot run on `ranks` ranks.
     pub fn memory(&self, ranks: usize) -> Result<Vec<RankMemory>, String> {
+        self.memory_of(0..ranks, ranks)
+    }
+
+    /// Estimates the memory of some of `ranks` ranks.
+    ///
+    /// # Errors
+    /// If the configuration cannot run on `ranks` ranks, or there is too much to estimate.
+    pub fn memory_of(&self, wanted: Range<usize>, ranks: usize) -> Result<Vec<RankMemory>, String> {
         let mesh = self.mesh(0, ranks)?;
+        let layers = self.model.layers.div_ceil(self.parallel.pipeline);
+        if wanted.len().saturating_mul(layers) > MAX_ESTIMATED_LAYERS {
+            return Err(format!(
+                "the memory of {} ranks with {layers} of model.layers each takes too long to \
+                 estimate; ranks x layers may be {MAX_ESTIMATED_LAYERS}",
+                wanted.len()
+            ));
+        }
         let plan = self.pipeline_plan(self.microbatches(&mesh, self.largest_batch()))?;
         let order = &plan.schedule.order;
         let timeline = simulate(&plan.schedule, &self.costs(order, &plan.layers));
         let mut memory = Vec::new();
-        for rank in 0..ranks {
+        for rank in wanted {
             let mesh = self.mesh(rank, ranks)?;
             let coordinates = mesh.coordinates();
             let split = PipelineSplit {
-                ranks: mesh.group(GroupKind::Pipeline).len(),
+                ranks: mesh.shape().pipeline,
                 placement: order.placement,
                 layers: &plan.layers,
                 shares_vocabulary: order.vocabulary.is_some(),

@@ -194,9 +194,7 @@ pub(crate) fn zero_rank_and_size(
         Replicas::Expert => GroupKind::ExpertReplicas,
     };
     let size = zero_group_size(mesh, config, replicas);
-    let group = mesh.group(kind);
-    let own = group.iter().position(|&rank| rank == mesh.rank());
-    (own.unwrap_or(0) % size, size)
+    (mesh.position(kind) % size, size)
 }
 
 /// Creates the groups of `members`, which hold the same parameters. Each `size` neighbors shard the

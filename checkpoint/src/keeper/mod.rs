@@ -50,7 +50,7 @@ pub use client::{FillReporter, KeeperClient, SlotMemory};
 pub use connection::{EventStream, Peer};
 pub use error::Error;
 pub use fault::Fault;
-pub use memory_limit::format_mib;
+pub use memory_limit::{format_mib, total_bytes};
 pub use report::{Damage, Event, Inventory, RankStatus, Status};
 pub use snapshot::{PartInfo, Snapshot, SnapshotId};
 pub use topology::{DEFAULT_CHUNK_BYTES, Node, Topology};

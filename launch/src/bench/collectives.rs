@@ -6,8 +6,9 @@ use crate::{
     cli::CollectivesArgs,
     hint::hinted,
     local_ranks::{COLLECTIVE_TIMEOUT, run_on_ranks},
+    machine_memory::refuse_bytes,
 };
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 use parallel::{Backend, Communicator, Cpu, RankEnv, ReduceOp, World};
 use serde_json::{Map, Value, json};
 use std::{process::ExitCode, sync::Arc, time::Instant};
@@ -23,9 +24,8 @@ const OPERATIONS: [&str; 6] = [
 ];
 
 pub(crate) fn run(args: &CollectivesArgs) -> Result<ExitCode> {
-    if args.rounds == 0 || args.ranks < 2 {
-        bail!("--rounds must be at least 1 and --ranks at least 2");
-    }
+    let largest = args.kib.iter().max().copied().unwrap_or(0) as u128;
+    refuse_bytes("bench collectives", (largest << 10) * args.ranks as u128)?;
     if let Some(wrong) = args
         .operation
         .iter()

@@ -11,6 +11,7 @@ use crate::{
     cli::MoeLayerArgs,
     hint::hinted,
     local_ranks::{join_world, run_on_ranks},
+    machine_memory::refuse_bytes,
 };
 use anyhow::{Result, anyhow, bail};
 use moe::{
@@ -40,9 +41,11 @@ const SHARES: [&str; 12] = [
 ];
 
 pub(crate) fn run(args: &MoeLayerArgs) -> Result<ExitCode> {
-    if [args.ranks, args.rounds, args.tokens, args.hidden, args.ffn].contains(&0) {
-        bail!("--ranks, --rounds, --tokens, --hidden and --ffn must be at least 1");
-    }
+    // Inputs, outputs and their gradients of all ranks, and the experts' weights.
+    let rows = (args.tokens * args.ranks * args.hidden.max(args.ffn)) as u128;
+    let experts = args.experts.unwrap_or(2 * args.ranks) as u128;
+    let weights = experts * (args.hidden * args.ffn) as u128;
+    refuse_bytes("bench moe-layer", 4 * (8 * rows + 6 * weights))?;
     let cases = cases(args);
     for case in &cases {
         refuse_impossible(args, case)?;

@@ -4,7 +4,7 @@ use super::{
     figures::{median, round},
     runner::{baseline_line, train, with_temp_dir, write_tokens},
 };
-use crate::{cli::SnapshotBenchArgs, hint::hinted};
+use crate::{cli::SnapshotBenchArgs, hint::hinted, machine_memory::refuse_bytes};
 use anyhow::{Result, anyhow, bail};
 use checkpoint::{
     Checkpoint, ErasureCode, Redundancy, Staging, TensorSlice,
@@ -35,9 +35,7 @@ const CASES: [&str; 9] = [
 ];
 
 pub(crate) fn run(args: &SnapshotBenchArgs) -> Result<ExitCode> {
-    if args.rounds == 0 || args.mib == 0 {
-        bail!("--rounds and --mib must be at least 1");
-    }
+    refuse_bytes("bench snapshot", (args.mib as u128) << 21)?;
     let wanted = |case: &str| args.case.is_empty() || args.case.iter().any(|other| other == case);
     let is_known = |case: &&String| CASES.contains(&case.as_str());
     if let Some(unknown) = args.case.iter().find(|case| !is_known(case)) {

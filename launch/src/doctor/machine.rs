@@ -274,15 +274,15 @@ pub(super) fn disk(config: &Config) -> Finding {
         statvfs(Path::new(dir)).map_or(0, |stat| stat.blocks_available() * stat.fragment_size());
     // fp32 weights and two moments. While the next checkpoint is written, there is one more than
     // are kept.
-    let checkpoints = config.checkpoint.keep + 1;
-    let needed = config.model.num_parameters().total * 12 * checkpoints as u64;
+    let checkpoints = config.checkpoint.keep as u128 + 1;
+    let needed = config.model.num_parameters().total * 12 * checkpoints;
     let detail = format!(
         "{} MiB are free in {}; {checkpoints} checkpoints take about {} MiB",
         free / MIB,
         dir.display(),
-        needed / MIB
+        needed / u128::from(MIB)
     );
-    if free < needed {
+    if u128::from(free) < needed {
         Finding::fail(
             "disk",
             detail,

@@ -11,9 +11,6 @@ use trainer::{RoutingLine, RoutingSample, sample_routing};
 const WIDTH: usize = 96;
 
 pub(crate) fn run(args: &InspectRoutingArgs) -> Result<ExitCode> {
-    if args.segment == 0 || args.slices == 0 {
-        bail!("--segment and --slices must be at least 1");
-    }
     let path = args.run.join("routing.jsonl");
     let text = std::fs::read_to_string(&path)
         .with_context(|| format!("cannot read {}", path.display()))

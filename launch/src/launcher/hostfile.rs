@@ -1,6 +1,6 @@
 //! A hostfile in mpirun's format, and the ssh sessions that start an agent on each of its machines.
 
-use crate::cli::TrainArgs;
+use crate::{argument_ranges::MAX_LOCAL_RANKS, cli::TrainArgs, hint::one_line};
 use anyhow::{Context, Result, anyhow, bail};
 use std::{
     os::unix::process::CommandExt,
@@ -37,12 +37,17 @@ impl Hostfile {
                 .split_whitespace();
             let Some(name) = words.next() else { continue };
             if hosts.names.iter().any(|other| other == name) {
+                let name = one_line(name);
                 return Err(format!("line {number}: {name} is listed twice"));
             }
             let mut slots = None;
             for word in words {
                 let Some(count) = parse_slots(word) else {
-                    return Err(format!("line {number}: {word} is not of the form slots=N"));
+                    let word = one_line(word);
+                    return Err(format!(
+                        "line {number}: {word} is not of the form slots=N, with N from 1 to \
+                         {MAX_LOCAL_RANKS}"
+                    ));
                 };
                 slots = Some(count);
             }
@@ -107,7 +112,9 @@ impl Hostfile {
 
 fn parse_slots(word: &str) -> Option<usize> {
     let count = word.strip_prefix("slots=")?.parse().ok()?;
-    (count > 0).then_some(count)
+    (1..=MAX_LOCAL_RANKS as usize)
+        .contains(&count)
+        .then_some(count)
 }
 
 /// One ssh process for each other machine. Dropping this kills them.
@@ -153,6 +160,16 @@ mod tests {
                 "line 2: every machine needs the same number of slots",
             ),
             ("a slots=x", "line 1: slots=x is not of the form"),
+            ("a slots=0", "line 1: slots=0 is not of the form"),
+            (
+                "a slots=99999999999999999999",
+                "is not of the form slots=N, with N from 1 to 4096",
+            ),
+            (
+                "a \u{1b}[2Jslots",
+                "line 1: \\u001b[2Jslots is not of the form",
+            ),
+            ("a\u{7}\na\u{7}", "line 2: a\\u0007 is listed twice"),
         ] {
             assert!(
                 Hostfile::parse(text).unwrap_err().contains(expected),

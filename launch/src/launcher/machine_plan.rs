@@ -2,12 +2,16 @@
 
 use super::hostfile::Hostfile;
 use crate::{
+    argument_ranges,
     cli::TrainArgs,
     hint::{WithHint, hinted},
 };
 use anyhow::{Context, Result, anyhow, bail};
 use std::net::{SocketAddr, ToSocketAddrs};
 use trainer::config::Config;
+
+/// Most ranks of a run.
+const MAX_RANKS: usize = argument_ranges::MAX_RANKS as usize;
 
 pub(super) struct MachinePlan {
     pub(super) machines: usize,
@@ -56,7 +60,14 @@ impl MachinePlan {
         if spares >= machines {
             bail!("--spare-nodes {spares} leaves none of {machines} machines to train on");
         }
-        Ok(self.ranks_per_machine * (machines - spares))
+        let ranks = self.ranks_per_machine.saturating_mul(machines - spares);
+        if ranks > MAX_RANKS {
+            bail!(
+                "{machines} machines of {} ranks: at most {MAX_RANKS} ranks are possible",
+                self.ranks_per_machine
+            );
+        }
+        Ok(ranks)
     }
 
     /// On one machine, spare nodes are keepers on it.

@@ -24,7 +24,9 @@ mod spawn;
 mod supervisor;
 mod tracker;
 
-use crate::{cli::TrainArgs, config_diff, config_file, hint::WithHint, registry};
+use crate::{
+    cli::TrainArgs, config_diff, config_file, environment, hint::WithHint, machine_memory, registry,
+};
 use anyhow::{Context, Result, anyhow};
 use hostfile::SshSessions;
 use machine_plan::MachinePlan;
@@ -40,13 +42,15 @@ const STORE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Runs the launcher, or on other machines than the first the agent.
 pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode> {
     let plan = MachinePlan::new(args)?;
+    environment::requested_threads()?;
     if args.node_rank > 0 {
         return agent::run(args, args.node_rank, &plan.rendezvous);
     }
     let world_size = plan.world_size(args.spare_nodes)?;
     let mut config = config_file::load(&args.config)?;
     plan.set_ranks_per_node(&mut config, args.spare_nodes)?;
-    config_file::refuse_problems(&args.config, &config, world_size)?;
+    config_file::refuse_problems_and_data(&args.config, &config, world_size)?;
+    machine_memory::refuse_too_large(&config, plan.ranks_per_machine, world_size)?;
     config_diff::refuse_changes(&config, &args.accept_changes)?;
     let dir = config.run.dir.clone();
     let logs = dir.join("logs");

@@ -172,6 +172,21 @@ impl RankProgress {
         }
     }
 
+    /// True if a pass on this rank that is done makes `message`.
+    fn has_made(&self, order: &Order, rank: usize, message: Message) -> bool {
+        let made_by = |kind: PassKind, stage: usize| {
+            let (producer, chunk) = order.rank_and_chunk(stage);
+            let pass = Pass::new(kind, chunk, message.microbatch);
+            producer == rank && self.is_done(pass)
+        };
+        match message.payload {
+            Payload::Activation => {
+                message.stage > 0 && made_by(PassKind::Forward, message.stage - 1)
+            }
+            Payload::Gradient => made_by(PassKind::Backward, message.stage + 1),
+        }
+    }
+
     /// True if `pass` is done; a backward may be split into B and W, of which B counts.
     fn is_done(&self, pass: Pass) -> bool {
         let has = |kind| self.done.contains(&Pass { kind, ..pass });
@@ -216,11 +231,7 @@ fn check_steps(order: &Order, rank: usize, steps: &[Step]) -> Result<(), Schedul
             }
             Step::Send(message, _) => {
                 progress.sent.insert(*message);
-                let makes = |&pass: &Pass| {
-                    let sent = order.sends(rank, pass);
-                    sent.is_some_and(|(made, _)| made == *message)
-                };
-                if !progress.done.iter().any(makes) {
+                if !progress.has_made(order, rank, *message) {
                     return Err(unmatched(message, "is sent before the pass that makes it"));
                 }
             }
@@ -307,10 +318,12 @@ fn check_channel(
         what: format!("sending {message}"),
         problem,
     };
-    if let Some(message) = sent.iter().find(|message| !received.contains(message)) {
+    let all_sent: HashSet<&Message> = sent.iter().collect();
+    let all_received: HashSet<&Message> = received.iter().collect();
+    if let Some(message) = sent.iter().find(|message| !all_received.contains(message)) {
         return Err(unsent(message, format!("rank {to} does not receive it")));
     }
-    if let Some(message) = received.iter().find(|message| !sent.contains(message)) {
+    if let Some(message) = received.iter().find(|message| !all_sent.contains(message)) {
         return Err(ScheduleError::UnmatchedCommunication {
             rank: to,
             what: format!("receiving {message}"),

@@ -1,8 +1,14 @@
 //! Passes and orders as text: `F3`, `B0.1` (chunk 1), one line per rank.
 
-use super::{Collective, CollectiveKind, Message, Order, Pass, PassKind, Payload, Placement};
+use super::{
+    Collective, CollectiveKind, Message, Order, Pass, PassKind, Payload, Placement,
+    schedules::check_size,
+};
 use serde::{Deserialize, Serialize};
 use std::{fmt, str::FromStr};
+
+/// Microbatches and chunks in a text are below this.
+const MAX_NUMBER: usize = 1 << 20;
 
 impl fmt::Display for Pass {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -28,15 +34,16 @@ impl FromStr for Pass {
             .iter()
             .find(|(_, known)| *known == name)
             .map(|(kind, _)| *kind);
-        match (kind, microbatch.parse(), chunk.parse()) {
-            (Some(kind), Ok(microbatch), Ok(chunk)) => Ok(Pass {
+        let small = |number: &str| number.parse().ok().filter(|&number| number < MAX_NUMBER);
+        match (kind, small(microbatch), small(chunk)) {
+            (Some(kind), Some(microbatch), Some(chunk)) => Ok(Pass {
                 kind,
                 chunk,
                 microbatch,
             }),
             _ => Err(format!(
                 "invalid pass {text:?}: write F3, BW3, B3 or W3 for microbatch 3, and F3.1 for the \
-                 rank's second chunk"
+                 rank's second chunk; both are below {MAX_NUMBER}"
             )),
         }
     }
@@ -119,7 +126,16 @@ impl OrderFile {
             .map(|pass: &Pass| pass.microbatch + 1)
             .max()
             .unwrap_or(0);
-        let chunks = self.chunks.max(1);
+        let chunks = self.chunks;
+        if !(1..MAX_NUMBER).contains(&chunks) {
+            return Err(format!(
+                "chunks is {chunks}; it must be from 1 to below {MAX_NUMBER}"
+            ));
+        }
+        if ranks.is_empty() {
+            return Err("ranks is empty: give a line of passes for each rank".to_string());
+        }
+        check_size(ranks.len(), microbatches, chunks)?;
         let placement = self.placement;
         Ok(Order {
             microbatches,
@@ -161,7 +177,15 @@ mod tests {
                 assert_eq!(pass.to_string().parse(), Ok(pass));
             }
         }
-        for wrong in ["", "F", "X1", "F1.", "F-1", "3"] {
+        let large = u64::MAX.to_string();
+        let large = [
+            format!("F{large}"),
+            format!("F0.{large}"),
+            format!("F1{large}"),
+        ];
+        let large: Vec<&str> = large.iter().map(String::as_str).collect();
+        let wrong = ["", "F", "X1", "F1.", "F-1", "3", "F1048576", "F\u{1b}1"];
+        for wrong in wrong.into_iter().chain(large) {
             let error = wrong.parse::<Pass>().unwrap_err();
             assert!(error.contains("invalid pass"), "{wrong}");
         }
@@ -176,5 +200,30 @@ mod tests {
         };
         let error = file.parse().unwrap_err();
         assert!(error.starts_with("rank 1: invalid pass \"Q0\""), "{error}");
+    }
+
+    #[test]
+    fn sizes_that_cannot_be_planned_are_refused() {
+        let with = |chunks: usize, line: &str| OrderFile {
+            placement: Placement::Loop,
+            chunks,
+            ranks: vec![line.to_string()],
+        };
+        for (file, word) in [
+            (with(0, "F0 BW0"), "chunks is 0; it must be from 1"),
+            (with(usize::MAX, "F0 BW0"), "it must be from 1"),
+            (
+                with(1024, "F1048575"),
+                "1 ranks x 1048576 microbatches x 1024 chunks",
+            ),
+        ] {
+            let error = file.parse().unwrap_err();
+            assert!(error.contains(word), "{error}");
+        }
+        let empty = OrderFile {
+            ranks: Vec::new(),
+            ..with(1, "")
+        };
+        assert!(empty.parse().unwrap_err().contains("ranks is empty"));
     }
 }

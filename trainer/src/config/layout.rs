@@ -191,6 +191,7 @@ pub enum ScheduleChoice {
     /// Your own schedule. `moerun plan schedule --yaml` prints an example.
     File {
         /// YAML file with `placement`, `chunks`, and one line of passes per rank.
+        #[schemars(extend("format" = "path"))]
         file: PathBuf,
     },
 }

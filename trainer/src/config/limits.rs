@@ -21,5 +21,13 @@ pub(crate) const MAX_SEQUENCES: usize = 1 << 30;
 pub(crate) const MAX_CHUNKS: usize = 1 << 10;
 /// Nodes of a redundancy group: the erasure code's symbols are bytes.
 pub(crate) const MAX_GROUP: usize = 254;
+/// Checkpoints that a run keeps.
+pub(crate) const MAX_CHECKPOINTS: usize = 1 << 30;
+/// Parameters of a model.
+pub(crate) const MAX_PARAMETERS: u128 = 1 << 50;
+/// Elements of the largest tensor of a microbatch.
+pub(crate) const MAX_ACTIVATION: u128 = 1 << 42;
+/// Layers times ranks of an estimate of memory.
+pub(crate) const MAX_ESTIMATED_LAYERS: usize = 1 << 23;
 /// Thirty years.
 pub(crate) const MAX_SECONDS: u64 = 1_000_000_000;

@@ -27,6 +27,7 @@ pub use layout::{
     ParallelConfig, RecomputeConfig, RecomputedLayers, RecomputedPart, ScheduleChoice,
     VocabularyLayout,
 };
+pub(crate) use limits::MAX_ESTIMATED_LAYERS;
 pub use model::{ModelConfig, MoeConfig, MupConfig, ParameterCount, QkNorm, RouterConfig};
 pub use optimizer::OptimizerConfig;
 pub use pipeline_plan::PipelinePlan;
@@ -43,7 +44,7 @@ pub use snapshot::{
 pub use words::{Auto, AxisSize, MeasuredKeyword, NoneOrAll};
 
 use config_derive::ResumeKeys;
-use limits::{MAX_SECONDS, MAX_SEQUENCES, MAX_TOKENS};
+use limits::{MAX_CHECKPOINTS, MAX_SECONDS, MAX_SEQUENCES, MAX_TOKENS};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -286,7 +287,7 @@ pub struct CheckpointConfig {
     pub every: u64,
     /// Number of checkpoints to keep: the newest ones.
     #[on_resume(free)]
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = MAX_CHECKPOINTS))]
     pub keep: usize,
 }
 

@@ -8,7 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Matrices of a feed-forward network: gate, up and down.
-const FFN_MATRICES: usize = 3;
+const FFN_MATRICES: u128 = 3;
 
 /// The architecture: a decoder-only transformer with MoE layers.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema, ResumeKeys)]
@@ -92,9 +92,10 @@ pub struct ModelConfig {
 /// Number of a model's parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ParameterCount {
-    pub total: u64,
+    /// All parameters. Largest sizes exceed 64 bits.
+    pub total: u128,
     /// Parameters that one token uses: those of its experts and all others.
-    pub active: u64,
+    pub active: u128,
 }
 
 impl ModelConfig {
@@ -130,8 +131,8 @@ impl ModelConfig {
 
     /// Returns the number of parameters.
     pub fn num_parameters(&self) -> ParameterCount {
-        let hidden = self.hidden as u64;
-        let vocabulary = (self.vocab_size * self.hidden) as u64;
+        let hidden = self.hidden as u128;
+        let vocabulary = self.vocab_size as u128 * hidden;
         let copies = if self.tie_embeddings { 1 } else { 2 };
         let ends = vocabulary * copies + hidden;
         let mut count = ParameterCount {
@@ -147,10 +148,10 @@ impl ModelConfig {
     }
 
     fn layer_parameters(&self, layer: usize) -> ParameterCount {
-        let hidden = self.hidden as u64;
+        let hidden = self.hidden as u128;
         let norms = 2 * hidden;
         let shared = self.attention_parameters() + norms;
-        let ffn = |width: usize| (FFN_MATRICES * width) as u64 * hidden;
+        let ffn = |width: usize| FFN_MATRICES * width as u128 * hidden;
         let Some(moe) = self.moe_config(layer) else {
             let all = shared + ffn(self.ffn.unwrap_or(0));
             return ParameterCount {
@@ -158,7 +159,7 @@ impl ModelConfig {
                 active: all,
             };
         };
-        let router = moe.experts as u64 * hidden;
+        let router = moe.experts as u128 * hidden;
         let experts = |count: usize| ffn((count + moe.shared_experts) * moe.ffn);
         ParameterCount {
             total: shared + router + experts(moe.experts),
@@ -166,15 +167,15 @@ impl ModelConfig {
         }
     }
 
-    fn attention_parameters(&self) -> u64 {
-        let head_dim = self.head_dim() as u64;
-        let heads = (self.heads + self.kv_heads()) as u64;
+    fn attention_parameters(&self) -> u128 {
+        let head_dim = self.head_dim() as u128;
+        let heads = (self.heads + self.kv_heads()) as u128;
         let qk_norm = match self.qk_norm {
             QkNorm::None => 0,
             QkNorm::Full => heads * head_dim,
             QkNorm::Head => 2 * head_dim,
         };
-        2 * heads * head_dim * self.hidden as u64 + qk_norm
+        2 * heads * head_dim * self.hidden as u128 + qk_norm
     }
 
     /// Returns the cost of the output layer's forward, in units of a mean layer's GEMMs.

@@ -122,12 +122,14 @@ fn resolve(schema: &Value) -> &Value {
     }
 }
 
-/// Returns a message for each number of a configuration that is outside of its range.
-pub(super) fn range_problems(config: &Config) -> Vec<String> {
-    let value = serde_json::to_value(config).expect("a configuration is plain data");
-    let mut problems = Vec::new();
-    check(schema(), &value, "", &mut problems);
-    problems
+impl Config {
+    /// Returns a message for each number that is outside of its range.
+    pub fn range_problems(&self) -> Vec<String> {
+        let value = serde_json::to_value(self).expect("a configuration is plain data");
+        let mut problems = Vec::new();
+        check(schema(), &value, "", &mut problems);
+        problems
+    }
 }
 
 fn check(schema: &Value, value: &Value, key: &str, problems: &mut Vec<String>) {

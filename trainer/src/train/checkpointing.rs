@@ -466,12 +466,21 @@ pub fn newest_config(root: &Path) -> Result<Option<(PathBuf, Config)>, Error> {
 /// # Errors
 /// If it cannot be read, or could not run.
 pub(crate) fn saved_config(checkpoint: &Checkpoint, state: &RunState) -> Result<Config, Error> {
-    serde_json::from_value(state.config.clone()).map_err(|error| {
+    let manifest = checkpoint.path().join("manifest.json");
+    let failed = |reason: String| {
+        let manifest = manifest.display();
         Error::Resume(format!(
-            "{}: its configuration cannot be read: {error}",
-            checkpoint.path().display()
+            "{manifest}: its configuration cannot be used: {reason}"
         ))
-    })
+    };
+    let config: Config =
+        serde_json::from_value(state.config.clone()).map_err(|error| failed(error.to_string()))?;
+    let problems = config.saved_problems();
+    if problems.is_empty() {
+        Ok(config)
+    } else {
+        Err(failed(problems.join("; ")))
+    }
 }
 
 /// Reads the state of the run from a checkpoint's manifest.

@@ -105,6 +105,8 @@ impl ScheduleKind {
             ));
         }
         let chunks = self.chunks(chunks)?;
+        check_size(ranks, microbatches, chunks)
+            .map_err(|error| format!("{}: {error}", self.name()))?;
         Ok(match self {
             ScheduleKind::GPipe => gpipe::order(ranks, microbatches),
             ScheduleKind::OneFOneB => one_f_one_b::order(ranks, microbatches),
@@ -116,6 +118,27 @@ impl ScheduleKind {
             ScheduleKind::DualPipeV => dual_pipe_v::order(ranks, microbatches)?,
         })
     }
+}
+
+/// Most forward passes of all ranks in a step for which a schedule is made.
+const MAX_FORWARDS: usize = 1 << 17;
+/// Most ranks times messages: each rank of the planner remembers them.
+const MAX_RANK_MESSAGES: usize = 1 << 24;
+
+/// Refuses sizes for which planning would take more than seconds.
+///
+/// # Errors
+/// The sizes and the limit.
+pub(super) fn check_size(ranks: usize, microbatches: usize, chunks: usize) -> Result<(), String> {
+    let forwards = ranks.saturating_mul(microbatches).saturating_mul(chunks);
+    let limit = MAX_FORWARDS.min(MAX_RANK_MESSAGES / ranks.max(1));
+    if forwards > limit {
+        return Err(format!(
+            "{ranks} ranks x {microbatches} microbatches x {chunks} chunks = {forwards} forward \
+             passes; at most {limit} can be planned on {ranks} ranks"
+        ));
+    }
+    Ok(())
 }
 
 fn fixed_chunks(kind: ScheduleKind, chunks: usize, wanted: Option<usize>) -> Result<usize, String> {

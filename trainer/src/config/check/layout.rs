@@ -211,12 +211,19 @@ impl Config {
         if per_node == 0 || !moe.dispatch.hierarchical() {
             return;
         }
-        let meshes = (0..ranks).filter_map(|rank| self.mesh(rank, ranks).ok());
-        let error = meshes
-            .map(|mesh| hierarchical_groups(&mesh, per_node))
-            .find_map(Result::err);
-        if let Some(error) = error {
-            problems.add(error);
+        // Members of a group agree whether nodes divide it.
+        let mut is_checked = vec![false; ranks];
+        for rank in 0..ranks {
+            let Some(mesh) = self.mesh(rank, ranks).ok().filter(|_| !is_checked[rank]) else {
+                continue;
+            };
+            if let Err(error) = hierarchical_groups(&mesh, per_node) {
+                problems.add(error);
+                return;
+            }
+            for member in mesh.group(GroupKind::Expert) {
+                is_checked[member] = true;
+            }
         }
     }
 }

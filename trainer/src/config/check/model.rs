@@ -1,7 +1,10 @@
 //! Checks of the section `model`.
 
 use super::problems::{Problems, Quantity};
-use crate::config::{Config, LeastLoadedConfig, MoeConfig, RouterConfig};
+use crate::config::{
+    Config, LeastLoadedConfig, MoeConfig, RouterConfig,
+    limits::{MAX_ACTIVATION, MAX_PARAMETERS},
+};
 
 impl Config {
     pub(super) fn check_model(&self, problems: &mut Problems) {
@@ -18,6 +21,41 @@ impl Config {
         }
         if let Some(moe) = &model.moe {
             check_moe(moe, problems);
+        }
+    }
+
+    /// Checks that products of sizes stay far below 64 bits. No machine holds such tensors.
+    pub(super) fn check_sizes(&self, problems: &mut Problems) {
+        let model = &self.model;
+        let parameters = model.num_parameters().total;
+        if parameters > MAX_PARAMETERS {
+            problems.add(format!(
+                "model.hidden {}, layers {}, heads, vocab_size and ffn (also of moe.experts) make \
+                 {parameters} parameters; at most {MAX_PARAMETERS} are possible",
+                model.hidden, model.layers
+            ));
+        }
+        let attention = model.heads.max(model.kv_heads()) * model.head_dim();
+        let dense = [
+            model.hidden,
+            attention,
+            model.ffn.unwrap_or(0),
+            model.vocab_size,
+        ];
+        let moe = model.moe.iter().flat_map(|moe| {
+            let routed = moe.top_k * moe.ffn.max(model.hidden) * self.parallel.expert_tensor;
+            [routed, moe.shared_experts * moe.ffn, moe.experts]
+        });
+        let widest = dense.into_iter().chain(moe).max().unwrap_or(0);
+        let micro_batch = self.train.micro_batch;
+        let length = self.data.sequence_length;
+        let tokens = (micro_batch * length / self.parallel.context).max(1);
+        let elements = widest as u128 * tokens as u128;
+        if elements > MAX_ACTIVATION {
+            problems.add(format!(
+                "train.micro_batch {micro_batch} x data.sequence_length {length} tokens with up to \
+                 {widest} values each are {elements} values; at most {MAX_ACTIVATION} are possible"
+            ));
         }
     }
 
