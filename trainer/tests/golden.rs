@@ -75,7 +75,7 @@ fn experts(experts: usize, top_k: usize, ffn: usize, normalize: bool) -> MoeConf
     MoeConfig {
         router: RouterConfig {
             score: Score::Softmax,
-            normalize,
+            normalize: Some(normalize),
             ..RouterConfig::default()
         },
         // HF's loss is top_k times ours, taken once over all layers.
