@@ -67,7 +67,7 @@ fn documents(folder: &Path, eod_mask_loss: bool) -> Config {
     serde_json::from_value(config).unwrap()
 }
 
-/// Keeps warnings only.
+/// A progress report of which only the warnings are kept.
 #[derive(Default)]
 struct Warnings(Vec<String>);
 

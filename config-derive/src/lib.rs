@@ -11,7 +11,10 @@
 use proc_macro::TokenStream;
 use proc_macro2::TokenStream as Tokens;
 use quote::quote;
-use syn::{Data, DeriveInput, Error, Field, Fields, Ident, Result, parse_macro_input};
+use syn::{Attribute, Data, DeriveInput, Error, Field, Fields, Ident, Result, parse_macro_input};
+
+const MISSING: &str = "say what a change of this key means on a resume: #[on_resume(free)], \
+    (reported), (refused) or (section)";
 
 /// Implements `ResumeKeys` for a struct whose fields all have an `#[on_resume(..)]` attribute.
 #[proc_macro_derive(ResumeKeys, attributes(on_resume))]
@@ -29,7 +32,10 @@ fn expand(input: &DeriveInput) -> Result<Tokens> {
     let Fields::Named(fields) = &data.fields else {
         return Err(Error::new_spanned(name, "the fields need names"));
     };
-    let keys = fields.named.iter().map(key).collect::<Result<Vec<_>>>()?;
+    let mut keys = Vec::new();
+    for field in &fields.named {
+        keys.push(key(field)?);
+    }
     Ok(quote! {
         impl crate::config::ResumeKeys for #name {
             const KEYS: &'static [crate::config::ResumeKey] = &[#(#keys),*];
@@ -40,13 +46,13 @@ fn expand(input: &DeriveInput) -> Result<Tokens> {
 fn key(field: &Field) -> Result<Tokens> {
     let name = field.ident.as_ref().map(Ident::to_string);
     let field_type = &field.ty;
-    let attribute = field
-        .attrs
-        .iter()
-        .find(|attribute| attribute.path().is_ident("on_resume"))
-        .ok_or_else(|| Error::new_spanned(field, "say what a change of this key means on a resume: #[on_resume(free)], (reported), (refused) or (section)"))?;
+    let is_wanted = |attribute: &&Attribute| attribute.path().is_ident("on_resume");
+    let Some(attribute) = field.attrs.iter().find(is_wanted) else {
+        return Err(Error::new_spanned(field, MISSING));
+    };
     let class: Ident = attribute.parse_args()?;
-    let effect = match class.to_string().as_str() {
+    let word = class.to_string();
+    let effect = match word.as_str() {
         "free" => quote!(Effect(crate::config::ResumeEffect::Free)),
         "reported" => quote!(Effect(crate::config::ResumeEffect::Reported)),
         "refused" => quote!(Effect(crate::config::ResumeEffect::Refused)),

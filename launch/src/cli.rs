@@ -113,13 +113,28 @@ pub(crate) struct ChaosArgs {
     )]
     pub(crate) kinds: Vec<crate::fault::FaultKind>,
     /// Mean number of steps between faults
-    #[arg(long, default_value_t = 5, value_name = "STEPS", value_parser = value_parser!(u64).range(1..=1_000_000_000))]
+    #[arg(
+        long,
+        default_value_t = 5,
+        value_name = "STEPS",
+        value_parser = value_parser!(u64).range(1..=1_000_000_000)
+    )]
     pub(crate) gap: u64,
     /// Time of a step: a fault comes at a random time within it
-    #[arg(long, default_value_t = 20, value_name = "MS", value_parser = value_parser!(u64).range(0..=1_000_000_000))]
+    #[arg(
+        long,
+        default_value_t = 20,
+        value_name = "MS",
+        value_parser = value_parser!(u64).range(0..=1_000_000_000)
+    )]
     pub(crate) step_ms: u64,
     /// Fail if the run makes no progress for this long
-    #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = value_parser!(u64).range(1..=1_000_000_000))]
+    #[arg(
+        long,
+        default_value_t = 60,
+        value_name = "SECONDS",
+        value_parser = value_parser!(u64).range(1..=1_000_000_000)
+    )]
     pub(crate) timeout_s: u64,
 }
 
@@ -131,7 +146,13 @@ pub(crate) struct DoctorArgs {
     #[arg(long = "set", value_name = "KEY=VALUE", requires = "config")]
     pub(crate) set: Vec<String>,
     /// Ranks to start on this machine; ignored for ranks of another launcher
-    #[arg(short = 'n', long, default_value_t = 2, value_name = "N", value_parser = whole(1..=MAX_LOCAL_RANKS))]
+    #[arg(
+        short = 'n',
+        long,
+        default_value_t = 2,
+        value_name = "N",
+        value_parser = whole(1..=MAX_LOCAL_RANKS)
+    )]
     pub(crate) nproc_per_node: usize,
     /// Port of the rendezvous; 0 takes any free port
     #[arg(long, default_value_t = 0, value_name = "PORT", alias = "master_port")]
@@ -141,7 +162,13 @@ pub(crate) struct DoctorArgs {
 #[derive(Args)]
 pub(crate) struct ConformanceArgs {
     /// Ranks to start on this machine; ignored for ranks of another launcher
-    #[arg(short = 'n', long, default_value_t = 2, value_name = "N", value_parser = whole(1..=MAX_LOCAL_RANKS))]
+    #[arg(
+        short = 'n',
+        long,
+        default_value_t = 2,
+        value_name = "N",
+        value_parser = whole(1..=MAX_LOCAL_RANKS)
+    )]
     pub(crate) nproc_per_node: usize,
     /// Communication backend: auto, gloo, mpi, nccl or hccl
     #[arg(long, default_value = "auto", value_name = "BACKEND")]
@@ -173,13 +200,23 @@ pub(crate) struct InspectRoutingArgs {
     #[arg(long, default_value_t = 4, value_name = "N", value_parser = whole(1..=1_000_000))]
     pub(crate) slices: usize,
     /// Length of the segments over which consistency is measured
-    #[arg(long, default_value_t = 16, value_name = "TOKENS", value_parser = whole(1..=1_000_000_000))]
+    #[arg(
+        long,
+        default_value_t = 16,
+        value_name = "TOKENS",
+        value_parser = whole(1..=1_000_000_000)
+    )]
     pub(crate) segment: usize,
     /// Experts in the simulated cache [default: twice top_k]
     #[arg(long, value_name = "EXPERTS", value_parser = whole(1..=65_536))]
     pub(crate) cache: Option<usize>,
     /// Tokens of validation text to route
-    #[arg(long, default_value_t = 8192, value_name = "TOKENS", value_parser = whole(1..=1_000_000_000))]
+    #[arg(
+        long,
+        default_value_t = 8192,
+        value_name = "TOKENS",
+        value_parser = whole(1..=1_000_000_000)
+    )]
     pub(crate) tokens: usize,
     /// Also write the picture to this file
     #[arg(long, value_name = "FILE")]
@@ -214,10 +251,24 @@ pub(crate) struct SurvivalArgs {
     #[arg(long, default_value_t = 30.0, value_name = "DAYS", value_parser = positive_time)]
     pub(crate) days: f64,
     /// Largest number of data nodes per group, comma separated; combined with each --parity
-    #[arg(long, value_delimiter = ',', default_value = "4,7", value_name = "N", value_parser = whole(1..=254))]
+    #[arg(
+        long,
+        value_delimiter = ',
+        ',
+        default_value = "4,7",
+        value_name = "N",
+        value_parser = whole(1..=254)
+    )]
     pub(crate) data: Vec<usize>,
     /// Nodes of a group that may be lost, comma separated
-    #[arg(long, value_delimiter = ',', default_value = "1,2", value_name = "N", value_parser = whole(1..=254))]
+    #[arg(
+        long,
+        value_delimiter = ',
+        ',
+        default_value = "1,2",
+        value_name = "N",
+        value_parser = whole(1..=254)
+    )]
     pub(crate) parity: Vec<usize>,
     /// Time between snapshots
     #[arg(long, default_value_t = 60.0, value_name = "SECONDS", value_parser = time)]
@@ -226,7 +277,12 @@ pub(crate) struct SurvivalArgs {
     #[arg(long, default_value_t = 10.0, value_name = "SECONDS", value_parser = time)]
     pub(crate) restart_s: f64,
     /// Also simulate this many windows
-    #[arg(long, default_value_t = 0, value_name = "TRIALS", value_parser = value_parser!(u64).range(0..=1_000_000))]
+    #[arg(
+        long,
+        default_value_t = 0,
+        value_name = "TRIALS",
+        value_parser = value_parser!(u64).range(0..=1_000_000)
+    )]
     pub(crate) simulate: u64,
     /// Seed of the simulation
     #[arg(long, default_value_t = 0, value_name = "SEED")]
@@ -238,10 +294,22 @@ pub(crate) struct ScheduleArgs {
     /// gpipe, 1f1b, interleaved, zb-h1, zb-v, v-half, v-min, dualpipe-v, or a YAML file
     pub(crate) schedule: String,
     /// Ranks of the pipeline; ignored for a file
-    #[arg(short = 'n', long, default_value_t = 4, value_name = "P", value_parser = whole(1..=MAX_RANKS))]
+    #[arg(
+        short = 'n',
+        long,
+        default_value_t = 4,
+        value_name = "P",
+        value_parser = whole(1..=MAX_RANKS)
+    )]
     pub(crate) ranks: usize,
     /// Microbatches of a step; ignored for a file
-    #[arg(short, long, default_value_t = 8, value_name = "M", value_parser = whole(1..=1_073_741_824))]
+    #[arg(
+        short,
+        long,
+        default_value_t = 8,
+        value_name = "M",
+        value_parser = whole(1..=1_073_741_824)
+    )]
     pub(crate) microbatches: usize,
     /// Model chunks per rank, for interleaved
     #[arg(long, value_name = "C", value_parser = whole(1..=1024))]
@@ -283,7 +351,13 @@ pub(crate) struct MeshArgs {
     #[command(flatten)]
     pub(crate) config: ConfigArgs,
     /// Ranks of the run
-    #[arg(short = 'n', long, default_value_t = 1, value_name = "N", value_parser = whole(1..=MAX_RANKS))]
+    #[arg(
+        short = 'n',
+        long,
+        default_value_t = 1,
+        value_name = "N",
+        value_parser = whole(1..=MAX_RANKS)
+    )]
     pub(crate) ranks: usize,
 }
 
@@ -316,7 +390,12 @@ pub(crate) struct LayoutsArgs {
     #[arg(long, default_value_t = 3, value_name = "N", value_parser = whole(1..=10000))]
     pub(crate) rounds: usize,
     /// Steps per round; the first two do not count, the last is traced
-    #[arg(long, default_value_t = 10, value_name = "N", value_parser = value_parser!(u64).range(4..=100000))]
+    #[arg(
+        long,
+        default_value_t = 10,
+        value_name = "N",
+        value_parser = value_parser!(u64).range(4..=100000)
+    )]
     pub(crate) steps: u64,
     /// Command to measure in the same run; its last line is JSON with `tokens_per_s`
     #[arg(long, value_name = "COMMAND")]
@@ -337,7 +416,13 @@ pub(crate) struct CollectivesArgs {
         value_name = "KIB", value_parser = whole(1..=16_777_216))]
     pub(crate) kib: Vec<usize>,
     /// Ranks with one thread each; ignored under mpirun
-    #[arg(short = 'n', long, default_value_t = 2, value_name = "N", value_parser = whole(2..=MAX_LOCAL_RANKS))]
+    #[arg(
+        short = 'n',
+        long,
+        default_value_t = 2,
+        value_name = "N",
+        value_parser = whole(2..=MAX_LOCAL_RANKS)
+    )]
     pub(crate) ranks: usize,
     /// Alternating rounds; medians are reported
     #[arg(long, default_value_t = 15, value_name = "N", value_parser = whole(1..=10000))]
@@ -409,7 +494,13 @@ pub(crate) struct RecomputeArgs {
     #[command(flatten)]
     pub(crate) config: ConfigArgs,
     /// Ranks to start on this machine
-    #[arg(short = 'n', long, default_value_t = 1, value_name = "N", value_parser = whole(1..=MAX_LOCAL_RANKS))]
+    #[arg(
+        short = 'n',
+        long,
+        default_value_t = 1,
+        value_name = "N",
+        value_parser = whole(1..=MAX_LOCAL_RANKS)
+    )]
     pub(crate) nproc_per_node: usize,
     /// Also find and measure the fastest variant in which the most loaded rank's tensors fit
     #[arg(long, value_name = "MIB", value_parser = megabytes)]
@@ -421,7 +512,12 @@ pub(crate) struct RecomputeArgs {
     #[arg(long, default_value_t = 2, value_name = "N", value_parser = whole(1..=10000))]
     pub(crate) rounds: usize,
     /// Steps per round; the first two do not count
-    #[arg(long, default_value_t = 8, value_name = "N", value_parser = value_parser!(u64).range(4..=100000))]
+    #[arg(
+        long,
+        default_value_t = 8,
+        value_name = "N",
+        value_parser = value_parser!(u64).range(4..=100000)
+    )]
     pub(crate) steps: u64,
 }
 
@@ -431,7 +527,12 @@ pub(crate) struct PipelineArgs {
     #[arg(long, default_value_t = 3, value_name = "N", value_parser = whole(1..=10000))]
     pub(crate) rounds: usize,
     /// Steps per round; the first does not count
-    #[arg(long, default_value_t = 4, value_name = "N", value_parser = value_parser!(u64).range(2..=100000))]
+    #[arg(
+        long,
+        default_value_t = 4,
+        value_name = "N",
+        value_parser = value_parser!(u64).range(2..=100000)
+    )]
     pub(crate) steps: u64,
     /// Size of the vocabulary
     #[arg(long, default_value_t = 32768, value_name = "N", value_parser = whole(1..=16_777_216))]
@@ -531,7 +632,13 @@ pub(crate) struct CheckArgs {
     #[command(flatten)]
     pub(crate) config: ConfigArgs,
     /// Ranks of the run
-    #[arg(short = 'n', long, default_value_t = 1, value_name = "N", value_parser = whole(1..=MAX_RANKS))]
+    #[arg(
+        short = 'n',
+        long,
+        default_value_t = 1,
+        value_name = "N",
+        value_parser = whole(1..=MAX_RANKS)
+    )]
     pub(crate) nproc_per_node: usize,
 }
 
@@ -630,7 +737,13 @@ pub(crate) struct StepArgs {
     #[arg(long, value_name = "COMMAND")]
     pub(crate) baseline: Vec<String>,
     /// Alternating rounds
-    #[arg(long, default_value_t = 5, requires = "baseline", value_name = "N", value_parser = whole(1..=10000))]
+    #[arg(
+        long,
+        default_value_t = 5,
+        requires = "baseline",
+        value_name = "N",
+        value_parser = whole(1..=10000)
+    )]
     pub(crate) rounds: usize,
 }
 

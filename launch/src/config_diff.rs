@@ -19,7 +19,7 @@ pub(crate) struct ChangeRecord<'a> {
     step: u64,
     /// Changed keys, except those that results do not depend on.
     changes: Vec<ChangedKey<'a>>,
-    /// What happened to tensors and other state that only one side has.
+    /// Outcomes of tensors and other state that only one side has.
     notes: &'a [String],
 }
 

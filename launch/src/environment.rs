@@ -23,8 +23,8 @@ const MAX_BRACKETS: usize = 8;
 const MAX_RESTARTS: u64 = 1_000_000_000;
 const PORTS: RangeInclusive<u64> = 1..=65_535;
 
-/// Returns the number of threads that `OMP_NUM_THREADS` asks for, if it is set. Of a list for nested
-/// parallelism it is the first.
+/// Returns the number of threads that `OMP_NUM_THREADS` asks for, if it is set. Of a list for
+/// nested parallelism it is the first.
 ///
 /// # Errors
 /// If it is no number from 1 to 4096.

@@ -7,6 +7,7 @@ use crate::{
     lending::weights::LentWeights,
     plan::{chunk_range, count_tokens_by_group, count_tokens_per_expert, group_ranges},
     router::{Router, Routing},
+    selection_gap,
 };
 use parallel::{
     Activation, Communicator, ReduceOp, Weight, Work, linear_f32, tensor::TensorParallel,
@@ -171,6 +172,9 @@ impl MoeLayer {
         let logits_te = linear_f32(x_td, &self.weights.router)?;
         let bias = self.weights.bias.lock();
         let bias = bias.as_ref().map(Tensor::shallow_clone);
+        if recorded_experts.is_none() {
+            selection_gap::record(&self.router, &logits_te, bias.as_ref());
+        }
         self.router
             .route(&logits_te, bias.as_ref(), recorded_experts, groups)
     }

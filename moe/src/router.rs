@@ -1,7 +1,6 @@
 //! The router: selects the experts of each token, and computes their routing weights.
 // Shapes: T tokens, E experts, K selected experts, G groups of tokens.
 
-use crate::selection_gap;
 use kernels::{RouterOutput, RouterScoring};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -90,10 +89,7 @@ impl Router {
         let logits = logits_te.detach();
         let experts_tk = match recorded_tk {
             Some(recorded_tk) => recorded_tk.shallow_clone(),
-            None => {
-                selection_gap::record(self, &logits, bias_e);
-                tch::no_grad(|| self.select_experts(&logits, bias_e))
-            }
+            None => tch::no_grad(|| self.select_experts(&logits, bias_e)),
         };
         if !kernels::supports_router(&logits) {
             return Ok(self.route_with_libtorch(&logits_te, experts_tk, groups));

@@ -1,4 +1,4 @@
-//! How close a token came to selecting other experts.
+//! The gap between the experts that a token selects and the next best ones.
 //!
 //! Rounding may decide between scores that are almost equal. Two layouts round differently, so a
 //! comparison of their results needs to know such ties.

@@ -58,8 +58,7 @@ pub(crate) struct Trace {
     /// Routed tokens that a helper computed.
     pub(crate) lent_tokens: u64,
     pub(crate) moved: u64,
-    /// How close a token on rank 0 came to selecting other experts, see
-    /// [`moe::smallest_gap_during`].
+    /// Smallest gap of a token on rank 0 to other experts, see [`moe::smallest_gap_during`].
     pub(crate) smallest_gap: f64,
 }
 

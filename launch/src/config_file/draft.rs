@@ -141,7 +141,7 @@ impl<'a> Draft<'a> {
     }
 }
 
-/// A complete configuration.
+/// A configuration whose keys were all read, and what is wrong with them.
 pub(super) struct FinishedDraft {
     /// With other values in place of those that `problems` names.
     pub(super) config: Config,

@@ -191,9 +191,15 @@ mod tests {
                         assert!(form.contains(&form.stand_in()), "{node}");
                         *checked += 1;
                     }
-                    map.values().for_each(|child| walk(child, checked));
+                    for child in map.values() {
+                        walk(child, checked);
+                    }
                 }
-                Value::Array(list) => list.iter().for_each(|child| walk(child, checked)),
+                Value::Array(list) => {
+                    for child in list {
+                        walk(child, checked);
+                    }
+                }
                 _ => {}
             }
         }

@@ -18,7 +18,7 @@ use std::{cell::RefCell, fmt};
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct BadValue {
     pub(super) path: KeyPath,
-    /// What is wrong, without the key.
+    /// The reason without the key.
     pub(super) reason: String,
 }
 
@@ -51,7 +51,7 @@ pub(super) fn yaml_options() -> Options {
     serde_saphyr::options! { non_finite_float_policy: NonFiniteFloatPolicy::PassThrough }
 }
 
-/// Reads one value.
+/// Reads one value in the form that its key allows.
 struct Reader<'a> {
     forms: Forms,
     path: KeyPath,
@@ -183,10 +183,8 @@ impl<'de> Visitor<'de> for Reader<'_> {
     type Value = Value;
 
     fn expecting(&self, out: &mut fmt::Formatter) -> fmt::Result {
-        match self.forms.is_text() {
-            true => write!(out, "text"),
-            false => write!(out, "a value"),
-        }
+        let expected = if self.forms.is_text() { "text" } else { "a value" };
+        out.write_str(expected)
     }
 
     fn visit_none<E>(self) -> Result<Value, E> {

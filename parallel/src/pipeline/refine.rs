@@ -19,8 +19,8 @@ const MIN_SEND: f64 = 0.05;
 const MIN_COLLECTIVE: f64 = 0.1;
 /// Passes that the search simulates before it returns the best order so far: a tenth of a second.
 const PASS_BUDGET: usize = 4_000_000;
-/// Passes in the lists that the search compares before it returns the best order so far. Only orders
-/// with very long lists reach it, whose moves are mostly refused before a simulation.
+/// Passes in the lists that the search compares before it returns the best order so far. Only
+/// orders with very long lists reach it, whose moves are mostly refused before a simulation.
 const COMPARISON_BUDGET: usize = 500_000_000;
 /// The least gain of a move, as a fraction of the step.
 const MIN_GAIN: f64 = 1e-6;

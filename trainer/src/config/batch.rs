@@ -12,7 +12,7 @@ use std::borrow::Cow;
     expecting = "a number of sequences, or a list of stages such as {tokens: 0, sequences: 16}"
 )]
 pub enum BatchSize {
-    /// The same number in every step.
+    /// A constant number of sequences.
     Constant(#[schemars(range(min = 1, max = MAX_SEQUENCES))] usize),
     /// A batch ramp: stages in the order of `tokens`. The first one begins at 0.
     Ramp(Vec<BatchStage>),

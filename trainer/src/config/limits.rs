@@ -29,5 +29,5 @@ pub(crate) const MAX_PARAMETERS: u128 = 1 << 50;
 pub(crate) const MAX_ACTIVATION: u128 = 1 << 42;
 /// Layers times ranks of an estimate of memory.
 pub(crate) const MAX_ESTIMATED_LAYERS: usize = 1 << 23;
-/// Thirty years.
+/// Timeouts: about thirty years.
 pub(crate) const MAX_SECONDS: u64 = 1_000_000_000;

@@ -1,4 +1,4 @@
-//! Constants of AdamW.
+//! The section `optimizer`: constants of AdamW.
 
 use config_derive::ResumeKeys;
 use schemars::JsonSchema;

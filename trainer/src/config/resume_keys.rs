@@ -1,4 +1,4 @@
-//! What a changed key means for a run that resumes. Each key's class is at its declaration.
+//! The effects of changed keys on a run that resumes. Each key declares its own.
 
 use super::Config;
 use serde_json::{Map, Value};
@@ -29,7 +29,7 @@ impl ResumeEffect {
 /// The rule of one key.
 #[derive(Debug, Clone, Copy)]
 pub enum ResumeRule {
-    /// The same effect for the key and everything below it.
+    /// One effect for the key and everything below it.
     Effect(ResumeEffect),
     /// The rules of a section's keys.
     Section(&'static [ResumeKey]),
@@ -57,13 +57,13 @@ impl<T: ResumeKeys> ResumeKeys for Option<T> {
 /// A key that differs between the configuration of a checkpoint and that of the run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct KeyChange {
-    /// The dotted key.
+    /// The dotted key, such as `model.layers`.
     pub key: String,
     /// The value in the checkpoint; null if it is unset.
     pub saved: Value,
     /// The value of the run; null if it is unset.
     pub now: Value,
-    /// What the change means.
+    /// The consequence of the change.
     pub effect: ResumeEffect,
 }
 

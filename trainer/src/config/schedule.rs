@@ -10,8 +10,8 @@ const MAX_DEFAULT_WARMUP: u64 = 100;
 const STEPS_PER_WARMUP_STEP: u64 = 10;
 /// The default decay is this fraction of the run's steps.
 const STEPS_PER_DECAY_STEP: u64 = 5;
-/// The default rate of a model of width [`DEFAULT_RATE_WIDTH`]. `docs/explanation/learning-rates.md`
-/// has the sweep that it was chosen by.
+/// The default rate of a model of width [`DEFAULT_RATE_WIDTH`].
+/// `docs/explanation/learning-rates.md` has the sweep that it was chosen by.
 const DEFAULT_RATE: f64 = 1e-3;
 /// The width of [`DEFAULT_RATE`].
 const DEFAULT_RATE_WIDTH: f64 = 256.0;

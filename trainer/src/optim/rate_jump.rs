@@ -86,8 +86,8 @@ mod tests {
     #[test]
     fn a_larger_batch_makes_power_jump() {
         let saved = "steps: 40, global_batch: 4 | power: {max_lr: 10.0, warmup_steps: 1}";
-        let ramp = "steps: 40, global_batch: [{tokens: 0, sequences: 4}, {tokens: 320, sequences: 16}] \
-                    | power: {max_lr: 10.0, warmup_steps: 1}";
+        let ramp = "steps: 40, global_batch: [{tokens: 0, sequences: 4}, {tokens: 320, \
+                    sequences: 16}] | power: {max_lr: 10.0, warmup_steps: 1}";
         let position = Position {
             step: 10,
             tokens: 320,

@@ -150,7 +150,8 @@ impl StepInRun<'_> {
     }
 
     /// Returns how far a rate without a constant phase has fallen: 0 at its peak, which is the end
-    /// of the warm-up or else the first step. At the end it is 1, or almost 1 if `final_ratio` is 0.
+    /// of the warm-up or else the first step. At the end it is 1, or almost 1 if `final_ratio` is
+    /// 0.
     fn fallen(&self, ramp: &RampConfig) -> f64 {
         let ends_at_zero = ramp.final_ratio == 0.0;
         match self.warmup {

@@ -47,8 +47,8 @@ fn has_kind(name: &str, kinds: &[&str]) -> bool {
     kind.is_some_and(|kind| kinds.contains(&kind))
 }
 
-/// Removes checkpoints under `root` as [`checkpoint::retain`] does, and logs those that stay because
-/// newer ones have fewer parameters.
+/// Removes checkpoints under `root` as [`checkpoint::retain`] does, and logs those that stay
+/// because newer ones have fewer parameters.
 ///
 /// # Errors
 /// If the folder cannot be read, or a checkpoint cannot be removed.

@@ -1,5 +1,5 @@
-//! The number of tokens whose loss counts. It normalizes the cross-entropy, so that it must be known
-//! before the first backward of a step.
+//! The number of tokens whose loss counts. It normalizes the cross-entropy, so that it must be
+//! known before the first backward of a step.
 
 use super::Trainer;
 use crate::{

@@ -23,7 +23,7 @@ mod step_sums;
 mod validation;
 
 pub use checkpointing::{newest_config, retain_checkpoints};
-pub use resume_rules::check_resume;
+pub use resume::check_resume;
 
 use crate::{
     Error,
@@ -68,12 +68,12 @@ pub enum ResumeSource {
     Checkpoint,
 }
 
-/// How a run that resumed differs from the one that saved its state.
+/// Differences between a run that resumed and the one that saved its state.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ResumeReport {
     /// Changed keys that may affect results.
     pub changes: Vec<KeyChange>,
-    /// What happened to state that only one of both has, one line each.
+    /// Outcomes of state that only one of both has, one line each.
     pub notes: Vec<String>,
 }
 

@@ -95,3 +95,20 @@ impl Trainer {
         }
     }
 }
+
+/// Checks the configuration of a run that is about to resume from the newest checkpoint under
+/// `root`, without reading tensors. A checkpoint that cannot be read is left to the resume itself.
+///
+/// # Errors
+/// If a key differs that changes what the saved weights compute.
+pub fn check_resume(config: &Config, accepted: &[String], root: &Path) -> Result<(), Error> {
+    let Some((path, saved)) = checkpointing::newest_config(root)? else {
+        return Ok(());
+    };
+    let rules = ResumeRules {
+        config,
+        accepted,
+        prepare: &|_| {},
+    };
+    rules.check_keys(&path, &saved).map(drop)
+}

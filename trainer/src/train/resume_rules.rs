@@ -1,4 +1,4 @@
-//! What may differ between a checkpoint and the run that resumes from it.
+//! The differences that a run may have from the checkpoint that it resumes from.
 //!
 //! Every key of the configuration has an effect ([`ResumeEffect`]), and every tensor has a
 //! counterpart. The rules are checked before anything is copied or written.
@@ -26,7 +26,7 @@ pub(crate) struct ResumeRules<'a> {
 pub(crate) struct AllowedChanges {
     /// Changes to report, those that were accepted included.
     pub(crate) reported: Vec<KeyChange>,
-    /// What happened to state that only one side has, one line each.
+    /// Outcomes of state that only one side has, one line each.
     pub(crate) notes: Vec<String>,
     accepts_mismatches: bool,
     /// The checkpoint has no biases, because loss-free balancing was off.
@@ -101,23 +101,6 @@ impl ResumeRules<'_> {
     }
 }
 
-/// Checks the configuration of a run that is about to resume from the newest checkpoint under
-/// `root`, without reading tensors. A checkpoint that cannot be read is left to the resume itself.
-///
-/// # Errors
-/// If a key differs that changes what the saved weights compute.
-pub fn check_resume(config: &Config, accepted: &[String], root: &Path) -> Result<(), Error> {
-    let Some((path, saved)) = super::checkpointing::newest_config(root)? else {
-        return Ok(());
-    };
-    let rules = ResumeRules {
-        config,
-        accepted,
-        prepare: &|_| {},
-    };
-    rules.check_keys(&path, &saved).map(drop)
-}
-
 fn is_accepted(key: &str, accepted: &[String]) -> bool {
     accepted.iter().any(|accepted| {
         let rest = key.strip_prefix(accepted.as_str());
@@ -149,7 +132,10 @@ fn state_notes(saved: &Config, now: &Config) -> Vec<String> {
             notes.push("expert placement is on: experts start in order, with loads of 0");
         }
         (true, false) => {
-            notes.push("expert placement is off: experts return to their order, and the recorded loads are dropped");
+            notes.push(
+                "expert placement is off: experts return to their order, and the recorded loads \
+                 are dropped",
+            );
         }
         _ => {}
     }

@@ -284,7 +284,8 @@ proptest! {
         for (warmup_unit, decay_unit) in [
             ("steps", "steps"), ("tokens", "steps"), ("steps", "tokens"), ("tokens", "tokens"),
         ] {
-            let plan = config(&format!("steps: 1, global_batch: {batches} | constant: {{lr: 1.0}}"));
+            let text = format!("steps: 1, global_batch: {batches} | constant: {{lr: 1.0}}");
+            let plan = config(&text);
             let total = plan.tokens_after(0, steps);
             let length = |phase: &str, unit: &str, length: u64, tokens: u64| {
                 let length = if unit == "steps" { length } else { tokens };
@@ -314,7 +315,10 @@ proptest! {
             prop_assert!(rates[top..].windows(2).all(|pair| pair[0] >= pair[1]), "{text}");
             let at_peak = rates.iter().filter(|rate| **rate == 1.0).count() as u64;
             let expected = match name {
-                "wsd" => steps - decay - warmup.max(1).min(steps - decay) + u64::from(decay < steps),
+                "wsd" => {
+                    let stable = steps - decay;
+                    stable - warmup.max(1).min(stable) + u64::from(decay < steps)
+                }
                 "constant" => steps - warmup.max(1) + 1,
                 _ => 1,
             };
