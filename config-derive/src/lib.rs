@@ -37,9 +37,13 @@ fn expand(input: &DeriveInput) -> Result<Tokens> {
         keys.push(key(field)?);
     }
     Ok(quote! {
-        impl crate::config::ResumeKeys for #name {
-            const KEYS: &'static [crate::config::ResumeKey] = &[#(#keys),*];
-        }
+        const _: () = {
+            #[allow(unused_imports)]
+            use crate::config::{ResumeEffect, ResumeKey, ResumeKeys, ResumeRule};
+            impl ResumeKeys for #name {
+                const KEYS: &'static [ResumeKey] = &[#(#keys),*];
+            }
+        };
     })
 }
 
@@ -53,19 +57,19 @@ fn key(field: &Field) -> Result<Tokens> {
     let class: Ident = attribute.parse_args()?;
     let word = class.to_string();
     let effect = match word.as_str() {
-        "free" => quote!(Effect(crate::config::ResumeEffect::Free)),
-        "reported" => quote!(Effect(crate::config::ResumeEffect::Reported)),
-        "refused" => quote!(Effect(crate::config::ResumeEffect::Refused)),
-        "section" => quote!(Section(<#field_type as crate::config::ResumeKeys>::KEYS)),
+        "free" => quote!(Effect(ResumeEffect::Free)),
+        "reported" => quote!(Effect(ResumeEffect::Reported)),
+        "refused" => quote!(Effect(ResumeEffect::Refused)),
+        "section" => quote!(Section(<#field_type as ResumeKeys>::KEYS)),
         _ => {
             let known = "use free, reported, refused or section";
             return Err(Error::new_spanned(class, known));
         }
     };
     Ok(quote! {
-        crate::config::ResumeKey {
+        ResumeKey {
             name: #name,
-            rule: crate::config::ResumeRule::#effect,
+            rule: ResumeRule::#effect,
         }
     })
 }

@@ -253,8 +253,7 @@ pub(crate) struct SurvivalArgs {
     /// Largest number of data nodes per group, comma separated; combined with each --parity
     #[arg(
         long,
-        value_delimiter = ',
-        ',
+        value_delimiter = ',',
         default_value = "4,7",
         value_name = "N",
         value_parser = whole(1..=254)
@@ -263,8 +262,7 @@ pub(crate) struct SurvivalArgs {
     /// Nodes of a group that may be lost, comma separated
     #[arg(
         long,
-        value_delimiter = ',
-        ',
+        value_delimiter = ',',
         default_value = "1,2",
         value_name = "N",
         value_parser = whole(1..=254)

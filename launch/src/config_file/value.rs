@@ -183,7 +183,11 @@ impl<'de> Visitor<'de> for Reader<'_> {
     type Value = Value;
 
     fn expecting(&self, out: &mut fmt::Formatter) -> fmt::Result {
-        let expected = if self.forms.is_text() { "text" } else { "a value" };
+        let expected = if self.forms.is_text() {
+            "text"
+        } else {
+            "a value"
+        };
         out.write_str(expected)
     }
 

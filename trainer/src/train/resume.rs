@@ -6,7 +6,8 @@ use super::{
     resume_rules::ResumeRules,
     run_state::RunState,
 };
-use crate::{Error, optim::rate_jump::rate_jump};
+use crate::{Error, config::Config, optim::rate_jump::rate_jump};
+use std::path::Path;
 
 impl Trainer {
     /// Resumes from the snapshot that the launcher chose, or else from the newest usable checkpoint
