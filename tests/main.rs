@@ -22,4 +22,5 @@ mod previous_version;
 mod resume_changes;
 mod runs;
 mod schedules;
+mod strict_numbers;
 mod wrong_inputs;

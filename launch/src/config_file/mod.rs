@@ -7,6 +7,8 @@ mod key_path;
 mod locate;
 mod old_names;
 mod paths;
+#[cfg(test)]
+mod schema_walk;
 mod suggest;
 mod value;
 
