@@ -179,7 +179,7 @@ fn the_layer_bench_prints_a_line_per_case_and_refuses_wrong_arguments() {
         ),
         (
             &["--ranks", "0"],
-            "--ranks, --rounds, --tokens, --hidden and --ffn must be at least 1",
+            "invalid value '0' for '--ranks <N>': 0 is not in 1..",
         ),
         (
             &["--experts", "7"],

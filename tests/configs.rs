@@ -1,5 +1,6 @@
 //! The files in configs/ and docs/reference/: all can run, or are those that the program generates.
 
+use crate::fixture::Experiment;
 use std::{
     path::{Path, PathBuf},
     process::Command,
@@ -34,7 +35,19 @@ fn ranks(name: &str) -> &'static str {
 
 #[test]
 fn every_configuration_can_run_and_so_can_its_printed_form() {
-    let scratch = tempfile::tempdir().unwrap();
+    let experiment = Experiment::new();
+    // The data of these files need not be here.
+    let data = |name: &str| {
+        let path = experiment.path("data/train");
+        format!("data.{name}=[{{path: {}}}]", path.display())
+    };
+    let train = data("train");
+    let validation = data("validation");
+    let check = |path: &Path, ranks: &str| {
+        let path = path.to_str().unwrap();
+        let data = ["--set", train.as_str(), "--set", validation.as_str()];
+        moerun(&[["config", "check", path, "-n", ranks], data].concat())
+    };
     let mut checked = 0;
     for entry in std::fs::read_dir(project().join("configs")).unwrap() {
         let path = entry.unwrap().path();
@@ -42,10 +55,10 @@ fn every_configuration_can_run_and_so_can_its_printed_form() {
             continue;
         }
         let ranks = ranks(path.file_name().unwrap().to_str().unwrap());
-        let printed = moerun(&["config", "check", path.to_str().unwrap(), "-n", ranks]);
-        let again = scratch.path().join("printed.yaml");
+        let printed = check(&path, ranks);
+        let again = experiment.path("printed.yaml");
         std::fs::write(&again, &printed).unwrap();
-        let reprinted = moerun(&["config", "check", again.to_str().unwrap(), "-n", ranks]);
+        let reprinted = check(&again, ranks);
         let body = |text: &str| text.split_once('\n').unwrap().1.to_string();
         assert_eq!(body(&printed), body(&reprinted));
         checked += 1;

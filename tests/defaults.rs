@@ -134,7 +134,7 @@ fn a_configuration_without_a_schedule_does_not_train_at_rates_for_mup() {
 
 #[test]
 fn check_prints_what_defaults_stand_for() {
-    let experiment = Experiment::without_data();
+    let experiment = Experiment::new();
     without_schedule(&experiment, 128);
     let check = |changes: &[&str]| {
         let mut command = experiment.moerun(&["config", "check", "small.yaml"]);

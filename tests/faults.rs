@@ -649,7 +649,9 @@ fn a_poisoned_snapshot_is_not_retried_forever() {
 fn a_run_that_keeps_diverging_ends_with_an_error() {
     let experiment = Experiment::new();
     let common = [
-        "schedule={constant: {lr: 1e30}}",
+        // Weights grow a hundredfold in each step.
+        "schedule={constant: {lr: 10}}",
+        "optimizer.weight_decay=10",
         "snapshot.every=1",
         "parallel.expert=1",
         "train.grad_clip=0",

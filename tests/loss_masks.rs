@@ -124,14 +124,12 @@ fn the_first_token_of_a_document_need_not_be_predicted() {
 
 /// Returns the configuration of two steps on the data of [`write_data`] and a mask.
 fn masked(folder: &Path, parallel: Value, micro_batch: usize) -> Config {
-    let mut moe = softmax("batch");
-    moe["load_balance_pool_layers"] = json!(true);
     let config = json!({
         "run": {"dir": folder.join("run"), "device": "cpu", "seed": 5},
         "parallel": parallel,
         "model": {
             "vocab_size": VOCAB, "hidden": 24, "layers": 2, "heads": 4, "init_std": 0.1,
-            "moe": moe,
+            "moe": softmax("batch"),
         },
         "data": {
             "train": [{"path": folder.join("tokens"), "mask": folder.join("mask")}],

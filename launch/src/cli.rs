@@ -117,7 +117,7 @@ pub(crate) struct ChaosArgs {
         long,
         default_value_t = 5,
         value_name = "STEPS",
-        value_parser = value_parser!(u64).range(1..=1_000_000_000)
+        value_parser = value_parser!(u64).range(0..=1_000_000_000)
     )]
     pub(crate) gap: u64,
     /// Time of a step: a fault comes at a random time within it

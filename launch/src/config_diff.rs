@@ -55,7 +55,8 @@ pub(crate) fn refuse_changes(config: &Config, accepted: &[String]) -> Result<()>
         }
     }
     let root = config.run.dir.join("checkpoints");
-    Ok(check_resume(config, accepted, &root)?)
+    // The error is complete: its source would be printed a second time.
+    check_resume(config, accepted, &root).map_err(|error| anyhow!("{error}"))
 }
 
 /// Runs `moerun config diff`: prints a line per changed key. Fails if the run could not resume.
