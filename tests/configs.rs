@@ -46,7 +46,7 @@ fn every_configuration_can_run_and_so_can_its_printed_form() {
     let check = |path: &Path, ranks: &str| {
         let path = path.to_str().unwrap();
         let data = ["--set", train.as_str(), "--set", validation.as_str()];
-        moerun(&[["config", "check", path, "-n", ranks], data].concat())
+        moerun(&[&["config", "check", path, "-n", ranks][..], &data[..]].concat())
     };
     let mut checked = 0;
     for entry in std::fs::read_dir(project().join("configs")).unwrap() {

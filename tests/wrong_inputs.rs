@@ -367,7 +367,7 @@ fn numbers_that_do_not_divide() {
     refused(
         &experiment,
         &mut experiment.train(2, &["train.steps=lots"]),
-        &["--set train.steps: invalid type"],
+        &["train.steps is \"lots\""],
     );
     refused(
         &experiment,
