@@ -93,7 +93,7 @@ fn paths_expand_the_home_folder_and_variables() {
     accepted(&mut train("${SCRATCH}/z"));
     assert!(experiment.path("scratch/z/metrics.jsonl").exists());
     refused(&mut train("$NOWHERE/x"), &["run.dir", "NOWHERE"]);
-    refused(&mut train("~somebody/x"), &["run.dir", "~somebody"]);
+    refused(&mut train("~operator/x"), &["run.dir", "~operator"]);
     assert!(!experiment.path("~").exists() && !experiment.path("$SCRATCH").exists());
 }
 
