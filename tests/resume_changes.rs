@@ -314,7 +314,7 @@ fn changed_keys_have_the_effect_of_their_declaration() {
     let effects = Config::resume_effects();
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
     let mut references: BTreeMap<String, Resumed> = BTreeMap::new();
-    let mut in_folder = String::new();
+    let mut in_folder = Value::Null;
     for change in changes(folder.path()) {
         let key = change.key;
         let effect = effects[key].as_str().unwrap();
@@ -322,10 +322,10 @@ fn changed_keys_have_the_effect_of_their_declaration() {
         let mut before = base(folder.path());
         change.prepare(&mut before);
         // A resume alone writes nothing, so most keys share a checkpoint.
-        if before.to_string() != in_folder {
+        if before != in_folder {
             let _ = std::fs::remove_dir_all(folder.path().join("run"));
             train_and_save(&before);
-            in_folder = before.to_string();
+            in_folder = before.clone();
         }
         let reference = references
             .entry(before.to_string())

@@ -211,11 +211,11 @@ fn power_follows_a_batch_ramp() {
     let rates = rates(&config);
     let law = |batch: f64, seen: f64| batch / 4096.0 * 4.0 * seen.powf(-0.51);
     // Seven steps of 16 tokens begin before 100.
-    for step in 0..7 {
-        close(rates[step], law(16.0, (step + 1) as f64 * 16.0));
+    for (step, &rate) in rates[..7].iter().enumerate() {
+        close(rate, law(16.0, (step + 1) as f64 * 16.0));
     }
-    for step in 7..10 {
-        close(rates[step], law(64.0, 112.0 + (step - 6) as f64 * 64.0));
+    for (step, &rate) in rates[7..10].iter().enumerate() {
+        close(rate, law(64.0, 112.0 + (step + 1) as f64 * 64.0));
     }
     let start = law(64.0, 112.0 + 3.0 * 64.0);
     close(rates[10], start * exponential_to_zero(1.0 / 3.0));
