@@ -37,7 +37,7 @@ struct Version {
 }
 
 const VERSION_1: Version = Version {
-    limits: &["memory.limit_in_bytes", "memory.soft_limit_in_bytes"],
+    limits: &["memory.limit_in_bytes"],
     usage: "memory.usage_in_bytes",
     reclaimable: "total_inactive_file",
 };

@@ -25,6 +25,8 @@ mod connection;
 mod daemon;
 mod decide;
 mod fault;
+#[cfg(test)]
+mod fuzz;
 mod handlers;
 mod identity;
 mod inject;

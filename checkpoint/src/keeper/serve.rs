@@ -99,7 +99,8 @@ pub fn run_with_signals(
         ranks: ranks.refusals().clone(),
     });
     let encoding = keeper.clone();
-    Builder::new().spawn(move || encode_all(&encoding, &ids))?;
+    let encoder = Builder::new().name("encoder".into());
+    encoder.spawn(move || encode_all(&encoding, &ids))?;
     let signalled = keeper.clone();
     Builder::new().spawn(move || forward_signals(&signalled, &signals))?;
     ready(address);
