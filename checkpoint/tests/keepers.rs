@@ -469,23 +469,23 @@ impl Flood {
     }
 }
 
-/// Holds up to 500 connections, each of which says nothing, something wrong, or a byte now and then.
+/// Holds up to 500 connections, which say nothing, something wrong, or only the first byte.
 fn flood<S: Write>(is_over: &AtomicBool, connect: impl Fn() -> std::io::Result<S>) -> usize {
     let mut held: VecDeque<S> = VecDeque::new();
     let mut connections = 0;
     while !is_over.load(Ordering::SeqCst) {
         if let Ok(mut stream) = connect() {
             connections += 1;
-            if connections % 3 == 0 {
-                let _ = stream.write_all(&[0x47; 100]);
-            }
+            let said: &[u8] = match connections % 3 {
+                0 => &[0x47; 100],
+                1 => b"m",
+                _ => &[],
+            };
+            let _ = stream.write_all(said);
             held.push_back(stream);
         }
         if held.len() > 500 {
             held.pop_front();
-        }
-        for slow in held.iter_mut().rev().take(3) {
-            let _ = slow.write_all(b"m");
         }
         std::thread::sleep(Duration::from_micros(300));
     }

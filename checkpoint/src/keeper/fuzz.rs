@@ -2,7 +2,6 @@
 
 use super::{
     fault::Fault,
-    memory_limit,
     protocol::{RankRequest, Reply, Request},
     recover::Rebuild,
     serve::{Settings, run},
