@@ -744,47 +744,66 @@ impl World {
         }
     }
 
-    fn apply(&mut self, action: Action) {
+    fn commit(&mut self) {
+        if let Some(id) = self.open.filter(|&id| self.is_complete(id)) {
+            let snapshot = self.snapshot(id);
+            self.keeper.command(Request::Commit(snapshot));
+            self.open = None;
+        }
+    }
+
+    fn abandon(&mut self) {
+        let id = self.open.take().or(self.keeper.state.newest());
+        if let Some(id) = id {
+            self.keeper.command(Request::Abandon(id));
+        }
+    }
+
+    fn pin(&mut self) {
+        if let Some(newest) = self.keeper.state.newest() {
+            self.keeper.command(Request::Pin(newest));
+            self.pinned = Some(newest);
+        }
+    }
+
+    fn put_parity(&mut self, stripe: u64) {
+        let request = Request::PutParity {
+            id: self.open.unwrap_or(id(self.generation, self.step)),
+            local: 0,
+            stripe,
+            bytes: vec![0; PART as usize / 2],
+        };
+        // It may exceed the limit.
+        let _ = self.keeper.ask(request);
+    }
+
+    fn connect(&mut self, rank: usize) {
+        let now = self.keeper.now;
+        self.keeper.state.connect_rank(rank, 100, now);
+        self.connections[rank] += 1;
+    }
+
+    fn die(&mut self, rank: usize) {
+        for _ in 0..std::mem::take(&mut self.connections[rank]) {
+            self.keeper.state.disconnect_rank(rank, 100);
+        }
+    }
+
+    fn act(&mut self, action: Action) {
         match action {
             Action::Reserve(rank) => self.reserve(rank),
             Action::Fill(rank) => self.fill(rank),
-            Action::Release(slot) => {
-                self.ask_as(0, RankRequest::Release { slot });
-            }
-            Action::Commit => {
-                if let Some(id) = self.open.filter(|&id| self.is_complete(id)) {
-                    let snapshot = self.snapshot(id);
-                    self.keeper.command(Request::Commit(snapshot));
-                    self.open = None;
-                }
-            }
-            Action::Abandon => {
-                let id = self.open.take().or(self.keeper.state.newest());
-                if let Some(id) = id {
-                    self.keeper.command(Request::Abandon(id));
-                }
-            }
-            Action::Pin => {
-                if let Some(newest) = self.keeper.state.newest() {
-                    self.keeper.command(Request::Pin(newest));
-                    self.pinned = Some(newest);
-                }
-            }
+            Action::Release(slot) => drop(self.ask_as(0, RankRequest::Release { slot })),
+            Action::Commit => self.commit(),
+            Action::Abandon => self.abandon(),
+            Action::Pin => self.pin(),
             Action::Unpin => {
                 self.keeper.command(Request::Unpin);
                 self.pinned = None;
             }
             Action::Select(some) => self.select(some),
             Action::SetUp => self.set_up(),
-            Action::Parity(stripe) => {
-                let request = Request::PutParity {
-                    id: self.open.unwrap_or(id(self.generation, self.step)),
-                    local: 0,
-                    stripe,
-                    bytes: vec![0; PART as usize / 2],
-                };
-                let _ = self.keeper.ask(request);
-            }
+            Action::Parity(stripe) => self.put_parity(stripe),
             Action::Fetch(rank) => self.fetch(rank),
             Action::Read(rank) => self.read(rank),
             Action::EndRead => {
@@ -794,16 +813,8 @@ impl World {
             }
             Action::Allocate(rank) => self.allocate(rank),
             Action::FinishAllocation => self.finish_allocation(),
-            Action::Connect(rank) => {
-                let now = self.keeper.now;
-                self.keeper.state.connect_rank(rank, 100, now);
-                self.connections[rank] += 1;
-            }
-            Action::Die(rank) => {
-                for _ in 0..std::mem::take(&mut self.connections[rank]) {
-                    self.keeper.state.disconnect_rank(rank, 100);
-                }
-            }
+            Action::Connect(rank) => self.connect(rank),
+            Action::Die(rank) => self.die(rank),
             Action::Signal => {
                 let now = self.keeper.now;
                 self.keeper.state.signal(15, now);
@@ -811,6 +822,10 @@ impl World {
             }
             Action::Wait(seconds) => self.keeper.now += Duration::from_secs(seconds),
         }
+    }
+
+    fn apply(&mut self, action: Action) {
+        self.act(action);
         self.poll();
         for effect in self.keeper.state.take_effects() {
             if let Effect::Free(slot) = effect {
