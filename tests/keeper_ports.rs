@@ -284,7 +284,6 @@ fn keepers_see_the_limits_of_control_groups() {
             "model.moe.ffn=768",
             "model.moe.experts=16",
             "restart.standby=false",
-            "snapshot.every=1",
             "checkpoint.every=0",
         ];
         let train = experiment.train(2, &changes);

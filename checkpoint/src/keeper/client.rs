@@ -15,7 +15,7 @@ const REPLY_TIMEOUT: Duration = Duration::from_millis(500);
 /// Limit while a rank starts, when memory is allocated and parts come from other nodes.
 const STARTUP_TIMEOUT: Duration = Duration::from_secs(120);
 /// Limit of connecting: a keeper whose places are taken turns a client away at first.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 fn connect(socket: &str, secret: &Secret, rank: usize) -> Result<Connection<UnixStream>, Error> {
     let mut connection = connect_local(socket, secret, Purpose::RANK, CONNECT_TIMEOUT)?;
