@@ -171,11 +171,12 @@ impl Slots {
         self.newest = self.newest.max(Some(id));
     }
 
-    /// Drops parts older than `id` that were brought here to be read.
+    /// Drops parts older than `id` in slots that no rank writes: they were brought here to be read,
+    /// or their rank has other slots now. Parts with readers stay, until a later call.
     pub(crate) fn drop_fetched_before(&mut self, id: SnapshotId) {
         for slot in &mut self.slots {
-            let is_fetched = slot.writer.is_none();
-            slot.part.take_if(|part| is_fetched && part.id < id);
+            let is_unneeded = slot.writer.is_none() && slot.pins == 0;
+            slot.part.take_if(|part| is_unneeded && part.id < id);
         }
     }
 
@@ -428,6 +429,20 @@ mod tests {
         slots.unpin_snapshot();
         slots.release(0);
         assert_eq!(slots.reserve(0, snapshot(3), 10, false), None);
+    }
+
+    #[test]
+    fn a_part_that_is_written_to_disk_stays_although_its_rank_has_other_slots() {
+        let mut slots = Slots::default();
+        slots.add(Some(0));
+        slots.reserve(0, snapshot(1), 10, false).unwrap();
+        slots.pin_snapshot(snapshot(1));
+        slots.remove_writer(0);
+        slots.drop_fetched_before(snapshot(2));
+        assert_eq!(slots.find(snapshot(1), 0), Some(0));
+        slots.unpin_snapshot();
+        slots.drop_fetched_before(snapshot(3));
+        assert_eq!(slots.find(snapshot(1), 0), None);
     }
 
     #[test]

@@ -510,7 +510,7 @@ enum Action {
     Fetch(usize),
     Read(usize),
     EndRead,
-    Allocate(usize),
+    Allocate { rank: usize, slots: usize },
     FinishAllocation,
     Connect(usize),
     Die(usize),
@@ -534,7 +534,7 @@ fn action() -> impl Strategy<Value = Action> {
         1 => (2usize..4).prop_map(Action::Fetch),
         3 => (0usize..4).prop_map(Action::Read),
         2 => Just(Action::EndRead),
-        2 => rank().prop_map(Action::Allocate),
+        2 => (rank(), 1usize..7).prop_map(|(rank, slots)| Action::Allocate { rank, slots }),
         2 => Just(Action::FinishAllocation),
         1 => rank().prop_map(Action::Connect),
         1 => rank().prop_map(Action::Die),
@@ -703,11 +703,9 @@ impl World {
         self.waits = waiting;
     }
 
-    fn allocate(&mut self, rank: usize) {
-        let request = RankRequest::Allocate {
-            bytes: PART,
-            slots: 3,
-        };
+    fn allocate(&mut self, rank: usize, slots: usize) {
+        let bytes = PART;
+        let request = RankRequest::Allocate { bytes, slots };
         let decision = self.ask_as(rank, request);
         if let Some(RankDecision::Job(RankJob::Allocate { bytes, missing })) = decision
             && let Ok(grant) = self.keeper.state.grant(bytes, missing, None)
@@ -811,7 +809,7 @@ impl World {
                     self.keeper.state.end_read(slot);
                 }
             }
-            Action::Allocate(rank) => self.allocate(rank),
+            Action::Allocate { rank, slots } => self.allocate(rank, slots),
             Action::FinishAllocation => self.finish_allocation(),
             Action::Connect(rank) => self.connect(rank),
             Action::Die(rank) => self.die(rank),
@@ -873,7 +871,7 @@ proptest! {
     ) {
         let mut world = World::new();
         for rank in [0, 1] {
-            world.allocate(rank);
+            world.allocate(rank, 3);
             world.finish_allocation();
         }
         for action in actions {
