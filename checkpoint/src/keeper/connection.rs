@@ -108,7 +108,7 @@ impl Peer {
     /// See [`Peer`].
     pub fn status(&mut self) -> Result<Status, Error> {
         match self.ask(&Request::Status)? {
-            Reply::Status(status) => Ok(status),
+            Reply::Status(status) => Ok(*status),
             other => Err(unexpected(&other)),
         }
     }

@@ -10,29 +10,22 @@ use super::{
 use crate::secure::Error;
 use std::time::Instant;
 
-/// The answer to a request.
-pub(super) enum Answer {
-    Reply(Reply),
-    /// The connection carries events from now on.
-    Subscribe,
-}
-
-/// Handles a request and returns the answer.
+/// Handles a request. Returns the reply, or none if the connection carries events from now on.
 ///
 /// # Errors
 /// If the keeper cannot do what was requested.
-pub(super) fn handle(keeper: &Keeper, request: Request) -> Result<Answer, Error> {
+pub(super) fn handle(keeper: &Keeper, request: Request) -> Result<Option<Reply>, Error> {
     match keeper.apply(|state| state.decide(request, Instant::now()))? {
         Decision::Reply(Reply::Status(mut status)) => {
             status.refusals = keeper.refusals();
-            Ok(Answer::Reply(Reply::Status(status)))
+            Ok(Some(Reply::Status(status)))
         }
-        Decision::Reply(reply) => Ok(Answer::Reply(reply)),
-        Decision::Subscribe => Ok(Answer::Subscribe),
+        Decision::Reply(reply) => Ok(Some(reply)),
+        Decision::Subscribe => Ok(None),
         Decision::Job(job) => {
             let result = run(keeper, job);
             keeper.apply(|state| state.finish_job(Instant::now()));
-            result.map(Answer::Reply)
+            result.map(Some)
         }
     }
 }

@@ -91,7 +91,7 @@ pub(super) enum Reply {
     Done,
     Refused(String),
     Inventory(Inventory),
-    Status(Status),
+    Status(Box<Status>),
     Damage(Damage),
     Length(u64),
     Bytes(#[serde(with = "serde_bytes")] Vec<u8>),

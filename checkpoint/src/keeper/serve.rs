@@ -142,8 +142,8 @@ fn serve_peer(keeper: &Keeper, admitted: Admitted<TcpStream>) {
     let mut connection = admitted.connection;
     while let Ok(request) = connection.receive::<Request>(None) {
         let reply = match handlers::handle(keeper, request) {
-            Ok(handlers::Answer::Subscribe) => return send_events(keeper, &mut connection),
-            Ok(handlers::Answer::Reply(reply)) => reply,
+            Ok(None) => return send_events(keeper, &mut connection),
+            Ok(Some(reply)) => reply,
             Err(error) => Reply::Refused(error.to_string()),
         };
         let sent = match connection.send(&reply) {

@@ -58,8 +58,8 @@ const IMPURE: [&str; 24] = [
 const IMPURE_MACROS: [&str; 5] = ["print", "println", "eprint", "eprintln", "dbg"];
 
 pub(super) fn check(file: &File, syntax: &syn::File, report: &mut Report) {
-    let is_pure = |pure: &&str| file.path == **pure || is_below(&file.path, pure);
-    if PURE.iter().any(|pure| is_pure(&pure)) {
+    let is_pure = |pure: &&str| file.path == *pure || is_below(&file.path, pure);
+    if PURE.iter().any(is_pure) {
         Uses { file, report }.visit_file(syntax);
     }
 }

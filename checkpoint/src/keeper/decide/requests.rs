@@ -73,7 +73,10 @@ impl State {
                 let inventory = self.inventory();
                 return Ok(Decision::Reply(Reply::Inventory(inventory)));
             }
-            Request::Status => return Ok(Decision::Reply(Reply::Status(self.status(now)))),
+            Request::Status => {
+                let status = Box::new(self.status(now));
+                return Ok(Decision::Reply(Reply::Status(status)));
+            }
             Request::Commit(snapshot) => {
                 check_snapshot(&snapshot)?;
                 self.commit(snapshot);
