@@ -4,18 +4,18 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 /// A restart after a failure.
-#[derive(Debug, Serialize, JsonSchema)]
-pub(crate) struct RestartRecord<'a> {
+#[derive(Debug, Clone, Serialize, JsonSchema)]
+pub(crate) struct RestartRecord {
     /// The generation that begins with this restart. The first start of a run is generation 1.
-    pub(super) generation: u64,
+    pub(crate) generation: u64,
     /// The failure, in one line.
-    pub(super) failure: &'a str,
+    pub(crate) failure: String,
     /// Number of steps that were completed before the failure.
-    pub(super) steps_done: u64,
+    pub(crate) steps_done: u64,
     /// Step of the snapshot that the run resumes from, or null if it resumes from a checkpoint.
-    pub(super) snapshot_step: Option<u64>,
+    pub(crate) snapshot_step: Option<u64>,
     /// The snapshot or checkpoint that the run resumes from, and why not from a newer one.
-    pub(super) resumed_from: &'a str,
+    pub(crate) resumed_from: String,
     /// Step whose batch is skipped because its loss was not finite, or null.
-    pub(super) skipped_step: Option<u64>,
+    pub(crate) skipped_step: Option<u64>,
 }

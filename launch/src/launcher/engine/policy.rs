@@ -7,17 +7,35 @@ use trainer::config::{OnDivergence, RestartConfig};
 const MAX_FAILURES_PER_STEP: usize = 5;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Cause {
+pub(crate) enum Cause {
     /// A restart may help: a rank was killed or hung, a node was lost, or a peer was gone.
     Transient,
     /// The loss of this step, the first one not done, was not finite.
     Diverged { step: u64 },
+    /// The ranks could not read the state that they were to resume from.
+    Restore,
+    /// A rank itself reported an error after its first step.
+    Own,
     /// A rank failed by itself before its first step: it would fail again.
     Permanent,
 }
 
+impl Cause {
+    /// True if the state may be the reason of the failure that came `times` times at one step.
+    ///
+    /// A rank that is killed or a machine that is lost says nothing about the state.
+    fn implicates_state(&self, times: usize) -> bool {
+        match self {
+            Cause::Transient | Cause::Permanent => false,
+            Cause::Restore => true,
+            // The first suspect is the batch, or chance.
+            Cause::Diverged { .. } | Cause::Own => times > 1,
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(crate) enum Verdict {
     /// Restart from the newest snapshot after the first `older`, skipping a batch of one step.
     Restart { older: usize, skipped: Option<u64> },
     /// Give up; None if the failure itself is the reason.
@@ -25,11 +43,13 @@ pub(super) enum Verdict {
 }
 
 #[derive(Debug, Default)]
-pub(super) struct History {
+pub(crate) struct History {
     /// Times of the restarts, in seconds since the start.
     restarts: VecDeque<f64>,
     failing: Option<FailingStep>,
-    pub(super) skipped_batches: BTreeMap<u64, u64>,
+    /// Number of newest snapshots that did not help with this step.
+    distrusted: usize,
+    pub(crate) skipped_batches: BTreeMap<u64, u64>,
 }
 
 /// The step that failed last, and the number of failures without progress beyond it.
@@ -41,7 +61,7 @@ struct FailingStep {
 
 impl History {
     /// Decides about a failure at `now` seconds, with `done` steps done.
-    pub(super) fn decide(
+    pub(crate) fn decide(
         &mut self,
         cause: &Cause,
         done: u64,
@@ -71,7 +91,6 @@ impl History {
             )));
         }
         self.restarts.push_back(now);
-        // The first suspect is the batch; after a second failure it is the state.
         let skipped = match cause {
             Cause::Diverged { step } if times == 1 => Some(*step),
             _ => None,
@@ -79,8 +98,12 @@ impl History {
         if let Some(step) = skipped {
             *self.skipped_batches.entry(step).or_insert(0) += 1;
         }
+        if times == 1 {
+            self.distrusted = 0;
+        }
+        self.distrusted += usize::from(cause.implicates_state(times));
         Verdict::Restart {
-            older: times - 1,
+            older: self.distrusted,
             skipped,
         }
     }
@@ -114,26 +137,36 @@ mod tests {
         }
     }
 
-    fn decide(history: &mut History, done: u64, now: f64) -> Verdict {
-        history.decide(&Cause::Transient, done, now, &RestartConfig::default())
+    fn decide(history: &mut History, cause: Cause, done: u64) -> Verdict {
+        history.decide(&cause, done, 0.0, &RestartConfig::default())
     }
 
     #[test]
     fn a_step_that_fails_again_is_tried_from_older_states_and_then_given_up() {
         let mut history = History::default();
-        assert_eq!(decide(&mut history, 7, 0.0), restart(0));
-        assert_eq!(decide(&mut history, 7, 1.0), restart(1));
+        assert_eq!(decide(&mut history, Cause::Own, 7), restart(0));
+        assert_eq!(decide(&mut history, Cause::Own, 7), restart(1));
         // From an older state, it fails even earlier.
-        assert_eq!(decide(&mut history, 5, 2.0), restart(2));
+        assert_eq!(decide(&mut history, Cause::Own, 5), restart(2));
         // Progress resets the count.
-        assert_eq!(decide(&mut history, 8, 3.0), restart(0));
+        assert_eq!(decide(&mut history, Cause::Own, 8), restart(0));
         for older in 1..4 {
-            assert_eq!(decide(&mut history, 8, 4.0), restart(older));
+            assert_eq!(decide(&mut history, Cause::Own, 8), restart(older));
         }
         assert_eq!(
-            decide(&mut history, 8, 5.0),
+            decide(&mut history, Cause::Own, 8),
             Verdict::GiveUp(Some("step 9 failed 5 times".into()))
         );
+    }
+
+    #[test]
+    fn only_a_failure_that_implicates_the_state_makes_it_suspect() {
+        let mut history = History::default();
+        for _ in 0..3 {
+            assert_eq!(decide(&mut history, Cause::Transient, 7), restart(0));
+        }
+        assert_eq!(decide(&mut history, Cause::Restore, 7), restart(1));
+        assert_eq!(decide(&mut history, Cause::Restore, 9), restart(1));
     }
 
     #[test]

@@ -3,16 +3,16 @@
 use trainer::config::{Config, RedundancyConfig, WithoutSpare};
 
 /// A run's nodes at the time of a loss.
-pub(super) struct Nodes<'a> {
-    pub(super) world_size: usize,
+pub(crate) struct Nodes<'a> {
+    pub(crate) world_size: usize,
     /// Number of nodes with ranks, lost ones included.
-    pub(super) count: usize,
-    pub(super) spares: usize,
-    pub(super) lost: &'a [usize],
+    pub(crate) count: usize,
+    pub(crate) spares: usize,
+    pub(crate) lost: &'a [usize],
 }
 
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Continuation {
+pub(crate) enum Continuation {
     /// Put spares or new keepers in place of the lost ones.
     Replace,
     /// Continue on fewer nodes; `has_idle` if that leaves some unused.
@@ -23,7 +23,7 @@ pub(super) enum Continuation {
     },
 }
 
-pub(super) fn plan_continuation(config: &Config, nodes: &Nodes) -> Continuation {
+pub(crate) fn plan_continuation(config: &Config, nodes: &Nodes) -> Continuation {
     let may_shrink = config.restart.without_spare == WithoutSpare::Shrink;
     if nodes.spares >= nodes.lost.len() || !may_shrink {
         return Continuation::Replace;
@@ -45,7 +45,7 @@ pub(super) fn plan_continuation(config: &Config, nodes: &Nodes) -> Continuation 
 }
 
 /// Returns the most ranks, at most `left`, that the configuration can run on.
-fn largest_layout(config: &Config, left: usize) -> Option<usize> {
+pub(crate) fn largest_layout(config: &Config, left: usize) -> Option<usize> {
     let mut config = config.clone();
     // The redundancy is planned anew for the nodes that are left.
     config.snapshot.redundancy = RedundancyConfig::None;

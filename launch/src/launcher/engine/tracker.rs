@@ -1,10 +1,10 @@
 //! Follows the keepers' reports of one generation: which snapshots are complete, and whether ranks
-//! make progress. Events in, actions out.
+//! make progress. Events in, actions out; times are those since the launcher's start.
 
 use checkpoint::keeper::{Event, PartInfo, RankStatus, Snapshot, SnapshotId, Topology};
 use std::{
     collections::{BTreeMap, BTreeSet},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 /// The time after which an incomplete snapshot is abandoned.
@@ -18,49 +18,49 @@ struct PendingSnapshot {
     parts: BTreeMap<usize, PartInfo>,
     /// Nodes that have its parity.
     protected: BTreeSet<usize>,
-    since: Instant,
+    since: Duration,
 }
 
 impl PendingSnapshot {
-    fn new() -> PendingSnapshot {
+    fn new(since: Duration) -> PendingSnapshot {
         PendingSnapshot {
             parts: BTreeMap::new(),
             protected: BTreeSet::new(),
-            since: Instant::now(),
+            since,
         }
     }
 }
 
 struct RankReport {
     status: RankStatus,
-    received: Instant,
+    received: Duration,
 }
 
 /// The last time that any rank made progress, and the sum of all ranks' counters then.
 struct LastProgress {
-    at: Instant,
+    at: Duration,
     total: u64,
 }
 
 /// The snapshots and ranks of one generation.
-pub(super) struct Tracker {
-    pub(super) topology: Topology,
+pub(crate) struct Tracker {
+    pub(crate) topology: Topology,
     pending: BTreeMap<SnapshotId, PendingSnapshot>,
     /// Snapshots that ranks want on disk; the next one that completes will do.
     wanted: BTreeSet<SnapshotId>,
     /// The newest complete snapshot.
-    pub(super) newest: Option<SnapshotId>,
+    pub(crate) newest: Option<SnapshotId>,
     ranks: BTreeMap<usize, RankReport>,
     last_progress: LastProgress,
     /// The longest time between two signs of progress.
     longest_pause: Duration,
     /// The number of steps done.
-    pub(super) step: u64,
+    pub(crate) step: u64,
 }
 
 /// The launcher's reaction to an event.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Action {
+pub(crate) enum Action {
     /// Tell all keepers that the snapshot is complete; if `durable`, write it to disk.
     Commit {
         snapshot: Snapshot,
@@ -74,9 +74,9 @@ pub(super) enum Action {
 }
 
 impl Tracker {
-    pub(super) fn new(topology: Topology) -> Tracker {
+    pub(crate) fn new(topology: Topology, now: Duration) -> Tracker {
         let last_progress = LastProgress {
-            at: Instant::now(),
+            at: now,
             total: 0,
         };
         Tracker {
@@ -92,11 +92,11 @@ impl Tracker {
     }
 
     /// Takes an event from the keeper of `node`.
-    pub(super) fn on_event(&mut self, node: usize, event: Event) -> Action {
+    pub(crate) fn on_event(&mut self, node: usize, event: Event, now: Duration) -> Action {
         match event {
-            Event::Heartbeat { ranks } => self.on_heartbeat(ranks),
+            Event::Heartbeat { ranks } => self.on_heartbeat(ranks, now),
             Event::Complete { id, part, durable } => {
-                if let Some(pending) = self.pending(id) {
+                if let Some(pending) = self.pending(id, now) {
                     pending.parts.insert(part.rank, part);
                     if durable {
                         self.wanted.insert(id);
@@ -105,13 +105,13 @@ impl Tracker {
                 }
             }
             Event::Protected { id } => {
-                if let Some(pending) = self.pending(id) {
+                if let Some(pending) = self.pending(id, now) {
                     pending.protected.insert(node);
                     return self.commit_if_complete(id);
                 }
             }
             Event::Unprotected { id, reason } => {
-                if self.pending(id).is_some() {
+                if self.pending(id, now).is_some() {
                     self.pending.remove(&id);
                     return Action::Abandon { id, reason };
                 }
@@ -122,12 +122,12 @@ impl Tracker {
 
     /// Returns the pending snapshot, or None if it is outdated: from an earlier generation, or not
     /// newer than the newest complete one.
-    fn pending(&mut self, id: SnapshotId) -> Option<&mut PendingSnapshot> {
+    fn pending(&mut self, id: SnapshotId, now: Duration) -> Option<&mut PendingSnapshot> {
         if id.generation != self.topology.generation || self.newest >= Some(id) {
             return None;
         }
         let pending = self.pending.entry(id);
-        Some(pending.or_insert_with(PendingSnapshot::new))
+        Some(pending.or_insert_with(|| PendingSnapshot::new(now)))
     }
 
     fn commit_if_complete(&mut self, id: SnapshotId) -> Action {
@@ -154,26 +154,30 @@ impl Tracker {
     }
 
     /// Returns the node of each rank.
-    pub(super) fn rank_nodes(&self) -> Vec<usize> {
+    pub(crate) fn rank_nodes(&self) -> Vec<usize> {
         let node_of = |rank| self.topology.node_of(rank).unwrap_or(0);
         (0..self.topology.ranks()).map(node_of).collect()
     }
 
     /// Removes and returns a snapshot that has been incomplete for too long.
-    pub(super) fn take_expired(&mut self) -> Option<SnapshotId> {
+    pub(crate) fn take_expired(&mut self, now: Duration) -> Option<SnapshotId> {
         let mut pending = self.pending.iter();
-        let (&id, _) = pending.find(|(_, pending)| pending.since.elapsed() > SNAPSHOT_TIMEOUT)?;
+        let (&id, _) = pending.find(|(_, pending)| now.saturating_sub(pending.since) > SNAPSHOT_TIMEOUT)?;
         self.pending.remove(&id);
         Some(id)
     }
 
+    /// True while a snapshot newer than the newest complete one may still complete.
+    pub(crate) fn has_pending(&self) -> bool {
+        !self.pending.is_empty()
+    }
+
     /// Removes and returns all incomplete snapshots.
-    pub(super) fn take_pending(&mut self) -> Vec<SnapshotId> {
+    pub(crate) fn take_pending(&mut self) -> Vec<SnapshotId> {
         std::mem::take(&mut self.pending).into_keys().collect()
     }
 
-    fn on_heartbeat(&mut self, ranks: Vec<RankStatus>) {
-        let received = Instant::now();
+    fn on_heartbeat(&mut self, ranks: Vec<RankStatus>, received: Duration) {
         for status in ranks {
             self.step = self.step.max(status.step);
             let rank = status.rank;
@@ -184,7 +188,7 @@ impl Tracker {
         let last = &mut self.last_progress;
         if total != last.total {
             if last.total > 0 {
-                self.longest_pause = self.longest_pause.max(last.at.elapsed());
+                self.longest_pause = self.longest_pause.max(received.saturating_sub(last.at));
             }
             *last = LastProgress {
                 at: received,
@@ -194,11 +198,11 @@ impl Tracker {
     }
 
     /// Returns a rank that has sent no heartbeat for `timeout`.
-    pub(super) fn hung_rank(&self, timeout: Duration) -> Option<usize> {
+    pub(crate) fn hung_rank(&self, now: Duration, timeout: Duration) -> Option<usize> {
         let is_silent = |report: &&RankReport| {
             let silence = Duration::from_millis(report.status.silent_ms);
             // Its keeper no longer reports a rank that has exited: the launcher notices that.
-            report.received.elapsed() < REPORT_LIFETIME && silence > timeout
+            now.saturating_sub(report.received) < REPORT_LIFETIME && silence > timeout
         };
         // The rank that has been silent longest hung first.
         let silent = self.ranks.values().filter(is_silent);
@@ -209,12 +213,12 @@ impl Tracker {
     /// Returns the time since any rank made progress, if that exceeds the limit.
     ///
     /// The default limit is ten times the longest pause so far, but at least a minute.
-    pub(super) fn stalled_for(&self, limit_s: Option<f64>) -> Option<Duration> {
+    pub(crate) fn stalled_for(&self, now: Duration, limit_s: Option<f64>) -> Option<Duration> {
         let limit = match limit_s {
             Some(seconds) => Duration::from_secs_f64(seconds),
             None => MIN_STEP_TIMEOUT.max(10 * self.longest_pause),
         };
-        let pause = self.last_progress.at.elapsed();
+        let pause = now.saturating_sub(self.last_progress.at);
         (self.last_progress.total > 0 && pause > limit).then_some(pause)
     }
 }
@@ -226,6 +230,7 @@ mod tests {
         Redundancy,
         keeper::{Event, Node, PartInfo, SnapshotId, Topology},
     };
+    use std::time::Duration;
 
     /// Returns a tracker of two nodes with one rank each.
     fn tracker() -> Tracker {
@@ -236,13 +241,14 @@ mod tests {
         let redundancy = Redundancy::Parity { data: 1, parity: 1 };
         let nodes = vec![node(0), node(1)];
         let groups = vec![vec![0, 1]];
-        Tracker::new(Topology {
+        let topology = Topology {
             generation: 1,
             nodes,
             redundancy,
             groups,
             chunk_bytes: 4096,
-        })
+        };
+        Tracker::new(topology, Duration::ZERO)
     }
 
     fn id(step: u64) -> SnapshotId {
@@ -263,7 +269,7 @@ mod tests {
                 };
                 let id = id(step);
                 let event = Event::Complete { id, part, durable };
-                assert_eq!(tracker.on_event(rank, event), Action::Nothing);
+                assert_eq!(tracker.on_event(rank, event, Duration::ZERO), Action::Nothing);
             }
         }
     }
@@ -272,7 +278,7 @@ mod tests {
     /// to be written.
     fn protected(tracker: &mut Tracker, step: u64) -> Option<(u64, bool)> {
         let event = || Event::Protected { id: id(step) };
-        let actions = [0, 1].map(|node| tracker.on_event(node, event()));
+        let actions = [0, 1].map(|node| tracker.on_event(node, event(), Duration::ZERO));
         actions.into_iter().find_map(|action| match action {
             Action::Commit { snapshot, durable } => Some((snapshot.id.step, durable)),
             _ => None,
@@ -291,7 +297,7 @@ mod tests {
         complete(&mut tracker, &[(7, true), (8, false), (9, false)]);
         let reason = "a keeper is gone".to_string();
         let lost = Event::Unprotected { id: id(7), reason };
-        let action = tracker.on_event(1, lost);
+        let action = tracker.on_event(1, lost, Duration::ZERO);
         assert!(matches!(action, Action::Abandon { id: abandoned, .. } if abandoned == id(7)));
         assert_eq!(protected(&mut tracker, 8), Some((8, true)));
         let committed = protected(&mut tracker, 9);

@@ -1,0 +1,161 @@
+//! Writes the newest state in memory to a checkpoint, unless one that can be read has the same step
+//! or a newer one.
+
+use super::{
+    Engine,
+    command::{Command, KeeperRequest, KeeperShare},
+    keepers::KeeperId,
+    problem::Problem,
+    reassembly::{Progress, Reassembled, Reassembly},
+    requests::{Purpose, Recipient},
+};
+use checkpoint::keeper::{SnapshotId, recover::Candidate};
+
+#[derive(Debug)]
+enum Step {
+    /// Keepers are asked what they hold, and the disk is searched.
+    Asking,
+    Reassembling(Box<Reassembly>),
+    Writing(SnapshotId),
+}
+
+#[derive(Debug)]
+pub(super) struct Saving {
+    candidates: Vec<Candidate>,
+    keepers: Vec<KeeperId>,
+    tried: usize,
+    step: Step,
+}
+
+pub(super) enum Saved {
+    /// There is nothing in memory that is not on disk.
+    Nothing,
+    /// The state of this step was written.
+    Written(u64),
+    Failed(Problem),
+}
+
+impl Saving {
+    pub(super) fn begin(engine: &mut Engine) -> Saving {
+        engine.checkpoints.forget_due();
+        engine.ask_for_inventories();
+        engine.survey();
+        Saving {
+            candidates: Vec::new(),
+            keepers: Vec::new(),
+            tried: 0,
+            step: Step::Asking,
+        }
+    }
+
+    pub(super) fn advance(mut self, engine: &mut Engine) -> Progress<Saving, Saved> {
+        loop {
+            match self.step {
+                Step::Asking => {
+                    let surveys = engine.requests.any(|purpose| purpose == Purpose::Survey);
+                    if engine.awaits_inventories() || surveys || !engine.checkpoints.is_idle() {
+                        return Progress::Waiting(self);
+                    }
+                    let held = engine.held();
+                    self.candidates = held.candidates;
+                    self.keepers = held.keepers;
+                    match self.next_candidate(engine) {
+                        Some(step) => self.step = step,
+                        None => return Progress::Done(Saved::Nothing),
+                    }
+                }
+                Step::Reassembling(reassembly) => match reassembly.advance(engine) {
+                    Progress::Waiting(reassembly) => {
+                        self.step = Step::Reassembling(Box::new(reassembly));
+                        return Progress::Waiting(self);
+                    }
+                    Progress::Done(Ok(whole)) => self.step = engine.write(&whole),
+                    Progress::Done(Err(reason)) => {
+                        let step = self.candidates[self.tried].snapshot.id.step;
+                        engine.print(format!(
+                            "warning: the snapshot of step {step} is unusable: {reason}"
+                        ));
+                        self.tried += 1;
+                        match self.next_candidate(engine) {
+                            Some(step) => self.step = step,
+                            None => return Progress::Done(Saved::Nothing),
+                        }
+                    }
+                },
+                Step::Writing(id) => {
+                    if engine.checkpoints.writing.is_some() {
+                        return Progress::Waiting(self);
+                    }
+                    return Progress::Done(written(engine, id));
+                }
+            }
+        }
+    }
+
+    /// Begins with the next candidate that is newer than everything on disk.
+    fn next_candidate(&self, engine: &mut Engine) -> Option<Step> {
+        let candidate = self.candidates.get(self.tried)?.clone();
+        let is_newer = |step| candidate.snapshot.id.step > step;
+        if !engine.checkpoints.newest_step().is_none_or(is_newer) {
+            return None;
+        }
+        let reassembly = Reassembly::begin(engine, candidate, self.keepers.clone());
+        Some(Step::Reassembling(Box::new(reassembly)))
+    }
+}
+
+fn written(engine: &mut Engine, id: SnapshotId) -> Saved {
+    let step = id.step;
+    match engine.checkpoints.last_error.take() {
+        None => Saved::Written(step),
+        Some(reason) => {
+            let message = format!("cannot write step {step}, which is only in memory: {reason}");
+            let hint = "free disk space and run the same command again";
+            Saved::Failed(Problem::new(message).hint(hint))
+        }
+    }
+}
+
+impl Engine {
+    fn write(&mut self, whole: &Reassembled) -> Step {
+        self.checkpoints.request(whole.id);
+        self.write_checkpoint(whole.id, &whole.holders);
+        Step::Writing(whole.id)
+    }
+
+    /// Starts to write `newest`, the newest complete snapshot, if one is due and the disk is free.
+    ///
+    /// `holders` has for each rank the keeper that holds its part.
+    pub(super) fn write_checkpoint(&mut self, newest: SnapshotId, holders: &[KeeperId]) {
+        if !self.checkpoints.begin(newest) {
+            return;
+        }
+        // Before a newer snapshot is complete: until then this one cannot be overwritten.
+        self.notify_all(|| KeeperRequest::Pin(newest));
+        let mut shares: Vec<KeeperShare> = Vec::new();
+        for (rank, &keeper) in holders.iter().enumerate() {
+            match shares.iter_mut().find(|share| share.keeper == keeper) {
+                Some(share) => share.ranks.push(rank),
+                None => shares.push(KeeperShare {
+                    keeper,
+                    ranks: vec![rank],
+                }),
+            }
+        }
+        // A slow disk has no deadline.
+        let purpose = Purpose::WriteCheckpoint(newest);
+        let id = self.requests.issue(Recipient::Disk, purpose, None);
+        self.commands.push(Command::WriteCheckpoint {
+            id,
+            snapshot: newest,
+            shares,
+        });
+    }
+
+    /// Tells all keepers something whose replies nobody waits for.
+    pub(super) fn notify_all(&mut self, request: impl Fn() -> KeeperRequest) {
+        for keeper in self.keepers.ready() {
+            self.ask(keeper, Purpose::Notify(keeper), request());
+        }
+    }
+}
