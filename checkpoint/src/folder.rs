@@ -1,67 +1,443 @@
-//! The folder of a run's checkpoints: listing the complete ones and removing old ones.
+//! The folder of a run's checkpoints: which of them are verified, and which are set aside.
+//!
+//! [`newest`] is the only place that decides which checkpoint is the newest. It reads the data, so a
+//! damaged checkpoint with a high number is neither resumed from nor counted by [`retain`].
 
-use crate::{Checkpoint, Error};
+use crate::{
+    Checkpoint, Error,
+    manifest::MANIFEST,
+    names::{DAMAGED, LEFTOVER_SUFFIXES, REMOVING, is_damaged_suffix, step_of, suffix_of},
+    run_folder::RunFolder,
+};
+use parking_lot::Mutex;
 use std::{
     cmp::Reverse,
+    collections::BTreeMap,
+    fmt::{Display, Formatter},
+    fs::Metadata,
     io::ErrorKind,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
-/// Returns the complete checkpoints under `root`, newest first. A missing folder holds none.
+/// How much of a checkpoint is read to verify it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Depth {
+    /// The manifest, and the lengths of all files.
+    Lengths,
+    /// Also the checksum of every file. A checkpoint that this process wrote or read as a whole,
+    /// and that has not changed since, is not read again.
+    Data,
+}
+
+/// A checkpoint that was verified.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verified {
+    pub path: PathBuf,
+    /// Number of completed steps.
+    pub step: u64,
+    /// A note for the user, see [`Checkpoint::note`].
+    pub note: Option<String>,
+}
+
+/// A folder with the name of a checkpoint that cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    pub path: PathBuf,
+    /// The step in its name.
+    pub step: u64,
+    /// A complete message, which names the file.
+    pub reason: String,
+    /// True if its files prove it damaged, rather than of another version or unreadable now.
+    pub is_damaged: bool,
+}
+
+/// A part of a checkpoint that an interrupted write or removal left.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Leftover {
+    pub path: PathBuf,
+    pub bytes: u64,
+}
+
+impl Display for Leftover {
+    fn fmt(&self, out: &mut Formatter<'_>) -> std::fmt::Result {
+        let mb = self.bytes as f64 / 1e6;
+        write!(out, "{} ({mb:.1} MB)", self.path.display())
+    }
+}
+
+/// The contents of a folder of checkpoints.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Survey {
+    /// Verified checkpoints, newest first.
+    pub verified: Vec<Verified>,
+    /// Folders with the names of checkpoints that cannot be used, newest first. [`newest`] has
+    /// only those newer than the verified one.
+    pub refused: Vec<Refused>,
+    /// Folders that were set aside, `step-NNNNNNNN.damaged`.
+    pub set_aside: Vec<PathBuf>,
+    /// What [`clean`] removes.
+    pub leftovers: Vec<Leftover>,
+}
+
+/// The entries of the folder, by their names.
+#[derive(Default)]
+struct Listing {
+    /// Folders with the names of checkpoints and their steps, newest first.
+    candidates: Vec<(u64, PathBuf)>,
+    set_aside: Vec<PathBuf>,
+    leftovers: Vec<PathBuf>,
+}
+
+/// Returns the folders under `root` with a manifest, newest first, and verifies nothing. A missing
+/// folder holds none.
 ///
 /// # Errors
-/// If the folder cannot be read.
+/// If the folder or one of the checkpoints cannot be read.
 pub fn list(root: &Path) -> Result<Vec<PathBuf>, Error> {
-    let entries = match std::fs::read_dir(root) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(Error::io("cannot read", root)(error)),
-    };
-    let mut found: Vec<PathBuf> = entries
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| step_of(path).is_some())
-        .filter(|path| path.join("manifest.json").exists())
-        .collect();
-    found.sort_by_key(|path| Reverse(step_of(path)));
+    let mut found = Vec::new();
+    for (_, path) in read_listing(root)?.candidates {
+        let manifest = path.join(MANIFEST);
+        match std::fs::symlink_metadata(&manifest) {
+            Ok(_) => found.push(path),
+            Err(error) if is_absent(&error) => {}
+            Err(error) => return Err(Error::io("cannot read", &manifest)(error)),
+        }
+    }
     Ok(found)
 }
 
-fn step_of(path: &Path) -> Option<u64> {
-    path.file_name()?
-        .to_str()?
-        .strip_prefix("step-")?
-        .parse()
-        .ok()
+/// Returns every folder under `root` with the name of a checkpoint, newest first, usable or not.
+///
+/// # Errors
+/// If the folder cannot be read.
+pub fn candidates(root: &Path) -> Result<Vec<PathBuf>, Error> {
+    let candidates = read_listing(root)?.candidates.into_iter();
+    Ok(candidates.map(|(_, path)| path).collect())
 }
 
-/// Removes all but the newest `keep` checkpoints under `root`, and never the newest one.
+/// Verifies all checkpoints under `root`.
 ///
-/// A checkpoint whose tensors that `counts` selects by name have more elements than those of all
-/// newer ones stays: it has parameters that no other has. Returns these, newest first.
+/// # Errors
+/// If the folder or a checkpoint cannot be read by this user.
+pub fn survey(root: &Path, depth: Depth) -> Result<Survey, Error> {
+    verify_while(root, 0, depth, |_| true)
+}
+
+/// Finds the newest usable checkpoint under `root`: verifies the newest, and older ones until one
+/// is verified. It is the only one in [`Survey::verified`].
+///
+/// # Errors
+/// If the folder or a checkpoint cannot be read by this user.
+pub fn newest(root: &Path, depth: Depth) -> Result<Survey, Error> {
+    newest_since(root, 0, depth)
+}
+
+/// As [`newest`], but reads nothing of checkpoints before step `step`.
+///
+/// # Errors
+/// As [`newest`].
+pub fn newest_since(root: &Path, step: u64, depth: Depth) -> Result<Survey, Error> {
+    verify_while(root, step, depth, |survey| survey.verified.is_empty())
+}
+
+fn verify_while(
+    root: &Path,
+    since: u64,
+    depth: Depth,
+    continues: impl Fn(&Survey) -> bool,
+) -> Result<Survey, Error> {
+    let listing = read_listing(root)?;
+    let mut survey = Survey {
+        set_aside: listing.set_aside,
+        leftovers: with_sizes(root, &listing.leftovers)?,
+        ..Survey::default()
+    };
+    for (step, path) in listing.candidates {
+        if step < since || !continues(&survey) {
+            break;
+        }
+        match verify(&path, depth) {
+            Ok(verified) => survey.verified.push(verified),
+            Err(error) if error.is_denied() => return Err(error),
+            Err(error) => survey.refused.push(Refused {
+                path,
+                step,
+                reason: error.to_string(),
+                is_damaged: error.is_damage(),
+            }),
+        }
+    }
+    Ok(survey)
+}
+
+/// Verifies the checkpoint in the folder `path`.
+///
+/// # Errors
+/// If it is damaged, of another format, or cannot be read.
+pub fn verify(path: &Path, depth: Depth) -> Result<Verified, Error> {
+    let inspection = Inspection::open(path)?;
+    if depth == Depth::Data && !inspection.is_known() {
+        for file in 0..inspection.checkpoint().manifest().files.len() {
+            inspection.checkpoint().verify_file(file)?;
+        }
+        inspection.remember();
+    }
+    let checkpoint = inspection.checkpoint();
+    Ok(Verified {
+        path: path.to_path_buf(),
+        step: checkpoint.manifest().step,
+        note: checkpoint.note(),
+    })
+}
+
+/// Compares the manifest with itself and with the lengths of the files.
+pub(crate) fn check_lengths(path: &Path) -> Result<(), Error> {
+    Inspection::open(path).map(drop)
+}
+
+/// A checkpoint that is being verified, possibly by several ranks that share the files.
+pub struct Inspection {
+    checkpoint: Checkpoint,
+    fingerprint: Fingerprint,
+}
+
+/// The identity, length and times of each file, the manifest first.
+type Fingerprint = Vec<[i128; 4]>;
+
+/// The checkpoints that this process verified. Only positive answers are kept.
+static VERIFIED: Mutex<BTreeMap<PathBuf, Fingerprint>> = Mutex::new(BTreeMap::new());
+
+impl Inspection {
+    /// Opens a checkpoint, and compares the lengths of its files with the manifest.
+    ///
+    /// # Errors
+    /// If it is damaged, of another format, or cannot be read.
+    pub fn open(path: &Path) -> Result<Inspection, Error> {
+        let manifest = path.join(MANIFEST);
+        let checkpoint = Checkpoint::open(path)?;
+        let read = std::fs::symlink_metadata(&manifest);
+        let mut fingerprint = vec![identity(
+            &read.map_err(Error::io("cannot read", &manifest))?,
+        )];
+        for (number, entry) in checkpoint.manifest().files.iter().enumerate() {
+            let file = checkpoint.open_file(number)?;
+            let read = file.metadata();
+            let read = read.map_err(Error::io("cannot read", &path.join(&entry.name)))?;
+            fingerprint.push(identity(&read));
+        }
+        Ok(Inspection {
+            checkpoint,
+            fingerprint,
+        })
+    }
+
+    /// Returns the open checkpoint.
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.checkpoint
+    }
+
+    /// True if this process has verified the checkpoint before and no file has changed since.
+    pub fn is_known(&self) -> bool {
+        let verified = VERIFIED.lock();
+        verified.get(&key(self.checkpoint.path())) == Some(&self.fingerprint)
+    }
+
+    /// Remembers that all files had the right checksums.
+    pub fn remember(&self) {
+        let fingerprint = self.fingerprint.clone();
+        let mut verified = VERIFIED.lock();
+        verified.insert(key(self.checkpoint.path()), fingerprint);
+    }
+
+    /// Returns the checkpoint, for reading its tensors.
+    pub fn into_checkpoint(self) -> Checkpoint {
+        self.checkpoint
+    }
+}
+
+/// Remembers a checkpoint whose files were read back when they were written.
+pub(crate) fn remember_verified(path: &Path) {
+    // If it cannot be opened now, the next reader verifies it.
+    if let Ok(inspection) = Inspection::open(path) {
+        inspection.remember();
+    }
+}
+
+fn key(path: &Path) -> PathBuf {
+    std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf())
+}
+
+fn identity(file: &Metadata) -> [i128; 4] {
+    let time = |seconds: i64, nanoseconds: i64| {
+        i128::from(seconds) * 1_000_000_000 + i128::from(nanoseconds)
+    };
+    [
+        i128::from(file.ino()),
+        i128::from(file.len()),
+        time(file.mtime(), file.mtime_nsec()),
+        time(file.ctime(), file.ctime_nsec()),
+    ]
+}
+
+/// Renames the damaged checkpoints among `refused` to `step-NNNNNNNN.damaged`. Only the owner of the
+/// run may call this. Returns the old and the new path of each.
+///
+/// # Errors
+/// If `root` is a link, or a folder cannot be renamed.
+pub fn set_damaged_aside(
+    root: &Path,
+    refused: &[Refused],
+) -> Result<Vec<(PathBuf, PathBuf)>, Error> {
+    let damaged = refused.iter().filter(|refused| refused.is_damaged);
+    let Some(folder) = RunFolder::open_inside(root)? else {
+        return Ok(Vec::new());
+    };
+    let mut renamed = Vec::new();
+    for Refused { path, .. } in damaged {
+        let name = path.file_name().and_then(|name| name.to_str());
+        if let Some(name) = name {
+            renamed.push((path.clone(), set_aside(&folder, name)?));
+        }
+    }
+    Ok(renamed)
+}
+
+/// Renames `NAME` in the folder of checkpoints to `NAME.damaged`, or to the first free name of
+/// `NAME.damaged-2`, `NAME.damaged-3` and so on.
+pub(crate) fn set_aside(root: &RunFolder, name: &str) -> Result<PathBuf, Error> {
+    let mut aside = format!("{name}.{DAMAGED}");
+    let mut number = 2;
+    while root.kind(&aside)?.is_some() {
+        aside = format!("{name}.{DAMAGED}-{number}");
+        number += 1;
+    }
+    root.rename(name, &aside)?;
+    Ok(root.path().join(aside))
+}
+
+/// Removes what interrupted writes left under `root`: folders `step-NNNNNNNN.writing` and
+/// `.removing`. Only the owner of the run may call this, before anything is written. Returns what
+/// was removed.
+///
+/// # Errors
+/// If `root` is a link, or a folder cannot be removed.
+pub fn clean(root: &Path) -> Result<Vec<Leftover>, Error> {
+    let Some(folder) = RunFolder::open_inside(root)? else {
+        return Ok(Vec::new());
+    };
+    let leftovers = with_sizes(root, &read_listing(root)?.leftovers)?;
+    for Leftover { path, .. } in &leftovers {
+        if let Some(name) = path.file_name().and_then(|name| name.to_str()) {
+            folder.remove(name)?;
+        }
+    }
+    Ok(leftovers)
+}
+
+fn with_sizes(root: &Path, paths: &[PathBuf]) -> Result<Vec<Leftover>, Error> {
+    if paths.is_empty() {
+        return Ok(Vec::new());
+    }
+    let folder = RunFolder::open(root)?;
+    let leftover = |path: &PathBuf| {
+        let name = path.file_name().and_then(|name| name.to_str());
+        Leftover {
+            path: path.clone(),
+            bytes: name.map_or(0, |name| folder.bytes(name)),
+        }
+    };
+    Ok(paths.iter().map(leftover).collect())
+}
+
+/// Removes checkpoints under `root` but for the newest `keep` of those up to step `step`, of which
+/// one was just written.
+///
+/// Only verified checkpoints count, so that a damaged one never makes a good one go. Later ones,
+/// which another run left in the folder, neither count nor are removed. A checkpoint whose tensors
+/// that `counts` selects by name have more elements than those of all newer ones stays: it has
+/// parameters that no other has. Returns these, newest first.
 ///
 /// # Errors
 /// If the folder cannot be read, or a checkpoint cannot be removed.
 pub fn retain(
     root: &Path,
     keep: usize,
+    step: u64,
     counts: impl Fn(&str) -> bool,
 ) -> Result<Vec<PathBuf>, Error> {
+    let mut candidates = read_listing(root)?.candidates;
+    candidates.retain(|(candidate, _)| *candidate <= step);
     let mut spared = Vec::new();
+    let mut kept = 0;
     let mut most = 0;
-    for (index, path) in list(root)?.iter().enumerate() {
-        // A manifest that cannot be read proves nothing about newer checkpoints.
-        let elements = Checkpoint::open(path).map_or(0, |open| open.manifest().elements(&counts));
-        if index < keep.max(1) {
+    for (_, path) in candidates {
+        let counted = kept < keep.max(1);
+        // Those that go need not be read: as many newer ones as are to be kept were verified.
+        let depth = if counted { Depth::Data } else { Depth::Lengths };
+        let is_verified = verify(&path, depth).is_ok();
+        let Some(opened) = is_verified.then(|| Checkpoint::open(&path).ok()).flatten() else {
+            continue;
+        };
+        let elements = opened.manifest().elements(&counts);
+        if counted {
+            kept += 1;
             most = most.max(elements);
         } else if elements > most {
             most = elements;
-            spared.push(path.clone());
+            spared.push(path);
         } else {
-            // A folder without a manifest is no checkpoint, should the rest not be removed.
-            let _ = std::fs::remove_file(path.join("manifest.json"));
-            std::fs::remove_dir_all(path).map_err(Error::io("cannot remove", path))?;
+            remove(root, &path)?;
         }
     }
     Ok(spared)
+}
+
+/// Removes a checkpoint. It first gets the name of a leftover, so that it is never a checkpoint of
+/// which a part is missing.
+fn remove(root: &Path, path: &Path) -> Result<(), Error> {
+    let name = path.file_name().and_then(|name| name.to_str());
+    let Some((folder, name)) = RunFolder::open_inside(root)?.zip(name) else {
+        return Ok(());
+    };
+    let removing = format!("{name}.{REMOVING}");
+    folder.remove(&removing)?;
+    folder.rename(name, &removing)?;
+    VERIFIED.lock().remove(&key(path));
+    folder.remove(&removing)
+}
+
+fn is_absent(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
+}
+
+fn read_listing(root: &Path) -> Result<Listing, Error> {
+    let mut listing = Listing::default();
+    let failed = || Error::io("cannot read", root);
+    let entries = match std::fs::read_dir(root) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(listing),
+        Err(error) => return Err(failed()(error)),
+    };
+    for entry in entries {
+        let entry = entry.map_err(failed())?;
+        let path = entry.path();
+        if let Some(step) = step_of(&path) {
+            listing.candidates.push((step, path));
+        } else if let Some(suffix) = suffix_of(&path) {
+            let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
+            // A file with the name of a leftover is none of ours.
+            if LEFTOVER_SUFFIXES.contains(&suffix) && !is_file {
+                listing.leftovers.push(path);
+            } else if is_damaged_suffix(suffix) {
+                listing.set_aside.push(path);
+            }
+        }
+    }
+    listing
+        .candidates
+        .sort_by_key(|(step, path)| (Reverse(*step), path.clone()));
+    listing.set_aside.sort();
+    listing.leftovers.sort();
+    Ok(listing)
 }
