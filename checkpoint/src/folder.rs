@@ -441,3 +441,263 @@ fn read_listing(root: &Path) -> Result<Listing, Error> {
     listing.leftovers.sort();
     Ok(listing)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Shard, Staging, TensorSlice};
+    use serde_json::Value;
+    use std::os::unix::fs::symlink;
+    use tch::Tensor;
+
+    fn staged(root: &Path, step: u64) -> (Staging, Vec<Shard>) {
+        let staging = Staging::new(root, step);
+        staging.begin().unwrap();
+        let values = Tensor::from_slice(&[step as f32, 1.0, 2.0]);
+        let tensors = vec![(TensorSlice::whole("w", &[3]), values)];
+        let shard = staging.write_shard(0, tensors).unwrap();
+        (staging, vec![shard])
+    }
+
+    fn save(root: &Path, step: u64) -> PathBuf {
+        let (staging, shards) = staged(root, step);
+        staging.commit(shards, 1, Value::Null).unwrap()
+    }
+
+    fn shard_of(checkpoint: &Path) -> PathBuf {
+        checkpoint.join("shard-00000.safetensors")
+    }
+
+    /// Changes the last byte of a checkpoint's shard.
+    fn spoil(checkpoint: &Path) {
+        // The clock of file times has ticks of some milliseconds.
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        let shard = shard_of(checkpoint);
+        let mut bytes = std::fs::read(&shard).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(&shard, bytes).unwrap();
+    }
+
+    fn names(root: &Path) -> Vec<String> {
+        RunFolder::open(root).unwrap().names().unwrap()
+    }
+
+    fn steps(survey: &Survey) -> (Vec<u64>, Vec<u64>) {
+        let verified = survey.verified.iter().map(|verified| verified.step);
+        let refused = survey.refused.iter().map(|refused| refused.step);
+        (verified.collect(), refused.collect())
+    }
+
+    #[test]
+    fn the_newest_is_the_newest_whose_data_is_right() {
+        let root = tempfile::tempdir().unwrap();
+        for step in [10, 20, 30, 40] {
+            save(root.path(), step);
+        }
+        spoil(&root.path().join("step-00000040"));
+        std::fs::remove_file(root.path().join("step-00000030/manifest.json")).unwrap();
+        let found = newest(root.path(), Depth::Data).unwrap();
+        assert_eq!(steps(&found), (vec![20], vec![40, 30]));
+        assert!(found.refused[0].reason.contains("its checksum is"));
+        assert!(found.refused[1].reason.contains("copied in part?"));
+        // Lengths alone do not show a changed byte.
+        let found = newest(root.path(), Depth::Lengths).unwrap();
+        assert_eq!(steps(&found), (vec![40], vec![]));
+        let all = survey(root.path(), Depth::Data).unwrap();
+        assert_eq!(steps(&all), (vec![20, 10], vec![40, 30]));
+        let since = newest_since(root.path(), 25, Depth::Data).unwrap();
+        assert_eq!(steps(&since), (vec![], vec![40, 30]));
+    }
+
+    #[test]
+    fn damaged_ones_are_set_aside_under_free_names() {
+        let root = tempfile::tempdir().unwrap();
+        save(root.path(), 10);
+        for number in 1..4 {
+            spoil(&save(root.path(), 20));
+            let refused = newest(root.path(), Depth::Data).unwrap().refused;
+            let renamed = set_damaged_aside(root.path(), &refused).unwrap();
+            assert_eq!(renamed.len(), 1, "{number}");
+        }
+        let expected = [
+            "step-00000010",
+            "step-00000020.damaged",
+            "step-00000020.damaged-2",
+            "step-00000020.damaged-3",
+        ];
+        assert_eq!(names(root.path()), expected);
+        let found = newest(root.path(), Depth::Data).unwrap();
+        assert_eq!(steps(&found), (vec![10], vec![]));
+        assert_eq!(found.set_aside.len(), 3);
+    }
+
+    /// A newer version's checkpoint is refused but not damaged, so it keeps its name.
+    #[test]
+    fn another_format_is_not_set_aside() {
+        let root = tempfile::tempdir().unwrap();
+        let path = save(root.path(), 20);
+        std::fs::write(path.join(MANIFEST), r#"{"format": 3}"#).unwrap();
+        let refused = newest(root.path(), Depth::Data).unwrap().refused;
+        assert!(refused[0].reason.contains("newer than 2"));
+        assert!(set_damaged_aside(root.path(), &refused).unwrap().is_empty());
+        assert_eq!(names(root.path()), ["step-00000020"]);
+        // A run that writes the step does not overwrite it.
+        save(root.path(), 20);
+        assert_eq!(
+            names(root.path()),
+            ["step-00000020", "step-00000020.damaged"]
+        );
+    }
+
+    #[test]
+    fn a_damaged_checkpoint_does_not_count_for_keep() {
+        let root = tempfile::tempdir().unwrap();
+        for step in [10, 50, 100] {
+            save(root.path(), step);
+        }
+        spoil(&root.path().join("step-00000100"));
+        save(root.path(), 60);
+        retain(root.path(), 1, 60, |_| true).unwrap();
+        assert_eq!(names(root.path()), ["step-00000060", "step-00000100"]);
+        // The damaged one is older now.
+        spoil(&root.path().join("step-00000060"));
+        save(root.path(), 70);
+        save(root.path(), 80);
+        retain(root.path(), 2, 80, |_| true).unwrap();
+        let kept = ["step-00000070", "step-00000080", "step-00000100"];
+        assert_eq!(names(root.path()), kept);
+    }
+
+    #[test]
+    fn a_good_one_stays_when_a_newer_one_is_damaged() {
+        let root = tempfile::tempdir().unwrap();
+        for step in [10, 20, 30] {
+            save(root.path(), step);
+        }
+        spoil(&root.path().join("step-00000020"));
+        retain(root.path(), 2, 30, |_| true).unwrap();
+        let kept = ["step-00000010", "step-00000020", "step-00000030"];
+        assert_eq!(names(root.path()), kept);
+    }
+
+    #[test]
+    fn later_checkpoints_of_another_run_neither_count_nor_go() {
+        let root = tempfile::tempdir().unwrap();
+        for step in [100, 200, 50, 60] {
+            save(root.path(), step);
+            if step < 100 {
+                retain(root.path(), 1, step, |_| true).unwrap();
+            }
+        }
+        assert_eq!(
+            names(root.path()),
+            ["step-00000060", "step-00000100", "step-00000200"]
+        );
+    }
+
+    #[test]
+    fn leftovers_are_removed_and_nothing_else() {
+        let root = tempfile::tempdir().unwrap();
+        let outside = tempfile::tempdir().unwrap();
+        std::fs::write(outside.path().join("file"), "kept").unwrap();
+        save(root.path(), 10);
+        let (staging, _) = staged(root.path(), 77);
+        let bytes = std::fs::metadata(shard_of(staging.folder())).unwrap().len();
+        std::fs::create_dir(root.path().join("step-00000005.removing")).unwrap();
+        symlink(outside.path(), root.path().join("step-00000006.writing")).unwrap();
+        std::fs::write(root.path().join("step-00000007.writing"), "a file").unwrap();
+        std::fs::create_dir(root.path().join("notes.writing")).unwrap();
+        let found = survey(root.path(), Depth::Lengths).unwrap().leftovers;
+        let removed = clean(root.path()).unwrap();
+        assert_eq!(removed, found);
+        let sizes: Vec<u64> = removed.iter().map(|leftover| leftover.bytes).collect();
+        assert_eq!(sizes, [0, 0, bytes]);
+        assert!(
+            removed[2]
+                .to_string()
+                .ends_with("step-00000077.writing (0.0 MB)")
+        );
+        let kept = ["notes.writing", "step-00000007.writing", "step-00000010"];
+        assert_eq!(names(root.path()), kept);
+        assert!(outside.path().join("file").exists());
+        assert!(clean(&root.path().join("missing")).unwrap().is_empty());
+    }
+
+    /// A link in place of a checkpoint or of the whole folder.
+    #[test]
+    fn nothing_is_written_or_removed_through_a_link() {
+        let outside = tempfile::tempdir().unwrap();
+        let theirs = save(outside.path(), 10);
+        let run = tempfile::tempdir().unwrap();
+        let linked = run.path().join("checkpoints");
+        symlink(outside.path(), &linked).unwrap();
+        let begun = Staging::new(&linked, 20).begin().unwrap_err().to_string();
+        assert!(
+            begun.contains("checkpoints: it is a symbolic link"),
+            "{begun}"
+        );
+        assert!(
+            clean(&linked)
+                .unwrap_err()
+                .to_string()
+                .contains("symbolic link")
+        );
+        assert_eq!(names(outside.path()), ["step-00000010"]);
+
+        let root = run.path().join("own");
+        std::fs::create_dir(&root).unwrap();
+        symlink(&theirs, root.join("step-00000010")).unwrap();
+        // It can be read: a run may begin from another run's checkpoint.
+        assert_eq!(
+            steps(&newest(&root, Depth::Data).unwrap()),
+            (vec![10], vec![])
+        );
+        save(&root, 20);
+        retain(&root, 1, 20, |_| true).unwrap();
+        assert_eq!(names(&root), ["step-00000020"]);
+        symlink(&theirs, root.join("step-00000030")).unwrap();
+        save(&root, 30);
+        assert!(
+            !std::fs::symlink_metadata(root.join("step-00000030"))
+                .unwrap()
+                .is_symlink()
+        );
+        assert!(shard_of(&theirs).exists() && theirs.join(MANIFEST).exists());
+        // A link in place of the folder that is being written.
+        symlink(outside.path(), root.join("step-00000040.writing")).unwrap();
+        save(&root, 40);
+        assert_eq!(names(outside.path()), ["step-00000010"]);
+    }
+
+    #[test]
+    fn a_verified_checkpoint_is_read_again_only_after_a_change() {
+        let root = tempfile::tempdir().unwrap();
+        let path = save(root.path(), 10);
+        let is_known = || Inspection::open(&path).unwrap().is_known();
+        assert!(is_known(), "this process wrote it");
+        spoil(&path);
+        assert!(!is_known());
+        spoil(&path);
+        verify(&path, Depth::Data).unwrap();
+        assert!(is_known());
+        spoil(&path);
+        assert!(verify(&path, Depth::Data).is_err());
+        assert!(!is_known());
+    }
+
+    /// A keeper on another machine that does not share the disk writes to its own.
+    #[test]
+    fn a_shard_that_is_not_in_the_folder_is_not_committed() {
+        let root = tempfile::tempdir().unwrap();
+        let (staging, shards) = staged(root.path(), 10);
+        std::fs::remove_file(shard_of(staging.folder())).unwrap();
+        let refused = staging.commit(shards, 1, Value::Null).unwrap_err();
+        assert!(refused.to_string().contains("it is missing"), "{refused}");
+        assert!(
+            newest(root.path(), Depth::Data)
+                .unwrap()
+                .verified
+                .is_empty()
+        );
+    }
+}

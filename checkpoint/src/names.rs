@@ -34,7 +34,7 @@ pub(crate) fn is_damaged_suffix(suffix: &str) -> bool {
 }
 
 /// Returns what follows the number in a name such as `step-NNNNNNNN.writing`.
-fn suffix_of(path: &Path) -> Option<&str> {
+pub(crate) fn suffix_of(path: &Path) -> Option<&str> {
     let (stem, suffix) = path.file_name()?.to_str()?.split_once('.')?;
     step_of(Path::new(stem)).map(|_| suffix)
 }
