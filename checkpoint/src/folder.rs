@@ -80,13 +80,15 @@ pub struct Survey {
     pub leftovers: Vec<Leftover>,
 }
 
-/// The entries of the folder, by their names.
-#[derive(Default)]
-struct Listing {
-    /// Folders with the names of checkpoints and their steps, newest first.
-    candidates: Vec<(u64, PathBuf)>,
-    set_aside: Vec<PathBuf>,
-    leftovers: Vec<PathBuf>,
+/// The entries of a folder of checkpoints, by their names alone.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Listing {
+    /// Entries with the names of checkpoints and their steps, newest first, usable or not.
+    pub candidates: Vec<(u64, PathBuf)>,
+    /// Folders that were set aside, `step-NNNNNNNN.damaged`.
+    pub set_aside: Vec<PathBuf>,
+    /// What [`clean`] removes.
+    pub leftovers: Vec<PathBuf>,
 }
 
 /// Returns the folders under `root` with a manifest, newest first, and verifies nothing. A missing
@@ -96,7 +98,7 @@ struct Listing {
 /// If the folder or one of the checkpoints cannot be read.
 pub fn list(root: &Path) -> Result<Vec<PathBuf>, Error> {
     let mut found = Vec::new();
-    for (_, path) in read_listing(root)?.candidates {
+    for (_, path) in listing(root)?.candidates {
         let manifest = path.join(MANIFEST);
         match std::fs::symlink_metadata(&manifest) {
             Ok(_) => found.push(path),
@@ -107,13 +109,9 @@ pub fn list(root: &Path) -> Result<Vec<PathBuf>, Error> {
     Ok(found)
 }
 
-/// Returns every folder under `root` with the name of a checkpoint, newest first, usable or not.
-///
-/// # Errors
-/// If the folder cannot be read.
-pub fn candidates(root: &Path) -> Result<Vec<PathBuf>, Error> {
-    let candidates = read_listing(root)?.candidates.into_iter();
-    Ok(candidates.map(|(_, path)| path).collect())
+/// True if the last component of `path` is the name of a checkpoint, `step-NNNNNNNN`.
+pub fn has_checkpoint_name(path: &Path) -> bool {
+    step_of(path).is_some()
 }
 
 /// Verifies all checkpoints under `root`.
@@ -147,13 +145,17 @@ fn verify_while(
     depth: Depth,
     continues: impl Fn(&Survey) -> bool,
 ) -> Result<Survey, Error> {
-    let listing = read_listing(root)?;
+    let Listing {
+        candidates,
+        set_aside,
+        leftovers,
+    } = listing(root)?;
     let mut survey = Survey {
-        set_aside: listing.set_aside,
-        leftovers: with_sizes(root, &listing.leftovers)?,
+        set_aside,
+        leftovers: with_sizes(root, &leftovers)?,
         ..Survey::default()
     };
-    for (step, path) in listing.candidates {
+    for (step, path) in candidates {
         if step < since || !continues(&survey) {
             break;
         }
@@ -326,7 +328,7 @@ pub fn clean(root: &Path) -> Result<Vec<Leftover>, Error> {
     let Some(folder) = RunFolder::open_inside(root)? else {
         return Ok(Vec::new());
     };
-    let leftovers = with_sizes(root, &read_listing(root)?.leftovers)?;
+    let leftovers = with_sizes(root, &listing(root)?.leftovers)?;
     for Leftover { path, .. } in &leftovers {
         if let Some(name) = path.file_name().and_then(|name| name.to_str()) {
             folder.remove(name)?;
@@ -366,7 +368,7 @@ pub fn retain(
     step: u64,
     counts: impl Fn(&str) -> bool,
 ) -> Result<Vec<PathBuf>, Error> {
-    let mut candidates = read_listing(root)?.candidates;
+    let mut candidates = listing(root)?.candidates;
     candidates.retain(|(candidate, _)| *candidate <= step);
     let mut spared = Vec::new();
     let mut kept = 0;
@@ -411,7 +413,11 @@ fn is_absent(error: &std::io::Error) -> bool {
     matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
 }
 
-fn read_listing(root: &Path) -> Result<Listing, Error> {
+/// Returns what is in the folder `root`, and reads none of it. A missing folder is empty.
+///
+/// # Errors
+/// If the folder cannot be read.
+pub fn listing(root: &Path) -> Result<Listing, Error> {
     let mut listing = Listing::default();
     let failed = || Error::io("cannot read", root);
     let entries = match std::fs::read_dir(root) {
