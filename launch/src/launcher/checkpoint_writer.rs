@@ -105,7 +105,7 @@ impl CheckpointWriter {
         let keep = self.keep;
         std::thread::spawn(move || {
             let written = write(&root, newest, shares).and_then(|path| {
-                trainer::retain_checkpoints(&root, keep)?;
+                trainer::retain_checkpoints(&root, keep, newest.step)?;
                 Ok(path)
             });
             let _ = sender.send(written);

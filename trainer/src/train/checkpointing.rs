@@ -5,6 +5,7 @@
 
 use super::{
     accounting::{Mismatch, Shapes, account, account_alone, held_shapes, saved_shapes},
+    model_shapes::{count_problem, shape_problems},
     resume_rules::{AllowedChanges, ResumeRules, mismatch_error},
     run_state::RunState,
 };
@@ -16,12 +17,14 @@ use crate::{
 };
 use checkpoint::{
     Checkpoint, ImageHeader, PartOpener, Shard, Staging, TensorSlice, assign_owners,
+    folder::{self, Inspection, Refused},
     keeper::SnapshotId,
 };
 use parallel::{
     Accelerator, Communicator,
     agreement::{AgreementError, agree, all_gather_bytes, broadcast_bytes, decode_peer_message},
 };
+use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
@@ -47,14 +50,14 @@ fn has_kind(name: &str, kinds: &[&str]) -> bool {
     kind.is_some_and(|kind| kinds.contains(&kind))
 }
 
-/// Removes checkpoints under `root` as [`checkpoint::retain`] does, and logs those that stay
-/// because newer ones have fewer parameters.
+/// Removes checkpoints under `root` as [`checkpoint::retain`] does after the one of step `step` was
+/// written, and logs those that stay because newer ones have fewer parameters.
 ///
 /// # Errors
 /// If the folder cannot be read, or a checkpoint cannot be removed.
-pub fn retain_checkpoints(root: &Path, keep: usize) -> Result<(), checkpoint::Error> {
+pub fn retain_checkpoints(root: &Path, keep: usize, step: u64) -> Result<(), checkpoint::Error> {
     let is_parameter = |name: &str| has_kind(name, &[kind::MASTER]);
-    for spared in checkpoint::retain(root, keep, is_parameter)? {
+    for spared in checkpoint::retain(root, keep, step, is_parameter)? {
         tracing::warn!(
             "{} stays although checkpoint.keep is {keep}: newer checkpoints have fewer parameters",
             spared.display()
@@ -235,7 +238,8 @@ pub(crate) struct Restored {
     pub(crate) changes: AllowedChanges,
 }
 
-/// Finds the newest checkpoint under `root` that every rank can read, and restores the run from it.
+/// Finds the newest verified checkpoint under `root`, and restores the run from it. Then sets newer
+/// ones that are damaged aside.
 ///
 /// Calls `warn` with a message for each unusable checkpoint. Returns `None` if there are no
 /// checkpoints.
@@ -249,45 +253,167 @@ pub(crate) fn resume(
     rules: &ResumeRules,
     warn: &mut dyn FnMut(&str),
 ) -> Result<Option<Restored>, Error> {
+    let FolderPaths {
+        candidates,
+        set_aside,
+    } = list_on_rank_0(root, world)?;
     let mut refusals = Vec::new();
-    for path in &list_on_rank_0(root, world)? {
-        match agree(world, verify(path, world)) {
-            Ok(()) => {
-                let opened = Checkpoint::open(path).map_err(Error::from);
-                return restore(opened, run, world, rules).map(Some);
+    for (step, path) in candidates {
+        match inspect_together(step, &path, world)? {
+            Ok(checkpoint) => {
+                if let Some(note) = checkpoint.note() {
+                    warn(&note);
+                }
+                let restored = restore(Ok(checkpoint), run, world, rules)?;
+                if world.rank() == 0 {
+                    set_damaged_aside(root, &refusals, warn);
+                }
+                return Ok(Some(restored));
             }
-            Err(error) => {
-                warn(&format!(
-                    "checkpoint {} is refused: {error}",
-                    path.display()
-                ));
-                refusals.push(error.to_string());
+            Err(refused) => {
+                let path = path.display();
+                warn(&format!("checkpoint {path} is refused: {}", refused.reason));
+                refusals.push(refused);
             }
         }
     }
-    if refusals.is_empty() {
+    if refusals.is_empty() && set_aside.is_empty() {
         return Ok(None);
     }
-    Err(Error::Resume(format!(
-        "none of the {} checkpoints in {} can be used ({}); move the folder away to start from the \
-         beginning",
-        refusals.len(),
-        root.display(),
-        refusals.join("; ")
-    )))
+    Err(none_usable(root, &refusals, &set_aside))
 }
 
-/// Returns the checkpoints that rank 0 finds under `root`, newest first.
-fn list_on_rank_0(root: &Path, world: &Arc<dyn Communicator>) -> Result<Vec<PathBuf>, Error> {
+fn none_usable(root: &Path, refusals: &[Refused], set_aside: &[PathBuf]) -> Error {
+    let refused = refusals.iter().map(|refused| refused.reason.clone());
+    let aside = set_aside
+        .iter()
+        .map(|path| format!("{} is damaged", path.display()));
+    let reasons: Vec<String> = refused.chain(aside).collect();
+    Error::Resume(format!(
+        "none of the {} checkpoints in {} can be used ({}); move the folder away to start from the \
+         beginning",
+        reasons.len(),
+        root.display(),
+        reasons.join("; ")
+    ))
+}
+
+/// Renames damaged checkpoints. A failure only warns: they are refused again by the next start.
+fn set_damaged_aside(root: &Path, refusals: &[Refused], warn: &mut dyn FnMut(&str)) {
+    match folder::set_damaged_aside(root, refusals) {
+        Ok(renamed) => {
+            for (from, to) in renamed {
+                warn(&format!("renamed {} to {}", from.display(), to.display()));
+            }
+        }
+        Err(error) => warn(&format!("damaged checkpoints keep their names: {error}")),
+    }
+}
+
+/// The checkpoints that rank 0 finds.
+#[derive(Default, Serialize, Deserialize)]
+struct FolderPaths {
+    /// Steps and paths, newest first.
+    candidates: Vec<(u64, PathBuf)>,
+    set_aside: Vec<PathBuf>,
+}
+
+fn list_on_rank_0(root: &Path, world: &Arc<dyn Communicator>) -> Result<FolderPaths, Error> {
     let listed = if world.rank() == 0 {
-        checkpoint::list(root)
+        folder::listing(root).map(|listing| FolderPaths {
+            candidates: listing.candidates,
+            set_aside: listing.set_aside,
+        })
     } else {
-        Ok(Vec::new())
+        Ok(FolderPaths::default())
     };
     let listed = listed.map_err(|error| Error::Resume(error.to_string()));
     let listed = agree(world, listed)?;
     let message = serde_json::to_vec(&listed).expect("paths are UTF-8");
     Ok(decode_peer_message(&broadcast_bytes(world, &message)?)?)
+}
+
+/// The fault that a rank found in its share of a checkpoint's files.
+#[derive(Serialize, Deserialize)]
+struct Fault {
+    reason: String,
+    /// The number of the file; `None` if the checkpoint cannot be opened.
+    file: Option<usize>,
+    is_damage: bool,
+    is_denied: bool,
+}
+
+impl Fault {
+    fn new(error: &checkpoint::Error, file: Option<usize>) -> Fault {
+        Fault {
+            reason: error.to_string(),
+            file,
+            is_damage: error.is_damage(),
+            is_denied: error.is_denied(),
+        }
+    }
+}
+
+/// Verifies a checkpoint; each rank reads its share of the files. All ranks get the same answer,
+/// except that only rank 0 knows whether to set the checkpoint aside.
+///
+/// # Errors
+/// If a rank may not read the checkpoint: an older one would silently lose work.
+fn inspect_together(
+    step: u64,
+    path: &Path,
+    world: &Arc<dyn Communicator>,
+) -> Result<Result<Checkpoint, Refused>, Error> {
+    let inspection = Inspection::open(path);
+    let fault = match &inspection {
+        Ok(inspection) => verify_share(inspection, world),
+        Err(error) => Some(Fault::new(error, None)),
+    };
+    let own = serde_json::to_vec(&fault).expect("plain data");
+    let mut found = None;
+    for message in all_gather_bytes(world, &own)? {
+        let of_rank: Option<Fault> = decode_peer_message(&message)?;
+        found = found.or(of_rank);
+    }
+    match (inspection, found) {
+        (Ok(inspection), None) => {
+            inspection.remember();
+            Ok(Ok(inspection.into_checkpoint()))
+        }
+        (_, Some(fault)) if fault.is_denied => Err(Error::Resume(fault.reason)),
+        (inspection, Some(fault)) => Ok(Err(Refused {
+            path: path.to_path_buf(),
+            step,
+            is_damaged: world.rank() == 0 && fault.is_damage && confirms(&inspection, &fault),
+            reason: fault.reason,
+        })),
+        (Err(error), None) => Err(error.into()),
+    }
+}
+
+/// Verifies this rank's share of a checkpoint's files.
+fn verify_share(inspection: &Inspection, world: &Arc<dyn Communicator>) -> Option<Fault> {
+    if inspection.is_known() {
+        return None;
+    }
+    let checkpoint = inspection.checkpoint();
+    let mut own = (world.rank()..checkpoint.manifest().files.len()).step_by(world.size());
+    own.find_map(|file| {
+        let verified = checkpoint.verify_file(file);
+        verified.err().map(|error| Fault::new(&error, Some(file)))
+    })
+}
+
+/// True if this rank finds the same fault: the memory or the mount of another one may be at fault.
+fn confirms(inspection: &Result<Inspection, checkpoint::Error>, fault: &Fault) -> bool {
+    match (inspection, fault.file) {
+        (Err(error), _) => error.is_damage(),
+        (Ok(inspection), Some(file)) => {
+            let verified = inspection.checkpoint().verify_file(file);
+            verified.is_err_and(|error| error.is_damage())
+        }
+        (Ok(_), None) => false,
+    }
 }
 
 /// Id, headers and opener of a snapshot's parts.
@@ -309,16 +435,6 @@ pub(crate) fn resume_snapshot(
     let name = format!("the snapshot of step {}", id.step);
     let opened = Checkpoint::from_parts(&name, id.step, headers, open).map_err(Error::from);
     restore(opened, run, world, rules).map(Some)
-}
-
-/// Verifies this rank's share of a checkpoint's files.
-fn verify(path: &Path, world: &Arc<dyn Communicator>) -> Result<(), Error> {
-    let checkpoint = Checkpoint::open(path)?;
-    let files = checkpoint.manifest().files.len();
-    for file in (world.rank()..files).step_by(world.size()) {
-        checkpoint.verify_file(file)?;
-    }
-    Ok(())
 }
 
 /// Compares a verified checkpoint with the run, and copies it into the run if `rules` allow that.
@@ -449,22 +565,27 @@ fn restore_weights(
 /// If the folder cannot be read.
 pub fn newest_config(root: &Path) -> Result<Option<(PathBuf, Config)>, Error> {
     for path in checkpoint::list(root)? {
-        let read = || {
-            let checkpoint = Checkpoint::open(&path)?;
-            saved_config(&checkpoint, &read_run_state(&checkpoint)?)
-        };
         // The resume itself reports a damaged checkpoint.
-        if let Ok(config) = read() {
+        if let Ok(config) = config_in(&path) {
             return Ok(Some((path, config)));
         }
     }
     Ok(None)
 }
 
-/// Returns the configuration in a checkpoint.
+/// Returns the configuration in the checkpoint `path`, of which it reads the manifest only.
 ///
 /// # Errors
 /// If it cannot be read, or could not run.
+pub(crate) fn config_in(path: &Path) -> Result<Config, Error> {
+    let checkpoint = Checkpoint::open(path)?;
+    saved_config(&checkpoint, &read_run_state(&checkpoint)?)
+}
+
+/// Returns the configuration in a checkpoint.
+///
+/// # Errors
+/// If it cannot be read, contradicts the tensors or the position, or could not run.
 pub(crate) fn saved_config(checkpoint: &Checkpoint, state: &RunState) -> Result<Config, Error> {
     let manifest = checkpoint.path().join("manifest.json");
     let failed = |reason: String| {
@@ -475,12 +596,37 @@ pub(crate) fn saved_config(checkpoint: &Checkpoint, state: &RunState) -> Result<
     };
     let config: Config =
         serde_json::from_value(state.config.clone()).map_err(|error| failed(error.to_string()))?;
-    let problems = config.saved_problems();
+    let problems = saved_problems(checkpoint, state, &config);
     if problems.is_empty() {
         Ok(config)
     } else {
         Err(failed(problems.join("; ")))
     }
+}
+
+/// Returns why a saved configuration cannot be that of the tensors, or could not run. Later checks
+/// do arithmetic with what earlier ones have checked.
+fn saved_problems(checkpoint: &Checkpoint, state: &RunState, config: &Config) -> Vec<String> {
+    let manifest = checkpoint.manifest();
+    let generators = manifest.tensors.keys();
+    let generators = generators.filter(|name| has_kind(name, &[kind::GENERATOR]));
+    let ranks = generators.count();
+    if ranks != state.ranks {
+        return vec![format!(
+            "it is of {} ranks, but the tensors of {ranks}",
+            state.ranks
+        )];
+    }
+    let shapes = saved_shapes(manifest, |name| has_kind(name, &[kind::MASTER]));
+    let mut problems = shape_problems(&config.model, &shapes);
+    if problems.is_empty() {
+        problems = config.problems(ranks);
+    }
+    if problems.is_empty() {
+        problems.extend(count_problem(&config.model, &shapes));
+        problems.extend(state.position_problem(config));
+    }
+    problems
 }
 
 /// Reads the state of the run from a checkpoint's manifest.
@@ -489,10 +635,18 @@ pub(crate) fn read_run_state(checkpoint: &Checkpoint) -> Result<RunState, Error>
     if let Some(config) = state.get_mut("config") {
         rename_old_keys(config);
     }
-    serde_json::from_value(state).map_err(|error| {
+    let path = checkpoint.path().display();
+    let state: RunState = serde_json::from_value(state).map_err(|error| {
         Error::Resume(format!(
-            "{}: the manifest's state cannot be read: {error}",
-            checkpoint.path().display()
+            "{path}: the manifest's state cannot be read: {error}"
         ))
-    })
+    })?;
+    let step = checkpoint.manifest().step;
+    if state.step == step {
+        return Ok(state);
+    }
+    Err(Error::Resume(format!(
+        "{path}: its state is of step {}, but it is of step {step}",
+        state.step
+    )))
 }

@@ -256,7 +256,7 @@ impl Trainer {
         let tensors = self.state_tensors();
         let path = checkpointing::save(&root, &self.state(), &tensors, &self.world)?;
         if self.is_rank_0() {
-            checkpointing::retain_checkpoints(&root, self.config.checkpoint.keep)?;
+            checkpointing::retain_checkpoints(&root, self.config.checkpoint.keep, self.step)?;
         }
         Ok(path)
     }
@@ -289,6 +289,7 @@ impl Trainer {
             ranks: self.world.size(),
             min_tokens: self.min_tokens(),
             placement: placement.map(|placement| placement.state().clone()),
+            counted_from: Some(self.counted_from),
             config: serde_json::to_value(&self.config).expect("plain data"),
         }
     }

@@ -8,6 +8,7 @@ mod durability;
 mod expert_placement;
 pub(crate) mod metrics;
 mod microbatch;
+mod model_shapes;
 mod progress_counter;
 mod resume;
 mod resume_rules;
@@ -34,6 +35,7 @@ use crate::{
     train::{
         expert_placement::ExpertPlacement,
         metrics::{JsonLinesWriter, Progress, RoutingLine, StepMetrics},
+        run_state::CountedFrom,
         snapshots::{ReservedSlot, Snapshots},
     },
 };
@@ -110,6 +112,8 @@ pub struct Trainer {
     samples: u64,
     /// Tokens trained on so far.
     tokens: u64,
+    /// Position since which the batches have the sizes of the configuration.
+    counted_from: CountedFrom,
     snapshots: Option<Snapshots>,
     /// For the snapshot of the last step.
     reserved: Option<ReservedSlot>,

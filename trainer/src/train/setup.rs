@@ -2,7 +2,7 @@
 
 use super::{
     ResumeReport, StepPlan, Trainer, counted_tokens::check_validation,
-    expert_placement::ExpertPlacement,
+    expert_placement::ExpertPlacement, run_state::CountedFrom,
 };
 use crate::{
     Error,
@@ -89,6 +89,7 @@ impl Trainer {
             step: 0,
             samples: 0,
             tokens: 0,
+            counted_from: CountedFrom::default(),
             snapshots: None,
             reserved: None,
             skips: BTreeMap::new(),

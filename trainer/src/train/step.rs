@@ -15,6 +15,7 @@ use crate::{
     Error,
     optim::schedule::{Position, learning_rate},
 };
+use checkpoint::run_folder::RunFolder;
 use kernels::profile;
 use moe::balance::{BalanceScope, BatchTotals, update_bias};
 use parallel::{GradientBuckets, ReduceOp, agreement::sum_over_ranks, pipeline::Schedule};
@@ -36,7 +37,9 @@ impl Trainer {
             profile::start();
         }
         if let Some(&batches) = self.skips.get(&(self.step + 1)) {
-            self.samples += batches * self.global_batch() as u64;
+            let skipped = batches * self.global_batch() as u64;
+            self.samples += skipped;
+            self.counted_from.skipped += skipped;
         }
         let (sums, counted_tokens) = self.accumulate()?;
         let grad_norm = self.grad_norm()?;
@@ -307,8 +310,11 @@ impl Trainer {
     fn write_trace(&self) {
         let rank = self.world.rank();
         let folder = self.config.run.dir.join("logs");
-        let path = folder.join(format!("rank-{rank}.trace.json"));
-        let written = std::fs::create_dir_all(&folder)
+        let name = format!("rank-{rank}.trace.json");
+        let path = folder.join(&name);
+        let written = RunFolder::create_inside(&folder)
+            .and_then(|logs| logs.remove(&name))
+            .map_err(std::io::Error::other)
             .and_then(|()| profile::write(&profile::stop(), rank, &path));
         let path = path.display();
         match written {
