@@ -31,6 +31,7 @@ mod protocol;
 mod rank;
 mod reference;
 mod registry;
+mod run_lock;
 mod signals;
 mod snapshot;
 mod survival;

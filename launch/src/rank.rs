@@ -5,6 +5,7 @@ use crate::{
     config_diff, config_file, environment, hint, machine_memory,
     progress::TrainingView,
     protocol::{Assignment, FailureKind, FailureReport, failure_path, flight_path, log_path},
+    run_lock,
     signals::{self, Signals, StopMode},
 };
 use anyhow::{Context, Result, anyhow};
@@ -117,8 +118,12 @@ pub(crate) fn run(args: &TrainArgs, start: &RankStart) -> Result<ExitCode> {
         return report_on_rank_0(env, refused);
     }
     let dir = config.run.dir.clone();
+    let lock = match assignment {
+        // The launcher has the lock. Of other launchers' ranks, the first takes it for all.
+        None if env.rank == 0 => Some(run_lock::acquire(&dir)?),
+        _ => None,
+    };
     log_to_file(&dir, env.rank, assignment.is_some())?;
-    let _ = std::fs::remove_file(failure_path(&dir, env.rank));
     // A panic is a bug: it goes to the log with a backtrace, and to the terminal as one message.
     std::panic::set_hook(Box::new(|panic| {
         let backtrace = std::backtrace::Backtrace::force_capture();
@@ -145,6 +150,7 @@ pub(crate) fn run(args: &TrainArgs, start: &RankStart) -> Result<ExitCode> {
             failure_status(start.signals, assignment.is_some())
         }
     };
+    drop(lock);
     // Without destructors: a process group whose peers are gone would wait for them.
     signal_hook::low_level::exit(status)
 }

@@ -27,7 +27,7 @@ use crate::{
     cli::TrainArgs,
     config_diff, config_file, environment,
     hint::WithHint,
-    machine_memory, registry,
+    machine_memory, run_lock,
     signals::{Signals, StopMode},
 };
 use anyhow::{Context, Result, anyhow};
@@ -58,7 +58,7 @@ pub(crate) fn run(args: &TrainArgs, signals: &Signals) -> Result<ExitCode> {
     let logs = dir.join("logs");
     std::fs::create_dir_all(&logs)
         .with_context(|| format!("cannot create the run's folder {}", logs.display()))?;
-    let _lock = registry::lock(&dir)?;
+    let _lock = run_lock::acquire(&dir)?;
     let store = serve_store(args.master_port)?;
     signals.set_mode(StopMode::Count);
     let local_ranks = RankProcesses::new(args, &dir);
