@@ -2,6 +2,8 @@
 //!
 //! The loader's own message would not say how to fix a missing library.
 
+mod held_signals;
+
 use std::{
     os::unix::process::CommandExt,
     path::Path,
@@ -9,6 +11,8 @@ use std::{
 };
 
 fn main() -> ExitCode {
+    // `moerun-core` handles them. Best effort: a signal during the start may kill the process.
+    let _ = held_signals::hold();
     let own = match std::env::current_exe() {
         Ok(own) => own,
         Err(error) => {

@@ -1,16 +1,13 @@
 //! `keepers.json` in a run's folder: where a later launcher and tools find the run's keepers.
 
-use crate::{
-    argument_ranges::MAX_RANKS,
-    hint::{WithHint, hinted},
-};
+use crate::{argument_ranges::MAX_RANKS, hint::WithHint};
 use anyhow::{Context, Result, anyhow, bail};
 use checkpoint::keeper::{Peer, Secret, Status};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
-    fs::{File, OpenOptions},
+    fs::OpenOptions,
     io::{ErrorKind, Write},
     net::SocketAddr,
     os::unix::fs::OpenOptionsExt,
@@ -152,16 +149,4 @@ impl KeeperRegistry {
         };
         (0..self.keepers.len()).map(ask).collect()
     }
-}
-
-/// Locks a run's folder for one launcher, until the lock is dropped.
-pub(crate) fn lock(run: &Path) -> Result<nix::fcntl::Flock<File>> {
-    let path = run.join("lock");
-    let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
-    nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock).map_err(|_| {
-        hinted(
-            anyhow!("another moerun is using {}", run.display()),
-            "wait until it exits, or choose another run.dir",
-        )
-    })
 }

@@ -91,5 +91,6 @@ pub use train::metrics::{
 };
 pub use train::snapshots::KeeperAccess;
 pub use train::{
-    Outcome, ResumeReport, ResumeSource, Trainer, check_resume, newest_config, retain_checkpoints,
+    Outcome, ResumeReport, ResumeSource, RunRequests, Trainer, check_resume, newest_config,
+    retain_checkpoints,
 };

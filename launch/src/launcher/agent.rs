@@ -3,7 +3,6 @@
 use super::{
     agent_protocol::{AgentCommand, AgentReport, Hello, HelloReply, StartedKeeper, send_line},
     processes::RankProcesses,
-    signals::Signals,
     spawn::spawn_keeper,
 };
 use crate::{
@@ -11,6 +10,7 @@ use crate::{
     config_file,
     hint::{self, hinted},
     keeper::KeeperSettings,
+    signals::{Signals, StopMode},
 };
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::signal::Signal;
@@ -31,13 +31,18 @@ const RECONNECT_INTERVAL: Duration = Duration::from_millis(200);
 const SILENT_WAIT: Duration = Duration::from_secs(5);
 
 /// Runs the agent of `machine` until the launcher at `head` ends the run.
-pub(super) fn run(args: &TrainArgs, machine: usize, head: &str) -> Result<ExitCode> {
+pub(super) fn run(
+    args: &TrainArgs,
+    machine: usize,
+    head: &str,
+    signals: &Signals,
+) -> Result<ExitCode> {
     let config = config_file::load(&args.config)?;
     let dir = config.run.dir.clone();
     std::fs::create_dir_all(dir.join("logs"))
         .with_context(|| format!("cannot create the run's folder {}", dir.display()))?;
-    let signals = Signals::install()?;
-    let stream = connect(head, &signals)?;
+    signals.set_mode(StopMode::Count);
+    let stream = connect(head, signals)?;
     let address = stream
         .local_addr()
         .context("cannot read this machine's address")?
@@ -71,7 +76,7 @@ pub(super) fn run(args: &TrainArgs, machine: usize, head: &str) -> Result<ExitCo
         number: 0,
         reported: None,
     };
-    agent.serve(&commands, &signals, machine, head)
+    agent.serve(&commands, signals, machine, head)
 }
 
 fn read_reply(reader: &mut impl BufRead, head: &str) -> Result<HelloReply> {
@@ -138,7 +143,7 @@ impl Agent<'_> {
                     );
                 }
             }
-            if signals.count() > 0 {
+            if signals.stop_count() > 0 {
                 // To the launcher this machine is lost.
                 self.ranks.kill_all();
                 return Err(hinted(
@@ -248,7 +253,7 @@ fn connect(head: &str, signals: &Signals) -> Result<TcpStream> {
                     "start moerun with --node-rank 0 there",
                 ));
             }
-            Err(_) if signals.count() > 0 => {
+            Err(_) if signals.stop_count() > 0 => {
                 bail!("stopped while waiting for the launcher at {head}")
             }
             Err(error) => {

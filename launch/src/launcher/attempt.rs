@@ -6,10 +6,9 @@ use super::{
     keepers::{KeeperMessage, Keepers, NumberedMessage},
     machines::Machines,
     recovery::find_candidates,
-    signals::Signals,
     tracker::{Action, Tracker},
 };
-use crate::hint::hinted;
+use crate::{hint::hinted, signals::Signals};
 use anyhow::{Result, anyhow};
 use checkpoint::keeper::{Event, SnapshotId, Topology};
 use nix::sys::signal::Signal;
@@ -25,7 +24,7 @@ const SETTLE_TIME: Duration = Duration::from_millis(400);
 
 pub(super) enum AttemptOutcome {
     Done,
-    /// A second signal came, or the ranks did not stop in time after the first.
+    /// A second SIGINT came, or the ranks did not stop in time after the first.
     Killed,
     Failed(Failure),
 }
@@ -102,12 +101,12 @@ impl<'s, 'a> Attempt<'s, 'a> {
 
     /// Stops the ranks at the first signal. Returns true at the second, or if they take too long.
     fn must_kill(&mut self) -> bool {
-        let signals = self.parts.signals.count();
+        let signals = self.parts.signals.stop_count();
         match self.stop_requested {
             None if signals > 0 => {
                 eprintln!(
                     "stopping after this step and writing a checkpoint; \
-                     a second signal stops at once"
+                     a second Ctrl-C stops at once"
                 );
                 self.parts.machines.signal(Signal::SIGTERM);
                 self.stop_requested = Some(Instant::now());
@@ -234,11 +233,11 @@ impl<'s, 'a> Attempt<'s, 'a> {
     /// If it cannot be written. It stays in the keepers' memory then.
     pub(super) fn finish(&mut self) -> Result<()> {
         let deadline = Instant::now() + self.timeout();
-        let signals_before = self.parts.signals.count();
+        let signals_before = self.parts.signals.stop_count();
         let mut tried = false;
         while self.parts.keepers.is_some() {
             self.poll_keepers();
-            if self.parts.signals.count() > signals_before {
+            if self.parts.signals.stop_count() > signals_before {
                 return Err(hinted(
                     anyhow!("stopped while writing the last checkpoint"),
                     "the state is still in memory: run the same command to write it",

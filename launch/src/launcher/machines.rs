@@ -3,13 +3,13 @@
 use super::{
     agent_protocol::{AgentCommand, AgentReport, Hello, HelloReply, StartedKeeper, send_line},
     processes::{FailedRank, RankProcesses},
-    signals::Signals,
     spawn::{KEEPER_START_TIMEOUT, spawn_keeper},
 };
 use crate::{
     hint::{WithHint, hinted},
     keeper::{KeeperSettings, Ready},
     protocol::Assignment,
+    signals::Signals,
 };
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::signal::Signal;
@@ -149,7 +149,7 @@ impl<'a> Machines<'a> {
     /// # Errors
     /// If one does not join in time, or a signal arrives.
     pub(super) fn wait_for(&self, wanted: &[usize]) -> Result<()> {
-        let signals_before = self.signals.count();
+        let signals_before = self.signals.stop_count();
         let began = Instant::now();
         let mut reminded = Instant::now();
         loop {
@@ -159,7 +159,7 @@ impl<'a> Machines<'a> {
             }
             let missing: Vec<String> = missing.iter().map(usize::to_string).collect();
             let missing = missing.join(", ");
-            if self.signals.count() > signals_before {
+            if self.signals.stop_count() > signals_before {
                 bail!("stopped while waiting for machines {missing}");
             }
             if began.elapsed() > self.join_timeout {

@@ -19,20 +19,22 @@ mod processes;
 mod recovery;
 mod rescue;
 pub(crate) mod restart_record;
-mod signals;
 mod spawn;
 mod supervisor;
 mod tracker;
 
 use crate::{
-    cli::TrainArgs, config_diff, config_file, environment, hint::WithHint, machine_memory, registry,
+    cli::TrainArgs,
+    config_diff, config_file, environment,
+    hint::WithHint,
+    machine_memory, run_lock,
+    signals::{Signals, StopMode},
 };
 use anyhow::{Context, Result, anyhow};
 use hostfile::SshSessions;
 use machine_plan::MachinePlan;
 use machines::{Join, Machines};
 use processes::RankProcesses;
-use signals::Signals;
 use std::{process::ExitCode, time::Duration};
 use supervisor::{RunSettings, Supervisor};
 use torch_ext::Store;
@@ -40,11 +42,11 @@ use torch_ext::Store;
 const STORE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Runs the launcher, or on other machines than the first the agent.
-pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode> {
+pub(crate) fn run(args: &TrainArgs, signals: &Signals) -> Result<ExitCode> {
     let plan = MachinePlan::new(args)?;
     environment::requested_threads()?;
     if args.node_rank > 0 {
-        return agent::run(args, args.node_rank, &plan.rendezvous);
+        return agent::run(args, args.node_rank, &plan.rendezvous, signals);
     }
     let world_size = plan.world_size(args.spare_nodes)?;
     let mut config = config_file::load(&args.config)?;
@@ -56,9 +58,9 @@ pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode> {
     let logs = dir.join("logs");
     std::fs::create_dir_all(&logs)
         .with_context(|| format!("cannot create the run's folder {}", logs.display()))?;
-    let _lock = registry::lock(&dir)?;
+    let _lock = run_lock::acquire(&dir)?;
     let store = serve_store(args.master_port)?;
-    let signals = Signals::install()?;
+    signals.set_mode(StopMode::Count);
     let local_ranks = RankProcesses::new(args, &dir);
     let mut machines = Machines::local(local_ranks, &dir, signals.clone());
     let timeout = Duration::from_secs(config.run.timeout_s);
@@ -70,7 +72,7 @@ pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode> {
         ranks_per_machine: plan.ranks_per_machine,
         spare_nodes: args.spare_nodes,
     };
-    Supervisor::new(settings, world_size, machines).run(&signals)
+    Supervisor::new(settings, world_size, machines).run(signals)
 }
 
 fn serve_store(port: u16) -> Result<Store> {

@@ -4,6 +4,7 @@ use crate::{
     cli::TrainArgs,
     environment,
     protocol::{Assignment, FailureReport, failure_path},
+    signals,
 };
 use anyhow::{Context, Result};
 use nix::{
@@ -73,7 +74,7 @@ impl<'a> RankProcesses<'a> {
             // Outside the terminal's process group: Ctrl-C reaches only the launcher, which stops
             // the ranks in order.
             .process_group(0);
-        command.spawn().context("cannot start a rank")
+        signals::while_held(|| command.spawn()).context("cannot start a rank")
     }
 
     /// Starts the ranks, in standby processes as far as there are any.
@@ -134,7 +135,9 @@ impl<'a> RankProcesses<'a> {
             let Ok(Some(status)) = child.try_wait() else {
                 continue;
             };
-            if status.success() {
+            // A rank that stopped in order is done, too.
+            let stopped = status.code().and_then(signals::stop_of_status);
+            if status.success() || stopped.is_some() {
                 continue;
             }
             failed.push(FailedRank {

@@ -11,12 +11,12 @@ use super::{
     recovery::{Restored, find_candidates, recover},
     rescue::rescue,
     restart_record::RestartRecord,
-    signals::Signals,
 };
 use crate::{
     hint::{self, hinted},
     protocol::Assignment,
     registry::KeeperRegistry,
+    signals::Signals,
 };
 use anyhow::{Result, anyhow};
 use checkpoint::{
@@ -91,7 +91,7 @@ impl<'a> Supervisor<'a> {
                 AttemptOutcome::Failed(failure) => failure,
             };
             let step = attempt.step().max(restored.step().unwrap_or(0));
-            if signals.count() > 0 {
+            if signals.stop_count() > 0 {
                 // A run that is to stop does not restart.
                 return Err(self.give_up(failure.into_error()));
             }

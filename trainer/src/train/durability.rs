@@ -222,12 +222,13 @@ impl Trainer {
             Some(snapshots) => !snapshots.take_overdue(),
             None => false,
         };
+        let is_requested = self.requested_checkpoint == Some(self.step);
         let is_due = self.snapshots.is_some() || is_last || self.checkpoint_due(self.step);
         if keepers_write || !is_due {
             return Ok(());
         }
         match self.save() {
-            Ok(path) if self.is_rank_0() && is_last => {
+            Ok(path) if self.is_rank_0() && (is_last || is_requested) => {
                 progress.note(&format!("checkpoint {}", path.display()));
             }
             Ok(_) => {}
@@ -268,7 +269,17 @@ impl Trainer {
     /// True if a checkpoint is due after step `step`, as far as is known before the step.
     fn checkpoint_due(&self, step: u64) -> bool {
         let every = self.config.checkpoint.every;
-        (every > 0 && step.is_multiple_of(every)) || step == self.config.train.steps
+        let is_regular = every > 0 && step.is_multiple_of(every);
+        is_regular || step == self.config.train.steps || self.requested_checkpoint == Some(step)
+    }
+
+    /// Chooses the step of the checkpoint that a rank was asked for.
+    pub(super) fn agree_on_request(&mut self, figures: &StepFigures) {
+        if figures.checkpoint_ranks > 0.0 {
+            // Keepers need a slot, which ranks reserve before a step.
+            let waits = self.snapshots.is_some();
+            self.requested_checkpoint = Some(self.step + u64::from(waits));
+        }
     }
 
     pub(super) fn state_tensors(&self) -> StateTensors<'_> {

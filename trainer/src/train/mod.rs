@@ -123,6 +123,30 @@ pub struct Trainer {
     /// Keys whose refused changes the user accepts on a resume.
     accepted_changes: Vec<String>,
     resume_report: ResumeReport,
+    /// True if this rank was asked for a checkpoint.
+    wants_checkpoint: bool,
+    /// The step after which the ranks write the checkpoint that one was asked for.
+    requested_checkpoint: Option<u64>,
+}
+
+/// Requests to a run from outside. A request to one rank is one to all.
+pub trait RunRequests {
+    /// True if the run has to stop after the step.
+    fn wants_stop(&self) -> bool;
+
+    /// True if the run has to write a checkpoint and continue.
+    fn wants_checkpoint(&self) -> bool {
+        false
+    }
+
+    /// Notes that the ranks now write the checkpoint that one of them was asked for.
+    fn begin_checkpoint(&self) {}
+}
+
+impl<F: Fn() -> bool> RunRequests for F {
+    fn wants_stop(&self) -> bool {
+        self()
+    }
 }
 
 impl Trainer {
@@ -168,7 +192,7 @@ impl Trainer {
         self.skips = skips;
     }
 
-    /// Trains to the last step of the configuration, or until `stop` returns true on any rank.
+    /// Trains to the last step of the configuration, or until `requests` of any rank stop the run.
     ///
     /// A checkpoint that cannot be written before the end is reported to `progress`, and training
     /// continues.
@@ -180,7 +204,7 @@ impl Trainer {
     /// If a step fails, or the last checkpoint cannot be written.
     pub fn run(
         &mut self,
-        stop: &dyn Fn() -> bool,
+        requests: &dyn RunRequests,
         progress: &mut dyn Progress,
     ) -> Result<Outcome, Error> {
         let mut files = self.open_files()?;
@@ -191,7 +215,11 @@ impl Trainer {
             validation_loss: None,
         };
         while self.step < steps && !outcome.stopped {
-            let (metrics, stopped) = self.train_step(stop())?;
+            self.wants_checkpoint = requests.wants_checkpoint();
+            let (metrics, stopped) = self.train_step(requests.wants_stop())?;
+            if self.requested_checkpoint >= Some(self.step) {
+                requests.begin_checkpoint();
+            }
             outcome.stopped = stopped && self.step < steps;
             if self.is_rank_0() {
                 self.report_step(&metrics, &mut files, progress);
@@ -209,6 +237,11 @@ impl Trainer {
         }
         outcome.step = self.step;
         Ok(outcome)
+    }
+
+    /// Returns the communicator of all ranks.
+    pub fn communicator(&self) -> &Arc<dyn Communicator> {
+        &self.world
     }
 
     fn is_rank_0(&self) -> bool {

@@ -96,6 +96,8 @@ impl Trainer {
             last_step_seconds: 0.0,
             accepted_changes: Vec::new(),
             resume_report: ResumeReport::default(),
+            wants_checkpoint: false,
+            requested_checkpoint: None,
         })
     }
 }

@@ -61,6 +61,7 @@ impl Trainer {
         synchronized?;
         let tokens = self.tokens_per_step();
         self.advance(moved_experts);
+        self.agree_on_request(&figures);
         let has_snapshot = reserved.is_some();
         self.reserved = reserved.map(|reserved| ReservedSlot {
             on_all_ranks: figures.ranks_without_slot == 0.0,
@@ -224,6 +225,7 @@ impl Trainer {
         own.load_balance = sums.load_balance;
         own.z = sums.z;
         own.stopping_ranks = f64::from(u8::from(stop));
+        own.checkpoint_ranks = f64::from(u8::from(self.wants_checkpoint));
         own.ranks_without_slot = f64::from(u8::from(lacks_slot));
         own.snapshot_seconds = snapshots.map_or(0.0, Snapshots::cost_seconds);
         own.last_step_seconds = self.last_step_seconds;
