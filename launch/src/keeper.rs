@@ -15,7 +15,7 @@ use std::{
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The launcher's line on a keeper's standard input.
-#[derive(Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct KeeperSettings {
     pub(crate) socket: String,
     pub(crate) secret: Secret,
@@ -26,7 +26,7 @@ pub(crate) struct KeeperSettings {
 }
 
 /// The keeper's answer on standard output.
-#[derive(Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub(crate) struct Ready {
     pub(crate) address: SocketAddr,
 }

@@ -29,6 +29,8 @@ pub(crate) struct Assignment {
     pub(crate) keeper: Option<KeeperAccess>,
     /// Number of batches to skip before each step.
     pub(crate) skipped_batches: BTreeMap<u64, u64>,
+    /// The configuration that the run was started with, as JSON. An edited file has no effect.
+    pub(crate) config: String,
 }
 
 impl Assignment {

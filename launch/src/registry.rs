@@ -50,6 +50,9 @@ pub(crate) struct KeeperEntry {
     pub(crate) address: SocketAddr,
     /// Name of the Unix socket for ranks, in the abstract namespace.
     pub(crate) socket: String,
+    /// Distinguishes machines whose addresses change.
+    #[serde(default)]
+    pub(crate) identity: String,
 }
 
 fn path(run: &Path) -> PathBuf {
@@ -83,6 +86,21 @@ impl KeeperRegistry {
             .map(Some)
             .with_context(|| format!("{} is damaged", path.display()))
             .hint("remove it to start without keepers")
+    }
+
+    /// As [`KeeperRegistry::load`], but renames a damaged file: the run does not depend on it.
+    pub(crate) fn load_or_set_aside(run: &Path) -> Result<Option<KeeperRegistry>> {
+        let path = path(run);
+        KeeperRegistry::load(run).or_else(|error| {
+            let aside = run.join("keepers.json.damaged");
+            std::fs::rename(&path, &aside)
+                .with_context(|| format!("cannot rename {}", path.display()))?;
+            eprintln!(
+                "warning: {error:#}; renamed it to {}, so state in memory is not found",
+                aside.display()
+            );
+            Ok(None)
+        })
     }
 
     /// Refuses numbers that no launcher writes.

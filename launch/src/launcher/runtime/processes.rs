@@ -3,6 +3,7 @@
 use crate::{
     cli::TrainArgs,
     environment,
+    launcher::engine::ranks::FailedRank,
     protocol::{Assignment, FailureReport, failure_path},
     signals,
 };
@@ -11,23 +12,29 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use serde::{Deserialize, Serialize};
 use std::{
+    ffi::OsString,
     io::Write,
     os::unix::process::{CommandExt, ExitStatusExt},
-    path::Path,
-    process::{Child, Command, ExitStatus, Stdio},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
 };
 
 /// This program, even if its file was replaced since it started.
 pub(super) const OWN_PROGRAM: &str = "/proc/self/exe";
+/// The time in which killed processes must end when the launcher does.
+const END_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Rank processes and standbys. Dropping this kills them all.
-pub(super) struct RankProcesses<'a> {
-    args: &'a TrainArgs,
-    dir: &'a Path,
+pub(super) struct RankProcesses {
+    /// Arguments of a rank's process.
+    arguments: Vec<OsString>,
+    dir: PathBuf,
     children: Vec<RankProcess>,
     standby: Vec<Child>,
+    /// Killed processes that have not ended yet.
+    dying: Vec<Child>,
 }
 
 struct RankProcess {
@@ -35,24 +42,21 @@ struct RankProcess {
     child: Child,
 }
 
-/// A rank that exited with an error or was killed.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct FailedRank {
-    pub(super) rank: usize,
-    /// Raw status of `waitpid`.
-    pub(super) status: i32,
-    pub(super) report: Option<FailureReport>,
-    /// The reason why its whole machine is lost, if it is.
-    pub(super) lost: Option<String>,
-}
-
-impl<'a> RankProcesses<'a> {
-    pub(super) fn new(args: &'a TrainArgs, dir: &'a Path) -> RankProcesses<'a> {
+impl RankProcesses {
+    pub(super) fn new(args: &TrainArgs, dir: &Path) -> RankProcesses {
+        let mut arguments = vec!["train".into(), args.config.config.clone().into()];
+        for change in &args.config.set {
+            arguments.extend(["--set".into(), change.into()]);
+        }
+        for key in &args.accept_changes {
+            arguments.extend(["--accept-changes".into(), key.into()]);
+        }
         RankProcesses {
-            args,
-            dir,
+            arguments,
+            dir: dir.to_path_buf(),
             children: Vec::new(),
             standby: Vec::new(),
+            dying: Vec::new(),
         }
     }
 
@@ -60,15 +64,7 @@ impl<'a> RankProcesses<'a> {
         let mut command = Command::new(OWN_PROGRAM);
         command
             .arg0("moerun")
-            .arg("train")
-            .arg(&self.args.config.config);
-        for change in &self.args.config.set {
-            command.arg("--set").arg(change);
-        }
-        for key in &self.args.accept_changes {
-            command.arg("--accept-changes").arg(key);
-        }
-        command
+            .args(&self.arguments)
             .env(environment::LAUNCHER_PID, std::process::id().to_string())
             .stdin(Stdio::piped())
             // Outside the terminal's process group: Ctrl-C reaches only the launcher, which stops
@@ -82,7 +78,7 @@ impl<'a> RankProcesses<'a> {
         for assignment in assignments {
             let rank = assignment.rank;
             // An earlier generation may have left a report.
-            let _ = std::fs::remove_file(failure_path(self.dir, rank));
+            let _ = std::fs::remove_file(failure_path(&self.dir, rank));
             let mut child = match self.take_standby() {
                 Some(child) => child,
                 None => self.spawn()?,
@@ -120,13 +116,14 @@ impl<'a> RankProcesses<'a> {
         }
     }
 
+    /// Number of processes that run, killed ones included until they have ended.
     pub(super) fn running(&mut self) -> usize {
         // A child that cannot be waited for counts as running until it can.
-        self.children
-            .iter_mut()
-            .map(|process| process.child.try_wait())
-            .filter(|status| !matches!(status, Ok(Some(_))))
-            .count()
+        let has_ended = |child: &mut Child| matches!(child.try_wait(), Ok(Some(_)));
+        self.dying.retain_mut(|child| !has_ended(child));
+        let children = self.children.iter_mut();
+        let running = children.filter_map(|process| (!has_ended(&mut process.child)).then_some(()));
+        running.count() + self.dying.len()
     }
 
     pub(super) fn failed(&mut self) -> Vec<FailedRank> {
@@ -135,15 +132,13 @@ impl<'a> RankProcesses<'a> {
             let Ok(Some(status)) = child.try_wait() else {
                 continue;
             };
-            // A rank that stopped in order is done, too.
-            let stopped = status.code().and_then(signals::stop_of_status);
-            if status.success() || stopped.is_some() {
+            if status.success() {
                 continue;
             }
             failed.push(FailedRank {
                 rank: *rank,
                 status: status.into_raw(),
-                report: read_report(self.dir, *rank),
+                report: read_report(&self.dir, *rank),
                 lost: None,
             });
         }
@@ -157,82 +152,40 @@ impl<'a> RankProcesses<'a> {
         }
     }
 
-    /// Kills and reaps every rank that still runs.
+    /// Kills every rank.
     pub(super) fn kill(&mut self) {
         let children = self.children.drain(..);
-        kill_and_reap(children.map(|process| process.child).collect());
+        let children: Vec<Child> = children.map(|process| process.child).collect();
+        self.end(children);
     }
 
     /// Also kills the standby processes.
     pub(super) fn kill_all(&mut self) {
         self.kill();
-        kill_and_reap(std::mem::take(&mut self.standby));
+        let standby = std::mem::take(&mut self.standby);
+        self.end(standby);
+    }
+
+    fn end(&mut self, children: Vec<Child>) {
+        for mut child in children {
+            let _ = child.kill();
+            // Waiting could take for ever: the kernel may block the process.
+            self.dying.push(child);
+        }
     }
 }
 
-impl Drop for RankProcesses<'_> {
+impl Drop for RankProcesses {
     fn drop(&mut self) {
         self.kill_all();
-    }
-}
-
-fn kill_and_reap(mut children: Vec<Child>) {
-    for child in &mut children {
-        let _ = child.kill();
-    }
-    for mut child in children {
-        let _ = child.wait();
+        let began = Instant::now();
+        while self.running() > 0 && began.elapsed() < END_TIMEOUT {
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }
 
 fn read_report(dir: &Path, rank: usize) -> Option<FailureReport> {
     let text = std::fs::read(failure_path(dir, rank)).ok()?;
     serde_json::from_slice(&text).ok()
-}
-
-/// Returns the failure that came first.
-///
-/// A killed rank comes before all others: it reports nothing, and its peers only report that it is
-/// gone.
-pub(super) fn first_cause(failed: &[FailedRank]) -> Option<&FailedRank> {
-    let killed = failed
-        .iter()
-        .find(|failed| failed.signal().is_some() && failed.report.is_none());
-    let reported = failed.iter().filter(|failed| failed.report.is_some());
-    let earliest = || reported.min_by_key(|failed| failed.report.as_ref().map(|report| report.at));
-    killed.or_else(earliest).or(failed.first())
-}
-
-impl FailedRank {
-    /// Returns the signal that killed the rank.
-    pub(super) fn signal(&self) -> Option<i32> {
-        ExitStatus::from_raw(self.status).signal()
-    }
-
-    pub(super) fn reason(&self) -> String {
-        match (&self.lost, &self.report) {
-            (Some(reason), _) => reason.clone(),
-            (None, Some(report)) if self.signal().is_none() => report.message.clone(),
-            _ => describe_exit(ExitStatus::from_raw(self.status)),
-        }
-    }
-}
-
-fn describe_exit(status: ExitStatus) -> String {
-    match (status.signal(), status.code()) {
-        (Some(number), _) => {
-            let name = match Signal::try_from(number) {
-                Ok(signal) => signal.to_string(),
-                Err(_) => format!("signal {number}"),
-            };
-            let note = if number == Signal::SIGKILL as i32 {
-                " (by a user, or out of memory)"
-            } else {
-                ""
-            };
-            format!("killed by {name}{note}")
-        }
-        (None, Some(code)) => format!("exited with status {code}"),
-        (None, None) => format!("ended with {status}"),
-    }
 }
