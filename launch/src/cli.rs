@@ -553,7 +553,7 @@ pub(crate) enum ConfigCommand {
     Schema,
 }
 
-#[derive(Args)]
+#[derive(Clone, Args)]
 pub(crate) struct ConfigArgs {
     /// YAML file of the experiment
     pub(crate) config: PathBuf,
@@ -562,7 +562,7 @@ pub(crate) struct ConfigArgs {
     pub(crate) set: Vec<String>,
 }
 
-#[derive(Args)]
+#[derive(Clone, Args)]
 pub(crate) struct TrainArgs {
     #[command(flatten)]
     pub(crate) config: ConfigArgs,

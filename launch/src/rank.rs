@@ -101,7 +101,12 @@ pub(crate) fn run(args: &TrainArgs, start: &RankStart) -> Result<ExitCode> {
     let RankStart {
         env, assignment, ..
     } = *start;
-    let config = config_file::load(&args.config)?;
+    let config = match assignment {
+        // The launcher's: the file may have been edited since.
+        Some(assignment) => serde_json::from_str(&assignment.config)
+            .context("cannot parse the launcher's configuration")?,
+        None => config_file::load(&args.config)?,
+    };
     if let Err(problems) = config_file::refuse_problems(&args.config, &config, env.world_size) {
         return report_on_rank_0(env, problems);
     }

@@ -60,16 +60,6 @@ fn path(run: &Path) -> PathBuf {
 }
 
 impl KeeperRegistry {
-    pub(crate) fn new(secret: Secret) -> KeeperRegistry {
-        KeeperRegistry {
-            secret,
-            generation: 0,
-            skipped_batches: BTreeMap::new(),
-            keepers: Vec::new(),
-            spares: 0,
-        }
-    }
-
     /// Returns the registry of an earlier launcher, if it left one.
     pub(crate) fn load(run: &Path) -> Result<Option<KeeperRegistry>> {
         let path = path(run);

@@ -8,6 +8,10 @@ pub enum Error {
     /// The connection was closed, failed or timed out.
     #[error("{}", describe(.0))]
     Connection(#[from] std::io::Error),
+    #[error("the connection was closed")]
+    Closed,
+    #[error("busy")]
+    Busy,
     /// The peer sent something that the protocol does not allow.
     #[error("{0}")]
     Protocol(String),

@@ -24,66 +24,10 @@ const MAX_FRAME_BYTES: u32 = 256 << 20;
 /// The first bytes that each side of a connection sends.
 const MAGIC: &[u8; 8] = b"moerun\x00\x01";
 
-/// The key by which the processes of a run authenticate each other. It is serialized as text.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(into = "String", try_from = "String")]
-pub struct Secret([u8; 32]);
+pub use crate::secure::Secret;
 
-impl Secret {
-    /// Generates a secret for a run.
-    ///
-    /// # Errors
-    /// If the system has no random bytes.
-    pub fn random() -> Result<Secret, Error> {
-        Ok(Secret(nonce()?))
-    }
-
-    /// Returns the secret as text, for processes that have to know it.
-    pub fn to_hex(&self) -> String {
-        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
-    }
-
-    /// Returns a name for the run that does not reveal the secret.
-    pub fn name(&self) -> String {
-        blake3::keyed_hash(&self.0, b"name").to_hex()[..16].to_string()
-    }
-
-    /// Parses the text of [`Secret::to_hex`].
-    pub fn from_hex(text: &str) -> Option<Secret> {
-        let mut bytes = [0; 32];
-        if text.len() / 2 != bytes.len() {
-            return None;
-        }
-        for (index, byte) in bytes.iter_mut().enumerate() {
-            let digits = text.get(2 * index..2 * index + 2)?;
-            *byte = u8::from_str_radix(digits, 16).ok()?;
-        }
-        Some(Secret(bytes))
-    }
-
-    fn proof(&self, side: &str, first: &[u8; 32], second: &[u8; 32]) -> blake3::Hash {
-        blake3::keyed_hash(&self.0, &[side.as_bytes(), first, second].concat())
-    }
-}
-
-impl From<Secret> for String {
-    fn from(secret: Secret) -> String {
-        secret.to_hex()
-    }
-}
-
-impl TryFrom<String> for Secret {
-    type Error = &'static str;
-
-    fn try_from(text: String) -> Result<Secret, &'static str> {
-        Secret::from_hex(&text).ok_or("a secret has 64 hexadecimal digits")
-    }
-}
-
-impl std::fmt::Debug for Secret {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Secret")
-    }
+fn old_proof(secret: &Secret, role: &str, a: &[u8; 32], b: &[u8; 32]) -> blake3::Hash {
+    blake3::hash(format!("{}{role}{a:?}{b:?}", secret.to_hex()).as_bytes())
 }
 
 fn nonce() -> Result<[u8; 32], Error> {
@@ -168,11 +112,11 @@ pub(super) fn server_handshake(
     let theirs: [u8; 32] = hello[8..40].try_into().expect("32 bytes");
     let proof: [u8; 32] = hello[40..].try_into().expect("32 bytes");
     // Comparing hashes takes the same time wherever they differ.
-    let expected = secret.proof("client", &own, &theirs);
+    let expected = old_proof(secret, "client", &own, &theirs);
     if &hello[..8] != MAGIC || expected != blake3::Hash::from_bytes(proof) {
         return Err(Error::Unauthenticated);
     }
-    stream.write_all(secret.proof("keeper", &theirs, &own).as_bytes())?;
+    stream.write_all(old_proof(secret, "keeper", &theirs, &own).as_bytes())?;
     Ok(())
 }
 
@@ -192,11 +136,11 @@ pub(super) fn client_handshake(
     }
     let theirs: [u8; 32] = hello[8..].try_into().expect("32 bytes");
     let own = nonce()?;
-    let proof = secret.proof("client", &theirs, &own);
+    let proof = old_proof(secret, "client", &theirs, &own);
     stream.write_all(&[MAGIC.as_slice(), &own, proof.as_bytes()].concat())?;
     let mut answer = [0u8; 32];
     stream.read_exact(&mut answer)?;
-    let expected = secret.proof("keeper", &own, &theirs);
+    let expected = old_proof(secret, "keeper", &own, &theirs);
     if expected != blake3::Hash::from_bytes(answer) {
         return Err(Error::Unauthenticated);
     }

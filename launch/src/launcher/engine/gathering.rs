@@ -2,7 +2,7 @@
 
 use super::{
     Engine, Next, Stage,
-    keepers::{KeeperId, KeeperState, Seat},
+    keepers::{KeeperState, Seat},
     problem::Problem,
     recovering::Recovering,
     requests::Purpose,
@@ -10,7 +10,7 @@ use super::{
     reassembly::Progress,
     seating::Seating,
 };
-use crate::registry::KeeperRegistry;
+use crate::registry::{KeeperEntry, KeeperRegistry};
 use std::time::Duration;
 
 /// The time between two messages about what is waited for.
@@ -49,6 +49,22 @@ impl Engine {
         }
         self.generation = registry.generation;
         self.history.skipped_batches = registry.skipped_batches.clone();
+    }
+
+    /// Connects to the keepers that an agent kept alive, if they are not known yet.
+    pub(super) fn look_for_kept_keepers(&mut self, entries: Vec<KeeperEntry>) {
+        if !matches!(self.stage, Stage::Gathering(_)) {
+            return;
+        }
+        for entry in entries {
+            let ids = self.keepers.ids();
+            if ids.iter().any(|&id| self.keepers.address(id) == entry.address) {
+                continue;
+            }
+            let id = self.keepers.add_earlier(entry);
+            self.keepers.leftover.insert(id);
+            self.connect(id);
+        }
     }
 
     pub(super) fn gather(&mut self, mut gathering: Gathering) -> Next {
@@ -240,9 +256,5 @@ impl Engine {
     pub(super) fn recover_earlier(&mut self, notes: Option<String>) -> Next {
         let recovering = Recovering::begin(self, 0, None, notes);
         Next::Go(Stage::Recovering(recovering))
-    }
-
-    pub(super) fn is_earlier(&self, id: KeeperId) -> bool {
-        self.keepers.leftover.contains(&id)
     }
 }

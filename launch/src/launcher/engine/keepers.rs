@@ -1,6 +1,5 @@
 //! The keepers of a run: which node each has, and which are spare.
 
-use super::event::Source;
 use crate::registry::KeeperEntry;
 use checkpoint::keeper::{Inventory, Secret};
 use std::{
@@ -11,12 +10,6 @@ use std::{
 /// Number of a keeper among all that this launcher has had.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct KeeperId(pub(crate) u64);
-
-impl KeeperId {
-    pub(crate) fn source(self) -> Source {
-        Source::Keeper(self)
-    }
-}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum KeeperState {

@@ -215,7 +215,14 @@ impl Engine {
                 count,
             } => self.stops.note(source, signal, count, self.now),
             Event::CheckpointWanted => self.checkpoints_wanted += 1,
-            Event::MachineJoined { machine, host, .. } => self.join_machine(machine, host),
+            Event::MachineJoined {
+                machine,
+                host,
+                keepers,
+            } => {
+                self.join_machine(machine, host);
+                self.look_for_kept_keepers(keepers);
+            }
             Event::MachineLost { machine, reason } => self.lose_machine(machine, &reason),
             Event::Ranks { machine, report } => {
                 self.machines.hear(machine, self.now);

@@ -123,7 +123,7 @@ impl Engine {
             return self.stop_before_the_first_step();
         }
         loop {
-            match recovering.step {
+            match std::mem::replace(&mut recovering.step, Step::Asking) {
                 Step::Asking => {
                     if self.awaits_inventories() {
                         return Next::Wait(Stage::Recovering(recovering));
@@ -138,10 +138,7 @@ impl Engine {
                         recovering.step = Step::Reassembling(Box::new(reassembly));
                         return Next::Wait(Stage::Recovering(recovering));
                     }
-                    Progress::Done(Ok(whole)) => {
-                        recovering.step = Step::Asking;
-                        return self.restored(recovering, whole);
-                    }
+                    Progress::Done(Ok(whole)) => return self.restored(recovering, whole),
                     Progress::Done(Err(reason)) => {
                         let step = recovering.candidates[recovering.tried].snapshot.id.step;
                         recovering
@@ -153,6 +150,7 @@ impl Engine {
                 },
                 Step::Surveying => {
                     if self.requests.any(|purpose| purpose == Purpose::Survey) {
+                        recovering.step = Step::Surveying;
                         return Next::Wait(Stage::Recovering(recovering));
                     }
                     return self.from_checkpoint(recovering);

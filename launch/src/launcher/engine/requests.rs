@@ -108,10 +108,4 @@ impl Requests {
         let taken: BTreeMap<RequestId, Outstanding> = taken;
         taken.into_values().collect()
     }
-
-    /// Returns the time of the next deadline.
-    pub(crate) fn next_deadline(&self) -> Option<Duration> {
-        let outstanding = self.outstanding.values();
-        outstanding.filter_map(|request| request.deadline).min()
-    }
 }

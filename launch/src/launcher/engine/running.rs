@@ -27,7 +27,7 @@ enum Repair {
     /// Its ranks may be about to end, too.
     Settling { until: Duration },
     /// Its successor is being started.
-    Starting(KeeperId),
+    Starting,
     /// There is none: the node takes no snapshots.
     Failed,
 }
@@ -259,11 +259,11 @@ impl Engine {
             let state = seat.keeper.map(|id| self.keepers.state(id));
             let repair = running.repairs.get(&node).copied();
             match (state, repair) {
-                (Some(KeeperState::Ready), Some(Repair::Starting(_))) => {
+                (Some(KeeperState::Ready), Some(Repair::Starting)) => {
                     running.repairs.remove(&node);
                     self.include_keeper();
                 }
-                (Some(KeeperState::Lost), Some(Repair::Starting(_))) => {
+                (Some(KeeperState::Lost), Some(Repair::Starting)) => {
                     let reason = self.last_keeper_error.clone();
                     self.print(format!("warning: no snapshots on node {node}: {reason}"));
                     running.repairs.insert(node, Repair::Failed);
@@ -277,8 +277,8 @@ impl Engine {
                         self.machines.silence(seat.machine, self.now) > SUSPICIOUS_SILENCE;
                     let is_present = self.machines.is_present(seat.machine);
                     if self.now >= until && is_present && !is_silent {
-                        let id = self.restart_keeper(node);
-                        running.repairs.insert(node, Repair::Starting(id));
+                        self.restart_keeper(node);
+                        running.repairs.insert(node, Repair::Starting);
                     }
                 }
                 _ => {}
@@ -287,7 +287,7 @@ impl Engine {
     }
 
     /// Starts a new keeper under the socket name that the node's live ranks know.
-    fn restart_keeper(&mut self, node: usize) -> KeeperId {
+    fn restart_keeper(&mut self, node: usize) {
         let reason = self.last_keeper_error.clone();
         self.print(format!(
             "warning: the keeper of node {node} is gone ({reason}); starting another, training \
@@ -305,7 +305,6 @@ impl Engine {
         }
         let id = self.start_keeper(machine, node, socket);
         self.keepers.seats[node].keeper = Some(id);
-        id
     }
 
     /// Tells all keepers the addresses of their current peers.

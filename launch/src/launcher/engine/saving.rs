@@ -50,7 +50,7 @@ impl Saving {
 
     pub(super) fn advance(mut self, engine: &mut Engine) -> Progress<Saving, Saved> {
         loop {
-            match self.step {
+            match std::mem::replace(&mut self.step, Step::Asking) {
                 Step::Asking => {
                     let surveys = engine.requests.any(|purpose| purpose == Purpose::Survey);
                     if engine.awaits_inventories() || surveys || !engine.checkpoints.is_idle() {
@@ -84,6 +84,7 @@ impl Saving {
                 },
                 Step::Writing(id) => {
                     if engine.checkpoints.writing.is_some() {
+                        self.step = Step::Writing(id);
                         return Progress::Waiting(self);
                     }
                     return Progress::Done(written(engine, id));

@@ -12,7 +12,8 @@ use crate::{
 };
 use anyhow::{Context, Result, anyhow};
 use checkpoint::{
-    Depth, Shard, Staging,
+    Shard, Staging,
+    folder::{self, Depth},
     keeper::{Error, Peer, SnapshotId},
 };
 use std::{
@@ -93,11 +94,11 @@ impl Disk {
     pub(super) fn survey(&self, id: RequestId) {
         let checkpoints = self.checkpoints.clone();
         self.in_thread(id, move || {
-            let survey = checkpoint::newest(&checkpoints, Depth::Data)?;
+            let survey = folder::newest(&checkpoints, Depth::Data)?;
             for refused in &survey.refused {
                 eprintln!("warning: {}", refused.reason);
             }
-            for (from, to) in checkpoint::set_damaged_aside(&checkpoints, &survey.refused)? {
+            for (from, to) in folder::set_damaged_aside(&checkpoints, &survey.refused)? {
                 let from = from.display();
                 let to = to.display();
                 eprintln!("warning: {from} is damaged; renamed it to {to}");
