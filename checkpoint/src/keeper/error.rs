@@ -12,6 +12,8 @@ pub enum Error {
     Closed,
     #[error("busy")]
     Busy,
+    #[error("late")]
+    TimedOut,
     /// The peer sent something that the protocol does not allow.
     #[error("{0}")]
     Protocol(String),

@@ -3,6 +3,7 @@
 use super::{
     Engine, Next, Stage,
     command::Command,
+    failure::Failure,
     gathering::REMINDER_INTERVAL,
     killing::RanksEnd,
     problem::Problem,
@@ -110,15 +111,11 @@ impl Engine {
         }
         let tracker = self.tracker.as_ref();
         let is_pending = tracker.is_some_and(|tracker| tracker.has_pending());
-        let copies = ending.is_orderly && is_pending;
+        let mut nodes = 0..self.keepers.seats.len();
+        let can_complete = nodes.all(|node| self.keepers.ready_keeper(node).is_some());
+        let copies = ending.is_orderly && is_pending && can_complete;
         if copies && self.now < deadline {
             return Next::Wait(Stage::Ending(ending));
-        }
-        if copies {
-            let timeout = self.settings.timeout();
-            self.print(format!(
-                "warning: the last snapshot was not complete within {timeout:.0?}"
-            ));
         }
         ending.step = Step::Saving(Box::new(Saving::begin(self)));
         Next::Go(Stage::Ending(ending))
@@ -153,6 +150,9 @@ impl Engine {
             }
             Saved::Nothing => {}
         }
+        if let Some(failure) = self.lost_the_end(&ending) {
+            return self.fail(failure);
+        }
         match &self.checkpoints.newest {
             Some(newest) if ending.is_orderly => {
                 let line = format!("checkpoint {}", newest.path.display());
@@ -165,6 +165,27 @@ impl Engine {
         }
         self.stop_keepers();
         Next::Go(Stage::Ending(ending))
+    }
+
+    /// Returns a failure if ranks have done all steps, but the state of the last is lost.
+    fn lost_the_end(&mut self, ending: &Ending) -> Option<Failure> {
+        let is_done = ending.is_orderly && self.stops.first().is_none();
+        let steps = self.settings.config.train.steps;
+        let saved = self.checkpoints.newest_step();
+        if saved >= Some(steps) || !ending.is_orderly {
+            return None;
+        }
+        let what = match saved {
+            Some(step) => format!("of the steps after {step}"),
+            None => "of all steps".into(),
+        };
+        if is_done {
+            return Some(Failure::transient(format!("the state {what} was lost with a keeper")));
+        }
+        if saved < Some(self.steps_done) {
+            self.print(format!("warning: the state {what} was lost with a keeper"));
+        }
+        None
     }
 
     pub(super) fn exit(&mut self, status: u8, problem: Option<Problem>) -> Next {

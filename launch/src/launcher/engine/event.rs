@@ -38,8 +38,8 @@ pub(crate) enum Event {
         keeper: KeeperId,
         event: keeper::Event,
     },
-    /// The connection to a keeper ended, for this reason.
-    KeeperGone { keeper: KeeperId, reason: String },
+    /// The connection to a keeper ended.
+    KeeperGone { keeper: KeeperId, failed: Failed },
     Reply {
         id: RequestId,
         reply: Result<Answer, Failed>,
@@ -88,14 +88,16 @@ pub(crate) struct SavedCheckpoint {
 pub(crate) enum Failed {
     /// The recipient is well, but cannot do this.
     Refused(String),
-    /// The recipient cannot be reached, or did not answer in time.
+    /// The recipient is gone.
     Lost(String),
+    /// The recipient did not answer in time, and may be out of reach.
+    Silent(String),
 }
 
 impl Failed {
     pub(crate) fn reason(&self) -> &str {
         match self {
-            Failed::Refused(reason) | Failed::Lost(reason) => reason,
+            Failed::Refused(reason) | Failed::Lost(reason) | Failed::Silent(reason) => reason,
         }
     }
 }

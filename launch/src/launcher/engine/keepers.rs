@@ -27,6 +27,8 @@ pub(crate) struct Keeper {
     /// None for a keeper of an earlier launch on a machine that this launch does not have.
     pub(crate) machine: Option<usize>,
     pub(crate) state: KeeperState,
+    /// True for a lost keeper that was only out of reach: its memory may still be there.
+    pub(crate) may_live: bool,
     /// What it held when it was last asked.
     pub(crate) inventory: Option<Inventory>,
 }
@@ -72,6 +74,7 @@ impl Keepers {
             machine: None,
             entry,
             state: KeeperState::Connecting,
+            may_live: false,
             inventory: None,
         };
         self.all.insert(id, keeper);
@@ -94,6 +97,7 @@ impl Keepers {
             entry,
             machine: Some(machine),
             state: KeeperState::Starting,
+            may_live: false,
             inventory: None,
         };
         self.all.insert(id, keeper);
@@ -134,11 +138,25 @@ impl Keepers {
         self.get(id).map_or(KeeperState::Lost, |keeper| keeper.state)
     }
 
+    pub(crate) fn may_live(&self, id: KeeperId) -> bool {
+        self.get(id).is_some_and(|keeper| keeper.may_live)
+    }
+
     /// Keepers that can be asked.
     pub(crate) fn ready(&self) -> Vec<KeeperId> {
         let all = self.all.iter();
         let ready = all.filter(|(_, keeper)| keeper.state == KeeperState::Ready);
         ready.map(|(&id, _)| id).collect()
+    }
+
+    /// Returns a keeper without a place on a machine that has one in this state.
+    pub(crate) fn leftover_on(&self, machine: usize, state: KeeperState) -> Option<KeeperId> {
+        let mut leftover = self.leftover.iter();
+        let is_there = |id: &&KeeperId| {
+            let keeper = self.get(**id);
+            keeper.is_some_and(|keeper| keeper.machine == Some(machine) && keeper.state == state)
+        };
+        leftover.find(is_there).copied()
     }
 
     /// Returns the node of a keeper that has one.

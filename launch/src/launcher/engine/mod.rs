@@ -37,6 +37,8 @@ mod seating;
 mod setting_up;
 pub(crate) mod settings;
 mod stops;
+#[cfg(test)]
+mod tests;
 mod tracker;
 
 use crate::registry::KeeperRegistry;
@@ -119,6 +121,8 @@ pub(crate) struct Engine {
     tracker: Option<Tracker>,
     /// Steps that were done when ranks last reported.
     steps_done: u64,
+    /// Step of the newest snapshot that was complete.
+    newest_complete: Option<u64>,
     checkpoints_wanted: usize,
     /// The reason why a keeper was lost or did not start.
     last_keeper_error: String,
@@ -155,6 +159,7 @@ impl Engine {
             restored: None,
             tracker: None,
             steps_done: 0,
+            newest_complete: None,
             checkpoints_wanted: 0,
             last_keeper_error: String::new(),
             warnings: Vec::new(),
@@ -180,6 +185,12 @@ impl Engine {
     /// True once the launcher is to exit.
     pub(crate) fn has_ended(&self) -> bool {
         matches!(self.stage, Stage::Ended)
+    }
+
+    /// Returns what the engine waits for, for messages of tests.
+    #[cfg(test)]
+    fn describe(&self) -> String {
+        format!("{:?} with {:?}", self.stage, self.requests)
     }
 
     /// Looks at what is known. Returns true if the stage changed.
@@ -230,7 +241,7 @@ impl Engine {
             }
             Event::Heartbeat { machine } => self.machines.hear(machine, self.now),
             Event::Keeper { keeper, event } => self.on_keeper_event(keeper, event),
-            Event::KeeperGone { keeper, reason } => self.lose_keeper(keeper, reason),
+            Event::KeeperGone { keeper, failed } => self.lose_keeper(keeper, failed),
             Event::Reply { id, reply } => {
                 if let Some(request) = self.requests.take(id) {
                     self.on_reply(request.purpose, reply);
@@ -260,26 +271,27 @@ impl Engine {
     }
 
     /// Treats a keeper whose events have stopped as lost, even if it still answers requests.
-    fn lose_keeper(&mut self, id: KeeperId, reason: String) {
+    fn lose_keeper(&mut self, id: KeeperId, failed: Failed) {
         let Some(keeper) = self.keepers.get_mut(id) else {
             return;
         };
         if keeper.state == KeeperState::Lost {
             return;
         }
+        keeper.may_live = matches!(failed, Failed::Silent(_)) && keeper.entry.pid > 0;
         keeper.state = KeeperState::Lost;
         keeper.inventory = None;
-        self.last_keeper_error = reason.clone();
+        self.last_keeper_error = failed.reason().to_string();
         self.commands.push(Command::DisconnectKeeper { keeper: id });
         for request in self.requests.take_of(Recipient::Keeper(id)) {
-            self.on_reply(request.purpose, Err(Failed::Lost(reason.clone())));
+            self.on_reply(request.purpose, Err(failed.clone()));
         }
     }
 
     /// Gives up requests whose deadline has passed, and machines that are silent.
     fn notice_silence(&mut self) {
         for request in self.requests.take_expired(self.now) {
-            let failed = Failed::Lost("no reply in time".into());
+            let failed = Failed::Silent("no reply in time".into());
             self.on_reply(request.purpose, Err(failed));
         }
         let timeout = self.settings.heartbeat_timeout();
@@ -334,7 +346,9 @@ impl Engine {
     fn lose_if_unreachable(&mut self, id: KeeperId, reply: &Result<Answer, Failed>) {
         match reply {
             Ok(_) => {}
-            Err(Failed::Lost(reason)) => self.lose_keeper(id, reason.clone()),
+            Err(failed @ (Failed::Lost(_) | Failed::Silent(_))) => {
+                self.lose_keeper(id, failed.clone());
+            }
             Err(Failed::Refused(reason)) => {
                 let name = self.name_of(id);
                 self.log(format!("{name}: {reason}"));
@@ -354,8 +368,8 @@ impl Engine {
                 keeper.entry.identity = self.machines.identity(keeper.entry.machine);
                 self.connect(id);
             }
-            Ok(_) => self.lose_keeper(id, "unexpected reply".into()),
-            Err(failed) => self.lose_keeper(id, failed.reason().to_string()),
+            Ok(_) => self.lose_keeper(id, Failed::Lost("unexpected reply".into())),
+            Err(failed) => self.lose_keeper(id, failed),
         }
     }
 
@@ -365,11 +379,20 @@ impl Engine {
                 if let Some(keeper) = self.keepers.get_mut(id) {
                     keeper.state = KeeperState::Ready;
                 }
+                // It may be one that was out of reach, and holds parts.
+                if matches!(self.stage, Stage::Seating(_)) {
+                    self.ask(id, Purpose::Inventory(id), KeeperRequest::Inventory);
+                }
             }
             Err(failed) => {
                 let address = self.keepers.address(id);
                 let reason = failed.reason();
-                self.lose_keeper(id, format!("cannot reach the keeper at {address}: {reason}"));
+                let reason = format!("cannot reach the keeper at {address}: {reason}");
+                let failed = match failed {
+                    Failed::Silent(_) => Failed::Silent(reason),
+                    _ => Failed::Lost(reason),
+                };
+                self.lose_keeper(id, failed);
             }
         }
     }

@@ -101,6 +101,11 @@ impl Engine {
             .any(|purpose| matches!(purpose, Purpose::Inventory(_)))
     }
 
+    /// True if one of these keepers cannot be asked any more.
+    pub(super) fn has_lost_one_of(&self, keepers: &[KeeperId]) -> bool {
+        keepers.iter().any(|&keeper| !self.keepers.is_ready(keeper))
+    }
+
     pub(super) fn held(&self) -> Held {
         let mut keepers = Vec::new();
         let mut inventories = Vec::new();
@@ -139,6 +144,10 @@ impl Engine {
                         return Next::Wait(Stage::Recovering(recovering));
                     }
                     Progress::Done(Ok(whole)) => return self.restored(recovering, whole),
+                    Progress::Done(Err(_)) if self.has_lost_one_of(&recovering.keepers) => {
+                        // Its parts may be rebuilt from others.
+                        self.ask_for_inventories();
+                    }
                     Progress::Done(Err(reason)) => {
                         let step = recovering.candidates[recovering.tried].snapshot.id.step;
                         recovering

@@ -223,6 +223,7 @@ impl Engine {
         match tracker.on_event(node, event, now) {
             Action::Commit { snapshot, durable } => {
                 let id = snapshot.id;
+                self.newest_complete = self.newest_complete.max(Some(id.step));
                 self.notify_all(|| KeeperRequest::Commit(snapshot.clone()));
                 if durable {
                     self.checkpoints.request(id);

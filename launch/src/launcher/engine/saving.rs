@@ -24,6 +24,8 @@ pub(super) struct Saving {
     candidates: Vec<Candidate>,
     keepers: Vec<KeeperId>,
     tried: usize,
+    /// The reasons why the snapshots that were tried are of no use.
+    reasons: Vec<String>,
     step: Step,
 }
 
@@ -44,6 +46,7 @@ impl Saving {
             candidates: Vec::new(),
             keepers: Vec::new(),
             tried: 0,
+            reasons: Vec::new(),
             step: Step::Asking,
         }
     }
@@ -59,9 +62,10 @@ impl Saving {
                     let held = engine.held();
                     self.candidates = held.candidates;
                     self.keepers = held.keepers;
+                    self.tried = 0;
                     match self.next_candidate(engine) {
                         Some(step) => self.step = step,
-                        None => return Progress::Done(Saved::Nothing),
+                        None => return Progress::Done(self.nothing(engine)),
                     }
                 }
                 Step::Reassembling(reassembly) => match reassembly.advance(engine) {
@@ -70,15 +74,19 @@ impl Saving {
                         return Progress::Waiting(self);
                     }
                     Progress::Done(Ok(whole)) => self.step = engine.write(&whole),
+                    Progress::Done(Err(_)) if engine.has_lost_one_of(&self.keepers) => {
+                        // Its parts may be rebuilt from others.
+                        engine.ask_for_inventories();
+                    }
                     Progress::Done(Err(reason)) => {
                         let step = self.candidates[self.tried].snapshot.id.step;
-                        engine.print(format!(
-                            "warning: the snapshot of step {step} is unusable: {reason}"
-                        ));
+                        let reason = format!("the snapshot of step {step} is unusable: {reason}");
+                        engine.print(format!("warning: {reason}"));
+                        self.reasons.push(reason);
                         self.tried += 1;
                         match self.next_candidate(engine) {
                             Some(step) => self.step = step,
-                            None => return Progress::Done(Saved::Nothing),
+                            None => return Progress::Done(self.nothing(engine)),
                         }
                     }
                 },
@@ -91,6 +99,21 @@ impl Saving {
                 }
             }
         }
+    }
+
+    /// Returns the outcome without a candidate that is newer than everything on disk.
+    fn nothing(&self, engine: &Engine) -> Saved {
+        let on_disk = engine.checkpoints.newest_step();
+        let newest = engine.newest_complete.filter(|&step| Some(step) > on_disk);
+        let reason = match (self.reasons.first(), newest) {
+            (Some(reason), _) => reason.clone(),
+            (None, Some(step)) => format!(
+                "the state of step {step} is not on disk: too many of its parts are out of reach"
+            ),
+            (None, None) => return Saved::Nothing,
+        };
+        let hint = "what is left stays in memory for an hour: run the same command to try again";
+        Saved::Failed(Problem::new(reason).hint(hint))
     }
 
     /// Begins with the next candidate that is newer than everything on disk.

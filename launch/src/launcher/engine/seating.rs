@@ -109,7 +109,8 @@ impl Engine {
         if !self.settings.config.takes_snapshots() {
             return self.seated(seating, None);
         }
-        if self.awaits_inventories() {
+        self.reconnect_to_silent_keepers();
+        if self.awaits_inventories() || self.is_reconnecting() {
             return Next::Wait(Stage::Seating(seating));
         }
         let notes = match seating.notes.take() {
@@ -126,6 +127,33 @@ impl Engine {
         }
         seating.notes = Some(notes);
         Next::Wait(Stage::Seating(seating))
+    }
+
+    /// Connects again to keepers that were out of reach, where machines are there.
+    fn reconnect_to_silent_keepers(&mut self) {
+        for id in self.keepers.ids() {
+            let Some(keeper) = self.keepers.get_mut(id) else {
+                continue;
+            };
+            let machine = keeper.machine;
+            let is_there = machine.is_some_and(|machine| self.machines.is_present(machine));
+            if keeper.state == KeeperState::Lost && keeper.may_live && is_there {
+                keeper.may_live = false;
+                keeper.state = KeeperState::Connecting;
+                self.connect(id);
+            }
+        }
+    }
+
+    fn is_reconnecting(&self) -> bool {
+        let ids = self.keepers.ids();
+        let mut connecting = ids
+            .iter()
+            .filter(|&&id| self.keepers.state(id) == KeeperState::Connecting);
+        connecting.any(|&id| {
+            let is_leftover = self.keepers.leftover.contains(&id);
+            is_leftover || self.keepers.node_of(id).is_some()
+        })
     }
 
     fn seated(&mut self, seating: Seating, notes: Option<String>) -> Next {
@@ -242,7 +270,7 @@ impl Engine {
             if is_present && self.keepers.is_ready(id) {
                 usable.push(id);
             } else {
-                self.abandon_keeper(id);
+                self.set_aside(id);
             }
         }
         usable
@@ -321,7 +349,12 @@ impl Engine {
         let Some(id) = self.keepers.seats[node].keeper.take() else {
             return;
         };
-        if self.keepers.is_ready(id) {
+        self.set_aside(id);
+    }
+
+    /// Keeps a keeper that may hold parts of a snapshot, and ends others.
+    fn set_aside(&mut self, id: KeeperId) {
+        if self.keepers.is_ready(id) || self.keepers.may_live(id) {
             self.keepers.leftover.insert(id);
         } else {
             self.abandon_keeper(id);
@@ -341,8 +374,10 @@ impl Engine {
                 Some(KeeperState::Lost) => {
                     seating.failed_starts += 1;
                     if seating.failed_starts >= MAX_STARTS {
-                        let reason = self.last_keeper_error.clone();
-                        return Err(Problem::new(reason));
+                        let reason = &self.last_keeper_error;
+                        return Err(Problem::new(format!(
+                            "the keeper of node {node} does not start: {reason}"
+                        )));
                     }
                     self.vacate(node);
                     self.fill_seat(node, machine);
@@ -355,7 +390,13 @@ impl Engine {
     }
 
     fn fill_seat(&mut self, node: usize, machine: usize) {
-        let id = self.start_keeper(machine, node, None);
+        let id = match self.keepers.leftover_on(machine, KeeperState::Ready) {
+            Some(kept) => {
+                self.keepers.leftover.remove(&kept);
+                kept
+            }
+            None => self.start_keeper(machine, node, None),
+        };
         self.keepers.seats[node].keeper = Some(id);
     }
 

@@ -43,6 +43,7 @@ fn failed(error: Error) -> Failed {
     match error {
         // The keeper is alive.
         Error::Refused(_) | Error::Busy => Failed::Refused(error.to_string()),
+        Error::TimedOut => Failed::Silent(error.to_string()),
         error => Failed::Lost(error.to_string()),
     }
 }
@@ -153,7 +154,7 @@ impl Connector {
                 None => continue,
             };
             let reply = ask(&mut peer, request).map_err(failed);
-            let is_lost = matches!(reply, Err(Failed::Lost(_)));
+            let is_lost = matches!(reply, Err(Failed::Lost(_) | Failed::Silent(_)));
             self.events.push(Event::Reply { id, reply });
             if is_lost {
                 return;
@@ -170,8 +171,8 @@ impl Connector {
         let events = self.events.clone();
         let receive = move || {
             let error = stream.for_each_event(|event| events.push(Event::Keeper { keeper, event }));
-            let reason = error.to_string();
-            events.push(Event::KeeperGone { keeper, reason });
+            let failed = failed(error);
+            events.push(Event::KeeperGone { keeper, failed });
         };
         let spawned = std::thread::Builder::new().spawn(receive);
         spawned.map_err(Error::from)?;
