@@ -138,9 +138,7 @@ impl Engine {
                     self.print(format!("warning: {}", problem.message));
                     return self.exit(ending.status, Some(first.clone()));
                 }
-                let hint = "the state is still in memory: free disk space and run the same command \
-                            again";
-                return self.exit(ending.status.max(1), Some(problem.hint(hint)));
+                return self.exit(ending.status.max(1), Some(problem));
             }
             Saved::Written(step) if ending.is_orderly => {
                 self.log(format!("wrote the state of step {step} to a checkpoint"));
@@ -152,6 +150,11 @@ impl Engine {
         }
         if let Some(failure) = self.lost_the_end(&ending) {
             return self.fail(failure);
+        }
+        let is_done = self.checkpoints.newest_step() >= Some(self.settings.config.train.steps);
+        if ending.is_orderly && !is_done {
+            // The request to stop may have come after the last step.
+            ending.status = self.stops.status().unwrap_or(ending.status);
         }
         match &self.checkpoints.newest {
             Some(newest) if ending.is_orderly => {

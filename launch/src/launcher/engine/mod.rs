@@ -380,7 +380,8 @@ impl Engine {
                     keeper.state = KeeperState::Ready;
                 }
                 // It may be one that was out of reach, and holds parts.
-                if matches!(self.stage, Stage::Seating(_)) {
+                let is_running = matches!(self.stage, Stage::Running(_) | Stage::Gathering(_));
+                if !is_running {
                     self.ask(id, Purpose::Inventory(id), KeeperRequest::Inventory);
                 }
             }

@@ -130,7 +130,8 @@ impl Engine {
         loop {
             match std::mem::replace(&mut recovering.step, Step::Asking) {
                 Step::Asking => {
-                    if self.awaits_inventories() {
+                    self.reconnect_to_silent_keepers();
+                    if self.awaits_inventories() || self.is_reconnecting() {
                         return Next::Wait(Stage::Recovering(recovering));
                     }
                     let held = self.held();

@@ -166,7 +166,7 @@ impl Engine {
     }
 
     fn pass_checkpoint_request_on(&mut self, running: &mut Running) {
-        if self.checkpoints_wanted > running.checkpoints_asked {
+        if self.checkpoints_wanted > running.checkpoints_asked && running.stopping.is_none() {
             running.checkpoints_asked = self.checkpoints_wanted;
             self.print("writing a checkpoint after this step; training continues".into());
             self.signal_ranks(Signal::SIGUSR1);

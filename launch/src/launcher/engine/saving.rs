@@ -26,6 +26,7 @@ pub(super) struct Saving {
     tried: usize,
     /// The reasons why the snapshots that were tried are of no use.
     reasons: Vec<String>,
+    has_retried: bool,
     step: Step,
 }
 
@@ -47,6 +48,7 @@ impl Saving {
             keepers: Vec::new(),
             tried: 0,
             reasons: Vec::new(),
+            has_retried: false,
             step: Step::Asking,
         }
     }
@@ -55,8 +57,10 @@ impl Saving {
         loop {
             match std::mem::replace(&mut self.step, Step::Asking) {
                 Step::Asking => {
+                    engine.reconnect_to_silent_keepers();
                     let surveys = engine.requests.any(|purpose| purpose == Purpose::Survey);
-                    if engine.awaits_inventories() || surveys || !engine.checkpoints.is_idle() {
+                    let asks = engine.awaits_inventories() || engine.is_reconnecting();
+                    if asks || surveys || !engine.checkpoints.is_idle() {
                         return Progress::Waiting(self);
                     }
                     let held = engine.held();
@@ -94,6 +98,13 @@ impl Saving {
                     if engine.checkpoints.writing.is_some() {
                         self.step = Step::Writing(id);
                         return Progress::Waiting(self);
+                    }
+                    let failed = engine.checkpoints.last_error.is_some();
+                    if failed && !self.has_retried {
+                        // A keeper may be lost, whose parts can be rebuilt.
+                        self.has_retried = true;
+                        engine.ask_for_inventories();
+                        continue;
                     }
                     return Progress::Done(written(engine, id));
                 }
@@ -134,7 +145,8 @@ fn written(engine: &mut Engine, id: SnapshotId) -> Saved {
         None => Saved::Written(step),
         Some(reason) => {
             let message = format!("cannot write step {step}, which is only in memory: {reason}");
-            let hint = "free disk space and run the same command again";
+            let hint = "the state is still in memory: free disk space and run the same command \
+                        again";
             Saved::Failed(Problem::new(message).hint(hint))
         }
     }

@@ -130,7 +130,7 @@ impl Engine {
     }
 
     /// Connects again to keepers that were out of reach, where machines are there.
-    fn reconnect_to_silent_keepers(&mut self) {
+    pub(super) fn reconnect_to_silent_keepers(&mut self) {
         for id in self.keepers.ids() {
             let Some(keeper) = self.keepers.get_mut(id) else {
                 continue;
@@ -145,7 +145,7 @@ impl Engine {
         }
     }
 
-    fn is_reconnecting(&self) -> bool {
+    pub(super) fn is_reconnecting(&self) -> bool {
         let ids = self.keepers.ids();
         let mut connecting = ids
             .iter()

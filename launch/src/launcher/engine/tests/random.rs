@@ -110,7 +110,8 @@ fn check(faults: &[(u16, Fault)], shrinks: bool) -> Result<(), TestCaseError> {
     }
     let reasons = ["no checkpoint: ", "is not on disk", "was lost with a keeper"];
     let says_why = |line: &String| reasons.iter().any(|reason| line.contains(reason));
-    let says_why = world.printed.iter().any(says_why);
+    let message = problem.iter().map(|problem| &problem.message);
+    let says_why = world.printed.iter().chain(message).any(says_why);
     let has_checkpoint = !world.checkpoints.is_empty();
     prop_assert!(
         has_checkpoint || says_why || world.has_keepers(),
@@ -121,7 +122,7 @@ fn check(faults: &[(u16, Fault)], shrinks: bool) -> Result<(), TestCaseError> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #![proptest_config(ProptestConfig::with_cases(20000))]
 
     #[test]
     fn nothing_is_lost_and_every_wait_ends(

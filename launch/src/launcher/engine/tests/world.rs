@@ -12,7 +12,7 @@ use crate::{
         settings::Settings,
     },
     protocol::Assignment,
-    registry::KeeperRegistry,
+    registry::{KeeperEntry, KeeperRegistry},
 };
 use checkpoint::keeper::{
     self, Inventory, PartInfo, RankStatus, Secret, Snapshot, SnapshotId, Topology,
@@ -96,6 +96,8 @@ pub(super) struct World {
     pub(super) checkpoints: BTreeSet<u64>,
     pub(super) disk: DiskState,
     pub(super) registry: Option<KeeperRegistry>,
+    /// What the runtime tries to write again once there is room.
+    unwritten_registry: Option<Option<KeeperRegistry>>,
     waiting: Vec<(Duration, Event)>,
     /// Disk requests that wait for a hanging disk.
     hanging: Vec<Command>,
@@ -199,6 +201,7 @@ impl World {
             checkpoints,
             disk: DiskState::Works,
             registry: None,
+            unwritten_registry: None,
             waiting: Vec::new(),
             hanging: Vec::new(),
             next_port: 1000,
@@ -215,7 +218,8 @@ impl World {
         let config = config(machines, changes);
         let registry = self.registry.take();
         let checkpoints = std::mem::take(&mut self.checkpoints);
-        let mut world = World::with(config, machines, spares, registry, checkpoints);
+        let mut world = World::with(config, machines, spares, registry.clone(), checkpoints);
+        world.registry = registry;
         world.keepers = std::mem::take(&mut self.keepers);
         for keeper in world.keepers.values_mut() {
             keeper.subscriber = None;
@@ -249,10 +253,20 @@ impl World {
             is_joined: true,
             ..SimMachine::default()
         };
+        let keepers = self.keepers.iter();
+        let on_machine = keepers.filter(|(_, keeper)| keeper.is_alive && keeper.machine == machine);
+        let keepers = on_machine.map(|(&address, keeper)| KeeperEntry {
+            pid: keeper.pid,
+            machine,
+            address,
+            socket: String::new(),
+            identity: format!("machine-{machine}"),
+        });
+        let keepers = keepers.collect();
         self.tell(Event::MachineJoined {
             machine,
             host: host(machine),
-            keepers: Vec::new(),
+            keepers,
         });
     }
 
@@ -363,6 +377,9 @@ impl World {
 
     pub(super) fn heal_disk(&mut self) {
         self.disk = DiskState::Works;
+        if let Some(registry) = self.unwritten_registry.take() {
+            self.registry = registry;
+        }
         for command in std::mem::take(&mut self.hanging) {
             self.carry_out(command);
         }
@@ -543,7 +560,9 @@ impl World {
                 if self.disk == DiskState::Full && registry.is_some() {
                     let failed = Failed::Refused("cannot write keepers.json: no space left".into());
                     self.reply(id, Err(failed));
+                    self.unwritten_registry = Some(registry);
                 } else {
+                    self.unwritten_registry = None;
                     self.registry = registry;
                     self.reply(id, Ok(Answer::Done));
                 }
