@@ -122,7 +122,7 @@ fn check(faults: &[(u16, Fault)], shrinks: bool) -> Result<(), TestCaseError> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(20000))]
+    #![proptest_config(ProptestConfig::with_cases(3000))]
 
     #[test]
     fn nothing_is_lost_and_every_wait_ends(

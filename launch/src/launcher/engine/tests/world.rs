@@ -281,7 +281,7 @@ impl World {
         if !self.machines[machine].is_joined {
             return;
         }
-        self.machines[machine] = SimMachine::default();
+        self.empty(machine);
         self.tell(Event::MachineLost {
             machine,
             reason: "the connection was closed".into(),
@@ -297,12 +297,21 @@ impl World {
     /// The agent is killed, and its ranks end with it. Keepers live.
     pub(super) fn lose_agent(&mut self, machine: usize) {
         if self.machines[machine].is_joined {
-            self.machines[machine] = SimMachine::default();
+            self.empty(machine);
             self.tell(Event::MachineLost {
                 machine,
                 reason: "the connection was closed".into(),
             });
         }
+    }
+
+    /// The agent and its ranks are gone. The network stays as it is.
+    fn empty(&mut self, machine: usize) {
+        let cut_since = self.machines[machine].cut_since;
+        self.machines[machine] = SimMachine {
+            cut_since,
+            ..SimMachine::default()
+        };
     }
 
     /// Nothing reaches the machine any more, and nobody is told.
@@ -534,11 +543,7 @@ impl World {
             Command::StandBy { .. } | Command::RecordRestart(_) | Command::Log(_) => {}
             Command::DropMachine { machine } => {
                 // A machine that is only cut off ends its ranks when it misses the launcher.
-                let cut_since = self.machines[machine].cut_since;
-                self.machines[machine] = SimMachine {
-                    cut_since,
-                    ..SimMachine::default()
-                };
+                self.empty(machine);
             }
             Command::Print(line) => self.printed.push(line),
             Command::Exit { status, problem } => self.exit(status, problem),
