@@ -19,6 +19,8 @@ use std::{
 const FRAME_TIMEOUT: Duration = Duration::from_secs(30);
 const LENGTH_BYTES: usize = 4;
 const MAX_CHECK_BYTES: usize = 16;
+/// Most memory that is reserved for a message before it arrives: a chunk and more.
+const RESERVED_BYTES: usize = 1 << 20;
 /// Bounds of what one message may allocate while it is decoded.
 const SMALL_LIMIT: usize = 16 << 20;
 const LARGE_LIMIT: usize = 256 << 20;
@@ -93,10 +95,13 @@ impl<S: Socket> FrameReader<S> {
         let check_len = self.seal.len();
         let mut head = [0u8; LENGTH_BYTES + MAX_CHECK_BYTES];
         let head = &mut head[..LENGTH_BYTES + check_len];
+        let begun = self.reader(deadline).read(head)?;
+        if begun == 0 {
+            return Err(Error::Closed);
+        }
         // A message that has begun has a deadline in any case.
-        self.read_exact(&mut head[..1], deadline)?;
         let deadline = deadline.unwrap_or_else(|| Instant::now() + FRAME_TIMEOUT);
-        self.read_exact(&mut head[1..], Some(deadline))?;
+        self.reader(Some(deadline)).read_exact(&mut head[begun..])?;
         let (length, check) = head.split_at(LENGTH_BYTES);
         let len = u32::from_le_bytes(length.try_into().expect("four bytes"));
         let most = self.purpose.max_frame_bytes;
@@ -104,8 +109,8 @@ impl<S: Socket> FrameReader<S> {
             let reason = format!("a message of {len} bytes is longer than {most}");
             return Err(Error::Protocol(reason));
         }
-        // Memory grows with the bytes that arrive, not with the announced length.
-        let mut body = Vec::new();
+        // Memory for long messages grows with the bytes that arrive, not with the announced length.
+        let mut body = Vec::with_capacity((len as usize).min(RESERVED_BYTES));
         let reader = self.reader(Some(deadline));
         reader.take(u64::from(len)).read_to_end(&mut body)?;
         if body.len() < len as usize {
@@ -125,8 +130,13 @@ impl<S: Socket> FrameReader<S> {
         }
     }
 
-    fn read_exact(&mut self, into: &mut [u8], deadline: Option<Instant>) -> Result<(), Error> {
-        self.reader(deadline).read_exact(into)?;
+    /// Sets how long one read of the socket itself may take, for messages outside of frames.
+    ///
+    /// # Errors
+    /// If the connection is closed.
+    pub fn limit_reads(&mut self, limit: Duration) -> Result<(), Error> {
+        self.socket.set_read_limit(Some(limit))?;
+        self.armed = Armed::at(limit);
         Ok(())
     }
 
