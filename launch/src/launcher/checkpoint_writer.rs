@@ -3,7 +3,8 @@
 use super::keepers::Keepers;
 use anyhow::{Result, anyhow};
 use checkpoint::{
-    Checkpoint, Shard, Staging,
+    Shard, Staging,
+    folder::{self, Depth},
     keeper::{Peer, SnapshotId},
 };
 use crossbeam_channel::{Receiver, bounded};
@@ -54,12 +55,14 @@ impl CheckpointWriter {
     }
 
     pub(super) fn newest_on_disk(&self) -> Option<PathBuf> {
-        checkpoint::list(&self.root).ok()?.into_iter().next()
+        let newest = folder::newest(&self.root, Depth::Data).ok()?;
+        let newest = newest.verified.into_iter().next();
+        newest.map(|verified| verified.path)
     }
 
     pub(super) fn newest_step_on_disk(&self) -> Option<u64> {
-        let newest = Checkpoint::open(&self.newest_on_disk()?).ok()?;
-        Some(newest.manifest().step)
+        let newest = folder::newest(&self.root, Depth::Data).ok()?;
+        newest.verified.first().map(|verified| verified.step)
     }
 
     /// Requests a checkpoint of a complete snapshot, or of a newer one if the disk is busy.

@@ -57,6 +57,9 @@ pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode> {
     std::fs::create_dir_all(&logs)
         .with_context(|| format!("cannot create the run's folder {}", logs.display()))?;
     let _lock = registry::lock(&dir)?;
+    for leftover in checkpoint::folder::clean(&dir.join("checkpoints"))? {
+        eprintln!("removed an unfinished checkpoint: {leftover}");
+    }
     let store = serve_store(args.master_port)?;
     let signals = Signals::install()?;
     let local_ranks = RankProcesses::new(args, &dir);

@@ -3,9 +3,12 @@
 
 use super::keepers::Keepers;
 use anyhow::{Context, Result};
-use checkpoint::keeper::{
-    Peer, SnapshotId,
-    recover::{Candidate, Rebuild, candidates},
+use checkpoint::{
+    folder::{self, Depth},
+    keeper::{
+        Peer, SnapshotId,
+        recover::{Candidate, Rebuild, candidates},
+    },
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -100,9 +103,9 @@ pub(super) fn recover(keepers: &mut Keepers, older: usize, checkpoints: &Path) -
         reasons.push("the snapshots in memory did not help".into());
     }
     keepers.ask_all(|peer| peer.select_restore(None, &[]));
-    let checkpoints = checkpoint::list(checkpoints).unwrap_or_default();
-    let message = match checkpoints.first() {
-        Some(path) => format!("resuming from checkpoint {}", path.display()),
+    let newest = folder::newest(checkpoints, Depth::Lengths).unwrap_or_default();
+    let message = match newest.verified.first() {
+        Some(newest) => format!("resuming from checkpoint {}", newest.path.display()),
         None => "no checkpoint, starting over".into(),
     };
     Restored {
