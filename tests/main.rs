@@ -8,6 +8,7 @@ mod balance;
 mod benches;
 mod cli;
 mod configs;
+mod damaged_checkpoints;
 mod defaults;
 mod doctor;
 mod drawn_layouts;

@@ -18,6 +18,7 @@ use std::{
     io::ErrorKind,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 /// How much of a checkpoint is read to verify it.
@@ -210,6 +211,9 @@ type Fingerprint = Vec<[i128; 4]>;
 /// The checkpoints that this process verified. Only positive answers are kept.
 static VERIFIED: Mutex<BTreeMap<PathBuf, Fingerprint>> = Mutex::new(BTreeMap::new());
 
+/// Nanoseconds after which a change of a file has another time.
+const TICK_NS: i128 = 50_000_000;
+
 impl Inspection {
     /// Opens a checkpoint, and compares the lengths of its files with the manifest.
     ///
@@ -245,8 +249,19 @@ impl Inspection {
         verified.get(&key(self.checkpoint.path())) == Some(&self.fingerprint)
     }
 
-    /// Remembers that all files had the right checksums.
+    /// Remembers that all files had the right checksums, unless one has only just changed: the
+    /// times of files have ticks, and another change in the same tick would not show.
     pub fn remember(&self) {
+        let times = self.fingerprint.iter().map(|[.., changed]| *changed);
+        let newest = times.max().unwrap_or(0);
+        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
+        let now = since_epoch.map_or(0, |time| time.as_nanos() as i128);
+        if now - newest > TICK_NS {
+            self.insert();
+        }
+    }
+
+    fn insert(&self) {
         let fingerprint = self.fingerprint.clone();
         let mut verified = VERIFIED.lock();
         verified.insert(key(self.checkpoint.path()), fingerprint);
@@ -262,7 +277,7 @@ impl Inspection {
 pub(crate) fn remember_verified(path: &Path) {
     // If it cannot be opened now, the next reader verifies it.
     if let Ok(inspection) = Inspection::open(path) {
-        inspection.remember();
+        inspection.insert();
     }
 }
 
@@ -477,7 +492,7 @@ mod tests {
     /// Changes the last byte of a checkpoint's shard.
     fn spoil(checkpoint: &Path) {
         // The clock of file times has ticks of some milliseconds.
-        std::thread::sleep(std::time::Duration::from_millis(20));
+        std::thread::sleep(std::time::Duration::from_millis(60));
         let shard = shard_of(checkpoint);
         let mut bytes = std::fs::read(&shard).unwrap();
         *bytes.last_mut().unwrap() ^= 1;
@@ -684,6 +699,9 @@ mod tests {
         spoil(&path);
         assert!(!is_known());
         spoil(&path);
+        verify(&path, Depth::Data).unwrap();
+        assert!(!is_known(), "it has just changed");
+        std::thread::sleep(std::time::Duration::from_millis(60));
         verify(&path, Depth::Data).unwrap();
         assert!(is_known());
         spoil(&path);

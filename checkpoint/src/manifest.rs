@@ -85,7 +85,8 @@ impl Manifest {
             ..
         } in &self.files
         {
-            if !is_plain_name(name) || name == MANIFEST {
+            // Names reach the terminal.
+            if !is_plain_name(name) || name == MANIFEST || has_control(name) {
                 return Err(format!("{name:?} is no name of a shard in this folder"));
             }
             if !names.insert(name) {
@@ -95,6 +96,9 @@ impl Manifest {
         }
         let mut elements = 0u64;
         for (name, entry) in &self.tensors {
+            if has_control(name) {
+                return Err(format!("{name:?} is no name of a tensor"));
+            }
             let mut slices = entry.slices.iter();
             if let Some(slice) = slices.find(|slice| slice.file >= self.files.len()) {
                 let file = slice.file;
@@ -115,6 +119,10 @@ impl Manifest {
         }
         Ok(())
     }
+}
+
+fn has_control(name: &str) -> bool {
+    name.chars().any(char::is_control)
 }
 
 fn checksum_of(value: &Value) -> u32 {

@@ -50,6 +50,9 @@ pub(crate) fn run(args: &TrainArgs, signals: &Signals) -> Result<ExitCode> {
     std::fs::create_dir_all(&logs)
         .with_context(|| format!("cannot create the run's folder {}", logs.display()))?;
     let _lock = run_lock::acquire(&dir)?;
+    for leftover in checkpoint::folder::clean(&dir.join("checkpoints"))? {
+        eprintln!("removed an unfinished checkpoint: {leftover}");
+    }
     let store = serve_store(args.master_port)?;
     signals.set_mode(StopMode::Count);
     let registry = KeeperRegistry::load_or_set_aside(&dir)?;

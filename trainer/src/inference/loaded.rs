@@ -5,7 +5,10 @@ use crate::{
     config::Config,
     model::{BuildContext, Model, ModelPart},
     process_groups::ProcessGroups,
-    train::checkpointing::{read_run_state, restore_model, saved_config},
+    train::{
+        checkpointing::restore_model,
+        saved_config::{read_run_state, saved_config},
+    },
 };
 use checkpoint::{
     Checkpoint,

@@ -5,26 +5,20 @@
 
 use super::{
     accounting::{Mismatch, Shapes, account, account_alone, held_shapes, saved_shapes},
-    model_shapes::{count_problem, shape_problems},
+    inspection::{FolderPaths, inspect_together, list_on_rank_0, none_usable, set_damaged_aside},
     resume_rules::{AllowedChanges, ResumeRules, mismatch_error},
     run_state::RunState,
+    saved_config::{has_kind, kind, read_run_state, saved_config},
 };
-use crate::{
-    Error,
-    config::{Config, rename_old_keys},
-    model::Model,
-    optim::Optimizer,
-};
+use crate::{Error, config::Config, model::Model, optim::Optimizer};
 use checkpoint::{
     Checkpoint, ImageHeader, PartOpener, Shard, Staging, TensorSlice, assign_owners,
-    folder::{self, Inspection, Refused},
     keeper::SnapshotId,
 };
 use parallel::{
     Accelerator, Communicator,
-    agreement::{AgreementError, agree, all_gather_bytes, broadcast_bytes, decode_peer_message},
+    agreement::{AgreementError, agree, all_gather_bytes, decode_peer_message},
 };
-use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
@@ -32,22 +26,8 @@ use std::{
 };
 use tch::{Kind, Tensor};
 
-/// Kinds of saved tensors. The name of a saved tensor is `KIND/GLOBAL NAME`.
-mod kind {
-    pub(super) const MASTER: &str = "model";
-    pub(super) const FIRST_MOMENT: &str = "exp_avg";
-    pub(super) const SECOND_MOMENT: &str = "exp_avg_sq";
-    pub(super) const BIAS: &str = "bias";
-    pub(super) const GENERATOR: &str = "generator";
-}
-
 fn key(kind: &str, name: impl std::fmt::Display) -> String {
     format!("{kind}/{name}")
-}
-
-fn has_kind(name: &str, kinds: &[&str]) -> bool {
-    let kind = name.split_once('/').map(|(kind, _)| kind);
-    kind.is_some_and(|kind| kinds.contains(&kind))
 }
 
 /// Removes checkpoints under `root` as [`checkpoint::retain`] does after the one of step `step` was
@@ -283,139 +263,6 @@ pub(crate) fn resume(
     Err(none_usable(root, &refusals, &set_aside))
 }
 
-fn none_usable(root: &Path, refusals: &[Refused], set_aside: &[PathBuf]) -> Error {
-    let refused = refusals.iter().map(|refused| refused.reason.clone());
-    let aside = set_aside
-        .iter()
-        .map(|path| format!("{} is damaged", path.display()));
-    let reasons: Vec<String> = refused.chain(aside).collect();
-    Error::Resume(format!(
-        "none of the {} checkpoints in {} can be used ({}); move the folder away to start from the \
-         beginning",
-        reasons.len(),
-        root.display(),
-        reasons.join("; ")
-    ))
-}
-
-/// Renames damaged checkpoints. A failure only warns: they are refused again by the next start.
-fn set_damaged_aside(root: &Path, refusals: &[Refused], warn: &mut dyn FnMut(&str)) {
-    match folder::set_damaged_aside(root, refusals) {
-        Ok(renamed) => {
-            for (from, to) in renamed {
-                warn(&format!("renamed {} to {}", from.display(), to.display()));
-            }
-        }
-        Err(error) => warn(&format!("damaged checkpoints keep their names: {error}")),
-    }
-}
-
-/// The checkpoints that rank 0 finds.
-#[derive(Default, Serialize, Deserialize)]
-struct FolderPaths {
-    /// Steps and paths, newest first.
-    candidates: Vec<(u64, PathBuf)>,
-    set_aside: Vec<PathBuf>,
-}
-
-fn list_on_rank_0(root: &Path, world: &Arc<dyn Communicator>) -> Result<FolderPaths, Error> {
-    let listed = if world.rank() == 0 {
-        folder::listing(root).map(|listing| FolderPaths {
-            candidates: listing.candidates,
-            set_aside: listing.set_aside,
-        })
-    } else {
-        Ok(FolderPaths::default())
-    };
-    let listed = listed.map_err(|error| Error::Resume(error.to_string()));
-    let listed = agree(world, listed)?;
-    let message = serde_json::to_vec(&listed).expect("paths are UTF-8");
-    Ok(decode_peer_message(&broadcast_bytes(world, &message)?)?)
-}
-
-/// The fault that a rank found in its share of a checkpoint's files.
-#[derive(Serialize, Deserialize)]
-struct Fault {
-    reason: String,
-    /// The number of the file; `None` if the checkpoint cannot be opened.
-    file: Option<usize>,
-    is_damage: bool,
-    is_denied: bool,
-}
-
-impl Fault {
-    fn new(error: &checkpoint::Error, file: Option<usize>) -> Fault {
-        Fault {
-            reason: error.to_string(),
-            file,
-            is_damage: error.is_damage(),
-            is_denied: error.is_denied(),
-        }
-    }
-}
-
-/// Verifies a checkpoint; each rank reads its share of the files. All ranks get the same answer,
-/// except that only rank 0 knows whether to set the checkpoint aside.
-///
-/// # Errors
-/// If a rank may not read the checkpoint: an older one would silently lose work.
-fn inspect_together(
-    step: u64,
-    path: &Path,
-    world: &Arc<dyn Communicator>,
-) -> Result<Result<Checkpoint, Refused>, Error> {
-    let inspection = Inspection::open(path);
-    let fault = match &inspection {
-        Ok(inspection) => verify_share(inspection, world),
-        Err(error) => Some(Fault::new(error, None)),
-    };
-    let own = serde_json::to_vec(&fault).expect("plain data");
-    let mut found = None;
-    for message in all_gather_bytes(world, &own)? {
-        let of_rank: Option<Fault> = decode_peer_message(&message)?;
-        found = found.or(of_rank);
-    }
-    match (inspection, found) {
-        (Ok(inspection), None) => {
-            inspection.remember();
-            Ok(Ok(inspection.into_checkpoint()))
-        }
-        (_, Some(fault)) if fault.is_denied => Err(Error::Resume(fault.reason)),
-        (inspection, Some(fault)) => Ok(Err(Refused {
-            path: path.to_path_buf(),
-            step,
-            is_damaged: world.rank() == 0 && fault.is_damage && confirms(&inspection, &fault),
-            reason: fault.reason,
-        })),
-        (Err(error), None) => Err(error.into()),
-    }
-}
-
-/// Verifies this rank's share of a checkpoint's files.
-fn verify_share(inspection: &Inspection, world: &Arc<dyn Communicator>) -> Option<Fault> {
-    if inspection.is_known() {
-        return None;
-    }
-    let checkpoint = inspection.checkpoint();
-    let mut own = (world.rank()..checkpoint.manifest().files.len()).step_by(world.size());
-    own.find_map(|file| {
-        let verified = checkpoint.verify_file(file);
-        verified.err().map(|error| Fault::new(&error, Some(file)))
-    })
-}
-
-/// True if this rank finds the same fault: the memory or the mount of another one may be at fault.
-fn confirms(inspection: &Result<Inspection, checkpoint::Error>, fault: &Fault) -> bool {
-    match (inspection, fault.file) {
-        (Err(error), _) => error.is_damage(),
-        (Ok(inspection), Some(file)) => {
-            let verified = inspection.checkpoint().verify_file(file);
-            verified.is_err_and(|error| error.is_damage())
-        }
-        (Ok(_), None) => false,
-    }
-}
-
 /// Id, headers and opener of a snapshot's parts.
 pub(crate) type SnapshotParts = (SnapshotId, Vec<ImageHeader>, PartOpener);
 
@@ -557,96 +404,4 @@ fn restore_weights(
         }
     }
     Ok(())
-}
-
-/// Returns the newest checkpoint under `root` whose manifest can be read, and its configuration.
-///
-/// # Errors
-/// If the folder cannot be read.
-pub fn newest_config(root: &Path) -> Result<Option<(PathBuf, Config)>, Error> {
-    for path in checkpoint::list(root)? {
-        // The resume itself reports a damaged checkpoint.
-        if let Ok(config) = config_in(&path) {
-            return Ok(Some((path, config)));
-        }
-    }
-    Ok(None)
-}
-
-/// Returns the configuration in the checkpoint `path`, of which it reads the manifest only.
-///
-/// # Errors
-/// If it cannot be read, or could not run.
-pub(crate) fn config_in(path: &Path) -> Result<Config, Error> {
-    let checkpoint = Checkpoint::open(path)?;
-    saved_config(&checkpoint, &read_run_state(&checkpoint)?)
-}
-
-/// Returns the configuration in a checkpoint.
-///
-/// # Errors
-/// If it cannot be read, contradicts the tensors or the position, or could not run.
-pub(crate) fn saved_config(checkpoint: &Checkpoint, state: &RunState) -> Result<Config, Error> {
-    let manifest = checkpoint.path().join("manifest.json");
-    let failed = |reason: String| {
-        let manifest = manifest.display();
-        Error::Resume(format!(
-            "{manifest}: its configuration cannot be used: {reason}"
-        ))
-    };
-    let config: Config =
-        serde_json::from_value(state.config.clone()).map_err(|error| failed(error.to_string()))?;
-    let problems = saved_problems(checkpoint, state, &config);
-    if problems.is_empty() {
-        Ok(config)
-    } else {
-        Err(failed(problems.join("; ")))
-    }
-}
-
-/// Returns why a saved configuration cannot be that of the tensors, or could not run. Later checks
-/// do arithmetic with what earlier ones have checked.
-fn saved_problems(checkpoint: &Checkpoint, state: &RunState, config: &Config) -> Vec<String> {
-    let manifest = checkpoint.manifest();
-    let generators = manifest.tensors.keys();
-    let generators = generators.filter(|name| has_kind(name, &[kind::GENERATOR]));
-    let ranks = generators.count();
-    if ranks != state.ranks {
-        return vec![format!(
-            "it is of {} ranks, but the tensors of {ranks}",
-            state.ranks
-        )];
-    }
-    let shapes = saved_shapes(manifest, |name| has_kind(name, &[kind::MASTER]));
-    let mut problems = shape_problems(&config.model, &shapes);
-    if problems.is_empty() {
-        problems = config.problems(ranks);
-    }
-    if problems.is_empty() {
-        problems.extend(count_problem(&config.model, &shapes));
-        problems.extend(state.position_problem(config));
-    }
-    problems
-}
-
-/// Reads the state of the run from a checkpoint's manifest.
-pub(crate) fn read_run_state(checkpoint: &Checkpoint) -> Result<RunState, Error> {
-    let mut state = checkpoint.manifest().state.clone();
-    if let Some(config) = state.get_mut("config") {
-        rename_old_keys(config);
-    }
-    let path = checkpoint.path().display();
-    let state: RunState = serde_json::from_value(state).map_err(|error| {
-        Error::Resume(format!(
-            "{path}: the manifest's state cannot be read: {error}"
-        ))
-    })?;
-    let step = checkpoint.manifest().step;
-    if state.step == step {
-        return Ok(state);
-    }
-    Err(Error::Resume(format!(
-        "{path}: its state is of step {}, but it is of step {step}",
-        state.step
-    )))
 }

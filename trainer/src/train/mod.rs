@@ -6,6 +6,7 @@ mod copy_thread;
 mod counted_tokens;
 mod durability;
 mod expert_placement;
+mod inspection;
 pub(crate) mod metrics;
 mod microbatch;
 mod model_shapes;
@@ -13,6 +14,7 @@ mod progress_counter;
 mod resume;
 mod resume_rules;
 mod run_state;
+pub(crate) mod saved_config;
 mod setup;
 pub(crate) mod slot_writer;
 pub(crate) mod snapshots;
@@ -23,8 +25,9 @@ mod step_metrics;
 mod step_sums;
 mod validation;
 
-pub use checkpointing::{newest_config, retain_checkpoints};
+pub use checkpointing::retain_checkpoints;
 pub use resume::check_resume;
+pub use saved_config::newest_config;
 
 use crate::{
     Error,

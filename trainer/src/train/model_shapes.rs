@@ -7,75 +7,90 @@ use crate::config::ModelConfig;
 /// Prefix of the names of saved weights.
 const WEIGHTS: &str = "model/";
 
+/// A size of the configuration and the weight that has it.
+struct Size {
+    key: &'static str,
+    configured: u128,
+    /// End of the weight's name.
+    weight: &'static str,
+    dim: usize,
+}
+
 /// Returns the sizes in which a configuration contradicts the saved weights `shapes`, one sentence
 /// each.
 ///
 /// Compares numbers as they are, because no check has limited them yet.
 pub(super) fn shape_problems(model: &ModelConfig, shapes: &Shapes) -> Vec<String> {
-    let hidden = model.hidden as u128;
-    let head_dim = match model.head_dim {
-        Some(head_dim) => head_dim as u128,
-        None => hidden / (model.heads as u128).max(1),
-    };
-    let layers = layers(shapes);
     let mut problems = Vec::new();
-    if layers != model.layers {
-        let configured = model.layers;
+    let configured = model.layers;
+    let layers = layers(shapes);
+    if layers != configured {
         problems.push(format!(
             "model.layers is {configured}, but the tensors have {layers} layers"
         ));
     }
-    let ends = if model.tie_embeddings { 0 } else { 1 };
-    let heads = usize::from(shapes.contains_key(&format!("{WEIGHTS}head")));
-    if heads != ends {
-        let tied = model.tie_embeddings;
+    let tied = model.tie_embeddings;
+    if shapes.contains_key(&format!("{WEIGHTS}head")) == tied {
         problems.push(format!(
             "model.tie_embeddings is {tied}, but the tensors say otherwise"
         ));
     }
-    let mut expected = vec![
-        ("embedding", 0, "model.vocab_size", model.vocab_size as u128),
-        ("embedding", 1, "model.hidden", hidden),
-        (
-            ".attention.query",
-            0,
-            "model.heads x head_dim",
-            model.heads as u128 * head_dim,
-        ),
-        (
-            ".attention.key",
-            0,
-            "model.kv_heads x head_dim",
-            model.kv_heads() as u128 * head_dim,
-        ),
-    ];
-    if let Some(ffn) = model.ffn {
-        expected.push((".mlp.down", 1, "model.ffn", ffn as u128));
-    }
-    if let Some(moe) = &model.moe {
-        let shared = moe.shared_experts as u128 * moe.ffn as u128;
-        expected.push((".moe.gate", 0, "model.moe.experts", moe.experts as u128));
-        expected.push((".moe.experts.0.down", 1, "model.moe.ffn", moe.ffn as u128));
-        expected.push((
-            ".moe.shared.down",
-            1,
-            "model.moe.shared_experts x ffn",
-            shared,
-        ));
-    }
-    for (suffix, dim, key, configured) in expected {
+    for Size {
+        key,
+        configured,
+        weight,
+        dim,
+    } in sizes(model)
+    {
         let mut weights = shapes.iter();
-        let weight = weights.find(|(name, _)| name.starts_with(WEIGHTS) && name.ends_with(suffix));
-        let Some((name, shape)) = weight else {
-            continue;
-        };
-        if shape.get(dim).map(|&size| size as u128) != Some(configured) {
+        let saved = weights.find(|(name, _)| name.starts_with(WEIGHTS) && name.ends_with(weight));
+        if let Some((name, shape)) = saved
+            && shape.get(dim).map(|&size| size as u128) != Some(configured)
+        {
             problems.push(format!(
                 "{key} is {configured}, but {name} has shape {shape:?}"
             ));
         }
     }
     problems
+}
+
+fn sizes(model: &ModelConfig) -> Vec<Size> {
+    let size = |key, configured, weight, dim| Size {
+        key,
+        configured,
+        weight,
+        dim,
+    };
+    let hidden = model.hidden as u128;
+    let heads = model.heads as u128;
+    let head_dim = match model.head_dim {
+        Some(head_dim) => head_dim as u128,
+        None => hidden / heads.max(1),
+    };
+    let queries = heads * head_dim;
+    let keys = model.kv_heads() as u128 * head_dim;
+    let mut sizes = vec![
+        size("model.vocab_size", model.vocab_size as u128, "embedding", 0),
+        size("model.hidden", hidden, "embedding", 1),
+        size("model.heads x head_dim", queries, ".attention.query", 0),
+        size("model.kv_heads x head_dim", keys, ".attention.key", 0),
+    ];
+    if let Some(ffn) = model.ffn {
+        sizes.push(size("model.ffn", ffn as u128, ".mlp.down", 1));
+    }
+    if let Some(moe) = &model.moe {
+        let experts = moe.experts as u128;
+        let ffn = moe.ffn as u128;
+        let shared = moe.shared_experts as u128 * ffn;
+        let shared_key = "model.moe.shared_experts x ffn";
+        sizes.extend([
+            size("model.moe.experts", experts, ".moe.gate", 0),
+            size("model.moe.ffn", ffn, ".moe.experts.0.down", 1),
+            size(shared_key, shared, ".moe.shared.down", 1),
+        ]);
+    }
+    sizes
 }
 
 /// Returns the number of layers with saved weights.

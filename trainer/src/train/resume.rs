@@ -5,6 +5,7 @@ use super::{
     checkpointing::{self, Restored},
     resume_rules::ResumeRules,
     run_state::{CountedFrom, RunState},
+    saved_config::config_in,
 };
 use crate::{Error, config::Config, optim::rate_jump::rate_jump};
 use checkpoint::folder::{self, Depth, Leftover};
@@ -158,7 +159,7 @@ pub fn check_resume(config: &Config, accepted: &[String], root: &Path) -> Result
         prepare: &|_| {},
     };
     for path in checkpoint::list(root)? {
-        let Ok(saved) = checkpointing::config_in(&path) else {
+        let Ok(saved) = config_in(&path) else {
             continue;
         };
         let Err(refused) = rules.check_keys(&path, &saved) else {
