@@ -25,4 +25,5 @@ mod runs;
 mod schedules;
 mod stops;
 mod strict_numbers;
+mod supply_chain;
 mod wrong_inputs;
