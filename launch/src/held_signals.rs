@@ -52,7 +52,7 @@ mod tests {
         assert_eq!(mask_in(status), 0x1001);
         assert_eq!(mask_in("SigIgn:\tx\n"), 0);
         assert_eq!(mask_in(""), 0);
-        // Rust ignores SIGPIPE.
+        // Programs in Rust ignore SIGPIPE from their start.
         assert_eq!(ignored_mask() >> 12 & 1, 1);
     }
 }
