@@ -208,8 +208,9 @@ fn report(dir: &Path, rank: usize, message: String, kind: FailureKind) {
         .map_or(0, |time| time.as_nanos() as u64);
     let failure = FailureReport { at, message, kind };
     let text = serde_json::to_vec(&failure).expect("plain data");
-    let written = std::fs::write(failure_path(dir, rank), text);
-    if written.is_err() || !environment::launched_by_moerun() {
+    // Under another launcher the folder may belong to a run that refused this one.
+    let is_read = environment::launched_by_moerun();
+    if !is_read || std::fs::write(failure_path(dir, rank), text).is_err() {
         eprintln!("error: rank {rank}: {}", failure.message);
     }
 }
@@ -257,7 +258,7 @@ fn log_to_file(dir: &Path, rank: usize, launched: bool) -> Result<()> {
     Ok(())
 }
 
-/// What a rank trains with.
+/// The start of a rank, and what it reports while it trains.
 #[derive(Clone, Copy)]
 struct Training<'a> {
     start: RankStart<'a>,

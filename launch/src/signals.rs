@@ -19,7 +19,7 @@ use anyhow::{Context, Result};
 use nix::sys::signal::{SigSet, Signal};
 use parking_lot::Mutex;
 use std::{
-    sync::Arc,
+    sync::{Arc, atomic::AtomicBool},
     time::{Duration, Instant},
 };
 
@@ -82,6 +82,12 @@ impl Signals {
         let all = held_signals::handled();
         let handled = all.iter().filter(|signal| !ignored.contains(*signal));
         let numbers = handled.map(|signal| signal as i32);
+        let nothing = Arc::new(AtomicBool::new(false));
+        for signal in ignored {
+            // Replaces a handler that a library may have set. This one does nothing.
+            signal_hook::flag::register(signal as i32, nothing.clone())
+                .context("cannot ignore signals")?;
+        }
         let mut deliveries =
             signal_hook::iterator::Signals::new(numbers).context("cannot handle signals")?;
         let received = signals.received.clone();
@@ -165,20 +171,14 @@ pub(crate) fn let_through() -> nix::Result<()> {
     held_signals::handled().thread_unblock()
 }
 
-/// Returns the signals that this process ignores. None are known without /proc.
+/// Returns the signals that were ignored when `moerun` started.
 fn ignored_signals() -> SigSet {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = ignored_mask(&status);
+    let variable = std::env::var(held_signals::IGNORED).ok();
+    let mask = variable.and_then(|mask| mask.parse().ok());
+    let mask = mask.unwrap_or_else(held_signals::ignored_mask);
     let is_ignored = |signal: &Signal| mask >> (*signal as u32 - 1) & 1 == 1;
     let handled = held_signals::handled();
     handled.iter().filter(is_ignored).collect()
-}
-
-/// Returns the mask of ignored signals in the text of `/proc/self/status`.
-fn ignored_mask(status: &str) -> u64 {
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
-        .unwrap_or(0)
 }
 
 fn receive(received: &Mutex<Received>, signal: Signal) {
@@ -310,15 +310,5 @@ mod tests {
         for status in [0, 1, 137, 138, 139] {
             assert_eq!(stop_of_status(status), None, "{status}");
         }
-    }
-
-    #[test]
-    fn ignored_signals_are_read_from_the_status() {
-        let status = "Name:\tmoerun\nSigBlk:\t0000000000000000\nSigIgn:\t0000000000001001\n";
-        assert_eq!(ignored_mask(status), 0x1001);
-        assert_eq!(ignored_mask("SigIgn:\tx\n"), 0);
-        assert_eq!(ignored_mask(""), 0);
-        // The test's own process ignores SIGPIPE, which is not handled.
-        assert!(!ignored_signals().contains(Signal::SIGPIPE));
     }
 }

@@ -38,7 +38,7 @@ pub(super) struct Record {
     pub(super) age: Duration,
 }
 
-/// What a record says about the folder.
+/// The state of the folder by a record.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Standing {
     Free,

@@ -63,7 +63,7 @@ pub(crate) fn acquire(run: &Path) -> Result<RunLock> {
         Ok(mut flock) => {
             refuse_holder(run, &path, &own, true)?;
             refuse_holder(run, &lease_path(run), &own, false)?;
-            // A full disk has no room for the text, which only tells who holds the lock.
+            // A full disk has no room for the text, which only names the holder.
             let _ = flock
                 .set_len(0)
                 .and_then(|()| flock.write_all(text.as_bytes()));
