@@ -2,7 +2,7 @@
 
 use super::{
     ResumeReport, StepPlan, Trainer, counted_tokens::check_validation,
-    expert_placement::ExpertPlacement,
+    expert_placement::ExpertPlacement, metrics_files::MetricsFiles,
 };
 use crate::{
     Error,
@@ -95,6 +95,8 @@ impl Trainer {
             last_step_seconds: 0.0,
             accepted_changes: Vec::new(),
             resume_report: ResumeReport::default(),
+            files: MetricsFiles::default(),
+            trace: None,
         })
     }
 }

@@ -45,7 +45,11 @@ impl Trainer {
         let loss = figures.cross_entropy;
         if !loss.is_finite() || !grad_norm.is_finite() {
             let step = self.step + 1;
-            return Err(Error::Diverged { step, loss });
+            return Err(Error::Diverged {
+                step,
+                loss,
+                grad_norm,
+            });
         }
         self.finish_copy(reserved.is_some(), &figures);
         let lr = self.update_parameters(grad_norm)?;
@@ -303,18 +307,22 @@ impl Trainer {
         }
     }
 
-    /// Writes the step's trace; a failure only logs a warning.
-    fn write_trace(&self) {
+    /// Writes the step's trace in a thread; a failure only logs a warning.
+    fn write_trace(&mut self) {
         let rank = self.world.rank();
         let folder = self.config.run.dir.join("logs");
         let path = folder.join(format!("rank-{rank}.trace.json"));
-        let written = std::fs::create_dir_all(&folder)
-            .and_then(|()| profile::write(&profile::stop(), rank, &path));
-        let path = path.display();
-        match written {
-            Ok(()) => tracing::info!("wrote the trace of step {} to {path}", self.step),
-            Err(error) => tracing::warn!("cannot write {path}: {error}"),
-        }
+        let events = profile::stop();
+        let step = self.step;
+        self.trace = Some(std::thread::spawn(move || {
+            let written = std::fs::create_dir_all(&folder)
+                .and_then(|()| profile::write(&events, rank, &path));
+            let path = path.display();
+            match written {
+                Ok(()) => tracing::info!("wrote the trace of step {step} to {path}"),
+                Err(error) => tracing::warn!("cannot write {path}: {error}"),
+            }
+        }));
     }
 }
 
