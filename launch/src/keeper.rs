@@ -1,6 +1,6 @@
 //! `moerun keeper`: runs a keeper process, or stops those of a run.
 
-use crate::{cli::RunArgs, hint::WithHint, registry::KeeperRegistry};
+use crate::{cli::RunArgs, hint::WithHint, rank_log, registry::KeeperRegistry};
 use anyhow::{Context, Result, anyhow};
 use checkpoint::keeper::{Secret, serve};
 use nix::{sys::signal::kill, unistd::Pid};
@@ -43,11 +43,7 @@ pub(crate) fn serve() -> Result<ExitCode> {
     // A session of its own: the keeper outlives the launcher, and Ctrl-C does not reach it. Fails
     // harmlessly if the process leads a session already.
     let _ = nix::unistd::setsid();
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .with_target(false)
-        .init();
+    rank_log::log_to_stderr()?;
     let settings = serve::Settings {
         socket: settings.socket,
         secret: settings.secret,
@@ -61,7 +57,9 @@ pub(crate) fn serve() -> Result<ExitCode> {
         // Without a reader nothing connects, and the keeper exits after its orphan timeout.
         let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush());
     };
-    serve::run(settings, ready).map_err(|e| anyhow!("the keeper: {e}"))?;
+    let served = serve::run(settings, ready);
+    rank_log::flush();
+    served.map_err(|e| anyhow!("the keeper: {e}"))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -4,7 +4,8 @@ use crate::{
     cli::TrainArgs,
     config_diff, config_file, environment, hint, machine_memory,
     progress::TrainingView,
-    protocol::{Assignment, FailureKind, FailureReport, failure_path, flight_path, log_path},
+    protocol::{Assignment, FailureKind, FailureReport, failure_path, flight_path},
+    rank_log, terminal,
 };
 use anyhow::{Context, Result, anyhow};
 use nix::{
@@ -17,7 +18,6 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use std::{
     any::Any,
     fmt,
-    fs::File,
     io::BufRead,
     panic::AssertUnwindSafe,
     path::Path,
@@ -28,7 +28,12 @@ use std::{
     },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
-use trainer::{Progress, ResumeReport, ResumeSource, Trainer, config::Config, data::DatasetInfo};
+use trainer::{
+    Progress, ResumeReport, ResumeSource, Trainer, config::Config, data::DatasetInfo, lines::Limits,
+};
+
+/// Time in which the disk takes a failure report.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Context of an error that older state may help with: the launcher decides by it.
 #[derive(Debug)]
@@ -83,8 +88,12 @@ pub(crate) fn run(
         return report_on_rank_0(env, refused);
     }
     let dir = config.run.dir.clone();
-    log_to_file(&dir, env.rank, assignment.is_some())?;
-    let _ = std::fs::remove_file(failure_path(&dir, env.rank));
+    let limits = Limits::of_mib(config.run.line_buffer_mib);
+    rank_log::log_to_file(&dir, env.rank, assignment.is_some(), limits)?;
+    if assignment.is_none() {
+        // The launcher removes it itself.
+        let _ = std::fs::remove_file(failure_path(&dir, env.rank));
+    }
     // A panic is a bug: it goes to the log with a backtrace, and to the terminal as one message.
     std::panic::set_hook(Box::new(|panic| {
         let backtrace = std::backtrace::Backtrace::force_capture();
@@ -113,8 +122,15 @@ pub(crate) fn run(
             1
         }
     };
+    flush_output();
     // Without destructors: a process group whose peers are gone would wait for them.
     signal_hook::low_level::exit(status)
+}
+
+/// Writes what waits for the log and the terminal, while they take it.
+fn flush_output() {
+    rank_log::flush();
+    terminal::flush();
 }
 
 /// Returns an error that all ranks find on rank 0 alone.
@@ -154,7 +170,7 @@ fn report(dir: &Path, rank: usize, message: String, kind: FailureKind) {
         .map_or(0, |time| time.as_nanos() as u64);
     let failure = FailureReport { at, message, kind };
     let text = serde_json::to_vec(&failure).expect("plain data");
-    let written = std::fs::write(failure_path(dir, rank), text);
+    let written = parallel::write_within(REPORT_TIMEOUT, failure_path(dir, rank), text);
     if written.is_err() || !environment::launched_by_moerun() {
         eprintln!("error: rank {rank}: {}", failure.message);
     }
@@ -176,30 +192,6 @@ pub(crate) fn exit_with_launcher() -> Result<()> {
     if nix::unistd::getppid().to_string() != launcher {
         return Err(anyhow!("the launcher exited before this rank started"));
     }
-    Ok(())
-}
-
-/// Sends the log, and output of libtorch itself, to the rank's file.
-///
-/// Rank 0 keeps stderr: it prints the progress.
-fn log_to_file(dir: &Path, rank: usize, launched: bool) -> Result<()> {
-    let path = log_path(dir, rank);
-    let folder = path.parent().expect("a log has a folder");
-    std::fs::create_dir_all(folder)
-        .with_context(|| format!("cannot create {}", folder.display()))?;
-    let file = File::options().create(true).append(true).open(&path);
-    let file = file.with_context(|| format!("cannot write {}", path.display()))?;
-    if launched {
-        nix::unistd::dup2_stdout(&file).context("cannot redirect stdout to the log")?;
-        if rank != 0 {
-            nix::unistd::dup2_stderr(&file).context("cannot redirect stderr to the log")?;
-        }
-    }
-    tracing_subscriber::fmt()
-        .with_writer(Arc::new(file))
-        .with_ansi(false)
-        .with_target(false)
-        .init();
     Ok(())
 }
 
@@ -234,6 +226,7 @@ impl RankStart<'_> {
         // A stuck rank cannot exit in the ordinary way.
         world.on_stuck(move |error| {
             report(&dir, rank, error.to_string(), FailureKind::Peer);
+            flush_output();
             signal_hook::low_level::exit(1)
         });
         let joined = JoinedRank {
@@ -264,7 +257,9 @@ impl JoinedRank<'_> {
         let unigram_entropy = unigram_entropy(&config);
         let warnings = config.warnings();
         let start_line = self.start_line();
-        if self.is_rank0() {
+        let is_restart = self.start.assignment.is_some_and(Assignment::is_restart);
+        // The first start has copied it, and a restart does not depend on the disk.
+        if self.is_rank0() && !is_restart {
             copy_tokenizer(&config);
         }
         let mut trainer = Trainer::new(config, self.world, device)?;
@@ -274,7 +269,6 @@ impl JoinedRank<'_> {
             eprintln!("{start_line}");
         }
         // After a restart, the user has already seen the summary.
-        let is_restart = self.start.assignment.is_some_and(Assignment::is_restart);
         if is_restart {
             tracing::info!("{}", trainer.summary());
         } else {
