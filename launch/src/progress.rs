@@ -27,7 +27,8 @@ impl TrainingView {
             let frames = Box::new(BarFrames::default());
             let target = ProgressDrawTarget::term_like_with_hz(frames, BAR_HZ);
             let bar = ProgressBar::with_draw_target(Some(steps), target).with_position(done);
-            let template = "{bar:24.cyan/blue} {pos}/{len} {msg}";
+            // One line at any width: lines of the launcher take the place of the last one.
+            let template = "{bar:16.cyan/blue} {pos}/{len} {wide_msg}";
             bar.set_style(ProgressStyle::with_template(template).expect("a fixed template"));
             bar.enable_steady_tick(Duration::from_millis(200));
             bar
@@ -71,25 +72,27 @@ impl Progress for TrainingView {
                 format_duration(elapsed.mul_f64(steps_left / timed as f64))
             }
         };
-        let text = format!(
-            "loss {:.4}  lr {:.2e}  grad norm {:.3}  {:.0} tokens/s{}  eta {eta}",
+        let figures = format!(
+            "loss {:.4}  lr {:.2e}  grad norm {:.3}  {:.0} tokens/s{}",
             record.loss,
             record.lr,
             record.grad_norm,
             record.tokens_per_s,
             balance(record)
         );
-        tracing::info!("step {}/{steps}  {text}", record.step);
+        let line = format!("step {}/{steps}  {figures}  eta {eta}", record.step);
+        tracing::info!("{line}");
         match &self.bar {
             Some(bar) => {
                 bar.set_position(record.step);
-                bar.set_message(text);
+                // The end of the line may be cut off.
+                bar.set_message(format!("eta {eta}  {figures}"));
             }
             None if record.step == first
                 || record.step.is_multiple_of(self.log_every)
                 || record.step == steps =>
             {
-                eprintln!("step {}/{steps}  {text}", record.step);
+                eprintln!("{line}");
             }
             None => {}
         }

@@ -2,12 +2,13 @@
 
 use crate::protocol::log_path;
 use anyhow::{Context, Result};
+use nix::sys::signal::Signal;
 use std::{
     fs::File,
     io::{self, Write},
     os::fd::AsFd,
     path::Path,
-    sync::OnceLock,
+    sync::{Arc, OnceLock, atomic::AtomicBool},
     time::{Duration, Instant},
 };
 use tracing::{Level, Metadata};
@@ -76,6 +77,9 @@ pub(crate) fn flush() {
 }
 
 fn install(log: LineWriter, lines: LogLines) {
+    // A limit on file sizes then fails the write and does not end the process.
+    let received = Arc::new(AtomicBool::new(false));
+    let _ = signal_hook::flag::register(Signal::SIGXFSZ as i32, received);
     if LOG.set(log).is_ok() {
         tracing_subscriber::fmt()
             .with_writer(lines)

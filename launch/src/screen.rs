@@ -25,6 +25,8 @@ pub(crate) struct Screen {
     bytes: usize,
     /// Lines that found the queue full. Further ones are dropped until it is empty.
     dropped: u64,
+    /// Lines that a write failed to show, and that no report names yet.
+    lost: u64,
     /// The last state of the bar, if it is not shown yet.
     bar: Option<String>,
     repeated: HashMap<String, Repeated>,
@@ -77,6 +79,19 @@ impl Screen {
         }
         let erase = if is_terminal { ERASE_LINE } else { "" };
         Some(format!("{erase}{line}\n"))
+    }
+
+    /// Counts a text that could not be written, on a full disk for example. The first write that
+    /// succeeds afterwards reports how many there were.
+    pub(crate) fn wrote(&mut self, has_succeeded: bool) {
+        if !has_succeeded {
+            self.lost += 1;
+        } else if self.lost > 0 {
+            let lost = std::mem::take(&mut self.lost);
+            self.enqueue(format!(
+                "warning: {lost} lines are missing here: they could not be written"
+            ));
+        }
     }
 
     /// Reports all that is still counted, at the end of the process.
@@ -189,6 +204,17 @@ mod tests {
         // A single line may be longer.
         screen.push("x".repeat(MAX_BYTES + 1), now);
         assert_eq!(all(&mut screen, now).len(), 1);
+    }
+
+    #[test]
+    fn lines_that_could_not_be_written_are_counted() {
+        let mut screen = Screen::default();
+        for has_succeeded in [true, false, false, true, true] {
+            screen.wrote(has_succeeded);
+        }
+        let shown = all(&mut screen, Instant::now());
+        assert_eq!(shown.len(), 1);
+        assert!(shown[0].starts_with("warning: 2 lines are missing here"));
     }
 
     #[test]

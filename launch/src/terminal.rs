@@ -47,18 +47,20 @@ macro_rules! eprintln {
 }
 
 pub(crate) fn print_line(text: Arguments) {
-    write(std::io::stdout(), &(printable(&text.to_string()) + "\n"));
+    let _ = write(std::io::stdout(), &(printable(&text.to_string()) + "\n"));
 }
 
 pub(crate) fn print_text(text: Arguments) {
-    write(std::io::stdout(), &printable(&text.to_string()));
+    let _ = write(std::io::stdout(), &printable(&text.to_string()));
 }
 
 pub(crate) fn print_error_line(text: Arguments) {
     let text = printable(&text.to_string());
     match WRITER.get() {
         Some(writer) => writer.change(|screen| screen.push(text, Instant::now())),
-        None => write(std::io::stderr(), &(text + "\n")),
+        None => {
+            let _ = write(std::io::stderr(), &(text + "\n"));
+        }
     }
 }
 
@@ -97,7 +99,9 @@ pub(crate) fn start_writer() {
 pub(crate) fn show_bar(frame: String) {
     match WRITER.get() {
         Some(writer) => writer.change(|screen| screen.show_bar(frame)),
-        None => write(std::io::stderr(), &frame),
+        None => {
+            let _ = write(std::io::stderr(), &frame);
+        }
     }
 }
 
@@ -130,9 +134,10 @@ impl Writer {
                 Some(text) => {
                     state.is_writing = true;
                     drop(state);
-                    write(std::io::stderr(), &text);
+                    let is_written = write(std::io::stderr(), &text);
                     state = self.state.lock();
                     state.is_writing = false;
+                    state.screen.wrote(is_written);
                     self.changed.notify_all();
                 }
                 None if state.screen.has_suppressed() => {
@@ -144,16 +149,17 @@ impl Writer {
     }
 }
 
-/// Writes text in a single call, unless the output takes it in parts. A closed output is no
-/// failure: the text has no reader.
-fn write(output: impl AsFd, text: &str) {
+/// Writes text in a single call, unless the output takes it in parts. Returns false if it could
+/// not be written, as to a closed pipe, which has no reader to tell.
+fn write(output: impl AsFd, text: &str) -> bool {
     let mut rest = text.as_bytes();
     while !rest.is_empty() {
         match nix::unistd::write(&output, rest) {
             Ok(written) => rest = &rest[written..],
             Err(Errno::EINTR) => {}
             Err(Errno::EAGAIN) => std::thread::sleep(FULL_OUTPUT_RETRY),
-            Err(_) => return,
+            Err(_) => return false,
         }
     }
+    true
 }
