@@ -19,6 +19,7 @@ mod launchers;
 mod layouts;
 mod loss_masks;
 mod machines;
+mod outages;
 mod plans;
 mod previous_version;
 mod resume_changes;

@@ -182,6 +182,7 @@ fn run_changes(folder: &Path) -> Vec<Change> {
         change("run.backend", json!("gloo")),
         change("run.timeout_s", json!(200)),
         change("run.log_every", json!(3)),
+        change("run.line_buffer_mib", json!(1)),
         change("run.trace_step", json!(100)),
         change("data.train", other_source.clone()),
         change("data.validation", other_source),

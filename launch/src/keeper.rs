@@ -3,6 +3,7 @@
 use crate::{
     cli::RunArgs,
     hint::{WithHint, hinted},
+    rank_log,
     registry::KeeperRegistry,
 };
 use anyhow::{Context, Result, anyhow};
@@ -58,11 +59,7 @@ pub(crate) fn serve() -> Result<ExitCode> {
     // A session of its own: the keeper outlives the launcher, and Ctrl-C does not reach it. Fails
     // harmlessly if the process leads a session already.
     let _ = nix::unistd::setsid();
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .with_target(false)
-        .init();
+    rank_log::log_to_stderr()?;
     let settings = serve::Settings {
         socket: settings.socket,
         secret: settings.secret,
@@ -76,7 +73,9 @@ pub(crate) fn serve() -> Result<ExitCode> {
         // Without a reader nothing connects, and the keeper exits after its orphan timeout.
         let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush());
     };
-    serve::run_with_signals(settings, signals, ready).map_err(|e| anyhow!("the keeper: {e}"))?;
+    let served = serve::run_with_signals(settings, signals, ready);
+    rank_log::flush();
+    served.map_err(|e| anyhow!("the keeper: {e}"))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -29,9 +29,11 @@ mod prepare;
 mod progress;
 mod protocol;
 mod rank;
+mod rank_log;
 mod reference;
 mod registry;
 mod run_lock;
+mod screen;
 mod signals;
 mod snapshot;
 mod survival;
@@ -89,13 +91,12 @@ fn main() -> ExitCode {
         Command::Bench(BenchCommand::Collectives(args)) => bench::collectives::run(&args),
         Command::Bench(BenchCommand::Snapshot(args)) => bench::snapshot::run(&args),
     };
-    match result {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("error: {}", hint::message(&error));
-            ExitCode::FAILURE
-        }
-    }
+    let code = result.unwrap_or_else(|error| {
+        eprintln!("error: {}", hint::message(&error));
+        ExitCode::FAILURE
+    });
+    terminal::flush();
+    code
 }
 
 /// True if the command starts no process and is not a rank.
@@ -122,6 +123,7 @@ fn exit_on_broken_pipe() {
 
 /// Trains as one rank if a launcher started this process, else as the launcher.
 fn train(args: cli::TrainArgs) -> anyhow::Result<ExitCode> {
+    terminal::start_writer();
     if environment::launched_by_moerun() {
         let signals = Signals::install_in_launched_rank()?;
         return rank::run_assigned(&args, &signals);

@@ -4,9 +4,10 @@ use crate::{
     cli::TrainArgs,
     config_diff, config_file, environment, hint, machine_memory,
     progress::TrainingView,
-    protocol::{Assignment, FailureKind, FailureReport, failure_path, flight_path, log_path},
-    run_lock,
+    protocol::{Assignment, FailureKind, FailureReport, failure_path, flight_path},
+    rank_log, run_lock,
     signals::{self, Signals, StopMode},
+    terminal,
 };
 use anyhow::{Context, Result, anyhow};
 use nix::{
@@ -18,7 +19,6 @@ use parallel::{Accelerator, CpuAffinity, CpuTopology, RankEnv, World, agreement:
 use std::{
     any::Any,
     fmt,
-    fs::File,
     io::BufRead,
     panic::AssertUnwindSafe,
     path::Path,
@@ -31,7 +31,11 @@ use std::{
 };
 use trainer::{
     Progress, ResumeReport, ResumeSource, RunRequests, Trainer, config::Config, data::DatasetInfo,
+    lines::Limits,
 };
+
+/// Time in which the disk takes a failure report.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Context of an error that older state may help with: the launcher decides by it.
 #[derive(Debug)]
@@ -128,7 +132,8 @@ pub(crate) fn run(args: &TrainArgs, start: &RankStart) -> Result<ExitCode> {
         None if env.rank == 0 => Some(run_lock::acquire(&dir)?),
         _ => None,
     };
-    log_to_file(&dir, env.rank, assignment.is_some())?;
+    let limits = Limits::of_mib(config.run.line_buffer_mib);
+    rank_log::log_to_file(&dir, env.rank, assignment.is_some(), limits)?;
     // A panic is a bug: it goes to the log with a backtrace, and to the terminal as one message.
     std::panic::set_hook(Box::new(|panic| {
         let backtrace = std::backtrace::Backtrace::force_capture();
@@ -156,6 +161,7 @@ pub(crate) fn run(args: &TrainArgs, start: &RankStart) -> Result<ExitCode> {
         }
     };
     drop(lock);
+    flush_output();
     // Without destructors: a process group whose peers are gone would wait for them.
     signal_hook::low_level::exit(status)
 }
@@ -169,6 +175,12 @@ fn failure_status(signals: &Signals, is_launched: bool) -> i32 {
         status if status > 0 && !is_launched => i32::from(status),
         _ => 1,
     }
+}
+
+/// Writes what waits for the log and the terminal, while they take it.
+fn flush_output() {
+    rank_log::flush();
+    terminal::flush();
 }
 
 /// Returns an error that all ranks find on rank 0 alone.
@@ -210,7 +222,8 @@ fn report(dir: &Path, rank: usize, message: String, kind: FailureKind) {
     let text = serde_json::to_vec(&failure).expect("plain data");
     // Under another launcher the folder may belong to a run that refused this one.
     let is_read = environment::launched_by_moerun();
-    if !is_read || std::fs::write(failure_path(dir, rank), text).is_err() {
+    let path = failure_path(dir, rank);
+    if !is_read || parallel::write_within(REPORT_TIMEOUT, path, text).is_err() {
         eprintln!("error: rank {rank}: {}", failure.message);
     }
 }
@@ -231,30 +244,6 @@ pub(crate) fn exit_with_launcher() -> Result<()> {
     if nix::unistd::getppid().to_string() != launcher {
         return Err(anyhow!("the launcher exited before this rank started"));
     }
-    Ok(())
-}
-
-/// Sends the log, and output of libtorch itself, to the rank's file.
-///
-/// Rank 0 keeps stderr: it prints the progress.
-fn log_to_file(dir: &Path, rank: usize, launched: bool) -> Result<()> {
-    let path = log_path(dir, rank);
-    let folder = path.parent().expect("a log has a folder");
-    std::fs::create_dir_all(folder)
-        .with_context(|| format!("cannot create {}", folder.display()))?;
-    let file = File::options().create(true).append(true).open(&path);
-    let file = file.with_context(|| format!("cannot write {}", path.display()))?;
-    if launched {
-        nix::unistd::dup2_stdout(&file).context("cannot redirect stdout to the log")?;
-        if rank != 0 {
-            nix::unistd::dup2_stderr(&file).context("cannot redirect stderr to the log")?;
-        }
-    }
-    tracing_subscriber::fmt()
-        .with_writer(Arc::new(file))
-        .with_ansi(false)
-        .with_target(false)
-        .init();
     Ok(())
 }
 
@@ -284,6 +273,7 @@ impl Training<'_> {
         // A stuck rank cannot exit in the ordinary way.
         world.on_stuck(move |error| {
             report(&dir, rank, error.to_string(), FailureKind::Peer);
+            flush_output();
             signal_hook::low_level::exit(failure_status(&signals, is_launched))
         });
         let joined = JoinedRank {
@@ -312,7 +302,9 @@ impl JoinedRank<'_> {
         let unigram_entropy = unigram_entropy(&config);
         let warnings = config.warnings();
         let start_line = self.start_line();
-        if self.is_rank0() {
+        let is_restart = self.start().assignment.is_some_and(Assignment::is_restart);
+        // The first start has copied it, and a restart does not depend on the disk.
+        if self.is_rank0() && !is_restart {
             copy_tokenizer(&config);
         }
         let mut trainer = Trainer::new(config, self.world, device)?;
@@ -322,7 +314,6 @@ impl JoinedRank<'_> {
             eprintln!("{start_line}");
         }
         // After a restart, the user has already seen the summary.
-        let is_restart = self.start().assignment.is_some_and(Assignment::is_restart);
         if is_restart {
             tracing::info!("{}", trainer.summary());
         } else {

@@ -37,6 +37,7 @@
 mod affinity;
 pub mod agreement;
 mod background;
+mod bounded_write;
 pub mod collectives;
 mod comm;
 pub mod conformance;
@@ -56,6 +57,7 @@ mod weight;
 mod world;
 
 pub use affinity::{CpuAffinity, CpuTopology};
+pub use bounded_write::write_within;
 #[cfg(feature = "mpi")]
 pub use comm::finalize;
 pub use comm::{Backend, CommError, Communicator, Local, MpiLaunch, ReduceOp, Work, mpi_library};

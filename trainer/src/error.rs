@@ -49,17 +49,29 @@ pub enum Error {
     /// An operation of libtorch failed, as tch reports it.
     #[error("libtorch: {0}")]
     Tch(#[from] tch::TchError),
-    /// The loss is not finite.
+    /// The loss or the gradient norm is not finite.
     #[error(
-        "the loss is {loss} at step {step}: lower the learning rate or train.grad_clip; the last \
-         checkpoint is untouched"
+        "{} at step {step}: lower the learning rate or train.grad_clip; the last checkpoint is \
+         untouched",
+        divergence(*loss, *grad_norm)
     )]
     Diverged {
-        /// The step with that loss.
+        /// The step that diverged.
         step: u64,
-        /// The loss, NaN or infinite.
+        /// Its loss.
         loss: f64,
+        /// Its gradient norm before clipping.
+        grad_norm: f64,
     },
+}
+
+/// Says which of both is not finite.
+fn divergence(loss: f64, grad_norm: f64) -> String {
+    if loss.is_finite() {
+        format!("the gradient norm is {grad_norm} (the loss is {loss:.4})")
+    } else {
+        format!("the loss is {loss}")
+    }
 }
 
 impl Error {
@@ -83,5 +95,29 @@ impl From<AgreementError> for Error {
             AgreementError::Comm(error) => Error::Comm(error),
             error => Error::OtherRank(error),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Error;
+
+    #[test]
+    fn a_divergence_names_what_is_not_finite() {
+        let text = |loss, grad_norm| {
+            let step = 3;
+            Error::Diverged {
+                step,
+                loss,
+                grad_norm,
+            }
+            .to_string()
+        };
+        let norm = text(6.238, f64::INFINITY);
+        assert!(
+            norm.starts_with("the gradient norm is inf (the loss is 6.2380) at step 3: "),
+            "{norm}"
+        );
+        assert!(text(f64::NAN, f64::NAN).starts_with("the loss is NaN at step 3: "));
     }
 }

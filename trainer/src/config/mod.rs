@@ -152,6 +152,12 @@ pub struct RunConfig {
     #[schemars(range(min = 1))]
     #[serde(default = "default_log_every")]
     pub log_every: u64,
+    /// MiB of memory for lines that the disk does not take, for each of `metrics.jsonl`,
+    /// `routing.jsonl` and the log of a rank. Further lines are dropped and counted.
+    #[on_resume(free)]
+    #[schemars(range(min = 1, max = 1048576))]
+    #[serde(default = "default_line_buffer_mib")]
+    pub line_buffer_mib: u64,
     /// Step of which each rank writes a trace to `logs/rank-N.trace.json`, for
     /// <https://ui.perfetto.dev>.
     #[on_resume(free)]
@@ -320,6 +326,10 @@ fn default_seed() -> u64 {
 
 fn default_log_every() -> u64 {
     10
+}
+
+fn default_line_buffer_mib() -> u64 {
+    64
 }
 
 fn default_timeout_s() -> u64 {

@@ -122,7 +122,8 @@ impl Trainer {
     }
 
     /// Takes the snapshot of the last step in the slots that [`Trainer::train_step`] reserved. The
-    /// step's lines in files are already written, so that a resumed run does not miss them.
+    /// step's lines are already queued: the snapshot waits for them, so that a resumed run does not
+    /// miss them.
     fn take_reserved(&mut self) -> Result<(), Error> {
         let Some(reserved) = self.reserved.take() else {
             return Ok(());
@@ -147,8 +148,9 @@ impl Trainer {
         let begun = Instant::now();
         let state = self.state();
         let generator = self.device.generator_state()?;
+        let lines = self.files.position();
         if let Some(snapshots) = &mut self.snapshots {
-            snapshots.take(slot, state, generator);
+            snapshots.take(slot, state, generator, lines);
             snapshots.cost.stall = begun.elapsed().as_secs_f64();
         }
         Ok(())

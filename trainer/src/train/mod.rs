@@ -8,6 +8,7 @@ mod durability;
 mod expert_placement;
 mod inspection;
 pub(crate) mod metrics;
+mod metrics_files;
 mod microbatch;
 mod model_shapes;
 mod progress_counter;
@@ -33,11 +34,13 @@ use crate::{
     Error,
     config::{Config, Dtype, KeyChange, MinTokens, ParameterCount, PipelinePlan},
     data::Dataset,
+    lines::Limits,
     model::Model,
     optim::Optimizer,
     train::{
         expert_placement::ExpertPlacement,
-        metrics::{JsonLinesWriter, Progress, RoutingLine, StepMetrics},
+        metrics::{Progress, RoutingLine, StepMetrics},
+        metrics_files::MetricsFiles,
         run_state::CountedFrom,
         snapshots::{ReservedSlot, Snapshots},
     },
@@ -48,8 +51,7 @@ use parallel::{
     pipeline::{Executor, Schedule},
 };
 use parking_lot::Mutex;
-use serde::Serialize;
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, thread::JoinHandle};
 
 /// Final state of a run.
 #[derive(Debug, Clone, PartialEq)]
@@ -130,6 +132,9 @@ pub struct Trainer {
     wants_checkpoint: bool,
     /// The step after which the ranks write the checkpoint that one was asked for.
     requested_checkpoint: Option<u64>,
+    files: MetricsFiles,
+    /// The thread that writes the trace of a step.
+    trace: Option<JoinHandle<()>>,
 }
 
 /// Requests to a run from outside. A request to one rank is one to all.
@@ -210,7 +215,25 @@ impl Trainer {
         requests: &dyn RunRequests,
         progress: &mut dyn Progress,
     ) -> Result<Outcome, Error> {
-        let mut files = self.open_files()?;
+        if self.is_rank_0() {
+            let limits = Limits::of_mib(self.config.run.line_buffer_mib);
+            self.files = MetricsFiles::open(&self.config.run.dir, self.step, limits)?;
+        }
+        let outcome = self.run_steps(requests, progress);
+        let files = std::mem::take(&mut self.files);
+        files.finish(outcome.is_err(), progress);
+        if let Some(trace) = self.trace.take().filter(|_| outcome.is_ok()) {
+            // Panics only if writing does, which leaves no trace either.
+            let _ = trace.join();
+        }
+        outcome
+    }
+
+    fn run_steps(
+        &mut self,
+        requests: &dyn RunRequests,
+        progress: &mut dyn Progress,
+    ) -> Result<Outcome, Error> {
         let steps = self.config.train.steps;
         let mut outcome = Outcome {
             step: self.step,
@@ -225,14 +248,14 @@ impl Trainer {
             }
             outcome.stopped = stopped && self.step < steps;
             if self.is_rank_0() {
-                self.report_step(&metrics, &mut files, progress);
+                self.report_step(&metrics, progress);
             }
             let is_last = self.step == steps || outcome.stopped;
             if self.validation_due(is_last) && !outcome.stopped {
                 let validation = self.validate()?;
                 outcome.validation_loss = validation.as_ref().map(|line| line.validation_loss);
                 if let Some(line) = validation.filter(|_| self.is_rank_0()) {
-                    append_line(&mut files.metrics, &line, progress);
+                    self.files.write_validation(&line);
                     progress.validation(self.step, line.validation_loss);
                 }
             }
@@ -251,38 +274,19 @@ impl Trainer {
         self.world.rank() == 0
     }
 
-    fn open_files(&self) -> Result<MetricsFiles, Error> {
-        let open = |name: &str| {
-            let path = self.config.run.dir.join(name);
-            JsonLinesWriter::resume(&path, self.step)
-        };
-        if !self.is_rank_0() {
-            return Ok(MetricsFiles::default());
-        }
-        Ok(MetricsFiles {
-            metrics: Some(open("metrics.jsonl")?),
-            routing: Some(open("routing.jsonl")?),
-        })
-    }
-
-    fn report_step(
-        &self,
-        metrics: &StepMetrics,
-        files: &mut MetricsFiles,
-        progress: &mut dyn Progress,
-    ) {
+    fn report_step(&self, metrics: &StepMetrics, progress: &mut dyn Progress) {
         let steps = self.config.train.steps;
-        append_line(&mut files.metrics, metrics, progress);
+        self.files.write_step(metrics);
         let log_every = self.config.run.log_every;
         let is_end = self.step == 1 || self.step == steps;
         let is_logged = is_end || self.step.is_multiple_of(log_every);
         if is_logged && !metrics.tokens_per_expert.is_empty() {
-            let line = RoutingLine {
+            self.files.write_routing(&RoutingLine {
                 step: self.step,
                 tokens_per_expert: metrics.tokens_per_expert.clone(),
-            };
-            append_line(&mut files.routing, &line, progress);
+            });
         }
+        self.files.report(progress);
         progress.step(metrics, steps);
         if metrics.counted_tokens == 0 {
             progress.warn(&format!(
@@ -364,27 +368,5 @@ impl Trainer {
             }
             _ => String::new(),
         }
-    }
-}
-
-/// Open files of rank 0; `None` on other ranks and after a failed write.
-#[derive(Default)]
-struct MetricsFiles {
-    metrics: Option<JsonLinesWriter>,
-    routing: Option<JsonLinesWriter>,
-}
-
-/// Appends a line of metrics. After the first failure it warns and writes no more to the file, so
-/// that metrics never end a run.
-fn append_line(
-    file: &mut Option<JsonLinesWriter>,
-    line: &impl Serialize,
-    progress: &mut dyn Progress,
-) {
-    if let Some(open) = file
-        && let Err(error) = open.write(line)
-    {
-        progress.warn(&format!("{error}; training continues without metrics"));
-        *file = None;
     }
 }

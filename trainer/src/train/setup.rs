@@ -2,7 +2,7 @@
 
 use super::{
     ResumeReport, StepPlan, Trainer, counted_tokens::check_validation,
-    expert_placement::ExpertPlacement, run_state::CountedFrom,
+    expert_placement::ExpertPlacement, metrics_files::MetricsFiles, run_state::CountedFrom,
 };
 use crate::{
     Error,
@@ -98,6 +98,8 @@ impl Trainer {
             resume_report: ResumeReport::default(),
             wants_checkpoint: false,
             requested_checkpoint: None,
+            files: MetricsFiles::default(),
+            trace: None,
         })
     }
 }

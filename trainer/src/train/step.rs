@@ -48,7 +48,11 @@ impl Trainer {
         let loss = figures.cross_entropy;
         if !loss.is_finite() || !grad_norm.is_finite() {
             let step = self.step + 1;
-            return Err(Error::Diverged { step, loss });
+            return Err(Error::Diverged {
+                step,
+                loss,
+                grad_norm,
+            });
         }
         self.finish_copy(reserved.is_some(), &figures);
         let lr = self.update_parameters(grad_norm)?;
@@ -308,21 +312,25 @@ impl Trainer {
         }
     }
 
-    /// Writes the step's trace; a failure only logs a warning.
-    fn write_trace(&self) {
+    /// Writes the step's trace in a thread; a failure only logs a warning.
+    fn write_trace(&mut self) {
         let rank = self.world.rank();
         let folder = self.config.run.dir.join("logs");
         let name = format!("rank-{rank}.trace.json");
         let path = folder.join(&name);
-        let written = RunFolder::create_inside(&folder)
-            .and_then(|logs| logs.remove(&name))
-            .map_err(std::io::Error::other)
-            .and_then(|()| profile::write(&profile::stop(), rank, &path));
-        let path = path.display();
-        match written {
-            Ok(()) => tracing::info!("wrote the trace of step {} to {path}", self.step),
-            Err(error) => tracing::warn!("cannot write {path}: {error}"),
-        }
+        let events = profile::stop();
+        let step = self.step;
+        self.trace = Some(std::thread::spawn(move || {
+            let written = RunFolder::create_inside(&folder)
+                .and_then(|logs| logs.remove(&name))
+                .map_err(std::io::Error::other)
+                .and_then(|()| profile::write(&events, rank, &path));
+            let path = path.display();
+            match written {
+                Ok(()) => tracing::info!("wrote the trace of step {step} to {path}"),
+                Err(error) => tracing::warn!("cannot write {path}: {error}"),
+            }
+        }));
     }
 }
 
