@@ -32,13 +32,26 @@ int start(F&& body) {
 
 extern "C" {
 
-int mtx_store_tcp(const char* host, uint16_t port, bool is_server, int64_t timeout_ms, void** out) {
+int mtx_store_connect(const char* host, uint16_t port, int64_t timeout_ms, void** out) {
   return mtx::guarded([&] {
     c10d::TCPStoreOptions options;
     options.port = port;
-    options.isServer = is_server;
     options.waitWorkers = false;
     options.timeout = Milliseconds(timeout_ms);
+    *out = new StorePtr(c10::make_intrusive<c10d::TCPStore>(host, options));
+  });
+}
+// Serves a store on the bound socket `fd`, which it takes over: c10d's own would listen on all
+// interfaces. `host` and `port` are an address at which this process reaches the socket.
+int mtx_store_serve(
+    int fd, const char* host, uint16_t port, int64_t timeout_ms, void** out) {
+  return mtx::guarded([&] {
+    c10d::TCPStoreOptions options;
+    options.port = port;
+    options.isServer = true;
+    options.waitWorkers = false;
+    options.timeout = Milliseconds(timeout_ms);
+    options.masterListenFd = fd;
     *out = new StorePtr(c10::make_intrusive<c10d::TCPStore>(host, options));
   });
 }

@@ -3,13 +3,15 @@
 use crate::{Error, ffi};
 use std::{
     ffi::c_int,
+    net::{IpAddr, TcpListener},
+    os::fd::IntoRawFd,
     time::{Duration, Instant},
 };
 use tch::Tensor;
 use torch_sys::C_tensor;
 
-/// A key-value store for the rendezvous of ranks, with torchrun's protocol.
-pub struct Store(ffi::Handle);
+/// A key-value store for the rendezvous of ranks.
+pub struct Store(pub(crate) ffi::Handle);
 
 // SAFETY: c10d's stores guard their state with a mutex.
 unsafe impl Send for Store {}
@@ -17,18 +19,40 @@ unsafe impl Send for Store {}
 unsafe impl Sync for Store {}
 
 impl Store {
-    /// Connects to the TCP store at `host:port`, or serves it there.
-    ///
-    /// Port 0 serves on any free port.
+    /// Connects to c10d's TCP store at `host:port`, which authenticates nobody.
     ///
     /// # Errors
-    /// If the port to serve on is taken, or no server answers within `timeout`.
-    pub fn tcp(host: &str, port: u16, is_server: bool, timeout: Duration) -> Result<Store, Error> {
+    /// If no server answers within `timeout`.
+    pub fn connect_tcp(host: &str, port: u16, timeout: Duration) -> Result<Store, Error> {
         let host = ffi::c_string(host)?;
         let mut out = std::ptr::null_mut();
         // SAFETY: `host` lives through the call, and `out` receives an owned handle.
         ffi::check(unsafe {
-            ffi::mtx_store_tcp(host.as_ptr(), port, is_server, millis(timeout), &mut out)
+            ffi::mtx_store_connect(host.as_ptr(), port, millis(timeout), &mut out)
+        })?;
+        Ok(Store(out))
+    }
+
+    /// Serves c10d's TCP store on a bound socket, and nowhere else.
+    ///
+    /// # Errors
+    /// libtorch's message.
+    pub fn serve_tcp(listener: TcpListener, timeout: Duration) -> Result<Store, Error> {
+        let address = listener.local_addr();
+        let address = address.map_err(|error| Error::new(error.to_string()))?;
+        // The process is a client of its own server.
+        let host = match address.ip() {
+            IpAddr::V4(ip) if ip.is_unspecified() => "127.0.0.1".to_string(),
+            IpAddr::V6(ip) if ip.is_unspecified() => "::1".to_string(),
+            ip => ip.to_string(),
+        };
+        let host = ffi::c_string(&host)?;
+        let fd = listener.into_raw_fd();
+        let mut out = std::ptr::null_mut();
+        // SAFETY: the server takes over the socket, `host` lives through the call, and `out`
+        // receives an owned handle.
+        ffi::check(unsafe {
+            ffi::mtx_store_serve(fd, host.as_ptr(), address.port(), millis(timeout), &mut out)
         })?;
         Ok(Store(out))
     }
@@ -383,11 +407,17 @@ fn millis(duration: Duration) -> i64 {
 mod tests {
     use super::*;
 
+    fn serve() -> Store {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        Store::serve_tcp(listener, Duration::from_secs(20)).unwrap()
+    }
+
     #[test]
     fn a_store_serves_its_clients() {
         let second = Duration::from_secs(1);
-        let server = Store::tcp("127.0.0.1", 0, true, second).unwrap();
-        let client = Store::tcp("127.0.0.1", server.port().unwrap(), false, second).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let server = Store::serve_tcp(listener, second).unwrap();
+        let client = Store::connect_tcp("127.0.0.1", server.port().unwrap(), second).unwrap();
         client.set("a", b"one").unwrap();
         assert_eq!(server.get("a").unwrap(), b"one");
         assert_eq!(client.add("n", 2).unwrap() + client.add("n", 3).unwrap(), 7);
@@ -398,13 +428,12 @@ mod tests {
     }
 
     #[test]
-    fn a_taken_port_is_an_error() {
-        let second = Duration::from_secs(1);
-        let server = Store::tcp("127.0.0.1", 0, true, second).unwrap();
-        let port = server.port().unwrap();
-        let error = Store::tcp("127.0.0.1", port, true, second).err().unwrap();
-        let error = error.to_string();
-        assert!(error.contains("address already in use"), "{error}");
+    fn a_store_listens_at_its_address_only() {
+        let server = serve();
+        let at = |host: &str| std::net::TcpStream::connect((host, server.port().unwrap()));
+        assert!(at("127.0.0.1").is_ok());
+        // On all interfaces it would answer here, too.
+        assert!(at("127.0.0.2").is_err());
     }
 
     /// Exchanges rows between two ranks and returns what this rank receives.
@@ -413,7 +442,7 @@ mod tests {
     /// both to rank 0.
     fn exchange(rank: usize, port: u16) -> Vec<i64> {
         let timeout = Duration::from_secs(20);
-        let store = Store::tcp("127.0.0.1", port, false, timeout).unwrap();
+        let store = Store::connect_tcp("127.0.0.1", port, timeout).unwrap();
         let at = GlooAddress::Host("127.0.0.1".into());
         let group = Gloo::new(&store, rank, 2, timeout, &at).unwrap();
         let inputs: [&[i64]; 2] = [&[0, 1, 2], &[3, 4]];
@@ -428,7 +457,7 @@ mod tests {
 
     #[test]
     fn two_ranks_exchange_uneven_splits() {
-        let server = Store::tcp("127.0.0.1", 0, true, Duration::from_secs(20)).unwrap();
+        let server = serve();
         let port = server.port().unwrap();
         let ranks: Vec<_> = (0..2)
             .map(|rank| std::thread::spawn(move || exchange(rank, port)))

@@ -13,6 +13,28 @@ pub(crate) type Backward = unsafe extern "C" fn(
     usize,
 ) -> *mut c_char;
 pub(crate) type Drop = unsafe extern "C" fn(Handle);
+pub(crate) type StoreCall =
+    unsafe extern "C" fn(Handle, *const StoreRequest, *mut i64, Handle) -> *mut c_char;
+pub(crate) type StoreClone = unsafe extern "C" fn(Handle, *mut Handle) -> *mut c_char;
+
+/// `MtxBytes` in `cpp/custom_store.cpp`.
+#[repr(C)]
+pub(crate) struct Bytes {
+    pub(crate) data: *const u8,
+    pub(crate) size: usize,
+}
+
+/// `MtxStoreRequest` in `cpp/custom_store.cpp`.
+#[repr(C)]
+pub(crate) struct StoreRequest {
+    pub(crate) operation: u8,
+    pub(crate) keys: *const Bytes,
+    pub(crate) num_keys: usize,
+    pub(crate) values: *const Bytes,
+    pub(crate) num_values: usize,
+    pub(crate) number: i64,
+    pub(crate) timeout_ms: i64,
+}
 
 unsafe extern "C" {
     fn mtx_last_error() -> *const c_char;
@@ -61,13 +83,28 @@ unsafe extern "C" {
         peak: *mut i64,
     ) -> c_int;
 
-    pub(crate) fn mtx_store_tcp(
+    pub(crate) fn mtx_store_connect(
         host: *const c_char,
         port: u16,
-        is_server: bool,
         timeout_ms: i64,
         out: *mut Handle,
     ) -> c_int;
+    pub(crate) fn mtx_store_serve(
+        fd: c_int,
+        host: *const c_char,
+        port: u16,
+        timeout_ms: i64,
+        out: *mut Handle,
+    ) -> c_int;
+    pub(crate) fn mtx_store_custom(
+        state: Handle,
+        call: StoreCall,
+        clone: StoreClone,
+        drop: Drop,
+        timeout_ms: i64,
+        out: *mut Handle,
+    ) -> c_int;
+    pub(crate) fn mtx_push_value(values: Handle, data: *const u8, size: usize);
     pub(crate) fn mtx_store_prefix(store: Handle, prefix: *const c_char, out: *mut Handle)
     -> c_int;
     pub(crate) fn mtx_store_port(store: Handle, out: *mut u16) -> c_int;
