@@ -58,6 +58,7 @@ mod manifest;
 mod memory;
 mod plan;
 mod read;
+pub mod secure;
 mod slice;
 mod stripes;
 pub mod survival;
