@@ -344,7 +344,7 @@ fn a_hostfile_starts_the_other_machines() {
     let ssh = experiment.path("ssh");
     std::fs::write(
         &ssh,
-        "#!/bin/sh\necho \"to $1\" >> asked\ncd / && exec sh -c \"$2\"\n",
+        "#!/bin/sh\necho \"to $1 $2\" >> asked\ncd / && exec sh -c \"$3\"\n",
     )
     .unwrap();
     std::fs::set_permissions(&ssh, std::fs::Permissions::from_mode(0o755)).unwrap();
@@ -353,7 +353,7 @@ fn a_hostfile_starts_the_other_machines() {
     assert!(output.status.success(), "{}", text(&output));
     assert_eq!(
         std::fs::read_to_string(experiment.path("asked")).unwrap(),
-        "to elsewhere\n"
+        "to -- elsewhere\n"
     );
     assert_eq!(curve(&experiment, "ours"), curve(&experiment, "theirs"));
     experiment.assert_no_orphans();

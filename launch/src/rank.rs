@@ -28,7 +28,11 @@ use std::{
     },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
-use trainer::{Progress, ResumeReport, ResumeSource, Trainer, config::Config, data::DatasetInfo};
+use trainer::{
+    Progress, ResumeReport, ResumeSource, Trainer,
+    config::{Config, TlsConfig},
+    data::DatasetInfo,
+};
 
 /// Context of an error that older state may help with: the launcher decides by it.
 #[derive(Debug)]
@@ -227,7 +231,9 @@ impl RankStart<'_> {
         let device = parallel::accelerator(&config.run.device, env.local_rank)?;
         set_cpu_affinity(config.run.cpu_affinity, env, device.numa_node());
         let timeout = Duration::from_secs(config.run.timeout_s);
-        let world = World::join(env, timeout, config.run.backend, device.as_ref())?;
+        let mut joining = env.clone();
+        joining.gloo_tls = config.run.tls.as_ref().map(TlsConfig::to_gloo);
+        let world = World::join(&joining, timeout, config.run.backend, device.as_ref())?;
         let dir = config.run.dir.clone();
         let rank = env.rank;
         world.dump_calls_to(&flight_path(&dir, rank));

@@ -5,6 +5,7 @@ use std::{
     ffi::c_int,
     net::{IpAddr, TcpListener},
     os::fd::IntoRawFd,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 use tch::Tensor;
@@ -124,6 +125,18 @@ impl Store {
         Ok(out)
     }
 
+    /// Appends to the value of `key`, which may be missing.
+    ///
+    /// # Errors
+    /// If the server is gone.
+    pub fn append(&self, key: &str, value: &[u8]) -> Result<(), Error> {
+        let key = ffi::c_string(key)?;
+        // SAFETY: as for `set`.
+        ffi::check(unsafe {
+            ffi::mtx_store_append(self.0, key.as_ptr(), value.as_ptr(), value.len())
+        })
+    }
+
     /// Returns true if `key` is set.
     ///
     /// # Errors
@@ -164,6 +177,92 @@ pub enum GlooAddress {
     Default,
 }
 
+/// Files in PEM format with which Gloo encrypts its connections. Both sides of a connection check
+/// that the authority signed the other's certificate.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GlooTls {
+    pub key: PathBuf,
+    pub certificate: PathBuf,
+    pub authority: PathBuf,
+}
+
+/// How Gloo listens for the connections of other ranks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GlooDevice {
+    pub address: GlooAddress,
+    pub tls: Option<GlooTls>,
+    /// Addresses that may connect; all if empty.
+    pub peers: Vec<IpAddr>,
+}
+
+impl GlooDevice {
+    /// Returns a device that listens at this address, without encryption, for anyone.
+    pub fn at(address: GlooAddress) -> GlooDevice {
+        GlooDevice {
+            address,
+            tls: None,
+            peers: Vec::new(),
+        }
+    }
+
+    /// Calls `use_device` with the C form of this device.
+    fn with_raw<T>(&self, use_device: impl FnOnce(&ffi::GlooDevice) -> T) -> Result<T, Error> {
+        let text = |text: &str| ffi::c_string(text);
+        let file = |path: &Path| match path.to_str() {
+            Some(path) => ffi::c_string(path),
+            None => Err(Error::new(format!("{}: not valid UTF-8", path.display()))),
+        };
+        let (address, interface) = match &self.address {
+            GlooAddress::Host(host) => (text(host)?, text("")?),
+            GlooAddress::Interface(name) => (text("")?, text(name)?),
+            GlooAddress::Default => (text("")?, text("")?),
+        };
+        let files = match &self.tls {
+            Some(tls) => {
+                check_tls()?;
+                [&tls.key, &tls.certificate, &tls.authority].map(|path| file(path))
+            }
+            None => ["", "", ""].map(text),
+        };
+        let [key, certificate, authority] = files;
+        let key = key?;
+        let certificate = certificate?;
+        let authority = authority?;
+        let octets = |peer: &IpAddr| match peer {
+            IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+            IpAddr::V6(ip) => ip.octets(),
+        };
+        let peers: Vec<[u8; 16]> = self.peers.iter().map(octets).collect();
+        Ok(use_device(&ffi::GlooDevice {
+            address: address.as_ptr(),
+            interface: interface.as_ptr(),
+            key: key.as_ptr(),
+            certificate: certificate.as_ptr(),
+            authority: authority.as_ptr(),
+            peers: peers.as_ptr(),
+            num_peers: peers.len(),
+        }))
+    }
+}
+
+/// Checks that libtorch finds the library with which Gloo encrypts.
+///
+/// # Errors
+/// If the library is missing.
+pub fn check_tls() -> Result<(), Error> {
+    // The names that libtorch's Gloo opens.
+    let names = ["libssl.so.1.1", "libssl.so"];
+    // SAFETY: OpenSSL's initializers have no preconditions.
+    let opens = |name: &&str| unsafe { libloading::Library::new(name) }.is_ok();
+    if names.iter().any(|name| opens(&name)) {
+        return Ok(());
+    }
+    let names = names.join(" nor ");
+    let install = "install OpenSSL's development package (libssl-dev or openssl-devel)";
+    let reason = format!("Gloo cannot encrypt here, because there is neither {names}: {install}");
+    Err(Error::new(reason))
+}
+
 /// A Gloo process group. All ranks must call its operations in the same order.
 pub struct Gloo(ffi::Handle);
 
@@ -192,28 +291,17 @@ impl Gloo {
         rank: usize,
         size: usize,
         timeout: Duration,
-        at: &GlooAddress,
+        device: &GlooDevice,
     ) -> Result<Gloo, Error> {
-        let (address, interface) = match at {
-            GlooAddress::Host(host) => (host.as_str(), ""),
-            GlooAddress::Interface(name) => ("", name.as_str()),
-            GlooAddress::Default => ("", ""),
-        };
-        let address = ffi::c_string(address)?;
-        let interface = ffi::c_string(interface)?;
         let mut out = std::ptr::null_mut();
-        // SAFETY: the store and the strings are live, and `out` receives an owned handle.
-        ffi::check(unsafe {
-            ffi::mtx_gloo_new(
-                store.0,
-                rank as c_int,
-                size as c_int,
-                millis(timeout),
-                address.as_ptr(),
-                interface.as_ptr(),
-                &mut out,
-            )
+        let rank = rank as c_int;
+        let size = size as c_int;
+        let timeout_ms = millis(timeout);
+        // SAFETY: the store and the device are live, and `out` receives an owned handle.
+        let code = device.with_raw(|device| unsafe {
+            ffi::mtx_gloo_new(store.0, rank, size, timeout_ms, device, &mut out)
         })?;
+        ffi::check(code)?;
         Ok(Gloo(out))
     }
 
@@ -443,8 +531,8 @@ mod tests {
     fn exchange(rank: usize, port: u16) -> Vec<i64> {
         let timeout = Duration::from_secs(20);
         let store = Store::connect_tcp("127.0.0.1", port, timeout).unwrap();
-        let at = GlooAddress::Host("127.0.0.1".into());
-        let group = Gloo::new(&store, rank, 2, timeout, &at).unwrap();
+        let device = GlooDevice::at(GlooAddress::Host("127.0.0.1".into()));
+        let group = Gloo::new(&store, rank, 2, timeout, &device).unwrap();
         let inputs: [&[i64]; 2] = [&[0, 1, 2], &[3, 4]];
         let splits = [[1, 2], [2, 0]][rank];
         let input = Tensor::from_slice(inputs[rank]);

@@ -36,6 +36,18 @@ pub(crate) struct StoreRequest {
     pub(crate) timeout_ms: i64,
 }
 
+/// `MtxGlooDevice` in `cpp/gloo_device.cpp`.
+#[repr(C)]
+pub(crate) struct GlooDevice {
+    pub(crate) address: *const c_char,
+    pub(crate) interface: *const c_char,
+    pub(crate) key: *const c_char,
+    pub(crate) certificate: *const c_char,
+    pub(crate) authority: *const c_char,
+    pub(crate) peers: *const [u8; 16],
+    pub(crate) num_peers: usize,
+}
+
 unsafe extern "C" {
     fn mtx_last_error() -> *const c_char;
     pub(crate) fn mtx_attach_backward(
@@ -126,6 +138,12 @@ unsafe extern "C" {
         amount: i64,
         out: *mut i64,
     ) -> c_int;
+    pub(crate) fn mtx_store_append(
+        store: Handle,
+        key: *const c_char,
+        data: *const u8,
+        size: usize,
+    ) -> c_int;
     pub(crate) fn mtx_store_check(store: Handle, key: *const c_char, out: *mut bool) -> c_int;
     pub(crate) fn mtx_store_free(store: Handle);
     pub(crate) fn mtx_free(data: *mut u8);
@@ -135,8 +153,7 @@ unsafe extern "C" {
         rank: c_int,
         size: c_int,
         timeout_ms: i64,
-        address: *const c_char,
-        interface: *const c_char,
+        device: *const GlooDevice,
         out: *mut Handle,
     ) -> c_int;
     pub(crate) fn mtx_gloo_free(group: Handle);

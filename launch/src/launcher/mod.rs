@@ -16,6 +16,7 @@ mod machine_plan;
 mod machines;
 mod policy;
 mod processes;
+mod reachable;
 mod recovery;
 mod rescue;
 pub(crate) mod restart_record;
@@ -27,17 +28,19 @@ mod tracker;
 use crate::{
     cli::TrainArgs, config_diff, config_file, environment, hint::WithHint, machine_memory, registry,
 };
-use anyhow::{Context, Result, anyhow};
-use hostfile::SshSessions;
+use anyhow::{Context, Result};
+use hostfile::{AgentStart, SshSessions};
 use machine_plan::MachinePlan;
 use machines::{Join, Machines};
+use parallel::{Secret, StoreServer};
 use processes::RankProcesses;
 use signals::Signals;
-use std::{process::ExitCode, time::Duration};
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    process::ExitCode,
+    time::Duration,
+};
 use supervisor::{RunSettings, Supervisor};
-use torch_ext::Store;
-
-const STORE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Runs the launcher, or on other machines than the first the agent.
 pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode> {
@@ -57,25 +60,29 @@ pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode> {
     std::fs::create_dir_all(&logs)
         .with_context(|| format!("cannot create the run's folder {}", logs.display()))?;
     let _lock = registry::lock(&dir)?;
-    let store = serve_store(args.master_port)?;
     let signals = Signals::install()?;
     let local_ranks = RankProcesses::new(args, &dir);
     let mut machines = Machines::local(local_ranks, &dir, signals.clone());
     let timeout = Duration::from_secs(config.run.timeout_s);
     let _sessions = join_machines(args, &plan, &mut machines, timeout)?;
+    let store = serve_store(machines.address(0), args.master_port)?;
     let settings = RunSettings {
         config: &config,
         dir: &dir,
-        store_port: store.port()?,
+        store: store.access().clone(),
         ranks_per_machine: plan.ranks_per_machine,
         spare_nodes: args.spare_nodes,
     };
     Supervisor::new(settings, world_size, machines).run(&signals)
 }
 
-fn serve_store(port: u16) -> Result<Store> {
-    Store::tcp("127.0.0.1", port, true, STORE_TIMEOUT)
-        .map_err(|error| anyhow!("cannot serve on port {port}: {error}"))
+/// Serves the ranks' store at the address that other machines use, or on the loopback device if
+/// there are none.
+fn serve_store(address: Option<IpAddr>, port: u16) -> Result<StoreServer> {
+    let ip = address.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    let secret = Secret::random()?;
+    StoreServer::listen(SocketAddr::new(ip, port), secret)
+        .with_context(|| format!("cannot serve on port {port}"))
         .hint("choose another port with --master-port, or omit it")
 }
 
@@ -90,7 +97,7 @@ fn join_machines(
         return Ok(None);
     }
     let address = machines.listen(&Join {
-        address: plan.rendezvous_address()?,
+        address: plan.rendezvous_address(&reachable::own_addresses())?,
         others: plan.machines - 1,
         ranks_per_machine: plan.ranks_per_machine,
         timeout,
@@ -98,9 +105,11 @@ fn join_machines(
     let Some(hosts) = &plan.hostfile else {
         return Ok(None);
     };
-    let rendezvous = plan.rendezvous.rsplit_once(':');
-    let host = rendezvous.map_or("", |(host, _)| host);
-    let head = format!("{host}:{}", address.port());
-    let sessions = hosts.start_agents(args, &head, plan.ranks_per_machine)?;
+    let sessions = hosts.start_agents(&AgentStart {
+        args,
+        head: address,
+        ranks_per_machine: plan.ranks_per_machine,
+        input: "",
+    })?;
     Ok(Some(sessions))
 }

@@ -23,6 +23,7 @@ use checkpoint::{
     Redundancy,
     keeper::{DEFAULT_CHUNK_BYTES, Node, Topology},
 };
+use parallel::StoreAccess;
 use std::{fs::File, io::Write, net::SocketAddr, path::Path, process::ExitCode, time::Instant};
 use trainer::{KeeperAccess, config::Config};
 
@@ -31,7 +32,7 @@ pub(super) struct RunSettings<'a> {
     pub(super) config: &'a Config,
     pub(super) dir: &'a Path,
     /// Port at which the launcher serves the ranks' store.
-    pub(super) store_port: u16,
+    pub(super) store: StoreAccess,
     pub(super) ranks_per_machine: usize,
     pub(super) spare_nodes: usize,
 }
@@ -261,17 +262,12 @@ impl<'a> Supervisor<'a> {
             chunk: DEFAULT_CHUNK_BYTES,
             restore: restored.snapshot.map(|made| (made.id, made.ranks)),
         });
-        let host = match self.machines.address(0) {
-            Some(address) => address.to_string(),
-            None => "127.0.0.1".into(),
-        };
         Assignment {
             rank,
             world_size: self.world_size,
             local_rank: on_same_machine(&machines[..rank]),
             local_world_size: on_same_machine(machines),
-            host,
-            port: self.settings.store_port,
+            store: self.settings.store.clone(),
             address: self.machines.address(machine),
             generation: self.generation,
             keeper,
