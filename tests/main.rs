@@ -18,6 +18,7 @@ mod layouts;
 mod loss_masks;
 mod machines;
 mod plans;
+mod ports;
 mod previous_version;
 mod resume_changes;
 mod runs;

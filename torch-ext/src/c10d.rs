@@ -253,7 +253,7 @@ pub fn check_tls() -> Result<(), Error> {
     // The names that libtorch's Gloo opens.
     let names = ["libssl.so.1.1", "libssl.so"];
     // SAFETY: OpenSSL's initializers have no preconditions.
-    let opens = |name: &&str| unsafe { libloading::Library::new(name) }.is_ok();
+    let opens = |name: &&str| unsafe { libloading::Library::new(*name) }.is_ok();
     if names.iter().any(|name| opens(&name)) {
         return Ok(());
     }
