@@ -1,5 +1,6 @@
 // Gloo's listening sockets: encryption, and which addresses may connect.
 #include <dirent.h>
+#include <dlfcn.h>
 #include <linux/filter.h>
 #include <netinet/in.h>
 #include <sys/socket.h>
@@ -13,6 +14,28 @@
 #include <vector>
 
 #include "ffi.h"
+
+// libtorch 2.11 creates unencrypted connections in a context with encryption: the function that
+// connects all ranks calls `tcp::Context::createPair(int, bool)`, which `tls::Context` does not
+// override. (It overrides `createPair(int)`, which that function called in earlier versions.) The
+// definition here takes the place of libtorch's, because the dynamic linker looks in the program
+// first, and chooses by the type of the context.
+#define MTX_CREATE_PAIR "_ZN4gloo9transport3tcp7Context10createPairEib"
+extern "C" __attribute__((visibility("default"), used)) void* mtx_create_pair(
+    void* context, int rank, bool rank_as_number) __asm__(MTX_CREATE_PAIR);
+
+void* mtx_create_pair(void* context, int rank, bool rank_as_number) {
+  using Plain = void* (*)(void*, int, bool);
+  using Encrypted = void* (*)(void*, int);
+  static auto plain = reinterpret_cast<Plain>(dlsym(RTLD_NEXT, MTX_CREATE_PAIR));
+  static auto encrypted = reinterpret_cast<Encrypted>(
+      dlsym(RTLD_NEXT, "_ZN4gloo9transport3tcp3tls7Context10createPairEi"));
+  static auto table =
+      static_cast<char*>(dlsym(RTLD_NEXT, "_ZTVN4gloo9transport3tcp3tls7ContextE"));
+  // An object points behind the two words that a table of functions begins with.
+  bool is_encrypted = *static_cast<char**>(context) == table + 2 * sizeof(void*);
+  return is_encrypted ? encrypted(context, rank) : plain(context, rank, rank_as_number);
+}
 
 extern "C" {
 // Where Gloo listens: on `address`, or if that is empty on `interface`, or if both are empty on the
@@ -99,9 +122,21 @@ void admit_only_peers(int fd, const MtxGlooDevice& device) {
   setsockopt(fd, SOL_SOCKET, SO_ATTACH_FILTER, &filter, sizeof(filter));
 }
 
+// Refuses to continue in clear text if libtorch does not call the function above.
+void check_encryption() {
+  auto ours = reinterpret_cast<void*>(&mtx_create_pair);
+  auto has = [](const char* name) { return dlsym(RTLD_NEXT, name) != nullptr; };
+  bool is_complete = has("_ZN4gloo9transport3tcp3tls7Context10createPairEi") &&
+      has("_ZTVN4gloo9transport3tcp3tls7ContextE") && has(MTX_CREATE_PAIR);
+  TORCH_CHECK(
+      is_complete && dlsym(RTLD_DEFAULT, MTX_CREATE_PAIR) == ours,
+      "this libtorch's Gloo does not encrypt");
+}
+
 std::shared_ptr<gloo::transport::Device> listen_anywhere(const MtxGlooDevice& device) {
   using c10d::ProcessGroupGloo;
   if (*device.key) {
+    check_encryption();
     gloo::transport::tcp::attr attr;
     attr.hostname = device.address;
     attr.iface = device.interface;
