@@ -13,6 +13,7 @@ mod doctor;
 mod drawn_layouts;
 mod faults;
 mod fixture;
+mod keeper_ports;
 mod launchers;
 mod layouts;
 mod loss_masks;

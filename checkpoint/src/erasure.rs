@@ -57,7 +57,8 @@ impl ErasureCode {
         parity: usize,
     ) -> Result<ErasureCode, CodeError> {
         let kind = match (redundancy, parity) {
-            (Redundancy::Copies(_), _) => Kind::Copies,
+            // A group with an odd node has stripes of more chunks: one copy cannot cover both.
+            (Redundancy::Copies(_), _) if data == 1 => Kind::Copies,
             (_, 1) => Kind::Xor,
             _ => {
                 let matrix = Matrix::cauchy(data, parity);

@@ -10,12 +10,22 @@ use checkpoint::{
     },
     redundancy_groups,
 };
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::{
+    collections::VecDeque,
     io::{Read, Write},
-    net::{SocketAddr, TcpStream},
-    os::unix::fs::FileExt,
+    net::{SocketAddr, TcpListener, TcpStream},
+    os::{
+        linux::net::SocketAddrExt,
+        unix::{fs::FileExt, net::UnixStream},
+    },
     process::Command,
-    sync::mpsc::{Receiver, channel},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc::{Receiver, channel},
+    },
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -306,6 +316,12 @@ fn every_pattern_of_lost_nodes_of_copies() {
     every_pattern(1, 2, Redundancy::Copies(2));
 }
 
+/// The third node makes a group of three, in which one parity covers two chunks.
+#[test]
+fn every_pattern_of_lost_nodes_of_a_copy_and_an_odd_node() {
+    every_pattern(2, 1, Redundancy::Copies(1));
+}
+
 #[test]
 fn a_flipped_bit_is_found_and_fixed_and_two_losses_are_rebuilt_around_it() {
     let cluster = Cluster::new(5, None);
@@ -419,6 +435,199 @@ fn a_disk_that_hangs_slows_no_snapshot() {
     cluster.peer(0).unpin().unwrap();
     let last = snapshot(&cluster, &topology, &mut ranks, &events, id(30));
     assert_eq!(last.parts.len(), 1);
+}
+
+/// Idle, slow and garbage connections at both ports, until it is dropped.
+struct Flood {
+    is_over: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<usize>>,
+}
+
+impl Flood {
+    fn new(cluster: &Cluster) -> Flood {
+        let is_over = Arc::new(AtomicBool::new(false));
+        let mut threads = Vec::new();
+        for (&address, socket) in cluster.addresses.iter().zip(&cluster.sockets) {
+            let over = is_over.clone();
+            threads.push(std::thread::spawn(move || {
+                flood(&over, || TcpStream::connect(address))
+            }));
+            let over = is_over.clone();
+            let name = std::os::unix::net::SocketAddr::from_abstract_name(socket).unwrap();
+            threads.push(std::thread::spawn(move || {
+                flood(&over, || UnixStream::connect_addr(&name))
+            }));
+        }
+        Flood { is_over, threads }
+    }
+
+    /// Ends the flood and returns the number of its connections.
+    fn end(self) -> usize {
+        self.is_over.store(true, Ordering::SeqCst);
+        let threads = self.threads.into_iter();
+        threads.map(|thread| thread.join().unwrap()).sum()
+    }
+}
+
+/// Holds up to 500 connections, which say nothing, something wrong, or only the first byte.
+fn flood<S: Write>(is_over: &AtomicBool, connect: impl Fn() -> std::io::Result<S>) -> usize {
+    let mut held: VecDeque<S> = VecDeque::new();
+    let mut connections = 0;
+    while !is_over.load(Ordering::SeqCst) {
+        if let Ok(mut stream) = connect() {
+            connections += 1;
+            let said: &[u8] = match connections % 3 {
+                0 => &[0x47; 100],
+                1 => b"m",
+                _ => &[],
+            };
+            let _ = stream.write_all(said);
+            held.push_back(stream);
+        }
+        if held.len() > 500 {
+            held.pop_front();
+        }
+        std::thread::sleep(Duration::from_micros(300));
+    }
+    connections
+}
+
+/// With `MOERUN_FLOOD_S` the flood takes longer than 3 s.
+#[test]
+fn a_thousand_unknown_peers_delay_no_snapshot() {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard.min(20_000), hard).unwrap();
+    let seconds = std::env::var("MOERUN_FLOOD_S").map_or(3, |text| text.parse().unwrap());
+    let cluster = Cluster::new(2, None);
+    let topology = cluster.topology(2, 1, Redundancy::Copies(1));
+    cluster.set_up(&topology);
+    let events = cluster.events(2);
+    let mut ranks: Vec<Rank> = (0..2)
+        .map(|rank| Rank::new(&cluster, &topology, rank, 2))
+        .collect();
+    let flood = Flood::new(&cluster);
+    let start = Instant::now();
+    let mut step = 0;
+    while start.elapsed() < Duration::from_secs(seconds) {
+        step += 1;
+        snapshot(&cluster, &topology, &mut ranks, &events, id(step));
+        // New connections succeed too: of a tool, and of a rank that starts.
+        assert_eq!(
+            cluster
+                .peer(1)
+                .inventory()
+                .unwrap()
+                .complete
+                .last()
+                .unwrap()
+                .id,
+            id(step)
+        );
+        KeeperClient::connect(&cluster.sockets[0], &cluster.secret, 7).unwrap();
+    }
+    let status = cluster.peer(0).status().unwrap();
+    let connections = flood.end();
+    assert!(
+        step > 5 && connections > 1000,
+        "{step} snapshots, {connections} connections"
+    );
+    assert_eq!(status.skipped, 0);
+    let refusals = status.refusals;
+    for counts in [refusals.peers, refusals.ranks] {
+        assert!(
+            counts.malformed > 0 && counts.evicted + counts.closed > 0,
+            "{counts:?}"
+        );
+    }
+}
+
+#[test]
+fn a_second_launcher_finds_a_keeper_takes_it_over_and_ends_it() {
+    let cluster = Cluster::new(1, None);
+    let topology = cluster.topology(1, 1, Redundancy::None);
+    cluster.set_up(&topology);
+    let first = cluster.events(1);
+    let mut ranks = vec![Rank::new(&cluster, &topology, 0, 2)];
+    snapshot(&cluster, &topology, &mut ranks, &first, id(1));
+    // Both launchers receive events.
+    let second = cluster.events(1);
+    snapshot(&cluster, &topology, &mut ranks, &second, id(2));
+    assert!(
+        first
+            .iter()
+            .any(|event| matches!(event, Event::Complete { id: other, .. } if other == id(2)))
+    );
+    let identity = cluster.peer(0).inventory().unwrap().identity;
+    assert_eq!(identity.run, cluster.secret.name());
+    assert_eq!(identity.pid, std::process::id() as i32);
+    let mut next = topology.clone();
+    next.generation = 2;
+    cluster.set_up(&next);
+    assert_eq!(cluster.peer(0).inventory().unwrap().identity, identity);
+    cluster.peer(0).stop().unwrap();
+    let start = Instant::now();
+    // Its port is closed soon after.
+    while Peer::connect(cluster.addresses[0], &cluster.secret, TEST_TIMEOUT).is_ok() {
+        assert!(start.elapsed() < TEST_TIMEOUT);
+    }
+}
+
+#[test]
+fn an_address_in_use_is_an_error_that_names_it() {
+    let cluster = Cluster::new(1, None);
+    let settings = |socket: &str, listen| Settings {
+        socket: socket.into(),
+        secret: cluster.secret.clone(),
+        listen,
+        memory_limit: None,
+        orphan_timeout: Duration::from_secs(60),
+    };
+    let socket = &cluster.sockets[0];
+    let any = "127.0.0.1:0".parse().unwrap();
+    let error = run(settings(socket, any), |_| panic!("it is not ready")).unwrap_err();
+    let expected = format!("the Unix socket @{socket} is in use by another process");
+    assert_eq!(error.to_string(), expected);
+    let address = cluster.addresses[0];
+    let error = run(settings("moerun-test/other", address), |_| {
+        panic!("it is not ready")
+    });
+    let expected = format!("the TCP address {address} is in use by another process");
+    assert_eq!(error.unwrap_err().to_string(), expected);
+}
+
+/// A keeper that is stopped (SIGSTOP) accepts connections and does not answer: it is not lost.
+#[test]
+fn a_keeper_is_lost_only_if_nothing_listens() {
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = silent.local_addr().unwrap();
+    let secret = Secret::random().unwrap();
+    let timeout = Duration::from_millis(200);
+    let error = Peer::connect(address, &secret, timeout).err().unwrap();
+    assert!(
+        matches!(error, Error::TimedOut) && !error.is_lost(),
+        "{error}"
+    );
+    drop(silent);
+    let error = Peer::connect(address, &secret, timeout).err().unwrap();
+    assert!(error.is_lost(), "{error}");
+}
+
+#[test]
+fn a_link_is_not_written_through() {
+    let cluster = Cluster::new(1, None);
+    let topology = cluster.topology(1, 1, Redundancy::None);
+    cluster.set_up(&topology);
+    let events = cluster.events(1);
+    let mut ranks = vec![Rank::new(&cluster, &topology, 0, 2)];
+    snapshot(&cluster, &topology, &mut ranks, &events, id(1));
+    let folder = tempfile::tempdir().unwrap();
+    let precious = folder.path().join("precious");
+    std::fs::write(&precious, "text").unwrap();
+    let link = folder.path().join("shard-00000.safetensors");
+    std::os::unix::fs::symlink(&precious, link).unwrap();
+    let error = cluster.peer(0).persist(id(1), &[0], folder.path());
+    assert!(error.unwrap_err().to_string().starts_with("cannot write "));
+    assert_eq!(std::fs::read_to_string(precious).unwrap(), "text");
 }
 
 #[test]

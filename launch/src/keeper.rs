@@ -1,18 +1,31 @@
 //! `moerun keeper`: runs a keeper process, or stops those of a run.
 
-use crate::{cli::RunArgs, hint::WithHint, registry::KeeperRegistry};
+use crate::{
+    cli::RunArgs,
+    hint::{WithHint, hinted},
+    registry::KeeperRegistry,
+};
 use anyhow::{Context, Result, anyhow};
-use checkpoint::keeper::{Secret, serve};
+use checkpoint::keeper::{Peer, Secret, serve};
 use nix::{sys::signal::kill, unistd::Pid};
 use serde::{Deserialize, Serialize};
+use signal_hook::{
+    consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2},
+    iterator::Signals,
+};
 use std::{
-    io::{BufRead, Write},
+    io::{BufRead, Read, Write},
     net::SocketAddr,
     process::ExitCode,
+    sync::mpsc::{Receiver, channel},
     time::{Duration, Instant},
 };
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
+/// Longest line of settings.
+const MAX_SETTINGS_BYTES: u64 = 1 << 20;
+/// A scheduler's signal for a limit of CPU time, which signal-hook does not name.
+const SIGXCPU: i32 = nix::sys::signal::Signal::SIGXCPU as i32;
 
 /// The launcher's line on a keeper's standard input.
 #[derive(Serialize, Deserialize)]
@@ -32,9 +45,11 @@ pub(crate) struct Ready {
 }
 
 pub(crate) fn serve() -> Result<ExitCode> {
+    let signals = receive_signals()?;
     let mut line = String::new();
     std::io::stdin()
         .lock()
+        .take(MAX_SETTINGS_BYTES)
         .read_line(&mut line)
         .context("cannot read the keeper's settings")?;
     let settings: KeeperSettings = serde_json::from_str(&line)
@@ -61,8 +76,28 @@ pub(crate) fn serve() -> Result<ExitCode> {
         // Without a reader nothing connects, and the keeper exits after its orphan timeout.
         let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush());
     };
-    serve::run(settings, ready).map_err(|e| anyhow!("the keeper: {e}"))?;
+    serve::run_with_signals(settings, signals, ready).map_err(|e| anyhow!("the keeper: {e}"))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Catches the signals by which a scheduler or a user ends a run, and returns those that concern
+/// the keeper. It has to outlive the ranks and the launcher: their newest state is in its memory.
+fn receive_signals() -> Result<Receiver<i32>> {
+    let caught = [SIGINT, SIGHUP, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU];
+    let mut received = Signals::new(caught).context("cannot handle signals")?;
+    let (sender, signals) = channel();
+    let forward = move || {
+        for signal in received.forever() {
+            // Ctrl-C and a closed terminal are the launcher's business.
+            if signal != SIGINT && signal != SIGHUP && sender.send(signal).is_err() {
+                return;
+            }
+        }
+    };
+    std::thread::Builder::new()
+        .spawn(forward)
+        .context("cannot start a thread")?;
+    Ok(signals)
 }
 
 pub(crate) fn stop(args: &RunArgs) -> Result<ExitCode> {
@@ -71,20 +106,32 @@ pub(crate) fn stop(args: &RunArgs) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     };
     let mut stopped = 0;
+    let mut unanswered = 0;
     for (node, keeper) in registry.keepers.iter().enumerate() {
-        match registry.connect(node, CONNECT_TIMEOUT) {
+        match Peer::connect(keeper.address, &registry.secret, CONNECT_TIMEOUT) {
             Ok(mut peer) => {
                 // A keeper may exit before it replies.
                 let _ = peer.stop();
                 stopped += 1;
                 wait_for_exit(keeper.pid);
             }
-            Err(error) => eprintln!("warning: {error:#}"),
+            Err(error) => {
+                let address = keeper.address;
+                eprintln!("warning: cannot reach the keeper of node {node} at {address}: {error}");
+                // A keeper that is busy or stopped is still there.
+                unanswered += usize::from(!error.is_lost());
+            }
         }
     }
-    KeeperRegistry::remove(&args.run);
     let keepers = registry.keepers.len();
     println!("stopped {stopped} of {keepers} keepers; state that was only in memory is lost");
+    if unanswered > 0 {
+        return Err(hinted(
+            anyhow!("{unanswered} of {keepers} keepers did not answer, and may still run"),
+            "try again; a stopped process answers after SIGCONT",
+        ));
+    }
+    KeeperRegistry::remove(&args.run);
     Ok(ExitCode::SUCCESS)
 }
 

@@ -45,6 +45,7 @@ pub(crate) fn status(args: &SnapshotStatusArgs) -> Result<ExitCode> {
                     "node {node}{spare}: {}",
                     describe(&status, &address.to_string())
                 );
+                print_refusals(&status);
                 for rank in &status.ranks {
                     println!(
                         "  rank {}: process {}, step {}, last heartbeat {} ms ago",
@@ -64,6 +65,22 @@ pub(crate) fn status(args: &SnapshotStatusArgs) -> Result<ExitCode> {
         print_candidate(candidate, &inventories);
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Prints how many connections a keeper refused, if it refused some, and a signal that it got.
+fn print_refusals(status: &Status) {
+    let refusals = status.refusals;
+    for (port, counts) in [("TCP", refusals.peers), ("Unix", refusals.ranks)] {
+        let total = counts.total();
+        if total > 0 {
+            println!("  refused connections at the {port} socket: {total} ({counts})");
+        }
+    }
+    if let Some(signal) = status.stop_signal {
+        println!(
+            "  signal {signal} asked the keeper to exit; it stays while a launcher is connected"
+        );
+    }
 }
 
 fn print_json(answers: &[Result<Status>]) {

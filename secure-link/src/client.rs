@@ -23,7 +23,7 @@ use std::{
 /// Pauses after a server turned this client away.
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_PAUSE: Duration = Duration::from_millis(200);
-/// Limit of one handshake. A server that does not answer may have lost the connection.
+/// Limit of one handshake, connecting included.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Connects to a port with this purpose, and authenticates both sides, within `timeout`. A client
@@ -73,7 +73,8 @@ pub fn connect_local(
     })
 }
 
-/// Repeats attempts that a limit or a full backlog ended.
+/// Repeats attempts that a limit ended. A server that says nothing for the limit of a handshake does
+/// not answer a second time either.
 fn retry<T>(
     timeout: Duration,
     mut attempt: impl FnMut(Instant) -> Result<T, Error>,
@@ -87,7 +88,7 @@ fn retry<T>(
             Err(error) => error,
         };
         // The message of a server that evicts this client may be lost: it looks closed then.
-        let may_pass = matches!(error, Error::Busy | Error::Closed | Error::TimedOut);
+        let may_pass = matches!(error, Error::Busy | Error::Closed);
         if !may_pass || Instant::now() + pause >= deadline {
             return Err(error);
         }

@@ -126,6 +126,16 @@ impl<S: Socket> FrameReader<S> {
         Ok(())
     }
 
+    /// Sets how long one read of the socket itself may take, for messages outside of frames.
+    ///
+    /// # Errors
+    /// If the connection is closed.
+    pub fn limit_reads(&mut self, limit: Duration) -> Result<(), Error> {
+        self.socket.set_read_limit(Some(limit))?;
+        self.armed = Armed::at(limit);
+        Ok(())
+    }
+
     /// Returns the socket, for closing it from another thread or passing files.
     pub fn socket(&self) -> &Arc<S> {
         &self.socket

@@ -135,6 +135,11 @@ impl Socket for UnixStream {
 pub(super) struct Armed(Option<Duration>);
 
 impl Armed {
+    /// Returns the state after the limit was set to this.
+    pub(super) fn at(limit: Duration) -> Armed {
+        Armed(Some(limit))
+    }
+
     /// Returns the limit to set so that one operation ends by `deadline`, if it must change. An
     /// operation that ends early is repeated, so only a longer limit is wrong.
     fn change(&mut self, deadline: Instant, now: Instant) -> io::Result<Option<Duration>> {

@@ -1,34 +1,27 @@
 //! Connections of a rank to its node's keeper.
 
 use super::{
-    error::Error,
     protocol::{RankReply, RankRequest},
     snapshot::SnapshotId,
-    wire::{self, Secret, TimeoutStream},
 };
-use crate::memory::{Region, receive_file};
-use std::{
-    fs::File,
-    os::{
-        linux::net::SocketAddrExt,
-        unix::net::{SocketAddr, UnixStream},
-    },
-    sync::Arc,
-    time::Duration,
+use crate::{
+    memory::{Region, receive_file},
+    secure::{Connection, Error, Purpose, Secret, connect_local},
 };
+use std::{fs::File, os::unix::net::UnixStream, sync::Arc, time::Duration};
 
 /// Limit of a rank's waiting for a reply while it trains.
 const REPLY_TIMEOUT: Duration = Duration::from_millis(500);
 /// Limit while a rank starts, when memory is allocated and parts come from other nodes.
 const STARTUP_TIMEOUT: Duration = Duration::from_secs(120);
+/// Limit of connecting: a keeper whose places are taken turns a client away at first.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 
-fn connect(socket: &str, secret: &Secret, rank: usize) -> Result<UnixStream, Error> {
-    let address = SocketAddr::from_abstract_name(socket)?;
-    let mut stream = UnixStream::connect_addr(&address)?;
-    wire::client_handshake(&mut stream, secret)?;
-    wire::send(&mut stream, &RankRequest::Hello { rank })?;
-    match wire::receive(&mut stream)? {
-        RankReply::Ack => Ok(stream),
+fn connect(socket: &str, secret: &Secret, rank: usize) -> Result<Connection<UnixStream>, Error> {
+    let mut connection = connect_local(socket, secret, Purpose::RANK, CONNECT_TIMEOUT)?;
+    connection.send(&RankRequest::Hello { rank })?;
+    match connection.receive(Some(CONNECT_TIMEOUT))? {
+        RankReply::Ack => Ok(connection),
         other => Err(unexpected(other)),
     }
 }
@@ -45,7 +38,7 @@ pub type SlotMemory = Arc<Region>;
 
 /// The connection of a rank's training thread.
 pub struct KeeperClient {
-    stream: UnixStream,
+    connection: Connection<UnixStream>,
 }
 
 impl KeeperClient {
@@ -54,17 +47,22 @@ impl KeeperClient {
     /// # Errors
     /// If no keeper of this run listens there.
     pub fn connect(socket: &str, secret: &Secret, rank: usize) -> Result<KeeperClient, Error> {
-        let stream = connect(socket, secret, rank)?;
-        Ok(KeeperClient { stream })
+        let connection = connect(socket, secret, rank)?;
+        Ok(KeeperClient { connection })
     }
 
     fn ask(&mut self, request: &RankRequest, timeout: Duration) -> Result<RankReply, Error> {
-        self.stream.set_timeouts(Some(timeout), Some(timeout))?;
-        wire::send(&mut self.stream, request)?;
-        match wire::receive(&mut self.stream)? {
+        self.connection.writer.send_within(request, timeout)?;
+        match self.connection.receive(Some(timeout))? {
             RankReply::Refused(reason) => Err(Error::Refused(reason)),
             reply => Ok(reply),
         }
+    }
+
+    /// Receives a file that a reply announced.
+    fn receive_file(&mut self) -> Result<File, Error> {
+        self.connection.reader.limit_reads(STARTUP_TIMEOUT)?;
+        Ok(receive_file(self.connection.socket())?)
     }
 
     /// Allocates `slots` slots of `bytes` bytes. Slots of an earlier attempt are used again if
@@ -80,7 +78,7 @@ impl KeeperClient {
         };
         let mut files = Vec::new();
         for _ in 0..count {
-            let file = receive_file(&self.stream)?;
+            let file = self.receive_file()?;
             files.push(file);
         }
         // All files are received before one can fail, so that the stream stays in order.
@@ -114,7 +112,8 @@ impl KeeperClient {
     /// # Errors
     /// If the keeper is gone.
     pub fn release(&mut self, slot: usize) -> Result<(), Error> {
-        wire::send(&mut self.stream, &RankRequest::Release { slot })
+        let request = RankRequest::Release { slot };
+        self.connection.writer.send_within(&request, REPLY_TIMEOUT)
     }
 
     /// Returns the header of `rank`'s part of the snapshot to restore.
@@ -134,7 +133,7 @@ impl KeeperClient {
     /// If the keeper cannot read the part.
     pub fn open(&mut self, rank: usize) -> Result<File, Error> {
         match self.ask(&RankRequest::Open { rank }, STARTUP_TIMEOUT)? {
-            RankReply::Part => Ok(receive_file(&self.stream)?),
+            RankReply::Part => self.receive_file(),
             other => Err(unexpected(other)),
         }
     }
@@ -142,7 +141,7 @@ impl KeeperClient {
 
 /// The connection of a rank's copying thread. Its reports have no replies.
 pub struct FillReporter {
-    stream: UnixStream,
+    connection: Connection<UnixStream>,
 }
 
 impl FillReporter {
@@ -151,9 +150,12 @@ impl FillReporter {
     /// # Errors
     /// As [`KeeperClient::connect`].
     pub fn connect(socket: &str, secret: &Secret, rank: usize) -> Result<FillReporter, Error> {
-        let stream = connect(socket, secret, rank)?;
-        stream.set_timeouts(Some(REPLY_TIMEOUT), Some(REPLY_TIMEOUT))?;
-        Ok(FillReporter { stream })
+        let connection = connect(socket, secret, rank)?;
+        Ok(FillReporter { connection })
+    }
+
+    fn send(&mut self, request: &RankRequest) -> Result<(), Error> {
+        self.connection.writer.send_within(request, REPLY_TIMEOUT)
     }
 
     /// Reports that the slot is filled up to byte `filled_to`, with the checksums of the chunks
@@ -167,7 +169,7 @@ impl FillReporter {
             filled_to,
             crcs,
         };
-        wire::send(&mut self.stream, &report)
+        self.send(&report)
     }
 
     /// Waits until the keeper has processed all earlier reports.
@@ -175,10 +177,8 @@ impl FillReporter {
     /// # Errors
     /// If the keeper is gone, or does not reply in time.
     pub fn sync(&mut self) -> Result<(), Error> {
-        self.stream
-            .set_timeouts(Some(STARTUP_TIMEOUT), Some(REPLY_TIMEOUT))?;
-        wire::send(&mut self.stream, &RankRequest::Sync)?;
-        match wire::receive(&mut self.stream)? {
+        self.send(&RankRequest::Sync)?;
+        match self.connection.receive(Some(STARTUP_TIMEOUT))? {
             RankReply::Ack => Ok(()),
             other => Err(unexpected(other)),
         }
@@ -189,6 +189,6 @@ impl FillReporter {
     /// # Errors
     /// If the keeper is gone.
     pub fn heartbeat(&mut self, step: u64, progress: u64) -> Result<(), Error> {
-        wire::send(&mut self.stream, &RankRequest::Heartbeat { step, progress })
+        self.send(&RankRequest::Heartbeat { step, progress })
     }
 }

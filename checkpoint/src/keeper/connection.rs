@@ -1,16 +1,17 @@
 //! Connections to a keeper, for the launcher, for tools and for other keepers.
 
 use super::{
-    error::Error,
     fault::Fault,
     protocol::{Reply, Request},
     recover::Rebuild,
     report::{Damage, Event, Inventory, Status},
     snapshot::{Snapshot, SnapshotId},
     topology::Topology,
-    wire::{self, PEER_TIMEOUT, Secret},
 };
-use crate::Shard;
+use crate::{
+    Shard,
+    secure::{Connection, Error, Purpose, Secret, connect_tcp},
+};
 use parking_lot::{Mutex, MutexGuard};
 use std::{
     collections::HashMap,
@@ -19,31 +20,44 @@ use std::{
     time::Duration,
 };
 
+/// Limit for a reply of another keeper, and for what the reply waits for.
+pub(super) const PEER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Longest time for connecting: a keeper whose places are taken turns a client away at first.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
+
 /// A connection to a keeper. Each method sends a request and waits for the reply.
 ///
 /// A method fails if the connection is closed, the reply does not arrive in time, or the keeper
 /// refuses. After [`Error::Refused`] the connection is still usable.
 pub struct Peer {
-    stream: TcpStream,
+    connection: Connection<TcpStream>,
+    timeout: Duration,
     address: SocketAddr,
 }
 
 impl Peer {
-    /// Connects to a keeper, whose replies then have to arrive within `timeout`.
+    /// Connects to a keeper, whose replies then have to arrive within `timeout`. Connecting may take
+    /// as long, but 15 s at most.
     ///
     /// # Errors
-    /// If no keeper of this run listens at `address`.
+    /// If no keeper of this run answers at `address`; [`Error::is_lost`] tells whether there is
+    /// none, or a busy one.
     pub fn connect(address: SocketAddr, secret: &Secret, timeout: Duration) -> Result<Peer, Error> {
-        let stream = wire::connect(address, secret, timeout)?;
-        Ok(Peer { stream, address })
+        let connect_timeout = timeout.min(CONNECT_TIMEOUT);
+        let connection = connect_tcp(address, secret, Purpose::KEEPER, connect_timeout)?;
+        Ok(Peer {
+            connection,
+            timeout,
+            address,
+        })
     }
 
     pub(super) fn send(&mut self, request: &Request) -> Result<(), Error> {
-        wire::send(&mut self.stream, request)
+        self.connection.send(request)
     }
 
     pub(super) fn receive(&mut self) -> Result<Reply, Error> {
-        match wire::receive(&mut self.stream)? {
+        match self.connection.receive(Some(self.timeout))? {
             Reply::Refused(reason) => Err(Error::Refused(reason)),
             reply => Ok(reply),
         }
@@ -228,19 +242,25 @@ impl Peer {
     /// See [`Peer`].
     pub fn subscribe(mut self) -> Result<EventStream, Error> {
         self.command(&Request::Subscribe)?;
-        Ok(EventStream(self.stream))
+        Ok(EventStream {
+            connection: self.connection,
+            timeout: self.timeout,
+        })
     }
 }
 
 /// A connection on which a keeper sends events.
-pub struct EventStream(TcpStream);
+pub struct EventStream {
+    connection: Connection<TcpStream>,
+    timeout: Duration,
+}
 
 impl EventStream {
     /// Calls `on_event` for each event. Returns the error that ended the stream: the keeper is
     /// gone, or was silent for the connection's timeout.
     pub fn for_each_event(mut self, mut on_event: impl FnMut(Event)) -> Error {
         loop {
-            match wire::receive(&mut self.0) {
+            match self.connection.receive(Some(self.timeout)) {
                 Ok(event) => on_event(event),
                 Err(error) => return error,
             }

@@ -1,7 +1,7 @@
 //! Injecting faults on purpose.
 
-use super::{daemon::Keeper, error::Error, fault::Fault, layout::chunk_len, restore::local_header};
-use crate::checksum::crc32c;
+use super::{daemon::Keeper, fault::Fault, layout::chunk_len, restore::local_header};
+use crate::{checksum::crc32c, secure::Error};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -26,7 +26,8 @@ pub(super) fn inject(keeper: &Keeper, fault: Fault) -> Result<(), Error> {
 }
 
 fn process(keeper: &Keeper, rank: usize) -> Result<Pid, Error> {
-    match keeper.lock().ranks.pid(rank) {
+    // A process in another namespace of process ids has none here: 0 would be this one's group.
+    match keeper.apply(|state| state.pid(rank)).filter(|&pid| pid > 1) {
         Some(pid) => Ok(Pid::from_raw(pid)),
         None => {
             let reason = format!("rank {rank} is not here");
@@ -47,40 +48,40 @@ fn send_signal(keeper: &Keeper, rank: usize, number: i32) -> Result<(), Error> {
 fn delay(keeper: &Keeper, rank: usize, duration: Duration) -> Result<(), Error> {
     let pid = process(keeper, rank)?;
     kill(pid, Signal::SIGSTOP)?;
-    std::thread::spawn(move || {
+    let resume = move || {
         std::thread::sleep(duration);
         // The process may have been killed meanwhile.
         let _ = kill(pid, Signal::SIGCONT);
-    });
+    };
+    if let Err(error) = std::thread::Builder::new().spawn(resume) {
+        kill(pid, Signal::SIGCONT)?;
+        return Err(error.into());
+    }
     Ok(())
 }
 
 fn corrupt(keeper: &Keeper, rank: usize, at: u64) -> Result<(), Error> {
-    let state = keeper.lock();
-    let slot = state
-        .slots
-        .newest()
-        .and_then(|id| state.slots.find(id, rank));
-    let Some(slot) = slot else {
+    let newest = keeper.apply(|state| state.newest_part(rank));
+    let found = newest.and_then(|(slot, bytes)| Some((keeper.region(slot)?, bytes)));
+    let Some((region, bytes)) = found else {
         let reason = format!("no complete part of rank {rank} is here");
         return Err(Error::Refused(reason));
     };
-    let bytes = state.slots.part(slot).map_or(1, |part| part.info.bytes);
     let position = at % bytes.max(1);
-    state.region(slot).write(position as usize, 1, |byte| {
+    region.write(position as usize, 1, |byte| {
         byte[0] ^= 1 << (at % 8);
     });
     Ok(())
 }
 
 fn poison(keeper: &Keeper, rank: usize) -> Result<(), Error> {
-    let newest = keeper.lock().slots.newest();
+    let newest = keeper.apply(|state| state.newest());
     let Some(id) = newest else {
         let reason = "no complete snapshot is here";
         return Err(Error::Refused(reason.into()));
     };
     let start = local_header(keeper, id, rank)?.len();
-    let chunk_bytes = keeper.lock().chunk_bytes(id)?;
+    let chunk_bytes = keeper.apply(|state| state.chunk_bytes(id))?;
     let crcs = keeper.read_part(id, rank, u64::MAX, |region, info| {
         let end = (start + POISONED_BYTES).min(info.bytes as usize) / 4 * 4;
         for position in (start..end).step_by(4) {
@@ -95,15 +96,16 @@ fn poison(keeper: &Keeper, rank: usize) -> Result<(), Error> {
         }
         crcs
     })?;
-    keeper.lock().replace_checksums(id, rank, crcs);
+    keeper.apply(|state| state.replace_checksums(id, rank, crcs));
     Ok(())
 }
 
 fn kill_node(keeper: &Keeper) -> Result<(), Error> {
-    let state = keeper.lock();
-    for pid in state.ranks.pids() {
-        // A rank that is gone already needs no signal.
-        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+    for pid in keeper.apply(|state| state.pids()) {
+        if pid > 1 {
+            // A rank that is gone already needs no signal.
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
     }
     kill(Pid::this(), Signal::SIGKILL)?;
     Ok(())

@@ -4,7 +4,7 @@ use crate::stripes::StripeLayout;
 
 /// Returns the length of chunk number `chunk` of a part of `bytes` bytes, 0 behind its end.
 pub(super) fn chunk_len(bytes: u64, chunk_bytes: usize, chunk: u64) -> usize {
-    let start = chunk * chunk_bytes as u64;
+    let start = chunk.saturating_mul(chunk_bytes as u64);
     bytes.saturating_sub(start).min(chunk_bytes as u64) as usize
 }
 

@@ -10,9 +10,10 @@
 //! - [`serve::run`] is the daemon, [`KeeperClient`] the side of a rank, and [`Peer`] that of the
 //!   launcher and of other keepers.
 //! - [`recover`] decides what can be restored, as a pure function.
-//! - Inside, `protocol` has the messages and `wire` their encoding. `state` is a plain value with a
-//!   method per change, `daemon` puts it behind a lock, and `handlers` and `rank_handlers` have a
-//!   function per request.
+//! - Inside, `protocol` has the messages. `decide` has the state, a plain value with a function for
+//!   each thing that can happen. `daemon` puts it behind a lock and carries out what it decides, and
+//!   `handlers` and `rank_handlers` do the work that moves bytes. Connections are
+//!   [`secure`](crate::secure).
 //!
 //! Invariants:
 //! - A rank never waits for a keeper. A snapshot that finds no free slot is skipped and counted.
@@ -22,36 +23,36 @@
 mod client;
 mod connection;
 mod daemon;
-mod error;
+mod decide;
 mod fault;
+#[cfg(test)]
+mod fuzz;
 mod handlers;
+mod identity;
 mod inject;
 mod layout;
 mod memory_limit;
-mod parity_store;
+mod memory_size;
 mod persist;
 mod protect;
 mod protocol;
 mod rank_handlers;
-mod rank_table;
 mod rebuild;
 pub mod recover;
 mod report;
 mod restore;
 pub mod serve;
-mod slots;
 mod snapshot;
-mod state;
 mod topology;
 mod verify;
-mod wire;
 
+pub use crate::secure::{Error, RefusalCounts, Secret};
 pub use client::{FillReporter, KeeperClient, SlotMemory};
 pub use connection::{EventStream, Peer};
-pub use error::Error;
 pub use fault::Fault;
-pub use memory_limit::{format_mib, total_bytes};
-pub use report::{Damage, Event, Inventory, RankStatus, Status};
+pub use identity::{Identity, MachineIdentity};
+pub use memory_limit::{available_bytes, total_bytes};
+pub use memory_size::format_mib;
+pub use report::{Damage, Event, Inventory, KeeperRefusals, RankStatus, Status};
 pub use snapshot::{PartInfo, Snapshot, SnapshotId};
 pub use topology::{DEFAULT_CHUNK_BYTES, Node, Topology};
-pub use wire::Secret;

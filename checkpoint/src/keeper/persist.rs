@@ -2,7 +2,6 @@
 
 use super::{
     daemon::Keeper,
-    error::Error,
     layout::chunk_len,
     snapshot::{PartInfo, SnapshotId},
 };
@@ -11,8 +10,10 @@ use crate::{
     format::{ImageHeader, Shard},
     manifest::FileEntry,
     memory::Region,
+    secure::Error,
 };
-use std::{fs::File, io::Write, path::Path};
+use nix::libc::O_NOFOLLOW;
+use std::{fs::OpenOptions, io::Write, os::unix::fs::OpenOptionsExt, path::Path};
 
 /// Writes parts of `id` that are here to files in `folder`, syncs them and reads them back.
 ///
@@ -24,7 +25,7 @@ pub(super) fn write(
     ranks: &[usize],
     folder: &Path,
 ) -> Result<Vec<Shard>, Error> {
-    let chunk_bytes = keeper.lock().chunk_bytes(id)?;
+    let chunk_bytes = keeper.apply(|state| state.chunk_bytes(id))?;
     let mut shards = Vec::with_capacity(ranks.len());
     for &rank in ranks {
         let name = format!("shard-{rank:05}.safetensors");
@@ -55,7 +56,11 @@ fn write_part(
 ) -> Result<FileChecksum, Error> {
     let name = path.display();
     let failed = |e: std::io::Error| Error::Refused(format!("cannot write {name}: {e}"));
-    let mut file = File::create(path).map_err(failed)?;
+    // A link could lead anywhere.
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(true);
+    options.custom_flags(O_NOFOLLOW);
+    let mut file = options.open(path).map_err(failed)?;
     let mut buffer = vec![0; chunk_bytes];
     let mut crc32c_of_file = 0;
     for (chunk, &crc) in info.crcs.iter().enumerate() {

@@ -8,15 +8,13 @@
 use super::{
     connection::Peer,
     daemon::Keeper,
-    error::Error,
+    decide::{Membership, StripeId},
     layout::{DataChunk, GroupLayout, OwnParity, chunk_len},
-    parity_store::{ParityChunk, StripeId},
     protocol::{Reply, Request},
     snapshot::{Snapshot, SnapshotId},
-    state::Membership,
     topology::{CodePosition, GroupPosition, Topology},
 };
-use crate::{erasure::ErasureCode, stripes::StripeLayout};
+use crate::{erasure::ErasureCode, secure::Error, stripes::StripeLayout};
 use nix::time::{ClockId, clock_gettime};
 use std::{
     collections::{BTreeMap, VecDeque, btree_map::Entry},
@@ -37,9 +35,9 @@ pub(super) fn read_chunk(
     rank: usize,
     chunk: u64,
 ) -> Result<Vec<u8>, Error> {
-    let chunk_bytes = keeper.lock().chunk_bytes(id)?;
-    let start = chunk * chunk_bytes as u64;
-    let end = start + chunk_bytes as u64;
+    let chunk_bytes = keeper.apply(|state| state.chunk_bytes(id))?;
+    let start = chunk.saturating_mul(chunk_bytes as u64);
+    let end = start.saturating_add(chunk_bytes as u64);
     keeper.read_part(id, rank, end, |region, info| {
         let mut bytes = vec![0; chunk_len(info.bytes, chunk_bytes, chunk)];
         region.copy_out(start.min(info.bytes) as usize, &mut bytes);
@@ -52,7 +50,7 @@ pub(super) fn read_chunk(
 /// # Errors
 /// If a node of the group is lost, or a part is not filled in time.
 pub(super) fn encode(keeper: &Keeper, id: SnapshotId) -> Result<(), Error> {
-    let membership = keeper.lock().membership(id.generation).cloned();
+    let membership = keeper.apply(|state| state.membership(id.generation).cloned());
     let unknown = || Error::Refused(format!("generation {} is not known here", id.generation));
     let Membership { topology, node } = membership.ok_or_else(unknown)?;
     let Some(GroupPosition { group, .. }) = topology.group_position(node) else {
@@ -85,7 +83,7 @@ pub(super) fn reencode(
     sources: &[Option<SocketAddr>],
 ) -> Result<(), Error> {
     let topology = snapshot.topology.clone();
-    keeper.lock().insert_membership(topology, node);
+    keeper.apply(|state| state.insert_membership(topology, node));
     let job = ParityJob {
         keeper,
         topology: &snapshot.topology,
@@ -95,7 +93,7 @@ pub(super) fn reencode(
         role: Role::Holder,
     };
     job.run()?;
-    keeper.lock().mark_protected(snapshot.id);
+    keeper.apply(|state| state.mark_protected(snapshot.id));
     Ok(())
 }
 
@@ -149,7 +147,7 @@ impl ParityJob<'_> {
         }
         peers.close();
         let time = thread_time().saturating_sub(start);
-        self.keeper.lock().add_coding_time(time);
+        self.keeper.apply(|state| state.add_coding_time(time));
         Ok(())
     }
 }
@@ -273,7 +271,7 @@ impl<'a, 'p> Encoder<'a, 'p> {
         let stripe_len = self.layout.stripe_len(stripe);
         let mut parities = Vec::with_capacity(self.layout.stripes.parity);
         for _ in 0..self.layout.stripes.parity {
-            let mut buffer = self.job.keeper.lock().parity.take_buffer();
+            let mut buffer = self.job.keeper.apply(|state| state.take_buffer());
             buffer.resize(stripe_len, 0);
             parities.push(buffer);
         }
@@ -290,9 +288,9 @@ impl<'a, 'p> Encoder<'a, 'p> {
         let stripe = own.stripe;
         for (index, bytes) in parities.into_iter().enumerate() {
             if index == own.index {
-                let chunk = ParityChunk::new(bytes);
-                let mut state = self.job.keeper.lock();
-                state.parity.insert(id, StripeId { local, stripe }, chunk);
+                let stripe = StripeId { local, stripe };
+                let keeper = self.job.keeper;
+                keeper.apply(|state| state.put_parity(id, stripe, bytes))?;
             } else if self.job.role == Role::Encoder {
                 let position = self.layout.stripes.parity_position(stripe, index);
                 let request = Request::PutParity {
@@ -304,7 +302,7 @@ impl<'a, 'p> Encoder<'a, 'p> {
                 self.peers.get(position, Direction::Push)?.send(&request)?;
                 self.unconfirmed.push_back(position);
             } else {
-                self.job.keeper.lock().parity.return_buffer(bytes);
+                self.job.keeper.apply(|state| state.return_buffer(bytes));
             }
         }
         Ok(())

@@ -1,14 +1,15 @@
-//! Handlers of a rank's requests: one function per request.
+//! The work that requests of ranks need outside the state, and the answers to ranks.
 
 use super::{
     daemon::Keeper,
-    error::Error,
+    decide::{RankDecision, RankJob},
     protocol::{RankReply, RankRequest},
     restore,
-    snapshot::SnapshotId,
-    wire,
 };
-use crate::memory::{Region, send_file};
+use crate::{
+    memory::{Region, send_file},
+    secure::{Connection, Error},
+};
 use std::{os::unix::net::UnixStream, sync::Arc, time::Instant};
 
 /// The answer to a request of a rank.
@@ -20,25 +21,19 @@ pub(super) struct Answer {
 }
 
 impl Answer {
-    /// The answer to requests without a reply.
-    const NONE: Answer = Answer {
-        reply: None,
-        regions: Vec::new(),
-    };
-
-    fn reply(reply: RankReply) -> Answer {
+    fn new(reply: Option<RankReply>) -> Answer {
         Answer {
-            reply: Some(reply),
+            reply,
             regions: Vec::new(),
         }
     }
 
-    pub(super) fn send(self, stream: &mut UnixStream) -> Result<(), Error> {
+    pub(super) fn send(self, connection: &mut Connection<UnixStream>) -> Result<(), Error> {
         if let Some(reply) = self.reply {
-            wire::send(stream, &reply)?;
+            connection.send(&reply)?;
         }
         for region in self.regions {
-            send_file(stream, region.file())?;
+            send_file(connection.socket(), region.file())?;
         }
         Ok(())
     }
@@ -49,36 +44,23 @@ impl Answer {
 /// # Errors
 /// If the keeper cannot do what was requested.
 pub(super) fn handle(keeper: &Keeper, rank: usize, request: RankRequest) -> Result<Answer, Error> {
-    keeper.lock().ranks.record_message(rank, Instant::now());
-    match request {
-        RankRequest::Hello { .. } => Err(Error::Protocol("a second hello".into())),
-        RankRequest::Allocate { bytes, slots } => allocate(keeper, rank, bytes, slots),
-        RankRequest::Reserve { id, bytes, durable } => {
-            let slot = keeper.lock().reserve(rank, id, bytes, durable);
-            Ok(Answer::reply(RankReply::Slot(slot)))
+    let now = Instant::now();
+    match keeper.apply(|state| state.decide_for_rank(rank, request, now))? {
+        RankDecision::Silent => Ok(Answer::new(None)),
+        RankDecision::Reply(reply) => Ok(Answer::new(Some(reply))),
+        RankDecision::Job(RankJob::Allocate { bytes, missing }) => {
+            keeper.allocate(bytes, missing)?.add_to_rank(rank);
+            let regions = keeper.regions_of_rank(rank);
+            Ok(Answer {
+                reply: Some(RankReply::Slots(regions.len())),
+                regions,
+            })
         }
-        RankRequest::Release { slot } => {
-            keeper.update(|state| state.release(rank, slot));
-            Ok(Answer::NONE)
-        }
-        RankRequest::Filled {
-            slot,
-            filled_to,
-            crcs,
-        } => {
-            record_filled(keeper, rank, slot, filled_to, &crcs)?;
-            Ok(Answer::NONE)
-        }
-        RankRequest::Heartbeat { step, progress } => {
-            keeper.lock().ranks.record_progress(rank, step, progress);
-            Ok(Answer::NONE)
-        }
-        RankRequest::Sync => Ok(Answer::reply(RankReply::Ack)),
-        RankRequest::Header { rank: wanted } => {
+        RankDecision::Job(RankJob::Header { rank: wanted }) => {
             let header = restore::header(keeper, wanted)?;
-            Ok(Answer::reply(RankReply::Bytes(header)))
+            Ok(Answer::new(Some(RankReply::Bytes(header))))
         }
-        RankRequest::Open { rank: wanted } => {
+        RankDecision::Job(RankJob::Open { rank: wanted }) => {
             let region = restore::fetch(keeper, wanted)?;
             Ok(Answer {
                 reply: Some(RankReply::Part),
@@ -86,34 +68,4 @@ pub(super) fn handle(keeper: &Keeper, rank: usize, request: RankRequest) -> Resu
             })
         }
     }
-}
-
-/// Gives slots to a rank: those it had, if their size is right, and new ones.
-fn allocate(keeper: &Keeper, rank: usize, bytes: u64, count: usize) -> Result<Answer, Error> {
-    let missing = keeper.lock().keep_fitting_slots(rank, bytes, count);
-    let new = keeper.allocate(bytes, missing)?;
-    let mut state = keeper.lock();
-    state.add_slots(rank, new);
-    let regions = state.regions_of_rank(rank);
-    Ok(Answer {
-        reply: Some(RankReply::Slots(regions.len())),
-        regions,
-    })
-}
-
-/// Records filled bytes; the first of a snapshot begin its encoding.
-fn record_filled(
-    keeper: &Keeper,
-    rank: usize,
-    slot: usize,
-    filled_to: u64,
-    crcs: &[u32],
-) -> Result<(), Error> {
-    keeper.update(|state| {
-        let id: SnapshotId = state.fill(rank, slot, filled_to, crcs)?;
-        if state.begin_encoding(id) {
-            keeper.encode_later(id);
-        }
-        Ok(())
-    })
 }

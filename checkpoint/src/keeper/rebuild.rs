@@ -3,7 +3,6 @@
 use super::{
     connection::Peer,
     daemon::Keeper,
-    error::Error,
     layout::GroupLayout,
     protocol::{Reply, Request},
     recover::Rebuild,
@@ -13,6 +12,8 @@ use super::{
 use crate::{
     checksum::crc32c,
     erasure::{CodeError, ErasureCode},
+    memory::Region,
+    secure::Error,
 };
 
 /// Rebuilds what `wanted` says, in this keeper's memory.
@@ -24,26 +25,15 @@ pub(super) fn rebuild(keeper: &Keeper, wanted: &Rebuild) -> Result<(), Error> {
     let id = wanted.snapshot.id;
     let rank = wanted.rank;
     let info = rebuilder.info();
-    let local = keeper.lock().find_region(id, rank);
-    let is_here = local.is_some();
+    let local = keeper.region_of_part(id, rank);
     // Damaged chunks are replaced in place; a whole part gets new memory.
-    let region = match local {
-        Some(region) if wanted.chunks.is_some() => region,
-        _ => keeper.allocate(info.bytes, 1)?.remove(0),
-    };
+    if let (Some(region), Some(chunks)) = (local, &wanted.chunks) {
+        return rebuilder.fill(&region, chunks);
+    }
+    let allocation = keeper.allocate(info.bytes, 1)?;
     let all: Vec<u64> = (0..info.crcs.len() as u64).collect();
-    for &chunk in wanted.chunks.as_ref().unwrap_or(&all) {
-        let bytes = rebuilder.rebuild_chunk(chunk)?;
-        let position = chunk as usize * rebuilder.layout.chunk_bytes;
-        region.copy_in(position, &bytes);
-    }
-    if !is_here || wanted.chunks.is_none() {
-        let mut state = keeper.lock();
-        if let Some(slot) = state.slots.find(id, rank) {
-            state.slots.release(slot);
-        }
-        state.insert_part(id, info.clone(), region);
-    }
+    rebuilder.fill(allocation.first(), &all)?;
+    allocation.insert_part(id, info.clone());
     Ok(())
 }
 
@@ -123,6 +113,20 @@ impl<'a> Rebuilder<'a> {
             position,
             ..self.code_position
         })
+    }
+
+    /// Rebuilds these chunks in the memory of the part.
+    fn fill(&self, region: &Region, chunks: &[u64]) -> Result<(), Error> {
+        for &chunk in chunks {
+            let bytes = self.rebuild_chunk(chunk)?;
+            let position = chunk as usize * self.layout.chunk_bytes;
+            if position + bytes.len() > region.len() {
+                let reason = format!("chunk {chunk} is behind the end of the part");
+                return Err(Error::Refused(reason));
+            }
+            region.copy_in(position, &bytes);
+        }
+        Ok(())
     }
 
     fn rebuild_chunk(&self, chunk: u64) -> Result<Vec<u8>, Error> {

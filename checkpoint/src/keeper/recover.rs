@@ -185,7 +185,7 @@ impl Candidate {
 mod tests {
     use super::*;
     use crate::{
-        keeper::Node,
+        keeper::{Identity, Node},
         stripes::{Redundancy, redundancy_groups},
     };
     use proptest::prelude::*;
@@ -236,6 +236,7 @@ mod tests {
                 parts.extend(ranks.iter().map(|&rank| (id(step), part(rank))));
             }
             inventories.push(Inventory {
+                identity: Identity::default(),
                 memberships: vec![(topology.clone(), node)],
                 parts,
                 protected: steps.iter().map(|&step| id(step)).collect(),

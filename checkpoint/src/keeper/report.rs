@@ -1,14 +1,17 @@
 //! Reports of a keeper about itself and its ranks.
 
 use super::{
+    identity::Identity,
     snapshot::{PartInfo, Snapshot, SnapshotId},
     topology::Topology,
 };
+use crate::secure::RefusalCounts;
 use serde::{Deserialize, Serialize};
 
 /// The contents of a keeper, by which the launcher decides which snapshot to restore.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Inventory {
+    pub identity: Identity,
     /// Topologies of the run, each with the number of the keeper's node in it.
     pub memberships: Vec<(Topology, usize)>,
     /// The complete parts in the keeper's memory.
@@ -48,6 +51,9 @@ pub enum Event {
     Unprotected { id: SnapshotId, reason: String },
     /// The keeper is alive and sees these ranks.
     Heartbeat { ranks: Vec<RankStatus> },
+    /// The keeper received a signal. `SIGTERM`, `SIGUSR2` and `SIGXCPU` ask for the end of the run,
+    /// `SIGUSR1` for a checkpoint. The keeper stays while a launcher is connected.
+    StopRequested { signal: i32 },
 }
 
 /// Bytes that do not match their checksums.
@@ -57,6 +63,15 @@ pub struct Damage {
     pub chunks: Vec<(usize, u64)>,
     /// The number of damaged parities.
     pub parities: u64,
+}
+
+/// The connections that a keeper refused since its start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeeperRefusals {
+    /// Those at the TCP port.
+    pub peers: RefusalCounts,
+    /// Those at the Unix socket for ranks.
+    pub ranks: RefusalCounts,
 }
 
 /// The state of a keeper, as `moerun snapshot status` shows it.
@@ -76,4 +91,7 @@ pub struct Status {
     pub skipped: u64,
     /// The CPU time of coding, in milliseconds.
     pub coding_ms: u64,
+    pub refusals: KeeperRefusals,
+    /// The signal that asked the keeper to end.
+    pub stop_signal: Option<i32>,
 }

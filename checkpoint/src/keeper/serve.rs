@@ -2,20 +2,19 @@
 
 use super::{
     connection::PeerPool,
-    daemon::Keeper,
-    error::Error,
-    handlers, protect,
+    daemon::{Keeper, PortRefusals},
+    decide::{End, Lifetime, State},
+    handlers,
+    identity::Identity,
+    protect,
     protocol::{RankReply, RankRequest, Reply, Request},
     rank_handlers,
-    report::Event,
     snapshot::SnapshotId,
-    wire::{self, PEER_TIMEOUT, Secret, TimeoutStream},
 };
-use nix::{
-    sys::socket::{getsockopt, sockopt::PeerCredentials},
-    unistd::Uid,
-};
+use crate::secure::{Admitted, Connection, Door, Error, Limits, Purpose, Secret};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use std::{
+    io::ErrorKind,
     net::{SocketAddr, TcpListener, TcpStream},
     os::{
         linux::net::SocketAddrExt,
@@ -23,18 +22,11 @@ use std::{
     },
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
         mpsc::{Receiver, channel},
     },
+    thread::Builder,
     time::{Duration, Instant},
 };
-
-/// Interval at which the launcher receives the state of the ranks.
-const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(100);
-/// Number of connections that may be open before their peers are authenticated.
-const MAX_UNAUTHENTICATED: usize = 64;
-/// A pause after a failed accept, for instance for want of file descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 
 /// The settings of a keeper.
 #[derive(Debug, Clone)]
@@ -58,182 +50,152 @@ pub struct Settings {
 /// # Errors
 /// If an address is in use.
 pub fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), Error> {
-    let listener = TcpListener::bind(settings.listen)?;
-    let socket = std::os::unix::net::SocketAddr::from_abstract_name(&settings.socket)?;
-    let rank_listener = UnixListener::bind_addr(&socket)?;
+    let (_, no_signals) = channel();
+    run_with_signals(settings, no_signals, ready)
+}
+
+/// Runs a keeper as [`run`] does. It reports the signals that `signals` yields to its launcher and
+/// does not exit while one is connected. Without one it exits 20 s after a signal that asks for it.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_with_signals(
+    settings: Settings,
+    signals: Receiver<i32>,
+    ready: impl FnOnce(SocketAddr),
+) -> Result<(), Error> {
+    let Settings {
+        socket,
+        secret,
+        listen,
+        memory_limit,
+        orphan_timeout,
+    } = settings;
+    let peer_listener = TcpListener::bind(listen)
+        .map_err(|error| in_use(error, &format!("TCP address {listen}")))?;
+    let address = peer_listener.local_addr()?;
+    let name = std::os::unix::net::SocketAddr::from_abstract_name(&socket)?;
+    let rank_listener = UnixListener::bind_addr(&name)
+        .map_err(|error| in_use(error, &format!("Unix socket @{socket}")))?;
     let (to_encode, ids) = channel();
-    let peers = PeerPool::new(settings.secret.clone());
-    let keeper = Arc::new(Keeper::new(peers, settings.memory_limit, to_encode));
-    ready(listener.local_addr()?);
-    std::thread::spawn({
-        let keeper = keeper.clone();
-        let secret = settings.secret.clone();
-        move || accept_peers(&keeper, &listener, &secret)
+    let lifetime = Lifetime::new(orphan_timeout, Instant::now());
+    let state = State::new(Identity::new(&secret)?, memory_limit, lifetime);
+    let keeper = Arc::new(Keeper::new(state, PeerPool::new(secret.clone()), to_encode));
+    let limits = Limits::default();
+    let serving = keeper.clone();
+    let peers = move |admitted| serve_peer(&serving, admitted);
+    let peers = Door::open(
+        peer_listener,
+        secret.clone(),
+        Purpose::KEEPER,
+        limits,
+        peers,
+    )?;
+    let serving = keeper.clone();
+    let ranks = move |admitted| serve_rank(&serving, admitted);
+    let ranks = Door::open(rank_listener, secret, Purpose::RANK, limits, ranks)?;
+    keeper.set_refusals(PortRefusals {
+        peers: peers.refusals().clone(),
+        ranks: ranks.refusals().clone(),
     });
-    std::thread::spawn({
-        let keeper = keeper.clone();
-        let secret = settings.secret;
-        move || accept_ranks(&keeper, &rank_listener, &secret)
-    });
-    std::thread::spawn({
-        let keeper = keeper.clone();
-        move || encode_all(&keeper, &ids)
-    });
-    send_heartbeats(&keeper, settings.orphan_timeout);
+    let encoding = keeper.clone();
+    let encoder = Builder::new().name("encoder".into());
+    encoder.spawn(move || encode_all(&encoding, &ids))?;
+    let signalled = keeper.clone();
+    Builder::new().spawn(move || forward_signals(&signalled, &signals))?;
+    ready(address);
+    match keeper.wait_for_end() {
+        End::Requested => {}
+        End::Orphaned => tracing::warn!("no launcher for {orphan_timeout:?}: the keeper exits"),
+        End::Signalled(signal) => {
+            tracing::warn!("signal {signal}, and no launcher: the keeper exits");
+        }
+    }
     Ok(())
 }
 
-/// Sends heartbeats until the keeper is stopped, or has no launcher for too long.
-fn send_heartbeats(keeper: &Keeper, orphan_timeout: Duration) {
-    let mut last_subscribed = Instant::now();
-    let mut last_heartbeat = Instant::now();
-    loop {
-        let mut state = keeper.lock();
-        if state.is_stopping() {
-            return;
-        }
-        if last_heartbeat.elapsed() >= HEARTBEAT_INTERVAL {
-            last_heartbeat = Instant::now();
-            let ranks = state.ranks.statuses(last_heartbeat);
-            state.broadcast(&Event::Heartbeat { ranks });
-        }
-        if state.has_subscribers() {
-            last_subscribed = Instant::now();
-        } else if last_subscribed.elapsed() > orphan_timeout {
-            tracing::warn!("no launcher for {orphan_timeout:?}: the keeper exits");
-            return;
-        }
-        // Any change wakes this thread too, of which stopping is one.
-        keeper.wait(&mut state, HEARTBEAT_INTERVAL);
+/// Names the address that another process has.
+fn in_use(error: std::io::Error, address: &str) -> Error {
+    if error.kind() == ErrorKind::AddrInUse {
+        let reason = format!("the {address} is in use by another process");
+        return Error::Refused(reason);
+    }
+    Error::Refused(format!("cannot listen at the {address}: {error}"))
+}
+
+fn forward_signals(keeper: &Keeper, signals: &Receiver<i32>) {
+    for signal in signals {
+        keeper.apply(|state| state.signal(signal, Instant::now()));
     }
 }
 
 /// Makes the parity of one snapshot after the other.
 fn encode_all(keeper: &Keeper, ids: &Receiver<SnapshotId>) {
     for id in ids {
-        let event = match protect::encode(keeper, id) {
-            Ok(()) => {
-                keeper.lock().mark_protected(id);
-                Event::Protected { id }
-            }
-            Err(error) => Event::Unprotected {
-                id,
-                reason: error.to_string(),
-            },
-        };
-        keeper.lock().broadcast(&event);
-    }
-}
-
-fn accept_peers(keeper: &Arc<Keeper>, listener: &TcpListener, secret: &Secret) {
-    let unauthenticated = Arc::new(AtomicUsize::new(0));
-    for stream in listener.incoming() {
-        let Ok(stream) = stream else {
-            std::thread::sleep(ACCEPT_PAUSE);
-            continue;
-        };
-        if unauthenticated.fetch_add(1, Ordering::SeqCst) >= MAX_UNAUTHENTICATED {
-            unauthenticated.fetch_sub(1, Ordering::SeqCst);
-            continue;
-        }
-        let keeper = keeper.clone();
-        let secret = secret.clone();
-        let unauthenticated = unauthenticated.clone();
-        std::thread::spawn(move || {
-            let mut stream = stream;
-            let _ = stream.set_nodelay(true);
-            let handshake = wire::server_handshake(&mut stream, &secret);
-            unauthenticated.fetch_sub(1, Ordering::SeqCst);
-            match handshake {
-                Ok(()) => serve_peer(&keeper, stream),
-                Err(error) => {
-                    let address = stream.peer_addr().ok();
-                    tracing::warn!("refused a connection from {address:?}: {error}");
-                }
-            }
-        });
+        let result = protect::encode(keeper, id);
+        keeper.apply(|state| state.end_encoding(id, result));
     }
 }
 
 /// Serves a connection of the launcher, another keeper or a tool.
-fn serve_peer(keeper: &Keeper, mut stream: TcpStream) {
-    if stream.set_timeouts(None, Some(PEER_TIMEOUT)).is_err() {
-        return;
-    }
-    while let Ok(request) = wire::receive::<Request>(&mut stream) {
-        if matches!(request, Request::Subscribe) {
-            return send_events(keeper, stream);
-        }
-        let reply = handlers::handle(keeper, request)
-            .unwrap_or_else(|error| Reply::Refused(error.to_string()));
-        if wire::send(&mut stream, &reply).is_err() {
+fn serve_peer(keeper: &Keeper, admitted: Admitted<TcpStream>) {
+    let mut connection = admitted.connection;
+    while let Ok(request) = connection.receive::<Request>(None) {
+        let reply = match handlers::handle(keeper, request) {
+            Ok(handlers::Answer::Subscribe) => return send_events(keeper, &mut connection),
+            Ok(handlers::Answer::Reply(reply)) => reply,
+            Err(error) => Reply::Refused(error.to_string()),
+        };
+        let sent = match connection.send(&reply) {
+            // Nothing of a message that is too long was sent.
+            Err(Error::Protocol(reason)) => connection.send(&Reply::Refused(reason)),
+            sent => sent,
+        };
+        if sent.is_err() {
             return;
         }
     }
 }
 
-fn send_events(keeper: &Keeper, mut stream: TcpStream) {
-    let (sender, events) = channel();
+fn send_events(keeper: &Keeper, connection: &mut Connection<TcpStream>) {
     // Subscribing before the reply makes sure that no event after the reply is missed.
-    keeper.lock().subscribe(sender);
-    if wire::send(&mut stream, &Reply::Done).is_err() {
+    let events = keeper.subscribe();
+    if connection.send(&Reply::Done).is_err() {
         return;
     }
     for event in events {
-        if wire::send(&mut stream, &event).is_err() {
+        if connection.send(&event).is_err() {
             return;
         }
     }
 }
 
-fn accept_ranks(keeper: &Arc<Keeper>, listener: &UnixListener, secret: &Secret) {
-    for stream in listener.incoming().flatten() {
-        let keeper = keeper.clone();
-        let secret = secret.clone();
-        std::thread::spawn(move || {
-            let mut stream = stream;
-            match authenticate_rank(&mut stream, &secret) {
-                Ok(pid) => serve_rank(&keeper, stream, pid),
-                Err(error) => tracing::warn!("refused a local connection: {error}"),
-            }
-        });
-    }
-}
-
-/// Checks that a local process has the keeper's user and secret, and returns its process id.
-fn authenticate_rank(stream: &mut UnixStream, secret: &Secret) -> Result<i32, Error> {
-    let peer = getsockopt(stream, PeerCredentials)?;
-    if peer.uid() != Uid::effective().as_raw() {
-        return Err(Error::Unauthenticated);
-    }
-    wire::server_handshake(stream, secret)?;
-    Ok(peer.pid())
-}
-
 /// Serves a connection of a rank.
-fn serve_rank(keeper: &Keeper, mut stream: UnixStream, pid: i32) {
-    if stream.set_timeouts(None, Some(PEER_TIMEOUT)).is_err() {
-        return;
-    }
-    let Ok(RankRequest::Hello { rank }) = wire::receive(&mut stream) else {
+fn serve_rank(keeper: &Keeper, admitted: Admitted<UnixStream>) {
+    let mut connection = admitted.connection;
+    let Ok(credentials) = getsockopt(connection.socket(), PeerCredentials) else {
         return;
     };
-    keeper.lock().ranks.connect(rank, pid, Instant::now());
-    if wire::send(&mut stream, &RankReply::Ack).is_ok() {
-        answer_rank(keeper, &mut stream, rank);
+    let pid = credentials.pid();
+    let Ok(RankRequest::Hello { rank }) = connection.receive(None) else {
+        return;
+    };
+    keeper.apply(|state| state.connect_rank(rank, pid, Instant::now()));
+    if connection.send(&RankReply::Ack).is_ok() {
+        answer_rank(keeper, &mut connection, rank);
     }
-    keeper.lock().disconnect_rank(rank, pid);
+    keeper.apply(|state| state.disconnect_rank(rank, pid));
 }
 
 /// Answers the requests of a rank until its connection is closed.
-fn answer_rank(keeper: &Keeper, stream: &mut UnixStream, rank: usize) {
-    while let Ok(request) = wire::receive::<RankRequest>(stream) {
+fn answer_rank(keeper: &Keeper, connection: &mut Connection<UnixStream>, rank: usize) {
+    while let Ok(request) = connection.receive::<RankRequest>(None) {
         let answer = rank_handlers::handle(keeper, rank, request);
-        let sent = answer.and_then(|answer| answer.send(stream));
+        let sent = answer.and_then(|answer| answer.send(connection));
         if let Err(error) = sent {
             tracing::warn!("rank {rank}: {error}");
             let reply = RankReply::Refused(error.to_string());
-            if wire::send(stream, &reply).is_err() {
+            if connection.send(&reply).is_err() {
                 return;
             }
         }

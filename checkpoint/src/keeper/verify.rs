@@ -1,18 +1,16 @@
 //! Comparing the parts and the parity of a snapshot with their checksums.
 
-use super::{
-    daemon::Keeper, error::Error, layout::chunk_len, report::Damage, snapshot::SnapshotId,
-};
-use crate::checksum::crc32c;
+use super::{daemon::Keeper, layout::chunk_len, report::Damage, snapshot::SnapshotId};
+use crate::{checksum::crc32c, secure::Error};
 
 /// Returns which chunks and how many parities of a snapshot here are damaged.
 ///
 /// # Errors
 /// If the snapshot is not known, or is overwritten meanwhile.
 pub(super) fn find_damage(keeper: &Keeper, id: SnapshotId) -> Result<Damage, Error> {
-    let chunk_bytes = keeper.lock().chunk_bytes(id)?;
+    let chunk_bytes = keeper.apply(|state| state.chunk_bytes(id))?;
     let mut chunks = Vec::new();
-    for rank in complete_ranks(keeper, id) {
+    for rank in keeper.apply(|state| state.complete_ranks(id)) {
         keeper.read_part(id, rank, u64::MAX, |region, info| {
             let mut buffer = vec![0; chunk_bytes];
             for (chunk, &crc) in info.crcs.iter().enumerate() {
@@ -25,18 +23,6 @@ pub(super) fn find_damage(keeper: &Keeper, id: SnapshotId) -> Result<Damage, Err
             }
         })?;
     }
-    let parities = keeper.lock().parity.num_damaged(id);
+    let parities = keeper.apply(|state| state.num_damaged_parities(id));
     Ok(Damage { chunks, parities })
-}
-
-/// Returns the ranks whose complete parts of a snapshot are here.
-fn complete_ranks(keeper: &Keeper, id: SnapshotId) -> Vec<usize> {
-    keeper
-        .lock()
-        .slots
-        .parts()
-        .filter(|part| part.id == id)
-        .filter(|part| part.is_complete())
-        .map(|part| part.info.rank)
-        .collect()
 }

@@ -116,6 +116,9 @@ impl Tracker {
                     return Action::Abandon { id, reason };
                 }
             }
+            Event::StopRequested { signal } => {
+                tracing::warn!("the keeper of node {node} received signal {signal}");
+            }
         }
         Action::Nothing
     }

@@ -16,6 +16,7 @@ mod generated;
 mod lets;
 mod links;
 mod manifests;
+mod pure_files;
 mod report;
 mod syntax;
 mod tuples;
@@ -52,7 +53,7 @@ enum Run {
 }
 
 #[rustfmt::skip]
-const CHECKS: [Check; 15] = [
+const CHECKS: [Check; 16] = [
     Check::new("format", "rustfmt's defaults at 100 columns", Run::Tree(format::check)),
     Check::new("width", "no line over 100 columns", Run::File(width::check)),
     Check::new("words", "no word or phrase of xtask/words.txt", Run::Tree(words::check)),
@@ -63,6 +64,7 @@ const CHECKS: [Check; 15] = [
     Check::new("bools", "no match on a bool", Run::Syntax(bools::check)),
     Check::new("lets", "no let that packs several bindings", Run::Syntax(lets::check)),
     Check::new("for_each", "no for_each, except in parallel", Run::Syntax(for_each::check)),
+    Check::new("pure_files", "no input or output in decisions", Run::Syntax(pure_files::check)),
     Check::new("density", "at most 3.2 words per code line", Run::Tree(density::check)),
     Check::new("manifests", "complete manifests, used dependencies", Run::Tree(manifests::check)),
     Check::new("links", "no dead link in Markdown", Run::Tree(links::check)),

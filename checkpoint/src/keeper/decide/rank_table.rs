@@ -1,6 +1,6 @@
 //! The ranks that are connected to a keeper.
 
-use super::report::RankStatus;
+use crate::keeper::report::RankStatus;
 use std::{collections::BTreeMap, time::Instant};
 
 /// The messages of a connected rank, summed up.
@@ -15,13 +15,13 @@ struct RankRecord {
 
 /// The connected ranks by number.
 #[derive(Debug, Default)]
-pub(super) struct RankTable {
+pub(crate) struct RankTable {
     ranks: BTreeMap<usize, RankRecord>,
 }
 
 impl RankTable {
     /// Adds a connection of a rank. Another process replaces the record of an earlier one.
-    pub(super) fn connect(&mut self, rank: usize, pid: i32, now: Instant) {
+    pub(crate) fn connect(&mut self, rank: usize, pid: i32, now: Instant) {
         let new_record = || RankRecord {
             pid,
             step: 0,
@@ -37,43 +37,43 @@ impl RankTable {
     }
 
     /// Removes a connection and returns true, unless another process has become this rank.
-    pub(super) fn disconnect(&mut self, rank: usize, pid: i32) -> bool {
+    pub(crate) fn disconnect(&mut self, rank: usize, pid: i32) -> bool {
         let Some(record) = self.ranks.get_mut(&rank) else {
             return false;
         };
         if record.pid != pid {
             return false;
         }
-        record.connections -= 1;
+        record.connections = record.connections.saturating_sub(1);
         if record.connections == 0 {
             self.ranks.remove(&rank);
         }
         true
     }
 
-    pub(super) fn record_message(&mut self, rank: usize, now: Instant) {
+    pub(crate) fn record_message(&mut self, rank: usize, now: Instant) {
         if let Some(record) = self.ranks.get_mut(&rank) {
             record.last_heard = now;
         }
     }
 
     /// Records progress. Messages on different connections may arrive out of order.
-    pub(super) fn record_progress(&mut self, rank: usize, step: u64, progress: u64) {
+    pub(crate) fn record_progress(&mut self, rank: usize, step: u64, progress: u64) {
         if let Some(record) = self.ranks.get_mut(&rank) {
             record.step = record.step.max(step);
             record.progress = record.progress.max(progress);
         }
     }
 
-    pub(super) fn pid(&self, rank: usize) -> Option<i32> {
+    pub(crate) fn pid(&self, rank: usize) -> Option<i32> {
         self.ranks.get(&rank).map(|record| record.pid)
     }
 
-    pub(super) fn pids(&self) -> impl Iterator<Item = i32> + '_ {
+    pub(crate) fn pids(&self) -> impl Iterator<Item = i32> + '_ {
         self.ranks.values().map(|record| record.pid)
     }
 
-    pub(super) fn statuses(&self, now: Instant) -> Vec<RankStatus> {
+    pub(crate) fn statuses(&self, now: Instant) -> Vec<RankStatus> {
         let mut statuses = Vec::with_capacity(self.ranks.len());
         for (&rank, record) in &self.ranks {
             let silence = now.saturating_duration_since(record.last_heard);

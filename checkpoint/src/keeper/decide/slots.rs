@@ -4,22 +4,22 @@
 //! not overwritten before a newer one is complete *on every rank*, which the launcher declares
 //! ([`Slots::commit`]). A rank that finds no free slot skips its snapshot and never waits.
 
-use super::snapshot::{PartInfo, SnapshotId};
+use crate::keeper::snapshot::{PartInfo, SnapshotId};
 
 /// A rank's part of a snapshot in a slot.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Part {
-    pub(super) id: SnapshotId,
+pub(crate) struct Part {
+    pub(crate) id: SnapshotId,
     /// The final length, and the checksums of the chunks that are filled.
-    pub(super) info: PartInfo,
+    pub(crate) info: PartInfo,
     /// The number of filled bytes.
-    pub(super) filled: u64,
+    pub(crate) filled: u64,
     /// True if the part shall be written to disk.
-    pub(super) durable: bool,
+    pub(crate) durable: bool,
 }
 
 impl Part {
-    pub(super) fn is_complete(&self) -> bool {
+    pub(crate) fn is_complete(&self) -> bool {
         self.filled == self.info.bytes
     }
 }
@@ -31,6 +31,8 @@ struct Slot {
     part: Option<Part>,
     /// The number of readers that need the part.
     pins: usize,
+    /// True if one of them is the snapshot that [`Slots::pin_snapshot`] keeps.
+    is_kept: bool,
 }
 
 impl Slot {
@@ -45,7 +47,7 @@ impl Slot {
 
 /// All slots of a node.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Slots {
+pub(crate) struct Slots {
     slots: Vec<Slot>,
     /// The newest snapshot that is complete on every rank.
     newest: Option<SnapshotId>,
@@ -53,16 +55,16 @@ pub(super) struct Slots {
 
 impl Slots {
     /// Returns the newest snapshot that is complete on every rank.
-    pub(super) fn newest(&self) -> Option<SnapshotId> {
+    pub(crate) fn newest(&self) -> Option<SnapshotId> {
         self.newest
     }
 
-    pub(super) fn set_newest(&mut self, id: Option<SnapshotId>) {
+    pub(crate) fn set_newest(&mut self, id: Option<SnapshotId>) {
         self.newest = id;
     }
 
     /// Returns the slots of `rank`, in order.
-    pub(super) fn of_rank(&self, rank: usize) -> impl Iterator<Item = usize> + '_ {
+    pub(crate) fn of_rank(&self, rank: usize) -> impl Iterator<Item = usize> + '_ {
         self.slots
             .iter()
             .enumerate()
@@ -71,18 +73,19 @@ impl Slots {
     }
 
     /// Adds an empty slot and returns its number.
-    pub(super) fn add(&mut self, writer: Option<usize>) -> usize {
+    pub(crate) fn add(&mut self, writer: Option<usize>) -> usize {
         self.slots.push(Slot {
             writer,
             part: None,
             pins: 0,
+            is_kept: false,
         });
         self.slots.len() - 1
     }
 
     /// Takes a free slot for a part of `rank`: an empty one, else the oldest that a newer complete
     /// snapshot has superseded.
-    pub(super) fn reserve(
+    pub(crate) fn reserve(
         &mut self,
         rank: usize,
         id: SnapshotId,
@@ -117,7 +120,7 @@ impl Slots {
     ///
     /// # Errors
     /// If the slot is not reserved, or the number of bytes is not possible.
-    pub(super) fn fill(&mut self, slot: usize, filled: u64, crcs: &[u32]) -> Result<&Part, String> {
+    pub(crate) fn fill(&mut self, slot: usize, filled: u64, crcs: &[u32]) -> Result<&Part, String> {
         let part = self
             .slots
             .get_mut(slot)
@@ -135,7 +138,7 @@ impl Slots {
     }
 
     /// Puts a complete part into a slot, which no rank may write then.
-    pub(super) fn insert(&mut self, slot: usize, id: SnapshotId, info: PartInfo) {
+    pub(crate) fn insert(&mut self, slot: usize, id: SnapshotId, info: PartInfo) {
         self.slots[slot].part = Some(Part {
             id,
             filled: info.bytes,
@@ -145,31 +148,31 @@ impl Slots {
     }
 
     /// Drops the part in a slot.
-    pub(super) fn release(&mut self, slot: usize) {
+    pub(crate) fn release(&mut self, slot: usize) {
         if let Some(slot) = self.slots.get_mut(slot) {
             slot.part = None;
         }
     }
 
     /// Takes the right to write a slot from its rank. A part in it can still be read.
-    pub(super) fn remove_writer(&mut self, slot: usize) {
+    pub(crate) fn remove_writer(&mut self, slot: usize) {
         self.slots[slot].writer = None;
     }
 
     /// Takes the right to write from all ranks that are not on this node any more.
-    pub(super) fn retain_writers(&mut self, is_here: impl Fn(usize) -> bool) {
+    pub(crate) fn retain_writers(&mut self, is_here: impl Fn(usize) -> bool) {
         for slot in &mut self.slots {
             slot.writer = slot.writer.filter(|&rank| is_here(rank));
         }
     }
 
     /// Records that snapshot `id` is complete on every rank.
-    pub(super) fn commit(&mut self, id: SnapshotId) {
+    pub(crate) fn commit(&mut self, id: SnapshotId) {
         self.newest = self.newest.max(Some(id));
     }
 
     /// Drops parts older than `id` that were brought here to be read.
-    pub(super) fn drop_fetched_before(&mut self, id: SnapshotId) {
+    pub(crate) fn drop_fetched_before(&mut self, id: SnapshotId) {
         for slot in &mut self.slots {
             let is_fetched = slot.writer.is_none();
             slot.part.take_if(|part| is_fetched && part.id < id);
@@ -177,7 +180,7 @@ impl Slots {
     }
 
     /// Drops what a rank that has died left half-written.
-    pub(super) fn drop_unfinished(&mut self, rank: usize) {
+    pub(crate) fn drop_unfinished(&mut self, rank: usize) {
         for slot in &mut self.slots {
             let is_own = slot.writer == Some(rank);
             slot.part.take_if(|part| is_own && !part.is_complete());
@@ -185,19 +188,19 @@ impl Slots {
     }
 
     /// Drops snapshot `id`, which will never be complete.
-    pub(super) fn abandon(&mut self, id: SnapshotId) {
+    pub(crate) fn abandon(&mut self, id: SnapshotId) {
         self.retain(|part| part.id != id);
     }
 
     /// Drops all parts for which `keep` returns false.
-    pub(super) fn retain(&mut self, keep: impl Fn(&Part) -> bool) {
+    pub(crate) fn retain(&mut self, keep: impl Fn(&Part) -> bool) {
         for slot in &mut self.slots {
             slot.part.take_if(|part| !keep(part));
         }
     }
 
     /// Returns the slot that holds `rank`'s part of `id`, whether complete or not.
-    pub(super) fn find(&self, id: SnapshotId, rank: usize) -> Option<usize> {
+    pub(crate) fn find(&self, id: SnapshotId, rank: usize) -> Option<usize> {
         self.slots.iter().position(|slot| {
             slot.part
                 .as_ref()
@@ -205,43 +208,46 @@ impl Slots {
         })
     }
 
-    pub(super) fn part(&self, slot: usize) -> Option<&Part> {
+    pub(crate) fn part(&self, slot: usize) -> Option<&Part> {
         self.slots[slot].part.as_ref()
     }
 
-    pub(super) fn part_mut(&mut self, slot: usize) -> Option<&mut Part> {
+    pub(crate) fn part_mut(&mut self, slot: usize) -> Option<&mut Part> {
         self.slots[slot].part.as_mut()
     }
 
-    pub(super) fn parts(&self) -> impl Iterator<Item = &Part> {
+    pub(crate) fn parts(&self) -> impl Iterator<Item = &Part> {
         self.slots.iter().filter_map(|slot| slot.part.as_ref())
     }
 
     /// Returns for each slot whether its memory is needed: by a writer, a part or a reader.
-    pub(super) fn are_used(&self) -> impl Iterator<Item = bool> + '_ {
+    pub(crate) fn are_used(&self) -> impl Iterator<Item = bool> + '_ {
         self.slots.iter().map(Slot::is_used)
     }
 
-    pub(super) fn pin(&mut self, slot: usize) {
+    pub(crate) fn pin(&mut self, slot: usize) {
         self.slots[slot].pins += 1;
     }
 
-    pub(super) fn unpin(&mut self, slot: usize) {
-        self.slots[slot].pins -= 1;
+    pub(crate) fn unpin(&mut self, slot: usize) {
+        let pins = &mut self.slots[slot].pins;
+        *pins = pins.saturating_sub(1);
     }
 
-    pub(super) fn pin_snapshot(&mut self, id: SnapshotId) {
+    /// Keeps the parts of a snapshot from being overwritten.
+    pub(crate) fn pin_snapshot(&mut self, id: SnapshotId) {
         for slot in &mut self.slots {
-            if slot.holds(id) {
+            if slot.holds(id) && !slot.is_kept {
                 slot.pins += 1;
+                slot.is_kept = true;
             }
         }
     }
 
-    /// Undoes [`Slots::pin_snapshot`] for the parts that are still there.
-    pub(super) fn unpin_snapshot(&mut self, id: SnapshotId) {
+    /// Undoes [`Slots::pin_snapshot`], also for parts that were dropped since.
+    pub(crate) fn unpin_snapshot(&mut self) {
         for slot in &mut self.slots {
-            if slot.holds(id) {
+            if std::mem::take(&mut slot.is_kept) {
                 slot.pins = slot.pins.saturating_sub(1);
             }
         }
@@ -367,8 +373,8 @@ mod tests {
                     }
                 }
                 Action::Unpin => {
-                    if let Some(id) = self.pinned.take() {
-                        self.slots.unpin_snapshot(id);
+                    if self.pinned.take().is_some() {
+                        self.slots.unpin_snapshot();
                     }
                 }
                 Action::Abandon => {
@@ -404,6 +410,24 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_slot_whose_pinned_part_was_dropped_is_free_after_the_pin() {
+        let mut slots = Slots::default();
+        slots.add(Some(0));
+        slots.reserve(0, snapshot(1), 10, false).unwrap();
+        slots.pin_snapshot(snapshot(1));
+        slots.abandon(snapshot(1));
+        assert_eq!(slots.reserve(0, snapshot(2), 10, false), None);
+        slots.unpin_snapshot();
+        assert_eq!(slots.reserve(0, snapshot(2), 10, false), Some(0));
+        // A pin of the next snapshot does not undo that of a reader.
+        slots.pin(0);
+        slots.pin_snapshot(snapshot(2));
+        slots.unpin_snapshot();
+        slots.release(0);
+        assert_eq!(slots.reserve(0, snapshot(3), 10, false), None);
     }
 
     #[test]

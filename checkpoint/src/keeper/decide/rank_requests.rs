@@ -1,0 +1,185 @@
+//! Decisions about the requests of ranks, which number their own slots from 0.
+
+use super::state::{Effect, State};
+use crate::{
+    keeper::{
+        protocol::{RankReply, RankRequest},
+        report::Event,
+        snapshot::SnapshotId,
+    },
+    secure::Error,
+};
+use std::time::Instant;
+
+/// The decision about a rank's request.
+#[derive(Debug)]
+pub(crate) enum RankDecision {
+    /// The request has no reply.
+    Silent,
+    Reply(RankReply),
+    Job(RankJob),
+}
+
+/// Work outside the state.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum RankJob {
+    /// Give the rank its slots, of which `missing` must be allocated.
+    Allocate { bytes: u64, missing: usize },
+    /// Return the header of a part of the snapshot to restore.
+    Header { rank: usize },
+    /// Open such a part.
+    Open { rank: usize },
+}
+
+/// Filled bytes of a slot.
+struct FillReport {
+    rank: usize,
+    number: usize,
+    filled_to: u64,
+    crcs: Vec<u32>,
+}
+
+impl State {
+    /// Records a connection of a rank.
+    pub(crate) fn connect_rank(&mut self, rank: usize, pid: i32, now: Instant) {
+        self.ranks.connect(rank, pid, now);
+    }
+
+    /// Removes a connection of a rank, and drops what it left half-written.
+    pub(crate) fn disconnect_rank(&mut self, rank: usize, pid: i32) {
+        if self.ranks.disconnect(rank, pid) {
+            self.slots.drop_unfinished(rank);
+            self.free_memory();
+            self.wake();
+        }
+    }
+
+    /// Decides about a request of `rank`.
+    ///
+    /// # Errors
+    /// If it is not possible.
+    pub(crate) fn decide_for_rank(
+        &mut self,
+        rank: usize,
+        request: RankRequest,
+        now: Instant,
+    ) -> Result<RankDecision, Error> {
+        self.ranks.record_message(rank, now);
+        match request {
+            RankRequest::Hello { .. } => Err(Error::Protocol("a second hello".into())),
+            RankRequest::Allocate { bytes, slots } => {
+                let missing = self.keep_fitting_slots(rank, bytes, slots)?;
+                Ok(RankDecision::Job(RankJob::Allocate { bytes, missing }))
+            }
+            RankRequest::Reserve { id, bytes, durable } => {
+                let slot = self.reserve(rank, id, bytes, durable);
+                Ok(RankDecision::Reply(RankReply::Slot(slot)))
+            }
+            RankRequest::Release { slot } => {
+                self.release(rank, slot);
+                Ok(RankDecision::Silent)
+            }
+            RankRequest::Filled {
+                slot,
+                filled_to,
+                crcs,
+            } => {
+                let id = self.fill(FillReport {
+                    rank,
+                    number: slot,
+                    filled_to,
+                    crcs,
+                })?;
+                self.begin_encoding(id);
+                Ok(RankDecision::Silent)
+            }
+            RankRequest::Heartbeat { step, progress } => {
+                self.ranks.record_progress(rank, step, progress);
+                Ok(RankDecision::Silent)
+            }
+            RankRequest::Sync => Ok(RankDecision::Reply(RankReply::Ack)),
+            RankRequest::Header { rank } => Ok(RankDecision::Job(RankJob::Header { rank })),
+            RankRequest::Open { rank } => Ok(RankDecision::Job(RankJob::Open { rank })),
+        }
+    }
+
+    /// Takes a free slot for a part of `rank`, or counts the snapshot as skipped.
+    fn reserve(&mut self, rank: usize, id: SnapshotId, bytes: u64, durable: bool) -> Option<usize> {
+        let fits = self
+            .slots
+            .of_rank(rank)
+            .all(|slot| self.len_of(slot) >= bytes);
+        let reserved = if fits {
+            self.slots.reserve(rank, id, bytes, durable)
+        } else {
+            None
+        };
+        self.skipped += u64::from(reserved.is_none());
+        let reserved = reserved?;
+        self.slots.of_rank(rank).position(|slot| slot == reserved)
+    }
+
+    /// Empties a slot of a rank, if there is such a slot and no complete part in it.
+    fn release(&mut self, rank: usize, number: usize) {
+        let slot = self.slots.of_rank(rank).nth(number);
+        let Some(slot) = slot else {
+            return;
+        };
+        let part = self.slots.part(slot);
+        if part.is_none_or(|part| !self.complete.contains_key(&part.id)) {
+            self.slots.release(slot);
+            self.add_effect(Effect::Wake);
+        }
+    }
+
+    /// Records filled bytes of a slot, reports a complete part, and returns its snapshot.
+    fn fill(&mut self, report: FillReport) -> Result<SnapshotId, Error> {
+        let FillReport {
+            rank,
+            number,
+            filled_to,
+            crcs,
+        } = report;
+        let Some(slot) = self.slots.of_rank(rank).nth(number) else {
+            let reason = format!("there is no slot {number}");
+            return Err(Error::Protocol(reason));
+        };
+        self.check_checksums(slot, filled_to, &crcs)?;
+        let part = self
+            .slots
+            .fill(slot, filled_to, &crcs)
+            .map_err(Error::Protocol)?;
+        let id = part.id;
+        let complete = part.is_complete().then(|| Event::Complete {
+            id,
+            part: part.info.clone(),
+            durable: part.durable,
+        });
+        if let Some(event) = complete {
+            self.send(event);
+        }
+        self.add_effect(Effect::Wake);
+        Ok(id)
+    }
+
+    /// Checks that there are no more checksums than filled chunks, and one for each in the end.
+    fn check_checksums(&self, slot: usize, filled_to: u64, crcs: &[u32]) -> Result<(), Error> {
+        let Some(part) = self.slots.part(slot) else {
+            return Ok(());
+        };
+        let have = (part.info.crcs.len() + crcs.len()) as u64;
+        // A new keeper may not know the generation yet; then the bound is a coarse one.
+        let chunk_bytes = self.chunk_bytes(part.id).ok();
+        let chunks = filled_to.div_ceil(chunk_bytes.unwrap_or(1) as u64);
+        let is_right = if chunk_bytes.is_some() && filled_to == part.info.bytes {
+            have == chunks
+        } else {
+            have <= chunks
+        };
+        if is_right {
+            return Ok(());
+        }
+        let reason = format!("{have} checksums for {chunks} chunks");
+        Err(Error::Protocol(reason))
+    }
+}
