@@ -138,7 +138,9 @@ fn a_rank_serves_the_store_at_its_address_only() {
         let ranks = start_ranks(&experiment, master, &changes);
         wait_for_step(&experiment, "run", 2);
         assert!(assert_only_loopback(&experiment).len() >= 3);
-        ranks.into_iter().for_each(stop);
+        for rank in ranks {
+            stop(rank);
+        }
     }
 }
 
@@ -291,7 +293,9 @@ fn another_machine_cannot_pose_as_a_rank() {
     let own = &network.namespaces[0];
     let reached = in_namespace(own, || ports.iter().filter(|port| answers(port)).count());
     assert_eq!(reached, ports.len());
-    children.into_iter().for_each(stop);
+    for child in children {
+        stop(child);
+    }
 }
 
 /// Runs `openssl` in a folder; false if that is not possible.

@@ -701,6 +701,32 @@ mod tests {
     }
 
     #[test]
+    fn ranks_on_one_machine_meet_on_its_loopback_device() {
+        let one_node = "SLURM_PROCID=1 SLURM_STEP_ID=2 SLURM_STEP_NUM_TASKS=2 SLURM_LOCALID=1 \
+            SLURM_NODEID=0 SLURM_TASKS_PER_NODE=2 SLURM_JOB_NODELIST=gpu09";
+        let host = |text: &str| match detect_in(text).unwrap().unwrap().env.rendezvous {
+            Rendezvous::Store { host, .. } => host,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(host(one_node), "127.0.0.1");
+        assert_eq!(host(&format!("{one_node} MASTER_ADDR=head")), "head");
+
+        let store = StoreAccess {
+            address: "127.0.0.1:77".parse().unwrap(),
+            secret: Secret::random().unwrap(),
+        };
+        let env = RankEnv::single_node(1, 2, store);
+        let variables = torchrun_variables(&env).into_iter();
+        let text: Vec<String> = variables
+            .map(|(name, value)| format!("{name}={value}"))
+            .collect();
+        let text = text.join(" ");
+        assert_eq!(detect_in(&text).unwrap().unwrap().env, env);
+        let wrong = detect_in(&format!("{text} {STORE_SECRET}=12")).unwrap_err();
+        assert!(message(&wrong).contains(&format!("unset {STORE_SECRET}")));
+    }
+
+    #[test]
     fn a_single_process_is_no_rank() {
         assert_eq!(
             detect_in("OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=1").unwrap(),

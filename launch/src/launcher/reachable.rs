@@ -34,7 +34,7 @@ pub(super) fn own_addresses() -> OwnAddresses {
 
 fn default_route() -> Option<IpAddr> {
     let socket = UdpSocket::bind("0.0.0.0:0").ok()?;
-    // Sends nothing.
+    // Connecting a datagram socket sends nothing.
     socket.connect(ANYWHERE).ok()?;
     Some(socket.local_addr().ok()?.ip())
 }

@@ -18,7 +18,7 @@ use secure_link::Secret;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 
-/// The longest key.
+/// Most bytes of a key.
 const MAX_KEY_BYTES: usize = 4096;
 
 /// The address of a [`StoreServer`], and the secret that its clients prove.
