@@ -174,7 +174,8 @@ fn ranks_of_other_versions_are_named() {
     let experiment = Experiment::new();
     // The store entry that rank 0 of another version would write.
     let soon = std::time::Duration::from_secs(20);
-    let store = torch_ext::Store::tcp("127.0.0.1", 0, true, soon).unwrap();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let store = torch_ext::Store::serve_tcp(listener, soon).unwrap();
     store.set("moerun/0/version", b"0.0.9").unwrap();
     let mut command = doctor(&experiment, &[]);
     for (name, value) in [

@@ -13,10 +13,10 @@ use std::{
 };
 
 /// Machines joined by a network. Dropping this removes them.
-struct Network {
+pub(crate) struct Network {
     /// Empty if the machines are only processes.
-    namespaces: Vec<String>,
-    rdzv: String,
+    pub(crate) namespaces: Vec<String>,
+    pub(crate) rdzv: String,
 }
 
 fn ip(args: &str) -> bool {
@@ -27,7 +27,7 @@ fn ip(args: &str) -> bool {
 }
 
 impl Network {
-    fn new(machines: usize) -> Network {
+    pub(crate) fn new(machines: usize) -> Network {
         static NUMBER: AtomicUsize = AtomicUsize::new(0);
         let number = NUMBER.fetch_add(1, Ordering::SeqCst);
         let id = format!("mr{}x{number}", std::process::id());
@@ -74,7 +74,7 @@ impl Network {
     }
 
     /// Returns the command that trains with two ranks on a machine.
-    fn machine(
+    pub(crate) fn machine(
         &self,
         experiment: &Experiment,
         machine: usize,
@@ -130,7 +130,7 @@ impl Drop for Network {
 }
 
 /// Starts all machines of a run, the launcher last: agents wait for it.
-fn start_all(
+pub(crate) fn start_all(
     network: &Network,
     experiment: &Experiment,
     machines: usize,
@@ -142,7 +142,7 @@ fn start_all(
     children
 }
 
-fn finish_all(children: Vec<Child>) -> Vec<Output> {
+pub(crate) fn finish_all(children: Vec<Child>) -> Vec<Output> {
     let outputs: Vec<Output> = children.into_iter().map(finish_child).collect();
     let said: Vec<String> = outputs.iter().map(text).collect();
     assert!(
@@ -344,7 +344,7 @@ fn a_hostfile_starts_the_other_machines() {
     let ssh = experiment.path("ssh");
     std::fs::write(
         &ssh,
-        "#!/bin/sh\necho \"to $1\" >> asked\ncd / && exec sh -c \"$2\"\n",
+        "#!/bin/sh\necho \"to $1 $2\" >> asked\ncd / && exec sh -c \"$3\"\n",
     )
     .unwrap();
     std::fs::set_permissions(&ssh, std::fs::Permissions::from_mode(0o755)).unwrap();
@@ -353,7 +353,7 @@ fn a_hostfile_starts_the_other_machines() {
     assert!(output.status.success(), "{}", text(&output));
     assert_eq!(
         std::fs::read_to_string(experiment.path("asked")).unwrap(),
-        "to elsewhere\n"
+        "to -- elsewhere\n"
     );
     assert_eq!(curve(&experiment, "ours"), curve(&experiment, "theirs"));
     experiment.assert_no_orphans();

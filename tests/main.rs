@@ -21,6 +21,7 @@ mod loss_masks;
 mod machines;
 mod outages;
 mod plans;
+mod ports;
 mod previous_version;
 mod resume_changes;
 mod run_folders;

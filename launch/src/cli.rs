@@ -599,7 +599,7 @@ pub(crate) struct TrainArgs {
     /// Start all machines from here over ssh: lines `host` or `host slots=N`, this machine first
     #[arg(long, value_name = "FILE", conflicts_with_all = ["nnodes", "node_rank"])]
     pub(crate) hostfile: Option<PathBuf>,
-    /// Program that runs a command on another machine, called as PROGRAM HOST COMMAND
+    /// Program that runs a command on another machine, called as PROGRAM -- HOST COMMAND
     #[arg(
         long,
         default_value = "ssh",

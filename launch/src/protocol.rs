@@ -1,6 +1,6 @@
 //! Messages between the launcher and its ranks: assignments, failure reports and file names.
 
-use parallel::{RankEnv, Rendezvous};
+use parallel::{RankEnv, StoreAccess};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
@@ -19,9 +19,8 @@ pub(crate) struct Assignment {
     /// Number among the ranks of the same machine.
     pub(crate) local_rank: usize,
     pub(crate) local_world_size: usize,
-    /// Host on which the launcher serves the store.
-    pub(crate) host: String,
-    pub(crate) port: u16,
+    /// The store that the launcher serves.
+    pub(crate) store: StoreAccess,
     /// Address at which other machines reach the rank; None in a run on one machine.
     pub(crate) address: Option<IpAddr>,
     /// Counts from 1 in a run with keepers; 0 without.
@@ -35,18 +34,12 @@ pub(crate) struct Assignment {
 
 impl Assignment {
     pub(crate) fn env(&self) -> RankEnv {
-        let rendezvous = Rendezvous::Store {
-            host: self.host.clone(),
-            port: self.port,
-            launcher_serves: true,
-        };
         RankEnv {
             local_rank: self.local_rank,
             local_world_size: self.local_world_size,
-            rendezvous,
             address: self.address.map(|address| address.to_string()),
             attempt: self.generation as usize,
-            ..RankEnv::single_node(self.rank, self.world_size, self.port)
+            ..RankEnv::single_node(self.rank, self.world_size, self.store.clone())
         }
     }
 

@@ -30,7 +30,9 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 use trainer::{
-    Progress, ResumeReport, ResumeSource, RunRequests, Trainer, config::Config, data::DatasetInfo,
+    Progress, ResumeReport, ResumeSource, RunRequests, Trainer,
+    config::{Config, TlsConfig},
+    data::DatasetInfo,
     lines::Limits,
 };
 
@@ -264,7 +266,9 @@ impl Training<'_> {
         let device = parallel::accelerator(&config.run.device, env.local_rank)?;
         set_cpu_affinity(config.run.cpu_affinity, env, device.numa_node());
         let timeout = Duration::from_secs(config.run.timeout_s);
-        let world = World::join(env, timeout, config.run.backend, device.as_ref())?;
+        let mut joining = env.clone();
+        joining.gloo_tls = config.run.tls.as_ref().map(TlsConfig::to_gloo);
+        let world = World::join(&joining, timeout, config.run.backend, device.as_ref())?;
         let dir = config.run.dir.clone();
         let rank = env.rank;
         world.dump_calls_to(&flight_path(&dir, rank));

@@ -45,12 +45,14 @@ pub mod context;
 mod device;
 mod gradients;
 mod mesh;
+mod peers;
 pub mod pipeline;
 mod rank_env;
 pub mod recompute;
 mod rendezvous;
 mod rows;
 pub mod sharding;
+mod store;
 mod sum;
 pub mod tensor;
 mod weight;
@@ -69,6 +71,8 @@ pub use mesh::{Coordinates, GroupKind, Mesh, MeshError, MeshShape, NodeSplit};
 pub use rank_env::{RankEnv, Rendezvous};
 pub use recompute::Activation;
 pub use rows::{matrix_shape, own_rows};
+pub use secure_link::Secret;
+pub use store::{StoreAccess, StoreServer};
 pub use sum::GradientSum;
 pub use weight::{
     Contribution, DeferredGradient, Weight, add_gradients, linear, linear_f32, linears,

@@ -8,6 +8,7 @@ pub(crate) mod engine;
 mod hostfile;
 mod identity;
 mod machine_plan;
+mod reachable;
 mod runtime;
 mod token;
 
@@ -20,17 +21,19 @@ use crate::{
     signals::{Signals, StopMode},
 };
 use anyhow::{Context, Result, anyhow};
-use checkpoint::keeper::Secret;
 use engine::{Engine, Launch, event::Host, settings::Settings};
-use hostfile::SshSessions;
+use hostfile::{AgentStart, SshSessions};
 use identity::machine_identity;
 use machine_plan::MachinePlan;
+use parallel::{Secret, StoreServer};
 use runtime::{Join, Listening, Runtime, RuntimeSettings, agent};
-use std::{net::SocketAddr, path::Path, process::ExitCode, time::Duration};
-use torch_ext::Store;
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::Path,
+    process::ExitCode,
+    time::Duration,
+};
 use trainer::config::Config;
-
-const STORE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Runs the launcher, or on other machines than the first the agent.
 pub(crate) fn run(args: &TrainArgs, signals: &Signals) -> Result<ExitCode> {
@@ -53,13 +56,13 @@ pub(crate) fn run(args: &TrainArgs, signals: &Signals) -> Result<ExitCode> {
     for leftover in checkpoint::folder::clean(&dir.join("checkpoints"))? {
         eprintln!("removed an unfinished checkpoint: {leftover}");
     }
-    let store = serve_store(args.master_port)?;
     signals.set_mode(StopMode::Count);
     let registry = KeeperRegistry::load_or_set_aside(&dir)?;
     let secret = secret(args, &dir, registry.as_ref(), plan.machines > 1)?;
     let join = join(&plan, &config)?;
     let listening = Listening::start(join, &secret)?;
     let _sessions = start_agents(args, &plan, listening.address, &secret)?;
+    let store = serve_store(listening.own_ip(), args.master_port)?;
     let own = Host {
         address: listening.own_ip(),
         identity: machine_identity(),
@@ -78,7 +81,7 @@ pub(crate) fn run(args: &TrainArgs, signals: &Signals) -> Result<ExitCode> {
     let settings = Settings {
         stored_config: serde_json::to_string(&config).context("cannot store the configuration")?,
         dir: dir.clone(),
-        store_port: store.port()?,
+        store: store.access().clone(),
         ranks_per_machine: plan.ranks_per_machine,
         spare_nodes: args.spare_nodes,
         world_size,
@@ -114,9 +117,13 @@ fn launch_number() -> Result<u64> {
     u64::from_str_radix(&name, 16).context("the name of a secret is a number")
 }
 
-fn serve_store(port: u16) -> Result<Store> {
-    Store::tcp("127.0.0.1", port, true, STORE_TIMEOUT)
-        .map_err(|error| anyhow!("cannot serve on port {port}: {error}"))
+/// Serves the ranks' store at the address that other machines use, or on the loopback device if
+/// there are none.
+fn serve_store(address: Option<IpAddr>, port: u16) -> Result<StoreServer> {
+    let ip = address.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    let secret = Secret::random()?;
+    StoreServer::listen(SocketAddr::new(ip, port), secret)
+        .with_context(|| format!("cannot serve on port {port}"))
         .hint("choose another port with --master-port, or omit it")
 }
 
@@ -125,7 +132,7 @@ fn join(plan: &MachinePlan, config: &Config) -> Result<Option<Join>> {
         return Ok(None);
     }
     Ok(Some(Join {
-        address: plan.rendezvous_address()?,
+        address: plan.rendezvous_address(&reachable::own_addresses())?,
         others: plan.machines - 1,
         ranks_per_machine: plan.ranks_per_machine,
         heartbeat_timeout: Duration::from_secs_f64(config.restart.heartbeat_timeout_s),
@@ -137,14 +144,16 @@ fn start_agents(
     args: &TrainArgs,
     plan: &MachinePlan,
     address: Option<SocketAddr>,
-    _secret: &Secret,
+    secret: &Secret,
 ) -> Result<Option<SshSessions>> {
     let (Some(hosts), Some(address)) = (&plan.hostfile, address) else {
         return Ok(None);
     };
-    let rendezvous = plan.rendezvous.rsplit_once(':');
-    let host = rendezvous.map_or("", |(host, _)| host);
-    let head = format!("{host}:{}", address.port());
-    let sessions = hosts.start_agents(args, &head, plan.ranks_per_machine)?;
+    let sessions = hosts.start_agents(&AgentStart {
+        args,
+        head: address,
+        ranks_per_machine: plan.ranks_per_machine,
+        input: &secret.to_hex(),
+    })?;
     Ok(Some(sessions))
 }

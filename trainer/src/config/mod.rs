@@ -164,6 +164,44 @@ pub struct RunConfig {
     #[schemars(range(min = 1))]
     #[serde(default)]
     pub trace_step: Option<u64>,
+    /// Encryption of Gloo's connections between machines. Without this section tensors travel in
+    /// clear text.
+    #[on_resume(section)]
+    #[serde(default)]
+    pub tls: Option<TlsConfig>,
+}
+
+/// Files in PEM format with which ranks encrypt Gloo's connections between machines, and prove that
+/// they belong to the run. Paths are the same on every machine.
+///
+/// It needs `run.backend: gloo` on GPUs and NPUs: NCCL, HCCL and MPI do not encrypt.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ResumeKeys)]
+#[serde(deny_unknown_fields)]
+pub struct TlsConfig {
+    /// Certificate of the ranks of a machine, which `ca` has signed.
+    #[on_resume(free)]
+    #[schemars(extend("format" = "path"))]
+    pub cert: PathBuf,
+    /// Private key of the certificate. Only its owner may read it.
+    #[on_resume(free)]
+    #[schemars(extend("format" = "path"))]
+    pub key: PathBuf,
+    /// Certificate of the authority. A rank that another authority has certified is refused, so an
+    /// authority of the run's own is best.
+    #[on_resume(free)]
+    #[schemars(extend("format" = "path"))]
+    pub ca: PathBuf,
+}
+
+impl TlsConfig {
+    /// Returns the files as Gloo takes them.
+    pub fn to_gloo(&self) -> torch_ext::GlooTls {
+        torch_ext::GlooTls {
+            key: self.key.clone(),
+            certificate: self.cert.clone(),
+            authority: self.ca.clone(),
+        }
+    }
 }
 
 /// Training and validation data.

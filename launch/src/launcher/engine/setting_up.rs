@@ -168,17 +168,12 @@ impl Engine {
         };
         let node = topology.node_of(rank);
         let keeper = node.and_then(|node| self.keeper_access(node));
-        let host = match self.machines.address(0) {
-            Some(address) => address.to_string(),
-            None => "127.0.0.1".into(),
-        };
         Assignment {
             rank,
             world_size: self.world_size,
             local_rank: on_same_machine(&machines[..rank]),
             local_world_size: on_same_machine(machines),
-            host,
-            port: self.settings.store_port,
+            store: self.settings.store.clone(),
             address: self.machines.address(machine),
             generation: self.generation,
             keeper,

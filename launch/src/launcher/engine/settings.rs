@@ -1,5 +1,6 @@
 //! Values that do not change during a run.
 
+use parallel::StoreAccess;
 use std::{path::PathBuf, time::Duration};
 use trainer::config::Config;
 
@@ -10,8 +11,8 @@ pub(crate) struct Settings {
     pub(crate) stored_config: String,
     /// The run's folder.
     pub(crate) dir: PathBuf,
-    /// Port at which the launcher serves the ranks' store.
-    pub(crate) store_port: u16,
+    /// The ranks' store, which the launcher serves.
+    pub(crate) store: StoreAccess,
     pub(crate) ranks_per_machine: usize,
     pub(crate) spare_nodes: usize,
     /// Number of ranks that the run is started with.

@@ -486,7 +486,7 @@ impl RefusalLog {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::secure::{connect_local, connect_tcp};
+    use crate::{connect_local, connect_tcp};
     use std::{
         io::{Read, Write},
         net::SocketAddr,

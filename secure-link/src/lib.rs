@@ -36,6 +36,7 @@
 //! secret, of the frame's number and its body: no frame can be changed, repeated or inserted by
 //! others. Nothing is encrypted.
 
+mod buffered;
 mod client;
 mod descriptors;
 mod door;
@@ -50,6 +51,7 @@ mod refusals;
 mod secret;
 mod socket;
 
+pub use buffered::Buffered;
 pub use client::{authenticate, connect_local, connect_tcp};
 pub use door::{Admitted, Door, Limits, Listener};
 pub use error::Error;

@@ -7,7 +7,7 @@ use super::{
     secret::Secret,
     socket::{Armed, DeadlineReader, DeadlineWriter, Socket},
 };
-use crate::checksum::crc32c;
+use crc_fast::CrcAlgorithm::Crc32Iscsi;
 use serde::{Serialize, de::DeserializeOwned};
 use std::{
     io::{ErrorKind, Read, Write},
@@ -27,7 +27,7 @@ const LARGE_LIMIT: usize = 256 << 20;
 
 /// The check values of the frames in one direction.
 #[derive(Debug)]
-enum Seal {
+pub(super) enum Seal {
     Checksum,
     Keyed { key: [u8; 32], number: u64 },
 }
@@ -52,7 +52,8 @@ impl Seal {
     fn next(&mut self, body: &[u8]) -> blake3::Hash {
         let mut check = [0; 32];
         match self {
-            Seal::Checksum => check[..4].copy_from_slice(&crc32c(body).to_le_bytes()),
+            Seal::Checksum => check[..4]
+                .copy_from_slice(&(crc_fast::checksum(Crc32Iscsi, body) as u32).to_le_bytes()),
             Seal::Keyed { key, number } => {
                 let mut hasher = blake3::Hasher::new_keyed(key);
                 hasher.update(&number.to_le_bytes());
@@ -67,7 +68,7 @@ impl Seal {
 
     /// True if a check value is that of the next frame. Comparing takes the same time wherever the
     /// values differ.
-    fn matches(&mut self, body: &[u8], received: &[u8]) -> bool {
+    pub(super) fn matches(&mut self, body: &[u8], received: &[u8]) -> bool {
         let mut check = [0; 32];
         check[..received.len()].copy_from_slice(received);
         self.next(body) == blake3::Hash::from_bytes(check)
@@ -77,10 +78,10 @@ impl Seal {
 /// The half of a connection that receives.
 #[derive(Debug)]
 pub struct FrameReader<S> {
-    socket: Arc<S>,
+    pub(super) socket: Arc<S>,
     armed: Armed,
-    seal: Seal,
-    purpose: Purpose,
+    pub(super) seal: Seal,
+    pub(super) purpose: Purpose,
 }
 
 impl<S: Socket> FrameReader<S> {
@@ -102,18 +103,13 @@ impl<S: Socket> FrameReader<S> {
         // A message that has begun has a deadline in any case.
         let deadline = deadline.unwrap_or_else(|| Instant::now() + FRAME_TIMEOUT);
         self.reader(Some(deadline)).read_exact(&mut head[begun..])?;
-        let (length, check) = head.split_at(LENGTH_BYTES);
-        let len = u32::from_le_bytes(length.try_into().expect("four bytes"));
-        let most = self.purpose.max_frame_bytes;
-        if len > most {
-            let reason = format!("a message of {len} bytes is longer than {most}");
-            return Err(Error::Protocol(reason));
-        }
+        let len = body_bytes(head, self.purpose)?;
+        let check = &head[LENGTH_BYTES..];
         // Memory for long messages grows with the bytes that arrive, not with the announced length.
         let mut body = Vec::with_capacity((len as usize).min(RESERVED_BYTES));
         let reader = self.reader(Some(deadline));
-        reader.take(u64::from(len)).read_to_end(&mut body)?;
-        if body.len() < len as usize {
+        reader.take(len as u64).read_to_end(&mut body)?;
+        if body.len() < len {
             return Err(Error::Closed);
         }
         if !self.seal.matches(&body, check) {
@@ -151,7 +147,7 @@ impl<S: Socket> FrameReader<S> {
 pub struct FrameWriter<S> {
     socket: Arc<S>,
     armed: Armed,
-    seal: Seal,
+    pub(super) seal: Seal,
     purpose: Purpose,
 }
 
@@ -173,20 +169,7 @@ impl<S: Socket> FrameWriter<S> {
         message: &impl Serialize,
         timeout: Duration,
     ) -> Result<(), Error> {
-        let head_len = LENGTH_BYTES + self.seal.len();
-        let mut frame = vec![0u8; head_len];
-        encode(message, self.purpose, &mut frame)?;
-        let (head, body) = frame.split_at_mut(head_len);
-        let most = self.purpose.max_frame_bytes;
-        let len = u32::try_from(body.len()).ok().filter(|&len| len <= most);
-        let Some(len) = len else {
-            let reason = format!("a message of {} bytes is longer than {most}", body.len());
-            return Err(Error::Protocol(reason));
-        };
-        head[..LENGTH_BYTES].copy_from_slice(&len.to_le_bytes());
-        let check = self.seal.next(body);
-        let check_len = head_len - LENGTH_BYTES;
-        head[LENGTH_BYTES..].copy_from_slice(&check.as_bytes()[..check_len]);
+        let frame = framed(message, self.purpose, &mut self.seal)?;
         let mut writer = DeadlineWriter {
             socket: &*self.socket,
             armed: &mut self.armed,
@@ -258,6 +241,65 @@ impl<S: Socket> Connection<S> {
     }
 }
 
+/// The part of a frame before its body.
+pub(super) struct Head {
+    pub(super) bytes: usize,
+    pub(super) body_bytes: usize,
+}
+
+impl Head {
+    pub(super) const LENGTH_BYTES: usize = LENGTH_BYTES;
+
+    /// Returns the head of the frame that `input` begins with; None until it is complete.
+    pub(super) fn parse(
+        input: &[u8],
+        seal: &Seal,
+        purpose: Purpose,
+    ) -> Result<Option<Head>, Error> {
+        let bytes = LENGTH_BYTES + seal.len();
+        let Some(head) = input.get(..bytes) else {
+            return Ok(None);
+        };
+        let body_bytes = body_bytes(head, purpose)?;
+        Ok(Some(Head { bytes, body_bytes }))
+    }
+}
+
+/// Returns the length of a frame's body, from its head.
+fn body_bytes(head: &[u8], purpose: Purpose) -> Result<usize, Error> {
+    let length = head[..LENGTH_BYTES].try_into().expect("four bytes");
+    let len = u32::from_le_bytes(length);
+    let most = purpose.max_frame_bytes;
+    if len > most {
+        let reason = format!("a message of {len} bytes is longer than {most}");
+        return Err(Error::Protocol(reason));
+    }
+    Ok(len as usize)
+}
+
+/// Returns the bytes of a frame with a message.
+pub(super) fn framed(
+    message: &impl Serialize,
+    purpose: Purpose,
+    seal: &mut Seal,
+) -> Result<Vec<u8>, Error> {
+    let head_len = LENGTH_BYTES + seal.len();
+    let mut frame = vec![0u8; head_len];
+    encode(message, purpose, &mut frame)?;
+    let (head, body) = frame.split_at_mut(head_len);
+    let most = purpose.max_frame_bytes;
+    let len = u32::try_from(body.len()).ok().filter(|&len| len <= most);
+    let Some(len) = len else {
+        let reason = format!("a message of {} bytes is longer than {most}", body.len());
+        return Err(Error::Protocol(reason));
+    };
+    head[..LENGTH_BYTES].copy_from_slice(&len.to_le_bytes());
+    let check = seal.next(body);
+    let check_len = head_len - LENGTH_BYTES;
+    head[LENGTH_BYTES..].copy_from_slice(&check.as_bytes()[..check_len]);
+    Ok(frame)
+}
+
 fn encode(message: &impl Serialize, purpose: Purpose, frame: &mut Vec<u8>) -> Result<(), Error> {
     let failed = |error: String| Error::Protocol(format!("cannot encode a message: {error}"));
     match purpose.encoding {
@@ -273,7 +315,7 @@ fn encode(message: &impl Serialize, purpose: Purpose, frame: &mut Vec<u8>) -> Re
     Ok(())
 }
 
-fn decode<T: DeserializeOwned>(body: &[u8], purpose: Purpose) -> Result<T, Error> {
+pub(super) fn decode<T: DeserializeOwned>(body: &[u8], purpose: Purpose) -> Result<T, Error> {
     let failed = |error: String| Error::Protocol(format!("cannot decode a message: {error}"));
     let standard = bincode::config::standard();
     if purpose.encoding == Encoding::Json {

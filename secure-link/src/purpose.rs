@@ -37,6 +37,14 @@ impl Purpose {
         encoding: Encoding::Bincode,
         sealed: false,
     };
+    /// The store at which ranks find each other. Its longest message has the addresses of all
+    /// ranks of a group.
+    pub const STORE: Purpose = Purpose {
+        label: "store",
+        max_frame_bytes: 64 << 20,
+        encoding: Encoding::Bincode,
+        sealed: true,
+    };
     /// The port of the launcher for the agents of other machines. Its messages start processes, so
     /// each is authenticated.
     pub const AGENT: Purpose = Purpose {
