@@ -146,13 +146,6 @@ pub(crate) fn stop_status(signal: Signal) -> u8 {
     128 + signal as u8
 }
 
-/// Returns the stop signal of an exit status, if a process that stopped in order returned it.
-pub(crate) fn stop_of_status(status: i32) -> Option<Signal> {
-    STOPS
-        .into_iter()
-        .find(|signal| i32::from(stop_status(*signal)) == status)
-}
-
 /// Starts a program of moerun, which receives signals only once it has set its handlers.
 pub(crate) fn while_held<T>(start: impl FnOnce() -> T) -> T {
     let before = held_signals::hold();
@@ -305,10 +298,6 @@ mod tests {
             (SIGXCPU, 152),
         ] {
             assert_eq!(stop_status(signal), status);
-            assert_eq!(stop_of_status(i32::from(status)), Some(signal));
-        }
-        for status in [0, 1, 137, 138, 139] {
-            assert_eq!(stop_of_status(status), None, "{status}");
         }
     }
 }

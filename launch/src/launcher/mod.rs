@@ -16,8 +16,9 @@ use crate::{
     cli::TrainArgs,
     config_diff, config_file, environment,
     hint::WithHint,
-    machine_memory, run_lock,
+    machine_memory,
     registry::KeeperRegistry,
+    run_lock,
     signals::{Signals, StopMode},
 };
 use anyhow::{Context, Result, anyhow};

@@ -25,7 +25,11 @@ pub(crate) fn advice() -> &'static str {
 /// Says why there is no token yet.
 pub(crate) fn missing(dir: &Path) -> String {
     let path = dir.join("token");
-    format!("no token: {} does not exist yet; {}", path.display(), advice())
+    format!(
+        "no token: {} does not exist yet; {}",
+        path.display(),
+        advice()
+    )
 }
 
 /// Returns the run's token, if there is one yet.

@@ -5,7 +5,8 @@ use super::{
     schema::{SchemaRoot, description, is_nullable},
 };
 use crate::{
-    config_diff::ChangeRecord, launcher::engine::restart_record::RestartRecord, registry::KeeperRegistry,
+    config_diff::ChangeRecord, launcher::engine::restart_record::RestartRecord,
+    registry::KeeperRegistry,
 };
 use serde_json::Value;
 use trainer::{DroppedLines, RoutingLine, StepMetrics, ValidationMetrics, data::DatasetInfo};

@@ -27,7 +27,9 @@ pub(super) struct Ending {
 enum Step {
     Killing(RanksEnd),
     /// The last snapshot is still being copied and encoded.
-    Completing { deadline: Duration },
+    Completing {
+        deadline: Duration,
+    },
     Saving(Box<Saving>),
     StoppingKeepers,
 }
@@ -183,7 +185,9 @@ impl Engine {
             None => "of all steps".into(),
         };
         if is_done {
-            return Some(Failure::transient(format!("the state {what} was lost with a keeper")));
+            return Some(Failure::transient(format!(
+                "the state {what} was lost with a keeper"
+            )));
         }
         if saved < Some(self.steps_done) {
             self.print(format!("warning: the state {what} was lost with a keeper"));

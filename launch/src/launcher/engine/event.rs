@@ -1,10 +1,6 @@
 //! Everything that the engine learns, besides the time.
 
-use super::{
-    keepers::KeeperId,
-    ranks::RankReport,
-    requests::RequestId,
-};
+use super::{keepers::KeeperId, ranks::RankReport, requests::RequestId};
 use crate::registry::KeeperEntry;
 use checkpoint::keeper::{self, Inventory};
 use std::{
@@ -67,7 +63,10 @@ pub(crate) struct Host {
 #[derive(Debug, Clone)]
 pub(crate) enum Answer {
     Done,
-    KeeperStarted { pid: i32, address: SocketAddr },
+    KeeperStarted {
+        pid: i32,
+        address: SocketAddr,
+    },
     Inventory(Inventory),
     /// Rank and number of each damaged chunk.
     Damaged(Vec<(usize, u64)>),

@@ -4,10 +4,10 @@ use super::{
     Engine, Next, Stage,
     keepers::{KeeperState, Seat},
     problem::Problem,
+    reassembly::Progress,
     recovering::Recovering,
     requests::Purpose,
     saving::{Saved, Saving},
-    reassembly::Progress,
     seating::Seating,
 };
 use crate::registry::{KeeperEntry, KeeperRegistry};
@@ -58,7 +58,10 @@ impl Engine {
         }
         for entry in entries {
             let ids = self.keepers.ids();
-            if ids.iter().any(|&id| self.keepers.address(id) == entry.address) {
+            if ids
+                .iter()
+                .any(|&id| self.keepers.address(id) == entry.address)
+            {
                 continue;
             }
             let id = self.keepers.add_earlier(entry);
@@ -91,7 +94,9 @@ impl Engine {
         }
         if !missing.is_empty() && self.now > self.settings.timeout() {
             let timeout = self.settings.timeout();
-            let problem = Problem::new(format!("machines {names} did not join within {timeout:.0?}"));
+            let problem = Problem::new(format!(
+                "machines {names} did not join within {timeout:.0?}"
+            ));
             let hint = "start the same command there with --node-rank";
             return self.end_failed(problem.hint(hint));
         }
@@ -102,7 +107,9 @@ impl Engine {
             }
             if !connecting.is_empty() {
                 let addresses = connecting.join(", ");
-                self.print(format!("waiting for keepers of an earlier launch at {addresses}"));
+                self.print(format!(
+                    "waiting for keepers of an earlier launch at {addresses}"
+                ));
             }
         }
         Next::Wait(Stage::Gathering(gathering))
@@ -192,10 +199,18 @@ impl Engine {
         let steps = config.train.steps;
         let takes_snapshots = config.takes_snapshots();
         let held = self.held();
-        let newest = held.candidates.first().map(|candidate| candidate.snapshot.id);
+        let newest = held
+            .candidates
+            .first()
+            .map(|candidate| candidate.snapshot.id);
         for id in &held.keepers {
-            let inventory = self.keepers.get(*id).and_then(|keeper| keeper.inventory.as_ref());
-            let memberships = inventory.into_iter().flat_map(|inventory| &inventory.memberships);
+            let inventory = self
+                .keepers
+                .get(*id)
+                .and_then(|keeper| keeper.inventory.as_ref());
+            let memberships = inventory
+                .into_iter()
+                .flat_map(|inventory| &inventory.memberships);
             let last = memberships.map(|(topology, _)| topology.generation).max();
             // The registry may be older: the disk was full.
             self.generation = self.generation.max(last.unwrap_or(0));

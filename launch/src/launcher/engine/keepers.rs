@@ -135,7 +135,8 @@ impl Keepers {
     }
 
     pub(crate) fn state(&self, id: KeeperId) -> KeeperState {
-        self.get(id).map_or(KeeperState::Lost, |keeper| keeper.state)
+        self.get(id)
+            .map_or(KeeperState::Lost, |keeper| keeper.state)
     }
 
     pub(crate) fn may_live(&self, id: KeeperId) -> bool {

@@ -51,7 +51,10 @@ impl Engine {
         for machine in busy {
             if machine == 0 {
                 // A killed process runs no more code, even if the kernel still blocks it.
-                self.print("warning: killed ranks of this machine do not end: blocked in the kernel?".into());
+                self.print(
+                    "warning: killed ranks of this machine do not end: blocked in the kernel?"
+                        .into(),
+                );
             } else {
                 self.lose_machine(machine, "its ranks did not end");
             }

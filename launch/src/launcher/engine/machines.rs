@@ -68,7 +68,9 @@ impl Machines {
     }
 
     pub(crate) fn missing(&self, wanted: impl Iterator<Item = usize>) -> BTreeSet<usize> {
-        wanted.filter(|&machine| !self.is_present(machine)).collect()
+        wanted
+            .filter(|&machine| !self.is_present(machine))
+            .collect()
     }
 
     /// Returns the time since a machine's last sign of life.
@@ -148,10 +150,18 @@ mod tests {
 
     #[test]
     fn a_keeper_is_found_where_its_machine_is_now() {
-        let exchanged = machines(&[([10, 0, 0, 1], "a"), ([10, 0, 0, 3], "c"), ([10, 0, 0, 2], "b")]);
+        let exchanged = machines(&[
+            ([10, 0, 0, 1], "a"),
+            ([10, 0, 0, 3], "c"),
+            ([10, 0, 0, 2], "b"),
+        ]);
         assert_eq!(exchanged.place_of(&entry(1, [10, 0, 0, 2], "b")), Some(2));
         assert_eq!(exchanged.place_of(&entry(1, [10, 0, 0, 2], "")), Some(2));
-        assert_eq!(exchanged.place_of(&entry(1, [10, 0, 9, 9], "b")), Some(2), "a new address");
+        assert_eq!(
+            exchanged.place_of(&entry(1, [10, 0, 9, 9], "b")),
+            Some(2),
+            "a new address"
+        );
         assert_eq!(exchanged.place_of(&entry(1, [10, 0, 0, 9], "x")), None);
         let shared = machines(&[([127, 0, 0, 1], "a"), ([127, 0, 0, 1], "a")]);
         assert_eq!(shared.place_of(&entry(1, [127, 0, 0, 1], "a")), Some(1));

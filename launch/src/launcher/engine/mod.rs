@@ -263,7 +263,8 @@ impl Engine {
         }
         self.machines.lose(machine);
         self.commands.push(Command::DropMachine { machine });
-        self.ranks.on_machine_lost(machine, &format!("machine {machine} is gone ({reason})"));
+        self.ranks
+            .on_machine_lost(machine, &format!("machine {machine} is gone ({reason})"));
         let failed = format!("machine {machine} is gone");
         for request in self.requests.take_of(Recipient::Machine(machine)) {
             self.on_reply(request.purpose, Err(Failed::Lost(failed.clone())));
@@ -435,7 +436,9 @@ impl Engine {
             _ => self.settings.heartbeat_timeout(),
         };
         let deadline = Some(self.now + limit);
-        let id = self.requests.issue(Recipient::Keeper(keeper), purpose, deadline);
+        let id = self
+            .requests
+            .issue(Recipient::Keeper(keeper), purpose, deadline);
         self.commands.push(Command::AskKeeper {
             id,
             keeper,

@@ -1,22 +1,9 @@
 //! The rank processes of the current generation, as machines report them.
 
-use crate::protocol::FailureReport;
+use crate::{protocol::FailureReport, signals::STOPS};
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
-use std::{
-    collections::BTreeMap,
-    os::unix::process::ExitStatusExt,
-    process::ExitStatus,
-};
-
-/// Signals that ask for an orderly end.
-pub(crate) const STOP_SIGNALS: [Signal; 5] = [
-    Signal::SIGTERM,
-    Signal::SIGINT,
-    Signal::SIGHUP,
-    Signal::SIGUSR2,
-    Signal::SIGXCPU,
-];
+use std::{collections::BTreeMap, os::unix::process::ExitStatusExt, process::ExitStatus};
 
 /// A rank that exited with an error or was killed.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -44,7 +31,7 @@ impl FailedRank {
         let status = ExitStatus::from_raw(self.status);
         let code = status.code().map(|code| code - 128);
         let signal = code.or(status.signal())?;
-        let mut signals = STOP_SIGNALS.iter();
+        let mut signals = STOPS.iter();
         signals.any(|&stop| stop as i32 == signal).then_some(signal)
     }
 

@@ -191,7 +191,10 @@ impl Reassembly {
 
     fn select(&mut self, engine: &mut Engine) {
         self.step = Step::Selecting;
-        let holders = self.holders.iter().map(|&keeper| engine.keepers.address(keeper));
+        let holders = self
+            .holders
+            .iter()
+            .map(|&keeper| engine.keepers.address(keeper));
         let holders: Vec<SocketAddr> = holders.collect();
         for keeper in engine.keepers.ready() {
             let request = KeeperRequest::SelectRestore {
@@ -251,7 +254,10 @@ impl Reassembly {
     }
 
     fn sources(&self, engine: &Engine, rank: usize) -> Vec<Option<SocketAddr>> {
-        let answering = self.keepers.iter().map(|&keeper| engine.keepers.address(keeper));
+        let answering = self
+            .keepers
+            .iter()
+            .map(|&keeper| engine.keepers.address(keeper));
         let answering: Vec<SocketAddr> = answering.collect();
         self.candidate.sources(rank, &answering)
     }

@@ -110,7 +110,10 @@ impl Engine {
         let mut keepers = Vec::new();
         let mut inventories = Vec::new();
         for id in self.keepers.ready() {
-            let inventory = self.keepers.get(id).and_then(|keeper| keeper.inventory.clone());
+            let inventory = self
+                .keepers
+                .get(id)
+                .and_then(|keeper| keeper.inventory.clone());
             if let Some(inventory) = inventory {
                 keepers.push(id);
                 inventories.push(inventory);

@@ -175,7 +175,10 @@ impl Engine {
 
     /// Starts standby processes once the ranks train: before, they would take their processors.
     fn start_standbys(&mut self, running: &mut Running) {
-        let trains = self.tracker.as_ref().is_some_and(|tracker| tracker.step > 0);
+        let trains = self
+            .tracker
+            .as_ref()
+            .is_some_and(|tracker| tracker.step > 0);
         let is_wanted = self.settings.config.restart.standby && self.has_keepers();
         if !is_wanted || running.has_standbys || !trains || running.stopping.is_some() {
             return;
@@ -190,7 +193,10 @@ impl Engine {
     /// Abandons snapshots that do not complete, and writes the newest if one is due.
     fn keep_snapshots(&mut self) {
         let now = self.now;
-        let expired = self.tracker.as_mut().and_then(|tracker| tracker.take_expired(now));
+        let expired = self
+            .tracker
+            .as_mut()
+            .and_then(|tracker| tracker.take_expired(now));
         if let Some(id) = expired {
             self.notify_all(|| KeeperRequest::Abandon(id));
         }
@@ -205,7 +211,9 @@ impl Engine {
             return;
         };
         let nodes = tracker.rank_nodes();
-        let keepers = nodes.iter().map(|&node| self.keepers.seats.get(node)?.keeper);
+        let keepers = nodes
+            .iter()
+            .map(|&node| self.keepers.seats.get(node)?.keeper);
         if let Some(holders) = keepers.collect::<Option<Vec<KeeperId>>>() {
             self.write_checkpoint(newest, &holders);
         }
@@ -213,10 +221,13 @@ impl Engine {
 
     /// Takes an event from a keeper.
     pub(super) fn on_keeper_event(&mut self, keeper: KeeperId, event: keeper::Event) {
+        let now = self.now;
+        if let keeper::Event::StopRequested { signal } = event {
+            self.on_keeper_signal(keeper, signal);
+        }
         let Some(node) = self.keepers.node_of(keeper) else {
             return;
         };
-        let now = self.now;
         let Some(tracker) = &mut self.tracker else {
             return;
         };
@@ -238,6 +249,15 @@ impl Engine {
                 self.notify_all(|| KeeperRequest::Abandon(id));
             }
             Action::Nothing => {}
+        }
+    }
+
+    /// A signal to a keeper is a request to the run: a scheduler signals all processes.
+    fn on_keeper_signal(&mut self, keeper: KeeperId, signal: i32) {
+        if signal == Signal::SIGUSR1 as i32 {
+            self.checkpoints_wanted += 1;
+        } else {
+            self.stops.note(Source::Keeper(keeper), signal, 1, self.now);
         }
     }
 
@@ -334,7 +354,13 @@ impl Engine {
                 let keeper = self.keepers.get(*id);
                 keeper.is_some_and(|keeper| keeper.machine == Some(machine))
             };
-            let spares: Vec<KeeperId> = self.keepers.spares.iter().copied().filter(on_machine).collect();
+            let spares: Vec<KeeperId> = self
+                .keepers
+                .spares
+                .iter()
+                .copied()
+                .filter(on_machine)
+                .collect();
             if spares.is_empty() {
                 for _ in 0..self.nodes_per_machine() {
                     let node = self.keepers.seats.len() + self.keepers.spares.len();
@@ -346,9 +372,9 @@ impl Engine {
             }
             let states = spares.iter().map(|&id| self.keepers.state(id));
             let states: Vec<KeeperState> = states.collect();
-            is_starting |= states.iter().any(|state| {
-                matches!(state, KeeperState::Starting | KeeperState::Connecting)
-            });
+            is_starting |= states
+                .iter()
+                .any(|state| matches!(state, KeeperState::Starting | KeeperState::Connecting));
             if states.contains(&KeeperState::Lost) {
                 for id in spares {
                     self.abandon_keeper(id);
@@ -356,7 +382,10 @@ impl Engine {
                 self.machines.returned.remove(&machine);
             }
         }
-        let trains = self.tracker.as_ref().is_some_and(|tracker| tracker.step > 0);
+        let trains = self
+            .tracker
+            .as_ref()
+            .is_some_and(|tracker| tracker.step > 0);
         if is_starting || !trains {
             return;
         }

@@ -121,7 +121,9 @@ impl Engine {
             return self.end_failed(problem);
         }
         let nodes = 0..self.keepers.seats.len();
-        let is_full = nodes.into_iter().all(|node| self.keepers.ready_keeper(node).is_some());
+        let is_full = nodes
+            .into_iter()
+            .all(|node| self.keepers.ready_keeper(node).is_some());
         if is_full && !self.starts_spares() {
             return self.seated(seating, notes);
         }
@@ -411,7 +413,9 @@ impl Engine {
         let names = missing.join(", ");
         let timeout = self.settings.timeout();
         if self.now.saturating_sub(seating.began) > timeout {
-            let problem = Problem::new(format!("machines {names} did not join within {timeout:.0?}"));
+            let problem = Problem::new(format!(
+                "machines {names} did not join within {timeout:.0?}"
+            ));
             let problem = match &seating.why {
                 Why::Failed { recovered, .. } => problem.because(&recovered.failure),
                 _ => problem,
@@ -433,10 +437,15 @@ impl Engine {
         socket: Option<String>,
     ) -> KeeperId {
         let keeper = self.keepers.add_new(machine, socket);
-        let socket = self.keepers.get(keeper).map(|keeper| keeper.entry.socket.clone());
+        let socket = self
+            .keepers
+            .get(keeper)
+            .map(|keeper| keeper.entry.socket.clone());
         let deadline = Some(self.now + KEEPER_START_TIMEOUT);
         let recipient = Recipient::Machine(machine);
-        let id = self.requests.issue(recipient, Purpose::StartKeeper(keeper), deadline);
+        let id = self
+            .requests
+            .issue(recipient, Purpose::StartKeeper(keeper), deadline);
         self.commands.push(Command::StartKeeper {
             id,
             machine,
@@ -451,7 +460,9 @@ impl Engine {
     pub(super) fn connect(&mut self, keeper: KeeperId) {
         let deadline = Some(self.now + self.settings.connect_timeout());
         let recipient = Recipient::Keeper(keeper);
-        let id = self.requests.issue(recipient, Purpose::Connect(keeper), deadline);
+        let id = self
+            .requests
+            .issue(recipient, Purpose::Connect(keeper), deadline);
         let address = self.keepers.address(keeper);
         self.commands.push(Command::ConnectKeeper {
             id,

@@ -41,13 +41,18 @@ impl Engine {
             setting_up.topology = Some(self.begin_generation());
             return Next::Go(Stage::SettingUp(setting_up));
         };
-        if self.requests.any(|purpose| matches!(purpose, Purpose::SetUp(_))) {
+        if self
+            .requests
+            .any(|purpose| matches!(purpose, Purpose::SetUp(_)))
+        {
             setting_up.topology = Some(topology);
             return Next::Wait(Stage::SettingUp(setting_up));
         }
         if self.has_keepers() {
             let nodes = 0..self.keepers.seats.len();
-            let lost = nodes.into_iter().find(|&node| self.keepers.ready_keeper(node).is_none());
+            let lost = nodes
+                .into_iter()
+                .find(|&node| self.keepers.ready_keeper(node).is_none());
             if let Some(node) = lost {
                 let failure = Failure::transient(format!("the keeper of node {node} is gone"));
                 return self.fail(failure);
@@ -104,8 +109,11 @@ impl Engine {
 
     pub(super) fn store_registry(&mut self, registry: Option<KeeperRegistry>) {
         // An earlier write that still hangs is of no use any more.
-        self.requests.forget(|purpose| purpose == Purpose::SaveRegistry);
-        let id = self.requests.issue(Recipient::Disk, Purpose::SaveRegistry, None);
+        self.requests
+            .forget(|purpose| purpose == Purpose::SaveRegistry);
+        let id = self
+            .requests
+            .issue(Recipient::Disk, Purpose::SaveRegistry, None);
         self.commands.push(Command::SaveRegistry { id, registry });
     }
 
@@ -113,7 +121,9 @@ impl Engine {
         let nodes = self.settings.config.nodes(self.world_size);
         let protection = self.settings.config.protection(nodes.len());
         let (redundancy, groups) = protection.unwrap_or_else(|reason| {
-            self.warn_once(format!("snapshots do not survive the loss of a node: {reason}"));
+            self.warn_once(format!(
+                "snapshots do not survive the loss of a node: {reason}"
+            ));
             let alone = (0..nodes.len()).map(|node| vec![node]);
             (Redundancy::None, alone.collect())
         });

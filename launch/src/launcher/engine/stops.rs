@@ -24,13 +24,7 @@ impl Stops {
     /// launcher and agents are asked twice on purpose.
     pub(crate) fn note(&mut self, source: Source, signal: i32, count: usize, at: Duration) {
         match self.first {
-            None => {
-                self.first = Some(FirstStop {
-                    source,
-                    signal,
-                    at,
-                })
-            }
+            None => self.first = Some(FirstStop { source, signal, at }),
             Some(_) => {
                 let may_insist = matches!(source, Source::Launcher | Source::Agent(_));
                 self.insists |= may_insist && count > 1;

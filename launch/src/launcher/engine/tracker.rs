@@ -75,10 +75,7 @@ pub(crate) enum Action {
 
 impl Tracker {
     pub(crate) fn new(topology: Topology, now: Duration) -> Tracker {
-        let last_progress = LastProgress {
-            at: now,
-            total: 0,
-        };
+        let last_progress = LastProgress { at: now, total: 0 };
         Tracker {
             topology,
             pending: BTreeMap::new(),
@@ -116,9 +113,8 @@ impl Tracker {
                     return Action::Abandon { id, reason };
                 }
             }
-            Event::StopRequested { signal } => {
-                tracing::warn!("the keeper of node {node} received signal {signal}");
-            }
+            // The engine has noted it.
+            Event::StopRequested { .. } => {}
         }
         Action::Nothing
     }
@@ -165,7 +161,8 @@ impl Tracker {
     /// Removes and returns a snapshot that has been incomplete for too long.
     pub(crate) fn take_expired(&mut self, now: Duration) -> Option<SnapshotId> {
         let mut pending = self.pending.iter();
-        let (&id, _) = pending.find(|(_, pending)| now.saturating_sub(pending.since) > SNAPSHOT_TIMEOUT)?;
+        let (&id, _) =
+            pending.find(|(_, pending)| now.saturating_sub(pending.since) > SNAPSHOT_TIMEOUT)?;
         self.pending.remove(&id);
         Some(id)
     }
@@ -272,7 +269,10 @@ mod tests {
                 };
                 let id = id(step);
                 let event = Event::Complete { id, part, durable };
-                assert_eq!(tracker.on_event(rank, event, Duration::ZERO), Action::Nothing);
+                assert_eq!(
+                    tracker.on_event(rank, event, Duration::ZERO),
+                    Action::Nothing
+                );
             }
         }
     }

@@ -173,7 +173,10 @@ impl Agent<'_> {
     /// Returns the status to exit with, or None if the launcher is gone.
     fn serve(&mut self, mut session: Session) -> Result<Option<u8>> {
         let head = self.head;
-        let machine = self.machine.as_mut().context("no launcher has accepted this machine")?;
+        let machine = self
+            .machine
+            .as_mut()
+            .context("no launcher has accepted this machine")?;
         let mut last_sent = Instant::now();
         let gone = loop {
             match session.commands.pop(POLL_INTERVAL) {

@@ -12,7 +12,9 @@ use crate::{
     },
 };
 use anyhow::{Context, Result};
-use checkpoint::secure::{Admitted, Connection, Door, FrameWriter, Limits, PeerAddress, Purpose, Secret};
+use checkpoint::secure::{
+    Admitted, Connection, Door, FrameWriter, Limits, PeerAddress, Purpose, Secret,
+};
 use parking_lot::Mutex;
 use std::{
     collections::BTreeMap,
@@ -155,7 +157,10 @@ impl Served {
             return;
         }
         let timeout_s = self.join.heartbeat_timeout.as_secs_f64();
-        if connection.send(&HelloReply::Accepted { timeout_s }).is_err() {
+        if connection
+            .send(&HelloReply::Accepted { timeout_s })
+            .is_err()
+        {
             return;
         }
         let machine = hello.machine;
@@ -178,7 +183,10 @@ impl Served {
             }
         };
         let mut links = self.links.lock();
-        let is_current = links.by_machine.get(&machine).is_some_and(|link| link.number == number);
+        let is_current = links
+            .by_machine
+            .get(&machine)
+            .is_some_and(|link| link.number == number);
         if is_current {
             if let Some(link) = links.by_machine.remove(&machine) {
                 link.end();
@@ -279,7 +287,13 @@ fn event(machine: usize, report: MachineReport) -> Event {
 /// Returns the event of a report from the launcher's own machine.
 pub(super) fn own_event(report: MachineReport) -> Event {
     match (report, 0) {
-        (MachineReport::Keeper { request, started: Err(reason) }, _) => Event::Reply {
+        (
+            MachineReport::Keeper {
+                request,
+                started: Err(reason),
+            },
+            _,
+        ) => Event::Reply {
             id: RequestId(request),
             reply: Err(Failed::Refused(reason)),
         },

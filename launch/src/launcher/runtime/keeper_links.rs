@@ -8,11 +8,7 @@ use crate::launcher::engine::{
     requests::RequestId,
 };
 use checkpoint::keeper::{Error, Peer, Secret};
-use std::{
-    collections::BTreeMap,
-    net::SocketAddr,
-    time::Duration,
-};
+use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 /// The limit of a request that moves or checks whole snapshots.
 const LONG_TIMEOUT: Duration = Duration::from_secs(3600);
@@ -49,7 +45,11 @@ fn failed(error: Error) -> Failed {
 }
 
 impl KeeperLinks {
-    pub(super) fn new(secret: Secret, reply_timeout: Duration, events: Queue<Event>) -> KeeperLinks {
+    pub(super) fn new(
+        secret: Secret,
+        reply_timeout: Duration,
+        events: Queue<Event>,
+    ) -> KeeperLinks {
         KeeperLinks {
             secret,
             reply_timeout,

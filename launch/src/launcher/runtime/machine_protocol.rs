@@ -44,22 +44,33 @@ pub(super) enum MachineCommand {
         assignments: Vec<Assignment>,
     },
     /// Keep `count` standby processes.
-    StandBy { count: usize },
+    StandBy {
+        count: usize,
+    },
     /// Send the ranks a signal.
-    SignalRanks { signal: i32 },
+    SignalRanks {
+        signal: i32,
+    },
     /// Kill the ranks, and with `standby` also the standby processes.
-    KillRanks { number: u64, standby: bool },
+    KillRanks {
+        number: u64,
+        standby: bool,
+    },
     /// Start the keeper of `node`. An agent replaces the address by its machine's.
     StartKeeper {
         request: u64,
         node: usize,
         settings: KeeperSettings,
     },
-    KillKeeper { pid: i32 },
+    KillKeeper {
+        pid: i32,
+    },
     /// A sign of life.
     Heartbeat,
     /// The run is over: exit with the launcher's status.
-    End { status: u8 },
+    End {
+        status: u8,
+    },
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -71,7 +82,10 @@ pub(super) enum MachineReport {
         started: Result<StartedKeeper, String>,
     },
     /// The agent received a signal to stop; `count` so far.
-    Stop { signal: i32, count: usize },
+    Stop {
+        signal: i32,
+        count: usize,
+    },
     /// The agent received SIGUSR1.
     CheckpointWanted,
     /// A sign of life.

@@ -186,7 +186,9 @@ impl<'a> Runtime<'a> {
                 id,
                 snapshot,
                 shares,
-            } => self.disk.write_checkpoint(id, snapshot, shares, &self.keepers),
+            } => self
+                .disk
+                .write_checkpoint(id, snapshot, shares, &self.keepers),
             Command::Survey { id } => self.disk.survey(id),
             Command::SaveRegistry { id, registry } => self.disk.save_registry(id, registry),
             Command::RecordRestart(record) => self.disk.record_restart(&record),

@@ -79,7 +79,11 @@ fn check(faults: &[(u16, Fault)], shrinks: bool) -> Result<(), TestCaseError> {
         world.run_until(pause, |world| world.exit.is_some());
         let preserved = world.preserved();
         // While no fault happens, nothing is lost.
-        prop_assert!(preserved >= before, "{before:?} became {preserved:?}: {}", world.describe());
+        prop_assert!(
+            preserved >= before,
+            "{before:?} became {preserved:?}: {}",
+            world.describe()
+        );
         if world.exit.is_some() {
             break;
         }
@@ -103,12 +107,20 @@ fn check(faults: &[(u16, Fault)], shrinks: bool) -> Result<(), TestCaseError> {
         return Err(TestCaseError::fail(format!("no end: {}", world.describe())));
     };
     let preserved = world.preserved();
-    prop_assert!(preserved >= before, "at the end {before:?} became {preserved:?}: {} {problem:?}", world.describe());
+    prop_assert!(
+        preserved >= before,
+        "at the end {before:?} became {preserved:?}: {} {problem:?}",
+        world.describe()
+    );
     if *status == 0 {
         prop_assert_eq!(world.checkpoints.last(), Some(&40), "{:?}", world.printed);
         prop_assert!(problem.is_none());
     }
-    let reasons = ["no checkpoint: ", "is not on disk", "was lost with a keeper"];
+    let reasons = [
+        "no checkpoint: ",
+        "is not on disk",
+        "was lost with a keeper",
+    ];
     let says_why = |line: &String| reasons.iter().any(|reason| line.contains(reason));
     let message = problem.iter().map(|problem| &problem.message);
     let says_why = world.printed.iter().chain(message).any(says_why);

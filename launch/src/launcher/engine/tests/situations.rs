@@ -208,10 +208,18 @@ fn row(moment: Moment, when: &str, happening: &Happening) -> String {
     world.heal_disk();
     world.run_until(Duration::from_secs(300), |world| world.exit.is_some());
     let (status, problem) = world.exit.clone().unwrap_or_else(|| {
-        panic!("{} while {when}: no end: {}", happening.what, world.describe())
+        panic!(
+            "{} while {when}: no end: {}",
+            happening.what,
+            world.describe()
+        )
     });
     assert!(world.violations.is_empty(), "{:?}", world.violations);
-    let place = if world.has_keepers() { "memory" } else { "checkpoint" };
+    let place = if world.has_keepers() {
+        "memory"
+    } else {
+        "checkpoint"
+    };
     let preserved = match world.preserved() {
         Some(step) => format!("step {step} ({place})"),
         None => "nothing was trained".into(),

@@ -15,10 +15,11 @@ use crate::{
     registry::{KeeperEntry, KeeperRegistry},
 };
 use checkpoint::keeper::{
-    self, Inventory, PartInfo, RankStatus, Secret, Snapshot, SnapshotId, Topology,
+    self, Identity, Inventory, PartInfo, RankStatus, Secret, Snapshot, SnapshotId, Topology,
     recover::{Rebuild, candidates},
 };
 use nix::sys::signal::Signal;
+use parallel::StoreAccess;
 use serde_json::{Value, json};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -66,7 +67,6 @@ struct SimKeeper {
 #[derive(Debug)]
 struct Attempt {
     number: u64,
-    topology: Option<Topology>,
     ranks: usize,
     step: u64,
     next_step_at: Duration,
@@ -175,7 +175,10 @@ impl World {
         let settings = Settings {
             stored_config: String::new(),
             dir: PathBuf::from("run"),
-            store_port: 1,
+            store: StoreAccess {
+                address: SocketAddr::from(([127, 0, 0, 1], 1)),
+                secret: secret.clone(),
+            },
             ranks_per_machine: 2,
             spare_nodes: spares,
             world_size: 2 * (machines - spares),
@@ -459,7 +462,9 @@ impl World {
     fn miss_keepers(&mut self, machine: usize) {
         let keepers = self.keepers.values_mut();
         let on_machine = keepers.filter(|keeper| keeper.machine == machine);
-        let missed: Vec<KeeperId> = on_machine.filter_map(|keeper| keeper.subscriber.take()).collect();
+        let missed: Vec<KeeperId> = on_machine
+            .filter_map(|keeper| keeper.subscriber.take())
+            .collect();
         for keeper in missed {
             let failed = Failed::Silent("no reply in time".into());
             self.tell(Event::KeeperGone { keeper, failed });
@@ -583,7 +588,10 @@ impl World {
 
     fn write_checkpoint(&mut self, id: RequestId, snapshot: SnapshotId, shares: &[KeeperShare]) {
         let has_part = |keeper: KeeperId, rank: usize| {
-            let sim = self.links.get(&keeper).and_then(|address| self.keepers.get(address));
+            let sim = self
+                .links
+                .get(&keeper)
+                .and_then(|address| self.keepers.get(address));
             sim.is_some_and(|sim| sim.is_alive && sim.parts.contains_key(&(snapshot, rank)))
         };
         let is_whole = shares
@@ -649,7 +657,11 @@ impl World {
             return;
         };
         // Nothing comes back from a machine that is cut off.
-        if self.machines.get(sim.machine).is_none_or(|machine| machine.cut_since.is_some()) {
+        if self
+            .machines
+            .get(sim.machine)
+            .is_none_or(|machine| machine.cut_since.is_some())
+        {
             return;
         }
         let reply = if sim.is_alive {
@@ -668,7 +680,11 @@ impl World {
             return;
         };
         let machine = self.keepers[&address].machine;
-        if self.machines.get(machine).is_some_and(|machine| machine.cut_since.is_some()) {
+        if self
+            .machines
+            .get(machine)
+            .is_some_and(|machine| machine.cut_since.is_some())
+        {
             return;
         }
         let reply = if self.keepers[&address].is_alive {
@@ -685,7 +701,9 @@ impl World {
             KeeperRequest::Inventory => return Ok(Answer::Inventory(keeper.inventory())),
             KeeperRequest::Verify(_) => return Ok(Answer::Damaged(Vec::new())),
             KeeperRequest::SetUp { topology, node } => {
-                keeper.memberships.retain(|(other, _)| other.generation != topology.generation);
+                keeper
+                    .memberships
+                    .retain(|(other, _)| other.generation != topology.generation);
                 keeper.memberships.push((topology, node));
             }
             KeeperRequest::Commit(snapshot) => keeper.commit(snapshot),
@@ -699,7 +717,10 @@ impl World {
             KeeperRequest::Rebuild(rebuilds) => return self.rebuild(address, rebuilds),
             KeeperRequest::Protect { snapshot, node, .. } => {
                 let generation = snapshot.id.generation;
-                let is_known = keeper.memberships.iter().any(|(other, _)| other.generation == generation);
+                let is_known = keeper
+                    .memberships
+                    .iter()
+                    .any(|(other, _)| other.generation == generation);
                 if !is_known {
                     keeper.memberships.push((snapshot.topology.clone(), node));
                 }
@@ -721,7 +742,11 @@ impl World {
                 let keeper = source.and_then(|source| self.keepers.get(&source));
                 keeper.is_some_and(|keeper| keeper.is_alive)
             };
-            let living = rebuild.sources.iter().filter(|source| lives(source)).count();
+            let living = rebuild
+                .sources
+                .iter()
+                .filter(|source| lives(source))
+                .count();
             let needed = rebuild.sources.len() - rebuild.snapshot.topology.redundancy.max_losses();
             if living < needed || rebuild.sources.is_empty() {
                 return Err(Failed::Refused("too little is left".into()));
@@ -743,14 +768,22 @@ impl World {
             self.is_reachable(*other) && sim.number != number && !sim.ranks.is_empty()
         });
         if older.count() > 0 {
-            self.violations.push(format!("ranks of attempt {number} meet older ones"));
+            self.violations
+                .push(format!("ranks of attempt {number} meet older ones"));
         }
         let sim = &mut self.machines[machine];
         sim.number = number;
         sim.failed.clear();
-        sim.ranks = assignments.iter().map(|assignment| assignment.rank).collect();
+        sim.ranks = assignments
+            .iter()
+            .map(|assignment| assignment.rank)
+            .collect();
         let first = &assignments[0];
-        if self.attempt.as_ref().is_none_or(|attempt| attempt.number != number) {
+        if self
+            .attempt
+            .as_ref()
+            .is_none_or(|attempt| attempt.number != number)
+        {
             let restore = first.keeper.as_ref().and_then(|keeper| keeper.restore);
             let from_disk = self.checkpoints.last().copied().unwrap_or(0);
             let step = restore.map_or(from_disk, |restore| restore.0.step);
@@ -758,7 +791,6 @@ impl World {
             self.restarts += 1;
             self.attempt = Some(Attempt {
                 number,
-                topology: None,
                 ranks: first.world_size,
                 step,
                 next_step_at: self.now + START,
@@ -800,7 +832,11 @@ impl World {
         if self.now < attempt.next_step_at || running < attempt.ranks {
             return;
         }
-        if self.machines.iter().any(|machine| machine.cut_since.is_some() && !machine.ranks.is_empty()) {
+        if self
+            .machines
+            .iter()
+            .any(|machine| machine.cut_since.is_some() && !machine.ranks.is_empty())
+        {
             return;
         }
         if attempt.step >= self.steps {
@@ -844,8 +880,18 @@ impl World {
     /// Every rank hands its state to its keeper.
     fn snapshot(&mut self, step: u64, durable: bool) {
         let addresses: Vec<SocketAddr> = self.keepers.keys().copied().collect();
-        let newest = |keeper: &SimKeeper| keeper.memberships.last().map(|(topology, _)| topology.generation);
-        let generation = self.keepers.values().filter(|keeper| keeper.is_alive).filter_map(newest).max();
+        let newest = |keeper: &SimKeeper| {
+            keeper
+                .memberships
+                .last()
+                .map(|(topology, _)| topology.generation)
+        };
+        let generation = self
+            .keepers
+            .values()
+            .filter(|keeper| keeper.is_alive)
+            .filter_map(newest)
+            .max();
         let Some(generation) = generation else {
             return;
         };
@@ -853,7 +899,9 @@ impl World {
         for address in addresses {
             let keeper = self.keepers.get_mut(&address).expect("it is there");
             let last = keeper.memberships.last().cloned();
-            let Some((topology, node)) = last.filter(|(topology, _)| topology.generation == generation) else {
+            let Some((topology, node)) =
+                last.filter(|(topology, _)| topology.generation == generation)
+            else {
                 continue;
             };
             let Some(subscriber) = keeper.subscriber.filter(|_| keeper.is_alive) else {
@@ -914,8 +962,13 @@ impl World {
 impl SimKeeper {
     fn inventory(&self) -> Inventory {
         Inventory {
+            identity: Identity::default(),
             memberships: self.memberships.clone(),
-            parts: self.parts.iter().map(|((id, _), part)| (*id, part.clone())).collect(),
+            parts: self
+                .parts
+                .iter()
+                .map(|((id, _), part)| (*id, part.clone()))
+                .collect(),
             protected: self.protected.iter().copied().collect(),
             complete: self.complete.values().cloned().collect(),
         }
