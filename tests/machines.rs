@@ -249,7 +249,8 @@ fn a_lost_rank_and_a_lost_machine_are_recovered() {
         "{said}"
     );
     assert!(
-        said.contains("machine 1 is gone; lost node 1: ") && said.contains("rebuilt from"),
+        said.contains("machine 1 is gone (the connection was closed); lost node 1: ")
+            && said.contains("rebuilt from"),
         "{said}"
     );
     assert_eq!(
