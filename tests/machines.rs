@@ -314,18 +314,25 @@ fn a_signal_to_the_launcher_stops_every_machine_with_a_checkpoint() {
             .path(&format!("run/checkpoints/step-{step:08}"))
             .exists()
     );
-    // A killed launcher takes all ranks with it.
+    // A killed launcher takes all ranks with it. Its agents wait for another launcher, which
+    // continues from the memory of the keepers.
     let mut run = start_all(&network, &experiment, 2, &["train.steps=100000"]);
     wait_for_step(&experiment, "run", step + 5);
-    run[0].kill().unwrap();
-    let agent = finish_child(run.pop().unwrap());
-    assert!(
-        !agent.status.success() && text(&agent).contains("is gone"),
-        "{}",
-        text(&agent)
+    let mut head = run.remove(0);
+    head.kill().unwrap();
+    head.wait().unwrap();
+    let second = start_with_output_file(
+        &experiment,
+        &mut network.machine(&experiment, 0, 2, &["train.steps=100000"]),
     );
-    run.pop().unwrap().wait().unwrap();
-    experiment.assert_only_keepers();
+    wait_for_output(&experiment, "found keepers of an earlier launcher", 1);
+    let step = steps_done(&experiment, "run");
+    wait_for_step(&experiment, "run", step + 5);
+    signal(&second.id().to_string(), "TERM");
+    for child in [vec![second], run].into_iter().flatten() {
+        let output = finish_child(child);
+        assert_eq!(output.status.code(), Some(143), "{}", text(&output));
+    }
 }
 
 #[test]
