@@ -432,5 +432,7 @@ fn wrong_machines_are_refused() {
     );
     head.kill().unwrap();
     head.wait().unwrap();
-    first.wait().unwrap();
+    // An agent waits for another launcher, unless it is stopped.
+    signal(&first.id().to_string(), "TERM");
+    assert_eq!(first.wait().unwrap().code(), Some(143));
 }

@@ -11,7 +11,7 @@ use super::{
 use crate::{
     cli::TrainArgs,
     config_file,
-    hint::hinted,
+    hint::{self, hinted},
     launcher::{identity::machine_identity, token},
     signals::{Signals, StopMode},
 };
@@ -57,7 +57,14 @@ pub(crate) fn run(
     };
     let mut timeout = RENDEZVOUS_TIMEOUT;
     loop {
-        let session = agent.join(timeout)?;
+        let session = match agent.join(timeout) {
+            Ok(session) => session,
+            Err(error) if signals.stop_count() > 0 => {
+                eprintln!("error: {}", hint::message(&error));
+                return Ok(ExitCode::from(signals.exit_status()));
+            }
+            Err(error) => return Err(error),
+        };
         if let Some(status) = agent.serve(session)? {
             return Ok(ExitCode::from(status));
         }
