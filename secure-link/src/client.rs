@@ -73,8 +73,8 @@ pub fn connect_local(
     })
 }
 
-/// Repeats attempts that a limit ended. A server that says nothing for the limit of a handshake does
-/// not answer a second time either.
+/// Repeats attempts that a limit ended. A server that says nothing for the limit of a handshake
+/// does not answer a second time either.
 fn retry<T>(
     timeout: Duration,
     mut attempt: impl FnMut(Instant) -> Result<T, Error>,

@@ -49,7 +49,7 @@ const MAX_ACCEPTS: usize = 32;
 pub struct Limits {
     /// Most connections that are not authenticated yet.
     pub unauthenticated: usize,
-    /// Most authenticated connections.
+    /// Most connections that are authenticated.
     pub authenticated: usize,
     /// The time for a whole handshake.
     pub handshake_timeout: Duration,
@@ -212,7 +212,7 @@ struct Porter<L: Listener, F> {
     log: RefusalLog,
 }
 
-/// What a wait of the thread ended with.
+/// The result of a wait of the thread.
 struct Woken {
     is_closed: bool,
     has_arrivals: bool,

@@ -187,7 +187,7 @@ impl<S: Socket> FrameWriter<S> {
     }
 }
 
-/// An authenticated connection.
+/// A connection whose sides have authenticated each other.
 #[derive(Debug)]
 pub struct Connection<S> {
     pub reader: FrameReader<S>,

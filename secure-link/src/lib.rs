@@ -30,8 +30,8 @@
 //!
 //! # Frames
 //!
-//! A frame is the length of its body (4 bytes), a check value and the body: a message in bincode 2's
-//! standard encoding or in JSON. The check value is a CRC-32C (4 bytes). For a
+//! A frame is the length of its body (4 bytes), a check value and the body: a message in bincode
+//! 2's standard encoding or in JSON. The check value is a CRC-32C (4 bytes). For a
 //! [sealed](Purpose::sealed) purpose it is a BLAKE3 hash (16 bytes), keyed by both nonces and the
 //! secret, of the frame's number and its body: no frame can be changed, repeated or inserted by
 //! others. Nothing is encrypted.

@@ -1,4 +1,4 @@
-//! What the sides of a handshake send. Pure.
+//! The messages and proofs of a handshake. Pure.
 
 use super::{purpose::Purpose, secret::Secret};
 

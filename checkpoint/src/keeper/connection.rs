@@ -36,8 +36,8 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// Connects to a keeper, whose replies then have to arrive within `timeout`. Connecting may take
-    /// as long, but 15 s at most.
+    /// Connects to a keeper, whose replies then have to arrive within `timeout`. Connecting may
+    /// take as long, but 15 s at most.
     ///
     /// # Errors
     /// If no keeper of this run answers at `address`; [`Error::is_lost`] tells whether there is

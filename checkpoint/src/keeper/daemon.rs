@@ -23,7 +23,7 @@ use std::{
 /// Events that may wait for a launcher. One that reads none is dropped: it connects again.
 const MAX_WAITING_EVENTS: usize = 4096;
 
-/// What the keeper's lock protects.
+/// The contents of the keeper's lock.
 struct Inner {
     state: State,
     /// The memory of each slot.
@@ -40,7 +40,7 @@ pub(super) struct PortRefusals {
 /// The keeper, which all its threads share.
 pub(super) struct Keeper {
     inner: Mutex<Inner>,
-    /// Notified at [`Effect::Wake`].
+    /// Notified at each [`Effect::Wake`].
     changed: Condvar,
     /// Wakes the thread that encodes.
     to_encode: Sender<SnapshotId>,

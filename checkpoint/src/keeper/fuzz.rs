@@ -65,7 +65,7 @@ impl Random {
 
 fn topology() -> Topology {
     let node = |node: usize| Node {
-        // Nothing listens there.
+        // Nothing listens at these ports.
         address: SocketAddr::from(([127, 0, 0, 1], 1 + node as u16)),
         ranks: vec![2 * node, 2 * node + 1],
     };

@@ -17,7 +17,7 @@ pub(super) enum Answer {
     Subscribe,
 }
 
-/// Handles a request.
+/// Handles a request and returns the answer.
 ///
 /// # Errors
 /// If the keeper cannot do what was requested.

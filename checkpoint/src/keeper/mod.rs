@@ -10,9 +10,9 @@
 //! - [`serve::run`] is the daemon, [`KeeperClient`] the side of a rank, and [`Peer`] that of the
 //!   launcher and of other keepers.
 //! - [`recover`] decides what can be restored, as a pure function.
-//! - Inside, `protocol` has the messages. `decide` has the state, a plain value with a function for
-//!   each thing that can happen. `daemon` puts it behind a lock and carries out what it decides, and
-//!   `handlers` and `rank_handlers` do the work that moves bytes. Connections are
+//! - Inside, `protocol` has the messages. `decide` has the state, a plain value with a function
+//!   for each thing that can happen. `daemon` puts it behind a lock and carries out what it decides,
+//!   and `handlers` and `rank_handlers` do the work that moves bytes. Connections are
 //!   [`secure`](crate::secure).
 //!
 //! Invariants:

@@ -68,9 +68,9 @@ pub struct Damage {
 /// The connections that a keeper refused since its start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeeperRefusals {
-    /// Those at the TCP port.
+    /// Connections at the TCP port.
     pub peers: RefusalCounts,
-    /// Those at the Unix socket for ranks.
+    /// Connections at the Unix socket for ranks.
     pub ranks: RefusalCounts,
 }
 

@@ -1,7 +1,7 @@
 //! Decisions do no input or output: no clock, file, socket, process, thread or terminal.
 //!
-//! The rule holds for the folders and files in [`PURE`]. What they need from outside is an argument,
-//! and what they want done is a value that they return.
+//! The rule holds for the folders and files in [`PURE`]. What they need from outside is an
+//! argument, and what they want done is a value that they return.
 
 use super::{
     report::Report,
@@ -54,7 +54,7 @@ const IMPURE: [&str; 24] = [
     "crate::keeper::daemon",
 ];
 
-/// Macros that print.
+/// Macros that write to the terminal.
 const IMPURE_MACROS: [&str; 5] = ["print", "println", "eprint", "eprintln", "dbg"];
 
 pub(super) fn check(file: &File, syntax: &syn::File, report: &mut Report) {

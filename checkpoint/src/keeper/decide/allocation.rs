@@ -12,26 +12,6 @@ use crate::{
 /// Most slots that a rank may have. It needs three.
 const MAX_SLOTS: usize = 16;
 
-/// The memory that a keeper may take, and what was granted but is not in its slots yet.
-#[derive(Debug)]
-pub(super) struct Budget {
-    limit: Option<u64>,
-    /// Granted, and not in a slot yet.
-    granted: u64,
-    /// Granted, and not taken from the machine yet.
-    outstanding: u64,
-}
-
-impl Budget {
-    pub(super) fn new(limit: Option<u64>) -> Budget {
-        Budget {
-            limit,
-            granted: 0,
-            outstanding: 0,
-        }
-    }
-}
-
 /// Permission to allocate some regions, until [`State::return_grant`].
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Grant {

@@ -1,7 +1,5 @@
-//! How long a keeper lives: until a request, a signal without a launcher, or an hour alone.
+//! The life of a keeper: until a request, a signal without a launcher, or an hour alone.
 
-use super::state::State;
-use crate::keeper::report::Event;
 use std::time::{Duration, Instant};
 
 /// Interval at which launchers receive the state of the ranks.
@@ -31,7 +29,7 @@ pub(crate) enum Life {
     Ends(End),
 }
 
-/// What the end of a keeper depends on.
+/// The facts that the end of a keeper depends on.
 #[derive(Debug)]
 pub(crate) struct Lifetime {
     orphan_timeout: Duration,
@@ -65,70 +63,55 @@ impl Lifetime {
     pub(super) fn is_stopping(&self) -> bool {
         self.is_stopping
     }
-}
 
-impl State {
-    /// Ends the keeper.
     pub(super) fn stop(&mut self) {
-        self.lifetime.is_stopping = true;
-        self.wake();
+        self.is_stopping = true;
     }
 
-    /// Records that a job begins, during which the keeper does not count as alone.
     pub(super) fn begin_job(&mut self) {
-        self.lifetime.running_jobs += 1;
+        self.running_jobs += 1;
     }
 
-    /// Records that a job ended.
-    pub(crate) fn finish_job(&mut self, now: Instant) {
-        self.lifetime.running_jobs = self.lifetime.running_jobs.saturating_sub(1);
-        self.lifetime.last_client = now;
+    pub(super) fn finish_job(&mut self, now: Instant) {
+        self.running_jobs = self.running_jobs.saturating_sub(1);
+        self.last_client = now;
     }
 
-    /// Records a signal to this process and reports it to the launchers.
-    pub(crate) fn signal(&mut self, signal: i32, now: Instant) {
-        if signal != SIGUSR1 && self.lifetime.stop_signal.is_none() {
-            self.lifetime.stop_signal = Some(signal);
-            self.lifetime.signalled_at = now;
+    /// Records a signal, of which the first that asks for the end counts.
+    pub(super) fn signal(&mut self, signal: i32, now: Instant) {
+        if signal != SIGUSR1 && self.stop_signal.is_none() {
+            self.stop_signal = Some(signal);
+            self.signalled_at = now;
         }
-        self.send(Event::StopRequested { signal });
-        self.wake();
     }
 
-    /// Returns the events that a launcher missed because it connected late.
-    pub(crate) fn missed_events(&self) -> Vec<Event> {
-        let signal = self.lifetime.stop_signal;
-        signal
-            .map(|signal| Event::StopRequested { signal })
-            .into_iter()
-            .collect()
+    /// True if a heartbeat is due, which is sent then.
+    pub(super) fn beats(&mut self, now: Instant) -> bool {
+        let is_due = now >= self.next_heartbeat;
+        if is_due {
+            self.next_heartbeat = now + HEARTBEAT_INTERVAL;
+        }
+        is_due
     }
 
-    /// Decides at time `now` whether the keeper ends, and sends a heartbeat if one is due.
-    /// `launchers` is the number of connected launchers.
-    pub(crate) fn tick(&mut self, launchers: usize, now: Instant) -> Life {
-        if self.lifetime.is_stopping {
+    /// Decides whether the keeper ends, while `launchers` launchers are connected.
+    pub(super) fn decide(&mut self, launchers: usize, now: Instant) -> Life {
+        if self.is_stopping {
             return Life::Ends(End::Requested);
         }
-        if now >= self.lifetime.next_heartbeat {
-            self.lifetime.next_heartbeat = now + HEARTBEAT_INTERVAL;
-            let ranks = self.ranks.statuses(now);
-            self.send(Event::Heartbeat { ranks });
+        if launchers > 0 || self.running_jobs > 0 {
+            self.last_client = now;
         }
-        let lifetime = &mut self.lifetime;
-        if launchers > 0 || lifetime.running_jobs > 0 {
-            lifetime.last_client = now;
-        }
-        let alone = now.saturating_duration_since(lifetime.last_client);
-        if let Some(signal) = lifetime.stop_signal {
-            let since = now.saturating_duration_since(lifetime.signalled_at);
+        let alone = now.saturating_duration_since(self.last_client);
+        if let Some(signal) = self.stop_signal {
+            let since = now.saturating_duration_since(self.signalled_at);
             if alone.min(since) >= SIGNAL_GRACE {
                 return Life::Ends(End::Signalled(signal));
             }
         }
-        if alone > lifetime.orphan_timeout {
+        if alone > self.orphan_timeout {
             return Life::Ends(End::Orphaned);
         }
-        Life::Until(lifetime.next_heartbeat)
+        Life::Until(self.next_heartbeat)
     }
 }

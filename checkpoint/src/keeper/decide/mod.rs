@@ -17,7 +17,9 @@
 //! | time passed | [`State::tick`] |
 
 mod allocation;
+mod budget;
 mod check;
+mod ending;
 mod generations;
 mod lifetime;
 mod parity;

@@ -108,8 +108,8 @@ impl State {
             return Err(Error::Refused("there is nothing to restore".into()));
         };
         let id = target.snapshot.id;
-        let known = target.snapshot.parts.get(rank);
-        let (Some(&holder), Some(_)) = (target.holders.get(rank), known) else {
+        let is_known = rank < target.snapshot.parts.len();
+        let Some(&holder) = target.holders.get(rank).filter(|_| is_known) else {
             let reason = format!("the snapshot of step {} has no rank {rank}", id.step);
             return Err(Error::Refused(reason));
         };

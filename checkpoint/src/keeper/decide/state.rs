@@ -1,7 +1,7 @@
 //! The state of a keeper, and reports about it.
 
 use super::{
-    allocation::Budget, lifetime::Lifetime, parity_store::ParityStore, rank_table::RankTable,
+    budget::Budget, lifetime::Lifetime, parity_store::ParityStore, rank_table::RankTable,
     slots::Slots,
 };
 use crate::keeper::{
