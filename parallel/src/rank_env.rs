@@ -29,7 +29,7 @@ pub struct RankEnv {
 pub enum Rendezvous {
     /// At the authenticated store of moerun's launcher.
     Launcher(StoreAccess),
-    /// At a c10d TCP store, which authenticates nobody.
+    /// At a c10d TCP store, without authentication.
     Store {
         host: String,
         port: u16,

@@ -7,11 +7,7 @@ use super::{
     socket::Socket,
 };
 use serde::{Serialize, de::DeserializeOwned};
-use std::{
-    io::ErrorKind,
-    os::fd::{AsFd, BorrowedFd},
-    sync::Arc,
-};
+use std::{io::ErrorKind, sync::Arc};
 
 /// Bytes that are read at once.
 const CHUNK_BYTES: usize = 64 << 10;
@@ -131,10 +127,9 @@ impl<S: Socket> Buffered<S> {
         self.sent = 0;
         Ok(true)
     }
-}
 
-impl<S: Socket> AsFd for Buffered<S> {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+    /// Returns the socket, to wait for.
+    pub fn socket(&self) -> &S {
+        &self.socket
     }
 }

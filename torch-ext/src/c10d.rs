@@ -20,7 +20,7 @@ unsafe impl Send for Store {}
 unsafe impl Sync for Store {}
 
 impl Store {
-    /// Connects to c10d's TCP store at `host:port`, which authenticates nobody.
+    /// Connects to c10d's TCP store at `host:port`, which does not authenticate its clients.
     ///
     /// # Errors
     /// If no server answers within `timeout`.
@@ -186,7 +186,7 @@ pub struct GlooTls {
     pub authority: PathBuf,
 }
 
-/// How Gloo listens for the connections of other ranks.
+/// The socket at which Gloo listens for other ranks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GlooDevice {
     pub address: GlooAddress,

@@ -17,14 +17,14 @@ pub(crate) type StoreCall =
     unsafe extern "C" fn(Handle, *const StoreRequest, *mut i64, Handle) -> *mut c_char;
 pub(crate) type StoreClone = unsafe extern "C" fn(Handle, *mut Handle) -> *mut c_char;
 
-/// `MtxBytes` in `cpp/custom_store.cpp`.
+/// Bytes of C++, as `cpp/custom_store.cpp` declares them.
 #[repr(C)]
 pub(crate) struct Bytes {
     pub(crate) data: *const u8,
     pub(crate) size: usize,
 }
 
-/// `MtxStoreRequest` in `cpp/custom_store.cpp`.
+/// An operation of a store, as `cpp/custom_store.cpp` declares it.
 #[repr(C)]
 pub(crate) struct StoreRequest {
     pub(crate) operation: u8,
@@ -36,7 +36,7 @@ pub(crate) struct StoreRequest {
     pub(crate) timeout_ms: i64,
 }
 
-/// `MtxGlooDevice` in `cpp/gloo_device.cpp`.
+/// The socket of Gloo, as `cpp/gloo_device.cpp` declares it.
 #[repr(C)]
 pub(crate) struct GlooDevice {
     pub(crate) address: *const c_char,

@@ -128,7 +128,7 @@ pub(super) struct AgentStart<'a> {
     /// Address of the launcher. A host's name may mean something else on another machine.
     pub(super) head: SocketAddr,
     pub(super) ranks_per_machine: usize,
-    /// The line that each agent gets on its standard input, by which it knows the run's token;
+    /// The line on the standard input of each agent, by which it knows the run's token;
     /// empty for none. Others could read an argument.
     pub(super) input: &'a str,
 }

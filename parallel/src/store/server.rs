@@ -206,7 +206,11 @@ impl ServerThread {
         };
         let id = self.next_id;
         self.next_id += 1;
-        if self.epoll.add(&connection, interest(id, false)).is_err() {
+        if self
+            .epoll
+            .add(connection.socket(), interest(id, false))
+            .is_err()
+        {
             return;
         }
         let client = Client {
@@ -287,7 +291,11 @@ impl ServerThread {
         if client.is_flushing == is_done {
             client.is_flushing = !is_done;
             let mut event = interest(id, client.is_flushing);
-            if self.epoll.modify(&client.connection, &mut event).is_err() {
+            if self
+                .epoll
+                .modify(client.connection.socket(), &mut event)
+                .is_err()
+            {
                 self.remove(id);
             }
         }
@@ -297,7 +305,7 @@ impl ServerThread {
         self.table.leave(id);
         if let Some(client) = self.clients.remove(&id) {
             // Closing the socket would do, if no child process had it.
-            let _ = self.epoll.delete(&client.connection);
+            let _ = self.epoll.delete(client.connection.socket());
         }
     }
 }

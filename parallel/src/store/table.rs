@@ -326,7 +326,7 @@ mod tests {
         Reply::Done(StoreReply { number, values }.into())
     }
 
-    /// Sends a request of client 1, which has to be answered at once, and nobody else.
+    /// Sends a request of client 1, which has to be answered at once, and no other client.
     fn ask(table: &mut Table, operation: StoreOperation, keys: &[&str], values: &[&str]) -> Reply {
         let request = request(operation, keys, values);
         let mut answers = table.request(1, request, Instant::now());

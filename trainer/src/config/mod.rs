@@ -164,8 +164,8 @@ pub struct RunConfig {
     #[schemars(range(min = 1))]
     #[serde(default)]
     pub trace_step: Option<u64>,
-    /// Encryption of Gloo's connections between machines. Without this section tensors travel in
-    /// clear text.
+    /// Encryption of Gloo's connections between machines. Without this section tensors are
+    /// sent in clear text.
     #[on_resume(section)]
     #[serde(default)]
     pub tls: Option<TlsConfig>,
