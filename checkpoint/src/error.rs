@@ -6,12 +6,13 @@ use std::{io::ErrorKind, path::Path};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file system refused an operation.
-    #[error("{action} {path}: {source}")]
+    #[error("{action} {path}: {cause}")]
     Io {
         /// The operation that failed, such as `cannot write`.
         action: &'static str,
         path: String,
-        source: std::io::Error,
+        /// Not a source: it is part of the message.
+        cause: std::io::Error,
     },
     /// A file contradicts its header, its checksum or the manifest.
     #[error("{path} is damaged: {reason}")]
@@ -44,10 +45,10 @@ impl Error {
 
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.display().to_string();
-        move |source| Error::Io {
+        move |cause| Error::Io {
             action,
             path,
-            source,
+            cause,
         }
     }
 

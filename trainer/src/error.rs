@@ -16,14 +16,14 @@ pub enum Error {
     #[error("{0}")]
     Tokenizer(String),
     /// A file could not be read or written.
-    #[error("{action} {path}: {source}")]
+    #[error("{action} {path}: {cause}")]
     Io {
         /// The failed action, such as `cannot write`.
         action: &'static str,
         /// The file or folder.
         path: String,
-        /// The operating system's error.
-        source: std::io::Error,
+        /// The operating system's error. Not a source: it is part of the message.
+        cause: std::io::Error,
     },
     /// A checkpoint could not be written or read.
     #[error(transparent)]
@@ -81,10 +81,10 @@ impl Error {
         path: impl AsRef<Path>,
     ) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.as_ref().display().to_string();
-        move |source| Error::Io {
+        move |cause| Error::Io {
             action,
             path,
-            source,
+            cause,
         }
     }
 }
@@ -101,6 +101,7 @@ impl From<AgreementError> for Error {
 #[cfg(test)]
 mod tests {
     use super::Error;
+    use std::error::Error as _;
 
     #[test]
     fn a_divergence_names_what_is_not_finite() {
@@ -119,5 +120,12 @@ mod tests {
             "{norm}"
         );
         assert!(text(f64::NAN, f64::NAN).starts_with("the loss is NaN at step 3: "));
+    }
+
+    #[test]
+    fn an_error_of_the_system_is_named_once() {
+        let error = Error::io("cannot read", "x")(std::io::Error::other("it is gone"));
+        assert_eq!(error.to_string(), "cannot read x: it is gone");
+        assert!(error.source().is_none(), "it would be printed again");
     }
 }

@@ -31,7 +31,7 @@ pub(crate) use limits::MAX_ESTIMATED_LAYERS;
 pub use model::{ModelConfig, MoeConfig, MupConfig, ParameterCount, QkNorm, RouterConfig};
 pub use optimizer::OptimizerConfig;
 pub use pipeline_plan::PipelinePlan;
-pub use ranges::{NumberRange, schema};
+pub use ranges::{NumberRange, resolve_schema, schema};
 pub(crate) use renamed::rename_old_keys;
 pub use renamed::{Renamed, renamed_keys};
 pub use resume_keys::{KeyChange, ResumeEffect, ResumeKey, ResumeKeys, ResumeRule};
