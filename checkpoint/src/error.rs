@@ -36,11 +36,11 @@ impl Error {
 
     /// True if this user may not read it, which says nothing about the contents.
     pub fn is_denied(&self) -> bool {
-        matches!(self, Error::Io { source, .. } if source.kind() == ErrorKind::PermissionDenied)
+        matches!(self, Error::Io { cause, .. } if cause.kind() == ErrorKind::PermissionDenied)
     }
 
     pub(crate) fn is_not_found(&self) -> bool {
-        matches!(self, Error::Io { source, .. } if source.kind() == ErrorKind::NotFound)
+        matches!(self, Error::Io { cause, .. } if cause.kind() == ErrorKind::NotFound)
     }
 
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {

@@ -119,7 +119,7 @@ impl RunFolder {
             None => RunFolder::open(path),
         };
         match opened {
-            Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            Err(Error::Io { cause, .. }) if cause.kind() == std::io::ErrorKind::NotFound => {
                 Ok(None)
             }
             opened => opened.map(Some),
