@@ -73,6 +73,11 @@ impl Network {
         network
     }
 
+    /// True if each machine has a namespace of its own.
+    pub(crate) fn is_isolated(&self) -> bool {
+        !self.namespaces.is_empty()
+    }
+
     /// Returns the command that trains with two ranks on a machine.
     pub(crate) fn machine(
         &self,

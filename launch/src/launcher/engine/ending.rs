@@ -8,7 +8,6 @@ use super::{
     killing::RanksEnd,
     problem::Problem,
     reassembly::Progress,
-    requests::Purpose,
     saving::{Saved, Saving},
 };
 use std::time::Duration;
@@ -95,8 +94,7 @@ impl Engine {
                 }
             },
             Step::StoppingKeepers => {
-                let is_stop = |purpose| matches!(purpose, Purpose::StopKeeper(_));
-                if self.requests.any(is_stop) {
+                if !self.keepers_have_stopped() {
                     ending.step = Step::StoppingKeepers;
                     return Next::Wait(Stage::Ending(ending));
                 }
@@ -168,7 +166,6 @@ impl Engine {
             }
             _ => {}
         }
-        self.stop_keepers();
         Next::Go(Stage::Ending(ending))
     }
 

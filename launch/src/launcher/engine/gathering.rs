@@ -188,7 +188,6 @@ impl Engine {
     }
 
     fn stop_earlier(&mut self, saved: Option<u64>) -> Next {
-        self.stop_keepers();
         Next::Go(Stage::TakingOver(TakingOver::Stopping { saved }))
     }
 

@@ -321,8 +321,12 @@ impl Engine {
                 self.lose_if_unreachable(id, &reply);
             }
             Purpose::SetUp(id) | Purpose::Notify(id) => self.lose_if_unreachable(id, &reply),
-            // A keeper may end before it replies.
-            Purpose::StopKeeper(_) => {}
+            // It may have ended before it replied.
+            Purpose::StopKeeper(id) => {
+                if let Some(keeper) = self.keepers.get_mut(id) {
+                    keeper.state = KeeperState::Lost;
+                }
+            }
             Purpose::WriteCheckpoint(snapshot) => self.on_written(snapshot.step, reply),
             Purpose::Survey => match reply {
                 Ok(Answer::Surveyed(Some(saved))) => self.checkpoints.on_found(saved),

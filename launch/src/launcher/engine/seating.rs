@@ -490,10 +490,22 @@ impl Engine {
         self.keepers.remove(id);
     }
 
-    /// Asks all keepers to end.
-    pub(super) fn stop_keepers(&mut self) {
+    /// Asks all keepers to end. Returns false while some have not, or are still starting.
+    pub(super) fn keepers_have_stopped(&mut self) -> bool {
         for id in self.keepers.ready() {
-            self.ask(id, Purpose::StopKeeper(id), KeeperRequest::Stop);
+            let purpose = Purpose::StopKeeper(id);
+            if !self.requests.any(|outstanding| outstanding == purpose) {
+                self.ask(id, purpose, KeeperRequest::Stop);
+            }
         }
+        let is_own = |id| {
+            let keeper = self.keepers.get(id);
+            keeper.is_some_and(|keeper| keeper.machine.is_some())
+        };
+        !self.requests.any(|purpose| match purpose {
+            Purpose::StopKeeper(_) | Purpose::StartKeeper(_) => true,
+            Purpose::Connect(id) => is_own(id),
+            _ => false,
+        })
     }
 }

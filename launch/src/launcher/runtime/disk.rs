@@ -90,7 +90,8 @@ impl Disk {
         self.orders.push(Order::RecordRestart(line));
     }
 
-    /// Finds the newest checkpoint that can be read, and sets damaged ones aside.
+    /// Finds the newest checkpoint that can be read. If there is one, damaged ones that are newer
+    /// are set aside; otherwise they keep their names, and no run overwrites them.
     pub(super) fn survey(&self, id: RequestId) {
         let checkpoints = self.checkpoints.clone();
         self.in_thread(id, move || {
@@ -98,10 +99,10 @@ impl Disk {
             for refused in &survey.refused {
                 eprintln!("warning: {}", refused.reason);
             }
-            for (from, to) in folder::set_damaged_aside(&checkpoints, &survey.refused)? {
-                let from = from.display();
-                let to = to.display();
-                eprintln!("warning: {from} is damaged; renamed it to {to}");
+            if !survey.verified.is_empty() {
+                for (from, to) in folder::set_damaged_aside(&checkpoints, &survey.refused)? {
+                    eprintln!("warning: renamed {} to {}", from.display(), to.display());
+                }
             }
             let newest = survey.verified.into_iter().next();
             let saved = newest.map(|verified| SavedCheckpoint {
