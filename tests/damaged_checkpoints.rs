@@ -1,5 +1,5 @@
-//! Checkpoints that are damaged, copied in part, hostile or in the way: they are refused by name, set
-//! aside, and never overwritten or counted.
+//! Checkpoints that are damaged, copied in part, hostile or in the way: they are refused by name,
+//! set aside, and never overwritten or counted.
 
 use crate::fixture::{Experiment, curve, finish, steps_done, text};
 use serde_json::{Value, json};
@@ -86,7 +86,7 @@ fn generate(experiment: &Experiment, checkpoint: &str) -> Command {
     experiment.moerun(&args)
 }
 
-/// sec-01: each of these left weights at random values, or moved the run, without a word.
+/// sec-01: each of these left weights at random values, or moved the run, without a message.
 #[test]
 fn a_changed_manifest_is_refused_by_name() {
     let experiment = trained(10);
@@ -342,20 +342,20 @@ fn a_folder_that_cannot_be_entered_is_an_error() {
         eprintln!("skipped: only root can become another user");
         return;
     }
-    let as_nobody = |mut command: Command| {
-        let mut nobody = Command::new("setpriv");
-        nobody.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
-        nobody.arg(command.get_program()).args(command.get_args());
-        nobody.current_dir(experiment.path("."));
+    let unprivileged = |mut command: Command| {
+        let mut inside = Command::new("setpriv");
+        inside.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
+        inside.arg(command.get_program()).args(command.get_args());
+        inside.current_dir(experiment.path("."));
         command.env_remove("RANK");
-        nobody
+        inside
     };
     let open_to_all = |path: &Path| {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o777)).unwrap();
     };
     open_to_all(&experiment.path("."));
     open_to_all(&experiment.path("run"));
-    let whole = finish(&mut as_nobody(generate(&experiment, "run")));
+    let whole = finish(&mut unprivileged(generate(&experiment, "run")));
     if !whole.status.success() {
         eprintln!(
             "skipped: another user cannot run moerun here: {}",
@@ -368,9 +368,9 @@ fn a_folder_that_cannot_be_entered_is_an_error() {
     };
     let denied = |what: &str| {
         let parts = ["Permission denied", what];
-        refused(&mut as_nobody(generate(&experiment, "run")), &parts);
+        refused(&mut unprivileged(generate(&experiment, "run")), &parts);
         let train = experiment.train(2, &["train.steps=13", WITHOUT_KEEPERS]);
-        refused(&mut as_nobody(train), &parts);
+        refused(&mut unprivileged(train), &parts);
     };
     closed(&checkpoint(&experiment, 10));
     denied("step-00000010");

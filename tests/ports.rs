@@ -347,7 +347,11 @@ fn with_files_of(command: &Command, own: &str, other: &str) -> Command {
         .args(namespace)
         .args(["sh", "-c", &format!("{mounts} exec \"$@\""), "sh"])
         .args(arguments)
-        .envs(command.get_envs().filter_map(|(key, value)| Some((key, value?))));
+        .envs(
+            command
+                .get_envs()
+                .filter_map(|(key, value)| Some((key, value?))),
+        );
     if let Some(folder) = command.get_current_dir() {
         inside.current_dir(folder);
     }

@@ -1,7 +1,7 @@
 //! The folder of a run's checkpoints: which of them are verified, and which are set aside.
 //!
-//! [`newest`] is the only place that decides which checkpoint is the newest. It reads the data, so a
-//! damaged checkpoint with a high number is neither resumed from nor counted by [`retain`].
+//! [`newest`] is the only place that decides which checkpoint is the newest. It reads the data, so
+//! a damaged checkpoint with a high number is neither resumed from nor counted by [`retain`].
 
 use crate::{
     Checkpoint, Error,
@@ -21,7 +21,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-/// How much of a checkpoint is read to verify it.
+/// The part of a checkpoint that is read to verify it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Depth {
     /// The manifest, and the lengths of all files.
@@ -77,7 +77,7 @@ pub struct Survey {
     pub refused: Vec<Refused>,
     /// Folders that were set aside, `step-NNNNNNNN.damaged`.
     pub set_aside: Vec<PathBuf>,
-    /// What [`clean`] removes.
+    /// Folders that [`clean`] removes.
     pub leftovers: Vec<Leftover>,
 }
 
@@ -88,7 +88,7 @@ pub struct Listing {
     pub candidates: Vec<(u64, PathBuf)>,
     /// Folders that were set aside, `step-NNNNNNNN.damaged`.
     pub set_aside: Vec<PathBuf>,
-    /// What [`clean`] removes.
+    /// Folders that [`clean`] removes.
     pub leftovers: Vec<PathBuf>,
 }
 
@@ -297,8 +297,8 @@ fn identity(file: &Metadata) -> [i128; 4] {
     ]
 }
 
-/// Renames the damaged checkpoints among `refused` to `step-NNNNNNNN.damaged`. Only the owner of the
-/// run may call this. Returns the old and the new path of each.
+/// Renames the damaged checkpoints among `refused` to `step-NNNNNNNN.damaged`. Only the owner of
+/// the run may call this. Returns the old and the new path of each.
 ///
 /// # Errors
 /// If `root` is a link, or a folder cannot be renamed.

@@ -16,7 +16,8 @@
 //! - Every element of every tensor is saved exactly once. A missing or doubled one is an error.
 //! - No bytes are used without a matching checksum. A damaged checkpoint is refused by name, and an
 //!   older one is used. Only [`folder`] decides which checkpoint is the newest.
-//! - Files of a run are created, replaced and removed through [`run_folder`], which follows no links.
+//! - Files of a run are created, replaced and removed through [`run_folder`], which follows no
+//!   links.
 //!
 //! # Example
 //!

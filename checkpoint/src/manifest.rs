@@ -278,7 +278,10 @@ mod tests {
             let refused = refusal(&without_checksum(pointer, to));
             assert!(refused.contains(reason), "{pointer}: {refused}");
         }
-        let twice = json!([{"name": "a", "bytes": 24, "crc32c": 1}, {"name": "a", "bytes": 0, "crc32c": 0}]);
+        let twice = json!([
+            {"name": "a", "bytes": 24, "crc32c": 1},
+            {"name": "a", "bytes": 0, "crc32c": 0},
+        ]);
         assert!(refusal(&without_checksum("/files", twice)).contains("a is listed twice"));
     }
 }

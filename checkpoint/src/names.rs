@@ -1,5 +1,5 @@
-//! Names of the folders in a folder of checkpoints: `step-NNNNNNNN`, with a suffix for all that is no
-//! checkpoint.
+//! Names of the folders in a folder of checkpoints: `step-NNNNNNNN`, with a suffix for all that is
+//! no checkpoint.
 
 use std::path::Path;
 

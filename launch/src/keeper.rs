@@ -70,8 +70,9 @@ pub(crate) fn serve() -> Result<ExitCode> {
     let ready = |address| {
         let line = serde_json::to_string(&Ready { address }).expect("plain data");
         let mut stdout = std::io::stdout();
-        // Without a reader nothing connects, and the keeper exits after its orphan timeout.
-        let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush());
+        // It fails if the launcher has ended meanwhile: then no launcher knows this keeper.
+        writeln!(stdout, "{line}")?;
+        stdout.flush()
     };
     let served = serve::run_with_signals(settings, signals, ready);
     rank_log::flush();

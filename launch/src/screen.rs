@@ -1,4 +1,4 @@
-//! What a process shows on standard error: bounded lines, fewer repetitions, and the progress bar.
+//! Output on standard error: bounded lines, fewer repetitions, and the progress bar.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -13,7 +13,7 @@ const MAX_BYTES: usize = 256 * 1024;
 const BURST: u64 = 5;
 const PERIOD: Duration = Duration::from_secs(10);
 
-/// Kinds of warnings that are told apart.
+/// Kinds of warnings that are counted separately.
 const MAX_KINDS: usize = 200;
 
 /// Erases the line of the cursor, on which a progress bar may be.

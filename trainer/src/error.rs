@@ -58,7 +58,6 @@ pub enum Error {
     Diverged {
         /// The step that diverged.
         step: u64,
-        /// Its loss.
         loss: f64,
         /// Its gradient norm before clipping.
         grad_norm: f64,

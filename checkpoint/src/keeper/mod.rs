@@ -11,8 +11,8 @@
 //!   launcher and of other keepers.
 //! - [`recover`] decides what can be restored, as a pure function.
 //! - Inside, `protocol` has the messages. `decide` has the state, a plain value with a function
-//!   for each thing that can happen. `daemon` puts it behind a lock and carries out what it decides,
-//!   and `handlers` and `rank_handlers` do the work that moves bytes. Connections are
+//!   for each thing that can happen. `daemon` puts it behind a lock and carries out what it
+//!   decides, and `handlers` and `rank_handlers` do the work that moves bytes. Connections are
 //!   [`secure`](crate::secure).
 //!
 //! Invariants:

@@ -147,7 +147,7 @@ fn start_agents(
     address: Option<SocketAddr>,
     secret: &Secret,
 ) -> Result<Option<SshSessions>> {
-    let (Some(hosts), Some(address)) = (&plan.hostfile, address) else {
+    let Some((hosts, address)) = plan.hostfile.as_ref().zip(address) else {
         return Ok(None);
     };
     let sessions = hosts.start_agents(&AgentStart {

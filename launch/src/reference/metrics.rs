@@ -14,7 +14,8 @@ use trainer::{DroppedLines, RoutingLine, StepMetrics, ValidationMetrics, data::D
 const INTRODUCTION: &str = "\
 A run writes these files into its folder `run.dir`. Files that end in `.jsonl` have one JSON \
 object per line. A resumed run appends to them, and removes the lines of steps that it repeats. \
-A record of `dropped_lines` stands for lines that the disk did not take in time. A key marked *optional* is left out if it does not apply.";
+A record of `dropped_lines` stands for lines that the disk did not take in time. \
+A key marked *optional* is left out if it does not apply.";
 
 const OTHER_FILES: [OtherFile; 7] = [
     OtherFile {

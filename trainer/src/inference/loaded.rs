@@ -27,7 +27,7 @@ pub(crate) struct LoadedModel {
     pub(crate) step: u64,
     pub(crate) config: Config,
     pub(crate) model: Model,
-    /// What the user should know about the choice of the checkpoint, one line each.
+    /// Notes for the user about the choice of the checkpoint, one line each.
     pub(crate) notes: Vec<String>,
 }
 

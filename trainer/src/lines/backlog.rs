@@ -5,7 +5,6 @@ use std::collections::VecDeque;
 /// Bounds of the lines that wait for one file.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Number of lines.
     pub lines: usize,
     /// Bytes of all lines. One longer line is accepted if no other waits.
     pub bytes: usize,
@@ -28,7 +27,6 @@ impl Limits {
 /// Lines that a file lacks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct MissingLines {
-    /// Number of lines.
     pub lines: u64,
     /// Number of steps whose own line is among them.
     pub steps: u64,
@@ -46,7 +44,6 @@ impl MissingLines {
         }
     }
 
-    /// Returns both together.
     pub fn and(self, other: MissingLines) -> MissingLines {
         let span = match (self.span, other.span) {
             (Some((first, last)), Some((from, to))) => Some((first.min(from), last.max(to))),
@@ -84,9 +81,9 @@ pub(super) struct Backlog {
     started: usize,
     /// Lines dropped since the queue was full, without a record yet.
     dropping: Option<MissingLines>,
-    /// Lines ever accepted.
+    /// Number of lines accepted so far.
     accepted: u64,
-    /// Lines ever written.
+    /// Number of lines written so far.
     written: u64,
 }
 
@@ -166,7 +163,7 @@ impl Backlog {
             self.written += 1;
             self.waiting.pop_front();
         }
-        // Not at the first free byte: a record for every few lines would help nobody.
+        // Not at the first free byte: a record for every few lines would help no reader.
         let has_room =
             self.waiting.len() <= self.limits.lines / 2 && self.bytes <= self.limits.bytes / 2;
         let missing = self.dropping.take_if(|_| has_room)?;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 const HANG_TIME: Duration = Duration::from_secs(2);
 
 /// Time of one write after which other threads do not wait for it.
-const PATIENCE: Duration = Duration::from_millis(100);
+const SLOW_WRITE: Duration = Duration::from_millis(100);
 
 /// A change of a file's state that users should know of.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,10 +57,10 @@ impl Health {
         self.dropped = self.dropped.and(missing);
     }
 
-    /// True if nobody should wait for the file: its last write failed, or the current one takes
+    /// True if nothing should wait for the file: its last write failed, or the current one takes
     /// long.
     pub(super) fn is_out(&self, now: Instant) -> bool {
-        let is_slow = |since| now.saturating_duration_since(since) >= PATIENCE;
+        let is_slow = |since| now.saturating_duration_since(since) >= SLOW_WRITE;
         self.failing.is_some() || self.busy_since.is_some_and(is_slow)
     }
 

@@ -12,7 +12,7 @@ const MAX_LINE: u64 = 64 << 20;
 /// The end of a file up to which a resumed run keeps it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Tail {
-    /// Bytes to keep.
+    /// Number of bytes to keep, from the start of the file.
     pub(super) keep: u64,
     /// Step of the last line that is kept.
     pub(super) last_step: Option<u64>,

@@ -15,7 +15,6 @@ pub enum Target {
     Append(PathBuf),
     /// Lines after a step are removed first: the run repeats them.
     After {
-        /// The file.
         path: PathBuf,
         /// Number of steps of the state that the run resumes from.
         step: u64,
@@ -24,7 +23,7 @@ pub enum Target {
     Open(File),
 }
 
-/// An open file.
+/// A file that lines are appended to.
 pub(super) struct OpenFile {
     pub(super) file: File,
     /// Step of the last line that was kept, in a file that had lines.

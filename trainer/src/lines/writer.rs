@@ -26,7 +26,6 @@ type OnOpen = Box<dyn FnOnce(&File) + Send>;
 
 /// Settings of a [`LineWriter`].
 pub struct Options {
-    /// The file.
     pub target: Target,
     /// Bounds of the lines that wait.
     pub limits: Limits,
@@ -46,7 +45,7 @@ pub struct LineWriter {
 
 struct Shared {
     state: Mutex<State>,
-    /// Wakes the thread.
+    /// Wakes the thread that writes.
     queued: Condvar,
     /// Wakes those that wait for the file.
     progressed: Condvar,

@@ -159,7 +159,8 @@ mod tests {
 
     #[test]
     fn a_ramp_counts_its_stages() {
-        let ramp = "steps: 100, global_batch: [{tokens: 0, sequences: 2}, {tokens: 32, sequences: 4}] \
+        let ramp = "steps: 100, \
+                    global_batch: [{tokens: 0, sequences: 2}, {tokens: 32, sequences: 4}] \
                     | constant: {lr: 1.0}";
         let ramp = config(ramp);
         let length = ramp.data.sequence_length as u64;

@@ -4,11 +4,11 @@ use super::{
     Engine, Next, Stage,
     command::Command,
     failure::Failure,
-    gathering::REMINDER_INTERVAL,
     killing::RanksEnd,
     problem::Problem,
     reassembly::Progress,
     saving::{Saved, Saving},
+    settings::REMINDER_INTERVAL,
 };
 use std::time::Duration;
 

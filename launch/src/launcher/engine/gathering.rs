@@ -9,12 +9,10 @@ use super::{
     requests::Purpose,
     saving::{Saved, Saving},
     seating::Seating,
+    settings::REMINDER_INTERVAL,
 };
 use crate::registry::{KeeperEntry, KeeperRegistry};
 use std::time::Duration;
-
-/// The time between two messages about what is waited for.
-pub(super) const REMINDER_INTERVAL: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
 pub(super) struct Gathering {
@@ -24,11 +22,11 @@ pub(super) struct Gathering {
 /// Decides about keepers of an earlier launch.
 #[derive(Debug)]
 pub(super) enum TakingOver {
-    /// They are asked what they hold.
+    /// The launcher asks for their inventories.
     Asking,
     /// Their state does not fit this run, and is written to a checkpoint.
     Saving(Box<Saving>),
-    /// They are told to end.
+    /// The launcher ends them.
     Stopping { saved: Option<u64> },
 }
 

@@ -29,7 +29,7 @@ pub(crate) struct Keeper {
     pub(crate) state: KeeperState,
     /// True for a lost keeper that was only out of reach: its memory may still be there.
     pub(crate) may_live: bool,
-    /// What it held when it was last asked.
+    /// Its last answer about what it holds.
     pub(crate) inventory: Option<Inventory>,
 }
 

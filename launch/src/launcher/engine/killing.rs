@@ -1,4 +1,4 @@
-//! After a failure: ranks are killed, and the policy decides how the run goes on.
+//! After a failure: ranks are killed, and the policy decides how the run continues.
 
 use super::{
     Engine, Next, Stage, command::Command, failure::Failure, policy::Verdict,

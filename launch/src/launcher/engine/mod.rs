@@ -2,7 +2,7 @@
 //! any I/O, so that tests can play every situation.
 //!
 //! A run goes through stages. After each event the current stage looks at what is known and either
-//! waits or goes on to the next:
+//! waits or moves to the next:
 //!
 //! | stage | waits for |
 //! |---|---|
@@ -66,13 +66,12 @@ use tracker::Tracker;
 /// The limit of a request that moves or checks whole snapshots.
 const LONG_TIMEOUT: Duration = Duration::from_secs(3600);
 
-/// What a launch starts with, besides its settings.
+/// Facts that a launch starts with, besides its settings.
 pub(crate) struct Launch {
     pub(crate) machines: usize,
     /// The launcher's own machine.
     pub(crate) own: Host,
     pub(crate) secret: Secret,
-    /// A random number.
     pub(crate) number: u64,
     /// Left by an earlier launcher of the run.
     pub(crate) registry: Option<KeeperRegistry>,
@@ -95,7 +94,6 @@ enum Stage {
 enum Next {
     /// Wait for the next event.
     Wait(Stage),
-    /// Look at once.
     Go(Stage),
 }
 

@@ -93,7 +93,7 @@ impl Reassembly {
         self.candidate.snapshot.id
     }
 
-    /// Takes replies and goes on. The error is the reason why the snapshot is of no use.
+    /// Takes replies, then the next step. The error is the reason why the snapshot is of no use.
     pub(super) fn advance(
         mut self,
         engine: &mut Engine,

@@ -33,7 +33,7 @@ pub(super) struct Recovered {
 
 #[derive(Debug)]
 enum Step {
-    /// Keepers are asked what they hold.
+    /// The launcher asks for the keepers' inventories.
     Asking,
     Reassembling(Box<Reassembly>),
     /// The disk is searched for the newest checkpoint.
@@ -46,7 +46,7 @@ pub(super) struct Recovering {
     older: usize,
     /// None if another launcher's run is taken over.
     recovered: Option<Recovered>,
-    /// What was done about lost nodes.
+    /// Notes about lost nodes, for the message of the restart.
     notes: Option<String>,
     candidates: Vec<Candidate>,
     /// Keepers that answered, in the order in which candidates count them.

@@ -1,4 +1,4 @@
-//! Outstanding requests: to whom, what for, and until when.
+//! Outstanding requests: their recipients, purposes and deadlines.
 
 use super::keepers::KeeperId;
 use checkpoint::keeper::SnapshotId;
@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, time::Duration};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct RequestId(pub(crate) u64);
 
-/// Who answers a request.
+/// The process that answers a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Recipient {
     Keeper(KeeperId),
@@ -31,7 +31,7 @@ pub(crate) enum Purpose {
     Rebuild(KeeperId),
     /// Tell a keeper which snapshot ranks restore.
     Select(KeeperId),
-    /// Begin a generation.
+    /// Tell a keeper the nodes of a new generation.
     SetUp(KeeperId),
     /// Something that no decision waits for.
     Notify(KeeperId),
@@ -74,7 +74,7 @@ impl Requests {
         id
     }
 
-    /// Removes an answered request. None if nobody waits for it any more.
+    /// Removes an answered request. None if nothing waits for it any more.
     pub(crate) fn take(&mut self, id: RequestId) -> Option<Outstanding> {
         self.outstanding.remove(&id)
     }

@@ -9,7 +9,6 @@ use super::{
     problem::Problem,
     ranks::FailedRank,
     requests::Purpose,
-    seating::Seating,
     tracker::Action,
 };
 use checkpoint::keeper;
@@ -85,8 +84,7 @@ impl Engine {
         let is_stop = self.stops.first().is_some();
         if running.is_pausing && !is_stop {
             self.tracker = None;
-            let seating = Seating::grown(self);
-            return Next::Go(Stage::Seating(seating));
+            return self.seat_grown();
         }
         self.end_in_order()
     }
@@ -130,14 +128,14 @@ impl Engine {
         let Some(since) = running.stopping.filter(|_| !running.is_pausing) else {
             running.stopping = Some(self.now);
             running.is_pausing = false;
-            let who = match first.source {
+            let prefix = match first.source {
                 Source::Launcher => String::new(),
                 Source::Agent(machine) => format!("machine {machine} was asked to stop: "),
                 Source::Keeper(keeper) => format!("{} was asked to stop: ", self.name_of(keeper)),
                 Source::Rank(rank) => format!("rank {rank} was asked to stop: "),
             };
             self.print(format!(
-                "{who}stopping after this step and writing a checkpoint; a second Ctrl-C stops at \
+                "{prefix}stopping after this step and writing a checkpoint; a second Ctrl-C stops at \
                  once"
             ));
             self.signal_ranks(Signal::SIGTERM);

@@ -13,7 +13,7 @@ use checkpoint::keeper::{SnapshotId, recover::Candidate};
 
 #[derive(Debug)]
 enum Step {
-    /// Keepers are asked what they hold, and the disk is searched.
+    /// Keepers list what they hold, and the disk is searched.
     Asking,
     Reassembling(Box<Reassembly>),
     Writing(SnapshotId),
@@ -188,7 +188,7 @@ impl Engine {
         });
     }
 
-    /// Tells all keepers something whose replies nobody waits for.
+    /// Tells all keepers something whose replies nothing waits for.
     pub(super) fn notify_all(&mut self, request: impl Fn() -> KeeperRequest) {
         for keeper in self.keepers.ready() {
             self.ask(keeper, Purpose::Notify(keeper), request());

@@ -1,16 +1,16 @@
-//! Gives every node a keeper: finds lost nodes, replaces them or goes on with fewer, and starts
+//! Gives every node a keeper: finds lost nodes, replaces them or does without them, and starts
 //! what is missing.
 
 use super::{
     Engine, Next, Stage,
     command::{Command, KeeperRequest},
     continuation::{Continuation, Nodes, largest_layout, plan_continuation},
-    gathering::REMINDER_INTERVAL,
     keepers::{KeeperId, KeeperState, Seat},
     problem::Problem,
     recovering::{Recovered, Recovering},
     requests::{Purpose, Recipient},
     setting_up::SettingUp,
+    settings::REMINDER_INTERVAL,
 };
 use std::time::Duration;
 
@@ -21,12 +21,13 @@ const MAX_STARTS: usize = 3;
 
 #[derive(Debug)]
 enum Why {
-    /// The run begins.
     New,
     /// The run continues what another launcher began.
     TakenOver,
-    /// Ranks failed.
-    Failed { older: usize, recovered: Recovered },
+    Failed {
+        older: usize,
+        recovered: Recovered,
+    },
     /// Lost machines came back.
     Grown,
 }
@@ -70,14 +71,15 @@ impl Seating {
         engine.ask_for_inventories();
         Seating::new(engine, Why::Failed { older, recovered })
     }
-
-    pub(super) fn grown(engine: &mut Engine) -> Seating {
-        engine.ask_for_inventories();
-        Seating::new(engine, Why::Grown)
-    }
 }
 
 impl Engine {
+    /// Seats more nodes after lost machines came back.
+    pub(super) fn seat_grown(&mut self) -> Next {
+        self.ask_for_inventories();
+        Next::Go(Stage::Seating(Seating::new(self, Why::Grown)))
+    }
+
     /// Returns the machine of each node of a new run.
     pub(super) fn planned_seats(&self) -> Vec<Seat> {
         let nodes = self.settings.config.nodes(self.world_size).len();
@@ -483,7 +485,7 @@ impl Engine {
         self.drop_keeper(id);
     }
 
-    /// Forgets a keeper.
+    /// Forgets a keeper, and closes the connection to it.
     pub(super) fn drop_keeper(&mut self, id: KeeperId) {
         self.requests.take_of(Recipient::Keeper(id));
         self.commands.push(Command::DisconnectKeeper { keeper: id });

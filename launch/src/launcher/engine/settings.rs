@@ -4,12 +4,15 @@ use parallel::StoreAccess;
 use std::{path::PathBuf, time::Duration};
 use trainer::config::Config;
 
+/// The time between two messages about what is waited for.
+pub(crate) const REMINDER_INTERVAL: Duration = Duration::from_secs(5);
+
 #[derive(Debug)]
 pub(crate) struct Settings {
     pub(crate) config: Config,
     /// The configuration as ranks receive it, so that an edited file has no effect on the run.
     pub(crate) stored_config: String,
-    /// The run's folder.
+    /// The folder of the run, `run.dir`.
     pub(crate) dir: PathBuf,
     /// The ranks' store, which the launcher serves.
     pub(crate) store: StoreAccess,

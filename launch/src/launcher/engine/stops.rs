@@ -13,7 +13,7 @@ pub(crate) struct FirstStop {
 #[derive(Debug, Default)]
 pub(crate) struct Stops {
     first: Option<FirstStop>,
-    /// True once somebody does not want to wait for the orderly stop.
+    /// True once a user does not want to wait for the orderly stop.
     pub(crate) insists: bool,
 }
 
@@ -21,7 +21,7 @@ impl Stops {
     /// Records the `count`th signal to a process.
     ///
     /// A scheduler sends the same signal to all processes at once, which is one request. Only the
-    /// launcher and agents are asked twice on purpose.
+    /// launcher and agents get two signals on purpose.
     pub(crate) fn note(&mut self, source: Source, signal: i32, count: usize, at: Duration) {
         match self.first {
             None => self.first = Some(FirstStop { source, signal, at }),

@@ -45,10 +45,10 @@ const TICK: Duration = Duration::from_millis(20);
 /// The time after which a keeper without a launcher exits.
 const ORPHAN_TIMEOUT: Duration = Duration::from_secs(3600);
 
-/// What carrying out commands needs to know.
+/// Facts that carrying out commands needs.
 pub(crate) struct RuntimeSettings<'a> {
     pub(crate) args: &'a TrainArgs,
-    /// The run's folder.
+    /// The folder of the run, `run.dir`.
     pub(crate) dir: &'a Path,
     pub(crate) secret: &'a Secret,
     /// Number of checkpoints to keep.

@@ -152,7 +152,7 @@ impl RankProcesses {
         }
     }
 
-    /// Kills every rank.
+    /// Kills every rank, but no standby process.
     pub(super) fn kill(&mut self) {
         let children = self.children.drain(..);
         let children: Vec<Child> = children.map(|process| process.child).collect();

@@ -1,4 +1,4 @@
-//! The table of situations in the docs: who fails, how, and when, and what comes of it.
+//! The table of situations in the docs: which process fails, how and when, and the result.
 
 use super::world::{DiskState, World};
 use crate::launcher::engine::event::Source;
@@ -11,9 +11,7 @@ use std::{fmt::Write, path::Path, time::Duration};
 enum Moment {
     /// Machines have not joined yet.
     Joining,
-    /// Ranks start.
     Starting,
-    /// Ranks train.
     Training,
     /// A checkpoint is being written.
     Writing,

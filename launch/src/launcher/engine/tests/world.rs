@@ -70,7 +70,7 @@ struct Attempt {
     ranks: usize,
     step: u64,
     next_step_at: Duration,
-    /// They end after this step.
+    /// The step after which they end.
     is_stopping: bool,
     /// The next snapshot is to be written to disk.
     wants_checkpoint: bool,
@@ -96,7 +96,7 @@ pub(super) struct World {
     pub(super) checkpoints: BTreeSet<u64>,
     pub(super) disk: DiskState,
     pub(super) registry: Option<KeeperRegistry>,
-    /// What the runtime tries to write again once there is room.
+    /// Records that the runtime tries to write again once there is room.
     unwritten_registry: Option<Option<KeeperRegistry>>,
     waiting: Vec<(Duration, Event)>,
     /// Disk requests that wait for a hanging disk.
@@ -104,7 +104,7 @@ pub(super) struct World {
     next_port: u16,
     pub(super) printed: Vec<String>,
     pub(super) exit: Option<(u8, Option<Problem>)>,
-    /// What broke an invariant.
+    /// Descriptions of broken invariants.
     pub(super) violations: Vec<String>,
     pub(super) restarts: usize,
     /// Steps from which attempts started.
@@ -317,7 +317,7 @@ impl World {
         };
     }
 
-    /// Nothing reaches the machine any more, and nobody is told.
+    /// Nothing reaches the machine any more, and no connection is closed.
     pub(super) fn cut(&mut self, machine: usize) {
         self.machines[machine].cut_since = Some(self.now);
     }
