@@ -212,7 +212,6 @@ fn a_full_disk_delays_lines_of_metrics() {
 }
 
 #[test]
-#[ignore = "the launcher does not restart without keepers.json"]
 fn a_restart_does_not_wait_for_a_full_disk() {
     let experiment = Experiment::new();
     let Some(disk) = Disk::in_memory(&experiment, "8m") else {
@@ -319,7 +318,6 @@ fn a_disk_that_turns_read_only_does_not_stop_training() {
 }
 
 #[test]
-#[ignore = "the launcher does not restart without keepers.json"]
 fn a_restart_does_not_wait_for_a_read_only_disk() {
     let experiment = Experiment::new();
     let Some(disk) = Disk::ext4(&experiment) else {
@@ -339,7 +337,6 @@ fn a_restart_does_not_wait_for_a_read_only_disk() {
 }
 
 #[test]
-#[ignore = "the launcher waits until a killed rank is gone, which a hanging disk prevents"]
 fn a_restart_does_not_wait_for_a_hanging_disk() {
     let experiment = Experiment::new();
     let Some(disk) = Disk::ext4(&experiment) else {

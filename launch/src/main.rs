@@ -153,7 +153,7 @@ fn train(args: cli::TrainArgs) -> anyhow::Result<ExitCode> {
     let start = rank::RankStart {
         env: &env,
         launcher,
-        assignment: None,
+        input: None,
         signals: &signals,
     };
     rank::run(&args, &start)

@@ -4,7 +4,7 @@ use crate::{
     cli::TrainArgs,
     config_diff, config_file, environment, hint, machine_memory,
     progress::TrainingView,
-    protocol::{Assignment, FailureKind, FailureReport, failure_path, flight_path},
+    protocol::{Assignment, FailureKind, FailureReport, RankInput, failure_path, flight_path},
     rank_log, run_lock,
     signals::{self, Signals, StopMode},
     terminal,
@@ -53,8 +53,14 @@ pub(crate) struct RankStart<'a> {
     /// Name of the program that started the rank.
     pub(crate) launcher: &'a str,
     /// None under another launcher than moerun's.
-    pub(crate) assignment: Option<&'a Assignment>,
+    pub(crate) input: Option<&'a RankInput>,
     pub(crate) signals: &'a Signals,
+}
+
+impl<'a> RankStart<'a> {
+    fn assignment(&self) -> Option<&'a Assignment> {
+        self.input.map(|input| &input.assignment)
+    }
 }
 
 /// The end of a rank that did not fail.
@@ -88,12 +94,12 @@ pub(crate) fn run_assigned(args: &TrainArgs, signals: &Signals) -> Result<ExitCo
         // The launcher exited or did not need this standby.
         return Ok(ExitCode::SUCCESS);
     }
-    let assignment: Assignment =
+    let input: RankInput =
         serde_json::from_str(&line).context("cannot parse the launcher's assignment")?;
     let start = RankStart {
-        env: &assignment.env(),
+        env: &input.env(),
         launcher: "moerun",
-        assignment: Some(&assignment),
+        input: Some(&input),
         signals,
     };
     run(args, &start)
@@ -101,9 +107,8 @@ pub(crate) fn run_assigned(args: &TrainArgs, signals: &Signals) -> Result<ExitCo
 
 /// Runs one rank and exits the process.
 pub(crate) fn run(args: &TrainArgs, start: &RankStart) -> Result<ExitCode> {
-    let RankStart {
-        env, assignment, ..
-    } = *start;
+    let env = start.env;
+    let assignment = start.assignment();
     let config = match assignment {
         // The launcher's: the file may have been edited since.
         Some(assignment) => serde_json::from_str(&assignment.config)
@@ -270,7 +275,7 @@ impl Training<'_> {
         let rank = env.rank;
         world.dump_calls_to(&flight_path(&dir, rank));
         let signals = self.start.signals.clone();
-        let is_launched = self.start.assignment.is_some();
+        let is_launched = self.start.assignment().is_some();
         // A stuck rank cannot exit in the ordinary way.
         world.on_stuck(move |error| {
             report(&dir, rank, error.to_string(), FailureKind::Peer);
@@ -303,14 +308,17 @@ impl JoinedRank<'_> {
         let unigram_entropy = unigram_entropy(&config);
         let warnings = config.warnings();
         let start_line = self.start_line();
-        let is_restart = self.start().assignment.is_some_and(Assignment::is_restart);
+        let is_restart = self
+            .start()
+            .assignment()
+            .is_some_and(Assignment::is_restart);
         // The first start has copied it, and a restart does not depend on the disk.
         if self.is_rank0() && !is_restart {
             copy_tokenizer(&config);
         }
         let mut trainer = Trainer::new(config, self.world, device)?;
         tracing::info!("{start_line}");
-        if self.is_rank0() && self.start().assignment.is_none() {
+        if self.is_rank0() && self.start().assignment().is_none() {
             // Shows users of another launcher that moerun understood it.
             eprintln!("{start_line}");
         }
@@ -378,7 +386,7 @@ impl JoinedRank<'_> {
     /// Returns the reaction to stop signals while training.
     fn stop_mode(&self) -> StopMode {
         // The launcher kills its ranks if they have to stop at once.
-        match self.start().assignment {
+        match self.start().assignment() {
             Some(_) => StopMode::Count,
             None => StopMode::ExitAtSecond,
         }
@@ -402,11 +410,11 @@ impl JoinedRank<'_> {
 
     /// Loads the snapshot or checkpoint to resume from, if there is one.
     fn restore(&self, trainer: &mut Trainer, dir: &Path, is_restart: bool) -> Result<()> {
-        if let Some(assignment) = self.start().assignment {
-            if let Some(keeper) = &assignment.keeper {
-                trainer.use_keeper(keeper.clone());
+        if let Some(input) = self.start().input {
+            if let Some(keeper) = input.keeper_access() {
+                trainer.use_keeper(keeper);
             }
-            trainer.skip_batches(assignment.skipped_batches.clone());
+            trainer.skip_batches(input.assignment.skipped_batches.clone());
         }
         trainer.accept_changes(self.training.accepted_changes.to_vec());
         let resumed = trainer.resume(&mut |warning| self.warn(warning));

@@ -106,7 +106,7 @@ impl<S: Socket> FrameReader<S> {
         let len = body_bytes(head, self.purpose)?;
         let check = &head[LENGTH_BYTES..];
         // Memory for long messages grows with the bytes that arrive, not with the announced length.
-        let mut body = Vec::with_capacity((len as usize).min(RESERVED_BYTES));
+        let mut body = Vec::with_capacity(len.min(RESERVED_BYTES));
         let reader = self.reader(Some(deadline));
         reader.take(len as u64).read_to_end(&mut body)?;
         if body.len() < len {

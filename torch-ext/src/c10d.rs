@@ -254,7 +254,7 @@ pub fn check_tls() -> Result<(), Error> {
     let names = ["libssl.so.1.1", "libssl.so"];
     // SAFETY: OpenSSL's initializers have no preconditions.
     let opens = |name: &&str| unsafe { libloading::Library::new(*name) }.is_ok();
-    if names.iter().any(|name| opens(name)) {
+    if names.iter().any(opens) {
         return Ok(());
     }
     let names = names.join(" nor ");

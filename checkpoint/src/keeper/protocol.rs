@@ -90,8 +90,8 @@ pub(super) enum Request {
 pub(super) enum Reply {
     Done,
     Refused(String),
-    Inventory(Inventory),
-    Status(Status),
+    Inventory(Box<Inventory>),
+    Status(Box<Status>),
     Damage(Damage),
     Length(u64),
     Bytes(#[serde(with = "serde_bytes")] Vec<u8>),

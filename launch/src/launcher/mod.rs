@@ -17,6 +17,7 @@ use crate::{
     config_diff, config_file, environment,
     hint::WithHint,
     machine_memory,
+    protocol::store_secret,
     registry::KeeperRegistry,
     run_lock,
     signals::{Signals, StopMode},
@@ -63,7 +64,7 @@ pub(crate) fn run(args: &TrainArgs, signals: &Signals) -> Result<ExitCode> {
     let join = join(&plan, &config)?;
     let listening = Listening::start(join, &secret)?;
     let _sessions = start_agents(args, &plan, listening.address, &secret)?;
-    let store = serve_store(listening.own_ip(), args.master_port)?;
+    let store = serve_store(listening.own_ip(), args.master_port, &secret)?;
     let own = Host {
         address: listening.own_ip(),
         identity: machine_identity(),
@@ -82,7 +83,7 @@ pub(crate) fn run(args: &TrainArgs, signals: &Signals) -> Result<ExitCode> {
     let settings = Settings {
         stored_config: serde_json::to_string(&config).context("cannot store the configuration")?,
         dir: dir.clone(),
-        store: store.access().clone(),
+        store: store.access().address,
         ranks_per_machine: plan.ranks_per_machine,
         spare_nodes: args.spare_nodes,
         world_size,
@@ -120,10 +121,9 @@ fn launch_number() -> Result<u64> {
 
 /// Serves the ranks' store at the address that other machines use, or on the loopback device if
 /// there are none.
-fn serve_store(address: Option<IpAddr>, port: u16) -> Result<StoreServer> {
+fn serve_store(address: Option<IpAddr>, port: u16, secret: &Secret) -> Result<StoreServer> {
     let ip = address.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
-    let secret = Secret::random()?;
-    StoreServer::listen(SocketAddr::new(ip, port), secret)
+    StoreServer::listen(SocketAddr::new(ip, port), store_secret(secret))
         .with_context(|| format!("cannot serve on port {port}"))
         .hint("choose another port with --master-port, or omit it")
 }

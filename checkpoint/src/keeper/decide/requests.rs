@@ -71,9 +71,11 @@ impl State {
             Request::Subscribe => return Ok(Decision::Subscribe),
             Request::Inventory => {
                 let inventory = self.inventory();
-                return Ok(Decision::Reply(Reply::Inventory(inventory)));
+                return Ok(Decision::Reply(Reply::Inventory(Box::new(inventory))));
             }
-            Request::Status => return Ok(Decision::Reply(Reply::Status(self.status(now)))),
+            Request::Status => {
+                return Ok(Decision::Reply(Reply::Status(Box::new(self.status(now)))));
+            }
             Request::Commit(snapshot) => {
                 check_snapshot(&snapshot)?;
                 self.commit(snapshot);

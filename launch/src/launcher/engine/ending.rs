@@ -51,7 +51,7 @@ impl Engine {
         self.begin_to_end(status, None, true)
     }
 
-    /// Ends a run that cannot go on.
+    /// Ends a run that cannot continue.
     pub(super) fn end_failed(&mut self, problem: Problem) -> Next {
         let status = self.stops.status().unwrap_or(1);
         self.begin_to_end(status, Some(problem), false)

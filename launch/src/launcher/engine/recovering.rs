@@ -166,7 +166,7 @@ impl Engine {
                         recovering.step = Step::Surveying;
                         return Next::Wait(Stage::Recovering(recovering));
                     }
-                    return self.from_checkpoint(recovering);
+                    return self.recover_from_checkpoint(recovering);
                 }
             }
         }
@@ -221,7 +221,7 @@ impl Engine {
         self.resume(recovering, Some(snapshot), message)
     }
 
-    fn from_checkpoint(&mut self, recovering: Recovering) -> Next {
+    fn recover_from_checkpoint(&mut self, recovering: Recovering) -> Next {
         let message = match &self.checkpoints.newest {
             Some(saved) => format!("resuming from checkpoint {}", saved.path.display()),
             None => "no checkpoint, starting over".into(),

@@ -135,8 +135,8 @@ impl Engine {
                 Source::Rank(rank) => format!("rank {rank} was asked to stop: "),
             };
             self.print(format!(
-                "{prefix}stopping after this step and writing a checkpoint; a second Ctrl-C stops at \
-                 once"
+                "{prefix}stopping after this step and writing a checkpoint; a second Ctrl-C stops \
+                 at once"
             ));
             self.signal_ranks(Signal::SIGTERM);
             return None;

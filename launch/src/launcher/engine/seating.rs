@@ -123,10 +123,12 @@ impl Engine {
             return self.end_failed(problem);
         }
         let nodes = 0..self.keepers.seats.len();
-        let is_full = nodes
-            .into_iter()
-            .all(|node| self.keepers.ready_keeper(node).is_some());
-        if is_full && !self.starts_spares() {
+        // A keeper may outlive the agent of its machine.
+        let is_seated = |node: usize| {
+            let machine = self.keepers.seats[node].machine;
+            self.keepers.ready_keeper(node).is_some() && self.machines.is_present(machine)
+        };
+        if nodes.into_iter().all(is_seated) && !self.starts_spares() {
             return self.seated(seating, notes);
         }
         seating.notes = Some(notes);

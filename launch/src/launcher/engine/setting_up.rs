@@ -8,13 +8,15 @@ use super::{
     running::Running,
     tracker::Tracker,
 };
-use crate::{protocol::Assignment, registry::KeeperRegistry};
+use crate::{
+    protocol::{AssignedKeeper, Assignment},
+    registry::KeeperRegistry,
+};
 use checkpoint::{
     Redundancy,
     keeper::{DEFAULT_CHUNK_BYTES, Node, Topology},
 };
 use std::{collections::BTreeMap, time::Duration};
-use trainer::KeeperAccess;
 
 #[derive(Debug)]
 pub(super) struct SettingUp {
@@ -177,13 +179,13 @@ impl Engine {
             same.count()
         };
         let node = topology.node_of(rank);
-        let keeper = node.and_then(|node| self.keeper_access(node));
+        let keeper = node.and_then(|node| self.assigned_keeper(node));
         Assignment {
             rank,
             world_size: self.world_size,
             local_rank: on_same_machine(&machines[..rank]),
             local_world_size: on_same_machine(machines),
-            store: self.settings.store.clone(),
+            store: self.settings.store,
             address: self.machines.address(machine),
             generation: self.generation,
             keeper,
@@ -192,15 +194,13 @@ impl Engine {
         }
     }
 
-    fn keeper_access(&self, node: usize) -> Option<KeeperAccess> {
+    fn assigned_keeper(&self, node: usize) -> Option<AssignedKeeper> {
         if !self.has_keepers() {
             return None;
         }
         let keeper = self.keepers.get(self.keepers.seats[node].keeper?)?;
-        Some(KeeperAccess {
+        Some(AssignedKeeper {
             socket: keeper.entry.socket.clone(),
-            secret: self.keepers.secret.clone(),
-            generation: self.generation,
             chunk: DEFAULT_CHUNK_BYTES,
             restore: self.restored.map(|restored| (restored.id, restored.ranks)),
         })

@@ -1,7 +1,6 @@
 //! Values that do not change during a run.
 
-use parallel::StoreAccess;
-use std::{path::PathBuf, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use trainer::config::Config;
 
 /// The time between two messages about what is waited for.
@@ -14,8 +13,8 @@ pub(crate) struct Settings {
     pub(crate) stored_config: String,
     /// The folder of the run, `run.dir`.
     pub(crate) dir: PathBuf,
-    /// The ranks' store, which the launcher serves.
-    pub(crate) store: StoreAccess,
+    /// Address of the ranks' store, which the launcher serves.
+    pub(crate) store: SocketAddr,
     pub(crate) ranks_per_machine: usize,
     pub(crate) spare_nodes: usize,
     /// Number of ranks that the run is started with.

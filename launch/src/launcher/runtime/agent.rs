@@ -16,7 +16,9 @@ use crate::{
     signals::{Signals, StopMode},
 };
 use anyhow::{Context, Result, anyhow, bail};
-use checkpoint::secure::{Connection, Error, FrameReader, FrameWriter, Purpose, connect_tcp};
+use checkpoint::secure::{
+    Connection, Error, FrameReader, FrameWriter, Purpose, Secret, connect_tcp,
+};
 use std::{
     net::{IpAddr, Shutdown, SocketAddr, TcpStream, ToSocketAddrs},
     path::PathBuf,
@@ -150,7 +152,7 @@ impl Agent<'_> {
                 bail!("the launcher at {head} refused this machine: {reason}")
             }
             Ok(HelloReply::Accepted { timeout_s }) => {
-                self.accepted(own, address);
+                self.accepted(own, address, secret);
                 let timeout = Duration::from_secs_f64(timeout_s);
                 Ok(Ok(Session::start(connection, timeout)?))
             }
@@ -168,12 +170,12 @@ impl Agent<'_> {
         }
     }
 
-    fn accepted(&mut self, own: IpAddr, launcher: SocketAddr) {
+    fn accepted(&mut self, own: IpAddr, launcher: SocketAddr, secret: Secret) {
         let number = self.number;
         eprintln!("machine {number} ({own}) joined the launcher at {launcher}");
         match &mut self.machine {
-            Some(machine) => machine.forget_reported(),
-            None => self.machine = Some(Machine::new(self.args, &self.dir, Some(own))),
+            Some(machine) => machine.serve_another(secret),
+            None => self.machine = Some(Machine::new(self.args, &self.dir, secret, Some(own))),
         }
     }
 

@@ -11,14 +11,20 @@ use crate::{
     hint,
     keeper::KeeperSettings,
     launcher::engine::ranks::{FailedRank, RankReport},
+    protocol::Assignment,
     registry::KeeperEntry,
 };
+use checkpoint::secure::Secret;
 use nix::sys::signal::Signal;
 use std::{
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     process::Child,
+    time::Duration,
 };
+
+/// The time after which a keeper without a launcher exits.
+const ORPHAN_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// A keeper that this process has started.
 struct OwnKeeper {
@@ -34,6 +40,7 @@ struct KeeperResult {
 
 pub(super) struct Machine {
     dir: PathBuf,
+    secret: Secret,
     /// Address for other machines; None in a run on one machine.
     address: Option<IpAddr>,
     ranks: RankProcesses,
@@ -55,9 +62,15 @@ struct RankCounts {
 }
 
 impl Machine {
-    pub(super) fn new(args: &TrainArgs, dir: &Path, address: Option<IpAddr>) -> Machine {
+    pub(super) fn new(
+        args: &TrainArgs,
+        dir: &Path,
+        secret: Secret,
+        address: Option<IpAddr>,
+    ) -> Machine {
         Machine {
             dir: dir.to_path_buf(),
+            secret,
             address,
             ranks: RankProcesses::new(args, dir),
             keepers: Vec::new(),
@@ -76,17 +89,7 @@ impl Machine {
             } => {
                 self.number = number;
                 self.start_error = None;
-                if let Err(error) = self.ranks.start(&assignments) {
-                    // The launcher sees a failed rank, and restarts it or gives up.
-                    eprintln!("error: {}", hint::message(&error));
-                    self.ranks.kill();
-                    self.start_error = assignments.first().map(|first| FailedRank {
-                        rank: first.rank,
-                        status: 1 << 8,
-                        report: None,
-                        lost: Some(format!("{error:#}")),
-                    });
-                }
+                self.start_ranks(assignments);
             }
             MachineCommand::StandBy { count } => self.ranks.stand_by(count),
             MachineCommand::SignalRanks { signal } => {
@@ -106,18 +109,45 @@ impl Machine {
             MachineCommand::StartKeeper {
                 request,
                 node,
-                settings,
-            } => self.start_keeper(request, node, settings),
+                socket,
+                memory,
+            } => {
+                let settings = self.keeper_settings(socket, memory);
+                self.start_keeper(request, node, settings);
+            }
             MachineCommand::KillKeeper { pid } => self.kill_keeper(pid),
             MachineCommand::Heartbeat | MachineCommand::End { .. } => {}
         }
     }
 
-    /// Waits for a keeper's answer in a thread of its own.
-    fn start_keeper(&mut self, request: u64, node: usize, mut settings: KeeperSettings) {
-        if let Some(address) = self.address {
-            settings.listen.set_ip(address);
+    fn start_ranks(&mut self, assignments: Vec<Assignment>) {
+        let first = assignments.first().map(|first| first.rank);
+        if let Err(error) = self.ranks.start(assignments, &self.secret) {
+            // The launcher sees a failed rank, and restarts it or gives up.
+            eprintln!("error: {}", hint::message(&error));
+            self.ranks.kill();
+            self.start_error = first.map(|rank| FailedRank {
+                rank,
+                status: 1 << 8,
+                report: None,
+                lost: Some(format!("{error:#}")),
+            });
         }
+    }
+
+    fn keeper_settings(&self, socket: String, memory: Option<u64>) -> KeeperSettings {
+        let address = self.address.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+        KeeperSettings {
+            socket,
+            secret: self.secret.clone(),
+            listen: SocketAddr::new(address, 0),
+            memory,
+            orphan_timeout_s: ORPHAN_TIMEOUT.as_secs(),
+        }
+    }
+
+    /// Waits for a keeper's answer in a thread of its own.
+    fn start_keeper(&mut self, request: u64, node: usize, settings: KeeperSettings) {
         let dir = self.dir.clone();
         let started = self.started.clone();
         let start = move || {
@@ -197,8 +227,9 @@ impl Machine {
         })
     }
 
-    /// Has the next report tell everything again, to a new launcher.
-    pub(super) fn forget_reported(&mut self) {
+    /// Serves a new launcher: the next report contains everything again.
+    pub(super) fn serve_another(&mut self, secret: Secret) {
+        self.secret = secret;
         self.reported = None;
     }
 

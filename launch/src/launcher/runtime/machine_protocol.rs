@@ -1,10 +1,7 @@
 //! Messages between the launcher and the machines of a run, its own included.
 
 use crate::{
-    keeper::{KeeperSettings, Ready},
-    launcher::engine::ranks::RankReport,
-    protocol::Assignment,
-    registry::KeeperEntry,
+    keeper::Ready, launcher::engine::ranks::RankReport, protocol::Assignment, registry::KeeperEntry,
 };
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -56,11 +53,13 @@ pub(super) enum MachineCommand {
         number: u64,
         standby: bool,
     },
-    /// Start the keeper of `node`. An agent replaces the address by its machine's.
+    /// Start the keeper of `node`. The machine knows the run's secret, which is not sent.
     StartKeeper {
         request: u64,
         node: usize,
-        settings: KeeperSettings,
+        socket: String,
+        /// Bytes that the keeper may use.
+        memory: Option<u64>,
     },
     KillKeeper {
         pid: i32,

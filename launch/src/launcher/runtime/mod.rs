@@ -22,7 +22,6 @@ use super::engine::{
 use crate::{
     cli::TrainArgs,
     hint::{self, hinted},
-    keeper::KeeperSettings,
     signals::Signals,
 };
 use agent_links::{AgentLinks, own_event};
@@ -42,8 +41,6 @@ use std::{
 };
 
 const TICK: Duration = Duration::from_millis(20);
-/// The time after which a keeper without a launcher exits.
-const ORPHAN_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// Facts that carrying out commands needs.
 pub(crate) struct RuntimeSettings<'a> {
@@ -108,10 +105,11 @@ impl<'a> Runtime<'a> {
         let address = listening.own_ip();
         let Listening { events, agents, .. } = listening;
         let args = settings.args.clone();
+        let secret = settings.secret.clone();
         let dir = settings.dir.to_path_buf();
         let reports = events.clone();
         let own = OwnMachine::start(
-            move || Machine::new(&args, &dir, address),
+            move || Machine::new(&args, &dir, secret, address),
             move |report| reports.push(own_event(report)),
         )?;
         let secret = settings.secret.clone();
@@ -214,18 +212,12 @@ impl<'a> Runtime<'a> {
                 socket,
                 memory,
             } => {
-                let settings = KeeperSettings {
-                    socket,
-                    secret: self.settings.secret.clone(),
-                    listen: SocketAddr::from(([127, 0, 0, 1], 0)),
-                    memory,
-                    orphan_timeout_s: ORPHAN_TIMEOUT.as_secs(),
-                };
                 let request = id.0;
                 let command = MachineCommand::StartKeeper {
                     request,
                     node,
-                    settings,
+                    socket,
+                    memory,
                 };
                 self.send(machine, command);
             }

@@ -4,10 +4,11 @@ use crate::{
     cli::TrainArgs,
     environment,
     launcher::engine::ranks::FailedRank,
-    protocol::{Assignment, FailureReport, failure_path},
+    protocol::{Assignment, FailureReport, RankInput, failure_path},
     signals,
 };
 use anyhow::{Context, Result};
+use checkpoint::secure::Secret;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -74,7 +75,7 @@ impl RankProcesses {
     }
 
     /// Starts the ranks, in standby processes as far as there are any.
-    pub(super) fn start(&mut self, assignments: &[Assignment]) -> Result<()> {
+    pub(super) fn start(&mut self, assignments: Vec<Assignment>, secret: &Secret) -> Result<()> {
         for assignment in assignments {
             let rank = assignment.rank;
             // An earlier generation may have left a report.
@@ -83,7 +84,9 @@ impl RankProcesses {
                 Some(child) => child,
                 None => self.spawn()?,
             };
-            let line = serde_json::to_string(assignment).expect("plain data");
+            let secret = secret.clone();
+            let input = RankInput { assignment, secret };
+            let line = serde_json::to_string(&input).expect("plain data");
             let stdin = child.stdin.take();
             let sent = stdin.map(|mut stdin| writeln!(stdin, "{line}"));
             self.children.push(RankProcess { rank, child });

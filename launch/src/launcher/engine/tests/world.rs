@@ -19,7 +19,6 @@ use checkpoint::keeper::{
     recover::{Rebuild, candidates},
 };
 use nix::sys::signal::Signal;
-use parallel::StoreAccess;
 use serde_json::{Value, json};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -175,10 +174,7 @@ impl World {
         let settings = Settings {
             stored_config: String::new(),
             dir: PathBuf::from("run"),
-            store: StoreAccess {
-                address: SocketAddr::from(([127, 0, 0, 1], 1)),
-                secret: secret.clone(),
-            },
+            store: SocketAddr::from(([127, 0, 0, 1], 1)),
             ranks_per_machine: 2,
             spare_nodes: spares,
             world_size: 2 * (machines - spares),
