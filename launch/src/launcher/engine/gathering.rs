@@ -14,9 +14,20 @@ use super::{
 use crate::registry::{KeeperEntry, KeeperRegistry};
 use std::time::Duration;
 
+/// The time after which a message says what the launcher waits for.
+const FIRST_REMINDER: Duration = Duration::from_secs(1);
+
 #[derive(Debug)]
 pub(super) struct Gathering {
-    pub(super) reminded: Duration,
+    next_reminder: Duration,
+}
+
+impl Gathering {
+    pub(super) fn new(now: Duration) -> Gathering {
+        Gathering {
+            next_reminder: now + FIRST_REMINDER,
+        }
+    }
 }
 
 /// Decides about keepers of an earlier launch.
@@ -98,8 +109,8 @@ impl Engine {
             let hint = "start the same command there with --node-rank";
             return self.end_failed(problem.hint(hint));
         }
-        if self.now.saturating_sub(gathering.reminded) > REMINDER_INTERVAL {
-            gathering.reminded = self.now;
+        if self.now > gathering.next_reminder {
+            gathering.next_reminder = self.now + REMINDER_INTERVAL;
             if !missing.is_empty() {
                 self.print(format!("waiting for machines {names}"));
             }
@@ -130,9 +141,7 @@ impl Engine {
             }
         }
         if !any_alive {
-            for id in self.keepers.ids() {
-                self.keepers.remove(id);
-            }
+            self.forget_earlier_keepers();
             self.keepers.seats.clear();
             self.generation = 0;
             self.history.skipped_batches.clear();
@@ -140,6 +149,21 @@ impl Engine {
         }
         self.ask_for_inventories();
         Next::Go(Stage::TakingOver(TakingOver::Asking))
+    }
+
+    fn forget_earlier_keepers(&mut self) {
+        let ids = self.keepers.ids();
+        if !ids.is_empty() {
+            let addresses = ids.iter().map(|&id| self.keepers.address(id).to_string());
+            let addresses = addresses.collect::<Vec<_>>().join(", ");
+            self.print(format!(
+                "warning: the keepers of an earlier launch at {addresses} are gone, and with them \
+                 the state in their memory"
+            ));
+        }
+        for id in ids {
+            self.keepers.remove(id);
+        }
     }
 
     pub(super) fn seat_anew(&mut self) -> Next {

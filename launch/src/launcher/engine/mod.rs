@@ -139,7 +139,6 @@ impl Engine {
             number,
             registry,
         } = launch;
-        let reminded = Duration::ZERO;
         let mut engine = Engine {
             world_size: settings.world_size,
             settings,
@@ -161,7 +160,7 @@ impl Engine {
             checkpoints_wanted: 0,
             last_keeper_error: String::new(),
             warnings: Vec::new(),
-            stage: Stage::Gathering(Gathering { reminded }),
+            stage: Stage::Gathering(Gathering::new(Duration::ZERO)),
         };
         if let Some(registry) = registry {
             engine.look_for_earlier_keepers(&registry);

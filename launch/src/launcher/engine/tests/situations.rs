@@ -79,7 +79,7 @@ fn shrinks() -> Value {
     json!({"restart": {"without_spare": "shrink"}})
 }
 
-const HAPPENINGS: [Happening; 17] = [
+const HAPPENINGS: [Happening; 18] = [
     Happening {
         what: "a rank is killed",
         happens: |world| world.kill_rank(1),
@@ -121,6 +121,12 @@ const HAPPENINGS: [Happening; 17] = [
         happens: |world| world.lose_agent(1),
         changes: none,
         returns: true,
+    },
+    Happening {
+        what: "the agent of machine 1 is killed for good, its keeper stays",
+        happens: |world| world.lose_agent(1),
+        changes: none,
+        returns: false,
     },
     Happening {
         what: "the network of machine 1 is cut, later restored",
