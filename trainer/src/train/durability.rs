@@ -8,7 +8,7 @@ use super::{
     snapshots::{KeeperAccess, ReservedSlot, Snapshots},
     step_figures::StepFigures,
 };
-use crate::{Error, config::SnapshotEvery};
+use crate::Error;
 use parallel::agreement::{agree, sum_over_ranks};
 use std::{
     path::PathBuf,
@@ -34,7 +34,7 @@ impl Trainer {
     /// All ranks.
     ///
     /// # Errors
-    /// If `snapshot.every` is a number of steps and a node has too little memory.
+    /// If another rank cannot be reached.
     pub fn begin_snapshots(&mut self, warn: &mut dyn FnMut(&str)) -> Result<(), Error> {
         if self.snapshots.is_none() {
             return Ok(());
@@ -43,16 +43,11 @@ impl Trainer {
         match agree(&self.world, planned) {
             Ok(()) => Ok(()),
             Err(Error::Comm(error)) => Err(error.into()),
-            Err(error) if matches!(self.config.snapshot.every, SnapshotEvery::Steps(_)) => {
-                Err(Error::Config(format!(
-                    "{error}; use more memory or nodes, a larger snapshot.memory_gib, or \
-                     snapshot.every: 0"
-                )))
-            }
             Err(error) => {
                 warn(&format!(
                     "no snapshots in memory: {error}; after a failure the run resumes from a \
-                     checkpoint"
+                     checkpoint. For snapshots use more memory or nodes, or a larger \
+                     snapshot.memory_gib"
                 ));
                 self.snapshots = None;
                 Ok(())
