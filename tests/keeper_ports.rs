@@ -272,7 +272,10 @@ fn keepers_see_the_limits_of_control_groups() {
         eprintln!("skipped: this machine does not let a test limit memory");
         return;
     }
-    for folder in [&group, &inner] {
+    for (folder, every) in [
+        (&group, "snapshot.every=auto"),
+        (&inner, "snapshot.every=1"),
+    ] {
         let experiment = Experiment::new();
         let procs = folder.join("cgroup.procs");
         let shell = format!("echo $$ > {} && exec \"$@\"", procs.display());
@@ -285,6 +288,7 @@ fn keepers_see_the_limits_of_control_groups() {
             "model.moe.experts=16",
             "restart.standby=false",
             "checkpoint.every=0",
+            every,
         ];
         let train = experiment.train(2, &changes);
         let mut command = Command::new("sh");

@@ -13,10 +13,10 @@ use std::{
 };
 
 /// Machines joined by a network. Dropping this removes them.
-struct Network {
+pub(crate) struct Network {
     /// Empty if the machines are only processes.
-    namespaces: Vec<String>,
-    rdzv: String,
+    pub(crate) namespaces: Vec<String>,
+    pub(crate) rdzv: String,
 }
 
 fn ip(args: &str) -> bool {
@@ -27,7 +27,7 @@ fn ip(args: &str) -> bool {
 }
 
 impl Network {
-    fn new(machines: usize) -> Network {
+    pub(crate) fn new(machines: usize) -> Network {
         static NUMBER: AtomicUsize = AtomicUsize::new(0);
         let number = NUMBER.fetch_add(1, Ordering::SeqCst);
         let id = format!("mr{}x{number}", std::process::id());
@@ -73,8 +73,13 @@ impl Network {
         network
     }
 
+    /// True if each machine has a namespace of its own.
+    pub(crate) fn is_isolated(&self) -> bool {
+        !self.namespaces.is_empty()
+    }
+
     /// Returns the command that trains with two ranks on a machine.
-    fn machine(
+    pub(crate) fn machine(
         &self,
         experiment: &Experiment,
         machine: usize,
@@ -130,7 +135,7 @@ impl Drop for Network {
 }
 
 /// Starts all machines of a run, the launcher last: agents wait for it.
-fn start_all(
+pub(crate) fn start_all(
     network: &Network,
     experiment: &Experiment,
     machines: usize,
@@ -142,7 +147,7 @@ fn start_all(
     children
 }
 
-fn finish_all(children: Vec<Child>) -> Vec<Output> {
+pub(crate) fn finish_all(children: Vec<Child>) -> Vec<Output> {
     let outputs: Vec<Output> = children.into_iter().map(finish_child).collect();
     let said: Vec<String> = outputs.iter().map(text).collect();
     assert!(
@@ -249,7 +254,8 @@ fn a_lost_rank_and_a_lost_machine_are_recovered() {
         "{said}"
     );
     assert!(
-        said.contains("machine 1 is gone; lost node 1: ") && said.contains("rebuilt from"),
+        said.contains("machine 1 is gone (the connection was closed); lost node 1: ")
+            && said.contains("rebuilt from"),
         "{said}"
     );
     assert_eq!(
@@ -313,18 +319,25 @@ fn a_signal_to_the_launcher_stops_every_machine_with_a_checkpoint() {
             .path(&format!("run/checkpoints/step-{step:08}"))
             .exists()
     );
-    // A killed launcher takes all ranks with it.
+    // A killed launcher takes all ranks with it. Its agents wait for another launcher, which
+    // continues from the memory of the keepers.
     let mut run = start_all(&network, &experiment, 2, &["train.steps=100000"]);
     wait_for_step(&experiment, "run", step + 5);
-    run[0].kill().unwrap();
-    let agent = finish_child(run.pop().unwrap());
-    assert!(
-        !agent.status.success() && text(&agent).contains("is gone"),
-        "{}",
-        text(&agent)
+    let mut head = run.remove(0);
+    head.kill().unwrap();
+    head.wait().unwrap();
+    let second = start_with_output_file(
+        &experiment,
+        &mut network.machine(&experiment, 0, 2, &["train.steps=100000"]),
     );
-    run.pop().unwrap().wait().unwrap();
-    experiment.assert_only_keepers();
+    wait_for_output(&experiment, "found keepers of an earlier launcher", 1);
+    let step = steps_done(&experiment, "run");
+    wait_for_step(&experiment, "run", step + 5);
+    signal(&second.id().to_string(), "TERM");
+    for child in [vec![second], run].into_iter().flatten() {
+        let output = finish_child(child);
+        assert_eq!(output.status.code(), Some(143), "{}", text(&output));
+    }
 }
 
 #[test]
@@ -344,7 +357,7 @@ fn a_hostfile_starts_the_other_machines() {
     let ssh = experiment.path("ssh");
     std::fs::write(
         &ssh,
-        "#!/bin/sh\necho \"to $1\" >> asked\ncd / && exec sh -c \"$2\"\n",
+        "#!/bin/sh\necho \"to $1 $2\" >> asked\ncd / && exec sh -c \"$3\"\n",
     )
     .unwrap();
     std::fs::set_permissions(&ssh, std::fs::Permissions::from_mode(0o755)).unwrap();
@@ -353,7 +366,7 @@ fn a_hostfile_starts_the_other_machines() {
     assert!(output.status.success(), "{}", text(&output));
     assert_eq!(
         std::fs::read_to_string(experiment.path("asked")).unwrap(),
-        "to elsewhere\n"
+        "to -- elsewhere\n"
     );
     assert_eq!(curve(&experiment, "ours"), curve(&experiment, "theirs"));
     experiment.assert_no_orphans();
@@ -424,5 +437,7 @@ fn wrong_machines_are_refused() {
     );
     head.kill().unwrap();
     head.wait().unwrap();
-    first.wait().unwrap();
+    // An agent waits for another launcher, unless it is stopped.
+    signal(&first.id().to_string(), "TERM");
+    assert_eq!(first.wait().unwrap().code(), Some(143));
 }

@@ -175,6 +175,7 @@ fn layout_changes() -> Vec<Change> {
 
 fn run_changes(folder: &Path) -> Vec<Change> {
     let other_source = json!([{"path": folder.join("tokens"), "weight": 2}]);
+    let tls = json!({"cert": "cert.pem", "key": "key.pem", "ca": "ca.pem"});
     vec![
         change("run.seed", json!(2)),
         change("run.device", json!("auto")),
@@ -182,7 +183,11 @@ fn run_changes(folder: &Path) -> Vec<Change> {
         change("run.backend", json!("gloo")),
         change("run.timeout_s", json!(200)),
         change("run.log_every", json!(3)),
+        change("run.line_buffer_mib", json!(1)),
         change("run.trace_step", json!(100)),
+        change("run.tls.cert", json!("other.pem")).with("run.tls", tls.clone()),
+        change("run.tls.key", json!("other.pem")).with("run.tls", tls.clone()),
+        change("run.tls.ca", json!("other.pem")).with("run.tls", tls),
         change("data.train", other_source.clone()),
         change("data.validation", other_source),
         change("data.sequence_length", json!(16)),

@@ -3,7 +3,9 @@
 use crate::{
     Error, TensorSlice,
     format::Shard,
-    manifest::{FORMAT, FileEntry, Manifest, SliceEntry, TensorEntry},
+    manifest::{FORMAT, FileEntry, Manifest, TensorEntry},
+    slice::SliceEntry,
+    tiling::check_tiling,
 };
 use std::{collections::BTreeMap, path::Path};
 
@@ -53,20 +55,6 @@ impl Contents {
                 slice.global_shape, entry.shape
             ));
         }
-        for saved in &entry.slices {
-            let other = TensorSlice {
-                name: name.clone(),
-                global_shape: entry.shape.clone(),
-                offset: saved.offset.clone(),
-                shape: saved.shape.clone(),
-            };
-            if other.overlap(&slice).is_some() {
-                return Err(format!(
-                    "{name} is in two shards, {} and {file}",
-                    saved.file
-                ));
-            }
-        }
         entry.slices.push(SliceEntry {
             file,
             offset: slice.offset,
@@ -77,17 +65,8 @@ impl Contents {
 
     fn check_complete(&self, expected: usize) -> Result<(), String> {
         for (name, entry) in &self.tensors {
-            let whole: i64 = entry.shape.iter().product();
-            let mut written = 0;
-            for slice in &entry.slices {
-                written += slice.shape.iter().product::<i64>();
-            }
-            // Slices are disjoint, so the count proves that they cover the tensor.
-            if written != whole {
-                return Err(format!(
-                    "{name} is incomplete: {written} of {whole} values were written"
-                ));
-            }
+            check_tiling(&entry.shape, &entry.slices)
+                .map_err(|reason| format!("{name} {reason}"))?;
         }
         let found = self.tensors.len();
         if found != expected {

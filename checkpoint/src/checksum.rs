@@ -26,7 +26,12 @@ pub(crate) struct FileChecksum {
 
 impl FileChecksum {
     pub(crate) fn read(path: &Path) -> Result<FileChecksum, Error> {
-        let mut file = File::open(path).map_err(Error::io("cannot open", path))?;
+        let file = File::open(path).map_err(Error::io("cannot open", path))?;
+        FileChecksum::of(&file, path)
+    }
+
+    /// Reads an open file from its position to its end. Errors name `path`.
+    pub(crate) fn of(mut file: &File, path: &Path) -> Result<FileChecksum, Error> {
         let mut buffer = vec![0u8; BUFFER_BYTES];
         let mut bytes = 0u64;
         let mut digest = Digest::new(Crc32Iscsi);

@@ -1,67 +1,727 @@
-//! The folder of a run's checkpoints: listing the complete ones and removing old ones.
+//! The folder of a run's checkpoints: which of them are verified, and which are set aside.
+//!
+//! [`newest`] is the only place that decides which checkpoint is the newest. It reads the data, so
+//! a damaged checkpoint with a high number is neither resumed from nor counted by [`retain`].
 
-use crate::{Checkpoint, Error};
+use crate::{
+    Checkpoint, Error,
+    manifest::MANIFEST,
+    names::{DAMAGED, LEFTOVER_SUFFIXES, REMOVING, is_damaged_suffix, step_of, suffix_of},
+    run_folder::RunFolder,
+};
+use parking_lot::Mutex;
 use std::{
     cmp::Reverse,
+    collections::BTreeMap,
+    fmt::{Display, Formatter},
+    fs::Metadata,
     io::ErrorKind,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
-/// Returns the complete checkpoints under `root`, newest first. A missing folder holds none.
+/// The part of a checkpoint that is read to verify it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Depth {
+    /// The manifest, and the lengths of all files.
+    Lengths,
+    /// Also the checksum of every file. A checkpoint that this process wrote or read as a whole,
+    /// and that has not changed since, is not read again.
+    Data,
+}
+
+/// A checkpoint that was verified.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verified {
+    pub path: PathBuf,
+    /// Number of completed steps.
+    pub step: u64,
+    /// A note for the user, see [`Checkpoint::note`].
+    pub note: Option<String>,
+}
+
+/// A folder with the name of a checkpoint that cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    pub path: PathBuf,
+    /// The step in its name.
+    pub step: u64,
+    /// A complete message, which names the file.
+    pub reason: String,
+    /// True if its files prove it damaged, rather than of another version or unreadable now.
+    pub is_damaged: bool,
+}
+
+/// A part of a checkpoint that an interrupted write or removal left.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Leftover {
+    pub path: PathBuf,
+    pub bytes: u64,
+}
+
+impl Display for Leftover {
+    fn fmt(&self, out: &mut Formatter<'_>) -> std::fmt::Result {
+        let mb = self.bytes as f64 / 1e6;
+        write!(out, "{} ({mb:.1} MB)", self.path.display())
+    }
+}
+
+/// The contents of a folder of checkpoints.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Survey {
+    /// Verified checkpoints, newest first.
+    pub verified: Vec<Verified>,
+    /// Folders with the names of checkpoints that cannot be used, newest first. [`newest`] has
+    /// only those newer than the verified one.
+    pub refused: Vec<Refused>,
+    /// Folders that were set aside, `step-NNNNNNNN.damaged`.
+    pub set_aside: Vec<PathBuf>,
+    /// Folders that [`clean`] removes.
+    pub leftovers: Vec<Leftover>,
+}
+
+/// The entries of a folder of checkpoints, by their names alone.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Listing {
+    /// Entries with the names of checkpoints and their steps, newest first, usable or not.
+    pub candidates: Vec<(u64, PathBuf)>,
+    /// Folders that were set aside, `step-NNNNNNNN.damaged`.
+    pub set_aside: Vec<PathBuf>,
+    /// Folders that [`clean`] removes.
+    pub leftovers: Vec<PathBuf>,
+}
+
+/// Returns the folders under `root` with a manifest, newest first, and verifies nothing. A missing
+/// folder holds none.
 ///
 /// # Errors
-/// If the folder cannot be read.
+/// If the folder or one of the checkpoints cannot be read.
 pub fn list(root: &Path) -> Result<Vec<PathBuf>, Error> {
-    let entries = match std::fs::read_dir(root) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(Error::io("cannot read", root)(error)),
-    };
-    let mut found: Vec<PathBuf> = entries
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| step_of(path).is_some())
-        .filter(|path| path.join("manifest.json").exists())
-        .collect();
-    found.sort_by_key(|path| Reverse(step_of(path)));
+    let mut found = Vec::new();
+    for (_, path) in listing(root)?.candidates {
+        let manifest = path.join(MANIFEST);
+        match std::fs::symlink_metadata(&manifest) {
+            Ok(_) => found.push(path),
+            Err(error) if is_absent(&error) => {}
+            Err(error) => return Err(Error::io("cannot read", &manifest)(error)),
+        }
+    }
     Ok(found)
 }
 
-fn step_of(path: &Path) -> Option<u64> {
-    path.file_name()?
-        .to_str()?
-        .strip_prefix("step-")?
-        .parse()
-        .ok()
+/// True if the last component of `path` is the name of a checkpoint, `step-NNNNNNNN`.
+pub fn has_checkpoint_name(path: &Path) -> bool {
+    step_of(path).is_some()
 }
 
-/// Removes all but the newest `keep` checkpoints under `root`, and never the newest one.
+/// Verifies all checkpoints under `root`.
 ///
-/// A checkpoint whose tensors that `counts` selects by name have more elements than those of all
-/// newer ones stays: it has parameters that no other has. Returns these, newest first.
+/// # Errors
+/// If the folder or a checkpoint cannot be read by this user.
+pub fn survey(root: &Path, depth: Depth) -> Result<Survey, Error> {
+    verify_while(root, 0, depth, |_| true)
+}
+
+/// Finds the newest usable checkpoint under `root`: verifies the newest, and older ones until one
+/// is verified. It is the only one in [`Survey::verified`].
+///
+/// # Errors
+/// If the folder or a checkpoint cannot be read by this user.
+pub fn newest(root: &Path, depth: Depth) -> Result<Survey, Error> {
+    newest_since(root, 0, depth)
+}
+
+/// As [`newest`], but reads nothing of checkpoints before step `step`.
+///
+/// # Errors
+/// As [`newest`].
+pub fn newest_since(root: &Path, step: u64, depth: Depth) -> Result<Survey, Error> {
+    verify_while(root, step, depth, |survey| survey.verified.is_empty())
+}
+
+fn verify_while(
+    root: &Path,
+    since: u64,
+    depth: Depth,
+    continues: impl Fn(&Survey) -> bool,
+) -> Result<Survey, Error> {
+    let Listing {
+        candidates,
+        set_aside,
+        leftovers,
+    } = listing(root)?;
+    let mut survey = Survey {
+        set_aside,
+        leftovers: with_sizes(root, &leftovers)?,
+        ..Survey::default()
+    };
+    for (step, path) in candidates {
+        if step < since || !continues(&survey) {
+            break;
+        }
+        match verify(&path, depth) {
+            Ok(verified) => survey.verified.push(verified),
+            Err(error) if error.is_denied() => return Err(error),
+            Err(error) => survey.refused.push(Refused {
+                path,
+                step,
+                reason: error.to_string(),
+                is_damaged: error.is_damage(),
+            }),
+        }
+    }
+    Ok(survey)
+}
+
+/// Verifies the checkpoint in the folder `path`.
+///
+/// # Errors
+/// If it is damaged, of another format, or cannot be read.
+pub fn verify(path: &Path, depth: Depth) -> Result<Verified, Error> {
+    let inspection = Inspection::open(path)?;
+    if depth == Depth::Data && !inspection.is_known() {
+        for file in 0..inspection.checkpoint().manifest().files.len() {
+            inspection.checkpoint().verify_file(file)?;
+        }
+        inspection.remember();
+    }
+    let checkpoint = inspection.checkpoint();
+    Ok(Verified {
+        path: path.to_path_buf(),
+        step: checkpoint.manifest().step,
+        note: checkpoint.note(),
+    })
+}
+
+/// Compares the manifest with itself and with the lengths of the files.
+pub(crate) fn check_lengths(path: &Path) -> Result<(), Error> {
+    Inspection::open(path).map(drop)
+}
+
+/// A checkpoint that is being verified, possibly by several ranks that share the files.
+pub struct Inspection {
+    checkpoint: Checkpoint,
+    fingerprint: Fingerprint,
+}
+
+/// The identity, length and times of each file, the manifest first.
+type Fingerprint = Vec<[i128; 4]>;
+
+/// The checkpoints that this process verified. Only positive answers are kept.
+static VERIFIED: Mutex<BTreeMap<PathBuf, Fingerprint>> = Mutex::new(BTreeMap::new());
+
+/// Nanoseconds after which a change of a file has another time.
+const TICK_NS: i128 = 50_000_000;
+
+impl Inspection {
+    /// Opens a checkpoint, and compares the lengths of its files with the manifest.
+    ///
+    /// # Errors
+    /// If it is damaged, of another format, or cannot be read.
+    pub fn open(path: &Path) -> Result<Inspection, Error> {
+        let manifest = path.join(MANIFEST);
+        let checkpoint = Checkpoint::open(path)?;
+        let read = std::fs::symlink_metadata(&manifest);
+        let mut fingerprint = vec![identity(
+            &read.map_err(Error::io("cannot read", &manifest))?,
+        )];
+        for (number, entry) in checkpoint.manifest().files.iter().enumerate() {
+            let file = checkpoint.open_file(number)?;
+            let read = file.metadata();
+            let read = read.map_err(Error::io("cannot read", &path.join(&entry.name)))?;
+            fingerprint.push(identity(&read));
+        }
+        Ok(Inspection {
+            checkpoint,
+            fingerprint,
+        })
+    }
+
+    /// Returns the open checkpoint.
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.checkpoint
+    }
+
+    /// True if this process has verified the checkpoint before and no file has changed since.
+    pub fn is_known(&self) -> bool {
+        let verified = VERIFIED.lock();
+        verified.get(&key(self.checkpoint.path())) == Some(&self.fingerprint)
+    }
+
+    /// Remembers that all files had the right checksums, unless one has only just changed: the
+    /// times of files have ticks, and another change in the same tick would not show.
+    pub fn remember(&self) {
+        let times = self.fingerprint.iter().map(|[.., changed]| *changed);
+        let newest = times.max().unwrap_or(0);
+        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
+        let now = since_epoch.map_or(0, |time| time.as_nanos() as i128);
+        if now - newest > TICK_NS {
+            self.insert();
+        }
+    }
+
+    fn insert(&self) {
+        let fingerprint = self.fingerprint.clone();
+        let mut verified = VERIFIED.lock();
+        verified.insert(key(self.checkpoint.path()), fingerprint);
+    }
+
+    /// Returns the checkpoint, for reading its tensors.
+    pub fn into_checkpoint(self) -> Checkpoint {
+        self.checkpoint
+    }
+}
+
+/// Remembers a checkpoint whose files were read back when they were written.
+pub(crate) fn remember_verified(path: &Path) {
+    // If it cannot be opened now, the next reader verifies it.
+    if let Ok(inspection) = Inspection::open(path) {
+        inspection.insert();
+    }
+}
+
+fn key(path: &Path) -> PathBuf {
+    std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf())
+}
+
+fn identity(file: &Metadata) -> [i128; 4] {
+    let time = |seconds: i64, nanoseconds: i64| {
+        i128::from(seconds) * 1_000_000_000 + i128::from(nanoseconds)
+    };
+    [
+        i128::from(file.ino()),
+        i128::from(file.len()),
+        time(file.mtime(), file.mtime_nsec()),
+        time(file.ctime(), file.ctime_nsec()),
+    ]
+}
+
+/// Renames the damaged checkpoints among `refused` to `step-NNNNNNNN.damaged`. Only the owner of
+/// the run may call this. Returns the old and the new path of each.
+///
+/// # Errors
+/// If `root` is a link, or a folder cannot be renamed.
+pub fn set_damaged_aside(
+    root: &Path,
+    refused: &[Refused],
+) -> Result<Vec<(PathBuf, PathBuf)>, Error> {
+    let damaged = refused.iter().filter(|refused| refused.is_damaged);
+    let Some(folder) = RunFolder::open_inside(root)? else {
+        return Ok(Vec::new());
+    };
+    let mut renamed = Vec::new();
+    for Refused { path, .. } in damaged {
+        let name = path.file_name().and_then(|name| name.to_str());
+        if let Some(name) = name {
+            renamed.push((path.clone(), set_aside(&folder, name)?));
+        }
+    }
+    Ok(renamed)
+}
+
+/// Renames `NAME` in the folder of checkpoints to `NAME.damaged`, or to the first free name of
+/// `NAME.damaged-2`, `NAME.damaged-3` and so on.
+pub(crate) fn set_aside(root: &RunFolder, name: &str) -> Result<PathBuf, Error> {
+    let mut aside = format!("{name}.{DAMAGED}");
+    let mut number = 2;
+    while root.kind(&aside)?.is_some() {
+        aside = format!("{name}.{DAMAGED}-{number}");
+        number += 1;
+    }
+    root.rename(name, &aside)?;
+    Ok(root.path().join(aside))
+}
+
+/// Removes what interrupted writes left under `root`: folders `step-NNNNNNNN.writing` and
+/// `.removing`. Only the owner of the run may call this, before anything is written. Returns what
+/// was removed.
+///
+/// # Errors
+/// If `root` is a link, or a folder cannot be removed.
+pub fn clean(root: &Path) -> Result<Vec<Leftover>, Error> {
+    let Some(folder) = RunFolder::open_inside(root)? else {
+        return Ok(Vec::new());
+    };
+    let leftovers = with_sizes(root, &listing(root)?.leftovers)?;
+    for Leftover { path, .. } in &leftovers {
+        if let Some(name) = path.file_name().and_then(|name| name.to_str()) {
+            folder.remove(name)?;
+        }
+    }
+    Ok(leftovers)
+}
+
+fn with_sizes(root: &Path, paths: &[PathBuf]) -> Result<Vec<Leftover>, Error> {
+    if paths.is_empty() {
+        return Ok(Vec::new());
+    }
+    let folder = RunFolder::open(root)?;
+    let leftover = |path: &PathBuf| {
+        let name = path.file_name().and_then(|name| name.to_str());
+        Leftover {
+            path: path.clone(),
+            bytes: name.map_or(0, |name| folder.bytes(name)),
+        }
+    };
+    Ok(paths.iter().map(leftover).collect())
+}
+
+/// Removes checkpoints under `root` but for the newest `keep` of those up to step `step`, of which
+/// one was just written.
+///
+/// Only verified checkpoints count, so that a damaged one never makes a good one go. Later ones,
+/// which another run left in the folder, neither count nor are removed. A checkpoint whose tensors
+/// that `counts` selects by name have more elements than those of all newer ones stays: it has
+/// parameters that no other has. Returns these, newest first.
 ///
 /// # Errors
 /// If the folder cannot be read, or a checkpoint cannot be removed.
 pub fn retain(
     root: &Path,
     keep: usize,
+    step: u64,
     counts: impl Fn(&str) -> bool,
 ) -> Result<Vec<PathBuf>, Error> {
+    let mut candidates = listing(root)?.candidates;
+    candidates.retain(|(candidate, _)| *candidate <= step);
     let mut spared = Vec::new();
+    let mut kept = 0;
     let mut most = 0;
-    for (index, path) in list(root)?.iter().enumerate() {
-        // A manifest that cannot be read proves nothing about newer checkpoints.
-        let elements = Checkpoint::open(path).map_or(0, |open| open.manifest().elements(&counts));
-        if index < keep.max(1) {
+    for (_, path) in candidates {
+        let counted = kept < keep.max(1);
+        // Those that go need not be read: as many newer ones as are to be kept were verified.
+        let depth = if counted { Depth::Data } else { Depth::Lengths };
+        let is_verified = verify(&path, depth).is_ok();
+        let Some(opened) = is_verified.then(|| Checkpoint::open(&path).ok()).flatten() else {
+            continue;
+        };
+        let elements = opened.manifest().elements(&counts);
+        if counted {
+            kept += 1;
             most = most.max(elements);
         } else if elements > most {
             most = elements;
-            spared.push(path.clone());
+            spared.push(path);
         } else {
-            // A folder without a manifest is no checkpoint, should the rest not be removed.
-            let _ = std::fs::remove_file(path.join("manifest.json"));
-            std::fs::remove_dir_all(path).map_err(Error::io("cannot remove", path))?;
+            remove(root, &path)?;
         }
     }
     Ok(spared)
+}
+
+/// Removes a checkpoint. It first gets the name of a leftover, so that it is never a checkpoint of
+/// which a part is missing.
+fn remove(root: &Path, path: &Path) -> Result<(), Error> {
+    let name = path.file_name().and_then(|name| name.to_str());
+    let Some((folder, name)) = RunFolder::open_inside(root)?.zip(name) else {
+        return Ok(());
+    };
+    let removing = format!("{name}.{REMOVING}");
+    folder.remove(&removing)?;
+    folder.rename(name, &removing)?;
+    VERIFIED.lock().remove(&key(path));
+    folder.remove(&removing)
+}
+
+fn is_absent(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
+}
+
+/// Returns what is in the folder `root`, and reads none of it. A missing folder is empty.
+///
+/// # Errors
+/// If the folder cannot be read.
+pub fn listing(root: &Path) -> Result<Listing, Error> {
+    let mut listing = Listing::default();
+    let failed = || Error::io("cannot read", root);
+    let entries = match std::fs::read_dir(root) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(listing),
+        Err(error) => return Err(failed()(error)),
+    };
+    for entry in entries {
+        let entry = entry.map_err(failed())?;
+        let path = entry.path();
+        if let Some(step) = step_of(&path) {
+            listing.candidates.push((step, path));
+        } else if let Some(suffix) = suffix_of(&path) {
+            let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
+            // A file with the name of a leftover is none of ours.
+            if LEFTOVER_SUFFIXES.contains(&suffix) && !is_file {
+                listing.leftovers.push(path);
+            } else if is_damaged_suffix(suffix) {
+                listing.set_aside.push(path);
+            }
+        }
+    }
+    listing
+        .candidates
+        .sort_by_key(|(step, path)| (Reverse(*step), path.clone()));
+    listing.set_aside.sort();
+    listing.leftovers.sort();
+    Ok(listing)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Shard, Staging, TensorSlice};
+    use serde_json::Value;
+    use std::os::unix::fs::symlink;
+    use tch::Tensor;
+
+    fn staged(root: &Path, step: u64) -> (Staging, Vec<Shard>) {
+        let staging = Staging::new(root, step);
+        staging.begin().unwrap();
+        let values = Tensor::from_slice(&[step as f32, 1.0, 2.0]);
+        let tensors = vec![(TensorSlice::whole("w", &[3]), values)];
+        let shard = staging.write_shard(0, tensors).unwrap();
+        (staging, vec![shard])
+    }
+
+    fn save(root: &Path, step: u64) -> PathBuf {
+        let (staging, shards) = staged(root, step);
+        staging.commit(shards, 1, Value::Null).unwrap()
+    }
+
+    fn shard_of(checkpoint: &Path) -> PathBuf {
+        checkpoint.join("shard-00000.safetensors")
+    }
+
+    /// Changes the last byte of a checkpoint's shard.
+    fn spoil(checkpoint: &Path) {
+        // The clock of file times has ticks of some milliseconds.
+        std::thread::sleep(std::time::Duration::from_millis(60));
+        let shard = shard_of(checkpoint);
+        let mut bytes = std::fs::read(&shard).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(&shard, bytes).unwrap();
+    }
+
+    fn names(root: &Path) -> Vec<String> {
+        RunFolder::open(root).unwrap().names().unwrap()
+    }
+
+    fn steps(survey: &Survey) -> (Vec<u64>, Vec<u64>) {
+        let verified = survey.verified.iter().map(|verified| verified.step);
+        let refused = survey.refused.iter().map(|refused| refused.step);
+        (verified.collect(), refused.collect())
+    }
+
+    #[test]
+    fn the_newest_is_the_newest_whose_data_is_right() {
+        let root = tempfile::tempdir().unwrap();
+        for step in [10, 20, 30, 40] {
+            save(root.path(), step);
+        }
+        spoil(&root.path().join("step-00000040"));
+        std::fs::remove_file(root.path().join("step-00000030/manifest.json")).unwrap();
+        let found = newest(root.path(), Depth::Data).unwrap();
+        assert_eq!(steps(&found), (vec![20], vec![40, 30]));
+        assert!(found.refused[0].reason.contains("its checksum is"));
+        assert!(found.refused[1].reason.contains("copied in part?"));
+        // Lengths alone do not show a changed byte.
+        let found = newest(root.path(), Depth::Lengths).unwrap();
+        assert_eq!(steps(&found), (vec![40], vec![]));
+        let all = survey(root.path(), Depth::Data).unwrap();
+        assert_eq!(steps(&all), (vec![20, 10], vec![40, 30]));
+        let since = newest_since(root.path(), 25, Depth::Data).unwrap();
+        assert_eq!(steps(&since), (vec![], vec![40, 30]));
+    }
+
+    #[test]
+    fn damaged_ones_are_set_aside_under_free_names() {
+        let root = tempfile::tempdir().unwrap();
+        save(root.path(), 10);
+        for number in 1..4 {
+            spoil(&save(root.path(), 20));
+            let refused = newest(root.path(), Depth::Data).unwrap().refused;
+            let renamed = set_damaged_aside(root.path(), &refused).unwrap();
+            assert_eq!(renamed.len(), 1, "{number}");
+        }
+        let expected = [
+            "step-00000010",
+            "step-00000020.damaged",
+            "step-00000020.damaged-2",
+            "step-00000020.damaged-3",
+        ];
+        assert_eq!(names(root.path()), expected);
+        let found = newest(root.path(), Depth::Data).unwrap();
+        assert_eq!(steps(&found), (vec![10], vec![]));
+        assert_eq!(found.set_aside.len(), 3);
+    }
+
+    /// A newer version's checkpoint is refused but not damaged, so it keeps its name.
+    #[test]
+    fn another_format_is_not_set_aside() {
+        let root = tempfile::tempdir().unwrap();
+        let path = save(root.path(), 20);
+        std::fs::write(path.join(MANIFEST), r#"{"format": 3}"#).unwrap();
+        let refused = newest(root.path(), Depth::Data).unwrap().refused;
+        assert!(refused[0].reason.contains("newer than 2"));
+        assert!(set_damaged_aside(root.path(), &refused).unwrap().is_empty());
+        assert_eq!(names(root.path()), ["step-00000020"]);
+        // A run that writes the step does not overwrite it.
+        save(root.path(), 20);
+        assert_eq!(
+            names(root.path()),
+            ["step-00000020", "step-00000020.damaged"]
+        );
+    }
+
+    #[test]
+    fn a_damaged_checkpoint_does_not_count_for_keep() {
+        let root = tempfile::tempdir().unwrap();
+        for step in [10, 50, 100] {
+            save(root.path(), step);
+        }
+        spoil(&root.path().join("step-00000100"));
+        save(root.path(), 60);
+        retain(root.path(), 1, 60, |_| true).unwrap();
+        assert_eq!(names(root.path()), ["step-00000060", "step-00000100"]);
+        // The damaged one is older now.
+        spoil(&root.path().join("step-00000060"));
+        save(root.path(), 70);
+        save(root.path(), 80);
+        retain(root.path(), 2, 80, |_| true).unwrap();
+        let kept = ["step-00000070", "step-00000080", "step-00000100"];
+        assert_eq!(names(root.path()), kept);
+    }
+
+    #[test]
+    fn a_good_one_stays_when_a_newer_one_is_damaged() {
+        let root = tempfile::tempdir().unwrap();
+        for step in [10, 20, 30] {
+            save(root.path(), step);
+        }
+        spoil(&root.path().join("step-00000020"));
+        retain(root.path(), 2, 30, |_| true).unwrap();
+        let kept = ["step-00000010", "step-00000020", "step-00000030"];
+        assert_eq!(names(root.path()), kept);
+    }
+
+    #[test]
+    fn later_checkpoints_of_another_run_neither_count_nor_go() {
+        let root = tempfile::tempdir().unwrap();
+        for step in [100, 200, 50, 60] {
+            save(root.path(), step);
+            if step < 100 {
+                retain(root.path(), 1, step, |_| true).unwrap();
+            }
+        }
+        assert_eq!(
+            names(root.path()),
+            ["step-00000060", "step-00000100", "step-00000200"]
+        );
+    }
+
+    #[test]
+    fn leftovers_are_removed_and_nothing_else() {
+        let root = tempfile::tempdir().unwrap();
+        let outside = tempfile::tempdir().unwrap();
+        std::fs::write(outside.path().join("file"), "kept").unwrap();
+        save(root.path(), 10);
+        let (staging, _) = staged(root.path(), 77);
+        let bytes = std::fs::metadata(shard_of(staging.folder())).unwrap().len();
+        std::fs::create_dir(root.path().join("step-00000005.removing")).unwrap();
+        symlink(outside.path(), root.path().join("step-00000006.writing")).unwrap();
+        std::fs::write(root.path().join("step-00000007.writing"), "a file").unwrap();
+        std::fs::create_dir(root.path().join("notes.writing")).unwrap();
+        let found = survey(root.path(), Depth::Lengths).unwrap().leftovers;
+        let removed = clean(root.path()).unwrap();
+        assert_eq!(removed, found);
+        let sizes: Vec<u64> = removed.iter().map(|leftover| leftover.bytes).collect();
+        assert_eq!(sizes, [0, 0, bytes]);
+        assert!(
+            removed[2]
+                .to_string()
+                .ends_with("step-00000077.writing (0.0 MB)")
+        );
+        let kept = ["notes.writing", "step-00000007.writing", "step-00000010"];
+        assert_eq!(names(root.path()), kept);
+        assert!(outside.path().join("file").exists());
+        assert!(clean(&root.path().join("missing")).unwrap().is_empty());
+    }
+
+    /// A link in place of a checkpoint or of the whole folder.
+    #[test]
+    fn nothing_is_written_or_removed_through_a_link() {
+        let outside = tempfile::tempdir().unwrap();
+        let theirs = save(outside.path(), 10);
+        let run = tempfile::tempdir().unwrap();
+        let linked = run.path().join("checkpoints");
+        symlink(outside.path(), &linked).unwrap();
+        let begun = Staging::new(&linked, 20).begin().unwrap_err().to_string();
+        assert!(
+            begun.contains("checkpoints: it is a symbolic link"),
+            "{begun}"
+        );
+        assert!(
+            clean(&linked)
+                .unwrap_err()
+                .to_string()
+                .contains("symbolic link")
+        );
+        assert_eq!(names(outside.path()), ["step-00000010"]);
+
+        let root = run.path().join("own");
+        std::fs::create_dir(&root).unwrap();
+        symlink(&theirs, root.join("step-00000010")).unwrap();
+        // It can be read: a run may begin from another run's checkpoint.
+        assert_eq!(
+            steps(&newest(&root, Depth::Data).unwrap()),
+            (vec![10], vec![])
+        );
+        save(&root, 20);
+        retain(&root, 1, 20, |_| true).unwrap();
+        assert_eq!(names(&root), ["step-00000020"]);
+        symlink(&theirs, root.join("step-00000030")).unwrap();
+        save(&root, 30);
+        assert!(
+            !std::fs::symlink_metadata(root.join("step-00000030"))
+                .unwrap()
+                .is_symlink()
+        );
+        assert!(shard_of(&theirs).exists() && theirs.join(MANIFEST).exists());
+        // A link in place of the folder that is being written.
+        symlink(outside.path(), root.join("step-00000040.writing")).unwrap();
+        save(&root, 40);
+        assert_eq!(names(outside.path()), ["step-00000010"]);
+    }
+
+    #[test]
+    fn a_verified_checkpoint_is_read_again_only_after_a_change() {
+        let root = tempfile::tempdir().unwrap();
+        let path = save(root.path(), 10);
+        let is_known = || Inspection::open(&path).unwrap().is_known();
+        assert!(is_known(), "this process wrote it");
+        spoil(&path);
+        assert!(!is_known());
+        spoil(&path);
+        verify(&path, Depth::Data).unwrap();
+        assert!(!is_known(), "it has just changed");
+        std::thread::sleep(std::time::Duration::from_millis(60));
+        verify(&path, Depth::Data).unwrap();
+        assert!(is_known());
+        spoil(&path);
+        assert!(verify(&path, Depth::Data).is_err());
+        assert!(!is_known());
+    }
+
+    /// A keeper on another machine that does not share the disk writes to its own.
+    #[test]
+    fn a_shard_that_is_not_in_the_folder_is_not_committed() {
+        let root = tempfile::tempdir().unwrap();
+        let (staging, shards) = staged(root.path(), 10);
+        std::fs::remove_file(shard_of(staging.folder())).unwrap();
+        let refused = staging.commit(shards, 1, Value::Null).unwrap_err();
+        assert!(refused.to_string().contains("it is missing"), "{refused}");
+        assert!(
+            newest(root.path(), Depth::Data)
+                .unwrap()
+                .verified
+                .is_empty()
+        );
+    }
 }

@@ -3,11 +3,14 @@
 use crate::{Error, TensorSlice, manifest::FileEntry};
 use safetensors::tensor::{Dtype, Metadata};
 use serde::{Deserialize, Serialize};
-use std::{fs::File, io::Read, path::Path};
+use std::{fs::File, os::unix::fs::FileExt, path::Path};
 use tch::Kind;
 
 /// A safetensors file begins with the length of its header in this many bytes.
 pub(crate) const LENGTH_BYTES: usize = 8;
+
+/// Length of a header at most: a damaged length must not reserve all memory.
+const MAX_HEADER_BYTES: u64 = 1 << 28;
 
 /// Metadata keys of an image, fixed by format 2.
 pub(crate) const STATE_KEY: &str = "state";
@@ -52,15 +55,17 @@ pub(crate) struct TensorIndex {
 }
 
 impl TensorIndex {
-    /// Reads the index of a file and compares the lengths in it with that of the file.
-    pub(crate) fn from_file(path: &Path) -> Result<TensorIndex, Error> {
-        let header = FileHeader::read(path)?;
+    /// Reads the index of a file and compares the lengths in it with that of the file. Errors name
+    /// `path`.
+    pub(crate) fn from_file(file: &File, path: &Path) -> Result<TensorIndex, Error> {
+        let header = FileHeader::read(file, path)?;
         let index = header.parse(path)?;
-        let announced = index.data_start + index.metadata.data_len() as u64;
-        if announced != header.file_len {
+        let data_len = index.metadata.data_len() as u64;
+        let announced = index.data_start.checked_add(data_len);
+        if announced != Some(header.file_len) {
             let reason = format!(
-                "the file has {} bytes, its header announces {announced}",
-                header.file_len
+                "the file has {} bytes, its header of {} bytes announces {data_len} more",
+                header.file_len, index.data_start
             );
             return Err(Error::damaged(path, reason));
         }
@@ -75,26 +80,28 @@ struct FileHeader {
 }
 
 impl FileHeader {
-    fn read(path: &Path) -> Result<FileHeader, Error> {
-        let mut file = File::open(path).map_err(Error::io("cannot open", path))?;
+    fn read(file: &File, path: &Path) -> Result<FileHeader, Error> {
+        let metadata = file.metadata();
+        let file_len = metadata.map_err(Error::io("cannot read", path))?.len();
         let mut length = [0u8; LENGTH_BYTES];
-        file.read_exact(&mut length)
+        if file_len < LENGTH_BYTES as u64 {
+            let reason = format!("the file of {file_len} bytes has no header");
+            return Err(Error::damaged(path, reason));
+        }
+        file.read_exact_at(&mut length, 0)
             .map_err(Error::io("cannot read", path))?;
         let header_len = u64::from_le_bytes(length);
-        let file_len = file
-            .metadata()
-            .map_err(Error::io("cannot read", path))?
-            .len();
         let end = header_len.checked_add(LENGTH_BYTES as u64);
-        if end.is_none_or(|end| end > file_len) {
+        if end.is_none_or(|end| end > file_len) || header_len > MAX_HEADER_BYTES {
             let reason = format!(
-                "the header of {header_len} bytes does not fit into the file of {file_len} bytes"
+                "the header of {header_len} bytes does not fit into the file of {file_len} bytes \
+                 or into {MAX_HEADER_BYTES}"
             );
             return Err(Error::damaged(path, reason));
         }
         let mut bytes = length.to_vec();
         bytes.resize(LENGTH_BYTES + header_len as usize, 0);
-        file.read_exact(&mut bytes[LENGTH_BYTES..])
+        file.read_exact_at(&mut bytes[LENGTH_BYTES..], LENGTH_BYTES as u64)
             .map_err(Error::io("cannot read", path))?;
         Ok(FileHeader { bytes, file_len })
     }
@@ -156,7 +163,12 @@ impl ImageHeader {
     }
 
     pub(crate) fn from_file(path: &Path) -> Result<ImageHeader, Error> {
-        ImageHeader::read(&FileHeader::read(path)?.bytes, path)
+        let file = File::open(path).map_err(Error::io("cannot open", path))?;
+        ImageHeader::from_open_file(&file, path)
+    }
+
+    pub(crate) fn from_open_file(file: &File, path: &Path) -> Result<ImageHeader, Error> {
+        ImageHeader::read(&FileHeader::read(file, path)?.bytes, path)
     }
 }
 

@@ -15,7 +15,9 @@
 //!   the final name is complete.
 //! - Every element of every tensor is saved exactly once. A missing or doubled one is an error.
 //! - No bytes are used without a matching checksum. A damaged checkpoint is refused by name, and an
-//!   older one is used.
+//!   older one is used. Only [`folder`] decides which checkpoint is the newest.
+//! - Files of a run are created, replaced and removed through [`run_folder`], which follows no
+//!   links.
 //!
 //! # Example
 //!
@@ -50,18 +52,20 @@ mod assemble;
 mod checksum;
 mod erasure;
 mod error;
-mod folder;
+pub mod folder;
 mod format;
 mod image;
 pub mod keeper;
 mod manifest;
 mod memory;
+mod names;
 mod plan;
 mod read;
-pub mod secure;
+pub mod run_folder;
 mod slice;
 mod stripes;
 pub mod survival;
+mod tiling;
 mod write;
 
 pub use checksum::crc32c;
@@ -70,10 +74,11 @@ pub use error::Error;
 pub use folder::{list, retain};
 pub use format::{ImageHeader, Shard};
 pub use image::ImageLayout;
-pub use manifest::{FileEntry, Manifest, SliceEntry, TensorEntry};
+pub use manifest::{FileEntry, Manifest, TensorEntry};
 pub use memory::Region;
 pub use plan::assign_owners;
 pub use read::{Checkpoint, PartOpener};
-pub use slice::TensorSlice;
+pub use secure_link as secure;
+pub use slice::{SliceEntry, TensorSlice};
 pub use stripes::{Redundancy, StripeLayout, redundancy_groups};
 pub use write::Staging;

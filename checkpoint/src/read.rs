@@ -5,30 +5,43 @@ use crate::{
     assemble::Contents,
     checksum::FileChecksum,
     format::{ImageHeader, Shard, TensorIndex, kind_of},
-    manifest::{FORMAT, FileEntry, Manifest},
+    manifest::{FileEntry, MANIFEST, Manifest, ParsedManifest},
     memory::with_tensor_bytes,
+    names::step_of,
+    run_folder::RunFolder,
 };
 use std::{
-    collections::{BTreeMap, btree_map::Entry},
+    collections::BTreeMap,
     fs::File,
+    io::Read,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 use tch::{Device, Kind, Tensor};
 
+/// Length of a manifest at most.
+const MAX_MANIFEST_BYTES: u64 = 1 << 30;
+
 /// An open checkpoint, on disk or in the memory of keepers.
 pub struct Checkpoint {
     path: PathBuf,
     manifest: Manifest,
+    /// The manifest's checksum; `None` for a snapshot, and a manifest of an earlier version.
+    checksum: Option<u32>,
     /// The open shards by their numbers.
     shards: BTreeMap<usize, OpenShard>,
-    /// The parts of a snapshot, which are not files of the folder.
-    parts: Option<SnapshotParts>,
+    source: Source,
 }
 
-struct SnapshotParts {
-    headers: Vec<ImageHeader>,
-    open: PartOpener,
+/// The place of a checkpoint's shards.
+enum Source {
+    /// Files of a folder.
+    Folder(RunFolder),
+    /// The parts of a snapshot.
+    Snapshot {
+        headers: Vec<ImageHeader>,
+        open: PartOpener,
+    },
 }
 
 /// Opens a part of a snapshot by its number.
@@ -43,21 +56,43 @@ struct Overlap {
 }
 
 impl Checkpoint {
-    /// Reads the manifest of the checkpoint in the folder `path`.
+    /// Reads the manifest of the checkpoint in the folder `path`, and checks it against its
+    /// checksum, itself and the name of the folder.
     ///
     /// # Errors
     /// If the manifest is missing, damaged, or of another format.
     pub fn open(path: &Path) -> Result<Checkpoint, Error> {
-        let file = path.join("manifest.json");
-        let text = std::fs::read(&file).map_err(Error::io("cannot open", &file))?;
-        let damaged = |error: serde_json::Error| Error::damaged(&file, error.to_string());
-        let value: serde_json::Value = serde_json::from_slice(&text).map_err(damaged)?;
-        check_format(&value, &file)?;
+        let folder = RunFolder::open(path)?;
+        let text = read_manifest(&folder)?;
+        let file = path.join(MANIFEST);
+        let ParsedManifest { manifest, checksum } = Manifest::parse(&text, &file)?;
+        let named = step_of(path);
+        if let Some(named) = named.filter(|&step| step != manifest.step) {
+            let reason = format!(
+                "it is of step {}, its folder of step {named}",
+                manifest.step
+            );
+            return Err(Error::damaged(&file, reason));
+        }
         Ok(Checkpoint {
             path: path.to_path_buf(),
-            manifest: serde_json::from_value(value).map_err(damaged)?,
+            manifest,
+            checksum,
             shards: BTreeMap::new(),
-            parts: None,
+            source: Source::Folder(folder),
+        })
+    }
+
+    /// Returns a note for the user if damage of the manifest could go unnoticed, because an earlier
+    /// version wrote it without a checksum.
+    pub fn note(&self) -> Option<String> {
+        let is_unprotected = self.checksum.is_none() && matches!(self.source, Source::Folder(_));
+        is_unprotected.then(|| {
+            let manifest = self.path.join(MANIFEST);
+            format!(
+                "{} has no checksum, because an earlier version wrote it; the next checkpoint will",
+                manifest.display()
+            )
         })
     }
 
@@ -89,8 +124,9 @@ impl Checkpoint {
         Ok(Checkpoint {
             path,
             manifest: contents.into_manifest(step, state.unwrap_or_default()),
+            checksum: None,
             shards: BTreeMap::new(),
-            parts: Some(SnapshotParts { headers, open }),
+            source: Source::Snapshot { headers, open },
         })
     }
 
@@ -111,16 +147,8 @@ impl Checkpoint {
     pub fn verify_file(&self, number: usize) -> Result<(), Error> {
         let expected = &self.manifest.files[number];
         let path = self.path.join(&expected.name);
-        let metadata = std::fs::metadata(&path).map_err(Error::io("cannot open", &path))?;
-        if metadata.len() != expected.bytes {
-            let reason = format!(
-                "the file has {} bytes, the manifest says {}",
-                metadata.len(),
-                expected.bytes
-            );
-            return Err(Error::damaged(&path, reason));
-        }
-        let found = FileChecksum::read(&path)?;
+        let file = self.open_file(number)?;
+        let found = FileChecksum::of(&file, &path)?;
         if found.crc32c != expected.crc32c {
             let reason = format!(
                 "its checksum is {:08x}, the manifest says {:08x}",
@@ -129,6 +157,33 @@ impl Checkpoint {
             return Err(Error::damaged(&path, reason));
         }
         Ok(())
+    }
+
+    /// Opens the file with this number, and compares its length with the manifest.
+    ///
+    /// # Errors
+    /// If it is missing, has another length, or is no regular file of the folder.
+    pub(crate) fn open_file(&self, number: usize) -> Result<File, Error> {
+        let FileEntry { name, bytes, .. } = &self.manifest.files[number];
+        let path = self.path.join(name);
+        let Source::Folder(folder) = &self.source else {
+            return Err(Error::mismatch(&path, "a snapshot has no files"));
+        };
+        let file = match folder.open_file(name) {
+            Err(error) if error.is_not_found() => {
+                return Err(Error::damaged(&path, "it is missing"));
+            }
+            opened => opened?,
+        };
+        let metadata = file.metadata().map_err(Error::io("cannot read", &path))?;
+        if metadata.len() == *bytes {
+            return Ok(file);
+        }
+        let reason = format!(
+            "the file has {} bytes, the manifest says {bytes}",
+            metadata.len()
+        );
+        Err(Error::damaged(&path, reason))
     }
 
     /// Returns a slice of a tensor in host memory, in whatever slices it was saved.
@@ -257,34 +312,50 @@ impl Checkpoint {
 
     /// Returns a shard, which it opens when it is first needed.
     fn shard(&mut self, file: usize, path: &Path) -> Result<&OpenShard, Error> {
-        let vacant = match self.shards.entry(file) {
-            Entry::Occupied(shard) => return Ok(shard.into_mut()),
-            Entry::Vacant(vacant) => vacant,
-        };
-        let shard = match &mut self.parts {
-            None => OpenShard {
-                index: TensorIndex::from_file(path)?,
-                file: File::open(path).map_err(Error::io("cannot open", path))?,
-            },
-            Some(parts) => OpenShard {
-                index: parts.headers[file].index.clone(),
-                file: (parts.open)(file)?,
-            },
-        };
-        Ok(vacant.insert(shard))
+        if !self.shards.contains_key(&file) {
+            let shard = self.open_shard(file, path)?;
+            self.shards.insert(file, shard);
+        }
+        Ok(&self.shards[&file])
+    }
+
+    fn open_shard(&mut self, number: usize, path: &Path) -> Result<OpenShard, Error> {
+        if let Source::Snapshot { headers, open } = &mut self.source {
+            return Ok(OpenShard {
+                index: headers[number].index.clone(),
+                file: open(number)?,
+            });
+        }
+        let file = self.open_file(number)?;
+        Ok(OpenShard {
+            index: TensorIndex::from_file(&file, path)?,
+            file,
+        })
     }
 }
 
-fn check_format(manifest: &serde_json::Value, path: &Path) -> Result<(), Error> {
-    let supported = u64::from(FORMAT);
-    // A manifest without the key fails to parse, with a message that says so.
-    let format = manifest["format"].as_u64().unwrap_or(supported);
-    if format == supported {
-        return Ok(());
-    }
-    let age = if format > supported { "newer" } else { "older" };
-    let reason = format!("format {format} is {age} than {FORMAT}, which this version reads");
-    Err(Error::mismatch(path, reason))
+/// Reads the manifest in the folder of a checkpoint.
+fn read_manifest(folder: &RunFolder) -> Result<Vec<u8>, Error> {
+    let path = folder.path().join(MANIFEST);
+    let file = match folder.open_file(MANIFEST) {
+        Err(error) if error.is_not_found() => {
+            let is_empty = folder.names()?.is_empty();
+            let contents = if is_empty {
+                "no shards"
+            } else {
+                "shards and no manifest.json"
+            };
+            return Err(Error::Partial {
+                path: folder.path().display().to_string(),
+                contents,
+            });
+        }
+        opened => opened?,
+    };
+    let mut text = Vec::new();
+    let read = file.take(MAX_MANIFEST_BYTES).read_to_end(&mut text);
+    read.map_err(Error::io("cannot read", &path))?;
+    Ok(text)
 }
 
 struct OpenShard {
@@ -501,7 +572,7 @@ mod tests {
                 .collect()
         };
         assert_eq!(steps(), [100, 20, 3]);
-        assert!(retain(root.path(), 2, |_| true).unwrap().is_empty());
+        assert!(retain(root.path(), 2, 100, |_| true).unwrap().is_empty());
         assert_eq!(steps(), [100, 20]);
         assert!(list(&root.path().join("nowhere")).unwrap().is_empty());
         // A step can be saved a second time.
@@ -552,17 +623,97 @@ mod tests {
         assert!(open_error(&path).contains("manifest.json is damaged"));
     }
 
+    /// Changes a manifest as an earlier version would have written it, without a checksum.
+    fn rewrite_manifest(path: &Path, change: impl FnOnce(&mut Value)) {
+        let file = path.join(MANIFEST);
+        let mut manifest: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        manifest.as_object_mut().unwrap().remove("crc32c").unwrap();
+        change(&mut manifest);
+        std::fs::write(&file, manifest.to_string()).unwrap();
+    }
+
     #[test]
     fn another_format_is_refused() {
         let root = tempfile::tempdir().unwrap();
         let path = save(root.path(), 1);
-        let file = path.join("manifest.json");
-        let text = std::fs::read_to_string(&file).unwrap();
-        let current = "\"format\": 2";
-        std::fs::write(&file, text.replace(current, "\"format\": 9")).unwrap();
-        assert!(open_error(&path).contains("format 9 is newer than 2"));
-        std::fs::write(&file, text.replace(current, "\"format\": 1")).unwrap();
-        assert!(open_error(&path).contains("format 1 is older than 2"));
+        for (format, expected) in [
+            (9, "format 9 is newer than 2"),
+            (1, "format 1 is older than 2"),
+        ] {
+            rewrite_manifest(&path, |manifest| manifest["format"] = json!(format));
+            assert!(open_error(&path).contains(expected));
+            save(root.path(), 1);
+        }
+    }
+
+    #[test]
+    fn a_manifest_without_a_checksum_is_read_and_reported() {
+        let root = tempfile::tempdir().unwrap();
+        let path = save(root.path(), 1);
+        assert_eq!(Checkpoint::open(&path).unwrap().note(), None);
+        rewrite_manifest(&path, |_| ());
+        let note = Checkpoint::open(&path).unwrap().note().unwrap();
+        assert!(note.contains("manifest.json has no checksum"), "{note}");
+    }
+
+    #[test]
+    fn a_checkpoint_of_another_step_than_its_folder_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let path = save(root.path(), 5);
+        let renamed = root.path().join("step-00000009");
+        std::fs::rename(&path, &renamed).unwrap();
+        let refused = open_error(&renamed);
+        assert!(
+            refused.contains("it is of step 5, its folder of step 9"),
+            "{refused}"
+        );
+        // A name of the user's says no step.
+        let best = root.path().join("best");
+        std::fs::rename(&renamed, &best).unwrap();
+        assert_eq!(Checkpoint::open(&best).unwrap().manifest().step, 5);
+    }
+
+    #[test]
+    fn a_shard_is_a_regular_file_of_the_folder() {
+        let root = tempfile::tempdir().unwrap();
+        let path = save(root.path(), 1);
+        let shard = path.join("shard-00000.safetensors");
+        let outside = root.path().join("outside");
+        std::fs::rename(&shard, &outside).unwrap();
+        let error = |message: &str| {
+            let checkpoint = Checkpoint::open(&path).unwrap();
+            let refused = checkpoint.verify_file(0).unwrap_err().to_string();
+            assert!(refused.contains("shard-00000.safetensors"), "{refused}");
+            assert!(refused.contains(message), "{refused}");
+            let mut checkpoint = Checkpoint::open(&path).unwrap();
+            checkpoint
+                .tensor(&TensorSlice::whole("a", &[2, 2]))
+                .unwrap_err();
+        };
+        error("it is missing");
+        std::os::unix::fs::symlink(&outside, &shard).unwrap();
+        error("it is a symbolic link");
+        std::fs::remove_file(&shard).unwrap();
+        nix::unistd::mkfifo(&shard, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        error("it is a pipe");
+        std::fs::remove_file(&shard).unwrap();
+        std::fs::create_dir(&shard).unwrap();
+        error("it is a folder");
+    }
+
+    #[test]
+    fn a_folder_without_a_manifest_is_reported() {
+        let root = tempfile::tempdir().unwrap();
+        let path = save(root.path(), 1);
+        std::fs::remove_file(path.join(MANIFEST)).unwrap();
+        let refused = open_error(&path);
+        assert!(
+            refused.contains("step-00000001 has shards and no manifest.json"),
+            "{refused}"
+        );
+        assert!(refused.contains("copied in part?"), "{refused}");
+        std::os::unix::fs::symlink("nowhere", path.join(MANIFEST)).unwrap();
+        assert!(open_error(&path).contains("it is a symbolic link"));
     }
 
     #[test]
@@ -577,6 +728,9 @@ mod tests {
         });
         assert_eq!(manifest["tensors"]["b"], expected);
         let keys: Vec<&String> = manifest.as_object().unwrap().keys().collect();
-        assert_eq!(keys, ["format", "step", "state", "files", "tensors"]);
+        assert_eq!(
+            keys,
+            ["format", "step", "state", "files", "tensors", "crc32c"]
+        );
     }
 }

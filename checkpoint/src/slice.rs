@@ -16,6 +16,17 @@ pub struct TensorSlice {
     pub shape: Vec<i64>,
 }
 
+/// A slice of a tensor in one file.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SliceEntry {
+    /// The number of the shard.
+    pub file: usize,
+    /// The first index of the slice in each dim.
+    pub offset: Vec<i64>,
+    /// The size of the slice in each dim.
+    pub shape: Vec<i64>,
+}
+
 impl TensorSlice {
     /// Returns the slice that covers a whole tensor.
     pub fn whole(name: impl Into<String>, shape: &[i64]) -> TensorSlice {

@@ -5,8 +5,11 @@ use crate::{
     Error, TensorSlice,
     assemble::Contents,
     checksum::FileChecksum,
+    folder::{self, set_aside},
     format::{ImageHeader, Shard, TensorIndex, dtype_of},
-    manifest::FileEntry,
+    manifest::{FileEntry, MANIFEST},
+    names::{REMOVING, WRITING, checkpoint_name},
+    run_folder::{EntryKind, RunFolder},
 };
 use safetensors::{
     SafeTensorError,
@@ -14,7 +17,6 @@ use safetensors::{
 };
 use std::{
     borrow::Cow,
-    fs::File,
     path::{Path, PathBuf},
 };
 use tch::{Device, Tensor};
@@ -23,7 +25,9 @@ use tch::{Device, Tensor};
 #[derive(Debug, Clone)]
 pub struct Staging {
     folder: PathBuf,
-    target: PathBuf,
+    root: PathBuf,
+    /// The final name of the folder.
+    name: String,
     step: u64,
 }
 
@@ -58,10 +62,11 @@ impl View for TensorBytes {
 impl Staging {
     /// Names the folders for step `step` under `root`, and creates nothing.
     pub fn new(root: &Path, step: u64) -> Staging {
-        let target = root.join(format!("step-{step:08}"));
+        let name = checkpoint_name(step);
         Staging {
-            folder: target.with_extension("writing"),
-            target,
+            folder: root.join(format!("{name}.{WRITING}")),
+            root: root.to_path_buf(),
+            name,
             step,
         }
     }
@@ -71,19 +76,36 @@ impl Staging {
         &self.folder
     }
 
+    fn folder_name(&self) -> String {
+        format!("{}.{WRITING}", self.name)
+    }
+
     /// Creates the folder, empty. One rank calls this before any rank writes.
     ///
     /// # Errors
-    /// If the folder cannot be created.
+    /// If the folder cannot be created, or `root` is a link.
     pub fn begin(&self) -> Result<(), Error> {
-        self.discard();
-        std::fs::create_dir_all(&self.folder).map_err(Error::io("cannot create", &self.folder))
+        let root = RunFolder::create_inside(&self.root)?;
+        let name = self.folder_name();
+        if root.kind(&name)? != Some(EntryKind::File) {
+            root.remove(&name)?;
+        }
+        root.create_subfolder(&name).map(drop)
     }
 
     /// Removes everything that was written.
     pub fn discard(&self) {
         // Readers ignore a folder with this name, so a failure does no harm.
-        let _ = std::fs::remove_dir_all(&self.folder);
+        if let Ok(Some(root)) = RunFolder::open_inside(&self.root)
+            && let Ok(Some(EntryKind::Folder)) = root.kind(&self.folder_name())
+        {
+            let _ = root.remove(&self.folder_name());
+        }
+    }
+
+    fn open_folder(&self) -> Result<RunFolder, Error> {
+        let opened = RunFolder::open_inside(&self.folder)?;
+        opened.ok_or_else(|| Error::mismatch(&self.folder, "the folder was removed"))
     }
 
     /// Writes the shard of rank `rank`, syncs it to disk and reads it back.
@@ -95,6 +117,7 @@ impl Staging {
         rank: usize,
         tensors: Vec<(TensorSlice, Tensor)>,
     ) -> Result<Shard, Error> {
+        let folder = self.open_folder()?;
         let name = format!("shard-{rank:05}.safetensors");
         let path = self.folder.join(&name);
         let mut slices = Vec::with_capacity(tensors.len());
@@ -121,10 +144,11 @@ impl Staging {
             other => Error::mismatch(&path, other.to_string()),
         };
         safetensors::serialize_to_file(views, None, &path).map_err(failed)?;
-        sync(&path)?;
-        let written = FileChecksum::read(&path)?;
+        let file = folder.open_file(&name)?;
+        file.sync_all().map_err(Error::io("cannot write", &path))?;
+        let written = FileChecksum::of(&file, &path)?;
         // A header that reads back proves that the lengths in it fit the file.
-        TensorIndex::from_file(&path)?;
+        TensorIndex::from_file(&file, &path)?;
         let file = FileEntry {
             name,
             bytes: written.bytes,
@@ -146,22 +170,38 @@ impl Staging {
     ) -> Result<PathBuf, Error> {
         let contents = Contents::assemble(&self.folder, shards, tensors)?;
         let manifest = contents.into_manifest(self.step, state);
-        let path = self.folder.join("manifest.json");
-        let text = serde_json::to_vec_pretty(&manifest).expect("plain data");
-        std::fs::write(&path, text).map_err(Error::io("cannot write", &path))?;
-        sync(&path)?;
-        sync(&self.folder)?;
-        if self.target.exists() {
-            // A run that resumed from an older checkpoint saves the step a second time.
-            std::fs::remove_dir_all(&self.target)
-                .map_err(Error::io("cannot replace", &self.target))?;
+        let folder = self.open_folder()?;
+        folder.write_file(MANIFEST, &manifest.encode())?;
+        folder.sync()?;
+        // Ranks and keepers on other machines may have written to another disk.
+        folder::check_lengths(&self.folder)?;
+        let root = RunFolder::create_inside(&self.root)?;
+        self.publish(&root)?;
+        root.sync()?;
+        let target = self.root.join(&self.name);
+        folder::remember_verified(&target);
+        Ok(target)
+    }
+
+    /// Gives the folder its final name. An earlier checkpoint of the step, which a run wrote before
+    /// it resumed from an older one, is removed afterwards. One that is damaged is set aside.
+    fn publish(&self, root: &RunFolder) -> Result<(), Error> {
+        let target = self.root.join(&self.name);
+        let replaced = format!("{}.{REMOVING}", self.name);
+        if root.kind(&self.name)?.is_some() {
+            match folder::check_lengths(&target) {
+                Ok(()) => {
+                    root.remove(&replaced)?;
+                    root.rename(&self.name, &replaced)?;
+                }
+                Err(error) => {
+                    let aside = set_aside(root, &self.name)?;
+                    tracing::warn!("{error}; it is now {}", aside.display());
+                }
+            }
         }
-        std::fs::rename(&self.folder, &self.target)
-            .map_err(Error::io("cannot rename to", &self.target))?;
-        if let Some(parent) = self.target.parent() {
-            sync(parent)?;
-        }
-        Ok(self.target.clone())
+        root.rename(&self.folder_name(), &self.name)?;
+        root.remove(&replaced)
     }
 
     /// Calls [`Staging::commit`] for shards that are images. The header of the first one holds
@@ -173,13 +213,9 @@ impl Staging {
         let first = shards
             .first()
             .ok_or_else(|| Error::mismatch(&self.folder, "no shard was written"))?;
-        let header = ImageHeader::from_file(&self.folder.join(&first.file.name))?;
+        let name = &first.file.name;
+        let file = self.open_folder()?.open_file(name)?;
+        let header = ImageHeader::from_open_file(&file, &self.folder.join(name))?;
         self.commit(shards, header.tensors, header.state)
     }
-}
-
-fn sync(path: &Path) -> Result<(), Error> {
-    File::open(path)
-        .and_then(|file| file.sync_all())
-        .map_err(Error::io("cannot write", path))
 }

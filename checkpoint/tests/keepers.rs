@@ -57,7 +57,11 @@ impl Cluster {
             };
             let (ready, address) = channel();
             std::thread::spawn(move || {
-                run(settings, |address| ready.send(address).unwrap()).unwrap()
+                run(settings, |address| {
+                    ready.send(address).unwrap();
+                    Ok(())
+                })
+                .unwrap()
             });
             cluster.sockets.push(socket);
             cluster.addresses.push(address.recv().unwrap());

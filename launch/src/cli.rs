@@ -553,7 +553,7 @@ pub(crate) enum ConfigCommand {
     Schema,
 }
 
-#[derive(Args)]
+#[derive(Clone, Args)]
 pub(crate) struct ConfigArgs {
     /// YAML file of the experiment
     pub(crate) config: PathBuf,
@@ -562,7 +562,7 @@ pub(crate) struct ConfigArgs {
     pub(crate) set: Vec<String>,
 }
 
-#[derive(Args)]
+#[derive(Clone, Args)]
 pub(crate) struct TrainArgs {
     #[command(flatten)]
     pub(crate) config: ConfigArgs,
@@ -599,7 +599,7 @@ pub(crate) struct TrainArgs {
     /// Start all machines from here over ssh: lines `host` or `host slots=N`, this machine first
     #[arg(long, value_name = "FILE", conflicts_with_all = ["nnodes", "node_rank"])]
     pub(crate) hostfile: Option<PathBuf>,
-    /// Program that runs a command on another machine, called as PROGRAM HOST COMMAND
+    /// Program that runs a command on another machine, called as PROGRAM -- HOST COMMAND
     #[arg(
         long,
         default_value = "ssh",
@@ -607,6 +607,9 @@ pub(crate) struct TrainArgs {
         requires = "hostfile"
     )]
     pub(crate) ssh: PathBuf,
+    /// Read the token of the run from a line of standard input: set by a launcher for its agents
+    #[arg(long, hide = true)]
+    pub(crate) token_stdin: bool,
     /// On a resume, accept changes of these keys although the saved weights then compute something
     /// else, comma separated. Tensors that do not fit are listed and start from initial values
     #[arg(long, value_delimiter = ',', value_name = "KEY")]

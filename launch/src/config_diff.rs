@@ -55,8 +55,7 @@ pub(crate) fn refuse_changes(config: &Config, accepted: &[String]) -> Result<()>
         }
     }
     let root = config.run.dir.join("checkpoints");
-    // The error is complete: its source would be printed a second time.
-    check_resume(config, accepted, &root).map_err(|error| anyhow!("{error}"))
+    Ok(check_resume(config, accepted, &root)?)
 }
 
 /// Runs `moerun config diff`: prints a line per changed key. Fails if the run could not resume.

@@ -3,11 +3,16 @@
 
 use crate::hint::{hinted, one_line};
 use anyhow::{Result, anyhow, bail};
-use parallel::{MpiLaunch, RankEnv, Rendezvous};
-use std::ops::RangeInclusive;
+use parallel::{MpiLaunch, RankEnv, Rendezvous, Secret, StoreAccess};
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    ops::RangeInclusive,
+};
 
 /// Process id of the `moerun` launcher, with which its ranks end.
 pub(crate) const LAUNCHER_PID: &str = "MOERUN_LAUNCHER_PID";
+/// Secret of the store of `moerun`'s own ranks. Other users cannot read a process's environment.
+const STORE_SECRET: &str = "MOERUN_STORE_SECRET";
 
 /// Most ranks of a run, and most nodes.
 const MAX_RANKS: u64 = 65_536;
@@ -94,18 +99,25 @@ pub(crate) fn torchrun_variables(env: &RankEnv) -> Vec<(&'static str, String)> {
         ("LOCAL_WORLD_SIZE", env.local_world_size.to_string()),
         ("TORCHELASTIC_RESTART_COUNT", env.attempt.to_string()),
     ];
-    if let Rendezvous::Store {
-        host,
-        port,
-        launcher_serves,
-    } = &env.rendezvous
-    {
-        let agent_store = if *launcher_serves { "True" } else { "False" };
-        variables.extend([
-            ("MASTER_ADDR", host.clone()),
-            ("MASTER_PORT", port.to_string()),
-            ("TORCHELASTIC_USE_AGENT_STORE", agent_store.to_string()),
-        ]);
+    match &env.rendezvous {
+        Rendezvous::Launcher(StoreAccess { address, secret }) => variables.extend([
+            ("MASTER_ADDR", address.ip().to_string()),
+            ("MASTER_PORT", address.port().to_string()),
+            (STORE_SECRET, secret.to_hex()),
+        ]),
+        Rendezvous::Store {
+            host,
+            port,
+            launcher_serves,
+        } => {
+            let agent_store = if *launcher_serves { "True" } else { "False" };
+            variables.extend([
+                ("MASTER_ADDR", host.clone()),
+                ("MASTER_PORT", port.to_string()),
+                ("TORCHELASTIC_USE_AGENT_STORE", agent_store.to_string()),
+            ]);
+        }
+        Rendezvous::Mpi => {}
     }
     variables
 }
@@ -253,10 +265,14 @@ impl Variables<'_> {
                 format!("unset {because}, or set the variables that torchrun sets"),
             ));
         };
+        let port = self.number("MASTER_PORT", "MASTER_ADDR", PORTS)?;
+        if let Some(secret) = self.0(STORE_SECRET) {
+            return own_store(&host, port, &secret);
+        }
         let agent_store = self.0("TORCHELASTIC_USE_AGENT_STORE");
         Ok(Rendezvous::Store {
             host,
-            port: self.number("MASTER_PORT", "MASTER_ADDR", PORTS)?,
+            port,
             launcher_serves: agent_store.is_some_and(|value| value == "True"),
         })
     }
@@ -274,6 +290,7 @@ impl Variables<'_> {
             attempt: self.number_or("TORCHELASTIC_RESTART_COUNT", 0, 0..=MAX_RESTARTS)?,
             interface: self.interface(),
             address: None,
+            gloo_tls: None,
         };
         self.check_mpi_agrees(&env)?;
         let launcher = if self.has("TORCHELASTIC_RUN_ID") {
@@ -341,6 +358,7 @@ impl Variables<'_> {
             attempt: 0,
             interface: self.interface(),
             address: None,
+            gloo_tls: None,
         };
         let env = check_ranks(env, names)?;
         Ok(Some(DetectedRank { env, launcher }))
@@ -385,6 +403,7 @@ impl Variables<'_> {
             attempt: 0,
             interface: self.interface(),
             address: None,
+            gloo_tls: None,
         };
         let env = check_ranks(env, names)?;
         let launcher = "srun";
@@ -437,7 +456,11 @@ impl Variables<'_> {
             let value = one_line(&value);
             bail!("{name}={value} is not a valid node list of at most {MAX_RANKS} nodes");
         };
-        let host = self.0("MASTER_ADDR").unwrap_or_else(|| nodes[0].clone());
+        let host = match self.0("MASTER_ADDR") {
+            Some(host) => host,
+            None if nodes.len() == 1 => Ipv4Addr::LOCALHOST.to_string(),
+            None => nodes[0].clone(),
+        };
         // Steps of one job, and jobs that share a machine, get different ports.
         let job: u64 = self.number_or("SLURM_JOB_ID", 0, 0..=MAX_SLURM_ID)?;
         let step: u64 = self.number("SLURM_STEP_ID", "SLURM_PROCID", 0..=MAX_SLURM_ID)?;
@@ -448,6 +471,19 @@ impl Variables<'_> {
             launcher_serves: false,
         })
     }
+}
+
+/// Returns the authenticated store of a `moerun` that started this process.
+fn own_store(host: &str, port: u16, secret: &str) -> Result<Rendezvous> {
+    let access = host.parse().ok().zip(Secret::from_hex(secret));
+    let Some((ip, secret)) = access else {
+        return Err(hinted(
+            anyhow!("{STORE_SECRET} is set, but it or MASTER_ADDR is not what moerun sets"),
+            format!("unset {STORE_SECRET}: moerun sets it itself"),
+        ));
+    };
+    let address = SocketAddr::new(ip, port);
+    Ok(Rendezvous::Launcher(StoreAccess { address, secret }))
 }
 
 /// Refuses impossible ranks and sizes.
@@ -662,6 +698,32 @@ mod tests {
             .0,
             5
         );
+    }
+
+    #[test]
+    fn ranks_on_one_machine_meet_on_its_loopback_device() {
+        let one_node = "SLURM_PROCID=1 SLURM_STEP_ID=2 SLURM_STEP_NUM_TASKS=2 SLURM_LOCALID=1 \
+            SLURM_NODEID=0 SLURM_TASKS_PER_NODE=2 SLURM_JOB_NODELIST=gpu09";
+        let host = |text: &str| match detect_in(text).unwrap().unwrap().env.rendezvous {
+            Rendezvous::Store { host, .. } => host,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(host(one_node), "127.0.0.1");
+        assert_eq!(host(&format!("{one_node} MASTER_ADDR=head")), "head");
+
+        let store = StoreAccess {
+            address: "127.0.0.1:77".parse().unwrap(),
+            secret: Secret::random().unwrap(),
+        };
+        let env = RankEnv::single_node(1, 2, store);
+        let variables = torchrun_variables(&env).into_iter();
+        let text: Vec<String> = variables
+            .map(|(name, value)| format!("{name}={value}"))
+            .collect();
+        let text = text.join(" ");
+        assert_eq!(detect_in(&text).unwrap().unwrap().env, env);
+        let wrong = detect_in(&format!("{text} {STORE_SECRET}=12")).unwrap_err();
+        assert!(message(&wrong).contains(&format!("unset {STORE_SECRET}")));
     }
 
     #[test]

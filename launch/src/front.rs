@@ -2,13 +2,21 @@
 //!
 //! The loader's own message would not say how to fix a missing library.
 
+mod held_signals;
+
 use std::{
     os::unix::process::CommandExt,
     path::Path,
     process::{Command, ExitCode},
 };
 
+/// The signal that makes UCX, a library of Open MPI, log everything. Its default is SIGHUP, which
+/// stops moerun in order.
+const UCX_SIGNAL: &str = "UCX_DEBUG_SIGNO";
+
 fn main() -> ExitCode {
+    // `moerun-core` handles them. Best effort: a signal during the start may kill the process.
+    let _ = held_signals::hold();
     let own = match std::env::current_exe() {
         Ok(own) => own,
         Err(error) => {
@@ -34,9 +42,17 @@ fn main() -> ExitCode {
         eprintln!("error: moerun cannot start without {}", missing.join(", "));
         return ExitCode::FAILURE;
     }
-    let error = Command::new(&program)
+    let mut core = Command::new(&program);
+    if std::env::var_os(UCX_SIGNAL).is_none() {
+        core.env(UCX_SIGNAL, "0");
+    }
+    let error = core
         .arg0("moerun")
         .args(std::env::args_os().skip(1))
+        .env(
+            held_signals::IGNORED,
+            held_signals::ignored_mask().to_string(),
+        )
         .exec();
     eprintln!("error: cannot start {}: {error}", program.display());
     ExitCode::FAILURE

@@ -16,7 +16,11 @@ pub(crate) fn run(args: GenerateArgs) -> Result<ExitCode> {
         tokenizer: args.tokenizer,
     };
     let mut out = std::io::stdout().lock();
-    trainer::generate(&options, &mut |text| {
+    let mut warn = |warning: &str| {
+        let warning = printable(warning);
+        let _ = writeln!(std::io::stderr(), "warning: {warning}");
+    };
+    trainer::generate(&options, &mut warn, &mut |text| {
         // Printing fails if the reader has closed the pipe.
         let _ = write!(out, "{}", printable(text)).and_then(|()| out.flush());
     })?;

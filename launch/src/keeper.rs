@@ -3,6 +3,7 @@
 use crate::{
     cli::RunArgs,
     hint::{WithHint, hinted},
+    rank_log,
     registry::KeeperRegistry,
 };
 use anyhow::{Context, Result, anyhow};
@@ -28,7 +29,7 @@ const MAX_SETTINGS_BYTES: u64 = 1 << 20;
 const SIGXCPU: i32 = nix::sys::signal::Signal::SIGXCPU as i32;
 
 /// The launcher's line on a keeper's standard input.
-#[derive(Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct KeeperSettings {
     pub(crate) socket: String,
     pub(crate) secret: Secret,
@@ -39,7 +40,7 @@ pub(crate) struct KeeperSettings {
 }
 
 /// The keeper's answer on standard output.
-#[derive(Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub(crate) struct Ready {
     pub(crate) address: SocketAddr,
 }
@@ -58,11 +59,7 @@ pub(crate) fn serve() -> Result<ExitCode> {
     // A session of its own: the keeper outlives the launcher, and Ctrl-C does not reach it. Fails
     // harmlessly if the process leads a session already.
     let _ = nix::unistd::setsid();
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .with_target(false)
-        .init();
+    rank_log::log_to_stderr()?;
     let settings = serve::Settings {
         socket: settings.socket,
         secret: settings.secret,
@@ -73,10 +70,13 @@ pub(crate) fn serve() -> Result<ExitCode> {
     let ready = |address| {
         let line = serde_json::to_string(&Ready { address }).expect("plain data");
         let mut stdout = std::io::stdout();
-        // Without a reader nothing connects, and the keeper exits after its orphan timeout.
-        let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush());
+        // It fails if the launcher has ended meanwhile: then no launcher knows this keeper.
+        writeln!(stdout, "{line}")?;
+        stdout.flush()
     };
-    serve::run_with_signals(settings, signals, ready).map_err(|e| anyhow!("the keeper: {e}"))?;
+    let served = serve::run_with_signals(settings, signals, ready);
+    rank_log::flush();
+    served.map_err(|e| anyhow!("the keeper: {e}"))?;
     Ok(ExitCode::SUCCESS)
 }
 

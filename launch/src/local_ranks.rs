@@ -6,13 +6,12 @@ use crate::{
     environment::{self, DetectedRank},
     hint,
 };
-use anyhow::{Context, Result, anyhow, bail};
-use parallel::{Backend, Cpu, RankEnv, World};
+use anyhow::{Context, Result, bail};
+use parallel::{Backend, Cpu, RankEnv, StoreServer, World};
 use std::{
     process::{Child, Command, ExitCode, Stdio},
     time::Duration,
 };
-use torch_ext::Store;
 
 pub(crate) const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(300);
 
@@ -52,13 +51,11 @@ pub(crate) fn join_world(env: &RankEnv, number: usize) -> Result<World> {
 }
 
 fn start(count: usize) -> Result<ExitCode> {
-    let store = Store::tcp("127.0.0.1", 0, true, Duration::from_secs(10))
-        .map_err(|error| anyhow!("cannot serve the ranks' store: {error}"))?;
-    let master_port = store.port()?;
+    let store = StoreServer::local().context("cannot serve the ranks' store")?;
     let this = std::env::current_exe().context("cannot find this program's file")?;
     let mut children = Vec::new();
     for rank in 0..count {
-        let env = RankEnv::single_node(rank, count, master_port);
+        let env = RankEnv::single_node(rank, count, store.access().clone());
         let mut command = Command::new(&this);
         command
             .args(std::env::args_os().skip(1))

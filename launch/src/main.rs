@@ -17,6 +17,7 @@ mod doctor;
 mod environment;
 mod fault;
 mod generate;
+mod held_signals;
 mod hint;
 mod inspect;
 mod keeper;
@@ -28,8 +29,12 @@ mod prepare;
 mod progress;
 mod protocol;
 mod rank;
+mod rank_log;
 mod reference;
 mod registry;
+mod run_lock;
+mod screen;
+mod signals;
 mod snapshot;
 mod survival;
 
@@ -42,6 +47,7 @@ use cli::{
 use environment::DetectedRank;
 use hint::hinted;
 use signal_hook::consts::SIGPIPE;
+use signals::Signals;
 use std::{
     process::ExitCode,
     sync::{Arc, atomic::AtomicBool},
@@ -50,6 +56,10 @@ use std::{
 fn main() -> ExitCode {
     torch_ext::skip_teardown_at_exit();
     let cli = Cli::parse();
+    if !matches!(cli.command, Command::Train(_)) {
+        // Before anything that a signal has to end. Training sets handlers first.
+        let _ = signals::let_through();
+    }
     if only_prints(&cli.command) {
         exit_on_broken_pipe();
     }
@@ -81,13 +91,12 @@ fn main() -> ExitCode {
         Command::Bench(BenchCommand::Collectives(args)) => bench::collectives::run(&args),
         Command::Bench(BenchCommand::Snapshot(args)) => bench::snapshot::run(&args),
     };
-    match result {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("error: {}", hint::message(&error));
-            ExitCode::FAILURE
-        }
-    }
+    let code = result.unwrap_or_else(|error| {
+        eprintln!("error: {}", hint::message(&error));
+        ExitCode::FAILURE
+    });
+    terminal::flush();
+    code
 }
 
 /// True if the command starts no process and is not a rank.
@@ -114,9 +123,12 @@ fn exit_on_broken_pipe() {
 
 /// Trains as one rank if a launcher started this process, else as the launcher.
 fn train(args: cli::TrainArgs) -> anyhow::Result<ExitCode> {
+    terminal::start_writer();
     if environment::launched_by_moerun() {
-        return rank::run_assigned(&args);
+        let signals = Signals::install_in_launched_rank()?;
+        return rank::run_assigned(&args, &signals);
     }
+    let signals = Signals::install()?;
     // A number of machines asks for moerun's own launcher, whatever started this process.
     let asks_for_launcher = args.nnodes > 1 || args.hostfile.is_some();
     let detected = if asks_for_launcher {
@@ -125,7 +137,7 @@ fn train(args: cli::TrainArgs) -> anyhow::Result<ExitCode> {
         environment::detect_rank()?
     };
     let Some(DetectedRank { env, launcher }) = detected else {
-        return launcher::run(&args);
+        return launcher::run(&args, &signals);
     };
     let ranks = args.nproc_per_node;
     if ranks > 1 {
@@ -138,5 +150,11 @@ fn train(args: cli::TrainArgs) -> anyhow::Result<ExitCode> {
             format!("omit -n, or start moerun without {launcher}"),
         ));
     }
-    rank::run(&args, &env, launcher, None)
+    let start = rank::RankStart {
+        env: &env,
+        launcher,
+        input: None,
+        signals: &signals,
+    };
+    rank::run(&args, &start)
 }

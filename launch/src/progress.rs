@@ -1,12 +1,17 @@
 //! Progress of a run: a bar on a terminal, plain lines elsewhere.
 
-use crate::hint::printable;
-use indicatif::{ProgressBar, ProgressStyle};
+use crate::{hint::printable, terminal};
+use console::Term;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
+use parking_lot::Mutex;
 use std::{
-    io::IsTerminal,
+    io::{IsTerminal, Result},
     time::{Duration, Instant},
 };
 use trainer::{Progress, StepMetrics};
+
+/// Frames per second of a bar, at most.
+const BAR_HZ: u8 = 20;
 
 /// Shows the progress of training, on rank 0.
 pub(crate) struct TrainingView {
@@ -19,8 +24,11 @@ pub(crate) struct TrainingView {
 impl TrainingView {
     pub(crate) fn new(steps: u64, done: u64, log_every: u64) -> TrainingView {
         let bar = std::io::stderr().is_terminal().then(|| {
-            let bar = ProgressBar::new(steps).with_position(done);
-            let template = "{bar:24.cyan/blue} {pos}/{len} {msg}";
+            let frames = Box::new(BarFrames::default());
+            let target = ProgressDrawTarget::term_like_with_hz(frames, BAR_HZ);
+            let bar = ProgressBar::with_draw_target(Some(steps), target).with_position(done);
+            // One line at any width: lines of the launcher take the place of the last one.
+            let template = "{bar:16.cyan/blue} {pos}/{len} {wide_msg}";
             bar.set_style(ProgressStyle::with_template(template).expect("a fixed template"));
             bar.enable_steady_tick(Duration::from_millis(200));
             bar
@@ -34,11 +42,12 @@ impl TrainingView {
     }
 
     fn line(&self, text: &str) {
-        match &self.bar {
-            Some(bar) => bar.println(printable(text)),
-            None => eprintln!("{text}"),
+        eprintln!("{text}");
+        if let Some(bar) = &self.bar {
+            // The line has taken the place of the bar.
+            bar.tick();
         }
-        tracing::info!("{text}");
+        tracing::info!("{}", printable(text));
     }
 
     pub(crate) fn remove_bar(&self) {
@@ -63,25 +72,27 @@ impl Progress for TrainingView {
                 format_duration(elapsed.mul_f64(steps_left / timed as f64))
             }
         };
-        let text = format!(
-            "loss {:.4}  lr {:.2e}  grad norm {:.3}  {:.0} tokens/s{}  eta {eta}",
+        let figures = format!(
+            "loss {:.4}  lr {:.2e}  grad norm {:.3}  {:.0} tokens/s{}",
             record.loss,
             record.lr,
             record.grad_norm,
             record.tokens_per_s,
             balance(record)
         );
-        tracing::info!("step {}/{steps}  {text}", record.step);
+        let line = format!("step {}/{steps}  {figures}  eta {eta}", record.step);
+        tracing::info!("{line}");
         match &self.bar {
             Some(bar) => {
                 bar.set_position(record.step);
-                bar.set_message(text);
+                // The end of the line may be cut off.
+                bar.set_message(format!("eta {eta}  {figures}"));
             }
             None if record.step == first
                 || record.step.is_multiple_of(self.log_every)
                 || record.step == steps =>
             {
-                eprintln!("step {}/{steps}  {text}", record.step);
+                eprintln!("{line}");
             }
             None => {}
         }
@@ -100,6 +111,71 @@ impl Progress for TrainingView {
 
     fn warn(&mut self, message: &str) {
         self.line(&format!("warning: {message}"));
+    }
+}
+
+/// Draws the bar through [`terminal`], whose thread waits for a terminal that takes nothing.
+///
+/// Each frame begins by erasing the line, so that any earlier frame may be left out.
+#[derive(Debug, Default)]
+struct BarFrames {
+    frame: Mutex<String>,
+}
+
+impl BarFrames {
+    fn add(&self, text: &str) -> Result<()> {
+        self.frame.lock().push_str(text);
+        Ok(())
+    }
+
+    /// Moves the cursor by `lines` or columns; `direction` is the letter of the control sequence.
+    fn move_cursor(&self, count: usize, direction: char) -> Result<()> {
+        match count {
+            0 => Ok(()),
+            count => self.add(&format!("\x1b[{count}{direction}")),
+        }
+    }
+}
+
+impl TermLike for BarFrames {
+    fn width(&self) -> u16 {
+        Term::stderr().size().1
+    }
+
+    fn move_cursor_up(&self, count: usize) -> Result<()> {
+        self.move_cursor(count, 'A')
+    }
+
+    fn move_cursor_down(&self, count: usize) -> Result<()> {
+        self.move_cursor(count, 'B')
+    }
+
+    fn move_cursor_right(&self, count: usize) -> Result<()> {
+        self.move_cursor(count, 'C')
+    }
+
+    fn move_cursor_left(&self, count: usize) -> Result<()> {
+        self.move_cursor(count, 'D')
+    }
+
+    fn write_line(&self, text: &str) -> Result<()> {
+        self.add(&format!("{text}\n"))
+    }
+
+    fn write_str(&self, text: &str) -> Result<()> {
+        self.add(text)
+    }
+
+    fn clear_line(&self) -> Result<()> {
+        self.add("\r\x1b[2K")
+    }
+
+    fn flush(&self) -> Result<()> {
+        let frame = std::mem::take(&mut *self.frame.lock());
+        if !frame.is_empty() {
+            terminal::show_bar(frame);
+        }
+        Ok(())
     }
 }
 

@@ -1,10 +1,11 @@
 //! Messages between the launcher and its ranks: assignments, failure reports and file names.
 
-use parallel::{RankEnv, Rendezvous};
+use checkpoint::keeper::SnapshotId;
+use parallel::{RankEnv, Secret, StoreAccess};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
 };
 use trainer::KeeperAccess;
@@ -13,41 +14,79 @@ use trainer::KeeperAccess;
 ///
 /// A process that waits for this line has already loaded everything, so a restart need not.
 #[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct RankInput {
+    pub(crate) assignment: Assignment,
+    /// The run's secret, which each machine has: it is not sent to other machines.
+    pub(crate) secret: Secret,
+}
+
+/// The launcher's part of a [`RankInput`]. It contains no secret.
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Assignment {
     pub(crate) rank: usize,
     pub(crate) world_size: usize,
     /// Number among the ranks of the same machine.
     pub(crate) local_rank: usize,
     pub(crate) local_world_size: usize,
-    /// Host on which the launcher serves the store.
-    pub(crate) host: String,
-    pub(crate) port: u16,
+    /// Address of the store that the launcher serves.
+    pub(crate) store: SocketAddr,
     /// Address at which other machines reach the rank; None in a run on one machine.
     pub(crate) address: Option<IpAddr>,
     /// Counts from 1 in a run with keepers; 0 without.
     pub(crate) generation: u64,
-    pub(crate) keeper: Option<KeeperAccess>,
+    pub(crate) keeper: Option<AssignedKeeper>,
     /// Number of batches to skip before each step.
     pub(crate) skipped_batches: BTreeMap<u64, u64>,
+    /// The configuration that the run was started with, as JSON. An edited file has no effect.
+    pub(crate) config: String,
 }
 
-impl Assignment {
+/// The keeper of a rank's node.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct AssignedKeeper {
+    /// Name of its socket.
+    pub(crate) socket: String,
+    /// Bytes of a chunk.
+    pub(crate) chunk: usize,
+    /// Snapshot to restore and its number of ranks.
+    pub(crate) restore: Option<(SnapshotId, usize)>,
+}
+
+/// Returns the secret of the ranks' store, which ranks compute from the run's secret.
+pub(crate) fn store_secret(secret: &Secret) -> Secret {
+    secret.derive("store")
+}
+
+impl RankInput {
     pub(crate) fn env(&self) -> RankEnv {
-        let rendezvous = Rendezvous::Store {
-            host: self.host.clone(),
-            port: self.port,
-            launcher_serves: true,
+        let assignment = &self.assignment;
+        let store = StoreAccess {
+            address: assignment.store,
+            secret: store_secret(&self.secret),
         };
         RankEnv {
-            local_rank: self.local_rank,
-            local_world_size: self.local_world_size,
-            rendezvous,
-            address: self.address.map(|address| address.to_string()),
-            attempt: self.generation as usize,
-            ..RankEnv::single_node(self.rank, self.world_size, self.port)
+            local_rank: assignment.local_rank,
+            local_world_size: assignment.local_world_size,
+            address: assignment.address.map(|address| address.to_string()),
+            attempt: assignment.generation as usize,
+            ..RankEnv::single_node(assignment.rank, assignment.world_size, store)
         }
     }
 
+    /// Returns what the rank's trainer needs to connect to the keeper of its node.
+    pub(crate) fn keeper_access(&self) -> Option<KeeperAccess> {
+        let keeper = self.assignment.keeper.clone()?;
+        Some(KeeperAccess {
+            socket: keeper.socket,
+            secret: self.secret.clone(),
+            generation: self.assignment.generation,
+            chunk: keeper.chunk,
+            restore: keeper.restore,
+        })
+    }
+}
+
+impl Assignment {
     /// True if the rank resumes from a snapshot, after a failure.
     pub(crate) fn is_restart(&self) -> bool {
         let keeper = self.keeper.as_ref();

@@ -4,7 +4,10 @@ use crate::{
     cli::TrainArgs,
     config_diff, config_file, environment, hint, machine_memory,
     progress::TrainingView,
-    protocol::{Assignment, FailureKind, FailureReport, failure_path, flight_path, log_path},
+    protocol::{Assignment, FailureKind, FailureReport, RankInput, failure_path, flight_path},
+    rank_log, run_lock,
+    signals::{self, Signals, StopMode},
+    terminal,
 };
 use anyhow::{Context, Result, anyhow};
 use nix::{
@@ -12,23 +15,26 @@ use nix::{
     sys::{prctl::set_pdeathsig, signal::Signal},
     unistd::Pid,
 };
-use parallel::{Accelerator, CpuAffinity, CpuTopology, RankEnv, World};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use parallel::{Accelerator, CpuAffinity, CpuTopology, RankEnv, World, agreement::sum_over_ranks};
 use std::{
     any::Any,
     fmt,
-    fs::File,
     io::BufRead,
     panic::AssertUnwindSafe,
     path::Path,
     process::ExitCode,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
+    sync::atomic::{AtomicU64, Ordering},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
-use trainer::{Progress, ResumeReport, ResumeSource, Trainer, config::Config, data::DatasetInfo};
+use trainer::{
+    Progress, ResumeReport, ResumeSource, RunRequests, Trainer,
+    config::{Config, TlsConfig},
+    data::DatasetInfo,
+    lines::Limits,
+};
+
+/// Time in which the disk takes a failure report.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Context of an error that older state may help with: the launcher decides by it.
 #[derive(Debug)]
@@ -40,8 +46,42 @@ impl fmt::Display for NotRestored {
     }
 }
 
+/// The circumstances of a rank's start.
+#[derive(Clone, Copy)]
+pub(crate) struct RankStart<'a> {
+    pub(crate) env: &'a RankEnv,
+    /// Name of the program that started the rank.
+    pub(crate) launcher: &'a str,
+    /// None under another launcher than moerun's.
+    pub(crate) input: Option<&'a RankInput>,
+    pub(crate) signals: &'a Signals,
+}
+
+impl<'a> RankStart<'a> {
+    fn assignment(&self) -> Option<&'a Assignment> {
+        self.input.map(|input| &input.assignment)
+    }
+}
+
+/// The end of a rank that did not fail.
+enum RankEnd {
+    /// All steps are done.
+    Finished,
+    /// The ranks stopped in order, because one of them received this signal.
+    Stopped(Signal),
+}
+
+impl RankEnd {
+    fn status(&self) -> i32 {
+        match self {
+            RankEnd::Finished => 0,
+            RankEnd::Stopped(signal) => i32::from(signals::stop_status(*signal)),
+        }
+    }
+}
+
 /// Runs a process of the launcher: loads everything, then waits for its assignment.
-pub(crate) fn run_assigned(args: &TrainArgs) -> Result<ExitCode> {
+pub(crate) fn run_assigned(args: &TrainArgs, signals: &Signals) -> Result<ExitCode> {
     exit_with_launcher()?;
     // When memory runs out, the kernel kills ranks before keepers. Some systems do not allow it.
     let _ = std::fs::write("/proc/self/oom_score_adj", "300");
@@ -54,19 +94,27 @@ pub(crate) fn run_assigned(args: &TrainArgs) -> Result<ExitCode> {
         // The launcher exited or did not need this standby.
         return Ok(ExitCode::SUCCESS);
     }
-    let assignment: Assignment =
+    let input: RankInput =
         serde_json::from_str(&line).context("cannot parse the launcher's assignment")?;
-    run(args, &assignment.env(), "moerun", Some(&assignment))
+    let start = RankStart {
+        env: &input.env(),
+        launcher: "moerun",
+        input: Some(&input),
+        signals,
+    };
+    run(args, &start)
 }
 
-/// Runs one rank and exits the process. `launcher` names what started the rank.
-pub(crate) fn run(
-    args: &TrainArgs,
-    env: &RankEnv,
-    launcher: &str,
-    assignment: Option<&Assignment>,
-) -> Result<ExitCode> {
-    let config = config_file::load(&args.config)?;
+/// Runs one rank and exits the process.
+pub(crate) fn run(args: &TrainArgs, start: &RankStart) -> Result<ExitCode> {
+    let env = start.env;
+    let assignment = start.assignment();
+    let config = match assignment {
+        // The launcher's: the file may have been edited since.
+        Some(assignment) => serde_json::from_str(&assignment.config)
+            .context("cannot parse the launcher's configuration")?,
+        None => config_file::load(&args.config)?,
+    };
     if let Err(problems) = config_file::refuse_problems(&args.config, &config, env.world_size) {
         return report_on_rank_0(env, problems);
     }
@@ -83,38 +131,60 @@ pub(crate) fn run(
         return report_on_rank_0(env, refused);
     }
     let dir = config.run.dir.clone();
-    log_to_file(&dir, env.rank, assignment.is_some())?;
-    let _ = std::fs::remove_file(failure_path(&dir, env.rank));
+    let lock = match assignment {
+        // The launcher has the lock. Of other launchers' ranks, the first takes it for all.
+        None if env.rank == 0 => Some(run_lock::acquire(&dir)?),
+        _ => None,
+    };
+    let limits = Limits::of_mib(config.run.line_buffer_mib);
+    rank_log::log_to_file(&dir, env.rank, assignment.is_some(), limits)?;
     // A panic is a bug: it goes to the log with a backtrace, and to the terminal as one message.
     std::panic::set_hook(Box::new(|panic| {
         let backtrace = std::backtrace::Backtrace::force_capture();
         tracing::error!("{panic}\n{backtrace}")
     }));
     let steps_done = AtomicU64::new(0);
-    let start = RankStart {
-        env,
-        launcher,
-        assignment,
+    let training = Training {
+        start: *start,
         accepted_changes: &args.accept_changes,
         steps_done: &steps_done,
     };
-    let result = std::panic::catch_unwind(AssertUnwindSafe(|| start.train(config)));
+    let result = std::panic::catch_unwind(AssertUnwindSafe(|| training.train(config)));
     let result = result.unwrap_or_else(|panic| Err(internal_error(&*panic)));
     let status = match result {
-        Ok(()) => {
+        Ok(end) => {
             finalize_mpi();
-            0
+            end.status()
         }
         Err(error) => {
             let message = hint::message(&error);
             tracing::error!("{message}");
             let kind = failure_kind(&error, steps_done.load(Ordering::Relaxed));
             report(&dir, env.rank, message, kind);
-            1
+            failure_status(start.signals, assignment.is_some())
         }
     };
+    drop(lock);
+    flush_output();
     // Without destructors: a process group whose peers are gone would wait for them.
     signal_hook::low_level::exit(status)
+}
+
+/// Returns the exit status of a rank that failed.
+///
+/// A scheduler that has signalled the rank learns that the run was stopped. The launcher learns
+/// that the rank failed.
+fn failure_status(signals: &Signals, is_launched: bool) -> i32 {
+    match signals.exit_status() {
+        status if status > 0 && !is_launched => i32::from(status),
+        _ => 1,
+    }
+}
+
+/// Writes what waits for the log and the terminal, while they take it.
+fn flush_output() {
+    rank_log::flush();
+    terminal::flush();
 }
 
 /// Returns an error that all ranks find on rank 0 alone.
@@ -154,8 +224,10 @@ fn report(dir: &Path, rank: usize, message: String, kind: FailureKind) {
         .map_or(0, |time| time.as_nanos() as u64);
     let failure = FailureReport { at, message, kind };
     let text = serde_json::to_vec(&failure).expect("plain data");
-    let written = std::fs::write(failure_path(dir, rank), text);
-    if written.is_err() || !environment::launched_by_moerun() {
+    // Under another launcher the folder may belong to a run that refused this one.
+    let is_read = environment::launched_by_moerun();
+    let path = failure_path(dir, rank);
+    if !is_read || parallel::write_within(REPORT_TIMEOUT, path, text).is_err() {
         eprintln!("error: rank {rank}: {}", failure.message);
     }
 }
@@ -179,66 +251,39 @@ pub(crate) fn exit_with_launcher() -> Result<()> {
     Ok(())
 }
 
-/// Sends the log, and output of libtorch itself, to the rank's file.
-///
-/// Rank 0 keeps stderr: it prints the progress.
-fn log_to_file(dir: &Path, rank: usize, launched: bool) -> Result<()> {
-    let path = log_path(dir, rank);
-    let folder = path.parent().expect("a log has a folder");
-    std::fs::create_dir_all(folder)
-        .with_context(|| format!("cannot create {}", folder.display()))?;
-    let file = File::options().create(true).append(true).open(&path);
-    let file = file.with_context(|| format!("cannot write {}", path.display()))?;
-    if launched {
-        nix::unistd::dup2_stdout(&file).context("cannot redirect stdout to the log")?;
-        if rank != 0 {
-            nix::unistd::dup2_stderr(&file).context("cannot redirect stderr to the log")?;
-        }
-    }
-    tracing_subscriber::fmt()
-        .with_writer(Arc::new(file))
-        .with_ansi(false)
-        .with_target(false)
-        .init();
-    Ok(())
-}
-
-/// The circumstances of a rank's start.
+/// The start of a rank, and what it reports while it trains.
 #[derive(Clone, Copy)]
-struct RankStart<'a> {
-    env: &'a RankEnv,
-    launcher: &'a str,
-    /// None under another launcher than moerun's.
-    assignment: Option<&'a Assignment>,
+struct Training<'a> {
+    start: RankStart<'a>,
     accepted_changes: &'a [String],
     /// Receives the number of steps of this generation.
     steps_done: &'a AtomicU64,
 }
 
-impl RankStart<'_> {
-    fn train(self, config: Config) -> Result<()> {
-        let env = self.env;
-        let stop = Arc::new(AtomicBool::new(false));
-        for signal in [SIGINT, SIGTERM] {
-            signal_hook::flag::register(signal, stop.clone()).context("cannot handle signals")?;
-        }
+impl Training<'_> {
+    fn train(self, config: Config) -> Result<RankEnd> {
+        let env = self.start.env;
         // Before set_cpu_affinity, which reduces the processors that this rank sees.
         tch::set_num_threads(threads(env)? as i32);
         let device = parallel::accelerator(&config.run.device, env.local_rank)?;
         set_cpu_affinity(config.run.cpu_affinity, env, device.numa_node());
         let timeout = Duration::from_secs(config.run.timeout_s);
-        let world = World::join(env, timeout, config.run.backend, device.as_ref())?;
+        let mut joining = env.clone();
+        joining.gloo_tls = config.run.tls.as_ref().map(TlsConfig::to_gloo);
+        let world = World::join(&joining, timeout, config.run.backend, device.as_ref())?;
         let dir = config.run.dir.clone();
         let rank = env.rank;
         world.dump_calls_to(&flight_path(&dir, rank));
+        let signals = self.start.signals.clone();
+        let is_launched = self.start.assignment().is_some();
         // A stuck rank cannot exit in the ordinary way.
         world.on_stuck(move |error| {
             report(&dir, rank, error.to_string(), FailureKind::Peer);
-            signal_hook::low_level::exit(1)
+            flush_output();
+            signal_hook::low_level::exit(failure_status(&signals, is_launched))
         });
         let joined = JoinedRank {
-            start: self,
-            stop: &stop,
+            training: self,
             world: &world,
         };
         let result = std::panic::catch_unwind(AssertUnwindSafe(|| joined.run(config, device)));
@@ -250,13 +295,12 @@ impl RankStart<'_> {
 
 /// A rank that has joined the others.
 struct JoinedRank<'a> {
-    start: RankStart<'a>,
-    stop: &'a AtomicBool,
+    training: Training<'a>,
     world: &'a World,
 }
 
 impl JoinedRank<'_> {
-    fn run(&self, config: Config, device: Box<dyn Accelerator>) -> Result<()> {
+    fn run(&self, config: Config, device: Box<dyn Accelerator>) -> Result<RankEnd> {
         let dir = config.run.dir.clone();
         let steps = config.train.steps;
         let log_every = config.run.log_every;
@@ -264,17 +308,21 @@ impl JoinedRank<'_> {
         let unigram_entropy = unigram_entropy(&config);
         let warnings = config.warnings();
         let start_line = self.start_line();
-        if self.is_rank0() {
+        let is_restart = self
+            .start()
+            .assignment()
+            .is_some_and(Assignment::is_restart);
+        // The first start has copied it, and a restart does not depend on the disk.
+        if self.is_rank0() && !is_restart {
             copy_tokenizer(&config);
         }
         let mut trainer = Trainer::new(config, self.world, device)?;
         tracing::info!("{start_line}");
-        if self.is_rank0() && self.start.assignment.is_none() {
+        if self.is_rank0() && self.start().assignment().is_none() {
             // Shows users of another launcher that moerun understood it.
             eprintln!("{start_line}");
         }
         // After a restart, the user has already seen the summary.
-        let is_restart = self.start.assignment.is_some_and(Assignment::is_restart);
         if is_restart {
             tracing::info!("{}", trainer.summary());
         } else {
@@ -289,7 +337,7 @@ impl JoinedRank<'_> {
                 "all {steps} steps are done\n\
                  hint: raise train.steps to continue, or change run.dir to start over"
             ));
-            return Ok(());
+            return Ok(RankEnd::Finished);
         }
         trainer.begin_snapshots(&mut |warning| self.warn(warning))?;
         if let Some(entropy) = unigram_entropy.filter(|_| !is_restart) {
@@ -299,9 +347,13 @@ impl JoinedRank<'_> {
         }
         let first = trainer.step();
         let mut view = TrainingView::new(steps, first, log_every);
-        let outcome = trainer.run(&|| self.stop.load(Ordering::Relaxed), &mut view);
+        let signals = self.start().signals;
+        signals.set_mode(self.stop_mode());
+        let outcome = trainer.run(&SignalRequests(signals), &mut view);
         let steps_done = trainer.step() - first;
-        self.start.steps_done.store(steps_done, Ordering::Relaxed);
+        self.training
+            .steps_done
+            .store(steps_done, Ordering::Relaxed);
         view.remove_bar();
         let outcome = outcome?;
         if outcome.stopped {
@@ -309,7 +361,9 @@ impl JoinedRank<'_> {
             self.print(&format!(
                 "stopped at step {step} of {steps}; run the same command to resume"
             ));
-        } else if self.is_rank0() {
+            return Ok(RankEnd::Stopped(self.agree_on_signal(&trainer)));
+        }
+        if self.is_rank0() {
             let dir = dir.display();
             let loss = outcome.validation_loss.filter(|_| validates);
             let losses = match (loss, unigram_entropy) {
@@ -322,18 +376,47 @@ impl JoinedRank<'_> {
                 "done{losses}\ngenerate text with: moerun generate --checkpoint {dir}"
             ));
         }
-        Ok(())
+        Ok(RankEnd::Finished)
+    }
+
+    fn start(&self) -> &RankStart<'_> {
+        &self.training.start
+    }
+
+    /// Returns the reaction to stop signals while training.
+    fn stop_mode(&self) -> StopMode {
+        // The launcher kills its ranks if they have to stop at once.
+        match self.start().assignment() {
+            Some(_) => StopMode::Count,
+            None => StopMode::ExitAtSecond,
+        }
+    }
+
+    /// Returns the signal that stopped the run, the same on all ranks.
+    ///
+    /// # Collective
+    /// All ranks.
+    fn agree_on_signal(&self, trainer: &Trainer) -> Signal {
+        let own = self.start().signals.last_stop();
+        let received = signals::STOPS.map(|signal| f64::from(u8::from(own == Some(signal))));
+        let agreed = match sum_over_ranks(trainer.communicator(), &received) {
+            Ok(ranks) => ranks.iter().position(|ranks| *ranks > 0.0),
+            // The state is saved, so this is no failure.
+            Err(_) => None,
+        };
+        let agreed = agreed.map(|index| signals::STOPS[index]);
+        agreed.or(own).unwrap_or(Signal::SIGTERM)
     }
 
     /// Loads the snapshot or checkpoint to resume from, if there is one.
     fn restore(&self, trainer: &mut Trainer, dir: &Path, is_restart: bool) -> Result<()> {
-        if let Some(assignment) = self.start.assignment {
-            if let Some(keeper) = &assignment.keeper {
-                trainer.use_keeper(keeper.clone());
+        if let Some(input) = self.start().input {
+            if let Some(keeper) = input.keeper_access() {
+                trainer.use_keeper(keeper);
             }
-            trainer.skip_batches(assignment.skipped_batches.clone());
+            trainer.skip_batches(input.assignment.skipped_batches.clone());
         }
-        trainer.accept_changes(self.start.accepted_changes.to_vec());
+        trainer.accept_changes(self.training.accepted_changes.to_vec());
         let resumed = trainer.resume(&mut |warning| self.warn(warning));
         let source = if is_restart {
             resumed.context(NotRestored)?
@@ -374,14 +457,14 @@ impl JoinedRank<'_> {
     }
 
     fn is_rank0(&self) -> bool {
-        self.start.env.rank == 0
+        self.start().env.rank == 0
     }
 
     fn start_line(&self) -> String {
         let RankEnv {
             rank, world_size, ..
-        } = self.start.env;
-        let launcher = self.start.launcher;
+        } = self.start().env;
+        let launcher = self.start().launcher;
         let backend = self.world.backend();
         format!("rank {rank} of {world_size}, started by {launcher}, backend {backend}")
     }
@@ -396,6 +479,23 @@ impl JoinedRank<'_> {
 
     fn warn(&self, warning: &str) {
         self.print(&format!("warning: {warning}"));
+    }
+}
+
+/// Requests to the training loop by signals to this rank.
+struct SignalRequests<'a>(&'a Signals);
+
+impl RunRequests for SignalRequests<'_> {
+    fn wants_stop(&self) -> bool {
+        self.0.stop_count() > 0
+    }
+
+    fn wants_checkpoint(&self) -> bool {
+        self.0.wants_checkpoint()
+    }
+
+    fn begin_checkpoint(&self) {
+        self.0.take_checkpoint_requests();
     }
 }
 

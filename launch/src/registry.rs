@@ -1,16 +1,13 @@
 //! `keepers.json` in a run's folder: where a later launcher and tools find the run's keepers.
 
-use crate::{
-    argument_ranges::MAX_RANKS,
-    hint::{WithHint, hinted},
-};
+use crate::{argument_ranges::MAX_RANKS, hint::WithHint};
 use anyhow::{Context, Result, anyhow, bail};
 use checkpoint::keeper::{Peer, Secret, Status};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
-    fs::{File, OpenOptions},
+    fs::OpenOptions,
     io::{ErrorKind, Write},
     net::SocketAddr,
     os::unix::fs::OpenOptionsExt,
@@ -53,6 +50,9 @@ pub(crate) struct KeeperEntry {
     pub(crate) address: SocketAddr,
     /// Name of the Unix socket for ranks, in the abstract namespace.
     pub(crate) socket: String,
+    /// Distinguishes machines whose addresses change.
+    #[serde(default)]
+    pub(crate) identity: String,
 }
 
 fn path(run: &Path) -> PathBuf {
@@ -60,16 +60,6 @@ fn path(run: &Path) -> PathBuf {
 }
 
 impl KeeperRegistry {
-    pub(crate) fn new(secret: Secret) -> KeeperRegistry {
-        KeeperRegistry {
-            secret,
-            generation: 0,
-            skipped_batches: BTreeMap::new(),
-            keepers: Vec::new(),
-            spares: 0,
-        }
-    }
-
     /// Returns the registry of an earlier launcher, if it left one.
     pub(crate) fn load(run: &Path) -> Result<Option<KeeperRegistry>> {
         let path = path(run);
@@ -86,6 +76,21 @@ impl KeeperRegistry {
             .map(Some)
             .with_context(|| format!("{} is damaged", path.display()))
             .hint("remove it to start without keepers")
+    }
+
+    /// As [`KeeperRegistry::load`], but renames a damaged file: the run does not depend on it.
+    pub(crate) fn load_or_set_aside(run: &Path) -> Result<Option<KeeperRegistry>> {
+        let path = path(run);
+        KeeperRegistry::load(run).or_else(|error| {
+            let aside = run.join("keepers.json.damaged");
+            std::fs::rename(&path, &aside)
+                .with_context(|| format!("cannot rename {}", path.display()))?;
+            eprintln!(
+                "warning: {error:#}; renamed it to {}, so state in memory is not found",
+                aside.display()
+            );
+            Ok(None)
+        })
     }
 
     /// Refuses numbers that no launcher writes.
@@ -152,16 +157,4 @@ impl KeeperRegistry {
         };
         (0..self.keepers.len()).map(ask).collect()
     }
-}
-
-/// Locks a run's folder for one launcher, until the lock is dropped.
-pub(crate) fn lock(run: &Path) -> Result<nix::fcntl::Flock<File>> {
-    let path = run.join("lock");
-    let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
-    nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock).map_err(|_| {
-        hinted(
-            anyhow!("another moerun is using {}", run.display()),
-            "wait until it exits, or choose another run.dir",
-        )
-    })
 }

@@ -37,6 +37,7 @@
 mod affinity;
 pub mod agreement;
 mod background;
+mod bounded_write;
 pub mod collectives;
 mod comm;
 pub mod conformance;
@@ -44,18 +45,21 @@ pub mod context;
 mod device;
 mod gradients;
 mod mesh;
+mod peers;
 pub mod pipeline;
 mod rank_env;
 pub mod recompute;
 mod rendezvous;
 mod rows;
 pub mod sharding;
+mod store;
 mod sum;
 pub mod tensor;
 mod weight;
 mod world;
 
 pub use affinity::{CpuAffinity, CpuTopology};
+pub use bounded_write::write_within;
 #[cfg(feature = "mpi")]
 pub use comm::finalize;
 pub use comm::{Backend, CommError, Communicator, Local, MpiLaunch, ReduceOp, Work, mpi_library};
@@ -67,6 +71,8 @@ pub use mesh::{Coordinates, GroupKind, Mesh, MeshError, MeshShape, NodeSplit};
 pub use rank_env::{RankEnv, Rendezvous};
 pub use recompute::Activation;
 pub use rows::{matrix_shape, own_rows};
+pub use secure_link::Secret;
+pub use store::{StoreAccess, StoreServer};
 pub use sum::GradientSum;
 pub use weight::{
     Contribution, DeferredGradient, Weight, add_gradients, linear, linear_f32, linears,

@@ -1,6 +1,6 @@
 //! The environment of a rank, which its launcher provides.
 
-use crate::MpiLaunch;
+use crate::{MpiLaunch, StoreAccess};
 
 /// The place of a rank in its run, and how it finds the other ranks.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,16 +20,20 @@ pub struct RankEnv {
     pub interface: Option<String>,
     /// The address at which other machines reach this one, if the launcher knows it.
     pub address: Option<String>,
+    /// Encryption of Gloo's connections (`run.tls`).
+    pub gloo_tls: Option<torch_ext::GlooTls>,
 }
 
 /// The place where ranks find each other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Rendezvous {
-    /// At a c10d TCP store.
+    /// At the authenticated store of moerun's launcher.
+    Launcher(StoreAccess),
+    /// At a c10d TCP store, without authentication.
     Store {
         host: String,
         port: u16,
-        /// True if the launcher serves the store; otherwise rank 0 does.
+        /// True if the launcher (torchrun) serves the store; otherwise rank 0 does.
         launcher_serves: bool,
     },
     /// Through MPI, which tells them the address of a store that rank 0 serves.
@@ -38,22 +42,19 @@ pub enum Rendezvous {
 
 impl RankEnv {
     /// Returns the environment of a rank whose run is on this machine only, and whose launcher
-    /// serves the store at `port`.
-    pub fn single_node(rank: usize, size: usize, port: u16) -> RankEnv {
+    /// serves the store.
+    pub fn single_node(rank: usize, size: usize, store: StoreAccess) -> RankEnv {
         RankEnv {
             rank,
             world_size: size,
             local_rank: rank,
             local_world_size: size,
-            rendezvous: Rendezvous::Store {
-                host: "127.0.0.1".into(),
-                port,
-                launcher_serves: true,
-            },
+            rendezvous: Rendezvous::Launcher(store),
             mpi_launch: MpiLaunch::No,
             attempt: 0,
             interface: None,
             address: None,
+            gloo_tls: None,
         }
     }
 

@@ -3,16 +3,17 @@
 #[cfg(feature = "mpi")]
 use crate::comm::Mpi;
 use crate::{
-    Accelerator, Backend, CommError, Communicator, Cpu, Local, RankEnv, Rendezvous,
+    Accelerator, Backend, CommError, Communicator, Cpu, Local, RankEnv, Rendezvous, StoreServer,
     comm::{
         DeviceComm, DeviceTransport, FlightRecorder, Gloo, Hccl, HostTransport, HybridComm,
         Membership, Nccl, Shm, Transports,
     },
+    peers::exchange_addresses,
     rendezvous::{RendezvousStore, init_mpi},
 };
 use std::{path::Path, sync::Arc, time::Duration};
 use tch::{Kind, Tensor};
-use torch_ext::{GlooAddress, Store};
+use torch_ext::{GlooDevice, Store};
 
 /// All ranks of a run, as one rank sees them.
 pub struct World {
@@ -32,8 +33,10 @@ struct Joined {
     /// True if groups of one rank use the backend too: a backend that was requested by name is
     /// tested even then.
     force_backend: bool,
-    address: GlooAddress,
+    device: GlooDevice,
     recorder: FlightRecorder,
+    /// The server of the store, if this rank serves it. Dropped last.
+    _rendezvous: RendezvousStore,
 }
 
 impl World {
@@ -74,6 +77,9 @@ impl World {
         let like = device.zeros(&[1], Kind::Float);
         let transports = backend.resolve(env.mpi_launch, like.device(), cfg!(feature = "mpi"));
         let transports = transports.map_err(|e| failed("choosing a backend", e))?;
+        if env.gloo_tls.is_some() {
+            check_encrypted(transports).map_err(|e| failed("choosing a backend", e))?;
+        }
         let force_backend = matches!(backend, Backend::Nccl | Backend::Hccl);
         let is_alone = env.world_size == 1 && !force_backend;
         if !is_alone {
@@ -88,12 +94,14 @@ impl World {
         }
 
         let rendezvous = RendezvousStore::find(env);
-        let mut rendezvous = rendezvous.map_err(|e| failed("rendezvous through MPI", e))?;
+        let rendezvous = rendezvous.map_err(|e| failed("rendezvous through MPI", e))?;
         let store = rendezvous.connect(env, timeout);
         let store = store.map_err(|e| failed(e.operation, e.reason))?;
+        let peers = exchange_addresses(env, &store);
+        let peers = peers.map_err(|e| failed("exchanging addresses", e.to_string()))?;
         let recorder_store = rendezvous.connect_again(env, timeout);
         let recorder_store = recorder_store.map_err(|e| failed(e.operation, e.reason))?;
-        let store_rank = (!rendezvous.launcher_serves).then_some(0);
+        let store_rank = rendezvous.store_rank;
         let recorder = FlightRecorder::start(env.rank, store_rank, timeout, recorder_store);
         Ok(World {
             rank: env.rank,
@@ -105,8 +113,13 @@ impl World {
                 transports,
                 like,
                 force_backend,
-                address: rendezvous.gloo_address(env),
+                device: GlooDevice {
+                    address: rendezvous.gloo_address(env),
+                    tls: env.gloo_tls.clone(),
+                    peers,
+                },
                 recorder,
+                _rendezvous: rendezvous,
             }),
         })
     }
@@ -224,8 +237,8 @@ impl World {
         }
         match joined.transports.host {
             HostTransport::Gloo => {
-                let address = &joined.address;
-                let gloo = Gloo::join(&store, membership.clone(), self.timeout, address)?;
+                let device = &joined.device;
+                let gloo = Gloo::join(&store, membership.clone(), self.timeout, device)?;
                 Ok(Arc::new(gloo))
             }
             #[cfg(feature = "mpi")]
@@ -276,8 +289,8 @@ impl World {
             return Ok(None);
         };
         let store = joined.store.prefixed(&format!("plain/{name}"))?;
-        let address = &joined.address;
-        let gloo = torch_ext::Gloo::new(&store, self.rank, self.size, self.timeout, address)?;
+        let device = &joined.device;
+        let gloo = torch_ext::Gloo::new(&store, self.rank, self.size, self.timeout, device)?;
         Ok(Some(gloo))
     }
 
@@ -304,6 +317,19 @@ impl Joined {
     }
 }
 
+/// Refuses transports that `run.tls` would leave unencrypted.
+fn check_encrypted(transports: Transports) -> Result<(), String> {
+    let is_gloo = transports.host == HostTransport::Gloo && transports.device.is_none();
+    if !is_gloo {
+        let name = transports.name();
+        return Err(format!(
+            "run.tls encrypts Gloo only, and this run uses {name}: set run.backend to gloo, or \
+             remove run.tls"
+        ));
+    }
+    torch_ext::check_tls().map_err(|error| error.to_string())
+}
+
 fn load_library(transports: Transports) -> Result<(), String> {
     match transports.device {
         Some(DeviceTransport::Nccl) => Nccl::load().map(drop),
@@ -324,15 +350,16 @@ where
     T: Send + 'static,
     F: Fn(&World) -> T + Send + Sync + 'static,
 {
-    let server = Store::tcp("127.0.0.1", 0, true, timeout).expect("a store on loopback");
-    let port = server.port().expect("a TCP store has a port");
+    let server = StoreServer::local().expect("a store on loopback");
+    let access = server.access().clone();
     let body = Arc::new(body);
     let start = |rank: usize| {
         let body = body.clone();
+        let access = access.clone();
         std::thread::spawn(move || {
             // Each thread has a setting of its own.
             tch::set_num_threads(1);
-            let env = RankEnv::single_node(rank, size, port);
+            let env = RankEnv::single_node(rank, size, access);
             let world = World::join(&env, timeout, Backend::Auto, &Cpu);
             body(&world.expect("ranks join over loopback"))
         })

@@ -109,9 +109,11 @@ fn run_with_envs<T: Send + 'static>(
     size: usize,
     body: impl Fn(&RankEnv) -> T + Copy + Send + 'static,
 ) -> Vec<T> {
-    let server = torch_ext::Store::tcp("127.0.0.1", 0, true, TIMEOUT).unwrap();
-    let port = server.port().unwrap();
-    let run = |rank| std::thread::spawn(move || body(&RankEnv::single_node(rank, size, port)));
+    let server = parallel::StoreServer::local().unwrap();
+    let run = |rank| {
+        let env = RankEnv::single_node(rank, size, server.access().clone());
+        std::thread::spawn(move || body(&env))
+    };
     let ranks: Vec<_> = (0..size).map(run).collect();
     ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
 }

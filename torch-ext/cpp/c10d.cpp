@@ -8,6 +8,7 @@
 #include <mutex>
 
 #include "ffi.h"
+#include "gloo_device.cpp"
 
 namespace {
 using StorePtr = c10::intrusive_ptr<c10d::Store>;
@@ -32,13 +33,26 @@ int start(F&& body) {
 
 extern "C" {
 
-int mtx_store_tcp(const char* host, uint16_t port, bool is_server, int64_t timeout_ms, void** out) {
+int mtx_store_connect(const char* host, uint16_t port, int64_t timeout_ms, void** out) {
   return mtx::guarded([&] {
     c10d::TCPStoreOptions options;
     options.port = port;
-    options.isServer = is_server;
     options.waitWorkers = false;
     options.timeout = Milliseconds(timeout_ms);
+    *out = new StorePtr(c10::make_intrusive<c10d::TCPStore>(host, options));
+  });
+}
+// Serves a store on the bound socket `fd`, which it takes over: c10d's own would listen on all
+// interfaces. `host` and `port` are an address at which this process reaches the socket.
+int mtx_store_serve(
+    int fd, const char* host, uint16_t port, int64_t timeout_ms, void** out) {
+  return mtx::guarded([&] {
+    c10d::TCPStoreOptions options;
+    options.port = port;
+    options.isServer = true;
+    options.waitWorkers = false;
+    options.timeout = Milliseconds(timeout_ms);
+    options.masterListenFd = fd;
     *out = new StorePtr(c10::make_intrusive<c10d::TCPStore>(host, options));
   });
 }
@@ -70,24 +84,22 @@ int mtx_store_get(void* store, const char* key, uint8_t** data, size_t* size) {
 int mtx_store_add(void* store, const char* key, int64_t amount, int64_t* out) {
   return mtx::guarded([&] { *out = store_of(store)->add(key, amount); });
 }
+int mtx_store_append(void* store, const char* key, const uint8_t* data, size_t size) {
+  return mtx::guarded(
+      [&] { store_of(store)->append(key, std::vector<uint8_t>(data, data + size)); });
+}
 int mtx_store_check(void* store, const char* key, bool* out) {
   return mtx::guarded([&] { *out = store_of(store)->check({key}); });
 }
 void mtx_store_free(void* store) { delete static_cast<StorePtr*>(store); }
 void mtx_free(void* data) { std::free(data); }
 
-// Listens on `address`. If that is empty, on the network interface `interface`; if both are empty,
-// on the address of the host name.
 int mtx_gloo_new(
-    void* store, int rank, int size, int64_t timeout_ms, const char* address, const char* interface,
-    void** out) {
+    void* store, int rank, int size, int64_t timeout_ms, const MtxGlooDevice* device, void** out) {
   return mtx::guarded([&] {
     using c10d::ProcessGroupGloo;
     auto options = ProcessGroupGloo::Options::create(Milliseconds(timeout_ms));
-    options->devices.push_back(
-        *address         ? ProcessGroupGloo::createDeviceForHostname(address)
-            : *interface ? ProcessGroupGloo::createDeviceForInterface(interface)
-                         : ProcessGroupGloo::createDefaultDevice());
+    options->devices.push_back(make_device(*device));
     *out = new GroupPtr(
         c10::make_intrusive<ProcessGroupGloo>(store_of(store), rank, size, options));
   });

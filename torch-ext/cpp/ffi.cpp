@@ -2,6 +2,7 @@
 // takes three times as long.
 #include "autograd.cpp"
 #include "c10d.cpp"
+#include "custom_store.cpp"
 #include "npu.cpp"
 #include "ops.cpp"
 #include "stream.cpp"

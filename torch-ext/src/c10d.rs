@@ -3,13 +3,16 @@
 use crate::{Error, ffi};
 use std::{
     ffi::c_int,
+    net::{IpAddr, TcpListener},
+    os::fd::IntoRawFd,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 use tch::Tensor;
 use torch_sys::C_tensor;
 
-/// A key-value store for the rendezvous of ranks, with torchrun's protocol.
-pub struct Store(ffi::Handle);
+/// A key-value store for the rendezvous of ranks.
+pub struct Store(pub(crate) ffi::Handle);
 
 // SAFETY: c10d's stores guard their state with a mutex.
 unsafe impl Send for Store {}
@@ -17,18 +20,40 @@ unsafe impl Send for Store {}
 unsafe impl Sync for Store {}
 
 impl Store {
-    /// Connects to the TCP store at `host:port`, or serves it there.
-    ///
-    /// Port 0 serves on any free port.
+    /// Connects to c10d's TCP store at `host:port`, which does not authenticate its clients.
     ///
     /// # Errors
-    /// If the port to serve on is taken, or no server answers within `timeout`.
-    pub fn tcp(host: &str, port: u16, is_server: bool, timeout: Duration) -> Result<Store, Error> {
+    /// If no server answers within `timeout`.
+    pub fn connect_tcp(host: &str, port: u16, timeout: Duration) -> Result<Store, Error> {
         let host = ffi::c_string(host)?;
         let mut out = std::ptr::null_mut();
         // SAFETY: `host` lives through the call, and `out` receives an owned handle.
         ffi::check(unsafe {
-            ffi::mtx_store_tcp(host.as_ptr(), port, is_server, millis(timeout), &mut out)
+            ffi::mtx_store_connect(host.as_ptr(), port, millis(timeout), &mut out)
+        })?;
+        Ok(Store(out))
+    }
+
+    /// Serves c10d's TCP store on a bound socket, and nowhere else.
+    ///
+    /// # Errors
+    /// libtorch's message.
+    pub fn serve_tcp(listener: TcpListener, timeout: Duration) -> Result<Store, Error> {
+        let address = listener.local_addr();
+        let address = address.map_err(|error| Error::new(error.to_string()))?;
+        // The process is a client of its own server.
+        let host = match address.ip() {
+            IpAddr::V4(ip) if ip.is_unspecified() => "127.0.0.1".to_string(),
+            IpAddr::V6(ip) if ip.is_unspecified() => "::1".to_string(),
+            ip => ip.to_string(),
+        };
+        let host = ffi::c_string(&host)?;
+        let fd = listener.into_raw_fd();
+        let mut out = std::ptr::null_mut();
+        // SAFETY: the server takes over the socket, `host` lives through the call, and `out`
+        // receives an owned handle.
+        ffi::check(unsafe {
+            ffi::mtx_store_serve(fd, host.as_ptr(), address.port(), millis(timeout), &mut out)
         })?;
         Ok(Store(out))
     }
@@ -100,6 +125,18 @@ impl Store {
         Ok(out)
     }
 
+    /// Appends to the value of `key`, which may be missing.
+    ///
+    /// # Errors
+    /// If the server is gone.
+    pub fn append(&self, key: &str, value: &[u8]) -> Result<(), Error> {
+        let key = ffi::c_string(key)?;
+        // SAFETY: as for `set`.
+        ffi::check(unsafe {
+            ffi::mtx_store_append(self.0, key.as_ptr(), value.as_ptr(), value.len())
+        })
+    }
+
     /// Returns true if `key` is set.
     ///
     /// # Errors
@@ -140,6 +177,92 @@ pub enum GlooAddress {
     Default,
 }
 
+/// Files in PEM format with which Gloo encrypts its connections. Both sides of a connection check
+/// that the authority signed the other's certificate.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GlooTls {
+    pub key: PathBuf,
+    pub certificate: PathBuf,
+    pub authority: PathBuf,
+}
+
+/// The socket at which Gloo listens for other ranks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GlooDevice {
+    pub address: GlooAddress,
+    pub tls: Option<GlooTls>,
+    /// Addresses that may connect; all if empty.
+    pub peers: Vec<IpAddr>,
+}
+
+impl GlooDevice {
+    /// Returns a device that listens at this address, without encryption, for anyone.
+    pub fn at(address: GlooAddress) -> GlooDevice {
+        GlooDevice {
+            address,
+            tls: None,
+            peers: Vec::new(),
+        }
+    }
+
+    /// Calls `use_device` with the C form of this device.
+    fn with_raw<T>(&self, use_device: impl FnOnce(&ffi::GlooDevice) -> T) -> Result<T, Error> {
+        let text = |text: &str| ffi::c_string(text);
+        let file = |path: &Path| match path.to_str() {
+            Some(path) => ffi::c_string(path),
+            None => Err(Error::new(format!("{}: not valid UTF-8", path.display()))),
+        };
+        let (address, interface) = match &self.address {
+            GlooAddress::Host(host) => (text(host)?, text("")?),
+            GlooAddress::Interface(name) => (text("")?, text(name)?),
+            GlooAddress::Default => (text("")?, text("")?),
+        };
+        let files = match &self.tls {
+            Some(tls) => {
+                check_tls()?;
+                [&tls.key, &tls.certificate, &tls.authority].map(|path| file(path))
+            }
+            None => ["", "", ""].map(text),
+        };
+        let [key, certificate, authority] = files;
+        let key = key?;
+        let certificate = certificate?;
+        let authority = authority?;
+        let octets = |peer: &IpAddr| match peer {
+            IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+            IpAddr::V6(ip) => ip.octets(),
+        };
+        let peers: Vec<[u8; 16]> = self.peers.iter().map(octets).collect();
+        Ok(use_device(&ffi::GlooDevice {
+            address: address.as_ptr(),
+            interface: interface.as_ptr(),
+            key: key.as_ptr(),
+            certificate: certificate.as_ptr(),
+            authority: authority.as_ptr(),
+            peers: peers.as_ptr(),
+            num_peers: peers.len(),
+        }))
+    }
+}
+
+/// Checks that libtorch finds the library with which Gloo encrypts.
+///
+/// # Errors
+/// If the library is missing.
+pub fn check_tls() -> Result<(), Error> {
+    // The names that libtorch's Gloo opens.
+    let names = ["libssl.so.1.1", "libssl.so"];
+    // SAFETY: OpenSSL's initializers have no preconditions.
+    let opens = |name: &&str| unsafe { libloading::Library::new(*name) }.is_ok();
+    if names.iter().any(opens) {
+        return Ok(());
+    }
+    let names = names.join(" nor ");
+    let install = "install OpenSSL's development package (libssl-dev or openssl-devel)";
+    let reason = format!("Gloo cannot encrypt here, because there is neither {names}: {install}");
+    Err(Error::new(reason))
+}
+
 /// A Gloo process group. All ranks must call its operations in the same order.
 pub struct Gloo(ffi::Handle);
 
@@ -168,28 +291,17 @@ impl Gloo {
         rank: usize,
         size: usize,
         timeout: Duration,
-        at: &GlooAddress,
+        device: &GlooDevice,
     ) -> Result<Gloo, Error> {
-        let (address, interface) = match at {
-            GlooAddress::Host(host) => (host.as_str(), ""),
-            GlooAddress::Interface(name) => ("", name.as_str()),
-            GlooAddress::Default => ("", ""),
-        };
-        let address = ffi::c_string(address)?;
-        let interface = ffi::c_string(interface)?;
         let mut out = std::ptr::null_mut();
-        // SAFETY: the store and the strings are live, and `out` receives an owned handle.
-        ffi::check(unsafe {
-            ffi::mtx_gloo_new(
-                store.0,
-                rank as c_int,
-                size as c_int,
-                millis(timeout),
-                address.as_ptr(),
-                interface.as_ptr(),
-                &mut out,
-            )
+        let rank = rank as c_int;
+        let size = size as c_int;
+        let timeout_ms = millis(timeout);
+        // SAFETY: the store and the device are live, and `out` receives an owned handle.
+        let code = device.with_raw(|device| unsafe {
+            ffi::mtx_gloo_new(store.0, rank, size, timeout_ms, device, &mut out)
         })?;
+        ffi::check(code)?;
         Ok(Gloo(out))
     }
 
@@ -383,11 +495,17 @@ fn millis(duration: Duration) -> i64 {
 mod tests {
     use super::*;
 
+    fn serve() -> Store {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        Store::serve_tcp(listener, Duration::from_secs(20)).unwrap()
+    }
+
     #[test]
     fn a_store_serves_its_clients() {
         let second = Duration::from_secs(1);
-        let server = Store::tcp("127.0.0.1", 0, true, second).unwrap();
-        let client = Store::tcp("127.0.0.1", server.port().unwrap(), false, second).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let server = Store::serve_tcp(listener, second).unwrap();
+        let client = Store::connect_tcp("127.0.0.1", server.port().unwrap(), second).unwrap();
         client.set("a", b"one").unwrap();
         assert_eq!(server.get("a").unwrap(), b"one");
         assert_eq!(client.add("n", 2).unwrap() + client.add("n", 3).unwrap(), 7);
@@ -398,13 +516,12 @@ mod tests {
     }
 
     #[test]
-    fn a_taken_port_is_an_error() {
-        let second = Duration::from_secs(1);
-        let server = Store::tcp("127.0.0.1", 0, true, second).unwrap();
-        let port = server.port().unwrap();
-        let error = Store::tcp("127.0.0.1", port, true, second).err().unwrap();
-        let error = error.to_string();
-        assert!(error.contains("address already in use"), "{error}");
+    fn a_store_listens_at_its_address_only() {
+        let server = serve();
+        let at = |host: &str| std::net::TcpStream::connect((host, server.port().unwrap()));
+        assert!(at("127.0.0.1").is_ok());
+        // On all interfaces it would answer here, too.
+        assert!(at("127.0.0.2").is_err());
     }
 
     /// Exchanges rows between two ranks and returns what this rank receives.
@@ -413,9 +530,9 @@ mod tests {
     /// both to rank 0.
     fn exchange(rank: usize, port: u16) -> Vec<i64> {
         let timeout = Duration::from_secs(20);
-        let store = Store::tcp("127.0.0.1", port, false, timeout).unwrap();
-        let at = GlooAddress::Host("127.0.0.1".into());
-        let group = Gloo::new(&store, rank, 2, timeout, &at).unwrap();
+        let store = Store::connect_tcp("127.0.0.1", port, timeout).unwrap();
+        let device = GlooDevice::at(GlooAddress::Host("127.0.0.1".into()));
+        let group = Gloo::new(&store, rank, 2, timeout, &device).unwrap();
         let inputs: [&[i64]; 2] = [&[0, 1, 2], &[3, 4]];
         let splits = [[1, 2], [2, 0]][rank];
         let input = Tensor::from_slice(inputs[rank]);
@@ -428,7 +545,7 @@ mod tests {
 
     #[test]
     fn two_ranks_exchange_uneven_splits() {
-        let server = Store::tcp("127.0.0.1", 0, true, Duration::from_secs(20)).unwrap();
+        let server = serve();
         let port = server.port().unwrap();
         let ranks: Vec<_> = (0..2)
             .map(|rank| std::thread::spawn(move || exchange(rank, port)))

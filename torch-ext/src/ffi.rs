@@ -13,6 +13,40 @@ pub(crate) type Backward = unsafe extern "C" fn(
     usize,
 ) -> *mut c_char;
 pub(crate) type Drop = unsafe extern "C" fn(Handle);
+pub(crate) type StoreCall =
+    unsafe extern "C" fn(Handle, *const StoreRequest, *mut i64, Handle) -> *mut c_char;
+pub(crate) type StoreClone = unsafe extern "C" fn(Handle, *mut Handle) -> *mut c_char;
+
+/// Bytes of C++, as `cpp/custom_store.cpp` declares them.
+#[repr(C)]
+pub(crate) struct Bytes {
+    pub(crate) data: *const u8,
+    pub(crate) size: usize,
+}
+
+/// An operation of a store, as `cpp/custom_store.cpp` declares it.
+#[repr(C)]
+pub(crate) struct StoreRequest {
+    pub(crate) operation: u8,
+    pub(crate) keys: *const Bytes,
+    pub(crate) num_keys: usize,
+    pub(crate) values: *const Bytes,
+    pub(crate) num_values: usize,
+    pub(crate) number: i64,
+    pub(crate) timeout_ms: i64,
+}
+
+/// The socket of Gloo, as `cpp/gloo_device.cpp` declares it.
+#[repr(C)]
+pub(crate) struct GlooDevice {
+    pub(crate) address: *const c_char,
+    pub(crate) interface: *const c_char,
+    pub(crate) key: *const c_char,
+    pub(crate) certificate: *const c_char,
+    pub(crate) authority: *const c_char,
+    pub(crate) peers: *const [u8; 16],
+    pub(crate) num_peers: usize,
+}
 
 unsafe extern "C" {
     fn mtx_last_error() -> *const c_char;
@@ -61,13 +95,28 @@ unsafe extern "C" {
         peak: *mut i64,
     ) -> c_int;
 
-    pub(crate) fn mtx_store_tcp(
+    pub(crate) fn mtx_store_connect(
         host: *const c_char,
         port: u16,
-        is_server: bool,
         timeout_ms: i64,
         out: *mut Handle,
     ) -> c_int;
+    pub(crate) fn mtx_store_serve(
+        fd: c_int,
+        host: *const c_char,
+        port: u16,
+        timeout_ms: i64,
+        out: *mut Handle,
+    ) -> c_int;
+    pub(crate) fn mtx_store_custom(
+        state: Handle,
+        call: StoreCall,
+        clone: StoreClone,
+        drop: Drop,
+        timeout_ms: i64,
+        out: *mut Handle,
+    ) -> c_int;
+    pub(crate) fn mtx_push_value(values: Handle, data: *const u8, size: usize);
     pub(crate) fn mtx_store_prefix(store: Handle, prefix: *const c_char, out: *mut Handle)
     -> c_int;
     pub(crate) fn mtx_store_port(store: Handle, out: *mut u16) -> c_int;
@@ -89,6 +138,12 @@ unsafe extern "C" {
         amount: i64,
         out: *mut i64,
     ) -> c_int;
+    pub(crate) fn mtx_store_append(
+        store: Handle,
+        key: *const c_char,
+        data: *const u8,
+        size: usize,
+    ) -> c_int;
     pub(crate) fn mtx_store_check(store: Handle, key: *const c_char, out: *mut bool) -> c_int;
     pub(crate) fn mtx_store_free(store: Handle);
     pub(crate) fn mtx_free(data: *mut u8);
@@ -98,8 +153,7 @@ unsafe extern "C" {
         rank: c_int,
         size: c_int,
         timeout_ms: i64,
-        address: *const c_char,
-        interface: *const c_char,
+        device: *const GlooDevice,
         out: *mut Handle,
     ) -> c_int;
     pub(crate) fn mtx_gloo_free(group: Handle);

@@ -2,6 +2,7 @@
 //!
 //! - [`Store`] and [`Gloo`]: c10d's rendezvous store and CPU process group, with asynchronous
 //!   [`Work`].
+//! - [`StoreBackend`]: a store whose operations Rust carries out.
 //! - [`attach_backward`]: a custom autograd node whose backward is a Rust closure.
 //! - [`fused_adamw`]: an optimizer step in one pass over memory.
 //! - [`generator_state`], [`allocator_bytes`], [`synchronize`], [`keep_freed_memory`]: the state of
@@ -36,7 +37,9 @@
 
 mod autograd;
 mod c10d;
+mod callback;
 mod cuda;
+mod custom_store;
 mod device;
 mod error;
 mod exit;
@@ -48,8 +51,9 @@ mod stream;
 mod threads;
 
 pub use autograd::attach_backward;
-pub use c10d::{Gloo, GlooAddress, ReduceOp, Store, Work};
+pub use c10d::{Gloo, GlooAddress, GlooDevice, GlooTls, ReduceOp, Store, Work, check_tls};
 pub use cuda::{compute_capability, load_cuda, pci_bus_id};
+pub use custom_store::{StoreBackend, StoreOperation, StoreReply, StoreRequest};
 pub use device::{
     allocator_bytes, count_host_memory, generator_state, keep_freed_memory, pinned, reset_peak,
     set_generator_state, synchronize,

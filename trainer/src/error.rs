@@ -16,14 +16,14 @@ pub enum Error {
     #[error("{0}")]
     Tokenizer(String),
     /// A file could not be read or written.
-    #[error("{action} {path}: {source}")]
+    #[error("{action} {path}: {cause}")]
     Io {
         /// The failed action, such as `cannot write`.
         action: &'static str,
         /// The file or folder.
         path: String,
-        /// The operating system's error.
-        source: std::io::Error,
+        /// The operating system's error. Not a source: it is part of the message.
+        cause: std::io::Error,
     },
     /// A checkpoint could not be written or read.
     #[error(transparent)]
@@ -49,17 +49,28 @@ pub enum Error {
     /// An operation of libtorch failed, as tch reports it.
     #[error("libtorch: {0}")]
     Tch(#[from] tch::TchError),
-    /// The loss is not finite.
+    /// The loss or the gradient norm is not finite.
     #[error(
-        "the loss is {loss} at step {step}: lower the learning rate or train.grad_clip; the last \
-         checkpoint is untouched"
+        "{} at step {step}: lower the learning rate or train.grad_clip; the last checkpoint is \
+         untouched",
+        divergence(*loss, *grad_norm)
     )]
     Diverged {
-        /// The step with that loss.
+        /// The step that diverged.
         step: u64,
-        /// The loss, NaN or infinite.
         loss: f64,
+        /// Its gradient norm before clipping.
+        grad_norm: f64,
     },
+}
+
+/// Says which of both is not finite.
+fn divergence(loss: f64, grad_norm: f64) -> String {
+    if loss.is_finite() {
+        format!("the gradient norm is {grad_norm} (the loss is {loss:.4})")
+    } else {
+        format!("the loss is {loss}")
+    }
 }
 
 impl Error {
@@ -69,10 +80,10 @@ impl Error {
         path: impl AsRef<Path>,
     ) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.as_ref().display().to_string();
-        move |source| Error::Io {
+        move |cause| Error::Io {
             action,
             path,
-            source,
+            cause,
         }
     }
 }
@@ -83,5 +94,37 @@ impl From<AgreementError> for Error {
             AgreementError::Comm(error) => Error::Comm(error),
             error => Error::OtherRank(error),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Error;
+    use std::error::Error as _;
+
+    #[test]
+    fn a_divergence_names_what_is_not_finite() {
+        let text = |loss, grad_norm| {
+            let step = 3;
+            Error::Diverged {
+                step,
+                loss,
+                grad_norm,
+            }
+            .to_string()
+        };
+        let norm = text(6.238, f64::INFINITY);
+        assert!(
+            norm.starts_with("the gradient norm is inf (the loss is 6.2380) at step 3: "),
+            "{norm}"
+        );
+        assert!(text(f64::NAN, f64::NAN).starts_with("the loss is NaN at step 3: "));
+    }
+
+    #[test]
+    fn an_error_of_the_system_is_named_once() {
+        let error = Error::io("cannot read", "x")(std::io::Error::other("it is gone"));
+        assert_eq!(error.to_string(), "cannot read x: it is gone");
+        assert!(error.source().is_none(), "it would be printed again");
     }
 }

@@ -67,6 +67,7 @@ pub mod config;
 pub mod data;
 mod error;
 mod inference;
+pub mod lines;
 mod memory;
 mod model;
 mod optim;
@@ -87,9 +88,10 @@ pub use model::{
 pub use optim::Optimizer;
 pub use process_groups::ProcessGroups;
 pub use train::metrics::{
-    JsonLinesWriter, Progress, RoutingLine, SnapshotMetrics, StepMetrics, ValidationMetrics,
+    DroppedLines, Progress, RoutingLine, SnapshotMetrics, StepMetrics, ValidationMetrics,
 };
 pub use train::snapshots::KeeperAccess;
 pub use train::{
-    Outcome, ResumeReport, ResumeSource, Trainer, check_resume, newest_config, retain_checkpoints,
+    Outcome, ResumeReport, ResumeSource, RunRequests, Trainer, check_resume, newest_config,
+    retain_checkpoints,
 };

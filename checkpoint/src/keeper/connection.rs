@@ -97,7 +97,7 @@ impl Peer {
     /// See [`Peer`].
     pub fn inventory(&mut self) -> Result<Inventory, Error> {
         match self.ask(&Request::Inventory)? {
-            Reply::Inventory(inventory) => Ok(inventory),
+            Reply::Inventory(inventory) => Ok(*inventory),
             other => Err(unexpected(&other)),
         }
     }

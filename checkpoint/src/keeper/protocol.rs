@@ -90,7 +90,7 @@ pub(super) enum Request {
 pub(super) enum Reply {
     Done,
     Refused(String),
-    Inventory(Inventory),
+    Inventory(Box<Inventory>),
     Status(Box<Status>),
     Damage(Damage),
     Length(u64),

@@ -48,8 +48,11 @@ pub struct Settings {
 /// address at which it listens.
 ///
 /// # Errors
-/// If an address is in use.
-pub fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), Error> {
+/// If an address is in use, or `ready` fails.
+pub fn run(
+    settings: Settings,
+    ready: impl FnOnce(SocketAddr) -> std::io::Result<()>,
+) -> Result<(), Error> {
     let (_, no_signals) = channel();
     run_with_signals(settings, no_signals, ready)
 }
@@ -62,7 +65,7 @@ pub fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), Err
 pub fn run_with_signals(
     settings: Settings,
     signals: Receiver<i32>,
-    ready: impl FnOnce(SocketAddr),
+    ready: impl FnOnce(SocketAddr) -> std::io::Result<()>,
 ) -> Result<(), Error> {
     let Settings {
         socket,
@@ -103,7 +106,7 @@ pub fn run_with_signals(
     encoder.spawn(move || encode_all(&encoding, &ids))?;
     let signalled = keeper.clone();
     Builder::new().spawn(move || forward_signals(&signalled, &signals))?;
-    ready(address);
+    ready(address)?;
     match keeper.wait_for_end() {
         End::Requested => {}
         End::Orphaned => tracing::warn!("no launcher for {orphan_timeout:?}: the keeper exits"),

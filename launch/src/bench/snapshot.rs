@@ -137,7 +137,8 @@ fn copy(args: &SnapshotBenchArgs) -> Result<Value> {
     let (ready, address) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         serve::run(settings, |address| {
-            ready.send(address).expect("the bench waits for it")
+            ready.send(address).expect("the bench waits for it");
+            Ok(())
         })
     });
     let address = address.recv()?;

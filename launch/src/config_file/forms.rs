@@ -1,7 +1,7 @@
 //! The forms that the JSON schema of configurations allows for a value.
 
 use serde_json::Value;
-use trainer::config::{NumberRange, schema};
+use trainer::config::{NumberRange, resolve_schema, schema};
 
 /// Numbers that stand in for refused ones: each range of the schema contains one of them.
 const STAND_INS: [i32; 3] = [1, 0, -1];
@@ -85,10 +85,7 @@ impl Forms {
 
 /// Adds the forms of a schema, except null.
 fn collect(schema: &'static Value, forms: &mut Vec<&'static Value>) {
-    if let Some(reference) = schema["$ref"].as_str() {
-        let target = self::schema().pointer(reference.trim_start_matches('#'));
-        return collect(target.expect("a definition"), forms);
-    }
+    let schema = resolve_schema(schema);
     let lists = ["anyOf", "oneOf"]
         .iter()
         .filter_map(|list| schema[list].as_array());
@@ -101,7 +98,7 @@ fn collect(schema: &'static Value, forms: &mut Vec<&'static Value>) {
     }
 }
 
-fn is_of_type(form: &Value, kind: &str) -> bool {
+pub(super) fn is_of_type(form: &Value, kind: &str) -> bool {
     match &form["type"] {
         Value::Array(kinds) => kinds.iter().any(|other| other == kind),
         other => other == kind,

@@ -10,6 +10,7 @@ mod paths;
 #[cfg(test)]
 mod schema_walk;
 mod suggest;
+mod tls_files;
 mod value;
 
 pub(crate) use suggest::nearest;
@@ -22,6 +23,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use data_files::data_file_problems;
 use draft::{Draft, FinishedDraft};
 use std::process::ExitCode;
+use tls_files::tls_file_problems;
 use trainer::config::Config;
 
 /// Reads a configuration and applies `--set`.
@@ -46,6 +48,7 @@ pub(crate) fn load(args: &ConfigArgs) -> Result<Config> {
         return Ok(config);
     }
     problems.extend(data_file_problems(&config));
+    problems.extend(tls_file_problems(&config));
     bail!("{path}: cannot run:\n  - {}", list(&problems));
 }
 
@@ -68,6 +71,7 @@ pub(crate) fn refuse_problems_and_data(
 ) -> Result<()> {
     let mut problems = config.problems(ranks);
     problems.extend(data_file_problems(config));
+    problems.extend(tls_file_problems(config));
     refuse(args, ranks, problems)
 }
 

@@ -1,13 +1,13 @@
 //! A test that gives every number of the schema values at and beyond its limits.
 
-use super::load;
+use super::{forms::is_of_type, load};
 use crate::{cli::ConfigArgs, hint::message, machine_memory::refuse_too_large};
 use parallel::{Cpu, run_on_threads};
 use serde_json::{Map, Value, json};
 use std::{collections::BTreeMap, path::Path, time::Duration};
 use trainer::{
     Trainer,
-    config::{Config, schema},
+    config::{Config, resolve_schema, schema},
     data::TokenWriter,
 };
 
@@ -71,24 +71,6 @@ fn write_tokens(folder: &Path) {
     writer.finish().unwrap();
 }
 
-fn resolve(node: &'static Value) -> &'static Value {
-    match node["$ref"].as_str() {
-        Some(reference) => {
-            let target = schema().pointer(reference.trim_start_matches('#'));
-            resolve(target.unwrap())
-        }
-        None => node,
-    }
-}
-
-fn has_type(node: &Value, name: &str) -> bool {
-    let types = &node["type"];
-    types == name
-        || types
-            .as_array()
-            .is_some_and(|list| list.contains(&json!(name)))
-}
-
 fn list(node: &'static Value) -> impl Iterator<Item = &'static Value> {
     node.as_array().into_iter().flatten()
 }
@@ -103,7 +85,7 @@ struct Templates<'a> {
 impl Templates<'_> {
     /// Adds the numbers below a section of the base configuration.
     fn add_section(&mut self, node: &'static Value, key: &str) {
-        for (name, child) in resolve(node)["properties"]
+        for (name, child) in resolve_schema(node)["properties"]
             .as_object()
             .into_iter()
             .flatten()
@@ -125,25 +107,25 @@ impl Templates<'_> {
 
     /// Returns the schema of a section, without the null of an optional one.
     fn section(&self, node: &'static Value) -> &'static Value {
-        let node = resolve(node);
-        let mut options = list(&node["anyOf"]).map(resolve);
+        let node = resolve_schema(node);
+        let mut options = list(&node["anyOf"]).map(resolve_schema);
         options
             .find(|option| option.get("properties").is_some())
             .unwrap_or(node)
     }
 
     fn is_section(&self, node: &'static Value) -> bool {
-        let options: Vec<_> = list(&resolve(node)["anyOf"]).collect();
-        let is_optional = options.iter().any(|option| has_type(option, "null"));
+        let options: Vec<_> = list(&resolve_schema(node)["anyOf"]).collect();
+        let is_optional = options.iter().any(|option| is_of_type(option, "null"));
         let section = self.section(node);
         section.get("properties").is_some() && (options.is_empty() || is_optional)
     }
 
     /// Returns the forms of a value with a hole in it.
     fn holes(&self, node: &'static Value) -> Vec<Value> {
-        let node = resolve(node);
+        let node = resolve_schema(node);
         let mut found = Vec::new();
-        if has_type(node, "integer") || has_type(node, "number") {
+        if is_of_type(node, "integer") || is_of_type(node, "number") {
             found.push(json!(HOLE));
         }
         for item in self.holes_of(&node["items"]) {
@@ -180,14 +162,14 @@ impl Templates<'_> {
 
     /// Returns a valid value.
     fn sample(&self, node: &'static Value) -> Value {
-        let node = resolve(node);
+        let node = resolve_schema(node);
         if node["format"] == "path" {
             return json!(self.folder.join("tokens"));
         }
-        if has_type(node, "integer") {
+        if is_of_type(node, "integer") {
             return node["minimum"].clone();
         }
-        if has_type(node, "number") {
+        if is_of_type(node, "number") {
             return json!(1e-3);
         }
         self.required(node).into()

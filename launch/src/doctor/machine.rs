@@ -96,23 +96,33 @@ pub(super) fn memory(config: Option<&Config>, ranks: RankCounts) -> Finding {
     }
 }
 
-/// Checks `/dev/shm`, through which MPI and NCCL send messages within a machine.
-pub(super) fn shared_memory(ranks: usize) -> Finding {
+/// Checks `/dev/shm`, through which MPI and NCCL send messages within a machine. moerun itself uses
+/// memory without a file system.
+pub(super) fn shared_memory(config: Option<&Config>, ranks: usize, mpi_launch: bool) -> Finding {
     const BYTES_PER_RANK: u64 = 32 * MIB;
     let fix = "remove files from /dev/shm, or enlarge it: 'mount -o remount,size=8g /dev/shm', in \
                a container --shm-size=8g";
-    match statvfs("/dev/shm") {
-        Err(error) => Finding::fail("shared memory", format!("/dev/shm: {error}"), fix),
+    let uses_it = |config: &Config| {
+        let is_wanted = matches!(config.run.backend, Backend::Mpi | Backend::Nccl);
+        is_wanted || parallel::device_kind(&config.run.device) == "cuda"
+    };
+    let is_used = mpi_launch || config.is_some_and(uses_it);
+    let (detail, is_small) = match statvfs("/dev/shm") {
+        Err(error) => (format!("/dev/shm: {error}"), true),
         Ok(stat) => {
             let free = stat.blocks_available() * stat.fragment_size();
             let detail = format!("{} MiB are free in /dev/shm", free / MIB);
-            if free < BYTES_PER_RANK * ranks as u64 {
-                Finding::fail("shared memory", detail, fix)
-            } else {
-                Finding::ok("shared memory", detail)
-            }
+            (detail, free < BYTES_PER_RANK * ranks as u64)
         }
+    };
+    if !is_small {
+        return Finding::ok("shared memory", detail);
     }
+    if is_used {
+        return Finding::warn("shared memory", detail, fix);
+    }
+    let detail = format!("{detail}; only MPI and NCCL use it");
+    Finding::ok("shared memory", detail)
 }
 
 pub(super) fn open_files(ranks: usize) -> Finding {

@@ -84,7 +84,7 @@ fn check_machine(
         machine::libtorch(),
         machine::processors(ranks.local),
         machine::memory(config, ranks),
-        machine::shared_memory(ranks.local),
+        machine::shared_memory(config, ranks.local, mpi_launch),
         machine::open_files(ranks.local),
     ];
     findings.extend(machine::port(args.master_port));

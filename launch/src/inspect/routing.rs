@@ -57,7 +57,11 @@ fn consistency(args: &InspectRoutingArgs) -> Result<ExitCode> {
         num_experts,
         sequence,
         is_validation,
+        notes,
     } = sample;
+    for note in notes {
+        println!("warning: {note}");
+    }
     let segment = args.segment;
     let cache = args.cache.unwrap_or(2 * top_k).min(num_experts);
     let tokens = experts.first().map_or(0, Vec::len) / top_k.max(1);

@@ -3,6 +3,8 @@
 use crate::{argument_ranges::MAX_LOCAL_RANKS, cli::TrainArgs, hint::one_line};
 use anyhow::{Context, Result, anyhow, bail};
 use std::{
+    io::Write,
+    net::{Ipv6Addr, SocketAddr},
     os::unix::process::CommandExt,
     path::Path,
     process::{Child, Command, Stdio},
@@ -36,6 +38,10 @@ impl Hostfile {
                 .unwrap_or_default()
                 .split_whitespace();
             let Some(name) = words.next() else { continue };
+            check_host(name).map_err(|reason| {
+                let name = one_line(name);
+                format!("line {number}: {name} is no host: {reason}")
+            })?;
             if hosts.names.iter().any(|other| other == name) {
                 let name = one_line(name);
                 return Err(format!("line {number}: {name} is listed twice"));
@@ -66,48 +72,119 @@ impl Hostfile {
         }
     }
 
+    /// Returns the host of this machine as the rendezvous needs it: without a user's name, and
+    /// brackets around an IPv6 address.
+    pub(super) fn own_host(&self) -> String {
+        let name = &self.names[0];
+        let host = name
+            .rsplit_once('@')
+            .map_or(name.as_str(), |(_, host)| host);
+        match host.parse::<Ipv6Addr>() {
+            Ok(address) => format!("[{address}]"),
+            Err(_) => host.to_string(),
+        }
+    }
+
     /// Starts the same command in the same folder on the other machines.
     ///
     /// Dropping the sessions ends the commands.
-    pub(super) fn start_agents(
-        &self,
-        args: &TrainArgs,
-        head: &str,
-        ranks_per_machine: usize,
-    ) -> Result<SshSessions> {
-        let program = std::env::current_exe().context("cannot find this program's file")?;
-        let folder = std::env::current_dir().context("cannot find the current folder")?;
-        let start = [
-            format!("cd {} && exec", shell_quote(&folder)?),
-            shell_quote(&program)?,
-            "train".into(),
-            shell_quote(&args.config.config)?,
-        ];
-        let mut words = Vec::from(start);
-        for change in &args.config.set {
-            words.extend(["--set".into(), shell_quote(Path::new(change))?]);
-        }
-        let machines = self.names.len();
+    ///
+    /// # Errors
+    /// If the ssh program cannot be started.
+    pub(super) fn start_agents(&self, start: &AgentStart) -> Result<SshSessions> {
+        let command = start.command(self.names.len())?;
+        let program = start.args.ssh.display();
         let mut sessions = SshSessions(Vec::new());
         for (machine, name) in self.names.iter().enumerate().skip(1) {
-            let command = format!(
-                "{} --nnodes {machines} --node-rank {machine} --rdzv {head} -n {ranks_per_machine}",
-                words.join(" ")
-            );
-            let mut ssh = Command::new(&args.ssh);
+            let has_input = !start.input.is_empty();
+            let stdin = if has_input {
+                Stdio::piped()
+            } else {
+                Stdio::null()
+            };
+            let mut ssh = Command::new(&start.args.ssh);
             // Outside the terminal's process group: Ctrl-C reaches only the launcher, which stops
             // the machines in order.
-            ssh.arg(name)
-                .arg(command)
-                .stdin(Stdio::null())
+            ssh.args(["--", ssh_host(name)])
+                .arg(format!("{command} --node-rank {machine}"))
+                .stdin(stdin)
                 .process_group(0);
-            let child = ssh
-                .spawn()
-                .with_context(|| format!("cannot start {} for {name}", args.ssh.display()))?;
+            let child = ssh.spawn();
+            let child = child.with_context(|| format!("cannot start {program} for {name}"))?;
             sessions.0.push(child);
+            let stdin = sessions.0.last_mut().and_then(|child| child.stdin.take());
+            if let Some(mut stdin) = stdin {
+                // A session that has ended already is missed when its agent does not join.
+                let _ = writeln!(stdin, "{}", start.input);
+            }
         }
         Ok(sessions)
     }
+}
+
+/// The command that starts agents.
+pub(super) struct AgentStart<'a> {
+    pub(super) args: &'a TrainArgs,
+    /// Address of the launcher. A host's name may mean something else on another machine.
+    pub(super) head: SocketAddr,
+    pub(super) ranks_per_machine: usize,
+    /// The line on the standard input of each agent, by which it knows the run's token;
+    /// empty for none. Others could read an argument.
+    pub(super) input: &'a str,
+}
+
+impl AgentStart<'_> {
+    /// Returns the command for a shell of another machine, except for the machine's number.
+    fn command(&self, machines: usize) -> Result<String> {
+        let program = std::env::current_exe().context("cannot find this program's file")?;
+        let folder = std::env::current_dir().context("cannot find the current folder")?;
+        let mut words = vec![
+            format!("cd {} && exec", shell_quote(&folder)?),
+            shell_quote(&program)?,
+            "train".into(),
+            shell_quote(&self.args.config.config)?,
+        ];
+        for change in &self.args.config.set {
+            words.extend(["--set".into(), shell_quote(Path::new(change))?]);
+        }
+        let head = self.head.to_string();
+        let ranks = self.ranks_per_machine;
+        words.push(format!("--nnodes {machines} -n {ranks}"));
+        // A shell would take the brackets of an IPv6 address for a pattern.
+        words.extend(["--rdzv".into(), shell_quote(Path::new(&head))?]);
+        if !self.input.is_empty() {
+            words.push("--token-stdin".into());
+        }
+        Ok(words.join(" "))
+    }
+}
+
+/// Refuses the name of a machine that ssh could take for something else than a host.
+fn check_host(name: &str) -> Result<(), String> {
+    let (user, host) = name.rsplit_once('@').unwrap_or(("user", name));
+    for part in [user, host] {
+        if part.starts_with('-') {
+            return Err("it begins with '-'".into());
+        }
+        if part.is_empty() {
+            return Err("a part of it is empty".into());
+        }
+    }
+    let is_word = |c: char| c.is_alphanumeric() || matches!(c, '.' | '-' | '_');
+    let strange = user.chars().find(|&c| !is_word(c));
+    let is_host = |c: char| is_word(c) || matches!(c, ':' | '%' | '[' | ']');
+    match strange.or(host.chars().find(|&c| !is_host(c))) {
+        Some(c) => Err(format!("{c:?} is not possible in a name")),
+        None => Ok(()),
+    }
+}
+
+/// Returns the host as ssh takes it: without brackets around an IPv6 address.
+fn ssh_host(name: &str) -> &str {
+    let inner = name
+        .strip_prefix('[')
+        .and_then(|rest| rest.strip_suffix(']'));
+    inner.unwrap_or(name)
 }
 
 fn parse_slots(word: &str) -> Option<usize> {
@@ -169,13 +246,41 @@ mod tests {
                 "a \u{1b}[2Jslots",
                 "line 1: \\u001b[2Jslots is not of the form",
             ),
-            ("a\u{7}\na\u{7}", "line 2: a\\u0007 is listed twice"),
+            (
+                "a\u{7}",
+                "line 1: a\\u0007 is no host: '\\u{7}' is not possible",
+            ),
+            ("a\n-V slots=1", "line 2: -V is no host: it begins with '-'"),
+            (
+                "-oProxyCommand=touch${IFS}x slots=1",
+                "line 1: -oProxyCommand=touch${IFS}x is no host: it begins with '-'",
+            ),
+            ("me@-oX", "line 1: me@-oX is no host: it begins with '-'"),
+            ("-l@a", "line 1: -l@a is no host: it begins with '-'"),
+            ("me@", "line 1: me@ is no host: a part of it is empty"),
+            (
+                "a;reboot",
+                "line 1: a;reboot is no host: ';' is not possible",
+            ),
+            ("a$(id)", "'$' is not possible"),
+            ("a=b", "'=' is not possible"),
+            ("m e@a", "line 1: e@a is not of the form slots=N"),
+            ("a\u{0}b", "'\\0' is not possible"),
         ] {
             assert!(
                 Hostfile::parse(text).unwrap_err().contains(expected),
                 "{text}"
             );
         }
+    }
+
+    #[test]
+    fn users_and_addresses_are_hosts() {
+        let hosts = Hostfile::parse("me@node-1.site\n10.0.0.2\nfd00::2\n[fd00::3]\n").unwrap();
+        assert_eq!(hosts.own_host(), "node-1.site");
+        assert_eq!(ssh_host(&hosts.names[3]), "fd00::3");
+        let hosts = Hostfile::parse("fd00::2").unwrap();
+        assert_eq!(hosts.own_host(), "[fd00::2]");
     }
 
     #[test]

@@ -1,13 +1,16 @@
 //! The machines of a run, as the command line and the hostfile describe them.
 
-use super::hostfile::Hostfile;
+use super::{
+    hostfile::Hostfile,
+    reachable::{self, Choice, OwnAddresses},
+};
 use crate::{
     argument_ranges,
     cli::TrainArgs,
     hint::{WithHint, hinted},
 };
 use anyhow::{Context, Result, anyhow, bail};
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use trainer::config::Config;
 
 /// Most ranks of a run.
@@ -35,7 +38,7 @@ impl MachinePlan {
         }
         let rendezvous = match (&args.rdzv, &hostfile) {
             (Some(rendezvous), _) => rendezvous.clone(),
-            (None, Some(hosts)) => format!("{}:0", hosts.names[0]),
+            (None, Some(hosts)) => format!("{}:0", hosts.own_host()),
             (None, None) if machines == 1 => String::new(),
             (None, None) => {
                 return Err(hinted(
@@ -89,14 +92,50 @@ impl MachinePlan {
         Ok(())
     }
 
-    pub(super) fn rendezvous_address(&self) -> Result<SocketAddr> {
+    /// Returns the address at which the launcher listens. Warns if the rendezvous names an address
+    /// that other machines cannot reach.
+    ///
+    /// # Errors
+    /// If it has no address, or no other machine can reach it and the right address is not clear.
+    pub(super) fn rendezvous_address(&self, own: &OwnAddresses) -> Result<SocketAddr> {
         let text = &self.rendezvous;
-        let mut found = text
+        let found = text
             .to_socket_addrs()
             .with_context(|| format!("--rdzv {text}"))
             .hint("it must have the form HOST:PORT")?;
-        found
-            .next()
-            .ok_or_else(|| anyhow!("--rdzv {text}: the host has no address"))
+        let found: Vec<SocketAddr> = found.collect();
+        let host = text.rsplit_once(':').map_or("", |(host, _)| host);
+        let listed = |addresses: &[IpAddr]| {
+            let addresses = addresses.iter().map(IpAddr::to_string);
+            addresses.collect::<Vec<_>>().join(", ")
+        };
+        match reachable::choose(host, &found, own) {
+            None => bail!("--rdzv {text}: the host has no address"),
+            Some(Choice::Listen(address)) => Ok(address),
+            Some(Choice::Instead(local, address)) => {
+                let local = local.ip();
+                let ip = address.ip();
+                eprintln!(
+                    "warning: --rdzv {text}: {host} is {local} on this machine, which no other \
+                     machine reaches: listening at {ip}\nhint: use --rdzv {address}, or give \
+                     {host} that address in /etc/hosts"
+                );
+                Ok(address)
+            }
+            Some(Choice::Unreachable(local)) => {
+                let local = local.ip();
+                let hint = match own.all.as_slice() {
+                    [] => "this machine has no other address: connect it to a network".to_string(),
+                    all => format!("use one of the other addresses here: {}", listed(all)),
+                };
+                Err(hinted(
+                    anyhow!(
+                        "--rdzv {text}: {host} is {local} on this machine, which no other machine \
+                         reaches"
+                    ),
+                    hint,
+                ))
+            }
+        }
     }
 }

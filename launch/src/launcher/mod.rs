@@ -1,50 +1,48 @@
 //! `moerun train` as a launcher: one process for each rank and a keeper for each node, on one
 //! machine or several.
 //!
-//! `supervisor` makes the decisions, by `policy` and `lost_nodes`; an `attempt` is one generation
-//! of ranks; `machines` carries out commands here and, through each `agent`, elsewhere.
+//! The `engine` makes all decisions and does no I/O; the `runtime` carries them out, here and,
+//! through each `agent`, elsewhere.
 
-mod agent;
-mod agent_protocol;
-mod attempt;
-mod checkpoint_writer;
-mod failure;
+pub(crate) mod engine;
 mod hostfile;
-mod keepers;
-mod lost_nodes;
+mod identity;
 mod machine_plan;
-mod machines;
-mod policy;
-mod processes;
-mod recovery;
-mod rescue;
-pub(crate) mod restart_record;
-mod signals;
-mod spawn;
-mod supervisor;
-mod tracker;
+mod reachable;
+mod runtime;
+mod token;
 
 use crate::{
-    cli::TrainArgs, config_diff, config_file, environment, hint::WithHint, machine_memory, registry,
+    cli::TrainArgs,
+    config_diff, config_file, environment,
+    hint::WithHint,
+    machine_memory,
+    protocol::store_secret,
+    registry::KeeperRegistry,
+    run_lock,
+    signals::{Signals, StopMode},
 };
 use anyhow::{Context, Result, anyhow};
-use hostfile::SshSessions;
+use engine::{Engine, Launch, event::Host, settings::Settings};
+use hostfile::{AgentStart, SshSessions};
+use identity::machine_identity;
 use machine_plan::MachinePlan;
-use machines::{Join, Machines};
-use processes::RankProcesses;
-use signals::Signals;
-use std::{process::ExitCode, time::Duration};
-use supervisor::{RunSettings, Supervisor};
-use torch_ext::Store;
-
-const STORE_TIMEOUT: Duration = Duration::from_secs(10);
+use parallel::{Secret, StoreServer};
+use runtime::{Join, Listening, Runtime, RuntimeSettings, agent};
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::Path,
+    process::ExitCode,
+    time::Duration,
+};
+use trainer::config::Config;
 
 /// Runs the launcher, or on other machines than the first the agent.
-pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode> {
+pub(crate) fn run(args: &TrainArgs, signals: &Signals) -> Result<ExitCode> {
     let plan = MachinePlan::new(args)?;
     environment::requested_threads()?;
     if args.node_rank > 0 {
-        return agent::run(args, args.node_rank, &plan.rendezvous);
+        return agent::run(args, args.node_rank, &plan.rendezvous, signals);
     }
     let world_size = plan.world_size(args.spare_nodes)?;
     let mut config = config_file::load(&args.config)?;
@@ -56,51 +54,107 @@ pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode> {
     let logs = dir.join("logs");
     std::fs::create_dir_all(&logs)
         .with_context(|| format!("cannot create the run's folder {}", logs.display()))?;
-    let _lock = registry::lock(&dir)?;
-    let store = serve_store(args.master_port)?;
-    let signals = Signals::install()?;
-    let local_ranks = RankProcesses::new(args, &dir);
-    let mut machines = Machines::local(local_ranks, &dir, signals.clone());
-    let timeout = Duration::from_secs(config.run.timeout_s);
-    let _sessions = join_machines(args, &plan, &mut machines, timeout)?;
-    let settings = RunSettings {
-        config: &config,
-        dir: &dir,
-        store_port: store.port()?,
+    let _lock = run_lock::acquire(&dir)?;
+    for leftover in checkpoint::folder::clean(&dir.join("checkpoints"))? {
+        eprintln!("removed an unfinished checkpoint: {leftover}");
+    }
+    signals.set_mode(StopMode::Count);
+    let registry = KeeperRegistry::load_or_set_aside(&dir)?;
+    let secret = secret(args, &dir, registry.as_ref(), plan.machines > 1)?;
+    let join = join(&plan, &config)?;
+    let listening = Listening::start(join, &secret)?;
+    let _sessions = start_agents(args, &plan, listening.address, &secret)?;
+    let store = serve_store(listening.own_ip(), args.master_port, &secret)?;
+    let own = Host {
+        address: listening.own_ip(),
+        identity: machine_identity(),
+    };
+    let runtime = Runtime::new(
+        RuntimeSettings {
+            args,
+            dir: &dir,
+            secret: &secret,
+            keep: config.checkpoint.keep,
+            reply_timeout: Duration::from_secs_f64(config.restart.heartbeat_timeout_s),
+            signals,
+        },
+        listening,
+    )?;
+    let settings = Settings {
+        stored_config: serde_json::to_string(&config).context("cannot store the configuration")?,
+        dir: dir.clone(),
+        store: store.access().address,
         ranks_per_machine: plan.ranks_per_machine,
         spare_nodes: args.spare_nodes,
+        world_size,
+        config,
     };
-    Supervisor::new(settings, world_size, machines).run(&signals)
+    let launch = Launch {
+        machines: plan.machines,
+        own,
+        number: launch_number()?,
+        secret: secret.clone(),
+        registry,
+    };
+    Ok(runtime.drive(Engine::new(settings, launch)))
 }
 
-fn serve_store(port: u16) -> Result<Store> {
-    Store::tcp("127.0.0.1", port, true, STORE_TIMEOUT)
-        .map_err(|error| anyhow!("cannot serve on port {port}: {error}"))
+/// Returns the run's secret: that of the keepers of an earlier launch, if there are any.
+fn secret(
+    args: &TrainArgs,
+    dir: &Path,
+    registry: Option<&KeeperRegistry>,
+    is_shared: bool,
+) -> Result<Secret> {
+    match registry {
+        Some(registry) if !is_shared => Ok(registry.secret.clone()),
+        _ => token::find_or_make(args, dir, is_shared),
+    }
+}
+
+/// Returns a number that distinguishes this launch from others of the run.
+fn launch_number() -> Result<u64> {
+    let random = Secret::random().map_err(|error| anyhow!("{error}"))?;
+    let name = random.name();
+    u64::from_str_radix(&name, 16).context("the name of a secret is a number")
+}
+
+/// Serves the ranks' store at the address that other machines use, or on the loopback device if
+/// there are none.
+fn serve_store(address: Option<IpAddr>, port: u16, secret: &Secret) -> Result<StoreServer> {
+    let ip = address.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    StoreServer::listen(SocketAddr::new(ip, port), store_secret(secret))
+        .with_context(|| format!("cannot serve on port {port}"))
         .hint("choose another port with --master-port, or omit it")
 }
 
-/// Listens for the agents of other machines, and starts them if there is a hostfile.
-fn join_machines(
-    args: &TrainArgs,
-    plan: &MachinePlan,
-    machines: &mut Machines,
-    timeout: Duration,
-) -> Result<Option<SshSessions>> {
+fn join(plan: &MachinePlan, config: &Config) -> Result<Option<Join>> {
     if plan.machines == 1 {
         return Ok(None);
     }
-    let address = machines.listen(&Join {
-        address: plan.rendezvous_address()?,
+    Ok(Some(Join {
+        address: plan.rendezvous_address(&reachable::own_addresses())?,
         others: plan.machines - 1,
         ranks_per_machine: plan.ranks_per_machine,
-        timeout,
-    })?;
-    let Some(hosts) = &plan.hostfile else {
+        heartbeat_timeout: Duration::from_secs_f64(config.restart.heartbeat_timeout_s),
+    }))
+}
+
+/// Starts the agents of other machines if there is a hostfile.
+fn start_agents(
+    args: &TrainArgs,
+    plan: &MachinePlan,
+    address: Option<SocketAddr>,
+    secret: &Secret,
+) -> Result<Option<SshSessions>> {
+    let Some((hosts, address)) = plan.hostfile.as_ref().zip(address) else {
         return Ok(None);
     };
-    let rendezvous = plan.rendezvous.rsplit_once(':');
-    let host = rendezvous.map_or("", |(host, _)| host);
-    let head = format!("{host}:{}", address.port());
-    let sessions = hosts.start_agents(args, &head, plan.ranks_per_machine)?;
+    let sessions = hosts.start_agents(&AgentStart {
+        args,
+        head: address,
+        ranks_per_machine: plan.ranks_per_machine,
+        input: &secret.to_hex(),
+    })?;
     Ok(Some(sessions))
 }

@@ -5,14 +5,16 @@ use super::{
     schema::{SchemaRoot, description, is_nullable},
 };
 use crate::{
-    config_diff::ChangeRecord, launcher::restart_record::RestartRecord, registry::KeeperRegistry,
+    config_diff::ChangeRecord, launcher::engine::restart_record::RestartRecord,
+    registry::KeeperRegistry,
 };
 use serde_json::Value;
-use trainer::{RoutingLine, StepMetrics, ValidationMetrics, data::DatasetInfo};
+use trainer::{DroppedLines, RoutingLine, StepMetrics, ValidationMetrics, data::DatasetInfo};
 
 const INTRODUCTION: &str = "\
 A run writes these files into its folder `run.dir`. Files that end in `.jsonl` have one JSON \
 object per line. A resumed run appends to them, and removes the lines of steps that it repeats. \
+A record of `dropped_lines` stands for lines that the disk did not take in time. \
 A key marked *optional* is left out if it does not apply.";
 
 const OTHER_FILES: [OtherFile; 7] = [
@@ -105,9 +107,19 @@ fn records() -> Vec<Record> {
             schema: SchemaRoot::of_output::<ValidationMetrics>(),
         },
         Record {
+            file: "metrics.jsonl",
+            writer: rank0,
+            schema: SchemaRoot::of_output::<DroppedLines>(),
+        },
+        Record {
             file: "routing.jsonl",
             writer: rank0,
             schema: SchemaRoot::of_output::<RoutingLine>(),
+        },
+        Record {
+            file: "routing.jsonl",
+            writer: rank0,
+            schema: SchemaRoot::of_output::<DroppedLines>(),
         },
         Record {
             file: "restarts.jsonl",

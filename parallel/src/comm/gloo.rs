@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 use tch::Tensor;
-use torch_ext::{GlooAddress, Store};
+use torch_ext::{GlooDevice, Store};
 
 /// A group of ranks that are connected by Gloo.
 ///
@@ -42,11 +42,11 @@ impl Gloo {
         store: &Store,
         membership: Membership,
         timeout: Duration,
-        address: &GlooAddress,
+        device: &GlooDevice,
     ) -> Result<Gloo, CommError> {
         let rank = membership.position;
         let size = membership.members.len();
-        let group = torch_ext::Gloo::new(store, rank, size, timeout, address);
+        let group = torch_ext::Gloo::new(store, rank, size, timeout, device);
         let group = group.map_err(|e| membership.error("joining", e))?;
         Ok(Gloo {
             state: Arc::new(GlooState {

@@ -81,16 +81,21 @@ impl Config {
         seen
     }
 
-    /// Returns the number of steps after which a new run has seen at least `tokens` tokens.
-    pub(super) fn steps_until(&self, tokens: u64) -> u64 {
+    /// Returns the number of steps in which a new run sees at most `tokens` tokens.
+    pub(crate) fn steps_within(&self, tokens: u64) -> u64 {
         let stages = self.train.global_batch.stages();
         let mut seen: u64 = 0;
         let mut steps: u64 = 0;
         for (index, stage) in stages.iter().enumerate() {
+            if stage.tokens > seen {
+                break;
+            }
             let per_step = self.tokens_of(stage.sequences);
-            let end = stages.get(index + 1).map_or(tokens, |next| next.tokens);
-            let missing = end.min(tokens).saturating_sub(seen);
-            let in_stage = missing.div_ceil(per_step);
+            let affordable = tokens.saturating_sub(seen) / per_step;
+            let in_stage = stages.get(index + 1).map_or(affordable, |next| {
+                let left = next.tokens.saturating_sub(seen);
+                left.div_ceil(per_step).min(affordable)
+            });
             steps = steps.saturating_add(in_stage);
             seen = seen.saturating_add(in_stage.saturating_mul(per_step));
         }

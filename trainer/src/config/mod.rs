@@ -31,7 +31,7 @@ pub(crate) use limits::MAX_ESTIMATED_LAYERS;
 pub use model::{ModelConfig, MoeConfig, MupConfig, ParameterCount, QkNorm, RouterConfig};
 pub use optimizer::OptimizerConfig;
 pub use pipeline_plan::PipelinePlan;
-pub use ranges::{NumberRange, schema};
+pub use ranges::{NumberRange, resolve_schema, schema};
 pub(crate) use renamed::rename_old_keys;
 pub use renamed::{Renamed, renamed_keys};
 pub use resume_keys::{KeyChange, ResumeEffect, ResumeKey, ResumeKeys, ResumeRule};
@@ -152,12 +152,56 @@ pub struct RunConfig {
     #[schemars(range(min = 1))]
     #[serde(default = "default_log_every")]
     pub log_every: u64,
+    /// MiB of memory for lines that the disk does not take, for each of `metrics.jsonl`,
+    /// `routing.jsonl` and the log of a rank. Further lines are dropped and counted.
+    #[on_resume(free)]
+    #[schemars(range(min = 1, max = 1048576))]
+    #[serde(default = "default_line_buffer_mib")]
+    pub line_buffer_mib: u64,
     /// Step of which each rank writes a trace to `logs/rank-N.trace.json`, for
     /// <https://ui.perfetto.dev>.
     #[on_resume(free)]
     #[schemars(range(min = 1))]
     #[serde(default)]
     pub trace_step: Option<u64>,
+    /// Encryption of Gloo's connections between machines. Without this section tensors are
+    /// sent in clear text.
+    #[on_resume(section)]
+    #[serde(default)]
+    pub tls: Option<TlsConfig>,
+}
+
+/// Files in PEM format with which ranks encrypt Gloo's connections between machines, and prove that
+/// they belong to the run. Paths are the same on every machine.
+///
+/// It needs `run.backend: gloo` on GPUs and NPUs: NCCL, HCCL and MPI do not encrypt.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ResumeKeys)]
+#[serde(deny_unknown_fields)]
+pub struct TlsConfig {
+    /// Certificate of the ranks of a machine, which `ca` has signed.
+    #[on_resume(free)]
+    #[schemars(extend("format" = "path"))]
+    pub cert: PathBuf,
+    /// Private key of the certificate. Only its owner may read it.
+    #[on_resume(free)]
+    #[schemars(extend("format" = "path"))]
+    pub key: PathBuf,
+    /// Certificate of the authority. A rank that another authority has certified is refused, so an
+    /// authority of the run's own is best.
+    #[on_resume(free)]
+    #[schemars(extend("format" = "path"))]
+    pub ca: PathBuf,
+}
+
+impl TlsConfig {
+    /// Returns the files as Gloo takes them.
+    pub fn to_gloo(&self) -> torch_ext::GlooTls {
+        torch_ext::GlooTls {
+            key: self.key.clone(),
+            certificate: self.cert.clone(),
+            authority: self.ca.clone(),
+        }
+    }
 }
 
 /// Training and validation data.
@@ -320,6 +364,10 @@ fn default_seed() -> u64 {
 
 fn default_log_every() -> u64 {
     10
+}
+
+fn default_line_buffer_mib() -> u64 {
+    64
 }
 
 fn default_timeout_s() -> u64 {

@@ -111,12 +111,12 @@ pub fn schema() -> &'static Value {
     SCHEMA.get_or_init(|| schemars::schema_for!(Config).to_value())
 }
 
-/// Follows the references of a schema.
-fn resolve(schema: &Value) -> &Value {
+/// Follows the references of a part of [`schema`].
+pub fn resolve_schema(schema: &Value) -> &Value {
     match schema["$ref"].as_str() {
         Some(reference) => {
             let target = self::schema().pointer(reference.trim_start_matches('#'));
-            resolve(target.expect("a definition"))
+            resolve_schema(target.expect("a definition"))
         }
         None => schema,
     }
@@ -133,7 +133,7 @@ impl Config {
 }
 
 fn check(schema: &Value, value: &Value, key: &str, problems: &mut Vec<String>) {
-    let schema = resolve(schema);
+    let schema = resolve_schema(schema);
     for form in ["anyOf", "oneOf"] {
         let forms = schema[form].as_array().into_iter().flatten();
         for form in forms.filter(|form| accepts(form, value)) {
@@ -175,7 +175,7 @@ fn check(schema: &Value, value: &Value, key: &str, problems: &mut Vec<String>) {
 
 /// Returns true if a value may be of this form.
 fn accepts(schema: &Value, value: &Value) -> bool {
-    let schema = resolve(schema);
+    let schema = resolve_schema(schema);
     let mut forms = ["anyOf", "oneOf"]
         .iter()
         .flat_map(|form| schema[form].as_array().into_iter().flatten());

@@ -224,7 +224,7 @@ impl Config {
                 Some(Length::Steps(steps)) => self.train.steps.saturating_sub(steps),
                 Some(Length::Tokens(tokens)) => {
                     let total = self.tokens_after(0, self.train.steps);
-                    self.steps_until(total.saturating_sub(tokens))
+                    self.steps_within(total.saturating_sub(tokens))
                 }
                 None => self.train.steps,
             };

@@ -25,17 +25,26 @@ pub struct GenerateOptions {
     pub tokenizer: Option<PathBuf>,
 }
 
-/// Generates text on one CPU and passes it to `write` piece by piece.
+/// Generates text on one CPU and passes it to `write` piece by piece. Calls `warn` first with a
+/// message for each newer checkpoint that cannot be used.
 ///
 /// # Errors
 /// If there is no usable checkpoint or tokenizer.
-pub fn generate(options: &GenerateOptions, write: &mut dyn FnMut(&str)) -> Result<(), Error> {
+pub fn generate(
+    options: &GenerateOptions,
+    warn: &mut dyn FnMut(&str),
+    write: &mut dyn FnMut(&str),
+) -> Result<(), Error> {
     let LoadedModel {
         path,
         config,
         model,
+        notes,
         ..
     } = LoadedModel::open(&options.checkpoint)?;
+    for note in notes {
+        warn(&note);
+    }
     let tokenizer = find_tokenizer(options, &config, &path)?;
     let tokenizer = crate::data::load_tokenizer(&tokenizer)?;
     let length = config.data.sequence_length;

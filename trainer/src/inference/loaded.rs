@@ -5,11 +5,20 @@ use crate::{
     config::Config,
     model::{BuildContext, Model, ModelPart},
     process_groups::ProcessGroups,
-    train::checkpointing::{read_run_state, restore_model, saved_config},
+    train::{
+        checkpointing::restore_model,
+        saved_config::{read_run_state, saved_config},
+    },
 };
-use checkpoint::Checkpoint;
+use checkpoint::{
+    Checkpoint,
+    folder::{self, Depth, Verified},
+};
 use parallel::Cpu;
-use std::path::{Path, PathBuf};
+use std::{
+    io::ErrorKind,
+    path::{Path, PathBuf},
+};
 
 /// A model with the configuration that it was trained with.
 pub(crate) struct LoadedModel {
@@ -18,13 +27,18 @@ pub(crate) struct LoadedModel {
     pub(crate) step: u64,
     pub(crate) config: Config,
     pub(crate) model: Model,
+    /// Notes for the user about the choice of the checkpoint, one line each.
+    pub(crate) notes: Vec<String>,
 }
 
 impl LoadedModel {
     /// Loads one checkpoint, or the newest usable one of a run's folder or its `checkpoints`
     /// folder.
     pub(crate) fn open(path: &Path) -> Result<LoadedModel, Error> {
-        let mut checkpoint = find_checkpoint(path)?;
+        let FoundCheckpoint {
+            mut checkpoint,
+            notes,
+        } = find_checkpoint(path)?;
         let state = read_run_state(&checkpoint)?;
         let path = checkpoint.path().to_path_buf();
         let config = saved_config(&checkpoint, &state)?;
@@ -38,22 +52,29 @@ impl LoadedModel {
             step: state.step,
             config,
             model,
+            notes,
         })
     }
 }
 
-fn find_checkpoint(path: &Path) -> Result<Checkpoint, Error> {
-    if path.join("manifest.json").exists() {
-        return open_verified(path);
+struct FoundCheckpoint {
+    checkpoint: Checkpoint,
+    notes: Vec<String>,
+}
+
+/// Opens the checkpoint `path`, or the newest verified one of a run's folder.
+fn find_checkpoint(path: &Path) -> Result<FoundCheckpoint, Error> {
+    if is_checkpoint(path)? {
+        let verified = folder::verify(path, Depth::Data)?;
+        return open(verified, Vec::new());
     }
     let inner = path.join("checkpoints");
     let root = if inner.is_dir() { &inner } else { path };
-    let mut reasons = Vec::new();
-    for candidate in checkpoint::list(root)? {
-        match open_verified(&candidate) {
-            Ok(checkpoint) => return Ok(checkpoint),
-            Err(error) => reasons.push(error.to_string()),
-        }
+    let survey = folder::newest(root, Depth::Data)?;
+    let refused = survey.refused.into_iter();
+    let reasons: Vec<String> = refused.map(|refused| refused.reason).collect();
+    if let Some(newest) = survey.verified.into_iter().next() {
+        return open(newest, reasons);
     }
     let folder = path.display();
     Err(Error::Resume(if reasons.is_empty() {
@@ -64,10 +85,26 @@ fn find_checkpoint(path: &Path) -> Result<Checkpoint, Error> {
     }))
 }
 
-fn open_verified(path: &Path) -> Result<Checkpoint, Error> {
-    let checkpoint = Checkpoint::open(path)?;
-    for file in 0..checkpoint.manifest().files.len() {
-        checkpoint.verify_file(file)?;
+/// True if `path` is the folder of one checkpoint, by its contents or its name.
+fn is_checkpoint(path: &Path) -> Result<bool, Error> {
+    let manifest = path.join("manifest.json");
+    match std::fs::symlink_metadata(&manifest) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            Ok(folder::has_checkpoint_name(path) && path.is_dir())
+        }
+        Err(error) if error.kind() == ErrorKind::NotADirectory => Ok(false),
+        Err(error) => Err(Error::io("cannot read", &manifest)(error)),
     }
-    Ok(checkpoint)
+}
+
+fn open(verified: Verified, refused: Vec<String>) -> Result<FoundCheckpoint, Error> {
+    let path = &verified.path;
+    let used = |reason| format!("{reason}; using {}", path.display());
+    let mut notes: Vec<String> = refused.into_iter().map(used).collect();
+    notes.extend(verified.note);
+    Ok(FoundCheckpoint {
+        checkpoint: Checkpoint::open(path)?,
+        notes,
+    })
 }

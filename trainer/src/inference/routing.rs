@@ -20,6 +20,8 @@ pub struct RoutingSample {
     pub sequence: usize,
     /// True if the text is validation data, which the model was not trained on.
     pub is_validation: bool,
+    /// Newer checkpoints that cannot be used, one line each.
+    pub notes: Vec<String>,
 }
 
 /// Runs the newest checkpoint of the run in `folder` over about `tokens` tokens of its validation
@@ -32,6 +34,7 @@ pub fn sample_routing(folder: &Path, tokens: usize) -> Result<RoutingSample, Err
         step,
         config,
         model,
+        notes,
         ..
     } = LoadedModel::open(folder)?;
     let moe = config.model.moe.as_ref();
@@ -60,5 +63,6 @@ pub fn sample_routing(folder: &Path, tokens: usize) -> Result<RoutingSample, Err
         num_experts: moe.experts,
         sequence,
         is_validation,
+        notes,
     })
 }

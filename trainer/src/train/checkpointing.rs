@@ -5,22 +5,19 @@
 
 use super::{
     accounting::{Mismatch, Shapes, account, account_alone, held_shapes, saved_shapes},
+    inspection::{FolderPaths, inspect_together, list_on_rank_0, none_usable, set_damaged_aside},
     resume_rules::{AllowedChanges, ResumeRules, mismatch_error},
     run_state::RunState,
+    saved_config::{has_kind, kind, read_run_state, saved_config},
 };
-use crate::{
-    Error,
-    config::{Config, rename_old_keys},
-    model::Model,
-    optim::Optimizer,
-};
+use crate::{Error, config::Config, model::Model, optim::Optimizer};
 use checkpoint::{
     Checkpoint, ImageHeader, PartOpener, Shard, Staging, TensorSlice, assign_owners,
     keeper::SnapshotId,
 };
 use parallel::{
     Accelerator, Communicator,
-    agreement::{AgreementError, agree, all_gather_bytes, broadcast_bytes, decode_peer_message},
+    agreement::{AgreementError, agree, all_gather_bytes, decode_peer_message},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -29,32 +26,18 @@ use std::{
 };
 use tch::{Kind, Tensor};
 
-/// Kinds of saved tensors. The name of a saved tensor is `KIND/GLOBAL NAME`.
-mod kind {
-    pub(super) const MASTER: &str = "model";
-    pub(super) const FIRST_MOMENT: &str = "exp_avg";
-    pub(super) const SECOND_MOMENT: &str = "exp_avg_sq";
-    pub(super) const BIAS: &str = "bias";
-    pub(super) const GENERATOR: &str = "generator";
-}
-
 fn key(kind: &str, name: impl std::fmt::Display) -> String {
     format!("{kind}/{name}")
 }
 
-fn has_kind(name: &str, kinds: &[&str]) -> bool {
-    let kind = name.split_once('/').map(|(kind, _)| kind);
-    kind.is_some_and(|kind| kinds.contains(&kind))
-}
-
-/// Removes checkpoints under `root` as [`checkpoint::retain`] does, and logs those that stay
-/// because newer ones have fewer parameters.
+/// Removes checkpoints under `root` as [`checkpoint::retain`] does after the one of step `step` was
+/// written, and logs those that stay because newer ones have fewer parameters.
 ///
 /// # Errors
 /// If the folder cannot be read, or a checkpoint cannot be removed.
-pub fn retain_checkpoints(root: &Path, keep: usize) -> Result<(), checkpoint::Error> {
+pub fn retain_checkpoints(root: &Path, keep: usize, step: u64) -> Result<(), checkpoint::Error> {
     let is_parameter = |name: &str| has_kind(name, &[kind::MASTER]);
-    for spared in checkpoint::retain(root, keep, is_parameter)? {
+    for spared in checkpoint::retain(root, keep, step, is_parameter)? {
         tracing::warn!(
             "{} stays although checkpoint.keep is {keep}: newer checkpoints have fewer parameters",
             spared.display()
@@ -235,7 +218,8 @@ pub(crate) struct Restored {
     pub(crate) changes: AllowedChanges,
 }
 
-/// Finds the newest checkpoint under `root` that every rank can read, and restores the run from it.
+/// Finds the newest verified checkpoint under `root`, and restores the run from it. Then sets newer
+/// ones that are damaged aside.
 ///
 /// Calls `warn` with a message for each unusable checkpoint. Returns `None` if there are no
 /// checkpoints.
@@ -249,45 +233,34 @@ pub(crate) fn resume(
     rules: &ResumeRules,
     warn: &mut dyn FnMut(&str),
 ) -> Result<Option<Restored>, Error> {
+    let FolderPaths {
+        candidates,
+        set_aside,
+    } = list_on_rank_0(root, world)?;
     let mut refusals = Vec::new();
-    for path in &list_on_rank_0(root, world)? {
-        match agree(world, verify(path, world)) {
-            Ok(()) => {
-                let opened = Checkpoint::open(path).map_err(Error::from);
-                return restore(opened, run, world, rules).map(Some);
+    for (step, path) in candidates {
+        match inspect_together(step, &path, world)? {
+            Ok(checkpoint) => {
+                if let Some(note) = checkpoint.note() {
+                    warn(&note);
+                }
+                let restored = restore(Ok(checkpoint), run, world, rules)?;
+                if world.rank() == 0 {
+                    set_damaged_aside(root, &refusals, warn);
+                }
+                return Ok(Some(restored));
             }
-            Err(error) => {
-                warn(&format!(
-                    "checkpoint {} is refused: {error}",
-                    path.display()
-                ));
-                refusals.push(error.to_string());
+            Err(refused) => {
+                let path = path.display();
+                warn(&format!("checkpoint {path} is refused: {}", refused.reason));
+                refusals.push(refused);
             }
         }
     }
-    if refusals.is_empty() {
+    if refusals.is_empty() && set_aside.is_empty() {
         return Ok(None);
     }
-    Err(Error::Resume(format!(
-        "none of the {} checkpoints in {} can be used ({}); move the folder away to start from the \
-         beginning",
-        refusals.len(),
-        root.display(),
-        refusals.join("; ")
-    )))
-}
-
-/// Returns the checkpoints that rank 0 finds under `root`, newest first.
-fn list_on_rank_0(root: &Path, world: &Arc<dyn Communicator>) -> Result<Vec<PathBuf>, Error> {
-    let listed = if world.rank() == 0 {
-        checkpoint::list(root)
-    } else {
-        Ok(Vec::new())
-    };
-    let listed = listed.map_err(|error| Error::Resume(error.to_string()));
-    let listed = agree(world, listed)?;
-    let message = serde_json::to_vec(&listed).expect("paths are UTF-8");
-    Ok(decode_peer_message(&broadcast_bytes(world, &message)?)?)
+    Err(none_usable(root, &refusals, &set_aside))
 }
 
 /// Id, headers and opener of a snapshot's parts.
@@ -309,16 +282,6 @@ pub(crate) fn resume_snapshot(
     let name = format!("the snapshot of step {}", id.step);
     let opened = Checkpoint::from_parts(&name, id.step, headers, open).map_err(Error::from);
     restore(opened, run, world, rules).map(Some)
-}
-
-/// Verifies this rank's share of a checkpoint's files.
-fn verify(path: &Path, world: &Arc<dyn Communicator>) -> Result<(), Error> {
-    let checkpoint = Checkpoint::open(path)?;
-    let files = checkpoint.manifest().files.len();
-    for file in (world.rank()..files).step_by(world.size()) {
-        checkpoint.verify_file(file)?;
-    }
-    Ok(())
 }
 
 /// Compares a verified checkpoint with the run, and copies it into the run if `rules` allow that.
@@ -441,58 +404,4 @@ fn restore_weights(
         }
     }
     Ok(())
-}
-
-/// Returns the newest checkpoint under `root` whose manifest can be read, and its configuration.
-///
-/// # Errors
-/// If the folder cannot be read.
-pub fn newest_config(root: &Path) -> Result<Option<(PathBuf, Config)>, Error> {
-    for path in checkpoint::list(root)? {
-        let read = || {
-            let checkpoint = Checkpoint::open(&path)?;
-            saved_config(&checkpoint, &read_run_state(&checkpoint)?)
-        };
-        // The resume itself reports a damaged checkpoint.
-        if let Ok(config) = read() {
-            return Ok(Some((path, config)));
-        }
-    }
-    Ok(None)
-}
-
-/// Returns the configuration in a checkpoint.
-///
-/// # Errors
-/// If it cannot be read, or could not run.
-pub(crate) fn saved_config(checkpoint: &Checkpoint, state: &RunState) -> Result<Config, Error> {
-    let manifest = checkpoint.path().join("manifest.json");
-    let failed = |reason: String| {
-        let manifest = manifest.display();
-        Error::Resume(format!(
-            "{manifest}: its configuration cannot be used: {reason}"
-        ))
-    };
-    let config: Config =
-        serde_json::from_value(state.config.clone()).map_err(|error| failed(error.to_string()))?;
-    let problems = config.saved_problems();
-    if problems.is_empty() {
-        Ok(config)
-    } else {
-        Err(failed(problems.join("; ")))
-    }
-}
-
-/// Reads the state of the run from a checkpoint's manifest.
-pub(crate) fn read_run_state(checkpoint: &Checkpoint) -> Result<RunState, Error> {
-    let mut state = checkpoint.manifest().state.clone();
-    if let Some(config) = state.get_mut("config") {
-        rename_old_keys(config);
-    }
-    serde_json::from_value(state).map_err(|error| {
-        Error::Resume(format!(
-            "{}: the manifest's state cannot be read: {error}",
-            checkpoint.path().display()
-        ))
-    })
 }

@@ -5,7 +5,7 @@ use super::{
     run_state::RunState,
     slot_writer::{FlatTensor, ImageContent, SlotWriter},
 };
-use crate::Error;
+use crate::{Error, lines::WrittenLines};
 use checkpoint::{ImageLayout, keeper::SlotMemory};
 use parking_lot::{Condvar, Mutex};
 use std::{
@@ -70,6 +70,8 @@ pub(crate) struct CopyRequest {
     pub(crate) state: RunState,
     /// State of the random generator, which is a new tensor in each snapshot.
     pub(crate) generator: Tensor,
+    /// Lines that must be in their files before the snapshot exists.
+    pub(crate) lines: Vec<WrittenLines>,
 }
 
 /// Tensors that this rank saves, with their offsets, in the order of the image.
@@ -127,6 +129,9 @@ impl CopyThread {
     /// Copies a snapshot and returns the seconds that it took.
     fn copy(&mut self, request: &CopyRequest) -> Result<f64, Error> {
         let begun = Instant::now();
+        for lines in &request.lines {
+            lines.wait();
+        }
         let plan = self.plan.clone();
         let plan = plan.lock();
         let state = serde_json::to_value(&request.state).expect("plain data");

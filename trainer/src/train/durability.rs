@@ -8,7 +8,7 @@ use super::{
     snapshots::{KeeperAccess, ReservedSlot, Snapshots},
     step_figures::StepFigures,
 };
-use crate::{Error, config::SnapshotEvery};
+use crate::Error;
 use parallel::agreement::{agree, sum_over_ranks};
 use std::{
     path::PathBuf,
@@ -34,7 +34,7 @@ impl Trainer {
     /// All ranks.
     ///
     /// # Errors
-    /// If `snapshot.every` is a number of steps and a node has too little memory.
+    /// If another rank cannot be reached.
     pub fn begin_snapshots(&mut self, warn: &mut dyn FnMut(&str)) -> Result<(), Error> {
         if self.snapshots.is_none() {
             return Ok(());
@@ -43,16 +43,11 @@ impl Trainer {
         match agree(&self.world, planned) {
             Ok(()) => Ok(()),
             Err(Error::Comm(error)) => Err(error.into()),
-            Err(error) if matches!(self.config.snapshot.every, SnapshotEvery::Steps(_)) => {
-                Err(Error::Config(format!(
-                    "{error}; use more memory or nodes, a larger snapshot.memory_gib, or \
-                     snapshot.every: 0"
-                )))
-            }
             Err(error) => {
                 warn(&format!(
                     "no snapshots in memory: {error}; after a failure the run resumes from a \
-                     checkpoint"
+                     checkpoint. For snapshots use more memory or nodes, or a larger \
+                     snapshot.memory_gib"
                 ));
                 self.snapshots = None;
                 Ok(())
@@ -122,7 +117,8 @@ impl Trainer {
     }
 
     /// Takes the snapshot of the last step in the slots that [`Trainer::train_step`] reserved. The
-    /// step's lines in files are already written, so that a resumed run does not miss them.
+    /// step's lines are already queued: the snapshot waits for them, so that a resumed run does not
+    /// miss them.
     fn take_reserved(&mut self) -> Result<(), Error> {
         let Some(reserved) = self.reserved.take() else {
             return Ok(());
@@ -147,8 +143,9 @@ impl Trainer {
         let begun = Instant::now();
         let state = self.state();
         let generator = self.device.generator_state()?;
+        let lines = self.files.position();
         if let Some(snapshots) = &mut self.snapshots {
-            snapshots.take(slot, state, generator);
+            snapshots.take(slot, state, generator, lines);
             snapshots.cost.stall = begun.elapsed().as_secs_f64();
         }
         Ok(())
@@ -222,12 +219,13 @@ impl Trainer {
             Some(snapshots) => !snapshots.take_overdue(),
             None => false,
         };
+        let is_requested = self.requested_checkpoint == Some(self.step);
         let is_due = self.snapshots.is_some() || is_last || self.checkpoint_due(self.step);
         if keepers_write || !is_due {
             return Ok(());
         }
         match self.save() {
-            Ok(path) if self.is_rank_0() && is_last => {
+            Ok(path) if self.is_rank_0() && (is_last || is_requested) => {
                 progress.note(&format!("checkpoint {}", path.display()));
             }
             Ok(_) => {}
@@ -256,7 +254,7 @@ impl Trainer {
         let tensors = self.state_tensors();
         let path = checkpointing::save(&root, &self.state(), &tensors, &self.world)?;
         if self.is_rank_0() {
-            checkpointing::retain_checkpoints(&root, self.config.checkpoint.keep)?;
+            checkpointing::retain_checkpoints(&root, self.config.checkpoint.keep, self.step)?;
         }
         Ok(path)
     }
@@ -268,7 +266,17 @@ impl Trainer {
     /// True if a checkpoint is due after step `step`, as far as is known before the step.
     fn checkpoint_due(&self, step: u64) -> bool {
         let every = self.config.checkpoint.every;
-        (every > 0 && step.is_multiple_of(every)) || step == self.config.train.steps
+        let is_regular = every > 0 && step.is_multiple_of(every);
+        is_regular || step == self.config.train.steps || self.requested_checkpoint == Some(step)
+    }
+
+    /// Chooses the step of the checkpoint that a rank was asked for.
+    pub(super) fn agree_on_request(&mut self, figures: &StepFigures) {
+        if figures.checkpoint_ranks > 0.0 {
+            // Keepers need a slot, which ranks reserve before a step.
+            let waits = self.snapshots.is_some();
+            self.requested_checkpoint = Some(self.step + u64::from(waits));
+        }
     }
 
     pub(super) fn state_tensors(&self) -> StateTensors<'_> {
@@ -289,6 +297,7 @@ impl Trainer {
             ranks: self.world.size(),
             min_tokens: self.min_tokens(),
             placement: placement.map(|placement| placement.state().clone()),
+            counted_from: Some(self.counted_from),
             config: serde_json::to_value(&self.config).expect("plain data"),
         }
     }

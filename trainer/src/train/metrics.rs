@@ -1,14 +1,8 @@
-//! Metrics of a step, and the files that they are written to.
+//! Metrics of a step, and the records of the files that they are written to.
 
-use crate::Error;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use std::{
-    collections::BTreeMap,
-    fs::{File, OpenOptions},
-    io::{BufRead, BufReader, Write},
-    path::{Path, PathBuf},
-};
+use std::collections::BTreeMap;
 
 /// Metrics of one step, over all ranks.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -119,6 +113,20 @@ pub struct RoutingLine {
     pub tokens_per_expert: Vec<Vec<u64>>,
 }
 
+/// Stands for lines that are missing: the disk took none for so long that memory for them ran out,
+/// or the run was interrupted before it took them.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct DroppedLines {
+    /// Last step of the missing lines.
+    pub step: u64,
+    /// First step of the missing lines.
+    pub first_step: u64,
+    /// Number of steps without their line.
+    pub dropped_steps: u64,
+    /// Number of missing lines, including those of validation.
+    pub dropped_lines: u64,
+}
+
 /// Returns median, 90th percentile and maximum, which say more than a long list of layers.
 pub(crate) fn percentiles(layers: &[f64]) -> Option<[f64; 3]> {
     let mut sorted = layers.to_vec();
@@ -137,92 +145,4 @@ pub trait Progress {
     fn note(&mut self, message: &str);
     /// Reports a problem that does not end the run.
     fn warn(&mut self, message: &str);
-}
-
-/// Writer of `metrics.jsonl` and `routing.jsonl`: one JSON object per line.
-pub struct JsonLinesWriter {
-    path: PathBuf,
-    file: File,
-}
-
-#[derive(Deserialize)]
-struct Line {
-    step: u64,
-}
-
-impl JsonLinesWriter {
-    /// Opens the file and removes lines after `step`, which a resumed run writes again, and a line
-    /// that a crash cut off.
-    ///
-    /// # Errors
-    /// If the file cannot be read or written.
-    pub fn resume(path: &Path, step: u64) -> Result<JsonLinesWriter, Error> {
-        if path.exists() {
-            drop_lines_after(path, step)?;
-        }
-        let file = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(path)
-            .map_err(Error::io("cannot write", path))?;
-        Ok(JsonLinesWriter {
-            path: path.to_path_buf(),
-            file,
-        })
-    }
-
-    /// Appends one line to the file.
-    ///
-    /// # Errors
-    /// If the disk is full.
-    pub fn write(&mut self, line: &impl Serialize) -> Result<(), Error> {
-        let mut text = serde_json::to_string(line).expect("plain data");
-        text.push('\n');
-        self.file
-            .write_all(text.as_bytes())
-            .map_err(Error::io("cannot write", &self.path))
-    }
-}
-
-fn drop_lines_after(path: &Path, step: u64) -> Result<(), Error> {
-    let file = File::open(path).map_err(Error::io("cannot open", path))?;
-    let mut kept = String::new();
-    for line in BufReader::new(file).lines() {
-        let line = line.map_err(Error::io("cannot read", path))?;
-        let parsed = serde_json::from_str::<Line>(&line);
-        if parsed.is_ok_and(|line| line.step <= step) {
-            kept.push_str(&line);
-            kept.push('\n');
-        }
-    }
-    let fresh = path.with_extension("jsonl.new");
-    std::fs::write(&fresh, kept).map_err(Error::io("cannot write", &fresh))?;
-    std::fs::rename(&fresh, path).map_err(Error::io("cannot write", path))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_resumed_file_holds_each_step_once() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("metrics.jsonl");
-        let mut metrics = JsonLinesWriter::resume(&path, 0).unwrap();
-        for step in 1..=4 {
-            metrics.write(&serde_json::json!({"step": step})).unwrap();
-        }
-        std::fs::OpenOptions::new()
-            .append(true)
-            .open(&path)
-            .unwrap()
-            .write_all(b"{\"step\": 5, \"lo")
-            .unwrap();
-        let mut metrics = JsonLinesWriter::resume(&path, 2).unwrap();
-        metrics.write(&serde_json::json!({"step": 3})).unwrap();
-        assert_eq!(
-            std::fs::read_to_string(&path).unwrap(),
-            "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n"
-        );
-    }
 }

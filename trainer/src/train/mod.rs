@@ -6,12 +6,16 @@ mod copy_thread;
 mod counted_tokens;
 mod durability;
 mod expert_placement;
+mod inspection;
 pub(crate) mod metrics;
+mod metrics_files;
 mod microbatch;
+mod model_shapes;
 mod progress_counter;
 mod resume;
 mod resume_rules;
 mod run_state;
+pub(crate) mod saved_config;
 mod setup;
 pub(crate) mod slot_writer;
 pub(crate) mod snapshots;
@@ -22,18 +26,22 @@ mod step_metrics;
 mod step_sums;
 mod validation;
 
-pub use checkpointing::{newest_config, retain_checkpoints};
+pub use checkpointing::retain_checkpoints;
 pub use resume::check_resume;
+pub use saved_config::newest_config;
 
 use crate::{
     Error,
     config::{Config, Dtype, KeyChange, MinTokens, ParameterCount, PipelinePlan},
     data::Dataset,
+    lines::Limits,
     model::Model,
     optim::Optimizer,
     train::{
         expert_placement::ExpertPlacement,
-        metrics::{JsonLinesWriter, Progress, RoutingLine, StepMetrics},
+        metrics::{Progress, RoutingLine, StepMetrics},
+        metrics_files::MetricsFiles,
+        run_state::CountedFrom,
         snapshots::{ReservedSlot, Snapshots},
     },
 };
@@ -43,8 +51,7 @@ use parallel::{
     pipeline::{Executor, Schedule},
 };
 use parking_lot::Mutex;
-use serde::Serialize;
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, thread::JoinHandle};
 
 /// Final state of a run.
 #[derive(Debug, Clone, PartialEq)]
@@ -110,6 +117,8 @@ pub struct Trainer {
     samples: u64,
     /// Tokens trained on so far.
     tokens: u64,
+    /// Position since which the batches have the sizes of the configuration.
+    counted_from: CountedFrom,
     snapshots: Option<Snapshots>,
     /// For the snapshot of the last step.
     reserved: Option<ReservedSlot>,
@@ -119,6 +128,33 @@ pub struct Trainer {
     /// Keys whose refused changes the user accepts on a resume.
     accepted_changes: Vec<String>,
     resume_report: ResumeReport,
+    /// True if this rank was asked for a checkpoint.
+    wants_checkpoint: bool,
+    /// The step after which the ranks write the checkpoint that one was asked for.
+    requested_checkpoint: Option<u64>,
+    files: MetricsFiles,
+    /// The thread that writes the trace of a step.
+    trace: Option<JoinHandle<()>>,
+}
+
+/// Requests to a run from outside. A request to one rank is one to all.
+pub trait RunRequests {
+    /// True if the run has to stop after the step.
+    fn wants_stop(&self) -> bool;
+
+    /// True if the run has to write a checkpoint and continue.
+    fn wants_checkpoint(&self) -> bool {
+        false
+    }
+
+    /// Notes that the ranks now write the checkpoint that one of them was asked for.
+    fn begin_checkpoint(&self) {}
+}
+
+impl<F: Fn() -> bool> RunRequests for F {
+    fn wants_stop(&self) -> bool {
+        self()
+    }
 }
 
 impl Trainer {
@@ -164,7 +200,7 @@ impl Trainer {
         self.skips = skips;
     }
 
-    /// Trains to the last step of the configuration, or until `stop` returns true on any rank.
+    /// Trains to the last step of the configuration, or until `requests` of any rank stop the run.
     ///
     /// A checkpoint that cannot be written before the end is reported to `progress`, and training
     /// continues.
@@ -176,10 +212,28 @@ impl Trainer {
     /// If a step fails, or the last checkpoint cannot be written.
     pub fn run(
         &mut self,
-        stop: &dyn Fn() -> bool,
+        requests: &dyn RunRequests,
         progress: &mut dyn Progress,
     ) -> Result<Outcome, Error> {
-        let mut files = self.open_files()?;
+        if self.is_rank_0() {
+            let limits = Limits::of_mib(self.config.run.line_buffer_mib);
+            self.files = MetricsFiles::open(&self.config.run.dir, self.step, limits)?;
+        }
+        let outcome = self.run_steps(requests, progress);
+        let files = std::mem::take(&mut self.files);
+        files.finish(outcome.is_err(), progress);
+        if let Some(trace) = self.trace.take().filter(|_| outcome.is_ok()) {
+            // Panics only if writing does, which leaves no trace either.
+            let _ = trace.join();
+        }
+        outcome
+    }
+
+    fn run_steps(
+        &mut self,
+        requests: &dyn RunRequests,
+        progress: &mut dyn Progress,
+    ) -> Result<Outcome, Error> {
         let steps = self.config.train.steps;
         let mut outcome = Outcome {
             step: self.step,
@@ -187,17 +241,21 @@ impl Trainer {
             validation_loss: None,
         };
         while self.step < steps && !outcome.stopped {
-            let (metrics, stopped) = self.train_step(stop())?;
+            self.wants_checkpoint = requests.wants_checkpoint();
+            let (metrics, stopped) = self.train_step(requests.wants_stop())?;
+            if self.requested_checkpoint >= Some(self.step) {
+                requests.begin_checkpoint();
+            }
             outcome.stopped = stopped && self.step < steps;
             if self.is_rank_0() {
-                self.report_step(&metrics, &mut files, progress);
+                self.report_step(&metrics, progress);
             }
             let is_last = self.step == steps || outcome.stopped;
             if self.validation_due(is_last) && !outcome.stopped {
                 let validation = self.validate()?;
                 outcome.validation_loss = validation.as_ref().map(|line| line.validation_loss);
                 if let Some(line) = validation.filter(|_| self.is_rank_0()) {
-                    append_line(&mut files.metrics, &line, progress);
+                    self.files.write_validation(&line);
                     progress.validation(self.step, line.validation_loss);
                 }
             }
@@ -207,42 +265,28 @@ impl Trainer {
         Ok(outcome)
     }
 
+    /// Returns the communicator of all ranks.
+    pub fn communicator(&self) -> &Arc<dyn Communicator> {
+        &self.world
+    }
+
     fn is_rank_0(&self) -> bool {
         self.world.rank() == 0
     }
 
-    fn open_files(&self) -> Result<MetricsFiles, Error> {
-        let open = |name: &str| {
-            let path = self.config.run.dir.join(name);
-            JsonLinesWriter::resume(&path, self.step)
-        };
-        if !self.is_rank_0() {
-            return Ok(MetricsFiles::default());
-        }
-        Ok(MetricsFiles {
-            metrics: Some(open("metrics.jsonl")?),
-            routing: Some(open("routing.jsonl")?),
-        })
-    }
-
-    fn report_step(
-        &self,
-        metrics: &StepMetrics,
-        files: &mut MetricsFiles,
-        progress: &mut dyn Progress,
-    ) {
+    fn report_step(&self, metrics: &StepMetrics, progress: &mut dyn Progress) {
         let steps = self.config.train.steps;
-        append_line(&mut files.metrics, metrics, progress);
+        self.files.write_step(metrics);
         let log_every = self.config.run.log_every;
         let is_end = self.step == 1 || self.step == steps;
         let is_logged = is_end || self.step.is_multiple_of(log_every);
         if is_logged && !metrics.tokens_per_expert.is_empty() {
-            let line = RoutingLine {
+            self.files.write_routing(&RoutingLine {
                 step: self.step,
                 tokens_per_expert: metrics.tokens_per_expert.clone(),
-            };
-            append_line(&mut files.routing, &line, progress);
+            });
         }
+        self.files.report(progress);
         progress.step(metrics, steps);
         if metrics.counted_tokens == 0 {
             progress.warn(&format!(
@@ -324,27 +368,5 @@ impl Trainer {
             }
             _ => String::new(),
         }
-    }
-}
-
-/// Open files of rank 0; `None` on other ranks and after a failed write.
-#[derive(Default)]
-struct MetricsFiles {
-    metrics: Option<JsonLinesWriter>,
-    routing: Option<JsonLinesWriter>,
-}
-
-/// Appends a line of metrics. After the first failure it warns and writes no more to the file, so
-/// that metrics never end a run.
-fn append_line(
-    file: &mut Option<JsonLinesWriter>,
-    line: &impl Serialize,
-    progress: &mut dyn Progress,
-) {
-    if let Some(open) = file
-        && let Err(error) = open.write(line)
-    {
-        progress.warn(&format!("{error}; training continues without metrics"));
-        *file = None;
     }
 }

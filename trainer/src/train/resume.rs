@@ -4,9 +4,12 @@ use super::{
     ResumeReport, ResumeSource, Trainer,
     checkpointing::{self, Restored},
     resume_rules::ResumeRules,
-    run_state::RunState,
+    run_state::{CountedFrom, RunState},
+    saved_config::config_in,
 };
 use crate::{Error, config::Config, optim::rate_jump::rate_jump};
+use checkpoint::folder::{self, Depth, Leftover};
+use parallel::agreement::agree;
 use std::path::Path;
 
 impl Trainer {
@@ -21,7 +24,12 @@ impl Trainer {
     /// If the snapshot cannot be read, there are checkpoints and none can be used, or a change of
     /// the configuration is refused. Nothing was written then.
     pub fn resume(&mut self, warn: &mut dyn FnMut(&str)) -> Result<ResumeSource, Error> {
-        let Some((restored, source)) = self.restore(warn)? else {
+        let restored = self.restore(warn)?;
+        if self.snapshots.is_none() {
+            // With keepers, the launcher writes checkpoints and does this.
+            self.clean_checkpoints(warn)?;
+        }
+        let Some((restored, source)) = restored else {
             return Ok(ResumeSource::Nothing);
         };
         let Restored {
@@ -37,6 +45,7 @@ impl Trainer {
         self.step = state.step;
         self.samples = state.samples;
         self.tokens = state.tokens;
+        self.counted_from = self.counted_since(&state, &saved);
         // The value that was measured at the start of the run gives the same plans, and so the same
         // bits, as without an interruption.
         if let (Some(planner), Some(min_tokens)) = (&self.planner, state.min_tokens)
@@ -82,6 +91,47 @@ impl Trainer {
         Ok(restored.map(|restored| (restored, ResumeSource::Checkpoint)))
     }
 
+    /// Returns the position since which the batches have the sizes of the configuration.
+    fn counted_since(&self, state: &RunState, saved: &Config) -> CountedFrom {
+        let batches_stay = saved.train.global_batch == self.config.train.global_batch
+            && saved.data.sequence_length == self.config.data.sequence_length;
+        let here = CountedFrom {
+            step: state.step,
+            samples: state.samples,
+            tokens: state.tokens,
+            skipped: 0,
+        };
+        let before = state.counted_from.filter(|_| batches_stay);
+        before.unwrap_or(here)
+    }
+
+    /// Removes what interrupted writes left of checkpoints.
+    ///
+    /// # Collective
+    /// All ranks.
+    ///
+    /// # Errors
+    /// If checkpoints cannot be written, because their folder is a link.
+    fn clean_checkpoints(&self, warn: &mut dyn FnMut(&str)) -> Result<(), Error> {
+        let cleaned = if self.is_rank_0() {
+            folder::clean(&self.checkpoint_dir())
+        } else {
+            Ok(Vec::new())
+        };
+        let leftovers: Result<Vec<Leftover>, Error> = match cleaned {
+            Err(error @ checkpoint::Error::Mismatch { .. }) => Err(error.into()),
+            Err(error) => {
+                warn(&format!("an unfinished checkpoint stays: {error}"));
+                Ok(Vec::new())
+            }
+            Ok(leftovers) => Ok(leftovers),
+        };
+        for leftover in agree(&self.world, leftovers)? {
+            warn(&format!("removed an unfinished checkpoint: {leftover}"));
+        }
+        Ok(())
+    }
+
     fn restore_placement(&self, state: &RunState) {
         let Some(placement) = &state.placement else {
             return;
@@ -103,13 +153,24 @@ impl Trainer {
 /// # Errors
 /// If a key differs that changes what the saved weights compute.
 pub fn check_resume(config: &Config, accepted: &[String], root: &Path) -> Result<(), Error> {
-    let Some((path, saved)) = checkpointing::newest_config(root)? else {
-        return Ok(());
-    };
     let rules = ResumeRules {
         config,
         accepted,
         prepare: &|_| {},
     };
-    rules.check_keys(&path, &saved).map(drop)
+    for path in checkpoint::list(root)? {
+        let Ok(saved) = config_in(&path) else {
+            continue;
+        };
+        let Err(refused) = rules.check_keys(&path, &saved) else {
+            return Ok(());
+        };
+        // A damaged checkpoint is not resumed from, whatever its configuration is.
+        match folder::verify(&path, Depth::Data) {
+            Ok(_) => return Err(refused),
+            Err(error) if error.is_denied() => return Err(error.into()),
+            Err(_) => {}
+        }
+    }
+    Ok(())
 }

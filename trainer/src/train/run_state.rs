@@ -1,5 +1,6 @@
 //! The part of a run's state that is no tensor: a checkpoint's manifest contains it.
 
+use crate::config::Config;
 use serde::{Deserialize, Serialize};
 
 /// Position of a run, expert placement and configuration.
@@ -18,7 +19,80 @@ pub(crate) struct RunState {
     pub(crate) min_tokens: Option<i64>,
     #[serde(default)]
     pub(crate) placement: Option<PlacementState>,
+    /// Position since which the batches have the sizes of `config`. Earlier versions lack it.
+    #[serde(default)]
+    pub(crate) counted_from: Option<CountedFrom>,
     pub(crate) config: serde_json::Value,
+}
+
+/// A position from which steps, samples and tokens follow from the configuration alone.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct CountedFrom {
+    pub(crate) step: u64,
+    pub(crate) samples: u64,
+    pub(crate) tokens: u64,
+    /// Samples of skipped batches since.
+    pub(crate) skipped: u64,
+}
+
+impl CountedFrom {
+    /// Returns the tokens and samples after step `step`, if there is such a position.
+    fn position_at(&self, step: u64, config: &Config) -> Option<(u64, u64)> {
+        let steps = step.checked_sub(self.step)?;
+        let tokens = config.tokens_after(self.tokens, steps);
+        let drawn = tokens.checked_sub(self.tokens)? / config.data.sequence_length as u64;
+        let samples = self.samples.checked_add(self.skipped)?;
+        Some((tokens, samples.checked_add(drawn)?))
+    }
+}
+
+impl RunState {
+    /// Returns the reason why step, samples and tokens contradict each other under `config`, the
+    /// configuration of the state.
+    pub(crate) fn position_problem(&self, config: &Config) -> Option<String> {
+        let RunState {
+            step,
+            samples,
+            tokens,
+            ..
+        } = *self;
+        let contradiction = |expected: &str| {
+            Some(format!(
+                "step {step}, samples {samples} and tokens {tokens} do not agree: {expected}"
+            ))
+        };
+        let from = self.counted_from.unwrap_or_default();
+        let Some((expected_tokens, expected_samples)) = from.position_at(step, config) else {
+            return contradiction("they begin after this step");
+        };
+        if self.counted_from.is_some() {
+            let agrees = tokens == expected_tokens && samples == expected_samples;
+            let expected = format!("its batches make {expected_samples} and {expected_tokens}");
+            return if agrees {
+                None
+            } else {
+                contradiction(&expected)
+            };
+        }
+        // An earlier version did not record changes of the batch, and samples that it skipped.
+        if tokens != expected_tokens {
+            return (samples < step)
+                .then(|| contradiction("each step draws a sample"))
+                .flatten();
+        }
+        let skipped = samples.checked_sub(expected_samples);
+        let stages = config.train.global_batch.stages();
+        let is_of_batches = |skipped: u64| {
+            skipped == 0
+                || stages
+                    .iter()
+                    .any(|stage| skipped.is_multiple_of(stage.sequences as u64))
+        };
+        if skipped.is_some_and(is_of_batches) {
+            return None;
+        }
+        contradiction(&format!("its batches make {expected_samples} samples"))
+    }
 }
 
 /// Physical slots and loads of all experts.
@@ -29,4 +103,87 @@ pub(crate) struct PlacementState {
     pub(crate) physical_slots: Vec<Vec<i64>>,
     /// For each MoE layer, the smoothed routed tokens of each expert per step.
     pub(crate) loads: Vec<Vec<f64>>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::optim::schedule::tests::config;
+
+    fn state(step: u64, samples: u64, tokens: u64, from: Option<CountedFrom>) -> RunState {
+        RunState {
+            step,
+            samples,
+            tokens,
+            ranks: 1,
+            min_tokens: None,
+            placement: None,
+            counted_from: from,
+            config: serde_json::Value::Null,
+        }
+    }
+
+    #[test]
+    fn positions_agree_with_the_batches() {
+        let constant = config("steps: 100, global_batch: 4 | constant: {lr: 1.0}");
+        let length = constant.data.sequence_length as u64;
+        let start = Some(CountedFrom::default());
+        let problem = |step, samples, tokens, from| {
+            state(step, samples, tokens, from).position_problem(&constant)
+        };
+        assert_eq!(problem(20, 80, 80 * length, start), None);
+        assert!(problem(20, 88, 80 * length, start).is_some());
+        assert!(problem(4, 80, 80 * length, start).is_some());
+        assert!(problem(20, 80, 80 * length + 1, start).is_some());
+        let skipped = Some(CountedFrom {
+            skipped: 8,
+            ..CountedFrom::default()
+        });
+        assert_eq!(problem(20, 88, 80 * length, skipped), None);
+        assert!(problem(20, 80, 80 * length, skipped).is_some());
+        // The batch was smaller in the first 10 steps.
+        let changed = Some(CountedFrom {
+            step: 10,
+            samples: 20,
+            tokens: 20 * length,
+            skipped: 0,
+        });
+        assert_eq!(problem(20, 60, 60 * length, changed), None);
+        assert!(problem(9, 60, 60 * length, changed).is_some());
+        let huge = Some(CountedFrom {
+            samples: u64::MAX,
+            ..CountedFrom::default()
+        });
+        assert!(problem(20, 80, 80 * length, huge).is_some());
+    }
+
+    #[test]
+    fn a_ramp_counts_its_stages() {
+        let ramp = "steps: 100, \
+                    global_batch: [{tokens: 0, sequences: 2}, {tokens: 32, sequences: 4}] \
+                    | constant: {lr: 1.0}";
+        let ramp = config(ramp);
+        let length = ramp.data.sequence_length as u64;
+        let mut tokens = 0;
+        for step in 0..30 {
+            let state = state(step, tokens / length, tokens, Some(CountedFrom::default()));
+            assert_eq!(state.position_problem(&ramp), None, "step {step}");
+            tokens += ramp.step_tokens_at(tokens);
+        }
+    }
+
+    #[test]
+    fn states_of_earlier_versions_may_have_skipped_batches() {
+        let constant = config("steps: 100, global_batch: 4 | constant: {lr: 1.0}");
+        let length = constant.data.sequence_length as u64;
+        let problem =
+            |step, samples, tokens| state(step, samples, tokens, None).position_problem(&constant);
+        assert_eq!(problem(20, 80, 80 * length), None);
+        assert_eq!(problem(20, 84, 80 * length), None);
+        assert!(problem(20, 83, 80 * length).is_some());
+        assert!(problem(20, 76, 80 * length).is_some());
+        // Another batch was used before.
+        assert_eq!(problem(20, 40, 40 * length), None);
+        assert!(problem(200, 40, 40 * length).is_some());
+    }
 }

@@ -2,7 +2,7 @@
 
 use super::{
     ResumeReport, StepPlan, Trainer, counted_tokens::check_validation,
-    expert_placement::ExpertPlacement,
+    expert_placement::ExpertPlacement, metrics_files::MetricsFiles, run_state::CountedFrom,
 };
 use crate::{
     Error,
@@ -89,12 +89,17 @@ impl Trainer {
             step: 0,
             samples: 0,
             tokens: 0,
+            counted_from: CountedFrom::default(),
             snapshots: None,
             reserved: None,
             skips: BTreeMap::new(),
             last_step_seconds: 0.0,
             accepted_changes: Vec::new(),
             resume_report: ResumeReport::default(),
+            wants_checkpoint: false,
+            requested_checkpoint: None,
+            files: MetricsFiles::default(),
+            trace: None,
         })
     }
 }

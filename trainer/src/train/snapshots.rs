@@ -13,7 +13,7 @@ use super::{
     run_state::RunState,
     slot_writer::SlotWriter,
 };
-use crate::{Error, config::SnapshotEvery};
+use crate::{Error, config::SnapshotEvery, lines::WrittenLines};
 use checkpoint::{
     ImageHeader, ImageLayout, PartOpener, TensorSlice,
     keeper::{self, KeeperClient, Secret, SlotMemory, SnapshotId},
@@ -350,9 +350,15 @@ impl Snapshots {
         is_overdue
     }
 
-    /// Starts to copy the state of step `state.step`. Tensors must not change until
-    /// [`Snapshots::wait`] returns.
-    pub(crate) fn take(&mut self, slot: usize, state: RunState, generator: Tensor) {
+    /// Starts to copy the state of step `state.step`, once `lines` are in their files. Tensors must
+    /// not change until [`Snapshots::wait`] returns.
+    pub(crate) fn take(
+        &mut self,
+        slot: usize,
+        state: RunState,
+        generator: Tensor,
+        lines: Vec<WrittenLines>,
+    ) {
         self.overdue_steps = None;
         self.last = Some(state.step);
         self.copied = false;
@@ -364,6 +370,7 @@ impl Snapshots {
             memory: keeper.slots[slot].clone(),
             state,
             generator,
+            lines,
         };
         if Mailbox::put(&keeper.mailbox, CopyCommand::Copy(Box::new(request))) {
             keeper.is_copying = true;

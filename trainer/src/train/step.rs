@@ -15,6 +15,7 @@ use crate::{
     Error,
     optim::schedule::{Position, learning_rate},
 };
+use checkpoint::run_folder::RunFolder;
 use kernels::profile;
 use moe::balance::{BalanceScope, BatchTotals, update_bias};
 use parallel::{GradientBuckets, ReduceOp, agreement::sum_over_ranks, pipeline::Schedule};
@@ -36,7 +37,9 @@ impl Trainer {
             profile::start();
         }
         if let Some(&batches) = self.skips.get(&(self.step + 1)) {
-            self.samples += batches * self.global_batch() as u64;
+            let skipped = batches * self.global_batch() as u64;
+            self.samples += skipped;
+            self.counted_from.skipped += skipped;
         }
         let (sums, counted_tokens) = self.accumulate()?;
         let grad_norm = self.grad_norm()?;
@@ -45,7 +48,11 @@ impl Trainer {
         let loss = figures.cross_entropy;
         if !loss.is_finite() || !grad_norm.is_finite() {
             let step = self.step + 1;
-            return Err(Error::Diverged { step, loss });
+            return Err(Error::Diverged {
+                step,
+                loss,
+                grad_norm,
+            });
         }
         self.finish_copy(reserved.is_some(), &figures);
         let lr = self.update_parameters(grad_norm)?;
@@ -58,6 +65,7 @@ impl Trainer {
         synchronized?;
         let tokens = self.tokens_per_step();
         self.advance(moved_experts);
+        self.agree_on_request(&figures);
         let has_snapshot = reserved.is_some();
         self.reserved = reserved.map(|reserved| ReservedSlot {
             on_all_ranks: figures.ranks_without_slot == 0.0,
@@ -221,6 +229,7 @@ impl Trainer {
         own.load_balance = sums.load_balance;
         own.z = sums.z;
         own.stopping_ranks = f64::from(u8::from(stop));
+        own.checkpoint_ranks = f64::from(u8::from(self.wants_checkpoint));
         own.ranks_without_slot = f64::from(u8::from(lacks_slot));
         own.snapshot_seconds = snapshots.map_or(0.0, Snapshots::cost_seconds);
         own.last_step_seconds = self.last_step_seconds;
@@ -303,18 +312,25 @@ impl Trainer {
         }
     }
 
-    /// Writes the step's trace; a failure only logs a warning.
-    fn write_trace(&self) {
+    /// Writes the step's trace in a thread; a failure only logs a warning.
+    fn write_trace(&mut self) {
         let rank = self.world.rank();
         let folder = self.config.run.dir.join("logs");
-        let path = folder.join(format!("rank-{rank}.trace.json"));
-        let written = std::fs::create_dir_all(&folder)
-            .and_then(|()| profile::write(&profile::stop(), rank, &path));
-        let path = path.display();
-        match written {
-            Ok(()) => tracing::info!("wrote the trace of step {} to {path}", self.step),
-            Err(error) => tracing::warn!("cannot write {path}: {error}"),
-        }
+        let name = format!("rank-{rank}.trace.json");
+        let path = folder.join(&name);
+        let events = profile::stop();
+        let step = self.step;
+        self.trace = Some(std::thread::spawn(move || {
+            let written = RunFolder::create_inside(&folder)
+                .and_then(|logs| logs.remove(&name))
+                .map_err(std::io::Error::other)
+                .and_then(|()| profile::write(&events, rank, &path));
+            let path = path.display();
+            match written {
+                Ok(()) => tracing::info!("wrote the trace of step {step} to {path}"),
+                Err(error) => tracing::warn!("cannot write {path}: {error}"),
+            }
+        }));
     }
 }
 

@@ -2,6 +2,10 @@
 
 use super::step_sums::{PassTime, Transfers};
 
+/// Factor by which the sum carries a second number of ranks in the same figure: another figure
+/// would change the order in which collectives sum the others, and so their last bits.
+const SECOND_COUNT: f64 = (1_u32 << 20) as f64;
+
 /// Losses, counts and times of one step.
 ///
 /// Before the sum, each rank fills in its own entries of the fields that are indexed by rank and
@@ -13,6 +17,8 @@ pub(crate) struct StepFigures {
     pub(crate) z: f64,
     /// Number of ranks that were told to stop.
     pub(crate) stopping_ranks: f64,
+    /// Number of ranks that were asked for a checkpoint.
+    pub(crate) checkpoint_ranks: f64,
     /// Number of ranks without a slot for the snapshot of this step.
     pub(crate) ranks_without_slot: f64,
     /// Seconds that the last snapshot cost.
@@ -65,7 +71,7 @@ impl StepFigures {
             self.cross_entropy,
             self.load_balance,
             self.z,
-            self.stopping_ranks,
+            self.stopping_ranks + self.checkpoint_ranks * SECOND_COUNT,
             self.ranks_without_slot,
             self.snapshot_seconds,
             self.last_step_seconds,
@@ -101,11 +107,14 @@ impl StepFigures {
     pub(crate) fn unpack(sizes: FigureSizes, packed: impl IntoIterator<Item = f64>) -> StepFigures {
         let mut packed = packed.into_iter();
         let mut next = || packed.next().expect("all ranks sum equally many figures");
+        let losses = [next(), next(), next()];
+        let counts = next();
         let mut figures = StepFigures {
-            cross_entropy: next(),
-            load_balance: next(),
-            z: next(),
-            stopping_ranks: next(),
+            cross_entropy: losses[0],
+            load_balance: losses[1],
+            z: losses[2],
+            stopping_ranks: counts % SECOND_COUNT,
+            checkpoint_ranks: (counts / SECOND_COUNT).floor(),
             ranks_without_slot: next(),
             snapshot_seconds: next(),
             last_step_seconds: next(),
@@ -183,6 +192,28 @@ mod tests {
             count: 38.0,
         };
         assert_eq!(last.passes[1], pass);
+    }
+
+    #[test]
+    fn one_figure_carries_both_counts_of_requests() {
+        let sizes = FigureSizes {
+            moe_layers: 0,
+            experts: 0,
+            ranks: 1,
+            passes: 0,
+        };
+        let mut sum = vec![0.0; StepFigures::zeros(sizes).pack().len()];
+        for rank in 0..65_536 {
+            let mut own = StepFigures::zeros(sizes);
+            own.stopping_ranks = f64::from(u8::from(rank % 2 == 0));
+            own.checkpoint_ranks = 1.0;
+            for (total, figure) in sum.iter_mut().zip(own.pack()) {
+                *total += figure;
+            }
+        }
+        let figures = StepFigures::unpack(sizes, sum);
+        assert_eq!(figures.stopping_ranks, 32_768.0);
+        assert_eq!(figures.checkpoint_ranks, 65_536.0);
     }
 
     #[test]

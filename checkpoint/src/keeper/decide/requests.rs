@@ -71,11 +71,10 @@ impl State {
             Request::Subscribe => return Ok(Decision::Subscribe),
             Request::Inventory => {
                 let inventory = self.inventory();
-                return Ok(Decision::Reply(Reply::Inventory(inventory)));
+                return Ok(Decision::Reply(Reply::Inventory(Box::new(inventory))));
             }
             Request::Status => {
-                let status = Box::new(self.status(now));
-                return Ok(Decision::Reply(Reply::Status(status)));
+                return Ok(Decision::Reply(Reply::Status(Box::new(self.status(now)))));
             }
             Request::Commit(snapshot) => {
                 check_snapshot(&snapshot)?;

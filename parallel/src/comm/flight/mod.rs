@@ -9,6 +9,7 @@ mod diagnosis;
 mod recorded;
 
 use super::{CommError, Communicator, Progress};
+use crate::write_within;
 use calls::{Call, Log};
 use diagnosis::{HEARTBEAT_INTERVAL, Heartbeat, describe_missing_ranks};
 use parking_lot::Mutex;
@@ -28,6 +29,9 @@ const DEVICE_STUCK_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The time that a diagnosis may take.
 const DIAGNOSIS_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The time in which the disk takes the log of calls.
+const DUMP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A request to name the ranks that miss a call.
 struct DiagnosisRequest {
@@ -325,9 +329,9 @@ impl RecorderState {
         let Some(path) = self.dump.lock().clone() else {
             return;
         };
-        let log = self.log.lock();
-        let dump = serde_json::json!({ "rank": self.rank, "calls": log.calls });
-        if let Err(error) = std::fs::write(&path, dump.to_string()) {
+        let dump = serde_json::json!({ "rank": self.rank, "calls": self.log.lock().calls });
+        let dump = dump.to_string().into_bytes();
+        if let Err(error) = write_within(DUMP_TIMEOUT, path.clone(), dump) {
             tracing::warn!("cannot write {}: {error}", path.display());
         }
     }

@@ -12,22 +12,6 @@ use super::Config;
 use problems::Problems;
 
 impl Config {
-    /// Returns every reason why the model of a checkpoint with this configuration cannot be built,
-    /// one sentence each.
-    pub(crate) fn saved_problems(&self) -> Vec<String> {
-        let mut problems = Problems::default();
-        for problem in self.range_problems() {
-            problems.add(problem);
-        }
-        if problems.is_empty() {
-            self.check_sizes(&mut problems);
-        }
-        if problems.is_empty() {
-            self.check_model(&mut problems);
-        }
-        problems.into_list()
-    }
-
     /// Returns every reason why this experiment cannot run on `ranks` ranks, one sentence each.
     pub fn problems(&self, ranks: usize) -> Vec<String> {
         let mut problems = Problems::default();

@@ -2,6 +2,7 @@
 
 use super::problems::Problems;
 use crate::config::{Config, Dtype};
+use parallel::Backend;
 
 /// Smallest `optimizer.eps` that keeps updates finite with bf16 gradients.
 const MIN_BF16_EPS: f64 = 1e-12;
@@ -48,6 +49,10 @@ impl Config {
 
     pub(super) fn check_training(&self, problems: &mut Problems) {
         let run = &self.run;
+        if run.tls.is_some() && !matches!(run.backend, Backend::Auto | Backend::Gloo) {
+            problems
+                .add("run.tls encrypts Gloo only: set run.backend to gloo, or leave run.tls out");
+        }
         let train = &self.train;
         if !["auto", "cpu", "cuda", "npu"].contains(&run.device.as_str()) {
             problems.add(format!(

@@ -271,6 +271,22 @@ proptest! {
         let split = steps / 3;
         let middle = config.tokens_after(begin, split);
         prop_assert_eq!(config.tokens_after(middle, steps - split), tokens);
+        let whole = config.steps_within(begin);
+        prop_assert!(config.tokens_after(0, whole) <= begin);
+        prop_assert!(config.tokens_after(0, whole + 1) > begin);
+    }
+
+    #[test]
+    fn a_default_warmup_leaves_the_tokens_of_the_decay(
+        steps in 1u64..40,
+        batches in batches(),
+        decay in 0u64..2000,
+    ) {
+        let train = format!("{{steps: {steps}, global_batch: {batches}, micro_batch: 1}}");
+        let total = parse(&train, 8, "").tokens_after(0, steps);
+        let schedule = format!("schedule: {{power: {{decay_tokens: {}}}}}", decay.min(total));
+        let resolved = parse(&train, 8, &schedule).resolved();
+        prop_assert_eq!(resolved.problems(1), Vec::<String>::new());
     }
 
     #[test]

@@ -1,0 +1,67 @@
+//! Which checkpoint is being written from memory, which is due next, and which are on disk.
+
+use super::event::SavedCheckpoint;
+use checkpoint::keeper::SnapshotId;
+
+#[derive(Debug, Default)]
+pub(crate) struct Checkpoints {
+    /// The snapshot that is being written.
+    pub(crate) writing: Option<SnapshotId>,
+    /// A checkpoint is due of this snapshot or a newer one.
+    due: Option<SnapshotId>,
+    /// The newest that this launcher has written, or found on disk and verified.
+    pub(crate) newest: Option<SavedCheckpoint>,
+    /// The reason why the last attempt to write one failed.
+    pub(crate) last_error: Option<String>,
+}
+
+impl Checkpoints {
+    /// Requests a checkpoint of a complete snapshot, or of a newer one if the disk is busy.
+    pub(crate) fn request(&mut self, id: SnapshotId) {
+        self.due = self.due.max(Some(id));
+    }
+
+    /// True if no checkpoint is being written or due.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.writing.is_none() && self.due.is_none()
+    }
+
+    /// Returns true if `newest`, the newest complete snapshot, is to be written now.
+    pub(crate) fn begin(&mut self, newest: SnapshotId) -> bool {
+        if self.writing.is_some() || self.due.is_none_or(|due| due > newest) {
+            return false;
+        }
+        self.due = None;
+        self.writing = Some(newest);
+        true
+    }
+
+    /// Drops what is due: its snapshot will not complete.
+    pub(crate) fn forget_due(&mut self) {
+        self.due = None;
+    }
+
+    pub(crate) fn on_written(&mut self, saved: SavedCheckpoint) {
+        self.writing = None;
+        self.last_error = None;
+        self.on_found(saved);
+    }
+
+    /// Records a checkpoint that was read from disk.
+    pub(crate) fn on_found(&mut self, saved: SavedCheckpoint) {
+        let is_newer = |newest: &SavedCheckpoint| saved.step >= newest.step;
+        if self.newest.as_ref().is_none_or(is_newer) {
+            self.newest = Some(saved);
+        }
+    }
+
+    pub(crate) fn on_failed(&mut self, reason: String) {
+        self.writing = None;
+        self.last_error = Some(reason);
+    }
+
+    pub(crate) fn newest_step(&self) -> Option<u64> {
+        let newest = self.newest.as_ref()?;
+        Some(newest.step)
+    }
+}

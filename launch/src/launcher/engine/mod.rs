@@ -1,0 +1,475 @@
+//! The launcher's decisions: events in, commands out. The time is passed in, and nothing here does
+//! any I/O, so that tests can play every situation.
+//!
+//! A run goes through stages. After each event the current stage looks at what is known and either
+//! waits or moves to the next:
+//!
+//! | stage | waits for |
+//! |---|---|
+//! | [`gathering`] | machines, and keepers of an earlier launch |
+//! | [`seating`] | a keeper for every node |
+//! | [`recovering`] | a snapshot that is whole, or the newest checkpoint |
+//! | [`setting_up`] | keepers that know the new generation |
+//! | [`running`] | the end of the ranks |
+//! | [`killing`] | the end of killed ranks, after a failure |
+//! | [`ending`] | the last checkpoint, then the end of the keepers |
+
+mod checkpoints;
+pub(crate) mod command;
+mod continuation;
+mod ending;
+pub(crate) mod event;
+mod failure;
+mod gathering;
+pub(crate) mod keepers;
+mod killing;
+mod machines;
+mod policy;
+pub(crate) mod problem;
+pub(crate) mod ranks;
+mod reassembly;
+mod recovering;
+pub(crate) mod requests;
+pub(crate) mod restart_record;
+mod running;
+mod saving;
+mod seating;
+mod setting_up;
+pub(crate) mod settings;
+mod stops;
+#[cfg(test)]
+mod tests;
+mod tracker;
+
+use crate::registry::KeeperRegistry;
+use checkpoint::keeper::Secret;
+use checkpoints::Checkpoints;
+use command::{Command, KeeperRequest};
+use ending::Ending;
+use event::{Answer, Event, Failed, Host};
+use gathering::{Gathering, TakingOver};
+use keepers::{KeeperId, KeeperState, Keepers};
+use killing::Killing;
+use machines::Machines;
+use policy::History;
+use ranks::Ranks;
+use recovering::{Recovering, RestoredSnapshot};
+use requests::{Purpose, Recipient, Requests};
+use running::Running;
+use seating::Seating;
+use setting_up::SettingUp;
+use settings::Settings;
+use std::time::Duration;
+use stops::Stops;
+use tracker::Tracker;
+
+/// The limit of a request that moves or checks whole snapshots.
+const LONG_TIMEOUT: Duration = Duration::from_secs(3600);
+
+/// Facts that a launch starts with, besides its settings.
+pub(crate) struct Launch {
+    pub(crate) machines: usize,
+    /// The launcher's own machine.
+    pub(crate) own: Host,
+    pub(crate) secret: Secret,
+    pub(crate) number: u64,
+    /// Left by an earlier launcher of the run.
+    pub(crate) registry: Option<KeeperRegistry>,
+}
+
+#[derive(Debug)]
+enum Stage {
+    Gathering(Gathering),
+    TakingOver(TakingOver),
+    Seating(Seating),
+    Recovering(Recovering),
+    SettingUp(SettingUp),
+    Running(Running),
+    Killing(Killing),
+    Ending(Ending),
+    Ended,
+}
+
+/// The stage after a look at what is known.
+enum Next {
+    /// Wait for the next event.
+    Wait(Stage),
+    Go(Stage),
+}
+
+pub(crate) struct Engine {
+    settings: Settings,
+    /// Time since the launcher's start.
+    now: Duration,
+    commands: Vec<Command>,
+    requests: Requests,
+    /// Replies that no stage has taken yet.
+    replies: Vec<TakenReply>,
+    machines: Machines,
+    keepers: Keepers,
+    ranks: Ranks,
+    history: History,
+    checkpoints: Checkpoints,
+    stops: Stops,
+    /// The current number of ranks.
+    world_size: usize,
+    generation: u64,
+    restored: Option<RestoredSnapshot>,
+    /// None while no ranks run.
+    tracker: Option<Tracker>,
+    /// Steps that were done when ranks last reported.
+    steps_done: u64,
+    /// Step of the newest snapshot that was complete.
+    newest_complete: Option<u64>,
+    checkpoints_wanted: usize,
+    /// The reason why a keeper was lost or did not start.
+    last_keeper_error: String,
+    warnings: Vec<String>,
+    stage: Stage,
+}
+
+type TakenReply = (Purpose, Result<Answer, Failed>);
+
+impl Engine {
+    pub(crate) fn new(settings: Settings, launch: Launch) -> Engine {
+        let Launch {
+            machines,
+            own,
+            secret,
+            number,
+            registry,
+        } = launch;
+        let mut engine = Engine {
+            world_size: settings.world_size,
+            settings,
+            now: Duration::ZERO,
+            commands: Vec::new(),
+            requests: Requests::default(),
+            replies: Vec::new(),
+            machines: Machines::new(machines, own),
+            keepers: Keepers::new(secret, number),
+            ranks: Ranks::default(),
+            history: History::default(),
+            checkpoints: Checkpoints::default(),
+            stops: Stops::default(),
+            generation: 0,
+            restored: None,
+            tracker: None,
+            steps_done: 0,
+            newest_complete: None,
+            checkpoints_wanted: 0,
+            last_keeper_error: String::new(),
+            warnings: Vec::new(),
+            stage: Stage::Gathering(Gathering::new(Duration::ZERO)),
+        };
+        if let Some(registry) = registry {
+            engine.look_for_earlier_keepers(&registry);
+        }
+        engine
+    }
+
+    /// Takes an event, or only notices that time has passed. Returns what is to be done.
+    pub(crate) fn handle(&mut self, now: Duration, event: Option<Event>) -> Vec<Command> {
+        self.now = now;
+        if let Some(event) = event {
+            self.learn(event);
+        }
+        self.notice_silence();
+        while self.advance() {}
+        std::mem::take(&mut self.commands)
+    }
+
+    /// True once the launcher is to exit.
+    pub(crate) fn has_ended(&self) -> bool {
+        matches!(self.stage, Stage::Ended)
+    }
+
+    /// Returns what the engine waits for, for messages of tests.
+    #[cfg(test)]
+    fn describe(&self) -> String {
+        format!("{:?} with {:?}", self.stage, self.requests)
+    }
+
+    /// Looks at what is known. Returns true if the stage changed.
+    fn advance(&mut self) -> bool {
+        let next = match std::mem::replace(&mut self.stage, Stage::Ended) {
+            Stage::Gathering(gathering) => self.gather(gathering),
+            Stage::TakingOver(taking_over) => self.take_over(taking_over),
+            Stage::Seating(seating) => self.seat(seating),
+            Stage::Recovering(recovering) => self.recover(recovering),
+            Stage::SettingUp(setting_up) => self.set_up(setting_up),
+            Stage::Running(running) => self.run(running),
+            Stage::Killing(killing) => self.kill(killing),
+            Stage::Ending(ending) => self.end(ending),
+            Stage::Ended => Next::Wait(Stage::Ended),
+        };
+        match next {
+            Next::Wait(stage) => {
+                self.stage = stage;
+                false
+            }
+            Next::Go(stage) => {
+                self.stage = stage;
+                true
+            }
+        }
+    }
+
+    fn learn(&mut self, event: Event) {
+        match event {
+            Event::Stop {
+                source,
+                signal,
+                count,
+            } => self.stops.note(source, signal, count, self.now),
+            Event::CheckpointWanted => self.checkpoints_wanted += 1,
+            Event::MachineJoined {
+                machine,
+                host,
+                keepers,
+            } => {
+                self.join_machine(machine, host);
+                self.look_for_kept_keepers(keepers);
+            }
+            Event::MachineLost { machine, reason } => self.lose_machine(machine, &reason),
+            Event::Ranks { machine, report } => {
+                self.machines.hear(machine, self.now);
+                self.ranks.on_report(machine, report);
+            }
+            Event::Heartbeat { machine } => self.machines.hear(machine, self.now),
+            Event::Keeper { keeper, event } => self.on_keeper_event(keeper, event),
+            Event::KeeperGone { keeper, failed } => self.lose_keeper(keeper, failed),
+            Event::Reply { id, reply } => {
+                if let Some(request) = self.requests.take(id) {
+                    self.on_reply(request.purpose, reply);
+                }
+            }
+        }
+    }
+
+    fn join_machine(&mut self, machine: usize, host: Host) {
+        self.machines.join(machine, host, self.now);
+        if matches!(self.stage, Stage::Running(_)) {
+            self.machines.returned.insert(machine);
+        }
+    }
+
+    fn lose_machine(&mut self, machine: usize, reason: &str) {
+        if !self.machines.is_present(machine) {
+            return;
+        }
+        self.machines.lose(machine);
+        self.commands.push(Command::DropMachine { machine });
+        self.ranks
+            .on_machine_lost(machine, &format!("machine {machine} is gone ({reason})"));
+        let failed = format!("machine {machine} is gone");
+        for request in self.requests.take_of(Recipient::Machine(machine)) {
+            self.on_reply(request.purpose, Err(Failed::Lost(failed.clone())));
+        }
+    }
+
+    /// Treats a keeper whose events have stopped as lost, even if it still answers requests.
+    fn lose_keeper(&mut self, id: KeeperId, failed: Failed) {
+        let Some(keeper) = self.keepers.get_mut(id) else {
+            return;
+        };
+        if keeper.state == KeeperState::Lost {
+            return;
+        }
+        keeper.may_live = matches!(failed, Failed::Silent(_)) && keeper.entry.pid > 0;
+        keeper.state = KeeperState::Lost;
+        keeper.inventory = None;
+        self.last_keeper_error = failed.reason().to_string();
+        self.commands.push(Command::DisconnectKeeper { keeper: id });
+        for request in self.requests.take_of(Recipient::Keeper(id)) {
+            self.on_reply(request.purpose, Err(failed.clone()));
+        }
+    }
+
+    /// Gives up requests whose deadline has passed, and machines that are silent.
+    fn notice_silence(&mut self) {
+        for request in self.requests.take_expired(self.now) {
+            let failed = Failed::Silent("no reply in time".into());
+            self.on_reply(request.purpose, Err(failed));
+        }
+        let timeout = self.settings.heartbeat_timeout();
+        for machine in self.machines.present_others() {
+            if self.machines.silence(machine, self.now) > timeout {
+                let seconds = timeout.as_secs_f64();
+                self.lose_machine(machine, &format!("no sign of life for {seconds:.0} s"));
+            }
+        }
+    }
+
+    fn on_reply(&mut self, purpose: Purpose, reply: Result<Answer, Failed>) {
+        match purpose {
+            Purpose::StartKeeper(id) => self.on_keeper_started(id, reply),
+            Purpose::Connect(id) => self.on_keeper_connected(id, reply),
+            Purpose::Inventory(id) => {
+                if let (Some(keeper), Ok(Answer::Inventory(inventory))) =
+                    (self.keepers.get_mut(id), &reply)
+                {
+                    keeper.inventory = Some(inventory.clone());
+                }
+                self.lose_if_unreachable(id, &reply);
+            }
+            Purpose::Verify(id) | Purpose::Rebuild(id) | Purpose::Select(id) => {
+                self.replies.push((purpose, reply.clone()));
+                self.lose_if_unreachable(id, &reply);
+            }
+            Purpose::SetUp(id) | Purpose::Notify(id) => self.lose_if_unreachable(id, &reply),
+            // It may have ended before it replied.
+            Purpose::StopKeeper(id) => {
+                if let Some(keeper) = self.keepers.get_mut(id) {
+                    keeper.state = KeeperState::Lost;
+                }
+            }
+            Purpose::WriteCheckpoint(snapshot) => self.on_written(snapshot.step, reply),
+            Purpose::Survey => match reply {
+                Ok(Answer::Surveyed(Some(saved))) => self.checkpoints.on_found(saved),
+                Ok(_) => {}
+                Err(failed) => {
+                    let reason = failed.reason().to_string();
+                    self.print(format!("warning: cannot search for checkpoints: {reason}"));
+                }
+            },
+            Purpose::SaveRegistry => {
+                if let Err(failed) = reply {
+                    let reason = failed.reason().to_string();
+                    self.warn_once(format!(
+                        "{reason}: while this lasts, another launcher cannot find the state in \
+                         memory; training continues"
+                    ));
+                }
+            }
+        }
+    }
+
+    fn lose_if_unreachable(&mut self, id: KeeperId, reply: &Result<Answer, Failed>) {
+        match reply {
+            Ok(_) => {}
+            Err(failed @ (Failed::Lost(_) | Failed::Silent(_))) => {
+                self.lose_keeper(id, failed.clone());
+            }
+            Err(Failed::Refused(reason)) => {
+                let name = self.name_of(id);
+                self.log(format!("{name}: {reason}"));
+            }
+        }
+    }
+
+    fn on_keeper_started(&mut self, id: KeeperId, reply: Result<Answer, Failed>) {
+        match reply {
+            Ok(Answer::KeeperStarted { pid, address }) => {
+                let Some(keeper) = self.keepers.get_mut(id) else {
+                    return;
+                };
+                keeper.entry.pid = pid;
+                keeper.entry.address = address;
+                keeper.state = KeeperState::Connecting;
+                keeper.entry.identity = self.machines.identity(keeper.entry.machine);
+                self.connect(id);
+            }
+            Ok(_) => self.lose_keeper(id, Failed::Lost("unexpected reply".into())),
+            Err(failed) => self.lose_keeper(id, failed),
+        }
+    }
+
+    fn on_keeper_connected(&mut self, id: KeeperId, reply: Result<Answer, Failed>) {
+        match reply {
+            Ok(_) => {
+                if let Some(keeper) = self.keepers.get_mut(id) {
+                    keeper.state = KeeperState::Ready;
+                }
+                // It may be one that was out of reach, and holds parts.
+                let is_running = matches!(self.stage, Stage::Running(_) | Stage::Gathering(_));
+                if !is_running {
+                    self.ask(id, Purpose::Inventory(id), KeeperRequest::Inventory);
+                }
+            }
+            Err(failed) => {
+                let address = self.keepers.address(id);
+                let reason = failed.reason();
+                let reason = format!("cannot reach the keeper at {address}: {reason}");
+                let failed = match failed {
+                    Failed::Silent(_) => Failed::Silent(reason),
+                    _ => Failed::Lost(reason),
+                };
+                self.lose_keeper(id, failed);
+            }
+        }
+    }
+
+    fn on_written(&mut self, step: u64, reply: Result<Answer, Failed>) {
+        self.notify_all(|| KeeperRequest::Unpin);
+        match reply {
+            Ok(Answer::Written(saved)) => {
+                self.log(format!("checkpoint {}", saved.path.display()));
+                self.checkpoints.on_written(saved);
+            }
+            Ok(_) => self.checkpoints.on_failed("unexpected reply".into()),
+            Err(failed) => {
+                let reason = failed.reason().to_string();
+                if matches!(self.stage, Stage::Running(_)) {
+                    self.print(format!(
+                        "warning: no checkpoint at step {step}: {reason}; training continues"
+                    ));
+                }
+                self.checkpoints.on_failed(reason);
+            }
+        }
+    }
+
+    /// Takes the replies to some requests.
+    fn take_replies(&mut self, is_wanted: impl Fn(Purpose) -> bool) -> Vec<TakenReply> {
+        let replies = std::mem::take(&mut self.replies).into_iter();
+        let (taken, left) = replies.partition(|reply| is_wanted(reply.0));
+        self.replies = left;
+        taken
+    }
+
+    /// Sends a request to a keeper.
+    fn ask(&mut self, keeper: KeeperId, purpose: Purpose, request: KeeperRequest) {
+        let limit = match request {
+            KeeperRequest::Verify(_)
+            | KeeperRequest::Rebuild(_)
+            | KeeperRequest::Protect { .. } => LONG_TIMEOUT,
+            _ => self.settings.heartbeat_timeout(),
+        };
+        let deadline = Some(self.now + limit);
+        let id = self
+            .requests
+            .issue(Recipient::Keeper(keeper), purpose, deadline);
+        self.commands.push(Command::AskKeeper {
+            id,
+            keeper,
+            request,
+        });
+    }
+
+    fn has_keepers(&self) -> bool {
+        !self.keepers.seats.is_empty()
+    }
+
+    fn name_of(&self, id: KeeperId) -> String {
+        match self.keepers.node_of(id) {
+            Some(node) => format!("the keeper of node {node}"),
+            None => format!("the keeper at {}", self.keepers.address(id)),
+        }
+    }
+
+    fn print(&mut self, line: String) {
+        self.commands.push(Command::Print(line));
+    }
+
+    fn warn_once(&mut self, warning: String) {
+        if !self.warnings.contains(&warning) {
+            self.print(format!("warning: {warning}"));
+            self.warnings.push(warning);
+        }
+    }
+
+    fn log(&mut self, line: String) {
+        self.commands.push(Command::Log(line));
+    }
+}

@@ -1,0 +1,264 @@
+//! Chooses the state that ranks start from: the newest snapshot that can be made whole, else the
+//! newest checkpoint.
+
+use super::{
+    Engine, Next, Stage,
+    command::{Command, KeeperRequest},
+    keepers::KeeperId,
+    reassembly::{Progress, Reassembled, Reassembly},
+    requests::{Purpose, Recipient},
+    restart_record::RestartRecord,
+    setting_up::SettingUp,
+};
+use checkpoint::keeper::{
+    SnapshotId,
+    recover::{Candidate, candidates},
+};
+
+/// The state that ranks start from.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RestoredSnapshot {
+    pub(super) id: SnapshotId,
+    /// Number of ranks that made it.
+    pub(super) ranks: usize,
+}
+
+/// A failure that the run recovers from.
+#[derive(Debug)]
+pub(super) struct Recovered {
+    pub(super) failure: String,
+    pub(super) steps_done: u64,
+    pub(super) skipped: Option<u64>,
+}
+
+#[derive(Debug)]
+enum Step {
+    /// The launcher asks for the keepers' inventories.
+    Asking,
+    Reassembling(Box<Reassembly>),
+    /// The disk is searched for the newest checkpoint.
+    Surveying,
+}
+
+#[derive(Debug)]
+pub(super) struct Recovering {
+    /// Number of newest snapshots that are not trusted.
+    older: usize,
+    /// None if another launcher's run is taken over.
+    recovered: Option<Recovered>,
+    /// Notes about lost nodes, for the message of the restart.
+    notes: Option<String>,
+    candidates: Vec<Candidate>,
+    /// Keepers that answered, in the order in which candidates count them.
+    keepers: Vec<KeeperId>,
+    /// Number of candidates that were tried or skipped.
+    tried: usize,
+    /// The reasons why newer states are of no use.
+    reasons: Vec<String>,
+    step: Step,
+}
+
+impl Recovering {
+    pub(super) fn begin(
+        engine: &mut Engine,
+        older: usize,
+        recovered: Option<Recovered>,
+        notes: Option<String>,
+    ) -> Recovering {
+        engine.ask_for_inventories();
+        Recovering {
+            older,
+            recovered,
+            notes,
+            candidates: Vec::new(),
+            keepers: Vec::new(),
+            tried: older,
+            reasons: Vec::new(),
+            step: Step::Asking,
+        }
+    }
+}
+
+/// The snapshots in memory, newest first, and the keepers that hold them.
+pub(super) struct Held {
+    pub(super) candidates: Vec<Candidate>,
+    pub(super) keepers: Vec<KeeperId>,
+}
+
+impl Engine {
+    pub(super) fn ask_for_inventories(&mut self) {
+        for id in self.keepers.ready() {
+            if let Some(keeper) = self.keepers.get_mut(id) {
+                keeper.inventory = None;
+            }
+            self.ask(id, Purpose::Inventory(id), KeeperRequest::Inventory);
+        }
+    }
+
+    /// True while keepers have not told what they hold.
+    pub(super) fn awaits_inventories(&self) -> bool {
+        self.requests
+            .any(|purpose| matches!(purpose, Purpose::Inventory(_)))
+    }
+
+    /// True if one of these keepers cannot be asked any more.
+    pub(super) fn has_lost_one_of(&self, keepers: &[KeeperId]) -> bool {
+        keepers.iter().any(|&keeper| !self.keepers.is_ready(keeper))
+    }
+
+    pub(super) fn held(&self) -> Held {
+        let mut keepers = Vec::new();
+        let mut inventories = Vec::new();
+        for id in self.keepers.ready() {
+            let inventory = self
+                .keepers
+                .get(id)
+                .and_then(|keeper| keeper.inventory.clone());
+            if let Some(inventory) = inventory {
+                keepers.push(id);
+                inventories.push(inventory);
+            }
+        }
+        let candidates = candidates(&inventories);
+        Held {
+            candidates,
+            keepers,
+        }
+    }
+
+    pub(super) fn recover(&mut self, mut recovering: Recovering) -> Next {
+        if self.stops.first().is_some() {
+            return self.stop_before_the_first_step();
+        }
+        loop {
+            match std::mem::replace(&mut recovering.step, Step::Asking) {
+                Step::Asking => {
+                    self.reconnect_to_silent_keepers();
+                    if self.awaits_inventories() || self.is_reconnecting() {
+                        return Next::Wait(Stage::Recovering(recovering));
+                    }
+                    let held = self.held();
+                    recovering.candidates = held.candidates;
+                    recovering.keepers = held.keepers;
+                    recovering.step = self.next_candidate(&mut recovering);
+                }
+                Step::Reassembling(reassembly) => match reassembly.advance(self) {
+                    Progress::Waiting(reassembly) => {
+                        recovering.step = Step::Reassembling(Box::new(reassembly));
+                        return Next::Wait(Stage::Recovering(recovering));
+                    }
+                    Progress::Done(Ok(whole)) => return self.restored(recovering, whole),
+                    Progress::Done(Err(_)) if self.has_lost_one_of(&recovering.keepers) => {
+                        // Its parts may be rebuilt from others.
+                        self.ask_for_inventories();
+                    }
+                    Progress::Done(Err(reason)) => {
+                        let step = recovering.candidates[recovering.tried].snapshot.id.step;
+                        recovering
+                            .reasons
+                            .push(format!("the snapshot of step {step} is unusable: {reason}"));
+                        recovering.tried += 1;
+                        recovering.step = self.next_candidate(&mut recovering);
+                    }
+                },
+                Step::Surveying => {
+                    if self.requests.any(|purpose| purpose == Purpose::Survey) {
+                        recovering.step = Step::Surveying;
+                        return Next::Wait(Stage::Recovering(recovering));
+                    }
+                    return self.recover_from_checkpoint(recovering);
+                }
+            }
+        }
+    }
+
+    fn next_candidate(&mut self, recovering: &mut Recovering) -> Step {
+        if let Some(candidate) = recovering.candidates.get(recovering.tried) {
+            let keepers = recovering.keepers.clone();
+            let reassembly = Reassembly::begin(self, candidate.clone(), keepers);
+            return Step::Reassembling(Box::new(reassembly));
+        }
+        if recovering.candidates.is_empty() {
+            recovering
+                .reasons
+                .push("no complete snapshot is left in memory".into());
+        } else if recovering.reasons.is_empty() {
+            recovering
+                .reasons
+                .push("the snapshots in memory did not help".into());
+        }
+        for keeper in self.keepers.ready() {
+            let request = KeeperRequest::SelectRestore {
+                snapshot: None,
+                holders: Vec::new(),
+            };
+            self.ask(keeper, Purpose::Notify(keeper), request);
+        }
+        self.survey();
+        Step::Surveying
+    }
+
+    /// Asks for the newest checkpoint that can be read.
+    pub(super) fn survey(&mut self) {
+        let id = self.requests.issue(Recipient::Disk, Purpose::Survey, None);
+        self.commands.push(Command::Survey { id });
+    }
+
+    fn restored(&mut self, mut recovering: Recovering, whole: Reassembled) -> Next {
+        if recovering.older > 0 {
+            let older = recovering.older;
+            let s = if older == 1 { "" } else { "s" };
+            let reason = format!("{older} newer snapshot{s} did not help");
+            recovering.reasons.push(reason);
+        }
+        let step = whole.id.step;
+        let how = whole.how;
+        let message = format!("resuming from the snapshot of step {step} ({how})");
+        let snapshot = RestoredSnapshot {
+            id: whole.id,
+            ranks: whole.holders.len(),
+        };
+        self.resume(recovering, Some(snapshot), message)
+    }
+
+    fn recover_from_checkpoint(&mut self, recovering: Recovering) -> Next {
+        let message = match &self.checkpoints.newest {
+            Some(saved) => format!("resuming from checkpoint {}", saved.path.display()),
+            None => "no checkpoint, starting over".into(),
+        };
+        self.resume(recovering, None, message)
+    }
+
+    fn resume(
+        &mut self,
+        recovering: Recovering,
+        snapshot: Option<RestoredSnapshot>,
+        message: String,
+    ) -> Next {
+        let reasons = recovering.reasons.into_iter();
+        let notes = recovering.notes.into_iter();
+        let parts: Vec<String> = notes.chain([message]).chain(reasons).collect();
+        let message = parts.join("; ");
+        match recovering.recovered {
+            None => self.print(format!("found keepers of an earlier launcher; {message}")),
+            Some(recovered) => {
+                let record = RestartRecord {
+                    generation: self.generation + 1,
+                    failure: recovered.failure.clone(),
+                    steps_done: recovered.steps_done,
+                    snapshot_step: snapshot.map(|snapshot| snapshot.id.step),
+                    resumed_from: message.clone(),
+                    skipped_step: recovered.skipped,
+                };
+                self.commands.push(Command::RecordRestart(record));
+                let skipped = match recovered.skipped {
+                    Some(step) => format!("; skipping the batch of step {step}"),
+                    None => String::new(),
+                };
+                self.print(format!("{}; {message}{skipped}", recovered.failure));
+            }
+        }
+        self.restored = snapshot;
+        Next::Go(Stage::SettingUp(SettingUp::new(self.now)))
+    }
+}

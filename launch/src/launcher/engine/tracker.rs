@@ -1,0 +1,309 @@
+//! Follows the keepers' reports of one generation: which snapshots are complete, and whether ranks
+//! make progress. Events in, actions out; times are those since the launcher's start.
+
+use checkpoint::keeper::{Event, PartInfo, RankStatus, Snapshot, SnapshotId, Topology};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+/// The time after which an incomplete snapshot is abandoned.
+const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(60);
+/// The age at which a keeper's report on a rank no longer counts.
+const REPORT_LIFETIME: Duration = Duration::from_secs(1);
+/// The least time without progress that counts as a hang, if none is configured.
+const MIN_STEP_TIMEOUT: Duration = Duration::from_secs(60);
+
+struct PendingSnapshot {
+    parts: BTreeMap<usize, PartInfo>,
+    /// Nodes that have its parity.
+    protected: BTreeSet<usize>,
+    since: Duration,
+}
+
+impl PendingSnapshot {
+    fn new(since: Duration) -> PendingSnapshot {
+        PendingSnapshot {
+            parts: BTreeMap::new(),
+            protected: BTreeSet::new(),
+            since,
+        }
+    }
+}
+
+struct RankReport {
+    status: RankStatus,
+    received: Duration,
+}
+
+/// The last time that any rank made progress, and the sum of all ranks' counters then.
+struct LastProgress {
+    at: Duration,
+    total: u64,
+}
+
+/// The snapshots and ranks of one generation.
+pub(crate) struct Tracker {
+    pub(crate) topology: Topology,
+    pending: BTreeMap<SnapshotId, PendingSnapshot>,
+    /// Snapshots that ranks want on disk; the next one that completes will do.
+    wanted: BTreeSet<SnapshotId>,
+    /// The newest complete snapshot.
+    pub(crate) newest: Option<SnapshotId>,
+    ranks: BTreeMap<usize, RankReport>,
+    last_progress: LastProgress,
+    /// The longest time between two signs of progress.
+    longest_pause: Duration,
+    /// The number of steps done.
+    pub(crate) step: u64,
+}
+
+/// The launcher's reaction to an event.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Action {
+    /// Tell all keepers that the snapshot is complete; if `durable`, write it to disk.
+    Commit {
+        snapshot: Snapshot,
+        durable: bool,
+    },
+    Abandon {
+        id: SnapshotId,
+        reason: String,
+    },
+    Nothing,
+}
+
+impl Tracker {
+    pub(crate) fn new(topology: Topology, now: Duration) -> Tracker {
+        let last_progress = LastProgress { at: now, total: 0 };
+        Tracker {
+            topology,
+            pending: BTreeMap::new(),
+            wanted: BTreeSet::new(),
+            newest: None,
+            ranks: BTreeMap::new(),
+            last_progress,
+            longest_pause: Duration::ZERO,
+            step: 0,
+        }
+    }
+
+    /// Takes an event from the keeper of `node`.
+    pub(crate) fn on_event(&mut self, node: usize, event: Event, now: Duration) -> Action {
+        match event {
+            Event::Heartbeat { ranks } => self.on_heartbeat(ranks, now),
+            Event::Complete { id, part, durable } => {
+                if let Some(pending) = self.pending(id, now) {
+                    pending.parts.insert(part.rank, part);
+                    if durable {
+                        self.wanted.insert(id);
+                    }
+                    return self.commit_if_complete(id);
+                }
+            }
+            Event::Protected { id } => {
+                if let Some(pending) = self.pending(id, now) {
+                    pending.protected.insert(node);
+                    return self.commit_if_complete(id);
+                }
+            }
+            Event::Unprotected { id, reason } => {
+                if self.pending(id, now).is_some() {
+                    self.pending.remove(&id);
+                    return Action::Abandon { id, reason };
+                }
+            }
+            // The engine has noted it.
+            Event::StopRequested { .. } => {}
+        }
+        Action::Nothing
+    }
+
+    /// Returns the pending snapshot, or None if it is outdated: from an earlier generation, or not
+    /// newer than the newest complete one.
+    fn pending(&mut self, id: SnapshotId, now: Duration) -> Option<&mut PendingSnapshot> {
+        if id.generation != self.topology.generation || self.newest >= Some(id) {
+            return None;
+        }
+        let pending = self.pending.entry(id);
+        Some(pending.or_insert_with(|| PendingSnapshot::new(now)))
+    }
+
+    fn commit_if_complete(&mut self, id: SnapshotId) -> Action {
+        let is_complete = |pending: &PendingSnapshot| {
+            pending.parts.len() == self.topology.ranks()
+                && pending.protected.len() >= self.topology.nodes.len()
+        };
+        if !self.pending.get(&id).is_some_and(is_complete) {
+            return Action::Nothing;
+        }
+        let Some(pending) = self.pending.remove(&id) else {
+            return Action::Nothing;
+        };
+        self.newest = Some(id);
+        // It also stands in for older snapshots, which were abandoned or overtaken.
+        let durable = self.wanted.first().is_some_and(|&wanted| wanted <= id);
+        self.wanted.retain(|&wanted| wanted > id);
+        let snapshot = Snapshot {
+            id,
+            topology: self.topology.clone(),
+            parts: pending.parts.into_values().collect(),
+        };
+        Action::Commit { snapshot, durable }
+    }
+
+    /// Returns the node of each rank.
+    pub(crate) fn rank_nodes(&self) -> Vec<usize> {
+        let node_of = |rank| self.topology.node_of(rank).unwrap_or(0);
+        (0..self.topology.ranks()).map(node_of).collect()
+    }
+
+    /// Removes and returns a snapshot that has been incomplete for too long.
+    pub(crate) fn take_expired(&mut self, now: Duration) -> Option<SnapshotId> {
+        let mut pending = self.pending.iter();
+        let (&id, _) =
+            pending.find(|(_, pending)| now.saturating_sub(pending.since) > SNAPSHOT_TIMEOUT)?;
+        self.pending.remove(&id);
+        Some(id)
+    }
+
+    /// True while a snapshot newer than the newest complete one may still complete.
+    pub(crate) fn has_pending(&self) -> bool {
+        !self.pending.is_empty()
+    }
+
+    /// Removes and returns all incomplete snapshots.
+    pub(crate) fn take_pending(&mut self) -> Vec<SnapshotId> {
+        std::mem::take(&mut self.pending).into_keys().collect()
+    }
+
+    fn on_heartbeat(&mut self, ranks: Vec<RankStatus>, received: Duration) {
+        for status in ranks {
+            self.step = self.step.max(status.step);
+            let rank = status.rank;
+            self.ranks.insert(rank, RankReport { status, received });
+        }
+        let counters = self.ranks.values().map(|report| report.status.progress);
+        let total = counters.sum();
+        let last = &mut self.last_progress;
+        if total != last.total {
+            if last.total > 0 {
+                self.longest_pause = self.longest_pause.max(received.saturating_sub(last.at));
+            }
+            *last = LastProgress {
+                at: received,
+                total,
+            };
+        }
+    }
+
+    /// Returns a rank that has sent no heartbeat for `timeout`.
+    pub(crate) fn hung_rank(&self, now: Duration, timeout: Duration) -> Option<usize> {
+        let is_silent = |report: &&RankReport| {
+            let silence = Duration::from_millis(report.status.silent_ms);
+            // Its keeper no longer reports a rank that has exited: the launcher notices that.
+            now.saturating_sub(report.received) < REPORT_LIFETIME && silence > timeout
+        };
+        // The rank that has been silent longest hung first.
+        let silent = self.ranks.values().filter(is_silent);
+        let longest = silent.max_by_key(|report| report.status.silent_ms)?;
+        Some(longest.status.rank)
+    }
+
+    /// Returns the time since any rank made progress, if that exceeds the limit.
+    ///
+    /// The default limit is ten times the longest pause so far, but at least a minute.
+    pub(crate) fn stalled_for(&self, now: Duration, limit_s: Option<f64>) -> Option<Duration> {
+        let limit = match limit_s {
+            Some(seconds) => Duration::from_secs_f64(seconds),
+            None => MIN_STEP_TIMEOUT.max(10 * self.longest_pause),
+        };
+        let pause = now.saturating_sub(self.last_progress.at);
+        (self.last_progress.total > 0 && pause > limit).then_some(pause)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Action, Tracker};
+    use checkpoint::{
+        Redundancy,
+        keeper::{Event, Node, PartInfo, SnapshotId, Topology},
+    };
+    use std::time::Duration;
+
+    /// Returns a tracker of two nodes with one rank each.
+    fn tracker() -> Tracker {
+        let node = |rank: usize| Node {
+            address: ([127, 0, 0, 1], 1).into(),
+            ranks: vec![rank],
+        };
+        let redundancy = Redundancy::Parity { data: 1, parity: 1 };
+        let nodes = vec![node(0), node(1)];
+        let groups = vec![vec![0, 1]];
+        let topology = Topology {
+            generation: 1,
+            nodes,
+            redundancy,
+            groups,
+            chunk_bytes: 4096,
+        };
+        Tracker::new(topology, Duration::ZERO)
+    }
+
+    fn id(step: u64) -> SnapshotId {
+        SnapshotId {
+            generation: 1,
+            step,
+        }
+    }
+
+    /// Both ranks complete their parts of each step.
+    fn complete(tracker: &mut Tracker, steps: &[(u64, bool)]) {
+        for &(step, durable) in steps {
+            for rank in 0..2 {
+                let part = PartInfo {
+                    rank,
+                    bytes: 1,
+                    crcs: vec![0],
+                };
+                let id = id(step);
+                let event = Event::Complete { id, part, durable };
+                assert_eq!(
+                    tracker.on_event(rank, event, Duration::ZERO),
+                    Action::Nothing
+                );
+            }
+        }
+    }
+
+    /// All keepers have the parity of `step`: returns the step that is committed, and whether it is
+    /// to be written.
+    fn protected(tracker: &mut Tracker, step: u64) -> Option<(u64, bool)> {
+        let event = || Event::Protected { id: id(step) };
+        let actions = [0, 1].map(|node| tracker.on_event(node, event(), Duration::ZERO));
+        actions.into_iter().find_map(|action| match action {
+            Action::Commit { snapshot, durable } => Some((snapshot.id.step, durable)),
+            _ => None,
+        })
+    }
+
+    #[test]
+    fn a_wanted_snapshot_that_is_overtaken_or_abandoned_is_replaced_by_a_newer_one() {
+        let mut tracker = tracker();
+        complete(&mut tracker, &[(4, false), (5, true), (6, false)]);
+        let committed = protected(&mut tracker, 4);
+        assert_eq!(committed, Some((4, false)), "none is wanted so far");
+        let committed = protected(&mut tracker, 6);
+        assert_eq!(committed, Some((6, true)), "in place of 5");
+        assert_eq!(protected(&mut tracker, 5), None);
+        complete(&mut tracker, &[(7, true), (8, false), (9, false)]);
+        let reason = "a keeper is gone".to_string();
+        let lost = Event::Unprotected { id: id(7), reason };
+        let action = tracker.on_event(1, lost, Duration::ZERO);
+        assert!(matches!(action, Action::Abandon { id: abandoned, .. } if abandoned == id(7)));
+        assert_eq!(protected(&mut tracker, 8), Some((8, true)));
+        let committed = protected(&mut tracker, 9);
+        assert_eq!(committed, Some((9, false)), "8 was written");
+    }
+}

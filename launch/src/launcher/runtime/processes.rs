@@ -1,0 +1,194 @@
+//! The rank processes of this machine: start, assignment, supervision, end.
+
+use crate::{
+    cli::TrainArgs,
+    environment,
+    launcher::engine::ranks::FailedRank,
+    protocol::{Assignment, FailureReport, RankInput, failure_path},
+    signals,
+};
+use anyhow::{Context, Result};
+use checkpoint::secure::Secret;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use std::{
+    ffi::OsString,
+    io::Write,
+    os::unix::process::{CommandExt, ExitStatusExt},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+/// This program, even if its file was replaced since it started.
+pub(super) const OWN_PROGRAM: &str = "/proc/self/exe";
+/// The time in which killed processes must end when the launcher does.
+const END_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Rank processes and standbys. Dropping this kills them all.
+pub(super) struct RankProcesses {
+    /// Arguments of a rank's process.
+    arguments: Vec<OsString>,
+    dir: PathBuf,
+    children: Vec<RankProcess>,
+    standby: Vec<Child>,
+    /// Killed processes that have not ended yet.
+    dying: Vec<Child>,
+}
+
+struct RankProcess {
+    rank: usize,
+    child: Child,
+}
+
+impl RankProcesses {
+    pub(super) fn new(args: &TrainArgs, dir: &Path) -> RankProcesses {
+        let mut arguments = vec!["train".into(), args.config.config.clone().into()];
+        for change in &args.config.set {
+            arguments.extend(["--set".into(), change.into()]);
+        }
+        for key in &args.accept_changes {
+            arguments.extend(["--accept-changes".into(), key.into()]);
+        }
+        RankProcesses {
+            arguments,
+            dir: dir.to_path_buf(),
+            children: Vec::new(),
+            standby: Vec::new(),
+            dying: Vec::new(),
+        }
+    }
+
+    fn spawn(&self) -> Result<Child> {
+        let mut command = Command::new(OWN_PROGRAM);
+        command
+            .arg0("moerun")
+            .args(&self.arguments)
+            .env(environment::LAUNCHER_PID, std::process::id().to_string())
+            .stdin(Stdio::piped())
+            // Outside the terminal's process group: Ctrl-C reaches only the launcher, which stops
+            // the ranks in order.
+            .process_group(0);
+        signals::while_held(|| command.spawn()).context("cannot start a rank")
+    }
+
+    /// Starts the ranks, in standby processes as far as there are any.
+    pub(super) fn start(&mut self, assignments: Vec<Assignment>, secret: &Secret) -> Result<()> {
+        for assignment in assignments {
+            let rank = assignment.rank;
+            // An earlier generation may have left a report.
+            let _ = std::fs::remove_file(failure_path(&self.dir, rank));
+            let mut child = match self.take_standby() {
+                Some(child) => child,
+                None => self.spawn()?,
+            };
+            let secret = secret.clone();
+            let input = RankInput { assignment, secret };
+            let line = serde_json::to_string(&input).expect("plain data");
+            let stdin = child.stdin.take();
+            let sent = stdin.map(|mut stdin| writeln!(stdin, "{line}"));
+            self.children.push(RankProcess { rank, child });
+            sent.transpose()
+                .with_context(|| format!("rank {rank} exited before it got its assignment"))?;
+        }
+        Ok(())
+    }
+
+    /// Returns a standby process that is still alive.
+    fn take_standby(&mut self) -> Option<Child> {
+        loop {
+            let mut child = self.standby.pop()?;
+            if matches!(child.try_wait(), Ok(None)) {
+                return Some(child);
+            }
+        }
+    }
+
+    /// Keeps `count` standby processes. Best effort: without them a restart is slower.
+    pub(super) fn stand_by(&mut self, count: usize) {
+        while self.standby.len() < count {
+            match self.spawn() {
+                Ok(child) => self.standby.push(child),
+                Err(error) => {
+                    tracing::warn!("no standby process: {error:#}");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Number of processes that run, killed ones included until they have ended.
+    pub(super) fn running(&mut self) -> usize {
+        // A child that cannot be waited for counts as running until it can.
+        let has_ended = |child: &mut Child| matches!(child.try_wait(), Ok(Some(_)));
+        self.dying.retain_mut(|child| !has_ended(child));
+        let children = self.children.iter_mut();
+        let running = children.filter_map(|process| (!has_ended(&mut process.child)).then_some(()));
+        running.count() + self.dying.len()
+    }
+
+    pub(super) fn failed(&mut self) -> Vec<FailedRank> {
+        let mut failed = Vec::new();
+        for RankProcess { rank, child } in &mut self.children {
+            let Ok(Some(status)) = child.try_wait() else {
+                continue;
+            };
+            if status.success() {
+                continue;
+            }
+            failed.push(FailedRank {
+                rank: *rank,
+                status: status.into_raw(),
+                report: read_report(&self.dir, *rank),
+                lost: None,
+            });
+        }
+        failed
+    }
+
+    pub(super) fn signal(&self, signal: Signal) {
+        for RankProcess { child, .. } in &self.children {
+            // Fails for a rank that has just exited.
+            let _ = kill(Pid::from_raw(child.id() as i32), signal);
+        }
+    }
+
+    /// Kills every rank, but no standby process.
+    pub(super) fn kill(&mut self) {
+        let children = self.children.drain(..);
+        let children: Vec<Child> = children.map(|process| process.child).collect();
+        self.end(children);
+    }
+
+    /// Also kills the standby processes.
+    pub(super) fn kill_all(&mut self) {
+        self.kill();
+        let standby = std::mem::take(&mut self.standby);
+        self.end(standby);
+    }
+
+    fn end(&mut self, children: Vec<Child>) {
+        for mut child in children {
+            let _ = child.kill();
+            // Waiting could take for ever: the kernel may block the process.
+            self.dying.push(child);
+        }
+    }
+}
+
+impl Drop for RankProcesses {
+    fn drop(&mut self) {
+        self.kill_all();
+        let began = Instant::now();
+        while self.running() > 0 && began.elapsed() < END_TIMEOUT {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+fn read_report(dir: &Path, rank: usize) -> Option<FailureReport> {
+    let text = std::fs::read(failure_path(dir, rank)).ok()?;
+    serde_json::from_slice(&text).ok()
+}

@@ -1,0 +1,219 @@
+//! The end of a file of JSON lines, read backwards: a resumed run cuts off what it repeats.
+
+use serde::Deserialize;
+use std::io::{Read, Result, Seek, SeekFrom};
+
+/// Bytes that are read at once.
+const BLOCK: u64 = 64 * 1024;
+
+/// A longer line is damaged: a line of metrics has some kilobytes per thousand ranks and layers.
+const MAX_LINE: u64 = 64 << 20;
+
+/// The end of a file up to which a resumed run keeps it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Tail {
+    /// Number of bytes to keep, from the start of the file.
+    pub(super) keep: u64,
+    /// Step of the last line that is kept.
+    pub(super) last_step: Option<u64>,
+    /// True if the last line lacks its end.
+    pub(super) is_unterminated: bool,
+}
+
+#[derive(Deserialize)]
+struct NumberedLine {
+    step: u64,
+}
+
+/// Finds the last line with a step up to `step`, in a file of `len` bytes whose steps ascend.
+/// Damaged and cut-off lines after it are not kept.
+///
+/// Reads the lines after it and one block, however long the file is.
+///
+/// # Errors
+/// If the file cannot be read.
+pub(super) fn find_tail(file: &mut (impl Read + Seek), len: u64, step: u64) -> Result<Tail> {
+    let mut file = BackwardReader {
+        file,
+        block: Vec::new(),
+        block_start: len,
+    };
+    let mut end = len;
+    while end > 0 {
+        let is_unterminated = end == len && !file.ends_with_newline(end)?;
+        let text_end = if is_unterminated { end } else { end - 1 };
+        let start = file.line_start(text_end)?;
+        let found = file.step_of(start, text_end)?;
+        if found.is_some_and(|found| found <= step) {
+            return Ok(Tail {
+                keep: end,
+                last_step: found,
+                is_unterminated,
+            });
+        }
+        end = start;
+    }
+    Ok(Tail::default())
+}
+
+/// Reads blocks from the end of a file towards its start, and holds one of them.
+struct BackwardReader<'a, F> {
+    file: &'a mut F,
+    block: Vec<u8>,
+    block_start: u64,
+}
+
+impl<F: Read + Seek> BackwardReader<'_, F> {
+    /// Reads the block that ends at `end`.
+    fn load_before(&mut self, end: u64) -> Result<()> {
+        let len = end.min(BLOCK);
+        self.block_start = end - len;
+        self.block.resize(len as usize, 0);
+        self.file.seek(SeekFrom::Start(self.block_start))?;
+        self.file.read_exact(&mut self.block)
+    }
+
+    /// Returns the bytes of the current block before `end`.
+    fn loaded_before(&mut self, end: u64) -> Result<&[u8]> {
+        let loaded_end = self.block_start + self.block.len() as u64;
+        if end <= self.block_start || end > loaded_end {
+            self.load_before(end)?;
+        }
+        Ok(&self.block[..(end - self.block_start) as usize])
+    }
+
+    fn ends_with_newline(&mut self, end: u64) -> Result<bool> {
+        Ok(self.loaded_before(end)?.last() == Some(&b'\n'))
+    }
+
+    /// Returns the start of the line whose text ends at `end`.
+    fn line_start(&mut self, end: u64) -> Result<u64> {
+        let mut end = end;
+        while end > 0 {
+            let loaded = self.loaded_before(end)?;
+            if let Some(place) = loaded.iter().rposition(|&byte| byte == b'\n') {
+                return Ok(self.block_start + place as u64 + 1);
+            }
+            end = self.block_start;
+        }
+        Ok(0)
+    }
+
+    /// Returns the step of a line, or `None` if the line is damaged.
+    fn step_of(&mut self, start: u64, end: u64) -> Result<Option<u64>> {
+        if end - start > MAX_LINE {
+            return Ok(None);
+        }
+        let loaded_end = self.block_start + self.block.len() as u64;
+        let mut long = Vec::new();
+        let text = if start >= self.block_start && end <= loaded_end {
+            &self.block[(start - self.block_start) as usize..(end - self.block_start) as usize]
+        } else {
+            long.resize((end - start) as usize, 0);
+            self.file.seek(SeekFrom::Start(start))?;
+            self.file.read_exact(&mut long)?;
+            &long
+        };
+        let line = serde_json::from_slice::<NumberedLine>(text);
+        Ok(line.ok().map(|line| line.step))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::io::{Cursor, Write};
+
+    struct Counted<F> {
+        file: F,
+        bytes: u64,
+    }
+
+    impl<F: Read> Read for Counted<F> {
+        fn read(&mut self, into: &mut [u8]) -> Result<usize> {
+            let read = self.file.read(into)?;
+            self.bytes += read as u64;
+            Ok(read)
+        }
+    }
+
+    impl<F: Seek> Seek for Counted<F> {
+        fn seek(&mut self, to: SeekFrom) -> Result<u64> {
+            self.file.seek(to)
+        }
+    }
+
+    fn tail(text: &[u8], step: u64) -> Tail {
+        find_tail(&mut Cursor::new(text), text.len() as u64, step).unwrap()
+    }
+
+    #[test]
+    fn of_a_long_file_only_the_end_is_read() {
+        let mut file = tempfile::tempfile().unwrap();
+        // Sparse: 200 MB that take no disk.
+        file.set_len(200_000_000).unwrap();
+        file.seek(SeekFrom::End(0)).unwrap();
+        let before = (0..200).map(|step| format!("\n{{\"step\":{step},\"loss\":1.0}}"));
+        let text: String = before.collect();
+        file.write_all(text.as_bytes()).unwrap();
+        file.write_all(b"\n").unwrap();
+        let len = file.metadata().unwrap().len();
+        let mut counted = Counted { file, bytes: 0 };
+        let tail = find_tail(&mut counted, len, 150).unwrap();
+        assert_eq!(tail.last_step, Some(150));
+        assert!(counted.bytes <= 2 * BLOCK, "{} bytes", counted.bytes);
+    }
+
+    #[test]
+    fn damaged_ends_are_cut_off() {
+        let whole = b"{\"step\":1}\n{\"step\":2}\n";
+        let kept = Tail {
+            keep: 22,
+            last_step: Some(2),
+            is_unterminated: false,
+        };
+        let garbage: [&[u8]; 6] = [
+            b"",
+            b"{\"step\":3,\"lo",
+            b"\n\n",
+            b"{\"step\":2,\xff\xfe}\n",
+            b"\0\0\0\0\0\0\0\0",
+            b"{\"loss\":2}\n\"step\"\n",
+        ];
+        for garbage in garbage {
+            assert_eq!(tail(&[whole, garbage].concat(), 5), kept, "{garbage:?}");
+        }
+        // A line that lacks only its end is whole.
+        let unterminated = tail(b"{\"step\":1}\n{\"step\":2}", 5);
+        assert!(unterminated.is_unterminated && unterminated.keep == 21);
+        assert_eq!(tail(b"no json\n", 5), Tail::default());
+        assert_eq!(tail(b"", 5), Tail::default());
+    }
+
+    proptest! {
+        /// Lines longer than a block and in any number are cut where a reader of the whole file
+        /// would cut them.
+        #[test]
+        fn the_tail_is_that_of_the_whole_file(
+            lengths in prop::collection::vec(prop_oneof![0..60usize, 60_000..70_000usize], 0..30),
+            step in 0..32u64,
+        ) {
+            let mut text = Vec::new();
+            let mut expected = 0;
+            let mut last = None;
+            for (number, length) in lengths.iter().enumerate() {
+                let number = number as u64 + 1;
+                let line = serde_json::json!({"step": number, "fill": "x".repeat(*length)});
+                writeln!(text, "{line}").unwrap();
+                if number <= step {
+                    expected = text.len() as u64;
+                    last = Some(number);
+                }
+            }
+            let found = tail(&text, step);
+            prop_assert_eq!(found.keep, expected);
+            prop_assert_eq!(found.last_step, last);
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! `metrics.jsonl` and `routing.jsonl` of rank 0, which a thread each writes.
+
+use super::metrics::{DroppedLines, Progress, RoutingLine, StepMetrics, ValidationMetrics};
+use crate::{
+    Error,
+    lines::{Limits, LineWriter, MissingLines, Notice, Options, Target, WrittenLines},
+};
+use serde::Serialize;
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+/// Time within which an existing folder answers.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Time at the end of a run in which lines that wait are written.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The files of rank 0; other ranks have none.
+#[derive(Default)]
+pub(super) struct MetricsFiles(Option<OpenFiles>);
+
+struct OpenFiles {
+    metrics: MetricsFile,
+    routing: MetricsFile,
+}
+
+struct MetricsFile {
+    path: PathBuf,
+    lines: LineWriter,
+}
+
+impl MetricsFiles {
+    /// Opens the files in `dir` for a run that resumes after `step`.
+    ///
+    /// # Errors
+    /// If a file cannot be opened. A run that resumes tolerates what may pass, such as a full
+    /// disk.
+    pub(super) fn open(dir: &Path, step: u64, limits: Limits) -> Result<MetricsFiles, Error> {
+        let metrics = MetricsFile::start(dir.join("metrics.jsonl"), step, limits, true);
+        let routing = MetricsFile::start(dir.join("routing.jsonl"), step, limits, false);
+        for file in [&metrics, &routing] {
+            let opened = file.lines.wait_until_open(OPEN_TIMEOUT, step > 0);
+            opened.map_err(Error::io("cannot write", &file.path))?;
+        }
+        Ok(MetricsFiles(Some(OpenFiles { metrics, routing })))
+    }
+
+    pub(super) fn write_step(&self, metrics: &StepMetrics) {
+        if let Some(files) = &self.0 {
+            files.metrics.push(metrics, metrics.step, true);
+        }
+    }
+
+    pub(super) fn write_validation(&self, line: &ValidationMetrics) {
+        if let Some(files) = &self.0 {
+            files.metrics.push(line, line.step, false);
+        }
+    }
+
+    pub(super) fn write_routing(&self, line: &RoutingLine) {
+        if let Some(files) = &self.0 {
+            files.routing.push(line, line.step, true);
+        }
+    }
+
+    /// Returns the end of the lines so far, which a snapshot waits for.
+    pub(super) fn position(&self) -> Vec<WrittenLines> {
+        let files = self.0.iter().flat_map(OpenFiles::all);
+        files.map(|file| file.lines.position()).collect()
+    }
+
+    /// Reports outages that began or ended, each once.
+    pub(super) fn report(&self, progress: &mut dyn Progress) {
+        for file in self.0.iter().flat_map(OpenFiles::all) {
+            file.report(progress);
+        }
+    }
+
+    /// Writes what waits, for some seconds at most, and reports what could not be written. With
+    /// `is_hasty`, only while the disk answers.
+    pub(super) fn finish(self, is_hasty: bool, progress: &mut dyn Progress) {
+        let deadline = Instant::now() + END_TIMEOUT;
+        for file in self.0.iter().flat_map(OpenFiles::all) {
+            let lacking = file.lines.flush(deadline, is_hasty);
+            file.report(progress);
+            if let Some((missing, cause)) = lacking {
+                let path = file.path.display();
+                progress.warn(&format!(
+                    "{} could not be written to {path}: {cause}",
+                    describe(&missing)
+                ));
+            }
+        }
+    }
+}
+
+impl OpenFiles {
+    fn all(&self) -> [&MetricsFile; 2] {
+        [&self.metrics, &self.routing]
+    }
+}
+
+impl MetricsFile {
+    fn start(path: PathBuf, step: u64, limits: Limits, reports_gap: bool) -> MetricsFile {
+        let target = Target::After {
+            path: path.clone(),
+            step,
+        };
+        let lines = LineWriter::start(Options {
+            target,
+            limits,
+            record,
+            reports_gap,
+            on_open: None,
+        });
+        MetricsFile { path, lines }
+    }
+
+    fn push(&self, line: &impl Serialize, step: u64, is_of_step: bool) {
+        let mut text = serde_json::to_string(line).expect("plain data");
+        text.push('\n');
+        self.lines.push(text, Some(step), is_of_step);
+    }
+
+    fn report(&self, progress: &mut dyn Progress) {
+        let path = self.path.display();
+        while let Some(notice) = self.lines.notice() {
+            match notice {
+                Notice::Outage(cause) => progress.warn(&format!(
+                    "cannot write {path}: {cause}; training continues, and lines wait in memory"
+                )),
+                Notice::Recovered { outage, dropped } => {
+                    let seconds = outage.as_secs_f64();
+                    progress.note(&format!("{path} can be written again after {seconds:.0} s"));
+                    if dropped.lines > 0 {
+                        progress.warn(&format!(
+                            "{} of {path} were dropped, because run.line_buffer_mib was full",
+                            describe(&dropped)
+                        ));
+                    }
+                }
+                Notice::Interrupted(missing) => progress.warn(&format!(
+                    "{path} lacks {}: the disk had not taken them when the run was interrupted",
+                    describe(&missing)
+                )),
+            }
+        }
+    }
+}
+
+fn record(missing: &MissingLines) -> String {
+    let (first_step, step) = missing.span.unwrap_or_default();
+    let record = DroppedLines {
+        step,
+        first_step,
+        dropped_steps: missing.steps,
+        dropped_lines: missing.lines,
+    };
+    serde_json::to_string(&record).expect("plain data")
+}
+
+fn describe(missing: &MissingLines) -> String {
+    let lines = missing.lines;
+    let noun = if lines == 1 { "line" } else { "lines" };
+    match missing.span {
+        Some((first, last)) if first < last => format!("{lines} {noun} (steps {first} to {last})"),
+        Some((step, _)) => format!("{lines} {noun} (step {step})"),
+        None => format!("{lines} {noun}"),
+    }
+}
