@@ -19,7 +19,7 @@ pub(crate) struct Network {
     pub(crate) rdzv: String,
 }
 
-fn ip(args: &str) -> bool {
+pub(crate) fn ip(args: &str) -> bool {
     Command::new("ip")
         .args(args.split(' '))
         .output()
@@ -86,8 +86,20 @@ impl Network {
         machines: usize,
         changes: &[&str],
     ) -> Command {
+        self.numbered(experiment, machine, machine, machines, changes)
+    }
+
+    /// As [`Network::machine`], on the machine with number `place`.
+    pub(crate) fn numbered(
+        &self,
+        experiment: &Experiment,
+        place: usize,
+        number: usize,
+        machines: usize,
+        changes: &[&str],
+    ) -> Command {
         let mut train = experiment.train(2, changes);
-        let rank = machine.to_string();
+        let rank = number.to_string();
         let count = machines.to_string();
         train.args([
             "--nnodes",
@@ -97,7 +109,7 @@ impl Network {
             "--rdzv",
             &self.rdzv,
         ]);
-        let Some(namespace) = self.namespaces.get(machine) else {
+        let Some(namespace) = self.namespaces.get(place) else {
             return train;
         };
         let mut inside = Command::new("ip");
@@ -173,7 +185,7 @@ fn children_of(pid: u32) -> Vec<String> {
 }
 
 /// Kills an agent and all that it started.
-fn kill_machine(agent: &mut Child) {
+pub(crate) fn kill_machine(agent: &mut Child) {
     // `ip netns exec` becomes the command itself.
     let all = children_of(agent.id());
     agent.kill().unwrap();

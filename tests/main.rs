@@ -2,6 +2,7 @@
 //!
 //! One test binary builds faster than one per file, and runs tests of several files at once.
 
+mod agent_ports;
 mod agreement;
 mod ascend;
 mod balance;
@@ -18,6 +19,7 @@ mod keeper_ports;
 mod launchers;
 mod layouts;
 mod loss_masks;
+mod machine_faults;
 mod machines;
 mod outages;
 mod plans;
