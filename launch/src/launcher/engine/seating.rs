@@ -372,11 +372,16 @@ impl Engine {
         let mut missing = Vec::new();
         for node in 0..self.keepers.seats.len() {
             let Seat { machine, keeper } = self.keepers.seats[node];
+            let state = keeper.map(|id| self.keepers.state(id));
             if !self.machines.is_present(machine) {
+                if state == Some(KeeperState::Lost) {
+                    // It was lost with its machine, which is no failed start.
+                    self.vacate(node);
+                }
                 missing.push(machine.to_string());
                 continue;
             }
-            match keeper.map(|id| self.keepers.state(id)) {
+            match state {
                 Some(KeeperState::Lost) => {
                     seating.failed_starts += 1;
                     if seating.failed_starts >= MAX_STARTS {
