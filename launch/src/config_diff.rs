@@ -1,11 +1,11 @@
 //! Differences between a saved run and the configuration that would resume it.
 
-use crate::{cli::DiffArgs, config_file, hint::hinted};
-use anyhow::{Context, Result, anyhow};
+use crate::{cli::DiffArgs, config_file, hint::hinted, restarts};
+use anyhow::{Result, anyhow};
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::Value;
-use std::{fs::File, io::Write, path::Path, process::ExitCode};
+use std::{path::Path, process::ExitCode};
 use trainer::{
     Trainer, check_resume,
     config::{Config, ResumeEffect},
@@ -101,8 +101,5 @@ pub(crate) fn record(trainer: &Trainer, dir: &Path) -> Result<()> {
         notes: &report.notes,
     };
     let line = serde_json::to_string(&record).expect("plain data");
-    let path = dir.join("restarts.jsonl");
-    let file = File::options().create(true).append(true).open(&path);
-    file.and_then(|mut file| file.write_all(format!("{line}\n").as_bytes()))
-        .with_context(|| format!("cannot write {}", path.display()))
+    restarts::append(dir, &line)
 }

@@ -32,6 +32,7 @@ mod rank;
 mod rank_log;
 mod reference;
 mod registry;
+mod restarts;
 mod run_lock;
 mod screen;
 mod signals;

@@ -97,6 +97,8 @@ impl Assignment {
 /// The file that a failing rank leaves for the launcher.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct FailureReport {
+    /// Process id of the rank: another one may have left the file.
+    pub(crate) pid: u32,
     /// Nanoseconds since the epoch: the launcher shows the first failure.
     pub(crate) at: u64,
     pub(crate) message: String,

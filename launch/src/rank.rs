@@ -10,6 +10,7 @@ use crate::{
     terminal,
 };
 use anyhow::{Context, Result, anyhow};
+use checkpoint::run_folder::RunFolder;
 use nix::{
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
     sys::{prctl::set_pdeathsig, signal::Signal},
@@ -222,7 +223,12 @@ fn report(dir: &Path, rank: usize, message: String, kind: FailureKind) {
     let at = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |time| time.as_nanos() as u64);
-    let failure = FailureReport { at, message, kind };
+    let failure = FailureReport {
+        pid: std::process::id(),
+        at,
+        message,
+        kind,
+    };
     let text = serde_json::to_vec(&failure).expect("plain data");
     // Under another launcher the folder may belong to a run that refused this one.
     let is_read = environment::launched_by_moerun();
@@ -562,8 +568,13 @@ fn copy_tokenizer(config: &Config) {
     else {
         return;
     };
-    let target = config.run.dir.join("tokenizer.json");
-    if let Err(error) = std::fs::copy(&path, target) {
-        tracing::warn!("cannot copy {}: {error}", path.display());
+    let copied = std::fs::read(&path)
+        .map_err(anyhow::Error::from)
+        .and_then(|bytes| {
+            let run = RunFolder::open(&config.run.dir)?;
+            Ok(run.write_file("tokenizer.json", &bytes)?)
+        });
+    if let Err(error) = copied {
+        tracing::warn!("cannot copy {}: {error:#}", path.display());
     }
 }

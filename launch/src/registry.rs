@@ -75,7 +75,7 @@ impl KeeperRegistry {
             .and_then(KeeperRegistry::checked)
             .map(Some)
             .with_context(|| format!("{} is damaged", path.display()))
-            .hint("remove it to start without keepers")
+            .hint("'moerun train' sets it aside; without it the keepers exit after an hour")
     }
 
     /// As [`KeeperRegistry::load`], but renames a damaged file: the run does not depend on it.

@@ -37,7 +37,7 @@
 mod affinity;
 pub mod agreement;
 mod background;
-mod bounded_write;
+mod bounded_io;
 pub mod collectives;
 mod comm;
 pub mod conformance;
@@ -59,7 +59,7 @@ mod weight;
 mod world;
 
 pub use affinity::{CpuAffinity, CpuTopology};
-pub use bounded_write::write_within;
+pub use bounded_io::{within, write_within};
 #[cfg(feature = "mpi")]
 pub use comm::finalize;
 pub use comm::{Backend, CommError, Communicator, Local, MpiLaunch, ReduceOp, Work, mpi_library};

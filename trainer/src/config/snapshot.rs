@@ -107,7 +107,8 @@ pub struct RestartConfig {
     #[on_resume(free)]
     #[schemars(range(min = 1, max = MAX_SECONDS))]
     pub window_s: u64,
-    /// Seconds without a heartbeat until a rank counts as hung.
+    /// Seconds without a sign of life until a rank counts as hung, and a machine or a keeper as
+    /// lost.
     #[on_resume(free)]
     #[schemars(range(max = 1e9), extend("exclusiveMinimum" = 0))]
     pub heartbeat_timeout_s: f64,

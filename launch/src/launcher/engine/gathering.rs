@@ -156,9 +156,10 @@ impl Engine {
         if !ids.is_empty() {
             let addresses = ids.iter().map(|&id| self.keepers.address(id).to_string());
             let addresses = addresses.collect::<Vec<_>>().join(", ");
+            let reason = &self.last_keeper_error;
             self.print(format!(
                 "warning: the keepers of an earlier launch at {addresses} are gone, and with them \
-                 the state in their memory"
+                 the state in their memory ({reason})"
             ));
         }
         for id in ids {
@@ -185,7 +186,10 @@ impl Engine {
                 Progress::Waiting(saving) => {
                     Next::Wait(Stage::TakingOver(TakingOver::Saving(Box::new(saving))))
                 }
-                Progress::Done(Saved::Failed(problem)) => self.exit(1, Some(problem)),
+                Progress::Done(Saved::Failed(problem)) => {
+                    let status = self.stops.status().unwrap_or(1);
+                    self.exit(status, Some(problem))
+                }
                 Progress::Done(Saved::Nothing) => self.stop_earlier(None),
                 Progress::Done(Saved::Written(step)) => self.stop_earlier(Some(step)),
             },

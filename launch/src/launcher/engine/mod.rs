@@ -249,7 +249,7 @@ impl Engine {
 
     fn join_machine(&mut self, machine: usize, host: Host) {
         self.machines.join(machine, host, self.now);
-        if matches!(self.stage, Stage::Running(_)) {
+        if !matches!(self.stage, Stage::Gathering(_)) {
             self.machines.returned.insert(machine);
         }
     }
@@ -392,8 +392,9 @@ impl Engine {
                 let reason = failed.reason();
                 let reason = format!("cannot reach the keeper at {address}: {reason}");
                 let failed = match failed {
-                    Failed::Silent(_) => Failed::Silent(reason),
-                    _ => Failed::Lost(reason),
+                    Failed::Lost(_) => Failed::Lost(reason),
+                    // It is there, but has no place for another connection, or takes long.
+                    Failed::Silent(_) | Failed::Refused(_) => Failed::Silent(reason),
                 };
                 self.lose_keeper(id, failed);
             }

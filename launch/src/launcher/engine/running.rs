@@ -342,6 +342,9 @@ impl Engine {
 
     /// Prepares keepers on machines that came back, and has the ranks pause once they can be used.
     fn readmit(&mut self, running: &mut Running) {
+        let seats = &self.keepers.seats;
+        let has_seat = |machine: usize| seats.iter().any(|seat| seat.machine == machine);
+        self.machines.returned.retain(|&machine| !has_seat(machine));
         if self.machines.returned.is_empty() || running.stopping.is_some() || !self.has_keepers() {
             return;
         }

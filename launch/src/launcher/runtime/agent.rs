@@ -55,6 +55,7 @@ pub(crate) fn run(
         number: machine,
         signals,
         machine: None,
+        taken_since: None,
         stops: 0,
     };
     let mut timeout = RENDEZVOUS_TIMEOUT;
@@ -84,6 +85,8 @@ struct Agent<'a> {
     signals: &'a Signals,
     /// None until the first launcher has accepted this machine.
     machine: Option<Machine>,
+    /// The time at which another agent first had this machine's number.
+    taken_since: Option<Instant>,
     /// Number of signals that a launcher was told of.
     stops: usize,
 }
@@ -147,6 +150,7 @@ impl Agent<'_> {
             .and_then(|()| connection.receive(Some(CONNECT_TIMEOUT)));
         match greeted {
             Err(error) => Ok(Err(error.to_string())),
+            Ok(HelloReply::Taken { timeout_s }) => self.taken(timeout_s).map(Err),
             Ok(HelloReply::Refused(reason)) if self.machine.is_some() => Ok(Err(reason)),
             Ok(HelloReply::Refused(reason)) => {
                 bail!("the launcher at {head} refused this machine: {reason}")
@@ -170,8 +174,22 @@ impl Agent<'_> {
         }
     }
 
+    /// Returns the reason to try again, for as long as the launcher may not have noticed that an
+    /// earlier agent of this machine is gone.
+    fn taken(&mut self, timeout_s: f64) -> Result<String> {
+        let timeout = Duration::from_secs_f64(timeout_s) + CONNECT_TIMEOUT;
+        let since = *self.taken_since.get_or_insert_with(Instant::now);
+        let reason = format!("--node-rank {} has already joined", self.number);
+        if since.elapsed() > timeout {
+            let head = self.head;
+            bail!("the launcher at {head} refused this machine: {reason}");
+        }
+        Ok(reason)
+    }
+
     fn accepted(&mut self, own: IpAddr, launcher: SocketAddr, secret: Secret) {
         let number = self.number;
+        self.taken_since = None;
         eprintln!("machine {number} ({own}) joined the launcher at {launcher}");
         match &mut self.machine {
             Some(machine) => machine.serve_another(secret),

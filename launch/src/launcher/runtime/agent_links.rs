@@ -152,11 +152,15 @@ impl Served {
         let PeerAddress::Ip(address) = address else {
             return;
         };
+        let timeout_s = self.join.heartbeat_timeout.as_secs_f64();
         if let Some(reason) = self.refusal(&hello) {
             let _ = connection.send(&HelloReply::Refused(reason));
             return;
         }
-        let timeout_s = self.join.heartbeat_timeout.as_secs_f64();
+        if self.links.lock().by_machine.contains_key(&hello.machine) {
+            let _ = connection.send(&HelloReply::Taken { timeout_s });
+            return;
+        }
         if connection
             .send(&HelloReply::Accepted { timeout_s })
             .is_err()
@@ -227,9 +231,6 @@ impl Served {
         let expected = self.join.ranks_per_machine;
         if !(1..=last).contains(machine) {
             return Some(format!("--node-rank {machine} is not between 1 and {last}"));
-        }
-        if self.links.lock().by_machine.contains_key(machine) {
-            return Some(format!("--node-rank {machine} has already joined"));
         }
         if *ranks != expected {
             return Some(format!(

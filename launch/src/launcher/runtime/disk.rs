@@ -9,6 +9,7 @@ use crate::{
         restart_record::RestartRecord,
     },
     registry::KeeperRegistry,
+    restarts,
 };
 use anyhow::{Context, Result, anyhow};
 use checkpoint::{
@@ -18,8 +19,6 @@ use checkpoint::{
 };
 use std::{
     collections::VecDeque,
-    fs::File,
-    io::Write,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -198,12 +197,9 @@ impl Records {
     }
 
     fn write_lines(&mut self) {
-        let path = self.dir.join("restarts.jsonl");
         while let Some(line) = self.lines.front() {
-            let file = File::options().create(true).append(true).open(&path);
-            let written = file.and_then(|mut file| file.write_all(format!("{line}\n").as_bytes()));
-            if let Err(error) = written {
-                tracing::warn!("cannot write restarts.jsonl: {error}");
+            if let Err(error) = restarts::append(&self.dir, line) {
+                tracing::warn!("{error:#}");
                 return;
             }
             self.lines.pop_front();

@@ -29,6 +29,9 @@ pub(super) enum HelloReply {
         /// The time without a sign of life after which the other side is lost.
         timeout_s: f64,
     },
+    /// Another agent with this number is connected. If it is gone, the launcher notices that after
+    /// this time.
+    Taken { timeout_s: f64 },
     /// The reason of the refusal.
     Refused(String),
 }

@@ -24,6 +24,8 @@ use std::{
 
 /// This program, even if its file was replaced since it started.
 pub(super) const OWN_PROGRAM: &str = "/proc/self/exe";
+/// The time within which the disk must return a rank's report.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
 /// The time in which killed processes must end when the launcher does.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -41,6 +43,8 @@ pub(super) struct RankProcesses {
 struct RankProcess {
     rank: usize,
     child: Child,
+    /// The report that it left, once it has ended.
+    report: Option<Option<FailureReport>>,
 }
 
 impl RankProcesses {
@@ -78,8 +82,6 @@ impl RankProcesses {
     pub(super) fn start(&mut self, assignments: Vec<Assignment>, secret: &Secret) -> Result<()> {
         for assignment in assignments {
             let rank = assignment.rank;
-            // An earlier generation may have left a report.
-            let _ = std::fs::remove_file(failure_path(&self.dir, rank));
             let mut child = match self.take_standby() {
                 Some(child) => child,
                 None => self.spawn()?,
@@ -89,7 +91,11 @@ impl RankProcesses {
             let line = serde_json::to_string(&input).expect("plain data");
             let stdin = child.stdin.take();
             let sent = stdin.map(|mut stdin| writeln!(stdin, "{line}"));
-            self.children.push(RankProcess { rank, child });
+            self.children.push(RankProcess {
+                rank,
+                child,
+                report: None,
+            });
             sent.transpose()
                 .with_context(|| format!("rank {rank} exited before it got its assignment"))?;
         }
@@ -131,7 +137,12 @@ impl RankProcesses {
 
     pub(super) fn failed(&mut self) -> Vec<FailedRank> {
         let mut failed = Vec::new();
-        for RankProcess { rank, child } in &mut self.children {
+        for RankProcess {
+            rank,
+            child,
+            report,
+        } in &mut self.children
+        {
             let Ok(Some(status)) = child.try_wait() else {
                 continue;
             };
@@ -141,7 +152,9 @@ impl RankProcesses {
             failed.push(FailedRank {
                 rank: *rank,
                 status: status.into_raw(),
-                report: read_report(&self.dir, *rank),
+                report: report
+                    .get_or_insert_with(|| read_report(&self.dir, *rank, child.id()))
+                    .clone(),
                 lost: None,
             });
         }
@@ -188,7 +201,10 @@ impl Drop for RankProcesses {
     }
 }
 
-fn read_report(dir: &Path, rank: usize) -> Option<FailureReport> {
-    let text = std::fs::read(failure_path(dir, rank)).ok()?;
-    serde_json::from_slice(&text).ok()
+/// Returns the report of the process `pid`, if it left one and the disk answers.
+fn read_report(dir: &Path, rank: usize, pid: u32) -> Option<FailureReport> {
+    let path = failure_path(dir, rank);
+    let text = parallel::within(REPORT_TIMEOUT, move || std::fs::read(path)).ok()?;
+    let report: FailureReport = serde_json::from_slice(&text).ok()?;
+    (report.pid == pid).then_some(report)
 }

@@ -3,15 +3,17 @@
 use super::processes::OWN_PROGRAM;
 use crate::keeper::{KeeperSettings, Ready};
 use anyhow::{Context, Result};
+use checkpoint::run_folder::RunFolder;
 use std::{
-    fs::File,
     io::{BufRead, BufReader, Write},
     os::unix::process::CommandExt,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::Duration,
 };
 
+/// The time within which the disk must open a keeper's log.
+const LOG_TIMEOUT: Duration = Duration::from_secs(2);
 /// The time within which a started keeper must answer.
 pub(super) const KEEPER_START_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -21,16 +23,16 @@ pub(super) fn spawn_keeper(
     node: usize,
     settings: &KeeperSettings,
 ) -> Result<(Child, Ready)> {
-    let log = dir.join("logs").join(format!("keeper-{node}.log"));
-    let file = File::options().create(true).append(true).open(&log);
-    let file = file.with_context(|| format!("cannot write {}", log.display()))?;
+    let logs = dir.join("logs");
+    let name = format!("keeper-{node}.log");
+    let log = logs.join(&name);
     let mut command = Command::new(OWN_PROGRAM);
     command
         .arg0("moerun")
         .args(["keeper", "serve"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
-        .stderr(file);
+        .stderr(open_log(logs, name));
     let mut child = command.spawn().context("cannot start a keeper")?;
     let ready = handshake(&mut child, settings);
     match ready.with_context(|| format!("the keeper of node {node} (log: {})", log.display())) {
@@ -39,6 +41,23 @@ pub(super) fn spawn_keeper(
             let _ = child.kill();
             let _ = child.wait();
             Err(error)
+        }
+    }
+}
+
+/// Opens a keeper's log. Without it the keeper runs all the same: its memory is worth more.
+fn open_log(logs: PathBuf, name: String) -> Stdio {
+    let path = logs.join(&name);
+    let open = move || {
+        let folder = RunFolder::create_inside(&logs).map_err(std::io::Error::other)?;
+        folder.append_file(&name).map_err(std::io::Error::other)
+    };
+    match parallel::within(LOG_TIMEOUT, open) {
+        Ok(file) => file.into(),
+        Err(error) => {
+            let path = path.display();
+            eprintln!("warning: the keeper starts without its log {path}: {error}");
+            Stdio::null()
         }
     }
 }
