@@ -426,7 +426,8 @@ fn wrong_machines_are_refused() {
         "machines 1 did not join within 1s",
     );
     // While a launcher waits: a wrong number of ranks, a node rank out of range, a taken one.
-    let mut head = start(&mut network.machine(&experiment, 0, 2, &[]));
+    let endless = ["train.steps=100000"];
+    let mut head = start(&mut network.machine(&experiment, 0, 2, &endless));
     let mut other = experiment.train(3, &[]);
     refused(
         other.args(["--nnodes", "2", "--node-rank", "1", "--rdzv", &network.rdzv]),
@@ -436,7 +437,7 @@ fn wrong_machines_are_refused() {
         &mut network.machine(&experiment, 2, 3, &[]),
         "--node-rank 2 is not between 1 and 1",
     );
-    let mut first = start(&mut network.machine(&experiment, 1, 2, &["train.steps=100000"]));
+    let mut first = start(&mut network.machine(&experiment, 1, 2, &endless));
     let began = Instant::now();
     while std::fs::metadata(experiment.path("run/keepers.json")).is_err()
         && began.elapsed() < Duration::from_secs(20)
@@ -444,7 +445,7 @@ fn wrong_machines_are_refused() {
         std::thread::sleep(Duration::from_millis(20));
     }
     refused(
-        &mut network.machine(&experiment, 1, 2, &[]),
+        &mut network.machine(&experiment, 1, 2, &endless),
         "--node-rank 1 has already joined",
     );
     head.kill().unwrap();

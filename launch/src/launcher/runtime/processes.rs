@@ -132,7 +132,9 @@ impl RankProcesses {
         self.dying.retain_mut(|child| !has_ended(child));
         let children = self.children.iter_mut();
         let running = children.filter_map(|process| (!has_ended(&mut process.child)).then_some(()));
-        running.count() + self.dying.len()
+        let dying = self.dying.iter();
+        let dying = dying.filter(|child| !has_only_blocked_threads(child.id()));
+        running.count() + dying.count()
     }
 
     pub(super) fn failed(&mut self) -> Vec<FailedRank> {
@@ -199,6 +201,14 @@ impl Drop for RankProcesses {
             std::thread::sleep(Duration::from_millis(5));
         }
     }
+}
+
+/// True if a killed process cannot be waited for only because the kernel blocks one of its threads,
+/// as one that writes to a disk that hangs. All others are gone, so nothing trains any more.
+fn has_only_blocked_threads(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+    after_name.trim_start().starts_with('Z')
 }
 
 /// Returns the report of the process `pid`, if it left one and the disk answers.
