@@ -19,7 +19,7 @@ pub(crate) struct Network {
     pub(crate) rdzv: String,
 }
 
-fn ip(args: &str) -> bool {
+pub(crate) fn ip(args: &str) -> bool {
     Command::new("ip")
         .args(args.split(' '))
         .output()
@@ -86,7 +86,17 @@ impl Network {
         machines: usize,
         changes: &[&str],
     ) -> Command {
-        let mut train = experiment.train(2, changes);
+        self.inside(experiment.train(2, changes), experiment, machine, machines)
+    }
+
+    /// Returns `train` as the command of a machine.
+    pub(crate) fn inside(
+        &self,
+        mut train: Command,
+        experiment: &Experiment,
+        machine: usize,
+        machines: usize,
+    ) -> Command {
         let rank = machine.to_string();
         let count = machines.to_string();
         train.args([
