@@ -244,7 +244,12 @@ impl Fuzzed {
             orphan_timeout: Duration::from_secs(600),
         };
         let (ready, address) = channel();
-        std::thread::spawn(move || run(settings, |address| ready.send(address).unwrap()));
+        std::thread::spawn(move || {
+            run(settings, |address| {
+                ready.send(address).unwrap();
+                Ok(())
+            })
+        });
         Fuzzed {
             secret,
             socket,
