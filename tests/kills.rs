@@ -1,7 +1,8 @@
 //! Random faults in a run on three machines. The run recovers from each, and its losses are those
 //! of an unbroken run bit for bit.
 //!
-//! `MOERUN_KILLS` is the number of faults (default 6), `MOERUN_KILLS_SEED` their seed.
+//! `MOERUN_KILLS` is the number of faults (default 6), `MOERUN_KILLS_SEED` their seed, and
+//! `MOERUN_KILLS_COPY` a folder that gets the files of a run that failed.
 
 use crate::{
     fixture::{Experiment, curve, find_rank, finish, signal, text},
@@ -58,7 +59,7 @@ enum Victim {
 enum Fault {
     Kill,
     Terminate,
-    /// SIGSTOP for ever.
+    /// SIGSTOP, and nothing after it: the run has to end the process.
     Stop,
     /// SIGSTOP, and SIGCONT after [`OUTAGE`].
     Pause,
@@ -118,7 +119,7 @@ fn kinds() -> Vec<Kind> {
     kinds
 }
 
-/// Random numbers (splitmix64).
+/// Draws by splitmix64, which repeats a seed's faults.
 struct Draws(u64);
 
 impl Draws {
@@ -186,7 +187,7 @@ fn newest_step(path: &Path) -> Option<u64> {
     lines.find_map(|line| serde_json::from_str::<Value>(line).ok()?["step"].as_u64())
 }
 
-/// What has to happen until a fault is over.
+/// The consequences of a fault until it is over.
 #[derive(Default)]
 struct Injected {
     /// The time after which what is paused or cut comes back.
@@ -581,28 +582,7 @@ fn three_machines_survive_any_fault() {
     run.wait_for_end(0, RECOVERY_LIMIT);
     experiment.assert_no_orphans();
     assert_nothing_was_lost(&run.output(0));
-    let mut changes = COMMON.to_vec();
-    changes.extend([
-        "snapshot.every=0",
-        "parallel.ranks_per_node=1",
-        "run.dir=alone",
-        &run.steps,
-    ]);
-    let mut alone = run.experiment.train(MACHINES, &changes);
-    let began = Instant::now();
-    let mut alone = alone
-        .stderr(File::create(experiment.path("alone-output")).unwrap())
-        .stdout(std::process::Stdio::null())
-        .spawn()
-        .unwrap();
-    let status = loop {
-        if let Some(status) = alone.try_wait().unwrap() {
-            break status;
-        }
-        assert!(began.elapsed() < RUN_LIMIT, "the unbroken run does not end");
-        std::thread::sleep(Duration::from_millis(20));
-    };
-    assert!(status.success(), "the unbroken run: {status}");
+    train_alone(&experiment, &run.steps);
     let broken = curve(&experiment, "run");
     let unbroken = curve(&experiment, "alone");
     for (broken, unbroken) in broken.iter().zip(&unbroken) {
@@ -612,6 +592,31 @@ fn three_machines_survive_any_fault() {
     let repeated = steps.repeated;
     println!("{last} steps, bit for bit those of an unbroken run; at most {repeated} repeated");
     print_table(&times);
+}
+
+/// Trains with the same layout on one machine and without faults.
+fn train_alone(experiment: &Experiment, steps: &str) {
+    let mut changes = COMMON.to_vec();
+    let alone = [
+        "run.dir=alone",
+        "snapshot.every=0",
+        "parallel.ranks_per_node=1",
+        steps,
+    ];
+    changes.extend(alone);
+    let output = File::create(experiment.path("alone-output")).unwrap();
+    let mut train = experiment.train(MACHINES, &changes);
+    let child = train.stdout(output.try_clone().unwrap()).stderr(output);
+    let mut child = child.spawn().unwrap();
+    let began = Instant::now();
+    while began.elapsed() < RUN_LIMIT {
+        if let Some(status) = child.try_wait().unwrap() {
+            assert!(status.success(), "the unbroken run: {status}");
+            return;
+        }
+        std::thread::sleep(POLL_INTERVAL);
+    }
+    panic!("the unbroken run does not end");
 }
 
 /// Asserts that the launcher always continued from a snapshot, or from the checkpoint of an
