@@ -202,8 +202,9 @@ fn machines_in_another_order_keep_what_is_in_their_memory() {
         child.wait().unwrap();
     }
     experiment.assert_only_keepers();
-    let machine =
-        |place: usize, number: usize| network.numbered(&experiment, place, number, 3, &changes);
+    let machine = |place: usize, number: usize| {
+        network.numbered(experiment.train(2, &changes), &experiment, place, number, 3)
+    };
     let mut run = vec![start(&mut machine(0, 0))];
     run.push(start(&mut machine(1, 2)));
     run.push(start(&mut machine(2, 1)));

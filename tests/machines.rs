@@ -86,19 +86,29 @@ impl Network {
         machines: usize,
         changes: &[&str],
     ) -> Command {
-        self.numbered(experiment, machine, machine, machines, changes)
+        self.inside(experiment.train(2, changes), experiment, machine, machines)
     }
 
-    /// As [`Network::machine`], on the machine with number `place`.
+    /// Returns `train` as the command of a machine.
+    pub(crate) fn inside(
+        &self,
+        train: Command,
+        experiment: &Experiment,
+        machine: usize,
+        machines: usize,
+    ) -> Command {
+        self.numbered(train, experiment, machine, machine, machines)
+    }
+
+    /// As [`Network::inside`], on the machine with number `place`.
     pub(crate) fn numbered(
         &self,
+        mut train: Command,
         experiment: &Experiment,
         place: usize,
         number: usize,
         machines: usize,
-        changes: &[&str],
     ) -> Command {
-        let mut train = experiment.train(2, changes);
         let rank = number.to_string();
         let count = machines.to_string();
         train.args([

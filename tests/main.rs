@@ -16,6 +16,7 @@ mod drawn_layouts;
 mod faults;
 mod fixture;
 mod keeper_ports;
+mod kills;
 mod launchers;
 mod layouts;
 mod loss_masks;

@@ -601,6 +601,31 @@ fn an_address_in_use_is_an_error_that_names_it() {
 
 /// A keeper that is stopped (SIGSTOP) accepts connections and does not answer: it is not lost.
 #[test]
+fn a_keeper_waits_for_the_name_of_one_that_is_about_to_end() {
+    let socket = format!("moerun-test/{}/taken", std::process::id());
+    let name = std::os::unix::net::SocketAddr::from_abstract_name(&socket).unwrap();
+    let taken = std::os::unix::net::UnixListener::bind_addr(&name).unwrap();
+    let settings = Settings {
+        socket,
+        secret: Secret::random().unwrap(),
+        listen: "127.0.0.1:0".parse().unwrap(),
+        memory_limit: None,
+        orphan_timeout: Duration::from_secs(60),
+    };
+    let (ready, address) = channel();
+    std::thread::spawn(move || {
+        run(settings, |address| {
+            ready.send(address).unwrap();
+            Ok(())
+        })
+        .unwrap();
+    });
+    assert!(address.recv_timeout(Duration::from_millis(300)).is_err());
+    drop(taken);
+    address.recv_timeout(TEST_TIMEOUT).unwrap();
+}
+
+#[test]
 fn a_keeper_is_lost_only_if_nothing_listens() {
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = silent.local_addr().unwrap();

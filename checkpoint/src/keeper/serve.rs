@@ -22,11 +22,14 @@ use std::{
     },
     sync::{
         Arc,
-        mpsc::{Receiver, channel},
+        mpsc::{Receiver, Sender, channel},
     },
     thread::Builder,
     time::{Duration, Instant},
 };
+
+/// The time in which a killed keeper must end, whose memory the kernel frees first.
+const PREDECESSOR_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The settings of a keeper.
 #[derive(Debug, Clone)]
@@ -77,9 +80,7 @@ pub fn run_with_signals(
     let peer_listener = TcpListener::bind(listen)
         .map_err(|error| in_use(error, &format!("TCP address {listen}")))?;
     let address = peer_listener.local_addr()?;
-    let name = std::os::unix::net::SocketAddr::from_abstract_name(&socket)?;
-    let rank_listener = UnixListener::bind_addr(&name)
-        .map_err(|error| in_use(error, &format!("Unix socket @{socket}")))?;
+    let rank_listener = listen_for_ranks(&socket)?;
     let (to_encode, ids) = channel();
     let lifetime = Lifetime::new(orphan_timeout, Instant::now());
     let state = State::new(Identity::new(&secret)?, memory_limit, lifetime);
@@ -102,7 +103,7 @@ pub fn run_with_signals(
         ranks: ranks.refusals().clone(),
     });
     let encoding = keeper.clone();
-    let encoder = Builder::new().name("encoder".into());
+    let encoder = Builder::new().name("encoders".into());
     encoder.spawn(move || encode_all(&encoding, &ids))?;
     let signalled = keeper.clone();
     Builder::new().spawn(move || forward_signals(&signalled, &signals))?;
@@ -115,6 +116,21 @@ pub fn run_with_signals(
         }
     }
     Ok(())
+}
+
+/// Listens at a name that a keeper may still have that was just killed.
+fn listen_for_ranks(socket: &str) -> Result<UnixListener, Error> {
+    let name = std::os::unix::net::SocketAddr::from_abstract_name(socket)?;
+    let deadline = Instant::now() + PREDECESSOR_TIMEOUT;
+    loop {
+        match UnixListener::bind_addr(&name) {
+            Ok(listener) => return Ok(listener),
+            Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(error) => return Err(in_use(error, &format!("Unix socket @{socket}"))),
+        }
+    }
 }
 
 /// Names the address that another process has.
@@ -132,12 +148,35 @@ fn forward_signals(keeper: &Keeper, signals: &Receiver<i32>) {
     }
 }
 
-/// Makes the parity of one snapshot after the other.
-fn encode_all(keeper: &Keeper, ids: &Receiver<SnapshotId>) {
+/// Makes the parity of one snapshot after the other. A generation does not wait for an earlier one:
+/// a keeper of that may have hung, or its machine may be out of reach.
+fn encode_all(keeper: &Arc<Keeper>, ids: &Receiver<SnapshotId>) {
+    let mut current: Option<(u64, Sender<SnapshotId>)> = None;
     for id in ids {
-        let result = protect::encode(keeper, id);
-        keeper.apply(|state| state.end_encoding(id, result));
+        let is_same = |(generation, _): &(u64, _)| *generation == id.generation;
+        let sender = match current.take().filter(is_same) {
+            Some((_, sender)) => sender,
+            None => start_encoder(keeper),
+        };
+        // Without a thread the launcher abandons the snapshot after a while.
+        let _ = sender.send(id);
+        current = Some((id.generation, sender));
     }
+}
+
+fn start_encoder(keeper: &Arc<Keeper>) -> Sender<SnapshotId> {
+    let (sender, ids) = channel();
+    let keeper = keeper.clone();
+    let encode = move || {
+        for id in ids {
+            let result = protect::encode(&keeper, id);
+            keeper.apply(|state| state.end_encoding(id, result));
+        }
+    };
+    if let Err(error) = Builder::new().name("encoder".into()).spawn(encode) {
+        tracing::warn!("cannot start a thread: {error}");
+    }
+    sender
 }
 
 /// Serves a connection of the launcher, another keeper or a tool.

@@ -25,7 +25,7 @@ use std::{
     path::Path,
     sync::{
         Arc,
-        mpsc::{Receiver, RecvTimeoutError, channel},
+        mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel},
     },
     time::{Duration, Instant},
 };
@@ -105,6 +105,8 @@ pub(crate) struct Snapshots {
     pub(crate) cost: SnapshotCost,
     pub(crate) progress: ProgressCounter,
     last_attempt: Instant,
+    /// A thread that tries to reach the keeper again. One that hangs must not stop the training.
+    attempt: Option<Receiver<Result<KeeperClient, keeper::Error>>>,
 }
 
 struct KeeperConnection {
@@ -113,6 +115,14 @@ struct KeeperConnection {
     mailbox: Arc<Mailbox>,
     copied: Receiver<Result<f64, Error>>,
     is_copying: bool,
+}
+
+fn failed(reason: &str) -> Error {
+    Error::Keeper(format!("the keeper of this node: {reason}"))
+}
+
+fn keeper_failed(error: keeper::Error) -> Error {
+    failed(&error.to_string())
 }
 
 impl Snapshots {
@@ -139,6 +149,7 @@ impl Snapshots {
             cost: SnapshotCost::default(),
             progress: ProgressCounter::default(),
             last_attempt: Instant::now(),
+            attempt: None,
         }
     }
 
@@ -210,7 +221,6 @@ impl Snapshots {
     }
 
     fn connect(&mut self, device: &dyn Accelerator) -> Result<(), Error> {
-        self.last_attempt = Instant::now();
         let Some(bytes) = self.bytes else {
             return Ok(());
         };
@@ -219,23 +229,70 @@ impl Snapshots {
         };
         if let Some(keeper) = &self.keeper
             && keeper.slots.iter().all(|slot| slot.len() as u64 >= bytes)
-            && Mailbox::put(&keeper.mailbox, CopyCommand::Plan(plan.clone()))
+            && Mailbox::put(&keeper.mailbox, CopyCommand::Plan(plan))
         {
             return Ok(());
         }
+        self.disconnect();
+        let KeeperAccess { socket, secret, .. } = &self.access;
+        let client = KeeperClient::connect(socket, secret, self.rank).map_err(keeper_failed)?;
+        self.use_keeper(client, device)
+    }
+
+    /// Closes the connection once the copy has ended: what it reads must not change meanwhile.
+    fn disconnect(&mut self) {
+        self.wait();
         self.keeper = None;
-        let failed = |error: String| Error::Keeper(format!("the keeper of this node: {error}"));
-        let keeper_failed = |error: keeper::Error| failed(error.to_string());
+    }
+
+    /// Connects again to a keeper that may have been restarted, without waiting for it.
+    fn reconnect(&mut self, device: &dyn Accelerator) -> Result<(), Error> {
+        let Some(attempt) = self.attempt.take() else {
+            if self.last_attempt.elapsed() > RECONNECT_INTERVAL {
+                self.last_attempt = Instant::now();
+                self.attempt = Some(self.start_attempt());
+            }
+            return Ok(());
+        };
+        match attempt.try_recv() {
+            Ok(client) => self.use_keeper(client.map_err(keeper_failed)?, device),
+            Err(TryRecvError::Empty) => {
+                self.attempt = Some(attempt);
+                Ok(())
+            }
+            Err(TryRecvError::Disconnected) => Ok(()),
+        }
+    }
+
+    fn start_attempt(&self) -> Receiver<Result<KeeperClient, keeper::Error>> {
+        let KeeperAccess { socket, secret, .. } = self.access.clone();
+        let rank = self.rank;
+        let (sender, attempt) = channel();
+        std::thread::spawn(move || {
+            // The receiver may have given up.
+            let _ = sender.send(KeeperClient::connect(&socket, &secret, rank));
+        });
+        attempt
+    }
+
+    /// Gets slots from a keeper, and starts the thread that fills them.
+    fn use_keeper(
+        &mut self,
+        mut client: KeeperClient,
+        device: &dyn Accelerator,
+    ) -> Result<(), Error> {
+        let Some((bytes, plan)) = self.bytes.zip(self.plan.clone()) else {
+            return Ok(());
+        };
         let KeeperAccess {
             socket,
             secret,
             chunk,
             ..
         } = &self.access;
-        let mut client = KeeperClient::connect(socket, secret, self.rank).map_err(keeper_failed)?;
         let writer = SlotWriter::connect(socket, secret, self.rank, *chunk, device);
         let writer = writer.map_err(|error| match error {
-            Error::Keeper(reason) => failed(reason),
+            Error::Keeper(reason) => failed(&reason),
             error => error,
         })?;
         let slots = client.allocate(bytes, SLOTS).map_err(keeper_failed)?;
@@ -274,11 +331,11 @@ impl Snapshots {
         durable: bool,
         device: &dyn Accelerator,
     ) -> Option<usize> {
-        if self.keeper.is_none() && self.last_attempt.elapsed() > RECONNECT_INTERVAL {
-            // The keeper may have been restarted. If not, the next snapshot tries again.
-            if let Err(error) = self.connect(device) {
-                tracing::warn!("{error}");
-            }
+        if self.keeper.is_none()
+            && let Err(error) = self.reconnect(device)
+        {
+            // A later snapshot tries again.
+            tracing::warn!("{error}");
         }
         let id = SnapshotId {
             generation: self.access.generation,
@@ -290,7 +347,7 @@ impl Snapshots {
             Ok(slot) => slot,
             Err(error) => {
                 tracing::warn!("the keeper of this node: {error}");
-                self.keeper = None;
+                self.disconnect();
                 None
             }
         }

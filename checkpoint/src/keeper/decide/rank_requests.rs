@@ -45,10 +45,14 @@ impl State {
         self.ranks.connect(rank, pid, now);
     }
 
-    /// Removes a connection of a rank, and drops what it left half-written.
+    /// Removes a connection of a rank, and drops what it left half-written. Those snapshots cannot
+    /// be complete any more: the launcher abandons them, so that no keeper waits for the parts.
     pub(crate) fn disconnect_rank(&mut self, rank: usize, pid: i32) {
         if self.ranks.disconnect(rank, pid) {
-            self.slots.drop_unfinished(rank);
+            for id in self.slots.drop_unfinished(rank) {
+                let reason = format!("rank {rank} left its part unfinished");
+                self.send(Event::Unprotected { id, reason });
+            }
             self.free_memory();
             self.wake();
         }

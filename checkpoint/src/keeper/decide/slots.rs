@@ -180,12 +180,12 @@ impl Slots {
         }
     }
 
-    /// Drops what a rank that has died left half-written.
-    pub(crate) fn drop_unfinished(&mut self, rank: usize) {
-        for slot in &mut self.slots {
-            let is_own = slot.writer == Some(rank);
-            slot.part.take_if(|part| is_own && !part.is_complete());
-        }
+    /// Drops what a rank that has died left half-written. Returns its snapshots.
+    pub(crate) fn drop_unfinished(&mut self, rank: usize) -> Vec<SnapshotId> {
+        let own = self.slots.iter_mut();
+        let own = own.filter(|slot| slot.writer == Some(rank));
+        let dropped = own.filter_map(|slot| slot.part.take_if(|part| !part.is_complete()));
+        dropped.map(|part| part.id).collect()
     }
 
     /// Drops snapshot `id`, which will never be complete.
@@ -366,7 +366,7 @@ mod tests {
                         self.open = None;
                     }
                 }
-                Action::Die(rank) => self.slots.drop_unfinished(rank),
+                Action::Die(rank) => drop(self.slots.drop_unfinished(rank)),
                 Action::Pin => {
                     if let (Some(newest), None) = (self.slots.newest(), self.pinned) {
                         self.slots.pin_snapshot(newest);

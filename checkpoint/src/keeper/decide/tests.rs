@@ -213,6 +213,23 @@ fn parts_too_large_for_the_slots_are_skipped() {
 }
 
 #[test]
+fn a_rank_that_leaves_ends_the_wait_for_its_part() {
+    let mut keeper = Keeper::new();
+    keeper.state.connect_rank(0, 100, keeper.now);
+    keeper.take(id(1, 1));
+    let slot = keeper.reserve(id(1, 2), 8).unwrap();
+    keeper.fill(slot, 4, vec![]).unwrap();
+    keeper.events();
+    keeper.state.disconnect_rank(0, 100);
+    let left = Event::Unprotected {
+        id: id(1, 2),
+        reason: "rank 0 left its part unfinished".into(),
+    };
+    assert_eq!(keeper.events(), [left]);
+    assert!(keeper.is_here(id(1, 1), 0));
+}
+
+#[test]
 fn an_abandoned_snapshot_arrives_no_more() {
     let mut keeper = Keeper::new();
     assert!(keeper.state.may_arrive(id(1, 1)));

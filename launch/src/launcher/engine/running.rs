@@ -17,18 +17,18 @@ use std::{collections::BTreeMap, time::Duration};
 
 /// The time in which the real cause of a failure may still show up after a rank or keeper is gone.
 const SETTLE_TIME: Duration = Duration::from_millis(400);
+/// The time after which a keeper that did not start is tried again.
+const REPAIR_INTERVAL: Duration = Duration::from_secs(30);
 /// The silence after which a machine may be lost, so that its keeper is not replaced yet.
 const SUSPICIOUS_SILENCE: Duration = Duration::from_secs(3);
 
 /// The replacement of a keeper whose ranks live.
 #[derive(Debug, Clone, Copy)]
 enum Repair {
-    /// Its ranks may be about to end, too.
-    Settling { until: Duration },
+    /// Its ranks may be about to end, too; or its successor did not start, and is tried again.
+    Waiting { until: Duration },
     /// Its successor is being started.
     Starting,
-    /// There is none: the node takes no snapshots.
-    Failed,
 }
 
 #[derive(Debug, Default)]
@@ -284,14 +284,19 @@ impl Engine {
                 }
                 (Some(KeeperState::Lost), Some(Repair::Starting)) => {
                     let reason = self.last_keeper_error.clone();
-                    self.print(format!("warning: no snapshots on node {node}: {reason}"));
-                    running.repairs.insert(node, Repair::Failed);
+                    let seconds = REPAIR_INTERVAL.as_secs();
+                    self.print(format!(
+                        "warning: no snapshots until node {node} has a keeper: {reason}; trying \
+                         again in {seconds} s"
+                    ));
+                    let until = self.now + REPAIR_INTERVAL;
+                    running.repairs.insert(node, Repair::Waiting { until });
                 }
                 (Some(KeeperState::Lost), None) => {
                     let until = self.now + SETTLE_TIME;
-                    running.repairs.insert(node, Repair::Settling { until });
+                    running.repairs.insert(node, Repair::Waiting { until });
                 }
-                (Some(KeeperState::Lost), Some(Repair::Settling { until })) => {
+                (Some(KeeperState::Lost), Some(Repair::Waiting { until })) => {
                     let is_silent =
                         self.machines.silence(seat.machine, self.now) > SUSPICIOUS_SILENCE;
                     let is_present = self.machines.is_present(seat.machine);

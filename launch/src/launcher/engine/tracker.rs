@@ -46,6 +46,11 @@ struct LastProgress {
 pub(crate) struct Tracker {
     pub(crate) topology: Topology,
     pending: BTreeMap<SnapshotId, PendingSnapshot>,
+    /// Snapshots newer than the newest complete one that will never be complete.
+    abandoned: BTreeSet<SnapshotId>,
+    /// Such snapshots that no rank has completed its part of. Abandoning one also ends the encoding
+    /// of older ones, so that waits until it has to be.
+    doomed: BTreeMap<SnapshotId, String>,
     /// Snapshots that ranks want on disk; the next one that completes will do.
     wanted: BTreeSet<SnapshotId>,
     /// The newest complete snapshot.
@@ -79,6 +84,8 @@ impl Tracker {
         Tracker {
             topology,
             pending: BTreeMap::new(),
+            abandoned: BTreeSet::new(),
+            doomed: BTreeMap::new(),
             wanted: BTreeSet::new(),
             newest: None,
             ranks: BTreeMap::new(),
@@ -90,6 +97,12 @@ impl Tracker {
 
     /// Takes an event from the keeper of `node`.
     pub(crate) fn on_event(&mut self, node: usize, event: Event, now: Duration) -> Action {
+        if let Event::Complete { id, .. } | Event::Protected { id } = event
+            && let Some(reason) = self.doomed.remove(&id)
+        {
+            self.abandon(id);
+            return Action::Abandon { id, reason };
+        }
         match event {
             Event::Heartbeat { ranks } => self.on_heartbeat(ranks, now),
             Event::Complete { id, part, durable } => {
@@ -108,9 +121,12 @@ impl Tracker {
                 }
             }
             Event::Unprotected { id, reason } => {
-                if self.pending(id, now).is_some() {
-                    self.pending.remove(&id);
+                if self.pending.contains_key(&id) {
+                    self.abandon(id);
                     return Action::Abandon { id, reason };
+                }
+                if self.may_complete(id) {
+                    self.doomed.insert(id, reason);
                 }
             }
             // The engine has noted it.
@@ -119,14 +135,19 @@ impl Tracker {
         Action::Nothing
     }
 
-    /// Returns the pending snapshot, or None if it is outdated: from an earlier generation, or not
-    /// newer than the newest complete one.
+    /// Returns the pending snapshot, or None if it is outdated: from an earlier generation, not
+    /// newer than the newest complete one, or abandoned.
     fn pending(&mut self, id: SnapshotId, now: Duration) -> Option<&mut PendingSnapshot> {
-        if id.generation != self.topology.generation || self.newest >= Some(id) {
+        if !self.may_complete(id) {
             return None;
         }
         let pending = self.pending.entry(id);
         Some(pending.or_insert_with(|| PendingSnapshot::new(now)))
+    }
+
+    fn may_complete(&self, id: SnapshotId) -> bool {
+        let is_current = id.generation == self.topology.generation && self.newest < Some(id);
+        is_current && !self.abandoned.contains(&id)
     }
 
     fn commit_if_complete(&mut self, id: SnapshotId) -> Action {
@@ -141,6 +162,8 @@ impl Tracker {
             return Action::Nothing;
         };
         self.newest = Some(id);
+        self.abandoned.retain(|&abandoned| abandoned > id);
+        self.doomed.retain(|&doomed, _| doomed > id);
         // It also stands in for older snapshots, which were abandoned or overtaken.
         let durable = self.wanted.first().is_some_and(|&wanted| wanted <= id);
         self.wanted.retain(|&wanted| wanted > id);
@@ -163,8 +186,13 @@ impl Tracker {
         let mut pending = self.pending.iter();
         let (&id, _) =
             pending.find(|(_, pending)| now.saturating_sub(pending.since) > SNAPSHOT_TIMEOUT)?;
-        self.pending.remove(&id);
+        self.abandon(id);
         Some(id)
+    }
+
+    fn abandon(&mut self, id: SnapshotId) {
+        self.pending.remove(&id);
+        self.abandoned.insert(id);
     }
 
     /// True while a snapshot newer than the newest complete one may still complete.
@@ -174,7 +202,11 @@ impl Tracker {
 
     /// Removes and returns all incomplete snapshots.
     pub(crate) fn take_pending(&mut self) -> Vec<SnapshotId> {
-        std::mem::take(&mut self.pending).into_keys().collect()
+        let pending: Vec<SnapshotId> = self.pending.keys().copied().collect();
+        for &id in &pending {
+            self.abandon(id);
+        }
+        pending
     }
 
     fn on_heartbeat(&mut self, ranks: Vec<RankStatus>, received: Duration) {
@@ -305,5 +337,37 @@ mod tests {
         assert_eq!(protected(&mut tracker, 8), Some((8, true)));
         let committed = protected(&mut tracker, 9);
         assert_eq!(committed, Some((9, false)), "8 was written");
+    }
+
+    #[test]
+    fn a_rank_that_leaves_between_two_snapshots_does_not_end_the_first() {
+        let mut tracker = tracker();
+        complete(&mut tracker, &[(4, false)]);
+        let reason = "rank 0 left its part unfinished".to_string();
+        let left = Event::Unprotected { id: id(5), reason };
+        let action = tracker.on_event(0, left, Duration::ZERO);
+        assert_eq!(action, Action::Nothing, "it would end the encoding of 4");
+        assert_eq!(protected(&mut tracker, 4), Some((4, false)));
+        let action = tracker.on_event(1, Event::Protected { id: id(5) }, Duration::ZERO);
+        assert!(matches!(action, Action::Abandon { id: abandoned, .. } if abandoned == id(5)));
+    }
+
+    #[test]
+    fn late_reports_of_an_abandoned_snapshot_are_ignored() {
+        let mut tracker = tracker();
+        complete(&mut tracker, &[(4, false)]);
+        let reason = "rank 0 left its part unfinished".to_string();
+        let lost = Event::Unprotected { id: id(4), reason };
+        let action = tracker.on_event(0, lost.clone(), Duration::ZERO);
+        assert!(matches!(action, Action::Abandon { .. }), "{action:?}");
+        assert_eq!(
+            tracker.on_event(1, lost, Duration::ZERO),
+            Action::Nothing,
+            "the other keeper's encoding ended, too"
+        );
+        complete(&mut tracker, &[(4, false)]);
+        assert!(!tracker.has_pending());
+        complete(&mut tracker, &[(5, false)]);
+        assert_eq!(protected(&mut tracker, 5), Some((5, false)));
     }
 }

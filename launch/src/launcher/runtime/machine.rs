@@ -4,7 +4,7 @@ use super::{
     machine_protocol::{MachineCommand, MachineReport, StartedKeeper},
     processes::RankProcesses,
     queue::Queue,
-    spawn::spawn_keeper,
+    spawn::{kill_earlier_keeper, spawn_keeper},
 };
 use crate::{
     cli::TrainArgs,
@@ -177,11 +177,14 @@ impl Machine {
     }
 
     fn kill_keeper(&mut self, pid: i32) {
-        for OwnKeeper { child, .. } in &mut self.keepers {
-            if child.id() as i32 == pid {
+        let mut keepers = self.keepers.iter_mut();
+        match keepers.find(|keeper| keeper.child.id() as i32 == pid) {
+            Some(OwnKeeper { child, .. }) => {
                 let _ = child.kill();
                 let _ = child.try_wait();
             }
+            // Another process started it, which was killed.
+            None => kill_earlier_keeper(&self.dir, pid),
         }
     }
 

@@ -1,9 +1,13 @@
-//! Starts a keeper on this machine.
+//! Starts a keeper on this machine, and kills one that an earlier launcher or agent started.
 
 use super::processes::OWN_PROGRAM;
 use crate::keeper::{KeeperSettings, Ready};
 use anyhow::{Context, Result};
 use checkpoint::run_folder::RunFolder;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use std::{
     io::{BufRead, BufReader, Write},
     os::unix::process::CommandExt,
@@ -59,6 +63,21 @@ fn open_log(logs: PathBuf, name: String) -> Stdio {
             eprintln!("warning: the keeper starts without its log {path}: {error}");
             Stdio::null()
         }
+    }
+}
+
+/// Kills a keeper of the run in `dir` that is no child of this process.
+///
+/// Its number may belong to another process by now, or to one of another container.
+pub(super) fn kill_earlier_keeper(dir: &Path, pid: i32) {
+    let process = PathBuf::from(format!("/proc/{pid}"));
+    let is_keeper =
+        std::fs::read(process.join("cmdline")).is_ok_and(|line| line.ends_with(b"keeper\0serve\0"));
+    let log = std::fs::read_link(process.join("fd/2")).ok();
+    let logs = dir.join("logs").canonicalize().ok();
+    let is_of_run = logs.is_some_and(|logs| log.is_some_and(|log| log.starts_with(logs)));
+    if is_keeper && is_of_run {
+        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
     }
 }
 

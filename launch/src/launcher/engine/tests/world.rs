@@ -94,6 +94,8 @@ pub(super) struct World {
     /// Steps of the checkpoints on disk.
     pub(super) checkpoints: BTreeSet<u64>,
     pub(super) disk: DiskState,
+    /// True while no keeper can be started.
+    pub(super) refuses_keepers: bool,
     pub(super) registry: Option<KeeperRegistry>,
     /// Records that the runtime tries to write again once there is room.
     unwritten_registry: Option<Option<KeeperRegistry>>,
@@ -187,6 +189,7 @@ impl World {
             number: 7,
             registry,
         };
+        let steps = settings.config.train.steps;
         let mut sim: Vec<SimMachine> = (0..machines).map(|_| SimMachine::default()).collect();
         sim[0].is_joined = true;
         World {
@@ -196,9 +199,10 @@ impl World {
             keepers: BTreeMap::new(),
             links: BTreeMap::new(),
             attempt: None,
-            steps: 40,
+            steps,
             checkpoints,
             disk: DiskState::Works,
+            refuses_keepers: false,
             registry: None,
             unwritten_registry: None,
             waiting: Vec::new(),
@@ -614,6 +618,11 @@ impl World {
 
     fn start_keeper(&mut self, id: RequestId, machine: usize) {
         if !self.is_reachable(machine) {
+            return;
+        }
+        if self.refuses_keepers {
+            let reason = "too little memory".into();
+            self.reply(id, Err(Failed::Refused(reason)));
             return;
         }
         self.next_port += 1;
