@@ -436,7 +436,7 @@ fn wrong_machines_are_refused() {
         "machines 1 did not join within 1s",
     );
     // While a launcher waits: a wrong number of ranks, a node rank out of range, a taken one.
-    let endless = ["train.steps=100000"];
+    let endless = ["train.steps=100000", "restart.heartbeat_timeout_s=1.5"];
     let mut head = start(&mut network.machine(&experiment, 0, 2, &endless));
     let mut other = experiment.train(3, &[]);
     refused(
