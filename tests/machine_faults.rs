@@ -33,8 +33,8 @@ fn newest_checkpoint(experiment: &Experiment) -> Option<u64> {
     steps.max()
 }
 
-/// Asserts that all processes of a run were stopped by SIGTERM, and that a checkpoint of its last step
-/// exists.
+/// Asserts that all processes of a run were stopped by SIGTERM, and that a checkpoint of its last
+/// step exists.
 fn assert_stopped(experiment: &Experiment, run: Vec<Child>) {
     for child in run {
         let output = finish_child(child);
