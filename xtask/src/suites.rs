@@ -17,7 +17,7 @@ use anyhow::{Context, Result, ensure};
 use std::process::Command;
 
 /// The arguments of `cargo test` in `scripts/test`.
-const ALL_TESTS: [&str; 4] = ["--release", "--workspace", "--features", "mpi"];
+const ALL_TESTS: [&str; 5] = ["--locked", "--release", "--workspace", "--features", "mpi"];
 
 /// The target of the tests that start processes.
 const SYSTEM_TARGET: &str = "system";
@@ -102,8 +102,11 @@ fn integration_tests(tree: &Tree) -> Vec<&str> {
 
 /// Returns the target of a file like `moe/tests/dispatch.rs`.
 fn integration_test(path: &str) -> Option<&str> {
-    let (_, file) = path.split_once("/tests/")?;
-    file.strip_suffix(".rs").filter(|name| !name.contains('/'))
+    let (folder, file) = path.split_once("/tests/")?;
+    // Deeper in a crate such a folder has modules of its unit tests.
+    let is_of_crate = !folder.contains('/');
+    let name = file.strip_suffix(".rs")?;
+    (is_of_crate && !name.contains('/')).then_some(name)
 }
 
 /// Returns the modules of the system tests.
