@@ -3,7 +3,7 @@
 
 use crate::{
     fixture::{
-        Experiment, finish_child, launcher_output, rank_process, signal, start,
+        Experiment, finish_child, launcher_output, rank_process, resident_mib, signal, start,
         start_with_output_file, steps_done, text, wait_for_output, wait_for_step,
     },
     machines::{Network, finish_all},
@@ -53,14 +53,6 @@ fn answer_to(port: SocketAddr, message: &[u8]) -> Vec<u8> {
     let mut answer = Vec::new();
     let _ = stream.read_to_end(&mut answer);
     answer
-}
-
-fn resident_mib(launcher: &Child) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", launcher.id())).unwrap();
-    let mut lines = status.lines();
-    let line = lines.find(|line| line.starts_with("VmRSS")).unwrap();
-    let kib = line.split_whitespace().nth(1).unwrap();
-    kib.parse::<u64>().unwrap() >> 10
 }
 
 fn head(experiment: &Experiment, network: &Network, changes: &[&str]) -> Child {

@@ -232,7 +232,7 @@ fn a_restart_does_not_wait_for_a_full_disk() {
         last_step(&disk.folder) > step
     });
     stop(&experiment, run);
-    // What the killed rank held is lost, and counted.
+    // The lines that the killed rank held are lost, and counted.
     let missing = assert_each_step_once(&disk.folder);
     let said = launcher_output(&experiment);
     if missing > 0 {

@@ -2,8 +2,8 @@
 
 use crate::{
     fixture::{
-        Experiment, curve, finish, finish_child, launcher_output, start, start_with_output_file,
-        steps_done, text, wait_for_step,
+        Experiment, curve, finish, finish_child, launcher_output, resident_mib, start,
+        start_with_output_file, steps_done, text, wait_for_step,
     },
     machines::{Network, finish_all, start_all},
 };
@@ -149,20 +149,6 @@ fn store_of(launcher: &Child) -> SocketAddr {
     let found = listening(&launcher.id().to_string());
     assert_eq!(found.len(), 1, "{found:?}");
     *found.first().unwrap()
-}
-
-fn resident_mib(launcher: &Child) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", launcher.id())).unwrap();
-    let line = status
-        .lines()
-        .find(|line| line.starts_with("VmRSS"))
-        .unwrap();
-    line.split_whitespace()
-        .nth(1)
-        .unwrap()
-        .parse::<u64>()
-        .unwrap()
-        >> 10
 }
 
 /// c10d's first message: its number of validation, and then a query.

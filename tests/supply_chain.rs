@@ -26,7 +26,7 @@ fn a_wheel_in_the_cache_that_was_changed_is_refused_and_removed() {
     let (_, name) = wheel.split_once("  ").unwrap();
     let wheel = folder.path().join("cache/wheels").join(name);
     std::fs::create_dir_all(wheel.parent().unwrap()).unwrap();
-    // What setup would run first.
+    // The program that setup would run first.
     std::fs::write(&wheel, "not the wheel of pip").unwrap();
     let setup = |option: &str| {
         let mut command = Command::new(scripts.join("setup"));

@@ -390,7 +390,7 @@ pub fn retain(
     let mut most = 0;
     for (_, path) in candidates {
         let counted = kept < keep.max(1);
-        // Those that go need not be read: as many newer ones as are to be kept were verified.
+        // A checkpoint to remove need not be read: enough newer ones were verified.
         let depth = if counted { Depth::Data } else { Depth::Lengths };
         let is_verified = verify(&path, depth).is_ok();
         let Some(opened) = is_verified.then(|| Checkpoint::open(&path).ok()).flatten() else {

@@ -132,7 +132,7 @@ impl Signals {
 
     /// Returns the number of requests for a checkpoint since the last call.
     ///
-    /// Those that arrive shortly afterwards count as the same request, because schedulers signal
+    /// Signals that arrive shortly afterwards count as the same request, because schedulers signal
     /// all processes of a run.
     pub(crate) fn take_checkpoint_requests(&self) -> usize {
         let mut received = self.received.lock();

@@ -6,7 +6,6 @@ use super::{
     problem::Problem,
     reassembly::Progress,
     recovering::Recovering,
-    requests::Purpose,
     saving::{Saved, Saving},
     seating::Seating,
     settings::REMINDER_INTERVAL,
@@ -194,8 +193,7 @@ impl Engine {
                 Progress::Done(Saved::Written(step)) => self.stop_earlier(Some(step)),
             },
             TakingOver::Stopping { saved } => {
-                let is_stop = |purpose| matches!(purpose, Purpose::StopKeeper(_));
-                if self.requests.any(is_stop) {
+                if !self.keepers_have_stopped() {
                     return Next::Wait(Stage::TakingOver(TakingOver::Stopping { saved }));
                 }
                 if let Some(step) = saved {

@@ -64,7 +64,7 @@ use stops::Stops;
 use tracker::Tracker;
 
 /// The limit of a request that moves or checks whole snapshots.
-const LONG_TIMEOUT: Duration = Duration::from_secs(3600);
+pub(crate) const LONG_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// Facts that a launch starts with, besides its settings.
 pub(crate) struct Launch {

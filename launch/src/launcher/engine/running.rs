@@ -401,7 +401,7 @@ impl Engine {
             self.print("lost machines are back: pausing after this step to include them".into());
             self.signal_ranks(Signal::SIGTERM);
         } else {
-            // They serve as spares.
+            // The returned machines serve as spares.
             self.machines.returned.clear();
             self.save_registry();
         }

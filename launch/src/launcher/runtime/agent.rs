@@ -4,7 +4,7 @@
 //! launcher.
 
 use super::{
-    machine::Machine,
+    machine::{Machine, ORPHAN_TIMEOUT},
     machine_protocol::{HEARTBEAT_INTERVAL, Hello, HelloReply, MachineCommand, MachineReport},
     queue::Queue,
 };
@@ -29,8 +29,6 @@ use std::{
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// The launcher may start after its agents.
 const RENDEZVOUS_TIMEOUT: Duration = Duration::from_secs(600);
-/// The time after which an agent without a launcher and its keepers exit.
-const ORPHAN_TIMEOUT: Duration = Duration::from_secs(3600);
 const RECONNECT_INTERVAL: Duration = Duration::from_millis(200);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// The time after which an agent says that it waits for the launcher.

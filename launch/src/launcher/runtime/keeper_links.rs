@@ -2,6 +2,7 @@
 
 use super::queue::Queue;
 use crate::launcher::engine::{
+    LONG_TIMEOUT,
     command::KeeperRequest,
     event::{Answer, Event, Failed},
     keepers::KeeperId,
@@ -10,8 +11,6 @@ use crate::launcher::engine::{
 use checkpoint::keeper::{Error, Peer, Secret};
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
-/// The limit of a request that moves or checks whole snapshots.
-const LONG_TIMEOUT: Duration = Duration::from_secs(3600);
 /// The time after which a thread without requests looks whether it is still needed.
 const IDLE_INTERVAL: Duration = Duration::from_secs(3600);
 

@@ -23,8 +23,8 @@ use std::{
     time::Duration,
 };
 
-/// The time after which a keeper without a launcher exits.
-const ORPHAN_TIMEOUT: Duration = Duration::from_secs(3600);
+/// The time after which a keeper or an agent without a launcher exits.
+pub(super) const ORPHAN_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// A keeper that this process has started.
 struct OwnKeeper {

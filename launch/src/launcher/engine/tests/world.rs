@@ -249,7 +249,7 @@ impl World {
             return;
         }
         if self.machines[machine].cut_since.is_some() {
-            // What was sent meanwhile is lost.
+            // Messages sent in the meantime are lost.
             self.miss_keepers(machine);
         }
         self.machines[machine] = SimMachine {
