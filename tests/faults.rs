@@ -231,10 +231,10 @@ fn a_rank_that_runs_out_of_memory() {
     };
     let run = start_with_output_file(&experiment, &mut experiment.train(2, &common));
     wait_for_step(&experiment, "run", 5);
+    // An empty group takes any limit. The next page that the rank touches is over it.
+    std::fs::write(limit, "65536").unwrap();
     let rank = rank_process(&experiment, 1);
     std::fs::write(group.join("cgroup.procs"), &rank).unwrap();
-    // The next page it touches is over the limit.
-    std::fs::write(limit, "65536").unwrap();
     let ended = run.wait_with_output().unwrap();
     let said = launcher_output(&experiment);
     let _ = std::fs::remove_dir(&group);

@@ -180,8 +180,9 @@ impl Served {
             },
             keepers: hello.keepers,
         });
+        // The engine decides when a machine is silent, and then closes the connection.
         let reason = loop {
-            match reader.receive(Some(self.join.heartbeat_timeout)) {
+            match reader.receive(None) {
                 Ok(report) => self.events.push(event(machine, report)),
                 Err(error) => break error.to_string(),
             }
