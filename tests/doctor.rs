@@ -137,6 +137,7 @@ fn a_full_dev_shm_is_a_warning_to_those_who_use_it() {
         command
             .args(["-m", "sh", "-c", script, "sh"])
             .arg(moerun.get_program())
+            .args(moerun.get_args())
             .arg("doctor")
             .args(args)
             .current_dir(experiment.path(""));

@@ -170,6 +170,7 @@ mod under_mpirun {
         command
             .args(["--oversubscribe", "-n", &ranks.to_string()])
             .arg(moerun.get_program())
+            .args(moerun.get_args())
             .args(args);
         command
     }

@@ -20,6 +20,8 @@
 //! - A snapshot is used only if every rank's part matches its checksums, or can be rebuilt.
 //! - A keeper serves only peers that know the run's secret.
 
+#![deny(clippy::too_many_lines)]
+
 mod client;
 mod connection;
 mod daemon;

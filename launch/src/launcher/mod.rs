@@ -4,6 +4,8 @@
 //! The `engine` makes all decisions and does no I/O; the `runtime` carries them out, here and,
 //! through each `agent`, elsewhere.
 
+#![deny(clippy::too_many_lines)]
+
 pub(crate) mod engine;
 mod hostfile;
 mod identity;

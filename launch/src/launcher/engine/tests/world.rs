@@ -960,7 +960,12 @@ impl World {
     }
 
     pub(super) fn has_keepers(&self) -> bool {
-        self.keepers.values().any(|keeper| keeper.is_alive)
+        !self.live_keepers().is_empty()
+    }
+
+    pub(super) fn live_keepers(&self) -> BTreeSet<SocketAddr> {
+        let live = self.keepers.iter().filter(|(_, keeper)| keeper.is_alive);
+        live.map(|(&address, _)| address).collect()
     }
 }
 
