@@ -554,11 +554,10 @@ fn a_spare_node_takes_over_and_without_one_the_run_shrinks() {
 #[test]
 fn flipped_bits_in_memory_are_repaired_from_parity() {
     let experiment = Experiment::new();
-    // The pause between snapshots is long enough for two commands.
     let common = [
-        "train.steps=700",
+        "train.steps=120",
         "parallel.ranks_per_node=1",
-        "snapshot.every=300",
+        "snapshot.every=50",
         "checkpoint.every=0",
     ];
     assert!(
@@ -571,7 +570,7 @@ fn flipped_bits_in_memory_are_repaired_from_parity() {
         .success()
     );
     let run = start_with_output_file(&experiment, &mut experiment.train(4, &common));
-    wait_for_step(&experiment, "run", 301);
+    wait_for_step(&experiment, "run", 51);
     wait_for_snapshot(&experiment, 4);
     let chaos = [
         "chaos",
@@ -585,11 +584,13 @@ fn flipped_bits_in_memory_are_repaired_from_parity() {
         "--step-ms",
         "0",
     ];
-    let chaos = finish(&mut experiment.moerun(&chaos));
+    let (chaos, verified) = experiment.with_ranks_stopped(|| {
+        let chaos = finish(&mut experiment.moerun(&chaos));
+        let verified = finish(&mut experiment.moerun(&["snapshot", "verify", "run"]));
+        signal(&rank_process(&experiment, 0), "KILL");
+        (chaos, verified)
+    });
     assert!(text(&chaos).contains("snapshot flips"), "{}", text(&chaos));
-    let verify = || finish(&mut experiment.moerun(&["snapshot", "verify", "run"]));
-    let verified = experiment.with_ranks_stopped(verify);
-    signal(&rank_process(&experiment, 0), "KILL");
     assert!(
         run.wait_with_output().unwrap().status.success(),
         "{}",

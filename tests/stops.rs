@@ -108,21 +108,23 @@ fn a_second_interrupt_stops_a_rank_that_waits_for_another() {
     assert!(asked.elapsed() < Duration::from_secs(3));
 }
 
-/// Returns the command in a shell that ignores a signal, as nohup and background jobs do.
+/// Returns the command with a signal ignored, as by nohup and for background jobs.
 fn ignoring(name: &str, command: &Command) -> Command {
-    let mut shell = Command::new("sh");
-    shell
-        .args(["-c", &format!("trap '' {name}; exec \"$@\""), "sh"])
-        .arg(command.get_program())
-        .args(command.get_args());
+    // `env`, and what it resets.
+    let mut ignoring = Command::new(command.get_program());
+    let mut arguments = command.get_args();
+    ignoring
+        .args(arguments.next())
+        .arg(format!("--ignore-signal={name}"))
+        .args(arguments);
     for (name, value) in command.get_envs() {
         match value {
-            Some(value) => shell.env(name, value),
-            None => shell.env_remove(name),
+            Some(value) => ignoring.env(name, value),
+            None => ignoring.env_remove(name),
         };
     }
-    shell.current_dir(command.get_current_dir().unwrap());
-    shell
+    ignoring.current_dir(command.get_current_dir().unwrap());
+    ignoring
 }
 
 fn wait_for_ten_more_steps(experiment: &Experiment) {
