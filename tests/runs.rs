@@ -7,6 +7,7 @@ use crate::fixture::{
 };
 use std::{
     os::unix::process::ExitStatusExt,
+    path::Path,
     process::{Child, Command},
     time::SystemTime,
 };
@@ -56,6 +57,40 @@ fn killed_at_any_moment_it_resumes_bit_for_bit() {
     let unbroken = curve(&experiment, "unbroken");
     assert_eq!(unbroken.len(), 60 + 6, "60 steps and 6 validations");
     assert_eq!(broken, unbroken, "killed at steps {killed_at:?}");
+}
+
+/// A run that resumes after a validation has its line once, whether the earlier run wrote it or a
+/// crash left a part of it or nothing.
+#[test]
+fn each_validation_has_one_line() {
+    let experiment = Experiment::new();
+    let train = |steps: &str, dir: &str| {
+        let output = finish(&mut experiment.train(2, &[steps, dir]));
+        assert!(output.status.success(), "{}", text(&output));
+    };
+    train("train.steps=20", "run.dir=unbroken");
+    let unbroken = curve(&experiment, "unbroken");
+    train("train.steps=10", "run.dir=run");
+    let path = experiment.path("run/metrics.jsonl");
+    let written = std::fs::read_to_string(&path).unwrap();
+    let validation = written.find("{\"step\":10,\"validation_loss\"").unwrap();
+    let moved = experiment.path("moved");
+    for kept in [written.len(), validation, validation + 25, 0] {
+        std::fs::rename(experiment.path("run"), &moved).unwrap();
+        copy_folder(&moved, &experiment.path("run"));
+        std::fs::write(&path, &written[..kept]).unwrap();
+        train("train.steps=20", "run.dir=run");
+        let resumed = curve(&experiment, "run");
+        let missing = if kept == 0 { 10 } else { 0 };
+        assert_eq!(resumed, unbroken[missing..], "{kept} bytes were left");
+        std::fs::remove_dir_all(experiment.path("run")).unwrap();
+        std::fs::rename(&moved, experiment.path("run")).unwrap();
+    }
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    let copied = finish(Command::new("cp").arg("-r").args([from, to]));
+    assert!(copied.status.success(), "{}", text(&copied));
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! Signals to ranks of any launcher: orderly stops, requests for a checkpoint, and statuses.
 
 use crate::fixture::{
-    COMMAND_TIMEOUT, Experiment, curve, finish_child, free_port, launcher_output, rank_process,
-    ranks, signal, start, start_with_output_file, steps_done, text, wait_for_step,
+    COMMAND_TIMEOUT, Experiment, curve, finish, finish_child, free_port, launcher_output,
+    rank_process, ranks, signal, start, start_with_output_file, steps_done, text, wait_for_step,
 };
 use std::{
     process::{Child, Command},
@@ -13,8 +13,12 @@ const LONG: [&str; 2] = ["train.steps=100000", "checkpoint.every=0"];
 
 /// Starts two ranks that the variables of torchrun describe.
 fn two_ranks(experiment: &Experiment) -> Vec<Child> {
+    two_ranks_with(experiment, &LONG)
+}
+
+fn two_ranks_with(experiment: &Experiment, changes: &[&str]) -> Vec<Child> {
     let port = free_port();
-    ranks(experiment, 2, &LONG, |_, rank| {
+    ranks(experiment, 2, changes, |_, rank| {
         format!(
             "RANK={rank} LOCAL_RANK={rank} WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 \
              MASTER_ADDR=127.0.0.1 MASTER_PORT={port}"
@@ -203,6 +207,43 @@ fn a_rank_of_the_launcher_has_keepers_write_the_checkpoint() {
     wait_for_ten_more_steps(&experiment);
     signal(&run.id().to_string(), "TERM");
     assert_stopped(&experiment, vec![run], 143);
+}
+
+#[test]
+fn a_validation_that_a_stop_omits_is_made_up_for() {
+    // Ranks that write the checkpoint, and ranks whose keepers do.
+    for has_launcher in [false, true] {
+        let experiment = Experiment::new();
+        let start_run = |changes: &[&str]| {
+            if has_launcher {
+                vec![start(&mut experiment.train(2, changes))]
+            } else {
+                two_ranks_with(&experiment, changes)
+            }
+        };
+        let changes = ["checkpoint.every=0", "validation.every=1"];
+        let run = start_run(&[&changes[..], &["train.steps=100000"]].concat());
+        wait_for_step(&experiment, "run", 10);
+        signal(&run[0].id().to_string(), "TERM");
+        assert_stopped(&experiment, run, 143);
+        let stopped = steps_done(&experiment, "run");
+        let last = curve(&experiment, "run").pop().unwrap();
+        assert!(last["validation_loss"].is_null(), "the stop validated");
+        let steps = format!("train.steps={}", stopped + 5);
+        let changes = [&changes[..], &[&steps]].concat();
+        let mut said = String::new();
+        for child in start_run(&changes) {
+            let output = finish_child(child);
+            said += &text(&output);
+            assert!(output.status.success(), "{said}");
+        }
+        let printed = format!("step {stopped}  validation loss ");
+        assert_eq!(said.matches(&printed).count(), 1, "{said}");
+        let alone = [&changes[..], &["run.dir=alone"]].concat();
+        let output = finish(&mut experiment.train(2, &alone));
+        assert!(output.status.success(), "{}", text(&output));
+        assert_eq!(curve(&experiment, "run"), curve(&experiment, "alone"));
+    }
 }
 
 /// Waits until a process holds signals back or handles them: before, it cannot do either.

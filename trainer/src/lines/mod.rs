@@ -11,5 +11,6 @@ mod writer;
 
 pub use backlog::{Limits, MissingLines};
 pub use health::Notice;
+pub use tail::ResumePoint;
 pub use target::Target;
 pub use writer::{LineWriter, Options, WrittenLines};

@@ -1,6 +1,6 @@
 //! The end of a file of JSON lines, read backwards: a resumed run cuts off what it repeats.
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer, de::IgnoredAny};
 use std::io::{Read, Result, Seek, SeekFrom};
 
 /// Bytes that are read at once.
@@ -8,6 +8,23 @@ const BLOCK: u64 = 64 * 1024;
 
 /// A longer line is damaged: a line of metrics has some kilobytes per thousand ranks and layers.
 const MAX_LINE: u64 = 64 << 20;
+
+/// The point from which a resumed run writes lines again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ResumePoint {
+    /// Number of steps of the state that the run resumes from.
+    pub step: u64,
+    /// True if the run also repeats the validation of that step.
+    pub repeats_validation: bool,
+}
+
+impl ResumePoint {
+    /// True unless the run writes the line again.
+    fn keeps(self, line: &NumberedLine) -> bool {
+        let is_repeated = self.repeats_validation && line.is_validation;
+        line.step < self.step || line.step == self.step && !is_repeated
+    }
+}
 
 /// The end of a file up to which a resumed run keeps it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -23,16 +40,28 @@ pub(super) struct Tail {
 #[derive(Deserialize)]
 struct NumberedLine {
     step: u64,
+    #[serde(default, rename = "validation_loss", deserialize_with = "is_present")]
+    is_validation: bool,
 }
 
-/// Finds the last line with a step up to `step`, in a file of `len` bytes whose steps ascend.
-/// Damaged and cut-off lines after it are not kept.
+/// Returns true for a key with any value: a loss that is not finite is written as null.
+fn is_present<'de, D: Deserializer<'de>>(value: D) -> std::result::Result<bool, D::Error> {
+    IgnoredAny::deserialize(value).map(|_| true)
+}
+
+/// Finds the last line that a run from `point` does not write again, in a file of `len` bytes whose
+/// steps ascend. A validation follows the line of its step. Damaged and cut-off lines after the
+/// line are not kept.
 ///
 /// Reads the lines after it and one block, however long the file is.
 ///
 /// # Errors
 /// If the file cannot be read.
-pub(super) fn find_tail(file: &mut (impl Read + Seek), len: u64, step: u64) -> Result<Tail> {
+pub(super) fn find_tail(
+    file: &mut (impl Read + Seek),
+    len: u64,
+    point: ResumePoint,
+) -> Result<Tail> {
     let mut file = BackwardReader {
         file,
         block: Vec::new(),
@@ -43,11 +72,11 @@ pub(super) fn find_tail(file: &mut (impl Read + Seek), len: u64, step: u64) -> R
         let is_unterminated = end == len && !file.ends_with_newline(end)?;
         let text_end = if is_unterminated { end } else { end - 1 };
         let start = file.line_start(text_end)?;
-        let found = file.step_of(start, text_end)?;
-        if found.is_some_and(|found| found <= step) {
+        let line = file.numbered_line(start, text_end)?;
+        if let Some(line) = line.filter(|line| point.keeps(line)) {
             return Ok(Tail {
                 keep: end,
-                last_step: found,
+                last_step: Some(line.step),
                 is_unterminated,
             });
         }
@@ -99,8 +128,8 @@ impl<F: Read + Seek> BackwardReader<'_, F> {
         Ok(0)
     }
 
-    /// Returns the step of a line, or `None` if the line is damaged.
-    fn step_of(&mut self, start: u64, end: u64) -> Result<Option<u64>> {
+    /// Reads a line. Returns `None` if it is damaged.
+    fn numbered_line(&mut self, start: u64, end: u64) -> Result<Option<NumberedLine>> {
         if end - start > MAX_LINE {
             return Ok(None);
         }
@@ -114,8 +143,7 @@ impl<F: Read + Seek> BackwardReader<'_, F> {
             self.file.read_exact(&mut long)?;
             &long
         };
-        let line = serde_json::from_slice::<NumberedLine>(text);
-        Ok(line.ok().map(|line| line.step))
+        Ok(serde_json::from_slice(text).ok())
     }
 }
 
@@ -144,8 +172,22 @@ mod tests {
         }
     }
 
-    fn tail(text: &[u8], step: u64) -> Tail {
-        find_tail(&mut Cursor::new(text), text.len() as u64, step).unwrap()
+    fn after(step: u64) -> ResumePoint {
+        ResumePoint {
+            step,
+            repeats_validation: false,
+        }
+    }
+
+    fn repeating(step: u64) -> ResumePoint {
+        ResumePoint {
+            step,
+            repeats_validation: true,
+        }
+    }
+
+    fn tail(text: &[u8], point: ResumePoint) -> Tail {
+        find_tail(&mut Cursor::new(text), text.len() as u64, point).unwrap()
     }
 
     #[test]
@@ -160,7 +202,7 @@ mod tests {
         file.write_all(b"\n").unwrap();
         let len = file.metadata().unwrap().len();
         let mut counted = Counted { file, bytes: 0 };
-        let tail = find_tail(&mut counted, len, 150).unwrap();
+        let tail = find_tail(&mut counted, len, after(150)).unwrap();
         assert_eq!(tail.last_step, Some(150));
         assert!(counted.bytes <= 2 * BLOCK, "{} bytes", counted.bytes);
     }
@@ -182,13 +224,45 @@ mod tests {
             b"{\"loss\":2}\n\"step\"\n",
         ];
         for garbage in garbage {
-            assert_eq!(tail(&[whole, garbage].concat(), 5), kept, "{garbage:?}");
+            let found = tail(&[whole, garbage].concat(), after(5));
+            assert_eq!(found, kept, "{garbage:?}");
         }
         // A line that lacks only its end is whole.
-        let unterminated = tail(b"{\"step\":1}\n{\"step\":2}", 5);
+        let unterminated = tail(b"{\"step\":1}\n{\"step\":2}", after(5));
         assert!(unterminated.is_unterminated && unterminated.keep == 21);
-        assert_eq!(tail(b"no json\n", 5), Tail::default());
-        assert_eq!(tail(b"", 5), Tail::default());
+        assert_eq!(tail(b"no json\n", after(5)), Tail::default());
+        assert_eq!(tail(b"", after(5)), Tail::default());
+    }
+
+    #[test]
+    fn a_validation_is_cut_off_if_it_is_repeated() {
+        let step_1 = "{\"step\":1}\n{\"step\":1,\"validation_loss\":2.5}\n";
+        let step_2 = "{\"step\":2,\"loss\":1.0}\n";
+        let kept = (step_1.len() + step_2.len()) as u64;
+        let ends = [
+            "",
+            "{\"step\":2,\"validation_loss\":2.0}\n",
+            "{\"step\":2,\"validation_loss\":null}\n{\"step\":3}\n",
+            "{\"step\":2,\"validation_loss\":2.0}",
+            "{\"step\":2,\"valida",
+        ];
+        for end in ends {
+            let text = [step_1, step_2, end].concat();
+            let found = tail(text.as_bytes(), repeating(2));
+            assert_eq!((found.keep, found.last_step), (kept, Some(2)), "{end}");
+        }
+        // Validations of earlier steps stay, and without a repetition the last one too.
+        let text = [step_1, step_2, ends[1]].concat();
+        assert_eq!(tail(text.as_bytes(), after(2)).keep, text.len() as u64);
+        assert_eq!(
+            tail(step_1.as_bytes(), repeating(2)).keep,
+            step_1.len() as u64
+        );
+        // The record of missing lines stands for step 2.
+        let record = "{\"step\":2,\"first_step\":2,\"dropped_steps\":1,\"dropped_lines\":2}\n";
+        let text = [step_1, record, ends[1]].concat();
+        let kept = (step_1.len() + record.len()) as u64;
+        assert_eq!(tail(text.as_bytes(), repeating(2)).keep, kept);
     }
 
     proptest! {
@@ -211,7 +285,7 @@ mod tests {
                     last = Some(number);
                 }
             }
-            let found = tail(&text, step);
+            let found = tail(&text, after(step));
             prop_assert_eq!(found.keep, expected);
             prop_assert_eq!(found.last_step, last);
         }

@@ -1,6 +1,6 @@
 //! The file that takes the lines: opened, cut where the run resumes, and appended to.
 
-use super::tail::find_tail;
+use super::tail::{ResumePoint, find_tail};
 use nix::{errno::Errno, fcntl::OFlag};
 use std::{
     fs::File,
@@ -13,12 +13,8 @@ use std::{
 pub enum Target {
     /// Lines follow those that are in the file.
     Append(PathBuf),
-    /// Lines after a step are removed first: the run repeats them.
-    After {
-        path: PathBuf,
-        /// Number of steps of the state that the run resumes from.
-        step: u64,
-    },
+    /// Lines after the point where the run resumes are removed first: the run repeats them.
+    After { path: PathBuf, point: ResumePoint },
     /// A file that is open already.
     Open(File),
 }
@@ -53,7 +49,7 @@ impl Target {
             }
         };
         match self {
-            Target::After { step, .. } if is_first => cut_after(file, *step),
+            Target::After { point, .. } if is_first => cut_after(file, *point),
             _ => end_last_line(file),
         }
     }
@@ -108,10 +104,10 @@ fn open_regular(path: &Path) -> Result<File> {
     Ok(file)
 }
 
-/// Removes the lines after `step`, and a line that a crash cut off.
-fn cut_after(mut file: File, step: u64) -> Result<OpenFile> {
+/// Removes the lines after `point`, and a line that a crash cut off.
+fn cut_after(mut file: File, point: ResumePoint) -> Result<OpenFile> {
     let len = file.metadata()?.len();
-    let tail = find_tail(&mut file, len, step)?;
+    let tail = find_tail(&mut file, len, point)?;
     if tail.keep < len {
         file.set_len(tail.keep)?;
     }

@@ -271,15 +271,15 @@ impl WriterThread {
             on_open(&file.file);
         }
         let mut state = self.shared.state.lock();
-        if let (Target::After { step, .. }, Some(last), false) =
+        if let (Target::After { point, .. }, Some(last), false) =
             (&self.target, file.last_step, self.was_open)
             && self.reports_gap
-            && last < *step
+            && last < point.step
         {
             let missing = MissingLines {
-                lines: step - last,
-                steps: step - last,
-                span: Some((last + 1, *step)),
+                lines: point.step - last,
+                steps: point.step - last,
+                span: Some((last + 1, point.step)),
             };
             state.backlog.report_missing_first(&missing);
             state.notices.push_back(Notice::Interrupted(missing));
@@ -325,6 +325,7 @@ fn copy_error(error: &io::Error) -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lines::ResumePoint;
     use std::{io::Read, os::fd::OwnedFd, path::PathBuf};
 
     fn options(target: Target) -> Options {
@@ -341,7 +342,11 @@ mod tests {
     }
 
     fn resume(path: PathBuf, step: u64) -> LineWriter {
-        LineWriter::start(options(Target::After { path, step }))
+        let point = ResumePoint {
+            step,
+            repeats_validation: false,
+        };
+        LineWriter::start(options(Target::After { path, point }))
     }
 
     fn push(writer: &LineWriter, step: u64) {

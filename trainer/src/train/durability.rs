@@ -242,7 +242,8 @@ impl Trainer {
         Ok(())
     }
 
-    /// Writes a checkpoint of the current state.
+    /// Writes a checkpoint of the current state. Like a snapshot, it waits for the lines so far, so
+    /// that a run that resumes from it does not miss them.
     ///
     /// # Collective
     /// All ranks.
@@ -252,6 +253,9 @@ impl Trainer {
     pub fn save(&self) -> Result<PathBuf, Error> {
         let root = self.checkpoint_dir();
         let tensors = self.state_tensors();
+        for lines in self.files.position() {
+            lines.wait();
+        }
         let path = checkpointing::save(&root, &self.state(), &tensors, &self.world)?;
         if self.is_rank_0() {
             checkpointing::retain_checkpoints(&root, self.config.checkpoint.keep, self.step)?;

@@ -3,7 +3,7 @@
 use super::metrics::{DroppedLines, Progress, RoutingLine, StepMetrics, ValidationMetrics};
 use crate::{
     Error,
-    lines::{Limits, LineWriter, MissingLines, Notice, Options, Target, WrittenLines},
+    lines::{Limits, LineWriter, MissingLines, Notice, Options, ResumePoint, Target, WrittenLines},
 };
 use serde::Serialize;
 use std::{
@@ -32,16 +32,20 @@ struct MetricsFile {
 }
 
 impl MetricsFiles {
-    /// Opens the files in `dir` for a run that resumes after `step`.
+    /// Opens the files in `dir` for a run that resumes at `point`.
     ///
     /// # Errors
     /// If a file cannot be opened. A run that resumes tolerates what may pass, such as a full
     /// disk.
-    pub(super) fn open(dir: &Path, step: u64, limits: Limits) -> Result<MetricsFiles, Error> {
-        let metrics = MetricsFile::start(dir.join("metrics.jsonl"), step, limits, true);
-        let routing = MetricsFile::start(dir.join("routing.jsonl"), step, limits, false);
+    pub(super) fn open(
+        dir: &Path,
+        point: ResumePoint,
+        limits: Limits,
+    ) -> Result<MetricsFiles, Error> {
+        let metrics = MetricsFile::start(dir.join("metrics.jsonl"), point, limits, true);
+        let routing = MetricsFile::start(dir.join("routing.jsonl"), point, limits, false);
         for file in [&metrics, &routing] {
-            let opened = file.lines.wait_until_open(OPEN_TIMEOUT, step > 0);
+            let opened = file.lines.wait_until_open(OPEN_TIMEOUT, point.step > 0);
             opened.map_err(Error::io("cannot write", &file.path))?;
         }
         Ok(MetricsFiles(Some(OpenFiles { metrics, routing })))
@@ -103,10 +107,10 @@ impl OpenFiles {
 }
 
 impl MetricsFile {
-    fn start(path: PathBuf, step: u64, limits: Limits, reports_gap: bool) -> MetricsFile {
+    fn start(path: PathBuf, point: ResumePoint, limits: Limits, reports_gap: bool) -> MetricsFile {
         let target = Target::After {
             path: path.clone(),
-            step,
+            point,
         };
         let lines = LineWriter::start(Options {
             target,

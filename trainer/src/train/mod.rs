@@ -34,7 +34,7 @@ use crate::{
     Error,
     config::{Config, Dtype, KeyChange, MinTokens, ParameterCount, PipelinePlan},
     data::Dataset,
-    lines::Limits,
+    lines::{Limits, ResumePoint},
     model::Model,
     optim::Optimizer,
     train::{
@@ -128,6 +128,8 @@ pub struct Trainer {
     /// Keys whose refused changes the user accepts on a resume.
     accepted_changes: Vec<String>,
     resume_report: ResumeReport,
+    /// True if the run repeats the validation of the state that it resumed from.
+    repeats_validation: bool,
     /// True if this rank was asked for a checkpoint.
     wants_checkpoint: bool,
     /// The step after which the ranks write the checkpoint that one was asked for.
@@ -215,11 +217,15 @@ impl Trainer {
         requests: &dyn RunRequests,
         progress: &mut dyn Progress,
     ) -> Result<Outcome, Error> {
+        let point = ResumePoint {
+            step: self.step,
+            repeats_validation: std::mem::take(&mut self.repeats_validation),
+        };
         if self.is_rank_0() {
             let limits = Limits::of_mib(self.config.run.line_buffer_mib);
-            self.files = MetricsFiles::open(&self.config.run.dir, self.step, limits)?;
+            self.files = MetricsFiles::open(&self.config.run.dir, point, limits)?;
         }
-        let outcome = self.run_steps(requests, progress);
+        let outcome = self.run_steps(point.repeats_validation, requests, progress);
         let files = std::mem::take(&mut self.files);
         files.finish(outcome.is_err(), progress);
         if let Some(trace) = self.trace.take().filter(|_| outcome.is_ok()) {
@@ -231,6 +237,7 @@ impl Trainer {
 
     fn run_steps(
         &mut self,
+        repeats_validation: bool,
         requests: &dyn RunRequests,
         progress: &mut dyn Progress,
     ) -> Result<Outcome, Error> {
@@ -240,6 +247,9 @@ impl Trainer {
             stopped: false,
             validation_loss: None,
         };
+        if repeats_validation {
+            outcome.validation_loss = self.report_validation(progress)?;
+        }
         while self.step < steps && !outcome.stopped {
             self.wants_checkpoint = requests.wants_checkpoint();
             let (metrics, stopped) = self.train_step(requests.wants_stop())?;
@@ -251,13 +261,9 @@ impl Trainer {
                 self.report_step(&metrics, progress);
             }
             let is_last = self.step == steps || outcome.stopped;
-            if self.validation_due(is_last) && !outcome.stopped {
-                let validation = self.validate()?;
-                outcome.validation_loss = validation.as_ref().map(|line| line.validation_loss);
-                if let Some(line) = validation.filter(|_| self.is_rank_0()) {
-                    self.files.write_validation(&line);
-                    progress.validation(self.step, line.validation_loss);
-                }
+            // A stop does not wait for a validation: the run makes up for it when it resumes.
+            if validation::is_due(&self.config, self.step, is_last) && !outcome.stopped {
+                outcome.validation_loss = self.report_validation(progress)?;
             }
             self.persist(is_last, progress)?;
         }
@@ -296,12 +302,16 @@ impl Trainer {
         }
     }
 
-    fn validation_due(&self, is_last: bool) -> bool {
-        let Some(validation) = &self.config.validation else {
-            return false;
+    /// Validates and writes the line of the current step. Returns the loss.
+    fn report_validation(&self, progress: &mut dyn Progress) -> Result<Option<f64>, Error> {
+        let Some(line) = self.validate()? else {
+            return Ok(None);
         };
-        let every = validation.every;
-        is_last || every > 0 && self.step.is_multiple_of(every)
+        if self.is_rank_0() {
+            self.files.write_validation(&line);
+            progress.validation(self.step, line.validation_loss);
+        }
+        Ok(Some(line.validation_loss))
     }
 
     /// True if `min_tokens` is measured and not configured.

@@ -6,6 +6,7 @@ use super::{
     resume_rules::ResumeRules,
     run_state::{CountedFrom, RunState},
     saved_config::config_in,
+    validation,
 };
 use crate::{Error, config::Config, optim::rate_jump::rate_jump};
 use checkpoint::folder::{self, Depth, Leftover};
@@ -46,6 +47,7 @@ impl Trainer {
         self.samples = state.samples;
         self.tokens = state.tokens;
         self.counted_from = self.counted_since(&state, &saved);
+        self.repeats_validation = validation::is_repeated(&self.config, &saved, state.step);
         // The value that was measured at the start of the run gives the same plans, and so the same
         // bits, as without an interruption.
         if let (Some(planner), Some(min_tokens)) = (&self.planner, state.min_tokens)

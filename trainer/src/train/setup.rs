@@ -96,6 +96,7 @@ impl Trainer {
             last_step_seconds: 0.0,
             accepted_changes: Vec::new(),
             resume_report: ResumeReport::default(),
+            repeats_validation: false,
             wants_checkpoint: false,
             requested_checkpoint: None,
             files: MetricsFiles::default(),
