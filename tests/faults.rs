@@ -84,7 +84,7 @@ fn ranks_killed_at_any_moment_again_and_again() {
         .ok()
         .and_then(|n| n.parse().ok())
         .unwrap_or(12);
-    let experiment = Experiment::new();
+    let experiment = Experiment::with_standbys();
     let steps = format!("train.steps={}", 60 + 14 * kills);
     let common = [
         steps.as_str(),
@@ -151,7 +151,7 @@ fn ranks_killed_at_any_moment_again_and_again() {
 
 #[test]
 fn stopped_aborted_and_delayed_ranks() {
-    let experiment = Experiment::new();
+    let experiment = Experiment::with_standbys();
     let common = [
         "train.steps=300",
         "checkpoint.every=0",
@@ -200,7 +200,7 @@ fn stopped_aborted_and_delayed_ranks() {
 /// The kernel kills a rank, if this machine lets a test limit memory.
 #[test]
 fn a_rank_that_runs_out_of_memory() {
-    let experiment = Experiment::new();
+    let experiment = Experiment::with_standbys();
     let common = ["train.steps=120", "checkpoint.every=0"];
     assert!(
         finish(
@@ -247,7 +247,7 @@ fn a_rank_that_runs_out_of_memory() {
 
 #[test]
 fn a_run_resumes_from_keepers_memory_after_its_launcher_was_killed() {
-    let experiment = Experiment::new();
+    let experiment = Experiment::with_standbys();
     let common = ["train.steps=60", "checkpoint.every=0", "snapshot.every=1"];
     assert!(
         finish(
@@ -304,7 +304,7 @@ fn a_run_resumes_from_keepers_memory_after_its_launcher_was_killed() {
 
 #[test]
 fn a_keeper_that_dies_alone_is_replaced_and_training_continues() {
-    let experiment = Experiment::new();
+    let experiment = Experiment::with_standbys();
     let common = [
         "train.steps=400",
         "checkpoint.every=50",
@@ -346,7 +346,7 @@ fn a_keeper_that_dies_alone_is_replaced_and_training_continues() {
 /// `too_many` one node more.
 fn every_pattern(data: usize, parity: usize, too_many: bool) {
     let nodes = data + parity;
-    let experiment = Experiment::new();
+    let experiment = Experiment::with_standbys();
     let redundancy = format!("snapshot.redundancy={{parity: {{data: {data}, parity: {parity}}}}}");
     let batch = format!("train.global_batch={}", 2 * nodes);
     let mut common = vec![
@@ -437,7 +437,7 @@ fn every_two_lost_nodes_of_four_and_two() {
 
 #[test]
 fn one_lost_node_too_many_resumes_from_the_checkpoint() {
-    let experiment = Experiment::new();
+    let experiment = Experiment::with_standbys();
     let common = [
         "train.steps=80",
         "parallel.ranks_per_node=1",
@@ -476,7 +476,7 @@ fn one_lost_node_too_many_resumes_from_the_checkpoint() {
 
 #[test]
 fn a_spare_node_takes_over_and_without_one_the_run_shrinks() {
-    let experiment = Experiment::new();
+    let experiment = Experiment::with_standbys();
     let common = [
         "train.steps=300",
         "parallel.ranks_per_node=1",
@@ -553,11 +553,12 @@ fn a_spare_node_takes_over_and_without_one_the_run_shrinks() {
 
 #[test]
 fn flipped_bits_in_memory_are_repaired_from_parity() {
-    let experiment = Experiment::new();
+    let experiment = Experiment::with_standbys();
+    // The pause between snapshots is long enough for a command.
     let common = [
-        "train.steps=120",
+        "train.steps=420",
         "parallel.ranks_per_node=1",
-        "snapshot.every=50",
+        "snapshot.every=200",
         "checkpoint.every=0",
     ];
     assert!(
@@ -570,7 +571,7 @@ fn flipped_bits_in_memory_are_repaired_from_parity() {
         .success()
     );
     let run = start_with_output_file(&experiment, &mut experiment.train(4, &common));
-    wait_for_step(&experiment, "run", 51);
+    wait_for_step(&experiment, "run", 201);
     wait_for_snapshot(&experiment, 4);
     let chaos = [
         "chaos",
@@ -584,13 +585,13 @@ fn flipped_bits_in_memory_are_repaired_from_parity() {
         "--step-ms",
         "0",
     ];
-    let (chaos, verified) = experiment.with_ranks_stopped(|| {
-        let chaos = finish(&mut experiment.moerun(&chaos));
+    let chaos = finish(&mut experiment.moerun(&chaos));
+    assert!(text(&chaos).contains("snapshot flips"), "{}", text(&chaos));
+    let verified = experiment.with_ranks_stopped(|| {
         let verified = finish(&mut experiment.moerun(&["snapshot", "verify", "run"]));
         signal(&rank_process(&experiment, 0), "KILL");
-        (chaos, verified)
+        verified
     });
-    assert!(text(&chaos).contains("snapshot flips"), "{}", text(&chaos));
     assert!(
         run.wait_with_output().unwrap().status.success(),
         "{}",
@@ -611,7 +612,7 @@ fn flipped_bits_in_memory_are_repaired_from_parity() {
 
 #[test]
 fn a_poisoned_snapshot_is_not_retried_forever() {
-    let experiment = Experiment::new();
+    let experiment = Experiment::with_standbys();
     let common = [
         "train.steps=900",
         "snapshot.every=300",
@@ -647,7 +648,7 @@ fn a_poisoned_snapshot_is_not_retried_forever() {
 
 #[test]
 fn a_run_that_keeps_diverging_ends_with_an_error() {
-    let experiment = Experiment::new();
+    let experiment = Experiment::with_standbys();
     let common = [
         // Weights grow a hundredfold in each step.
         "schedule={constant: {lr: 10}}",
@@ -683,7 +684,7 @@ fn a_run_that_keeps_diverging_ends_with_an_error() {
 #[test]
 fn too_little_memory_is_reported() {
     for every in ["auto", "2"] {
-        let experiment = Experiment::new();
+        let experiment = Experiment::with_standbys();
         let every = format!("snapshot.every={every}");
         let changes = ["train.steps=6", "snapshot.memory_gib=0.0005", &every];
         let output = finish(&mut experiment.train(2, &changes));

@@ -554,7 +554,7 @@ fn three_machines_survive_any_fault() {
     let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     let seed = number("MOERUN_KILLS_SEED", clock.unwrap().as_secs());
     println!("MOERUN_KILLS_SEED={seed}");
-    let experiment = Experiment::new();
+    let experiment = Experiment::with_standbys();
     let mut run = Run {
         experiment: &experiment,
         network: &network,
