@@ -5,7 +5,7 @@
 //! `MOERUN_KILLS_COPY` a folder that gets the files of a run that failed.
 
 use crate::{
-    fixture::{Experiment, curve, find_rank, finish, signal, text},
+    fixture::{Experiment, curve, find_rank, finish, newest_step, signal, text},
     machines::{Network, ip},
 };
 use serde_json::Value;
@@ -13,7 +13,6 @@ use std::{
     collections::BTreeMap,
     fmt::{Debug, Display, Formatter},
     fs::File,
-    io::{Read, Seek, SeekFrom},
     os::unix::{fs::MetadataExt, process::ExitStatusExt},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus},
@@ -171,20 +170,6 @@ impl Steps {
         self.advanced = Instant::now();
         self.longest_pause = Duration::ZERO;
     }
-}
-
-/// Reads only the end of the metrics, which are long.
-fn newest_step(path: &Path) -> Option<u64> {
-    const TAIL_BYTES: u64 = 16384;
-    let mut file = File::open(path).ok()?;
-    let length = file.metadata().ok()?.len();
-    file.seek(SeekFrom::Start(length.saturating_sub(TAIL_BYTES)))
-        .ok()?;
-    let mut bytes = Vec::new();
-    file.read_to_end(&mut bytes).ok()?;
-    let tail = String::from_utf8_lossy(&bytes).into_owned();
-    let mut lines = tail.lines().rev();
-    lines.find_map(|line| serde_json::from_str::<Value>(line).ok()?["step"].as_u64())
 }
 
 /// The consequences of a fault until it is over.

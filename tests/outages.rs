@@ -2,7 +2,7 @@
 //! the metrics once.
 
 use crate::fixture::{
-    COMMAND_TIMEOUT, Experiment, finish_child, launcher_output, rank_process, signal,
+    COMMAND_TIMEOUT, Experiment, finish_child, launcher_output, newest_step, rank_process, signal,
     start_with_output_file, text, wait_for_output,
 };
 use serde_json::Value;
@@ -123,10 +123,7 @@ fn assert_each_step_once(folder: &Path) -> u64 {
 }
 
 fn last_step(folder: &Path) -> u64 {
-    let lines = lines(folder);
-    lines
-        .last()
-        .map_or(0, |line| line["step"].as_u64().unwrap())
+    newest_step(&folder.join("metrics.jsonl")).unwrap_or(0)
 }
 
 /// Returns the last step that the run printed, which does not depend on its disk.
