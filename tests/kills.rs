@@ -8,13 +8,12 @@ use crate::{
     fixture::{Experiment, curve, find_rank, finish, newest_step, signal, text},
     machines::{Network, ip},
 };
-use serde_json::Value;
 use std::{
     collections::BTreeMap,
     fmt::{Debug, Display, Formatter},
     fs::File,
     os::unix::{fs::MetadataExt, process::ExitStatusExt},
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Child, Command, ExitStatus},
     time::{Duration, Instant},
 };

@@ -15,8 +15,9 @@ use crate::{
 use parking_lot::{Mutex, MutexGuard};
 use std::{
     collections::HashMap,
-    net::{SocketAddr, TcpStream},
+    net::{Shutdown, SocketAddr, TcpStream},
     path::Path,
+    sync::{Arc, Weak},
     time::Duration,
 };
 
@@ -35,6 +36,24 @@ pub struct Peer {
     address: SocketAddr,
 }
 
+/// Ends a connection to a keeper that another thread uses.
+#[derive(Debug)]
+pub struct Closer(Weak<TcpStream>);
+
+impl Closer {
+    /// False once the connection has ended by itself.
+    pub fn is_open(&self) -> bool {
+        self.0.strong_count() > 0
+    }
+
+    pub fn close(&self) {
+        if let Some(socket) = self.0.upgrade() {
+            // It fails if the peer was first.
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+    }
+}
+
 impl Peer {
     /// Connects to a keeper, whose replies then have to arrive within `timeout`. Connecting may
     /// take as long, but 15 s at most.
@@ -50,6 +69,11 @@ impl Peer {
             timeout,
             address,
         })
+    }
+
+    /// Returns what ends the connection from another thread, whatever this one waits for.
+    pub fn closer(&self) -> Closer {
+        Closer(Arc::downgrade(self.connection.socket()))
     }
 
     pub(super) fn send(&mut self, request: &Request) -> Result<(), Error> {
@@ -244,7 +268,6 @@ impl Peer {
         self.command(&Request::Subscribe)?;
         Ok(EventStream {
             connection: self.connection,
-            timeout: self.timeout,
         })
     }
 }
@@ -252,15 +275,19 @@ impl Peer {
 /// A connection on which a keeper sends events.
 pub struct EventStream {
     connection: Connection<TcpStream>,
-    timeout: Duration,
 }
 
 impl EventStream {
-    /// Calls `on_event` for each event. Returns the error that ended the stream: the keeper is
-    /// gone, or was silent for the connection's timeout.
+    /// Returns what ends the stream from another thread.
+    pub fn closer(&self) -> Closer {
+        Closer(Arc::downgrade(self.connection.socket()))
+    }
+
+    /// Calls `on_event` for each event. Returns the error that ended the stream. A keeper that is
+    /// silent does not end it.
     pub fn for_each_event(mut self, mut on_event: impl FnMut(Event)) -> Error {
         loop {
-            match self.connection.receive(Some(self.timeout)) {
+            match self.connection.receive(None) {
                 Ok(event) => on_event(event),
                 Err(error) => return error,
             }

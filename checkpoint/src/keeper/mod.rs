@@ -50,7 +50,7 @@ mod verify;
 
 pub use crate::secure::{Error, RefusalCounts, Secret};
 pub use client::{FillReporter, KeeperClient, SlotMemory};
-pub use connection::{EventStream, Peer};
+pub use connection::{Closer, EventStream, Peer};
 pub use fault::Fault;
 pub use identity::{Identity, MachineIdentity};
 pub use memory_limit::{available_bytes, total_bytes};

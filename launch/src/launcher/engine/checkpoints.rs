@@ -9,8 +9,10 @@ pub(crate) struct Checkpoints {
     pub(crate) writing: Option<SnapshotId>,
     /// A checkpoint is due of this snapshot or a newer one.
     due: Option<SnapshotId>,
-    /// The newest that this launcher has written, or found on disk and verified.
+    /// The newest that the last survey found and verified, or that was written since.
     pub(crate) newest: Option<SavedCheckpoint>,
+    /// The newest that was written since the last survey began, which may have missed it.
+    written_since: Option<SavedCheckpoint>,
     /// The reason why the last attempt to write one failed.
     pub(crate) last_error: Option<String>,
 }
@@ -44,15 +46,17 @@ impl Checkpoints {
     pub(crate) fn on_written(&mut self, saved: SavedCheckpoint) {
         self.writing = None;
         self.last_error = None;
-        self.on_found(saved);
+        self.written_since = newer(self.written_since.take(), Some(saved.clone()));
+        self.newest = newer(self.newest.take(), Some(saved));
     }
 
-    /// Records a checkpoint that was read from disk.
-    pub(crate) fn on_found(&mut self, saved: SavedCheckpoint) {
-        let is_newer = |newest: &SavedCheckpoint| saved.step >= newest.step;
-        if self.newest.as_ref().is_none_or(is_newer) {
-            self.newest = Some(saved);
-        }
+    pub(crate) fn on_survey_begun(&mut self) {
+        self.written_since = None;
+    }
+
+    /// Takes the newest checkpoint that can be read, which may be older than one that could be.
+    pub(crate) fn on_surveyed(&mut self, found: Option<SavedCheckpoint>) {
+        self.newest = newer(found, self.written_since.clone());
     }
 
     pub(crate) fn on_failed(&mut self, reason: String) {
@@ -63,5 +67,18 @@ impl Checkpoints {
     pub(crate) fn newest_step(&self) -> Option<u64> {
         let newest = self.newest.as_ref()?;
         Some(newest.step)
+    }
+}
+
+/// Returns the one with more steps; the second of two equal ones.
+fn newer(
+    first: Option<SavedCheckpoint>,
+    second: Option<SavedCheckpoint>,
+) -> Option<SavedCheckpoint> {
+    let step = |saved: &Option<SavedCheckpoint>| saved.as_ref().map(|saved| saved.step);
+    if step(&second) >= step(&first) {
+        second
+    } else {
+        first
     }
 }

@@ -7,6 +7,7 @@ use super::{
     killing::RanksEnd,
     problem::Problem,
     reassembly::Progress,
+    requests::Purpose,
     saving::{Saved, Saving},
     settings::REMINDER_INTERVAL,
 };
@@ -30,6 +31,11 @@ enum Step {
         deadline: Duration,
     },
     Saving(Box<Saving>),
+    /// The disk does not take the names of the keepers, which stay because it does not take the
+    /// state either.
+    RecordingKeepers {
+        retry: Duration,
+    },
     StoppingKeepers,
 }
 
@@ -69,7 +75,12 @@ impl Engine {
     pub(super) fn end(&mut self, mut ending: Ending) -> Next {
         if self.stops.insists && !matches!(ending.step, Step::Killing(_)) && self.has_keepers() {
             let problem = Problem::new("stopped while writing the last checkpoint");
-            let hint = "the state is still in memory: run the same command to write it";
+            let hint = if self.registry_is_saved {
+                "the state is still in memory: run the same command to write it"
+            } else {
+                "the state is lost: the disk did not take keepers.json, by which the same command \
+                 would find it in memory"
+            };
             return self.exit(self.stops.status().unwrap_or(1), Some(problem.hint(hint)));
         }
         match ending.step {
@@ -93,6 +104,7 @@ impl Engine {
                     self.saved(ending, saved)
                 }
             },
+            Step::RecordingKeepers { retry } => self.record_keepers(ending, retry),
             Step::StoppingKeepers => {
                 if !self.keepers_have_stopped() {
                     ending.step = Step::StoppingKeepers;
@@ -121,8 +133,27 @@ impl Engine {
         Next::Go(Stage::Ending(ending))
     }
 
+    /// Waits until another launcher can find the keepers, then tries to write their state again.
+    fn record_keepers(&mut self, mut ending: Ending, retry: Duration) -> Next {
+        let is_saving = self
+            .requests
+            .any(|purpose| purpose == Purpose::SaveRegistry);
+        if self.registry_is_saved {
+            ending.step = Step::Saving(Box::new(Saving::begin(self)));
+            return Next::Go(Stage::Ending(ending));
+        }
+        let mut next = retry;
+        if !is_saving && self.now >= retry {
+            self.save_registry();
+            next = self.now + REMINDER_INTERVAL;
+        }
+        ending.step = Step::RecordingKeepers { retry: next };
+        Next::Wait(Stage::Ending(ending))
+    }
+
     fn remind_of_the_disk(&mut self, ending: &mut Ending) {
-        let is_writing = self.checkpoints.writing.is_some();
+        let is_writing = self.checkpoints.writing.is_some()
+            || self.requests.any(|purpose| purpose == Purpose::Survey);
         if is_writing && self.now.saturating_sub(ending.reminded) > 6 * REMINDER_INTERVAL {
             ending.reminded = self.now;
             self.print("waiting for the disk to take the last checkpoint".into());
@@ -131,7 +162,16 @@ impl Engine {
 
     fn saved(&mut self, mut ending: Ending, saved: Saved) -> Next {
         match saved {
-            Saved::Failed(problem) => {
+            Saved::Failed(problem) | Saved::OutOfReach(problem) if !self.registry_is_saved => {
+                self.warn_once(format!(
+                    "{}; waiting until the disk takes keepers.json, without which another launcher \
+                     cannot find the state",
+                    problem.message
+                ));
+                ending.step = Step::RecordingKeepers { retry: self.now };
+                return Next::Go(Stage::Ending(ending));
+            }
+            Saved::Failed(problem) | Saved::OutOfReach(problem) => {
                 // Keepers stay, and the same command tries again.
                 let first = ending.problem.take();
                 if let Some(first) = &first {

@@ -65,11 +65,13 @@ impl Engine {
             return;
         }
         for entry in entries {
-            let ids = self.keepers.ids();
-            if ids
-                .iter()
-                .any(|&id| self.keepers.address(id) == entry.address)
-            {
+            let mut ids = self.keepers.ids().into_iter();
+            let known = ids.find(|&id| self.keepers.address(id) == entry.address);
+            if let Some(id) = known {
+                // The agent knows that it lives.
+                if self.keepers.state(id) == KeeperState::Lost {
+                    self.reconnect(id);
+                }
                 continue;
             }
             let id = self.keepers.add_earlier(entry);
@@ -126,10 +128,7 @@ impl Engine {
     fn gathered(&mut self) -> Next {
         let mut any_alive = false;
         for id in self.keepers.ids() {
-            if !self.keepers.is_ready(id) {
-                continue;
-            }
-            any_alive = true;
+            any_alive |= self.keepers.is_ready(id);
             let Some(keeper) = self.keepers.get(id) else {
                 continue;
             };
@@ -181,6 +180,10 @@ impl Engine {
                 }
                 self.decide_about_earlier()
             }
+            // The end saves what is in memory, too.
+            TakingOver::Saving(_) | TakingOver::Stopping { .. } if self.stops.first().is_some() => {
+                self.stop_before_the_first_step()
+            }
             TakingOver::Saving(saving) => match saving.advance(self) {
                 Progress::Waiting(saving) => {
                     Next::Wait(Stage::TakingOver(TakingOver::Saving(Box::new(saving))))
@@ -188,6 +191,11 @@ impl Engine {
                 Progress::Done(Saved::Failed(problem)) => {
                     let status = self.stops.status().unwrap_or(1);
                     self.exit(status, Some(problem))
+                }
+                Progress::Done(Saved::OutOfReach(problem)) => {
+                    let reason = problem.message;
+                    self.print(format!("warning: {reason}; continuing without it"));
+                    self.stop_earlier(None)
                 }
                 Progress::Done(Saved::Nothing) => self.stop_earlier(None),
                 Progress::Done(Saved::Written(step)) => self.stop_earlier(Some(step)),
@@ -292,7 +300,7 @@ impl Engine {
 
     /// Begins to recover the state of an earlier launch.
     pub(super) fn recover_earlier(&mut self, notes: Option<String>) -> Next {
-        let recovering = Recovering::begin(self, 0, None, notes);
+        let recovering = Recovering::begin(self, None, None, notes);
         Next::Go(Stage::Recovering(recovering))
     }
 }

@@ -5,6 +5,7 @@ use checkpoint::keeper::{Inventory, Secret};
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
+    time::Duration,
 };
 
 /// Number of a keeper among all that this launcher has had.
@@ -29,6 +30,10 @@ pub(crate) struct Keeper {
     pub(crate) state: KeeperState,
     /// True for a lost keeper that was only out of reach: its memory may still be there.
     pub(crate) may_live: bool,
+    /// Number of attempts to connect again since it last answered.
+    pub(crate) reconnects: usize,
+    /// The time of its last event, or of the connection.
+    pub(crate) last_heard: Duration,
     /// Its last answer about what it holds.
     pub(crate) inventory: Option<Inventory>,
 }
@@ -75,6 +80,8 @@ impl Keepers {
             entry,
             state: KeeperState::Connecting,
             may_live: false,
+            reconnects: 0,
+            last_heard: Duration::ZERO,
             inventory: None,
         };
         self.all.insert(id, keeper);
@@ -98,6 +105,8 @@ impl Keepers {
             machine: Some(machine),
             state: KeeperState::Starting,
             may_live: false,
+            reconnects: 0,
+            last_heard: Duration::ZERO,
             inventory: None,
         };
         self.all.insert(id, keeper);
@@ -148,6 +157,16 @@ impl Keepers {
         let all = self.all.iter();
         let ready = all.filter(|(_, keeper)| keeper.state == KeeperState::Ready);
         ready.map(|(&id, _)| id).collect()
+    }
+
+    /// Connected keepers without an event for longer than `limit`.
+    pub(crate) fn silent(&self, now: Duration, limit: Duration) -> Vec<KeeperId> {
+        let ready = self
+            .all
+            .iter()
+            .filter(|(_, keeper)| keeper.state == KeeperState::Ready);
+        let silent = ready.filter(|(_, keeper)| now.saturating_sub(keeper.last_heard) > limit);
+        silent.map(|(&id, _)| id).collect()
     }
 
     /// Returns a keeper without a place on a machine that has one in this state.

@@ -1,8 +1,12 @@
 //! After a failure: ranks are killed, and the policy decides how the run continues.
 
 use super::{
-    Engine, Next, Stage, command::Command, failure::Failure, policy::Verdict,
-    recovering::Recovered, seating::Seating,
+    Engine, Next, Stage,
+    command::Command,
+    failure::Failure,
+    policy::{Cause, Verdict},
+    recovering::Recovered,
+    seating::Seating,
 };
 use std::time::Duration;
 
@@ -84,7 +88,9 @@ impl Engine {
         }
         let now = self.now.as_secs_f64();
         let config = &self.settings.config.restart;
-        match self.history.decide(&failure.cause, done, now, config) {
+        let restored = self.restored.map(|restored| restored.id.step);
+        let cause = self.cause_of(&failure);
+        match self.history.decide(&cause, done, restored, now, config) {
             Verdict::GiveUp(reason) => {
                 let problem = failure.into_problem();
                 self.end_failed(match reason {
@@ -92,15 +98,26 @@ impl Engine {
                     None => problem,
                 })
             }
-            Verdict::Restart { older, skipped } => {
+            Verdict::Restart {
+                distrusted_from,
+                skipped,
+            } => {
                 let recovered = Recovered {
                     failure: failure.brief().to_string(),
                     steps_done: done,
                     skipped,
                 };
-                let seating = Seating::after_failure(self, older, recovered);
+                let seating = Seating::after_failure(self, distrusted_from, recovered);
                 Next::Go(Stage::Seating(seating))
             }
+        }
+    }
+
+    /// A state that ranks cannot read may be whole: its keeper may be gone.
+    fn cause_of(&self, failure: &Failure) -> Cause {
+        match failure.cause {
+            Cause::Restore if self.has_lost_keeper => Cause::Transient,
+            ref cause => cause.clone(),
         }
     }
 }

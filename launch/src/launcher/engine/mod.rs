@@ -66,6 +66,9 @@ use tracker::Tracker;
 /// The limit of a request that moves or checks whole snapshots.
 pub(crate) const LONG_TIMEOUT: Duration = Duration::from_secs(3600);
 
+/// Number of times that the engine connects again to a keeper that does not answer.
+const MAX_RECONNECTS: usize = 2;
+
 /// Facts that a launch starts with, besides its settings.
 pub(crate) struct Launch {
     pub(crate) machines: usize,
@@ -121,7 +124,16 @@ pub(crate) struct Engine {
     steps_done: u64,
     /// Step of the newest snapshot that was complete.
     newest_complete: Option<u64>,
+    /// Number of requests for a checkpoint.
     checkpoints_wanted: usize,
+    /// Number of these requests that checkpoints on disk answer.
+    checkpoints_answered: usize,
+    /// Number of these requests that ranks know of.
+    checkpoints_asked: usize,
+    /// True if the run lost a keeper since its ranks started.
+    has_lost_keeper: bool,
+    /// True if the file with the keepers names those that the run has.
+    registry_is_saved: bool,
     /// The reason why a keeper was lost or did not start.
     last_keeper_error: String,
     warnings: Vec<String>,
@@ -158,6 +170,10 @@ impl Engine {
             steps_done: 0,
             newest_complete: None,
             checkpoints_wanted: 0,
+            checkpoints_answered: 0,
+            checkpoints_asked: 0,
+            has_lost_keeper: false,
+            registry_is_saved: true,
             last_keeper_error: String::new(),
             warnings: Vec::new(),
             stage: Stage::Gathering(Gathering::new(Duration::ZERO)),
@@ -276,9 +292,13 @@ impl Engine {
         if keeper.state == KeeperState::Lost {
             return;
         }
-        keeper.may_live = matches!(failed, Failed::Silent(_)) && keeper.entry.pid > 0;
+        // One that hangs does not answer later either.
+        keeper.may_live = matches!(failed, Failed::Silent(_))
+            && keeper.entry.pid > 0
+            && keeper.reconnects < MAX_RECONNECTS;
         keeper.state = KeeperState::Lost;
         keeper.inventory = None;
+        self.has_lost_keeper |= self.keepers.node_of(id).is_some();
         self.last_keeper_error = failed.reason().to_string();
         self.commands.push(Command::DisconnectKeeper { keeper: id });
         for request in self.requests.take_of(Recipient::Keeper(id)) {
@@ -286,18 +306,21 @@ impl Engine {
         }
     }
 
-    /// Gives up requests whose deadline has passed, and machines that are silent.
+    /// Gives up requests whose deadline has passed, and machines and keepers that are silent.
     fn notice_silence(&mut self) {
         for request in self.requests.take_expired(self.now) {
             let failed = Failed::Silent("no reply in time".into());
             self.on_reply(request.purpose, Err(failed));
         }
         let timeout = self.settings.heartbeat_timeout();
+        let silence = format!("no sign of life for {:.0} s", timeout.as_secs_f64());
         for machine in self.machines.present_others() {
             if self.machines.silence(machine, self.now) > timeout {
-                let seconds = timeout.as_secs_f64();
-                self.lose_machine(machine, &format!("no sign of life for {seconds:.0} s"));
+                self.lose_machine(machine, &silence);
             }
+        }
+        for keeper in self.keepers.silent(self.now, timeout) {
+            self.lose_keeper(keeper, Failed::Silent(silence.clone()));
         }
     }
 
@@ -309,7 +332,11 @@ impl Engine {
                 if let (Some(keeper), Ok(Answer::Inventory(inventory))) =
                     (self.keepers.get_mut(id), &reply)
                 {
+                    let complete = inventory.complete.iter();
+                    let newest = complete.map(|snapshot| snapshot.id.step).max();
                     keeper.inventory = Some(inventory.clone());
+                    keeper.reconnects = 0;
+                    self.newest_complete = self.newest_complete.max(newest);
                 }
                 self.lose_if_unreachable(id, &reply);
             }
@@ -326,7 +353,7 @@ impl Engine {
             }
             Purpose::WriteCheckpoint(snapshot) => self.on_written(snapshot.step, reply),
             Purpose::Survey => match reply {
-                Ok(Answer::Surveyed(Some(saved))) => self.checkpoints.on_found(saved),
+                Ok(Answer::Surveyed(found)) => self.checkpoints.on_surveyed(found),
                 Ok(_) => {}
                 Err(failed) => {
                     let reason = failed.reason().to_string();
@@ -334,6 +361,7 @@ impl Engine {
                 }
             },
             Purpose::SaveRegistry => {
+                self.registry_is_saved = reply.is_ok();
                 if let Err(failed) = reply {
                     let reason = failed.reason().to_string();
                     self.warn_once(format!(
@@ -378,8 +406,10 @@ impl Engine {
     fn on_keeper_connected(&mut self, id: KeeperId, reply: Result<Answer, Failed>) {
         match reply {
             Ok(_) => {
+                let now = self.now;
                 if let Some(keeper) = self.keepers.get_mut(id) {
                     keeper.state = KeeperState::Ready;
+                    keeper.last_heard = now;
                 }
                 // It may be one that was out of reach, and holds parts.
                 let is_running = matches!(self.stage, Stage::Running(_) | Stage::Gathering(_));
@@ -406,6 +436,7 @@ impl Engine {
         match reply {
             Ok(Answer::Written(saved)) => {
                 self.log(format!("checkpoint {}", saved.path.display()));
+                self.checkpoints_answered = self.checkpoints_asked;
                 self.checkpoints.on_written(saved);
             }
             Ok(_) => self.checkpoints.on_failed("unexpected reply".into()),

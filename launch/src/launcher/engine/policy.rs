@@ -36,8 +36,12 @@ impl Cause {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// Restart from the newest snapshot after the first `older`, skipping a batch of one step.
-    Restart { older: usize, skipped: Option<u64> },
+    /// Restart from the newest snapshot of fewer than `distrusted_from` steps, skipping the batch
+    /// of one step.
+    Restart {
+        distrusted_from: Option<u64>,
+        skipped: Option<u64>,
+    },
     /// Give up; None if the failure itself is the reason.
     GiveUp(Option<String>),
 }
@@ -47,8 +51,8 @@ pub(crate) struct History {
     /// Times of the restarts, in seconds since the start.
     restarts: VecDeque<f64>,
     failing: Option<FailingStep>,
-    /// Number of newest snapshots that did not help with this step.
-    distrusted: usize,
+    /// States of this many steps and more did not help with this step.
+    distrusted_from: Option<u64>,
     pub(crate) skipped_batches: BTreeMap<u64, u64>,
 }
 
@@ -60,11 +64,13 @@ struct FailingStep {
 }
 
 impl History {
-    /// Decides about a failure at `now` seconds, with `done` steps done.
+    /// Decides about a failure at `now` seconds, with `done` steps done, of ranks that were
+    /// restored from the snapshot of step `restored`.
     pub(crate) fn decide(
         &mut self,
         cause: &Cause,
         done: u64,
+        restored: Option<u64>,
         now: f64,
         config: &RestartConfig,
     ) -> Verdict {
@@ -99,11 +105,14 @@ impl History {
             *self.skipped_batches.entry(step).or_insert(0) += 1;
         }
         if times == 1 {
-            self.distrusted = 0;
+            self.distrusted_from = None;
         }
-        self.distrusted += usize::from(cause.implicates_state(times));
+        if cause.implicates_state(times) {
+            let known = self.distrusted_from;
+            self.distrusted_from = restored.map(|step| known.map_or(step, |known| known.min(step)));
+        }
         Verdict::Restart {
-            older: self.distrusted,
+            distrusted_from: self.distrusted_from,
             skipped,
         }
     }
@@ -130,31 +139,38 @@ impl History {
 mod tests {
     use super::*;
 
-    fn restart(older: usize) -> Verdict {
+    const FROM_NEWEST: Verdict = Verdict::Restart {
+        distrusted_from: None,
+        skipped: None,
+    };
+
+    fn before(step: u64) -> Verdict {
         Verdict::Restart {
-            older,
+            distrusted_from: Some(step),
             skipped: None,
         }
     }
 
-    fn decide(history: &mut History, cause: Cause, done: u64) -> Verdict {
-        history.decide(&cause, done, 0.0, &RestartConfig::default())
+    /// Decides about a failure after `done` steps of a run that was restored from that of `restored`.
+    fn decide(history: &mut History, cause: Cause, done: u64, restored: u64) -> Verdict {
+        history.decide(&cause, done, Some(restored), 0.0, &RestartConfig::default())
     }
 
     #[test]
     fn a_step_that_fails_again_is_tried_from_older_states_and_then_given_up() {
         let mut history = History::default();
-        assert_eq!(decide(&mut history, Cause::Own, 7), restart(0));
-        assert_eq!(decide(&mut history, Cause::Own, 7), restart(1));
+        assert_eq!(decide(&mut history, Cause::Own, 7, 0), FROM_NEWEST);
+        assert_eq!(decide(&mut history, Cause::Own, 7, 7), before(7));
         // From an older state, it fails even earlier.
-        assert_eq!(decide(&mut history, Cause::Own, 5), restart(2));
+        assert_eq!(decide(&mut history, Cause::Own, 5, 4), before(4));
         // Progress resets the count.
-        assert_eq!(decide(&mut history, Cause::Own, 8), restart(0));
-        for older in 1..4 {
-            assert_eq!(decide(&mut history, Cause::Own, 8), restart(older));
+        assert_eq!(decide(&mut history, Cause::Own, 8, 3), FROM_NEWEST);
+        for restored in [8, 7, 6] {
+            let verdict = decide(&mut history, Cause::Own, 8, restored);
+            assert_eq!(verdict, before(restored));
         }
         assert_eq!(
-            decide(&mut history, Cause::Own, 8),
+            decide(&mut history, Cause::Own, 8, 5),
             Verdict::GiveUp(Some("step 9 failed 5 times".into()))
         );
     }
@@ -162,11 +178,13 @@ mod tests {
     #[test]
     fn only_a_failure_that_implicates_the_state_makes_it_suspect() {
         let mut history = History::default();
-        for _ in 0..3 {
-            assert_eq!(decide(&mut history, Cause::Transient, 7), restart(0));
+        for _ in 0..2 {
+            assert_eq!(decide(&mut history, Cause::Transient, 7, 7), FROM_NEWEST);
         }
-        assert_eq!(decide(&mut history, Cause::Restore, 7), restart(1));
-        assert_eq!(decide(&mut history, Cause::Restore, 9), restart(1));
+        assert_eq!(decide(&mut history, Cause::Restore, 7, 7), before(7));
+        // The state of step 6 was restored, and a rank is killed before the next step.
+        assert_eq!(decide(&mut history, Cause::Transient, 7, 6), before(7));
+        assert_eq!(decide(&mut history, Cause::Restore, 9, 9), before(9));
     }
 
     #[test]
@@ -175,17 +193,17 @@ mod tests {
         let mut history = History::default();
         let cause = Cause::Diverged { step: 4 };
         let skipping = Verdict::Restart {
-            older: 0,
+            distrusted_from: None,
             skipped: Some(4),
         };
-        assert_eq!(history.decide(&cause, 3, 0.0, &config), skipping);
-        assert_eq!(history.decide(&cause, 3, 1.0, &config), restart(1));
+        assert_eq!(history.decide(&cause, 3, Some(2), 0.0, &config), skipping);
+        assert_eq!(history.decide(&cause, 3, Some(3), 1.0, &config), before(3));
         assert_eq!(history.skipped_batches, BTreeMap::from([(4, 1)]));
         let stop = RestartConfig {
             on_divergence: OnDivergence::Stop,
             ..config
         };
-        let verdict = History::default().decide(&cause, 3, 0.0, &stop);
+        let verdict = History::default().decide(&cause, 3, None, 0.0, &stop);
         assert!(matches!(verdict, Verdict::GiveUp(Some(_))));
     }
 
@@ -198,19 +216,19 @@ mod tests {
         };
         let mut history = History::default();
         let verdicts = [(1, 0.0), (2, 1.0), (3, 2.0)]
-            .map(|(done, now)| history.decide(&Cause::Transient, done, now, &config));
-        assert_eq!(verdicts[..2], [restart(0), restart(0)]);
+            .map(|(done, now)| history.decide(&Cause::Transient, done, None, now, &config));
+        assert_eq!(verdicts[..2], [FROM_NEWEST, FROM_NEWEST]);
         let reason = "restart.max_restarts is reached: 2 restarts in 10 s";
         assert_eq!(verdicts[2], Verdict::GiveUp(Some(reason.into())));
-        let later = history.decide(&Cause::Transient, 9, 11.5, &config);
-        assert_eq!(later, restart(0));
+        let later = history.decide(&Cause::Transient, 9, None, 11.5, &config);
+        assert_eq!(later, FROM_NEWEST);
         let none = RestartConfig {
             max_restarts: 0,
             ..RestartConfig::default()
         };
-        let verdict = History::default().decide(&Cause::Transient, 1, 0.0, &none);
+        let verdict = History::default().decide(&Cause::Transient, 1, None, 0.0, &none);
         assert_eq!(verdict, Verdict::GiveUp(None));
-        let verdict = History::default().decide(&Cause::Permanent, 0, 0.0, &config);
+        let verdict = History::default().decide(&Cause::Permanent, 0, None, 0.0, &config);
         assert_eq!(verdict, Verdict::GiveUp(None));
     }
 }

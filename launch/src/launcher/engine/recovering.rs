@@ -42,8 +42,10 @@ enum Step {
 
 #[derive(Debug)]
 pub(super) struct Recovering {
-    /// Number of newest snapshots that are not trusted.
-    older: usize,
+    /// Snapshots of this many steps and more are not trusted.
+    distrusted_from: Option<u64>,
+    /// Number of snapshots in memory that are not trusted.
+    distrusted: usize,
     /// None if another launcher's run is taken over.
     recovered: Option<Recovered>,
     /// Notes about lost nodes, for the message of the restart.
@@ -61,21 +63,35 @@ pub(super) struct Recovering {
 impl Recovering {
     pub(super) fn begin(
         engine: &mut Engine,
-        older: usize,
+        distrusted_from: Option<u64>,
         recovered: Option<Recovered>,
         notes: Option<String>,
     ) -> Recovering {
         engine.ask_for_inventories();
         Recovering {
-            older,
+            distrusted_from,
+            distrusted: 0,
             recovered,
             notes,
             candidates: Vec::new(),
             keepers: Vec::new(),
-            tried: older,
+            tried: 0,
             reasons: Vec::new(),
             step: Step::Asking,
         }
+    }
+}
+
+impl Recovering {
+    fn take(&mut self, held: Held) {
+        self.keepers = held.keepers;
+        self.candidates = held.candidates;
+        let distrusted_from = self.distrusted_from.unwrap_or(u64::MAX);
+        let is_trusted = |candidate: &Candidate| candidate.snapshot.id.step < distrusted_from;
+        let held = self.candidates.len();
+        self.candidates.retain(is_trusted);
+        self.distrusted = held - self.candidates.len();
+        self.tried = 0;
     }
 }
 
@@ -138,8 +154,7 @@ impl Engine {
                         return Next::Wait(Stage::Recovering(recovering));
                     }
                     let held = self.held();
-                    recovering.candidates = held.candidates;
-                    recovering.keepers = held.keepers;
+                    recovering.take(held);
                     recovering.step = self.next_candidate(&mut recovering);
                 }
                 Step::Reassembling(reassembly) => match reassembly.advance(self) {
@@ -178,14 +193,14 @@ impl Engine {
             let reassembly = Reassembly::begin(self, candidate.clone(), keepers);
             return Step::Reassembling(Box::new(reassembly));
         }
-        if recovering.candidates.is_empty() {
-            recovering
-                .reasons
-                .push("no complete snapshot is left in memory".into());
-        } else if recovering.reasons.is_empty() {
+        if recovering.distrusted > 0 {
             recovering
                 .reasons
                 .push("the snapshots in memory did not help".into());
+        } else if recovering.candidates.is_empty() {
+            recovering
+                .reasons
+                .push("no complete snapshot is left in memory".into());
         }
         for keeper in self.keepers.ready() {
             let request = KeeperRequest::SelectRestore {
@@ -200,15 +215,16 @@ impl Engine {
 
     /// Asks for the newest checkpoint that can be read.
     pub(super) fn survey(&mut self) {
+        self.checkpoints.on_survey_begun();
         let id = self.requests.issue(Recipient::Disk, Purpose::Survey, None);
         self.commands.push(Command::Survey { id });
     }
 
     fn restored(&mut self, mut recovering: Recovering, whole: Reassembled) -> Next {
-        if recovering.older > 0 {
-            let older = recovering.older;
-            let s = if older == 1 { "" } else { "s" };
-            let reason = format!("{older} newer snapshot{s} did not help");
+        if recovering.distrusted > 0 {
+            let distrusted = recovering.distrusted;
+            let s = if distrusted == 1 { "" } else { "s" };
+            let reason = format!("{distrusted} newer snapshot{s} did not help");
             recovering.reasons.push(reason);
         }
         let step = whole.id.step;
@@ -259,6 +275,9 @@ impl Engine {
             }
         }
         self.restored = snapshot;
+        // Newer ones are given up, and keepers forget them.
+        self.newest_complete = snapshot.map(|snapshot| snapshot.id.step);
+        self.has_lost_keeper = false;
         Next::Go(Stage::SettingUp(SettingUp::new(self.now)))
     }
 }

@@ -40,9 +40,9 @@ pub(super) struct Running {
     stopping: Option<Duration>,
     /// True if ranks stop only to start again with more machines.
     is_pausing: bool,
-    /// Number of requests for a checkpoint that were passed on.
-    checkpoints_asked: usize,
     repairs: BTreeMap<usize, Repair>,
+    /// The time before which no spare keeper is started again.
+    readmit_after: Duration,
 }
 
 impl Engine {
@@ -59,7 +59,7 @@ impl Engine {
         if let Some(next) = self.pass_stop_on(&mut running) {
             return next;
         }
-        self.pass_checkpoint_request_on(&mut running);
+        self.pass_checkpoint_request_on(&running);
         self.repair_keepers(&mut running);
         let restart = &self.settings.config.restart;
         let hang = self
@@ -163,9 +163,9 @@ impl Engine {
         }
     }
 
-    fn pass_checkpoint_request_on(&mut self, running: &mut Running) {
-        if self.checkpoints_wanted > running.checkpoints_asked && running.stopping.is_none() {
-            running.checkpoints_asked = self.checkpoints_wanted;
+    fn pass_checkpoint_request_on(&mut self, running: &Running) {
+        if self.checkpoints_wanted > self.checkpoints_asked && running.stopping.is_none() {
+            self.checkpoints_asked = self.checkpoints_wanted;
             self.print("writing a checkpoint after this step; training continues".into());
             self.signal_ranks(Signal::SIGUSR1);
         }
@@ -220,6 +220,10 @@ impl Engine {
     /// Takes an event from a keeper.
     pub(super) fn on_keeper_event(&mut self, keeper: KeeperId, event: keeper::Event) {
         let now = self.now;
+        if let Some(keeper) = self.keepers.get_mut(keeper) {
+            keeper.reconnects = 0;
+            keeper.last_heard = now;
+        }
         if let keeper::Event::StopRequested { signal } = event {
             self.on_keeper_signal(keeper, signal);
         }
@@ -350,44 +354,17 @@ impl Engine {
         let seats = &self.keepers.seats;
         let has_seat = |machine: usize| seats.iter().any(|seat| seat.machine == machine);
         self.machines.returned.retain(|&machine| !has_seat(machine));
-        if self.machines.returned.is_empty() || running.stopping.is_some() || !self.has_keepers() {
+        if running.stopping.is_some() || !self.has_keepers() {
             return;
         }
-        let returned: Vec<usize> = self.machines.returned.iter().copied().collect();
-        let mut is_starting = false;
-        for machine in returned {
-            let on_machine = |id: &KeeperId| {
-                let keeper = self.keepers.get(*id);
-                keeper.is_some_and(|keeper| keeper.machine == Some(machine))
-            };
-            let spares: Vec<KeeperId> = self
-                .keepers
-                .spares
-                .iter()
-                .copied()
-                .filter(on_machine)
-                .collect();
-            if spares.is_empty() {
-                for _ in 0..self.nodes_per_machine() {
-                    let node = self.keepers.seats.len() + self.keepers.spares.len();
-                    let id = self.start_keeper(machine, node, None);
-                    self.keepers.spares.push(id);
-                }
-                is_starting = true;
-                continue;
-            }
-            let states = spares.iter().map(|&id| self.keepers.state(id));
-            let states: Vec<KeeperState> = states.collect();
-            is_starting |= states
-                .iter()
-                .any(|state| matches!(state, KeeperState::Starting | KeeperState::Connecting));
-            if states.contains(&KeeperState::Lost) {
-                for id in spares {
-                    self.abandon_keeper(id);
-                }
-                self.machines.returned.remove(&machine);
-            }
+        self.release_lost_spares(running);
+        if self.machines.returned.is_empty() || self.now < running.readmit_after {
+            return;
         }
+        for machine in self.machines.returned.clone() {
+            self.start_spares_on(machine);
+        }
+        let is_starting = self.starts_spares();
         let trains = self
             .tracker
             .as_ref()
@@ -404,6 +381,54 @@ impl Engine {
             // The returned machines serve as spares.
             self.machines.returned.clear();
             self.save_registry();
+        }
+    }
+
+    /// Gives up spare keepers that are lost. Where their machines are there, others are started
+    /// later.
+    fn release_lost_spares(&mut self, running: &mut Running) {
+        for id in self.keepers.spares.clone() {
+            if self.keepers.state(id) != KeeperState::Lost {
+                continue;
+            }
+            self.keepers.spares.retain(|&spare| spare != id);
+            let machine = self.keepers.get(id).and_then(|keeper| keeper.machine);
+            self.set_aside(id);
+            let has_seat = |machine: usize| {
+                let mut seats = self.keepers.seats.iter();
+                seats.any(|seat| seat.machine == machine)
+            };
+            let can_start =
+                |&machine: &usize| self.machines.is_present(machine) && !has_seat(machine);
+            let Some(machine) = machine.filter(can_start) else {
+                continue;
+            };
+            if !self.machines.returned.contains(&machine) || self.now >= running.readmit_after {
+                let reason = self.last_keeper_error.clone();
+                let seconds = REPAIR_INTERVAL.as_secs();
+                self.print(format!(
+                    "warning: machine {machine} has no spare keeper ({reason}); starting one in \
+                     {seconds} s"
+                ));
+            }
+            self.machines.returned.insert(machine);
+            running.readmit_after = self.now + REPAIR_INTERVAL;
+        }
+    }
+
+    /// Starts the spare keepers of a machine without any.
+    fn start_spares_on(&mut self, machine: usize) {
+        let is_there = |&id: &KeeperId| {
+            let keeper = self.keepers.get(id);
+            keeper.is_some_and(|keeper| keeper.machine == Some(machine))
+        };
+        if self.keepers.spares.iter().any(is_there) {
+            return;
+        }
+        for _ in 0..self.nodes_per_machine() {
+            let node = self.keepers.seats.len() + self.keepers.spares.len();
+            let id = self.start_keeper(machine, node, None);
+            self.keepers.spares.push(id);
         }
     }
 }

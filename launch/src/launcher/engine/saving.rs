@@ -36,6 +36,8 @@ pub(super) enum Saved {
     /// The state of this step was written.
     Written(u64),
     Failed(Problem),
+    /// A state is in memory that is not on disk, but too little of it can be reached.
+    OutOfReach(Problem),
 }
 
 impl Saving {
@@ -124,7 +126,7 @@ impl Saving {
             (None, None) => return Saved::Nothing,
         };
         let hint = "what is left stays in memory for an hour: run the same command to try again";
-        Saved::Failed(Problem::new(reason).hint(hint))
+        Saved::OutOfReach(Problem::new(reason).hint(hint))
     }
 
     /// Begins with the next candidate that is newer than everything on disk.

@@ -25,7 +25,7 @@ enum Why {
     /// The run continues what another launcher began.
     TakenOver,
     Failed {
-        older: usize,
+        distrusted_from: Option<u64>,
         recovered: Recovered,
     },
     /// Lost machines came back.
@@ -65,11 +65,15 @@ impl Seating {
 
     pub(super) fn after_failure(
         engine: &mut Engine,
-        older: usize,
+        distrusted_from: Option<u64>,
         recovered: Recovered,
     ) -> Seating {
         engine.ask_for_inventories();
-        Seating::new(engine, Why::Failed { older, recovered })
+        let why = Why::Failed {
+            distrusted_from,
+            recovered,
+        };
+        Seating::new(engine, why)
     }
 }
 
@@ -144,10 +148,17 @@ impl Engine {
             let machine = keeper.machine;
             let is_there = machine.is_some_and(|machine| self.machines.is_present(machine));
             if keeper.state == KeeperState::Lost && keeper.may_live && is_there {
-                keeper.may_live = false;
-                keeper.state = KeeperState::Connecting;
-                self.connect(id);
+                self.reconnect(id);
             }
+        }
+    }
+
+    pub(super) fn reconnect(&mut self, id: KeeperId) {
+        if let Some(keeper) = self.keepers.get_mut(id) {
+            keeper.may_live = false;
+            keeper.reconnects += 1;
+            keeper.state = KeeperState::Connecting;
+            self.connect(id);
         }
     }
 
@@ -169,8 +180,11 @@ impl Engine {
                 Next::Go(Stage::SettingUp(SettingUp::new(self.now)))
             }
             Why::TakenOver => self.recover_earlier(notes),
-            Why::Failed { older, recovered } => {
-                let recovering = Recovering::begin(self, older, Some(recovered), notes);
+            Why::Failed {
+                distrusted_from,
+                recovered,
+            } => {
+                let recovering = Recovering::begin(self, distrusted_from, Some(recovered), notes);
                 Next::Go(Stage::Recovering(recovering))
             }
             Why::Grown => {
@@ -180,7 +194,7 @@ impl Engine {
                     steps_done: self.steps_done,
                     skipped: None,
                 };
-                let recovering = Recovering::begin(self, 0, Some(recovered), notes);
+                let recovering = Recovering::begin(self, None, Some(recovered), notes);
                 Next::Go(Stage::Recovering(recovering))
             }
         }
@@ -212,7 +226,7 @@ impl Engine {
     }
 
     /// True while a spare keeper is being started.
-    fn starts_spares(&self) -> bool {
+    pub(super) fn starts_spares(&self) -> bool {
         let mut spares = self.keepers.spares.iter();
         spares.any(|&id| {
             matches!(
@@ -359,7 +373,7 @@ impl Engine {
     }
 
     /// Keeps a keeper that may hold parts of a snapshot, and ends others.
-    fn set_aside(&mut self, id: KeeperId) {
+    pub(super) fn set_aside(&mut self, id: KeeperId) {
         if self.keepers.is_ready(id) || self.keepers.may_live(id) {
             self.keepers.leftover.insert(id);
         } else {

@@ -72,6 +72,8 @@ impl Engine {
         }
         self.start_ranks(&topology, &machines);
         self.tracker = Some(Tracker::new(topology, self.now));
+        // Ranks that ended took the requests along that no checkpoint answers.
+        self.checkpoints_asked = self.checkpoints_answered;
         Next::Go(Stage::Running(Running::default()))
     }
 
@@ -113,6 +115,7 @@ impl Engine {
         // An earlier write that still hangs is of no use any more.
         self.requests
             .forget(|purpose| purpose == Purpose::SaveRegistry);
+        self.registry_is_saved = false;
         let id = self
             .requests
             .issue(Recipient::Disk, Purpose::SaveRegistry, None);

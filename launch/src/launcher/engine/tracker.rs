@@ -162,6 +162,8 @@ impl Tracker {
             return Action::Nothing;
         };
         self.newest = Some(id);
+        // Its keepers forget older ones.
+        self.pending.retain(|&pending, _| pending > id);
         self.abandoned.retain(|&abandoned| abandoned > id);
         self.doomed.retain(|&doomed, _| doomed > id);
         // It also stands in for older snapshots, which were abandoned or overtaken.

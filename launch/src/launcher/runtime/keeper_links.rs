@@ -8,8 +8,9 @@ use crate::launcher::engine::{
     keepers::KeeperId,
     requests::RequestId,
 };
-use checkpoint::keeper::{Error, Peer, Secret};
-use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+use checkpoint::keeper::{Closer, Error, Peer, Secret};
+use parking_lot::Mutex;
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
 /// The time after which a thread without requests looks whether it is still needed.
 const IDLE_INTERVAL: Duration = Duration::from_secs(3600);
@@ -25,6 +26,36 @@ enum Order {
 struct Link {
     address: SocketAddr,
     orders: Queue<Order>,
+    connections: Connections,
+}
+
+/// The connections to a keeper, which end with its link: one that hangs answers none of them.
+#[derive(Clone, Default)]
+struct Connections(Arc<Mutex<Open>>);
+
+#[derive(Default)]
+struct Open {
+    has_ended: bool,
+    closers: Vec<Closer>,
+}
+
+impl Connections {
+    fn add(&self, closer: Closer) {
+        let mut open = self.0.lock();
+        if open.has_ended {
+            closer.close();
+        }
+        open.closers.retain(Closer::is_open);
+        open.closers.push(closer);
+    }
+
+    fn end(&self) {
+        let mut open = self.0.lock();
+        open.has_ended = true;
+        for closer in open.closers.drain(..) {
+            closer.close();
+        }
+    }
 }
 
 pub(super) struct KeeperLinks {
@@ -59,9 +90,11 @@ impl KeeperLinks {
 
     pub(super) fn connect(&mut self, id: RequestId, keeper: KeeperId, address: SocketAddr) {
         let orders = Queue::new();
+        let connections = Connections::default();
         let link = Link {
             address,
             orders: orders.clone(),
+            connections: connections.clone(),
         };
         self.links.insert(keeper, link);
         let connector = Connector {
@@ -70,6 +103,7 @@ impl KeeperLinks {
             secret: self.secret.clone(),
             reply_timeout: self.reply_timeout,
             events: self.events.clone(),
+            connections,
         };
         let spawned = std::thread::Builder::new().spawn(move || connector.run(id, &orders));
         if let Err(error) = spawned {
@@ -81,6 +115,7 @@ impl KeeperLinks {
     pub(super) fn disconnect(&mut self, keeper: KeeperId) {
         if let Some(link) = self.links.remove(&keeper) {
             link.orders.push(Order::End);
+            link.connections.end();
         }
     }
 
@@ -98,12 +133,10 @@ impl KeeperLinks {
             link.orders.push(Order::Ask { id, request });
             return;
         }
-        let address = link.address;
-        let secret = self.secret.clone();
+        let connect = self.long_connector(keeper);
         let events = self.events.clone();
         let ask = move || {
-            let peer = Peer::connect(address, &secret, LONG_TIMEOUT);
-            let reply = peer.and_then(|mut peer| ask(&mut peer, request));
+            let reply = connect().and_then(|mut peer| ask(&mut peer, request));
             let reply = reply.map_err(failed);
             events.push(Event::Reply { id, reply });
         };
@@ -119,9 +152,14 @@ impl KeeperLinks {
         keeper: KeeperId,
     ) -> impl FnOnce() -> Result<Peer, Error> + Send + use<> {
         let link = self.links.get(&keeper);
-        let address = link.map(|link| link.address).ok_or(Error::Closed);
+        let link = link.map(|link| (link.address, link.connections.clone()));
         let secret = self.secret.clone();
-        move || Peer::connect(address?, &secret, LONG_TIMEOUT)
+        move || {
+            let (address, connections) = link.ok_or(Error::Closed)?;
+            let peer = Peer::connect(address, &secret, LONG_TIMEOUT)?;
+            connections.add(peer.closer());
+            Ok(peer)
+        }
     }
 }
 
@@ -132,6 +170,7 @@ struct Connector {
     secret: Secret,
     reply_timeout: Duration,
     events: Queue<Event>,
+    connections: Connections,
 }
 
 impl Connector {
@@ -165,7 +204,9 @@ impl Connector {
     fn connect(&self) -> Result<Peer, Error> {
         let connect = || Peer::connect(self.address, &self.secret, self.reply_timeout);
         let stream = connect()?.subscribe()?;
+        self.connections.add(stream.closer());
         let peer = connect()?;
+        self.connections.add(peer.closer());
         let keeper = self.keeper;
         let events = self.events.clone();
         let receive = move || {

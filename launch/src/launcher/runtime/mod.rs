@@ -2,6 +2,7 @@
 
 pub(crate) mod agent;
 mod agent_links;
+mod clock;
 mod disk;
 mod keeper_links;
 mod machine;
@@ -27,6 +28,7 @@ use crate::{
 use agent_links::{AgentLinks, own_event};
 use anyhow::{Result, anyhow};
 use checkpoint::keeper::Secret;
+use clock::Clock;
 use disk::Disk;
 use keeper_links::KeeperLinks;
 use machine::Machine;
@@ -37,7 +39,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     path::Path,
     process::ExitCode,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 const TICK: Duration = Duration::from_millis(20);
@@ -128,12 +130,12 @@ impl<'a> Runtime<'a> {
 
     /// Runs until the engine ends the run.
     pub(crate) fn drive(mut self, mut engine: Engine) -> ExitCode {
-        let started = Instant::now();
+        let mut clock = Clock::start();
         let mut exit = ExitCode::FAILURE;
         while !engine.has_ended() {
             let mut event = self.events.pop(TICK);
             loop {
-                for command in engine.handle(started.elapsed(), event.take()) {
+                for command in engine.handle(clock.now(), event.take()) {
                     if let Some(status) = self.carry_out(command) {
                         self.agents.end(status);
                         exit = ExitCode::from(status);

@@ -3,4 +3,5 @@
 mod random;
 mod repairs;
 mod situations;
+mod takeover;
 mod world;

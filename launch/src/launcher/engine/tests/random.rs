@@ -12,6 +12,9 @@ use std::time::Duration;
 enum Fault {
     KillRank(usize),
     KillKeeper(usize),
+    HangKeeper(usize),
+    ContinueKeepers,
+    DamageCheckpoint,
     LoseMachine(usize),
     LoseAgent(usize),
     Cut(usize),
@@ -29,6 +32,9 @@ fn fault() -> impl Strategy<Value = Fault> {
     prop_oneof![
         4 => (0usize..6).prop_map(Fault::KillRank),
         3 => (0usize..4).prop_map(Fault::KillKeeper),
+        2 => (0usize..4).prop_map(Fault::HangKeeper),
+        1 => Just(Fault::ContinueKeepers),
+        1 => Just(Fault::DamageCheckpoint),
         2 => (1usize..3).prop_map(Fault::LoseMachine),
         1 => (1usize..3).prop_map(Fault::LoseAgent),
         1 => (1usize..3).prop_map(Fault::Cut),
@@ -48,6 +54,9 @@ fn apply(world: World, fault: &Fault, changes: &serde_json::Value) -> World {
     match fault {
         Fault::KillRank(rank) => world.kill_rank(*rank),
         Fault::KillKeeper(index) => world.kill_keeper(*index),
+        Fault::HangKeeper(index) => world.hang_keeper(*index),
+        Fault::ContinueKeepers => world.continue_keepers(),
+        Fault::DamageCheckpoint => world.damage_checkpoint(),
         Fault::LoseMachine(machine) => world.lose(*machine),
         Fault::LoseAgent(machine) => world.lose_agent(*machine),
         Fault::Cut(machine) => world.cut(*machine),
@@ -92,6 +101,7 @@ fn check(faults: &[(u16, Fault)], shrinks: bool) -> Result<(), TestCaseError> {
     let before = world.preserved();
     // Everything works again: the run must end.
     world.heal_disk();
+    world.continue_keepers();
     let mut rounds = 0;
     while world.exit.is_none() && rounds < 60 {
         for machine in 1..world.machines() {

@@ -1,6 +1,8 @@
-//! Keepers that are replaced while their ranks train, and keepers that a run no longer needs.
+//! Keepers that are replaced while ranks train, and requests that outlive ranks.
 
 use super::world::World;
+use crate::launcher::engine::event::Source;
+use nix::sys::signal::Signal;
 use serde_json::json;
 use std::time::Duration;
 
@@ -29,20 +31,83 @@ fn a_keeper_that_does_not_start_is_tried_again() {
 }
 
 #[test]
-fn keepers_of_an_earlier_launch_end_once_their_state_is_saved() {
-    let mut world = World::new(3, 0, &json!({}));
+fn a_spare_machine_that_was_lost_is_a_spare_again() {
+    let mut world = World::new(3, 1, &json!({"train": {"steps": 400}}));
     world.join_all();
     let long = Duration::from_secs(30);
     assert!(world.run_until(long, |world| world.step() == 15));
-    let earlier = world.live_keepers();
-    assert_eq!(earlier.len(), 3);
-    let mut world = world.relaunch(3, 0, &json!({"snapshot": {"every": 0}}));
-    world.join_all();
-    assert!(world.run_until(long, |world| world.step() > 15));
+    world.lose(2);
+    world.run_until(Duration::from_secs(3), |_| false);
+    world.join(2);
+    world.run_until(Duration::from_secs(3), |_| false);
+    world.lose(1);
+    let ends = |world: &World| world.exit.is_some();
+    assert!(world.run_until(Duration::from_secs(200), ends));
     let printed = world.printed.join("\n");
-    let said = "keepers of an earlier launcher had step 15 in memory; wrote it to a checkpoint";
-    assert!(printed.contains(said), "{printed}");
-    assert!(world.checkpoints.contains(&15), "{:?}", world.checkpoints);
-    let live = world.live_keepers();
-    assert!(live.is_disjoint(&earlier), "{live:?} of {earlier:?}");
+    assert!(printed.contains("1 spare node took over"), "{printed}");
+    assert_eq!(world.exit.map(|(status, _)| status), Some(0), "{printed}");
+}
+
+#[test]
+fn a_lost_keeper_of_a_spare_machine_is_replaced() {
+    let mut world = World::new(3, 1, &json!({"train": {"steps": 400}}));
+    world.join_all();
+    let long = Duration::from_secs(30);
+    assert!(world.run_until(long, |world| world.step() == 15));
+    world.kill_keeper(2);
+    world.run_until(Duration::from_secs(1), |_| false);
+    assert_eq!(world.live_keepers().len(), 2, "not at once");
+    world.run_until(Duration::from_secs(35), |_| false);
+    assert_eq!(world.live_keepers().len(), 3, "{:?}", world.printed);
+    assert!(world.step() > 150, "training continues: {}", world.step());
+}
+
+#[test]
+fn a_request_for_a_checkpoint_is_answered_once() {
+    let mut world = World::new(
+        3,
+        0,
+        &json!({"checkpoint": {"every": 0}, "train": {"steps": 60}}),
+    );
+    world.join_all();
+    let long = Duration::from_secs(30);
+    assert!(world.run_until(long, |world| world.step() == 15));
+    world.want_checkpoint();
+    world.run_until(Duration::from_secs(2), |_| false);
+    assert!(!world.checkpoints.is_empty());
+    let asked = |world: &World| {
+        let printed = world.printed.iter();
+        let asked = printed.filter(|line| line.starts_with("writing a checkpoint after"));
+        asked.count()
+    };
+    world.kill_rank(0);
+    world.run_until(Duration::from_secs(2), |_| false);
+    assert_eq!(asked(&world), 1);
+    // A rank that is killed before it has answered is asked again.
+    world.want_checkpoint();
+    world.run_until(Duration::from_millis(20), |_| false);
+    world.kill_rank(0);
+    world.run_until(Duration::from_secs(2), |_| false);
+    assert_eq!(asked(&world), 3, "{:?}", world.printed);
+}
+
+#[test]
+fn a_checkpoint_that_was_damaged_meanwhile_does_not_count_at_the_end() {
+    let mut world = World::new(3, 0, &json!({}));
+    world.join_all();
+    let long = Duration::from_secs(30);
+    assert!(world.run_until(long, |world| world.step() == 26));
+    assert_eq!(world.checkpoints.last(), Some(&20));
+    // Of a run that was further.
+    world.checkpoints.insert(30);
+    world.kill_rank(0);
+    assert!(world.run_until(long, |world| world.step() == 28));
+    world.checkpoints.remove(&30);
+    world.signal(Source::Launcher, Signal::SIGTERM, 1);
+    assert!(world.run_until(long, |world| world.exit.is_some()));
+    assert!(
+        world.checkpoints.last() >= Some(&28),
+        "{:?}",
+        world.checkpoints
+    );
 }

@@ -79,7 +79,7 @@ fn shrinks() -> Value {
     json!({"restart": {"without_spare": "shrink"}})
 }
 
-const HAPPENINGS: [Happening; 18] = [
+const HAPPENINGS: [Happening; 20] = [
     Happening {
         what: "a rank is killed",
         happens: |world| world.kill_rank(1),
@@ -89,6 +89,21 @@ const HAPPENINGS: [Happening; 18] = [
     Happening {
         what: "a keeper is killed",
         happens: |world| world.kill_keeper(1),
+        changes: none,
+        returns: false,
+    },
+    Happening {
+        what: "a keeper hangs for good",
+        happens: |world| world.hang_keeper(1),
+        changes: none,
+        returns: false,
+    },
+    Happening {
+        what: "a keeper hangs, and a rank is killed",
+        happens: |world| {
+            world.hang_keeper(1);
+            world.kill_rank(1);
+        },
         changes: none,
         returns: false,
     },

@@ -54,6 +54,8 @@ struct SimKeeper {
     machine: usize,
     pid: i32,
     is_alive: bool,
+    /// True while the process is stopped.
+    is_hung: bool,
     subscriber: Option<KeeperId>,
     memberships: Vec<(Topology, usize)>,
     parts: BTreeMap<(SnapshotId, usize), PartInfo>,
@@ -100,6 +102,8 @@ pub(super) struct World {
     /// Records that the runtime tries to write again once there is room.
     unwritten_registry: Option<Option<KeeperRegistry>>,
     waiting: Vec<(Duration, Event)>,
+    /// Requests that wait for a stopped keeper.
+    unread: Vec<Command>,
     /// Disk requests that wait for a hanging disk.
     hanging: Vec<Command>,
     next_port: u16,
@@ -206,6 +210,7 @@ impl World {
             registry: None,
             unwritten_registry: None,
             waiting: Vec::new(),
+            unread: Vec::new(),
             hanging: Vec::new(),
             next_port: 1000,
             printed: Vec::new(),
@@ -354,6 +359,33 @@ impl World {
         }
     }
 
+    /// Stops the process of a keeper.
+    pub(super) fn hang_keeper(&mut self, index: usize) {
+        let alive = self.keepers.values_mut().filter(|keeper| keeper.is_alive);
+        let mut alive: Vec<&mut SimKeeper> = alive.collect();
+        let count = alive.len();
+        if count > 0 {
+            alive[index % count].is_hung = true;
+        }
+    }
+
+    /// Lets stopped keepers continue.
+    pub(super) fn continue_keepers(&mut self) {
+        for keeper in self.keepers.values_mut() {
+            keeper.is_hung = false;
+        }
+        for command in std::mem::take(&mut self.unread) {
+            self.carry_out(command);
+        }
+    }
+
+    /// The newest checkpoint cannot be read any more. At the end of a run, nothing helps.
+    pub(super) fn damage_checkpoint(&mut self) {
+        if self.attempt.is_some() {
+            self.checkpoints.pop_last();
+        }
+    }
+
     fn kill_keeper_at(&mut self, address: SocketAddr) {
         let Some(keeper) = self.keepers.get_mut(&address) else {
             return;
@@ -445,11 +477,9 @@ impl World {
         if !(self.now.as_millis() as u64).is_multiple_of(1000) {
             return;
         }
-        for machine in 0..self.machines.len() {
-            let cut = self.machines[machine].cut_since;
-            if cut.is_some_and(|since| self.now - since > Duration::from_secs(10)) {
-                self.miss_keepers(machine);
-            }
+        for keeper in self.talking_keepers() {
+            let event = keeper::Event::Heartbeat { ranks: Vec::new() };
+            self.tell(Event::Keeper { keeper, event });
         }
         for machine in 1..self.machines.len() {
             if self.machines[machine].is_joined && self.machines[machine].cut_since.is_none() {
@@ -458,7 +488,20 @@ impl World {
         }
     }
 
-    /// Keepers of a machine that is cut off send no events.
+    /// Returns the keepers whose events reach the launcher.
+    fn talking_keepers(&self) -> Vec<KeeperId> {
+        let keepers = self.keepers.values();
+        let talking = keepers.filter(|keeper| keeper.is_alive && self.is_within_reach(keeper));
+        talking.filter_map(|keeper| keeper.subscriber).collect()
+    }
+
+    /// True unless the keeper is stopped, or its machine cut off.
+    fn is_within_reach(&self, keeper: &SimKeeper) -> bool {
+        let machine = self.machines.get(keeper.machine);
+        !keeper.is_hung && machine.is_some_and(|machine| machine.cut_since.is_none())
+    }
+
+    /// What keepers of a machine sent meanwhile is lost.
     fn miss_keepers(&mut self, machine: usize) {
         let keepers = self.keepers.values_mut();
         let on_machine = keepers.filter(|keeper| keeper.machine == machine);
@@ -592,7 +635,19 @@ impl World {
                 .links
                 .get(&keeper)
                 .and_then(|address| self.keepers.get(address));
-            sim.is_some_and(|sim| sim.is_alive && sim.parts.contains_key(&(snapshot, rank)))
+            let has_it = |sim: &SimKeeper| sim.parts.contains_key(&(snapshot, rank));
+            sim.is_some_and(|sim| sim.is_alive && self.is_within_reach(sim) && has_it(sim))
+        };
+        let is_hung = |share: &KeeperShare| {
+            let address = self.links.get(&share.keeper);
+            let sim = address.and_then(|address| self.keepers.get(address));
+            sim.is_some_and(|sim| !self.is_within_reach(sim))
+        };
+        // The launcher gives a silent keeper up, and its connections with it.
+        let duration = if shares.iter().any(is_hung) {
+            Duration::from_secs(10)
+        } else {
+            WRITE
         };
         let is_whole = shares
             .iter()
@@ -605,11 +660,13 @@ impl World {
             (true, _) => Err(Failed::Refused("no space left on device".into())),
             (false, _) => Err(Failed::Refused("a keeper is gone".into())),
         };
-        self.later(WRITE, Event::Reply { id, reply });
+        self.later(duration, Event::Reply { id, reply });
     }
 
     fn exit(&mut self, status: u8, problem: Option<Problem>) {
         self.exit = Some((status, problem));
+        // The thread that would write it later ends, too.
+        self.unwritten_registry = None;
         for machine in &mut self.machines {
             machine.ranks.clear();
         }
@@ -634,6 +691,7 @@ impl World {
                 machine,
                 pid,
                 is_alive: true,
+                is_hung: false,
                 subscriber: None,
                 memberships: Vec::new(),
                 parts: BTreeMap::new(),
@@ -658,17 +716,20 @@ impl World {
     }
 
     fn connect(&mut self, id: RequestId, keeper: KeeperId, address: SocketAddr) {
-        let Some(sim) = self.keepers.get_mut(&address) else {
+        let Some(sim) = self.keepers.get(&address) else {
             return;
         };
-        // Nothing comes back from a machine that is cut off.
-        if self
-            .machines
-            .get(sim.machine)
-            .is_none_or(|machine| machine.cut_since.is_some())
-        {
+        if !self.is_within_reach(sim) {
+            if sim.is_hung {
+                self.unread.push(Command::ConnectKeeper {
+                    id,
+                    keeper,
+                    address,
+                });
+            }
             return;
         }
+        let sim = self.keepers.get_mut(&address).expect("it was looked up");
         let reply = if sim.is_alive {
             sim.subscriber = Some(keeper);
             self.links.insert(keeper, address);
@@ -684,12 +745,15 @@ impl World {
             self.reply(id, Err(Failed::Lost("it is not connected".into())));
             return;
         };
-        let machine = self.keepers[&address].machine;
-        if self
-            .machines
-            .get(machine)
-            .is_some_and(|machine| machine.cut_since.is_some())
-        {
+        let sim = &self.keepers[&address];
+        if !self.is_within_reach(sim) {
+            if sim.is_hung {
+                self.unread.push(Command::AskKeeper {
+                    id,
+                    keeper,
+                    request,
+                });
+            }
             return;
         }
         let reply = if self.keepers[&address].is_alive {
@@ -745,7 +809,7 @@ impl World {
         for rebuild in rebuilds {
             let lives = |source: &Option<SocketAddr>| {
                 let keeper = source.and_then(|source| self.keepers.get(&source));
-                keeper.is_some_and(|keeper| keeper.is_alive)
+                keeper.is_some_and(|keeper| keeper.is_alive && !keeper.is_hung)
             };
             let living = rebuild
                 .sources
@@ -909,7 +973,8 @@ impl World {
             else {
                 continue;
             };
-            let Some(subscriber) = keeper.subscriber.filter(|_| keeper.is_alive) else {
+            let works = keeper.is_alive && !keeper.is_hung;
+            let Some(subscriber) = keeper.subscriber.filter(|_| works) else {
                 continue;
             };
             let ranks = topology.nodes[node].ranks.clone();
@@ -943,11 +1008,8 @@ impl World {
 
     /// Returns the newest step that the memory of keepers within reach can still give.
     pub(super) fn newest_in_memory(&self) -> Option<u64> {
-        let is_within_reach = |keeper: &&SimKeeper| {
-            let machine = self.machines.get(keeper.machine);
-            keeper.is_alive && machine.is_some_and(|machine| machine.cut_since.is_none())
-        };
-        let alive = self.keepers.values().filter(is_within_reach);
+        let keepers = self.keepers.values();
+        let alive = keepers.filter(|keeper| keeper.is_alive && self.is_within_reach(keeper));
         let inventories: Vec<Inventory> = alive.map(SimKeeper::inventory).collect();
         let found = candidates(&inventories);
         found.first().map(|candidate| candidate.snapshot.id.step)
