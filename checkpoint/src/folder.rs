@@ -215,7 +215,8 @@ static VERIFIED: Mutex<BTreeMap<PathBuf, Fingerprint>> = Mutex::new(BTreeMap::ne
 const TICK_NS: i128 = 50_000_000;
 
 impl Inspection {
-    /// Opens a checkpoint, and compares the lengths of its files with the manifest.
+    /// Opens a checkpoint, and compares the lengths of its files with the manifest. Of one without a
+    /// checksum of its own, every slice must also be in the header of its file.
     ///
     /// # Errors
     /// If it is damaged, of another format, or cannot be read.
@@ -232,6 +233,7 @@ impl Inspection {
             let read = read.map_err(Error::io("cannot read", &path.join(&entry.name)))?;
             fingerprint.push(identity(&read));
         }
+        checkpoint.check_unprotected()?;
         Ok(Inspection {
             checkpoint,
             fingerprint,
