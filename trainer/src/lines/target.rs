@@ -22,7 +22,7 @@ pub enum Target {
 /// A file that lines are appended to.
 pub(super) struct OpenFile {
     pub(super) file: File,
-    /// Step of the last line that was kept, in a file that had lines.
+    /// Step before which the file was to have lines. `None` if it is empty and was to have none.
     pub(super) last_step: Option<u64>,
     /// Bytes to write before the next line, because the last one lacks its end.
     owed_newline: bool,
@@ -41,7 +41,12 @@ impl Target {
     pub(super) fn open(&self) -> Result<OpenFile> {
         match self {
             Target::Append(path) => end_last_line(open_regular(path)?),
-            Target::After { path, point } => cut_after(open_regular(path)?, *point),
+            Target::After { path, point } => {
+                let is_new = !path.try_exists()?;
+                let mut open = cut_after(open_regular(path)?, *point)?;
+                open.last_step = open.last_step.filter(|_| !is_new);
+                Ok(open)
+            }
             Target::Open(file) => Ok(OpenFile {
                 file: file.try_clone()?,
                 last_step: None,
@@ -71,6 +76,12 @@ impl Target {
             _ => end_last_line(file)?,
         };
         Ok((open, held))
+    }
+
+    /// Removes the file, which is empty. Lines make it again.
+    pub(super) fn remove(&self) {
+        // At worst, a restart before the first line reports lines that nobody wrote as missing.
+        let _ = self.path().map(std::fs::remove_file);
     }
 
     /// True if the file was removed, so that lines would go nowhere, or its descriptor is stale.
@@ -152,9 +163,13 @@ fn cut_after(mut file: File, point: ResumePoint) -> Result<OpenFile> {
     if tail.keep < len {
         file.set_len(tail.keep)?;
     }
+    // A run that resumed in a new folder began its file after the steps before.
+    let begins_later = tail.first_step.is_some_and(|first| first > point.step);
+    let before_first = tail.first_step.map_or(0, |first| first.saturating_sub(1));
+    let in_empty = (!begins_later).then_some(before_first);
     Ok(OpenFile {
         file,
-        last_step: tail.last_step,
+        last_step: tail.last_step.or(in_empty),
         owed_newline: tail.is_unterminated,
     })
 }

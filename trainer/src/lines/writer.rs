@@ -234,8 +234,25 @@ impl WriterThread {
     fn run(mut self) {
         // Opens the file even if no line waits.
         self.attempt(|_| Vec::new());
+        self.remove_if_begun_late();
         while self.wait_for_lines() {
             self.attempt(|backlog| backlog.batch(BATCH_BYTES));
+        }
+    }
+
+    /// Removes an empty file that is to begin after step 0, until it has its first line: to the
+    /// next resume, an empty file is one whose disk took no line.
+    fn remove_if_begun_late(&self) {
+        let begins_late = self
+            .file
+            .as_ref()
+            .is_some_and(|file| file.last_step.is_none());
+        if let Target::After { point, .. } = &self.target
+            && begins_late
+            && self.reports_gap
+            && point.step > 0
+        {
+            self.target.remove();
         }
     }
 
@@ -364,7 +381,7 @@ mod tests {
         io::{Read, Write},
         ops::RangeInclusive,
         os::fd::OwnedFd,
-        path::PathBuf,
+        path::{Path, PathBuf},
     };
 
     fn options(target: Target) -> Options {
@@ -581,6 +598,82 @@ mod tests {
         let foreign = lines(1..=50) + "foreign\n" + &lines(51..=100);
         let log = Target::Append(path("log"));
         assert_eq!(text_after_remount(log, "foreign"), foreign);
+    }
+
+    fn missing_after_resume(path: &Path, step: u64) -> Option<(u64, u64)> {
+        let writer = resume(path.to_path_buf(), step);
+        writer
+            .wait_until_open(Duration::from_secs(10), true)
+            .unwrap();
+        match writer.notice() {
+            Some(Notice::Interrupted(missing)) => missing.span,
+            None => None,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn wait_until_absent(path: &Path) {
+        let deadline = soon();
+        while path.exists() {
+            assert!(Instant::now() < deadline, "{} stays", path.display());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// The disk filled up before the first line, and the run resumes from memory.
+    #[test]
+    fn a_gap_at_the_start_is_recorded() {
+        let folder = tempfile::tempdir().unwrap();
+        let record = "{\"step\":5,\"first_step\":1}\n{\"step\":6}\n";
+        for text in ["", "\0\0\0\0", "{\"step\":1,", record] {
+            let path = folder.path().join("metrics.jsonl");
+            std::fs::write(&path, text).unwrap();
+            assert_eq!(missing_after_resume(&path, 4), Some((1, 4)), "{text}");
+            let text = std::fs::read_to_string(&path).unwrap();
+            assert_eq!(text, "{\"step\":0,\"missing\":4}\n");
+        }
+    }
+
+    /// A run that resumes in a new folder, or whose file the user removed, lacks no lines. Its
+    /// restarts lack none either.
+    #[test]
+    fn a_file_that_begins_at_a_resume_lacks_no_lines() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        for _ in 0..2 {
+            // Before the first line.
+            assert_eq!(missing_after_resume(&path, 200), None);
+            wait_until_absent(&path);
+        }
+        let writer = resume(path.clone(), 200);
+        push(&writer, 201);
+        push(&writer, 202);
+        drop(writer);
+        assert_eq!(missing_after_resume(&path, 201), None);
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(text, "{\"step\":201}\n");
+        for _ in 0..2 {
+            assert_eq!(missing_after_resume(&path, 200), None);
+            wait_until_absent(&path);
+        }
+        // The validation of step 200 is repeated again.
+        let validation = "{\"step\":200,\"validation_loss\":2.0}\n";
+        std::fs::write(&path, validation).unwrap();
+        let repeating = ResumePoint {
+            step: 200,
+            repeats_validation: true,
+        };
+        let opened = Target::After {
+            path: path.clone(),
+            point: repeating,
+        };
+        assert_eq!(opened.open().unwrap().last_step, None);
+        // A fresh run that failed before its first step.
+        let path = folder.path().join("fresh.jsonl");
+        for _ in 0..2 {
+            assert_eq!(missing_after_resume(&path, 0), None);
+            assert!(path.exists());
+        }
     }
 
     /// The rest of a line alone would be no line of the new file.
