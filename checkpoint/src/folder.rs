@@ -215,7 +215,8 @@ static VERIFIED: Mutex<BTreeMap<PathBuf, Fingerprint>> = Mutex::new(BTreeMap::ne
 const TICK_NS: i128 = 50_000_000;
 
 impl Inspection {
-    /// Opens a checkpoint, and compares the lengths of its files with the manifest.
+    /// Opens a checkpoint, and compares the lengths of its files with the manifest. Of one without a
+    /// checksum of its own, every slice must also be in the header of its file.
     ///
     /// # Errors
     /// If it is damaged, of another format, or cannot be read.
@@ -232,6 +233,7 @@ impl Inspection {
             let read = read.map_err(Error::io("cannot read", &path.join(&entry.name)))?;
             fingerprint.push(identity(&read));
         }
+        checkpoint.check_unprotected()?;
         Ok(Inspection {
             checkpoint,
             fingerprint,
@@ -337,12 +339,16 @@ pub(crate) fn set_aside(root: &RunFolder, name: &str) -> Result<PathBuf, Error> 
 /// `.removing`. Only the owner of the run may call this, before anything is written. Returns what
 /// was removed.
 ///
+/// A folder `.removing` with all its files gets its name back if no checkpoint has it: the one that
+/// was to replace it, or the removal, did not get further.
+///
 /// # Errors
-/// If `root` is a link, or a folder cannot be removed.
+/// If `root` is a link, or a folder cannot be read, renamed or removed.
 pub fn clean(root: &Path) -> Result<Vec<Leftover>, Error> {
     let Some(folder) = RunFolder::open_inside(root)? else {
         return Ok(Vec::new());
     };
+    restore_replaced(&folder, &listing(root)?)?;
     let leftovers = with_sizes(root, &listing(root)?.leftovers)?;
     for Leftover { path, .. } in &leftovers {
         if let Some(name) = path.file_name().and_then(|name| name.to_str()) {
@@ -350,6 +356,30 @@ pub fn clean(root: &Path) -> Result<Vec<Leftover>, Error> {
         }
     }
     Ok(leftovers)
+}
+
+/// Renames each complete folder `step-NNNNNNNN.removing` back if no checkpoint has the name.
+fn restore_replaced(folder: &RunFolder, found: &Listing) -> Result<(), Error> {
+    for path in &found.leftovers {
+        let name = path.file_name().and_then(|name| name.to_str());
+        let Some(name) = name.filter(|_| suffix_of(path) == Some(REMOVING)) else {
+            continue;
+        };
+        let original = name.trim_end_matches(REMOVING).trim_end_matches('.');
+        if folder.kind(original)?.is_some() {
+            continue;
+        }
+        match check_lengths(path) {
+            Ok(()) => {
+                folder.rename(name, original)?;
+                tracing::warn!("renamed {} back to {original}", path.display());
+            }
+            // A disk that fails says nothing about the contents.
+            Err(error @ Error::Io { .. }) if !error.is_not_found() => return Err(error),
+            Err(_) => {}
+        }
+    }
+    Ok(())
 }
 
 fn with_sizes(root: &Path, paths: &[PathBuf]) -> Result<Vec<Leftover>, Error> {

@@ -159,6 +159,31 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// Compares a manifest without a checksum with the shards: each slice has to be in its file.
+    /// Another manifest has a checksum, and it was written with the shards.
+    ///
+    /// # Errors
+    /// If a slice is missing or has another shape, or a file cannot be read.
+    pub(crate) fn check_unprotected(&self) -> Result<(), Error> {
+        if self.checksum.is_some() {
+            return Ok(());
+        }
+        let mut shards = Vec::new();
+        for (number, entry) in self.manifest.files.iter().enumerate() {
+            let path = self.path.join(&entry.name);
+            let file = self.open_file(number)?;
+            let index = TensorIndex::from_file(&file, &path)?;
+            shards.push((path, OpenShard { file, index }));
+        }
+        for (name, entry) in &self.manifest.tensors {
+            for stored in &entry.slices {
+                let (path, shard) = &shards[stored.file];
+                shard.find(&stored.of_tensor(name, &entry.shape), path)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Opens the file with this number, and compares its length with the manifest.
     ///
     /// # Errors
@@ -242,12 +267,7 @@ impl Checkpoint {
         }
         let mut overlaps = Vec::new();
         for stored in &entry.slices {
-            let saved = TensorSlice {
-                name: name.clone(),
-                global_shape: entry.shape.clone(),
-                offset: stored.offset.clone(),
-                shape: stored.shape.clone(),
-            };
+            let saved = stored.of_tensor(name, &entry.shape);
             if let Some(common) = saved.overlap(slice) {
                 overlaps.push(Overlap {
                     file: stored.file,
@@ -410,7 +430,11 @@ fn narrow_to(whole: &Tensor, outer: &TensorSlice, inner: &TensorSlice) -> Tensor
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Shard, Staging, list, retain};
+    use crate::{
+        Shard, Staging,
+        folder::{Depth, newest, verify},
+        list, retain,
+    };
     use proptest::prelude::*;
     use serde_json::{Value, json};
 
@@ -654,6 +678,49 @@ mod tests {
         rewrite_manifest(&path, |_| ());
         let note = Checkpoint::open(&path).unwrap().note().unwrap();
         assert!(note.contains("manifest.json has no checksum"), "{note}");
+    }
+
+    /// Damage of a manifest without a checksum must not make `retain` remove an older checkpoint.
+    #[test]
+    fn a_manifest_without_a_checksum_has_to_agree_with_its_shards() {
+        let root = tempfile::tempdir().unwrap();
+        let older = save(root.path(), 1);
+        let path = save(root.path(), 2);
+        let in_other_file = |manifest: &mut Value| {
+            manifest["tensors"]["a"]["pieces"][0]["file"] = json!(1);
+        };
+        let renamed = |manifest: &mut Value| {
+            let tensors = manifest["tensors"].as_object_mut().unwrap();
+            let entry = tensors.remove("a").unwrap();
+            tensors.insert("e".into(), entry);
+        };
+        let transposed = |manifest: &mut Value| {
+            manifest["tensors"]["a"]["shape"] = json!([4, 1]);
+            manifest["tensors"]["a"]["pieces"][0]["shape"] = json!([4, 1]);
+        };
+        let changes: [(&dyn Fn(&mut Value), &str); 3] = [
+            (&in_other_file, "a is missing"),
+            (&renamed, "e is missing"),
+            (&transposed, "a has shape [2, 2], the manifest says [4, 1]"),
+        ];
+        for (change, reason) in changes {
+            save(root.path(), 2);
+            rewrite_manifest(&path, change);
+            let refused = verify(&path, Depth::Lengths).unwrap_err();
+            assert!(refused.is_damage(), "{refused}");
+            assert!(refused.to_string().contains(reason), "{refused}");
+            retain(root.path(), 1, 2, |_| true).unwrap();
+            assert_eq!(
+                newest(root.path(), Depth::Data).unwrap().verified[0].path,
+                older
+            );
+            std::fs::remove_dir_all(&path).unwrap();
+        }
+        save(root.path(), 2);
+        rewrite_manifest(&path, |_| ());
+        verify(&path, Depth::Data).unwrap();
+        retain(root.path(), 1, 2, |_| true).unwrap();
+        assert!(!older.exists());
     }
 
     #[test]

@@ -7,7 +7,7 @@ use crate::Error;
 use nix::{
     dir::Dir,
     errno::Errno,
-    fcntl::{AT_FDCWD, AtFlags, OFlag, openat, renameat},
+    fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags, openat, renameat, renameat2},
     sys::stat::{FileStat, Mode, SFlag, fstat, fstatat, mkdirat},
     unistd::{UnlinkatFlags, unlinkat},
 };
@@ -228,6 +228,21 @@ impl RunFolder {
         self.entry(from)?;
         let target = self.entry(to)?;
         renameat(&self.folder, from, &self.folder, to).map_err(failed("cannot rename to", &target))
+    }
+
+    /// Exchanges the names of two entries in one step. Returns false if the file system cannot.
+    ///
+    /// # Errors
+    /// If an entry does not exist, or the file system refuses it.
+    pub(crate) fn exchange(&self, first: &str, second: &str) -> Result<bool, Error> {
+        self.entry(first)?;
+        let target = self.entry(second)?;
+        let flags = RenameFlags::RENAME_EXCHANGE;
+        match renameat2(&self.folder, first, &self.folder, second, flags) {
+            Ok(()) => Ok(true),
+            Err(Errno::EINVAL | Errno::ENOSYS | Errno::EOPNOTSUPP) => Ok(false),
+            Err(error) => Err(failed("cannot rename to", &target)(error)),
+        }
     }
 
     /// Removes an entry, a folder with all that is in it. Of a link, only the link is removed. An

@@ -27,6 +27,18 @@ pub struct SliceEntry {
     pub shape: Vec<i64>,
 }
 
+impl SliceEntry {
+    /// Returns the slice of the tensor with this name and shape.
+    pub(crate) fn of_tensor(&self, name: &str, global_shape: &[i64]) -> TensorSlice {
+        TensorSlice {
+            name: name.to_string(),
+            global_shape: global_shape.to_vec(),
+            offset: self.offset.clone(),
+            shape: self.shape.clone(),
+        }
+    }
+}
+
 impl TensorSlice {
     /// Returns the slice that covers a whole tensor.
     pub fn whole(name: impl Into<String>, shape: &[i64]) -> TensorSlice {

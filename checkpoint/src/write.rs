@@ -177,7 +177,6 @@ impl Staging {
         folder::check_lengths(&self.folder)?;
         let root = RunFolder::create_inside(&self.root)?;
         self.publish(&root)?;
-        root.sync()?;
         let target = self.root.join(&self.name);
         folder::remember_verified(&target);
         Ok(target)
@@ -186,14 +185,9 @@ impl Staging {
     /// Gives the folder its final name. An earlier checkpoint of the step, which a run wrote before
     /// it resumed from an older one, is removed afterwards. One that is damaged is set aside.
     fn publish(&self, root: &RunFolder) -> Result<(), Error> {
-        let target = self.root.join(&self.name);
-        let replaced = format!("{}.{REMOVING}", self.name);
         if root.kind(&self.name)?.is_some() {
-            match folder::check_lengths(&target) {
-                Ok(()) => {
-                    root.remove(&replaced)?;
-                    root.rename(&self.name, &replaced)?;
-                }
+            match folder::check_lengths(&self.root.join(&self.name)) {
+                Ok(()) => return self.replace(root),
                 Err(error) => {
                     let aside = set_aside(root, &self.name)?;
                     tracing::warn!("{error}; it is now {}", aside.display());
@@ -201,7 +195,37 @@ impl Staging {
             }
         }
         root.rename(&self.folder_name(), &self.name)?;
-        root.remove(&replaced)
+        root.sync()
+    }
+
+    /// Replaces the earlier checkpoint of the step. At any time, also after a failure, a checkpoint
+    /// with all its files has the final name, or one that [`folder::clean`] gives the name back.
+    fn replace(&self, root: &RunFolder) -> Result<(), Error> {
+        let writing = self.folder_name();
+        if !root.exchange(&writing, &self.name)? {
+            return self.replace_in_two_steps(root);
+        }
+        if let Err(error) = root.sync() {
+            // The caller discards the folder that is being written: it must be the new one again.
+            root.exchange(&writing, &self.name)?;
+            return Err(error);
+        }
+        remove_replaced(root, &writing);
+        Ok(())
+    }
+
+    /// Replaces the earlier checkpoint on a file system that cannot exchange two names.
+    fn replace_in_two_steps(&self, root: &RunFolder) -> Result<(), Error> {
+        let replaced = format!("{}.{REMOVING}", self.name);
+        root.remove(&replaced)?;
+        root.rename(&self.name, &replaced)?;
+        if let Err(error) = root.rename(&self.folder_name(), &self.name) {
+            root.rename(&replaced, &self.name)?;
+            return Err(error);
+        }
+        root.sync()?;
+        remove_replaced(root, &replaced);
+        Ok(())
     }
 
     /// Calls [`Staging::commit`] for shards that are images. The header of the first one holds
@@ -217,5 +241,101 @@ impl Staging {
         let file = self.open_folder()?.open_file(name)?;
         let header = ImageHeader::from_open_file(&file, &self.folder.join(name))?;
         self.commit(shards, header.tensors, header.state)
+    }
+}
+
+/// Removes a checkpoint that another one of its step replaced. The new one is complete, so a
+/// failure only leaves a folder that the next start removes.
+fn remove_replaced(root: &RunFolder, name: &str) {
+    if let Err(error) = root.remove(name) {
+        tracing::warn!("the checkpoint that was replaced stays: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::folder::clean;
+    use serde_json::Value;
+
+    fn staged(root: &Path, value: f32) -> (Staging, Vec<Shard>) {
+        let staging = Staging::new(root, 20);
+        staging.begin().unwrap();
+        let values = Tensor::from_slice(&[value]);
+        let tensors = vec![(TensorSlice::whole("w", &[1]), values)];
+        let shard = staging.write_shard(0, tensors).unwrap();
+        (staging, vec![shard])
+    }
+
+    fn commit(root: &Path, value: f32) -> Staging {
+        let (staging, shards) = staged(root, value);
+        staging.commit(shards, 1, Value::Null).unwrap();
+        staging
+    }
+
+    fn saved_value(root: &Path) -> f64 {
+        let found = folder::newest(root, folder::Depth::Data).unwrap();
+        let mut checkpoint = crate::Checkpoint::open(&found.verified[0].path).unwrap();
+        let tensor = checkpoint.tensor(&TensorSlice::whole("w", &[1])).unwrap();
+        tensor.double_value(&[0])
+    }
+
+    fn names(root: &Path) -> Vec<String> {
+        RunFolder::open(root).unwrap().names().unwrap()
+    }
+
+    #[test]
+    fn a_replacement_that_fails_leaves_the_earlier_checkpoint() {
+        let root = tempfile::tempdir().unwrap();
+        let staging = commit(root.path(), 1.0);
+        let folder = RunFolder::open(root.path()).unwrap();
+        // The new folder is missing, so its rename fails.
+        staging.publish(&folder).unwrap_err();
+        staging.replace_in_two_steps(&folder).unwrap_err();
+        staging.discard();
+        assert_eq!(names(root.path()), ["step-00000020"]);
+        assert_eq!(saved_value(root.path()), 1.0);
+    }
+
+    #[test]
+    fn a_replacement_is_complete_with_and_without_an_exchange() {
+        let root = tempfile::tempdir().unwrap();
+        commit(root.path(), 1.0);
+        commit(root.path(), 2.0);
+        assert_eq!(names(root.path()), ["step-00000020"]);
+        assert_eq!(saved_value(root.path()), 2.0);
+        let other = tempfile::tempdir().unwrap();
+        let staging = commit(other.path(), 3.0);
+        std::fs::rename(other.path().join("step-00000020"), staging.folder()).unwrap();
+        std::fs::rename(
+            root.path().join("step-00000020"),
+            other.path().join("step-00000020"),
+        )
+        .unwrap();
+        let folder = RunFolder::open(other.path()).unwrap();
+        staging.replace_in_two_steps(&folder).unwrap();
+        assert_eq!(names(other.path()), ["step-00000020"]);
+        assert_eq!(saved_value(other.path()), 3.0);
+    }
+
+    /// A crash between the two renames leaves two complete folders and no checkpoint.
+    #[test]
+    fn a_checkpoint_that_was_not_replaced_gets_its_name_back() {
+        let root = tempfile::tempdir().unwrap();
+        commit(root.path(), 1.0);
+        let path = root.path().join("step-00000020");
+        let removing = path.with_extension(REMOVING);
+        std::fs::rename(&path, &removing).unwrap();
+        staged(root.path(), 2.0);
+        let removed = clean(root.path()).unwrap();
+        assert_eq!(removed.len(), 1);
+        assert_eq!(names(root.path()), ["step-00000020"]);
+        assert_eq!(saved_value(root.path()), 1.0);
+
+        // A removal that a crash interrupted is completed.
+        std::fs::rename(&path, &removing).unwrap();
+        std::fs::remove_file(removing.join("shard-00000.safetensors")).unwrap();
+        assert_eq!(clean(root.path()).unwrap().len(), 1);
+        assert!(names(root.path()).is_empty());
     }
 }

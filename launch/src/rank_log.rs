@@ -40,9 +40,8 @@ pub(crate) fn log_to_file(dir: &Path, rank: usize, launched: bool, limits: Limit
         limits,
         record,
         reports_gap: false,
-        on_open: launched.then(|| -> Box<dyn FnOnce(&File) + Send> {
-            Box::new(move |file| redirect(file, rank))
-        }),
+        on_open: launched
+            .then(|| -> Box<dyn Fn(&File) + Send> { Box::new(move |file| redirect(file, rank)) }),
     });
     let opened = log.wait_until_open(OPEN_TIMEOUT, launched);
     opened.with_context(|| format!("cannot write {}", path.display()))?;

@@ -33,6 +33,8 @@ pub(super) struct Tail {
     pub(super) keep: u64,
     /// Step of the last line that is kept.
     pub(super) last_step: Option<u64>,
+    /// First step whose line is in the file, if none is kept and one can be read.
+    pub(super) first_step: Option<u64>,
     /// True if the last line lacks its end.
     pub(super) is_unterminated: bool,
 }
@@ -40,8 +42,19 @@ pub(super) struct Tail {
 #[derive(Deserialize)]
 struct NumberedLine {
     step: u64,
+    /// Set in a record of missing lines.
+    first_step: Option<u64>,
     #[serde(default, rename = "validation_loss", deserialize_with = "is_present")]
     is_validation: bool,
+}
+
+impl NumberedLine {
+    /// Returns the first step with a line in a file that begins with this one.
+    fn first_of_file(&self) -> u64 {
+        // A validation follows the line of its step.
+        let own = self.step.saturating_add(u64::from(self.is_validation));
+        self.first_step.unwrap_or(own)
+    }
 }
 
 /// Returns true for a key with any value: a loss that is not finite is written as null.
@@ -68,21 +81,29 @@ pub(super) fn find_tail(
         block_start: len,
     };
     let mut end = len;
+    let mut first_step = None;
     while end > 0 {
         let is_unterminated = end == len && !file.ends_with_newline(end)?;
         let text_end = if is_unterminated { end } else { end - 1 };
         let start = file.line_start(text_end)?;
-        let line = file.numbered_line(start, text_end)?;
-        if let Some(line) = line.filter(|line| point.keeps(line)) {
-            return Ok(Tail {
-                keep: end,
-                last_step: Some(line.step),
-                is_unterminated,
-            });
+        match file.numbered_line(start, text_end)? {
+            Some(line) if point.keeps(&line) => {
+                return Ok(Tail {
+                    keep: end,
+                    last_step: Some(line.step),
+                    first_step: None,
+                    is_unterminated,
+                });
+            }
+            Some(line) => first_step = Some(line.first_of_file()),
+            None => {}
         }
         end = start;
     }
-    Ok(Tail::default())
+    Ok(Tail {
+        first_step,
+        ..Tail::default()
+    })
 }
 
 /// Reads blocks from the end of a file towards its start, and holds one of them.
@@ -213,6 +234,7 @@ mod tests {
         let kept = Tail {
             keep: 22,
             last_step: Some(2),
+            first_step: None,
             is_unterminated: false,
         };
         let garbage: [&[u8]; 6] = [
@@ -231,6 +253,11 @@ mod tests {
         let unterminated = tail(b"{\"step\":1}\n{\"step\":2}", after(5));
         assert!(unterminated.is_unterminated && unterminated.keep == 21);
         assert_eq!(tail(b"no json\n", after(5)), Tail::default());
+        let later = tail(
+            b"?\n{\"step\":7,\"first_step\":6}\n{\"step\":8}\n",
+            after(5),
+        );
+        assert_eq!((later.keep, later.first_step), (0, Some(6)));
         assert_eq!(tail(b"", after(5)), Tail::default());
     }
 

@@ -5,7 +5,7 @@ use nix::{errno::Errno, fcntl::OFlag};
 use std::{
     fs::File,
     io::{Error, ErrorKind, Read, Result, Seek, SeekFrom, Write},
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
@@ -22,7 +22,7 @@ pub enum Target {
 /// A file that lines are appended to.
 pub(super) struct OpenFile {
     pub(super) file: File,
-    /// Step of the last line that was kept, in a file that had lines.
+    /// Step before which the file was to have lines. `None` if it is empty and was to have none.
     pub(super) last_step: Option<u64>,
     /// Bytes to write before the next line, because the last one lacks its end.
     owed_newline: bool,
@@ -36,29 +36,81 @@ impl Target {
         }
     }
 
-    /// Opens the file, and its folder if there is none. Lines are removed only by the first call.
-    pub(super) fn open(&self, is_first: bool) -> Result<OpenFile> {
-        let file = match self {
-            Target::Append(path) | Target::After { path, .. } => open_regular(path)?,
-            Target::Open(file) => {
-                return Ok(OpenFile {
-                    file: file.try_clone()?,
-                    last_step: None,
-                    owed_newline: false,
-                });
-            }
-        };
+    /// Opens the file, and its folder if there is none. Removes the lines after the point of the
+    /// resume.
+    pub(super) fn open(&self) -> Result<OpenFile> {
         match self {
-            Target::After { point, .. } if is_first => cut_after(file, *point),
-            _ => end_last_line(file),
+            Target::Append(path) => end_last_line(open_regular(path)?),
+            Target::After { path, point } => {
+                let is_new = !path.try_exists()?;
+                let mut open = cut_after(open_regular(path)?, *point)?;
+                open.last_step = open.last_step.filter(|_| !is_new);
+                Ok(open)
+            }
+            Target::Open(file) => Ok(OpenFile {
+                file: file.try_clone()?,
+                last_step: None,
+                owed_newline: false,
+            }),
         }
     }
 
-    /// True if the file was removed, so that lines would go nowhere.
-    pub(super) fn is_removed(&self, open: &OpenFile) -> bool {
-        let links = open.file.metadata().map(|metadata| metadata.nlink());
-        self.path().is_some() && matches!(links, Ok(0))
+    /// Opens the file again, for lines that begin with `pending`. Also returns how many bytes of
+    /// `pending` the file ends with, from writes that failed or that took a part of a line.
+    pub(super) fn reopen(&self, pending: &[u8]) -> Result<(OpenFile, usize)> {
+        let (path, pending) = match self {
+            // Lines of a log repeat, so only a part of a line is certain to be of such a write.
+            Target::Append(path) => (path, pending.split(|&byte| byte == b'\n').next()),
+            Target::After { path, .. } => (path, Some(pending)),
+            Target::Open(_) => return Ok((self.open()?, 0)),
+        };
+        let file = open_regular(path)?;
+        let held = held_bytes(&file, pending.unwrap_or_default())?;
+        let open = match self {
+            _ if held > 0 => OpenFile {
+                file,
+                last_step: None,
+                owed_newline: false,
+            },
+            Target::After { .. } => cut_after(file, WHOLE_LINES)?,
+            _ => end_last_line(file)?,
+        };
+        Ok((open, held))
     }
+
+    /// Removes the file, which is empty. Lines make it again.
+    pub(super) fn remove(&self) {
+        // At worst, a restart before the first line reports lines that nobody wrote as missing.
+        let _ = self.path().map(std::fs::remove_file);
+    }
+
+    /// True if the file was removed, so that lines would go nowhere, or its descriptor is stale.
+    pub(super) fn is_lost(&self, open: &OpenFile) -> bool {
+        let links = open.file.metadata().map(|metadata| metadata.nlink());
+        self.path().is_some() && !matches!(links, Ok(1..))
+    }
+}
+
+/// The point of a resume that repeats no line.
+const WHOLE_LINES: ResumePoint = ResumePoint {
+    step: u64::MAX,
+    repeats_validation: false,
+};
+
+/// Returns the number of bytes of `pending`, which begins a line, that the file ends with.
+fn held_bytes(file: &File, pending: &[u8]) -> Result<usize> {
+    let len = file.metadata()?.len();
+    let start = len.saturating_sub(pending.len() as u64 + 1);
+    let mut end = vec![0; (len - start) as usize];
+    file.read_exact_at(&mut end, start)?;
+    let begins_line = |&place: &usize| match place.checked_sub(1) {
+        Some(before) => end[before] == b'\n',
+        None => start == 0,
+    };
+    let places = (0..end.len()).filter(begins_line);
+    let mut held = places.map(|place| &end[place..]);
+    let longest = held.find(|held| pending.starts_with(held));
+    Ok(longest.map_or(0, <[u8]>::len))
 }
 
 impl OpenFile {
@@ -111,9 +163,13 @@ fn cut_after(mut file: File, point: ResumePoint) -> Result<OpenFile> {
     if tail.keep < len {
         file.set_len(tail.keep)?;
     }
+    // A run that resumed in a new folder began its file after the steps before.
+    let begins_later = tail.first_step.is_some_and(|first| first > point.step);
+    let before_first = tail.first_step.map_or(0, |first| first.saturating_sub(1));
+    let in_empty = (!begins_later).then_some(before_first);
     Ok(OpenFile {
         file,
-        last_step: tail.last_step,
+        last_step: tail.last_step.or(in_empty),
         owed_newline: tail.is_unterminated,
     })
 }
@@ -132,6 +188,13 @@ fn end_last_line(mut file: File) -> Result<OpenFile> {
     })
 }
 
+/// True if a descriptor stays useless after this failure, and another one of the path may not be:
+/// the server lost the file's handle, or the file system was unmounted.
+pub(super) fn needs_reopening(error: &Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(errno, Some(Errno::ESTALE | Errno::ENOTCONN))
+}
+
 /// True if the failure may pass without a change of the file's path or permissions.
 pub(super) fn may_pass(error: &Error) -> bool {
     let passing = matches!(
@@ -141,6 +204,7 @@ pub(super) fn may_pass(error: &Error) -> bool {
             | ErrorKind::ReadOnlyFilesystem
             | ErrorKind::FileTooLarge
             | ErrorKind::StaleNetworkFileHandle
+            | ErrorKind::NotConnected
             | ErrorKind::TimedOut
             | ErrorKind::HostUnreachable
             | ErrorKind::NetworkUnreachable

@@ -3,7 +3,7 @@
 use super::{
     backlog::{Backlog, Limits, Line, MissingLines, Record},
     health::{Health, Notice},
-    target::{OpenFile, Target, may_pass},
+    target::{OpenFile, Target, may_pass, needs_reopening},
 };
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::{
@@ -21,8 +21,8 @@ const BATCH_BYTES: usize = 256 * 1024;
 const RETRY_TIME: Duration = Duration::from_millis(100);
 const MAX_RETRY_TIME: Duration = Duration::from_secs(1);
 
-/// Called with the file once it is open, in the writer's thread.
-type OnOpen = Box<dyn FnOnce(&File) + Send>;
+/// Called with the file each time it is opened, in the writer's thread.
+type OnOpen = Box<dyn Fn(&File) + Send>;
 
 /// Settings of a [`LineWriter`].
 pub struct Options {
@@ -33,7 +33,7 @@ pub struct Options {
     pub record: fn(&MissingLines) -> String,
     /// True if every step has a line, so that a gap before the step of the resume is reported.
     pub reports_gap: bool,
-    /// Called with the file once it is open, in the writer's thread.
+    /// Called with the file each time it is opened, in the writer's thread.
     pub on_open: Option<OnOpen>,
 }
 
@@ -62,6 +62,15 @@ struct State {
     is_abandoned: bool,
 }
 
+impl State {
+    /// Notes that the file has the next `bytes` bytes.
+    fn complete(&mut self, bytes: usize) {
+        if let Some(dropped) = self.backlog.complete(bytes) {
+            self.health.dropped(dropped);
+        }
+    }
+}
+
 /// The first attempt to open the file.
 enum Opening {
     Pending,
@@ -80,28 +89,8 @@ pub struct WrittenLines {
 impl LineWriter {
     /// Starts the thread, which opens the file.
     pub fn start(options: Options) -> LineWriter {
-        let record: Record = options.record;
-        let shared = Arc::new(Shared {
-            state: Mutex::new(State {
-                backlog: Backlog::new(options.limits, record),
-                health: Health::default(),
-                notices: VecDeque::new(),
-                opening: Opening::Pending,
-                is_idle: false,
-                is_abandoned: false,
-            }),
-            queued: Condvar::new(),
-            progressed: Condvar::new(),
-        });
-        let thread = WriterThread {
-            shared: shared.clone(),
-            target: options.target,
-            reports_gap: options.reports_gap,
-            on_open: options.on_open,
-            file: None,
-            was_open: false,
-            retry: RETRY_TIME,
-        };
+        let thread = WriterThread::new(options);
+        let shared = thread.shared.clone();
         std::thread::spawn(move || thread.run());
         LineWriter { shared }
     }
@@ -217,48 +206,94 @@ struct WriterThread {
 }
 
 impl WriterThread {
-    fn run(mut self) {
-        self.attempt(&[]);
-        while let Some(batch) = self.next_batch() {
-            self.attempt(&batch);
+    fn new(options: Options) -> WriterThread {
+        let record: Record = options.record;
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State {
+                backlog: Backlog::new(options.limits, record),
+                health: Health::default(),
+                notices: VecDeque::new(),
+                opening: Opening::Pending,
+                is_idle: false,
+                is_abandoned: false,
+            }),
+            queued: Condvar::new(),
+            progressed: Condvar::new(),
+        });
+        WriterThread {
+            shared,
+            target: options.target,
+            reports_gap: options.reports_gap,
+            on_open: options.on_open,
+            file: None,
+            was_open: false,
+            retry: RETRY_TIME,
         }
     }
 
-    /// Opens the file if necessary, and writes a batch.
-    fn attempt(&mut self, batch: &[u8]) {
-        self.shared.state.lock().health.started(Instant::now());
+    fn run(mut self) {
+        // Opens the file even if no line waits.
+        self.attempt(|_| Vec::new());
+        self.remove_if_begun_late();
+        while self.wait_for_lines() {
+            self.attempt(|backlog| backlog.batch(BATCH_BYTES));
+        }
+    }
+
+    /// Removes an empty file that is to begin after step 0, until it has its first line: to the
+    /// next resume, an empty file is one whose disk took no line.
+    fn remove_if_begun_late(&self) {
+        let begins_late = self
+            .file
+            .as_ref()
+            .is_some_and(|file| file.last_step.is_none());
+        if let Target::After { point, .. } = &self.target
+            && begins_late
+            && self.reports_gap
+            && point.step > 0
+        {
+            self.target.remove();
+        }
+    }
+
+    /// Opens the file if necessary, and writes what `take` returns then.
+    fn attempt(&mut self, take: impl FnOnce(&Backlog) -> Vec<u8>) {
+        let shared = self.shared.clone();
+        shared.state.lock().health.started(Instant::now());
         let (written, result) = match self.open() {
-            Ok(file) => file.write(batch),
+            Ok(file) => {
+                let batch = take(&shared.state.lock().backlog);
+                file.write(&batch)
+            }
             Err(error) => (0, Err(error)),
         };
-        let mut state = self.shared.state.lock();
-        if let Some(dropped) = state.backlog.complete(written) {
-            state.health.dropped(dropped);
-        }
+        let mut state = shared.state.lock();
+        state.complete(written);
         match result {
             Ok(()) => {
                 state.health.succeeded();
                 self.retry = RETRY_TIME;
             }
             Err(error) => {
+                if needs_reopening(&error) {
+                    self.file = None;
+                }
                 state.health.failed(Instant::now(), error.to_string());
                 if matches!(state.opening, Opening::Pending) {
                     state.opening = Opening::Failed(error);
                 }
             }
         }
-        self.shared.progressed.notify_all();
+        shared.progressed.notify_all();
     }
 
     fn open(&mut self) -> io::Result<&mut OpenFile> {
-        let lost = |open: &mut OpenFile| self.target.is_removed(open);
-        if self.file.take_if(lost).is_some() {
-            self.shared.state.lock().backlog.restart_line();
-        }
+        self.file.take_if(|open| self.target.is_lost(open));
         let file = match self.file.take() {
             Some(file) => file,
+            None if self.was_open => self.reopen()?,
             None => {
-                let file = self.target.open(!self.was_open)?;
+                let file = self.target.open()?;
                 self.opened(&file);
                 file
             }
@@ -266,8 +301,23 @@ impl WriterThread {
         Ok(self.file.insert(file))
     }
 
+    /// Opens the file again. A line of which it has a part continues there.
+    fn reopen(&mut self) -> io::Result<OpenFile> {
+        let pending = {
+            let backlog = &mut self.shared.state.lock().backlog;
+            backlog.restart_line();
+            backlog.batch(BATCH_BYTES)
+        };
+        let (file, held) = self.target.reopen(&pending)?;
+        self.shared.state.lock().complete(held);
+        if let Some(on_open) = &self.on_open {
+            on_open(&file.file);
+        }
+        Ok(file)
+    }
+
     fn opened(&mut self, file: &OpenFile) {
-        if let Some(on_open) = self.on_open.take() {
+        if let Some(on_open) = &self.on_open {
             on_open(&file.file);
         }
         let mut state = self.shared.state.lock();
@@ -288,8 +338,8 @@ impl WriterThread {
         self.was_open = true;
     }
 
-    /// Waits for lines, and after a failure some time longer. Returns `None` at the end.
-    fn next_batch(&mut self) -> Option<Vec<u8>> {
+    /// Waits for lines, and after a failure some time longer. Returns false at the end.
+    fn wait_for_lines(&mut self) -> bool {
         let mut state = self.shared.state.lock();
         if state.health.cause(Instant::now()).is_some() {
             let deadline = Instant::now() + self.retry;
@@ -302,7 +352,7 @@ impl WriterThread {
             }
             state.is_idle = false;
         }
-        (!state.is_abandoned).then(|| state.backlog.batch(BATCH_BYTES))
+        !state.is_abandoned
     }
 }
 
@@ -326,7 +376,13 @@ fn copy_error(error: &io::Error) -> io::Error {
 mod tests {
     use super::*;
     use crate::lines::ResumePoint;
-    use std::{io::Read, os::fd::OwnedFd, path::PathBuf};
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+    use std::{
+        io::{Read, Write},
+        ops::RangeInclusive,
+        os::fd::OwnedFd,
+        path::{Path, PathBuf},
+    };
 
     fn options(target: Target) -> Options {
         Options {
@@ -477,6 +533,166 @@ mod tests {
         push(&writer, 2);
         assert_eq!(writer.flush(soon(), false), None);
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "{\"step\":2}\n");
+    }
+
+    /// Returns a descriptor that every write fails on, with ENOTCONN as on a lost FUSE mount.
+    fn unmounted() -> File {
+        let flags = SockFlag::empty();
+        let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None);
+        File::from(socket.unwrap())
+    }
+
+    fn line(step: u64) -> Line {
+        Line {
+            text: format!("{{\"step\":{step}}}\n"),
+            step: Some(step),
+            is_of_step: true,
+        }
+    }
+
+    fn write_steps(thread: &mut WriterThread, steps: RangeInclusive<u64>) {
+        for step in steps {
+            thread.shared.state.lock().backlog.push(line(step));
+        }
+        thread.attempt(|backlog| backlog.batch(BATCH_BYTES));
+    }
+
+    /// Writes 100 steps to the file of `target`. After 50 its file system goes away and comes back;
+    /// `left` is what failed writes left in the file. Returns its text.
+    fn text_after_remount(target: Target, left: &str) -> String {
+        let path = target.path().unwrap().to_path_buf();
+        let mut thread = WriterThread::new(options(target));
+        write_steps(&mut thread, 1..=50);
+        thread.file.as_mut().unwrap().file = unmounted();
+        write_steps(&mut thread, 51..=75);
+        let mut file = File::options().append(true).open(&path).unwrap();
+        file.write_all(left.as_bytes()).unwrap();
+        for _ in 0..3 {
+            thread.attempt(|backlog| backlog.batch(BATCH_BYTES));
+        }
+        write_steps(&mut thread, 76..=100);
+        std::fs::read_to_string(path).unwrap()
+    }
+
+    #[test]
+    fn a_stale_descriptor_is_replaced_and_each_line_is_there_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let lines =
+            |steps: RangeInclusive<u64>| -> String { steps.map(|step| line(step).text).collect() };
+        let expected = lines(1..=100);
+        // The last is not what this run wrote, and no whole line.
+        let two_lines = lines(51..=52) + "{";
+        let all_left = ["", "{\"st", "{\"step\":51}", &two_lines, "{\"step\":7"];
+        for (number, left) in all_left.into_iter().enumerate() {
+            let target = Target::After {
+                path: path(&format!("metrics-{number}")),
+                point: ResumePoint::default(),
+            };
+            assert_eq!(text_after_remount(target, left), expected, "{left}");
+        }
+        for (number, left) in all_left[..3].iter().enumerate() {
+            let target = Target::Append(path(&format!("log-{number}")));
+            assert_eq!(text_after_remount(target, left), expected, "{left}");
+        }
+        let foreign = lines(1..=50) + "foreign\n" + &lines(51..=100);
+        let log = Target::Append(path("log"));
+        assert_eq!(text_after_remount(log, "foreign"), foreign);
+    }
+
+    fn missing_after_resume(path: &Path, step: u64) -> Option<(u64, u64)> {
+        let writer = resume(path.to_path_buf(), step);
+        writer
+            .wait_until_open(Duration::from_secs(10), true)
+            .unwrap();
+        match writer.notice() {
+            Some(Notice::Interrupted(missing)) => missing.span,
+            None => None,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn wait_until_absent(path: &Path) {
+        let deadline = soon();
+        while path.exists() {
+            assert!(Instant::now() < deadline, "{} stays", path.display());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// The disk filled up before the first line, and the run resumes from memory.
+    #[test]
+    fn a_gap_at_the_start_is_recorded() {
+        let folder = tempfile::tempdir().unwrap();
+        let record = "{\"step\":5,\"first_step\":1}\n{\"step\":6}\n";
+        for text in ["", "\0\0\0\0", "{\"step\":1,", record] {
+            let path = folder.path().join("metrics.jsonl");
+            std::fs::write(&path, text).unwrap();
+            assert_eq!(missing_after_resume(&path, 4), Some((1, 4)), "{text}");
+            let text = std::fs::read_to_string(&path).unwrap();
+            assert_eq!(text, "{\"step\":0,\"missing\":4}\n");
+        }
+    }
+
+    /// A run that resumes in a new folder, or whose file the user removed, lacks no lines. Its
+    /// restarts lack none either.
+    #[test]
+    fn a_file_that_begins_at_a_resume_lacks_no_lines() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        for _ in 0..2 {
+            // Before the first line.
+            assert_eq!(missing_after_resume(&path, 200), None);
+            wait_until_absent(&path);
+        }
+        let writer = resume(path.clone(), 200);
+        push(&writer, 201);
+        push(&writer, 202);
+        drop(writer);
+        assert_eq!(missing_after_resume(&path, 201), None);
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(text, "{\"step\":201}\n");
+        for _ in 0..2 {
+            assert_eq!(missing_after_resume(&path, 200), None);
+            wait_until_absent(&path);
+        }
+        // The validation of step 200 is repeated again.
+        let validation = "{\"step\":200,\"validation_loss\":2.0}\n";
+        std::fs::write(&path, validation).unwrap();
+        let repeating = ResumePoint {
+            step: 200,
+            repeats_validation: true,
+        };
+        let opened = Target::After {
+            path: path.clone(),
+            point: repeating,
+        };
+        assert_eq!(opened.open().unwrap().last_step, None);
+        // A fresh run that failed before its first step.
+        let path = folder.path().join("fresh.jsonl");
+        for _ in 0..2 {
+            assert_eq!(missing_after_resume(&path, 0), None);
+            assert!(path.exists());
+        }
+    }
+
+    /// The rest of a line alone would be no line of the new file.
+    #[test]
+    fn a_line_that_a_removed_file_had_in_part_is_written_as_a_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let target = Target::After {
+            path: path.clone(),
+            point: ResumePoint::default(),
+        };
+        let mut thread = WriterThread::new(options(target));
+        thread.attempt(|_| Vec::new());
+        thread.shared.state.lock().backlog.push(line(1));
+        thread.attempt(|backlog| backlog.batch(BATCH_BYTES)[..4].to_vec());
+        std::fs::remove_file(&path).unwrap();
+        write_steps(&mut thread, 2..=2);
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(text, "{\"step\":1}\n{\"step\":2}\n");
     }
 
     #[test]
