@@ -122,7 +122,7 @@ fn an_agent_does_not_obey_a_stranger_at_the_launchers_address() {
     for _ in 0..3 {
         let (mut stream, _) = stranger.accept().unwrap();
         stream.set_read_timeout(Some(SOON)).unwrap();
-        let greeting = [&b"moerun\0\x02"[..], &[7; 32]].concat();
+        let greeting = [&b"moerun\0\x03"[..], &[7; 32]].concat();
         stream.write_all(&greeting).unwrap();
         let mut proof = [0; 72];
         stream.read_exact(&mut proof).unwrap();
