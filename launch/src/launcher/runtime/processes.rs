@@ -5,7 +5,7 @@ use crate::{
     environment,
     launcher::engine::ranks::FailedRank,
     protocol::{Assignment, FailureReport, RankInput, failure_path},
-    signals,
+    run_file, signals,
 };
 use anyhow::{Context, Result};
 use checkpoint::secure::Secret;
@@ -26,6 +26,8 @@ use std::{
 pub(super) const OWN_PROGRAM: &str = "/proc/self/exe";
 /// The time within which the disk must return a rank's report.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
+/// Most bytes of a rank's report that are read.
+const MAX_REPORT_BYTES: u64 = 16 << 20;
 /// The time in which killed processes must end when the launcher does.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -214,7 +216,10 @@ fn has_only_blocked_threads(pid: u32) -> bool {
 /// Returns the report of the process `pid`, if it left one and the disk answers.
 fn read_report(dir: &Path, rank: usize, pid: u32) -> Option<FailureReport> {
     let path = failure_path(dir, rank);
-    let text = parallel::within(REPORT_TIMEOUT, move || std::fs::read(path)).ok()?;
+    let text = parallel::within(REPORT_TIMEOUT, move || {
+        run_file::read(&path, MAX_REPORT_BYTES)
+    })
+    .ok()?;
     let report: FailureReport = serde_json::from_slice(&text).ok()?;
     (report.pid == pid).then_some(report)
 }
