@@ -117,6 +117,8 @@ impl Listener for UnixListener {
 pub struct Admitted<S> {
     pub connection: Connection<S>,
     pub address: PeerAddress,
+    /// To be kept as long as the connection.
+    pub ticket: Ticket,
 }
 
 /// A port at which authenticated peers are admitted, until this is dropped. Connections that were
@@ -422,7 +424,6 @@ where
         let secret = self.secret.clone();
         let purpose = self.purpose;
         let serving = move || {
-            let _ticket = ticket;
             let begin = || {
                 socket.set_nonblocking(false)?;
                 socket.prepare()?;
@@ -433,6 +434,7 @@ where
                 serve(Admitted {
                     connection,
                     address,
+                    ticket,
                 });
             }
         };
@@ -444,8 +446,9 @@ where
     }
 }
 
-/// A place among the authenticated connections, until it is dropped.
-struct Ticket(Arc<AtomicUsize>);
+/// A place among the authenticated connections of a [`Door`], until it is dropped.
+#[derive(Debug)]
+pub struct Ticket(Arc<AtomicUsize>);
 
 impl Ticket {
     fn new(authenticated: &Arc<AtomicUsize>) -> Ticket {

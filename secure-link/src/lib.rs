@@ -54,7 +54,7 @@ mod socket;
 
 pub use buffered::Buffered;
 pub use client::{authenticate, connect_local, connect_tcp};
-pub use door::{Admitted, Door, Limits, Listener};
+pub use door::{Admitted, Door, Limits, Listener, Ticket};
 pub use error::Error;
 pub use frame::{Connection, FrameReader, FrameWriter};
 pub use purpose::{Encoding, Purpose};

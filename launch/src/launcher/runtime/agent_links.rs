@@ -145,6 +145,7 @@ impl Served {
         let Admitted {
             mut connection,
             address,
+            ..
         } = admitted;
         let Ok(hello) = connection.receive::<Hello>(Some(HELLO_TIMEOUT)) else {
             return;
