@@ -109,7 +109,8 @@ impl<'a> Runtime<'a> {
         let dir = settings.dir.to_path_buf();
         let reports = events.clone();
         let own = OwnMachine::start(
-            move || Machine::new(&args, &dir, secret, address),
+            // This process orders the ranks itself.
+            move || Machine::new(&args, &dir, secret, address, usize::MAX),
             move |report| reports.push(own_event(report)),
         )?;
         let secret = settings.secret.clone();

@@ -7,7 +7,7 @@ use crate::{
     protocol::{Assignment, FailureReport, RankInput, failure_path},
     run_file, signals,
 };
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use checkpoint::secure::Secret;
 use nix::{
     sys::signal::{Signal, kill},
@@ -36,6 +36,8 @@ pub(super) struct RankProcesses {
     /// Arguments of a rank's process.
     arguments: Vec<OsString>,
     dir: PathBuf,
+    /// Most ranks at a time, and most standby processes.
+    limit: usize,
     children: Vec<RankProcess>,
     standby: Vec<Child>,
     /// Killed processes that have not ended yet.
@@ -50,7 +52,8 @@ struct RankProcess {
 }
 
 impl RankProcesses {
-    pub(super) fn new(args: &TrainArgs, dir: &Path) -> RankProcesses {
+    /// Starts at most `limit` ranks, whatever a launcher orders.
+    pub(super) fn new(args: &TrainArgs, dir: &Path, limit: usize) -> RankProcesses {
         let mut arguments = vec!["train".into(), args.config.config.clone().into()];
         for change in &args.config.set {
             arguments.extend(["--set".into(), change.into()]);
@@ -61,6 +64,7 @@ impl RankProcesses {
         RankProcesses {
             arguments,
             dir: dir.to_path_buf(),
+            limit,
             children: Vec::new(),
             standby: Vec::new(),
             dying: Vec::new(),
@@ -81,7 +85,17 @@ impl RankProcesses {
     }
 
     /// Starts the ranks, in standby processes as far as there are any.
+    ///
+    /// # Errors
+    /// If they are more than this machine's, or cannot be started.
     pub(super) fn start(&mut self, assignments: Vec<Assignment>, secret: &Secret) -> Result<()> {
+        let limit = self.limit;
+        let children = self.children.iter_mut();
+        let running = children.filter_map(|process| (!has_ended(&mut process.child)).then_some(()));
+        let ordered = running.count() + assignments.len();
+        if ordered > limit {
+            bail!("the launcher ordered {ordered} ranks, and this machine has {limit}");
+        }
         for assignment in assignments {
             let rank = assignment.rank;
             let mut child = match self.take_standby() {
@@ -114,8 +128,10 @@ impl RankProcesses {
         }
     }
 
-    /// Keeps `count` standby processes. Best effort: without them a restart is slower.
+    /// Keeps `count` standby processes, but no more than this machine has ranks. Best effort:
+    /// without them a restart is slower.
     pub(super) fn stand_by(&mut self, count: usize) {
+        let count = count.min(self.limit);
         while self.standby.len() < count {
             match self.spawn() {
                 Ok(child) => self.standby.push(child),
@@ -129,8 +145,6 @@ impl RankProcesses {
 
     /// Number of processes that run, killed ones included until they have ended.
     pub(super) fn running(&mut self) -> usize {
-        // A child that cannot be waited for counts as running until it can.
-        let has_ended = |child: &mut Child| matches!(child.try_wait(), Ok(Some(_)));
         self.dying.retain_mut(|child| !has_ended(child));
         let children = self.children.iter_mut();
         let running = children.filter_map(|process| (!has_ended(&mut process.child)).then_some(()));
@@ -205,6 +219,11 @@ impl Drop for RankProcesses {
     }
 }
 
+/// True if a process was waited for. One that cannot be waited for counts as running until it can.
+fn has_ended(child: &mut Child) -> bool {
+    matches!(child.try_wait(), Ok(Some(_)))
+}
+
 /// True if a killed process cannot be waited for only because the kernel blocks one of its threads,
 /// as one that writes to a disk that hangs. All others are gone, so nothing trains any more.
 fn has_only_blocked_threads(pid: u32) -> bool {
@@ -222,4 +241,34 @@ fn read_report(dir: &Path, rank: usize, pid: u32) -> Option<FailureReport> {
     .ok()?;
     let report: FailureReport = serde_json::from_slice(&text).ok()?;
     (report.pid == pid).then_some(report)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Cli, Command};
+    use clap::Parser;
+
+    #[test]
+    fn a_machine_starts_no_more_processes_than_it_has_ranks() {
+        let cli = Cli::parse_from(["moerun", "train", "config.yaml"]);
+        let Command::Train(args) = cli.command else {
+            panic!("not train");
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let mut none = RankProcesses::new(&args, folder.path(), 0);
+        none.stand_by(1_000_000_000);
+        assert!(none.standby.is_empty());
+        let assignment = serde_json::json!({
+            "rank": 0, "world_size": 1, "local_rank": 0, "local_world_size": 1,
+            "store": "127.0.0.1:1", "address": null, "generation": 0, "keeper": null,
+            "skipped_batches": {}, "config": "",
+        });
+        let assignment = serde_json::from_value(assignment).unwrap();
+        let secret = Secret::random().unwrap();
+        let error = none.start(vec![assignment], &secret).unwrap_err();
+        let expected = "the launcher ordered 1 ranks, and this machine has 0";
+        assert_eq!(error.to_string(), expected);
+        assert!(none.children.is_empty());
+    }
 }
