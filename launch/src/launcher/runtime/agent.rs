@@ -16,8 +16,9 @@ use crate::{
     signals::{Signals, StopMode},
 };
 use anyhow::{Context, Result, anyhow, bail};
-use checkpoint::secure::{
-    Connection, Error, FrameReader, FrameWriter, Purpose, Secret, connect_tcp,
+use checkpoint::{
+    run_folder::RunFolder,
+    secure::{Connection, Error, FrameReader, FrameWriter, Purpose, Secret, connect_tcp},
 };
 use std::{
     net::{IpAddr, Shutdown, SocketAddr, TcpStream, ToSocketAddrs},
@@ -45,8 +46,7 @@ pub(crate) fn run(
 ) -> Result<ExitCode> {
     let config = config_file::load(&args.config)?;
     let dir = config.run.dir.clone();
-    std::fs::create_dir_all(dir.join("logs"))
-        .with_context(|| format!("cannot create the run's folder {}", dir.display()))?;
+    RunFolder::create_inside(&dir.join("logs"))?;
     signals.set_mode(StopMode::Count);
     let mut agent = Agent {
         args,
