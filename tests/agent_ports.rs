@@ -80,6 +80,11 @@ fn a_stranger_at_the_agents_port_learns_nothing_and_takes_no_place() {
     let agent = start(&mut network.machine(&experiment, 1, 2, &changes));
     finish_all(vec![head, agent]);
     assert_eq!(steps_done(&experiment, "run"), 8);
+    let said = launcher_output(&experiment);
+    assert!(
+        said.contains("refused connections at the agents' port: 3 ("),
+        "{said}"
+    );
 }
 
 #[test]

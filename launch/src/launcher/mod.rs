@@ -79,6 +79,7 @@ pub(crate) fn run(args: &TrainArgs, signals: &Signals) -> Result<ExitCode> {
             keep: config.checkpoint.keep,
             reply_timeout: Duration::from_secs_f64(config.restart.heartbeat_timeout_s),
             signals,
+            store: &store,
         },
         listening,
     )?;
