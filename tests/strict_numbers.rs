@@ -3,6 +3,7 @@
 
 use crate::fixture::{Experiment, finish, refused, text};
 use std::{
+    os::unix::fs::PermissionsExt,
     process::Command,
     time::{Duration, Instant},
 };
