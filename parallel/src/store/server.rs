@@ -497,14 +497,14 @@ mod tests {
     fn clients_over_the_limit_are_turned_away_until_one_leaves() {
         let server = limited(2, TIMEOUT);
         let connect = |millis| authenticated(&server, Duration::from_millis(millis));
-        let first = connect(5000).unwrap();
-        let _second = connect(5000).unwrap();
+        let first = connect(20_000).unwrap();
+        let _second = connect(20_000).unwrap();
         // The server's thread has them by now.
         std::thread::sleep(Duration::from_millis(100));
-        let third = connect(200).map(drop);
-        assert!(matches!(third, Err(Error::Busy)), "{third:?}");
+        let third = connect(1000).map(drop);
+        assert!(third.is_err() && server.refusals().full > 0, "{third:?}");
         drop(first);
-        connect(5000).unwrap();
+        connect(20_000).unwrap();
     }
 
     #[test]
@@ -530,7 +530,8 @@ mod tests {
 
     #[test]
     fn an_answer_that_is_not_read_closes_its_connection() {
-        let server = limited(10, Duration::from_millis(300));
+        // Long enough for a value of this size on a busy machine.
+        let server = limited(10, Duration::from_secs(3));
         let store = connect(server.access(), TIMEOUT).unwrap();
         let large = vec![7; 40 << 20];
         store.set("large", &large).unwrap();
@@ -543,7 +544,7 @@ mod tests {
             timeout: TIMEOUT,
         };
         peer.send(&Request::from(request)).unwrap();
-        std::thread::sleep(Duration::from_millis(1500));
+        std::thread::sleep(Duration::from_secs(5));
         let mut socket = &**peer.socket();
         socket.set_read_timeout(Some(TIMEOUT)).unwrap();
         let mut read = 0;
