@@ -80,6 +80,11 @@ fn a_stranger_at_the_agents_port_learns_nothing_and_takes_no_place() {
     let agent = start(&mut network.machine(&experiment, 1, 2, &changes));
     finish_all(vec![head, agent]);
     assert_eq!(steps_done(&experiment, "run"), 8);
+    let said = launcher_output(&experiment);
+    assert!(
+        said.contains("refused connections at the agents' port: 3 ("),
+        "{said}"
+    );
 }
 
 #[test]
@@ -122,7 +127,7 @@ fn an_agent_does_not_obey_a_stranger_at_the_launchers_address() {
     for _ in 0..3 {
         let (mut stream, _) = stranger.accept().unwrap();
         stream.set_read_timeout(Some(SOON)).unwrap();
-        let greeting = [&b"moerun\0\x02"[..], &[7; 32]].concat();
+        let greeting = [&b"moerun\0\x03"[..], &[7; 32]].concat();
         stream.write_all(&greeting).unwrap();
         let mut proof = [0; 72];
         stream.read_exact(&mut proof).unwrap();

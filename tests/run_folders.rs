@@ -183,3 +183,28 @@ fn a_lease_of_another_machine_expires() {
         "{said}"
     );
 }
+
+/// Another user of a shared folder could make `logs` a link, and have files elsewhere overwritten.
+#[test]
+fn logs_are_not_written_through_a_link() {
+    let experiment = Experiment::new();
+    let elsewhere = experiment.path("elsewhere");
+    std::fs::create_dir(&elsewhere).unwrap();
+    std::fs::create_dir(experiment.path("run")).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, experiment.path("run/logs")).unwrap();
+    let launched = finish(&mut experiment.train(1, &["train.steps=2", "parallel.expert=1"]));
+    let ranked = finish_child(plain_rank(
+        &experiment,
+        &["train.steps=2", "parallel.expert=1"],
+    ));
+    for output in [launched, ranked] {
+        let said = text(&output);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(
+            said.contains("run/logs") && said.contains("symbolic link"),
+            "{said}"
+        );
+    }
+    let left = std::fs::read_dir(&elsewhere).unwrap().count();
+    assert_eq!(left, 0, "files were written through the link");
+}

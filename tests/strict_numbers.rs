@@ -3,6 +3,7 @@
 
 use crate::fixture::{Experiment, finish, refused, text};
 use std::{
+    os::unix::fs::PermissionsExt,
     process::Command,
     time::{Duration, Instant},
 };
@@ -239,9 +240,11 @@ fn numbers_in_files_have_ranges() {
     let registry = serde_json::json!({
         "secret": "ab".repeat(32), "generation": 1, "skips": {}, "keepers": [], "spares": 3,
     });
-    std::fs::write(experiment.path("r/keepers.json"), registry.to_string()).unwrap();
+    let path = experiment.path("r/keepers.json");
+    std::fs::write(&path, registry.to_string()).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
     let mut status = experiment.moerun(&["snapshot", "status", "r"]);
-    refused(&experiment, &mut status, &["keepers.json"]);
+    refused(&experiment, &mut status, &["keepers.json", "spares is 3"]);
 }
 
 /// A checkpoint whose configuration was edited to something impossible is refused by name.

@@ -33,6 +33,7 @@ mod rank_log;
 mod reference;
 mod registry;
 mod restarts;
+mod run_file;
 mod run_lock;
 mod screen;
 mod signals;

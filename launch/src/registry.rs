@@ -1,6 +1,6 @@
 //! `keepers.json` in a run's folder: where a later launcher and tools find the run's keepers.
 
-use crate::{argument_ranges::MAX_RANKS, hint::WithHint};
+use crate::{argument_ranges::MAX_RANKS, hint::WithHint, run_file};
 use anyhow::{Context, Result, anyhow, bail};
 use checkpoint::keeper::{Peer, Secret, Status};
 use schemars::JsonSchema;
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
     fs::OpenOptions,
-    io::{ErrorKind, Write},
+    io::Write,
     net::SocketAddr,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
@@ -18,6 +18,8 @@ use std::{
 /// Most restarts of a run, and most batches that it skips before a step.
 const MAX_COUNT: u64 = 1_000_000_000;
 
+/// Most bytes of the file: far more than entries of all keepers.
+const MAX_BYTES: u64 = 64 << 20;
 const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The keepers of a run, while they run. Only the user can read the file.
@@ -60,15 +62,12 @@ fn path(run: &Path) -> PathBuf {
 }
 
 impl KeeperRegistry {
-    /// Returns the registry of an earlier launcher, if it left one.
+    /// Returns the registry of an earlier launcher, if it left one. Its secret becomes the run's,
+    /// so that the file must be this user's own.
     pub(crate) fn load(run: &Path) -> Result<Option<KeeperRegistry>> {
         let path = path(run);
-        let text = match std::fs::read(&path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(error) => {
-                return Err(error).with_context(|| format!("cannot read {}", path.display()));
-            }
+        let Some(text) = run_file::read_private(&path, MAX_BYTES)? else {
+            return Ok(None);
         };
         let registry = serde_json::from_slice(&text).map_err(anyhow::Error::from);
         registry
@@ -78,7 +77,7 @@ impl KeeperRegistry {
             .hint("'moerun train' sets it aside; without it the keepers exit after an hour")
     }
 
-    /// As [`KeeperRegistry::load`], but renames a damaged file: the run does not depend on it.
+    /// As [`KeeperRegistry::load`], but renames a damaged or foreign file: the run does not depend on it.
     pub(crate) fn load_or_set_aside(run: &Path) -> Result<Option<KeeperRegistry>> {
         let path = path(run);
         KeeperRegistry::load(run).or_else(|error| {
@@ -156,5 +155,40 @@ impl KeeperRegistry {
                 .map_err(|error| anyhow!("the keeper of node {node}: {error}"))
         };
         (0..self.keepers.len()).map(ask).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{fs::Permissions, os::unix::fs::PermissionsExt};
+
+    fn registry() -> KeeperRegistry {
+        KeeperRegistry {
+            secret: Secret::random().unwrap(),
+            generation: 1,
+            skipped_batches: BTreeMap::new(),
+            keepers: Vec::new(),
+            spares: 0,
+        }
+    }
+
+    #[test]
+    fn a_file_that_others_may_have_written_is_set_aside() {
+        let run = tempfile::tempdir().unwrap();
+        let run = run.path();
+        registry().save(run).unwrap();
+        assert!(KeeperRegistry::load_or_set_aside(run).unwrap().is_some());
+        std::fs::set_permissions(path(run), Permissions::from_mode(0o666)).unwrap();
+        assert!(KeeperRegistry::load_or_set_aside(run).unwrap().is_none());
+        assert!(run.join("keepers.json.damaged").exists() && !path(run).exists());
+        // A link to a right one, and a pipe, which would never be read to its end.
+        registry().save(run).unwrap();
+        std::fs::rename(path(run), run.join("other")).unwrap();
+        std::os::unix::fs::symlink(run.join("other"), path(run)).unwrap();
+        assert!(KeeperRegistry::load_or_set_aside(run).unwrap().is_none());
+        assert!(run.join("other").exists());
+        nix::unistd::mkfifo(&path(run), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(KeeperRegistry::load_or_set_aside(run).unwrap().is_none());
     }
 }

@@ -1,10 +1,13 @@
 //! Input and output that is not waited for without end: a disk may hang.
 
+use nix::{
+    fcntl::{AT_FDCWD, OFlag, openat},
+    sys::stat::Mode,
+};
 use std::{
-    fs::OpenOptions,
+    fs::File,
     io::{Error, ErrorKind, Result, Write},
-    os::unix::fs::OpenOptionsExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::mpsc::channel,
     time::Duration,
 };
@@ -28,17 +31,26 @@ pub fn within<T: Send + 'static>(
         .unwrap_or_else(|_| Err(timed_out()))
 }
 
-/// Writes a file as [`within`] does. A link of this name is an error.
+/// Writes a file as [`within`] does. A link in place of the file or of its folder is an error.
 ///
 /// # Errors
 /// If the file cannot be written, or not in time.
 pub fn write_within(limit: Duration, path: PathBuf, content: Vec<u8>) -> Result<()> {
     within(limit, move || {
-        let mut options = OpenOptions::new();
-        options.write(true).create(true).truncate(true);
-        options.custom_flags(nix::libc::O_NOFOLLOW);
-        options.open(&path)?.write_all(&content)
+        create_without_links(&path)?.write_all(&content)
     })
+}
+
+fn create_without_links(path: &Path) -> Result<File> {
+    let Some((folder, name)) = path.parent().zip(path.file_name()) else {
+        return Err(ErrorKind::InvalidInput.into());
+    };
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let as_folder = flags | OFlag::O_DIRECTORY | OFlag::O_RDONLY;
+    let folder = openat(AT_FDCWD, folder, as_folder, Mode::empty())?;
+    let to_write = flags | OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC;
+    let mode = Mode::from_bits_truncate(0o666);
+    Ok(File::from(openat(&folder, name, to_write, mode)?))
 }
 
 #[cfg(test)]
@@ -68,6 +80,11 @@ mod tests {
         let link = folder.path().join("link");
         std::os::unix::fs::symlink(&target, &link).unwrap();
         assert!(write_within(Duration::from_secs(1), link, Vec::new()).is_err());
+        assert_eq!(std::fs::read(&target).unwrap(), b"kept");
+        let logs = folder.path().join("logs");
+        std::os::unix::fs::symlink(folder.path(), &logs).unwrap();
+        let through = logs.join("target");
+        assert!(write_within(Duration::from_secs(1), through, Vec::new()).is_err());
         assert_eq!(std::fs::read(&target).unwrap(), b"kept");
     }
 }

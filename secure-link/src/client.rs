@@ -4,7 +4,7 @@ use super::{
     error::Error,
     frame::Connection,
     proof::{
-        ACCEPTED, BUSY, DENIED, HELLO_LEN, MAGIC, MAGIC_LEN, NONCE_LEN, Nonces, Side, is_proof,
+        ACCEPTED, BUSY, DENIED, HELLO_LEN, MAGIC, MAGIC_LEN, NONCE_LEN, Session, Side, is_proof,
     },
     purpose::Purpose,
     secret::{self, Secret},
@@ -123,26 +123,27 @@ pub fn authenticate<S: Socket>(
         deadline: Some(deadline),
     };
     let server = read_message(&mut reader, MAGIC)?;
-    let nonces = Nonces {
+    let session = Session {
         server,
         client: secret::random_bytes()?,
+        endpoint: socket.peer_endpoint()?,
     };
-    let proof = nonces.proof(secret, purpose, Side::Client);
+    let proof = session.proof(secret, purpose, Side::Client);
     let mut writer = DeadlineWriter {
         socket: &socket,
         armed: &mut Armed::default(),
         deadline,
     };
-    writer.write_all(&[MAGIC.as_slice(), &nonces.client, proof.as_bytes()].concat())?;
+    writer.write_all(&[MAGIC.as_slice(), &session.client, proof.as_bytes()].concat())?;
     let answer = read_message(&mut reader, ACCEPTED)?;
-    if !is_proof(nonces.proof(secret, purpose, Side::Server), &answer) {
+    if !is_proof(session.proof(secret, purpose, Side::Server), &answer) {
         return Err(Error::Unauthenticated);
     }
     socket.set_read_limit(None)?;
     socket.set_write_limit(None)?;
     Ok(Connection::new(
         socket,
-        &nonces,
+        &session,
         secret,
         purpose,
         Side::Client,

@@ -7,7 +7,7 @@ use super::{
     greeting::{Greeting, Verdict, acceptance},
     pace::{self, Pace},
     places::Places,
-    proof::{BUSY, DENIED, HELLO_LEN, Nonces, Side},
+    proof::{BUSY, DENIED, HELLO_LEN, Session, Side},
     purpose::Purpose,
     refusals::{Refusal, RefusalCounts, Refusals},
     secret::{self, Secret},
@@ -117,6 +117,8 @@ impl Listener for UnixListener {
 pub struct Admitted<S> {
     pub connection: Connection<S>,
     pub address: PeerAddress,
+    /// To be kept as long as the connection.
+    pub ticket: Ticket,
 }
 
 /// A port at which authenticated peers are admitted, until this is dropped. Connections that were
@@ -338,7 +340,10 @@ where
         let Ok(nonce) = secret::random_bytes() else {
             return self.refusals.count(Refusal::NoThread);
         };
-        let greeting = Greeting::new(nonce);
+        let Ok(endpoint) = socket.own_endpoint() else {
+            return self.refusals.count(Refusal::Closed);
+        };
+        let greeting = Greeting::new(nonce, endpoint);
         let hello = greeting.hello();
         // The buffer of a new socket has room for this.
         let sent = socket
@@ -376,7 +381,7 @@ where
         match waiting.greeting.receive(len, &self.secret, self.purpose) {
             Verdict::Incomplete => {}
             Verdict::Refused(refusal) => self.refuse(key, refusal),
-            Verdict::Accepted(nonces) => self.admit(key, &nonces),
+            Verdict::Accepted(session) => self.admit(key, &session),
         }
     }
 
@@ -401,7 +406,7 @@ where
     }
 
     /// Lets an authenticated peer in, if there is room.
-    fn admit(&mut self, key: u64, nonces: &Nonces) {
+    fn admit(&mut self, key: u64, session: &Session) {
         self.pace.refund();
         if self.authenticated.load(Ordering::SeqCst) >= self.limits.authenticated {
             return self.refuse(key, Refusal::Full);
@@ -414,22 +419,22 @@ where
         };
         let ticket = Ticket::new(&self.authenticated);
         let serve = self.serve.clone();
-        let acceptance = acceptance(nonces, &self.secret, self.purpose);
-        let nonces = *nonces;
+        let acceptance = acceptance(session, &self.secret, self.purpose);
+        let session = *session;
         let secret = self.secret.clone();
         let purpose = self.purpose;
         let serving = move || {
-            let _ticket = ticket;
             let begin = || {
                 socket.set_nonblocking(false)?;
                 socket.prepare()?;
                 socket.write_some(&acceptance)
             };
             if begin().is_ok_and(|len| len == HELLO_LEN) {
-                let connection = Connection::new(socket, &nonces, &secret, purpose, Side::Server);
+                let connection = Connection::new(socket, &session, &secret, purpose, Side::Server);
                 serve(Admitted {
                     connection,
                     address,
+                    ticket,
                 });
             }
         };
@@ -441,8 +446,9 @@ where
     }
 }
 
-/// A place among the authenticated connections, until it is dropped.
-struct Ticket(Arc<AtomicUsize>);
+/// A place among the authenticated connections of a [`Door`], until it is dropped.
+#[derive(Debug)]
+pub struct Ticket(Arc<AtomicUsize>);
 
 impl Ticket {
     fn new(authenticated: &Arc<AtomicUsize>) -> Ticket {
@@ -587,6 +593,65 @@ mod tests {
         stream.write_all(&reflected).unwrap();
         let result = victim.join().unwrap();
         assert!(matches!(result, Err(Error::Unauthenticated)), "{result:?}");
+    }
+
+    /// The attacker has the address of a server that has ended, and passes on what it receives to
+    /// another server of the same purpose.
+    #[test]
+    fn a_relayed_handshake_is_refused() {
+        let port = port(Limits::default());
+        let trap = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = trap.local_addr().unwrap();
+        let secret = port.secret.clone();
+        let victim = thread::spawn(move || {
+            let timeout = Duration::from_secs(1);
+            connect_tcp(address, &secret, Purpose::AGENT, timeout).map(drop)
+        });
+        let (mut stream, _) = trap.accept().unwrap();
+        let mut attacked = TcpStream::connect(port.address).unwrap();
+        let mut hello = [0; HELLO_LEN];
+        attacked.read_exact(&mut hello).unwrap();
+        stream.write_all(&hello).unwrap();
+        let mut proof = [0; 72];
+        stream.read_exact(&mut proof).unwrap();
+        attacked.write_all(&proof).unwrap();
+        let mut answer = [0; 8];
+        attacked.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, DENIED);
+        stream.write_all(&answer).unwrap();
+        let result = victim.join().unwrap();
+        assert!(matches!(result, Err(Error::Unauthenticated)), "{result:?}");
+        port.wait_for(|counts| counts.unauthenticated == 1);
+    }
+
+    /// Both ends see the same address, whatever the client dialed and the server listens at.
+    #[test]
+    fn servers_at_all_addresses_admit_their_clients() {
+        for (listened, dialed) in [
+            ("0.0.0.0:0", "127.0.0.1"),
+            ("0.0.0.0:0", "127.0.0.2"),
+            ("0.0.0.0:0", "0.0.0.0"),
+            ("127.0.0.1:0", "::ffff:127.0.0.1"),
+            ("[::]:0", "127.0.0.1"),
+            ("[::]:0", "::1"),
+            ("[::]:0", "::"),
+            ("[::1]:0", "::1"),
+        ] {
+            let Ok(listener) = TcpListener::bind(listened) else {
+                assert!(listened.starts_with('['), "{listened}");
+                continue;
+            };
+            let secret = Secret::random().unwrap();
+            let address = SocketAddr::new(
+                dialed.parse().unwrap(),
+                listener.local_addr().unwrap().port(),
+            );
+            let limits = Limits::default();
+            let door = Door::open(listener, secret.clone(), Purpose::AGENT, limits, double);
+            let _door = door.unwrap();
+            let connected = connect_tcp(address, &secret, Purpose::AGENT, TIMEOUT).map(drop);
+            assert!(connected.is_ok(), "{listened}, {dialed}: {connected:?}");
+        }
     }
 
     #[test]

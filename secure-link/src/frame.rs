@@ -2,7 +2,7 @@
 
 use super::{
     error::Error,
-    proof::{Nonces, Side},
+    proof::{Session, Side},
     purpose::{Encoding, Purpose},
     secret::Secret,
     socket::{Armed, DeadlineReader, DeadlineWriter, Socket},
@@ -33,11 +33,11 @@ pub(super) enum Seal {
 }
 
 impl Seal {
-    fn new(nonces: &Nonces, secret: &Secret, purpose: Purpose, sender: Side) -> Seal {
+    fn new(session: &Session, secret: &Secret, purpose: Purpose, sender: Side) -> Seal {
         if !purpose.sealed {
             return Seal::Checksum;
         }
-        let key = nonces.frame_key(secret, purpose, sender);
+        let key = session.frame_key(secret, purpose, sender);
         Seal::Keyed { key, number: 0 }
     }
 
@@ -197,7 +197,7 @@ pub struct Connection<S> {
 impl<S: Socket> Connection<S> {
     pub(super) fn new(
         socket: S,
-        nonces: &Nonces,
+        session: &Session,
         secret: &Secret,
         purpose: Purpose,
         own: Side,
@@ -207,13 +207,13 @@ impl<S: Socket> Connection<S> {
             reader: FrameReader {
                 socket: socket.clone(),
                 armed: Armed::default(),
-                seal: Seal::new(nonces, secret, purpose, own.other()),
+                seal: Seal::new(session, secret, purpose, own.other()),
                 purpose,
             },
             writer: FrameWriter {
                 socket,
                 armed: Armed::default(),
-                seal: Seal::new(nonces, secret, purpose, own),
+                seal: Seal::new(session, secret, purpose, own),
                 purpose,
             },
         }
@@ -337,6 +337,7 @@ pub(super) fn decode<T: DeserializeOwned>(body: &[u8], purpose: Purpose) -> Resu
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::socket::Endpoint;
     use proptest::prelude::*;
     use std::os::unix::net::UnixStream;
 
@@ -354,13 +355,14 @@ mod tests {
     fn pair(purpose: Purpose) -> Pair {
         let secret = Secret::from_hex(&"5a".repeat(32)).unwrap();
         let (client, server) = UnixStream::pair().unwrap();
-        let nonces = Nonces {
+        let session = Session {
             server: [1; 32],
             client: [2; 32],
+            endpoint: Endpoint::Local,
         };
         Pair {
-            client: Connection::new(client, &nonces, &secret, purpose, Side::Client),
-            server: Connection::new(server, &nonces, &secret, purpose, Side::Server),
+            client: Connection::new(client, &session, &secret, purpose, Side::Client),
+            server: Connection::new(server, &session, &secret, purpose, Side::Server),
         }
     }
 

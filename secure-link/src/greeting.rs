@@ -1,16 +1,18 @@
 //! The server's side of a handshake as a value without input or output.
 
 use super::{
-    proof::{self, ACCEPTED, CLIENT_LEN, HELLO_LEN, MAGIC, MAGIC_LEN, NONCE_LEN, Nonces, Side},
+    proof::{self, ACCEPTED, CLIENT_LEN, HELLO_LEN, MAGIC, MAGIC_LEN, NONCE_LEN, Session, Side},
     purpose::Purpose,
     refusals::Refusal,
     secret::Secret,
+    socket::Endpoint,
 };
 
 /// A client that has not proven the secret yet.
 #[derive(Debug)]
 pub(super) struct Greeting {
     nonce: [u8; NONCE_LEN],
+    endpoint: Endpoint,
     received: [u8; CLIENT_LEN],
     len: usize,
 }
@@ -20,14 +22,16 @@ pub(super) struct Greeting {
 pub(super) enum Verdict {
     /// More bytes are needed.
     Incomplete,
-    Accepted(Nonces),
+    Accepted(Session),
     Refused(Refusal),
 }
 
 impl Greeting {
-    pub(super) fn new(nonce: [u8; NONCE_LEN]) -> Greeting {
+    /// Begins the handshake of a client that has dialed `endpoint`.
+    pub(super) fn new(nonce: [u8; NONCE_LEN], endpoint: Endpoint) -> Greeting {
         Greeting {
             nonce,
+            endpoint,
             received: [0; CLIENT_LEN],
             len: 0,
         }
@@ -58,23 +62,24 @@ impl Greeting {
         }
         let mut client = [0; NONCE_LEN];
         client.copy_from_slice(&self.received[MAGIC_LEN..HELLO_LEN]);
-        let nonces = Nonces {
+        let session = Session {
             server: self.nonce,
             client,
+            endpoint: self.endpoint,
         };
-        let expected = nonces.proof(secret, purpose, Side::Client);
+        let expected = session.proof(secret, purpose, Side::Client);
         if !proof::is_proof(expected, &self.received[HELLO_LEN..]) {
             return Verdict::Refused(Refusal::Unauthenticated);
         }
-        Verdict::Accepted(nonces)
+        Verdict::Accepted(session)
     }
 }
 
 /// Returns the server's last message.
-pub(super) fn acceptance(nonces: &Nonces, secret: &Secret, purpose: Purpose) -> [u8; HELLO_LEN] {
+pub(super) fn acceptance(session: &Session, secret: &Secret, purpose: Purpose) -> [u8; HELLO_LEN] {
     let mut message = [0; HELLO_LEN];
     message[..MAGIC_LEN].copy_from_slice(ACCEPTED);
-    let proof = nonces.proof(secret, purpose, Side::Server);
+    let proof = session.proof(secret, purpose, Side::Server);
     message[MAGIC_LEN..].copy_from_slice(proof.as_bytes());
     message
 }
@@ -89,12 +94,13 @@ mod tests {
     }
 
     fn client_message(greeting: &Greeting, purpose: Purpose) -> Vec<u8> {
-        let nonces = Nonces {
+        let session = Session {
             server: greeting.nonce,
             client: [9; NONCE_LEN],
+            endpoint: greeting.endpoint,
         };
-        let proof = nonces.proof(&secret(), purpose, Side::Client);
-        [MAGIC.as_slice(), &nonces.client, proof.as_bytes()].concat()
+        let proof = session.proof(&secret(), purpose, Side::Client);
+        [MAGIC.as_slice(), &session.client, proof.as_bytes()].concat()
     }
 
     fn feed(greeting: &mut Greeting, bytes: &[u8]) -> Verdict {
@@ -107,7 +113,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_proof_may_arrive_in_any_pieces(cuts in prop::collection::vec(1usize..30, 1..20)) {
-            let mut greeting = Greeting::new([7; NONCE_LEN]);
+            let mut greeting = Greeting::new([7; NONCE_LEN], Endpoint::Local);
             let message = client_message(&greeting, Purpose::KEEPER);
             let mut rest = message.as_slice();
             for cut in cuts {
@@ -125,7 +131,7 @@ mod tests {
 
         #[test]
         fn a_changed_byte_is_refused(at in 0usize..CLIENT_LEN, flip in 1u8..) {
-            let mut greeting = Greeting::new([7; NONCE_LEN]);
+            let mut greeting = Greeting::new([7; NONCE_LEN], Endpoint::Local);
             let mut message = client_message(&greeting, Purpose::KEEPER);
             message[at] ^= flip;
             let verdict = feed(&mut greeting, &message);
@@ -135,19 +141,20 @@ mod tests {
 
     #[test]
     fn a_proof_for_another_purpose_or_sent_back_is_refused() {
-        let mut greeting = Greeting::new([7; NONCE_LEN]);
+        let mut greeting = Greeting::new([7; NONCE_LEN], Endpoint::Local);
         let message = client_message(&greeting, Purpose::AGENT);
         let verdict = feed(&mut greeting, &message);
         let refused = Refusal::Unauthenticated;
         assert!(matches!(verdict, Verdict::Refused(refusal) if refusal == refused));
 
         // A client that repeats the server's own nonce and proof.
-        let mut greeting = Greeting::new([7; NONCE_LEN]);
-        let nonces = Nonces {
+        let mut greeting = Greeting::new([7; NONCE_LEN], Endpoint::Local);
+        let session = Session {
             server: [7; NONCE_LEN],
             client: [7; NONCE_LEN],
+            endpoint: greeting.endpoint,
         };
-        let acceptance = acceptance(&nonces, &secret(), Purpose::KEEPER);
+        let acceptance = acceptance(&session, &secret(), Purpose::KEEPER);
         let reflected = [greeting.hello().as_slice(), &acceptance[MAGIC_LEN..]].concat();
         let verdict = feed(&mut greeting, &reflected);
         assert!(matches!(verdict, Verdict::Refused(refusal) if refusal == refused));

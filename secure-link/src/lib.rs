@@ -8,13 +8,14 @@
 //!
 //! | sender | bytes | contents |
 //! |---|---|---|
-//! | server | 40 | `moerun\0\2`, nonce of the server |
-//! | client | 72 | `moerun\0\2`, nonce of the client, proof of the client |
+//! | server | 40 | `moerun\0\3`, nonce of the server |
+//! | client | 72 | `moerun\0\3`, nonce of the client, proof of the client |
 //! | server | 40 | `moerun\0A`, proof of the server |
 //!
-//! A proof is a BLAKE3 hash, keyed by the secret, of the purpose's label, the side and both nonces.
-//! It is of no use at a port with another purpose, on the other side, or in another connection, so
-//! a proof that is sent back or repeated fails. The secret itself is never sent. A server may end
+//! A proof is a BLAKE3 hash, keyed by the secret, of the purpose's label, the side, both nonces and
+//! the server's address and port, which the client dialed. It is of no use at a port with another
+//! purpose, on the other side, in another connection, or at another address, so a proof that is
+//! sent back, repeated or relayed fails. Addresses must not be translated between the two sides. The secret itself is never sent. A server may end
 //! the handshake at any time with 8 bytes: `moerun\0B` if a limit turns the client away, which then
 //! tries again, and `moerun\0D` if the proof is wrong.
 //!
@@ -32,8 +33,8 @@
 //!
 //! A frame is the length of its body (4 bytes), a check value and the body: a message in bincode
 //! 2's standard encoding or in JSON. The check value is a CRC-32C (4 bytes). For a
-//! [sealed](Purpose::sealed) purpose it is a BLAKE3 hash (16 bytes), keyed by both nonces and the
-//! secret, of the frame's number and its body: no frame can be changed, repeated or inserted by
+//! [sealed](Purpose::sealed) purpose it is a BLAKE3 hash (16 bytes), keyed by the same values and
+//! the secret, of the frame's number and its body: no frame can be changed, repeated or inserted by
 //! others. Nothing is encrypted.
 
 mod buffered;
@@ -53,10 +54,10 @@ mod socket;
 
 pub use buffered::Buffered;
 pub use client::{authenticate, connect_local, connect_tcp};
-pub use door::{Admitted, Door, Limits, Listener};
+pub use door::{Admitted, Door, Limits, Listener, Ticket};
 pub use error::Error;
 pub use frame::{Connection, FrameReader, FrameWriter};
 pub use purpose::{Encoding, Purpose};
 pub use refusals::{Refusal, RefusalCounts, Refusals};
 pub use secret::Secret;
-pub use socket::{PeerAddress, Socket};
+pub use socket::{Endpoint, PeerAddress, Socket};

@@ -1,9 +1,9 @@
 //! The messages and proofs of a handshake. Pure.
 
-use super::{purpose::Purpose, secret::Secret};
+use super::{purpose::Purpose, secret::Secret, socket::Endpoint};
 
 /// The first bytes of both sides; the last is the version of the protocol.
-pub(super) const MAGIC: &[u8; 8] = b"moerun\x00\x02";
+pub(super) const MAGIC: &[u8; 8] = b"moerun\x00\x03";
 /// The server's answer to a right proof.
 pub(super) const ACCEPTED: &[u8; 8] = b"moerun\x00A";
 /// The server's answer if a limit turns the client away.
@@ -40,14 +40,19 @@ impl Side {
     }
 }
 
-/// The nonces of a handshake, which make its proofs unique.
+/// What makes the proofs of a handshake unique.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Nonces {
+pub(super) struct Session {
+    /// Nonce of the server.
     pub(super) server: [u8; NONCE_LEN],
+    /// Nonce of the client.
     pub(super) client: [u8; NONCE_LEN],
+    /// The address that the client dialed. A process that relays the handshake of a client to
+    /// another server has an address of its own, so that both sides hash different ones.
+    pub(super) endpoint: Endpoint,
 }
 
-impl Nonces {
+impl Session {
     /// Returns the proof that `side` knows the secret.
     pub(super) fn proof(&self, secret: &Secret, purpose: Purpose, side: Side) -> blake3::Hash {
         self.hash(secret, b"proof", purpose, side)
@@ -60,7 +65,15 @@ impl Nonces {
 
     fn hash(&self, secret: &Secret, use_: &[u8], purpose: Purpose, side: Side) -> blake3::Hash {
         let label = purpose.label.as_bytes();
-        let parts = [use_, label, side.name(), &self.server, &self.client];
+        let endpoint = self.endpoint.to_bytes();
+        let parts = [
+            use_,
+            label,
+            side.name(),
+            &endpoint,
+            &self.server,
+            &self.client,
+        ];
         secret.keyed_hash(&parts)
     }
 }
@@ -76,24 +89,35 @@ mod tests {
     use super::*;
 
     #[test]
-    fn proofs_differ_by_secret_purpose_side_and_nonce() {
+    fn proofs_differ_by_secret_purpose_side_nonce_and_address() {
         let secret = Secret::random().unwrap();
-        let nonces = Nonces {
+        let session = Session {
             server: [1; 32],
             client: [2; 32],
+            endpoint: Endpoint::Tcp("10.0.0.7:5".parse().unwrap()),
         };
-        let swapped = Nonces {
+        let swapped = Session {
             server: [2; 32],
             client: [1; 32],
+            ..session
         };
-        let proof = nonces.proof(&secret, Purpose::KEEPER, Side::Client);
+        let mut other_ip = session;
+        other_ip.endpoint = Endpoint::Tcp("10.0.0.8:5".parse().unwrap());
+        let mut other_port = session;
+        other_port.endpoint = Endpoint::Tcp("10.0.0.7:6".parse().unwrap());
+        let mut local = session;
+        local.endpoint = Endpoint::Local;
+        let proof = session.proof(&secret, Purpose::KEEPER, Side::Client);
         let others = [
-            nonces.proof(&secret.derive("x"), Purpose::KEEPER, Side::Client),
-            nonces.proof(&secret, Purpose::AGENT, Side::Client),
-            nonces.proof(&secret, Purpose::KEEPER, Side::Server),
+            other_ip.proof(&secret, Purpose::KEEPER, Side::Client),
+            other_port.proof(&secret, Purpose::KEEPER, Side::Client),
+            local.proof(&secret, Purpose::KEEPER, Side::Client),
+            session.proof(&secret.derive("x"), Purpose::KEEPER, Side::Client),
+            session.proof(&secret, Purpose::AGENT, Side::Client),
+            session.proof(&secret, Purpose::KEEPER, Side::Server),
             swapped.proof(&secret, Purpose::KEEPER, Side::Client),
             swapped.proof(&secret, Purpose::KEEPER, Side::Server),
-            nonces
+            session
                 .frame_key(&secret, Purpose::KEEPER, Side::Client)
                 .into(),
         ];

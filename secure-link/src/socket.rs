@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, ErrorKind, Read, Write},
-    net::{IpAddr, Shutdown, TcpStream},
+    net::{IpAddr, Shutdown, SocketAddr, TcpStream},
     os::{fd::AsFd, unix::net::UnixStream},
     time::{Duration, Instant},
 };
@@ -19,8 +19,45 @@ pub enum PeerAddress {
     User(u32),
 }
 
+/// The address of a server, as both ends of a connection see it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Endpoint {
+    Tcp(SocketAddr),
+    /// A Unix socket: only processes of this user can reach the server.
+    Local,
+}
+
+impl Endpoint {
+    /// Returns the bytes that stand for it in proofs: address and port. An IPv4 address has the
+    /// same ones at an IPv6 socket; scopes are left out, since each machine has its own numbers.
+    pub(super) fn to_bytes(self) -> [u8; 18] {
+        let mut bytes = [0; 18];
+        if let Endpoint::Tcp(address) = self {
+            let ip = match address.ip() {
+                IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+                IpAddr::V6(ip) => ip,
+            };
+            bytes[..16].copy_from_slice(&ip.octets());
+            bytes[16..].copy_from_slice(&address.port().to_be_bytes());
+        }
+        bytes
+    }
+}
+
 /// A stream socket, which several threads may use at once.
 pub trait Socket: AsFd + Send + Sync + 'static {
+    /// Returns the address of the server if this is its end of the connection.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    fn own_endpoint(&self) -> io::Result<Endpoint>;
+
+    /// Returns the address of the server if this is the client's end of the connection.
+    ///
+    /// # Errors
+    /// If the connection is closed.
+    fn peer_endpoint(&self) -> io::Result<Endpoint>;
+
     /// Reads what has arrived, up to the length of `into`.
     ///
     /// # Errors
@@ -62,6 +99,14 @@ pub trait Socket: AsFd + Send + Sync + 'static {
 }
 
 impl Socket for TcpStream {
+    fn own_endpoint(&self) -> io::Result<Endpoint> {
+        self.local_addr().map(Endpoint::Tcp)
+    }
+
+    fn peer_endpoint(&self) -> io::Result<Endpoint> {
+        self.peer_addr().map(Endpoint::Tcp)
+    }
+
     fn read_some(&self, into: &mut [u8]) -> io::Result<usize> {
         (&*self).read(into)
     }
@@ -100,6 +145,14 @@ impl Socket for TcpStream {
 }
 
 impl Socket for UnixStream {
+    fn own_endpoint(&self) -> io::Result<Endpoint> {
+        Ok(Endpoint::Local)
+    }
+
+    fn peer_endpoint(&self) -> io::Result<Endpoint> {
+        Ok(Endpoint::Local)
+    }
+
     fn read_some(&self, into: &mut [u8]) -> io::Result<usize> {
         (&*self).read(into)
     }

@@ -110,16 +110,17 @@ std::set<int> listening_sockets() {
   return found;
 }
 
-void admit_only_peers(int fd, const MtxGlooDevice& device) {
+// Returns false if the socket listens on the network and other addresses can still connect.
+bool admit_only_peers(int fd, const MtxGlooDevice& device) {
   int family = 0;
   socklen_t size = sizeof(family);
-  if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &family, &size) != 0) return;
-  if (family != AF_INET && family != AF_INET6) return;
+  if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &family, &size) != 0) return false;
+  if (family != AF_INET && family != AF_INET6) return true;
   auto program = peer_filter(family, device);
-  if (program.size() > kMaxInstructions) return;
+  if (program.size() > kMaxInstructions) return false;
   sock_fprog filter{static_cast<unsigned short>(program.size()), program.data()};
   // Some sandboxes have no filters. Then the network has to be private.
-  setsockopt(fd, SOL_SOCKET, SO_ATTACH_FILTER, &filter, sizeof(filter));
+  return setsockopt(fd, SOL_SOCKET, SO_ATTACH_FILTER, &filter, sizeof(filter)) == 0;
 }
 
 // Refuses to continue in clear text if libtorch does not call the function above.
@@ -155,8 +156,14 @@ std::shared_ptr<gloo::transport::Device> make_device(const MtxGlooDevice& device
   if (!device.num_peers) return listen_anywhere(device);
   auto before = listening_sockets();
   auto made = listen_anywhere(device);
+  bool is_open = false;
   for (int fd : listening_sockets()) {
-    if (!before.count(fd)) admit_only_peers(fd, device);
+    if (!before.count(fd) && !admit_only_peers(fd, device)) is_open = true;
+  }
+  if (is_open && !*device.key) {
+    TORCH_WARN_ONCE(
+        "Gloo's port accepts connections from any address: the kernel takes no filter of ",
+        device.num_peers, " addresses. Set run.tls, or use a private network");
   }
   return made;
 }

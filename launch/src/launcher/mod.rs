@@ -25,6 +25,7 @@ use crate::{
     signals::{Signals, StopMode},
 };
 use anyhow::{Context, Result, anyhow};
+use checkpoint::run_folder::RunFolder;
 use engine::{Engine, Launch, event::Host, settings::Settings};
 use hostfile::{AgentStart, SshSessions};
 use identity::machine_identity;
@@ -54,8 +55,7 @@ pub(crate) fn run(args: &TrainArgs, signals: &Signals) -> Result<ExitCode> {
     config_diff::refuse_changes(&config, &args.accept_changes)?;
     let dir = config.run.dir.clone();
     let logs = dir.join("logs");
-    std::fs::create_dir_all(&logs)
-        .with_context(|| format!("cannot create the run's folder {}", logs.display()))?;
+    RunFolder::create_inside(&logs)?;
     let _lock = run_lock::acquire(&dir)?;
     for leftover in checkpoint::folder::clean(&dir.join("checkpoints"))? {
         eprintln!("removed an unfinished checkpoint: {leftover}");
@@ -79,6 +79,7 @@ pub(crate) fn run(args: &TrainArgs, signals: &Signals) -> Result<ExitCode> {
             keep: config.checkpoint.keep,
             reply_timeout: Duration::from_secs_f64(config.restart.heartbeat_timeout_s),
             signals,
+            store: &store,
         },
         listening,
     )?;

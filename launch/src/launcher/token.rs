@@ -3,16 +3,10 @@
 //! It comes from the variable `MOERUN_TOKEN`, else from `token` in the run's folder, which the
 //! launcher writes and only the user can read. A hostfile's launcher sends it over ssh.
 
-use crate::{cli::TrainArgs, hint::hinted};
+use crate::{cli::TrainArgs, hint::hinted, run_file};
 use anyhow::{Context, Result, anyhow};
 use checkpoint::secure::Secret;
-use std::{
-    fs::OpenOptions,
-    io::{ErrorKind, Read, Write},
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
-    path::Path,
-    sync::OnceLock,
-};
+use std::{fs::OpenOptions, io::Write, os::unix::fs::OpenOptionsExt, path::Path, sync::OnceLock};
 
 const VARIABLE: &str = "MOERUN_TOKEN";
 /// Most bytes of a token's file.
@@ -35,7 +29,7 @@ pub(crate) fn missing(dir: &Path) -> String {
 /// Returns the run's token, if there is one yet.
 ///
 /// # Errors
-/// If it is too short, or others can read its file.
+/// If it is too short, or its file is a link, another user's, or readable by others.
 pub(crate) fn find(args: &TrainArgs, dir: &Path) -> Result<Option<Secret>> {
     if args.token_stdin {
         return from_stdin().map(Some);
@@ -44,26 +38,10 @@ pub(crate) fn find(args: &TrainArgs, dir: &Path) -> Result<Option<Secret>> {
         return parse(&token).context(VARIABLE).map(Some);
     }
     let path = dir.join("token");
-    let mut options = OpenOptions::new();
-    options.read(true).custom_flags(nix::libc::O_NOFOLLOW);
-    let file = match options.open(&path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        Err(error) => {
-            return Err(error).with_context(|| format!("cannot read {}", path.display()));
-        }
+    let Some(text) = run_file::read_private(&path, MAX_BYTES)? else {
+        return Ok(None);
     };
-    let mode = file.metadata().map_or(0, |metadata| metadata.mode());
-    if mode & 0o077 != 0 {
-        return Err(hinted(
-            anyhow!("other users can read {}", path.display()),
-            "remove it: the next start writes another",
-        ));
-    }
-    let mut text = String::new();
-    file.take(MAX_BYTES)
-        .read_to_string(&mut text)
-        .with_context(|| format!("cannot read {}", path.display()))?;
+    let text = String::from_utf8_lossy(&text);
     if text.trim().is_empty() {
         // The launcher is about to write it.
         return Ok(None);

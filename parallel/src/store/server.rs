@@ -7,10 +7,10 @@ use super::{
 };
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use secure_link::{
-    Admitted, Buffered, Connection, Door, Error, Limits, Purpose, RefusalCounts, Secret,
+    Admitted, Buffered, Door, Error, Limits, Purpose, RefusalCounts, Secret, Ticket,
 };
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     io::{self, PipeReader, PipeWriter, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     sync::mpsc::{Receiver, Sender, TryRecvError, channel},
@@ -18,8 +18,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Two connections of each rank, and those of ranks that are being replaced.
-const MAX_CLIENTS: usize = 1 << 18;
+/// Limits of a [`StoreServer`].
+#[derive(Debug, Clone, Copy)]
+struct StoreLimits {
+    /// Two connections of each rank, and those of ranks that are being replaced.
+    clients: usize,
+    /// The time for a request that has begun, and for taking an answer.
+    message_timeout: Duration,
+}
+
+const LIMITS: StoreLimits = StoreLimits {
+    clients: 1 << 18,
+    message_timeout: Duration::from_secs(30),
+};
 /// The ranks of a large run connect at the same time.
 const MAX_UNAUTHENTICATED: usize = 256;
 /// Events that one wait returns.
@@ -40,6 +51,14 @@ impl StoreServer {
     /// # Errors
     /// If the address is not this machine's, or its port is in use.
     pub fn listen(address: SocketAddr, secret: Secret) -> io::Result<StoreServer> {
+        StoreServer::listen_with(address, secret, LIMITS)
+    }
+
+    fn listen_with(
+        address: SocketAddr,
+        secret: Secret,
+        limits: StoreLimits,
+    ) -> io::Result<StoreServer> {
         let listener = TcpListener::bind(address)?;
         let address = listener.local_addr()?;
         let (reader, writer) = io::pipe()?;
@@ -48,16 +67,16 @@ impl StoreServer {
             nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK),
         )?;
         let (sender, admitted) = channel();
-        let server = ServerThread::new(reader, admitted)?;
+        let server = ServerThread::new(reader, admitted, limits.message_timeout)?;
         let thread = std::thread::Builder::new().name("store".into());
         let thread = thread.spawn(move || server.run())?;
         let limits = Limits {
             unauthenticated: MAX_UNAUTHENTICATED,
-            authenticated: MAX_CLIENTS,
+            authenticated: limits.clients,
             ..Limits::default()
         };
         let entrance = Entrance { sender, writer };
-        let serve = move |admitted: Admitted<TcpStream>| entrance.pass(admitted.connection);
+        let serve = move |admitted| entrance.pass(admitted);
         let door = Door::open(listener, secret.clone(), Purpose::STORE, limits, serve);
         Ok(StoreServer {
             access: StoreAccess { address, secret },
@@ -100,14 +119,14 @@ impl Drop for StoreServer {
 
 /// The way of admitted connections to the server's thread.
 struct Entrance {
-    sender: Sender<Connection<TcpStream>>,
+    sender: Sender<Admitted<TcpStream>>,
     writer: PipeWriter,
 }
 
 impl Entrance {
-    fn pass(&self, connection: Connection<TcpStream>) {
+    fn pass(&self, admitted: Admitted<TcpStream>) {
         // Both fail only if the server has ended.
-        if self.sender.send(connection).is_ok() {
+        if self.sender.send(admitted).is_ok() {
             let _ = (&self.writer).write_all(&[0]);
         }
     }
@@ -119,13 +138,20 @@ struct Client {
     waits: bool,
     /// True if the system did not take all of an answer.
     is_flushing: bool,
+    /// The time by which the request or the answer that has begun must be complete.
+    deadline: Option<Instant>,
+    /// Its place among the connections that the port admits.
+    _ticket: Ticket,
 }
 
 struct ServerThread {
     news: PipeReader,
-    admitted: Receiver<Connection<TcpStream>>,
+    admitted: Receiver<Admitted<TcpStream>>,
     epoll: Epoll,
     clients: HashMap<ClientId, Client>,
+    message_timeout: Duration,
+    /// The deadlines of clients with one.
+    deadlines: BTreeSet<(Instant, ClientId)>,
     next_id: ClientId,
     table: Table,
 }
@@ -133,7 +159,8 @@ struct ServerThread {
 impl ServerThread {
     fn new(
         news: PipeReader,
-        admitted: Receiver<Connection<TcpStream>>,
+        admitted: Receiver<Admitted<TcpStream>>,
+        message_timeout: Duration,
     ) -> io::Result<ServerThread> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(&news, EpollEvent::new(EpollFlags::EPOLLIN, NEWS))?;
@@ -142,6 +169,8 @@ impl ServerThread {
             admitted,
             epoll,
             clients: HashMap::new(),
+            message_timeout,
+            deadlines: BTreeSet::new(),
             next_id: NEWS + 1,
             table: Table::default(),
         })
@@ -168,11 +197,26 @@ impl ServerThread {
             for answer in self.table.expire(Instant::now()) {
                 self.answer(answer);
             }
+            self.close_late(Instant::now());
+        }
+    }
+
+    /// Closes connections on which a request or an answer takes too long.
+    fn close_late(&mut self, now: Instant) {
+        while let Some(&(deadline, id)) = self.deadlines.first() {
+            if deadline > now {
+                return;
+            }
+            let limit = self.message_timeout;
+            tracing::warn!("the store closes a rank's connection: a message took over {limit:.0?}");
+            self.remove(id);
         }
     }
 
     fn timeout(&self) -> EpollTimeout {
-        let Some(deadline) = self.table.next_deadline() else {
+        let late = self.deadlines.first().map(|&(deadline, _)| deadline);
+        let deadlines = [self.table.next_deadline(), late].into_iter().flatten();
+        let Some(deadline) = deadlines.min() else {
             return EpollTimeout::NONE;
         };
         let left = deadline.saturating_duration_since(Instant::now());
@@ -191,7 +235,7 @@ impl ServerThread {
         }
         loop {
             match self.admitted.try_recv() {
-                Ok(connection) => self.add(connection),
+                Ok(admitted) => self.add(admitted),
                 Err(TryRecvError::Empty) => return Ok(()),
                 Err(TryRecvError::Disconnected) => {
                     return Err(io::ErrorKind::UnexpectedEof.into());
@@ -200,8 +244,8 @@ impl ServerThread {
         }
     }
 
-    fn add(&mut self, connection: Connection<TcpStream>) {
-        let Ok(connection) = connection.into_buffered() else {
+    fn add(&mut self, admitted: Admitted<TcpStream>) {
+        let Ok(connection) = admitted.connection.into_buffered() else {
             return;
         };
         let id = self.next_id;
@@ -217,6 +261,8 @@ impl ServerThread {
             connection,
             waits: false,
             is_flushing: false,
+            deadline: None,
+            _ticket: admitted.ticket,
         };
         self.clients.insert(id, client);
     }
@@ -233,6 +279,25 @@ impl ServerThread {
                 tracing::warn!("the store closes a rank's connection: {error}");
             }
             self.remove(id);
+        }
+        self.set_deadline(id);
+    }
+
+    /// Begins the time for a message that is incomplete, and ends that for a complete one.
+    fn set_deadline(&mut self, id: ClientId) {
+        let Some(client) = self.clients.get_mut(&id) else {
+            return;
+        };
+        let is_incomplete = client.connection.has_input() || client.is_flushing;
+        if client.deadline.is_some() == is_incomplete {
+            return;
+        }
+        if let Some(deadline) = client.deadline.take() {
+            self.deadlines.remove(&(deadline, id));
+        } else {
+            let deadline = Instant::now() + self.message_timeout;
+            client.deadline = Some(deadline);
+            self.deadlines.insert((deadline, id));
         }
     }
 
@@ -279,6 +344,7 @@ impl ServerThread {
             Ok(()) => self.flush(id),
             Err(_) => self.remove(id),
         }
+        self.set_deadline(id);
     }
 
     fn flush(&mut self, id: ClientId) {
@@ -304,6 +370,9 @@ impl ServerThread {
     fn remove(&mut self, id: ClientId) {
         self.table.leave(id);
         if let Some(client) = self.clients.remove(&id) {
+            if let Some(deadline) = client.deadline {
+                self.deadlines.remove(&(deadline, id));
+            }
             // Closing the socket would do, if no child process had it.
             let _ = self.epoll.delete(client.connection.socket());
         }
@@ -320,8 +389,11 @@ fn interest(id: ClientId, writes: bool) -> EpollEvent {
 mod tests {
     use super::{super::connect, *};
     use proptest::prelude::*;
+    use torch_ext::{StoreOperation, StoreRequest};
 
     const TIMEOUT: Duration = Duration::from_secs(20);
+
+    type Peer = secure_link::Connection<TcpStream>;
 
     fn address(server: &StoreServer) -> SocketAddr {
         server.access().address
@@ -404,6 +476,84 @@ mod tests {
         );
         assert!(server.refusals().total() > 0);
         drop(idle);
+    }
+
+    fn limited(clients: usize, message_timeout: Duration) -> StoreServer {
+        let limits = StoreLimits {
+            clients,
+            message_timeout,
+        };
+        let secret = Secret::random().unwrap();
+        let address = SocketAddr::from(([127, 0, 0, 1], 0));
+        StoreServer::listen_with(address, secret, limits).unwrap()
+    }
+
+    fn authenticated(server: &StoreServer, timeout: Duration) -> Result<Peer, Error> {
+        let StoreAccess { address, secret } = server.access();
+        secure_link::connect_tcp(*address, secret, Purpose::STORE, timeout)
+    }
+
+    #[test]
+    fn clients_over_the_limit_are_turned_away_until_one_leaves() {
+        let server = limited(2, TIMEOUT);
+        let connect = |millis| authenticated(&server, Duration::from_millis(millis));
+        let first = connect(20_000).unwrap();
+        let _second = connect(20_000).unwrap();
+        // The server's thread has them by now.
+        std::thread::sleep(Duration::from_millis(100));
+        let third = connect(1000).map(drop);
+        assert!(third.is_err() && server.refusals().full > 0, "{third:?}");
+        drop(first);
+        connect(20_000).unwrap();
+    }
+
+    #[test]
+    fn a_request_that_does_not_end_closes_its_connection() {
+        let server = limited(10, Duration::from_millis(300));
+        let store = connect(server.access(), TIMEOUT).unwrap();
+        let soon = connect(server.access(), Duration::from_millis(900)).unwrap();
+        let peer = authenticated(&server, TIMEOUT).unwrap();
+        let mut socket = &**peer.socket();
+        socket.write_all(&[9, 0]).unwrap();
+        socket.set_read_timeout(Some(TIMEOUT)).unwrap();
+        // A client that waits for a key is not late.
+        assert!(soon.get("missing").is_err());
+        soon.set("key", b"value").unwrap();
+        assert_eq!(store.get("key").unwrap(), b"value");
+        let ended = socket.read(&mut [0; 8]);
+        let is_closed = match &ended {
+            Ok(len) => *len == 0,
+            Err(error) => error.kind() == io::ErrorKind::ConnectionReset,
+        };
+        assert!(is_closed, "{ended:?}");
+    }
+
+    #[test]
+    fn an_answer_that_is_not_read_closes_its_connection() {
+        // Long enough for a value of this size on a busy machine.
+        let server = limited(10, Duration::from_secs(3));
+        let store = connect(server.access(), TIMEOUT).unwrap();
+        let large = vec![7; 40 << 20];
+        store.set("large", &large).unwrap();
+        let mut peer = authenticated(&server, TIMEOUT).unwrap();
+        let request = StoreRequest {
+            operation: StoreOperation::Get,
+            keys: vec![b"large".to_vec()],
+            values: Vec::new(),
+            number: 0,
+            timeout: TIMEOUT,
+        };
+        peer.send(&Request::from(request)).unwrap();
+        std::thread::sleep(Duration::from_secs(5));
+        let mut socket = &**peer.socket();
+        socket.set_read_timeout(Some(TIMEOUT)).unwrap();
+        let mut read = 0;
+        let mut chunk = vec![0; 1 << 20];
+        while let Ok(len @ 1..) = socket.read(&mut chunk) {
+            read += len;
+        }
+        assert!(read < large.len(), "all {read} bytes arrived");
+        assert_eq!(store.get("large").unwrap().len(), large.len());
     }
 
     /// Sends bytes after a right handshake, and waits until the server closes the connection.

@@ -1,6 +1,7 @@
 //! The file that takes the lines: opened, cut where the run resumes, and appended to.
 
 use super::tail::{ResumePoint, find_tail};
+use checkpoint::run_folder::RunFolder;
 use nix::{errno::Errno, fcntl::OFlag};
 use std::{
     fs::File,
@@ -11,7 +12,7 @@ use std::{
 
 /// A file and what becomes of its content.
 pub enum Target {
-    /// Lines follow those that are in the file.
+    /// Lines follow those that are in the file of a folder in the run's folder.
     Append(PathBuf),
     /// Lines after the point where the run resumes are removed first: the run repeats them.
     After { path: PathBuf, point: ResumePoint },
@@ -40,7 +41,7 @@ impl Target {
     /// resume.
     pub(super) fn open(&self) -> Result<OpenFile> {
         match self {
-            Target::Append(path) => end_last_line(open_regular(path)?),
+            Target::Append(path) => end_last_line(open_log(path)?),
             Target::After { path, point } => {
                 let is_new = !path.try_exists()?;
                 let mut open = cut_after(open_regular(path)?, *point)?;
@@ -135,6 +136,19 @@ impl OpenFile {
         }
         (written, Ok(()))
     }
+}
+
+/// Opens a file in a folder of the run's folder for appending. Follows a link in place of neither.
+fn open_log(path: &Path) -> Result<File> {
+    let name = path.file_name().and_then(|name| name.to_str());
+    let Some((folder, name)) = path.parent().zip(name) else {
+        return Err(ErrorKind::InvalidInput.into());
+    };
+    let opened = RunFolder::create_inside(folder).and_then(|folder| folder.append_file(name));
+    opened.map_err(|error| match error {
+        checkpoint::Error::Io { cause, .. } => cause,
+        error => Error::new(ErrorKind::InvalidInput, error),
+    })
 }
 
 /// Opens a file for appending. Never follows a link: in a shared folder it could lead anywhere.

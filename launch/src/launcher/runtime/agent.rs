@@ -16,8 +16,9 @@ use crate::{
     signals::{Signals, StopMode},
 };
 use anyhow::{Context, Result, anyhow, bail};
-use checkpoint::secure::{
-    Connection, Error, FrameReader, FrameWriter, Purpose, Secret, connect_tcp,
+use checkpoint::{
+    run_folder::RunFolder,
+    secure::{Connection, Error, FrameReader, FrameWriter, Purpose, Secret, connect_tcp},
 };
 use std::{
     net::{IpAddr, Shutdown, SocketAddr, TcpStream, ToSocketAddrs},
@@ -31,6 +32,8 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 const RENDEZVOUS_TIMEOUT: Duration = Duration::from_secs(600);
 const RECONNECT_INTERVAL: Duration = Duration::from_millis(200);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// As `restart.heartbeat_timeout_s`.
+const LONGEST_TIMEOUT: Duration = Duration::from_secs(1_000_000_000);
 /// The time after which an agent says that it waits for the launcher.
 const SILENT_WAIT: Duration = Duration::from_secs(5);
 
@@ -43,8 +46,7 @@ pub(crate) fn run(
 ) -> Result<ExitCode> {
     let config = config_file::load(&args.config)?;
     let dir = config.run.dir.clone();
-    std::fs::create_dir_all(dir.join("logs"))
-        .with_context(|| format!("cannot create the run's folder {}", dir.display()))?;
+    RunFolder::create_inside(&dir.join("logs"))?;
     signals.set_mode(StopMode::Count);
     let mut agent = Agent {
         args,
@@ -148,16 +150,21 @@ impl Agent<'_> {
             .and_then(|()| connection.receive(Some(CONNECT_TIMEOUT)));
         match greeted {
             Err(error) => Ok(Err(error.to_string())),
-            Ok(HelloReply::Taken { timeout_s }) => self.taken(timeout_s).map(Err),
+            Ok(HelloReply::Taken { timeout_s }) => match seconds(timeout_s) {
+                Ok(timeout) => self.taken(timeout).map(Err),
+                Err(reason) => Ok(Err(reason)),
+            },
             Ok(HelloReply::Refused(reason)) if self.machine.is_some() => Ok(Err(reason)),
             Ok(HelloReply::Refused(reason)) => {
                 bail!("the launcher at {head} refused this machine: {reason}")
             }
-            Ok(HelloReply::Accepted { timeout_s }) => {
-                self.accepted(own, address, secret);
-                let timeout = Duration::from_secs_f64(timeout_s);
-                Ok(Ok(Session::start(connection, timeout)?))
-            }
+            Ok(HelloReply::Accepted { timeout_s }) => match seconds(timeout_s) {
+                Ok(timeout) => {
+                    self.accepted(own, address, secret);
+                    Ok(Ok(Session::start(connection, timeout)?))
+                }
+                Err(reason) => Ok(Err(reason)),
+            },
         }
     }
 
@@ -174,8 +181,8 @@ impl Agent<'_> {
 
     /// Returns the reason to try again, for as long as the launcher may not have noticed that an
     /// earlier agent of this machine is gone.
-    fn taken(&mut self, timeout_s: f64) -> Result<String> {
-        let timeout = Duration::from_secs_f64(timeout_s) + CONNECT_TIMEOUT;
+    fn taken(&mut self, timeout: Duration) -> Result<String> {
+        let timeout = timeout + CONNECT_TIMEOUT;
         let since = *self.taken_since.get_or_insert_with(Instant::now);
         let reason = format!("--node-rank {} has already joined", self.number);
         if since.elapsed() > timeout {
@@ -191,7 +198,11 @@ impl Agent<'_> {
         eprintln!("machine {number} ({own}) joined the launcher at {launcher}");
         match &mut self.machine {
             Some(machine) => machine.serve_another(secret),
-            None => self.machine = Some(Machine::new(self.args, &self.dir, secret, Some(own))),
+            None => {
+                let limit = self.args.nproc_per_node;
+                let machine = Machine::new(self.args, &self.dir, secret, Some(own), limit);
+                self.machine = Some(machine);
+            }
         }
     }
 
@@ -262,6 +273,14 @@ impl Session {
     }
 }
 
+/// Returns a launcher's timeout, which is in the range of the configuration's.
+fn seconds(timeout_s: f64) -> Result<Duration, String> {
+    let timeout = Duration::try_from_secs_f64(timeout_s).ok();
+    timeout
+        .filter(|timeout| !timeout.is_zero() && *timeout <= LONGEST_TIMEOUT)
+        .ok_or_else(|| format!("its timeout of {timeout_s} s is out of range"))
+}
+
 /// Passes commands on until the connection ends, or the launcher gives no sign of life.
 fn receive_commands(
     mut reader: FrameReader<TcpStream>,
@@ -272,4 +291,19 @@ fn receive_commands(
         commands.push(Some(command));
     }
     commands.push(None);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_launchers_timeout_has_a_range() {
+        for wrong in [-1.0, 0.0, 1e10, 1e300, f64::NAN, f64::INFINITY] {
+            let error = seconds(wrong).unwrap_err();
+            assert!(error.contains("out of range"), "{error}");
+        }
+        assert_eq!(seconds(10.0), Ok(Duration::from_secs(10)));
+        assert_eq!(seconds(1e9), Ok(LONGEST_TIMEOUT));
+    }
 }

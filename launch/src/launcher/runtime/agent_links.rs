@@ -13,7 +13,7 @@ use crate::{
 };
 use anyhow::{Context, Result};
 use checkpoint::secure::{
-    Admitted, Connection, Door, FrameWriter, Limits, PeerAddress, Purpose, Secret,
+    Admitted, Connection, Door, FrameWriter, Limits, PeerAddress, Purpose, RefusalCounts, Secret,
 };
 use parking_lot::Mutex;
 use std::{
@@ -52,7 +52,7 @@ struct Links {
 pub(super) struct AgentLinks {
     links: Arc<Mutex<Links>>,
     /// Accepts agents until it is dropped.
-    _door: Option<Door>,
+    door: Option<Door>,
 }
 
 impl AgentLinks {
@@ -60,7 +60,7 @@ impl AgentLinks {
     pub(super) fn none() -> AgentLinks {
         AgentLinks {
             links: Arc::default(),
-            _door: None,
+            door: None,
         }
     }
 
@@ -91,9 +91,16 @@ impl AgentLinks {
             .with_context(|| format!("cannot listen at {address}"))?;
         let agents = AgentLinks {
             links,
-            _door: Some(door),
+            door: Some(door),
         };
         Ok((agents, address))
+    }
+
+    /// Returns the counts of connections that were refused.
+    pub(super) fn refusals(&self) -> RefusalCounts {
+        let door = self.door.as_ref();
+        door.map(|door| door.refusals().counts())
+            .unwrap_or_default()
     }
 
     /// Sends a command. A machine that cannot be reached is lost, and its ranks with it.
@@ -145,6 +152,7 @@ impl Served {
         let Admitted {
             mut connection,
             address,
+            ..
         } = admitted;
         let Ok(hello) = connection.receive::<Hello>(Some(HELLO_TIMEOUT)) else {
             return;

@@ -62,17 +62,19 @@ struct RankCounts {
 }
 
 impl Machine {
+    /// Starts at most `rank_limit` ranks at a time.
     pub(super) fn new(
         args: &TrainArgs,
         dir: &Path,
         secret: Secret,
         address: Option<IpAddr>,
+        rank_limit: usize,
     ) -> Machine {
         Machine {
             dir: dir.to_path_buf(),
             secret,
             address,
-            ranks: RankProcesses::new(args, dir),
+            ranks: RankProcesses::new(args, dir, rank_limit),
             keepers: Vec::new(),
             started: Queue::new(),
             number: 0,

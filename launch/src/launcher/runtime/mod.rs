@@ -27,13 +27,14 @@ use crate::{
 };
 use agent_links::{AgentLinks, own_event};
 use anyhow::{Result, anyhow};
-use checkpoint::keeper::Secret;
+use checkpoint::{keeper::Secret, secure::RefusalCounts};
 use clock::Clock;
 use disk::Disk;
 use keeper_links::KeeperLinks;
 use machine::Machine;
 use machine_protocol::MachineCommand;
 use own_machine::OwnMachine;
+use parallel::StoreServer;
 use queue::Queue;
 use std::{
     net::{IpAddr, SocketAddr},
@@ -54,6 +55,14 @@ pub(crate) struct RuntimeSettings<'a> {
     pub(crate) keep: usize,
     pub(crate) reply_timeout: Duration,
     pub(crate) signals: &'a Signals,
+    /// The store of the ranks.
+    pub(crate) store: &'a StoreServer,
+}
+
+/// Returns a line about refused connections, if there were any.
+fn refusal_line(port: &str, counts: RefusalCounts) -> Option<String> {
+    let total = counts.total();
+    (total > 0).then(|| format!("refused connections at {port}: {total} ({counts})"))
 }
 
 /// The connections to other machines, before the engine starts.
@@ -111,7 +120,8 @@ impl<'a> Runtime<'a> {
         let dir = settings.dir.to_path_buf();
         let reports = events.clone();
         let own = OwnMachine::start(
-            move || Machine::new(&args, &dir, secret, address),
+            // This process orders the ranks itself.
+            move || Machine::new(&args, &dir, secret, address, usize::MAX),
             move |report| reports.push(own_event(report)),
         )?;
         let secret = settings.secret.clone();
@@ -128,7 +138,7 @@ impl<'a> Runtime<'a> {
         })
     }
 
-    /// Runs until the engine ends the run.
+    /// Runs until the engine ends the run, and then prints how many connections were refused.
     pub(crate) fn drive(mut self, mut engine: Engine) -> ExitCode {
         let mut clock = Clock::start();
         let mut exit = ExitCode::FAILURE;
@@ -146,6 +156,11 @@ impl<'a> Runtime<'a> {
                     break;
                 }
             }
+        }
+        let agents = refusal_line("the agents' port", self.agents.refusals());
+        let store = refusal_line("the store", self.settings.store.refusals());
+        for line in agents.into_iter().chain(store) {
+            eprintln!("{line}");
         }
         exit
     }
@@ -266,5 +281,23 @@ fn error(problem: Problem) -> anyhow::Error {
     match problem.hint {
         Some(hint) => hinted(error, hint),
         None => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refused_connections_are_shown() {
+        assert_eq!(refusal_line("the store", RefusalCounts::default()), None);
+        let counts = RefusalCounts {
+            malformed: 2,
+            full: 1,
+            ..RefusalCounts::default()
+        };
+        let line = refusal_line("the store", counts).unwrap();
+        let expected = "refused connections at the store: 3 (2 not of moerun, 1 over the limit)";
+        assert_eq!(line, expected);
     }
 }

@@ -5,9 +5,9 @@ use crate::{
     environment,
     launcher::engine::ranks::FailedRank,
     protocol::{Assignment, FailureReport, RankInput, failure_path},
-    signals,
+    run_file, signals,
 };
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use checkpoint::secure::Secret;
 use nix::{
     sys::signal::{Signal, kill},
@@ -26,6 +26,8 @@ use std::{
 pub(super) const OWN_PROGRAM: &str = "/proc/self/exe";
 /// The time within which the disk must return a rank's report.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
+/// Most bytes of a rank's report that are read.
+const MAX_REPORT_BYTES: u64 = 16 << 20;
 /// The time in which killed processes must end when the launcher does.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -34,6 +36,8 @@ pub(super) struct RankProcesses {
     /// Arguments of a rank's process.
     arguments: Vec<OsString>,
     dir: PathBuf,
+    /// Most ranks at a time, and most standby processes.
+    limit: usize,
     children: Vec<RankProcess>,
     standby: Vec<Child>,
     /// Killed processes that have not ended yet.
@@ -48,7 +52,8 @@ struct RankProcess {
 }
 
 impl RankProcesses {
-    pub(super) fn new(args: &TrainArgs, dir: &Path) -> RankProcesses {
+    /// Starts at most `limit` ranks, whatever a launcher orders.
+    pub(super) fn new(args: &TrainArgs, dir: &Path, limit: usize) -> RankProcesses {
         let mut arguments = vec!["train".into(), args.config.config.clone().into()];
         for change in &args.config.set {
             arguments.extend(["--set".into(), change.into()]);
@@ -59,6 +64,7 @@ impl RankProcesses {
         RankProcesses {
             arguments,
             dir: dir.to_path_buf(),
+            limit,
             children: Vec::new(),
             standby: Vec::new(),
             dying: Vec::new(),
@@ -79,7 +85,17 @@ impl RankProcesses {
     }
 
     /// Starts the ranks, in standby processes as far as there are any.
+    ///
+    /// # Errors
+    /// If they are more than this machine's, or cannot be started.
     pub(super) fn start(&mut self, assignments: Vec<Assignment>, secret: &Secret) -> Result<()> {
+        let limit = self.limit;
+        let children = self.children.iter_mut();
+        let running = children.filter_map(|process| (!has_ended(&mut process.child)).then_some(()));
+        let ordered = running.count() + assignments.len();
+        if ordered > limit {
+            bail!("the launcher ordered {ordered} ranks, and this machine has {limit}");
+        }
         for assignment in assignments {
             let rank = assignment.rank;
             let mut child = match self.take_standby() {
@@ -112,8 +128,10 @@ impl RankProcesses {
         }
     }
 
-    /// Keeps `count` standby processes. Best effort: without them a restart is slower.
+    /// Keeps `count` standby processes, but no more than this machine has ranks. Best effort:
+    /// without them a restart is slower.
     pub(super) fn stand_by(&mut self, count: usize) {
+        let count = count.min(self.limit);
         while self.standby.len() < count {
             match self.spawn() {
                 Ok(child) => self.standby.push(child),
@@ -127,8 +145,6 @@ impl RankProcesses {
 
     /// Number of processes that run, killed ones included until they have ended.
     pub(super) fn running(&mut self) -> usize {
-        // A child that cannot be waited for counts as running until it can.
-        let has_ended = |child: &mut Child| matches!(child.try_wait(), Ok(Some(_)));
         self.dying.retain_mut(|child| !has_ended(child));
         let children = self.children.iter_mut();
         let running = children.filter_map(|process| (!has_ended(&mut process.child)).then_some(()));
@@ -203,6 +219,11 @@ impl Drop for RankProcesses {
     }
 }
 
+/// True if a process was waited for. One that cannot be waited for counts as running until it can.
+fn has_ended(child: &mut Child) -> bool {
+    matches!(child.try_wait(), Ok(Some(_)))
+}
+
 /// True if a killed process cannot be waited for only because the kernel blocks one of its threads,
 /// as one that writes to a disk that hangs. All others are gone, so nothing trains any more.
 fn has_only_blocked_threads(pid: u32) -> bool {
@@ -214,7 +235,40 @@ fn has_only_blocked_threads(pid: u32) -> bool {
 /// Returns the report of the process `pid`, if it left one and the disk answers.
 fn read_report(dir: &Path, rank: usize, pid: u32) -> Option<FailureReport> {
     let path = failure_path(dir, rank);
-    let text = parallel::within(REPORT_TIMEOUT, move || std::fs::read(path)).ok()?;
+    let text = parallel::within(REPORT_TIMEOUT, move || {
+        run_file::read(&path, MAX_REPORT_BYTES)
+    })
+    .ok()?;
     let report: FailureReport = serde_json::from_slice(&text).ok()?;
     (report.pid == pid).then_some(report)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Cli, Command};
+    use clap::Parser;
+
+    #[test]
+    fn a_machine_starts_no_more_processes_than_it_has_ranks() {
+        let cli = Cli::parse_from(["moerun", "train", "config.yaml"]);
+        let Command::Train(args) = cli.command else {
+            panic!("not train");
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let mut none = RankProcesses::new(&args, folder.path(), 0);
+        none.stand_by(1_000_000_000);
+        assert!(none.standby.is_empty());
+        let assignment = serde_json::json!({
+            "rank": 0, "world_size": 1, "local_rank": 0, "local_world_size": 1,
+            "store": "127.0.0.1:1", "address": null, "generation": 0, "keeper": null,
+            "skipped_batches": {}, "config": "",
+        });
+        let assignment = serde_json::from_value(assignment).unwrap();
+        let secret = Secret::random().unwrap();
+        let error = none.start(vec![assignment], &secret).unwrap_err();
+        let expected = "the launcher ordered 1 ranks, and this machine has 0";
+        assert_eq!(error.to_string(), expected);
+        assert!(none.children.is_empty());
+    }
 }
