@@ -9,7 +9,12 @@ use crate::launcher::engine::{
     requests::RequestId,
 };
 use checkpoint::keeper::{Error, Peer, Secret};
-use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+use std::{
+    collections::BTreeMap,
+    hash::{BuildHasher, Hasher, RandomState},
+    net::SocketAddr,
+    time::Duration,
+};
 
 /// The time after which a thread without requests looks whether it is still needed.
 const IDLE_INTERVAL: Duration = Duration::from_secs(3600);
@@ -28,6 +33,8 @@ struct Link {
 }
 
 pub(super) struct KeeperLinks {
+    /// Distinguishes this launcher from others of the run.
+    launcher: u64,
     secret: Secret,
     reply_timeout: Duration,
     events: Queue<Event>,
@@ -50,6 +57,8 @@ impl KeeperLinks {
         events: Queue<Event>,
     ) -> KeeperLinks {
         KeeperLinks {
+            // The standard library seeds it at random.
+            launcher: RandomState::new().build_hasher().finish(),
             secret,
             reply_timeout,
             events,
@@ -65,6 +74,7 @@ impl KeeperLinks {
         };
         self.links.insert(keeper, link);
         let connector = Connector {
+            launcher: self.launcher,
             keeper,
             address,
             secret: self.secret.clone(),
@@ -127,6 +137,7 @@ impl KeeperLinks {
 
 /// Connects to one keeper.
 struct Connector {
+    launcher: u64,
     keeper: KeeperId,
     address: SocketAddr,
     secret: Secret,
@@ -164,7 +175,7 @@ impl Connector {
     /// Opens a connection for requests and one for events.
     fn connect(&self) -> Result<Peer, Error> {
         let connect = || Peer::connect(self.address, &self.secret, self.reply_timeout);
-        let stream = connect()?.subscribe()?;
+        let stream = connect()?.subscribe(self.launcher)?;
         let peer = connect()?;
         let keeper = self.keeper;
         let events = self.events.clone();
