@@ -24,7 +24,8 @@ use std::{
 
 /// This program, even if its file was replaced since it started.
 pub(super) const OWN_PROGRAM: &str = "/proc/self/exe";
-/// The time within which the disk must return a rank's report.
+/// The time within which the disk must return the reports of ranks that failed together. The caller
+/// sends heartbeats, so it cannot wait for each of them.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
 /// The time in which killed processes must end when the launcher does.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
@@ -139,6 +140,7 @@ impl RankProcesses {
 
     pub(super) fn failed(&mut self) -> Vec<FailedRank> {
         let mut failed = Vec::new();
+        let deadline = Instant::now() + REPORT_TIMEOUT;
         for RankProcess {
             rank,
             child,
@@ -155,7 +157,7 @@ impl RankProcesses {
                 rank: *rank,
                 status: status.into_raw(),
                 report: report
-                    .get_or_insert_with(|| read_report(&self.dir, *rank, child.id()))
+                    .get_or_insert_with(|| read_report(&self.dir, *rank, child.id(), deadline))
                     .clone(),
                 lost: None,
             });
@@ -211,10 +213,48 @@ fn has_only_blocked_threads(pid: u32) -> bool {
     after_name.trim_start().starts_with('Z')
 }
 
-/// Returns the report of the process `pid`, if it left one and the disk answers.
-fn read_report(dir: &Path, rank: usize, pid: u32) -> Option<FailureReport> {
+/// Returns the report of the process `pid`, if it left one and the disk answers until `deadline`.
+fn read_report(dir: &Path, rank: usize, pid: u32, deadline: Instant) -> Option<FailureReport> {
     let path = failure_path(dir, rank);
-    let text = parallel::within(REPORT_TIMEOUT, move || std::fs::read(path)).ok()?;
+    // A disk that hangs gets no more threads to block.
+    let left = deadline.checked_duration_since(Instant::now())?;
+    let text = parallel::within(left, move || std::fs::read(path)).ok()?;
     let report: FailureReport = serde_json::from_slice(&text).ok()?;
     (report.pid == pid).then_some(report)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::{sys::stat::Mode, unistd::mkfifo};
+
+    #[test]
+    fn ranks_that_fail_on_a_hanging_disk_are_reported_together() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path();
+        let exited = |rank| {
+            // A pipe without a writer hangs as a disk does.
+            let path = failure_path(dir, rank);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            mkfifo(&path, Mode::S_IRWXU).unwrap();
+            let mut child = Command::new("false").spawn().unwrap();
+            child.wait().unwrap();
+            RankProcess {
+                rank,
+                child,
+                report: None,
+            }
+        };
+        let mut processes = RankProcesses {
+            arguments: Vec::new(),
+            dir: dir.to_path_buf(),
+            children: (0..4).map(exited).collect(),
+            standby: Vec::new(),
+            dying: Vec::new(),
+        };
+        let began = Instant::now();
+        assert_eq!(processes.failed().len(), 4);
+        assert_eq!(processes.failed().len(), 4);
+        assert!(began.elapsed() < 2 * REPORT_TIMEOUT);
+    }
 }
