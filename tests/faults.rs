@@ -342,6 +342,44 @@ fn a_keeper_that_dies_alone_is_replaced_and_training_continues() {
     experiment.assert_no_orphans();
 }
 
+/// Waits until a launcher without standbys has started its ranks.
+fn wait_for_rank_processes(experiment: &Experiment, launcher: &Child) {
+    let own = launcher.id().to_string();
+    let is_rank = |pid: &String| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        *pid != own && line.starts_with(b"moerun\0train\0")
+    };
+    let started = Instant::now();
+    while !experiment.processes().iter().any(is_rank) {
+        assert!(started.elapsed() < COMMAND_TIMEOUT, "no rank starts");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_keeper_that_hangs_while_ranks_start_is_replaced() {
+    let experiment = Experiment::new();
+    let changes = [
+        "train.steps=100000",
+        "checkpoint.every=0",
+        "snapshot.every=2",
+        "parallel.ranks_per_node=1",
+    ];
+    let run = start_with_output_file(&experiment, &mut experiment.train(2, &changes));
+    wait_for_rank_processes(&experiment, &run);
+    let registry = std::fs::read_to_string(experiment.path("run/keepers.json")).unwrap();
+    let registry: Value = serde_json::from_str(&registry).unwrap();
+    let keeper = registry["keepers"][1]["pid"].to_string();
+    signal(&keeper, "STOP");
+    wait_for_output(&experiment, "the keeper of node 1", 1);
+    wait_for_snapshot(&experiment, 2);
+    signal(&rank_process(&experiment, 1), "KILL");
+    wait_for_output(&experiment, "resuming from the snapshot of step", 1);
+    stop(run);
+    let said = launcher_output(&experiment);
+    assert!(!said.contains("no snapshots in memory"), "{said}");
+}
+
 /// Loses every pattern of up to `parity` nodes at once in one run, with nothing on disk; then with
 /// `too_many` one node more.
 fn every_pattern(data: usize, parity: usize, too_many: bool) {

@@ -208,3 +208,20 @@ fn logs_are_not_written_through_a_link() {
     let left = std::fs::read_dir(&elsewhere).unwrap().count();
     assert_eq!(left, 0, "files were written through the link");
 }
+
+#[test]
+fn a_process_whose_folder_another_machine_took_exits() {
+    let experiment = Experiment::new();
+    let changes = ["train.steps=1000000", "parallel.expert=1"];
+    let suspended = plain_rank(&experiment, &changes);
+    wait_for_step(&experiment, "run", 1);
+    // As by a machine that does not see the flock of this one.
+    let holder = r#"{"host":"elsewhere","boot":"b","pid_namespace":"p","pid":7,"started":1,
+        "since":1700000000}"#;
+    std::fs::write(experiment.path("run/lock"), holder).unwrap();
+    let output = finish_child(suspended);
+    let said = text(&output);
+    let taken = "error: another moerun took run/lock";
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains(taken), "{said}");
+}

@@ -4,6 +4,7 @@ use crate::fixture::{
     COMMAND_TIMEOUT, Experiment, curve, finish, finish_child, free_port, launcher_output,
     rank_process, ranks, signal, start, start_with_output_file, steps_done, text, wait_for_step,
 };
+use serde_json::Value;
 use std::{
     process::{Child, Command},
     time::{Duration, Instant},
@@ -135,6 +136,13 @@ fn wait_for_ten_more_steps(experiment: &Experiment) {
     wait_for_step(experiment, "run", steps_done(experiment, "run") + 10);
 }
 
+/// Returns the process of the first node's keeper.
+fn keeper_process(experiment: &Experiment) -> String {
+    let registry = std::fs::read_to_string(experiment.path("run/keepers.json")).unwrap();
+    let registry: Value = serde_json::from_str(&registry).unwrap();
+    registry["keepers"][0]["pid"].to_string()
+}
+
 #[test]
 fn ignored_signals_stay_ignored() {
     for (name, status) in [("HUP", 143), ("INT", 143), ("USR2", 143)] {
@@ -144,6 +152,7 @@ fn ignored_signals_stay_ignored() {
         wait_for_step(&experiment, "run", 5);
         signal(&run.id().to_string(), name);
         signal(&rank_process(&experiment, 1), name);
+        signal(&keeper_process(&experiment), name);
         wait_for_ten_more_steps(&experiment);
         signal(&run.id().to_string(), "TERM");
         let ended = finish_child(run);

@@ -97,7 +97,7 @@ impl Cluster {
     fn events(&self, keepers: usize) -> Receiver<Event> {
         let (sender, events) = channel();
         for keeper in 0..keepers {
-            let events = self.peer(keeper).subscribe().unwrap();
+            let events = self.peer(keeper).subscribe(1).unwrap();
             let sender = sender.clone();
             std::thread::spawn(move || events.for_each_event(|event| drop(sender.send(event))));
         }

@@ -5,10 +5,14 @@ use crate::{
     hint::{WithHint, hinted},
     rank_log,
     registry::KeeperRegistry,
+    signals::ignored_signals,
 };
 use anyhow::{Context, Result, anyhow};
 use checkpoint::keeper::{Peer, Secret, serve};
-use nix::{sys::signal::kill, unistd::Pid};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde::{Deserialize, Serialize};
 use signal_hook::{
     consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2},
@@ -26,7 +30,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// Longest line of settings.
 const MAX_SETTINGS_BYTES: u64 = 1 << 20;
 /// A scheduler's signal for a limit of CPU time, which signal-hook does not name.
-const SIGXCPU: i32 = nix::sys::signal::Signal::SIGXCPU as i32;
+const SIGXCPU: i32 = Signal::SIGXCPU as i32;
 
 /// The launcher's line on a keeper's standard input.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -86,10 +90,16 @@ fn receive_signals() -> Result<Receiver<i32>> {
     let caught = [SIGINT, SIGHUP, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU];
     let mut received = Signals::new(caught).context("cannot handle signals")?;
     let (sender, signals) = channel();
+    // They are caught too: to a child of the launcher, which handles them, they are fatal again.
+    let ignored = ignored_signals();
+    let concerns_keeper = move |signal| {
+        let is_ignored = Signal::try_from(signal).is_ok_and(|signal| ignored.contains(signal));
+        // Ctrl-C and a closed terminal are the launcher's business.
+        signal != SIGINT && signal != SIGHUP && !is_ignored
+    };
     let forward = move || {
         for signal in received.forever() {
-            // Ctrl-C and a closed terminal are the launcher's business.
-            if signal != SIGINT && signal != SIGHUP && sender.send(signal).is_err() {
+            if concerns_keeper(signal) && sender.send(signal).is_err() {
                 return;
             }
         }

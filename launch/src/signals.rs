@@ -164,8 +164,8 @@ pub(crate) fn let_through() -> nix::Result<()> {
     held_signals::handled().thread_unblock()
 }
 
-/// Returns the signals that were ignored when `moerun` started.
-fn ignored_signals() -> SigSet {
+/// Returns the signals that were ignored when `moerun` started, or its launcher.
+pub(crate) fn ignored_signals() -> SigSet {
     let variable = std::env::var(held_signals::IGNORED).ok();
     let mask = variable.and_then(|mask| mask.parse().ok());
     let mask = mask.unwrap_or_else(held_signals::ignored_mask);

@@ -1,5 +1,6 @@
 //! The error type of this crate.
 
+use checkpoint::keeper;
 use parallel::agreement::AgreementError;
 use std::path::Path;
 
@@ -31,9 +32,12 @@ pub enum Error {
     /// No checkpoint or snapshot can be used, or its state does not fit this run.
     #[error("{0}")]
     Resume(String),
-    /// A keeper cannot be reached, or has no memory for a snapshot.
+    /// A keeper refused a request: it has no memory for a snapshot, for example.
     #[error("{0}")]
     Keeper(String),
+    /// A keeper cannot be reached. The launcher replaces one that is gone.
+    #[error("{0}")]
+    KeeperAway(String),
     /// Another rank failed, or sent a message that cannot be decoded.
     #[error(transparent)]
     OtherRank(AgreementError),
@@ -84,6 +88,22 @@ impl Error {
             action,
             path,
             cause,
+        }
+    }
+
+    /// Returns a function that makes an error of the keeper that `which` names, for `map_err`.
+    pub(crate) fn keeper(which: &'static str) -> impl Fn(keeper::Error) -> Error {
+        move |error| {
+            let text = format!("{which}: {error}");
+            match error {
+                keeper::Error::Connection(_)
+                | keeper::Error::Closed
+                | keeper::Error::TimedOut
+                | keeper::Error::Busy => Error::KeeperAway(text),
+                keeper::Error::Protocol(_)
+                | keeper::Error::Unauthenticated
+                | keeper::Error::Refused(_) => Error::Keeper(text),
+            }
         }
     }
 }

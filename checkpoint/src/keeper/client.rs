@@ -69,7 +69,7 @@ impl KeeperClient {
     /// their size is right.
     ///
     /// # Errors
-    /// If the node has too little memory.
+    /// [`Error::Refused`] if the node has too little memory, or this process cannot map it.
     pub fn allocate(&mut self, bytes: u64, slots: usize) -> Result<Vec<SlotMemory>, Error> {
         let request = RankRequest::Allocate { bytes, slots };
         let count = match self.ask(&request, STARTUP_TIMEOUT)? {
@@ -84,7 +84,8 @@ impl KeeperClient {
         // All files are received before one can fail, so that the stream stays in order.
         let mut memory = Vec::new();
         for file in files {
-            let region = Region::open(file)?;
+            let region = Region::open(file)
+                .map_err(|error| Error::Refused(format!("cannot map its memory: {error}")))?;
             memory.push(Arc::new(region));
         }
         Ok(memory)

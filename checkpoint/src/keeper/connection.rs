@@ -260,12 +260,14 @@ impl Peer {
         self.command(&Request::Stop)
     }
 
-    /// Turns this connection into a stream of all later events.
+    /// Turns this connection into a stream of all later events. A launcher that connects again
+    /// with its number also receives a stop signal that it may have missed. A keeper that another
+    /// launcher takes over forgets the signal: it concerned the run that has ended.
     ///
     /// # Errors
     /// See [`Peer`].
-    pub fn subscribe(mut self) -> Result<EventStream, Error> {
-        self.command(&Request::Subscribe)?;
+    pub fn subscribe(mut self, launcher: u64) -> Result<EventStream, Error> {
+        self.command(&Request::Subscribe { launcher })?;
         Ok(EventStream {
             connection: self.connection,
         })

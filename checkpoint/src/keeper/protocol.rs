@@ -19,8 +19,11 @@ pub(super) enum Request {
         topology: Topology,
         node: usize,
     },
-    /// Turns the connection into a stream of events. The launcher lives as long as its stream.
-    Subscribe,
+    /// Turns the connection into a stream of events for the launcher with this number. The
+    /// launcher lives as long as its stream.
+    Subscribe {
+        launcher: u64,
+    },
     Inventory,
     Status,
     /// Declares a snapshot complete on every rank.

@@ -30,17 +30,14 @@ const MAX_LEN: u64 = 4096;
 
 /// A run's lock, until it is dropped.
 pub(crate) struct RunLock {
-    held: Held,
+    lease: Lease,
+    /// None on a file system without flock.
+    flock: Option<Flock<File>>,
     /// Its end stops the renewals.
     _renewals: Sender<()>,
 }
 
-enum Held {
-    Flock(Flock<File>),
-    Lease(Lease),
-}
-
-/// A lock file on a file system without flock.
+/// The lock file of this process, and the text that it wrote there.
 #[derive(Clone)]
 struct Lease {
     path: PathBuf,
@@ -67,9 +64,11 @@ pub(crate) fn acquire(run: &Path) -> Result<RunLock> {
             let _ = flock
                 .set_len(0)
                 .and_then(|()| flock.write_all(text.as_bytes()));
+            let lease = Lease { path, text };
             Ok(RunLock {
-                held: Held::Flock(flock),
-                _renewals: renew(renewed, None),
+                _renewals: renew(renewed, lease.clone()),
+                lease,
+                flock: Some(flock),
             })
         }
         Err((_, Errno::EWOULDBLOCK)) => Err(in_use(run, read(&path)?.as_ref())),
@@ -84,8 +83,9 @@ pub(crate) fn acquire(run: &Path) -> Result<RunLock> {
             let lease = take_lease(run, &own, text)?;
             let file = open(&lease.path, &mut OpenOptions::new())?;
             Ok(RunLock {
-                _renewals: renew(file, Some(lease.clone())),
-                held: Held::Lease(lease),
+                _renewals: renew(file, lease.clone()),
+                lease,
+                flock: None,
             })
         }
         Err((_, errno)) => Err(errno).with_context(|| format!("cannot lock {}", path.display())),
@@ -231,18 +231,28 @@ impl Lease {
         let content = read_text(&self.path).ok().flatten();
         content.is_some_and(|content| content.text == self.text)
     }
+
+    /// True if the file names another holder. A file that is gone, empty or cannot be read tells of
+    /// none: a full or hanging disk leaves such files too.
+    fn is_taken(&self) -> bool {
+        let content = read_text(&self.path).ok().flatten();
+        content.is_some_and(|content| {
+            let holder = serde_json::from_str::<Holder>(&content.text);
+            content.text != self.text && holder.is_ok()
+        })
+    }
 }
 
 /// Renews a lock file until the returned end of a channel is dropped. Ends the process if its lease
-/// went to another one, which happens if this process was suspended for longer than [`EXPIRY`].
-fn renew(file: File, lease: Option<Lease>) -> Sender<()> {
+/// went to another one, which happens if this process was suspended for longer than [`EXPIRY`], and
+/// other machines do not see its flock, if there is one.
+fn renew(file: File, lease: Lease) -> Sender<()> {
     let (sender, end) = channel();
     std::thread::spawn(move || {
         while end.recv_timeout(RENEW_INTERVAL) == Err(RecvTimeoutError::Timeout) {
             // Best effort: a read-only or hanging disk must not end the run.
             let _ = file.set_modified(SystemTime::now());
-            let lost = lease.as_ref().filter(|lease| !lease.is_own());
-            if let Some(lease) = lost.filter(|lease| lease.path.exists()) {
+            if lease.is_taken() {
                 let path = lease.path.display();
                 eprintln!("error: another moerun took {path}, because this one was suspended");
                 signal_hook::low_level::exit(1);
@@ -254,15 +264,16 @@ fn renew(file: File, lease: Option<Lease>) -> Sender<()> {
 
 impl Drop for RunLock {
     fn drop(&mut self) {
-        match &self.held {
+        match &self.flock {
+            _ if self.lease.is_taken() => {}
             // The text of an open lock means a holder that has exited without releasing it.
-            Held::Flock(file) => {
+            Some(file) => {
                 let _ = file.set_len(0);
             }
-            Held::Lease(lease) if lease.is_own() => {
-                let _ = std::fs::remove_file(&lease.path);
+            None if self.lease.is_own() => {
+                let _ = std::fs::remove_file(&self.lease.path);
             }
-            Held::Lease(_) => {}
+            None => {}
         }
     }
 }
@@ -311,6 +322,39 @@ mod tests {
         std::fs::write(&lease.path, exited).unwrap();
         assert!(!lease.is_own());
         assert!(take_lease(run, &own, text).is_ok(), "the holder is gone");
+    }
+
+    #[test]
+    fn only_the_text_of_another_holder_takes_a_lock() {
+        let folder = tempfile::tempdir().unwrap();
+        let lock = acquire(folder.path()).unwrap();
+        let path = folder.path().join("lock");
+        assert!(!lock.lease.is_taken());
+        let own = lock.lease.text.clone();
+        for text in ["", &own[..own.len() / 2]] {
+            std::fs::write(&path, text).unwrap();
+            assert!(!lock.lease.is_taken(), "{text:?}");
+        }
+        let pid = format!("\"pid\":{}", std::process::id());
+        let other = own.replace(&pid, "\"pid\":1");
+        std::fs::write(&path, &other).unwrap();
+        assert!(lock.lease.is_taken());
+        drop(lock);
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), other);
+    }
+
+    #[test]
+    fn a_lock_file_that_cannot_be_read_is_not_taken() {
+        let folder = tempfile::tempdir().unwrap();
+        let lease = |name: &str| Lease {
+            path: folder.path().join(name),
+            text: "own".into(),
+        };
+        std::os::unix::fs::symlink("loop", folder.path().join("loop")).unwrap();
+        assert!(read_text(&lease("loop").path).is_err());
+        for name in ["loop", ".", "missing"] {
+            assert!(!lease(name).is_taken(), "{name}");
+        }
     }
 
     #[test]

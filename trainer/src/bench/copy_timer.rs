@@ -92,5 +92,5 @@ impl CopyTimer {
 }
 
 fn keeper_error(error: keeper::Error) -> Error {
-    Error::Keeper(format!("the keeper: {error}"))
+    Error::keeper("the keeper")(error)
 }

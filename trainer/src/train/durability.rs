@@ -28,7 +28,8 @@ impl Trainer {
     }
 
     /// Reserves the memory that snapshots need. If a node has too little, disables snapshots and
-    /// calls `warn`.
+    /// calls `warn`. A rank whose keeper cannot be reached tries again at its next snapshots, because
+    /// the launcher may be replacing the keeper.
     ///
     /// # Collective
     /// All ranks.
@@ -39,7 +40,13 @@ impl Trainer {
         if self.snapshots.is_none() {
             return Ok(());
         }
-        let planned = self.plan_snapshots();
+        let planned = match self.plan_snapshots() {
+            Err(Error::KeeperAway(reason)) => {
+                tracing::warn!("{reason}; the next snapshots try again");
+                Ok(())
+            }
+            planned => planned,
+        };
         match agree(&self.world, planned) {
             Ok(()) => Ok(()),
             Err(Error::Comm(error)) => Err(error.into()),
@@ -73,7 +80,7 @@ impl Trainer {
             return Ok(());
         }
         match self.plan_snapshots() {
-            Err(Error::Keeper(reason)) => {
+            Err(Error::Keeper(reason) | Error::KeeperAway(reason)) => {
                 tracing::warn!("{reason}");
                 Ok(())
             }

@@ -68,7 +68,7 @@ impl SlotWriter {
         chunk_bytes: usize,
         device: &dyn Accelerator,
     ) -> Result<SlotWriter, Error> {
-        let reporter = FillReporter::connect(socket, secret, rank).map_err(keeper_error)?;
+        let reporter = FillReporter::connect(socket, secret, rank).map_err(keeper_failed)?;
         Ok(SlotWriter {
             reporter,
             copier: device.copier()?,
@@ -131,13 +131,14 @@ impl SlotWriter {
                 let crcs = std::mem::take(&mut crcs);
                 self.reporter
                     .filled(slot, end, crcs)
-                    .map_err(keeper_error)?;
+                    .map_err(keeper_failed)?;
             }
         }
         Ok(())
     }
 }
 
-fn keeper_error(error: keeper::Error) -> Error {
-    Error::Keeper(error.to_string())
+/// Returns the error of a rank whose keeper failed.
+pub(crate) fn keeper_failed(error: keeper::Error) -> Error {
+    Error::keeper("the keeper of this node")(error)
 }

@@ -11,7 +11,7 @@ use super::{
     copy_thread::{CopyCommand, CopyPlan, CopyRequest, CopyThread, HEARTBEAT_INTERVAL, Mailbox},
     progress_counter::ProgressCounter,
     run_state::RunState,
-    slot_writer::SlotWriter,
+    slot_writer::{SlotWriter, keeper_failed},
 };
 use crate::{Error, config::SnapshotEvery, lines::WrittenLines};
 use checkpoint::{
@@ -117,14 +117,6 @@ struct KeeperConnection {
     is_copying: bool,
 }
 
-fn failed(reason: &str) -> Error {
-    Error::Keeper(format!("the keeper of this node: {reason}"))
-}
-
-fn keeper_failed(error: keeper::Error) -> Error {
-    failed(&error.to_string())
-}
-
 impl Snapshots {
     /// Creates the rank's side without a connection; [`Snapshots::plan`] connects to the keeper.
     pub(crate) fn new(
@@ -184,7 +176,8 @@ impl Snapshots {
     /// Plans what this rank saves of `tensors`, whose memory must stay, and reserves slots for it.
     ///
     /// # Errors
-    /// [`Error::Keeper`] if the keeper cannot be reached or has too little memory.
+    /// [`Error::KeeperAway`] if the keeper cannot be reached: [`Snapshots::reserve`] tries again.
+    /// [`Error::Keeper`] if it has too little memory.
     pub(crate) fn plan(
         &mut self,
         save_plan: &SavePlan,
@@ -290,11 +283,7 @@ impl Snapshots {
             chunk,
             ..
         } = &self.access;
-        let writer = SlotWriter::connect(socket, secret, self.rank, *chunk, device);
-        let writer = writer.map_err(|error| match error {
-            Error::Keeper(reason) => failed(&reason),
-            error => error,
-        })?;
+        let writer = SlotWriter::connect(socket, secret, self.rank, *chunk, device)?;
         let slots = client.allocate(bytes, SLOTS).map_err(keeper_failed)?;
         let mailbox = Arc::new(Mailbox::default());
         let thread = CopyThread {
@@ -480,7 +469,68 @@ fn interval(cost: f64, step_seconds: f64) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::interval;
+    use super::*;
+    use checkpoint::keeper::serve::{self, Settings};
+    use parallel::Cpu;
+
+    fn snapshots(socket: &str, secret: &Secret) -> Snapshots {
+        let access = KeeperAccess {
+            socket: socket.into(),
+            secret: secret.clone(),
+            generation: 1,
+            chunk: 1 << 20,
+            restore: None,
+        };
+        let mut snapshots = Snapshots::new(access, 0, SnapshotEvery::Steps(1), &Cpu);
+        let image = ImageLayout::plan(&[], 0, &serde_json::json!({})).unwrap();
+        snapshots.bytes = Some(image.bytes());
+        let tensors = Vec::new();
+        snapshots.plan = Some(Arc::new(Mutex::new(CopyPlan { image, tensors })));
+        snapshots
+    }
+
+    fn serve_keeper(socket: &str, secret: &Secret, memory: u64) {
+        let settings = Settings {
+            socket: socket.into(),
+            secret: secret.clone(),
+            listen: ([127, 0, 0, 1], 0).into(),
+            memory_limit: Some(memory),
+            orphan_timeout: Duration::from_secs(60),
+        };
+        let (sender, ready) = channel();
+        std::thread::spawn(move || {
+            serve::run(settings, |_| {
+                let _ = sender.send(());
+                Ok(())
+            })
+        });
+        ready.recv().unwrap();
+    }
+
+    #[test]
+    fn a_keeper_that_comes_later_is_used() {
+        let socket = format!("moerun-test-later-{}", std::process::id());
+        let secret = Secret::random().unwrap();
+        let mut snapshots = snapshots(&socket, &secret);
+        let away = snapshots.connect(&Cpu);
+        assert!(matches!(away, Err(Error::KeeperAway(_))), "{away:?}");
+        serve_keeper(&socket, &secret, 1 << 30);
+        let began = Instant::now();
+        while !snapshots.is_connected() {
+            assert!(began.elapsed() < Duration::from_secs(30));
+            snapshots.reserve(1, false, &Cpu);
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    #[test]
+    fn a_keeper_without_memory_is_not_away() {
+        let socket = format!("moerun-test-small-{}", std::process::id());
+        let secret = Secret::random().unwrap();
+        serve_keeper(&socket, &secret, 1);
+        let refused = snapshots(&socket, &secret).connect(&Cpu);
+        assert!(matches!(refused, Err(Error::Keeper(_))), "{refused:?}");
+    }
 
     #[test]
     fn the_interval_keeps_to_the_budget() {

@@ -27,7 +27,7 @@ impl State {
         self.wake();
     }
 
-    /// Returns the events that a launcher missed because it connected late.
+    /// Returns the events that a launcher missed because it connected late, or again.
     pub(crate) fn missed_events(&self) -> Vec<Event> {
         let signal = self.lifetime.stop_signal();
         signal

@@ -41,6 +41,8 @@ pub(crate) struct Lifetime {
     signalled_at: Instant,
     running_jobs: usize,
     is_stopping: bool,
+    /// Number of the last launcher.
+    launcher: Option<u64>,
 }
 
 impl Lifetime {
@@ -53,6 +55,16 @@ impl Lifetime {
             signalled_at: now,
             running_jobs: 0,
             is_stopping: false,
+            launcher: None,
+        }
+    }
+
+    /// Records that a launcher connects. A signal under an earlier launcher asked for the end of
+    /// that launcher's run.
+    pub(super) fn connect(&mut self, launcher: u64) {
+        let previous = self.launcher.replace(launcher);
+        if previous.is_some_and(|previous| previous != launcher) {
+            self.stop_signal = None;
         }
     }
 

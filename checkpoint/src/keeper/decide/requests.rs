@@ -68,7 +68,10 @@ impl State {
                 check_topology(&topology, Some(node))?;
                 self.set_up(topology, node);
             }
-            Request::Subscribe => return Ok(Decision::Subscribe),
+            Request::Subscribe { launcher } => {
+                self.lifetime.connect(launcher);
+                return Ok(Decision::Subscribe);
+            }
             Request::Inventory => {
                 let inventory = self.inventory();
                 return Ok(Decision::Reply(Reply::Inventory(Box::new(inventory))));

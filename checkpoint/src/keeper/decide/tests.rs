@@ -511,6 +511,34 @@ fn a_signal_ends_a_keeper_only_without_a_launcher_and_work() {
     assert!(matches!(keeper.tick(0), Life::Until(_)));
 }
 
+#[test]
+fn a_signal_concerns_the_launcher_of_its_time() {
+    let mut keeper = Keeper::new();
+    let missed = |keeper: &mut Keeper, launcher| {
+        let decision = keeper.ask(Request::Subscribe { launcher });
+        assert!(matches!(decision, Ok(Decision::Subscribe)));
+        keeper.state.missed_events()
+    };
+    assert_eq!(missed(&mut keeper, 7), []);
+    keeper.state.signal(15, keeper.now);
+    // It connects again, and may have missed the signal.
+    let request = Event::StopRequested { signal: 15 };
+    assert_eq!(missed(&mut keeper, 7), [request]);
+    assert_eq!(missed(&mut keeper, 8), []);
+    // The keeper stays for an hour after the launcher that has taken it over.
+    keeper.now += Duration::from_secs(100);
+    assert!(matches!(keeper.tick(0), Life::Until(_)));
+}
+
+#[test]
+fn the_first_launcher_learns_of_an_earlier_signal() {
+    let mut keeper = Keeper::new();
+    keeper.state.signal(15, keeper.now);
+    assert!(keeper.ask(Request::Subscribe { launcher: 7 }).is_ok());
+    let request = Event::StopRequested { signal: 15 };
+    assert_eq!(keeper.state.missed_events(), [request]);
+}
+
 /// Something that happens to a keeper.
 #[derive(Debug, Clone)]
 enum Action {

@@ -10,7 +10,13 @@ use crate::launcher::engine::{
 };
 use checkpoint::keeper::{Closer, Error, Peer, Secret};
 use parking_lot::Mutex;
-use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    hash::{BuildHasher, Hasher, RandomState},
+    net::SocketAddr,
+    sync::Arc,
+    time::Duration,
+};
 
 /// The time after which a thread without requests looks whether it is still needed.
 const IDLE_INTERVAL: Duration = Duration::from_secs(3600);
@@ -59,6 +65,8 @@ impl Connections {
 }
 
 pub(super) struct KeeperLinks {
+    /// Distinguishes this launcher from others of the run.
+    launcher: u64,
     secret: Secret,
     reply_timeout: Duration,
     events: Queue<Event>,
@@ -81,6 +89,8 @@ impl KeeperLinks {
         events: Queue<Event>,
     ) -> KeeperLinks {
         KeeperLinks {
+            // The standard library seeds it at random.
+            launcher: RandomState::new().build_hasher().finish(),
             secret,
             reply_timeout,
             events,
@@ -98,6 +108,7 @@ impl KeeperLinks {
         };
         self.links.insert(keeper, link);
         let connector = Connector {
+            launcher: self.launcher,
             keeper,
             address,
             secret: self.secret.clone(),
@@ -165,6 +176,7 @@ impl KeeperLinks {
 
 /// Connects to one keeper.
 struct Connector {
+    launcher: u64,
     keeper: KeeperId,
     address: SocketAddr,
     secret: Secret,
@@ -203,7 +215,7 @@ impl Connector {
     /// Opens a connection for requests and one for events.
     fn connect(&self) -> Result<Peer, Error> {
         let connect = || Peer::connect(self.address, &self.secret, self.reply_timeout);
-        let stream = connect()?.subscribe()?;
+        let stream = connect()?.subscribe(self.launcher)?;
         self.connections.add(stream.closer());
         let peer = connect()?;
         self.connections.add(peer.closer());

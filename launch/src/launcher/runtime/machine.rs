@@ -4,7 +4,7 @@ use super::{
     machine_protocol::{MachineCommand, MachineReport, StartedKeeper},
     processes::RankProcesses,
     queue::Queue,
-    spawn::{kill_earlier_keeper, spawn_keeper},
+    spawn::{kill_earlier_keeper, real_logs, spawn_keeper},
 };
 use crate::{
     cli::TrainArgs,
@@ -40,6 +40,8 @@ struct KeeperResult {
 
 pub(super) struct Machine {
     dir: PathBuf,
+    /// See [`real_logs`]; found at the start, because the disk may hang later.
+    logs: Option<PathBuf>,
     secret: Secret,
     /// Address for other machines; None in a run on one machine.
     address: Option<IpAddr>,
@@ -72,6 +74,7 @@ impl Machine {
     ) -> Machine {
         Machine {
             dir: dir.to_path_buf(),
+            logs: real_logs(dir),
             secret,
             address,
             ranks: RankProcesses::new(args, dir, rank_limit),
@@ -186,7 +189,11 @@ impl Machine {
                 let _ = child.try_wait();
             }
             // Another process started it, which was killed.
-            None => kill_earlier_keeper(&self.dir, pid),
+            None => {
+                if let Some(logs) = &self.logs {
+                    kill_earlier_keeper(logs, pid);
+                }
+            }
         }
     }
 

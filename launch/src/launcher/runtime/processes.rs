@@ -24,7 +24,8 @@ use std::{
 
 /// This program, even if its file was replaced since it started.
 pub(super) const OWN_PROGRAM: &str = "/proc/self/exe";
-/// The time within which the disk must return a rank's report.
+/// The time within which the disk must return the reports of ranks that failed together. The caller
+/// sends heartbeats, so it cannot wait for each of them.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Most bytes of a rank's report that are read.
 const MAX_REPORT_BYTES: u64 = 16 << 20;
@@ -155,6 +156,7 @@ impl RankProcesses {
 
     pub(super) fn failed(&mut self) -> Vec<FailedRank> {
         let mut failed = Vec::new();
+        let deadline = Instant::now() + REPORT_TIMEOUT;
         for RankProcess {
             rank,
             child,
@@ -171,7 +173,7 @@ impl RankProcesses {
                 rank: *rank,
                 status: status.into_raw(),
                 report: report
-                    .get_or_insert_with(|| read_report(&self.dir, *rank, child.id()))
+                    .get_or_insert_with(|| read_report(&self.dir, *rank, child.id(), deadline))
                     .clone(),
                 lost: None,
             });
@@ -232,13 +234,12 @@ fn has_only_blocked_threads(pid: u32) -> bool {
     after_name.trim_start().starts_with('Z')
 }
 
-/// Returns the report of the process `pid`, if it left one and the disk answers.
-fn read_report(dir: &Path, rank: usize, pid: u32) -> Option<FailureReport> {
+/// Returns the report of the process `pid`, if it left one and the disk answers until `deadline`.
+fn read_report(dir: &Path, rank: usize, pid: u32, deadline: Instant) -> Option<FailureReport> {
     let path = failure_path(dir, rank);
-    let text = parallel::within(REPORT_TIMEOUT, move || {
-        run_file::read(&path, MAX_REPORT_BYTES)
-    })
-    .ok()?;
+    // A disk that hangs gets no more threads to block.
+    let left = deadline.checked_duration_since(Instant::now())?;
+    let text = parallel::within(left, move || run_file::read(&path, MAX_REPORT_BYTES)).ok()?;
     let report: FailureReport = serde_json::from_slice(&text).ok()?;
     (report.pid == pid).then_some(report)
 }

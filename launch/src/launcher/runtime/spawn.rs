@@ -66,16 +66,22 @@ fn open_log(logs: PathBuf, name: String) -> Stdio {
     }
 }
 
-/// Kills a keeper of the run in `dir` that is no child of this process.
+/// Returns the real path of the folder with the logs of the run in `dir`, if the disk answers.
+pub(super) fn real_logs(dir: &Path) -> Option<PathBuf> {
+    let logs = dir.join("logs");
+    parallel::within(LOG_TIMEOUT, move || logs.canonicalize()).ok()
+}
+
+/// Kills a keeper that is no child of this process and logs to the real path `logs`. Does not ask
+/// the disk, which may hang.
 ///
 /// Its number may belong to another process by now, or to one of another container.
-pub(super) fn kill_earlier_keeper(dir: &Path, pid: i32) {
+pub(super) fn kill_earlier_keeper(logs: &Path, pid: i32) {
     let process = PathBuf::from(format!("/proc/{pid}"));
     let is_keeper =
         std::fs::read(process.join("cmdline")).is_ok_and(|line| line.ends_with(b"keeper\0serve\0"));
-    let log = std::fs::read_link(process.join("fd/2")).ok();
-    let logs = dir.join("logs").canonicalize().ok();
-    let is_of_run = logs.is_some_and(|logs| log.is_some_and(|log| log.starts_with(logs)));
+    let log = std::fs::read_link(process.join("fd/2"));
+    let is_of_run = log.is_ok_and(|log| log.starts_with(logs));
     if is_keeper && is_of_run {
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
     }
@@ -100,4 +106,39 @@ fn handshake(child: &mut Child, settings: &KeeperSettings) -> Result<Ready> {
         .context("did not start in time")?
         .context("did not answer")?;
     serde_json::from_str(&line).context("did not start")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{fs::File, os::unix::process::ExitStatusExt};
+
+    /// Starts a process that looks like a keeper with its log in `logs`.
+    fn keeper(logs: &Path) -> Child {
+        std::fs::create_dir_all(logs).unwrap();
+        let log = File::create(logs.join("keeper-0.log")).unwrap();
+        Command::new("sh")
+            .args(["-c", "read line", "keeper", "serve"])
+            .stdin(Stdio::piped())
+            .stderr(log)
+            .spawn()
+            .unwrap()
+    }
+
+    #[test]
+    fn an_earlier_keeper_is_killed_without_the_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = folder.path().join("run");
+        let mut own = keeper(&run.join("logs"));
+        let mut other = keeper(&folder.path().join("other/logs"));
+        let logs = real_logs(&run).unwrap();
+        std::fs::remove_dir_all(&run).unwrap();
+        kill_earlier_keeper(&logs, other.id() as i32);
+        kill_earlier_keeper(&logs, own.id() as i32);
+        // An end of input would be its status 1.
+        assert_eq!(own.wait().unwrap().signal(), Some(Signal::SIGKILL as i32));
+        assert!(other.try_wait().unwrap().is_none());
+        other.kill().unwrap();
+        other.wait().unwrap();
+    }
 }
