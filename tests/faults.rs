@@ -43,14 +43,22 @@ fn nodes(experiment: &Experiment) -> Vec<NodeProcesses> {
 }
 
 /// Waits until a snapshot of all ranks is complete.
-fn wait_for_snapshot(experiment: &Experiment, ranks: usize) {
+/// Waits until a snapshot of more than `after` steps has all parts and their parity.
+fn wait_for_snapshot(experiment: &Experiment, ranks: usize, after: u64) {
     let started = Instant::now();
     loop {
         let status = text(&finish(
             &mut experiment.moerun(&["snapshot", "status", "run"]),
         ));
         let whole = |line: &str| {
-            line.starts_with("snapshot of step") && line.contains(&format!("{ranks} parts"))
+            let snapshot = line.strip_prefix("snapshot of step ");
+            let step = snapshot.and_then(|rest| rest.split(' ').next()?.parse::<u64>().ok());
+            let parity = line.split(", parity on ").nth(1);
+            let is_protected = parity.is_none_or(|parity| {
+                let mut words = parity.split(' ');
+                words.next() == words.nth(1)
+            });
+            step > Some(after) && line.contains(&format!("{ranks} parts")) && is_protected
         };
         if status.lines().any(whole) {
             return;
@@ -372,7 +380,7 @@ fn a_keeper_that_hangs_while_ranks_start_is_replaced() {
     let keeper = registry["keepers"][1]["pid"].to_string();
     signal(&keeper, "STOP");
     wait_for_output(&experiment, "the keeper of node 1", 1);
-    wait_for_snapshot(&experiment, 2);
+    wait_for_snapshot(&experiment, 2, 0);
     signal(&rank_process(&experiment, 1), "KILL");
     wait_for_output(&experiment, "resuming from the snapshot of step", 1);
     stop(run);
@@ -404,16 +412,21 @@ fn every_pattern(data: usize, parity: usize, too_many: bool) {
         .collect();
     common.push("train.steps=100000");
     let run = start_with_output_file(&experiment, &mut experiment.train(nodes, &common));
+    let mut resumed = 0;
     for (index, lost) in patterns.iter().enumerate() {
         let step = steps_done(&experiment, "run");
         wait_for_step(&experiment, "run", step + 2);
-        wait_for_snapshot(&experiment, nodes);
+        // Of the one that ranks resumed from, every keeper has all parts, which ranks fetched.
+        wait_for_snapshot(&experiment, nodes, resumed);
         kill_nodes(&experiment, lost);
         wait_for_output(
             &experiment,
             "; resuming from the snapshot of step",
             index + 1,
         );
+        let words = launcher_output(&experiment);
+        let newest = words.rsplit("; resuming from the snapshot of step ").next();
+        resumed = newest.unwrap().split(' ').next().unwrap().parse().unwrap();
     }
     let words = launcher_output(&experiment);
     assert_eq!(
@@ -549,7 +562,7 @@ fn a_spare_node_takes_over_and_without_one_the_run_shrinks() {
     let step = steps_done(&experiment, "run");
     wait_for_step(&experiment, "run", step + 10);
     let before = steps_done(&experiment, "run");
-    wait_for_snapshot(&experiment, 4);
+    wait_for_snapshot(&experiment, 4, 0);
     kill_nodes(&experiment, &[0]);
     // Three ranks do not divide the batch; two do.
     wait_for_output(
@@ -610,7 +623,7 @@ fn flipped_bits_in_memory_are_repaired_from_parity() {
     );
     let run = start_with_output_file(&experiment, &mut experiment.train(4, &common));
     wait_for_step(&experiment, "run", 201);
-    wait_for_snapshot(&experiment, 4);
+    wait_for_snapshot(&experiment, 4, 0);
     let chaos = [
         "chaos",
         "run",
