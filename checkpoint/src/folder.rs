@@ -215,8 +215,8 @@ static VERIFIED: Mutex<BTreeMap<PathBuf, Fingerprint>> = Mutex::new(BTreeMap::ne
 const TICK_NS: i128 = 50_000_000;
 
 impl Inspection {
-    /// Opens a checkpoint, and compares the lengths of its files with the manifest. Of one without a
-    /// checksum of its own, every slice must also be in the header of its file.
+    /// Opens a checkpoint, and compares the lengths of its files with the manifest. Of one without
+    /// a checksum of its own, every slice must also be in the header of its file.
     ///
     /// # Errors
     /// If it is damaged, of another format, or cannot be read.

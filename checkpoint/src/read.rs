@@ -698,12 +698,13 @@ mod tests {
             manifest["tensors"]["a"]["shape"] = json!([4, 1]);
             manifest["tensors"]["a"]["pieces"][0]["shape"] = json!([4, 1]);
         };
-        let changes: [(&dyn Fn(&mut Value), &str); 3] = [
-            (&in_other_file, "a is missing"),
-            (&renamed, "e is missing"),
-            (&transposed, "a has shape [2, 2], the manifest says [4, 1]"),
+        let changes: [&dyn Fn(&mut Value); 3] = [&in_other_file, &renamed, &transposed];
+        let reasons = [
+            "a is missing",
+            "e is missing",
+            "a has shape [2, 2], the manifest says [4, 1]",
         ];
-        for (change, reason) in changes {
+        for (change, reason) in changes.into_iter().zip(reasons) {
             save(root.path(), 2);
             rewrite_manifest(&path, change);
             let refused = verify(&path, Depth::Lengths).unwrap_err();

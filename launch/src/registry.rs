@@ -77,7 +77,8 @@ impl KeeperRegistry {
             .hint("'moerun train' sets it aside; without it the keepers exit after an hour")
     }
 
-    /// As [`KeeperRegistry::load`], but renames a damaged or foreign file: the run does not depend on it.
+    /// As [`KeeperRegistry::load`], but renames a file that is refused: the run does not depend on
+    /// it.
     pub(crate) fn load_or_set_aside(run: &Path) -> Result<Option<KeeperRegistry>> {
         let path = path(run);
         KeeperRegistry::load(run).or_else(|error| {

@@ -20,7 +20,7 @@ pub(crate) fn read(path: &Path, max: u64) -> io::Result<Vec<u8>> {
 }
 
 /// Reads a file that contains a secret; `None` if there is none. It must belong to this user, and
-/// nobody else may be able to read or write it.
+/// no other user may be able to read or write it.
 ///
 /// # Errors
 /// As [`read`], or if it belongs to another user, or others can read or write it.

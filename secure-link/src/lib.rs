@@ -15,9 +15,10 @@
 //! A proof is a BLAKE3 hash, keyed by the secret, of the purpose's label, the side, both nonces and
 //! the server's address and port, which the client dialed. It is of no use at a port with another
 //! purpose, on the other side, in another connection, or at another address, so a proof that is
-//! sent back, repeated or relayed fails. Addresses must not be translated between the two sides. The secret itself is never sent. A server may end
-//! the handshake at any time with 8 bytes: `moerun\0B` if a limit turns the client away, which then
-//! tries again, and `moerun\0D` if the proof is wrong.
+//! sent back, repeated or relayed fails. Addresses must not be translated between the two sides.
+//! The secret itself is never sent. A server may end the handshake at any time with 8 bytes:
+//! `moerun\0B` if a limit turns the client away, which then tries again, and `moerun\0D` if the
+//! proof is wrong.
 //!
 //! # Limits
 //!

@@ -40,7 +40,7 @@ impl Side {
     }
 }
 
-/// What makes the proofs of a handshake unique.
+/// The data that make the proofs of a handshake unique.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Session {
     /// Nonce of the server.

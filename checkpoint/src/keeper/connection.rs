@@ -46,6 +46,7 @@ impl Closer {
         self.0.strong_count() > 0
     }
 
+    /// Ends the connection. Whatever waits for it fails.
     pub fn close(&self) {
         if let Some(socket) = self.0.upgrade() {
             // It fails if the peer was first.

@@ -81,7 +81,7 @@ impl Target {
 
     /// Removes the file, which is empty. Lines make it again.
     pub(super) fn remove(&self) {
-        // At worst, a restart before the first line reports lines that nobody wrote as missing.
+        // At worst, a restart before the first line reports lines as missing that never were.
         let _ = self.path().map(std::fs::remove_file);
     }
 

@@ -595,9 +595,9 @@ mod tests {
             let target = Target::Append(path(&format!("log-{number}")));
             assert_eq!(text_after_remount(target, left), expected, "{left}");
         }
-        let foreign = lines(1..=50) + "foreign\n" + &lines(51..=100);
+        let mixed = lines(1..=50) + "of libtorch\n" + &lines(51..=100);
         let log = Target::Append(path("log"));
-        assert_eq!(text_after_remount(log, "foreign"), foreign);
+        assert_eq!(text_after_remount(log, "of libtorch"), mixed);
     }
 
     fn missing_after_resume(path: &Path, step: u64) -> Option<(u64, u64)> {

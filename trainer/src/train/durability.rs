@@ -28,8 +28,8 @@ impl Trainer {
     }
 
     /// Reserves the memory that snapshots need. If a node has too little, disables snapshots and
-    /// calls `warn`. A rank whose keeper cannot be reached tries again at its next snapshots, because
-    /// the launcher may be replacing the keeper.
+    /// calls `warn`. A rank whose keeper cannot be reached tries again at its next snapshots,
+    /// because the launcher may be replacing the keeper.
     ///
     /// # Collective
     /// All ranks.

@@ -151,7 +151,7 @@ mod tests {
         }
     }
 
-    /// Decides about a failure after `done` steps of a run that was restored from that of `restored`.
+    /// Decides about a failure after `done` steps of a run that was restored at step `restored`.
     fn decide(history: &mut History, cause: Cause, done: u64, restored: u64) -> Verdict {
         history.decide(&cause, done, Some(restored), 0.0, &RestartConfig::default())
     }

@@ -4,6 +4,7 @@
 use super::{
     Engine,
     command::{Command, KeeperRequest, KeeperShare},
+    event::Source,
     keepers::KeeperId,
     problem::Problem,
     reassembly::{Progress, Reassembled, Reassembly},
@@ -125,7 +126,10 @@ impl Saving {
             ),
             (None, None) => return Saved::Nothing,
         };
-        let hint = "what is left stays in memory for an hour: run the same command to try again";
+        let hint = format!(
+            "what is left stays in memory for {}: run the same command to try again",
+            engine.keeper_lifetime()
+        );
         Saved::OutOfReach(Problem::new(reason).hint(hint))
     }
 
@@ -155,6 +159,14 @@ fn written(engine: &mut Engine, id: SnapshotId) -> Saved {
 }
 
 impl Engine {
+    /// Returns how long keepers stay without a launcher. A signal to one shortens it.
+    fn keeper_lifetime(&self) -> &'static str {
+        match self.stops.first().map(|first| first.source) {
+            Some(Source::Keeper(_)) => "20 s",
+            _ => "an hour",
+        }
+    }
+
     fn write(&mut self, whole: &Reassembled) -> Step {
         self.checkpoints.request(whole.id);
         self.write_checkpoint(whole.id, &whole.holders);

@@ -32,7 +32,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 const RENDEZVOUS_TIMEOUT: Duration = Duration::from_secs(600);
 const RECONNECT_INTERVAL: Duration = Duration::from_millis(200);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// As `restart.heartbeat_timeout_s`.
+/// The largest `restart.heartbeat_timeout_s` that the configuration allows.
 const LONGEST_TIMEOUT: Duration = Duration::from_secs(1_000_000_000);
 /// The time after which an agent says that it waits for the launcher.
 const SILENT_WAIT: Duration = Duration::from_secs(5);

@@ -98,8 +98,12 @@ fn check(faults: &[(u16, Fault)], shrinks: bool) -> Result<(), TestCaseError> {
         }
         world = apply(world, fault, &changes);
     }
+    check_end(&mut world)
+}
+
+/// Makes everything work again: the run must end.
+fn check_end(world: &mut World) -> Result<(), TestCaseError> {
     let before = world.preserved();
-    // Everything works again: the run must end.
     world.heal_disk();
     world.continue_keepers();
     let mut rounds = 0;

@@ -83,7 +83,7 @@ fn a_request_for_a_checkpoint_is_answered_once() {
     world.kill_rank(0);
     world.run_until(Duration::from_secs(2), |_| false);
     assert_eq!(asked(&world), 1);
-    // A rank that is killed before it has answered is asked again.
+    // The launcher asks again after a rank was killed before it answered.
     world.want_checkpoint();
     world.run_until(Duration::from_millis(20), |_| false);
     world.kill_rank(0);

@@ -501,7 +501,7 @@ impl World {
         !keeper.is_hung && machine.is_some_and(|machine| machine.cut_since.is_none())
     }
 
-    /// What keepers of a machine sent meanwhile is lost.
+    /// Loses what the keepers of a machine sent meanwhile.
     fn miss_keepers(&mut self, machine: usize) {
         let keepers = self.keepers.values_mut();
         let on_machine = keepers.filter(|keeper| keeper.machine == machine);
