@@ -24,6 +24,8 @@ mod keeper;
 mod launcher;
 mod local_ranks;
 mod machine_memory;
+#[cfg(test)]
+mod mutated;
 mod plan;
 mod prepare;
 mod progress;

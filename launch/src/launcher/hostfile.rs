@@ -217,6 +217,17 @@ fn shell_quote(path: &Path) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mutated::{MUTATIONS, mutated};
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(MUTATIONS))]
+
+        #[test]
+        fn mutated_hostfiles(text in mutated(b"# two\nnode1 slots=4\n\nfd00::2 slots=4\n".to_vec())) {
+            let _ = Hostfile::parse(&String::from_utf8_lossy(&text));
+        }
+    }
 
     #[test]
     fn hostfiles_are_read_as_mpirun_reads_them() {

@@ -138,6 +138,28 @@ fn start_ticks(pid: i32) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mutated::{MUTATIONS, mutated};
+    use proptest::prelude::*;
+
+    fn own_text() -> Vec<u8> {
+        serde_json::to_vec(&Holder::this_process().unwrap()).unwrap()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(MUTATIONS))]
+
+        #[test]
+        fn mutated_locks(text in mutated(own_text())) {
+            let own = Holder::this_process().unwrap();
+            let holder = serde_json::from_slice::<Holder>(&text).ok();
+            if let Some(holder) = &holder {
+                prop_assert!(!holder.to_string().contains('\n'));
+            }
+            let record = Record { holder, age: Duration::from_secs(1) };
+            record.standing(&own, true);
+            record.standing(&own, false);
+        }
+    }
 
     fn record(change: impl FnOnce(&mut Holder), age: u64) -> Record {
         let mut holder = Holder::this_process().unwrap();
