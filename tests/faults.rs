@@ -42,7 +42,6 @@ fn nodes(experiment: &Experiment) -> Vec<NodeProcesses> {
     lines.lines().map(node).collect()
 }
 
-/// Waits until a snapshot of all ranks is complete.
 /// Waits until a snapshot of more than `after` steps has all parts and their parity.
 fn wait_for_snapshot(experiment: &Experiment, ranks: usize, after: u64) {
     let started = Instant::now();

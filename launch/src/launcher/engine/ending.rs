@@ -75,7 +75,7 @@ impl Engine {
     pub(super) fn end(&mut self, mut ending: Ending) -> Next {
         if self.stops.insists && !matches!(ending.step, Step::Killing(_)) && self.has_keepers() {
             let problem = Problem::new("stopped while writing the last checkpoint");
-            let hint = if self.registry_is_saved {
+            let hint = if self.is_recorded() {
                 "the state is still in memory: run the same command to write it"
             } else {
                 "the state is lost: the disk did not take keepers.json, by which the same command \
@@ -138,7 +138,7 @@ impl Engine {
         let is_saving = self
             .requests
             .any(|purpose| purpose == Purpose::SaveRegistry);
-        if self.registry_is_saved {
+        if self.is_recorded() {
             ending.step = Step::Saving(Box::new(Saving::begin(self)));
             return Next::Go(Stage::Ending(ending));
         }
@@ -162,7 +162,7 @@ impl Engine {
 
     fn saved(&mut self, mut ending: Ending, saved: Saved) -> Next {
         match saved {
-            Saved::Failed(problem) | Saved::OutOfReach(problem) if !self.registry_is_saved => {
+            Saved::Failed(problem) | Saved::OutOfReach(problem) if !self.is_recorded() => {
                 self.warn_once(format!(
                     "{}; waiting until the disk takes keepers.json, without which another launcher \
                      cannot find the state",

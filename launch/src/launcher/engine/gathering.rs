@@ -55,6 +55,8 @@ impl Engine {
             }
             self.connect(id);
         }
+        let addresses = registry.keepers.iter().map(|keeper| keeper.address);
+        self.recorded = addresses.collect();
         self.generation = registry.generation;
         self.history.skipped_batches = registry.skipped_batches.clone();
     }

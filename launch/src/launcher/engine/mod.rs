@@ -59,7 +59,7 @@ use running::Running;
 use seating::Seating;
 use setting_up::SettingUp;
 use settings::Settings;
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
 use stops::Stops;
 use tracker::Tracker;
 
@@ -132,8 +132,10 @@ pub(crate) struct Engine {
     checkpoints_asked: usize,
     /// True if the run lost a keeper since its ranks started.
     has_lost_keeper: bool,
-    /// True if the file with the keepers names those that the run has.
-    registry_is_saved: bool,
+    /// Addresses of the keepers that the file on disk names.
+    recorded: Vec<SocketAddr>,
+    /// Those that it names once the request to write it succeeds.
+    recording: Vec<SocketAddr>,
     /// The reason why a keeper was lost or did not start.
     last_keeper_error: String,
     warnings: Vec<String>,
@@ -173,7 +175,8 @@ impl Engine {
             checkpoints_answered: 0,
             checkpoints_asked: 0,
             has_lost_keeper: false,
-            registry_is_saved: true,
+            recorded: Vec::new(),
+            recording: Vec::new(),
             last_keeper_error: String::new(),
             warnings: Vec::new(),
             stage: Stage::Gathering(Gathering::new(Duration::ZERO)),
@@ -361,7 +364,10 @@ impl Engine {
                 }
             },
             Purpose::SaveRegistry => {
-                self.registry_is_saved = reply.is_ok();
+                let recording = std::mem::take(&mut self.recording);
+                if reply.is_ok() {
+                    self.recorded = recording;
+                }
                 if let Err(failed) = reply {
                     let reason = failed.reason().to_string();
                     self.warn_once(format!(

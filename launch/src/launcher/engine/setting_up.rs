@@ -111,11 +111,19 @@ impl Engine {
         self.store_registry(Some(registry));
     }
 
+    /// True if another launcher would find the keepers.
+    pub(super) fn is_recorded(&self) -> bool {
+        let keepers = self.keepers.entries();
+        let mut addresses = keepers.iter().map(|keeper| keeper.address);
+        addresses.all(|address| self.recorded.contains(&address))
+    }
+
     pub(super) fn store_registry(&mut self, registry: Option<KeeperRegistry>) {
         // An earlier write that still hangs is of no use any more.
         self.requests
             .forget(|purpose| purpose == Purpose::SaveRegistry);
-        self.registry_is_saved = false;
+        let keepers = registry.iter().flat_map(|registry| &registry.keepers);
+        self.recording = keepers.map(|keeper| keeper.address).collect();
         let id = self
             .requests
             .issue(Recipient::Disk, Purpose::SaveRegistry, None);
