@@ -68,7 +68,16 @@ fn wait_for_snapshot(experiment: &Experiment, ranks: usize, after: u64) {
 }
 
 fn kill_nodes(experiment: &Experiment, lost: &[usize]) {
-    let nodes = nodes(experiment);
+    let started = Instant::now();
+    let nodes = loop {
+        // A keeper knows a rank once it has reported.
+        let nodes = nodes(experiment);
+        if lost.iter().all(|&node| !nodes[node].ranks.is_empty()) {
+            break nodes;
+        }
+        assert!(started.elapsed() < COMMAND_TIMEOUT, "a node has no ranks");
+        std::thread::sleep(Duration::from_millis(20));
+    };
     // All at once: otherwise the launcher may react in between.
     let lost = lost.iter().map(|&node| &nodes[node]);
     let pids = lost.flat_map(|node| node.ranks.iter().chain([&node.keeper]));
