@@ -67,6 +67,13 @@ fn wait_for_snapshot(experiment: &Experiment, ranks: usize, after: u64) {
     }
 }
 
+/// Returns the step of the last snapshot that the run resumed from.
+fn last_resumed(experiment: &Experiment) -> u64 {
+    let said = launcher_output(experiment);
+    let last = said.rsplit("resuming from the snapshot of step ").next();
+    last.unwrap().split(' ').next().unwrap().parse().unwrap()
+}
+
 fn kill_nodes(experiment: &Experiment, lost: &[usize]) {
     let started = Instant::now();
     let nodes = loop {
@@ -432,9 +439,7 @@ fn every_pattern(data: usize, parity: usize, too_many: bool) {
             "; resuming from the snapshot of step",
             index + 1,
         );
-        let words = launcher_output(&experiment);
-        let newest = words.rsplit("; resuming from the snapshot of step ").next();
-        resumed = newest.unwrap().split(' ').next().unwrap().parse().unwrap();
+        resumed = last_resumed(&experiment);
     }
     let words = launcher_output(&experiment);
     assert_eq!(
@@ -561,6 +566,7 @@ fn a_spare_node_takes_over_and_without_one_the_run_shrinks() {
         .stderr(said_to);
     let run = command.spawn().unwrap();
     wait_for_step(&experiment, "run", 10);
+    wait_for_snapshot(&experiment, 4, 0);
     kill_nodes(&experiment, &[2]);
     wait_for_output(
         &experiment,
@@ -569,7 +575,6 @@ fn a_spare_node_takes_over_and_without_one_the_run_shrinks() {
     );
     let step = steps_done(&experiment, "run");
     wait_for_step(&experiment, "run", step + 10);
-    let before = steps_done(&experiment, "run");
     wait_for_snapshot(&experiment, 4, 0);
     kill_nodes(&experiment, &[0]);
     // Three ranks do not divide the batch; two do.
@@ -584,6 +589,7 @@ fn a_spare_node_takes_over_and_without_one_the_run_shrinks() {
         "{}",
         launcher_output(&experiment)
     );
+    let before = last_resumed(&experiment);
     let shrunk = curve(&experiment, "run");
     let unbroken = curve(&experiment, "unbroken");
     assert_eq!(shrunk.len(), unbroken.len());

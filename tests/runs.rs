@@ -243,12 +243,12 @@ fn a_checkpoint_that_cannot_be_written_does_not_end_the_run() {
     // A file in place of a checkpoint's folder makes the write fail.
     std::fs::create_dir_all(experiment.path("run/checkpoints")).unwrap();
     std::fs::write(
-        experiment.path("run/checkpoints/step-00000005.writing"),
+        experiment.path("run/checkpoints/step-00000005.keepers-writing"),
         "in the way",
     )
     .unwrap();
     std::fs::write(
-        experiment.path("run/checkpoints/step-00000042.writing"),
+        experiment.path("run/checkpoints/step-00000042.keepers-writing"),
         "in the way",
     )
     .unwrap();
@@ -265,7 +265,7 @@ fn a_checkpoint_that_cannot_be_written_does_not_end_the_run() {
         "{said}"
     );
     // Once it can be written, the same command does so.
-    std::fs::remove_file(experiment.path("run/checkpoints/step-00000042.writing")).unwrap();
+    std::fs::remove_file(experiment.path("run/checkpoints/step-00000042.keepers-writing")).unwrap();
     let again = finish(&mut experiment.train(2, &["train.steps=42"]));
     assert!(
         again.status.success() && text(&again).contains("had step 42 in memory"),

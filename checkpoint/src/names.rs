@@ -6,6 +6,10 @@ use std::path::Path;
 /// Suffix of a checkpoint that is being written.
 pub(crate) const WRITING: &str = "writing";
 
+/// Suffix of a checkpoint that keepers are writing. Ranks without keepers may write the same step at
+/// the same time.
+pub(crate) const KEEPERS_WRITING: &str = "keepers-writing";
+
 /// Suffix of a checkpoint that is being removed.
 pub(crate) const REMOVING: &str = "removing";
 
@@ -13,7 +17,7 @@ pub(crate) const REMOVING: &str = "removing";
 pub(crate) const DAMAGED: &str = "damaged";
 
 /// Suffixes of what interrupted writes and removals leave.
-pub(crate) const LEFTOVER_SUFFIXES: [&str; 2] = [WRITING, REMOVING];
+pub(crate) const LEFTOVER_SUFFIXES: [&str; 3] = [WRITING, KEEPERS_WRITING, REMOVING];
 
 /// Returns the name of the checkpoint of a step.
 pub(crate) fn checkpoint_name(step: u64) -> String {

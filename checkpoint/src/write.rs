@@ -8,7 +8,7 @@ use crate::{
     folder::{self, set_aside},
     format::{ImageHeader, Shard, TensorIndex, dtype_of},
     manifest::{FileEntry, MANIFEST},
-    names::{REMOVING, WRITING, checkpoint_name},
+    names::{KEEPERS_WRITING, REMOVING, WRITING, checkpoint_name},
     run_folder::{EntryKind, RunFolder},
 };
 use safetensors::{
@@ -21,13 +21,15 @@ use std::{
 };
 use tch::{Device, Tensor};
 
-/// A checkpoint that is being written to the folder `step-NNNNNNNN.writing`.
+/// A checkpoint that is being written to the folder `step-NNNNNNNN.writing`, by keepers to
+/// `step-NNNNNNNN.keepers-writing`.
 #[derive(Debug, Clone)]
 pub struct Staging {
     folder: PathBuf,
     root: PathBuf,
     /// The final name of the folder.
     name: String,
+    suffix: &'static str,
     step: u64,
 }
 
@@ -62,11 +64,21 @@ impl View for TensorBytes {
 impl Staging {
     /// Names the folders for step `step` under `root`, and creates nothing.
     pub fn new(root: &Path, step: u64) -> Staging {
+        Staging::with_suffix(root, step, WRITING)
+    }
+
+    /// The same for a checkpoint that keepers write.
+    pub fn of_keepers(root: &Path, step: u64) -> Staging {
+        Staging::with_suffix(root, step, KEEPERS_WRITING)
+    }
+
+    fn with_suffix(root: &Path, step: u64, suffix: &'static str) -> Staging {
         let name = checkpoint_name(step);
         Staging {
-            folder: root.join(format!("{name}.{WRITING}")),
+            folder: root.join(format!("{name}.{suffix}")),
             root: root.to_path_buf(),
             name,
+            suffix,
             step,
         }
     }
@@ -77,7 +89,7 @@ impl Staging {
     }
 
     fn folder_name(&self) -> String {
-        format!("{}.{WRITING}", self.name)
+        format!("{}.{}", self.name, self.suffix)
     }
 
     /// Creates the folder, empty. One rank calls this before any rank writes.

@@ -208,7 +208,7 @@ impl Records {
 }
 
 fn write<C: Connect>(root: &Path, id: SnapshotId, shares: Vec<Share<C>>) -> Result<PathBuf> {
-    let staging = Staging::new(root, id.step);
+    let staging = Staging::of_keepers(root, id.step);
     let result = write_staged(&staging, id, shares);
     if result.is_err() {
         staging.discard();
