@@ -336,8 +336,8 @@ pub(crate) fn set_aside(root: &RunFolder, name: &str) -> Result<PathBuf, Error> 
 }
 
 /// Removes what interrupted writes left under `root`: folders `step-NNNNNNNN.writing`,
-/// `.keepers-writing` and `.removing`. Only the owner of the run may call this, before anything is written. Returns what
-/// was removed.
+/// `.keepers-writing` and `.removing`. Only the owner of the run may call this, before anything is
+/// written. Returns what was removed.
 ///
 /// A folder `.removing` with all its files gets its name back if no checkpoint has it: the one that
 /// was to replace it, or the removal, did not get further.

@@ -6,8 +6,8 @@ use std::path::Path;
 /// Suffix of a checkpoint that is being written.
 pub(crate) const WRITING: &str = "writing";
 
-/// Suffix of a checkpoint that keepers are writing. Ranks without keepers may write the same step at
-/// the same time.
+/// Suffix of a checkpoint that keepers are writing. Ranks that miss a keeper may write the same
+/// step at the same time.
 pub(crate) const KEEPERS_WRITING: &str = "keepers-writing";
 
 /// Suffix of a checkpoint that is being removed.

@@ -67,7 +67,7 @@ impl Staging {
         Staging::with_suffix(root, step, WRITING)
     }
 
-    /// The same for a checkpoint that keepers write.
+    /// Names the folders for a checkpoint that keepers write, and creates nothing.
     pub fn of_keepers(root: &Path, step: u64) -> Staging {
         Staging::with_suffix(root, step, KEEPERS_WRITING)
     }

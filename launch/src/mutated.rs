@@ -115,7 +115,8 @@ mod tests {
     const EXPERIMENT: &[u8] = b"\
 run: {dir: runs/x, device: cpu}
 model:
-  {vocab_size: 300, hidden: 16, layers: 2, heads: 2, kv_heads: 1, moe: {experts: 4, top_k: 2, ffn: 8}}
+  {vocab_size: 300, hidden: 16, layers: 2, heads: 2, kv_heads: 1,
+   moe: {experts: 4, top_k: 2, ffn: 8}}
 data: {train: [{path: a, weight: 2.0}], sequence_length: 8}
 train: {steps: 10, global_batch: 4, micro_batch: 2}
 schedule: {power: {lr: 3e-3, warmup: 2}}

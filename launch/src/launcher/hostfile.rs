@@ -220,11 +220,13 @@ mod tests {
     use crate::mutated::{MUTATIONS, mutated};
     use proptest::prelude::*;
 
+    const TWO_HOSTS: &[u8] = b"# two\nnode1 slots=4\n\nfd00::2 slots=4\n";
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(MUTATIONS))]
 
         #[test]
-        fn mutated_hostfiles(text in mutated(b"# two\nnode1 slots=4\n\nfd00::2 slots=4\n".to_vec())) {
+        fn mutated_hostfiles(text in mutated(TWO_HOSTS.to_vec())) {
             let _ = Hostfile::parse(&String::from_utf8_lossy(&text));
         }
     }

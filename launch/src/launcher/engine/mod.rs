@@ -134,7 +134,7 @@ pub(crate) struct Engine {
     has_lost_keeper: bool,
     /// Addresses of the keepers that the file on disk names.
     recorded: Vec<SocketAddr>,
-    /// Those that it names once the request to write it succeeds.
+    /// Addresses that it names once the request to write it succeeds.
     recording: Vec<SocketAddr>,
     /// The reason why a keeper was lost or did not start.
     last_keeper_error: String,
