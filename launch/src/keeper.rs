@@ -90,7 +90,8 @@ fn receive_signals() -> Result<Receiver<i32>> {
     let caught = [SIGINT, SIGHUP, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU];
     let mut received = Signals::new(caught).context("cannot handle signals")?;
     let (sender, signals) = channel();
-    // They are caught too: to a child of the launcher, which handles them, they are fatal again.
+    // The launcher handles ignored signals too, and a child of a process that handles a signal
+    // starts with its default action, which ends it. So the keeper catches them and does nothing.
     let ignored = ignored_signals();
     let concerns_keeper = move |signal| {
         let is_ignored = Signal::try_from(signal).is_ok_and(|signal| ignored.contains(signal));

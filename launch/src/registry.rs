@@ -93,6 +93,11 @@ impl KeeperRegistry {
         })
     }
 
+    /// Returns the addresses of the keepers.
+    pub(crate) fn addresses(&self) -> Vec<SocketAddr> {
+        self.keepers.iter().map(|keeper| keeper.address).collect()
+    }
+
     /// Refuses numbers that no launcher writes.
     fn checked(self) -> Result<KeeperRegistry> {
         let keepers = self.keepers.len();

@@ -70,11 +70,10 @@ pub(crate) fn status(args: &SnapshotStatusArgs) -> Result<ExitCode> {
 /// Prints how many connections a keeper refused, if it refused some, and a signal that it got.
 fn print_refusals(status: &Status) {
     let refusals = status.refusals;
-    for (port, counts) in [("TCP", refusals.peers), ("Unix", refusals.ranks)] {
-        let total = counts.total();
-        if total > 0 {
-            println!("  refused connections at the {port} socket: {total} ({counts})");
-        }
+    let peers = refusals.peers.line("the TCP socket");
+    let ranks = refusals.ranks.line("the Unix socket");
+    for line in peers.into_iter().chain(ranks) {
+        println!("  {line}");
     }
     if let Some(signal) = status.stop_signal {
         println!(

@@ -567,10 +567,18 @@ mod tests {
         port.wait_for(|counts| counts.unauthenticated == 2);
     }
 
-    #[test]
-    fn a_reflected_proof_is_refused() {
-        let port = port(Limits::default());
-        // A server for the victim: the attacker sends it its own hello, and repeats its proof.
+    /// An attacker between a client and a port.
+    struct Relay {
+        /// Its connection to the port.
+        attacked: TcpStream,
+        /// The client's connection to it.
+        stream: TcpStream,
+        proof: [u8; 72],
+        victim: thread::JoinHandle<Result<(), Error>>,
+    }
+
+    /// Has a client answer the greeting of the port, which an attacker passes on.
+    fn relay(port: &Port, purpose: Purpose) -> Relay {
         let mut attacked = TcpStream::connect(port.address).unwrap();
         let mut hello = [0; HELLO_LEN];
         attacked.read_exact(&mut hello).unwrap();
@@ -578,12 +586,30 @@ mod tests {
         let address = trap.local_addr().unwrap();
         let secret = port.secret.clone();
         let victim = thread::spawn(move || {
-            connect_tcp(address, &secret, Purpose::KEEPER, Duration::from_secs(1)).map(drop)
+            connect_tcp(address, &secret, purpose, Duration::from_secs(1)).map(drop)
         });
         let (mut stream, _) = trap.accept().unwrap();
         stream.write_all(&hello).unwrap();
         let mut proof = [0; 72];
         stream.read_exact(&mut proof).unwrap();
+        Relay {
+            attacked,
+            stream,
+            proof,
+            victim,
+        }
+    }
+
+    #[test]
+    fn a_reflected_proof_is_refused() {
+        let port = port(Limits::default());
+        // A server for the victim: the attacker sends it its own hello, and repeats its proof.
+        let Relay {
+            mut attacked,
+            mut stream,
+            proof,
+            victim,
+        } = relay(&port, Purpose::KEEPER);
         // A proof for a keeper is of no use at an agents' port, nor is it the server's proof.
         attacked.write_all(&proof).unwrap();
         let mut answer = [0; 8];
@@ -600,20 +626,12 @@ mod tests {
     #[test]
     fn a_relayed_handshake_is_refused() {
         let port = port(Limits::default());
-        let trap = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = trap.local_addr().unwrap();
-        let secret = port.secret.clone();
-        let victim = thread::spawn(move || {
-            let timeout = Duration::from_secs(1);
-            connect_tcp(address, &secret, Purpose::AGENT, timeout).map(drop)
-        });
-        let (mut stream, _) = trap.accept().unwrap();
-        let mut attacked = TcpStream::connect(port.address).unwrap();
-        let mut hello = [0; HELLO_LEN];
-        attacked.read_exact(&mut hello).unwrap();
-        stream.write_all(&hello).unwrap();
-        let mut proof = [0; 72];
-        stream.read_exact(&mut proof).unwrap();
+        let Relay {
+            mut attacked,
+            mut stream,
+            proof,
+            victim,
+        } = relay(&port, Purpose::AGENT);
         attacked.write_all(&proof).unwrap();
         let mut answer = [0; 8];
         attacked.read_exact(&mut answer).unwrap();

@@ -60,6 +60,12 @@ impl RefusalCounts {
         self.named().into_iter().map(|(_, count)| count).sum()
     }
 
+    /// Returns a line about the connections that `port` refused, if there were any.
+    pub fn line(&self, port: &str) -> Option<String> {
+        let total = self.total();
+        (total > 0).then(|| format!("refused connections at {port}: {total} ({self})"))
+    }
+
     /// Returns the counts with their names.
     fn named(&self) -> [(&'static str, u64); 9] {
         [
@@ -118,5 +124,18 @@ mod tests {
         let counts = refusals.counts();
         assert_eq!(counts.total(), 3);
         assert_eq!(counts.to_string(), "2 too slow, 1 of another user");
+    }
+
+    #[test]
+    fn refused_connections_are_shown() {
+        assert_eq!(RefusalCounts::default().line("the store"), None);
+        let counts = RefusalCounts {
+            malformed: 2,
+            full: 1,
+            ..RefusalCounts::default()
+        };
+        let line = counts.line("the store").unwrap();
+        let expected = "refused connections at the store: 3 (2 not of moerun, 1 over the limit)";
+        assert_eq!(line, expected);
     }
 }

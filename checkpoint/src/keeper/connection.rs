@@ -41,6 +41,10 @@ pub struct Peer {
 pub struct Closer(Weak<TcpStream>);
 
 impl Closer {
+    fn of(connection: &Connection<TcpStream>) -> Closer {
+        Closer(Arc::downgrade(connection.socket()))
+    }
+
     /// False once the connection has ended by itself.
     pub fn is_open(&self) -> bool {
         self.0.strong_count() > 0
@@ -74,7 +78,7 @@ impl Peer {
 
     /// Returns what ends the connection from another thread, whatever this one waits for.
     pub fn closer(&self) -> Closer {
-        Closer(Arc::downgrade(self.connection.socket()))
+        Closer::of(&self.connection)
     }
 
     pub(super) fn send(&mut self, request: &Request) -> Result<(), Error> {
@@ -283,7 +287,7 @@ pub struct EventStream {
 impl EventStream {
     /// Returns what ends the stream from another thread.
     pub fn closer(&self) -> Closer {
-        Closer(Arc::downgrade(self.connection.socket()))
+        Closer::of(&self.connection)
     }
 
     /// Calls `on_event` for each event. Returns the error that ended the stream. A keeper that is

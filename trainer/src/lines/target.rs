@@ -41,40 +41,42 @@ impl Target {
     /// resume.
     pub(super) fn open(&self) -> Result<OpenFile> {
         match self {
-            Target::Append(path) => end_last_line(open_log(path)?),
+            Target::Append(_) => end_last_line(self.open_file()?),
             Target::After { path, point } => {
                 let is_new = !path.try_exists()?;
-                let mut open = cut_after(open_regular(path)?, *point)?;
+                let mut open = cut_after(self.open_file()?, *point)?;
                 open.last_step = open.last_step.filter(|_| !is_new);
                 Ok(open)
             }
-            Target::Open(file) => Ok(OpenFile {
-                file: file.try_clone()?,
-                last_step: None,
-                owed_newline: false,
-            }),
+            Target::Open(_) => Ok(OpenFile::whole(self.open_file()?)),
+        }
+    }
+
+    fn open_file(&self) -> Result<File> {
+        match self {
+            Target::Append(path) => open_log(path),
+            Target::After { path, .. } => open_regular(path),
+            Target::Open(file) => file.try_clone(),
         }
     }
 
     /// Opens the file again, for lines that begin with `pending`. Also returns how many bytes of
     /// `pending` the file ends with, from writes that failed or that took a part of a line.
     pub(super) fn reopen(&self, pending: &[u8]) -> Result<(OpenFile, usize)> {
-        let (path, pending) = match self {
+        let pending = match self {
             // Lines of a log repeat, so only a part of a line is certain to be of such a write.
-            Target::Append(path) => (path, pending.split(|&byte| byte == b'\n').next()),
-            Target::After { path, .. } => (path, Some(pending)),
+            Target::Append(_) => pending.split(|&byte| byte == b'\n').next(),
+            Target::After { .. } => Some(pending),
             Target::Open(_) => return Ok((self.open()?, 0)),
         };
-        let file = open_regular(path)?;
+        let file = self.open_file()?;
         let held = held_bytes(&file, pending.unwrap_or_default())?;
-        let open = match self {
-            _ if held > 0 => OpenFile {
-                file,
-                last_step: None,
-                owed_newline: false,
-            },
-            Target::After { .. } => cut_after(file, WHOLE_LINES)?,
-            _ => end_last_line(file)?,
+        let open = if held > 0 {
+            OpenFile::whole(file)
+        } else if matches!(self, Target::After { .. }) {
+            cut_after(file, WHOLE_LINES)?
+        } else {
+            end_last_line(file)?
         };
         Ok((open, held))
     }
@@ -115,6 +117,15 @@ fn held_bytes(file: &File, pending: &[u8]) -> Result<usize> {
 }
 
 impl OpenFile {
+    /// Returns a file whose next bytes follow what it has.
+    fn whole(file: File) -> OpenFile {
+        OpenFile {
+            file,
+            last_step: None,
+            owed_newline: false,
+        }
+    }
+
     /// Writes as much of `bytes` as the file takes. Returns how much that is, and the failure
     /// that ended it.
     pub(super) fn write(&mut self, bytes: &[u8]) -> (usize, Result<()>) {

@@ -55,8 +55,7 @@ impl Engine {
             }
             self.connect(id);
         }
-        let addresses = registry.keepers.iter().map(|keeper| keeper.address);
-        self.recorded = addresses.collect();
+        self.recorded = registry.addresses();
         self.generation = registry.generation;
         self.history.skipped_batches = registry.skipped_batches.clone();
     }

@@ -122,8 +122,8 @@ impl Engine {
         // An earlier write that still hangs is of no use any more.
         self.requests
             .forget(|purpose| purpose == Purpose::SaveRegistry);
-        let keepers = registry.iter().flat_map(|registry| &registry.keepers);
-        self.recording = keepers.map(|keeper| keeper.address).collect();
+        let recording = registry.as_ref().map(KeeperRegistry::addresses);
+        self.recording = recording.unwrap_or_default();
         let id = self
             .requests
             .issue(Recipient::Disk, Purpose::SaveRegistry, None);

@@ -27,7 +27,7 @@ use crate::{
 };
 use agent_links::{AgentLinks, own_event};
 use anyhow::{Result, anyhow};
-use checkpoint::{keeper::Secret, secure::RefusalCounts};
+use checkpoint::keeper::Secret;
 use clock::Clock;
 use disk::Disk;
 use keeper_links::KeeperLinks;
@@ -57,12 +57,6 @@ pub(crate) struct RuntimeSettings<'a> {
     pub(crate) signals: &'a Signals,
     /// The store of the ranks.
     pub(crate) store: &'a StoreServer,
-}
-
-/// Returns a line about refused connections, if there were any.
-fn refusal_line(port: &str, counts: RefusalCounts) -> Option<String> {
-    let total = counts.total();
-    (total > 0).then(|| format!("refused connections at {port}: {total} ({counts})"))
 }
 
 /// The connections to other machines, before the engine starts.
@@ -157,8 +151,8 @@ impl<'a> Runtime<'a> {
                 }
             }
         }
-        let agents = refusal_line("the agents' port", self.agents.refusals());
-        let store = refusal_line("the store", self.settings.store.refusals());
+        let agents = self.agents.refusals().line("the agents' port");
+        let store = self.settings.store.refusals().line("the store");
         for line in agents.into_iter().chain(store) {
             eprintln!("{line}");
         }
@@ -281,23 +275,5 @@ fn error(problem: Problem) -> anyhow::Error {
     match problem.hint {
         Some(hint) => hinted(error, hint),
         None => error,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn refused_connections_are_shown() {
-        assert_eq!(refusal_line("the store", RefusalCounts::default()), None);
-        let counts = RefusalCounts {
-            malformed: 2,
-            full: 1,
-            ..RefusalCounts::default()
-        };
-        let line = refusal_line("the store", counts).unwrap();
-        let expected = "refused connections at the store: 3 (2 not of moerun, 1 over the limit)";
-        assert_eq!(line, expected);
     }
 }

@@ -91,9 +91,7 @@ impl RankProcesses {
     /// If they are more than this machine's, or cannot be started.
     pub(super) fn start(&mut self, assignments: Vec<Assignment>, secret: &Secret) -> Result<()> {
         let limit = self.limit;
-        let children = self.children.iter_mut();
-        let running = children.filter_map(|process| (!has_ended(&mut process.child)).then_some(()));
-        let ordered = running.count() + assignments.len();
+        let ordered = self.live_children() + assignments.len();
         if ordered > limit {
             bail!("the launcher ordered {ordered} ranks, and this machine has {limit}");
         }
@@ -147,11 +145,15 @@ impl RankProcesses {
     /// Number of processes that run, killed ones included until they have ended.
     pub(super) fn running(&mut self) -> usize {
         self.dying.retain_mut(|child| !has_ended(child));
-        let children = self.children.iter_mut();
-        let running = children.filter_map(|process| (!has_ended(&mut process.child)).then_some(()));
         let dying = self.dying.iter();
         let dying = dying.filter(|child| !has_only_blocked_threads(child.id()));
-        running.count() + dying.count()
+        dying.count() + self.live_children()
+    }
+
+    fn live_children(&mut self) -> usize {
+        let children = self.children.iter_mut();
+        let live = children.filter_map(|process| (!has_ended(&mut process.child)).then_some(()));
+        live.count()
     }
 
     pub(super) fn failed(&mut self) -> Vec<FailedRank> {

@@ -3,15 +3,21 @@
 use super::world::World;
 use crate::launcher::engine::event::Source;
 use nix::sys::signal::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::time::Duration;
 
-#[test]
-fn a_keeper_that_does_not_start_is_tried_again() {
-    let mut world = World::new(3, 0, &json!({"train": {"steps": 400}}));
+/// Returns a run of three machines after 15 steps.
+fn trained(spares: usize, changes: &Value) -> World {
+    let mut world = World::new(3, spares, changes);
     world.join_all();
     let long = Duration::from_secs(30);
     assert!(world.run_until(long, |world| world.step() == 15));
+    world
+}
+
+#[test]
+fn a_keeper_that_does_not_start_is_tried_again() {
+    let mut world = trained(0, &json!({"train": {"steps": 400}}));
     world.refuses_keepers = true;
     world.kill_keeper(1);
     world.run_until(Duration::from_secs(5), |_| false);
@@ -32,10 +38,7 @@ fn a_keeper_that_does_not_start_is_tried_again() {
 
 #[test]
 fn a_spare_machine_that_was_lost_is_a_spare_again() {
-    let mut world = World::new(3, 1, &json!({"train": {"steps": 400}}));
-    world.join_all();
-    let long = Duration::from_secs(30);
-    assert!(world.run_until(long, |world| world.step() == 15));
+    let mut world = trained(1, &json!({"train": {"steps": 400}}));
     world.lose(2);
     world.run_until(Duration::from_secs(3), |_| false);
     world.join(2);
@@ -50,10 +53,7 @@ fn a_spare_machine_that_was_lost_is_a_spare_again() {
 
 #[test]
 fn a_lost_keeper_of_a_spare_machine_is_replaced() {
-    let mut world = World::new(3, 1, &json!({"train": {"steps": 400}}));
-    world.join_all();
-    let long = Duration::from_secs(30);
-    assert!(world.run_until(long, |world| world.step() == 15));
+    let mut world = trained(1, &json!({"train": {"steps": 400}}));
     world.kill_keeper(2);
     world.run_until(Duration::from_secs(1), |_| false);
     assert_eq!(world.live_keepers().len(), 2, "not at once");

@@ -630,19 +630,13 @@ impl World {
     }
 
     fn write_checkpoint(&mut self, id: RequestId, snapshot: SnapshotId, shares: &[KeeperShare]) {
+        let sim = |keeper: KeeperId| self.keepers.get(self.links.get(&keeper)?);
         let has_part = |keeper: KeeperId, rank: usize| {
-            let sim = self
-                .links
-                .get(&keeper)
-                .and_then(|address| self.keepers.get(address));
             let has_it = |sim: &SimKeeper| sim.parts.contains_key(&(snapshot, rank));
-            sim.is_some_and(|sim| sim.is_alive && self.is_within_reach(sim) && has_it(sim))
+            sim(keeper).is_some_and(|sim| sim.is_alive && self.is_within_reach(sim) && has_it(sim))
         };
-        let is_hung = |share: &KeeperShare| {
-            let address = self.links.get(&share.keeper);
-            let sim = address.and_then(|address| self.keepers.get(address));
-            sim.is_some_and(|sim| !self.is_within_reach(sim))
-        };
+        let is_hung =
+            |share: &KeeperShare| sim(share.keeper).is_some_and(|sim| !self.is_within_reach(sim));
         // The launcher gives a silent keeper up, and its connections with it.
         let duration = if shares.iter().any(is_hung) {
             Duration::from_secs(10)
