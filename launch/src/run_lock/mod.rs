@@ -7,7 +7,7 @@
 
 mod holder;
 
-use crate::hint::hinted;
+use crate::{hint::hinted, terminal};
 use anyhow::{Context, Result, anyhow, bail};
 use holder::{EXPIRY, Holder, Record, Standing};
 use nix::{
@@ -255,6 +255,7 @@ fn renew(file: File, lease: Lease) -> Sender<()> {
             if lease.is_taken() {
                 let path = lease.path.display();
                 eprintln!("error: another moerun took {path}, because this one was suspended");
+                terminal::flush();
                 signal_hook::low_level::exit(1);
             }
         }
