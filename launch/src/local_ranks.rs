@@ -4,7 +4,7 @@
 
 use crate::{
     environment::{self, DetectedRank},
-    hint,
+    hint, terminal,
 };
 use anyhow::{Context, Result, bail};
 use parallel::{Backend, Cpu, RankEnv, StoreServer, World};
@@ -36,6 +36,7 @@ pub(crate) fn run_on_ranks(
                     1
                 }
             };
+            terminal::flush();
             // Without destructors: a process group whose peers are gone would wait for them.
             signal_hook::low_level::exit(status)
         }
