@@ -48,7 +48,7 @@ fn create_without_links(path: &Path) -> Result<File> {
     let flags = OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let as_folder = flags | OFlag::O_DIRECTORY | OFlag::O_RDONLY;
     let folder = openat(AT_FDCWD, folder, as_folder, Mode::empty())?;
-    let to_write = flags | OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_TRUNC;
+    let to_write = flags | OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC;
     let mode = Mode::from_bits_truncate(0o666);
     Ok(File::from(openat(&folder, name, to_write, mode)?))
 }
