@@ -65,8 +65,8 @@ mod tests {
         registry::{KeeperEntry, KeeperRegistry},
     };
     use checkpoint::keeper::Secret;
-    use std::{collections::BTreeMap, net::SocketAddr, os::unix::fs::PermissionsExt};
-    use trainer::data::{TokenFile, TokenWriter};
+    use std::{collections::BTreeMap, net::SocketAddr, os::unix::fs::PermissionsExt, path::Path};
+    use trainer::data::{PrepareOptions, TokenFile, TokenWriter, prepare};
 
     fn config() -> ProptestConfig {
         ProptestConfig::with_cases(MUTATIONS)
@@ -119,11 +119,64 @@ model:
    moe: {experts: 4, top_k: 2, ffn: 8}}
 data: {train: [{path: a, weight: 2.0}], sequence_length: 8}
 train: {steps: 10, global_batch: 4, micro_batch: 2}
-schedule: {power: {lr: 3e-3, warmup: 2}}
+schedule: {power: {max_lr: 3e-3, warmup_steps: 2}}
 ";
+
+    const SCHEDULE: &[u8] = b"\
+placement: loop
+chunks: 1
+ranks:
+  - F0 F1 BW0 BW1
+  - F0 BW0 F1 BW1
+";
+
+    /// Options to prepare a few words in `folder`, with the tokenizer that is in it, if any.
+    fn words_in(folder: &Path) -> PrepareOptions {
+        let text = folder.join("words.txt");
+        std::fs::write(&text, "one two three, one two.\n\u{e9}\u{1f980}\n").unwrap();
+        let tokenizer = folder.join("tokenizer.json");
+        PrepareOptions {
+            inputs: vec![text],
+            extensions: vec!["txt".into()],
+            text_key: "text".into(),
+            output: folder.join("out"),
+            tokenizer: tokenizer.exists().then_some(tokenizer),
+            vocab_size: 260,
+            validation_fraction: 0.0,
+            max_bytes: None,
+        }
+    }
+
+    fn tokenizer() -> Vec<u8> {
+        let folder = tempfile::tempdir().unwrap();
+        prepare(&words_in(folder.path()), &|_, _, _| ()).unwrap();
+        std::fs::read(folder.path().join("out/tokenizer.json")).unwrap()
+    }
 
     proptest! {
         #![proptest_config(config())]
+
+        #[test]
+        fn schedules(text in mutated(SCHEDULE.to_vec())) {
+            let folder = tempfile::tempdir().unwrap();
+            let config = folder.path().join("c.yaml");
+            std::fs::write(&config, EXPERIMENT).unwrap();
+            let file = folder.path().join("order.yaml");
+            std::fs::write(&file, text).unwrap();
+            let set = vec![
+                "parallel.pipeline=2".into(),
+                format!("parallel.schedule={{file: {}}}", file.display()),
+            ];
+            let config = config_file::load(&ConfigArgs { config, set }).unwrap();
+            let _ = config.problems(2);
+        }
+
+        #[test]
+        fn tokenizers(text in mutated(tokenizer())) {
+            let folder = tempfile::tempdir().unwrap();
+            std::fs::write(folder.path().join("tokenizer.json"), text).unwrap();
+            let _ = prepare(&words_in(folder.path()), &|_, _, _| ());
+        }
 
         #[test]
         fn registries_of_keepers(text in mutated(registry())) {

@@ -32,8 +32,8 @@ fn heat(lines: &[RoutingLine], layer: usize) -> Vec<f64> {
     let sum = |expert: usize| {
         let tokens = lines
             .iter()
-            .map(|line| line.tokens_per_expert[layer][expert]);
-        tokens.sum::<u64>() as f64
+            .map(|line| line.tokens_per_expert[layer][expert] as f64);
+        tokens.sum::<f64>()
     };
     let sums: Vec<f64> = (0..experts).map(sum).collect();
     let mean = sums.iter().sum::<f64>() / experts as f64;

@@ -12,14 +12,13 @@ const WIDTH: usize = 96;
 
 pub(crate) fn run(args: &InspectRoutingArgs) -> Result<ExitCode> {
     let path = args.run.join("routing.jsonl");
-    let text = std::fs::read_to_string(&path)
+    let text = std::fs::read(&path)
         .with_context(|| format!("cannot read {}", path.display()))
         .hint("give the folder of a run that has completed a step")?;
-    // A crash may have cut off the last line.
-    let lines: Vec<RoutingLine> = text
-        .lines()
-        .filter_map(|line| serde_json::from_str(line).ok())
-        .collect();
+    let (lines, damaged) = parse(&text);
+    if damaged > 0 {
+        tracing::warn!("{}: {damaged} damaged lines are left out", path.display());
+    }
     if lines.is_empty() {
         bail!(
             "{} is empty: the run has not completed a step, or its model has no MoE layers",
@@ -40,6 +39,34 @@ pub(crate) fn run(args: &InspectRoutingArgs) -> Result<ExitCode> {
         println!("drawn in {}", file.display());
     }
     consistency(args)
+}
+
+/// Parses the lines of `routing.jsonl`. Returns those of the first one's shape, and how many others
+/// there are. A last line without its end is not counted: the run may be writing it.
+fn parse(text: &[u8]) -> (Vec<RoutingLine>, usize) {
+    let mut lines: Vec<RoutingLine> = Vec::new();
+    let mut damaged = 0;
+    for text in text.split_inclusive(|&byte| byte == b'\n') {
+        let line = serde_json::from_slice::<RoutingLine>(text).ok();
+        let fits = |line: &RoutingLine| {
+            lines
+                .first()
+                .is_none_or(|first| has_same_shape(line, first))
+        };
+        match line.filter(fits) {
+            Some(line) => lines.push(line),
+            None if text.ends_with(b"\n") => damaged += 1,
+            None => {}
+        }
+    }
+    (lines, damaged)
+}
+
+fn has_same_shape(a: &RoutingLine, b: &RoutingLine) -> bool {
+    let experts = |line: &RoutingLine| -> Vec<usize> {
+        line.tokens_per_expert.iter().map(Vec::len).collect()
+    };
+    experts(a) == experts(b)
 }
 
 fn consistency(args: &InspectRoutingArgs) -> Result<ExitCode> {
@@ -96,4 +123,37 @@ fn consistency(args: &InspectRoutingArgs) -> Result<ExitCode> {
     let sch = sum_sch / layers;
     println!("  mean {:digits$}   SRP {srp:.3}  SCH {sch:.3}", "");
     Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mutated::{MUTATIONS, mutated};
+    use proptest::prelude::*;
+
+    const LINES: &[u8] = b"\
+{\"step\":1,\"tokens_per_expert\":[[3,5],[8,0]]}
+{\"step\":2,\"tokens_per_expert\":[[4,4],[1,7]]}
+{\"step\":3,\"tokens_per_expert\":[[2,6],[0,8]]}
+";
+
+    #[test]
+    fn damaged_lines_are_counted() {
+        assert_eq!(parse(LINES).0.len(), 3);
+        let other_shape = b"{\"step\":4,\"tokens_per_expert\":[[2,6]]}\n";
+        let cut_off = b"{\"step\":5,\"tok";
+        let (lines, damaged) = parse(&[LINES, other_shape, b"?\n", cut_off].concat());
+        assert_eq!((lines.len(), damaged), (3, 2));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(MUTATIONS))]
+
+        #[test]
+        fn mutated_lines_are_drawn(text in mutated(LINES.to_vec())) {
+            let slices = slices(&parse(&text).0, 2);
+            heat::text(&slices, WIDTH);
+            heat::svg(&slices, "mutated");
+        }
+    }
 }

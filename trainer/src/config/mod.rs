@@ -6,7 +6,7 @@ mod batch;
 mod check;
 mod dispatch;
 mod layout;
-mod limits;
+pub(crate) mod limits;
 mod mesh;
 mod model;
 mod optimizer;

@@ -3,11 +3,15 @@
 //! The tokenizer is a given one, or a byte-level BPE that is trained on the documents.
 
 use super::{END_OF_DOCUMENT, TokenWriter, documents};
-use crate::Error;
+use crate::{Error, config::limits::MAX_VOCABULARY};
 use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use std::path::{Path, PathBuf};
+use serde_json::Value;
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 use tokenizers::{
     AddedToken, Tokenizer, TokenizerBuilder,
     models::bpe::{BPE, BpeTrainerBuilder},
@@ -138,12 +142,14 @@ fn read_corpus(
 /// # Errors
 /// If the file is missing or is no tokenizer.
 pub(crate) fn load_tokenizer(path: &Path) -> Result<Tokenizer, Error> {
-    Tokenizer::from_file(path).map_err(|error| {
-        Error::Tokenizer(format!(
-            "cannot read the tokenizer {}: {error}",
-            path.display()
-        ))
-    })
+    let failed = |reason: String| {
+        let path = path.display();
+        Error::Tokenizer(format!("cannot read the tokenizer {path}: {reason}"))
+    };
+    let text = std::fs::read(path).map_err(|error| failed(error.to_string()))?;
+    // The library panics at some errors of syntax.
+    serde_json::from_slice::<Value>(&text).map_err(|error| failed(error.to_string()))?;
+    Tokenizer::from_bytes(&text).map_err(|error| failed(error.to_string()))
 }
 
 /// Trains a byte-level BPE as in GPT-2, which can encode any text.
@@ -190,6 +196,19 @@ fn find_eod_token(tokenizer: &Tokenizer) -> Result<u32, Error> {
     })
 }
 
+/// Returns the number of token ids, which may have gaps.
+fn vocab_size(tokenizer: &Tokenizer) -> Result<usize, Error> {
+    let ids = tokenizer.get_vocab(true).into_values();
+    let size = ids.max().map_or(0, |largest| largest as usize + 1);
+    if size > MAX_VOCABULARY {
+        let largest = size - 1;
+        return Err(Error::Tokenizer(format!(
+            "the tokenizer has a token with the id {largest}; ids must be below {MAX_VOCABULARY}"
+        )));
+    }
+    Ok(size)
+}
+
 fn write_tokens(
     options: &PrepareOptions,
     tokenizer: &Tokenizer,
@@ -197,11 +216,11 @@ fn write_tokens(
     progress: &dyn Fn(&str, u64, u64),
 ) -> Result<DatasetInfo, Error> {
     let eod_token = find_eod_token(tokenizer)?;
-    let vocab_size = tokenizer.get_vocab_size(true);
+    let vocab_size = vocab_size(tokenizer)?;
     let texts = &corpus.texts;
     let mut train = TokenWriter::create(&options.output.join("train"), vocab_size)?;
     let mut valid = TokenWriter::create(&options.output.join("valid"), vocab_size)?;
-    let mut counts = vec![0u64; vocab_size];
+    let mut counts: BTreeMap<u32, u64> = BTreeMap::new();
     let mut train_tokens = 0u64;
     let mut validation_tokens = 0u64;
     // Every n-th document, so that the same inputs always have the same split.
@@ -225,7 +244,7 @@ fn write_tokens(
             train.push(tokens)?;
             train_tokens += tokens.len() as u64;
             for &token in tokens {
-                counts[token as usize] += 1;
+                *counts.entry(token).or_default() += 1;
             }
         }
         let done = batch * BATCH + chunk.len();
@@ -239,7 +258,7 @@ fn write_tokens(
         train_tokens,
         validation_tokens,
         vocab_size,
-        unigram_entropy: entropy(&counts),
+        unigram_entropy: entropy(&counts.into_values().collect::<Vec<_>>()),
     })
 }
 
@@ -286,6 +305,31 @@ mod tests {
             validation_fraction: 0.25,
             max_bytes: None,
         }
+    }
+
+    #[test]
+    fn ids_of_a_given_tokenizer_may_have_gaps() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut options = options(folder.path(), &["one two", "two three"]);
+        prepare(&options, &|_, _, _| ()).unwrap();
+        let made = folder.path().join("out/tokenizer.json");
+        let text = std::fs::read_to_string(&made).unwrap();
+        let mut tokenizer: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let given = folder.path().join("given.json");
+        options.tokenizer = Some(given.clone());
+        // The id of "o", as from a vocabulary of which some tokens were removed.
+        for (id, expected) in [(70_000u64, Ok(70_001)), (1 << 31, Err("2147483648"))] {
+            tokenizer["model"]["vocab"]["o"] = id.into();
+            std::fs::write(&given, tokenizer.to_string()).unwrap();
+            match (prepare(&options, &|_, _, _| ()), expected) {
+                (Ok(info), Ok(size)) => assert_eq!(info.vocab_size, size),
+                (Err(error), Err(part)) => assert!(error.to_string().contains(part), "{error}"),
+                (other, _) => panic!("{other:?}"),
+            }
+        }
+        let mut writer = TokenWriter::create(&folder.path().join("x"), 70_001).unwrap();
+        let error = writer.push(&[70_001]).unwrap_err().to_string();
+        assert!(error.contains("token 70001"), "{error}");
     }
 
     #[test]

@@ -258,6 +258,7 @@ pub struct TokenWriter {
     prefix: PathBuf,
     bin: BufWriter<File>,
     width: Width,
+    vocab_size: usize,
     lengths: Vec<i32>,
 }
 
@@ -278,6 +279,7 @@ impl TokenWriter {
             prefix: prefix.to_path_buf(),
             bin,
             width,
+            vocab_size,
             lengths: Vec::new(),
         })
     }
@@ -285,9 +287,19 @@ impl TokenWriter {
     /// Appends the tokens of one document.
     ///
     /// # Errors
-    /// If the disk is full or the document has 2^31 tokens or more.
+    /// If the disk is full, the document has 2^31 tokens or more, or one is not in the vocabulary.
     pub fn push(&mut self, tokens: &[u32]) -> Result<(), Error> {
         let path = with_extension(&self.prefix, "bin");
+        if let Some(token) = tokens
+            .iter()
+            .find(|&&token| token as usize >= self.vocab_size)
+        {
+            return Err(Error::Data(format!(
+                "token {token} for {} is not in the vocabulary of {}",
+                path.display(),
+                self.vocab_size
+            )));
+        }
         let length = i32::try_from(tokens.len()).map_err(|_| {
             Error::Data(format!(
                 "a document of {} tokens is too long for {}",

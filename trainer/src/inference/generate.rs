@@ -45,8 +45,8 @@ pub fn generate(
     for note in notes {
         warn(&note);
     }
-    let tokenizer = find_tokenizer(options, &config, &path)?;
-    let tokenizer = crate::data::load_tokenizer(&tokenizer)?;
+    let tokenizer_path = find_tokenizer(options, &config, &path)?;
+    let tokenizer = crate::data::load_tokenizer(&tokenizer_path)?;
     let length = config.data.sequence_length;
     tch::manual_seed(options.seed);
 
@@ -55,9 +55,17 @@ pub fn generate(
     let end = tokenizer.token_to_id(END_OF_DOCUMENT);
     let prompt = tokenizer.encode(options.prompt.as_str(), false);
     let mut tokens: Vec<u32> = prompt.map_err(failed)?.get_ids().to_vec();
+    let size = config.model.vocab_size;
+    if let Some(token) = tokens.iter().find(|&&token| token as usize >= size) {
+        return Err(Error::Tokenizer(format!(
+            "the tokenizer {} has the token {token} for a part of the prompt, and the model a \
+             vocabulary of {size}: name the tokenizer of the model's data with --tokenizer",
+            tokenizer_path.display()
+        )));
+    }
     if tokens.is_empty() {
         // An empty prompt is the start of a document.
-        tokens.push(end.unwrap_or(0));
+        tokens.push(end.filter(|&end| (end as usize) < size).unwrap_or(0));
     }
     let start = tokens.len();
     write(&options.prompt);

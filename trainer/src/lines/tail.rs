@@ -317,4 +317,28 @@ mod tests {
             prop_assert_eq!(found.last_step, last);
         }
     }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        /// Bytes are changed and the end is cut off, as by a crash of the machine.
+        #[test]
+        fn of_a_mutated_file_whole_lines_are_kept(
+            changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..5),
+            end in any::<prop::sample::Index>(),
+            step in 0..8u64,
+        ) {
+            let lines = (1..=6).map(|step| format!("{{\"step\":{step},\"loss\":1.5}}\n"));
+            let mut text: Vec<u8> = lines.collect::<String>().into_bytes();
+            for (place, byte) in changes {
+                let place = place.index(text.len());
+                text[place] = byte;
+            }
+            text.truncate(end.index(text.len()));
+            let found = tail(&text, after(step));
+            prop_assert!(found.last_step.is_none_or(|last| last <= step));
+            let kept = &text[..found.keep as usize];
+            prop_assert!(kept.is_empty() || kept.ends_with(b"\n") || found.is_unterminated);
+        }
+    }
 }

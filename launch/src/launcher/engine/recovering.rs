@@ -14,6 +14,10 @@ use checkpoint::keeper::{
     SnapshotId,
     recover::{Candidate, candidates},
 };
+use std::collections::BTreeMap;
+
+/// Number of failures after which a snapshot is of no use.
+const MAX_FAILURES: u32 = 2;
 
 /// The state that ranks start from.
 #[derive(Debug, Clone, Copy)]
@@ -53,8 +57,7 @@ pub(super) struct Recovering {
     candidates: Vec<Candidate>,
     /// Keepers that answered, in the order in which candidates count them.
     keepers: Vec<KeeperId>,
-    /// Number of candidates that were tried or skipped.
-    tried: usize,
+    failures: Failures,
     /// The reasons why newer states are of no use.
     reasons: Vec<String>,
     step: Step,
@@ -75,7 +78,7 @@ impl Recovering {
             notes,
             candidates: Vec::new(),
             keepers: Vec::new(),
-            tried: 0,
+            failures: Failures::default(),
             reasons: Vec::new(),
             step: Step::Asking,
         }
@@ -91,7 +94,7 @@ impl Recovering {
         let held = self.candidates.len();
         self.candidates.retain(is_trusted);
         self.distrusted = held - self.candidates.len();
-        self.tried = 0;
+        self.failures.drop_unusable(&mut self.candidates);
     }
 }
 
@@ -99,6 +102,28 @@ impl Recovering {
 pub(super) struct Held {
     pub(super) candidates: Vec<Candidate>,
     pub(super) keepers: Vec<KeeperId>,
+}
+
+/// Number of times that each snapshot could not be made whole.
+///
+/// One failure says little: a keeper may hang, or be gone, before the launcher knows it. Once all
+/// keepers were asked again, that is known.
+#[derive(Debug, Default)]
+pub(super) struct Failures(BTreeMap<SnapshotId, u32>);
+
+impl Failures {
+    /// Counts a failure. True if the snapshot may be tried again.
+    pub(super) fn may_try_again(&mut self, id: SnapshotId) -> bool {
+        let count = self.0.entry(id).or_default();
+        *count += 1;
+        *count < MAX_FAILURES
+    }
+
+    /// Drops the snapshots that may not be tried again.
+    pub(super) fn drop_unusable(&self, candidates: &mut Vec<Candidate>) {
+        let failures = |candidate: &Candidate| self.0.get(&candidate.snapshot.id).copied();
+        candidates.retain(|candidate| failures(candidate) < Some(MAX_FAILURES));
+    }
 }
 
 impl Engine {
@@ -168,11 +193,15 @@ impl Engine {
                         self.ask_for_inventories();
                     }
                     Progress::Done(Err(reason)) => {
-                        let step = recovering.candidates[recovering.tried].snapshot.id.step;
+                        let failed = recovering.candidates.remove(0).snapshot.id;
+                        if recovering.failures.may_try_again(failed) {
+                            self.ask_for_inventories();
+                            continue;
+                        }
+                        let step = failed.step;
                         recovering
                             .reasons
                             .push(format!("the snapshot of step {step} is unusable: {reason}"));
-                        recovering.tried += 1;
                         recovering.step = self.next_candidate(&mut recovering);
                     }
                 },
@@ -188,7 +217,7 @@ impl Engine {
     }
 
     fn next_candidate(&mut self, recovering: &mut Recovering) -> Step {
-        if let Some(candidate) = recovering.candidates.get(recovering.tried) {
+        if let Some(candidate) = recovering.candidates.first() {
             let keepers = recovering.keepers.clone();
             let reassembly = Reassembly::begin(self, candidate.clone(), keepers);
             return Step::Reassembling(Box::new(reassembly));
@@ -197,7 +226,7 @@ impl Engine {
             recovering
                 .reasons
                 .push("the snapshots in memory did not help".into());
-        } else if recovering.candidates.is_empty() {
+        } else if recovering.reasons.is_empty() {
             recovering
                 .reasons
                 .push("no complete snapshot is left in memory".into());

@@ -8,6 +8,7 @@ use super::{
     keepers::KeeperId,
     problem::Problem,
     reassembly::{Progress, Reassembled, Reassembly},
+    recovering::Failures,
     requests::{Purpose, Recipient},
 };
 use checkpoint::keeper::{SnapshotId, recover::Candidate};
@@ -24,7 +25,7 @@ enum Step {
 pub(super) struct Saving {
     candidates: Vec<Candidate>,
     keepers: Vec<KeeperId>,
-    tried: usize,
+    failures: Failures,
     /// The reasons why the snapshots that were tried are of no use.
     reasons: Vec<String>,
     has_retried: bool,
@@ -49,7 +50,7 @@ impl Saving {
         Saving {
             candidates: Vec::new(),
             keepers: Vec::new(),
-            tried: 0,
+            failures: Failures::default(),
             reasons: Vec::new(),
             has_retried: false,
             step: Step::Asking,
@@ -69,7 +70,7 @@ impl Saving {
                     let held = engine.held();
                     self.candidates = held.candidates;
                     self.keepers = held.keepers;
-                    self.tried = 0;
+                    self.failures.drop_unusable(&mut self.candidates);
                     match self.next_candidate(engine) {
                         Some(step) => self.step = step,
                         None => return Progress::Done(self.nothing(engine)),
@@ -86,11 +87,15 @@ impl Saving {
                         engine.ask_for_inventories();
                     }
                     Progress::Done(Err(reason)) => {
-                        let step = self.candidates[self.tried].snapshot.id.step;
+                        let failed = self.candidates.remove(0).snapshot.id;
+                        if self.failures.may_try_again(failed) {
+                            engine.ask_for_inventories();
+                            continue;
+                        }
+                        let step = failed.step;
                         let reason = format!("the snapshot of step {step} is unusable: {reason}");
                         engine.print(format!("warning: {reason}"));
                         self.reasons.push(reason);
-                        self.tried += 1;
                         match self.next_candidate(engine) {
                             Some(step) => self.step = step,
                             None => return Progress::Done(self.nothing(engine)),
@@ -103,8 +108,9 @@ impl Saving {
                         return Progress::Waiting(self);
                     }
                     let failed = engine.checkpoints.last_error.is_some();
-                    if failed && !self.has_retried {
-                        // A keeper may be lost, whose parts can be rebuilt.
+                    // The parts of a lost keeper may be rebuilt from others.
+                    let has_lost_one = engine.has_lost_one_of(&self.keepers);
+                    if failed && (has_lost_one || !self.has_retried) {
                         self.has_retried = true;
                         engine.ask_for_inventories();
                         continue;
@@ -135,7 +141,7 @@ impl Saving {
 
     /// Begins with the next candidate that is newer than everything on disk.
     fn next_candidate(&self, engine: &mut Engine) -> Option<Step> {
-        let candidate = self.candidates.get(self.tried)?.clone();
+        let candidate = self.candidates.first()?.clone();
         let is_newer = |step| candidate.snapshot.id.step > step;
         if !engine.checkpoints.newest_step().is_none_or(is_newer) {
             return None;

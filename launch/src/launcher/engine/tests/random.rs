@@ -4,7 +4,7 @@
 use super::world::{DiskState, World};
 use crate::launcher::engine::event::Source;
 use nix::sys::signal::Signal;
-use proptest::prelude::*;
+use proptest::{prelude::*, test_runner::RngSeed};
 use serde_json::json;
 use std::time::Duration;
 
@@ -147,8 +147,19 @@ fn check_end(world: &mut World) -> Result<(), TestCaseError> {
     Ok(())
 }
 
+/// 3000 sequences, the same each time. `MOERUN_SEQUENCES=N` draws N others.
+fn config() -> ProptestConfig {
+    let drawn = std::env::var("MOERUN_SEQUENCES").ok();
+    let drawn = drawn.map(|count| count.parse().expect("MOERUN_SEQUENCES is a number"));
+    ProptestConfig {
+        cases: drawn.unwrap_or(3000),
+        rng_seed: drawn.map_or(RngSeed::Fixed(31), |_| RngSeed::Random),
+        ..ProptestConfig::default()
+    }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(3000))]
+    #![proptest_config(config())]
 
     #[test]
     fn nothing_is_lost_and_every_wait_ends(
@@ -157,4 +168,30 @@ proptest! {
     ) {
         check(&faults, shrinks)?;
     }
+}
+
+/// The second keeper was lost while the disk took no checkpoint: nothing is in memory any more.
+#[test]
+fn a_state_that_was_lost_is_not_said_to_be_in_memory() {
+    let faults = [
+        (41, Fault::LoseMachine(1)),
+        (0, Fault::FullDisk),
+        (4102, Fault::HangKeeper(1)),
+        (4122, Fault::KillKeeper(1)),
+        (661, Fault::KillKeeper(0)),
+    ];
+    check(&faults, true).unwrap();
+}
+
+/// A keeper hangs while another rebuilds from it, and the launcher does not know it yet.
+#[test]
+fn a_snapshot_is_tried_again_once_all_keepers_were_asked() {
+    let faults = [
+        (861, Fault::HangKeeper(2)),
+        (1, Fault::Relaunch),
+        (1821, Fault::Stop(0)),
+        (3141, Fault::HangKeeper(0)),
+        (1, Fault::ContinueKeepers),
+    ];
+    check(&faults, false).unwrap();
 }

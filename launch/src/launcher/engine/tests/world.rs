@@ -374,6 +374,8 @@ impl World {
         for keeper in self.keepers.values_mut() {
             keeper.is_hung = false;
         }
+        // Their heartbeats were due meanwhile.
+        self.keeper_heartbeats();
         for command in std::mem::take(&mut self.unread) {
             self.carry_out(command);
         }
@@ -477,14 +479,18 @@ impl World {
         if !(self.now.as_millis() as u64).is_multiple_of(1000) {
             return;
         }
-        for keeper in self.talking_keepers() {
-            let event = keeper::Event::Heartbeat { ranks: Vec::new() };
-            self.tell(Event::Keeper { keeper, event });
-        }
+        self.keeper_heartbeats();
         for machine in 1..self.machines.len() {
             if self.machines[machine].is_joined && self.machines[machine].cut_since.is_none() {
                 self.tell(Event::Heartbeat { machine });
             }
+        }
+    }
+
+    fn keeper_heartbeats(&mut self) {
+        for keeper in self.talking_keepers() {
+            let event = keeper::Event::Heartbeat { ranks: Vec::new() };
+            self.tell(Event::Keeper { keeper, event });
         }
     }
 
