@@ -136,20 +136,19 @@ impl<'a> Runtime<'a> {
     pub(crate) fn drive(mut self, mut engine: Engine) -> ExitCode {
         let mut clock = Clock::start();
         let mut exit = ExitCode::FAILURE;
-        while !engine.has_ended() {
-            let mut event = self.events.pop(TICK);
-            loop {
-                for command in engine.handle(clock.now(), event.take()) {
-                    if let Some(status) = self.carry_out(command) {
-                        self.agents.end(status);
-                        exit = ExitCode::from(status);
-                    }
-                }
-                event = self.signal().or_else(|| self.events.pop_now());
-                if event.is_none() || engine.has_ended() {
-                    break;
+        // The first decisions need no event.
+        let mut event = None;
+        loop {
+            for command in engine.handle(clock.now(), event) {
+                if let Some(status) = self.carry_out(command) {
+                    self.agents.end(status);
+                    exit = ExitCode::from(status);
                 }
             }
+            if engine.has_ended() {
+                break;
+            }
+            event = self.signal().or_else(|| self.events.pop(TICK));
         }
         let agents = self.agents.refusals().line("the agents' port");
         let store = self.settings.store.refusals().line("the store");
