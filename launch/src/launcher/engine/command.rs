@@ -53,7 +53,7 @@ pub(crate) enum Command {
         number: u64,
         standby: bool,
     },
-    /// End the connection to a machine that is lost.
+    /// End the connection to a machine that is silent.
     DropMachine {
         machine: usize,
     },

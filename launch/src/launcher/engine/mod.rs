@@ -267,6 +267,10 @@ impl Engine {
     }
 
     fn join_machine(&mut self, machine: usize, host: Host) {
+        if self.machines.is_present(machine) {
+            // Its agent lost the connection first, and ended its ranks.
+            self.lose_machine(machine, "it joined again");
+        }
         self.machines.join(machine, host, self.now);
         if !matches!(self.stage, Stage::Gathering(_)) {
             self.machines.returned.insert(machine);
@@ -278,7 +282,6 @@ impl Engine {
             return;
         }
         self.machines.lose(machine);
-        self.commands.push(Command::DropMachine { machine });
         self.ranks
             .on_machine_lost(machine, &format!("machine {machine} is gone ({reason})"));
         let failed = format!("machine {machine} is gone");
@@ -319,6 +322,7 @@ impl Engine {
         let silence = format!("no sign of life for {:.0} s", timeout.as_secs_f64());
         for machine in self.machines.present_others() {
             if self.machines.silence(machine, self.now) > timeout {
+                self.commands.push(Command::DropMachine { machine });
                 self.lose_machine(machine, &silence);
             }
         }

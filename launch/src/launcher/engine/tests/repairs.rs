@@ -37,6 +37,20 @@ fn a_keeper_that_does_not_start_is_tried_again() {
 }
 
 #[test]
+fn ranks_of_an_agent_that_joins_again_are_restarted() {
+    let mut world = trained(0, &json!({}));
+    world.rejoin(1);
+    let ends = |world: &World| world.exit.is_some();
+    assert!(world.run_until(Duration::from_secs(60), ends));
+    let printed = world.printed.join("\n");
+    assert!(
+        printed.contains("machine 1 is gone (it joined again); resuming from the snapshot"),
+        "{printed}"
+    );
+    assert_eq!(world.exit.map(|(status, _)| status), Some(0), "{printed}");
+}
+
+#[test]
 fn a_spare_machine_that_was_lost_is_a_spare_again() {
     let mut world = trained(1, &json!({"train": {"steps": 400}}));
     world.lose(2);

@@ -56,6 +56,8 @@ struct SimKeeper {
     is_alive: bool,
     /// True while the process is stopped.
     is_hung: bool,
+    /// The time at which it was continued.
+    continued_at: Option<Duration>,
     subscriber: Option<KeeperId>,
     memberships: Vec<(Topology, usize)>,
     parts: BTreeMap<(SnapshotId, usize), PartInfo>,
@@ -313,6 +315,15 @@ impl World {
         }
     }
 
+    /// The agent finds its connection closed, ends its ranks and joins again before the launcher
+    /// knows of it.
+    pub(super) fn rejoin(&mut self, machine: usize) {
+        if self.machines[machine].is_joined && self.machines[machine].cut_since.is_none() {
+            self.empty(machine);
+            self.join(machine);
+        }
+    }
+
     /// The agent and its ranks are gone. The network stays as it is.
     fn empty(&mut self, machine: usize) {
         let cut_since = self.machines[machine].cut_since;
@@ -372,7 +383,9 @@ impl World {
     /// Lets stopped keepers continue.
     pub(super) fn continue_keepers(&mut self) {
         for keeper in self.keepers.values_mut() {
-            keeper.is_hung = false;
+            if std::mem::take(&mut keeper.is_hung) {
+                keeper.continued_at = Some(self.now);
+            }
         }
         // Their heartbeats were due meanwhile.
         self.keeper_heartbeats();
@@ -692,6 +705,7 @@ impl World {
                 pid,
                 is_alive: true,
                 is_hung: false,
+                continued_at: None,
                 subscriber: None,
                 memberships: Vec::new(),
                 parts: BTreeMap::new(),
@@ -1009,7 +1023,13 @@ impl World {
     /// Returns the newest step that the memory of keepers within reach can still give.
     pub(super) fn newest_in_memory(&self) -> Option<u64> {
         let keepers = self.keepers.values();
-        let alive = keepers.filter(|keeper| keeper.is_alive && self.is_within_reach(keeper));
+        let is_back = |keeper: &SimKeeper| {
+            // Its answers may come too late: the launcher may just have given it up.
+            let continued = keeper.continued_at;
+            continued.is_none_or(|at| self.now > at + 2 * ROUND_TRIP)
+        };
+        let alive = keepers
+            .filter(|keeper| keeper.is_alive && self.is_within_reach(keeper) && is_back(keeper));
         let inventories: Vec<Inventory> = alive.map(SimKeeper::inventory).collect();
         let found = candidates(&inventories);
         found.first().map(|candidate| candidate.snapshot.id.step)
