@@ -17,11 +17,12 @@ pub(crate) fn run(args: &InspectRoutingArgs) -> Result<ExitCode> {
         .hint("give the folder of a run that has completed a step")?;
     let (lines, damaged) = parse(&text);
     if damaged > 0 {
-        tracing::warn!("{}: {damaged} damaged lines are left out", path.display());
+        let path = path.display();
+        eprintln!("warning: {path}: {damaged} damaged lines are left out");
     }
     if lines.is_empty() {
         bail!(
-            "{} is empty: the run has not completed a step, or its model has no MoE layers",
+            "{} has no line: the run has not completed a step, or its model has no MoE layers",
             path.display()
         );
     }
