@@ -29,7 +29,8 @@ pub struct Staging {
     root: PathBuf,
     /// The final name of the folder.
     name: String,
-    suffix: &'static str,
+    /// Its name until then.
+    folder_name: String,
     step: u64,
 }
 
@@ -72,13 +73,14 @@ impl Staging {
         Staging::with_suffix(root, step, KEEPERS_WRITING)
     }
 
-    fn with_suffix(root: &Path, step: u64, suffix: &'static str) -> Staging {
+    fn with_suffix(root: &Path, step: u64, suffix: &str) -> Staging {
         let name = checkpoint_name(step);
+        let folder_name = format!("{name}.{suffix}");
         Staging {
-            folder: root.join(format!("{name}.{suffix}")),
+            folder: root.join(&folder_name),
             root: root.to_path_buf(),
             name,
-            suffix,
+            folder_name,
             step,
         }
     }
@@ -88,30 +90,26 @@ impl Staging {
         &self.folder
     }
 
-    fn folder_name(&self) -> String {
-        format!("{}.{}", self.name, self.suffix)
-    }
-
     /// Creates the folder, empty. One rank calls this before any rank writes.
     ///
     /// # Errors
     /// If the folder cannot be created, or `root` is a link.
     pub fn begin(&self) -> Result<(), Error> {
         let root = RunFolder::create_inside(&self.root)?;
-        let name = self.folder_name();
-        if root.kind(&name)? != Some(EntryKind::File) {
-            root.remove(&name)?;
+        let name = &self.folder_name;
+        if root.kind(name)? != Some(EntryKind::File) {
+            root.remove(name)?;
         }
-        root.create_subfolder(&name).map(drop)
+        root.create_subfolder(name).map(drop)
     }
 
     /// Removes everything that was written.
     pub fn discard(&self) {
         // Readers ignore a folder with this name, so a failure does no harm.
         if let Ok(Some(root)) = RunFolder::open_inside(&self.root)
-            && let Ok(Some(EntryKind::Folder)) = root.kind(&self.folder_name())
+            && let Ok(Some(EntryKind::Folder)) = root.kind(&self.folder_name)
         {
-            let _ = root.remove(&self.folder_name());
+            let _ = root.remove(&self.folder_name);
         }
     }
 
@@ -206,23 +204,23 @@ impl Staging {
                 }
             }
         }
-        root.rename(&self.folder_name(), &self.name)?;
+        root.rename(&self.folder_name, &self.name)?;
         root.sync()
     }
 
     /// Replaces the earlier checkpoint of the step. At any time, also after a failure, a checkpoint
     /// with all its files has the final name, or one that [`folder::clean`] gives the name back.
     fn replace(&self, root: &RunFolder) -> Result<(), Error> {
-        let writing = self.folder_name();
-        if !root.exchange(&writing, &self.name)? {
+        let writing = &self.folder_name;
+        if !root.exchange(writing, &self.name)? {
             return self.replace_in_two_steps(root);
         }
         if let Err(error) = root.sync() {
             // The caller discards the folder that is being written: it must be the new one again.
-            root.exchange(&writing, &self.name)?;
+            root.exchange(writing, &self.name)?;
             return Err(error);
         }
-        remove_replaced(root, &writing);
+        remove_replaced(root, writing);
         Ok(())
     }
 
@@ -231,7 +229,7 @@ impl Staging {
         let replaced = format!("{}.{REMOVING}", self.name);
         root.remove(&replaced)?;
         root.rename(&self.name, &replaced)?;
-        if let Err(error) = root.rename(&self.folder_name(), &self.name) {
+        if let Err(error) = root.rename(&self.folder_name, &self.name) {
             root.rename(&replaced, &self.name)?;
             return Err(error);
         }

@@ -600,25 +600,33 @@ mod tests {
         }
     }
 
+    impl Relay {
+        /// Sends the victim's proof to the attacked port, which must deny it. Returns its answer.
+        fn pass_proof_on(&mut self) -> [u8; 8] {
+            self.attacked.write_all(&self.proof).unwrap();
+            let mut answer = [0; 8];
+            self.attacked.read_exact(&mut answer).unwrap();
+            assert_eq!(&answer, DENIED);
+            answer
+        }
+
+        /// Sends the victim an answer, which it must refuse.
+        fn answer_victim(mut self, answer: &[u8]) {
+            self.stream.write_all(answer).unwrap();
+            let result = self.victim.join().unwrap();
+            assert!(matches!(result, Err(Error::Unauthenticated)), "{result:?}");
+        }
+    }
+
     #[test]
     fn a_reflected_proof_is_refused() {
         let port = port(Limits::default());
         // A server for the victim: the attacker sends it its own hello, and repeats its proof.
-        let Relay {
-            mut attacked,
-            mut stream,
-            proof,
-            victim,
-        } = relay(&port, Purpose::KEEPER);
+        let mut relay = relay(&port, Purpose::KEEPER);
         // A proof for a keeper is of no use at an agents' port, nor is it the server's proof.
-        attacked.write_all(&proof).unwrap();
-        let mut answer = [0; 8];
-        attacked.read_exact(&mut answer).unwrap();
-        assert_eq!(&answer, DENIED);
-        let reflected = [super::super::proof::ACCEPTED.as_slice(), &proof[40..]].concat();
-        stream.write_all(&reflected).unwrap();
-        let result = victim.join().unwrap();
-        assert!(matches!(result, Err(Error::Unauthenticated)), "{result:?}");
+        relay.pass_proof_on();
+        let reflected = [super::super::proof::ACCEPTED.as_slice(), &relay.proof[40..]].concat();
+        relay.answer_victim(&reflected);
     }
 
     /// The attacker has the address of a server that has ended, and passes on what it receives to
@@ -626,19 +634,9 @@ mod tests {
     #[test]
     fn a_relayed_handshake_is_refused() {
         let port = port(Limits::default());
-        let Relay {
-            mut attacked,
-            mut stream,
-            proof,
-            victim,
-        } = relay(&port, Purpose::AGENT);
-        attacked.write_all(&proof).unwrap();
-        let mut answer = [0; 8];
-        attacked.read_exact(&mut answer).unwrap();
-        assert_eq!(&answer, DENIED);
-        stream.write_all(&answer).unwrap();
-        let result = victim.join().unwrap();
-        assert!(matches!(result, Err(Error::Unauthenticated)), "{result:?}");
+        let mut relay = relay(&port, Purpose::AGENT);
+        let answer = relay.pass_proof_on();
+        relay.answer_victim(&answer);
         port.wait_for(|counts| counts.unauthenticated == 1);
     }
 
