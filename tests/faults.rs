@@ -2,7 +2,8 @@
 
 use crate::fixture::{
     COMMAND_TIMEOUT, Experiment, curve, finish, finish_child, launcher_output, rank_process,
-    signal, start_with_output_file, steps_done, text, wait_for_output, wait_for_step,
+    registered_keepers, signal, start_with_output_file, steps_done, text, wait_for_output,
+    wait_for_step,
 };
 use serde_json::Value;
 use std::{
@@ -390,9 +391,7 @@ fn a_keeper_that_hangs_while_ranks_start_is_replaced() {
     ];
     let run = start_with_output_file(&experiment, &mut experiment.train(2, &changes));
     wait_for_rank_processes(&experiment, &run);
-    let registry = std::fs::read_to_string(experiment.path("run/keepers.json")).unwrap();
-    let registry: Value = serde_json::from_str(&registry).unwrap();
-    let keeper = registry["keepers"][1]["pid"].to_string();
+    let keeper = registered_keepers(&experiment, 2)[1]["pid"].to_string();
     signal(&keeper, "STOP");
     wait_for_output(&experiment, "the keeper of node 1", 1);
     wait_for_snapshot(&experiment, 2, 0);

@@ -1,10 +1,9 @@
 //! A run under connections that know no secret, signals to keepers, and limits of control groups.
 
 use crate::fixture::{
-    COMMAND_TIMEOUT, Experiment, finish, finish_child, launcher_output, rank_process, signal,
-    start_with_output_file, steps_done, text, wait_for_step,
+    COMMAND_TIMEOUT, Experiment, finish, finish_child, launcher_output, rank_process,
+    registered_keepers, signal, start_with_output_file, steps_done, text, wait_for_step,
 };
-use serde_json::Value;
 use std::{
     io::{BufRead, BufReader, Write},
     process::{Child, Command, Stdio},
@@ -64,18 +63,9 @@ impl Attack {
     }
 }
 
-fn registry(experiment: &Experiment) -> Value {
-    let text = std::fs::read_to_string(experiment.path("run/keepers.json")).unwrap();
-    serde_json::from_str(&text).unwrap()
-}
-
-fn keepers(experiment: &Experiment) -> Vec<Value> {
-    registry(experiment)["keepers"].as_array().unwrap().clone()
-}
-
 fn ports(experiment: &Experiment) -> Vec<String> {
     let mut ports = Vec::new();
-    for keeper in keepers(experiment) {
+    for keeper in registered_keepers(experiment, 1) {
         let address = keeper["address"].as_str().unwrap();
         ports.push(address.rsplit_once(':').unwrap().1.to_string());
     }
@@ -156,7 +146,7 @@ fn refused_connections_are_counted_and_do_not_fill_the_log() {
     let launcher = start_with_output_file(&experiment, &mut train);
     wait_for_step(&experiment, "run", 20);
     let mut targets = ports(&experiment);
-    let socket = keepers(&experiment)[0]["socket"]
+    let socket = registered_keepers(&experiment, 1)[0]["socket"]
         .as_str()
         .unwrap()
         .to_string();
@@ -247,13 +237,16 @@ fn signals_to_keepers_do_not_disturb_a_run() {
     let mut train = experiment.train(2, &["train.steps=1000000"]);
     let launcher = start_with_output_file(&experiment, &mut train);
     wait_for_step(&experiment, "run", 10);
-    let pid = keepers(&experiment)[0]["pid"].to_string();
+    let pid = registered_keepers(&experiment, 1)[0]["pid"].to_string();
     for name in ["INT", "HUP"] {
         signal(&pid, name);
     }
     let step = steps_done(&experiment, "run");
     wait_for_step(&experiment, "run", step + 30);
-    assert_eq!(keepers(&experiment)[0]["pid"].to_string(), pid);
+    assert_eq!(
+        registered_keepers(&experiment, 1)[0]["pid"].to_string(),
+        pid
+    );
     assert!(std::fs::metadata(format!("/proc/{pid}")).is_ok());
     stop(&experiment, launcher);
 }

@@ -2,14 +2,13 @@
 //! loopback device.
 
 use crate::fixture::{
-    Experiment, curve, finish, finish_child, launcher_output, signal, start,
+    Experiment, curve, finish, finish_child, launcher_output, registered_keepers, signal, start,
     start_with_output_file, steps_done, text, wait_for_output, wait_for_step,
 };
 use std::{
     os::unix::fs::PermissionsExt,
     process::{Child, Command, Output},
     sync::atomic::{AtomicUsize, Ordering},
-    time::{Duration, Instant},
 };
 
 /// Machines joined by a network. Dropping this removes them.
@@ -448,12 +447,7 @@ fn wrong_machines_are_refused() {
         "--node-rank 2 is not between 1 and 1",
     );
     let mut first = start(&mut network.machine(&experiment, 1, 2, &endless));
-    let began = Instant::now();
-    while std::fs::metadata(experiment.path("run/keepers.json")).is_err()
-        && began.elapsed() < Duration::from_secs(20)
-    {
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    registered_keepers(&experiment, 2);
     refused(
         &mut network.machine(&experiment, 1, 2, &endless),
         "--node-rank 1 has already joined",

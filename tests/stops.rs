@@ -2,9 +2,9 @@
 
 use crate::fixture::{
     COMMAND_TIMEOUT, Experiment, curve, finish, finish_child, free_port, launcher_output,
-    rank_process, ranks, signal, start, start_with_output_file, steps_done, text, wait_for_step,
+    rank_process, ranks, registered_keepers, signal, start, start_with_output_file, steps_done,
+    text, wait_for_step,
 };
-use serde_json::Value;
 use std::{
     process::{Child, Command},
     time::{Duration, Instant},
@@ -138,9 +138,7 @@ fn wait_for_ten_more_steps(experiment: &Experiment) {
 
 /// Returns the process of the first node's keeper.
 fn keeper_process(experiment: &Experiment) -> String {
-    let registry = std::fs::read_to_string(experiment.path("run/keepers.json")).unwrap();
-    let registry: Value = serde_json::from_str(&registry).unwrap();
-    registry["keepers"][0]["pid"].to_string()
+    registered_keepers(experiment, 1)[0]["pid"].to_string()
 }
 
 #[test]
