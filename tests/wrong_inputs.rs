@@ -136,7 +136,7 @@ fn nodes_that_do_not_divide() {
         &experiment,
         &mut train,
         &[
-            "nodes of 3 ranks do not divide the expert ranks [0, 1, 2, 3]",
+            "nodes of 3 ranks do not divide the expert ranks 0..4",
             "parallel.expert",
         ],
     );

@@ -48,6 +48,7 @@ mod mesh;
 mod peers;
 pub mod pipeline;
 mod rank_env;
+mod rank_ranges;
 pub mod recompute;
 mod rendezvous;
 mod rows;
@@ -69,6 +70,7 @@ pub use device::{
 pub use gradients::{BucketPlan, GradientBuckets, Replication, plan_buckets};
 pub use mesh::{Coordinates, GroupKind, Mesh, MeshError, MeshShape, NodeSplit};
 pub use rank_env::{RankEnv, Rendezvous};
+pub use rank_ranges::RankRanges;
 pub use recompute::Activation;
 pub use rows::{matrix_shape, own_rows};
 pub use secure_link::Secret;

@@ -113,6 +113,38 @@ impl GroupKind {
     ];
 }
 
+/// Equally many members at equal distances.
+#[derive(Debug, Clone, Copy)]
+struct Steps {
+    count: usize,
+    stride: usize,
+}
+
+/// The members of a group: in each step of `outer`, the steps of `inner`.
+#[derive(Debug, Clone, Copy)]
+struct GroupSteps {
+    outer: Steps,
+    inner: Steps,
+}
+
+impl GroupSteps {
+    fn single(count: usize, stride: usize) -> GroupSteps {
+        GroupSteps {
+            outer: Steps {
+                count: 1,
+                stride: 0,
+            },
+            inner: Steps { count, stride },
+        }
+    }
+
+    /// Returns the distance of member `position` from the first one.
+    fn offset(self, position: usize) -> usize {
+        let GroupSteps { outer, inner } = self;
+        position / inner.count * outer.stride + position % inner.count * inner.stride
+    }
+}
+
 /// A rank's group, split by nodes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeSplit {
@@ -234,9 +266,10 @@ impl Mesh {
 
     /// Returns the members, in order, of this rank's group of the given kind.
     pub fn group(&self, kind: GroupKind) -> Vec<usize> {
-        let own = self.key(self.rank, kind);
-        let is_member = |rank: &usize| self.key(*rank, kind) == own;
-        (0..self.size()).filter(is_member).collect()
+        let steps = self.steps(kind);
+        let first = self.rank - steps.offset(self.position(kind));
+        let members = 0..steps.outer.count * steps.inner.count;
+        members.map(|place| first + steps.offset(place)).collect()
     }
 
     /// Returns this rank's index in its group of the given kind.
@@ -261,11 +294,14 @@ impl Mesh {
     /// Returns the ranks that hold dense layers with this rank's tensor coordinate in `stages`.
     pub fn dense_replicas_in_stages(&self, stages: &[usize]) -> Vec<usize> {
         let tensor = self.coordinates().tensor;
-        let is_member = |rank: &usize| {
-            let at = self.coordinates_of(*rank);
-            at.tensor == tensor && stages.contains(&at.pipeline)
+        let holds = |stage: &usize| stages.contains(stage);
+        let stages = (0..self.shape.pipeline).filter(holds);
+        let of_stage = |stage: usize| {
+            let first = stage * self.ranks_per_stage() + tensor;
+            let end = (stage + 1) * self.ranks_per_stage();
+            (first..end).step_by(self.shape.tensor)
         };
-        (0..self.size()).filter(is_member).collect()
+        stages.flat_map(of_stage).collect()
     }
 
     /// Returns the node of each member of this rank's group, for nodes of `per_node` ranks.
@@ -296,21 +332,40 @@ impl Mesh {
         })
     }
 
-    /// Returns a key that is the same for all members of a group.
-    fn key(&self, rank: usize, kind: GroupKind) -> [usize; 3] {
-        let at = self.coordinates_of(rank);
+    /// Returns the distances between the members of a group, in the order of
+    /// [`Mesh::position`].
+    fn steps(&self, kind: GroupKind) -> GroupSteps {
+        let MeshShape {
+            data,
+            tensor,
+            pipeline,
+            context,
+            expert,
+            expert_tensor,
+        } = self.shape;
+        let stage = self.ranks_per_stage();
+        let owners = expert * expert_tensor;
         match kind {
-            GroupKind::World => [0, 0, 0],
-            GroupKind::Data => [at.pipeline, at.context, at.tensor],
-            GroupKind::Tensor => [at.pipeline, at.data, at.context],
-            GroupKind::Pipeline => [at.data, at.context, at.tensor],
-            GroupKind::Context => [at.pipeline, at.data, at.tensor],
-            GroupKind::DenseReplicas => [at.pipeline, at.tensor, 0],
-            GroupKind::Stage => [at.pipeline, 0, 0],
-            GroupKind::Sequence => [at.pipeline, at.data, 0],
-            GroupKind::Vocabulary => [at.data, at.context, 0],
-            GroupKind::Expert => [at.pipeline, at.expert_replica, 0],
-            GroupKind::ExpertReplicas => [at.pipeline, at.expert, at.expert_tensor],
+            GroupKind::World => GroupSteps::single(self.size(), 1),
+            GroupKind::Data => GroupSteps::single(data, context * tensor),
+            GroupKind::Tensor => GroupSteps::single(tensor, 1),
+            GroupKind::Pipeline => GroupSteps::single(pipeline, stage),
+            GroupKind::Context => GroupSteps::single(context, tensor),
+            GroupKind::DenseReplicas => GroupSteps::single(data * context, tensor),
+            GroupKind::Stage => GroupSteps::single(stage, 1),
+            GroupKind::Sequence => GroupSteps::single(context * tensor, 1),
+            GroupKind::Vocabulary => GroupSteps {
+                outer: Steps {
+                    count: pipeline,
+                    stride: stage,
+                },
+                inner: Steps {
+                    count: tensor,
+                    stride: 1,
+                },
+            },
+            GroupKind::Expert => GroupSteps::single(owners, 1),
+            GroupKind::ExpertReplicas => GroupSteps::single(self.expert_replicas(), owners),
         }
     }
 
@@ -407,8 +462,49 @@ mod tests {
         }
     }
 
+    /// Returns a key that is the same for all members of a group.
+    fn key(at: Coordinates, kind: GroupKind) -> [usize; 3] {
+        match kind {
+            GroupKind::World => [0, 0, 0],
+            GroupKind::Data => [at.pipeline, at.context, at.tensor],
+            GroupKind::Tensor => [at.pipeline, at.data, at.context],
+            GroupKind::Pipeline => [at.data, at.context, at.tensor],
+            GroupKind::Context => [at.pipeline, at.data, at.tensor],
+            GroupKind::DenseReplicas => [at.pipeline, at.tensor, 0],
+            GroupKind::Stage => [at.pipeline, 0, 0],
+            GroupKind::Sequence => [at.pipeline, at.data, 0],
+            GroupKind::Vocabulary => [at.data, at.context, 0],
+            GroupKind::Expert => [at.pipeline, at.expert_replica, 0],
+            GroupKind::ExpertReplicas => [at.pipeline, at.expert, at.expert_tensor],
+        }
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(1000))]
+
+        /// A scan of all ranks finds the members of a group by the coordinates they share.
+        #[test]
+        fn groups_by_stride_are_those_of_a_scan(shape in shapes(), stages in 0usize..16) {
+            let ranks = ranks(shape);
+            let stages: Vec<usize> = (0..4).rev().filter(|bit| stages >> bit & 1 == 1).collect();
+            for rank in 0..ranks {
+                let mesh = Mesh::new(shape, rank, ranks).unwrap();
+                let own = mesh.coordinates();
+                for kind in GroupKind::ALL {
+                    let is_member = |other: &usize| {
+                        key(mesh.coordinates_of(*other), kind) == key(own, kind)
+                    };
+                    let scanned: Vec<usize> = (0..ranks).filter(is_member).collect();
+                    prop_assert_eq!(mesh.group(kind), scanned);
+                }
+                let is_replica = |other: &usize| {
+                    let at = mesh.coordinates_of(*other);
+                    at.tensor == own.tensor && stages.contains(&at.pipeline)
+                };
+                let scanned: Vec<usize> = (0..ranks).filter(is_replica).collect();
+                prop_assert_eq!(mesh.dense_replicas_in_stages(&stages), scanned);
+            }
+        }
 
         #[test]
         fn every_kind_of_group_divides_the_ranks_evenly(shape in shapes()) {
