@@ -209,7 +209,10 @@ ranks:
             let prefix = folder.path().join("text");
             std::fs::write(prefix.with_extension("idx"), index).unwrap();
             std::fs::write(prefix.with_extension("bin"), [1, 0, 2, 0, 3, 0, 43, 1, 5, 0]).unwrap();
-            if let Ok(tokens) = TokenFile::open(&prefix) {
+            let is_verified = TokenFile::open_verified(&prefix).is_ok();
+            let opened = TokenFile::open(&prefix);
+            prop_assert!(opened.is_ok() || !is_verified);
+            if let Ok(tokens) = opened {
                 prop_assert!(tokens.read(0, tokens.len() as usize).is_ok());
             }
         }

@@ -18,7 +18,8 @@ pub(super) fn data_file_problems(config: &Config) -> Vec<String> {
         validation.map(|(index, source)| (format!("data.validation[{index}].path"), source));
     let mut problems = Vec::new();
     for (key, source) in train.chain(validation) {
-        if let Err(error) = TokenFile::open(&source.path) {
+        // One process of the run reads the whole index, so that ranks need not.
+        if let Err(error) = TokenFile::open_verified(&source.path) {
             problems.push(one_line(&format!("{key}: {error}")));
         }
     }

@@ -33,8 +33,14 @@ const SEQUENCES_OFFSET: usize = 18;
 const DOCUMENTS_OFFSET: usize = 26;
 const HEADER: usize = 34;
 
-/// Bytes of the index per sequence: its length and its offset.
-const SEQUENCE_ENTRY: u64 = 4 + 8;
+/// Bytes of the index for the length of a sequence.
+const LENGTH_BYTES: u64 = 4;
+
+/// Bytes of the index for the offset of a sequence.
+const OFFSET_BYTES: u64 = 8;
+
+/// Sequences of the index that are read at once when all are checked.
+const VERIFIED_AT_ONCE: u64 = 4096;
 
 /// Bytes of the index per document boundary.
 const DOCUMENT_ENTRY: u64 = 8;
@@ -149,10 +155,126 @@ impl IndexHeader {
 
     /// Returns the length of the index in bytes, or None if it exceeds 64 bits.
     fn index_len(&self) -> Option<u64> {
-        let sequences = self.sequences.checked_mul(SEQUENCE_ENTRY)?;
+        let sequences = self.sequences.checked_mul(LENGTH_BYTES + OFFSET_BYTES)?;
         let documents = self.documents.checked_mul(DOCUMENT_ENTRY)?;
         sequences.checked_add(documents)?.checked_add(HEADER as u64)
     }
+}
+
+/// An open index.
+struct Index {
+    path: PathBuf,
+    file: File,
+    header: IndexHeader,
+}
+
+impl Index {
+    fn open(prefix: &Path) -> Result<Index, Error> {
+        let path = with_extension(prefix, "idx");
+        let mut file = File::open(&path).map_err(Error::io("cannot open", &path))?;
+        let len = file_len(&file, &path)?;
+        if len < HEADER as u64 {
+            let cause = format!("{len} bytes are less than its header of {HEADER}");
+            return Err(damaged(&path, cause));
+        }
+        let mut header = [0u8; HEADER];
+        file.read_exact(&mut header)
+            .map_err(Error::io("cannot read", &path))?;
+        let header = IndexHeader::parse(&header).map_err(|cause| damaged(&path, cause))?;
+        if header.index_len().is_none_or(|needed| len < needed) {
+            let cause = format!(
+                "{len} bytes do not hold the {} sequences and {} document boundaries that its \
+                 header announces",
+                header.sequences, header.documents
+            );
+            return Err(damaged(&path, cause));
+        }
+        Ok(Index { path, file, header })
+    }
+
+    fn read_at<const N: usize>(&self, offset: u64, count: usize) -> Result<Vec<[u8; N]>, Error> {
+        let mut bytes = vec![0u8; count * N];
+        self.file
+            .read_exact_at(&mut bytes, offset)
+            .map_err(Error::io("cannot read", &self.path))?;
+        Ok(bytes.as_chunks::<N>().0.to_vec())
+    }
+
+    /// Reads the entries of `count` sequences from `first` on.
+    fn sequences(&self, first: u64, count: usize) -> Result<Vec<SequenceEntry>, Error> {
+        let lengths = HEADER as u64 + first * LENGTH_BYTES;
+        let offsets = HEADER as u64 + self.header.sequences * LENGTH_BYTES + first * OFFSET_BYTES;
+        let lengths = self.read_at(lengths, count)?.into_iter();
+        let offsets = self.read_at(offsets, count)?;
+        let entries = lengths.zip(offsets).map(|(length, offset)| SequenceEntry {
+            length: i32::from_le_bytes(length),
+            offset: i64::from_le_bytes(offset),
+        });
+        Ok(entries.collect())
+    }
+
+    /// Returns the bytes of `PREFIX.bin`: the end of the last sequence.
+    fn bin_bytes(&self) -> Result<u64, Error> {
+        let Some(last) = self.header.sequences.checked_sub(1) else {
+            return Ok(0);
+        };
+        let entries = self.sequences(last, 1)?;
+        self.end(last, &entries[0])
+    }
+
+    /// Returns the byte after sequence `number`.
+    fn end(&self, number: u64, entry: &SequenceEntry) -> Result<u64, Error> {
+        let SequenceEntry { length, offset } = *entry;
+        let width = self.header.width.bytes() as u64;
+        let bytes = u64::try_from(length).map(|length| length * width);
+        let bytes = bytes.map_err(|_| {
+            let cause = format!("sequence {number} has the negative length {length}");
+            damaged(&self.path, cause)
+        })?;
+        let start = u64::try_from(offset).ok();
+        let start = start.filter(|start| start.is_multiple_of(width));
+        let end = start.and_then(|start| start.checked_add(bytes));
+        end.ok_or_else(|| {
+            let cause = format!("sequence {number} cannot begin at byte {offset}");
+            damaged(&self.path, cause)
+        })
+    }
+
+    /// Reads all sequences and checks that each begins where the one before ends.
+    fn verify(&self) -> Result<(), Error> {
+        let mut expected = 0;
+        let mut number = 0;
+        while number < self.header.sequences {
+            let count = (self.header.sequences - number).min(VERIFIED_AT_ONCE);
+            for entry in self.sequences(number, count as usize)? {
+                let end = self.end(number, &entry)?;
+                if entry.offset as u64 != expected {
+                    let cause = format!(
+                        "sequence {number} begins at byte {}, and the one before ends at \
+                         {expected}",
+                        entry.offset
+                    );
+                    return Err(damaged(&self.path, cause));
+                }
+                expected = end;
+                number += 1;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A sequence in the index.
+struct SequenceEntry {
+    /// Tokens.
+    length: i32,
+    /// Bytes from the start of the tokens.
+    offset: i64,
+}
+
+fn damaged(path: &Path, cause: String) -> Error {
+    let path = path.display();
+    Error::Data(format!("{path} is damaged: {cause}"))
 }
 
 /// An open pair of token files.
@@ -164,48 +286,32 @@ pub struct TokenFile {
 }
 
 impl TokenFile {
-    /// Opens `prefix.bin` and `prefix.idx` and checks that they belong together.
+    /// Opens `prefix.bin` and `prefix.idx` and checks that they belong together: by the header and
+    /// the last sequence of the index, however many it has. Windows are read by the number of their
+    /// tokens, so the other sequences matter to nothing that is read.
     ///
     /// # Errors
-    /// If one of them is missing or damaged.
+    /// If one of them is missing, or damaged in what is checked.
     pub fn open(prefix: &Path) -> Result<TokenFile, Error> {
-        let index_path = with_extension(prefix, "idx");
-        let path = with_extension(prefix, "bin");
-        let damaged = |cause: String| {
-            let path = index_path.display();
-            Error::Data(format!("{path} is damaged: {cause}"))
-        };
-        let mut index = File::open(&index_path).map_err(Error::io("cannot open", &index_path))?;
-        let index_len = file_len(&index, &index_path)?;
-        if index_len < HEADER as u64 {
-            return Err(damaged(format!(
-                "{index_len} bytes are less than its header of {HEADER}"
-            )));
-        }
-        let mut header = [0u8; HEADER];
-        index
-            .read_exact(&mut header)
-            .map_err(Error::io("cannot read", &index_path))?;
-        let header = IndexHeader::parse(&header).map_err(damaged)?;
-        if header.index_len().is_none_or(|needed| index_len < needed) {
-            return Err(damaged(format!(
-                "{index_len} bytes do not hold the {} sequences and {} document boundaries that \
-                 its header announces",
-                header.sequences, header.documents
-            )));
-        }
-        let mut lengths = vec![0u8; header.sequences as usize * Width::I32.bytes()];
-        index
-            .read_exact(&mut lengths)
-            .map_err(Error::io("cannot read", &index_path))?;
-        let lengths = Width::I32.decode(&lengths);
-        if lengths.iter().any(|&length| length < 0) {
-            return Err(damaged("a sequence has a negative length".into()));
-        }
+        TokenFile::of_index(&Index::open(prefix)?, prefix)
+    }
 
-        let width = header.width;
-        let len = lengths.iter().sum::<i64>() as u64;
-        let expected = len * width.bytes() as u64;
+    /// Opens the files as [`TokenFile::open`] does, and reads the whole index, a part at a time.
+    ///
+    /// # Errors
+    /// If one of them is missing or damaged; the message names the first damaged sequence.
+    pub fn open_verified(prefix: &Path) -> Result<TokenFile, Error> {
+        let index = Index::open(prefix)?;
+        let opened = TokenFile::of_index(&index, prefix)?;
+        index.verify()?;
+        Ok(opened)
+    }
+
+    fn of_index(index: &Index, prefix: &Path) -> Result<TokenFile, Error> {
+        let path = with_extension(prefix, "bin");
+        let width = index.header.width;
+        let expected = index.bin_bytes()?;
+        let len = expected / width.bytes() as u64;
         let file = File::open(&path).map_err(Error::io("cannot open", &path))?;
         let bytes = file_len(&file, &path)?;
         if bytes != expected {
@@ -412,6 +518,50 @@ mod tests {
         assert!(
             message(&prefix).contains("text.v1.bin has 9 bytes, but its index announces 5 tokens")
         );
+        std::fs::write(&bin, &good.0).unwrap();
+        // Lengths are at 34, 38 and 42, offsets at 46, 54 and 62.
+        let verified = |prefix: &Path| TokenFile::open_verified(prefix).map(|file| file.len());
+        assert_eq!(verified(&prefix).unwrap(), 5);
+        for (at, byte, found_at_once, cause) in [
+            (
+                45,
+                0x80,
+                true,
+                "sequence 2 has the negative length -2147483646",
+            ),
+            (69, 0x80, true, "sequence 2 cannot begin at byte"),
+            (62, 7, true, "sequence 2 cannot begin at byte 7"),
+            (
+                37,
+                0x80,
+                false,
+                "sequence 0 has the negative length -2147483645",
+            ),
+            (
+                38,
+                1,
+                false,
+                "sequence 2 begins at byte 6, and the one before ends at 8",
+            ),
+            (
+                54,
+                4,
+                false,
+                "sequence 1 begins at byte 4, and the one before ends at 6",
+            ),
+        ] {
+            let mut index = good.1.clone();
+            index[at] = byte;
+            std::fs::write(&idx, index).unwrap();
+            let found = verified(&prefix).unwrap_err().to_string();
+            let expected = format!("text.v1.idx is damaged: {cause}");
+            assert!(found.contains(&expected), "{found}");
+            let opened = TokenFile::open(&prefix);
+            assert_eq!(opened.is_err(), found_at_once, "{cause}");
+            if let Ok(tokens) = opened {
+                assert_eq!(tokens.read(0, 5).unwrap(), [1, 2, 3, 999, 5], "{cause}");
+            }
+        }
         std::fs::write(&idx, &good.1[..40]).unwrap();
         assert!(
             message(&prefix)
