@@ -58,6 +58,55 @@ fn every_schedule_is_drawn_and_its_file_is_the_same_schedule() {
     }
 }
 
+/// A line of the table of `plan mesh`.
+struct EqualRanks {
+    ranks: String,
+    count: u64,
+    parameters: u64,
+}
+
+/// Reads the table, whose last eight columns are one word each.
+fn table(printed: &str) -> Vec<EqualRanks> {
+    let mut lines = printed
+        .lines()
+        .skip_while(|line| !line.trim_start().starts_with("rank"));
+    let header = lines.next().unwrap();
+    let count_end = header.find("ranks").unwrap() + "ranks".len();
+    let rows = lines.take_while(|line| !line.is_empty()).map(|line| {
+        let (ranks, figures) = line.split_at(count_end);
+        let (ranks, count) = ranks.trim().rsplit_once("  ").unwrap();
+        let parameters = figures.split_whitespace().rev().nth(7).unwrap();
+        EqualRanks {
+            ranks: ranks.trim().to_string(),
+            count: count.trim().parse().unwrap(),
+            parameters: parameters.parse().unwrap(),
+        }
+    });
+    rows.collect()
+}
+
+#[test]
+fn equal_ranks_of_a_large_mesh_share_a_line() {
+    let experiment = Experiment::new();
+    let changes = [
+        "parallel={pipeline: 2, expert: 8, zero: 1}",
+        "train.global_batch=16384",
+        "train.micro_batch=1",
+    ];
+    let mut plan = experiment.moerun(&["plan", "mesh", "small.yaml", "-n", "16384"]);
+    for change in changes {
+        plan.args(["--set", change]);
+    }
+    let output = finish(&mut plan);
+    assert!(output.status.success(), "{}", text(&output));
+    let printed = text(&output);
+    let rows = table(&printed);
+    assert!((2..=32).contains(&rows.len()), "{printed}");
+    assert_eq!(rows.iter().map(|row| row.count).sum::<u64>(), 16_384);
+    assert!(rows[0].ranks.starts_with("0"), "{}", rows[0].ranks);
+    assert!(printed.len() < 10_000, "{} bytes", printed.len());
+}
+
 #[test]
 fn a_mesh_names_every_rank_and_shares_out_every_parameter() {
     let experiment = Experiment::new();
@@ -73,17 +122,11 @@ fn a_mesh_names_every_rank_and_shares_out_every_parameter() {
             &set,
         ]));
         assert!(output.status.success(), "{}", text(&output));
-        let printed = text(&output);
-        let rows = printed.lines().skip(3).map_while(|line| {
-            let words: Vec<String> = line.split_whitespace().map(str::to_string).collect();
-            (words.len() > 10).then_some(words)
-        });
-        rows.collect::<Vec<_>>()
+        table(&text(&output))
     };
-    let parameters = |rows: &[Vec<String>]| {
-        rows.iter()
-            .map(|row| row[8].parse::<u64>().unwrap())
-            .sum::<u64>()
+    let parameters = |rows: &[EqualRanks]| -> u64 {
+        let held = rows.iter().map(|row| row.count * row.parameters);
+        held.sum()
     };
     let one = parameters(&plan("1", "{}"));
     for (ranks, parallel) in [
@@ -96,7 +139,8 @@ fn a_mesh_names_every_rank_and_shares_out_every_parameter() {
         ),
     ] {
         let rows = plan(ranks, parallel);
-        assert_eq!(rows.len().to_string(), ranks);
+        let counted: u64 = rows.iter().map(|row| row.count).sum();
+        assert_eq!(counted.to_string(), ranks);
         let held = parameters(&rows);
         // Every tensor rank holds the norms and routers.
         assert!(

@@ -4,7 +4,7 @@ use crate::hint::hinted;
 use anyhow::{Result, anyhow};
 use checkpoint::keeper::{format_mib, total_bytes};
 use parallel::device_kind;
-use trainer::config::Config;
+use trainer::{EqualRanks, config::Config};
 
 /// Estimates are refused from this multiple of the machine's memory on. Below it, malloc, swap and
 /// overcommitted pages may still let a run work.
@@ -25,7 +25,8 @@ pub(crate) fn refuse_too_large(config: &Config, local_ranks: usize, ranks: usize
     let memory = config
         .memory_of(0..local, ranks)
         .map_err(|error| anyhow!(error))?;
-    let tensors: u128 = memory.iter().map(|rank| u128::from(rank.total())).sum();
+    let held = |equal: &EqualRanks| equal.ranks.len() as u128 * u128::from(equal.memory.total());
+    let tensors: u128 = memory.iter().map(held).sum();
     let bytes = tensors + local as u128 * u128::from(PROCESS_BYTES);
     let plural = if local == 1 { "" } else { "s" };
     refuse_bytes(&format!("{local} rank{plural} on this machine"), bytes)

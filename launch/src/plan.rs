@@ -6,18 +6,21 @@ use crate::{
     hint::WithHint,
 };
 use anyhow::{Context, Result, anyhow, bail};
-use parallel::pipeline::{
-    Order, OrderFile, Schedule, Vocabulary,
-    check::check,
-    communication::with_communication,
-    draw,
-    refine::refined,
-    schedules::ScheduleKind,
-    simulate::{Costs, Timeline, VocabularyCosts, simulate},
-    vocabulary::with_vocabulary,
+use parallel::{
+    Coordinates, Mesh, RankRanges,
+    pipeline::{
+        Order, OrderFile, Schedule, Vocabulary,
+        check::check,
+        communication::with_communication,
+        draw,
+        refine::refined,
+        schedules::ScheduleKind,
+        simulate::{Costs, Timeline, VocabularyCosts, simulate},
+        vocabulary::with_vocabulary,
+    },
 };
-use std::process::ExitCode;
-use trainer::{RankMemory, config::Config};
+use std::{collections::BTreeSet, process::ExitCode};
+use trainer::{EqualRanks, RankMemory, config::Config};
 
 pub(crate) fn schedule(args: &ScheduleArgs) -> Result<ExitCode> {
     let times = Times::parse(args)?;
@@ -184,14 +187,7 @@ pub(crate) fn mesh(args: &MeshArgs) -> Result<ExitCode> {
     let memory = config.memory(args.ranks).map_err(|error| anyhow!(error))?;
     println!("{mesh}");
     println!();
-    println!(
-        "rank  data ctx tensor pipe expert   etp  {:<16} parameters   MiB: weights gradients \
-         optimizer activations (held)   temp    total",
-        "layers"
-    );
-    for rank in &memory {
-        print_rank(rank);
-    }
+    print_table(&mesh, &memory);
     println!();
     print_remarks(&config, args.ranks, &memory)?;
     Ok(ExitCode::SUCCESS)
@@ -201,24 +197,86 @@ fn mib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
 }
 
-fn print_rank(rank: &RankMemory) {
-    let at = &rank.coordinates;
+/// Prints a line for all ranks of a pipeline stage that hold equally much.
+fn print_table(mesh: &Mesh, memory: &[EqualRanks]) {
+    let ranks: Vec<String> = memory
+        .iter()
+        .map(|equal| RankRanges::new(&equal.ranks).to_string())
+        .collect();
+    let axes: Vec<[String; 6]> = memory
+        .iter()
+        .map(|equal| axes(mesh, &equal.ranks))
+        .collect();
+    let layers: Vec<String> = memory.iter().map(|equal| layers(&equal.memory)).collect();
+    let widest = |texts: &[String], name: &str| {
+        let widths = texts.iter().map(String::len);
+        widths.max().unwrap_or(0).max(name.len())
+    };
+    let rank_width = widest(&ranks, "rank");
+    let layer_width = widest(&layers, "layers");
+    let axis_names = ["data", "ctx", "tensor", "pipe", "expert", "etp"];
+    let axis_widths: Vec<usize> = axis_names
+        .iter()
+        .enumerate()
+        .map(|(axis, name)| {
+            let texts: Vec<String> = axes.iter().map(|texts| texts[axis].clone()).collect();
+            widest(&texts, name)
+        })
+        .collect();
+    let padded = |texts: &[&str]| {
+        let columns = texts.iter().zip(&axis_widths);
+        let columns = columns.map(|(text, &width)| format!("{text:>width$}"));
+        columns.collect::<Vec<_>>().join(" ")
+    };
+    println!(
+        "{:>rank_width$}  ranks  {}  {:<layer_width$} parameters   MiB: weights gradients \
+         optimizer activations (held)   temp    total",
+        "rank",
+        padded(&axis_names),
+        "layers"
+    );
+    for (index, equal) in memory.iter().enumerate() {
+        let axes = axes[index].each_ref().map(String::as_str);
+        println!(
+            "{:>rank_width$}  {:>5}  {}  {:<layer_width$} {}",
+            ranks[index],
+            equal.ranks.len(),
+            padded(&axes),
+            layers[index],
+            figures(&equal.memory)
+        );
+    }
+}
+
+/// Returns the coordinates of `ranks` on each axis, as ranges.
+fn axes(mesh: &Mesh, ranks: &[usize]) -> [String; 6] {
+    let coordinates = |axis: fn(&Coordinates) -> usize| {
+        let places = ranks.iter().map(|&rank| axis(&mesh.coordinates_of(rank)));
+        let places: BTreeSet<usize> = places.collect();
+        RankRanges::new(&places.into_iter().collect::<Vec<_>>()).to_string()
+    };
+    [
+        coordinates(|at| at.data),
+        coordinates(|at| at.context),
+        coordinates(|at| at.tensor),
+        coordinates(|at| at.pipeline),
+        coordinates(|at| at.expert),
+        coordinates(|at| at.expert_tensor),
+    ]
+}
+
+fn layers(rank: &RankMemory) -> String {
     let stages = rank.stages.iter().map(|stage| {
         let first = if stage.first { "in+" } else { "" };
         let last = if stage.last { "+out" } else { "" };
         format!("{first}{}..{}{last}", stage.layers.start, stage.layers.end)
     });
-    let layers = stages.collect::<Vec<_>>().join(" ");
-    println!(
-        "{:>4}  {:>4} {:>3} {:>6} {:>4} {:>6} {:>5}  {layers:<16} {:>10}   \
-         {:>12.1} {:>9.1} {:>9.1} {:>11.1} {:>6} {:>6.1} {:>8.1}",
-        rank.rank,
-        at.data,
-        at.context,
-        at.tensor,
-        at.pipeline,
-        at.expert,
-        at.expert_tensor,
+    stages.collect::<Vec<_>>().join(" ")
+}
+
+fn figures(rank: &RankMemory) -> String {
+    format!(
+        "{:>10}   {:>12.1} {:>9.1} {:>9.1} {:>11.1} {:>6} {:>6.1} {:>8.1}",
         rank.parameters,
         mib(rank.weights),
         mib(rank.gradients),
@@ -227,12 +285,13 @@ fn print_rank(rank: &RankMemory) {
         format!("({:.1})", rank.microbatches_in_flight),
         mib(rank.transient),
         mib(rank.total()),
-    );
+    )
 }
 
 /// Prints the memory that the table leaves out.
-fn print_remarks(config: &Config, ranks: usize, memory: &[RankMemory]) -> Result<()> {
-    let host = memory.iter().map(|rank| rank.host).max().unwrap_or(0);
+fn print_remarks(config: &Config, ranks: usize, memory: &[EqualRanks]) -> Result<()> {
+    let host = memory.iter().map(|equal| equal.memory.host).max();
+    let host = host.unwrap_or(0);
     if host > 0 {
         println!(
             "With optimizer.offload, moments and fp32 weights are in host memory: at most {:.1} \
@@ -250,6 +309,10 @@ fn print_remarks(config: &Config, ranks: usize, memory: &[RankMemory]) -> Result
              {redundancy}."
         );
     }
+    println!(
+        "Ranks are numbered along tensor first, then context, data and pipeline; those of a stage \
+         also along expert_tensor, then expert."
+    );
     println!(
         "Tensors only, with evenly loaded experts. On a CPU a process takes about 150 MiB more, \
          and malloc leaves gaps."

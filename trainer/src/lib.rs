@@ -79,7 +79,7 @@ pub use bench::reference::{GemmShape, ReferenceShape, ReferenceStep, StepTimes};
 pub use error::Error;
 pub use inference::generate::{GenerateOptions, generate};
 pub use inference::routing::{RoutingSample, sample_routing};
-pub use memory::RankMemory;
+pub use memory::{EqualRanks, RankMemory};
 pub use model::parameters::{Parameter, Parameters, Replicas};
 pub use model::{
     BuildContext, ForwardOutput, Losses, Model, ModelPart, PipelineSplit, StagePart,

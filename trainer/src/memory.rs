@@ -8,23 +8,29 @@ use crate::{
     model::{ModelPart, PipelineSplit, StagePart, VocabularyShard, parameters::Replicas},
     process_groups::zero_rank_and_size,
 };
-use parallel::{
-    BucketPlan, Coordinates, Mesh, own_rows, pipeline::simulate::simulate, plan_buckets,
+use parallel::{BucketPlan, Mesh, own_rows, pipeline::simulate::simulate, plan_buckets};
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    ops::Range,
 };
-use std::ops::Range;
 
 /// Limit for the fp32 logits that the loss computes at once.
 const LOGITS_CHUNK_BYTES: u64 = 16 << 20;
 
 const FP32_BYTES: u64 = 4;
 
+/// Ranks of one pipeline stage that hold equally much.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EqualRanks {
+    /// Ranks, ascending.
+    pub ranks: Vec<usize>,
+    /// Memory of each of them.
+    pub memory: RankMemory,
+}
+
 /// Memory of one rank, in bytes.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct RankMemory {
-    /// Index of the rank.
-    pub rank: usize,
-    /// Coordinates of the rank in the mesh.
-    pub coordinates: Coordinates,
     /// Layers of each model chunk.
     pub stages: Vec<StagePart>,
     /// Number of parameters that the rank updates.
@@ -66,6 +72,21 @@ impl ParameterShape {
     fn elements(&self) -> u64 {
         self.rows * self.cols
     }
+}
+
+/// Parameters of the ranks with one pipeline and one tensor coordinate.
+struct HeldPart {
+    part: ModelPart,
+    shapes: Vec<ParameterShape>,
+}
+
+/// Figures by which ranks of one mesh differ in their memory.
+#[derive(PartialEq, Eq, Hash)]
+struct Place {
+    pipeline: usize,
+    vocabulary_rows: u64,
+    /// Rows that ZeRO leaves to the rank, of each distinct kind of parameter.
+    own_rows: Vec<i64>,
 }
 
 /// Heads of one rank.
@@ -367,7 +388,7 @@ impl RankSizes<'_> {
 struct Shards<'a> {
     config: &'a Config,
     mesh: Mesh,
-    shapes: Vec<ParameterShape>,
+    shapes: &'a [ParameterShape],
     /// Bytes of an element in the model's dtype.
     element: u64,
 }
@@ -383,9 +404,13 @@ impl Shards<'_> {
 
     /// Returns the elements of `shape` that this rank updates.
     fn own_elements(&self, shape: &ParameterShape) -> u64 {
+        self.own_rows(shape) as u64 * shape.cols
+    }
+
+    fn own_rows(&self, shape: &ParameterShape) -> i64 {
         let (rank, ranks) = self.zero_rank_and_size(shape.replicas);
         let own = own_rows(shape.rows as i64, rank, ranks);
-        (own.end - own.start) as u64 * shape.cols
+        own.end - own.start
     }
 
     /// Returns all elements that this rank updates.
@@ -473,73 +498,123 @@ impl Config {
     ///
     /// # Errors
     /// If the configuration cannot run on `ranks` ranks.
-    pub fn memory(&self, ranks: usize) -> Result<Vec<RankMemory>, String> {
+    pub fn memory(&self, ranks: usize) -> Result<Vec<EqualRanks>, String> {
         self.memory_of(0..ranks, ranks)
     }
 
-    /// Estimates the memory of some of `ranks` ranks.
+    /// Estimates the memory of some of `ranks` ranks, in the order of the first of equal ranks.
     ///
     /// # Errors
     /// If the configuration cannot run on `ranks` ranks, or there is too much to estimate.
-    pub fn memory_of(&self, wanted: Range<usize>, ranks: usize) -> Result<Vec<RankMemory>, String> {
+    pub fn memory_of(&self, wanted: Range<usize>, ranks: usize) -> Result<Vec<EqualRanks>, String> {
         let mesh = self.mesh(0, ranks)?;
-        let layers = self.model.layers.div_ceil(self.parallel.pipeline);
-        if wanted.len().saturating_mul(layers) > MAX_ESTIMATED_LAYERS {
-            return Err(format!(
-                "the memory of {} ranks with {layers} of model.layers each takes too long to \
-                 estimate; ranks x layers may be {MAX_ESTIMATED_LAYERS}",
-                wanted.len()
-            ));
-        }
+        let shape = mesh.shape();
+        let layers = self.model.layers.div_ceil(shape.pipeline);
         let plan = self.pipeline_plan(self.microbatches(&mesh, self.largest_batch()))?;
         let order = &plan.schedule.order;
         let timeline = simulate(&plan.schedule, &self.costs(order, &plan.layers));
-        let mut memory = Vec::new();
+        let split = PipelineSplit {
+            ranks: shape.pipeline,
+            placement: order.placement,
+            layers: &plan.layers,
+            shares_vocabulary: order.vocabulary.is_some(),
+            tensor_ranks: shape.tensor,
+        };
+        let mut held_parts: HashMap<[usize; 2], HeldPart> = HashMap::new();
+        let mut places: HashMap<Place, usize> = HashMap::new();
+        let mut equal: Vec<EqualRanks> = Vec::new();
         for rank in wanted {
-            let mesh = self.mesh(rank, ranks)?;
-            let coordinates = mesh.coordinates();
-            let split = PipelineSplit {
-                ranks: mesh.shape().pipeline,
-                placement: order.placement,
-                layers: &plan.layers,
-                shares_vocabulary: order.vocabulary.is_some(),
-                tensor_ranks: mesh.shape().tensor,
-            };
-            let part = split.part(coordinates.pipeline, coordinates.tensor);
-            let in_flight = timeline.peak_microbatches[coordinates.pipeline];
-            memory.push(self.rank_memory(mesh, part, in_flight));
+            let sizes = self.rank_sizes(self.mesh(rank, ranks)?);
+            let at = sizes.mesh.coordinates();
+            let held = held_parts
+                .entry([at.pipeline, at.tensor])
+                .or_insert_with(|| sizes.held_part(split.part(at.pipeline, at.tensor)));
+            match places.entry(sizes.place(held)) {
+                Entry::Occupied(known) => equal[*known.get()].ranks.push(rank),
+                Entry::Vacant(new) => {
+                    new.insert(equal.len());
+                    equal.push(EqualRanks {
+                        ranks: vec![rank],
+                        memory: sizes.memory(held, timeline.peak_microbatches[at.pipeline]),
+                    });
+                }
+            }
+            if equal.len().saturating_mul(layers) > MAX_ESTIMATED_LAYERS {
+                return Err(format!(
+                    "the memory of {ranks} ranks with {layers} of model.layers each takes too \
+                     long to estimate: more than {} of them differ",
+                    equal.len() - 1
+                ));
+            }
         }
-        Ok(memory)
+        Ok(equal)
     }
 
-    fn rank_memory(&self, mesh: Mesh, part: ModelPart, in_flight: f64) -> RankMemory {
+    /// Returns the sizes that the layers of a rank share.
+    fn rank_sizes(&self, mesh: Mesh) -> RankSizes<'_> {
         let shape = mesh.shape();
-        let sequence = self.data.sequence_length;
-        let tokens = (self.train.micro_batch * sequence / shape.context) as u64;
-        let element = if self.train.dtype == Dtype::Bf16 {
-            2
-        } else {
-            FP32_BYTES
-        };
-        let sizes = RankSizes {
+        let tokens = (self.train.micro_batch * self.data.sequence_length / shape.context) as u64;
+        RankSizes {
             config: self,
             mesh,
             tokens,
             own_tokens: tokens / shape.tensor as u64,
-            element,
-        };
-        let shards = Shards {
-            config: self,
-            mesh,
-            shapes: sizes.parameters(&part),
-            element,
-        };
+            element: if self.train.dtype == Dtype::Bf16 {
+                2
+            } else {
+                FP32_BYTES
+            },
+        }
+    }
+}
+
+impl RankSizes<'_> {
+    fn held_part(&self, part: ModelPart) -> HeldPart {
+        HeldPart {
+            shapes: self.parameters(&part),
+            part,
+        }
+    }
+
+    fn shards<'a>(&'a self, held: &'a HeldPart) -> Shards<'a> {
+        Shards {
+            config: self.config,
+            mesh: self.mesh,
+            shapes: &held.shapes,
+            element: self.element,
+        }
+    }
+
+    fn place(&self, held: &HeldPart) -> Place {
+        let shards = self.shards(held);
+        let mut kinds: Vec<&ParameterShape> = Vec::new();
+        for shape in shards.sharded() {
+            let is_alike =
+                |kind: &&ParameterShape| kind.replicas == shape.replicas && kind.rows == shape.rows;
+            if !kinds.iter().any(is_alike) {
+                kinds.push(shape);
+            }
+        }
+        Place {
+            pipeline: self.mesh.coordinates().pipeline,
+            vocabulary_rows: self.vocabulary_rows(&held.part),
+            own_rows: kinds
+                .into_iter()
+                .map(|kind| shards.own_rows(kind))
+                .collect(),
+        }
+    }
+
+    /// Estimates the memory of this rank, which holds `held` and the activations of `in_flight`
+    /// microbatches.
+    fn memory(&self, held: &HeldPart, in_flight: f64) -> RankMemory {
+        let shards = self.shards(held);
         let parameters = shards.updated();
         // In fp32 the weights are the masters, unless those are in host memory.
-        let is_offloaded = self.optimizer.offload && self.run.device != "cpu";
+        let is_offloaded = self.config.optimizer.offload && self.config.run.device != "cpu";
         let moments = 2 * FP32_BYTES * parameters;
         let moments_and_masters = 3 * FP32_BYTES * parameters;
-        let has_masters = element != FP32_BYTES;
+        let has_masters = self.element != FP32_BYTES;
         let optimizer = if is_offloaded {
             0
         } else if has_masters {
@@ -547,11 +622,9 @@ impl Config {
         } else {
             moments
         };
-        let activations = sizes.activations(&part);
+        let activations = self.activations(&held.part);
         RankMemory {
-            rank: mesh.rank(),
-            coordinates: mesh.coordinates(),
-            stages: part.stages,
+            stages: held.part.stages.clone(),
             parameters,
             weights: shards.weight_bytes(),
             gradients: shards.gradient_bytes(),
@@ -563,5 +636,109 @@ impl Config {
                 + shards.bucket_bytes()
                 + activations.transient,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    fn config(parallel: Value, changes: Value) -> Config {
+        let mut config = json!({
+            "run": {"dir": "runs/x"},
+            "parallel": parallel,
+            "model": {"vocab_size": 331, "hidden": 48, "layers": 6, "heads": 4, "kv_heads": 2,
+                      "moe": {"experts": 4, "top_k": 2, "ffn": 40}},
+            "data": {"train": [{"path": "a"}], "sequence_length": 32},
+            "train": {"steps": 1, "global_batch": 48, "micro_batch": 1},
+        });
+        for (key, value) in changes.as_object().unwrap() {
+            config["model"][key] = value.clone();
+        }
+        serde_json::from_value(config).unwrap()
+    }
+
+    /// Computes each rank on its own.
+    fn one_by_one(config: &Config, ranks: usize) -> Vec<RankMemory> {
+        let mesh = config.mesh(0, ranks).unwrap();
+        let microbatches = config.microbatches(&mesh, config.largest_batch());
+        let plan = config.pipeline_plan(microbatches).unwrap();
+        let order = &plan.schedule.order;
+        let timeline = simulate(&plan.schedule, &config.costs(order, &plan.layers));
+        let split = PipelineSplit {
+            ranks: mesh.shape().pipeline,
+            placement: order.placement,
+            layers: &plan.layers,
+            shares_vocabulary: order.vocabulary.is_some(),
+            tensor_ranks: mesh.shape().tensor,
+        };
+        let of_rank = |rank: usize| {
+            let sizes = config.rank_sizes(config.mesh(rank, ranks).unwrap());
+            let at = sizes.mesh.coordinates();
+            let held = sizes.held_part(split.part(at.pipeline, at.tensor));
+            sizes.memory(&held, timeline.peak_microbatches[at.pipeline])
+        };
+        (0..ranks).map(of_rank).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(300))]
+
+        #[test]
+        fn equal_ranks_are_those_that_are_equal_one_by_one(
+            data in prop::sample::select(vec![1usize, 2, 3, 4, 6, 8]),
+            tensor in prop::sample::select(vec![1usize, 2, 4]),
+            pipeline in 1usize..4,
+            context in 1usize..3,
+            expert in prop::sample::select(vec![1usize, 2, 4]),
+            zero in 0usize..4,
+            vocabulary in any::<bool>(),
+            tie in any::<bool>(),
+        ) {
+            let stage = data * tensor * context;
+            prop_assume!(stage.is_multiple_of(expert));
+            let mut parallel = json!({
+                "tensor": tensor, "pipeline": pipeline, "context": context, "expert": expert,
+                "zero": zero,
+            });
+            if vocabulary && pipeline > 1 {
+                parallel["vocabulary"] = json!("vocab-1");
+            }
+            let config = config(parallel, json!({"tie_embeddings": tie}));
+            let ranks = stage * pipeline;
+            let expected = one_by_one(&config, ranks);
+            let equal = config.memory(ranks).unwrap();
+            let mut firsts = Vec::new();
+            let mut seen = vec![false; ranks];
+            for EqualRanks { ranks, memory } in &equal {
+                prop_assert!(ranks.is_sorted());
+                firsts.push(ranks[0]);
+                for &rank in ranks {
+                    prop_assert!(!std::mem::replace(&mut seen[rank], true));
+                    prop_assert_eq!(memory, &expected[rank]);
+                }
+            }
+            prop_assert!(firsts.is_sorted());
+            prop_assert!(seen.iter().all(|&seen| seen));
+            let part = ranks / 3..ranks;
+            let of_part = config.memory_of(part.clone(), ranks).unwrap();
+            let counted: usize = of_part.iter().map(|equal| equal.ranks.len()).sum();
+            prop_assert_eq!(counted, part.len());
+        }
+    }
+
+    #[test]
+    fn places_do_not_grow_with_the_ranks() {
+        let parallel = json!({"pipeline": 2, "expert": 4, "zero": 1});
+        let places = |ranks: usize| {
+            let mut config = config(parallel.clone(), json!({}));
+            config.train.global_batch = serde_json::from_value(json!(ranks)).unwrap();
+            config.memory(ranks).unwrap().len()
+        };
+        let few = places(1024);
+        assert!(few <= 16, "{few}");
+        assert_eq!(places(16_384), places(8192));
     }
 }

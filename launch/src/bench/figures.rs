@@ -2,14 +2,13 @@
 
 use serde_json::Value;
 
-/// Returns the largest number of a list.
-pub(super) fn largest(values: &Value) -> f64 {
-    let numbers = values
-        .as_array()
-        .into_iter()
-        .flatten()
-        .filter_map(Value::as_f64);
-    numbers.fold(0.0, f64::max)
+/// Returns the largest value over the ranks of a figure in a step's metrics, such as `peak_memory`:
+/// they list it for each rank, or have its distribution.
+pub(super) fn largest_of_ranks(step: &Value, figure: &str) -> f64 {
+    let listed = step[format!("rank_{figure}")].as_array();
+    let listed = listed.into_iter().flatten().filter_map(Value::as_f64);
+    let distributed = step["rank_distributions"][figure]["largest"].as_f64();
+    listed.chain(distributed).fold(0.0, f64::max)
 }
 
 /// Returns the upper median. Panics without values.

@@ -2,7 +2,7 @@
 //! process of two threads.
 
 use super::{
-    figures::{largest, median, round},
+    figures::{largest_of_ranks, median, round},
     runner::{baseline_line, train, with_temp_dir, write_tokens},
 };
 use crate::{cli::LayoutsArgs, hint::hinted};
@@ -58,7 +58,7 @@ impl LayoutTimes {
         // The first steps also allocate the memory that later ones reuse.
         for step in &steps[2..steps.len() - 1] {
             self.step_ms.extend(step["step_ms"].as_f64());
-            self.wait_ratio.push(largest(&step["rank_wait_ratio"]));
+            self.wait_ratio.push(largest_of_ranks(step, "wait_ratio"));
         }
         self.loss = steps[0]["loss"].as_f64().unwrap_or(f64::NAN);
         let mut parts = traced_parts(&folder.join("run/logs/rank-0.trace.json"))?;

@@ -1,7 +1,7 @@
 //! `moerun bench memory`: measured memory of many layouts, compared with `moerun plan mesh`.
 
 use super::{
-    figures::{largest, mib, round},
+    figures::{largest_of_ranks, mib, round},
     runner::{train, with_temp_dir, write_tokens},
 };
 use crate::cli::MemoryArgs;
@@ -59,13 +59,13 @@ fn measure(args: &MemoryArgs, folder: &Path) -> Result<ExitCode> {
         let planned = parsed.memory(ranks).map_err(|error| anyhow!(error))?;
         let most_loaded = planned
             .iter()
-            .map(trainer::RankMemory::total)
+            .map(|equal| equal.memory.total())
             .max()
             .unwrap_or(0) as f64;
         let steps = train(folder, &config, ranks, Some(1))?;
         let last = steps.last().expect("train refuses fewer than two steps");
-        let measured = largest(&last["rank_peak_memory"]);
-        let resident = largest(&last["rank_peak_resident"]);
+        let measured = largest_of_ranks(last, "peak_memory");
+        let resident = largest_of_ranks(last, "peak_resident");
         let line = json!({
             "bench": "memory",
             "case": name,

@@ -1,7 +1,7 @@
 //! `moerun bench pipeline`: placements of a large vocabulary in a two-stage pipeline.
 
 use super::{
-    figures::{largest, median, round},
+    figures::{largest_of_ranks, median, round},
     runner::{train, with_temp_dir, write_tokens},
 };
 use crate::cli::PipelineArgs;
@@ -40,10 +40,10 @@ impl PipelineTimes {
         let mib = |bytes: f64| bytes / f64::from(1 << 20);
         self.step_ms.extend(step["step_ms"].as_f64());
         self.memory_mib
-            .push(mib(largest(&step["rank_peak_memory"])));
+            .push(mib(largest_of_ranks(step, "peak_memory")));
         self.resident_mib
-            .push(mib(largest(&step["rank_peak_resident"])));
-        self.wait_ratio.push(largest(&step["rank_wait_ratio"]));
+            .push(mib(largest_of_ranks(step, "peak_resident")));
+        self.wait_ratio.push(largest_of_ranks(step, "wait_ratio"));
         let times = PassTimes::new(schedule, step);
         self.passes_ms.push(times.measured_ms);
         self.predicted_ms.push(times.predicted_ms);

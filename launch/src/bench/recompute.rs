@@ -3,7 +3,7 @@
 //! Also finds the fastest option that fits into a memory limit.
 
 use super::{
-    figures::{largest, median, round},
+    figures::{largest_of_ranks, median, round},
     runner::{train, with_temp_dir, write_tokens},
 };
 use crate::{
@@ -286,7 +286,9 @@ impl Measured {
             .iter()
             .filter_map(|step| step["step_ms"].as_f64());
         self.step_ms.extend(times);
-        let peaks = steps.iter().map(|step| largest(&step["rank_peak_memory"]));
+        let peaks = steps
+            .iter()
+            .map(|step| largest_of_ranks(step, "peak_memory"));
         self.peak_bytes = peaks.fold(self.peak_bytes, f64::max);
     }
 

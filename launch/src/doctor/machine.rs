@@ -7,7 +7,7 @@ use nix::sys::{
 };
 use parallel::Backend;
 use std::{net::TcpListener, path::Path, process::Command};
-use trainer::{RankMemory, config::Config};
+use trainer::{EqualRanks, RankMemory, config::Config};
 
 const MIB: u64 = 1 << 20;
 
@@ -76,7 +76,9 @@ pub(super) fn memory(config: Option<&Config>, ranks: RankCounts) -> Finding {
         let on_host = config.run.device == "cpu";
         let ranks = config.memory(total).ok()?;
         let held = |rank: &RankMemory| rank.host + if on_host { rank.total() } else { 0 };
-        let mut bytes: Vec<u64> = ranks.iter().map(held).collect();
+        let bytes_of_each =
+            |equal: &EqualRanks| vec![held(&equal.memory); equal.ranks.len().min(local)];
+        let mut bytes: Vec<u64> = ranks.iter().flat_map(bytes_of_each).collect();
         bytes.sort_unstable_by(|a, b| b.cmp(a));
         Some(bytes.iter().take(local).sum::<u64>()).filter(|&bytes| bytes > 0)
     });
