@@ -187,7 +187,7 @@ fn balance(record: &StepMetrics) -> String {
     let mut text = format!("  imbalance {experts:.2}");
     if let Some([_, _, ranks]) = record
         .rank_imbalance_percentiles
-        .filter(|_| record.tokens_per_rank[0].len() > 1)
+        .filter(|_| !record.has_single_rank())
     {
         text += &format!(", ranks {ranks:.2}");
     }

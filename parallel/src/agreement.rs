@@ -103,6 +103,19 @@ pub fn sum_over_ranks(
     Ok(Vec::try_from(sums).expect("a list of numbers"))
 }
 
+/// Returns the maximum of each of `values` over all ranks.
+///
+/// # Errors
+/// If the collective fails.
+pub fn max_over_ranks(
+    group: &Arc<dyn Communicator>,
+    values: &[i64],
+) -> Result<Vec<i64>, CommError> {
+    let most = Tensor::from_slice(values);
+    group.all_reduce(&most, ReduceOp::Max)?.wait()?;
+    Ok(Vec::try_from(most).expect("a list of integers"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -123,6 +136,9 @@ mod tests {
             assert_eq!(broadcast_bytes(&group, &[rank as u8]).unwrap(), [0]);
             let sums = sum_over_ranks(&group, &[rank as f64, 0.5]).unwrap();
             assert_eq!(sums, [3.0, 1.5]);
+            let large = (1i64 << 62) + rank as i64;
+            let most = max_over_ranks(&group, &[-(rank as i64), large, i64::MIN]).unwrap();
+            assert_eq!(most, [0, (1 << 62) + 2, i64::MIN]);
         });
     }
 

@@ -88,7 +88,8 @@ pub use model::{
 pub use optim::Optimizer;
 pub use process_groups::ProcessGroups;
 pub use train::metrics::{
-    DroppedLines, Progress, RoutingLine, SnapshotMetrics, StepMetrics, ValidationMetrics,
+    DroppedLines, Progress, RankDistribution, RankDistributions, RankLine, RankLists, RoutingLine,
+    SnapshotMetrics, StepMetrics, ValidationMetrics,
 };
 pub use train::snapshots::KeeperAccess;
 pub use train::{

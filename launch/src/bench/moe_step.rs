@@ -79,7 +79,8 @@ fn measure_in(
                 losses[which] = record.as_ref().map_or(f64::NAN, |record| record.loss);
                 if let Some(record) = record.filter(|_| round > 0) {
                     measured.seconds.push(seconds);
-                    let layers = &record.tokens_per_rank;
+                    let lists = record.rank_lists.context("--step lists at most 64 ranks")?;
+                    let layers = &lists.tokens_per_rank;
                     let routed = |rank: usize| layers.iter().map(|layer| layer[rank] as f64).sum();
                     measured.routed_tokens = (0..ranks).map(routed).collect();
                     measured.peak = group.gather(group.device.memory()?.peak as f64)?;

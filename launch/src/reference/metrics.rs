@@ -9,7 +9,9 @@ use crate::{
     registry::KeeperRegistry,
 };
 use serde_json::Value;
-use trainer::{DroppedLines, RoutingLine, StepMetrics, ValidationMetrics, data::DatasetInfo};
+use trainer::{
+    DroppedLines, RankLine, RoutingLine, StepMetrics, ValidationMetrics, data::DatasetInfo,
+};
 
 const INTRODUCTION: &str = "\
 A run writes these files into its folder `run.dir`. Files that end in `.jsonl` have one JSON \
@@ -118,6 +120,16 @@ fn records() -> Vec<Record> {
         },
         Record {
             file: "routing.jsonl",
+            writer: rank0,
+            schema: SchemaRoot::of_output::<DroppedLines>(),
+        },
+        Record {
+            file: "ranks.jsonl",
+            writer: rank0,
+            schema: SchemaRoot::of_output::<RankLine>(),
+        },
+        Record {
+            file: "ranks.jsonl",
             writer: rank0,
             schema: SchemaRoot::of_output::<DroppedLines>(),
         },

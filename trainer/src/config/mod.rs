@@ -147,13 +147,13 @@ pub struct RunConfig {
     #[serde(default = "default_timeout_s")]
     pub timeout_s: u64,
     /// Steps between progress lines, if the output is no terminal, and between lines of
-    /// `routing.jsonl`.
+    /// `routing.jsonl` and `ranks.jsonl`.
     #[on_resume(free)]
     #[schemars(range(min = 1))]
     #[serde(default = "default_log_every")]
     pub log_every: u64,
     /// MiB of memory for lines that the disk does not take, for each of `metrics.jsonl`,
-    /// `routing.jsonl` and the log of a rank. Further lines are dropped and counted.
+    /// `routing.jsonl`, `ranks.jsonl` and the log of a rank. Further lines are dropped and counted.
     #[on_resume(free)]
     #[schemars(range(min = 1, max = 1048576))]
     #[serde(default = "default_line_buffer_mib")]

@@ -193,6 +193,50 @@ mod tests {
         }
     }
 
+    const LINE: u64 = 64;
+    const FIRST_STEP: u64 = 100_000_000;
+
+    /// A file of lines of equal length, with a step each, that are made when they are read.
+    struct GeneratedLines {
+        lines: u64,
+        place: u64,
+    }
+
+    impl GeneratedLines {
+        fn len(&self) -> u64 {
+            self.lines * LINE
+        }
+
+        fn line(number: u64) -> String {
+            let step = FIRST_STEP + number;
+            format!("{{\"step\":{step},\"loss\":\"{}\"}}\n", "x".repeat(34))
+        }
+    }
+
+    impl Read for GeneratedLines {
+        fn read(&mut self, into: &mut [u8]) -> Result<usize> {
+            if self.place >= self.len() {
+                return Ok(0);
+            }
+            let line = GeneratedLines::line(self.place / LINE);
+            let rest = &line.as_bytes()[(self.place % LINE) as usize..];
+            let read = rest.len().min(into.len());
+            into[..read].copy_from_slice(&rest[..read]);
+            self.place += read as u64;
+            Ok(read)
+        }
+    }
+
+    impl Seek for GeneratedLines {
+        fn seek(&mut self, to: SeekFrom) -> Result<u64> {
+            let SeekFrom::Start(place) = to else {
+                panic!("only places from the start are used");
+            };
+            self.place = place;
+            Ok(place)
+        }
+    }
+
     fn after(step: u64) -> ResumePoint {
         ResumePoint {
             step,
@@ -212,10 +256,33 @@ mod tests {
     }
 
     #[test]
+    fn of_a_gigabyte_of_lines_those_to_cut_off_are_read() {
+        let file = GeneratedLines {
+            lines: (1 << 30) / LINE,
+            place: 0,
+        };
+        assert_eq!(GeneratedLines::line(0).len() as u64, LINE);
+        let len = file.len();
+        let cut_off = 5000;
+        let last = FIRST_STEP + file.lines - 1 - cut_off;
+        let mut counted = Counted { file, bytes: 0 };
+        let tail = find_tail(&mut counted, len, after(last)).unwrap();
+        let expected = Tail {
+            keep: len - cut_off * LINE,
+            last_step: Some(last),
+            ..Tail::default()
+        };
+        assert_eq!(tail, expected);
+        // Lines across the start of a block are read again.
+        let most = cut_off * LINE + BLOCK + (cut_off * LINE / BLOCK + 1) * LINE;
+        assert!(counted.bytes <= most, "{} bytes", counted.bytes);
+    }
+
+    #[test]
     fn of_a_long_file_only_the_end_is_read() {
         let mut file = tempfile::tempfile().unwrap();
-        // Sparse: 200 MB that take no disk.
-        file.set_len(200_000_000).unwrap();
+        // Sparse: 1 GB that takes no disk.
+        file.set_len(1_000_000_000).unwrap();
         file.seek(SeekFrom::End(0)).unwrap();
         let before = (0..200).map(|step| format!("\n{{\"step\":{step},\"loss\":1.0}}"));
         let text: String = before.collect();

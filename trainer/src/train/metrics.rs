@@ -39,8 +39,6 @@ pub struct StepMetrics {
     /// `rank_imbalance` over layers, in this order: median, 90th percentile, maximum.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rank_imbalance_percentiles: Option<[f64; 3]>,
-    /// For each MoE layer, the routed tokens that each rank computed.
-    pub tokens_per_rank: Vec<Vec<u64>>,
     /// For each MoE layer, the routed tokens that a helper computed for an expert's home.
     pub lent_tokens: Vec<u64>,
     /// For each MoE layer, the bytes of expert weights lent in forward. Their gradients return in
@@ -60,6 +58,22 @@ pub struct StepMetrics {
     /// Routed tokens of each expert, `[MoE layers][E]`; written to `routing.jsonl`.
     #[serde(skip)]
     pub tokens_per_expert: Vec<Vec<u64>>,
+    /// Figures of each rank; with more than 64 ranks they are in `ranks.jsonl`.
+    #[serde(flatten)]
+    pub rank_lists: Option<RankLists>,
+    /// Figures over the ranks, with more than 64 ranks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rank_distributions: Option<RankDistributions>,
+    /// Figures of each rank that are written to `ranks.jsonl`.
+    #[serde(skip)]
+    pub logged_ranks: Option<RankLists>,
+}
+
+/// Figures of each rank.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct RankLists {
+    /// For each MoE layer, the routed tokens that each rank computed.
+    pub tokens_per_rank: Vec<Vec<u64>>,
     /// Peak bytes of tensors on each rank's device so far.
     pub rank_peak_memory: Vec<u64>,
     /// Peak resident host memory of each rank's process so far, in bytes.
@@ -67,8 +81,52 @@ pub struct StepMetrics {
     /// Fraction of the step's pass time in which each rank waited for others.
     pub rank_wait_ratio: Vec<f64>,
     /// Mean milliseconds of each rank's passes in a pipeline, by kind and `.chunk` after the first.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rank_pass_ms: Vec<BTreeMap<String, f64>>,
+}
+
+/// Figures of ranks as distributions.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct RankDistributions {
+    /// For each MoE layer, the routed tokens that a rank of its stage computed.
+    pub tokens: Vec<RankDistribution>,
+    /// Peak bytes of tensors on a rank's device so far.
+    pub peak_memory: RankDistribution,
+    /// Peak resident host memory of a rank's process so far, in bytes.
+    pub peak_resident: RankDistribution,
+    /// Fraction of the step's pass time in which a rank waited for others.
+    pub wait_ratio: RankDistribution,
+    /// Mean milliseconds of a rank's passes in a pipeline, by kind and `.chunk` after the first.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub pass_ms: BTreeMap<String, RankDistribution>,
+}
+
+/// Distribution of a figure over the ranks that have it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct RankDistribution {
+    /// Number of these ranks.
+    pub count: u64,
+    /// Mean.
+    pub mean: f64,
+    /// Median, off by a 64th of the range of values at most.
+    pub median: f64,
+    /// 90th percentile, off by a 64th of the range of values at most.
+    pub p90: f64,
+    /// Maximum.
+    pub largest: f64,
+    /// Lowest rank that has the maximum.
+    pub largest_rank: usize,
+}
+
+/// Figures of each rank of a run with more than 64 ranks, in the first, the last and every
+/// `run.log_every`-th step.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct RankLine {
+    /// Number of completed steps, including this one.
+    pub step: u64,
+    /// The figures.
+    #[serde(flatten)]
+    pub lists: RankLists,
 }
 
 /// Cost of snapshots on rank 0.
@@ -87,8 +145,22 @@ pub struct SnapshotMetrics {
 impl StepMetrics {
     /// Returns the fraction of routed tokens that a helper computed.
     pub fn lent_fraction(&self) -> f64 {
-        let tokens: u64 = self.tokens_per_rank.iter().flatten().sum();
-        self.lent_tokens.iter().sum::<u64>() as f64 / tokens.max(1) as f64
+        let lists = self
+            .rank_lists
+            .iter()
+            .flat_map(|lists| &lists.tokens_per_rank);
+        let listed: u64 = lists.flatten().sum();
+        let distributions = self.rank_distributions.iter();
+        let distributions = distributions.flat_map(|figures| &figures.tokens);
+        let distributed = distributions.map(|tokens| tokens.mean * tokens.count as f64);
+        let tokens = listed as f64 + distributed.sum::<f64>();
+        self.lent_tokens.iter().sum::<u64>() as f64 / tokens.max(1.0)
+    }
+
+    /// True if the step was computed by one rank.
+    pub fn has_single_rank(&self) -> bool {
+        let lists = self.rank_lists.as_ref();
+        lists.is_some_and(|lists| lists.rank_peak_memory.len() == 1)
     }
 }
 

@@ -1,6 +1,8 @@
-//! `metrics.jsonl` and `routing.jsonl` of rank 0, which a thread each writes.
+//! `metrics.jsonl`, `routing.jsonl` and `ranks.jsonl` of rank 0, which a thread each writes.
 
-use super::metrics::{DroppedLines, Progress, RoutingLine, StepMetrics, ValidationMetrics};
+use super::metrics::{
+    DroppedLines, Progress, RankLine, RoutingLine, StepMetrics, ValidationMetrics,
+};
 use crate::{
     Error,
     lines::{Limits, LineWriter, MissingLines, Notice, Options, ResumePoint, Target, WrittenLines},
@@ -24,6 +26,8 @@ pub(super) struct MetricsFiles(Option<OpenFiles>);
 struct OpenFiles {
     metrics: MetricsFile,
     routing: MetricsFile,
+    /// Lists of ranks that are too long for each step.
+    ranks: Option<MetricsFile>,
 }
 
 struct MetricsFile {
@@ -32,7 +36,8 @@ struct MetricsFile {
 }
 
 impl MetricsFiles {
-    /// Opens the files in `dir` for a run that resumes at `point`.
+    /// Opens the files in `dir` for a run that resumes at `point`. With `lists_ranks`, also
+    /// `ranks.jsonl`.
     ///
     /// # Errors
     /// If a file cannot be opened. A run that resumes tolerates what may pass, such as a full
@@ -41,14 +46,21 @@ impl MetricsFiles {
         dir: &Path,
         point: ResumePoint,
         limits: Limits,
+        lists_ranks: bool,
     ) -> Result<MetricsFiles, Error> {
-        let metrics = MetricsFile::start(dir.join("metrics.jsonl"), point, limits, true);
-        let routing = MetricsFile::start(dir.join("routing.jsonl"), point, limits, false);
-        for file in [&metrics, &routing] {
+        let start = |name: &str, reports_gap: bool| {
+            MetricsFile::start(dir.join(name), point, limits, reports_gap)
+        };
+        let files = OpenFiles {
+            metrics: start("metrics.jsonl", true),
+            routing: start("routing.jsonl", false),
+            ranks: lists_ranks.then(|| start("ranks.jsonl", false)),
+        };
+        for file in files.all() {
             let opened = file.lines.wait_until_open(OPEN_TIMEOUT, point.step > 0);
             opened.map_err(Error::io("cannot write", &file.path))?;
         }
-        Ok(MetricsFiles(Some(OpenFiles { metrics, routing })))
+        Ok(MetricsFiles(Some(files)))
     }
 
     pub(super) fn write_step(&self, metrics: &StepMetrics) {
@@ -66,6 +78,12 @@ impl MetricsFiles {
     pub(super) fn write_routing(&self, line: &RoutingLine) {
         if let Some(files) = &self.0 {
             files.routing.push(line, line.step, true);
+        }
+    }
+
+    pub(super) fn write_ranks(&self, line: &RankLine) {
+        if let Some(ranks) = self.0.as_ref().and_then(|files| files.ranks.as_ref()) {
+            ranks.push(line, line.step, true);
         }
     }
 
@@ -101,8 +119,10 @@ impl MetricsFiles {
 }
 
 impl OpenFiles {
-    fn all(&self) -> [&MetricsFile; 2] {
+    fn all(&self) -> impl Iterator<Item = &MetricsFile> {
         [&self.metrics, &self.routing]
+            .into_iter()
+            .chain(&self.ranks)
     }
 }
 

@@ -4,6 +4,7 @@ mod accounting;
 pub(crate) mod checkpointing;
 mod copy_thread;
 mod counted_tokens;
+mod distribution;
 mod durability;
 mod expert_placement;
 mod inspection;
@@ -12,6 +13,7 @@ mod metrics_files;
 mod microbatch;
 mod model_shapes;
 mod progress_counter;
+mod rank_figures;
 mod resume;
 mod resume_rules;
 mod run_state;
@@ -24,6 +26,7 @@ mod step;
 mod step_figures;
 mod step_metrics;
 mod step_sums;
+mod summed_figures;
 mod validation;
 
 pub use checkpointing::retain_checkpoints;
@@ -39,10 +42,11 @@ use crate::{
     optim::Optimizer,
     train::{
         expert_placement::ExpertPlacement,
-        metrics::{Progress, RoutingLine, StepMetrics},
+        metrics::{Progress, RankLine, RoutingLine, StepMetrics},
         metrics_files::MetricsFiles,
         run_state::CountedFrom,
         snapshots::{ReservedSlot, Snapshots},
+        summed_figures::MAX_LISTED_RANKS,
     },
 };
 use moe::lending::least_loaded::Planner;
@@ -223,7 +227,8 @@ impl Trainer {
         };
         if self.is_rank_0() {
             let limits = Limits::of_mib(self.config.run.line_buffer_mib);
-            self.files = MetricsFiles::open(&self.config.run.dir, point, limits)?;
+            let lists_ranks = self.world.size() > MAX_LISTED_RANKS;
+            self.files = MetricsFiles::open(&self.config.run.dir, point, limits, lists_ranks)?;
         }
         let outcome = self.run_steps(point.repeats_validation, requests, progress);
         let files = std::mem::take(&mut self.files);
@@ -283,13 +288,16 @@ impl Trainer {
     fn report_step(&self, metrics: &StepMetrics, progress: &mut dyn Progress) {
         let steps = self.config.train.steps;
         self.files.write_step(metrics);
-        let log_every = self.config.run.log_every;
-        let is_end = self.step == 1 || self.step == steps;
-        let is_logged = is_end || self.step.is_multiple_of(log_every);
-        if is_logged && !metrics.tokens_per_expert.is_empty() {
+        if self.is_logged(self.step) && !metrics.tokens_per_expert.is_empty() {
             self.files.write_routing(&RoutingLine {
                 step: self.step,
                 tokens_per_expert: metrics.tokens_per_expert.clone(),
+            });
+        }
+        if let Some(lists) = &metrics.logged_ranks {
+            self.files.write_ranks(&RankLine {
+                step: self.step,
+                lists: lists.clone(),
             });
         }
         self.files.report(progress);
@@ -300,6 +308,12 @@ impl Trainer {
                 metrics.step
             ));
         }
+    }
+
+    /// True if the files that have only some steps have `step`.
+    fn is_logged(&self, step: u64) -> bool {
+        let is_end = step == 1 || step == self.config.train.steps;
+        is_end || step.is_multiple_of(self.config.run.log_every)
     }
 
     /// Validates and writes the line of the current step. Returns the loss.

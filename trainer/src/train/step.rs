@@ -5,11 +5,13 @@ use super::{
     StepPlan, Trainer,
     metrics::StepMetrics,
     microbatch::{MicrobatchSource, TrainingBatches},
+    rank_figures::{RankFigureSizes, RankFigures},
     snapshots::{ReservedSlot, Snapshots},
     stages::{StepInputs, StepStages},
     step_figures::{FigureSizes, StepFigures},
     step_metrics::StepSummary,
     step_sums::StepSums,
+    summed_figures::{OwnFigures, SummedFigures},
 };
 use crate::{
     Error,
@@ -18,7 +20,7 @@ use crate::{
 use checkpoint::run_folder::RunFolder;
 use kernels::profile;
 use moe::balance::{BalanceScope, BatchTotals, update_bias};
-use parallel::{GradientBuckets, ReduceOp, agreement::sum_over_ranks, pipeline::Schedule};
+use parallel::{GradientBuckets, ReduceOp, pipeline::Schedule};
 use std::time::Instant;
 use tch::Tensor;
 
@@ -44,7 +46,8 @@ impl Trainer {
         let (sums, counted_tokens) = self.accumulate()?;
         let grad_norm = self.grad_norm()?;
         let reserved = self.reserve_slot()?;
-        let figures = self.sum_figures(&sums, stop, reserved.as_ref())?;
+        let summed = self.sum_figures(&sums, stop, reserved.as_ref())?;
+        let figures = &summed.step;
         let loss = figures.cross_entropy;
         if !loss.is_finite() || !grad_norm.is_finite() {
             let step = self.step + 1;
@@ -54,10 +57,10 @@ impl Trainer {
                 grad_norm,
             });
         }
-        self.finish_copy(reserved.is_some(), &figures);
+        self.finish_copy(reserved.is_some(), figures);
         let lr = self.update_parameters(grad_norm)?;
-        self.update_biases(&figures);
-        let moved_experts = self.move_experts(&figures)?;
+        self.update_biases(figures);
+        let moved_experts = self.move_experts(figures)?;
         let synchronized = self.device.synchronize();
         // When another rank has failed, its error explains more than what the device reports, and
         // the computed values are useless.
@@ -65,7 +68,7 @@ impl Trainer {
         synchronized?;
         let tokens = self.tokens_per_step();
         self.advance(moved_experts);
-        self.agree_on_request(&figures);
+        self.agree_on_request(figures);
         let has_snapshot = reserved.is_some();
         self.reserved = reserved.map(|reserved| ReservedSlot {
             on_all_ranks: figures.ranks_without_slot == 0.0,
@@ -85,8 +88,8 @@ impl Trainer {
             moved_experts,
             has_snapshot,
         };
-        let metrics = self.step_metrics(&figures, summary);
-        Ok((metrics, figures.stopping_ranks > 0.0))
+        let stops = figures.stopping_ranks > 0.0;
+        Ok((self.step_metrics(summed, summary), stops))
     }
 
     /// Computes losses and gradients of the next step without the update and returns the gradient
@@ -206,24 +209,19 @@ impl Trainer {
         }
     }
 
-    /// Sums all figures of the step over the ranks in one collective.
+    /// Sums all figures of the step over the ranks.
     fn sum_figures(
         &self,
         sums: &StepSums,
         stop: bool,
         reserved: Option<&ReservedSlot>,
-    ) -> Result<StepFigures, Error> {
-        // Without a pipeline, the step's metrics contain no times of passes.
-        let has_pipeline = self.mesh.shape().pipeline > 1;
+    ) -> Result<SummedFigures, Error> {
         let sizes = FigureSizes {
             moe_layers: sums.moe_layers.len(),
             experts: num_experts(sums),
-            ranks: self.world.size(),
-            passes: if has_pipeline { sums.passes.len() } else { 0 },
         };
         let lacks_slot = reserved.is_some_and(|reserved| reserved.slot.is_none());
         let snapshots = self.snapshots.as_ref();
-        let rank = self.world.rank();
         let mut own = StepFigures::zeros(sizes);
         own.cross_entropy = sums.cross_entropy;
         own.load_balance = sums.load_balance;
@@ -238,17 +236,41 @@ impl Trainer {
                 .tokens_per_expert
                 .clone_from(&sums.tokens_per_expert);
             figures.transfers = sums.transfers;
-            figures.tokens_per_rank[rank] = sums.computed_tokens;
         }
-        let own_rank = &mut own.ranks[rank];
-        own_rank.peak_memory = self.device.memory()?.peak as f64;
-        own_rank.peak_resident = parallel::peak_resident()? as f64;
-        own_rank.wait_ratio = sums.wait_ratio;
-        if has_pipeline {
-            own_rank.passes.clone_from(&sums.passes);
+        let rank = self.rank_figures(sums)?;
+        let figures = OwnFigures {
+            sizes,
+            rank_sizes: RankFigureSizes {
+                moe_layers: sizes.moe_layers,
+                ranks: self.world.size(),
+                passes: rank.passes.len(),
+            },
+            step: own,
+            rank,
+            lists_ranks: self.is_logged(self.step + 1),
+        };
+        Ok(figures.sum(&self.world)?)
+    }
+
+    /// Returns the figures that this rank has for itself.
+    fn rank_figures(&self, sums: &StepSums) -> Result<RankFigures, Error> {
+        let mut tokens = vec![None; sums.moe_layers.len()];
+        for (moe_layer, _, _) in self.model.local_moe_layers() {
+            tokens[moe_layer] = Some(sums.moe_layers[moe_layer].computed_tokens);
         }
-        let summed = sum_over_ranks(&self.world, &own.pack())?;
-        Ok(StepFigures::unpack(sizes, summed))
+        // Without a pipeline, the step's metrics contain no times of passes.
+        let has_pipeline = self.mesh.shape().pipeline > 1;
+        Ok(RankFigures {
+            tokens,
+            peak_memory: self.device.memory()?.peak as f64,
+            peak_resident: parallel::peak_resident()? as f64,
+            wait_ratio: sums.wait_ratio,
+            passes: if has_pipeline {
+                sums.passes.clone()
+            } else {
+                Vec::new()
+            },
+        })
     }
 
     /// Updates the parameters and returns the learning rate.

@@ -1,15 +1,12 @@
-//! Figures of one step that all ranks sum in a single collective.
+//! Figures of one step that all ranks sum.
 
-use super::step_sums::{PassTime, Transfers};
+use super::step_sums::Transfers;
 
 /// Factor by which the sum carries a second number of ranks in the same figure: another figure
 /// would change the order in which collectives sum the others, and so their last bits.
 const SECOND_COUNT: f64 = (1_u32 << 20) as f64;
 
 /// Losses, counts and times of one step.
-///
-/// Before the sum, each rank fills in its own entries of the fields that are indexed by rank and
-/// leaves the others zero.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct StepFigures {
     pub(crate) cross_entropy: f64,
@@ -26,7 +23,6 @@ pub(crate) struct StepFigures {
     /// Seconds of the previous step.
     pub(crate) last_step_seconds: f64,
     pub(crate) moe_layers: Vec<MoeLayerFigures>,
-    pub(crate) ranks: Vec<RankFigures>,
 }
 
 /// Figures of one MoE layer.
@@ -35,20 +31,6 @@ pub(crate) struct MoeLayerFigures {
     /// Routed tokens by expert.
     pub(crate) tokens_per_expert: Vec<f64>,
     pub(crate) transfers: Transfers,
-    /// Computed tokens by rank.
-    pub(crate) tokens_per_rank: Vec<f64>,
-}
-
-/// Figures of one rank.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub(crate) struct RankFigures {
-    /// Peak bytes of tensors on the device.
-    pub(crate) peak_memory: f64,
-    /// Peak resident bytes of the process.
-    pub(crate) peak_resident: f64,
-    pub(crate) wait_ratio: f64,
-    /// Times of passes, `[kinds * chunks]`; empty without a pipeline.
-    pub(crate) passes: Vec<PassTime>,
 }
 
 /// Lengths of the lists in [`StepFigures`], the same on all ranks.
@@ -56,8 +38,6 @@ pub(crate) struct RankFigures {
 pub(crate) struct FigureSizes {
     pub(crate) moe_layers: usize,
     pub(crate) experts: usize,
-    pub(crate) ranks: usize,
-    pub(crate) passes: usize,
 }
 
 impl StepFigures {
@@ -88,15 +68,6 @@ impl StepFigures {
             } = layer.transfers;
             packed.extend([lent_tokens, lent_bytes, internode_bytes, plan_seconds]);
         }
-        for layer in &self.moe_layers {
-            packed.extend(&layer.tokens_per_rank);
-        }
-        packed.extend(self.ranks.iter().map(|rank| rank.peak_memory));
-        packed.extend(self.ranks.iter().map(|rank| rank.peak_resident));
-        packed.extend(self.ranks.iter().map(|rank| rank.wait_ratio));
-        for PassTime { seconds, count } in self.ranks.iter().flat_map(|rank| &rank.passes) {
-            packed.extend([seconds, count]);
-        }
         packed
     }
 
@@ -119,7 +90,6 @@ impl StepFigures {
             snapshot_seconds: next(),
             last_step_seconds: next(),
             moe_layers: vec![MoeLayerFigures::default(); sizes.moe_layers],
-            ranks: vec![RankFigures::default(); sizes.ranks],
         };
         for layer in &mut figures.moe_layers {
             layer.tokens_per_expert = (0..sizes.experts).map(|_| next()).collect();
@@ -131,26 +101,6 @@ impl StepFigures {
                 internode_bytes: next(),
                 plan_seconds: next(),
             };
-        }
-        for layer in &mut figures.moe_layers {
-            layer.tokens_per_rank = (0..sizes.ranks).map(|_| next()).collect();
-        }
-        for rank in &mut figures.ranks {
-            rank.peak_memory = next();
-        }
-        for rank in &mut figures.ranks {
-            rank.peak_resident = next();
-        }
-        for rank in &mut figures.ranks {
-            rank.wait_ratio = next();
-        }
-        for rank in &mut figures.ranks {
-            for _ in 0..sizes.passes {
-                rank.passes.push(PassTime {
-                    seconds: next(),
-                    count: next(),
-                });
-            }
         }
         figures
     }
@@ -171,10 +121,8 @@ mod tests {
         let sizes = FigureSizes {
             moe_layers: 2,
             experts: 3,
-            ranks: 2,
-            passes: 2,
         };
-        let (packed, figures) = counting(sizes, 7 + 6 + 8 + 4 + 6 + 8);
+        let (packed, figures) = counting(sizes, 7 + 6 + 8);
         assert_eq!(figures.pack(), packed);
         assert_eq!(figures.cross_entropy, 0.0);
         assert_eq!(figures.stopping_ranks, 3.0);
@@ -183,15 +131,6 @@ mod tests {
         assert_eq!(figures.moe_layers[1].tokens_per_expert, [10.0, 11.0, 12.0]);
         assert_eq!(figures.moe_layers[1].transfers.lent_tokens, 17.0);
         assert_eq!(figures.moe_layers[1].transfers.internode_bytes, 19.0);
-        assert_eq!(figures.moe_layers[1].tokens_per_rank, [23.0, 24.0]);
-        let last = &figures.ranks[1];
-        let measured = [last.peak_memory, last.peak_resident, last.wait_ratio];
-        assert_eq!(measured, [26.0, 28.0, 30.0]);
-        let pass = PassTime {
-            seconds: 37.0,
-            count: 38.0,
-        };
-        assert_eq!(last.passes[1], pass);
     }
 
     #[test]
@@ -199,8 +138,6 @@ mod tests {
         let sizes = FigureSizes {
             moe_layers: 0,
             experts: 0,
-            ranks: 1,
-            passes: 0,
         };
         let mut sum = vec![0.0; StepFigures::zeros(sizes).pack().len()];
         for rank in 0..65_536 {
@@ -221,9 +158,7 @@ mod tests {
         let sizes = FigureSizes {
             moe_layers: 0,
             experts: 0,
-            ranks: 1,
-            passes: 0,
         };
-        assert_eq!(StepFigures::zeros(sizes).pack(), vec![0.0; 7 + 3]);
+        assert_eq!(StepFigures::zeros(sizes).pack(), [0.0; 7]);
     }
 }

@@ -2,9 +2,12 @@
 
 use super::{
     Trainer,
-    metrics::{SnapshotMetrics, StepMetrics, percentiles},
-    step_figures::{MoeLayerFigures, RankFigures, StepFigures},
+    distribution::Distribution,
+    metrics::{RankDistributions, RankLists, SnapshotMetrics, StepMetrics, percentiles},
+    rank_figures::{ByFigure, PER_UNIT, RankTable},
+    step_figures::MoeLayerFigures,
     step_sums::PassTime,
+    summed_figures::{RankReport, SummedFigures},
 };
 use parallel::pipeline::PassKind;
 use std::collections::BTreeMap;
@@ -24,7 +27,7 @@ pub(super) struct StepSummary {
 }
 
 impl Trainer {
-    pub(super) fn step_metrics(&self, figures: &StepFigures, summary: StepSummary) -> StepMetrics {
+    pub(super) fn step_metrics(&self, summed: SummedFigures, summary: StepSummary) -> StepMetrics {
         let StepSummary {
             counted_tokens,
             lr,
@@ -34,16 +37,23 @@ impl Trainer {
             moved_experts,
             has_snapshot,
         } = summary;
+        let figures = &summed.step;
         let layers = &figures.moe_layers;
-        let ranks = &figures.ranks;
         let expert_imbalance: Vec<f64> = layers
             .iter()
             .map(|layer| imbalance(layer.tokens_per_expert.iter().copied()))
             .collect();
-        let rank_imbalance: Vec<f64> = layers
-            .iter()
-            .map(|layer| self.rank_imbalance(&layer.tokens_per_rank))
-            .collect();
+        let rank_imbalance = self.rank_imbalances(&summed.ranks);
+        let mut rank_lists = None;
+        let mut rank_distributions = None;
+        let mut logged_ranks = None;
+        match summed.ranks {
+            RankReport::Listed(table) => rank_lists = Some(self.rank_lists(&table)),
+            RankReport::Distributed { figures, lists } => {
+                rank_distributions = Some(self.rank_distributions(&figures));
+                logged_ranks = lists.map(|table| self.rank_lists(&table));
+            }
+        }
         let snapshot = if has_snapshot {
             self.snapshot_metrics()
         } else {
@@ -64,7 +74,6 @@ impl Trainer {
             rank_imbalance_percentiles: percentiles(&rank_imbalance),
             expert_imbalance,
             rank_imbalance,
-            tokens_per_rank: by_layer(layers, |layer| whole(&layer.tokens_per_rank)),
             lent_tokens: by_layer(layers, |layer| layer.transfers.lent_tokens as u64),
             lent_bytes: by_layer(layers, |layer| layer.transfers.lent_bytes as u64),
             internode_bytes: by_layer(layers, |layer| layer.transfers.internode_bytes as u64),
@@ -74,10 +83,9 @@ impl Trainer {
             moved_experts,
             snapshot,
             tokens_per_expert: by_layer(layers, |layer| whole(&layer.tokens_per_expert)),
-            rank_peak_memory: ranks.iter().map(|rank| rank.peak_memory as u64).collect(),
-            rank_peak_resident: ranks.iter().map(|rank| rank.peak_resident as u64).collect(),
-            rank_wait_ratio: ranks.iter().map(|rank| rank.wait_ratio).collect(),
-            rank_pass_ms: self.pass_ms_by_rank(ranks),
+            rank_lists,
+            rank_distributions,
+            logged_ranks,
         }
     }
 
@@ -96,6 +104,25 @@ impl Trainer {
         self.world.size() / self.mesh.shape().pipeline
     }
 
+    /// Returns, for each MoE layer, the maximum over the mean of the tokens that its ranks computed.
+    fn rank_imbalances(&self, ranks: &RankReport) -> Vec<f64> {
+        match ranks {
+            RankReport::Listed(table) => {
+                let layers = tokens_by_layer(table).into_iter();
+                layers.map(|layer| self.rank_imbalance(&layer)).collect()
+            }
+            RankReport::Distributed { figures, .. } => {
+                let layers = figures.tokens.iter();
+                let imbalance = |tokens: &Distribution| tokens.largest as f64 / tokens.mean;
+                let of_layer = |tokens: &Option<Distribution>| {
+                    let busy = tokens.as_ref().filter(|tokens| tokens.largest > 0);
+                    busy.map_or(1.0, imbalance)
+                };
+                layers.map(of_layer).collect()
+            }
+        }
+    }
+
     /// Returns the maximum over the mean of the tokens that a layer's ranks computed. Ranks of
     /// other stages have none.
     fn rank_imbalance(&self, tokens_per_rank: &[f64]) -> f64 {
@@ -107,28 +134,69 @@ impl Trainer {
         imbalance(in_stage.map(|(_, &tokens)| tokens))
     }
 
-    /// Returns each rank's pass times; empty without a pipeline.
-    fn pass_ms_by_rank(&self, ranks: &[RankFigures]) -> Vec<BTreeMap<String, f64>> {
+    fn rank_lists(&self, table: &RankTable) -> RankLists {
+        let ranks = &table.ranks;
         let in_pipeline = ranks.iter().filter(|rank| !rank.passes.is_empty());
-        in_pipeline.map(|rank| self.pass_ms(&rank.passes)).collect()
+        let layers = tokens_by_layer(table).into_iter();
+        RankLists {
+            tokens_per_rank: layers.map(|layer| whole(&layer)).collect(),
+            rank_peak_memory: ranks.iter().map(|rank| rank.peak_memory as u64).collect(),
+            rank_peak_resident: ranks.iter().map(|rank| rank.peak_resident as u64).collect(),
+            rank_wait_ratio: ranks.iter().map(|rank| rank.wait_ratio).collect(),
+            rank_pass_ms: in_pipeline.map(|rank| self.pass_ms(&rank.passes)).collect(),
+        }
+    }
+
+    fn rank_distributions(&self, figures: &ByFigure<Option<Distribution>>) -> RankDistributions {
+        let record = |figure: &Option<Distribution>, per_unit: f64| {
+            let figure = figure.as_ref().map(|figure| figure.in_units(per_unit));
+            figure.unwrap_or_default()
+        };
+        let layers = figures.tokens.iter();
+        let passes = figures.passes.iter().enumerate();
+        let passes = passes.filter_map(|(index, figure)| {
+            let times = figure.as_ref()?.in_units(PER_UNIT / 1e3);
+            Some((self.pass_name(index), times))
+        });
+        RankDistributions {
+            tokens: layers.map(|figure| record(figure, 1.0)).collect(),
+            peak_memory: record(&figures.peak_memory, 1.0),
+            peak_resident: record(&figures.peak_resident, 1.0),
+            wait_ratio: record(&figures.wait_ratio, PER_UNIT),
+            pass_ms: passes.collect(),
+        }
     }
 
     /// Returns the mean milliseconds of each pass that ran, by its name.
     fn pass_ms(&self, passes: &[PassTime]) -> BTreeMap<String, f64> {
-        let chunks = self.plans[0].plan.schedule.order.chunks;
-        let mut by_name = BTreeMap::new();
-        for (index, pass) in passes.iter().enumerate() {
-            if pass.count > 0.0 {
-                let (_, kind) = PassKind::NAMES[index / chunks];
-                let name = match index % chunks {
-                    0 => kind.to_string(),
-                    chunk => format!("{kind}.{chunk}"),
-                };
-                by_name.insert(name, pass.seconds / pass.count * 1e3);
-            }
-        }
-        by_name
+        let times = passes.iter().enumerate();
+        let ran = times.filter(|(_, pass)| pass.count > 0.0);
+        let named = ran.map(|(index, pass)| {
+            let milliseconds = pass.seconds / pass.count * 1e3;
+            (self.pass_name(index), milliseconds)
+        });
+        named.collect()
     }
+
+    /// Returns the name of the pass at `index` of `[kinds * chunks]`.
+    fn pass_name(&self, index: usize) -> String {
+        let chunks = self.plans[0].plan.schedule.order.chunks;
+        let (_, kind) = PassKind::NAMES[index / chunks];
+        match index % chunks {
+            0 => kind.to_string(),
+            chunk => format!("{kind}.{chunk}"),
+        }
+    }
+}
+
+/// Returns the tokens that each rank computed, `[MoE layers][ranks]`.
+fn tokens_by_layer(table: &RankTable) -> Vec<Vec<f64>> {
+    let layers = table.ranks.first().map_or(0, |rank| rank.tokens.len());
+    let of_layer = |layer: usize| {
+        let tokens = table.ranks.iter().map(|rank| rank.tokens[layer]);
+        tokens.map(Option::unwrap_or_default).collect()
+    };
+    (0..layers).map(of_layer).collect()
 }
 
 fn by_layer<T>(layers: &[MoeLayerFigures], figure: impl Fn(&MoeLayerFigures) -> T) -> Vec<T> {
