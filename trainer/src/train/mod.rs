@@ -6,6 +6,7 @@ mod copy_thread;
 mod counted_tokens;
 mod durability;
 mod expert_placement;
+mod handed_on;
 mod inspection;
 pub(crate) mod metrics;
 mod metrics_files;
@@ -14,7 +15,9 @@ mod model_shapes;
 mod progress_counter;
 mod resume;
 mod resume_rules;
+mod retention;
 mod run_state;
+mod save_plan;
 pub(crate) mod saved_config;
 mod setup;
 pub(crate) mod slot_writer;
@@ -26,8 +29,8 @@ mod step_metrics;
 mod step_sums;
 mod validation;
 
-pub use checkpointing::retain_checkpoints;
 pub use resume::check_resume;
+pub use retention::retain_checkpoints;
 pub use saved_config::newest_config;
 
 use crate::{
@@ -41,6 +44,7 @@ use crate::{
         expert_placement::ExpertPlacement,
         metrics::{Progress, RoutingLine, StepMetrics},
         metrics_files::MetricsFiles,
+        retention::Retention,
         run_state::CountedFrom,
         snapshots::{ReservedSlot, Snapshots},
     },
@@ -135,6 +139,8 @@ pub struct Trainer {
     /// The step after which the ranks write the checkpoint that one was asked for.
     requested_checkpoint: Option<u64>,
     files: MetricsFiles,
+    /// Used on rank 0 only.
+    retention: Retention,
     /// The thread that writes the trace of a step.
     trace: Option<JoinHandle<()>>,
 }
@@ -228,6 +234,12 @@ impl Trainer {
         let outcome = self.run_steps(point.repeats_validation, requests, progress);
         let files = std::mem::take(&mut self.files);
         files.finish(outcome.is_err(), progress);
+        let failures = self.retention.finish();
+        if failures > 0 {
+            progress.warn(&format!(
+                "old checkpoints could not be removed {failures} times; the log says why"
+            ));
+        }
         if let Some(trace) = self.trace.take().filter(|_| outcome.is_ok()) {
             // Panics only if writing does, which leaves no trace either.
             let _ = trace.join();
