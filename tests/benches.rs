@@ -182,6 +182,57 @@ fn recomputation_is_measured_and_a_fitting_option_is_found() {
 }
 
 #[test]
+fn growth_with_the_ranks_is_measured_and_simulated() {
+    let experiment = Experiment::new();
+    let sizes = ["--measured", "2,4", "--ranks", "16,64"];
+    let bench = [&["bench", "scale"][..], &sizes].concat();
+    let lines = lines(&finish(&mut experiment.moerun(&bench)));
+    let values = |quantity: &str| -> Vec<(u64, &str, f64)> {
+        let of_quantity = lines.iter().filter(|line| line["quantity"] == quantity);
+        of_quantity
+            .map(|line| {
+                let ranks = line["ranks"].as_u64().unwrap();
+                let origin = line["origin"].as_str().unwrap();
+                (ranks, origin, line["value"].as_f64().unwrap())
+            })
+            .collect()
+    };
+    let sizes: Vec<_> = values("time until all ranks have joined")
+        .iter()
+        .map(|(ranks, origin, _)| (*ranks, *origin))
+        .collect();
+    let expected = [
+        (2, "measured"),
+        (4, "measured"),
+        (16, "simulated"),
+        (64, "simulated"),
+    ];
+    assert_eq!(sizes, expected);
+    for quantity in ["requests to the store", "bytes through the store"] {
+        let values = values(quantity);
+        assert!(
+            values.is_sorted_by(|a, b| a.2 < b.2),
+            "{quantity}: {values:?}"
+        );
+    }
+    assert_eq!(
+        values("open files of the launcher"),
+        [(16, "computed", 38.0), (64, "computed", 152.0)]
+    );
+    let heads = values("bytes of all heads");
+    assert_eq!(heads[1].2, 4.0 * heads[0].2);
+    for quantity in [
+        "time to assemble all heads",
+        "time of plan mesh",
+        "lines of plan mesh",
+    ] {
+        assert_eq!(values(quantity).len(), 2, "{quantity}");
+    }
+    let exponents = lines.iter().filter(|line| line["exponent"].is_number());
+    assert!(exponents.count() > 8, "{lines:?}");
+}
+
+#[test]
 fn each_rank_traces_the_requested_step() {
     let experiment = Experiment::new();
     let output = finish(&mut experiment.train(

@@ -23,6 +23,7 @@ mod layouts;
 mod loss_masks;
 mod machine_faults;
 mod machines;
+mod many_ranks;
 mod outages;
 mod plans;
 mod ports;

@@ -377,6 +377,33 @@ pub(crate) enum BenchCommand {
     Collectives(CollectivesArgs),
     /// Compare two ranks with one thread each with one process of two threads
     Layouts(LayoutsArgs),
+    /// Measure what grows with the ranks: start-up, metadata of a restart, plans
+    Scale(ScaleArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct ScaleArgs {
+    /// Numbers of ranks that join for real, as threads, ascending and comma separated
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "8,16,32,64,128",
+        value_name = "N",
+        value_parser = whole(2..=MAX_LOCAL_RANKS)
+    )]
+    pub(crate) measured: Vec<usize>,
+    /// Numbers of ranks of simulated runs, ascending and comma separated
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "128,4096,16384",
+        value_name = "N",
+        value_parser = whole(2..=MAX_RANKS)
+    )]
+    pub(crate) ranks: Vec<usize>,
+    /// Threads that act for simulated ranks
+    #[arg(long, default_value_t = 4, value_name = "N", value_parser = whole(1..=4096))]
+    pub(crate) threads: usize,
 }
 
 #[derive(Args)]

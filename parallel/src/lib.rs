@@ -74,7 +74,7 @@ pub use rank_ranges::RankRanges;
 pub use recompute::Activation;
 pub use rows::{matrix_shape, own_rows};
 pub use secure_link::Secret;
-pub use store::{StoreAccess, StoreServer};
+pub use store::{SimulatedClients, StoreAccess, StoreLoad, StoreServer};
 pub use sum::GradientSum;
 pub use weight::{
     Contribution, DeferredGradient, Weight, add_gradients, linear, linear_f32, linears,

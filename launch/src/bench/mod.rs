@@ -11,6 +11,7 @@ mod moe_step;
 pub(crate) mod pipeline;
 pub(crate) mod recompute;
 mod runner;
+pub(crate) mod scale;
 pub(crate) mod snapshot;
 pub(crate) mod step;
 mod workload;

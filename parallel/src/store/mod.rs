@@ -7,11 +7,13 @@
 //! without input or output (`table`) carries out the operations.
 
 mod client;
+mod load;
 mod message;
 mod server;
 mod table;
 
 pub(crate) use client::connect;
+pub use load::{SimulatedClients, StoreLoad};
 pub use server::StoreServer;
 
 use secure_link::Secret;

@@ -1,7 +1,8 @@
 //! The server of a store: one thread for all authenticated connections.
 
 use super::{
-    StoreAccess,
+    StoreAccess, StoreLoad,
+    load::LoadCounter,
     message::{Reply, Request},
     table::{Answer, ClientId, Table},
 };
@@ -13,7 +14,10 @@ use std::{
     collections::{BTreeSet, HashMap},
     io::{self, PipeReader, PipeWriter, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
-    sync::mpsc::{Receiver, Sender, TryRecvError, channel},
+    sync::{
+        Arc,
+        mpsc::{Receiver, Sender, TryRecvError, channel},
+    },
     thread::JoinHandle,
     time::{Duration, Instant},
 };
@@ -41,6 +45,7 @@ const NEWS: u64 = 0;
 /// A store that serves authenticated clients until this is dropped.
 pub struct StoreServer {
     access: StoreAccess,
+    load: Arc<LoadCounter>,
     door: Option<Door>,
     thread: Option<JoinHandle<()>>,
 }
@@ -68,6 +73,7 @@ impl StoreServer {
         )?;
         let (sender, admitted) = channel();
         let server = ServerThread::new(reader, admitted, limits.message_timeout)?;
+        let load = server.load.clone();
         let thread = std::thread::Builder::new().name("store".into());
         let thread = thread.spawn(move || server.run())?;
         let limits = Limits {
@@ -80,6 +86,7 @@ impl StoreServer {
         let door = Door::open(listener, secret.clone(), Purpose::STORE, limits, serve);
         Ok(StoreServer {
             access: StoreAccess { address, secret },
+            load,
             door: Some(door.map_err(io::Error::other)?),
             thread: Some(thread),
         })
@@ -97,6 +104,11 @@ impl StoreServer {
     /// Returns the address and the secret for clients.
     pub fn access(&self) -> &StoreAccess {
         &self.access
+    }
+
+    /// Returns what the clients have asked of the store since its start.
+    pub fn load(&self) -> StoreLoad {
+        self.load.load()
     }
 
     /// Returns the counts of refused connections.
@@ -154,6 +166,7 @@ struct ServerThread {
     deadlines: BTreeSet<(Instant, ClientId)>,
     next_id: ClientId,
     table: Table,
+    load: Arc<LoadCounter>,
 }
 
 impl ServerThread {
@@ -173,6 +186,7 @@ impl ServerThread {
             deadlines: BTreeSet::new(),
             next_id: NEWS + 1,
             table: Table::default(),
+            load: Arc::default(),
         })
     }
 
@@ -324,6 +338,7 @@ impl ServerThread {
             return Err(Error::Protocol("an unknown operation".into()));
         };
         client.waits = true;
+        self.load.add_request(&request);
         for answer in self.table.request(id, request, Instant::now()) {
             self.answer(answer);
         }
@@ -336,6 +351,7 @@ impl ServerThread {
             return;
         };
         client.waits = false;
+        self.load.add_bytes(reply.value_bytes());
         let queued = client.connection.queue(&reply).or_else(|error| {
             let reason = format!("the store's answer: {error}");
             client.connection.queue(&Reply::Failed(reason))

@@ -1,0 +1,93 @@
+//! Metadata of a restart: the heads of all ranks' parts, made up, parsed and assembled as each rank
+//! of a restart does.
+
+use super::{Origin, Series, reference};
+use anyhow::{Result, bail};
+use checkpoint::{Checkpoint, Error, ImageHeader, ImageLayout, TensorSlice};
+use serde_json::Value;
+use std::{io, path::Path, time::Instant};
+use tch::Kind;
+
+/// Slices in the head of a rank: the parameters of four layers.
+const SLICES_PER_RANK: usize = 52;
+
+/// Rows of a tensor that a rank holds.
+const ROWS_PER_RANK: i64 = 4;
+
+const COLUMNS: i64 = 64;
+
+/// The tensors of a stage, which its ranks split by rows.
+struct Stage {
+    number: usize,
+    ranks: usize,
+}
+
+/// Prints the costs of the heads of all ranks.
+pub(super) fn restart(sizes: &[usize]) -> Result<()> {
+    let mut bytes = Series::new("bytes of all heads", "N x slices of a rank", "bytes");
+    let mut parse = Series::new("time to parse all heads", "N x slices of a rank", "s");
+    let mut assemble = Series::new("time to assemble all heads", "N x slices of a rank", "s");
+    for &ranks in sizes {
+        let texts = heads(ranks)?;
+        let total: usize = texts.iter().map(Vec::len).sum();
+        bytes.print(ranks, total as f64, Origin::Simulated);
+        let begun = Instant::now();
+        let headers = texts
+            .iter()
+            .map(|text| ImageHeader::read(text, Path::new("bench scale")));
+        let headers = headers.collect::<Result<Vec<_>, Error>>()?;
+        parse.print(ranks, begun.elapsed().as_secs_f64(), Origin::Simulated);
+        drop(texts);
+        let begun = Instant::now();
+        let no_part = |rank: usize| {
+            let path = format!("part {rank}");
+            let cause = io::Error::from(io::ErrorKind::NotFound);
+            Err(Error::Io {
+                action: "cannot open",
+                path,
+                cause,
+            })
+        };
+        Checkpoint::from_parts("bench scale", 1, headers, Box::new(no_part))?;
+        assemble.print(ranks, begun.elapsed().as_secs_f64(), Origin::Simulated);
+    }
+    Ok(())
+}
+
+/// Returns the heads of all ranks' parts.
+fn heads(ranks: usize) -> Result<Vec<Vec<u8>>> {
+    let mesh = reference::config(ranks)?.mesh(0, ranks);
+    let mesh = mesh.map_err(|error| anyhow::anyhow!(error))?;
+    let stages = mesh.shape().pipeline;
+    if ranks % stages != 0 {
+        bail!("{ranks} ranks do not divide into {stages} stages");
+    }
+    let mut heads = Vec::new();
+    for number in 0..stages {
+        let stage = Stage {
+            number,
+            ranks: ranks / stages,
+        };
+        for rank in 0..stage.ranks {
+            heads.push(stage.head(rank, stages)?);
+        }
+    }
+    Ok(heads)
+}
+
+impl Stage {
+    fn head(&self, rank: usize, stages: usize) -> Result<Vec<u8>, Error> {
+        let slice = |number: usize| {
+            let slice = TensorSlice {
+                name: format!("layers.{}.weight.{number}", self.number),
+                global_shape: vec![ROWS_PER_RANK * self.ranks as i64, COLUMNS],
+                offset: vec![ROWS_PER_RANK * rank as i64, 0],
+                shape: vec![ROWS_PER_RANK, COLUMNS],
+            };
+            (slice, Kind::Float)
+        };
+        let held: Vec<_> = (0..SLICES_PER_RANK).map(slice).collect();
+        let tensors = SLICES_PER_RANK * stages;
+        ImageLayout::plan(&held, tensors, &Value::Null)?.encode_header(&Value::Null)
+    }
+}
