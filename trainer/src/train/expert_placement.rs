@@ -20,7 +20,11 @@ use crate::{
 use checkpoint::TensorSlice;
 use moe::placement::rebalance_experts;
 use parallel::{Communicator, GroupKind, Mesh, Work, own_rows};
-use std::{collections::BTreeSet, ops::Range, sync::Arc};
+use std::{
+    collections::{BTreeSet, HashMap},
+    ops::Range,
+    sync::Arc,
+};
 use tch::{Device, Kind, Tensor};
 
 /// Kinds of values per parameter: master, first moment, second moment.
@@ -384,18 +388,27 @@ pub(crate) fn plan_moves(
     before: &[Vec<TensorSlice>],
     after: &[Vec<TensorSlice>],
 ) -> Result<Vec<Move>, String> {
+    // Few ranks hold rows of an expert, however many ranks there are.
+    let mut by_name: HashMap<&str, Vec<(usize, &TensorSlice)>> = HashMap::new();
+    for (rank, held) in before.iter().enumerate() {
+        for slice in held {
+            let holders = by_name.entry(slice.name.as_str()).or_default();
+            holders.push((rank, slice));
+        }
+    }
     let mut moves = Vec::new();
     let mut sent = vec![0; before.len()];
     for (to, wanted) in after.iter().enumerate() {
         for slice in wanted {
             let wanted_rows = row_range(slice);
+            let holders = by_name.get(slice.name.as_str());
             let mut row = wanted_rows.start;
             while row < wanted_rows.end {
-                let holders = (0..before.len()).filter_map(|rank| {
-                    let until = end_of_held_rows(&before[rank], slice, row)?;
+                let of_row = holders.into_iter().flatten().filter_map(|&(rank, held)| {
+                    let until = end_of_held_rows(held, slice, row)?;
                     Some((rank, until))
                 });
-                let chosen = holders.min_by_key(|&(rank, _)| (rank != to, sent[rank], rank));
+                let chosen = of_row.min_by_key(|&(rank, _)| (rank != to, sent[rank], rank));
                 let (from, until) =
                     chosen.ok_or_else(|| format!("no rank holds row {row} of {}", slice.name))?;
                 let mut rows = slice.clone();
@@ -412,15 +425,13 @@ pub(crate) fn plan_moves(
     Ok(moves)
 }
 
-/// Returns the end of the rows of `slice` that `held` contains from `row` on.
-fn end_of_held_rows(held: &[TensorSlice], slice: &TensorSlice, row: i64) -> Option<i64> {
-    let contains = |held: &&TensorSlice| {
-        held.name == slice.name
-            && row_range(held).contains(&row)
-            && held.offset[1..] == slice.offset[1..]
-            && held.shape[1..] == slice.shape[1..]
-    };
-    held.iter().find(contains).map(|held| row_range(held).end)
+/// Returns the end of the rows of `held` if it contains row `row` of `slice`, a slice of the same
+/// tensor.
+fn end_of_held_rows(held: &TensorSlice, slice: &TensorSlice, row: i64) -> Option<i64> {
+    let contains = row_range(held).contains(&row)
+        && held.offset[1..] == slice.offset[1..]
+        && held.shape[1..] == slice.shape[1..];
+    contains.then(|| row_range(held).end)
 }
 
 /// Executes `moves` among the ranks of `group`, for `kinds` kinds of values.
@@ -515,6 +526,50 @@ mod tests {
                 .unwrap_err()
                 .contains("row 0 of c")
         );
+    }
+
+    /// Two owners with two replicas, whose rows two ranks split, before and after a move.
+    #[test]
+    fn the_ranks_of_a_stage_hold_each_row_once_per_replica() {
+        let half = |index: usize| {
+            let start = 3 * index as i64;
+            start..start + 3
+        };
+        let rank = |rank: usize| RankPart {
+            owner: rank / 2 % 2,
+            shape: ExpertShape {
+                hidden: 5,
+                ffn: 6,
+                part: half(rank % 2),
+            },
+            shard: (rank / 4 % 2, 2),
+        };
+        let rows = ExpertRows {
+            experts: 4,
+            owners: 2,
+            ranks: (0..16).map(rank).collect(),
+        };
+        for slots in [[0, 1, 2, 3], [2, 1, 0, 3]] {
+            for expert in 0..4 {
+                let names = ["gate_up", "down"].map(|part| format!("moe.experts.{expert}.{part}"));
+                let names = BTreeSet::from(names);
+                let held = rows.of_stage("moe", &slots, &names);
+                let owner = slots[expert] as usize / 2;
+                let mut elements = 0;
+                for (rank, slices) in held.iter().enumerate() {
+                    assert!(slices.is_empty() || rank / 2 % 2 == owner);
+                    elements += slices.iter().map(super::elements).sum::<i64>();
+                }
+                assert_eq!(elements, 2 * (12 * 5 + 5 * 6));
+                // The replicas 0 to 7 hold what 8 to 15 do, and nothing twice.
+                assert_eq!(held[..8], held[8..]);
+                let mut all: Vec<&TensorSlice> = held[..8].iter().flatten().collect();
+                let count = all.len();
+                all.sort();
+                all.dedup();
+                assert_eq!(all.len(), count);
+            }
+        }
     }
 
     #[test]
