@@ -118,6 +118,10 @@ impl Engine {
             }
         }
         failed.retain(|failed| failed.stop_signal().is_none());
+        let more = failed.len() + self.ranks.more_failed() - 1;
+        if more > 0 {
+            self.log(format!("{more} more ranks failed"));
+        }
         Some(Failure::of_ranks(&failed, &self.settings.dir))
     }
 

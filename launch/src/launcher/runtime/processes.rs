@@ -25,6 +25,8 @@ pub(super) const OWN_PROGRAM: &str = "/proc/self/exe";
 const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Most bytes of a rank's report that are read.
 const MAX_REPORT_BYTES: u64 = 16 << 20;
+/// Most characters of a rank's message that the launcher gets.
+const MAX_MESSAGE_CHARS: usize = 64 << 10;
 /// The time in which killed processes must end when the launcher does.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -218,6 +220,14 @@ impl RankProcesses {
         live.count()
     }
 
+    pub(super) fn num_failed(&mut self) -> usize {
+        let statuses = self.children.iter_mut();
+        let statuses = statuses.filter_map(|process| process.child.try_wait().ok()?);
+        statuses.filter(|status| !status.success()).count()
+    }
+
+    /// Returns the ranks that have failed, with the reports that they left. Reads each of these
+    /// once.
     pub(super) fn failed(&mut self) -> Vec<FailedRank> {
         let mut failed = Vec::new();
         let deadline = Instant::now() + REPORT_TIMEOUT;
@@ -324,7 +334,11 @@ fn read_report(dir: &Path, rank: usize, pid: u32, deadline: Instant) -> Option<F
     // A disk that hangs gets no more threads to block.
     let left = deadline.checked_duration_since(Instant::now())?;
     let text = parallel::within(left, move || run_file::read(&path, MAX_REPORT_BYTES)).ok()?;
-    let report: FailureReport = serde_json::from_slice(&text).ok()?;
+    let mut report: FailureReport = serde_json::from_slice(&text).ok()?;
+    if let Some((end, _)) = report.message.char_indices().nth(MAX_MESSAGE_CHARS) {
+        report.message.truncate(end);
+        report.message += " ... (the rank's log has the rest)";
+    }
     (report.pid == pid).then_some(report)
 }
 

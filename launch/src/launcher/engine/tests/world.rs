@@ -565,11 +565,7 @@ impl World {
             failed,
             ..
         } = &self.machines[machine];
-        let report = RankReport {
-            number: *number,
-            running: ranks.len(),
-            failed: failed.clone(),
-        };
+        let report = RankReport::new(*number, ranks.len(), failed.clone());
         self.later(ROUND_TRIP, Event::Ranks { machine, report });
     }
 
